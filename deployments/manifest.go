@@ -1,0 +1,125 @@
+package deployments
+
+import (
+	"io/fs"
+	"time"
+)
+
+// Manifest says what a release is and how it goes live. It is a superset of stretcher's: every manifest of
+// stretcher's deploys unchanged. Written by kedge publish or by hand, immutable once a pointer names its digest.
+type Manifest struct {
+	Name, Version string // shown wherever the release is shown
+
+	// Src is the archive's URL, made absolute against the manifest's own; empty: commands only.
+	Src string
+	// Checksum is the archive's md5, sha1, sha256 or sha512, told apart by length; lower-case hexadecimal.
+	// Empty only where Index is set or Src is empty.
+	Checksum string
+	// Size is the archive's, in bytes; 0 where the manifest does not say.
+	Size int64
+	// Index and Deltas let an agent fetch only what changed; nil: the archive is fetched whole.
+	Index  *Blob
+	Deltas []Delta
+
+	// Dest is absolute and clean. DestMode is the tree's top directory's.
+	Dest     string
+	DestMode fs.FileMode
+	Strategy Strategy
+	// Excludes and ExcludeFrom are rsync's, for StrategyRsync alone.
+	Excludes    []string
+	ExcludeFrom string
+	// Owner is USER, USER:GROUP or :GROUP, by name or number; empty: whoever the agent runs as.
+	Owner string
+	// Keep is how many old releases stay beside the running and the last good one. Default 3.
+	Keep int
+	// Immutable says that nothing writes into the live tree, so that the next release may share files by hard link.
+	Immutable bool
+
+	Commands Commands
+	Health   Health
+	// Drain is how long to wait, after /ready turns 503, before the switch.
+	Drain time.Duration
+}
+
+// Blob is an object that the manifest pins.
+type Blob struct {
+	URL    string // made absolute against the manifest's
+	Size   int64  // bytes
+	SHA256 Digest
+}
+
+// Delta is a blob that turns the release From into this one.
+type Delta struct {
+	// From is the SHA-256 of the index of the release that it starts from.
+	From Digest
+	Blob
+}
+
+// Strategy is how a tree reaches Dest.
+type Strategy string
+
+const (
+	// StrategyRsync copies over Dest with rsync -a --delete: stretcher's default, and so the default here. Not atomic.
+	StrategyRsync Strategy = "rsync"
+	// StrategyMv renames the unpacked tree's entries over Dest, as stretcher's mv does. Not atomic.
+	StrategyMv Strategy = "mv"
+	// StrategyRelease keeps each release in a directory of its own, and makes Dest a symlink that one rename switches.
+	StrategyRelease Strategy = "release"
+)
+
+// Commands run around a switch, each list in order; the first that fails ends its list.
+type Commands struct {
+	Pre, Post, Success, Failure []Command
+}
+
+// Command is run by sh -c in a process group of its own.
+type Command struct {
+	Run string
+	// Timeout ends its whole process group. Default 10 minutes.
+	Timeout time.Duration
+	// User is whom it runs as, by name or number; empty: whoever the agent runs as.
+	User string
+}
+
+// Health decides whether a switched release stays.
+type Health struct {
+	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
+	Timeout time.Duration
+	// StableFor is how long they must go on passing. Default 0: once is enough.
+	StableFor time.Duration
+	Checks    []Check
+}
+
+// Check is one of its kinds: exactly one of HTTP, TCP, Exec, Systemd and Consul is set.
+type Check struct {
+	HTTP *HTTPCheck
+	TCP  string // HOST:PORT that accepts a connection
+	Exec string // sh -c that exits 0
+	// Systemd is a unit that is active and does not restart meanwhile.
+	Systemd string
+	// Consul is the name of a service on this node whose checks all pass.
+	Consul string
+	// Interval is the time between two tries; default 1 s. Timeout bounds one try; default 5 s.
+	Interval, Timeout time.Duration
+}
+
+// HTTPCheck passes on status 2xx, or on Status where set, and where Contains is in the first 64 KiB of the body.
+type HTTPCheck struct {
+	URL      string
+	Status   int
+	Contains string
+}
+
+// MaxManifest bounds a manifest, in bytes, before it is parsed.
+const MaxManifest = 1 << 20
+
+// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME" "default" }} and
+// {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute.
+// Unknown fields, duplicates and bad values are errors with line and column.
+func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
+	return parseManifest(data, url, env)
+}
+
+// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal Manifest.
+// Fields that hold their default are left out.
+func (m *Manifest) Encode() ([]byte, error) { return encodeManifest(m) }

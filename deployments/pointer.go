@@ -1,0 +1,149 @@
+package deployments
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net/url"
+	"strings"
+)
+
+// Digest is a SHA-256.
+type Digest [32]byte
+
+// ParseDigest reads 64 hexadecimal digits, of either case.
+func ParseDigest(s string) (Digest, error) {
+	var d Digest
+	if len(s) != 2*len(d) {
+		return d, fmt.Errorf("a SHA-256 has 64 hexadecimal digits, this has %d", len(s))
+	}
+	if _, err := hex.Decode(d[:], []byte(s)); err != nil {
+		return Digest{}, fmt.Errorf("a SHA-256 has 64 hexadecimal digits: %w", err)
+	}
+	return d, nil
+}
+
+// String gives 64 lower-case hexadecimal digits.
+func (d Digest) String() string { return hex.EncodeToString(d[:]) }
+
+// Short gives the first 12 digits: enough to tell releases apart in a table or a directory's name.
+func (d Digest) Short() string { return d.String()[:12] }
+
+// IsZero reports whether d was never set.
+func (d Digest) IsZero() bool { return d == Digest{} }
+
+func (d Digest) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+func (d *Digest) UnmarshalText(text []byte) (err error) {
+	*d, err = ParseDigest(string(text))
+	return err
+}
+
+// Pointer names one release for ever: a manifest's URL and the SHA-256 of the manifest's bytes.
+// Its text is URL@sha256:HEX, the same in Git, in KV, in pins and on the command line.
+type Pointer struct {
+	URL    string
+	Digest Digest
+}
+
+// MaxPointer bounds a pointer's text, in bytes.
+const MaxPointer = 2048
+
+const digestMark = "@sha256:"
+
+// ParsePointer reads URL@sha256:HEX. White space around it, a byte-order mark and carriage returns, which
+// `consul kv put` and editors leave behind, are passed over; anything else that is off is an error that names it.
+func ParsePointer(text string) (Pointer, error) {
+	s := Trim(text)
+	switch {
+	case s == "":
+		return Pointer{}, fmt.Errorf("the pointer is empty: want URL@sha256:HEX, as kedge publish prints it")
+	case len(s) > MaxPointer:
+		return Pointer{}, fmt.Errorf("the pointer has %d bytes, at most %d are allowed", len(s), MaxPointer)
+	}
+	i := strings.LastIndex(s, digestMark)
+	if i < 0 {
+		return Pointer{}, fmt.Errorf("pointer %q does not end in @sha256:HEX: a URL alone could change under the nodes", clip(s))
+	}
+	digest, err := ParseDigest(s[i+len(digestMark):])
+	if err != nil {
+		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(s), err)
+	}
+	if err := CheckURL(s[:i]); err != nil {
+		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(s), err)
+	}
+	return Pointer{URL: s[:i], Digest: digest}, nil
+}
+
+// CheckURL accepts what an agent can fetch: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH,
+// and http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in
+// logs and stored in KV.
+func CheckURL(s string) error {
+	if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+		return fmt.Errorf("the URL contains white space or control characters")
+	}
+	u, err := url.Parse(s)
+	if err != nil {
+		return fmt.Errorf("the URL does not parse: %w", err)
+	}
+	if u.User != nil {
+		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")
+	}
+	if u.Fragment != "" {
+		return fmt.Errorf("the URL carries a fragment (#%s)", u.Fragment)
+	}
+	switch u.Scheme {
+	case "s3", "gs", "https":
+		if u.Host == "" || strings.Trim(u.Path, "/") == "" {
+			return fmt.Errorf("the URL needs a host or bucket and a path")
+		}
+	case "http":
+		if h := u.Hostname(); h != "localhost" && h != "::1" && !strings.HasPrefix(h, "127.") {
+			return fmt.Errorf("plain http is accepted from this machine only: use https://")
+		}
+	case "file":
+		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || u.Path == "/" {
+			return fmt.Errorf("a file URL is file:///ABSOLUTE/PATH")
+		}
+	case "":
+		return fmt.Errorf("the URL has no scheme: want s3://, gs://, https:// or file://")
+	default:
+		return fmt.Errorf("the scheme %q is not one of s3, gs, https, file", u.Scheme)
+	}
+	return nil
+}
+
+// String gives the pointer's text; "" for the zero pointer.
+func (p Pointer) String() string {
+	if p.IsZero() {
+		return ""
+	}
+	return p.URL + digestMark + p.Digest.String()
+}
+
+// IsZero reports whether p names nothing.
+func (p Pointer) IsZero() bool { return p == Pointer{} }
+
+func (p Pointer) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads a pointer; empty text gives the zero pointer.
+func (p *Pointer) UnmarshalText(text []byte) (err error) {
+	if len(text) == 0 {
+		*p = Pointer{}
+		return nil
+	}
+	*p, err = ParsePointer(string(text))
+	return err
+}
+
+// Trim removes what hands and tools leave around a value: white space, a byte-order mark, carriage returns.
+func Trim(s string) string {
+	return strings.TrimSpace(strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(s), "\ufeff"), "\r\n", "\n"))
+}
+
+// clip bounds what an error quotes of a value that somebody typed.
+func clip(s string) string {
+	if len(s) > 80 {
+		return s[:77] + "..."
+	}
+	return s
+}

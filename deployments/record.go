@@ -1,0 +1,70 @@
+package deployments
+
+import "time"
+
+// Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may have gone
+// there. Written by the mirror that holds the lease; where no mirror runs, a person may write a bare pointer
+// instead. It stays under 1 KB: 5,000 watchers of a large value take seconds to wake (one of 300 bytes: 0.2 s).
+type Record struct {
+	// Target is what Git names. Stable is what nodes that aren't admitted run: the last target that finished
+	// its rollout; zero before the first one has.
+	Target Pointer `json:"target"`
+	Stable Pointer `json:"stable,omitzero"`
+	// Generation grows by one with each new target: what tells a newer record from an older one, whatever
+	// Consul's indexes do. A bare pointer has generation 0.
+	Generation int64 `json:"generation"`
+	// Commit is the full hash of the Git commit that set Target.
+	Commit string `json:"commit,omitempty"`
+	// After and Drift are the unit file's, for agents, which don't read Git.
+	After []string `json:"after,omitempty"`
+	Drift Drift    `json:"drift,omitempty"`
+	// Rollout is nil when every node is admitted.
+	Rollout *Progress `json:"rollout,omitempty"`
+}
+
+// Progress is how far a rollout is.
+type Progress struct {
+	Phase Phase `json:"phase"`
+	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.
+	Cutoff uint64 `json:"cutoff,string"`
+	// Since is when this phase, or the last step within it, began; the mirror's clock.
+	Since time.Time `json:"since"`
+	// Reason says, in words for an operator, why the rollout stands where it does.
+	Reason string `json:"reason,omitempty"`
+	// Bad is the digest that was rolled back: it stays out until Git names another or an operator retries.
+	Bad Digest `json:"bad,omitzero"`
+	// Promoted is set once an operator, or the approval: auto default after the bake, let it go past its canary.
+	Promoted bool `json:"promoted,omitempty"`
+}
+
+// Phase is a rollout's state.
+type Phase string
+
+const (
+	PhaseCanary  Phase = "canary"  // the canaries go, and bake
+	PhaseWaiting Phase = "waiting" // baked; waits for promote, or for a freeze window to end
+	PhaseRolling Phase = "rolling" // the rest goes, max_unavailable at a time
+	PhasePaused  Phase = "paused"  // by an operator, or by on_failure: pause
+	PhaseBack    Phase = "back"    // rolling back: Target and Stable have changed places, gates are skipped
+	PhaseHalted  Phase = "halted"  // rolled back and done: stays on Stable until Git names another target
+)
+
+// ParseRecord reads a record's JSON, strictly, or a bare pointer. An error leaves nodes as they are.
+func ParseRecord(value []byte) (Record, error) { return parseRecord(value) }
+
+// Pin is an operator's override of a record, for all nodes of a unit or for one.
+type Pin struct {
+	// Hold keeps what runs, whatever it is. Release is zero then.
+	Hold    bool    `json:"hold,omitempty"`
+	Release Pointer `json:"release,omitzero"`
+	// Reason and By are shown wherever the pin is.
+	Reason string `json:"reason,omitempty"`
+	By     string `json:"by,omitempty"`
+	// Until ends the pin by itself; zero: never.
+	Until time.Time `json:"until,omitzero"`
+}
+
+// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or
+// hold), reason, by and until (RFC 3339, or a date and time with zone). Empty or unparsable text is an error,
+// never "no pin".
+func ParsePin(value []byte) (Pin, error) { return parsePin(value) }

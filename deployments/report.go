@@ -1,0 +1,57 @@
+package deployments
+
+import "time"
+
+// Report is the JSON at status/STAGE/ROLE/NODE: what one node says of itself in one role. Written by that
+// node's agent alone, when something changed, never as a heartbeat; held by the node's session.
+type Report struct {
+	Node string `json:"node"`
+	// Agent is the agent's version, Started when it started: a change of it is a restart.
+	Agent   string    `json:"agent,omitempty"`
+	Started time.Time `json:"started"`
+	// Ready is what /ready says: every unit of every role converged and healthy.
+	Ready bool                  `json:"ready"`
+	Units map[string]UnitReport `json:"units"`
+}
+
+// UnitReport is where one unit stands on one node.
+type UnitReport struct {
+	State State `json:"state"`
+	// Running is the release that dest resolves to; Version is its manifest's.
+	Running Pointer `json:"running,omitzero"`
+	Version string  `json:"version,omitempty"`
+	// Want is what policy.Resolve last answered, and Why its reason in words.
+	Want Pointer `json:"want,omitzero"`
+	Why  string  `json:"why,omitempty"`
+	// Generation is the record's that Want was resolved from.
+	Generation int64 `json:"generation,omitempty"`
+	// Staged is the digest of a target that lies ready on disk, before the node is admitted.
+	Staged Digest `json:"staged,omitzero"`
+	// Quarantined are digests that failed after the switch on this node, and stay out until retried.
+	Quarantined []Digest `json:"quarantined,omitempty"`
+	// Pinned is set where a pin, not the record, decided.
+	Pinned bool `json:"pinned,omitempty"`
+	// Error is the newest trouble, one line, at most 300 bytes, without secrets; empty when all is well.
+	Error string `json:"error,omitempty"`
+	// Since is when State was entered; the node's clock.
+	Since time.Time `json:"since"`
+	// Drift lists paths of the live tree that differ from the index, at most five.
+	Drift []string `json:"drift,omitempty"`
+	// Fetched and Total are bytes, while State is StateFetching.
+	Fetched int64 `json:"fetched,omitempty"`
+	Total   int64 `json:"total,omitempty"`
+}
+
+// State is where a unit stands on a node.
+type State string
+
+const (
+	StateConverged   State = "converged"   // runs what it should, healthy
+	StateWaiting     State = "waiting"     // another unit of After first, or nothing desired yet
+	StateFetching    State = "fetching"    // fetching and verifying
+	StateSwitching   State = "switching"   // from drain to the end of the health checks
+	StateRetrying    State = "retrying"    // transient trouble (network, S3, disk): tries again by itself
+	StateQuarantined State = "quarantined" // the target failed here, and the node went back
+	StateHeld        State = "held"        // a pin says hold
+	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
+)

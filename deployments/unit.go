@@ -1,0 +1,128 @@
+package deployments
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// UnitID names a deployable: STAGE/ROLE/UNIT, as in prod/web/app.
+type UnitID struct {
+	Stage, Role, Unit string
+}
+
+var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]{0,62}$`)
+
+// CheckSegment accepts what may stand between two slashes of a key, of a path and of a unit's name: 1 to 63 of
+// letters, digits, '.', '_' and '-', the first a letter or a digit. Consul's HTTP API cleans paths (t/../k
+// becomes k) but its transactions don't, so nothing else may reach a key.
+func CheckSegment(what, s string) error {
+	if !segment.MatchString(s) {
+		return fmt.Errorf("%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit", what, clip(s))
+	}
+	return nil
+}
+
+// ParseUnitID reads STAGE/ROLE/UNIT.
+func ParseUnitID(s string) (UnitID, error) {
+	parts := strings.Split(s, "/")
+	if len(parts) != 3 {
+		return UnitID{}, fmt.Errorf("unit %q: want STAGE/ROLE/UNIT, as in prod/web/app", clip(s))
+	}
+	id := UnitID{parts[0], parts[1], parts[2]}
+	return id, id.Check()
+}
+
+// Check reports the first segment of id that CheckSegment refuses.
+func (id UnitID) Check() error {
+	if err := CheckSegment("stage", id.Stage); err != nil {
+		return err
+	}
+	if err := CheckSegment("role", id.Role); err != nil {
+		return err
+	}
+	return CheckSegment("unit", id.Unit)
+}
+
+func (id UnitID) String() string { return id.Stage + "/" + id.Role + "/" + id.Unit }
+
+func (id UnitID) MarshalText() ([]byte, error) { return []byte(id.String()), nil }
+
+func (id *UnitID) UnmarshalText(text []byte) (err error) {
+	*id, err = ParseUnitID(string(text))
+	return err
+}
+
+// Unit is one file STAGE/ROLE/UNIT.yaml of a deployments repo.
+type Unit struct {
+	ID      UnitID
+	Release Pointer
+	// After names units of the same role that converge before this one. There is no cycle.
+	After []string
+	// Rollout is nil where every node goes at once.
+	Rollout *Rollout
+	// Drift says what agents do about a live release that no longer matches its index.
+	Drift Drift
+}
+
+// Rollout bounds how a new target reaches a unit's nodes.
+type Rollout struct {
+	// Canary go first and bake; zero: no canary.
+	Canary Amount
+	// Bake is how long the canary, and after it each step, must stay healthy.
+	Bake time.Duration
+	// MaxUnavailable bounds the nodes in flight, at least one; zero value: all.
+	MaxUnavailable Amount
+	// MaxFailures is how many failed nodes are borne; one more stops the rollout.
+	MaxFailures Amount
+	OnFailure   OnFailure
+	Approval    Approval
+	// Deadline is how long an admitted node may take before it counts as failed. Default 10 minutes.
+	Deadline time.Duration
+}
+
+// Amount is a number of nodes, or a percentage of the live ones rounded up.
+type Amount struct {
+	N       int
+	Percent bool
+}
+
+// Of gives the amount among n nodes: a percentage is rounded up, so that 10% of 3 is 1.
+func (a Amount) Of(n int) int {
+	if !a.Percent {
+		return a.N
+	}
+	return (a.N*n + 99) / 100
+}
+
+func (a Amount) String() string {
+	if a.Percent {
+		return fmt.Sprintf("%d%%", a.N)
+	}
+	return fmt.Sprint(a.N)
+}
+
+// OnFailure is what a rollout does when its budget of failures is spent.
+type OnFailure string
+
+const (
+	Rollback OnFailure = "rollback" // the default
+	Pause    OnFailure = "pause"
+)
+
+// Approval is who lets a rollout go past its canary.
+type Approval string
+
+const (
+	Auto   Approval = "auto" // the default
+	Manual Approval = "manual"
+)
+
+// Drift is what an agent does when the live tree differs from the release's index.
+type Drift string
+
+const (
+	DriftReport Drift = "report" // the default
+	DriftHeal   Drift = "heal"
+)

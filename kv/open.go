@@ -1,0 +1,19 @@
+package kv
+
+import (
+	"context"
+	"log/slog"
+)
+
+// Config opens a store. The zero value is Consul by its own environment variables, with DefaultPrefix.
+type Config struct {
+	// URL is empty or "consul" for Consul as its environment (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …) says, or
+	// file://DIR for a watched directory, which is made if it is missing.
+	URL string
+	// Prefix of all keys in Consul; empty: DefaultPrefix. A directory has none.
+	Prefix string
+	Log    *slog.Logger // nil: discard
+}
+
+// Open opens the store that c names. It does not wait for it to be reachable.
+func Open(ctx context.Context, c Config) (Store, error) { return open(ctx, c) }

@@ -1,0 +1,135 @@
+// Package kv keeps kedge's shared state: a small store contract, Consul and a watched directory as its two
+// implementations, and the layout of the keys.
+package kv
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Sentinels that callers branch on; errors of this package wrap them.
+var (
+	ErrNotFound    = errors.New("no such key")
+	ErrConflict    = errors.New("the key was changed meanwhile")
+	ErrDenied      = errors.New("permission denied")
+	ErrUnavailable = errors.New("the store is unavailable")
+	ErrLeaseLost   = errors.New("the lease is lost")
+	ErrTooLarge    = errors.New("the value or transaction is too large")
+)
+
+// Entry is one key of the store.
+type Entry struct {
+	// Key is relative to the store's prefix: desired/prod/web/app.
+	Key   string
+	Value []byte
+	// Version changes with every write of this key. It is only good for Op.Version; versions of two keys, or
+	// after a restart, don't compare.
+	Version uint64
+	// Session holds the entry while its writer lives; empty: nobody does. See Presence.
+	Session string
+}
+
+// View is what a watch knows of a prefix.
+type View struct {
+	// Entries are sorted by key, folder keys left out. They are what was last known for certain: trouble, a stale
+	// answer or a lost permission never shrinks them.
+	Entries []Entry
+	// Settled is false until the prefix was read once for certain. Only then does a missing key mean absence.
+	Settled bool
+	// Err is why the view may be out of date, and nil again once it isn't: ErrDenied, ErrUnavailable.
+	Err error
+	// Since is when Err last changed between nil and not nil.
+	Since time.Time
+}
+
+// Op is one operation of a Commit. Make it with Put, Create, Replace, Delete, DeleteIf or Check.
+type Op struct {
+	Kind    OpKind
+	Key     string
+	Value   []byte
+	Version uint64
+}
+
+// OpKind says what an Op does.
+type OpKind int
+
+const (
+	OpPut      OpKind = iota // write, whatever is there
+	OpCreate                 // write, if the key is absent
+	OpReplace                // write, if the key has Version
+	OpDelete                 // delete, if it is there
+	OpDeleteIf               // delete, if the key has Version
+	OpCheck                  // change nothing; fail unless the key has Version
+)
+
+func Put(key string, value []byte) Op    { return Op{Kind: OpPut, Key: key, Value: value} }
+func Create(key string, value []byte) Op { return Op{Kind: OpCreate, Key: key, Value: value} }
+func Replace(key string, value []byte, version uint64) Op {
+	return Op{Kind: OpReplace, Key: key, Value: value, Version: version}
+}
+func Delete(key string) Op                   { return Op{Kind: OpDelete, Key: key} }
+func DeleteIf(key string, version uint64) Op { return Op{Kind: OpDeleteIf, Key: key, Version: version} }
+func Check(key string, version uint64) Op    { return Op{Kind: OpCheck, Key: key, Version: version} }
+
+// Store is the contract that Consul and the watched directory both keep; the conformance suite is its text in
+// tests. Methods may be called from many goroutines.
+type Store interface {
+	// Get reads one key from the leader. ErrNotFound means that it is absent for certain only where the token may
+	// read it: Consul answers a token without rights the same way, so callers that act on absence use Watch or List.
+	Get(ctx context.Context, key string) (Entry, error)
+
+	// List reads every key below prefix, which ends in "/" or is empty, from the leader, sorted, folder keys left
+	// out. An empty result without the prefix's folder key in it is ErrDenied: see EnsureFolders.
+	List(ctx context.Context, prefix string) ([]Entry, error)
+
+	// Watch calls f, one call at a time, with a first view as soon as there is one (a failing store's first view
+	// has Err and isn't Settled), and then after every change of entries or Err, until ctx ends; it returns
+	// ctx's error, or at once an error for a prefix that no store could watch. Changes that come together may be
+	// seen as one: it tells state, not events.
+	Watch(ctx context.Context, prefix string, f func(View)) error
+
+	// Commit applies all of ops or none. A failed condition is ErrConflict. With a lease, nothing is applied
+	// unless the lease is held at that moment, else ErrLeaseLost, whatever its holder believes. At most MaxOps.
+	// After ErrUnavailable the outcome is unknown: read again.
+	Commit(ctx context.Context, lease Lease, ops ...Op) error
+
+	// Lease waits until it holds the lease at key, then returns it. holder is shown to people (in the key's value, as
+	// JSON with field "holder"). ttl is at least 10 s on Consul, which takes up to 2 ttl, and 15 s of lock-delay,
+	// to give a dead holder's lease to another.
+	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
+
+	// Presence ties entries to the life of this process's node, under name.
+	Presence(ctx context.Context, name string) (Presence, error)
+
+	// EnsureFolders creates the folder keys of prefixes where they are missing. The mirror, which may write
+	// everywhere, does so at its start; agents need them to tell absence from a lost permission, and Consul needs
+	// one in every watched prefix, or its watchers wake on every write anywhere.
+	EnsureFolders(ctx context.Context, prefixes ...string) error
+
+	// String names the store for people: consul at http://127.0.0.1:8500, prefix kedge/.
+	String() string
+
+	// Close ends what the store keeps open. Leases and presences are closed by their owners, before.
+	Close() error
+}
+
+// MaxOps bounds a Commit, its fence left out; some Consul servers take 64 operations a transaction.
+const MaxOps = 60
+
+// Lease is held by one process at a time.
+type Lease interface {
+	// Context ends when the lease is lost, with cause ErrLeaseLost, or released. It ends by the clock, at the
+	// latest when a renewal is a ttl overdue, so that a holder that was asleep stops before it acts.
+	Context() context.Context
+	// Release gives the lease to the next, at once.
+	Release(ctx context.Context) error
+}
+
+// Presence writes entries that say whether their writer lives: their Session is set while it does.
+type Presence interface {
+	// Put writes key and holds it. It takes a new session when the old one is gone.
+	Put(ctx context.Context, key string, value []byte) error
+	// Close deletes what it holds: a node that leaves in good order is not a dead one.
+	Close(ctx context.Context) error
+}
