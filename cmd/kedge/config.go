@@ -1,0 +1,87 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+)
+
+// agentConfig is /etc/kedge/agent.yaml. Each field is also a flag (dashes for underscores) and an environment variable
+// (KEDGE_ and capitals); the flag wins over the environment, the environment over the file.
+type agentConfig struct {
+	Stage    string   `yaml:"stage"`
+	Roles    []string `yaml:"roles"`
+	Node     string   `yaml:"node"`
+	StateDir string   `yaml:"state_dir"`
+	Listen   string   `yaml:"listen"`
+
+	Sources    []string `yaml:"sources"`
+	Dests      []string `yaml:"dests"`
+	Users      []string `yaml:"users"`
+	NoCommands bool     `yaml:"no_commands"`
+	Signers    string   `yaml:"signers"`
+
+	MaxBandwidth string        `yaml:"max_bandwidth"`
+	StartDelay   time.Duration `yaml:"start_delay"`
+	VerifyEvery  time.Duration `yaml:"verify_every"`
+	ReadyTimeout time.Duration `yaml:"ready_timeout"`
+}
+
+const defaultAgentConfig = "/etc/kedge/agent.yaml"
+
+// readAgentConfig reads file, strictly. A missing default file is an empty one; a missing named one is an error.
+func readAgentConfig(file string) (agentConfig, error) {
+	var c agentConfig
+	name := file
+	if name == "" {
+		name = defaultAgentConfig
+	}
+	data, err := os.ReadFile(name)
+	if errors.Is(err, os.ErrNotExist) && file == "" {
+		return c, nil
+	}
+	if err != nil {
+		return c, fmt.Errorf("reading the agent's configuration: %w", err)
+	}
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict()).Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return c, fmt.Errorf("%s: %s", name, yaml.FormatError(err, false, true))
+	}
+	return c, nil
+}
+
+// list splits what a flag or variable gives as a list.
+func list(s string) []string {
+	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// byteRate reads a number of bytes a second: 20000000, 20M, 20MB/s, 20MiB.
+func byteRate(s string) (int64, error) {
+	t := strings.TrimSuffix(strings.TrimSpace(s), "/s")
+	if t == "" || t == "0" {
+		return 0, nil
+	}
+	unit := int64(1)
+	for _, u := range []struct {
+		suffix string
+		factor int64
+	}{
+		{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"k", 1e3}, {"K", 1e3}, {"M", 1e6}, {"G", 1e9}, {"B", 1},
+	} {
+		if cut, ok := strings.CutSuffix(t, u.suffix); ok {
+			t, unit = strings.TrimSpace(cut), u.factor
+			break
+		}
+	}
+	n, err := strconv.ParseFloat(t, 64)
+	if err != nil || n <= 0 || n*float64(unit) > 1e15 {
+		return 0, fmt.Errorf("bandwidth %q: want bytes a second, as in 20MB/s", s)
+	}
+	return int64(n * float64(unit)), nil
+}

@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"kedge/sync/fleet"
+)
+
+// live starts the fleet and shows it until it is interrupted.
+func (d *demo) live(a *app) error {
+	fmt.Fprintf(d.out, "kedge demo: publishing three releases, starting a mirror and three agents in %s …\n", d.dir)
+	for _, version := range []string{firstVersion, secondVersion, brokenVersion} {
+		if _, err := d.publish(version); err != nil {
+			return err
+		}
+	}
+	if err := d.push(firstVersion); err != nil {
+		return err
+	}
+	if err := d.startMirror(); err != nil {
+		return err
+	}
+	for _, node := range []string{"web-1", "web-2", "web-3"} {
+		if err := d.startNode(node); err != nil {
+			return err
+		}
+	}
+	show := d.printChanges
+	if a.terminal() > 0 {
+		show = func(f *fleet.Fleet) { d.repaint(a, f) }
+	} else {
+		fmt.Fprint(d.out, d.advice())
+	}
+	err := fleet.Watch(d.ctx, d.store, fleet.Filter{}, show)
+	if errors.Is(err, context.Canceled) {
+		fmt.Fprintln(d.out, "\nending the agents and the mirror …")
+		return nil
+	}
+	return err
+}
+
+// repaint draws the whole screen anew: the fleet, then what to type next.
+func (d *demo) repaint(a *app, f *fleet.Fleet) {
+	var b strings.Builder
+	b.WriteString("\x1b[H\x1b[2J")
+	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents, each a process of its own, in %s\n\n", len(d.nodes), d.dir)
+	fleet.WriteTable(&b, f, fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: true})
+	fmt.Fprintf(&b, "\nLive now:")
+	for _, name := range []string{"web-1", "web-2", "web-3"} {
+		fmt.Fprintf(&b, "  %s/%s/", d.siteURL, name)
+	}
+	b.WriteString("\n" + d.advice())
+	fmt.Fprint(d.out, strings.ReplaceAll(b.String(), "\n", "\x1b[K\n"))
+}
+
+// printChanges is what a pipe gets: a line a node that changed.
+func (d *demo) printChanges(f *fleet.Fleet) {
+	for _, u := range f.Units {
+		for _, n := range u.Nodes {
+			line := strings.TrimSpace(fmt.Sprintf("%s  %s  %s %s  %s", u.ID, n.Name, n.Report.State, n.Report.Version, n.Report.Error))
+			if d.shown[n.Name] != line {
+				d.shown[n.Name] = line
+				fmt.Fprintf(d.out, "%s  %s\n", time.Now().Format("15:04:05.000"), line)
+			}
+		}
+	}
+}
+
+// advice says what to type next, ready to copy.
+func (d *demo) advice() string {
+	return fmt.Sprintf(`
+In a second terminal:
+
+  cd %s
+
+  # deploy %[2]s: change one line and push
+  echo "release: $(cat ../%[2]s)" > prod/web/app.yaml; git commit -qam %[2]s; git push -q
+
+  # deploy %[3]s, whose health check fails: every node goes back by itself
+  echo "release: $(cat ../%[3]s)" > prod/web/app.yaml; git commit -qam %[3]s; git push -q
+
+  # pin %[4]s in a hurry, as consul kv put would; then see why, and unpin
+  mkdir -p ../kv/pins/prod/web; cat ../%[4]s > ../kv/pins/prod/web/app
+  export KEDGE_KV=%[5]s
+  ../kedge explain prod/web/app web-1
+  ../kedge unpin prod/web/app
+
+Ctrl-C ends the demo.
+`, filepath.Join(d.dir, "deployments"), secondVersion, brokenVersion, firstVersion, d.kv())
+}

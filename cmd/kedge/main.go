@@ -1,0 +1,218 @@
+// Command kedge is pull-based deployment for fleets of Linux nodes: one binary for the mirror, the agent, and what people type.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"kedge/kv"
+)
+
+// Exit codes, the same for every command.
+const (
+	exitDone         = 0
+	exitFailed       = 1
+	exitUsage        = 2
+	exitNotConverged = 3
+)
+
+// errNotConverged makes the exit code 3: a wait that ran out of time.
+var errNotConverged = errors.New("not converged in time")
+
+// usageError makes the exit code 2, and says where the manual is.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// hintError adds a line that says what to do next.
+type hintError struct {
+	error
+	hint string
+}
+
+func (e hintError) Unwrap() error { return e.error }
+
+func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+
+// run is main without the process: what the tests of the command line call.
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	root := newRoot(&app{stdin: stdin, stdout: stdout, stderr: stderr})
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return exitDone
+	}
+	fmt.Fprintf(stderr, "kedge: %v\n", err)
+	var hint hintError
+	if errors.As(err, &hint) {
+		fmt.Fprintf(stderr, "  %s\n", hint.hint)
+	}
+	switch {
+	case errors.As(err, new(usageError)):
+		fmt.Fprintf(stderr, "  see %s --help\n", cmd.CommandPath())
+		return exitUsage
+	case errors.Is(err, errNotConverged):
+		return exitNotConverged
+	}
+	return exitFailed
+}
+
+// app is what the commands share: the streams, and the flags that all of them take.
+type app struct {
+	stdin          io.Reader
+	stdout, stderr io.Writer
+
+	kv, prefix          string
+	logFormat, logLevel string
+	json                bool
+}
+
+func newRoot(a *app) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "kedge",
+		Short: "Pull-based deployment: Git push, Consul KV, S3, and every node hauls itself there",
+		Long: `kedge deploys by state, not by events. A deployments repo in Git says which release every unit should run;
+the mirror copies that to Consul KV; the agent on every node watches it, fetches what changed from S3, verifies it,
+switches atomically, and reports. A node that boots reads the same key and ends in the same place.
+
+  kedge demo            see the whole of it on this machine, with nothing installed
+
+A unit is STAGE/ROLE/UNIT, as in prod/web/app. A pointer is URL@sha256:HEX, as kedge publish prints it.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
+		Version:       version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetVersionTemplate("kedge {{.Version}}\n")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.CompletionOptions.HiddenDefaultCmd = true
+	f := root.PersistentFlags()
+	f.StringVar(&a.kv, "kv", os.Getenv("KEDGE_KV"), "`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)")
+	f.StringVar(&a.prefix, "prefix", envOr("KEDGE_PREFIX", kv.DefaultPrefix), "prefix of every key in Consul; also KEDGE_PREFIX")
+	f.StringVar(&a.logFormat, "log-format", envOr("KEDGE_LOG_FORMAT", "text"), "text or json; also KEDGE_LOG_FORMAT")
+	f.StringVar(&a.logLevel, "log-level", envOr("KEDGE_LOG_LEVEL", "info"), "debug, info, warn or error; also KEDGE_LOG_LEVEL")
+
+	root.AddGroup(
+		&cobra.Group{ID: "start", Title: "Start here"},
+		&cobra.Group{ID: "daemon", Title: "Daemons"},
+		&cobra.Group{ID: "release", Title: "Releases and the deployments repo"},
+		&cobra.Group{ID: "fleet", Title: "Look at the fleet"},
+		&cobra.Group{ID: "operate", Title: "Operate it"},
+	)
+	for group, commands := range map[string][]*cobra.Command{
+		"start":   {a.demoCommand()},
+		"daemon":  {a.agentCommand(), a.mirrorCommand()},
+		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand()},
+		"fleet":   {a.statusCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand()},
+		"operate": a.operateCommands(),
+	} {
+		for _, c := range commands {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	for _, c := range root.Commands() {
+		if check := c.Args; check != nil {
+			c.Args = func(cmd *cobra.Command, args []string) error {
+				if err := check(cmd, args); err != nil {
+					return usagef("%w, in: kedge %s", err, cmd.Use)
+				}
+				return nil
+			}
+		}
+	}
+	return root
+}
+
+// open opens the store that the flags name.
+func (a *app) open(ctx context.Context, log *slog.Logger) (kv.Store, error) {
+	return kv.Open(ctx, kv.Config{URL: a.kv, Prefix: a.prefix, Log: log})
+}
+
+// quiet opens the store for a command that a person waits for: it has no log, errors are enough.
+func (a *app) quiet(ctx context.Context) (kv.Store, error) { return a.open(ctx, nil) }
+
+func (a *app) logger() (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(a.logLevel)); err != nil {
+		return nil, usagef("--log-level %q: want debug, info, warn or error", a.logLevel)
+	}
+	opt := &slog.HandlerOptions{Level: level}
+	switch a.logFormat {
+	case "json":
+		return slog.New(slog.NewJSONHandler(a.stderr, opt)), nil
+	case "text":
+		return slog.New(slog.NewTextHandler(a.stderr, opt)), nil
+	}
+	return nil, usagef("--log-format %q: want text or json", a.logFormat)
+}
+
+// terminal gives stdout's width where a person looks at it, else 0.
+func (a *app) terminal() (width int) {
+	f, ok := a.stdout.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return 0
+	}
+	if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
+		return width
+	}
+	return 80
+}
+
+// color reports whether stdout is a terminal that wants colours (https://no-color.org).
+func (a *app) color() bool {
+	return a.terminal() > 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}
+
+func envOr(name, otherwise string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return otherwise
+}
+
+// version is the build's: a tag, or the commit, as the Go tool stamps it.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	if v := info.Main.Version; v != "" && v != "(devel)" {
+		return v
+	}
+	var revision, dirty string
+	for _, s := range info.Settings {
+		switch s.Key {
+		case "vcs.revision":
+			revision = s.Value
+		case "vcs.modified":
+			if s.Value == "true" {
+				dirty = "+changes"
+			}
+		}
+	}
+	if revision == "" {
+		return "devel"
+	}
+	return strings.TrimSpace(revision[:min(12, len(revision))] + dirty)
+}

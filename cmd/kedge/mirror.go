@@ -1,0 +1,61 @@
+package main
+
+import (
+	"os"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+
+	"kedge/sync/mirror"
+)
+
+func (a *app) mirrorCommand() *cobra.Command {
+	var c mirror.Config
+	command := &cobra.Command{
+		Use:   "mirror REPO",
+		Short: "Copy a deployments repo to the store: the daemon beside Consul",
+		Long: `Reads the deployments repo's branch, checks the whole commit, and writes what differs to desired/ in the store. Run two
+or three: one holds the lease and works, the others take over within seconds when it is gone.
+
+REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
+is seen at once. Others are polled, and asked at once when a webhook calls /hook.
+
+From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
+KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab and Gitea.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			log, err := a.logger()
+			if err != nil {
+				return err
+			}
+			store, err := a.open(cmd.Context(), log)
+			if err != nil {
+				return err
+			}
+			defer store.Close()
+			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()
+			c.Metrics = prometheus.NewRegistry()
+			c.Metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+			m, err := mirror.New(c)
+			if err != nil {
+				return err
+			}
+			log.Info("mirror starts", "version", version(), "repo", c.Repo, "branch", c.Branch, "store", store.String())
+			daemon.SdNotify(false, daemon.SdNotifyReady)
+			return m.Run(cmd.Context())
+		},
+	}
+	f := command.Flags()
+	f.StringVar(&c.Branch, "branch", envOr("KEDGE_BRANCH", "main"), "branch to mirror")
+	f.DurationVar(&c.Every, "every", 0, "time between polls (default 15s; a local repo: 60s, beside watching it)")
+	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
+	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second, "how long a lease outlives its renewals; at least 10s on Consul")
+	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")
+	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"), "known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
+	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"), "allowed_signers `file`: with it, a commit without a signature by one of them is refused")
+	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
+	return command
+}

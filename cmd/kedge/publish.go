@@ -1,0 +1,144 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kedge/artifact"
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+func (a *app) publishCommand() *cobra.Command {
+	var opt artifact.PublishOptions
+	var template, name, version, dest, key string
+	var since []string
+	c := &cobra.Command{
+		Use:   "publish DIR",
+		Short: "Put a release into storage, and print its pointer",
+		Long: `Packs DIR, uploads archive, index, deltas, signature and, last, the manifest below TO/NAME/VERSION/, and prints the pointer
+that goes into the deployments repo. The same tree gives the same bytes, whoever packs it; nothing is ever overwritten with
+other bytes, so it can be run again after a cut.
+
+What the release does when it goes live (commands, health, drain, owner …) comes from a manifest's file; name, version and dest
+may be given there or here.
+
+  kedge publish ./dist --to s3://acme-releases --name web --version 1.4.2 --dest /srv/web --manifest kedge-manifest.yaml
+
+--since POINTER, given once for each earlier release that nodes may still run, makes a delta for them.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			opt.Dir = args[0]
+			if opt.To == "" {
+				return usagef("--to is missing: the URL prefix to publish below, as in s3://acme-releases")
+			}
+			if template != "" {
+				if err := readTemplate(template, &opt); err != nil {
+					return err
+				}
+			}
+			for flag, field := range map[string]*string{name: &opt.Manifest.Name, version: &opt.Manifest.Version, dest: &opt.Manifest.Dest} {
+				if flag != "" {
+					*field = flag
+				}
+			}
+			m := &opt.Manifest
+			if m.Name == "" || m.Version == "" || m.Dest == "" {
+				return usagef("name, version and dest are needed: give --name, --version and --dest, or set them in --manifest")
+			}
+			if m.Strategy == "" {
+				m.Strategy = deployments.StrategyRelease
+			}
+			if !filepath.IsAbs(opt.To) && filepath.IsLocal(opt.To) && deployments.CheckURL(opt.To+"/x") != nil {
+				return usagef("--to %q is not a URL: want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR", opt.To)
+			}
+			for _, s := range since {
+				p, err := deployments.ParsePointer(s)
+				if err != nil {
+					return usagef("--since: %w", err)
+				}
+				opt.Since = append(opt.Since, p)
+			}
+			if key != "" {
+				sign, err := manifestSigner(key)
+				if err != nil {
+					return err
+				}
+				opt.Sign = sign
+			}
+			start := time.Now()
+			progress := a.progressLine()
+			opt.Progress = progress.show
+			published, err := artifact.Publish(ctx, object.New(object.Config{}), opt)
+			progress.clear()
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return json.NewEncoder(a.stdout).Encode(published)
+			}
+			fmt.Fprintf(a.stderr, "published %s %s in %s: %d files, %s, as an archive of %s\n", m.Name, m.Version, time.Since(start).Round(time.Millisecond),
+				published.Files, bytesText(published.Tree), bytesText(published.Archive))
+			for _, d := range published.Deltas {
+				fmt.Fprintf(a.stderr, "nodes that run %s fetch %s\n", d.From.Digest.Short(), bytesText(d.Bytes))
+			}
+			fmt.Fprintln(a.stdout, published.Pointer)
+			return nil
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&opt.To, "to", os.Getenv("KEDGE_PUBLISH_TO"), "`URL` prefix to publish below; also KEDGE_PUBLISH_TO")
+	f.StringVar(&template, "manifest", "", "`file` with the manifest's other fields")
+	f.StringVar(&name, "name", "", "the release's name")
+	f.StringVar(&version, "version", "", "the release's version")
+	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")
+	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from; may be repeated")
+	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
+	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
+	return c
+}
+
+// bytesText gives a size as people read it: 734 MB, 0.8 MB, 312 B.
+func bytesText(n int64) string {
+	switch {
+	case n < 1000:
+		return fmt.Sprintf("%d B", n)
+	case n < 100_000:
+		return fmt.Sprintf("%.1f kB", float64(n)/1e3)
+	case n < 100_000_000:
+		return fmt.Sprintf("%.1f MB", float64(n)/1e6)
+	}
+	return fmt.Sprintf("%d MB", n/1e6)
+}
+
+// progressLine shows progress on one line of a terminal, and nothing elsewhere.
+type progressLine struct {
+	a    *app
+	last time.Time
+}
+
+func (a *app) progressLine() *progressLine { return &progressLine{a: a} }
+
+func (l *progressLine) show(p artifact.Progress) {
+	if l.a.terminal() == 0 || time.Since(l.last) < 50*time.Millisecond {
+		return
+	}
+	l.last = time.Now()
+	if p.Total > 0 {
+		fmt.Fprintf(l.a.stderr, "\r\x1b[K%s %3d%% of %s", p.Phase, 100*p.Done/p.Total, bytesText(p.Total))
+		return
+	}
+	fmt.Fprintf(l.a.stderr, "\r\x1b[K%s %s", p.Phase, bytesText(p.Done))
+}
+
+func (l *progressLine) clear() {
+	if !l.last.IsZero() {
+		fmt.Fprint(l.a.stderr, "\r\x1b[K")
+	}
+}

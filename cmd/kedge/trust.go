@@ -1,0 +1,74 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/hiddeco/sshsig"
+	"golang.org/x/crypto/ssh"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does.
+func manifestSigner(keyFile string) (func([]byte) ([]byte, error), error) {
+	pem, err := os.ReadFile(keyFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading the signing key: %w", err)
+	}
+	key, err := ssh.ParsePrivateKey(pem)
+	if errors.As(err, new(*ssh.PassphraseMissingError)) {
+		return nil, hintError{fmt.Errorf("the signing key %s has a passphrase", keyFile), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the signing key %s: %w", keyFile, err)
+	}
+	return func(manifest []byte) ([]byte, error) {
+		signature, err := sshsig.Sign(bytes.NewReader(manifest), key, sshsig.HashSHA512, policy.ManifestNamespace)
+		if err != nil {
+			return nil, fmt.Errorf("signing the manifest: %w", err)
+		}
+		return sshsig.Armor(signature), nil
+	}, nil
+}
+
+// maxSignature bounds what is read of a signature's object, in bytes.
+const maxSignature = 16 << 10
+
+// trustSigners gives the check that an agent makes of every manifest before it uses it: its signature, which lies beside it as
+// manifest.yaml.sig, is by one of those in file. Without a file the pointer's digest is enough, and nil is returned.
+func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(context.Context, deployments.Pointer, []byte) error, error) {
+	if file == "" {
+		return nil, nil
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("reading the allowed signers: %w", err)
+	}
+	signers, err := policy.ParseSigners(data)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
+		signature, err := objects.ReadAll(ctx, p.URL+".sig", maxSignature)
+		if errors.Is(err, object.ErrNotFound) {
+			return fmt.Errorf("%s is not signed, and this node has signers configured: publish it with --sign", p.URL)
+		}
+		if err != nil {
+			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)
+		}
+		who, err := signers.VerifyManifest(manifest, signature, time.Now())
+		if err != nil {
+			return fmt.Errorf("the signature of %s: %w", p.URL, err)
+		}
+		log.Debug("manifest is signed", "url", p.URL, "by", who)
+		return nil
+	}, nil
+}
