@@ -39,7 +39,7 @@ may be given there or here.
 				return usagef("--to is missing: the URL prefix to publish below, as in s3://acme-releases")
 			}
 			if template != "" {
-				if err := readTemplate(template, &opt); err != nil {
+				if err := readTemplate(template, &opt.Manifest); err != nil {
 					return err
 				}
 			}

@@ -1,0 +1,185 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/mirror"
+)
+
+func (a *app) checkCommand() *cobra.Command {
+	var manifest string
+	var preReceive bool
+	c := &cobra.Command{
+		Use:   "check [REPO]",
+		Short: "Validate a deployments repo, or a manifest",
+		Long: `Checks the work tree at REPO (default .) as the mirror would check a commit of it, and prints every mistake with file, line
+and column.
+
+As a hook of the repo that people push to, it refuses a bad push: put this in hooks/pre-receive:
+
+  #!/bin/sh
+  exec kedge check --pre-receive
+
+With --manifest FILE it checks a manifest instead, and names the traps in an old one of stretcher's.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			dir := "."
+			if len(args) == 1 {
+				dir = args[0]
+			}
+			switch {
+			case manifest != "":
+				return a.checkManifest(manifest)
+			case preReceive:
+				return mirror.CheckPush(cmd.Context(), dir, a.stdin)
+			}
+			tree, err := deployments.Load(os.DirFS(dir))
+			if problems := deployments.Problems(nil); errors.As(err, &problems) {
+				if a.json {
+					return errors.Join(a.printJSON(problems), fmt.Errorf("%s", count(len(problems), "problem")))
+				}
+				for _, p := range problems {
+					fmt.Fprintln(a.stdout, p.Error())
+				}
+				return fmt.Errorf("%s in %s: nothing of this commit would be taken", count(len(problems), "problem"), dir)
+			}
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
+			return nil
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&manifest, "manifest", "", "check this manifest `file` instead; - for standard input")
+	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
+	a.jsonFlag(c, "the problems")
+	return c
+}
+
+func (a *app) checkManifest(file string) error {
+	data, err := os.ReadFile(file)
+	if file == "-" {
+		data, err = io.ReadAll(io.LimitReader(a.stdin, deployments.MaxManifest+1))
+	}
+	if err != nil {
+		return err
+	}
+	// Variables are the nodes' to set: here each stands for itself.
+	m, err := deployments.ParseManifest(data, "file:///manifest.yaml", func(name string) (string, bool) { return "$" + name, true })
+	if err != nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	traps := m.Traps(data)
+	if a.json {
+		return a.printJSON(traps)
+	}
+	for _, t := range traps {
+		t.File = file
+		fmt.Fprintln(a.stdout, t.Error())
+	}
+	fmt.Fprintf(a.stderr, "%s: valid, %s\n", file, count(len(traps), "trap"))
+	return nil
+}
+
+func (a *app) diffCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "diff [REPO [COMMIT]]",
+		Short: "What a commit would change in the store",
+		Long:  `Compares COMMIT (default HEAD) of the repo at REPO (default .) with the records in the store: what the mirror would write.`,
+		Args:  cobra.MaximumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			args = append(args, []string{".", "HEAD"}[len(args):]...)
+			ctx := cmd.Context()
+			tree, commit, err := mirror.LoadCommit(ctx, args[0], args[1])
+			if err != nil {
+				return err
+			}
+			store, err := a.quiet(ctx)
+			if err != nil {
+				return err
+			}
+			defer store.Close()
+			now, err := records(ctx, store)
+			if err != nil {
+				return err
+			}
+			changes := mirror.Plan(tree, commit.Hash, now)
+			if a.json {
+				return a.printJSON(changes)
+			}
+			writeChanges(a.stdout, changes)
+			return nil
+		},
+	}
+	a.jsonFlag(c, "the changes")
+	return c
+}
+
+// records reads what the store desires now. A record that doesn't parse counts as absent: the mirror would replace it.
+func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
+	entries, err := store.List(ctx, kv.DesiredPrefix)
+	if err != nil {
+		return nil, err
+	}
+	now := map[deployments.UnitID]deployments.Record{}
+	for _, e := range entries {
+		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.DesiredPrefix))
+		if err != nil {
+			continue
+		}
+		if r, err := deployments.ParseRecord(e.Value); err == nil {
+			now[id] = r
+		}
+	}
+	return now, nil
+}
+
+func writeChanges(w io.Writer, changes []mirror.Change) {
+	if len(changes) == 0 {
+		fmt.Fprintln(w, "nothing: the store has it all")
+	}
+	for _, c := range changes {
+		fmt.Fprintf(w, "%-7s %s\n", c.Kind, c.Unit)
+		if c.Before != nil && (c.After == nil || c.Before.Target != c.After.Target) {
+			fmt.Fprintf(w, "  - %s\n", c.Before.Target)
+		}
+		if c.After != nil && (c.Before == nil || c.Before.Target != c.After.Target) {
+			fmt.Fprintf(w, "  + %s\n", c.After.Target)
+		}
+	}
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// readTemplate fills opt's manifest from a file, in which {{ env }} and {{ must_env }} are kept for the nodes to fill in.
+func readTemplate(file string, into *deployments.Manifest) error {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return fmt.Errorf("reading the manifest's template: %w", err)
+	}
+	if bytes.Contains(data, []byte("{{")) {
+		return fmt.Errorf("%s: variables ({{ … }}) are not kept by kedge publish yet: write the value, or set it in the node's configuration", file)
+	}
+	m, err := deployments.ParseManifest(data, "file:///manifest.yaml", nil)
+	if err != nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	*into = *m
+	return nil
+}
