@@ -1,0 +1,468 @@
+// Package kvtest is what tests of kedge's store need: real Consul servers, alone or as a cluster, with or without
+// ACLs; the conformance suite that every store passes; and a store that fails when it is told to.
+package kvtest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+)
+
+// startTimeout bounds how long a Consul may take until it has a leader, on a busy machine.
+const startTimeout = 60 * time.Second
+
+// ConsulOptions describes a Consul to start. The zero value is one server without ACLs, in memory.
+type ConsulOptions struct {
+	// Servers is how many servers form the cluster; 0: 1.
+	Servers int
+	// Clients are the names of nodes that run a client agent, as a fleet's machines do.
+	Clients []string
+	// ACL turns on default deny; Consul.RootToken may do everything, and Consul.Token makes others.
+	ACL bool
+	// Persistent keeps the data of a lone server on disk, so that it can be started again after Stop or Kill. It
+	// takes some 2 s longer to start. Servers of a cluster and clients always can be.
+	Persistent bool
+	// Config is more configuration for every node, in HCL.
+	Config string
+}
+
+// Consul is a running Consul that ends with the test.
+type Consul struct {
+	// RootToken is the bootstrap token, empty without ACLs.
+	RootToken string
+	Servers   []*ConsulNode
+	Clients   []*ConsulNode
+
+	tb testing.TB
+}
+
+// ConsulNode is one Consul process, a server or a client, on a loopback address of its own.
+type ConsulNode struct {
+	Name string
+	// IP is the node's own address in 127.0.0.0/8.
+	IP string
+	// Addr is the HTTP API's address, IP:PORT, what CONSUL_HTTP_ADDR takes. It stays over restarts.
+	Addr string
+
+	consul               *Consul
+	dir                  string
+	memory               bool
+	serfPort, serverPort int
+
+	mu   sync.Mutex
+	proc *process
+}
+
+// ToolPath gives the path of a program that `.ci/tools` builds, and fails the test where it is missing.
+func ToolPath(tb testing.TB, name string) string {
+	tb.Helper()
+	dir := os.Getenv("KEDGE_TOOLS")
+	if dir == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			tb.Fatalf("look for %s: %v; set KEDGE_TOOLS to the directory that .ci/tools built into", name, err)
+		}
+		dir = filepath.Join(cache, "kedge-tools")
+	}
+	path := filepath.Join(dir, name)
+	if _, err := os.Stat(path); err != nil {
+		tb.Fatalf("the tests need a real %s: %v; run .ci/tools, or set KEDGE_TOOLS", name, err)
+	}
+	return path
+}
+
+// StartConsul starts a Consul and returns once it has a leader and takes writes. It ends with the test, also when
+// the test's process is killed.
+func StartConsul(tb testing.TB, o ConsulOptions) *Consul {
+	tb.Helper()
+	c := &Consul{tb: tb}
+	if o.ACL {
+		c.RootToken = newUUID()
+	}
+	servers := max(o.Servers, 1)
+	memory := servers == 1 && !o.Persistent
+	for i := range servers {
+		c.Servers = append(c.Servers, c.newNode(fmt.Sprintf("server-%d", i+1), memory))
+	}
+	for _, name := range o.Clients {
+		c.Clients = append(c.Clients, c.newNode(name, false))
+	}
+	var join []string
+	for _, n := range c.Servers {
+		join = append(join, fmt.Sprintf("%s:%d", n.IP, n.serfPort))
+	}
+	for i, n := range c.Nodes() {
+		n.configure(o, i < servers, servers, join)
+	}
+	for _, n := range c.Nodes() {
+		n.start()
+	}
+	c.WaitReady()
+	return c
+}
+
+// Nodes gives the servers, then the clients.
+func (c *Consul) Nodes() []*ConsulNode {
+	return append(append([]*ConsulNode{}, c.Servers...), c.Clients...)
+}
+
+// Addr is the HTTP address of the first server.
+func (c *Consul) Addr() string { return c.Servers[0].Addr }
+
+// Env is the environment that points a kedge or consul process with this token at the first server.
+func (c *Consul) Env(token string) []string { return c.Servers[0].Env(token) }
+
+// Env is the environment that points a kedge or consul process with this token at the node.
+func (n *ConsulNode) Env(token string) []string {
+	return []string{"CONSUL_HTTP_ADDR=" + n.Addr, "CONSUL_HTTP_TOKEN=" + token}
+}
+
+// Client is Consul's own client on the first server, with the root token.
+func (c *Consul) Client() *api.Client { return c.Servers[0].Client(c.RootToken) }
+
+// Client is Consul's own client on the node.
+func (n *ConsulNode) Client(token string) *api.Client {
+	client, err := api.NewClient(n.Config(token))
+	if err != nil {
+		n.consul.tb.Fatalf("make a consul client: %v", err)
+	}
+	return client
+}
+
+// Config is the client configuration for the node and a token, for kv.Config.Consul.
+func (n *ConsulNode) Config(token string) *api.Config {
+	return &api.Config{Address: n.Addr, Token: token}
+}
+
+// Open opens a store on the first server, with the default prefix; the test closes it at its end.
+func (c *Consul) Open(token string) kv.Store { return c.Servers[0].Open(token) }
+
+// Open opens a store on the node, with the default prefix; the test closes it at its end.
+func (n *ConsulNode) Open(token string) kv.Store {
+	tb := n.consul.tb
+	tb.Helper()
+	s, err := kv.Open(context.Background(), kv.Config{Consul: n.Config(token)})
+	if err != nil {
+		tb.Fatalf("open a store on %s: %v", n.Name, err)
+	}
+	tb.Cleanup(func() { s.Close() })
+	return s
+}
+
+// Token makes a token that has these ACL rules and no others.
+func (c *Consul) Token(rules string) string {
+	c.tb.Helper()
+	acl := c.Client().ACL()
+	policy, _, err := acl.PolicyCreate(&api.ACLPolicy{Name: "test-" + newUUID(), Rules: rules}, nil)
+	if err != nil {
+		c.tb.Fatalf("create a policy: %v", err)
+	}
+	token, _, err := acl.TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
+	if err != nil {
+		c.tb.Fatalf("create a token: %v", err)
+	}
+	return token.SecretID
+}
+
+// RevokeToken deletes a token that Token made.
+func (c *Consul) RevokeToken(token string) {
+	c.tb.Helper()
+	self, _, err := c.Client().ACL().TokenReadSelf(&api.QueryOptions{Token: token})
+	if err != nil {
+		c.tb.Fatalf("find the token to revoke: %v", err)
+	}
+	if _, err := c.Client().ACL().TokenDelete(self.AccessorID, nil); err != nil {
+		c.tb.Fatalf("revoke a token: %v", err)
+	}
+}
+
+// CLI runs the consul program itself, as an operator would, and returns what it printed.
+func (c *Consul) CLI(token, stdin string, args ...string) string {
+	c.tb.Helper()
+	cmd := exec.Command(ToolPath(c.tb, "consul"), args...)
+	cmd.Env = append(os.Environ(), c.Env(token)...)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		c.tb.Fatalf("consul %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// Leader waits for a leader and returns its node.
+func (c *Consul) Leader() *ConsulNode {
+	c.tb.Helper()
+	var leader *ConsulNode
+	c.await("a leader", func() error {
+		for _, n := range c.Servers {
+			if !n.Running() {
+				continue
+			}
+			addr, err := n.Client(c.RootToken).Status().Leader()
+			if err != nil {
+				return err
+			}
+			for _, l := range c.Servers {
+				if l.Running() && addr == fmt.Sprintf("%s:%d", l.IP, l.serverPort) {
+					leader = l
+					return nil
+				}
+			}
+		}
+		return errors.New("no running server leads")
+	})
+	return leader
+}
+
+// Snapshot saves the whole state.
+func (c *Consul) Snapshot() []byte {
+	c.tb.Helper()
+	r, _, err := c.Client().Snapshot().Save(nil)
+	if err != nil {
+		c.tb.Fatalf("save a snapshot: %v", err)
+	}
+	defer r.Close()
+	var b bytes.Buffer
+	if _, err := b.ReadFrom(r); err != nil {
+		c.tb.Fatalf("save a snapshot: %v", err)
+	}
+	return b.Bytes()
+}
+
+// Restore puts the state back to what it was at the snapshot.
+func (c *Consul) Restore(snapshot []byte) {
+	c.tb.Helper()
+	if err := c.Client().Snapshot().Restore(nil, bytes.NewReader(snapshot)); err != nil {
+		c.tb.Fatalf("restore a snapshot: %v", err)
+	}
+}
+
+// WaitReady returns once every running node answers, knows the leader and takes a write.
+func (c *Consul) WaitReady() {
+	c.tb.Helper()
+	for _, n := range c.Nodes() {
+		if !n.Running() {
+			continue
+		}
+		c.await(n.Name+" to be ready", func() error {
+			const key = "kvtest-ready"
+			client := n.Client(c.RootToken)
+			if _, err := client.KV().Put(&api.KVPair{Key: key}, nil); err != nil {
+				return err
+			}
+			if _, err := client.KV().Delete(key, nil); err != nil {
+				return err
+			}
+			// Sessions are tied to the node's serfHealth check, which the leader makes when it sees the node join.
+			checks, _, err := client.Health().Node(n.Name, nil)
+			if err == nil && len(checks) == 0 {
+				err = errors.New("not in the catalog yet")
+			}
+			return err
+		})
+	}
+}
+
+func (c *Consul) await(what string, try func() error) {
+	c.tb.Helper()
+	deadline := time.Now().Add(startTimeout)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		for _, n := range c.Nodes() {
+			if exit := n.exited(); exit != nil {
+				c.tb.Fatalf("wait for %s: consul %s ended: %v\n%s", what, n.Name, exit, n.logTail())
+			}
+		}
+		if time.Now().After(deadline) {
+			c.tb.Fatalf("wait for %s: %v\n%s", what, err, c.Servers[0].logTail())
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// newNode reserves an address of its own for a node, so that it can come back on the same ports.
+func (c *Consul) newNode(name string, memory bool) *ConsulNode {
+	n := &ConsulNode{Name: name, consul: c, dir: c.tb.TempDir(), memory: memory}
+	n.IP = fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
+	ports := make([]int, 3)
+	var held []*net.TCPListener
+	for i := range ports {
+		l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.ParseIP(n.IP)})
+		if err != nil {
+			c.tb.Fatalf("find a free port on %s: %v", n.IP, err)
+		}
+		held = append(held, l)
+		ports[i] = l.Addr().(*net.TCPAddr).Port
+	}
+	for _, l := range held {
+		l.Close()
+	}
+	n.Addr = fmt.Sprintf("%s:%d", n.IP, ports[0])
+	n.serfPort, n.serverPort = ports[1], ports[2]
+	c.tb.Cleanup(func() {
+		n.Kill()
+		if c.tb.Failed() {
+			c.tb.Logf("consul %s:\n%s", n.Name, n.logTail())
+		}
+	})
+	return n
+}
+
+func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join []string) {
+	config := map[string]any{
+		"node_name": n.Name, "bind_addr": n.IP, "client_addr": n.IP, "advertise_addr": n.IP, "server": server,
+		"ports": map[string]int{
+			"http": portOf(n.Addr), "serf_lan": n.serfPort, "server": n.serverPort,
+			"https": -1, "dns": -1, "grpc": -1, "grpc_tls": -1, "serf_wan": -1,
+		},
+		"connect":              map[string]any{"enabled": false},
+		"peering":              map[string]any{"enabled": false},
+		"ui_config":            map[string]any{"enabled": false},
+		"performance":          map[string]any{"raft_multiplier": 1},
+		"limits":               map[string]any{"http_max_conns_per_client": 0, "rpc_max_conns_per_client": 0},
+		"disable_update_check": true, "leave_on_terminate": false, "skip_leave_on_interrupt": true,
+		// A node that dies is noticed within a second or two, as it is in Consul's own tests.
+		"gossip_lan": map[string]any{
+			"gossip_interval": "100ms", "probe_interval": "200ms", "probe_timeout": "150ms", "suspicion_mult": 3,
+		},
+		"log_level": "INFO",
+	}
+	if !n.memory {
+		config["data_dir"] = filepath.Join(n.dir, "data")
+		if server {
+			config["bootstrap_expect"] = servers
+		}
+		if servers > 1 || !server {
+			config["retry_join"], config["retry_interval"] = join, "200ms"
+		}
+	}
+	if o.ACL {
+		config["acl"] = map[string]any{"enabled": true, "default_policy": "deny", "enable_token_persistence": false,
+			"tokens": map[string]string{"initial_management": n.consul.RootToken, "agent": n.consul.RootToken}}
+	}
+	data, err := json.Marshal(config)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(n.dir, "node.json"), data, 0o600)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(n.dir, "test.hcl"), []byte(o.Config), 0o600)
+	}
+	if err != nil {
+		n.consul.tb.Fatalf("configure consul %s: %v", n.Name, err)
+	}
+}
+
+// Start starts a node again that Stop or Kill ended, with its data and ports, and returns without waiting for it;
+// Consul.WaitReady waits.
+func (n *ConsulNode) Start() {
+	n.consul.tb.Helper()
+	if n.memory {
+		n.consul.tb.Fatalf("consul %s keeps its data in memory and can't be started again: set ConsulOptions.Persistent", n.Name)
+	}
+	n.start()
+}
+
+func (n *ConsulNode) start() {
+	tb := n.consul.tb
+	tb.Helper()
+	args := []string{"agent", "-config-file=" + filepath.Join(n.dir, "node.json"), "-config-file=" + filepath.Join(n.dir, "test.hcl")}
+	if n.memory {
+		args = append(args, "-dev")
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.proc != nil && n.proc.running() {
+		tb.Fatalf("consul %s runs already", n.Name)
+	}
+	var err error
+	if n.proc, err = startProcess(filepath.Join(n.dir, "log"), ToolPath(tb, "consul"), args...); err != nil {
+		tb.Fatalf("start consul %s: %v", n.Name, err)
+	}
+}
+
+// Stop ends the node in good order, without leaving the cluster, as a reboot does.
+func (n *ConsulNode) Stop() { n.signal(syscall.SIGTERM, true) }
+
+// Kill ends the node as a power cut does.
+func (n *ConsulNode) Kill() { n.signal(syscall.SIGKILL, true) }
+
+// Suspend stops the node's process where it is: it neither answers nor refuses, as behind a cut network.
+func (n *ConsulNode) Suspend() { n.signal(syscall.SIGSTOP, false) }
+
+// Resume ends Suspend.
+func (n *ConsulNode) Resume() { n.signal(syscall.SIGCONT, false) }
+
+// Running is whether the node's process is there, suspended or not.
+func (n *ConsulNode) Running() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.proc != nil && n.proc.running()
+}
+
+func (n *ConsulNode) signal(s syscall.Signal, wait bool) {
+	n.mu.Lock()
+	p := n.proc
+	if wait {
+		n.proc = nil
+	}
+	n.mu.Unlock()
+	if p == nil {
+		return
+	}
+	p.signal(s)
+	if wait {
+		select {
+		case <-p.done:
+		case <-time.After(20 * time.Second):
+			p.signal(syscall.SIGKILL)
+			<-p.done
+		}
+	}
+}
+
+// exited is why the node's process ended by itself, nil where it didn't.
+func (n *ConsulNode) exited() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.proc == nil || n.proc.running() {
+		return nil
+	}
+	return n.proc.state
+}
+
+func (n *ConsulNode) logTail() string {
+	data, _ := os.ReadFile(filepath.Join(n.dir, "log"))
+	return string(data[max(0, len(data)-4000):])
+}
+
+func portOf(addr string) int {
+	a, err := net.ResolveTCPAddr("tcp", addr)
+	if err != nil {
+		return 0
+	}
+	return a.Port
+}
+
+func newUUID() string {
+	return fmt.Sprintf("%08x-%04x-4%03x-8%03x-%012x", rand.Uint32(), rand.Uint32N(1<<16), rand.Uint32N(1<<12),
+		rand.Uint32N(1<<12), rand.Uint64N(1<<48))
+}
