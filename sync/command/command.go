@@ -1,10 +1,43 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
-// wait for pipes that a daemon inherited, and bounded output.
+// wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
+//
+// A command finds the agent's own environment, without what the agent must keep to itself: Consul's token and client
+// key, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials. AWS variables stay, because
+// hooks call the aws command; a command that runs as another user doesn't get AWS keys either. These are added, empty
+// where there is nothing to say:
+//
+//	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
+//	KEDGE_NODE                          this node's name
+//	KEDGE_STEP                          pre, post, success, failure or health
+//	KEDGE_RELEASE                       directory of the release that the command belongs to
+//	KEDGE_PREVIOUS                      directory of the release before it
+//	KEDGE_DEST                          the manifest's dest
+//	KEDGE_DIGEST                        SHA-256 of the manifest
+//	KEDGE_NAME KEDGE_VERSION            the manifest's
+//	KEDGE_COMMIT                        the Git commit that asked for it
+//	KEDGE_ERROR                         why the deployment failed; for failure commands
+//	KEDGE_RUN                           marks the processes of one command; see EndLeftovers
+//
+// Processes that a command leaves in the background live on when it exits by itself, whatever its exit status; when it
+// is ended by its timeout or by the agent, all of its process group goes. A daemon should still redirect its
+// output: it loses its reader when the agent restarts.
 package command
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
+	"io"
 	"log/slog"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/deployments"
 )
@@ -13,6 +46,7 @@ import (
 type Env struct {
 	Unit     deployments.UnitID
 	Node     string
+	Step     string // pre, post, success, failure, health
 	Release  string // directory of the new release
 	Previous string // directory of the one before; empty at the first
 	Dest     string
@@ -20,20 +54,150 @@ type Env struct {
 	Version  string
 	Commit   string
 	Name     string
+	Error    string // why the deployment failed, for failure commands
+	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked.
+	Run string
 }
 
 // Result is what a command did.
 type Result struct {
-	// Output is the end of what it wrote to both streams, at most MaxOutput bytes, with a line that says how much was left out.
+	// Output is the beginning and the end of what it wrote to both streams, at most MaxOutput bytes, with a line between
+	// them that says how much was left out.
 	Output []byte
 	// Exit is its exit status; -1 where it was ended by a signal or never ran.
 	Exit int
 }
 
-// MaxOutput bounds what is kept of one command's output, in bytes.
-const MaxOutput = 64 << 10
+const (
+	// MaxOutput bounds what is kept of one command's output, in bytes.
+	MaxOutput = 64 << 10
+	// MaxLines bounds the lines of one command's output that are logged, MaxLine the bytes of each.
+	MaxLines = 500
+	MaxLine  = 1 << 10
+	// LineKey is the attribute that holds a line of output in the log.
+	LineKey = "line"
+
+	defaultTimeout = 10 * time.Minute
+	grace          = 5 * time.Second // from SIGTERM to SIGKILL
+	pipeWait       = time.Second     // for pipes that outlive the command
+)
+
+// ErrTimeout means that the command ran longer than its timeout, and was ended.
+var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
 
 // Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s later SIGKILL.
+// The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that ended it.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
-	return run(ctx, log, c, env, stdin)
+	if err := ctx.Err(); err != nil {
+		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", clip(c.Run), context.Cause(ctx))
+	}
+	timeout := cmp.Or(c.Timeout, defaultTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
+	defer cancel()
+
+	cmd := exec.Command("sh", "-c", c.Run)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = pipeWait // a daemon that inherited stdin and doesn't read it
+	vars, err := asUser(cmd, c.User)
+	if err != nil {
+		return Result{Exit: -1}, fmt.Errorf("command %q: %w", clip(c.Run), err)
+	}
+	cmd.Env = environ(os.Environ(), vars, env)
+	if stdin != nil {
+		cmd.Stdin = bytes.NewReader(stdin)
+	}
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return Result{Exit: -1}, fmt.Errorf("command %q: making its pipe: %w", clip(c.Run), err)
+	}
+	cmd.Stdout, cmd.Stderr = pw, pw
+
+	begin := time.Now()
+	log.Info("running command", "command", clip(c.Run))
+	err = cmd.Start()
+	pw.Close()
+	if err != nil {
+		pr.Close()
+		return Result{Exit: -1}, fmt.Errorf("command %q: %w", clip(c.Run), err)
+	}
+	out := &output{log: log}
+	read := make(chan error, 1)
+	go func() { _, err := io.Copy(out, pr); read <- err }()
+	exited := make(chan error, 1)
+	go func() { exited <- cmd.Wait() }()
+
+	select {
+	case err = <-exited:
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+		log.Warn("ending command", "command", clip(c.Run), "why", err)
+		endGroup(cmd.Process.Pid, exited)
+	}
+
+	// What the command wrote is in the pipe by now. Whoever still holds its other end is a daemon: it keeps a reader.
+	pr.SetReadDeadline(time.Now().Add(pipeWait))
+	if errors.Is(<-read, os.ErrDeadlineExceeded) {
+		log.Info("the command left processes behind that hold its output", "command", clip(c.Run))
+		go func() {
+			pr.SetReadDeadline(time.Time{})
+			io.Copy(io.Discard, pr)
+			pr.Close()
+		}()
+	} else {
+		pr.Close()
+	}
+	out.close()
+
+	result := Result{Output: out.bytes(), Exit: cmd.ProcessState.ExitCode()}
+	if errors.Is(err, exec.ErrWaitDelay) {
+		err = nil
+	}
+	if err == nil {
+		log.Info("command done", "command", clip(c.Run), "took", time.Since(begin).Round(time.Millisecond))
+		return result, nil
+	}
+	if last := out.lastLine(); last != "" {
+		return result, fmt.Errorf("command %q: %w: %s", clip(c.Run), err, last)
+	}
+	return result, fmt.Errorf("command %q: %w", clip(c.Run), err)
+}
+
+// endGroup ends the process group of leader and returns when the leader is reaped. A member may ignore SIGTERM, or outlive
+// the leader: the group is asked until nobody answers, and killed when the grace is over.
+func endGroup(leader int, exited <-chan error) {
+	unix.Kill(-leader, unix.SIGTERM)
+	deadline := time.NewTimer(grace)
+	defer deadline.Stop()
+	poll := time.NewTicker(20 * time.Millisecond)
+	defer poll.Stop()
+	reaped := false
+	for {
+		select {
+		case <-exited:
+			reaped, exited = true, nil
+		case <-poll.C:
+			// The number can't belong to another group while this one has members.
+			if reaped && errors.Is(unix.Kill(-leader, 0), unix.ESRCH) {
+				return
+			}
+		case <-deadline.C:
+			unix.Kill(-leader, unix.SIGKILL)
+			if !reaped {
+				<-exited
+			}
+			return
+		}
+	}
+}
+
+// clip makes of a script what fits into a log line and an error.
+func clip(s string) string {
+	s = strings.TrimSpace(s)
+	if line, _, more := strings.Cut(s, "\n"); more {
+		s = line + " …"
+	}
+	if len(s) > 200 {
+		s = strings.ToValidUTF8(s[:200], "") + "…"
+	}
+	return s
 }

@@ -1,0 +1,332 @@
+package command
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+func run(t *testing.T, c deployments.Command, env Env, stdin []byte) (Result, error) {
+	t.Helper()
+	return Run(t.Context(), slog.New(slog.DiscardHandler), c, env, stdin)
+}
+
+func TestOutputExitAndStdin(t *testing.T) {
+	t.Parallel()
+	r, err := run(t, deployments.Command{Run: "cat; echo err >&2"}, Env{}, []byte("in\n"))
+	if err != nil || r.Exit != 0 || string(r.Output) != "in\nerr\n" {
+		t.Errorf("got %q, exit %d, %v", r.Output, r.Exit, err)
+	}
+	r, err = run(t, deployments.Command{Run: "echo why; exit 3"}, Env{}, nil)
+	if err == nil || r.Exit != 3 || !strings.Contains(err.Error(), "exit status 3: why") {
+		t.Errorf("got exit %d, %v", r.Exit, err)
+	}
+	// A command that reads nothing of a large stdin is no failure.
+	if _, err := run(t, deployments.Command{Run: "true"}, Env{}, make([]byte, 1<<20)); err != nil {
+		t.Error(err)
+	}
+	if _, err := run(t, deployments.Command{Run: "read x"}, Env{}, nil); err == nil {
+		t.Error("without stdin, read finds something")
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	t.Parallel()
+	env := Env{
+		Unit: deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}, Node: "n1", Step: "post", Release: "/r", Previous: "/p",
+		Dest: "/d", Digest: deployments.Digest{1}, Name: "app", Version: "2", Commit: "c0ffee", Error: "it broke", Run: "mark",
+	}
+	r, err := run(t, deployments.Command{Run: "env | grep ^KEDGE_ | sort"}, env, nil)
+	want := `KEDGE_COMMIT=c0ffee
+KEDGE_DEST=/d
+KEDGE_DIGEST=` + env.Digest.String() + `
+KEDGE_ERROR=it broke
+KEDGE_NAME=app
+KEDGE_NODE=n1
+KEDGE_PREVIOUS=/p
+KEDGE_RELEASE=/r
+KEDGE_ROLE=web
+KEDGE_RUN=mark
+KEDGE_STAGE=prod
+KEDGE_STEP=post
+KEDGE_UNIT=app
+KEDGE_VERSION=2
+`
+	if err != nil || string(r.Output) != want {
+		t.Errorf("got %v\n%s", err, r.Output)
+	}
+}
+
+func TestSecretsStayWithTheAgent(t *testing.T) {
+	t.Parallel()
+	agent := []string{
+		"CONSUL_HTTP_TOKEN=s", "CONSUL_HTTP_TOKEN_FILE=/s", "CONSUL_HTTP_ADDR=127.0.0.1:8500", "KEDGE_WEBHOOK_SECRET=s",
+		"NOTIFY_SOCKET=/s", "AWS_SECRET_ACCESS_KEY=s", "AWS_REGION=eu", "HOME=/root",
+	}
+	own := environ(agent, nil, Env{})
+	for _, kv := range []string{"CONSUL_HTTP_ADDR=127.0.0.1:8500", "AWS_SECRET_ACCESS_KEY=s", "HOME=/root", "PATH=" + defaultPath} {
+		if !slices.Contains(own, kv) {
+			t.Errorf("the agent's user lacks %s", kv)
+		}
+	}
+	for _, kv := range own {
+		for _, bad := range []string{"CONSUL_HTTP_TOKEN", "KEDGE_WEBHOOK", "NOTIFY_SOCKET"} {
+			if strings.HasPrefix(kv, bad) {
+				t.Errorf("%s got through", kv)
+			}
+		}
+	}
+	other := environ(agent, []string{"HOME=/home/deploy"}, Env{})
+	if slices.Contains(other, "AWS_SECRET_ACCESS_KEY=s") || !slices.Contains(other, "AWS_REGION=eu") {
+		t.Errorf("another user gets %q", other)
+	}
+}
+
+func TestUser(t *testing.T) {
+	t.Parallel()
+	self, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := run(t, deployments.Command{Run: "id -u", User: self.Username}, Env{}, nil); err != nil || strings.TrimSpace(string(r.Output)) != self.Uid {
+		t.Errorf("as oneself: %q, %v", r.Output, err)
+	}
+	if _, err := run(t, deployments.Command{Run: "id", User: "no-such-user"}, Env{}, nil); err == nil || !strings.Contains(err.Error(), "no-such-user") {
+		t.Errorf("an unknown user: %v", err)
+	}
+	if os.Geteuid() != 0 {
+		if _, err := run(t, deployments.Command{Run: "id", User: "nobody"}, Env{}, nil); !errors.Is(err, os.ErrPermission) {
+			t.Errorf("another user, without being root: %v", err)
+		}
+		return
+	}
+	for name, want := range map[string]string{
+		"nobody":     "65534 65534 nobody nobody",
+		"65534":      "65534 65534 nobody nobody",
+		"4000000001": "4000000001 4000000001  ",
+	} {
+		r, err := run(t, deployments.Command{Run: `echo "$(id -u) $(id -G) $USER $LOGNAME"`, User: name}, Env{}, nil)
+		if err != nil || strings.TrimSuffix(string(r.Output), "\n") != want {
+			t.Errorf("%s: %q, %v; want %q", name, r.Output, err, want)
+		}
+	}
+}
+
+// awaitGone waits until no process has the id.
+func awaitGone(t *testing.T, pid int) {
+	t.Helper()
+	for begin := time.Now(); syscall.Kill(pid, 0) == nil; time.Sleep(10 * time.Millisecond) {
+		if stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); err == nil && strings.Contains(string(stat), ") Z ") {
+			return // dead; reaping it is its new parent's task
+		}
+		if time.Since(begin) > 10*time.Second {
+			t.Fatalf("process %d lives on", pid)
+		}
+	}
+}
+
+func pidIn(t *testing.T, file string) int {
+	t.Helper()
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		data, _ := os.ReadFile(file)
+		if pid, err := strconv.Atoi(strings.TrimSpace(string(data))); err == nil && bytes.HasSuffix(data, []byte("\n")) {
+			return pid
+		}
+		if time.Since(begin) > 10*time.Second {
+			t.Fatalf("no process id in %s", file)
+		}
+	}
+}
+
+func TestTimeoutEndsTheWholeGroup(t *testing.T) {
+	t.Parallel()
+	for name, script := range map[string]string{
+		"obedient":        `sleep 1000 & echo $! > PID; sleep 1000`,
+		"ignores SIGTERM": `trap "" TERM; (trap "" TERM; sleep 1000) & echo $! > PID; while :; do sleep 1; done`,
+		"child outlives":  `(trap "" TERM; sleep 1000) & echo $! > PID; sleep 1000`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			file := filepath.Join(t.TempDir(), "pid")
+			begin := time.Now()
+			r, err := run(t, deployments.Command{Run: strings.ReplaceAll(script, "PID", file), Timeout: 300 * time.Millisecond}, Env{}, nil)
+			if !errors.Is(err, ErrTimeout) || r.Exit == 0 {
+				t.Errorf("got exit %d, %v", r.Exit, err)
+			}
+			if took := time.Since(begin); took > 30*time.Second {
+				t.Errorf("took %s", took)
+			}
+			awaitGone(t, pidIn(t, file))
+		})
+	}
+}
+
+func TestCancelEndsTheCommand(t *testing.T) {
+	t.Parallel()
+	superseded := errors.New("superseded")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	file := filepath.Join(t.TempDir(), "pid")
+	go func() {
+		for { // t.Fatal is not for this goroutine
+			if data, _ := os.ReadFile(file); len(data) > 0 {
+				cancel(superseded)
+				return
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	_, err := Run(ctx, slog.New(slog.DiscardHandler), deployments.Command{Run: "echo $$ > " + file + "; exec sleep 1000"}, Env{}, nil)
+	if !errors.Is(err, superseded) {
+		t.Errorf("got %v", err)
+	}
+	awaitGone(t, pidIn(t, file))
+	if _, err := Run(ctx, slog.New(slog.DiscardHandler), deployments.Command{Run: "rm " + file}, Env{}, nil); !errors.Is(err, superseded) {
+		t.Errorf("after the end: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error("a command ran after the end")
+	}
+}
+
+func TestDaemonThatHoldsPipesLivesOn(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	pidFile, stop, alive := filepath.Join(dir, "pid"), filepath.Join(dir, "stop"), filepath.Join(dir, "alive")
+	// It goes on writing to the pipe that it inherited: that mustn't kill it either.
+	script := fmt.Sprintf(`(while [ ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, stop, alive, pidFile)
+	begin := time.Now()
+	r, err := run(t, deployments.Command{Run: script}, Env{}, []byte("stdin"))
+	if err != nil || !strings.Contains(string(r.Output), "started") {
+		t.Errorf("got %q, %v", r.Output, err)
+	}
+	if took := time.Since(begin); took > 20*time.Second {
+		t.Errorf("the daemon held the agent for %s", took)
+	}
+	os.Remove(alive)
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(alive); err == nil {
+			break
+		}
+		if time.Since(begin) > 10*time.Second {
+			t.Fatal("the daemon is dead")
+		}
+	}
+	if err := os.WriteFile(stop, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	awaitGone(t, pidIn(t, pidFile))
+}
+
+func TestGigabyteOfOutput(t *testing.T) {
+	t.Parallel()
+	var logged counter
+	var peak uint64
+	var mu sync.Mutex
+	log := slog.New(slog.NewTextHandler(&logged, nil))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		var m runtime.MemStats
+		for range 20 {
+			runtime.ReadMemStats(&m)
+			mu.Lock()
+			peak = max(peak, m.HeapInuse)
+			mu.Unlock()
+			time.Sleep(20 * time.Millisecond)
+		}
+	}()
+	r, err := Run(t.Context(), log, deployments.Command{Run: `echo first; head -c 1073741824 /dev/zero; echo; yes | head -n 100000; echo last`}, Env{}, nil)
+	<-done
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Output) > MaxOutput || !bytes.HasPrefix(r.Output, []byte("first\n")) || !bytes.HasSuffix(r.Output, []byte("\ny\nlast\n")) ||
+		!bytes.Contains(r.Output, []byte("bytes left out]")) {
+		t.Errorf("%d bytes: %.20q … %q", len(r.Output), r.Output, r.Output[len(r.Output)-20:])
+	}
+	if logged.n > 2*MaxLines*200+8*MaxLine {
+		t.Errorf("%d bytes were logged", logged.n)
+	}
+	if peak > 100<<20 {
+		t.Errorf("the heap grew to %d MB", peak>>20)
+	}
+}
+
+type counter struct{ n int }
+
+func (c *counter) Write(p []byte) (int, error) { c.n += len(p); return len(p), nil }
+
+func TestLinesAreLogged(t *testing.T) {
+	t.Parallel()
+	var b bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&b, nil))
+	if _, err := Run(t.Context(), log, deployments.Command{Run: `printf 'one\r\ntwo\377\nno newline'; head -c 3000 /dev/zero | tr '\0' x`}, Env{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"line=one\n", "line=\"two\ufffd\"\n", `line="no newlinexxx`, "more bytes]"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("the log lacks %q:\n%s", want, b.String())
+		}
+	}
+}
+
+func TestOutputKeepsBothEnds(t *testing.T) {
+	t.Parallel()
+	for _, step := range []int{1, 7, 4096, keepTail, keepTail + 1, 200_000} {
+		o := &output{log: slog.New(slog.DiscardHandler)}
+		all := make([]byte, 300_000)
+		for i := range all {
+			all[i] = byte(i / 251)
+		}
+		for part := range slices.Chunk(all, step) {
+			o.Write(part)
+		}
+		got := o.bytes()
+		if len(got) > MaxOutput || !bytes.HasPrefix(got, all[:keepHead]) || !bytes.HasSuffix(got, all[len(all)-keepTail:]) {
+			t.Errorf("written %d bytes at a time: the ends are wrong", step)
+		}
+	}
+}
+
+func TestEndLeftovers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	obedient, stubborn, other := filepath.Join(dir, "a"), filepath.Join(dir, "b"), filepath.Join(dir, "c")
+	mark := fmt.Sprintf("leftovers-%d", os.Getpid())
+	script := fmt.Sprintf(`setsid sh -c 'echo $$ > %s; exec sleep 1000' >/dev/null 2>&1 &
+		(trap "" TERM; sleep 1000) >/dev/null 2>&1 & echo $! > %s`, obedient, stubborn)
+	if _, err := run(t, deployments.Command{Run: script}, Env{Run: mark}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := run(t, deployments.Command{Run: "sleep 1000 >/dev/null 2>&1 & echo $! > " + other}, Env{Run: mark + "0"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	a, b, c := pidIn(t, obedient), pidIn(t, stubborn), pidIn(t, other)
+	t.Cleanup(func() { syscall.Kill(c, syscall.SIGKILL) })
+	if n, err := EndLeftovers(t.Context(), mark); err != nil || n < 2 {
+		t.Errorf("ended %d, %v", n, err)
+	}
+	awaitGone(t, a)
+	awaitGone(t, b)
+	if syscall.Kill(c, 0) != nil {
+		t.Error("another command's process was ended")
+	}
+	if n, err := EndLeftovers(t.Context(), mark); err != nil || n != 0 {
+		t.Errorf("then %d more, %v", n, err)
+	}
+}

@@ -1,0 +1,121 @@
+package command
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// private are variables of the agent that no command gets: credentials, and what systemd meant for the agent alone.
+var private = []string{
+	"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_HTTP_AUTH", "CONSUL_CLIENT_KEY",
+	"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
+	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
+}
+
+// ownUsers are variables that only commands of the agent's own user get.
+var ownUsers = []string{
+	"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+	"AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "SSH_AUTH_SOCK",
+}
+
+// environ makes a command's environment of the agent's, of another user's variables (nil: it runs as the agent does) and of env.
+func environ(agent []string, userVars []string, env Env) []string {
+	out := make([]string, 0, len(agent)+20)
+	path := false
+	for _, kv := range agent {
+		name, _, _ := strings.Cut(kv, "=")
+		if slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_") ||
+			userVars != nil && slices.Contains(ownUsers, name) {
+			continue
+		}
+		path = path || name == "PATH"
+		out = append(out, kv)
+	}
+	if !path {
+		out = append(out, "PATH="+defaultPath)
+	}
+	digest := ""
+	if !env.Digest.IsZero() {
+		digest = env.Digest.String()
+	}
+	out = append(out, userVars...) // of two with one name os/exec takes the last
+	out = append(out,
+		"KEDGE_STAGE="+env.Unit.Stage, "KEDGE_ROLE="+env.Unit.Role, "KEDGE_UNIT="+env.Unit.Unit,
+		"KEDGE_NODE="+env.Node, "KEDGE_STEP="+env.Step,
+		"KEDGE_RELEASE="+env.Release, "KEDGE_PREVIOUS="+env.Previous, "KEDGE_DEST="+env.Dest,
+		"KEDGE_DIGEST="+digest, "KEDGE_NAME="+env.Name, "KEDGE_VERSION="+env.Version,
+		"KEDGE_COMMIT="+env.Commit, "KEDGE_ERROR="+env.Error)
+	if env.Run != "" {
+		out = append(out, runMark+env.Run)
+	}
+	return out
+}
+
+// asUser has cmd run as a user, by name or number, with all of the user's groups, and returns the user's variables; nil where
+// the agent is that user already. A number without an entry in the user database gets the group of the same number and no other.
+func asUser(cmd *exec.Cmd, name string) ([]string, error) {
+	if name == "" {
+		return nil, nil
+	}
+	u, err := lookup(name)
+	if err != nil {
+		return nil, fmt.Errorf("user %q: %w", name, err)
+	}
+	uid, err := id(u.Uid)
+	if err != nil {
+		return nil, fmt.Errorf("user %q: %w", name, err)
+	}
+	if int(uid) == os.Geteuid() {
+		return nil, nil
+	}
+	gid, err := id(u.Gid)
+	if err != nil {
+		return nil, fmt.Errorf("user %q: group: %w", name, err)
+	}
+	credential := &syscall.Credential{Uid: uid, Gid: gid}
+	if u.Username != "" {
+		groups, err := u.GroupIds()
+		if err != nil {
+			return nil, fmt.Errorf("user %q: its groups: %w", name, err)
+		}
+		for _, g := range groups {
+			n, err := id(g)
+			if err != nil {
+				return nil, fmt.Errorf("user %q: its groups: %w", name, err)
+			}
+			credential.Groups = append(credential.Groups, n)
+		}
+	}
+	cmd.SysProcAttr.Credential = credential
+	return []string{"HOME=" + u.HomeDir, "USER=" + u.Username, "LOGNAME=" + u.Username}, nil
+}
+
+func lookup(name string) (*user.User, error) {
+	u, err := user.Lookup(name)
+	if err == nil {
+		return u, nil
+	}
+	if _, numeric := id(name); numeric != nil {
+		return nil, err
+	}
+	if u, err := user.LookupId(name); err == nil {
+		return u, nil
+	}
+	return &user.User{Uid: name, Gid: name, HomeDir: "/"}, nil
+}
+
+func id(s string) (uint32, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("%q is not a number: %w", s, err)
+	}
+	return uint32(n), nil
+}

@@ -1,0 +1,123 @@
+package command
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+)
+
+const (
+	keepHead = 16 << 10
+	keepTail = MaxOutput - keepHead - 256 // the note between them has its place
+)
+
+// output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
+type output struct {
+	log *slog.Logger
+
+	mu     sync.Mutex
+	closed bool
+	head   []byte
+	tail   []byte // a ring, once it is full
+	next   int    // where in tail the next byte goes
+	total  int64
+
+	line    []byte // the line under way, at most MaxLine bytes
+	clipped int    // bytes of it that were dropped
+	lines   int
+	unsaid  int // lines that weren't logged
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.closed {
+		return len(p), nil
+	}
+	o.keep(p)
+	for rest := p; len(rest) > 0; {
+		i := bytes.IndexByte(rest, '\n')
+		part := rest
+		if i >= 0 {
+			part = rest[:i]
+		}
+		room := min(MaxLine-len(o.line), len(part))
+		o.line = append(o.line, part[:room]...)
+		o.clipped += len(part) - room
+		if i < 0 {
+			break
+		}
+		o.endLine()
+		rest = rest[i+1:]
+	}
+	return len(p), nil
+}
+
+func (o *output) keep(p []byte) {
+	o.total += int64(len(p))
+	n := min(keepHead-len(o.head), len(p))
+	o.head = append(o.head, p[:n]...)
+	p = p[n:]
+	if len(p) >= keepTail {
+		o.tail = append(o.tail[:0], p[len(p)-keepTail:]...)
+		o.next = 0
+		return
+	}
+	if n = min(keepTail-len(o.tail), len(p)); n > 0 {
+		o.tail = append(o.tail, p[:n]...)
+		p = p[n:]
+	}
+	for len(p) > 0 {
+		n = copy(o.tail[o.next:], p)
+		o.next = (o.next + n) % keepTail
+		p = p[n:]
+	}
+}
+
+func (o *output) endLine() {
+	text := strings.ToValidUTF8(strings.TrimRight(string(o.line), "\r"), "\ufffd")
+	if o.clipped > 0 {
+		text += fmt.Sprintf(" [%d more bytes]", o.clipped)
+	}
+	o.line, o.clipped = o.line[:0], 0
+	if o.lines++; o.lines > MaxLines {
+		o.unsaid++
+		return
+	}
+	o.log.Info("output", LineKey, text)
+}
+
+// close ends the last line; what is written from then on is dropped.
+func (o *output) close() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.line) > 0 {
+		o.endLine()
+	}
+	if o.unsaid > 0 {
+		o.log.Info("output", LineKey, fmt.Sprintf("[%d more lines]", o.unsaid))
+	}
+	o.closed = true
+}
+
+func (o *output) bytes() []byte {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	b := bytes.Clone(o.head)
+	if left := o.total - int64(len(o.head)) - int64(len(o.tail)); left > 0 {
+		b = fmt.Appendf(b, "\n[%d bytes left out]\n", left)
+	}
+	b = append(b, o.tail[o.next:]...)
+	return append(b, o.tail[:o.next]...)
+}
+
+// lastLine is the last line that says something: mostly the reason of a failure.
+func (o *output) lastLine() string {
+	b := bytes.TrimSpace(o.bytes())
+	if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
+		b = b[i+1:]
+	}
+	return clip(strings.ToValidUTF8(string(b), "\ufffd"))
+}
