@@ -88,16 +88,11 @@ var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
 // Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s later SIGKILL.
 // The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that ended it.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
-	if err := ctx.Err(); err != nil {
-		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", clip(c.Run), context.Cause(ctx))
-	}
 	timeout := cmp.Or(c.Timeout, defaultTimeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
 	defer cancel()
-
 	cmd := exec.Command("sh", "-c", c.Run)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = pipeWait // a daemon that inherited stdin and doesn't read it
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	vars, err := asUser(cmd, c.User)
 	if err != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q: %w", clip(c.Run), err)
@@ -106,19 +101,37 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	if stdin != nil {
 		cmd.Stdin = bytes.NewReader(stdin)
 	}
+	return execute(ctx, log, cmd, clip(c.Run))
+}
+
+// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user.
+func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
+	cmd := exec.Command(name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	cmd.Env = environ(os.Environ(), nil, Env{})
+	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")))
+}
+
+// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors.
+func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string) (Result, error) {
+	if ctx.Err() != nil {
+		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
+	}
+	cmd.SysProcAttr.Setpgid = true
+	cmd.WaitDelay = pipeWait // a daemon that inherited stdin and doesn't read it
 	pr, pw, err := os.Pipe()
 	if err != nil {
-		return Result{Exit: -1}, fmt.Errorf("command %q: making its pipe: %w", clip(c.Run), err)
+		return Result{Exit: -1}, fmt.Errorf("command %q: making its pipe: %w", what, err)
 	}
 	cmd.Stdout, cmd.Stderr = pw, pw
 
 	begin := time.Now()
-	log.Info("running command", "command", clip(c.Run))
+	log.Info("running command", "command", what)
 	err = cmd.Start()
 	pw.Close()
 	if err != nil {
 		pr.Close()
-		return Result{Exit: -1}, fmt.Errorf("command %q: %w", clip(c.Run), err)
+		return Result{Exit: -1}, fmt.Errorf("command %q: %w", what, err)
 	}
 	out := &output{log: log}
 	read := make(chan error, 1)
@@ -130,14 +143,14 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	case err = <-exited:
 	case <-ctx.Done():
 		err = context.Cause(ctx)
-		log.Warn("ending command", "command", clip(c.Run), "why", err)
+		log.Warn("ending command", "command", what, "why", err)
 		endGroup(cmd.Process.Pid, exited)
 	}
 
 	// What the command wrote is in the pipe by now. Whoever still holds its other end is a daemon: it keeps a reader.
 	pr.SetReadDeadline(time.Now().Add(pipeWait))
 	if errors.Is(<-read, os.ErrDeadlineExceeded) {
-		log.Info("the command left processes behind that hold its output", "command", clip(c.Run))
+		log.Info("the command left processes behind that hold its output", "command", what)
 		go func() {
 			pr.SetReadDeadline(time.Time{})
 			io.Copy(io.Discard, pr)
@@ -153,13 +166,13 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 		err = nil
 	}
 	if err == nil {
-		log.Info("command done", "command", clip(c.Run), "took", time.Since(begin).Round(time.Millisecond))
+		log.Info("command done", "command", what, "took", time.Since(begin).Round(time.Millisecond))
 		return result, nil
 	}
 	if last := out.lastLine(); last != "" {
-		return result, fmt.Errorf("command %q: %w: %s", clip(c.Run), err, last)
+		return result, fmt.Errorf("command %q: %w: %s", what, err, last)
 	}
-	return result, fmt.Errorf("command %q: %w", clip(c.Run), err)
+	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
 // endGroup ends the process group of leader and returns when the leader is reaped. A member may ignore SIGTERM, or outlive

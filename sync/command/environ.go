@@ -32,8 +32,7 @@ func environ(agent []string, userVars []string, env Env) []string {
 	path := false
 	for _, kv := range agent {
 		name, _, _ := strings.Cut(kv, "=")
-		if slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_") ||
-			userVars != nil && slices.Contains(ownUsers, name) {
+		if isPrivate(name) || userVars != nil && slices.Contains(ownUsers, name) {
 			continue
 		}
 		path = path || name == "PATH"
@@ -57,6 +56,18 @@ func environ(agent []string, userVars []string, env Env) []string {
 		out = append(out, runMark+env.Run)
 	}
 	return out
+}
+
+// LookupEnv is os.LookupEnv without what no command gets: the environment that a manifest may ask for.
+func LookupEnv(name string) (string, bool) {
+	if isPrivate(name) {
+		return "", false
+	}
+	return os.LookupEnv(name)
+}
+
+func isPrivate(name string) bool {
+	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
 // asUser has cmd run as a user, by name or number, with all of the user's groups, and returns the user's variables; nil where
