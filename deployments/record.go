@@ -13,6 +13,9 @@ type Record struct {
 	// Generation grows by one with each new target: what tells a newer record from an older one, whatever
 	// Consul's indexes do. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
+	// Retry grows by one with each retry that an operator asked for by control/: an agent tries a release that failed on its node
+	// once more when Generation or Retry differ from those that it failed under.
+	Retry int64 `json:"retry,omitempty"`
 	// Commit is the full hash of the Git commit that set Target.
 	Commit string `json:"commit,omitempty"`
 	// After and Drift are the unit file's, for agents, which don't read Git.
