@@ -1,8 +1,74 @@
+// Package deploy brings releases of one unit to life on one node, whole or not at all, through crashes and power cuts.
+//
+// # Steps
+//
+// A deployment goes through these steps. The journal says which one is being done before it is begun, and is replaced in one
+// rename, so that after a kill it is known which step may be half done; each step may be done again.
+//
+//	stage      the release lies complete and verified on disk; nothing that runs is touched
+//	drain      /ready turns 503, Consul's maintenance mode goes on; then the manifest's drain time
+//	pre        commands
+//	switch     dest holds the release: the point from which a deployment is finished, not taken back
+//	post       commands
+//	health     the checks; passing them confirms the release
+//	undrain    back in service
+//	success    commands, with the deployment's log on stdin
+//	tidy       old releases go
+//
+// A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest is switched
+// to the last good release, that one's post commands run so that it serves again, its health checks are awaited, the node is back
+// in service, and the failed release's failure commands run. Where there is no good release, the failed one stays where it is, out
+// of service. Trouble with storage, network or disk is no fault of the release: what was begun is taken back, and nothing is
+// quarantined.
+//
+// # Cut off
+//
+// Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by the same code.
+// A command whose end isn't journalled is run again, from the first command of its list: commands must bear that. What the
+// cut-off one left running is ended first (command.EndLeftovers).
+//
+// When Deploy's context ends before the switch, the deployment is taken back at once, within 30 s; later it is left to
+// the next Deploy, which supersedes it if it is for another release, or to Recover.
+//
+// A quarantine ends with Retry, or when another release has been deployed and confirmed after it.
+//
+// # On disk
+//
+// The agent alone writes a unit's directory, STATE/units/STAGE/ROLE/UNIT (0700):
+//
+//	journal.json               what runs, what is good, what is quarantined, and the deployment under way
+//	journal.json.bad           a journal that didn't parse; for people
+//	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
+//	trees/DIGEST/              unpacked trees of the rsync and mv strategies
+//
+// Strategy release keeps the rest in DEST.releases/ (package artifact). Strategy mv renames within dest's directory, where it
+// uses .NAME.kedge-DIGEST and .NAME.kedge-failed.
+//
+// # stretcher
+//
+// Once deploys like stretcher: the same manifest leaves the same files and modes, runs the same commands in the same order, and
+// gives success and failure commands the log on stdin. It differs where stretcher has a trap:
+//
+//   - the archive is unpacked before pre, not after it: one that doesn't unpack stops no service
+//   - an HTTP error page is an error, not an archive or a manifest
+//   - a checksum is required, and {{ must_env }} of an unset variable is an error, not a panic
+//   - dest_mode: 755 means 0755, not the decimal number
+//   - failure commands run in the working directory of kedge, not in a temporary one that is gone
+//   - a failure exits non-zero, under CONSUL_INDEX too
+//   - no events ([]) is nothing to do, not an error
+//   - mv works across file systems
+//   - archives that lead out of dest, and setuid files, are refused
+//   - commands have a timeout, end as a group, and don't see Consul's token
 package deploy
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
@@ -21,23 +87,38 @@ type Config struct {
 	// Trust checks a manifest's bytes before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	// Drain is called with true before a switch that has a drain time (or, without one, at once before it), and with false
-	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. nil: nothing.
+	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
+	// value, after a crash. nil: nothing.
 	Drain func(ctx context.Context, on bool) error
 	// Progress is told where a deployment is. nil: nobody.
 	Progress func(deployments.State, artifact.Progress)
-	Log      *slog.Logger
+	Log      *slog.Logger // nil: discard
 }
 
 // Unit deploys releases of one unit on this node, one at a time. Its methods are called by one goroutine, State by any.
-type Unit struct{ impl }
+type Unit struct {
+	c    Config
+	log  *slog.Logger // c.Log, and text
+	text *deploymentLog
+
+	// cutOff is set from Open on while commands of the unfinished deployment may still run.
+	cutOff bool
+	// at is told every point at which a test may kill the process.
+	at func(point string)
+
+	mu sync.Mutex // guards j against State; the methods' one goroutine alone writes it
+	j  journal
+}
 
 // State is what is on disk, as the journal has it.
 type State struct {
 	Running deployments.Pointer // what dest resolves to, or, without a release directory, what was deployed last
 	Version string
 	// LastGood is the newest release that passed its health checks; what a failed one goes back to.
-	LastGood    deployments.Pointer
-	Staged      deployments.Pointer
+	LastGood deployments.Pointer
+	Staged   deployments.Pointer
+	// Confirmed is true where Running passed its health checks.
+	Confirmed   bool
 	Quarantined []deployments.Digest
 	// Drained is true from Drain(true) to Drain(false).
 	Drained bool
@@ -54,34 +135,216 @@ type Failed struct {
 	Err     error
 }
 
-// Open opens a unit's state. It runs nothing; call Recover next.
-func Open(c Config) (*Unit, error) { return open(c) }
+func (f *Failed) Error() string {
+	if f.Back.IsZero() {
+		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Digest.Short(), f.Step, f.Err)
+	}
+	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Digest.Short(), f.Step, f.Back.Digest.Short(), f.Err)
+}
 
-// Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy.
-func (u *Unit) Recover(ctx context.Context) error { return u.recover(ctx) }
+func (f *Failed) Unwrap() error { return f.Err }
+
+// Open opens a unit's state. It runs nothing; call Recover next.
+func Open(c Config) (*Unit, error) {
+	if c.Log == nil {
+		c.Log = quiet()
+	}
+	text := new(deploymentLog)
+	u := &Unit{c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text, at: func(string) {}}
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("opening the state of %s: %w", c.ID, err)
+	}
+	if err := u.load(); err != nil {
+		return nil, err
+	}
+	u.cutOff = u.j.Deployment != nil
+	return u, nil
+}
 
 // State returns the unit's state.
-func (u *Unit) State() State { return u.state() }
+func (u *Unit) State() State {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	s := State{
+		Running: u.j.Running, Version: u.j.Version, Confirmed: u.j.Confirmed, LastGood: u.j.LastGood, Staged: u.j.Staged,
+		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil,
+	}
+	for _, q := range u.j.Quarantined {
+		s.Quarantined = append(s.Quarantined, q.Digest)
+	}
+	return s
+}
+
+// Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy. *Failed means
+// that what it finished failed and went back; any other error that it is still unfinished: call it again.
+func (u *Unit) Recover(ctx context.Context) error {
+	d := u.j.Deployment
+	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
+		// Whoever drains doesn't know it any more.
+		if err := u.drain(ctx, true); err != nil {
+			u.log.Warn("could not drain again", "unit", u.c.ID.String(), "error", err)
+		}
+	}
+	if d == nil {
+		return nil
+	}
+	u.text.reset()
+	u.log.Warn("found a deployment that was cut off", "unit", u.c.ID.String(), "release", d.Release.String(), "step", string(d.Step))
+	if d.Step.beforeSwitch() {
+		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
+			return err
+		}
+	}
+	return u.advance(ctx)
+}
 
 // Stage has the release of p ready on disk, without touching what runs.
-func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) error { return u.stage(ctx, p) }
+func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) error {
+	r, err := u.admit(ctx, p)
+	if err != nil {
+		return err
+	}
+	return u.stage(ctx, r)
+}
+
+func (u *Unit) stage(ctx context.Context, r *release) error {
+	if r.Manifest.Src != "" && r.Manifest.Strategy == deployments.StrategyRsync {
+		if _, err := exec.LookPath("rsync"); err != nil {
+			return fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
+		}
+	}
+	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
+	progress(artifact.Progress{})
+	u.at("before stage")
+	if err := u.remember(r); err != nil {
+		return err
+	}
+	if err := u.site(r).stage(ctx, r, u.j.Running, progress); err != nil {
+		return fmt.Errorf("staging %s: %w", r.Pointer, err)
+	}
+	u.at("after stage")
+	if u.j.Staged == r.Pointer {
+		return nil
+	}
+	return u.save(func(j *journal) { j.Staged = r.Pointer })
+}
 
 // Deploy converges to p: stage, drain, pre, switch, post, health, success, each journalled first. It does nothing where p runs
 // already and is confirmed. *Failed means that it went back and p is quarantined; any other error is transient (network, storage,
-// disk): nothing was changed, try again. commit is shown to commands. A cancelled ctx stops it as soon as that is safe: before
+// disk): nothing was changed, try again. But ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's stay until p, or this
+// node's configuration, changes. commit is shown to commands. A cancelled ctx stops it as soon as that is safe: before
 // the switch it leaves everything as it was; after it the deployment is finished by the next Recover or Deploy.
 func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string) error {
-	return u.deploy(ctx, p, commit)
+	u.text.reset()
+	if d := u.j.Deployment; d != nil && (d.Release == p || d.Step.goesBack() && d.target() == p) {
+		if err := u.advance(ctx); err != nil {
+			return err
+		}
+	}
+	if u.converged(p) {
+		return nil
+	}
+	if slices.ContainsFunc(u.j.Quarantined, func(q quarantine) bool { return q.Digest == p.Digest }) {
+		return fmt.Errorf("release %s: %w", p, ErrQuarantined)
+	}
+	r, err := u.admit(ctx, p)
+	if err != nil {
+		return err
+	}
+	return u.deploy(ctx, r, commit)
+}
+
+func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
+	u.log.Info("deploying", "unit", u.c.ID.String(), "release", r.Pointer.String(), "version", r.Manifest.Version)
+	if err := u.stage(ctx, r); err != nil {
+		return err
+	}
+	if err := u.endLeftovers(ctx); err != nil {
+		return err
+	}
+	err := u.save(func(j *journal) {
+		if j.Deployment != nil {
+			u.log.Warn("superseding a deployment under way", "release", j.Deployment.Release.String(), "step", string(j.Deployment.Step))
+		}
+		d := &deployment{Release: r.Pointer, From: j.Running, Commit: commit}
+		for _, back := range []deployments.Pointer{j.LastGood, j.Running} {
+			if d.Back.IsZero() && back.Digest != r.Pointer.Digest {
+				d.Back = back
+			}
+		}
+		d.enter(stepDrain)
+		j.Deployment, j.Drained = d, true
+	})
+	if err != nil {
+		return err
+	}
+	return u.advance(ctx)
+}
+
+// converged reports whether there is nothing to do for p.
+func (u *Unit) converged(p deployments.Pointer) bool {
+	if u.j.Running.Digest != p.Digest || !u.j.Confirmed || u.j.Deployment != nil {
+		return false
+	}
+	r, err := u.recall(u.j.Running)
+	return err == nil && u.site(r).live(r)
 }
 
 // Retry lets a quarantined digest be tried once more; the zero digest means all.
-func (u *Unit) Retry(d deployments.Digest) error { return u.retry(d) }
-
-// Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands.
-func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, error) {
-	return u.verify(ctx, limit)
+func (u *Unit) Retry(d deployments.Digest) error {
+	return u.save(func(j *journal) {
+		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(q quarantine) bool { return d.IsZero() || q.Digest == d })
+	})
 }
-func (u *Unit) Heal(ctx context.Context) error { return u.heal(ctx) }
 
-func (f *Failed) Error() string { return f.message() }
-func (f *Failed) Unwrap() error { return f.Err }
+// Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands. limit
+// bounds what is read, in bytes a second (0: not). Both do nothing where nothing runs, or a deployment is under way.
+func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, error) {
+	r, err := u.settled()
+	if err != nil || r == nil {
+		return nil, err
+	}
+	ds, err := u.site(r).verify(ctx, r, limit)
+	if err != nil {
+		return nil, fmt.Errorf("verifying %s: %w", r.Pointer, err)
+	}
+	return ds, nil
+}
+
+// Heal see Verify.
+func (u *Unit) Heal(ctx context.Context) error {
+	r, err := u.settled()
+	if err != nil || r == nil {
+		return err
+	}
+	if err := u.site(r).heal(ctx, r); err != nil {
+		return fmt.Errorf("healing %s: %w", r.Pointer, err)
+	}
+	return nil
+}
+
+// settled returns what runs; nil while a deployment is under way.
+func (u *Unit) settled() (*release, error) {
+	if u.j.Deployment != nil {
+		return nil, nil
+	}
+	return u.recall(u.j.Running)
+}
+
+func (u *Unit) progress(s deployments.State, p artifact.Progress) {
+	if u.c.Progress != nil {
+		u.c.Progress(s, p)
+	}
+}
+
+func (u *Unit) drain(ctx context.Context, on bool) error {
+	if u.c.Drain == nil {
+		return nil
+	}
+	if err := u.c.Drain(ctx, on); err != nil {
+		return fmt.Errorf("turning drain of %s %s: %w", u.c.ID, map[bool]string{true: "on", false: "off"}[on], err)
+	}
+	return nil
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -1,0 +1,150 @@
+package deploy
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/url"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"kedge/artifact"
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/command"
+)
+
+var (
+	// ErrRefused means that this node's bounds don't allow the release. Trying again doesn't help.
+	ErrRefused = errors.New("this node's configuration does not allow the release")
+	// ErrQuarantined means that the release failed on this node, and wasn't tried again.
+	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
+)
+
+// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow.
+func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*release, error) {
+	r, err := u.fetch(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	return r, u.allow(ctx, r)
+}
+
+// allow reports why r may not be used here.
+func (u *Unit) allow(ctx context.Context, r *release) error {
+	if u.c.Trust != nil {
+		if err := u.c.Trust(ctx, r.Pointer, r.Raw); err != nil {
+			return fmt.Errorf("release %s: %w", r.Pointer, err)
+		}
+	}
+	if err := within(u.c.Bounds, r); err != nil {
+		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
+	}
+	return nil
+}
+
+// fetch returns p's manifest, from this unit's own copy where there is one.
+func (u *Unit) fetch(ctx context.Context, p deployments.Pointer) (*release, error) {
+	if r, err := u.recall(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
+		m, err := deployments.ParseManifest(r.Raw, p.URL, command.LookupEnv)
+		if err != nil {
+			return nil, fmt.Errorf("manifest of %s: %w", p, err)
+		}
+		return &release{Pointer: p, Manifest: m, Raw: r.Raw}, nil
+	}
+	m, raw, err := artifact.FetchManifest(ctx, u.c.Objects, p, command.LookupEnv)
+	if err != nil {
+		return nil, err
+	}
+	return &release{Pointer: p, Manifest: m, Raw: raw}, nil
+}
+
+// within reports the first thing of r that bounds don't allow.
+func within(b policy.Bounds, r *release) error {
+	m := r.Manifest
+	sources := []string{r.Pointer.URL}
+	if m.Src != "" {
+		sources = append(sources, m.Src)
+		if !filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/" {
+			return fmt.Errorf("dest %q is not a clean absolute path below /", m.Dest)
+		}
+		if !slices.ContainsFunc(b.Dests, func(dir string) bool { return below(m.Dest, dir) }) && len(b.Dests) > 0 {
+			return fmt.Errorf("dest %s is outside of %s", m.Dest, strings.Join(b.Dests, ", "))
+		}
+	}
+	if m.Index != nil {
+		sources = append(sources, m.Index.URL)
+	}
+	for _, d := range m.Deltas {
+		sources = append(sources, d.URL)
+	}
+	for _, s := range sources {
+		if len(b.Sources) > 0 && !slices.ContainsFunc(b.Sources, func(prefix string) bool { return under(s, prefix) }) {
+			return fmt.Errorf("%s is not from %s", s, strings.Join(b.Sources, ", "))
+		}
+	}
+	if m.ExcludeFrom != "" && !filepath.IsLocal(m.ExcludeFrom) {
+		return fmt.Errorf("exclude_from %q leads out of the archive", m.ExcludeFrom)
+	}
+	if owner, _, _ := strings.Cut(m.Owner, ":"); owner != "" {
+		if err := mayBe(b, owner); err != nil {
+			return fmt.Errorf("owner: %w", err)
+		}
+	}
+	commands := slices.Concat(m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure)
+	for _, c := range m.Health.Checks {
+		if c.Exec != "" {
+			commands = append(commands, deployments.Command{Run: c.Exec})
+		}
+	}
+	for _, c := range commands {
+		if b.NoCommands {
+			return fmt.Errorf("it has commands, and none are allowed here: %q", c.Run)
+		}
+		if err := mayBe(b, c.User); err != nil {
+			return fmt.Errorf("command %q: %w", c.Run, err)
+		}
+	}
+	return nil
+}
+
+// mayBe reports whether bounds allow a user, given by name or number; "" is the agent's own.
+func mayBe(b policy.Bounds, name string) error {
+	if len(b.Users) == 0 || name != "" && slices.Contains(b.Users, name) {
+		return nil
+	}
+	var u *user.User
+	var err error
+	if name == "" {
+		u, err = user.Current()
+	} else if u, err = user.Lookup(name); err != nil {
+		u, err = user.LookupId(name)
+	}
+	if err == nil && (slices.Contains(b.Users, u.Username) || slices.Contains(b.Users, u.Uid)) {
+		return nil
+	}
+	if name == "" {
+		return fmt.Errorf("it runs as the agent's own user, which is not among %s: set user", strings.Join(b.Users, ", "))
+	}
+	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
+}
+
+// below reports whether path is dir or lies below it.
+func below(path, dir string) bool {
+	rel, err := filepath.Rel(filepath.Clean(dir), path)
+	return err == nil && filepath.IsLocal(rel)
+}
+
+// under reports whether a URL begins with prefix, by whole path segments and without a way up.
+func under(s, prefix string) bool {
+	u, err := url.Parse(s)
+	if err != nil || slices.Contains(strings.Split(u.Path, "/"), "..") {
+		return false
+	}
+	prefix = strings.TrimSuffix(prefix, "/")
+	rest, ok := strings.CutPrefix(s, prefix)
+	return ok && (rest == "" || rest[0] == '/')
+}

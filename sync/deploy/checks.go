@@ -1,0 +1,153 @@
+package deploy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os/exec"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments"
+	"kedge/sync/command"
+)
+
+const maxBody = 64 << 10 // what of an answer is searched for HTTPCheck.Contains
+
+// newProbe makes a check's probe; env is for exec.
+func newProbe(c deployments.Check, env command.Env) probe {
+	switch {
+	case c.HTTP != nil:
+		return func(ctx context.Context) (string, error) { return "", checkHTTP(ctx, c.HTTP) }
+	case c.TCP != "":
+		return func(ctx context.Context) (string, error) { return "", checkTCP(ctx, c.TCP) }
+	case c.Exec != "":
+		return func(ctx context.Context) (string, error) {
+			// Its output is not logged: a check is tried every second. The last line of a failure is in the error.
+			_, err := command.Run(ctx, quiet(), deployments.Command{Run: c.Exec, Timeout: c.Timeout}, env, nil)
+			return "", err
+		}
+	case c.Systemd != "":
+		return func(ctx context.Context) (string, error) { return checkSystemd(ctx, c.Systemd) }
+	default:
+		return func(ctx context.Context) (string, error) { return "", checkConsul(ctx, c.Consul) }
+	}
+}
+
+// checkHTTP asks once, on a connection of its own, through no proxy. A redirect is an answer, not followed: what it leads to may
+// be another service.
+func checkHTTP(ctx context.Context, c *deployments.HTTPCheck) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("User-Agent", "kedge-health")
+	client := http.Client{
+		Transport:     &http.Transport{DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return cause(ctx, err)
+	}
+	defer resp.Body.Close()
+	switch {
+	case c.Status != 0 && resp.StatusCode != c.Status:
+		return fmt.Errorf("status %d, want %d", resp.StatusCode, c.Status)
+	case c.Status == 0 && resp.StatusCode/100 != 2:
+		return fmt.Errorf("status %d, want 2xx", resp.StatusCode)
+	case c.Contains == "":
+		return nil
+	}
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return cause(ctx, err)
+	}
+	if !bytes.Contains(body, []byte(c.Contains)) {
+		return fmt.Errorf("%q is not in the first %d bytes of the answer", c.Contains, len(body))
+	}
+	return nil
+}
+
+func checkTCP(ctx context.Context, address string) error {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return cause(ctx, err)
+	}
+	return conn.Close()
+}
+
+// checkSystemd passes while a unit is active; the identity is its invocation, which is another after a restart.
+func checkSystemd(ctx context.Context, unit string) (string, error) {
+	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && len(exit.Stderr) > 0 {
+			err = fmt.Errorf("%w: %s", err, bytes.TrimSpace(exit.Stderr))
+		}
+		return "", cause(ctx, err)
+	}
+	return systemdState(string(out))
+}
+
+// systemdState reads systemctl show's NAME=VALUE lines.
+func systemdState(out string) (invocation string, _ error) {
+	p := make(map[string]string)
+	for line := range strings.Lines(out) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+		p[name] = value
+	}
+	switch {
+	case p["LoadState"] != "loaded":
+		return "", fmt.Errorf("the unit is %s", p["LoadState"])
+	case p["ActiveState"] != "active":
+		return "", fmt.Errorf("the unit is %s (%s)", p["ActiveState"], p["SubState"])
+	}
+	return p["InvocationID"], nil
+}
+
+// checkConsul asks the local agent, by Consul's own environment, for the service's checks. The client is made for each try, so
+// that a token file is read again. Maintenance mode, which the drain turned on, would be a failing check of the node: it and
+// the service's own don't count here.
+func checkConsul(ctx context.Context, service string) error {
+	config := api.DefaultNonPooledConfig()
+	client, err := api.NewClient(config)
+	if err != nil {
+		return fmt.Errorf("reaching the local Consul agent: %w", err)
+	}
+	q := (&api.QueryOptions{}).WithContext(ctx)
+	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)
+	if err != nil {
+		return cause(ctx, fmt.Errorf("asking the local Consul agent: %w", err))
+	}
+	return consulState(services)
+}
+
+func consulState(services []api.AgentServiceChecksInfo) error {
+	if len(services) == 0 {
+		return errors.New("the service is not registered with the local Consul agent")
+	}
+	for _, s := range services {
+		for _, c := range s.Checks {
+			if c.CheckID == api.NodeMaint || strings.HasPrefix(c.CheckID, api.ServiceMaintPrefix) || c.Status == api.HealthPassing {
+				continue
+			}
+			return fmt.Errorf("check %q is %s", c.Name, c.Status)
+		}
+	}
+	return nil
+}
+
+// cause prefers why a context ended to what a library makes of it.
+func cause(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}

@@ -1,0 +1,200 @@
+package deploy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+)
+
+const (
+	defaultHealthTimeout = 60 * time.Second
+	defaultInterval      = time.Second
+	defaultTryTimeout    = 5 * time.Second
+)
+
+// probe tries one check once. Identity is what must not change while a release is watched (a service's invocation); empty where
+// there is none.
+type probe func(ctx context.Context) (identity string, err error)
+
+// healthy waits until the checks of r pass and have gone on passing for stable_for, and r is what is live all the while.
+func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *release) error {
+	h := r.Manifest.Health
+	env := u.env(d, r, other)
+	live := func() error {
+		if !u.site(r).live(r) {
+			return fmt.Errorf("%s no longer resolves to release %s", r.Manifest.Dest, r.Pointer.Digest.Short())
+		}
+		return nil
+	}
+	var watched []watch
+	for _, c := range h.Checks {
+		try := newProbe(c, env)
+		watched = append(watched, watch{
+			name: nameOf(c), interval: cmp.Or(c.Interval, defaultInterval), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
+			try: func(ctx context.Context) (string, error) {
+				identity, err := try(ctx)
+				return identity, errors.Join(err, live())
+			},
+		})
+	}
+	if len(watched) > 0 {
+		u.log.Info("waiting for health", "checks", len(watched), "timeout", cmp.Or(h.Timeout, defaultHealthTimeout), "stable_for", h.StableFor)
+	}
+	if err := observe(ctx, watched, cmp.Or(h.Timeout, defaultHealthTimeout), h.StableFor); err != nil {
+		return err
+	}
+	return live()
+}
+
+// watch is a check with its times.
+type watch struct {
+	name              string
+	interval, timeout time.Duration
+	try               probe
+}
+
+// observe tries all checks side by side, each at its own interval, until they decide.
+func observe(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
+	if len(watched) == 0 {
+		return ctx.Err()
+	}
+	v := newVigil(watched, timeout, stable, time.Now())
+	type outcome struct {
+		check    int
+		identity string
+		err      error
+	}
+	outcomes := make(chan outcome)
+	trying, stop := context.WithCancel(ctx)
+	var tries sync.WaitGroup
+	defer tries.Wait()
+	defer stop()
+	for i, w := range watched {
+		tries.Go(func() {
+			for {
+				once, done := context.WithTimeoutCause(trying, w.timeout, fmt.Errorf("no answer within %s", w.timeout))
+				identity, err := w.try(once)
+				done()
+				select {
+				case outcomes <- outcome{i, identity, err}:
+				case <-trying.Done():
+					return
+				}
+				if wait(trying, w.interval) != nil {
+					return
+				}
+			}
+		})
+	}
+	for {
+		timer := time.NewTimer(v.due(time.Now()))
+		select {
+		case o := <-outcomes:
+			v.saw(o.check, o.identity, o.err, time.Now())
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		}
+		timer.Stop()
+		if done, err := v.verdict(time.Now()); done {
+			return err
+		}
+	}
+}
+
+// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on passing until
+// they did for stable. Until the timeout a check that fails again only starts the count anew; after it, it is the end. It has
+// no clock: its times come from the monotonic one, so that a wall clock that jumps changes nothing.
+type vigil struct {
+	begin   time.Time
+	timeout time.Duration
+	stable  time.Duration
+	since   time.Time // when all passed; zero: not all do
+	checks  []seen
+}
+
+type seen struct {
+	name     string
+	tried    bool
+	identity string
+	err      error
+}
+
+func newVigil(watched []watch, timeout, stable time.Duration, now time.Time) *vigil {
+	v := &vigil{begin: now, timeout: timeout, stable: stable}
+	for _, w := range watched {
+		v.checks = append(v.checks, seen{name: w.name})
+	}
+	return v
+}
+
+// saw takes in what a try of a check said.
+func (v *vigil) saw(check int, identity string, err error, now time.Time) {
+	c := &v.checks[check]
+	if c.tried && c.err == nil && err == nil && c.identity != identity {
+		v.since = time.Time{} // it passes, but it isn't the one that passed before
+	}
+	c.tried, c.identity, c.err = true, identity, err
+	if v.failing() != nil {
+		v.since = time.Time{}
+	} else if v.since.IsZero() {
+		v.since = now
+	}
+}
+
+// verdict is done with nil where the release is healthy, with an error where it had its time.
+func (v *vigil) verdict(now time.Time) (done bool, _ error) {
+	err := v.failing()
+	switch {
+	case err == nil && now.Sub(v.since) >= v.stable:
+		return true, nil
+	case err == nil && v.since.Sub(v.begin) > v.timeout:
+		return true, fmt.Errorf("not healthy within %s: it restarted", v.timeout)
+	case err != nil && now.Sub(v.begin) >= v.timeout:
+		return true, fmt.Errorf("not healthy within %s: %w", v.timeout, err)
+	}
+	return false, nil
+}
+
+// due is how long time alone can't change the verdict.
+func (v *vigil) due(now time.Time) time.Duration {
+	if v.since.IsZero() {
+		return max(0, v.timeout-now.Sub(v.begin))
+	}
+	return max(0, v.stable-now.Sub(v.since))
+}
+
+// failing is what the checks that don't pass say; nil where all do.
+func (v *vigil) failing() error {
+	var errs []error
+	for _, c := range v.checks {
+		switch {
+		case !c.tried:
+			errs = append(errs, fmt.Errorf("%s: no answer yet", c.name))
+		case c.err != nil:
+			errs = append(errs, fmt.Errorf("%s: %w", c.name, c.err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func nameOf(c deployments.Check) string {
+	switch {
+	case c.HTTP != nil:
+		return "http " + c.HTTP.URL
+	case c.TCP != "":
+		return "tcp " + c.TCP
+	case c.Exec != "":
+		return "exec"
+	case c.Systemd != "":
+		return "systemd " + c.Systemd
+	default:
+		return "consul " + c.Consul
+	}
+}

@@ -1,0 +1,245 @@
+package deploy
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/google/renameio/v2"
+
+	"kedge/artifact"
+	"kedge/deployments"
+)
+
+const (
+	journalFile  = "journal.json"
+	manifestsDir = "manifests"
+	treesDir     = "trees"
+
+	// maxQuarantined bounds the list; the oldest go first.
+	maxQuarantined = 32
+)
+
+// journal is what a unit knows across a crash. It is replaced as a whole, so that it is never half written. Only the goroutine
+// that calls the unit's methods writes it.
+type journal struct {
+	Format int `json:"format"` // 1
+	// Running is what was switched to last, Confirmed whether it passed its health checks.
+	Running   deployments.Pointer `json:"running,omitzero"`
+	Version   string              `json:"version,omitempty"`
+	Confirmed bool                `json:"confirmed,omitempty"`
+	LastGood  deployments.Pointer `json:"last_good,omitzero"`
+	Staged    deployments.Pointer `json:"staged,omitzero"`
+
+	Quarantined []quarantine `json:"quarantined,omitempty"`
+	Drained     bool         `json:"drained,omitempty"`
+	// Deployment is the one under way; nil: none.
+	Deployment *deployment `json:"deployment,omitempty"`
+}
+
+// quarantine is a release that failed here.
+type quarantine struct {
+	Digest deployments.Digest `json:"digest"`
+	Step   step               `json:"step"`
+	Reason string             `json:"reason"`
+	At     time.Time          `json:"at"` // the node's clock; for people
+}
+
+// deployment is a deployment under way.
+type deployment struct {
+	Release deployments.Pointer `json:"release"`
+	// From ran when it began, and is what it is taken back to before the switch. Back is the last good release, which a failure
+	// goes back to. Zero: there is none.
+	From   deployments.Pointer `json:"from,omitzero"`
+	Back   deployments.Pointer `json:"back,omitzero"`
+	Commit string              `json:"commit,omitempty"`
+	// Step is being done: all before it are done, and it may be half done, or done. Doing it again is safe.
+	Step step `json:"step"`
+	// Run marks the processes of Step's commands.
+	Run string `json:"run"`
+	// Touched is set from when dest may have changed.
+	Touched bool `json:"touched,omitempty"`
+	// Fault is set once the deployment failed, and goes back.
+	Fault *fault `json:"fault,omitempty"`
+}
+
+// fault is why a deployment goes back.
+type fault struct {
+	Step   step   `json:"step"`
+	Reason string `json:"reason"`
+
+	err error // Reason's, in the process in which it happened
+}
+
+// release is a manifest that this unit has admitted.
+type release struct {
+	Pointer  deployments.Pointer   `json:"pointer"`
+	Manifest *deployments.Manifest `json:"manifest"` // as it was parsed then: the environment may be another by now
+	Raw      []byte                `json:"raw"`
+}
+
+// save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit as it was.
+func (u *Unit) save(change func(*journal)) error {
+	next := u.j
+	next.Quarantined = slices.Clone(u.j.Quarantined)
+	if u.j.Deployment != nil {
+		d := *u.j.Deployment
+		next.Deployment = &d
+	}
+	change(&next)
+	next.Format = 1
+	data, err := json.MarshalIndent(next, "", "  ")
+	if err != nil {
+		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
+	}
+	u.at("before journal")
+	if err := writeFile(filepath.Join(u.c.Dir, journalFile), data); err != nil {
+		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
+	}
+	u.mu.Lock()
+	u.j = next
+	u.mu.Unlock()
+	u.at("after journal")
+	return nil
+}
+
+// enter says that s begins.
+func (d *deployment) enter(s step) {
+	d.Step, d.Run = s, rand.Text()
+	d.Touched = d.Touched || s == stepSwitch
+}
+
+// load reads the journal. One that doesn't parse is put aside, and what runs is told from dest.
+func (u *Unit) load() error {
+	path := filepath.Join(u.c.Dir, journalFile)
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("reading the journal of %s: %w", u.c.ID, err)
+	}
+	var j journal
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if err = dec.Decode(&j); err == nil && j.Format != 1 {
+		err = fmt.Errorf("it has format %d, this kedge reads format 1", j.Format)
+	}
+	if err == nil && j.Deployment != nil && !j.Deployment.Step.known() {
+		err = fmt.Errorf("it has a deployment in step %q", j.Deployment.Step)
+	}
+	if err == nil {
+		u.j = j
+		return nil
+	}
+	aside := path + ".bad"
+	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "unit", u.c.ID.String(), "kept", aside, "error", err)
+	if err := os.Rename(path, aside); err != nil {
+		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.c.ID, err)
+	}
+	running, version := u.salvage()
+	return u.save(func(j *journal) { j.Running, j.Version = running, version })
+}
+
+// salvage finds what runs without a journal: what the newest manifest's dest links to. It isn't taken for confirmed, so that
+// deploying it again proves it; without a link of ours it isn't known at all.
+func (u *Unit) salvage() (running deployments.Pointer, version string) {
+	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
+	if err != nil {
+		return running, ""
+	}
+	var newest time.Time
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil || info.ModTime().Before(newest) {
+			continue
+		}
+		r, err := u.read(filepath.Join(u.c.Dir, manifestsDir, e.Name()))
+		if err != nil || r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
+			continue
+		}
+		live, err := artifact.Open(r.Manifest.Dest, u.c.Objects, u.log).Current()
+		if err != nil {
+			continue
+		}
+		newest, running, version = info.ModTime(), live.Pointer, live.Manifest.Version
+	}
+	return running, version
+}
+
+func (u *Unit) manifestFile(d deployments.Digest) string {
+	return filepath.Join(u.c.Dir, manifestsDir, d.String()+".json")
+}
+
+// remember keeps r's manifest, so that going back to it needs neither network nor environment.
+func (u *Unit) remember(r *release) error {
+	path := u.manifestFile(r.Pointer.Digest)
+	if old, err := u.read(path); err == nil && bytes.Equal(old.Raw, r.Raw) && old.Pointer == r.Pointer {
+		return nil
+	}
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+	}
+	if err := writeFile(path, data); err != nil {
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+	}
+	return nil
+}
+
+// recall returns a release that was remembered; nil for the zero pointer.
+func (u *Unit) recall(p deployments.Pointer) (*release, error) {
+	if p.IsZero() {
+		return nil, nil
+	}
+	r, err := u.read(u.manifestFile(p.Digest))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
+	}
+	return r, err
+}
+
+func (u *Unit) pruneManifests(keep []deployments.Digest) error {
+	return removeBut(filepath.Join(u.c.Dir, manifestsDir), ".json", keep)
+}
+
+func (u *Unit) read(path string) (*release, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var r release
+	if err := json.Unmarshal(data, &r); err != nil {
+		return nil, fmt.Errorf("reading %s: %w", path, err)
+	}
+	if r.Manifest == nil {
+		return nil, fmt.Errorf("reading %s: it holds no manifest", path)
+	}
+	return &r, nil
+}
+
+// writeFile replaces path in one step, durable once it returns: written aside, synced, renamed, its directory synced.
+func writeFile(path string, data []byte) error {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

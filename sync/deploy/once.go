@@ -1,0 +1,149 @@
+package deploy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/command"
+)
+
+// OneShot is what Once deploys, and how.
+type OneShot struct {
+	// URL is a manifest's, or a pointer, whose digest is then checked. A URL alone may change under the node, as stretcher's do.
+	URL     string
+	Node    string
+	Objects *object.Client
+	Bounds  policy.Bounds
+	// Trust see Config.
+	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	Log   *slog.Logger // nil: discard
+}
+
+// Once converges this machine once on a manifest, whatever was deployed before, and leaves no state but what the release
+// strategy keeps beside dest: what kedge run does. nil means that the release is live, healthy and its success commands ran
+// (their failure is only logged); any error, that it isn't, and kedge run exits with 1, also under CONSUL_INDEX.
+//
+// As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network included. A
+// release that fails goes back only where the release strategy has another one to go back to. It must not run beside
+// an agent that manages the same dest.
+func Once(ctx context.Context, o OneShot) (err error) {
+	dir, err := os.MkdirTemp("", "kedge-run-")
+	if err != nil {
+		return fmt.Errorf("making a directory to work in: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	u, err := Open(Config{Node: o.Node, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, Log: o.Log})
+	if err != nil {
+		return err
+	}
+	r, err := u.locate(ctx, o.URL)
+	if err != nil {
+		return err
+	}
+	if err := u.adopt(r); err != nil {
+		return err
+	}
+	err = u.deploy(ctx, r, "")
+	if failed := new(Failed); err == nil || errors.As(err, &failed) {
+		return err
+	}
+	u.log.Error("the deployment failed", "error", err)
+	env := u.env(&deployment{Step: stepFailure, Fault: &fault{Reason: short(err)}}, r, nil)
+	for _, c := range r.Manifest.Commands.Failure {
+		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.text.bytes()); failed != nil {
+			u.log.Error("a failure command failed", "error", failed)
+			break
+		}
+	}
+	return err
+}
+
+// locate admits the manifest at a URL or pointer.
+func (u *Unit) locate(ctx context.Context, text string) (*release, error) {
+	if p, err := deployments.ParsePointer(text); err == nil {
+		return u.admit(ctx, p)
+	}
+	text = deployments.Trim(text)
+	if err := deployments.CheckURL(text); err != nil {
+		return nil, fmt.Errorf("manifest %q: %w", text, err)
+	}
+	raw, err := u.c.Objects.ReadAll(ctx, text, deployments.MaxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("reading the manifest %s: %w", text, err)
+	}
+	m, err := deployments.ParseManifest(raw, text, command.LookupEnv)
+	if err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", text, err)
+	}
+	r := &release{Pointer: deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, Manifest: m, Raw: raw}
+	return r, u.allow(ctx, r)
+}
+
+// adopt takes what r's dest links to, if it is one of ours, for the release that runs.
+func (u *Unit) adopt(r *release) error {
+	l, ok := u.site(r).(linked)
+	if !ok {
+		return nil
+	}
+	live, err := l.releases.Current()
+	if err != nil || live.Pointer.Digest == r.Pointer.Digest {
+		return nil // nothing that could be gone back to
+	}
+	old := &release{Pointer: live.Pointer, Manifest: live.Manifest, Raw: live.Raw}
+	if err := u.remember(old); err != nil {
+		return err
+	}
+	return u.save(func(j *journal) { j.Running, j.Version = old.Pointer, old.Manifest.Version })
+}
+
+// maxInput bounds what ParseInput reads: Consul keeps 256 events of some 500 bytes.
+const maxInput = 4 << 20
+
+// ParseInput finds the manifest's URL in what kedge run reads on stdin: Consul events as JSON, where CONSUL_INDEX is set
+// or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. No events give "", nil:
+// there is nothing to do.
+func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
+	data, err := io.ReadAll(io.LimitReader(in, maxInput+1))
+	if err != nil {
+		return "", fmt.Errorf("reading standard input: %w", err)
+	}
+	if len(data) > maxInput {
+		return "", fmt.Errorf("standard input has more than %d bytes: want a manifest's URL or Consul events", maxInput)
+	}
+	text := strings.TrimSpace(strings.TrimPrefix(string(data), "\ufeff"))
+	if getenv("CONSUL_INDEX") == "" && !strings.HasPrefix(text, "[") {
+		line, _, _ := strings.Cut(text, "\n")
+		if line = strings.TrimSpace(line); line == "" {
+			return "", errors.New("standard input is empty: want a manifest's URL or Consul events")
+		}
+		return line, nil
+	}
+	if text == "" {
+		return "", nil // consul watch runs its handler once before the first event
+	}
+	var events []struct {
+		ID      string
+		Payload []byte
+	}
+	if err := json.Unmarshal([]byte(text), &events); err != nil {
+		return "", fmt.Errorf("standard input is not Consul's JSON list of events: %w", err)
+	}
+	if len(events) == 0 {
+		return "", nil
+	}
+	last := events[len(events)-1]
+	if url = strings.TrimSpace(string(last.Payload)); url == "" {
+		return "", fmt.Errorf("consul event %s has no payload: want a manifest's URL, as in consul event -name deploy URL", last.ID)
+	}
+	return url, nil
+}

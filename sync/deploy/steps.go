@@ -1,0 +1,375 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"syscall"
+	"time"
+
+	"kedge/artifact"
+	"kedge/deployments"
+	"kedge/sync/command"
+)
+
+// step is where a deployment is. The journal holds its text.
+type step string
+
+const (
+	stepDrain   step = "drain"
+	stepPre     step = "pre"
+	stepSwitch  step = "switch"
+	stepPost    step = "post"
+	stepHealth  step = "health"
+	stepUndrain step = "undrain"
+	stepSuccess step = "success"
+	stepTidy    step = "tidy"
+
+	stepBack        step = "back"
+	stepBackPost    step = "back post"
+	stepBackHealth  step = "back health"
+	stepBackUndrain step = "back undrain"
+	stepFailure     step = "failure"
+)
+
+var (
+	forwardSteps = []step{stepDrain, stepPre, stepSwitch, stepPost, stepHealth, stepUndrain, stepSuccess, stepTidy}
+	backSteps    = []step{stepBack, stepBackPost, stepBackHealth, stepBackUndrain, stepFailure}
+)
+
+// takeBackWithin bounds what is done after the context's end, to leave everything as it was.
+const takeBackWithin = 30 * time.Second
+
+// errUntouched is in an error of a switch that changed nothing.
+var errUntouched = errors.New("dest was not touched")
+
+func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
+func (s step) goesBack() bool     { return slices.Contains(backSteps, s) }
+func (s step) beforeSwitch() bool { return s == stepDrain || s == stepPre }
+
+// next is the step after s; "" after the last.
+func (s step) next() step {
+	for _, steps := range [][]step{forwardSteps, backSteps} {
+		if i := slices.Index(steps, s); i >= 0 && i+1 < len(steps) {
+			return steps[i+1]
+		}
+	}
+	return ""
+}
+
+// target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is good.
+func (d *deployment) target() deployments.Pointer {
+	switch {
+	case !d.Step.goesBack():
+		return d.Release
+	case d.Fault == nil:
+		return d.From
+	default:
+		return d.Back
+	}
+}
+
+// takeBack turns d round before its switch. Without pre commands begun there is nothing to take back but the drain.
+func (d *deployment) takeBack() {
+	if d.Step == stepDrain {
+		d.enter(stepBackUndrain)
+	} else {
+		d.enter(stepBack)
+	}
+}
+
+// pass goes on to the step after d's; after the last the deployment is over.
+func (j *journal) pass() {
+	if next := j.Deployment.Step.next(); next != "" {
+		j.Deployment.enter(next)
+	} else {
+		j.Deployment = nil
+	}
+}
+
+// fail turns the deployment round for good.
+func (j *journal) fail(err error) {
+	d := j.Deployment
+	if len(j.Quarantined) >= maxQuarantined {
+		j.Quarantined = slices.Delete(j.Quarantined, 0, 1)
+	}
+	j.Quarantined = append(j.Quarantined, quarantine{Digest: d.Release.Digest, Step: d.Step, Reason: short(err), At: time.Now().UTC()})
+	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
+	d.Touched = d.Touched && !errors.Is(err, errUntouched)
+	d.enter(stepBack)
+}
+
+func (f *fault) cause() error {
+	if f.err != nil {
+		return f.err
+	}
+	return errors.New(f.Reason)
+}
+
+// advance does the steps of the deployment under way until it is over, one way or the other. It is the only code that does, for
+// deployments that were just begun and for those that a crash cut off.
+func (u *Unit) advance(ctx context.Context) error {
+	if err := u.endLeftovers(ctx); err != nil {
+		return err
+	}
+	u.progress(deployments.StateSwitching, artifact.Progress{})
+	for {
+		d := u.j.Deployment
+		u.at("before " + string(d.Step))
+		change, err := u.do(ctx, d)
+		u.at("after " + string(d.Step))
+		if err != nil {
+			if err := u.turn(ctx, d, err); err != nil {
+				return err
+			}
+			continue
+		}
+		err = u.save(func(j *journal) {
+			if change != nil {
+				change(j)
+			}
+			j.pass()
+		})
+		if err != nil {
+			return err
+		}
+		if u.j.Deployment != nil {
+			continue
+		}
+		if d.Fault != nil {
+			return &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
+		}
+		return nil
+	}
+}
+
+// turn decides what a step's error means: nil where the deployment goes on, on its way back.
+func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
+	s := d.Step
+	stopped := ctx.Err() != nil
+	switch {
+	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch():
+		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
+	case stopped, s == stepDrain, s == stepSwitch && transient(err):
+		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
+		if failed := u.save(func(j *journal) { j.Deployment.takeBack() }); failed != nil {
+			return errors.Join(err, failed)
+		}
+		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), takeBackWithin, fmt.Errorf("it took longer than %s", takeBackWithin))
+		defer cancel()
+		if failed := u.advance(ctx); failed != nil {
+			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
+		}
+		return fmt.Errorf("deploying %s was stopped in %s, and taken back: %w", d.Release, s, err)
+	default:
+		u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(s), "error", err)
+		return u.save(func(j *journal) { j.fail(err) })
+	}
+}
+
+// do does d's step. The change that it returns is what the journal says of the unit once the step is done.
+func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ error) {
+	r, err := u.need(ctx, d.Release)
+	if err != nil {
+		return nil, err
+	}
+	from, err := u.need(ctx, d.From)
+	if err != nil {
+		return nil, err
+	}
+	old := from // what a deployment that goes back ends on
+	if d.Step.goesBack() {
+		if old, err = u.need(ctx, d.target()); err != nil {
+			return nil, err
+		}
+	}
+	switch d.Step {
+	case stepDrain:
+		if err := u.drain(ctx, true); err != nil || from == nil {
+			return nil, err // where nothing runs there is nobody to wait for
+		}
+		return nil, wait(ctx, r.Manifest.Drain)
+	case stepPre:
+		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
+	case stepSwitch:
+		return running(r), u.site(r).forward(ctx, r)
+	case stepPost:
+		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)
+	case stepHealth:
+		return confirmed, u.healthy(ctx, d, r, from)
+	case stepUndrain:
+		return undrained, u.drain(ctx, false)
+	case stepSuccess:
+		err := u.commands(ctx, d, r, from, r.Manifest.Commands.Success)
+		return nil, u.note(ctx, "a success command failed", err)
+	case stepTidy:
+		return nil, u.note(ctx, "could not remove old releases", u.tidy(r))
+	}
+
+	switch {
+	case d.Step == stepFailure:
+		if d.Fault == nil {
+			return nil, nil
+		}
+		err := u.commands(ctx, d, r, old, r.Manifest.Commands.Failure)
+		return nil, u.note(ctx, "a failure command failed", err)
+	case d.Step == stepBackUndrain && (old != nil || d.Fault == nil):
+		return undrained, u.drain(ctx, false)
+	case old == nil:
+		return nil, nil // nothing to go back to: the node stays out of service
+	case d.Step == stepBack:
+		if !d.Touched && u.j.Running == old.Pointer {
+			return nil, nil
+		}
+		return running(old), u.site(old).back(ctx, old, r)
+	case d.Step == stepBackPost:
+		err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post)
+		return nil, u.note(ctx, "a post command of the release that it went back to failed", err)
+	case d.Step == stepBackHealth:
+		if err := u.healthy(ctx, d, old, r); err != nil {
+			return func(j *journal) { j.Confirmed = false }, u.note(ctx, "the release that it went back to isn't healthy either", err)
+		}
+		return confirmed, nil
+	}
+	return nil, nil
+}
+
+func running(r *release) func(*journal) {
+	return func(j *journal) { j.Running, j.Version, j.Confirmed = r.Pointer, r.Manifest.Version, false }
+}
+
+// confirmed makes what runs the release to go back to, and ends the quarantine of others: naming one of them again is a new
+// decision of somebody.
+func confirmed(j *journal) {
+	j.Confirmed, j.LastGood = true, j.Running
+	if !j.Deployment.Step.goesBack() {
+		j.Quarantined = nil
+	}
+}
+
+func undrained(j *journal) { j.Drained = false }
+
+// note logs an error that doesn't stop a deployment, and passes on only the context's end.
+func (u *Unit) note(ctx context.Context, what string, err error) error {
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	u.log.Error(what, "unit", u.c.ID.String(), "error", err)
+	return nil
+}
+
+// need returns a release's manifest, from this node or, after a damaged journal, from storage; nil for the zero pointer.
+func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*release, error) {
+	if p.IsZero() {
+		return nil, nil
+	}
+	if r, err := u.recall(p); err == nil {
+		return r, nil
+	}
+	return u.fetch(ctx, p)
+}
+
+// commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the failed one.
+func (u *Unit) commands(ctx context.Context, d *deployment, r, other *release, list []deployments.Command) error {
+	for _, c := range list {
+		var stdin []byte
+		if d.Step == stepSuccess || d.Step == stepFailure {
+			stdin = u.text.bytes()
+		}
+		if _, err := command.Run(ctx, u.log, c, u.env(d, r, other), stdin); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (u *Unit) env(d *deployment, r, other *release) command.Env {
+	env := command.Env{
+		Unit: u.c.ID, Node: u.c.Node, Step: string(d.Step), Release: u.site(r).dir(r), Dest: r.Manifest.Dest,
+		Digest: r.Pointer.Digest, Version: r.Manifest.Version, Name: r.Manifest.Name, Commit: d.Commit, Run: d.Run,
+	}
+	switch d.Step {
+	case stepBackPost:
+		env.Step = string(stepPost)
+	case stepBackHealth:
+		env.Step = string(stepHealth)
+	}
+	if other != nil {
+		env.Previous = u.site(other).dir(other)
+	}
+	if d.Fault != nil {
+		env.Error = d.Fault.Reason
+	}
+	return env
+}
+
+// endLeftovers ends what the commands of a deployment left running that a crash cut off, once after Open.
+func (u *Unit) endLeftovers(ctx context.Context) error {
+	d := u.j.Deployment
+	if !u.cutOff || d == nil {
+		return nil
+	}
+	n, err := command.EndLeftovers(ctx, d.Run)
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		u.log.Warn("ended processes of a command that was cut off", "step", string(d.Step), "processes", n)
+	}
+	u.cutOff = false
+	return nil
+}
+
+// tidy removes what neither what runs, nor what is good, nor what is staged needs. It comes after a success only: a failed
+// release is kept for whoever looks at it, until then.
+func (u *Unit) tidy(r *release) error {
+	var keep []deployments.Digest
+	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
+		if !p.IsZero() {
+			keep = append(keep, p.Digest)
+		}
+	}
+	return errors.Join(u.site(r).prune(r, keep), u.pruneTrees(keep), u.pruneManifests(keep))
+}
+
+// transient reports whether an error of a switch is the machine's fault, not the release's.
+func transient(err error) bool {
+	for _, e := range []error{
+		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, exec.ErrNotFound,
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	// rsync(1), EXIT VALUES: file and socket I/O, its protocol stream and its children, memory, signals, time-outs. 23 and 24, partial
+	// transfers, are left: they say that files can't be written.
+	var exit *exec.ExitError
+	return errors.As(err, &exit) && slices.Contains([]int{10, 11, 12, 14, 20, 22, 30, 35}, exit.ExitCode())
+}
+
+// wait waits for d, by the monotonic clock.
+func wait(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return ctx.Err()
+	}
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// short is an error's text, for the journal and for KEDGE_ERROR.
+func short(err error) string {
+	const most = 2000
+	s := err.Error()
+	if len(s) > most {
+		s = s[:most] + "…"
+	}
+	return s
+}
