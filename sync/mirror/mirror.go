@@ -1,13 +1,33 @@
+// Package mirror copies a deployments repo from Git to the store. A commit is taken whole or not at all; what differs is
+// written in transactions that are fenced by a lease, so that of several mirrors one works, and one that lost its lease
+// can't change a key, whatever it believes.
+//
+// It is driven by state, not by events: whatever wakes it (a push, a poll, a change of the store, the clock), it looks at the
+// newest commit and at what the store holds, and writes the difference. A transaction that was cut short is finished by the
+// next look, a record changed by hand is put back, and a mirror that takes over begins in the same way.
+//
+// What is not taken: a commit with any mistake in it; one that bears no signature of Config.SignedBy, where that is set; one that
+// does not descend from the last (allow_rewind), or that removes too many units at once (max_removed). The last two settings are
+// read from the commit that was taken last. The signature asked for is the newest commit's: it vouches for the whole tree. Git
+// binds no signature to a branch: any signed commit that descends from the last can be pushed by whoever may push.
 package mirror
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"sync"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
+	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
-	"kedge/deployments"
 	"kedge/kv"
 )
 
@@ -22,46 +42,264 @@ type Config struct {
 	Name string
 	// LeaseTTL default 15 s.
 	LeaseTTL time.Duration
-	// SSHKey is a private key's file, KnownHosts a known_hosts file (default ~/.ssh/known_hosts); HTTPS takes KEDGE_GIT_USER and KEDGE_GIT_TOKEN
-	// from the environment, or a file named by KEDGE_GIT_TOKEN_FILE.
+	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default ~/.ssh/known_hosts). HTTPS takes
+	// KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or a file named by KEDGE_GIT_TOKEN_FILE, and trusts the
+	// authorities of the file named by GIT_SSL_CAINFO beside the system's.
 	SSHKey, KnownHosts string
+	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on; one mirror a directory.
+	// Default: a temporary one, which goes with Run.
+	CacheDir string
 	// SignedBy is an allowed_signers file; with one, a commit that bears none of its signatures is refused.
 	SignedBy string
-	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere.
-	Listen  string
-	Version string
-	Metrics *prometheus.Registry
-	Log     *slog.Logger
+	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a secret, in
+	// KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
+	Listen string
+	// Snapshot, where set, is given the records of desired/ after they changed, by the mirror that holds the lease: for nodes that
+	// boot while the store is away. One call at a time, the newest state; an error is logged, and it is tried again.
+	Snapshot func(ctx context.Context, desired []kv.Entry) error
+	Version  string
+	// Env reads an environment variable; default os.Getenv.
+	Env     func(string) string
+	Metrics *prometheus.Registry // nil: none
+	Log     *slog.Logger         // nil: none
 }
 
 // Mirror copies a deployments repo to the store while it holds the lease. Make it with New, then Run it once.
-type Mirror struct{ impl }
+type Mirror struct {
+	c        Config
+	repo     repo
+	verify   verifier // nil: signatures are not asked for
+	metrics  *metrics
+	listener net.Listener // nil: none
+	secret   string       // of webhooks
 
-func New(c Config) (*Mirror, error) { return newMirror(c) }
+	poke chan struct{} // asks for a poll; holds one
 
-// Run mirrors until ctx ends.
-func (m *Mirror) Run(ctx context.Context) error { return m.run(ctx) }
-
-// Status is the JSON at mirror/state: what the mirror that holds the lease last did. Written by it alone, on change.
-type Status struct {
-	Holder string    `json:"holder"`
-	Head   string    `json:"head"` // the commit that KV holds
-	Author string    `json:"author,omitempty"`
-	At     time.Time `json:"at"` // when Head was applied
-	// Refused is a newer commit that was not taken, and Error why, or what else is wrong (Git is away).
-	Refused string `json:"refused,omitempty"`
-	Error   string `json:"error,omitempty"`
+	mu      sync.Mutex
+	git     gitState
+	changed chan struct{} // closed, and made anew, when git changes
+	leading bool
 }
 
-// Change is one write that a commit leads to.
-type Change struct {
-	Unit   deployments.UnitID
-	Kind   string // "create", "update", "remove", "keep" (removed from Git, record kept: pruning is off)
-	Before *deployments.Record
-	After  *deployments.Record
+// gitState is what is known of the branch.
+type gitState struct {
+	head string  // its newest commit; empty: not known yet
+	good *loaded // that commit, where it can be taken
+	bad  error   // else why it can't
+	away error   // why head may be out of date; nil: it isn't
 }
 
-// Plan says which records a tree would change, given those that are there; pure.
-func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record) []Change {
-	return plan(tree, commit, now)
+// New checks c, and listens. It does not wait for Git or the store to be reachable.
+func New(c Config) (*Mirror, error) {
+	if c.Store == nil || c.Repo == "" {
+		return nil, errors.New("a mirror needs a store and a repository")
+	}
+	if c.Branch == "" {
+		c.Branch = "main"
+	}
+	if err := plumbing.NewBranchReferenceName(c.Branch).Validate(); err != nil {
+		return nil, fmt.Errorf("branch %q: %w", c.Branch, err)
+	}
+	if c.Name == "" {
+		name, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("name of this host: %w", err)
+		}
+		c.Name = name
+	}
+	if c.LeaseTTL == 0 {
+		c.LeaseTTL = 15 * time.Second
+	}
+	if c.Env == nil {
+		c.Env = os.Getenv
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{})}
+	var err error
+	if m.secret, err = secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
+		return nil, err
+	}
+	if m.verify, err = newVerifier(c.SignedBy); err != nil {
+		return nil, err
+	}
+	if m.repo, err = openRepo(c); err != nil {
+		return nil, err
+	}
+	if c.Listen != "" {
+		if m.listener, err = net.Listen("tcp", c.Listen); err != nil {
+			return nil, errors.Join(fmt.Errorf("listen: %w", err), m.repo.close())
+		}
+	}
+	return m, nil
+}
+
+func openRepo(c Config) (repo, error) {
+	if path, local := localPath(c.Repo); local {
+		if c.Every == 0 {
+			c.Every = time.Minute
+		}
+		return &localRepo{path: path, branch: c.Branch, every: c.Every, log: c.Log}, nil
+	}
+	if c.Every == 0 {
+		c.Every = 15 * time.Second
+	}
+	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, caFile: c.Env("GIT_SSL_CAINFO"), env: c.Env}
+	return newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
+}
+
+// Addr is the address of Listen; empty without one.
+func (m *Mirror) Addr() string {
+	if m.listener == nil {
+		return ""
+	}
+	return m.listener.Addr().String()
+}
+
+// Trigger asks for a poll at once.
+func (m *Mirror) Trigger() {
+	select {
+	case m.poke <- struct{}{}:
+	default: // one is asked for already
+	}
+}
+
+// Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
+func (m *Mirror) Run(ctx context.Context) error {
+	defer m.repo.close()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return m.serve(ctx) })
+	g.Go(func() error { m.repo.watch(ctx, m.Trigger); return nil })
+	g.Go(func() error { m.follow(ctx); return nil })
+	g.Go(func() error { m.lead(ctx); return nil })
+	return g.Wait()
+}
+
+// follow keeps m.git up to date, whether this mirror holds the lease or waits for it.
+func (m *Mirror) follow(ctx context.Context) {
+	retry := newBackOff(100*time.Millisecond, 30*time.Second)
+	for ctx.Err() == nil {
+		before := m.state()
+		after := m.look(ctx, before)
+		if ctx.Err() != nil {
+			return
+		}
+		m.setState(after)
+		m.logGit(before, after)
+		delay := jitter(m.repo.interval())
+		switch {
+		case after.away == nil:
+			retry.Reset()
+		case errors.Is(after.away, errNoBranch): // somebody has to push: nothing to hurry for
+		default:
+			delay = retry.NextBackOff()
+		}
+		select {
+		case <-ctx.Done():
+		case <-m.poke:
+		case <-time.After(delay):
+		}
+	}
+}
+
+// look asks Git for the branch's head, and reads it where it is new.
+func (m *Mirror) look(ctx context.Context, was gitState) gitState {
+	head, err := m.repo.head(ctx)
+	m.metrics.polled(err)
+	if err != nil {
+		was.away = err
+		return was
+	}
+	if was.head == head.String() && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
+		was.away = nil
+		return was
+	}
+	commit, err := m.load(head)
+	switch {
+	case errors.As(err, new(*badCommit)):
+		return gitState{head: head.String(), bad: err}
+	case err != nil:
+		was.away = err
+		return was
+	}
+	return gitState{head: head.String(), good: commit}
+}
+
+func (m *Mirror) load(hash plumbing.Hash) (*loaded, error) {
+	from, err := m.repo.open()
+	if err != nil {
+		return nil, err
+	}
+	return load(from, hash, m.verify)
+}
+
+func (m *Mirror) logGit(before, after gitState) {
+	switch {
+	case after.away != nil && before.away == nil:
+		m.c.Log.Warn("Git can't be read, what was mirrored stays", "repo", m.c.Repo, "branch", m.c.Branch, "error", after.away)
+	case after.away == nil && before.away != nil:
+		m.c.Log.Info("Git can be read again", "repo", m.c.Repo, "head", after.head)
+	}
+	if after.head == before.head {
+		return
+	}
+	if after.bad != nil {
+		m.c.Log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
+		return
+	}
+	m.c.Log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject, "units", len(after.good.tree.Units))
+}
+
+func (m *Mirror) state() gitState {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.git
+}
+
+func (m *Mirror) setState(s gitState) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	same := s.head == m.git.head && s.good == m.git.good && text(s.bad) == text(m.git.bad) && text(s.away) == text(m.git.away)
+	m.git = s
+	if !same {
+		close(m.changed)
+		m.changed = make(chan struct{})
+	}
+}
+
+// gitChanged is closed at the next change of state.
+func (m *Mirror) gitChanged() (gitState, <-chan struct{}) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.git, m.changed
+}
+
+// wait returns nil after d, or ctx's error.
+func wait(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(d):
+		return nil
+	}
+}
+
+// jitter spreads d by ±20 %, so that several mirrors don't poll in step.
+func jitter(d time.Duration) time.Duration {
+	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
+}
+
+func newBackOff(first, most time.Duration) *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval, b.MaxInterval, b.Multiplier, b.RandomizationFactor = first, most, 2, 0.5
+	return b
+}
+
+// text is an error's, "" for nil: errors of some types can't be compared themselves.
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
 }

@@ -1,0 +1,227 @@
+package mirror
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// cell is what the store shows at a unit's key in desired/; the zero cell: nothing.
+type cell struct {
+	present bool
+	version uint64
+	value   []byte
+	record  deployments.Record
+	err     error // the value doesn't parse
+}
+
+// own is what this mirror last wrote, or took over, at a unit's key.
+type own struct {
+	record deployments.Record
+	value  []byte // nil: it removed the key
+	// over is the version that the write replaced (0: none). version is that of the write, 0 until the store has shown it.
+	over, version uint64
+	at            time.Time
+}
+
+// settle is how long a write may take to show in a watch, before what the watch shows is taken for the truth.
+const settle = 5 * time.Second
+
+// standing is where a unit's key stands.
+type standing int
+
+const (
+	inOrder  standing = iota // holds what this mirror wrote, or found at its start
+	inFlight                 // this mirror's write has yet to show
+	foreign                  // somebody else wrote, or removed, it
+	unknown                  // this mirror knows nothing of it, and there is no record that it could go on from
+)
+
+// stand compares what the store shows with what this mirror wrote.
+func stand(c cell, o own, known bool, now time.Time) standing {
+	switch {
+	case !known && c.present && c.err == nil && c.record.Generation > 0:
+		return inOrder
+	case !known:
+		return unknown
+	case o.value == nil && !c.present:
+		return unknown
+	case c.present && o.value != nil && bytes.Equal(c.value, o.value):
+		return inOrder
+	case o.version == 0 && c.version == o.over && now.Sub(o.at) < settle:
+		return inFlight
+	default:
+		return foreign
+	}
+}
+
+// facts are all that decides what to write.
+type facts struct {
+	commit *loaded
+	now    time.Time
+	cells  map[deployments.UnitID]cell
+	owned  map[deployments.UnitID]own
+	// past is the newest history of the units whose standing is unknown.
+	past map[deployments.UnitID]History
+}
+
+// write is what to do about one unit's key.
+type write struct {
+	unit   deployments.UnitID
+	kind   string // as Change.Kind, or "restore"
+	before deployments.Record
+	after  deployments.Record
+	value  []byte // nil: remove the key
+	over   uint64
+	note   string
+	ops    []kv.Op
+}
+
+// decide gives what to write so that the store holds what the commit asks for, sorted by unit; pure.
+func decide(f facts) []write {
+	var writes []write
+	inGit := map[deployments.UnitID]bool{}
+	for _, u := range f.commit.tree.Units {
+		inGit[u.ID] = true
+		if w, ok := decideUnit(f, u); ok {
+			writes = append(writes, w)
+		}
+	}
+	if f.commit.tree.Settings.Prune {
+		for id, c := range f.cells {
+			o, known := f.owned[id]
+			if inGit[id] || !c.present || c.err != nil || !ours(c.record) || stand(c, o, known, f.now) == inFlight {
+				continue
+			}
+			writes = append(writes, write{unit: id, kind: "remove", before: c.record, over: c.version,
+				ops: []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}})
+		}
+	}
+	slices.SortFunc(writes, func(a, b write) int { return compareIDs(a.unit, b.unit) })
+	return writes
+}
+
+func decideUnit(f facts, u deployments.Unit) (write, bool) {
+	c := f.cells[u.ID]
+	o, known := f.owned[u.ID]
+	w := write{unit: u.ID, kind: "update", over: c.version}
+	floor := int64(0) // generations up to it were used
+	switch stand(c, o, known, f.now) {
+	case inFlight:
+		return write{}, false
+	case inOrder:
+		w.before, floor = c.record, c.record.Generation
+	case foreign:
+		w.before, floor, w.kind, w.note = o.record, o.record.Generation, "restore", "a change by hand was put back"
+	case unknown:
+		past := f.past[u.ID]
+		floor = past.Generation
+		switch {
+		case c.present && c.err == nil: // a bare pointer: nodes run it
+			w.before = deployments.Record{Target: c.record.Target}
+		case past.Generation > 0:
+			w.before = deployments.Record{Target: past.Release, Stable: past.Stable, Generation: past.Generation, Commit: past.Commit}
+		}
+		if !c.present {
+			w.kind = "create"
+		}
+	}
+	w.after = follow(u, f.commit.Hash, w.before)
+	if w.after.Generation != w.before.Generation {
+		w.after.Generation = floor + 1
+	}
+	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
+	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < 1<<53 && !bytes.Equal(encode(c.record), encode(w.after)) {
+		w.after.Generation = max(w.after.Generation, c.record.Generation)
+		if w.kind == "restore" {
+			w.after.Generation = c.record.Generation + 1
+		}
+	}
+	w.value = encode(w.after)
+	if c.present && c.err == nil && bytes.Equal(encode(c.record), w.value) {
+		return write{}, false
+	}
+	if c.present {
+		w.ops = append(w.ops, kv.Replace(kv.DesiredKey(u.ID), w.value, c.version))
+	} else {
+		w.ops = append(w.ops, kv.Create(kv.DesiredKey(u.ID), w.value))
+	}
+	if w.after.Generation > floor {
+		w.ops = append(w.ops, history(w, f)...)
+	}
+	return w, true
+}
+
+// history records a new generation, and removes the one that is too old.
+func history(w write, f facts) []kv.Op {
+	value, err := json.Marshal(History{
+		Generation: w.after.Generation,
+		Release:    w.after.Target,
+		Stable:     w.after.Stable,
+		Commit:     f.commit.Hash,
+		Author:     f.commit.Author,
+		Subject:    f.commit.Subject,
+		Committed:  f.commit.When,
+		At:         f.now.UTC().Truncate(time.Millisecond),
+		Note:       w.note,
+	})
+	if err != nil {
+		panic(err) // plain data
+	}
+	ops := []kv.Op{kv.Put(historyKey(w.unit, w.after.Generation), value)}
+	if old := w.after.Generation - HistoryKept; old > 0 {
+		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
+	}
+	return ops
+}
+
+// historyKey sorts as the generations do.
+func historyKey(id deployments.UnitID, generation int64) string {
+	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
+}
+
+// encode gives a record's JSON: equal records have equal bytes.
+func encode(r deployments.Record) []byte {
+	value, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // plain data
+	}
+	return value
+}
+
+// batches packs the writes, each whole, and the status at the end into as few transactions as fit.
+func batches(writes []write, status *kv.Op) [][]write {
+	var all [][]write
+	var batch []write
+	ops, size := 0, 0
+	for _, w := range writes {
+		bytes := 0
+		for _, op := range w.ops {
+			bytes += len(op.Key) + len(op.Value)
+		}
+		if ops+len(w.ops) > kv.MaxOps || size+bytes > maxBatch {
+			all = append(all, batch)
+			batch, ops, size = nil, 0, 0
+		}
+		batch, ops, size = append(batch, w), ops+len(w.ops), size+bytes
+	}
+	if status != nil {
+		if ops+1 > kv.MaxOps || size+len(status.Value) > maxBatch {
+			all = append(all, batch)
+			batch = nil
+		}
+		batch = append(batch, write{kind: "status", ops: []kv.Op{*status}})
+	}
+	if len(batch) > 0 {
+		all = append(all, batch)
+	}
+	return all
+}
+
+// maxBatch bounds a transaction's keys and values, in bytes: Consul takes 512 KiB of JSON, in which values grow by a third.
+const maxBatch = 300 << 10

@@ -1,0 +1,344 @@
+package mirror
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// gitEnv keeps the user's own configuration out of the tests' commits.
+var gitEnv = []string{
+	"GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
+	"GIT_AUTHOR_NAME=Ada", "GIT_AUTHOR_EMAIL=ada@example.com", "GIT_COMMITTER_NAME=Ada", "GIT_COMMITTER_EMAIL=ada@example.com",
+}
+
+// origin is a bare repository, and a clone from which the test pushes with git(1).
+type origin struct {
+	tb         testing.TB
+	bare, work string
+	env        []string
+}
+
+func newOrigin(tb testing.TB) *origin {
+	tb.Helper()
+	dir := tb.TempDir()
+	o := &origin{tb: tb, bare: filepath.Join(dir, "deployments.git"), work: filepath.Join(dir, "work")}
+	o.git("", "init", "-q", "--bare", "-b", "main", o.bare)
+	o.git("", "init", "-q", "-b", "main", o.work)
+	o.git(o.work, "remote", "add", "origin", o.bare)
+	return o
+}
+
+// git runs git(1), and ends the test where it fails.
+func (o *origin) git(dir string, args ...string) string {
+	o.tb.Helper()
+	out, err := o.try(dir, args...)
+	if err != nil {
+		o.tb.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return strings.TrimSpace(out)
+}
+
+func (o *origin) try(dir string, args ...string) (string, error) {
+	cmd := exec.Command("git", append([]string{"-c", "gc.auto=0", "-c", "core.fsync=none"}, args...)...)
+	cmd.Dir = dir
+	cmd.Env = append(append(os.Environ(), gitEnv...), o.env...)
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// commit writes files (an empty text removes one) and commits them all.
+func (o *origin) commit(files map[string]string) string {
+	o.tb.Helper()
+	for name, text := range files {
+		path := filepath.Join(o.work, name)
+		if text == "" {
+			if err := os.Remove(path); err != nil {
+				o.tb.Fatal(err)
+			}
+			continue
+		}
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			o.tb.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			o.tb.Fatal(err)
+		}
+	}
+	o.git(o.work, "add", "-A")
+	o.git(o.work, "commit", "-q", "--allow-empty", "-m", "Deploy")
+	return o.git(o.work, "rev-parse", "HEAD")
+}
+
+// push commits files and pushes them.
+func (o *origin) push(files map[string]string) string {
+	o.tb.Helper()
+	hash := o.commit(files)
+	o.git(o.work, "push", "-q", "origin", "HEAD:main")
+	return hash
+}
+
+// pointer makes up a release.
+func pointer(name string) deployments.Pointer {
+	return deployments.Pointer{
+		URL:    "s3://acme-releases/" + name + "/manifest.yaml",
+		Digest: deployments.Digest(sha256.Sum256([]byte(name))),
+	}
+}
+
+// unitFile is a unit's file with no more than its release.
+func unitFile(release string) string { return "release: " + pointer(release).String() + "\n" }
+
+func unitID(tb testing.TB, s string) deployments.UnitID {
+	tb.Helper()
+	id, err := deployments.ParseUnitID(s)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return id
+}
+
+// dirStore opens a store in a directory of the test's own.
+func dirStore(tb testing.TB) kv.Store {
+	tb.Helper()
+	return openStore(tb, "file://"+tb.TempDir())
+}
+
+func openStore(tb testing.TB, url string) kv.Store {
+	tb.Helper()
+	s, err := kv.Open(context.Background(), kv.Config{URL: url})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = s.Close() })
+	return s
+}
+
+// recorder notes every transaction that a store took.
+type recorder struct {
+	kv.Store
+	mu      sync.Mutex
+	commits [][]kv.Op
+	fail    error // what Commit answers instead, while set
+}
+
+func (r *recorder) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	r.mu.Lock()
+	fail := r.fail
+	r.mu.Unlock()
+	if fail != nil {
+		return fail
+	}
+	err := r.Store.Commit(ctx, lease, ops...)
+	if err == nil {
+		if lease == nil {
+			return errors.New("the mirror wrote without a lease")
+		}
+		r.mu.Lock()
+		r.commits = append(r.commits, ops)
+		r.mu.Unlock()
+	}
+	return err
+}
+
+// taken returns the transactions since the last call.
+func (r *recorder) taken() [][]kv.Op {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	commits := r.commits
+	r.commits = nil
+	return commits
+}
+
+func (r *recorder) setFail(err error) {
+	r.mu.Lock()
+	r.fail = err
+	r.mu.Unlock()
+}
+
+// running is a mirror under test.
+type running struct {
+	*Mirror
+	tb    testing.TB
+	store kv.Store
+	log   *logBuffer
+	stop  func()
+}
+
+// start runs a mirror until the test ends, or stop is called.
+func start(tb testing.TB, c Config) *running {
+	tb.Helper()
+	log := &logBuffer{}
+	if c.Log == nil {
+		c.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	if c.Name == "" {
+		c.Name = "mirror-1"
+	}
+	m, err := New(c)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- m.Run(ctx) }()
+	r := &running{Mirror: m, tb: tb, store: c.Store, log: log}
+	r.stop = sync.OnceFunc(func() {
+		cancel()
+		select {
+		case err := <-done:
+			if err != nil {
+				tb.Errorf("Run: %v", err)
+			}
+		case <-time.After(20 * time.Second):
+			tb.Error("Run did not return")
+		}
+	})
+	tb.Cleanup(func() {
+		r.stop()
+		if tb.Failed() {
+			tb.Log(log.String())
+		}
+	})
+	return r
+}
+
+// record waits until a unit's record satisfies ok, and returns it.
+func (r *running) record(unit string, ok func(deployments.Record) bool) deployments.Record {
+	r.tb.Helper()
+	var last deployments.Record
+	r.await("record of "+unit, func() error {
+		e, err := r.store.Get(context.Background(), kv.DesiredPrefix+unit)
+		if err != nil {
+			return err
+		}
+		last, err = deployments.ParseRecord(e.Value)
+		if err != nil {
+			return err
+		}
+		if !ok(last) {
+			return fmt.Errorf("it is %s", e.Value)
+		}
+		return nil
+	})
+	return last
+}
+
+// runs waits until a unit's target is release.
+func (r *running) runs(unit, release string) deployments.Record {
+	r.tb.Helper()
+	return r.record(unit, func(rec deployments.Record) bool { return rec.Target == pointer(release) })
+}
+
+// status waits until mirror/state satisfies ok, and returns it.
+func (r *running) status(ok func(Status) bool) Status {
+	r.tb.Helper()
+	var s Status
+	r.await("status", func() error {
+		e, err := r.store.Get(context.Background(), kv.MirrorKey)
+		if err != nil {
+			return err
+		}
+		s = Status{}
+		if err := json.Unmarshal(e.Value, &s); err != nil {
+			return err
+		}
+		if !ok(s) {
+			return fmt.Errorf("it is %s", e.Value)
+		}
+		return nil
+	})
+	return s
+}
+
+// at waits until the mirror has taken a commit.
+func (r *running) at(head string) Status {
+	r.tb.Helper()
+	return r.status(func(s Status) bool { return s.Head == head && s.Error == "" })
+}
+
+// refuses waits until the mirror has refused a commit, with an error that holds each of words.
+func (r *running) refuses(head string, words ...string) Status {
+	r.tb.Helper()
+	return r.status(func(s Status) bool {
+		for _, w := range words {
+			if !strings.Contains(s.Error, w) {
+				return false
+			}
+		}
+		return s.Refused == head && s.Head != head
+	})
+}
+
+func (r *running) await(what string, try func() error) {
+	r.tb.Helper()
+	await(r.tb, 30*time.Second, what, try)
+}
+
+func await(tb testing.TB, atMost time.Duration, what string, try func() error) {
+	tb.Helper()
+	end := time.Now().Add(atMost)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			tb.Fatalf("%s: %v", what, err)
+		}
+		time.Sleep(2 * time.Millisecond)
+	}
+}
+
+// desired reads all of desired/.
+func desired(tb testing.TB, s kv.Store) map[string]string {
+	tb.Helper()
+	entries, err := s.List(context.Background(), kv.DesiredPrefix)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	all := map[string]string{}
+	for _, e := range entries {
+		all[strings.TrimPrefix(e.Key, kv.DesiredPrefix)] = string(e.Value)
+	}
+	return all
+}
+
+func sameDesired(tb testing.TB, s kv.Store, want map[string]string) {
+	tb.Helper()
+	if got := desired(tb, s); !maps.Equal(got, want) {
+		tb.Errorf("desired/ changed: %v, want %v", got, want)
+	}
+}
+
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}

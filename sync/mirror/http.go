@@ -1,0 +1,121 @@
+package mirror
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// maxHook bounds a webhook's body, in bytes: a push of many commits has some ten KiB.
+const maxHook = 1 << 20
+
+// serve answers on the listener until ctx ends.
+func (m *Mirror) serve(ctx context.Context) error {
+	if m.listener == nil {
+		<-ctx.Done()
+		return nil
+	}
+	server := &http.Server{
+		Handler:           m.handler(),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(m.c.Log.Handler(), slog.LevelDebug),
+	}
+	defer context.AfterFunc(ctx, func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			server.Close()
+		}
+	})()
+	if err := server.Serve(m.listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", m.Addr(), err)
+	}
+	return nil
+}
+
+func (m *Mirror) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /hook", m.hook)
+	mux.HandleFunc("GET /live", m.live)
+	if m.c.Metrics != nil {
+		mux.Handle("GET /metrics", promhttp.HandlerFor(m.c.Metrics, promhttp.HandlerOpts{}))
+	}
+	return mux
+}
+
+// live says that the process runs, and what it does.
+func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
+	m.mu.Lock()
+	answer := struct {
+		Leading bool   `json:"leading"`
+		Head    string `json:"head"`
+		Error   string `json:"error,omitempty"`
+		Version string `json:"version,omitempty"`
+	}{m.leading, m.git.head, text(m.git.away), m.c.Version}
+	m.mu.Unlock()
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(answer)
+}
+
+// hook asks for a poll where the caller knows the secret. Nothing in the body is believed, or even read, beyond its signature.
+func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
+	code, why := m.checkHook(http.MaxBytesReader(w, r.Body, maxHook), r.Header)
+	m.metrics.hooks.WithLabelValues(strconv.Itoa(code)).Inc()
+	if code != http.StatusAccepted {
+		m.c.Log.Warn("webhook refused", "from", r.RemoteAddr, "status", code, "error", why)
+		http.Error(w, why, code)
+		return
+	}
+	m.Trigger()
+	w.WriteHeader(code)
+}
+
+func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string) {
+	if m.secret == "" {
+		return http.StatusForbidden, "webhooks are off: the mirror has no KEDGE_WEBHOOK_SECRET"
+	}
+	if token := h.Get("X-Gitlab-Token"); token != "" {
+		// Digests have one length, so that not even the secret's length can be timed.
+		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(m.secret))
+		if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
+			return http.StatusUnauthorized, "the token is wrong"
+		}
+		return http.StatusAccepted, ""
+	}
+	given, found := strings.CutPrefix(h.Get("X-Hub-Signature-256"), "sha256=")
+	if !found {
+		given = h.Get("X-Gitea-Signature")
+	}
+	signature, err := hex.DecodeString(given)
+	if err != nil || len(signature) != sha256.Size {
+		return http.StatusUnauthorized, "want X-Hub-Signature-256 (GitHub), X-Gitea-Signature (Gitea) or X-Gitlab-Token (GitLab)"
+	}
+	mac := hmac.New(sha256.New, []byte(m.secret))
+	if _, err := io.Copy(mac, body); err != nil {
+		if errors.As(err, new(*http.MaxBytesError)) {
+			return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", maxHook)
+		}
+		return http.StatusBadRequest, "the body can't be read"
+	}
+	if !hmac.Equal(signature, mac.Sum(nil)) {
+		return http.StatusUnauthorized, "the signature is wrong"
+	}
+	return http.StatusAccepted, ""
+}

@@ -1,0 +1,468 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// lead waits for the lease, works while it holds, and waits again.
+func (m *Mirror) lead(ctx context.Context) {
+	retry := newBackOff(500*time.Millisecond, 30*time.Second)
+	failed := false
+	for ctx.Err() == nil {
+		lease, err := m.c.Store.Lease(ctx, kv.MirrorLease, m.c.Name, m.c.LeaseTTL)
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			if !failed {
+				m.c.Log.Warn("cannot ask for the mirror's lease", "store", m.c.Store, "error", err)
+			}
+			failed = true
+			_ = wait(ctx, retry.NextBackOff())
+			continue
+		}
+		failed = false
+		retry.Reset()
+		m.work(ctx, lease)
+	}
+}
+
+// work holds the lease until it is lost or ctx ends, and gives it back.
+func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
+	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
+	m.setLeading(true)
+	defer m.setLeading(false)
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := lease.Release(ctx); err != nil && !errors.Is(err, kv.ErrLeaseLost) {
+			m.c.Log.Warn("cannot give back the mirror's lease, it will run out", "error", err)
+		}
+	}()
+	held, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(lease.Context(), func() { cancel(context.Cause(lease.Context())) })()
+
+	err := newLeader(m, lease).run(held)
+	if ctx.Err() == nil {
+		m.c.Log.Warn("this mirror lost the lease", "name", m.c.Name, "error", err)
+	}
+}
+
+func (m *Mirror) setLeading(leading bool) {
+	m.mu.Lock()
+	m.leading = leading
+	m.mu.Unlock()
+	m.metrics.led(leading)
+}
+
+// leader is a Mirror while it holds the lease: what it has seen of the store, and what it wrote there.
+type leader struct {
+	*Mirror
+	lease kv.Lease
+
+	mu       sync.Mutex
+	desired  kv.View
+	wake     chan struct{} // holds one
+	snapshot chan []kv.Entry
+
+	// The rest belongs to run's goroutine.
+	written   Status // what mirror/state holds
+	writtenAt time.Time
+	accepted  *loaded // the commit that KV holds, or is to hold; nil: it can't be read
+	judged    string  // the head that was last judged, against accepted's, and the verdict
+	verdict   error
+	owned     map[deployments.UnitID]own
+	folders   map[[2]string]bool             // the roles whose folders are there
+	past      map[deployments.UnitID]History // newest generations, of the roles in pastOf
+	pastOf    map[[2]string]bool
+}
+
+func newLeader(m *Mirror, lease kv.Lease) *leader {
+	return &leader{
+		Mirror: m, lease: lease,
+		wake: make(chan struct{}, 1), snapshot: make(chan []kv.Entry, 1),
+		owned: map[deployments.UnitID]own{}, folders: map[[2]string]bool{},
+		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
+	}
+}
+
+// run works until ctx ends, or the lease is found to be lost.
+func (l *leader) run(ctx context.Context) error {
+	if err := l.persist(ctx, "begin", l.begin); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return l.c.Store.Watch(ctx, kv.DesiredPrefix, l.sawDesired) })
+	if l.c.Snapshot != nil {
+		g.Go(func() error { return l.keepSnapshot(ctx) })
+	}
+	g.Go(func() error { return l.loop(ctx) })
+	return g.Wait()
+}
+
+// begin reads what the mirror before this one left.
+func (l *leader) begin(ctx context.Context) error {
+	if err := l.c.Store.EnsureFolders(ctx, kv.DesiredPrefix, kv.PinsPrefix, kv.ControlPrefix, kv.StatusPrefix, kv.HistoryPrefix, kv.MirrorPrefix); err != nil {
+		return err
+	}
+	entries, err := l.c.Store.List(ctx, kv.MirrorPrefix)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Key != kv.MirrorKey {
+			continue
+		}
+		if err := json.Unmarshal(e.Value, &l.written); err != nil {
+			l.c.Log.Warn("the mirror's own state doesn't parse, it is written anew", "key", e.Key, "error", err)
+			l.written = Status{}
+		}
+	}
+	if l.written.Head == "" {
+		return nil
+	}
+	if l.accepted, err = l.Mirror.load(plumbing.NewHash(l.written.Head)); err != nil {
+		l.c.Log.Warn("the commit that was mirrored last can't be read: until the next one, changes by hand stay", "commit", l.written.Head, "error", err)
+	}
+	return nil
+}
+
+// persist does f until it succeeds, the lease is lost or ctx ends.
+func (l *leader) persist(ctx context.Context, what string, f func(context.Context) error) error {
+	retry := newBackOff(500*time.Millisecond, 30*time.Second)
+	for tries := 0; ; tries++ {
+		err := f(ctx)
+		if err == nil || errors.Is(err, kv.ErrLeaseLost) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if tries == 0 {
+			l.c.Log.Warn("the store is in trouble", "doing", what, "store", l.c.Store, "error", err)
+		}
+		if err := wait(ctx, retry.NextBackOff()); err != nil {
+			return err
+		}
+	}
+}
+
+// sawDesired takes the newest view of desired/.
+func (l *leader) sawDesired(v kv.View) {
+	l.mu.Lock()
+	l.desired = v
+	l.mu.Unlock()
+	l.poked()
+	if v.Settled && v.Err == nil && l.c.Snapshot != nil {
+		select {
+		case <-l.snapshot: // the one before was not taken yet
+		default:
+		}
+		l.snapshot <- v.Entries
+	}
+}
+
+func (l *leader) poked() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// loop observes, decides, acts and reports, whenever something changed.
+func (l *leader) loop(ctx context.Context) error {
+	retry := newBackOff(200*time.Millisecond, 30*time.Second)
+	var trouble error
+	for {
+		git, gitChanged := l.gitChanged()
+		again, err := l.round(ctx, git)
+		switch {
+		case errors.Is(err, kv.ErrLeaseLost):
+			return err
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err == nil:
+			if trouble != nil {
+				l.c.Log.Info("the store takes writes again", "store", l.c.Store)
+			}
+			trouble = nil
+			retry.Reset()
+		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
+			again = jitter(time.Second)
+		default:
+			if trouble == nil {
+				l.c.Log.Warn("the store takes no writes", "store", l.c.Store, "error", err)
+			}
+			trouble = err
+			again = retry.NextBackOff()
+			gitChanged = nil // wakes that come one after the other must not hurry it
+		}
+		var clock <-chan time.Time
+		if again > 0 {
+			clock = time.After(again)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-gitChanged:
+		case <-l.wake:
+		case <-clock:
+		}
+	}
+}
+
+// round does once what there is to do. again is when to look even if nothing changes; 0: never.
+func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, err error) {
+	l.mu.Lock()
+	view := l.desired
+	l.mu.Unlock()
+	if !view.Settled {
+		return 0, nil
+	}
+	now := time.Now()
+	cells := l.observe(view)
+	refused := l.judge(ctx, git, cells)
+
+	status := Status{Holder: l.c.Name, Head: l.written.Head, Author: l.written.Author, At: l.written.At, Rules: l.written.Rules}
+	var writes []write
+	if l.accepted != nil {
+		if err := l.prepare(ctx, cells, now); err != nil {
+			return 0, err
+		}
+		writes = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, past: l.past})
+		if l.accepted.Hash != status.Head {
+			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)
+		}
+	}
+	switch {
+	case refused != nil:
+		status.Refused, status.Error = git.head, clip(refused.Error(), maxError)
+	case git.away != nil:
+		status.Error = clip(git.away.Error(), maxError)
+	}
+	if !worthWriting(l.written, status, l.writtenAt, now) {
+		status = l.written
+	}
+	if err := l.act(ctx, writes, status, now); err != nil {
+		return 0, err
+	}
+	for _, o := range l.owned {
+		if o.version == 0 {
+			again = settle // should its write not show by then, it is looked for again
+		}
+	}
+	return again, nil
+}
+
+// observe sorts the view by unit, and notes which writes of this mirror it shows.
+func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
+	cells := make(map[deployments.UnitID]cell, len(view.Entries))
+	for _, e := range view.Entries {
+		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.DesiredPrefix))
+		if err != nil {
+			continue // not a record's key
+		}
+		c := cell{present: true, version: e.Version, value: e.Value}
+		c.record, c.err = deployments.ParseRecord(e.Value)
+		cells[id] = c
+	}
+	for id, o := range l.owned {
+		c := cells[id]
+		switch {
+		case o.value == nil && !c.present:
+			delete(l.owned, id)
+		case o.value != nil && string(c.value) == string(o.value):
+			o.version = c.version
+			l.owned[id] = o
+		}
+	}
+	return cells
+}
+
+// judge decides whether the branch's head becomes the commit to write, and says why not.
+func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) error {
+	switch {
+	case git.head == "" || l.accepted != nil && git.head == l.accepted.Hash:
+		return nil
+	case git.bad != nil:
+		return git.bad
+	}
+	from := l.written.Head
+	rules := l.written.Rules
+	var had []deployments.UnitID
+	if l.accepted != nil {
+		from, rules = l.accepted.Hash, rulesOf(l.accepted)
+		for _, u := range l.accepted.tree.Units {
+			had = append(had, u.ID)
+		}
+	} else {
+		for id, c := range cells {
+			if c.err == nil && ours(c.record) {
+				had = append(had, id)
+			}
+		}
+	}
+	if from == "" {
+		rules = rulesOf(git.good)
+	}
+	if judged := from + ".." + git.head; l.judged != judged {
+		m := move{from: from, had: had, rules: rules, to: git.good}
+		var err error
+		if from != "" {
+			if m.descends, err = l.descends(ctx, from, git.head); err != nil {
+				return fmt.Errorf("history from %s to %s: %w", short(from), short(git.head), err)
+			}
+		}
+		l.judged, l.verdict = judged, refuse(m)
+		l.metrics.judged(l.verdict)
+		if l.verdict != nil {
+			l.c.Log.Error("the commit is refused", "commit", git.head, "error", l.verdict)
+		} else {
+			l.c.Log.Info("the commit is taken", "commit", git.head, "after", from)
+		}
+	}
+	if l.verdict == nil {
+		l.accepted = git.good
+	}
+	return l.verdict
+}
+
+func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
+	in, err := l.repo.open()
+	if err != nil {
+		return false, err
+	}
+	return descends(ctx, in, plumbing.NewHash(from), plumbing.NewHash(to))
+}
+
+// prepare makes the folders of new roles, and reads the history of units whose record is not there to go on from.
+func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell, now time.Time) error {
+	var folders []string
+	all := roles(l.accepted.tree)
+	for _, r := range all {
+		if !l.folders[r] {
+			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.ControlPrefix, kv.HistoryPrefix} {
+				folders = append(folders, kv.RolePrefix(kind, r[0], r[1]))
+			}
+		}
+	}
+	if len(folders) > 0 {
+		if err := l.c.Store.EnsureFolders(ctx, folders...); err != nil {
+			return fmt.Errorf("folders of %d keys: %w", len(folders), err)
+		}
+		for _, r := range all {
+			l.folders[r] = true
+		}
+	}
+	for _, u := range l.accepted.tree.Units {
+		role := [2]string{u.ID.Stage, u.ID.Role}
+		o, known := l.owned[u.ID]
+		if l.pastOf[role] || stand(cells[u.ID], o, known, now) != unknown {
+			continue
+		}
+		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role[0], role[1]))
+		if err != nil {
+			return fmt.Errorf("history of %s/%s: %w", role[0], role[1], err)
+		}
+		l.pastOf[role] = true
+		for _, e := range entries {
+			name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
+			id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
+			if err != nil {
+				continue
+			}
+			var h History
+			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.past[id].Generation {
+				l.past[id] = h
+			}
+		}
+	}
+	return nil
+}
+
+// act writes, in order, so that mirror/state comes last: a mirror that is killed in between leaves the old head there, and
+// the next one finishes the work.
+func (l *leader) act(ctx context.Context, writes []write, status Status, now time.Time) error {
+	var last *kv.Op
+	if status != l.written {
+		last = statusOp(status)
+	}
+	for _, batch := range batches(writes, last) {
+		var ops []kv.Op
+		for _, w := range batch {
+			ops = append(ops, w.ops...)
+		}
+		if err := l.c.Store.Commit(ctx, l.lease, ops...); err != nil {
+			if !errors.Is(err, kv.ErrConflict) && !errors.Is(err, kv.ErrLeaseLost) {
+				for _, w := range batch {
+					delete(l.owned, w.unit) // it may have been written all the same: take what the store shows
+				}
+			}
+			return fmt.Errorf("write %d keys: %w", len(ops), err)
+		}
+		l.metrics.wrote(len(ops))
+		for _, w := range batch {
+			l.done(w, status, now)
+		}
+	}
+	return nil
+}
+
+// done notes a write that the store has taken.
+func (l *leader) done(w write, status Status, now time.Time) {
+	if w.kind == "status" {
+		l.written, l.writtenAt = status, now
+		l.metrics.applied(status)
+		return
+	}
+	l.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}
+	if w.value == nil {
+		delete(l.past, w.unit)
+		delete(l.pastOf, [2]string{w.unit.Stage, w.unit.Role})
+	}
+	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", status.Head)
+}
+
+// keepSnapshot hands the newest records to Config.Snapshot, until it takes them.
+func (l *leader) keepSnapshot(ctx context.Context) error {
+	retry := newBackOff(time.Second, time.Minute)
+	var entries []kv.Entry
+	var again <-chan time.Time
+	for failed := false; ; {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case entries = <-l.snapshot:
+		case <-again:
+		}
+		again = nil
+		err := l.c.Snapshot(ctx, entries)
+		switch {
+		case err == nil:
+			if failed {
+				l.c.Log.Info("the snapshot of the desired state is written again")
+			}
+			failed = false
+			retry.Reset()
+		case ctx.Err() == nil:
+			if !failed {
+				l.c.Log.Warn("the snapshot of the desired state can't be written", "error", err)
+			}
+			failed = true
+			again = time.After(retry.NextBackOff())
+		}
+	}
+}

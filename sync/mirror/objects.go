@@ -1,0 +1,188 @@
+package mirror
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/go-git/go-billy/v5"
+	"github.com/go-git/go-billy/v5/helper/chroot"
+	"github.com/go-git/go-billy/v5/helper/mount"
+	"github.com/go-git/go-billy/v5/memfs"
+	"github.com/go-git/go-billy/v5/osfs"
+	"github.com/go-git/go-git/v5/config"
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/cache"
+	"github.com/go-git/go-git/v5/plumbing/storer"
+	"github.com/go-git/go-git/v5/storage/filesystem"
+)
+
+// objectCache bounds what is kept of objects while a commit is read.
+const objectCache = 8 * cache.MiByte
+
+// objects reads a repository's objects in place, from several object directories: the repository's own, those that
+// objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. go-git's own handling of alternates
+// parses their indexes anew for each object. An objects is opened for one reading and dropped: Git may repack at any time.
+type objects struct {
+	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
+	dirs                       []*filesystem.Storage
+}
+
+func openObjects(dirs ...string) (*objects, error) {
+	o := &objects{}
+	shared := cache.NewObjectLRU(objectCache)
+	seen := map[string]bool{}
+	for len(dirs) > 0 {
+		dir := filepath.Clean(dirs[0])
+		dirs = dirs[1:]
+		if seen[dir] {
+			continue
+		}
+		seen[dir] = true
+		if info, err := os.Stat(dir); err != nil {
+			return nil, fmt.Errorf("object directory: %w", err)
+		} else if !info.IsDir() {
+			return nil, fmt.Errorf("object directory %s is not a directory", dir)
+		}
+		o.dirs = append(o.dirs, filesystem.NewStorageWithOptions(gitDirAround(dir), shared,
+			filesystem.Options{LargeObjectThreshold: maxFile}))
+		more, err := alternates(dir)
+		if err != nil {
+			return nil, err
+		}
+		dirs = append(dirs, more...)
+	}
+	o.EncodedObjectStorer = o.dirs[0]
+	return o, nil
+}
+
+// gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only opens whole Git directories.
+func gitDirAround(dir string) billy.Filesystem {
+	if filepath.Base(dir) == "objects" {
+		return osfs.New(filepath.Dir(dir))
+	}
+	return chroot.New(mount.New(memfs.New(), "objects", osfs.New(dir)), "")
+}
+
+// alternates reads DIR/info/alternates; see gitrepository-layout(5).
+func alternates(dir string) ([]string, error) {
+	f, err := os.Open(filepath.Join(dir, "info", "alternates"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("alternates of an object directory: %w", err)
+	}
+	defer f.Close()
+	var more []string
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		line := strings.TrimSpace(lines.Text())
+		switch {
+		case line == "" || strings.HasPrefix(line, "#"):
+		case filepath.IsAbs(line):
+			more = append(more, line)
+		default:
+			more = append(more, filepath.Join(dir, line))
+		}
+	}
+	return more, lines.Err()
+}
+
+func (o *objects) EncodedObject(kind plumbing.ObjectType, h plumbing.Hash) (found plumbing.EncodedObject, err error) {
+	err = o.first(func(dir *filesystem.Storage) error {
+		found, err = dir.EncodedObject(kind, h)
+		return err
+	})
+	return found, err
+}
+
+func (o *objects) EncodedObjectSize(h plumbing.Hash) (size int64, err error) {
+	err = o.first(func(dir *filesystem.Storage) error {
+		size, err = dir.EncodedObjectSize(h)
+		return err
+	})
+	return size, err
+}
+
+func (o *objects) HasEncodedObject(h plumbing.Hash) error {
+	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
+}
+
+// first asks one directory after the other, until one has the object.
+func (o *objects) first(ask func(*filesystem.Storage) error) error {
+	for _, dir := range o.dirs {
+		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
+			return err
+		}
+	}
+	return plumbing.ErrObjectNotFound
+}
+
+// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree. common is where its objects
+// and branches lie: the same, but for a linked work tree.
+func gitDir(path string) (dir, common string, err error) {
+	if path, err = filepath.Abs(path); err != nil {
+		return "", "", err
+	}
+	for _, dir = range []string{path, filepath.Join(path, ".git")} {
+		if info, err := os.Stat(filepath.Join(dir, "objects")); err == nil && info.IsDir() {
+			return dir, dir, nil
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(path, ".git"))
+	if err != nil {
+		if _, statErr := os.Stat(path); statErr != nil {
+			return "", "", fmt.Errorf("repository: %w", statErr)
+		}
+		return "", "", fmt.Errorf("%s is not a Git repository", path)
+	}
+	dir, ok := strings.CutPrefix(strings.TrimSpace(string(text)), "gitdir: ")
+	if !ok {
+		return "", "", fmt.Errorf("%s is not a Git repository", path)
+	}
+	dir = within(path, dir)
+	text, err = os.ReadFile(filepath.Join(dir, "commondir"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return dir, dir, nil
+	}
+	if err != nil {
+		return "", "", fmt.Errorf("linked work tree: %w", err)
+	}
+	return dir, within(dir, strings.TrimSpace(string(text))), nil
+}
+
+func within(dir, path string) string {
+	if filepath.IsAbs(path) {
+		return filepath.Clean(path)
+	}
+	return filepath.Join(dir, path)
+}
+
+// checkFormat refuses what go-git would misread: see extensions in git-config(1).
+func checkFormat(gitDir string) error {
+	f, err := os.Open(filepath.Join(gitDir, "config"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("repository: %w", err)
+	}
+	defer f.Close()
+	c, err := config.ReadConfig(f)
+	if err != nil {
+		return fmt.Errorf("repository: %s/config: %w", gitDir, err)
+	}
+	extensions := c.Raw.Section("extensions")
+	if format := extensions.Option("objectformat"); format != "" && !strings.EqualFold(format, "sha1") {
+		return fmt.Errorf("repository %s has the object format %s: only sha1 can be mirrored", gitDir, format)
+	}
+	if refs := extensions.Option("refstorage"); refs != "" && !strings.EqualFold(refs, "files") {
+		return fmt.Errorf("repository %s keeps its refs as %s: only files can be mirrored (git refs migrate --ref-format=files)", gitDir, refs)
+	}
+	return nil
+}

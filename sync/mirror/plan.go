@@ -1,0 +1,174 @@
+package mirror
+
+import (
+	"bytes"
+	"cmp"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+)
+
+// Change is one write that a commit leads to.
+type Change struct {
+	Unit deployments.UnitID `json:"unit"`
+	// Kind is "create", "update", "remove", or "keep": removed from Git, and the record stays, as pruning is off.
+	Kind   string              `json:"kind"`
+	Before *deployments.Record `json:"before,omitempty"`
+	After  *deployments.Record `json:"after,omitempty"`
+}
+
+// Plan says which records a tree would change, given those that are there, sorted by unit; pure. A unit with a rollout is shown
+// as its rollout begins.
+func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record) []Change {
+	var changes []Change
+	units := map[deployments.UnitID]bool{}
+	for _, u := range tree.Units {
+		units[u.ID] = true
+		before, present := now[u.ID]
+		after := follow(u, commit, before)
+		switch {
+		case !present:
+			changes = append(changes, Change{Unit: u.ID, Kind: "create", After: &after})
+		case !bytes.Equal(encode(before), encode(after)):
+			changes = append(changes, Change{Unit: u.ID, Kind: "update", Before: &before, After: &after})
+		}
+	}
+	for id, before := range now {
+		switch {
+		case units[id]:
+		case tree.Settings.Prune && ours(before):
+			changes = append(changes, Change{Unit: id, Kind: "remove", Before: &before})
+		default:
+			changes = append(changes, Change{Unit: id, Kind: "keep", Before: &before, After: &before})
+		}
+	}
+	slices.SortFunc(changes, func(a, b Change) int { return compareIDs(a.Unit, b.Unit) })
+	return changes
+}
+
+// ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.
+func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
+
+// follow gives the record that a unit's file asks for, from the one that is there (zero: none). Where the file names another
+// release than the record, it begins a new generation, open to every node; else only what the agents read of the file changes.
+func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
+	if r.Generation == 0 || goal(r, u.Release) != u.Release {
+		r = deployments.Record{
+			Target:     u.Release,
+			Stable:     lastGood(r),
+			Generation: r.Generation + 1,
+			Commit:     commit,
+		}
+	}
+	r.After, r.Drift = u.After, u.Drift
+	return r
+}
+
+// goal is the release that a record is about. One that was rolled back has another Target, but is still about the release
+// that Git names: want is that where the record says that it was tried.
+func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
+	if r.Rollout != nil && !r.Rollout.Bad.IsZero() && r.Rollout.Bad == want.Digest {
+		return want
+	}
+	return r.Target
+}
+
+// lastGood is what nodes run that are not admitted to the next target.
+func lastGood(r deployments.Record) deployments.Pointer {
+	if r.Rollout == nil {
+		return r.Target
+	}
+	return r.Stable
+}
+
+// move is a commit that might follow the one that KV holds.
+type move struct {
+	// from is the hash of the commit that KV holds; empty: nothing was mirrored yet. had are its units.
+	from string
+	had  []deployments.UnitID
+	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
+	rules Rules
+	to    *loaded
+	// descends is whether from is among to's ancestors.
+	descends bool
+}
+
+// refuse says why a valid commit is not taken all the same; nil: it is. Pure.
+func refuse(m move) error {
+	if m.from != "" && !m.descends && !m.rules.AllowRewind {
+		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
+			"or set allow_rewind in kedge.yaml before the history is rewritten", short(m.to.Hash), short(m.from))
+	}
+	stays := map[deployments.UnitID]bool{}
+	for _, u := range m.to.tree.Units {
+		stays[u.ID] = true
+	}
+	var removed []string
+	for _, id := range m.had {
+		if !stays[id] {
+			removed = append(removed, id.String())
+		}
+	}
+	slices.Sort(removed)
+	switch limit := m.rules.MaxRemoved; {
+	case len(removed) == 0 || limit >= 100:
+		return nil
+	case len(stays) == 0:
+		return fmt.Errorf("commit %s has no unit at all, the last one had %d: to remove them all, set max_removed: 100 in kedge.yaml in a commit before it",
+			short(m.to.Hash), len(m.had))
+	case len(removed)*100 > limit*len(m.had):
+		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in kedge.yaml in a commit before this one",
+			short(m.to.Hash), len(removed), len(m.had), few(removed), limit)
+	}
+	return nil
+}
+
+func short(hash string) string { return hash[:min(12, len(hash))] }
+
+// few names the first of many.
+func few(names []string) string {
+	const shown = 5
+	if len(names) > shown {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:shown], ", "), len(names)-shown)
+	}
+	return strings.Join(names, ", ")
+}
+
+func compareIDs(a, b deployments.UnitID) int {
+	return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Unit, b.Unit))
+}
+
+// roles lists the STAGE/ROLE pairs of a tree, sorted.
+func roles(tree *deployments.Tree) [][2]string {
+	seen := map[[2]string]bool{}
+	for _, u := range tree.Units {
+		seen[[2]string{u.ID.Stage, u.ID.Role}] = true
+	}
+	return slices.SortedFunc(maps.Keys(seen), func(a, b [2]string) int {
+		return cmp.Or(cmp.Compare(a[0], b[0]), cmp.Compare(a[1], b[1]))
+	})
+}
+
+// History is the JSON at history/STAGE/ROLE/UNIT/GENERATION: what a unit was told to run, by whom and when. Written by the
+// mirror in the transaction that begins the generation; the newest HistoryKept of each unit stay.
+type History struct {
+	Generation int64               `json:"generation"`
+	Release    deployments.Pointer `json:"release"`
+	Stable     deployments.Pointer `json:"stable,omitzero"`
+	// Commit, Author and Subject are the Git commit's that was mirrored then; Committed is its time.
+	Commit    string    `json:"commit"`
+	Author    string    `json:"author"`
+	Subject   string    `json:"subject,omitempty"`
+	Committed time.Time `json:"committed"`
+	// At is when the mirror wrote it.
+	At time.Time `json:"at"`
+	// Note says what else led to it: a change by hand that was put back.
+	Note string `json:"note,omitempty"`
+}
+
+// HistoryKept is how many generations of a unit stay in history/.
+const HistoryKept = 50

@@ -1,0 +1,361 @@
+package mirror
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/filemode"
+	"github.com/go-git/go-git/v5/plumbing/object"
+	"github.com/go-git/go-git/v5/plumbing/storer"
+)
+
+// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push must not
+// be able to fill the mirror's memory.
+const maxFile = 1 << 20
+
+var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
+
+// treeFS is a commit's tree as a file system: read-only, every object read when it is asked for. Symbolic links are followed
+// within the commit; submodules are empty directories, as in git archive.
+type treeFS struct {
+	objects storer.EncodedObjectStorer
+	when    time.Time // the commit's: every file's time
+
+	mu    sync.Mutex
+	trees map[string]*object.Tree // read so far, by path
+	fault error                   // the first object that could not be read: the repository's trouble, not the commit's
+}
+
+var (
+	_ fs.ReadDirFS  = (*treeFS)(nil)
+	_ fs.ReadFileFS = (*treeFS)(nil)
+	_ fs.StatFS     = (*treeFS)(nil)
+	_ fs.ReadLinkFS = (*treeFS)(nil)
+)
+
+func newTreeFS(objects storer.EncodedObjectStorer, commit *object.Commit) (*treeFS, error) {
+	root, err := object.GetTree(objects, commit.TreeHash)
+	if err != nil {
+		return nil, fmt.Errorf("tree %s of commit %s: %w", commit.TreeHash, commit.Hash, err)
+	}
+	return &treeFS{objects: objects, when: commit.Committer.When.UTC(), trees: map[string]*object.Tree{".": root}}, nil
+}
+
+func (t *treeFS) Open(name string) (fs.File, error) {
+	info, real, err := t.find("open", name)
+	if err != nil {
+		return nil, err
+	}
+	if info.IsDir() {
+		entries, err := t.list(real, info)
+		if err != nil {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+		}
+		return &treeDir{info: info, name: name, entries: entries}, nil
+	}
+	data, err := t.read(info)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+	}
+	return &treeFile{info: info, Reader: bytes.NewReader(data)}, nil
+}
+
+func (t *treeFS) ReadFile(name string) ([]byte, error) {
+	info, _, err := t.find("read", name)
+	if err != nil {
+		return nil, err
+	}
+	data, err := t.read(info)
+	if err != nil {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
+	}
+	return data, nil
+}
+
+func (t *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
+	info, real, err := t.find("readdir", name)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := t.list(real, info)
+	if err != nil {
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
+	}
+	return entries, nil
+}
+
+func (t *treeFS) Stat(name string) (fs.FileInfo, error) {
+	info, _, err := t.find("stat", name)
+	if err != nil {
+		return nil, err
+	}
+	return info, nil
+}
+
+func (t *treeFS) Lstat(name string) (fs.FileInfo, error) {
+	info, _, err := t.walk("lstat", name, false)
+	if err != nil {
+		return nil, err
+	}
+	return info, nil
+}
+
+func (t *treeFS) ReadLink(name string) (string, error) {
+	info, _, err := t.walk("readlink", name, false)
+	if err != nil {
+		return "", err
+	}
+	if info.mode.Type() != fs.ModeSymlink {
+		return "", &fs.PathError{Op: "readlink", Path: name, Err: fs.ErrInvalid}
+	}
+	data, err := t.blob(info)
+	if err != nil {
+		return "", &fs.PathError{Op: "readlink", Path: name, Err: err}
+	}
+	return string(data), nil
+}
+
+// find walks down to name, through symbolic links, and gives what is there with its path free of links. The name in info is
+// that of name itself.
+func (t *treeFS) find(op, name string) (info *treeInfo, real string, err error) {
+	return t.walk(op, name, true)
+}
+
+func (t *treeFS) walk(op, name string, follow bool) (*treeInfo, string, error) {
+	fail := func(err error) (*treeInfo, string, error) {
+		return nil, "", &fs.PathError{Op: op, Path: name, Err: err}
+	}
+	if !fs.ValidPath(name) {
+		return fail(fs.ErrInvalid)
+	}
+	info, at := &treeInfo{fs: t, name: ".", mode: fs.ModeDir | 0o555}, "."
+	parts := split(name)
+	for links := 0; len(parts) > 0; {
+		tree, err := t.tree(at)
+		if err != nil {
+			return fail(err)
+		}
+		i := slices.IndexFunc(tree.Entries, func(e object.TreeEntry) bool { return e.Name == parts[0] })
+		if i < 0 {
+			return fail(fs.ErrNotExist)
+		}
+		info = t.info(tree.Entries[i])
+		if info.mode.Type() != fs.ModeSymlink || !follow && len(parts) == 1 {
+			at, parts = path.Join(at, parts[0]), parts[1:]
+			continue
+		}
+		if links++; links > maxLinks {
+			return fail(errors.New("too many symbolic links"))
+		}
+		to, err := t.blob(info)
+		if err != nil {
+			return fail(err)
+		}
+		target := path.Join(at, string(to))
+		if path.IsAbs(string(to)) || !fs.ValidPath(target) {
+			return fail(errors.New("a symbolic link leads out of the repository"))
+		}
+		at, parts = ".", append(split(target), parts[1:]...)
+		info = &treeInfo{fs: t, name: ".", mode: fs.ModeDir | 0o555}
+	}
+	info.name = path.Base(name)
+	return info, at, nil
+}
+
+// maxLinks bounds the symbolic links on the way to a file.
+const maxLinks = 20
+
+// split gives a clean path's elements; none for the root.
+func split(name string) []string {
+	if name == "." {
+		return nil
+	}
+	return strings.Split(name, "/")
+}
+
+// tree reads the directory at a clean, valid path.
+func (t *treeFS) tree(name string) (*object.Tree, error) {
+	t.mu.Lock()
+	known := t.trees[name]
+	t.mu.Unlock()
+	if known != nil {
+		return known, nil
+	}
+	dir, base := path.Split(name)
+	parent, err := t.tree(path.Clean(dir))
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range parent.Entries {
+		if e.Name != base {
+			continue
+		}
+		if e.Mode != filemode.Dir {
+			return nil, fs.ErrNotExist // as below a submodule, a file or a link
+		}
+		tree, err := object.GetTree(t.objects, e.Hash)
+		if err != nil {
+			return nil, t.failed(fmt.Errorf("tree %s: %w", e.Hash, err))
+		}
+		t.mu.Lock()
+		t.trees[name] = tree
+		t.mu.Unlock()
+		return tree, nil
+	}
+	return nil, fs.ErrNotExist
+}
+
+func (t *treeFS) list(name string, info *treeInfo) ([]fs.DirEntry, error) {
+	if !info.IsDir() {
+		return nil, errors.New("not a directory")
+	}
+	if info.submodule {
+		return nil, nil
+	}
+	tree, err := t.tree(name)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]fs.DirEntry, 0, len(tree.Entries))
+	for _, e := range tree.Entries {
+		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either.
+		if fs.ValidPath(e.Name) && !strings.Contains(e.Name, "/") && e.Name != "." {
+			entries = append(entries, t.info(e))
+		}
+	}
+	// Git sorts directories as if their names ended in "/"; fs.ReadDir sorts by name.
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	return entries, nil
+}
+
+func (t *treeFS) info(e object.TreeEntry) *treeInfo {
+	info := &treeInfo{fs: t, name: e.Name, hash: e.Hash, mode: 0o444}
+	switch e.Mode {
+	case filemode.Dir:
+		info.mode = fs.ModeDir | 0o555
+	case filemode.Submodule:
+		info.mode, info.submodule = fs.ModeDir|0o555, true
+	case filemode.Executable:
+		info.mode = 0o555
+	case filemode.Symlink:
+		info.mode = fs.ModeSymlink | 0o777
+	}
+	return info
+}
+
+func (t *treeFS) read(info *treeInfo) ([]byte, error) {
+	if info.IsDir() {
+		return nil, errors.New("is a directory")
+	}
+	return t.blob(info)
+}
+
+func (t *treeFS) blob(info *treeInfo) ([]byte, error) {
+	size, err := t.objects.EncodedObjectSize(info.hash)
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+	}
+	if size > maxFile {
+		return nil, errTooLarge
+	}
+	o, err := t.objects.EncodedObject(plumbing.BlobObject, info.hash)
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+	}
+	r, err := o.Reader()
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+	}
+	defer r.Close()
+	data, err := io.ReadAll(io.LimitReader(r, maxFile+1))
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+	}
+	if len(data) > maxFile {
+		return nil, errTooLarge
+	}
+	return data, nil
+}
+
+// failed notes that the repository itself could not be read.
+func (t *treeFS) failed(err error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.fault == nil {
+		t.fault = err
+	}
+	return err
+}
+
+// treeInfo is both fs.FileInfo and fs.DirEntry.
+type treeInfo struct {
+	fs        *treeFS
+	name      string
+	hash      plumbing.Hash
+	mode      fs.FileMode
+	submodule bool
+}
+
+func (i *treeInfo) Name() string               { return i.name }
+func (i *treeInfo) Mode() fs.FileMode          { return i.mode }
+func (i *treeInfo) Type() fs.FileMode          { return i.mode.Type() }
+func (i *treeInfo) IsDir() bool                { return i.mode.IsDir() }
+func (i *treeInfo) ModTime() time.Time         { return i.fs.when }
+func (i *treeInfo) Sys() any                   { return nil }
+func (i *treeInfo) Info() (fs.FileInfo, error) { return i, nil }
+func (i *treeInfo) String() string             { return fs.FormatFileInfo(i) }
+
+func (i *treeInfo) Size() int64 {
+	if i.IsDir() {
+		return 0
+	}
+	size, err := i.fs.objects.EncodedObjectSize(i.hash)
+	if err != nil {
+		return 0 // whoever reads the file sees the error
+	}
+	return size
+}
+
+// treeFile is an open file.
+type treeFile struct {
+	info *treeInfo
+	*bytes.Reader
+}
+
+func (f *treeFile) Stat() (fs.FileInfo, error) { return f.info, nil }
+func (f *treeFile) Close() error               { return nil }
+
+// treeDir is an open directory.
+type treeDir struct {
+	info    *treeInfo
+	name    string
+	entries []fs.DirEntry // what ReadDir has still to give
+}
+
+func (d *treeDir) Stat() (fs.FileInfo, error) { return d.info, nil }
+func (d *treeDir) Close() error               { return nil }
+
+func (d *treeDir) Read([]byte) (int, error) {
+	return 0, &fs.PathError{Op: "read", Path: d.name, Err: errors.New("is a directory")}
+}
+
+func (d *treeDir) ReadDir(n int) ([]fs.DirEntry, error) {
+	if n > 0 && len(d.entries) == 0 {
+		return nil, io.EOF
+	}
+	if n <= 0 || n > len(d.entries) {
+		n = len(d.entries)
+	}
+	given := d.entries[:n:n]
+	d.entries = d.entries[n:]
+	return given, nil
+}
