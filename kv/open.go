@@ -2,8 +2,10 @@ package kv
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"log/slog"
+	"net/url"
+	"strings"
 
 	"github.com/hashicorp/consul/api"
 )
@@ -15,11 +17,27 @@ type Config struct {
 	URL string
 	// Prefix of all keys in Consul; empty: DefaultPrefix. A directory has none.
 	Prefix string
-	// Consul is the client's configuration where the environment's isn't meant; fields that are left out come from
+	// Consul is the client's configuration where the environment's isn't meant. Fields that are left out come from
 	// the environment.
 	Consul *api.Config
 	Log    *slog.Logger // nil: discard
 }
 
-// Open opens the store that c names. It does not wait for it to be reachable.
-func Open(ctx context.Context, c Config) (Store, error) { return nil, errors.New("not yet") }
+// Open opens the store that c names. It does not wait for it to be reachable. A token file that is missing or empty
+// is an error: Consul would take the lack of a token for an anonymous one, to whom everything looks deleted.
+func Open(_ context.Context, c Config) (Store, error) {
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.URL == "" || c.URL == "consul" {
+		return openConsul(c)
+	}
+	u, err := url.Parse(c.URL)
+	if err != nil || u.Scheme != "file" {
+		return nil, fmt.Errorf("open the store %q: want consul or file:///DIR", c.URL)
+	}
+	if u.Host != "" || !strings.HasPrefix(u.Path, "/") {
+		return nil, fmt.Errorf("open the store %q: the directory must be absolute, as in file:///var/lib/kedge-kv", c.URL)
+	}
+	return openDir(u.Path, c.Log)
+}

@@ -1,0 +1,90 @@
+package kv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+)
+
+func (s *consulStore) Commit(ctx context.Context, lease Lease, ops ...Op) error {
+	if err := checkCommit(ops); err != nil {
+		return err
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	var held *consulLease
+	var txn api.TxnOps
+	if lease != nil {
+		var ok bool
+		if held, ok = lease.(*consulLease); !ok || held.session == "" {
+			return errForeignLease // an empty session would pass the check on an unlocked key
+		}
+		if held.expired() {
+			return fmt.Errorf("commit %s: %w", ops[0].Key, ErrLeaseLost)
+		}
+		txn = append(txn, kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: held.key, Session: held.session}))
+	}
+	for _, op := range ops {
+		txn = append(txn, s.txnOps(op)...)
+	}
+	err := s.do(ctx, "commit "+ops[0].Key, requestTimeout, func(q *api.QueryOptions) error {
+		return s.txn(q, txn, held != nil)
+	})
+	if held != nil && errors.Is(err, ErrLeaseLost) {
+		held.lose()
+	}
+	return err
+}
+
+func (s *consulStore) txnOps(op Op) api.TxnOps {
+	key := s.prefix + op.Key
+	switch op.Kind {
+	case OpPut:
+		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVSet, Key: key, Value: op.Value})}
+	case OpCreate:
+		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCAS, Key: key, Value: op.Value, Index: 0})}
+	case OpReplace:
+		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCAS, Key: key, Value: op.Value, Index: op.Version})}
+	case OpDelete:
+		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: key})}
+	case OpDeleteIf: // delete-cas alone passes where the key is missing
+		return api.TxnOps{
+			kvOp(&api.KVTxnOp{Verb: api.KVCheckIndex, Key: key, Index: op.Version}),
+			kvOp(&api.KVTxnOp{Verb: api.KVDeleteCAS, Key: key, Index: op.Version}),
+		}
+	default:
+		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCheckIndex, Key: key, Index: op.Version})}
+	}
+}
+
+func kvOp(op *api.KVTxnOp) *api.TxnOp { return &api.TxnOp{KV: op} }
+
+// txn runs a transaction. The client's own call loses the status of an answer that is neither 200 nor 409.
+func (s *consulStore) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
+	_, err := s.client.Raw().Write("/v1/txn", ops, nil, writeOptions(q))
+	var status api.StatusError
+	if !errors.As(err, &status) || status.Code != http.StatusConflict {
+		return err
+	}
+	var refused api.TxnResponse
+	if err := json.Unmarshal([]byte(status.Body), &refused); err != nil || len(refused.Errors) == 0 {
+		return fmt.Errorf("%w: the refused transaction's answer can't be read: %.200s", ErrUnavailable, status.Body)
+	}
+	// A transaction is refused with 409 for a missing permission as well as for a failed check.
+	cause, why := ErrConflict, refused.Errors[0].What
+	for _, e := range refused.Errors {
+		if strings.Contains(e.What, "Permission denied") || strings.Contains(e.What, "ACL not found") {
+			return fmt.Errorf("%w: %s", ErrDenied, e.What)
+		}
+		if fenced && e.OpIndex == 0 {
+			cause, why = ErrLeaseLost, e.What
+		}
+	}
+	return fmt.Errorf("%w: %s", cause, why)
+}

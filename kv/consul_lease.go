@@ -1,0 +1,275 @@
+package kv
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+const (
+	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds of a session
+	// leaseLockDelay is how long Consul keeps a lost lease from the next holder. Its default of 15 s protects what isn't
+	// fenced; kedge's writes are.
+	leaseLockDelay = time.Second
+)
+
+// holderValue is what a lease's key says to people.
+type holderValue struct {
+	Holder string `json:"holder"`
+}
+
+func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error) {
+	if err := checkKey(key); err != nil {
+		return nil, fmt.Errorf("lease: %w", err)
+	}
+	if ttl < minTTL || ttl > maxTTL {
+		return nil, fmt.Errorf("lease %s: a ttl of %v; Consul takes %v to %v", key, ttl, minTTL, maxTTL)
+	}
+	value, err := json.Marshal(holderValue{holder})
+	if err != nil {
+		return nil, fmt.Errorf("lease %s: %w", key, err)
+	}
+	pause := newBackoff(50*time.Millisecond, 10*time.Second)
+	for {
+		lease, err := s.tryLease(ctx, key, holder, value, ttl)
+		switch {
+		case err == nil && lease != nil:
+			return lease, nil
+		case err == nil:
+			// Free, but not yet given away: the lock-delay.
+			pause.Reset()
+			err = wait(ctx, leaseLockDelay/4)
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, ErrUnavailable):
+			s.log.Warn("waiting for the lease", "key", key, "error", err)
+			err = wait(ctx, pause.NextBackOff())
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// tryLease waits until nobody holds the lease, and tries to take it once. It returns nil where Consul didn't give it.
+func (s *consulStore) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*consulLease, error) {
+	if err := s.awaitFree(ctx, key); err != nil {
+		return nil, err
+	}
+	asked := time.Now()
+	session, err := s.createSession(ctx, &api.SessionEntry{
+		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var held bool
+	err = s.do(ctx, "take the lease "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
+		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: session}, writeOptions(q))
+		return err
+	})
+	if err != nil || !held {
+		s.destroySession(session)
+		return nil, err
+	}
+	l := &consulLease{store: s, key: s.prefix + key, session: session, ttl: ttl, renewed: asked, done: make(chan struct{})}
+	// The lease outlives the call that waited for it.
+	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	go l.keep()
+	return l, nil
+}
+
+// awaitFree returns when no session holds the key.
+func (s *consulStore) awaitFree(ctx context.Context, key string) error {
+	var index uint64
+	for {
+		var free bool
+		asked := time.Now()
+		err := s.do(ctx, "wait for the lease "+key, watchTimeout, func(q *api.QueryOptions) error {
+			q.WaitIndex, q.WaitTime = index, watchWait
+			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
+			if err != nil {
+				return err
+			}
+			free = pair == nil || pair.Session == ""
+			switch {
+			case meta.LastIndex < index, meta.LastIndex == index && time.Since(asked) < watchWait:
+				index = 0 // went back, or a restore woke us: read at once
+			default:
+				index = max(meta.LastIndex, 1)
+			}
+			return nil
+		})
+		if err != nil || free {
+			return err
+		}
+		if index == 0 {
+			if err := wait(ctx, 50*time.Millisecond); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// errNoHealthCheck: the node of the local Consul agent has no serfHealth check that a session could be tied to.
+var errNoHealthCheck = errors.New("the node has no serfHealth check")
+
+// createSession makes a session that is tied to the health of the local Consul agent's node. Where that has no
+// health, a TTL must do, and without one it is errNoHealthCheck: such a session would live for ever.
+func (s *consulStore) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
+	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
+		id, _, err = s.client.Session().Create(e, writeOptions(q))
+		if err == nil || !strings.Contains(err.Error(), "Missing check") {
+			return err
+		}
+		if e.TTL == "" {
+			return errNoHealthCheck
+		}
+		id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
+		return err
+	})
+	if err == nil && id == "" {
+		err = fmt.Errorf("create a session: Consul gave no name: %w", ErrUnavailable)
+	}
+	return id, err
+}
+
+// destroySession ends a session, as well as it can: what stays behind ends by itself.
+func (s *consulStore) destroySession(id string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := s.do(ctx, "destroy a session", requestTimeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Session().Destroy(id, writeOptions(q))
+		return err
+	})
+	if err != nil {
+		s.log.Debug("a session stays behind", "session", id, "error", err)
+	}
+}
+
+// renewSession extends a session with a TTL. ErrNotFound: it is gone.
+func (s *consulStore) renewSession(ctx context.Context, id string, timeout time.Duration) error {
+	return s.do(ctx, "renew a session", timeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Raw().Write("/v1/session/renew/"+id, nil, nil, writeOptions(q))
+		var status api.StatusError
+		if errors.As(err, &status) && status.Code == http.StatusNotFound {
+			return ErrNotFound
+		}
+		return err
+	})
+}
+
+// consulLease is a session that holds a key. Consul's own Lock can miss the loss of its lock for minutes.
+type consulLease struct {
+	store   *consulStore
+	key     string // with the store's prefix
+	session string
+	ttl     time.Duration
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed once keep has ended
+
+	mu      sync.Mutex
+	renewed time.Time // when the last request that renewed the session was sent
+}
+
+func (l *consulLease) Context() context.Context { return l.ctx }
+
+// left is how long the session lives for certain. Consul counts from the request's arrival, so this end comes first. The
+// wall clock counts too: the other one stands still while the machine is suspended.
+func (l *consulLease) left() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	return l.ttl - max(now.Sub(l.renewed), now.Round(0).Sub(l.renewed.Round(0)))
+}
+
+func (l *consulLease) expired() bool {
+	if l.left() <= 0 {
+		l.lose()
+	}
+	return l.ctx.Err() != nil
+}
+
+func (l *consulLease) lose() { l.cancel(ErrLeaseLost) }
+
+// keep renews the session every third of its TTL until the lease ends, and ends the lease when it is lost or can't
+// be renewed in time.
+func (l *consulLease) keep() {
+	defer close(l.done)
+	next := l.ttl / 3
+	for {
+		// At least once a second the clock is looked at, in case it jumped.
+		if wait(l.ctx, min(next, l.left(), time.Second)) != nil {
+			break
+		}
+		if l.expired() {
+			break
+		}
+		if next -= time.Second; next > 0 {
+			continue
+		}
+		asked := time.Now()
+		err := l.check(min(l.left(), l.ttl/3))
+		switch {
+		case err == nil:
+			l.mu.Lock()
+			l.renewed = asked
+			l.mu.Unlock()
+			next = l.ttl / 3
+		case errors.Is(err, ErrLeaseLost):
+			l.lose()
+		case l.ctx.Err() == nil:
+			l.store.log.Warn("the lease could not be renewed", "key", l.key, "left", l.left(), "error", err)
+			next = min(time.Second, l.ttl/10)
+		}
+	}
+	if errors.Is(context.Cause(l.ctx), ErrLeaseLost) {
+		l.store.destroySession(l.session) // it may still hold the key
+	}
+}
+
+// check renews the session and looks whether the key is still its own: anyone who may write the key can unlock it.
+func (l *consulLease) check(timeout time.Duration) error {
+	err := l.store.renewSession(l.ctx, l.session, timeout)
+	if errors.Is(err, ErrNotFound) {
+		return ErrLeaseLost
+	}
+	if err != nil {
+		return err
+	}
+	return l.store.do(l.ctx, "look at the lease", timeout, func(q *api.QueryOptions) error {
+		pair, _, err := l.store.client.KV().Get(l.key, q)
+		if err == nil && (pair == nil || pair.Session != l.session) {
+			return ErrLeaseLost
+		}
+		return err
+	})
+}
+
+func (l *consulLease) Release(ctx context.Context) error {
+	l.cancel(context.Canceled)
+	<-l.done
+	// Unlocked first: a session that is destroyed while it holds the key leaves the lock-delay behind.
+	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
+		pair, _, err := l.store.client.KV().Get(l.key, q)
+		if err != nil || pair == nil || pair.Session != l.session {
+			return err
+		}
+		_, _, err = l.store.client.KV().Release(&api.KVPair{Key: l.key, Value: pair.Value, Session: l.session}, writeOptions(q))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	l.store.destroySession(l.session)
+	return nil
+}

@@ -1,0 +1,307 @@
+package kv
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+const (
+	// presenceTTL is for a process whose Consul agent runs on another machine, where that machine's health says nothing.
+	presenceTTL = 30 * time.Second
+	// presenceLockDelay is as good as none: the next holder of an entry is its own writer.
+	presenceLockDelay = time.Millisecond
+	// presencePoll is how often at least a presence looks after its session and entries.
+	presencePoll = 60 * time.Second
+)
+
+// consulPresence holds entries by one session. That is tied to the health of the node that the local Consul agent
+// runs on, and costs nothing while it lives, where that node has the presence's name; else, as where the address
+// is a distant server's or the node has no serfHealth check, it has a TTL and is renewed.
+type consulPresence struct {
+	store *consulStore
+	name  string
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{}
+	wake   chan struct{} // capacity 1: a session was made that has to be looked after
+
+	// putting keeps Puts, the repair of what they wrote, and Close apart.
+	putting sync.Mutex
+	session string
+	renew   bool // the session has a TTL
+	held    map[string][]byte
+	closed  bool
+}
+
+func (s *consulStore) Presence(ctx context.Context, name string) (Presence, error) {
+	if name == "" {
+		return nil, errors.New("presence: the name is empty")
+	}
+	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1), held: map[string][]byte{}}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	go p.keep()
+	return p, nil
+}
+
+var errPresenceClosed = errors.New("the presence is closed")
+
+func (p *consulPresence) Put(ctx context.Context, key string, value []byte) error {
+	if err := checkKey(key); err != nil {
+		return fmt.Errorf("put: %w", err)
+	}
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return fmt.Errorf("put %s: %w", key, errPresenceClosed)
+	}
+	if err := p.put(ctx, key, value); err != nil {
+		return err
+	}
+	p.held[key] = bytes.Clone(value)
+	return nil
+}
+
+// put writes one entry and holds it, with a new session if the old one is gone.
+func (p *consulPresence) put(ctx context.Context, key string, value []byte) error {
+	for range 4 {
+		if p.session == "" {
+			if err := p.open(ctx); err != nil {
+				return err
+			}
+		}
+		held, err := p.acquire(ctx, key, value)
+		switch {
+		case err != nil && strings.Contains(err.Error(), "invalid session"):
+			p.session = ""
+		case err != nil:
+			return err
+		case held:
+			return nil
+		default:
+			// Held by this node's process of before, whose session lives as long as the node.
+			if err := p.evict(ctx, key); err != nil {
+				return err
+			}
+		}
+	}
+	return fmt.Errorf("put %s: another process keeps taking it: %w", key, ErrConflict)
+}
+
+func (p *consulPresence) acquire(ctx context.Context, key string, value []byte) (held bool, err error) {
+	s := p.store
+	err = s.do(ctx, "put "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
+		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: p.session}, writeOptions(q))
+		return err
+	})
+	return held, err
+}
+
+// evict takes the entry away from the session that holds it, and ends that session if it is an earlier one of this
+// presence.
+func (p *consulPresence) evict(ctx context.Context, key string) error {
+	s := p.store
+	var old *api.KVPair
+	err := s.do(ctx, "put "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
+		if old, _, err = s.client.KV().Get(s.prefix+key, q); err != nil || old == nil || old.Session == "" || old.Session == p.session {
+			return err
+		}
+		_, _, err = s.client.KV().Release(old, writeOptions(q))
+		return err
+	})
+	if err != nil || old == nil || old.Session == "" || old.Session == p.session {
+		return err
+	}
+	if e, err := s.sessionInfo(ctx, old.Session, &api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
+		s.destroySession(old.Session)
+	}
+	// Without a session that could still release it, nothing stands between this and the next attempt but the delay.
+	return wait(ctx, 2*presenceLockDelay)
+}
+
+func (p *consulPresence) sessionName() string { return "kedge presence of " + p.name }
+
+// open makes the session.
+func (p *consulPresence) open(ctx context.Context) error {
+	s := p.store
+	e := &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
+	id, err := s.createSession(ctx, e)
+	switch {
+	case errors.Is(err, errNoHealthCheck):
+	case err != nil:
+		return err
+	default:
+		info, err := s.sessionInfo(ctx, id, &api.QueryOptions{RequireConsistent: true}, requestTimeout)
+		if err != nil || info == nil {
+			s.destroySession(id)
+			return cmp.Or(err, fmt.Errorf("create a session: it is gone already: %w", ErrUnavailable))
+		}
+		if strings.EqualFold(info.Node, p.name) {
+			p.opened(id, false)
+			return nil
+		}
+		s.destroySession(id)
+	}
+	e.TTL = presenceTTL.String()
+	if id, err = s.createSession(ctx, e); err != nil {
+		return err
+	}
+	p.opened(id, true)
+	return nil
+}
+
+func (p *consulPresence) opened(id string, renew bool) {
+	p.session, p.renew = id, renew
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}
+
+// sessionInfo gives nil for a session that is gone.
+func (s *consulStore) sessionInfo(ctx context.Context, id string, opts *api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, err error) {
+	err = s.do(ctx, "look at a session", timeout, func(q *api.QueryOptions) error {
+		o := *opts
+		o.Token = q.Token
+		var meta *api.QueryMeta
+		e, meta, err = s.client.Session().Info(id, o.WithContext(q.Context()))
+		if err == nil {
+			opts.WaitIndex = max(meta.LastIndex, 1)
+		}
+		return err
+	})
+	return e, err
+}
+
+// keep renews the session where it must be, and repairs what is held when the session or an entry went away: the node
+// was thought dead for a moment, or a snapshot was restored.
+func (p *consulPresence) keep() {
+	defer close(p.done)
+	trouble := newBackoff(100*time.Millisecond, 10*time.Second)
+	for {
+		p.putting.Lock()
+		session, renew := p.session, p.renew
+		p.putting.Unlock()
+		if session == "" {
+			select {
+			case <-p.wake:
+				continue
+			case <-p.ctx.Done():
+				return
+			}
+		}
+		err := p.watchSession(session, renew)
+		if err == nil {
+			err = p.repair()
+		}
+		pause := 50 * time.Millisecond // a session that comes and goes must not make a busy loop
+		if err == nil {
+			trouble.Reset()
+		} else {
+			pause = trouble.NextBackOff()
+		}
+		if wait(p.ctx, pause) != nil {
+			return
+		}
+	}
+}
+
+// watchSession returns when the session is gone, or after presencePoll.
+func (p *consulPresence) watchSession(session string, renew bool) error {
+	if renew {
+		for end := time.Now().Add(presencePoll); time.Now().Before(end); {
+			if err := wait(p.ctx, presenceTTL/3); err != nil {
+				return err
+			}
+			if err := p.store.renewSession(p.ctx, session, requestTimeout); errors.Is(err, ErrNotFound) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	opts := &api.QueryOptions{AllowStale: true, WaitTime: presencePoll}
+	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
+		e, err := p.store.sessionInfo(p.ctx, session, opts, watchTimeout)
+		if err != nil || e == nil {
+			return err
+		}
+		if err := wait(p.ctx, 100*time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// repair looks at each entry, and puts it again where this presence's session doesn't hold it.
+func (p *consulPresence) repair() error {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed || p.session == "" {
+		return nil
+	}
+	info, err := p.store.sessionInfo(p.ctx, p.session, &api.QueryOptions{}, requestTimeout)
+	if err != nil {
+		return err
+	}
+	if info == nil {
+		p.store.log.Warn("the session of this node's entries is gone, so they get another", "name", p.name)
+		p.session = ""
+		if err := p.open(p.ctx); err != nil {
+			return err
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		e, err := p.store.Get(p.ctx, key)
+		if err == nil && e.Session == p.session {
+			continue
+		}
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		if err := p.put(p.ctx, key, p.held[key]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *consulPresence) Close(ctx context.Context) error {
+	p.cancel()
+	<-p.done
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	if p.session == "" {
+		return nil
+	}
+	s := p.store
+	var errs []error
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		// Only what is still its own: after a failure of the session the entry may be a later process's.
+		ops := api.TxnOps{
+			kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: s.prefix + key, Session: p.session}),
+			kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: s.prefix + key}),
+		}
+		err := s.do(ctx, "delete "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
+		if err != nil && !errors.Is(err, ErrConflict) {
+			errs = append(errs, err)
+		}
+	}
+	s.destroySession(p.session)
+	return errors.Join(errs...)
+}

@@ -1,0 +1,131 @@
+package kv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/hashicorp/consul/api"
+)
+
+const (
+	// watchWait is how long Consul holds a query when nothing changes. It adds up to a sixteenth, and the client must
+	// outwait that and a search for a leader.
+	watchWait    = 60 * time.Second
+	watchTimeout = watchWait*17/16 + 10*time.Second
+	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
+	maxLastContact = 10 * time.Second
+)
+
+// Watch reads from the leader until it knows the prefix for certain, and then blocks on whichever server answers,
+// which costs the leader nothing and survives its loss. Whatever looks like a step back in such an answer is not
+// believed: it leads to the first read again, which is also how every trouble ends.
+func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) error {
+	if err := checkPrefix(prefix); err != nil {
+		return fmt.Errorf("watch: %w", err)
+	}
+	v := newViewer(s.prefix+prefix, s.log, f)
+	unavailable := newBackoff(50*time.Millisecond, 10*time.Second)
+	denied := newBackoff(100*time.Millisecond, 10*time.Second)
+	// Answers that come at once and bring nothing must not make a busy loop.
+	idle := newBackoff(5*time.Millisecond, 250*time.Millisecond)
+	for {
+		l, err := s.certain(ctx, prefix)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		pause := unavailable
+		switch {
+		case err == nil && l.blind():
+			// Blocking on it would wake at every write anywhere, so ask again now and then instead.
+			pause = denied
+			s.adopt(v, prefix, l)
+		case err == nil:
+			unavailable.Reset()
+			denied.Reset()
+			s.adopt(v, prefix, l)
+			err := s.follow(ctx, prefix, v, l, idle)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err == nil {
+				continue
+			}
+			v.fail(err)
+		case errors.Is(err, ErrDenied):
+			pause = denied
+			v.fail(err)
+		default:
+			v.fail(err)
+		}
+		if err := wait(ctx, pause.NextBackOff()); err != nil {
+			return err
+		}
+	}
+}
+
+// adopt takes over an answer: absence only where the folder key vouches for it.
+func (s *consulStore) adopt(v *viewer, prefix string, l listing) {
+	if l.folder && !l.filtered {
+		v.set(l.entries)
+		return
+	}
+	v.merge(l.entries, s.absenceError(prefix))
+}
+
+// blind reports whether the answer shows nothing that a blocking query could wait on.
+func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
+
+// certain reads from the leader, without blocking.
+func (s *consulStore) certain(ctx context.Context, prefix string) (listing, error) {
+	return s.read(ctx, prefix, api.QueryOptions{}, requestTimeout)
+}
+
+// follow blocks for changes after an answer that was adopted, and adopts them, until an answer fails (its error) or
+// has to be confirmed by the leader (nil).
+func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last listing, idle *backoff.ExponentialBackOff) error {
+	for {
+		index := max(last.meta.LastIndex, 1) // 0 wouldn't wait
+		asked := time.Now()
+		l, err := s.read(ctx, prefix, api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
+		if err != nil {
+			return err
+		}
+		if !l.meta.KnownLeader || l.meta.LastContact > maxLastContact {
+			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, ErrUnavailable)
+		}
+		early := time.Since(asked) < watchWait
+		// An index that went back, or that stands still though the wait isn't over, is what a restore leaves behind.
+		if l.meta.LastIndex < index || l.meta.LastIndex == index && early {
+			return wait(ctx, idle.NextBackOff())
+		}
+		if l.folder != last.folder || l.filtered != last.filtered || l.blind() || regressed(v.view.Entries, l.entries) {
+			return nil
+		}
+		if slices.EqualFunc(last.entries, l.entries, sameEntry) && early {
+			if err := wait(ctx, idle.NextBackOff()); err != nil {
+				return err
+			}
+		} else {
+			idle.Reset()
+			s.adopt(v, prefix, l)
+		}
+		last = l
+	}
+}
+
+// regressed reports whether a key of old is missing or older in now, both sorted.
+func regressed(old, now []Entry) bool {
+	for _, e := range old {
+		for len(now) > 0 && now[0].Key < e.Key {
+			now = now[1:]
+		}
+		if len(now) == 0 || now[0].Key != e.Key || now[0].Version < e.Version {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,289 @@
+package kv
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+)
+
+// change is what a commit does to one key. Applying it twice is the same as once.
+type change struct {
+	Key    string
+	Value  []byte `json:",omitempty"`
+	Delete bool   `json:",omitempty"`
+	// Hold is the session that holds the key from now on; Unhold ends that. Neither: as it was.
+	Hold   string `json:",omitempty"`
+	Unhold bool   `json:",omitempty"`
+	// Keep leaves the value alone.
+	Keep bool `json:",omitempty"`
+}
+
+func (d *dirStore) Commit(ctx context.Context, lease Lease, ops ...Op) error {
+	if err := checkCommit(ops); err != nil {
+		return err
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	var held *dirLease
+	if lease != nil {
+		var ok bool
+		if held, ok = lease.(*dirLease); !ok {
+			return errForeignLease
+		}
+	}
+	err := d.writing(ctx, func() error {
+		if held != nil && !held.valid() {
+			held.lose()
+			return ErrLeaseLost
+		}
+		var changes []change
+		for _, op := range ops {
+			c, err := d.decide(op)
+			if err != nil {
+				return err
+			}
+			if c != nil {
+				changes = append(changes, *c)
+			}
+		}
+		return d.commit(changes)
+	})
+	if err != nil {
+		return fmt.Errorf("commit %s: %w", ops[0].Key, err)
+	}
+	return nil
+}
+
+// decide checks an operation's condition, and gives what it changes, if anything.
+func (d *dirStore) decide(op Op) (*change, error) {
+	var now *fileValue
+	if path, ok := d.find(op.Key); ok {
+		v, err := readValue(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if err == nil {
+			now = &v
+		}
+	}
+	switch op.Kind {
+	case OpCreate:
+		if now != nil {
+			return nil, fmt.Errorf("%w: %s is there", ErrConflict, op.Key)
+		}
+	case OpReplace, OpDeleteIf, OpCheck:
+		if now == nil {
+			return nil, fmt.Errorf("%w: %s is not there", ErrConflict, op.Key)
+		}
+		if now.version != op.Version {
+			return nil, fmt.Errorf("%w: %s has another version", ErrConflict, op.Key)
+		}
+	}
+	switch {
+	case op.Kind == OpCheck:
+		return nil, nil
+	case op.Kind == OpDelete && now == nil:
+		return nil, nil
+	case op.Kind == OpDelete || op.Kind == OpDeleteIf:
+		return &change{Key: op.Key, Delete: true}, nil
+	case now != nil && bytes.Equal(now.value, op.Value):
+		return nil, nil // as in Consul, it wakes nobody
+	}
+	return &change{Key: op.Key, Value: op.Value}, nil
+}
+
+// commit makes all of the changes or none. The caller holds the lock. Several are decided by the journal's rename; from
+// there on whoever takes the lock next finishes them. One alone needs no journal.
+func (d *dirStore) commit(changes []change) error {
+	if len(changes) > 1 {
+		data, err := json.Marshal(changes)
+		if err != nil {
+			return err
+		}
+		d.step("journal")
+		if err := d.writeFile(d.path(journalFile), data); err != nil {
+			return err
+		}
+		return d.finish()
+	}
+	return d.apply(changes)
+}
+
+// finish completes the commit that the journal holds. The caller holds the lock exclusively.
+func (d *dirStore) finish() error {
+	data, err := os.ReadFile(d.path(journalFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var changes []change
+	if err := json.Unmarshal(data, &changes); err != nil {
+		// It was renamed into place whole, so this is no crash's doing. Moving it away keeps the evidence.
+		d.log.Error("the journal can't be read, so it is set aside", "error", err)
+		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
+	}
+	if err := d.apply(changes); err != nil {
+		return fmt.Errorf("finish a commit: %w", err)
+	}
+	d.step("forget the journal")
+	if err := os.Remove(d.path(journalFile)); err != nil {
+		return err
+	}
+	return syncDir(d.path(metaDir))
+}
+
+// apply puts changes in place, one after the other.
+func (d *dirStore) apply(changes []change) error {
+	for _, c := range changes {
+		d.step("apply " + c.Key)
+		if c.Hold != "" {
+			if err := d.writeFile(d.path(heldDir+"/"+heldName(c.Key)), []byte(c.Hold)); err != nil {
+				return err
+			}
+		}
+		if c.Unhold || c.Delete {
+			if err := os.Remove(d.path(heldDir + "/" + heldName(c.Key))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
+		}
+		switch {
+		case c.Keep:
+		case c.Delete:
+			for path, ok := d.find(c.Key); ok; path, ok = d.find(c.Key) {
+				if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+				if err := syncDir(filepath.Dir(path)); err != nil {
+					return err
+				}
+			}
+		default:
+			path, err := d.place(c.Key)
+			if err != nil {
+				return err
+			}
+			if now, err := readValue(path); err == nil && bytes.Equal(now.value, c.Value) {
+				continue
+			}
+			if err := d.writeFile(path, c.Value); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// writeFile replaces a file by one rename, and is done when that is on disk.
+func (d *dirStore) writeFile(path string, data []byte) error {
+	if err := renameio.WriteFile(path, data, 0o644, renameio.WithTempDir(d.path(tempDir))); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// writing runs f while nobody reads or commits, after finishing what a killed process left.
+func (d *dirStore) writing(ctx context.Context, f func() error) error {
+	unlock, err := d.lock(ctx, unix.LOCK_EX)
+	if err != nil {
+		return d.error(ctx, err)
+	}
+	defer unlock()
+	if err := d.finish(); err != nil {
+		return d.error(ctx, err)
+	}
+	return d.error(ctx, f())
+}
+
+// reading runs f while nobody commits.
+func (d *dirStore) reading(ctx context.Context, f func() error) error {
+	for {
+		unlock, err := d.lock(ctx, unix.LOCK_SH)
+		if err != nil {
+			return d.error(ctx, err)
+		}
+		_, err = os.Lstat(d.path(journalFile))
+		if errors.Is(err, fs.ErrNotExist) {
+			err = f()
+			unlock()
+			return d.error(ctx, err)
+		}
+		unlock()
+		if err != nil {
+			return d.error(ctx, err)
+		}
+		if err := d.writing(ctx, func() error { return nil }); err != nil {
+			return err
+		}
+	}
+}
+
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies.
+func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error) {
+	pause := time.Millisecond
+	for {
+		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
+		if errors.Is(err, fs.ErrNotExist) && isDir(d.dir) {
+			// Somebody removed the directory of ours, not the store's.
+			if err := d.makeMeta(); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		if err == nil && sameFile(f, d.path(lockFile)) {
+			return func() { f.Close() }, nil
+		}
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, fmt.Errorf("lock the store: %w", err)
+		}
+		if err := wait(ctx, pause); err != nil {
+			return nil, err
+		}
+		pause = min(2*pause, 20*time.Millisecond)
+	}
+}
+
+// sameFile reports whether path still names the open file.
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// error gives an error of the file system the sentinel that says what to do about it.
+func (d *dirStore) error(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return err
+	}
+	for _, known := range []error{ErrNotFound, ErrConflict, ErrDenied, ErrLeaseLost, ErrUnavailable, ErrTooLarge} {
+		if errors.Is(err, known) {
+			return err
+		}
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: %w", ErrDenied, err)
+	default:
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+}
