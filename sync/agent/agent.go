@@ -1,11 +1,46 @@
+// Package agent converges one node: it watches what its stage and roles should run, works out what that means for this node
+// (package policy), brings it to life (package deploy), and reports.
+//
+// One loop decides, for all units at once, from what is known at that moment; it keeps no queue of events, so a wake-up that is
+// missed, doubled or late changes nothing. Each unit has a worker of its own, which does one thing at a time and asks after it
+// what is next. What a worker is doing is called off when the loop's answer changes, as soon as package deploy says that is safe.
+//
+// What decides comes from the first of these that has it: the store, once a view of it is settled; the last known state on this
+// node's disk; a snapshot. Until both the records and the pins of a role are known from one of them, the role's units stay as they
+// are; a key that is missing later leaves its unit as it is, too. Trouble with the store takes nothing away from what is known.
+//
+// # Ready
+//
+// /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a release that serves.
+// From then on it is 503 only while a unit is drained, which a unit is from before its switch until it is healthy, or after a
+// failure with nothing good to go back to. Neither a fetch, nor an outage, nor a typo in a pin turns it: a load balancer must not
+// lose a node that serves as well as before.
+//
+// # On disk
+//
+// The agent alone writes its state directory (0700):
+//
+//	lock                      held while it runs; the process's id
+//	last-known.json           what the store last held for this node
+//	failures.json             what releases failed under: see Record.Retry
+//	agent.sock                /status, /ready and POST /retry for this machine's root
+//	units/STAGE/ROLE/UNIT/    package deploy's
 package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -13,17 +48,27 @@ import (
 	"kedge/policy"
 )
 
+// DefaultStateDir is where an agent keeps its state.
+const DefaultStateDir = "/var/lib/kedge"
+
 // Config configures an Agent.
 type Config struct {
 	Store kv.Store
 	Node  string // this node's name
 	Stage string
 	Roles []string // at least one
-	// StateDir holds the lock, the last known state and every unit's journal. Default /var/lib/kedge.
+	// StateDir holds the lock, the last known state and every unit's journal. Default DefaultStateDir.
 	StateDir string
 	Objects  *object.Client
 	Bounds   policy.Bounds
-	Trust    func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	// Trust checks a manifest's signature before anything of it is used; nil: the pointer's digest is enough.
+	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	// Maintenance turns the node's maintenance mode in the service catalog while a unit is drained. It is tried again until it
+	// succeeds, but a switch does not wait for it longer than 5 s: an outage of the store must not stop a boot. nil: nothing.
+	Maintenance func(ctx context.Context, on bool, reason string) error
+	// Snapshot returns what the mirror last saved of desired/, for a node that boots while the store is away and has no last known
+	// state. It is asked only then. The pins can't be known in that case, and are taken for absent. nil: there is none.
+	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// Listen serves /ready, /live, /status (JSON) and /metrics; empty: nowhere. ":0" is fine: see Agent.Addr.
 	Listen string
 	// StartDelay: a random time up to this is waited before a fetch, to spread a large fleet's load. Default 0.
@@ -32,23 +77,312 @@ type Config struct {
 	VerifyEvery time.Duration
 	Version     string
 	Metrics     *prometheus.Registry // nil: none
-	Log         *slog.Logger
+	Log         *slog.Logger         // nil: none
 }
 
 // Agent converges one node. Make it with New, then Run it once.
-type Agent struct{ impl }
+type Agent struct {
+	c        Config
+	started  time.Time
+	lock     *os.File
+	listener net.Listener // nil: none
+	metrics  *metrics
+	failures *failures
+	drains   *drains
+	drift    *driftWatcher
+	fetching chan struct{} // holds one: units fetch one after another, and so bound memory and load
 
-// New checks c and takes the lock of the state directory: ErrLocked where another agent has it.
-func New(c Config) (*Agent, error) { return newAgent(c) }
+	kicked    chan struct{} // asks the loop for a turn; holds one
+	reportNow chan struct{} // asks for a look at the reports; holds one
+	pulse     chan struct{} // Alive's
+	converged chan struct{} // closed once
 
-// Run converges, reports and waits for changes until ctx ends; it then stops in order, with commands under way ended.
-func (a *Agent) Run(ctx context.Context) error { return a.run(ctx) }
+	mu      sync.Mutex
+	known   lastKnown
+	unsaved bool // known is not on disk yet
+	roles   []*role
+	units   map[deployments.UnitID]*unit
+	ready   bool // once it was ready
+	ctx     context.Context
+	workers sync.WaitGroup
+}
+
+// New checks c and takes the lock of the state directory: ErrLocked where another agent has it. An Agent that was made must be Run.
+func New(c Config) (_ *Agent, err error) {
+	if c.Store == nil || c.Objects == nil {
+		return nil, errors.New("an agent needs a store and a client for objects")
+	}
+	for _, s := range append([]string{c.Stage}, c.Roles...) {
+		if err := deployments.CheckSegment("stage or role", s); err != nil {
+			return nil, err
+		}
+	}
+	if err := deployments.CheckSegment("node", c.Node); err != nil {
+		return nil, err
+	}
+	c.Roles = slices.Compact(slices.Sorted(slices.Values(c.Roles)))
+	if len(c.Roles) == 0 {
+		return nil, errors.New("an agent needs at least one role")
+	}
+	if c.StateDir == "" {
+		c.StateDir = DefaultStateDir
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("making the state directory: %w", err)
+	}
+	a := &Agent{
+		c: c, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
+		fetching: make(chan struct{}, 1),
+		kicked:   make(chan struct{}, 1), reportNow: make(chan struct{}, 1),
+		pulse: make(chan struct{}), converged: make(chan struct{}),
+	}
+	if a.lock, err = takeLock(c.StateDir); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.lock.Close())
+		}
+	}()
+	if a.known, err = readLastKnown(c.StateDir, c.Log); err != nil {
+		return nil, err
+	}
+	if a.failures, err = readFailures(c.StateDir, c.Log); err != nil {
+		return nil, err
+	}
+	for _, name := range c.Roles {
+		r := newRole(c.Stage, name)
+		for _, s := range r.sources() {
+			if entries, at, ok := a.known.get(s.prefix); ok {
+				s.offer(entries, fromLastKnown, at)
+			}
+		}
+		a.roles = append(a.roles, r)
+	}
+	a.drains = newDrains(c.Maintenance, c.Log)
+	a.metrics = newMetrics(c.Metrics)
+	a.drift = newDriftWatcher(c.Log)
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(gauges{a})
+	}
+	if c.Listen != "" {
+		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
+			return nil, fmt.Errorf("listening for /ready and /status: %w", err)
+		}
+	}
+	return a, nil
+}
+
+// Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with commands under way
+// ended. Trouble with the store, storage or a release doesn't end it.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.lock.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	a.mu.Lock()
+	a.ctx = ctx
+	a.mu.Unlock()
+	for _, id := range a.unitsOnDisk() {
+		a.mu.Lock()
+		a.addUnit(id)
+		a.mu.Unlock()
+	}
+	g.Go(func() error { return a.serve(ctx) })
+	g.Go(func() error { return a.serveSocket(ctx) })
+	g.Go(func() error { a.drains.run(ctx); return nil })
+	g.Go(func() error { a.drift.run(ctx); return nil })
+	g.Go(func() error { a.report(ctx); return nil })
+	for _, r := range a.roles {
+		for _, s := range r.sources() {
+			g.Go(func() error { a.watch(ctx, s); return nil })
+		}
+	}
+	g.Go(func() error { a.loop(ctx); return nil })
+	err := g.Wait()
+	a.workers.Wait()
+	return err
+}
 
 // Addr is the address of Listen; empty without one.
-func (a *Agent) Addr() string { return a.addr() }
+func (a *Agent) Addr() string {
+	if a.listener == nil {
+		return ""
+	}
+	return a.listener.Addr().String()
+}
 
 // Converged is closed when all units have converged, or failed for good, for the first time since the start: systemd's READY.
-func (a *Agent) Converged() <-chan struct{} { return a.converged() }
+func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
-// Report returns what the agent says of itself now, a report for each role.
-func (a *Agent) Report() map[string]deployments.Report { return a.report() }
+// Alive reports whether the loop still turns: what a watchdog and /live ask. It takes up to 10 s to say no.
+func (a *Agent) Alive() bool {
+	t := time.NewTimer(10 * time.Second)
+	defer t.Stop()
+	select {
+	case a.pulse <- struct{}{}:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// Retry lets what failed on this node be tried once more, and what waits for its next try go on now: one unit, or all for the
+// zero UnitID. It says whether there is such a unit.
+func (a *Agent) Retry(id deployments.UnitID) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	found := false
+	for _, u := range a.units {
+		if id == (deployments.UnitID{}) || u.id == id {
+			found = true
+			u.log.Info("retry asked for on this node")
+			u.forget, u.refused = true, nil
+			u.retry.reset()
+			u.retryAt = time.Time{}
+			u.nudge()
+		}
+	}
+	a.kick()
+	return found
+}
+
+// kick asks the loop to decide anew.
+func (a *Agent) kick() {
+	select {
+	case a.kicked <- struct{}{}:
+	default: // asked already
+	}
+}
+
+func (a *Agent) kickReport() {
+	select {
+	case a.reportNow <- struct{}{}:
+	default:
+	}
+}
+
+// unitsOnDisk are the units of this node's roles that it has ever deployed: one that was cut off is recovered, whatever the store says.
+func (a *Agent) unitsOnDisk() []deployments.UnitID {
+	var ids []deployments.UnitID
+	for _, r := range a.c.Roles {
+		entries, err := os.ReadDir(filepath.Join(a.c.StateDir, "units", a.c.Stage, r))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			a.c.Log.Error("units on disk can't be listed", "role", r, "error", err)
+		}
+		for _, e := range entries {
+			id := deployments.UnitID{Stage: a.c.Stage, Role: r, Unit: e.Name()}
+			if e.IsDir() && id.Check() == nil {
+				ids = append(ids, id)
+			}
+		}
+	}
+	return ids
+}
+
+// watch follows one prefix of the store until ctx ends.
+func (a *Agent) watch(ctx context.Context, s *source) {
+	var retry backOff
+	var once sync.Once
+	for ctx.Err() == nil {
+		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
+			retry.reset()
+			a.see(s, v)
+			if v.Err != nil && !v.Settled {
+				once.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
+			}
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.prefix, "error", err)
+		if wait(ctx, retry.next()) != nil {
+			return
+		}
+	}
+}
+
+// see takes a view of the store.
+func (a *Agent) see(s *source, v kv.View) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before := s.from
+	if s.accept(v, mine(s.prefix, a.c.Node), time.Now(), a.c.Log) {
+		if s.from == fromStore || before == fromLastKnown {
+			a.unsaved = a.known.set(s.prefix, s.entries, time.Now()) || a.unsaved
+		}
+	}
+	a.metrics.seen(s.prefix, v.Err == nil)
+	a.kick()
+}
+
+// useSnapshot offers a snapshot to the sources that know nothing, as long as there are any.
+func (a *Agent) useSnapshot(ctx context.Context) {
+	if a.c.Snapshot == nil {
+		return
+	}
+	var retry backOff
+	for a.ignorant() {
+		entries, err := a.c.Snapshot(ctx)
+		if err == nil {
+			a.offerSnapshot(entries)
+			return
+		}
+		if retry.tries == 0 && ctx.Err() == nil {
+			a.c.Log.Warn("the store is away, nothing is known from before, and the snapshot can't be read: trying again", "error", err)
+		}
+		if wait(ctx, retry.next()) != nil {
+			return
+		}
+	}
+}
+
+func (a *Agent) ignorant() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.ContainsFunc(a.roles, func(r *role) bool { return !r.known() })
+}
+
+func (a *Agent) offerSnapshot(entries []kv.Entry) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range a.roles {
+		for _, s := range r.sources() {
+			var own []kv.Entry
+			for _, e := range entries {
+				if mine(s.prefix, a.c.Node)(e.Key) {
+					own = append(own, e)
+				}
+			}
+			sortEntries(own)
+			if s.offer(own, fromSnapshot, time.Now()) {
+				a.c.Log.Warn("the store is away and nothing is known from before: using the snapshot", "prefix", s.prefix, "keys", len(own))
+			}
+		}
+	}
+	a.kick()
+}
+
+// loop decides whenever something changed, until ctx ends.
+func (a *Agent) loop(ctx context.Context) {
+	for {
+		next := a.turn(time.Now())
+		var timer <-chan time.Time
+		if !next.IsZero() {
+			// The wall clock may jump, and timers stand still while the machine sleeps: look again now and then.
+			timer = time.After(min(max(time.Until(next), 0), time.Minute))
+		}
+		for again := false; !again; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-a.pulse:
+			case <-a.kicked:
+				again = true
+			case <-timer:
+				again = true
+			}
+		}
+	}
+}

@@ -1,0 +1,130 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+)
+
+// drainWait is how long a switch waits for maintenance mode to be on.
+const drainWait = 5 * time.Second
+
+// drains knows which units are drained, and keeps the node's maintenance mode in step with that.
+type drains struct {
+	maintenance func(ctx context.Context, on bool, reason string) error
+	log         *slog.Logger
+	changed     chan struct{} // holds one
+
+	mu    sync.Mutex
+	units []deployments.UnitID
+	on    bool          // maintenance mode, as far as is known: only what was turned on is turned off
+	done  chan struct{} // closed, and made anew, when on changes
+}
+
+func newDrains(maintenance func(ctx context.Context, on bool, reason string) error, log *slog.Logger) *drains {
+	return &drains{maintenance: maintenance, log: log, changed: make(chan struct{}, 1), done: make(chan struct{})}
+}
+
+// set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not for long.
+func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error {
+	d.mu.Lock()
+	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })
+	if on {
+		d.units = append(d.units, id)
+	}
+	d.mu.Unlock()
+	if d.maintenance == nil {
+		return nil
+	}
+	select {
+	case d.changed <- struct{}{}:
+	default:
+	}
+	if !on {
+		return nil
+	}
+	timeout := time.NewTimer(drainWait)
+	defer timeout.Stop()
+	for {
+		d.mu.Lock()
+		applied, done := d.on, d.done
+		d.mu.Unlock()
+		if applied {
+			return nil
+		}
+		select {
+		case <-done:
+		case <-timeout.C:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (d *drains) list() []deployments.UnitID {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.units)
+}
+
+// run turns maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance mode: it has
+// not become healthy.
+func (d *drains) run(ctx context.Context) {
+	if d.maintenance == nil {
+		return
+	}
+	var retry backOff
+	for {
+		d.mu.Lock()
+		want, on := len(d.units) > 0, d.on
+		var names []string
+		for _, u := range d.units {
+			names = append(names, u.String())
+		}
+		d.mu.Unlock()
+		var again <-chan time.Time
+		if want != on {
+			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
+			switch {
+			case err == nil:
+				retry.reset()
+				d.mu.Lock()
+				d.on = want
+				close(d.done)
+				d.done = make(chan struct{})
+				d.mu.Unlock()
+				continue
+			case ctx.Err() != nil:
+				return
+			case retry.tries == 0:
+				d.log.Warn("maintenance mode can't be turned: trying again", "on", want, "error", err)
+			}
+			again = time.After(retry.next())
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-d.changed:
+		case <-again:
+		}
+	}
+}
+
+// drain is what package deploy calls around a switch.
+func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
+	a.drains.mu.Lock()
+	was := slices.Contains(a.drains.units, u.id)
+	a.drains.mu.Unlock()
+	if was != on {
+		u.log.Info("drain", "on", on)
+	}
+	err := a.drains.set(ctx, u.id, on)
+	a.kick()
+	return err
+}

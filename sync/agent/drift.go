@@ -1,0 +1,170 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/fsnotify/fsnotify"
+)
+
+const (
+	// verifyRate bounds what a check of a live tree reads, in bytes a second.
+	verifyRate = 16 << 20
+	// linkSettle is waited after a change beside dest, so that a rename that replaces it isn't seen half done.
+	linkSettle = 50 * time.Millisecond
+	maxDrift   = 5
+)
+
+// driftWatcher is told by the kernel of changes beside the dests of all units, where a link is removed or led elsewhere.
+type driftWatcher struct {
+	log *slog.Logger
+
+	mu      sync.Mutex
+	watcher *fsnotify.Watcher
+	changed map[string]func() // by dest
+}
+
+func newDriftWatcher(log *slog.Logger) *driftWatcher {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		log.Warn("changes of dest will be seen by the periodic check only", "error", err)
+	}
+	return &driftWatcher{log: log, watcher: w, changed: map[string]func(){}}
+}
+
+// watch has changed called after something happened to dest itself.
+func (w *driftWatcher) watch(dest string, changed func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.changed[dest] = changed
+	if w.watcher == nil {
+		return
+	}
+	if err := w.watcher.Add(filepath.Dir(dest)); err != nil {
+		w.log.Warn("changes of dest will be seen by the periodic check only", "dest", dest, "error", err)
+	}
+}
+
+func (w *driftWatcher) forget(dest string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.changed, dest)
+	for other := range w.changed {
+		if filepath.Dir(other) == filepath.Dir(dest) {
+			return
+		}
+	}
+	if w.watcher != nil {
+		_ = w.watcher.Remove(filepath.Dir(dest)) // its directory may be gone
+	}
+}
+
+func (w *driftWatcher) run(ctx context.Context) {
+	if w.watcher == nil {
+		return
+	}
+	defer w.watcher.Close()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case e := <-w.watcher.Events:
+			w.mu.Lock()
+			changed := w.changed[e.Name]
+			w.mu.Unlock()
+			if changed != nil && !e.Has(fsnotify.Write) {
+				time.AfterFunc(linkSettle, changed)
+			}
+		case err := <-w.watcher.Errors:
+			w.log.Warn("watching dests", "error", err)
+			w.mu.Lock()
+			for _, changed := range w.changed { // some may have been missed
+				time.AfterFunc(linkSettle, changed)
+			}
+			w.mu.Unlock()
+		}
+	}
+}
+
+// observe notes where the unit's dest leads now that a job is done, and has it watched.
+func (a *Agent) observe(u *unit) {
+	dest := u.deploy.Dest()
+	live := ""
+	if dest != "" {
+		live, _ = filepath.EvalSymlinks(dest)
+	}
+	a.mu.Lock()
+	was := u.dest
+	u.dest, u.live = dest, live
+	a.mu.Unlock()
+	if was == dest {
+		return
+	}
+	if was != "" {
+		a.drift.forget(was)
+	}
+	if dest != "" {
+		a.drift.watch(dest, func() { a.checkLink(u) })
+	}
+}
+
+// checkLink looks whether dest still leads to where the last deployment left it.
+func (a *Agent) checkLink(u *unit) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if u.busy.kind == jobDeploy || u.busy.kind == jobRecover || u.busy.kind == jobHeal || u.dest == "" || u.live == "" {
+		return
+	}
+	live, err := filepath.EvalSymlinks(u.dest)
+	switch {
+	case live == u.live:
+		return
+	case errors.Is(err, os.ErrNotExist):
+		u.log.Warn("dest is gone", "dest", u.dest, "healing", u.goal.heal)
+	default:
+		u.log.Warn("dest was led elsewhere", "dest", u.dest, "to", live, "instead of", u.live, "healing", u.goal.heal)
+	}
+	u.drift = []string{u.dest}
+	u.nudge()
+	a.kickReport()
+}
+
+// verify compares the live tree with its release.
+func (a *Agent) verify(ctx context.Context, u *unit) error {
+	ds, err := u.deploy.Verify(ctx, verifyRate)
+	if err != nil {
+		if ctx.Err() == nil {
+			u.log.Warn("the live release can't be checked", "error", err)
+		}
+		return nil // it is looked at again in its time, and nothing of the unit is worse for it
+	}
+	var paths []string
+	for _, d := range ds[:min(len(ds), maxDrift)] {
+		paths = append(paths, d.Path)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(ds) > 0 {
+		u.log.Warn("the live release differs from its index", "paths", len(ds), "first", ds[0].Path, "what", ds[0].What, "healing", u.goal.heal)
+	}
+	u.drift = paths
+	return nil
+}
+
+// heal puts drift right.
+func (a *Agent) heal(ctx context.Context, u *unit) error {
+	if err := u.deploy.Heal(ctx); err != nil {
+		return err
+	}
+	u.log.Info("drift is healed")
+	return nil
+}
+
+// verifyDelay is the time from one check to the next, so spread that a fleet doesn't check at once.
+func verifyDelay(every time.Duration) time.Duration { return every/2 + rand.N(every) }

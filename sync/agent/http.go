@@ -1,0 +1,195 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+const (
+	socketFile = "agent.sock"
+	// A socket's path is short by the kernel's rule.
+	maxSocketPath = 107
+)
+
+// SocketPath is where the agent of a state directory listens on this machine, for GET /status, /ready and /live, and for POST
+// /retry?unit=STAGE/ROLE/UNIT (without unit: all).
+func SocketPath(stateDir string) string { return filepath.Join(stateDir, socketFile) }
+
+// Status is the JSON of /status.
+type Status struct {
+	Node    string    `json:"node"`
+	Stage   string    `json:"stage"`
+	Agent   string    `json:"agent"`
+	Started time.Time `json:"started"`
+	Ready   bool      `json:"ready"`
+	// Why says what keeps it from being ready, by ROLE/UNIT or ROLE.
+	Why     map[string]string             `json:"why,omitempty"`
+	Sources []SourceStatus                `json:"sources"`
+	Roles   map[string]deployments.Report `json:"roles"`
+	// Decisions are by ROLE/UNIT.
+	Decisions map[string]DecisionStatus `json:"decisions"`
+}
+
+// SourceStatus says what is known of one prefix of the store.
+type SourceStatus struct {
+	Prefix string    `json:"prefix"`
+	From   string    `json:"from"` // store, last known state, snapshot, nothing yet
+	Since  time.Time `json:"since,omitzero"`
+	// Trouble is why the store's view may be out of date, and for how long.
+	Trouble      string    `json:"trouble,omitempty"`
+	TroubleSince time.Time `json:"trouble_since,omitzero"`
+}
+
+// DecisionStatus is a policy.Decision.
+type DecisionStatus struct {
+	Action  policy.Action       `json:"action"`
+	Target  deployments.Pointer `json:"target,omitzero"`
+	Stage   deployments.Pointer `json:"stage,omitzero"`
+	Source  policy.Source       `json:"source"`
+	Why     string              `json:"why"`
+	Invalid string              `json:"invalid,omitempty"`
+	Recheck time.Time           `json:"recheck,omitzero"`
+	Waits   string              `json:"waits,omitempty"` // for another unit
+	Trace   []policy.Step       `json:"trace,omitempty"`
+}
+
+// Status returns all that the agent knows of itself.
+func (a *Agent) Status() Status {
+	roles := a.Report()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := Status{
+		Node: a.c.Node, Stage: a.c.Stage, Agent: a.c.Version, Started: a.started.UTC(), Roles: roles,
+		Decisions: map[string]DecisionStatus{}, Why: a.unready(),
+	}
+	s.Ready = len(s.Why) == 0
+	for _, r := range a.roles {
+		for _, src := range r.sources() {
+			st := SourceStatus{Prefix: src.prefix, From: src.from.String(), Since: src.at}
+			if src.trouble != nil {
+				st.Trouble, st.TroubleSince = oneLine(src.trouble), src.since
+			}
+			s.Sources = append(s.Sources, st)
+		}
+	}
+	for id, u := range a.units {
+		if !u.decided || u.gone() {
+			continue
+		}
+		d := u.decision
+		s.Decisions[id.Role+"/"+id.Unit] = DecisionStatus{
+			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Invalid: text(d.Invalid),
+			Recheck: d.Recheck, Waits: u.blocked, Trace: d.Trace,
+		}
+	}
+	return s
+}
+
+func (a *Agent) handler() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
+		a.mu.Lock()
+		why := a.unready()
+		a.mu.Unlock()
+		if len(why) > 0 {
+			answer(w, http.StatusServiceUnavailable, map[string]any{"ready": false, "why": why})
+			return
+		}
+		answer(w, http.StatusOK, map[string]any{"ready": true})
+	})
+	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
+		if !a.Alive() {
+			http.Error(w, "the agent's loop does not turn", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, a.Status()) })
+	if a.c.Metrics != nil {
+		mux.Handle("GET /metrics", promhttp.HandlerFor(a.c.Metrics, promhttp.HandlerOpts{}))
+	}
+	return mux
+}
+
+func answer(w http.ResponseWriter, code int, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	_ = e.Encode(v) // whoever asked has gone
+}
+
+// serve answers at Listen until ctx ends.
+func (a *Agent) serve(ctx context.Context) error {
+	if a.listener == nil {
+		return nil
+	}
+	return serveOn(ctx, a.listener, a.handler())
+}
+
+// serveSocket answers at agent.sock, which only the agent's own user can open, until ctx ends. An agent goes without where
+// the path is too long.
+func (a *Agent) serveSocket(ctx context.Context) error {
+	path := SocketPath(a.c.StateDir)
+	if len(path) > maxSocketPath {
+		a.c.Log.Warn("no socket for kedge retry on this node: the state directory's path is too long", "path", path)
+		return nil
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // what a kill left; the lock is ours
+		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
+		return nil
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
+		return nil
+	}
+	mux := a.handler()
+	mux.HandleFunc("POST /retry", func(w http.ResponseWriter, r *http.Request) {
+		var id deployments.UnitID
+		if name := r.FormValue("unit"); name != "" {
+			if err := id.UnmarshalText([]byte(name)); err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+		}
+		if !a.Retry(id) {
+			http.Error(w, fmt.Sprintf("this node has no unit %s", id), http.StatusNotFound)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+	return serveOn(ctx, l, mux)
+}
+
+func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
+	s := &http.Server{
+		Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
+		MaxHeaderBytes: 16 << 10,
+	}
+	stop := context.AfterFunc(ctx, func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		if s.Shutdown(ctx) != nil {
+			s.Close()
+		}
+	})
+	defer stop()
+	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serving %s: %w", l.Addr(), err)
+	}
+	return nil
+}

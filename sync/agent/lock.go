@@ -1,0 +1,48 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrLocked means that another agent uses the state directory; the error names its process.
+var ErrLocked = errors.New("another agent uses this state directory")
+
+const lockFile = "lock"
+
+// takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the lock up when the
+// process ends, however it ends, so nothing is ever left locked.
+func takeLock(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking the state directory: %w", err)
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		defer f.Close()
+		return nil, fmt.Errorf("%w: %s is held by process %s", ErrLocked, dir, holder(f))
+	}
+	if err == nil {
+		if err = f.Truncate(0); err == nil {
+			_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("locking the state directory: %w", err), f.Close())
+	}
+	return f, nil
+}
+
+func holder(f *os.File) string {
+	var b [20]byte
+	n, _ := f.ReadAt(b[:], 0)
+	if pid := strings.TrimSpace(string(b[:n])); pid != "" {
+		return pid
+	}
+	return "(unknown)"
+}

@@ -1,0 +1,103 @@
+package agent
+
+import (
+	"errors"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/deployments"
+	"kedge/sync/deploy"
+)
+
+// metrics are what Prometheus sees. All methods may be called without a registry.
+type metrics struct {
+	jobs    *prometheus.CounterVec
+	seconds *prometheus.HistogramVec
+	reports prometheus.Counter
+	store   *prometheus.GaugeVec
+}
+
+func newMetrics(r *prometheus.Registry) *metrics {
+	m := &metrics{
+		jobs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kedge_agent_jobs_total",
+			Help: "What the agent did for a unit, by kind (deploy, stage, recover, heal, verify) and result (ok, failed, retried, refused, superseded).",
+		}, []string{"role", "unit", "job", "result"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "kedge_agent_deploy_seconds", Help: "How long successful deployments took.",
+			Buckets: []float64{.01, .05, .1, .5, 1, 5, 15, 60, 300, 1800},
+		}, []string{"role", "unit"}),
+		reports: prometheus.NewCounter(prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."}),
+		store: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "kedge_agent_store_up", Help: "1 where the view of a prefix is up to date.",
+		}, []string{"prefix"}),
+	}
+	if r != nil {
+		r.MustRegister(m.jobs, m.seconds, m.reports, m.store)
+	}
+	return m
+}
+
+func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOff bool, took time.Duration) {
+	result := "ok"
+	switch {
+	case err == nil && kind == jobDeploy:
+		m.seconds.WithLabelValues(id.Role, id.Unit).Observe(took.Seconds())
+	case err == nil:
+	case errors.As(err, new(*deploy.Failed)), errors.Is(err, deploy.ErrQuarantined):
+		result = "failed"
+	case errors.Is(err, deploy.ErrRefused):
+		result = "refused"
+	case calledOff:
+		result = "superseded"
+	default:
+		result = "retried"
+	}
+	m.jobs.WithLabelValues(id.Role, id.Unit, string(kind), result).Inc()
+}
+
+func (m *metrics) reported() { m.reports.Inc() }
+
+func (m *metrics) seen(prefix string, up bool) {
+	v := 0.0
+	if up {
+		v = 1
+	}
+	m.store.WithLabelValues(prefix).Set(v)
+}
+
+// gauges are computed when Prometheus asks.
+type gauges struct{ a *Agent }
+
+var (
+	readyGauge = prometheus.NewDesc("kedge_agent_ready", "1 where /ready answers 200.", nil, nil)
+	stateGauge = prometheus.NewDesc("kedge_agent_unit", "1 for the state that a unit is in, with the release that it runs.",
+		[]string{"role", "unit", "state", "version", "digest"}, nil)
+	fetchedGauge = prometheus.NewDesc("kedge_agent_fetched_bytes_total", "Bytes read from storage.", nil, nil)
+)
+
+func (g gauges) Describe(c chan<- *prometheus.Desc) {
+	c <- readyGauge
+	c <- stateGauge
+	c <- fetchedGauge
+}
+
+func (g gauges) Collect(c chan<- prometheus.Metric) {
+	_, bytes := g.a.c.Objects.Requests()
+	c <- prometheus.MustNewConstMetric(fetchedGauge, prometheus.CounterValue, float64(bytes))
+	ready := 0.0
+	for role, r := range g.a.Report() {
+		if r.Ready {
+			ready = 1
+		}
+		for name, u := range r.Units {
+			digest := ""
+			if !u.Running.IsZero() {
+				digest = u.Running.Digest.Short()
+			}
+			c <- prometheus.MustNewConstMetric(stateGauge, prometheus.GaugeValue, 1, role, name, string(u.State), u.Version, digest)
+		}
+	}
+	c <- prometheus.MustNewConstMetric(readyGauge, prometheus.GaugeValue, ready)
+}

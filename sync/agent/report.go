@@ -1,0 +1,157 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+const (
+	// progressEvery is the time between two reports that differ in bytes fetched alone.
+	progressEvery = 3 * time.Second
+	// reportsPerSecond and reportBurst bound all reports.
+	reportsPerSecond = 4
+	reportBurst      = 8
+	leaveWithin      = 5 * time.Second
+)
+
+// Report returns what the agent says of itself now, a report for each role.
+func (a *Agent) Report() map[string]deployments.Report {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	reports := map[string]deployments.Report{}
+	ready := len(a.unready()) == 0
+	for _, r := range a.roles {
+		reports[r.name] = deployments.Report{
+			Node: a.c.Node, Agent: a.c.Version, Started: a.started.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
+		}
+	}
+	now := time.Now()
+	for id, u := range a.units {
+		if !u.gone() {
+			reports[id.Role].Units[id.Unit] = u.report(now)
+		}
+	}
+	return reports
+}
+
+// report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node that leaves in
+// good order isn't a dead one.
+func (a *Agent) report(ctx context.Context) {
+	presence := a.presence(ctx)
+	if presence == nil {
+		return
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
+		defer cancel()
+		if err := presence.Close(ctx); err != nil {
+			a.c.Log.Warn("the node's status could not be taken back", "error", err)
+		}
+	}()
+	written := map[string]writtenReport{}
+	limit := rate.NewLimiter(reportsPerSecond, reportBurst)
+	var retry backOff
+	for {
+		var again <-chan time.Time
+		for role, r := range a.Report() {
+			if !a.settledIn(role) {
+				continue // what a node says in its first moments would only hide what it said before
+			}
+			data, coarse := encodeReport(r)
+			last := written[role]
+			if data == last.data {
+				continue
+			}
+			if coarse == last.coarse {
+				if wait := progressEvery - time.Since(last.at); wait > 0 {
+					again = time.After(wait)
+					continue
+				}
+			}
+			if limit.Wait(ctx) != nil {
+				return
+			}
+			if err := presence.Put(ctx, kv.StatusKey(a.c.Stage, role, a.c.Node), []byte(data)); err != nil {
+				if ctx.Err() != nil {
+					return
+				}
+				if retry.tries == 0 {
+					a.c.Log.Warn("the node's status can't be written: trying again", "role", role, "error", err)
+				}
+				again = time.After(retry.next())
+				continue
+			}
+			retry.reset()
+			a.metrics.reported()
+			written[role] = writtenReport{data, coarse, time.Now()}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.reportNow:
+		case <-again:
+		}
+	}
+}
+
+type writtenReport struct {
+	data, coarse string
+	at           time.Time
+}
+
+// encodeReport gives a report's JSON, and what of it makes a report worth writing at once.
+func encodeReport(r deployments.Report) (data, coarse string) {
+	full, err := json.Marshal(r)
+	for name, u := range r.Units {
+		u.Fetched, u.Total = 0, 0
+		r.Units[name] = u
+	}
+	rest, err2 := json.Marshal(r)
+	if err != nil || err2 != nil {
+		panic("a report has no JSON") // it is plain data
+	}
+	return string(full), string(rest)
+}
+
+// settledIn reports whether the agent knows enough of a role to speak of it.
+func (a *Agent) settledIn(role string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range a.roles {
+		if r.name == role && !r.known() {
+			return false
+		}
+	}
+	for id, u := range a.units {
+		if id.Role == role && (!u.decided || u.deploy == nil && u.trouble == nil) {
+			return false
+		}
+	}
+	return true
+}
+
+// presence ties the reports to this node, as often as it takes; nil when ctx ends.
+func (a *Agent) presence(ctx context.Context) kv.Presence {
+	var retry backOff
+	for {
+		p, err := a.c.Store.Presence(ctx, a.c.Node)
+		if err == nil {
+			return p
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if retry.tries == 0 {
+			a.c.Log.Warn("the node's status can't be written: trying again", "error", err)
+		}
+		if wait(ctx, retry.next()) != nil {
+			return nil
+		}
+	}
+}

@@ -1,0 +1,212 @@
+package agent
+
+import (
+	"cmp"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// origin is where a source's entries come from, the best one last.
+type origin int
+
+const (
+	fromNowhere origin = iota
+	fromSnapshot
+	fromLastKnown
+	fromStore
+)
+
+func (o origin) String() string {
+	return [...]string{"nothing yet", "snapshot", "last known state", "store"}[o]
+}
+
+// source is what the agent knows below one watched prefix. Only what a settled view, the last known state or a snapshot says can
+// be missing from it; trouble with the store never takes anything away.
+type source struct {
+	prefix  string
+	desired bool // records, not pins
+	entries []kv.Entry
+	from    origin
+	at      time.Time // since when entries are as they are
+	trouble error     // why the store's view may be out of date
+	since   time.Time // since when trouble is as it is
+}
+
+// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled, which may
+// be older than what is known, it takes new records and those of a higher generation alone.
+func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
+	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
+		s.since = cmp.Or(v.Since, now)
+	}
+	s.trouble = v.Err
+	var entries []kv.Entry
+	for _, e := range v.Entries {
+		if mine(e.Key) {
+			entries = append(entries, kv.Entry{Key: e.Key, Value: slices.Clone(e.Value)})
+		}
+	}
+	sortEntries(entries)
+	if !v.Settled {
+		if !s.desired || s.from == fromStore || len(entries) == 0 {
+			return false
+		}
+		entries = s.newer(entries, log)
+	} else if s.desired {
+		s.logRegressions(entries, log)
+	}
+	changed := v.Settled && s.from != fromStore || !equalEntries(s.entries, entries)
+	if v.Settled {
+		s.from = fromStore
+	}
+	if changed {
+		s.entries, s.at = entries, now
+	}
+	return changed
+}
+
+// offer takes what the disk or a snapshot says, where nothing better is known, and says whether it did.
+func (s *source) offer(entries []kv.Entry, from origin, at time.Time) bool {
+	if s.from >= from {
+		return false
+	}
+	s.entries, s.from, s.at = entries, from, at
+	return true
+}
+
+// newer adds to what is known those of entries that are new or of a higher generation.
+func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
+	merged := slices.Clone(s.entries)
+	for _, e := range entries {
+		i, known := slices.BinarySearchFunc(merged, e.Key, func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
+		switch {
+		case !known:
+			merged = slices.Insert(merged, i, e)
+		case generation(e) > generation(merged[i]):
+			merged[i] = e
+		case generation(e) < generation(merged[i]):
+			log.Warn("an unconfirmed record is older than the last one: keeping the last one", "key", e.Key, "generation", generation(e), "kept", generation(merged[i]))
+		}
+	}
+	return merged
+}
+
+func (s *source) logRegressions(entries []kv.Entry, log *slog.Logger) {
+	was := map[string]int64{}
+	for _, e := range s.entries {
+		was[e.Key] = generation(e)
+	}
+	for _, e := range entries {
+		if g := generation(e); g < was[e.Key] {
+			log.Warn("a record went back, and the store confirms it", "key", e.Key, "from", was[e.Key], "to", g)
+		}
+	}
+}
+
+func (s *source) find(key string) (kv.Entry, bool) {
+	i, ok := slices.BinarySearchFunc(s.entries, key, func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
+	if !ok {
+		return kv.Entry{}, false
+	}
+	return s.entries[i], true
+}
+
+// role is what is known of one role.
+type role struct {
+	name          string
+	desired, pins *source
+}
+
+func newRole(stage, name string) *role {
+	return &role{
+		name:    name,
+		desired: &source{prefix: kv.RolePrefix(kv.DesiredPrefix, stage, name), desired: true},
+		pins:    &source{prefix: kv.RolePrefix(kv.PinsPrefix, stage, name)},
+	}
+}
+
+func (r *role) sources() []*source { return []*source{r.desired, r.pins} }
+
+// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen.
+func (r *role) known() bool { return r.desired.from != fromNowhere && r.pins.from != fromNowhere }
+
+// unknown says, for a person, what is missing.
+func (r *role) unknown() string {
+	for _, s := range r.sources() {
+		if s.from == fromNowhere {
+			if s.trouble != nil {
+				return "nothing is known of " + s.prefix + " yet: " + oneLine(s.trouble)
+			}
+			return "reading " + s.prefix
+		}
+	}
+	return ""
+}
+
+// units are those that have a record or a pin for this node, sorted.
+func (r *role) units(stage string) []deployments.UnitID {
+	var ids []deployments.UnitID
+	add := func(name string) {
+		id := deployments.UnitID{Stage: stage, Role: r.name, Unit: name}
+		if id.Check() == nil && !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	for _, s := range r.sources() {
+		for _, e := range s.entries {
+			name, _, _ := strings.Cut(strings.TrimPrefix(e.Key, s.prefix), "/")
+			add(name)
+		}
+	}
+	slices.SortFunc(ids, func(a, b deployments.UnitID) int { return strings.Compare(a.Unit, b.Unit) })
+	return ids
+}
+
+// mine says which keys below a prefix concern a node: units, and pins for that node.
+func mine(prefix, node string) func(key string) bool {
+	return func(key string) bool {
+		rest, ok := strings.CutPrefix(key, prefix)
+		if !ok {
+			return false
+		}
+		name, of, scoped := strings.Cut(rest, "/")
+		return name != "" && (!scoped || of == node)
+	}
+}
+
+// facts gathers what decides over one unit.
+func (r *role) facts(id deployments.UnitID, node string) (record policy.Value[deployments.Record], unitPin, nodePin policy.Value[deployments.Pin]) {
+	return parsed(r.desired, kv.DesiredKey(id), deployments.ParseRecord),
+		parsed(r.pins, kv.PinKey(id), deployments.ParsePin),
+		parsed(r.pins, kv.NodePinKey(id, node), deployments.ParsePin)
+}
+
+func parsed[T any](s *source, key string, parse func([]byte) (T, error)) policy.Value[T] {
+	e, ok := s.find(key)
+	if !ok {
+		return policy.Value[T]{}
+	}
+	v, err := parse(e.Value)
+	return policy.Value[T]{Present: true, Value: v, Err: err}
+}
+
+func generation(e kv.Entry) int64 {
+	r, err := deployments.ParseRecord(e.Value)
+	if err != nil {
+		return 0
+	}
+	return r.Generation
+}
+
+func sortEntries(entries []kv.Entry) {
+	slices.SortFunc(entries, func(a, b kv.Entry) int { return strings.Compare(a.Key, b.Key) })
+}
+
+func equalEntries(a, b []kv.Entry) bool {
+	return slices.EqualFunc(a, b, func(x, y kv.Entry) bool { return x.Key == y.Key && string(x.Value) == string(y.Value) })
+}

@@ -1,0 +1,278 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime/debug"
+	"time"
+
+	"kedge/artifact"
+	"kedge/deployments"
+	"kedge/sync/deploy"
+)
+
+// work is a unit's worker: it does what the goal asks for, one job after another, until ctx ends.
+func (a *Agent) work(ctx context.Context, u *unit) {
+	if !a.open(ctx, u) {
+		return
+	}
+	for ctx.Err() == nil {
+		j, jobCtx, again := a.begin(ctx, u, time.Now())
+		if j.kind == jobNone {
+			var timer <-chan time.Time
+			if !again.IsZero() {
+				timer = time.After(max(time.Until(again), 0))
+			}
+			select {
+			case <-ctx.Done():
+			case <-u.wake:
+			case <-timer:
+			}
+			continue
+		}
+		began := time.Now()
+		before := u.deploy.State()
+		err := a.do(jobCtx, u, j)
+		a.end(jobCtx, u, j, before, err, time.Since(began))
+		j.cancel(nil)
+	}
+}
+
+// open opens the unit's state, as often as it takes.
+func (a *Agent) open(ctx context.Context, u *unit) bool {
+	var retry backOff
+	for {
+		d, err := deploy.Open(deploy.Config{
+			ID: u.id, Node: a.c.Node, Dir: a.unitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
+			Progress: func(s deployments.State, p artifact.Progress) { a.progress(u, s, p) },
+			Log:      u.log,
+		})
+		a.mu.Lock()
+		u.deploy, u.trouble = d, err
+		a.mu.Unlock()
+		if err == nil {
+			s := d.State()
+			a.observe(u)
+			a.mu.Lock()
+			u.recover = s.Unfinished || s.Drained
+			if a.c.VerifyEvery > 0 {
+				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // not the whole fleet at once
+			}
+			a.mu.Unlock()
+			a.kick()
+			return true
+		}
+		if retry.tries == 0 {
+			u.log.Error("the unit's state can't be opened: trying again", "error", err)
+		}
+		a.kickReport()
+		if wait(ctx, retry.next()) != nil {
+			return false
+		}
+	}
+}
+
+// begin chooses the next job, and notes that it is under way. Without one, it says when to look again; zero: when woken.
+func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	j, again := u.choose(now, a.c.VerifyEvery > 0)
+	if j.kind == jobNone {
+		return j, nil, again
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	j.cancel = cancel
+	u.busy, u.phase, u.progress = j, "", artifact.Progress{}
+	return j, ctx, time.Time{}
+}
+
+// choose is the job that the goal asks for next.
+func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
+	if wait := u.retryAt; now.Before(wait) {
+		return job{}, wait
+	}
+	s, g := u.state(), u.goal
+	run := g.run
+	if u.refused != nil && u.refused.release == run {
+		run = deployments.Pointer{}
+	}
+	failed := !run.IsZero() && u.quarantined(run)
+	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
+	switch {
+	case u.recover || s.Unfinished && !deploys:
+		return job{kind: jobRecover}, again
+	case u.forget:
+		return job{kind: jobForget}, again
+	case deploys:
+		return job{kind: jobDeploy, release: run, commit: g.commit, claim: g.claim}, again
+	case failed:
+		// Another claim than the one that it failed under lets it be tried once more.
+		if f, _ := u.failures.get(u.id, run.Digest); f.Claim != g.claim {
+			return job{kind: jobForget, release: run, claim: g.claim}, again
+		}
+	}
+	if g.heal && len(u.drift) > 0 {
+		return job{kind: jobHeal}, again
+	}
+	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) && (u.refused == nil || u.refused.release != p) {
+		return job{kind: jobStage, release: p}, again
+	}
+	switch {
+	case !verifies || s.Running.IsZero():
+		return job{}, again
+	case now.Before(u.verifyAt):
+		return job{}, u.verifyAt
+	default:
+		return job{kind: jobVerify}, again
+	}
+}
+
+// do does a job.
+func (a *Agent) do(ctx context.Context, u *unit, j job) error {
+	switch j.kind {
+	case jobRecover:
+		return u.deploy.Recover(ctx)
+	case jobForget:
+		return a.forget(u, j)
+	case jobDeploy:
+		if err := a.fetch(ctx, u, j.release); err != nil {
+			return err
+		}
+		return u.deploy.Deploy(ctx, j.release, j.commit)
+	case jobStage:
+		return a.fetch(ctx, u, j.release)
+	case jobHeal:
+		return a.heal(ctx, u)
+	case jobVerify:
+		return a.verify(ctx, u)
+	}
+	return fmt.Errorf("no such job: %q", j.kind)
+}
+
+// fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, one unit at a time.
+func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer) error {
+	s := u.deploy.State()
+	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest || p.Digest == s.LastGood.Digest {
+		return nil
+	}
+	if a.c.StartDelay > 0 {
+		if err := wait(ctx, rand.N(a.c.StartDelay)); err != nil {
+			return err
+		}
+	}
+	select {
+	case a.fetching <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-a.fetching }()
+	return u.deploy.Stage(ctx, p)
+}
+
+// forget ends the quarantine of one release, or of all. One that failed while a crash was recovered from, or whose claim a crash
+// took, is given the present claim instead.
+func (a *Agent) forget(u *unit, j job) error {
+	digest := j.release.Digest
+	if !digest.IsZero() {
+		f, _ := a.failures.get(u.id, digest)
+		if f.Claim == "" {
+			f.Claim = j.claim
+			return a.failures.set(u.id, digest, f)
+		}
+		u.log.Info("trying a release once more that failed here", "release", j.release.String(), "asked by", j.claim)
+	}
+	if err := u.deploy.Retry(digest); err != nil {
+		return err
+	}
+	return a.failures.keep(u.id, u.deploy.State().Quarantined)
+}
+
+// end notes what came of a job.
+func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, err error, took time.Duration) {
+	now, after := time.Now(), u.deploy.State()
+	var failed *deploy.Failed
+	if errors.As(err, &failed) {
+		if err := a.failures.set(u.id, failed.Release.Digest, failure{Claim: j.claim, Error: oneLine(failed)}); err != nil {
+			u.log.Error("a restart will not know why the release failed", "error", err)
+		}
+	}
+	changed := before.Running != after.Running || before.Staged != after.Staged || len(before.Quarantined) != len(after.Quarantined)
+	if j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobHeal {
+		a.observe(u)
+	}
+
+	a.mu.Lock()
+	calledOff := ctx.Err() != nil
+	was := u.trouble
+	u.busy, u.phase, u.progress = job{}, "", artifact.Progress{}
+	switch {
+	case failed != nil: // the unit's state says the rest
+		u.trouble = nil
+	case errors.Is(err, deploy.ErrQuarantined):
+	case errors.Is(err, deploy.ErrRefused):
+		u.refused, u.trouble = &refusal{j.release, err}, nil
+		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
+	case err != nil && calledOff: // no trouble
+	case err != nil:
+		u.trouble = err
+		u.retryAt = now.Add(u.retry.next())
+	default:
+		u.trouble = nil
+		u.retry.reset()
+	}
+	trouble := u.trouble
+	if before.Running != after.Running || !after.Confirmed || after.Unfinished {
+		u.done = deployments.Pointer{}
+	}
+	switch j.kind {
+	case jobRecover:
+		u.recover = false // later on state tells whether there is more to recover
+	case jobForget:
+		u.forget = u.forget && (err != nil || !j.release.IsZero())
+	case jobDeploy:
+		if err == nil {
+			u.done, u.drift = j.release, nil
+		}
+	case jobHeal:
+		if err == nil {
+			u.drift = nil
+		}
+	case jobVerify:
+		u.verifyAt = now.Add(verifyDelay(a.c.VerifyEvery))
+		if calledOff {
+			u.verifyAt = now.Add(min(time.Minute, a.c.VerifyEvery))
+		}
+	}
+	a.mu.Unlock()
+
+	switch {
+	case trouble != nil && was == nil:
+		u.log.Warn("trouble: trying again by itself", "job", string(j.kind), "release", j.release.String(), "error", trouble)
+	case trouble == nil && was != nil && err == nil:
+		u.log.Info("the trouble is over", "job", string(j.kind))
+	}
+	a.metrics.ended(u.id, j.kind, err, calledOff, took)
+	a.kick()
+	if changed {
+		debug.FreeOSMemory() // what a deployment needed an idle agent doesn't
+	}
+}
+
+// progress takes what package deploy says of a deployment under way.
+func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch {
+	case u.busy.kind != jobDeploy && u.busy.kind != jobRecover:
+		return // staging in the background changes nothing of what the unit is
+	case s == deployments.StateFetching && u.trouble != nil && p.Done == 0:
+		return // the next try has brought nothing yet
+	case s != deployments.StateFetching && s != deployments.StateSwitching:
+		return
+	}
+	u.phase, u.progress = s, p
+	a.kickReport()
+}
