@@ -234,6 +234,9 @@ func (d *dirStore) reading(ctx context.Context, f func() error) error {
 func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
 	for {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
 		if errors.Is(err, fs.ErrNotExist) && isDir(d.dir) {
 			// Somebody removed the directory of ours, not the store's.

@@ -1,0 +1,795 @@
+package kvtest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"kedge/kv"
+)
+
+// Backend is one store's state, fresh and empty, for one test.
+type Backend struct {
+	// Open gives another handle on the same state, as another process would have it. The test closes it.
+	Open func(tb testing.TB) kv.Store
+	// PutByHand and DeleteByHand do what a person does without kedge.
+	PutByHand    func(tb testing.TB, key, value string)
+	DeleteByHand func(tb testing.TB, key string)
+}
+
+// patience bounds how long a test waits for what should happen at once, on a busy machine.
+const patience = 30 * time.Second
+
+// Run is the contract of kv.Store as tests. fresh gives each its own state.
+func Run(t *testing.T, fresh func(t *testing.T) Backend) {
+	tests := []struct {
+		name string
+		test func(t *testing.T, b Backend)
+	}{
+		{"get and list", testGetList},
+		{"bad keys", testBadKeys},
+		{"folders are no entries", testFolders},
+		{"a key with keys below it", testNested},
+		{"commit conditions", testConditions},
+		{"commit is all or nothing", testAtomic},
+		{"commit limits", testLimits},
+		{"versions", testVersions},
+		{"what people put is kept as it is", testVerbatim},
+		{"concurrent commits don't lose updates", testConcurrent},
+		{"readers see no half commit", testNoHalf},
+		{"watch", testWatch},
+		{"watch sees what was there", testWatchExisting},
+		{"watch of a folder that comes later", testWatchLateFolder},
+		{"a write of the same value wakes nobody", testSameValue},
+		{"a write elsewhere wakes nobody", testElsewhere},
+		{"views are the caller's own", testOwnViews},
+		{"watch reacts at once", testLatency},
+		{"cancelled", testCancelled},
+		{"lease excludes", testLeaseExcludes},
+		{"lease fences", testLeaseFences},
+		{"lease taken away by hand", testLeaseTaken},
+		{"lease wait is cancelled", testLeaseCancelled},
+		{"lease survives its caller's context", testLeaseContext},
+		{"presence", testPresence},
+		{"presence is taken over by a later process", testPresenceTakeover},
+		{"presence of several keys", testPresenceKeys},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			tt.test(t, fresh(t))
+		})
+	}
+}
+
+func testGetList(t *testing.T, b Backend) {
+	s := b.Open(t)
+	ctx := t.Context()
+	mustFolders(t, s, "pins/prod/web/", "pins/prod/db/")
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("1")), kv.Put("pins/prod/db/pg", []byte("2")), kv.Put("pins/prod/web/a-first", nil))
+	e, err := s.Get(ctx, "pins/prod/web/app")
+	if err != nil || e.Key != "pins/prod/web/app" || string(e.Value) != "1" || e.Version == 0 || e.Session != "" {
+		t.Fatalf("get: %+v, %v", e, err)
+	}
+	if _, err := s.Get(ctx, "pins/prod/web/none"); !errors.Is(err, kv.ErrNotFound) {
+		t.Fatalf("get of a missing key: %v", err)
+	}
+	entries, err := s.List(ctx, "pins/prod/web/")
+	if err != nil || keysOf(entries) != "pins/prod/web/a-first= pins/prod/web/app=1" {
+		t.Fatalf("list: %s, %v", keysOf(entries), err)
+	}
+	// What Get and List say of a key is the same.
+	if entries[1].Version != e.Version {
+		t.Fatalf("get gives version %d and list %d", e.Version, entries[1].Version)
+	}
+	mustFolders(t, s, "")
+	entries, err = s.List(ctx, "")
+	if err != nil || keysOf(entries) != "pins/prod/db/pg=2 pins/prod/web/a-first= pins/prod/web/app=1" {
+		t.Fatalf("list of everything: %s, %v", keysOf(entries), err)
+	}
+	if s.String() == "" {
+		t.Fatal("the store has no name for people")
+	}
+}
+
+func testBadKeys(t *testing.T, b Backend) {
+	s := b.Open(t)
+	for _, key := range []string{"", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a/.hidden", "a b", "a/b@/c", "a\x00b", "a/" + strings.Repeat("x", 64), "a/b~", "a/b.swp"} {
+		if _, err := s.Get(t.Context(), key); err == nil || errors.Is(err, kv.ErrNotFound) {
+			t.Errorf("get %q: %v", key, err)
+		}
+		if err := s.Commit(t.Context(), nil, kv.Put(key, nil)); err == nil {
+			t.Errorf("commit took the key %q", key)
+		}
+	}
+	for _, prefix := range []string{"a", "/", "../", "a//"} {
+		if _, err := s.List(t.Context(), prefix); err == nil {
+			t.Errorf("list took the prefix %q", prefix)
+		}
+		if err := s.Watch(t.Context(), prefix, func(kv.View) {}); err == nil {
+			t.Errorf("watch took the prefix %q", prefix)
+		}
+		if err := s.EnsureFolders(t.Context(), prefix); err == nil {
+			t.Errorf("a folder was made of %q", prefix)
+		}
+	}
+}
+
+func testFolders(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "pins/prod/web/", "pins/prod/")
+	mustFolders(t, s, "pins/prod/web/") // again
+	for _, prefix := range []string{"pins/prod/web/", "pins/prod/"} {
+		entries, err := s.List(t.Context(), prefix)
+		if err != nil || len(entries) != 0 {
+			t.Fatalf("list of the empty folder %s: %v, %v", prefix, entries, err)
+		}
+	}
+}
+
+func testNested(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "pins/prod/web/", "other/")
+	want := "pins/prod/web/app=unit pins/prod/web/app/node-1=one pins/prod/web/app/node-2=two"
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app/node-1", []byte("one")))
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("unit")))
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app/node-2", []byte("two")))
+	if got := list(t, s, "pins/prod/web/"); got != want {
+		t.Fatalf("list: %s", got)
+	}
+	// The same where the layout doesn't say which keys have keys below them.
+	mustCommit(t, s, nil, kv.Put("other/a/b/c", []byte("1")), kv.Put("other/a/b/d", []byte("2")))
+	mustCommit(t, s, nil, kv.Put("other/a", []byte("3")), kv.Put("other/a/b", []byte("4")), kv.Put("other/a/b/e", []byte("5")))
+	if got := list(t, s, "other/"); got != "other/a=3 other/a/b=4 other/a/b/c=1 other/a/b/d=2 other/a/b/e=5" {
+		t.Fatalf("list: %s", got)
+	}
+	mustCommit(t, s, nil, kv.Delete("pins/prod/web/app"))
+	if got := list(t, s, "pins/prod/web/"); got != "pins/prod/web/app/node-1=one pins/prod/web/app/node-2=two" {
+		t.Fatalf("list after the unit's pin went: %s", got)
+	}
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("again")))
+	if e, err := s.Get(t.Context(), "pins/prod/web/app/node-1"); err != nil || string(e.Value) != "one" {
+		t.Fatalf("get a node's pin: %+v, %v", e, err)
+	}
+}
+
+func testConditions(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	commit := func(want error, ops ...kv.Op) {
+		t.Helper()
+		if err := s.Commit(t.Context(), nil, ops...); !errors.Is(err, want) {
+			t.Fatalf("commit %v: got %v, want %v", ops, err, want)
+		}
+	}
+	commit(nil)
+	commit(nil, kv.Create("d/k", []byte("1")))
+	commit(kv.ErrConflict, kv.Create("d/k", []byte("2")))
+	first := version(t, s, "d/k")
+	commit(nil, kv.Replace("d/k", []byte("2"), first))
+	commit(kv.ErrConflict, kv.Replace("d/k", []byte("3"), first))
+	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), first))
+	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), 0)) // not a way to create
+	commit(kv.ErrConflict, kv.Check("d/k", first))
+	commit(kv.ErrConflict, kv.Check("d/none", first))
+	commit(kv.ErrConflict, kv.DeleteIf("d/k", first))
+	commit(kv.ErrConflict, kv.DeleteIf("d/none", first))
+	second := version(t, s, "d/k")
+	commit(nil, kv.Check("d/k", second))
+	commit(nil, kv.DeleteIf("d/k", second))
+	commit(nil, kv.Delete("d/k")) // gone already
+	if got := list(t, s, "d/"); got != "" {
+		t.Fatalf("left: %s", got)
+	}
+}
+
+func testAtomic(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/", "e/")
+	mustCommit(t, s, nil, kv.Put("d/a", []byte("1")), kv.Put("d/gone", []byte("1")))
+	v := version(t, s, "d/a")
+	mustCommit(t, s, nil, kv.Put("d/a", []byte("2")))
+	err := s.Commit(t.Context(), nil, kv.Put("d/new", nil), kv.Delete("d/gone"), kv.Replace("d/a", []byte("3"), v), kv.Create("e/x", nil))
+	if !errors.Is(err, kv.ErrConflict) {
+		t.Fatalf("commit: %v", err)
+	}
+	if got := list(t, s, "d/"); got != "d/a=2 d/gone=1" {
+		t.Fatalf("a refused commit left %s", got)
+	}
+	mustCommit(t, s, nil, kv.Put("d/new", []byte("n")), kv.Delete("d/gone"), kv.Replace("d/a", []byte("3"), version(t, s, "d/a")), kv.Create("e/x", nil))
+	if got := list(t, s, "d/") + " " + list(t, s, "e/"); got != "d/a=3 d/new=n e/x=" {
+		t.Fatalf("a commit left %s", got)
+	}
+}
+
+func testLimits(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	lease := mustLease(t, s, "d/lease")
+	var ops []kv.Op
+	for i := range kv.MaxOps {
+		ops = append(ops, kv.Put(fmt.Sprintf("d/k%d", i), []byte("v")))
+	}
+	mustCommit(t, s, lease, ops...)
+	if err := s.Commit(t.Context(), nil, append(ops, kv.Put("d/one-more", nil))...); !errors.Is(err, kv.ErrTooLarge) {
+		t.Fatalf("commit of %d operations: %v", kv.MaxOps+1, err)
+	}
+	mustCommit(t, s, nil, kv.Put("d/large", bytes.Repeat([]byte("x"), 370<<10)))
+	if err := s.Commit(t.Context(), nil, kv.Put("d/larger", bytes.Repeat([]byte("x"), 400<<10))); !errors.Is(err, kv.ErrTooLarge) {
+		t.Fatalf("commit of 400 KiB: %v", err)
+	}
+	if err := s.Commit(t.Context(), nil, kv.Put("d/k1", nil), kv.Delete("d/k1")); err == nil {
+		t.Fatal("a commit took the same key twice")
+	}
+}
+
+func testVersions(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	seen := map[uint64]bool{}
+	for i := range 20 {
+		mustCommit(t, s, nil, kv.Put("d/k", []byte{byte('a' + i%2)}))
+		v := version(t, s, "d/k")
+		if seen[v] {
+			t.Fatalf("write %d gave a version that was there before", i)
+		}
+		seen[v] = true
+	}
+	old := version(t, s, "d/k")
+	b.PutByHand(t, "d/k", "by hand")
+	if err := s.Commit(t.Context(), nil, kv.Replace("d/k", []byte("x"), old)); !errors.Is(err, kv.ErrConflict) {
+		t.Fatalf("a change by hand went unnoticed: %v", err)
+	}
+}
+
+func testVerbatim(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	for _, value := range []string{"x\n", "\ufeffx\r\n", "", "\x00\xff", " "} {
+		mustCommit(t, s, nil, kv.Put("d/k", []byte(value)))
+		if e, err := s.Get(t.Context(), "d/k"); err != nil || string(e.Value) != value {
+			t.Fatalf("put %q, got %q, %v", value, e.Value, err)
+		}
+		b.PutByHand(t, "d/hand", value)
+		if e, err := s.Get(t.Context(), "d/hand"); err != nil || string(e.Value) != value {
+			t.Fatalf("put %q by hand, got %q, %v", value, e.Value, err)
+		}
+	}
+}
+
+func testConcurrent(t *testing.T, b Backend) {
+	mustFolders(t, b.Open(t), "d/")
+	mustCommit(t, b.Open(t), nil, kv.Put("d/n", []byte("0")))
+	const workers, each = 4, 10
+	var wg sync.WaitGroup
+	for range workers {
+		s := b.Open(t)
+		wg.Go(func() {
+			for done := 0; done < each; {
+				e, err := s.Get(t.Context(), "d/n")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				var n int
+				fmt.Sscan(string(e.Value), &n)
+				err = s.Commit(t.Context(), nil, kv.Replace("d/n", fmt.Append(nil, n+1), e.Version))
+				if err == nil {
+					done++
+				} else if !errors.Is(err, kv.ErrConflict) {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got := list(t, b.Open(t), "d/"); got != fmt.Sprintf("d/n=%d", workers*each) {
+		t.Fatalf("after %d increments: %s", workers*each, got)
+	}
+}
+
+func testNoHalf(t *testing.T, b Backend) {
+	w, r := b.Open(t), b.Open(t)
+	mustFolders(t, w, "d/")
+	write := func(i int) error {
+		return w.Commit(t.Context(), nil, kv.Put("d/a", fmt.Append(nil, i)), kv.Put("d/b", fmt.Append(nil, i)), kv.Put("d/c", fmt.Append(nil, i)))
+	}
+	if err := write(0); err != nil {
+		t.Fatal(err)
+	}
+	whole := func(entries []kv.Entry) bool {
+		return len(entries) == 3 && bytes.Equal(entries[0].Value, entries[1].Value) && bytes.Equal(entries[1].Value, entries[2].Value)
+	}
+	views := Watch(t, r, "d/")
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer close(done)
+		for i := 1; i <= 30; i++ {
+			if err := write(i); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	for reading := true; reading; {
+		select {
+		case <-done:
+			reading = false
+		default:
+		}
+		entries, err := r.List(t.Context(), "d/")
+		if err != nil || !whole(entries) {
+			t.Errorf("list saw %s, %v", keysOf(entries), err)
+			break
+		}
+	}
+	wg.Wait()
+	views.Await(t, "the last commit", func(v kv.View) bool { return keysOf(v.Entries) == "d/a=30 d/b=30 d/c=30" })
+	for _, v := range views.All() {
+		if !whole(v.Entries) {
+			t.Errorf("watch saw %s", keysOf(v.Entries))
+		}
+	}
+}
+
+func testWatch(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "pins/prod/web/")
+	views := Watch(t, b.Open(t), "pins/prod/web/")
+	first := views.Await(t, "the first view", func(v kv.View) bool { return v.Settled })
+	if len(first.Entries) != 0 || first.Err != nil || first.Since.IsZero() {
+		t.Fatalf("first view: %+v", first)
+	}
+	expect := func(want string) {
+		t.Helper()
+		views.Await(t, want, func(v kv.View) bool { return v.Settled && v.Err == nil && keysOf(v.Entries) == want })
+	}
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("1")))
+	expect("pins/prod/web/app=1")
+	b.PutByHand(t, "pins/prod/web/app", "by hand\n")
+	expect("pins/prod/web/app=by hand\n")
+	mustCommit(t, s, nil, kv.Put("pins/prod/web/app/node-1", []byte("2")), kv.Put("pins/prod/web/a", []byte("3")))
+	expect("pins/prod/web/a=3 pins/prod/web/app=by hand\n pins/prod/web/app/node-1=2")
+	b.DeleteByHand(t, "pins/prod/web/app")
+	expect("pins/prod/web/a=3 pins/prod/web/app/node-1=2")
+	mustCommit(t, s, nil, kv.Delete("pins/prod/web/a"), kv.Delete("pins/prod/web/app/node-1"))
+	expect("")
+}
+
+func testWatchExisting(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	mustCommit(t, s, nil, kv.Put("d/k", []byte("1")))
+	views := Watch(t, s, "d/")
+	views.Await(t, "the key", func(v kv.View) bool { return v.Settled && keysOf(v.Entries) == "d/k=1" })
+	if n := len(views.All()); n != 1 {
+		t.Fatalf("it took %d views", n)
+	}
+	// Several watches are independent of one another.
+	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Settled && keysOf(v.Entries) == "d/k=1" })
+}
+
+func testWatchLateFolder(t *testing.T, b Backend) {
+	s := b.Open(t)
+	views := Watch(t, s, "late/prod/")
+	views.Await(t, "a first view", func(kv.View) bool { return true })
+	mustFolders(t, s, "late/prod/")
+	mustCommit(t, s, nil, kv.Put("late/prod/k", []byte("1")))
+	views.Await(t, "the key", func(v kv.View) bool { return v.Settled && v.Err == nil && keysOf(v.Entries) == "late/prod/k=1" })
+}
+
+func testSameValue(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	mustCommit(t, s, nil, kv.Put("d/k", []byte("1")))
+	views := Watch(t, b.Open(t), "d/")
+	views.Await(t, "the key", func(v kv.View) bool { return len(v.Entries) == 1 })
+	before := version(t, s, "d/k")
+	for range 5 {
+		mustCommit(t, s, nil, kv.Put("d/k", []byte("1")))
+	}
+	if after := version(t, s, "d/k"); after != before {
+		t.Fatalf("the version went from %d to %d", before, after)
+	}
+	mustCommit(t, s, nil, kv.Put("d/end", nil))
+	views.Await(t, "the end", func(v kv.View) bool { return len(v.Entries) == 2 })
+	if n := len(views.All()); n != 2 {
+		t.Fatalf("%d views, want one for the start and one for the end", n)
+	}
+}
+
+func testElsewhere(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/", "elsewhere/")
+	views := Watch(t, b.Open(t), "d/")
+	views.Await(t, "the start", func(v kv.View) bool { return v.Settled })
+	for i := range 20 {
+		mustCommit(t, s, nil, kv.Put(fmt.Sprintf("elsewhere/k%d", i), nil))
+	}
+	mustCommit(t, s, nil, kv.Put("d/end", nil))
+	views.Await(t, "the end", func(v kv.View) bool { return len(v.Entries) == 1 })
+	if n := len(views.All()); n != 2 {
+		t.Fatalf("%d views, want one for the start and one for the end", n)
+	}
+}
+
+func testOwnViews(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	mustCommit(t, s, nil, kv.Put("d/a", []byte("1")), kv.Put("d/b", []byte("1")))
+	views := Watch(t, s, "d/")
+	v := views.Await(t, "the keys", func(v kv.View) bool { return len(v.Entries) == 2 })
+	v.Entries[0].Value[0] = 'X'
+	v.Entries[1] = kv.Entry{}
+	mustCommit(t, s, nil, kv.Put("d/c", []byte("1")))
+	views.Await(t, "the keys unspoilt", func(v kv.View) bool { return keysOf(v.Entries) == "d/a=1 d/b=1 d/c=1" })
+}
+
+func testLatency(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	views := Watch(t, b.Open(t), "d/")
+	views.Await(t, "the start", func(v kv.View) bool { return v.Settled })
+	var took []time.Duration
+	for i := range 20 {
+		value := fmt.Sprint("v", i)
+		start := time.Now()
+		b.PutByHand(t, "d/k", value)
+		views.Await(t, value, func(v kv.View) bool { return keysOf(v.Entries) == "d/k="+value })
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	median := took[len(took)/2]
+	t.Logf("from a write by hand to the view: median %v, worst %v", median, took[len(took)-1])
+	if median > 2*time.Second {
+		t.Fatal("changes are polled for, not notified")
+	}
+}
+
+func testCancelled(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "d/")
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Watch(ctx, "d/", func(kv.View) { cancel() }) }()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, context.Canceled) {
+			t.Fatalf("the watch ended with %v", err)
+		}
+	case <-time.After(patience):
+		t.Fatal("the watch goes on after its context ended")
+	}
+	if _, err := s.List(ctx, "d/"); !errors.Is(err, context.Canceled) {
+		t.Fatalf("list with a context that ended: %v", err)
+	}
+	if err := s.Commit(ctx, nil, kv.Put("d/k", nil)); !errors.Is(err, context.Canceled) {
+		t.Fatalf("commit with a context that ended: %v", err)
+	}
+}
+
+func testLeaseExcludes(t *testing.T, b Backend) {
+	a, s := b.Open(t), b.Open(t)
+	mustFolders(t, a, "mirror/")
+	first := mustLease(t, a, "mirror/lease")
+	e, err := s.Get(t.Context(), "mirror/lease")
+	if err != nil || string(e.Value) != `{"holder":"holder"}` || e.Session == "" {
+		t.Fatalf("the lease's key: %+v, %v", e, err)
+	}
+	second := make(chan kv.Lease, 1)
+	go func() {
+		l, err := s.Lease(t.Context(), "mirror/lease", "second", 10*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		second <- l
+	}()
+	select {
+	case <-second:
+		t.Fatal("two hold the lease")
+	case <-time.After(500 * time.Millisecond):
+	}
+	if err := first.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Context().Err(); err == nil {
+		t.Fatal("the context goes on after the release")
+	}
+	if cause := context.Cause(first.Context()); errors.Is(cause, kv.ErrLeaseLost) {
+		t.Fatalf("a release looks like a loss: %v", cause)
+	}
+	select {
+	case l := <-second:
+		if l == nil {
+			t.FailNow()
+		}
+		mustCommit(t, s, l, kv.Put("mirror/state", nil))
+		if err := l.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("the released lease was not given on")
+	}
+	if e, err := s.Get(t.Context(), "mirror/lease"); err != nil || e.Session != "" {
+		t.Fatalf("the released lease's key: %+v, %v", e, err)
+	}
+}
+
+func testLeaseFences(t *testing.T, b Backend) {
+	a, s := b.Open(t), b.Open(t)
+	mustFolders(t, a, "mirror/", "desired/")
+	first := mustLease(t, a, "mirror/lease")
+	mustCommit(t, a, first, kv.Put("desired/k", []byte("1")))
+	if err := a.Commit(t.Context(), first, kv.Create("desired/k", []byte("2"))); !errors.Is(err, kv.ErrConflict) {
+		t.Fatalf("a failed condition under the lease: %v", err)
+	}
+	if first.Context().Err() != nil {
+		t.Fatal("a failed condition ended the lease")
+	}
+	if err := first.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, op := range []kv.Op{kv.Put("desired/k", []byte("3")), kv.Delete("desired/k"), kv.Create("desired/new", nil)} {
+		if err := a.Commit(t.Context(), first, op); !errors.Is(err, kv.ErrLeaseLost) {
+			t.Fatalf("a commit of %s under a released lease: %v", op.Key, err)
+		}
+	}
+	second := mustLease(t, s, "mirror/lease")
+	if err := a.Commit(t.Context(), first, kv.Put("desired/k", []byte("3"))); !errors.Is(err, kv.ErrLeaseLost) {
+		t.Fatalf("a commit under another's lease: %v", err)
+	}
+	mustCommit(t, s, second, kv.Put("desired/k", []byte("4")))
+	if got := list(t, s, "desired/"); got != "desired/k=4" {
+		t.Fatalf("in the end: %s", got)
+	}
+}
+
+func testLeaseTaken(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "mirror/", "desired/")
+	lease := mustLease(t, s, "mirror/lease")
+	b.DeleteByHand(t, "mirror/lease")
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
+		t.Fatalf("a commit under a lease whose key was deleted: %v", err)
+	}
+	select {
+	case <-lease.Context().Done():
+	case <-time.After(patience):
+		t.Fatal("the context goes on after the loss")
+	}
+	if cause := context.Cause(lease.Context()); !errors.Is(cause, kv.ErrLeaseLost) {
+		t.Fatalf("the context ended because of %v", cause)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatalf("release of a lost lease: %v", err)
+	}
+	if got := list(t, s, "desired/"); got != "" {
+		t.Fatalf("written under a lost lease: %s", got)
+	}
+	mustLease(t, s, "mirror/lease") // can be had again
+}
+
+func testLeaseCancelled(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "mirror/")
+	mustLease(t, s, "mirror/lease")
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := s.Lease(ctx, "mirror/lease", "second", 10*time.Second); !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("the wait ended with %v", err)
+	}
+}
+
+func testLeaseContext(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "mirror/")
+	ctx, cancel := context.WithCancel(t.Context())
+	lease, err := s.Lease(ctx, "mirror/lease", "holder", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	mustCommit(t, s, lease, kv.Put("mirror/state", nil))
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func testPresence(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "status/prod/web/")
+	views := Watch(t, b.Open(t), "status/prod/web/")
+	p, err := s.Presence(t.Context(), "node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, value := range []string{"starting", "ready", "ready"} {
+		if err := p.Put(t.Context(), "status/prod/web/node-1", []byte(value)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := views.Await(t, "the report", func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=ready" })
+	if v.Entries[0].Session == "" {
+		t.Fatal("the entry of a process that lives has no session")
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "no report", func(v kv.View) bool { return len(v.Entries) == 0 })
+	if err := p.Put(t.Context(), "status/prod/web/node-1", nil); err == nil {
+		t.Fatal("a closed presence took a put")
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatalf("a second close: %v", err)
+	}
+}
+
+func testPresenceTakeover(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "status/prod/web/")
+	put := func(value string) kv.Presence {
+		p, err := b.Open(t).Presence(t.Context(), "node-1")
+		if err == nil {
+			err = p.Put(t.Context(), "status/prod/web/node-1", []byte(value))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	old := put("before") // its process is killed: it never closes
+	now := put("after")
+	e, err := s.Get(t.Context(), "status/prod/web/node-1")
+	if err != nil || string(e.Value) != "after" || e.Session == "" {
+		t.Fatalf("after the take-over: %+v, %v", e, err)
+	}
+	if err := old.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, s, "status/prod/web/"); got != "status/prod/web/node-1=after" {
+		t.Fatalf("the earlier process took the later one's entry away: %s", got)
+	}
+	if err := now.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func testPresenceKeys(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "status/")
+	p, err := s.Presence(t.Context(), "node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, role := range []string{"web", "batch", "db"} {
+		if err := p.Put(t.Context(), "status/prod/"+role+"/node-1", []byte(role)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries, err := s.List(t.Context(), "status/")
+	if err != nil || len(entries) != 3 || entries[0].Session == "" || entries[0].Session != entries[2].Session {
+		t.Fatalf("list: %+v, %v", entries, err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, s, "status/"); got != "" {
+		t.Fatalf("left: %s", got)
+	}
+}
+
+func mustFolders(t *testing.T, s kv.Store, prefixes ...string) {
+	t.Helper()
+	if err := s.EnsureFolders(t.Context(), prefixes...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustCommit(t *testing.T, s kv.Store, lease kv.Lease, ops ...kv.Op) {
+	t.Helper()
+	if err := s.Commit(t.Context(), lease, ops...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustLease(t *testing.T, s kv.Store, key string) kv.Lease {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	l, err := s.Lease(ctx, key, "holder", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Release(context.Background()) })
+	return l
+}
+
+func version(t *testing.T, s kv.Store, key string) uint64 {
+	t.Helper()
+	e, err := s.Get(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e.Version
+}
+
+func list(t *testing.T, s kv.Store, prefix string) string {
+	t.Helper()
+	entries, err := s.List(t.Context(), prefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keysOf(entries)
+}
+
+func keysOf(entries []kv.Entry) string {
+	var all []string
+	for _, e := range entries {
+		all = append(all, e.Key+"="+string(e.Value))
+	}
+	return strings.Join(all, " ")
+}
+
+// Views collects what a watch says.
+type Views struct {
+	mu    sync.Mutex
+	views []kv.View
+	more  chan struct{}
+}
+
+// Watch watches until the test ends.
+func Watch(t *testing.T, s kv.Store, prefix string) *Views {
+	t.Helper()
+	w := &Views{more: make(chan struct{}, 1)}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.Watch(ctx, prefix, func(v kv.View) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.views = append(w.views, v)
+			select {
+			case w.more <- struct{}{}:
+			default:
+			}
+		})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("the watch of %q ended with %v", prefix, err)
+		}
+	})
+	return w
+}
+
+// All gives every view so far.
+func (w *Views) All() []kv.View {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.views)
+}
+
+// Await waits until the last view is as wanted, and returns it.
+func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View {
+	t.Helper()
+	deadline := time.After(patience)
+	for {
+		all := w.All()
+		if len(all) > 0 && ok(all[len(all)-1]) {
+			return all[len(all)-1]
+		}
+		select {
+		case <-w.more:
+		case <-deadline:
+			t.Fatalf("waited for %s, and saw %d views, at last %+v", what, len(all), slices.Concat(all[max(0, len(all)-1):]))
+		}
+	}
+}
