@@ -253,7 +253,8 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	case git.away != nil:
 		status.Error = clip(git.away.Error(), maxError)
 	}
-	if !worthWriting(l.written, status, l.writtenAt, now) {
+	gitKnown := git.head != "" || git.away != nil
+	if !gitKnown || !worthWriting(l.written, status, l.writtenAt, now) {
 		status = l.written
 	}
 	if err := l.act(ctx, writes, status, now); err != nil {

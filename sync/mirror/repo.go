@@ -124,7 +124,7 @@ func (r *localRepo) watch(ctx context.Context, changed func()) {
 			r.log.Warn("cannot watch the repository, it is polled instead", "repo", r.path, "error", err)
 		}
 		changed()
-		if wait(ctx, 5*time.Second) != nil {
+		if wait(ctx, time.Second) != nil {
 			return
 		}
 	}

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"encoding/json"
+	"strings"
 	"time"
 
 	"kedge/kv"
@@ -33,19 +34,24 @@ func rulesOf(l *loaded) Rules {
 // maxError bounds Status.Error, in bytes: a commit may have any number of mistakes.
 const maxError = 4 << 10
 
-// sameTrouble is how long an error that goes on may change its words (ports, counts, times) before they are written anew.
+// worthWriting reports whether next tells more than was: not where only numbers in the error differ (ports, counts, times), for
+// minutes on end. at is when was was written. Pure.
+func worthWriting(was, next Status, at, now time.Time) bool {
+	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
+		was.Error = next.Error
+	}
+	return was != next
+}
+
 const sameTrouble = 5 * time.Minute
 
-// worthWriting reports whether next tells more than what was written at the time at. Pure.
-func worthWriting(was, next Status, at, now time.Time) bool {
-	if was == next {
-		return false
-	}
-	if was.Error != "" && next.Error != "" && next.Refused == "" && now.Sub(at) < sameTrouble {
-		was.Error = next.Error
-		return was != next
-	}
-	return true
+func withoutDigits(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, s)
 }
 
 func statusOp(s Status) *kv.Op {

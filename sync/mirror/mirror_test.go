@@ -1,0 +1,402 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+func TestPushReachesTheStore(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &recorder{Store: dirStore(t)}
+	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"), "dev/db/db.yaml": unitFile("db/1")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.runs("prod/web/app", "app/1")
+	m.runs("prod/web/base", "base/1")
+	if got := m.runs("dev/db/db", "db/1"); got.Generation != 1 || got.Commit != first {
+		t.Errorf("record %+v", got)
+	}
+	status := m.at(first)
+	if status.Holder != "mirror-1" || status.Author != "Ada <ada@example.com>" {
+		t.Errorf("status %+v", status)
+	}
+	store.taken()
+
+	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "README.md": "read me"})
+	got := m.runs("prod/web/app", "app/2")
+	if got.Generation != 2 || got.Stable != pointer("app/1") || got.Commit != second {
+		t.Errorf("record %+v", got)
+	}
+	m.at(second)
+	var keys []string
+	for _, ops := range store.taken() {
+		for _, op := range ops {
+			keys = append(keys, op.Key)
+		}
+	}
+	if got, want := strings.Join(keys, " "), "desired/prod/web/app history/prod/web/app/0000000002 mirror/state"; got != want {
+		t.Errorf("the second push wrote %s, want %s", got, want)
+	}
+
+	third := o.push(map[string]string{"README.md": "read me again"})
+	m.at(third)
+	if got := store.taken(); len(got) != 1 || len(got[0]) != 1 || got[0][0].Key != kv.MirrorKey {
+		t.Errorf("a commit that changes no unit wrote %v", got)
+	}
+}
+
+func TestBadCommitIsNotTaken(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	good := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(good)
+	was := desired(t, store)
+	for _, c := range []struct {
+		name  string
+		files map[string]string
+		words []string
+	}{
+		{"an unknown field", map[string]string{"prod/web/app.yaml": unitFile("app/2") + "relaese: x\n"}, []string{"prod/web/app.yaml:2:1", "relaese"}},
+		{"a bare URL", map[string]string{"prod/web/app.yaml": "release: s3://acme-releases/app/2\n"}, []string{"prod/web/app.yaml:1:", "@sha256:"}},
+		{"a unit in two files", map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/app.yml": unitFile("app/3")}, []string{"prod/web/app.yml"}},
+		{"a circle", map[string]string{"prod/web/app.yml": "", "prod/web/app.yaml": unitFile("app/2") + "after: [base]\n", "prod/web/base.yaml": unitFile("base/2") + "after: [app]\n"},
+			[]string{"after", "app", "base"}},
+		{"settings that don't parse", map[string]string{"kedge.yaml": "prune: perhaps\n", "prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/2")}, []string{"kedge.yaml:1:"}},
+	} {
+		head := o.push(c.files)
+		if s := m.refuses(head, c.words...); s.Head != good {
+			t.Errorf("%s: head %s, want %s", c.name, s.Head, good)
+		}
+		sameDesired(t, store, was)
+	}
+	mended := o.push(map[string]string{"kedge.yaml": "prune: true\n", "prod/web/app.yaml": unitFile("app/4"), "prod/web/base.yaml": unitFile("base/1")})
+	m.runs("prod/web/app", "app/4")
+	if s := m.at(mended); s.Refused != "" {
+		t.Errorf("status %+v", s)
+	}
+}
+
+func TestForcePush(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	base := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(head)
+	was := desired(t, store)
+
+	// What allows it comes with the very push that needs it: it doesn't count.
+	o.git(o.work, "reset", "-q", "--hard", base)
+	forced := o.commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1"), "kedge.yaml": "allow_rewind: true\n"})
+	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
+	m.refuses(forced, "does not descend from "+head[:12])
+	sameDesired(t, store, was)
+
+	// Nor does a mirror that starts anew forget what was there before.
+	m.stop()
+	m = start(t, Config{Store: store, Repo: o.bare, Name: "mirror-2"})
+	m.status(func(s Status) bool { return s.Holder == "mirror-2" && s.Refused == forced && s.Head == head })
+	sameDesired(t, store, was)
+
+	// Going back further is a rewind as well.
+	o.git(o.work, "push", "-q", "-f", "origin", base+":main")
+	m.refuses(base, "does not descend")
+	sameDesired(t, store, was)
+
+	o.git(o.work, "reset", "-q", "--hard", head)
+	allowed := o.commit(map[string]string{"kedge.yaml": "allow_rewind: true\n"})
+	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
+	m.at(allowed)
+	o.git(o.work, "push", "-q", "-f", "origin", base+":main")
+	m.at(base)
+	if got := m.runs("prod/web/app", "app/1"); got.Generation != 2 {
+		t.Errorf("going back is a new generation: %+v", got)
+	}
+}
+
+func TestMassRemoval(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	files := map[string]string{"kedge.yaml": "prune: true\n"}
+	for i := range 10 {
+		files["prod/web/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/1")
+	}
+	head := o.push(files)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(head)
+	was := desired(t, store)
+
+	o.git(o.work, "rm", "-q", "-r", "prod")
+	empty := o.push(map[string]string{"kedge.yaml": "prune: true\nmax_removed: 100\n"})
+	m.refuses(empty, "no unit at all")
+	sameDesired(t, store, was)
+
+	o.git(o.work, "revert", "--no-edit", empty)
+	for i := range 4 {
+		o.git(o.work, "rm", "-q", "prod/web/u"+strconv.Itoa(i)+".yaml")
+	}
+	many := o.push(map[string]string{"kedge.yaml": "prune: true\n"})
+	m.refuses(many, "removes 4 of 10 units", "max_removed")
+	sameDesired(t, store, was)
+
+	few := o.push(map[string]string{"prod/web/u0.yaml": unitFile("u/1")})
+	m.at(few)
+	if got := desired(t, store); len(got) != 7 {
+		t.Errorf("%d records, want 7", len(got))
+	}
+}
+
+func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	o.push(map[string]string{"kedge.yaml": "max_removed: 60\n", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	m.runs("prod/web/base", "base/1")
+	m.at(o.push(map[string]string{"prod/web/base.yaml": ""}))
+	m.runs("prod/web/base", "base/1")
+
+	m.at(o.push(map[string]string{"kedge.yaml": "max_removed: 60\nprune: true\n"}))
+	m.await("pruning", func() error {
+		if _, there := desired(t, store)["prod/web/base"]; there {
+			return errors.New("the record is still there")
+		}
+		return nil
+	})
+	// It comes back where its history ended.
+	m.at(o.push(map[string]string{"prod/web/base.yaml": unitFile("base/2")}))
+	if got := m.runs("prod/web/base", "base/2"); got.Generation != 2 {
+		t.Errorf("record %+v", got)
+	}
+}
+
+func TestChangeByHandIsPutBack(t *testing.T) {
+	t.Parallel()
+	ctx := context.Background()
+	o := newOrigin(t)
+	store := dirStore(t)
+	// A record made by hand before there was a mirror.
+	put(t, store, "desired/prod/web/app", pointer("hand/1").String()+"\n")
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	first := m.runs("prod/web/app", "app/1")
+	if first.Generation != 1 || first.Stable != pointer("hand/1") {
+		t.Errorf("record %+v", first)
+	}
+	for _, byHand := range []string{pointer("hand/2").String(), "nonsense", "", `{"target":"` + pointer("hand/3").String() + `","generation":1}`} {
+		put(t, store, "desired/prod/web/app", byHand)
+		m.runs("prod/web/app", "app/1")
+	}
+	if err := store.Commit(ctx, nil, kv.Delete("desired/prod/web/app")); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.runs("prod/web/app", "app/1"); got.Generation != 2 {
+		t.Errorf("generation %d: only the change to a record of the same generation needs a new one", got.Generation)
+	}
+	// What Git doesn't have is not the mirror's business.
+	put(t, store, "desired/prod/web/other", pointer("hand/4").String())
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+	m.runs("prod/web/other", "hand/4")
+}
+
+func put(t *testing.T, s kv.Store, key, value string) {
+	t.Helper()
+	if err := s.Commit(t.Context(), nil, kv.Put(key, []byte(value))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRestartWritesNothing(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &recorder{Store: dirStore(t)}
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + "after: [base]\n", "prod/web/base.yaml": unitFile("base/1")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(head)
+	m.stop()
+	store.taken()
+	m = start(t, Config{Store: store, Repo: o.bare})
+	next := o.push(map[string]string{"prod/web/base.yaml": unitFile("base/2")})
+	m.at(next)
+	if got := store.taken(); len(got) != 1 || len(got[0]) != 3 {
+		t.Errorf("after a restart a push of one unit wrote %v", got)
+	}
+}
+
+func TestHistory(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	put(t, store, "history/prod/web/app/0000000007", "an old one")
+	// What 56 pushes would leave.
+	put(t, store, "desired/prod/web/app", `{"target":"`+pointer("app/56").String()+`","generation":56,"commit":"`+strings.Repeat("0", 40)+`"}`)
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/57")})
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(head)
+	entries, err := store.List(t.Context(), kv.HistoryPrefixOf(unitID(t, "prod/web/app")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(entries) != 1 || entries[0].Key != "history/prod/web/app/0000000057" {
+		t.Fatalf("history %v", entries)
+	}
+	for _, want := range []string{`"author":"Ada \u003cada@example.com\u003e"`, head, pointer("app/57").String(), `"stable":"` + pointer("app/56").String()} {
+		if !strings.Contains(string(entries[0].Value), want) {
+			t.Errorf("history %s lacks %s", entries[0].Value, want)
+		}
+	}
+}
+
+func TestManyUnitsNeedManyTransactions(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &recorder{Store: dirStore(t)}
+	files := map[string]string{}
+	for i := range 100 {
+		files["prod/r"+strconv.Itoa(i%7)+"/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/" + strconv.Itoa(i))
+	}
+	head := o.push(files)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(head)
+	if got := len(desired(t, store)); got != 100 {
+		t.Errorf("%d records", got)
+	}
+	commits := store.taken()
+	for i, ops := range commits {
+		if len(ops) > kv.MaxOps {
+			t.Errorf("a transaction of %d operations", len(ops))
+		}
+		if last := ops[len(ops)-1].Key == kv.MirrorKey; last != (i == len(commits)-1) {
+			t.Errorf("transaction %d of %d has the mirror's state: %v", i+1, len(commits), last)
+		}
+	}
+}
+
+func TestLocalRepoHoweverItIsKept(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	// Neither the branch nor the repository is there at the start.
+	moved := o.bare + ".new"
+	if err := os.Rename(o.bare, moved); err != nil {
+		t.Fatal(err)
+	}
+	m := start(t, Config{Store: store, Repo: "file://" + o.bare, Branch: "live/fleet"})
+	m.status(func(s Status) bool { return strings.Contains(s.Error, o.bare) })
+	if err := os.Rename(moved, o.bare); err != nil {
+		t.Fatal(err)
+	}
+	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
+	push := func(release string) {
+		t.Helper()
+		head := o.commit(map[string]string{"prod/web/app.yaml": unitFile(release)})
+		o.git(o.work, "push", "-q", "origin", "HEAD:live/fleet")
+		m.at(head)
+		m.runs("prod/web/app", release)
+	}
+	push("app/1")
+	o.git(o.bare, "pack-refs", "--all", "--prune") // takes refs/heads/live away
+	push("app/2")
+	o.git(o.bare, "gc", "-q", "--prune=now")
+	push("app/3")
+	o.git(o.bare, "repack", "-q", "-a", "-d")
+	push("app/4")
+	m.await("watch", func() error {
+		if m.repo.(*localRepo).blind.Load() {
+			return errors.New("the repository isn't watched any more")
+		}
+		return nil
+	})
+	// The branch goes: nothing changes.
+	was := desired(t, store)
+	o.git(o.bare, "branch", "-q", "-D", "live/fleet")
+	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
+	sameDesired(t, store, was)
+	push("app/5")
+}
+
+func TestRepoWithAlternates(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	fork := filepath.Join(t.TempDir(), "fork.git")
+	o.git("", "clone", "-q", "--bare", "--shared", o.bare, fork)
+	head := o.commit(map[string]string{"prod/web/base.yaml": unitFile("base/1")})
+	o.git(o.work, "push", "-q", fork, "HEAD:main")
+	m := start(t, Config{Store: dirStore(t), Repo: fork})
+	m.at(head)
+	m.runs("prod/web/app", "app/1")
+}
+
+func TestOtherFormatsAreNamed(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "sha256.git")
+	newOrigin(t).git("", "init", "-q", "--bare", "--object-format=sha256", dir)
+	m := start(t, Config{Store: dirStore(t), Repo: dir})
+	m.status(func(s Status) bool { return strings.Contains(s.Error, "object format sha256") })
+}
+
+func TestStoreOutage(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &recorder{Store: dirStore(t)}
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	store.setFail(kv.ErrUnavailable)
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	m.await("a log line", func() error {
+		if !strings.Contains(m.log.String(), "the store takes no writes") {
+			return errors.New("nothing is said")
+		}
+		return nil
+	})
+	store.setFail(nil)
+	m.at(head)
+	if got := m.runs("prod/web/app", "app/2"); got.Generation != 2 {
+		t.Errorf("record %+v", got)
+	}
+}
+
+func TestSnapshot(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	taken := make(chan []kv.Entry, 10)
+	tries := 0
+	m := start(t, Config{Store: dirStore(t), Repo: o.bare, Snapshot: func(_ context.Context, desired []kv.Entry) error {
+		if tries++; tries == 1 {
+			return errors.New("no storage yet")
+		}
+		taken <- desired
+		return nil
+	}})
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m.runs("prod/web/app", "app/1")
+	end := time.After(20 * time.Second)
+	for {
+		select {
+		case entries := <-taken:
+			if len(entries) == 1 {
+				r, err := deployments.ParseRecord(entries[0].Value)
+				if err != nil || r.Target != pointer("app/1") {
+					t.Errorf("snapshot %+v, %v", r, err)
+				}
+				return
+			}
+		case <-end:
+			t.Fatal("no snapshot was taken")
+		}
+	}
+}

@@ -1,0 +1,329 @@
+package mirror
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+func unit(tb testing.TB, id, release string) deployments.Unit {
+	return deployments.Unit{ID: unitID(tb, id), Release: pointer(release)}
+}
+
+func tree(units ...deployments.Unit) *deployments.Tree {
+	return &deployments.Tree{Settings: deployments.Settings{MaxRemoved: 30}, Units: units}
+}
+
+func commitOf(t *deployments.Tree) *loaded {
+	return &loaded{Commit: Commit{Hash: strings.Repeat("c", 40), Author: "Ada <ada@example.com>"}, tree: t}
+}
+
+func TestPlan(t *testing.T) {
+	t.Parallel()
+	const id = "prod/web/app"
+	was := deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old"}
+	back := deployments.Record{Target: pointer("1"), Stable: pointer("2"), Generation: 5, Commit: "old",
+		Rollout: &deployments.Progress{Phase: deployments.PhaseBack, Bad: pointer("2").Digest}}
+	after := unit(t, id, "1")
+	after.After = []string{"base"}
+	for _, c := range []struct {
+		name  string
+		units []deployments.Unit
+		prune bool
+		now   map[string]deployments.Record
+		kind  string // empty: no change
+		want  deployments.Record
+	}{
+		{"a first release", []deployments.Unit{unit(t, id, "1")}, false, nil,
+			"create", deployments.Record{Target: pointer("1"), Generation: 1, Commit: "new"}},
+		{"the same release", []deployments.Unit{unit(t, id, "1")}, false, map[string]deployments.Record{id: was}, "", was},
+		{"another release", []deployments.Unit{unit(t, id, "2")}, false, map[string]deployments.Record{id: was},
+			"update", deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 5, Commit: "new"}},
+		{"other fields of the file begin no generation", []deployments.Unit{after}, false, map[string]deployments.Record{id: was},
+			"update", deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old", After: []string{"base"}}},
+		{"a bare pointer becomes a record", []deployments.Unit{unit(t, id, "1")}, false, map[string]deployments.Record{id: {Target: pointer("1")}},
+			"update", deployments.Record{Target: pointer("1"), Stable: pointer("1"), Generation: 1, Commit: "new"}},
+		{"what was rolled back stays out", []deployments.Unit{unit(t, id, "2")}, false, map[string]deployments.Record{id: back}, "", back},
+		{"a removed unit's record stays", nil, false, map[string]deployments.Record{id: was}, "keep", was},
+		{"a removed unit's record goes with prune", nil, true, map[string]deployments.Record{id: was}, "remove", deployments.Record{}},
+		{"prune leaves what people wrote", nil, true, map[string]deployments.Record{id: {Target: pointer("1")}}, "keep", deployments.Record{Target: pointer("1")}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			in := tree(c.units...)
+			in.Settings.Prune = c.prune
+			now := map[deployments.UnitID]deployments.Record{}
+			for name, r := range c.now {
+				now[unitID(t, name)] = r
+			}
+			changes := Plan(in, "new", now)
+			if c.kind == "" {
+				if len(changes) != 0 {
+					t.Fatalf("changes %+v", changes)
+				}
+				return
+			}
+			if len(changes) != 1 || changes[0].Kind != c.kind || changes[0].Unit != unitID(t, id) {
+				t.Fatalf("changes %+v, want one, %s", changes, c.kind)
+			}
+			if c.kind != "remove" && string(encode(*changes[0].After)) != string(encode(c.want)) {
+				t.Errorf("after %s\nwant  %s", encode(*changes[0].After), encode(c.want))
+			}
+		})
+	}
+}
+
+func TestRefuse(t *testing.T) {
+	t.Parallel()
+	units := func(names ...string) (ids []deployments.UnitID, us []deployments.Unit) {
+		for _, n := range names {
+			us = append(us, unit(t, "prod/web/"+n, "1"))
+			ids = append(ids, unitID(t, "prod/web/"+n))
+		}
+		return ids, us
+	}
+	ten, _ := units("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")
+	_, seven := units("a", "b", "c", "d", "e", "f", "g")
+	_, six := units("a", "b", "c", "d", "e", "f")
+	normal := Rules{MaxRemoved: 30}
+	for _, c := range []struct {
+		name string
+		move
+		units []deployments.Unit
+		want  string // empty: taken
+	}{
+		{"the first commit", move{rules: normal}, seven, ""},
+		{"the next commit", move{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
+		{"a rewritten history", move{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
+		{"a rewritten history, allowed", move{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
+		{"too many removed", move{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
+		{"too many removed, by the first commit over old records", move{rules: normal, had: ten}, six, "removes 4 of 10"},
+		{"none may be removed", move{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
+		{"all removed", move{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
+		{"all removed, allowed", move{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
+		{"nothing was there", move{rules: normal}, nil, ""},
+		{"a unit moved counts as removed", move{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.to = commitOf(tree(c.units...))
+			err := refuse(c.move)
+			switch {
+			case c.want == "" && err != nil:
+				t.Errorf("refused: %v", err)
+			case c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
+				t.Errorf("error %v, want one with %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestDecide(t *testing.T) {
+	t.Parallel()
+	id := unitID(t, "prod/web/app")
+	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+	good := deployments.Record{Target: pointer("1"), Generation: 3, Commit: "old"}
+	shown := func(r deployments.Record, version uint64) cell {
+		return cell{present: true, version: version, value: encode(r), record: r}
+	}
+	mine := func(r deployments.Record, over, version uint64, ago time.Duration) *own {
+		return &own{record: r, value: encode(r), over: over, version: version, at: now.Add(-ago)}
+	}
+	byHand := deployments.Record{Target: pointer("9"), Generation: 7}
+	for _, c := range []struct {
+		name       string
+		cell       cell
+		own        *own
+		past       History
+		git        string
+		generation int64 // 0: nothing is written
+		stable     string
+		ops        string
+	}{
+		{name: "nothing there", git: "1", generation: 1, ops: "create put"},
+		{name: "all in order", cell: shown(good, 5), git: "1"},
+		{name: "all in order, written by this mirror", cell: shown(good, 5), own: mine(good, 4, 5, time.Hour), git: "1"},
+		{name: "a new release", cell: shown(good, 5), git: "2", generation: 4, stable: "1", ops: "replace put"},
+		{name: "a write that has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "2"},
+		{name: "a first write that has yet to show", own: mine(good, 0, 0, time.Second), git: "1"},
+		{name: "a write that never showed", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 4}, 5, 0, time.Minute), git: "2",
+			generation: 4, stable: "1", ops: "replace"},
+		{name: "changed by hand", cell: shown(byHand, 8), own: mine(good, 4, 5, time.Hour), git: "1", generation: 8, ops: "replace put"},
+		{name: "changed by hand to a bare pointer", cell: shown(deployments.Record{Target: pointer("9")}, 8), own: mine(good, 4, 5, time.Hour), git: "1", generation: 3, ops: "replace"},
+		{name: "changed by hand to nonsense", cell: cell{present: true, version: 8, value: []byte("x"), err: kv.ErrNotFound}, own: mine(good, 4, 5, time.Hour), git: "1", generation: 3, ops: "replace"},
+		{name: "removed by hand", own: mine(good, 4, 5, time.Hour), git: "1", generation: 3, ops: "create"},
+		{name: "changed by hand, to an absurd generation", cell: shown(deployments.Record{Target: pointer("9"), Generation: 1 << 60}, 8), own: mine(good, 4, 5, time.Hour), git: "1",
+			generation: 3, ops: "replace"},
+		{name: "nonsense, and nothing known", cell: cell{present: true, version: 8, value: []byte("x"), err: kv.ErrNotFound}, git: "1", generation: 1, ops: "replace put"},
+		{name: "a bare pointer, and nothing known", cell: shown(deployments.Record{Target: pointer("9")}, 8), git: "1", generation: 1, stable: "9", ops: "replace put"},
+		{name: "a bare pointer over an old record", cell: shown(deployments.Record{Target: pointer("9")}, 8), past: History{Generation: 60, Release: pointer("1")}, git: "1",
+			generation: 61, stable: "9", ops: "replace put delete"},
+		{name: "removed while no mirror ran", past: History{Generation: 6, Release: pointer("1"), Stable: pointer("0"), Commit: "old"}, git: "1", generation: 6, stable: "0", ops: "create"},
+		{name: "removed while no mirror ran, and a new release", past: History{Generation: 6, Release: pointer("1"), Commit: "old"}, git: "2", generation: 7, stable: "1", ops: "create put"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := facts{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
+				cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
+			if c.cell.present {
+				f.cells[id] = c.cell
+			}
+			if c.own != nil {
+				f.owned[id] = *c.own
+			}
+			if c.past.Generation > 0 {
+				f.past[id] = c.past
+			}
+			writes := decide(f)
+			if c.generation == 0 {
+				if len(writes) != 0 {
+					t.Fatalf("writes %+v", writes)
+				}
+				return
+			}
+			if len(writes) != 1 {
+				t.Fatalf("%d writes, want one", len(writes))
+			}
+			w := writes[0]
+			if w.after.Target != pointer(c.git) || w.after.Generation != c.generation {
+				t.Errorf("record %s, want release %s, generation %d", w.value, c.git, c.generation)
+			}
+			if want := c.stable; want != "" && w.after.Stable != pointer(want) || want == "" && !w.after.Stable.IsZero() {
+				t.Errorf("stable %q, want %q", w.after.Stable, want)
+			}
+			var kinds []string
+			for _, op := range w.ops {
+				kinds = append(kinds, map[kv.OpKind]string{kv.OpPut: "put", kv.OpCreate: "create", kv.OpReplace: "replace", kv.OpDelete: "delete"}[op.Kind])
+			}
+			if got := strings.Join(kinds, " "); got != c.ops {
+				t.Errorf("operations %s, want %s", got, c.ops)
+			}
+			if op := w.ops[0]; op.Kind == kv.OpReplace && op.Version != c.cell.version {
+				t.Errorf("replaces version %d, want %d", op.Version, c.cell.version)
+			}
+		})
+	}
+}
+
+// Whatever the store shows, what is decided is what Git asks for; and once it shows, there is nothing left to do.
+func TestDecideEnds(t *testing.T) {
+	t.Parallel()
+	ids := []deployments.UnitID{unitID(t, "prod/web/a"), unitID(t, "prod/web/b"), unitID(t, "prod/db/a")}
+	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+	rapid.Check(t, func(rt *rapid.T) {
+		release := func(label string) deployments.Pointer {
+			return pointer(string(rune('0' + rapid.IntRange(0, 3).Draw(rt, label))))
+		}
+		record := func() deployments.Record {
+			return deployments.Record{Target: release("target"), Generation: int64(rapid.IntRange(0, 4).Draw(rt, "generation")), Commit: "old"}
+		}
+		f := facts{now: now, cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
+		var units []deployments.Unit
+		for i, id := range ids {
+			if rapid.Bool().Draw(rt, "in git") {
+				units = append(units, deployments.Unit{ID: id, Release: release("git")})
+			}
+			switch rapid.IntRange(0, 2).Draw(rt, "in the store") {
+			case 1:
+				r := record()
+				f.cells[id] = cell{present: true, version: uint64(i + 1), value: encode(r), record: r}
+			case 2:
+				f.cells[id] = cell{present: true, version: uint64(i + 1), value: []byte("?"), err: kv.ErrNotFound}
+			}
+			if rapid.Bool().Draw(rt, "owned") {
+				r := record()
+				r.Generation++
+				f.owned[id] = own{record: r, value: encode(r), over: uint64(rapid.IntRange(0, 4).Draw(rt, "over")), at: now.Add(-time.Minute)}
+			}
+		}
+		git := tree(units...)
+		git.Settings.Prune = rapid.Bool().Draw(rt, "prune")
+		f.commit = commitOf(git)
+		for _, w := range decide(f) {
+			before := f.cells[w.unit]
+			if w.value == nil {
+				delete(f.cells, w.unit)
+				f.owned[w.unit] = own{over: w.over, at: now}
+				continue
+			}
+			if before.err == nil && w.after.Generation < before.record.Generation {
+				rt.Fatalf("the generation of %s goes from %d to %d", w.unit, before.record.Generation, w.after.Generation)
+			}
+			f.cells[w.unit] = cell{present: true, version: w.over + 100, value: w.value, record: w.after}
+			f.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}
+		}
+		for _, u := range units {
+			if got := f.cells[u.ID].record.Target; got != u.Release {
+				rt.Fatalf("%s is %v, Git says %v", u.ID, got, u.Release)
+			}
+		}
+		if again := decide(f); len(again) != 0 {
+			rt.Fatalf("there is something left to do: %+v", again)
+		}
+	})
+}
+
+func TestBatches(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		var writes []write
+		total := 0
+		for range rapid.IntRange(0, 100).Draw(rt, "writes") {
+			w := write{kind: "update"}
+			for range rapid.IntRange(1, 3).Draw(rt, "operations") {
+				w.ops = append(w.ops, kv.Put("k", make([]byte, rapid.SampledFrom([]int{100, 900, 20000}).Draw(rt, "size"))))
+			}
+			total += len(w.ops)
+			writes = append(writes, w)
+		}
+		var last *kv.Op
+		if rapid.Bool().Draw(rt, "status") {
+			last = statusOp(Status{})
+			total++
+		}
+		all := batches(writes, last)
+		for i, batch := range all {
+			ops, size := 0, 0
+			for j, w := range batch {
+				ops += len(w.ops)
+				for _, op := range w.ops {
+					size += len(op.Key) + len(op.Value)
+				}
+				if w.kind == "status" && (i != len(all)-1 || j != len(batch)-1) {
+					rt.Fatal("the status is not the last of all")
+				}
+			}
+			if ops == 0 || ops > kv.MaxOps || size > maxBatch {
+				rt.Fatalf("a transaction of %d operations and %d bytes", ops, size)
+			}
+			total -= ops
+		}
+		if total != 0 {
+			rt.Fatalf("%d operations were left out", total)
+		}
+	})
+}
+
+func TestWorthWriting(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+	fine := Status{Head: "a"}
+	away := Status{Head: "a", Error: "dial 127.0.0.1:1: refused"}
+	awayToo := Status{Head: "a", Error: "dial 127.0.0.1:2: refused"}
+	refused := Status{Head: "a", Refused: "b", Error: "bad"}
+	for _, c := range []struct {
+		was, next Status
+		ago       time.Duration
+		want      bool
+	}{
+		{fine, fine, 0, false}, {fine, away, 0, true}, {away, fine, 0, true},
+		{away, awayToo, time.Second, false}, {away, awayToo, time.Hour, true},
+		{away, refused, time.Second, true}, {refused, fine, time.Second, true}, {away, Status{Head: "b", Error: "x"}, time.Second, true},
+	} {
+		if got := worthWriting(c.was, c.next, now.Add(-c.ago), now); got != c.want {
+			t.Errorf("from %+v to %+v after %v: %v", c.was, c.next, c.ago, got)
+		}
+	}
+}
