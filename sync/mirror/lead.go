@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -82,6 +83,7 @@ type leader struct {
 	written   Status // what mirror/state holds
 	writtenAt time.Time
 	accepted  *loaded // the commit that KV holds, or is to hold; nil: it can't be read
+	recalled  string  // the branch's head when accepted was last looked for
 	judged    string  // the head that was last judged, against accepted's, and the verdict
 	verdict   error
 	owned     map[deployments.UnitID]own
@@ -131,13 +133,22 @@ func (l *leader) begin(ctx context.Context) error {
 			l.written = Status{}
 		}
 	}
-	if l.written.Head == "" {
-		return nil
-	}
-	if l.accepted, err = l.Mirror.load(plumbing.NewHash(l.written.Head)); err != nil {
-		l.c.Log.Warn("the commit that was mirrored last can't be read: until the next one, changes by hand stay", "commit", l.written.Head, "error", err)
-	}
 	return nil
+}
+
+// recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried again
+// with each new head, which may have brought it along.
+func (l *leader) recall(head string) {
+	if l.accepted != nil || l.written.Head == "" || l.recalled == head {
+		return
+	}
+	l.recalled = head
+	commit, err := l.load(plumbing.NewHash(l.written.Head))
+	if err != nil {
+		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay", "commit", l.written.Head, "error", err)
+		return
+	}
+	l.accepted = commit
 }
 
 // persist does f until it succeeds, the lease is lost or ctx ends.
@@ -234,6 +245,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	}
 	now := time.Now()
 	cells := l.observe(view)
+	l.recall(cmp.Or(git.head, "none"))
 	refused := l.judge(ctx, git, cells)
 
 	status := Status{Holder: l.c.Name, Head: l.written.Head, Author: l.written.Author, At: l.written.At, Rules: l.written.Rules}

@@ -220,6 +220,7 @@ func (m *Mirror) look(ctx context.Context, was gitState) gitState {
 	case errors.As(err, new(*badCommit)):
 		return gitState{head: head.String(), bad: err}
 	case err != nil:
+		m.repo.distrust()
 		was.away = err
 		return was
 	}

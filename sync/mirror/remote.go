@@ -131,6 +131,12 @@ func (r *remoteRepo) open() (*objects, error) {
 	return openObjects(filepath.Join(r.cache, "objects"))
 }
 
+func (r *remoteRepo) distrust() {
+	r.mu.Lock()
+	r.cache = ""
+	r.mu.Unlock()
+}
+
 func (r *remoteRepo) head(ctx context.Context) (plumbing.Hash, error) {
 	auth, ca, err := r.access.credentials(r.endpoint)
 	if err != nil {
@@ -391,15 +397,14 @@ func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ssh key: %w", err)
 	}
-	key, err := gitssh.NewPublicKeys(e.User, pem, "")
+	key, err := ssh.ParsePrivateKey(pem)
+	if errors.As(err, new(*ssh.PassphraseMissingError)) {
+		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own for the mirror, or an SSH agent", a.sshKey)
+	}
 	if err != nil {
-		if errors.As(err, new(*ssh.PassphraseMissingError)) || strings.Contains(err.Error(), "decryption password") {
-			return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own for the mirror, or an SSH agent", a.sshKey)
-		}
 		return nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
 	}
-	key.HostKeyCallbackHelper = check
-	return key, nil
+	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, nil
 }
 
 // hostKeyError says that a server isn't, or may not be, who it should be.

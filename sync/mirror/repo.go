@@ -26,6 +26,8 @@ type repo interface {
 	head(ctx context.Context) (plumbing.Hash, error)
 	// open gives the objects for one reading.
 	open() (*objects, error)
+	// distrust says that what open gave could not be read: a cache is made anew at the next head.
+	distrust()
 	// watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be watched it only waits.
 	watch(ctx context.Context, changed func())
 	// interval is the time between two calls of head where nothing changes.
@@ -112,6 +114,7 @@ func (r *localRepo) interval() time.Duration {
 	return r.every
 }
 
+func (r *localRepo) distrust()    {}
 func (r *localRepo) close() error { return nil }
 
 func (r *localRepo) watch(ctx context.Context, changed func()) {
