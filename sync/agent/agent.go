@@ -284,13 +284,19 @@ func (a *Agent) unitsOnDisk() []deployments.UnitID {
 // watch follows one prefix of the store until ctx ends.
 func (a *Agent) watch(ctx context.Context, s *source) {
 	var retry backOff
-	var once sync.Once
+	var snapshot, folder sync.Once
 	for ctx.Err() == nil {
 		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
 			retry.reset()
 			a.see(s, v)
-			if v.Err != nil && !v.Settled {
-				once.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
+			if v.Settled {
+				return
+			}
+			if errors.Is(v.Err, kv.ErrDenied) {
+				folder.Do(func() { a.workers.Go(func() { a.makeFolder(ctx, s.prefix) }) })
+			}
+			if v.Err != nil {
+				snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
 			}
 		})
 		if ctx.Err() != nil {
@@ -303,15 +309,22 @@ func (a *Agent) watch(ctx context.Context, s *source) {
 	}
 }
 
+// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the mirror's job; where
+// there is none, and the agent's token may, it helps itself.
+func (a *Agent) makeFolder(ctx context.Context, prefix string) {
+	if err := a.c.Store.EnsureFolders(ctx, prefix); err != nil {
+		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", prefix, "error", err)
+		return
+	}
+	a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", prefix)
+}
+
 // see takes a view of the store.
 func (a *Agent) see(s *source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	before := s.from
 	if s.accept(v, mine(s.prefix, a.c.Node), time.Now(), a.c.Log) {
-		if s.from == fromStore || before == fromLastKnown {
-			a.unsaved = a.known.set(s.prefix, s.entries, time.Now()) || a.unsaved
-		}
+		a.unsaved = a.known.set(s.prefix, s.entries, time.Now()) || a.unsaved
 	}
 	a.metrics.seen(s.prefix, v.Err == nil)
 	a.kick()

@@ -38,8 +38,9 @@ type source struct {
 	since   time.Time // since when trouble is as it is
 }
 
-// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled, which may
-// be older than what is known, it takes new records and those of a higher generation alone.
+// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes
+// records alone, and only new ones and those of a higher generation. Where nothing is known at all, they are enough to begin with:
+// that a record is missing never decides anything.
 func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -53,15 +54,16 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 	}
 	sortEntries(entries)
 	if !v.Settled {
-		if !s.desired || s.from == fromStore || len(entries) == 0 {
+		if !s.desired || len(entries) == 0 {
 			return false
 		}
 		entries = s.newer(entries, log)
 	} else if s.desired {
 		s.logRegressions(entries, log)
 	}
-	changed := v.Settled && s.from != fromStore || !equalEntries(s.entries, entries)
-	if v.Settled {
+	better := s.from != fromStore && (v.Settled || s.from == fromNowhere)
+	changed := better || !equalEntries(s.entries, entries)
+	if better {
 		s.from = fromStore
 	}
 	if changed {

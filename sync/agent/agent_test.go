@@ -1,0 +1,313 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+func TestConvergesAndReports(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	a := w.start(withMetrics)
+	select {
+	case <-a.Converged():
+	case <-time.After(patience):
+		t.Fatal("a role without units has nothing to converge to, and yet has not converged")
+	}
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a.awaitRunning(app, one)
+	w.desire(app, deployments.Record{Target: two, Generation: 2})
+	a.awaitRunning(app, two)
+
+	await(t, "the report", func() (bool, string) {
+		r, e := w.reported("web")
+		u := r.Units["app"]
+		return e.Session != "" && r.Node == node && r.Agent == "test" && r.Ready && u.State == deployments.StateConverged &&
+			u.Running == two && u.Want == two && u.Version == "2" && u.Generation == 2 && u.Error == "", string(e.Value)
+	})
+	if code, body := a.get("/ready"); code != 200 {
+		t.Errorf("/ready: %d %s", code, body)
+	}
+	if code, _ := a.get("/live"); code != 200 {
+		t.Errorf("/live: %d", code)
+	}
+	if code, body := a.get("/status"); code != 200 || !strings.Contains(body, two.Digest.String()) || !strings.Contains(body, `"from": "store"`) {
+		t.Errorf("/status: %d %s", code, body)
+	}
+	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_unit{digest="`+two.Digest.Short()+`",role="web",state="converged",unit="app",version="2"} 1`) ||
+		!strings.Contains(body, "kedge_agent_ready 1") {
+		t.Errorf("/metrics: %s", body)
+	}
+	a.stop()
+	if _, e := w.reported("web"); e.Value != nil {
+		t.Errorf("a node that left in good order still reports %s", e.Value)
+	}
+}
+
+func TestReportsOnlyChanges(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	faulty := kvtest.Faulty(w.store)
+	a := w.start(func(c *Config) { c.Store = faulty })
+	w.put(kv.DesiredKey(app), w.publish("app", "1").String())
+	key := kv.StatusKey("prod", "web", node)
+	await(t, "the report", func() (bool, string) {
+		r, e := w.reported("web")
+		return r.Units["app"].State == deployments.StateConverged, string(e.Value)
+	})
+	faulty.ResetWrites()
+	// Wake-ups that bring nothing, and other nodes' pins, are no news.
+	for i := range 10 {
+		w.put(kv.NodePinKey(app, "web-9"), w.publish("app", fmt.Sprint("other-", i)).String())
+		a.kick()
+	}
+	steadily(t, "nothing happened", func() (bool, string) {
+		return faulty.Writes()[key] == 0, fmt.Sprint(faulty.Writes())
+	})
+
+	// A report that failed is made up for.
+	faulty.FailWrites(func(write int, _ []string) kvtest.When {
+		if write < 2 {
+			return kvtest.Before
+		}
+		return 0
+	})
+	w.put(kv.PinKey(app), "hold")
+	await(t, "the report after an outage", func() (bool, string) {
+		r, e := w.reported("web")
+		return r.Units["app"].State == deployments.StateHeld, string(e.Value)
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for name, change := range map[string]func(*Config){
+		"no store": func(c *Config) { c.Store = nil }, "no role": func(c *Config) { c.Roles = nil },
+		"a stage with a slash": func(c *Config) { c.Stage = "a/b" }, "no node": func(c *Config) { c.Node = "" },
+		"an address that isn't ours": func(c *Config) { c.Listen = "192.0.2.1:1" },
+	} {
+		c := w.config()
+		change(&c)
+		if _, err := New(c); err == nil {
+			t.Errorf("%s was accepted", name)
+		}
+	}
+	// What was refused has left no lock behind.
+	a := w.start()
+	_, err := New(w.config())
+	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
+		t.Errorf("a second agent of the state directory: %v", err)
+	}
+	a.stop()
+	w.start().stop()
+}
+
+func TestSeveralRoles(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	proxy := deployments.UnitID{Stage: "prod", Role: "edge", Unit: "proxy"}
+	p, q := w.publish("app", "1"), w.publish("proxy", "7")
+	w.put(kv.DesiredKey(app), p.String())
+	w.put(kv.DesiredKey(proxy), q.String())
+	a := w.start(withMetrics, func(c *Config) { c.Roles = []string{"web", "edge", "empty"} })
+	a.awaitRunning(app, p)
+	a.awaitRunning(proxy, q)
+	await(t, "the reports", func() (bool, string) {
+		web, _ := w.reported("web")
+		edge, _ := w.reported("edge")
+		empty, e := w.reported("empty")
+		return web.Ready && edge.Ready && len(edge.Units) == 1 && len(web.Units) == 1 && e.Value != nil && len(empty.Units) == 0,
+			fmt.Sprint(web, edge, empty)
+	})
+}
+
+func TestAbsenceChangesNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.publish("app", "1")
+	w.desire(app, deployments.Record{Target: p, Generation: 1})
+	a := w.start(withMetrics)
+	a.awaitRunning(app, p)
+	w.delete(kv.DesiredKey(app))
+	u := a.awaitState(app, deployments.StateWaiting)
+	if u.Running != p || w.live("app") != "1" {
+		t.Errorf("without its record the unit runs %v, and serves %s", u.Running, w.live("app"))
+	}
+	if code, body := a.get("/ready"); code != 200 {
+		t.Errorf("/ready: %d %s", code, body)
+	}
+	// And it is still there after a restart.
+	a.stop()
+	a = w.start()
+	a.awaitUnit(app, "remembered", func(u deployments.UnitReport) bool { return u.Running == p })
+	w.desire(app, deployments.Record{Target: w.publish("app", "2"), Generation: 2})
+	a.awaitUnit(app, "at 2", func(u deployments.UnitReport) bool { return u.State == deployments.StateConverged && u.Version == "2" })
+}
+
+func TestWhatDoesNotParseChangesNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(withMetrics)
+	a.awaitRunning(app, one)
+	for _, bad := range []string{"", "  \n", two.URL, "hodl", two.String()[:len(two.String())-1], `{"release": 7}`} {
+		w.put(kv.PinKey(app), bad)
+		u := a.awaitState(app, deployments.StateInvalid)
+		if u.Error == "" || u.Running != one || w.live("app") != "1" {
+			t.Errorf("with pin %q: %+v", bad, u)
+		}
+		if code, body := a.get("/ready"); code != 200 {
+			t.Errorf("with pin %q a node that serves as before is not ready: %s", bad, body)
+		}
+		w.delete(kv.PinKey(app))
+		a.awaitState(app, deployments.StateConverged)
+	}
+	w.put(kv.DesiredKey(app), "{")
+	if u := a.awaitState(app, deployments.StateInvalid); u.Error == "" || u.Running != one || w.live("app") != "1" {
+		t.Errorf("with a broken record: %+v", u)
+	}
+	// A pin helps all the same.
+	w.put(kv.PinKey(app), two.String()+"\r\n")
+	a.awaitRunning(app, two)
+}
+
+func TestPins(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two, three := w.publish("app", "1"), w.publish("app", "2"), w.publish("app", "3")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+
+	w.put(kv.PinKey(app), two.String())
+	if u := a.awaitRunning(app, two); !u.Pinned {
+		t.Errorf("the pin isn't reported: %+v", u)
+	}
+	w.put(kv.NodePinKey(app, node), three.String())
+	a.awaitRunning(app, three)
+	w.put(kv.NodePinKey(app, node), "hold")
+	a.awaitState(app, deployments.StateHeld)
+	w.put(kv.PinKey(app), one.String())
+	steadily(t, "held", func() (bool, string) { return w.live("app") == "3", w.live("app") })
+	w.delete(kv.NodePinKey(app, node))
+	a.awaitRunning(app, one)
+
+	// A pin that ends by itself.
+	until := time.Now().Add(700 * time.Millisecond)
+	w.put(kv.PinKey(app), fmt.Sprintf(`{"release": %q, "until": %q}`, two, until.UTC().Format(time.RFC3339Nano)))
+	a.awaitRunning(app, two)
+	a.awaitRunning(app, one)
+	if time.Now().Before(until) {
+		t.Error("the pin ended before its time")
+	}
+}
+
+func TestBootsWithoutTheStore(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	faulty := kvtest.Faulty(w.store)
+	withFaulty := func(c *Config) { c.Store = faulty }
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	w.put(kv.PinKey(app), two.String())
+	a := w.start(withFaulty)
+	a.awaitRunning(app, two)
+	a.stop()
+
+	// What it last knew, the pin included, though dest was lost meanwhile.
+	if err := os.Remove(w.path("srv", "app")); err != nil {
+		t.Fatal(err)
+	}
+	faulty.SetDown(kv.ErrUnavailable)
+	a = w.start(withFaulty, withMetrics)
+	a.awaitRunning(app, two)
+	if _, body := a.get("/status"); !strings.Contains(body, "last known state") || !strings.Contains(body, "trouble") {
+		t.Errorf("/status doesn't say that the store is away: %s", body)
+	}
+	if code, body := a.get("/ready"); code != 200 {
+		t.Errorf("/ready: %d %s", code, body)
+	}
+
+	// And it converges when the store is back.
+	w.delete(kv.PinKey(app))
+	steadily(t, "an outage changes nothing", func() (bool, string) { return w.live("app") == "2", w.live("app") })
+	faulty.SetDown(nil)
+	a.awaitRunning(app, one)
+}
+
+func TestFirstBootWithoutTheStore(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.put(kv.DesiredKey(app), one.String())
+	faulty := kvtest.Faulty(w.store)
+	faulty.SetDown(kv.ErrUnavailable)
+	withFaulty := func(c *Config) { c.Store = faulty }
+
+	a := w.start(withFaulty, withMetrics)
+	steadily(t, "nothing is known", func() (bool, string) {
+		code, body := a.get("/ready")
+		return code == 503 && len(a.Report()["web"].Units) == 0, body
+	})
+	a.stop()
+
+	tries := 0
+	a = w.start(withFaulty, func(c *Config) {
+		c.Snapshot = func(context.Context) ([]kv.Entry, error) {
+			if tries++; tries < 3 {
+				return nil, errors.New("S3 is away, too")
+			}
+			return []kv.Entry{{Key: kv.DesiredKey(app), Value: []byte(two.String())}, {Key: "desired/prod/db/app", Value: []byte("x")}}, nil
+		}
+	})
+	a.awaitRunning(app, two)
+	faulty.SetDown(nil)
+	a.awaitRunning(app, one) // a settled view always wins
+}
+
+func TestTransientTroubleIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start(withMetrics)
+	a.awaitRunning(app, one)
+	if err := os.Rename(w.path("releases"), w.path("away")); err != nil {
+		t.Fatal(err)
+	}
+	w.put(kv.DesiredKey(app), two.String())
+	u := a.awaitState(app, deployments.StateRetrying)
+	if u.Error == "" || u.Running != one || len(u.Quarantined) > 0 {
+		t.Errorf("while storage is away: %+v", u)
+	}
+	if code, body := a.get("/ready"); code != 200 {
+		t.Errorf("/ready: %d %s", code, body)
+	}
+	await(t, "more tries", func() (bool, string) {
+		_, body := a.get("/metrics")
+		return strings.Contains(body, `kedge_agent_jobs_total{job="deploy",result="retried",role="web",unit="app"} 3`), body
+	})
+	if n := w.log.count("trying again by itself"); n != 1 {
+		t.Errorf("the trouble was logged %d times", n)
+	}
+	if err := os.Rename(w.path("away"), w.path("releases")); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitRunning(app, two)
+	if n := w.log.count("the trouble is over"); n != 1 {
+		t.Errorf("the recovery was logged %d times", n)
+	}
+}

@@ -1,0 +1,228 @@
+package agent
+
+import (
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+const (
+	digestA = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+	digestB = "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+)
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func recordOf(generation, digest string) []byte {
+	return []byte(`{"target":"file:///r/manifest.yaml@sha256:` + digest + `","generation":` + generation + `}`)
+}
+
+func TestSourceKeepsWhatItKnows(t *testing.T) {
+	t.Parallel()
+	const prefix, key = "desired/prod/web/", "desired/prod/web/app"
+	now := time.Now()
+	entry := func(generation, digest string) []kv.Entry {
+		return []kv.Entry{{Key: key, Value: recordOf(generation, digest)}}
+	}
+	for _, c := range []struct {
+		name string
+		view kv.View
+		want string // the generation that decides afterwards
+		from origin
+	}{
+		{"trouble takes nothing away", kv.View{Err: kv.ErrUnavailable}, `5`, fromLastKnown},
+		{"an unconfirmed older record doesn't count", kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `5`, fromLastKnown},
+		{"an unconfirmed newer record counts", kv.View{Entries: entry("6", digestA), Err: kv.ErrDenied}, `6`, fromLastKnown},
+		{"a settled older record wins", kv.View{Entries: entry("4", digestA), Settled: true}, `4`, fromStore},
+		{"a settled absence wins", kv.View{Settled: true}, ``, fromStore},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := &source{prefix: prefix, desired: true}
+			s.offer(entry("5", digestA), fromLastKnown, now)
+			s.accept(c.view, mine(prefix, "n1"), now, quiet())
+			got := ""
+			if e, ok := s.find(key); ok {
+				_, got, _ = strings.Cut(string(e.Value), `"generation":`)
+				got = strings.TrimSuffix(got, "}")
+			}
+			if got != c.want || s.from != c.from {
+				t.Errorf("generation %q from %v decides, want %q from %v", got, s.from, c.want, c.from)
+			}
+		})
+	}
+}
+
+func TestPinsNeedASettledView(t *testing.T) {
+	t.Parallel()
+	s := &source{prefix: "pins/prod/web/"}
+	s.accept(kv.View{Err: kv.ErrDenied}, mine(s.prefix, "n1"), time.Now(), quiet())
+	if s.from != fromNowhere {
+		t.Error("a refused read was taken for: there are no pins")
+	}
+	if s.offer(nil, fromSnapshot, time.Now()); s.from != fromSnapshot {
+		t.Error("a snapshot was not taken where nothing is known")
+	}
+	s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet())
+	if s.from != fromStore || s.offer(nil, fromSnapshot, time.Now()) {
+		t.Error("a snapshot counts for more than the store")
+	}
+}
+
+func TestMine(t *testing.T) {
+	t.Parallel()
+	for key, want := range map[string]bool{
+		"pins/prod/web/app": true, "pins/prod/web/app/n1": true, "pins/prod/web/app/n2": false,
+		"pins/prod/web/": false, "pins/prod/webx/app": false, "pins/prod/web/app/n1/x": false,
+	} {
+		if got := mine("pins/prod/web/", "n1")(key); got != want {
+			t.Errorf("mine(%q) = %v", key, got)
+		}
+	}
+}
+
+func TestUnitsAreThoseWithRecordOrPin(t *testing.T) {
+	t.Parallel()
+	r := newRole("prod", "web")
+	r.desired.offer([]kv.Entry{{Key: "desired/prod/web/..bad"}, {Key: "desired/prod/web/app"}}, fromStore, time.Now())
+	r.pins.offer([]kv.Entry{{Key: "pins/prod/web/app"}, {Key: "pins/prod/web/base/n1"}}, fromStore, time.Now())
+	var got []string
+	for _, id := range r.units("prod") {
+		got = append(got, id.Unit)
+	}
+	if strings.Join(got, " ") != "app base" {
+		t.Errorf("units are %q", got)
+	}
+}
+
+func TestCycles(t *testing.T) {
+	t.Parallel()
+	got := cycles(map[string][]string{
+		"a": {"b"}, "b": {"c"}, "c": {"a"}, // a circle
+		"d": {"a"}, // behind it, not on it
+		"e": {"e"}, // itself
+		"f": {"g"}, "g": nil, "h": {"missing", "f"},
+	})
+	want := map[string]string{"a": "a after b after c after a", "b": "b after c after a after b", "c": "c after a after b after c", "e": "e after e"}
+	for name, circle := range want {
+		if got[name] != circle {
+			t.Errorf("circle of %s is %q, want %q", name, got[name], circle)
+		}
+	}
+	if len(got) != len(want) {
+		t.Errorf("circles are %q", got)
+	}
+}
+
+func TestLastKnownSurvives(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	k, err := readLastKnown(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries := []kv.Entry{{Key: "desired/prod/web/app", Value: []byte("\xff\x00 raw\r\n")}}
+	now := time.Now().Truncate(0)
+	if !k.set("desired/prod/web/", entries, now) || !k.set("pins/prod/web/", nil, now) {
+		t.Fatal("news are no news")
+	}
+	if k.set("desired/prod/web/", entries, now.Add(time.Hour)) || k.set("pins/prod/web/", nil, now) {
+		t.Error("the same again is news")
+	}
+	if err := k.write(dir); err != nil {
+		t.Fatal(err)
+	}
+	again, err := readLastKnown(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, at, ok := again.get("desired/prod/web/")
+	if !ok || !equalEntries(got, entries) || !at.Equal(now) {
+		t.Errorf("read back %v of %v", got, at)
+	}
+	if got, _, ok := again.get("pins/prod/web/"); !ok || len(got) != 0 {
+		t.Errorf("that there are no pins is not known any more: %v", got)
+	}
+	if _, _, ok := again.get("pins/prod/db/"); ok {
+		t.Error("a prefix is known that was never seen")
+	}
+}
+
+func TestDamagedFilesArePutAside(t *testing.T) {
+	t.Parallel()
+	for _, data := range []string{"", "{", "\x00\x00\x00", `{"format":2}`, "null"} {
+		dir := t.TempDir()
+		for _, name := range []string{lastKnownFile, failuresFile} {
+			write(t, dir+"/"+name, data)
+		}
+		if k, err := readLastKnown(dir, quiet()); err != nil || k.Prefixes == nil {
+			t.Errorf("last known state %q: %v", data, err)
+		}
+		f, err := readFailures(dir, quiet())
+		if err != nil {
+			t.Fatalf("failures %q: %v", data, err)
+		}
+		if err := f.set(deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}, deployments.Digest{1}, failure{Claim: "x"}); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestFailuresSurvive(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
+	f, err := readFailures(dir, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := deployments.Digest{1}, deployments.Digest{2}
+	if err := errors.Join(f.set(id, one, failure{"generation 1, retry 0", "health"}), f.set(id, two, failure{"pin x", ""})); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.keep(id, []deployments.Digest{one}); err != nil {
+		t.Fatal(err)
+	}
+	if f, err = readFailures(dir, quiet()); err != nil {
+		t.Fatal(err)
+	}
+	if got, ok := f.get(id, one); !ok || got.Error != "health" {
+		t.Errorf("the failure is %+v", got)
+	}
+	if _, ok := f.get(id, two); ok {
+		t.Error("a failure outlived its quarantine")
+	}
+}
+
+func TestBackOff(t *testing.T) {
+	t.Parallel()
+	var b backOff
+	longest := time.Duration(0)
+	for range 200 {
+		d := b.next()
+		if d <= 0 || d > maxRetry+time.Second {
+			t.Fatalf("waits %v", d)
+		}
+		longest = max(longest, d)
+	}
+	if longest < maxRetry/2 {
+		t.Errorf("after 200 failures it waits %v at most", longest)
+	}
+	b.reset()
+	if d := b.next(); d > firstRetry+time.Second {
+		t.Errorf("after a success it waits %v", d)
+	}
+}
+
+func TestOneLine(t *testing.T) {
+	t.Parallel()
+	got := oneLine(errors.New("first\n\tsecond " + strings.Repeat("ü", 400)))
+	if len(got) > 300 || strings.ContainsAny(got, "\n\t") || !strings.HasPrefix(got, "first second ü") {
+		t.Errorf("%d bytes: %q", len(got), got)
+	}
+}
