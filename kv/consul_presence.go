@@ -125,7 +125,7 @@ func (p *consulPresence) evict(ctx context.Context, key string) error {
 	if e, err := s.sessionInfo(ctx, old.Session, &api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
 		s.destroySession(old.Session)
 	}
-	// Without a session that could still release it, nothing stands between this and the next attempt but the delay.
+	// What the ended session held as well can be taken only after its delay.
 	return wait(ctx, 2*presenceLockDelay)
 }
 
@@ -190,9 +190,9 @@ func (p *consulPresence) keep() {
 	trouble := newBackoff(100*time.Millisecond, 10*time.Second)
 	for {
 		p.putting.Lock()
-		session, renew := p.session, p.renew
+		session, renew, idle := p.session, p.renew, len(p.held) == 0
 		p.putting.Unlock()
-		if session == "" {
+		if session == "" && idle {
 			select {
 			case <-p.wake:
 				continue
@@ -200,7 +200,10 @@ func (p *consulPresence) keep() {
 				return
 			}
 		}
-		err := p.watchSession(session, renew)
+		var err error
+		if session != "" {
+			err = p.watchSession(session, renew)
+		}
 		if err == nil {
 			err = p.repair()
 		}
@@ -248,23 +251,19 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 func (p *consulPresence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
-	if p.closed || p.session == "" {
-		return nil
-	}
-	info, err := p.store.sessionInfo(p.ctx, p.session, &api.QueryOptions{}, requestTimeout)
-	if err != nil {
-		return err
-	}
-	if info == nil {
-		p.store.log.Warn("the session of this node's entries is gone, so they get another", "name", p.name)
-		p.session = ""
-		if err := p.open(p.ctx); err != nil {
+	if p.session != "" {
+		info, err := p.store.sessionInfo(p.ctx, p.session, &api.QueryOptions{}, requestTimeout)
+		if err != nil {
 			return err
+		}
+		if info == nil {
+			p.store.log.Warn("the session of this node's entries is gone, so they get another", "name", p.name)
+			p.session = ""
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		e, err := p.store.Get(p.ctx, key)
-		if err == nil && e.Session == p.session {
+		if err == nil && e.Session != "" && e.Session == p.session {
 			continue
 		}
 		if err != nil && !errors.Is(err, ErrNotFound) {

@@ -1,0 +1,234 @@
+package kv_test
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+// The holder is stopped, another takes over, and the holder goes on: it writes nothing any more.
+func TestConsulLeaseOfSleeper(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	s := c.Open("")
+	sleeper := startChild(t, "lease", c.Addr())
+	sleeper.expect(t, "held")
+	await(t, "the child's first write", func() error { _, err := s.Get(t.Context(), "desired/k"); return err })
+	sleeper.signal(t, syscall.SIGSTOP)
+	start := time.Now()
+	lease, err := s.Lease(t.Context(), "mirror/lease", "second", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("taken over after %v", time.Since(start))
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", []byte("second"))); err != nil {
+		t.Fatal(err)
+	}
+	sleeper.signal(t, syscall.SIGCONT)
+	sleeper.expect(t, "refused")
+	sleeper.expect(t, "ended: "+kv.ErrLeaseLost.Error())
+	if e, err := s.Get(t.Context(), "desired/k"); err != nil || string(e.Value) != "second" {
+		t.Fatalf("the sleeper wrote: %+v, %v", e, err)
+	}
+	if err := lease.Context().Err(); err != nil {
+		t.Fatalf("the second holder's lease ended: %v", err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A holder that can't renew stops by its clock, before Consul could give the lease to another.
+func TestConsulLeaseEndsByClock(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	f := newFront(t, c)
+	s := open(t, kv.Config{Consul: f.config("")})
+	const ttl = 10 * time.Second
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", ttl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool { // nothing comes back
+		select {
+		case <-r.Context().Done():
+		case <-time.After(2 * ttl):
+		}
+		return true
+	})
+	start := time.Now()
+	select {
+	case <-lease.Context().Done():
+	case <-time.After(ttl + 5*time.Second):
+		t.Fatalf("a lease of %v goes on after %v without a renewal", ttl, time.Since(start))
+	}
+	if cause := context.Cause(lease.Context()); !errors.Is(cause, kv.ErrLeaseLost) {
+		t.Fatalf("it ended because of %v", cause)
+	}
+	held, _, err := c.Client().KV().Get("kedge/mirror/lease", nil)
+	if err != nil || held.Session == "" {
+		t.Errorf("Consul gave it up before its holder did: %+v, %v", held, err)
+	}
+	f.setAnswer(nil)
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
+		t.Fatalf("a commit after the end: %v", err)
+	}
+}
+
+// Trouble that is shorter than the TTL doesn't end the lease, and the session outlives its TTL by being renewed.
+func TestConsulLeaseSurvivesTrouble(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	f := newFront(t, c)
+	s := open(t, kv.Config{Consul: f.config("")})
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var renewals, refused atomic.Int64
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, "/session/renew/") {
+			return false
+		}
+		if renewals.Add(1) <= 2 {
+			refused.Add(1)
+			return status(500)(w, r)
+		}
+		return false
+	})
+	await(t, "renewals", func() error {
+		if renewals.Load() < 5 {
+			return errors.New("too few")
+		}
+		return nil
+	})
+	if refused.Load() != 2 || lease.Context().Err() != nil {
+		t.Fatalf("after %d refused renewals the lease is %v", refused.Load(), lease.Context().Err())
+	}
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestConsulLeaseLost(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	kvs, s := c.Client().KV(), c.Open("")
+	const key = "kedge/mirror/lease"
+	for name, take := range map[string]func(*api.KVPair) error{
+		"session destroyed": func(p *api.KVPair) error {
+			_, err := c.Client().Session().Destroy(p.Session, nil)
+			return err
+		},
+		"unlocked by hand": func(p *api.KVPair) error {
+			_, _, err := kvs.Release(p, nil)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, _, err := kvs.Get(key, nil)
+			if err == nil {
+				err = take(p)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Seen without a write, too.
+			select {
+			case <-lease.Context().Done():
+			case <-time.After(20 * time.Second):
+				t.Fatal("the context goes on")
+			}
+			if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
+				t.Fatalf("a commit: %v", err)
+			}
+			if err := lease.Release(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	// A plain write by anyone doesn't take it away.
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, c, "mirror/lease", "scribble")
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, ttl := range []time.Duration{0, 9 * time.Second, 25 * time.Hour} {
+		if _, err := s.Lease(t.Context(), "mirror/lease", "x", ttl); err == nil || errors.Is(err, kv.ErrUnavailable) {
+			t.Errorf("a ttl of %v: %v", ttl, err)
+		}
+	}
+}
+
+// The leader of Consul dies while a lease is held, and while another waits for it.
+func TestConsulLeaseThroughLeaderLoss(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"mirror-1"}})
+	folders(t, c, "mirror/", "desired/")
+	s := c.Clients[0].Open("")
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 15*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := make(chan kv.Lease, 1)
+	waiting := c.Clients[0].Open("")
+	go func() {
+		l, err := waiting.Lease(t.Context(), "mirror/lease", "second", 15*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		second <- l
+	}()
+	c.Leader().Kill()
+	await(t, "a fenced write under the next leader", func() error {
+		err := s.Commit(t.Context(), lease, kv.Put("desired/k", []byte("v")))
+		if err != nil && !errors.Is(err, kv.ErrUnavailable) {
+			t.Fatalf("commit: %v", err)
+		}
+		return err
+	})
+	select {
+	case <-second:
+		t.Fatal("two hold the lease")
+	default:
+	}
+	await(t, "the release", func() error { return lease.Release(t.Context()) })
+	select {
+	case l := <-second:
+		if l == nil {
+			t.FailNow()
+		}
+		if err := l.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the lease was not given on")
+	}
+}

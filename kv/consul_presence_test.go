@@ -1,0 +1,145 @@
+package kv_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+func held(values string) func(kv.View) bool {
+	return func(v kv.View) bool {
+		return valuesOf(v) == values && len(v.Entries) > 0 && v.Entries[0].Session != ""
+	}
+}
+
+func present(t *testing.T, s kv.Store, name string) kv.Presence {
+	t.Helper()
+	p, err := s.Presence(t.Context(), name)
+	if err == nil {
+		err = p.Put(t.Context(), "status/prod/web/"+name, []byte("ready"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// With the token that an agent has, an entry lives as long as its node.
+func TestConsulPresenceDiesWithNode(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}, Persistent: true})
+	folders(t, c, "status/prod/web/")
+	token := c.Token(`key_prefix "kedge/status/" { policy = "write" } session "web-1" { policy = "write" }`)
+	views := kvtest.Watch(t, c.Open(c.RootToken), "status/prod/web/")
+	p := present(t, c.Clients[0].Open(token), "web-1")
+	v := views.Await(t, "the entry", held("web-1=ready"))
+	info, _, err := c.Client().Session().Info(v.Entries[0].Session, nil)
+	if err != nil || info.Node != "web-1" || info.TTL != "" || info.Behavior != "release" {
+		t.Fatalf("the session is %+v, %v; want one of the node's health alone", info, err)
+	}
+
+	c.Clients[0].Kill()
+	views.Await(t, "the node's death", func(v kv.View) bool { return len(v.Entries) == 1 && v.Entries[0].Session == "" })
+	c.Clients[0].Start()
+	c.WaitReady()
+	views.Await(t, "the node's return", held("web-1=ready"))
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "its leave", healthy(""))
+	await(t, "the session's end", func() error {
+		all, _, err := c.Client().Session().Node("web-1", nil)
+		if err == nil && len(all) > 0 {
+			err = errors.New("there is one still")
+		}
+		return err
+	})
+}
+
+// Where Consul's agent isn't the node's own, the session must not hang on a strange node's health.
+func TestConsulPresenceAtDistantAgent(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	s := c.Open("")
+	views := kvtest.Watch(t, s, "status/prod/web/")
+	p := present(t, s, "web-7")
+	v := views.Await(t, "the entry", held("web-7=ready"))
+	info, _, err := c.Client().Session().Info(v.Entries[0].Session, nil)
+	if err != nil || info.TTL == "" {
+		t.Fatalf("the session is %+v, %v; want one with a TTL", info, err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestConsulPresenceWithoutHealthCheck(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	dereg := &api.CatalogDeregistration{Node: "server-1", CheckID: "serfHealth"}
+	if _, err := c.Client().Catalog().Deregister(dereg, nil); err != nil {
+		t.Fatal(err)
+	}
+	s := c.Open("")
+	p := present(t, s, "server-1")
+	e, err := s.Get(t.Context(), "status/prod/web/server-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, _, err := c.Client().Session().Info(e.Session, nil)
+	if err != nil || info.TTL == "" || len(info.NodeChecks) != 0 {
+		t.Fatalf("the session is %+v, %v; want one with a TTL and without checks", info, err)
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The session goes although the node lives: destroyed by somebody, or undone by a restore.
+func TestConsulPresenceRepairs(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	before := c.Snapshot()
+	s := c.Open("")
+	views := kvtest.Watch(t, s, "status/prod/web/")
+	p := present(t, s, "server-1")
+	first := views.Await(t, "the entry", held("server-1=ready")).Entries[0].Session
+	if _, err := c.Client().Session().Destroy(first, nil); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "another session", func(v kv.View) bool { return held("server-1=ready")(v) && v.Entries[0].Session != first })
+	c.Restore(before)
+	views.Await(t, "the entry after a restore", held("server-1=ready"))
+	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("again")); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "a later report", held("server-1=again"))
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A process that was killed leaves a session that lives as long as the node. The next one takes it away.
+func TestConsulPresenceLeavesNoSessions(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	for range 3 {
+		present(t, c.Open(""), "server-1") // never closed
+	}
+	all, _, err := c.Client().Session().List(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) != 1 || !strings.Contains(all[0].Name, "server-1") {
+		t.Fatalf("%d sessions, want one", len(all))
+	}
+}
