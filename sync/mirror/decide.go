@@ -70,8 +70,9 @@ type facts struct {
 	past map[deployments.UnitID]History
 }
 
-// write is what to do about one unit's key.
+// write is what to do about one unit's key, or about mirror/state where status is set.
 type write struct {
+	status *Status
 	unit   deployments.UnitID
 	kind   string // as Change.Kind, or "restore"
 	before deployments.Record
@@ -194,31 +195,20 @@ func encode(r deployments.Record) []byte {
 	return value
 }
 
-// batches packs the writes, each whole, and the status at the end into as few transactions as fit.
-func batches(writes []write, status *kv.Op) [][]write {
+// batches packs the writes, each whole and in order, into as few transactions as fit.
+func batches(writes []write) [][]write {
 	var all [][]write
-	var batch []write
 	ops, size := 0, 0
 	for _, w := range writes {
 		bytes := 0
 		for _, op := range w.ops {
 			bytes += len(op.Key) + len(op.Value)
 		}
-		if ops+len(w.ops) > kv.MaxOps || size+bytes > maxBatch {
-			all = append(all, batch)
-			batch, ops, size = nil, 0, 0
+		if len(all) == 0 || ops+len(w.ops) > kv.MaxOps || size+bytes > maxBatch {
+			all, ops, size = append(all, nil), 0, 0
 		}
-		batch, ops, size = append(batch, w), ops+len(w.ops), size+bytes
-	}
-	if status != nil {
-		if ops+1 > kv.MaxOps || size+len(status.Value) > maxBatch {
-			all = append(all, batch)
-			batch = nil
-		}
-		batch = append(batch, write{kind: "status", ops: []kv.Op{*status}})
-	}
-	if len(batch) > 0 {
-		all = append(all, batch)
+		last := len(all) - 1
+		all[last], ops, size = append(all[last], w), ops+len(w.ops), size+bytes
 	}
 	return all
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -139,13 +140,13 @@ func (l *leader) begin(ctx context.Context) error {
 // recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried again
 // with each new head, which may have brought it along.
 func (l *leader) recall(head string) {
-	if l.accepted != nil || l.written.Head == "" || l.recalled == head {
+	if l.accepted != nil || l.written.taken() == "" || l.recalled == head {
 		return
 	}
 	l.recalled = head
-	commit, err := l.load(plumbing.NewHash(l.written.Head))
+	commit, err := l.load(plumbing.NewHash(l.written.taken()))
 	if err != nil {
-		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay", "commit", l.written.Head, "error", err)
+		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay", "commit", l.written.taken(), "error", err)
 		return
 	}
 	l.accepted = commit
@@ -248,13 +249,15 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	l.recall(cmp.Or(git.head, "none"))
 	refused := l.judge(ctx, git, cells)
 
-	status := Status{Holder: l.c.Name, Head: l.written.Head, Author: l.written.Author, At: l.written.At, Rules: l.written.Rules}
+	status := l.written
+	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
 	var writes []write
 	if l.accepted != nil {
 		if err := l.prepare(ctx, cells, now); err != nil {
 			return 0, err
 		}
 		writes = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, past: l.past})
+		status.Applying = ""
 		if l.accepted.Hash != status.Head {
 			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)
 		}
@@ -313,7 +316,7 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 	case git.bad != nil:
 		return git.bad
 	}
-	from := l.written.Head
+	from := l.written.taken()
 	rules := l.written.Rules
 	var had []deployments.UnitID
 	if l.accepted != nil {
@@ -406,14 +409,20 @@ func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell,
 	return nil
 }
 
-// act writes, in order, so that mirror/state comes last: a mirror that is killed in between leaves the old head there, and
-// the next one finishes the work.
+// act writes. What takes several transactions is announced in the first and confirmed in the last, so that a mirror that
+// takes over in between knows which commit it finds half written.
 func (l *leader) act(ctx context.Context, writes []write, status Status, now time.Time) error {
-	var last *kv.Op
+	all := writes
 	if status != l.written {
-		last = statusOp(status)
+		all = append(slices.Clone(writes), writeStatus(status))
 	}
-	for _, batch := range batches(writes, last) {
+	todo := batches(all)
+	if len(todo) > 1 && status.Head != l.written.Head {
+		announced := l.written
+		announced.Holder, announced.Applying, announced.Rules = status.Holder, status.Head, status.Rules
+		todo = batches(append([]write{writeStatus(announced)}, all...))
+	}
+	for _, batch := range todo {
 		var ops []kv.Op
 		for _, w := range batch {
 			ops = append(ops, w.ops...)
@@ -428,17 +437,17 @@ func (l *leader) act(ctx context.Context, writes []write, status Status, now tim
 		}
 		l.metrics.wrote(len(ops))
 		for _, w := range batch {
-			l.done(w, status, now)
+			l.done(w, now)
 		}
 	}
 	return nil
 }
 
 // done notes a write that the store has taken.
-func (l *leader) done(w write, status Status, now time.Time) {
-	if w.kind == "status" {
-		l.written, l.writtenAt = status, now
-		l.metrics.applied(status)
+func (l *leader) done(w write, now time.Time) {
+	if w.status != nil {
+		l.written, l.writtenAt = *w.status, now
+		l.metrics.applied(l.written)
 		return
 	}
 	l.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}
@@ -446,7 +455,7 @@ func (l *leader) done(w write, status Status, now time.Time) {
 		delete(l.past, w.unit)
 		delete(l.pastOf, [2]string{w.unit.Stage, w.unit.Role})
 	}
-	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", status.Head)
+	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", w.after.Commit)
 }
 
 // keepSnapshot hands the newest records to Config.Snapshot, until it takes them.

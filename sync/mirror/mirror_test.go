@@ -279,8 +279,9 @@ func TestManyUnitsNeedManyTransactions(t *testing.T) {
 		if len(ops) > kv.MaxOps {
 			t.Errorf("a transaction of %d operations", len(ops))
 		}
-		if last := ops[len(ops)-1].Key == kv.MirrorKey; last != (i == len(commits)-1) {
-			t.Errorf("transaction %d of %d has the mirror's state: %v", i+1, len(commits), last)
+		announces, confirms := ops[0].Key == kv.MirrorKey, ops[len(ops)-1].Key == kv.MirrorKey
+		if announces != (i == 0) || confirms != (i == len(commits)-1) {
+			t.Errorf("transaction %d of %d announces the commit: %v, confirms it: %v", i+1, len(commits), announces, confirms)
 		}
 	}
 }

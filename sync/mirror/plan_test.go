@@ -278,21 +278,17 @@ func TestBatches(t *testing.T) {
 			total += len(w.ops)
 			writes = append(writes, w)
 		}
-		var last *kv.Op
-		if rapid.Bool().Draw(rt, "status") {
-			last = statusOp(Status{})
-			total++
-		}
-		all := batches(writes, last)
-		for i, batch := range all {
+		next := 0
+		for _, batch := range batches(writes) {
 			ops, size := 0, 0
-			for j, w := range batch {
+			for _, w := range batch {
+				if &w.ops[0] != &writes[next].ops[0] {
+					rt.Fatal("the order was changed")
+				}
+				next++
 				ops += len(w.ops)
 				for _, op := range w.ops {
 					size += len(op.Key) + len(op.Value)
-				}
-				if w.kind == "status" && (i != len(all)-1 || j != len(batch)-1) {
-					rt.Fatal("the status is not the last of all")
 				}
 			}
 			if ops == 0 || ops > kv.MaxOps || size > maxBatch {

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"cmp"
 	"encoding/json"
 	"strings"
 	"time"
@@ -17,7 +18,10 @@ type Status struct {
 	// Refused is a newer commit that was not taken, and Error why, or what else is wrong (Git is away).
 	Refused string `json:"refused,omitempty"`
 	Error   string `json:"error,omitempty"`
-	// Rules are those of Head, which the next commit is held to.
+	// Applying is a commit that takes several transactions, while they are under way: Head is whole before, and it after them.
+	// A mirror that takes over goes on with it.
+	Applying string `json:"applying,omitempty"`
+	// Rules are those of Applying, or else of Head, which the next commit is held to.
 	Rules Rules `json:"rules"`
 }
 
@@ -26,6 +30,9 @@ type Rules struct {
 	AllowRewind bool `json:"allow_rewind,omitempty"`
 	MaxRemoved  int  `json:"max_removed"` // percent
 }
+
+// taken is the commit that was taken last, written in full or not.
+func (s Status) taken() string { return cmp.Or(s.Applying, s.Head) }
 
 func rulesOf(l *loaded) Rules {
 	return Rules{AllowRewind: l.tree.Settings.AllowRewind, MaxRemoved: l.tree.Settings.MaxRemoved}
@@ -54,13 +61,13 @@ func withoutDigits(s string) string {
 	}, s)
 }
 
-func statusOp(s Status) *kv.Op {
+// writeStatus puts s at mirror/state.
+func writeStatus(s Status) write {
 	value, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // plain data
 	}
-	op := kv.Put(kv.MirrorKey, value)
-	return &op
+	return write{status: &s, ops: []kv.Op{kv.Put(kv.MirrorKey, value)}}
 }
 
 // clip cuts an error's text at a line's end.

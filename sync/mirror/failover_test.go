@@ -1,0 +1,291 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+// process is a mirror in a process of its own.
+type process struct {
+	*exec.Cmd
+	name string
+	log  *logBuffer
+}
+
+func startProcess(t *testing.T, name, repo string, consul *kvtest.Consul) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(os.Args[0]), name: name, log: &logBuffer{}}
+	p.Env = append(os.Environ(), consul.Env(consul.RootToken)...)
+	p.Env = append(p.Env, "KEDGE_TEST_AS=mirror", "KEDGE_TEST_REPO="+repo, "KEDGE_TEST_NAME="+name)
+	p.Stdout, p.Stderr = p.log, p.log
+	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p.Process.Kill()
+		p.Wait()
+		if t.Failed() {
+			t.Logf("%s:\n%s", name, p.log)
+		}
+	})
+	return p
+}
+
+func (p *process) signal(t *testing.T, s syscall.Signal) {
+	t.Helper()
+	if err := p.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// watcher reads a store as a mirror under test does, without one in this process.
+func watcher(t *testing.T, s kv.Store) *running {
+	return &running{tb: t, store: s, log: &logBuffer{}}
+}
+
+func TestKilledLeaderIsReplaced(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	w := watcher(t, consul.Open(consul.RootToken))
+	a := startProcess(t, "a", o.bare, consul)
+	w.runs("prod/web/app", "app/1")
+	startProcess(t, "b", o.bare, consul)
+
+	a.signal(t, syscall.SIGKILL)
+	killed := time.Now()
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	s := w.status(func(s Status) bool { return s.Head == head })
+	t.Logf("the other mirror wrote %v after the leader's death (its lease runs for 10 s, and Consul waits for up to twice that)", time.Since(killed).Round(time.Millisecond))
+	if s.Holder != "b" {
+		t.Errorf("holder %s", s.Holder)
+	}
+	if got := w.runs("prod/web/app", "app/2"); got.Generation != 2 {
+		t.Errorf("record %+v", got)
+	}
+}
+
+func TestFrozenLeaderWritesNothingWhenItWakes(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	w := watcher(t, consul.Open(consul.RootToken))
+	a := startProcess(t, "a", o.bare, consul)
+	w.runs("prod/web/app", "app/1")
+	b := startProcess(t, "b", o.bare, consul)
+
+	a.signal(t, syscall.SIGSTOP)
+	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	w.status(func(s Status) bool { return s.Holder == "b" && s.Head == second })
+
+	// b holds a fresh lease, and sleeps; a wakes to a push that it has not seen, and to a lease that it lost long ago.
+	b.signal(t, syscall.SIGSTOP)
+	third := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	before := versions(t, consul)
+	a.signal(t, syscall.SIGCONT)
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if after := versions(t, consul); !maps.Equal(before, after) {
+			t.Fatalf("a mirror without the lease wrote: before %v, after %v", before, after)
+		}
+	}
+	b.signal(t, syscall.SIGCONT)
+	w.status(func(s Status) bool { return s.Head == third })
+	if got := w.runs("prod/web/app", "app/3"); got.Generation != 3 {
+		t.Errorf("record %+v", got)
+	}
+}
+
+// versions reads the last write of every key that a mirror may write, but for the lease's own.
+func versions(t *testing.T, c *kvtest.Consul) map[string]uint64 {
+	t.Helper()
+	pairs, _, err := c.Client().KV().List(kv.DefaultPrefix, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]uint64{}
+	for _, p := range pairs {
+		if p.Key != kv.DefaultPrefix+kv.MirrorLease {
+			all[p.Key] = p.ModifyIndex
+		}
+	}
+	return all
+}
+
+// A mirror that stops cleanly hands over at once.
+func TestHandover(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	store := consul.Open(consul.RootToken)
+	a := start(t, Config{Store: store, Repo: o.bare, Name: "a"})
+	a.runs("prod/web/app", "app/1")
+	b := start(t, Config{Store: consul.Open(consul.RootToken), Repo: o.bare, Name: "b"})
+	a.stop()
+	stopped := time.Now()
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	b.status(func(s Status) bool { return s.Holder == "b" && s.Head == head })
+	t.Logf("the other mirror wrote %v after the first had stopped", time.Since(stopped).Round(time.Millisecond))
+}
+
+// cut is a store whose user dies at its n-th transaction: before it took effect, or after.
+type cut struct {
+	kv.Store
+	mu    sync.Mutex
+	left  int
+	after bool
+}
+
+func (c *cut) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.left < 0 {
+		return kv.ErrLeaseLost
+	}
+	c.left--
+	if c.left < 0 && !c.after {
+		return kv.ErrLeaseLost
+	}
+	err := c.Store.Commit(ctx, lease, ops...)
+	if c.left < 0 {
+		return kv.ErrLeaseLost
+	}
+	return err
+}
+
+// Lease gives no second lease to the dead.
+func (c *cut) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
+	c.mu.Lock()
+	dead := c.left < 0
+	c.mu.Unlock()
+	if dead {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return c.Store.Lease(ctx, key, holder, ttl)
+}
+
+func TestDeathBetweenTransactions(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	files := func(release string) map[string]string {
+		all := map[string]string{}
+		for i := range 70 {
+			all["prod/web/u"+strconv.Itoa(i)+".yaml"] = unitFile(release)
+		}
+		return all
+	}
+	first := o.commit(files("u/1"))
+	second := o.commit(files("u/2"))
+	ends := 0
+	for n := range 4 {
+		for _, after := range []bool{false, true} {
+			store := dirStore(t)
+			o.git(o.work, "push", "-q", "-f", "origin", first+":refs/heads/main")
+			m := start(t, Config{Store: store, Repo: o.bare, Name: "before"})
+			m.at(first)
+			m.stop()
+			o.git(o.work, "push", "-q", "origin", second+":refs/heads/main")
+			dying := start(t, Config{Store: &cut{Store: store, left: n, after: after}, Repo: o.bare, Name: "dying"})
+			dying.await("death", func() error {
+				c := dying.store.(*cut)
+				c.mu.Lock()
+				defer c.mu.Unlock()
+				if c.left >= 0 && !done(t, store, second) {
+					return errors.New("it lives")
+				}
+				return nil
+			})
+			dying.stop()
+			if done(t, store, second) {
+				ends++
+			}
+			next := start(t, Config{Store: store, Repo: o.bare, Name: "next"})
+			next.at(second)
+			next.stop()
+			for unit, value := range desired(t, store) {
+				r, err := deployments.ParseRecord([]byte(value))
+				if err != nil || r.Target != pointer("u/2") || r.Generation != 2 || r.Stable != pointer("u/1") {
+					t.Errorf("killed at transaction %d, after it %v: %s is %s, %v", n, after, unit, value, err)
+				}
+			}
+		}
+	}
+	if ends == 0 || ends == 8 {
+		t.Errorf("%d of 8 deaths came after the end: the test needs some of both", ends)
+	}
+}
+
+// done reports whether mirror/state names head.
+func done(t *testing.T, s kv.Store, head string) bool {
+	e, err := s.Get(t.Context(), kv.MirrorKey)
+	var st Status
+	return err == nil && json.Unmarshal(e.Value, &st) == nil && st.Head == head
+}
+
+// BenchmarkPush measures from git push's return to the record's write being through, which may be before that.
+func BenchmarkPush(b *testing.B) {
+	for _, where := range []string{"directory", "consul"} {
+		b.Run(where, func(b *testing.B) {
+			var store kv.Store
+			if where == "consul" {
+				c := kvtest.StartConsul(b, kvtest.ConsulOptions{})
+				store = c.Open(c.RootToken)
+			} else {
+				store = dirStore(b)
+			}
+			o := newOrigin(b)
+			written := &timed{Store: store, at: make(chan time.Time, 10)}
+			m := start(b, Config{Store: written, Repo: o.bare})
+			m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app")}))
+			for len(written.at) > 0 {
+				<-written.at
+			}
+			var took []time.Duration
+			for i := 0; b.Loop(); i++ {
+				o.push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i))})
+				pushed := time.Now()
+				took = append(took, (<-written.at).Sub(pushed))
+			}
+			report(b, took)
+		})
+	}
+}
+
+// timed notes when each transaction was through.
+type timed struct {
+	kv.Store
+	at chan time.Time
+}
+
+func (s *timed) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	err := s.Store.Commit(ctx, lease, ops...)
+	if err == nil {
+		s.at <- time.Now()
+	}
+	return err
+}
+
+func report(b *testing.B, took []time.Duration) {
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "ms-median")
+	b.ReportMetric(float64(took[len(took)-1].Microseconds())/1000, "ms-worst")
+}

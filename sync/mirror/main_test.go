@@ -1,0 +1,44 @@
+package mirror
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"testing"
+	"time"
+
+	"kedge/kv"
+)
+
+// TestMain lets the test's own binary stand for the programs that the tests start as processes of their own.
+func TestMain(m *testing.M) {
+	var err error
+	switch os.Getenv("KEDGE_TEST_AS") {
+	case "mirror":
+		err = mirrorProcess()
+	case "pre-receive":
+		err = CheckPush(context.Background(), ".", os.Stdin)
+	default:
+		os.Exit(m.Run())
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// mirrorProcess runs a mirror on the store that the environment names, until it is killed.
+func mirrorProcess() error {
+	ctx := context.Background()
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	store, err := kv.Open(ctx, kv.Config{URL: os.Getenv("KEDGE_KV"), Log: log})
+	if err != nil {
+		return err
+	}
+	m, err := New(Config{Store: store, Repo: os.Getenv("KEDGE_TEST_REPO"), Name: os.Getenv("KEDGE_TEST_NAME"), LeaseTTL: 10 * time.Second, Log: log})
+	if err != nil {
+		return err
+	}
+	return m.Run(ctx)
+}
