@@ -28,7 +28,7 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 		return fmt.Errorf("watch: %w", err)
 	}
 	v := newViewer(s.prefix+prefix, s.log, f)
-	unavailable := newBackoff(50*time.Millisecond, 10*time.Second)
+	unavailable := newBackoff(50*time.Millisecond, 5*time.Second)
 	denied := newBackoff(100*time.Millisecond, 10*time.Second)
 	// Answers that come at once and bring nothing must not make a busy loop.
 	idle := newBackoff(5*time.Millisecond, 250*time.Millisecond)

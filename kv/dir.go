@@ -297,6 +297,7 @@ func (d *dirStore) place(key string) (string, error) {
 	}
 	path := filepath.Join(dir, parts[len(parts)-1])
 	if isDir(path) {
+		d.step("make room for " + key)
 		if err := moveAside(path, path+"@"); err != nil {
 			return "", err
 		}

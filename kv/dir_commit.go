@@ -115,13 +115,24 @@ func (d *dirStore) commit(changes []change) error {
 		if err := d.writeFile(d.path(journalFile), data); err != nil {
 			return err
 		}
+		d.step("journalled")
 		return d.finish()
 	}
 	return d.apply(changes)
 }
 
-// finish completes the commit that the journal holds. The caller holds the lock exclusively.
+// finish completes what a killed process left: the commit that the journal holds. The caller holds the lock exclusively, so
+// temporary files are nobody's.
 func (d *dirStore) finish() error {
+	left, err := os.ReadDir(d.path(tempDir))
+	if err != nil {
+		return err
+	}
+	for _, f := range left {
+		if err := os.Remove(d.path(tempDir + "/" + f.Name())); err != nil {
+			return err
+		}
+	}
 	data, err := os.ReadFile(d.path(journalFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

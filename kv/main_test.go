@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -29,6 +31,11 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		return
+	}
+	// Most of these tests wait for a Consul's clock and not for a processor.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
 	}
 	os.Exit(m.Run())
 }
@@ -84,6 +91,22 @@ func child(job string, args []string) error {
 				return err
 			}
 		}
+	case "crash": // one commit, in which it is killed at the step of that number
+		die, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		n := 0
+		kv.SetStep(s, func(string) {
+			if n++; n > die {
+				_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+				select {}
+			}
+		})
+		if err := s.Commit(ctx, nil, crashOps()...); err != nil {
+			return err
+		}
+		fmt.Println("done")
 	default:
 		return fmt.Errorf("no job %q", job)
 	}

@@ -1,5 +1,47 @@
-// Package kv keeps kedge's shared state: a small store contract, Consul and a watched directory as its two
+// Package kv keeps kedge's shared state: a small store contract, with Consul and a watched directory as its two
 // implementations, and the layout of the keys.
+//
+// # Who writes what
+//
+// Each key has one writer, and kinds come first, so that Consul's ACLs can hold each party to its own. Keys are relative
+// to the store's prefix, by default kedge/.
+//
+//	desired/STAGE/ROLE/UNIT             the mirror that holds the lease; a person, where no mirror runs
+//	pins/STAGE/ROLE/UNIT[/NODE]         operators
+//	control/STAGE/ROLE/UNIT             operators; the mirror deletes what it has done
+//	status/STAGE/ROLE/NODE              that node's agent, held by its Presence
+//	history/STAGE/ROLE/UNIT/GENERATION  the mirror
+//	mirror/lease, mirror/state          the mirror that holds the lease
+//
+// A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. A value is what its
+// writer put, byte for byte; readers pass over the newlines and byte order marks of people.
+//
+// # What a reader may believe
+//
+// Absence is the dangerous answer. Consul answers 404 to a token that may not read, and a server that is alone or behind
+// can answer with less than there is. So a key counts as absent only where its folder key (pins/prod/web/, with an empty
+// value, see EnsureFolders) is in the same answer; whatever looks like a step back is confirmed by the leader first; and
+// a View keeps what was known, and says in Err what is wrong, for as long as there is trouble. Watch never gives up: it
+// backs off with jitter and goes on.
+//
+// # What a writer may believe
+//
+// A Commit happens whole or not at all. ErrConflict, ErrDenied, ErrLeaseLost and ErrTooLarge mean that it didn't;
+// ErrUnavailable that nobody knows, so read again. A Commit under a Lease is checked against it where it is applied, so a
+// holder that lost it without knowing writes nothing. Lease.Context is there to save it the work.
+//
+// # Consul
+//
+// Reads that wait are stale ones, which any server answers; all others go to the leader. The token is given per request,
+// and a token file is read again when it changes and after a refusal. A Lease is a session with a TTL that is renewed
+// every third of it. A Presence is a session on the health of the node that the local Consul agent runs on, if that
+// node has the presence's name, so that a fleet's liveness costs no writes; else it has a TTL of 30 s.
+//
+// # A directory
+//
+// file://DIR is for the processes of one machine. Values are plain files that people may edit; see dirStore for the rest of
+// what is there. The kernel's file locks tell which process lives, so a lease or presence ends the moment that its process
+// does, and not while it is merely stopped.
 package kv
 
 import (
@@ -23,8 +65,8 @@ type Entry struct {
 	// Key is relative to the store's prefix: desired/prod/web/app.
 	Key   string
 	Value []byte
-	// Version changes with every write of this key. It is only good for Op.Version; versions of two keys, or
-	// after a restart, don't compare.
+	// Version changes with every write that changes this key, and is never 0. It is only good for Op.Version;
+	// versions of two keys, or of before and after a restore, don't compare.
 	Version uint64
 	// Session holds the entry while its writer lives; empty: nobody does. See Presence.
 	Session string
@@ -89,17 +131,19 @@ type Store interface {
 	// seen as one: it tells state, not events.
 	Watch(ctx context.Context, prefix string, f func(View)) error
 
-	// Commit applies all of ops or none. A failed condition is ErrConflict. With a lease, nothing is applied
-	// unless the lease is held at that moment, else ErrLeaseLost, whatever its holder believes. At most MaxOps.
-	// After ErrUnavailable the outcome is unknown: read again.
+	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a
+	// lease, nothing is applied unless the lease is held at that moment, else ErrLeaseLost, whatever its holder
+	// believes. At most MaxOps, each key once, and some 370 KiB of values, else ErrTooLarge. Writing the value that is
+	// there already wakes nobody. After ErrUnavailable the outcome is unknown: read again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
 	// Lease waits until it holds the lease at key, then returns it. holder is shown to people (in the key's value, as
-	// JSON with field "holder"). ttl is at least 10 s on Consul, which takes up to 2 ttl, and 15 s of lock-delay,
-	// to give a dead holder's lease to another.
+	// JSON with field "holder"). ttl is at least 10 s on Consul, which takes up to 2 ttl, and 1 s of lock-delay,
+	// to give a dead holder's lease to another. It waits as long as the store is unavailable, but a missing permission
+	// is ErrDenied at once. A holder keeps the lease when ctx ends later.
 	Lease(ctx context.Context, key, holder string, ttl time.Duration) (Lease, error)
 
-	// Presence ties entries to the life of this process's node, under name.
+	// Presence ties entries to the life of this process's node, under name. It doesn't wait for the store.
 	Presence(ctx context.Context, name string) (Presence, error)
 
 	// EnsureFolders creates the folder keys of prefixes where they are missing. The mirror, which may write
@@ -114,7 +158,8 @@ type Store interface {
 	Close() error
 }
 
-// MaxOps bounds a Commit, its fence left out; some Consul servers take 64 operations a transaction.
+// MaxOps bounds a Commit, its fence left out and a DeleteIf counted twice; some Consul servers take 64 operations a
+// transaction.
 const MaxOps = 60
 
 // Lease is held by one process at a time.
@@ -128,7 +173,8 @@ type Lease interface {
 
 // Presence writes entries that say whether their writer lives: their Session is set while it does.
 type Presence interface {
-	// Put writes key and holds it. It takes a new session when the old one is gone.
+	// Put writes key and holds it, also if an earlier process held it. When its session or entry is lost later, as to
+	// a node that was thought dead or a restored snapshot, both come back by themselves.
 	Put(ctx context.Context, key string, value []byte) error
 	// Close deletes what it holds: a node that leaves in good order is not a dead one.
 	Close(ctx context.Context) error

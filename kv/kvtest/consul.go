@@ -466,3 +466,18 @@ func newUUID() string {
 	return fmt.Sprintf("%08x-%04x-4%03x-8%03x-%012x", rand.Uint32(), rand.Uint32N(1<<16), rand.Uint32N(1<<12),
 		rand.Uint32N(1<<12), rand.Uint64N(1<<48))
 }
+
+// Versions gives the ModifyIndex of every key below prefix, which here is all of a key's beginning: what changed
+// between two calls was written or deleted.
+func (c *Consul) Versions(prefix string) map[string]uint64 {
+	c.tb.Helper()
+	pairs, _, err := c.Client().KV().List(prefix, nil)
+	if err != nil {
+		c.tb.Fatalf("list %s: %v", prefix, err)
+	}
+	versions := map[string]uint64{}
+	for _, p := range pairs {
+		versions[p.Key] = p.ModifyIndex
+	}
+	return versions
+}

@@ -1,0 +1,159 @@
+package kv_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+func watchedDir(t *testing.T) (dir string, s kv.Store, views *kvtest.Views) {
+	t.Helper()
+	root, url := dirURL(t)
+	s = open(t, kv.Config{URL: url})
+	if err := s.EnsureFolders(t.Context(), "pins/prod/web/"); err != nil {
+		t.Fatal(err)
+	}
+	views = kvtest.Watch(t, s, "pins/prod/web/")
+	views.Await(t, "the start", healthy(""))
+	return root, s, views
+}
+
+func sh(t *testing.T, dir, script string) {
+	t.Helper()
+	cmd := exec.Command("sh", "-ec", script)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+}
+
+// What people do with files is what they mean, and what their editors leave beside them counts for nothing.
+func TestDirByHand(t *testing.T) {
+	t.Parallel()
+	dir, _, views := watchedDir(t)
+	for _, step := range []struct{ script, want string }{
+		{"echo v1 > pins/prod/web/app", "app=v1\n"},
+		{"printf v2 > pins/prod/web/app", "app=v2"},
+		{"echo v3 > new && mv new pins/prod/web/app", "app=v3\n"},
+		{"sed -i s/v3/v4/ pins/prod/web/app", "app=v4\n"},
+		// As vim writes: the old file becomes the backup, the new one is written beside a swap file.
+		{"cd pins/prod/web; touch .app.swp; mv app app~; echo v5 > app; rm app~ .app.swp", "app=v5\n"},
+		{"cd pins/prod/web; touch '#app#' app.swp app.tmp .app.un~; ln -s app link; mkfifo fifo; echo v6 > app", "app=v6\n"},
+		{"mkdir pins/prod/web/base; echo n > pins/prod/web/base/web-1", "app=v6\n web-1=n\n"},
+		{"mv pins/prod/web/base pins/prod/web/base@; echo b > pins/prod/web/base", "app=v6\n base=b\n web-1=n\n"},
+		{"rm -r pins/prod/web/base@ pins/prod/web/base", "app=v6\n"},
+		{"rm pins/prod/web/app", ""},
+		{"rm -r pins/prod", ""},
+		{"mkdir -p pins/prod/web; echo v7 > pins/prod/web/app", "app=v7\n"},
+	} {
+		sh(t, dir, step.script)
+		views.Await(t, step.script, healthy(step.want))
+	}
+	never(t, views, "trouble", func(v kv.View) bool { return v.Err != nil || !v.Settled })
+}
+
+// A shell empties the file before it writes. Nobody must see that as an empty pin.
+func TestDirSlowWriter(t *testing.T) {
+	t.Parallel()
+	dir, _, views := watchedDir(t)
+	path := filepath.Join(dir, "pins/prod/web/app")
+	for i := range 10 {
+		value := strings.Repeat("x", i+1)
+		f, err := os.Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(15 * time.Millisecond) // the writer's slowness is the test
+		if _, err := f.WriteString(value); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		views.Await(t, value, healthy("app="+value))
+	}
+	never(t, views, "an empty pin was seen", func(v kv.View) bool { return valuesOf(v) == "app=" })
+	if err := os.Truncate(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "a file that stays empty", healthy("app="))
+}
+
+func TestDirVanishes(t *testing.T) {
+	t.Parallel()
+	dir, s, views := watchedDir(t)
+	sh(t, dir, "echo v1 > pins/prod/web/app")
+	views.Await(t, "the pin", healthy("app=v1\n"))
+	lease, err := s.Lease(t.Context(), "mirror/lease", "x", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dir, dir+".away"); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the trouble", troubled(kv.ErrUnavailable, "app=v1\n"))
+	for what, err := range map[string]error{
+		"commit":         s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", nil)),
+		"ensure folders": s.EnsureFolders(t.Context(), "pins/prod/web/"),
+		"get":            func() error { _, err := s.Get(t.Context(), "pins/prod/web/app"); return err }(),
+		"list":           func() error { _, err := s.List(t.Context(), "pins/"); return err }(),
+	} {
+		if !errors.Is(err, kv.ErrUnavailable) {
+			t.Errorf("%s without the directory: %v", what, err)
+		}
+	}
+	select {
+	case <-lease.Context().Done():
+	case <-time.After(10 * time.Second):
+		t.Error("the lease goes on without the directory")
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Fatal("the store made a directory in place of the one that vanished")
+	}
+	if err := os.Rename(dir+".away", dir); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the return", healthy("app=v1\n"))
+	sh(t, dir, "echo v2 > pins/prod/web/app")
+	views.Await(t, "a change after the return", healthy("app=v2\n"))
+	never(t, views, "the pin vanished", func(v kv.View) bool { return v.Err != nil && len(v.Entries) == 0 })
+}
+
+// The store's own files can go too: nothing that people wrote is lost with them.
+func TestDirWithoutItsFiles(t *testing.T) {
+	t.Parallel()
+	dir, s, views := watchedDir(t)
+	sh(t, dir, "echo v1 > pins/prod/web/app; mv .kedge ../gone")
+	views.Await(t, "the pin", healthy("app=v1\n"))
+	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v2")), kv.Put("pins/prod/web/b", []byte("v2"))); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "a commit", healthy("app=v2 b=v2"))
+
+	// A journal that can't be read is no crash's doing. It is kept, and stops nothing.
+	sh(t, dir, "echo nonsense > .kedge/journal; echo v3 > pins/prod/web/app")
+	views.Await(t, "a change", healthy("app=v3\n b=v2"))
+	if kept, _ := filepath.Glob(filepath.Join(dir, ".kedge", "journal.bad-*")); len(kept) != 1 {
+		t.Fatalf("kept: %v", kept)
+	}
+}
+
+func TestDirOpen(t *testing.T) {
+	t.Parallel()
+	dir, url := dirURL(t)
+	if got := open(t, kv.Config{URL: url}).String(); got != "directory "+dir {
+		t.Errorf("the store calls itself %q", got)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kv.Open(t.Context(), kv.Config{URL: "file://" + file}); err == nil {
+		t.Error("open took a file for a directory")
+	}
+}
