@@ -66,6 +66,7 @@ type facts struct {
 	now    time.Time
 	cells  map[deployments.UnitID]cell
 	owned  map[deployments.UnitID]own
+	orders map[deployments.UnitID]order
 	// past is the newest history of the units whose standing is unknown.
 	past map[deployments.UnitID]History
 }
@@ -74,12 +75,13 @@ type facts struct {
 type write struct {
 	status *Status
 	unit   deployments.UnitID
-	kind   string // as Change.Kind, or "restore"
+	kind   string // as Change.Kind, or "restore", or "none" where only an order is consumed
 	before deployments.Record
 	after  deployments.Record
 	value  []byte // nil: remove the key
 	over   uint64
 	note   string
+	order  order // what is consumed; its version is 0 where nothing is
 	ops    []kv.Op
 }
 
@@ -109,16 +111,16 @@ func decide(f facts) []write {
 
 func decideUnit(f facts, u deployments.Unit) (write, bool) {
 	c := f.cells[u.ID]
-	o, known := f.owned[u.ID]
+	mine, known := f.owned[u.ID]
 	w := write{unit: u.ID, kind: "update", over: c.version}
 	floor := int64(0) // generations up to it were used
-	switch stand(c, o, known, f.now) {
+	switch stand(c, mine, known, f.now) {
 	case inFlight:
 		return write{}, false
 	case inOrder:
 		w.before, floor = c.record, c.record.Generation
 	case foreign:
-		w.before, floor, w.kind, w.note = o.record, o.record.Generation, "restore", "a change by hand was put back"
+		w.before, floor, w.kind, w.note = mine.record, mine.record.Generation, "restore", "a change by hand was put back"
 	case unknown:
 		past := f.past[u.ID]
 		floor = past.Generation
@@ -143,14 +145,22 @@ func decideUnit(f facts, u deployments.Unit) (write, bool) {
 			w.after.Generation = c.record.Generation + 1
 		}
 	}
-	w.value = encode(w.after)
-	if c.present && c.err == nil && bytes.Equal(encode(c.record), w.value) {
-		return write{}, false
+	o, ordered := f.orders[u.ID]
+	if ordered {
+		w.after = obey(w.after, o.verb)
+		w.order = o
+		w.ops = append(w.ops, kv.DeleteIf(kv.ControlKey(u.ID), o.version))
 	}
-	if c.present {
-		w.ops = append(w.ops, kv.Replace(kv.DesiredKey(u.ID), w.value, c.version))
-	} else {
+	w.value = encode(w.after)
+	switch {
+	case !c.present:
 		w.ops = append(w.ops, kv.Create(kv.DesiredKey(u.ID), w.value))
+	case c.err != nil || !bytes.Equal(encode(c.record), w.value):
+		w.ops = append(w.ops, kv.Replace(kv.DesiredKey(u.ID), w.value, c.version))
+	case ordered:
+		w.kind, w.value = "none", c.value
+	default:
+		return write{}, false
 	}
 	if w.after.Generation > floor {
 		w.ops = append(w.ops, history(w, f)...)

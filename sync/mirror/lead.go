@@ -77,6 +77,7 @@ type leader struct {
 
 	mu       sync.Mutex
 	desired  kv.View
+	control  kv.View
 	wake     chan struct{} // holds one
 	snapshot chan []kv.Entry
 
@@ -88,6 +89,8 @@ type leader struct {
 	judged    string  // the head that was last judged, against accepted's, and the verdict
 	verdict   error
 	owned     map[deployments.UnitID]own
+	obeyed    map[deployments.UnitID]uint64  // versions of orders that were consumed
+	complaint string                         // the orders that can't be obeyed, as they were last logged
 	folders   map[[2]string]bool             // the roles whose folders are there
 	past      map[deployments.UnitID]History // newest generations, of the roles in pastOf
 	pastOf    map[[2]string]bool
@@ -97,7 +100,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 	return &leader{
 		Mirror: m, lease: lease,
 		wake: make(chan struct{}, 1), snapshot: make(chan []kv.Entry, 1),
-		owned: map[deployments.UnitID]own{}, folders: map[[2]string]bool{},
+		owned: map[deployments.UnitID]own{}, obeyed: map[deployments.UnitID]uint64{}, folders: map[[2]string]bool{},
 		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
 	}
 }
@@ -109,6 +112,7 @@ func (l *leader) run(ctx context.Context) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.DesiredPrefix, l.sawDesired) })
+	g.Go(func() error { return l.c.Store.Watch(ctx, kv.ControlPrefix, l.sawControl) })
 	if l.c.Snapshot != nil {
 		g.Go(func() error { return l.keepSnapshot(ctx) })
 	}
@@ -187,6 +191,14 @@ func (l *leader) sawDesired(v kv.View) {
 	}
 }
 
+// sawControl takes the newest view of control/.
+func (l *leader) sawControl(v kv.View) {
+	l.mu.Lock()
+	l.control = v
+	l.mu.Unlock()
+	l.poked()
+}
+
 func (l *leader) poked() {
 	select {
 	case l.wake <- struct{}{}:
@@ -239,7 +251,7 @@ func (l *leader) loop(ctx context.Context) error {
 // round does once what there is to do. again is when to look even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, err error) {
 	l.mu.Lock()
-	view := l.desired
+	view, control := l.desired, l.control
 	l.mu.Unlock()
 	if !view.Settled {
 		return 0, nil
@@ -256,7 +268,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		if err := l.prepare(ctx, cells, now); err != nil {
 			return 0, err
 		}
-		writes = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, past: l.past})
+		writes = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past})
 		status.Applying = ""
 		if l.accepted.Hash != status.Head {
 			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)
@@ -306,6 +318,23 @@ func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
 		}
 	}
 	return cells
+}
+
+// orders are those that were not obeyed yet.
+func (l *leader) orders(view kv.View) map[deployments.UnitID]order {
+	good, bad := orders(view)
+	for id, o := range good {
+		if l.obeyed[id] == o.version {
+			delete(good, id) // it has yet to vanish from the watch
+		}
+	}
+	if complaint := text(errors.Join(bad...)); complaint != l.complaint {
+		l.complaint = complaint
+		if complaint != "" {
+			l.c.Log.Warn("an operator's order can't be obeyed", "error", complaint)
+		}
+	}
+	return good
 }
 
 // judge decides whether the branch's head becomes the commit to write, and says why not.
@@ -448,6 +477,13 @@ func (l *leader) done(w write, now time.Time) {
 	if w.status != nil {
 		l.written, l.writtenAt = *w.status, now
 		l.metrics.applied(l.written)
+		return
+	}
+	if w.order.version != 0 {
+		l.obeyed[w.unit] = w.order.version
+		l.c.Log.Info("order obeyed", "unit", w.unit, "order", w.order.verb)
+	}
+	if w.kind == "none" {
 		return
 	}
 	l.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}

@@ -3,6 +3,7 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -216,6 +217,46 @@ func put(t *testing.T, s kv.Store, key, value string) {
 	t.Helper()
 	if err := s.Commit(t.Context(), nil, kv.Put(key, []byte(value))); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestOrders(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	gone := func() {
+		t.Helper()
+		m.await("the order", func() error {
+			if _, err := store.Get(t.Context(), "control/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
+				return fmt.Errorf("it is still there: %v", err)
+			}
+			return nil
+		})
+	}
+	for i, verb := range []string{"retry", "Retry\r\n"} {
+		put(t, store, "control/prod/web/app", verb)
+		gone()
+		if got := m.runs("prod/web/app", "app/1"); got.Retry != int64(i+1) || got.Generation != 1 {
+			t.Errorf("after %d orders: %+v", i+1, got)
+		}
+	}
+	put(t, store, "control/prod/web/app", "pause") // there is no rollout to pause
+	gone()
+	put(t, store, "control/prod/web/app", "rettry")
+	put(t, store, "control/prod/web/nowhere", "retry")
+	m.await("a log line", func() error {
+		if !strings.Contains(m.log.String(), `\"rettry\" is not one of`) {
+			return errors.New("nothing is said")
+		}
+		return nil
+	})
+	if got := m.runs("prod/web/app", "app/1"); got.Retry != 2 {
+		t.Errorf("record %+v", got)
+	}
+	if e, err := store.Get(t.Context(), "control/prod/web/app"); err != nil || string(e.Value) != "rettry" {
+		t.Errorf("an order that can't be obeyed is %q, %v: whoever wrote it should see it", e.Value, err)
 	}
 }
 
