@@ -1,0 +1,396 @@
+package artifact
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// ErrDelta means that a delta is not as the package comment says, or does not fit the release that it should start from.
+var ErrDelta = errors.New("bad delta")
+
+const (
+	deltaMagic  = "kedgedl\x01"
+	deltaWindow = 8 << 20
+	deltaInMem  = 4 << 20 // a larger delta is kept in a file until its hash is known
+	sectionSize = 4 << 20 // bytes that one section of a patch makes
+)
+
+// delta is an open delta, read up to its first file. Its bytes have the hash that the manifest names.
+type delta struct {
+	raw    io.Closer
+	zstd   *zstd.Decoder
+	stream *bufio.Reader
+}
+
+func (d *delta) Close() error {
+	if d.zstd != nil {
+		d.zstd.Close()
+	}
+	return d.raw.Close()
+}
+
+// readDelta opens a delta and applies its patch of the index. It closes raw when it fails.
+func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (d *delta, newIndex []byte, err error) {
+	d = &delta{raw: raw}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
+	header := make([]byte, len(deltaMagic)+64)
+	if _, err := io.ReadFull(r, header); err != nil {
+		return nil, nil, fmt.Errorf("%w: %w", ErrDelta, err)
+	}
+	from := digestOf(oldIndex)
+	if string(header[:len(deltaMagic)]) != deltaMagic || !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
+		return nil, nil, fmt.Errorf("%w: it does not begin as one from the release that is here", ErrDelta)
+	}
+	d.zstd, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(deltaWindow))
+	if err != nil {
+		return nil, nil, err
+	}
+	d.stream = bufio.NewReaderSize(d.zstd, 64<<10)
+	size, err := d.number(maxIndex)
+	if err != nil {
+		return nil, nil, err
+	}
+	var out bytes.Buffer // grows as the patch delivers, not as it promises
+	if err := d.apply(bytes.NewReader(oldIndex), int64(len(oldIndex)), &out, int64(size)); err != nil {
+		return nil, nil, err
+	}
+	if sum := digestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
+		return nil, nil, fmt.Errorf("%w: it makes another index than it says", ErrDelta)
+	}
+	return d, out.Bytes(), nil
+}
+
+// number reads a varint of at most max.
+func (d *delta) number(max uint64) (uint64, error) {
+	n, err := binary.ReadUvarint(d.stream)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", ErrDelta, noEOF(err))
+	}
+	if n > max {
+		return 0, fmt.Errorf("%w: a number is over its bound of %d", ErrDelta, max)
+	}
+	return n, nil
+}
+
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// next gives the numbers of the next file's entry in the new index and of the one in the old that it is a patch of, or -1; both
+// -1 at the end.
+func (d *delta) next(last, entries, old int) (entry, from int, err error) {
+	gap, err := d.number(uint64(entries - 1 - last))
+	if err != nil || gap == 0 {
+		return -1, -1, err
+	}
+	n, err := d.number(uint64(old))
+	return last + int(gap), int(n) - 1, err
+}
+
+// apply makes size bytes of the next patch and old, one section at a time. Where the patch does not fit what old is, the error
+// wraps errMisfit, and the delta can be read on behind it.
+func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
+	src := &window{from: old, size: oldSize}
+	var out []byte
+	var misfit error
+	for size > 0 {
+		n := min(size, sectionSize)
+		size -= n
+		s, err := d.section(int(n))
+		if err != nil {
+			return err
+		}
+		if misfit != nil {
+			continue
+		}
+		if out, err = s.apply(src, out[:0], int(n)); err != nil {
+			misfit = fmt.Errorf("%w: %w", errMisfit, err)
+			continue
+		}
+		if _, err := w.Write(out); err != nil {
+			return err
+		}
+	}
+	return misfit
+}
+
+var errMisfit = errors.New("the patch does not fit")
+
+// patchSection is a section's four parts.
+type patchSection struct {
+	ops, runs cursor
+	differ    []byte
+	extra     cursor
+}
+
+// section reads the next section, which is to make n bytes.
+func (d *delta) section(n int) (*patchSection, error) {
+	// What kedge makes stays below: an op makes more bytes than it takes, a run at least one for two.
+	bounds := [4]int{n + 32, 2*n + 32, n, n}
+	var lengths [4]uint64
+	for i, max := range bounds {
+		var err error
+		if lengths[i], err = d.number(uint64(max)); err != nil {
+			return nil, err
+		}
+	}
+	var parts [4][]byte
+	for i, length := range lengths {
+		var buf bytes.Buffer // grows as the delta delivers, not as it promises
+		if _, err := io.CopyN(&buf, d.stream, int64(length)); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrDelta, noEOF(err))
+		}
+		parts[i] = buf.Bytes()
+	}
+	return &patchSection{cursor{rest: parts[0]}, cursor{rest: parts[1]}, parts[2], cursor{rest: parts[3]}}, nil
+}
+
+// apply appends the n bytes that the section makes to out.
+func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
+	ops, runs, differ, extra := &s.ops, &s.runs, s.differ, &s.extra
+	src.at = 0
+	var same, other uint64 // what is left of the run
+	for len(out) < n {
+		seek, size := binary.Varint(ops.rest)
+		if size <= 0 {
+			return nil, errShort
+		}
+		ops.rest = ops.rest[size:]
+		left := uint64(n - len(out))
+		add := ops.number(left)
+		more := ops.number(left - add)
+		if ops.err != nil {
+			return nil, ops.err
+		}
+		if add+more == 0 {
+			return nil, errors.New("an op makes nothing")
+		}
+		begin := len(out)
+		var err error
+		if out, err = src.append(out, seek, int(add)); err != nil {
+			return nil, err
+		}
+		for added := out[begin:]; len(added) > 0; {
+			if same+other == 0 {
+				same, other = runs.number(sectionSize), runs.number(sectionSize)
+				if runs.err != nil {
+					return nil, runs.err
+				}
+				if same+other == 0 {
+					return nil, errors.New("a run of nothing")
+				}
+			}
+			skip := min(same, uint64(len(added)))
+			added, same = added[skip:], same-skip
+			change := min(other, uint64(len(added)))
+			if same > 0 || change == 0 {
+				continue
+			}
+			if change > uint64(len(differ)) {
+				return nil, errShort
+			}
+			for i, b := range differ[:change] {
+				added[i] += b
+			}
+			added, differ, other = added[change:], differ[change:], other-change
+		}
+		out = append(out, extra.bytes(more)...)
+		if extra.err != nil {
+			return nil, extra.err
+		}
+	}
+	// Nothing may be left over: one result has one patch per choice of ops.
+	if len(ops.rest)+len(runs.rest)+len(differ)+len(extra.rest) > 0 || same+other > 0 {
+		return nil, errors.New("a section has more than it needs")
+	}
+	return out, nil
+}
+
+// window reads a file at the places that a patch seeks to, mostly one after the other.
+type window struct {
+	from  io.ReaderAt
+	size  int64
+	at    int64 // where the last op stopped; each section starts at 0
+	begin int64
+	data  []byte
+}
+
+func (w *window) append(out []byte, seek int64, n int) ([]byte, error) {
+	at := w.at + seek
+	if seek > w.size || seek < -w.size || at < 0 || at+int64(n) > w.size {
+		return nil, errors.New("it reads outside of the old file")
+	}
+	w.at = at + int64(n)
+	for n > 0 {
+		if at < w.begin || at >= w.begin+int64(len(w.data)) {
+			if w.data == nil {
+				w.data = make([]byte, min(w.size, 256<<10))
+			}
+			w.data = w.data[:cap(w.data)]
+			w.begin = max(0, at-at%4096)
+			got, err := w.from.ReadAt(w.data, w.begin)
+			if w.data = w.data[:got]; at >= w.begin+int64(got) {
+				if err == nil {
+					err = io.ErrUnexpectedEOF
+				}
+				return nil, err
+			}
+		}
+		piece := w.data[at-w.begin:]
+		piece = piece[:min(n, len(piece))]
+		out = append(out, piece...)
+		at += int64(len(piece))
+		n -= len(piece)
+	}
+	return out, nil
+}
+
+// openDelta fetches a delta, and checks its hash before it reads it.
+func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte, dir string) (*delta, []byte, error) {
+	f.meter.expect(blob.Size)
+	if blob.Size <= deltaInMem {
+		data, err := f.objects.ReadAll(ctx, blob.URL, blob.Size)
+		if err != nil {
+			return nil, nil, err
+		}
+		f.meter.add(int64(len(data)))
+		if digestOf(data) != blob.SHA256 {
+			return nil, nil, fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, blob.URL)
+		}
+		return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
+	}
+	file, err := unnamedFile(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	body, err := f.objects.Read(ctx, object.Object{URL: blob.URL, Size: blob.Size, Ranges: true}, 0)
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	defer body.Close()
+	sum := sha256.New()
+	n, err := io.Copy(io.MultiWriter(file, sum, f.meter), io.LimitReader(body, blob.Size+1))
+	if err == nil && (n != blob.Size || deployments.Digest(sum.Sum(nil)) != blob.SHA256) {
+		err = fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, blob.URL)
+	}
+	if err == nil {
+		_, err = file.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		file.Close()
+		return nil, nil, err
+	}
+	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
+}
+
+// unnamedFile makes a file in dir that is gone when it is closed, also by a crash.
+func unnamedFile(dir string) (*os.File, error) {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		return os.NewFile(uintptr(fd), dir+"/(unnamed)"), nil
+	}
+	f, err := os.CreateTemp("", "kedge-delta-")
+	if err != nil {
+		return nil, err
+	}
+	return f, os.Remove(f.Name())
+}
+
+// applyDelta makes the files that the delta has a patch for. A patch that does not fit leaves its file to the archive; so does a
+// broken delta with all that would follow.
+func (f *fetch) applyDelta(ctx context.Context) error {
+	w, old := f.tree.worker(), f.old.reader()
+	defer w.close()
+	defer old.close()
+	last := -1
+	for {
+		i, from, err := f.delta.next(last, len(f.index.entries), len(f.old.index.entries))
+		if err != nil || i < 0 {
+			return nil
+		}
+		last = i
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		e := &f.index.entries[i]
+		if e.kind != kindFile || e.size == 0 || f.old.has(e) {
+			return nil // no delta of ours: the rest comes from the archive
+		}
+		whole, err := f.patch(w, old, i, from)
+		if err != nil || !whole {
+			return err
+		}
+	}
+}
+
+// patch makes one file. It reports whether the delta can be read on.
+func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
+	e := &f.index.entries[i]
+	var src io.ReaderAt = bytes.NewReader(nil)
+	var size int64
+	if from >= 0 {
+		file, info, err := old.openFile(from)
+		if err == nil {
+			defer file.Close()
+			src, size = file, info.Size()
+		} // else the patch reads outside of nothing, and is passed over below
+	}
+	out := &patched{}
+	if !w.ready[i] {
+		if err := w.discard(i); err != nil {
+			return false, err
+		}
+		to, err := w.create(e)
+		if err != nil {
+			return false, err
+		}
+		out.file = to
+	}
+	sum := sha256.New()
+	broken := f.delta.apply(src, size, io.MultiWriter(out, sum), e.size)
+	readOn := broken == nil || errors.Is(broken, errMisfit)
+	if out.file == nil {
+		return readOn, nil
+	}
+	err := errors.Join(out.err, out.file.Close())
+	if err == nil && broken == nil && deployments.Digest(sum.Sum(nil)) == e.sum {
+		w.ready[i] = true
+		return true, nil
+	}
+	return readOn, errors.Join(err, w.remove(e))
+}
+
+// patched takes what a patch makes, and remembers a failure to write apart from a failure of the patch.
+type patched struct {
+	file *os.File // nil: nobody wants it
+	err  error
+}
+
+func (p *patched) Write(data []byte) (n int, err error) {
+	if p.file == nil {
+		return len(data), nil
+	}
+	n, p.err = p.file.Write(data)
+	return n, p.err
+}

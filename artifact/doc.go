@@ -1,0 +1,82 @@
+// Package artifact makes, fetches and keeps releases: trees of files that lie in object storage as one archive, and on a node as
+// one directory each.
+//
+// # The archive
+//
+// An archive is a tar stream in zstd, so that `tar --zstd -xf` opens it. What makes it more than that is where its zstd frames
+// begin and end: each can be fetched, checked and decoded alone.
+//
+//   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. Names too long for
+//     ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory, sticky.
+//     Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and symbolic links that leave the
+//     tree are refused when packing.
+//   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB that hold
+//     nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at least 192 KiB,
+//     which end before an entry whose path's FNV-1a hash is divisible by four, or at 512 KiB: borders follow names, and so
+//     stay where they were when one file grows.
+//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge, whatever the
+//     number of cores.
+//
+// # The index
+//
+// The index says what is in the archive and where, and is what a manifest pins: from its SHA-256 every other byte is checked. It
+// is not compressed, as half of it is hashes, so that the same tree has the same index whatever compressor wrote it. All numbers
+// are unsigned varints (encoding/binary) unless said otherwise.
+//
+//	"kedgeix\x01"
+//	flags         1: of an archive; 0: a list of hashes, taken from a tree that came without an index
+//	entries, frames   their numbers
+//	each entry, in the archive's order:
+//	  kind        0 file, 1 directory, 2 symbolic link, 3 hard link
+//	  shared      how many bytes its path shares with the path before it
+//	  length, the rest of the path
+//	  mode
+//	  file:       size, SHA-256 (32 bytes), and, of an archive, gap: the bytes of the tar stream between the end of the content
+//	              before it and its own content
+//	  symbolic:   length, target
+//	  hard:       number of the entry, a file before it, that it is another name of
+//	each frame, in the archive's order:
+//	  size        of the frame in the archive
+//	  2n or 2n+1  it decodes to n bytes
+//	  SHA-256     of the frame as it lies in the archive
+//	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
+//
+// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A symbolic link's
+// target is relative, its ".." come first and do not climb above the top. Bounds: a path has at most 4,096 bytes and a part of
+// it 255; an index at most 4 million entries and 512 MiB. A reader refuses everything else before it makes a file.
+//
+// # The delta
+//
+// A delta turns the index and tree of one release into those of another. It starts with
+//
+//	"kedgedl\x01"
+//	SHA-256 of the index that it starts from, SHA-256 of the index that it makes (32 bytes each)
+//
+// and goes on as one zstd frame with a window of at most 8 MiB, of
+//
+//	size of the new index, and its patch against the old one
+//	for each file: 1 + how many entries of the new index were passed over since the last; 1 + the number of the old index's
+//	entry that is patched, or 0 for none; its patch
+//	0
+//
+// Files whose content the old release has, under whatever name, are not in it; others may be missing as well, and come from the
+// archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
+//
+//	lengths of four parts, then the parts:
+//	  ops         seek (signed varint: from where the last op stopped reading the old file), add, extra
+//	  runs        of the added bytes: same, differ, same, differ … until all are counted
+//	  differ      what to add, modulo 256, to the old bytes that differ
+//	  extra       bytes that the old file has not
+//
+// Each op copies add bytes of the old file, changed by the next runs, then extra bytes of the last part. What a patch makes is
+// used only if its SHA-256 is the new index's; otherwise the file comes from the archive.
+//
+// # Fetching
+//
+// A node that runs a release takes what it has from there, hashed on the way; then from a delta, if one was published for it;
+// then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight connections. Frames are hashed
+// before they are decoded, and files written by as many workers as there are cores, straight into a private directory. There
+// is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by frame.
+//
+// Memory: the index three times over, and at most 64 MiB whatever the archive's size.
+package artifact

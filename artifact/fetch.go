@@ -1,0 +1,456 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+const (
+	spanMost    = 8 << 20   // bytes of one ranged GET, at most, unless one frame has more
+	spanGap     = 128 << 10 // bytes not wanted that are cheaper to read than a second request
+	connections = 8
+	tries       = 4 // of a span, without a new frame between them
+)
+
+// base is a release on disk to take unchanged files from; nil: none.
+type base struct {
+	dir    string
+	index  []byte
+	digest deployments.Digest // SHA-256 of index
+}
+
+// fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier call left in
+// dir is kept where its hash is right, and removed where not. Nothing is synced. The base is only read; where it is not what it
+// should be, it is passed over, file by file.
+func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (data []byte, err error) {
+	if m.Index == nil {
+		return nil, fmt.Errorf("fetch %s: the manifest names no index", m.Src)
+	}
+	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, opt.Progress)}
+	defer func() { err = errors.Join(err, f.close()) }()
+	if err := f.run(ctx, base, dir); err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
+	}
+	f.meter.done()
+	return f.data, nil
+}
+
+// fetch is one call of fetchIndexed.
+type fetch struct {
+	objects  *object.Client
+	manifest *deployments.Manifest
+	meter    *meter
+
+	data  []byte // the index, encoded
+	index *index
+	tree  *builder
+	old   *source // nil: none
+	delta *delta  // nil: none
+}
+
+func (f *fetch) close() error {
+	var errs []error
+	if f.delta != nil {
+		errs = append(errs, f.delta.Close())
+	}
+	if f.old != nil {
+		f.old.close()
+	}
+	if f.tree != nil {
+		errs = append(errs, f.tree.close())
+	}
+	return errors.Join(errs...)
+}
+
+func (f *fetch) run(ctx context.Context, base *base, dir string) error {
+	if base != nil {
+		f.old, _ = openSource(base) // one that can't be read is no base
+	}
+	if err := f.fetchIndex(ctx, base, dir); err != nil {
+		return err
+	}
+	var err error
+	if f.tree, err = newBuilder(dir, f.index); err != nil {
+		return err
+	}
+	if err := f.tree.prepare(ctx); err != nil {
+		return err
+	}
+	if err := f.checkSpace(dir); err != nil {
+		return err
+	}
+	if f.old != nil && f.delta == nil {
+		if err := f.takeChunks(ctx); err != nil {
+			return err
+		}
+	}
+	group, inner := errgroup.WithContext(ctx)
+	group.Go(func() error { return f.takeLocal(inner) })
+	if f.delta != nil {
+		group.Go(func() error { return f.applyDelta(inner) })
+	} else {
+		missing := f.tree.missing(f.old)
+		group.Go(func() error { return f.fetchFrames(inner, missing) })
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	// What the old release and the delta promised and did not hold.
+	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
+		return err
+	}
+	return f.tree.finish()
+}
+
+// fetchIndex gets the index out of a delta from the base, or whole.
+func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
+	m := f.manifest
+	if f.old != nil {
+		for _, d := range m.Deltas {
+			if d.From != base.digest {
+				continue
+			}
+			delta, data, err := f.openDelta(ctx, d, base.index, dir)
+			if err != nil {
+				if ctx.Err() != nil {
+					return err
+				}
+				break // the archive has everything
+			}
+			if x, err := f.decode(data); err == nil {
+				f.data, f.index, f.delta = data, x, delta
+				return nil
+			}
+			delta.Close()
+		}
+	}
+	if m.Index.Size > maxIndex {
+		return fmt.Errorf("%w: the manifest gives it %d bytes, at most %d are allowed", ErrIndex, m.Index.Size, maxIndex)
+	}
+	data, err := f.objects.ReadAll(ctx, m.Index.URL, m.Index.Size)
+	if err != nil {
+		return err
+	}
+	f.meter.expect(int64(len(data)))
+	f.meter.add(int64(len(data)))
+	f.data = data
+	f.index, err = f.decode(data)
+	return err
+}
+
+// decode checks an index against the manifest before it believes a byte of it.
+func (f *fetch) decode(data []byte) (*index, error) {
+	if digestOf(data) != f.manifest.Index.SHA256 {
+		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest, f.manifest.Index.URL)
+	}
+	x, err := decodeIndex(data)
+	if err != nil {
+		return nil, err
+	}
+	if !x.archive {
+		return nil, fmt.Errorf("%w: it says nothing of an archive", ErrIndex)
+	}
+	if size := f.manifest.Size; size != 0 && size != x.archiveSize() {
+		return nil, fmt.Errorf("%w: its frames have %d bytes, the manifest's archive %d", ErrIndex, x.archiveSize(), size)
+	}
+	return x, nil
+}
+
+// checkSpace refuses to begin what the disk can't hold.
+func (f *fetch) checkSpace(dir string) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", dir, err)
+	}
+	shares := f.manifest.Immutable || st.Type == unix.BTRFS_SUPER_MAGIC || st.Type == unix.XFS_SUPER_MAGIC
+	var bytes, inodes int64
+	for i := range f.index.entries {
+		e := &f.index.entries[i]
+		if f.tree.ready[i] || e.kind == kindFile && shares && f.old.has(e) {
+			continue
+		}
+		bytes += (e.size + 4095) &^ 4095
+		inodes++
+	}
+	if free := int64(st.Bavail) * st.Bsize; bytes > free {
+		return fmt.Errorf("the tree takes %d MB more, %s has %d MB left: %w", bytes>>20, dir, free>>20, syscall.ENOSPC)
+	}
+	if st.Files > 0 && inodes > int64(st.Ffree) {
+		return fmt.Errorf("the tree takes %d files more, %s has room for %d: %w", inodes, dir, st.Ffree, syscall.ENOSPC)
+	}
+	return nil
+}
+
+// takeLocal makes on all cores what needs no fetching: what an earlier call left, empty files, and what the old release has.
+func (f *fetch) takeLocal(ctx context.Context) error {
+	const batch = 64 // neighbours mostly lie in one directory, whose lock two workers would fight for
+	group, ctx := errgroup.WithContext(ctx)
+	batches := make(chan int)
+	group.Go(func() error {
+		defer close(batches)
+		for from := 0; from < len(f.index.entries); from += batch {
+			select {
+			case batches <- from:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	share := newSharing(f.manifest)
+	for range runtime.GOMAXPROCS(0) {
+		group.Go(func() error {
+			w := f.tree.worker()
+			defer w.close()
+			var reader *sourceReader
+			if f.old != nil {
+				reader = f.old.reader()
+				defer reader.close()
+			}
+			for from := range batches {
+				for i := from; i < min(from+batch, len(f.index.entries)); i++ {
+					if err := w.takeLocal(i, reader, share); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// takeChunks looks in the old release for frames of the large files that it has not got whole.
+func (f *fetch) takeChunks(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	for _, i := range f.tree.files {
+		if e := &f.index.entries[i]; e.size < largeFile || f.tree.ready[i] || f.old.has(e) {
+			continue
+		}
+		group.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			w, reader := f.tree.worker(), f.old.reader()
+			defer w.close()
+			defer reader.close()
+			return w.takeChunks(i, reader)
+		})
+	}
+	return group.Wait()
+}
+
+// span is a row of frames, fetched by one request; those not wanted are read over.
+type span struct{ from, to int }
+
+// spansOf joins wanted frames to spans.
+func (x *index) spansOf(wanted []bool) []span {
+	var spans []span
+	for i, want := range wanted {
+		if !want {
+			continue
+		}
+		f := &x.frames[i]
+		if n := len(spans); n > 0 {
+			last := &spans[n-1]
+			end := x.frames[last.to-1]
+			if f.offset-(end.offset+end.size) <= spanGap && f.offset+f.size-x.frames[last.from].offset <= spanMost {
+				last.to = i + 1
+				continue
+			}
+		}
+		spans = append(spans, span{i, i + 1})
+	}
+	return spans
+}
+
+// fetched is a frame that has the right hash.
+type fetched struct {
+	frame int
+	data  []byte
+}
+
+// fetchFrames fetches frames and writes the files that are still missing out of them.
+func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
+	spans := f.index.spansOf(wanted)
+	if len(spans) == 0 {
+		return nil
+	}
+	for _, s := range spans {
+		last := f.index.frames[s.to-1]
+		f.meter.expect(last.offset + last.size - f.index.frames[s.from].offset)
+	}
+	o, err := f.objects.Stat(ctx, f.manifest.Src)
+	if err != nil {
+		return err
+	}
+	if o.Size != f.index.archiveSize() {
+		return fmt.Errorf("%w: the archive %s has %d bytes, its index says %d", ErrDigest, o.URL, o.Size, f.index.archiveSize())
+	}
+	readers := connections
+	if !o.Ranges { // one stream that passes over what isn't wanted
+		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
+		readers = 1
+	}
+	readers = min(readers, len(spans))
+	cores := runtime.GOMAXPROCS(0)
+
+	group, ctx := errgroup.WithContext(ctx)
+	todo := make(chan span)
+	frames := make(chan fetched)
+	buffers := make(chan []byte, readers+2*cores) // all that there ever are
+	for range cap(buffers) {
+		buffers <- nil
+	}
+	group.Go(func() error {
+		defer close(todo)
+		for _, s := range spans {
+			select {
+			case todo <- s:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		return nil
+	})
+	var reading sync.WaitGroup
+	reading.Add(readers)
+	for range readers {
+		group.Go(func() error {
+			defer reading.Done()
+			for s := range todo {
+				if err := f.readSpan(ctx, o, s, wanted, buffers, frames); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		reading.Wait()
+		close(frames)
+		return nil
+	})
+	for range cores {
+		group.Go(func() error {
+			w := f.tree.worker()
+			defer w.close()
+			decoder, err := newDecoder()
+			if err != nil {
+				return err
+			}
+			defer decoder.Close()
+			var raw []byte
+			for job := range frames {
+				fr := &f.index.frames[job.frame]
+				raw, err = decoder.DecodeAll(job.data, slices.Grow(raw[:0], int(fr.length)))
+				if err != nil || int64(len(raw)) != fr.length {
+					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame, fr.length, err)
+				}
+				buffers <- job.data
+				if err := w.writeFrame(job.frame, raw); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// newDecoder makes a decoder for frames whose hash was checked.
+func newDecoder() (*zstd.Decoder, error) {
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxFrame), zstd.IgnoreChecksum(true))
+}
+
+// readSpan reads a span's wanted frames and passes them on. Cut off, or given a wrong frame, it asks again from there.
+func (f *fetch) readSpan(ctx context.Context, o object.Object, s span, wanted []bool, buffers chan []byte, out chan<- fetched) error {
+	pause := backoff.NewExponentialBackOff()
+	pause.InitialInterval = 100 * time.Millisecond
+	for next, failed := s.from, 0; next < s.to; {
+		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) || errors.Is(err, object.ErrChanged) {
+			return err
+		}
+		if reached > next {
+			failed = 0
+			pause.Reset()
+		}
+		if next, failed = reached, failed+1; failed == tries {
+			return err
+		}
+		select {
+		case <-time.After(pause.NextBackOff()):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// tryReadSpan makes one request, and returns the first frame that it could not pass on.
+func (f *fetch) tryReadSpan(ctx context.Context, o object.Object, s span, wanted []bool, buffers chan []byte, out chan<- fetched) (int, error) {
+	first, last := f.index.frames[s.from], f.index.frames[s.to-1]
+	read := f.objects.Read
+	if o.Ranges {
+		read = func(ctx context.Context, o object.Object, offset int64) (io.ReadCloser, error) {
+			return f.objects.ReadRange(ctx, o, offset, last.offset+last.size-offset)
+		}
+	}
+	body, err := read(ctx, o, first.offset)
+	if err != nil {
+		return s.from, err
+	}
+	defer body.Close()
+	for i := s.from; i < s.to; i++ {
+		fr := &f.index.frames[i]
+		if !wanted[i] {
+			if _, err := io.CopyN(io.Discard, body, fr.size); err != nil {
+				return i, fmt.Errorf("read %s at %d: %w", o.URL, fr.offset, err)
+			}
+			f.meter.add(fr.size)
+			continue
+		}
+		var buffer []byte
+		select {
+		case buffer = <-buffers:
+		case <-ctx.Done():
+			return i, ctx.Err()
+		}
+		buffer = slices.Grow(buffer[:0], int(fr.size))[:fr.size]
+		_, err := io.ReadFull(body, buffer)
+		if err == nil && digestOf(buffer) != fr.sum {
+			err = fmt.Errorf("%w: frame %d is not the one that the index names", ErrDigest, i)
+		}
+		if err != nil {
+			buffers <- buffer
+			return i, fmt.Errorf("read %s at %d: %w", o.URL, fr.offset, err)
+		}
+		f.meter.add(fr.size)
+		select {
+		case out <- fetched{i, buffer}:
+		case <-ctx.Done():
+			return i, ctx.Err()
+		}
+	}
+	return s.to, nil
+}

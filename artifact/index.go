@@ -1,0 +1,431 @@
+package artifact
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"path"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+)
+
+// ErrIndex means that an index is not as the package comment says, or does not fit what it belongs to.
+var ErrIndex = errors.New("bad index")
+
+const (
+	indexMagic = "kedgeix\x01"
+
+	maxIndex   = 512 << 20
+	maxEntries = 4 << 20
+	maxPath    = 4096
+	maxName    = 255
+	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
+	maxFrame   = 4 << 20 // bytes that one frame decodes to
+)
+
+// maxEncoded bounds a frame in the archive by what it decodes to: zstd stores what it can't compress.
+func maxEncoded(raw int64) int64 { return raw + raw>>7 + 1024 }
+
+type kind uint8
+
+const (
+	kindFile kind = iota
+	kindDir
+	kindSymlink
+	kindHardlink
+)
+
+// entry is one path of a tree.
+type entry struct {
+	path string
+	kind kind
+	mode fs.FileMode // permission bits, and fs.ModeSticky
+	size int64       // of a file
+	sum  deployments.Digest
+	// offset is where a file's content begins in the tar stream.
+	offset int64
+	// target is a symbolic link's; original the number of the entry that a hard link is another name of.
+	target   string
+	original int
+}
+
+// frame is one zstd frame of the archive.
+type frame struct {
+	offset, size  int64 // in the archive
+	start, length int64 // in the tar stream
+	sum           deployments.Digest
+	// content is the SHA-256 of what the frame decodes to, where that is all one file's; else zero.
+	content deployments.Digest
+}
+
+// index is a tree, and where its bytes lie in an archive.
+type index struct {
+	archive bool // false: a list of hashes, without frames
+	entries []entry
+	frames  []frame
+}
+
+func digestOf(data []byte) deployments.Digest { return sha256.Sum256(data) }
+
+// size is how many bytes of files the tree has, and archiveSize how many the archive.
+func (x *index) size() (n int64) {
+	for i := range x.entries {
+		n += x.entries[i].size
+	}
+	return n
+}
+
+func (x *index) archiveSize() int64 {
+	if len(x.frames) == 0 {
+		return 0
+	}
+	last := x.frames[len(x.frames)-1]
+	return last.offset + last.size
+}
+
+// framesOf gives the range of frames that hold a file's content.
+func (x *index) framesOf(e *entry) (from, to int) {
+	if e.size == 0 {
+		return 0, 0
+	}
+	at := func(f frame, offset int64) int { return cmp.Compare(f.start+f.length, offset) }
+	from, found := slices.BinarySearchFunc(x.frames, e.offset, at)
+	if found { // it ends where the content begins
+		from++
+	}
+	to, _ = slices.BinarySearchFunc(x.frames, e.offset+e.size, at)
+	return from, to + 1
+}
+
+// comparePaths orders paths as a walk meets them: a directory, then what is in it, then its next neighbour.
+func comparePaths(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			switch {
+			case a[i] == '/':
+				return -1
+			case b[i] == '/':
+				return 1
+			}
+			return cmp.Compare(a[i], b[i])
+		}
+	}
+	return cmp.Compare(len(a), len(b))
+}
+
+// find gives the number of the entry at p, or -1.
+func (x *index) find(p string) int {
+	i, ok := slices.BinarySearchFunc(x.entries, p, func(e entry, p string) int { return comparePaths(e.path, p) })
+	if !ok {
+		return -1
+	}
+	return i
+}
+
+func (x *index) encode() []byte {
+	out := make([]byte, 0, len(indexMagic)+64*len(x.entries)+40*len(x.frames)+16)
+	out = append(out, indexMagic...)
+	flags := uint64(0)
+	if x.archive {
+		flags = 1
+	}
+	out = binary.AppendUvarint(out, flags)
+	out = binary.AppendUvarint(out, uint64(len(x.entries)))
+	out = binary.AppendUvarint(out, uint64(len(x.frames)))
+	last, end := "", int64(0)
+	for i := range x.entries {
+		e := &x.entries[i]
+		shared := commonPrefix(last, e.path)
+		out = append(out, byte(e.kind))
+		out = binary.AppendUvarint(out, uint64(shared))
+		out = appendString(out, e.path[shared:])
+		out = binary.AppendUvarint(out, uint64(unixMode(e.mode)))
+		last = e.path
+		switch e.kind {
+		case kindFile:
+			out = binary.AppendUvarint(out, uint64(e.size))
+			out = append(out, e.sum[:]...)
+			switch {
+			case !x.archive:
+			case e.size == 0: // it lies nowhere
+				out = binary.AppendUvarint(out, 0)
+			default:
+				out = binary.AppendUvarint(out, uint64(e.offset-end))
+				end = e.offset + e.size
+			}
+		case kindSymlink:
+			out = appendString(out, e.target)
+		case kindHardlink:
+			out = binary.AppendUvarint(out, uint64(e.original))
+		}
+	}
+	for i := range x.frames {
+		f := &x.frames[i]
+		out = binary.AppendUvarint(out, uint64(f.size))
+		if f.content.IsZero() {
+			out = binary.AppendUvarint(out, uint64(f.length)<<1)
+			out = append(out, f.sum[:]...)
+		} else {
+			out = binary.AppendUvarint(out, uint64(f.length)<<1|1)
+			out = append(out, f.sum[:]...)
+			out = append(out, f.content[:]...)
+		}
+	}
+	return out
+}
+
+func appendString(out []byte, s string) []byte {
+	return append(binary.AppendUvarint(out, uint64(len(s))), s...)
+}
+
+func commonPrefix(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return n
+}
+
+// unixMode gives the bits that chmod takes: the nine, and the sticky one.
+func unixMode(m fs.FileMode) uint32 {
+	bits := uint32(m.Perm())
+	if m&fs.ModeSticky != 0 {
+		bits |= 0o1000
+	}
+	return bits
+}
+
+// decodeIndex reads an index that nobody vouches for: whatever the bytes are, it neither panics nor takes more memory than a
+// small multiple of their length, and what it returns keeps every rule of the package comment.
+func decodeIndex(data []byte) (*index, error) {
+	if len(data) > maxIndex {
+		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), maxIndex)
+	}
+	rest, ok := bytes.CutPrefix(data, []byte(indexMagic))
+	if !ok {
+		return nil, fmt.Errorf("%w: it does not begin as one", ErrIndex)
+	}
+	r := &cursor{rest: rest}
+	flags := r.number(1)
+	// An entry has at least five bytes and a frame 34, which bounds both numbers before memory is given to them.
+	entries := int(r.number(uint64(min(maxEntries, len(data)/5))))
+	frames := int(r.number(uint64(len(data) / 34)))
+	if r.err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrIndex, r.err)
+	}
+	x := &index{archive: flags == 1, entries: make([]entry, entries), frames: make([]frame, frames)}
+	if !x.archive && frames > 0 {
+		return nil, fmt.Errorf("%w: a list of hashes with frames", ErrIndex)
+	}
+	end, err := x.decodeEntries(r)
+	if err == nil {
+		err = x.decodeFrames(r, end)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrIndex, err)
+	}
+	if len(r.rest) > 0 {
+		return nil, fmt.Errorf("%w: %d bytes follow it", ErrIndex, len(r.rest))
+	}
+	return x, nil
+}
+
+// decodeEntries returns where the last file's content ends in the tar stream.
+func (x *index) decodeEntries(r *cursor) (end int64, err error) {
+	var last []byte
+	var tree int64
+	dirs := []string{""} // the directories that the next entry may lie in
+	for i := range x.entries {
+		e := &x.entries[i]
+		e.kind = kind(r.number(uint64(kindHardlink)))
+		shared := r.number(uint64(len(last)))
+		suffix := r.bytes(r.number(maxPath))
+		mode := r.number(0o1777)
+		if r.err != nil {
+			return 0, fmt.Errorf("entry %d: %w", i, r.err)
+		}
+		p := append(last[:shared:shared], suffix...)
+		e.path = string(p)
+		e.mode = fs.FileMode(mode & 0o777)
+		if mode&0o1000 != 0 {
+			e.mode |= fs.ModeSticky
+		}
+		if err := checkPath(e.path); err != nil {
+			return 0, fmt.Errorf("entry %d: %w", i, err)
+		}
+		if i > 0 && comparePaths(x.entries[i-1].path, e.path) >= 0 {
+			return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
+		}
+		last = p
+		parent := parentOf(e.path)
+		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
+			dirs = dirs[:len(dirs)-1]
+		}
+		if len(dirs) == 0 {
+			return 0, fmt.Errorf("entry %d: %q does not lie in a directory of the tree", i, e.path)
+		}
+		switch e.kind {
+		case kindDir:
+			dirs = append(dirs, e.path)
+		case kindFile:
+			e.size = int64(r.number(maxTree))
+			r.digest(&e.sum)
+			if x.archive {
+				e.offset = end + int64(r.number(maxTree))
+				end = e.offset + e.size
+			}
+			if tree += e.size; tree > maxTree || end > 2*maxTree {
+				return 0, fmt.Errorf("entry %d: the tree has more than %d bytes", i, int64(maxTree))
+			}
+		case kindSymlink:
+			e.target = string(r.bytes(r.number(maxPath)))
+			if r.err == nil {
+				if err := checkTarget(e.path, e.target); err != nil {
+					return 0, fmt.Errorf("entry %d: %w", i, err)
+				}
+			}
+		case kindHardlink:
+			e.original = int(r.number(maxEntries))
+			if e.original >= i || x.entries[e.original].kind != kindFile {
+				return 0, fmt.Errorf("entry %d: %q is a hard link to what is not a file before it", i, e.path)
+			}
+		}
+		if r.err != nil {
+			return 0, fmt.Errorf("entry %d: %w", i, r.err)
+		}
+	}
+	return end, nil
+}
+
+func (x *index) decodeFrames(r *cursor, end int64) error {
+	var offset, start int64
+	for i := range x.frames {
+		f := &x.frames[i]
+		f.offset, f.start = offset, start
+		f.size = int64(r.number(math.MaxInt32))
+		length := r.number(2*maxFrame + 1)
+		f.length = int64(length >> 1)
+		r.digest(&f.sum)
+		if length&1 == 1 {
+			r.digest(&f.content)
+		}
+		switch {
+		case r.err != nil:
+			return fmt.Errorf("frame %d: %w", i, r.err)
+		case f.size == 0 || f.length == 0 || f.size > maxEncoded(f.length):
+			return fmt.Errorf("frame %d: %d bytes that decode to %d", i, f.size, f.length)
+		case length&1 == 1 && f.content.IsZero():
+			return fmt.Errorf("frame %d: no hash of its content", i)
+		}
+		offset += f.size
+		start += f.length
+	}
+	if x.archive && end > start {
+		return fmt.Errorf("the files end at byte %d of the tar stream, the frames at %d", end, start)
+	}
+	return nil
+}
+
+// checkPath accepts a clean relative path that stays in the tree.
+func checkPath(p string) error {
+	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
+		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
+	}
+	for part := range strings.SplitSeq(p, "/") {
+		if part == "" || part == "." || part == ".." || len(part) > maxName {
+			return fmt.Errorf("the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes", clip(p), maxName)
+		}
+	}
+	return nil
+}
+
+// checkTarget accepts a symbolic link that stays in the tree, whatever other links it passes: its ".." come first, where they
+// climb real directories, and are no more than those.
+func checkTarget(p, target string) error {
+	if target == "" || len(target) >= maxPath || strings.IndexByte(target, 0) >= 0 {
+		return fmt.Errorf("the target of the symbolic link %q is empty, too long or has a zero byte", clip(p))
+	}
+	if strings.HasPrefix(target, "/") {
+		return fmt.Errorf("the symbolic link %q leads out of the tree, to %q", clip(p), clip(target))
+	}
+	depth, climbing := strings.Count(p, "/"), true
+	for part := range strings.SplitSeq(target, "/") {
+		switch part {
+		case "..":
+			if depth--; depth < 0 || !climbing {
+				return fmt.Errorf("the symbolic link %q leads out of the tree, or might: %q", clip(p), clip(target))
+			}
+		case "", ".":
+		default:
+			climbing = false
+		}
+	}
+	return nil
+}
+
+func parentOf(p string) string {
+	if dir := path.Dir(p); dir != "." {
+		return dir
+	}
+	return ""
+}
+
+func clip(s string) string {
+	if len(s) > 120 {
+		return s[:117] + "..."
+	}
+	return s
+}
+
+// cursor reads numbers and bytes off a buffer; after the first error everything is zero.
+type cursor struct {
+	rest []byte
+	err  error
+}
+
+var errShort = errors.New("it ends in the middle")
+
+// number reads a varint of at most max.
+func (r *cursor) number(max uint64) uint64 {
+	n, size := binary.Uvarint(r.rest)
+	switch {
+	case r.err != nil:
+		return 0
+	case size == 0:
+		r.err = errShort
+		return 0
+	case size < 0 || n > max:
+		r.err = fmt.Errorf("a number is over its bound of %d", max)
+		return 0
+	case size > 1 && r.rest[size-1] == 0:
+		r.err = errors.New("a number is longer than it need be")
+		return 0
+	}
+	r.rest = r.rest[size:]
+	return n
+}
+
+// bytes gives the next n bytes, which alias the buffer.
+func (r *cursor) bytes(n uint64) []byte {
+	if r.err == nil && n > uint64(len(r.rest)) {
+		r.err = errShort
+	}
+	if r.err != nil {
+		return nil
+	}
+	out := r.rest[:n]
+	r.rest = r.rest[n:]
+	return out
+}
+
+func (r *cursor) digest(d *deployments.Digest) { copy(d[:], r.bytes(uint64(len(d)))) }

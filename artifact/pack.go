@@ -1,0 +1,419 @@
+package artifact
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
+	"hash/fnv"
+	"io"
+	"io/fs"
+	"os"
+	"runtime"
+	"syscall"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments"
+)
+
+const (
+	largeFile  = 1 << 20   // from here on a file has frames of its own
+	largeFrame = 2 << 20   // of a large file's content
+	groupLeast = 192 << 10 // small files are gathered at least to here,
+	groupMost  = 512 << 10 // and no further than here
+)
+
+// emptyDigest is what a file has that nothing is read of.
+var emptyDigest = digestOf(nil)
+
+var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// packed is what pack made.
+type packed struct {
+	Size   int64 // of the archive, in bytes
+	SHA256 deployments.Digest
+	Index  []byte
+	Files  int
+	Tree   int64 // bytes of the tree
+}
+
+// pack writes the tree in dir as an archive. A file that changes meanwhile is an error.
+func pack(ctx context.Context, dir string, w io.Writer, progress func(Progress)) (packed, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	}
+	defer root.Close()
+	entries, err := scan(ctx, root)
+	if err != nil {
+		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	}
+	x := &index{archive: true, entries: entries}
+	p := &packer{root: root, index: x, out: w, archive: sha256.New(), meter: newMeter("pack", x.size(), progress)}
+	if err := p.run(ctx); err != nil {
+		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	}
+	p.meter.done()
+	result := packed{Size: x.archiveSize(), SHA256: deployments.Digest(p.archive.Sum(nil)), Index: x.encode(), Tree: x.size()}
+	for i := range entries {
+		if entries[i].kind == kindFile {
+			result.Files++
+		}
+	}
+	if _, err := decodeIndex(result.Index); err != nil { // what no node would read must not be published
+		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	}
+	return result, nil
+}
+
+// scan lists a tree in the order of the archive, without hashes and offsets.
+func scan(ctx context.Context, root *os.Root) ([]entry, error) {
+	type inode struct{ dev, ino uint64 }
+	var entries []entry
+	seen := make(map[inode]int)
+	err := fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || p == "." {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		if err := checkPath(p); err != nil {
+			return err
+		}
+		e := entry{path: p, mode: info.Mode() & (fs.ModePerm | fs.ModeSticky)}
+		switch info.Mode().Type() {
+		case fs.ModeDir:
+			e.kind = kindDir
+		case fs.ModeSymlink:
+			e.kind, e.mode = kindSymlink, fs.ModePerm
+			if e.target, err = root.Readlink(p); err != nil {
+				return err
+			}
+			if err := checkTarget(p, e.target); err != nil {
+				return err
+			}
+		case 0:
+			if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid) != 0 {
+				return fmt.Errorf("%q is setuid or setgid, which a release may not have", p)
+			}
+			e.size, e.sum = info.Size(), emptyDigest
+			e.mode &= fs.ModePerm
+			if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink > 1 {
+				key := inode{uint64(st.Dev), st.Ino}
+				if first, ok := seen[key]; ok {
+					e.kind, e.original, e.size, e.sum = kindHardlink, first, 0, deployments.Digest{}
+				} else {
+					seen[key] = len(entries)
+				}
+			}
+		default:
+			return fmt.Errorf("%q is neither a file, a directory nor a symbolic link (%s)", p, info.Mode().Type())
+		}
+		if len(entries) == maxEntries {
+			return fmt.Errorf("it has more than %d entries", maxEntries)
+		}
+		entries = append(entries, e)
+		return nil
+	})
+	return entries, err
+}
+
+// section is what goes into one frame.
+type section struct {
+	parts []part
+	large bool // one part, all content of one file
+}
+
+// part is one piece of a section: an entry's header, or n bytes of its content, and the padding after it.
+type part struct {
+	entry   int
+	header  bool
+	from, n int64
+	pad     bool
+	end     bool // the archive's end
+}
+
+// sections decides where frames begin and end, from names and sizes alone.
+func (x *index) sections(yield func(section) bool) {
+	var group section
+	var size int64
+	flush := func() bool {
+		s := group
+		group, size = section{}, 0
+		return len(s.parts) == 0 || yield(s)
+	}
+	for i := range x.entries {
+		e := &x.entries[i]
+		header := int64(512)
+		if len(e.path) > 100 || len(e.target) > 100 { // PAX: a bound that is never too low
+			header += 2048 + 2*int64(len(e.path)+len(e.target))
+		}
+		content := header
+		if e.size < largeFile {
+			content += e.size
+		}
+		if (size >= groupLeast && borders(e.path) || size+content > groupMost) && !flush() {
+			return
+		}
+		group.parts = append(group.parts, part{entry: i, header: true})
+		size += content
+		switch {
+		case e.size == 0:
+		case e.size < largeFile:
+			group.parts = append(group.parts, part{entry: i, n: e.size, pad: true})
+		default:
+			if !flush() {
+				return
+			}
+			for from := int64(0); from < e.size; from += largeFrame {
+				n := min(largeFrame, e.size-from)
+				if !yield(section{parts: []part{{entry: i, from: from, n: n}}, large: true}) {
+					return
+				}
+			}
+			if e.size%512 != 0 {
+				group.parts = append(group.parts, part{entry: i, from: e.size, pad: true})
+			}
+		}
+	}
+	group.parts = append(group.parts, part{end: true})
+	flush()
+}
+
+func borders(path string) bool {
+	h := fnv.New32a()
+	io.WriteString(h, path)
+	return h.Sum32()%4 == 0
+}
+
+// packer turns sections into frames on all cores, and writes them in order.
+type packer struct {
+	root    *os.Root
+	index   *index
+	out     io.Writer
+	archive hash.Hash
+	meter   *meter
+	stream  int64 // bytes of the tar stream written so far
+}
+
+// packing is one section on its way.
+type packing struct {
+	section
+	// before and after pass the running hash of a large file from one of its sections to the next.
+	before, after chan hash.Hash
+	done          chan struct{}
+
+	data    []byte // the frame
+	length  int64
+	content deployments.Digest
+	offsets []offset
+}
+
+// offset is where, in a section, a file's content begins.
+type offset struct {
+	entry int
+	at    int64
+}
+
+func (p *packer) run(ctx context.Context) error {
+	cores := runtime.GOMAXPROCS(0)
+	group, ctx := errgroup.WithContext(ctx)
+	todo := make(chan *packing)
+	order := make(chan *packing, 2*cores) // bounds what is in memory
+	group.Go(func() error {
+		defer close(todo)
+		defer close(order)
+		var running chan hash.Hash
+		for s := range p.index.sections {
+			job := &packing{section: s, done: make(chan struct{})}
+			if s.large {
+				first := s.parts[0]
+				if job.before = running; first.from == 0 {
+					job.before = make(chan hash.Hash, 1)
+					job.before <- sha256.New()
+				}
+				job.after = make(chan hash.Hash, 1)
+				running = job.after
+			}
+			for _, to := range []chan *packing{order, todo} {
+				select {
+				case to <- job:
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			}
+		}
+		return nil
+	})
+	for range cores {
+		group.Go(func() error {
+			encoder, err := newEncoder(zstd.SpeedDefault, largeFrame)
+			if err != nil {
+				return err
+			}
+			defer encoder.Close()
+			worker := &packWorker{packer: p, encoder: encoder}
+			for job := range todo {
+				if err := worker.pack(ctx, job); err != nil {
+					return err
+				}
+				close(job.done)
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		for job := range order {
+			select {
+			case <-job.done:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			if err := p.write(job); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return group.Wait()
+}
+
+// newEncoder makes an encoder whose output depends on nothing but its input.
+func newEncoder(level zstd.EncoderLevel, window int) (*zstd.Encoder, error) {
+	return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithWindowSize(window))
+}
+
+func (p *packer) write(job *packing) error {
+	if _, err := p.out.Write(job.data); err != nil {
+		return err
+	}
+	p.archive.Write(job.data)
+	f := frame{offset: p.index.archiveSize(), size: int64(len(job.data)), start: p.stream, length: job.length,
+		sum: digestOf(job.data), content: job.content}
+	p.index.frames = append(p.index.frames, f)
+	for _, o := range job.offsets {
+		p.index.entries[o.entry].offset = p.stream + o.at
+	}
+	p.stream += job.length
+	for _, part := range job.parts {
+		p.meter.add(part.n)
+	}
+	return nil
+}
+
+type packWorker struct {
+	*packer
+	encoder *zstd.Encoder
+	raw     bytes.Buffer
+}
+
+func (w *packWorker) pack(ctx context.Context, job *packing) error {
+	w.raw.Reset()
+	for _, part := range job.parts {
+		switch {
+		case part.end:
+			w.raw.Write(make([]byte, 1024))
+		case part.header:
+			if err := w.header(part.entry); err != nil {
+				return err
+			}
+		default:
+			if err := w.content(ctx, job, part); err != nil {
+				return err
+			}
+		}
+		if part.pad {
+			if over := w.index.entries[part.entry].size % 512; over != 0 {
+				w.raw.Write(make([]byte, 512-over))
+			}
+		}
+	}
+	job.length = int64(w.raw.Len())
+	job.data = w.encoder.EncodeAll(w.raw.Bytes(), make([]byte, 0, w.raw.Len()/2))
+	return nil
+}
+
+func (w *packWorker) header(i int) error {
+	e := &w.index.entries[i]
+	h := &tar.Header{Name: e.path, Mode: int64(unixMode(e.mode)), ModTime: packedTime}
+	switch e.kind {
+	case kindFile:
+		h.Typeflag, h.Size = tar.TypeReg, e.size
+	case kindDir:
+		h.Typeflag = tar.TypeDir
+		h.Name += "/"
+	case kindSymlink:
+		h.Typeflag, h.Linkname = tar.TypeSymlink, e.target
+	case kindHardlink:
+		h.Typeflag, h.Linkname = tar.TypeLink, w.index.entries[e.original].path
+	}
+	return tar.NewWriter(&w.raw).WriteHeader(h)
+}
+
+// content reads a part of a file and hashes it; of a large file in the order of its parts, since the hash runs on.
+func (w *packWorker) content(ctx context.Context, job *packing, part part) error {
+	if part.n == 0 {
+		return nil
+	}
+	e := &w.index.entries[part.entry]
+	begin := w.raw.Len()
+	if part.from == 0 {
+		job.offsets = append(job.offsets, offset{part.entry, int64(begin)})
+	}
+	if err := w.read(e, part); err != nil {
+		return err
+	}
+	data := w.raw.Bytes()[begin:]
+	if !job.large {
+		e.sum = digestOf(data)
+		return nil
+	}
+	job.content = digestOf(data)
+	select {
+	case running := <-job.before:
+		running.Write(data)
+		if part.from+part.n == e.size {
+			e.sum = deployments.Digest(running.Sum(nil))
+		}
+		job.after <- running
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+var errChanging = errors.New("it changed while it was read")
+
+func (w *packWorker) read(e *entry, part part) error {
+	f, err := w.root.Open(e.path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || info.Size() != e.size {
+		return fmt.Errorf("%s: %w", e.path, errChanging)
+	}
+	n, err := io.Copy(&w.raw, io.NewSectionReader(f, part.from, part.n))
+	if err == nil && n != part.n {
+		err = errChanging
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.path, err)
+	}
+	return nil
+}

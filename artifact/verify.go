@@ -1,0 +1,197 @@
+package artifact
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"slices"
+
+	"golang.org/x/time/rate"
+
+	"kedge/deployments"
+)
+
+// verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index. It reads every
+// file, at most limit bytes a second (0: as fast as one core can).
+func verifyTree(ctx context.Context, dir string, data []byte, limit int64) ([]Difference, error) {
+	x, err := decodeIndex(data)
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", dir, err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("verify: %w", err)
+	}
+	defer root.Close()
+	v := &verifier{root: root, index: x, seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
+	if limit > 0 {
+		v.limit = rate.NewLimiter(rate.Limit(limit), len(v.buffer))
+	}
+	if err := v.run(ctx); err != nil {
+		return nil, fmt.Errorf("verify %s: %w", dir, err)
+	}
+	slices.SortFunc(v.found, func(a, b Difference) int {
+		return cmp.Or(comparePaths(a.Path, b.Path), cmp.Compare(a.What, b.What))
+	})
+	return v.found, nil
+}
+
+type verifier struct {
+	root   *os.Root
+	index  *index
+	seen   []fs.FileInfo
+	found  []Difference
+	limit  *rate.Limiter // nil: none
+	buffer []byte
+}
+
+func (v *verifier) run(ctx context.Context) error {
+	err := fs.WalkDir(v.root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
+		if p == "." {
+			return err
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // it went while the tree was read: missing, if it should be there
+		}
+		if err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		i := v.index.find(p)
+		if i < 0 {
+			v.differs(p, "extra")
+			if d.IsDir() {
+				return fs.SkipDir // its name says enough
+			}
+			return nil
+		}
+		info, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		v.seen[i] = info
+		return v.compare(ctx, i, info)
+	})
+	if err != nil {
+		return err
+	}
+	for i, info := range v.seen {
+		if info == nil {
+			v.differs(v.index.entries[i].path, "missing")
+		}
+	}
+	return nil
+}
+
+func (v *verifier) differs(path, what string) {
+	v.found = append(v.found, Difference{Path: path, What: what})
+}
+
+func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
+	e := &v.index.entries[i]
+	want := map[kind]fs.FileMode{kindDir: fs.ModeDir, kindSymlink: fs.ModeSymlink}[e.kind]
+	if info.Mode().Type() != want {
+		v.differs(e.path, "type")
+		return nil
+	}
+	const bits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid | fs.ModeSetgid
+	kept := bits
+	if e.kind == kindDir {
+		kept &^= fs.ModeSetgid // a directory has it from the one above
+	}
+	if (e.kind == kindFile || e.kind == kindDir) && info.Mode()&kept != e.mode {
+		v.differs(e.path, "mode")
+	}
+	switch e.kind {
+	case kindSymlink:
+		if target, err := v.root.Readlink(e.path); err != nil || target != e.target {
+			v.differs(e.path, "link")
+		}
+	case kindHardlink:
+		if first := v.seen[e.original]; first == nil || !os.SameFile(first, info) {
+			v.differs(e.path, "link")
+		}
+	case kindFile:
+		sum, err := v.hash(ctx, e, info)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err != nil || sum != e.sum {
+			v.differs(e.path, "content")
+		}
+	}
+	return nil
+}
+
+func (v *verifier) hash(ctx context.Context, e *entry, info fs.FileInfo) (deployments.Digest, error) {
+	if info.Size() != e.size {
+		return deployments.Digest{}, nil
+	}
+	f, err := v.root.Open(e.path)
+	if err != nil {
+		return deployments.Digest{}, err
+	}
+	defer f.Close()
+	return hashSlowly(ctx, f, v.limit, v.buffer)
+}
+
+// hashSlowly hashes what it reads, as fast as limit allows (nil: at will).
+func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []byte) (deployments.Digest, error) {
+	h := sha256.New()
+	for {
+		n, err := r.Read(buffer)
+		h.Write(buffer[:n])
+		if limit != nil {
+			if err := limit.WaitN(ctx, n); err != nil {
+				return deployments.Digest{}, err
+			}
+		}
+		if err == io.EOF {
+			return deployments.Digest(h.Sum(nil)), nil
+		}
+		if err := cmp.Or(err, ctx.Err()); err != nil {
+			return deployments.Digest{}, err
+		}
+	}
+}
+
+// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it by later and to take
+// unchanged files from.
+func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list of hashes: %w", err)
+	}
+	defer root.Close()
+	entries, err := scan(ctx, root)
+	if err != nil {
+		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
+	}
+	v := &verifier{root: root, buffer: make([]byte, 256<<10)}
+	for i := range entries {
+		e := &entries[i]
+		if e.kind != kindFile || e.size == 0 {
+			continue
+		}
+		f, err := root.Open(e.path)
+		if err != nil {
+			return nil, err
+		}
+		e.sum, err = hashSlowly(ctx, f, nil, v.buffer)
+		f.Close()
+		if err != nil {
+			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
+		}
+	}
+	return (&index{entries: entries}).encode(), nil
+}
