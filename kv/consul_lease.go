@@ -99,12 +99,7 @@ func (s *consulStore) awaitFree(ctx context.Context, key string) error {
 				return err
 			}
 			free = pair == nil || pair.Session == ""
-			switch {
-			case meta.LastIndex < index, meta.LastIndex == index && time.Since(asked) < watchWait:
-				index = 0 // went back, or a restore woke us: read at once
-			default:
-				index = max(meta.LastIndex, 1)
-			}
+			index = nextIndex(index, meta.LastIndex, time.Since(asked))
 			return nil
 		})
 		if err != nil || free {

@@ -122,7 +122,7 @@ func (p *consulPresence) evict(ctx context.Context, key string) error {
 	if err != nil || old == nil || old.Session == "" || old.Session == p.session {
 		return err
 	}
-	if e, err := s.sessionInfo(ctx, old.Session, &api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
+	if e, _, err := s.sessionInfo(ctx, old.Session, api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
 		s.destroySession(old.Session)
 	}
 	// What the ended session held as well can be taken only after its delay.
@@ -141,7 +141,7 @@ func (p *consulPresence) open(ctx context.Context) error {
 	case err != nil:
 		return err
 	default:
-		info, err := s.sessionInfo(ctx, id, &api.QueryOptions{RequireConsistent: true}, requestTimeout)
+		info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 		if err != nil || info == nil {
 			s.destroySession(id)
 			return cmp.Or(err, fmt.Errorf("create a session: it is gone already: %w", ErrUnavailable))
@@ -168,19 +168,17 @@ func (p *consulPresence) opened(id string, renew bool) {
 	}
 }
 
-// sessionInfo gives nil for a session that is gone.
-func (s *consulStore) sessionInfo(ctx context.Context, id string, opts *api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, err error) {
+// sessionInfo gives nil for a session that is gone, and the index to wait on.
+func (s *consulStore) sessionInfo(ctx context.Context, id string, opts api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, index uint64, err error) {
 	err = s.do(ctx, "look at a session", timeout, func(q *api.QueryOptions) error {
-		o := *opts
-		o.Token = q.Token
+		opts.Token = q.Token
 		var meta *api.QueryMeta
-		e, meta, err = s.client.Session().Info(id, o.WithContext(q.Context()))
-		if err == nil {
-			opts.WaitIndex = max(meta.LastIndex, 1)
+		if e, meta, err = s.client.Session().Info(id, opts.WithContext(q.Context())); err == nil {
+			index = meta.LastIndex
 		}
 		return err
 	})
-	return e, err
+	return e, index, err
 }
 
 // keep renews the session where it must be, and repairs what is held when the session or an entry went away: the node
@@ -234,12 +232,15 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 		}
 		return nil
 	}
-	opts := &api.QueryOptions{AllowStale: true, WaitTime: presencePoll}
+	var index uint64
 	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
-		e, err := p.store.sessionInfo(p.ctx, session, opts, watchTimeout)
+		asked := time.Now()
+		e, next, err := p.store.sessionInfo(p.ctx, session,
+			api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
 		if err != nil || e == nil {
 			return err
 		}
+		index = nextIndex(index, next, time.Since(asked))
 		if err := wait(p.ctx, 100*time.Millisecond); err != nil {
 			return err
 		}
@@ -252,7 +253,7 @@ func (p *consulPresence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
 	if p.session != "" {
-		info, err := p.store.sessionInfo(p.ctx, p.session, &api.QueryOptions{}, requestTimeout)
+		info, _, err := p.store.sessionInfo(p.ctx, p.session, api.QueryOptions{}, requestTimeout)
 		if err != nil {
 			return err
 		}

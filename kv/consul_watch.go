@@ -88,7 +88,7 @@ func (s *consulStore) certain(ctx context.Context, prefix string) (listing, erro
 // has to be confirmed by the leader (nil).
 func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last listing, idle *backoff.ExponentialBackOff) error {
 	for {
-		index := max(last.meta.LastIndex, 1) // 0 wouldn't wait
+		index := max(last.meta.LastIndex, 1)
 		asked := time.Now()
 		l, err := s.read(ctx, prefix, api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
 		if err != nil {
@@ -97,15 +97,14 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 		if !l.meta.KnownLeader || l.meta.LastContact > maxLastContact {
 			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, ErrUnavailable)
 		}
-		early := time.Since(asked) < watchWait
-		// An index that went back, or that stands still though the wait isn't over, is what a restore leaves behind.
-		if l.meta.LastIndex < index || l.meta.LastIndex == index && early {
+		took := time.Since(asked)
+		if nextIndex(index, l.meta.LastIndex, took) == 0 {
 			return wait(ctx, idle.NextBackOff())
 		}
 		if l.folder != last.folder || l.filtered != last.filtered || l.blind() || regressed(v.view.Entries, l.entries) {
 			return nil
 		}
-		if slices.EqualFunc(last.entries, l.entries, sameEntry) && early {
+		if slices.EqualFunc(last.entries, l.entries, sameEntry) && took < watchWait {
 			if err := wait(ctx, idle.NextBackOff()); err != nil {
 				return err
 			}
@@ -115,6 +114,15 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 		}
 		last = l
 	}
+}
+
+// nextIndex gives the index to wait on after an answer, or 0, which doesn't wait, where the answer has to be doubted: an
+// index that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
+func nextIndex(sent, got uint64, took time.Duration) uint64 {
+	if sent > 0 && (got < sent || got == sent && took < watchWait) {
+		return 0
+	}
+	return max(got, 1) // below 1 it wouldn't wait
 }
 
 // regressed reports whether a key of old is missing or older in now, both sorted.

@@ -449,9 +449,16 @@ func (n *ConsulNode) exited() error {
 	return n.proc.state
 }
 
+// logTail gives the end of what the node logged, without what it logs when all is well.
 func (n *ConsulNode) logTail() string {
 	data, _ := os.ReadFile(filepath.Join(n.dir, "log"))
-	return string(data[max(0, len(data)-4000):])
+	var lines []string
+	for line := range strings.Lines(string(data)) {
+		if !strings.Contains(line, " [INFO] ") {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-30):], "")
 }
 
 func portOf(addr string) int {
