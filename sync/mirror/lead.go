@@ -38,6 +38,7 @@ func (m *Mirror) lead(ctx context.Context) {
 		failed = false
 		retry.Reset()
 		m.work(ctx, lease)
+		_ = wait(ctx, jitter(time.Second)) // whoever else waits goes first
 	}
 }
 
@@ -259,7 +260,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	now := time.Now()
 	cells := l.observe(view)
 	l.recall(cmp.Or(git.head, "none"))
-	refused := l.judge(ctx, git, cells)
+	refused, unsure := l.judge(ctx, git, cells)
 
 	status := l.written
 	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
@@ -277,6 +278,9 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	switch {
 	case refused != nil:
 		status.Refused, status.Error = git.head, clip(refused.Error(), maxError)
+	case unsure != nil:
+		status.Error = clip(unsure.Error(), maxError)
+		again = settle
 	case git.away != nil:
 		status.Error = clip(git.away.Error(), maxError)
 	}
@@ -337,38 +341,34 @@ func (l *leader) orders(view kv.View) map[deployments.UnitID]order {
 	return good
 }
 
-// judge decides whether the branch's head becomes the commit to write, and says why not.
-func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) error {
+// judge decides whether the branch's head becomes the commit to write, and else why not: refused is for good, unsure may pass.
+func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) (refused, unsure error) {
 	switch {
 	case git.head == "" || l.accepted != nil && git.head == l.accepted.Hash:
-		return nil
+		return nil, nil
 	case git.bad != nil:
-		return git.bad
+		return git.bad, nil
 	}
-	from := l.written.taken()
-	rules := l.written.Rules
-	var had []deployments.UnitID
+	m := move{from: l.written.taken(), rules: l.written.Rules, to: git.good}
 	if l.accepted != nil {
-		from, rules = l.accepted.Hash, rulesOf(l.accepted)
+		m.from, m.rules = l.accepted.Hash, rulesOf(l.accepted)
 		for _, u := range l.accepted.tree.Units {
-			had = append(had, u.ID)
+			m.had = append(m.had, u.ID)
 		}
 	} else {
 		for id, c := range cells {
 			if c.err == nil && ours(c.record) {
-				had = append(had, id)
+				m.had = append(m.had, id)
 			}
 		}
 	}
-	if from == "" {
-		rules = rulesOf(git.good)
-	}
-	if judged := from + ".." + git.head; l.judged != judged {
-		m := move{from: from, had: had, rules: rules, to: git.good}
-		var err error
-		if from != "" {
-			if m.descends, err = l.descends(ctx, from, git.head); err != nil {
-				return fmt.Errorf("history from %s to %s: %w", short(from), short(git.head), err)
+	if judged := m.from + ".." + git.head; l.judged != judged {
+		if m.from == "" {
+			m.rules = rulesOf(git.good)
+		} else {
+			var err error
+			if m.descends, err = l.descends(ctx, m.from, git.head); err != nil {
+				return nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(git.head), err)
 			}
 		}
 		l.judged, l.verdict = judged, refuse(m)
@@ -376,13 +376,13 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 		if l.verdict != nil {
 			l.c.Log.Error("the commit is refused", "commit", git.head, "error", l.verdict)
 		} else {
-			l.c.Log.Info("the commit is taken", "commit", git.head, "after", from)
+			l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
 		}
 	}
 	if l.verdict == nil {
 		l.accepted = git.good
 	}
-	return l.verdict
+	return l.verdict, nil
 }
 
 func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {

@@ -14,7 +14,7 @@ type Status struct {
 	Holder string    `json:"holder"`
 	Head   string    `json:"head"` // the commit that KV holds
 	Author string    `json:"author,omitempty"`
-	At     time.Time `json:"at"` // when Head was applied
+	At     time.Time `json:"at,omitzero"` // when Head was applied
 	// Refused is a newer commit that was not taken, and Error why, or what else is wrong (Git is away).
 	Refused string `json:"refused,omitempty"`
 	Error   string `json:"error,omitempty"`
