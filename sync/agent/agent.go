@@ -90,12 +90,16 @@ type Agent struct {
 	failures *failures
 	drains   *drains
 	drift    *driftWatcher
-	fetching chan struct{} // holds one: units fetch one after another, and so bound memory and load
+	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
+	// fetched ahead.
+	fetching, ahead chan struct{}
 
 	kicked    chan struct{} // asks the loop for a turn; holds one
 	reportNow chan struct{} // asks for a look at the reports; holds one
 	pulse     chan struct{} // Alive's
 	converged chan struct{} // closed once
+
+	snapshot sync.Once // the search for one
 
 	mu      sync.Mutex
 	known   lastKnown
@@ -135,8 +139,8 @@ func New(c Config) (_ *Agent, err error) {
 	}
 	a := &Agent{
 		c: c, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
-		fetching: make(chan struct{}, 1),
-		kicked:   make(chan struct{}, 1), reportNow: make(chan struct{}, 1),
+		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
+		kicked: make(chan struct{}, 1), reportNow: make(chan struct{}, 1),
 		pulse: make(chan struct{}), converged: make(chan struct{}),
 	}
 	if a.lock, err = takeLock(c.StateDir); err != nil {
@@ -147,6 +151,9 @@ func New(c Config) (_ *Agent, err error) {
 			err = errors.Join(err, a.lock.Close())
 		}
 	}()
+	if err = removeLeftovers(c.StateDir); err != nil {
+		return nil, err
+	}
 	if a.known, err = readLastKnown(c.StateDir, c.Log); err != nil {
 		return nil, err
 	}
@@ -163,16 +170,16 @@ func New(c Config) (_ *Agent, err error) {
 		a.roles = append(a.roles, r)
 	}
 	a.drains = newDrains(c.Maintenance, c.Log)
-	a.metrics = newMetrics(c.Metrics)
-	a.drift = newDriftWatcher(c.Log)
-	if c.Metrics != nil {
-		c.Metrics.MustRegister(gauges{a})
-	}
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, fmt.Errorf("listening for /ready and /status: %w", err)
 		}
 	}
+	a.metrics = newMetrics(c.Metrics)
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(gauges{a})
+	}
+	a.drift = newDriftWatcher(c.Log)
 	return a, nil
 }
 
@@ -284,7 +291,7 @@ func (a *Agent) unitsOnDisk() []deployments.UnitID {
 // watch follows one prefix of the store until ctx ends.
 func (a *Agent) watch(ctx context.Context, s *source) {
 	var retry backOff
-	var snapshot, folder sync.Once
+	var folder sync.Once
 	for ctx.Err() == nil {
 		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
 			retry.reset()
@@ -296,7 +303,7 @@ func (a *Agent) watch(ctx context.Context, s *source) {
 				folder.Do(func() { a.workers.Go(func() { a.makeFolder(ctx, s.prefix) }) })
 			}
 			if v.Err != nil {
-				snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
+				a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
 			}
 		})
 		if ctx.Err() != nil {
@@ -384,7 +391,7 @@ func (a *Agent) loop(ctx context.Context) {
 		var timer <-chan time.Time
 		if !next.IsZero() {
 			// The wall clock may jump, and timers stand still while the machine sleeps: look again now and then.
-			timer = time.After(min(max(time.Until(next), 0), time.Minute))
+			timer = time.After(min(max(time.Until(next), 10*time.Millisecond), time.Minute))
 		}
 		for again := false; !again; {
 			select {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -15,9 +16,9 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var calls []bool
-		away := false
+		var away atomic.Bool
 		d := newDrains(func(_ context.Context, on bool, _ string) error {
-			if away {
+			if away.Load() {
 				return errors.New("consul is away")
 			}
 			calls = append(calls, on)
@@ -50,19 +51,21 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		}
 
 		// An outage delays a switch by a bounded time, and what could not be told is told later.
-		away = true
+		away.Store(true)
 		if took := set(app, true); took != drainWait {
 			t.Errorf("a switch waited %v for maintenance mode", took)
 		}
-		away = false
+		away.Store(false)
 		time.Sleep(2 * maxRetry)
+		synctest.Wait()
 		if len(calls) != 3 || !calls[2] {
 			t.Fatalf("maintenance was turned %v", calls)
 		}
-		away = true
+		away.Store(true)
 		set(app, false)
-		away = false
+		away.Store(false)
 		time.Sleep(2 * maxRetry)
+		synctest.Wait()
 		if len(calls) != 4 || calls[3] {
 			t.Errorf("maintenance was turned %v", calls)
 		}

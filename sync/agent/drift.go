@@ -2,11 +2,10 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -118,24 +117,25 @@ func (a *Agent) observe(u *unit) {
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.busy.kind == jobDeploy || u.busy.kind == jobRecover || u.busy.kind == jobHeal || u.dest == "" || u.live == "" {
+	if k := u.busy.kind; k == jobDeploy || k == jobRecover || k == jobHeal || !u.astray() {
 		return
 	}
-	live, err := filepath.EvalSymlinks(u.dest)
-	switch {
-	case live == u.live:
-		return
-	case errors.Is(err, os.ErrNotExist):
-		u.log.Warn("dest is gone", "dest", u.dest, "healing", u.goal.heal)
-	default:
-		u.log.Warn("dest was led elsewhere", "dest", u.dest, "to", live, "instead of", u.live, "healing", u.goal.heal)
-	}
+	u.log.Warn("dest is gone, or was led elsewhere", "dest", u.dest, "expected", u.live, "healing", u.goal.heal)
 	u.drift = []string{u.dest}
 	u.nudge()
 	a.kickReport()
 }
 
-// verify compares the live tree with its release.
+// astray reports whether dest no longer leads to where the last deployment left it.
+func (u *unit) astray() bool {
+	if u.live == "" {
+		return false
+	}
+	live, _ := filepath.EvalSymlinks(u.dest)
+	return live != u.live
+}
+
+// verify compares dest, and the live tree, with the release.
 func (a *Agent) verify(ctx context.Context, u *unit) error {
 	ds, err := u.deploy.Verify(ctx, verifyRate)
 	if err != nil {
@@ -150,7 +150,10 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(ds) > 0 {
+	if u.astray() {
+		paths = append([]string{u.dest}, paths[:min(len(paths), maxDrift-1)]...)
+	}
+	if len(ds) > 0 && !slices.Equal(paths, u.drift) {
 		u.log.Warn("the live release differs from its index", "paths", len(ds), "first", ds[0].Path, "what", ds[0].What, "healing", u.goal.heal)
 	}
 	u.drift = paths

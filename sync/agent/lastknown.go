@@ -112,3 +112,19 @@ func writeJSON(path string, v any) error {
 	defer d.Close()
 	return d.Sync()
 }
+
+// removeLeftovers removes what a kill left of files that were being written aside.
+func removeLeftovers(dir string) error {
+	for _, name := range []string{lastKnownFile, failuresFile} {
+		left, err := filepath.Glob(filepath.Join(dir, "."+name+"*"))
+		if err != nil {
+			return err
+		}
+		for _, path := range left {
+			if err := os.Remove(path); err != nil {
+				return fmt.Errorf("removing what a kill left: %w", err)
+			}
+		}
+	}
+	return nil
+}

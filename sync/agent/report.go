@@ -58,6 +58,9 @@ func (a *Agent) report(ctx context.Context) {
 	limit := rate.NewLimiter(reportsPerSecond, reportBurst)
 	var retry backOff
 	for {
+		if retry.tries > 0 && wait(ctx, retry.next()) != nil {
+			return
+		}
 		var again <-chan time.Time
 		for role, r := range a.Report() {
 			if !a.settledIn(role) {
@@ -84,8 +87,9 @@ func (a *Agent) report(ctx context.Context) {
 				if retry.tries == 0 {
 					a.c.Log.Warn("the node's status can't be written: trying again", "role", role, "error", err)
 				}
-				again = time.After(retry.next())
-				continue
+				retry.tries = max(retry.tries, 1)
+				a.kickReport()
+				break
 			}
 			retry.reset()
 			a.metrics.reported()

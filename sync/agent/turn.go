@@ -3,7 +3,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -184,25 +183,30 @@ func (a *Agent) settle() {
 // unready says why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
+	for _, id := range a.drains.list() {
+		why[id.Role+"/"+id.Unit] = "drained"
+	}
+	if a.ready {
+		return why
+	}
 	for _, r := range a.roles {
 		if !r.known() {
 			why[r.name] = r.unknown()
 		}
 	}
-	drained := a.drains.list()
 	for id, u := range a.units {
-		name := id.Role + "/" + id.Unit
-		switch {
-		case slices.Contains(drained, id):
-			why[name] = "drained"
-		case !u.decided || u.gone() || a.ready || u.serving():
-		default:
-			state, err := u.standing()
-			why[name] = string(state)
-			if err != nil {
-				why[name] += ": " + oneLine(err)
-			}
+		if !u.decided || u.gone() || u.serving() {
+			continue
 		}
+		state, err := u.standing()
+		s := string(state)
+		if err != nil {
+			s += ": " + oneLine(err)
+		}
+		why[id.Role+"/"+id.Unit] = s
+	}
+	if len(why) == 0 {
+		why["agent"] = "starting"
 	}
 	return why
 }

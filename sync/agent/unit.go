@@ -112,6 +112,9 @@ func (u *unit) aim(g goal) {
 		u.retry.reset()
 		u.retryAt = time.Time{}
 	}
+	if g.claim != u.goal.claim {
+		u.refused = nil
+	}
 	u.goal = g
 	if u.busy.kind != jobNone && u.inTheWay() {
 		u.busy.cancel(errSuperseded)

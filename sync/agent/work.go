@@ -138,12 +138,12 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 	case jobForget:
 		return a.forget(u, j)
 	case jobDeploy:
-		if err := a.fetch(ctx, u, j.release); err != nil {
+		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return err
 		}
 		return u.deploy.Deploy(ctx, j.release, j.commit)
 	case jobStage:
-		return a.fetch(ctx, u, j.release)
+		return a.fetch(ctx, u, j.release, a.ahead)
 	case jobHeal:
 		return a.heal(ctx, u)
 	case jobVerify:
@@ -152,8 +152,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, one unit at a time.
-func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer) error {
+// fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, and in its turn.
+func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest || p.Digest == s.LastGood.Digest {
 		return nil
@@ -164,11 +164,11 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer) error
 		}
 	}
 	select {
-	case a.fetching <- struct{}{}:
+	case turn <- struct{}{}:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { <-a.fetching }()
+	defer func() { <-turn }()
 	return u.deploy.Stage(ctx, p)
 }
 

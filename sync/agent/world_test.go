@@ -34,13 +34,13 @@ var app = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 
 // world is one node with its store and storage, in a directory of its own.
 type world struct {
-	t     *testing.T
+	t     testing.TB
 	dir   string
 	store kv.Store
 	log   *logBuffer
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t testing.TB) *world {
 	t.Helper()
 	w := newWorldAt(t, t.TempDir())
 	t.Cleanup(func() {
@@ -51,7 +51,7 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-func newWorldAt(t *testing.T, dir string) *world {
+func newWorldAt(t testing.TB, dir string) *world {
 	t.Helper()
 	store, err := kv.Open(t.Context(), kv.Config{URL: "file://" + dir + "/kv"})
 	if err != nil {
@@ -76,7 +76,7 @@ func (w *world) config() Config {
 // running is an agent that runs until stop, or the end of the test.
 type running struct {
 	*Agent
-	t    *testing.T
+	t    testing.TB
 	w    *world
 	stop func()
 }
@@ -251,7 +251,7 @@ func (w *world) reported(role string) (deployments.Report, kv.Entry) {
 	return r, e
 }
 
-func await(t *testing.T, what string, ok func() (bool, string)) {
+func await(t testing.TB, what string, ok func() (bool, string)) {
 	t.Helper()
 	deadline := time.Now().Add(patience)
 	for {
@@ -267,7 +267,7 @@ func await(t *testing.T, what string, ok func() (bool, string)) {
 }
 
 // steadily checks that something holds, and goes on holding for a while: what must not happen has no event to wait for.
-func steadily(t *testing.T, what string, ok func() (bool, string)) {
+func steadily(t testing.TB, what string, ok func() (bool, string)) {
 	t.Helper()
 	for end := time.Now().Add(150 * time.Millisecond); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if good, now := ok(); !good {
@@ -276,7 +276,7 @@ func steadily(t *testing.T, what string, ok func() (bool, string)) {
 	}
 }
 
-func write(t *testing.T, path, data string) {
+func write(t testing.TB, path, data string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,32 @@
+package agent
+
+import (
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// BenchmarkPutToSwitch is the time from a record that was written to the release that is live, for a small release that lies on
+// disk already.
+func BenchmarkPutToSwitch(b *testing.B) {
+	w := newWorld(b)
+	releases := []deployments.Pointer{w.publish("app", "0"), w.publish("app", "1")}
+	a := w.start()
+	for _, p := range releases {
+		w.put(kv.DesiredKey(app), p.String())
+		a.awaitRunning(app, p)
+	}
+	for i := range b.N {
+		want := []string{"0", "1"}[i%2]
+		b.StopTimer()
+		w.put(kv.DesiredKey(app), releases[(i+1)%2].String())
+		a.awaitRunning(app, releases[(i+1)%2])
+		b.StartTimer()
+		w.put(kv.DesiredKey(app), releases[i%2].String())
+		for w.live("app") != want {
+			time.Sleep(100 * time.Microsecond)
+		}
+	}
+}

@@ -1,0 +1,98 @@
+package agent
+
+import (
+	"testing"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
+)
+
+// agentRules are what an agent's token may do.
+const agentRules = `
+	key_prefix "kedge/desired/" { policy = "read" }
+	key_prefix "kedge/pins/"    { policy = "read" }
+	key_prefix "kedge/status/"  { policy = "write" }
+	session_prefix ""           { policy = "write" }
+	node_prefix ""              { policy = "read" }
+	agent_prefix ""             { policy = "read" }`
+
+func (w *world) folders() {
+	w.t.Helper()
+	err := w.store.EnsureFolders(w.t.Context(), kv.RolePrefix(kv.DesiredPrefix, "prod", "web"), kv.RolePrefix(kv.PinsPrefix, "prod", "web"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func TestConsulTokenLost(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	w.store = consul.Open(consul.RootToken)
+	w.folders()
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	w.put(kv.PinKey(app), two.String())
+	token := consul.Token(agentRules)
+	a := w.start(withMetrics, func(c *Config) { c.Store = consul.Open(token) })
+	a.awaitRunning(app, two)
+	await(t, "the report", func() (bool, string) {
+		r, e := w.reported("web")
+		return r.Units["app"].State == deployments.StateConverged && e.Session != "", string(e.Value)
+	})
+	consul.RevokeToken(token)
+	w.put(kv.DesiredKey(app), string(recordOf("2", digestA))) // wakes it
+	await(t, "the agent to notice", func() (bool, string) {
+		trouble := ""
+		for _, s := range a.Status().Sources {
+			trouble += s.Trouble
+		}
+		return trouble != "", w.log.String()
+	})
+	steadily(t, "a lost token changes nothing", func() (bool, string) { return w.live("app") == "2", w.live("app") })
+	if u := a.unit(app); u.State != deployments.StateConverged || u.Running != two {
+		t.Errorf("without its token: %+v", u)
+	}
+	if code, body := a.get("/ready"); code != 200 {
+		t.Errorf("/ready: %d %s", code, body)
+	}
+}
+
+func TestConsulAwayAndRestored(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{Persistent: true})
+	w.store = consul.Open("")
+	one, two, three := w.publish("app", "1"), w.publish("app", "2"), w.publish("app", "3")
+	// Without a mirror the agent makes the folder keys itself.
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	snapshot := consul.Snapshot()
+	w.desire(app, deployments.Record{Target: two, Generation: 2})
+	a.awaitRunning(app, two)
+
+	// A restore brings an older record back, and that is what the store says.
+	consul.Restore(snapshot)
+	a.awaitRunning(app, one)
+	await(t, "the report after the restore", func() (bool, string) {
+		r, e := w.reported("web")
+		return e.Session != "" && r.Units["app"].Running == one, string(e.Value)
+	})
+	w.desire(app, deployments.Record{Target: two, Generation: 3})
+	a.awaitRunning(app, two)
+	a.stop()
+
+	consul.Servers[0].Stop()
+	a = w.start()
+	a.awaitRunning(app, two)
+	consul.Servers[0].Start()
+	consul.WaitReady()
+	w.desire(app, deployments.Record{Target: three, Generation: 4})
+	a.awaitRunning(app, three)
+	await(t, "the report after the outage", func() (bool, string) {
+		r, e := w.reported("web")
+		return e.Session != "" && r.Units["app"].Running == three, string(e.Value)
+	})
+}
