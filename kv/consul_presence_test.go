@@ -32,7 +32,7 @@ func present(t *testing.T, s kv.Store, name string) kv.Presence {
 // With the token that an agent has, an entry lives as long as its node.
 func TestConsulPresenceDiesWithNode(t *testing.T) {
 	t.Parallel()
-	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}, Persistent: true})
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}})
 	folders(t, c, "status/prod/web/")
 	token := c.Token(`key_prefix "kedge/status/" { policy = "write" } session "web-1" { policy = "write" }`)
 	views := kvtest.Watch(t, c.Open(c.RootToken), "status/prod/web/")

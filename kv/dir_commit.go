@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/renameio/v2"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
@@ -156,45 +157,98 @@ func (d *dirStore) finish() error {
 	return syncDir(d.path(metaDir))
 }
 
-// apply puts changes in place, one after the other.
+// apply puts changes in place, one after the other, and is done when they are on disk.
 func (d *dirStore) apply(changes []change) error {
-	for _, c := range changes {
+	staged, err := d.stage(changes)
+	if err != nil {
+		return err
+	}
+	touched := map[string]bool{}
+	for i, c := range changes {
 		d.step("apply " + c.Key)
-		if c.Hold != "" {
-			if err := d.writeFile(d.path(heldDir+"/"+heldName(c.Key)), []byte(c.Hold)); err != nil {
-				return err
-			}
-		}
-		if c.Unhold || c.Delete {
-			if err := os.Remove(d.path(heldDir + "/" + heldName(c.Key))); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
+		if err := d.applyHold(c); err != nil {
+			return err
 		}
 		switch {
-		case c.Keep:
 		case c.Delete:
 			for path, ok := d.find(c.Key); ok; path, ok = d.find(c.Key) {
 				if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}
-				if err := syncDir(filepath.Dir(path)); err != nil {
-					return err
-				}
+				touched[filepath.Dir(path)] = true
 			}
-		default:
+		case staged[i] != "":
 			path, err := d.place(c.Key)
 			if err != nil {
 				return err
 			}
-			if now, err := readValue(path); err == nil && bytes.Equal(now.value, c.Value) {
-				continue
-			}
-			if err := d.writeFile(path, c.Value); err != nil {
+			if err := os.Rename(staged[i], path); err != nil {
 				return err
 			}
+			touched[filepath.Dir(path)] = true
 		}
 	}
-	return nil
+	var group errgroup.Group
+	for dir := range touched {
+		group.Go(func() error { return syncDir(dir) })
+	}
+	return group.Wait()
+}
+
+// stage writes the values that differ from what is there to temporary files, side by side, since each waits for
+// the disk. It gives their names, empty where there is nothing to write.
+func (d *dirStore) stage(changes []change) ([]string, error) {
+	staged := make([]string, len(changes))
+	var group errgroup.Group
+	group.SetLimit(16)
+	for i, c := range changes {
+		if c.Delete || c.Keep {
+			continue
+		}
+		group.Go(func() error {
+			if path, ok := d.find(c.Key); ok {
+				if now, err := readValue(path); err == nil && bytes.Equal(now.value, c.Value) {
+					return nil
+				}
+			}
+			f, err := os.CreateTemp(d.path(tempDir), "value-")
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			staged[i] = f.Name()
+			if _, err := f.Write(c.Value); err != nil {
+				return err
+			}
+			if err := f.Chmod(0o644); err != nil {
+				return err
+			}
+			return f.Sync()
+		})
+	}
+	return staged, group.Wait()
+}
+
+// applyHold notes who holds the key. That need not survive a power cut, as no session does.
+func (d *dirStore) applyHold(c change) error {
+	path := d.path(heldDir + "/" + heldName(c.Key))
+	if c.Unhold || c.Delete {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	if c.Hold == "" {
+		return nil
+	}
+	if now, err := os.ReadFile(path); err == nil && string(now) == c.Hold {
+		return nil
+	}
+	temp := d.path(tempDir + "/held")
+	if err := os.WriteFile(temp, []byte(c.Hold), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(temp, path)
 }
 
 // writeFile replaces a file by one rename, and is done when that is on disk.

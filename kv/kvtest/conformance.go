@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -40,6 +42,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Backend) {
 		{"commit is all or nothing", testAtomic},
 		{"commit limits", testLimits},
 		{"versions", testVersions},
+		{"any history of commits", testModel},
 		{"what people put is kept as it is", testVerbatim},
 		{"concurrent commits don't lose updates", testConcurrent},
 		{"readers see no half commit", testNoHalf},
@@ -245,6 +248,78 @@ func testVersions(t *testing.T, b Backend) {
 	b.PutByHand(t, "d/k", "by hand")
 	if err := s.Commit(t.Context(), nil, kv.Replace("d/k", []byte("x"), old)); !errors.Is(err, kv.ErrConflict) {
 		t.Fatalf("a change by hand went unnoticed: %v", err)
+	}
+}
+
+// testModel drives the store and a map through the same random commits, on keys that lie below one another.
+func testModel(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "")
+	keys := []string{"d/a", "d/a/x", "d/a/y", "d/a/x/deep", "d/b/c/d", "d/b", "pins/p/w/app", "pins/p/w/app/n1", "pins/p/w/app/n2", "pins/p/w/b/n1"}
+	type value struct {
+		text    string
+		version uint64
+	}
+	model := map[string]value{}
+	draw := rand.New(rand.NewPCG(1, 2))
+	for step := range 150 {
+		next := maps.Clone(model)
+		var ops []kv.Op
+		conflict := false
+		for _, i := range draw.Perm(len(keys))[:1+draw.IntN(4)] {
+			key := keys[i]
+			was, there := model[key]
+			text := fmt.Sprint("v", draw.IntN(5))
+			claimed := was.version
+			if draw.IntN(8) == 0 || claimed == 0 {
+				claimed += 1 + draw.Uint64N(1000)
+			}
+			current := there && claimed == was.version
+			switch kind := kv.OpKind(draw.IntN(6)); kind {
+			case kv.OpPut:
+				ops, next[key] = append(ops, kv.Put(key, []byte(text))), value{text: text}
+			case kv.OpCreate:
+				ops, next[key] = append(ops, kv.Create(key, []byte(text))), value{text: text}
+				conflict = conflict || there
+			case kv.OpReplace:
+				ops, next[key] = append(ops, kv.Replace(key, []byte(text), claimed)), value{text: text}
+				conflict = conflict || !current
+			case kv.OpDelete:
+				ops = append(ops, kv.Delete(key))
+				delete(next, key)
+			case kv.OpDeleteIf:
+				ops = append(ops, kv.DeleteIf(key, claimed))
+				delete(next, key)
+				conflict = conflict || !current
+			case kv.OpCheck:
+				ops = append(ops, kv.Check(key, claimed))
+				conflict = conflict || !current
+			}
+		}
+		err := s.Commit(t.Context(), nil, ops...)
+		if conflict != errors.Is(err, kv.ErrConflict) || !conflict && err != nil {
+			t.Fatalf("step %d: commit %v on %v: %v", step, ops, model, err)
+		}
+		if err == nil {
+			model = next
+		}
+		entries, err := s.List(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want []string
+		for _, key := range slices.Sorted(maps.Keys(model)) {
+			want = append(want, key+"="+model[key].text)
+		}
+		if got := keysOf(entries); got != strings.Join(want, " ") {
+			t.Fatalf("step %d: after %v the store has %s, want %s", step, ops, got, want)
+		}
+		for _, e := range entries {
+			model[e.Key] = value{string(e.Value), e.Version}
+			if got, err := s.Get(t.Context(), e.Key); err != nil || got.Version != e.Version || !bytes.Equal(got.Value, e.Value) {
+				t.Fatalf("step %d: list says %+v and get %+v, %v", step, e, got, err)
+			}
+		}
 	}
 }
 
