@@ -16,10 +16,7 @@ func FuzzDirKey(f *testing.F) {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
-		root, err := os.MkdirTemp(t.TempDir(), "") // seeds share a TempDir
-		if err != nil {
-			t.Fatal(err)
-		}
+		root := t.TempDir()
 		dir := filepath.Join(root, "store")
 		s := open(t, kv.Config{URL: "file://" + dir})
 		if err := s.Commit(t.Context(), nil, kv.Put(key, []byte("v"))); err == nil {
@@ -34,7 +31,7 @@ func FuzzDirKey(f *testing.F) {
 		} else if entries, err := s.List(t.Context(), ""); err != nil || len(entries) != 0 {
 			t.Errorf("the refused key %q left %+v, %v", key, entries, err)
 		}
-		err = filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 			if err == nil && path != root && path != dir && !strings.HasPrefix(path, dir+string(os.PathSeparator)) {
 				t.Errorf("the key %q made %s", key, path)
 			}

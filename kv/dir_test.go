@@ -149,6 +149,11 @@ func TestDirOpen(t *testing.T) {
 	if got := open(t, kv.Config{URL: url}).String(); got != "directory "+dir {
 		t.Errorf("the store calls itself %q", got)
 	}
+	odd := filepath.Join(t.TempDir(), "a b#c%20?d")
+	open(t, kv.Config{URL: "file://" + odd})
+	if _, err := os.Stat(odd); err != nil {
+		t.Errorf("the directory's name was changed: %v", err)
+	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
