@@ -85,14 +85,19 @@ type write struct {
 	ops    []kv.Op
 }
 
-// decide gives what to write so that the store holds what the commit asks for, sorted by unit; pure.
-func decide(f facts) []write {
-	var writes []write
+// decide gives what to write so that the store holds what the commit asks for, sorted by unit; pure. all is false where a unit
+// has to wait, as this mirror's last write of it has yet to show.
+func decide(f facts) (writes []write, all bool) {
+	all = true
 	inGit := map[deployments.UnitID]bool{}
 	for _, u := range f.commit.tree.Units {
 		inGit[u.ID] = true
-		if w, ok := decideUnit(f, u); ok {
+		w, what := decideUnit(f, u)
+		switch what {
+		case doWrite:
 			writes = append(writes, w)
+		case doWait:
+			all = false
 		}
 	}
 	if f.commit.tree.Settings.Prune {
@@ -106,17 +111,29 @@ func decide(f facts) []write {
 		}
 	}
 	slices.SortFunc(writes, func(a, b write) int { return compareIDs(a.unit, b.unit) })
-	return writes
+	return writes, all
 }
 
-func decideUnit(f facts, u deployments.Unit) (write, bool) {
+// verdict is what is to be done about a unit.
+type verdict int
+
+const (
+	doNothing verdict = iota
+	doWrite
+	doWait
+)
+
+func decideUnit(f facts, u deployments.Unit) (write, verdict) {
 	c := f.cells[u.ID]
 	mine, known := f.owned[u.ID]
 	w := write{unit: u.ID, kind: "update", over: c.version}
 	floor := int64(0) // generations up to it were used
 	switch stand(c, mine, known, f.now) {
 	case inFlight:
-		return write{}, false
+		if !bytes.Equal(encode(follow(u, f.commit.Hash, mine.record)), mine.value) {
+			return write{}, doWait
+		}
+		return write{}, doNothing
 	case inOrder:
 		w.before, floor = c.record, c.record.Generation
 	case foreign:
@@ -160,12 +177,12 @@ func decideUnit(f facts, u deployments.Unit) (write, bool) {
 	case ordered:
 		w.kind, w.value = "none", c.value
 	default:
-		return write{}, false
+		return write{}, doNothing
 	}
 	if w.after.Generation > floor {
 		w.ops = append(w.ops, history(w, f)...)
 	}
-	return w, true
+	return w, doWrite
 }
 
 // history records a new generation, and removes the one that is too old.

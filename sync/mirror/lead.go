@@ -269,7 +269,11 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		if err := l.prepare(ctx, cells, now); err != nil {
 			return 0, err
 		}
-		writes = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past})
+		var all bool
+		writes, all = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past})
+		if !all && l.accepted.Hash != l.written.Head {
+			return settle, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
+		}
 		status.Applying = ""
 		if l.accepted.Hash != status.Head {
 			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)

@@ -277,6 +277,30 @@ func TestRestartWritesNothing(t *testing.T) {
 	}
 }
 
+// Pushes that come faster than the store shows the last one's write.
+func TestPushAfterPush(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	var heads []string
+	for i := range 20 {
+		heads = append(heads, o.commit(map[string]string{"prod/web/app.yaml": unitFile("app/" + strconv.Itoa(i)), "prod/web/base.yaml": unitFile("base/" + strconv.Itoa(i/5))}))
+	}
+	for _, head := range heads {
+		o.git(o.bare, "fetch", "-q", o.work, head)
+		o.git(o.bare, "update-ref", "refs/heads/main", head)
+	}
+	m.at(heads[len(heads)-1])
+	app, base := m.runs("prod/web/app", "app/19"), m.runs("prod/web/base", "base/3")
+	if app.Generation < 1 || app.Generation > 20 || base.Generation > 4 || app.Commit != heads[19] {
+		t.Errorf("app %+v, base %+v", app, base)
+	}
+	if strings.Contains(m.log.String(), "the store takes no writes") {
+		t.Error("there was trouble")
+	}
+}
+
 func TestHistory(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)

@@ -142,12 +142,14 @@ func TestDecide(t *testing.T) {
 		generation int64 // 0: nothing is written
 		stable     string
 		ops        string
+		wait       bool
 	}{
 		{name: "nothing there", git: "1", generation: 1, ops: "create put"},
 		{name: "all in order", cell: shown(good, 5), git: "1"},
 		{name: "all in order, written by this mirror", cell: shown(good, 5), own: mine(good, 4, 5, time.Hour), git: "1"},
 		{name: "a new release", cell: shown(good, 5), git: "2", generation: 4, stable: "1", ops: "replace put"},
 		{name: "a write that has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "2"},
+		{name: "a newer release, while a write has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "3", wait: true},
 		{name: "a first write that has yet to show", own: mine(good, 0, 0, time.Second), git: "1"},
 		{name: "a write that never showed", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 4}, 5, 0, time.Minute), git: "2",
 			generation: 4, stable: "1", ops: "replace"},
@@ -176,7 +178,10 @@ func TestDecide(t *testing.T) {
 			if c.past.Generation > 0 {
 				f.past[id] = c.past
 			}
-			writes := decide(f)
+			writes, all := decide(f)
+			if all == c.wait {
+				t.Errorf("all is %v", all)
+			}
 			if c.generation == 0 {
 				if len(writes) != 0 {
 					t.Fatalf("writes %+v", writes)
@@ -241,7 +246,8 @@ func TestDecideEnds(t *testing.T) {
 		git := tree(units...)
 		git.Settings.Prune = rapid.Bool().Draw(rt, "prune")
 		f.commit = commitOf(git)
-		for _, w := range decide(f) {
+		writes, _ := decide(f)
+		for _, w := range writes {
 			before := f.cells[w.unit]
 			if w.value == nil {
 				delete(f.cells, w.unit)
@@ -259,7 +265,7 @@ func TestDecideEnds(t *testing.T) {
 				rt.Fatalf("%s is %v, Git says %v", u.ID, got, u.Release)
 			}
 		}
-		if again := decide(f); len(again) != 0 {
+		if again, all := decide(f); len(again) != 0 || !all {
 			rt.Fatalf("there is something left to do: %+v", again)
 		}
 	})
