@@ -1,0 +1,128 @@
+package mirror
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// signs makes o sign its commits with the key in file, and returns the public key's line.
+func signs(t *testing.T, o *origin, file string) string {
+	t.Helper()
+	newKey(t, file, "")
+	public, err := exec.Command("ssh-keygen", "-y", "-f", file).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, file+".pub", string(public))
+	signsWith(o, file)
+	return string(public)
+}
+
+func signsWith(o *origin, file string) {
+	o.git(o.work, "config", "gpg.format", "ssh")
+	o.git(o.work, "config", "user.signingkey", file+".pub")
+	o.git(o.work, "config", "commit.gpgsign", "true")
+}
+
+func TestOnlySignedCommitsAreTaken(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	dir := t.TempDir()
+	store := dirStore(t)
+	signers := filepath.Join(dir, "signers")
+	writeFile(t, signers, "# who may deploy\nada@example.com namespaces=\"git\" "+signs(t, o, filepath.Join(dir, "ada")))
+	root := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.bare, SignedBy: signers})
+	m.at(root)
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	m.at(head)
+	was := desired(t, store)
+
+	o.git(o.work, "config", "commit.gpgsign", "false")
+	m.refuses(o.push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "it has none")
+	sameDesired(t, store, was)
+
+	eve := signs(t, o, filepath.Join(dir, "eve"))
+	m.refuses(o.push(map[string]string{"prod/web/app.yaml": unitFile("evil/2")}), "not among the allowed signers")
+	sameDesired(t, store, was)
+
+	// A signature that was good, on another commit.
+	raw := o.git(o.work, "cat-file", "commit", head)
+	forged := strings.Replace(raw, "\n\nDeploy", "\n\nDeploy this", 1)
+	writeFile(t, filepath.Join(dir, "forged"), forged+"\n")
+	hash := o.git(o.work, "hash-object", "-t", "commit", "-w", filepath.Join(dir, "forged"))
+	o.git(o.work, "push", "-q", "-f", "origin", hash+":refs/heads/main")
+	m.refuses(hash, "by the key of ada@example.com")
+	sameDesired(t, store, was)
+
+	// An old commit, whose signature is good, brought back by force, without the key.
+	o.git(o.work, "push", "-q", "-f", "origin", root+":refs/heads/main")
+	m.refuses(root, "does not descend")
+	sameDesired(t, store, was)
+
+	// The state that the mirror left is no way around it either.
+	m.stop()
+	evil := o.git(o.work, "rev-parse", "HEAD")
+	o.git(o.work, "push", "-q", "-f", "origin", evil+":refs/heads/main")
+	put(t, store, "mirror/state", `{"head":"`+evil+`"}`)
+	m = start(t, Config{Store: store, Repo: o.bare, SignedBy: signers})
+	m.status(func(s Status) bool { return s.Refused == evil })
+	sameDesired(t, store, was)
+
+	// Whoever is added to the file may sign from then on.
+	o.git(o.work, "reset", "-q", "--hard", head)
+	next := o.forcePush(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	m.refuses(next, "not among the allowed signers")
+	ada, err := exec.Command("ssh-keygen", "-y", "-f", filepath.Join(dir, "ada")).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, store, "mirror/state", `{"head":"`+head+`"}`)
+	m.stop()
+	writeFile(t, signers, "ada@example.com "+string(ada)+"eve@example.com "+eve)
+	m = start(t, Config{Store: store, Repo: o.bare, SignedBy: signers})
+	m.at(next)
+	m.runs("prod/web/app", "app/3")
+}
+
+// forcePush commits files and pushes them by force.
+func (o *origin) forcePush(files map[string]string) string {
+	o.tb.Helper()
+	hash := o.commit(files)
+	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
+	return hash
+}
+
+func TestParseSigners(t *testing.T) {
+	t.Parallel()
+	key := strings.TrimSpace(signs(t, newOrigin(t), filepath.Join(t.TempDir(), "id")))
+	for _, c := range []struct {
+		name, text string
+		want       int
+		err        string
+	}{
+		{"plain", "ada " + key + "\n", 1, ""},
+		{"comments and blank lines", "# x\n\n  ada " + key + " a comment\n", 1, ""},
+		{"for git among others", `ada namespaces="file,git" ` + key, 1, ""},
+		{"for something else", `ada namespaces="file" ` + key, 0, ""},
+		{"bounded in time", `ada valid-after="20200101",valid-before="20300101120000Z" ` + key, 1, ""},
+		{"a bad time", `ada valid-after="2020" ` + key, 0, "1: option valid-after"},
+		{"an authority", "ada " + key + "\nca cert-authority " + key, 0, "2: option cert-authority: it is not supported"},
+		{"no key", "ada\n", 0, "1: want PRINCIPALS"},
+	} {
+		signers, err := parseSigners([]byte(c.text))
+		if c.err == "" && (err != nil || len(signers) != c.want) || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
+			t.Errorf("%s: %d signers, %v", c.name, len(signers), err)
+		}
+	}
+	signers, err := parseSigners([]byte(`ada valid-after="20200101Z",valid-before="20300101Z" ` + key))
+	if err != nil || len(signers) != 1 {
+		t.Fatalf("%v, %v", signers, err)
+	}
+	if from, to := signers[0].after, signers[0].before; from != time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC) || to != time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC) {
+		t.Errorf("valid from %v to %v", from, to)
+	}
+}
