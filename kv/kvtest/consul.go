@@ -399,6 +399,17 @@ func (n *ConsulNode) start() {
 	}
 }
 
+// SetConfig replaces ConsulOptions.Config, for this node's next Start or Reload.
+func (n *ConsulNode) SetConfig(hcl string) {
+	n.consul.tb.Helper()
+	if err := os.WriteFile(filepath.Join(n.dir, "test.hcl"), []byte(hcl), 0o600); err != nil {
+		n.consul.tb.Fatalf("configure consul %s: %v", n.Name, err)
+	}
+}
+
+// Reload makes the node read its configuration again.
+func (n *ConsulNode) Reload() { n.signal(syscall.SIGHUP, false) }
+
 // Stop ends the node in good order, without leaving the cluster, as a reboot does.
 func (n *ConsulNode) Stop() { n.signal(syscall.SIGTERM, true) }
 
