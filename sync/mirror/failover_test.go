@@ -54,61 +54,56 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 	}
 }
 
-// watcher reads a store as a mirror under test does, without one in this process.
-func watcher(t *testing.T, s kv.Store) *running {
-	return &running{tb: t, store: s, log: &logBuffer{}}
+// pair is two mirrors, in processes of their own, on a Consul and a repository of their own; a holds the lease.
+type pair struct {
+	*running // reads the store
+	*origin
+	consul *kvtest.Consul
+	a, b   *process
 }
 
-func TestKilledLeaderIsReplaced(t *testing.T) {
-	t.Parallel()
-	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	w := watcher(t, consul.Open(consul.RootToken))
-	a := startProcess(t, "a", o.bare, consul)
-	w.runs("prod/web/app", "app/1")
-	startProcess(t, "b", o.bare, consul)
-
-	a.signal(t, syscall.SIGKILL)
-	killed := time.Now()
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	s := w.status(func(s Status) bool { return s.Head == head })
-	t.Logf("the other mirror wrote %v after the leader's death (its lease runs for 10 s, and Consul waits for up to twice that)", time.Since(killed).Round(time.Millisecond))
-	if s.Holder != "b" {
-		t.Errorf("holder %s", s.Holder)
-	}
-	if got := w.runs("prod/web/app", "app/2"); got.Generation != 2 {
-		t.Errorf("record %+v", got)
-	}
+func startPair(t *testing.T) *pair {
+	p := &pair{consul: kvtest.StartConsul(t, kvtest.ConsulOptions{}), origin: newOrigin(t)}
+	p.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	p.running = &running{tb: t, store: p.consul.Open(p.consul.RootToken), log: &logBuffer{}}
+	p.a = startProcess(t, "a", p.bare, p.consul)
+	p.runs("prod/web/app", "app/1")
+	p.b = startProcess(t, "b", p.bare, p.consul)
+	return p
 }
 
-func TestFrozenLeaderWritesNothingWhenItWakes(t *testing.T) {
+// The two cases share one test, as each waits for most of its time until Consul gives a dead lease away.
+func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 	t.Parallel()
-	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	w := watcher(t, consul.Open(consul.RootToken))
-	a := startProcess(t, "a", o.bare, consul)
-	w.runs("prod/web/app", "app/1")
-	b := startProcess(t, "b", o.bare, consul)
+	killed, frozen := startPair(t), startPair(t)
+	killed.a.signal(t, syscall.SIGKILL)
+	frozen.a.signal(t, syscall.SIGSTOP)
+	began := time.Now()
+	afterKill := killed.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	afterStop := frozen.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 
-	a.signal(t, syscall.SIGSTOP)
-	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	w.status(func(s Status) bool { return s.Holder == "b" && s.Head == second })
+	killed.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterKill })
+	t.Logf("the other mirror wrote %v after the leader's death (its lease runs for 10 s, and Consul waits for up to twice that)", time.Since(began).Round(time.Millisecond))
+	frozen.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterStop })
+	for _, p := range []*pair{killed, frozen} {
+		if got := p.runs("prod/web/app", "app/2"); got.Generation != 2 {
+			t.Errorf("record %+v", got)
+		}
+	}
 
 	// b holds a fresh lease, and sleeps; a wakes to a push that it has not seen, and to a lease that it lost long ago.
-	b.signal(t, syscall.SIGSTOP)
-	third := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
-	before := versions(t, consul)
-	a.signal(t, syscall.SIGCONT)
+	frozen.b.signal(t, syscall.SIGSTOP)
+	third := frozen.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	before := versions(t, frozen.consul)
+	frozen.a.signal(t, syscall.SIGCONT)
 	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if after := versions(t, consul); !maps.Equal(before, after) {
+		if after := versions(t, frozen.consul); !maps.Equal(before, after) {
 			t.Fatalf("a mirror without the lease wrote: before %v, after %v", before, after)
 		}
 	}
-	b.signal(t, syscall.SIGCONT)
-	w.status(func(s Status) bool { return s.Head == third })
-	if got := w.runs("prod/web/app", "app/3"); got.Generation != 3 {
+	frozen.b.signal(t, syscall.SIGCONT)
+	frozen.status(func(s Status) bool { return s.Head == third })
+	if got := frozen.runs("prod/web/app", "app/3"); got.Generation != 3 {
 		t.Errorf("record %+v", got)
 	}
 }

@@ -230,7 +230,7 @@ func TestAddressesThatAreRefused(t *testing.T) {
 	}
 	for address, local := range map[string]bool{
 		"/srv/git/deployments.git": true, "deployments.git": true, "./a:b": true, "file:///srv/git": true,
-		"git@git.example.com:deployments.git": false, "git.example.com:deployments.git": false, "ssh://git@git.example.com/x": false, "https://git.example.com/x": false,
+		"git@git.example.com:deployments.git": false, "git.example.com:deployments.git": false, "git.example.com:/srv/git/x": false, "git@git.example.com:/srv/git/x": false, "ssh://git@git.example.com/x": false, "https://git.example.com/x": false,
 	} {
 		if _, got := localPath(address); got != local {
 			t.Errorf("%s: local %v, want %v", address, got, local)

@@ -38,8 +38,8 @@ type repo interface {
 // errNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
 var errNoBranch = errors.New("no such branch")
 
-// scpLike is [USER@]HOST:PATH, as git takes it.
-var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:[^/\\].*$|^[A-Za-z0-9._-]+@[A-Za-z0-9.-]+:.+$`)
+// scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
+var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
 
 // localPath gives the path that a repository's address names on this machine, if it names one.
 func localPath(address string) (path string, local bool) {
