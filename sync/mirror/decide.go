@@ -44,19 +44,19 @@ const (
 
 // stand compares what the store shows with what this mirror wrote.
 func stand(c cell, o own, known bool, now time.Time) standing {
-	switch {
-	case !known && c.present && c.err == nil && c.record.Generation > 0:
-		return inOrder
-	case !known:
-		return unknown
-	case o.value == nil && !c.present:
-		return unknown
-	case c.present && o.value != nil && bytes.Equal(c.value, o.value):
-		return inOrder
-	case o.version == 0 && c.version == o.over && now.Sub(o.at) < settle:
+	if known && o.version == 0 && c.version == o.over && now.Sub(o.at) < settle {
 		return inFlight
-	default:
+	}
+	known = known && o.value != nil // a key that it removed is as good as one that it never knew
+	switch {
+	case known && c.present && bytes.Equal(c.value, o.value):
+		return inOrder
+	case known:
 		return foreign
+	case c.present && c.err == nil && c.record.Generation > 0:
+		return inOrder
+	default:
+		return unknown
 	}
 }
 
