@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"fmt"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -49,6 +50,7 @@ func TestSplitSignatureAsGitSigns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { from.Close() })
 	payload, signature, err := signedPart(from, plumbing.NewHash(head))
 	if err != nil {
 		t.Fatal(err)
@@ -112,6 +114,7 @@ func TestDescends(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { from.Close() })
 	for _, c := range []struct {
 		from, to string
 		want     bool
@@ -123,5 +126,33 @@ func TestDescends(t *testing.T) {
 		if err != nil || got != c.want {
 			t.Errorf("from %.7s to %.7s: %v, %v; want %v", c.from, c.to, got, err, c.want)
 		}
+	}
+}
+
+// BenchmarkLoad reads and checks a commit of 1,000 units.
+func BenchmarkLoad(b *testing.B) {
+	for _, packed := range []bool{false, true} {
+		b.Run(map[bool]string{false: "loose", true: "packed"}[packed], func(b *testing.B) {
+			o := newOrigin(b)
+			files := map[string]string{}
+			for i := range 1000 {
+				files[fmt.Sprintf("prod/r%d/u%d.yaml", i%50, i)] = unitFile(fmt.Sprint("u/", i))
+			}
+			head := plumbing.NewHash(o.push(files))
+			if packed {
+				o.git(o.bare, "gc", "-q")
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				from, err := openObjects(filepath.Join(o.bare, "objects"))
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := load(from, head, nil); err != nil {
+					b.Fatal(err)
+				}
+				from.Close()
+			}
+		})
 	}
 }

@@ -394,6 +394,7 @@ func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
+	defer in.Close()
 	return descends(ctx, in, plumbing.NewHash(from), plumbing.NewHash(to))
 }
 

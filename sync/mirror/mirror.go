@@ -232,6 +232,7 @@ func (m *Mirror) load(hash plumbing.Hash) (*loaded, error) {
 	if err != nil {
 		return nil, err
 	}
+	defer from.Close()
 	return load(from, hash, m.verify)
 }
 

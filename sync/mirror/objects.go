@@ -26,7 +26,8 @@ const objectCache = 8 * cache.MiByte
 
 // objects reads a repository's objects in place, from several object directories: the repository's own, those that
 // objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. go-git's own handling of alternates
-// parses their indexes anew for each object. An objects is opened for one reading and dropped: Git may repack at any time.
+// parses their indexes anew for each object. An objects is opened for one reading, and closed: Git may
+// repack at any time.
 type objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
@@ -49,7 +50,7 @@ func openObjects(dirs ...string) (*objects, error) {
 			return nil, fmt.Errorf("object directory %s is not a directory", dir)
 		}
 		o.dirs = append(o.dirs, filesystem.NewStorageWithOptions(gitDirAround(dir), shared,
-			filesystem.Options{LargeObjectThreshold: maxFile}))
+			filesystem.Options{LargeObjectThreshold: maxFile, KeepDescriptors: true}))
 		more, err := alternates(dir)
 		if err != nil {
 			return nil, err
@@ -58,6 +59,15 @@ func openObjects(dirs ...string) (*objects, error) {
 	}
 	o.EncodedObjectStorer = o.dirs[0]
 	return o, nil
+}
+
+// Close closes the packs.
+func (o *objects) Close() error {
+	var errs []error
+	for _, dir := range o.dirs {
+		errs = append(errs, dir.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only opens whole Git directories.

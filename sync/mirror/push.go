@@ -49,6 +49,7 @@ func LoadCommit(ctx context.Context, path, rev string) (*deployments.Tree, Commi
 	if err != nil {
 		return nil, Commit{}, err
 	}
+	defer from.Close()
 	l, err := load(from, *hash, nil)
 	if err != nil {
 		return nil, Commit{}, err
@@ -90,6 +91,7 @@ func checkPush(ctx context.Context, repoDir string, env func(string) string, std
 	if err != nil {
 		return err
 	}
+	defer from.Close()
 	var refusals []error
 	lines := bufio.NewScanner(stdin)
 	for lines.Scan() {

@@ -260,16 +260,12 @@ func (t *treeFS) read(info *treeInfo) ([]byte, error) {
 }
 
 func (t *treeFS) blob(info *treeInfo) ([]byte, error) {
-	size, err := t.objects.EncodedObjectSize(info.hash)
-	if err != nil {
-		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
-	}
-	if size > maxFile {
-		return nil, errTooLarge
-	}
 	o, err := t.objects.EncodedObject(plumbing.BlobObject, info.hash)
 	if err != nil {
 		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+	}
+	if o.Size() > maxFile { // what is larger was not read into memory: see openObjects
+		return nil, errTooLarge
 	}
 	r, err := o.Reader()
 	if err != nil {

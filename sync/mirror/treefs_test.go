@@ -99,6 +99,7 @@ func openTree(t *testing.T, o *origin, rev string) *treeFS {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { from.Close() })
 	commit, err := object.GetCommit(from, plumbing.NewHash(o.git(o.work, "rev-parse", rev)))
 	if err != nil {
 		t.Fatal(err)
