@@ -180,8 +180,11 @@ func (u *unit) standing() (deployments.State, error) {
 	case u.refused != nil && u.refused.release == target:
 		return deployments.StateInvalid, u.refused.err
 	case u.done == target && !s.Unfinished:
-		if u.trouble != nil {
+		switch { // trouble with what is fetched ahead
+		case u.trouble != nil:
 			return deployments.StateConverged, u.trouble
+		case u.refused != nil && u.refused.release == u.goal.stage:
+			return deployments.StateConverged, u.refused.err
 		}
 		return deployments.StateConverged, u.decision.Invalid
 	case u.cycle != "" && u.blocked != "":
@@ -190,10 +193,8 @@ func (u *unit) standing() (deployments.State, error) {
 		return deployments.StateWaiting, u.trouble
 	case u.trouble != nil:
 		return deployments.StateRetrying, u.trouble
-	case u.decision.Invalid != nil:
-		return deployments.StateFetching, u.decision.Invalid
 	default:
-		return deployments.StateFetching, nil
+		return deployments.StateFetching, u.decision.Invalid
 	}
 }
 

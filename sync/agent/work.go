@@ -155,8 +155,11 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 // fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, and in its turn.
 func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
-	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest || p.Digest == s.LastGood.Digest {
+	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
 		return nil
+	}
+	if p.Digest == s.LastGood.Digest { // it lies on disk
+		return u.deploy.Stage(ctx, p)
 	}
 	if a.c.StartDelay > 0 {
 		if err := wait(ctx, rand.N(a.c.StartDelay)); err != nil {
@@ -212,7 +215,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case failed != nil: // the unit's state says the rest
 		u.trouble = nil
 	case errors.Is(err, deploy.ErrQuarantined):
-	case errors.Is(err, deploy.ErrRefused):
+	case errors.Is(err, deploy.ErrRefused) && !j.release.IsZero():
 		u.refused, u.trouble = &refusal{j.release, err}, nil
 		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
 	case err != nil && calledOff: // no trouble
