@@ -39,7 +39,8 @@ type consulPresence struct {
 	// putting keeps Puts, the repair of what they wrote, and Close apart.
 	putting sync.Mutex
 	session string
-	renew   bool // the session has a TTL
+	renew   bool            // the session has a TTL
+	mine    map[string]bool // every session that this presence has had
 	held    map[string][]byte
 	closed  bool
 }
@@ -48,7 +49,8 @@ func (s *consulStore) Presence(ctx context.Context, name string) (Presence, erro
 	if name == "" {
 		return nil, errors.New("presence: the name is empty")
 	}
-	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1), held: map[string][]byte{}}
+	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1),
+		mine: map[string]bool{}, held: map[string][]byte{}}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -84,15 +86,18 @@ func (p *consulPresence) put(ctx context.Context, key string, value []byte) erro
 		switch {
 		case err != nil && strings.Contains(err.Error(), "invalid session"):
 			p.session = ""
+			continue
 		case err != nil:
 			return err
 		case held:
 			return nil
-		default:
-			// Held by this node's process of before, whose session lives as long as the node.
-			if err := p.evict(ctx, key); err != nil {
-				return err
-			}
+		}
+		// Held by this node's process of before, whose session lives as long as the node.
+		switch err := p.evict(ctx, key, value); {
+		case err == nil:
+			return nil
+		case !errors.Is(err, ErrConflict):
+			return err
 		}
 	}
 	return fmt.Errorf("put %s: another process keeps taking it: %w", key, ErrConflict)
@@ -107,26 +112,33 @@ func (p *consulPresence) acquire(ctx context.Context, key string, value []byte) 
 	return held, err
 }
 
-// evict takes the entry away from the session that holds it, and ends that session if it is an earlier one of this
-// presence.
-func (p *consulPresence) evict(ctx context.Context, key string) error {
+// evict takes the entry over from the session that holds it, without a moment in which nobody does, and ends that session if
+// it is an earlier one of this presence. ErrConflict: it holds the entry no more.
+func (p *consulPresence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
-	var old *api.KVPair
-	err := s.do(ctx, "put "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
-		if old, _, err = s.client.KV().Get(s.prefix+key, q); err != nil || old == nil || old.Session == "" || old.Session == p.session {
-			return err
-		}
-		_, _, err = s.client.KV().Release(old, writeOptions(q))
+	old, err := s.Get(ctx, key)
+	if errors.Is(err, ErrNotFound) {
+		return ErrConflict
+	}
+	if err != nil {
 		return err
-	})
-	if err != nil || old == nil || old.Session == "" || old.Session == p.session {
+	}
+	if old.Session == "" || old.Session == p.session {
+		// What an ended session held can be taken only after its delay.
+		return cmp.Or(wait(ctx, 2*presenceLockDelay), ErrConflict)
+	}
+	swap := api.TxnOps{
+		kvOp(&api.KVTxnOp{Verb: api.KVUnlock, Key: s.prefix + key, Value: old.Value, Session: old.Session}),
+		kvOp(&api.KVTxnOp{Verb: api.KVLock, Key: s.prefix + key, Value: value, Session: p.session}),
+	}
+	err = s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, swap, false) })
+	if err != nil {
 		return err
 	}
 	if e, _, err := s.sessionInfo(ctx, old.Session, api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
 		s.destroySession(old.Session)
 	}
-	// What the ended session held as well can be taken only after its delay.
-	return wait(ctx, 2*presenceLockDelay)
+	return nil
 }
 
 func (p *consulPresence) sessionName() string { return "kedge presence of " + p.name }
@@ -162,6 +174,7 @@ func (p *consulPresence) open(ctx context.Context) error {
 
 func (p *consulPresence) opened(id string, renew bool) {
 	p.session, p.renew = id, renew
+	p.mine[id] = true
 	select {
 	case p.wake <- struct{}{}:
 	default:
@@ -233,6 +246,7 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 		return nil
 	}
 	var index uint64
+	idle := newBackoff(5*time.Millisecond, time.Second)
 	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
 		asked := time.Now()
 		e, next, err := p.store.sessionInfo(p.ctx, session,
@@ -241,17 +255,21 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 			return err
 		}
 		index = nextIndex(index, next, time.Since(asked))
-		if err := wait(p.ctx, 100*time.Millisecond); err != nil {
+		if err := wait(p.ctx, idle.NextBackOff()); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// repair looks at each entry, and puts it again where this presence's session doesn't hold it.
+// repair looks at each entry, and puts it again where this presence's session doesn't hold it. An entry that a later
+// process of this node has taken is left to it.
 func (p *consulPresence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
+	if len(p.held) == 0 {
+		return nil
+	}
 	if p.session != "" {
 		info, _, err := p.store.sessionInfo(p.ctx, p.session, api.QueryOptions{}, requestTimeout)
 		if err != nil {
@@ -264,11 +282,15 @@ func (p *consulPresence) repair() error {
 	}
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		e, err := p.store.Get(p.ctx, key)
-		if err == nil && e.Session != "" && e.Session == p.session {
-			continue
-		}
-		if err != nil && !errors.Is(err, ErrNotFound) {
+		switch {
+		case err != nil && !errors.Is(err, ErrNotFound):
 			return err
+		case e.Session != "" && e.Session == p.session:
+			continue
+		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
+			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
+			delete(p.held, key)
+			continue
 		}
 		if err := p.put(p.ctx, key, p.held[key]); err != nil {
 			return err

@@ -108,14 +108,24 @@ func TestConsulPresenceRepairs(t *testing.T) {
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
 	folders(t, c, "status/prod/web/")
 	before := c.Snapshot()
-	s := c.Open("")
-	views := kvtest.Watch(t, s, "status/prod/web/")
+	f := newFront(t, c)
+	s := open(t, kv.Config{Consul: f.config("")})
+	views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
 	p := present(t, s, "server-1")
 	first := views.Await(t, "the entry", held("server-1=ready")).Entries[0].Session
 	if _, err := c.Client().Session().Destroy(first, nil); err != nil {
 		t.Fatal(err)
 	}
-	views.Await(t, "another session", func(v kv.View) bool { return held("server-1=ready")(v) && v.Entries[0].Session != first })
+	v := views.Await(t, "another session", func(v kv.View) bool { return held("server-1=ready")(v) && v.Entries[0].Session != first })
+	// A restore is seen at once by a query that waits meanwhile; by one that comes later, at the end of its wait.
+	await(t, "a query that waits", func() error {
+		for _, r := range f.requests() {
+			if strings.HasSuffix(r.URL.Path, v.Entries[0].Session) && r.URL.Query().Get("index") != "" {
+				return nil
+			}
+		}
+		return errors.New("none")
+	})
 	c.Restore(before)
 	views.Await(t, "the entry after a restore", held("server-1=ready"))
 	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("again")); err != nil {

@@ -46,6 +46,9 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 		case err == nil:
 			unavailable.Reset()
 			denied.Reset()
+			if !slices.EqualFunc(v.view.Entries, l.entries, sameEntry) {
+				idle.Reset()
+			}
 			s.adopt(v, prefix, l)
 			err := s.follow(ctx, prefix, v, l, idle)
 			if ctx.Err() != nil {
@@ -98,11 +101,9 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, ErrUnavailable)
 		}
 		took := time.Since(asked)
-		if nextIndex(index, l.meta.LastIndex, took) == 0 {
+		if nextIndex(index, l.meta.LastIndex, took) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
+			l.blind() || regressed(v.view.Entries, l.entries) {
 			return wait(ctx, idle.NextBackOff())
-		}
-		if l.folder != last.folder || l.filtered != last.filtered || l.blind() || regressed(v.view.Entries, l.entries) {
-			return nil
 		}
 		if slices.EqualFunc(last.entries, l.entries, sameEntry) && took < watchWait {
 			if err := wait(ctx, idle.NextBackOff()); err != nil {

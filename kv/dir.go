@@ -22,8 +22,7 @@ import (
 // that people can read and write it with what they know:
 //
 //	DIR/pins/prod/web/app           the key pins/prod/web/app
-//	DIR/pins/prod/web/app@/web-1    the key pins/prod/web/app/web-1: what lies below a key that has a value of
-//	                                its own is in a directory with an @ (one without is read as well)
+//	DIR/pins/prod/web/app@/web-1    the key pins/prod/web/app/web-1; see the package comment
 //	DIR/.kedge/lock                 flock'ed, exclusive by a commit and shared by a reader, who so never sees half of one
 //	DIR/.kedge/journal              a commit of several keys that is decided but may not be in place yet
 //	DIR/.kedge/sessions/ID          flock'ed as long as the process that made it lives
@@ -113,17 +112,13 @@ func (d *dirStore) EnsureFolders(ctx context.Context, prefixes ...string) error 
 		if err := checkPrefix(prefix); err != nil {
 			return err
 		}
-		err := d.writing(ctx, func() error {
-			dir := d.dir
-			for part := range strings.SplitSeq(strings.TrimSuffix(prefix, "/"), "/") {
-				if prefix == "" {
-					break
-				}
-				if isDir(filepath.Join(dir, part) + "@") {
-					part += "@"
-				}
-				dir = filepath.Join(dir, part)
-				if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		if prefix == "" {
+			continue // DIR itself
+		}
+		err := d.writing(ctx, func() (err error) {
+			dir, parts := d.dir, strings.Split(strings.TrimSuffix(prefix, "/"), "/")
+			for i := range parts {
+				if dir, err = d.enter(dir, parts[:i+1]); err != nil {
 					return err
 				}
 			}
@@ -275,24 +270,10 @@ func (d *dirStore) place(key string) (string, error) {
 		return path, nil
 	}
 	dir, parts := d.dir, strings.Split(key, "/")
-	for i, part := range parts[:len(parts)-1] {
-		plain, marked := filepath.Join(dir, part), filepath.Join(dir, part)+"@"
-		switch {
-		case isDir(marked):
-			dir = marked
-		case isDir(plain):
-			dir = plain
-		default:
-			dir = plain
-			if _, err := os.Lstat(plain); err == nil || holdsValue(parts[:i+1]) {
-				dir = marked
-			}
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				return "", err
-			}
-			if err := syncDir(filepath.Dir(dir)); err != nil {
-				return "", err
-			}
+	for i := range parts[:len(parts)-1] {
+		var err error
+		if dir, err = d.enter(dir, parts[:i+1]); err != nil {
+			return "", err
 		}
 	}
 	path := filepath.Join(dir, parts[len(parts)-1])
@@ -303,6 +284,26 @@ func (d *dirStore) place(key string) (string, error) {
 		}
 	}
 	return path, nil
+}
+
+// enter gives the directory in dir that is to hold what lies below the key of these parts, and makes it if it is missing.
+func (d *dirStore) enter(dir string, parts []string) (string, error) {
+	plain := filepath.Join(dir, parts[len(parts)-1])
+	marked := plain + "@"
+	if isDir(marked) {
+		return marked, nil
+	}
+	if isDir(plain) {
+		return plain, nil
+	}
+	made := plain
+	if _, err := os.Lstat(plain); err == nil || holdsValue(parts) {
+		made = marked
+	}
+	if err := os.Mkdir(made, 0o755); err != nil {
+		return "", err
+	}
+	return made, syncDir(dir)
 }
 
 // holdsValue tells of the keys that have both a value and keys below them: the pins of units and of their nodes.

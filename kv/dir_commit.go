@@ -263,13 +263,13 @@ func (d *dirStore) writeFile(path string, data []byte) error {
 func (d *dirStore) writing(ctx context.Context, f func() error) error {
 	unlock, err := d.lock(ctx, unix.LOCK_EX)
 	if err != nil {
-		return d.error(ctx, err)
+		return d.classify(ctx, err)
 	}
 	defer unlock()
 	if err := d.finish(); err != nil {
-		return d.error(ctx, err)
+		return d.classify(ctx, err)
 	}
-	return d.error(ctx, f())
+	return d.classify(ctx, f())
 }
 
 // reading runs f while nobody commits.
@@ -277,17 +277,17 @@ func (d *dirStore) reading(ctx context.Context, f func() error) error {
 	for {
 		unlock, err := d.lock(ctx, unix.LOCK_SH)
 		if err != nil {
-			return d.error(ctx, err)
+			return d.classify(ctx, err)
 		}
 		_, err = os.Lstat(d.path(journalFile))
 		if errors.Is(err, fs.ErrNotExist) {
 			err = f()
 			unlock()
-			return d.error(ctx, err)
+			return d.classify(ctx, err)
 		}
 		unlock()
 		if err != nil {
-			return d.error(ctx, err)
+			return d.classify(ctx, err)
 		}
 		if err := d.writing(ctx, func() error { return nil }); err != nil {
 			return err
@@ -338,8 +338,8 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// error gives an error of the file system the sentinel that says what to do about it.
-func (d *dirStore) error(ctx context.Context, err error) error {
+// classify gives an error of the file system the sentinel that says what to do about it.
+func (d *dirStore) classify(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return err
 	}

@@ -39,9 +39,13 @@
 //
 // # A directory
 //
-// file://DIR is for the processes of one machine. Values are plain files that people may edit; see dirStore for the rest of
-// what is there. The kernel's file locks tell which process lives, so a lease or presence ends the moment that its process
-// does, and not while it is merely stopped.
+// file://DIR is for the processes of one machine. The value of pins/prod/web/app is the plain file DIR/pins/prod/web/app,
+// which people read and write with what they know; hidden files, links and what editors leave behind count for nothing. What
+// lies below a key that may have a value of its own is in a directory with an @, as a file can't be a directory too:
+// pins/prod/web/app@/web-1 (one without @ is read as well). Folders are directories, and absence is certain while DIR is
+// there. DIR/.kedge is the store's own: its lock, the journal that makes a commit whole whatever is killed when, and
+// who holds what. The kernel's file locks tell which process lives, so a lease or presence ends the moment that its
+// process does, and not while it is merely stopped.
 package kv
 
 import (

@@ -719,11 +719,17 @@ func testPresenceTakeover(t *testing.T, b Backend) {
 		}
 		return p
 	}
-	old := put("before") // its process is killed: it never closes
+	views := Watch(t, s, "status/prod/web/")
+	old := put("before") // its process hangs, and never closes
+	views.Await(t, "the earlier process", func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=before" })
 	now := put("after")
-	e, err := s.Get(t.Context(), "status/prod/web/node-1")
-	if err != nil || string(e.Value) != "after" || e.Session == "" {
-		t.Fatalf("after the take-over: %+v, %v", e, err)
+	v := views.Await(t, "the later process", func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=after" })
+	if v.Entries[0].Session == "" {
+		t.Fatal("the entry that was taken over has no session")
+	}
+	time.Sleep(500 * time.Millisecond) // in which the earlier one must not take it back
+	if got := list(t, s, "status/prod/web/"); got != "status/prod/web/node-1=after" {
+		t.Fatalf("after the take-over: %s", got)
 	}
 	if err := old.Close(t.Context()); err != nil {
 		t.Fatal(err)
