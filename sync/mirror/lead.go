@@ -381,6 +381,9 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 			l.c.Log.Error("the commit is refused", "commit", git.head, "error", l.verdict)
 		} else {
 			l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
+			if gradual := rollouts(git.good.tree); gradual > 0 {
+				l.c.Log.Warn("rollouts are not carried out yet: every node goes at once", "units", gradual)
+			}
 		}
 	}
 	if l.verdict == nil {
