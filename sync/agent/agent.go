@@ -148,7 +148,7 @@ func New(c Config) (_ *Agent, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, a.lock.Close())
+			err = errors.Join(err, dropLock(a.lock))
 		}
 	}()
 	if err = removeLeftovers(c.StateDir); err != nil {
@@ -186,7 +186,7 @@ func New(c Config) (_ *Agent, err error) {
 // Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with commands under way
 // ended. Trouble with the store, storage or a release doesn't end it.
 func (a *Agent) Run(ctx context.Context) error {
-	defer a.lock.Close()
+	defer dropLock(a.lock)
 	g, ctx := errgroup.WithContext(ctx)
 	a.mu.Lock()
 	a.ctx = ctx
