@@ -93,6 +93,12 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	}
 	r.dir = cacheDir
 	r.cache = r.kept()
+	cut, _ := filepath.Glob(filepath.Join(cacheDir, fetchPrefix+"*")) // by a mirror that was killed while it fetched
+	for _, dir := range cut {
+		if err := os.RemoveAll(dir); err != nil {
+			return nil, fmt.Errorf("cache of the repository: %w", err)
+		}
+	}
 	return r, nil
 }
 
@@ -110,7 +116,11 @@ func (r *remoteRepo) kept() string {
 	return name
 }
 
-const cacheName = "repo.git"
+// What lies in the cache's directory: the cache, and what is being fetched to take its place.
+const (
+	cacheName   = "repo.git"
+	fetchPrefix = "fetch-"
+)
 
 func (r *remoteRepo) watch(ctx context.Context, _ func()) { <-ctx.Done() }
 func (r *remoteRepo) interval() time.Duration             { return r.every }
@@ -194,7 +204,7 @@ func (r *remoteRepo) fetch(ctx context.Context, auth transport.AuthMethod, ca []
 			r.log.Warn("the cache of the repository is of no use, it is fetched anew", "cache", cache, "error", err)
 		}
 	}
-	fresh, err := os.MkdirTemp(r.dir, "fetch-")
+	fresh, err := os.MkdirTemp(r.dir, fetchPrefix)
 	if err != nil {
 		return err
 	}

@@ -181,6 +181,9 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	h := serveHTTPS(t, newOrigin(t))
 	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	cache := t.TempDir()
+	if err := os.Mkdir(filepath.Join(cache, fetchPrefix+"cut-off"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	a := access{caFile: h.caFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
 	r, err := newRemoteRepo(h.url, "main", time.Minute, a, cache, start(t, Config{Store: dirStore(t), Repo: h.bare}).c.Log)
 	if err != nil {
