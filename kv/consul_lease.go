@@ -36,7 +36,7 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 	if err != nil {
 		return nil, fmt.Errorf("lease %s: %w", key, err)
 	}
-	pause := newBackoff(50*time.Millisecond, 10*time.Second)
+	pause, told := newBackoff(50*time.Millisecond, 5*time.Second), false
 	for {
 		lease, err := s.tryLease(ctx, key, holder, value, ttl)
 		switch {
@@ -45,11 +45,15 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 		case err == nil:
 			// Free, but not yet given away: the lock-delay.
 			pause.Reset()
+			told = false
 			err = wait(ctx, leaseLockDelay/4)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, ErrUnavailable):
-			s.log.Warn("waiting for the lease", "key", key, "error", err)
+			if !told {
+				s.log.Warn("the lease can't be asked for, so it is tried again and again", "key", key, "error", err)
+				told = true
+			}
 			err = wait(ctx, pause.NextBackOff())
 		}
 		if err != nil {

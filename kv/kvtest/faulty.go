@@ -69,17 +69,17 @@ func (f *FaultyStore) ResetWrites() {
 	clear(f.counts)
 }
 
-func (f *FaultyStore) trouble() (err error, changed <-chan struct{}) {
+func (f *FaultyStore) trouble() (changed <-chan struct{}, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.down != nil {
 		err = fmt.Errorf("kvtest: the store is down: %w", f.down)
 	}
-	return err, f.changed
+	return f.changed, err
 }
 
 func (f *FaultyStore) write(keys []string, do func() error) error {
-	if err, _ := f.trouble(); err != nil {
+	if _, err := f.trouble(); err != nil {
 		return err
 	}
 	f.mu.Lock()
@@ -107,14 +107,14 @@ func (f *FaultyStore) write(keys []string, do func() error) error {
 }
 
 func (f *FaultyStore) Get(ctx context.Context, key string) (kv.Entry, error) {
-	if err, _ := f.trouble(); err != nil {
+	if _, err := f.trouble(); err != nil {
 		return kv.Entry{}, err
 	}
 	return f.store.Get(ctx, key)
 }
 
 func (f *FaultyStore) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
-	if err, _ := f.trouble(); err != nil {
+	if _, err := f.trouble(); err != nil {
 		return nil, err
 	}
 	return f.store.List(ctx, prefix)
@@ -137,7 +137,7 @@ func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.Vie
 	var shown, latest kv.View
 	wasDown := false
 	for started := false; ; {
-		down, changed := f.trouble()
+		changed, down := f.trouble()
 		switch {
 		case down != nil && !wasDown:
 			wasDown = true
@@ -182,7 +182,7 @@ func (f *FaultyStore) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) 
 
 func (f *FaultyStore) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	for {
-		down, changed := f.trouble()
+		changed, down := f.trouble()
 		if down == nil {
 			return f.store.Lease(ctx, key, holder, ttl)
 		}
@@ -203,7 +203,7 @@ func (f *FaultyStore) Presence(ctx context.Context, name string) (kv.Presence, e
 }
 
 func (f *FaultyStore) EnsureFolders(ctx context.Context, prefixes ...string) error {
-	if err, _ := f.trouble(); err != nil {
+	if _, err := f.trouble(); err != nil {
 		return err
 	}
 	return f.store.EnsureFolders(ctx, prefixes...)
