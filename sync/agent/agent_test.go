@@ -36,9 +36,7 @@ func TestConvergesAndReports(t *testing.T) {
 		return e.Session != "" && r.Node == node && r.Agent == "test" && r.Ready && u.State == deployments.StateConverged &&
 			u.Running == two && u.Want == two && u.Version == "2" && u.Generation == 2 && u.Error == "", string(e.Value)
 	})
-	if code, body := a.get("/ready"); code != 200 {
-		t.Errorf("/ready: %d %s", code, body)
-	}
+	a.awaitReady()
 	if code, _ := a.get("/live"); code != 200 {
 		t.Errorf("/live: %d", code)
 	}
@@ -145,9 +143,7 @@ func TestAbsenceChangesNothing(t *testing.T) {
 	if u.Running != p || w.live("app") != "1" {
 		t.Errorf("without its record the unit runs %v, and serves %s", u.Running, w.live("app"))
 	}
-	if code, body := a.get("/ready"); code != 200 {
-		t.Errorf("/ready: %d %s", code, body)
-	}
+	a.awaitReady()
 	// And it is still there after a restart.
 	a.stop()
 	a = w.start()
@@ -163,6 +159,7 @@ func TestWhatDoesNotParseChangesNothing(t *testing.T) {
 	w.desire(app, deployments.Record{Target: one, Generation: 1})
 	a := w.start(withMetrics)
 	a.awaitRunning(app, one)
+	a.awaitReady()
 	for _, bad := range []string{"", "  \n", two.URL, "hodl", two.String()[:len(two.String())-1], `{"release": 7}`} {
 		w.put(kv.PinKey(app), bad)
 		u := a.awaitState(app, deployments.StateInvalid)
@@ -237,9 +234,7 @@ func TestBootsWithoutTheStore(t *testing.T) {
 	if _, body := a.get("/status"); !strings.Contains(body, "last known state") || !strings.Contains(body, "trouble") {
 		t.Errorf("/status doesn't say that the store is away: %s", body)
 	}
-	if code, body := a.get("/ready"); code != 200 {
-		t.Errorf("/ready: %d %s", code, body)
-	}
+	a.awaitReady()
 
 	// And it converges when the store is back.
 	w.delete(kv.PinKey(app))
@@ -293,9 +288,7 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 	if u.Error == "" || u.Running != one || len(u.Quarantined) > 0 {
 		t.Errorf("while storage is away: %+v", u)
 	}
-	if code, body := a.get("/ready"); code != 200 {
-		t.Errorf("/ready: %d %s", code, body)
-	}
+	a.awaitReady()
 	await(t, "more tries", func() (bool, string) {
 		_, body := a.get("/metrics")
 		return strings.Contains(body, `kedge_agent_jobs_total{job="deploy",result="retried",role="web",unit="app"} 3`), body

@@ -143,9 +143,7 @@ func TestQuarantineEndsWithAnotherClaim(t *testing.T) {
 		if u.Running != good || !slices.Equal(u.Quarantined, []deployments.Digest{bad.Digest}) || u.Error == "" || w.live("app") != "1" {
 			t.Errorf("after %d tries: %+v", n, u)
 		}
-		if code, body := a.get("/ready"); code != 200 {
-			t.Errorf("a node that went back and serves is not ready: %s", body)
-		}
+		a.awaitReady() // it went back, and serves
 	}
 	failedTimes(1)
 	// What asks for it in the same way doesn't get another try: not a new commit, not a restart.
@@ -210,7 +208,7 @@ func TestReadyFollowsTheSwitch(t *testing.T) {
 	w.put(kv.DesiredKey(app), one.String())
 	a := w.start(withMetrics)
 	a.awaitRunning(app, one)
-	await(t, "/ready", func() (bool, string) { code, body := a.get("/ready"); return code == 200, body })
+	a.awaitReady()
 	w.put(kv.DesiredKey(app), two.String())
 	await(t, "post", func() (bool, string) { _, err := os.Stat(w.path("in-post")); return err == nil, "not yet" })
 	if code, body := a.get("/ready"); code != 503 || !strings.Contains(body, "drained") {
@@ -224,7 +222,7 @@ func TestReadyFollowsTheSwitch(t *testing.T) {
 	}
 	write(t, w.path("go"), "")
 	a.awaitRunning(app, two)
-	await(t, "/ready", func() (bool, string) { code, body := a.get("/ready"); return code == 200, body })
+	a.awaitReady()
 }
 
 func TestDriftIsSeenAndHealed(t *testing.T) {

@@ -54,9 +54,7 @@ func TestConsulTokenLost(t *testing.T) {
 	if u := a.unit(app); u.State != deployments.StateConverged || u.Running != two {
 		t.Errorf("without its token: %+v", u)
 	}
-	if code, body := a.get("/ready"); code != 200 {
-		t.Errorf("/ready: %d %s", code, body)
-	}
+	a.awaitReady()
 }
 
 func TestConsulAwayAndRestored(t *testing.T) {

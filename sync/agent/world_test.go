@@ -209,6 +209,12 @@ func (a *running) awaitRunning(id deployments.UnitID, p deployments.Pointer) dep
 	return u
 }
 
+// awaitReady waits until /ready says 200. The loop takes a moment to say so after the first convergence.
+func (a *running) awaitReady() {
+	a.t.Helper()
+	await(a.t, "/ready", func() (bool, string) { code, body := a.get("/ready"); return code == 200, body })
+}
+
 // get asks the agent's address.
 func (a *running) get(path string) (int, string) {
 	a.t.Helper()
