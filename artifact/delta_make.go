@@ -387,10 +387,7 @@ type sectionMaker struct {
 func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []byte {
 	s := &sectionMaker{old: old, new: new}
 	// new[begin:] is to be written; it is nearly old[begin+shift:].
-	begin, shift, aligned := from, 0, false
-	if from < len(old) {
-		aligned = true
-	}
+	begin, shift, aligned := from, 0, from < len(old)
 	scan := from
 	for scan < to {
 		if aligned {
@@ -418,12 +415,15 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 				continue
 			}
 		}
-		cut, end := s.split(begin, scan, from, shift, at-scan, aligned)
+		cut, end := s.split(begin, scan, shift, at-scan, aligned)
 		s.op(begin, cut, end, shift, aligned)
 		begin, shift, aligned = end, at-scan, true
 		scan += length
 	}
-	cut, _ := s.split(begin, to, from, shift, 0, aligned)
+	cut := begin
+	if aligned {
+		cut = s.reach(begin, to, shift)
+	}
 	s.op(begin, cut, to, shift, aligned)
 	s.flush()
 	for _, part := range [][]byte{s.ops, s.runs, s.differ, s.extra} {
@@ -448,25 +448,29 @@ func (s *sectionMaker) follow(scan, to, shift int) int {
 	return max(1, n/2)
 }
 
-// split ends the stretch new[begin:scan] that follows shift, where next begins to follow another: up to cut it is added to
-// old bytes, up to end it is extra, and from end on the next place is followed backwards. Both are where most bytes are equal.
-func (s *sectionMaker) split(begin, scan, from, shift, next int, aligned bool) (cut, end int) {
+// reach gives how far new[begin:scan] is best taken as changed bytes of the old file: to where most bytes are equal.
+func (s *sectionMaker) reach(begin, scan, shift int) int {
+	cut := begin
+	score, best := 0, 0
+	for i := begin; i < scan && i+shift >= 0 && i+shift < len(s.old); i++ {
+		if s.old[i+shift] == s.new[i] {
+			score++
+		} else {
+			score--
+		}
+		if score > best {
+			best, cut = score, i+1
+		}
+	}
+	return cut
+}
+
+// split ends the stretch new[begin:scan] that follows shift, where the next begins to follow another place: up to cut it is added
+// to old bytes, up to end it is extra, and from end on the next place is followed backwards.
+func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, end int) {
 	cut, end = begin, scan
 	if aligned {
-		score, best := 0, 0
-		for i := begin; i < scan && i+shift < len(s.old); i++ {
-			if i+shift < 0 {
-				break
-			}
-			if s.old[i+shift] == s.new[i] {
-				score++
-			} else {
-				score--
-			}
-			if score > best {
-				best, cut = score, i+1
-			}
-		}
+		cut = s.reach(begin, scan, shift)
 	}
 	score, best := 0, 0
 	for i := scan - 1; i >= begin && i+next >= 0 && i+next < len(s.old); i-- {

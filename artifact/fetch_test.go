@@ -1,0 +1,371 @@
+package artifact
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// twoReleases publishes a sample and its successor: two files edited, one added, one renamed, one removed.
+func twoReleases(t testing.TB) (old, new *published) {
+	t.Helper()
+	oldDir, newDir := t.TempDir(), t.TempDir()
+	tree := sample(1)
+	tree.write(t, oldDir)
+	old = publishTree(t, oldDir)
+	server := tree["bin/server"]
+	server.data = server.data[:4<<20] + "one line more" + server.data[4<<20:]
+	tree["bin/server"] = server
+	edited := tree["lib/deep/file200.txt"]
+	edited.data = strings.Replace(edited.data, "anchor", "kedge", 1)
+	tree["lib/deep/file200.txt"] = edited
+	tree["lib/deep/new.txt"] = testFile{mode: 0o644, data: "new"}
+	tree["lib/renamed"] = tree["lib/exact"]
+	delete(tree, "lib/exact")
+	delete(tree, "lib/deep/file100.txt")
+	tree.write(t, newDir)
+	return old, publishTree(t, newDir, old)
+}
+
+func size(t testing.TB, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Size()
+}
+
+func TestDeltaIsAllThatIsFetched(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	got := t.TempDir()
+	requests, read := mustFetch(t, new.manifest, old.asBase(old.dir), got)
+	sameTree(t, got, new.dir)
+	if delta := new.manifest.Deltas[0].Size; requests != 1 || read != delta || delta > 20_000 {
+		t.Errorf("it took %d requests and %d bytes for a delta of %d, of which 20,000 should do", requests, read, delta)
+	}
+}
+
+func TestWithoutADeltaOnlyChangedFramesAreFetched(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	new.manifest.Deltas = nil
+	got := t.TempDir()
+	_, read := mustFetch(t, new.manifest, old.asBase(old.dir), got)
+	sameTree(t, got, new.dir)
+	// The server's first two frames, 4 MiB of nearly 9, are as they were.
+	if whole := new.manifest.Size; read > whole/2 {
+		t.Errorf("it took %d bytes of an archive of %d", read, whole)
+	}
+}
+
+// Hard links are made only where nobody can write through them into two releases.
+func TestImmutableReleasesShareFiles(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	for _, immutable := range []bool{false, true} {
+		m := *new.manifest
+		m.Immutable = immutable
+		got := t.TempDir()
+		mustFetch(t, &m, old.asBase(old.dir), got)
+		sameTree(t, got, new.dir)
+		a, _ := os.Stat(filepath.Join(old.dir, "lib/below"))
+		b, _ := os.Stat(filepath.Join(got, "lib/below"))
+		if os.SameFile(a, b) != immutable {
+			t.Errorf("immutable %v: the file is shared: %v", immutable, !immutable)
+		}
+	}
+}
+
+// An old release that isn't what it should be costs bytes, and nothing else.
+func TestADamagedBaseIsHealed(t *testing.T) {
+	t.Parallel()
+	damages := map[string]func(t *testing.T, dir string){
+		"a flipped byte in each file": func(t *testing.T, dir string) {
+			filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+				if d.Type().IsRegular() {
+					flip(t, p, 0)
+				}
+				return err
+			})
+		},
+		"a shorter file":    func(t *testing.T, dir string) { os.Truncate(filepath.Join(dir, "bin/server"), 5<<20) },
+		"a missing file":    func(t *testing.T, dir string) { os.Remove(filepath.Join(dir, "bin/server")) },
+		"a directory gone":  func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "lib")) },
+		"all of it gone":    func(t *testing.T, dir string) { os.RemoveAll(dir) },
+		"a link for a file": func(t *testing.T, dir string) { relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd") },
+		"a link for a directory": func(t *testing.T, dir string) {
+			os.RemoveAll(filepath.Join(dir, "lib"))
+			relink(t, filepath.Join(dir, "lib"), "/etc")
+		},
+	}
+	for name, damage := range damages {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			old, new := twoReleases(t)
+			damage(t, old.dir)
+			for _, deltas := range [][]deployments.Delta{new.manifest.Deltas, nil} {
+				m := *new.manifest
+				m.Deltas, m.Immutable = deltas, true
+				got := t.TempDir()
+				mustFetch(t, &m, old.asBase(old.dir), got)
+				sameTree(t, got, new.dir)
+			}
+		})
+	}
+}
+
+func relink(t testing.TB, path, target string) {
+	t.Helper()
+	os.Remove(path)
+	if err := os.Symlink(target, path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flip changes one byte of a file, counted from its end where at is negative.
+func flip(t testing.TB, path string, at int64) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(data) == 0 {
+		return
+	}
+	if at < 0 {
+		at += int64(len(data))
+	}
+	data[at] ^= 0x40
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A corrupt byte anywhere in what is stored is never deployed: a delta is done without, an archive or an index is an error.
+func TestACorruptObjectIsCaught(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	for _, at := range []int64{0, 9, 100, -1, -100} {
+		flip(t, filepath.Join(new.store, "delta0"), at)
+		got := t.TempDir()
+		mustFetch(t, new.manifest, old.asBase(old.dir), got)
+		sameTree(t, got, new.dir)
+		flip(t, filepath.Join(new.store, "delta0"), at)
+	}
+	for _, name := range []string{"index", "archive.tar.zst"} {
+		for _, at := range []int64{5000, new.manifest.Index.Size - 1} {
+			flip(t, filepath.Join(new.store, name), at)
+			if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, ErrDigest) {
+				t.Errorf("byte %d of the %s is wrong: %v, want ErrDigest", at, name, err)
+			}
+			flip(t, filepath.Join(new.store, name), at)
+		}
+	}
+	os.Truncate(filepath.Join(new.store, "archive.tar.zst"), new.manifest.Size-1)
+	if _, _, err := fetchTree(t, t.Context(), new.manifest, nil, t.TempDir()); !errors.Is(err, ErrDigest) {
+		t.Errorf("the archive is cut: %v, want ErrDigest", err)
+	}
+}
+
+// A fetch that was killed anywhere is finished by the next one, which fetches only what is missing.
+func TestACutFetchIsResumed(t *testing.T) {
+	t.Parallel()
+	_, new := twoReleases(t)
+	got := t.TempDir()
+	var served atomic.Int64
+	const allowed = 5 << 20
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if served.Load() > allowed {
+			http.Error(w, "gone", http.StatusNotFound)
+			return
+		}
+		http.ServeFile(&countingWriter{w, &served, allowed}, r, filepath.Join(new.store, filepath.Base(r.URL.Path)))
+	}))
+	defer server.Close()
+	if _, _, err := fetchTree(t, t.Context(), new.at(server.URL), nil, got); err == nil {
+		t.Fatal("the fetch was not cut")
+	}
+	// What a crash leaves besides: a file of the right size without its bytes, a stray one, a wrong type.
+	os.WriteFile(filepath.Join(got, "lib/below"), make([]byte, 1<<20-1), 0o600)
+	os.WriteFile(filepath.Join(got, "stray"), nil, 0o600)
+	os.RemoveAll(filepath.Join(got, "hollow"))
+	os.Symlink("/etc", filepath.Join(got, "hollow"))
+	_, read := mustFetch(t, new.manifest, nil, got)
+	sameTree(t, got, new.dir)
+	if whole := new.manifest.Size; read > whole*3/4 {
+		t.Errorf("the second fetch took %d bytes of %d, after %d by the first", read, whole, served.Load())
+	}
+	if _, read := mustFetch(t, new.manifest, nil, got); read > int64(len(new.index)) {
+		t.Errorf("a third fetch took %d bytes, the index has %d", read, len(new.index))
+	}
+	sameTree(t, got, new.dir)
+}
+
+// countingWriter hangs up when it has written what is allowed.
+type countingWriter struct {
+	http.ResponseWriter
+	n       *atomic.Int64
+	allowed int64
+}
+
+func (w *countingWriter) Write(data []byte) (int, error) {
+	if w.n.Add(int64(len(data))) > w.allowed {
+		panic(http.ErrAbortHandler)
+	}
+	return w.ResponseWriter.Write(data)
+}
+
+func TestServersThatMisbehave(t *testing.T) {
+	t.Parallel()
+	_, new := twoReleases(t)
+	file := func(r *http.Request) string { return filepath.Join(new.store, filepath.Base(r.URL.Path)) }
+	var hits atomic.Int64
+	servers := map[string]http.HandlerFunc{
+		"ignores Range": func(w http.ResponseWriter, r *http.Request) {
+			data, _ := os.ReadFile(file(r))
+			w.Header().Set("Content-Length", fmt.Sprint(len(data)))
+			w.Write(data)
+		},
+		"gives a wrong byte now and then": func(w http.ResponseWriter, r *http.Request) {
+			data, _ := os.ReadFile(file(r))
+			if strings.HasSuffix(r.URL.Path, ".zst") && hits.Add(1)%3 == 2 {
+				data[len(data)/2] ^= 1
+			}
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
+		},
+	}
+	for name, serve := range servers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := httptest.NewServer(serve)
+			defer server.Close()
+			got := t.TempDir()
+			mustFetch(t, new.at(server.URL), nil, got)
+			sameTree(t, got, new.dir)
+		})
+	}
+}
+
+// A stalled server does not hold a fetch that is cancelled.
+func TestFetchEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	_, new := twoReleases(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".zst") && r.Method == http.MethodGet {
+			cancel()
+			<-r.Context().Done()
+			return
+		}
+		http.ServeFile(w, r, filepath.Join(new.store, filepath.Base(r.URL.Path)))
+	}))
+	defer server.Close()
+	if _, _, err := fetchTree(t, ctx, new.at(server.URL), nil, t.TempDir()); !errors.Is(err, context.Canceled) {
+		t.Errorf("fetch ended with %v", err)
+	}
+}
+
+func TestVerifyNamesWhatDiffers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	sample(1).write(t, dir)
+	index, err := indexOfTree(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found, err := verifyTree(t.Context(), dir, index, 1<<30); err != nil || len(found) > 0 {
+		t.Fatalf("an untouched tree differs: %v, %v", found, err)
+	}
+	at := func(p string) string { return filepath.Join(dir, p) }
+	flip(t, at("lib/below"), 1000)
+	os.Chmod(at("lib/exact"), 0o640)
+	relink(t, at("bin/alias"), "server2")
+	os.Remove(at("empty"))
+	os.Mkdir(at("empty"), 0o755)
+	os.Remove(at("lib/deep/file001.txt"))
+	os.WriteFile(at("stray"), nil, 0o600)
+	os.Remove(at("bin/server2"))
+	data, _ := os.ReadFile(at("bin/server"))
+	os.WriteFile(at("bin/server2"), data, 0o755)
+	found, err := verifyTree(t.Context(), dir, index, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := "[{bin/alias link} {bin/server2 link} {empty type} {lib/below content} {lib/deep/file001.txt missing} {lib/exact mode} {stray extra}]"
+	if got := fmt.Sprint(found); got != want {
+		t.Errorf("found %s\n want %s", got, want)
+	}
+}
+
+// A tree that came without an archive of kedge's serves as a base as well.
+func TestAListOfHashesIsABase(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	list, err := indexOfTree(t.Context(), old.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := t.TempDir()
+	_, read := mustFetch(t, new.manifest, &base{dir: old.dir, index: list, digest: digestOf(list)}, got)
+	sameTree(t, got, new.dir)
+	if read > new.manifest.Size*9/10 {
+		t.Errorf("it took %d bytes of %d", read, new.manifest.Size)
+	}
+}
+
+func TestPackRefuses(t *testing.T) {
+	t.Parallel()
+	for name, make := range map[string]func(dir string) error{
+		"a link out of the tree":       func(dir string) error { return os.Symlink("/etc/passwd", filepath.Join(dir, "x")) },
+		"a link above the tree":        func(dir string) error { return os.Symlink("../x", filepath.Join(dir, "x")) },
+		"a link that might lead out":   func(dir string) error { return os.Symlink("a/../../x", filepath.Join(dir, "x")) },
+		"a setuid file":                func(dir string) error { return setuid(filepath.Join(dir, "x")) },
+		"a directory that isn't there": os.RemoveAll,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := make(dir); err != nil {
+				t.Fatal(err)
+			}
+			var out bytes.Buffer
+			if _, err := pack(t.Context(), dir, &out, nil); err == nil || !strings.Contains(err.Error(), dir) {
+				t.Errorf("pack says %v", err)
+			}
+		})
+	}
+}
+
+func setuid(path string) error {
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		return err
+	}
+	return os.Chmod(path, 0o755|fs.ModeSetuid)
+}
+
+func TestProgressEndsAtItsTotal(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	var last Progress
+	opt := StageOptions{Progress: func(p Progress) { last = p }}
+	if _, err := fetchIndexed(t.Context(), object.New(object.Config{}), new.manifest, old.asBase(old.dir), t.TempDir(), opt); err != nil {
+		t.Fatal(err)
+	}
+	if want := (Progress{"fetch", new.manifest.Deltas[0].Size, new.manifest.Deltas[0].Size}); last != want {
+		t.Errorf("the last report was %v, want %v", last, want)
+	}
+}

@@ -1,0 +1,167 @@
+package artifact
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+)
+
+// goodIndex is small, and valid.
+func goodIndex() *index {
+	sum := digestOf([]byte("x"))
+	return &index{archive: true,
+		entries: []entry{
+			{path: "d", kind: kindDir, mode: 0o755},
+			{path: "d/f", mode: 0o644, size: 1, sum: sum, offset: 1024},
+			{path: "d/l", kind: kindSymlink, mode: 0o777, target: "../d/f"},
+			{path: "d.x", kind: kindHardlink, mode: 0o644, original: 1},
+		},
+		frames: []frame{{size: 60, length: 4096, sum: sum}},
+	}
+}
+
+func TestIndexIsReadAsWritten(t *testing.T) {
+	t.Parallel()
+	data := goodIndex().encode()
+	x, err := decodeIndex(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(x.encode(), data) {
+		t.Error("encoding what was decoded gives other bytes")
+	}
+}
+
+// An index is refused before anything is made of it, whatever is wrong with it.
+func TestHostileIndexes(t *testing.T) {
+	t.Parallel()
+	for name, spoil := range map[string]func(x *index){
+		"a path above the tree":                func(x *index) { x.entries[1].path = "d/.." },
+		"an absolute path":                     func(x *index) { x.entries[0].path = "/d" },
+		"a path that is not clean":             func(x *index) { x.entries[1].path = "d//f" },
+		"a path with a zero byte":              func(x *index) { x.entries[1].path = "d/\x00" },
+		"a name that is too long":              func(x *index) { x.entries[1].path = "d/" + strings.Repeat("f", 256) },
+		"an empty path":                        func(x *index) { x.entries[0].path = "" },
+		"a path twice":                         func(x *index) { x.entries[2].path = "d/f" },
+		"paths out of order":                   func(x *index) { x.entries[3].path = "a" },
+		"a file in a file":                     func(x *index) { x.entries[2].path = "d/f/g" },
+		"a file in a link":                     func(x *index) { x.entries[3].path = "d/l/f" },
+		"a file in a directory that isn't one": func(x *index) { x.entries[3].path = "e/f" },
+		"an absolute link":                     func(x *index) { x.entries[2].target = "/etc/passwd" },
+		"a link above the tree":                func(x *index) { x.entries[2].target = "../../etc" },
+		"a link that might lead above it":      func(x *index) { x.entries[2].target = "m/../../../etc" },
+		"a link to nothing":                    func(x *index) { x.entries[2].target = "" },
+		"a hard link to a directory":           func(x *index) { x.entries[3].original = 0 },
+		"a hard link to itself":                func(x *index) { x.entries[3].original = 3 },
+		"a setuid mode":                        func(x *index) { x.entries[1].kind = 4 },
+		"content behind the last frame":        func(x *index) { x.entries[1].size = 5000 },
+		"more content than can be":             func(x *index) { x.entries[1].size = maxTree + 1 },
+		"a frame that decodes to too much":     func(x *index) { x.frames[0].length = maxFrame + 1 },
+		"a frame without bytes":                func(x *index) { x.frames[0].size = 0 },
+		"a frame that grows on decoding less":  func(x *index) { x.frames[0].size = 1 << 30 },
+		"frames without an archive":            func(x *index) { x.archive = false },
+	} {
+		x := goodIndex()
+		spoil(x)
+		if _, err := decodeIndex(x.encode()); !errors.Is(err, ErrIndex) {
+			t.Errorf("%s: %v, want ErrIndex", name, err)
+		}
+	}
+	data := goodIndex().encode()
+	for n := range data {
+		if _, err := decodeIndex(data[:n]); !errors.Is(err, ErrIndex) {
+			t.Errorf("cut after %d bytes: %v, want ErrIndex", n, err)
+		}
+	}
+	if _, err := decodeIndex(append(data, 0)); !errors.Is(err, ErrIndex) {
+		t.Error("a byte too many is accepted")
+	}
+	// It promises four million entries: that must not cost memory.
+	many := append([]byte(indexMagic), 1, 0xff, 0xff, 0xff, 0x01, 0)
+	if _, err := decodeIndex(many); !errors.Is(err, ErrIndex) {
+		t.Error("more entries than bytes are accepted")
+	}
+}
+
+func FuzzIndex(f *testing.F) {
+	f.Add(goodIndex().encode())
+	f.Add((&index{}).encode())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		x, err := decodeIndex(data)
+		if err != nil {
+			return
+		}
+		if !bytes.Equal(x.encode(), data) && !hasEmptyFileWithGap(x) {
+			t.Error("an index has two encodings")
+		}
+		for i := range x.entries {
+			e := &x.entries[i]
+			from, to := x.framesOf(e)
+			if x.archive && (from < 0 || to > len(x.frames) || from > to) {
+				t.Errorf("entry %d lies in frames %d to %d of %d", i, from, to, len(x.frames))
+			}
+			if x.find(e.path) != i {
+				t.Errorf("entry %d is not found", i)
+			}
+		}
+	})
+}
+
+func hasEmptyFileWithGap(x *index) bool {
+	var end int64
+	for i := range x.entries {
+		if e := &x.entries[i]; e.kind == kindFile {
+			if e.size == 0 && e.offset != end {
+				return true
+			}
+			end = e.offset + e.size
+		}
+	}
+	return false
+}
+
+// FuzzDelta reads hostile deltas: they fail or make something, in bounded memory, and never panic.
+func FuzzDelta(f *testing.F) {
+	old := []byte(prose(1, 3000))
+	new := append(old[:1000:1000], prose(2, 500)...)
+	new = append(new, old[1200:]...)
+	patch := appendPatch(nil, newMatcher(old), old, new)
+	f.Add(old, patch, len(new))
+	f.Add([]byte{}, []byte{}, 0)
+	f.Fuzz(func(t *testing.T, old, patch []byte, size int) {
+		if size < 0 || size > 1<<20 {
+			return
+		}
+		var out bytes.Buffer
+		if err := applyPatch(patch, old, &out, size); err == nil && out.Len() != size {
+			t.Errorf("a patch made %d bytes of %d", out.Len(), size)
+		}
+	})
+}
+
+// FuzzPatch checks that a patch of any two files makes the one of the other.
+func FuzzPatch(f *testing.F) {
+	f.Add([]byte("a"), []byte("b"))
+	f.Add([]byte(prose(1, 5000)), []byte(prose(1, 2000)+"x"+prose(1, 5000)))
+	f.Fuzz(func(t *testing.T, old, new []byte) {
+		var out bytes.Buffer
+		if err := applyPatch(appendPatch(nil, newMatcher(old), old, new), old, &out, len(new)); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(out.Bytes(), new) {
+			t.Error("the patch makes another file")
+		}
+	})
+}
+
+func applyPatch(patch, old []byte, w io.Writer, size int) error {
+	d := newPlainDelta(patch)
+	return d.apply(bytes.NewReader(old), int64(len(old)), w, int64(size))
+}
+
+func newPlainDelta(patch []byte) *delta {
+	return &delta{stream: bufio.NewReader(bytes.NewReader(patch))}
+}
