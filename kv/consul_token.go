@@ -40,18 +40,15 @@ func (t *tokenSource) get() (string, error) {
 		return t.token, nil
 	}
 	info, err := os.Stat(t.file)
-	if err == nil && info.Size() == t.size && info.ModTime().Equal(t.modTime) {
-		return t.token, nil
-	}
-	if err == nil {
+	if err == nil && (info.Size() != t.size || !info.ModTime().Equal(t.modTime)) {
 		err = t.load()
 	}
-	if first := err != nil && !t.failed; !first {
-		t.failed = err != nil
-		return t.token, nil
+	if err != nil && !t.failed {
+		t.failed = true
+		return t.token, err
 	}
-	t.failed = true
-	return t.token, err
+	t.failed = err != nil
+	return t.token, nil
 }
 
 // reread gives the token that is in the file now, whether or not the file looks changed.

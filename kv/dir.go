@@ -137,8 +137,8 @@ type scanned struct {
 	unsteady bool // a file is empty and so new that somebody may be about to write it
 }
 
-// steadyAfter is how long a new, empty file is given: `echo x > FILE` makes it empty first.
-const steadyAfter = 100 * time.Millisecond
+// steadyAfter is how long a new, empty file is given: `echo x > FILE` makes it empty first, and may be held up on a busy machine.
+const steadyAfter = 500 * time.Millisecond
 
 // scan reads every key below prefix at one moment. It calls visit, if there is one, with each directory before reading it.
 func (d *dirStore) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
