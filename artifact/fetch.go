@@ -99,12 +99,12 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 			return err
 		}
 	}
+	missing := f.tree.missing(f.old) // before takeLocal writes what this reads
 	group, inner := errgroup.WithContext(ctx)
 	group.Go(func() error { return f.takeLocal(inner) })
 	if f.delta != nil {
 		group.Go(func() error { return f.applyDelta(inner) })
 	} else {
-		missing := f.tree.missing(f.old)
 		group.Go(func() error { return f.fetchFrames(inner, missing) })
 	}
 	if err := group.Wait(); err != nil {
