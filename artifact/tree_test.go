@@ -246,7 +246,7 @@ func sample(seed uint64) testTree {
 	tree := testTree{
 		"empty":                 {mode: 0o644},
 		"bin":                   {mode: fs.ModeDir | 0o755},
-		"bin/server":            {mode: 0o755, data: noise(seed, 3<<20) + prose(seed, 5<<20) + noise(seed+1, 777)},
+		"bin/server":            {mode: 0o755, data: noise(seed, 2<<20) + prose(seed, 2<<20) + noise(seed+1, 777)},
 		"bin/alias":             {mode: fs.ModeSymlink, target: "server"},
 		"bin/server2":           {same: "bin/server"},
 		"bin.d":                 {mode: fs.ModeDir | 0o755},
