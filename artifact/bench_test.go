@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -30,7 +29,7 @@ func BenchmarkPeers(b *testing.B) {
 
 func benchmarkPeers(b *testing.B) {
 	v1, v2, v3 := filepath.Join(b.TempDir(), "v1"), filepath.Join(b.TempDir(), "v2"), filepath.Join(b.TempDir(), "v3")
-	run(b, "cp", "-r", runtime.GOROOT(), v1)
+	run(b, "sh", "-c", `cp -r "$(go env GOROOT)" "$1"`, "sh", v1)
 	if server := os.Getenv("KEDGE_BENCH_SERVER"); server != "" {
 		run(b, "cp", server, filepath.Join(v1, "server"))
 	}
