@@ -1,0 +1,36 @@
+# What the mirror may do. Every host that runs one, as a standby too, needs its own, with ${node} the name of the Consul node
+# that it talks to.
+
+# What it alone writes.
+key_prefix "${prefix}desired/" {
+  policy = "write"
+}
+key_prefix "${prefix}history/" {
+  policy = "write"
+}
+key_prefix "${prefix}mirror/" {
+  policy = "write"
+}
+
+# Operators' orders, which it removes as it carries them out.
+key_prefix "${prefix}control/" {
+  policy = "write"
+}
+
+# What it only reads, but for one thing: it makes the folder key of each new role (${prefix}pins/prod/web/, with an empty value),
+# without which nobody can tell a missing key from a lost permission. Consul has no rule for just those. Where your roles seldom
+# change, make both a "list" and add one rule a role, for these exact keys:
+#
+#   key "${prefix}pins/prod/web/"   { policy = "write" }
+#   key "${prefix}status/prod/web/" { policy = "write" }
+key_prefix "${prefix}pins/" {
+  policy = "write"
+}
+key_prefix "${prefix}status/" {
+  policy = "write"
+}
+
+# The lease: of several mirrors, the one whose session holds it writes.
+session "${node}" {
+  policy = "write"
+}

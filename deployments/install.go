@@ -1,0 +1,73 @@
+package deployments
+
+import (
+	"embed"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+)
+
+// installed is what operators install, and the example of a deployments repo.
+//
+//go:embed consul systemd cloud-init terraform all:example
+var installed embed.FS
+
+// Example gives the example of a deployments repo: what Load reads, with comments for its readers.
+func Example() fs.FS {
+	example, err := fs.Sub(installed, "example")
+	if err != nil {
+		panic(err) // the name is a good one
+	}
+	return example
+}
+
+// RuleVars fill in Consul ACL rules.
+type RuleVars struct {
+	// Prefix of all of kedge's keys; empty: kedge/.
+	Prefix string
+	// Stage and Role are those of an agent. Other parties have none.
+	Stage, Role string
+	// Node is the Consul node that the agent or the mirror talks to. Operators have none.
+	Node string
+}
+
+// ConsulRules gives the Consul ACL rules of "agent", "mirror" or "operator", in HCL. It panics for another party, and where a
+// variable that the rules need is missing or isn't a good part of a key: the rules would be about other keys than meant.
+func ConsulRules(party string, v RuleVars) string {
+	rules, err := installed.ReadFile("consul/" + party + ".hcl")
+	if err != nil {
+		panic(fmt.Sprintf("consul rules: no party %q: want agent, mirror or operator", party))
+	}
+	if v.Prefix == "" {
+		v.Prefix = "kedge/"
+	}
+	segment := func(what, s string) string {
+		if err := CheckSegment(what, s); err != nil {
+			panic(fmt.Sprintf("consul rules of the %s: %v", party, err))
+		}
+		return s
+	}
+	var text strings.Builder
+	for line := range strings.Lines(string(rules)) {
+		if !strings.HasPrefix(line, "#") {
+			text.WriteString(line)
+		}
+	}
+	return strings.TrimLeft(os.Expand(text.String(), func(name string) string {
+		switch name {
+		case "prefix":
+			for part := range strings.SplitSeq(strings.TrimSuffix(v.Prefix, "/"), "/") {
+				segment("prefix", part)
+			}
+			return v.Prefix
+		case "stage":
+			return segment("stage", v.Stage)
+		case "role":
+			return segment("role", v.Role)
+		case "node":
+			return segment("node", v.Node)
+		}
+		panic(fmt.Sprintf("consul rules of the %s: no variable %q", party, name))
+	}), "\n")
+}
