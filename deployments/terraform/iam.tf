@@ -1,0 +1,46 @@
+# What a node may do in AWS: read releases, and nothing else. It can't list the bucket, let alone write to it.
+
+data "aws_partition" "current" {}
+
+data "aws_iam_policy_document" "assume" {
+  statement {
+    actions = ["sts:AssumeRole"]
+    principals {
+      type        = "Service"
+      identifiers = ["ec2.amazonaws.com"]
+    }
+  }
+}
+
+data "aws_iam_policy_document" "releases" {
+  statement {
+    sid       = "ReadReleases"
+    actions   = ["s3:GetObject"]
+    resources = ["arn:${data.aws_partition.current.partition}:s3:::${var.release_bucket}/${var.release_prefix}*"]
+  }
+
+  dynamic "statement" {
+    for_each = var.release_kms_key_arn == "" ? [] : [var.release_kms_key_arn]
+    content {
+      sid       = "DecryptReleases"
+      actions   = ["kms:Decrypt"]
+      resources = [statement.value]
+    }
+  }
+}
+
+resource "aws_iam_role" "node" {
+  name_prefix        = "${local.name}-"
+  assume_role_policy = data.aws_iam_policy_document.assume.json
+}
+
+resource "aws_iam_role_policy" "releases" {
+  name   = "read-releases"
+  role   = aws_iam_role.node.id
+  policy = data.aws_iam_policy_document.releases.json
+}
+
+resource "aws_iam_instance_profile" "node" {
+  name_prefix = "${local.name}-"
+  role        = aws_iam_role.node.name
+}
