@@ -56,6 +56,7 @@
 //   - failure commands run in the working directory of kedge, not in a temporary one that is gone
 //   - a failure exits non-zero, under CONSUL_INDEX too
 //   - no events ([]) is nothing to do, not an error
+//   - rsync compares files by content (--checksum), not by size and time, which archives with normalised times share
 //   - mv works across file systems
 //   - archives that lead out of dest, and setuid files, are refused
 //   - commands have a timeout, end as a group, and don't see Consul's token
@@ -278,6 +279,7 @@ func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
 	if err != nil {
 		return err
 	}
+	u.at("begun")
 	return u.advance(ctx)
 }
 

@@ -99,14 +99,12 @@ func (u *Unit) save(change func(*journal)) error {
 	if err != nil {
 		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
 	}
-	u.at("before journal")
 	if err := writeFile(filepath.Join(u.c.Dir, journalFile), data); err != nil {
 		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
 	}
 	u.mu.Lock()
 	u.j = next
 	u.mu.Unlock()
-	u.at("after journal")
 	return nil
 }
 
@@ -119,6 +117,12 @@ func (d *deployment) enter(s step) {
 // load reads the journal. One that doesn't parse is put aside, and what runs is told from dest.
 func (u *Unit) load() error {
 	path := filepath.Join(u.c.Dir, journalFile)
+	// What a kill left of a journal that was being written aside.
+	if aside, err := filepath.Glob(filepath.Join(u.c.Dir, "."+journalFile+"*")); err == nil {
+		for _, f := range aside {
+			os.Remove(f)
+		}
+	}
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil

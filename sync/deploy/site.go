@@ -219,7 +219,8 @@ func (s synced) forward(ctx context.Context, r *release) error {
 }
 
 func (s synced) args(r *release) []string {
-	args := []string{"-a", "--delete"}
+	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
+	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
 		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
 	}
@@ -243,7 +244,7 @@ func (s synced) verify(ctx context.Context, r *release, _ int64) ([]artifact.Dif
 	if !exists(s.tree(r)) {
 		return nil, nil
 	}
-	result, err := command.Tool(ctx, quiet(), "rsync", append(s.args(r), "--dry-run", "--checksum", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
+	result, err := command.Tool(ctx, quiet(), "rsync", append(s.args(r), "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
 	if err != nil {
 		return nil, err
 	}

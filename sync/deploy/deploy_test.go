@@ -1,0 +1,576 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/artifact"
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+func TestDeployUpdateAndNothingToDo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("1", nil), w.publish("2", nil)
+	var d drains
+	var states []deployments.State
+	change := func(c *Config) {
+		c.Drain = d.drain
+		c.Progress = func(s deployments.State, _ artifact.Progress) { states = append(states, s) }
+	}
+	u := w.open(change)
+
+	w.deploy(u, one)
+	w.wantVersion("1")
+	w.wantHooks("pre 1", "post 1", "success 1")
+	if got := slices.Compact(states); !slices.Equal(got, []deployments.State{deployments.StateFetching, deployments.StateSwitching}) {
+		t.Errorf("progress: %q", got)
+	}
+	if s := u.State(); s.Running != one || s.LastGood != one || !s.Confirmed || s.Version != "1" || s.Drained || s.Unfinished {
+		t.Errorf("state: %+v", s)
+	}
+	if got := d.take(); !slices.Equal(got, []bool{true, false}) {
+		t.Errorf("drain: %v", got)
+	}
+
+	w.deploy(u, one)
+	w.wantHooks()
+	w.deploy(u, two)
+	w.wantVersion("2")
+	w.wantHooks("pre 2", "post 2", "success 2")
+
+	u = w.reopen(change)
+	if s := u.State(); s.Running != two || s.LastGood != two || s.Unfinished {
+		t.Errorf("after a restart: %+v", s)
+	}
+	w.deploy(u, two)
+	w.wantHooks()
+
+	// Somebody takes the link away: the same state leads to the same place.
+	if err := os.Remove(w.dest()); err != nil {
+		t.Fatal(err)
+	}
+	w.deploy(u, two)
+	w.wantVersion("2")
+}
+
+func TestCommandsAreTold(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	tell := func(m *deployments.Manifest) {
+		m.Commands = deployments.Commands{Post: []deployments.Command{{
+			Run: `echo "$KEDGE_STEP $KEDGE_UNIT $KEDGE_VERSION $KEDGE_COMMIT $(cat $KEDGE_RELEASE/a) $(cat $KEDGE_PREVIOUS/a)" >> ` + w.path("hooks"),
+		}}}
+	}
+	u := w.open(nil)
+	w.deploy(u, w.publish("1", tell))
+	w.deploy(u, w.publish("2", tell))
+	got := w.hooks()
+	if want := "post app 2 c0ffee 2 1"; len(got) != 2 || got[1] != want {
+		t.Errorf("got %q, want the second to be %q", got, want)
+	}
+}
+
+func TestFailureGoesBack(t *testing.T) {
+	t.Parallel()
+	fail := deployments.Command{Run: "echo the reason; exit 7"}
+	for step, breakIt := range map[string]func(*deployments.Manifest){
+		"pre":  func(m *deployments.Manifest) { m.Commands.Pre = append(m.Commands.Pre, fail) },
+		"post": func(m *deployments.Manifest) { m.Commands.Post = append(m.Commands.Post, fail) },
+		"health": func(m *deployments.Manifest) {
+			m.Health = deployments.Health{Timeout: 50 * time.Millisecond, Checks: []deployments.Check{{Exec: fail.Run, Interval: 20 * time.Millisecond}}}
+		},
+	} {
+		for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+			t.Run(step+" "+string(strategy), func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				set := func(m *deployments.Manifest) { m.Strategy = strategy }
+				good := w.publish("1", set)
+				bad := w.publish("2", func(m *deployments.Manifest) {
+					set(m)
+					breakIt(m)
+					m.Commands.Failure = []deployments.Command{{Run: `cat > ` + w.path("stdin") + `; echo "failure $KEDGE_ERROR" >> ` + w.path("hooks")}}
+				})
+				var d drains
+				u := w.open(func(c *Config) { c.Drain = d.drain })
+				w.deploy(u, good)
+				w.hooks()
+				d.take()
+
+				err := u.Deploy(t.Context(), bad, "")
+				var failed *Failed
+				if !errors.As(err, &failed) || failed.Release != bad || failed.Back != good || failed.Step != step || !strings.Contains(err.Error(), "the reason") {
+					t.Fatalf("got %v", err)
+				}
+				w.wantVersion("1")
+				hooks := w.hooks()
+				want := map[string][]string{"pre": {"pre 2", "post 1"}, "post": {"pre 2", "post 2", "post 1"}, "health": {"pre 2", "post 2", "post 1"}}[step]
+				if n := len(want); len(hooks) != n+1 || !slices.Equal(hooks[:n], want) || !strings.Contains(hooks[n], "the reason") {
+					t.Errorf("hooks: %q, want %q and failure with the reason", hooks, want)
+				}
+				log, err := os.ReadFile(w.path("stdin"))
+				if err != nil || !strings.Contains(string(log), "deployment failed") || !strings.Contains(string(log), "the reason") {
+					t.Errorf("failure's stdin: %v\n%s", err, log)
+				}
+				if got := d.take(); !slices.Equal(got, []bool{true, false}) {
+					t.Errorf("drain: %v", got)
+				}
+
+				u = w.reopen(nil)
+				if s := u.State(); s.Running != good || s.LastGood != good || !s.Confirmed || s.Drained || !slices.Contains(s.Quarantined, bad.Digest) {
+					t.Errorf("state: %+v", s)
+				}
+				if err := u.Deploy(t.Context(), bad, ""); !errors.Is(err, ErrQuarantined) {
+					t.Errorf("again: %v", err)
+				}
+				w.wantHooks()
+				w.deploy(u, good) // what runs already; no reason to try the bad one again
+				if err := u.Deploy(t.Context(), bad, ""); !errors.Is(err, ErrQuarantined) {
+					t.Errorf("again: %v", err)
+				}
+				if err := u.Retry(bad.Digest); err != nil {
+					t.Fatal(err)
+				}
+				if err := u.Deploy(t.Context(), bad, ""); !errors.As(err, &failed) {
+					t.Errorf("after retry: %v", err)
+				}
+				w.deploy(u, w.publish("3", set))
+				w.wantVersion("3")
+				if s := u.State(); len(s.Quarantined) != 0 {
+					t.Errorf("another release was confirmed, and %v is still in quarantine", s.Quarantined)
+				}
+			})
+		}
+	}
+}
+
+func TestFirstReleaseFails(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.publish("1", func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })
+	var d drains
+	u := w.open(func(c *Config) { c.Drain = d.drain })
+	var failed *Failed
+	if err := u.Deploy(t.Context(), p, ""); !errors.As(err, &failed) || !failed.Back.IsZero() {
+		t.Fatalf("got %v", err)
+	}
+	w.wantVersion("1") // whole, though out of service
+	if s := u.State(); !s.Drained || s.Confirmed || !s.LastGood.IsZero() {
+		t.Errorf("state: %+v", s)
+	}
+	w.deploy(u, w.publish("2", nil))
+	if s := u.State(); s.Drained {
+		t.Errorf("state: %+v", s)
+	}
+	if got := d.take(); !slices.Equal(got, []bool{true, true, false}) {
+		t.Errorf("drain: %v", got)
+	}
+}
+
+func TestTransientTroubleIsNoFault(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("1", nil), w.publish("2", nil)
+	var d drains
+	u := w.open(func(c *Config) { c.Drain = d.drain })
+	w.deploy(u, one)
+	w.hooks()
+	archive := w.path("objects", "2.tar")
+	if err := os.Rename(archive, archive+".away"); err != nil {
+		t.Fatal(err)
+	}
+	var failed *Failed
+	if err := u.Deploy(t.Context(), two, ""); err == nil || errors.As(err, &failed) {
+		t.Errorf("storage is away: %v", err)
+	}
+	if err := os.Rename(archive+".away", archive); err != nil {
+		t.Fatal(err)
+	}
+	d.take()
+	d.err = errors.New("consul is away")
+	if err := u.Deploy(t.Context(), two, ""); !errors.Is(err, d.err) || errors.As(err, &failed) {
+		t.Errorf("drain doesn't work: %v", err)
+	}
+	w.wantHooks()
+	w.wantVersion("1")
+	if s := u.State(); s.Running != one || len(s.Quarantined) > 0 {
+		t.Errorf("state: %+v", s)
+	}
+	d.err = nil
+	w.deploy(u, two)
+	w.wantVersion("2")
+	if s := u.State(); s.Drained || s.Unfinished {
+		t.Errorf("state: %+v", s)
+	}
+}
+
+// until waits for a hook's mark.
+func until(t *testing.T, ok func() bool) {
+	t.Helper()
+	for begin := time.Now(); !ok(); time.Sleep(5 * time.Millisecond) {
+		if time.Since(begin) > 20*time.Second {
+			t.Error("waited in vain")
+			return
+		}
+	}
+}
+
+func TestStopBeforeTheSwitch(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	slow := deployments.Command{Run: "touch " + w.path("slow") + "; exec sleep 1000"}
+	one := w.publish("1", nil)
+	for name, change := range map[string]func(*deployments.Manifest){
+		"drain": func(m *deployments.Manifest) { m.Drain = time.Hour },
+		"pre":   func(m *deployments.Manifest) { m.Commands.Pre = []deployments.Command{slow} },
+	} {
+		var d drains
+		u := w.reopen(func(c *Config) { c.Drain = d.drain })
+		w.deploy(u, one)
+		w.hooks()
+		d.take()
+		p := w.publish(name, change)
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			until(t, func() bool { return exists(w.path("slow")) || name == "drain" && u.State().Drained })
+			cancel()
+		}()
+		err := u.Deploy(ctx, p, "")
+		if failed := new(Failed); !errors.Is(err, context.Canceled) || errors.As(err, &failed) {
+			t.Errorf("%s: %v", name, err)
+		}
+		w.wantVersion("1")
+		if name == "pre" {
+			w.wantHooks("post 1") // pre may have stopped what runs
+		} else {
+			w.wantHooks()
+		}
+		if s := u.State(); s.Running != one || !s.Confirmed || s.Drained || s.Unfinished || len(s.Quarantined) > 0 {
+			t.Errorf("%s: state: %+v", name, s)
+		}
+		if got := d.take(); len(got) == 0 || got[len(got)-1] {
+			t.Errorf("%s: drain: %v", name, got)
+		}
+		os.Remove(w.path("slow"))
+	}
+}
+
+func TestStopAfterTheSwitch(t *testing.T) {
+	t.Parallel()
+	// Healthy only once somebody says so.
+	setup := func(t *testing.T) (w *world, u *Unit, two deployments.Pointer) {
+		w = newWorld(t)
+		u = w.open(nil)
+		w.deploy(u, w.publish("1", nil))
+		two = w.publish("2", func(m *deployments.Manifest) {
+			m.Health = deployments.Health{Timeout: time.Minute, Checks: []deployments.Check{{Exec: "test -e " + w.path("ok"), Interval: 10 * time.Millisecond}}}
+		})
+		w.hooks()
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			until(t, func() bool { return u.State().Running == two })
+			cancel()
+		}()
+		if err := u.Deploy(ctx, two, ""); !errors.Is(err, context.Canceled) {
+			t.Fatalf("got %v", err)
+		}
+		if s := u.State(); !s.Unfinished || s.Running != two || s.Confirmed {
+			t.Errorf("state: %+v", s)
+		}
+		w.wantVersion("2")
+		return w, u, two
+	}
+	ok := func(t *testing.T, w *world) {
+		if err := os.WriteFile(w.path("ok"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("recover finishes it", func(t *testing.T) {
+		t.Parallel()
+		w, _, two := setup(t)
+		ok(t, w)
+		u := w.reopen(nil)
+		if s := u.State(); s.Running != two || !s.Confirmed || s.Unfinished || s.Drained {
+			t.Errorf("state: %+v", s)
+		}
+		if got := w.hooks(); got[len(got)-1] != "success 2" {
+			t.Errorf("hooks: %q", got)
+		}
+	})
+	t.Run("deploy finishes it", func(t *testing.T) {
+		t.Parallel()
+		w, u, two := setup(t)
+		ok(t, w)
+		w.deploy(u, two)
+		if s := u.State(); s.Running != two || !s.Confirmed || s.Unfinished || s.Drained {
+			t.Errorf("state: %+v", s)
+		}
+	})
+	t.Run("another release supersedes it", func(t *testing.T) {
+		t.Parallel()
+		w, u, two := setup(t)
+		w.hooks()
+		bad := w.publish("3", func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })
+		var failed *Failed
+		if err := u.Deploy(t.Context(), bad, ""); !errors.As(err, &failed) || failed.Back == two {
+			t.Fatalf("got %v", err) // it goes back to what is good, not to what was never proved
+		}
+		w.wantVersion("1")
+		w.wantHooks("pre 3", "post 1", "failure 3")
+		ok(t, w)
+		w.deploy(u, two)
+		w.wantVersion("2")
+	})
+}
+
+func TestBounds(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	objects := "file://" + w.path("objects")
+	p := w.publish("1", func(m *deployments.Manifest) { m.Commands.Pre[0].User = "nobody"; m.Commands.Pre[0].Run = "true" })
+	health := w.publish("2", func(m *deployments.Manifest) {
+		m.Commands = deployments.Commands{}
+		m.Health.Checks = []deployments.Check{{Exec: "true"}}
+	})
+	for _, test := range []struct {
+		release deployments.Pointer
+		bounds  policy.Bounds
+		want    string // in the error; empty: allowed
+	}{
+		{p, policy.Bounds{Sources: []string{objects + "x", objects[:len(objects)-1]}}, "is not from"},
+		{p, policy.Bounds{Sources: []string{objects + "/1.yaml"}}, "1.tar is not from"},
+		{p, policy.Bounds{Dests: []string{w.path("sr"), w.path("srv", "app", "x")}}, "is outside of"},
+		{p, policy.Bounds{NoCommands: true}, "none are allowed"},
+		{p, policy.Bounds{Users: []string{"daemon"}}, "user nobody is not among daemon"},
+		{p, policy.Bounds{Users: []string{"nobody"}}, "agent's own user"},
+		{health, policy.Bounds{NoCommands: true}, "none are allowed"},
+		{health, policy.Bounds{Sources: []string{objects + "/"}, Dests: []string{w.path("srv")}}, ""},
+	} {
+		w := &world{t, w.root}
+		u := w.open(func(c *Config) { c.Bounds = test.bounds; c.Dir = t.TempDir() })
+		err := u.Deploy(t.Context(), test.release, "")
+		if test.want == "" {
+			if err != nil {
+				t.Errorf("%+v: %v", test.bounds, err)
+			}
+			continue
+		}
+		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%+v: %v, want %q", test.bounds, err, test.want)
+		}
+		if exists(w.dest()) || exists(w.dest()+".releases") {
+			t.Errorf("%+v: something was staged", test.bounds)
+		}
+		w.wantHooks()
+	}
+}
+
+func TestTrust(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.publish("1", nil)
+	unsigned := errors.New("no signature")
+	u := w.open(func(c *Config) {
+		c.Trust = func(_ context.Context, got deployments.Pointer, raw []byte) error {
+			if want, err := os.ReadFile(w.path("objects", "1.yaml")); err != nil || got != p || string(raw) != string(want) {
+				t.Errorf("asked about %s: %q", got, raw)
+			}
+			return unsigned
+		}
+	})
+	for _, try := range []func() error{
+		func() error { return u.Deploy(t.Context(), p, "") },
+		func() error { return u.Stage(t.Context(), p) },
+	} {
+		if err := try(); !errors.Is(err, unsigned) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if exists(w.dest()) || exists(w.dest()+".releases") {
+		t.Error("something was staged")
+	}
+	wrong := p
+	wrong.Digest[0]++
+	if err := w.open(nil).Deploy(t.Context(), wrong, ""); !errors.Is(err, artifact.ErrDigest) {
+		t.Errorf("a wrong digest: %v", err)
+	}
+}
+
+func TestStageAheadNeedsNoStorageLater(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+		w := newWorld(t)
+		u := w.open(nil)
+		p := w.publish("1", func(m *deployments.Manifest) { m.Strategy = strategy })
+		if err := u.Stage(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		w.wantVersion("")
+		w.wantHooks()
+		if s := u.State(); s.Staged != p || !s.Running.IsZero() {
+			t.Errorf("state: %+v", s)
+		}
+		if err := os.RemoveAll(w.path("objects")); err != nil {
+			t.Fatal(err)
+		}
+		w.deploy(w.reopen(nil), p)
+		w.wantVersion("1")
+	}
+}
+
+func TestStrategies(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	as := func(s deployments.Strategy, change func(*deployments.Manifest)) func(*deployments.Manifest) {
+		return func(m *deployments.Manifest) {
+			m.Strategy = s
+			if change != nil {
+				change(m)
+			}
+		}
+	}
+	u := w.open(nil)
+
+	// rsync takes away what isn't excluded.
+	w.deploy(u, w.publish("1", as(deployments.StrategyRsync, nil)))
+	w.wantVersion("1")
+	for _, name := range []string{"app.pid", "rubbish"} {
+		if err := os.WriteFile(filepath.Join(w.dest(), name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.deploy(u, w.publish("2", as(deployments.StrategyRsync, func(m *deployments.Manifest) { m.Excludes = []string{"*.pid"} })))
+	w.wantVersion("2")
+	if !exists(filepath.Join(w.dest(), "app.pid")) || exists(filepath.Join(w.dest(), "rubbish")) {
+		t.Error("excludes don't hold")
+	}
+
+	// release takes over a directory, and a failed one gives it back.
+	bad := as(deployments.StrategyRelease, func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })
+	var failed *Failed
+	if err := u.Deploy(t.Context(), w.publish("3", bad), ""); !errors.As(err, &failed) {
+		t.Fatalf("got %v", err)
+	}
+	w.wantVersion("2")
+	if info, err := os.Lstat(w.dest()); err != nil || !info.IsDir() {
+		t.Errorf("dest is %v, %v; want a directory", info, err)
+	}
+	four := w.publish("4", nil)
+	w.deploy(u, four)
+	w.wantVersion("4")
+
+	// mv needs a dest that is gone, and leaves what it finds when it is not.
+	err := u.Deploy(t.Context(), w.publish("5", as(deployments.StrategyMv, func(m *deployments.Manifest) {
+		m.Commands.Pre = []deployments.Command{{Run: "rm " + w.dest() + " && cp -a " + w.dest() + ".releases/*4* " + w.dest()}}
+	})), "")
+	if !errors.As(err, &failed) || !strings.Contains(err.Error(), "needs a pre command") {
+		t.Fatalf("got %v", err)
+	}
+	w.wantVersion("4")
+	w.deploy(u, four)
+	w.deploy(u, w.publish("6", as(deployments.StrategyMv, func(m *deployments.Manifest) {
+		m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
+	})))
+	w.wantVersion("6")
+	if err := u.Deploy(t.Context(), w.publish("7", as(deployments.StrategyMv, func(m *deployments.Manifest) {
+		m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
+		m.Commands.Post = []deployments.Command{{Run: "false"}}
+	})), ""); !errors.As(err, &failed) {
+		t.Fatalf("got %v", err)
+	}
+	w.wantVersion("6")
+	entries, err := os.ReadDir(w.path("srv"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			t.Errorf("%s was left behind", e.Name())
+		}
+	}
+
+	// Commands only.
+	w.hooks()
+	eight := w.publish("8", func(m *deployments.Manifest) { m.Src, m.Checksum, m.Dest, m.Strategy = "", "", "", "" })
+	w.deploy(u, eight)
+	w.wantHooks("pre 8", "post 8", "success 8")
+	if s := u.State(); s.Running != eight {
+		t.Errorf("state: %+v", s)
+	}
+	w.deploy(u, eight)
+	w.wantHooks()
+}
+
+func TestDamagedJournal(t *testing.T) {
+	t.Parallel()
+	for name, data := range map[string]string{
+		"zeros": strings.Repeat("\x00", 500), "empty": "", "half": `{"format": 1, "running": "file:///`,
+		"newer": `{"format": 2}`, "unknown step": `{"format": 1, "deployment": {"step": "dance"}}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			one, two := w.publish("1", nil), w.publish("2", nil)
+			u := w.open(nil)
+			w.deploy(u, one)
+			w.deploy(u, two)
+			journal := w.path("state", journalFile)
+			if err := os.WriteFile(journal, []byte(data), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			u = w.reopen(nil)
+			if s := u.State(); s.Running != two || s.Confirmed || s.Unfinished {
+				t.Errorf("state: %+v", s)
+			}
+			if kept, err := os.ReadFile(journal + ".bad"); err != nil || string(kept) != data {
+				t.Errorf("the damaged journal was not kept: %v", err)
+			}
+			w.hooks()
+			w.deploy(u, two) // proves it anew
+			w.wantHooks("pre 2", "post 2", "success 2")
+			w.wantVersion("2")
+		})
+	}
+}
+
+func TestOldReleasesGo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	for _, v := range []string{"1", "2", "3", "4", "5"} {
+		w.deploy(u, w.publish(v, func(m *deployments.Manifest) {
+			if v < "3" {
+				m.Strategy = deployments.StrategyRsync
+			}
+		}))
+	}
+	for dir, most := range map[string]int{manifestsDir: 1, treesDir: 0} {
+		if entries, err := os.ReadDir(w.path("state", dir)); err != nil && !errors.Is(err, fs.ErrNotExist) || len(entries) > most {
+			t.Errorf("%s holds %v, %v", dir, entries, err)
+		}
+	}
+}
+
+func TestDestThatIsSwitchedByHandIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	w.deploy(u, w.publish("1", nil))
+	two := w.publish("2", func(m *deployments.Manifest) {
+		m.Commands.Post = []deployments.Command{{Run: "ln -sfn $KEDGE_PREVIOUS $KEDGE_DEST"}}
+	})
+	var failed *Failed
+	if err := u.Deploy(t.Context(), two, ""); !errors.As(err, &failed) || failed.Step != "health" || !strings.Contains(err.Error(), "no longer resolves") {
+		t.Errorf("got %v", err)
+	}
+	w.wantVersion("1")
+}

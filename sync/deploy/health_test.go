@@ -1,0 +1,197 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments"
+	"kedge/sync/command"
+)
+
+// TestObserve plays checks whose answers are a function of the time since the switch.
+func TestObserve(t *testing.T) {
+	t.Parallel()
+	down := errors.New("down")
+	type answers func(at time.Duration) (string, error)
+	always := func(at time.Duration) (string, error) { return "", nil }
+	from := func(begin time.Duration) answers {
+		return func(at time.Duration) (string, error) {
+			if at < begin {
+				return "", down
+			}
+			return "", nil
+		}
+	}
+	for name, test := range map[string]struct {
+		checks          []answers
+		timeout, stable time.Duration
+		ends            time.Duration // when observe returns, to the second
+		err             string
+	}{
+		"at once":               {checks: []answers{always}, timeout: time.Minute},
+		"no checks":             {timeout: time.Minute, stable: time.Minute},
+		"comes up":              {checks: []answers{always, from(7 * time.Second)}, timeout: time.Minute, ends: 7 * time.Second},
+		"comes up and stays":    {checks: []answers{from(7 * time.Second)}, timeout: time.Minute, stable: 30 * time.Second, ends: 37 * time.Second},
+		"stable beyond timeout": {checks: []answers{from(59 * time.Second)}, timeout: time.Minute, stable: time.Hour, ends: time.Hour + 59*time.Second},
+		"too late":              {checks: []answers{always, from(61 * time.Second)}, timeout: time.Minute, ends: time.Minute, err: "second: down"},
+		"flaps for ever": {checks: []answers{func(at time.Duration) (string, error) {
+			return "", map[bool]error{true: down}[at/time.Second%4 == 3]
+		}}, timeout: 58 * time.Second, stable: 5 * time.Second, ends: 59 * time.Second, err: "down"},
+		"fails while it is stable": {checks: []answers{func(at time.Duration) (string, error) { return "", map[bool]error{true: down}[at > 90*time.Second] }}, timeout: time.Minute, stable: 2 * time.Minute, ends: 91 * time.Second, err: "down"},
+		"flaps, then settles": {checks: []answers{func(at time.Duration) (string, error) {
+			return "", map[bool]error{true: down}[at == 10*time.Second]
+		}}, timeout: time.Minute, stable: 15 * time.Second, ends: 26 * time.Second},
+		"restarts all the while": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at / (4 * time.Second)), nil }},
+			timeout: time.Minute, stable: 10 * time.Second, ends: 64 * time.Second, err: "restarted"},
+		"restarts once": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at < 8*time.Second), nil }},
+			timeout: time.Minute, stable: 10 * time.Second, ends: 18 * time.Second},
+		"never answers": {checks: []answers{func(time.Duration) (string, error) { return "", errHang }}, timeout: time.Minute, ends: time.Minute, err: "no answer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				begin := time.Now()
+				var watched []watch
+				for i, answer := range test.checks {
+					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: time.Second, timeout: 5 * time.Second,
+						try: func(ctx context.Context) (string, error) {
+							identity, err := answer(time.Since(begin))
+							if errors.Is(err, errHang) {
+								<-ctx.Done()
+								return "", context.Cause(ctx)
+							}
+							return identity, err
+						}})
+				}
+				err := observe(t.Context(), watched, test.timeout, test.stable)
+				if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+					t.Errorf("got %v, want %q", err, test.err)
+				}
+				if took := time.Since(begin); took != test.ends {
+					t.Errorf("took %s, want %s", took, test.ends)
+				}
+			})
+		})
+	}
+}
+
+var errHang = errors.New("hangs")
+
+func TestObserveEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		superseded := errors.New("superseded")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Second, func() { cancel(superseded) })
+		err := observe(ctx, []watch{{interval: time.Second, timeout: time.Second, try: func(ctx context.Context) (string, error) {
+			<-ctx.Done()
+			return "", context.Cause(ctx)
+		}}}, time.Minute, 0)
+		if !errors.Is(err, superseded) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+func TestChecks(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/ok":
+			fmt.Fprint(w, "version 2")
+		case "/moved":
+			http.Redirect(w, r, "/ok", http.StatusFound)
+		case "/hangs":
+			<-r.Context().Done()
+		default:
+			http.Error(w, "version 2", http.StatusServiceUnavailable)
+		}
+	}))
+	t.Cleanup(server.Close)
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close()
+	web := func(path string, status int, contains string) deployments.Check {
+		return deployments.Check{HTTP: &deployments.HTTPCheck{URL: server.URL + path, Status: status, Contains: contains}}
+	}
+	for _, test := range []struct {
+		check deployments.Check
+		err   string
+	}{
+		{web("/ok", 0, ""), ""},
+		{web("/ok", 0, "version 2"), ""},
+		{web("/ok", 0, "version 3"), `"version 3" is not in`},
+		{web("/ok", 204, ""), "status 200, want 204"},
+		{web("/", 0, "version 2"), "status 503, want 2xx"},
+		{web("/", 503, ""), ""},
+		{web("/moved", 0, ""), "status 302"},
+		{web("/moved", 302, ""), ""},
+		{web("/hangs", 0, ""), "slow"},
+		{deployments.Check{TCP: server.Listener.Addr().String()}, ""},
+		{deployments.Check{TCP: closed.Addr().String()}, "refused"},
+		{deployments.Check{Exec: `test "$KEDGE_VERSION" = 2`}, ""},
+		{deployments.Check{Exec: "echo not yet; false"}, "not yet"},
+		{deployments.Check{Exec: "sleep 1000"}, "slow"},
+	} {
+		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("too slow"))
+		_, err := newProbe(test.check, command.Env{Version: "2"})(ctx)
+		cancel()
+		if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: %v, want %q", nameOf(test.check), err, test.err)
+		}
+	}
+}
+
+func TestSystemdState(t *testing.T) {
+	t.Parallel()
+	for out, want := range map[string]string{
+		"LoadState=loaded\nActiveState=active\nSubState=running\nInvocationID=abc\n":        "abc",
+		"LoadState=loaded\nActiveState=active\nSubState=exited\nInvocationID=\n":            "",
+		"LoadState=loaded\nActiveState=activating\nSubState=auto-restart\nInvocationID=a\n": "the unit is activating (auto-restart)",
+		"LoadState=not-found\nActiveState=inactive\nSubState=dead\n":                        "the unit is not-found",
+		"": "the unit is ",
+	} {
+		got, err := systemdState(out)
+		if err != nil {
+			got = err.Error()
+		}
+		if got != want {
+			t.Errorf("%q: %q, want %q", out, got, want)
+		}
+	}
+}
+
+func TestConsulState(t *testing.T) {
+	t.Parallel()
+	checks := func(cs ...*api.HealthCheck) []api.AgentServiceChecksInfo {
+		return []api.AgentServiceChecksInfo{{Checks: api.HealthChecks(cs)}}
+	}
+	passing := &api.HealthCheck{CheckID: "a", Name: "a", Status: api.HealthPassing}
+	for name, test := range map[string]struct {
+		services []api.AgentServiceChecksInfo
+		err      string
+	}{
+		"absent":      {nil, "not registered"},
+		"no checks":   {checks(), ""},
+		"passing":     {checks(passing), ""},
+		"warning":     {checks(passing, &api.HealthCheck{CheckID: "b", Name: "b", Status: api.HealthWarning}), `check "b" is warning`},
+		"maintenance": {checks(passing, &api.HealthCheck{CheckID: api.NodeMaint, Status: api.HealthCritical}), ""},
+		"of service":  {checks(passing, &api.HealthCheck{CheckID: api.ServiceMaintPrefix + "x", Status: api.HealthCritical}), ""},
+	} {
+		if err := consulState(test.services); (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+			t.Errorf("%s: %v, want %q", name, err, test.err)
+		}
+	}
+}
