@@ -30,7 +30,7 @@ type Manifest struct {
 	ExcludeFrom string
 	// Owner is USER, USER:GROUP or :GROUP, by name or number; empty: whoever the agent runs as.
 	Owner string
-	// Keep is how many old releases stay beside the running and the last good one. Default 3.
+	// Keep is how many old releases stay beside the running and the last good one, at least 1. Default 3.
 	Keep int
 	// Immutable says that nothing writes into the live tree, so that the next release may share files by hard link.
 	Immutable bool
@@ -112,14 +112,3 @@ type HTTPCheck struct {
 
 // MaxManifest bounds a manifest, in bytes, before it is parsed.
 const MaxManifest = 1 << 20
-
-// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME" "default" }} and
-// {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute.
-// Unknown fields, duplicates and bad values are errors with line and column.
-func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
-	return parseManifest(data, url, env)
-}
-
-// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal Manifest.
-// Fields that hold their default are left out.
-func (m *Manifest) Encode() ([]byte, error) { return encodeManifest(m) }

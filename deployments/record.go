@@ -52,9 +52,6 @@ const (
 	PhaseHalted  Phase = "halted"  // rolled back and done: stays on Stable until Git names another target
 )
 
-// ParseRecord reads a record's JSON, strictly, or a bare pointer. An error leaves nodes as they are.
-func ParseRecord(value []byte) (Record, error) { return parseRecord(value) }
-
 // Pin is an operator's override of a record, for all nodes of a unit or for one.
 type Pin struct {
 	// Hold keeps what runs, whatever it is. Release is zero then.
@@ -66,8 +63,3 @@ type Pin struct {
 	// Until ends the pin by itself; zero: never.
 	Until time.Time `json:"until,omitzero"`
 }
-
-// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or
-// hold), reason, by and until (RFC 3339, or a date and time with zone). Empty or unparsable text is an error,
-// never "no pin".
-func ParsePin(value []byte) (Pin, error) { return parsePin(value) }

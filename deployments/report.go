@@ -1,6 +1,10 @@
 package deployments
 
-import "time"
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
 
 // Report is the JSON at status/STAGE/ROLE/NODE: what one node says of itself in one role. Written by that
 // node's agent alone, when something changed, never as a heartbeat; held by the node's session.
@@ -55,3 +59,18 @@ const (
 	StateHeld        State = "held"        // a pin says hold
 	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
 )
+
+// MaxReport bounds a report, in bytes: many units on one node.
+const MaxReport = 256 << 10
+
+// ParseReport reads a report. Fields that it doesn't know are passed over: agents of two versions run side by side.
+func ParseReport(value []byte) (Report, error) {
+	var r Report
+	if len(value) > MaxReport {
+		return r, fmt.Errorf("the report has %d bytes, at most %d are allowed", len(value), MaxReport)
+	}
+	if err := json.Unmarshal(value, &r); err != nil {
+		return Report{}, fmt.Errorf("the report: %w", err)
+	}
+	return r, nil
+}

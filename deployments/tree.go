@@ -1,9 +1,14 @@
 package deployments
 
 import (
+	"cmp"
 	"fmt"
 	"io/fs"
+	"path"
+	"slices"
 	"strings"
+
+	"github.com/goccy/go-yaml/ast"
 )
 
 // Tree is a whole commit of a deployments repo: valid, or not a Tree.
@@ -13,16 +18,13 @@ type Tree struct {
 	Units []Unit
 }
 
-// Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml. Dot-files, README*
-// and other files outside that shape without .yaml or .yml endings are passed over; a .yaml file in a wrong place is a problem.
-// The error is Problems, every one found, each with its place.
-func Load(fsys fs.FS) (*Tree, error) { return load(fsys) }
-
 // Problem is one mistake in a commit, at a place that an editor can jump to.
 type Problem struct {
-	File         string
-	Line, Column int // from 1; 0: the whole file
-	Message      string
+	File string `json:"file"`
+	// Line and Column count from 1; 0 is the whole file.
+	Line    int    `json:"line,omitzero"`
+	Column  int    `json:"column,omitzero"`
+	Message string `json:"message"`
 }
 
 func (p Problem) Error() string {
@@ -41,4 +43,247 @@ func (ps Problems) Error() string {
 		lines[i] = p.Error()
 	}
 	return strings.Join(lines, "\n")
+}
+
+const (
+	// SettingsFile lies at the top of a deployments repo.
+	SettingsFile = "kedge.yaml"
+	// MaxUnitFile bounds a unit's file and kedge.yaml, in bytes; MaxUnits the units of a commit.
+	MaxUnitFile = 64 << 10
+	MaxUnits    = 20_000
+)
+
+// Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml. Dot-files, and files
+// that don't end in .yaml or .yml, are passed over; a .yaml file in a wrong place is a problem. The error is Problems, every one
+// that was found, each with its place; or what reading the tree failed with.
+func Load(fsys fs.FS) (*Tree, error) {
+	l := &loader{fsys: fsys, tree: &Tree{Settings: Settings{MaxRemoved: defaultMaxRemoved, Drift: DriftReport}}, places: map[UnitID]string{}}
+	if err := fs.WalkDir(fsys, ".", l.visit); err != nil {
+		return nil, fmt.Errorf("reading the deployments repo: %w", err)
+	}
+	if len(l.files) > MaxUnits {
+		return nil, Problems{{File: ".", Message: fmt.Sprintf("%d units, at most %d are allowed", len(l.files), MaxUnits)}}
+	}
+	if err := l.readSettings(); err != nil {
+		return nil, err
+	}
+	for _, file := range l.files {
+		if err := l.readUnit(file); err != nil {
+			return nil, err
+		}
+	}
+	l.checkAfter()
+	if len(l.problems) > 0 {
+		slices.SortStableFunc(l.problems, func(a, b Problem) int {
+			return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
+		})
+		return nil, l.problems
+	}
+	slices.SortFunc(l.tree.Units, func(a, b Unit) int { return compareIDs(a.ID, b.ID) })
+	return l.tree, nil
+}
+
+func compareIDs(a, b UnitID) int {
+	return cmp.Or(strings.Compare(a.Stage, b.Stage), strings.Compare(a.Role, b.Role), strings.Compare(a.Unit, b.Unit))
+}
+
+type loader struct {
+	fsys     fs.FS
+	tree     *Tree
+	settings bool     // kedge.yaml is there
+	files    []string // of units
+	places   map[UnitID]string
+	afters   []afterPlace
+	problems Problems
+}
+
+// afterPlace is where a unit names another in after.
+type afterPlace struct {
+	file     string
+	line     int
+	column   int
+	unit, on UnitID
+}
+
+func (l *loader) visit(name string, d fs.DirEntry, err error) error {
+	switch {
+	case err != nil:
+		return err
+	case name == ".":
+		return nil
+	case strings.HasPrefix(d.Name(), "."):
+		if d.IsDir() {
+			return fs.SkipDir
+		}
+		return nil
+	case d.IsDir():
+		return nil
+	case name == SettingsFile:
+		l.settings = true
+		return nil
+	}
+	ext := path.Ext(name)
+	if ext != ".yaml" && ext != ".yml" {
+		return nil
+	}
+	if strings.Count(name, "/") != 2 {
+		l.problems = append(l.problems, Problem{File: name, Message: "a unit's file lies at STAGE/ROLE/UNIT.yaml, and settings in kedge.yaml at the top"})
+		return nil
+	}
+	l.files = append(l.files, name)
+	return nil
+}
+
+// read gives a file's bytes, or notes that it is too large.
+func (l *loader) read(name string) ([]byte, error) {
+	info, err := fs.Stat(l.fsys, name)
+	if err != nil {
+		return nil, fmt.Errorf("reading the deployments repo: %w", err)
+	}
+	if info.Size() > MaxUnitFile {
+		l.problems = append(l.problems, Problem{File: name, Message: fmt.Sprintf("the file has %d bytes, at most %d are allowed", info.Size(), MaxUnitFile)})
+		return nil, nil
+	}
+	data, err := fs.ReadFile(l.fsys, name)
+	if err != nil {
+		return nil, fmt.Errorf("reading the deployments repo: %w", err)
+	}
+	if data == nil {
+		data = []byte{}
+	}
+	return data, nil
+}
+
+func (l *loader) readSettings() error {
+	if !l.settings {
+		return nil
+	}
+	data, err := l.read(SettingsFile)
+	if err != nil || data == nil {
+		return err
+	}
+	r := &reader{file: SettingsFile}
+	if root := r.parse(data, MaxUnitFile); root != nil {
+		r.settings(root, &l.tree.Settings)
+	}
+	l.problems = append(l.problems, r.problems...)
+	return nil
+}
+
+func (l *loader) readUnit(name string) error {
+	parts := strings.Split(strings.TrimSuffix(name, path.Ext(name)), "/")
+	id := UnitID{parts[0], parts[1], parts[2]}
+	if err := id.Check(); err != nil {
+		l.problems = append(l.problems, Problem{File: name, Message: err.Error()})
+		return nil
+	}
+	if other, ok := l.places[id]; ok {
+		l.problems = append(l.problems, Problem{File: name, Message: fmt.Sprintf("unit %s stands in %s as well: remove one of them", id, other)})
+		return nil
+	}
+	l.places[id] = name
+	data, err := l.read(name)
+	if err != nil || data == nil {
+		return err
+	}
+	r := &reader{file: name}
+	root := r.parse(data, MaxUnitFile)
+	if root == nil {
+		if len(r.problems) == 0 {
+			r.note(0, 0, "the file is empty: want release: POINTER; to stop deploying the unit, remove the file")
+		}
+		l.problems = append(l.problems, r.problems...)
+		return nil
+	}
+	settings := l.tree.Settings
+	u := Unit{ID: id, Drift: settings.Drift}
+	if settings.Rollout != nil {
+		copied := *settings.Rollout
+		u.Rollout = &copied
+	}
+	seen := r.fields(root, "a unit", map[string]func(ast.Node){
+		"release": func(n ast.Node) {
+			into(r, &u.Release, ParsePointer)(n)
+			if !u.Release.IsZero() && !settings.allows(id.Stage, u.Release.URL) {
+				r.at(n, "%s is not among the sources that %s allows for stage %s", u.Release.URL, SettingsFile, id.Stage)
+			}
+		},
+		"after": func(n ast.Node) {
+			r.each(n, func(item ast.Node) {
+				var name string
+				into(r, &name, asText)(item)
+				if name == "" {
+					return
+				}
+				at := item.GetToken().Position
+				l.afters = append(l.afters, afterPlace{r.file, at.Line, at.Column, id, UnitID{id.Stage, id.Role, name}})
+				u.After = append(u.After, name)
+			})
+		},
+		"rollout": func(n ast.Node) {
+			if u.Rollout == nil {
+				u.Rollout = newRollout()
+			}
+			r.rollout(n, u.Rollout)
+		},
+		"drift": into(r, &u.Drift, asOneOf(DriftReport, DriftHeal)),
+	})
+	if seen["release"] == nil {
+		r.at(root, "release is missing: want release: POINTER, as kedge publish prints it")
+	}
+	l.problems = append(l.problems, r.problems...)
+	l.tree.Units = append(l.tree.Units, u)
+	return nil
+}
+
+// checkAfter notes names in after that are no unit of the role, and cycles.
+func (l *loader) checkAfter() {
+	on := map[UnitID][]afterPlace{}
+	for _, a := range l.afters {
+		note := func(format string, args ...any) {
+			l.problems = append(l.problems, Problem{a.file, a.line, a.column, fmt.Sprintf(format, args...)})
+		}
+		switch {
+		case a.on == a.unit:
+			note("unit %s comes after itself: a cycle", a.unit.Unit)
+		case l.places[a.on] == "":
+			note("after names %q, which is no unit of %s/%s", clip(a.on.Unit), a.unit.Stage, a.unit.Role)
+		default:
+			on[a.unit] = append(on[a.unit], a)
+		}
+	}
+	const visiting, done = 1, 2
+	state := map[UnitID]int{}
+	var trail []UnitID
+	var follow func(UnitID)
+	follow = func(id UnitID) {
+		state[id] = visiting
+		trail = append(trail, id)
+		for _, a := range on[id] {
+			switch state[a.on] {
+			case visiting:
+				names := []string{}
+				for _, t := range trail[slices.Index(trail, a.on):] {
+					names = append(names, t.Unit)
+				}
+				l.problems = append(l.problems, Problem{a.file, a.line, a.column,
+					fmt.Sprintf("after makes a cycle: %s after %s", strings.Join(names, " after "), a.on.Unit)})
+			case done:
+			default:
+				follow(a.on)
+			}
+		}
+		trail = trail[:len(trail)-1]
+		state[id] = done
+	}
+	ids := make([]UnitID, 0, len(on))
+	for id := range on {
+		ids = append(ids, id)
+	}
+	slices.SortFunc(ids, compareIDs)
+	for _, id := range ids {
+		if state[id] == 0 {
+			follow(id)
+		}
+	}
 }

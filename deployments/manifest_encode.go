@@ -1,0 +1,95 @@
+package deployments
+
+import (
+	"fmt"
+
+	"github.com/goccy/go-yaml"
+)
+
+// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal Manifest.
+// Fields that hold their default are left out.
+func (m *Manifest) Encode() ([]byte, error) {
+	var out yaml.MapSlice
+	add := func(to *yaml.MapSlice, key string, value any, when bool) {
+		if when {
+			*to = append(*to, yaml.MapItem{Key: key, Value: value})
+		}
+	}
+	blob := func(b Blob) yaml.MapSlice {
+		return yaml.MapSlice{{Key: "url", Value: b.URL}, {Key: "size", Value: b.Size}, {Key: "sha256", Value: b.SHA256.String()}}
+	}
+	add(&out, "name", m.Name, m.Name != "")
+	add(&out, "version", m.Version, m.Version != "")
+	add(&out, "src", m.Src, m.Src != "")
+	add(&out, "checksum", m.Checksum, m.Checksum != "")
+	add(&out, "size", m.Size, m.Size != 0)
+	if m.Index != nil {
+		add(&out, "index", blob(*m.Index), true)
+	}
+	var deltas []yaml.MapSlice
+	for _, d := range m.Deltas {
+		deltas = append(deltas, append(yaml.MapSlice{{Key: "from", Value: d.From.String()}}, blob(d.Blob)...))
+	}
+	add(&out, "deltas", deltas, len(deltas) > 0)
+	add(&out, "dest", m.Dest, m.Dest != "")
+	add(&out, "dest_mode", fmt.Sprintf("0%o", m.DestMode), m.DestMode != 0 && m.DestMode != 0o755)
+	add(&out, "sync_strategy", string(m.Strategy), m.Strategy != "" && m.Strategy != StrategyRsync)
+	add(&out, "excludes", m.Excludes, len(m.Excludes) > 0)
+	add(&out, "exclude_from", m.ExcludeFrom, m.ExcludeFrom != "")
+	add(&out, "owner", m.Owner, m.Owner != "")
+	add(&out, "keep", m.Keep, m.Keep != 0 && m.Keep != defaultKeep)
+	add(&out, "immutable", true, m.Immutable)
+
+	var commands yaml.MapSlice
+	for _, list := range []struct {
+		name     string
+		commands []Command
+	}{{"pre", m.Commands.Pre}, {"post", m.Commands.Post}, {"success", m.Commands.Success}, {"failure", m.Commands.Failure}} {
+		var items []any
+		for _, c := range list.commands {
+			if (c.Timeout == 0 || c.Timeout == DefaultCommandTimeout) && c.User == "" {
+				items = append(items, c.Run)
+				continue
+			}
+			item := yaml.MapSlice{{Key: "run", Value: c.Run}}
+			add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != DefaultCommandTimeout)
+			add(&item, "user", c.User, c.User != "")
+			items = append(items, item)
+		}
+		add(&commands, list.name, items, len(items) > 0)
+	}
+	add(&out, "commands", commands, len(commands) > 0)
+
+	var health yaml.MapSlice
+	add(&health, "timeout", m.Health.Timeout.String(), m.Health.Timeout != 0 && m.Health.Timeout != defaultHealthTimeout)
+	add(&health, "stable_for", m.Health.StableFor.String(), m.Health.StableFor != 0)
+	var checks []yaml.MapSlice
+	for _, c := range m.Health.Checks {
+		var item yaml.MapSlice
+		if c.HTTP != nil {
+			http := yaml.MapSlice{{Key: "url", Value: c.HTTP.URL}}
+			add(&http, "status", c.HTTP.Status, c.HTTP.Status != 0)
+			add(&http, "contains", c.HTTP.Contains, c.HTTP.Contains != "")
+			add(&item, "http", http, true)
+		}
+		add(&item, "tcp", c.TCP, c.TCP != "")
+		add(&item, "exec", c.Exec, c.Exec != "")
+		add(&item, "systemd", c.Systemd, c.Systemd != "")
+		add(&item, "consul", c.Consul, c.Consul != "")
+		add(&item, "interval", c.Interval.String(), c.Interval != 0 && c.Interval != defaultCheckInterval)
+		add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != defaultCheckTimeout)
+		checks = append(checks, item)
+	}
+	add(&health, "checks", checks, len(checks) > 0)
+	add(&out, "health", health, len(health) > 0)
+	add(&out, "drain", m.Drain.String(), m.Drain != 0)
+
+	data, err := yaml.MarshalWithOptions(out, yaml.IndentSequence(true))
+	if err != nil {
+		return nil, fmt.Errorf("encoding the manifest: %w", err)
+	}
+	if len(data) > MaxManifest {
+		return nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
+	}
+	return data, nil
+}

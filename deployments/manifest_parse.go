@@ -1,0 +1,438 @@
+package deployments
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"text/template/parse"
+	"time"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+const (
+	maxDeltas   = 32
+	maxObject   = 1 << 50 // bytes of an archive, an index or a delta
+	defaultKeep = 3
+	maxKeep     = 1000
+
+	DefaultCommandTimeout = 10 * time.Minute
+	defaultHealthTimeout  = 60 * time.Second
+	defaultCheckInterval  = time.Second
+	defaultCheckTimeout   = 5 * time.Second
+)
+
+// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME" "default" }} and
+// {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute
+// against url. Unknown fields, doubles and bad values are Problems with line and column.
+func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
+	m, _, err := readManifest(data, url, env)
+	return m, err
+}
+
+// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's.
+func ManifestTraps(data []byte, env func(string) (string, bool)) ([]Problem, error) {
+	_, traps, err := readManifest(data, "file:///manifest.yaml", env)
+	return traps, err
+}
+
+func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
+	if len(data) > MaxManifest {
+		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
+	}
+	text, err := expand(string(data), env)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the manifest: %w", err)
+	}
+	r := &manifestReader{reader: reader{file: "manifest"}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
+		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
+		Health: Health{Timeout: defaultHealthTimeout},
+	}}
+	root := r.parse([]byte(text), MaxManifest)
+	if root == nil {
+		if r.err() == nil {
+			return nil, nil, errors.New("the manifest is empty")
+		}
+		return nil, nil, r.err()
+	}
+	r.read(root)
+	if err := r.err(); err != nil {
+		return nil, nil, err
+	}
+	return r.m, r.traps.problems, nil
+}
+
+// expand replaces {{ env }} and {{ must_env }}. They are the only actions: a template that could loop or recurse would be a
+// program, run before anything of it was looked at.
+func expand(text string, env func(string) (string, bool)) (string, error) {
+	if env == nil {
+		env = func(string) (string, bool) { return "", false }
+	}
+	if !strings.Contains(text, "{{") {
+		return text, nil
+	}
+	trees, err := parse.Parse("manifest", text, "", "", map[string]any{"env": "", "must_env": "", "json_escape": ""})
+	if err != nil {
+		return "", err
+	}
+	tree := trees["manifest"]
+	if tree == nil || tree.Root == nil || len(trees) > 1 {
+		return "", errors.New("templates are not read in a manifest, only {{ env }} and {{ must_env }}")
+	}
+	var out strings.Builder
+	for _, node := range tree.Root.Nodes {
+		switch n := node.(type) {
+		case *parse.TextNode:
+			out.Write(n.Text)
+		case *parse.CommentNode:
+		case *parse.ActionNode:
+			value, err := evaluate(n.Pipe, env)
+			if err != nil {
+				where, _ := tree.ErrorContext(n)
+				return "", fmt.Errorf("%s: %w", where, err)
+			}
+			out.WriteString(value)
+		default:
+			where, _ := tree.ErrorContext(n)
+			return "", fmt.Errorf("%s: only {{ env }} and {{ must_env }} are read in a manifest", where)
+		}
+		if out.Len() > MaxManifest {
+			return "", fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
+		}
+	}
+	return out.String(), nil
+}
+
+// evaluate reads env "NAME"… "otherwise", must_env "NAME", or one of them piped into json_escape. As in stretcher, env gives the first
+// of its names that is set and not empty, else its last word itself.
+func evaluate(pipe *parse.PipeNode, env func(string) (string, bool)) (string, error) {
+	usage := errors.New(`want {{ env "NAME" "otherwise" }} or {{ must_env "NAME" }}`)
+	if len(pipe.Decl) > 0 || len(pipe.Cmds) == 0 || len(pipe.Cmds) > 2 {
+		return "", usage
+	}
+	var words []string
+	command := pipe.Cmds[0]
+	for _, arg := range command.Args[1:] {
+		s, ok := arg.(*parse.StringNode)
+		if !ok {
+			return "", usage
+		}
+		words = append(words, s.Text)
+	}
+	name, ok := command.Args[0].(*parse.IdentifierNode)
+	if !ok || len(words) == 0 {
+		return "", usage
+	}
+	var value string
+	switch name.Ident {
+	case "env":
+		value = words[len(words)-1]
+		for _, w := range words {
+			if v, ok := env(w); ok && v != "" {
+				value = v
+				break
+			}
+		}
+	case "must_env":
+		v, ok := env(words[0])
+		if !ok || len(words) != 1 {
+			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", words[0])
+		}
+		value = v
+	default:
+		return "", usage
+	}
+	if len(pipe.Cmds) == 2 {
+		escape, ok := pipe.Cmds[1].Args[0].(*parse.IdentifierNode)
+		if !ok || escape.Ident != "json_escape" || len(pipe.Cmds[1].Args) != 1 {
+			return "", usage
+		}
+		quoted := strconv.Quote(value)
+		value = quoted[1 : len(quoted)-1]
+	}
+	return value, nil
+}
+
+type manifestReader struct {
+	reader
+	traps reader
+	url   string
+	m     *Manifest
+}
+
+func (r *manifestReader) read(root ast.Node) {
+	m := r.m
+	seen := r.fields(root, "the manifest", map[string]func(ast.Node){
+		"name":          into(&r.reader, &m.Name, asShown),
+		"version":       into(&r.reader, &m.Version, asShown),
+		"src":           into(&r.reader, &m.Src, r.asURL),
+		"checksum":      into(&r.reader, &m.Checksum, asChecksum),
+		"size":          into(&r.reader, &m.Size, asNumber(1, maxObject)),
+		"index":         func(n ast.Node) { m.Index = &Blob{}; r.blob(n, "index", m.Index, nil) },
+		"deltas":        r.deltas,
+		"dest":          into(&r.reader, &m.Dest, asDest),
+		"dest_mode":     r.destMode,
+		"sync_strategy": into(&r.reader, &m.Strategy, asOneOf(StrategyRsync, StrategyMv, StrategyRelease)),
+		"excludes":      intoList(&r.reader, &m.Excludes, asText),
+		"exclude_from":  into(&r.reader, &m.ExcludeFrom, asText),
+		"owner":         into(&r.reader, &m.Owner, asOwner),
+		"keep":          into(&r.reader, &m.Keep, asInt(1, maxKeep)),
+		"immutable":     into(&r.reader, &m.Immutable, asBool),
+		"commands":      r.commands,
+		"health":        r.health,
+		"drain":         into(&r.reader, &m.Drain, asDuration),
+	})
+	place := func(field string) ast.Node {
+		if n := seen[field]; n != nil {
+			return n
+		}
+		return root
+	}
+	switch {
+	case m.Src != "" && m.Dest == "" && seen["dest"] == nil:
+		r.at(place("src"), "dest is missing: where should src go live?")
+	case m.Src == "" && m.Index != nil:
+		r.at(place("index"), "an index without src")
+	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
+		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
+	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
+		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
+	}
+	r.findTraps(place)
+}
+
+func (r *manifestReader) findTraps(place func(string) ast.Node) {
+	m := r.m
+	if m.Src != "" && m.Strategy != StrategyRelease {
+		r.traps.at(place("sync_strategy"), "sync_strategy %s changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not", m.Strategy)
+	}
+	switch len(m.Checksum) {
+	case 32, 40:
+		r.traps.at(place("checksum"), "md5 and sha1 can be forged: use sha256")
+	}
+	for _, list := range []struct {
+		name     string
+		commands []Command
+	}{{"post", m.Commands.Post}, {"failure", m.Commands.Failure}, {"success", m.Commands.Success}} {
+		for _, c := range list.commands {
+			if strings.HasPrefix(c.Run, "./") || strings.Contains(c.Run, " ./") {
+				r.traps.at(place("commands"), "%s command %q names a path relative to the working directory: stretcher ran it in one that was deleted after a failure, kedge runs it in /; use $KEDGE_RELEASE or an absolute path", list.name, clip(c.Run))
+			}
+		}
+	}
+}
+
+// destMode reads an octal mode however it is written. stretcher read 755 as a decimal number, mode 01363.
+func (r *manifestReader) destMode(n ast.Node) {
+	s, ok := r.text(n)
+	if !ok {
+		return
+	}
+	digits := strings.TrimPrefix(strings.TrimPrefix(s, "0o"), "0")
+	mode, err := strconv.ParseUint(digits, 8, 32)
+	if err != nil || mode == 0 || mode > 0o777 {
+		r.at(n, "%q: want a mode in octal, as in 0755", clip(s))
+		return
+	}
+	if digits == s && n.Type() == ast.IntegerType {
+		r.traps.at(n, "dest_mode: %s is read in octal here; stretcher read it as a decimal number: write 0%s", s, s)
+	}
+	r.m.DestMode = fs.FileMode(mode)
+}
+
+func (r *manifestReader) blob(n ast.Node, what string, b *Blob, more map[string]func(ast.Node)) {
+	known := map[string]func(ast.Node){
+		"url":    into(&r.reader, &b.URL, r.asURL),
+		"size":   into(&r.reader, &b.Size, asNumber(1, maxObject)),
+		"sha256": into(&r.reader, &b.SHA256, ParseDigest),
+	}
+	for name, f := range more {
+		known[name] = f
+	}
+	seen := r.fields(n, what, known)
+	for name := range known {
+		if seen[name] == nil {
+			r.at(n, "%s has no %s", what, name)
+		}
+	}
+}
+
+func (r *manifestReader) deltas(n ast.Node) {
+	r.each(n, func(item ast.Node) {
+		var d Delta
+		r.blob(item, "a delta", &d.Blob, map[string]func(ast.Node){"from": into(&r.reader, &d.From, ParseDigest)})
+		r.m.Deltas = append(r.m.Deltas, d)
+	})
+	if len(r.m.Deltas) > maxDeltas {
+		r.at(n, "%d deltas, at most %d are allowed", len(r.m.Deltas), maxDeltas)
+	}
+}
+
+func (r *manifestReader) commands(n ast.Node) {
+	c := &r.m.Commands
+	r.fields(n, "commands", map[string]func(ast.Node){
+		"pre": r.commandList(&c.Pre), "post": r.commandList(&c.Post), "success": r.commandList(&c.Success), "failure": r.commandList(&c.Failure),
+	})
+}
+
+func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
+	return func(n ast.Node) {
+		r.each(n, func(item ast.Node) {
+			c := Command{Timeout: DefaultCommandTimeout}
+			switch item.(type) {
+			case *ast.MappingNode, *ast.MappingValueNode:
+				seen := r.fields(item, "a command", map[string]func(ast.Node){
+					"run":     into(&r.reader, &c.Run, asText),
+					"timeout": into(&r.reader, &c.Timeout, asPositive),
+					"user":    into(&r.reader, &c.User, asUser),
+				})
+				if seen["run"] == nil {
+					r.at(item, "a command has no run")
+				}
+			default:
+				into(&r.reader, &c.Run, asText)(item)
+			}
+			*to = append(*to, c)
+		})
+	}
+}
+
+func (r *manifestReader) health(n ast.Node) {
+	h := &r.m.Health
+	r.fields(n, "health", map[string]func(ast.Node){
+		"timeout":    into(&r.reader, &h.Timeout, asPositive),
+		"stable_for": into(&r.reader, &h.StableFor, asDuration),
+		"checks": func(n ast.Node) {
+			r.each(n, func(item ast.Node) { h.Checks = append(h.Checks, r.check(item)) })
+		},
+	})
+}
+
+func (r *manifestReader) check(n ast.Node) Check {
+	c := Check{Interval: defaultCheckInterval, Timeout: defaultCheckTimeout}
+	kinds := map[string]func(ast.Node){
+		"http": func(n ast.Node) {
+			c.HTTP = &HTTPCheck{}
+			switch n.(type) {
+			case *ast.MappingNode, *ast.MappingValueNode:
+				seen := r.fields(n, "http", map[string]func(ast.Node){
+					"url":      into(&r.reader, &c.HTTP.URL, asHTTP),
+					"status":   into(&r.reader, &c.HTTP.Status, asInt(100, 599)),
+					"contains": into(&r.reader, &c.HTTP.Contains, asText),
+				})
+				if seen["url"] == nil {
+					r.at(n, "http has no url")
+				}
+			default:
+				into(&r.reader, &c.HTTP.URL, asHTTP)(n)
+			}
+		},
+		"tcp":     into(&r.reader, &c.TCP, asText),
+		"exec":    into(&r.reader, &c.Exec, asText),
+		"systemd": into(&r.reader, &c.Systemd, asText),
+		"consul":  into(&r.reader, &c.Consul, asText),
+	}
+	known := map[string]func(ast.Node){
+		"interval": into(&r.reader, &c.Interval, asPositive),
+		"timeout":  into(&r.reader, &c.Timeout, asPositive),
+	}
+	for name, f := range kinds {
+		known[name] = f
+	}
+	seen := r.fields(n, "a check", known)
+	found := 0
+	for name := range kinds {
+		if seen[name] != nil {
+			found++
+		}
+	}
+	if found != 1 {
+		r.at(n, "a check is exactly one of http, tcp, exec, systemd, consul; this has %d of them", found)
+	}
+	return c
+}
+
+// asURL makes a URL absolute against the manifest's own, without letting it leave the host or bucket.
+func (r *manifestReader) asURL(s string) (string, error) {
+	if !strings.Contains(s, "://") {
+		scheme, rest, ok := strings.Cut(r.url, "://")
+		if !ok || s == "" {
+			return "", fmt.Errorf("%q is relative, and the manifest has no URL of its own", clip(s))
+		}
+		host, at, _ := strings.Cut(rest, "/")
+		if strings.HasPrefix(s, "/") {
+			return "", fmt.Errorf("%q: want a URL, or a path relative to the manifest's", clip(s))
+		}
+		joined := path.Join("/", path.Dir("/"+at), s)
+		s = scheme + "://" + host + joined
+	}
+	return s, CheckURL(s)
+}
+
+// asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
+func asShown(s string) (string, error) {
+	if !shown.MatchString(s) {
+		return "", fmt.Errorf("%q: want 1 to 128 letters, digits, '.', '_', '+', '~' or '-', beginning with a letter or digit", clip(s))
+	}
+	return s, nil
+}
+
+var (
+	shown = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,127}$`)
+	owner = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+)
+
+func asChecksum(s string) (string, error) {
+	s = strings.ToLower(s)
+	if _, err := hex.DecodeString(s); err != nil {
+		return "", fmt.Errorf("checksum %q: want hexadecimal digits", clip(s))
+	}
+	switch len(s) {
+	case 32, 40, 64, 128:
+		return s, nil
+	}
+	return "", fmt.Errorf("the checksum has %d digits: want an md5 (32), sha1 (40), sha256 (64) or sha512 (128)", len(s))
+}
+
+func asDest(s string) (string, error) {
+	if !strings.HasPrefix(s, "/") || filepath.Clean(s) == "/" || strings.ContainsAny(s, "\x00\n") {
+		return "", fmt.Errorf("dest %q: want an absolute path, as in /srv/app", clip(s))
+	}
+	return filepath.Clean(s), nil
+}
+
+func asOwner(s string) (string, error) {
+	user, group, both := strings.Cut(s, ":")
+	if user != "" && !owner.MatchString(user) || both && !owner.MatchString(group) || user == "" && !both {
+		return "", fmt.Errorf("owner %q: want USER, USER:GROUP or :GROUP", clip(s))
+	}
+	return s, nil
+}
+
+func asUser(s string) (string, error) {
+	if !owner.MatchString(s) {
+		return "", fmt.Errorf("user %q: want a user's name or number", clip(s))
+	}
+	return s, nil
+}
+
+func asHTTP(s string) (string, error) {
+	if !strings.HasPrefix(s, "http://") && !strings.HasPrefix(s, "https://") {
+		return "", fmt.Errorf("%q: want http:// or https://", clip(s))
+	}
+	return s, nil
+}
+
+func asPositive(s string) (time.Duration, error) {
+	d, err := asDuration(s)
+	if err == nil && d == 0 {
+		err = fmt.Errorf("%q: want a duration longer than 0", clip(s))
+	}
+	return d, err
+}

@@ -1,0 +1,210 @@
+package deployments
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+// MaxRecord bounds a record, and MaxPin a pin, in bytes.
+const (
+	MaxRecord = 16 << 10
+	MaxPin    = 16 << 10
+)
+
+// ParseRecord reads a record's JSON, strictly, or a bare pointer. An error leaves nodes as they are.
+func ParseRecord(value []byte) (Record, error) {
+	if len(value) > MaxRecord {
+		return Record{}, fmt.Errorf("the record has %d bytes, at most %d are allowed", len(value), MaxRecord)
+	}
+	text := Trim(string(value))
+	if text == "" {
+		return Record{}, errors.New("the record is empty: want what the mirror writes, or a bare pointer")
+	}
+	if !strings.HasPrefix(text, "{") {
+		p, err := ParsePointer(text)
+		if err != nil {
+			return Record{}, fmt.Errorf("the record is neither JSON nor a pointer: %w", err)
+		}
+		return Record{Target: p}, nil
+	}
+	var rec Record
+	if err := strictJSON([]byte(text), &rec); err != nil {
+		return Record{}, fmt.Errorf("the record: %w", err)
+	}
+	switch {
+	case rec.Target.IsZero():
+		return Record{}, errors.New(`the record has no "target"`)
+	case rec.Generation < 0 || rec.Retry < 0:
+		return Record{}, errors.New("the record has a negative generation or retry")
+	}
+	for _, name := range rec.After {
+		if err := CheckSegment("unit in after", name); err != nil {
+			return Record{}, fmt.Errorf("the record: %w", err)
+		}
+	}
+	if rec.Drift != "" && rec.Drift != DriftReport && rec.Drift != DriftHeal {
+		return Record{}, fmt.Errorf("the record: drift %q: want report or heal", clip(string(rec.Drift)))
+	}
+	if rec.Rollout != nil {
+		switch rec.Rollout.Phase {
+		case PhaseCanary, PhaseWaiting, PhaseRolling, PhasePaused, PhaseBack, PhaseHalted:
+		default:
+			return Record{}, fmt.Errorf("the record: unknown phase %q of its rollout", clip(string(rec.Rollout.Phase)))
+		}
+	}
+	return rec, nil
+}
+
+// strictJSON reads one JSON value, without unknown or double fields, and nothing behind it.
+func strictJSON(data []byte, to any) error {
+	if err := noDoubles(json.NewDecoder(bytes.NewReader(data)), 0); err != nil {
+		return err
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(to); err != nil {
+		return err
+	}
+	if _, err := d.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("there is more behind the JSON value")
+	}
+	return nil
+}
+
+// noDoubles reads one value and refuses a field that stands twice: encoding/json would take the last one.
+func noDoubles(d *json.Decoder, deep int) error {
+	if deep > maxDepth {
+		return fmt.Errorf("nested deeper than %d levels", maxDepth)
+	}
+	t, err := d.Token()
+	if err != nil {
+		return err
+	}
+	open, ok := t.(json.Delim)
+	if !ok {
+		return nil
+	}
+	seen := map[string]bool{}
+	for d.More() {
+		if open == '{' {
+			key, err := d.Token()
+			if err != nil {
+				return err
+			}
+			// encoding/json matches field names whatever their case.
+			name := strings.ToLower(key.(string))
+			if seen[name] {
+				return fmt.Errorf("field %q stands twice", clip(name))
+			}
+			seen[name] = true
+		}
+		if err := noDoubles(d, deep+1); err != nil {
+			return err
+		}
+	}
+	_, err = d.Token()
+	return err
+}
+
+// holdWord is the pin that keeps what runs.
+const holdWord = "hold"
+
+// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold), reason, by
+// and until (see ParseUntil). Empty or unparsable text is an error, never "no pin".
+func ParsePin(value []byte) (Pin, error) {
+	text := Trim(string(value))
+	switch {
+	case len(value) > MaxPin:
+		return Pin{}, fmt.Errorf("the pin has %d bytes, at most %d are allowed", len(value), MaxPin)
+	case text == "":
+		return Pin{}, errors.New("the pin is empty: want a pointer (URL@sha256:HEX) or hold; delete the key to unpin")
+	case text == holdWord:
+		return Pin{Hold: true}, nil
+	}
+	if !looksLikeFields(text) {
+		p, err := ParsePointer(text)
+		if err != nil {
+			return Pin{}, fmt.Errorf("the pin is neither a pointer nor hold: %w", err)
+		}
+		return Pin{Release: p}, nil
+	}
+	var pin Pin
+	r := &reader{file: "pin"}
+	root := r.parse([]byte(text), MaxPin)
+	if root == nil {
+		return Pin{}, fmt.Errorf("the pin doesn't parse: %w", r.err())
+	}
+	seen := r.fields(root, "the pin", map[string]func(ast.Node){
+		"release": func(n ast.Node) {
+			s, ok := r.text(n)
+			if !ok {
+				return
+			}
+			if s == holdWord {
+				pin.Hold = true
+				return
+			}
+			into(r, &pin.Release, ParsePointer)(n)
+		},
+		"hold":   into(r, &pin.Hold, asBool),
+		"reason": into(r, &pin.Reason, asText),
+		"by":     into(r, &pin.By, asText),
+		"until":  into(r, &pin.Until, ParseUntil),
+	})
+	switch {
+	case r.err() != nil:
+		return Pin{}, fmt.Errorf("the pin doesn't parse: %w", r.err())
+	case pin.Hold && !pin.Release.IsZero():
+		return Pin{}, errors.New("the pin says both hold and a release: want one of them")
+	case !pin.Hold && pin.Release.IsZero():
+		if seen["hold"] != nil {
+			return Pin{}, errors.New("the pin says hold: false and no release: delete the key to unpin")
+		}
+		return Pin{}, errors.New("the pin has no release: want a pointer, or hold")
+	}
+	return pin, nil
+}
+
+// looksLikeFields tells YAML or JSON with fields from a bare value: its first line that is no comment begins with a brace or
+// with a name and a colon that is followed by a blank or the line's end. A URL's colon is followed by a slash.
+func looksLikeFields(text string) bool {
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") || line == "---" {
+			continue
+		}
+		name, rest, ok := strings.Cut(line, ":")
+		return strings.HasPrefix(line, "{") || ok && !strings.ContainsAny(name, "/@ ") && (rest == "" || rest[0] == ' ' || rest[0] == '\t')
+	}
+	return false
+}
+
+// ParseUntil reads when a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a zone's name or offset
+// (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without zone is refused: nodes and people differ in theirs.
+func ParseUntil(s string) (time.Time, error) {
+	if t, err := time.Parse(time.RFC3339, s); err == nil {
+		return t, nil
+	}
+	parts := strings.Fields(s)
+	if len(parts) == 3 {
+		layouts := []string{"2006-01-02 15:04", "2006-01-02 15:04:05"}
+		for _, layout := range layouts {
+			if t, err := time.Parse(layout+" -07:00", s); err == nil {
+				return t, nil
+			}
+			if zone, err := time.LoadLocation(parts[2]); err == nil && parts[2] != "Local" {
+				if t, err := time.ParseInLocation(layout, parts[0]+" "+parts[1], zone); err == nil {
+					return t, nil
+				}
+			}
+		}
+	}
+	return time.Time{}, fmt.Errorf("%q: want a time with its zone, as in 2026-11-24T09:00:00Z or 2026-11-24 09:00 Europe/Berlin", clip(s))
+}

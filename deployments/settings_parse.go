@@ -1,0 +1,216 @@
+package deployments
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml/ast"
+	"github.com/robfig/cron/v3"
+)
+
+const (
+	defaultMaxRemoved = 30 // percent
+	defaultDeadline   = 10 * time.Minute
+	maxSources        = 1000
+)
+
+func newRollout() *Rollout {
+	return &Rollout{OnFailure: Rollback, Approval: Auto, Deadline: defaultDeadline}
+}
+
+func (r *reader) rollout(n ast.Node, to *Rollout) {
+	r.fields(n, "rollout", map[string]func(ast.Node){
+		"canary":          into(r, &to.Canary, asAmount),
+		"bake":            into(r, &to.Bake, asDuration),
+		"max_unavailable": into(r, &to.MaxUnavailable, asUnavailable),
+		"max_failures":    into(r, &to.MaxFailures, asAmount),
+		"on_failure":      into(r, &to.OnFailure, asOneOf(Rollback, Pause)),
+		"approval":        into(r, &to.Approval, asOneOf(Auto, Manual)),
+		"deadline":        into(r, &to.Deadline, asPositive),
+	})
+}
+
+// asUnavailable refuses 0: a rollout that may touch no node would never end.
+func asUnavailable(s string) (Amount, error) {
+	a, err := asAmount(s)
+	if err == nil && a.N == 0 {
+		err = fmt.Errorf("%q: want at least 1 node, or 1%%", clip(s))
+	}
+	return a, err
+}
+
+func (r *reader) settings(n ast.Node, to *Settings) {
+	r.fields(n, SettingsFile, map[string]func(ast.Node){
+		"sources":      func(n ast.Node) { r.sources(n, to) },
+		"prune":        into(r, &to.Prune, asBool),
+		"max_removed":  into(r, &to.MaxRemoved, asPercent),
+		"allow_rewind": into(r, &to.AllowRewind, asBool),
+		"rollout": func(n ast.Node) {
+			to.Rollout = newRollout()
+			r.rollout(n, to.Rollout)
+		},
+		"drift": into(r, &to.Drift, asOneOf(DriftReport, DriftHeal)),
+		"freeze": func(n ast.Node) {
+			r.each(n, func(item ast.Node) {
+				if f, ok := r.freeze(item); ok {
+					to.Freeze = append(to.Freeze, f)
+				}
+			})
+		},
+	})
+}
+
+func asPercent(s string) (int, error) {
+	n, err := asNumber(0, 100)(strings.TrimSuffix(s, "%"))
+	if err != nil {
+		return 0, fmt.Errorf("%q: want a percentage from 0 to 100, as in 30", clip(s))
+	}
+	return int(n), nil
+}
+
+// sources reads prefixes by stage.
+func (r *reader) sources(n ast.Node, to *Settings) {
+	to.Sources = map[string][]string{}
+	var values []*ast.MappingValueNode
+	switch m := n.(type) {
+	case *ast.MappingNode:
+		values = m.Values
+	case *ast.MappingValueNode:
+		values = []*ast.MappingValueNode{m}
+	default:
+		r.at(n, "sources: want a list of URL prefixes by stage, as in prod: [s3://acme-releases/]")
+		return
+	}
+	for _, v := range values {
+		stage := v.Key.GetToken().Value
+		if s, ok := v.Key.(*ast.StringNode); ok {
+			stage = s.Value
+		}
+		if stage != "*" {
+			if err := CheckSegment("stage", stage); err != nil {
+				r.at(v.Key, "%v; or \"*\" for every stage", err)
+				continue
+			}
+		}
+		if _, twice := to.Sources[stage]; twice {
+			r.at(v.Key, "stage %q stands twice in sources", stage)
+			continue
+		}
+		prefixes := []string{}
+		if v.Value == nil || v.Value.Type() == ast.NullType {
+			r.at(v.Key, "stage %q has no list of URL prefixes", stage)
+			continue
+		}
+		intoList(r, &prefixes, asPrefix)(v.Value)
+		if len(prefixes) > maxSources {
+			r.at(v.Key, "%d prefixes, at most %d are allowed", len(prefixes), maxSources)
+		}
+		to.Sources[stage] = prefixes
+	}
+}
+
+func asPrefix(s string) (string, error) {
+	// A bucket alone is a fine prefix, and no URL of an object.
+	if err := CheckURL(strings.TrimSuffix(s, "/") + "/x"); err != nil {
+		return "", fmt.Errorf("source %q: %w", clip(s), err)
+	}
+	return s, nil
+}
+
+// allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by those of "*".
+func (s Settings) allows(stage, url string) bool {
+	prefixes, ok := s.Sources[stage]
+	if !ok {
+		prefixes, ok = s.Sources["*"]
+	}
+	if !ok {
+		return true
+	}
+	for _, p := range prefixes {
+		if UnderPrefix(url, p) {
+			return true
+		}
+	}
+	return false
+}
+
+// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1, not s3://acme/webx/1.
+// A URL that could be read as another path (.., an escaped dot or slash, an empty segment, a query) is under no prefix.
+func UnderPrefix(url, prefix string) bool {
+	_, rest, ok := strings.Cut(url, "://")
+	if !ok || strings.ContainsAny(rest, "%?\\") {
+		return false
+	}
+	_, at, _ := strings.Cut(rest, "/")
+	for segment := range strings.SplitSeq(at, "/") {
+		if segment == "" || segment == "." || segment == ".." {
+			return false
+		}
+	}
+	return strings.HasPrefix(url, strings.TrimSuffix(prefix, "/")+"/")
+}
+
+func (r *reader) freeze(n ast.Node) (Freeze, bool) {
+	f := Freeze{Zone: time.UTC, Running: "finish"}
+	before := len(r.problems)
+	window := func(kind FreezeKind) func(ast.Node) {
+		return func(n ast.Node) {
+			if f.Kind != "" {
+				r.at(n, "a freeze is either deny or allow")
+			}
+			f.Kind = kind
+			into(r, &f.Cron, asCron)(n)
+		}
+	}
+	seen := r.fields(n, "freeze", map[string]func(ast.Node){
+		"name":     into(r, &f.Name, asText),
+		"deny":     window(FreezeDeny),
+		"allow":    window(FreezeAllow),
+		"duration": into(r, &f.Duration, asPositive),
+		"zone":     into(r, &f.Zone, asZone),
+		"units":    intoList(r, &f.Units, asPattern),
+		"running":  into(r, &f.Running, asOneOf("finish", "wait")),
+		"reason":   into(r, &f.Reason, asText),
+	})
+	if f.Kind == "" {
+		r.at(n, "a freeze needs deny or allow: when it begins, as five fields of cron")
+	}
+	if seen["duration"] == nil {
+		r.at(n, "a freeze needs a duration")
+	}
+	return f, len(r.problems) == before
+}
+
+func asCron(s string) (string, error) {
+	if strings.HasPrefix(strings.TrimSpace(s), "@") || strings.Contains(s, "TZ=") {
+		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\", and the zone in zone", clip(s))
+	}
+	if _, err := cron.ParseStandard(s); err != nil {
+		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\": %w", clip(s), err)
+	}
+	return s, nil
+}
+
+func asZone(s string) (*time.Location, error) {
+	zone, err := time.LoadLocation(s)
+	if err != nil || s == "" || s == "Local" {
+		return nil, fmt.Errorf("zone %q: want a name of the IANA database, as in Europe/Berlin", clip(s))
+	}
+	return zone, nil
+}
+
+func asPattern(s string) (string, error) {
+	parts := strings.Split(s, "/")
+	if len(parts) != 3 {
+		return "", fmt.Errorf("%q: want STAGE/ROLE/UNIT, each a name or *", clip(s))
+	}
+	for _, p := range parts {
+		if p != "*" {
+			if err := CheckSegment("name", p); err != nil {
+				return "", err
+			}
+		}
+	}
+	return s, nil
+}

@@ -1,0 +1,362 @@
+package deployments
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+)
+
+// reader reads one YAML document strictly, and notes every mistake with its place. JSON is YAML, so it reads that too.
+type reader struct {
+	file     string
+	problems Problems
+}
+
+// parse gives the document's root; nil where the text is empty or no YAML. Anchors, aliases, tags and merge keys are refused:
+// nothing here needs them, and a few lines of them can grow without bound.
+func (r *reader) parse(data []byte, max int) ast.Node {
+	switch {
+	case len(data) > max:
+		r.note(0, 0, "the file has %d bytes, at most %d are allowed", len(data), max)
+		return nil
+	case !utf8.Valid(data):
+		r.note(0, 0, "the file is not UTF-8 text")
+		return nil
+	}
+	data = bytes.ReplaceAll(bytes.TrimPrefix(data, []byte("\ufeff")), []byte("\r\n"), []byte("\n"))
+	if line := controlAt(data); line > 0 {
+		r.note(line, 1, "the line contains a control character")
+		return nil
+	}
+	if depth(data) > maxDepth {
+		r.note(0, 0, "the file is nested deeper than %d levels", maxDepth)
+		return nil
+	}
+	f, err := parser.ParseBytes(data, 0)
+	var syntax yaml.Error
+	switch {
+	case errors.As(err, &syntax) && syntax.GetToken() != nil:
+		at := syntax.GetToken().Position
+		r.note(at.Line, at.Column, "%s", syntax.GetMessage())
+		return nil
+	case err != nil:
+		r.note(0, 0, "%v", err)
+		return nil
+	}
+	var root ast.Node
+	for _, doc := range f.Docs {
+		if doc.Body == nil || doc.Body.Type() == ast.CommentType {
+			continue
+		}
+		if root != nil {
+			r.at(doc.Body, "the file holds a second document: want one")
+			return nil
+		}
+		root = doc.Body
+	}
+	if root == nil {
+		return nil
+	}
+	before := len(r.problems)
+	ast.Walk(refuser{r}, root)
+	if len(r.problems) > before {
+		return nil
+	}
+	return root
+}
+
+// maxDepth bounds nesting, which the parser follows by recursion.
+const maxDepth = 40
+
+// depth over-estimates how deep data is nested: by flow brackets, and by indentation and dashes.
+func depth(data []byte) int {
+	flow, most := 0, 0
+	for line := range bytes.Lines(data) {
+		lead := 0
+		for _, c := range line {
+			if c != ' ' && c != '-' && c != '?' && c != ':' {
+				break
+			}
+			lead++
+		}
+		most = max(most, lead/2)
+		for _, c := range line {
+			switch c {
+			case '[', '{':
+				flow++
+				most = max(most, flow)
+			case ']', '}':
+				flow = max(0, flow-1)
+			}
+		}
+	}
+	return most
+}
+
+func controlAt(data []byte) int {
+	i := bytes.IndexFunc(data, func(c rune) bool { return c < ' ' && c != '\n' && c != '\t' || c == 0x7f })
+	if i < 0 {
+		return 0
+	}
+	return 1 + bytes.Count(data[:i], []byte("\n"))
+}
+
+// refuser notes what of YAML is not read here.
+type refuser struct{ r *reader }
+
+func (v refuser) Visit(n ast.Node) ast.Visitor {
+	switch n.Type() {
+	case ast.AnchorType, ast.AliasType, ast.MergeKeyType:
+		v.r.at(n, "anchors, aliases and merge keys are not read here: write the value out")
+		return nil
+	case ast.TagType:
+		v.r.at(n, "tags are not read here: write the plain value")
+		return nil
+	}
+	return v
+}
+
+func (r *reader) note(line, column int, format string, args ...any) {
+	r.problems = append(r.problems, Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)})
+}
+
+func (r *reader) at(n ast.Node, format string, args ...any) {
+	line, column := 0, 0
+	if t := n.GetToken(); t != nil && t.Position != nil {
+		line, column = t.Position.Line, t.Position.Column
+	}
+	if m, ok := n.(*ast.MappingNode); ok && len(m.Values) > 0 && !m.IsFlowStyle {
+		// A block mapping's own token is its first colon.
+		if t := m.Values[0].Key.GetToken(); t != nil {
+			line, column = t.Position.Line, t.Position.Column
+		}
+	}
+	r.note(line, column, format, args...)
+}
+
+// err gives what was noted, in order; nil: nothing.
+func (r *reader) err() error {
+	if len(r.problems) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(r.problems, func(a, b Problem) int {
+		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
+	})
+	return r.problems
+}
+
+// fields reads a mapping: each key by its function. Unknown and double keys are noted, and keys without a value.
+func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
+	seen = map[string]ast.Node{}
+	var values []*ast.MappingValueNode
+	switch m := n.(type) {
+	case *ast.MappingNode:
+		values = m.Values
+	case *ast.MappingValueNode:
+		values = []*ast.MappingValueNode{m}
+	default:
+		r.at(n, "%s: want fields, as in \"name: value\"", what)
+		return seen
+	}
+	for _, v := range values {
+		name := v.Key.GetToken().Value
+		if s, ok := v.Key.(*ast.StringNode); ok {
+			name = s.Value
+		}
+		read, ok := known[name]
+		switch {
+		case !ok:
+			r.at(v.Key, "unknown field %q in %s%s", clip(name), what, didYouMean(name, known))
+			continue
+		case seen[name] != nil:
+			r.at(v.Key, "field %q stands twice in %s", name, what)
+			continue
+		case v.Value == nil || v.Value.Type() == ast.NullType:
+			r.at(v.Key, "field %q has no value: give one, or remove the line", name)
+			continue
+		}
+		seen[name] = v.Key
+		read(v.Value)
+	}
+	return seen
+}
+
+// didYouMean names the known field that a misspelt one is nearest to.
+func didYouMean[T any](name string, known map[string]T) string {
+	best, least := "", 3
+	for k := range known {
+		if d := distance(name, k); d < least || d == least && k < best && best != "" {
+			best, least = k, d
+		}
+	}
+	if best == "" {
+		return ""
+	}
+	return fmt.Sprintf(": did you mean %q?", best)
+}
+
+// distance is Levenshtein's, with a swap of neighbours as one step.
+func distance(a, b string) int {
+	if len(a) > 64 {
+		return len(a)
+	}
+	rows := make([][]int, len(a)+1)
+	for i := range rows {
+		rows[i] = make([]int, len(b)+1)
+		rows[i][0] = i
+	}
+	for j := range rows[0] {
+		rows[0][j] = j
+	}
+	for i := 1; i <= len(a); i++ {
+		for j := 1; j <= len(b); j++ {
+			cost := 1
+			if a[i-1] == b[j-1] {
+				cost = 0
+			}
+			rows[i][j] = min(rows[i-1][j]+1, rows[i][j-1]+1, rows[i-1][j-1]+cost)
+			if i > 1 && j > 1 && a[i-1] == b[j-2] && a[i-2] == b[j-1] {
+				rows[i][j] = min(rows[i][j], rows[i-2][j-2]+1)
+			}
+		}
+	}
+	return rows[len(a)][len(b)]
+}
+
+// text reads a scalar as it was written, without its quotes.
+func (r *reader) text(n ast.Node) (string, bool) {
+	switch s := n.(type) {
+	case *ast.StringNode:
+		return s.Value, true
+	case *ast.LiteralNode:
+		return s.Value.Value, true
+	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
+		return strings.TrimSpace(n.GetToken().Value), true
+	}
+	r.at(n, "want a single value here")
+	return "", false
+}
+
+// into gives a function for fields that reads a scalar by parse; what parse says of it is noted at its place.
+func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node) {
+	return func(n ast.Node) {
+		s, ok := r.text(n)
+		if !ok {
+			return
+		}
+		v, err := parse(s)
+		if err != nil {
+			r.at(n, "%v", err)
+			return
+		}
+		*to = v
+	}
+}
+
+// intoList is into for a sequence; a lone scalar is a list of one.
+func intoList[T any](r *reader, to *[]T, parse func(string) (T, error)) func(ast.Node) {
+	return func(n ast.Node) {
+		r.each(n, func(item ast.Node) {
+			var v T
+			before := len(r.problems)
+			into(r, &v, parse)(item)
+			if len(r.problems) == before {
+				*to = append(*to, v)
+			}
+		})
+	}
+}
+
+// each calls f with every item of a sequence, or with n itself where it is none.
+func (r *reader) each(n ast.Node, f func(ast.Node)) {
+	s, ok := n.(*ast.SequenceNode)
+	if !ok {
+		f(n)
+		return
+	}
+	for _, item := range s.Values {
+		if item == nil || item.Type() == ast.NullType {
+			r.at(n, "the list has an item without a value")
+			continue
+		}
+		f(item)
+	}
+}
+
+func asText(s string) (string, error) { return s, nil }
+
+func asBool(s string) (bool, error) {
+	switch s {
+	case "true":
+		return true, nil
+	case "false":
+		return false, nil
+	}
+	return false, fmt.Errorf("%q: want true or false", clip(s))
+}
+
+// asNumber reads a whole number from least to most.
+func asNumber(least, most int64) func(string) (int64, error) {
+	return func(s string) (int64, error) {
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil || n < least || n > most {
+			return 0, fmt.Errorf("%q: want a whole number from %d to %d", clip(s), least, most)
+		}
+		return n, nil
+	}
+}
+
+func asInt(least, most int64) func(string) (int, error) {
+	return func(s string) (int, error) {
+		n, err := asNumber(least, most)(s)
+		return int(n), err
+	}
+}
+
+// maxDuration bounds every duration that a file can ask for.
+const maxDuration = 365 * 24 * time.Hour
+
+func asDuration(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 || d > maxDuration {
+		return 0, fmt.Errorf("%q: want a duration, as in 30s, 5m or 1h30m", clip(s))
+	}
+	return d, nil
+}
+
+func asAmount(s string) (Amount, error) {
+	number, percent := strings.CutSuffix(s, "%")
+	most := int64(1_000_000)
+	if percent {
+		most = 100
+	}
+	n, err := asNumber(0, most)(number)
+	if err != nil {
+		return Amount{}, fmt.Errorf("%q: want a number of nodes, as in 2, or a percentage, as in 10%%", clip(s))
+	}
+	return Amount{N: int(n), Percent: percent}, nil
+}
+
+// asOneOf accepts the words of a small type.
+func asOneOf[T ~string](words ...T) func(string) (T, error) {
+	return func(s string) (T, error) {
+		if !slices.Contains(words, T(s)) {
+			quoted := make([]string, len(words))
+			for i, w := range words {
+				quoted[i] = string(w)
+			}
+			return "", fmt.Errorf("%q: want %s", clip(s), strings.Join(quoted, " or "))
+		}
+		return T(s), nil
+	}
+}
