@@ -3,6 +3,7 @@ package deployments
 import (
 	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"strings"
 )
@@ -97,7 +98,7 @@ func CheckURL(s string) error {
 			return fmt.Errorf("the URL needs a host or bucket and a path")
 		}
 	case "http":
-		if h := u.Hostname(); h != "localhost" && h != "::1" && !strings.HasPrefix(h, "127.") {
+		if ip, err := netip.ParseAddr(u.Hostname()); u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
 			return fmt.Errorf("plain http is accepted from this machine only: use https://")
 		}
 	case "file":

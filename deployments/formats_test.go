@@ -1,0 +1,253 @@
+package deployments
+
+import (
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+var hex64 = strings.Repeat("ab", 32)
+
+const releaseURL = "s3://acme-releases/web/1.4.2/manifest.yaml"
+
+func releasePointer(t testing.TB) Pointer {
+	t.Helper()
+	p, err := ParsePointer(releaseURL + "@sha256:" + hex64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestParsePointer(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ name, text, says string }{
+		{"as printed", releaseURL + "@sha256:" + hex64, ""},
+		{"with what editors leave", "\ufeff  " + releaseURL + "@sha256:" + strings.ToUpper(hex64) + "\r\n", ""},
+		{"on this machine", "http://127.0.0.1:9000/x@sha256:" + hex64, ""},
+		{"a file", "file:///srv/releases/m.yaml@sha256:" + hex64, ""},
+		{"nothing", " \n", "empty"},
+		{"a URL alone", releaseURL, "@sha256:HEX"},
+		{"a short digest", releaseURL + "@sha256:abcd", "64 hexadecimal digits, this has 4"},
+		{"not hexadecimal", releaseURL + "@sha256:" + strings.Repeat("x", 64), "hexadecimal"},
+		{"another scheme", "ftp://h/x@sha256:" + hex64, `"ftp" is not one of`},
+		{"plain http elsewhere", "http://example.com/x@sha256:" + hex64, "use https://"},
+		{"a host that only begins like this machine", "http://127.evil.com/x@sha256:" + hex64, "use https://"},
+		{"a password", "https://u:p@h/x@sha256:" + hex64, "user name or password"},
+		{"two words", "s3://b/a b@sha256:" + hex64, "white space"},
+		{"a bucket alone", "s3://bucket@sha256:" + hex64, "path"},
+		{"too long", "s3://b/" + strings.Repeat("x", MaxPointer) + "@sha256:" + hex64, "at most"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p, err := ParsePointer(c.text)
+			check(t, err, c.says)
+			if err == nil {
+				if again, err := ParsePointer(p.String()); err != nil || again != p {
+					t.Errorf("%v read again is %v, %v", p, again, err)
+				}
+			}
+		})
+	}
+}
+
+// check fails unless err says what is wanted; "": no error.
+func check(t *testing.T, err error, says ...string) {
+	t.Helper()
+	for _, want := range says {
+		switch {
+		case want == "" && err != nil:
+			t.Errorf("unexpected error: %v", err)
+		case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("error %v, want one that says %q", err, want)
+		}
+	}
+}
+
+func TestParsePin(t *testing.T) {
+	t.Parallel()
+	p := releasePointer(t)
+	until := time.Date(2026, 11, 24, 8, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		name, text string
+		want       Pin
+		says       string
+	}{
+		{"a pointer", p.String() + "\n", Pin{Release: p}, ""},
+		{"a pointer with CRLF and a BOM", "\ufeff" + p.String() + "\r\n", Pin{Release: p}, ""},
+		{"hold", "hold\n", Pin{Hold: true}, ""},
+		{"YAML", "release: " + p.String() + "\nreason: incident 812\nby: alice\nuntil: 2026-11-24T08:00:00Z\n", Pin{Release: p, Reason: "incident 812", By: "alice", Until: until}, ""},
+		{"YAML with CRLF and a comment first", "# at night\r\nrelease: hold\r\nby: bob\r\n", Pin{Hold: true, By: "bob"}, ""},
+		{"JSON", `{"release":"` + p.String() + `","until":"2026-11-24 09:00 Europe/Berlin"}`, Pin{Release: p, Until: until}, ""},
+		{"empty", "", Pin{}, "empty"},
+		{"blank", " \r\n", Pin{}, "empty"},
+		{"a typo", "hodl", Pin{}, "neither a pointer nor hold"},
+		{"a URL alone", releaseURL, Pin{}, "@sha256:HEX"},
+		{"an unknown field", "relaese: " + p.String(), Pin{}, `did you mean "release"?`},
+		{"a field twice", "release: hold\nrelease: hold\n", Pin{}, "already defined"},
+		{"both", "release: " + p.String() + "\nhold: true\n", Pin{}, "both"},
+		{"neither", "reason: because\n", Pin{}, "no release"},
+		{"a time without zone", "release: hold\nuntil: 2026-11-24 09:00\n", Pin{}, "with its zone"},
+		{"an alias bomb", "release: &a hold\nby: *a\n", Pin{}, "anchors"},
+		{"two documents", "release: hold\n---\nrelease: hold\n", Pin{}, "second document"},
+		{"too large", strings.Repeat("x", MaxPin+1), Pin{}, "at most"},
+		{"binary", "release: \x00\x01", Pin{}, "control character"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := ParsePin([]byte(c.text))
+			check(t, err, c.says)
+			if !got.Until.Equal(c.want.Until) {
+				t.Errorf("until %v, want %v", got.Until, c.want.Until)
+			}
+			got.Until, c.want.Until = time.Time{}, time.Time{}
+			if got != c.want {
+				t.Errorf("got %+v, want %+v", got, c.want)
+			}
+		})
+	}
+}
+
+func TestParseRecord(t *testing.T) {
+	t.Parallel()
+	p := releasePointer(t)
+	for _, c := range []struct{ name, text, says string }{
+		{"a bare pointer", p.String() + "\r\n", ""},
+		{"JSON", `{"target":"` + p.String() + `","generation":3}`, ""},
+		{"empty", "", "empty"},
+		{"half", `{"target":"` + p.String(), "EOF"},
+		{"an unknown field", `{"target":"` + p.String() + `","generation":3,"x":1}`, `unknown field "x"`},
+		{"a field twice, in another case", `{"target":"` + p.String() + `","Target":"` + p.String() + `"}`, "twice"},
+		{"no target", `{"generation":3}`, `no "target"`},
+		{"an unknown phase", `{"target":"` + p.String() + `","generation":1,"rollout":{"phase":"x","cutoff":"0","since":"2026-11-24T08:00:00Z"}}`, "unknown phase"},
+		{"more behind it", `{"target":"` + p.String() + `","generation":3}{}`, "more behind"},
+		{"a hostile after", `{"target":"` + p.String() + `","generation":3,"after":["../x"]}`, "after"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, err := ParseRecord([]byte(c.text))
+			check(t, err, c.says)
+		})
+	}
+}
+
+// A record is the same after it was written and read, and stays small.
+func TestRecordRoundTrip(t *testing.T) {
+	t.Parallel()
+	p := releasePointer(t)
+	rapid.Check(t, func(t *rapid.T) {
+		r := Record{Target: p, Generation: rapid.Int64Range(0, 1<<40).Draw(t, "generation"), Retry: rapid.Int64Range(0, 9).Draw(t, "retry"),
+			Commit: strings.Repeat("c", 40), Drift: rapid.SampledFrom([]Drift{"", DriftHeal, DriftReport}).Draw(t, "drift")}
+		if rapid.Bool().Draw(t, "stable") {
+			r.Stable = p
+		}
+		if rapid.Bool().Draw(t, "rollout") {
+			r.Rollout = &Progress{Phase: PhaseCanary, Cutoff: rapid.Uint64().Draw(t, "cutoff"), Since: time.Unix(rapid.Int64Range(0, 1<<33).Draw(t, "since"), 0).UTC()}
+		}
+		data, err := json.Marshal(r)
+		if err != nil || len(data) > 1024 {
+			t.Fatalf("%d bytes, %v", len(data), err)
+		}
+		again, err := ParseRecord(data)
+		if err != nil || !reflect.DeepEqual(again, r) {
+			t.Fatalf("%+v read again is %+v, %v", r, again, err)
+		}
+	})
+}
+
+func TestLoadNamesEveryMistake(t *testing.T) {
+	t.Parallel()
+	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"
+	for _, c := range []struct {
+		name  string
+		files map[string]string
+		says  []string
+	}{
+		{"a good commit", map[string]string{"prod/web/app.yaml": good + "after: [base]\n", "prod/web/base.yml": good, "README.md": "x", ".github/ci.yaml": "x: y"}, []string{""}},
+		{"an unknown field", map[string]string{"prod/web/app.yaml": good + "relaese: x\n"}, []string{`prod/web/app.yaml:2:1: unknown field "relaese" in a unit: did you mean "release"?`}},
+		{"a URL alone", map[string]string{"prod/web/app.yaml": "release: " + releaseURL + "\n"}, []string{"prod/web/app.yaml:1:10:", "@sha256:HEX"}},
+		{"a field twice", map[string]string{"prod/web/app.yaml": good + good}, []string{"prod/web/app.yaml:2:1:"}},
+		{"a unit twice", map[string]string{"prod/web/app.yaml": good, "prod/web/app.yml": good}, []string{"prod/web/app.yml: unit prod/web/app stands in prod/web/app.yaml as well"}},
+		{"a cycle", map[string]string{"prod/web/a.yaml": good + "after: [b]\n", "prod/web/b.yaml": good + "after: [c]\n", "prod/web/c.yaml": good + "after: [a]\n"}, []string{"prod/web/c.yaml:2:9:", "cycle: a after b after c after a"}},
+		{"after itself", map[string]string{"prod/web/a.yaml": good + "after: a\n"}, []string{"prod/web/a.yaml:2:8:", "cycle"}},
+		{"after nothing", map[string]string{"prod/web/a.yaml": good + "after: [basse]\n"}, []string{"prod/web/a.yaml:2:9:", `no unit of prod/web`}},
+		{"an empty file", map[string]string{"prod/web/a.yaml": ""}, []string{"prod/web/a.yaml: the file is empty"}},
+		{"a comment alone", map[string]string{"prod/web/a.yaml": "# nothing\n"}, []string{"prod/web/a.yaml: the file is empty"}},
+		{"no release", map[string]string{"prod/web/a.yaml": "after: []\n"}, []string{"prod/web/a.yaml:1:1: release is missing"}},
+		{"a file in a wrong place", map[string]string{"prod/app.yaml": good}, []string{"prod/app.yaml: a unit's file lies at"}},
+		{"a bad name", map[string]string{"prod/web/-x.yaml": good}, []string{"prod/web/-x.yaml: unit"}},
+		{"tabs", map[string]string{"prod/web/a.yaml": "release:\n\tx: y\n"}, []string{"prod/web/a.yaml:"}},
+		{"a bad rollout", map[string]string{"prod/web/a.yaml": good + "rollout:\n  canary: lots\n  max_unavailable: 0\n  on_failure: panic\n  bake: 5\n"},
+			[]string{"a.yaml:3:11:", "a.yaml:4:20:", "a.yaml:5:15:", "a.yaml:6:9:"}},
+		{"settings that don't parse", map[string]string{"kedge.yaml": "prune: perhaps\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:1:8:"}},
+		{"a source that isn't allowed", map[string]string{"kedge.yaml": "sources:\n  \"*\": [s3://other/]\n", "prod/web/a.yaml": good}, []string{"prod/web/a.yaml:1:10:", "not among the sources"}},
+		{"a bad freeze", map[string]string{"kedge.yaml": "freeze:\n- deny: \"* * *\"\n  zone: Mars/Base\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:2:9:", "kedge.yaml:3:9:", "duration"}},
+		{"two mistakes in two files", map[string]string{"prod/web/a.yaml": "x: y\n", "prod/web/b.yaml": "z: y\n"}, []string{"a.yaml:1:1:", "b.yaml:1:1:"}},
+		{"an alias", map[string]string{"prod/web/a.yaml": good + "after: &a [b]\n"}, []string{"prod/web/a.yaml:2:", "anchors"}},
+		{"a null", map[string]string{"prod/web/a.yaml": "release:\n"}, []string{"prod/web/a.yaml:1:1:", "no value"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			fsys := fstest.MapFS{}
+			for name, content := range c.files {
+				fsys[name] = &fstest.MapFile{Data: []byte(content)}
+			}
+			tree, err := Load(fsys)
+			check(t, err, c.says...)
+			if (tree == nil) == (err == nil) {
+				t.Errorf("tree %v with error %v", tree, err)
+			}
+		})
+	}
+}
+
+func TestLoadReadsAllOfIt(t *testing.T) {
+	t.Parallel()
+	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"
+	tree, err := Load(fstest.MapFS{
+		"kedge.yaml":        {Data: []byte("max_removed: 50\nprune: true\nrollout:\n  max_unavailable: 10%\nfreeze:\n- name: weekend\n  deny: 0 16 * * FRI\n  duration: 60h\n  zone: Europe/Berlin\n  units: [prod/*/*]\n")},
+		"prod/web/app.yaml": {Data: []byte(good + "rollout:\n  canary: 1\n  bake: 5m\n  max_failures: 2\n  approval: manual\ndrift: heal\n")},
+		"prod/db/pg.yaml":   {Data: []byte(good)},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := tree.Settings; s.MaxRemoved != 50 || !s.Prune || len(s.Freeze) != 1 || s.Freeze[0].Zone.String() != "Europe/Berlin" || s.Freeze[0].Duration != 60*time.Hour {
+		t.Errorf("settings %+v", s)
+	}
+	if len(tree.Units) != 2 || tree.Units[0].ID.Role != "db" {
+		t.Fatalf("units %+v", tree.Units)
+	}
+	app := tree.Units[1]
+	want := Rollout{Canary: Amount{N: 1}, Bake: 5 * time.Minute, MaxUnavailable: Amount{10, true}, MaxFailures: Amount{N: 2}, OnFailure: Rollback, Approval: Manual, Deadline: 10 * time.Minute}
+	if *app.Rollout != want || app.Drift != DriftHeal {
+		t.Errorf("app %+v, rollout %+v", app, *app.Rollout)
+	}
+	if pg := tree.Units[0]; pg.Rollout.Canary.N != 0 || pg.Rollout.MaxUnavailable != (Amount{10, true}) {
+		t.Errorf("pg's rollout %+v: it holds what another unit's file says", pg.Rollout)
+	}
+}
+
+func TestUnderPrefix(t *testing.T) {
+	t.Parallel()
+	for url, want := range map[string]bool{
+		"s3://acme/web/1/manifest.yaml":         true,
+		"s3://acme/webx/1":                      false,
+		"s3://acme/web/../db/1":                 false,
+		"s3://acme/web/%2e%2e/db/1":             false,
+		"s3://acme/web//1":                      false,
+		"s3://acme/web/./1":                     false,
+		"s3://acme/web/1?versionId=2":           false,
+		"s3://acme/web":                         false,
+		"https://acme/web/1":                    false,
+		"s3://acme/web/1/deep/er/manifest.yaml": true,
+	} {
+		if got := UnderPrefix(url, "s3://acme/web"); got != want {
+			t.Errorf("%s under s3://acme/web: %v", url, got)
+		}
+		if got := UnderPrefix(url, "s3://acme/web/"); got != want {
+			t.Errorf("%s under s3://acme/web/: %v", url, got)
+		}
+	}
+}

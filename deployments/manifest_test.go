@@ -1,0 +1,239 @@
+package deployments
+
+import (
+	"reflect"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+const manifestURL = "s3://acme-releases/web/1.4.2/manifest.yaml"
+
+// What stretcher's documentation shows, deploys unchanged.
+const stretchers = `
+src: s3://example.com/app.tar.gz
+checksum: e0840daaa97cd2cf2175f9e5d133ffb3324a2b93
+dest: /home/stretcher/app/
+dest_mode: 0711
+commands:
+  pre:
+    - echo 'staring deploy'
+  post:
+    - echo 'deploy done'
+  success:
+    - echo 'deploy success'
+    - cat >> /path/to/deploy.log
+  failure:
+    - echo 'deploy failed!!'
+excludes:
+  - "*.pid"
+  - "*.socket"
+sync_strategy: rsync
+`
+
+func TestStretchersManifest(t *testing.T) {
+	t.Parallel()
+	m, err := ParseManifest([]byte(stretchers), manifestURL, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := func(s string) Command { return Command{Run: s, Timeout: DefaultCommandTimeout} }
+	want := &Manifest{
+		Src: "s3://example.com/app.tar.gz", Checksum: "e0840daaa97cd2cf2175f9e5d133ffb3324a2b93", Dest: "/home/stretcher/app", DestMode: 0o711,
+		Strategy: StrategyRsync, Excludes: []string{"*.pid", "*.socket"}, Keep: 3,
+		Commands: Commands{
+			Pre: []Command{run("echo 'staring deploy'")}, Post: []Command{run("echo 'deploy done'")},
+			Success: []Command{run("echo 'deploy success'"), run("cat >> /path/to/deploy.log")}, Failure: []Command{run("echo 'deploy failed!!'")},
+		},
+		Health: Health{Timeout: time.Minute},
+	}
+	if !reflect.DeepEqual(m, want) {
+		t.Errorf("got  %+v\nwant %+v", m, want)
+	}
+}
+
+func TestManifestMistakes(t *testing.T) {
+	t.Parallel()
+	base := "src: app.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\n"
+	for _, c := range []struct{ name, text, says string }{
+		{"good", base, ""},
+		{"commands only", "commands:\n  pre: [uptime]\n", ""},
+		{"empty", "\n", "empty"},
+		{"an unknown field", base + "desc: x\n", `manifest:4:1: unknown field "desc" in the manifest: did you mean "dest"?`},
+		{"no dest", "src: app.tar\nchecksum: " + hex64 + "\n", "dest is missing"},
+		{"no checksum", "src: app.tar\ndest: /srv/app\n", "checksum is missing"},
+		{"a checksum of no kind", strings.Replace(base, hex64, "abcd", 1), "4 digits"},
+		{"a relative dest", strings.Replace(base, "/srv/app", "srv/app", 1), "absolute"},
+		{"the root", strings.Replace(base, "/srv/app", "/srv/..", 1), "absolute"},
+		{"src that leaves its bucket", strings.Replace(base, "app.tar.zst", "../../../../../etc/x", 1), ""},
+		{"a decimal mode", base + "dest_mode: 493\n", "octal"},
+		{"setuid", base + "dest_mode: 04755\n", "octal"},
+		{"a check of two kinds", base + "health:\n  checks:\n  - tcp: localhost:80\n    exec: true\n", "manifest:6:5: a check is exactly one of"},
+		{"a check of no kind", base + "health:\n  checks:\n  - interval: 1s\n", "this has 0"},
+		{"an index without size", base + "index:\n  url: index\n  sha256: " + hex64 + "\n", "index has no size"},
+		{"a strategy", base + "sync_strategy: copy\n", "want rsync or mv or release"},
+		{"excludes of a release", base + "sync_strategy: release\nexcludes: [x]\n", "rsync's"},
+		{"a variable that isn't set", base + "owner: '{{ must_env \"NOBODY\" }}'\n", "NOBODY is not set on this node"},
+		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "only {{ env }}"},
+		{"a template that calls", base + "{{ printf \"%9999999d\" 1 }}", "not defined"},
+		{"too large", strings.Repeat("#", MaxManifest+1), "at most"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m, err := ParseManifest([]byte(c.text), manifestURL, func(string) (string, bool) { return "", false })
+			check(t, err, c.says)
+			if (m == nil) == (err == nil) {
+				t.Errorf("manifest %v with error %v", m, err)
+			}
+		})
+	}
+}
+
+func TestManifestVariables(t *testing.T) {
+	t.Parallel()
+	env := func(name string) (string, bool) {
+		v, ok := map[string]string{"A": "one", "EMPTY": ""}[name]
+		return v, ok
+	}
+	for text, want := range map[string]string{
+		`{{ env "A" "x" }}`:                  "one",
+		`{{ env "EMPTY" "x" }}`:              "x",
+		`{{ env "B" "A" "x" }}`:              "one",
+		"{{must_env `A`}}":                   "one",
+		`{{- must_env "A" | json_escape -}}`: "one",
+		`a {{/* nothing */}} b`:              "a  b",
+	} {
+		if got, err := expand(text, env); err != nil || got != want {
+			t.Errorf("%s gives %q, %v; want %q", text, got, err, want)
+		}
+	}
+}
+
+func TestRelativeURLs(t *testing.T) {
+	t.Parallel()
+	for src, want := range map[string]string{
+		"archive.tar.zst":         "s3://acme-releases/web/1.4.2/archive.tar.zst",
+		"../shared/x.tar":         "s3://acme-releases/web/shared/x.tar",
+		"../../../../x.tar":       "s3://acme-releases/x.tar",
+		"gs://bucket/x.tar":       "gs://bucket/x.tar",
+		"https://h.example/x.tar": "https://h.example/x.tar",
+	} {
+		m, err := ParseManifest([]byte("dest: /d\nchecksum: "+hex64+"\nsrc: "+src+"\n"), manifestURL, nil)
+		if err != nil || m.Src != want {
+			t.Errorf("src %s is %+v, %v; want %s", src, m, err, want)
+		}
+	}
+}
+
+func TestManifestTraps(t *testing.T) {
+	t.Parallel()
+	traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /d\ndest_mode: 755\ncommands:\n  failure: [./notify]\n"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := Problems(traps).Error()
+	for _, want := range []string{"manifest:4:12: dest_mode: 755 is read in octal", "md5", "file by file", "working directory"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the traps don't say %q:\n%s", want, text)
+		}
+	}
+	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: "+hex64+"\ndest: /d\nsync_strategy: release\n"), nil); err != nil || len(traps) > 0 {
+		t.Errorf("traps in a good manifest: %v, %v", traps, err)
+	}
+}
+
+// A manifest is the same after it was written and read.
+func TestManifestRoundTrip(t *testing.T) {
+	t.Parallel()
+	text := rapid.StringMatching(`[ -~]{0,30}[!-~]`)
+	word := rapid.StringMatching(`[a-zA-Z0-9][a-zA-Z0-9._+~-]{0,12}`)
+	span := rapid.Custom(func(t *rapid.T) time.Duration {
+		return time.Duration(rapid.Int64Range(1, 1e6).Draw(t, "ms")) * time.Millisecond
+	})
+	commands := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) Command {
+		return Command{Run: strings.TrimSpace(text.Draw(t, "run")) + ".", Timeout: span.Draw(t, "timeout"), User: rapid.SampledFrom([]string{"", "www-data", "1000"}).Draw(t, "user")}
+	}), 0, 3)
+	rapid.Check(t, func(t *rapid.T) {
+		m := &Manifest{
+			Name: word.Draw(t, "name"), Version: word.Draw(t, "version"), Src: "s3://acme-releases/web/1.4.2/a.tar.zst", Checksum: hex64,
+			Size: rapid.Int64Range(1, 1<<40).Draw(t, "size"), Dest: "/srv/" + word.Draw(t, "dest"), DestMode: 0o750, Strategy: StrategyRelease, Keep: rapid.IntRange(1, 9).Draw(t, "keep"),
+			Owner: "www-data:www-data", Immutable: rapid.Bool().Draw(t, "immutable"), Drain: span.Draw(t, "drain"),
+			Index:    &Blob{URL: "s3://acme-releases/web/1.4.2/index", Size: 5, SHA256: Digest{1}},
+			Deltas:   []Delta{{From: Digest{2}, Blob: Blob{URL: "s3://acme-releases/web/1.4.2/delta", Size: 6, SHA256: Digest{3}}}},
+			Commands: Commands{Pre: commands.Draw(t, "pre"), Post: commands.Draw(t, "post"), Success: commands.Draw(t, "success"), Failure: commands.Draw(t, "failure")},
+			Health: Health{Timeout: span.Draw(t, "health"), StableFor: span.Draw(t, "stable"), Checks: []Check{
+				{HTTP: &HTTPCheck{URL: "http://127.0.0.1/x", Status: 204, Contains: strings.TrimSpace(text.Draw(t, "contains"))}, Interval: span.Draw(t, "interval"), Timeout: time.Second},
+				{TCP: "localhost:80", Interval: time.Second, Timeout: 5 * time.Second},
+			}},
+		}
+		data, err := m.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := ParseManifest(data, manifestURL, nil)
+		if strings.Contains(string(data), "{{") {
+			return // it became a template
+		}
+		if err != nil {
+			t.Fatalf("%v\n%s", err, data)
+		}
+		for _, list := range []*[]Command{&m.Commands.Pre, &m.Commands.Post, &m.Commands.Success, &m.Commands.Failure} {
+			if len(*list) == 0 {
+				*list = nil
+			}
+		}
+		if !reflect.DeepEqual(again, m) {
+			t.Fatalf("got  %+v\nwant %+v\n%s", again, m, data)
+		}
+	})
+}
+
+func FuzzManifest(f *testing.F) {
+	f.Add([]byte(stretchers))
+	f.Add([]byte("{{ env \"A\" }}: [{[{"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := ParseManifest(data, manifestURL, func(string) (string, bool) { return "x", true })
+		if err != nil {
+			return
+		}
+		if m.Dest != "" && !strings.HasPrefix(m.Dest, "/") {
+			t.Errorf("dest %q", m.Dest)
+		}
+		if m.Src != "" && CheckURL(m.Src) != nil {
+			t.Errorf("src %q: %v", m.Src, CheckURL(m.Src))
+		}
+	})
+}
+
+func FuzzPin(f *testing.F) {
+	f.Add([]byte("hold"))
+	f.Add([]byte("release: s3://a/b@sha256:" + hex64 + "\nuntil: 2026-11-24T08:00:00Z"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		pin, err := ParsePin(data)
+		if err == nil && pin.Hold == !pin.Release.IsZero() {
+			t.Errorf("%q is the pin %+v", data, pin)
+		}
+	})
+}
+
+func FuzzRecord(f *testing.F) {
+	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","generation":3}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if r, err := ParseRecord(data); err == nil && r.Target.IsZero() {
+			t.Errorf("%q is a record without target", data)
+		}
+	})
+}
+
+func FuzzUnit(f *testing.F) {
+	f.Add([]byte("release: s3://a/b@sha256:" + hex64 + "\nafter: [base]\nrollout: {canary: 1}\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		loadFile(data)
+	})
+}
+
+func loadFile(data []byte) (*Tree, error) {
+	return Load(fstest.MapFS{"prod/web/app.yaml": {Data: data}, "kedge.yaml": {Data: data}})
+}
