@@ -153,7 +153,7 @@ func Open(c Config) (*Unit, error) {
 	text := new(deploymentLog)
 	u := &Unit{c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text, at: func(string) {}}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
-		return nil, fmt.Errorf("opening the state of %s: %w", c.ID, err)
+		return nil, fmt.Errorf("opening the state of %s: %w", u.name(), err)
 	}
 	if err := u.load(); err != nil {
 		return nil, err
@@ -183,14 +183,14 @@ func (u *Unit) Recover(ctx context.Context) error {
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
 		// Whoever drains doesn't know it any more.
 		if err := u.drain(ctx, true); err != nil {
-			u.log.Warn("could not drain again", "unit", u.c.ID.String(), "error", err)
+			u.log.Warn("could not drain again", "unit", u.name(), "error", err)
 		}
 	}
 	if d == nil {
 		return nil
 	}
 	u.text.reset()
-	u.log.Warn("found a deployment that was cut off", "unit", u.c.ID.String(), "release", d.Release.String(), "step", string(d.Step))
+	u.log.Warn("found a deployment that was cut off", "unit", u.name(), "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
 		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
 			return err
@@ -256,7 +256,7 @@ func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string)
 }
 
 func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
-	u.log.Info("deploying", "unit", u.c.ID.String(), "release", r.Pointer.String(), "version", r.Manifest.Version)
+	u.log.Info("deploying", "unit", u.name(), "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err
 	}
@@ -333,6 +333,14 @@ func (u *Unit) settled() (*release, error) {
 	return u.recall(u.j.Running)
 }
 
+// name is the unit's, for people.
+func (u *Unit) name() string {
+	if u.c.ID == (deployments.UnitID{}) {
+		return "kedge run"
+	}
+	return u.c.ID.String()
+}
+
 func (u *Unit) progress(s deployments.State, p artifact.Progress) {
 	if u.c.Progress != nil {
 		u.c.Progress(s, p)
@@ -344,7 +352,7 @@ func (u *Unit) drain(ctx context.Context, on bool) error {
 		return nil
 	}
 	if err := u.c.Drain(ctx, on); err != nil {
-		return fmt.Errorf("turning drain of %s %s: %w", u.c.ID, map[bool]string{true: "on", false: "off"}[on], err)
+		return fmt.Errorf("turning drain of %s %s: %w", u.name(), map[bool]string{true: "on", false: "off"}[on], err)
 	}
 	return nil
 }

@@ -97,10 +97,10 @@ func (u *Unit) save(change func(*journal)) error {
 	next.Format = 1
 	data, err := json.MarshalIndent(next, "", "  ")
 	if err != nil {
-		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
+		return fmt.Errorf("writing the journal of %s: %w", u.name(), err)
 	}
 	if err := writeFile(filepath.Join(u.c.Dir, journalFile), data); err != nil {
-		return fmt.Errorf("writing the journal of %s: %w", u.c.ID, err)
+		return fmt.Errorf("writing the journal of %s: %w", u.name(), err)
 	}
 	u.mu.Lock()
 	u.j = next
@@ -128,7 +128,7 @@ func (u *Unit) load() error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("reading the journal of %s: %w", u.c.ID, err)
+		return fmt.Errorf("reading the journal of %s: %w", u.name(), err)
 	}
 	var j journal
 	dec := json.NewDecoder(bytes.NewReader(data))
@@ -143,9 +143,9 @@ func (u *Unit) load() error {
 		return nil
 	}
 	aside := path + ".bad"
-	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "unit", u.c.ID.String(), "kept", aside, "error", err)
+	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "unit", u.name(), "kept", aside, "error", err)
 	if err := os.Rename(path, aside); err != nil {
-		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.c.ID, err)
+		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.name(), err)
 	}
 	running, version := u.salvage()
 	return u.save(func(j *journal) { j.Running, j.Version = running, version })

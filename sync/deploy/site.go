@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/sync/command"
 )
@@ -41,7 +42,7 @@ func (u *Unit) site(r *release) site {
 	case r.Manifest.Src == "":
 		return nowhere{}
 	case r.Manifest.Strategy == deployments.StrategyRelease:
-		return linked{artifact.Open(r.Manifest.Dest, u.c.Objects, u.log)}
+		return linked{artifact.Open(r.Manifest.Dest, u.c.Objects, u.log), u.c.Objects}
 	case r.Manifest.Strategy == deployments.StrategyMv:
 		return moved{trees{u}}
 	default:
@@ -66,7 +67,10 @@ func (nowhere) heal(context.Context, *release) error       { return nil }
 func (nowhere) prune(*release, []deployments.Digest) error { return nil }
 
 // linked is StrategyRelease: directories beside dest, and dest a link to one of them.
-type linked struct{ releases *artifact.Releases }
+type linked struct {
+	releases *artifact.Releases
+	objects  *object.Client
+}
 
 func (l linked) stage(ctx context.Context, r *release, base deployments.Pointer, progress func(artifact.Progress)) error {
 	_, err := l.releases.Stage(ctx, r.Pointer, r.Manifest, r.Raw, artifact.StageOptions{Base: base, Progress: progress})
@@ -119,8 +123,22 @@ func (l linked) verify(ctx context.Context, r *release, limit int64) ([]artifact
 	return l.releases.Verify(ctx, found, limit)
 }
 
+// heal exchanges the release's directory for one that was unpacked anew, in one system call, so that dest is whole all the while.
+// What it was stays in DEST.releases/.kedge/ until the next time, for processes that have it for their working directory.
 func (l linked) heal(ctx context.Context, r *release) error {
-	return errors.New("healing is not there yet")
+	found, err := l.releases.Find(r.Pointer.Digest)
+	if err != nil {
+		return err
+	}
+	private := filepath.Join(filepath.Dir(found.Dir), ".kedge")
+	beside := filepath.Join(private, "heal-"+r.Pointer.Digest.Short())
+	if err := unpack(ctx, l.objects, r, beside, nil); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, beside, unix.AT_FDCWD, found.Dir, unix.RENAME_EXCHANGE); err != nil {
+		return fmt.Errorf("exchanging %s for the healed tree: %w", found.Dir, err)
+	}
+	return errors.Join(syncDir(filepath.Dir(found.Dir)), syncDir(private))
 }
 
 func (l linked) prune(r *release, keep []deployments.Digest) error {
@@ -143,25 +161,27 @@ func (t trees) stage(ctx context.Context, r *release, _ deployments.Pointer, pro
 		return nil
 	}
 	part := tree + ".part"
-	if err := os.RemoveAll(part); err != nil {
-		return fmt.Errorf("removing a half unpacked tree: %w", err)
-	}
-	if err := os.MkdirAll(filepath.Dir(part), 0o700); err != nil {
-		return fmt.Errorf("making a directory to unpack into: %w", err)
-	}
-	if err := os.Mkdir(part, 0o700); err != nil {
-		return fmt.Errorf("making a directory to unpack into: %w", err)
-	}
-	if err := artifact.Unpack(ctx, t.u.c.Objects, r.Manifest, part, artifact.StageOptions{Progress: progress}); err != nil {
-		return errors.Join(err, os.RemoveAll(part))
-	}
-	if err := os.Chmod(part, r.Manifest.DestMode); err != nil {
-		return fmt.Errorf("setting dest_mode: %w", err)
-	}
-	if err := syncFS(part); err != nil {
+	if err := unpack(ctx, t.u.c.Objects, r, part, progress); err != nil {
 		return err
 	}
 	return rename(part, tree)
+}
+
+// unpack puts r's tree into dir, which it makes anew, and syncs it.
+func unpack(ctx context.Context, objects *object.Client, r *release, dir string, progress func(artifact.Progress)) error {
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making a directory to unpack into: %w", err)
+	}
+	if err := artifact.Unpack(ctx, objects, r.Manifest, dir, artifact.StageOptions{Progress: progress}); err != nil {
+		return errors.Join(err, os.RemoveAll(dir))
+	}
+	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
+		return fmt.Errorf("setting dest_mode: %w", err)
+	}
+	return syncFS(dir)
 }
 
 // clear removes a link that the release strategy left at dest: what is written through it would change a release.

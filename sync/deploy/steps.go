@@ -256,7 +256,7 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
-	u.log.Error(what, "unit", u.c.ID.String(), "error", err)
+	u.log.Error(what, "unit", u.name(), "error", err)
 	return nil
 }
 

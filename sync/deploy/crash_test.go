@@ -1,0 +1,272 @@
+package deploy
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+const crashEnv = "KEDGE_TEST_CRASH"
+
+// plan is what a child process does: recover, then deploy one release after the other.
+type plan struct {
+	Root     string
+	Releases []deployments.Pointer
+	// Die has it kill itself at the first point that isn't in the file ROOT/points yet, which it adds there.
+	Die bool
+}
+
+func TestMain(m *testing.M) {
+	if file := os.Getenv(crashEnv); file != "" {
+		if err := crashChild(file); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// crashChild does a plan as an agent would: what fails isn't tried again, all else is.
+func crashChild(file string) error {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	var p plan
+	if err := json.Unmarshal(data, &p); err != nil {
+		return err
+	}
+	u, err := Open(Config{ID: unitID, Node: "n1", Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})})
+	if err != nil {
+		return err
+	}
+	points, done := filepath.Join(p.Root, "points"), filepath.Join(p.Root, "done")
+	doing := "recover"
+	u.at = func(point string) {
+		if !p.Die {
+			return
+		}
+		point = doing + " " + point + "\n"
+		passed, _ := os.ReadFile(points)
+		if strings.Contains("\n"+string(passed), "\n"+point) {
+			return
+		}
+		if err := os.WriteFile(points, append(passed, point...), 0o600); err != nil {
+			panic(err)
+		}
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		select {}
+	}
+	var failed *Failed
+	if err := u.Recover(context.Background()); err != nil && !errors.As(err, &failed) {
+		return fmt.Errorf("recover: %w", err)
+	}
+	before, _ := os.ReadFile(done) // a byte for each release that is done with
+	for i, r := range p.Releases[len(before):] {
+		doing = fmt.Sprintf("release %d", len(before)+i+1)
+		err := u.Deploy(context.Background(), r, "")
+		if err != nil && !errors.As(err, &failed) && !errors.Is(err, ErrQuarantined) {
+			return fmt.Errorf("deploy: %w", err)
+		}
+		if err := os.WriteFile(done, make([]byte, len(before)+i+1), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// story is a sequence of deployments that the sweep cuts off everywhere: the first, an update, one that fails in each way, a last.
+type story struct {
+	*world
+	releases []deployments.Pointer
+	last     string
+}
+
+func newStory(w *world, strategy deployments.Strategy) story {
+	set := func(change func(*deployments.Manifest)) func(*deployments.Manifest) {
+		return func(m *deployments.Manifest) {
+			m.Strategy = strategy
+			if strategy == deployments.StrategyMv {
+				m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
+			}
+			if change != nil {
+				change(m)
+			}
+		}
+	}
+	return story{w, []deployments.Pointer{
+		w.publish("1", set(nil)),
+		w.publish("2", set(nil)),
+		w.publish("3", set(func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })),
+		w.publish("4", set(func(m *deployments.Manifest) {
+			m.Health = deployments.Health{Timeout: 10 * time.Millisecond, Checks: []deployments.Check{{Exec: "false", Interval: 5 * time.Millisecond}}}
+		})),
+		w.publish("5", set(nil)),
+	}, "5"}
+}
+
+// child begins a process that does the story.
+func (s story) child(die bool) *exec.Cmd {
+	s.t.Helper()
+	data, err := json.Marshal(plan{Root: s.root, Releases: s.releases, Die: die})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	file := s.path("plan.json")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0], "-test.run=^$")
+	cmd.Env = append(os.Environ(), crashEnv+"="+file)
+	cmd.Stderr = new(strings.Builder)
+	if err := cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+	return cmd
+}
+
+// check is what must hold once all is over, however often it was cut off.
+func (s story) check() {
+	s.t.Helper()
+	if got := s.version(); got != s.last {
+		s.t.Errorf("dest holds %q, want %q", got, s.last)
+	}
+	u := s.open(nil)
+	st := u.State()
+	want := s.releases[len(s.releases)-1]
+	if st.Running != want || st.LastGood != want || !st.Confirmed || st.Drained || st.Unfinished {
+		s.t.Errorf("state: %+v", st)
+	}
+	entries, err := os.ReadDir(s.path("state"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for _, e := range entries {
+		if !slices.Contains([]string{journalFile, manifestsDir, treesDir}, e.Name()) {
+			s.t.Errorf("%s was left in the unit's state", e.Name())
+		}
+	}
+	for dir, keep := range map[string]string{manifestsDir: want.Digest.String() + ".json", treesDir: want.Digest.String()} {
+		entries, err := os.ReadDir(s.path("state", dir))
+		if err != nil && !os.IsNotExist(err) {
+			s.t.Fatal(err)
+		}
+		for _, e := range entries {
+			if e.Name() != keep {
+				s.t.Errorf("%s was left in %s", e.Name(), dir)
+			}
+		}
+	}
+	hooks := s.hooks()
+	for _, h := range []string{"post 1", "post 2", "failure 3", "failure 4", "success 5"} {
+		if !slices.Contains(hooks, h) {
+			s.t.Errorf("%q never ran: %q", h, hooks)
+		}
+	}
+	if n := len(hooks); n == 0 || hooks[n-1] != "success 5" {
+		s.t.Errorf("the last hooks: %q", hooks)
+	}
+}
+
+// watch reads dest in a tight loop until stop: there, it is whole, and once there, it is never away.
+func (s story) watch(stop <-chan struct{}, reads *atomic.Int64) {
+	seen := false
+	for {
+		version, err := readVersion(s.dest())
+		reads.Add(1)
+		switch {
+		case err != nil:
+			s.t.Errorf("dest is in pieces: %v", err)
+			return
+		case version == "" && seen:
+			s.t.Error("dest was away")
+			return
+		case version != "":
+			seen = true
+		}
+		select {
+		case <-stop:
+			return
+		default:
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
+
+// TestKilledAnywhere kills a process that deploys with SIGKILL, and starts it again: in one story for each strategy before and after
+// every step, those of the recovery from the cuts before included; in others at random moments.
+func TestKilledAnywhere(t *testing.T) {
+	t.Parallel()
+	var cuts, reads atomic.Int64
+	begin := time.Now()
+	tell := func(t *testing.T, strategy deployments.Strategy, run func(s story)) {
+		t.Parallel()
+		s := newStory(newWorld(t), strategy)
+		stop, watched := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(watched)
+			if strategy == deployments.StrategyRelease { // the others aren't atomic
+				s.watch(stop, &reads)
+			}
+		}()
+		run(s)
+		close(stop)
+		<-watched
+		s.check()
+	}
+	killed := func(cmd *exec.Cmd) bool {
+		err := cmd.Wait()
+		if exit := new(exec.ExitError); errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+			cuts.Add(1)
+			return true
+		}
+		if err != nil {
+			t.Errorf("%v\n%s", err, cmd.Stderr)
+		}
+		return false
+	}
+	t.Run("cuts", func(t *testing.T) {
+		for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+			t.Run(string(strategy), func(t *testing.T) {
+				tell(t, strategy, func(s story) {
+					for killed(s.child(true)) {
+					}
+				})
+			})
+		}
+		for i := range 4 {
+			t.Run(fmt.Sprintf("random %d", i), func(t *testing.T) {
+				tell(t, deployments.StrategyRelease, func(s story) {
+					for range 15 {
+						cmd := s.child(false)
+						timer := time.AfterFunc(rand.N(300*time.Millisecond), func() { cmd.Process.Kill() })
+						cut := killed(cmd)
+						timer.Stop()
+						if !cut {
+							return
+						}
+					}
+					if killed(s.child(false)) {
+						s.t.Error("killed by somebody else")
+					}
+				})
+			})
+		}
+	})
+	t.Logf("survived %d cuts, with %d reads of dest meanwhile, in %s", cuts.Load(), reads.Load(), time.Since(begin).Round(time.Second))
+}
