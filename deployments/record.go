@@ -10,8 +10,8 @@ type Record struct {
 	// its rollout; zero before the first one has.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows by one with each new target: what tells a newer record from an older one, whatever
-	// Consul's indexes do. A bare pointer has generation 0.
+	// Generation grows by one with each new target, and where a rollout turns back or is tried again: what tells a newer record
+	// from an older one, whatever Consul's indexes do, and by which a node's report says that it knows of it. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
 	// Retry grows by one with each retry that an operator asked for by control/: an agent tries a release that failed on its node
 	// once more when Generation or Retry differ from those that it failed under.
@@ -38,7 +38,25 @@ type Progress struct {
 	Bad Digest `json:"bad,omitzero"`
 	// Promoted is set once an operator, or the approval: auto default after the bake, let it go past its canary.
 	Promoted bool `json:"promoted,omitempty"`
+	// Forced is set where an operator let it start within a freeze window.
+	Forced bool `json:"forced,omitempty"`
+	// Healthy is since when the canaries, or all nodes where there are none, are converged: where the bake begins.
+	Healthy time.Time `json:"healthy,omitzero"`
+	// Borne is how many failed nodes an operator has accepted by resume, on top of max_failures.
+	Borne int `json:"borne,omitempty"`
+	// Over are targets whose rollouts this one replaced before they had ended, at most MaxOver: nodes that run one of them stay
+	// on it until their turn comes, so that replacing a rollout doesn't move all of them at once.
+	Over []Replaced `json:"over,omitempty"`
 }
+
+// Replaced is how far the rollout of an earlier target had come.
+type Replaced struct {
+	Digest Digest `json:"digest"`
+	Cutoff uint64 `json:"cutoff,string"`
+}
+
+// MaxOver bounds Progress.Over: a record stays small.
+const MaxOver = 3
 
 // Phase is a rollout's state.
 type Phase string
@@ -48,8 +66,10 @@ const (
 	PhaseWaiting Phase = "waiting" // baked; waits for promote, or for a freeze window to end
 	PhaseRolling Phase = "rolling" // the rest goes, max_unavailable at a time
 	PhasePaused  Phase = "paused"  // by an operator, or by on_failure: pause
-	PhaseBack    Phase = "back"    // rolling back: Target and Stable have changed places, gates are skipped
-	PhaseHalted  Phase = "halted"  // rolled back and done: stays on Stable until Git names another target
+	// PhaseBack rolls back to Stable without gates: the cutoff shrinks from all to none. A node at or below it that runs Target
+	// (or one of Over) stays there until it is its turn; every other runs Stable.
+	PhaseBack   Phase = "back"
+	PhaseHalted Phase = "halted" // rolled back and done: stays on Stable until Git names another target
 )
 
 // Pin is an operator's override of a record, for all nodes of a unit or for one.

@@ -1,6 +1,10 @@
 package policy
 
 import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -36,7 +40,7 @@ const (
 	ActRun   Action = "run"   // converge to Target
 	ActKeep  Action = "keep"  // change nothing: nothing is desired, or it can't be told, or it isn't allowed
 	ActHold  Action = "hold"  // change nothing: a pin says so
-	ActStage Action = "stage" // converge to Target (stable), and have Stage ready on disk for when this node is admitted
+	ActStage Action = "stage" // converge to Target (zero: change nothing), and have Stage ready on disk for when this node is admitted
 )
 
 // Source is which key decided.
@@ -48,43 +52,48 @@ const (
 	FromUnitPin Source = "unit pin"
 	FromTarget  Source = "target"
 	FromStable  Source = "stable"
+	// FromRunning is a node that stays on what it runs until it is its turn: its rollout was replaced, or is being rolled back.
+	FromRunning Source = "running"
 )
 
 // Decision is Resolve's answer, with its reason.
 type Decision struct {
-	Action Action
+	Action Action `json:"action"`
 	// Target is what to run; zero for ActKeep and ActHold. Stage is what to have ready as well; mostly zero.
-	Target, Stage deployments.Pointer
-	Source        Source
-	// Why says in one line, for a person, what decided: "unit pin by alice until 14:00 (incident 812)".
-	Why string
+	Target deployments.Pointer `json:"target,omitzero"`
+	Stage  deployments.Pointer `json:"stage,omitzero"`
+	Source Source              `json:"source"`
+	// Why says in one line, for a person, what decided: "unit pin by alice until 14:00Z (incident 812)".
+	Why string `json:"why"`
 	// Invalid is set where a value didn't parse or isn't allowed: what status shows as an error. It may come with any Action:
-	// a bad node pin changes nothing on that node (ActKeep).
-	Invalid error
+	// a bad node pin changes nothing on that node (ActKeep). In JSON it is its text.
+	Invalid error `json:"-"`
 	// Recheck is when time alone could change the answer (a pin's until); zero: never.
-	Recheck time.Time
+	Recheck time.Time `json:"recheck,omitzero"`
 	// Trace is the whole chain, for kedge explain: each step that was looked at, and what it said.
-	Trace []Step
+	Trace []Step `json:"trace"`
+}
+
+// MarshalJSON gives the decision with Invalid as text.
+func (d Decision) MarshalJSON() ([]byte, error) {
+	type plain Decision
+	invalid := ""
+	if d.Invalid != nil {
+		invalid = d.Invalid.Error()
+	}
+	return json.Marshal(struct {
+		plain
+		Invalid string `json:"invalid,omitempty"`
+	}{plain(d), invalid})
 }
 
 // Step is one line of a Decision's chain.
 type Step struct {
-	What string // "node pin", "record", "admission", "quarantine", …
-	Says string
+	What string `json:"what"` // "node pin", "record", "admission", "quarantine", …
+	Says string `json:"says"`
 	// Decides marks the step that decided; Unblock says what an operator can do about it, where there is something.
-	Decides bool
-	Unblock string
-}
-
-// Bounds are what a node's own configuration allows, whatever KV says. The zero value allows everything.
-type Bounds struct {
-	// Sources are URL prefixes (whole path segments) that a release may come from; empty: any.
-	Sources []string
-	// Dests are directories in or below which Dest may lie; empty: any.
-	Dests []string
-	// Users that commands may run as; empty: any. NoCommands forbids commands.
-	Users      []string
-	NoCommands bool
+	Decides bool   `json:"decides,omitempty"`
+	Unblock string `json:"unblock,omitempty"`
 }
 
 // Resolve answers what a node should run of a unit: node pin, else unit pin, else the record: target if the node
@@ -93,8 +102,174 @@ type Bounds struct {
 // A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even where a lower one is good: a typo in
 // a pin must not silently mean "no pin". An absent record changes nothing. A quarantined digest is still the Target, with
 // its step in the Trace: the agent doesn't run it, and says so.
-func Resolve(f Facts) Decision { return resolve(f) }
+func Resolve(f Facts) Decision {
+	d := Decision{Action: ActKeep, Source: FromNothing}
+	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
+	if d.pin(f, FromUnitPin, f.UnitPin, f.Unit.String()) {
+		decided = true
+	}
+	d.record(f, decided)
+	d.allow(f)
+	return d
+}
 
-// Rank is a node's place in the order in which a target's rollout admits nodes: a hash of the node's name and the target's
-// digest, so that the canary is another node each time. It is never 0, so that a cutoff of 0 admits none.
-func Rank(node string, target deployments.Digest) uint64 { return rank(node, target) }
+func (d *Decision) note(s Step) { d.Trace = append(d.Trace, s) }
+
+// pin looks at one pin, and reports whether it decides. A lower pin than the one that decided is only shown.
+func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key string) bool {
+	what := string(from)
+	over := d.decidedBy()
+	unpin := "kedge unpin " + f.Unit.String()
+	if from == FromNodePin {
+		unpin += " --node " + f.Node
+	}
+	switch {
+	case !v.Present:
+		d.note(Step{What: what, Says: "none"})
+		return false
+	case v.Err != nil:
+		err := fmt.Errorf("%s: %w", what, v.Err)
+		d.Invalid = first(d.Invalid, err)
+		d.note(Step{What: what, Says: fmt.Sprintf("pins/%s doesn't parse: %v", key, v.Err), Decides: over == "", Unblock: "correct the pin, or remove it: " + unpin})
+		if over == "" {
+			d.Source, d.Why = from, "the "+what+" doesn't parse, so nothing changes"
+		}
+		return over == ""
+	}
+	p := v.Value
+	said := sayPin(what, p, f.Now)
+	if !p.Until.IsZero() && !f.Now.Before(p.Until) {
+		d.note(Step{What: what, Says: said + ", and has ended"})
+		return false
+	}
+	if over != "" {
+		d.note(Step{What: what, Says: said + ", but the " + over + " goes before it"})
+		return false
+	}
+	d.Source, d.Why, d.Recheck = from, said, p.Until
+	if p.Hold {
+		d.Action = ActHold
+		d.note(Step{What: what, Says: said + ": keeps what runs", Decides: true, Unblock: unpin})
+		return true
+	}
+	d.Action, d.Target = ActRun, p.Release
+	d.note(Step{What: what, Says: said + ": " + p.Release.String(), Decides: true, Unblock: unpin})
+	return true
+}
+
+// decidedBy names the step that decided so far.
+func (d *Decision) decidedBy() string {
+	for _, s := range d.Trace {
+		if s.Decides {
+			return s.What
+		}
+	}
+	return ""
+}
+
+// record looks at the record. decided: a pin went before it, and the record is only shown.
+func (d *Decision) record(f Facts, decided bool) {
+	v := f.Record
+	switch {
+	case !v.Present:
+		if !decided {
+			d.Why = "there is no record, so nothing changes"
+		}
+		d.note(Step{What: "record", Says: "none", Decides: !decided, Unblock: "add " + f.Unit.String() + ".yaml to the deployments repo, or put a pointer at desired/" + f.Unit.String()})
+		return
+	case v.Err != nil:
+		d.Invalid = first(d.Invalid, fmt.Errorf("record: %w", v.Err))
+		if !decided {
+			d.Why = "the record doesn't parse, so nothing changes"
+		}
+		d.note(Step{What: "record", Says: fmt.Sprintf("desired/%s doesn't parse: %v", f.Unit, v.Err), Decides: !decided, Unblock: "the mirror, where one runs, writes it anew; else correct it by hand"})
+		return
+	}
+	r := v.Value
+	d.note(Step{What: "record", Says: sayRecord(r)})
+	if decided {
+		if !d.Target.IsZero() && d.Target != r.Target && r.Rollout == nil {
+			d.note(Step{What: "behind the pin", Says: "without it this node would run " + r.Target.String()})
+		}
+		return
+	}
+	d.admission(f, r)
+}
+
+// allow checks the result against the bounds, and notes a quarantine.
+func (d *Decision) allow(f Facts) {
+	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
+		if p.IsZero() {
+			continue
+		}
+		err := f.Bounds.CheckSource(p.URL)
+		if err == nil {
+			continue
+		}
+		d.Invalid = first(d.Invalid, err)
+		d.note(Step{What: "bounds", Says: err.Error(), Unblock: "publish to an allowed place, or extend sources in the agent's configuration"})
+		if p == &d.Target {
+			d.Action, d.Target, d.Stage = ActKeep, deployments.Pointer{}, deployments.Pointer{}
+			d.Why += ", but its release may not be used on this node"
+			return
+		}
+		d.Stage = deployments.Pointer{}
+		if d.Action = ActRun; d.Target.IsZero() {
+			d.Action = ActKeep
+		}
+	}
+	for _, p := range []deployments.Pointer{d.Target, d.Stage} {
+		if !p.IsZero() && p != f.Running && slices.Contains(f.Quarantined, p.Digest) {
+			d.note(Step{What: "quarantine", Says: "release " + p.Digest.Short() + " failed on this node, and isn't tried again by itself",
+				Unblock: "name another release in Git, or kedge retry " + f.Unit.String()})
+		}
+	}
+}
+
+func first(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// sayPin is a pin in words, but for its release.
+func sayPin(what string, p deployments.Pin, now time.Time) string {
+	var s strings.Builder
+	s.WriteString(what)
+	if p.By != "" {
+		s.WriteString(" by " + p.By)
+	}
+	if !p.Until.IsZero() {
+		s.WriteString(" until " + sayTime(p.Until, now))
+	}
+	if p.Reason != "" {
+		s.WriteString(" (" + p.Reason + ")")
+	}
+	return s.String()
+}
+
+// sayTime leaves out the day where it is now's.
+func sayTime(t, now time.Time) string {
+	t = t.UTC()
+	if y, m, d := now.UTC().Date(); t.Year() == y && t.Month() == m && t.Day() == d {
+		return t.Format("15:04Z")
+	}
+	return t.Format("2006-01-02 15:04Z")
+}
+
+func sayRecord(r deployments.Record) string {
+	s := "target " + r.Target.String()
+	if r.Generation > 0 {
+		s += fmt.Sprintf(", generation %d", r.Generation)
+	}
+	return s + ", " + sayOrigin(r)
+}
+
+// sayOrigin says who wrote a record.
+func sayOrigin(r deployments.Record) string {
+	if r.Commit == "" {
+		return "written by hand"
+	}
+	return "Git, commit " + r.Commit[:min(7, len(r.Commit))]
+}

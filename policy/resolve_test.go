@@ -1,0 +1,197 @@
+package policy
+
+import (
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+var (
+	app  = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
+	noon = time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+)
+
+// release makes up a pointer.
+func release(name string) deployments.Pointer {
+	var d deployments.Digest
+	copy(d[:], name)
+	return deployments.Pointer{URL: "s3://acme/web/" + name + "/manifest.yaml", Digest: d}
+}
+
+func good[T any](v T) Value[T] { return Value[T]{Present: true, Value: v} }
+func bad[T any]() Value[T]     { return Value[T]{Present: true, Err: errors.New("a typo")} }
+
+func TestResolve(t *testing.T) {
+	t.Parallel()
+	type pin = deployments.Pin
+	type record = deployments.Record
+	type progress = deployments.Progress
+	v1, v2, v3 := release("v1"), release("v2"), release("v3")
+	none := deployments.Pointer{}
+	git := record{Target: v2, Stable: v1, Generation: 4, Commit: "1a2b3c4d5e6f"}
+	in := func(p progress) Value[record] {
+		r := git
+		r.Rollout = &p
+		return good(r)
+	}
+	rank := Rank("n1", v2.Digest)
+	replaced := []deployments.Replaced{{Digest: v3.Digest, Cutoff: 7}}
+	for _, c := range []struct {
+		name          string
+		f             Facts
+		action        Action
+		target, stage deployments.Pointer
+		source        Source
+		why           string
+		invalid       string
+		recheck       time.Time
+	}{
+		{"nothing", Facts{}, ActKeep, none, none, FromNothing, "no record", "", time.Time{}},
+		{"a record", Facts{Record: good(git)}, ActRun, v2, none, FromTarget, "Git, commit 1a2b3c4", "", time.Time{}},
+		{"a bare pointer", Facts{Record: good(record{Target: v1})}, ActRun, v1, none, FromTarget, "written by hand", "", time.Time{}},
+		{"a bad record", Facts{Record: bad[record]()}, ActKeep, none, none, FromNothing, "doesn't parse", "record: a typo", time.Time{}},
+		{"a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3, By: "alice", Reason: "incident 812", Until: noon.Add(2 * time.Hour)})},
+			ActRun, v3, none, FromUnitPin, "unit pin by alice until 14:00Z (incident 812)", "", noon.Add(2 * time.Hour)},
+		{"a pin until another day", Facts{UnitPin: good(pin{Release: v3, Until: noon.Add(24 * time.Hour)})}, ActRun, v3, none, FromUnitPin, "until 2026-11-25 12:00Z", "", noon.Add(24 * time.Hour)},
+		{"a pin that ended", Facts{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"a node pin above a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "", time.Time{}},
+		{"a node pin that ended above a unit pin", Facts{UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1, Until: noon.Add(-1)})}, ActRun, v3, none, FromUnitPin, "unit pin", "", time.Time{}},
+		{"a hold", Facts{Record: good(git), NodePin: good(pin{Hold: true, By: "bob"})}, ActHold, none, none, FromNodePin, "node pin by bob", "", time.Time{}},
+		{"a bad node pin above what is good", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: bad[pin]()}, ActKeep, none, none, FromNodePin, "doesn't parse", "node pin: a typo", time.Time{}},
+		{"a bad unit pin above a good record", Facts{Record: good(git), UnitPin: bad[pin]()}, ActKeep, none, none, FromUnitPin, "doesn't parse", "unit pin: a typo", time.Time{}},
+		{"a good node pin above what is bad", Facts{Record: bad[record](), UnitPin: bad[pin](), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "unit pin: a typo", time.Time{}},
+		{"admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"not admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank - 1})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"not admitted, and nothing stable", Facts{Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseWaiting}})}, ActStage, none, v2, FromTarget, "waits", "", time.Time{}},
+		{"not admitted, on the target", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v2, none, FromTarget, "runs already", "", time.Time{}},
+		{"not admitted, on a target that was replaced", Facts{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Over: replaced})}, ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
+		{"rolled back, its turn to come", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank})}, ActRun, v2, none, FromRunning, "turn", "", time.Time{}},
+		{"rolled back, its turn", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank - 1})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"rolled back before it began", Facts{Running: v1, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"halted", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseHalted})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"from elsewhere", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/other"}}}, ActKeep, none, none, FromTarget, "may not be used", "is not from s3://acme/other", time.Time{}},
+		{"from the right place", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/web/"}}}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.f.Unit, c.f.Node, c.f.Now = app, "n1", noon
+			d := Resolve(c.f)
+			if d.Action != c.action || d.Target != c.target || d.Stage != c.stage || d.Source != c.source || !d.Recheck.Equal(c.recheck) {
+				t.Errorf("%s %v, stage %v, from %s, recheck %v; want %s %v, stage %v, from %s, recheck %v",
+					d.Action, d.Target, d.Stage, d.Source, d.Recheck, c.action, c.target, c.stage, c.source, c.recheck)
+			}
+			if !strings.Contains(d.Why, c.why) || d.Why == "" {
+				t.Errorf("why %q, want %q in it", d.Why, c.why)
+			}
+			if (d.Invalid == nil) != (c.invalid == "") || d.Invalid != nil && !strings.Contains(d.Invalid.Error(), c.invalid) {
+				t.Errorf("invalid %v, want %q in it", d.Invalid, c.invalid)
+			}
+			deciding := 0
+			for _, s := range d.Trace {
+				if s.Decides {
+					deciding++
+				}
+			}
+			if deciding != 1 {
+				t.Errorf("%d steps decide: %+v", deciding, d.Trace)
+			}
+		})
+	}
+}
+
+func TestQuarantineIsShown(t *testing.T) {
+	t.Parallel()
+	v1 := release("v1")
+	d := Resolve(Facts{Unit: app, Node: "n1", Now: noon, Record: good(deployments.Record{Target: v1}), Quarantined: []deployments.Digest{v1.Digest}})
+	last := d.Trace[len(d.Trace)-1]
+	if d.Target != v1 || last.What != "quarantine" || !strings.Contains(last.Unblock, "kedge retry prod/web/app") {
+		t.Errorf("target %v, last step %+v", d.Target, last)
+	}
+}
+
+func TestDecisionAsJSON(t *testing.T) {
+	t.Parallel()
+	data, err := json.Marshal(Resolve(Facts{Unit: app, Node: "n1", Now: noon, NodePin: bad[deployments.Pin]()}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"action":"keep"`, `"invalid":"node pin: a typo"`, `"source":"node pin"`, `"decides":true`} {
+		if !strings.Contains(string(data), want) {
+			t.Errorf("%s lacks %s", data, want)
+		}
+	}
+	if strings.Contains(string(data), "target") {
+		t.Errorf("%s names a target", data)
+	}
+}
+
+func TestRank(t *testing.T) {
+	t.Parallel()
+	a, b := release("a").Digest, release("b").Digest
+	if Rank("n1", a) == Rank("n2", a) || Rank("n1", a) == Rank("n1", b) || Rank("n1", a) != Rank("n1", a) {
+		t.Error("ranks don't depend on node and target alone")
+	}
+}
+
+func TestBoundsOnSources(t *testing.T) {
+	t.Parallel()
+	b := Bounds{Sources: []string{"s3://acme/web", "https://example.com/r/"}}
+	for url, want := range map[string]bool{
+		"s3://acme/web/1/manifest.yaml":       true,
+		"https://example.com/r/1.yaml":        true,
+		"s3://acme/webx/1/manifest.yaml":      false,
+		"s3://acme/web/../other/m.yaml":       false,
+		"s3://acme/web/%2e%2e/other/m.yaml":   false,
+		"s3://acme/web//m.yaml":               false,
+		"s3://acme/web/./m.yaml":              false,
+		"s3://acme/web/%2f/m.yaml":            false,
+		"s3://acme2/web/m.yaml":               false,
+		"https://example.com.evil.org/r/1":    false,
+		"https://example.com/r/1?x=/../other": false,
+		"https://example.com/r\\..\\1":        false,
+	} {
+		if err := b.CheckSource(url); (err == nil) != want {
+			t.Errorf("%s: %v, want allowed: %v", url, err, want)
+		}
+	}
+}
+
+func TestBoundsOnManifests(t *testing.T) {
+	t.Parallel()
+	b := Bounds{Sources: []string{"s3://acme/"}, Dests: []string{"/srv/web/", "/opt"}, Users: []string{"web"}}
+	commands := func(user string) deployments.Commands {
+		return deployments.Commands{Success: []deployments.Command{{Run: "x", User: user}}}
+	}
+	exec := deployments.Health{Checks: []deployments.Check{{Exec: "x"}}}
+	for _, c := range []struct {
+		name string
+		b    Bounds
+		m    deployments.Manifest
+		says string
+	}{
+		{"all of it allowed", b, deployments.Manifest{Src: "s3://acme/a", Dest: "/srv/web/app", Owner: "web:web", Commands: commands("web")}, ""},
+		{"a directory that bounds name", b, deployments.Manifest{Dest: "/opt"}, ""},
+		{"an archive from elsewhere", b, deployments.Manifest{Src: "s3://evil/a"}, "s3://evil/a is not from"},
+		{"an index from elsewhere", b, deployments.Manifest{Index: &deployments.Blob{URL: "s3://evil/i"}}, "s3://evil/i"},
+		{"a delta from elsewhere", b, deployments.Manifest{Deltas: []deployments.Delta{{Blob: deployments.Blob{URL: "s3://evil/d"}}}}, "s3://evil/d"},
+		{"a neighbour that begins alike", b, deployments.Manifest{Dest: "/srv/webx"}, "is outside of"},
+		{"a way up", b, deployments.Manifest{Dest: "/srv/web/../x"}, "is outside of"},
+		{"another owner", b, deployments.Manifest{Owner: "root:web"}, "user root"},
+		{"another user", b, deployments.Manifest{Commands: commands("root")}, "user root"},
+		{"the agent's own user", b, deployments.Manifest{Commands: commands("")}, "names no user"},
+		{"a health check as the agent", b, deployments.Manifest{Health: exec}, "names no user"},
+		{"a command where none may run", Bounds{NoCommands: true}, deployments.Manifest{Commands: commands("")}, "allows none"},
+		{"a health check where none may run", Bounds{NoCommands: true}, deployments.Manifest{Health: exec}, "no commands"},
+		{"no bounds", Bounds{}, deployments.Manifest{Src: "s3://x/y", Dest: "/x", Commands: commands(""), Health: exec}, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			err := c.b.CheckManifest(&c.m)
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%v, want %q in it", err, c.says)
+			}
+		})
+	}
+}
