@@ -1,13 +1,20 @@
-// Package fleet reads the whole of a store for people: status, explain, wait; and writes what operators ask for.
+// Package fleet reads the whole of a store for people: status, explain, history, wait; and writes what operators ask for.
 package fleet
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -16,7 +23,7 @@ type Fleet struct {
 	At     time.Time      `json:"at"`
 	Mirror *mirror.Status `json:"mirror,omitempty"`
 	Units  []Unit         `json:"units"`
-	// Errors are values that don't parse, by key.
+	// Errors are values that don't parse, by key; and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 }
 
@@ -26,18 +33,22 @@ type Unit struct {
 	Record *deployments.Record        `json:"record,omitempty"`
 	Pin    *deployments.Pin           `json:"pin,omitempty"`
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
-	Nodes  []Node                     `json:"nodes"`
+	// Nodes are sorted by name: those that report on the unit, and live ones of its role that have yet to.
+	Nodes []Node `json:"nodes"`
 	// Converged of Live nodes run what they should; Gone are nodes whose session has ended.
-	Converged int    `json:"converged"`
-	Live      int    `json:"live"`
-	Gone      int    `json:"gone"`
-	Error     string `json:"error,omitempty"`
+	Converged int `json:"converged"`
+	Live      int `json:"live"`
+	Gone      int `json:"gone"`
+	// Error is why the record or a pin doesn't parse.
+	Error string `json:"error,omitempty"`
 }
 
 // Node is one unit on one node.
 type Node struct {
-	Name   string                 `json:"node"`
-	Gone   bool                   `json:"gone,omitempty"`
+	Name string `json:"node"`
+	// Gone is a node whose session has ended. What it reported last stays.
+	Gone bool `json:"gone,omitempty"`
+	// Report has no State where the node has yet to report on the unit.
 	Report deployments.UnitReport `json:"report"`
 	// Converged is whether it runs what policy.Resolve says it should, as seen from here.
 	Converged bool                `json:"converged"`
@@ -45,32 +56,168 @@ type Node struct {
 	Why       string              `json:"why"`
 }
 
-// Read reads the fleet once. Stage, role and unit narrow it down; empty: all.
-func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
-	return read(ctx, store, filter)
-}
-
-// Watch calls f with the fleet now and after every change, at most ten times a second, until ctx ends.
-func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
-	return watch(ctx, store, filter, f)
-}
-
-// Filter narrows down what is read.
+// Filter narrows down what is read; empty fields: all.
 type Filter struct{ Stage, Role, Unit string }
 
-// Assemble computes a Fleet from entries; pure.
-func Assemble(entries []kv.Entry, now time.Time) *Fleet { return assemble(entries, now) }
-
-// Explain answers why a node runs what it runs of a unit.
-func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, error) {
-	return explain(f, id, node)
+// takes reports whether id passes the filter.
+func (f Filter) takes(id deployments.UnitID) bool {
+	return (f.Stage == "" || f.Stage == id.Stage) && (f.Role == "" || f.Role == id.Role) && (f.Unit == "" || f.Unit == id.Unit)
 }
 
-// Pin writes a pin for a unit, or for one node of it; Unpin removes it and says whether there was one.
-func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin deployments.Pin) error {
-	return putPin(ctx, store, id, node, pin)
+// prefix is the narrowest part of a kind's keys whose folder the mirror makes: only there can absence be told.
+func (f Filter) prefix(kind string) string {
+	if f.Stage == "" || f.Role == "" {
+		return kind
+	}
+	return kv.RolePrefix(kind, f.Stage, f.Role)
 }
 
-func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
-	return unpin(ctx, store, id, node)
+// narrow leaves out what the filter doesn't take.
+func (f Filter) narrow(all *Fleet) *Fleet {
+	all.Units = slices.DeleteFunc(all.Units, func(u Unit) bool { return !f.takes(u.ID) })
+	maps.DeleteFunc(all.Errors, func(key, _ string) bool {
+		kind, rest, _ := strings.Cut(key, "/")
+		parts := strings.Split(strings.Trim(rest, "/"), "/")
+		if kind+"/" == kv.MirrorPrefix || rest == "" {
+			return false
+		}
+		differs := func(i int, want string) bool { return want != "" && i < len(parts) && parts[i] != "" && parts[i] != want }
+		return differs(0, f.Stage) || differs(1, f.Role) || kind+"/" != kv.StatusPrefix && differs(2, f.Unit)
+	})
+	return all
+}
+
+// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror writes its state with, or after, the records
+// that it speaks of, and a node reports after it has read its record.
+var kinds = []string{kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
+
+// Read reads the fleet once, from the leader.
+//
+// A part that can't be read, or whose folder is missing, as where no mirror ever ran, is named in Errors. Where all of them
+// can't, that is an error.
+func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
+	var entries []kv.Entry
+	trouble := map[string]error{}
+	for _, kind := range kinds {
+		prefix := kind
+		if kind != kv.MirrorPrefix {
+			prefix = filter.prefix(kind)
+		}
+		some, err := store.List(ctx, prefix)
+		if errors.Is(err, kv.ErrDenied) && prefix != kind {
+			// A role that the mirror doesn't know has no folder of its own.
+			some, err = store.List(ctx, kind)
+		}
+		switch {
+		case errors.Is(err, kv.ErrDenied):
+			trouble[kind] = err
+		case err != nil:
+			return nil, fmt.Errorf("read the fleet: %w", err)
+		}
+		entries = append(entries, some...)
+	}
+	if len(trouble) == len(kinds) {
+		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
+	}
+	return filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble)), nil
+}
+
+// withTrouble notes why parts of the store can't be read, or may be out of date.
+func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
+	for prefix, err := range trouble {
+		if err == nil {
+			continue
+		}
+		if f.Errors == nil {
+			f.Errors = map[string]string{}
+		}
+		text := err.Error()
+		if errors.Is(err, kv.ErrDenied) {
+			text = "nothing to be seen here: nothing was ever written, or this token may not read it"
+		}
+		f.Errors[prefix] = text
+	}
+	return f
+}
+
+// watchPause is the time between two calls of Watch's f.
+const watchPause = 100 * time.Millisecond
+
+// Watch calls f with the fleet now and after every change, at most ten times a second, until ctx ends; it returns ctx's error. In an
+// outage of the store the fleet stays as it was last known, with the trouble in Errors.
+func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
+	var mu sync.Mutex
+	views := map[string]kv.View{}
+	changed := make(chan struct{}, 1)
+	g, ctx := errgroup.WithContext(ctx)
+	for _, kind := range kinds {
+		prefix := kind
+		if kind != kv.MirrorPrefix {
+			prefix = filter.prefix(kind)
+		}
+		g.Go(func() error {
+			return store.Watch(ctx, prefix, func(v kv.View) {
+				mu.Lock()
+				views[prefix] = v
+				mu.Unlock()
+				select {
+				case changed <- struct{}{}:
+				default:
+				}
+			})
+		})
+	}
+	g.Go(func() error {
+		// Time alone changes what is wanted when a pin ends.
+		expiry := time.NewTimer(time.Hour)
+		defer expiry.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-changed:
+			case <-expiry.C:
+			}
+			var entries []kv.Entry
+			trouble := map[string]error{}
+			mu.Lock()
+			complete := len(views) == len(kinds)
+			for prefix, v := range views {
+				entries = append(entries, v.Entries...)
+				trouble[prefix] = v.Err
+			}
+			mu.Unlock()
+			if !complete {
+				continue
+			}
+			fleet := filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble))
+			f(fleet)
+			expiry.Reset(untilExpiry(fleet))
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(watchPause):
+			}
+		}
+	})
+	return g.Wait()
+}
+
+// untilExpiry is how long no pin of the fleet ends by itself.
+func untilExpiry(f *Fleet) time.Duration {
+	next := time.Hour
+	look := func(p deployments.Pin) {
+		if left := p.Until.Sub(f.At); !p.Until.IsZero() && left > 0 {
+			next = min(next, left+time.Millisecond)
+		}
+	}
+	for _, u := range f.Units {
+		if u.Pin != nil {
+			look(*u.Pin)
+		}
+		for _, p := range u.Pins {
+			look(p)
+		}
+	}
+	return next
 }

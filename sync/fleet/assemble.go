@@ -1,0 +1,273 @@
+package fleet
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/mirror"
+)
+
+// Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
+// only a pin or a report knows of are there too.
+func Assemble(entries []kv.Entry, now time.Time) *Fleet {
+	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[[2]string][]reporter{}}
+	for _, e := range entries {
+		kind, rest, _ := strings.Cut(e.Key, "/")
+		switch kind + "/" {
+		case kv.DesiredPrefix:
+			a.desired(e, rest)
+		case kv.PinsPrefix:
+			a.pin(e, rest)
+		case kv.StatusPrefix:
+			a.report(e, rest)
+		case kv.MirrorPrefix:
+			a.mirror(e)
+		}
+	}
+	for role, reporters := range a.roles {
+		for _, r := range reporters {
+			for name := range r.units {
+				if deployments.CheckSegment("unit", name) == nil {
+					a.unit(deployments.UnitID{Stage: role[0], Role: role[1], Unit: name})
+				}
+			}
+		}
+	}
+	a.fleet.Units = []Unit{}
+	for _, id := range slices.SortedFunc(maps.Keys(a.units), compareIDs) {
+		u := a.units[id]
+		a.nodes(u)
+		a.fleet.Units = append(a.fleet.Units, *u)
+	}
+	return a.fleet
+}
+
+type assembly struct {
+	fleet *Fleet
+	units map[deployments.UnitID]*Unit
+	roles map[[2]string][]reporter
+}
+
+// reporter is a node of a role.
+type reporter struct {
+	name  string
+	gone  bool
+	units map[string]deployments.UnitReport
+	err   error // its report doesn't parse
+}
+
+func (a *assembly) unit(id deployments.UnitID) *Unit {
+	u := a.units[id]
+	if u == nil {
+		u = &Unit{ID: id, Nodes: []Node{}}
+		a.units[id] = u
+	}
+	return u
+}
+
+func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
+
+func (a *assembly) desired(e kv.Entry, rest string) {
+	id, err := deployments.ParseUnitID(rest)
+	if err != nil {
+		a.bad(e.Key, err)
+		return
+	}
+	u := a.unit(id)
+	record, err := deployments.ParseRecord(e.Value)
+	if err != nil {
+		a.bad(e.Key, err)
+		u.Error = join(u.Error, "record: "+err.Error())
+		return
+	}
+	u.Record = &record
+}
+
+func (a *assembly) pin(e kv.Entry, rest string) {
+	parts := strings.SplitN(rest, "/", 4)
+	node := ""
+	if len(parts) == 4 {
+		rest, node = strings.Join(parts[:3], "/"), parts[3]
+	}
+	id, err := deployments.ParseUnitID(rest)
+	if err == nil && len(parts) == 4 {
+		err = deployments.CheckSegment("node", node)
+	}
+	if err != nil {
+		a.bad(e.Key, err)
+		return
+	}
+	u := a.unit(id)
+	pin, err := deployments.ParsePin(e.Value)
+	switch {
+	case err != nil && node != "":
+		a.bad(e.Key, err)
+		u.Error = join(u.Error, "pin of "+node+": "+err.Error())
+	case err != nil:
+		a.bad(e.Key, err)
+		u.Error = join(u.Error, "pin: "+err.Error())
+	case node != "":
+		if u.Pins == nil {
+			u.Pins = map[string]deployments.Pin{}
+		}
+		u.Pins[node] = pin
+	default:
+		u.Pin = &pin
+	}
+}
+
+func (a *assembly) report(e kv.Entry, rest string) {
+	parts := strings.Split(rest, "/")
+	if len(parts) != 3 {
+		a.bad(e.Key, errors.New("want status/STAGE/ROLE/NODE"))
+		return
+	}
+	r := reporter{name: parts[2], gone: e.Session == ""}
+	report, err := deployments.ParseReport(e.Value)
+	if err != nil {
+		a.bad(e.Key, err)
+		r.err = err
+	}
+	r.units = report.Units
+	role := [2]string{parts[0], parts[1]}
+	a.roles[role] = append(a.roles[role], r)
+}
+
+func (a *assembly) mirror(e kv.Entry) {
+	if e.Key != kv.MirrorKey {
+		return
+	}
+	var s mirror.Status
+	if err := json.Unmarshal(e.Value, &s); err != nil {
+		a.bad(e.Key, err)
+		return
+	}
+	a.fleet.Mirror = &s
+}
+
+// nodes fills in a unit's nodes, and counts them.
+func (a *assembly) nodes(u *Unit) {
+	for _, r := range a.roles[[2]string{u.ID.Stage, u.ID.Role}] {
+		report, reports := r.units[u.ID.Unit]
+		n := Node{Name: r.name, Gone: r.gone, Report: report}
+		facts := a.fleet.facts(u, n)
+		// Of nodes that say nothing, those count that should run the unit and live.
+		if !reports && (r.gone || !facts.Record.Present && !facts.UnitPin.Present && !facts.NodePin.Present) {
+			continue
+		}
+		decision := policy.Resolve(facts)
+		n.Want, n.Why = decision.Target, decision.Why
+		switch {
+		case r.err != nil:
+			n.Why = "its report does not parse"
+			n.Report.Error = r.err.Error()
+		case !reports:
+			n.Why = "has yet to report on it"
+		default:
+			n.Converged = converged(decision, report)
+		}
+		u.Nodes = append(u.Nodes, n)
+		switch {
+		case n.Gone:
+			u.Gone++
+		case n.Converged:
+			u.Live++
+			u.Converged++
+		default:
+			u.Live++
+		}
+	}
+	slices.SortFunc(u.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
+}
+
+// converged compares what a node reports with what it should run. Where nothing is desired, nothing is missing.
+func converged(d policy.Decision, r deployments.UnitReport) bool {
+	switch {
+	case d.Invalid != nil:
+		return false
+	case d.Action == policy.ActHold:
+		return r.State == deployments.StateHeld
+	case d.Action == policy.ActKeep:
+		return r.State == deployments.StateWaiting || r.State == deployments.StateConverged
+	}
+	return r.State == deployments.StateConverged && r.Running == d.Target
+}
+
+// facts are what decides over a unit on a node, as the store shows it. What the node's own configuration forbids isn't known here.
+func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
+	facts := policy.Facts{Unit: u.ID, Node: n.Name, Now: f.At, Running: n.Report.Running, Quarantined: n.Report.Quarantined}
+	facts.Record = value(f, kv.DesiredKey(u.ID), u.Record)
+	facts.UnitPin = value(f, kv.PinKey(u.ID), u.Pin)
+	var own *deployments.Pin
+	if p, ok := u.Pins[n.Name]; ok {
+		own = &p
+	}
+	facts.NodePin = value(f, kv.NodePinKey(u.ID, n.Name), own)
+	return facts
+}
+
+func value[T any](f *Fleet, key string, v *T) policy.Value[T] {
+	if text, bad := f.Errors[key]; bad {
+		return policy.Value[T]{Present: true, Err: errors.New(text)}
+	}
+	if v == nil {
+		return policy.Value[T]{}
+	}
+	return policy.Value[T]{Present: true, Value: *v}
+}
+
+// Explain answers why a node runs what it runs of a unit.
+func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, error) {
+	u, n, err := f.find(id, node)
+	if err != nil {
+		return policy.Decision{}, err
+	}
+	return policy.Resolve(f.facts(u, *n)), nil
+}
+
+// find gives a unit, and what one of its nodes reports.
+func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
+	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
+	if i < 0 {
+		return nil, nil, fmt.Errorf("no unit %s: nothing in the store speaks of it; see kedge status", id)
+	}
+	u := &f.Units[i]
+	j := slices.IndexFunc(u.Nodes, func(n Node) bool { return n.Name == node })
+	if j < 0 {
+		var names []string
+		for _, n := range u.Nodes {
+			names = append(names, n.Name)
+		}
+		if len(names) == 0 {
+			return nil, nil, fmt.Errorf("no node %s: no node of %s/%s has ever reported; is its agent running, with this stage and role?", node, id.Stage, id.Role)
+		}
+		const shown = 10
+		more := ""
+		if len(names) > shown {
+			more = fmt.Sprintf(" and %d more", len(names)-shown)
+			names = names[:shown]
+		}
+		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s%s", node, id, strings.Join(names, ", "), more)
+	}
+	return u, &u.Nodes[j], nil
+}
+
+func join(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a + "; " + b
+}
+
+func compareIDs(a, b deployments.UnitID) int {
+	return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Unit, b.Unit))
+}

@@ -1,0 +1,199 @@
+package fleet
+
+import (
+	"io"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"kedge/sync/mirror"
+)
+
+// style is an escape sequence of terminals.
+type style string
+
+const (
+	plain  style = ""
+	bold   style = "\x1b[1m"
+	dim    style = "\x1b[2m"
+	red    style = "\x1b[31m"
+	green  style = "\x1b[32m"
+	yellow style = "\x1b[33m"
+	reset        = "\x1b[0m"
+)
+
+type cell struct {
+	text  string
+	style style
+}
+
+// printer lays text out in lines of opt.Width.
+type printer struct {
+	opt TableOptions
+	b   strings.Builder
+}
+
+func (p *printer) paint(s style, text string) string {
+	if !p.opt.Color || s == plain || text == "" {
+		return text
+	}
+	return string(s) + text + reset
+}
+
+func (p *printer) raw(line string) { p.b.WriteString(line + "\n") }
+
+func (p *printer) line(head, rest string) { p.raw(head + rest) }
+
+// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are clipped.
+func (p *printer) align(indent string, rows [][]cell) []string {
+	if len(rows) == 0 {
+		return nil
+	}
+	const gap = 2
+	wide := make([]int, len(rows[0]))
+	for _, row := range rows {
+		for i, c := range row {
+			wide[i] = max(wide[i], utf8.RuneCountInString(c.text))
+		}
+	}
+	if p.opt.Width > 0 {
+		total := len(indent) + gap*(len(wide)-1)
+		for _, n := range wide {
+			total += n
+		}
+		const narrowest = 9
+		for ; total > p.opt.Width; total-- {
+			widest := 0
+			for i := range wide {
+				if wide[i] > wide[widest] {
+					widest = i
+				}
+			}
+			if wide[widest] <= narrowest {
+				break
+			}
+			wide[widest]--
+		}
+	}
+	var lines []string
+	for _, row := range rows {
+		var b strings.Builder
+		b.WriteString(indent)
+		pad := 0
+		for i, c := range row {
+			text := clip(c.text, wide[i])
+			if text != "" {
+				b.WriteString(strings.Repeat(" ", pad) + p.paint(c.style, text))
+				pad = 0
+			}
+			pad += wide[i] - utf8.RuneCountInString(text) + gap
+		}
+		lines = append(lines, b.String())
+	}
+	return lines
+}
+
+// wrap writes head and text, broken between words where a line is full; further lines are indented.
+func (p *printer) wrap(head string, indent int, text string, s style) {
+	column := width(head)
+	line, empty := head, true
+	flush := func() {
+		p.raw(strings.TrimRight(line, " "))
+		line, column, empty = strings.Repeat(" ", indent), indent, true
+	}
+	for i, part := range strings.Split(text, "\n") {
+		if i > 0 {
+			flush()
+		}
+		for _, word := range strings.Fields(part) {
+			n := width(word)
+			if p.opt.Width > 0 && !empty && column+1+n > p.opt.Width {
+				flush()
+			}
+			if !empty {
+				line += " "
+				column++
+			}
+			line += p.paint(s, word)
+			column += n
+			empty = false
+		}
+	}
+	p.raw(strings.TrimRight(line, " "))
+}
+
+// width counts columns, escape sequences left out.
+func width(s string) (n int) {
+	escape := false
+	for _, r := range s {
+		switch {
+		case r == '\x1b':
+			escape = true
+		case escape:
+			escape = r != 'm'
+		default:
+			n++
+		}
+	}
+	return n
+}
+
+// clip cuts text at n columns.
+func clip(text string, n int) string {
+	if utf8.RuneCountInString(text) <= n {
+		return text
+	}
+	return string([]rune(text)[:max(0, n-1)]) + "…"
+}
+
+// clean takes out what would move a terminal's cursor or change its colours: most of what is shown was written by others.
+func clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+}
+
+// cleanLines cleans each line of a text.
+func cleanLines(s string) string {
+	lines := strings.Split(s, "\n")
+	for i := range lines {
+		lines[i] = clean(lines[i])
+	}
+	return strings.Join(lines, "\n")
+}
+
+// oneLine makes one clean line of a text.
+func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
+
+// WriteHistory writes a unit's generations, one a line.
+func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error {
+	p := &printer{opt: opt}
+	if len(history) == 0 {
+		p.raw("No history: no mirror has written this unit.")
+		_, err := io.WriteString(w, p.b.String())
+		return err
+	}
+	rows := [][]cell{{{"GEN", dim}, {"SINCE", dim}, {"RELEASE", dim}, {"COMMIT", dim}, {"AUTHOR", dim}, {"SUBJECT", dim}}}
+	for _, h := range history {
+		at := "-"
+		if !h.At.IsZero() {
+			at = h.At.UTC().Format("2006-01-02 15:04")
+		}
+		rows = append(rows, []cell{
+			{strconv.FormatInt(h.Generation, 10), plain}, {at, plain}, {name(Unit{}, h.Release), bold}, {clean(h.Commit[:min(8, len(h.Commit))]), plain},
+			{oneLine(h.Author), plain}, {oneLine(h.Subject), dim},
+		})
+	}
+	for i, line := range p.align("", rows) {
+		p.raw(line)
+		if i > 0 && history[i-1].Note != "" {
+			p.wrap("     ", 5, oneLine(history[i-1].Note), yellow)
+		}
+	}
+	_, err := io.WriteString(w, p.b.String())
+	return err
+}

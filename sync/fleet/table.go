@@ -1,0 +1,351 @@
+package fleet
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// TableOptions say how a fleet is shown to a person.
+type TableOptions struct {
+	// Width is the terminal's, in columns; 0: no terminal, so no line is cut or wrapped.
+	Width int
+	Color bool
+	// Nodes shows every node; else those that are not converged or have something to say.
+	Nodes bool
+}
+
+// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, and below it the nodes that
+// need a look.
+func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
+	p := &printer{opt: opt}
+	p.mirror(f)
+	if len(f.Units) == 0 {
+		p.line("", p.paint(dim, "No units."))
+	}
+	rows := [][]cell{{{"UNIT", dim}, {"TARGET", dim}, {"PIN", dim}, {"CONVERGED", dim}, {"ROLLOUT", dim}}}
+	for _, u := range f.Units {
+		rows = append(rows, unitRow(u))
+	}
+	if len(f.Units) > 0 {
+		lines := p.align("", rows)
+		p.raw(lines[0])
+		for i, u := range f.Units {
+			p.raw(lines[i+1])
+			p.unit(f, u)
+		}
+	}
+	shown := map[string]bool{} // below its unit already
+	for _, u := range f.Units {
+		shown[kv.DesiredKey(u.ID)], shown[kv.PinKey(u.ID)] = true, true
+		for key := range f.Errors {
+			shown[key] = shown[key] || strings.HasPrefix(key, kv.PinKey(u.ID)+"/")
+		}
+	}
+	rest := slices.DeleteFunc(slices.Sorted(maps.Keys(f.Errors)), func(key string) bool { return shown[key] })
+	if len(rest) > 0 {
+		p.raw("")
+		for _, key := range rest {
+			p.wrap(p.paint(red, "error")+"  ", 7, clean(key)+": "+oneLine(f.Errors[key]), "")
+		}
+	}
+	_, err := io.WriteString(w, p.b.String())
+	return err
+}
+
+func (p *printer) mirror(f *Fleet) {
+	m := f.Mirror
+	if m == nil {
+		p.line(p.paint(dim, "mirror")+"  ", "has taken no commit yet")
+		p.raw("")
+		return
+	}
+	head := "has taken no commit yet"
+	if m.Head != "" {
+		head = "at " + clean(short(m.Head))
+		if m.Author != "" {
+			head += " by " + clean(m.Author)
+		}
+		if !m.At.IsZero() {
+			head += ", " + ago(f.At.Sub(m.At))
+		}
+	}
+	if m.Holder != "" {
+		head += " (" + clean(m.Holder) + ")"
+	}
+	p.wrap(p.paint(dim, "mirror")+"  ", 8, head, "")
+	switch {
+	case m.Refused != "":
+		p.wrap("        "+p.paint(red, "refused ")+clean(short(m.Refused))+": ", 10, strings.TrimSpace(cleanLines(m.Error)), red)
+	case m.Error != "":
+		p.wrap("        ", 8, strings.TrimSpace(cleanLines(m.Error)), red)
+	}
+	p.raw("")
+}
+
+func unitRow(u Unit) []cell {
+	target, pin, phase := cell{"-", dim}, cell{"-", dim}, cell{"-", dim}
+	if u.Record != nil {
+		target = cell{name(u, u.Record.Target), plain}
+	}
+	switch {
+	case u.Pin != nil:
+		pin = cell{pinName(u, *u.Pin), yellow}
+	case len(u.Pins) > 0:
+		pin = cell{count(len(u.Pins), "node"), yellow}
+	}
+	state := cell{fmt.Sprintf("%d/%d", u.Converged, u.Live), green}
+	if u.Converged < u.Live {
+		state.style = yellow
+	}
+	if u.Live == 0 {
+		state.style = dim
+	}
+	if u.Gone > 0 {
+		state.text += fmt.Sprintf(", %d gone", u.Gone)
+	}
+	if u.Record != nil && u.Record.Rollout != nil {
+		phase = cell{clean(string(u.Record.Rollout.Phase)), yellow}
+		if r := u.Record.Rollout.Phase; r == deployments.PhaseHalted || r == deployments.PhaseBack {
+			phase.style = red
+		}
+	}
+	return []cell{{u.ID.String(), bold}, target, pin, state, phase}
+}
+
+// unit writes what is to be said below a unit's row.
+func (p *printer) unit(f *Fleet, u Unit) {
+	if u.Pin != nil {
+		if s := pinStory(*u.Pin, f.At); s != "" {
+			p.wrap("  pinned ", 4, s, "")
+		}
+	}
+	for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
+		p.wrap("  "+clean(node)+" pinned ", 4, strings.TrimSpace(pinName(u, u.Pins[node])+" "+pinStory(u.Pins[node], f.At)), "")
+	}
+	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
+		p.wrap("  rollout: ", 4, oneLine(u.Record.Rollout.Reason), "")
+	}
+	if u.Error != "" {
+		p.wrap("  "+p.paint(red, "error")+"  ", 4, oneLine(u.Error), "")
+	}
+	var rows [][]cell
+	var notes []string
+	more := 0
+	for _, n := range u.Nodes {
+		r := n.Report
+		note := oneLine(r.Error)
+		if len(r.Drift) > 0 {
+			note = join(note, "differs from its release: "+clean(strings.Join(r.Drift, ", ")))
+		}
+		if !p.opt.Nodes && (n.Gone || n.Converged && note == "") {
+			continue
+		}
+		if len(rows) == mostNodes && !p.opt.Nodes {
+			more++
+			continue
+		}
+		runs := "runs nothing"
+		if r.State == "" {
+			runs = oneLine(n.Why)
+		}
+		if !r.Running.IsZero() {
+			runs = "runs " + name(u, r.Running)
+		}
+		since := ""
+		if !r.Since.IsZero() {
+			since = brief(f.At.Sub(r.Since))
+		}
+		rows = append(rows, []cell{{clean(n.Name), plain}, stateCell(n), {runs, plain}, {since, dim}})
+		notes = append(notes, note)
+	}
+	for i, line := range p.align("  ", rows) {
+		p.raw(line)
+		if notes[i] != "" {
+			p.wrap("    ", 4, notes[i], yellow)
+		}
+	}
+	if more > 0 {
+		p.raw(p.paint(dim, fmt.Sprintf("  and %d more: kedge status %s --nodes", more, u.ID)))
+	}
+}
+
+// mostNodes of a unit are shown where not all are asked for.
+const mostNodes = 20
+
+func stateCell(n Node) cell {
+	r := n.Report
+	switch {
+	case n.Gone:
+		return cell{"gone", dim}
+	case r.State == "":
+		return cell{"unknown", yellow}
+	case n.Converged:
+		return cell{string(r.State), green}
+	case r.State == deployments.StateConverged:
+		return cell{"outdated", yellow} // it has yet to see what it should run
+	case r.State == deployments.StateFetching && r.Total > 0:
+		return cell{fmt.Sprintf("fetching %d%%", min(100, r.Fetched*100/r.Total)), yellow}
+	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid:
+		return cell{clean(string(r.State)), red}
+	}
+	return cell{clean(string(r.State)), yellow}
+}
+
+// name is a release as people know it: its version, as a node that runs it reports it or else as its URL's path has it, and the
+// beginning of its digest.
+func name(u Unit, p deployments.Pointer) string {
+	if p.IsZero() {
+		return "-"
+	}
+	version := ""
+	for _, n := range u.Nodes {
+		if n.Report.Running == p && n.Report.Version != "" {
+			version = clean(n.Report.Version)
+			break
+		}
+	}
+	if version == "" {
+		dir, file := path.Split(p.URL)
+		version = strings.TrimSuffix(file, path.Ext(file))
+		if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
+			version = parent
+		}
+		version = clean(version)
+	}
+	return clip(version, 24) + " " + p.Digest.Short()[:8]
+}
+
+func pinName(u Unit, p deployments.Pin) string {
+	if p.Hold {
+		return "hold"
+	}
+	return name(u, p.Release)
+}
+
+func pinStory(p deployments.Pin, now time.Time) string {
+	var s []string
+	if p.By != "" {
+		s = append(s, "by "+oneLine(p.By))
+	}
+	switch {
+	case p.Until.IsZero():
+	case p.Until.After(now):
+		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
+	default:
+		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC")+", which is over")
+	}
+	if p.Reason != "" {
+		s = append(s, "("+oneLine(p.Reason)+")")
+	}
+	return strings.Join(s, " ")
+}
+
+// WriteExplain writes a decision's whole chain, and what the node says of itself.
+func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d policy.Decision, opt TableOptions) error {
+	u, n, err := f.find(id, node)
+	if err != nil {
+		return err
+	}
+	p := &printer{opt: opt}
+	verdict := map[policy.Action]string{policy.ActKeep: "keeps what it runs", policy.ActHold: "holds what it runs"}[d.Action]
+	if verdict == "" {
+		verdict = "should run " + name(*u, d.Target)
+	}
+	p.line(p.paint(bold, id.String()), " on "+p.paint(bold, clean(node))+" "+verdict)
+	p.wrap("  because  ", 11, oneLine(d.Why), "")
+	if d.Invalid != nil {
+		p.wrap("  "+p.paint(red, "but")+"      ", 11, oneLine(d.Invalid.Error()), red)
+	}
+	if !d.Stage.IsZero() {
+		p.wrap("  staged   ", 11, "has "+name(*u, d.Stage)+" ready for when it is admitted", "")
+	}
+	if !d.Recheck.IsZero() {
+		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC"), "")
+	}
+	p.raw("")
+	p.raw(p.paint(dim, "What was looked at, in order; > decided"))
+	wide := 0
+	for _, s := range d.Trace {
+		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
+	}
+	for _, s := range d.Trace {
+		mark := "  "
+		if s.Decides {
+			mark = p.paint(green, ">") + " "
+		}
+		what := clean(s.What)
+		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, oneLine(s.Says), "")
+		if s.Unblock != "" {
+			p.wrap(strings.Repeat(" ", wide+4)+p.paint(yellow, "to change it: "), wide+6, oneLine(s.Unblock), "")
+		}
+	}
+	p.raw("")
+	p.raw(p.paint(dim, "What the node reports"))
+	p.report(f, u, n)
+	_, err = io.WriteString(w, p.b.String())
+	return err
+}
+
+func (p *printer) report(f *Fleet, u *Unit, n *Node) {
+	r := n.Report
+	state := stateCell(*n)
+	if n.Gone {
+		state.text = "gone: its session has ended; what follows is what it said last"
+	}
+	rows := [][2]string{{"state", p.paint(state.style, state.text)}}
+	add := func(what, says string) {
+		if says != "" {
+			rows = append(rows, [2]string{what, says})
+		}
+	}
+	if !r.Since.IsZero() {
+		add("since", r.Since.UTC().Format("2006-01-02 15:04:05 UTC")+", "+ago(f.At.Sub(r.Since)))
+	}
+	add("runs", name(*u, r.Running))
+	if r.Want != n.Want && !r.Want.IsZero() && !n.Want.IsZero() {
+		add("wants", name(*u, r.Want)+": it has yet to see the newest")
+	}
+	if r.Why != n.Why {
+		add("why", oneLine(r.Why))
+	}
+	for _, d := range r.Quarantined {
+		add("failed", d.Short()+" failed here, and stays out until another is named, or kedge retry "+u.ID.String())
+	}
+	add("error", oneLine(r.Error))
+	add("differs", clean(strings.Join(r.Drift, ", ")))
+	for _, row := range rows {
+		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], "")
+	}
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// brief is a duration in its largest unit.
+func brief(d time.Duration) string {
+	switch d = max(0, d); {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours())/24)
+}
+
+func ago(d time.Duration) string { return brief(d) + " ago" }

@@ -1,0 +1,209 @@
+package fleet
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/mirror"
+)
+
+// ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a node its release,
+// or a rollout was rolled back.
+var ErrRefused = errors.New("refused")
+
+// Wait waits until all live nodes of the units that filter takes run what they should, and no rollout is under way.
+//
+// With a commit, of which seven digits will do, it first waits until the mirror has taken it, or one after it. ErrRefused says what
+// won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's.
+func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) error {
+	w := waiter{commit: strings.ToLower(commit)}
+	if commit != "" {
+		if len(commit) < 7 || strings.Trim(w.commit, "0123456789abcdef") != "" {
+			return fmt.Errorf("commit %q: want its hash, at least seven digits of it", commit)
+		}
+		var err error
+		if w.taken, err = wasTaken(ctx, store, filter, w.commit); err != nil {
+			return waitError{"reading the history", err}
+		}
+	}
+	missing := "nothing could be read yet"
+	var result error
+	done := errors.New("done")
+	watching, finish := context.WithCancelCause(ctx)
+	defer finish(nil)
+	err := Watch(watching, store, filter, func(f *Fleet) {
+		missing, result = w.look(f)
+		if missing == "" && result == nil {
+			// The parts of a watched fleet come each at its time: what a new head brought might not be there yet. So once more, in order.
+			fresh, err := Read(watching, store, filter)
+			if err != nil {
+				missing = err.Error()
+				return
+			}
+			missing, result = w.look(fresh)
+		}
+		if missing == "" || result != nil {
+			finish(done)
+		}
+	})
+	switch {
+	case context.Cause(watching) == done:
+		return result
+	case ctx.Err() != nil:
+		return waitError{missing, ctx.Err()}
+	}
+	return err
+}
+
+// waitError says what was missing; that the time was over, its caller says.
+type waitError struct {
+	missing string
+	err     error
+}
+
+func (e waitError) Error() string { return e.missing }
+func (e waitError) Unwrap() error { return e.err }
+
+// waiter looks at one fleet after another.
+type waiter struct {
+	commit string
+	taken  bool
+	head   *string // the first that was seen
+}
+
+// look says what is missing, or what makes waiting useless.
+func (w *waiter) look(f *Fleet) (missing string, err error) {
+	if missing, err := w.lookAtHead(f); missing != "" || err != nil {
+		return missing, err
+	}
+	if len(f.Units) == 0 {
+		return "the store knows no such unit", nil
+	}
+	for _, u := range f.Units {
+		if err := useless(u); err != nil {
+			return "", err
+		}
+	}
+	var all []string
+	for _, u := range f.Units {
+		if s := unfinished(u); s != "" {
+			all = append(all, s)
+		}
+	}
+	return strings.Join(all, "; "), nil
+}
+
+// lookAtHead says whether the commit was taken yet.
+func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
+	if w.commit == "" {
+		return "", nil
+	}
+	var m mirror.Status
+	if f.Mirror != nil {
+		m = *f.Mirror
+	}
+	if m.Applying != "" && strings.HasPrefix(m.Applying, w.commit) {
+		return fmt.Sprintf("the mirror is about to write %s", short(m.Applying)), nil
+	}
+	if w.taken {
+		return "", nil
+	}
+	if w.head == nil && f.Errors[kv.MirrorPrefix] == "" {
+		w.head = &m.Head
+	}
+	switch {
+	case strings.HasPrefix(m.Head, w.commit), w.head != nil && m.Head != *w.head:
+		// A head that came while this waits came after the push.
+		w.taken = true
+		return "", nil
+	case m.Refused != "" && strings.HasPrefix(m.Refused, w.commit):
+		return "", fmt.Errorf("the mirror %w commit %s: %s", ErrRefused, short(m.Refused), m.Error)
+	case f.Mirror == nil:
+		return "no mirror has taken any commit yet", nil
+	case m.Error != "":
+		return fmt.Sprintf("the mirror is still at %s: %s", short(m.Head), oneLine(m.Error)), nil
+	}
+	return fmt.Sprintf("the mirror is still at %s", short(m.Head)), nil
+}
+
+// useless is why waiting for a unit would be.
+func useless(u Unit) error {
+	for _, n := range u.Nodes {
+		r := n.Report
+		switch {
+		case n.Gone || n.Converged || n.Want.IsZero() || r.Want != n.Want:
+			continue
+		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
+			continue // of an earlier time
+		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
+			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, name(u, n.Want), oneLine(r.Error))
+		case r.State == deployments.StateInvalid:
+			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, name(u, n.Want), oneLine(r.Error))
+		}
+	}
+	if p := rollout(u); p != nil && p.Phase == deployments.PhaseHalted {
+		return fmt.Errorf("%s: the rollout was stopped and rolled back, %w: %s", u.ID, ErrRefused, oneLine(p.Reason))
+	}
+	return nil
+}
+
+// rollout is the progress that counts: a pin of the unit overrides it.
+func rollout(u Unit) *deployments.Progress {
+	if u.Record == nil || u.Pin != nil {
+		return nil
+	}
+	return u.Record.Rollout
+}
+
+// unfinished says what a unit lacks; empty: nothing.
+func unfinished(u Unit) string {
+	if u.Error != "" {
+		return fmt.Sprintf("%s: %s", u.ID, oneLine(u.Error))
+	}
+	for _, n := range u.Nodes {
+		if n.Gone || n.Converged {
+			continue
+		}
+		what := string(n.Report.State)
+		switch {
+		case what == "":
+			what = n.Why
+		case n.Report.State == deployments.StateConverged:
+			what = "has yet to see what it should run"
+		}
+		if n.Report.Error != "" {
+			what += " (" + oneLine(n.Report.Error) + ")"
+		}
+		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
+	}
+	if p := rollout(u); p != nil && p.Phase != deployments.PhaseHalted {
+		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), oneLine(p.Reason)))
+	}
+	return ""
+}
+
+// wasTaken looks for a commit among what the mirror wrote.
+func wasTaken(ctx context.Context, store kv.Store, filter Filter, commit string) (bool, error) {
+	entries, err := store.List(ctx, filter.prefix(kv.HistoryPrefix))
+	if errors.Is(err, kv.ErrDenied) {
+		return false, nil // no mirror has written there
+	}
+	if err != nil {
+		return false, err
+	}
+	for _, e := range entries {
+		var h mirror.History
+		if json.Unmarshal(e.Value, &h) == nil && strings.HasPrefix(h.Commit, commit) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func short(hash string) string { return hash[:min(12, len(hash))] }
