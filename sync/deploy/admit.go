@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net/url"
 	"os/user"
 	"path/filepath"
 	"slices"
@@ -82,7 +81,7 @@ func within(b policy.Bounds, r *release) error {
 		sources = append(sources, d.URL)
 	}
 	for _, s := range sources {
-		if len(b.Sources) > 0 && !slices.ContainsFunc(b.Sources, func(prefix string) bool { return under(s, prefix) }) {
+		if !b.AllowsSource(s) {
 			return fmt.Errorf("%s is not from %s", s, strings.Join(b.Sources, ", "))
 		}
 	}
@@ -136,15 +135,4 @@ func mayBe(b policy.Bounds, name string) error {
 func below(path, dir string) bool {
 	rel, err := filepath.Rel(filepath.Clean(dir), path)
 	return err == nil && filepath.IsLocal(rel)
-}
-
-// under reports whether a URL begins with prefix, by whole path segments and without a way up.
-func under(s, prefix string) bool {
-	u, err := url.Parse(s)
-	if err != nil || slices.Contains(strings.Split(u.Path, "/"), "..") {
-		return false
-	}
-	prefix = strings.TrimSuffix(prefix, "/")
-	rest, ok := strings.CutPrefix(s, prefix)
-	return ok && (rest == "" || rest[0] == '/')
 }

@@ -3,6 +3,7 @@ package deploy
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -116,13 +117,16 @@ func systemdState(out string) (invocation string, _ error) {
 // that a token file is read again. Maintenance mode, which the drain turned on, would be a failing check of the node: it and
 // the service's own don't count here.
 func checkConsul(ctx context.Context, service string) error {
-	config := api.DefaultNonPooledConfig()
-	client, err := api.NewClient(config)
+	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {
 		return fmt.Errorf("reaching the local Consul agent: %w", err)
 	}
 	q := (&api.QueryOptions{}).WithContext(ctx)
 	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)
+	if syntax := new(json.SyntaxError); errors.As(err, &syntax) {
+		// The client doesn't look at the status of this answer: what it can't parse is a refusal's text.
+		return errors.New("the local Consul agent refuses to tell: the token needs service read")
+	}
 	if err != nil {
 		return cause(ctx, fmt.Errorf("asking the local Consul agent: %w", err))
 	}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -269,4 +270,35 @@ func TestKilledAnywhere(t *testing.T) {
 		}
 	})
 	t.Logf("survived %d cuts, with %d reads of dest meanwhile, in %s", cuts.Load(), reads.Load(), time.Since(begin).Round(time.Second))
+}
+
+// TestCutOffCommandIsEndedAndRunAgain kills the agent in the middle of a command that goes on without it.
+func TestCutOffCommandIsEndedAndRunAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.publish("1", func(m *deployments.Manifest) {
+		m.Commands.Post = []deployments.Command{w.hook("first"), {
+			Run: fmt.Sprintf(`if mkdir %s; then kill -KILL $PPID; setsid sh -c 'echo $$ > %[2]s.new; mv %[2]s.new %[2]s; exec sleep 1000'; fi`, w.path("once"), w.path("pid")),
+		}}
+	})
+	s := story{world: w, releases: []deployments.Pointer{p}}
+	if cmd := s.child(false); cmd.Wait() == nil {
+		t.Fatal("it wasn't cut off")
+	}
+	until(t, func() bool { return exists(w.path("pid")) })
+	if cmd := s.child(false); cmd.Wait() != nil {
+		t.Fatalf("then: %s", cmd.Stderr)
+	}
+	w.wantHooks("pre 1", "first 1", "first 1", "success 1")
+	data, err := os.ReadFile(w.path("pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && len(cmdline) > 0 {
+		t.Errorf("what the cut-off command left still runs: %q", cmdline)
+	}
 }

@@ -245,7 +245,7 @@ func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string)
 	if u.converged(p) {
 		return nil
 	}
-	if slices.ContainsFunc(u.j.Quarantined, func(q quarantine) bool { return q.Digest == p.Digest }) {
+	if u.j.failed(p) {
 		return fmt.Errorf("release %s: %w", p, ErrQuarantined)
 	}
 	r, err := u.admit(ctx, p)
@@ -264,14 +264,22 @@ func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
 		return err
 	}
 	err := u.save(func(j *journal) {
-		if j.Deployment != nil {
-			u.log.Warn("superseding a deployment under way", "release", j.Deployment.Release.String(), "step", string(j.Deployment.Step))
+		d := &deployment{Release: r.Pointer, Commit: commit}
+		if other := j.Deployment; other != nil {
+			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
+			d.Touched = other.Touched
 		}
-		d := &deployment{Release: r.Pointer, From: j.Running, Commit: commit}
-		for _, back := range []deployments.Pointer{j.LastGood, j.Running} {
-			if d.Back.IsZero() && back.Digest != r.Pointer.Digest {
-				d.Back = back
-			}
+		// What failed here is nothing to go back to, though it may be what dest holds.
+		if !j.failed(j.Running) {
+			d.From, d.Back = j.Running, j.Running
+		} else {
+			d.From = j.LastGood
+		}
+		if !j.LastGood.IsZero() {
+			d.Back = j.LastGood
+		}
+		if d.Back.Digest == r.Pointer.Digest {
+			d.Back = deployments.Pointer{}
 		}
 		d.enter(stepDrain)
 		j.Deployment, j.Drained = d, true

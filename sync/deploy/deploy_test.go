@@ -332,6 +332,47 @@ func TestStopAfterTheSwitch(t *testing.T) {
 	})
 }
 
+// TestStopOnTheWayBack leaves a failed release live for a moment; nothing that comes then may end on it.
+func TestStopOnTheWayBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	slow := "; test ! -e " + w.path("block") + " || { touch " + w.path("slow") + "; exec sleep 1000; }"
+	good := w.publish("1", func(m *deployments.Manifest) { m.Commands.Post[0].Run += slow })
+	bad := w.publish("2", func(m *deployments.Manifest) {
+		m.Commands.Post = []deployments.Command{{Run: "touch " + w.path("block") + "; false"}}
+	})
+	next := w.publish("3", func(m *deployments.Manifest) { m.Commands.Pre[0].Run += slow })
+	u := w.open(nil)
+	w.deploy(u, good)
+	stopped := func(p deployments.Pointer) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			until(t, func() bool { return exists(w.path("slow")) })
+			os.Remove(w.path("block"))
+			cancel()
+		}()
+		if err := u.Deploy(ctx, p, ""); !errors.Is(err, context.Canceled) {
+			t.Fatalf("got %v", err)
+		}
+		os.Remove(w.path("slow"))
+	}
+	stopped(bad)
+	if s := u.State(); !s.Unfinished || !slices.Contains(s.Quarantined, bad.Digest) {
+		t.Errorf("state: %+v", s)
+	}
+	if err := os.WriteFile(w.path("block"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stopped(next)
+	w.wantVersion("1")
+	if s := u.State(); s.Running != good || s.LastGood != good || !s.Confirmed || s.Unfinished || s.Drained {
+		t.Errorf("state: %+v", s)
+	}
+	w.deploy(u, next)
+	w.wantVersion("3")
+}
+
 func TestBounds(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -341,13 +382,14 @@ func TestBounds(t *testing.T) {
 		m.Commands = deployments.Commands{}
 		m.Health.Checks = []deployments.Check{{Exec: "true"}}
 	})
+	elsewhere := w.publish("3", func(m *deployments.Manifest) { m.Src = "file:///elsewhere/app.tar" })
 	for _, test := range []struct {
 		release deployments.Pointer
 		bounds  policy.Bounds
 		want    string // in the error; empty: allowed
 	}{
 		{p, policy.Bounds{Sources: []string{objects + "x", objects[:len(objects)-1]}}, "is not from"},
-		{p, policy.Bounds{Sources: []string{objects + "/1.yaml"}}, "1.tar is not from"},
+		{elsewhere, policy.Bounds{Sources: []string{objects}}, "file:///elsewhere/app.tar is not from"},
 		{p, policy.Bounds{Dests: []string{w.path("sr"), w.path("srv", "app", "x")}}, "is outside of"},
 		{p, policy.Bounds{NoCommands: true}, "none are allowed"},
 		{p, policy.Bounds{Users: []string{"daemon"}}, "user nobody is not among daemon"},
@@ -470,7 +512,7 @@ func TestStrategies(t *testing.T) {
 
 	// mv needs a dest that is gone, and leaves what it finds when it is not.
 	err := u.Deploy(t.Context(), w.publish("5", as(deployments.StrategyMv, func(m *deployments.Manifest) {
-		m.Commands.Pre = []deployments.Command{{Run: "rm " + w.dest() + " && cp -a " + w.dest() + ".releases/*4* " + w.dest()}}
+		m.Commands.Pre = []deployments.Command{{Run: "rm " + w.dest() + " && cp -a $KEDGE_PREVIOUS " + w.dest()}}
 	})), "")
 	if !errors.As(err, &failed) || !strings.Contains(err.Error(), "needs a pre command") {
 		t.Fatalf("got %v", err)
@@ -573,4 +615,74 @@ func TestDestThatIsSwitchedByHandIsNoSuccess(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	w.wantVersion("1")
+}
+
+func TestVerifyAndHeal(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			u := w.open(nil)
+			w.deploy(u, w.publish("1", func(m *deployments.Manifest) { m.Strategy = strategy }))
+			w.hooks()
+			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
+				t.Errorf("just deployed: %v, %v", ds, err)
+			}
+			dest := w.dest()
+			for _, err := range []error{
+				os.WriteFile(filepath.Join(dest, "a"), []byte("x"), 0o644), os.Remove(filepath.Join(dest, "dir", "b")),
+				os.WriteFile(filepath.Join(dest, "new"), nil, 0o644), os.Chmod(filepath.Join(dest, "z"), 0o700),
+			} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			ds, err := u.Verify(t.Context(), 0)
+			slices.SortFunc(ds, func(a, b artifact.Difference) int { return strings.Compare(a.Path, b.Path) })
+			want := []artifact.Difference{{Path: "a", What: "content"}, {Path: "dir/b", What: "missing"}, {Path: "new", What: "extra"}, {Path: "z", What: "mode"}}
+			if err != nil || !slices.Equal(ds, want) {
+				t.Errorf("got %v, %v; want %v", ds, err, want)
+			}
+			if err := u.Heal(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantVersion("1")
+			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
+				t.Errorf("healed: %v, %v", ds, err)
+			}
+			w.wantHooks()
+		})
+	}
+}
+
+func TestJournalThatCannotBeWritten(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("1", nil), w.publish("2", nil)
+	u := w.open(nil)
+	w.deploy(u, one)
+	w.hooks()
+	// Nothing can be written where a file is in the directory's place: not by root, either.
+	state := w.path("state")
+	if err := os.Rename(state, state+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(state, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var failed *Failed
+	if err := u.Deploy(t.Context(), two, ""); err == nil || errors.As(err, &failed) {
+		t.Errorf("got %v", err)
+	}
+	w.wantHooks()
+	w.wantVersion("1")
+	if err := os.Remove(state); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(state+".away", state); err != nil {
+		t.Fatal(err)
+	}
+	w.deploy(u, two)
+	w.wantVersion("2")
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
+	"kedge/kv/kvtest"
 	"kedge/sync/command"
 )
 
@@ -194,4 +195,38 @@ func TestConsulState(t *testing.T) {
 			t.Errorf("%s: %v, want %q", name, err, test.err)
 		}
 	}
+}
+
+// TestConsulCheck asks a real agent. It sets the environment, so it isn't parallel.
+func TestConsulCheck(t *testing.T) {
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	for _, kv := range consul.Env(consul.RootToken) {
+		name, value, _ := strings.Cut(kv, "=")
+		t.Setenv(name, value)
+	}
+	agent := consul.Client().Agent()
+	want := func(text string) {
+		t.Helper()
+		_, err := newProbe(deployments.Check{Consul: "web"}, command.Env{})(t.Context())
+		if (err == nil) != (text == "") || err != nil && !strings.Contains(err.Error(), text) {
+			t.Errorf("got %v, want %q", err, text)
+		}
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want("not registered")
+	must(agent.ServiceRegister(&api.AgentServiceRegistration{Name: "web", Check: &api.AgentServiceCheck{CheckID: "web", TTL: "1h"}}))
+	want("is critical")
+	must(agent.UpdateTTL("web", "", api.HealthPassing))
+	want("")
+	must(agent.EnableNodeMaintenance("a deployment"))
+	want("")
+	must(agent.UpdateTTL("web", "", api.HealthWarning))
+	want("is warning")
+	t.Setenv("CONSUL_HTTP_TOKEN", "")
+	want("needs service read")
 }

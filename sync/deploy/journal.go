@@ -108,6 +108,11 @@ func (u *Unit) save(change func(*journal)) error {
 	return nil
 }
 
+// failed reports whether p is in quarantine.
+func (j *journal) failed(p deployments.Pointer) bool {
+	return slices.ContainsFunc(j.Quarantined, func(q quarantine) bool { return q.Digest == p.Digest })
+}
+
 // enter says that s begins.
 func (d *deployment) enter(s step) {
 	d.Step, d.Run = s, rand.Text()
