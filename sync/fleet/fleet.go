@@ -81,7 +81,9 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 		if kind+"/" == kv.MirrorPrefix || rest == "" {
 			return false
 		}
-		differs := func(i int, want string) bool { return want != "" && i < len(parts) && parts[i] != "" && parts[i] != want }
+		differs := func(i int, want string) bool {
+			return want != "" && i < len(parts) && parts[i] != "" && parts[i] != want
+		}
 		return differs(0, f.Stage) || differs(1, f.Role) || kind+"/" != kv.StatusPrefix && differs(2, f.Unit)
 	})
 	return all

@@ -2,15 +2,18 @@ package fleet
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -100,28 +103,15 @@ func TestTableIsClean(t *testing.T) {
 func TestExplain(t *testing.T) {
 	t.Parallel()
 	f := Assemble(busyFleet(), noon)
-	for name, c := range map[string]struct {
-		id   deployments.UnitID
-		node string
-		opt  TableOptions
-	}{
-		"explain-target.txt":     {app, "web-1", TableOptions{Width: 80}},
-		"explain-quarantine.txt": {app, "web-3", TableOptions{Width: 80}},
-		"explain-node-pin.txt":   {app, "web-4", TableOptions{}},
-		"explain-gone.txt":       {app, "web-9", TableOptions{Width: 80}},
-		"explain-hold.txt":       {deployments.UnitID{Stage: "prod", Role: "web", Unit: "base"}, "web-2", TableOptions{Width: 80}},
-		"explain-invalid.txt":    {deployments.UnitID{Stage: "prod", Role: "web", Unit: "worker"}, "web-2", TableOptions{Width: 80}},
-	} {
-		d, err := Explain(f, c.id, c.node)
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
+	for node, want := range map[string]policy.Source{"web-1": policy.FromTarget, "web-3": policy.FromTarget, "web-4": policy.FromNodePin, "web-9": policy.FromTarget} {
+		d, err := Explain(f, app, node)
+		if err != nil || d.Source != want || len(d.Trace) == 0 || d.Why == "" {
+			t.Errorf("%s: %+v, %v; want it decided by the %s", node, d, err, want)
 		}
-		var out bytes.Buffer
-		if err := WriteExplain(&out, f, c.id, c.node, d, c.opt); err != nil {
-			t.Fatal(err)
-		}
-		golden(t, name, out.Bytes())
+	}
+	worker := deployments.UnitID{Stage: "prod", Role: "web", Unit: "worker"}
+	if d, err := Explain(f, worker, "web-2"); err != nil || d.Action != policy.ActKeep || d.Invalid == nil {
+		t.Errorf("a record that does not parse: %+v, %v", d, err)
 	}
 	for _, c := range []struct{ unit, node, says string }{
 		{"prod/web/nosuch", "web-1", "no unit prod/web/nosuch"},
@@ -132,6 +122,35 @@ func TestExplain(t *testing.T) {
 		if _, err := Explain(f, id, c.node); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("explain %s %s: %v, want %q", c.unit, c.node, err, c.says)
 		}
+	}
+}
+
+// The decisions are written out here, so that how they look is tested apart from how they are made.
+func TestExplainText(t *testing.T) {
+	t.Parallel()
+	f := Assemble(busyFleet(), noon)
+	target := release("app", "1.4.2")
+	none := []policy.Step{{What: "node pin", Says: "none"}, {What: "unit pin", Says: "none"}}
+	for name, c := range map[string]struct {
+		node string
+		d    policy.Decision
+		opt  TableOptions
+	}{
+		"explain-quarantine.txt": {"web-3", policy.Decision{Action: policy.ActRun, Target: target, Why: "Git, commit 4f2c91a", Trace: append(slices.Clone(none),
+			policy.Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
+			policy.Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again", Unblock: "push another release, or kedge retry prod/web/app"})},
+			TableOptions{Width: 80}},
+		"explain-hold.txt": {"web-2", policy.Decision{Action: policy.ActHold, Why: "hold: unit pin by alice (incident 812)", Recheck: noon.Add(2 * time.Hour),
+			Trace: []policy.Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Unblock: "kedge unpin prod/web/app"}}}, TableOptions{Width: 80, Color: true}},
+		"explain-invalid.txt": {"web-1", policy.Decision{Action: policy.ActKeep, Why: "the node pin doesn't parse: nothing is changed", Invalid: errors.New("the pin is neither a pointer nor hold"),
+			Trace: []policy.Step{{What: "node pin", Says: "doesn't parse", Decides: true}}}, TableOptions{}},
+		"explain-gone.txt": {"web-9", policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target, Why: "not admitted yet", Trace: none}, TableOptions{Width: 80}},
+	} {
+		var out bytes.Buffer
+		if err := WriteExplain(&out, f, app, c.node, c.d, c.opt); err != nil {
+			t.Fatal(err)
+		}
+		golden(t, name, out.Bytes())
 	}
 }
 

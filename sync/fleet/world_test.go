@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -127,6 +128,7 @@ func store(t *testing.T, s kv.Store, entries ...kv.Entry) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { p.Close(context.Background()) })
 		if err := p.Put(t.Context(), e.Key, e.Value); err != nil {
 			t.Fatal(err)
 		}

@@ -1,0 +1,191 @@
+package fleet
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
+	"kedge/sync/mirror"
+)
+
+func TestPin(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	p := release("app", "1")
+	for name, c := range map[string]struct {
+		node  string
+		pin   deployments.Pin
+		value string
+	}{
+		"a bare pointer":   {"", deployments.Pin{Release: p}, p.String()},
+		"a bare hold":      {"web-1", deployments.Pin{Hold: true}, "hold"},
+		"a reason":         {"web-2", deployments.Pin{Release: p, Reason: `"quoted": yes`, By: "alice"}, ""},
+		"a hold until":     {"web-3", deployments.Pin{Hold: true, Until: noon}, ""},
+		"a hold, by whom":  {"web-4", deployments.Pin{Hold: true, By: "bob"}, ""},
+		"an odd long text": {"web-5", deployments.Pin{Hold: true, Reason: "- a: [b\n#c'"}, ""},
+	} {
+		if err := Pin(t.Context(), s, app, c.node, c.pin); err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		key := kv.PinKey(app)
+		if c.node != "" {
+			key = kv.NodePinKey(app, c.node)
+		}
+		e, err := s.Get(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.value != "" && string(e.Value) != c.value {
+			t.Errorf("%s: wrote %q, want %q", name, e.Value, c.value)
+		}
+		if got, err := deployments.ParsePin(e.Value); err != nil || got != c.pin {
+			t.Errorf("%s: wrote %s, which reads as %+v, %v", name, e.Value, got, err)
+		}
+		if was, err := Unpin(t.Context(), s, app, c.node); err != nil || !was {
+			t.Errorf("%s: unpin: %v, %v", name, was, err)
+		}
+		if was, err := Unpin(t.Context(), s, app, c.node); err != nil || was {
+			t.Errorf("%s: a second unpin: %v, %v", name, was, err)
+		}
+	}
+	for name, err := range map[string]error{
+		"no release":      Pin(t.Context(), s, app, "", deployments.Pin{}),
+		"a bad node":      Pin(t.Context(), s, app, "../x", deployments.Pin{Hold: true}),
+		"a bad unit":      Pin(t.Context(), s, deployments.UnitID{Stage: "prod", Role: "web"}, "", deployments.Pin{Hold: true}),
+		"a bad verb":      Control(t.Context(), s, app, "explode"),
+		"an unknown unit": Control(t.Context(), s, app, "retry"),
+	} {
+		if err == nil {
+			t.Errorf("%s: taken", name)
+		}
+	}
+	if entries, err := s.List(t.Context(), ""); err != nil || len(entries) != 0 {
+		t.Errorf("left behind: %v, %v", entries, err)
+	}
+}
+
+func TestControl(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()))
+	if err := Control(t.Context(), s, app, "retry"); err != nil {
+		t.Fatal(err)
+	}
+	if e, err := s.Get(t.Context(), kv.ControlKey(app)); err != nil || string(e.Value) != "retry" {
+		t.Errorf("%q, %v", e.Value, err)
+	}
+}
+
+// An operator's own token on a Consul where no mirror ever ran: pins work, as does all else that it may do.
+func TestOperateOnConsulWithoutAMirror(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	s := consul.Open(consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{})))
+	if was, err := Unpin(t.Context(), s, app, ""); err != nil || was {
+		t.Errorf("unpin of nothing: %v, %v", was, err)
+	}
+	if err := Pin(t.Context(), s, app, "", deployments.Pin{Release: release("app", "1"), By: "alice"}); err != nil {
+		t.Fatal(err)
+	}
+	f, err := Read(t.Context(), s, Filter{Stage: "prod", Role: "web"})
+	if err != nil || len(f.Units) != 1 || f.Units[0].Pin == nil || f.Errors["desired/"] == "" {
+		t.Errorf("%+v, %v; want the pinned unit, and that there is nothing in desired/", f, err)
+	}
+	if h, err := History(t.Context(), s, app); !errors.Is(err, kv.ErrDenied) {
+		t.Errorf("history: %v, %v; want it told that nothing can be seen", h, err)
+	}
+	if was, err := Unpin(t.Context(), s, app, ""); err != nil || !was {
+		t.Errorf("unpin: %v, %v", was, err)
+	}
+	nobody := consul.Open(consul.Token(""))
+	if _, err := Unpin(t.Context(), nobody, app, ""); !errors.Is(err, kv.ErrDenied) {
+		t.Errorf("unpin without rights: %v; want it denied, not that there is no pin", err)
+	}
+	if err := Pin(t.Context(), nobody, app, "", deployments.Pin{Hold: true}); !errors.Is(err, kv.ErrDenied) {
+		t.Errorf("pin without rights: %v", err)
+	}
+}
+
+func past(version string, generation int64, stable string) kv.Entry {
+	h := mirror.History{Generation: generation, Release: release("app", version), Commit: fmt.Sprintf("%040x", 0xabcdef0000+generation), At: noon.Add(time.Duration(generation) * time.Hour)}
+	if stable != "" {
+		h.Stable = release("app", stable)
+	}
+	return put(fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(app), generation), h)
+}
+
+func TestHistory(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	if h, err := History(t.Context(), s, app); err != nil || len(h) != 0 {
+		t.Errorf("of a unit that never was: %v, %v", h, err)
+	}
+	store(t, s, past("1", 1, ""), past("2", 2, "1"), put(kv.HistoryPrefixOf(app)+"0000000003", "{"), past("4", 10, ""))
+	h, err := History(t.Context(), s, app)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range h {
+		got = append(got, fmt.Sprint(e.Generation))
+	}
+	if strings.Join(got, " ") != "10 3 2 1" || !strings.Contains(h[1].Note, "parse") {
+		t.Errorf("%+v", h)
+	}
+}
+
+func TestRollback(t *testing.T) {
+	t.Parallel()
+	record := func(target, stable string) kv.Entry {
+		r := deployments.Record{Target: release("app", target), Generation: 3}
+		if stable != "" {
+			r.Stable = release("app", stable)
+		}
+		return put(kv.DesiredKey(app), r)
+	}
+	pin := func(version string) kv.Entry { return put(kv.PinKey(app), release("app", version).String()) }
+	failed := runs("app", "1")
+	failed.Quarantined = []deployments.Digest{release("app", "2").Digest}
+	for name, c := range map[string]struct {
+		entries []kv.Entry
+		want    string // empty: none is known
+	}{
+		"to stable":                           {[]kv.Entry{record("3", "2")}, "2"},
+		"to what history knows":               {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), past("3", 3, "")}, "2"},
+		"stable comes before history":         {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
+		"stable is what runs":                 {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
+		"not to what failed on a node":        {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
+		"once more, from the pin on":          {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
+		"from a pin that is nowhere else":     {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
+		"from a hold, as if it weren't there": {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},
+		"a first release has none before it":  {[]kv.Entry{record("3", "3"), past("3", 3, "")}, ""},
+		"a bare pointer":                      {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String())}, ""},
+		"no record":                           {nil, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := openDir(t)
+			store(t, s, c.entries...)
+			before, _ := s.Get(t.Context(), kv.PinKey(app))
+			got, err := Rollback(t.Context(), s, app, "incident 812", "alice")
+			after, _ := s.Get(t.Context(), kv.PinKey(app))
+			if c.want == "" {
+				if err == nil || string(after.Value) != string(before.Value) {
+					t.Errorf("%+v, %v; want an error, and no pin", got, err)
+				}
+				return
+			}
+			want := deployments.Pin{Release: release("app", c.want), Reason: "incident 812", By: "alice"}
+			written, parseErr := deployments.ParsePin(after.Value)
+			if err != nil || got != want || parseErr != nil || written != want {
+				t.Errorf("%+v, %v, written as %s; want %+v", got, err, after.Value, want)
+			}
+		})
+	}
+}

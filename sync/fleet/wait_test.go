@@ -1,0 +1,214 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/mirror"
+)
+
+const (
+	first  = "1111111111111111111111111111111111111111"
+	second = "2222222222222222222222222222222222222222"
+	third  = "3333333333333333333333333333333333333333"
+)
+
+// waiting starts Wait, and gives its end.
+func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
+	t.Helper()
+	ended := make(chan error, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	t.Cleanup(cancel)
+	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, commit) }()
+	return ended
+}
+
+// goesOn checks that nothing that has been written so far ends a Wait: it makes the fleet's state pass before it once more.
+func goesOn(t *testing.T, s kv.Store, ended <-chan error) {
+	t.Helper()
+	w := waiter{}
+	seen := fleets(t, s)
+	until(t, seen, "what was written", func(f *Fleet) bool { _, err := w.look(f); return err == nil })
+	select {
+	case err := <-ended:
+		t.Fatalf("Wait ended too early: %v", err)
+	case <-time.After(3 * watchPause):
+	}
+}
+
+func ends(t *testing.T, ended <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(25 * time.Second):
+		t.Fatal("Wait goes on")
+		return nil
+	}
+}
+
+func recordOf(version string, generation int64) kv.Entry {
+	return put(kv.DesiredKey(app), deployments.Record{Target: release("app", version), Generation: generation})
+}
+
+func reports(node string, r deployments.UnitReport) kv.Entry {
+	return says(node, map[string]deployments.UnitReport{"app": r})
+}
+
+func TestWait(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	fetching := runs("app", "1")
+	fetching.State = deployments.StateFetching
+	store(t, s, recordOf("1", 2), reports("web-1", fetching), gone(reports("web-9", fetching)))
+	ended := waiting(t, s, "")
+	goesOn(t, s, ended)
+	unreadable := reports("web-1", fetching)
+	unreadable.Value = []byte("{")
+	store(t, s, unreadable)
+	goesOn(t, s, ended)
+	store(t, s, reports("web-1", runs("app", "1")))
+	if err := ends(t, ended); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWaitForACommit(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		then []kv.Entry
+		says string // empty: it ends well
+	}{
+		"the mirror takes it":        {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
+		"the mirror takes a later":   {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third})}, ""},
+		"the mirror refuses it":      {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
+		"it changed nothing of ours": {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := openDir(t)
+			store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first}), reports("web-1", runs("app", "1")))
+			ended := waiting(t, s, second[:8])
+			goesOn(t, s, ended) // all is converged, on the commit before
+			store(t, s, c.then...)
+			if c.says != "" {
+				if err := ends(t, ended); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), c.says) {
+					t.Errorf("%v, want it refused, with %q", err, c.says)
+				}
+				return
+			}
+			if len(c.then) > 1 {
+				goesOn(t, s, ended) // taken, and not converged yet
+				next := runs("app", "2")
+				next.Generation = 3
+				store(t, s, reports("web-1", next))
+			}
+			if err := ends(t, ended); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	t.Run("it was superseded before", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: third}), reports("web-1", runs("app", "1")),
+			put("history/prod/web/app/0000000001", mirror.History{Generation: 1, Commit: second}))
+		if err := ends(t, waiting(t, s, second)); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("it is half written", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first, Applying: second}), reports("web-1", runs("app", "1")),
+			put("history/prod/web/base/0000000001", mirror.History{Generation: 1, Commit: second}))
+		ended := waiting(t, s, second)
+		goesOn(t, s, ended)
+		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second}))
+		if err := ends(t, ended); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("it is no commit", func(t *testing.T) {
+		t.Parallel()
+		for _, bad := range []string{"main", "abc", "../../../x"} {
+			if err := Wait(t.Context(), openDir(t), Filter{}, bad); err == nil || !strings.Contains(err.Error(), "hash") {
+				t.Errorf("%q: %v", bad, err)
+			}
+		}
+	})
+}
+
+func TestWaitEndsWhereANodeRefuses(t *testing.T) {
+	t.Parallel()
+	failed := runs("app", "1")
+	failed.State, failed.Want, failed.Generation = deployments.StateQuarantined, release("app", "2"), 3
+	failed.Quarantined, failed.Error = []deployments.Digest{release("app", "2").Digest}, "health: 503"
+	refused := failed
+	refused.State, refused.Quarantined, refused.Error = deployments.StateInvalid, nil, "no signature of a signer"
+	for name, r := range map[string]deployments.UnitReport{"health: 503": failed, "no signature": refused} {
+		s := openDir(t)
+		earlier := r
+		earlier.Generation = 2
+		store(t, s, recordOf("2", 3), reports("web-1", earlier))
+		ended := waiting(t, s, "")
+		goesOn(t, s, ended) // it may try again under the new generation
+		store(t, s, reports("web-1", r))
+		err := ends(t, ended)
+		if !errors.Is(err, ErrRefused) {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, want := range []string{"web-1", "prod/web/app", name} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("%v: want %q in it", err, want)
+			}
+		}
+	}
+}
+
+func TestWaitForARollout(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	r := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3, Rollout: &deployments.Progress{Phase: deployments.PhaseCanary, Since: noon}}
+	store(t, s, put(kv.DesiredKey(app), r), reports("web-1", runs("app", "1")))
+	ended := waiting(t, s, "")
+	goesOn(t, s, ended) // the node runs what it should, but the rollout isn't over
+	r.Rollout.Phase, r.Rollout.Reason = deployments.PhaseHalted, "1 node failed"
+	store(t, s, put(kv.DesiredKey(app), r))
+	if err := ends(t, ended); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "1 node failed") {
+		t.Error(err)
+	}
+}
+
+func TestWaitSaysWhatIsMissing(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		entries []kv.Entry
+		commit  string
+		says    string
+	}{
+		"a node":   {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
+		"the unit": {nil, "", "no such unit"},
+		"the head": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, mirror.Status{Head: first, Error: "Git is away"})}, second, "still at 111111111111: Git is away"},
+		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
+		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := openDir(t)
+			store(t, s, c.entries...)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			err := Wait(ctx, s, Filter{}, c.commit)
+			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%v, want %q", err, c.says)
+			}
+		})
+	}
+}
