@@ -97,6 +97,9 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 	if err != nil || len(f.Units) != 1 || f.Units[0].Pin == nil || f.Errors["desired/"] == "" {
 		t.Errorf("%+v, %v; want the pinned unit, and that there is nothing in desired/", f, err)
 	}
+	until(t, fleets(t, s), "the same by watching", func(f *Fleet) bool {
+		return len(f.Units) == 1 && f.Units[0].Pin != nil && f.Errors["desired/"] != "" && f.Errors["pins/"] == ""
+	})
 	if h, err := History(t.Context(), s, app); !errors.Is(err, kv.ErrDenied) {
 		t.Errorf("history: %v, %v; want it told that nothing can be seen", h, err)
 	}
