@@ -269,17 +269,11 @@ func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
 			d.Touched = other.Touched
 		}
-		// What failed here is nothing to go back to, though it may be what dest holds.
-		if !j.failed(j.Running) {
-			d.From, d.Back = j.Running, j.Running
-		} else {
-			d.From = j.LastGood
+		if d.From = j.Running; j.failed(j.Running) {
+			d.From = j.LastGood // what failed here is nothing to take back to, though dest may hold it
 		}
-		if !j.LastGood.IsZero() {
+		if j.LastGood.Digest != r.Pointer.Digest {
 			d.Back = j.LastGood
-		}
-		if d.Back.Digest == r.Pointer.Digest {
-			d.Back = deployments.Pointer{}
 		}
 		d.enter(stepDrain)
 		j.Deployment, j.Drained = d, true

@@ -153,11 +153,11 @@ func (u *Unit) load() error {
 		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.name(), err)
 	}
 	running, version := u.salvage()
-	return u.save(func(j *journal) { j.Running, j.Version = running, version })
+	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// salvage finds what runs without a journal: what the newest manifest's dest links to. It isn't taken for confirmed, so that
-// deploying it again proves it; without a link of ours it isn't known at all.
+// salvage finds what runs without a journal: what the newest manifest's dest links to. It is the best there is to go back to, but
+// not taken for confirmed, so that deploying it again proves it. Without a link of ours it isn't known at all.
 func (u *Unit) salvage() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {

@@ -103,7 +103,7 @@ func (u *Unit) adopt(r *release) error {
 	if err := u.remember(old); err != nil {
 		return err
 	}
-	return u.save(func(j *journal) { j.Running, j.Version = old.Pointer, old.Manifest.Version })
+	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = old.Pointer, old.Pointer, old.Manifest.Version })
 }
 
 // maxInput bounds what ParseInput reads: Consul keeps 256 events of some 500 bytes.
