@@ -2,10 +2,22 @@
 package object
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/time/rate"
 )
 
 var (
@@ -23,13 +35,25 @@ var (
 type Config struct {
 	// MaxBandwidth bounds all reads of this client together, in bytes a second; 0: unbounded.
 	MaxBandwidth int64
-	Log          *slog.Logger // nil: discard
+	// S3 overrides what AWS's own environment says; nil: that.
+	S3 *S3Config
+	// GSEndpoint is where gs:// lies; empty: Google's own.
+	GSEndpoint string
+	Log        *slog.Logger // nil: discard
 }
 
 // Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a call with
-// back-off, a bounded number of times; what is left is an error that wraps a sentinel of this package where one fits.
-// AWS is configured by its own environment, profile or instance role.
-type Client struct{ impl }
+// back-off, for some 15 seconds without progress; what is left is an error that wraps a sentinel of this package where one fits.
+// AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
+type Client struct {
+	log      *slog.Logger
+	limit    *rate.Limiter // nil: none
+	http     *http.Client
+	s3       s3Lazy
+	gs       string
+	requests atomic.Int64
+	bytes    atomic.Int64
+}
 
 // Object is an object that was found.
 type Object struct {
@@ -48,33 +72,390 @@ type PutOptions struct {
 	Progress func(sent int64)
 }
 
+// store is one kind of storage: each call is one try.
+type store interface {
+	stat(ctx context.Context, u *url.URL) (Object, error)
+	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag.
+	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error)
+	// put writes where nothing is, else errOccupied.
+	put(ctx context.Context, u *url.URL, body *body, contentType string) error
+}
+
+// errOccupied is a put onto an object that is there.
+var errOccupied = errors.New("an object is there already")
+
+// transientError is a fault that a later try may not meet; After is what the server asked for.
+type transientError struct {
+	err   error
+	after time.Duration
+}
+
+func (e *transientError) Error() string { return e.err.Error() }
+func (e *transientError) Unwrap() error { return e.err }
+
+const (
+	idleConnections = 32
+	maxTries        = 7
+	firstPause      = 100 * time.Millisecond
+	maxPause        = 5 * time.Second
+	headerTimeout   = 30 * time.Second
+	// stallTimeout ends a read that brings nothing for so long: a dead connection is otherwise noticed after hours.
+	stallTimeout = 30 * time.Second
+)
+
 // New makes a client; it does no I/O.
-func New(c Config) *Client { return newClient(c) }
+func New(c Config) *Client {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	tune(transport)
+	client := &Client{log: c.Log}
+	if client.log == nil {
+		client.log = slog.New(slog.DiscardHandler)
+	}
+	if c.MaxBandwidth > 0 {
+		client.limit = rate.NewLimiter(rate.Limit(c.MaxBandwidth), limitChunk)
+	}
+	client.http = &http.Client{Transport: countingTransport{transport, &client.requests}}
+	client.s3.config = c.S3
+	client.gs = c.GSEndpoint
+	client.s3.requests = &client.requests
+	return client
+}
+
+// tune sets a transport up for many large reads side by side.
+func tune(t *http.Transport) {
+	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
+	t.ResponseHeaderTimeout = headerTimeout
+	// Objects are compressed already, and their length is checked.
+	t.DisableCompression = true
+	t.ReadBufferSize = 64 << 10
+}
+
+// countingTransport counts requests.
+type countingTransport struct {
+	next     http.RoundTripper
+	requests *atomic.Int64
+}
+
+func (t countingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+	t.requests.Add(1)
+	return t.next.RoundTrip(r)
+}
+
+// Requests counts the requests sent and the bytes read since New: what a benchmark and a log line want to know.
+func (c *Client) Requests() (requests, bytes int64) { return c.requests.Load(), c.bytes.Load() }
+
+func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error) {
+	u, err := url.Parse(text)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", text, err)
+	}
+	switch u.Scheme {
+	case "s3":
+		s, err := c.s3.get(ctx)
+		return s, u, err
+	case "gs":
+		return &gsStore{http: c.http, endpoint: c.gs}, u, nil
+	case "https":
+		return &httpStore{http: c.http}, u, nil
+	case "http":
+		if ip := net.ParseIP(u.Hostname()); u.Hostname() != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			return nil, nil, fmt.Errorf("%s: plain http is accepted from this machine only", text)
+		}
+		return &httpStore{http: c.http}, u, nil
+	case "file":
+		return fileStore{requests: &c.requests}, u, nil
+	}
+	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", text)
+}
+
+// retry calls try until it succeeds, fails for good, or has failed too often.
+func (c *Client) retry(ctx context.Context, what string, try func() error) error {
+	pause := newPause()
+	for n := 1; ; n++ {
+		err := try()
+		var transient *transientError
+		if err == nil || !errors.As(err, &transient) || n == maxTries || ctx.Err() != nil {
+			return unwrapTransient(err)
+		}
+		c.log.Debug("tries again", "what", what, "error", err)
+		if err := sleep(ctx, max(pause.NextBackOff(), transient.after)); err != nil {
+			return err
+		}
+	}
+}
+
+func unwrapTransient(err error) error {
+	var transient *transientError
+	if errors.As(err, &transient) && err == error(transient) {
+		return transient.err
+	}
+	return err
+}
+
+func newPause() *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval, b.MaxInterval, b.RandomizationFactor, b.Multiplier = firstPause, maxPause, 0.9, 2
+	return b
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
 
 // Stat finds an object.
-func (c *Client) Stat(ctx context.Context, url string) (Object, error) { return c.stat(ctx, url) }
+func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
+	s, u, err := c.store(ctx, url)
+	if err != nil {
+		return o, err
+	}
+	err = c.retry(ctx, "stat "+url, func() (err error) { o, err = s.stat(ctx, u); return err })
+	if err != nil {
+		return o, fmt.Errorf("%s: %w", url, err)
+	}
+	o.URL = url
+	return o, nil
+}
 
-// ReadAll reads a whole small object; ErrTooLarge if it has more than max bytes.
+// ReadAll reads a whole small object, in one request; ErrTooLarge if it has more than max bytes.
 func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, error) {
-	return c.readAll(ctx, url, max)
+	s, u, err := c.store(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	var data []byte
+	err = c.retry(ctx, "read "+url, func() error {
+		r, err := s.read(ctx, u, Object{URL: url, Size: -1}, 0, -1)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		data, err = io.ReadAll(io.LimitReader(c.meter(ctx, r), max+1))
+		if err != nil {
+			return &transientError{err: err}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", url, err)
+	}
+	if int64(len(data)) > max {
+		return nil, fmt.Errorf("%s: %w: at most %d bytes", url, ErrTooLarge, max)
+	}
+	return data, nil
 }
 
 // Read opens a stream of the whole object from offset on. A cut connection is resumed where it was cut, guarded by ETag.
 func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadCloser, error) {
-	return c.read(ctx, o, offset)
+	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
 // ReadRange reads n bytes at offset in one request, If-Match its ETag; where the server ignores Range it reads and discards
-// what lies before.
+// what lies before. A cut connection is resumed.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
-	return c.readRange(ctx, o, offset, n)
+	return c.stream(ctx, o, offset, n)
 }
 
-// Put writes an object (S3: multipart above 16 MiB), never over other bytes: if one exists with the same size and SHA-256 it
-// is left and Put succeeds; with others, ErrExists. Size is body's; body is read from its start, perhaps more than once.
-func (c *Client) Put(ctx context.Context, url string, body io.ReaderAt, size int64, opt PutOptions) error {
-	return c.put(ctx, url, body, size, opt)
+func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
+	if offset < 0 || n < 0 || offset+n > o.Size {
+		return nil, fmt.Errorf("%s: bytes %d to %d of an object of %d", o.URL, offset, offset+n, o.Size)
+	}
+	s, u, err := c.store(ctx, o.URL)
+	if err != nil {
+		return nil, err
+	}
+	r := &resuming{client: c, ctx: ctx, store: s, url: u, object: o, offset: offset, left: n, pause: newPause()}
+	if n == 0 {
+		return r, nil
+	}
+	if err := r.open(); err != nil {
+		return nil, fmt.Errorf("%s: %w", o.URL, err)
+	}
+	return r, nil
 }
 
-// Requests counts the requests sent and the bytes read since New: what a benchmark and a log line want to know.
-func (c *Client) Requests() (requests, bytes int64) { return c.requests() }
+// resuming is a stream that opens a new request where the last one was cut. Progress renews its patience.
+type resuming struct {
+	client *Client
+	ctx    context.Context
+	store  store
+	url    *url.URL
+	object Object
+	offset int64
+	left   int64
+	body   io.ReadCloser
+	tries  int
+	pause  *backoff.ExponentialBackOff
+}
+
+func (r *resuming) open() error {
+	return r.client.retry(r.ctx, "read "+r.object.URL, func() error {
+		body, err := r.store.read(r.ctx, r.url, r.object, r.offset, r.left)
+		if err != nil {
+			return err
+		}
+		r.body = struct {
+			io.Reader
+			io.Closer
+		}{r.client.meter(r.ctx, body), body}
+		return nil
+	})
+}
+
+func (r *resuming) Read(p []byte) (int, error) {
+	if r.left == 0 {
+		return 0, io.EOF
+	}
+	for {
+		if r.body == nil {
+			if err := r.open(); err != nil {
+				return 0, fmt.Errorf("%s: %w", r.object.URL, err)
+			}
+		}
+		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
+		r.offset += int64(n)
+		r.left -= int64(n)
+		if n > 0 {
+			r.tries = 0
+			r.pause.Reset()
+		}
+		if r.left == 0 || err == nil {
+			return n, nil
+		}
+		r.body.Close()
+		r.body = nil
+		if err := r.ctx.Err(); err != nil {
+			return n, err
+		}
+		if r.tries++; r.tries == maxTries {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return n, fmt.Errorf("%s: cut off at byte %d of %d: %w", r.object.URL, r.offset, r.object.Size, err)
+		}
+		r.client.log.Debug("a read was cut off", "url", r.object.URL, "at", r.offset, "error", err)
+		if n > 0 {
+			return n, nil
+		}
+		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
+			return 0, err
+		}
+	}
+}
+
+func (r *resuming) Close() error {
+	if r.body == nil {
+		return nil
+	}
+	return r.body.Close()
+}
+
+// limitChunk is how much is read between two looks at the bandwidth limit, in bytes.
+const limitChunk = 256 << 10
+
+// meter counts what is read, keeps to the bandwidth limit, and ends a read that stalls.
+func (c *Client) meter(ctx context.Context, r io.ReadCloser) io.Reader {
+	return &metered{client: c, ctx: ctx, r: r}
+}
+
+type metered struct {
+	client *Client
+	ctx    context.Context
+	r      io.ReadCloser
+	stall  *time.Timer
+}
+
+func (m *metered) Read(p []byte) (int, error) {
+	if m.client.limit != nil && len(p) > limitChunk {
+		p = p[:limitChunk]
+	}
+	if m.stall == nil {
+		m.stall = time.AfterFunc(stallTimeout, func() { m.r.Close() })
+	} else {
+		m.stall.Reset(stallTimeout)
+	}
+	n, err := m.r.Read(p)
+	m.stall.Stop()
+	m.client.bytes.Add(int64(n))
+	if m.client.limit != nil && n > 0 {
+		if err := m.client.limit.WaitN(m.ctx, n); err != nil {
+			return n, err
+		}
+	}
+	return n, err
+}
+
+// body is what a put sends.
+type body struct {
+	io.ReaderAt
+	size     int64
+	progress func(int64)
+}
+
+func (b *body) reader() *io.SectionReader { return io.NewSectionReader(b.ReaderAt, 0, b.size) }
+
+// Put writes an object (S3: multipart above 16 MiB), never over other bytes: if one exists with the same bytes it is left and Put
+// succeeds; with others, ErrExists. body is read from its start, perhaps more than once.
+func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64, opt PutOptions) error {
+	s, u, err := c.store(ctx, url)
+	if err != nil {
+		return err
+	}
+	b := &body{ReaderAt: r, size: size, progress: opt.Progress}
+	if b.progress == nil {
+		b.progress = func(int64) {}
+	}
+	err = c.retry(ctx, "put "+url, func() error {
+		switch _, err := s.stat(ctx, u); {
+		case err == nil:
+			return errOccupied
+		case !errors.Is(err, ErrNotFound):
+			return err
+		}
+		return s.put(ctx, u, b, opt.ContentType)
+	})
+	if errors.Is(err, errOccupied) {
+		err = c.same(ctx, url, b)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", url, err)
+	}
+	b.progress(size)
+	return nil
+}
+
+// same reads an object back, and compares it with what was to be written.
+func (c *Client) same(ctx context.Context, url string, b *body) error {
+	o, err := c.Stat(ctx, url)
+	if err != nil {
+		return err
+	}
+	if o.Size != b.size {
+		return ErrExists
+	}
+	r, err := c.Read(ctx, o, 0)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	there, ours := sha256.New(), sha256.New()
+	if _, err := io.Copy(there, r); err != nil {
+		return err
+	}
+	if _, err := io.Copy(ours, b.reader()); err != nil {
+		return fmt.Errorf("reading what to write: %w", err)
+	}
+	if !bytes.Equal(there.Sum(nil), ours.Sum(nil)) {
+		return ErrExists
+	}
+	return nil
+}
+
+// key is an object's path in its bucket.
+func key(u *url.URL) string { return strings.TrimPrefix(u.Path, "/") }

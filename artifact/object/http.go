@@ -1,0 +1,152 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// httpStore is https://, read only, and http:// on this machine.
+type httpStore struct{ http *http.Client }
+
+func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
+	r, err := send(ctx, s.http, http.MethodHead, u.String(), nil, nil)
+	if err != nil {
+		return Object{}, err
+	}
+	defer r.Body.Close()
+	return found(r)
+}
+
+// found reads an answer's headers.
+func found(r *http.Response) (Object, error) {
+	if r.ContentLength < 0 {
+		return Object{}, errors.New("the server doesn't say how large it is")
+	}
+	o := Object{Size: r.ContentLength, Ranges: r.Header.Get("Accept-Ranges") != "none"}
+	// A weak one promises nothing about bytes, and no server takes it in If-Match.
+	if tag := r.Header.Get("ETag"); !strings.HasPrefix(tag, "W/") {
+		o.ETag = tag
+	}
+	return o, nil
+}
+
+func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+	return readHTTP(ctx, s.http, u.String(), nil, o, offset, n)
+}
+
+func readHTTP(ctx context.Context, client *http.Client, url string, header http.Header, o Object, offset, n int64) (io.ReadCloser, error) {
+	h := header.Clone()
+	if h == nil {
+		h = http.Header{}
+	}
+	whole := n < 0 || offset == 0 && n == o.Size
+	if !whole {
+		h.Set("Range", fmt.Sprintf("bytes=%d-%d", offset, offset+n-1))
+	}
+	if o.ETag != "" {
+		h.Set("If-Match", o.ETag)
+	}
+	r, err := send(ctx, client, http.MethodGet, url, h, nil)
+	if err != nil {
+		return nil, err
+	}
+	if tag := r.Header.Get("ETag"); o.ETag != "" && tag != "" && tag != o.ETag {
+		r.Body.Close()
+		return nil, ErrChanged
+	}
+	switch {
+	case r.StatusCode == http.StatusPartialContent && !whole:
+		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(r.Header.Get("Content-Range"), want) {
+			r.Body.Close()
+			return nil, fmt.Errorf("the server answered with %q, asked for %s", r.Header.Get("Content-Range"), want)
+		}
+	case r.StatusCode == http.StatusOK:
+		if o.Size >= 0 && r.ContentLength >= 0 && r.ContentLength != o.Size {
+			r.Body.Close()
+			return nil, ErrChanged
+		}
+		// The server ignores Range: pass over what lies before.
+		if _, err := io.CopyN(io.Discard, r.Body, offset); err != nil {
+			r.Body.Close()
+			return nil, &transientError{err: err}
+		}
+	default:
+		r.Body.Close()
+		return nil, fmt.Errorf("the server answered %s", r.Status)
+	}
+	return r.Body, nil
+}
+
+func (s *httpStore) put(context.Context, *url.URL, *body, string) error {
+	return errors.New("https:// can't be written to: publish to s3://, gs:// or file://")
+}
+
+// send sends one request, and makes an error of every answer but 200, 201 and 206.
+func send(ctx context.Context, client *http.Client, method, url string, header http.Header, b *body) (*http.Response, error) {
+	request, err := http.NewRequestWithContext(ctx, method, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	if b != nil {
+		request.Body = io.NopCloser(b.reader())
+		request.ContentLength = b.size
+	}
+	for k, v := range header {
+		request.Header[k] = v
+	}
+	r, err := client.Do(request)
+	if err != nil {
+		return nil, &transientError{err: plain(err)}
+	}
+	switch r.StatusCode {
+	case http.StatusOK, http.StatusCreated, http.StatusPartialContent:
+		return r, nil
+	}
+	defer r.Body.Close()
+	io.CopyN(io.Discard, r.Body, 64<<10) // so that the connection is used again
+	return nil, statusError(r.StatusCode, r.Status, retryAfter(r.Header))
+}
+
+// plain takes the URL out of an error of net/http: it may carry a signature, and callers name theirs.
+func plain(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
+}
+
+func statusError(code int, status string, after time.Duration) error {
+	switch code {
+	case http.StatusNotFound, http.StatusGone:
+		return ErrNotFound
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return fmt.Errorf("%w: %s", ErrDenied, status)
+	case http.StatusPreconditionFailed:
+		return ErrChanged
+	case http.StatusTooManyRequests, http.StatusRequestTimeout, http.StatusTooEarly:
+		return &transientError{err: fmt.Errorf("the server answered %s", status), after: after}
+	}
+	if code >= 500 {
+		return &transientError{err: fmt.Errorf("the server answered %s", status), after: after}
+	}
+	return fmt.Errorf("the server answered %s", status)
+}
+
+// maxRetryAfter bounds how long a server can make us wait.
+const maxRetryAfter = 30 * time.Second
+
+func retryAfter(h http.Header) time.Duration {
+	seconds, err := strconv.Atoi(h.Get("Retry-After"))
+	if err != nil || seconds < 0 {
+		return 0
+	}
+	return min(time.Duration(seconds)*time.Second, maxRetryAfter)
+}

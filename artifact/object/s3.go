@@ -1,0 +1,245 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/credentials"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+	"golang.org/x/sync/errgroup"
+)
+
+// S3Config overrides AWS's environment: for tests, and programs with more than one S3.
+type S3Config struct {
+	Endpoint, Region     string
+	AccessKey, SecretKey string
+}
+
+// s3Lazy reads AWS's configuration when the first s3:// URL is used: an agent without one never does.
+type s3Lazy struct {
+	config   *S3Config
+	requests *atomic.Int64
+	mu       sync.Mutex
+	store    *s3Store
+}
+
+// countingClient counts requests. It goes around the client that AWS's configuration made, which knows of AWS_CA_BUNDLE.
+type countingClient struct {
+	aws.HTTPClient
+	requests *atomic.Int64
+}
+
+func (c countingClient) Do(r *http.Request) (*http.Response, error) {
+	c.requests.Add(1)
+	return c.HTTPClient.Do(r)
+}
+
+func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.store != nil {
+		return l.store, nil
+	}
+	options := []func(*config.LoadOptions) error{config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(tune))}
+	if c := l.config; c != nil {
+		options = append(options, config.WithRegion(c.Region),
+			config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(c.AccessKey, c.SecretKey, "")))
+	}
+	cfg, err := config.LoadDefaultConfig(ctx, options...)
+	if err != nil {
+		return nil, fmt.Errorf("reading AWS's configuration: %w", err)
+	}
+	if cfg.Region == "" {
+		cfg.Region = "us-east-1"
+	}
+	client := s3.NewFromConfig(cfg, func(o *s3.Options) {
+		if l.config != nil {
+			o.BaseEndpoint = aws.String(l.config.Endpoint)
+		}
+		o.HTTPClient = countingClient{cfg.HTTPClient, l.requests}
+		// Anything that isn't AWS names buckets in the path.
+		o.UsePathStyle = o.BaseEndpoint != nil
+		// Retries are ours: one policy for all kinds of storage.
+		o.Retryer = aws.NopRetryer{}
+		// Bytes are checked against digests; S3 has no checksum of a range.
+		o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
+		o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
+	})
+	l.store = &s3Store{client: client}
+	return l.store, nil
+}
+
+type s3Store struct {
+	client *s3.Client
+}
+
+func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
+	out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u))})
+	if err != nil {
+		return Object{}, s3Error(err)
+	}
+	return Object{Size: aws.ToInt64(out.ContentLength), ETag: aws.ToString(out.ETag), Ranges: true}, nil
+}
+
+func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+	in := &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u))}
+	whole := n < 0 || offset == 0 && n == o.Size
+	if !whole {
+		in.Range = aws.String(fmt.Sprintf("bytes=%d-%d", offset, offset+n-1))
+	}
+	if o.ETag != "" {
+		in.IfMatch = &o.ETag
+	}
+	out, err := s.client.GetObject(ctx, in)
+	if err != nil {
+		return nil, s3Error(err)
+	}
+	if o.ETag != "" && aws.ToString(out.ETag) != o.ETag {
+		out.Body.Close()
+		return nil, ErrChanged
+	}
+	if !whole && out.ContentRange == nil {
+		// The server ignores Range: pass over what lies before.
+		if _, err := io.CopyN(io.Discard, out.Body, offset); err != nil {
+			out.Body.Close()
+			return nil, &transientError{err: err}
+		}
+	}
+	return out.Body, nil
+}
+
+const (
+	partSize  = 16 << 20 // bytes; above it a put is multipart
+	maxParts  = 10_000
+	partsOpen = 4
+)
+
+func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType string) error {
+	if b.size > partSize {
+		return s.putParts(ctx, u, b, contentType)
+	}
+	in := &s3.PutObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Body: b.reader(), ContentLength: &b.size, IfNoneMatch: aws.String("*")}
+	if contentType != "" {
+		in.ContentType = &contentType
+	}
+	_, err := s.client.PutObject(ctx, in)
+	return occupied(s3Error(err))
+}
+
+// putParts uploads in parts side by side. What fails is aborted, or its parts would be kept, and paid for, unseen.
+func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType string) (err error) {
+	size := max(int64(partSize), (b.size+maxParts-1)/maxParts)
+	in := &s3.CreateMultipartUploadInput{Bucket: &u.Host, Key: aws.String(key(u))}
+	if contentType != "" {
+		in.ContentType = &contentType
+	}
+	created, err := s.client.CreateMultipartUpload(ctx, in)
+	if err != nil {
+		return s3Error(err)
+	}
+	defer func() {
+		if err != nil {
+			s.client.AbortMultipartUpload(context.WithoutCancel(ctx), &s3.AbortMultipartUploadInput{Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId})
+		}
+	}()
+	parts := make([]types.CompletedPart, (b.size+size-1)/size)
+	var mu sync.Mutex
+	var sent int64
+	group, groupCtx := errgroup.WithContext(ctx)
+	group.SetLimit(partsOpen)
+	for i := range parts {
+		group.Go(func() error {
+			offset := int64(i) * size
+			n := min(size, b.size-offset)
+			number := int32(i + 1)
+			out, err := s.client.UploadPart(groupCtx, &s3.UploadPartInput{
+				Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
+				Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
+			})
+			if err != nil {
+				return s3Error(err)
+			}
+			parts[i] = types.CompletedPart{ETag: out.ETag, PartNumber: &number}
+			mu.Lock()
+			defer mu.Unlock()
+			sent += n
+			b.progress(sent)
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	_, err = s.client.CompleteMultipartUpload(ctx, &s3.CompleteMultipartUploadInput{
+		Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, IfNoneMatch: aws.String("*"),
+		MultipartUpload: &types.CompletedMultipartUpload{Parts: parts},
+	})
+	return occupied(s3Error(err))
+}
+
+// occupied reads a failed If-None-Match.
+func occupied(err error) error {
+	if errors.Is(err, ErrChanged) {
+		return errOccupied
+	}
+	return err
+}
+
+// s3Error tells a fault's kind, and leaves out what the SDK adds: request ids, host names, and in places the request.
+func s3Error(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	code, message := 0, ""
+	var response *smithyhttp.ResponseError
+	if errors.As(err, &response) {
+		code = response.HTTPStatusCode()
+		message = response.Response.Status
+	}
+	var api smithy.APIError
+	if errors.As(err, &api) {
+		message = strings.TrimSpace(api.ErrorCode() + " " + api.ErrorMessage())
+		switch api.ErrorCode() {
+		case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken":
+			return fmt.Errorf("%w: S3 answered %s", ErrDenied, api.ErrorCode())
+		case "NoSuchBucket":
+			return fmt.Errorf("%w: there is no such bucket", ErrNotFound)
+		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted":
+			return &transientError{err: fmt.Errorf("S3 answered %s", message)}
+		}
+	}
+	if code == 0 {
+		// No answer: no connection, a cut one, or no credentials. The last is worth a try too: an instance role takes a moment at boot.
+		return &transientError{err: plain(cause(err))}
+	}
+	return statusError(code, message, 0)
+}
+
+// cause gives the innermost part of the SDK's wrapping that still says something.
+func cause(err error) error {
+	var op *smithy.OperationError
+	if errors.As(err, &op) {
+		err = op.Err
+	}
+	var sent *smithyhttp.RequestSendError
+	if errors.As(err, &sent) {
+		err = sent.Err
+	}
+	return err
+}

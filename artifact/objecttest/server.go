@@ -1,0 +1,132 @@
+// Package objecttest starts a real S3 server for tests.
+package objecttest
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+)
+
+const (
+	accessKey, secretKey = "kedge-test", "kedge-test-secret"
+	region               = "us-east-1"
+	bucket               = "kedge"
+	startTimeout         = 30 * time.Second
+)
+
+// Server is an S3 server over a directory of the test's own: versitygw, as .ci/tools builds it. It ends with the test.
+type Server struct {
+	tb      testing.TB
+	dir     string
+	address string
+	mu      sync.Mutex
+	process *exec.Cmd
+	done    chan struct{}
+	log     bytes.Buffer
+}
+
+// Start starts a server with one empty bucket. It fails the test where the program is missing.
+func Start(tb testing.TB) *Server {
+	tb.Helper()
+	s := &Server{tb: tb, dir: tb.TempDir()}
+	if err := os.MkdirAll(filepath.Join(s.dir, bucket), 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	s.address = listener.Addr().String()
+	listener.Close()
+	s.Restart()
+	tb.Cleanup(s.Stop)
+	return s
+}
+
+func program(tb testing.TB) string {
+	dir := os.Getenv("KEDGE_TOOLS")
+	if dir == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			tb.Fatal(err)
+		}
+		dir = filepath.Join(cache, "kedge-tools")
+	}
+	path := filepath.Join(dir, "versitygw")
+	if _, err := os.Stat(path); err != nil {
+		tb.Fatalf("the S3 server to test with is missing: run .ci/tools (%v)", err)
+	}
+	return path
+}
+
+// Restart starts a stopped server again, at the same address and with the same data.
+func (s *Server) Restart() {
+	s.tb.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.process = exec.Command(program(s.tb), "--port", s.address, "--access", accessKey, "--secret", secretKey, "--region", region, "--keep-alive", "--quiet", "posix", s.dir)
+	s.process.Stdout, s.process.Stderr = &s.log, &s.log
+	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := s.process.Start(); err != nil {
+		s.tb.Fatal(err)
+	}
+	s.done = make(chan struct{})
+	go func(p *exec.Cmd, done chan struct{}) { p.Wait(); close(done) }(s.process, s.done)
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	for {
+		connection, err := (&net.Dialer{}).DialContext(ctx, "tcp", s.address)
+		if err == nil {
+			connection.Close()
+			return
+		}
+		select {
+		case <-s.done:
+			s.tb.Fatalf("the S3 server ended: %s", s.log.String())
+		case <-ctx.Done():
+			s.tb.Fatalf("the S3 server did not start: %v", err)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// Stop ends the server, as an outage would.
+func (s *Server) Stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.process.Process.Kill()
+	<-s.done
+}
+
+// Endpoint is the server's URL; Dir holds its objects, as files below the bucket's name.
+func (s *Server) Endpoint() string { return "http://" + s.address }
+func (s *Server) Dir() string      { return filepath.Join(s.dir, bucket) }
+
+// URL names an object, or a prefix, in the bucket.
+func (s *Server) URL(path string) string { return "s3://" + bucket + "/" + path }
+
+// Client reads and writes on this server, whatever the environment says.
+func (s *Server) Client() *object.Client { return s.ClientAt(s.Endpoint()) }
+
+// ClientAt is Client through another endpoint, such as a proxy's.
+func (s *Server) ClientAt(endpoint string) *object.Client {
+	return object.New(object.Config{S3: &object.S3Config{Endpoint: endpoint, Region: region, AccessKey: accessKey, SecretKey: secretKey}})
+}
+
+// Env points a process at this server.
+func (s *Server) Env() []string {
+	return []string{
+		"AWS_ENDPOINT_URL_S3=" + s.Endpoint(), "AWS_REGION=" + region, "AWS_EC2_METADATA_DISABLED=true",
+		"AWS_ACCESS_KEY_ID=" + accessKey, fmt.Sprintf("AWS_SECRET_ACCESS_KEY=%s", secretKey),
+	}
+}
