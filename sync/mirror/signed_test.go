@@ -5,7 +5,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 // signs makes o sign its commits with the key in file, and returns the public key's line.
@@ -94,35 +93,4 @@ func (o *origin) forcePush(files map[string]string) string {
 	hash := o.commit(files)
 	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
 	return hash
-}
-
-func TestParseSigners(t *testing.T) {
-	t.Parallel()
-	key := strings.TrimSpace(signs(t, newOrigin(t), filepath.Join(t.TempDir(), "id")))
-	for _, c := range []struct {
-		name, text string
-		want       int
-		err        string
-	}{
-		{"plain", "ada " + key + "\n", 1, ""},
-		{"comments and blank lines", "# x\n\n  ada " + key + " a comment\n", 1, ""},
-		{"for git among others", `ada namespaces="file,git" ` + key, 1, ""},
-		{"for something else", `ada namespaces="file" ` + key, 0, ""},
-		{"bounded in time", `ada valid-after="20200101",valid-before="20300101120000Z" ` + key, 1, ""},
-		{"a bad time", `ada valid-after="2020" ` + key, 0, "1: option valid-after"},
-		{"an authority", "ada " + key + "\nca cert-authority " + key, 0, "2: option cert-authority: it is not supported"},
-		{"no key", "ada\n", 0, "1: want PRINCIPALS"},
-	} {
-		signers, err := parseSigners([]byte(c.text))
-		if c.err == "" && (err != nil || len(signers) != c.want) || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
-			t.Errorf("%s: %d signers, %v", c.name, len(signers), err)
-		}
-	}
-	signers, err := parseSigners([]byte(`ada valid-after="20200101Z",valid-before="20300101Z" ` + key))
-	if err != nil || len(signers) != 1 {
-		t.Fatalf("%v, %v", signers, err)
-	}
-	if from, to := signers[0].after, signers[0].before; from != time.Date(2020, 1, 1, 0, 0, 0, 0, time.UTC) || to != time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC) {
-		t.Errorf("valid from %v to %v", from, to)
-	}
 }
