@@ -64,7 +64,7 @@ variable "security_group_ids" {
 }
 
 variable "target_group_arns" {
-  description = "Target groups whose health check asks the agent's /ready."
+  description = "Target groups whose health check asks the agent's /ready, on its port (7070 in ../cloud-init), not the application's."
   type        = list(string)
   default     = []
 }
