@@ -1,12 +1,15 @@
 package deployments_test
 
 import (
+	"bytes"
 	"errors"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/goccy/go-yaml"
 	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
@@ -193,5 +196,45 @@ func TestExample(t *testing.T) {
 	}
 	if len(tree.Settings.Freeze) != 1 || len(tree.Settings.Sources) != 2 || !tree.Settings.Prune {
 		t.Errorf("the settings are %+v", tree.Settings)
+	}
+}
+
+// User data that doesn't parse is passed over by cloud-init, and the node boots into nothing.
+func TestUserData(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("cloud-init/user-data.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var user struct {
+		Files []struct {
+			Path        string `yaml:"path"`
+			Permissions string `yaml:"permissions"`
+			Content     string `yaml:"content"`
+		} `yaml:"write_files"`
+		Run []any `yaml:"runcmd"`
+	}
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict()).Decode(&user); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.HasPrefix(data, []byte("#cloud-config\n")) || len(user.Run) == 0 || len(user.Files) != 1 {
+		t.Fatalf("%+v", user)
+	}
+	env := user.Files[0]
+	if env.Path != "/etc/kedge/agent.env" || env.Permissions != "0600" {
+		t.Errorf("%s has permissions %s", env.Path, env.Permissions)
+	}
+	unit, err := os.ReadFile("systemd/kedge-agent.service")
+	if err != nil || !bytes.Contains(unit, []byte("EnvironmentFile=-"+env.Path+"\n")) {
+		t.Errorf("the agent's unit does not read %s: %v", env.Path, err)
+	}
+	for line := range strings.Lines(env.Content) {
+		if line = strings.TrimSpace(line); line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		name, value, ok := strings.Cut(line, "=")
+		if !ok || value == "" || strings.ToUpper(name) != name || strings.Contains(name, "TOKEN") && !strings.HasSuffix(name, "_FILE") {
+			t.Errorf("%s: want NAME=VALUE, and no secret", line)
+		}
 	}
 }
