@@ -104,11 +104,11 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	return execute(ctx, log, cmd, clip(c.Run))
 }
 
-// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user.
+// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user, speaking English.
 func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
-	cmd.Env = environ(os.Environ(), nil, Env{})
+	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // its messages may be read
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")))
 }
 

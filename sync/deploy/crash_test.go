@@ -32,14 +32,19 @@ type plan struct {
 }
 
 func TestMain(m *testing.M) {
+	var err error
 	if file := os.Getenv(crashEnv); file != "" {
-		if err := crashChild(file); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
+		err = crashChild(file)
+	} else if args := os.Getenv(fullEnv); args != "" {
+		err = fullChild(strings.Fields(args))
+	} else {
+		os.Exit(m.Run())
 	}
-	os.Exit(m.Run())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // crashChild does a plan as an agent would: what fails isn't tried again, all else is.

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -232,7 +233,7 @@ func (s synced) forward(ctx context.Context, r *release) error {
 	if parent := filepath.Dir(r.Manifest.Dest); !exists(parent) {
 		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", parent)
 	}
-	if _, err := command.Tool(ctx, s.u.log, "rsync", append(s.args(r), "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
+	if err := s.u.tool(ctx, "rsync", append(s.args(r), "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
 		return err
 	}
 	return syncFS(r.Manifest.Dest)
@@ -330,8 +331,8 @@ func (m moved) forward(ctx context.Context, r *release) error {
 		if err := os.RemoveAll(beside + ".part"); err != nil {
 			return fmt.Errorf("copying the tree beside dest: %w", err)
 		}
-		if _, err := command.Tool(ctx, m.u.log, "cp", "-a", tree, beside+".part"); err != nil {
-			return fmt.Errorf("copying the tree beside dest: %w", err)
+		if err := m.u.tool(ctx, "cp", "-a", tree, beside+".part"); err != nil {
+			return errors.Join(fmt.Errorf("copying the tree beside dest: %w", err), os.RemoveAll(beside+".part"))
 		}
 		if err := syncFS(beside + ".part"); err != nil {
 			return err
@@ -381,6 +382,15 @@ func (m moved) verify(context.Context, *release, int64) ([]artifact.Difference, 
 }
 
 func (m moved) heal(context.Context, *release) error { return nil }
+
+// tool runs a program that copies. A full disk is told from its output: its exit status doesn't say.
+func (u *Unit) tool(ctx context.Context, name string, args ...string) error {
+	result, err := command.Tool(ctx, u.log, name, args...)
+	if err != nil && bytes.Contains(result.Output, []byte("No space left on device")) {
+		return fmt.Errorf("%w: %w", syscall.ENOSPC, err)
+	}
+	return err
+}
 
 func exists(path string) bool {
 	_, err := os.Lstat(path)
