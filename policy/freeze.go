@@ -1,0 +1,153 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/robfig/cron/v3"
+
+	"kedge/deployments"
+)
+
+// Verdict is whether a unit's rollouts may start.
+type Verdict struct {
+	Frozen bool
+	// By names the window that says so, Reason is its own.
+	By, Reason string
+	// Until is when the verdict may change; zero: never, as far as a year ahead shows.
+	Until time.Time
+	// Wait is set where a rollout under way waits as well.
+	Wait bool
+}
+
+func (v Verdict) String() string {
+	s := "frozen by " + v.By
+	if !v.Until.IsZero() {
+		s += " until " + v.Until.UTC().Format("2006-01-02 15:04Z")
+	}
+	if v.Reason != "" {
+		s += " (" + v.Reason + ")"
+	}
+	return s
+}
+
+// Frozen says whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else allows; a unit
+// that allow windows name is frozen outside of them all. Windows open by the wall clock of their zone and stay open for their
+// duration as it passes, so that one over a change of the clocks is neither longer nor shorter. A window whose cron line doesn't
+// parse, which Load refuses, freezes: better late than at the wrong time.
+func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) Verdict {
+	var v Verdict
+	allows, allowed := 0, false
+	var reason, by string
+	waits := false
+	for _, w := range windows {
+		if !covers(w.Units, id) {
+			continue
+		}
+		schedule, err := scheduleOf(w)
+		if err != nil {
+			return Verdict{Frozen: true, By: nameOf(w), Reason: err.Error(), Wait: true}
+		}
+		ends, opens := span(schedule, w, now)
+		next := opens
+		if !ends.IsZero() {
+			next = ends
+		}
+		switch {
+		case w.Kind == deployments.FreezeDeny && !ends.IsZero():
+			if !v.Frozen {
+				v.Frozen, v.By, v.Reason = true, nameOf(w), w.Reason
+			}
+			v.Wait = v.Wait || w.Running == "wait"
+		case w.Kind == deployments.FreezeAllow:
+			allows++
+			allowed = allowed || !ends.IsZero()
+			by, reason = cmp.Or(by, nameOf(w)), cmp.Or(reason, w.Reason)
+			waits = waits || w.Running == "wait"
+		}
+		if !next.IsZero() && (v.Until.IsZero() || next.Before(v.Until)) {
+			v.Until = next
+		}
+	}
+	if allows > 0 && !allowed && !v.Frozen {
+		v.Frozen, v.By, v.Reason = true, by+", which is not open", reason
+		v.Wait = waits
+	}
+	return v
+}
+
+// scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that falls into the
+// hour that spring takes away, and a freeze would not happen.
+func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
+	s, err := cron.ParseStandard(w.Cron)
+	if err != nil {
+		return nil, fmt.Errorf("cron line %q: %w", w.Cron, err)
+	}
+	if spec, ok := s.(*cron.SpecSchedule); ok {
+		spec.Location = time.UTC
+	}
+	return s, nil
+}
+
+// maxStarts bounds how many starts of a window are looked at. What lies beyond is looked at when Until comes.
+const maxStarts = 10000
+
+// span says when the window that is open now ends (zero: none is), overlapping ones taken together, and when the next one opens.
+func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens time.Time) {
+	zone := w.Zone
+	if zone == nil {
+		zone = time.UTC
+	}
+	const change = 3 * time.Hour // no clock is put forward or back by as much
+	wall := now.Add(-w.Duration).In(zone)
+	wall = time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, time.UTC).Add(-change)
+	for range maxStarts {
+		if wall = s.Next(wall); wall.IsZero() {
+			break
+		}
+		start := instant(wall, zone)
+		end := start.Add(w.Duration)
+		switch {
+		case !end.After(now): // is over
+		case ends.IsZero() && start.After(now), !ends.IsZero() && start.After(ends):
+			return ends, start
+		case end.After(ends):
+			ends = end
+		}
+	}
+	return ends, time.Time{}
+}
+
+// instant is when the clocks of a zone show a wall time, given as if it were UTC: the first time where they show it twice, and
+// as much after the change as it lies in the gap where they don't show it.
+func instant(wall time.Time, zone *time.Location) time.Time {
+	shows := func(t time.Time) bool { return t.Hour() == wall.Hour() && t.Minute() == wall.Minute() }
+	at := time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, zone)
+	_, before := at.Add(-3 * time.Hour).Zone()
+	if early := wall.Add(-time.Duration(before) * time.Second).In(zone); shows(early) || !shows(at) {
+		return early
+	}
+	return at
+}
+
+func nameOf(w deployments.Freeze) string {
+	if w.Name != "" {
+		return w.Name
+	}
+	return string(w.Kind) + " " + w.Cron
+}
+
+// covers reports whether one of the patterns matches a unit; none: all do.
+func covers(patterns []string, id deployments.UnitID) bool {
+	for _, p := range patterns {
+		parts := strings.Split(p, "/")
+		if len(parts) == 3 && fits(parts[0], id.Stage) && fits(parts[1], id.Role) && fits(parts[2], id.Unit) {
+			return true
+		}
+	}
+	return len(patterns) == 0
+}
+
+func fits(pattern, name string) bool { return pattern == "*" || pattern == name }

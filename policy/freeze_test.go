@@ -1,0 +1,79 @@
+package policy
+
+import (
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+func zone(t *testing.T, name string) *time.Location {
+	t.Helper()
+	z, err := time.LoadLocation(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return z
+}
+
+func TestFrozen(t *testing.T) {
+	t.Parallel()
+	berlin, newYork := zone(t, "Europe/Berlin"), zone(t, "America/New_York")
+	type freeze = deployments.Freeze
+	const deny, allow = deployments.FreezeDeny, deployments.FreezeAllow
+	weekend := freeze{Name: "weekend", Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour, Reason: "nobody is there"}
+	hours := freeze{Name: "office hours", Kind: allow, Cron: "0 9 * * MON-FRI", Zone: newYork, Duration: 8 * time.Hour, Units: []string{"prod/*/*"}}
+	night := freeze{Name: "night", Kind: deny, Cron: "30 2 * * *", Zone: berlin, Duration: time.Hour}
+	nyNight := freeze{Name: "night", Kind: deny, Cron: "30 2 * * *", Zone: newYork, Duration: time.Hour}
+	nyEarly := freeze{Name: "early", Kind: deny, Cron: "30 1 * * *", Zone: newYork, Duration: time.Hour}
+	always := freeze{Name: "always", Kind: deny, Cron: "* * * * *", Zone: berlin, Duration: time.Hour}
+	for _, c := range []struct {
+		name    string
+		windows []freeze
+		unit    string
+		now     string
+		by      string // "": not frozen
+		until   string // "": never
+	}{
+		{"no windows", nil, "prod/web/app", "2026-11-24T12:00:00Z", "", ""},
+		{"before the weekend", []freeze{weekend}, "prod/web/app", "2026-11-27T14:59:59Z", "", "2026-11-27T15:00:00Z"},
+		{"as the weekend begins", []freeze{weekend}, "prod/web/app", "2026-11-27T15:00:00Z", "weekend", "2026-11-30T07:00:00Z"},
+		{"as the weekend ends", []freeze{weekend}, "prod/web/app", "2026-11-30T07:00:00Z", "", "2026-12-04T15:00:00Z"},
+		{"clocks put back within it: 64 hours all the same", []freeze{weekend}, "prod/web/app", "2026-10-25T12:00:00Z", "weekend", "2026-10-26T06:00:00Z"},
+		{"clocks put forward within it", []freeze{weekend}, "prod/web/app", "2026-03-29T12:00:00Z", "weekend", "2026-03-30T07:00:00Z"},
+		{"a start in the hour that spring takes, Berlin", []freeze{night}, "prod/web/app", "2026-03-29T01:45:00Z", "night", "2026-03-29T02:30:00Z"},
+		{"a start in the hour that autumn gives twice, Berlin", []freeze{night}, "prod/web/app", "2026-10-25T00:45:00Z", "night", "2026-10-25T01:30:00Z"},
+		{"which counts once", []freeze{night}, "prod/web/app", "2026-10-25T01:45:00Z", "", "2026-10-26T01:30:00Z"},
+		{"a start in the hour that spring takes, New York", []freeze{nyNight}, "prod/web/app", "2026-03-08T07:45:00Z", "night", "2026-03-08T08:30:00Z"},
+		{"a start in the hour that autumn gives twice, New York", []freeze{nyEarly}, "prod/web/app", "2026-11-01T05:45:00Z", "early", "2026-11-01T06:30:00Z"},
+		{"summer in New York", []freeze{hours}, "prod/web/app", "2026-10-30T13:00:00Z", "", "2026-10-30T21:00:00Z"},
+		{"winter in New York", []freeze{hours}, "prod/web/app", "2026-11-02T13:00:00Z", "office hours, which is not open", "2026-11-02T14:00:00Z"},
+		{"outside of the office", []freeze{hours}, "prod/web/app", "2026-11-24T22:00:00Z", "office hours, which is not open", "2026-11-25T14:00:00Z"},
+		{"a unit that it does not name", []freeze{hours}, "staging/web/app", "2026-11-24T22:00:00Z", "", ""},
+		{"deny wins", []freeze{hours, weekend}, "prod/web/app", "2026-11-27T16:00:00Z", "weekend", "2026-11-27T22:00:00Z"},
+		{"one allow of two is enough", []freeze{hours, {Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}},
+			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
+		{"by role", []freeze{{Name: "db", Kind: deny, Cron: "0 0 * * *", Duration: 24 * time.Hour, Units: []string{"*/db/*"}}}, "prod/web/app", "2026-11-24T22:00:00Z", "", ""},
+		{"a line that doesn't parse", []freeze{{Name: "typo", Kind: deny, Cron: "0 0"}}, "prod/web/app", "2026-11-24T22:00:00Z", "typo", ""},
+		{"windows that overlap for ever", []freeze{always}, "prod/web/app", "2026-11-24T22:00:00Z", "always", "2026-12-01T17:40:00Z"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			id, err := deployments.ParseUnitID(c.unit)
+			if err != nil {
+				t.Fatal(err)
+			}
+			now, err := time.Parse(time.RFC3339, c.now)
+			if err != nil {
+				t.Fatal(err)
+			}
+			v := Frozen(c.windows, id, now)
+			until := ""
+			if !v.Until.IsZero() {
+				until = v.Until.UTC().Format(time.RFC3339)
+			}
+			if v.Frozen != (c.by != "") || v.By != c.by || until != c.until {
+				t.Errorf("%+v until %s, want frozen by %q until %s", v, until, c.by, c.until)
+			}
+		})
+	}
+}
