@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -223,42 +222,6 @@ func value[T any](f *Fleet, key string, v *T) policy.Value[T] {
 		return policy.Value[T]{}
 	}
 	return policy.Value[T]{Present: true, Value: *v}
-}
-
-// Explain answers why a node runs what it runs of a unit.
-func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, error) {
-	u, n, err := f.find(id, node)
-	if err != nil {
-		return policy.Decision{}, err
-	}
-	return policy.Resolve(f.facts(u, *n)), nil
-}
-
-// find gives a unit, and what one of its nodes reports.
-func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
-	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
-	if i < 0 {
-		return nil, nil, fmt.Errorf("no unit %s: nothing in the store speaks of it; see kedge status", id)
-	}
-	u := &f.Units[i]
-	j := slices.IndexFunc(u.Nodes, func(n Node) bool { return n.Name == node })
-	if j < 0 {
-		var names []string
-		for _, n := range u.Nodes {
-			names = append(names, n.Name)
-		}
-		if len(names) == 0 {
-			return nil, nil, fmt.Errorf("no node %s: no node of %s/%s has ever reported; is its agent running, with this stage and role?", node, id.Stage, id.Role)
-		}
-		const shown = 10
-		more := ""
-		if len(names) > shown {
-			more = fmt.Sprintf(" and %d more", len(names)-shown)
-			names = names[:shown]
-		}
-		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s%s", node, id, strings.Join(names, ", "), more)
-	}
-	return u, &u.Nodes[j], nil
 }
 
 func join(a, b string) string {

@@ -1,13 +1,9 @@
 package fleet
 
 import (
-	"io"
-	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
-
-	"kedge/sync/mirror"
 )
 
 // style is an escape sequence of terminals.
@@ -168,32 +164,3 @@ func cleanLines(s string) string {
 
 // oneLine makes one clean line of a text.
 func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
-
-// WriteHistory writes a unit's generations, one a line.
-func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error {
-	p := &printer{opt: opt}
-	if len(history) == 0 {
-		p.raw("No history: no mirror has written this unit.")
-		_, err := io.WriteString(w, p.b.String())
-		return err
-	}
-	rows := [][]cell{{{"GEN", dim}, {"SINCE", dim}, {"RELEASE", dim}, {"COMMIT", dim}, {"AUTHOR", dim}, {"SUBJECT", dim}}}
-	for _, h := range history {
-		at := "-"
-		if !h.At.IsZero() {
-			at = h.At.UTC().Format("2006-01-02 15:04")
-		}
-		rows = append(rows, []cell{
-			{strconv.FormatInt(h.Generation, 10), plain}, {at, plain}, {name(Unit{}, h.Release), bold}, {clean(h.Commit[:min(8, len(h.Commit))]), plain},
-			{oneLine(h.Author), plain}, {oneLine(h.Subject), dim},
-		})
-	}
-	for i, line := range p.align("", rows) {
-		p.raw(line)
-		if i > 0 && history[i-1].Note != "" {
-			p.wrap("     ", 5, oneLine(history[i-1].Note), yellow)
-		}
-	}
-	_, err := io.WriteString(w, p.b.String())
-	return err
-}

@@ -6,13 +6,13 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/policy"
+	"kedge/sync/mirror"
 )
 
 // TableOptions say how a fleet is shown to a person.
@@ -250,82 +250,33 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// WriteExplain writes a decision's whole chain, and what the node says of itself.
-func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d policy.Decision, opt TableOptions) error {
-	u, n, err := f.find(id, node)
-	if err != nil {
+// WriteHistory writes a unit's generations, one a line.
+func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error {
+	p := &printer{opt: opt}
+	if len(history) == 0 {
+		p.raw("No history: no mirror has written this unit.")
+		_, err := io.WriteString(w, p.b.String())
 		return err
 	}
-	p := &printer{opt: opt}
-	verdict := map[policy.Action]string{policy.ActKeep: "keeps what it runs", policy.ActHold: "holds what it runs"}[d.Action]
-	if verdict == "" {
-		verdict = "should run " + name(*u, d.Target)
-	}
-	p.line(p.paint(bold, id.String()), " on "+p.paint(bold, clean(node))+" "+verdict)
-	p.wrap("  because  ", 11, oneLine(d.Why), "")
-	if d.Invalid != nil {
-		p.wrap("  "+p.paint(red, "but")+"      ", 11, oneLine(d.Invalid.Error()), red)
-	}
-	if !d.Stage.IsZero() {
-		p.wrap("  staged   ", 11, "has "+name(*u, d.Stage)+" ready for when it is admitted", "")
-	}
-	if !d.Recheck.IsZero() {
-		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC"), "")
-	}
-	p.raw("")
-	p.raw(p.paint(dim, "What was looked at, in order; > decided"))
-	wide := 0
-	for _, s := range d.Trace {
-		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
-	}
-	for _, s := range d.Trace {
-		mark := "  "
-		if s.Decides {
-			mark = p.paint(green, ">") + " "
+	rows := [][]cell{{{"GEN", dim}, {"SINCE", dim}, {"RELEASE", dim}, {"COMMIT", dim}, {"AUTHOR", dim}, {"SUBJECT", dim}}}
+	for _, h := range history {
+		at := "-"
+		if !h.At.IsZero() {
+			at = h.At.UTC().Format("2006-01-02 15:04")
 		}
-		what := clean(s.What)
-		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, oneLine(s.Says), "")
-		if s.Unblock != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(yellow, "to change it: "), wide+6, oneLine(s.Unblock), "")
+		rows = append(rows, []cell{
+			{strconv.FormatInt(h.Generation, 10), plain}, {at, plain}, {name(Unit{}, h.Release), bold}, {clean(h.Commit[:min(8, len(h.Commit))]), plain},
+			{oneLine(h.Author), plain}, {oneLine(h.Subject), dim},
+		})
+	}
+	for i, line := range p.align("", rows) {
+		p.raw(line)
+		if i > 0 && history[i-1].Note != "" {
+			p.wrap("     ", 5, oneLine(history[i-1].Note), yellow)
 		}
 	}
-	p.raw("")
-	p.raw(p.paint(dim, "What the node reports"))
-	p.report(f, u, n)
-	_, err = io.WriteString(w, p.b.String())
+	_, err := io.WriteString(w, p.b.String())
 	return err
-}
-
-func (p *printer) report(f *Fleet, u *Unit, n *Node) {
-	r := n.Report
-	state := stateCell(*n)
-	if n.Gone {
-		state.text = "gone: its session has ended; what follows is what it said last"
-	}
-	rows := [][2]string{{"state", p.paint(state.style, state.text)}}
-	add := func(what, says string) {
-		if says != "" {
-			rows = append(rows, [2]string{what, says})
-		}
-	}
-	if !r.Since.IsZero() {
-		add("since", r.Since.UTC().Format("2006-01-02 15:04:05 UTC")+", "+ago(f.At.Sub(r.Since)))
-	}
-	add("runs", name(*u, r.Running))
-	if r.Want != n.Want && !r.Want.IsZero() && !n.Want.IsZero() {
-		add("wants", name(*u, r.Want)+": it has yet to see the newest")
-	}
-	if r.Why != n.Why {
-		add("why", oneLine(r.Why))
-	}
-	for _, d := range r.Quarantined {
-		add("failed", d.Short()+" failed here, and stays out until another is named, or kedge retry "+u.ID.String())
-	}
-	add("error", oneLine(r.Error))
-	add("differs", clean(strings.Join(r.Drift, ", ")))
-	for _, row := range rows {
-		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], "")
-	}
 }
 
 func count(n int, what string) string {

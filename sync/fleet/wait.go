@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -41,12 +42,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) err
 		missing, result = w.look(f)
 		if missing == "" && result == nil {
 			// The parts of a watched fleet come each at its time: what a new head brought might not be there yet. So once more, in order.
-			fresh, err := Read(watching, store, filter)
-			if err != nil {
-				missing = err.Error()
-				return
-			}
-			missing, result = w.look(fresh)
+			missing, result = w.confirm(watching, store, filter)
 		}
 		if missing == "" || result != nil {
 			finish(done)
@@ -75,6 +71,30 @@ type waiter struct {
 	commit string
 	taken  bool
 	head   *string // the first that was seen
+}
+
+// readAgain is the time between two tries of a read that failed.
+const readAgain = 500 * time.Millisecond
+
+// confirm looks at a fleet that is read now. While the store is away, it tries again: no change may come that would be told.
+func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
+	for {
+		f, err := Read(ctx, store, filter)
+		if err == nil {
+			// What can't be seen might be a node that isn't converged, or a pin.
+			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
+				if why := f.Errors[kind]; why != "" {
+					return kind + ": " + why, nil
+				}
+			}
+			return w.look(f)
+		}
+		select {
+		case <-ctx.Done():
+			return err.Error(), nil
+		case <-time.After(readAgain):
+		}
+	}
 }
 
 // look says what is missing, or what makes waiting useless.

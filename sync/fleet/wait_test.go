@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -210,5 +211,42 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 				t.Errorf("%v, want %q", err, c.says)
 			}
 		})
+	}
+}
+
+// blind is a store of which a part can't be seen, or can't be read a number of times.
+type blind struct {
+	kv.Store
+	prefix string
+	fails  atomic.Int32
+}
+
+func (b *blind) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	if strings.HasPrefix(prefix, b.prefix) {
+		return nil, kv.ErrDenied
+	}
+	if b.fails.Add(-1) >= 0 {
+		return nil, kv.ErrUnavailable
+	}
+	return b.Store.List(ctx, prefix)
+}
+
+// Nodes that a token may not see aren't nodes that have converged.
+func TestWaitTakesNothingUnseenForGood(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s, recordOf("1", 2), reports("web-1", runs("app", "1")))
+	for _, prefix := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, "")
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), prefix) {
+			t.Errorf("without %s: %v", prefix, err)
+		}
+	}
+	shaky := &blind{Store: s, prefix: "none of these"}
+	shaky.fails.Store(2)
+	if err := Wait(t.Context(), shaky, Filter{}, ""); err != nil {
+		t.Errorf("a store that is away for a moment: %v", err)
 	}
 }
