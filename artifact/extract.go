@@ -1,0 +1,367 @@
+package artifact
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/md5"
+	"crypto/sha1"
+	"crypto/sha256"
+	"crypto/sha512"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// Bounds of an archive without an index, which says nothing of itself beforehand.
+const (
+	maxTarEntries = 4 << 20
+	maxUnpacked   = 256 << 30 // bytes
+	maxEntryName  = 4096      // bytes
+	maxLevels     = 128
+	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb to a thousandth.
+	maxGrowth  = 400
+	freeGrowth = 1 << 30
+	// maxWindow bounds what a zstd frame can make the decoder hold: zstd --long=27.
+	maxWindow = 128 << 20
+)
+
+// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at once, with no copy
+// of the archive in between. The tree may only be used when it returns nil: the checksum is known at the end.
+func extract(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+	o, err := objects.Stat(ctx, m.Src)
+	if err != nil {
+		return fmt.Errorf("extract: %w", err)
+	}
+	if m.Size > 0 && o.Size != m.Size {
+		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", m.Src, o.Size, m.Size, ErrDigest)
+	}
+	stream, err := objects.Read(ctx, o, 0)
+	if err != nil {
+		return fmt.Errorf("extract: %w", err)
+	}
+	defer stream.Close()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	sum := newHash(m.Checksum)
+	meter := newMeter("fetch", o.Size, opt.Progress)
+	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+		// As tar does for root, where nobody else is named: stretcher's users rely on it.
+		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
+	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
+	if err := x.archive(raw, path.Base(m.Src)); err != nil {
+		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
+		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
+			return fmt.Errorf("extract %s: %w", m.Src, wrongChecksum(sum, m.Checksum))
+		}
+		return fmt.Errorf("extract %s: %w", m.Src, err)
+	}
+	if _, err := io.Copy(io.Discard, raw); err != nil {
+		return fmt.Errorf("extract %s: %w", m.Src, err)
+	}
+	if !matches(sum, m.Checksum) {
+		return fmt.Errorf("extract %s: %w", m.Src, wrongChecksum(sum, m.Checksum))
+	}
+	meter.done()
+	return nil
+}
+
+// newHash is md5, sha1, sha256 or sha512, by the checksum's length, which the manifest's parser has checked.
+func newHash(checksum string) hash.Hash {
+	switch len(checksum) {
+	case 2 * md5.Size:
+		return md5.New()
+	case 2 * sha1.Size:
+		return sha1.New()
+	case 2 * sha512.Size:
+		return sha512.New()
+	}
+	return sha256.New()
+}
+
+func matches(sum hash.Hash, checksum string) bool {
+	return hex.EncodeToString(sum.Sum(nil)) == strings.ToLower(checksum)
+}
+
+func wrongChecksum(sum hash.Hash, checksum string) error {
+	return fmt.Errorf("%w: the manifest says %s, its bytes have %x", ErrDigest, checksum, sum.Sum(nil))
+}
+
+// extractor writes the entries of one archive.
+type extractor struct {
+	ctx    context.Context
+	root   *os.Root
+	owners bool
+	left   int64 // bytes that the tree may still grow by
+	count  int
+	links  map[string]bool // symbolic links so far
+	dirs   []dirMode       // whose modes are set at the end: a read-only one could not be filled
+}
+
+type dirMode struct {
+	name   string
+	header *tar.Header
+}
+
+// archive tells what raw is by its first bytes.
+func (x *extractor) archive(raw *bufio.Reader, name string) error {
+	head, _ := raw.Peek(4)
+	content := raw
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(raw)
+		if err != nil {
+			return fmt.Errorf("gzip: %w", err)
+		}
+		defer z.Close()
+		content, name = bufio.NewReaderSize(z, 256<<10), strings.TrimSuffix(name, ".gz")
+	case bytes.Equal(head, []byte{0x28, 0xb5, 0x2f, 0xfd}) || len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], []byte{0x2a, 0x4d, 0x18}):
+		z, err := zstd.NewReader(raw, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
+		if err != nil {
+			return fmt.Errorf("zstd: %w", err)
+		}
+		defer z.Close()
+		content, name = bufio.NewReaderSize(z, 256<<10), strings.TrimSuffix(name, ".zst")
+	}
+	// An archive of nothing is two blocks of zeros, or none at all.
+	block, err := content.Peek(512)
+	switch {
+	case len(block) == 512 && (bytes.HasPrefix(block[257:], []byte("ustar")) || oldTar(block) || !slices.ContainsFunc(block, func(b byte) bool { return b != 0 })):
+		err = x.tar(content)
+	case err != nil && !errors.Is(err, io.EOF):
+	case len(block) == 0:
+		err = errors.New("it is empty")
+	default:
+		err = x.single(content, name, block)
+	}
+	return cutOff(err)
+}
+
+// cutOff says in words what the decoders say of an archive that ends too early.
+func cutOff(err error) error {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		return fmt.Errorf("the archive is cut off: %w", err)
+	}
+	return err
+}
+
+// oldTar tells a tar of before POSIX by its header's checksum.
+func oldTar(block []byte) bool {
+	_, err := tar.NewReader(bytes.NewReader(append(slices.Clone(block), make([]byte, 1024)...))).Next()
+	return err == nil
+}
+
+func (x *extractor) tar(r *bufio.Reader) error {
+	t := tar.NewReader(r)
+	for {
+		if err := x.ctx.Err(); err != nil {
+			return err
+		}
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		if err := x.entry(t, h); err != nil {
+			return fmt.Errorf("entry %q: %w", clip(h.Name), err)
+		}
+	}
+	// Behind the end there are zeros, up to a block's or a tape's border.
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := r.Read(buf)
+		if slices.ContainsFunc(buf[:n], func(b byte) bool { return b != 0 }) {
+			return errors.New("there is more behind the archive's end")
+		}
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+	}
+	slices.Reverse(x.dirs)
+	for _, d := range x.dirs {
+		if err := x.finish(d.name, d.header); err != nil {
+			return fmt.Errorf("entry %q: %w", clip(d.name), err)
+		}
+	}
+	return nil
+}
+
+// localName gives an entry's path in the tree, or why it can't have it. "" is the tree itself.
+func (x *extractor) localName(name string) (string, error) {
+	switch {
+	case strings.HasPrefix(name, "/"):
+		return "", errors.New("an absolute name")
+	case strings.ContainsAny(name, "\x00\n"):
+		return "", errors.New("a name with control characters")
+	case len(name) > maxEntryName:
+		return "", fmt.Errorf("a name of %d bytes, at most %d are allowed", len(name), maxEntryName)
+	case slices.Contains(strings.Split(name, "/"), ".."):
+		return "", errors.New("a name with .. in it, that could lead out of the release")
+	}
+	clean := path.Clean(name)
+	if clean == "." {
+		return "", nil
+	}
+	if strings.Count(clean, "/") >= maxLevels {
+		return "", fmt.Errorf("more than %d directories deep", maxLevels)
+	}
+	for dir := path.Dir(clean); dir != "."; dir = path.Dir(dir) {
+		if x.links[dir] {
+			return "", fmt.Errorf("it lies behind the symbolic link %q of the same archive", clip(dir))
+		}
+	}
+	return clean, nil
+}
+
+func (x *extractor) entry(r io.Reader, h *tar.Header) error {
+	if x.count++; x.count > maxTarEntries {
+		return fmt.Errorf("the archive has more than %d entries", maxTarEntries)
+	}
+	switch h.Typeflag {
+	case tar.TypeXGlobalHeader:
+		return nil
+	case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeGNUSparse:
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		return errors.New("a device or pipe: refused")
+	default:
+		return fmt.Errorf("an entry of type %q: refused", h.Typeflag)
+	}
+	if h.Mode&0o6000 != 0 {
+		return errors.New("it is setuid or setgid: refused")
+	}
+	if h.Size < 0 || h.Size > x.left {
+		return fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+	}
+	name, err := x.localName(h.Name)
+	if err != nil {
+		return err
+	}
+	if name == "" {
+		if h.Typeflag != tar.TypeDir {
+			return errors.New("the release itself as something else than a directory")
+		}
+		return nil // its mode is the manifest's dest_mode
+	}
+	if dir := path.Dir(name); dir != "." {
+		if err := x.root.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if h.Typeflag == tar.TypeDir {
+		if err := x.root.Mkdir(name, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
+			return errors.Join(errors.New("a directory in the place of another entry"), err)
+		}
+		x.dirs = append(x.dirs, dirMode{name, h})
+		return nil
+	}
+	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.
+	if info, err := x.root.Lstat(name); err == nil {
+		if info.IsDir() {
+			return errors.New("it stands in the place of a directory")
+		}
+		if err := x.root.Remove(name); err != nil {
+			return err
+		}
+		delete(x.links, name)
+	}
+	switch h.Typeflag {
+	case tar.TypeSymlink:
+		if err := checkTarget(name, h.Linkname); err != nil {
+			return err
+		}
+		x.links[name] = true
+		if err := x.root.Symlink(h.Linkname, name); err != nil {
+			return err
+		}
+		return x.chown(name, h)
+	case tar.TypeLink:
+		target, err := x.localName(h.Linkname)
+		if err != nil {
+			return fmt.Errorf("a hard link to %q: %w", clip(h.Linkname), err)
+		}
+		info, err := x.root.Lstat(target)
+		if err != nil || !info.Mode().IsRegular() {
+			return fmt.Errorf("a hard link to %q, which is no file of the archive so far", clip(h.Linkname))
+		}
+		return x.root.Link(target, name)
+	}
+	if err := x.write(name, r); err != nil {
+		return err
+	}
+	return x.finish(name, h)
+}
+
+// write writes a new file, and counts what it adds.
+func (x *extractor) write(name string, r io.Reader) (err error) {
+	f, err := x.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	n, err := io.Copy(f, io.LimitReader(r, x.left+1))
+	if x.left -= n; err == nil && x.left < 0 {
+		err = fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+	}
+	return err
+}
+
+// finish sets what an entry says of owner, mode and time.
+func (x *extractor) finish(name string, h *tar.Header) error {
+	if err := x.chown(name, h); err != nil {
+		return err
+	}
+	if err := x.root.Chmod(name, fs.FileMode(h.Mode).Perm()); err != nil {
+		return err
+	}
+	if h.ModTime.Unix() <= 0 {
+		return nil
+	}
+	return x.root.Chtimes(name, h.ModTime, h.ModTime)
+}
+
+func (x *extractor) chown(name string, h *tar.Header) error {
+	if !x.owners {
+		return nil
+	}
+	return x.root.Lchown(name, h.Uid, h.Gid)
+}
+
+// single writes what is no archive as one file under its own name, executable if it is a program.
+func (x *extractor) single(r io.Reader, name string, head []byte) error {
+	if name == "" || name == "." || name == "/" {
+		return errors.New("it is no archive, and its URL gives it no name")
+	}
+	if err := x.write(name, r); err != nil {
+		return err
+	}
+	mode := fs.FileMode(0o644)
+	if bytes.HasPrefix(head, []byte("#!")) || bytes.HasPrefix(head, []byte("\x7fELF")) {
+		mode = 0o755
+	}
+	return x.root.Chmod(name, mode)
+}
