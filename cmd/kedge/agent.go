@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -16,6 +18,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"kedge/artifact/object"
+	"kedge/deployments"
 	"kedge/policy"
 	"kedge/sync/agent"
 )
@@ -148,7 +151,8 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	}
 	defer store.Close()
 
-	trust, err := trustSigners(conf.Signers, log)
+	objects := object.New(object.Config{MaxBandwidth: bandwidth, Log: log})
+	trust, err := trustSigners(conf.Signers, objects, log)
 	if err != nil {
 		return err
 	}
@@ -156,7 +160,7 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	node, err := agent.New(agent.Config{
 		Store: store, Node: conf.Node, Stage: conf.Stage, Roles: conf.Roles, StateDir: conf.StateDir,
-		Objects:     object.New(object.Config{MaxBandwidth: bandwidth, Log: log}),
+		Objects:     objects,
 		Bounds:      policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
 		Trust:       trust,
 		Listen:      conf.Listen,
@@ -175,7 +179,23 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
 	go notifySystemd(notify, node, conf.ReadyTimeout, log)
+	go retryOnHangup(notify, node, log)
 	return node.Run(ctx)
+}
+
+// retryOnHangup lets every release that failed here be tried once more when SIGHUP comes (systemctl reload kedge-agent).
+func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hangup:
+			log.Info("SIGHUP: tries again what failed", "any", node.Retry(deployments.UnitID{}))
+		}
+	}
 }
 
 // notifySystemd tells systemd READY, once, and feeds its watchdog while the agent's loop is alive.

@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	_ "time/tzdata" // freeze windows name zones, and a minimal host has no database of them
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"

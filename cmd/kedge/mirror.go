@@ -56,6 +56,7 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")
 	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"), "known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
 	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"), "allowed_signers `file`: with it, a commit without a signature by one of them is refused")
+	f.StringVar(&c.CacheDir, "cache-dir", os.Getenv("CACHE_DIRECTORY"), "`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
 	return command
 }

@@ -76,11 +76,10 @@ func (a *app) checkManifest(file string) error {
 		return err
 	}
 	// Variables are the nodes' to set: here each stands for itself.
-	m, err := deployments.ParseManifest(data, "file:///manifest.yaml", func(name string) (string, bool) { return "$" + name, true })
+	traps, err := deployments.ManifestTraps(data, func(name string) (string, bool) { return "/" + name, true })
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	traps := m.Traps(data)
 	if a.json {
 		return a.printJSON(traps)
 	}
