@@ -2,31 +2,55 @@ package artifact
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
 	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+)
+
+var (
+	// ErrDigest means that bytes are not those that a pointer or a manifest names. Trying again does not help.
+	ErrDigest = errors.New("wrong digest")
+	// ErrNoRelease means that a release does not lie complete on this disk.
+	ErrNoRelease = errors.New("no such release on this disk")
 )
 
 // Releases is where one dest's releases lie: DEST.releases/, beside dest, so that both are on one file system.
 //
 //	/srv/app                                  symlink to app.releases/1.4.2-9f2c01ab34cd, relative
 //	/srv/app.releases/1.4.2-9f2c01ab34cd/     a complete, verified, synced tree
+//	/srv/app.releases/adopted-…/              what was at dest before kedge; never removed
 //	/srv/app.releases/.kedge/…                manifests, indexes, trees being staged; private (0700)
 //
-// One process at a time may use it (the agent's lock on its state directory sees to that).
+// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the name is, all
+// of it is. One process at a time may change it (the agent's lock on its state directory sees to that).
 type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
+	// step is told before and after each change on disk: where tests kill. nil: nobody.
+	step func(name string)
 }
 
 // Release is a complete tree on disk.
 type Release struct {
 	Pointer  deployments.Pointer
-	Manifest *deployments.Manifest
-	Raw      []byte // the manifest's bytes
-	Dir      string // absolute
+	Manifest *deployments.Manifest // as it was staged here: variables filled in, URLs absolute
+	Raw      []byte                // the manifest's bytes
+	Dir      string                // absolute
 }
 
 // Progress is told while a release is staged or published. Bytes; Total is 0 while unknown.
@@ -42,51 +66,378 @@ type StageOptions struct {
 	Base deployments.Pointer
 }
 
+// Difference is one path of a live tree that isn't as its release says.
+type Difference struct {
+	Path string `json:"path"` // relative to the tree
+	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type"
+}
+
 // Open opens the releases of dest. It makes nothing on disk.
 func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
-	return &Releases{dest: dest, objects: objects, log: log}
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
 // FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
 func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Pointer, env func(string) (string, bool)) (*deployments.Manifest, []byte, error) {
-	return fetchManifest(ctx, objects, p, env)
+	raw, err := objects.ReadAll(ctx, p.URL, deployments.MaxManifest)
+	if err != nil {
+		return nil, nil, fmt.Errorf("fetch the manifest: %w", err)
+	}
+	if got := digestOf(raw); got != p.Digest {
+		return nil, nil, fmt.Errorf("the manifest %s: %w: it is sha256:%s", p.URL, ErrDigest, got)
+	}
+	m, err := deployments.ParseManifest(raw, p.URL, env)
+	if err != nil {
+		return nil, nil, fmt.Errorf("%s: %w", p.URL, err)
+	}
+	return m, raw, nil
 }
 
-// Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does nothing where it
-// does so already. Killed at any point, the next Stage finishes or starts again, and never takes a half tree for a whole one.
-// raw is the manifest's bytes, whose digest is p's. A full disk is reported before anything is fetched, where sizes are known.
-func (r *Releases) Stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
-	return r.stage(ctx, p, m, raw, opt)
+func (r *Releases) top() string     { return r.dest + ".releases" }
+func (r *Releases) private() string { return filepath.Join(r.top(), ".kedge") }
+
+// record is what .kedge/NAME.json holds of the release whose directory is NAME. It exists before the directory does.
+type record struct {
+	Pointer deployments.Pointer
+	// Manifest is as it was parsed: its environment may have changed since.
+	Manifest *deployments.Manifest
+	Raw      []byte
+	Index    deployments.Digest // of .kedge/NAME.index
+}
+
+const (
+	recordSuffix  = ".json"
+	indexSuffix   = ".index"
+	stagingPrefix = "staging-"
+	trashPrefix   = "trash-"
+	healPrefix    = "heal-" // what healing a tree exchanged it for
+	adoptedPrefix = "adopted-"
+	linkName      = "link"
+)
+
+// nameOf is a release's directory.
+func nameOf(version string, digest deployments.Digest) string {
+	if version == "" {
+		return digest.Short()
+	}
+	return version + "-" + digest.Short()
+}
+
+func (r *Releases) readRecord(name string) (*record, error) {
+	data, err := os.ReadFile(filepath.Join(r.private(), name+recordSuffix))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNoRelease
+	}
+	if err != nil {
+		return nil, err
+	}
+	var rec record
+	if err := json.Unmarshal(data, &rec); err != nil || rec.Manifest == nil {
+		return nil, fmt.Errorf("%w: the record of %s is damaged: %v", ErrNoRelease, name, err)
+	}
+	return &rec, nil
+}
+
+// load gives the release whose directory is name.
+func (r *Releases) load(name string) (*Release, *record, error) {
+	rec, err := r.readRecord(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	dir := filepath.Join(r.top(), name)
+	if info, err := os.Lstat(dir); err != nil || !info.IsDir() {
+		return nil, nil, fmt.Errorf("%s: %w", dir, ErrNoRelease)
+	}
+	return &Release{Pointer: rec.Pointer, Manifest: rec.Manifest, Raw: rec.Raw, Dir: dir}, rec, nil
+}
+
+// names lists the releases that have a record, the one last staged or switched to first.
+func (r *Releases) names() ([]string, error) {
+	entries, err := os.ReadDir(r.private())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	type aged struct {
+		name string
+		time time.Time
+	}
+	var found []aged
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		if !ok {
+			continue
+		}
+		if info, err := e.Info(); err == nil {
+			found = append(found, aged{name, info.ModTime()})
+		}
+	}
+	slices.SortStableFunc(found, func(a, b aged) int { return b.time.Compare(a.time) })
+	names := make([]string, len(found))
+	for i, a := range found {
+		names[i] = a.name
+	}
+	return names, nil
 }
 
 // Find returns a release that lies complete on disk, or ErrNoRelease.
-func (r *Releases) Find(digest deployments.Digest) (*Release, error) { return r.find(digest) }
+func (r *Releases) Find(digest deployments.Digest) (*Release, error) {
+	rel, _, err := r.find(digest)
+	return rel, err
+}
+
+func (r *Releases) find(digest deployments.Digest) (*Release, *record, error) {
+	names, err := r.names()
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, name := range names {
+		if name != digest.Short() && !strings.HasSuffix(name, "-"+digest.Short()) {
+			continue
+		}
+		if rel, rec, err := r.load(name); err == nil && rec.Pointer.Digest == digest {
+			return rel, rec, nil
+		}
+	}
+	return nil, nil, fmt.Errorf("%s: %w", digest.Short(), ErrNoRelease)
+}
 
 // Current returns what dest resolves to, or ErrNoRelease where dest is absent, or not a link of ours.
-func (r *Releases) Current() (*Release, error) { return r.current() }
+func (r *Releases) Current() (*Release, error) {
+	rel, _, err := r.current()
+	return rel, err
+}
+
+func (r *Releases) current() (*Release, *record, error) {
+	target, err := os.Readlink(r.dest)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTDIR) {
+		return nil, nil, fmt.Errorf("%s: %w", r.dest, ErrNoRelease)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(r.dest), target)
+	}
+	if filepath.Dir(target) != r.top() {
+		return nil, nil, fmt.Errorf("%s leads to %s: %w", r.dest, target, ErrNoRelease)
+	}
+	return r.load(filepath.Base(target))
+}
 
 // Switch makes dest resolve to rel by one rename, and syncs the directory. Where dest is a directory of before kedge's time, the
 // two are exchanged in one system call (renameat2 RENAME_EXCHANGE) and the old tree is kept in DEST.releases/.
-func (r *Releases) Switch(rel *Release) error { return r.switchTo(rel) }
-
-// Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged.
-func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
-	return r.prune(keep, protect...)
+func (r *Releases) Switch(rel *Release) error {
+	if err := r.switchTo(rel); err != nil {
+		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
+	}
+	return nil
 }
 
-// Difference is one path of a live tree that isn't as its release says.
-type Difference struct {
-	Path string // relative to the tree
-	What string // "missing", "extra", "content", "mode", "owner", "link", "type"
+func (r *Releases) switchTo(rel *Release) error {
+	name := filepath.Base(rel.Dir)
+	if info, err := os.Stat(rel.Dir); err != nil || !info.IsDir() || filepath.Dir(rel.Dir) != r.top() {
+		return ErrNoRelease
+	}
+	if err := r.adopt(); err != nil {
+		return err
+	}
+	target := filepath.Join(filepath.Base(r.top()), name)
+	now := time.Now()
+	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil { // Prune goes by it
+		return err
+	}
+	if there, err := os.Readlink(r.dest); err == nil && there == target {
+		return syncDir(filepath.Dir(r.dest))
+	}
+	link := filepath.Join(r.private(), linkName)
+	r.at("link")
+	if err := os.Symlink(target, link); err != nil {
+		return err
+	}
+	info, err := os.Lstat(r.dest)
+	r.at("switch")
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+	case err == nil && info.IsDir():
+		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.dest, unix.RENAME_EXCHANGE)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
+			err = fmt.Errorf("it is a directory that can't be exchanged for a link (%w): stop what uses it, move it away, and try again", err)
+		}
+	case err == nil && info.Mode()&fs.ModeSymlink == 0:
+		err = errors.New("it is a file: move it away first")
+	default:
+		err = os.Rename(link, r.dest)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(link))
+	}
+	r.at("switched")
+	if err := syncDir(filepath.Dir(r.dest)); err != nil {
+		return err
+	}
+	return r.adopt()
+}
+
+// adopt gives the tree that was at dest before kedge, and that an exchange left under the link's name, a name to stay; a link that
+// was never used it removes.
+func (r *Releases) adopt() error {
+	link := filepath.Join(r.private(), linkName)
+	info, err := os.Lstat(link)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case !info.IsDir():
+		return os.Remove(link)
+	}
+	kept := filepath.Join(r.top(), adoptedPrefix+time.Now().UTC().Format("20060102T150405.000000"))
+	if err := os.Rename(link, kept); err != nil {
+		return err
+	}
+	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", kept)
+	return errors.Join(syncDir(r.top()), syncDir(r.private()))
+}
+
+// Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged. Where
+// dest can't be read it removes nothing.
+func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
+	if err := r.prune(keep, protect); err != nil {
+		return fmt.Errorf("prune %s: %w", r.top(), err)
+	}
+	return nil
+}
+
+func (r *Releases) prune(keep int, protect []deployments.Digest) error {
+	live, _, err := r.current()
+	if err != nil && !errors.Is(err, ErrNoRelease) {
+		return err
+	}
+	liveDir, _ := filepath.EvalSymlinks(r.dest) // also where its record is damaged
+	names, err := r.names()
+	if err != nil {
+		return err
+	}
+	protected := func(short string) bool {
+		return slices.ContainsFunc(protect, func(d deployments.Digest) bool { return d.Short() == short })
+	}
+	kept := map[string]bool{}
+	others := 0
+	for _, name := range names {
+		short := name[max(0, len(name)-12):]
+		dir := filepath.Join(r.top(), name)
+		switch real, err := filepath.EvalSymlinks(dir); {
+		case live != nil && live.Dir == dir, liveDir != "" && err == nil && real == liveDir, protected(short):
+			kept[short] = true
+			continue
+		}
+		if _, err := os.Lstat(dir); err == nil {
+			if others++; others <= keep {
+				kept[short] = true
+				continue
+			}
+		}
+		if err := r.remove(name); err != nil {
+			return err
+		}
+	}
+	entries, err := os.ReadDir(r.private())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := e.Name()
+		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
+		healed, isHealed := strings.CutPrefix(name, healPrefix)
+		switch {
+		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed]:
+			if err := os.RemoveAll(filepath.Join(r.private(), name)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// remove takes a release's name away first, so that no half of it is ever found.
+func (r *Releases) remove(name string) error {
+	trash := filepath.Join(r.private(), trashPrefix+name)
+	if err := removeTree(trash); err != nil {
+		return err
+	}
+	r.at("trash")
+	if err := os.Rename(filepath.Join(r.top(), name), trash); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	r.at("trashed")
+	for _, suffix := range []string{recordSuffix, indexSuffix} {
+		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return removeTree(trash)
 }
 
 // Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it was
 // staged), and names what differs. It reads every byte; limit, in bytes a second, keeps it out of the way (0: none).
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
-	return r.verify(ctx, rel, limit)
+	rec, err := r.readRecord(filepath.Base(rel.Dir))
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
+	}
+	index, err := r.readIndex(filepath.Base(rel.Dir), rec)
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
+	}
+	differences, err := verifyTree(ctx, rel.Dir, index, limit)
+	if err != nil {
+		return nil, err
+	}
+	owners, err := verifyOwner(ctx, rel.Dir, rel.Manifest.Owner)
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
+	}
+	return append(differences, owners...), nil
 }
 
-// Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.
-func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
-	return unpack(ctx, objects, m, dir, opt)
+func (r *Releases) readIndex(name string, rec *record) ([]byte, error) {
+	data, err := os.ReadFile(filepath.Join(r.private(), name+indexSuffix))
+	if err != nil {
+		return nil, err
+	}
+	if digestOf(data) != rec.Index {
+		return nil, fmt.Errorf("%w: its index on this disk is damaged", ErrDigest)
+	}
+	return data, nil
+}
+
+func (r *Releases) at(name string) {
+	if r.step != nil {
+		r.step(name)
+	}
+}
+
+// writeDurably writes a private file that is there whole, or not at all.
+func writeDurably(path string, data []byte) error {
+	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

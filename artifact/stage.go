@@ -1,0 +1,217 @@
+package artifact
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does nothing where it
+// does so already. Killed at any point, the next Stage finishes or starts again, and never takes a half tree for a whole one.
+// raw is the manifest's bytes, whose digest is p's. A full disk is reported before anything is fetched, where sizes are known.
+func (r *Releases) Stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
+	rel, err := r.stage(ctx, p, m, raw, opt)
+	if err != nil {
+		return nil, fmt.Errorf("stage %s: %w", nameOf(m.Version, p.Digest), err)
+	}
+	return rel, nil
+}
+
+func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
+	if digestOf(raw) != p.Digest {
+		return nil, fmt.Errorf("the manifest %s: %w", p.URL, ErrDigest)
+	}
+	if m.Src == "" {
+		return nil, errors.New("the manifest has commands only, and no tree")
+	}
+	if rel, err := r.Find(p.Digest); err == nil {
+		return rel, nil
+	} else if !errors.Is(err, ErrNoRelease) {
+		return nil, err
+	}
+	staging := filepath.Join(r.private(), stagingPrefix+p.Digest.Short())
+	if err := r.prepare(staging); err != nil {
+		return nil, err
+	}
+	r.at("fetch")
+	index, err := fill(ctx, r.objects, m, r.base(opt.Base), staging, opt)
+	if err != nil {
+		return nil, errors.Join(err, abandon(err, m, staging))
+	}
+	r.at("fetched")
+	name := nameOf(m.Version, p.Digest)
+	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory takes the right to write into it
+		return nil, err
+	}
+	if err := syncFS(staging); err != nil {
+		return nil, err
+	}
+	r.at("synced")
+	rec, err := json.Marshal(record{Pointer: p, Manifest: m, Raw: raw, Index: digestOf(index)})
+	if err != nil {
+		return nil, err
+	}
+	if err := writeDurably(filepath.Join(r.private(), name+indexSuffix), index); err != nil {
+		return nil, err
+	}
+	r.at("index")
+	if err := writeDurably(filepath.Join(r.private(), name+recordSuffix), rec); err != nil {
+		return nil, err
+	}
+	r.at("record")
+	dir := filepath.Join(r.top(), name)
+	if err := r.install(staging, dir); err != nil {
+		return nil, err
+	}
+	r.at("installed")
+	if m.DestMode&0o200 == 0 {
+		if err := os.Chmod(dir, m.DestMode); err != nil {
+			return nil, err
+		}
+	}
+	if err := errors.Join(syncDir(r.top()), syncDir(r.private())); err != nil {
+		return nil, err
+	}
+	return &Release{Pointer: p, Manifest: m, Raw: raw, Dir: dir}, nil
+}
+
+// prepare makes the directories, private but for the top.
+func (r *Releases) prepare(staging string) error {
+	if err := os.MkdirAll(r.top(), 0o755); err != nil {
+		return err
+	}
+	for _, dir := range []string{r.private(), staging} {
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := os.Chmod(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	return syncDir(filepath.Dir(r.top()))
+}
+
+// install renames the staged tree. A directory that has the name and no record is no release of ours to trust: it goes, by an
+// exchange, since dest may lead to it.
+func (r *Releases) install(staging, dir string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		err = os.Rename(staging, dir) // over an empty directory at most
+	}
+	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENOTEMPTY) {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
+		return fmt.Errorf("%s is there already, and can't be exchanged: %w", dir, err)
+	}
+	return removeTree(staging)
+}
+
+// base gives the release to take files from: what it can't read is none.
+func (r *Releases) base(p deployments.Pointer) *base {
+	var rel *Release
+	var rec *record
+	var err error
+	if p.IsZero() {
+		rel, rec, err = r.current()
+	} else {
+		rel, rec, err = r.find(p.Digest)
+	}
+	if err != nil {
+		return nil
+	}
+	index, err := r.readIndex(filepath.Base(rel.Dir), rec)
+	if err != nil {
+		r.log.Warn("the old release can't be used to fetch less", "dir", rel.Dir, "error", err)
+		return nil
+	}
+	return &base{dir: rel.Dir, index: index, digest: rec.Index}
+}
+
+// Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.
+func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+	if m.Src == "" {
+		return errors.New("unpack: the manifest has commands only, and no tree")
+	}
+	if _, err := fill(ctx, objects, m, nil, dir, opt); err != nil {
+		return fmt.Errorf("unpack into %s: %w", dir, err)
+	}
+	return syncFS(dir)
+}
+
+// fill puts m's tree into dir, and gives it its owner. It returns the tree's index.
+func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (index []byte, err error) {
+	if m.Index != nil {
+		index, err = fetchIndexed(ctx, objects, m, base, dir, opt)
+	} else {
+		if err := emptyDir(dir); err != nil { // a stream can't be resumed in the middle
+			return nil, err
+		}
+		if err = extract(ctx, objects, m, dir, opt); err == nil {
+			index, err = indexOfTree(ctx, dir)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return index, applyOwner(ctx, dir, m.Owner)
+}
+
+// abandon removes what can't be of use to the next try: all but the verified parts of a fetch that was cut off.
+func abandon(err error, m *deployments.Manifest, staging string) error {
+	if m.Index != nil && !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, ErrDigest) && !errors.Is(err, ErrIndex) {
+		return nil
+	}
+	return removeTree(staging)
+}
+
+// removeTree removes a tree, also where it holds directories that its owner may not write into.
+func removeTree(dir string) error {
+	err := os.RemoveAll(dir)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	filepath.WalkDir(dir, func(p string, d fs.DirEntry, _ error) error {
+		if d != nil && d.IsDir() {
+			os.Chmod(p, 0o700)
+		}
+		return nil
+	})
+	return os.RemoveAll(dir)
+}
+
+func emptyDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// syncFS writes all of dir's file system to the disk: many times faster than a sync of each file.
+func syncFS(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("syncing %s: %w", dir, err)
+	}
+	return nil
+}
