@@ -221,7 +221,7 @@ func (u *Unit) stage(ctx context.Context, r *release) error {
 		return err
 	}
 	if err := u.site(r).stage(ctx, r, u.j.Running, progress); err != nil {
-		return fmt.Errorf("staging %s: %w", r.Pointer, err)
+		return err
 	}
 	u.at("after stage")
 	if u.j.Staged == r.Pointer {

@@ -177,7 +177,7 @@ func unpack(ctx context.Context, objects *object.Client, r *release, dir string,
 		return fmt.Errorf("making a directory to unpack into: %w", err)
 	}
 	if err := artifact.Unpack(ctx, objects, r.Manifest, dir, artifact.StageOptions{Progress: progress}); err != nil {
-		return errors.Join(err, os.RemoveAll(dir))
+		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), os.RemoveAll(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
 		return fmt.Errorf("setting dest_mode: %w", err)
