@@ -178,8 +178,7 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	}
 	text := append(bytes.TrimRight(bytes.Clone(p.opt.Template), "\n"), '\n')
 	text = append(text, more...)
-	// Variables are the nodes' to set; here each is a path, which most fields take.
-	_, err = deployments.ParseManifest(text, p.url+manifestName, func(string) (string, bool) { return "/variable", true })
+	_, err = deployments.ParseTemplate(text, p.url+manifestName)
 	return text, err
 }
 
@@ -197,8 +196,12 @@ func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 
 // delta makes and uploads what turns an earlier release into this one. The earlier one is fetched first.
 func (p *publisher) delta(from deployments.Pointer, made packed) (d deployments.Delta, err error) {
-	// Its variables don't matter: only its tree is wanted.
-	old, _, err := FetchManifest(p.ctx, p.objects, from, func(string) (string, bool) { return "/variable", true })
+	raw, err := fetchRaw(p.ctx, p.objects, from)
+	if err != nil {
+		return d, err
+	}
+	// Only its tree is wanted.
+	old, err := deployments.ParseTemplate(raw, from.URL)
 	if err != nil {
 		return d, err
 	}

@@ -82,18 +82,27 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 
 // FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
 func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Pointer, env func(string) (string, bool)) (*deployments.Manifest, []byte, error) {
-	raw, err := objects.ReadAll(ctx, p.URL, deployments.MaxManifest)
+	raw, err := fetchRaw(ctx, objects, p)
 	if err != nil {
-		return nil, nil, fmt.Errorf("fetch the manifest: %w", err)
-	}
-	if got := digestOf(raw); got != p.Digest {
-		return nil, nil, fmt.Errorf("the manifest %s: %w: it is sha256:%s", p.URL, ErrDigest, got)
+		return nil, nil, err
 	}
 	m, err := deployments.ParseManifest(raw, p.URL, env)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%s: %w", p.URL, err)
 	}
 	return m, raw, nil
+}
+
+// fetchRaw reads the bytes that p points to, and no others.
+func fetchRaw(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+	raw, err := objects.ReadAll(ctx, p.URL, deployments.MaxManifest)
+	if err != nil {
+		return nil, fmt.Errorf("fetch the manifest: %w", err)
+	}
+	if got := digestOf(raw); got != p.Digest {
+		return nil, fmt.Errorf("the manifest %s: %w: its bytes have sha256:%s: it was replaced, or the pointer is mistyped", p.URL, ErrDigest, got)
+	}
+	return raw, nil
 }
 
 func (r *Releases) top() string     { return r.dest + ".releases" }

@@ -32,25 +32,42 @@ const (
 // {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute
 // against url. Unknown fields, doubles and bad values are Problems with line and column.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
+	if env == nil {
+		env = func(string) (string, bool) { return "", false }
+	}
 	m, _, err := readManifest(data, url, env)
 	return m, err
 }
 
-// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's.
-func ManifestTraps(data []byte, env func(string) (string, bool)) ([]Problem, error) {
-	_, traps, err := readManifest(data, "file:///manifest.yaml", env)
+// ParseTemplate reads a manifest where its variables aren't known: fields that hold one are not checked, and may be left empty.
+func ParseTemplate(data []byte, url string) (*Manifest, error) {
+	m, _, err := readManifest(data, url, nil)
+	return m, err
+}
+
+// variable stands for a variable's value in a template.
+const variable = "kedge-variable"
+
+// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's. Variables are left open.
+func ManifestTraps(data []byte) ([]Problem, error) {
+	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
 }
 
+// readManifest leaves variables open where env is nil.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
+	}
+	open := env == nil
+	if open {
+		env = func(string) (string, bool) { return variable, true }
 	}
 	text, err := expand(string(data), env)
 	if err != nil {
 		return nil, nil, fmt.Errorf("the manifest: %w", err)
 	}
-	r := &manifestReader{reader: reader{file: "manifest"}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
+	r := &manifestReader{reader: reader{file: "manifest", open: open}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
 		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
 		Health: Health{Timeout: defaultHealthTimeout},
 	}}
@@ -71,9 +88,6 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 // expand replaces {{ env }} and {{ must_env }}. They are the only actions: a template that could loop or recurse would be a
 // program, run before anything of it was looked at.
 func expand(text string, env func(string) (string, bool)) (string, error) {
-	if env == nil {
-		env = func(string) (string, bool) { return "", false }
-	}
 	if !strings.Contains(text, "{{") {
 		return text, nil
 	}
@@ -237,6 +251,9 @@ func (r *manifestReader) destMode(n ast.Node) {
 	digits := strings.TrimPrefix(strings.TrimPrefix(s, "0o"), "0")
 	mode, err := strconv.ParseUint(digits, 8, 32)
 	if err != nil || mode == 0 || mode > 0o777 {
+		if r.open && strings.Contains(s, variable) {
+			return
+		}
 		r.at(n, "%q: want a mode in octal, as in 0755", clip(s))
 		return
 	}

@@ -129,7 +129,7 @@ func TestRelativeURLs(t *testing.T) {
 
 func TestManifestTraps(t *testing.T) {
 	t.Parallel()
-	traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /d\ndest_mode: 755\ncommands:\n  failure: [./notify]\n"), nil)
+	traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + strings.Repeat("a", 32) + "\ndest: /d\ndest_mode: 755\ncommands:\n  failure: [./notify]\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -139,9 +139,21 @@ func TestManifestTraps(t *testing.T) {
 			t.Errorf("the traps don't say %q:\n%s", want, text)
 		}
 	}
-	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: "+hex64+"\ndest: /d\nsync_strategy: release\n"), nil); err != nil || len(traps) > 0 {
+	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /d\nsync_strategy: release\n")); err != nil || len(traps) > 0 {
 		t.Errorf("traps in a good manifest: %v, %v", traps, err)
 	}
+}
+
+// Where variables aren't known, what holds one isn't checked, and everything else is.
+func TestParseTemplate(t *testing.T) {
+	t.Parallel()
+	text := "src: a.tar\nchecksum: " + hex64 + "\ndest: '{{ must_env `ROOT` }}/app'\nhealth:\n  timeout: '{{ env `T` `5s` }}'\n  checks:\n  - http: '{{ must_env `SITE` }}/x'\n"
+	m, err := ParseTemplate([]byte(text), manifestURL)
+	if err != nil || m.Src != "s3://acme-releases/web/1.4.2/a.tar" || m.Dest != "" {
+		t.Errorf("%+v, %v", m, err)
+	}
+	_, err = ParseTemplate([]byte(text+"keep: lots\n"), manifestURL)
+	check(t, err, "manifest:8:7:")
 }
 
 // A manifest is the same after it was written and read.

@@ -18,7 +18,9 @@ import (
 
 // reader reads one YAML document strictly, and notes every mistake with its place. JSON is YAML, so it reads that too.
 type reader struct {
-	file     string
+	file string
+	// open: variables stand for values that aren't known here, and what holds one isn't looked into.
+	open     bool
 	problems Problems
 }
 
@@ -256,7 +258,9 @@ func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node)
 		}
 		v, err := parse(s)
 		if err != nil {
-			r.at(n, "%v", err)
+			if !r.open || !strings.Contains(s, variable) {
+				r.at(n, "%v", err)
+			}
 			return
 		}
 		*to = v

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -170,5 +169,5 @@ func cpuTime(b *testing.B, pid int) time.Duration {
 	if err := unix.ClockGettime(clock, &ts); err != nil {
 		b.Fatal(err)
 	}
-	return time.Duration(syscall.Timespec(unix.Timespec(ts)).Nano())
+	return time.Duration(ts.Nano())
 }

@@ -39,7 +39,7 @@ may be given there or here.
 				return usagef("--to is missing: the URL prefix to publish below, as in s3://acme-releases")
 			}
 			if template != "" {
-				if err := readTemplate(template, &opt.Manifest); err != nil {
+				if err := readTemplate(template, &opt); err != nil {
 					return err
 				}
 			}
@@ -49,7 +49,7 @@ may be given there or here.
 				}
 			}
 			m := &opt.Manifest
-			if m.Name == "" || m.Version == "" || m.Dest == "" {
+			if m.Name == "" || m.Version == "" || m.Dest == "" && opt.Template == nil {
 				return usagef("name, version and dest are needed: give --name, --version and --dest, or set them in --manifest")
 			}
 			if m.Strategy == "" {

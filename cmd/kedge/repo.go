@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/sync/mirror"
@@ -75,8 +75,7 @@ func (a *app) checkManifest(file string) error {
 	if err != nil {
 		return err
 	}
-	// Variables are the nodes' to set: here each stands for itself.
-	traps, err := deployments.ManifestTraps(data, func(name string) (string, bool) { return "/" + name, true })
+	traps, err := deployments.ManifestTraps(data)
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
@@ -166,19 +165,16 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// readTemplate fills opt's manifest from a file, in which {{ env }} and {{ must_env }} are kept for the nodes to fill in.
-func readTemplate(file string, into *deployments.Manifest) error {
+// readTemplate fills opt from a manifest's file. Its text is kept as it is, with {{ env }} and {{ must_env }} for the nodes to fill in.
+func readTemplate(file string, opt *artifact.PublishOptions) error {
 	data, err := os.ReadFile(file)
 	if err != nil {
 		return fmt.Errorf("reading the manifest's template: %w", err)
 	}
-	if bytes.Contains(data, []byte("{{")) {
-		return fmt.Errorf("%s: variables ({{ … }}) are not kept by kedge publish yet: write the value, or set it in the node's configuration", file)
-	}
-	m, err := deployments.ParseManifest(data, "file:///manifest.yaml", nil)
+	m, err := deployments.ParseTemplate(data, "file:///manifest.yaml")
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	*into = *m
+	opt.Template, opt.Manifest = data, *m
 	return nil
 }
