@@ -54,9 +54,9 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 }
 
-// partOf reports whether a release is the record's target, or one whose rollout this one replaced.
+// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is stable.
 func partOf(r deployments.Record, d deployments.Digest) bool {
-	if d.IsZero() {
+	if d.IsZero() || d == r.Stable.Digest {
 		return false
 	}
 	if d == r.Target.Digest {

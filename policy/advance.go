@@ -1,0 +1,322 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// view is what the fleet's reports say about a record's rollout.
+type view struct {
+	live, gone int
+	// nodes are the live ones that take part, by rank.
+	nodes []place
+	// inflight are live nodes that are changing, or may begin to at any time; pending those among them that were admitted.
+	inflight, pending int
+	// failed are nodes on which the target failed; failure names one of them, and says how.
+	failed  int
+	failure string
+	// overdue is set where something is in flight, and the last step was a deadline ago.
+	overdue bool
+}
+
+// place is one live node in a rollout.
+type place struct {
+	rank     uint64
+	inflight bool
+	settled  bool // admitting it, or on the way back letting it go, takes no room: it is there, or the release failed on it
+}
+
+const defaultDeadline = 10 * time.Minute
+
+func (m *mover) deadline() time.Time {
+	d := defaultDeadline
+	if u := m.Unit.Rollout; u != nil && u.Deadline > 0 {
+		d = u.Deadline
+	}
+	return m.r.Rollout.Since.Add(d)
+}
+
+// look reads the reports.
+func (m *mover) look() view {
+	var v view
+	r, p := m.r, m.r.Rollout
+	back := p.Phase == deployments.PhaseBack
+	fail := func(n Node, how string) {
+		if v.failed++; v.failed == 1 {
+			v.failure = n.Name + ": " + how
+		}
+	}
+	var late []Node
+	for _, n := range m.Nodes {
+		u := n.Report
+		if u.Pinned || u.State == deployments.StateHeld {
+			continue
+		}
+		rank := Rank(n.Name, r.Target.Digest)
+		admitted := rank <= p.Cutoff
+		aware := u.Generation == r.Generation
+		there := u.State == deployments.StateConverged && u.Running.Digest == r.Target.Digest
+		if n.Gone {
+			v.gone++
+			if !back && admitted && aware && !there && u.Want.Digest == r.Target.Digest && u.State != deployments.StateQuarantined {
+				fail(n, "gone while it switched")
+			}
+			continue
+		}
+		v.live++
+		final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
+		x := place{rank: rank}
+		switch {
+		case m.straggles(n):
+			x.inflight = true
+		case back:
+			on := partOf(r, u.Running.Digest)
+			x.settled = !on || final && u.Want.Digest == r.Stable.Digest
+			x.inflight = !final && (busy(u) || on && !admitted || m.strays(u))
+		case final && u.Want.Digest == r.Target.Digest:
+			x.settled = true
+			if admitted {
+				fail(n, cmp.Or(u.Error, string(u.State)))
+			}
+		default:
+			x.settled = there
+			x.inflight = !there && !final && (admitted || busy(u) || m.strays(u))
+		}
+		if x.inflight {
+			v.inflight++
+			if admitted {
+				v.pending++
+				late = append(late, n)
+			}
+		}
+		v.nodes = append(v.nodes, x)
+	}
+	slices.SortFunc(v.nodes, func(a, b place) int { return cmp.Compare(a.rank, b.rank) })
+	if v.overdue = v.inflight > 0 && !m.Now.Before(m.deadline()); v.overdue && !back {
+		for _, n := range late {
+			fail(n, "not converged in time, "+cmp.Or(n.Report.Error, string(n.Report.State), "and silent"))
+		}
+	}
+	return v
+}
+
+// busy reports whether a node that ran something is changing.
+func busy(u deployments.UnitReport) bool {
+	switch u.State {
+	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
+		return !u.Running.IsZero()
+	}
+	return false
+}
+
+// straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it knows this one.
+func (m *mover) straggles(n Node) bool {
+	u := n.Report
+	if u.Generation >= m.r.Generation {
+		return false
+	}
+	for _, o := range m.r.Rollout.Over {
+		if Rank(n.Name, o.Digest) > o.Cutoff {
+			continue
+		}
+		switch {
+		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest:
+		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest):
+		default:
+			return true
+		}
+	}
+	return false
+}
+
+// strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets around to it.
+func (m *mover) strays(u deployments.UnitReport) bool {
+	return !u.Running.IsZero() && u.Running.Digest != m.r.Stable.Digest && !partOf(m.r, u.Running.Digest) && !m.r.Stable.IsZero()
+}
+
+// room is how many more nodes may begin to change, and how many of those that do already may be admitted.
+func (m *mover) room(v view) (fresh, known int) {
+	budget := v.live
+	if u := m.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
+		budget = max(1, u.MaxUnavailable.Of(v.live))
+	}
+	if fresh = budget - v.inflight; fresh <= 0 && v.overdue {
+		return budget, budget // those that hang have had their time, and so few failures are borne
+	}
+	return fresh, budget - v.pending
+}
+
+// admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room.
+func (m *mover) admit(v view, want int) (admitted int, moved bool) {
+	p := m.r.Rollout
+	fresh, known := m.room(v)
+	for _, n := range v.nodes {
+		if n.rank <= p.Cutoff {
+			admitted++
+			continue
+		}
+		if admitted >= want {
+			break
+		}
+		if !n.settled || n.inflight {
+			if known <= 0 || !n.inflight && fresh <= 0 {
+				break
+			}
+			known--
+			if !n.inflight {
+				fresh--
+			}
+		}
+		admitted++
+		p.Cutoff, moved = n.rank, true
+	}
+	if moved {
+		p.Since, p.Healthy = m.Now, time.Time{}
+	}
+	return admitted, moved
+}
+
+// waits says why nothing may go on now; "": it may.
+func (m *mover) waits(v view) string {
+	p := m.r.Rollout
+	switch {
+	case m.Freeze.Frozen && m.Freeze.Wait && !p.Forced && m.r.Stable != m.r.Target:
+		m.wakeFrozen()
+		return m.Freeze.String()
+	case v.live == 0 && v.gone > 0:
+		return fmt.Sprintf("all of its %d nodes are gone", v.gone)
+	}
+	return ""
+}
+
+// baked notes since when all is well, and reports whether that is long enough.
+func (m *mover) baked() bool {
+	p, u := m.r.Rollout, m.Unit.Rollout
+	if p.Healthy.IsZero() {
+		p.Healthy = m.Now
+	}
+	if u == nil {
+		return true
+	}
+	done := p.Healthy.Add(u.Bake)
+	if m.Now.Before(done) {
+		m.wake(done)
+		return false
+	}
+	return true
+}
+
+func (m *mover) stepCanary() bool {
+	if m.Unit.Rollout == nil {
+		m.roll("rolling out")
+		return true
+	}
+	if m.failing() {
+		return true
+	}
+	v := m.look()
+	if m.say = cmp.Or(m.waits(v), m.say); m.waits(v) != "" {
+		return false
+	}
+	want := min(max(1, m.Unit.Rollout.Canary.Of(v.live)), v.live)
+	admitted, moved := m.admit(v, want)
+	if moved {
+		m.say = fmt.Sprintf("canaries: %d of %d", admitted, want)
+	}
+	switch {
+	case moved || admitted < want || v.pending > 0 && !v.overdue:
+		m.wakeLate(v, moved)
+		return false
+	case !m.baked():
+		m.say = cmp.Or(m.say, "canaries bake")
+		return false
+	case m.Unit.Rollout.Approval == deployments.Manual:
+		p := m.r.Rollout
+		p.Phase, p.Since, m.say = deployments.PhaseWaiting, m.Now, "the canaries are well: waits for promote"
+		return false
+	}
+	m.roll("rolling out")
+	return true
+}
+
+func (m *mover) stepRolling() bool {
+	if m.Unit.Rollout == nil {
+		m.r.Rollout, m.say = nil, "every node at once"
+		return false
+	}
+	if m.failing() {
+		return true
+	}
+	v := m.look()
+	if why := m.waits(v); why != "" {
+		m.say = why
+		return false
+	}
+	p := m.r.Rollout
+	admitted, moved := m.admit(v, v.live)
+	if admitted == v.live {
+		p.Cutoff = math.MaxUint64
+	}
+	if moved {
+		m.say = fmt.Sprintf("%d of %d nodes admitted", admitted, v.live)
+	}
+	if moved || admitted < v.live || v.inflight > 0 && !v.overdue {
+		m.wakeLate(v, moved)
+		return false
+	}
+	if m.Unit.Rollout.Canary.N == 0 && !m.baked() { // without canaries all of them bake
+		m.say = cmp.Or(m.say, "all nodes bake")
+		return false
+	}
+	m.r.Stable, m.r.Rollout, m.say = m.r.Target, nil, "every node converged"
+	return false
+}
+
+// wakeLate asks to look again when what is in flight should have come.
+func (m *mover) wakeLate(v view, moved bool) {
+	if v.inflight > 0 || moved {
+		m.wake(m.deadline())
+	}
+}
+
+// stepBack lowers the cutoff over the next nodes that run what was rolled back.
+func (m *mover) stepBack() bool {
+	p, v := m.r.Rollout, m.look()
+	if v.live == 0 && v.gone > 0 {
+		return false
+	}
+	room, _ := m.room(v)
+	moved := false
+	left := uint64(0) // the highest rank that stays for now
+	for _, n := range slices.Backward(v.nodes) {
+		if n.rank > p.Cutoff || n.settled {
+			continue
+		}
+		if !n.inflight {
+			if room <= 0 {
+				left = n.rank
+				break
+			}
+			room--
+		}
+		moved = true
+	}
+	switch {
+	case left == 0 && v.inflight == 0 && !moved:
+		reason := "rolled back: " + p.Reason
+		m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseHalted, Since: m.Now, Bad: p.Bad, Reason: reason}
+		m.say = reason
+		return false
+	case moved:
+		p.Cutoff, p.Since = left, m.Now
+		m.wakeLate(v, true)
+	default:
+		m.wakeLate(v, false)
+	}
+	return false
+}

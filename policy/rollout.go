@@ -1,0 +1,354 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// Situation is all that decides what becomes of a unit's record: plain data, read by the mirror.
+type Situation struct {
+	Now time.Time
+	// Unit is the unit's file in the commit that is mirrored; Commit is that one's hash.
+	Unit   deployments.Unit
+	Commit string
+	// Record is the one that stands; the zero Record: none.
+	Record deployments.Record
+	// Nodes are those that have an entry in status/ for the unit's role.
+	Nodes []Node
+	// Order is what an operator put at control/: promote, pause, resume, abort, retry; empty: nothing.
+	Order string
+	// Freeze is Frozen's verdict for the unit now.
+	Freeze Verdict
+}
+
+// Node is what is known of one node.
+type Node struct {
+	Name string
+	// Gone is set where the node's session has ended: it died, or is cut off. A node that deregistered isn't there at all.
+	Gone bool
+	// Report is the node's for the unit; zero: it has said nothing of it yet.
+	Report deployments.UnitReport
+}
+
+// Move is Next's answer.
+type Move struct {
+	// Record is what the record becomes; the same as before where nothing is to be done.
+	Record deployments.Record
+	// Reason says in words for an operator what was done, or why nothing is; empty where there is nothing to say.
+	Reason string
+	// Again is when time alone could change the answer; zero: never.
+	Again time.Time
+}
+
+// Next is the step of a rollout: from the record, the unit's file, the fleet's reports, an order and the time to the next record.
+// It has no side effects, and the same Situation gives the same Move; where its record is written, Next is asked again. An order
+// is always consumed: one that makes no sense where the rollout stands changes nothing, and Reason says so.
+//
+// A new target goes to a canary, bakes, waits for approval where that is asked for, and then goes on by as many nodes as
+// max_unavailable leaves room for. In flight is every live node that was admitted and has yet to converge, and every one that may
+// still act on an earlier record, as its report doesn't name the newest generation. Pinned and held nodes are no part of it; nodes
+// that boot aren't in flight before they ran anything, but are counted once they are admitted.
+func Next(s Situation) (move Move) {
+	m := &mover{Situation: s, r: s.Record}
+	if s.Record.Rollout != nil { // the one that stands is the caller's
+		p := *s.Record.Rollout
+		p.Over = slices.Clone(p.Over)
+		m.r.Rollout = &p
+	}
+	if s.Record.Generation == 0 || m.goal() != s.Unit.Release {
+		m.begin()
+	}
+	m.r.After, m.r.Drift = s.Unit.After, s.Unit.Drift
+	if s.Order != "" {
+		m.obey()
+	}
+	if refused := m.say; m.refused { // is no reason for where the rollout stands
+		m.say = ""
+		defer func() { move.Reason = cmp.Or(refused, move.Reason) }()
+	}
+	for range 5 { // canary, waiting, rolling, finished at most
+		if m.r.Rollout == nil || !m.step() {
+			break
+		}
+	}
+	if p := m.r.Rollout; p != nil && m.say != "" && p.Phase != deployments.PhaseHalted {
+		p.Reason = m.say
+	}
+	return Move{Record: m.r, Reason: m.say, Again: m.again}
+}
+
+type mover struct {
+	Situation
+	r     deployments.Record
+	say   string
+	again time.Time
+	// refused is set where an order changed nothing, and say tells why.
+	refused bool
+}
+
+// goal is the release that the record is about: also the one that was rolled back, where that is what Git still names.
+func (m *mover) goal() deployments.Pointer {
+	if p := m.Record.Rollout; p != nil && p.Bad == m.Unit.Release.Digest && !p.Bad.IsZero() {
+		return m.Unit.Release
+	}
+	return m.Record.Target
+}
+
+// begin makes the record of a new target.
+func (m *mover) begin() {
+	was := m.Record
+	r := deployments.Record{Target: m.Unit.Release, Stable: was.Target, Generation: was.Generation + 1, Retry: was.Retry, Commit: m.Commit}
+	p := &deployments.Progress{Since: m.Now}
+	if old := was.Rollout; old != nil {
+		r.Stable = was.Stable
+		if old.Phase != deployments.PhaseHalted {
+			p.Over = m.over(was)
+		}
+	}
+	if len(p.Over) > deployments.MaxOver {
+		// Replaced so often that the record can't tell them apart: nodes come together again first.
+		if p := m.r.Rollout; p.Phase != deployments.PhaseBack && m.r.Stable != m.r.Target {
+			m.back("replaced too often: all nodes go to stable first")
+		}
+		return
+	}
+	m.r = r
+	revert := r.Stable == r.Target
+	switch {
+	case revert && len(p.Over) == 0:
+		m.say = "every node runs it, or did so last"
+	case m.Freeze.Frozen && !revert:
+		m.r.Rollout = p
+		m.start()
+	case m.Unit.Rollout == nil:
+		m.say = "every node at once"
+	case r.Stable.IsZero():
+		m.say = "first release: every node at once"
+	default:
+		m.r.Rollout = p
+		m.start()
+	}
+}
+
+// over lists the targets that nodes may run, or be on their way to, beside what a record's successor names: its own, and those that
+// it had replaced. What no node has to do with any more is forgotten.
+func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
+	own := deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff}
+	if was.Rollout.Phase == deployments.PhaseBack {
+		own.Cutoff = 0 // what it had admitted stands in its Over
+	}
+	for _, o := range append([]deployments.Replaced{own}, was.Rollout.Over...) {
+		used := slices.ContainsFunc(m.Nodes, func(n Node) bool {
+			u := n.Report
+			return u.Running.Digest == o.Digest || !n.Gone && Rank(n.Name, o.Digest) <= o.Cutoff &&
+				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
+		})
+		if !used {
+			continue
+		}
+		if i := slices.IndexFunc(over, func(x deployments.Replaced) bool { return x.Digest == o.Digest }); i >= 0 {
+			over[i].Cutoff = max(over[i].Cutoff, o.Cutoff)
+			continue
+		}
+		over = append(over, o)
+	}
+	return over
+}
+
+// start sets the phase in which a rollout begins.
+func (m *mover) start() {
+	p, u := m.r.Rollout, m.Unit.Rollout
+	revert := m.r.Stable == m.r.Target // Git went back while nodes were on the way: gates would only keep them there
+	switch {
+	case m.Freeze.Frozen && !p.Forced && !revert:
+		p.Phase = deployments.PhaseWaiting
+		m.say = m.Freeze.String()
+	case u == nil || revert || p.Promoted || u.Canary.N == 0:
+		p.Phase, p.Promoted = deployments.PhaseRolling, true
+		m.say = "rolling out"
+	default:
+		p.Phase = deployments.PhaseCanary
+		m.say = "canaries go first"
+	}
+	p.Since = m.Now
+}
+
+// obey does what an operator ordered.
+func (m *mover) obey() {
+	p := m.r.Rollout
+	refuse := func(why string) { m.refused, m.say = true, m.Order+" changes nothing: "+why }
+	if m.Order == "retry" {
+		m.retry()
+		return
+	}
+	switch {
+	case p == nil:
+		refuse("no rollout is under way")
+		return
+	case p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted:
+		refuse("the release is rolled back: push another, or retry")
+		return
+	}
+	switch m.Order {
+	case "promote":
+		switch {
+		case p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero():
+			p.Forced = true
+			m.start()
+			m.say = "started within a freeze by an operator"
+		case p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseWaiting:
+			m.roll("promoted by an operator")
+		case p.Phase == deployments.PhasePaused:
+			refuse("the rollout is paused: resume it first")
+		default:
+			refuse("it goes on already")
+		}
+	case "pause":
+		if p.Phase == deployments.PhasePaused {
+			refuse("it is paused already")
+			return
+		}
+		m.pause("paused by an operator")
+	case "resume":
+		if p.Phase != deployments.PhasePaused {
+			refuse("the rollout is not paused")
+			return
+		}
+		p.Borne = m.look().failed
+		if p.Promoted {
+			m.roll("resumed by an operator")
+			return
+		}
+		m.start()
+		m.say = "resumed by an operator"
+	case "abort":
+		m.back("aborted by an operator")
+	default:
+		refuse("it is not one of promote, pause, resume, abort, retry")
+	}
+}
+
+// retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more, in their turn.
+func (m *mover) retry() {
+	m.r.Retry++
+	p := m.r.Rollout
+	if p == nil {
+		m.say = "tried once more where it failed"
+		return
+	}
+	if p.Phase == deployments.PhaseBack {
+		m.r.Retry--
+		m.refused, m.say = true, "retry changes nothing: the release is being rolled back; retry when that is done"
+		return
+	}
+	over := m.over(m.r)
+	m.r.Generation++
+	m.r.Rollout = &deployments.Progress{Forced: p.Forced, Over: over}
+	m.start()
+	m.say = "tried once more by an operator"
+}
+
+func (m *mover) roll(why string) {
+	p := m.r.Rollout
+	p.Phase, p.Promoted, p.Since, p.Healthy, m.say = deployments.PhaseRolling, true, m.Now, time.Time{}, why
+}
+
+func (m *mover) pause(why string) {
+	m.r.Rollout.Phase, m.r.Rollout.Since, m.say = deployments.PhasePaused, m.Now, why
+}
+
+// stop is what failures lead to.
+func (m *mover) stop(why string) {
+	if m.Unit.Rollout != nil && m.Unit.Rollout.OnFailure == deployments.Pause {
+		m.pause(why)
+		return
+	}
+	m.back(why)
+}
+
+// back begins the way back to stable. The generation grows, so that reports tell who knows of it.
+func (m *mover) back(why string) {
+	if m.r.Stable.IsZero() || m.r.Stable == m.r.Target {
+		m.pause(why + "; there is nothing to go back to")
+		return
+	}
+	p := m.r.Rollout
+	over := m.over(m.r)
+	m.r.Generation++
+	m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseBack, Cutoff: math.MaxUint64, Since: m.Now,
+		Bad: m.r.Target.Digest, Over: over, Forced: p.Forced}
+	m.say = why
+}
+
+// wake asks to look again at a time.
+func (m *mover) wake(at time.Time) {
+	if m.again.IsZero() || at.Before(m.again) {
+		m.again = at
+	}
+}
+
+// step goes on from the phase in which the rollout stands, and reports whether another step may follow at once.
+func (m *mover) step() bool {
+	p, u := m.r.Rollout, m.Unit.Rollout
+	switch p.Phase {
+	case deployments.PhaseHalted:
+		return false
+	case deployments.PhaseBack:
+		return m.stepBack()
+	case deployments.PhasePaused:
+		return false
+	case deployments.PhaseWaiting:
+		if p.Healthy.IsZero() { // for a freeze to end
+			if m.Freeze.Frozen {
+				m.say = m.Freeze.String()
+				m.wakeFrozen()
+				return false
+			}
+			if m.r.Stable.IsZero() {
+				m.r.Rollout, m.say = nil, "first release: every node at once"
+				return false
+			}
+			m.start()
+			return true
+		}
+		if m.failing() {
+			return true
+		}
+		if u == nil || u.Approval != deployments.Manual {
+			m.roll("rolling out")
+			return true
+		}
+		return false
+	case deployments.PhaseCanary:
+		return m.stepCanary()
+	default:
+		return m.stepRolling()
+	}
+}
+
+// failing stops the rollout where more nodes have failed than are borne.
+func (m *mover) failing() bool {
+	v := m.look()
+	limit := m.r.Rollout.Borne
+	if u := m.Unit.Rollout; u != nil {
+		limit += u.MaxFailures.Of(v.live)
+	} else {
+		return false // every node at once: each protects itself
+	}
+	if v.failed <= limit {
+		return false
+	}
+	m.stop(fmt.Sprintf("%d of %d nodes failed (%s), at most %d may", v.failed, v.live, v.failure, limit))
+	return true
+}
+
+func (m *mover) wakeFrozen() {
+	if !m.Freeze.Until.IsZero() {
+		m.wake(m.Freeze.Until)
+	}
+}
