@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -102,7 +103,7 @@ func (r *Releases) prepare(staging string) error {
 }
 
 // install renames the staged tree. A directory that has the name and no record is no release of ours to trust: it goes, by an
-// exchange, since dest may lead to it.
+// exchange, since dest may lead to it, and stays until Prune for processes that work in it.
 func (r *Releases) install(staging, dir string) error {
 	err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE)
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
@@ -114,7 +115,11 @@ func (r *Releases) install(staging, dir string) error {
 	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
 		return fmt.Errorf("%s is there already, and can't be exchanged: %w", dir, err)
 	}
-	return removeTree(staging)
+	old := filepath.Join(filepath.Dir(staging), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
+	if err := removeTree(old); err != nil {
+		return err
+	}
+	return os.Rename(staging, old)
 }
 
 // base gives the release to take files from: what it can't read is none.

@@ -1,0 +1,452 @@
+package artifact
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// killPlan is what a child process does until it is killed.
+type killPlan struct {
+	Dest     string
+	Pointers []deployments.Pointer
+	KillAt   int  // the number of the step to die at; -1: none
+	Forever  bool // deploy the releases in turn until killed from outside
+}
+
+const killEnv = "KEDGE_TEST_KILL_PLAN"
+
+func TestMain(m *testing.M) {
+	if text := os.Getenv(killEnv); text != "" {
+		if err := deployAll(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// deployAll stages and switches to each release in turn, and then prunes all but the last.
+func deployAll(text string) error {
+	var plan killPlan
+	if err := json.Unmarshal([]byte(text), &plan); err != nil {
+		return err
+	}
+	ctx := context.Background()
+	objects := object.New(object.Config{})
+	releases := Open(plan.Dest, objects, nil)
+	step := 0
+	releases.step = func(string) {
+		if step == plan.KillAt {
+			syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
+		}
+		step++
+	}
+	for {
+		for _, p := range plan.Pointers {
+			m, raw, err := FetchManifest(ctx, objects, p, nil)
+			if err != nil {
+				return err
+			}
+			rel, err := releases.Stage(ctx, p, m, raw, StageOptions{})
+			if err != nil {
+				return err
+			}
+			if err := releases.Switch(rel); err != nil {
+				return err
+			}
+		}
+		if err := releases.Prune(0); err != nil {
+			return err
+		}
+		if !plan.Forever {
+			return nil
+		}
+	}
+}
+
+func runPlan(t *testing.T, plan killPlan, within time.Duration) (killed bool) {
+	t.Helper()
+	text, err := json.Marshal(plan)
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := exec.Command(os.Args[0])
+	child.Env = append(os.Environ(), killEnv+"="+string(text))
+	var out strings.Builder
+	child.Stderr = &out
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if within > 0 {
+		timer := time.AfterFunc(within, func() { child.Process.Kill() })
+		defer timer.Stop()
+	}
+	err = child.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+		return true
+	}
+	if err != nil {
+		t.Fatalf("the child failed: %v: %s", err, out.String())
+	}
+	return false
+}
+
+// parts are the files that each release has; all hold its version.
+var parts = []string{"VERSION", "a/one", "a/two", "b/c/three"}
+
+func writeVersion(t testing.TB, dir, version string) {
+	t.Helper()
+	for _, p := range parts {
+		if err := os.MkdirAll(filepath.Join(dir, filepath.Dir(p)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, p), []byte(version), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// whole reads what dest holds, and fails unless it is all of one version.
+func whole(dest string) error {
+	for {
+		root, err := os.OpenRoot(dest)
+		if err != nil {
+			return err
+		}
+		err = readParts(root)
+		opened, openedErr := root.Stat(".")
+		now, nowErr := os.Stat(dest)
+		root.Close()
+		if err == nil || openedErr != nil || nowErr != nil || os.SameFile(opened, now) {
+			return errors.Join(err, openedErr, nowErr)
+		}
+		// It was switched while it was read, and the old one perhaps removed: read again.
+	}
+}
+
+func readParts(root *os.Root) error {
+	version := ""
+	for _, p := range parts {
+		data, err := root.ReadFile(p)
+		if err != nil {
+			return err
+		}
+		if version == "" {
+			version = string(data)
+		}
+		if version == "" || string(data) != version {
+			return fmt.Errorf("%s holds %q in a release of %q", p, data, version)
+		}
+	}
+	return nil
+}
+
+// watch reads dest in a tight loop until the returned function is called.
+func watch(t *testing.T, dest string) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		for ctx.Err() == nil {
+			if err := whole(dest); err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
+	}()
+	return func() {
+		t.Helper()
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("dest was not whole: %v", err)
+		}
+	}
+}
+
+func publishVersions(t testing.TB, store string, versions ...string) (pointers []deployments.Pointer) {
+	t.Helper()
+	for _, v := range versions {
+		dir := t.TempDir()
+		writeVersion(t, dir, v)
+		out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: dir, To: "file://" + store,
+			Manifest: deployments.Manifest{Name: "app", Version: v, Dest: "/srv/app", Strategy: deployments.StrategyRelease}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pointers = append(pointers, out.Pointer)
+	}
+	return pointers
+}
+
+func list(t testing.TB, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// Killed at every step, before and after it, the next run ends in the same place, and dest was whole all the while: first the
+// directory of before kedge, then one release or the other.
+func TestKilledAtEveryStep(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1", "2")
+	for n := 0; ; n++ {
+		dest := filepath.Join(t.TempDir(), "app")
+		writeVersion(t, dest, "before")
+		plan := killPlan{Dest: dest, Pointers: pointers, KillAt: n}
+		stop := watch(t, dest)
+		killed := runPlan(t, plan, 0)
+		plan.KillAt = -1
+		runPlan(t, plan, 0)
+		stop()
+		if got, _ := os.ReadFile(filepath.Join(dest, "VERSION")); string(got) != "2" {
+			t.Fatalf("killed at step %d, it ends with version %q", n, got)
+		}
+		name := nameOf("2", pointers[1].Digest)
+		if got, want := list(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix}; !slices.Equal(got, want) {
+			t.Fatalf("killed at step %d, it leaves %q", n, got)
+		}
+		left := list(t, dest+".releases")
+		if len(left) != 3 || !strings.HasPrefix(left[2], adoptedPrefix) || whole(filepath.Join(dest+".releases", left[2])) != nil {
+			t.Fatalf("killed at step %d, it leaves %q", n, left)
+		}
+		if !killed {
+			if n < 15 {
+				t.Fatalf("there are %d steps only", n)
+			}
+			return
+		}
+	}
+}
+
+func TestKilledAtAnyMoment(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1", "2", "3")
+	dest := filepath.Join(t.TempDir(), "app")
+	writeVersion(t, dest, "before")
+	stop := watch(t, dest)
+	for range 12 {
+		runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: -1, Forever: true}, time.Duration(50+rand.IntN(300))*time.Millisecond)
+	}
+	runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: -1}, 0)
+	stop()
+	if got, _ := os.ReadFile(filepath.Join(dest, "VERSION")); string(got) != "3" {
+		t.Errorf("it ends with version %q", got)
+	}
+}
+
+func stageOne(t testing.TB, releases *Releases, p deployments.Pointer) *Release {
+	t.Helper()
+	m, raw, err := FetchManifest(t.Context(), releases.objects, p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rel, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rel
+}
+
+func TestReleasesOfOneDest(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1", "2", "3", "4")
+	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+	if _, err := releases.Current(); !errors.Is(err, ErrNoRelease) {
+		t.Errorf("before all: %v", err)
+	}
+	for _, p := range pointers {
+		if _, err := releases.Find(p.Digest); !errors.Is(err, ErrNoRelease) {
+			t.Errorf("before it was staged: %v", err)
+		}
+		rel := stageOne(t, releases, p)
+		if err := releases.Switch(rel); err != nil {
+			t.Fatal(err)
+		}
+		if again := stageOne(t, releases, p); again.Dir != rel.Dir {
+			t.Errorf("staged twice: %s and %s", again.Dir, rel.Dir)
+		}
+		live, err := releases.Current()
+		if err != nil || live.Pointer != p || live.Manifest.Version != rel.Manifest.Version {
+			t.Fatalf("live is %v, %v", live, err)
+		}
+	}
+	first, err := releases.Find(pointers[0].Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := releases.Switch(first); err != nil {
+		t.Fatal(err)
+	}
+	if err := releases.Prune(1, pointers[1].Digest); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []bool{true, true, false, true} { // live, protected, old, the newest of the others
+		if _, err := releases.Find(pointers[i].Digest); (err == nil) != want {
+			t.Errorf("release %d is there: %v", i+1, !want)
+		}
+	}
+}
+
+// A live release whose record was lost or damaged must stay, and dest must lead somewhere while it is staged again.
+func TestDamagedRecordOfTheLiveRelease(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]func(string) error{
+		"lost": os.Remove, "empty": func(p string) error { return os.Truncate(p, 0) },
+		"all of it lost": func(p string) error { return os.RemoveAll(filepath.Dir(p)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pointers := publishVersions(t, t.TempDir(), "1")
+			releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+			rel := stageOne(t, releases, pointers[0])
+			if err := releases.Switch(rel); err != nil {
+				t.Fatal(err)
+			}
+			stop := watch(t, releases.dest)
+			if err := damage(filepath.Join(releases.private(), filepath.Base(rel.Dir)+recordSuffix)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := releases.Current(); !errors.Is(err, ErrNoRelease) {
+				t.Errorf("current: %v", err)
+			}
+			if err := releases.Prune(0); err != nil {
+				t.Error(err)
+			}
+			stageOne(t, releases, pointers[0])
+			stop()
+			if _, err := releases.Current(); err != nil {
+				t.Errorf("staged again, it is not current: %v", err)
+			}
+		})
+	}
+}
+
+func TestVerifyFindsADamagedIndex(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1")
+	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+	rel := stageOne(t, releases, pointers[0])
+	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) > 0 {
+		t.Fatalf("a whole release: %v, %v", found, err)
+	}
+	if err := os.WriteFile(filepath.Join(rel.Dir, "a/one"), []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) != 1 || found[0].Path != "a/one" {
+		t.Errorf("a damaged file: %v, %v", found, err)
+	}
+	flip(t, filepath.Join(releases.private(), filepath.Base(rel.Dir)+indexSuffix), 20)
+	if _, err := releases.Verify(t.Context(), rel, 0); !errors.Is(err, ErrDigest) {
+		t.Errorf("a damaged index: %v", err)
+	}
+}
+
+func TestManifestWithAnotherDigest(t *testing.T) {
+	t.Parallel()
+	p := publishVersions(t, t.TempDir(), "1")[0]
+	p.Digest[0] ^= 1
+	if _, _, err := FetchManifest(t.Context(), object.New(object.Config{}), p, nil); !errors.Is(err, ErrDigest) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	small := t.TempDir()
+	if err := syscall.Mount("tmpfs", small, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatalf("a small file system is needed to fill, which takes root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(small, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	tree := t.TempDir()
+	if err := os.WriteFile(filepath.Join(tree, "large"), []byte(noise(1, 3<<20)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	objects := object.New(object.Config{})
+	out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
+		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", Strategy: deployments.StrategyRelease}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, raw, err := FetchManifest(t.Context(), objects, out.Pointer, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := *m
+	plain.Index = nil
+	for name, m := range map[string]*deployments.Manifest{"indexed": m, "plain": &plain} {
+		releases := Open(filepath.Join(small, name), objects, nil)
+		if _, err := releases.Stage(t.Context(), out.Pointer, m, raw, StageOptions{}); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if left := list(t, releases.private()); len(left) > 0 {
+			t.Errorf("%s: it leaves %q", name, left)
+		}
+	}
+}
+
+func TestOwnerAndMode(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Fatal("giving files away takes root")
+	}
+	tree := t.TempDir()
+	writeVersion(t, tree, "1")
+	objects := object.New(object.Config{})
+	out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
+		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", DestMode: 0o550, Owner: "4321:1234", Strategy: deployments.StrategyRelease}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	releases := Open(filepath.Join(t.TempDir(), "app"), objects, nil)
+	rel := stageOne(t, releases, out.Pointer)
+	err = filepath.WalkDir(rel.Dir, func(p string, d fs.DirEntry, err error) error {
+		info, err := os.Lstat(p)
+		if err != nil {
+			return err
+		}
+		if st := info.Sys().(*syscall.Stat_t); st.Uid != 4321 || st.Gid != 1234 {
+			t.Errorf("%s belongs to %d:%d", p, st.Uid, st.Gid)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, _ := os.Stat(rel.Dir); info.Mode().Perm() != 0o550 {
+		t.Errorf("its mode is %v", info.Mode())
+	}
+	if err := os.Lchown(filepath.Join(rel.Dir, "a/one"), 1, 1); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) != 1 || found[0].What != "owner" {
+		t.Errorf("%v, %v", found, err)
+	}
+}
