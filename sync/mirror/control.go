@@ -33,11 +33,3 @@ func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 	}
 	return good, bad
 }
-
-// obey does what an order asks of a record that is open to every node: only a retry changes it, the others are about rollouts.
-func obey(r deployments.Record, verb string) deployments.Record {
-	if verb == "retry" {
-		r.Retry++
-	}
-	return r
-}

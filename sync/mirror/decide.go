@@ -9,6 +9,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 // cell is what the store shows at a unit's key in desired/; the zero cell: nothing.
@@ -69,6 +70,26 @@ type facts struct {
 	orders map[deployments.UnitID]order
 	// past is the newest history of the units whose standing is unknown.
 	past map[deployments.UnitID]History
+	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
+	fleet map[[2]string][]reported
+	blind bool
+}
+
+// reported is a node's entry in status/.
+type reported struct {
+	node   string
+	gone   bool // its session has ended
+	report deployments.Report
+}
+
+// nodes are those of a unit's role, with what they say of the unit.
+func (f facts) nodes(id deployments.UnitID) []policy.Node {
+	role := f.fleet[[2]string{id.Stage, id.Role}]
+	nodes := make([]policy.Node, len(role))
+	for i, r := range role {
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, Report: r.report.Units[id.Unit]}
+	}
+	return nodes
 }
 
 // write is what to do about one unit's key, or about mirror/state where status is set.
@@ -81,18 +102,23 @@ type write struct {
 	value  []byte // nil: remove the key
 	over   uint64
 	note   string
-	order  order // what is consumed; its version is 0 where nothing is
+	reason string // policy.Next's
+	order  order  // what is consumed; its version is 0 where nothing is
 	ops    []kv.Op
 }
 
 // decide gives what to write so that the store holds what the commit asks for, sorted by unit; pure. all is false where a unit
-// has to wait, as this mirror's last write of it has yet to show.
-func decide(f facts) (writes []write, all bool) {
+// has to wait, as this mirror's last write of it has yet to show, or the fleet isn't known yet. again is when time alone could
+// change the answer; zero: never.
+func decide(f facts) (writes []write, all bool, again time.Time) {
 	all = true
 	inGit := map[deployments.UnitID]bool{}
 	for _, u := range f.commit.tree.Units {
 		inGit[u.ID] = true
-		w, what := decideUnit(f, u)
+		w, what, at := decideUnit(f, u)
+		if !at.IsZero() && (again.IsZero() || at.Before(again)) {
+			again = at
+		}
 		switch what {
 		case doWrite:
 			writes = append(writes, w)
@@ -111,7 +137,7 @@ func decide(f facts) (writes []write, all bool) {
 		}
 	}
 	slices.SortFunc(writes, func(a, b write) int { return compareIDs(a.unit, b.unit) })
-	return writes, all
+	return writes, all, again
 }
 
 // verdict is what is to be done about a unit.
@@ -123,7 +149,7 @@ const (
 	doWait
 )
 
-func decideUnit(f facts, u deployments.Unit) (write, verdict) {
+func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 	c := f.cells[u.ID]
 	mine, known := f.owned[u.ID]
 	w := write{unit: u.ID, kind: "update", over: c.version}
@@ -131,9 +157,9 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict) {
 	switch stand(c, mine, known, f.now) {
 	case inFlight:
 		if !bytes.Equal(encode(follow(u, f.commit.Hash, mine.record)), mine.value) {
-			return write{}, doWait
+			return write{}, doWait, time.Time{}
 		}
-		return write{}, doNothing
+		return write{}, doNothing, time.Time{}
 	case inOrder:
 		w.before, floor = c.record, c.record.Generation
 	case foreign:
@@ -151,9 +177,20 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict) {
 			w.kind = "create"
 		}
 	}
-	w.after = follow(u, f.commit.Hash, w.before)
-	if w.after.Generation != w.before.Generation {
-		w.after.Generation = floor + 1
+	if f.blind && (u.Rollout != nil || w.before.Rollout != nil) {
+		return write{}, doWait, time.Time{}
+	}
+	o, ordered := f.orders[u.ID]
+	move := policy.Next(policy.Situation{
+		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: f.nodes(u.ID), Order: o.verb,
+		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now),
+	})
+	w.after, w.reason = move.Record, move.Reason
+	if more := w.after.Generation - w.before.Generation; more > 0 {
+		w.after.Generation = floor + more
+		if w.note == "" && w.after.Target == w.before.Target {
+			w.note = move.Reason
+		}
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
 	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < 1<<53 && !bytes.Equal(encode(c.record), encode(w.after)) {
@@ -162,9 +199,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict) {
 			w.after.Generation = c.record.Generation + 1
 		}
 	}
-	o, ordered := f.orders[u.ID]
 	if ordered {
-		w.after = obey(w.after, o.verb)
 		w.order = o
 		w.ops = append(w.ops, kv.DeleteIf(kv.ControlKey(u.ID), o.version))
 	}
@@ -177,12 +212,12 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict) {
 	case ordered:
 		w.kind, w.value = "none", c.value
 	default:
-		return write{}, doNothing
+		return write{}, doNothing, move.Again
 	}
 	if w.after.Generation > floor {
 		w.ops = append(w.ops, history(w, f)...)
 	}
-	return w, doWrite
+	return w, doWrite, move.Again
 }
 
 // history records a new generation, and removes the one that is too old.

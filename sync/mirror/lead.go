@@ -79,6 +79,7 @@ type leader struct {
 	mu       sync.Mutex
 	desired  kv.View
 	control  kv.View
+	status   kv.View
 	wake     chan struct{} // holds one
 	snapshot chan []kv.Entry
 
@@ -92,6 +93,7 @@ type leader struct {
 	owned     map[deployments.UnitID]own
 	obeyed    map[deployments.UnitID]uint64  // versions of orders that were consumed
 	complaint string                         // the orders that can't be obeyed, as they were last logged
+	reports   map[string]parsedReport        // by key in status/
 	folders   map[[2]string]bool             // the roles whose folders are there
 	past      map[deployments.UnitID]History // newest generations, of the roles in pastOf
 	pastOf    map[[2]string]bool
@@ -114,6 +116,7 @@ func (l *leader) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.DesiredPrefix, l.sawDesired) })
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.ControlPrefix, l.sawControl) })
+	g.Go(func() error { return l.c.Store.Watch(ctx, kv.StatusPrefix, l.sawStatus) })
 	if l.c.Snapshot != nil {
 		g.Go(func() error { return l.keepSnapshot(ctx) })
 	}
@@ -200,6 +203,14 @@ func (l *leader) sawControl(v kv.View) {
 	l.poked()
 }
 
+// sawStatus takes the newest view of status/.
+func (l *leader) sawStatus(v kv.View) {
+	l.mu.Lock()
+	l.status = v
+	l.mu.Unlock()
+	l.poked()
+}
+
 func (l *leader) poked() {
 	select {
 	case l.wake <- struct{}{}:
@@ -252,7 +263,7 @@ func (l *leader) loop(ctx context.Context) error {
 // round does once what there is to do. again is when to look even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, err error) {
 	l.mu.Lock()
-	view, control := l.desired, l.control
+	view, control, fleet := l.desired, l.control, l.status
 	l.mu.Unlock()
 	if !view.Settled {
 		return 0, nil
@@ -270,7 +281,12 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 			return 0, err
 		}
 		var all bool
-		writes, all = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past})
+		var at time.Time
+		writes, all, at = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past,
+			fleet: l.fleet(fleet), blind: !fleet.Settled})
+		if !at.IsZero() {
+			again = max(time.Millisecond, at.Sub(now))
+		}
 		if !all && l.accepted.Hash != l.written.Head {
 			return settle, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
 		}
@@ -284,7 +300,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		status.Refused, status.Error = git.head, clip(refused.Error(), maxError)
 	case unsure != nil:
 		status.Error = clip(unsure.Error(), maxError)
-		again = settle
+		again = sooner(again, settle)
 	case git.away != nil:
 		status.Error = clip(git.away.Error(), maxError)
 	}
@@ -297,7 +313,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	}
 	for _, o := range l.owned {
 		if o.version == 0 {
-			again = settle // should its write not show by then, it is looked for again
+			again = sooner(again, settle) // should its write not show by then, it is looked for again
 		}
 	}
 	return again, nil
@@ -326,6 +342,45 @@ func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
 		}
 	}
 	return cells
+}
+
+// sooner is the shorter of two times to wait, where 0 is for ever.
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || b > 0 && b < a {
+		return b
+	}
+	return a
+}
+
+// parsedReport is a report as it was parsed, so that of a fleet's reports only those that changed are parsed again.
+type parsedReport struct {
+	version uint64
+	report  deployments.Report
+}
+
+// fleet sorts the view of status/ by role. A node whose report doesn't parse has said nothing yet.
+func (l *leader) fleet(view kv.View) map[[2]string][]reported {
+	byRole := map[[2]string][]reported{}
+	reports := make(map[string]parsedReport, len(view.Entries))
+	for _, e := range view.Entries {
+		parts := strings.Split(strings.TrimPrefix(e.Key, kv.StatusPrefix), "/")
+		if len(parts) != 3 {
+			continue
+		}
+		known, ok := l.reports[e.Key]
+		if !ok || known.version != e.Version {
+			report, err := deployments.ParseReport(e.Value)
+			if err != nil {
+				l.c.Log.Warn("a node's report doesn't parse", "key", e.Key, "error", err)
+			}
+			known = parsedReport{e.Version, report}
+		}
+		reports[e.Key] = known
+		role := [2]string{parts[0], parts[1]}
+		byRole[role] = append(byRole[role], reported{node: parts[2], gone: e.Session == "", report: known.report})
+	}
+	l.reports = reports
+	return byRole
 }
 
 // orders are those that were not obeyed yet.
@@ -381,9 +436,6 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 			l.c.Log.Error("the commit is refused", "commit", git.head, "error", l.verdict)
 		} else {
 			l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
-			if gradual := rollouts(git.good.tree); gradual > 0 {
-				l.c.Log.Warn("rollouts are not carried out yet: every node goes at once", "units", gradual)
-			}
 		}
 	}
 	if l.verdict == nil {
@@ -489,7 +541,7 @@ func (l *leader) done(w write, now time.Time) {
 	}
 	if w.order.version != 0 {
 		l.obeyed[w.unit] = w.order.version
-		l.c.Log.Info("order obeyed", "unit", w.unit, "order", w.order.verb)
+		l.c.Log.Info("order taken", "unit", w.unit, "order", w.order.verb, "outcome", w.reason)
 	}
 	if w.kind == "none" {
 		return
@@ -499,7 +551,7 @@ func (l *leader) done(w write, now time.Time) {
 		delete(l.past, w.unit)
 		delete(l.pastOf, [2]string{w.unit.Stage, w.unit.Role})
 	}
-	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", w.after.Commit)
+	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
 }
 
 // keepSnapshot hands the newest records to Config.Snapshot, until it takes them.

@@ -142,16 +142,6 @@ func compareIDs(a, b deployments.UnitID) int {
 	return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Unit, b.Unit))
 }
 
-// rollouts counts the units of a tree that ask for one.
-func rollouts(tree *deployments.Tree) (n int) {
-	for _, u := range tree.Units {
-		if u.Rollout != nil {
-			n++
-		}
-	}
-	return n
-}
-
 // roles lists the STAGE/ROLE pairs of a tree, sorted.
 func roles(tree *deployments.Tree) [][2]string {
 	seen := map[[2]string]bool{}

@@ -178,7 +178,7 @@ func TestDecide(t *testing.T) {
 			if c.past.Generation > 0 {
 				f.past[id] = c.past
 			}
-			writes, all := decide(f)
+			writes, all, _ := decide(f)
 			if all == c.wait {
 				t.Errorf("all is %v", all)
 			}
@@ -246,7 +246,7 @@ func TestDecideEnds(t *testing.T) {
 		git := tree(units...)
 		git.Settings.Prune = rapid.Bool().Draw(rt, "prune")
 		f.commit = commitOf(git)
-		writes, _ := decide(f)
+		writes, _, _ := decide(f)
 		for _, w := range writes {
 			before := f.cells[w.unit]
 			if w.value == nil {
@@ -265,7 +265,7 @@ func TestDecideEnds(t *testing.T) {
 				rt.Fatalf("%s is %v, Git says %v", u.ID, got, u.Release)
 			}
 		}
-		if again, all := decide(f); len(again) != 0 || !all {
+		if again, all, _ := decide(f); len(again) != 0 || !all {
 			rt.Fatalf("there is something left to do: %+v", again)
 		}
 	})
