@@ -15,6 +15,7 @@ import (
 	"hash"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"slices"
@@ -50,6 +51,9 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	if m.Size > 0 && o.Size != m.Size {
 		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", m.Src, o.Size, m.Size, ErrDigest)
 	}
+	if err := checkFree(dir, o.Size); err != nil {
+		return fmt.Errorf("extract %s: %w", m.Src, err)
+	}
 	stream, err := objects.Read(ctx, o, 0)
 	if err != nil {
 		return fmt.Errorf("extract: %w", err)
@@ -62,7 +66,7 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	defer root.Close()
 	sum := newHash(m.Checksum)
 	meter := newMeter("fetch", o.Size, opt.Progress)
-	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, dirs: map[string]*tar.Header{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
 		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
@@ -111,13 +115,8 @@ type extractor struct {
 	owners bool
 	left   int64 // bytes that the tree may still grow by
 	count  int
-	links  map[string]bool // symbolic links so far
-	dirs   []dirMode       // whose modes are set at the end: a read-only one could not be filled
-}
-
-type dirMode struct {
-	name   string
-	header *tar.Header
+	links  map[string]bool        // symbolic links so far
+	dirs   map[string]*tar.Header // whose modes are set at the end: a read-only one could not be filled
 }
 
 // archive tells what raw is by its first bytes.
@@ -199,10 +198,14 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return err
 		}
 	}
-	slices.Reverse(x.dirs)
-	for _, d := range x.dirs {
-		if err := x.finish(d.name, d.header); err != nil {
-			return fmt.Errorf("entry %q: %w", clip(d.name), err)
+	if x.count == 0 {
+		return errors.New("the archive is empty")
+	}
+	inner := slices.Sorted(maps.Keys(x.dirs)) // what is in a directory sorts behind it
+	slices.Reverse(inner)
+	for _, name := range inner {
+		if err := x.finish(name, x.dirs[name]); err != nil {
+			return fmt.Errorf("entry %q: %w", clip(name), err)
 		}
 	}
 	return nil
@@ -276,7 +279,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
 			return errors.Join(errors.New("a directory in the place of another entry"), err)
 		}
-		x.dirs = append(x.dirs, dirMode{name, h})
+		x.dirs[name] = h
 		return nil
 	}
 	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.

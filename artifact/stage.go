@@ -180,6 +180,18 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	return removeTree(staging)
 }
 
+// checkFree refuses to begin what the disk can't hold: a tree is hardly ever smaller than its archive.
+func checkFree(dir string, need int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return fmt.Errorf("free space of %s: %w", dir, err)
+	}
+	if free := int64(st.Bavail) * st.Bsize; need > free {
+		return fmt.Errorf("the archive alone has %d MB, %s has %d MB left: %w", need>>20, dir, free>>20, syscall.ENOSPC)
+	}
+	return nil
+}
+
 // removeTree removes a tree, also where it holds directories that its owner may not write into.
 func removeTree(dir string) error {
 	err := os.RemoveAll(dir)

@@ -1,0 +1,349 @@
+package artifact
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/md5"
+	"crypto/sha1"
+	"crypto/sha512"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// tarOf makes a tar; a regular entry's content is in its Linkname.
+func tarOf(t testing.TB, headers ...tar.Header) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	for _, h := range headers {
+		content := ""
+		if h.Typeflag == tar.TypeReg {
+			content, h.Linkname = h.Linkname, ""
+			h.Size = int64(len(content))
+		}
+		if h.Mode == 0 {
+			h.Mode = 0o644
+		}
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
+func file(name, content string) tar.Header {
+	return tar.Header{Typeflag: tar.TypeReg, Name: name, Linkname: content}
+}
+
+func special(kind byte, name, target string) tar.Header {
+	return tar.Header{Typeflag: kind, Name: name, Linkname: target}
+}
+
+func gz(data []byte) []byte {
+	var out bytes.Buffer
+	w := gzip.NewWriter(&out)
+	w.Write(data)
+	w.Close()
+	return out.Bytes()
+}
+
+func zst(t testing.TB, data []byte) []byte {
+	w, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	return w.EncodeAll(data, nil)
+}
+
+// unpackBytes unpacks an object of these bytes, with the right checksum.
+func unpackBytes(t testing.TB, name string, data []byte) (dir string, err error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), name)
+	if err := os.WriteFile(path, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	dir = t.TempDir()
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
+	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
+}
+
+func goodTar(t testing.TB) []byte {
+	time := time.Date(2024, 5, 6, 7, 8, 9, 0, time.UTC)
+	return tarOf(t,
+		tar.Header{Typeflag: tar.TypeDir, Name: "./", Mode: 0o755},
+		tar.Header{Typeflag: tar.TypeDir, Name: "./closed/", Mode: 0o555, ModTime: time},
+		tar.Header{Typeflag: tar.TypeReg, Name: "./closed/run", Mode: 0o755, Linkname: "#!/bin/sh\n", ModTime: time},
+		file("deep/er/file", "content"),
+		special(tar.TypeSymlink, "link", "deep/er/file"),
+		special(tar.TypeLink, "hard", "./closed/run"),
+		file(long("name/", 300)+"x", "long"),
+		file("deep/er/file", "replaced"),
+	)
+}
+
+func TestArchivesOfAnyone(t *testing.T) {
+	t.Parallel()
+	plain := goodTar(t)
+	for name, data := range map[string][]byte{
+		"app.tar": plain, "app.tar.gz": gz(plain), "app.tgz": gz(plain), "app.tar.zst": zst(t, plain), "no-suffix": gz(plain),
+		"frames.tar.zst": append(zst(t, plain[:5000]), zst(t, plain[5000:])...),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, err := unpackBytes(t, name, data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for p, want := range map[string]string{"closed/run": "#!/bin/sh\n", "link": "replaced", "hard": "#!/bin/sh\n", long("name/", 300) + "x": "long"} {
+				if got, err := os.ReadFile(filepath.Join(dir, p)); err != nil || string(got) != want {
+					t.Errorf("%s: %q, %v", p, got, err)
+				}
+			}
+			for p, mode := range map[string]fs.FileMode{"closed": fs.ModeDir | 0o555, "closed/run": 0o755, "deep": fs.ModeDir | 0o755} {
+				if info, err := os.Stat(filepath.Join(dir, p)); err != nil || info.Mode() != mode {
+					t.Errorf("%s: %v, %v", p, info.Mode(), err)
+				}
+			}
+			for _, p := range []string{"closed", "closed/run"} {
+				if info, _ := os.Stat(filepath.Join(dir, p)); info.ModTime().Year() != 2024 {
+					t.Errorf("%s is of %v", p, info.ModTime())
+				}
+			}
+		})
+	}
+}
+
+func TestSingleFile(t *testing.T) {
+	t.Parallel()
+	for content, mode := range map[string]fs.FileMode{"#!/bin/sh\n": 0o755, "just text": 0o644} {
+		dir, err := unpackBytes(t, "tool", []byte(content))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(filepath.Join(dir, "tool")); err != nil || info.Mode() != mode {
+			t.Errorf("%v, %v", info, err)
+		}
+	}
+}
+
+// hostile archives, each with a word that its error must have.
+func hostile(t testing.TB) map[string]struct {
+	data []byte
+	says string
+} {
+	dir := tar.Header{Typeflag: tar.TypeDir, Name: "dir", Mode: 0o755}
+	out := map[string]struct {
+		data []byte
+		says string
+	}{}
+	add := func(name, says string, headers ...tar.Header) {
+		out[name] = struct {
+			data []byte
+			says string
+		}{tarOf(t, headers...), says}
+	}
+	add("absolute", "absolute", file("/etc/evil", "x"))
+	add("dots", "..", file("a/../../evil", "x"))
+	add("dots in the end", "..", tar.Header{Typeflag: tar.TypeDir, Name: "a/..", Mode: 0o755})
+	add("link out", "leads out", special(tar.TypeSymlink, "link", "../../etc"))
+	add("absolute link", "leads out", special(tar.TypeSymlink, "link", "/etc/passwd"))
+	add("link up by a detour", "leads out", dir, special(tar.TypeSymlink, "link", "dir/../../x"))
+	add("through a link", "behind the symbolic link", dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
+	add("directory over a link", "in the place", dir, special(tar.TypeSymlink, "link", "dir"), tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755})
+	add("link over a directory", "place of a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))
+	add("hard link out", "..", special(tar.TypeLink, "hard", "../../etc/passwd"))
+	add("absolute hard link", "absolute", special(tar.TypeLink, "hard", "/etc/passwd"))
+	add("hard link to nothing", "no file", special(tar.TypeLink, "hard", "nothing"))
+	add("hard link to a link", "no file", file("x", "x"), special(tar.TypeSymlink, "link", "x"), special(tar.TypeLink, "hard", "link"))
+	add("hard link to itself", "", file("x", "x"), special(tar.TypeLink, "x", "x"))
+	add("device", "device", special(tar.TypeChar, "null", ""))
+	add("block device", "device", special(tar.TypeBlock, "disk", ""))
+	add("fifo", "pipe", special(tar.TypeFifo, "fifo", ""))
+	add("setuid", "setuid", tar.Header{Typeflag: tar.TypeReg, Name: "su", Mode: 0o4755})
+	add("setgid", "setgid", tar.Header{Typeflag: tar.TypeReg, Name: "sg", Mode: 0o2755})
+	add("deep", "deep", file(strings.Repeat("d/", 1000)+"x", "x"))
+	add("long name", "bytes", file(strings.Repeat("n", 5000), "x"))
+	add("a file as a directory", "", file("x", "x"), file("x/y", "y"))
+	add("the tree itself a link", "itself", special(tar.TypeSymlink, "./", "x"))
+	return out
+}
+
+func TestHostileArchives(t *testing.T) {
+	t.Parallel()
+	for name, h := range hostile(t) {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for suffix, data := range map[string][]byte{".tar": h.data, ".tar.gz": gz(h.data), ".tar.zst": zst(t, h.data)} {
+				dir, err := unpackBytes(t, "app"+suffix, data)
+				if err == nil || !strings.Contains(err.Error(), h.says) || !strings.Contains(err.Error(), "entry") {
+					t.Errorf("%s: %v, which should name the entry and say %q", suffix, err, h.says)
+				}
+				if _, err := os.Lstat(filepath.Join(filepath.Dir(dir), "evil")); err == nil {
+					t.Errorf("%s wrote outside of the tree", suffix)
+				}
+			}
+		})
+	}
+}
+
+// What is wrong with an archive must not stay on disk, nor count as a release.
+func TestNothingStaysOfABadArchive(t *testing.T) {
+	t.Parallel()
+	plain := goodTar(t)
+	packedTar := gz(plain)
+	flipped := bytes.Clone(packedTar)
+	flipped[len(flipped)/2] ^= 0x10
+	page := []byte("<html><title>503</title></html>")
+	for name, c := range map[string]struct {
+		data []byte
+		sum  string // of what the manifest wants
+		want error
+	}{
+		"cut off, as published":      {packedTar[:len(packedTar)/2], digestOf(packedTar[:len(packedTar)/2]).String(), nil},
+		"cut off on the way":         {packedTar[:len(packedTar)/2], digestOf(packedTar).String(), ErrDigest},
+		"a tar cut at an entry":      {plain[:1024], digestOf(plain).String(), ErrDigest},
+		"a flipped bit":              {flipped, digestOf(packedTar).String(), ErrDigest},
+		"an error page":              {page, digestOf(packedTar).String(), ErrDigest},
+		"another archive, by md5":    {zst(t, plain), fmt.Sprintf("%x", md5.Sum(packedTar)), ErrDigest},
+		"another archive, by sha1":   {zst(t, plain), fmt.Sprintf("%x", sha1.Sum(packedTar)), ErrDigest},
+		"another archive, by sha512": {zst(t, plain), fmt.Sprintf("%x", sha512.Sum512(packedTar)), ErrDigest},
+		"garbage behind the tar":     {append(bytes.Clone(plain), "garbage"...), digestOf(append(bytes.Clone(plain), "garbage"...)).String(), nil},
+		"garbage behind the gzip":    {append(bytes.Clone(packedTar), "garbage"...), digestOf(append(bytes.Clone(packedTar), "garbage"...)).String(), nil},
+		"nothing":                    {nil, digestOf(nil).String(), nil},
+		"an archive of nothing":      {make([]byte, 10240), digestOf(make([]byte, 10240)).String(), nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path := filepath.Join(t.TempDir(), "app.tar.gz")
+			if err := os.WriteFile(path, c.data, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+			raw := []byte("manifest")
+			p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+			m := &deployments.Manifest{Src: "file://" + path, Checksum: c.sum, DestMode: 0o755}
+			_, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
+			if err == nil || c.want != nil && !errors.Is(err, c.want) {
+				t.Errorf("%v", err)
+			}
+			if left := append(list(t, releases.private()), list(t, releases.top())[1:]...); len(left) > 0 {
+				t.Errorf("it leaves %q", left)
+			}
+		})
+	}
+}
+
+// bomb is the header of a file of so many bytes.
+func bomb(t testing.TB, size int64) []byte {
+	var out bytes.Buffer
+	z, err := zstd.NewWriter(&out, zstd.WithEncoderLevel(zstd.SpeedFastest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := tar.NewWriter(z)
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: "zeros", Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	w.Flush()
+	z.Close() // cut off: nobody should read that far
+	return out.Bytes()
+}
+
+func TestBombs(t *testing.T) {
+	t.Parallel()
+	if _, err := unpackBytes(t, "bomb.tar.zst", bomb(t, 1<<40)); err == nil || !strings.Contains(err.Error(), "bomb") {
+		t.Errorf("a terabyte of zeros: %v", err)
+	}
+	window := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 0, 0, 0} // a frame that wants a window of 2 TB
+	if _, err := unpackBytes(t, "window.tar.zst", window); err == nil || !strings.Contains(err.Error(), "window") {
+		t.Errorf("a huge window: %v", err)
+	}
+}
+
+// A server that cuts the connection costs requests, not the deployment.
+func TestArchiveOverABadLine(t *testing.T) {
+	t.Parallel()
+	data := tarOf(t, file("noise", noise(3, 3<<20)))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(&cutWriter{ResponseWriter: w, left: 1 << 20}, r, "app.tar", time.Time{}, bytes.NewReader(data))
+	}))
+	t.Cleanup(server.Close)
+	dir := t.TempDir()
+	m := &deployments.Manifest{Src: server.URL + "/app.tar", Checksum: digestOf(data).String()}
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := size(t, filepath.Join(dir, "noise")); got != 3<<20 {
+		t.Errorf("the file has %d bytes", got)
+	}
+}
+
+// cutWriter ends the connection after some bytes.
+type cutWriter struct {
+	http.ResponseWriter
+	left int
+}
+
+func (w *cutWriter) Write(data []byte) (int, error) {
+	n, err := w.ResponseWriter.Write(data[:min(len(data), w.left)])
+	if w.left -= n; w.left == 0 && len(data) > n {
+		panic(http.ErrAbortHandler)
+	}
+	return n, err
+}
+
+// FuzzExtract: whatever the bytes, nothing is written outside of the tree, and what is in it is what a release may hold.
+func FuzzExtract(f *testing.F) {
+	f.Add(goodTar(f))
+	f.Add(gz(goodTar(f)))
+	f.Add(zst(f, goodTar(f)))
+	for _, h := range hostile(f) {
+		f.Add(h.data)
+		f.Add(gz(h.data))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		outer := t.TempDir()
+		path := filepath.Join(t.TempDir(), "app")
+		if err := os.WriteFile(path, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Join(outer, "tree")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
+		err := extract(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
+		if outside := list(t, outer); len(outside) != 1 {
+			t.Fatalf("it wrote outside of the tree: %q", outside)
+		}
+		if err == nil {
+			if _, err := indexOfTree(t.Context(), dir); err != nil {
+				t.Fatalf("it unpacked what no release may hold: %v", err)
+			}
+		}
+		if err := removeTree(dir); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
