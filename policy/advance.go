@@ -15,7 +15,8 @@ type view struct {
 	live, gone int
 	// nodes are the live ones that take part, by rank.
 	nodes []place
-	// inflight are live nodes that are changing, or may begin to at any time; pending those among them that were admitted.
+	// inflight are live nodes that are changing, or may begin to at any time; pending those among them that were told to: admitted,
+	// or on the way back no longer so.
 	inflight, pending int
 	// failed are nodes on which the target failed; failure names one of them, and says how.
 	failed  int
@@ -89,7 +90,7 @@ func (m *mover) look() view {
 		}
 		if x.inflight {
 			v.inflight++
-			if admitted {
+			if admitted != back {
 				v.pending++
 				late = append(late, n)
 			}
@@ -139,22 +140,24 @@ func (m *mover) strays(u deployments.UnitReport) bool {
 	return !u.Running.IsZero() && u.Running.Digest != m.r.Stable.Digest && !partOf(m.r, u.Running.Digest) && !m.r.Stable.IsZero()
 }
 
-// room is how many more nodes may begin to change, and how many of those that do already may be admitted.
-func (m *mover) room(v view) (fresh, known int) {
+// room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one
+// that seems to be, as it may only be about to. hung: those that are have had their time, and so few failures are borne: they
+// count no more.
+func (m *mover) room(v view) (room int, hung bool) {
 	budget := v.live
 	if u := m.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
 		budget = max(1, u.MaxUnavailable.Of(v.live))
 	}
-	if fresh = budget - v.inflight; fresh <= 0 && v.overdue {
-		return budget, budget // those that hang have had their time, and so few failures are borne
+	if room = budget - v.inflight; room > 0 || !v.overdue {
+		return room, false
 	}
-	return fresh, budget - v.pending
+	return budget, true
 }
 
 // admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room.
 func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 	p := m.r.Rollout
-	fresh, known := m.room(v)
+	room, hung := m.room(v)
 	for _, n := range v.nodes {
 		if n.rank <= p.Cutoff {
 			admitted++
@@ -163,14 +166,12 @@ func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 		if admitted >= want {
 			break
 		}
-		if !n.settled || n.inflight {
-			if known <= 0 || !n.inflight && fresh <= 0 {
-				break
-			}
-			known--
-			if !n.inflight {
-				fresh--
-			}
+		counted := n.inflight && !hung
+		if counted && room < 0 || !counted && !n.settled && room <= 0 {
+			break
+		}
+		if !counted && !n.settled {
+			room--
 		}
 		admitted++
 		p.Cutoff, moved = n.rank, true
@@ -290,18 +291,19 @@ func (m *mover) stepBack() bool {
 	if v.live == 0 && v.gone > 0 {
 		return false
 	}
-	room, _ := m.room(v)
+	room, hung := m.room(v)
 	moved := false
 	left := uint64(0) // the highest rank that stays for now
 	for _, n := range slices.Backward(v.nodes) {
 		if n.rank > p.Cutoff || n.settled {
 			continue
 		}
-		if !n.inflight {
-			if room <= 0 {
-				left = n.rank
-				break
-			}
+		counted := n.inflight && !hung
+		if counted && room < 0 || !counted && room <= 0 {
+			left = n.rank
+			break
+		}
+		if !counted {
 			room--
 		}
 		moved = true

@@ -281,7 +281,7 @@ func (m *mover) back(why string) {
 	over := m.over(m.r)
 	m.r.Generation++
 	m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseBack, Cutoff: math.MaxUint64, Since: m.Now,
-		Bad: m.r.Target.Digest, Over: over, Forced: p.Forced}
+		Reason: why, Bad: m.r.Target.Digest, Over: over, Forced: p.Forced}
 	m.say = why
 }
 

@@ -1,0 +1,162 @@
+package mirror
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// herd is a fleet of agents that the test plays: each does what policy.Resolve says, and reports it.
+type herd struct {
+	t     *testing.T
+	m     *running
+	id    deployments.UnitID
+	nodes map[string]kv.Presence
+	runs  map[string]deployments.Pointer
+}
+
+func newHerd(t *testing.T, m *running, n int) *herd {
+	h := &herd{t: t, m: m, id: unitID(t, "prod/web/app"), nodes: map[string]kv.Presence{}, runs: map[string]deployments.Pointer{}}
+	for i := range n {
+		name := fmt.Sprint("web-", i)
+		p, err := m.store.Presence(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.nodes[name] = p
+	}
+	return h
+}
+
+// turn lets each node go where the record sends it, and returns who moved. On a release that fails nodes go back.
+func (h *herd) turn(fails deployments.Digest) (moved []string) {
+	h.t.Helper()
+	r := h.m.record(h.id.String(), func(deployments.Record) bool { return true })
+	for name, presence := range h.nodes {
+		d := policy.Resolve(policy.Facts{Unit: h.id, Node: name, Record: policy.Value[deployments.Record]{Present: true, Value: r}, Running: h.runs[name]})
+		u := deployments.UnitReport{State: deployments.StateConverged, Want: d.Target, Generation: r.Generation}
+		switch {
+		case d.Target == h.runs[name]:
+		case d.Target.Digest == fails:
+			u.State, u.Quarantined, u.Error = deployments.StateQuarantined, []deployments.Digest{fails}, "health check failed"
+		default:
+			h.runs[name] = d.Target
+			moved = append(moved, name)
+		}
+		u.Running = h.runs[name]
+		value, err := json.Marshal(deployments.Report{Node: name, Units: map[string]deployments.UnitReport{h.id.Unit: u}})
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		if err := presence.Put(h.t.Context(), kv.StatusKey(h.id.Stage, h.id.Role, name), value); err != nil {
+			h.t.Fatal(err)
+		}
+	}
+	slices.Sort(moved)
+	return moved
+}
+
+// until turns until the record satisfies ok, and fails where more than most nodes go in one turn.
+func (h *herd) until(fails deployments.Digest, most int, ok func(deployments.Record) bool) (rec deployments.Record, moved []string) {
+	h.t.Helper()
+	h.m.await("the rollout", func() error {
+		now := h.turn(fails)
+		if len(now) > most {
+			h.t.Fatalf("%v go at once, at most %d may", now, most)
+		}
+		moved = append(moved, now...)
+		rec = h.m.record(h.id.String(), func(deployments.Record) bool { return true })
+		if !ok(rec) {
+			return fmt.Errorf("it is %+v, %+v", rec, cmp.Or(rec.Rollout, &deployments.Progress{}))
+		}
+		return nil
+	})
+	return rec, moved
+}
+
+const gradual = "rollout:\n  canary: 1\n  bake: 200ms\n  max_unavailable: 2\n"
+
+func TestRollout(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	h := newHerd(t, m, 6)
+	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
+
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	r := m.runs("prod/web/app", "app/2")
+	if r.Rollout == nil || r.Rollout.Phase != deployments.PhaseCanary || r.Stable != pointer("app/1") {
+		t.Fatalf("%+v", r)
+	}
+	if moved := h.turn(deployments.Digest{}); len(moved) != 1 {
+		t.Fatalf("%v are canaries, want one", moved)
+	}
+	r, _ = h.until(deployments.Digest{}, 2, func(r deployments.Record) bool { return r.Rollout == nil })
+	if r.Stable != pointer("app/2") || r.Generation != 2 {
+		t.Errorf("%+v", r)
+	}
+	for name, p := range h.runs {
+		if p != pointer("app/2") {
+			t.Errorf("%s runs %v", name, p)
+		}
+	}
+}
+
+func TestFailureRollsBack(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	h := newHerd(t, m, 4)
+	h.until(deployments.Digest{}, 4, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 4 })
+
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	m.runs("prod/web/app", "app/2")
+	bad := pointer("app/2").Digest
+	halted := func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseHalted }
+	r, moved := h.until(bad, 0, halted)
+	if len(moved) != 0 || r.Rollout.Bad != bad || !strings.Contains(r.Rollout.Reason, "health check failed") {
+		t.Errorf("%v moved, %+v", moved, r.Rollout)
+	}
+
+	// It stays out, whichever mirror looks at it.
+	m.stop()
+	h.m = start(t, Config{Store: store, Repo: o.bare})
+	head := o.push(map[string]string{"README.md": "x"})
+	h.m.at(head)
+	h.m.record("prod/web/app", halted)
+
+	// The next release is another matter.
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
+	h.m.runs("prod/web/app", "app/3")
+	h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
+}
+
+func TestFreezeHolds(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	frozen := "freeze:\n- name: always\n  deny: \"0 * * * *\"\n  duration: 2h\n  reason: audit\n"
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "kedge.yaml": frozen}))
+	r := m.runs("prod/web/app", "app/2")
+	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseWaiting || p.Cutoff != 0 || !strings.Contains(p.Reason, "frozen by always") || !strings.Contains(p.Reason, "audit") {
+		t.Fatalf("%+v, %+v", r, r.Rollout)
+	}
+	put(t, m.store, "control/prod/web/app", "promote")
+	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout == nil && r.Target == pointer("app/2") })
+
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
+	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Target == pointer("app/3") })
+	o.push(map[string]string{"kedge.yaml": "prune: false\n"})
+	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout == nil && r.Target == pointer("app/3") })
+}
