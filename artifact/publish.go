@@ -86,6 +86,12 @@ type publisher struct {
 }
 
 func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
+	// What no node would take is refused before anything is uploaded.
+	draft := m
+	draft.Src, draft.Checksum = archiveName, emptyDigest.String()
+	if _, err := p.text(draft); err != nil {
+		return out, err
+	}
 	archive, err := os.Create(filepath.Join(p.dir, archiveName))
 	if err != nil {
 		return out, err
@@ -151,7 +157,11 @@ var ownFields = regexp.MustCompile(`(?m)^(src|checksum|size|index|deltas)[ \t]*:
 // text gives the manifest's bytes: the template as it is, then what it lacks.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
-		return m.Encode()
+		text, err := m.Encode()
+		if err == nil {
+			_, err = deployments.ParseTemplate(text, p.url+manifestName)
+		}
+		return text, err
 	}
 	if at := ownFields.FindSubmatch(p.opt.Template); at != nil {
 		return nil, fmt.Errorf("the manifest's template sets %s, which publishing writes: remove it", at[1])
@@ -183,6 +193,9 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 }
 
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
+	if err := p.ctx.Err(); err != nil {
+		return err
+	}
 	opt := object.PutOptions{ContentType: "application/octet-stream"}
 	if p.opt.Progress != nil {
 		opt.Progress = func(sent int64) { p.opt.Progress(Progress{Phase: "upload", Done: sent, Total: size}) }
@@ -205,12 +218,14 @@ func (p *publisher) delta(from deployments.Pointer, made packed) (d deployments.
 	if err != nil {
 		return d, err
 	}
-	old.Owner = "" // of no use here, and perhaps not a user of this machine
+	old.Owner, old.Immutable = "", false // of no use here; the owner perhaps no user of this machine
 	tree := filepath.Join(p.dir, "from-"+from.Digest.String())
 	if err := os.Mkdir(tree, 0o700); err != nil {
 		return d, err
 	}
-	oldIndex, err := fill(p.ctx, p.objects, old, nil, tree, StageOptions{})
+	// Most of it is in the new tree, and need not be fetched.
+	new := &base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}
+	oldIndex, err := fill(p.ctx, p.objects, old, new, tree, StageOptions{})
 	if err != nil {
 		return d, err
 	}

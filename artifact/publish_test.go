@@ -1,0 +1,182 @@
+package artifact
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kedge/artifact/object"
+	"kedge/artifact/objecttest"
+	"kedge/deployments"
+)
+
+func template(version string) deployments.Manifest {
+	return deployments.Manifest{Name: "app", Version: version, Dest: "/srv/app", Strategy: deployments.StrategyRelease}
+}
+
+// stored reads all objects below a directory of the server's.
+func stored(t testing.TB, dir string) map[string][]byte {
+	t.Helper()
+	objects := map[string][]byte{}
+	for _, name := range list(t, dir) {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		objects[name] = data
+	}
+	return objects
+}
+
+func TestPublishToS3(t *testing.T) {
+	t.Parallel()
+	gateway := objecttest.Start(t)
+	client := gateway.Client()
+	old, new := t.TempDir(), t.TempDir()
+	writeVersion(t, old, noise(1, 100_000))
+	writeVersion(t, new, noise(1, 100_000)+"one line more")
+	first, err := Publish(t.Context(), client, PublishOptions{Dir: old, To: gateway.URL("one"), Manifest: template("1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	opt := PublishOptions{Dir: new, To: gateway.URL("one"), Manifest: template("2"), Since: []deployments.Pointer{first.Pointer},
+		Sign: func(manifest []byte) ([]byte, error) { return []byte("signed " + digestOf(manifest).String()), nil }}
+	second, err := Publish(t.Context(), client, opt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(second.Deltas) != 1 || second.Deltas[0].From != first.Pointer || second.Deltas[0].Bytes == 0 || second.Files == 0 {
+		t.Errorf("%+v", second)
+	}
+
+	// Again, or elsewhere, the same bytes; with another tree, none.
+	here := filepath.Join(gateway.Dir(), "one", "app", "2")
+	before := stored(t, here)
+	if again, err := Publish(t.Context(), client, opt); err != nil || again.Pointer != second.Pointer {
+		t.Errorf("published again: %+v, %v", again.Pointer, err)
+	}
+	elsewhere := opt
+	elsewhere.To = gateway.URL("two")
+	moved, err := Publish(t.Context(), client, elsewhere)
+	if err != nil || moved.Pointer.Digest != second.Pointer.Digest {
+		t.Errorf("published elsewhere: %+v, %v", moved.Pointer, err)
+	}
+	opt.Dir = old
+	if _, err := Publish(t.Context(), client, opt); !errors.Is(err, object.ErrExists) || !strings.Contains(err.Error(), "another version") {
+		t.Errorf("another tree as the same version: %v", err)
+	}
+	after := stored(t, here)
+	for name, data := range before {
+		if !bytes.Equal(after[name], data) {
+			t.Errorf("%s was overwritten", name)
+		}
+	}
+	if want := "signed " + second.Pointer.Digest.String(); string(after[signatureName]) != want {
+		t.Errorf("the signature is %q", after[signatureName])
+	}
+
+	// A node that runs the first fetches the delta alone.
+	releases := Open(filepath.Join(t.TempDir(), "app"), gateway.Client(), nil)
+	if err := releases.Switch(stageOne(t, releases, first.Pointer)); err != nil {
+		t.Fatal(err)
+	}
+	_, read := releases.objects.Requests()
+	rel := stageOne(t, releases, second.Pointer)
+	_, now := releases.objects.Requests()
+	if now -= read; now > second.Deltas[0].Bytes+int64(len(rel.Raw)) {
+		t.Errorf("it read %d bytes for a delta of %d", now, second.Deltas[0].Bytes)
+	}
+	sameTree(t, rel.Dir, new)
+}
+
+// All URLs are relative: a copied directory is a release.
+func TestPublishedDirectoryCanBeCopied(t *testing.T) {
+	t.Parallel()
+	store, copied := t.TempDir(), t.TempDir()
+	p := publishVersions(t, store, "1")[0]
+	if err := os.CopyFS(copied, os.DirFS(store)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(store, "app")); err != nil {
+		t.Fatal(err)
+	}
+	p.URL = strings.Replace(p.URL, store, copied, 1)
+	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+	if err := whole(stageOne(t, releases, p).Dir); err != nil {
+		t.Error(err)
+	}
+}
+
+// Cut off anywhere, there is no manifest yet, and publishing again ends well.
+func TestPublishCutOff(t *testing.T) {
+	t.Parallel()
+	tree := t.TempDir()
+	writeVersion(t, tree, "1")
+	for _, phase := range []string{"pack", "upload"} {
+		store := t.TempDir()
+		opt := PublishOptions{Dir: tree, To: "file://" + store, Manifest: template("1")}
+		ctx, cancel := context.WithCancel(t.Context())
+		cut := opt
+		cut.Progress = func(p Progress) {
+			if p.Phase == phase {
+				cancel()
+			}
+		}
+		if _, err := Publish(ctx, object.New(object.Config{}), cut); !errors.Is(err, context.Canceled) {
+			t.Errorf("cut while it does %q: %v", phase, err)
+		}
+		if _, err := os.Stat(filepath.Join(store, "app", "1", manifestName)); err == nil {
+			t.Errorf("cut while it does %q, there is a manifest", phase)
+		}
+		if _, err := Publish(t.Context(), object.New(object.Config{}), opt); err != nil {
+			t.Errorf("after a cut while it did %q: %v", phase, err)
+		}
+	}
+}
+
+// Variables are set on nodes; a delta needs none of them.
+func TestDeltaFromAReleaseWithVariables(t *testing.T) {
+	t.Parallel()
+	store := t.TempDir()
+	var since []deployments.Pointer
+	for _, version := range []string{"1", "2"} {
+		tree := t.TempDir()
+		writeVersion(t, tree, version)
+		m := template(version)
+		m.Dest = "{{ must_env `ROOT` }}/app"
+		m.Health.Checks = []deployments.Check{{HTTP: &deployments.HTTPCheck{URL: "{{ must_env `SITE` }}/VERSION"}}}
+		out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + store, Manifest: m, Since: since})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(out.Deltas) != len(since) {
+			t.Errorf("%d deltas", len(out.Deltas))
+		}
+		since = append(since, out.Pointer)
+	}
+}
+
+func TestPublishRefuses(t *testing.T) {
+	t.Parallel()
+	tree := t.TempDir()
+	writeVersion(t, tree, "1")
+	store := "file://" + t.TempDir()
+	for name, opt := range map[string]PublishOptions{
+		"no name":          {Dir: tree, To: store, Manifest: deployments.Manifest{Version: "1", Dest: "/srv/app"}},
+		"a name with ..":   {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "..", Version: "1", Dest: "/srv/app"}},
+		"no dest":          {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "app", Version: "1"}},
+		"a relative dest":  {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "srv"}},
+		"no directory":     {Dir: tree + "/none", To: store, Manifest: template("1")},
+		"nowhere":          {Dir: tree, To: "releases", Manifest: template("1")},
+		"over its own src": {Dir: tree, To: store, Manifest: template("1"), Template: []byte("name: app\nversion: 1\ndest: /srv/app\nsrc: x\n")},
+	} {
+		out, err := Publish(t.Context(), object.New(object.Config{}), opt)
+		if err == nil {
+			t.Errorf("%s: published as %s", name, out.Pointer)
+		}
+	}
+}
