@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 
 	"kedge/deployments"
 )
@@ -22,11 +23,16 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	rank := Rank(f.Node, r.Target.Digest)
 	admitted := rank <= p.Cutoff
 	at := fmt.Sprintf("rank %d, cutoff %d", rank, p.Cutoff)
+	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
+	refuses := !f.Running.IsZero() && f.Running != r.Stable && slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	case back && admitted && partOf(r, f.Running.Digest):
 		d.Action, d.Source, d.Target = ActRun, FromRunning, f.Running
 		d.Why = "the rollout of " + origin + " is rolled back, and this node's turn has yet to come"
 		d.note(Step{What: what, Says: "stays on what it runs until its turn: " + at, Decides: true})
+	case back && refuses && !partOf(r, f.Running.Digest):
+		d.Source, d.Why = FromStable, "the stable release failed on this node: it stays on what it runs"
+		d.note(Step{What: what, Says: "stays on what it runs, as stable failed here", Decides: true, Unblock: "push a better release, or pin this node"})
 	case back:
 		d.Action, d.Source, d.Target = ActRun, FromStable, r.Stable
 		d.Why = "stable release: the one of " + origin + " was rolled back"
@@ -44,6 +50,10 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		d.Action, d.Source, d.Target, d.Stage = ActStage, FromRunning, f.Running, r.Target
 		d.Why = "stays on what it runs, of a rollout that was replaced, until it is admitted to " + origin
 		d.note(Step{What: what, Says: "not admitted yet: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
+	case refuses:
+		d.Action, d.Source, d.Stage = ActStage, FromStable, r.Target
+		d.Why = "stays on what it runs, as the stable release failed on this node, until it is admitted to " + origin
+		d.note(Step{What: what, Says: "not admitted yet, and stable failed here: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
 	default:
 		d.Action, d.Source, d.Target, d.Stage = ActStage, FromStable, r.Stable, r.Target
 		d.Why = "stable release, until this node is admitted to " + origin

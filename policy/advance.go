@@ -137,7 +137,8 @@ func (m *mover) straggles(n Node) bool {
 
 // strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets around to it.
 func (m *mover) strays(u deployments.UnitReport) bool {
-	return !u.Running.IsZero() && u.Running.Digest != m.r.Stable.Digest && !partOf(m.r, u.Running.Digest) && !m.r.Stable.IsZero()
+	stable := m.r.Stable.Digest
+	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(m.r, u.Running.Digest) && !stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }
 
 // room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one

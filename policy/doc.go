@@ -1,0 +1,31 @@
+// Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when rollouts may not
+// start (Frozen), and whose signatures count (Signers).
+//
+// # Threat model
+//
+// Who holds what, and what its theft gives:
+//
+//   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what it runs where
+//     the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources, TestBoundsOnManifests). A node
+//     with signers uses nothing of a manifest that none of them signed (TestVerifyManifest). Without either, such a token is the
+//     fleet's root.
+//   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest those of all
+//     the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds are what is left.
+//   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
+//     (TestVerifyCommit; TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
+//     old signed commit brought back by force).
+//   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
+//     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
+//   - A signed manifest of an older release stays good: whoever writes KV can bring it back, by a record or a pin. Bounding a key's
+//     time (valid-before) ends what it has signed. Nothing else here hinders that.
+//   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are none.
+//   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let one go further
+//     than max_unavailable, counted by what the others say.
+//
+// # Budget
+//
+// TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in flight than
+// max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target that admits it.
+// Out of that count are nodes that boot or come back after they were gone, pins (they go to all their nodes at once), units without
+// a rollout, and nodes that have hung for longer than the deadline where max_failures bears them.
+package policy

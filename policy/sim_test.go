@@ -1,0 +1,535 @@
+package policy
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"reflect"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+var (
+	oneSeed = flag.Uint64("seed", 0, "play the one history of this seed, and print its events")
+	howMany = flag.Int("histories", histories, "how many seeded histories to play")
+)
+
+// TestSimulation drives the real Next and Resolve through seeded histories of fleets: nodes join, leave, die, return, are slow,
+// hang, read old records and report late; releases fail; pushes supersede; operators pause, promote, abort, retry and pin; leaders
+// change. After every event the budget and what nodes run is checked, and every history has to end.
+func TestSimulation(t *testing.T) {
+	t.Parallel()
+	if *oneSeed != 0 {
+		w := play(*oneSeed, true)
+		for _, line := range w.log {
+			t.Log(line)
+		}
+		if w.broken != "" {
+			t.Errorf("seed %d: %s", *oneSeed, w.broken)
+		}
+		return
+	}
+	var next, events, largest, ends atomic.Uint64
+	var wg sync.WaitGroup
+	for range runtime.GOMAXPROCS(0) {
+		wg.Go(func() {
+			for seed := next.Add(1); seed <= uint64(*howMany) && !t.Failed(); seed = next.Add(1) {
+				w := play(seed, false)
+				events.Add(uint64(w.events))
+				ends.Add(uint64(w.ended))
+				for size := uint64(len(w.nodes)); ; {
+					if was := largest.Load(); size <= was || largest.CompareAndSwap(was, size) {
+						break
+					}
+				}
+				if w.broken != "" {
+					t.Errorf("seed %d: %s\nplay it again: go test ./policy -run TestSimulation -v -args -seed=%d", seed, w.broken, seed)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d histories, %d events, %d rollouts that ended, fleets of up to %d nodes", *howMany, events.Load(), ends.Load(), largest.Load())
+}
+
+// member is one node, as it is.
+type member struct {
+	name    string
+	gone    bool
+	left    bool
+	seen    int // the record that it acts on, an index into world.records
+	pin     Value[deployments.Pin]
+	running deployments.Pointer
+	going   deployments.Pointer // what it switches to; zero: it doesn't
+	hangs   bool
+	failed  map[deployments.Digest]string // digest to claim
+	// free is set while the node's switch is not the rollout's: it booted, came back, was pinned, or has hung for too long.
+	free   bool
+	report deployments.UnitReport // as in the store
+
+	// decision is what Resolve said last, for asked.
+	decision Decision
+	asked    question
+}
+
+type question struct {
+	record  int
+	pinned  bool
+	running deployments.Pointer
+	failed  int
+}
+
+type world struct {
+	rng     *rand.Rand
+	now     time.Time
+	unit    deployments.Unit
+	freeze  Verdict
+	records []deployments.Record
+	nodes   []*member
+	seenBy  []Node // the mirror's view of the fleet
+	bad     map[deployments.Digest]float64
+	cap     int // the most that may switch now
+	names   int
+	pushes  int
+
+	keep   bool
+	log    []string
+	events int
+	ended  int
+	broken string
+}
+
+func (w *world) say(format string, args ...any) {
+	w.events++
+	if w.keep {
+		w.log = append(w.log, w.now.Format("15:04:05 ")+fmt.Sprintf(format, args...))
+	}
+}
+
+func (w *world) breaks(format string, args ...any) {
+	if w.broken == "" {
+		w.broken = fmt.Sprintf("event %d: ", w.events) + fmt.Sprintf(format, args...)
+	}
+}
+
+func (w *world) latest() deployments.Record { return w.records[len(w.records)-1] }
+
+func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
+
+// play plays the history of a seed.
+func play(seed uint64, keep bool) *world {
+	rng := rand.New(rand.NewPCG(seed, 42))
+	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, records: []deployments.Record{{}}}
+	size := 1 + rng.IntN(12)
+	switch {
+	case seed == 7:
+		size = 10000
+	case seed%1000 == 3:
+		size = 100 + rng.IntN(900)
+	case seed%10 == 1:
+		size = 10 + rng.IntN(60)
+	}
+	amount := func(n int) deployments.Amount {
+		if rng.IntN(2) == 0 {
+			return deployments.Amount{N: 1 + rng.IntN(50), Percent: true}
+		}
+		return deployments.Amount{N: 1 + rng.IntN(n)}
+	}
+	large := size >= 100
+	roll := &deployments.Rollout{MaxUnavailable: amount(max(2, size/3)), Deadline: 10 * time.Minute, OnFailure: deployments.Rollback, Approval: deployments.Auto}
+	if large {
+		roll.MaxUnavailable = deployments.Amount{N: 10 + rng.IntN(40), Percent: true}
+	}
+	if rng.IntN(3) > 0 {
+		roll.Canary = amount(max(2, size/5))
+		roll.Bake = time.Duration(rng.IntN(5)) * time.Minute
+	}
+	roll.MaxFailures = deployments.Amount{N: rng.IntN(3)}
+	if rng.IntN(4) == 0 {
+		roll.OnFailure = deployments.Pause
+	}
+	if rng.IntN(4) == 0 {
+		roll.Approval = deployments.Manual
+	}
+	w.unit = deployments.Unit{ID: app, Rollout: roll}
+	for range size {
+		w.join()
+	}
+	w.push(0)
+	w.mirror("")
+	w.settle(false)
+	pushes := 3 + rng.IntN(3)
+	if large {
+		pushes = 1
+	}
+	for range pushes {
+		w.push(rng.Float64() * 0.8)
+		for range 20 + min(size*3, 200) {
+			if w.event(); w.broken != "" {
+				return w
+			}
+		}
+	}
+	w.end()
+	return w
+}
+
+func (w *world) join() {
+	w.names++
+	n := &member{name: fmt.Sprint("n", w.names), failed: map[deployments.Digest]string{}, free: true, seen: len(w.records) - 1}
+	w.nodes = append(w.nodes, n)
+}
+
+// push makes Git name another release, or, at times, an earlier one.
+func (w *world) push(fails float64) {
+	if w.pushes > 1 && w.chance(0.15) {
+		w.unit.Release = release(fmt.Sprint("v", 1+w.rng.IntN(w.pushes)))
+	} else {
+		w.pushes++
+		w.unit.Release = release(fmt.Sprint("v", w.pushes))
+		if w.chance(0.5) {
+			w.bad[w.unit.Release.Digest] = fails
+		}
+	}
+	w.say("push %s, fails at %.2f", w.unit.Release.URL, w.bad[w.unit.Release.Digest])
+}
+
+func (w *world) event() {
+	w.now = w.now.Add(time.Duration(w.rng.IntN(20)) * time.Second)
+	switch n := w.nodes[w.rng.IntN(len(w.nodes))]; w.rng.IntN(40) {
+	case 0:
+		w.join()
+		w.say("join")
+	case 1:
+		if w.chance(0.3) {
+			n.left = true
+			w.say("%s deregisters", n.name)
+		}
+	case 2:
+		if !n.left {
+			n.gone, n.free, n.going = !n.gone, true, deployments.Pointer{}
+			w.say("%s gone: %v", n.name, n.gone)
+		}
+	case 3:
+		order := []string{"promote", "promote", "pause", "resume", "resume", "abort", "retry"}[w.rng.IntN(7)]
+		if w.chance(0.4) {
+			w.mirror(order)
+		}
+	case 4:
+		if w.chance(0.1) {
+			w.push(w.rng.Float64())
+		}
+	case 5:
+		n.free = true
+		if n.pin.Present {
+			n.pin = Value[deployments.Pin]{}
+		} else if w.chance(0.2) {
+			n.pin = good(deployments.Pin{Release: release("v1")})
+		}
+		w.say("%s pinned: %v", n.name, n.pin.Present)
+	case 6:
+		w.freeze = Verdict{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
+	case 7:
+		w.now = w.now.Add(time.Duration(w.rng.IntN(8)) * time.Minute)
+	case 8, 9, 10, 11, 12, 13, 14, 15:
+		w.look()
+		w.mirror("")
+	case 16: // a leader that is out of date decides as well, and its write is refused
+		Next(Situation{Now: w.now, Unit: w.unit, Record: w.records[w.rng.IntN(len(w.records))], Nodes: w.seenBy})
+	case 17: // another takes over, and sees what stands
+		w.look()
+		w.mirror("")
+	default:
+		w.act(n, false)
+		if w.chance(0.7) {
+			w.tell(n)
+		}
+	}
+	w.check()
+}
+
+// look brings the mirror's view of the fleet up to date.
+func (w *world) look() {
+	w.seenBy = w.seenBy[:0:0]
+	for _, n := range w.nodes {
+		if !n.left {
+			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Report: n.report})
+		}
+	}
+}
+
+func (w *world) mirror(order string) (again time.Time) {
+	before := w.latest()
+	var was deployments.Progress
+	if before.Rollout != nil {
+		was = *before.Rollout
+		was.Over = slices.Clone(was.Over)
+	}
+	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze}
+	m := Next(s)
+	if before.Rollout != nil {
+		if !reflect.DeepEqual(was, *before.Rollout) {
+			w.breaks("Next changed the record that stood")
+		}
+		// Those that hang have had their time: they give up their room.
+		if !w.now.Before(before.Rollout.Since.Add(w.unit.Rollout.Deadline)) {
+			for _, n := range w.nodes {
+				if w.unsettled(n) {
+					n.free = true
+				}
+			}
+		}
+	}
+	if m.Record.Generation < before.Generation || m.Record.Retry < before.Retry {
+		w.breaks("the generation went back from %d to %d", before.Generation, m.Record.Generation)
+	}
+	if p := m.Record.Rollout; p != nil && len(p.Over) > deployments.MaxOver+1 {
+		w.breaks("%d targets replaced", len(p.Over))
+	}
+	if reflect.DeepEqual(m.Record, before) {
+		return m.Again
+	}
+	w.records = append(w.records, m.Record)
+	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseHalted {
+		w.ended++
+	}
+	if m.Record.Rollout == nil && before.Rollout == nil || m.Record.Rollout == nil && m.Record.Stable != m.Record.Target {
+		for _, n := range w.nodes { // every node at once
+			n.free = true
+		}
+	}
+	if w.keep {
+		w.say("mirror %q: %s", order, brief(m.Record))
+	}
+	return m.Again
+}
+
+func brief(r deployments.Record) string {
+	s := fmt.Sprintf("generation %d target %s stable %s", r.Generation, r.Target.URL, r.Stable.URL)
+	if p := r.Rollout; p != nil {
+		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Over), p.Reason)
+	}
+	return s
+}
+
+// unsettled reports whether a node is switching, or would by the record that it acts on or the newest one.
+func (w *world) unsettled(n *member) bool {
+	if n.left || n.gone {
+		return false
+	}
+	if !n.going.IsZero() {
+		return true
+	}
+	for _, i := range []int{n.seen, len(w.records) - 1} {
+		if d := w.resolve(n, i); !d.Target.IsZero() && d.Target != n.running {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *world) resolve(n *member, i int) Decision {
+	q := question{i, n.pin.Present, n.running, len(n.failed)}
+	if i > 0 && n.asked == q {
+		return n.decision
+	}
+	record := Value[deployments.Record]{}
+	if r := w.records[i]; r.Generation > 0 {
+		record = good(r)
+	}
+	n.asked, n.decision = q, Resolve(Facts{Unit: app, Node: n.name, Now: w.now, Record: record, NodePin: n.pin, Running: n.running, Quarantined: slices.Collect(maps.Keys(n.failed))})
+	return n.decision
+}
+
+// act is one turn of a node's agent. promptly: it reads the newest record, and what it does ends at once.
+func (w *world) act(n *member, promptly bool) {
+	if n.gone || n.left {
+		return
+	}
+	if last := len(w.records) - 1; n.seen < last {
+		if n.seen += w.rng.IntN(last - n.seen + 1); promptly || w.chance(0.6) {
+			n.seen = last
+		}
+	}
+	r := w.records[n.seen]
+	d := w.resolve(n, n.seen)
+	claim := fmt.Sprint(r.Generation, "/", r.Retry, "/", n.pin.Present)
+	if !n.going.IsZero() && d.Target != n.going {
+		w.say("%s gives up %s", n.name, n.going.URL)
+		n.going = deployments.Pointer{}
+		return
+	}
+	switch {
+	case d.Target.IsZero():
+	case !n.going.IsZero():
+		switch {
+		case n.hangs && (!promptly || w.chance(0.7)) && w.chance(0.9):
+		case !promptly && w.chance(0.4):
+		case w.chance(w.bad[n.going.Digest]):
+			w.say("%s fails on %s", n.name, n.going.URL)
+			n.failed[n.going.Digest] = claim
+			n.going, n.free = deployments.Pointer{}, false
+		default:
+			w.say("%s runs %s", n.name, n.going.URL)
+			n.running, n.going, n.free = n.going, deployments.Pointer{}, false
+			clear(n.failed)
+		}
+	case d.Target != n.running && n.failed[d.Target.Digest] != claim:
+		n.going, n.hangs = d.Target, w.chance(0.05)
+		w.say("%s begins to switch to %s, by generation %d", n.name, d.Target.URL, r.Generation)
+		w.admitted(n, r)
+		if promptly {
+			w.act(n, false)
+		}
+	}
+}
+
+// admitted checks what a node switches to against the record that it acts on.
+func (w *world) admitted(n *member, r deployments.Record) {
+	p := r.Rollout
+	switch to := n.going; {
+	case n.pin.Present && to == n.pin.Value.Release:
+	case p == nil && to == r.Target:
+	case p != nil && to == r.Stable:
+	case p != nil && to == r.Target && p.Phase != deployments.PhaseBack && p.Phase != deployments.PhaseHalted && Rank(n.name, to.Digest) <= p.Cutoff:
+	default:
+		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))
+	}
+}
+
+// tell publishes a node's report.
+func (w *world) tell(n *member) {
+	if n.gone || n.left {
+		return
+	}
+	r := w.records[n.seen]
+	d := w.resolve(n, n.seen)
+	claim := fmt.Sprint(r.Generation, "/", r.Retry, "/", n.pin.Present)
+	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: r.Generation, Pinned: d.Source == FromNodePin,
+		Quarantined: slices.Collect(maps.Keys(n.failed))}
+	switch {
+	case d.Target.IsZero():
+		u.State = deployments.StateWaiting
+	case !n.going.IsZero():
+		u.State = deployments.StateSwitching
+	case d.Target == n.running:
+		u.State = deployments.StateConverged
+	case n.failed[d.Target.Digest] == claim:
+		u.State = deployments.StateQuarantined
+	default:
+		u.State = deployments.StateFetching
+	}
+	n.report = u
+}
+
+// check holds the fleet against the budget.
+func (w *world) check() {
+	live, switching := 0, 0
+	for _, n := range w.nodes {
+		if n.gone || n.left {
+			continue
+		}
+		if !n.pin.Present {
+			live++
+		}
+		if !n.going.IsZero() && !n.free && !n.running.IsZero() {
+			switching++
+		}
+	}
+	known := 0
+	for _, n := range w.seenBy {
+		if !n.Gone && !n.Report.Pinned {
+			known++
+		}
+	}
+	budget := max(1, w.unit.Rollout.MaxUnavailable.Of(max(live, known)))
+	if switching == 0 {
+		w.cap = 0
+	}
+	w.cap = max(w.cap, budget)
+	if switching > w.cap {
+		var names []string
+		for _, n := range w.nodes {
+			if !n.going.IsZero() && !n.free && !n.gone && !n.left {
+				names = append(names, n.name)
+			}
+		}
+		w.breaks("%d nodes in flight (%s), the budget is %d: %s", switching, strings.Join(names, " "), w.cap, brief(w.latest()))
+	}
+}
+
+// settle lets every node finish, and the mirror go on, until nothing changes any more; it gives up after many rounds.
+func (w *world) settle(resume bool) bool {
+	for range 3000 {
+		before := len(w.records)
+		idle := true
+		for _, n := range w.nodes {
+			was, to := n.running, n.going
+			w.act(n, true)
+			if n.running != was || n.going != to || !n.going.IsZero() && !n.gone && !n.left {
+				idle = false
+			}
+			w.tell(n)
+		}
+		w.look()
+		again := w.mirror("")
+		if w.check(); w.broken != "" {
+			return false
+		}
+		p := w.latest().Rollout
+		if before != len(w.records) {
+			continue
+		}
+		switch {
+		case p == nil && idle, p != nil && p.Phase == deployments.PhaseHalted && idle, !resume && idle && again.IsZero():
+			return true
+		case p != nil && p.Phase == deployments.PhasePaused:
+			w.mirror([]string{"resume", "abort", "resume"}[w.rng.IntN(3)])
+		case p != nil && p.Phase == deployments.PhaseWaiting:
+			w.mirror("promote")
+		}
+		w.now = w.now.Add(30 * time.Second)
+	}
+	return false
+}
+
+// end brings a history to its end, and looks at what is left.
+func (w *world) end() {
+	w.freeze = Verdict{}
+	for _, n := range w.nodes { // nobody who is gone comes back: it is deregistered
+		n.left = n.left || n.gone
+		if n.pin.Present {
+			n.pin, n.free = Value[deployments.Pin]{}, true
+		}
+	}
+	if !w.settle(true) {
+		w.breaks("it does not end: %s", brief(w.latest()))
+		for _, n := range w.nodes {
+			if !n.left && w.unsettled(n) {
+				w.say("%s runs %q, goes to %q, acts on %d of %d, reports %+v", n.name, n.running.URL, n.going.URL, n.seen, len(w.records)-1, n.report)
+			}
+		}
+		return
+	}
+	r := w.latest()
+	for _, n := range w.nodes {
+		if n.left {
+			continue
+		}
+		want := r.Target
+		if r.Rollout != nil {
+			want = r.Stable
+		}
+		if n.running != want && len(n.failed) == 0 {
+			w.breaks("in the end %s runs %s, want %s: %s", n.name, n.running.URL, want.URL, brief(r))
+		}
+	}
+}
