@@ -2,4 +2,4 @@
 
 package policy
 
-const histories = 6000
+const histories = 2500

@@ -2,4 +2,4 @@
 
 package policy
 
-const histories = 1000
+const histories = 500

@@ -175,7 +175,7 @@ func (u *unit) standing() (deployments.State, error) {
 		return deployments.StateInvalid, u.decision.Invalid
 	case target.IsZero():
 		return deployments.StateWaiting, u.trouble
-	case u.quarantined(target):
+	case u.quarantined(target) && !u.reprieved(target):
 		return deployments.StateQuarantined, u.failure(target)
 	case u.refused != nil && u.refused.release == target:
 		return deployments.StateInvalid, u.refused.err
@@ -222,6 +222,13 @@ func (u *unit) quarantined(p deployments.Pointer) bool {
 		}
 	}
 	return false
+}
+
+// reprieved reports whether a release that failed here is about to be tried once more, as something else asks for it now. Else a
+// rollout that was begun anew would take the failure of before for one of its own.
+func (u *unit) reprieved(p deployments.Pointer) bool {
+	f, _ := u.failures.get(u.id, p.Digest)
+	return f.Claim != "" && f.Claim != u.claim
 }
 
 func (u *unit) failure(p deployments.Pointer) error {
