@@ -450,3 +450,38 @@ func TestOwnerAndMode(t *testing.T) {
 		t.Errorf("%v, %v", found, err)
 	}
 }
+
+func TestWhatStandsAtDest(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1")
+	for name, c := range map[string]struct {
+		place func(dest string) error
+		fails bool
+	}{
+		"a file":                  {func(dest string) error { return os.WriteFile(dest, []byte("x"), 0o644) }, true},
+		"a link of somebody's":    {func(dest string) error { return os.Symlink("/etc", dest) }, false},
+		"a link to nothing":       {func(dest string) error { return os.Symlink("nothing", dest) }, false},
+		"a directory with things": {func(dest string) error { return os.MkdirAll(filepath.Join(dest, "x"), 0o755) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+			if err := c.place(releases.dest); err != nil {
+				t.Fatal(err)
+			}
+			rel := stageOne(t, releases, pointers[0])
+			if err := releases.Switch(rel); (err != nil) != c.fails {
+				t.Fatalf("switch: %v", err)
+			}
+			if c.fails {
+				if data, err := os.ReadFile(releases.dest); err != nil || string(data) != "x" {
+					t.Errorf("it holds %q, %v", data, err)
+				}
+				return
+			}
+			if err := whole(releases.dest); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
