@@ -70,7 +70,7 @@ type Unit struct {
 type Rollout struct {
 	// Canary go first and bake; zero: no canary.
 	Canary Amount
-	// Bake is how long the canary, and after it each step, must stay healthy.
+	// Bake is how long the canary must stay healthy before the rest goes; without a canary, all nodes before the rollout ends.
 	Bake time.Duration
 	// MaxUnavailable bounds the nodes in flight, at least one; zero value: all.
 	MaxUnavailable Amount
