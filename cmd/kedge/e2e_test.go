@@ -59,7 +59,7 @@ func TestPushPinAndLateNodes(t *testing.T) {
 			}
 		}
 		slices.Sort(written)
-		want := []string{"desired/prod/web/app", "history/prod/web/app/2", kv.MirrorKey}
+		want := []string{"desired/prod/web/app", "history/prod/web/app/0000000002", kv.MirrorKey}
 		if !slices.Equal(written, want) {
 			t.Errorf("the second push wrote %v, want %v", written, want)
 		}
@@ -69,7 +69,7 @@ func TestPushPinAndLateNodes(t *testing.T) {
 	if one2 != one {
 		t.Errorf("the same tree was published as %s, then as %s", one, one2)
 	}
-	operator := w.consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{}))
+	operator := w.token("operator", deployments.RuleVars{})
 	t.Run("consul kv put pins, deleting the key unpins", func(t *testing.T) {
 		w.consul.CLI(operator, "", "kv", "put", "kedge/pins/prod/web/app", one.String())
 		w.live("app", "1", nodes[:3]...)
@@ -135,7 +135,7 @@ func TestBadInputChangesNothing(t *testing.T) {
 	one, two := w.publish("app", "1"), w.publish("app", "2")
 	head := w.release("first", one)
 	w.live("app", "1", "web-1")
-	operator := w.consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{}))
+	operator := w.token("operator", deployments.RuleVars{})
 	pin := func(value string) {
 		w.consul.CLI(operator, value, "kv", "put", "kedge/pins/prod/web/app", "-")
 	}

@@ -50,6 +50,7 @@ type world struct {
 
 	mu        sync.Mutex
 	processes map[string]*process
+	tokens    map[string]string
 }
 
 var webApp = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
@@ -57,7 +58,7 @@ var webApp = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 // newWorld starts Consul, S3 and Git; mirror and agents are the test's to start.
 func newWorld(t testing.TB, nodes ...string) *world {
 	t.Helper()
-	w := &world{t: t, dir: t.TempDir(), processes: map[string]*process{}}
+	w := &world{t: t, dir: t.TempDir(), processes: map[string]*process{}, tokens: map[string]string{}}
 	// Three servers to start: side by side.
 	var wg sync.WaitGroup
 	wg.Go(func() { w.s3 = objecttest.Start(t) })
@@ -175,10 +176,21 @@ func (w *world) end() {
 	}
 }
 
+// token gives a party's token, the same at each call: it serves while Consul is away as well.
+func (w *world) token(party string, vars deployments.RuleVars) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	name := party + " " + vars.Node
+	if w.tokens[name] == "" {
+		w.tokens[name] = w.consul.Token(deployments.ConsulRules(party, vars))
+	}
+	return w.tokens[name]
+}
+
 // startMirror starts a mirror with the mirror's own token.
 func (w *world) startMirror(name string, more ...string) *process {
 	w.t.Helper()
-	token := w.consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: w.consul.Servers[0].Name}))
+	token := w.token("mirror", deployments.RuleVars{Node: w.consul.Servers[0].Name})
 	env := slices.Concat(w.consul.Env(token), []string{"SSL_CERT_FILE=" + w.git.caFile})
 	return w.start(name, env, slices.Concat([]string{"mirror", w.git.url, "--every", "300ms", "--lease-ttl", "10s", "--name", name}, more)...)
 }
@@ -188,7 +200,7 @@ func (w *world) startAgent(node string, more ...string) *process {
 	w.t.Helper()
 	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == node })
 	client := w.consul.Clients[i]
-	token := w.consul.Token(deployments.ConsulRules("agent", deployments.RuleVars{Node: node, Stage: "prod", Role: "web"}))
+	token := w.token("agent", deployments.RuleVars{Node: node, Stage: "prod", Role: "web"})
 	if err := os.MkdirAll(w.srv(node), 0o755); err != nil {
 		w.t.Fatal(err)
 	}
@@ -389,7 +401,7 @@ func (w *world) versions() map[string]uint64 {
 // kedge runs a command as an operator would, with the operator's token, and gives what it printed and its exit code.
 func (w *world) kedge(args ...string) (stdout, stderr string, code int) {
 	w.t.Helper()
-	token := w.consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{}))
+	token := w.token("operator", deployments.RuleVars{})
 	c := exec.CommandContext(w.t.Context(), w.self(), args...)
 	c.Env = slices.Concat(baseEnv(), w.consul.Env(token), w.s3.Env(), []string{"KEDGE_PLAY=1"})
 	var out, errs bytes.Buffer
