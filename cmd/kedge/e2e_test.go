@@ -169,7 +169,7 @@ func TestBadInputChangesNothing(t *testing.T) {
 		})
 	}
 	t.Run("a pin whose manifest has another digest", func(t *testing.T) {
-		wrong := deployments.Pointer{URL: two.URL, Digest: one.Digest}
+		wrong := deployments.Pointer{URL: two.URL, Digest: deployments.Digest{1}}
 		pin(wrong.String())
 		unchanged(t, "digest")
 	})

@@ -321,7 +321,7 @@ func (w *world) gitDo(dir string, args ...string) string {
 // eventually waits until try has no error; the last one is the failure.
 func (w *world) eventually(what string, try func() error) {
 	w.t.Helper()
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(60 * time.Second)
 	for {
 		err := try()
 		if err == nil {
