@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -38,6 +39,8 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	// Each of rapid's trees is packed, fetched four ways and compared: a hundred take minutes. -rapid.checks=N tries more.
+	flag.Set("rapid.checks", "8")
 	os.Exit(m.Run())
 }
 

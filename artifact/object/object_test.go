@@ -267,7 +267,7 @@ func TestObjectThatChangesWhileItIsRead(t *testing.T) {
 func TestWrongCredentials(t *testing.T) {
 	t.Parallel()
 	gateway := objecttest.Start(t)
-	c := object.New(object.Config{S3: &object.S3Config{Endpoint: gateway.Endpoint(), Region: "us-east-1", AccessKey: "nobody", SecretKey: "hunter2"}})
+	c := object.New(object.Config{S3: &object.S3Config{Endpoint: gateway.Endpoint(), Region: "us-east-1", AccessKey: "kedge-test", SecretKey: "hunter2"}})
 	_, err := c.ReadAll(t.Context(), gateway.URL("x"), 10)
 	if !errors.Is(err, object.ErrDenied) || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("%v", err)
