@@ -431,6 +431,9 @@ func TestOwnerAndMode(t *testing.T) {
 	releases := Open(filepath.Join(t.TempDir(), "app"), objects, nil)
 	rel := stageOne(t, releases, out.Pointer)
 	err = filepath.WalkDir(rel.Dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
 		info, err := os.Lstat(p)
 		if err != nil {
 			return err

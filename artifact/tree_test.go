@@ -119,7 +119,6 @@ func snapshot(t testing.TB, dir string) string {
 type published struct {
 	dir      string // the tree
 	store    string
-	base     string // URL prefix of store
 	manifest *deployments.Manifest
 	index    []byte
 }
@@ -330,7 +329,6 @@ func TestPackIsDeterministic(t *testing.T) {
 func drawTree(t *rapid.T) testTree {
 	tree := testTree{}
 	dirs := []string{""}
-	var files []string
 	names := rapid.SampledFrom([]string{"a", "a.b", "a-b", "b", "c d", "é", "Z", "..a", "-", "~", "x\x01", "0", long("long", 160)})
 	for range rapid.IntRange(0, 25).Draw(t, "entries") {
 		p := rapid.SampledFrom(dirs).Draw(t, "dir") + names.Draw(t, "name")
@@ -351,7 +349,6 @@ func drawTree(t *rapid.T) testTree {
 		default:
 			size := rapid.SampledFrom([]int{0, 1, 511, 512, 513, 70_000, 400_000, 1<<20 - 1, 1 << 20, 2<<20 + 1}).Draw(t, "size")
 			tree[p] = testFile{mode: mode, data: prose(uint64(rapid.IntRange(0, 5).Draw(t, "seed")), size)}
-			files = append(files, p)
 		}
 	}
 	return tree

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/cgi"
 	"net/http/httptest"
@@ -462,17 +461,6 @@ func (h *gitHost) setAway(away bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.away = away
-}
-
-// freeAddress gives a loopback address that nothing listens on.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // reader reads dests in a tight loop, as an application's requests would, and fails the test when one is absent, partial or

@@ -91,13 +91,9 @@ func (w *driftWatcher) run(ctx context.Context) {
 	}
 }
 
-// observe notes where the unit's dest leads now that a job is done, and has it watched.
+// observe notes where the unit's dest should lead now that a job is done, and has it watched.
 func (a *Agent) observe(u *unit) {
-	dest := u.deploy.Dest()
-	live := ""
-	if dest != "" {
-		live, _ = filepath.EvalSymlinks(dest)
-	}
+	dest, live := u.deploy.Dest()
 	a.mu.Lock()
 	was := u.dest
 	u.dest, u.live = dest, live

@@ -81,8 +81,8 @@ func within(b policy.Bounds, r *release) error {
 		sources = append(sources, d.URL)
 	}
 	for _, s := range sources {
-		if !b.AllowsSource(s) {
-			return fmt.Errorf("%s is not from %s", s, strings.Join(b.Sources, ", "))
+		if err := b.CheckSource(s); err != nil {
+			return err
 		}
 	}
 	if m.ExcludeFrom != "" && !filepath.IsLocal(m.ExcludeFrom) {
