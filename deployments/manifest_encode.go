@@ -1,7 +1,12 @@
 package deployments
 
 import (
+	"encoding/json"
 	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode"
 
 	"github.com/goccy/go-yaml"
 )
@@ -12,11 +17,14 @@ func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {
 		if when {
+			if text, ok := value.(string); ok {
+				value = scalar(text)
+			}
 			*to = append(*to, yaml.MapItem{Key: key, Value: value})
 		}
 	}
 	blob := func(b Blob) yaml.MapSlice {
-		return yaml.MapSlice{{Key: "url", Value: b.URL}, {Key: "size", Value: b.Size}, {Key: "sha256", Value: b.SHA256.String()}}
+		return yaml.MapSlice{{Key: "url", Value: scalar(b.URL)}, {Key: "size", Value: b.Size}, {Key: "sha256", Value: b.SHA256.String()}}
 	}
 	add(&out, "name", m.Name, m.Name != "")
 	add(&out, "version", m.Version, m.Version != "")
@@ -34,7 +42,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 	add(&out, "dest", m.Dest, m.Dest != "")
 	add(&out, "dest_mode", fmt.Sprintf("0%o", m.DestMode), m.DestMode != 0 && m.DestMode != 0o755)
 	add(&out, "sync_strategy", string(m.Strategy), m.Strategy != "" && m.Strategy != StrategyRsync)
-	add(&out, "excludes", m.Excludes, len(m.Excludes) > 0)
+	var excludes []scalar
+	for _, e := range m.Excludes {
+		excludes = append(excludes, scalar(e))
+	}
+	add(&out, "excludes", excludes, len(excludes) > 0)
 	add(&out, "exclude_from", m.ExcludeFrom, m.ExcludeFrom != "")
 	add(&out, "owner", m.Owner, m.Owner != "")
 	add(&out, "keep", m.Keep, m.Keep != 0 && m.Keep != defaultKeep)
@@ -48,10 +60,10 @@ func (m *Manifest) Encode() ([]byte, error) {
 		var items []any
 		for _, c := range list.commands {
 			if (c.Timeout == 0 || c.Timeout == DefaultCommandTimeout) && c.User == "" {
-				items = append(items, c.Run)
+				items = append(items, scalar(c.Run))
 				continue
 			}
-			item := yaml.MapSlice{{Key: "run", Value: c.Run}}
+			item := yaml.MapSlice{{Key: "run", Value: scalar(c.Run)}}
 			add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != DefaultCommandTimeout)
 			add(&item, "user", c.User, c.User != "")
 			items = append(items, item)
@@ -67,7 +79,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	for _, c := range m.Health.Checks {
 		var item yaml.MapSlice
 		if c.HTTP != nil {
-			http := yaml.MapSlice{{Key: "url", Value: c.HTTP.URL}}
+			http := yaml.MapSlice{{Key: "url", Value: scalar(c.HTTP.URL)}}
 			add(&http, "status", c.HTTP.Status, c.HTTP.Status != 0)
 			add(&http, "contains", c.HTTP.Contains, c.HTTP.Contains != "")
 			add(&item, "http", http, true)
@@ -92,4 +104,21 @@ func (m *Manifest) Encode() ([]byte, error) {
 		return nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
 	return data, nil
+}
+
+// scalar is text that is quoted wherever a reader could take it for something else.
+type scalar string
+
+// bare is text that no reader of YAML takes for anything else, after a letter or a slash.
+var bare = regexp.MustCompile(`^[A-Za-z/]([A-Za-z0-9._/@+=:-]*[A-Za-z0-9._/@+=-])?$`)
+
+func (s scalar) MarshalYAML() ([]byte, error) {
+	switch {
+	case bare.MatchString(string(s)) && !slices.Contains([]string{"true", "false", "null", "yes", "no", "on", "off", "y", "n"}, strings.ToLower(string(s))):
+		return []byte(s), nil
+	case strings.ContainsFunc(string(s), func(c rune) bool { return !unicode.IsPrint(c) }):
+		return json.Marshal(string(s))
+	}
+	// Single quotes leave double ones alone, as variables ({{ env "NAME" }}) need.
+	return []byte("'" + strings.ReplaceAll(string(s), "'", "''") + "'"), nil
 }

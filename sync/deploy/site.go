@@ -124,22 +124,28 @@ func (l linked) verify(ctx context.Context, r *release, limit int64) ([]artifact
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// heal exchanges the release's directory for one that was unpacked anew, in one system call, so that dest is whole all the while.
-// What it was stays in DEST.releases/.kedge/ until the next time, for processes that have it for their working directory.
+// heal exchanges the release's directory, where something in it differs, for one that was unpacked anew, in one system call, so that
+// dest is whole all the while; and leads dest back to it. What it was stays in DEST.releases/.kedge/ until the next time, for
+// processes that have it for their working directory.
 func (l linked) heal(ctx context.Context, r *release) error {
 	found, err := l.releases.Find(r.Pointer.Digest)
 	if err != nil {
 		return err
 	}
-	private := filepath.Join(filepath.Dir(found.Dir), ".kedge")
-	beside := filepath.Join(private, "heal-"+r.Pointer.Digest.Short())
-	if err := unpack(ctx, l.objects, r, beside, nil); err != nil {
-		return err
+	if ds, err := l.releases.Verify(ctx, found, 0); err != nil || len(ds) > 0 {
+		private := filepath.Join(filepath.Dir(found.Dir), ".kedge")
+		beside := filepath.Join(private, "heal-"+r.Pointer.Digest.Short())
+		if err := unpack(ctx, l.objects, r, beside, nil); err != nil {
+			return err
+		}
+		if err := unix.Renameat2(unix.AT_FDCWD, beside, unix.AT_FDCWD, found.Dir, unix.RENAME_EXCHANGE); err != nil {
+			return fmt.Errorf("exchanging %s for the healed tree: %w", found.Dir, err)
+		}
+		if err := errors.Join(syncDir(filepath.Dir(found.Dir)), syncDir(private)); err != nil {
+			return err
+		}
 	}
-	if err := unix.Renameat2(unix.AT_FDCWD, beside, unix.AT_FDCWD, found.Dir, unix.RENAME_EXCHANGE); err != nil {
-		return fmt.Errorf("exchanging %s for the healed tree: %w", found.Dir, err)
-	}
-	return errors.Join(syncDir(filepath.Dir(found.Dir)), syncDir(private))
+	return l.releases.Switch(found)
 }
 
 func (l linked) prune(r *release, keep []deployments.Digest) error {
