@@ -1,0 +1,122 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kedge/deployments"
+)
+
+// cli runs a command in this process, with nothing on standard input.
+func cli(t *testing.T, stdin string, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = run(args, strings.NewReader(stdin), &out, &errs)
+	return out.String(), errs.String(), code
+}
+
+func TestExitCodesAndErrors(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	store := "--kv=file://" + filepath.Join(dir, "kv")
+	write := func(name, content string) string {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	write("bad/prod/web/app.yaml", "release: x\nrelaese: y\n")
+	write("good/prod/web/app.yaml", "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
+	trapped := write("old.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n")
+	for _, c := range []struct {
+		args []string
+		code int
+		says []string
+	}{
+		{[]string{"--help"}, exitDone, []string{"kedge demo", "Exit codes"}},
+		{[]string{"nonsense"}, exitUsage, []string{`unknown command "nonsense"`}},
+		{[]string{"statsu"}, exitUsage, []string{"did you mean status?"}},
+		{[]string{"status", "--nonsense"}, exitUsage, []string{"unknown flag", "see kedge status --help"}},
+		{[]string{"status", "a/b/c/d"}, exitUsage, []string{"want STAGE, STAGE/ROLE or STAGE/ROLE/UNIT"}},
+		{[]string{"pin", "prod/web/app"}, exitUsage, []string{"accepts 2 arg(s)", "kedge pin STAGE/ROLE/UNIT"}},
+		{[]string{"pin", "prod/web/app", "hodl", store}, exitUsage, []string{"neither a pointer nor hold"}},
+		{[]string{"pin", "prod/web", "hold", store}, exitUsage, []string{"want STAGE/ROLE/UNIT"}},
+		{[]string{"pin", "prod/web/app", "hold", "--until", "tomorrow", store}, exitUsage, []string{"want a duration"}},
+		{[]string{"agent", store}, exitUsage, []string{"stage and roles are not set"}},
+		{[]string{"agent", "--config", filepath.Join(dir, "nowhere.yaml")}, exitUsage, []string{"nowhere.yaml"}},
+		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
+		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},
+		{[]string{"check", "--manifest", trapped}, exitDone, []string{"old.yml:4:12: dest_mode: 755 is read in octal", "3 traps"}},
+		{[]string{"run", "s3://b/x", "--max-bandwidth", "fast"}, exitUsage, []string{`bandwidth "fast"`}},
+		{[]string{"run"}, exitUsage, []string{"standard input is empty"}},
+		{[]string{"verify", dir}, exitFailed, []string{"is no release of kedge's"}},
+		{[]string{"wait", "--ready", "127.0.0.1:1", "--timeout", "300ms"}, exitNotConverged, []string{"not converged in time", "refused"}},
+		{[]string{"publish", dir, "--name", "a", "--version", "1", "--dest", "/d"}, exitUsage, []string{"--to is missing"}},
+		{[]string{"--kv", "redis://x", "status"}, exitFailed, []string{"redis://x"}},
+	} {
+		t.Run(strings.Join(c.args[:min(2, len(c.args))], " "), func(t *testing.T) {
+			out, errs, code := cli(t, "", c.args...)
+			if code != c.code {
+				t.Errorf("exit %d, want %d", code, c.code)
+			}
+			for _, want := range c.says {
+				if !strings.Contains(out+errs, want) {
+					t.Errorf("%q is not in\n%s%s", want, out, errs)
+				}
+			}
+		})
+	}
+}
+
+// A release is published from the command line, run once, verified, and verified again after somebody changed it.
+func TestPublishRunVerify(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	tree, dest := filepath.Join(dir, "tree"), filepath.Join(dir, "srv", "app")
+	writeTree(t, tree, "1")
+	template := filepath.Join(dir, "manifest.yaml")
+	if err := os.WriteFile(template, []byte("# kept as it is\nowner: '{{ env `NOBODY_SETS_THIS` `0` }}'\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	publish := []string{"publish", tree, "--to", "file://" + dir + "/releases", "--name", "app", "--version", "1", "--dest", dest, "--manifest", template}
+	out, errs, code := cli(t, "", publish...)
+	if code != exitDone {
+		t.Fatalf("publish: exit %d\n%s", code, errs)
+	}
+	pointer, err := deployments.ParsePointer(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, _, _ := cli(t, "", publish...); again != out {
+		t.Errorf("published again it is %s, was %s", again, out)
+	}
+	if _, errs, code := cli(t, pointer.String()+"\n", "run"); code != exitDone {
+		t.Fatalf("run: exit %d\n%s", code, errs)
+	}
+	if v, err := readTree(dest); err != nil || v != "1" {
+		t.Errorf("%q, %v is live", v, err)
+	}
+	if _, errs, code := cli(t, "", "verify", dest); code != exitDone || !strings.Contains(errs, "as published") {
+		t.Errorf("verify: exit %d\n%s", code, errs)
+	}
+	if err := os.WriteFile(filepath.Join(dest, "d0", "f0"), []byte("changed\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, errs, code = cli(t, "", "verify", dest, "--json")
+	var differences []struct{ Path, What string }
+	if err := json.Unmarshal([]byte(out), &differences); err != nil || code != exitFailed || len(differences) != 1 || differences[0].Path != "d0/f0" {
+		t.Errorf("verify: exit %d, %v\n%s%s", code, err, out, errs)
+	}
+	pointer.Digest[0]++
+	if _, errs, code := cli(t, "", "run", pointer.String()); code != exitFailed || !strings.Contains(errs, "digest") {
+		t.Errorf("run of another digest: exit %d\n%s", code, errs)
+	}
+}
