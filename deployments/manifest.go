@@ -61,7 +61,7 @@ type Strategy string
 const (
 	// StrategyRsync copies over Dest with rsync -a --delete: stretcher's default, and so the default here. Not atomic.
 	StrategyRsync Strategy = "rsync"
-	// StrategyMv renames the unpacked tree's entries over Dest, as stretcher's mv does. Not atomic.
+	// StrategyMv moves the unpacked tree to Dest, where nothing may be yet, as stretcher's mv does.
 	StrategyMv Strategy = "mv"
 	// StrategyRelease keeps each release in a directory of its own, and makes Dest a symlink that one rename switches.
 	StrategyRelease Strategy = "release"
