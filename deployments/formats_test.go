@@ -88,7 +88,7 @@ func TestParsePin(t *testing.T) {
 		{"a typo", "hodl", Pin{}, "neither a pointer nor hold"},
 		{"a URL alone", releaseURL, Pin{}, "@sha256:HEX"},
 		{"an unknown field", "relaese: " + p.String(), Pin{}, `did you mean "release"?`},
-		{"a field twice", "release: hold\nrelease: hold\n", Pin{}, "already defined"},
+		{"a field twice", "release: hold\nrelease: hold\n", Pin{}, `pin:2:1: field "release" stands twice`},
 		{"both", "release: " + p.String() + "\nhold: true\n", Pin{}, "both"},
 		{"neither", "reason: because\n", Pin{}, "no release"},
 		{"a time without zone", "release: hold\nuntil: 2026-11-24 09:00\n", Pin{}, "with its zone"},
@@ -197,6 +197,41 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 			check(t, err, c.says...)
 			if (tree == nil) == (err == nil) {
 				t.Errorf("tree %v with error %v", tree, err)
+			}
+		})
+	}
+}
+
+// Whatever bytes a unit's file holds, its mistake is named, and nothing of the commit is taken.
+func TestLoadHostileFiles(t *testing.T) {
+	t.Parallel()
+	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"
+	for _, c := range []struct{ name, text, says string }{
+		{"a byte-order mark and CRLF", "\ufeff" + strings.ReplaceAll(good+"after: [base]\n", "\n", "\r\n"), ""},
+		{"a comment and a document's beginning", "# the app\n---\n" + good, ""},
+		{"a NUL", good + "drift: \x00\n", "prod/web/app.yaml:2:1: the line contains a control character"},
+		{"UTF-16", "r\x00e\x00l\x00\xff\xfe", "prod/web/app.yaml: the file is not UTF-8 text"},
+		{"too large", good + strings.Repeat("#\n", MaxUnitFile), "bytes, at most 65536 are allowed"},
+		{"nested too deep", "release: " + strings.Repeat("[", 1000), "prod/web/app.yaml: the file is nested deeper than 40 levels"},
+		{"more keys than anybody reads", strings.Repeat("x:\n", maxKeys+1), "prod/web/app.yaml: the file has 10001 lines with a colon, at most 10000 are allowed"},
+		{"more mistakes than anybody reads", good + strings.Repeat("after: [base]\n", 1000), "prod/web/app.yaml: more than 100 mistakes; some of them:"},
+		{"a second document", good + "---\n" + good, "prod/web/app.yaml:3:1: the file holds a second document"},
+		{"laughs", "a: &a [x, x]\nb: &b [*a, *a]\n" + good, "prod/web/app.yaml:1:"},
+		{"a merge key", good + "<<: {drift: heal}\n", "anchors, aliases and merge keys are not read here"},
+		{"a tag", "release: !!binary x\n", "prod/web/app.yaml:1:10: tags are not read here"},
+		{"a list", "- " + good, "prod/web/app.yaml:1:1: a unit: want fields"},
+		{"a text", "hello\n", "prod/web/app.yaml:1:1: a unit: want fields"},
+		{"a list for a release", "release: [a, b]\n", "want a single value here"},
+		{"an open quote", "release: \"s3://\n", "prod/web/app.yaml:1:"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			tree, err := Load(fstest.MapFS{"prod/web/app.yaml": {Data: []byte(c.text)}, "prod/web/base.yaml": {Data: []byte(good)}})
+			check(t, err, c.says)
+			if (tree == nil) == (err == nil) {
+				t.Errorf("tree %v with error %v", tree, err)
+			}
+			if err != nil && len(err.Error()) > 64<<10 {
+				t.Errorf("the error has %d bytes", len(err.Error()))
 			}
 		})
 	}

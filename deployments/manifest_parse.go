@@ -30,7 +30,8 @@ const (
 
 // ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME" "default" }} and
 // {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute
-// against url. Unknown fields, doubles and bad values are Problems with line and column.
+// against url. Unknown fields, which stretcher passes over, doubles and bad values are Problems with line and column; a field
+// without a value counts as left out, as in stretcher.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
 	if env == nil {
 		env = func(string) (string, bool) { return "", false }
@@ -67,7 +68,7 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	if err != nil {
 		return nil, nil, fmt.Errorf("the manifest: %w", err)
 	}
-	r := &manifestReader{reader: reader{file: "manifest", open: open}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
+	r := &manifestReader{reader: reader{file: "manifest", open: open, lax: true}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
 		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
 		Health: Health{Timeout: defaultHealthTimeout},
 	}}

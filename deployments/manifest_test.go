@@ -4,7 +4,6 @@ import (
 	"reflect"
 	"strings"
 	"testing"
-	"testing/fstest"
 	"time"
 
 	"pgregory.net/rapid"
@@ -60,6 +59,8 @@ func TestManifestMistakes(t *testing.T) {
 	base := "src: app.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\n"
 	for _, c := range []struct{ name, text, says string }{
 		{"good", base, ""},
+		{"fields without a value, as stretcher takes them", base + "dest_mode:\nsync_strategy:\nexcludes:\ncommands:\n  pre:\n  post: [uptime]\n", ""},
+		{"a checksum without a value", "src: app.tar\ndest: /srv/app\nchecksum:\n", "checksum is missing"},
 		{"commands only", "commands:\n  pre: [uptime]\n", ""},
 		{"empty", "\n", "empty"},
 		{"an unknown field", base + "desc: x\n", `manifest:4:1: unknown field "desc" in the manifest: did you mean "dest"?`},
@@ -200,52 +201,4 @@ func TestManifestRoundTrip(t *testing.T) {
 			t.Fatalf("got  %+v\nwant %+v\n%s", again, m, data)
 		}
 	})
-}
-
-func FuzzManifest(f *testing.F) {
-	f.Add([]byte(stretchers))
-	f.Add([]byte("{{ env \"A\" }}: [{[{"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		m, err := ParseManifest(data, manifestURL, func(string) (string, bool) { return "x", true })
-		if err != nil {
-			return
-		}
-		if m.Dest != "" && !strings.HasPrefix(m.Dest, "/") {
-			t.Errorf("dest %q", m.Dest)
-		}
-		if m.Src != "" && CheckURL(m.Src) != nil {
-			t.Errorf("src %q: %v", m.Src, CheckURL(m.Src))
-		}
-	})
-}
-
-func FuzzPin(f *testing.F) {
-	f.Add([]byte("hold"))
-	f.Add([]byte("release: s3://a/b@sha256:" + hex64 + "\nuntil: 2026-11-24T08:00:00Z"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		pin, err := ParsePin(data)
-		if err == nil && pin.Hold == !pin.Release.IsZero() {
-			t.Errorf("%q is the pin %+v", data, pin)
-		}
-	})
-}
-
-func FuzzRecord(f *testing.F) {
-	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","generation":3}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if r, err := ParseRecord(data); err == nil && r.Target.IsZero() {
-			t.Errorf("%q is a record without target", data)
-		}
-	})
-}
-
-func FuzzUnit(f *testing.F) {
-	f.Add([]byte("release: s3://a/b@sha256:" + hex64 + "\nafter: [base]\nrollout: {canary: 1}\n"))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		loadFile(data)
-	})
-}
-
-func loadFile(data []byte) (*Tree, error) {
-	return Load(fstest.MapFS{"prod/web/app.yaml": {Data: data}, "kedge.yaml": {Data: data}})
 }

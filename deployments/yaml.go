@@ -20,7 +20,9 @@ import (
 type reader struct {
 	file string
 	// open: variables stand for values that aren't known here, and what holds one isn't looked into.
-	open     bool
+	open bool
+	// lax: a field without a value counts as left out.
+	lax      bool
 	problems Problems
 }
 
@@ -40,11 +42,16 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(line, 1, "the line contains a control character")
 		return nil
 	}
-	if depth(data) > maxDepth {
+	switch deep, keys := shape(data); {
+	case deep > maxDepth:
 		r.note(0, 0, "the file is nested deeper than %d levels", maxDepth)
 		return nil
+	case keys > maxKeys:
+		r.note(0, 0, "the file has %d lines with a colon, at most %d are allowed", keys, maxKeys)
+		return nil
 	}
-	f, err := parser.ParseBytes(data, 0)
+	// Keys that stand twice are found by fields, which goes on after the first.
+	f, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	var syntax yaml.Error
 	switch {
 	case errors.As(err, &syntax) && syntax.GetToken() != nil:
@@ -77,13 +84,22 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 	return root
 }
 
-// maxDepth bounds nesting, which the parser follows by recursion.
-const maxDepth = 40
+const (
+	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys, as its time grows with their square:
+	// this many take some 0.5 s.
+	maxDepth = 40
+	maxKeys  = 10_000
+	// maxProblems bounds what is noted of one file.
+	maxProblems = 100
+)
 
-// depth over-estimates how deep data is nested: by flow brackets, and by indentation and dashes.
-func depth(data []byte) int {
+// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; and how many keys a block has.
+func shape(data []byte) (deep, keys int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
+		if bytes.IndexByte(line, ':') >= 0 {
+			keys++
+		}
 		lead := 0
 		for _, c := range line {
 			if c != ' ' && c != '-' && c != '?' && c != ':' {
@@ -102,7 +118,7 @@ func depth(data []byte) int {
 			}
 		}
 	}
-	return most
+	return most, keys
 }
 
 func controlAt(data []byte) int {
@@ -129,7 +145,12 @@ func (v refuser) Visit(n ast.Node) ast.Visitor {
 }
 
 func (r *reader) note(line, column int, format string, args ...any) {
-	r.problems = append(r.problems, Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)})
+	switch n := len(r.problems); {
+	case n == maxProblems:
+		r.problems = append(r.problems, Problem{File: r.file, Message: fmt.Sprintf("more than %d mistakes; some of them:", n)})
+	case n < maxProblems:
+		r.problems = append(r.problems, Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)})
+	}
 }
 
 func (r *reader) at(n ast.Node, format string, args ...any) {
@@ -184,7 +205,9 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 			r.at(v.Key, "field %q stands twice in %s", name, what)
 			continue
 		case v.Value == nil || v.Value.Type() == ast.NullType:
-			r.at(v.Key, "field %q has no value: give one, or remove the line", name)
+			if !r.lax {
+				r.at(v.Key, "field %q has no value: give one, or remove the line", name)
+			}
 			continue
 		}
 		seen[name] = v.Key
