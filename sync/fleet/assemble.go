@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 	"time"
@@ -18,7 +20,8 @@ import (
 // Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
 // only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet {
-	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[[2]string][]reporter{}}
+	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[[2]string][]reporter{},
+		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]mirror.History{}}
 	for _, e := range entries {
 		kind, rest, _ := strings.Cut(e.Key, "/")
 		switch kind + "/" {
@@ -28,9 +31,16 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 			a.pin(e, rest)
 		case kv.StatusPrefix:
 			a.report(e, rest)
+		case kv.ControlPrefix:
+			a.order(e, rest)
+		case kv.HistoryPrefix:
+			a.history(e, rest)
 		case kv.MirrorPrefix:
 			a.mirror(e)
 		}
+	}
+	for id, e := range a.orders {
+		a.give(id, e)
 	}
 	for role, reporters := range a.roles {
 		for _, r := range reporters {
@@ -45,6 +55,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), compareIDs) {
 		u := a.units[id]
 		a.nodes(u)
+		u.GitPast = gitPast(u, a.histories[id], now)
 		a.fleet.Units = append(a.fleet.Units, *u)
 	}
 	return a.fleet
@@ -54,6 +65,9 @@ type assembly struct {
 	fleet *Fleet
 	units map[deployments.UnitID]*Unit
 	roles map[[2]string][]reporter
+	// orders and histories are joined to their units at the end.
+	orders    map[deployments.UnitID]kv.Entry
+	histories map[deployments.UnitID][]mirror.History
 }
 
 // reporter is a node of a role.
@@ -121,6 +135,35 @@ func (a *assembly) pin(e kv.Entry, rest string) {
 		u.Pins[node] = pin
 	default:
 		u.Pin = &pin
+	}
+}
+
+func (a *assembly) order(e kv.Entry, rest string) {
+	id, err := deployments.ParseUnitID(rest)
+	if err != nil {
+		a.bad(e.Key, err)
+		return
+	}
+	a.orders[id] = e
+}
+
+// give notes an order at its unit. What the mirror will never take is an error: it would wait there for ever.
+func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
+	verb := strings.ToLower(deployments.Trim(string(e.Value)))
+	u := a.units[id]
+	switch {
+	case !slices.Contains(verbs, verb):
+		a.bad(e.Key, fmt.Errorf("%q is not one of %s: write one of them, or delete the key", clip(verb, 40), strings.Join(verbs, ", ")))
+	case u == nil || u.Record == nil:
+		a.bad(e.Key, fmt.Errorf("an order to %s what has no good record: delete the key", verb))
+	default:
+		u.Order = verb
+	}
+}
+
+func (a *assembly) history(e kv.Entry, rest string) {
+	if id, err := deployments.ParseUnitID(path.Dir(rest)); err == nil {
+		a.histories[id] = append(a.histories[id], readHistory(e))
 	}
 }
 
@@ -224,9 +267,10 @@ func value[T any](f *Fleet, key string, v *T) policy.Value[T] {
 	return policy.Value[T]{Present: true, Value: *v}
 }
 
+// join joins two parts, of which either may be empty.
 func join(a, b string) string {
-	if a == "" {
-		return b
+	if a == "" || b == "" {
+		return a + b
 	}
 	return a + "; " + b
 }

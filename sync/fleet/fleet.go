@@ -33,6 +33,11 @@ type Unit struct {
 	Record *deployments.Record        `json:"record,omitempty"`
 	Pin    *deployments.Pin           `json:"pin,omitempty"`
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
+	// Order is what an operator asked for, as in retry, and the mirror has yet to take.
+	Order string `json:"order,omitempty"`
+	// GitPast says of releases that pins name, or hold, how many others Git has named since it last named them; 0: it names them
+	// still. One that the history doesn't know isn't there.
+	GitPast map[deployments.Pointer]int `json:"git_past,omitempty"`
 	// Nodes are sorted by name: those that report on the unit, and live ones of its role that have yet to.
 	Nodes []Node `json:"nodes"`
 	// Converged of Live nodes run what they should; Gone are nodes whose session has ended.
@@ -89,9 +94,10 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 	return all
 }
 
-// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror writes its state with, or after, the records
-// that it speaks of, and a node reports after it has read its record.
-var kinds = []string{kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
+// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror takes an order in the transaction that does
+// it, it writes its state with, or after, the records that it speaks of, and a node reports after it has read its record. The
+// history of units that are pinned comes on top.
+var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
 // Read reads the fleet once, from the leader.
 //
@@ -121,6 +127,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	if len(trouble) == len(kinds) {
 		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
 	}
+	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
 	return filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble)), nil
 }
 
@@ -173,6 +180,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 		// Time alone changes what is wanted when a pin ends.
 		expiry := time.NewTimer(time.Hour)
 		defer expiry.Stop()
+		known := histories{}
 		for {
 			select {
 			case <-ctx.Done():
@@ -192,6 +200,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 			if !complete {
 				continue
 			}
+			entries = append(entries, known.of(ctx, store, filter, entries)...)
 			fleet := filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble))
 			f(fleet)
 			expiry.Reset(untilExpiry(fleet))

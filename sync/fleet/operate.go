@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 
 	"kedge/deployments"
@@ -148,18 +147,11 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]mirr
 	}
 	history := []mirror.History{}
 	for _, e := range entries {
-		name, ok := strings.CutPrefix(e.Key, prefix)
-		if !ok {
-			continue
+		if strings.HasPrefix(e.Key, prefix) {
+			history = append(history, readHistory(e))
 		}
-		var h mirror.History
-		if err := json.Unmarshal(e.Value, &h); err != nil {
-			h = mirror.History{Note: "does not parse: " + err.Error()}
-			h.Generation, _ = strconv.ParseInt(name, 10, 64)
-		}
-		history = append(history, h)
 	}
-	slices.SortFunc(history, func(a, b mirror.History) int { return int(min(1, max(-1, b.Generation-a.Generation))) })
+	slices.SortFunc(history, newestFirst)
 	return history, nil
 }
 

@@ -125,12 +125,19 @@ func unitRow(u Unit) []cell {
 // unit writes what is to be said below a unit's row.
 func (p *printer) unit(f *Fleet, u Unit) {
 	if u.Pin != nil {
-		if s := pinStory(*u.Pin, f.At); s != "" {
+		story := pinStory(*u.Pin, f.At)
+		moved := gitStory(u, *u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+		if s := join(story, moved); s != "" {
 			p.wrap("  pinned ", 4, s, "")
 		}
 	}
 	for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
-		p.wrap("  "+clean(node)+" pinned ", 4, strings.TrimSpace(pinName(u, u.Pins[node])+" "+pinStory(u.Pins[node], f.At)), "")
+		pin := u.Pins[node]
+		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
+		p.wrap("  "+clean(node)+" pinned ", 4, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), "")
+	}
+	if u.Order != "" {
+		p.wrap("  order:  ", 4, u.Order+", which the mirror has yet to take", yellow)
 	}
 	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
 		p.wrap("  rollout: ", 4, oneLine(u.Record.Rollout.Reason), "")
@@ -248,6 +255,27 @@ func pinStory(p deployments.Pin, now time.Time) string {
 		s = append(s, "("+oneLine(p.Reason)+")")
 	}
 	return strings.Join(s, " ")
+}
+
+// gitStory says how far Git has moved past what a pin names, or holds on the nodes that it is for.
+func gitStory(u Unit, pin deployments.Pin, holds func(Node) bool) string {
+	kept := []deployments.Pointer{pin.Release}
+	if pin.Hold {
+		kept = running(&u, holds)
+	}
+	moved, known := 0, false
+	for _, p := range kept {
+		if n, ok := u.GitPast[p]; ok {
+			moved, known = max(moved, n), true
+		}
+	}
+	switch {
+	case !known:
+		return ""
+	case moved == 0:
+		return "Git says the same"
+	}
+	return "Git has named " + count(moved, "release") + " since"
 }
 
 // WriteHistory writes a unit's generations, one a line.

@@ -23,7 +23,7 @@ var ErrRefused = errors.New("refused")
 // With a commit, of which seven digits will do, it first waits until the mirror has taken it, or one after it. ErrRefused says what
 // won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's.
 func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) error {
-	w := waiter{commit: strings.ToLower(commit)}
+	w := waiter{commit: strings.ToLower(commit), before: map[nodeUnit]time.Time{}}
 	if commit != "" {
 		if len(commit) < 7 || strings.Trim(w.commit, "0123456789abcdef") != "" {
 			return fmt.Errorf("commit %q: want its hash, at least seven digits of it", commit)
@@ -40,8 +40,9 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) err
 	defer finish(nil)
 	err := Watch(watching, store, filter, func(f *Fleet) {
 		missing, result = w.look(f)
-		if missing == "" && result == nil {
-			// The parts of a watched fleet come each at its time: what a new head brought might not be there yet. So once more, in order.
+		if missing == "" || result != nil {
+			// The parts of a watched fleet come each at its time: what a new head or an order brought might not be there yet. So once
+			// more, in order.
 			missing, result = w.confirm(watching, store, filter)
 		}
 		if missing == "" || result != nil {
@@ -71,6 +72,13 @@ type waiter struct {
 	commit string
 	taken  bool
 	head   *string // the first that was seen
+	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of the new try.
+	before map[nodeUnit]time.Time
+}
+
+type nodeUnit struct {
+	unit deployments.UnitID
+	node string
 }
 
 // readAgain is the time between two tries of a read that failed.
@@ -106,7 +114,7 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		return "the store knows no such unit", nil
 	}
 	for _, u := range f.Units {
-		if err := useless(u); err != nil {
+		if err := w.useless(u); err != nil {
 			return "", err
 		}
 	}
@@ -153,10 +161,19 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 }
 
 // useless is why waiting for a unit would be.
-func useless(u Unit) error {
+func (w *waiter) useless(u Unit) error {
+	if u.Order != "" {
+		for _, n := range u.Nodes {
+			w.before[nodeUnit{u.ID, n.Name}] = n.Report.Since
+		}
+		return nil // whatever stands there now, it is about to change
+	}
 	for _, n := range u.Nodes {
 		r := n.Report
+		since, asked := w.before[nodeUnit{u.ID, n.Name}]
 		switch {
+		case asked && r.Since.Equal(since):
+			continue
 		case n.Gone || n.Converged || n.Want.IsZero() || r.Want != n.Want:
 			continue
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
@@ -185,6 +202,9 @@ func rollout(u Unit) *deployments.Progress {
 func unfinished(u Unit) string {
 	if u.Error != "" {
 		return fmt.Sprintf("%s: %s", u.ID, oneLine(u.Error))
+	}
+	if u.Order != "" {
+		return fmt.Sprintf("%s: the mirror has yet to take the order to %s", u.ID, u.Order)
 	}
 	for _, n := range u.Nodes {
 		if n.Gone || n.Converged {

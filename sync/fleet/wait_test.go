@@ -32,7 +32,7 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 // goesOn checks that nothing that has been written so far ends a Wait: it makes the fleet's state pass before it once more.
 func goesOn(t *testing.T, s kv.Store, ended <-chan error) {
 	t.Helper()
-	w := waiter{}
+	w := waiter{before: map[nodeUnit]time.Time{}}
 	seen := fleets(t, s)
 	until(t, seen, "what was written", func(f *Fleet) bool { _, err := w.look(f); return err == nil })
 	select {

@@ -84,7 +84,9 @@ func busyFleet() []kv.Entry {
 		says("web-3", map[string]deployments.UnitReport{"app": failed, "base": held(runs("base", "2026.11.1"))}),
 		says("web-4", map[string]deployments.UnitReport{"app": runs("app", "1.4.1"), "base": held(runs("base", "2026.11.1"))}),
 		gone(says("web-9", map[string]deployments.UnitReport{"app": runs("app", "1.4.1")})),
-		put("history/prod/web/app/0000000002", "never looked at"),
+		past("1.4.1", 1, ""),
+		put("history/prod/web/app/0000000002", "{"),
+		put("control/staging/web/app", "Promote\n"),
 	}
 }
 

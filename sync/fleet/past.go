@@ -1,0 +1,135 @@
+package fleet
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/mirror"
+)
+
+// histories are histories that were read, by unit. All other units' stay unread: only of what is pinned it counts how far Git has moved.
+type histories map[deployments.UnitID]versioned
+
+type versioned struct {
+	record  uint64 // the version of the record that it was read for: a generation and its record are written in one
+	entries []kv.Entry
+}
+
+// historyWithin bounds how long a fleet waits for histories.
+const historyWithin = 2 * time.Second
+
+// of gives the history of the units that are pinned in entries. One that can't be read now is left out, or given as it was last:
+// it adds to what is shown, and nothing is decided by it.
+func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
+	ctx, cancel := context.WithTimeout(ctx, historyWithin)
+	defer cancel()
+	pinned := map[deployments.UnitID]bool{}
+	records := map[deployments.UnitID]uint64{}
+	for _, e := range entries {
+		kind, rest, _ := strings.Cut(e.Key, "/")
+		parts := strings.SplitN(rest, "/", 4)
+		if len(parts) < 3 {
+			continue
+		}
+		id := deployments.UnitID{Stage: parts[0], Role: parts[1], Unit: parts[2]}
+		switch {
+		case !filter.takes(id) || id.Check() != nil:
+		case kind+"/" == kv.DesiredPrefix:
+			records[id] = e.Version
+		case kind+"/" == kv.PinsPrefix:
+			pinned[id] = true
+		}
+	}
+	var all []kv.Entry
+	for id := range pinned {
+		version, ok := records[id]
+		if !ok {
+			continue
+		}
+		if known, ok := h[id]; !ok || known.record != version {
+			read, err := store.List(ctx, kv.HistoryPrefixOf(id))
+			if err == nil || errors.Is(err, kv.ErrDenied) { // denied: there is none
+				h[id] = versioned{version, read}
+			}
+		}
+		all = append(all, h[id].entries...)
+	}
+	return all
+}
+
+// gitPast counts, of each release that a pin of u names or holds, how many others Git has named since. history is the unit's, in any
+// order.
+func gitPast(u *Unit, history []mirror.History, now time.Time) map[deployments.Pointer]int {
+	if u.Record == nil {
+		return nil
+	}
+	history = slices.Clone(history)
+	slices.SortFunc(history, newestFirst)
+	named := []deployments.Pointer{u.Record.Target}
+	for _, h := range history {
+		// A rollback and a retry begin generations too.
+		if !h.Release.IsZero() && h.Release != named[len(named)-1] {
+			named = append(named, h.Release)
+		}
+	}
+	counts := map[deployments.Pointer]int{}
+	for _, p := range keeps(u, now) {
+		if i := slices.Index(named, p); i >= 0 {
+			counts[p] = i
+		}
+	}
+	return counts
+}
+
+// keeps are the releases that u's pins name, and those that run where a pin says hold.
+func keeps(u *Unit, now time.Time) []deployments.Pointer {
+	var all []deployments.Pointer
+	add := func(pin deployments.Pin, holds func(Node) bool) {
+		switch {
+		case !pin.Until.IsZero() && !pin.Until.After(now):
+		case pin.Hold:
+			all = append(all, running(u, holds)...)
+		default:
+			all = append(all, pin.Release)
+		}
+	}
+	if u.Pin != nil {
+		add(*u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+	}
+	for node, pin := range u.Pins {
+		add(pin, func(n Node) bool { return n.Name == node })
+	}
+	return all
+}
+
+// running are the releases that live nodes run.
+func running(u *Unit, which func(Node) bool) []deployments.Pointer {
+	var all []deployments.Pointer
+	for _, n := range u.Nodes {
+		if !n.Gone && which(n) && !n.Report.Running.IsZero() {
+			all = append(all, n.Report.Running)
+		}
+	}
+	return all
+}
+
+// readHistory reads an entry of a unit's history. One that doesn't parse keeps its generation, and says so in its Note.
+func readHistory(e kv.Entry) mirror.History {
+	var h mirror.History
+	if err := json.Unmarshal(e.Value, &h); err != nil {
+		h = mirror.History{Note: "does not parse: " + err.Error()}
+		h.Generation, _ = strconv.ParseInt(path.Base(e.Key), 10, 64)
+	}
+	return h
+}
+
+func newestFirst(a, b mirror.History) int { return cmp.Compare(b.Generation, a.Generation) }
