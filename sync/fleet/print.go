@@ -46,18 +46,8 @@ func (p *printer) align(indent string, rows [][]cell) []string {
 	if len(rows) == 0 {
 		return nil
 	}
-	const gap = 2
-	wide := make([]int, len(rows[0]))
-	for _, row := range rows {
-		for i, c := range row {
-			wide[i] = max(wide[i], utf8.RuneCountInString(c.text))
-		}
-	}
-	if p.opt.Width > 0 {
-		total := len(indent) + gap*(len(wide)-1)
-		for _, n := range wide {
-			total += n
-		}
+	wide, total := columns(rows)
+	if total += len(indent); p.opt.Width > 0 {
 		const narrowest = 9
 		for ; total > p.opt.Width; total-- {
 			widest := 0
@@ -88,6 +78,24 @@ func (p *printer) align(indent string, rows [][]cell) []string {
 		lines = append(lines, b.String())
 	}
 	return lines
+}
+
+// gap is between two columns.
+const gap = 2
+
+// columns gives the width of each column, and of all with what is between them.
+func columns(rows [][]cell) (wide []int, total int) {
+	wide = make([]int, len(rows[0]))
+	for _, row := range rows {
+		for i, c := range row {
+			wide[i] = max(wide[i], utf8.RuneCountInString(c.text))
+		}
+	}
+	total = gap * (len(wide) - 1)
+	for _, n := range wide {
+		total += n
+	}
+	return wide, total
 }
 
 // wrap writes head and text, broken between words where a line is full; further lines are indented.

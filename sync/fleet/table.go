@@ -37,7 +37,7 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 		rows = append(rows, unitRow(u))
 	}
 	if len(f.Units) > 0 {
-		lines := p.align("", rows)
+		lines := p.align("", p.withBars(rows, f.Units))
 		p.raw(lines[0])
 		for i, u := range f.Units {
 			p.raw(lines[i+1])
@@ -90,6 +90,41 @@ func (p *printer) mirror(f *Fleet) {
 		p.wrap("        ", 8, strings.TrimSpace(cleanLines(m.Error)), red)
 	}
 	p.raw("")
+}
+
+// convergedColumn is where unitRow counts nodes.
+const convergedColumn = 3
+
+// withBars puts a bar before each count of nodes, on terminals where there is room.
+func (p *printer) withBars(rows [][]cell, units []Unit) [][]cell {
+	if p.opt.Width == 0 {
+		return rows
+	}
+	barred := make([][]cell, len(rows))
+	for i, row := range rows {
+		barred[i] = slices.Clone(row)
+		if i > 0 {
+			c := &barred[i][convergedColumn]
+			c.text = bar(units[i-1].Converged, units[i-1].Live) + " " + c.text
+		}
+	}
+	if _, total := columns(barred); total > p.opt.Width {
+		return rows
+	}
+	return barred
+}
+
+// bar shows n of all. It is full only where n is all, and empty only where n is 0.
+func bar(n, all int) string {
+	const long = 8
+	full := 0
+	switch {
+	case all == 0:
+		return strings.Repeat(" ", long)
+	case n > 0:
+		full = max(1, n*long/all)
+	}
+	return strings.Repeat("█", full) + strings.Repeat("░", long-full)
 }
 
 func unitRow(u Unit) []cell {

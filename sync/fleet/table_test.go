@@ -74,6 +74,21 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// One node of thousands that isn't converged shows, and one that is as well.
+func TestBar(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		n, all int
+		want   string
+	}{
+		{0, 0, "        "}, {0, 3, "░░░░░░░░"}, {1, 5000, "█░░░░░░░"}, {1, 2, "████░░░░"}, {4999, 5000, "███████░"}, {5000, 5000, "████████"},
+	} {
+		if got := bar(c.n, c.all); got != c.want {
+			t.Errorf("%d of %d: %q, want %q", c.n, c.all, got, c.want)
+		}
+	}
+}
+
 // What others wrote must not reach the terminal as commands.
 func TestTableIsClean(t *testing.T) {
 	t.Parallel()
