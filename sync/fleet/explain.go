@@ -63,6 +63,12 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	if d.Invalid != nil {
 		p.wrap("  "+p.paint(red, "but")+"      ", 11, oneLine(d.Invalid.Error()), red)
 	}
+	if moved := pastPin(u, n, d.Source); moved != "" {
+		p.wrap("  besides  ", 11, moved, "")
+	}
+	if u.Order != "" {
+		p.wrap("  order    ", 11, u.Order+", which the mirror has yet to take", "")
+	}
 	if !d.Stage.IsZero() {
 		p.wrap("  staged   ", 11, "has "+name(*u, d.Stage)+" ready for when it is admitted", "")
 	}
@@ -91,6 +97,18 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	p.report(f, u, n)
 	_, err = io.WriteString(w, p.b.String())
 	return err
+}
+
+// pastPin says how far Git has moved past the pin that decided over n; empty: none did.
+func pastPin(u *Unit, n *Node, from policy.Source) string {
+	this := func(other Node) bool { return other.Name == n.Name }
+	switch pin, own := u.Pins[n.Name]; {
+	case from == policy.FromNodePin && own:
+		return gitStory(*u, pin, this)
+	case from == policy.FromUnitPin && u.Pin != nil:
+		return gitStory(*u, *u.Pin, this)
+	}
+	return ""
 }
 
 func (p *printer) report(f *Fleet, u *Unit, n *Node) {

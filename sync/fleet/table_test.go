@@ -159,6 +159,8 @@ func TestExplainText(t *testing.T) {
 			Trace: []policy.Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Unblock: "kedge unpin prod/web/app"}}}, TableOptions{Width: 80, Color: true}},
 		"explain-invalid.txt": {"web-1", policy.Decision{Action: policy.ActKeep, Why: "the node pin doesn't parse: nothing is changed", Invalid: errors.New("the pin is neither a pointer nor hold"),
 			Trace: []policy.Step{{What: "node pin", Says: "doesn't parse", Decides: true}}}, TableOptions{}},
+		"explain-pin.txt": {"web-4", policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1"), Why: "pinned, this node alone",
+			Trace: []policy.Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true, Unblock: "kedge unpin prod/web/app --node web-4"}}}, TableOptions{Width: 80}},
 		"explain-gone.txt": {"web-9", policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target, Why: "not admitted yet", Trace: none}, TableOptions{Width: 80}},
 	} {
 		var out bytes.Buffer
