@@ -41,6 +41,7 @@ func FuzzPin(f *testing.F) {
 // What was read as a record is the same after it was written and read again.
 func FuzzRecord(f *testing.F) {
 	f.Add([]byte(releaseURL + "@sha256:" + hex64 + "\n"))
+	f.Add([]byte("s3://a/\x88/b@sha256:" + hex64))
 	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","generation":3}`))
 	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","stable":"s3://a/c@sha256:` + hex64 + `","generation":3,"retry":1,"commit":"c","after":["base"],"drift":"heal",` +
 		`"rollout":{"phase":"canary","cutoff":"17","since":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","over":[{"digest":"` + hex64 + `","cutoff":"3"}]}}`))

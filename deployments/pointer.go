@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 )
 
 // Digest is a SHA-256.
@@ -79,7 +81,10 @@ func ParsePointer(text string) (Pointer, error) {
 // and http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in
 // logs and stored in KV.
 func CheckURL(s string) error {
-	if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == 0x7f }) {
+	if !utf8.ValidString(s) {
+		return fmt.Errorf("the URL %q is not UTF-8", clip(s)) // JSON would write another URL
+	}
+	if strings.ContainsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }) {
 		return fmt.Errorf("the URL contains white space or control characters")
 	}
 	u, err := url.Parse(s)
