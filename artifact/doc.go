@@ -28,11 +28,11 @@
 //	entries, frames   their numbers
 //	each entry, in the archive's order:
 //	  kind        0 file, 1 directory, 2 symbolic link, 3 hard link
-//	  shared      how many bytes its path shares with the path before it
+//	  shared      how many bytes its path shares with the path before it, as many as it can
 //	  length, the rest of the path
 //	  mode
 //	  file:       size, SHA-256 (32 bytes), and, of an archive, gap: the bytes of the tar stream between the end of the content
-//	              before it and its own content
+//	              before it and its own content; 0 for an empty file
 //	  symbolic:   length, target
 //	  hard:       number of the entry, a file before it, that it is another name of
 //	each frame, in the archive's order:

@@ -266,6 +266,9 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		if i > 0 && comparePaths(x.entries[i-1].path, e.path) >= 0 {
 			return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
 		}
+		if i > 0 && uint64(commonPrefix(x.entries[i-1].path, e.path)) != shared {
+			return 0, fmt.Errorf("entry %d: %q shares more with the path before it than is said", i, e.path)
+		}
 		last = p
 		parent := parentOf(e.path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
@@ -281,7 +284,11 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			e.size = int64(r.number(maxTree))
 			r.digest(&e.sum)
 			if x.archive {
-				e.offset = end + int64(r.number(maxTree))
+				gap := int64(r.number(maxTree))
+				if e.size == 0 && gap > 0 {
+					return 0, fmt.Errorf("entry %d: %q is empty and yet lies somewhere", i, e.path)
+				}
+				e.offset = end + gap
 				end = e.offset + e.size
 			}
 			if tree += e.size; tree > maxTree || end > 2*maxTree {

@@ -79,6 +79,9 @@ func TestHostileIndexes(t *testing.T) {
 	if _, err := decodeIndex(append(data, 0)); !errors.Is(err, ErrIndex) {
 		t.Error("a byte too many is accepted")
 	}
+	if _, err := decodeIndex(bytes.Replace(data, []byte("\x01\x02/f"), []byte("\x00\x03d/f"), 1)); !errors.Is(err, ErrIndex) {
+		t.Error("a path that is written out where it shares its beginning is accepted")
+	}
 	// It promises four million entries: that must not cost memory.
 	many := append([]byte(indexMagic), 1, 0xff, 0xff, 0xff, 0x01, 0)
 	if _, err := decodeIndex(many); !errors.Is(err, ErrIndex) {
@@ -94,7 +97,7 @@ func FuzzIndex(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if !bytes.Equal(x.encode(), data) && !hasEmptyFileWithGap(x) {
+		if !bytes.Equal(x.encode(), data) {
 			t.Error("an index has two encodings")
 		}
 		for i := range x.entries {
@@ -108,19 +111,6 @@ func FuzzIndex(f *testing.F) {
 			}
 		}
 	})
-}
-
-func hasEmptyFileWithGap(x *index) bool {
-	var end int64
-	for i := range x.entries {
-		if e := &x.entries[i]; e.kind == kindFile {
-			if e.size == 0 && e.offset != end {
-				return true
-			}
-			end = e.offset + e.size
-		}
-	}
-	return false
 }
 
 // FuzzDelta reads hostile deltas: they fail or make something, in bounded memory, and never panic.
