@@ -173,6 +173,12 @@ func (a *assembly) report(e kv.Entry, rest string) {
 		a.bad(e.Key, errors.New("want status/STAGE/ROLE/NODE"))
 		return
 	}
+	for i, what := range []string{"stage", "role"} {
+		if err := deployments.CheckSegment(what, parts[i]); err != nil {
+			a.bad(e.Key, err)
+			return
+		}
+	}
 	r := reporter{name: parts[2], gone: e.Session == ""}
 	report, err := deployments.ParseReport(e.Value)
 	if err != nil {

@@ -101,6 +101,7 @@ func FuzzAssemble(f *testing.F) {
 	for _, e := range busyFleet() {
 		f.Add(e.Key, e.Value, e.Session)
 	}
+	f.Add("status/prod/web\r/web-1", []byte(`{"units":{"app":{}}}`), "alive")
 	f.Fuzz(func(t *testing.T, key string, value []byte, session string) {
 		fleet := Assemble([]kv.Entry{{Key: key, Value: value, Session: session, Version: 1}, put(kv.DesiredKey(app), release("app", "1").String())}, noon)
 		var out strings.Builder
