@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"time"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -86,6 +87,9 @@ type publisher struct {
 }
 
 func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
+	if m.Created, err = p.created(m.Created); err != nil {
+		return out, err
+	}
 	// What no node would take is refused before anything is uploaded.
 	draft := m
 	draft.Src, draft.Checksum = archiveName, emptyDigest.String()
@@ -142,6 +146,26 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	return out, nil
 }
 
+// created is when this version was published first, where it was: so that publishing it again gives the same bytes. What lies there
+// may be anybody's: a later time than now's is not taken over.
+func (p *publisher) created(now time.Time) (time.Time, error) {
+	if now.IsZero() {
+		return now, nil
+	}
+	raw, err := p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
+	if errors.Is(err, object.ErrNotFound) {
+		return now, nil
+	}
+	if err != nil {
+		return now, fmt.Errorf("looking whether the release is there already: %w", err)
+	}
+	there, err := deployments.ParseTemplate(raw, p.url+manifestName)
+	if err == nil && !there.Created.IsZero() && there.Created.Before(now) {
+		return there.Created, nil
+	}
+	return now, nil
+}
+
 func contains(deltas []deployments.Delta, from deployments.Digest) bool {
 	for _, d := range deltas {
 		if d.From == from {
@@ -175,6 +199,9 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	}
 	if lacks("version") {
 		generated.Version = m.Version
+	}
+	if lacks("created") {
+		generated.Created = m.Created
 	}
 	if lacks("dest") {
 		generated.Dest = m.Dest

@@ -11,6 +11,9 @@ import (
 // pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
+	// Created orders signed releases: a node with signers goes to none that is older than the newest it has settled on. Whole seconds,
+	// UTC; zero: the manifest does not say, and counts as older than any that does.
+	Created time.Time
 
 	// Src is the archive's URL, made absolute against the manifest's own; empty: commands only.
 	Src string

@@ -28,6 +28,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	}
 	add(&out, "name", m.Name, m.Name != "")
 	add(&out, "version", m.Version, m.Version != "")
+	add(&out, "created", m.Created.UTC().Format("2006-01-02T15:04:05Z"), !m.Created.IsZero())
 	add(&out, "src", m.Src, m.Src != "")
 	add(&out, "checksum", m.Checksum, m.Checksum != "")
 	add(&out, "size", m.Size, m.Size != 0)

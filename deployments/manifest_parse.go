@@ -186,6 +186,7 @@ func (r *manifestReader) read(root ast.Node) {
 	seen := r.fields(root, "the manifest", map[string]func(ast.Node){
 		"name":          into(&r.reader, &m.Name, asShown),
 		"version":       into(&r.reader, &m.Version, asShown),
+		"created":       into(&r.reader, &m.Created, asCreated),
 		"src":           into(&r.reader, &m.Src, r.asURL),
 		"checksum":      into(&r.reader, &m.Checksum, asChecksum),
 		"size":          into(&r.reader, &m.Size, asNumber(1, maxObject)),
@@ -405,6 +406,14 @@ var (
 	shown = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,127}$`)
 	owner = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
 )
+
+func asCreated(s string) (time.Time, error) {
+	t, err := time.Parse("2006-01-02T15:04:05Z", s)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("created %q: want a time in UTC, as in 2026-11-24T09:00:00Z", clip(s))
+	}
+	return t, nil
+}
 
 func asChecksum(s string) (string, error) {
 	s = strings.ToLower(s)

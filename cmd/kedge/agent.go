@@ -65,6 +65,7 @@ finishes or takes back what it had begun.`,
 	f.String("users", "", "`users` that commands may run as (default: any)")
 	f.Bool("no-commands", false, "refuse releases with commands")
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
+	f.Bool("allow-older-pins", false, "with --signers, let pins go back to releases older than the one that this node has settled on")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
 	f.Duration("verify-every", 24*time.Hour, "compare live trees with their indexes this often; 0: never")
@@ -119,6 +120,9 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 		c.NoCommands = v != "false" && v != "0"
 	}
 	str("signers", &c.Signers)
+	if v, ok := text("allow-older-pins"); ok {
+		c.AllowOlderPins = v != "false" && v != "0"
+	}
 	str("max-bandwidth", &c.MaxBandwidth)
 	duration("start-delay", &c.StartDelay)
 	duration("verify-every", &c.VerifyEvery)
@@ -160,15 +164,16 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	node, err := agent.New(agent.Config{
 		Store: store, Node: conf.Node, Stage: conf.Stage, Roles: conf.Roles, StateDir: conf.StateDir,
-		Objects:     objects,
-		Bounds:      policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
-		Trust:       trust,
-		Listen:      conf.Listen,
-		StartDelay:  conf.StartDelay,
-		VerifyEvery: conf.VerifyEvery,
-		Version:     version(),
-		Metrics:     metrics,
-		Log:         log,
+		Objects:        objects,
+		Bounds:         policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
+		Trust:          trust,
+		AllowOlderPins: conf.AllowOlderPins,
+		Listen:         conf.Listen,
+		StartDelay:     conf.StartDelay,
+		VerifyEvery:    conf.VerifyEvery,
+		Version:        version(),
+		Metrics:        metrics,
+		Log:            log,
 	})
 	if err != nil {
 		return err

@@ -27,6 +27,8 @@ type agentConfig struct {
 	Users      []string `yaml:"users"`
 	NoCommands bool     `yaml:"no_commands"`
 	Signers    string   `yaml:"signers"`
+	// AllowOlderPins has effect with Signers only.
+	AllowOlderPins bool `yaml:"allow_older_pins"`
 
 	MaxBandwidth string        `yaml:"max_bandwidth"`
 	StartDelay   time.Duration `yaml:"start_delay"`

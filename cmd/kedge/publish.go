@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,7 +17,7 @@ import (
 
 func (a *app) publishCommand() *cobra.Command {
 	var opt artifact.PublishOptions
-	var template, name, version, dest, key string
+	var template, name, version, dest, key, created string
 	var since []string
 	c := &cobra.Command{
 		Use:   "publish DIR",
@@ -29,6 +30,9 @@ What the release does when it goes live (commands, health, drain, owner …) com
 may be given there or here.
 
   kedge publish ./dist --to s3://acme-releases --name web --version 1.4.2 --dest /srv/web --manifest kedge-manifest.yaml
+
+With --sign the manifest says when it was made (created), as agents with signers go to no release that is older than the one that
+they have settled on. Published again, a version keeps the time that it has.
 
 --since POINTER, given once for each earlier release that nodes may still run, makes a delta for them.`,
 		Args: cobra.ExactArgs(1),
@@ -71,6 +75,9 @@ may be given there or here.
 					return err
 				}
 				opt.Sign = sign
+				if m.Created, err = createdAt(created, time.Now()); err != nil {
+					return err
+				}
 			}
 			start := time.Now()
 			progress := a.progressLine()
@@ -100,8 +107,24 @@ may be given there or here.
 	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")
 	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from; may be repeated")
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
+	f.StringVar(&created, "created", os.Getenv("SOURCE_DATE_EPOCH"), "when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)")
 	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
 	return c
+}
+
+// createdAt reads when a release was made; empty: now. Whole seconds, as a manifest has them.
+func createdAt(s string, now time.Time) (time.Time, error) {
+	if s == "" {
+		return now.UTC().Truncate(time.Second), nil
+	}
+	if seconds, err := strconv.ParseInt(s, 10, 64); err == nil {
+		return time.Unix(seconds, 0).UTC(), nil
+	}
+	t, err := time.Parse(time.RFC3339, s)
+	if err != nil {
+		return time.Time{}, usagef("--created %q: want a time, as in 2026-11-24T09:00:00Z, or seconds since 1970", s)
+	}
+	return t.UTC().Truncate(time.Second), nil
 }
 
 // bytesText gives a size as people read it: 734 MB, 0.8 MB, 312 B.

@@ -63,6 +63,9 @@ type Config struct {
 	Bounds   policy.Bounds
 	// Trust checks a manifest's signature before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	// AllowOlderPins lets a pin name a release that is older than the one that this node has settled on. It gives whoever writes pins
+	// all that was ever signed. Without Trust it has no meaning.
+	AllowOlderPins bool
 	// Maintenance turns the node's maintenance mode in the service catalog while a unit is drained. It is tried again until it
 	// succeeds, but a switch does not wait for it longer than 5 s: an outage of the store must not stop a boot. nil: nothing.
 	Maintenance func(ctx context.Context, on bool, reason string) error

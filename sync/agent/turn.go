@@ -111,6 +111,9 @@ func (a *Agent) aim(r *role) {
 				g.run, g.stage = deployments.Pointer{}, d.Target
 			}
 		}
+		// A rollout may turn back until it has ended; a pin is for a while.
+		from := u.decision.Source
+		g.settle = a.c.Trust != nil && (from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal
 		u.aim(g)
 	}

@@ -21,6 +21,7 @@ type goal struct {
 	commit string              // that asked for run
 	claim  string              // what asks for run; see failure
 	heal   bool                // put drift right
+	settle bool                // once it runs, nothing older is gone back to
 }
 
 // job is what a worker is doing.
@@ -42,6 +43,7 @@ const (
 	jobStage   jobKind = "stage"
 	jobHeal    jobKind = "heal"
 	jobVerify  jobKind = "verify"
+	jobSettle  jobKind = "settle" // note that nothing older is gone back to
 )
 
 // unit is one unit on this node: what is decided about it, and the worker that brings it about. All fields but the constant ones
@@ -71,6 +73,7 @@ type unit struct {
 	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
 	progress artifact.Progress
 	done     deployments.Pointer // converged to in this process
+	settled  deployments.Pointer // noted as settled on in this process
 	recover  bool                // whether something has to be recovered first
 	forget   bool                // everything that failed may be tried again
 	trouble  error               // why the last job failed; nil again when it succeeds

@@ -10,6 +10,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/policy"
 	"kedge/sync/deploy"
 )
 
@@ -46,6 +47,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	for {
 		d, err := deploy.Open(deploy.Config{
 			ID: u.id, Node: a.c.Node, Dir: a.unitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Progress: func(s deployments.State, p artifact.Progress) { a.progress(u, s, p) },
 			Log:      u.log,
@@ -114,6 +116,9 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 			return job{kind: jobForget, release: run, claim: g.claim}, again
 		}
 	}
+	if g.settle && !run.IsZero() && u.done == run && u.settled != run {
+		return job{kind: jobSettle, release: run}, again
+	}
 	if g.heal && len(u.drift) > 0 {
 		return job{kind: jobHeal}, again
 	}
@@ -144,6 +149,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 		return u.deploy.Deploy(ctx, j.release, j.commit)
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)
+	case jobSettle:
+		return u.deploy.Settle()
 	case jobHeal:
 		return a.heal(ctx, u)
 	case jobVerify:
@@ -239,6 +246,10 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		if err == nil {
 			u.done, u.drift = j.release, nil
 		}
+	case jobSettle:
+		if err == nil {
+			u.settled = j.release
+		}
 	case jobHeal:
 		if err == nil {
 			u.drift = nil
@@ -262,6 +273,14 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	if changed {
 		debug.FreeOSMemory() // what a deployment needed an idle agent doesn't
 	}
+}
+
+// mayBeOlder says whether a pin names p, and pins may name what is older here.
+func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	from := u.decision.Source
+	return a.c.AllowOlderPins && (from == policy.FromNodePin || from == policy.FromUnitPin) && u.decision.Target == p
 }
 
 // progress takes what package deploy says of a deployment under way.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"kedge/artifact"
 	"kedge/deployments"
@@ -39,10 +40,28 @@ func (u *Unit) allow(ctx context.Context, r *release) error {
 			return fmt.Errorf("release %s: %w", r.Pointer, err)
 		}
 	}
+	if err := u.order(r); err != nil {
+		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
+	}
 	if err := within(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
 	}
 	return nil
+}
+
+// order refuses a release that is older than the newest that was settled on: an old signature stays good, and whoever writes the
+// store must not bring back what was replaced for a hole in it.
+func (u *Unit) order(r *release) error {
+	created := r.Manifest.Created
+	if u.c.Trust == nil || u.j.Newest.IsZero() || !created.Before(u.j.Newest) || u.c.Older != nil && u.c.Older(r.Pointer) {
+		return nil
+	}
+	made := "does not say when it was made"
+	if !created.IsZero() {
+		made = "was made at " + created.Format(time.RFC3339)
+	}
+	return fmt.Errorf("it %s, and this node has settled on one of %s: an older one is not gone back to; publish it again under a new version with --sign, or pin it where the agent has allow_older_pins",
+		made, u.j.Newest.Format(time.RFC3339))
 }
 
 // fetch returns p's manifest, from this unit's own copy where there is one.

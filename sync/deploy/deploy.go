@@ -87,6 +87,9 @@ type Config struct {
 	Bounds  policy.Bounds
 	// Trust checks a manifest's bytes before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust is set.
+	// nil: none may.
+	Older func(p deployments.Pointer) bool
 	// Drain is called with true before a switch that has a drain time (or, without one, at once before it), and with false
 	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
 	// value, after a crash. nil: nothing.
@@ -292,6 +295,16 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	}
 	r, err := u.recall(u.j.Running)
 	return err == nil && u.site(r).live(r)
+}
+
+// Settle notes what runs, and has passed its health checks, as settled on: where Trust is set, no older release is admitted from now
+// on, also after a restart. A release whose rollout may still turn back is not to be settled on.
+func (u *Unit) Settle() error {
+	r, err := u.settled()
+	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed || !r.Manifest.Created.After(u.j.Newest) {
+		return err
+	}
+	return u.save(func(j *journal) { j.Newest = r.Manifest.Created })
 }
 
 // Retry lets a quarantined digest be tried once more; the zero digest means all.

@@ -37,6 +37,8 @@ type journal struct {
 	Confirmed bool                `json:"confirmed,omitempty"`
 	LastGood  deployments.Pointer `json:"last_good,omitzero"`
 	Staged    deployments.Pointer `json:"staged,omitzero"`
+	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle.
+	Newest time.Time `json:"newest,omitzero"`
 
 	Quarantined []quarantine `json:"quarantined,omitempty"`
 	Drained     bool         `json:"drained,omitempty"`
