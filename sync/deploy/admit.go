@@ -41,7 +41,7 @@ func (u *Unit) allow(ctx context.Context, r *release) error {
 		}
 	}
 	if err := u.order(r); err != nil {
-		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
+		return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
 	}
 	if err := within(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
@@ -56,11 +56,12 @@ func (u *Unit) order(r *release) error {
 	if u.c.Trust == nil || u.j.Newest.IsZero() || !created.Before(u.j.Newest) || u.c.Older != nil && u.c.Older(r.Pointer) {
 		return nil
 	}
-	made := "does not say when it was made"
+	made := "it does not say when it was made"
 	if !created.IsZero() {
-		made = "was made at " + created.Format(time.RFC3339)
+		made = "made at " + created.Format(time.RFC3339)
 	}
-	return fmt.Errorf("it %s, and this node has settled on one of %s: an older one is not gone back to; publish it again under a new version with --sign, or pin it where the agent has allow_older_pins",
+	// Short: a report has 300 bytes.
+	return fmt.Errorf("%s, older than that of %s on which this node has settled: publish it anew as a new version, or pin it where the agent has allow_older_pins",
 		made, u.j.Newest.Format(time.RFC3339))
 }
 
