@@ -114,6 +114,9 @@ func (u *unit) aim(g goal) {
 	if g.run != u.goal.run || g.claim != u.goal.claim {
 		u.retry.reset()
 		u.retryAt = time.Time{}
+		if u.deploy != nil && u.done == g.run {
+			u.trouble = nil // it was with what isn't wanted any more
+		}
 	}
 	if g.claim != u.goal.claim {
 		u.refused = nil
