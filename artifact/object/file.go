@@ -58,21 +58,39 @@ func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64
 	}{io.NewSectionReader(f, offset, n), f}, nil
 }
 
+// putPrefix begins the name of a file that put has not finished.
+const putPrefix = ".kedge-"
+
+// putPiece is what put writes between two looks at its context, in bytes.
+const putPiece = 4 << 20
+
 // put writes aside, syncs, and links the file to its name, which fails where one is: never over another's.
-func (s fileStore) put(_ context.Context, u *url.URL, b *body, _ string) (err error) {
+func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, ".kedge-*")
+	f, err := os.CreateTemp(dir, putPrefix+"*")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if _, err := io.Copy(f, b.reader()); err != nil {
-		return err
+	var sent int64
+	for left := b.reader(); ; { // in pieces, between which it can be told to end
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := io.CopyN(f, left, putPiece)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		sent += n
+		b.progress(sent)
 	}
 	if err := errors.Join(f.Chmod(0o644), f.Sync()); err != nil {
 		return err

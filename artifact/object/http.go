@@ -134,7 +134,7 @@ func statusError(code int, status string, after time.Duration) error {
 	case http.StatusTooManyRequests, http.StatusRequestTimeout, http.StatusTooEarly:
 		return &transientError{err: fmt.Errorf("the server answered %s", status), after: after}
 	}
-	if code >= 500 {
+	if code >= 500 && code != http.StatusNotImplemented {
 		return &transientError{err: fmt.Errorf("the server answered %s", status), after: after}
 	}
 	return fmt.Errorf("the server answered %s", status)

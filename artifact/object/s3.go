@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
@@ -206,11 +207,12 @@ func s3Error(err error) error {
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	code, message := 0, ""
+	code, message, after := 0, "", time.Duration(0)
 	var response *smithyhttp.ResponseError
 	if errors.As(err, &response) {
 		code = response.HTTPStatusCode()
 		message = response.Response.Status
+		after = retryAfter(response.Response.Header)
 	}
 	var api smithy.APIError
 	if errors.As(err, &api) {
@@ -221,14 +223,14 @@ func s3Error(err error) error {
 		case "NoSuchBucket":
 			return fmt.Errorf("%w: there is no such bucket", ErrNotFound)
 		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted":
-			return &transientError{err: fmt.Errorf("S3 answered %s", message)}
+			return &transientError{err: fmt.Errorf("S3 answered %s", message), after: after}
 		}
 	}
 	if code == 0 {
 		// No answer: no connection, a cut one, or no credentials. The last is worth a try too: an instance role takes a moment at boot.
 		return &transientError{err: plain(cause(err))}
 	}
-	return statusError(code, message, 0)
+	return statusError(code, message, after)
 }
 
 // cause gives the innermost part of the SDK's wrapping that still says something.

@@ -1,0 +1,120 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/s3"
+)
+
+// ErrNoList means that this kind of storage can't be listed by kedge.
+var ErrNoList = errors.New("gs:// and https:// can't be listed")
+
+// Listed is an object that List found.
+type Listed struct {
+	URL      string
+	Size     int64
+	Modified time.Time
+}
+
+// List gives the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of them, and more
+// is true where there are others. Nothing there is no error. gs:// and https:// give ErrNoList; S3 wants s3:ListBucket, and
+// without it gives ErrDenied.
+func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
+	if !strings.HasSuffix(prefix, "/") {
+		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", prefix)
+	}
+	s, u, err := c.store(ctx, prefix)
+	if err != nil {
+		return nil, false, err
+	}
+	lister, ok := s.(lister)
+	if !ok {
+		return nil, false, fmt.Errorf("list %s: %w", prefix, ErrNoList)
+	}
+	for after := ""; ; {
+		var page []Listed
+		var next string
+		err := c.retry(ctx, "list "+prefix, func() (err error) {
+			page, next, err = lister.list(ctx, u, after, most-len(found)+1)
+			return err
+		})
+		if err != nil {
+			return nil, false, fmt.Errorf("list %s: %w", prefix, err)
+		}
+		if found = append(found, page...); len(found) > most {
+			return found[:most], true, nil
+		}
+		if next == "" {
+			return found, false, nil
+		}
+		after = next
+	}
+}
+
+// lister is a store that can be listed, a page at a time. A page has at most most objects; next is where the one after it begins,
+// empty at the end.
+type lister interface {
+	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
+}
+
+// s3Page is as many objects as S3 gives at once.
+const s3Page = 1000
+
+func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most int) ([]Listed, string, error) {
+	in := &s3.ListObjectsV2Input{Bucket: &prefix.Host, Prefix: aws.String(key(prefix)), MaxKeys: aws.Int32(int32(min(most, s3Page)))}
+	if after != "" {
+		in.ContinuationToken = &after
+	}
+	out, err := s.client.ListObjectsV2(ctx, in)
+	if err != nil {
+		return nil, "", s3Error(err)
+	}
+	var page []Listed
+	for _, o := range out.Contents {
+		at := url.URL{Scheme: prefix.Scheme, Host: prefix.Host, Path: "/" + aws.ToString(o.Key)}
+		page = append(page, Listed{URL: at.String(), Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)})
+	}
+	if !aws.ToBool(out.IsTruncated) {
+		return page, "", nil
+	}
+	return page, aws.ToString(out.NextContinuationToken), nil
+}
+
+// list gives all in one page. Symbolic links are not followed; what a put has not finished is passed over.
+func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int) (page []Listed, _ string, err error) {
+	s.requests.Add(1)
+	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist): // none, or gone meanwhile
+			return nil
+		case err != nil:
+			return err
+		case !d.Type().IsRegular() || strings.HasPrefix(d.Name(), putPrefix):
+			return ctx.Err()
+		case len(page) == most:
+			return fs.SkipAll
+		}
+		info, err := d.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		at := url.URL{Scheme: prefix.Scheme, Path: p}
+		page = append(page, Listed{URL: at.String(), Size: info.Size(), Modified: info.ModTime()})
+		return nil
+	})
+	if err != nil {
+		return nil, "", fileError(err)
+	}
+	return page, "", nil
+}
