@@ -1,159 +1,300 @@
 package artifact
 
 import (
+	"bufio"
 	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
-	"io/fs"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"kedge/artifact/object"
+	"kedge/artifact/objecttest"
+	"kedge/deployments"
 )
 
-// BenchmarkPeers times ways to get a release onto a disk, side by side, and prints walls, ratios to the best pipeline of standard
-// tools, and what the server counted. The tree is the Go toolchain's, and the server's binary that KEDGE_BENCH_SERVER names,
-// which KEDGE_BENCH_REBUILT, the same after a change, replaces in the next release. As root, each run has a freshly
-// made ext4 file system of its own: where a tree was just removed, ext4 is slow for reasons that are none of the peers'.
-//
-//	go test ./artifact -run '^$' -bench Peers -benchtime 1x
+// BenchmarkPeers times ways to get a release onto a disk, side by side, as .ci/bench prepares and calls it: over loopback, and
+// over a link of 20 ms round trip and 50 MB/s. It prints medians: seconds without the final sync (nobody but kedge makes one; what
+// it takes is in a column of its own), the ratio to the best pipeline of standard tools, CPU seconds and peak memory of the
+// processes that fetch, and the bytes and requests that the S3 server logged. Each run has a freshly made ext4 file system: where
+// a tree was just removed, ext4 is slow for reasons that are none of the peers'.
 func BenchmarkPeers(b *testing.B) {
+	trees := benchTrees(b)
+	s := newBenchStore(b)
+	r1 := s.publish(b, filepath.Join(trees, "r1"), "r1", false)
+	linked := s.publish(b, filepath.Join(trees, "r1"), "r1-immutable", true)
+	e1 := s.publish(b, filepath.Join(trees, "e1"), "e1", false, r1)
+	e1Linked := s.publish(b, filepath.Join(trees, "e1"), "e1-immutable", true, linked)
+	d1 := s.publish(b, filepath.Join(trees, "d1"), "d1", false, r1)
+	d1Linked := s.publish(b, filepath.Join(trees, "d1"), "d1-immutable", true, linked)
+	alone := s.publish(b, filepath.Join(trees, "d1"), "d1-alone", true)
+	s.tarballs(b, filepath.Join(trees, "r1"))
+
+	pipeline := method{name: "curl | zstd | tar", shell: `get plain.tar.zst | zstd -dcq | tar -xf - -C "$DISK"`}
+	methods := []method{
+		pipeline,
+		{name: "s5cmd, then tar", shell: `"$S5CMD" --endpoint-url "$ENDPOINT" cp s3://kedge/plain.tar.zst "$DISK/a" >/dev/null && mkdir "$DISK/t" && zstd -dcq "$DISK/a" | tar -xf - -C "$DISK/t"`},
+		{name: "stretcher: GET, tar xzf, rsync", shell: `get plain.tar.gz >"$DISK/a" && mkdir "$DISK/t" && tar -xzf "$DISK/a" -C "$DISK/t" && rsync -a --delete "$DISK/t/" "$DISK/dest/"`},
+		{name: "cp -r", shell: `cp -r "$TREE" "$DISK/t"`},
+		{name: "kedge, cold", to: r1},
+		{name: "kedge, 71 edits, copies", from: r1, to: e1},
+		{name: "kedge, 71 edits, hard links", from: linked, to: e1Linked},
+		{name: "kedge, server rebuilt, copies", from: r1, to: d1},
+		{name: "kedge, server rebuilt, hard links", from: linked, to: d1Linked},
+		{name: "kedge, the same without a delta", from: linked, to: alone},
+	}
+	for _, link := range []struct {
+		name string
+		slow bool
+	}{{"loopback", false}, {"20 ms, 50 MB/s", true}} {
+		b.Run(strings.ReplaceAll(link.name, " ", "_"), func(b *testing.B) {
+			seen := make([][]timing, len(methods))
+			for range b.N {
+				for i, m := range methods {
+					seen[i] = append(seen[i], s.measure(b, m, filepath.Join(trees, "r1"), link.slow))
+				}
+			}
+			first := median(seen[0])
+			b.Logf("%s, %d rounds, medians", link.name, b.N)
+			b.Logf("%-36s %7s %7s %7s %7s %9s %9s %8s", "", "s", "ratio", "+sync", "CPU s", "peak MB", "MB", "requests")
+			for i, m := range methods {
+				got := median(seen[i])
+				b.Logf("%-36s %7.2f %7.2f %7.2f %7.2f %9.0f %9.3f %8.0f", m.name, got.wall, got.wall/first.wall, got.sync, got.cpu,
+					got.memory/1e6, got.sent/1e6, got.requests)
+				b.ReportMetric(got.wall/first.wall, strings.NewReplacer(" ", "-", ",", "").Replace(m.name)+"/pipeline")
+			}
+		})
+	}
+}
+
+// BenchmarkPack times publish's packing against tar | zstd -T0 -3 on the same tree, by turns, both into /dev/null.
+func BenchmarkPack(b *testing.B) {
+	tree := filepath.Join(benchTrees(b), "r1")
+	var ours, theirs []float64
 	for range b.N {
-		benchmarkPeers(b)
-	}
-}
-
-func benchmarkPeers(b *testing.B) {
-	v1, v2, v3 := filepath.Join(b.TempDir(), "v1"), filepath.Join(b.TempDir(), "v2"), filepath.Join(b.TempDir(), "v3")
-	run(b, "sh", "-c", `cp -r "$(go env GOROOT)" "$1"`, "sh", v1)
-	if server := os.Getenv("KEDGE_BENCH_SERVER"); server != "" {
-		run(b, "cp", server, filepath.Join(v1, "server"))
-	}
-	run(b, "cp", "-r", v1, v2)
-	edit(b, v2, 71)
-	run(b, "cp", "-r", v2, v3)
-	if rebuilt := os.Getenv("KEDGE_BENCH_REBUILT"); rebuilt != "" {
-		run(b, "cp", rebuilt, filepath.Join(v3, "server"))
-	}
-
-	start := time.Now()
-	old := publishTree(b, v1)
-	packing := time.Since(start)
-	plain := filepath.Join(old.store, "plain.tar.zst")
-	start = time.Now()
-	run(b, "sh", "-c", `tar -C "$1" -cf - . | zstd -q -T0 -3 -o "$2"`, "sh", v1, plain)
-	b.Logf("pack: %.2fs, tar | zstd -T0 -3: %.2fs, ratio %.2f; %d MB, %d MB", packing.Seconds(), time.Since(start).Seconds(),
-		packing.Seconds()/time.Since(start).Seconds(), old.manifest.Size>>20, size(b, plain)>>20)
-	start = time.Now()
-	edited := publishTree(b, v2, old)
-	rebuilt := publishTree(b, v3, old)
-	b.Logf("two more releases with their deltas: %.2fs", time.Since(start).Seconds())
-
-	var requests, sent atomic.Int64
-	var pipeline float64
-	serve := func(p *published) *httptest.Server {
-		return httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			requests.Add(1)
-			http.ServeFile(&tally{w, &sent}, r, filepath.Join(p.store, filepath.Base(r.URL.Path)))
-		}))
-	}
-	measure := func(name string, p *published, prepare, work func(disk, url string)) {
-		server := serve(p)
-		defer server.Close()
-		disk := freshDisk(b)
-		if prepare != nil {
-			prepare(disk, server.URL)
-		}
-		requests.Store(0)
-		sent.Store(0)
 		start := time.Now()
-		work(disk, server.URL)
-		wall := time.Since(start).Seconds()
-		if pipeline == 0 {
-			pipeline = wall
-		}
-		b.Logf("%-34s %6.2fs  %5.2f  %8.2f MB  %3d requests", name, wall, wall/pipeline, float64(sent.Load())/1e6, requests.Load())
-	}
-	fetch := func(p *published, from *published, immutable bool) func(disk, url string) {
-		return func(disk, url string) {
-			m := p.at(url)
-			m.Immutable = immutable
-			dir := filepath.Join(disk, "new")
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				b.Fatal(err)
-			}
-			var old *base
-			if from != nil {
-				old = from.asBase(filepath.Join(disk, "old"))
-			}
-			mustFetch(b, m, old, dir)
-		}
-	}
-	running := func(disk, _ string) { run(b, "cp", "-r", v1, filepath.Join(disk, "old")) }
-	withoutDelta := *rebuilt
-	m := *rebuilt.manifest
-	m.Deltas = nil
-	withoutDelta.manifest = &m
-
-	measure("curl | zstd | tar", old, nil, func(disk, url string) {
-		run(b, "sh", "-c", `curl -sf "$1/plain.tar.zst" | zstd -dcq | tar -xf - -C "$2"`, "sh", url, disk)
-	})
-	measure("cp -r", old, nil, func(disk, _ string) { run(b, "cp", "-r", v1, disk) })
-	measure("kedge, cold", old, nil, fetch(old, nil, false))
-	measure("kedge, 71 edits, hard links", edited, running, fetch(edited, old, true))
-	measure("kedge, 71 edits, copies", edited, running, fetch(edited, old, false))
-	measure("kedge, server rebuilt, hard links", rebuilt, running, fetch(rebuilt, old, true))
-	measure("kedge, the same without a delta", &withoutDelta, running, fetch(&withoutDelta, old, true))
-}
-
-type tally struct {
-	http.ResponseWriter
-	n *atomic.Int64
-}
-
-func (t *tally) Write(data []byte) (int, error) {
-	t.n.Add(int64(len(data)))
-	return t.ResponseWriter.Write(data)
-}
-
-// edit changes a word in n source files, spread over the tree.
-func edit(b *testing.B, dir string, n int) {
-	var files []string
-	filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
-		if strings.HasSuffix(p, ".go") && d.Type().IsRegular() {
-			files = append(files, p)
-		}
-		return err
-	})
-	for i := range min(n, len(files)) {
-		p := files[i*len(files)/n]
-		data, err := os.ReadFile(p)
+		run(b, "sh", "-c", `tar -C "$1" -cf - . | zstd -q -T0 -3 >/dev/null`, "sh", tree)
+		theirs = append(theirs, time.Since(start).Seconds())
+		null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
 		if err != nil {
 			b.Fatal(err)
 		}
-		data = append(bytes.Replace(data, []byte("return"), []byte("return "), 1), fmt.Sprintf("\n// %d\n", i)...)
-		if err := os.WriteFile(p, data, 0o644); err != nil {
+		start = time.Now()
+		if _, err := pack(b.Context(), tree, null, nil); err != nil {
 			b.Fatal(err)
 		}
+		ours = append(ours, time.Since(start).Seconds())
+		null.Close()
 	}
+	slices.Sort(ours)
+	slices.Sort(theirs)
+	b.Logf("kedge %.2f s, tar | zstd %.2f s", ours[len(ours)/2], theirs[len(theirs)/2])
+	b.ReportMetric(ours[len(ours)/2]/theirs[len(theirs)/2], "pack/tar-zstd")
 }
 
-// freshDisk gives a directory, on a file system of its own where that can be had.
-func freshDisk(b *testing.B) string {
-	dir := b.TempDir()
-	if os.Geteuid() != 0 {
-		return dir
+func benchTrees(b *testing.B) string {
+	dir := os.Getenv("KEDGE_BENCH_TREES")
+	if dir == "" {
+		b.Fatal("run .ci/bench: it makes the trees to measure with")
 	}
-	image := filepath.Join(b.TempDir(), "image")
+	return dir
+}
+
+// method is one way: a shell's, or kedge's.
+type method struct {
+	name     string
+	shell    string
+	from, to *deployments.Pointer // from nil: cold
+}
+
+// timing is what one run took: seconds, bytes.
+type timing struct{ wall, sync, cpu, memory, sent, requests float64 }
+
+func median(all []timing) timing {
+	of := func(field func(timing) float64) float64 {
+		var values []float64
+		for _, s := range all {
+			values = append(values, field(s))
+		}
+		slices.Sort(values)
+		return values[len(values)/2]
+	}
+	return timing{of(func(s timing) float64 { return s.wall }), of(func(s timing) float64 { return s.sync }), of(func(s timing) float64 { return s.cpu }),
+		of(func(s timing) float64 { return s.memory }), of(func(s timing) float64 { return s.sent }), of(func(s timing) float64 { return s.requests })}
+}
+
+// benchStore is an S3 server, seen directly and through a slow link.
+type benchStore struct {
+	server *objecttest.Server
+	log    string
+	slow   string // the endpoint behind the link
+}
+
+func newBenchStore(b *testing.B) *benchStore {
+	log := filepath.Join(b.TempDir(), "access.log")
+	server := objecttest.Start(b, "--access-log", log)
+	return &benchStore{server: server, log: log, slow: "http://" + slowLink(b, strings.TrimPrefix(server.Endpoint(), "http://"))}
+}
+
+func (s *benchStore) publish(b *testing.B, dir, version string, immutable bool, since ...*deployments.Pointer) *deployments.Pointer {
+	opt := PublishOptions{Dir: dir, To: s.server.URL("releases"),
+		Manifest: deployments.Manifest{Name: "bench", Version: version, Dest: "/srv/bench", Strategy: deployments.StrategyRelease, Immutable: immutable}}
+	for _, p := range since {
+		opt.Since = append(opt.Since, *p)
+	}
+	out, err := Publish(b.Context(), s.server.Client(), opt)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return &out.Pointer
+}
+
+func (s *benchStore) tarballs(b *testing.B, tree string) {
+	run(b, "sh", "-c", `tar -C "$1" -cf - . | zstd -q -T0 -3 -o "$2/plain.tar.zst" && tar -C "$1" -czf "$2/plain.tar.gz" .`, "sh", tree, s.server.Dir())
+}
+
+func (s *benchStore) measure(b *testing.B, m method, tree string, slow bool) timing {
+	disk, release := freshDisk(b)
+	defer release()
+	endpoint := s.server.Endpoint()
+	if slow {
+		endpoint = s.slow
+	}
+	if m.from != nil {
+		s.fetch(b, s.server.Endpoint(), disk, m.from)
+	}
+	requests, sent := s.counted(b)
+	var got timing
+	if m.shell != "" {
+		command := exec.Command("bash", "-c", "set -eo pipefail; get() { "+
+			`curl -sf --aws-sigv4 "aws:amz:$AWS_REGION:s3" --user "$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY" -H "x-amz-content-sha256: UNSIGNED-PAYLOAD" "$ENDPOINT/kedge/$1"; }; `+m.shell)
+		command.Env = append(append(os.Environ(), s.server.Env()...), "ENDPOINT="+endpoint, "DISK="+disk, "TREE="+tree, "S5CMD="+objecttest.Program(b, "s5cmd"))
+		start := time.Now()
+		if out, err := command.CombinedOutput(); err != nil {
+			b.Fatalf("%s: %v\n%s", m.name, err, out)
+		}
+		got = spent(command, time.Since(start).Seconds())
+	} else {
+		got = s.fetch(b, endpoint, disk, m.to)
+	}
+	requestsAfter, sentAfter := s.counted(b)
+	got.requests, got.sent = float64(requestsAfter-requests), float64(sentAfter-sent)
+	return got
+}
+
+// counted reads the server's access log, in S3's format: the bytes sent are the third field after the quoted request.
+func (s *benchStore) counted(b *testing.B) (requests, sent int64) {
+	f, err := os.Open(s.log)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		_, rest, ok := strings.Cut(lines.Text(), `HTTP/1.1" `)
+		if !ok {
+			continue
+		}
+		var status, code string
+		var n int64
+		if _, err := fmt.Sscan(rest, &status, &code, &n); err == nil {
+			requests++
+			sent += n
+		}
+	}
+	return requests, sent
+}
+
+func spent(c *exec.Cmd, wall float64) timing {
+	usage := c.ProcessState.SysUsage().(*syscall.Rusage)
+	return timing{wall: wall, cpu: (c.ProcessState.UserTime() + c.ProcessState.SystemTime()).Seconds(), memory: float64(usage.Maxrss) * 1024}
+}
+
+// benchEnv makes a child process fetch: its own memory and CPU time are what is measured.
+const benchEnv = "KEDGE_BENCH_FETCH"
+
+type benchPlan struct {
+	Endpoint, Dest string
+	Pointer        deployments.Pointer
+}
+
+func (s *benchStore) fetch(b *testing.B, endpoint, disk string, p *deployments.Pointer) timing {
+	plan, err := json.Marshal(benchPlan{endpoint, filepath.Join(disk, "dest"), *p})
+	if err != nil {
+		b.Fatal(err)
+	}
+	command := exec.Command(os.Args[0])
+	command.Env = append(append(os.Environ(), s.server.Env()...), benchEnv+"="+string(plan), "AWS_ENDPOINT_URL_S3="+endpoint)
+	var out, problems bytes.Buffer
+	command.Stdout, command.Stderr = &out, &problems
+	start := time.Now()
+	if err := command.Run(); err != nil {
+		b.Fatalf("fetch %s: %v\n%s", p, err, problems.String())
+	}
+	end := time.Now()
+	var fetched time.Time
+	if err := json.Unmarshal(out.Bytes(), &fetched); err != nil {
+		b.Fatalf("%v: %q", err, out.String())
+	}
+	got := spent(command, fetched.Sub(start).Seconds())
+	got.sync = end.Sub(fetched).Seconds()
+	return got
+}
+
+// playFetch is the child's part: it stages a release, switches to it, and says when the fetching had ended.
+func playFetch(text string) error {
+	var plan benchPlan
+	if err := json.Unmarshal([]byte(text), &plan); err != nil {
+		return err
+	}
+	ctx := context.Background()
+	objects := object.New(object.Config{})
+	raw, err := objects.ReadAll(ctx, plan.Pointer.URL, deployments.MaxManifest)
+	if err != nil {
+		return err
+	}
+	m, err := deployments.ParseManifest(raw, plan.Pointer.URL, os.LookupEnv)
+	if err != nil {
+		return err
+	}
+	releases := Open(plan.Dest, objects, nil)
+	var fetched time.Time
+	releases.step = func(name string) {
+		if name == "fetched" {
+			fetched = time.Now()
+		}
+	}
+	release, err := releases.Stage(ctx, plan.Pointer, m, raw, StageOptions{})
+	if err != nil {
+		return err
+	}
+	if err := releases.Switch(release); err != nil {
+		return err
+	}
+	return json.NewEncoder(os.Stdout).Encode(fetched)
+}
+
+// freshDisk gives a directory on a file system of its own, and what ends it.
+func freshDisk(b *testing.B) (dir string, release func()) {
+	work, err := os.MkdirTemp("", "kedge-bench-")
+	if err != nil {
+		b.Fatal(err)
+	}
+	dir, image := filepath.Join(work, "disk"), filepath.Join(work, "image")
+	run(b, "mkdir", dir)
 	run(b, "truncate", "-s", "4G", image)
 	run(b, "mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", image)
 	run(b, "mount", "-o", "loop", image, dir)
-	b.Cleanup(func() { run(b, "umount", dir) })
-	return dir
+	return dir, func() {
+		run(b, "umount", dir)
+		run(b, "rm", "-r", work)
+	}
 }
 
 func run(b *testing.B, name string, args ...string) {

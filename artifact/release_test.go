@@ -39,6 +39,13 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if text := os.Getenv(benchEnv); text != "" {
+		if err := playFetch(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	// Each of rapid's trees is packed, fetched four ways and compared: a hundred take minutes. -rapid.checks=N tries more.
 	flag.Set("rapid.checks", "8")
 	os.Exit(m.Run())

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -29,16 +30,17 @@ type Server struct {
 	tb      testing.TB
 	dir     string
 	address string
+	args    []string
 	mu      sync.Mutex
 	process *exec.Cmd
 	done    chan struct{}
 	log     bytes.Buffer
 }
 
-// Start starts a server with one empty bucket. It fails the test where the program is missing.
-func Start(tb testing.TB) *Server {
+// Start starts a server with one empty bucket, and with more of versitygw's arguments. It fails the test where the program is missing.
+func Start(tb testing.TB, args ...string) *Server {
 	tb.Helper()
-	s := &Server{tb: tb, dir: tb.TempDir()}
+	s := &Server{tb: tb, dir: tb.TempDir(), args: args}
 	if err := os.MkdirAll(filepath.Join(s.dir, bucket), 0o755); err != nil {
 		tb.Fatal(err)
 	}
@@ -53,7 +55,9 @@ func Start(tb testing.TB) *Server {
 	return s
 }
 
-func program(tb testing.TB) string {
+// Program finds one of the tools that .ci/tools builds, and fails the test where it is missing.
+func Program(tb testing.TB, name string) string {
+	tb.Helper()
 	dir := os.Getenv("KEDGE_TOOLS")
 	if dir == "" {
 		cache, err := os.UserCacheDir()
@@ -62,9 +66,9 @@ func program(tb testing.TB) string {
 		}
 		dir = filepath.Join(cache, "kedge-tools")
 	}
-	path := filepath.Join(dir, "versitygw")
+	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err != nil {
-		tb.Fatalf("the S3 server to test with is missing: run .ci/tools (%v)", err)
+		tb.Fatalf("a tool to test with is missing: run .ci/tools (%v)", err)
 	}
 	return path
 }
@@ -74,7 +78,9 @@ func (s *Server) Restart() {
 	s.tb.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.process = exec.Command(program(s.tb), "--port", s.address, "--access", accessKey, "--secret", secretKey, "--region", region, "--keep-alive", "--quiet", "posix", s.dir)
+	args := slices.Concat([]string{"--port", s.address, "--access", accessKey, "--secret", secretKey, "--region", region, "--keep-alive", "--quiet"},
+		s.args, []string{"posix", s.dir})
+	s.process = exec.Command(Program(s.tb, "versitygw"), args...)
 	s.process.Stdout, s.process.Stderr = &s.log, &s.log
 	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.process.Start(); err != nil {

@@ -1,0 +1,160 @@
+package policy
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+// step is a fleet of ten in the middle of a rollout from v1 to v2, two at a time, as the cases of TestNext find it.
+func step(admitted int, phase deployments.Phase) Situation {
+	old, target := release("v1"), release("v2")
+	s := Situation{
+		Now: noon, Commit: "c2",
+		Unit: deployments.Unit{ID: app, Release: target, Rollout: &deployments.Rollout{
+			MaxUnavailable: deployments.Amount{N: 2}, Deadline: 10 * time.Minute, OnFailure: deployments.Rollback, Approval: deployments.Auto,
+		}},
+		Record: deployments.Record{Target: target, Stable: old, Generation: 2, Commit: "c2",
+			Rollout: &deployments.Progress{Phase: phase, Since: noon.Add(-time.Minute), Promoted: phase == deployments.PhaseRolling}},
+	}
+	for i := range 10 {
+		s.Nodes = append(s.Nodes, Node{Name: fmt.Sprint("n", i), Report: deployments.UnitReport{
+			State: deployments.StateConverged, Running: old, Want: old, Generation: 2}})
+	}
+	slices.SortFunc(s.Nodes, func(a, b Node) int { return cmp.Compare(Rank(a.Name, target.Digest), Rank(b.Name, target.Digest)) })
+	if admitted > 0 {
+		s.Record.Rollout.Cutoff = Rank(s.Nodes[admitted-1].Name, target.Digest)
+	}
+	return s
+}
+
+// there says that the first nodes run the target.
+func there(s *Situation, n int) {
+	for i := range n {
+		s.Nodes[i].Report.Running, s.Nodes[i].Report.Want = s.Unit.Release, s.Unit.Release
+	}
+}
+
+func canary(s *Situation) {
+	s.Unit.Rollout.Canary, s.Unit.Rollout.Bake = deployments.Amount{N: 1}, 5*time.Minute
+}
+
+func settled(s *Situation) {
+	s.Record = deployments.Record{Target: release("v1"), Generation: 1, Commit: "c1"}
+	for i := range s.Nodes {
+		s.Nodes[i].Report.Generation = 1
+	}
+}
+
+func TestNext(t *testing.T) {
+	t.Parallel()
+	const done = deployments.Phase("")
+	const rolling, first, back = deployments.PhaseRolling, deployments.PhaseCanary, deployments.PhaseBack
+	const paused, waiting, halted = deployments.PhasePaused, deployments.PhaseWaiting, deployments.PhaseHalted
+	fails := func(s *Situation) {
+		there(s, 1)
+		s.Nodes[1].Report = deployments.UnitReport{State: deployments.StateQuarantined, Running: release("v1"), Want: s.Unit.Release, Generation: 2, Error: "health"}
+	}
+	for _, c := range []struct {
+		name     string
+		admitted int
+		phase    deployments.Phase
+		set      func(*Situation)
+		want     deployments.Phase
+		then     int // nodes that are admitted then, where a rollout is under way
+		reason   string
+	}{
+		{"the first release goes to all", 0, rolling, func(s *Situation) { s.Record = deployments.Record{} }, done, 0, "first release"},
+		{"without rollout every node at once", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout = nil }, done, 0, "every node at once"},
+		{"a new target starts, as many as the budget", 0, rolling, settled, rolling, 2, "2 of 10"},
+		{"a new target starts with canaries", 0, rolling, func(s *Situation) { settled(s); canary(s) }, first, 1, "canaries: 1 of 1"},
+		{"canaries bake", 1, first, func(s *Situation) { canary(s); there(s, 1) }, first, 1, "bake"},
+		{"baked canaries let the others go", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Record.Rollout.Healthy = noon.Add(-5 * time.Minute) }, rolling, 3, "3 of 10"},
+		{"manual approval waits", 1, first, func(s *Situation) {
+			canary(s)
+			there(s, 1)
+			s.Unit.Rollout.Approval, s.Record.Rollout.Healthy = deployments.Manual, noon.Add(-5*time.Minute)
+		}, waiting, 1, "waits for promote"},
+		{"promote ends the canaries", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Order = "promote" }, rolling, 3, "3 of 10"},
+		{"no room, no admission", 2, rolling, func(s *Situation) {}, rolling, 2, ""},
+		{"one converged, one admitted", 2, rolling, func(s *Situation) { there(s, 1) }, rolling, 3, "3 of 10"},
+		{"all converged ends it", 10, rolling, func(s *Situation) { there(s, 10) }, done, 0, "every node converged"},
+		{"a node that dies in flight has failed", 2, rolling, func(s *Situation) {
+			there(s, 1)
+			s.Nodes[1].Gone, s.Nodes[1].Report.State, s.Nodes[1].Report.Want = true, deployments.StateSwitching, s.Unit.Release
+		}, back, 10, "gone while it switched"},
+		{"a node that deregisters frees its slot", 2, rolling, func(s *Situation) { s.Nodes = s.Nodes[1:] }, rolling, 2, "2 of 9"},
+		{"a node that boots above the cutoff runs stable, and takes no slot", 2, rolling, func(s *Situation) {
+			there(s, 1)
+			s.Nodes[9].Report = deployments.UnitReport{}
+		}, rolling, 3, "3 of 10"},
+		{"a node that boots below the cutoff is in flight", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			s.Nodes[0].Report = deployments.UnitReport{}
+		}, rolling, 3, "3 of 10"},
+		{"a pinned node is no part of it", 2, rolling, func(s *Situation) { s.Nodes[0].Report.Pinned = true }, rolling, 3, "2 of 9"},
+		{"a failure rolls back", 2, rolling, fails, back, 10, "1 of 10 nodes failed"},
+		{"a failure pauses, where that is asked for", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.OnFailure = deployments.Pause }, paused, 2, "1 of 10 nodes failed"},
+		{"max_failures are borne", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.MaxFailures.N = 1 }, rolling, 4, "4 of 10"},
+		{"no progress within the deadline is a failure", 2, rolling, func(s *Situation) { s.Now = noon.Add(time.Hour) }, back, 10, "not converged in time"},
+		{"pause", 2, rolling, func(s *Situation) { s.Order = "pause" }, paused, 2, "paused by an operator"},
+		{"paused stays paused", 2, paused, func(s *Situation) { there(s, 2) }, paused, 2, ""},
+		{"resume", 2, paused, func(s *Situation) { there(s, 2); s.Record.Rollout.Promoted = true; s.Order = "resume" }, rolling, 4, "4 of 10"},
+		{"abort", 2, rolling, func(s *Situation) { s.Order = "abort" }, back, 10, "aborted"},
+		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
+		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest }, halted, 0, ""},
+		{"retry lets it in again", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest; s.Order = "retry" }, rolling, 2, "2 of 10"},
+		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, waiting, 0, "xmas"},
+		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
+		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
+		{"promote passes a freeze", 0, waiting, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := step(c.admitted, c.phase)
+			c.set(&s)
+			m := Next(s)
+			phase, admitted := done, 0
+			if p := m.Record.Rollout; p != nil {
+				phase = p.Phase
+				for _, n := range s.Nodes {
+					if p.Cutoff == math.MaxUint64 || Rank(n.Name, s.Unit.Release.Digest) <= p.Cutoff {
+						admitted++
+					}
+				}
+			}
+			if phase != c.want || c.want != back && admitted != c.then || !strings.Contains(m.Reason, c.reason) {
+				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, m.Reason, c.want, c.then, c.reason)
+			}
+		})
+	}
+}
+
+// A push while nodes are on the way: those that may still act on the record before count against the budget of the next.
+func TestNextSupersedes(t *testing.T) {
+	t.Parallel()
+	s := step(2, deployments.PhaseRolling)
+	was := s.Record
+	s.Unit.Release = release("v3")
+	m := Next(s)
+	p := m.Record.Rollout
+	if m.Record.Target != release("v3") || m.Record.Stable != was.Stable || m.Record.Generation != 3 || p == nil {
+		t.Fatalf("record %+v, want v3 over v1 as generation 3", m.Record)
+	}
+	if want := (deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff}); len(p.Over) != 1 || p.Over[0] != want || p.Cutoff != 0 {
+		t.Fatalf("over %+v, cutoff %d; want %+v, and nobody admitted yet", p.Over, p.Cutoff, want)
+	}
+	s.Record = m.Record
+	for i := range s.Nodes { // they know of it, and have stayed where they were
+		s.Nodes[i].Report.Generation = 3
+	}
+	if m = Next(s); m.Record.Rollout.Cutoff == 0 {
+		t.Error("nobody is admitted although all know of the new target")
+	}
+}
