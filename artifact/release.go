@@ -124,7 +124,9 @@ const (
 	trashPrefix   = "trash-"
 	healPrefix    = "heal-" // what healing a tree exchanged it for
 	adoptedPrefix = "adopted-"
-	linkName      = "link"
+	// unfinishedPrefix begins what a crash in writeDurably leaves; no version begins so.
+	unfinishedPrefix = "."
+	linkName         = "link"
 )
 
 // nameOf is a release's directory.
@@ -368,7 +370,7 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
-		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed]:
+		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
 			if err := os.RemoveAll(filepath.Join(r.private(), name)); err != nil {
 				return err
 			}
@@ -435,9 +437,9 @@ func (r *Releases) at(name string) {
 	}
 }
 
-// writeDurably writes a private file that is there whole, or not at all.
+// writeDurably writes a private file that is there whole, or not at all. What a crash leaves of it lies beside it, where Prune looks.
 func writeDurably(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o600); err != nil {
+	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))

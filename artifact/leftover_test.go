@@ -1,0 +1,40 @@
+package artifact
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+)
+
+// Killed while it writes a record, it leaves a part of one: in its own directory, until the next Prune, and in no other.
+func TestWhatAKillLeavesIsPruned(t *testing.T) {
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	pointers := publishVersions(t, t.TempDir(), "1", "2", "3")
+	dest := filepath.Join(t.TempDir(), "app")
+	for range 8 {
+		runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: -1, Forever: true}, 20*time.Millisecond)
+	}
+	if left := list(t, tmp); len(left) > 0 {
+		t.Errorf("it leaves %q among everybody's temporary files", left)
+	}
+	private := filepath.Join(dest+".releases", ".kedge")
+	if err := os.MkdirAll(private, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"." + nameOf("3", pointers[2].Digest) + recordSuffix + "123", "." + nameOf("3", pointers[2].Digest) + indexSuffix + "4"} {
+		if err := os.WriteFile(filepath.Join(private, name), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runPlan(t, killPlan{Dest: dest, Pointers: pointers[:2], KillAt: -1}, 0)
+	name := nameOf("2", pointers[1].Digest)
+	if left, want := list(t, private), []string{name + indexSuffix, name + recordSuffix}; !slices.Equal(left, want) {
+		t.Errorf("after a prune there are %q, want %q", left, want)
+	}
+	if _, err := os.Stat(dest); err != nil {
+		t.Error(err)
+	}
+}
