@@ -61,6 +61,8 @@ type fetch struct {
 	tree  *builder
 	old   *source // nil: none
 	delta *delta  // nil: none
+	// only says which files are wanted; the tree is not finished then. nil: the whole of it.
+	only func(*index) []bool
 }
 
 func (f *fetch) close() error {
@@ -91,6 +93,11 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if err := f.tree.prepare(ctx); err != nil {
 		return err
 	}
+	if f.only != nil {
+		for i, wanted := range f.only(f.index) {
+			f.tree.ready[i] = f.tree.ready[i] || !wanted
+		}
+	}
 	if err := f.checkSpace(dir); err != nil {
 		return err
 	}
@@ -113,6 +120,9 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	// What the old release and the delta promised and did not hold.
 	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
 		return err
+	}
+	if f.only != nil {
+		return nil
 	}
 	return f.tree.finish()
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -29,9 +30,16 @@ type PublishOptions struct {
 	Template []byte
 	// Since are pointers of earlier releases to make deltas from; newest first.
 	Since []deployments.Pointer
+	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last below To/NAME/.
+	// One that can't be found or read gets none, and the log says why. 0: none.
+	Find int
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is put beside it as manifest.yaml.sig.
-	Sign     func(manifest []byte) ([]byte, error)
+	Sign func(manifest []byte) ([]byte, error)
+	// Signed checks that a signature is of these bytes and by the key of Sign. It is asked where another one than Sign's is there
+	// already, as a cut publish leaves it with keys whose signatures differ each time (ECDSA); nil: only the same one will do.
+	Signed   func(manifest, signature []byte) error
 	Progress func(Progress)
+	Log      *slog.Logger // nil: discard
 }
 
 // Published is what Publish made.
@@ -40,13 +48,20 @@ type Published struct {
 	Files   int                 `json:"files"`
 	Tree    int64               `json:"tree"`    // bytes of the tree
 	Archive int64               `json:"archive"` // bytes of the archive
-	Deltas  []PublishedDelta    `json:"deltas,omitempty"`
+	Index   int64               `json:"index"`   // bytes of its index
+	// Again is true where this version was there already, with the same bytes.
+	Again  bool             `json:"again,omitempty"`
+	Deltas []PublishedDelta `json:"deltas,omitempty"`
 }
 
-// PublishedDelta says what the release costs a node that runs From.
+// PublishedDelta says what the release costs a node that runs From, manifest and signature aside.
 type PublishedDelta struct {
-	From  deployments.Pointer `json:"from"`
-	Bytes int64               `json:"bytes"`
+	From     deployments.Pointer `json:"from"`
+	Version  string              `json:"version,omitempty"` // of From
+	Bytes    int64               `json:"bytes"`
+	Requests int                 `json:"requests"`
+	// Dropped is what a delta would have cost, in bytes, where the changed parts of the archive cost less: it has none then.
+	Dropped int64 `json:"dropped,omitempty"`
 }
 
 // The objects of a release, beside each other.
@@ -57,14 +72,22 @@ const (
 	indexName     = "index"
 )
 
-// Publish packs Dir, uploads archive, index, deltas, signature and, last, the manifest, and returns its pointer. The same tree and
-// options give the same bytes. Nothing is overwritten with other bytes; cut off at any point, it can be run again.
+// MaxSignature bounds a manifest's signature, in bytes.
+const MaxSignature = 16 << 10
+
+// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and options give
+// the same bytes. Nothing is overwritten with other bytes; cut off at any point, it can be run again: that is why the signature
+// comes last, as the manifest that is there says when it was made.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
 		return out, errors.New("publish: a release needs a name and a version")
 	}
-	p := &publisher{ctx: ctx, objects: objects, opt: opt, url: strings.TrimSuffix(opt.To, "/") + "/" + m.Name + "/" + m.Version + "/"}
+	beside := strings.TrimSuffix(opt.To, "/") + "/" + m.Name + "/"
+	p := &publisher{ctx: ctx, objects: objects, opt: opt, log: opt.Log, beside: beside, url: beside + m.Version + "/"}
+	if p.log == nil {
+		p.log = slog.New(slog.DiscardHandler)
+	}
 	if err := deployments.CheckURL(p.url + manifestName); err != nil {
 		return out, fmt.Errorf("publish to %s: %w", p.url, err)
 	}
@@ -82,14 +105,18 @@ type publisher struct {
 	ctx     context.Context
 	objects *object.Client
 	opt     PublishOptions
-	url     string // with a slash behind
+	log     *slog.Logger
+	beside  string // what all versions of this name lie below; with a slash behind
+	url     string // what this one does; with a slash behind
 	dir     string // temporary
 }
 
 func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
-	if m.Created, err = p.created(m.Created); err != nil {
+	there, err := p.published()
+	if err != nil {
 		return out, err
 	}
+	m.Created = there.created(m.Created)
 	// What no node would take is refused before anything is uploaded.
 	draft := m
 	draft.Src, draft.Checksum = archiveName, emptyDigest.String()
@@ -105,7 +132,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	if err != nil {
 		return out, err
 	}
-	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size}
+	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size, Index: int64(len(made.Index))}
 	m.Src, m.Checksum, m.Size = archiveName, made.SHA256.String(), made.Size
 	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: digestOf(made.Index)}
 	m.Deltas = nil
@@ -115,64 +142,92 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	if err := p.put(indexName, bytes.NewReader(made.Index), int64(len(made.Index))); err != nil {
 		return out, err
 	}
-	for _, from := range p.opt.Since {
-		delta, err := p.delta(from, made)
-		if err != nil {
-			return out, fmt.Errorf("delta from %s: %w", from.URL, err)
-		}
-		if delta.From == m.Index.SHA256 || contains(m.Deltas, delta.From) {
-			continue // the same tree: nothing to fetch
-		}
-		m.Deltas = append(m.Deltas, delta)
-		out.Deltas = append(out.Deltas, PublishedDelta{From: from, Bytes: delta.Size})
+	if deltas, ok := there.deltas(p, m.Index.SHA256); ok {
+		m.Deltas = deltas
+	} else if m.Deltas, out.Deltas, err = p.deltas(made); err != nil {
+		return out, err
 	}
 	text, err := p.text(m)
 	if err != nil {
 		return out, err
 	}
-	if p.opt.Sign != nil {
-		signature, err := p.opt.Sign(text)
-		if err != nil {
-			return out, err
-		}
-		if err := p.put(signatureName, bytes.NewReader(signature), int64(len(signature))); err != nil {
-			return out, err
-		}
-	}
 	if err := p.put(manifestName, bytes.NewReader(text), int64(len(text))); err != nil {
 		return out, err
 	}
+	if err := p.sign(text); err != nil {
+		return out, err
+	}
+	out.Again = bytes.Equal(there.raw, text)
 	out.Pointer = deployments.Pointer{URL: p.url + manifestName, Digest: sha256.Sum256(text)}
 	return out, nil
 }
 
-// created is when this version was published first, where it was: so that publishing it again gives the same bytes. What lies there
-// may be anybody's: a later time than now's is not taken over.
-func (p *publisher) created(now time.Time) (time.Time, error) {
-	if now.IsZero() {
-		return now, nil
-	}
-	raw, err := p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
-	if errors.Is(err, object.ErrNotFound) {
-		return now, nil
-	}
-	if err != nil {
-		return now, fmt.Errorf("looking whether the release is there already: %w", err)
-	}
-	there, err := deployments.ParseTemplate(raw, p.url+manifestName)
-	if err == nil && !there.Created.IsZero() && there.Created.Before(now) {
-		return there.Created, nil
-	}
-	return now, nil
+// before is what an earlier run published of this version: nothing, mostly. It may be anybody's.
+type before struct {
+	raw      []byte
+	manifest *deployments.Manifest // nil: none that parses
 }
 
-func contains(deltas []deployments.Delta, from deployments.Digest) bool {
-	for _, d := range deltas {
-		if d.From == from {
-			return true
+func (p *publisher) published() (b before, err error) {
+	b.raw, err = p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
+	if errors.Is(err, object.ErrNotFound) {
+		return b, nil
+	}
+	if err != nil {
+		return b, fmt.Errorf("looking whether the release is there already: %w", err)
+	}
+	b.manifest, _ = deployments.ParseTemplate(b.raw, p.url+manifestName)
+	return b, nil
+}
+
+// created is when this version was published first, where it was: so that publishing it again gives the same bytes. A later time
+// than now's is not taken over.
+func (b before) created(now time.Time) time.Time {
+	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
+		return m.Created
+	}
+	return now
+}
+
+// deltas are those that this version has already, where they are for publish to find: other releases are there by now, and a
+// release is immutable. They can do no harm, whoever made them: what comes out is checked.
+func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
+	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 || p.opt.Find <= 0 {
+		return nil, false
+	}
+	for _, d := range b.manifest.Deltas {
+		if name := deltaName(d.From); d.URL == p.url+name {
+			d.URL = name
+			deltas = append(deltas, d)
 		}
 	}
-	return false
+	return deltas, true
+}
+
+// sign puts a signature beside the manifest, unless there is a good one.
+func (p *publisher) sign(manifest []byte) error {
+	if p.opt.Sign == nil {
+		return nil
+	}
+	signature, err := p.opt.Sign(manifest)
+	if err != nil {
+		return err
+	}
+	err = p.upload(signatureName, bytes.NewReader(signature), int64(len(signature)))
+	if !errors.Is(err, object.ErrExists) {
+		return err
+	}
+	if p.opt.Signed != nil {
+		there, readErr := p.objects.ReadAll(p.ctx, p.url+signatureName, MaxSignature)
+		if readErr == nil {
+			readErr = p.opt.Signed(manifest, there)
+		}
+		if readErr == nil {
+			return nil
+		}
+		err = fmt.Errorf("%w (%w)", err, readErr)
+	}
+	return fmt.Errorf("%w: this version is signed already, by another key: sign with that one, or choose another version", err)
 }
 
 // ownFields are those that Publish writes.
@@ -219,62 +274,19 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	return text, err
 }
 
+// put uploads what must be the same each time.
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
-	if err := p.ctx.Err(); err != nil {
-		return err
-	}
-	opt := object.PutOptions{ContentType: "application/octet-stream"}
-	if p.opt.Progress != nil {
-		opt.Progress = func(sent int64) { p.opt.Progress(Progress{Phase: "upload", Done: sent, Total: size}) }
-	}
-	err := p.objects.Put(p.ctx, p.url+name, body, size, opt)
+	err := p.upload(name, body, size)
 	if errors.Is(err, object.ErrExists) {
 		return fmt.Errorf("%w: this version is published already, from another tree or with other settings; a release is immutable: choose another version", err)
 	}
 	return err
 }
 
-// delta makes and uploads what turns an earlier release into this one. The earlier one is fetched first.
-func (p *publisher) delta(from deployments.Pointer, made packed) (d deployments.Delta, err error) {
-	raw, err := fetchRaw(p.ctx, p.objects, from)
-	if err != nil {
-		return d, err
+func (p *publisher) upload(name string, body io.ReaderAt, size int64) error {
+	opt := object.PutOptions{ContentType: "application/octet-stream"}
+	if p.opt.Progress != nil {
+		opt.Progress = func(sent int64) { p.opt.Progress(Progress{Phase: "upload", Done: sent, Total: size}) }
 	}
-	// Only its tree is wanted.
-	old, err := deployments.ParseTemplate(raw, from.URL)
-	if err != nil {
-		return d, err
-	}
-	old.Owner, old.Immutable = "", false // of no use here; the owner perhaps no user of this machine
-	tree := filepath.Join(p.dir, "from-"+from.Digest.String())
-	if err := os.Mkdir(tree, 0o700); err != nil {
-		return d, err
-	}
-	// Most of it is in the new tree, and need not be fetched.
-	new := &base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}
-	oldIndex, err := fill(p.ctx, p.objects, old, new, tree, StageOptions{})
-	if err != nil {
-		return d, err
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tree)) }()
-	d.From = digestOf(oldIndex)
-	d.URL = "delta-" + d.From.Short()
-	if d.From == digestOf(made.Index) {
-		return d, nil
-	}
-	f, err := os.Create(filepath.Join(p.dir, d.URL))
-	if err != nil {
-		return d, err
-	}
-	defer f.Close()
-	sum := sha256.New()
-	if err := makeDelta(p.ctx, tree, oldIndex, p.opt.Dir, made.Index, io.MultiWriter(f, sum), p.opt.Progress); err != nil {
-		return d, err
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return d, err
-	}
-	d.Size, d.SHA256 = info.Size(), deployments.Digest(sum.Sum(nil))
-	return d, p.put(d.URL, f, d.Size)
+	return p.objects.Put(p.ctx, p.url+name, body, size, opt)
 }

@@ -1,0 +1,282 @@
+package artifact
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+const (
+	// listMost bounds the objects that publish looks through for earlier releases: some thousands of releases, in twenty requests of S3.
+	listMost = 20_000
+	// readMore is how many manifests beyond those asked for publish reads, where some are of no use.
+	readMore = 5
+)
+
+// earlier is a release to make a delta from.
+type earlier struct {
+	pointer  deployments.Pointer
+	manifest *deployments.Manifest
+	named    bool // by the caller: that it can't be used is an error
+}
+
+// earlier gives the releases to make deltas from, newest first.
+func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
+	if len(p.opt.Since) == 0 {
+		return p.findEarlier(index)
+	}
+	var found []earlier
+	for _, from := range p.opt.Since {
+		raw, err := fetchRaw(p.ctx, p.objects, from)
+		if err != nil {
+			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
+		}
+		m, err := deployments.ParseTemplate(raw, from.URL) // only its tree is wanted: variables may stay
+		if err != nil {
+			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
+		}
+		found = append(found, earlier{pointer: from, manifest: m, named: true})
+	}
+	return found, nil
+}
+
+// findEarlier looks for the releases that were published last below TO/NAME/, and have another tree. Without them nodes fetch more,
+// and that is all: so nothing here is an error but the caller's end.
+func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
+	if p.opt.Find <= 0 {
+		return nil, nil
+	}
+	manifests, err := p.listManifests()
+	if p.ctx.Err() != nil {
+		return nil, p.ctx.Err()
+	}
+	if err != nil {
+		p.log.Warn("earlier releases can't be looked for, and get no deltas: name them with --since", "below", p.beside, "error", err)
+		return nil, nil
+	}
+	seen := map[deployments.Digest]bool{index: true}
+	for _, l := range manifests[:min(len(manifests), p.opt.Find+readMore)] {
+		if len(found) == p.opt.Find {
+			break
+		}
+		e, err := p.readEarlier(l)
+		if p.ctx.Err() != nil {
+			return nil, p.ctx.Err()
+		}
+		if err != nil {
+			p.log.Warn("an earlier release can't be used, and gets no delta", "url", l.URL, "error", err)
+			continue
+		}
+		if !seen[e.manifest.Index.SHA256] {
+			seen[e.manifest.Index.SHA256] = true
+			found = append(found, e)
+		}
+	}
+	return found, nil
+}
+
+// listManifests gives the manifests of this name's other versions, those written last first.
+func (p *publisher) listManifests() ([]object.Listed, error) {
+	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
+	if err != nil {
+		return nil, err
+	}
+	if more {
+		p.log.Warn("there are too many releases to look at all: some that were published last may get no deltas; name them with --since",
+			"below", p.beside, "objects", listMost)
+	}
+	objects = slices.DeleteFunc(objects, func(o object.Listed) bool {
+		version, ok := strings.CutSuffix(strings.TrimPrefix(o.URL, p.beside), "/"+manifestName)
+		return !ok || strings.Contains(version, "/") || o.URL == p.url+manifestName
+	})
+	slices.SortFunc(objects, func(a, b object.Listed) int {
+		return cmp.Or(b.Modified.Compare(a.Modified), strings.Compare(b.URL, a.URL))
+	})
+	return objects, nil
+}
+
+// readEarlier reads a manifest that was found. Whoever wrote it is unknown: it may lead to nothing but what lies beside it.
+func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
+	raw, err := p.objects.ReadAll(p.ctx, l.URL, deployments.MaxManifest)
+	if err != nil {
+		return earlier{}, err
+	}
+	m, err := deployments.ParseTemplate(raw, l.URL)
+	if err != nil {
+		return earlier{}, err
+	}
+	if m.Index == nil {
+		return earlier{}, errors.New("it has no index")
+	}
+	beside := strings.TrimSuffix(l.URL, manifestName)
+	if m.Src != beside+archiveName || m.Index.URL != beside+indexName {
+		return earlier{}, errors.New("its archive and index don't lie beside its manifest")
+	}
+	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: sha256.Sum256(raw)}, manifest: m}, nil
+}
+
+// deltas makes and uploads a delta from each of the earlier releases, where that costs their nodes less than the parts of the
+// archive that changed. costs is what each release's nodes fetch.
+func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
+	index := digestOf(made.Index)
+	found, err := p.earlier(index)
+	if err != nil {
+		return nil, nil, err
+	}
+	done := map[deployments.Digest]bool{index: true} // the same tree: nothing to fetch
+	for _, e := range found {
+		from, delta, cost, err := p.delta(e, made, done)
+		switch {
+		case p.ctx.Err() != nil:
+			return nil, nil, p.ctx.Err()
+		case err != nil && e.named, errors.Is(err, errUpload):
+			return nil, nil, fmt.Errorf("delta from %s: %w", e.pointer.URL, err)
+		case err != nil:
+			p.log.Warn("an earlier release can't be used, and gets no delta", "url", e.pointer.URL, "error", err)
+			continue
+		case done[from]:
+			continue
+		}
+		done[from] = true
+		cost.From, cost.Version = e.pointer, e.manifest.Version
+		costs = append(costs, cost)
+		if delta != nil {
+			deltas = append(deltas, *delta)
+		}
+	}
+	return deltas, costs, nil
+}
+
+// errUpload marks what went wrong here, and not with an earlier release.
+var errUpload = errors.New("upload")
+
+// delta makes and uploads what turns an earlier release, whose index it returns the digest of, into this one; nil where that would
+// be of no use. Of the earlier release only those files are fetched that files of this one are patched from.
+func (p *publisher) delta(e earlier, made packed, done map[deployments.Digest]bool) (from deployments.Digest, d *deployments.Delta, cost PublishedDelta, err error) {
+	tree, err := os.MkdirTemp(p.dir, "from-")
+	if err != nil {
+		return from, nil, cost, err
+	}
+	defer func() { err = errors.Join(err, removeTree(tree)) }()
+	oldIndex, err := fetchPatched(p.ctx, p.objects, e.manifest, &base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}, tree)
+	if err != nil {
+		return from, nil, cost, err
+	}
+	if from = digestOf(oldIndex); done[from] {
+		return from, nil, cost, nil
+	}
+	f, err := os.CreateTemp(p.dir, "delta-")
+	if err != nil {
+		return from, nil, cost, err
+	}
+	defer f.Close()
+	defer os.Remove(f.Name())
+	sum := sha256.New()
+	if err := makeDelta(p.ctx, tree, oldIndex, p.opt.Dir, made.Index, io.MultiWriter(f, sum), p.opt.Progress); err != nil {
+		return from, nil, cost, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return from, nil, cost, err
+	}
+	byRanges, byDelta, err := costsOf(tree, oldIndex, made.Index, info.Size())
+	if err != nil {
+		return from, nil, cost, err
+	}
+	if byRanges.Bytes <= byDelta.Bytes {
+		byRanges.Dropped = byDelta.Bytes
+		return from, nil, byRanges, nil
+	}
+	d = &deployments.Delta{From: from, Blob: deployments.Blob{URL: deltaName(from), Size: info.Size(), SHA256: deployments.Digest(sum.Sum(nil))}}
+	if err := p.put(d.URL, f, d.Size); err != nil {
+		return from, nil, cost, fmt.Errorf("%w: %w", errUpload, err)
+	}
+	return from, d, byDelta, nil
+}
+
+func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
+
+// fetchPatched fills dir with what makeDelta reads of m's tree, and returns the tree's index. Most of it is in new, the tree that
+// is being published.
+func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Manifest, new *base, dir string) (data []byte, err error) {
+	if m.Index == nil {
+		plain := *m
+		plain.Owner, plain.Immutable = "", false // of no use here; the owner perhaps no user of this machine
+		return fill(ctx, objects, &plain, nil, dir, StageOptions{})
+	}
+	newX, err := decodeIndex(new.index)
+	if err != nil {
+		return nil, err
+	}
+	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, nil)}
+	f.only = func(old *index) []bool {
+		wanted := make([]bool, len(old.entries))
+		for _, job := range (&deltaMaker{old: old, new: newX}).choose() {
+			if job.from >= 0 {
+				wanted[job.from] = true
+			}
+		}
+		return wanted
+	}
+	defer func() { err = errors.Join(err, f.close()) }()
+	if err := f.run(ctx, new, dir); err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
+	}
+	return f.data, nil
+}
+
+// costsOf gives what a node that runs an old release fetches to come to the new one, with a delta of so many bytes and without.
+// tree is a directory for the old one; the files in it are not looked at.
+func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byDelta PublishedDelta, err error) {
+	old, err := openSource(&base{dir: tree, index: oldIndex})
+	if err != nil {
+		return byRanges, byDelta, err
+	}
+	defer old.close()
+	x, err := decodeIndex(newIndex)
+	if err != nil {
+		return byRanges, byDelta, err
+	}
+	b, err := newBuilder(tree, x)
+	if err != nil {
+		return byRanges, byDelta, err
+	}
+	defer b.close()
+	for _, job := range (&deltaMaker{old: old.index, new: x}).choose() {
+		b.ready[job.entry] = true
+	}
+	byDelta = x.costOf(b.missing(old))
+	byDelta.Bytes += delta
+	byDelta.Requests++
+	clear(b.ready)
+	for n := range x.frames {
+		_, b.chunks[n] = old.chunks[x.frames[n].content]
+	}
+	byRanges = x.costOf(b.missing(old))
+	byRanges.Bytes += int64(len(newIndex))
+	byRanges.Requests++
+	return byRanges, byDelta, nil
+}
+
+// costOf gives what it costs to fetch frames.
+func (x *index) costOf(wanted []bool) (cost PublishedDelta) {
+	spans := x.spansOf(wanted)
+	if len(spans) == 0 {
+		return cost
+	}
+	cost.Requests = 1 + len(spans) // the archive is looked at first
+	for _, s := range spans {
+		last := x.frames[s.to-1]
+		cost.Bytes += last.offset + last.size - x.frames[s.from].offset
+	}
+	return cost
+}
