@@ -1,11 +1,14 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,7 +25,7 @@ func (a *app) publishCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "publish DIR",
 		Short: "Put a release into storage, and print its pointer",
-		Long: `Packs DIR, uploads archive, index, deltas, signature and, last, the manifest below TO/NAME/VERSION/, and prints the pointer
+		Long: `Packs DIR, uploads archive, index, deltas, manifest and signature below TO/NAME/VERSION/, and prints the pointer
 that goes into the deployments repo. The same tree gives the same bytes, whoever packs it; nothing is ever overwritten with
 other bytes, so it can be run again after a cut.
 
@@ -34,7 +37,9 @@ may be given there or here.
 With --sign the manifest says when it was made (created), as agents with signers go to no release that is older than the one that
 they have settled on. Published again, a version keeps the time that it has.
 
---since POINTER, given once for each earlier release that nodes may still run, makes a delta for them.`,
+For nodes that run one of the last releases it makes deltas: the last three below TO/NAME/, or as many as --deltas says. That takes
+the right to list there (s3:ListBucket); without it, and for gs:// (which kedge doesn't list), name them: --since POINTER, once for each. A delta
+that would be larger than the parts of the archive that changed is dropped. What the release costs the nodes is printed.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -69,20 +74,25 @@ they have settled on. Published again, a version keeps the time that it has.
 				}
 				opt.Since = append(opt.Since, p)
 			}
+			if opt.Find < 0 {
+				return usagef("--deltas %d: want 0 or more", opt.Find)
+			}
+			log, err := a.logger()
+			if err != nil {
+				return err
+			}
 			if key != "" {
-				sign, err := manifestSigner(key)
-				if err != nil {
+				if opt.Sign, opt.Signed, err = manifestSigner(key); err != nil {
 					return err
 				}
-				opt.Sign = sign
 				if m.Created, err = createdAt(created, time.Now()); err != nil {
 					return err
 				}
 			}
 			start := time.Now()
 			progress := a.progressLine()
-			opt.Progress = progress.show
-			published, err := artifact.Publish(ctx, object.New(object.Config{}), opt)
+			opt.Progress, opt.Log = progress.show, slog.New(progress.over(log.Handler()))
+			published, err := artifact.Publish(ctx, object.New(object.Config{Log: opt.Log}), opt)
 			progress.clear()
 			if err != nil {
 				return err
@@ -90,10 +100,8 @@ they have settled on. Published again, a version keeps the time that it has.
 			if a.json {
 				return json.NewEncoder(a.stdout).Encode(published)
 			}
-			fmt.Fprintf(a.stderr, "published %s %s in %s: %d files, %s, as an archive of %s\n", m.Name, m.Version, time.Since(start).Round(time.Millisecond),
-				published.Files, bytesText(published.Tree), bytesText(published.Archive))
-			for _, d := range published.Deltas {
-				fmt.Fprintf(a.stderr, "nodes that run %s fetch %s\n", d.From.Digest.Short(), bytesText(d.Bytes))
+			for _, line := range publishedLines(m, published, time.Since(start)) {
+				fmt.Fprintln(a.stderr, line)
 			}
 			fmt.Fprintln(a.stdout, published.Pointer)
 			return nil
@@ -105,11 +113,33 @@ they have settled on. Published again, a version keeps the time that it has.
 	f.StringVar(&name, "name", "", "the release's name")
 	f.StringVar(&version, "version", "", "the release's version")
 	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")
-	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from; may be repeated")
+	f.IntVar(&opt.Find, "deltas", 3, "`how many` of the releases that were published last get a delta; 0: none")
+	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated")
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
 	f.StringVar(&created, "created", os.Getenv("SOURCE_DATE_EPOCH"), "when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)")
 	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
 	return c
+}
+
+// publishedLines says what was made, and what it costs nodes to come to it.
+func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
+	if p.Again {
+		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
+	}
+	lines := []string{fmt.Sprintf("published %s %s in %s: %s, %s, as an archive of %s", m.Name, m.Version, took.Round(time.Millisecond),
+		count(p.Files, "file"), bytesText(p.Tree), bytesText(p.Archive))}
+	for _, d := range p.Deltas {
+		from := d.From.Digest.Short()
+		if d.Version != "" {
+			from = d.Version + " (" + from + ")"
+		}
+		line := fmt.Sprintf("nodes that run %s fetch %s in %s", from, bytesText(d.Bytes), count(d.Requests, "request"))
+		if d.Dropped > 0 {
+			line += fmt.Sprintf(", as parts of the archive: a delta would take %s", bytesText(d.Dropped))
+		}
+		lines = append(lines, line)
+	}
+	return append(lines, fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)))
 }
 
 // createdAt reads when a release was made; empty: now. Whole seconds, as a manifest has them.
@@ -143,12 +173,15 @@ func bytesText(n int64) string {
 // progressLine shows progress on one line of a terminal, and nothing elsewhere.
 type progressLine struct {
 	a    *app
-	last time.Time
+	mu   sync.Mutex
+	last time.Time // when it was written; zero: it is empty
 }
 
 func (a *app) progressLine() *progressLine { return &progressLine{a: a} }
 
 func (l *progressLine) show(p artifact.Progress) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.a.terminal() == 0 || time.Since(l.last) < 50*time.Millisecond {
 		return
 	}
@@ -161,7 +194,23 @@ func (l *progressLine) show(p artifact.Progress) {
 }
 
 func (l *progressLine) clear() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if !l.last.IsZero() {
 		fmt.Fprint(l.a.stderr, "\r\x1b[K")
+		l.last = time.Time{}
 	}
+}
+
+// over lets a log write where the line is.
+func (l *progressLine) over(log slog.Handler) slog.Handler { return clearing{log, l} }
+
+type clearing struct {
+	slog.Handler
+	line *progressLine
+}
+
+func (c clearing) Handle(ctx context.Context, r slog.Record) error {
+	c.line.clear()
+	return c.Handler.Handle(ctx, r)
 }

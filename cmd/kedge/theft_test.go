@@ -79,7 +79,7 @@ func TestThefts(t *testing.T) {
 	}
 	signed := func(key string, hour int) func(*artifact.PublishOptions) {
 		return func(o *artifact.PublishOptions) {
-			sign, err := manifestSigner(key)
+			sign, _, err := manifestSigner(key)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -12,35 +12,42 @@ import (
 	"github.com/hiddeco/sshsig"
 	"golang.org/x/crypto/ssh"
 
+	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
 )
 
-// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does.
-func manifestSigner(keyFile string) (func([]byte) ([]byte, error), error) {
+// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does; signed checks that the same key made a signature.
+func manifestSigner(keyFile string) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
 	pem, err := os.ReadFile(keyFile)
 	if err != nil {
-		return nil, fmt.Errorf("reading the signing key: %w", err)
+		return nil, nil, fmt.Errorf("reading the signing key: %w", err)
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, hintError{fmt.Errorf("the signing key %s has a passphrase", keyFile), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
+		return nil, nil, hintError{fmt.Errorf("the signing key %s has a passphrase", keyFile), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("the signing key %s: %w", keyFile, err)
+		return nil, nil, fmt.Errorf("the signing key %s: %w", keyFile, err)
 	}
-	return func(manifest []byte) ([]byte, error) {
+	ours, err := policy.ParseSigners(append([]byte("this-key "), ssh.MarshalAuthorizedKey(key.PublicKey())...))
+	if err != nil {
+		return nil, nil, fmt.Errorf("the signing key %s: %w", keyFile, err)
+	}
+	sign = func(manifest []byte) ([]byte, error) {
 		signature, err := sshsig.Sign(bytes.NewReader(manifest), key, sshsig.HashSHA512, policy.ManifestNamespace)
 		if err != nil {
 			return nil, fmt.Errorf("signing the manifest: %w", err)
 		}
 		return sshsig.Armor(signature), nil
-	}, nil
+	}
+	signed = func(manifest, signature []byte) error {
+		_, err := ours.VerifyManifest(manifest, signature, time.Now())
+		return err
+	}
+	return sign, signed, nil
 }
-
-// maxSignature bounds what is read of a signature's object, in bytes.
-const maxSignature = 16 << 10
 
 // trustSigners gives the check that an agent makes of every manifest before it uses it: its signature, which lies beside it as
 // manifest.yaml.sig, is by one of those in file. Without a file the pointer's digest is enough, and nil is returned.
@@ -57,7 +64,7 @@ func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(c
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
-		signature, err := objects.ReadAll(ctx, p.URL+".sig", maxSignature)
+		signature, err := objects.ReadAll(ctx, p.URL+".sig", artifact.MaxSignature)
 		if errors.Is(err, object.ErrNotFound) {
 			return fmt.Errorf("%s is not signed, and this node has signers configured: publish it with --sign", p.URL)
 		}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"kedge/artifact"
+	"kedge/deployments"
+)
+
+// CI publishes versions one after the other, and names none of the earlier: those before find it cheap to come to the next.
+func TestPublishOneAfterTheOther(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	publish := func(version string, more ...string) (artifact.Published, string) {
+		t.Helper()
+		tree := filepath.Join(dir, "trees", version)
+		writeTree(t, tree, version)
+		if err := os.WriteFile(filepath.Join(tree, "large"), []byte(strings.Repeat("the same in each\n", 4000)+version), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		args := append([]string{"publish", tree, "--to", "file://" + dir + "/releases", "--name", "app", "--version", version, "--dest", "/srv/app", "--json"}, more...)
+		out, errs, code := cli(t, "", args...)
+		if code != exitDone {
+			t.Fatalf("publish %s: exit %d\n%s", version, code, errs)
+		}
+		var p artifact.Published
+		if err := json.Unmarshal([]byte(out), &p); err != nil {
+			t.Fatal(err)
+		}
+		// Half a minute apart, so that their order is clear.
+		manifest := filepath.Join(dir, "releases", "app", version, "manifest.yaml")
+		at := time.Now().Add(-time.Hour + time.Duration(strings.Index("1.9 1.10 2.0 3.0 4.0", version))*10*time.Second)
+		if err := os.Chtimes(manifest, at, at); err != nil {
+			t.Fatal(err)
+		}
+		return p, errs
+	}
+	from := func(p artifact.Published) string {
+		var versions []string
+		for _, d := range p.Deltas {
+			versions = append(versions, d.Version)
+			if d.Bytes <= 0 || d.Requests <= 0 || d.From.IsZero() {
+				t.Errorf("a cost of %+v", d)
+			}
+		}
+		return fmt.Sprint(versions)
+	}
+	for _, c := range []struct{ version, from string }{{"1.9", "[]"}, {"1.10", "[1.9]"}, {"2.0", "[1.10 1.9]"}, {"3.0", "[2.0 1.10 1.9]"}, {"4.0", "[3.0 2.0 1.10]"}} {
+		if p, _ := publish(c.version); from(p) != c.from {
+			t.Errorf("%s has deltas from %s, want %s", c.version, from(p), c.from)
+		}
+	}
+	// Again, when there are later ones: the same pointer, with the deltas of then.
+	first, _ := publish("2.0")
+	if !first.Again || len(first.Deltas) > 0 {
+		t.Errorf("published again: %+v", first)
+	}
+	publish("1.9")
+
+	for name, c := range map[string]struct {
+		more []string
+		from string
+	}{
+		"none":  {[]string{"--deltas", "0"}, "[]"},
+		"one":   {[]string{"--deltas", "1"}, "[4.0]"},
+		"named": {[]string{"--since", first.Pointer.String()}, "[2.0]"},
+	} {
+		p, _ := publish("5-"+name, c.more...)
+		if from(p) != c.from {
+			t.Errorf("%s has deltas from %s, want %s", name, from(p), c.from)
+		}
+		os.RemoveAll(filepath.Join(dir, "releases", "app", "5-"+name))
+	}
+	if _, _, code := cli(t, "", "publish", dir, "--to", "file://"+dir+"/releases", "--name", "app", "--version", "6", "--dest", "/srv/app", "--since", "none"); code != exitUsage {
+		t.Errorf("--since with no pointer: exit %d", code)
+	}
+}
+
+func TestPublishSaysWhatItCosts(t *testing.T) {
+	t.Parallel()
+	from := deployments.Pointer{URL: "s3://b/app/1/manifest.yaml", Digest: deployments.Digest{1}}
+	m := &deployments.Manifest{Name: "app", Version: "2"}
+	lines := publishedLines(m, artifact.Published{Files: 3, Tree: 5_000_000, Archive: 900_000, Index: 100_000, Deltas: []artifact.PublishedDelta{
+		{From: from, Version: "1", Bytes: 1234, Requests: 1}, {From: from, Bytes: 500_000, Requests: 4, Dropped: 600_000},
+	}}, time.Second)
+	want := `published app 2 in 1s: 3 files, 5.0 MB, as an archive of 0.9 MB
+nodes that run 1 (010000000000) fetch 1.2 kB in 1 request
+nodes that run 010000000000 fetch 0.5 MB in 4 requests, as parts of the archive: a delta would take 0.6 MB
+nodes that run none of these fetch what changed, at most 1.0 MB`
+	if got := strings.Join(lines, "\n"); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// An ECDSA key makes another signature each time. A publish that was cut and is repeated has to end well all the same.
+func TestPublishAgainWithAnECDSAKey(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	key := func(name string) string {
+		private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, err := ssh.MarshalPrivateKey(private, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, name)
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	ours, others := key("ours"), key("others")
+	tree := filepath.Join(dir, "tree")
+	writeTree(t, tree, "1")
+	publish := func(key string) (string, string, int) {
+		return cli(t, "", "publish", tree, "--to", "file://"+dir+"/releases", "--name", "app", "--version", "1", "--dest", "/srv/app", "--sign", key)
+	}
+	first, errs, code := publish(ours)
+	if code != exitDone {
+		t.Fatalf("exit %d\n%s", code, errs)
+	}
+	release := filepath.Join(dir, "releases", "app", "1")
+	signature, err := os.ReadFile(filepath.Join(release, "manifest.yaml.sig"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, errs, code := publish(ours); code != exitDone || again != first || !strings.Contains(errs, "published before") {
+		t.Errorf("again: exit %d\n%s%s", code, again, errs)
+	}
+	if now, _ := os.ReadFile(filepath.Join(release, "manifest.yaml.sig")); string(now) != string(signature) {
+		t.Error("the signature was overwritten")
+	}
+	if _, errs, code := publish(others); code != exitFailed || !strings.Contains(errs, "another key") {
+		t.Errorf("with another key: exit %d\n%s", code, errs)
+	}
+
+	// Cut before the signature, it is repeated at another time, and keeps the time that its manifest has.
+	if err := os.Remove(filepath.Join(release, "manifest.yaml.sig")); err != nil {
+		t.Fatal(err)
+	}
+	m, err := os.ReadFile(filepath.Join(release, "manifest.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for time.Now().Unix() == createdOf(t, m) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if again, errs, code := publish(ours); code != exitDone || again != first {
+		t.Errorf("after a cut: exit %d\n%s%s", code, again, errs)
+	}
+	if _, err := os.Stat(filepath.Join(release, "manifest.yaml.sig")); err != nil {
+		t.Error(err)
+	}
+}
+
+func createdOf(t *testing.T, manifest []byte) int64 {
+	t.Helper()
+	m, err := deployments.ParseTemplate(manifest, "file:///manifest.yaml")
+	if err != nil || m.Created.IsZero() {
+		t.Fatalf("%v, %v", m, err)
+	}
+	return m.Created.Unix()
+}
