@@ -170,7 +170,7 @@ type before struct {
 
 func (p *publisher) published() (b before, err error) {
 	b.raw, err = p.objects.ReadAll(p.ctx, p.url+manifestName, deployments.MaxManifest)
-	if errors.Is(err, object.ErrNotFound) {
+	if errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) { // see Client.Put
 		return b, nil
 	}
 	if err != nil {

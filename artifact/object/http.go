@@ -15,13 +15,39 @@ import (
 // httpStore is https://, read only, and http:// on this machine.
 type httpStore struct{ http *http.Client }
 
+// stat asks for the first byte: that also tells whether the server keeps to Range, and a presigned URL takes no HEAD.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
-	r, err := send(ctx, s.http, http.MethodHead, u.String(), nil, nil)
+	r, err := send(ctx, s.http, http.MethodGet, u.String(), http.Header{"Range": {firstByte}}, nil)
+	var answer *statusCode
+	if errors.As(err, &answer) && answer.code == http.StatusRequestedRangeNotSatisfiable { // it is empty
+		r, err = send(ctx, s.http, http.MethodHead, u.String(), nil, nil)
+	}
 	if err != nil {
 		return Object{}, err
 	}
 	defer r.Body.Close()
+	if r.StatusCode != http.StatusPartialContent {
+		o, err := found(r)
+		o.Ranges = err == nil && o.Size <= 1
+		return o, err
+	}
+	io.CopyN(io.Discard, r.Body, 1) // so that the connection is used again
+	if r.ContentLength, err = sizeIn(r.Header.Get("Content-Range")); err != nil {
+		return Object{}, err
+	}
 	return found(r)
+}
+
+// firstByte is the Range of an object's first byte; sizeIn gives the object's size as the answer to that has it.
+const firstByte = "bytes=0-0"
+
+func sizeIn(contentRange string) (int64, error) {
+	size, ok := strings.CutPrefix(contentRange, "bytes 0-0/")
+	n, err := strconv.ParseInt(size, 10, 64)
+	if !ok || err != nil || n < 1 {
+		return 0, fmt.Errorf("the server doesn't say how large it is: asked for the first byte, it answered with %q", contentRange)
+	}
+	return n, nil
 }
 
 // found reads an answer's headers.
@@ -137,8 +163,16 @@ func statusError(code int, status string, after time.Duration) error {
 	if code >= 500 && code != http.StatusNotImplemented {
 		return &transientError{err: fmt.Errorf("the server answered %s", status), after: after}
 	}
-	return fmt.Errorf("the server answered %s", status)
+	return &statusCode{code, status}
 }
+
+// statusCode is an answer that means nothing in particular.
+type statusCode struct {
+	code   int
+	status string
+}
+
+func (s *statusCode) Error() string { return "the server answered " + s.status }
 
 // maxRetryAfter bounds how long a server can make us wait.
 const maxRetryAfter = 30 * time.Second

@@ -3,6 +3,7 @@ package object
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -39,7 +40,10 @@ type Config struct {
 	S3 *S3Config
 	// GSEndpoint is where gs:// lies; empty: Google's own.
 	GSEndpoint string
-	Log        *slog.Logger // nil: discard
+	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
+	// again on another connection; default 30 s.
+	StallTimeout time.Duration
+	Log          *slog.Logger // nil: discard
 }
 
 // Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a call with
@@ -48,6 +52,7 @@ type Config struct {
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
+	stall    time.Duration
 	http     *http.Client
 	s3       s3Lazy
 	gs       string
@@ -98,19 +103,19 @@ const (
 	maxTries        = 7
 	firstPause      = 100 * time.Millisecond
 	maxPause        = 5 * time.Second
-	headerTimeout   = 30 * time.Second
-	// stallTimeout ends a read that brings nothing for so long: a dead connection is otherwise noticed after hours.
+	// stallTimeout is Config.StallTimeout's default: a dead connection is otherwise noticed after hours.
 	stallTimeout = 30 * time.Second
+	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
 )
 
 // New makes a client; it does no I/O.
 func New(c Config) *Client {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	tune(transport)
-	client := &Client{log: c.Log}
+	client := &Client{log: c.Log, stall: cmp.Or(c.StallTimeout, stallTimeout)}
 	if client.log == nil {
 		client.log = slog.New(slog.DiscardHandler)
 	}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	client.tune(transport)
 	if c.MaxBandwidth > 0 {
 		client.limit = rate.NewLimiter(rate.Limit(c.MaxBandwidth), limitChunk)
 	}
@@ -118,13 +123,18 @@ func New(c Config) *Client {
 	client.s3.config = c.S3
 	client.gs = c.GSEndpoint
 	client.s3.requests = &client.requests
+	client.s3.tune = client.tune
 	return client
 }
 
 // tune sets a transport up for many large reads side by side.
-func tune(t *http.Transport) {
+func (c *Client) tune(t *http.Transport) {
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
-	t.ResponseHeaderTimeout = headerTimeout
+	t.ResponseHeaderTimeout = c.stall
+	// HTTP/2 puts all of them on one connection, and what is tried again on the one that stalled.
+	t.Protocols = new(http.Protocols)
+	t.Protocols.SetHTTP1(true)
+	t.ForceAttemptHTTP2 = false
 	// Objects are compressed already, and their length is checked.
 	t.DisableCompression = true
 	t.ReadBufferSize = 64 << 10
@@ -291,6 +301,7 @@ type resuming struct {
 	left   int64
 	body   io.ReadCloser
 	tries  int
+	since  int // bytes since tries began
 	pause  *backoff.ExponentialBackOff
 }
 
@@ -321,8 +332,8 @@ func (r *resuming) Read(p []byte) (int, error) {
 		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
 		r.offset += int64(n)
 		r.left -= int64(n)
-		if n > 0 {
-			r.tries = 0
+		if r.since += n; r.since >= stallLeast {
+			r.tries, r.since = 0, 0
 			r.pause.Reset()
 		}
 		if r.left == 0 || err == nil {
@@ -340,11 +351,11 @@ func (r *resuming) Read(p []byte) (int, error) {
 			return n, fmt.Errorf("%s: cut off at byte %d of %d: %w", r.object.URL, r.offset, r.object.Size, err)
 		}
 		r.client.log.Debug("a read was cut off", "url", r.object.URL, "at", r.offset, "error", err)
+		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
+			return n, err
+		}
 		if n > 0 {
 			return n, nil
-		}
-		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
-			return 0, err
 		}
 	}
 }
@@ -369,19 +380,30 @@ type metered struct {
 	ctx    context.Context
 	r      io.ReadCloser
 	stall  *time.Timer
+	left   time.Duration // that it may take to read what lacks of stallLeast bytes
+	since  int           // how many there are of these
 }
 
 func (m *metered) Read(p []byte) (int, error) {
 	if m.client.limit != nil && len(p) > limitChunk {
 		p = p[:limitChunk]
 	}
+	start := time.Now()
 	if m.stall == nil {
-		m.stall = time.AfterFunc(stallTimeout, func() { m.r.Close() })
+		m.left = m.client.stall
+		m.stall = time.AfterFunc(m.left, func() { m.r.Close() })
 	} else {
-		m.stall.Reset(stallTimeout)
+		m.stall.Reset(m.left)
 	}
 	n, err := m.r.Read(p)
-	m.stall.Stop()
+	if !m.stall.Stop() && err != nil {
+		err = fmt.Errorf("the server stalled for %v", m.client.stall)
+	}
+	if m.since += n; m.since >= stallLeast {
+		m.since, m.left = 0, m.client.stall
+	} else {
+		m.left = max(0, m.left-time.Since(start))
+	}
 	m.client.bytes.Add(int64(n))
 	if m.client.limit != nil && n > 0 {
 		if err := m.client.limit.WaitN(m.ctx, n); err != nil {
@@ -412,10 +434,11 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		b.progress = func(int64) {}
 	}
 	err = c.retry(ctx, "put "+url, func() error {
+		// That spares sending what is there. S3 says ErrDenied of a missing object to who may not list the bucket.
 		switch _, err := s.stat(ctx, u); {
 		case err == nil:
 			return errOccupied
-		case !errors.Is(err, ErrNotFound):
+		case !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrDenied):
 			return err
 		}
 		return s.put(ctx, u, b, opt.ContentType)

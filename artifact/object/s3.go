@@ -33,6 +33,7 @@ type S3Config struct {
 type s3Lazy struct {
 	config   *S3Config
 	requests *atomic.Int64
+	tune     func(*http.Transport)
 	mu       sync.Mutex
 	store    *s3Store
 }
@@ -54,7 +55,7 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	if l.store != nil {
 		return l.store, nil
 	}
-	options := []func(*config.LoadOptions) error{config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(tune))}
+	options := []func(*config.LoadOptions) error{config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.tune))}
 	if c := l.config; c != nil {
 		options = append(options, config.WithRegion(c.Region),
 			config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(c.AccessKey, c.SecretKey, "")))
@@ -87,12 +88,31 @@ type s3Store struct {
 	client *s3.Client
 }
 
+// stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what is wrong.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
-	out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u))})
+	out, err := s.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Range: aws.String(firstByte)})
+	var api smithy.APIError
+	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // it is empty
+		out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u))})
+		if err != nil {
+			return Object{}, s3Error(err)
+		}
+		return Object{Size: aws.ToInt64(out.ContentLength), ETag: aws.ToString(out.ETag), Ranges: true}, nil
+	}
 	if err != nil {
 		return Object{}, s3Error(err)
 	}
-	return Object{Size: aws.ToInt64(out.ContentLength), ETag: aws.ToString(out.ETag), Ranges: true}, nil
+	defer out.Body.Close()
+	if out.ContentRange == nil {
+		size := aws.ToInt64(out.ContentLength)
+		return Object{Size: size, ETag: aws.ToString(out.ETag), Ranges: size <= 1}, nil
+	}
+	io.CopyN(io.Discard, out.Body, 1) // so that the connection is used again
+	size, err := sizeIn(*out.ContentRange)
+	if err != nil {
+		return Object{}, err
+	}
+	return Object{Size: size, ETag: aws.ToString(out.ETag), Ranges: true}, nil
 }
 
 func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
@@ -112,7 +132,18 @@ func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int6
 		out.Body.Close()
 		return nil, ErrChanged
 	}
-	if !whole && out.ContentRange == nil {
+	switch {
+	case whole:
+	case out.ContentRange != nil:
+		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(*out.ContentRange, want) {
+			out.Body.Close()
+			return nil, fmt.Errorf("S3 answered with %q, asked for %s", *out.ContentRange, want)
+		}
+	default:
+		if size := aws.ToInt64(out.ContentLength); size != o.Size {
+			out.Body.Close()
+			return nil, ErrChanged
+		}
 		// The server ignores Range: pass over what lies before.
 		if _, err := io.CopyN(io.Discard, out.Body, offset); err != nil {
 			out.Body.Close()
@@ -204,9 +235,6 @@ func s3Error(err error) error {
 	if err == nil {
 		return nil
 	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return err
-	}
 	code, message, after := 0, "", time.Duration(0)
 	var response *smithyhttp.ResponseError
 	if errors.As(err, &response) {
@@ -218,7 +246,9 @@ func s3Error(err error) error {
 	if errors.As(err, &api) {
 		message = strings.TrimSpace(api.ErrorCode() + " " + api.ErrorMessage())
 		switch api.ErrorCode() {
-		case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken":
+		case "AccessDenied", "Forbidden": // the latter where the answer has no body
+			return fmt.Errorf("%w: S3 answered %s, as it does for a missing object too where s3:ListBucket isn't allowed", ErrDenied, api.ErrorCode())
+		case "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken":
 			return fmt.Errorf("%w: S3 answered %s", ErrDenied, api.ErrorCode())
 		case "NoSuchBucket":
 			return fmt.Errorf("%w: there is no such bucket", ErrNotFound)

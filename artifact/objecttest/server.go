@@ -126,7 +126,11 @@ func (s *Server) Client() *object.Client { return s.ClientAt(s.Endpoint()) }
 
 // ClientAt is Client through another endpoint, such as a proxy's.
 func (s *Server) ClientAt(endpoint string) *object.Client {
-	return object.New(object.Config{S3: &object.S3Config{Endpoint: endpoint, Region: region, AccessKey: accessKey, SecretKey: secretKey}})
+	return object.New(s.config(endpoint))
+}
+
+func (s *Server) config(endpoint string) object.Config {
+	return object.Config{S3: &object.S3Config{Endpoint: endpoint, Region: region, AccessKey: accessKey, SecretKey: secretKey}}
 }
 
 // Env points a process at this server.
