@@ -326,6 +326,9 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	last := -1
 	for {
 		i, from, err := f.delta.next(last, len(f.index.entries), len(f.old.index.entries))
+		if err != nil {
+			f.fallBack("the delta can't be used to its end", "error", err)
+		}
 		if err != nil || i < 0 {
 			return nil
 		}
@@ -335,6 +338,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 		}
 		e := &f.index.entries[i]
 		if e.kind != kindFile || e.size == 0 || f.old.has(e) {
+			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
 			return nil // no delta of ours: the rest comes from the archive
 		}
 		whole, err := f.patch(w, old, i, from)
@@ -378,6 +382,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		w.ready[i] = true
 		return true, nil
 	}
+	f.spoiled.add(e.path)
 	return readOn, errors.Join(err, w.remove(e))
 }
 

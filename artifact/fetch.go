@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"runtime"
 	"slices"
 	"sync"
@@ -41,7 +42,7 @@ func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Ma
 	if m.Index == nil {
 		return nil, fmt.Errorf("fetch %s: the manifest names no index", m.Src)
 	}
-	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, opt.Progress)}
+	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, opt.Progress), log: opt.Log}
 	defer func() { err = errors.Join(err, f.close()) }()
 	if err := f.run(ctx, base, dir); err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
@@ -63,6 +64,10 @@ type fetch struct {
 	delta *delta  // nil: none
 	// only says which files are wanted; the tree is not finished then. nil: the whole of it.
 	only func(*index) []bool
+
+	log     *slog.Logger    // nil: nobody
+	said    map[string]bool // what was logged
+	spoiled spoiled
 }
 
 func (f *fetch) close() error {
@@ -81,7 +86,10 @@ func (f *fetch) close() error {
 
 func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if base != nil {
-		f.old, _ = openSource(base) // one that can't be read is no base
+		var err error
+		if f.old, err = openSource(base); err != nil { // one that can't be read is no base
+			f.fallBack("the old release can't be used", "dir", base.dir, "error", err)
+		}
 	}
 	if err := f.fetchIndex(ctx, base, dir); err != nil {
 		return err
@@ -118,6 +126,9 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 		return err
 	}
 	// What the old release and the delta promised and did not hold.
+	if n, first := f.spoiled.sum(); n > 0 {
+		f.fallBack("the old release isn't what it should be", "dir", base.dir, "files", n, "first", first)
+	}
 	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
 		return err
 	}
@@ -140,27 +151,42 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 				if ctx.Err() != nil {
 					return err
 				}
+				f.fallBack("the delta can't be used", "error", err)
 				break // the archive has everything
 			}
-			if x, err := f.decode(data); err == nil {
+			x, err := f.decode(data)
+			if err == nil {
 				f.data, f.index, f.delta = data, x, delta
 				return nil
 			}
+			f.fallBack("the delta can't be used", "error", err)
 			delta.Close()
 		}
+	}
+	if f.old != nil && base.digest == m.Index.SHA256 { // the same tree
+		x, err := f.decode(base.index)
+		if err == nil {
+			f.data, f.index = base.index, x
+			return nil
+		}
+		f.fallBack("the old release's index can't be used", "error", err)
 	}
 	if m.Index.Size > maxIndex {
 		return fmt.Errorf("%w: the manifest gives it %d bytes, at most %d are allowed", ErrIndex, m.Index.Size, maxIndex)
 	}
-	data, err := f.objects.ReadAll(ctx, m.Index.URL, m.Index.Size)
-	if err != nil {
+	f.meter.expect(m.Index.Size)
+	for try := 0; ; try++ {
+		data, err := f.objects.ReadAll(ctx, m.Index.URL, m.Index.Size)
+		if err != nil {
+			return err
+		}
+		if f.index, err = f.decode(data); err != nil && try == 0 {
+			continue // as with a frame, it may have been spoiled on the way
+		}
+		f.meter.add(int64(len(data)))
+		f.data = data
 		return err
 	}
-	f.meter.expect(int64(len(data)))
-	f.meter.add(int64(len(data)))
-	f.data = data
-	f.index, err = f.decode(data)
-	return err
 }
 
 // decode checks an index against the manifest before it believes a byte of it.
@@ -236,6 +262,9 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 				for i := from; i < min(from+batch, len(f.index.entries)); i++ {
 					if err := w.takeLocal(i, reader, share); err != nil {
 						return err
+					}
+					if f.old != nil && f.old.has(&f.index.entries[i]) && !f.tree.ready[i] {
+						f.spoiled.add(f.index.entries[i].path)
 					}
 				}
 			}
@@ -315,6 +344,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	}
 	readers := connections
 	if !o.Ranges { // one stream that passes over what isn't wanted
+		f.fallBack("the server ignores Range", "url", o.URL)
 		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
 		readers = 1
 	}

@@ -64,6 +64,8 @@ type StageOptions struct {
 	Progress func(Progress) // nil: nobody; called at most a few times a second
 	// Base is the release to take unchanged files from; zero: the current one.
 	Base deployments.Pointer
+	// Log is told, once a fetch, why more is fetched than should be needed; nil: the log of the Releases, or nobody.
+	Log *slog.Logger
 }
 
 // Difference is one path of a live tree that isn't as its release says.

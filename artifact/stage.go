@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -29,6 +30,9 @@ func (r *Releases) Stage(ctx context.Context, p deployments.Pointer, m *deployme
 }
 
 func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
+	if opt.Log == nil {
+		opt.Log = r.log
+	}
 	if digestOf(raw) != p.Digest {
 		return nil, fmt.Errorf("the manifest %s: %w", p.URL, ErrDigest)
 	}
@@ -174,10 +178,11 @@ func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, 
 
 // abandon removes what can't be of use to the next try: all but the verified parts of a fetch that was cut off.
 func abandon(err error, m *deployments.Manifest, staging string) error {
-	if m.Index != nil && !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, ErrDigest) && !errors.Is(err, ErrIndex) {
-		return nil
+	useless := func(is error) bool { return errors.Is(err, is) }
+	if m.Index == nil || slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
+		return removeTree(staging)
 	}
-	return removeTree(staging)
+	return nil
 }
 
 // checkFree refuses to begin what the disk can't hold: a tree is hardly ever smaller than its archive.

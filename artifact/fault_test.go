@@ -1,0 +1,329 @@
+package artifact
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/artifact/objecttest"
+	"kedge/deployments"
+)
+
+// A routes is an S3 server with two releases, the second published in every way that a node can come to it by.
+type routes struct {
+	gateway  *objecttest.Server
+	old, new string // the trees
+	from     deployments.Pointer
+	to       map[string]deployments.Pointer // by route
+	sizes    map[string]int64               // of the route's objects
+}
+
+// The routes. All but the first start from the old release.
+const (
+	routeCold  = "ranges of all"
+	routeWarm  = "ranges of what changed"
+	routeDelta = "delta"
+	routeGz    = "tar.gz"
+	routeZst   = "tar.zst"
+)
+
+var allRoutes = []string{routeCold, routeWarm, routeDelta, routeGz, routeZst}
+
+// quickDir is a directory where a sync costs nothing, where tests may mount one.
+func quickDir(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if os.Geteuid() == 0 {
+		mountTmpfs(t, dir, "size=1g")
+	}
+	return dir
+}
+
+func mountTmpfs(t testing.TB, dir, options string) {
+	t.Helper()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatalf("mounting a small file system: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func random(seed byte, n int) []byte {
+	data := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(data)
+	return data
+}
+
+func newRoutes(t testing.TB) *routes {
+	t.Helper()
+	r := &routes{gateway: objecttest.Start(t), old: t.TempDir(), new: t.TempDir(), to: map[string]deployments.Pointer{}}
+	server := random(1, 10<<20)
+	tree := testTree{"bin": {mode: os.ModeDir | 0o755}, "bin/server": {mode: 0o755, data: string(server)}, "lib": {mode: os.ModeDir | 0o755}}
+	for i := range 30 {
+		tree[fmt.Sprintf("lib/%02d.txt", i)] = testFile{mode: 0o644, data: prose(uint64(i), 2000)}
+	}
+	tree.write(t, r.old)
+	server = slices.Concat(server[:1<<20], []byte("one line more"), server[1<<20:])
+	tree["bin/server"] = testFile{mode: 0o755, data: string(server)}
+	tree["lib/07.txt"] = testFile{mode: 0o644, data: prose(100, 2000)}
+	tree.write(t, r.new)
+
+	client := r.gateway.Client()
+	publish := func(dir, version string, find int) deployments.Pointer {
+		t.Helper()
+		out, err := Publish(t.Context(), client, PublishOptions{Dir: dir, To: r.gateway.URL("releases"), Manifest: template(version), Find: find})
+		if err != nil || len(out.Deltas) != find {
+			t.Fatalf("%+v, %v", out, err)
+		}
+		return out.Pointer
+	}
+	r.from = publish(r.old, "1", 0)
+	r.to[routeDelta] = publish(r.new, "2", 1)
+	r.to[routeWarm] = publish(r.new, "2-alone", 0)
+	r.to[routeCold] = r.to[routeWarm]
+	for route, flag := range map[string]string{routeGz: "-czf", routeZst: "--zstd -cf"} {
+		dir := filepath.Join(r.gateway.Dir(), "plain", route)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		archive := filepath.Join(dir, "app."+route)
+		if out, err := exec.Command("sh", "-c", `tar `+flag+` "$1" -C "$2" .`, "sh", archive, r.new).CombinedOutput(); err != nil {
+			t.Fatalf("tar: %v\n%s", err, out)
+		}
+		data, err := os.ReadFile(archive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		manifest := fmt.Sprintf("src: app.%s\nchecksum: %s\ndest: /srv/app\nsync_strategy: release\n", route, digestOf(data))
+		if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(manifest), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		r.to[route] = deployments.Pointer{URL: r.gateway.URL("plain/" + route + "/" + manifestName), Digest: digestOf([]byte(manifest))}
+	}
+	return r
+}
+
+// node is one that runs the old release, or none for routeCold, and reaches storage through a proxy of its own.
+type node struct {
+	routes   *routes
+	proxy    *objecttest.Proxy
+	releases *Releases
+	log      bytes.Buffer
+	before   map[string]string // what is on its disk
+}
+
+const stallTimeout = 400 * time.Millisecond
+
+func (r *routes) node(t testing.TB, route string) *node {
+	t.Helper()
+	n := &node{routes: r, proxy: objecttest.NewProxy(t, r.gateway)}
+	client := n.proxy.Client(func(c *object.Config) { c.StallTimeout = stallTimeout })
+	n.releases = Open(filepath.Join(quickDir(t), "app"), client, slog.New(slog.NewTextHandler(&n.log, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	if route != routeCold {
+		if err := n.releases.Switch(stageOne(t, n.releases, r.from)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.before = n.files()
+	return n
+}
+
+// files lists what is on the node's disk by top directory: releases, and what is private.
+func (n *node) files() map[string]string {
+	found := map[string]string{}
+	for _, dir := range []string{n.releases.top(), n.releases.private()} {
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.Name() != ".kedge" {
+				found[dir+"/"+e.Name()] = e.Type().String()
+			}
+		}
+	}
+	return found
+}
+
+func (n *node) stage(t testing.TB, route string) (*Release, error) {
+	t.Helper()
+	m, raw, err := FetchManifest(t.Context(), n.routes.gateway.Client(), n.routes.to[route], nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n.releases.Stage(t.Context(), n.routes.to[route], m, raw, StageOptions{})
+}
+
+// untouched fails the test where a failed fetch left something, or changed what runs.
+func (n *node) untouched(t testing.TB, route string) {
+	t.Helper()
+	if now := n.files(); !maps.Equal(now, n.before) {
+		t.Errorf("it leaves %v, there was %v", slices.Sorted(maps.Keys(now)), slices.Sorted(maps.Keys(n.before)))
+	}
+	if route != routeCold {
+		sameTree(t, n.releases.dest+"/.", n.routes.old)
+	}
+}
+
+// whole fails the test where what was staged is not the new release, or something else lies beside it.
+func (n *node) whole(t testing.TB, rel *Release) {
+	t.Helper()
+	sameTree(t, rel.Dir, n.routes.new)
+	for path := range n.files() {
+		name := filepath.Base(path)
+		if _, there := n.before[path]; !there && !strings.HasPrefix(name, filepath.Base(rel.Dir)) {
+			t.Errorf("it leaves %s", path)
+		}
+	}
+}
+
+// play is a fault, what it is played on, and how the fetch ends: nil is well.
+type play struct {
+	fault func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault
+	ends  map[string]error // by route; "" for those not named
+	says  map[string]string
+}
+
+// isBody tells the objects that most bytes come from.
+func isBody(name string) bool {
+	return strings.HasPrefix(name, "archive.") || strings.HasPrefix(name, "app.") || strings.HasPrefix(name, "delta-")
+}
+
+// isData tells the objects that a tree is made from.
+func isData(name string) bool { return isBody(name) || name == indexName }
+
+var plays = map[string]play{
+	"connections that are cut": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if at := []int64{0, 10, 300_000, 2_500_000}; isData(r.Name) && !r.Probe && r.N < len(at) {
+			return objecttest.Cut(at[r.N])
+		}
+		return nil
+	}},
+	"a server that stalls": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		switch {
+		case !isData(r.Name):
+		case r.N == 0:
+			return p.Stall(-1)
+		case r.N == 1 && !r.Probe:
+			return p.Stall(100)
+		}
+		return nil
+	}},
+	"a server that trickles": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isBody(r.Name) && !r.Probe && r.N == 0 {
+			return p.Trickle(stallTimeout / 10)
+		}
+		return nil
+	}},
+	"throttling": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isData(r.Name) && r.N < 3 {
+			return objecttest.SlowDown()
+		}
+		return nil
+	}},
+	"a server that knows no Range": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isData(r.Name) {
+			return p.WithoutRange()
+		}
+		return nil
+	}},
+	"an object that is too short": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isBody(r.Name) {
+			return p.Truncated(700)
+		}
+		return nil
+	}, ends: map[string]error{"": ErrDigest}},
+	"an object that is too long": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isBody(r.Name) {
+			return p.Truncated(-700)
+		}
+		return nil
+	}, ends: map[string]error{"": ErrDigest}},
+	"a delta that is too short": {fault: func(p *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if strings.HasPrefix(r.Name, "delta-") {
+			return p.Truncated(1)
+		}
+		return nil
+	}, says: map[string]string{routeDelta: "delta"}},
+	"a wrong byte in a delta": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if strings.HasPrefix(r.Name, "delta-") {
+			return objecttest.Flip(500)
+		}
+		return nil
+	}, says: map[string]string{routeDelta: "delta"}},
+	"a wrong byte in an archive": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isBody(r.Name) && !strings.HasPrefix(r.Name, "delta-") {
+			return objecttest.Flip(1_500_000)
+		}
+		return nil
+	}, ends: map[string]error{"": ErrDigest, routeDelta: nil}},
+	"a wrong byte on the way, once": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if isData(r.Name) && !r.Probe && r.N == 0 {
+			return objecttest.Flip(1500)
+		}
+		return nil
+	}, ends: map[string]error{routeGz: ErrDigest, routeZst: ErrDigest}},
+	"a wrong byte in an index": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		if r.Name == indexName {
+			return objecttest.Flip(700)
+		}
+		return nil
+	}, ends: map[string]error{routeCold: ErrDigest, routeWarm: ErrDigest}},
+	"a release that is withdrawn": {fault: func(_ *objecttest.Proxy, r objecttest.Request) objecttest.Fault {
+		switch {
+		case r.N == 0 && !r.Probe && isBody(r.Name):
+			return objecttest.Cut(1000)
+		case r.N == 0:
+			return nil
+		}
+		return objecttest.Status(404, "NoSuchKey")
+	}, ends: map[string]error{"": object.ErrNotFound}},
+}
+
+// Whatever a server does, and whatever way a release comes by: it is whole in the end, or nothing is left of it, the error says
+// why, and what runs is as it was.
+func TestFaultsOnEveryRoute(t *testing.T) {
+	t.Parallel()
+	routes := newRoutes(t)
+	for name, play := range plays {
+		for _, route := range allRoutes {
+			t.Run(name+", "+route, func(t *testing.T) {
+				t.Parallel()
+				n := routes.node(t, route)
+				n.proxy.Play(func(r objecttest.Request) objecttest.Fault { return play.fault(n.proxy, r) })
+				want, named := play.ends[route]
+				if !named {
+					want = play.ends[""]
+				}
+				rel, err := n.stage(t, route)
+				if want != nil {
+					if !errors.Is(err, want) {
+						t.Fatalf("it ends with %v, want %v", err, want)
+					}
+					n.untouched(t, route)
+					n.proxy.Play(nil)
+					rel, err = n.stage(t, route)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				n.whole(t, rel)
+				if says := play.says[route]; says != "" && strings.Count(n.log.String(), says) == 0 {
+					t.Errorf("the log doesn't speak of %q:\n%s", says, n.log.String())
+				}
+			})
+		}
+	}
+}
