@@ -25,7 +25,10 @@
 //
 // Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by the same code.
 // A command whose end isn't journalled is run again, from the first command of its list: commands must bear that. What the
-// cut-off one left running is ended first (command.EndLeftovers).
+// cut-off one left running is ended first (command.EndLeftovers). Post commands are also run again where the machine was restarted
+// before the health checks had passed, because services that they had started are gone.
+//
+// While systemd shuts the machine down, no failure is a release's: the deployment is left to the next start.
 //
 // When Deploy's context ends before the switch, the deployment is taken back at once, within 30 s; later it is left to
 // the next Deploy, which supersedes it if it is for another release, or to Recover.
@@ -109,6 +112,9 @@ type Unit struct {
 	cutOff bool
 	// at is told every point at which a test may kill the process.
 	at func(point string)
+	// boot names this boot, and ending says whether the machine shuts down; tests have their own.
+	boot   string
+	ending func() bool
 
 	mu sync.Mutex // guards j against State; the methods' one goroutine alone writes it
 	j  journal
@@ -122,7 +128,9 @@ type State struct {
 	LastGood deployments.Pointer
 	Staged   deployments.Pointer
 	// Confirmed is true where Running passed its health checks.
-	Confirmed   bool
+	Confirmed bool
+	// Proven is true where it passed them in this boot of the machine: see Unit.Prove.
+	Proven      bool
 	Quarantined []deployments.Digest
 	// Drained is true from Drain(true) to Drain(false).
 	Drained bool
@@ -154,7 +162,10 @@ func Open(c Config) (*Unit, error) {
 		c.Log = quiet()
 	}
 	text := new(deploymentLog)
-	u := &Unit{c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text, at: func(string) {}}
+	u := &Unit{
+		c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text,
+		at: func(string) {}, boot: bootID(), ending: shuttingDown,
+	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("opening the state of %s: %w", u.name(), err)
 	}
@@ -171,7 +182,7 @@ func (u *Unit) State() State {
 	defer u.mu.Unlock()
 	s := State{
 		Running: u.j.Running, Version: u.j.Version, Confirmed: u.j.Confirmed, LastGood: u.j.LastGood, Staged: u.j.Staged,
-		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil,
+		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil, Proven: u.j.Confirmed && u.j.Proven == u.boot,
 	}
 	for _, q := range u.j.Quarantined {
 		s.Quarantined = append(s.Quarantined, q.Digest)

@@ -35,8 +35,10 @@ type journal struct {
 	Running   deployments.Pointer `json:"running,omitzero"`
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
-	LastGood  deployments.Pointer `json:"last_good,omitzero"`
-	Staged    deployments.Pointer `json:"staged,omitzero"`
+	// Proven is the boot in which Running passed them last.
+	Proven   string              `json:"proven,omitempty"`
+	LastGood deployments.Pointer `json:"last_good,omitzero"`
+	Staged   deployments.Pointer `json:"staged,omitzero"`
 	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle.
 	Newest time.Time `json:"newest,omitzero"`
 
@@ -66,6 +68,8 @@ type deployment struct {
 	Step step `json:"step"`
 	// Run marks the processes of Step's commands.
 	Run string `json:"run"`
+	// Boot is the one in which Step was begun.
+	Boot string `json:"boot,omitempty"`
 	// Touched is set from when dest may have changed.
 	Touched bool `json:"touched,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
@@ -97,6 +101,9 @@ func (u *Unit) save(change func(*journal)) error {
 	}
 	change(&next)
 	next.Format = 1
+	if d, was := next.Deployment, u.j.Deployment; d != nil && (was == nil || d.Run != was.Run) {
+		d.Boot = u.boot
+	}
 	data, err := json.MarshalIndent(next, "", "  ")
 	if err != nil {
 		return fmt.Errorf("writing the journal of %s: %w", u.name(), err)

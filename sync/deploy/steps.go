@@ -111,6 +111,9 @@ func (f *fault) cause() error {
 // advance does the steps of the deployment under way until it is over, one way or the other. It is the only code that does, for
 // deployments that were just begun and for those that a crash cut off.
 func (u *Unit) advance(ctx context.Context) error {
+	if err := u.afterReboot(); err != nil {
+		return err
+	}
 	if err := u.endLeftovers(ctx); err != nil {
 		return err
 	}
@@ -163,6 +166,8 @@ func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
 		}
 		return fmt.Errorf("deploying %s was stopped in %s, and taken back: %w", d.Release, s, err)
+	case u.ending():
+		return fmt.Errorf("deploying %s in %s: the machine is shutting down: %w", d.Release, s, err)
 	default:
 		u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(s), "error", err)
 		return u.save(func(j *journal) { j.fail(err) })
@@ -198,7 +203,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case stepPost:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)
 	case stepHealth:
-		return confirmed, u.healthy(ctx, d, r, from)
+		return u.confirmed, u.healthy(ctx, d, r, from)
 	case stepUndrain:
 		return undrained, u.drain(ctx, false)
 	case stepSuccess:
@@ -231,7 +236,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		if err := u.healthy(ctx, d, old, r); err != nil {
 			return func(j *journal) { j.Confirmed = false }, u.note(ctx, "the release that it went back to isn't healthy either", err)
 		}
-		return confirmed, nil
+		return u.confirmed, nil
 	}
 	return nil, nil
 }
@@ -242,8 +247,8 @@ func running(r *release) func(*journal) {
 
 // confirmed makes what runs the release to go back to, and ends the quarantine of others: naming one of them again is a new
 // decision of somebody.
-func confirmed(j *journal) {
-	j.Confirmed, j.LastGood = true, j.Running
+func (u *Unit) confirmed(j *journal) {
+	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
 	if !j.Deployment.Step.goesBack() {
 		j.Quarantined = nil
 	}
@@ -251,9 +256,9 @@ func confirmed(j *journal) {
 
 func undrained(j *journal) { j.Drained = false }
 
-// note logs an error that doesn't stop a deployment, and passes on only the context's end.
+// note logs an error that doesn't stop a deployment, and passes on only the context's or the machine's end.
 func (u *Unit) note(ctx context.Context, what string, err error) error {
-	if err == nil || ctx.Err() != nil {
+	if err == nil || ctx.Err() != nil || u.ending() {
 		return err
 	}
 	u.log.Error(what, "unit", u.name(), "error", err)

@@ -1,0 +1,59 @@
+package deploy
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+)
+
+// bootID names this boot of the machine; empty where the kernel doesn't say.
+func bootID() string {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(id))
+}
+
+// shuttingDown reports whether systemd stops this machine. It ends services and takes no starts then, before the agent itself is
+// told to end: what a command or a check makes of that is no fault of a release.
+func shuttingDown() bool {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		return false // it isn't systemd that runs here
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	state, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output() // exits non-zero unless all is well
+	return strings.TrimSpace(string(state)) == "stopping"
+}
+
+// afterReboot goes back to the post commands where a reboot cut off the wait for health: what they had started went with it.
+func (u *Unit) afterReboot() error {
+	d := u.j.Deployment
+	if !u.cutOff || d == nil || d.Boot == u.boot {
+		return nil
+	}
+	again := map[step]step{stepHealth: stepPost, stepBackHealth: stepBackPost}[d.Step]
+	if again == "" {
+		return nil
+	}
+	u.log.Info("the machine was restarted: runs post commands again", "release", d.Release.String())
+	return u.save(func(j *journal) { j.Deployment.enter(again) })
+}
+
+// Prove waits until the checks of what runs pass, where this boot hasn't seen that yet; it changes nothing but State.Proven. It does
+// nothing where nothing runs, or a deployment is under way.
+func (u *Unit) Prove(ctx context.Context) error {
+	r, err := u.settled()
+	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {
+		return err
+	}
+	d := &deployment{Release: r.Pointer}
+	d.enter(stepHealth)
+	if err := u.healthy(ctx, d, r, nil); err != nil {
+		return err
+	}
+	return u.save(func(j *journal) { j.Proven = u.boot })
+}
