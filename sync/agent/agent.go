@@ -11,7 +11,9 @@
 //
 // # Ready
 //
-// /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a release that serves.
+// /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a release that serves; and
+// when, after a reboot, the checks of what runs have passed in this boot: that it was healthy before says little of services that
+// are only starting. Converged doesn't wait for that, as it is what starts them.
 // From then on it is 503 only while a unit is drained, which a unit is from before its switch until it is healthy, or after a
 // failure with nothing good to go back to. Neither a fetch, nor an outage, nor a typo in a pin turns it: a load balancer must not
 // lose a node that serves as well as before.

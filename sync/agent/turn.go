@@ -203,6 +203,9 @@ func (a *Agent) unready() map[string]string {
 		}
 		state, err := u.standing()
 		s := string(state)
+		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
+			s += ", and not seen healthy since the machine started"
+		}
 		if err != nil {
 			s += ": " + oneLine(err)
 		}

@@ -43,6 +43,7 @@ const (
 	jobStage   jobKind = "stage"
 	jobHeal    jobKind = "heal"
 	jobVerify  jobKind = "verify"
+	jobProve   jobKind = "prove"  // await the health of what runs, after a reboot
 	jobSettle  jobKind = "settle" // note that nothing older is gone back to
 )
 
@@ -139,7 +140,7 @@ func (u *unit) inTheWay() bool {
 		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Running && g.run != s.LastGood
 	case jobStage:
 		return u.busy.release != g.run && u.busy.release != g.stage
-	case jobHeal, jobVerify:
+	case jobHeal, jobVerify, jobProve:
 		return !g.run.IsZero() && g.run != u.done
 	}
 	return false
@@ -215,10 +216,10 @@ func (u *unit) final() bool {
 	return false
 }
 
-// serving reports whether the unit stays as it is, with a release that passed its health checks.
+// serving reports whether the unit stays as it is, with a release that passed its health checks in this boot.
 func (u *unit) serving() bool {
 	s := u.state()
-	return u.final() && s.Confirmed && !s.Drained && !s.Running.IsZero()
+	return u.final() && s.Proven && !s.Drained && !s.Running.IsZero()
 }
 
 func (u *unit) quarantined(p deployments.Pointer) bool {

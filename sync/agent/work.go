@@ -116,6 +116,10 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 			return job{kind: jobForget, release: run, claim: g.claim}, again
 		}
 	}
+	unproven := s.Confirmed && !s.Proven && !s.Running.IsZero()
+	if unproven && u.trouble == nil {
+		return job{kind: jobProve, release: s.Running}, again
+	}
 	if g.settle && !run.IsZero() && u.done == run && u.settled != run {
 		return job{kind: jobSettle, release: run}, again
 	}
@@ -126,6 +130,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{kind: jobStage, release: p}, again
 	}
 	switch {
+	case unproven: // once more, after what else there was to do
+		return job{kind: jobProve, release: s.Running}, again
 	case !verifies || s.Running.IsZero():
 		return job{}, again
 	case now.Before(u.verifyAt):
@@ -149,6 +155,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 		return u.deploy.Deploy(ctx, j.release, j.commit)
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)
+	case jobProve:
+		return u.deploy.Prove(ctx)
 	case jobSettle:
 		return u.deploy.Settle()
 	case jobHeal:
