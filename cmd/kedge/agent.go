@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
@@ -183,7 +182,7 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	log.Info("agent starts", "version", version(), "node", conf.Node, "stage", conf.Stage, "roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
-	go notifySystemd(notify, node, conf.ReadyTimeout, log)
+	go supervised(notify, node, conf.ReadyTimeout, log)
 	go retryOnHangup(notify, node, log)
 	return node.Run(ctx)
 }
@@ -199,42 +198,6 @@ func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
 			return
 		case <-hangup:
 			log.Info("SIGHUP: tries again what failed", "any", node.Retry(deployments.UnitID{}))
-		}
-	}
-}
-
-// notifySystemd tells systemd READY, once, and feeds its watchdog while the agent's loop is alive.
-func notifySystemd(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
-	if _, ok := os.LookupEnv("NOTIFY_SOCKET"); !ok {
-		return
-	}
-	go func() {
-		select {
-		case <-node.Converged():
-		case <-time.After(timeout):
-			log.Warn("not converged in time: tells systemd ready all the same", "after", timeout)
-		case <-ctx.Done():
-			return
-		}
-		if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
-			log.Warn("systemd was not told ready", "error", err)
-		}
-	}()
-	interval, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || interval == 0 {
-		return
-	}
-	tick := time.NewTicker(interval / 3)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			daemon.SdNotify(false, daemon.SdNotifyStopping)
-			return
-		case <-tick.C:
-			if node.Alive() {
-				daemon.SdNotify(false, daemon.SdNotifyWatchdog)
-			}
 		}
 	}
 }

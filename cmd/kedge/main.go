@@ -170,11 +170,12 @@ func (a *app) logger() (*slog.Logger, error) {
 		return nil, usagef("--log-level %q: want debug, info, warn or error", a.logLevel)
 	}
 	opt := &slog.HandlerOptions{Level: level}
+	w := forJournal(a.stderr, opt)
 	switch a.logFormat {
 	case "json":
-		return slog.New(slog.NewJSONHandler(a.stderr, opt)), nil
+		return slog.New(slog.NewJSONHandler(w, opt)), nil
 	case "text":
-		return slog.New(slog.NewTextHandler(a.stderr, opt)), nil
+		return slog.New(slog.NewTextHandler(w, opt)), nil
 	}
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }

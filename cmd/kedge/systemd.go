@@ -1,0 +1,121 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/coreos/go-systemd/v22/journal"
+
+	"kedge/sync/agent"
+)
+
+// supervised talks to systemd for an agent: READY, once, when node has converged or timeout is over; until then that starting takes
+// longer, and afterwards the watchdog's food, both only while the agent's loop turns; and a line for systemctl status. It returns when
+// ctx ends, and at once where systemd doesn't ask for it.
+func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
+	if os.Getenv("NOTIFY_SOCKET") == "" {
+		return
+	}
+	watchdog, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		log.Warn("systemd's watchdog can't be fed", "error", err)
+	}
+	const often = 10 * time.Second
+	interval := min(cmp.Or(watchdog/3, often), often)
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	converged, late := node.Converged(), time.After(timeout)
+	starting := true
+	for {
+		// A loop that is stuck says nothing, neither that it needs longer nor that it lives: systemd starts it again.
+		if node.Alive() {
+			lines := []string{"STATUS=" + statusLine(node.Status())}
+			if starting {
+				lines = append(lines, fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (4*often).Microseconds()))
+			} else if watchdog > 0 {
+				lines = append(lines, daemon.SdNotifyWatchdog)
+			}
+			tell(log, lines...)
+		}
+		select {
+		case <-ctx.Done():
+			tell(log, daemon.SdNotifyStopping, "STATUS=ending what is under way, in order")
+			return
+		case <-tick.C:
+			continue
+		case <-converged:
+		case <-late:
+			log.Warn("not converged in time: tells systemd ready all the same", "after", timeout)
+		}
+		converged, late, starting = nil, nil, false
+		tell(log, daemon.SdNotifyReady)
+	}
+}
+
+func tell(log *slog.Logger, lines ...string) {
+	if _, err := daemon.SdNotify(false, strings.Join(lines, "\n")); err != nil {
+		log.Warn("systemd can't be told how the agent is", "error", err)
+	}
+}
+
+// statusLine says in one line what a node runs, and what is wrong.
+func statusLine(s agent.Status) string {
+	var units []string
+	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {
+		for _, name := range slices.Sorted(maps.Keys(s.Roles[role].Units)) {
+			u := s.Roles[role].Units[name]
+			units = append(units, strings.Join(strings.Fields(fmt.Sprintf("%s/%s %s %s", role, name, u.Version, u.State)), " "))
+		}
+	}
+	line := "ready"
+	if !s.Ready {
+		line = "not ready"
+	}
+	if len(units) > 0 {
+		line += ": " + strings.Join(units, ", ")
+	}
+	return line
+}
+
+// journalled is w for a log that systemd's journal takes: each line says by its prefix how grave it is (sd-daemon(3)), so that
+// journalctl --priority=warning finds what matters. Lines begin with their level, as the time is the journal's to say.
+type journalled struct{ w io.Writer }
+
+func (j journalled) Write(line []byte) (int, error) {
+	prefix := "<6>"
+	for _, p := range []struct{ level, prefix string }{{"DEBUG", "<7>"}, {"WARN", "<4>"}, {"ERROR", "<3>"}} {
+		if bytes.HasPrefix(line, []byte("level="+p.level)) || bytes.HasPrefix(line, []byte(`{"level":"`+p.level)) {
+			prefix = p.prefix
+		}
+	}
+	if _, err := j.w.Write(append([]byte(prefix), line...)); err != nil {
+		return 0, err
+	}
+	return len(line), nil
+}
+
+// forJournal fits a log's options and its writer to the journal, where stderr leads there.
+func forJournal(stderr io.Writer, opt *slog.HandlerOptions) io.Writer {
+	if there, err := journal.StderrIsJournalStream(); err != nil || !there || stderr != os.Stderr {
+		return stderr
+	}
+	opt.ReplaceAttr = withoutTime
+	return journalled{stderr}
+}
+
+func withoutTime(groups []string, a slog.Attr) slog.Attr {
+	if len(groups) == 0 && a.Key == slog.TimeKey {
+		return slog.Attr{}
+	}
+	return a
+}
