@@ -354,10 +354,10 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 	var src io.ReaderAt = bytes.NewReader(nil)
 	var size int64
 	if from >= 0 {
-		file, info, err := old.openFile(from)
+		file, err := old.openFile(from)
 		if err == nil {
 			defer file.Close()
-			src, size = file, info.Size()
+			src, size = file, old.index.entries[from].size
 		} // else the patch reads outside of nothing, and is passed over below
 	}
 	out := &patched{}
@@ -369,7 +369,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		if err != nil {
 			return false, err
 		}
-		out.file = to
+		out.file = os.NewFile(uintptr(to), e.path)
 	}
 	sum := sha256.New()
 	broken := f.delta.apply(src, size, io.MultiWriter(out, sum), e.size)
@@ -383,7 +383,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		return true, nil
 	}
 	f.spoiled.add(e.path)
-	return readOn, errors.Join(err, w.remove(e))
+	return readOn, errors.Join(err, w.dirs.remove(e.path))
 }
 
 // patched takes what a patch makes, and remembers a failure to write apart from a failure of the patch.

@@ -9,7 +9,6 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -18,7 +17,7 @@ import (
 
 // source is a release on disk that files are taken from. What it says is believed only after hashing.
 type source struct {
-	root  *os.Root
+	top   *os.File
 	index *index
 	// files has the entry that holds some content, by its SHA-256, and chunks where a large file's frames lie.
 	files  map[deployments.Digest]int
@@ -36,11 +35,11 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := os.OpenRoot(b.dir)
+	top, err := os.OpenFile(b.dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, err
 	}
-	s := &source{root: root, index: x, files: make(map[deployments.Digest]int, len(x.entries)), chunks: map[deployments.Digest]chunk{}}
+	s := &source{top: top, index: x, files: make(map[deployments.Digest]int, len(x.entries)), chunks: map[deployments.Digest]chunk{}}
 	for i := range x.entries {
 		e := &x.entries[i]
 		if e.kind != kindFile {
@@ -59,7 +58,7 @@ func openSource(b *base) (*source, error) {
 	return s, nil
 }
 
-func (s *source) close() { s.root.Close() }
+func (s *source) close() { s.top.Close() }
 
 // has reports whether the release should hold e's content; an empty file has none.
 func (s *source) has(e *entry) bool {
@@ -78,32 +77,37 @@ type sourceReader struct {
 }
 
 func (s *source) reader() *sourceReader {
-	return &sourceReader{source: s, dirs: dirs{root: s.root}, buffer: make([]byte, 256<<10)}
+	return &sourceReader{source: s, dirs: dirs{top: s.top}, buffer: make([]byte, 256<<10)}
 }
 
 func (r *sourceReader) close() { r.dirs.close() }
 
-// openFile opens an entry's file, which must be a plain one of the right size.
-func (r *sourceReader) openFile(i int) (*os.File, os.FileInfo, error) {
+// open opens an entry's file, which must be a plain one of the right size.
+func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	e := &r.index.entries[i]
-	dir, name, err := r.dirs.at(e.path)
-	if err != nil {
-		return nil, nil, err
-	}
 	// Not blocking: were it a pipe by now, opening it would wait for ever.
-	f, err := dir.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return nil, nil, err
+		return -1, info, err
 	}
-	info, err := f.Stat()
-	if err == nil && (!info.Mode().IsRegular() || info.Size() != e.size) {
+	err = unix.Fstat(fd, &info)
+	if err == nil && (info.Mode&unix.S_IFMT != unix.S_IFREG || info.Size != e.size) {
 		err = errChanging
 	}
 	if err != nil {
-		f.Close()
-		return nil, nil, err
+		unix.Close(fd)
+		return -1, info, err
 	}
-	return f, info, nil
+	return fd, info, nil
+}
+
+// openFile is open for those who want an os.File.
+func (r *sourceReader) openFile(i int) (*os.File, error) {
+	fd, _, err := r.open(i)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), r.index.entries[i].path), nil
 }
 
 // sharing is how a new file may share what an old one holds.
@@ -139,10 +143,8 @@ func newSharing(m *deployments.Manifest) sharing {
 	return s
 }
 
-func (s sharing) mayLink(info os.FileInfo, e *entry) bool {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	return ok && s.link && int(st.Uid) == s.uid && (s.gid == -1 || int(st.Gid) == s.gid) &&
-		info.Mode() == e.mode
+func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {
+	return s.link && int(info.Uid) == s.uid && (s.gid == -1 || int(info.Gid) == s.gid) && info.Mode&0o7777 == unixMode(e.mode)
 }
 
 // takeLocal makes entry i if it can without fetching. That the old release fails to give what it should is no error.
@@ -155,11 +157,11 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 			return w.writeFile(i, nil)
 		}
 	case old != nil && old.has(e) && !w.ready[i]: // ready comes last: only what old has is this goroutine's
-		from, info, err := old.openFile(old.files[e.sum])
+		from, info, err := old.open(old.files[e.sum])
 		if err != nil {
 			return nil
 		}
-		defer from.Close()
+		defer unix.Close(from)
 		return w.copyFrom(i, from, info, old, share)
 	}
 	return nil
@@ -178,7 +180,7 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 			missing++
 			continue
 		}
-		f, _, err := old.openFile(piece.entry)
+		f, err := old.openFile(piece.entry)
 		if err != nil {
 			missing++
 			continue
@@ -191,9 +193,11 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 			continue
 		}
 		if to == nil {
-			if to, err = w.root.OpenFile(e.path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600); err != nil {
+			fd, err := w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
+			if err != nil {
 				return err
 			}
+			to = os.NewFile(uintptr(fd), e.path)
 			defer to.Close()
 		}
 		if _, err := to.WriteAt(data, fr.start-e.offset); err != nil {
@@ -209,24 +213,20 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 }
 
 // copyFrom makes entry i of a file that should have its content. It is not made if the content is another.
-func (w *treeWorker) copyFrom(i int, from *os.File, info os.FileInfo, old *sourceReader, share sharing) error {
+func (w *treeWorker) copyFrom(i, from int, info unix.Stat_t, old *sourceReader, share sharing) error {
 	e := &w.index.entries[i]
 	if share.mayLink(info, e) {
-		sum, err := old.hash(from)
-		if err != nil || sum != e.sum {
+		if sum, err := old.hash(from, e.size); err != nil || sum != e.sum {
 			return nil
 		}
-		if w.link(e, old) == nil {
+		if w.link(from, e) == nil {
 			w.ready[i] = true
-			return nil
-		}
-		if _, err := from.Seek(0, io.SeekStart); err != nil {
 			return nil
 		}
 	}
 	if e.size <= int64(len(old.buffer)) && share.noClone.Load() {
 		data := old.buffer[:e.size]
-		if _, err := io.ReadFull(from, data); err != nil || digestOf(data) != e.sum {
+		if readAll(from, data, 0) != nil || digestOf(data) != e.sum {
 			return nil
 		}
 		return w.writeFile(i, data)
@@ -236,62 +236,69 @@ func (w *treeWorker) copyFrom(i int, from *os.File, info os.FileInfo, old *sourc
 		return err
 	}
 	right, err := copyContent(to, from, e, old, share)
-	if err = errors.Join(err, to.Close()); err != nil || !right {
-		return errors.Join(err, w.remove(e))
+	if err = errors.Join(err, failed("close", e.path, unix.Close(to))); err != nil || !right {
+		return errors.Join(err, w.dirs.remove(e.path))
 	}
 	w.ready[i] = true
 	return nil
 }
 
 // copyContent clones or copies, and reports whether the content is e's. Only a failure to write is an error.
-func copyContent(to, from *os.File, e *entry, old *sourceReader, share sharing) (bool, error) {
+func copyContent(to, from int, e *entry, old *sourceReader, share sharing) (bool, error) {
 	if !share.noClone.Load() {
-		err := unix.IoctlFileClone(int(to.Fd()), int(from.Fd()))
-		if err == nil {
-			sum, err := old.hash(to)
+		if unix.IoctlFileClone(to, from) == nil {
+			sum, err := old.hash(to, e.size)
 			return err == nil && sum == e.sum, nil
 		}
 		share.noClone.Store(true)
 	}
 	h := sha256.New()
-	for left := e.size; left > 0; {
-		data := old.buffer[:min(left, int64(len(old.buffer)))]
-		if _, err := io.ReadFull(from, data); err != nil {
-			return false, nil
-		}
+	var failure error
+	err := old.read(from, e.size, func(data []byte) bool {
 		h.Write(data)
-		if _, err := to.Write(data); err != nil {
-			return false, err
+		failure = failed("write", e.path, writeAll(to, data))
+		return failure == nil
+	})
+	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.sum, failure
+}
+
+// link gives an open file, which was hashed, another name, that of e.
+func (w *treeWorker) link(from int, e *entry) error {
+	dir, name, err := w.dirs.at(e.path)
+	if err != nil {
+		return err
+	}
+	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may read any
+	// directory (CAP_DAC_READ_SEARCH), the long one for all.
+	if err := unix.Linkat(from, "", dir, name, unix.AT_EMPTY_PATH); err == nil {
+		return nil
+	}
+	return unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(from), dir, name, unix.AT_SYMLINK_FOLLOW)
+}
+
+// read passes on a file of known size, piece by piece, until each has none left or says no.
+func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
+	for at := int64(0); at < size; {
+		data := r.buffer[:min(size-at, int64(len(r.buffer)))]
+		if err := readAll(fd, data, at); err != nil {
+			return err
 		}
-		left -= int64(len(data))
+		if !each(data) {
+			return nil
+		}
+		at += int64(len(data))
 	}
-	return deployments.Digest(h.Sum(nil)) == e.sum, nil
+	return nil
 }
 
-// link gives the file that was opened last another name, that of e.
-func (w *treeWorker) link(e *entry, old *sourceReader) error {
-	_, name, err := w.dirs.at(e.path)
-	if err != nil {
-		return err
+func (r *sourceReader) hash(fd int, size int64) (deployments.Digest, error) {
+	if size <= int64(len(r.buffer)) {
+		data := r.buffer[:size]
+		err := readAll(fd, data, 0)
+		return digestOf(data), err
 	}
-	to, err := w.dirs.descriptor()
-	if err != nil {
-		return err
-	}
-	from, err := old.dirs.descriptor()
-	if err != nil {
-		return err
-	}
-	_, oldName, err := old.dirs.at(old.index.entries[old.files[e.sum]].path)
-	if err != nil {
-		return err
-	}
-	return unix.Linkat(int(from.Fd()), oldName, int(to.Fd()), name, 0)
-}
-
-func (r *sourceReader) hash(f *os.File) (deployments.Digest, error) {
 	h := sha256.New()
-	_, err := io.CopyBuffer(struct{ io.Writer }{h}, struct{ io.Reader }{f}, r.buffer)
+	err := r.read(fd, size, func(data []byte) bool { h.Write(data); return true })
 	return deployments.Digest(h.Sum(nil)), err
 }
 

@@ -7,22 +7,26 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"path"
 	"runtime"
 	"slices"
 	"sync"
 	"syscall"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // builder makes an index's tree in a private directory.
 type builder struct {
 	root  *os.Root
+	top   *os.File // the same, for dirs
 	index *index
 	files []int // entries with content, in the order of the tar stream
+	// withheld has the permission bits that a new file does not get when it asks for them: the umask's, or a default ACL's.
+	withheld uint32
 
-	// ready says of each entry that it is made and right; written by whoever made it, read when that has ended.
+	// ready says of each entry that it is made and right (a directory: that it has its mode); written by whoever made it, read when
+	// that has ended.
 	ready []bool
 	// fetching says which entries writeFrame is to make; set by missing.
 	fetching []bool
@@ -44,7 +48,12 @@ func newBuilder(dir string, x *index) (*builder, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &builder{root: root, index: x, ready: make([]bool, len(x.entries)),
+	top, err := root.Open(".")
+	if err != nil {
+		root.Close()
+		return nil, err
+	}
+	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.entries)),
 		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{}}
 	for i := range x.entries {
 		if x.entries[i].kind == kindFile && x.entries[i].size > 0 {
@@ -58,23 +67,35 @@ func (b *builder) close() error {
 	for _, l := range b.open {
 		l.file.Close()
 	}
-	return b.root.Close()
+	return errors.Join(b.top.Close(), b.root.Close())
 }
 
-// prepare keeps what an earlier call made, removes the rest, and makes the directories, open to nobody else until finish.
+// prepare keeps what an earlier call made, removes the rest, and makes the directories, which their owner can write into until
+// finish.
 func (b *builder) prepare(ctx context.Context) error {
 	kept, err := b.sweep()
 	if err != nil {
 		return err
 	}
+	if err := b.probe(); err != nil {
+		return err
+	}
+	dirs := &dirs{top: b.top}
+	defer dirs.close()
 	for i := range b.index.entries {
 		e := &b.index.entries[i]
 		if e.kind != kindDir {
 			continue
 		}
-		if err := b.root.Mkdir(e.path, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		err := dirs.mkdir(e.path, uint32(e.mode.Perm()|0o700))
+		if errors.Is(err, fs.ErrExist) {
+			b.ready[i] = false
+			continue
+		}
+		if err != nil {
 			return err
 		}
+		b.ready[i] = e.mode == e.mode.Perm()|0o700 && b.gets(e.mode)
 	}
 	if len(kept) == 0 {
 		return nil
@@ -90,6 +111,30 @@ func (b *builder) prepare(ctx context.Context) error {
 		})
 	}
 	return group.Wait()
+}
+
+// probe sees what a new file's mode becomes here. Nearly always what is asked for: then a chmod of each file is saved.
+func (b *builder) probe() error {
+	const name = ".kedge-mode"
+	f, err := b.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o777)
+	if errors.Is(err, fs.ErrExist) { // the release has a file of this name, and it was kept
+		b.withheld = 0o777
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err = errors.Join(err, f.Close(), b.root.Remove(name)); err != nil {
+		return err
+	}
+	b.withheld = 0o777 &^ uint32(info.Mode().Perm())
+	return nil
+}
+
+// gets reports whether a new file has mode when it asks for it.
+func (b *builder) gets(mode fs.FileMode) bool {
+	return mode == mode.Perm() && uint32(mode)&b.withheld == 0
 }
 
 // sweep removes what can't belong to the tree, and returns the files that may be right.
@@ -181,6 +226,8 @@ func (b *builder) missing(old *source) []bool {
 
 // finish makes links and gives directories their modes, when all files are there.
 func (b *builder) finish() error {
+	dirs := &dirs{top: b.top}
+	defer dirs.close()
 	for i := range b.index.entries {
 		e := &b.index.entries[i]
 		var err error
@@ -190,7 +237,7 @@ func (b *builder) finish() error {
 				err = fmt.Errorf("%w: the archive lacks a part of %q", ErrIndex, e.path)
 			}
 		case kindSymlink:
-			err = b.root.Symlink(e.target, e.path)
+			err = dirs.symlink(e.target, e.path)
 		case kindHardlink:
 			err = b.root.Link(b.index.entries[e.original].path, e.path)
 		}
@@ -198,9 +245,9 @@ func (b *builder) finish() error {
 			return err
 		}
 	}
-	for _, e := range slices.Backward(b.index.entries) {
-		if e.kind == kindDir {
-			if err := b.root.Chmod(e.path, e.mode); err != nil {
+	for i, e := range slices.Backward(b.index.entries) {
+		if e.kind == kindDir && !b.ready[i] {
+			if err := dirs.chmod(e.path, unixMode(e.mode)); err != nil {
 				return err
 			}
 		}
@@ -214,7 +261,7 @@ type treeWorker struct {
 	dirs dirs
 }
 
-func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: dirs{root: b.root}} }
+func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: dirs{top: b.top}} }
 
 func (w *treeWorker) close() { w.dirs.close() }
 
@@ -252,14 +299,12 @@ func (w *treeWorker) writeFrame(n int, raw []byte) error {
 // writeFile makes a whole file.
 func (w *treeWorker) writeFile(i int, content []byte) error {
 	e := &w.index.entries[i]
-	f, err := w.create(e)
+	fd, err := w.create(e)
 	if err != nil {
 		return err
 	}
-	if len(content) > 0 {
-		_, err = f.Write(content)
-	}
-	if err := errors.Join(err, f.Close()); err != nil {
+	err = failed("write", e.path, writeAll(fd, content))
+	if err := errors.Join(err, failed("close", e.path, unix.Close(fd))); err != nil {
 		return err
 	}
 	w.ready[i] = true
@@ -267,34 +312,16 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 }
 
 // create makes a file that isn't there, with its mode whatever the umask.
-func (w *treeWorker) create(e *entry) (*os.File, error) {
-	dir, name, err := w.dirs.at(e.path)
-	if err != nil {
-		return nil, err
+func (w *treeWorker) create(e *entry) (fd int, err error) {
+	fd, err = w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.mode.Perm()))
+	if err != nil || w.gets(e.mode) {
+		return fd, err
 	}
-	f, err := dir.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, e.mode&0o700)
-	if err != nil {
-		return nil, err
+	if err := unix.Fchmod(fd, unixMode(e.mode)); err != nil {
+		unix.Close(fd)
+		return -1, failed("chmod", e.path, err)
 	}
-	if e.mode&^0o700 != 0 {
-		if err := f.Chmod(e.mode); err != nil {
-			f.Close()
-			return nil, err
-		}
-	}
-	return f, nil
-}
-
-// remove takes back a file that did not become right.
-func (w *treeWorker) remove(e *entry) error {
-	dir, name, err := w.dirs.at(e.path)
-	if err != nil {
-		return err
-	}
-	if err := dir.Remove(name); !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return fd, nil
 }
 
 // discard takes back the frames of a large file that prepare kept.
@@ -306,7 +333,7 @@ func (w *treeWorker) discard(i int) error {
 			w.chunks[n] = false
 		}
 	}
-	return w.remove(e)
+	return w.dirs.remove(e.path)
 }
 
 // writeChunk writes a part of a large file. The last one closes it.
@@ -335,14 +362,11 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 		return l, nil
 	}
 	e := &w.index.entries[i]
-	dir, name, err := w.dirs.at(e.path)
+	fd, err := w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	f, err := dir.OpenFile(name, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
+	f := os.NewFile(uintptr(fd), e.path)
 	if err := f.Truncate(e.size); err != nil {
 		f.Close()
 		return nil, err
@@ -356,56 +380,4 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 	}
 	w.open[i] = l
 	return l, nil
-}
-
-// dirs remembers the directory that was used last, since neighbours share it.
-type dirs struct {
-	root *os.Root
-	path string
-	last *os.Root // nil: the root itself, or nothing yet
-	file *os.File // of last or root, for its descriptor
-}
-
-// at gives the directory that a path lies in, and the path's name there.
-func (d *dirs) at(p string) (*os.Root, string, error) {
-	parent := parentOf(p)
-	if parent != d.path {
-		d.close()
-		if parent != "" {
-			last, err := d.root.OpenRoot(parent)
-			if err != nil {
-				return nil, "", err
-			}
-			d.last = last
-		}
-		d.path = parent
-	}
-	if d.last == nil {
-		return d.root, p, nil
-	}
-	return d.last, path.Base(p), nil
-}
-
-// descriptor gives the directory that at returned last as a file.
-func (d *dirs) descriptor() (*os.File, error) {
-	if d.file != nil {
-		return d.file, nil
-	}
-	dir := d.root
-	if d.last != nil {
-		dir = d.last
-	}
-	var err error
-	d.file, err = dir.Open(".")
-	return d.file, err
-}
-
-func (d *dirs) close() {
-	if d.file != nil {
-		d.file.Close()
-	}
-	if d.last != nil {
-		d.last.Close()
-	}
-	d.file, d.last, d.path = nil, nil, ""
 }

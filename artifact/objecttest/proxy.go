@@ -38,6 +38,7 @@ type Request struct {
 	Key    string // of the object; "" for a list
 	Name   string // what follows the key's last slash
 	N      int    // how many requests of this method for this key came before
+	From   int64  // the first byte that is asked for
 	Probe  bool   // for the first byte alone, to see whether the object is there
 }
 
@@ -83,8 +84,10 @@ func (p *Proxy) choose(r *http.Request) Fault {
 	}
 	key := strings.Trim(strings.TrimPrefix(r.URL.Path, "/"+bucket), "/")
 	probe := r.Header.Get("Range") == "bytes=0-0"
+	var from int64
+	fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from)
 	id := fmt.Sprint(r.Method, probe, key)
-	request := Request{Method: r.Method, Key: key, Name: key[strings.LastIndex(key, "/")+1:], N: p.seen[id], Probe: probe}
+	request := Request{From: from, Method: r.Method, Key: key, Name: key[strings.LastIndex(key, "/")+1:], N: p.seen[id], Probe: probe}
 	p.seen[id]++
 	return p.fault(request)
 }

@@ -1,0 +1,175 @@
+package artifact
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// dirs reaches the files of one tree by descriptors of the directories above them. A directory's path is walked once for all
+// its neighbours, one component at a time and through no symbolic link, so that nothing outside of the tree can be reached. A tree
+// of 40,000 files costs a third of the system calls that os.Root makes. Not for use by several goroutines.
+type dirs struct {
+	top  *os.File // the tree; closed by who opened it
+	path string   // of the innermost directory that is open
+	open []level
+}
+
+// level is an open directory.
+type level struct {
+	end int // length of its path
+	fd  int
+}
+
+// at gives the directory that a path lies in, open until the next call, and the path's name there.
+func (d *dirs) at(p string) (dir int, name string, err error) {
+	parent := parentOf(p)
+	if parent != d.path {
+		if err := d.descend(parent); err != nil {
+			return -1, "", err
+		}
+	}
+	return d.innermost(), path.Base(p), nil
+}
+
+func (d *dirs) innermost() int {
+	if n := len(d.open); n > 0 {
+		return d.open[n-1].fd
+	}
+	return int(d.top.Fd())
+}
+
+// descend opens the directory at to, from the nearest one above it that is open.
+func (d *dirs) descend(to string) error {
+	for n := len(d.open); n > 0; n-- {
+		above := d.path[:d.open[n-1].end]
+		if to == above || strings.HasPrefix(to, above) && to[len(above)] == '/' {
+			break
+		}
+		unix.Close(d.open[n-1].fd)
+		d.open = d.open[:n-1]
+	}
+	d.path = to
+	for {
+		begin := 0
+		if n := len(d.open); n > 0 {
+			begin = min(d.open[n-1].end+1, len(to))
+		}
+		if begin == len(to) {
+			return nil
+		}
+		end := len(to)
+		if i := strings.IndexByte(to[begin:], '/'); i >= 0 {
+			end = begin + i
+		}
+		fd, err := openAt(d.innermost(), to[begin:end], unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			d.path = to[:max(begin-1, 0)]
+			return failed("open", to[:end], err)
+		}
+		d.open = append(d.open, level{end, fd})
+	}
+}
+
+func (d *dirs) close() {
+	for _, l := range d.open {
+		unix.Close(l.fd)
+	}
+	d.open, d.path = nil, ""
+}
+
+// openFile opens a path of the tree that is no symbolic link.
+func (d *dirs) openFile(p string, flags int, mode uint32) (fd int, err error) {
+	dir, name, err := d.at(p)
+	if err != nil {
+		return -1, err
+	}
+	if fd, err = openAt(dir, name, flags|unix.O_NOFOLLOW, mode); err != nil {
+		return -1, failed("open", p, err)
+	}
+	return fd, nil
+}
+
+func (d *dirs) mkdir(p string, mode uint32) error {
+	dir, name, err := d.at(p)
+	if err != nil {
+		return err
+	}
+	return failed("mkdir", p, unix.Mkdirat(dir, name, mode))
+}
+
+// chmod changes what is no symbolic link's mode; the caller made it.
+func (d *dirs) chmod(p string, mode uint32) error {
+	dir, name, err := d.at(p)
+	if err != nil {
+		return err
+	}
+	return failed("chmod", p, unix.Fchmodat(dir, name, mode, 0))
+}
+
+func (d *dirs) symlink(target, p string) error {
+	dir, name, err := d.at(p)
+	if err != nil {
+		return err
+	}
+	return failed("symlink", p, unix.Symlinkat(target, dir, name))
+}
+
+// remove removes a file, if it is there.
+func (d *dirs) remove(p string) error {
+	dir, name, err := d.at(p)
+	if err != nil {
+		return err
+	}
+	if err := unix.Unlinkat(dir, name, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return failed("remove", p, err)
+	}
+	return nil
+}
+
+func failed(op, p string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: op, Path: p, Err: err}
+}
+
+func openAt(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	for {
+		if fd, err = unix.Openat(dir, name, flags|unix.O_CLOEXEC, mode); err != unix.EINTR {
+			return fd, err
+		}
+	}
+}
+
+func writeAll(fd int, data []byte) error {
+	for len(data) > 0 {
+		n, err := unix.Write(fd, data)
+		if err != nil && err != unix.EINTR {
+			return err
+		}
+		data = data[max(n, 0):]
+	}
+	return nil
+}
+
+// readAll fills data with what a file has at at. The caller knows its size; a shorter one is errChanging.
+func readAll(fd int, data []byte, at int64) error {
+	for len(data) > 0 {
+		n, err := unix.Pread(fd, data, at)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return errChanging
+		}
+		data, at = data[n:], at+int64(n)
+	}
+	return nil
+}
