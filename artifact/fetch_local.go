@@ -35,7 +35,7 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	top, err := os.OpenFile(b.dir, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	top, err := openDir(b.dir)
 	if err != nil {
 		return nil, err
 	}

@@ -10,14 +10,13 @@ import (
 	"hash"
 	"hash/fnv"
 	"io"
-	"io/fs"
 	"os"
 	"runtime"
-	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"kedge/deployments"
 )
@@ -45,17 +44,17 @@ type packed struct {
 
 // pack writes the tree in dir as an archive. A file that changes meanwhile is an error.
 func pack(ctx context.Context, dir string, w io.Writer, progress func(Progress)) (packed, error) {
-	root, err := os.OpenRoot(dir)
+	top, err := openDir(dir)
 	if err != nil {
-		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+		return packed{}, fmt.Errorf("pack: %w", err)
 	}
-	defer root.Close()
-	entries, err := scan(ctx, root)
+	defer top.Close()
+	entries, err := scan(ctx, top)
 	if err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	x := &index{archive: true, entries: entries}
-	p := &packer{root: root, index: x, out: w, archive: sha256.New(), meter: newMeter("pack", x.size(), progress)}
+	p := &packer{top: top, index: x, out: w, archive: sha256.New(), meter: newMeter("pack", x.size(), progress)}
 	if err := p.run(ctx); err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
@@ -70,63 +69,6 @@ func pack(ctx context.Context, dir string, w io.Writer, progress func(Progress))
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	return result, nil
-}
-
-// scan lists a tree in the order of the archive, without hashes and offsets.
-func scan(ctx context.Context, root *os.Root) ([]entry, error) {
-	type inode struct{ dev, ino uint64 }
-	var entries []entry
-	seen := make(map[inode]int)
-	err := fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
-		if err != nil || p == "." {
-			return err
-		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		if err := checkPath(p); err != nil {
-			return err
-		}
-		e := entry{path: p, mode: info.Mode() & (fs.ModePerm | fs.ModeSticky)}
-		switch info.Mode().Type() {
-		case fs.ModeDir:
-			e.kind = kindDir
-		case fs.ModeSymlink:
-			e.kind, e.mode = kindSymlink, fs.ModePerm
-			if e.target, err = root.Readlink(p); err != nil {
-				return err
-			}
-			if err := checkTarget(p, e.target); err != nil {
-				return err
-			}
-		case 0:
-			if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid) != 0 {
-				return fmt.Errorf("%q is setuid or setgid, which a release may not have", p)
-			}
-			e.size, e.sum = info.Size(), emptyDigest
-			e.mode &= fs.ModePerm
-			if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink > 1 {
-				key := inode{uint64(st.Dev), st.Ino}
-				if first, ok := seen[key]; ok {
-					e.kind, e.original, e.size, e.sum = kindHardlink, first, 0, deployments.Digest{}
-				} else {
-					seen[key] = len(entries)
-				}
-			}
-		default:
-			return fmt.Errorf("%q is neither a file, a directory nor a symbolic link (%s)", p, info.Mode().Type())
-		}
-		if len(entries) == maxEntries {
-			return fmt.Errorf("it has more than %d entries", maxEntries)
-		}
-		entries = append(entries, e)
-		return nil
-	})
-	return entries, err
 }
 
 // section is what goes into one frame.
@@ -199,7 +141,7 @@ func borders(path string) bool {
 
 // packer turns sections into frames on all cores, and writes them in order.
 type packer struct {
-	root    *os.Root
+	top     *os.File
 	index   *index
 	out     io.Writer
 	archive hash.Hash
@@ -263,7 +205,8 @@ func (p *packer) run(ctx context.Context) error {
 				return err
 			}
 			defer encoder.Close()
-			worker := &packWorker{packer: p, encoder: encoder}
+			worker := &packWorker{packer: p, dirs: dirs{top: p.top}, encoder: encoder}
+			defer worker.dirs.close()
 			for job := range todo {
 				if err := worker.pack(ctx, job); err != nil {
 					return err
@@ -314,6 +257,7 @@ func (p *packer) write(job *packing) error {
 
 type packWorker struct {
 	*packer
+	dirs    dirs
 	encoder *zstd.Encoder
 	raw     bytes.Buffer
 }
@@ -396,24 +340,23 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 var errChanging = errors.New("it changed while it was read")
 
 func (w *packWorker) read(e *entry, part part) error {
-	f, err := w.root.Open(e.path)
+	fd, err := w.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return failed("stat", e.path, err)
 	}
-	if !info.Mode().IsRegular() || info.Size() != e.size {
-		return fmt.Errorf("%s: %w", e.path, errChanging)
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != e.size {
+		return failed("read", e.path, errChanging)
 	}
-	n, err := io.Copy(&w.raw, io.NewSectionReader(f, part.from, part.n))
-	if err == nil && n != part.n {
-		err = errChanging
+	w.raw.Grow(int(part.n))
+	data := w.raw.AvailableBuffer()[:part.n]
+	if err := readAll(fd, data, part.from); err != nil {
+		return failed("read", e.path, err)
 	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", e.path, err)
-	}
+	w.raw.Write(data) // nothing is copied: it lies there
 	return nil
 }

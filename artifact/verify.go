@@ -173,7 +173,12 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 		return nil, fmt.Errorf("list of hashes: %w", err)
 	}
 	defer root.Close()
-	entries, err := scan(ctx, root)
+	top, err := root.Open(".")
+	if err != nil {
+		return nil, fmt.Errorf("list of hashes: %w", err)
+	}
+	defer top.Close()
+	entries, err := scan(ctx, top)
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 	}

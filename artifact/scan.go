@@ -1,0 +1,123 @@
+package artifact
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments"
+)
+
+// scan lists a tree in the order of the archive, without hashes and offsets.
+func scan(ctx context.Context, top *os.File) ([]entry, error) {
+	s := &scanner{ctx: ctx, seen: map[inode]int{}}
+	dir, err := openAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0) // its own, with a position of its own
+	if err != nil {
+		return nil, failed("open", top.Name(), err)
+	}
+	err = s.walk(os.NewFile(uintptr(dir), top.Name()), "")
+	return s.entries, err
+}
+
+type inode struct{ dev, ino uint64 }
+
+type scanner struct {
+	ctx     context.Context
+	entries []entry
+	seen    map[inode]int // the first entry of a file with several names
+}
+
+// walk adds what lies in dir, which it closes. The prefix is its path with a slash, or "" for the tree itself.
+func (s *scanner) walk(dir *os.File, prefix string) error {
+	defer dir.Close()
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return err
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		p := prefix + name
+		if err := checkPath(p); err != nil {
+			return err
+		}
+		if len(s.entries) == maxEntries {
+			return fmt.Errorf("it has more than %d entries", maxEntries)
+		}
+		e, err := s.entry(int(dir.Fd()), name, p)
+		if err != nil {
+			return err
+		}
+		s.entries = append(s.entries, e)
+		if e.kind != kindDir {
+			continue
+		}
+		fd, err := openAt(int(dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		if err != nil {
+			return failed("open", p, err)
+		}
+		if err := s.walk(os.NewFile(uintptr(fd), p), p+"/"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *scanner) entry(dir int, name, p string) (entry, error) {
+	var st unix.Stat_t
+	if err := unix.Fstatat(dir, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return entry{}, failed("stat", p, err)
+	}
+	e := entry{path: p, mode: fs.FileMode(st.Mode & 0o777)}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		e.kind = kindDir
+		if st.Mode&unix.S_ISVTX != 0 {
+			e.mode |= fs.ModeSticky
+		}
+	case unix.S_IFLNK:
+		e.kind, e.mode = kindSymlink, fs.ModePerm
+		target := make([]byte, maxPath+1)
+		n, err := unix.Readlinkat(dir, name, target)
+		if err != nil {
+			return entry{}, failed("readlink", p, err)
+		}
+		e.target = string(target[:n])
+		return e, checkTarget(p, e.target)
+	case unix.S_IFREG:
+		if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			return entry{}, fmt.Errorf("%q is setuid or setgid, which a release may not have", p)
+		}
+		e.size, e.sum = st.Size, emptyDigest
+		if st.Nlink > 1 {
+			key := inode{uint64(st.Dev), st.Ino}
+			if first, ok := s.seen[key]; ok {
+				e.kind, e.original, e.size, e.sum = kindHardlink, first, 0, deployments.Digest{}
+			} else {
+				s.seen[key] = len(s.entries)
+			}
+		}
+	default:
+		return entry{}, fmt.Errorf("%q is neither a file, a directory nor a symbolic link (%s)", p, typeOf(st.Mode))
+	}
+	return e, nil
+}
+
+// typeOf names what a release can't have, as ls shows it.
+func typeOf(mode uint32) string {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFIFO:
+		return "a pipe"
+	case unix.S_IFSOCK:
+		return "a socket"
+	case unix.S_IFCHR, unix.S_IFBLK:
+		return "a device"
+	}
+	return fmt.Sprintf("type %#o", mode&unix.S_IFMT)
+}
