@@ -3,6 +3,7 @@ package artifact
 import (
 	"context"
 	"net"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,13 +15,20 @@ const (
 	linkRate  = 50 << 20              // bytes a second that all connections share, each way
 )
 
-// slowLink passes connections on to a server as a link of linkDelay and linkRate would, and returns where to connect to.
-func slowLink(tb testing.TB, server string) string {
+// link is where to connect to, and what it has passed on of the server's bytes.
+type link struct {
+	address string
+	sent    atomic.Int64
+}
+
+// slowLink passes connections on to a server as a link of linkDelay and linkRate would.
+func slowLink(tb testing.TB, server string) *link {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { listener.Close() })
+	l := &link{address: listener.Addr().String()}
 	down, up := rate.NewLimiter(linkRate, 256<<10), rate.NewLimiter(linkRate, 256<<10)
 	go func() {
 		for {
@@ -35,16 +43,16 @@ func slowLink(tb testing.TB, server string) string {
 					client.Close()
 					return
 				}
-				go delayed(to, client, up)
-				delayed(client, to, down)
+				go delayed(to, client, up, new(atomic.Int64))
+				delayed(client, to, down, &l.sent)
 			}()
 		}
 	}()
-	return listener.Addr().String()
+	return l
 }
 
-// delayed copies what it reads, later, and closes both ends.
-func delayed(to, from net.Conn, limit *rate.Limiter) {
+// delayed copies what it reads, later, counts it, and closes both ends.
+func delayed(to, from net.Conn, limit *rate.Limiter, count *atomic.Int64) {
 	type packet struct {
 		data []byte
 		due  time.Time
@@ -69,6 +77,7 @@ func delayed(to, from net.Conn, limit *rate.Limiter) {
 		if _, err := to.Write(p.data); err != nil {
 			break
 		}
+		count.Add(int64(len(p.data)))
 	}
 	to.Close()
 	from.Close()
