@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"testing"
@@ -242,6 +243,7 @@ func playFetch(text string) error {
 	if err := json.Unmarshal([]byte(text), &plan); err != nil {
 		return err
 	}
+	debug.SetGCPercent(50) // as the agent does
 	ctx := context.Background()
 	objects := object.New(object.Config{})
 	raw, err := objects.ReadAll(ctx, plan.Pointer.URL, deployments.MaxManifest)

@@ -78,5 +78,6 @@
 // before they are decoded, and files written by as many workers as there are cores, straight into a private directory. There
 // is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by frame.
 //
-// Memory: the index three times over, and at most 64 MiB whatever the archive's size.
+// Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. Seen at most, with GOGC=50, as the agent
+// sets it: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.
 package artifact

@@ -254,8 +254,8 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		if r.err != nil {
 			return 0, fmt.Errorf("entry %d: %w", i, r.err)
 		}
-		p := append(last[:shared:shared], suffix...)
-		e.path = string(p)
+		last = append(last[:shared], suffix...)
+		e.path = string(last)
 		e.mode = fs.FileMode(mode & 0o777)
 		if mode&0o1000 != 0 {
 			e.mode |= fs.ModeSticky
@@ -269,7 +269,6 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		if i > 0 && uint64(commonPrefix(x.entries[i-1].path, e.path)) != shared {
 			return 0, fmt.Errorf("entry %d: %q shares more with the path before it than is said", i, e.path)
 		}
-		last = p
 		parent := parentOf(e.path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
 			dirs = dirs[:len(dirs)-1]
