@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"os/exec"
@@ -8,13 +9,23 @@ import (
 	"time"
 )
 
-// bootID names this boot of the machine; empty where the kernel doesn't say.
+// bootID names this boot of the machine; empty where the kernel doesn't say. In a container the kernel's boot is the host's, also
+// where nspawn covers it with another, which a service with mounts of its own does not see: so the first process's start counts, too.
 func bootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
 	}
-	return strings.TrimSpace(string(id))
+	stat, err := os.ReadFile("/proc/1/stat")
+	if err != nil {
+		return strings.TrimSpace(string(id))
+	}
+	// Behind the name, which may hold anything, the start is the 20th field: clock ticks since the kernel's boot. See proc(5).
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return strings.TrimSpace(string(id))
+	}
+	return strings.TrimSpace(string(id)) + "/" + fields[19]
 }
 
 // shuttingDown reports whether systemd stops this machine. It ends services and takes no starts then, before the agent itself is
