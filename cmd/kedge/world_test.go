@@ -47,6 +47,7 @@ type world struct {
 	program string // what its processes run; empty: this test binary, as kedge
 	store   kv.Store
 
+	pushing   sync.Mutex // for tests that push side by side
 	mu        sync.Mutex
 	processes map[string]*process
 	tokens    map[string]string
@@ -320,6 +321,11 @@ func (w *world) gitDo(dir string, args ...string) string {
 // eventually waits until try has no error; the last one is the failure.
 func (w *world) eventually(what string, try func() error) {
 	w.t.Helper()
+	await(w.t, what, try)
+}
+
+func await(t testing.TB, what string, try func() error) {
+	t.Helper()
 	deadline := time.Now().Add(60 * time.Second)
 	for {
 		err := try()
@@ -327,11 +333,11 @@ func (w *world) eventually(what string, try func() error) {
 			return
 		}
 		if time.Now().After(deadline) {
-			w.t.Fatalf("%s: %v", what, err)
+			t.Fatalf("%s: %v", what, err)
 		}
 		select {
-		case <-w.t.Context().Done():
-			w.t.Fatal(w.t.Context().Err())
+		case <-t.Context().Done():
+			t.Fatal(t.Context().Err())
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
