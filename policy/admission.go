@@ -26,11 +26,11 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
 	refuses := !f.Running.IsZero() && f.Running != r.Stable && slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
-	case back && admitted && partOf(r, f.Running.Digest):
+	case back && admitted && partOf(&r, f.Running.Digest):
 		d.Action, d.Source, d.Target = ActRun, FromRunning, f.Running
 		d.Why = "the rollout of " + origin + " is rolled back, and this node's turn has yet to come"
 		d.note(Step{What: what, Says: "stays on what it runs until its turn: " + at, Decides: true})
-	case back && refuses && !partOf(r, f.Running.Digest):
+	case back && refuses && !partOf(&r, f.Running.Digest):
 		d.Source, d.Why = FromStable, "the stable release failed on this node: it stays on what it runs"
 		d.note(Step{What: what, Says: "stays on what it runs, as stable failed here", Decides: true, Unblock: "push a better release, or pin this node"})
 	case back:
@@ -46,7 +46,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	case f.Running.Digest == r.Target.Digest:
 		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin+", which this node runs already"
 		d.note(Step{What: what, Says: "not admitted, but runs the target already: " + at, Decides: true})
-	case partOf(r, f.Running.Digest):
+	case partOf(&r, f.Running.Digest):
 		d.Action, d.Source, d.Target, d.Stage = ActStage, FromRunning, f.Running, r.Target
 		d.Why = "stays on what it runs, of a rollout that was replaced, until it is admitted to " + origin
 		d.note(Step{What: what, Says: "not admitted yet: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
@@ -65,7 +65,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 }
 
 // partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is stable.
-func partOf(r deployments.Record, d deployments.Digest) bool {
+func partOf(r *deployments.Record, d deployments.Digest) bool {
 	if d.IsZero() || d == r.Stable.Digest {
 		return false
 	}

@@ -44,36 +44,36 @@ func (m *mover) deadline() time.Time {
 
 // look reads the reports.
 func (m *mover) look() view {
-	var v view
-	r, p := m.r, m.r.Rollout
-	back := p.Phase == deployments.PhaseBack
-	fail := func(n Node, how string) {
-		if v.failed++; v.failed == 1 {
-			v.failure = n.Name + ": " + how
-		}
+	r, p := &m.r, m.r.Rollout
+	order := m.Ranks.of(r.Target.Digest, m.Nodes)
+	over := make([][]uint64, len(p.Over)) // the nodes' ranks for each
+	for i, o := range p.Over {
+		over[i] = m.Ranks.of(o.Digest, m.Nodes).ranks
 	}
-	var late []Node
-	for _, n := range m.Nodes {
-		u := n.Report
+	v := view{nodes: make([]place, 0, len(m.Nodes))}
+	back := p.Phase == deployments.PhaseBack
+	late, firstLate := 0, (*Node)(nil)
+	for _, i := range order.byRank {
+		n := &m.Nodes[i]
+		u := &n.Report
 		if u.Pinned || u.State == deployments.StateHeld {
 			continue
 		}
-		rank := Rank(n.Name, r.Target.Digest)
-		admitted := rank <= p.Cutoff
+		x := place{rank: order.ranks[i]}
+		admitted := x.rank <= p.Cutoff
 		aware := u.Generation == r.Generation
 		there := u.State == deployments.StateConverged && u.Running.Digest == r.Target.Digest
 		if n.Gone {
 			v.gone++
 			if !back && admitted && aware && !there && u.Want.Digest == r.Target.Digest && u.State != deployments.StateQuarantined {
-				fail(n, "gone while it switched")
+				v.fail(n, "gone while it switched")
 			}
 			continue
 		}
 		v.live++
 		final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
-		x := place{rank: rank}
 		switch {
-		case m.straggles(n):
+		case m.straggles(u, int(i), over):
 			x.inflight = true
 		case back:
 			on := partOf(r, u.Running.Digest)
@@ -82,7 +82,7 @@ func (m *mover) look() view {
 		case final && u.Want.Digest == r.Target.Digest:
 			x.settled = true
 			if admitted {
-				fail(n, cmp.Or(u.Error, string(u.State)))
+				v.fail(n, cmp.Or(u.Error, string(u.State)))
 			}
 		default:
 			x.settled = there
@@ -92,22 +92,30 @@ func (m *mover) look() view {
 			v.inflight++
 			if admitted != back {
 				v.pending++
-				late = append(late, n)
+				if late++; late == 1 {
+					firstLate = n
+				}
 			}
 		}
 		v.nodes = append(v.nodes, x)
 	}
-	slices.SortFunc(v.nodes, func(a, b place) int { return cmp.Compare(a.rank, b.rank) })
-	if v.overdue = v.inflight > 0 && !m.Now.Before(m.deadline()); v.overdue && !back {
-		for _, n := range late {
-			fail(n, "not converged in time, "+cmp.Or(n.Report.Error, string(n.Report.State), "and silent"))
-		}
+	v.overdue = v.inflight > 0 && !m.Now.Before(m.deadline())
+	if v.overdue && !back && late > 0 {
+		v.fail(firstLate, "not converged in time, "+cmp.Or(firstLate.Report.Error, string(firstLate.Report.State), "and silent"))
+		v.failed += late - 1
 	}
 	return v
 }
 
+// fail counts a node on which the target failed, and keeps the first one's reason.
+func (v *view) fail(n *Node, how string) {
+	if v.failed++; v.failed == 1 {
+		v.failure = n.Name + ": " + how
+	}
+}
+
 // busy reports whether a node that ran something is changing.
-func busy(u deployments.UnitReport) bool {
+func busy(u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
 		return !u.Running.IsZero()
@@ -116,13 +124,13 @@ func busy(u deployments.UnitReport) bool {
 }
 
 // straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it knows this one.
-func (m *mover) straggles(n Node) bool {
-	u := n.Report
+// over holds the nodes' ranks for each target that was replaced; i is this node's index.
+func (m *mover) straggles(u *deployments.UnitReport, i int, over [][]uint64) bool {
 	if u.Generation >= m.r.Generation {
 		return false
 	}
-	for _, o := range m.r.Rollout.Over {
-		if Rank(n.Name, o.Digest) > o.Cutoff {
+	for k, o := range m.r.Rollout.Over {
+		if over[k][i] > o.Cutoff {
 			continue
 		}
 		switch {
@@ -136,9 +144,9 @@ func (m *mover) straggles(n Node) bool {
 }
 
 // strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets around to it.
-func (m *mover) strays(u deployments.UnitReport) bool {
+func (m *mover) strays(u *deployments.UnitReport) bool {
 	stable := m.r.Stable.Digest
-	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(m.r, u.Running.Digest) && !stable.IsZero() && !slices.Contains(u.Quarantined, stable)
+	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(&m.r, u.Running.Digest) && !stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }
 
 // room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one
@@ -218,11 +226,12 @@ func (m *mover) stepCanary() bool {
 		m.roll("rolling out")
 		return true
 	}
-	if m.failing() {
+	v := m.look()
+	if m.failing(v) {
 		return true
 	}
-	v := m.look()
-	if m.say = cmp.Or(m.waits(v), m.say); m.waits(v) != "" {
+	if why := m.waits(v); why != "" {
+		m.say = why
 		return false
 	}
 	want := min(max(1, m.Unit.Rollout.Canary.Of(v.live)), v.live)
@@ -251,10 +260,10 @@ func (m *mover) stepRolling() bool {
 		m.r.Rollout, m.say = nil, "every node at once"
 		return false
 	}
-	if m.failing() {
+	v := m.look()
+	if m.failing(v) {
 		return true
 	}
-	v := m.look()
 	if why := m.waits(v); why != "" {
 		m.say = why
 		return false

@@ -1,8 +1,10 @@
 package policy
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
+	"slices"
 
 	"kedge/deployments"
 )
@@ -10,6 +12,68 @@ import (
 // Rank is a node's place in the order in which a target's rollout admits nodes: a hash of the node's name and the target's
 // digest, so that the canary is another node each time. It is never 0, so that a cutoff of 0 admits none.
 func Rank(node string, target deployments.Digest) uint64 {
-	sum := sha256.Sum256(append(target[:], node...))
+	var room [len(target) + 64]byte // most names fit
+	sum := sha256.Sum256(append(append(room[:0], target[:]...), node...))
 	return max(1, binary.BigEndian.Uint64(sum[:]))
+}
+
+// Ranks remembers the nodes' ranks for the targets of one unit's record, so that a step hashes only the names that it hasn't seen,
+// and sorts only a fleet that has changed. It forgets when no rollout is under way. The zero Ranks is empty. It is not safe for
+// concurrent use.
+type Ranks struct {
+	known []*ranking // the one used last goes first
+}
+
+// ranking is the order of a fleet for one target.
+type ranking struct {
+	target deployments.Digest
+	names  []string
+	ranks  []uint64 // of the nodes in names
+	byRank []int32  // indices into names, lowest rank first
+}
+
+// of gives the order of the nodes for a target.
+func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
+	i := slices.IndexFunc(r.known, func(k *ranking) bool { return k.target == target })
+	if i < 0 {
+		i = 0
+		if len(r.known) > deployments.MaxOver+1 { // a target, what it replaces, and one more while a record changes
+			r.known = r.known[:deployments.MaxOver+1]
+		}
+		r.known = slices.Insert(r.known, 0, &ranking{target: target})
+	}
+	k := r.known[i]
+	copy(r.known[1:i+1], r.known[:i])
+	r.known[0] = k
+	if !slices.EqualFunc(k.names, nodes, func(name string, n Node) bool { return name == n.Name }) {
+		k.learn(nodes)
+	}
+	return k
+}
+
+func (r *Ranks) forget() { r.known = nil }
+
+// learn ranks a fleet that has changed. Both the old names and the new ones are mostly sorted; where they are not, a name that is
+// known may be hashed once more.
+func (k *ranking) learn(nodes []Node) {
+	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
+	old := 0
+	for i := range nodes {
+		name := nodes[i].Name
+		for old < len(k.names) && k.names[old] < name {
+			old++
+		}
+		names[i] = name
+		if old < len(k.names) && k.names[old] == name {
+			ranks[i] = k.ranks[old]
+			continue
+		}
+		ranks[i] = Rank(name, k.target)
+	}
+	byRank := make([]int32, len(nodes))
+	for i := range byRank {
+		byRank[i] = int32(i)
+	}
+	slices.SortFunc(byRank, func(a, b int32) int { return cmp.Or(cmp.Compare(ranks[a], ranks[b]), cmp.Compare(names[a], names[b])) })
+	k.names, k.ranks, k.byRank = names, ranks, byRank
 }

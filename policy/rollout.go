@@ -24,6 +24,9 @@ type Situation struct {
 	Order string
 	// Freeze is Frozen's verdict for the unit now.
 	Freeze Verdict
+	// Ranks, where it is kept from one call for a unit to the next, spares hashing and sorting a fleet that has not changed; it
+	// has no influence on the answer. Nil: all is computed anew.
+	Ranks *Ranks
 }
 
 // Node is what is known of one node.
@@ -55,6 +58,9 @@ type Move struct {
 // that boot aren't in flight before they ran anything, but are counted once they are admitted.
 func Next(s Situation) (move Move) {
 	m := &mover{Situation: s, r: s.Record}
+	if m.Ranks == nil {
+		m.Ranks = new(Ranks)
+	}
 	if s.Record.Rollout != nil { // the one that stands is the caller's
 		p := *s.Record.Rollout
 		p.Over = slices.Clone(p.Over)
@@ -78,6 +84,9 @@ func Next(s Situation) (move Move) {
 	}
 	if p := m.r.Rollout; p != nil && m.say != "" && p.Phase != deployments.PhaseHalted {
 		p.Reason = m.say
+	}
+	if m.r.Rollout == nil {
+		m.Ranks.forget()
 	}
 	return Move{Record: m.r, Reason: m.say, Again: m.again}
 }
@@ -143,11 +152,15 @@ func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
 		own.Cutoff = 0 // what it had admitted stands in its Over
 	}
 	for _, o := range append([]deployments.Replaced{own}, was.Rollout.Over...) {
-		used := slices.ContainsFunc(m.Nodes, func(n Node) bool {
-			u := n.Report
-			return u.Running.Digest == o.Digest || !n.Gone && Rank(n.Name, o.Digest) <= o.Cutoff &&
-				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
-		})
+		ranks, used := m.Ranks.of(o.Digest, m.Nodes).ranks, false
+		for i := range m.Nodes {
+			n := &m.Nodes[i]
+			u := &n.Report
+			if used = u.Running.Digest == o.Digest || !n.Gone && ranks[i] <= o.Cutoff &&
+				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own); used {
+				break
+			}
+		}
 		if !used {
 			continue
 		}
@@ -316,7 +329,7 @@ func (m *mover) step() bool {
 			m.start()
 			return true
 		}
-		if m.failing() {
+		if m.failing(m.look()) {
 			return true
 		}
 		if u == nil || u.Approval != deployments.Manual {
@@ -332,14 +345,12 @@ func (m *mover) step() bool {
 }
 
 // failing stops the rollout where more nodes have failed than are borne.
-func (m *mover) failing() bool {
-	v := m.look()
-	limit := m.r.Rollout.Borne
-	if u := m.Unit.Rollout; u != nil {
-		limit += u.MaxFailures.Of(v.live)
-	} else {
+func (m *mover) failing(v view) bool {
+	u := m.Unit.Rollout
+	if u == nil {
 		return false // every node at once: each protects itself
 	}
+	limit := m.r.Rollout.Borne + u.MaxFailures.Of(v.live)
 	if v.failed <= limit {
 		return false
 	}

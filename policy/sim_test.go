@@ -95,6 +95,7 @@ type world struct {
 	records []deployments.Record
 	nodes   []*member
 	seenBy  []Node // the mirror's view of the fleet
+	ranks   Ranks  // which it keeps
 	bad     map[deployments.Digest]float64
 	cap     int // the most that may switch now
 	names   int
@@ -245,6 +246,7 @@ func (w *world) event() {
 	case 16: // a leader that is out of date decides as well, and its write is refused
 		Next(Situation{Now: w.now, Unit: w.unit, Record: w.records[w.rng.IntN(len(w.records))], Nodes: w.seenBy})
 	case 17: // another takes over, and sees what stands
+		w.ranks = Ranks{}
 		w.look()
 		w.mirror("")
 	default:
@@ -273,8 +275,11 @@ func (w *world) mirror(order string) (again time.Time) {
 		was = *before.Rollout
 		was.Over = slices.Clone(was.Over)
 	}
-	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze}
+	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze, Ranks: &w.ranks}
 	m := Next(s)
+	if s.Ranks = nil; len(w.nodes) < 100 && !reflect.DeepEqual(m, Next(s)) {
+		w.breaks("what is remembered of ranks changed the answer")
+	}
 	if before.Rollout != nil {
 		if !reflect.DeepEqual(was, *before.Rollout) {
 			w.breaks("Next changed the record that stood")

@@ -73,6 +73,19 @@ type facts struct {
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
 	fleet map[[2]string][]reported
 	blind bool
+	// ranks are kept from one turn to the next, for speed alone; nil: nowhere.
+	ranks map[deployments.UnitID]*policy.Ranks
+}
+
+// ranksOf gives a unit's, which decide may change.
+func (f facts) ranksOf(id deployments.UnitID) *policy.Ranks {
+	if f.ranks == nil {
+		return nil
+	}
+	if f.ranks[id] == nil {
+		f.ranks[id] = new(policy.Ranks)
+	}
+	return f.ranks[id]
 }
 
 // reported is a node's entry in status/.
@@ -183,7 +196,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 	o, ordered := f.orders[u.ID]
 	move := policy.Next(policy.Situation{
 		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: f.nodes(u.ID), Order: o.verb,
-		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now),
+		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now), Ranks: f.ranksOf(u.ID),
 	})
 	w.after, w.reason = move.Record, move.Reason
 	if more := w.after.Generation - w.before.Generation; more > 0 {

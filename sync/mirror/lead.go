@@ -16,6 +16,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 // lead waits for the lease, works while it holds, and waits again.
@@ -97,6 +98,7 @@ type leader struct {
 	folders   map[[2]string]bool             // the roles whose folders are there
 	past      map[deployments.UnitID]History // newest generations, of the roles in pastOf
 	pastOf    map[[2]string]bool
+	ranks     map[deployments.UnitID]*policy.Ranks
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -105,6 +107,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		wake: make(chan struct{}, 1), snapshot: make(chan []kv.Entry, 1),
 		owned: map[deployments.UnitID]own{}, obeyed: map[deployments.UnitID]uint64{}, folders: map[[2]string]bool{},
 		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
+		ranks: map[deployments.UnitID]*policy.Ranks{},
 	}
 }
 
@@ -283,7 +286,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		var all bool
 		var at time.Time
 		writes, all, at = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past,
-			fleet: l.fleet(fleet), blind: !fleet.Settled})
+			fleet: l.fleet(fleet), blind: !fleet.Settled, ranks: l.ranks})
 		if !at.IsZero() {
 			again = max(time.Millisecond, at.Sub(now))
 		}
