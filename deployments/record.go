@@ -53,6 +53,8 @@ type Progress struct {
 type Replaced struct {
 	Digest Digest `json:"digest"`
 	Cutoff uint64 `json:"cutoff,string"`
+	// Back is set where its nodes had been told to go back to stable, and may be on their way.
+	Back bool `json:"back,omitempty"`
 }
 
 // MaxOver bounds Progress.Over: a record stays small.

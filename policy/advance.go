@@ -134,7 +134,7 @@ func (m *mover) straggles(u *deployments.UnitReport, i int, over [][]uint64) boo
 			continue
 		}
 		switch {
-		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest:
+		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.Back:
 		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest):
 		default:
 			return true

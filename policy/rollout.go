@@ -164,8 +164,9 @@ func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
 		if !used {
 			continue
 		}
+		o.Back = o.Back || was.Rollout.Phase == deployments.PhaseBack
 		if i := slices.IndexFunc(over, func(x deployments.Replaced) bool { return x.Digest == o.Digest }); i >= 0 {
-			over[i].Cutoff = max(over[i].Cutoff, o.Cutoff)
+			over[i].Cutoff, over[i].Back = max(over[i].Cutoff, o.Cutoff), over[i].Back || o.Back
 			continue
 		}
 		over = append(over, o)
