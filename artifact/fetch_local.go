@@ -268,8 +268,8 @@ func (w *treeWorker) link(from int, e *entry) error {
 	if err != nil {
 		return err
 	}
-	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may read any
-	// directory (CAP_DAC_READ_SEARCH), the long one for all.
+	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may read any directory
+	// (CAP_DAC_READ_SEARCH) or, since Linux 6.10, opened the file; the long one for all.
 	if err := unix.Linkat(from, "", dir, name, unix.AT_EMPTY_PATH); err == nil {
 		return nil
 	}

@@ -113,22 +113,24 @@ func (b *builder) prepare(ctx context.Context) error {
 	return group.Wait()
 }
 
-// probe sees what a new file's mode becomes here. Nearly always what is asked for: then a chmod of each file is saved.
+// probe sees what mode a new file or directory gets here. Nearly always what is asked for: then a chmod of each is saved.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
-	f, err := b.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o777)
-	if errors.Is(err, fs.ErrExist) { // the release has a file of this name, and it was kept
-		b.withheld = 0o777
+	b.withheld = 0o777
+	err := b.root.Mkdir(name, 0o777)
+	if errors.Is(err, fs.ErrExist) { // the release has a path of this name, and it was kept
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	info, err := f.Stat()
-	if err = errors.Join(err, f.Close(), b.root.Remove(name)); err != nil {
+	info, err := b.root.Lstat(name)
+	if err = errors.Join(err, b.root.Remove(name)); err != nil {
 		return err
 	}
-	b.withheld = 0o777 &^ uint32(info.Mode().Perm())
+	if info.Mode()&fs.ModeSetgid == 0 { // else the directories have it from the one above, and must not keep it
+		b.withheld = 0o777 &^ uint32(info.Mode().Perm())
+	}
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
 	"kedge/deployments"
@@ -168,12 +169,7 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 // indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it by later and to take
 // unchanged files from.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, fmt.Errorf("list of hashes: %w", err)
-	}
-	defer root.Close()
-	top, err := root.Open(".")
+	top, err := openDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes: %w", err)
 	}
@@ -182,17 +178,19 @@ func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 	}
-	v := &verifier{root: root, buffer: make([]byte, 256<<10)}
+	dirs, buffer := &dirs{top: top}, make([]byte, 256<<10)
+	defer dirs.close()
 	for i := range entries {
 		e := &entries[i]
 		if e.kind != kindFile || e.size == 0 {
 			continue
 		}
-		f, err := root.Open(e.path)
+		fd, err := dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)
 		}
-		e.sum, err = hashSlowly(ctx, f, nil, v.buffer)
+		f := os.NewFile(uintptr(fd), e.path)
+		e.sum, err = hashSlowly(ctx, f, nil, buffer)
 		f.Close()
 		if err != nil {
 			return nil, fmt.Errorf("list of hashes of %s: %w", dir, err)

@@ -468,7 +468,8 @@ func (w *world) check() {
 	}
 	budget := max(1, w.unit.Rollout.MaxUnavailable.Of(max(live, known)))
 	// A fleet that shrinks has a smaller budget, but who was admitted by the larger one may yet begin.
-	if switching == 0 && w.cap > budget && !slices.ContainsFunc(w.nodes, w.unsettled) {
+	mayBegin := func(n *member) bool { return !n.free && !n.running.IsZero() && w.unsettled(n) }
+	if switching == 0 && w.cap > budget && !slices.ContainsFunc(w.nodes, mayBegin) {
 		w.cap = 0
 	}
 	w.cap = max(w.cap, budget)

@@ -2,10 +2,12 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -26,11 +28,7 @@ func TestBoot(t *testing.T) {
 		"boot-cut":    testBootCut,
 		"boot-outage": testBootOutage,
 	}
-	var names []string
-	for name := range machines {
-		names = append(names, name)
-	}
-	w := newWorld(t, names...)
+	w := newWorld(t, slices.Sorted(maps.Keys(machines))...)
 	w.startMirror("mirror-1")
 	kedge := filepath.Join(t.TempDir(), "kedge")
 	build := exec.Command("go", "build", "-o", kedge, ".")
@@ -93,7 +91,7 @@ func (m *machine) runs(version string) {
 		return u.State == deployments.StateConverged && u.Version == version && u.Error == "" && len(u.Quarantined) == 0
 	})
 	m.answers(version)
-	if out := m.do("/usr/bin/kedge", "wait", "--ready", fmt.Sprintf("127.0.0.1:%d", m.listen), "--timeout", "30s"); out != "" {
+	if out := m.do("/usr/bin/kedge", "wait", "--ready", m.agent, "--timeout", "30s"); out != "" {
 		m.t.Errorf("kedge wait --ready printed %q", out)
 	}
 	if left := m.do("find", "/srv/app.releases", "/var/lib/kedge", "-name", "staging-*", "-o", "-name", ".*.json?*"); left != "" {
@@ -174,6 +172,11 @@ func testBootDay(t *testing.T, m *machine) {
 		})
 		m.answers("3")
 		m.is("app", "active")
+		m.do("systemctl", "reload", "kedge-agent")
+		await(t, "another try, after a reload", func() error {
+			_, err := m.try("sh", "-c", "journalctl --boot --no-pager --unit=kedge-agent | grep 'SIGHUP: tries again what failed'")
+			return err
+		})
 	})
 	t.Run("an agent that is upgraded in the middle of a deployment loses nothing", func(t *testing.T) {
 		m.release(m.publish("5", post(`trap "echo ended >>/var/log/hook; exit 1" TERM; touch /run/post; [ -e /run/upgraded ] || { sleep 120 & wait; }`)))
@@ -357,7 +360,7 @@ func testBootOutage(t *testing.T, m *machine) {
 	if took := us(m.number("kedge-agent", "ActiveEnterTimestampMonotonic") - m.number("kedge-agent", "ExecMainStartTimestampMonotonic")); took < 2*time.Second || took > 20*time.Second {
 		t.Errorf("the agent was ready after %s, want its timeout of 2 s", took)
 	}
-	if out, err := m.try("/usr/bin/kedge", "wait", "--ready", fmt.Sprintf("127.0.0.1:%d", m.listen), "--timeout", "100ms"); err == nil || !strings.Contains(out, "503") {
+	if out, err := m.try("/usr/bin/kedge", "wait", "--ready", m.agent, "--timeout", "100ms"); err == nil || !strings.Contains(out, "503") {
 		t.Errorf("kedge wait --ready while nothing is known: %v, %s", err, out)
 	}
 	m.client.Start()
@@ -369,7 +372,7 @@ func testBootOutage(t *testing.T, m *machine) {
 	m.powerOff()
 	m.boot()
 	m.answers("1")
-	m.do("/usr/bin/kedge", "wait", "--ready", fmt.Sprintf("127.0.0.1:%d", m.listen), "--timeout", "30s")
+	m.do("/usr/bin/kedge", "wait", "--ready", m.agent, "--timeout", "30s")
 	m.bootedInOrder()
 	if took := us(m.number("kedge-agent", "ActiveEnterTimestampMonotonic") - m.number("kedge-agent", "ExecMainStartTimestampMonotonic")); took >= 2*time.Second {
 		t.Errorf("with a last known state the agent was ready after %s", took)

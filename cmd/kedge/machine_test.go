@@ -29,8 +29,8 @@ type machine struct {
 	w      *world
 	name   string // of its Consul node and of its role, too
 	dir    string
-	port   int // the application's
-	listen int // the agent's
+	agent  string // where it listens
+	app    string // where the application does
 	client *kvtest.ConsulNode
 	cmd    *exec.Cmd
 	done   chan struct{}
@@ -43,7 +43,7 @@ const (
 Description=An application that kedge deploys
 [Service]
 DynamicUser=yes
-Environment=PORT=%d
+Environment=LISTEN=%s
 ExecStart=/srv/app/bin/start
 [Install]
 WantedBy=kedge-apps.target
@@ -64,15 +64,16 @@ WantedBy=multi-user.target
 `
 	// start serves the release's tree. The server stays in the directory that dest led to when it started: it has to be started anew
 	// to serve another release, as most do.
-	startScript = "#!/bin/sh\nexec /bin/busybox httpd -f -p 127.0.0.1:$PORT -h \"${0%/*}/..\"\n"
+	startScript = "#!/bin/sh\nexec /bin/busybox httpd -f -p $LISTEN -h \"${0%/*}/..\"\n"
 )
 
 // newMachine installs a machine; w has a Consul client agent of its name. more are lines of agent.yaml.
 func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *machine {
 	t.Helper()
-	m := &machine{t: t, w: w, name: name, dir: t.TempDir(), port: freePort(t), listen: freePort(t)}
+	m := &machine{t: t, w: w, name: name, dir: t.TempDir()}
 	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == name })
 	m.client = w.consul.Clients[i]
+	m.agent, m.app = freePort(t, m.client.IP), freePort(t, m.client.IP)
 	for _, dir := range []string{"root", "work", "upper/usr/bin", "upper/usr/lib/systemd/system", "upper/etc/kedge", "upper/var/log/journal"} {
 		if err := os.MkdirAll(filepath.Join(m.dir, dir), 0o755); err != nil {
 			t.Fatal(err)
@@ -86,10 +87,10 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	for _, unit := range units {
 		m.copy(unit, "/usr/lib/systemd/system/"+filepath.Base(unit))
 	}
-	m.write("/usr/lib/systemd/system/app.service", fmt.Sprintf(appUnit, m.port))
+	m.write("/usr/lib/systemd/system/app.service", fmt.Sprintf(appUnit, m.app))
 	m.write("/usr/lib/systemd/system/consumer.service", consumerUnit)
 	m.write("/etc/kedge/agent.yaml", strings.Join(append([]string{
-		"stage: prod", "roles: [" + name + "]", "node: " + name, fmt.Sprintf("listen: 127.0.0.1:%d", m.listen),
+		"stage: prod", "roles: [" + name + "]", "node: " + name, "listen: " + m.agent,
 		"sources: [" + w.s3.URL("") + "]", "dests: [/srv]",
 	}, more...), "\n")+"\n")
 	m.write("/etc/kedge/consul-token", w.token("agent", deployments.RuleVars{Node: name, Stage: "prod", Role: name}))
@@ -102,13 +103,14 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	return m
 }
 
-func freePort(t testing.TB) int {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+// freePort finds a port of an address that the machine shares with nobody but its Consul agent: nothing takes it meanwhile.
+func freePort(t testing.TB, ip string) string {
+	l, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return l.Addr().String()
 }
 
 // path is where a file that was written to the machine's disk lies on this one. Nothing is changed there while it runs.
@@ -399,7 +401,7 @@ func (m *machine) id() deployments.UnitID {
 	return deployments.UnitID{Stage: "prod", Role: m.name, Unit: "app"}
 }
 
-func (m *machine) url(path string) string { return fmt.Sprintf("http://127.0.0.1:%d/%s", m.port, path) }
+func (m *machine) url(path string) string { return "http://" + m.app + "/" + path }
 
 // get asks url once; an answer that isn't 200 is an error.
 func get(url string) (string, error) {

@@ -16,16 +16,13 @@ func bootID() string {
 	if err != nil {
 		return ""
 	}
-	stat, err := os.ReadFile("/proc/1/stat")
-	if err != nil {
-		return strings.TrimSpace(string(id))
-	}
+	boot := strings.TrimSpace(string(id))
+	stat, _ := os.ReadFile("/proc/1/stat") // where it can't be read, the kernel's boot has to do
 	// Behind the name, which may hold anything, the start is the 20th field: clock ticks since the kernel's boot. See proc(5).
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 20 {
-		return strings.TrimSpace(string(id))
+	if fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])); len(fields) >= 20 {
+		boot += "/" + fields[19]
 	}
-	return strings.TrimSpace(string(id)) + "/" + fields[19]
+	return boot
 }
 
 // shuttingDown reports whether systemd stops this machine. It ends services and takes no starts then, before the agent itself is

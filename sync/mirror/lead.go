@@ -441,8 +441,9 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 			l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
 		}
 	}
-	if l.verdict == nil {
+	if l.verdict == nil && l.accepted != git.good {
 		l.accepted = git.good
+		clear(l.ranks) // of units that may be gone
 	}
 	return l.verdict, nil
 }

@@ -1,0 +1,115 @@
+package artifact
+
+import (
+	"encoding/json"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+var manyModes = testTree{
+	"a":             {mode: fs.ModeDir | 0o755},
+	"a/group":       {mode: 0o664, data: "group"},
+	"a/plain":       {mode: 0o644, data: "plain"},
+	"a/program":     {mode: 0o755, data: "program"},
+	"open":          {mode: fs.ModeDir | 0o777},
+	"open/readonly": {mode: 0o444, data: "readonly"},
+	"own":           {mode: fs.ModeDir | 0o700},
+	"own/empty":     {mode: 0o666},
+	"shut":          {mode: fs.ModeDir | 0o555},
+	"sticky":        {mode: fs.ModeDir | fs.ModeSticky | 0o777},
+}
+
+// A tree has its modes whatever the umask of whoever makes it.
+func TestModesWhateverTheUmask(t *testing.T) {
+	t.Parallel()
+	tree := t.TempDir()
+	manyModes.write(t, tree)
+	out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
+		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", Strategy: deployments.StrategyRelease}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, umask := range []string{"000", "022", "077", "777"} {
+		t.Run(umask, func(t *testing.T) {
+			t.Parallel()
+			dest := filepath.Join(t.TempDir(), "app")
+			plan, err := json.Marshal(benchPlan{Dest: dest, Pointer: out.Pointer})
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The umask is the process's: it takes one of its own.
+			child := exec.Command("sh", "-c", `umask "$1"; exec "$0"`, os.Args[0], umask)
+			child.Env = append(os.Environ(), benchEnv+"="+string(plan))
+			if out, err := child.CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			live, err := filepath.EvalSymlinks(dest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sameTree(t, live, tree)
+		})
+	}
+}
+
+// A directory gives its set-group-id bit to those that are made in it. Releases have none.
+func TestModesInASetgidDirectory(t *testing.T) {
+	t.Parallel()
+	tree, got := t.TempDir(), t.TempDir()
+	manyModes.write(t, tree)
+	if err := os.Chmod(got, 0o755|fs.ModeSetgid); err != nil {
+		t.Fatal(err)
+	}
+	mustFetch(t, publishTree(t, tree).manifest, nil, got)
+	sameTree(t, got, tree)
+}
+
+// Files are linked also for an agent that may not read every directory, for which the kernel has the way through /proc alone.
+func TestLinksWithoutPrivileges(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "old"), []byte("content"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	top, err := openDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer top.Close()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread, which alone loses its privileges, ends with the goroutine
+		done <- func() error {
+			w := &treeWorker{dirs: dirs{top: top}}
+			defer w.close()
+			from, err := w.dirs.openFile("old", unix.O_RDONLY, 0) // beforehand: since Linux 6.10 who opened a file may link it
+			if err != nil {
+				return err
+			}
+			defer unix.Close(from)
+			header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var none [2]unix.CapUserData // the kernel reads both
+			if err := unix.Capset(&header, &none[0]); err != nil {
+				return err
+			}
+			return w.link(from, &entry{path: "new"})
+		}()
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	old, _ := os.Stat(filepath.Join(dir, "old"))
+	linked, err := os.Stat(filepath.Join(dir, "new"))
+	if err != nil || !os.SameFile(old, linked) {
+		t.Errorf("it isn't linked: %v", err)
+	}
+}
