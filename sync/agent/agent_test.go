@@ -300,7 +300,8 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.awaitRunning(app, two)
-	if n := w.log.count("the trouble is over"); n != 1 {
-		t.Errorf("the recovery was logged %d times", n)
-	}
+	await(t, "the recovery's line", func() (bool, string) { // after the report
+		n := w.log.count("the trouble is over")
+		return n == 1, fmt.Sprintf("logged %d times", n)
+	})
 }
