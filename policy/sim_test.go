@@ -4,6 +4,7 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"reflect"
 	"runtime"
@@ -39,12 +40,19 @@ func TestSimulation(t *testing.T) {
 	}
 	var next, events, largest, ends atomic.Uint64
 	var wg sync.WaitGroup
+	var mu sync.Mutex
+	kinds := map[string]int{}
 	for range runtime.GOMAXPROCS(0) {
 		wg.Go(func() {
 			for seed := next.Add(1); seed <= uint64(*howMany) && !t.Failed(); seed = next.Add(1) {
 				w := play(seed, false)
 				events.Add(uint64(w.events))
 				ends.Add(uint64(w.ended))
+				mu.Lock()
+				for kind, n := range w.kinds {
+					kinds[kind] += n
+				}
+				mu.Unlock()
 				for size := uint64(len(w.nodes)); ; {
 					if was := largest.Load(); size <= was || largest.CompareAndSwap(was, size) {
 						break
@@ -58,6 +66,9 @@ func TestSimulation(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("%d histories, %d events, %d rollouts that ended, fleets of up to %d nodes", *howMany, events.Load(), ends.Load(), largest.Load())
+	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
+		t.Logf("%8d %s", kinds[kind], kind)
+	}
 }
 
 // Seeds beyond those that are always played, each of which found something. 7257: a rollback that was replaced at once forgot the nodes
@@ -106,6 +117,7 @@ type world struct {
 	records []deployments.Record
 	nodes   []*member
 	seenBy  []Node // the mirror's view of the fleet
+	older   []Node // the one before
 	ranks   Ranks  // which it keeps
 	bad     map[deployments.Digest]float64
 	cap     int // the most that may switch now
@@ -115,6 +127,7 @@ type world struct {
 	keep   bool
 	log    []string
 	events int
+	kinds  map[string]int
 	ended  int
 	broken string
 }
@@ -125,6 +138,8 @@ func (w *world) say(format string, args ...any) {
 		w.log = append(w.log, w.now.Format("15:04:05 ")+fmt.Sprintf(format, args...))
 	}
 }
+
+func (w *world) count(kind string) { w.kinds[kind]++ }
 
 func (w *world) breaks(format string, args ...any) {
 	if w.broken == "" {
@@ -139,7 +154,7 @@ func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
 // play plays the history of a seed.
 func play(seed uint64, keep bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
-	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, records: []deployments.Record{{}}}
+	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, records: []deployments.Record{{}}}
 	size := 1 + rng.IntN(12)
 	switch {
 	case seed == 7:
@@ -211,6 +226,7 @@ func (w *world) push(fails float64) {
 			w.bad[w.unit.Release.Digest] = fails
 		}
 	}
+	w.count("pushes")
 	w.say("push %s, fails at %.2f", w.unit.Release.URL, w.bad[w.unit.Release.Digest])
 }
 
@@ -219,20 +235,24 @@ func (w *world) event() {
 	switch n := w.nodes[w.rng.IntN(len(w.nodes))]; w.rng.IntN(40) {
 	case 0:
 		w.join()
+		w.count("joins")
 		w.say("join")
 	case 1:
 		if w.chance(0.3) {
 			n.left = true
+			w.count("leaves")
 			w.say("%s deregisters", n.name)
 		}
 	case 2:
 		if !n.left {
 			n.gone, n.free, n.going = !n.gone, true, deployments.Pointer{}
+			w.count("deaths and returns")
 			w.say("%s gone: %v", n.name, n.gone)
 		}
 	case 3:
 		order := []string{"promote", "promote", "pause", "resume", "resume", "abort", "retry"}[w.rng.IntN(7)]
 		if w.chance(0.4) {
+			w.count("orders")
 			w.mirror(order)
 		}
 	case 4:
@@ -246,19 +266,29 @@ func (w *world) event() {
 		} else if w.chance(0.2) {
 			n.pin = good(deployments.Pin{Release: release("v1")})
 		}
+		w.count("pins set or taken")
 		w.say("%s pinned: %v", n.name, n.pin.Present)
 	case 6:
+		w.count("freezes begun or ended")
 		w.freeze = Verdict{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
 	case 7:
 		w.now = w.now.Add(time.Duration(w.rng.IntN(8)) * time.Minute)
-	case 8, 9, 10, 11, 12, 13, 14, 15:
+	case 8, 9, 10, 11, 12, 13, 14:
+		w.count("turns")
 		w.look()
 		w.mirror("")
-	case 16: // a leader that is out of date decides as well, and its write is refused
-		Next(Situation{Now: w.now, Unit: w.unit, Record: w.records[w.rng.IntN(len(w.records))], Nodes: w.seenBy})
-	case 17: // another takes over, and sees what stands
+	case 15: // the record is the newest, as it is written by compare and swap; what is known of the fleet need not be
+		w.count("turns by a stale read")
+		w.mirror("")
+	case 16: // a leader that was cut off decides as well, by what stood then; that its write is refused is the store's part
+		w.count("turns of an old leader")
+		Next(Situation{Now: w.now, Unit: w.unit, Record: w.records[w.rng.IntN(len(w.records))], Nodes: w.seenBy, Ranks: &w.ranks})
+	case 17: // another takes over: it remembers nothing, and its first read of the fleet may be older than the last one's
+		w.count("leaders replaced")
 		w.ranks = Ranks{}
-		w.look()
+		if w.seenBy, w.older = w.older, w.seenBy; w.seenBy == nil || w.chance(0.5) {
+			w.look()
+		}
 		w.mirror("")
 	default:
 		w.act(n, false)
@@ -271,7 +301,7 @@ func (w *world) event() {
 
 // look brings the mirror's view of the fleet up to date.
 func (w *world) look() {
-	w.seenBy = w.seenBy[:0:0]
+	w.older, w.seenBy = w.seenBy, nil
 	for _, n := range w.nodes {
 		if !n.left {
 			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Report: n.report})
@@ -322,10 +352,24 @@ func (w *world) mirror(order string) (again time.Time) {
 			n.free = true
 		}
 	}
+	if p := m.Record.Rollout; p == nil || p.Cutoff == math.MaxUint64 && p.Phase == deployments.PhaseRolling {
+		w.uncount() // all that the mirror knew of are admitted, so that those that boot go to the target at once
+	}
 	if w.keep {
 		w.say("mirror %q: %s", order, brief(m.Record))
 	}
 	return m.Again
+}
+
+// uncount frees the nodes that joined since the mirror last looked: no budget can count who isn't known yet.
+func (w *world) uncount() {
+	known := make(map[string]bool, len(w.seenBy))
+	for i := range w.seenBy {
+		known[w.seenBy[i].Name] = true
+	}
+	for _, n := range w.nodes {
+		n.free = n.free || !known[n.name]
+	}
 }
 
 func brief(r deployments.Record) string {
@@ -379,6 +423,7 @@ func (w *world) act(n *member, promptly bool) {
 	d := w.resolve(n, n.seen)
 	claim := fmt.Sprint(r.Generation, "/", r.Retry, "/", n.pin.Present)
 	if !n.going.IsZero() && d.Target != n.going {
+		w.count("switches given up")
 		w.say("%s gives up %s", n.name, n.going.URL)
 		n.going = deployments.Pointer{}
 		return
@@ -390,10 +435,12 @@ func (w *world) act(n *member, promptly bool) {
 		case n.hangs && (!promptly || w.chance(0.7)) && w.chance(0.9):
 		case !promptly && w.chance(0.4):
 		case w.chance(w.bad[n.going.Digest]):
+			w.count("failures")
 			w.say("%s fails on %s", n.name, n.going.URL)
 			n.failed[n.going.Digest] = claim
 			n.going, n.free = deployments.Pointer{}, false
 		default:
+			w.count("switches")
 			w.say("%s runs %s", n.name, n.going.URL)
 			n.running, n.going, n.free = n.going, deployments.Pointer{}, false
 			clear(n.failed)
