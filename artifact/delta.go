@@ -333,7 +333,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 			return nil
 		}
 		last = i
-		if err := ctx.Err(); err != nil {
+		if err := f.tree.await(ctx, i); err != nil {
 			return err
 		}
 		e := &f.index.entries[i]

@@ -85,16 +85,25 @@ func (f *fetch) close() error {
 }
 
 func (f *fetch) run(ctx context.Context, base *base, dir string) error {
-	if base != nil {
+	opened := make(chan error, 1)
+	go func() { // beside the first request
 		var err error
-		if f.old, err = openSource(base); err != nil { // one that can't be read is no base
-			f.fallBack("the old release can't be used", "dir", base.dir, "error", err)
+		if base != nil {
+			f.old, err = openSource(base)
+		}
+		opened <- err
+	}()
+	err := f.fetchIndex(ctx, base, dir)
+	if oldErr := <-opened; oldErr != nil { // one that can't be read is no base
+		f.fallBack("the old release can't be used", "dir", base.dir, "error", oldErr)
+		if f.delta != nil {
+			err = errors.Join(err, f.delta.Close())
+			f.delta = nil
 		}
 	}
-	if err := f.fetchIndex(ctx, base, dir); err != nil {
+	if err != nil {
 		return err
 	}
-	var err error
 	if f.tree, err = newBuilder(dir, f.index); err != nil {
 		return err
 	}
@@ -109,19 +118,9 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if err := f.checkSpace(dir); err != nil {
 		return err
 	}
-	if f.old != nil && f.delta == nil {
-		if err := f.takeChunks(ctx); err != nil {
-			return err
-		}
-	}
-	missing := f.tree.missing(f.old) // before takeLocal writes what this reads
 	group, inner := errgroup.WithContext(ctx)
-	group.Go(func() error { return f.takeLocal(inner) })
-	if f.delta != nil {
-		group.Go(func() error { return f.applyDelta(inner) })
-	} else {
-		group.Go(func() error { return f.fetchFrames(inner, missing) })
-	}
+	group.Go(func() error { return f.tree.makeDirs(inner) })
+	group.Go(func() error { return f.makeFiles(inner) })
 	if err := group.Wait(); err != nil {
 		return err
 	}
@@ -138,10 +137,28 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	return f.tree.finish()
 }
 
+// makeFiles makes the files out of all that there is.
+func (f *fetch) makeFiles(ctx context.Context) error {
+	if f.old != nil && f.delta == nil {
+		if err := f.takeChunks(ctx); err != nil {
+			return err
+		}
+	}
+	missing := f.tree.missing(f.old) // before takeLocal writes what this reads
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return f.takeLocal(ctx) })
+	if f.delta != nil {
+		group.Go(func() error { return f.applyDelta(ctx) })
+	} else {
+		group.Go(func() error { return f.fetchFrames(ctx, missing) })
+	}
+	return group.Wait()
+}
+
 // fetchIndex gets the index out of a delta from the base, or whole.
 func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	m := f.manifest
-	if f.old != nil {
+	if base != nil {
 		for _, d := range m.Deltas {
 			if d.From != base.digest {
 				continue
@@ -163,7 +180,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			delta.Close()
 		}
 	}
-	if f.old != nil && base.digest == m.Index.SHA256 { // the same tree
+	if base != nil && base.digest == m.Index.SHA256 { // the same tree
 		x, err := f.decode(base.index)
 		if err == nil {
 			f.data, f.index = base.index, x
@@ -259,7 +276,11 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 				defer reader.close()
 			}
 			for from := range batches {
-				for i := from; i < min(from+batch, len(f.index.entries)); i++ {
+				to := min(from+batch, len(f.index.entries))
+				if err := f.tree.await(ctx, to-1); err != nil {
+					return err
+				}
+				for i := from; i < to; i++ {
 					if err := w.takeLocal(i, reader, share); err != nil {
 						return err
 					}
@@ -283,7 +304,7 @@ func (f *fetch) takeChunks(ctx context.Context) error {
 			continue
 		}
 		group.Go(func() error {
-			if err := ctx.Err(); err != nil {
+			if err := f.tree.await(ctx, i); err != nil {
 				return err
 			}
 			w, reader := f.tree.worker(), f.old.reader()
@@ -404,7 +425,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame, fr.length, err)
 				}
 				buffers <- job.data
-				if err := w.writeFrame(job.frame, raw); err != nil {
+				if err := w.writeFrame(ctx, job.frame, raw); err != nil {
 					return err
 				}
 			}
