@@ -4,7 +4,6 @@ import (
 	"flag"
 	"fmt"
 	"maps"
-	"math"
 	"math/rand/v2"
 	"reflect"
 	"runtime"
@@ -85,6 +84,7 @@ func TestSimulationAgain(t *testing.T) {
 // member is one node, as it is.
 type member struct {
 	name    string
+	number  int
 	gone    bool
 	left    bool
 	seen    int // the record that it acts on, an index into world.records
@@ -115,9 +115,10 @@ type world struct {
 	unit    deployments.Unit
 	freeze  Verdict
 	records []deployments.Record
+	lived   [][]bool // who took part as far as the mirror knew when it wrote a record: neither unknown, gone nor pinned; by number
+	live    []bool   // and does now
 	nodes   []*member
 	seenBy  []Node // the mirror's view of the fleet
-	older   []Node // the one before
 	ranks   Ranks  // which it keeps
 	bad     map[deployments.Digest]float64
 	cap     int // the most that may switch now
@@ -154,7 +155,7 @@ func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
 // play plays the history of a seed.
 func play(seed uint64, keep bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
-	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, records: []deployments.Record{{}}}
+	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, records: []deployments.Record{{}}, lived: [][]bool{nil}}
 	size := 1 + rng.IntN(12)
 	switch {
 	case seed == 7:
@@ -211,7 +212,7 @@ func play(seed uint64, keep bool) *world {
 
 func (w *world) join() {
 	w.names++
-	n := &member{name: fmt.Sprint("n", w.names), failed: map[deployments.Digest]string{}, free: true, seen: len(w.records) - 1}
+	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{}, free: true, seen: len(w.records) - 1}
 	w.nodes = append(w.nodes, n)
 }
 
@@ -283,12 +284,10 @@ func (w *world) event() {
 	case 16: // a leader that was cut off decides as well, by what stood then; that its write is refused is the store's part
 		w.count("turns of an old leader")
 		Next(Situation{Now: w.now, Unit: w.unit, Record: w.records[w.rng.IntN(len(w.records))], Nodes: w.seenBy, Ranks: &w.ranks})
-	case 17: // another takes over: it remembers nothing, and its first read of the fleet may be older than the last one's
+	case 17: // another takes over: it remembers nothing, and reads what stands from the store's leader
 		w.count("leaders replaced")
 		w.ranks = Ranks{}
-		if w.seenBy, w.older = w.older, w.seenBy; w.seenBy == nil || w.chance(0.5) {
-			w.look()
-		}
+		w.look()
 		w.mirror("")
 	default:
 		w.act(n, false)
@@ -301,8 +300,9 @@ func (w *world) event() {
 
 // look brings the mirror's view of the fleet up to date.
 func (w *world) look() {
-	w.older, w.seenBy = w.seenBy, nil
+	w.seenBy, w.live = w.seenBy[:0:0], make([]bool, w.names+1)
 	for _, n := range w.nodes {
+		w.live[n.number] = !n.left && !n.gone && !n.report.Pinned
 		if !n.left {
 			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Report: n.report})
 		}
@@ -344,6 +344,7 @@ func (w *world) mirror(order string) (again time.Time) {
 		return m.Again
 	}
 	w.records = append(w.records, m.Record)
+	w.lived = append(w.lived, w.live)
 	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseHalted {
 		w.ended++
 	}
@@ -352,24 +353,10 @@ func (w *world) mirror(order string) (again time.Time) {
 			n.free = true
 		}
 	}
-	if p := m.Record.Rollout; p == nil || p.Cutoff == math.MaxUint64 && p.Phase == deployments.PhaseRolling {
-		w.uncount() // all that the mirror knew of are admitted, so that those that boot go to the target at once
-	}
 	if w.keep {
 		w.say("mirror %q: %s", order, brief(m.Record))
 	}
 	return m.Again
-}
-
-// uncount frees the nodes that joined since the mirror last looked: no budget can count who isn't known yet.
-func (w *world) uncount() {
-	known := make(map[string]bool, len(w.seenBy))
-	for i := range w.seenBy {
-		known[w.seenBy[i].Name] = true
-	}
-	for _, n := range w.nodes {
-		n.free = n.free || !known[n.name]
-	}
 }
 
 func brief(r deployments.Record) string {
@@ -438,7 +425,9 @@ func (w *world) act(n *member, promptly bool) {
 			w.count("failures")
 			w.say("%s fails on %s", n.name, n.going.URL)
 			n.failed[n.going.Digest] = claim
-			n.going, n.free = deployments.Pointer{}, false
+			n.going = deployments.Pointer{}
+			// Who came back with what no part of the record names goes on to stable: no record can keep it where it is.
+			n.free = n.free && n.running.Digest != r.Stable.Digest && (r.Rollout == nil || !partOf(&r, n.running.Digest))
 		default:
 			w.count("switches")
 			w.say("%s runs %s", n.name, n.going.URL)
@@ -447,6 +436,9 @@ func (w *world) act(n *member, promptly bool) {
 		}
 	case d.Target != n.running && n.failed[d.Target.Digest] != claim:
 		n.going, n.hangs = d.Target, w.chance(0.05)
+		if lived := w.lived[n.seen]; n.number >= len(lived) || !lived[n.number] {
+			n.free = true // no budget can count who wasn't known to take part
+		}
 		w.say("%s begins to switch to %s, by generation %d", n.name, d.Target.URL, r.Generation)
 		w.admitted(n, r)
 		if promptly {
