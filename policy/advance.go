@@ -135,7 +135,7 @@ func (m *mover) straggles(u *deployments.UnitReport, i int, over [][]uint64) boo
 		}
 		switch {
 		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.Back:
-		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest):
+		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest) && u.Generation >= o.Generation:
 		default:
 			return true
 		}

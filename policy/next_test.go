@@ -147,7 +147,7 @@ func TestNextSupersedes(t *testing.T) {
 	if m.Record.Target != release("v3") || m.Record.Stable != was.Stable || m.Record.Generation != 3 || p == nil {
 		t.Fatalf("record %+v, want v3 over v1 as generation 3", m.Record)
 	}
-	if want := (deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff}); len(p.Over) != 1 || p.Over[0] != want || p.Cutoff != 0 {
+	if want := (deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}); len(p.Over) != 1 || p.Over[0] != want || p.Cutoff != 0 {
 		t.Fatalf("over %+v, cutoff %d; want %+v, and nobody admitted yet", p.Over, p.Cutoff, want)
 	}
 	s.Record = m.Record

@@ -147,9 +147,9 @@ func (m *mover) begin() {
 // over lists the targets that nodes may run, or be on their way to, beside what a record's successor names: its own, and those that
 // it had replaced. What no node has to do with any more is forgotten.
 func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
-	own := deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff}
+	own := deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}
 	if was.Rollout.Phase == deployments.PhaseBack {
-		own.Cutoff = 0 // what it had admitted stands in its Over
+		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Over
 	}
 	for _, o := range append([]deployments.Replaced{own}, was.Rollout.Over...) {
 		ranks, used := m.Ranks.of(o.Digest, m.Nodes).ranks, false
@@ -166,7 +166,8 @@ func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
 		}
 		o.Back = o.Back || was.Rollout.Phase == deployments.PhaseBack
 		if i := slices.IndexFunc(over, func(x deployments.Replaced) bool { return x.Digest == o.Digest }); i >= 0 {
-			over[i].Cutoff, over[i].Back = max(over[i].Cutoff, o.Cutoff), over[i].Back || o.Back
+			x := &over[i]
+			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
 			continue
 		}
 		over = append(over, o)
