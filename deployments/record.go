@@ -54,7 +54,7 @@ type Replaced struct {
 	Digest Digest `json:"digest"`
 	Cutoff uint64 `json:"cutoff,string"`
 	// Generation is of the last record that let nodes begin it: a node on which it had failed earlier may have tried it once more.
-	Generation uint64 `json:"generation,omitempty"`
+	Generation int64 `json:"generation,omitempty"`
 	// Back is set where its nodes had been told to go back to stable, and may be on their way.
 	Back bool `json:"back,omitempty"`
 }
