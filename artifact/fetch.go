@@ -38,7 +38,7 @@ type base struct {
 // fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier call left in
 // dir is kept where its hash is right, and removed where not. Nothing is synced. The base is only read; where it is not what it
 // should be, it is passed over, file by file.
-func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (data []byte, err error) {
+func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (encoded []byte, err error) {
 	if m.Index == nil {
 		return nil, fmt.Errorf("fetch %s: the manifest names no index", m.Src)
 	}
@@ -48,7 +48,7 @@ func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Ma
 		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
 	}
 	f.meter.done()
-	return f.data, nil
+	return f.index.encode(), nil // as it was: there is one encoding of an index
 }
 
 // fetch is one call of fetchIndexed.
@@ -57,7 +57,6 @@ type fetch struct {
 	manifest *deployments.Manifest
 	meter    *meter
 
-	data  []byte // the index, encoded
 	index *index
 	tree  *builder
 	old   *source // nil: none
@@ -173,7 +172,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			}
 			x, err := f.decode(data)
 			if err == nil {
-				f.data, f.index, f.delta = data, x, delta
+				f.index, f.delta = x, delta
 				return nil
 			}
 			f.fallBack("the delta can't be used", "error", err)
@@ -183,7 +182,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	if base != nil && base.digest == m.Index.SHA256 { // the same tree
 		x, err := f.decode(base.index)
 		if err == nil {
-			f.data, f.index = base.index, x
+			f.index = x
 			return nil
 		}
 		f.fallBack("the old release's index can't be used", "error", err)
@@ -201,7 +200,6 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			continue // as with a frame, it may have been spoiled on the way
 		}
 		f.meter.add(int64(len(data)))
-		f.data = data
 		return err
 	}
 }
@@ -375,9 +373,15 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	group, ctx := errgroup.WithContext(ctx)
 	todo := make(chan span)
 	frames := make(chan fetched)
-	buffers := make(chan []byte, readers+2*cores) // all that there ever are
+	var encoded, decoded int64
+	for i, want := range wanted {
+		if want {
+			encoded, decoded = max(encoded, f.index.frames[i].size), max(decoded, f.index.frames[i].length)
+		}
+	}
+	buffers := make(chan []byte, readers+cores) // all that there ever are
 	for range cap(buffers) {
-		buffers <- nil
+		buffers <- nil // until it is needed
 	}
 	group.Go(func() error {
 		defer close(todo)
@@ -417,10 +421,10 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 				return err
 			}
 			defer decoder.Close()
-			var raw []byte
+			raw := make([]byte, 0, decoded)
 			for job := range frames {
 				fr := &f.index.frames[job.frame]
-				raw, err = decoder.DecodeAll(job.data, slices.Grow(raw[:0], int(fr.length)))
+				raw, err = decoder.DecodeAll(job.data, raw[:0])
 				if err != nil || int64(len(raw)) != fr.length {
 					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame, fr.length, err)
 				}

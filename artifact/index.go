@@ -240,9 +240,12 @@ func decodeIndex(data []byte) (*index, error) {
 	return x, nil
 }
 
+const pathsAtOnce = 64 << 10
+
 // decodeEntries returns where the last file's content ends in the tar stream.
 func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 	var last []byte
+	var paths strings.Builder // of many entries in one piece of memory
 	var tree int64
 	dirs := []string{""} // the directories that the next entry may lie in
 	for i := range x.entries {
@@ -255,7 +258,12 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			return 0, fmt.Errorf("entry %d: %w", i, r.err)
 		}
 		last = append(last[:shared], suffix...)
-		e.path = string(last)
+		if paths.Cap()-paths.Len() < len(last) {
+			paths = strings.Builder{}
+			paths.Grow(min(len(r.rest), pathsAtOnce) + len(last))
+		}
+		paths.Write(last)
+		e.path = paths.String()[paths.Len()-len(last):]
 		e.mode = fs.FileMode(mode & 0o777)
 		if mode&0o1000 != 0 {
 			e.mode |= fs.ModeSticky

@@ -231,7 +231,7 @@ func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Ma
 	if err := f.run(ctx, new, dir); err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
 	}
-	return f.data, nil
+	return f.index.encode(), nil
 }
 
 // costsOf gives what a node that runs an old release fetches to come to the new one, with a delta of so many bytes and without.

@@ -137,23 +137,32 @@ func writeVersion(t testing.TB, dir, version string) {
 // whole reads what dest holds, and fails unless it is all of one version.
 func whole(dest string) error {
 	for {
-		led, _ := os.Readlink(dest)
-		root, err := os.OpenRoot(dest)
+		root, err := through(dest, os.OpenRoot)
 		if err != nil {
-			// Between the two halves of following a link, the release that it led to may be switched away from and pruned.
-			if now, gone := os.Readlink(dest); gone == nil && now != led {
-				continue
-			}
 			return err
 		}
 		err = readParts(root)
 		opened, openedErr := root.Stat(".")
-		now, nowErr := os.Stat(dest)
+		now, nowErr := through(dest, os.Stat)
 		root.Close()
 		if err == nil || openedErr != nil || nowErr != nil || os.SameFile(opened, now) {
 			return errors.Join(err, openedErr, nowErr)
 		}
 		// It was switched while it was read, and the old one perhaps removed: read again.
+	}
+}
+
+// through follows dest. Between the two halves of that, the release that it led to may be switched away from and pruned.
+func through[T any](dest string, follow func(string) (T, error)) (T, error) {
+	for {
+		led, _ := os.Readlink(dest)
+		got, err := follow(dest)
+		if err != nil {
+			if now, gone := os.Readlink(dest); gone == nil && now != led {
+				continue
+			}
+		}
+		return got, err
 	}
 }
 
