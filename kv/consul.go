@@ -18,6 +18,7 @@ const requestTimeout = 15 * time.Second
 // consulStore is the Store in Consul KV.
 type consulStore struct {
 	client *api.Client
+	config api.Config // the client's, with its HTTP client
 	tokens *tokenSource
 	addr   string // for people
 	prefix string // ends in "/"
@@ -60,7 +61,7 @@ func openConsul(c Config) (*consulStore, error) {
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
 	}
-	return &consulStore{client: client, tokens: tokens, addr: addr, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
+	return &consulStore{client: client, config: *config, tokens: tokens, addr: addr, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
 }
 
 func (s *consulStore) String() string {

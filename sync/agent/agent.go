@@ -174,7 +174,7 @@ func New(c Config) (_ *Agent, err error) {
 		}
 		a.roles = append(a.roles, r)
 	}
-	a.drains = newDrains(c.Maintenance, c.Log)
+	a.drains = newDrains(c.Maintenance, a.converged, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, fmt.Errorf("listening for /ready and /status: %w", err)

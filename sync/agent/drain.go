@@ -17,17 +17,19 @@ const drainWait = 5 * time.Second
 // drains knows which units are drained, and keeps the node's maintenance mode in step with that.
 type drains struct {
 	maintenance func(ctx context.Context, on bool, reason string) error
+	converged   <-chan struct{} // from then on a node that isn't drained is in service
 	log         *slog.Logger
 	changed     chan struct{} // holds one
 
 	mu    sync.Mutex
 	units []deployments.UnitID
-	on    bool          // maintenance mode, as far as is known: only what was turned on is turned off
+	on    bool          // maintenance mode, as it was turned last
+	known bool          // false at the start: a run before this one may have been killed while it was on
 	done  chan struct{} // closed, and made anew, when on changes
 }
 
-func newDrains(maintenance func(ctx context.Context, on bool, reason string) error, log *slog.Logger) *drains {
-	return &drains{maintenance: maintenance, log: log, changed: make(chan struct{}, 1), done: make(chan struct{})}
+func newDrains(maintenance func(ctx context.Context, on bool, reason string) error, converged <-chan struct{}, log *slog.Logger) *drains {
+	return &drains{maintenance: maintenance, converged: converged, log: log, changed: make(chan struct{}, 1), done: make(chan struct{})}
 }
 
 // set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not for long.
@@ -74,7 +76,7 @@ func (d *drains) list() []deployments.UnitID {
 }
 
 // run turns maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance mode: it has
-// not become healthy.
+// not become healthy. The next run ends that.
 func (d *drains) run(ctx context.Context) {
 	if d.maintenance == nil {
 		return
@@ -82,20 +84,28 @@ func (d *drains) run(ctx context.Context) {
 	var retry backOff
 	for {
 		d.mu.Lock()
-		want, on := len(d.units) > 0, d.on
+		want, on, known := len(d.units) > 0, d.on, d.known
 		var names []string
 		for _, u := range d.units {
 			names = append(names, u.String())
 		}
 		d.mu.Unlock()
 		var again <-chan time.Time
-		if want != on {
+		var converged <-chan struct{}
+		if !known && !want { // what a run before this one left on ends when the node is well, not before
+			select {
+			case <-d.converged:
+			default:
+				converged = d.converged
+			}
+		}
+		if converged == nil && (want != on || !known) {
 			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
 			switch {
 			case err == nil:
 				retry.reset()
 				d.mu.Lock()
-				d.on = want
+				d.on, d.known = want, true
 				close(d.done)
 				d.done = make(chan struct{})
 				d.mu.Unlock()
@@ -111,6 +121,7 @@ func (d *drains) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-d.changed:
+		case <-converged:
 		case <-again:
 		}
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -17,13 +18,14 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var calls []bool
 		var away atomic.Bool
+		converged := make(chan struct{})
 		d := newDrains(func(_ context.Context, on bool, _ string) error {
 			if away.Load() {
 				return errors.New("consul is away")
 			}
 			calls = append(calls, on)
 			return nil
-		}, quiet())
+		}, converged, quiet())
 		go d.run(ctx)
 		app, base := deployments.UnitID{Unit: "app"}, deployments.UnitID{Unit: "base"}
 		set := func(id deployments.UnitID, on bool) time.Duration {
@@ -72,4 +74,41 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		cancel()
 		synctest.Wait()
 	})
+}
+
+// Killed while the node was in maintenance mode, the next run ends that: when the node has converged, and not before.
+func TestMaintenanceOfARunBefore(t *testing.T) {
+	t.Parallel()
+	for _, drained := range []bool{false, true} { // whether what was cut off is gone through again
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			var calls []bool
+			converged := make(chan struct{})
+			d := newDrains(func(_ context.Context, on bool, _ string) error { calls = append(calls, on); return nil }, converged, quiet())
+			go d.run(ctx)
+			time.Sleep(time.Hour)
+			if len(calls) > 0 {
+				t.Fatalf("before the node was well, maintenance was turned %v", calls)
+			}
+			var want []bool
+			if drained {
+				for _, on := range []bool{true, false} {
+					if err := d.set(ctx, deployments.UnitID{Unit: "app"}, on); err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait()
+				}
+				want = []bool{true, false}
+			} else {
+				want = []bool{false}
+			}
+			close(converged)
+			synctest.Wait()
+			if !slices.Equal(calls, want) {
+				t.Errorf("drained again %v: maintenance was turned %v, want %v", drained, calls, want)
+			}
+			cancel()
+			synctest.Wait()
+		})
+	}
 }
