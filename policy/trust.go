@@ -15,7 +15,8 @@ import (
 // Namespaces of SSH signatures: a signature made for one thing is worth nothing for another.
 const (
 	ManifestNamespace = "kedge-manifest" // ssh-keygen -Y sign -n kedge-manifest
-	commitNamespace   = "git"            // what git itself uses
+	SnapshotNamespace = "kedge-snapshot"
+	commitNamespace   = "git" // what git itself uses
 )
 
 // ErrUntrusted is what signatures fail with that are missing, not good, or made by nobody who may.
@@ -122,6 +123,11 @@ func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (prin
 		return "", fmt.Errorf("%w: the manifest has no signature", ErrUntrusted)
 	}
 	return s.verify(manifest, signature, ManifestNamespace, now)
+}
+
+// VerifySnapshot checks the signature of a snapshot of the desired state, as a mirror makes it.
+func (s Signers) VerifySnapshot(snapshot, signature []byte, now time.Time) (principal string, err error) {
+	return s.verify(snapshot, signature, SnapshotNamespace, now)
 }
 
 // VerifyCommit checks the signature that git made over a commit's payload, which is the commit without its gpgsig header.

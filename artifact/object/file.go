@@ -64,7 +64,7 @@ const putPrefix = ".kedge-"
 // putPiece is what put writes between two looks at its context, in bytes.
 const putPiece = 4 << 20
 
-// put writes aside, syncs, and links the file to its name, which fails where one is: never over another's.
+// put writes aside, syncs, and links the file to its name, which fails where one is: never over another's, unless it replaces it.
 func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)
@@ -95,7 +95,11 @@ func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err 
 	if err := errors.Join(f.Chmod(0o644), f.Sync()); err != nil {
 		return err
 	}
-	if err := os.Link(f.Name(), u.Path); errors.Is(err, fs.ErrExist) {
+	link := os.Link
+	if b.replace {
+		link = os.Rename
+	}
+	if err := link(f.Name(), u.Path); errors.Is(err, fs.ErrExist) {
 		return errOccupied
 	} else if err != nil {
 		return err

@@ -70,7 +70,9 @@ func (s *gsStore) put(ctx context.Context, u *url.URL, b *body, contentType stri
 	if err != nil {
 		return err
 	}
-	h.Set("X-Goog-If-Generation-Match", "0")
+	if !b.replace {
+		h.Set("X-Goog-If-Generation-Match", "0")
+	}
 	if contentType != "" {
 		h.Set("Content-Type", contentType)
 	}

@@ -82,7 +82,7 @@ type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
 	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error)
-	// put writes where nothing is, else errOccupied.
+	// put writes where nothing is, else errOccupied; or, where the body says so, over what is there, in one step.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 
@@ -418,6 +418,7 @@ type body struct {
 	io.ReaderAt
 	size     int64
 	progress func(int64)
+	replace  bool // whatever is there
 }
 
 func (b *body) reader() *io.SectionReader { return io.NewSectionReader(b.ReaderAt, 0, b.size) }
@@ -450,6 +451,22 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		return fmt.Errorf("%s: %w", url, err)
 	}
 	b.progress(size)
+	return nil
+}
+
+// Replace writes a small object, of at most 16 MiB, over whatever is there. Readers see the old or the new one, never a part.
+func (c *Client) Replace(ctx context.Context, url string, data []byte, contentType string) error {
+	s, u, err := c.store(ctx, url)
+	if err != nil {
+		return err
+	}
+	if len(data) > partSize {
+		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step", url, len(data), partSize)
+	}
+	b := &body{ReaderAt: bytes.NewReader(data), size: int64(len(data)), progress: func(int64) {}, replace: true}
+	if err := c.retry(ctx, "replace "+url, func() error { return s.put(ctx, u, b, contentType) }); err != nil {
+		return fmt.Errorf("%s: %w", url, err)
+	}
 	return nil
 }
 

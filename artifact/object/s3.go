@@ -163,7 +163,10 @@ func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType stri
 	if b.size > partSize {
 		return s.putParts(ctx, u, b, contentType)
 	}
-	in := &s3.PutObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Body: b.reader(), ContentLength: &b.size, IfNoneMatch: aws.String("*")}
+	in := &s3.PutObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Body: b.reader(), ContentLength: &b.size}
+	if !b.replace {
+		in.IfNoneMatch = aws.String("*")
+	}
 	if contentType != "" {
 		in.ContentType = &contentType
 	}

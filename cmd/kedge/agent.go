@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -18,8 +19,10 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/agent"
+	"kedge/sync/ec2"
 )
 
 func (a *app) agentCommand() *cobra.Command {
@@ -65,6 +68,14 @@ finishes or takes back what it had begun.`,
 	f.Bool("no-commands", false, "refuse releases with commands")
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool("allow-older-pins", false, "with --signers, let pins go back to releases older than the one that this node has settled on")
+	f.Bool("maintenance", false, "have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
+	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
+	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
+	f.Duration("snapshot-max-age", 72*time.Hour, "take none that is older (the mirror writes it anew every hour)")
+	f.Bool("ec2", false, "take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles")
+	f.String("lifecycle-hook", "", "complete this AutoScaling `hook`: CONTINUE after the first convergence, ABANDON after --lifecycle-timeout")
+	f.Duration("lifecycle-timeout", 15*time.Minute, "give an instance up that has not converged after this long")
+	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
 	f.Duration("verify-every", 24*time.Hour, "compare live trees with their indexes this often; 0: never")
@@ -93,6 +104,11 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 			*into = list(v)
 		}
 	}
+	boolean := func(name string, into *bool) {
+		if v, ok := text(name); ok {
+			*into = v != "false" && v != "0"
+		}
+	}
 	duration := func(name string, into *time.Duration) {
 		v, ok := text(name)
 		if !ok {
@@ -115,13 +131,17 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	strs("sources", &c.Sources)
 	strs("dests", &c.Dests)
 	strs("users", &c.Users)
-	if v, ok := text("no-commands"); ok {
-		c.NoCommands = v != "false" && v != "0"
-	}
+	boolean("no-commands", &c.NoCommands)
 	str("signers", &c.Signers)
-	if v, ok := text("allow-older-pins"); ok {
-		c.AllowOlderPins = v != "false" && v != "0"
-	}
+	boolean("allow-older-pins", &c.AllowOlderPins)
+	boolean("maintenance", &c.Maintenance)
+	str("snapshot", &c.Snapshot)
+	str("snapshot-signers", &c.SnapshotSigners)
+	duration("snapshot-max-age", &c.SnapshotMaxAge)
+	boolean("ec2", &c.EC2)
+	str("lifecycle-hook", &c.LifecycleHook)
+	duration("lifecycle-timeout", &c.LifecycleTimeout)
+	str("autoscaling-group", &c.AutoScalingGroup)
 	str("max-bandwidth", &c.MaxBandwidth)
 	duration("start-delay", &c.StartDelay)
 	duration("verify-every", &c.VerifyEvery)
@@ -133,6 +153,19 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	log, err := a.logger()
 	if err != nil {
 		return err
+	}
+	if conf.EC2 && (conf.Stage == "" || len(conf.Roles) == 0) {
+		instance, err := ec2.Describe(ctx)
+		if err != nil {
+			return fmt.Errorf("this node's stage and roles: %w", err)
+		}
+		conf.Stage = cmp.Or(conf.Stage, instance.Tags[ec2.TagStage])
+		if len(conf.Roles) == 0 {
+			conf.Roles = list(instance.Tags[ec2.TagRoles])
+		}
+		if conf.Stage == "" || len(conf.Roles) == 0 {
+			return fmt.Errorf("this node's stage and roles: the instance %s needs the tags %s and %s, as in prod and web", instance.ID, ec2.TagStage, ec2.TagRoles)
+		}
 	}
 	if conf.Stage == "" || len(conf.Roles) == 0 {
 		return usagef("this node's stage and roles are not set: give --stage and --roles, KEDGE_STAGE and KEDGE_ROLES, or %s", defaultAgentConfig)
@@ -159,6 +192,18 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	if err != nil {
 		return err
 	}
+	snapshot, err := snapshotReader(conf.Snapshot, conf.SnapshotSigners, conf.SnapshotMaxAge, objects, log)
+	if err != nil {
+		return usageError{err}
+	}
+	var maintenance func(context.Context, bool, string) error
+	if conf.Maintenance {
+		maintainer, ok := store.(kv.Maintainer)
+		if !ok {
+			return usagef("maintenance mode is Consul's: %s has none", store)
+		}
+		maintenance = maintainer.Maintain
+	}
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	node, err := agent.New(agent.Config{
@@ -167,6 +212,8 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 		Bounds:         policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
 		Trust:          trust,
 		AllowOlderPins: conf.AllowOlderPins,
+		Maintenance:    maintenance,
+		Snapshot:       snapshot,
 		Listen:         conf.Listen,
 		StartDelay:     conf.StartDelay,
 		VerifyEvery:    conf.VerifyEvery,
@@ -184,7 +231,31 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 	defer stop()
 	go supervised(notify, node, conf.ReadyTimeout, log)
 	go retryOnHangup(notify, node, log)
+	if conf.LifecycleHook != "" {
+		go completeHook(notify, conf, node.Converged(), log)
+	}
 	return node.Run(ctx)
+}
+
+// completeHook tells AutoScaling of this instance. That it can't is no reason not to serve.
+func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
+	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
+	for began := time.Now(); ; {
+		var err error
+		if hook.Instance, err = ec2.Describe(ctx); err == nil || hook.Instance.ID != "" && hook.Group != "" { // then tags are not needed
+			hook.Timeout = max(time.Second, conf.LifecycleTimeout-time.Since(began))
+			break
+		}
+		log.Error("the lifecycle hook can't be completed yet", "hook", hook.Name, "error", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(10 * time.Second):
+		}
+	}
+	if err := hook.Run(ctx, converged); err != nil && ctx.Err() == nil {
+		log.Error("the lifecycle hook is not completed", "error", err)
+	}
 }
 
 // retryOnHangup lets every release that failed here be tried once more when SIGHUP comes (systemctl reload kedge-agent).

@@ -30,6 +30,20 @@ type agentConfig struct {
 	// AllowOlderPins has effect with Signers only.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 
+	// Maintenance has the node's maintenance mode in Consul on while a unit is drained; it takes node:write.
+	Maintenance bool `yaml:"maintenance"`
+
+	// Snapshot is the object that the mirror keeps, for a first boot while the store is away.
+	Snapshot        string        `yaml:"snapshot"`
+	SnapshotSigners string        `yaml:"snapshot_signers"`
+	SnapshotMaxAge  time.Duration `yaml:"snapshot_max_age"`
+
+	// EC2 takes stage and roles, where nothing else gives them, from the instance's tags.
+	EC2              bool          `yaml:"ec2"`
+	LifecycleHook    string        `yaml:"lifecycle_hook"`
+	LifecycleTimeout time.Duration `yaml:"lifecycle_timeout"`
+	AutoScalingGroup string        `yaml:"autoscaling_group"`
+
 	MaxBandwidth string        `yaml:"max_bandwidth"`
 	StartDelay   time.Duration `yaml:"start_delay"`
 	VerifyEvery  time.Duration `yaml:"verify_every"`

@@ -9,11 +9,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 
+	"kedge/artifact/object"
 	"kedge/sync/mirror"
 )
 
 func (a *app) mirrorCommand() *cobra.Command {
 	var c mirror.Config
+	var snapshot, snapshotKey string
 	command := &cobra.Command{
 		Use:   "mirror REPO",
 		Short: "Copy a deployments repo to the store: the daemon beside Consul",
@@ -36,6 +38,9 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 				return err
 			}
 			defer store.Close()
+			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, object.New(object.Config{Log: log})); err != nil {
+				return err
+			}
 			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()
 			c.Metrics = prometheus.NewRegistry()
 			c.Metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -57,6 +62,8 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"), "known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
 	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"), "allowed_signers `file`: with it, a commit without a signature by one of them is refused")
 	f.StringVar(&c.CacheDir, "cache-dir", os.Getenv("CACHE_DIRECTORY"), "`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)")
+	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"), "`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
+	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
 	return command
 }

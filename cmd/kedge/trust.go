@@ -20,16 +20,9 @@ import (
 
 // manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does; signed checks that the same key made a signature.
 func manifestSigner(keyFile string) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
-	pem, err := os.ReadFile(keyFile)
+	key, err := readSigningKey(keyFile)
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading the signing key: %w", err)
-	}
-	key, err := ssh.ParsePrivateKey(pem)
-	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, nil, hintError{fmt.Errorf("the signing key %s has a passphrase", keyFile), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
-	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("the signing key %s: %w", keyFile, err)
+		return nil, nil, err
 	}
 	ours, err := policy.ParseSigners(append([]byte("this-key "), ssh.MarshalAuthorizedKey(key.PublicKey())...))
 	if err != nil {
@@ -47,6 +40,22 @@ func manifestSigner(keyFile string) (sign func(manifest []byte) ([]byte, error),
 		return err
 	}
 	return sign, signed, nil
+}
+
+// readSigningKey reads an SSH private key without a passphrase.
+func readSigningKey(file string) (ssh.Signer, error) {
+	pem, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("reading the signing key: %w", err)
+	}
+	key, err := ssh.ParsePrivateKey(pem)
+	if errors.As(err, new(*ssh.PassphraseMissingError)) {
+		return nil, hintError{fmt.Errorf("the signing key %s has a passphrase", file), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the signing key %s: %w", file, err)
+	}
+	return key, nil
 }
 
 // trustSigners gives the check that an agent makes of every manifest before it uses it: its signature, which lies beside it as

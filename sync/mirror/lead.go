@@ -558,6 +558,9 @@ func (l *leader) done(w write, now time.Time) {
 	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target, "generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
 }
 
+// snapshotEvery is how often a snapshot is written anew though nothing changed: readers bound its age.
+const snapshotEvery = time.Hour
+
 // keepSnapshot hands the newest records to Config.Snapshot, until it takes them.
 func (l *leader) keepSnapshot(ctx context.Context) error {
 	retry := newBackOff(time.Second, time.Minute)
@@ -579,6 +582,7 @@ func (l *leader) keepSnapshot(ctx context.Context) error {
 			}
 			failed = false
 			retry.Reset()
+			again = time.After(snapshotEvery)
 		case ctx.Err() == nil:
 			if !failed {
 				l.c.Log.Warn("the snapshot of the desired state can't be written", "error", err)

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hiddeco/sshsig"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// snapshotWriter gives what a mirror does with the records of desired/: it keeps them as one signed object.
+func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.Context, []kv.Entry) error, error) {
+	if url == "" {
+		return nil, nil
+	}
+	if keyFile == "" {
+		return nil, hintError{errors.New("--snapshot needs --snapshot-key: nodes take none that isn't signed"), "ssh-keygen -t ed25519 -N '' -f snapshot.key"}
+	}
+	key, err := readSigningKey(keyFile)
+	if err != nil {
+		return nil, err
+	}
+	sign := func(text []byte) ([]byte, error) {
+		signature, err := sshsig.Sign(bytes.NewReader(text), key, sshsig.HashSHA512, policy.SnapshotNamespace)
+		if err != nil {
+			return nil, fmt.Errorf("signing the snapshot: %w", err)
+		}
+		return sshsig.Armor(signature), nil
+	}
+	return func(ctx context.Context, desired []kv.Entry) error {
+		s := deployments.Snapshot{URL: url, At: time.Now().UTC().Truncate(time.Second), Records: map[string]string{}}
+		for _, e := range desired {
+			s.Records[e.Key] = string(e.Value)
+		}
+		data, err := s.Encode(sign)
+		if err != nil {
+			return err
+		}
+		return objects.Replace(ctx, url, data, "application/json")
+	}, nil
+}
+
+// snapshotAhead is how far a mirror's clock may be ahead of a node's.
+const snapshotAhead = 10 * time.Minute
+
+// snapshotReader gives an agent's way to the snapshot: signed by one of those in the file, made for this URL, and no older than
+// maxAge, which bounds what whoever can write the object gets from an old one.
+func snapshotReader(url, signersFile string, maxAge time.Duration, objects *object.Client, log *slog.Logger) (func(context.Context) ([]kv.Entry, error), error) {
+	if url == "" {
+		return nil, nil
+	}
+	if signersFile == "" {
+		return nil, errors.New("snapshot needs snapshot_signers: whoever can write the object would decide what this node runs")
+	}
+	text, err := os.ReadFile(signersFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading the snapshot's signers: %w", err)
+	}
+	signers, err := policy.ParseSigners(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", signersFile, err)
+	}
+	return func(ctx context.Context) ([]kv.Entry, error) {
+		data, err := objects.ReadAll(ctx, url, deployments.MaxSnapshot)
+		if err != nil {
+			return nil, err
+		}
+		now, who := time.Now(), ""
+		s, err := deployments.ParseSnapshot(data, func(text, signature []byte) (err error) {
+			who, err = signers.VerifySnapshot(text, signature, now)
+			return err
+		})
+		switch {
+		case err != nil:
+			return nil, fmt.Errorf("%s: %w", url, err)
+		case s.URL != url:
+			return nil, fmt.Errorf("%s: the snapshot was made for %s", url, s.URL)
+		case now.Sub(s.At) > maxAge:
+			return nil, fmt.Errorf("%s: the snapshot is of %s, %v old, and snapshot_max_age is %v", url, s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
+		case s.At.Sub(now) > snapshotAhead:
+			return nil, fmt.Errorf("%s: the snapshot is of %s, which has yet to come by this node's clock", url, s.At.Format(time.RFC3339))
+		}
+		var entries []kv.Entry
+		for key, record := range s.Records {
+			if strings.HasPrefix(key, kv.DesiredPrefix) { // it speaks of nothing else: pins and orders are for those who are there
+				entries = append(entries, kv.Entry{Key: key, Value: []byte(record)})
+			}
+		}
+		slices.SortFunc(entries, func(a, b kv.Entry) int { return strings.Compare(a.Key, b.Key) })
+		log.Info("the snapshot is signed", "url", url, "by", who, "of", s.At, "records", len(entries))
+		return entries, nil
+	}, nil
+}

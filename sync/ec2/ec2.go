@@ -1,0 +1,175 @@
+// Package ec2 is what an agent has to do with Amazon EC2: it reads what the instance is for from its tags, and tells AutoScaling
+// when the instance is ready, or will not be.
+//
+// Instance metadata is asked by IMDSv2 alone. Tags are there only where the instance was launched with InstanceMetadataTags enabled,
+// so that no node needs ec2:DescribeTags. A lifecycle hook needs autoscaling:CompleteLifecycleAction and
+// autoscaling:RecordLifecycleActionHeartbeat on the instance's own group.
+package ec2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/feature/ec2/imds"
+	"github.com/aws/aws-sdk-go-v2/service/autoscaling"
+	"github.com/aws/smithy-go"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+	"github.com/cenkalti/backoff/v5"
+)
+
+// Tags of an instance that say what it is for.
+const (
+	TagStage = "kedge:stage"
+	TagRoles = "kedge:roles" // separated by commas or spaces
+	// tagGroup is set by AutoScaling itself.
+	tagGroup = "aws:autoscaling:groupName"
+)
+
+// Instance is what the metadata service says of the machine.
+type Instance struct {
+	ID, Region string
+	Tags       map[string]string
+}
+
+// Describe asks the metadata service, for 10 s at most. AWS_EC2_METADATA_SERVICE_ENDPOINT says where another one is.
+func Describe(ctx context.Context) (Instance, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	cfg, err := config.LoadDefaultConfig(ctx)
+	if err != nil {
+		return Instance{}, fmt.Errorf("reading AWS's configuration: %w", err)
+	}
+	client := imds.NewFromConfig(cfg, func(o *imds.Options) { o.EnableFallback = aws.FalseTernary })
+	i := Instance{Tags: map[string]string{}}
+	doc, err := client.GetInstanceIdentityDocument(ctx, nil)
+	if err != nil {
+		return i, fmt.Errorf("asking for the instance's metadata: %w", err)
+	}
+	i.ID, i.Region = doc.InstanceID, doc.Region
+	names, err := get(ctx, client, "tags/instance")
+	if response := new(smithyhttp.ResponseError); errors.As(err, &response) && response.HTTPStatusCode() == http.StatusNotFound {
+		return i, fmt.Errorf("the metadata of %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in the file", i.ID)
+	}
+	if err != nil {
+		return i, fmt.Errorf("asking for the names of the instance's tags: %w", err)
+	}
+	for name := range strings.Lines(names) {
+		name = strings.TrimSpace(name)
+		if i.Tags[name], err = get(ctx, client, "tags/instance/"+name); err != nil {
+			return i, fmt.Errorf("asking for the instance's tag %s: %w", name, err)
+		}
+	}
+	return i, nil
+}
+
+func get(ctx context.Context, client *imds.Client, path string) (string, error) {
+	out, err := client.GetMetadata(ctx, &imds.GetMetadataInput{Path: path})
+	if err != nil {
+		return "", err
+	}
+	defer out.Content.Close()
+	data, err := io.ReadAll(io.LimitReader(out.Content, 64<<10))
+	return string(data), err
+}
+
+// Hook is a lifecycle hook that holds new instances back until it is completed: autoscaling:EC2_INSTANCE_LAUNCHING.
+type Hook struct {
+	Name     string
+	Instance Instance
+	// Group is the AutoScaling group; empty: the one that the instance's tags name.
+	Group string
+	// Timeout is after how long an instance that has not converged is given up.
+	Timeout time.Duration
+	// Beat is the time between heartbeats, by which AutoScaling's own timeout begins anew; 0: a minute.
+	Beat time.Duration
+	Log  *slog.Logger
+}
+
+// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready sooner than noted.
+const patience = 2 * time.Minute
+
+// Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over before that, so
+// that AutoScaling replaces the instance. An agent that only restarted, on an instance long in service, has no action to complete,
+// which is no error. It tries for as long as ctx lives.
+func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
+	if h.Group == "" {
+		h.Group = h.Instance.Tags[tagGroup]
+	}
+	if h.Group == "" {
+		return fmt.Errorf("lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group", h.Name, h.Instance.ID, tagGroup)
+	}
+	if h.Beat == 0 {
+		h.Beat = time.Minute
+	}
+	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region))
+	if err != nil {
+		return fmt.Errorf("lifecycle hook %s: reading AWS's configuration: %w", h.Name, err)
+	}
+	client := autoscaling.NewFromConfig(cfg)
+	beat := time.NewTicker(h.Beat)
+	defer beat.Stop()
+	late := time.After(h.Timeout)
+	for result := ""; result == ""; {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-converged:
+			result = "CONTINUE"
+		case <-late:
+			result = "ABANDON"
+		case <-beat.C:
+			_, err := client.RecordLifecycleActionHeartbeat(ctx, &autoscaling.RecordLifecycleActionHeartbeatInput{
+				AutoScalingGroupName: &h.Group, LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID})
+			if err != nil {
+				h.Log.Debug("a heartbeat of the lifecycle hook failed", "hook", h.Name, "error", err)
+			}
+			continue
+		}
+		if err := h.complete(ctx, client, result); err != nil {
+			return fmt.Errorf("lifecycle hook %s: %w", h.Name, err)
+		}
+	}
+	return nil
+}
+
+func (h Hook) complete(ctx context.Context, client *autoscaling.Client, result string) error {
+	pause := backoff.NewExponentialBackOff()
+	pause.InitialInterval, pause.MaxInterval = 500*time.Millisecond, 30*time.Second
+	for began, tries := time.Now(), 0; ; tries++ {
+		_, err := client.CompleteLifecycleAction(ctx, &autoscaling.CompleteLifecycleActionInput{AutoScalingGroupName: &h.Group,
+			LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID, LifecycleActionResult: &result})
+		switch {
+		case err == nil:
+			h.Log.Info("lifecycle hook completed", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID, "result", result)
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case noAction(err):
+			if time.Since(began) > patience {
+				h.Log.Info("AutoScaling waits for no word of this instance", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID)
+				return nil
+			}
+		case tries == 0:
+			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group, "result", result, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause.NextBackOff()):
+		}
+	}
+}
+
+// noAction reports whether AutoScaling says that the instance isn't held back by the hook: it is past that, or yet to come.
+func noAction(err error) bool {
+	var api smithy.APIError
+	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" && strings.Contains(api.ErrorMessage(), "No active Lifecycle Action")
+}
