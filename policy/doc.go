@@ -11,6 +11,9 @@
 //     fleet's root.
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest those of all
 //     the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds are what is left.
+//   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of its own, name
+//     the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one gives what was desired
+//     within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
 //     (TestVerifyCommit; TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
 //     old signed commit brought back by force).

@@ -1,4 +1,5 @@
-# What a node may do in AWS: read releases, and nothing else. It can't list the bucket, let alone write to it.
+# What a node may do in AWS: read releases, and say of its own group's instances that they are ready. It can't list the bucket, let
+# alone write to it.
 
 data "aws_partition" "current" {}
 
@@ -17,6 +18,12 @@ data "aws_iam_policy_document" "releases" {
     sid       = "ReadReleases"
     actions   = ["s3:GetObject"]
     resources = ["arn:${data.aws_partition.current.partition}:s3:::${var.release_bucket}/${var.release_prefix}*"]
+  }
+
+  statement {
+    sid       = "CompleteLifecycleHook"
+    actions   = ["autoscaling:CompleteLifecycleAction", "autoscaling:RecordLifecycleActionHeartbeat"]
+    resources = ["arn:${data.aws_partition.current.partition}:autoscaling:*:*:autoScalingGroup:*:autoScalingGroupName/${local.name}-*"]
   }
 
   dynamic "statement" {

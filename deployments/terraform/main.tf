@@ -30,13 +30,15 @@ resource "aws_launch_template" "node" {
     http_endpoint               = "enabled"
     http_tokens                 = "required"
     http_put_response_hop_limit = 1
+    # The agent (ec2: true) reads its stage and roles from the tags below, without a right to ask EC2's API for them.
+    instance_metadata_tags = "enabled"
   }
 
   user_data = base64encode(var.user_data)
 
   tag_specifications {
     resource_type = "instance"
-    tags          = { Name = local.name }
+    tags          = { Name = local.name, "kedge:stage" = var.stage, "kedge:roles" = var.role }
   }
 }
 
@@ -51,6 +53,15 @@ resource "aws_autoscaling_group" "nodes" {
   health_check_type         = length(var.target_group_arns) > 0 ? "ELB" : "EC2"
   health_check_grace_period = var.boot_seconds
   default_instance_warmup   = 60
+
+  # A new instance is in service when its agent has completed this (KEDGE_LIFECYCLE_HOOK=converged): after its first convergence. One
+  # that doesn't converge is replaced. Heartbeats keep it waiting meanwhile, so this bounds how long a dead one waits.
+  initial_lifecycle_hook {
+    name                 = "converged"
+    lifecycle_transition = "autoscaling:EC2_INSTANCE_LAUNCHING"
+    default_result       = "ABANDON"
+    heartbeat_timeout    = var.boot_seconds
+  }
 
   launch_template {
     id      = aws_launch_template.node.id
