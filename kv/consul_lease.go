@@ -15,9 +15,9 @@ import (
 
 const (
 	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds of a session
-	// leaseLockDelay is how long Consul keeps a lost lease from the next holder. Its default of 15 s protects what isn't
-	// fenced; kedge's writes are.
-	leaseLockDelay = time.Second
+	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: as good as not at all. Its default of 15 s protects
+	// what isn't fenced; kedge's writes are.
+	leaseLockDelay = time.Millisecond
 )
 
 // holderValue is what a lease's key says to people.
@@ -46,7 +46,7 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 			// Free, but not yet given away: the lock-delay.
 			pause.Reset()
 			told = false
-			err = wait(ctx, leaseLockDelay/4)
+			err = wait(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, ErrUnavailable):
@@ -68,7 +68,7 @@ func (s *consulStore) tryLease(ctx context.Context, key, holder string, value []
 		return nil, err
 	}
 	asked := time.Now()
-	session, err := s.createSession(ctx, &api.SessionEntry{
+	heart, session, err := s.leaseSession(ctx, api.SessionEntry{
 		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
 	})
 	if err != nil {
@@ -81,13 +81,31 @@ func (s *consulStore) tryLease(ctx context.Context, key, holder string, value []
 	})
 	if err != nil || !held {
 		s.destroySession(session)
+		if heart != nil {
+			heart.stop()
+		}
 		return nil, err
 	}
-	l := &consulLease{store: s, key: s.prefix + key, session: session, ttl: ttl, renewed: asked, done: make(chan struct{})}
+	l := &consulLease{store: s, key: s.prefix + key, session: session, heart: heart, ttl: ttl, renewed: asked, done: make(chan struct{})}
 	// The lease outlives the call that waited for it.
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	go l.keep()
 	return l, nil
+}
+
+// leaseSession makes a session that ends soon after its holder's last heartbeat or, where the token may not register the service for
+// that (heart is nil then), with its TTL.
+func (s *consulStore) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
+	heart, err = s.startHeartbeat(ctx)
+	if err == nil {
+		if session, err = heart.session(ctx, e); err == nil {
+			return heart, session, nil
+		}
+		heart.stop()
+	}
+	s.log.Warn("a lease without a heartbeat: should this process die, another takes over only after up to twice the lease's time", "ttl", e.TTL, "error", err)
+	session, err = s.createSession(ctx, &e)
+	return nil, session, err
 }
 
 // awaitFree returns when no session holds the key.
@@ -170,6 +188,7 @@ type consulLease struct {
 	store   *consulStore
 	key     string // with the store's prefix
 	session string
+	heart   *heartbeat // nil: none
 	ttl     time.Duration
 
 	ctx    context.Context
@@ -182,13 +201,21 @@ type consulLease struct {
 
 func (l *consulLease) Context() context.Context { return l.ctx }
 
-// left is how long the session lives for certain. Consul counts from the request's arrival, so this end comes first. The
-// wall clock counts too: the other one stands still while the machine is suspended.
+// left is how long the session lives for certain. Consul counts from the request's arrival, so this end comes first.
 func (l *consulLease) left() time.Duration {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	left := l.ttl - elapsed(l.renewed)
+	l.mu.Unlock()
+	if l.heart != nil {
+		left = min(left, l.heart.left())
+	}
+	return left
+}
+
+// elapsed is the time since then. The wall clock counts too: the other one stands still while the machine is suspended.
+func elapsed(since time.Time) time.Duration {
 	now := time.Now()
-	return l.ttl - max(now.Sub(l.renewed), now.Round(0).Sub(l.renewed.Round(0)))
+	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
 }
 
 func (l *consulLease) expired() bool {
@@ -204,6 +231,10 @@ func (l *consulLease) lose() { l.cancel(ErrLeaseLost) }
 // be renewed in time.
 func (l *consulLease) keep() {
 	defer close(l.done)
+	if l.heart != nil {
+		defer l.heart.stop()
+		go l.heart.keep(l.ctx)
+	}
 	next := l.ttl / 3
 	for {
 		// At least once a second the clock is looked at, in case it jumped.

@@ -3,6 +3,7 @@ package kv_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync/atomic"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 
+	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 )
@@ -47,6 +49,38 @@ func TestConsulLeaseOfSleeper(t *testing.T) {
 	if err := lease.Release(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// The holder of a lease is a service in the catalog, for as long as it holds it.
+func TestConsulLeaseIsAService(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	folders(t, c, "mirror/")
+	s := c.Open(c.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: c.Servers[0].Name})))
+	holders := func() int {
+		t.Helper()
+		services, _, err := c.Client().Health().Service(kv.LeaseService, "", true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(services)
+	}
+	lease, err := s.Lease(t.Context(), kv.MirrorLease, "mirror-1", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := holders(); n != 1 {
+		t.Errorf("%d healthy services while the lease is held", n)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the service is gone", func() error {
+		if n := holders(); n != 0 {
+			return fmt.Errorf("there are %d", n)
+		}
+		return nil
+	})
 }
 
 // A holder that can't renew stops by its clock, before Consul could give the lease to another.

@@ -83,7 +83,7 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 	afterStop := frozen.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 
 	killed.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterKill })
-	t.Logf("the other mirror wrote %v after the leader's death (its lease runs for 10 s, and Consul waits for up to twice that)", time.Since(began).Round(time.Millisecond))
+	t.Logf("the other mirror wrote %v after the leader's death", time.Since(began).Round(time.Millisecond))
 	frozen.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterStop })
 	for _, p := range []*pair{killed, frozen} {
 		if got := p.runs("prod/web/app", "app/2"); got.Generation != 2 {
