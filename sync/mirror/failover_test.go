@@ -27,10 +27,11 @@ type process struct {
 	log  *logBuffer
 }
 
-func startProcess(t *testing.T, name, repo string, consul *kvtest.Consul) *process {
+// startProcess starts one, which finds Consul by env.
+func startProcess(t *testing.T, name, repo string, env []string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0]), name: name, log: &logBuffer{}}
-	p.Env = append(os.Environ(), consul.Env(consul.RootToken)...)
+	p.Env = append(os.Environ(), env...)
 	p.Env = append(p.Env, "KEDGE_TEST_AS=mirror", "KEDGE_TEST_REPO="+repo, "KEDGE_TEST_NAME="+name)
 	p.Stdout, p.Stderr = p.log, p.log
 	p.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -66,9 +67,10 @@ func startPair(t *testing.T) *pair {
 	p := &pair{consul: kvtest.StartConsul(t, kvtest.ConsulOptions{}), origin: newOrigin(t)}
 	p.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	p.running = &running{tb: t, store: p.consul.Open(p.consul.RootToken), log: &logBuffer{}}
-	p.a = startProcess(t, "a", p.bare, p.consul)
+	env := p.consul.Env(p.consul.RootToken)
+	p.a = startProcess(t, "a", p.bare, env)
 	p.runs("prod/web/app", "app/1")
-	p.b = startProcess(t, "b", p.bare, p.consul)
+	p.b = startProcess(t, "b", p.bare, env)
 	return p
 }
 

@@ -1,0 +1,191 @@
+package mirror
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+	"golang.org/x/sync/errgroup"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
+	"kedge/sync/agent"
+)
+
+// fleet is many real agents in this process, each with a store and a token of its own. Their releases are commands alone, so that a
+// switch is cheap.
+type fleet struct {
+	t      *testing.T
+	id     deployments.UnitID
+	dir    string
+	agents []*agent.Agent
+
+	// As the agents drain around a switch, and with all of them that switch at the same time at most.
+	switching, most atomic.Int64
+}
+
+// release makes a release of a command.
+func (f *fleet) release(version string) deployments.Pointer {
+	f.t.Helper()
+	m := deployments.Manifest{Name: "app", Version: version, Commands: deployments.Commands{Post: []deployments.Command{{Run: ":", Timeout: time.Minute}}}}
+	data, err := m.Encode()
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	path := filepath.Join(f.dir, version+".yaml")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		f.t.Fatal(err)
+	}
+	return deployments.Pointer{URL: "file://" + path, Digest: sha256.Sum256(data)}
+}
+
+// start starts n agents, by turns on the Consul's client agents, and returns when they run.
+func (f *fleet) start(ctx context.Context, consul *kvtest.Consul, n int) (wait func()) {
+	f.t.Helper()
+	states := filepath.Join(f.dir, "states")
+	if err := os.Mkdir(states, 0o700); err != nil {
+		f.t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", states, "tmpfs", 0, "size=512m"); err != nil { // a journal that is synced costs nothing here
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() {
+		if err := syscall.Unmount(states, syscall.MNT_DETACH); err != nil {
+			f.t.Error(err)
+		}
+	})
+	f.agents = make([]*agent.Agent, n)
+	objects := object.New(object.Config{})
+	acl := consul.Client().ACL()
+	var group errgroup.Group
+	group.SetLimit(16)
+	for i := range n {
+		group.Go(func() error {
+			node, name := consul.Clients[i%len(consul.Clients)], fmt.Sprintf("web-%03d", i)
+			rules := deployments.ConsulRules("agent", deployments.RuleVars{Stage: f.id.Stage, Role: f.id.Role, Node: name}) +
+				fmt.Sprintf("session %q { policy = \"write\" }\n", node.Name)
+			policy, _, err := acl.PolicyCreate(&api.ACLPolicy{Name: name, Rules: rules}, nil)
+			if err != nil {
+				return err
+			}
+			token, _, err := acl.TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
+			if err != nil {
+				return err
+			}
+			store, err := kv.Open(ctx, kv.Config{Consul: node.Config(token.SecretID)})
+			if err != nil {
+				return err
+			}
+			f.t.Cleanup(func() { store.Close() })
+			f.agents[i], err = agent.New(agent.Config{Store: store, Node: name, Stage: f.id.Stage, Roles: []string{f.id.Role},
+				StateDir: filepath.Join(states, name), Objects: objects, Maintenance: f.maintain})
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		f.t.Fatal(err)
+	}
+	var running sync.WaitGroup
+	for _, a := range f.agents {
+		running.Go(func() {
+			if err := a.Run(ctx); err != nil && ctx.Err() == nil {
+				f.t.Error(err)
+			}
+		})
+	}
+	return running.Wait
+}
+
+// maintain counts who switches. What is called once more, because a run before might have left maintenance on, counts for nothing.
+func (f *fleet) maintain(_ context.Context, on bool, reason string) error {
+	if on {
+		now := f.switching.Add(1)
+		for most := f.most.Load(); now > most && !f.most.CompareAndSwap(most, now); most = f.most.Load() {
+		}
+	} else if f.switching.Add(-1) < 0 {
+		f.switching.Add(1)
+	}
+	return nil
+}
+
+// on counts the agents that run a release.
+func (f *fleet) on(p deployments.Pointer) (n int) {
+	for _, a := range f.agents {
+		if u := a.Report()[f.id.Role].Units[f.id.Unit]; u.Running == p && u.State == deployments.StateConverged {
+			n++
+		}
+	}
+	return n
+}
+
+// await waits for longer than most tests do: all of the fleet shares this machine.
+func (f *fleet) await(p deployments.Pointer, least int) {
+	f.t.Helper()
+	await(f.t, 3*time.Minute, fmt.Sprintf("%d nodes run %s", least, p.URL), func() error {
+		if n := f.on(p); n < least {
+			time.Sleep(50 * time.Millisecond) // to look takes time that the agents need
+			return fmt.Errorf("%d do", n)
+		}
+		return nil
+	})
+}
+
+// A fleet on three servers that deny by default: in the middle of a rollout the mirror that leads is killed, and then the server
+// that leads. Never do more nodes switch than may, and the rollout ends.
+func TestFleetWithLostLeaders(t *testing.T) {
+	t.Parallel()
+	const size, budget = fleetSize, fleetSize / 5
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"c1", "c2", "c3"}, ACL: true})
+	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir()}
+	one, two := f.release("1"), f.release("2")
+	file := func(p deployments.Pointer) map[string]string {
+		return map[string]string{"prod/web/app.yaml": fmt.Sprintf("release: %s\nrollout:\n  canary: 2%%\n  max_unavailable: %d\n", p, budget)}
+	}
+	o := newOrigin(t)
+	o.push(file(one))
+	mirrors := map[string]*process{}
+	for i, name := range []string{"a", "b"} {
+		node := consul.Clients[i]
+		token := consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
+		mirrors[name] = startProcess(t, name, o.bare, node.Env(token))
+	}
+	m := &running{tb: t, store: consul.Clients[2].Open(consul.RootToken), log: &logBuffer{}}
+
+	began := time.Now()
+	ctx, cancel := context.WithCancel(t.Context())
+	wait := f.start(ctx, consul, size)
+	defer wait()
+	defer cancel()
+	f.await(one, size)
+	t.Logf("%d agents run their first release after %v", size, time.Since(began).Round(time.Millisecond))
+
+	f.most.Store(0)
+	began = time.Now()
+	o.push(file(two))
+	f.await(two, size/4)
+	var holder string
+	m.status(func(s Status) bool { holder = s.Holder; return holder != "" })
+	mirrors[holder].signal(t, syscall.SIGKILL)
+	killed := time.Now()
+	m.status(func(s Status) bool { return s.Holder != holder })
+	t.Logf("the mirror that led was replaced after %v", time.Since(killed).Round(time.Millisecond))
+	f.await(two, size/2)
+	leader := consul.Leader()
+	leader.Kill()
+	f.await(two, size)
+	m.record(f.id.String(), func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == two })
+	t.Logf("the rollout to %d nodes took %v; at most %d switched at once, %d may", size, time.Since(began).Round(time.Millisecond), f.most.Load(), budget)
+	if most := f.most.Load(); most > budget || most < 2 {
+		t.Errorf("%d nodes switched at once, at most %d may", most, budget)
+	}
+}
