@@ -99,7 +99,7 @@ type Config struct {
 	Drain func(ctx context.Context, on bool) error
 	// Progress is told where a deployment is. nil: nobody.
 	Progress func(deployments.State, artifact.Progress)
-	Log      *slog.Logger // nil: discard
+	Log      *slog.Logger // nil: discard; its lines are to name the unit where there are several
 }
 
 // Unit deploys releases of one unit on this node, one at a time. Its methods are called by one goroutine, State by any.
@@ -197,14 +197,14 @@ func (u *Unit) Recover(ctx context.Context) error {
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
 		// Whoever drains doesn't know it any more.
 		if err := u.drain(ctx, true); err != nil {
-			u.log.Warn("could not drain again", "unit", u.name(), "error", err)
+			u.log.Warn("could not drain again", "error", err)
 		}
 	}
 	if d == nil {
 		return nil
 	}
 	u.text.reset()
-	u.log.Warn("found a deployment that was cut off", "unit", u.name(), "release", d.Release.String(), "step", string(d.Step))
+	u.log.Warn("found a deployment that was cut off", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
 		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
 			return err
@@ -270,7 +270,7 @@ func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string)
 }
 
 func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
-	u.log.Info("deploying", "unit", u.name(), "release", r.Pointer.String(), "version", r.Manifest.Version)
+	u.log.Info("deploying", "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err
 	}

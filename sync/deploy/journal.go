@@ -157,7 +157,7 @@ func (u *Unit) load() error {
 		return nil
 	}
 	aside := path + ".bad"
-	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "unit", u.name(), "kept", aside, "error", err)
+	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "kept", aside, "error", err)
 	if err := os.Rename(path, aside); err != nil {
 		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.name(), err)
 	}

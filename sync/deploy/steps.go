@@ -261,7 +261,7 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 	if err == nil || ctx.Err() != nil || u.ending() {
 		return err
 	}
-	u.log.Error(what, "unit", u.name(), "error", err)
+	u.log.Error(what, "error", err)
 	return nil
 }
 
