@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -44,69 +45,90 @@ func play(dir string) error {
 	return a.Run(ctx)
 }
 
-// TestKilledAgentsEndWhereOthersAre kills agents at random moments while what is desired changes. dest never is anything but a
-// complete release, and the next agent ends where it should.
+// TestKilledAgentsEndWhereOthersAre kills agents at random moments while records and pins change: in their first deployment, in
+// updates, in those that fail and are taken back. dest never is anything but a complete release, and the next agent ends where it
+// should.
 func TestKilledAgentsEndWhereOthersAre(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	base := unitID("base")
-	var apps, bases []deployments.Pointer
-	for i := range 4 {
-		change := post("true")
-		if i == 3 {
-			change = post("exit 1") // one that has to be taken back
-		}
-		apps = append(apps, w.publishTree("app", fmt.Sprint(i), map[string]string{"a/b": noise(200 << 10), "copy": fmt.Sprint(i)}, change))
-		bases = append(bases, w.publish("base", fmt.Sprint(i)))
+	const worlds, kills = 4, 80
+	for i := range worlds {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			base := unitID("base")
+			var apps, bases []deployments.Pointer
+			for i := range 4 {
+				change := post("true")
+				if i == 3 {
+					change = post("exit 1") // one that has to be taken back
+				}
+				apps = append(apps, w.publishTree("app", fmt.Sprint(i), map[string]string{"a/b": noise(200 << 10), "copy": fmt.Sprint(i)}, change))
+				bases = append(bases, w.publish("base", fmt.Sprint(i)))
+			}
+			changes := int64(0)
+			change := func(app0, base0 deployments.Pointer) {
+				changes++
+				w.desire(base, deployments.Record{Target: base0, Generation: changes})
+				w.desire(app, deployments.Record{Target: app0, Generation: changes, After: []string{"base"}})
+			}
+			change(apps[0], bases[0])
+			watched := make(chan error, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			go func() { watched <- w.watchDest(ctx, "app") }()
+			pinned := false
+			for range kills {
+				cmd := exec.Command(os.Args[0])
+				cmd.Env = append(os.Environ(), "AGENT_TEST_DIR="+w.dir)
+				cmd.Stderr = w.log
+				cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				for end := time.Now().Add(rand.N(250 * time.Millisecond)); time.Now().Before(end); time.Sleep(rand.N(60 * time.Millisecond)) {
+					switch rand.IntN(5) {
+					case 0:
+						w.put(kv.PinKey(app), apps[rand.IntN(len(apps))].String())
+						pinned = true
+					case 1:
+						if pinned {
+							w.delete(kv.PinKey(app))
+							pinned = false
+						}
+					default:
+						change(apps[rand.IntN(len(apps))], bases[rand.IntN(len(bases))])
+					}
+				}
+				_ = cmd.Process.Kill()
+				_ = cmd.Wait()
+			}
+			if pinned {
+				w.delete(kv.PinKey(app))
+			}
+			change(apps[2], bases[1])
+			last := w.start()
+			last.awaitRunning(base, bases[1])
+			last.awaitRunning(app, apps[2])
+			cancel()
+			if err := <-watched; err != nil {
+				t.Error(err)
+			}
+			t.Logf("killed %d agents in %d changes", kills, changes)
+		})
 	}
-	w.desire(base, deployments.Record{Target: bases[0], Generation: 1})
-	w.desire(app, deployments.Record{Target: apps[0], Generation: 1, After: []string{"base"}})
-	first := w.start()
-	first.awaitRunning(app, apps[0])
-	first.stop()
-
-	watched := make(chan error, 1)
-	ctx, cancel := context.WithCancel(t.Context())
-	go func() { watched <- w.watchDest(ctx, "app") }()
-	const kills = 12
-	generation := int64(1)
-	for range kills {
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), "AGENT_TEST_DIR="+w.dir)
-		cmd.Stderr = w.log
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		for end := time.Now().Add(rand.N(700 * time.Millisecond)); time.Now().Before(end); {
-			generation++
-			w.desire(base, deployments.Record{Target: bases[rand.IntN(len(bases))], Generation: generation})
-			w.desire(app, deployments.Record{Target: apps[rand.IntN(len(apps))], Generation: generation, After: []string{"base"}})
-			time.Sleep(rand.N(60 * time.Millisecond))
-		}
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}
-	generation++
-	w.desire(base, deployments.Record{Target: bases[1], Generation: generation})
-	w.desire(app, deployments.Record{Target: apps[2], Generation: generation, After: []string{"base"}})
-	last := w.start()
-	last.awaitRunning(base, bases[1])
-	last.awaitRunning(app, apps[2])
-	cancel()
-	if err := <-watched; err != nil {
-		t.Error(err)
-	}
-	t.Logf("killed %d agents, %d records", kills, 2*generation)
 }
 
-// watchDest looks until ctx ends whether unit's dest is a complete release at every moment.
+// watchDest looks until ctx ends whether unit's dest, once it is there, is a complete release at every moment.
 func (w *world) watchDest(ctx context.Context, unit string) error {
-	for ctx.Err() == nil {
+	for seen := false; ctx.Err() == nil; {
 		dir, err := os.Readlink(w.path("srv", unit))
+		if errors.Is(err, os.ErrNotExist) && !seen {
+			time.Sleep(time.Millisecond)
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("dest was gone: %w", err)
 		}
+		seen = true
 		version, err := os.ReadFile(w.path("srv", dir, "VERSION"))
 		if err != nil {
 			return fmt.Errorf("dest was partial: %w", err)
