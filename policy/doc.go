@@ -6,7 +6,7 @@
 // Who holds what, and what its theft gives:
 //
 //   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what it runs where
-//     the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources, TestBoundsOnManifests). A node
+//     the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources; TestBounds in sync/deploy). A node
 //     with signers uses nothing of a manifest that none of them signed (TestVerifyManifest). Without either, such a token is the
 //     fleet's root.
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest those of all

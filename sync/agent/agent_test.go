@@ -305,3 +305,27 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 		return n == 1, fmt.Sprintf("logged %d times", n)
 	})
 }
+
+// Two units can't have their trees in one place, or one in the other's: what came first stays, and the other is told.
+func TestUnitsInEachOthersWay(t *testing.T) {
+	t.Parallel()
+	for name, dest := range map[string]string{"the same": "app", "below it": "app/plugins", "around it": ".", "among its releases": "app.releases/x"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			one := w.publish("app", "1")
+			two := w.publish("base", "1", func(m *deployments.Manifest) { m.Dest = w.path("srv", dest) })
+			w.put(kv.DesiredKey(app), one.String())
+			a := w.start()
+			a.awaitRunning(app, one)
+			w.put(kv.DesiredKey(unitID("base")), two.String())
+			u := a.awaitState(unitID("base"), deployments.StateInvalid)
+			if !strings.Contains(u.Error, "in the way of prod/web/app") {
+				t.Errorf("the error is %q", u.Error)
+			}
+			if u := a.Report()["web"].Units["app"]; u.Running != one || u.State != deployments.StateConverged {
+				t.Errorf("the unit that was there: %+v", u)
+			}
+		})
+	}
+}

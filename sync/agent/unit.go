@@ -83,6 +83,7 @@ type unit struct {
 	retryAt  time.Time // no job that can fail is begun before
 	verifyAt time.Time // zero: never
 	dest     string    // of what runs
+	claimed  string    // dest of what was let in last
 	live     string    // what dest resolved to after the last deployment
 	drift    []string
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"kedge/artifact"
@@ -49,6 +50,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			ID: u.id, Node: a.c.Node, Dir: a.unitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
+			Claim:    func(dest string) error { return a.claim(u, dest) },
 			Progress: func(s deployments.State, p artifact.Progress) { a.progress(u, s, p) },
 			Log:      u.log,
 		})
@@ -305,4 +307,28 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	}
 	u.phase, u.progress = s, p
 	a.kickReport()
+}
+
+// claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
+// places until it has moved.
+func (a *Agent) claim(u *unit, dest string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, other := range a.units {
+		if other == u {
+			continue
+		}
+		for _, taken := range []string{other.dest, other.claimed} {
+			if taken != "" && (within(dest, taken) || within(taken, dest)) {
+				return fmt.Errorf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest, other.id, taken)
+			}
+		}
+	}
+	u.claimed = dest
+	return nil
+}
+
+// within reports whether a clean path is dir, or below it or the directory of its releases.
+func within(path, dir string) bool {
+	return path == dir || strings.HasPrefix(path, dir+"/") || path == dir+".releases" || strings.HasPrefix(path, dir+".releases/")
 }

@@ -18,8 +18,9 @@ import (
 )
 
 var (
-	// ErrRefused means that this node's bounds don't allow the release. Trying again doesn't help.
-	ErrRefused = errors.New("this node's configuration does not allow the release")
+	// ErrRefused means that this node may not use the release: for its bounds, for its age, or for another unit's dest. Trying again
+	// doesn't help.
+	ErrRefused = errors.New("refused by this node")
 	// ErrQuarantined means that the release failed on this node, and wasn't tried again.
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
 )
@@ -45,6 +46,11 @@ func (u *Unit) allow(ctx context.Context, r *release) error {
 	}
 	if err := within(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
+	}
+	if u.c.Claim != nil && r.Manifest.Src != "" {
+		if err := u.c.Claim(r.Manifest.Dest); err != nil {
+			return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
+		}
 	}
 	return nil
 }

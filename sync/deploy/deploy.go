@@ -97,6 +97,8 @@ type Config struct {
 	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
 	// value, after a crash. nil: nothing.
 	Drain func(ctx context.Context, on bool) error
+	// Claim asks whether a release may have its tree at dest, and takes the place for this unit. nil: it may.
+	Claim func(dest string) error
 	// Progress is told where a deployment is. nil: nobody.
 	Progress func(deployments.State, artifact.Progress)
 	Log      *slog.Logger // nil: discard; its lines are to name the unit where there are several
