@@ -109,11 +109,13 @@ type Agent struct {
 	mu      sync.Mutex
 	known   lastKnown
 	unsaved bool // known is not on disk yet
-	roles   []*role
-	units   map[deployments.UnitID]*unit
-	ready   bool // once it was ready
-	ctx     context.Context
-	workers sync.WaitGroup
+	// unwritten is set while it can't be written, which is said once.
+	unwritten bool
+	roles     []*role
+	units     map[deployments.UnitID]*unit
+	ready     bool // once it was ready
+	ctx       context.Context
+	workers   sync.WaitGroup
 }
 
 // New checks c and takes the lock of the state directory: ErrLocked where another agent has it. An Agent that was made must be Run.

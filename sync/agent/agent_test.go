@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -328,4 +329,45 @@ func TestUnitsInEachOthersWay(t *testing.T) {
 			}
 		})
 	}
+}
+
+// While the state can't be written nothing is deployed, and the node says why; then it goes on by itself.
+func TestReadOnlyState(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	state := w.path("state")
+	if err := syscall.Mount(state, state, "", syscall.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	mounted := true
+	unmount := func() {
+		if mounted {
+			mounted = false
+			if err := syscall.Unmount(state, syscall.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	t.Cleanup(unmount)
+	if err := syscall.Mount("", state, "", syscall.MS_REMOUNT|syscall.MS_BIND|syscall.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	w.put(kv.DesiredKey(app), two.String())
+	await(t, "a report that says why", func() (bool, string) {
+		u := a.Report()["web"].Units["app"]
+		return strings.HasPrefix(u.Error, "keeping the manifest of "+two.Digest.Short()) && u.Running == one, fmt.Sprintf("%+v", u)
+	})
+	if live, err := os.Readlink(w.path("srv", "app")); err != nil || !strings.Contains(live, one.Digest.Short()) {
+		t.Errorf("dest leads to %s, %v", live, err)
+	}
+	unmount()
+	a.awaitRunning(app, two)
+	await(t, "lines that say so once", func() (bool, string) {
+		began, ended := w.log.count("a restart without the store"), w.log.count("the last known state is written again")
+		return began == 1 && ended == 1, fmt.Sprintf("it was logged %d times, and %d times that it is over", began, ended)
+	})
 }

@@ -17,11 +17,14 @@ func (a *Agent) turn(now time.Time) (next time.Time) {
 	defer a.mu.Unlock()
 	if a.unsaved {
 		// What is acted upon must be known after a restart. Where the disk refuses, running what is wanted still comes first.
-		if err := a.known.write(a.c.StateDir); err != nil {
+		err := a.known.write(a.c.StateDir)
+		switch {
+		case err == nil && a.unwritten:
+			a.c.Log.Info("the last known state is written again")
+		case err != nil && !a.unwritten:
 			a.c.Log.Error("a restart without the store would go back to an older state", "error", err)
-		} else {
-			a.unsaved = false
 		}
+		a.unsaved, a.unwritten = err != nil, err != nil
 	}
 	for _, r := range a.roles {
 		a.decide(r, now)

@@ -203,13 +203,13 @@ func (u *Unit) remember(r *release) error {
 	}
 	data, err := json.Marshal(r)
 	if err != nil {
-		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
 	}
 	if err := writeFile(path, data); err != nil {
-		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer, err)
+		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
 	}
 	return nil
 }
