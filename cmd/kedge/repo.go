@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -112,7 +113,7 @@ func (a *app) diffCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			changes := mirror.Plan(tree, commit.Hash, now)
+			changes := mirror.Plan(tree, commit.Hash, now, time.Now())
 			if a.json {
 				return a.printJSON(changes)
 			}
@@ -154,6 +155,9 @@ func writeChanges(w io.Writer, changes []mirror.Change) {
 		}
 		if c.After != nil && (c.Before == nil || c.Before.Target != c.After.Target) {
 			fmt.Fprintf(w, "  + %s\n", c.After.Target)
+		}
+		if c.How != "" {
+			fmt.Fprintf(w, "    %s\n", c.How)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/policy"
 )
 
 // Change is one write that a commit leads to.
@@ -19,22 +20,27 @@ type Change struct {
 	Kind   string              `json:"kind"`
 	Before *deployments.Record `json:"before,omitempty"`
 	After  *deployments.Record `json:"after,omitempty"`
+	// How says in words how a new target goes to its nodes.
+	How string `json:"how,omitempty"`
 }
 
-// Plan says which records a tree would change, given those that are there, sorted by unit; pure. A unit with a rollout is shown
-// as its rollout begins.
-func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record) []Change {
+// Plan says which records a tree would change at a time, given those that are there, sorted by unit; pure. A unit with a rollout is
+// shown as its rollout begins, before any node is admitted.
+func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}
 	for _, u := range tree.Units {
 		units[u.ID] = true
 		before, present := now[u.ID]
-		after := follow(u, commit, before)
+		after, how := follow(u, commit, before), ""
+		if after.Generation > before.Generation {
+			after, how = first(tree, u, commit, before, at)
+		}
 		switch {
 		case !present:
-			changes = append(changes, Change{Unit: u.ID, Kind: "create", After: &after})
+			changes = append(changes, Change{Unit: u.ID, Kind: "create", After: &after, How: how})
 		case !bytes.Equal(encode(before), encode(after)):
-			changes = append(changes, Change{Unit: u.ID, Kind: "update", Before: &before, After: &after})
+			changes = append(changes, Change{Unit: u.ID, Kind: "update", Before: &before, After: &after, How: how})
 		}
 	}
 	for id, before := range now {
@@ -48,6 +54,29 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 	}
 	slices.SortFunc(changes, func(a, b Change) int { return compareIDs(a.Unit, b.Unit) })
 	return changes
+}
+
+// first gives the record with which a new target begins, and says how it goes out.
+func first(tree *deployments.Tree, u deployments.Unit, commit string, before deployments.Record, at time.Time) (deployments.Record, string) {
+	// What the fleet says isn't known here; one node that has said nothing is enough for a rollout to begin, and none to end.
+	move := policy.Next(policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
+		Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)})
+	r := move.Record
+	if r.Rollout == nil {
+		return r, move.Reason
+	}
+	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
+	how := move.Reason
+	if r.Rollout.Phase != deployments.PhaseWaiting && u.Rollout != nil {
+		how = "all its nodes may change at a time"
+		if most := u.Rollout.MaxUnavailable; most.N > 0 {
+			how = fmt.Sprintf("at most %s of its nodes at a time", most)
+		}
+		if canary := u.Rollout.Canary; canary.N > 0 && r.Rollout.Phase == deployments.PhaseCanary {
+			how = fmt.Sprintf("%s as canaries, then %s", canary, how)
+		}
+	}
+	return r, how
 }
 
 // ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.

@@ -29,6 +29,8 @@ func TestPlan(t *testing.T) {
 	was := deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old"}
 	back := deployments.Record{Target: pointer("1"), Stable: pointer("2"), Generation: 5, Commit: "old",
 		Rollout: &deployments.Progress{Phase: deployments.PhaseBack, Bad: pointer("2").Digest}}
+	rolling := unit(t, id, "2")
+	rolling.Rollout = &deployments.Rollout{Canary: deployments.Amount{N: 1}, MaxUnavailable: deployments.Amount{N: 10, Percent: true}}
 	after := unit(t, id, "1")
 	after.After = []string{"base"}
 	for _, c := range []struct {
@@ -46,6 +48,9 @@ func TestPlan(t *testing.T) {
 			"update", deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 5, Commit: "new"}},
 		{"other fields of the file begin no generation", []deployments.Unit{after}, false, map[string]deployments.Record{id: was},
 			"update", deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old", After: []string{"base"}}},
+		{"another release, by a rollout", []deployments.Unit{rolling}, false, map[string]deployments.Record{id: was},
+			"update", deployments.Record{Target: pointer("2"), Stable: pointer("1"), Generation: 5, Commit: "new",
+				Rollout: &deployments.Progress{Phase: deployments.PhaseCanary}}},
 		{"a bare pointer becomes a record", []deployments.Unit{unit(t, id, "1")}, false, map[string]deployments.Record{id: {Target: pointer("1")}},
 			"update", deployments.Record{Target: pointer("1"), Stable: pointer("1"), Generation: 1, Commit: "new"}},
 		{"what was rolled back stays out", []deployments.Unit{unit(t, id, "2")}, false, map[string]deployments.Record{id: back}, "", back},
@@ -60,7 +65,7 @@ func TestPlan(t *testing.T) {
 			for name, r := range c.now {
 				now[unitID(t, name)] = r
 			}
-			changes := Plan(in, "new", now)
+			changes := Plan(in, "new", now, time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC))
 			if c.kind == "" {
 				if len(changes) != 0 {
 					t.Fatalf("changes %+v", changes)
