@@ -15,6 +15,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/sync/fleet"
+	"kedge/sync/mirror"
 )
 
 func (a *app) jsonFlag(c *cobra.Command, what string) {
@@ -165,6 +166,7 @@ func (a *app) historyCommand() *cobra.Command {
 func (a *app) waitCommand() *cobra.Command {
 	var timeout time.Duration
 	var commit, ready string
+	var progress, postReceive bool
 	c := &cobra.Command{
 		Use:   "wait [STAGE[/ROLE[/UNIT]]]",
 		Short: "Wait until the fleet, or this node, has converged",
@@ -173,6 +175,12 @@ With --ready it asks this node's agent instead, and needs no store: for cloud-in
 
   kedge wait prod/web --commit $(git rev-parse HEAD) --timeout 10m
   kedge wait --ready 127.0.0.1:7070
+
+With --progress it prints what is still missing, whenever that changes. As a hook of the repo that people push to, it shows them the
+rollout that they began until it ends; to interrupt it stops the watching alone. Put this in hooks/post-receive:
+
+  #!/bin/sh
+  exec kedge wait --post-receive --timeout 30m
 
 Exit code 0 when converged, 1 when a node refused its release (it says which and why), 3 when the time is over.`,
 		Args: cobra.MaximumNArgs(1),
@@ -191,7 +199,20 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 				return err
 			}
 			defer store.Close()
-			err = fleet.Wait(ctx, store, filter, commit)
+			var tell func(string)
+			if postReceive {
+				if commit, err = mirror.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main")); err != nil || commit == "" {
+					return err
+				}
+			}
+			if progress || postReceive {
+				began := time.Now()
+				tell = func(missing string) { fmt.Fprintf(a.stderr, "%4ds  %s\n", int(time.Since(began).Seconds()), missing) }
+			}
+			err = fleet.Wait(ctx, store, filter, commit, tell)
+			if err == nil && tell != nil {
+				tell("all nodes run what they should")
+			}
 			if err != nil && context.Cause(ctx) == errNotConverged {
 				return fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
 			}
@@ -201,6 +222,8 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 	f := c.Flags()
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up after this long")
 	f.StringVar(&commit, "commit", "", "wait until the mirror has taken this commit, or one after it, as well")
+	f.BoolVar(&progress, "progress", false, "print what is missing, as it changes")
+	f.BoolVar(&postReceive, "post-receive", false, "wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)")
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
 	return c
 }

@@ -307,15 +307,21 @@ func (w *world) release(message string, p deployments.Pointer) string {
 
 func (w *world) gitDo(dir string, args ...string) string {
 	w.t.Helper()
+	out, err := w.git1(dir, args...)
+	if err != nil {
+		w.t.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// git1 is git(1).
+func (w *world) git1(dir string, args ...string) (string, error) {
 	c := exec.Command("git", args...)
 	c.Dir = dir
 	c.Env = append(baseEnv(), "GIT_SSL_CAINFO="+w.git.caFile, "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null", "GIT_TERMINAL_PROMPT=0",
 		"GIT_AUTHOR_NAME=Dev", "GIT_AUTHOR_EMAIL=dev@example.com", "GIT_COMMITTER_NAME=Dev", "GIT_COMMITTER_EMAIL=dev@example.com")
 	out, err := c.CombinedOutput()
-	if err != nil {
-		w.t.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return string(out)
+	return string(out), err
 }
 
 // eventually waits until try has no error; the last one is the failure.

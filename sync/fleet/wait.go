@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,8 +22,9 @@ var ErrRefused = errors.New("refused")
 // Wait waits until all live nodes of the units that filter takes run what they should, and no rollout is under way.
 //
 // With a commit, of which seven digits will do, it first waits until the mirror has taken it, or one after it. ErrRefused says what
-// won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's.
-func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) error {
+// won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's. tell, where it isn't nil, is told what is
+// missing, whenever that changes.
+func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
 	w := waiter{commit: strings.ToLower(commit), before: map[nodeUnit]time.Time{}}
 	if commit != "" {
 		if len(commit) < 7 || strings.Trim(w.commit, "0123456789abcdef") != "" {
@@ -33,7 +35,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) err
 			return waitError{"reading the history", err}
 		}
 	}
-	missing := "nothing could be read yet"
+	missing, told := "nothing could be read yet", ""
 	var result error
 	done := errors.New("done")
 	watching, finish := context.WithCancelCause(ctx)
@@ -47,6 +49,11 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, commit string) err
 		}
 		if missing == "" || result != nil {
 			finish(done)
+			return
+		}
+		if tell != nil && missing != told {
+			told = missing
+			tell(missing)
 		}
 	})
 	switch {
@@ -155,9 +162,9 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	case f.Mirror == nil:
 		return "no mirror has taken any commit yet", nil
 	case m.Error != "":
-		return fmt.Sprintf("the mirror is still at %s: %s", short(m.Head), oneLine(m.Error)), nil
+		return fmt.Sprintf("the mirror is still at %s: %s", cmp.Or(short(m.Head), "no commit"), oneLine(m.Error)), nil
 	}
-	return fmt.Sprintf("the mirror is still at %s", short(m.Head)), nil
+	return fmt.Sprintf("the mirror is still at %s", cmp.Or(short(m.Head), "no commit")), nil
 }
 
 // useless is why waiting for a unit would be.

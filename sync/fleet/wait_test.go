@@ -25,7 +25,7 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	t.Cleanup(cancel)
-	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, commit) }()
+	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, commit, nil) }()
 	return ended
 }
 
@@ -138,7 +138,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
-			if err := Wait(t.Context(), openDir(t), Filter{}, bad); err == nil || !strings.Contains(err.Error(), "hash") {
+			if err := Wait(t.Context(), openDir(t), Filter{}, bad, nil); err == nil || !strings.Contains(err.Error(), "hash") {
 				t.Errorf("%q: %v", bad, err)
 			}
 		}
@@ -206,7 +206,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 			store(t, s, c.entries...)
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
-			err := Wait(ctx, s, Filter{}, c.commit)
+			err := Wait(ctx, s, Filter{}, c.commit, nil)
 			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v, want %q", err, c.says)
 			}
@@ -239,14 +239,14 @@ func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 	for _, prefix := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 		defer cancel()
-		err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, "")
+		err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, "", nil)
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), prefix) {
 			t.Errorf("without %s: %v", prefix, err)
 		}
 	}
 	shaky := &blind{Store: s, prefix: "none of these"}
 	shaky.fails.Store(2)
-	if err := Wait(t.Context(), shaky, Filter{}, ""); err != nil {
+	if err := Wait(t.Context(), shaky, Filter{}, "", nil); err != nil {
 		t.Errorf("a store that is away for a moment: %v", err)
 	}
 }

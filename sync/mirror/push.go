@@ -110,6 +110,22 @@ func checkPush(ctx context.Context, repoDir string, env func(string) string, std
 	return errors.Join(append(refusals, lines.Err())...)
 }
 
+// Pushed gives the commit that a push made a branch's head, of a post-receive hook's "OLD NEW REF" lines; empty: it moved other
+// references only, or removed the branch.
+func Pushed(stdin io.Reader, branch string) (commit string, err error) {
+	lines := bufio.NewScanner(stdin)
+	for lines.Scan() {
+		fields := strings.Fields(lines.Text())
+		if len(fields) != 3 || !plumbing.IsHash(fields[1]) {
+			return "", fmt.Errorf("standard input: %q: want OLD NEW REF, as Git gives them to a post-receive hook", lines.Text())
+		}
+		if fields[2] == "refs/heads/"+branch && !plumbing.NewHash(fields[1]).IsZero() {
+			commit = fields[1]
+		}
+	}
+	return commit, lines.Err()
+}
+
 // checkUpdate checks one branch's move; a zero hash stands for none.
 func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, was, is plumbing.Hash) error {
 	if is.IsZero() {
