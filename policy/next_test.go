@@ -158,3 +158,20 @@ func TestNextSupersedes(t *testing.T) {
 		t.Error("nobody is admitted although all know of the new target")
 	}
 }
+
+// A bake that began, and a step that was made, by a clock that has gone back since then count from now on.
+func TestNextAfterTheClockWentBack(t *testing.T) {
+	t.Parallel()
+	s := step(1, deployments.PhaseCanary)
+	canary(&s)
+	there(&s, 1)
+	s.Record.Rollout.Since, s.Record.Rollout.Healthy = noon.Add(24*time.Hour), noon.Add(24*time.Hour)
+	m := Next(s)
+	if m.Record.Rollout.Phase != deployments.PhaseCanary || !m.Again.Equal(noon.Add(5*time.Minute)) {
+		t.Fatalf("it is %s, and looks again at %v", brief(m.Record), m.Again)
+	}
+	s.Record, s.Now = m.Record, m.Again
+	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling {
+		t.Errorf("after the bake it is %s", brief(m.Record))
+	}
+}

@@ -64,6 +64,13 @@ func Next(s Situation) (move Move) {
 	if s.Record.Rollout != nil { // the one that stands is the caller's
 		p := *s.Record.Rollout
 		p.Over = slices.Clone(p.Over)
+		// Times that are yet to come are of a clock that went back, or of another mirror's: counted from them, a rollout would stand
+		// for as long.
+		for _, at := range []*time.Time{&p.Since, &p.Healthy} {
+			if at.After(s.Now) {
+				*at = s.Now
+			}
+		}
 		m.r.Rollout = &p
 	}
 	if s.Record.Generation == 0 || m.goal() != s.Unit.Release {

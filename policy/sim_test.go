@@ -24,7 +24,7 @@ var (
 
 // TestSimulation drives the real Next and Resolve through seeded histories of fleets: nodes join, leave, die, return, are slow,
 // hang, read old records and report late; releases fail; pushes supersede; operators pause, promote, abort, retry and pin; leaders
-// change. After every event the budget and what nodes run is checked, and every history has to end.
+// change, clocks are put back. After every event the budget and what nodes run is checked, and every history has to end.
 func TestSimulation(t *testing.T) {
 	t.Parallel()
 	if *oneSeed != 0 {
@@ -273,6 +273,11 @@ func (w *world) event() {
 		w.count("freezes begun or ended")
 		w.freeze = Verdict{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
 	case 7:
+		if w.chance(0.1) {
+			w.count("clocks put back")
+			w.now = w.now.Add(-time.Duration(w.rng.IntN(300)) * time.Minute)
+			break
+		}
 		w.now = w.now.Add(time.Duration(w.rng.IntN(8)) * time.Minute)
 	case 8, 9, 10, 11, 12, 13, 14:
 		w.count("turns")
