@@ -136,7 +136,7 @@ func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (princip
 	case len(bytes.TrimSpace(signature)) == 0:
 		return "", fmt.Errorf("%w: it has none, and signed commits only are taken", ErrUntrusted)
 	case bytes.Contains(signature, []byte("BEGIN PGP")):
-		return "", fmt.Errorf("%w: it is an OpenPGP signature, and SSH ones only are checked here: git config gpg.format ssh", ErrUntrusted)
+		return "", fmt.Errorf("%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); or sign by SSH: git config gpg.format ssh", ErrUntrusted)
 	}
 	return s.verify(payload, signature, commitNamespace, now)
 }

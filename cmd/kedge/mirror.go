@@ -61,6 +61,7 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")
 	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"), "known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
 	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"), "allowed_signers `file`: with it, a commit without a signature by one of them is refused")
+	f.StringVar(&c.SignedByPGP, "signed-by-pgp", os.Getenv("KEDGE_SIGNED_BY_PGP"), "`file` of OpenPGP public keys (gpg --armor --export), whose signatures count as well")
 	f.StringVar(&c.CacheDir, "cache-dir", os.Getenv("CACHE_DIRECTORY"), "`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)")
 	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"), "`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
 	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")

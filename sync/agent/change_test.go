@@ -72,8 +72,8 @@ func TestACircleOfUnitsIsReported(t *testing.T) {
 	w := newWorld(t)
 	p := w.publish("app", "1")
 	w.desire(app, deployments.Record{Target: p, After: []string{"b"}})
-	w.desire(unitID("b"), deployments.Record{Target: w.publish("b", "1"), After: []string{"app"}})
-	lone := w.publish("lone", "1")
+	b, lone := w.publish("b", "1"), w.publish("lone", "1")
+	w.desire(unitID("b"), deployments.Record{Target: b, After: []string{"app"}})
 	w.desire(unitID("lone"), deployments.Record{Target: lone})
 	a := w.start()
 	u := a.awaitState(app, deployments.StateInvalid)
@@ -81,7 +81,7 @@ func TestACircleOfUnitsIsReported(t *testing.T) {
 		t.Errorf("the circle isn't named: %+v", u)
 	}
 	a.awaitRunning(unitID("lone"), lone)
-	w.desire(unitID("b"), deployments.Record{Target: lone})
+	w.desire(unitID("b"), deployments.Record{Target: b})
 	a.awaitRunning(app, p)
 }
 

@@ -51,6 +51,8 @@ type Config struct {
 	CacheDir string
 	// SignedBy is an allowed_signers file; with one, a commit that bears none of its signatures is refused.
 	SignedBy string
+	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
+	SignedByPGP string
 	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a secret, in
 	// KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
@@ -121,7 +123,7 @@ func New(c Config) (*Mirror, error) {
 	if m.secret, err = secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
 		return nil, err
 	}
-	if m.verify, err = newVerifier(c.SignedBy); err != nil {
+	if m.verify, err = newVerifier(c.SignedBy, c.SignedByPGP); err != nil {
 		return nil, err
 	}
 	if m.repo, err = openRepo(c); err != nil {

@@ -8,23 +8,48 @@ import (
 	"kedge/policy"
 )
 
-// newVerifier checks commits against an allowed_signers file. The file is read anew for each commit, so that a signer can be
-// added, or taken out, while the mirror runs. An empty name asks for no signatures.
-func newVerifier(file string) (verifier, error) {
-	if file == "" {
+// newVerifier checks commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each commit, so that
+// a signer can be added, or taken out, while the mirror runs. Without either no signature is asked for.
+func newVerifier(signersFile, keyringFile string) (verifier, error) {
+	if signersFile == "" && keyringFile == "" {
 		return nil, nil
 	}
-	if _, err := readSigners(file); err != nil {
+	read := func() (signers policy.Signers, keys policy.Keyring, err error) {
+		if signersFile != "" {
+			signers, err = readSigners(signersFile)
+		}
+		if err == nil && keyringFile != "" {
+			keys, err = readKeyring(keyringFile)
+		}
+		return signers, keys, err
+	}
+	if _, _, err := read(); err != nil {
 		return nil, err
 	}
 	return func(payload, signature []byte) error {
-		signers, err := readSigners(file)
+		signers, keys, err := read()
 		if err != nil {
+			return err
+		}
+		if keyringFile != "" && policy.IsPGP(signature) {
+			_, err = keys.VerifyCommit(payload, signature, time.Now())
 			return err
 		}
 		_, err = signers.VerifyCommit(payload, signature, time.Now())
 		return err
 	}, nil
+}
+
+func readKeyring(file string) (policy.Keyring, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return policy.Keyring{}, fmt.Errorf("OpenPGP keys: %w", err)
+	}
+	keys, err := policy.ParseKeyring(data)
+	if err != nil {
+		return policy.Keyring{}, fmt.Errorf("OpenPGP keys: %s: %w", file, err)
+	}
+	return keys, nil
 }
 
 func readSigners(file string) (policy.Signers, error) {

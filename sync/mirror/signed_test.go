@@ -1,6 +1,8 @@
 package mirror
 
 import (
+	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -93,4 +95,72 @@ func (o *origin) forcePush(files map[string]string) string {
 	hash := o.commit(files)
 	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
 	return hash
+}
+
+// Commits that the real gpg signed: by a key that counts, by another, by one that expired, and SSH signers beside them.
+func TestCommitsSignedByOpenPGP(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	dir, err := os.MkdirTemp("", "kedge-gpg-") // short: gpg's agent listens at a socket in it
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.env = append(o.env, "GNUPGHOME="+dir)
+	gpg := func(args ...string) string {
+		t.Helper()
+		cmd := exec.Command("gpg", append([]string{"--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
+		cmd.Env = append(os.Environ(), "GNUPGHOME="+dir)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("gpg %q: %v", args, err)
+		}
+		return string(out)
+	}
+	t.Cleanup(func() {
+		cmd := exec.Command("gpgconf", "--kill", "all")
+		cmd.Env = append(os.Environ(), "GNUPGHOME="+dir)
+		if err := errors.Join(cmd.Run(), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	gpg("--quick-gen-key", "Ada <ada@example.com>", "ed25519", "sign", "never")
+	gpg("--quick-gen-key", "Eve <eve@example.com>", "ed25519", "sign", "never")
+	gpg("--faked-system-time", "20200101T000000", "--quick-gen-key", "Old <old@example.com>", "ed25519", "sign", "1d")
+	keys := filepath.Join(dir, "keys.asc")
+	writeFile(t, keys, gpg("--armor", "--export", "ada@example.com")+gpg("--armor", "--export", "old@example.com"))
+	signsAs := func(who string) {
+		o.git(o.work, "config", "gpg.format", "openpgp")
+		o.git(o.work, "config", "user.signingkey", who)
+		o.git(o.work, "config", "commit.gpgsign", "true")
+	}
+	signers := filepath.Join(dir, "signers")
+	writeFile(t, signers, "bob@example.com "+signs(t, o, filepath.Join(dir, "bob")))
+
+	signsAs("ada@example.com")
+	store := dirStore(t)
+	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.bare, SignedBy: signers, SignedByPGP: keys})
+	m.at(first)
+	signsWith(o, filepath.Join(dir, "bob"))
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+	was := desired(t, store)
+
+	signsAs("eve@example.com")
+	m.refuses(o.push(map[string]string{"prod/web/app.yaml": unitFile("evil/1")}), "its OpenPGP signature")
+	sameDesired(t, store, was)
+
+	// gpg itself would not sign with a key that has expired, but for its clock.
+	wrapper := filepath.Join(dir, "gpg-then")
+	writeFile(t, wrapper, "#!/bin/sh\nexec gpg --faked-system-time 20200101T010000 \"$@\"\n")
+	if err := os.Chmod(wrapper, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	o.git(o.work, "config", "gpg.program", wrapper)
+	signsAs("old@example.com")
+	m.refuses(o.push(map[string]string{"prod/web/app.yaml": unitFile("old/1")}), "expired")
+	sameDesired(t, store, was)
+
+	if _, err := New(Config{Store: store, Repo: o.bare, SignedByPGP: signers}); err == nil || !strings.Contains(err.Error(), "gpg --armor --export") {
+		t.Errorf("a file without keys: %v", err)
+	}
 }
