@@ -15,7 +15,7 @@
 //     the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one gives what was desired
 //     within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
-//     (TestVerifyCommit; TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
+//     (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
 //     old signed commit brought back by force).
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
