@@ -398,7 +398,12 @@ func (a *app) rollbackCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rollback STAGE/ROLE/UNIT",
 		Short: "Pin a unit to the last good release before the one that it runs",
-		Args:  cobra.ExactArgs(1),
+		Long: `Pins a unit to the last release that stood before the one that it runs now. The pin goes to all its nodes at once, and each of
+them still protects itself by the release's health checks.
+
+Nodes with --signers refuse a release that is older than the one that they have settled on, unless they have --allow-older-pins: they
+keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
+		Args: cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 		pin, err := fleet.Rollback(ctx, store, id, reason, by)

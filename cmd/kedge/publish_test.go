@@ -175,3 +175,48 @@ func createdOf(t *testing.T, manifest []byte) int64 {
 	}
 	return m.Created.Unix()
 }
+
+// When a signed release was made is its maker's word, in each form that CI knows it; published again, it stays what it was.
+func TestPublishSaysWhenItWasMade(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	key, _ := signingKey(t, dir, "ci")
+	tree := filepath.Join(dir, "tree")
+	writeTree(t, tree, "1")
+	publish := func(version string, more ...string) (out string, code int) {
+		t.Helper()
+		args := append([]string{"publish", tree, "--to", "file://" + dir + "/releases", "--name", "app", "--version", version, "--dest", "/srv/app", "--sign", key}, more...)
+		out, errs, code := cli(t, "", args...)
+		return out + errs, code
+	}
+	created := func(version string) time.Time {
+		t.Helper()
+		data, err := os.ReadFile(filepath.Join(dir, "releases", "app", version, "manifest.yaml"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := deployments.ParseManifest(data, "file:///manifest.yaml", os.LookupEnv)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m.Created
+	}
+	want := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+	for version, text := range map[string]string{"1": "2026-11-20T13:00:00+01:00", "2": fmt.Sprint(want.Unix())} {
+		first, code := publish(version, "--created", text)
+		if code != exitDone || !created(version).Equal(want) {
+			t.Errorf("--created %s, exit %d: made at %v\n%s", text, code, created(version), first)
+		}
+		again, code := publish(version)
+		if code != exitDone || !created(version).Equal(want) || !strings.HasPrefix(again, first[:strings.Index(first, "\n")]) {
+			t.Errorf("published again, exit %d: made at %v\n%s\nat first:\n%s", code, created(version), again, first)
+		}
+	}
+	before := time.Now().Add(-time.Second)
+	if out, code := publish("3"); code != exitDone || created("3").Before(before) || created("3").After(time.Now()) {
+		t.Errorf("without --created, exit %d: made at %v\n%s", code, created("3"), out)
+	}
+	if out, code := publish("4", "--created", "yesterday"); code != exitUsage || !strings.Contains(out, "yesterday") {
+		t.Errorf("a time that is none: exit %d\n%s", code, out)
+	}
+}
