@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -187,5 +188,33 @@ func TestThefts(t *testing.T) {
 			}
 		}
 		stays(t, "")
+	})
+	t.Run("KV token: a whole record of another time", func(t *testing.T) {
+		data, err := json.Marshal(deployments.Record{Target: old, Stable: old, Generation: 99, Commit: strings.Repeat("c", 40)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.store.Commit(t.Context(), nil, kv.Put(kv.DesiredKey(webApp), data)); err != nil {
+			t.Fatal(err)
+		}
+		stays(t, "older than that of 2026-11-20T02:00:00Z")
+		recovers(t)
+	})
+	// The last one, as the node then settles on what is newer: a delta is only a shorter way, which is left where it doesn't fit.
+	t.Run("S3 key: a delta is overwritten", func(t *testing.T) {
+		next := w.publish("app", "9", signed(key, 9), func(o *artifact.PublishOptions) { o.Since = []deployments.Pointer{two} })
+		m, _, err := artifact.FetchManifest(t.Context(), w.objects, next, func(string) (string, bool) { return w.srv("web-1"), true })
+		if err != nil || len(m.Deltas) != 1 {
+			t.Fatalf("%+v, %v; want one delta", m, err)
+		}
+		w.overwrite(m.Deltas[0].URL, bytes.Repeat([]byte("evil"), int(m.Deltas[0].Size)/4+1)[:m.Deltas[0].Size])
+		record(next)
+		w.live("app", "9", "web-1")
+		if _, err := os.Stat(canary); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the thief's command ran: %v", err)
+		}
+		if log := w.processes["web-1"].logged(); !strings.Contains(log, "the delta can't be used") {
+			t.Error("the log does not say that the delta was left")
+		}
 	})
 }
