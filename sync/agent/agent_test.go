@@ -331,6 +331,27 @@ func TestUnitsInEachOthersWay(t *testing.T) {
 	}
 }
 
+// A unit that is renamed goes on where it was, once nothing names it by its old name.
+func TestRenamedUnit(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("base", "2", func(m *deployments.Manifest) { m.Dest = w.path("srv", "app") })
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.delete(kv.DesiredKey(app))
+	await(t, "the record's end", func() (bool, string) {
+		u := a.Report()["web"].Units["app"]
+		return u.Want.IsZero(), fmt.Sprintf("%+v", u)
+	})
+	w.put(kv.DesiredKey(unitID("base")), two.String())
+	a.awaitUnit(unitID("base"), "converged", func(u deployments.UnitReport) bool { return u.Running == two && u.State == deployments.StateConverged })
+	if version, err := os.ReadFile(w.path("srv", "app", "VERSION")); err != nil || string(version) != "2" {
+		t.Errorf("dest holds %q, %v", version, err)
+	}
+}
+
 // While the state can't be written nothing is deployed, and the node says why; then it goes on by itself.
 func TestReadOnlyState(t *testing.T) {
 	t.Parallel()

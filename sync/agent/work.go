@@ -310,12 +310,12 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 }
 
 // claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
-// places until it has moved.
+// places until it has moved; one that nothing names any more has none, so that it can go on under another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, other := range a.units {
-		if other == u {
+		if other == u || other.decided && !other.record.Present && !other.pins[0].Present && !other.pins[1].Present {
 			continue
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
