@@ -36,7 +36,7 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	}
 	var found []earlier
 	for _, from := range p.opt.Since {
-		raw, err := fetchRaw(p.ctx, p.objects, from)
+		raw, err := ReadManifest(p.ctx, p.objects, from)
 		if err != nil {
 			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
 		}

@@ -84,7 +84,7 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 
 // FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
 func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Pointer, env func(string) (string, bool)) (*deployments.Manifest, []byte, error) {
-	raw, err := fetchRaw(ctx, objects, p)
+	raw, err := ReadManifest(ctx, objects, p)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -95,8 +95,8 @@ func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Po
 	return m, raw, nil
 }
 
-// fetchRaw reads the bytes that p points to, and no others.
-func fetchRaw(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+// ReadManifest reads the bytes of the manifest that p points to, and no others: a wrong digest is ErrDigest.
+func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadAll(ctx, p.URL, deployments.MaxManifest)
 	if err != nil {
 		return nil, fmt.Errorf("fetch the manifest: %w", err)

@@ -183,6 +183,11 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 			[]string{"a.yaml:3:11:", "a.yaml:4:20:", "a.yaml:5:15:", "a.yaml:6:9:"}},
 		{"settings that don't parse", map[string]string{"kedge.yaml": "prune: perhaps\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:1:8:"}},
 		{"a source that isn't allowed", map[string]string{"kedge.yaml": "sources:\n  \"*\": [s3://other/]\n", "prod/web/a.yaml": good}, []string{"prod/web/a.yaml:1:10:", "not among the sources"}},
+		{"bounds by stage", map[string]string{"kedge.yaml": "dests: {prod: [/srv], \"*\": /opt}\nusers:\n  prod: [app, www]\ncommands:\n  prod: false\n", "prod/web/a.yaml": good}, []string{""}},
+		{"bad bounds", map[string]string{"kedge.yaml": "sources:\n  prod: []\ndests:\n  prod: [srv]\n  prod: [/srv]\n  dev: [/]\nusers: app\ncommands:\n  prod: maybe\n  -x: true\n  dev:\n", "prod/web/a.yaml": good},
+			[]string{"kedge.yaml:2:9: the list is empty", `kedge.yaml:4:10: dest "srv"`, `kedge.yaml:6:9: dest "/"`, "kedge.yaml:7:8: users: want a value by stage, as in prod: [app]",
+				`kedge.yaml:9:9: "maybe": want true or false`, `kedge.yaml:10:3: stage "-x"`, `kedge.yaml:11:3: stage "dev" has no value in commands`}},
+		{"a stage twice", map[string]string{"kedge.yaml": "users:\n  prod: [app]\n  prod: [root]\n", "prod/web/a.yaml": good}, []string{`kedge.yaml:3:3: stage "prod" stands twice in users`}},
 		{"a bad freeze", map[string]string{"kedge.yaml": "freeze:\n- deny: \"* * *\"\n  zone: Mars/Base\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:2:9:", "kedge.yaml:3:9:", "duration"}},
 		{"two mistakes in two files", map[string]string{"prod/web/a.yaml": "x: y\n", "prod/web/b.yaml": "z: y\n"}, []string{"a.yaml:1:1:", "b.yaml:1:1:"}},
 		{"an alias", map[string]string{"prod/web/a.yaml": good + "after: &a [b]\n"}, []string{"prod/web/a.yaml:2:", "anchors"}},
@@ -256,6 +261,9 @@ func TestLoadReadsAllOfIt(t *testing.T) {
 	}
 	app := tree.Units[1]
 	want := Rollout{Canary: Amount{N: 1}, Bake: 5 * time.Minute, MaxUnavailable: Amount{10, true}, MaxFailures: Amount{N: 2}, OnFailure: Rollback, Approval: Manual, Deadline: 10 * time.Minute}
+	if want := (Place{"prod/web/app.yaml", 1, 10}); app.Place != want {
+		t.Errorf("app's release stands at %+v, want %+v", app.Place, want)
+	}
 	if *app.Rollout != want || app.Drift != DriftHeal {
 		t.Errorf("app %+v, rollout %+v", app, *app.Rollout)
 	}

@@ -7,6 +7,12 @@ type Settings struct {
 	// Sources are URL prefixes that releases may come from, by stage ("*": every stage); empty: any. A prefix matches whole
 	// path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
 	Sources map[string][]string
+	// Dests are directories in or below which releases may go live, Users those that their commands may run as and that may own their
+	// trees, and Commands whether they may have any: by stage, as Sources; a stage without a value is not bounded. They are the
+	// mirror's to check: it reads the manifest of each release that a commit names anew. Pins are bounded by the agents' configuration.
+	Dests    map[string][]string
+	Users    map[string][]string
+	Commands map[string]bool
 	// Prune lets a unit's removal from Git remove its record. Nodes never undeploy for it.
 	Prune bool
 	// MaxRemoved is the share of units, in percent, that one commit may remove. Default 30; 100 switches the check off.
@@ -17,6 +23,14 @@ type Settings struct {
 	// Defaults apply to every unit file that does not say otherwise.
 	Rollout *Rollout
 	Drift   Drift
+}
+
+// OfStage gives what a setting by stage says for one: its own value, or else that of "*".
+func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
+	if value, set = by[stage]; !set {
+		value, set = by["*"]
+	}
+	return value, set
 }
 
 // Freeze is a window of time in which rollouts may, or may not, start.

@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,7 +13,7 @@ import (
 const (
 	defaultMaxRemoved = 30 // percent
 	defaultDeadline   = 10 * time.Minute
-	maxSources        = 1000
+	maxBounds         = 1000 // of one kind and stage
 )
 
 func newRollout() *Rollout {
@@ -42,7 +43,10 @@ func asUnavailable(s string) (Amount, error) {
 
 func (r *reader) settings(n ast.Node, to *Settings) {
 	r.fields(n, SettingsFile, map[string]func(ast.Node){
-		"sources":      func(n ast.Node) { r.sources(n, to) },
+		"sources":      byStage(r, "sources", &to.Sources, listOf(r, asPrefix), "prod: [s3://acme-releases/]"),
+		"dests":        byStage(r, "dests", &to.Dests, listOf(r, asDest), "prod: [/srv]"),
+		"users":        byStage(r, "users", &to.Users, listOf(r, asUser), "prod: [app]"),
+		"commands":     byStage(r, "commands", &to.Commands, oneOf(r, asBool), "prod: false"),
 		"prune":        into(r, &to.Prune, asBool),
 		"max_removed":  into(r, &to.MaxRemoved, asPercent),
 		"allow_rewind": into(r, &to.AllowRewind, asBool),
@@ -69,44 +73,69 @@ func asPercent(s string) (int, error) {
 	return int(n), nil
 }
 
-// sources reads prefixes by stage.
-func (r *reader) sources(n ast.Node, to *Settings) {
-	to.Sources = map[string][]string{}
-	var values []*ast.MappingValueNode
-	switch m := n.(type) {
-	case *ast.MappingNode:
-		values = m.Values
-	case *ast.MappingValueNode:
-		values = []*ast.MappingValueNode{m}
-	default:
-		r.at(n, "sources: want a list of URL prefixes by stage, as in prod: [s3://acme-releases/]")
-		return
-	}
-	for _, v := range values {
-		stage := v.Key.GetToken().Value
-		if s, ok := v.Key.(*ast.StringNode); ok {
-			stage = s.Value
+// byStage reads a mapping whose keys are stages, or "*" for every other one. like is an example of it.
+func byStage[T any](r *reader, field string, to *map[string]T, read func(ast.Node) (T, bool), like string) func(ast.Node) {
+	return func(n ast.Node) {
+		*to = map[string]T{}
+		var values []*ast.MappingValueNode
+		switch m := n.(type) {
+		case *ast.MappingNode:
+			values = m.Values
+		case *ast.MappingValueNode:
+			values = []*ast.MappingValueNode{m}
+		default:
+			r.at(n, "%s: want a value by stage, as in %s", field, like)
+			return
 		}
-		if stage != "*" {
-			if err := CheckSegment("stage", stage); err != nil {
-				r.at(v.Key, "%v; or \"*\" for every stage", err)
+		for _, v := range values {
+			stage := v.Key.GetToken().Value
+			if s, ok := v.Key.(*ast.StringNode); ok {
+				stage = s.Value
+			}
+			if stage != "*" {
+				if err := CheckSegment("stage", stage); err != nil {
+					r.at(v.Key, "%v; or \"*\" for every stage", err)
+					continue
+				}
+			}
+			if _, twice := (*to)[stage]; twice {
+				r.at(v.Key, "stage %q stands twice in %s", stage, field)
 				continue
 			}
+			if v.Value == nil || v.Value.Type() == ast.NullType {
+				r.at(v.Key, "stage %q has no value in %s: want one, as in %s", stage, field, like)
+				continue
+			}
+			if value, ok := read(v.Value); ok {
+				(*to)[stage] = value
+			}
 		}
-		if _, twice := to.Sources[stage]; twice {
-			r.at(v.Key, "stage %q stands twice in sources", stage)
-			continue
+	}
+}
+
+// listOf reads a list that bounds something. An empty one could be read as all, or as nothing.
+func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]string, bool) {
+	return func(n ast.Node) ([]string, bool) {
+		before := len(r.problems)
+		var list []string
+		intoList(r, &list, parse)(n)
+		switch {
+		case len(r.problems) > before:
+		case len(list) == 0:
+			r.at(n, "the list is empty: name what is allowed, or remove the line where all is")
+		case len(list) > maxBounds:
+			r.at(n, "the list has %d items, at most %d are allowed", len(list), maxBounds)
 		}
-		prefixes := []string{}
-		if v.Value == nil || v.Value.Type() == ast.NullType {
-			r.at(v.Key, "stage %q has no list of URL prefixes", stage)
-			continue
-		}
-		intoList(r, &prefixes, asPrefix)(v.Value)
-		if len(prefixes) > maxSources {
-			r.at(v.Key, "%d prefixes, at most %d are allowed", len(prefixes), maxSources)
-		}
-		to.Sources[stage] = prefixes
+		return list, len(r.problems) == before
+	}
+}
+
+// oneOf reads a single value.
+func oneOf[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, bool) {
+	return func(n ast.Node) (value T, ok bool) {
+		before := len(r.problems)
+		into(r, &value, parse)(n)
+		return value, len(r.problems) == before
 	}
 }
 
@@ -120,19 +149,8 @@ func asPrefix(s string) (string, error) {
 
 // allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by those of "*".
 func (s Settings) allows(stage, url string) bool {
-	prefixes, ok := s.Sources[stage]
-	if !ok {
-		prefixes, ok = s.Sources["*"]
-	}
-	if !ok {
-		return true
-	}
-	for _, p := range prefixes {
-		if UnderPrefix(url, p) {
-			return true
-		}
-	}
-	return false
+	prefixes, set := OfStage(s.Sources, stage)
+	return !set || slices.ContainsFunc(prefixes, func(p string) bool { return UnderPrefix(url, p) })
 }
 
 // UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1, not s3://acme/webx/1.

@@ -204,6 +204,8 @@ func (l *loader) readUnit(name string) error {
 	seen := r.fields(root, "a unit", map[string]func(ast.Node){
 		"release": func(n ast.Node) {
 			into(r, &u.Release, ParsePointer)(n)
+			u.Place.File = name
+			u.Place.Line, u.Place.Column = position(n)
 			if !u.Release.IsZero() && !settings.allows(id.Stage, u.Release.URL) {
 				r.at(n, "%s is not among the sources that %s allows for stage %s", u.Release.URL, SettingsFile, id.Stage)
 			}

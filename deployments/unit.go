@@ -58,12 +58,20 @@ func (id *UnitID) UnmarshalText(text []byte) (err error) {
 type Unit struct {
 	ID      UnitID
 	Release Pointer
+	// Place is where Release stands in the commit.
+	Place Place
 	// After names units of the same role that converge before this one. There is no cycle.
 	After []string
 	// Rollout is nil where every node goes at once.
 	Rollout *Rollout
 	// Drift says what agents do about a live release that no longer matches its index.
 	Drift Drift
+}
+
+// Place is where something stands in a deployments repo. Line and Column count from 1.
+type Place struct {
+	File         string
+	Line, Column int
 }
 
 // Rollout bounds how a new target reaches a unit's nodes.

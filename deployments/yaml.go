@@ -154,17 +154,22 @@ func (r *reader) note(line, column int, format string, args ...any) {
 }
 
 func (r *reader) at(n ast.Node, format string, args ...any) {
-	line, column := 0, 0
-	if t := n.GetToken(); t != nil && t.Position != nil {
-		line, column = t.Position.Line, t.Position.Column
-	}
+	line, column := position(n)
+	r.note(line, column, format, args...)
+}
+
+// position is where a node begins; 0, 0 where it doesn't say.
+func position(n ast.Node) (line, column int) {
 	if m, ok := n.(*ast.MappingNode); ok && len(m.Values) > 0 && !m.IsFlowStyle {
 		// A block mapping's own token is its first colon.
 		if t := m.Values[0].Key.GetToken(); t != nil {
-			line, column = t.Position.Line, t.Position.Column
+			return t.Position.Line, t.Position.Column
 		}
 	}
-	r.note(line, column, format, args...)
+	if t := n.GetToken(); t != nil && t.Position != nil {
+		return t.Position.Line, t.Position.Column
+	}
+	return 0, 0
 }
 
 // err gives what was noted, in order; nil: nothing.

@@ -2,12 +2,15 @@ package policy
 
 import (
 	"fmt"
+	"path/filepath"
+	"slices"
 	"strings"
 
 	"kedge/deployments"
 )
 
-// Bounds are what a node's own configuration allows, whatever KV says. The zero value allows everything.
+// Bounds are what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own kedge.yaml.
+// The zero value allows everything.
 type Bounds struct {
 	// Sources are URL prefixes (whole path segments) that a release may come from; empty: any.
 	Sources []string
@@ -18,6 +21,19 @@ type Bounds struct {
 	Users      []string
 	NoCommands bool
 }
+
+// BoundsOf are those of kedge.yaml for a stage.
+func BoundsOf(s deployments.Settings, stage string) Bounds {
+	commands, set := deployments.OfStage(s.Commands, stage)
+	b := Bounds{NoCommands: set && !commands}
+	b.Sources, _ = deployments.OfStage(s.Sources, stage)
+	b.Dests, _ = deployments.OfStage(s.Dests, stage)
+	b.Users, _ = deployments.OfStage(s.Users, stage)
+	return b
+}
+
+// OnManifests reports whether it takes a release's manifest to tell what is allowed: sources alone are in the pointer.
+func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
 // CheckSource reports why nothing may be fetched from a URL; nil: it may.
 func (b Bounds) CheckSource(url string) error {
@@ -30,5 +46,65 @@ func (b Bounds) CheckSource(url string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s is not from %s, which is all that this node's configuration allows", url, strings.Join(b.Sources, ", "))
+	return fmt.Errorf("%s is not from %s, which is all that is allowed", url, strings.Join(b.Sources, ", "))
+}
+
+// Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is called where the
+// release would run, by name and number; "" is whoever the agent there runs as.
+func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func(user string) []string) error {
+	sources := []string{p.URL}
+	if m.Src != "" {
+		sources = append(sources, m.Src)
+		if len(b.Dests) > 0 && !slices.ContainsFunc(b.Dests, func(dir string) bool { return below(m.Dest, dir) }) {
+			return fmt.Errorf("dest %s is outside of %s", m.Dest, strings.Join(b.Dests, ", "))
+		}
+	}
+	if m.Index != nil {
+		sources = append(sources, m.Index.URL)
+	}
+	for _, d := range m.Deltas {
+		sources = append(sources, d.URL)
+	}
+	for _, s := range sources {
+		if err := b.CheckSource(s); err != nil {
+			return err
+		}
+	}
+	if owner, _, _ := strings.Cut(m.Owner, ":"); owner != "" {
+		if err := b.checkUser(owner, names); err != nil {
+			return fmt.Errorf("owner: %w", err)
+		}
+	}
+	commands := slices.Concat(m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure)
+	for _, c := range m.Health.Checks {
+		if c.Exec != "" {
+			commands = append(commands, deployments.Command{Run: c.Exec})
+		}
+	}
+	for _, c := range commands {
+		if b.NoCommands {
+			return fmt.Errorf("it has commands, and none are allowed: %q", c.Run)
+		}
+		if err := b.checkUser(c.User, names); err != nil {
+			return fmt.Errorf("command %q: %w", c.Run, err)
+		}
+	}
+	return nil
+}
+
+// checkUser reports why a user, given by name or number, is not allowed.
+func (b Bounds) checkUser(name string, names func(string) []string) error {
+	if len(b.Users) == 0 || slices.ContainsFunc(names(name), func(n string) bool { return slices.Contains(b.Users, n) }) {
+		return nil
+	}
+	if name == "" {
+		return fmt.Errorf("it runs as the agent's own user, which is not among %s: set user", strings.Join(b.Users, ", "))
+	}
+	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
+}
+
+// below reports whether path is dir or lies below it.
+func below(path, dir string) bool {
+	rel, err := filepath.Rel(filepath.Clean(dir), path)
+	return err == nil && filepath.IsLocal(rel)
 }

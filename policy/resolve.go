@@ -206,6 +206,7 @@ func (d *Decision) allow(f Facts) {
 		if err == nil {
 			continue
 		}
+		err = fmt.Errorf("%w on this node", err)
 		d.Invalid = first(d.Invalid, err)
 		d.note(Step{What: "bounds", Says: err.Error(), Unblock: "publish to an allowed place, or extend sources in the agent's configuration"})
 		if p == &d.Target {

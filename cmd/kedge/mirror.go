@@ -25,6 +25,9 @@ or three: one holds the lease and works, the others take over within seconds whe
 REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
 is seen at once. Others are polled, and asked at once when a webhook calls /hook.
 
+Where kedge.yaml bounds what releases may do (dests, users, commands), it reads the manifest of each release that a commit names anew,
+and needs to get those from the storage.
+
 From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
 KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab and Gitea.`,
 		Args: cobra.ExactArgs(1),
@@ -38,7 +41,8 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 				return err
 			}
 			defer store.Close()
-			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, object.New(object.Config{Log: log})); err != nil {
+			c.Objects = object.New(object.Config{Log: log})
+			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, c.Objects); err != nil {
 				return err
 			}
 			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/sync/mirror"
@@ -19,7 +20,7 @@ import (
 
 func (a *app) checkCommand() *cobra.Command {
 	var manifest string
-	var preReceive bool
+	var preReceive, releases bool
 	c := &cobra.Command{
 		Use:   "check [REPO]",
 		Short: "Validate a deployments repo, or a manifest",
@@ -31,6 +32,9 @@ As a hook of the repo that people push to, it refuses a bad push: put this in ho
   #!/bin/sh
   exec kedge check --pre-receive
 
+With --releases it reads the manifest of each release as well (as a hook: of those that the push changes): whether it is there, has
+the digest that the pointer says, and does only what kedge.yaml allows for its stage (sources, dests, users, commands).
+
 With --manifest FILE it checks a manifest instead, and names the traps in an old one of stretcher's.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -38,13 +42,20 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			if len(args) == 1 {
 				dir = args[0]
 			}
+			var objects *object.Client
+			if releases {
+				objects = object.New(object.Config{})
+			}
 			switch {
 			case manifest != "":
 				return a.checkManifest(manifest)
 			case preReceive:
-				return mirror.CheckPush(cmd.Context(), dir, a.stdin)
+				return mirror.CheckPush(cmd.Context(), dir, a.stdin, objects)
 			}
 			tree, err := deployments.Load(os.DirFS(dir))
+			if err == nil && releases {
+				err = mirror.CheckReleases(cmd.Context(), objects, tree)
+			}
 			if problems := deployments.Problems(nil); errors.As(err, &problems) {
 				if a.json {
 					return errors.Join(a.printJSON(problems), fmt.Errorf("%s", count(len(problems), "problem")))
@@ -63,6 +74,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 	}
 	f := c.Flags()
 	f.StringVar(&manifest, "manifest", "", "check this manifest `file` instead; - for standard input")
+	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
 	a.jsonFlag(c, "the problems")
 	return c

@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os/user"
 	"path/filepath"
-	"slices"
-	"strings"
 	"time"
 
 	"kedge/artifact"
@@ -90,57 +88,17 @@ func (u *Unit) fetch(ctx context.Context, p deployments.Pointer) (*release, erro
 // within reports the first thing of r that bounds don't allow.
 func within(b policy.Bounds, r *release) error {
 	m := r.Manifest
-	sources := []string{r.Pointer.URL}
-	if m.Src != "" {
-		sources = append(sources, m.Src)
-		if !filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/" {
-			return fmt.Errorf("dest %q is not a clean absolute path below /", m.Dest)
-		}
-		if !slices.ContainsFunc(b.Dests, func(dir string) bool { return below(m.Dest, dir) }) && len(b.Dests) > 0 {
-			return fmt.Errorf("dest %s is outside of %s", m.Dest, strings.Join(b.Dests, ", "))
-		}
-	}
-	if m.Index != nil {
-		sources = append(sources, m.Index.URL)
-	}
-	for _, d := range m.Deltas {
-		sources = append(sources, d.URL)
-	}
-	for _, s := range sources {
-		if err := b.CheckSource(s); err != nil {
-			return err
-		}
+	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
+		return fmt.Errorf("dest %q is not a clean absolute path below /", m.Dest)
 	}
 	if m.ExcludeFrom != "" && !filepath.IsLocal(m.ExcludeFrom) {
 		return fmt.Errorf("exclude_from %q leads out of the archive", m.ExcludeFrom)
 	}
-	if owner, _, _ := strings.Cut(m.Owner, ":"); owner != "" {
-		if err := mayBe(b, owner); err != nil {
-			return fmt.Errorf("owner: %w", err)
-		}
-	}
-	commands := slices.Concat(m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure)
-	for _, c := range m.Health.Checks {
-		if c.Exec != "" {
-			commands = append(commands, deployments.Command{Run: c.Exec})
-		}
-	}
-	for _, c := range commands {
-		if b.NoCommands {
-			return fmt.Errorf("it has commands, and none are allowed here: %q", c.Run)
-		}
-		if err := mayBe(b, c.User); err != nil {
-			return fmt.Errorf("command %q: %w", c.Run, err)
-		}
-	}
-	return nil
+	return b.Check(r.Pointer, m, userNames)
 }
 
-// mayBe reports whether bounds allow a user, given by name or number; "" is the agent's own.
-func mayBe(b policy.Bounds, name string) error {
-	if len(b.Users) == 0 || name != "" && slices.Contains(b.Users, name) {
-		return nil
-	}
+// userNames gives a user's name and number on this node, and what the manifest calls it; "" is the agent's own.
+func userNames(name string) []string {
 	var u *user.User
 	var err error
 	if name == "" {
@@ -148,17 +106,12 @@ func mayBe(b policy.Bounds, name string) error {
 	} else if u, err = user.Lookup(name); err != nil {
 		u, err = user.LookupId(name)
 	}
-	if err == nil && (slices.Contains(b.Users, u.Username) || slices.Contains(b.Users, u.Uid)) {
-		return nil
+	var names []string
+	if name != "" {
+		names = append(names, name)
 	}
-	if name == "" {
-		return fmt.Errorf("it runs as the agent's own user, which is not among %s: set user", strings.Join(b.Users, ", "))
+	if err == nil {
+		names = append(names, u.Username, u.Uid)
 	}
-	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
-}
-
-// below reports whether path is dir or lies below it.
-func below(path, dir string) bool {
-	rel, err := filepath.Rel(filepath.Clean(dir), path)
-	return err == nil && filepath.IsLocal(rel)
+	return names
 }

@@ -85,20 +85,22 @@ type leader struct {
 	snapshot chan []kv.Entry
 
 	// The rest belongs to run's goroutine.
-	written   Status // what mirror/state holds
-	writtenAt time.Time
-	accepted  *loaded // the commit that KV holds, or is to hold; nil: it can't be read
-	recalled  string  // the branch's head when accepted was last looked for
-	judged    string  // the head that was last judged, against accepted's, and the verdict
-	verdict   error
-	owned     map[deployments.UnitID]own
-	obeyed    map[deployments.UnitID]uint64  // versions of orders that were consumed
-	complaint string                         // the orders that can't be obeyed, as they were last logged
-	reports   map[string]parsedReport        // by key in status/
-	folders   map[[2]string]bool             // the roles whose folders are there
-	past      map[deployments.UnitID]History // newest generations, of the roles in pastOf
-	pastOf    map[[2]string]bool
-	ranks     map[deployments.UnitID]*policy.Ranks
+	written    Status // what mirror/state holds
+	writtenAt  time.Time
+	accepted   *loaded // the commit that KV holds, or is to hold; nil: it can't be read
+	recalled   string  // the branch's head when accepted was last looked for
+	judged     string  // the head that was last judged, against accepted's, and the verdict
+	verdict    error
+	inspection *inspection // of judged's releases; nil: none was needed yet
+	inspecting sync.WaitGroup
+	owned      map[deployments.UnitID]own
+	obeyed     map[deployments.UnitID]uint64  // versions of orders that were consumed
+	complaint  string                         // the orders that can't be obeyed, as they were last logged
+	reports    map[string]parsedReport        // by key in status/
+	folders    map[[2]string]bool             // the roles whose folders are there
+	past       map[deployments.UnitID]History // newest generations, of the roles in pastOf
+	pastOf     map[[2]string]bool
+	ranks      map[deployments.UnitID]*policy.Ranks
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -116,6 +118,7 @@ func (l *leader) run(ctx context.Context) error {
 	if err := l.persist(ctx, "begin", l.begin); err != nil {
 		return err
 	}
+	defer l.inspecting.Wait()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.DesiredPrefix, l.sawDesired) })
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.ControlPrefix, l.sawControl) })
@@ -434,18 +437,34 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 			}
 		}
 		l.judged, l.verdict = judged, refuse(m)
-		l.metrics.judged(l.verdict)
-		if l.verdict != nil {
-			l.c.Log.Error("the commit is refused", "commit", git.head, "error", l.verdict)
-		} else {
-			l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
-		}
+		l.refused(git.head)
 	}
-	if l.verdict == nil && l.accepted != git.good {
+	if l.verdict != nil || l.accepted == git.good {
+		return l.verdict, nil
+	}
+	done, err := l.inspect(ctx, git.good)
+	switch {
+	case errors.As(err, new(deployments.Problems)):
+		l.verdict = err
+		l.refused(git.head)
+		return err, nil
+	case err != nil:
+		return nil, fmt.Errorf("commit %s is not taken yet: %w", short(git.head), err)
+	case done:
+		l.metrics.judged(nil)
+		l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
 		l.accepted = git.good
 		clear(l.ranks) // of units that may be gone
 	}
-	return l.verdict, nil
+	return nil, nil
+}
+
+// refused notes that the commit is not to be taken, where that is the verdict.
+func (l *leader) refused(commit string) {
+	if l.verdict != nil {
+		l.metrics.judged(l.verdict)
+		l.c.Log.Error("the commit is refused", "commit", commit, "error", l.verdict)
+	}
 }
 
 func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {

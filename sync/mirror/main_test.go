@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact/object"
 	"kedge/kv"
 )
 
@@ -18,7 +19,9 @@ func TestMain(m *testing.M) {
 	case "mirror":
 		err = mirrorProcess()
 	case "pre-receive":
-		err = CheckPush(context.Background(), ".", os.Stdin)
+		err = CheckPush(context.Background(), ".", os.Stdin, nil)
+	case "pre-receive-releases":
+		err = CheckPush(context.Background(), ".", os.Stdin, object.New(object.Config{}))
 	default:
 		os.Exit(m.Run())
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/storer"
 
+	"kedge/artifact/object"
 	"kedge/deployments"
 )
 
@@ -59,16 +60,17 @@ func LoadCommit(ctx context.Context, path, rev string) (*deployments.Tree, Commi
 
 // CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses what the
 // mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the branch. Only
-// branches are looked at: those given, or else main and the one that HEAD names. It runs in the receiving repository's
-// environment, where pushed objects lie in a quarantine.
-func CheckPush(ctx context.Context, repoDir string, stdin io.Reader, branches ...string) error {
+// branches are looked at: those given, or else main and the one that HEAD names. With objects it refuses as well what CheckReleases
+// says of the releases that the push changes. It runs in the receiving repository's environment, where pushed objects lie in a
+// quarantine.
+func CheckPush(ctx context.Context, repoDir string, stdin io.Reader, objects *object.Client, branches ...string) error {
 	if dir := os.Getenv("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
 	}
-	return checkPush(ctx, repoDir, os.Getenv, stdin, branches)
+	return checkPush(ctx, repoDir, os.Getenv, stdin, objects, branches)
 }
 
-func checkPush(ctx context.Context, repoDir string, env func(string) string, stdin io.Reader, branches []string) error {
+func checkPush(ctx context.Context, repoDir string, env func(string) string, stdin io.Reader, objects *object.Client, branches []string) error {
 	dir, common, err := gitDir(repoDir)
 	if err != nil {
 		return err
@@ -103,7 +105,7 @@ func checkPush(ctx context.Context, repoDir string, env func(string) string, std
 		if !ok || !slices.Contains(branches, branch) {
 			continue
 		}
-		if err := checkUpdate(ctx, from, plumbing.NewHash(fields[0]), plumbing.NewHash(fields[1])); err != nil {
+		if err := checkUpdate(ctx, from, objects, plumbing.NewHash(fields[0]), plumbing.NewHash(fields[1])); err != nil {
 			refusals = append(refusals, fmt.Errorf("branch %s is not updated:\n%w", branch, err))
 		}
 	}
@@ -127,27 +129,39 @@ func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 }
 
 // checkUpdate checks one branch's move; a zero hash stands for none.
-func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, was, is plumbing.Hash) error {
+func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, objects *object.Client, was, is plumbing.Hash) error {
 	if is.IsZero() {
 		return errors.New("it is what the mirror follows, and can't be removed")
 	}
 	to, err := load(from, is, nil)
-	if err != nil || was.IsZero() {
-		return err
-	}
-	before, err := load(from, was, nil)
-	if errors.As(err, new(*badCommit)) {
-		return nil // it was not taken, so it sets no rules
-	}
 	if err != nil {
 		return err
 	}
-	m := move{from: before.Hash, rules: rulesOf(before), to: to}
-	for _, u := range before.tree.Units {
-		m.had = append(m.had, u.ID)
+	var before *deployments.Tree // nil: there is none that sets rules, or has releases that were looked at
+	if !was.IsZero() {
+		last, err := load(from, was, nil)
+		switch {
+		case errors.As(err, new(*badCommit)): // it was not taken
+		case err != nil:
+			return err
+		default:
+			before = last.tree
+			m := move{from: last.Hash, rules: rulesOf(last), to: to}
+			for _, u := range before.Units {
+				m.had = append(m.had, u.ID)
+			}
+			if m.descends, err = descends(ctx, from, was, is); err != nil {
+				return err
+			}
+			if err := refuse(m); err != nil {
+				return err
+			}
+		}
 	}
-	if m.descends, err = descends(ctx, from, was, is); err != nil {
-		return err
+	if objects == nil {
+		return nil
 	}
-	return refuse(m)
+	tree := *to.tree
+	tree.Units = changed(before, to.tree)
+	return CheckReleases(ctx, objects, &tree)
 }

@@ -11,10 +11,10 @@ import (
 )
 
 // hooked makes the bare repository check pushes with CheckPush, as a real pre-receive hook.
-func hooked(t *testing.T, unpackLimit string) *origin {
+func hooked(t *testing.T, unpackLimit, as string) *origin {
 	t.Helper()
 	o := newOrigin(t)
-	script := "#!/bin/sh\nKEDGE_TEST_AS=pre-receive exec '" + os.Args[0] + "'\n"
+	script := "#!/bin/sh\nKEDGE_TEST_AS=" + as + " exec '" + os.Args[0] + "'\n"
 	if err := os.WriteFile(filepath.Join(o.bare, "hooks", "pre-receive"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +27,7 @@ func TestCheckPush(t *testing.T) {
 	for name, limit := range map[string]string{"loose objects": "100", "a pack": "1"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := hooked(t, limit)
+			o := hooked(t, limit, "pre-receive")
 			good := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
 			refused := func(what, ref string, words ...string) {
 				t.Helper()
@@ -69,10 +69,10 @@ func TestCheckPushReadsGitsLines(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
 	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	if err := CheckPush(t.Context(), o.bare, strings.NewReader("nonsense\n")); err == nil || !strings.Contains(err.Error(), "OLD NEW REF") {
+	if err := CheckPush(t.Context(), o.bare, strings.NewReader("nonsense\n"), nil); err == nil || !strings.Contains(err.Error(), "OLD NEW REF") {
 		t.Errorf("error %v", err)
 	}
-	if err := CheckPush(t.Context(), o.bare, strings.NewReader("")); err != nil {
+	if err := CheckPush(t.Context(), o.bare, strings.NewReader(""), nil); err != nil {
 		t.Errorf("nothing pushed: %v", err)
 	}
 }

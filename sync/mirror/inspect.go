@@ -1,0 +1,212 @@
+package mirror
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"kedge/artifact"
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+const (
+	manifestsAtOnce = 8
+	manifestTime    = time.Minute // for one to be read
+	unreadMost      = 10          // manifests that can't be read, before the rest isn't asked for
+)
+
+// CheckReleases reads the manifest of every release that a tree names: whether it is there, has its digest and parses, and does only what
+// kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
+func CheckReleases(ctx context.Context, objects *object.Client, tree *deployments.Tree) error {
+	problems, unread := inspect(ctx, objects, tree.Settings, tree.Units)
+	if problems = append(problems, unread...); len(problems) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(problems, byPlace)
+	return problems
+}
+
+func byPlace(a, b deployments.Problem) int {
+	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+}
+
+// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before nil: all.
+func changed(before, to *deployments.Tree) []deployments.Unit {
+	if before == nil {
+		return to.Units
+	}
+	had := make(map[deployments.UnitID]deployments.Pointer, len(before.Units))
+	for _, u := range before.Units {
+		had[u.ID] = u.Release
+	}
+	same := map[string]bool{} // by stage
+	var units []deployments.Unit
+	for _, u := range to.Units {
+		stage := u.ID.Stage
+		if _, known := same[stage]; !known {
+			same[stage] = reflect.DeepEqual(policy.BoundsOf(before.Settings, stage), policy.BoundsOf(to.Settings, stage))
+		}
+		if had[u.ID] != u.Release || !same[stage] {
+			units = append(units, u)
+		}
+	}
+	return units
+}
+
+// bounded gives the units whose releases take a look at the manifest to tell whether they are allowed.
+func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
+	return slices.DeleteFunc(slices.Clone(units), func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() })
+}
+
+// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
+// for ever. unread are those that could not be read, which may pass: they aren't there yet, or the storage is away. Both are sorted.
+func inspect(ctx context.Context, objects *object.Client, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
+	byRelease := map[deployments.Pointer][]deployments.Unit{}
+	var releases []deployments.Pointer
+	for _, u := range units {
+		if byRelease[u.Release] == nil {
+			releases = append(releases, u.Release)
+		}
+		byRelease[u.Release] = append(byRelease[u.Release], u)
+	}
+	var mu sync.Mutex
+	enough := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(unread) >= unreadMost
+	}
+	var g errgroup.Group
+	g.SetLimit(manifestsAtOnce)
+	for _, p := range releases {
+		if enough() {
+			break
+		}
+		g.Go(func() error {
+			raw, err := readManifest(ctx, objects, p)
+			mu.Lock()
+			defer mu.Unlock()
+			for _, u := range byRelease[p] {
+				if err != nil {
+					unread = append(unread, problemOf(u, fmt.Errorf("the release can't be checked: %w", err)))
+				} else if err := checkRelease(s, u, raw); err != nil {
+					problems = append(problems, problemOf(u, err))
+				}
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // its functions give none
+	slices.SortFunc(problems, byPlace)
+	slices.SortFunc(unread, byPlace)
+	return problems, unread
+}
+
+func problemOf(u deployments.Unit, err error) deployments.Problem {
+	return deployments.Problem{File: u.Place.File, Line: u.Place.Line, Column: u.Place.Column, Message: err.Error()}
+}
+
+func readManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, manifestTime)
+	defer cancel()
+	return artifact.ReadManifest(ctx, objects, p)
+}
+
+// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is known on the
+// unit's nodes only, and may be any text, more fields among them.
+func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
+	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
+	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
+		variable = cmp.Or(variable, name)
+		return "", false
+	})
+	switch {
+	case variable != "" && bounds.OnManifests():
+		return fmt.Errorf("its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
+			"or bound the stage in its agents' configuration instead", variable, deployments.SettingsFile, u.ID.Stage)
+	case variable != "":
+		return nil
+	case err != nil:
+		return fmt.Errorf("%s: %w", u.Release.URL, err)
+	}
+	if err := bounds.Check(u.Release, m, asWritten); err != nil {
+		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile, u.ID.Stage, err)
+	}
+	return nil
+}
+
+// asWritten is all that is known here of a node's users.
+func asWritten(user string) []string {
+	if user == "" {
+		return nil
+	}
+	return []string{user}
+}
+
+// inspection is a look at a commit's releases, under way or done.
+type inspection struct {
+	of     string // as leader.judged
+	stop   context.CancelFunc
+	result chan error // holds one
+	ended  time.Time  // zero: it is under way
+	err    error      // while it is under way: what the one before it failed with
+}
+
+// failed: it ended, and told nothing.
+func (i *inspection) failed() bool {
+	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
+}
+
+// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
+// was looked at. An error that isn't deployments.Problems may pass, and is looked for again after a while.
+func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error) {
+	last := l.inspection
+	if last != nil && (last.of != l.judged || last.failed() && time.Since(last.ended) > settle) {
+		last.stop()
+		l.inspection = nil
+	}
+	if l.inspection == nil {
+		var before *deployments.Tree
+		if l.accepted != nil {
+			before = l.accepted.tree
+		}
+		units := bounded(to.tree.Settings, changed(before, to.tree))
+		if len(units) == 0 {
+			return true, nil
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		i := &inspection{of: l.judged, stop: cancel, result: make(chan error, 1)}
+		if last != nil && last.of == i.of {
+			i.err = last.err
+		}
+		l.inspection = i
+		l.inspecting.Go(func() {
+			problems, unread := inspect(ctx, l.c.Objects, to.tree.Settings, units)
+			switch {
+			case len(problems) > 0:
+				i.result <- problems
+			case len(unread) > 0:
+				i.result <- errors.New(unread.Error())
+			default:
+				i.result <- nil
+			}
+			l.poked()
+		})
+	}
+	i := l.inspection
+	select {
+	case i.err = <-i.result:
+		i.ended = time.Now()
+	default:
+	}
+	return !i.ended.IsZero(), i.err
+}
