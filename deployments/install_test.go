@@ -194,7 +194,7 @@ func TestExample(t *testing.T) {
 	if app.Rollout == nil || app.Rollout.Bake != 5*time.Minute || !slices.Equal(app.After, []string{"base"}) {
 		t.Errorf("prod/web/app is %+v with the rollout %+v", app, app.Rollout)
 	}
-	if len(tree.Settings.Freeze) != 1 || len(tree.Settings.Sources) != 2 || !tree.Settings.Prune {
+	if len(tree.Settings.Freeze) != 1 || len(tree.Settings.Sources) != 2 || len(tree.Settings.Dests) != 1 || len(tree.Settings.Users) != 1 || !tree.Settings.Commands["*"] || !tree.Settings.Prune {
 		t.Errorf("the settings are %+v", tree.Settings)
 	}
 }

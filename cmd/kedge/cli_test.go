@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -35,6 +37,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 	}
 	write("bad/prod/web/app.yaml", "release: x\nrelaese: y\n")
 	write("good/prod/web/app.yaml", "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
+	write("bounded/kedge.yaml", "dests: {prod: [/srv]}\n")
+	outside := write("manifests/1.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 64)+"\ndest: /etc/a\n")
+	digest := sha256.Sum256([]byte("src: s3://b/a.tar.gz\nchecksum: " + strings.Repeat("a", 64) + "\ndest: /etc/a\n"))
+	write("bounded/prod/web/app.yaml", "release: file://"+outside+"@sha256:"+hex.EncodeToString(digest[:])+"\n")
 	trapped := write("old.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n")
 	for _, c := range []struct {
 		args []string
@@ -54,6 +60,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"agent", "--config", filepath.Join(dir, "nowhere.yaml")}, exitUsage, []string{"nowhere.yaml"}},
 		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
 		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},
+		{[]string{"check", filepath.Join(dir, "bounded")}, exitDone, []string{"1 unit, all valid", "that takes --releases"}},
+		{[]string{"check", "--releases", filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/a is outside of /srv", "1 problem"}},
 		{[]string{"check", "--manifest", trapped}, exitDone, []string{"old.yml:4:12: dest_mode: 755 is read in octal", "3 traps"}},
 		{[]string{"run", "s3://b/x", "--max-bandwidth", "fast"}, exitUsage, []string{`bandwidth "fast"`}},
 		{[]string{"run"}, exitUsage, []string{"standard input is empty"}},

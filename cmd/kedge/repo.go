@@ -69,6 +69,9 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 				return err
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
+			if !releases && mirror.BoundsReleases(tree) {
+				fmt.Fprintln(a.stderr, "what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases")
+			}
 			return nil
 		},
 	}

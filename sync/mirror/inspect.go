@@ -68,6 +68,9 @@ func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 	return slices.DeleteFunc(slices.Clone(units), func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() })
 }
 
+// BoundsReleases reports whether it takes a look at manifests to tell that a tree's releases are allowed.
+func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
+
 // inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
 // for ever. unread are those that could not be read, which may pass: they aren't there yet, or the storage is away. Both are sorted.
 func inspect(ctx context.Context, objects *object.Client, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
