@@ -77,21 +77,12 @@ func asPercent(s string) (int, error) {
 func byStage[T any](r *reader, field string, to *map[string]T, read func(ast.Node) (T, bool), like string) func(ast.Node) {
 	return func(n ast.Node) {
 		*to = map[string]T{}
-		var values []*ast.MappingValueNode
-		switch m := n.(type) {
-		case *ast.MappingNode:
-			values = m.Values
-		case *ast.MappingValueNode:
-			values = []*ast.MappingValueNode{m}
-		default:
+		values, ok := mapping(n)
+		if !ok {
 			r.at(n, "%s: want a value by stage, as in %s", field, like)
-			return
 		}
 		for _, v := range values {
-			stage := v.Key.GetToken().Value
-			if s, ok := v.Key.(*ast.StringNode); ok {
-				stage = s.Value
-			}
+			stage := keyOf(v)
 			if stage != "*" {
 				if err := CheckSegment("stage", stage); err != nil {
 					r.at(v.Key, "%v; or \"*\" for every stage", err)

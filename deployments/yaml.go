@@ -186,21 +186,12 @@ func (r *reader) err() error {
 // fields reads a mapping: each key by its function. Unknown and double keys are noted, and keys without a value.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
-	var values []*ast.MappingValueNode
-	switch m := n.(type) {
-	case *ast.MappingNode:
-		values = m.Values
-	case *ast.MappingValueNode:
-		values = []*ast.MappingValueNode{m}
-	default:
+	values, ok := mapping(n)
+	if !ok {
 		r.at(n, "%s: want fields, as in \"name: value\"", what)
-		return seen
 	}
 	for _, v := range values {
-		name := v.Key.GetToken().Value
-		if s, ok := v.Key.(*ast.StringNode); ok {
-			name = s.Value
-		}
+		name := keyOf(v)
 		read, ok := known[name]
 		switch {
 		case !ok:
@@ -219,6 +210,25 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 		read(v.Value)
 	}
 	return seen
+}
+
+// mapping gives the lines of a mapping, which is another node where it has one alone.
+func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
+	switch m := n.(type) {
+	case *ast.MappingNode:
+		return m.Values, true
+	case *ast.MappingValueNode:
+		return []*ast.MappingValueNode{m}, true
+	}
+	return nil, false
+}
+
+// keyOf is a line's key, without its quotes.
+func keyOf(v *ast.MappingValueNode) string {
+	if s, ok := v.Key.(*ast.StringNode); ok {
+		return s.Value
+	}
+	return v.Key.GetToken().Value
 }
 
 // didYouMean names the known field that a misspelt one is nearest to.
