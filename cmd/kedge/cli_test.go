@@ -62,6 +62,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},
 		{[]string{"check", filepath.Join(dir, "bounded")}, exitDone, []string{"1 unit, all valid", "that takes --releases"}},
 		{[]string{"check", "--releases", filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/a is outside of /srv", "1 problem"}},
+		{[]string{"check", "--signers", write("signers", ""), filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release can't be checked: file://" + outside + " is not signed"}},
 		{[]string{"check", "--manifest", trapped}, exitDone, []string{"old.yml:4:12: dest_mode: 755 is read in octal", "3 traps"}},
 		{[]string{"run", "s3://b/x", "--max-bandwidth", "fast"}, exitUsage, []string{`bandwidth "fast"`}},
 		{[]string{"run"}, exitUsage, []string{"standard input is empty"}},

@@ -15,7 +15,7 @@ import (
 
 func (a *app) mirrorCommand() *cobra.Command {
 	var c mirror.Config
-	var snapshot, snapshotKey string
+	var snapshot, snapshotKey, signers string
 	command := &cobra.Command{
 		Use:   "mirror REPO",
 		Short: "Copy a deployments repo to the store: the daemon beside Consul",
@@ -25,8 +25,8 @@ or three: one holds the lease and works, the others take over within seconds whe
 REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
 is seen at once. Others are polled, and asked at once when a webhook calls /hook.
 
-Where kedge.yaml bounds what releases may do (dests, users, commands), it reads the manifest of each release that a commit names anew,
-and needs to get those from the storage.
+Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of each release that
+a commit names anew, and needs to get those from the storage.
 
 From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
 KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab and Gitea.`,
@@ -41,8 +41,13 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 				return err
 			}
 			defer store.Close()
-			c.Objects = object.New(object.Config{Log: log})
-			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, c.Objects); err != nil {
+			objects := object.New(object.Config{Log: log})
+			trust, err := trustSigners(signers, objects, log)
+			if err != nil {
+				return err
+			}
+			c.Releases = mirror.Releases{Objects: objects, Trust: trust}
+			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, objects); err != nil {
 				return err
 			}
 			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()
@@ -66,6 +71,7 @@ KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitL
 	f.StringVar(&c.KnownHosts, "known-hosts", os.Getenv("KEDGE_KNOWN_HOSTS"), "known_hosts `file` for ssh (default ~/.ssh/known_hosts)")
 	f.StringVar(&c.SignedBy, "signed-by", os.Getenv("KEDGE_SIGNED_BY"), "allowed_signers `file`: with it, a commit without a signature by one of them is refused")
 	f.StringVar(&c.SignedByPGP, "signed-by-pgp", os.Getenv("KEDGE_SIGNED_BY_PGP"), "`file` of OpenPGP public keys (gpg --armor --export), whose signatures count as well")
+	f.StringVar(&signers, "signers", os.Getenv("KEDGE_SIGNERS"), "allowed_signers `file`, as the agents have: with it, a commit waits whose releases bear no signature by one of them")
 	f.StringVar(&c.CacheDir, "cache-dir", os.Getenv("CACHE_DIRECTORY"), "`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)")
 	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"), "`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
 	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")

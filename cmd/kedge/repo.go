@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"strings"
 	"time"
@@ -19,7 +20,7 @@ import (
 )
 
 func (a *app) checkCommand() *cobra.Command {
-	var manifest string
+	var manifest, signers string
 	var preReceive, releases bool
 	c := &cobra.Command{
 		Use:   "check [REPO]",
@@ -33,7 +34,8 @@ As a hook of the repo that people push to, it refuses a bad push: put this in ho
   exec kedge check --pre-receive
 
 With --releases it reads the manifest of each release as well (as a hook: of those that the push changes): whether it is there, has
-the digest that the pointer says, and does only what kedge.yaml allows for its stage (sources, dests, users, commands).
+the digest that the pointer says, and does only what kedge.yaml allows for its stage (sources, dests, users, commands). With
+--signers it must bear a signature as well.
 
 With --manifest FILE it checks a manifest instead, and names the traps in an old one of stretcher's.`,
 		Args: cobra.MaximumNArgs(1),
@@ -42,19 +44,24 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			if len(args) == 1 {
 				dir = args[0]
 			}
-			var objects *object.Client
-			if releases {
-				objects = object.New(object.Config{})
+			var look *mirror.Releases
+			if releases || signers != "" {
+				objects := object.New(object.Config{})
+				trust, err := trustSigners(signers, objects, slog.New(slog.DiscardHandler))
+				if err != nil {
+					return err
+				}
+				look = &mirror.Releases{Objects: objects, Trust: trust}
 			}
 			switch {
 			case manifest != "":
 				return a.checkManifest(manifest)
 			case preReceive:
-				return mirror.CheckPush(cmd.Context(), dir, a.stdin, objects)
+				return mirror.CheckPush(cmd.Context(), dir, a.stdin, look)
 			}
 			tree, err := deployments.Load(os.DirFS(dir))
-			if err == nil && releases {
-				err = mirror.CheckReleases(cmd.Context(), objects, tree)
+			if err == nil && look != nil {
+				err = look.Check(cmd.Context(), tree)
 			}
 			if problems := deployments.Problems(nil); errors.As(err, &problems) {
 				if a.json {
@@ -69,7 +76,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 				return err
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
-			if !releases && mirror.BoundsReleases(tree) {
+			if look == nil && mirror.BoundsReleases(tree) {
 				fmt.Fprintln(a.stderr, "what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases")
 			}
 			return nil
@@ -78,6 +85,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 	f := c.Flags()
 	f.StringVar(&manifest, "manifest", "", "check this manifest `file` instead; - for standard input")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
+	f.StringVar(&signers, "signers", "", "allowed_signers `file`: read the releases, too, which must be signed by one of them")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
 	a.jsonFlag(c, "the problems")
 	return c

@@ -58,7 +58,7 @@ func readSigningKey(file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners gives the check that an agent makes of every manifest before it uses it: its signature, which lies beside it as
+// trustSigners gives the check that an agent makes of every manifest before it uses it, and a mirror before it names it: its signature, which lies beside it as
 // manifest.yaml.sig, is by one of those in file. Without a file the pointer's digest is enough, and nil is returned.
 func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(context.Context, deployments.Pointer, []byte) error, error) {
 	if file == "" {
@@ -75,7 +75,7 @@ func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(c
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
 		signature, err := objects.ReadAll(ctx, p.URL+".sig", artifact.MaxSignature)
 		if errors.Is(err, object.ErrNotFound) {
-			return fmt.Errorf("%s is not signed, and this node has signers configured: publish it with --sign", p.URL)
+			return fmt.Errorf("%s is not signed, and signers are configured here: publish it with --sign", p.URL)
 		}
 		if err != nil {
 			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)

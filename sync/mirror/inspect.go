@@ -25,10 +25,19 @@ const (
 	unreadMost      = 10          // manifests that can't be read, before the rest isn't asked for
 )
 
-// CheckReleases reads the manifest of every release that a tree names: whether it is there, has its digest and parses, and does only what
-// kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
-func CheckReleases(ctx context.Context, objects *object.Client, tree *deployments.Tree) error {
-	problems, unread := inspect(ctx, objects, tree.Settings, tree.Units)
+// Releases is how the releases that a commit names are looked at.
+type Releases struct {
+	// Objects reads their manifests.
+	Objects *object.Client
+	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without it, signatures are
+	// the nodes' to check.
+	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+}
+
+// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is to be trusted, and does
+// only what kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
+func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
+	problems, unread := r.inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
 		return nil
 	}
@@ -72,8 +81,9 @@ func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
 
 // inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
-// for ever. unread are those that could not be read, which may pass: they aren't there yet, or the storage is away. Both are sorted.
-func inspect(ctx context.Context, objects *object.Client, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
+// for ever. unread are those that could not be read, or whose signature doesn't count, which may pass: they aren't there yet, or the
+// storage is away. Both are sorted.
+func (r Releases) inspect(ctx context.Context, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
 	byRelease := map[deployments.Pointer][]deployments.Unit{}
 	var releases []deployments.Pointer
 	for _, u := range units {
@@ -95,7 +105,7 @@ func inspect(ctx context.Context, objects *object.Client, s deployments.Settings
 			break
 		}
 		g.Go(func() error {
-			raw, err := readManifest(ctx, objects, p)
+			raw, err := r.read(ctx, p)
 			mu.Lock()
 			defer mu.Unlock()
 			for _, u := range byRelease[p] {
@@ -118,10 +128,14 @@ func problemOf(u deployments.Unit, err error) deployments.Problem {
 	return deployments.Problem{File: u.Place.File, Line: u.Place.Line, Column: u.Place.Column, Message: err.Error()}
 }
 
-func readManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, manifestTime)
 	defer cancel()
-	return artifact.ReadManifest(ctx, objects, p)
+	raw, err := artifact.ReadManifest(ctx, r.Objects, p)
+	if err == nil && r.Trust != nil {
+		err = r.Trust(ctx, p, raw)
+	}
+	return raw, err
 }
 
 // checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is known on the
@@ -182,7 +196,10 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 		if l.accepted != nil {
 			before = l.accepted.tree
 		}
-		units := bounded(to.tree.Settings, changed(before, to.tree))
+		units := changed(before, to.tree)
+		if l.c.Releases.Trust == nil {
+			units = bounded(to.tree.Settings, units)
+		}
 		if len(units) == 0 {
 			return true, nil
 		}
@@ -193,7 +210,7 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 		}
 		l.inspection = i
 		l.inspecting.Go(func() {
-			problems, unread := inspect(ctx, l.c.Objects, to.tree.Settings, units)
+			problems, unread := l.c.Releases.inspect(ctx, to.tree.Settings, units)
 			switch {
 			case len(problems) > 0:
 				i.result <- problems

@@ -1,12 +1,15 @@
 package mirror
 
 import (
+	"context"
 	"crypto/sha256"
+	"errors"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -112,6 +115,34 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	mirror.at(next)
 }
 
+// With signers, a commit waits until each release that it names anew is signed, whatever its stage.
+func TestReleasesMustBeSigned(t *testing.T) {
+	t.Parallel()
+	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	var signed sync.Map // by URL
+	trust := func(_ context.Context, p deployments.Pointer, manifest []byte) error {
+		if _, ok := signed.Load(p.URL); !ok || sha256.Sum256(manifest) != p.Digest {
+			return errors.New("is not signed")
+		}
+		return nil
+	}
+	one, two := m.put("1", m.tree("/srv/app", "")), m.put("2", m.tree("/srv/app", "keep: 2\n"))
+	signed.Store("file://"+m.dir+"/1", true)
+	mirror := start(t, Config{Store: store, Repo: o.bare, Releases: Releases{Trust: trust}})
+	head := o.push(map[string]string{"dev/web/app.yaml": one})
+	mirror.at(head)
+	was := desired(t, store)
+	next := o.push(map[string]string{"dev/web/app.yaml": two})
+	s := mirror.status(func(s Status) bool { return s.Error != "" })
+	if s.Head != head || !strings.Contains(s.Error, "dev/web/app.yaml:1:10: the release can't be checked: is not signed") {
+		t.Errorf("the status is %+v", s)
+	}
+	sameDesired(t, store, was)
+	signed.Store("file://"+m.dir+"/2", true)
+	signed.Delete("file://" + m.dir + "/1") // is no longer named
+	mirror.at(next)
+}
+
 // Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to wait for it.
 func TestReleasesOnStorageThatHangs(t *testing.T) {
 	t.Parallel()
@@ -165,7 +196,7 @@ func TestCheckReleases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return CheckReleases(t.Context(), object.New(object.Config{}), tree)
+		return Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
 	}
 	good := m.put("1", m.tree("/srv/app", ""))
 	write("prod/web/a.yaml", good)

@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 	case "pre-receive":
 		err = CheckPush(context.Background(), ".", os.Stdin, nil)
 	case "pre-receive-releases":
-		err = CheckPush(context.Background(), ".", os.Stdin, object.New(object.Config{}))
+		err = CheckPush(context.Background(), ".", os.Stdin, &Releases{Objects: object.New(object.Config{})})
 	default:
 		os.Exit(m.Run())
 	}

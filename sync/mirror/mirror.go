@@ -9,7 +9,8 @@
 // What is not taken: a commit with any mistake in it; one that bears no signature of Config.SignedBy, where that is set; one that
 // does not descend from the last (allow_rewind), or that removes too many units at once (max_removed), both as the commit says that
 // was taken last; one that names a release that does more than the commit's own kedge.yaml allows for its stage (dests, users,
-// commands), for which the mirror reads the manifests of what the commit changes, and waits while it can't. The signature asked for is the newest commit's: it vouches for the whole tree. Git
+// commands), for which the mirror reads the manifests of what the commit changes, and waits while it can't; with Releases.Trust, one whose
+// releases bear no signature that counts waits as well. The signature asked for is the newest commit's: it vouches for the whole tree. Git
 // binds no signature to a branch: any signed commit that descends from the last can be pushed by whoever may push.
 package mirror
 
@@ -58,8 +59,9 @@ type Config struct {
 	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a secret, in
 	// KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
-	// Objects reads the manifests of releases whose stage kedge.yaml bounds by more than sources; nil: as object.New gives it.
-	Objects *object.Client
+	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources; with Trust of all.
+	// Its Objects are by default what object.New gives.
+	Releases Releases
 	// Snapshot, where set, is given the records of desired/ after they changed, by the mirror that holds the lease: for nodes that
 	// boot while the store is away. One call at a time, the newest state; an error is logged, and it is tried again.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
@@ -122,8 +124,8 @@ func New(c Config) (*Mirror, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if c.Objects == nil {
-		c.Objects = object.New(object.Config{Log: c.Log})
+	if c.Releases.Objects == nil {
+		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
 	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{})}
 	var err error

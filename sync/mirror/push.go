@@ -15,7 +15,6 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/storer"
 
-	"kedge/artifact/object"
 	"kedge/deployments"
 )
 
@@ -60,17 +59,17 @@ func LoadCommit(ctx context.Context, path, rev string) (*deployments.Tree, Commi
 
 // CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses what the
 // mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the branch. Only
-// branches are looked at: those given, or else main and the one that HEAD names. With objects it refuses as well what CheckReleases
-// says of the releases that the push changes. It runs in the receiving repository's environment, where pushed objects lie in a
+// branches are looked at: those given, or else main and the one that HEAD names. With releases it refuses as well what
+// Releases.Check says of those that the push changes. It runs in the receiving repository's environment, where pushed objects lie in a
 // quarantine.
-func CheckPush(ctx context.Context, repoDir string, stdin io.Reader, objects *object.Client, branches ...string) error {
+func CheckPush(ctx context.Context, repoDir string, stdin io.Reader, releases *Releases, branches ...string) error {
 	if dir := os.Getenv("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
 	}
-	return checkPush(ctx, repoDir, os.Getenv, stdin, objects, branches)
+	return checkPush(ctx, repoDir, os.Getenv, stdin, releases, branches)
 }
 
-func checkPush(ctx context.Context, repoDir string, env func(string) string, stdin io.Reader, objects *object.Client, branches []string) error {
+func checkPush(ctx context.Context, repoDir string, env func(string) string, stdin io.Reader, releases *Releases, branches []string) error {
 	dir, common, err := gitDir(repoDir)
 	if err != nil {
 		return err
@@ -105,7 +104,7 @@ func checkPush(ctx context.Context, repoDir string, env func(string) string, std
 		if !ok || !slices.Contains(branches, branch) {
 			continue
 		}
-		if err := checkUpdate(ctx, from, objects, plumbing.NewHash(fields[0]), plumbing.NewHash(fields[1])); err != nil {
+		if err := checkUpdate(ctx, from, releases, plumbing.NewHash(fields[0]), plumbing.NewHash(fields[1])); err != nil {
 			refusals = append(refusals, fmt.Errorf("branch %s is not updated:\n%w", branch, err))
 		}
 	}
@@ -129,7 +128,7 @@ func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 }
 
 // checkUpdate checks one branch's move; a zero hash stands for none.
-func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, objects *object.Client, was, is plumbing.Hash) error {
+func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, releases *Releases, was, is plumbing.Hash) error {
 	if is.IsZero() {
 		return errors.New("it is what the mirror follows, and can't be removed")
 	}
@@ -158,10 +157,10 @@ func checkUpdate(ctx context.Context, from storer.EncodedObjectStorer, objects *
 			}
 		}
 	}
-	if objects == nil {
+	if releases == nil {
 		return nil
 	}
 	tree := *to.tree
 	tree.Units = changed(before, to.tree)
-	return CheckReleases(ctx, objects, &tree)
+	return releases.Check(ctx, &tree)
 }
