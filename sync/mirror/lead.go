@@ -48,6 +48,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
 	m.setLeading(true)
 	defer m.setLeading(false)
+	defer m.setScene(nil)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
@@ -288,8 +289,10 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		}
 		var all bool
 		var at time.Time
+		nodes := l.fleet(fleet)
+		l.setScene(&scene{units: l.accepted.tree.Units, cells: cells, fleet: nodes})
 		writes, all, at = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past,
-			fleet: l.fleet(fleet), blind: !fleet.Settled, ranks: l.ranks})
+			fleet: nodes, blind: !fleet.Settled, ranks: l.ranks})
 		if !at.IsZero() {
 			again = max(time.Millisecond, at.Sub(now))
 		}

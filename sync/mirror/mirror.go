@@ -87,6 +87,7 @@ type Mirror struct {
 	git     gitState
 	changed chan struct{} // closed, and made anew, when git changes
 	leading bool
+	scene   *scene // nil: this mirror doesn't lead
 }
 
 // gitState is what is known of the branch.
@@ -128,6 +129,9 @@ func New(c Config) (*Mirror, error) {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
 	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{})}
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(newUnitMetrics(m))
+	}
 	var err error
 	if m.secret, err = secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
 		return nil, err

@@ -1,0 +1,82 @@
+package mirror
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/deployments"
+)
+
+// scene is what the mirror that leads saw last. Nothing in it is changed any more.
+type scene struct {
+	units []deployments.Unit
+	cells map[deployments.UnitID]cell
+	fleet map[[2]string][]reported
+}
+
+// setScene keeps what is seen, for /metrics; nil: this mirror doesn't lead.
+func (m *Mirror) setScene(s *scene) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.scene = s
+}
+
+// unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over all mirrors are right.
+// It counts when it is asked.
+type unitMetrics struct {
+	mirror                     *Mirror
+	generation, rollout, nodes *prometheus.Desc
+}
+
+func newUnitMetrics(m *Mirror) *unitMetrics {
+	unit := []string{"stage", "role", "unit"}
+	return &unitMetrics{
+		mirror: m,
+		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
+			unit, nil),
+		rollout: prometheus.NewDesc("kedge_unit_rollout", "1 in the phase in which a unit's rollout is: canary, waiting, rolling, paused, back or halted; nothing where none is.",
+			append(unit, "phase"), nil),
+		nodes: prometheus.NewDesc("kedge_unit_nodes", "Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died.",
+			append(unit, "state"), nil),
+	}
+}
+
+func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
+	to <- u.generation
+	to <- u.rollout
+	to <- u.nodes
+}
+
+func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
+	u.mirror.mu.Lock()
+	s := u.mirror.scene
+	u.mirror.mu.Unlock()
+	if s == nil {
+		return
+	}
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		to <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	for _, unit := range s.units {
+		id := unit.ID
+		if c := s.cells[id]; c.present && c.err == nil {
+			gauge(u.generation, float64(c.record.Generation), id.Stage, id.Role, id.Unit)
+			if p := c.record.Rollout; p != nil {
+				gauge(u.rollout, 1, id.Stage, id.Role, id.Unit, string(p.Phase))
+			}
+		}
+		count := map[string]int{}
+		for _, n := range s.fleet[[2]string{id.Stage, id.Role}] {
+			switch report, spoke := n.report.Units[id.Unit]; {
+			case n.gone:
+				count["gone"]++
+			case !spoke:
+				count["silent"]++
+			default:
+				count[string(report.State)]++
+			}
+		}
+		for state, n := range count {
+			gauge(u.nodes, float64(n), id.Stage, id.Role, id.Unit, state)
+		}
+	}
+}

@@ -1,0 +1,73 @@
+package mirror
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/deployments"
+)
+
+// gathered gives the series of metrics whose names begin with a prefix, one a line, sorted.
+func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
+	t.Helper()
+	families, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), prefix) {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			var labels []string
+			for _, l := range m.GetLabel() {
+				labels = append(labels, l.GetName()+"="+l.GetValue())
+			}
+			lines = append(lines, fmt.Sprintf("%s %s %v", f.GetName(), strings.Join(labels, ","), m.GetGauge().GetValue()))
+		}
+	}
+	slices.Sort(lines)
+	return strings.Join(lines, "\n")
+}
+
+// The mirror that leads shows where each rollout stands and how many nodes say what; one that waits shows nothing of it.
+func TestUnitMetrics(t *testing.T) {
+	t.Parallel()
+	o, store, metrics, others := newOrigin(t), dirStore(t), prometheus.NewRegistry(), prometheus.NewRegistry()
+	m := start(t, Config{Store: store, Repo: o.bare, Metrics: metrics})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	start(t, Config{Store: store, Repo: o.bare, Name: "mirror-2", Metrics: others})
+	h := newHerd(t, m, 3)
+	h.until(deployments.Digest{}, 3, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 3 })
+	const unit = "role=web,stage=prod"
+	m.await("the metrics", func() error {
+		want := "kedge_unit_generation " + unit + ",unit=app 1\nkedge_unit_nodes role=web,stage=prod,state=converged,unit=app 3"
+		if got := gathered(t, metrics, "kedge_unit"); got != want {
+			return fmt.Errorf("%s, want %s", got, want)
+		}
+		return nil
+	})
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual, "prod/web/base.yaml": unitFile("base/1")})
+	m.await("the metrics of a rollout", func() error {
+		got := gathered(t, metrics, "kedge_unit")
+		for _, want := range []string{"kedge_unit_generation " + unit + ",unit=app 2", "kedge_unit_rollout phase=canary,role=web,stage=prod,unit=app 1",
+			"kedge_unit_nodes role=web,stage=prod,state=silent,unit=base 3"} {
+			if !strings.Contains(got, want) {
+				return fmt.Errorf("%s lacks %s", got, want)
+			}
+		}
+		return nil
+	})
+	if got := gathered(t, others, "kedge_unit"); got != "" {
+		t.Errorf("a mirror that waits shows %s", got)
+	}
+	m.stop()
+	if got := gathered(t, metrics, "kedge_unit"); got != "" {
+		t.Errorf("a mirror that stopped shows %s", got)
+	}
+}
