@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 
@@ -17,50 +18,55 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		d.note(Step{What: what, Says: "every node", Decides: true})
 		return
 	}
-	stage := Step{What: "rollout", Says: sayProgress(p), Unblock: unblock(f.Unit, p)}
-	d.note(stage)
+	d.note(Step{What: "rollout", Says: sayProgress(p), Unblock: unblock(f.Unit, p)})
 	back := p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted
 	rank := Rank(f.Node, r.Target.Digest)
 	admitted := rank <= p.Cutoff
-	at := fmt.Sprintf("rank %d, cutoff %d", rank, p.Cutoff)
+	here := fmt.Sprintf("wait for its turn, or at once on this node: kedge pin %s %s --node %s", f.Unit, r.Target, f.Node)
 	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
 	refuses := !f.Running.IsZero() && f.Running != r.Stable && slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	case back && admitted && partOf(&r, f.Running.Digest):
 		d.Action, d.Source, d.Target = ActRun, FromRunning, f.Running
-		d.Why = "the rollout of " + origin + " is rolled back, and this node's turn has yet to come"
-		d.note(Step{What: what, Says: "stays on what it runs until its turn: " + at, Decides: true})
+		d.Why = "the rollout of " + origin + " is being rolled back, and this node's turn has yet to come"
+		d.note(Step{What: what, Says: "stays on what it runs until its turn to go back", Decides: true})
 	case back && refuses && !partOf(&r, f.Running.Digest):
 		d.Source, d.Why = FromStable, "the stable release failed on this node: it stays on what it runs"
-		d.note(Step{What: what, Says: "stays on what it runs, as stable failed here", Decides: true, Unblock: "push a better release, or pin this node"})
+		d.note(Step{What: what, Says: "stays on what it runs, as stable failed here: " + r.Stable.String(), Decides: true,
+			Unblock: fmt.Sprintf("push a better release, or on this node alone: kedge pin %s POINTER --node %s", f.Unit, f.Node)})
 	case back:
-		d.Action, d.Source, d.Target = ActRun, FromStable, r.Stable
-		d.Why = "stable release: the one of " + origin + " was rolled back"
-		if r.Stable.IsZero() {
-			d.Action, d.Why = ActKeep, "the release of "+origin+" was rolled back, and there is none to go back to"
+		rolled := "was rolled back"
+		if p.Phase == deployments.PhaseBack {
+			rolled = "is being rolled back"
 		}
-		d.note(Step{What: what, Says: "runs stable: " + at, Decides: true, Unblock: "push a better release, or kedge retry " + f.Unit.String()})
+		d.Action, d.Source, d.Target = ActRun, FromStable, r.Stable
+		d.Why = "the stable release, as the one of " + origin + " " + rolled
+		if r.Stable.IsZero() {
+			d.Action, d.Why = ActKeep, "the release of "+origin+" "+rolled+", and there is none to go back to"
+		}
+		d.note(Step{What: what, Says: "runs stable: " + cmp.Or(r.Stable.String(), "none"), Decides: true})
 	case admitted:
 		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin
-		d.note(Step{What: what, Says: "admitted to the target: " + at, Decides: true})
+		d.note(Step{What: what, Says: "admitted", Decides: true})
 	case f.Running.Digest == r.Target.Digest:
-		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin+", which this node runs already"
-		d.note(Step{What: what, Says: "not admitted, but runs the target already: " + at, Decides: true})
+		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin+", whose release this node runs already"
+		d.note(Step{What: what, Says: "not admitted, but it runs the target already", Decides: true})
 	case partOf(&r, f.Running.Digest):
 		d.Action, d.Source, d.Target, d.Stage = ActStage, FromRunning, f.Running, r.Target
-		d.Why = "stays on what it runs, of a rollout that was replaced, until it is admitted to " + origin
-		d.note(Step{What: what, Says: "not admitted yet: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
+		d.Why = "stays on what it runs, of a rollout that was replaced, until it is admitted to the release of " + origin
+		d.note(Step{What: what, Says: "not admitted yet", Decides: true, Unblock: here})
 	case refuses:
 		d.Action, d.Source, d.Stage = ActStage, FromStable, r.Target
-		d.Why = "stays on what it runs, as the stable release failed on this node, until it is admitted to " + origin
-		d.note(Step{What: what, Says: "not admitted yet, and stable failed here: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
+		d.Why = "stays on what it runs, as the stable release failed on this node, until it is admitted to the release of " + origin
+		d.note(Step{What: what, Says: "not admitted yet, and stable failed here: " + r.Stable.String(), Decides: true, Unblock: here})
 	default:
 		d.Action, d.Source, d.Target, d.Stage = ActStage, FromStable, r.Stable, r.Target
-		d.Why = "stable release, until this node is admitted to " + origin
+		d.Why = "the stable release, until this node is admitted to the one of " + origin
+		says := "not admitted yet, so stable: " + r.Stable.String()
 		if r.Stable.IsZero() {
-			d.Source, d.Why = FromTarget, "waits to be admitted to "+origin
+			d.Source, d.Why, says = FromTarget, "waits to be admitted to the release of "+origin, "not admitted yet"
 		}
-		d.note(Step{What: what, Says: "not admitted yet: " + at, Decides: true, Unblock: "wait for its turn, or pin this node"})
+		d.note(Step{What: what, Says: says, Decides: true, Unblock: here})
 	}
 }
 
@@ -80,22 +86,45 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 	return false
 }
 
+// sayProgress is a phase in words, and why the rollout stands there.
 func sayProgress(p *deployments.Progress) string {
 	if p.Reason == "" {
-		return string(p.Phase)
+		return SayPhase(p.Phase)
 	}
-	return string(p.Phase) + ": " + p.Reason
+	return SayPhase(p.Phase) + ": " + p.Reason
 }
 
-// unblock says what an operator can do about a rollout that stands.
+// SayPhase is a phase in a word or two.
+func SayPhase(p deployments.Phase) string {
+	if p == deployments.PhaseBack {
+		return "going back"
+	}
+	return string(p)
+}
+
+// Unblock says what an operator can do about a unit's rollout, with the words to type; empty: it goes on by itself.
+func Unblock(id deployments.UnitID, r deployments.Record) string {
+	if r.Rollout == nil {
+		return ""
+	}
+	return unblock(id, r.Rollout)
+}
+
 func unblock(id deployments.UnitID, p *deployments.Progress) string {
 	switch p.Phase {
+	case deployments.PhaseCanary:
+		if !p.Healthy.IsZero() {
+			return "wait, or let the rest go at once: kedge promote " + id.String()
+		}
 	case deployments.PhaseWaiting:
-		return "kedge promote " + id.String()
+		if p.Healthy.IsZero() {
+			return "wait, or start it within the freeze: kedge promote " + id.String()
+		}
+		return "kedge promote " + id.String() + ", or kedge abort " + id.String()
 	case deployments.PhasePaused:
 		return "kedge resume " + id.String() + ", or kedge abort " + id.String()
 	case deployments.PhaseHalted:
-		return "push a better release, or kedge retry " + id.String()
+		return "push a better release, or try this one again: kedge retry " + id.String()
 	}
 	return ""
 }

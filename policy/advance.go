@@ -221,6 +221,18 @@ func (m *mover) baked() bool {
 	return true
 }
 
+// bakedAt is when the bake ends, if all stays well.
+func (m *mover) bakedAt() string {
+	return m.r.Rollout.Healthy.Add(m.Unit.Rollout.Bake).UTC().Format("2006-01-02 15:04:05Z")
+}
+
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
 func (m *mover) stepCanary() bool {
 	if m.Unit.Rollout == nil {
 		m.roll("rolling out")
@@ -237,14 +249,14 @@ func (m *mover) stepCanary() bool {
 	want := min(max(1, m.Unit.Rollout.Canary.Of(v.live)), v.live)
 	admitted, moved := m.admit(v, want)
 	if moved {
-		m.say = fmt.Sprintf("canaries: %d of %d", admitted, want)
+		m.say = fmt.Sprintf("%d of %s admitted", admitted, count(want, "canary", "canaries"))
 	}
 	switch {
 	case moved || admitted < want || v.pending > 0 && !v.overdue:
 		m.wakeLate(v, moved)
 		return false
 	case !m.baked():
-		m.say = cmp.Or(m.say, "canaries bake")
+		m.say = cmp.Or(m.say, "the canaries bake until "+m.bakedAt())
 		return false
 	case m.Unit.Rollout.Approval == deployments.Manual:
 		p := m.r.Rollout
@@ -281,7 +293,7 @@ func (m *mover) stepRolling() bool {
 		return false
 	}
 	if m.Unit.Rollout.Canary.N == 0 && !m.baked() { // without canaries all of them bake
-		m.say = cmp.Or(m.say, "all nodes bake")
+		m.say = cmp.Or(m.say, "all nodes bake until "+m.bakedAt())
 		return false
 	}
 	m.r.Stable, m.r.Rollout, m.say = m.r.Target, nil, "every node converged"

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"math"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -73,7 +74,7 @@ func TestNext(t *testing.T) {
 		{"the first release goes to all", 0, rolling, func(s *Situation) { s.Record = deployments.Record{} }, done, 0, "first release"},
 		{"without rollout every node at once", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout = nil }, done, 0, "every node at once"},
 		{"a new target starts, as many as the budget", 0, rolling, settled, rolling, 2, "2 of 10"},
-		{"a new target starts with canaries", 0, rolling, func(s *Situation) { settled(s); canary(s) }, first, 1, "canaries: 1 of 1"},
+		{"a new target starts with canaries", 0, rolling, func(s *Situation) { settled(s); canary(s) }, first, 1, "1 of 1 canary admitted"},
 		{"canaries bake", 1, first, func(s *Situation) { canary(s); there(s, 1) }, first, 1, "bake"},
 		{"baked canaries let the others go", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Record.Rollout.Healthy = noon.Add(-5 * time.Minute) }, rolling, 3, "3 of 10"},
 		{"manual approval waits", 1, first, func(s *Situation) {
@@ -173,5 +174,33 @@ func TestNextAfterTheClockWentBack(t *testing.T) {
 	s.Record, s.Now = m.Record, m.Again
 	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling {
 		t.Errorf("after the bake it is %s", brief(m.Record))
+	}
+}
+
+// What Refusal says of an order is what Next does with it.
+func TestRefusedOrdersChangeNothing(t *testing.T) {
+	t.Parallel()
+	for _, phase := range []deployments.Phase{"", deployments.PhaseCanary, deployments.PhaseWaiting, deployments.PhaseRolling, deployments.PhasePaused,
+		deployments.PhaseBack, deployments.PhaseHalted} {
+		for _, order := range append([]string{"hurry"}, Orders...) {
+			s := step(2, phase)
+			s.Unit.Rollout.Approval = deployments.Manual
+			switch phase {
+			case "":
+				s.Record.Rollout = nil
+			case deployments.PhaseWaiting:
+				s.Record.Rollout.Healthy = noon
+			case deployments.PhaseBack, deployments.PhaseHalted:
+				s.Record.Rollout.Bad = s.Unit.Release.Digest
+			}
+			without := Next(s)
+			s.Order = order
+			m := Next(s)
+			why := Refusal(order, s.Record)
+			same := reflect.DeepEqual(m.Record, without.Record)
+			if (why != "") != same || why != "" && m.Reason != order+" changes nothing: "+why || (m.Did == "") != (why != "") {
+				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason, m.Did, same)
+			}
+		}
 	}
 }

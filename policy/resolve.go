@@ -91,8 +91,10 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 type Step struct {
 	What string `json:"what"` // "node pin", "record", "admission", "quarantine", …
 	Says string `json:"says"`
-	// Decides marks the step that decided; Unblock says what an operator can do about it, where there is something.
+	// Decides marks the step that decided, Blocks one that stands in the way of what was decided; Unblock says what an operator
+	// can do about it, where there is something.
 	Decides bool   `json:"decides,omitempty"`
+	Blocks  bool   `json:"blocks,omitempty"`
 	Unblock string `json:"unblock,omitempty"`
 }
 
@@ -130,30 +132,32 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	case v.Err != nil:
 		err := fmt.Errorf("%s: %w", what, v.Err)
 		d.Invalid = first(d.Invalid, err)
-		d.note(Step{What: what, Says: fmt.Sprintf("pins/%s doesn't parse: %v", key, v.Err), Decides: over == "", Unblock: "correct the pin, or remove it: " + unpin})
+		d.note(Step{What: what, Says: fmt.Sprintf("pins/%s: %v", key, v.Err), Decides: over == "", Unblock: "write it anew, or remove it: " + unpin})
 		if over == "" {
 			d.Source, d.Why = from, "the "+what+" doesn't parse, so nothing changes"
 		}
 		return over == ""
 	}
 	p := v.Value
-	said := sayPin(what, p, f.Now)
+	story := sayPin(p, f.Now)
+	says := p.Release.String() + story
+	if p.Hold {
+		says = "hold" + story
+	}
 	if !p.Until.IsZero() && !f.Now.Before(p.Until) {
-		d.note(Step{What: what, Says: said + ", and has ended"})
+		d.note(Step{What: what, Says: says + ": it has ended"})
 		return false
 	}
 	if over != "" {
-		d.note(Step{What: what, Says: said + ", but the " + over + " goes before it"})
+		d.note(Step{What: what, Says: says + ": the " + over + " goes before it"})
 		return false
 	}
-	d.Source, d.Why, d.Recheck = from, said, p.Until
-	if p.Hold {
-		d.Action = ActHold
-		d.note(Step{What: what, Says: said + ": keeps what runs", Decides: true, Unblock: unpin})
-		return true
-	}
+	d.Source, d.Why, d.Recheck = from, what+story, p.Until
 	d.Action, d.Target = ActRun, p.Release
-	d.note(Step{What: what, Says: said + ": " + p.Release.String(), Decides: true, Unblock: unpin})
+	if p.Hold {
+		d.Action, says = ActHold, says+": keeps what runs"
+	}
+	d.note(Step{What: what, Says: says, Decides: true, Unblock: unpin})
 	return true
 }
 
@@ -182,18 +186,20 @@ func (d *Decision) record(f Facts, decided bool) {
 		if !decided {
 			d.Why = "the record doesn't parse, so nothing changes"
 		}
-		d.note(Step{What: "record", Says: fmt.Sprintf("desired/%s doesn't parse: %v", f.Unit, v.Err), Decides: !decided, Unblock: "the mirror, where one runs, writes it anew; else correct it by hand"})
+		d.note(Step{What: "record", Says: fmt.Sprintf("desired/%s: %v", f.Unit, v.Err), Decides: !decided,
+			Unblock: "the mirror, where one runs, writes it anew; else write it by hand"})
 		return
 	}
 	r := v.Value
-	d.note(Step{What: "record", Says: sayRecord(r)})
-	if decided {
-		if !d.Target.IsZero() && d.Target != r.Target && r.Rollout == nil {
-			d.note(Step{What: "behind the pin", Says: "without it this node would run " + r.Target.String()})
-		}
+	if !decided {
+		d.note(Step{What: "record", Says: sayRecord(r)})
+		d.admission(f, r)
 		return
 	}
-	d.admission(f, r)
+	d.note(Step{What: "record", Says: sayRecord(r) + ": the " + d.decidedBy() + " goes before it"})
+	if r.Rollout != nil {
+		d.note(Step{What: "rollout", Says: sayProgress(r.Rollout)})
+	}
 }
 
 // allow checks the result against the bounds, and notes a quarantine.
@@ -208,7 +214,7 @@ func (d *Decision) allow(f Facts) {
 		}
 		err = fmt.Errorf("%w on this node", err)
 		d.Invalid = first(d.Invalid, err)
-		d.note(Step{What: "bounds", Says: err.Error(), Unblock: "publish to an allowed place, or extend sources in the agent's configuration"})
+		d.note(Step{What: "bounds", Says: err.Error(), Blocks: true, Unblock: "publish to an allowed place, or extend sources in the agent's configuration"})
 		if p == &d.Target {
 			d.Action, d.Target, d.Stage = ActKeep, deployments.Pointer{}, deployments.Pointer{}
 			d.Why += ", but its release may not be used on this node"
@@ -219,11 +225,28 @@ func (d *Decision) allow(f Facts) {
 			d.Action = ActKeep
 		}
 	}
+	d.quarantine(f)
+}
+
+// quarantine notes what failed on this node of what it should run, have ready, or would run without its pin.
+func (d *Decision) quarantine(f Facts) {
+	clear := true
 	for _, p := range []deployments.Pointer{d.Target, d.Stage} {
 		if !p.IsZero() && p != f.Running && slices.Contains(f.Quarantined, p.Digest) {
-			d.note(Step{What: "quarantine", Says: "release " + p.Digest.Short() + " failed on this node, and isn't tried again by itself",
+			clear = false
+			d.note(Step{What: "quarantine", Says: p.String() + " failed on this node, and isn't tried again by itself", Blocks: p == d.Target,
 				Unblock: "name another release in Git, or kedge retry " + f.Unit.String()})
 		}
+	}
+	r := f.Record.Value.Target
+	named := !r.IsZero() && r != d.Target && r != d.Stage && r != f.Running && slices.Contains(f.Quarantined, r.Digest)
+	switch pinned := d.Source == FromNodePin || d.Source == FromUnitPin; {
+	case named && pinned:
+		d.note(Step{What: "quarantine", Says: r.String() + ", which the record names, failed on this node", Unblock: "before you unpin, name another release in Git"})
+	case named:
+		d.note(Step{What: "quarantine", Says: r.String() + ", which the record names, failed on this node"})
+	case clear && !d.Target.IsZero():
+		d.note(Step{What: "quarantine", Says: "none"})
 	}
 }
 
@@ -234,10 +257,9 @@ func first(a, b error) error {
 	return b
 }
 
-// sayPin is a pin in words, but for its release.
-func sayPin(what string, p deployments.Pin, now time.Time) string {
+// sayPin is a pin's story in words, to follow what it names.
+func sayPin(p deployments.Pin, now time.Time) string {
 	var s strings.Builder
-	s.WriteString(what)
 	if p.By != "" {
 		s.WriteString(" by " + p.By)
 	}
@@ -260,17 +282,20 @@ func sayTime(t, now time.Time) string {
 }
 
 func sayRecord(r deployments.Record) string {
-	s := "target " + r.Target.String()
+	s := r.Target.String() + " of " + sayOrigin(r)
+	if r.Commit == "" {
+		s = r.Target.String() + ", written by hand"
+	}
 	if r.Generation > 0 {
 		s += fmt.Sprintf(", generation %d", r.Generation)
 	}
-	return s + ", " + sayOrigin(r)
+	return s
 }
 
 // sayOrigin says who wrote a record.
 func sayOrigin(r deployments.Record) string {
 	if r.Commit == "" {
-		return "written by hand"
+		return "a record written by hand"
 	}
-	return "Git, commit " + r.Commit[:min(7, len(r.Commit))]
+	return "Git commit " + r.Commit[:min(7, len(r.Commit))]
 }

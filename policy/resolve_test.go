@@ -51,7 +51,7 @@ func TestResolve(t *testing.T) {
 		recheck       time.Time
 	}{
 		{"nothing", Facts{}, ActKeep, none, none, FromNothing, "no record", "", time.Time{}},
-		{"a record", Facts{Record: good(git)}, ActRun, v2, none, FromTarget, "Git, commit 1a2b3c4", "", time.Time{}},
+		{"a record", Facts{Record: good(git)}, ActRun, v2, none, FromTarget, "Git commit 1a2b3c4", "", time.Time{}},
 		{"a bare pointer", Facts{Record: good(record{Target: v1})}, ActRun, v1, none, FromTarget, "written by hand", "", time.Time{}},
 		{"a bad record", Facts{Record: bad[record]()}, ActKeep, none, none, FromNothing, "doesn't parse", "record: a typo", time.Time{}},
 		{"a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3, By: "alice", Reason: "incident 812", Until: noon.Add(2 * time.Hour)})},

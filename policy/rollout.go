@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -44,6 +45,8 @@ type Move struct {
 	Record deployments.Record
 	// Reason says in words for an operator what was done, or why nothing is; empty where there is nothing to say.
 	Reason string
+	// Did says what an order has done, where it changed something.
+	Did string
 	// Again is when time alone could change the answer; zero: never.
 	Again time.Time
 }
@@ -77,8 +80,12 @@ func Next(s Situation) (move Move) {
 		m.begin()
 	}
 	m.r.After, m.r.Drift = s.Unit.After, s.Unit.Drift
+	did := ""
 	if s.Order != "" {
 		m.obey()
+		if !m.refused {
+			did = m.say
+		}
 	}
 	if refused := m.say; m.refused { // is no reason for where the rollout stands
 		m.say = ""
@@ -95,7 +102,7 @@ func Next(s Situation) (move Move) {
 	if m.r.Rollout == nil {
 		m.Ranks.forget()
 	}
-	return Move{Record: m.r, Reason: m.say, Again: m.again}
+	return Move{Record: m.r, Reason: m.say, Did: did, Again: m.again}
 }
 
 type mover struct {
@@ -200,47 +207,58 @@ func (m *mover) start() {
 	p.Since = m.Now
 }
 
+// Refusal says why an order would change nothing where a record stands; empty: it would change something.
+func Refusal(order string, r deployments.Record) string {
+	p := r.Rollout
+	switch {
+	case !slices.Contains(Orders, order):
+		return "it is not one of " + strings.Join(Orders, ", ")
+	case order == "retry" && p != nil && p.Phase == deployments.PhaseBack:
+		return "the release is being rolled back: retry when that is done"
+	case order == "retry":
+		return ""
+	case p == nil:
+		return "no rollout is under way"
+	case p.Phase == deployments.PhaseBack:
+		return "the release is being rolled back: push another, or retry when that is done"
+	case p.Phase == deployments.PhaseHalted:
+		return "the release is rolled back: push another, or retry"
+	case order == "promote" && p.Phase == deployments.PhasePaused:
+		return "the rollout is paused: resume it first"
+	case order == "promote" && p.Phase == deployments.PhaseRolling:
+		return "it goes on already"
+	case order == "pause" && p.Phase == deployments.PhasePaused:
+		return "it is paused already"
+	case order == "resume" && p.Phase != deployments.PhasePaused:
+		return "the rollout is not paused"
+	}
+	return ""
+}
+
+// Orders are what an operator may ask for.
+var Orders = []string{"promote", "pause", "resume", "abort", "retry"}
+
 // obey does what an operator ordered.
 func (m *mover) obey() {
+	if why := Refusal(m.Order, m.r); why != "" {
+		m.refused, m.say = true, m.Order+" changes nothing: "+why
+		return
+	}
 	p := m.r.Rollout
-	refuse := func(why string) { m.refused, m.say = true, m.Order+" changes nothing: "+why }
-	if m.Order == "retry" {
-		m.retry()
-		return
-	}
-	switch {
-	case p == nil:
-		refuse("no rollout is under way")
-		return
-	case p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted:
-		refuse("the release is rolled back: push another, or retry")
-		return
-	}
 	switch m.Order {
+	case "retry":
+		m.retry()
 	case "promote":
-		switch {
-		case p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero():
+		if p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero() {
 			p.Forced = true
 			m.start()
 			m.say = "started within a freeze by an operator"
-		case p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseWaiting:
-			m.roll("promoted by an operator")
-		case p.Phase == deployments.PhasePaused:
-			refuse("the rollout is paused: resume it first")
-		default:
-			refuse("it goes on already")
-		}
-	case "pause":
-		if p.Phase == deployments.PhasePaused {
-			refuse("it is paused already")
 			return
 		}
+		m.roll("promoted by an operator")
+	case "pause":
 		m.pause("paused by an operator")
 	case "resume":
-		if p.Phase != deployments.PhasePaused {
-			refuse("the rollout is not paused")
-			return
-		}
 		p.Borne = m.look().failed
 		if p.Promoted {
 			m.roll("resumed by an operator")
@@ -250,8 +268,6 @@ func (m *mover) obey() {
 		m.say = "resumed by an operator"
 	case "abort":
 		m.back("aborted by an operator")
-	default:
-		refuse("it is not one of promote, pause, resume, abort, retry")
 	}
 }
 
@@ -261,11 +277,6 @@ func (m *mover) retry() {
 	p := m.r.Rollout
 	if p == nil {
 		m.say = "tried once more where it failed"
-		return
-	}
-	if p.Phase == deployments.PhaseBack {
-		m.r.Retry--
-		m.refused, m.say = true, "retry changes nothing: the release is being rolled back; retry when that is done"
 		return
 	}
 	over := m.over(m.r)

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -202,7 +203,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 	if more := w.after.Generation - w.before.Generation; more > 0 {
 		w.after.Generation = floor + more
 		if w.note == "" && w.after.Target == w.before.Target {
-			w.note = move.Reason
+			w.note = cmp.Or(move.Did, move.Reason)
 		}
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
@@ -235,6 +236,10 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 
 // history records a new generation, and removes the one that is too old.
 func history(w write, f facts) []kv.Op {
+	var bad deployments.Digest
+	if w.after.Rollout != nil {
+		bad = w.after.Rollout.Bad
+	}
 	value, err := json.Marshal(History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
@@ -244,6 +249,7 @@ func history(w write, f facts) []kv.Op {
 		Subject:    f.commit.Subject,
 		Committed:  f.commit.When,
 		At:         f.now.UTC().Truncate(time.Millisecond),
+		Bad:        bad,
 		Note:       w.note,
 	})
 	if err != nil {

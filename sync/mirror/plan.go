@@ -195,7 +195,9 @@ type History struct {
 	Committed time.Time `json:"committed"`
 	// At is when the mirror wrote it.
 	At time.Time `json:"at"`
-	// Note says what else led to it: a change by hand that was put back.
+	// Bad is the release's digest where the generation rolled it back.
+	Bad deployments.Digest `json:"bad,omitzero"`
+	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
 	Note string `json:"note,omitempty"`
 }
 
