@@ -5,6 +5,8 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"iter"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -233,16 +235,21 @@ func keyOf(v *ast.MappingValueNode) string {
 
 // didYouMean names the known field that a misspelt one is nearest to.
 func didYouMean[T any](name string, known map[string]T) string {
+	if best := Nearest(name, maps.Keys(known)); best != "" {
+		return fmt.Sprintf(": did you mean %q?", best)
+	}
+	return ""
+}
+
+// Nearest is the known name that a misspelt one is nearest to; empty: none is near.
+func Nearest(name string, known iter.Seq[string]) string {
 	best, least := "", 3
 	for k := range known {
 		if d := distance(name, k); d < least || d == least && k < best && best != "" {
 			best, least = k, d
 		}
 	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf(": did you mean %q?", best)
+	return best
 }
 
 // distance is Levenshtein's, with a swap of neighbours as one step.

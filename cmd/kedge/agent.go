@@ -36,7 +36,7 @@ Configured by a file, the environment and flags; a flag wins over KEDGE_STAGE, K
 file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
 
 It serves, where --listen says so:
-  /ready     200 when every unit is converged and healthy, else 503 with the reason: for load balancers
+  /ready     200 when every unit is converged and healthy, else 503 with why
   /live      200 while the loop turns
   /status    what it runs and why, as JSON
   /metrics   for Prometheus

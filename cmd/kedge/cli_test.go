@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+	"unicode/utf8"
 
 	"kedge/deployments"
 )
@@ -41,6 +43,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 	outside := write("manifests/1.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 64)+"\ndest: /etc/a\n")
 	digest := sha256.Sum256([]byte("src: s3://b/a.tar.gz\nchecksum: " + strings.Repeat("a", 64) + "\ndest: /etc/a\n"))
 	write("bounded/prod/web/app.yaml", "release: file://"+outside+"@sha256:"+hex.EncodeToString(digest[:])+"\n")
+	empty := filepath.Join(dir, "empty")
+	if err := os.MkdirAll(empty, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	trapped := write("old.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n")
 	for _, c := range []struct {
 		args []string
@@ -50,12 +56,22 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"--help"}, exitDone, []string{"kedge demo", "Exit codes"}},
 		{[]string{"nonsense"}, exitUsage, []string{`unknown command "nonsense"`}},
 		{[]string{"statsu"}, exitUsage, []string{"did you mean status?"}},
+		{[]string{"version"}, exitUsage, []string{"did you mean --version?"}},
 		{[]string{"status", "--nonsense"}, exitUsage, []string{"unknown flag", "see kedge status --help"}},
 		{[]string{"status", "a/b/c/d"}, exitUsage, []string{"want STAGE, STAGE/ROLE or STAGE/ROLE/UNIT"}},
-		{[]string{"pin", "prod/web/app"}, exitUsage, []string{"accepts 2 arg(s)", "kedge pin STAGE/ROLE/UNIT"}},
+		{[]string{"pin", "prod/web/app"}, exitUsage, []string{"1 argument given", "kedge pin STAGE/ROLE/UNIT"}},
 		{[]string{"pin", "prod/web/app", "hodl", store}, exitUsage, []string{"neither a pointer nor hold"}},
 		{[]string{"pin", "prod/web", "hold", store}, exitUsage, []string{"want STAGE/ROLE/UNIT"}},
 		{[]string{"pin", "prod/web/app", "hold", "--until", "tomorrow", store}, exitUsage, []string{"want a duration"}},
+		{[]string{"pin", "prod/web/app", "hold", "--until", "17:00", store}, exitUsage, []string{"a time with its zone"}},
+		{[]string{"explain", "prod/web/app", "web-1", store}, exitFailed, []string{"no unit prod/web/app: the store has none yet"}},
+		{[]string{"promote", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
+		{[]string{"history", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
+		{[]string{"status", "prod/web/app", store}, exitDone, []string{"No units.", "no unit prod/web/app"}},
+		{[]string{"check", filepath.Join(dir, "nowhere")}, exitFailed, []string{filepath.Join(dir, "nowhere")}},
+		{[]string{"check", trapped}, exitUsage, []string{"--manifest " + trapped}},
+		{[]string{"check", empty}, exitDone, []string{"it has no units"}},
+		{[]string{"diff", empty, store}, exitFailed, []string{empty + " is not in a Git repository"}},
 		{[]string{"agent", store}, exitUsage, []string{"stage and roles are not set"}},
 		{[]string{"agent", "--config", filepath.Join(dir, "nowhere.yaml")}, exitUsage, []string{"nowhere.yaml"}},
 		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
@@ -82,6 +98,50 @@ func TestExitCodesAndErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Every manual fits a terminal of 80 columns.
+func TestHelpFits(t *testing.T) {
+	t.Parallel()
+	root := newRoot(&app{})
+	names := []string{""}
+	for _, c := range root.Commands() {
+		names = append(names, c.Name())
+	}
+	for _, name := range names {
+		out, _, code := cli(t, "", strings.Fields(name+" --help")...)
+		if code != exitDone || !strings.Contains(out, "Usage:") {
+			t.Errorf("%s: exit %d, %q", name, code, out)
+		}
+		for line := range strings.Lines(out) {
+			example := strings.HasPrefix(line, "  ") && strings.Contains(line, "kedge ") // in one piece, to be copied
+			if n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n")); n > 80 && !example {
+				t.Errorf("%s --help: a line of %d columns: %s", name, n, line)
+			}
+		}
+	}
+}
+
+func TestUntil(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for text, want := range map[string]string{
+		"2h":                             "2026-11-24T14:00:00Z",
+		"3d":                             "2026-11-27T12:00:00Z",
+		"2026-11-25 09:00 Europe/Berlin": "2026-11-25T08:00:00Z",
+		"2026-11-25T09:00:00Z":           "2026-11-25T09:00:00Z",
+		"tomorrow":                       "",
+		"17:00":                          "",
+		"-1h":                            "",
+		"0d":                             "",
+		"2026-11-24T11:00:00Z":           "",
+		"1.5d":                           "",
+	} {
+		at, err := untilOf(text, now)
+		if got := at.UTC().Format(time.RFC3339); (err == nil) != (want != "") || err == nil && got != want {
+			t.Errorf("%s: %s, %v; want %s", text, got, err, want)
+		}
 	}
 }
 

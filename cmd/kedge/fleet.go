@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/user"
+	"strconv"
 	"strings"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/agent"
 	"kedge/sync/fleet"
 	"kedge/sync/mirror"
 )
@@ -73,7 +76,13 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 				if a.json {
 					return a.printJSON(f)
 				}
-				return fleet.WriteTable(a.stdout, f, opt)
+				if err := fleet.WriteTable(a.stdout, f, opt); err != nil {
+					return err
+				}
+				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
+					a.tell("%v", err)
+				}
+				return nil
 			}
 			err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) {
 				switch {
@@ -104,8 +113,12 @@ func (a *app) explainCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "explain STAGE/ROLE/UNIT NODE",
 		Short: "Why a node runs what it runs, and what would change it",
-		Long:  `Prints the whole chain that decides: pins, record, admission, quarantine; and what would unblock what is stuck.`,
-		Args:  cobra.ExactArgs(2),
+		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
+an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
+decided, "!" one that is in the way; below each that an operator can change stands how.
+
+With --json a program reads the same: "decides", "blocks" and "unblock" of every step in "trace".`,
+		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := deployments.ParseUnitID(args[0])
 			if err != nil {
@@ -117,15 +130,26 @@ func (a *app) explainCommand() *cobra.Command {
 			}
 			defer store.Close()
 			f, err := fleet.Read(cmd.Context(), store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+			if errors.Is(err, kv.ErrUnavailable) {
+				return hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") +
+					"on the node, as root, its agent says what it does and why: curl --unix-socket " + agent.SocketPath(agent.DefaultStateDir) + " http://agent/status"}
+			}
 			if err != nil {
 				return err
+			}
+			if len(f.Units) == 0 {
+				return fleet.NoUnit(cmd.Context(), store, id)
+			}
+			if a.json {
+				explanation, err := fleet.ExplainJSON(f, id, args[1])
+				if err != nil {
+					return err
+				}
+				return a.printJSON(explanation)
 			}
 			decision, err := fleet.Explain(f, id, args[1])
 			if err != nil {
 				return err
-			}
-			if a.json {
-				return a.printJSON(decision)
 			}
 			return fleet.WriteExplain(a.stdout, f, id, args[1], decision, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
 		},
@@ -155,6 +179,12 @@ func (a *app) historyCommand() *cobra.Command {
 			}
 			if a.json {
 				return a.printJSON(entries)
+			}
+			if len(entries) == 0 {
+				f, err := fleet.Read(cmd.Context(), store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+				if err == nil && len(f.Units) == 0 {
+					return fleet.NoUnit(cmd.Context(), store, id)
+				}
 			}
 			return fleet.WriteHistory(a.stdout, entries, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
 		},
@@ -207,7 +237,7 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 			}
 			if progress || postReceive {
 				began := time.Now()
-				tell = func(missing string) { fmt.Fprintf(a.stderr, "%4ds  %s\n", int(time.Since(began).Seconds()), missing) }
+				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
 			}
 			err = fleet.Wait(ctx, store, filter, commit, tell)
 			if err == nil && tell != nil {
@@ -257,29 +287,56 @@ func waitReady(ctx context.Context, address string) error {
 // operateCommands are what an operator does; each is a plain write of one key.
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
-	for verb, short := range map[string]string{
-		"promote": "Let a rollout go past its canary",
-		"pause":   "Stop a rollout where it is",
-		"resume":  "Let a paused rollout go on",
-		"abort":   "Roll a rollout back, now",
-		"retry":   "Try again a release that failed",
+	for verb, what := range map[string][2]string{
+		"promote": {"Let a rollout go past its canary", "also where it waits for approval, or for a freeze to end"},
+		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
+		"resume":  {"Let a paused rollout go on", "the failures that there are now are borne"},
+		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
+		"retry":   {"Try again a release that failed", "a rollout that was rolled back begins anew, nodes that went back try it once more"},
 	} {
 		commands = append(commands, &cobra.Command{
 			Use:   verb + " STAGE/ROLE/UNIT",
-			Short: short,
-			Long:  fmt.Sprintf("%s. The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s", short, a.prefix, verb),
-			Args:  cobra.ExactArgs(1),
+			Short: what[0],
+			Long: fmt.Sprintf(`%s: %s.
+
+Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would change nothing is
+refused with the reason.
+
+The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s
+
+Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done when one comes.`, what[0], what[1], a.prefix, verb),
+			Args: cobra.ExactArgs(1),
 			RunE: a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-				if err := fleet.Control(ctx, store, id, verb); err != nil {
-					return err
-				}
-				fmt.Fprintf(a.stderr, "%s: asked the mirror to %s\n", id, verb)
-				return nil
+				return a.order(ctx, store, id, verb)
 			}),
 		})
 	}
 	return commands
 }
+
+// orderWithin is how long the mirror gets to take an order while somebody waits for it.
+const orderWithin = 5 * time.Second
+
+func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) error {
+	was, err := fleet.Control(ctx, store, id, verb)
+	if err != nil {
+		return err
+	}
+	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
+	if errors.Is(err, fleet.ErrNotTaken) {
+		return hintError{inTime{err}, fmt.Sprintf("it waits at control/%s, and is done when a mirror runs: see kedge status", id)}
+	}
+	if err != nil {
+		return err
+	}
+	a.tell("%s: %s", id, outcome)
+	return nil
+}
+
+// inTime makes the exit code 3, as errNotConverged does.
+type inTime struct{ error }
+
+func (e inTime) Is(target error) bool { return target == errNotConverged }
 
 // onUnit opens the store and reads the unit that the first argument names.
 func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error) func(*cobra.Command, []string) error {
@@ -305,7 +362,8 @@ func (a *app) pinCommand() *cobra.Command {
 		Long: `Writes a pin. Every node of the unit (or, with --node, that one) converges to it at once, and stays until the pin is
 removed or its --until has come. "hold" keeps what runs, whatever it is.
 
-  kedge pin prod/web/app s3://acme-releases/web/1.4.1/manifest.yaml@sha256:… --reason "incident 812" --until 2h
+  kedge pin prod/web/app s3://acme-releases/app/1.4.1/manifest.yaml@sha256:… \
+      --reason "incident 812" --until 2h
   kedge pin prod/web/app hold --node web-3
 
 The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
@@ -323,32 +381,56 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 			}
 		}
 		return a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+			notes := fleet.PinNotes(ctx, store, id, node)
 			if err := fleet.Pin(ctx, store, id, node, pin); err != nil {
 				return err
 			}
-			fmt.Fprintf(a.stderr, "pinned %s; see kedge status %s, and remove it with kedge unpin %s\n", scope(id, node), id, scopeArgs(id, node))
+			a.tell("pinned %s", scope(id, node))
+			for _, note := range append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node)) {
+				a.tell("  %s", note)
+			}
 			return nil
 		})(cmd, args)
 	}
 	f := c.Flags()
 	f.StringVar(&node, "node", "", "only this node")
 	f.StringVar(&reason, "reason", "", "why, for who looks at it later")
-	f.StringVar(&by, "by", os.Getenv("USER"), "who")
-	f.StringVar(&until, "until", "", "when it ends by itself: a duration (2h) or a time (2026-11-24T09:00:00Z)")
+	f.StringVar(&by, "by", person(), "who")
+	f.StringVar(&until, "until", "", "when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
 	return c
 }
 
-// untilOf reads a duration from now, or an RFC 3339 time.
+// person is who types, for people who look at it later.
+func person() string {
+	for _, name := range []string{"SUDO_USER", "USER", "LOGNAME"} {
+		if v := os.Getenv(name); v != "" {
+			return v
+		}
+	}
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return ""
+}
+
+// untilOf reads a duration from now, also in days, or a time with its zone.
 func untilOf(s string, now time.Time) (time.Time, error) {
-	if d, err := time.ParseDuration(s); err == nil {
+	d, err := time.ParseDuration(s)
+	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {
+		var n int
+		if n, err = strconv.Atoi(days); err == nil {
+			d = time.Duration(n) * 24 * time.Hour
+		}
+	}
+	if err == nil {
 		if d <= 0 {
 			return time.Time{}, usagef("--until %q is not in the future", s)
 		}
 		return now.Add(d).UTC().Truncate(time.Second), nil
 	}
-	t, err := time.Parse(time.RFC3339, s)
+	t, err := deployments.ParseUntil(s)
 	if err != nil {
-		return time.Time{}, usagef("--until %q: want a duration, as in 2h, or a time, as in 2026-11-24T09:00:00Z", s)
+		return time.Time{}, usagef("--until %q: want a duration, as in 2h or 3d, or a time with its zone, as in \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z", s)
 	}
 	if !t.After(now) {
 		return time.Time{}, usagef("--until %q is in the past", s)
@@ -378,14 +460,18 @@ func (a *app) unpinCommand() *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+		notes := fleet.PinNotes(ctx, store, id, node)
 		was, err := fleet.Unpin(ctx, store, id, node)
 		switch {
 		case err != nil:
 			return err
 		case was:
-			fmt.Fprintf(a.stderr, "unpinned %s\n", scope(id, node))
+			a.tell("unpinned %s", scope(id, node))
 		default:
-			fmt.Fprintf(a.stderr, "%s was not pinned\n", scope(id, node))
+			a.tell("%s was not pinned", scope(id, node))
+		}
+		for _, note := range notes {
+			a.tell("  %s", note)
 		}
 		return nil
 	})
@@ -410,10 +496,10 @@ keep what they run, and kedge status says so. To go back on those, publish the o
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(a.stderr, "pinned %s to %s; once Git says what should run: kedge unpin %s\n", id, pin.Release, id)
+		a.tell("pinned %s to %s\n  once Git says what should run: kedge unpin %s", id, pin.Release, id)
 		return nil
 	})
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")
-	c.Flags().StringVar(&by, "by", os.Getenv("USER"), "who")
+	c.Flags().StringVar(&by, "by", person(), "who")
 	return c
 }

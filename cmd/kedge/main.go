@@ -2,6 +2,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"kedge/kv"
+	"kedge/sync/fleet"
 )
 
 // Exit codes, the same for every command.
@@ -53,7 +55,8 @@ func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	root := newRoot(&app{stdin: stdin, stdout: stdout, stderr: stderr})
+	a := &app{stdin: stdin, stdout: stdout, stderr: stderr}
+	root := newRoot(a)
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
@@ -62,19 +65,39 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitDone
 	}
-	fmt.Fprintf(stderr, "kedge: %v\n", err)
+	a.tell("kedge: %v", err)
 	var hint hintError
 	if errors.As(err, &hint) {
-		fmt.Fprintf(stderr, "  %s\n", hint.hint)
+		a.tell("  %s", strings.ReplaceAll(hint.hint, "\n", "\n  "))
+	} else if hint := a.storeHint(err); hint != "" {
+		a.tell("  %s", hint)
 	}
 	switch {
 	case errors.As(err, new(usageError)):
-		fmt.Fprintf(stderr, "  see %s --help\n", cmd.CommandPath())
+		a.tell("  see %s --help", cmd.CommandPath())
 		return exitUsage
 	case errors.Is(err, errNotConverged):
 		return exitNotConverged
 	}
 	return exitFailed
+}
+
+// storeHint says what to look at where the store is the trouble; empty: it isn't, or there is nothing to say.
+func (a *app) storeHint(err error) string {
+	switch {
+	case a.kv != "" && a.kv != "consul":
+		return ""
+	case errors.Is(err, kv.ErrUnavailable):
+		return fmt.Sprintf("is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have", envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"))
+	case errors.Is(err, kv.ErrDenied):
+		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one of deployments/consul/operator.hcl"
+	}
+	return ""
+}
+
+// tell writes lines for a person, broken between words where a terminal's are full.
+func (a *app) tell(format string, args ...any) {
+	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
 }
 
 // app is what the commands share: the streams, and the flags that all of them take.
@@ -95,7 +118,7 @@ func newRoot(a *app) *cobra.Command {
 the mirror copies that to Consul KV; the agent on every node watches it, fetches what changed from S3, verifies it,
 switches atomically, and reports. A node that boots reads the same key and ends in the same place.
 
-  kedge demo            see the whole of it on this machine, with nothing installed
+  kedge demo            see the whole of it on this machine
 
 A unit is STAGE/ROLE/UNIT, as in prod/web/app. A pointer is URL@sha256:HEX, as kedge publish prints it.
 
@@ -106,6 +129,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return nil
+			}
+			if args[0] == "version" {
+				return usagef("unknown command %q: did you mean --version?", args[0])
 			}
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 				return usagef("unknown command %q: did you mean %s?", args[0], strings.Join(near, " or "))
@@ -120,6 +146,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	f := root.PersistentFlags()
 	f.StringVar(&a.kv, "kv", os.Getenv("KEDGE_KV"), "`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)")
+	f.Lookup("kv").DefValue = "" // KEDGE_KV's value is no default to speak of
 	f.StringVar(&a.prefix, "prefix", envOr("KEDGE_PREFIX", kv.DefaultPrefix), "prefix of every key in Consul; also KEDGE_PREFIX")
 	f.StringVar(&a.logFormat, "log-format", envOr("KEDGE_LOG_FORMAT", "text"), "text or json; also KEDGE_LOG_FORMAT")
 	f.StringVar(&a.logLevel, "log-level", envOr("KEDGE_LOG_LEVEL", "info"), "debug, info, warn or error; also KEDGE_LOG_LEVEL")
@@ -146,14 +173,40 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	for _, c := range root.Commands() {
 		if check := c.Args; check != nil {
 			c.Args = func(cmd *cobra.Command, args []string) error {
-				if err := check(cmd, args); err != nil {
-					return usagef("%w, in: kedge %s", err, cmd.Use)
+				if check(cmd, args) != nil {
+					return usagef("%s given: want kedge %s", count(len(args), "argument"), cmd.Use)
 				}
 				return nil
 			}
 		}
 	}
+	const most = 100 // columns of a text that is easy to read
+	width := cmp.Or(min(a.terminal(), most), 80)
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages ", fmt.Sprintf(".FlagUsagesWrapped %d ", width)))
+	root.SetHelpFunc(func(cmd *cobra.Command, _ []string) {
+		fmt.Fprintf(a.stdout, "%s\n\n%s", reflow(cmp.Or(cmd.Long, cmd.Short), width), cmd.UsageString())
+	})
 	return root
+}
+
+// reflow breaks the paragraphs of a text anew; lines that are indented stay as they are.
+func reflow(text string, width int) string {
+	var lines []string
+	open := false // the last line may go on
+	for line := range strings.SplitSeq(text, "\n") {
+		verbatim := line == "" || strings.HasPrefix(line, " ")
+		if open && !verbatim {
+			lines[len(lines)-1] += " " + line
+			continue
+		}
+		lines, open = append(lines, line), !verbatim
+	}
+	for i, line := range lines {
+		if line != "" && !strings.HasPrefix(line, " ") {
+			lines[i] = strings.ReplaceAll(fleet.Wrap(line, width), "\n  ", "\n")
+		}
+	}
+	return strings.Join(lines, "\n")
 }
 
 // open opens the store that the flags name.
@@ -181,8 +234,10 @@ func (a *app) logger() (*slog.Logger, error) {
 }
 
 // terminal gives stdout's width where a person looks at it, else 0.
-func (a *app) terminal() (width int) {
-	f, ok := a.stdout.(*os.File)
+func (a *app) terminal() (width int) { return terminalWidth(a.stdout) }
+
+func terminalWidth(w io.Writer) (width int) {
+	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {
 		return 0
 	}

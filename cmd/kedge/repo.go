@@ -59,6 +59,11 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			case preReceive:
 				return mirror.CheckPush(cmd.Context(), dir, a.stdin, look)
 			}
+			if info, err := os.Stat(dir); err != nil {
+				return err
+			} else if !info.IsDir() {
+				return usagef("%s is a file: want a deployments repo's directory, or --manifest %s", dir, dir)
+			}
 			tree, err := deployments.Load(os.DirFS(dir))
 			if err == nil && look != nil {
 				err = look.Check(cmd.Context(), tree)
@@ -74,6 +79,10 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			}
 			if err != nil {
 				return err
+			}
+			if len(tree.Units) == 0 {
+				fmt.Fprintf(a.stderr, "%s: valid, but it has no units: there is no STAGE/ROLE/UNIT.yaml in it\n", dir)
+				return nil
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && mirror.BoundsReleases(tree) {

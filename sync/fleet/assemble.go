@@ -51,6 +51,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 			}
 		}
 	}
+	a.fleet.NoMirror = a.fleet.Mirror != nil && !a.leased
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), compareIDs) {
 		u := a.units[id]
@@ -68,6 +69,7 @@ type assembly struct {
 	// orders and histories are joined to their units at the end.
 	orders    map[deployments.UnitID]kv.Entry
 	histories map[deployments.UnitID][]mirror.History
+	leased    bool // a mirror holds the lease
 }
 
 // reporter is a node of a role.
@@ -152,8 +154,8 @@ func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 	verb := strings.ToLower(deployments.Trim(string(e.Value)))
 	u := a.units[id]
 	switch {
-	case !slices.Contains(verbs, verb):
-		a.bad(e.Key, fmt.Errorf("%q is not one of %s: write one of them, or delete the key", clip(verb, 40), strings.Join(verbs, ", ")))
+	case !slices.Contains(policy.Orders, verb):
+		a.bad(e.Key, fmt.Errorf("%q is not one of %s: write one of them, or delete the key", clip(verb, 40), strings.Join(policy.Orders, ", ")))
 	case u == nil || u.Record == nil:
 		a.bad(e.Key, fmt.Errorf("an order to %s what has no good record: delete the key", verb))
 	default:
@@ -191,6 +193,9 @@ func (a *assembly) report(e kv.Entry, rest string) {
 }
 
 func (a *assembly) mirror(e kv.Entry) {
+	if e.Key == kv.MirrorLease {
+		a.leased = e.Session != ""
+	}
 	if e.Key != kv.MirrorKey {
 		return
 	}

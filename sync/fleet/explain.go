@@ -1,30 +1,48 @@
 package fleet
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"maps"
+	"regexp"
 	"slices"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"kedge/deployments"
 	"kedge/policy"
 )
 
-// Explain answers why a node runs what it runs of a unit.
+// Explain answers why a node runs what it runs of a unit. The Trace is policy.Resolve's, with what only the fleet shows around it:
+// the store, Git, the node's turn, and what the node itself says against it.
 func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
 		return policy.Decision{}, err
 	}
-	return policy.Resolve(f.facts(u, *n)), nil
+	d := policy.Resolve(f.facts(u, *n))
+	var trace []policy.Step
+	if s, bad := storeStep(f); bad {
+		trace = append(trace, s)
+	}
+	trace = append(trace, gitStep(f))
+	for _, s := range d.Trace {
+		if s.What == "admission" && s.Decides && u.Record.Rollout != nil {
+			s.Says = join(s.Says, turn(u, n))
+		}
+		trace = append(trace, s)
+	}
+	d.Trace = append(trace, nodeStep(u, n, d))
+	return d, nil
 }
 
 // find gives a unit, and what one of its nodes reports.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
 	if i < 0 {
-		return nil, nil, fmt.Errorf("no unit %s: nothing in the store speaks of it; see kedge status", id)
+		return nil, nil, noUnit(f, id.String())
 	}
 	u := &f.Units[i]
 	j := slices.IndexFunc(u.Nodes, func(n Node) bool { return n.Name == node })
@@ -33,18 +51,162 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 		for _, n := range u.Nodes {
 			names = append(names, n.Name)
 		}
-		if len(names) == 0 {
+		switch near := deployments.Nearest(node, slices.Values(names)); {
+		case len(names) == 0:
 			return nil, nil, fmt.Errorf("no node %s: no node of %s/%s has ever reported; is its agent running, with this stage and role?", node, id.Stage, id.Role)
+		case near != "":
+			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near, some(names))
 		}
-		const shown = 10
-		more := ""
-		if len(names) > shown {
-			more = fmt.Sprintf(" and %d more", len(names)-shown)
-			names = names[:shown]
-		}
-		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s%s", node, id, strings.Join(names, ", "), more)
+		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, some(names))
 	}
 	return u, &u.Nodes[j], nil
+}
+
+// storeStep says what of the store could not be read, so that all else may be wrong.
+func storeStep(f *Fleet) (policy.Step, bool) {
+	away, text := unavailable(f)
+	if text != "" {
+		return policy.Step{What: "store", Says: text, Blocks: true, Unblock: "see to the store, then look again; nodes go on with what they know"}, true
+	}
+	var says []string
+	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
+		if strings.HasSuffix(key, "/") && !slices.Contains(away, key) {
+			says = append(says, key+": "+f.Errors[key])
+		}
+	}
+	return policy.Step{What: "store", Says: strings.Join(says, "; "), Blocks: true, Unblock: "look again with a token that may read all of it"}, len(says) > 0
+}
+
+// gitStep says where the mirror is.
+func gitStep(f *Fleet) policy.Step {
+	s := policy.Step{What: "Git"}
+	m := f.Mirror
+	if m == nil || m.Head == "" {
+		s.Says = "no mirror has taken a commit"
+		if m != nil && m.Error != "" {
+			s.Says, s.Blocks = s.Says+": "+oneLine(m.Error), true
+		}
+		return s
+	}
+	s.Says = "the mirror is at " + clean(short(m.Head))
+	if m.Author != "" {
+		s.Says += " by " + authorName(m.Author)
+	}
+	if !m.At.IsZero() {
+		s.Says += ", " + ago(f.At.Sub(m.At))
+	}
+	switch {
+	case f.NoMirror:
+		s.Says, s.Blocks = s.Says+"; none runs now, so nothing newer comes, and orders wait", true
+		s.Unblock = "start kedge mirror; pins are obeyed without one"
+	case m.Refused != "":
+		s.Says, s.Blocks = s.Says+"; it refused "+clean(short(m.Refused))+": "+oneLine(m.Error), true
+		s.Unblock = "correct it and push again; in a clone, the same is said by kedge check"
+	case m.Error != "":
+		s.Says, s.Blocks = s.Says+"; "+oneLine(m.Error), true
+	}
+	return s
+}
+
+// turn is a node's place in a rollout: those that are live and follow the record go one after the other, by their ranks.
+func turn(u *Unit, n *Node) string {
+	p := u.Record.Rollout
+	if p.Phase == deployments.PhaseHalted {
+		return ""
+	}
+	rank := func(name string) uint64 { return policy.Rank(name, u.Record.Target.Digest) }
+	mine := rank(n.Name)
+	place, all, admitted, before := 1, 0, 0, 0
+	for _, other := range u.Nodes {
+		if other.Gone || other.Report.Pinned {
+			continue
+		}
+		r := rank(other.Name)
+		all++
+		if r <= p.Cutoff {
+			admitted++
+		}
+		if r < mine {
+			place++
+		}
+		if r > mine && r <= p.Cutoff {
+			before++
+		}
+	}
+	switch {
+	case n.Gone || n.Report.Pinned:
+		return ""
+	case p.Phase == deployments.PhaseBack && mine <= p.Cutoff && before == 0:
+		return "it is next"
+	case p.Phase == deployments.PhaseBack && mine <= p.Cutoff:
+		return fmt.Sprintf("%d of %s go back before it", before, count(all, "live node"))
+	case p.Phase == deployments.PhaseBack:
+		return ""
+	}
+	return fmt.Sprintf("%s in line of %s, %d admitted", ordinal(place), count(all, "live node"), admitted)
+}
+
+func ordinal(n int) string {
+	suffix := "th"
+	switch {
+	case n%100 >= 11 && n%100 <= 13:
+	case n%10 == 1:
+		suffix = "st"
+	case n%10 == 2:
+		suffix = "nd"
+	case n%10 == 3:
+		suffix = "rd"
+	}
+	return fmt.Sprintf("%d%s", n, suffix)
+}
+
+// nodeStep says how the node itself takes it: it may be gone, or behind, or not allowed to do what the store says.
+func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
+	r := n.Report
+	s := policy.Step{What: "node", Blocks: true}
+	trouble := oneLine(r.Error)
+	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
+		trouble = "" // told already
+	}
+	behind := u.Record != nil && !r.Pinned && r.Generation < u.Record.Generation && (d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
+	switch {
+	case n.Gone:
+		s.Says, s.Unblock = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
+	case r.State == "":
+		s.Says, s.Unblock = join(n.Why, trouble), "see whether its agent runs, with this stage and role"
+	case behind:
+		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
+		s.Unblock = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
+		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
+		s.Unblock = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+	case strings.Contains(trouble, "signed") || strings.Contains(trouble, "signature"):
+		s.What, s.Says, s.Unblock = "signature", trouble, "sign it with a key that this node trusts: kedge publish --sign KEYFILE"
+	case r.State == deployments.StateInvalid && trouble != "":
+		s.Says, s.Unblock = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
+	case r.State == deployments.StateRetrying:
+		s.Says = join("can't get there yet, and tries again", trouble)
+	case r.State == deployments.StateQuarantined:
+		s.Says = cmp.Or(trouble, "quarantined")
+	case r.State == deployments.StateWaiting && !d.Target.IsZero():
+		s.Says = join("waits: "+cmp.Or(oneLine(r.Why), "for another unit"), trouble)
+	case r.State == deployments.StateConverged && trouble != "":
+		s.Says = "runs it, but: " + trouble
+		if !d.Stage.IsZero() {
+			s.Says = "can't have the release ready: " + trouble
+		}
+	default:
+		s.Blocks = false
+		s.Says = "has nothing against it"
+		if r.State == deployments.StateFetching || r.State == deployments.StateSwitching {
+			s.Says = "on its way: " + stateCell(*n).text
+		}
+		if u.Record != nil && r.Generation > 0 && r.Generation == u.Record.Generation && !r.Pinned {
+			s.Says += fmt.Sprintf(", and has seen generation %d", r.Generation)
+		}
+		s.Says = join(s.Says, trouble)
+	}
+	return s
 }
 
 // WriteExplain writes a decision's whole chain, and what the node says of itself.
@@ -54,14 +216,10 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 		return err
 	}
 	p := &printer{opt: opt}
-	verdict := map[policy.Action]string{policy.ActKeep: "keeps what it runs", policy.ActHold: "holds what it runs"}[d.Action]
-	if verdict == "" {
-		verdict = "should run " + name(*u, d.Target)
-	}
-	p.line(p.paint(bold, id.String()), " on "+p.paint(bold, clean(node))+" "+verdict)
-	p.wrap("  because  ", 11, oneLine(d.Why), "")
-	if d.Invalid != nil {
-		p.wrap("  "+p.paint(red, "but")+"      ", 11, oneLine(d.Invalid.Error()), red)
+	p.wrap(p.paint(bold, id.String())+" on "+p.paint(bold, clean(node))+" ", 2, verdict(u, n, d), "")
+	p.wrap("  because  ", 11, p.names(u, oneLine(d.Why)), "")
+	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s policy.Step) bool { return s.Decides || s.Blocks }) {
+		p.wrap("  "+p.paint(red, "but")+"      ", 11, p.names(u, oneLine(d.Invalid.Error())), red)
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
 		p.wrap("  besides  ", 11, moved, "")
@@ -70,33 +228,111 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 		p.wrap("  order    ", 11, u.Order+", which the mirror has yet to take", "")
 	}
 	if !d.Stage.IsZero() {
-		p.wrap("  staged   ", 11, "has "+name(*u, d.Stage)+" ready for when it is admitted", "")
+		ready := " is to lie ready on its disk before its turn comes"
+		if n.Report.Staged == d.Stage.Digest {
+			ready = " lies ready on its disk, for its turn"
+		}
+		p.wrap("  staged   ", 11, name(*u, d.Stage)+ready, "")
 	}
 	if !d.Recheck.IsZero() {
-		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC"), "")
+		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC")+", in "+brief(d.Recheck.Sub(f.At)), "")
 	}
 	p.raw("")
-	p.raw(p.paint(dim, "What was looked at, in order; > decided"))
+	legend := "What was looked at, in order; > decided"
+	if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.Blocks }) {
+		legend += ", ! is in the way"
+	}
+	p.raw(p.paint(dim, legend))
 	wide := 0
 	for _, s := range d.Trace {
 		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
 	}
 	for _, s := range d.Trace {
 		mark := "  "
-		if s.Decides {
+		switch {
+		case s.Decides:
 			mark = p.paint(green, ">") + " "
+		case s.Blocks:
+			mark = p.paint(red, "!") + " "
 		}
 		what := clean(s.What)
-		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, oneLine(s.Says), "")
+		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, oneLine(s.Says)), "")
 		if s.Unblock != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(yellow, "to change it: "), wide+6, oneLine(s.Unblock), "")
+			p.wrap(strings.Repeat(" ", wide+4)+p.paint(yellow, "to change it: "), wide+6, oneWord(oneLine(s.Unblock)), "")
 		}
 	}
 	p.raw("")
-	p.raw(p.paint(dim, "What the node reports"))
-	p.report(f, u, n)
+	head := "What the node reports"
+	if n.Gone {
+		head = "What the node reported last"
+	}
+	p.raw(p.paint(dim, head))
+	p.report(f, u, n, d)
 	_, err = io.WriteString(w, p.b.String())
 	return err
+}
+
+// verdict says in a few words what should run, and whether it does.
+func verdict(u *Unit, n *Node, d policy.Decision) string {
+	running := n.Report.Running
+	runs := "runs " + name(*u, running)
+	if running.IsZero() {
+		runs = "runs nothing"
+	}
+	switch {
+	case n.Gone:
+		last := "is gone, and ran " + cmp.Or(name(*u, running), "nothing")
+		if d.Target.IsZero() || d.Target == running {
+			return last
+		}
+		return last + "; it should run " + name(*u, d.Target) + " when it is back"
+	case d.Action == policy.ActHold && !running.IsZero():
+		return "holds what it runs: " + name(*u, running)
+	case d.Action == policy.ActHold:
+		return "holds what it runs: nothing"
+	case d.Target.IsZero() && running.IsZero():
+		return "runs nothing"
+	case d.Target.IsZero():
+		return "keeps what it runs: " + name(*u, running)
+	case running == d.Target && n.Report.State == deployments.StateConverged:
+		return runs + ", as it should"
+	}
+	return "should run " + name(*u, d.Target) + ", and " + runs
+}
+
+func anyStep(policy.Step) bool { return true }
+
+// told reports whether one of some steps says a text already.
+func told(d policy.Decision, text string, some func(policy.Step) bool) bool {
+	text = oneLine(text)
+	_, tail, _ := strings.Cut(text, ": ") // a step doesn't repeat what it is about
+	return slices.ContainsFunc(d.Trace, func(s policy.Step) bool {
+		says := oneLine(s.Says)
+		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))
+	})
+}
+
+var pointers = regexp.MustCompile(`[a-z0-9]+://[^\s"]+@sha256:[0-9a-f]{64}`)
+
+// names puts what people call a release in the place of its pointer: it would take lines of a terminal. What is piped keeps it.
+func (p *printer) names(u *Unit, text string) string {
+	if p.opt.Width == 0 {
+		return text
+	}
+	return pointers.ReplaceAllStringFunc(text, func(s string) string {
+		pointer, err := deployments.ParsePointer(s)
+		if err != nil {
+			return s
+		}
+		return name(*u, pointer)
+	})
+}
+
+var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
+
+// oneWord makes one word of each command to type, which wrap doesn't break: it is to be copied.
+func oneWord(text string) string {
+	return commands.ReplaceAllStringFunc(text, func(s string) string { return strings.ReplaceAll(s, " ", unbroken) })
 }
 
 // pastPin says how far Git has moved past the pin that decided over n; empty: none did.
@@ -111,11 +347,11 @@ func pastPin(u *Unit, n *Node, from policy.Source) string {
 	return ""
 }
 
-func (p *printer) report(f *Fleet, u *Unit, n *Node) {
+func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 	r := n.Report
 	state := stateCell(*n)
-	if n.Gone {
-		state.text = "gone: its session has ended; what follows is what it said last"
+	if n.Gone { // that is told above
+		state = cell{cmp.Or(clean(string(r.State)), "unknown"), dim}
 	}
 	rows := [][2]string{{"state", p.paint(state.style, state.text)}}
 	add := func(what, says string) {
@@ -126,19 +362,65 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node) {
 	if !r.Since.IsZero() {
 		add("since", r.Since.UTC().Format("2006-01-02 15:04:05 UTC")+", "+ago(f.At.Sub(r.Since)))
 	}
-	add("runs", name(*u, r.Running))
-	if r.Want != n.Want && !r.Want.IsZero() && !n.Want.IsZero() {
-		add("wants", name(*u, r.Want)+": it has yet to see the newest")
+	if r.Running.IsZero() {
+		add("runs", "nothing")
+	} else {
+		add("runs", name(*u, r.Running))
 	}
-	if r.Why != n.Why {
-		add("why", oneLine(r.Why))
+	if r.Want != n.Want && !r.Want.IsZero() && !told(d, r.Want.String(), anyStep) {
+		add("wants", name(*u, r.Want))
 	}
-	for _, d := range r.Quarantined {
-		add("failed", d.Short()+" failed here, and stays out until another is named, or kedge retry "+u.ID.String())
+	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
+		add("reason", p.names(u, oneLine(r.Why)))
 	}
-	add("error", oneLine(r.Error))
+	for _, q := range r.Quarantined {
+		if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
+			continue
+		}
+		failed := q.Short()
+		if u.Record != nil && u.Record.Target.Digest == q {
+			failed = name(*u, u.Record.Target)
+		}
+		add("failed", failed+", which stays out until another is named, or "+oneWord("kedge retry "+u.ID.String()))
+	}
+	if !told(d, r.Error, anyStep) {
+		add("error", p.names(u, oneLine(r.Error)))
+	}
 	add("differs", clean(strings.Join(r.Drift, ", ")))
 	for _, row := range rows {
 		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], "")
 	}
+}
+
+// Explanation is the JSON of kedge explain: a decision, and the node that it is about.
+type Explanation struct {
+	Unit      deployments.UnitID     `json:"unit"`
+	Node      string                 `json:"node"`
+	Action    policy.Action          `json:"action"`
+	Target    deployments.Pointer    `json:"target,omitzero"`
+	Stage     deployments.Pointer    `json:"stage,omitzero"`
+	Source    policy.Source          `json:"source"`
+	Why       string                 `json:"why"`
+	Invalid   string                 `json:"invalid,omitempty"`
+	Recheck   time.Time              `json:"recheck,omitzero"`
+	Converged bool                   `json:"converged"`
+	Gone      bool                   `json:"gone,omitempty"`
+	Order     string                 `json:"order,omitempty"`
+	Trace     []policy.Step          `json:"trace"`
+	Report    deployments.UnitReport `json:"report"`
+}
+
+// ExplainJSON gives what Explain says, and what its node reports.
+func ExplainJSON(f *Fleet, id deployments.UnitID, node string) (Explanation, error) {
+	d, err := Explain(f, id, node)
+	if err != nil {
+		return Explanation{}, err
+	}
+	u, n, _ := f.find(id, node)
+	e := Explanation{Unit: id, Node: node, Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Recheck: d.Recheck,
+		Converged: n.Converged, Gone: n.Gone, Order: u.Order, Trace: d.Trace, Report: n.Report}
+	if d.Invalid != nil {
+		e.Invalid = d.Invalid.Error()
+	}
+	return e, nil
 }

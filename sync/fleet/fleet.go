@@ -22,7 +22,9 @@ import (
 type Fleet struct {
 	At     time.Time      `json:"at"`
 	Mirror *mirror.Status `json:"mirror,omitempty"`
-	Units  []Unit         `json:"units"`
+	// NoMirror is set where a mirror ran once, and none holds the lease: what is pushed, and what operators order, waits.
+	NoMirror bool   `json:"no_mirror,omitempty"`
+	Units    []Unit `json:"units"`
 	// Errors are values that don't parse, by key; and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 }

@@ -1,15 +1,19 @@
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -104,26 +108,79 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 	return value, nil
 }
 
-// verbs are the orders that a mirror takes.
-var verbs = []string{"promote", "pause", "resume", "abort", "retry"}
-
-// Control asks the mirror for promote, pause, resume, abort or retry of a unit. An order that the mirror has yet to take is replaced.
-func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) error {
+// Control asks the mirror for promote, pause, resume, abort or retry of a unit, and gives the record that stood before. An order that
+// would change nothing isn't written, and the error says why it would. One that the mirror has yet to take is replaced.
+func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) (was kv.Entry, err error) {
 	if err := id.Check(); err != nil {
-		return err
+		return kv.Entry{}, err
 	}
-	if !slices.Contains(verbs, verb) {
-		return fmt.Errorf("%q is not one of %s", verb, strings.Join(verbs, ", "))
+	if !slices.Contains(policy.Orders, verb) {
+		return kv.Entry{}, fmt.Errorf("%q is not one of %s", verb, strings.Join(policy.Orders, ", "))
 	}
-	if _, err := store.Get(ctx, kv.DesiredKey(id)); errors.Is(err, kv.ErrNotFound) {
-		return fmt.Errorf("%s %s: the store has no record of it: %w", verb, id, err)
-	} else if err != nil {
-		return fmt.Errorf("%s %s: %w", verb, id, err)
+	was, err = store.Get(ctx, kv.DesiredKey(id))
+	switch {
+	case errors.Is(err, kv.ErrNotFound):
+		return was, fmt.Errorf("%s: %w", verb, NoUnit(ctx, store, id))
+	case err != nil:
+		return was, fmt.Errorf("%s %s: %w", verb, id, err)
+	}
+	if r, err := deployments.ParseRecord(was.Value); err == nil {
+		if why := policy.Refusal(verb, r); why != "" {
+			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, why)
+		}
 	}
 	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), []byte(verb))); err != nil {
-		return fmt.Errorf("%s %s: %w", verb, id, err)
+		return was, fmt.Errorf("%s %s: %w", verb, id, err)
 	}
-	return nil
+	return was, nil
+}
+
+// ErrNotTaken is wrapped by what Outcome returns where no mirror took the order in time. It stays where it is.
+var ErrNotTaken = errors.New("no mirror has taken the order")
+
+// orderPoll is how often Outcome looks whether an order was taken.
+const orderPoll = 50 * time.Millisecond
+
+// Outcome waits until the mirror has taken an order, and says in words what came of it. was is what Control gave.
+func Outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry, within time.Duration) (string, error) {
+	for end := time.Now().Add(within); ; {
+		order, err := store.Get(ctx, kv.ControlKey(id))
+		switch {
+		case errors.Is(err, kv.ErrNotFound):
+			return outcome(ctx, store, id, verb, was)
+		case err == nil && string(order.Value) != verb:
+			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id, clip(oneLine(string(order.Value)), 40))
+		case time.Now().After(end):
+			return "", fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within)
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("%s %s: %w yet", verb, id, ErrNotTaken)
+		case <-time.After(orderPoll):
+		}
+	}
+}
+
+// outcome says where a unit stands after an order was taken. was is its record before.
+func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
+	e, err := store.Get(ctx, kv.DesiredKey(id))
+	if err != nil {
+		return "", fmt.Errorf("%s %s was taken; where it stands can't be read: %w", verb, id, err)
+	}
+	r, err := deployments.ParseRecord(e.Value)
+	if err != nil {
+		return "", fmt.Errorf("%s %s was taken; %w", verb, id, err)
+	}
+	if e.Version == was.Version {
+		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id, cmp.Or(policy.Refusal(verb, r), "the mirror found nothing to do"))
+	}
+	switch {
+	case r.Rollout != nil:
+		return strings.TrimSuffix(policy.SayPhase(r.Rollout.Phase)+": "+oneLine(r.Rollout.Reason), ": "), nil
+	case verb == "retry":
+		return "each node on which it failed tries it once more", nil
+	}
+	return "no rollout is under way any more: every node runs the target", nil
 }
 
 // History gives what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that doesn't parse is
@@ -156,7 +213,8 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]mirr
 }
 
 // Rollback pins a unit to the last good release before the one that it is told to run, by its pin or else its record, and gives
-// that pin. Of the releases that the record and the history know, one that a node has in quarantine isn't good.
+// that pin. Of the releases that the record and the history know, one that a node has in quarantine, or that was
+// rolled back, isn't good.
 func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason, by string) (deployments.Pin, error) {
 	if err := id.Check(); err != nil {
 		return deployments.Pin{}, err
@@ -165,7 +223,10 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 	if err != nil {
 		return deployments.Pin{}, err
 	}
-	if len(f.Units) == 0 || f.Units[0].Record == nil {
+	switch {
+	case len(f.Units) == 0:
+		return deployments.Pin{}, fmt.Errorf("rollback: %w", NoUnit(ctx, store, id))
+	case f.Units[0].Record == nil:
 		return deployments.Pin{}, fmt.Errorf("rollback: the store has no good record of %s; see kedge status", id)
 	}
 	history, err := History(ctx, store, id)
@@ -183,6 +244,16 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 // lastGood chooses what Rollback goes back to; pure. history is sorted, the newest first.
 func lastGood(u *Unit, history []mirror.History) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
+	if p := u.Record.Rollout; p != nil {
+		bad[p.Bad] = true
+	}
+	latest := map[deployments.Digest]bool{} // a release that was rolled back may have done well when it was tried again
+	for _, h := range history {
+		if d := h.Release.Digest; !latest[d] {
+			latest[d] = true
+			bad[d] = bad[d] || h.Bad == d
+		}
+	}
 	for _, n := range u.Nodes {
 		for _, d := range n.Report.Quarantined {
 			bad[d] = true
@@ -211,4 +282,89 @@ func lastGood(u *Unit, history []mirror.History) (deployments.Pointer, error) {
 		seen[p] = true
 	}
 	return deployments.Pointer{}, fmt.Errorf("no other release that was good is known: name one with kedge pin %s URL@sha256:HEX", u.ID)
+}
+
+// NoUnit is the error that nothing in the store speaks of a unit. It names the one that may have been meant.
+func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+	f, err := Read(ctx, store, Filter{})
+	if err != nil {
+		return fmt.Errorf("no unit %s", id)
+	}
+	return noUnit(f, id.String())
+}
+
+func noUnit(f *Fleet, name string) error {
+	var known []string
+	for _, u := range f.Units {
+		if strings.Count(name, "/") < 2 { // of a stage or a role alone
+			known = append(known, strings.Join(strings.Split(u.ID.String(), "/")[:strings.Count(name, "/")+1], "/"))
+			continue
+		}
+		known = append(known, u.ID.String())
+	}
+	slices.Sort(known)
+	known = slices.Compact(known)
+	if near := deployments.Nearest(name, slices.Values(known)); near != "" {
+		return fmt.Errorf("no unit %s: did you mean %s?", name, near)
+	}
+	if len(known) == 0 {
+		return fmt.Errorf("no unit %s: the store has none yet", name)
+	}
+	return fmt.Errorf("no unit %s: there are %s", name, some(known))
+}
+
+// some names a few of many.
+func some(names []string) string {
+	const shown = 10
+	more := ""
+	if len(names) > shown {
+		more = fmt.Sprintf(" and %d more", len(names)-shown)
+		names = names[:shown]
+	}
+	return strings.Join(names, ", ") + more
+}
+
+// Missing says what a filter asked for and the store doesn't know; nil: it knows some of it.
+func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
+	if len(f.Units) > 0 || filter == (Filter{}) {
+		return nil
+	}
+	all, err := Read(ctx, store, Filter{})
+	if err != nil {
+		return nil // what could be read was read
+	}
+	return noUnit(all, strings.Trim(filter.Stage+"/"+filter.Role+"/"+filter.Unit, "/"))
+}
+
+// PinNotes says what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
+func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (notes []string) {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil {
+		return nil // whether it may be written is another question
+	}
+	if len(f.Units) == 0 {
+		return []string{NoUnit(ctx, store, id).Error()}
+	}
+	u := &f.Units[0]
+	was, pinned := u.Pins[node]
+	if node == "" && u.Pin != nil {
+		was, pinned = *u.Pin, true
+	}
+	if pinned {
+		notes = append(notes, "before: "+strings.TrimSpace(pinName(*u, was)+" "+pinStory(was, f.At)))
+	}
+	if node == "" {
+		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
+			notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(*u, u.Pins[other])))
+		}
+		return notes
+	}
+	if u.Pin != nil {
+		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(*u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
+	}
+	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
+		_, _, err := f.find(id, node)
+		notes = append(notes, err.Error())
+	}
+	return notes
 }

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -58,8 +59,8 @@ func TestPin(t *testing.T) {
 		"no release":      Pin(t.Context(), s, app, "", deployments.Pin{}),
 		"a bad node":      Pin(t.Context(), s, app, "../x", deployments.Pin{Hold: true}),
 		"a bad unit":      Pin(t.Context(), s, deployments.UnitID{Stage: "prod", Role: "web"}, "", deployments.Pin{Hold: true}),
-		"a bad verb":      Control(t.Context(), s, app, "explode"),
-		"an unknown unit": Control(t.Context(), s, app, "retry"),
+		"a bad verb":      order(t, s, "explode"),
+		"an unknown unit": order(t, s, "retry"),
 	} {
 		if err == nil {
 			t.Errorf("%s: taken", name)
@@ -70,15 +71,133 @@ func TestPin(t *testing.T) {
 	}
 }
 
+func order(t *testing.T, s kv.Store, verb string) error {
+	_, err := Control(t.Context(), s, app, verb)
+	return err
+}
+
 func TestControl(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
 	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()))
-	if err := Control(t.Context(), s, app, "retry"); err != nil {
+	if err := order(t, s, "retry"); err != nil {
 		t.Fatal(err)
 	}
 	if e, err := s.Get(t.Context(), kv.ControlKey(app)); err != nil || string(e.Value) != "retry" {
 		t.Errorf("%q, %v", e.Value, err)
+	}
+}
+
+// What would change nothing isn't written, and an operator hears why; of what is, what came of it.
+func TestOrdersTellWhatCameOfThem(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	record := func(phase deployments.Phase) kv.Entry {
+		r := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 2}
+		if phase != "" {
+			r.Rollout = &deployments.Progress{Phase: phase, Reason: "for the test"}
+		}
+		return put(kv.DesiredKey(app), r)
+	}
+	for _, c := range []struct {
+		phase deployments.Phase
+		verb  string
+		says  string
+	}{
+		{"", "promote", "no rollout is under way"},
+		{"", "abort", "no rollout is under way"},
+		{deployments.PhasePaused, "promote", "resume it first"},
+		{deployments.PhasePaused, "pause", "paused already"},
+		{deployments.PhaseRolling, "promote", "goes on already"},
+		{deployments.PhaseRolling, "resume", "not paused"},
+		{deployments.PhaseHalted, "abort", "rolled back"},
+		{deployments.PhaseBack, "retry", "being rolled back"},
+	} {
+		store(t, s, record(c.phase))
+		if err := order(t, s, c.verb); err == nil || !strings.Contains(err.Error(), "would change nothing") || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s while %q: %v, want %q", c.verb, c.phase, err, c.says)
+		}
+		if _, err := s.Get(t.Context(), kv.ControlKey(app)); !errors.Is(err, kv.ErrNotFound) {
+			t.Errorf("%s while %q was written all the same: %v", c.verb, c.phase, err)
+		}
+	}
+
+	store(t, s, record(deployments.PhaseRolling))
+	was, err := Control(t.Context(), s, app, "pause")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Outcome(t.Context(), s, app, "pause", was, 10*time.Millisecond); !errors.Is(err, ErrNotTaken) {
+		t.Errorf("without a mirror: %v", err)
+	}
+	if err := s.Commit(t.Context(), nil, kv.Delete(kv.ControlKey(app))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err == nil || !strings.Contains(err.Error(), "changed nothing") {
+		t.Errorf("taken, and the record is as it was: %v", err)
+	}
+	store(t, s, record(deployments.PhasePaused))
+	if says, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err != nil || says != "paused: for the test" {
+		t.Errorf("taken: %q, %v", says, err)
+	}
+	store(t, s, put(kv.ControlKey(app), "abort"))
+	if _, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err == nil || !strings.Contains(err.Error(), "another order took its place: abort") {
+		t.Errorf("replaced by another: %v", err)
+	}
+}
+
+func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	id := func(name string) deployments.UnitID {
+		id, err := deployments.ParseUnitID(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	if err := NoUnit(t.Context(), s, app); !strings.Contains(err.Error(), "the store has none yet") {
+		t.Error(err)
+	}
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put("desired/prod/web/base", release("base", "1").String()),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+		put(kv.PinKey(app), "{release: hold, by: bob}"), put(kv.NodePinKey(app, "web-1"), release("app", "2").String()))
+	for name, want := range map[string]string{
+		"prod/web/ap":   "did you mean prod/web/app?",
+		"prod/wbe/app":  "did you mean prod/web/app?",
+		"prod/db/store": "there are prod/web/app, prod/web/base",
+	} {
+		if err := NoUnit(t.Context(), s, id(name)); !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+	for _, c := range []struct {
+		filter Filter
+		want   string
+	}{
+		{Filter{Stage: "prod"}, ""},
+		{Filter{Stage: "prd"}, "did you mean prod?"},
+		{Filter{Stage: "prod", Role: "wbe"}, "did you mean prod/web?"},
+		{Filter{Stage: "prod", Role: "web", Unit: "aps"}, "did you mean prod/web/app?"},
+	} {
+		f, err := Read(t.Context(), s, c.filter)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := Missing(t.Context(), s, f, c.filter); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want %q", c.filter, err, c.want)
+		}
+	}
+	for _, c := range []struct{ unit, node, want string }{
+		{"prod/web/ap", "", "no unit prod/web/ap: did you mean prod/web/app?"},
+		{"prod/web/app", "", "before: hold by bob\nweb-1 has a pin of its own, which goes before: 2 d5856351"},
+		{"prod/web/app", "web-1", "before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
+		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\nno node web-2 of prod/web/app has reported: did you mean web-1? there are web-1"},
+		{"prod/web/base", "", ""},
+	} {
+		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node), "\n"); got != c.want {
+			t.Errorf("before a pin of %s %s:\n%s\nwant\n%s", c.unit, c.node, got, c.want)
+		}
 	}
 }
 
@@ -153,6 +272,14 @@ func TestRollback(t *testing.T) {
 		return put(kv.DesiredKey(app), r)
 	}
 	pin := func(version string) kv.Entry { return put(kv.PinKey(app), release("app", version).String()) }
+	bad := func(e kv.Entry) kv.Entry { // its generation rolled the release back
+		var h mirror.History
+		if err := json.Unmarshal(e.Value, &h); err != nil {
+			t.Fatal(err)
+		}
+		h.Bad = h.Release.Digest
+		return put(e.Key, h)
+	}
 	failed := runs("app", "1")
 	failed.Quarantined = []deployments.Digest{release("app", "2").Digest}
 	for name, c := range map[string]struct {
@@ -164,6 +291,8 @@ func TestRollback(t *testing.T) {
 		"stable comes before history":         {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
 		"stable is what runs":                 {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
 		"not to what failed on a node":        {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
+		"not to what was rolled back":         {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, "1"), bad(past("2", 3, "1")), past("3", 4, "")}, "1"},
+		"to what did well once more":          {[]kv.Entry{record("3", ""), past("1", 1, ""), bad(past("2", 2, "1")), past("2", 3, "1"), past("3", 4, "")}, "2"},
 		"once more, from the pin on":          {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
 		"from a pin that is nowhere else":     {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
 		"from a hold, as if it weren't there": {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},

@@ -106,7 +106,7 @@ func TestWaitAfterARetry(t *testing.T) {
 			t.Parallel()
 			s := openDir(t)
 			store(t, s, put(kv.DesiredKey(app), record), reports("web-1", failed))
-			if err := Control(t.Context(), s, app, "retry"); err != nil {
+			if err := order(t, s, "retry"); err != nil {
 				t.Fatal(err)
 			}
 			ended := waiting(t, s, "")

@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -37,12 +38,18 @@ func (p *printer) paint(s style, text string) string {
 	return string(s) + text + reset
 }
 
-func (p *printer) raw(line string) { p.b.WriteString(line + "\n") }
+func (p *printer) raw(line string) {
+	p.b.WriteString(strings.ReplaceAll(line, unbroken, " ") + "\n")
+}
+
+// unbroken is a blank at which wrap doesn't break a line.
+const unbroken = "\x1f"
 
 func (p *printer) line(head, rest string) { p.raw(head + rest) }
 
-// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are clipped.
-func (p *printer) align(indent string, rows [][]cell) []string {
+// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are clipped, those of
+// the columns in firm last.
+func (p *printer) align(indent string, rows [][]cell, firm ...int) []string {
 	if len(rows) == 0 {
 		return nil
 	}
@@ -50,13 +57,18 @@ func (p *printer) align(indent string, rows [][]cell) []string {
 	if total += len(indent); p.opt.Width > 0 {
 		const narrowest = 9
 		for ; total > p.opt.Width; total-- {
-			widest := 0
-			for i := range wide {
-				if wide[i] > wide[widest] {
-					widest = i
+			widest := -1
+			for _, last := range []bool{false, true} {
+				for i := range wide {
+					if slices.Contains(firm, i) == last && wide[i] > narrowest && (widest < 0 || wide[i] > wide[widest]) {
+						widest = i
+					}
+				}
+				if widest >= 0 {
+					break
 				}
 			}
-			if wide[widest] <= narrowest {
+			if widest < 0 {
 				break
 			}
 			wide[widest]--
@@ -172,3 +184,18 @@ func cleanLines(s string) string {
 
 // oneLine makes one clean line of a text.
 func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
+
+// Wrap breaks each line of a text between words where it is full; the rest of it is indented by two more than its beginning. Commands
+// to type stay in one piece. Width 0: as it is.
+func Wrap(text string, width int) string {
+	if width == 0 {
+		return text
+	}
+	p := &printer{opt: TableOptions{Width: width}}
+	for line := range strings.SplitSeq(text, "\n") {
+		rest := strings.TrimLeft(line, " ")
+		indent := len(line) - len(rest)
+		p.wrap(line[:indent], indent+2, oneWord(rest), plain)
+	}
+	return strings.TrimSuffix(p.b.String(), "\n")
+}

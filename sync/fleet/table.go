@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -12,6 +13,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -52,14 +54,39 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 		}
 	}
 	rest := slices.DeleteFunc(slices.Sorted(maps.Keys(f.Errors)), func(key string) bool { return shown[key] })
-	if len(rest) > 0 {
+	away, text := unavailable(f)
+	rest = slices.DeleteFunc(rest, func(key string) bool { return slices.Contains(away, key) })
+	if len(rest) > 0 || text != "" {
 		p.raw("")
+		if text != "" {
+			p.wrap(p.paint(red, "error")+"  ", 7, text, "")
+		}
 		for _, key := range rest {
 			p.wrap(p.paint(red, "error")+"  ", 7, clean(key)+": "+oneLine(f.Errors[key]), "")
 		}
 	}
 	_, err := io.WriteString(w, p.b.String())
 	return err
+}
+
+// unavailable says in one text which parts of the store can't be read now, and why: mostly it is all of them, for one reason.
+func unavailable(f *Fleet) (parts []string, text string) {
+	var why string
+	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
+		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
+		if !strings.HasSuffix(kind, "/") || !is {
+			continue
+		}
+		parts = append(parts, kind)
+		if i := strings.Index(after, `": `); strings.HasPrefix(after, "Get ") && i > 0 {
+			after = after[i+len(`": `):] // which of its URLs it was says nothing here
+		}
+		why = cmp.Or(why, oneLine(after))
+	}
+	if len(parts) == 0 {
+		return nil, ""
+	}
+	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(parts, ", ") + ": " + why
 }
 
 func (p *printer) mirror(f *Fleet) {
@@ -73,7 +100,7 @@ func (p *printer) mirror(f *Fleet) {
 	if m.Head != "" {
 		head = "at " + clean(short(m.Head))
 		if m.Author != "" {
-			head += " by " + clean(m.Author)
+			head += " by " + authorName(m.Author)
 		}
 		if !m.At.IsZero() {
 			head += ", " + ago(f.At.Sub(m.At))
@@ -83,6 +110,9 @@ func (p *printer) mirror(f *Fleet) {
 		head += " (" + clean(m.Holder) + ")"
 	}
 	p.wrap(p.paint(dim, "mirror")+"  ", 8, head, "")
+	if f.NoMirror {
+		p.wrap("        ", 8, "none runs now: what is pushed or asked for waits until one does; pins are obeyed", red)
+	}
 	switch {
 	case m.Refused != "":
 		p.wrap("        "+p.paint(red, "refused ")+clean(short(m.Refused))+": ", 10, strings.TrimSpace(cleanLines(m.Error)), red)
@@ -149,7 +179,7 @@ func unitRow(u Unit) []cell {
 		state.text += fmt.Sprintf(", %d gone", u.Gone)
 	}
 	if u.Record != nil && u.Record.Rollout != nil {
-		phase = cell{clean(string(u.Record.Rollout.Phase)), yellow}
+		phase = cell{clean(policy.SayPhase(u.Record.Rollout.Phase)), yellow}
 		if r := u.Record.Rollout.Phase; r == deployments.PhaseHalted || r == deployments.PhaseBack {
 			phase.style = red
 		}
@@ -177,6 +207,9 @@ func (p *printer) unit(f *Fleet, u Unit) {
 	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
 		p.wrap("  rollout: ", 4, oneLine(u.Record.Rollout.Reason), "")
 	}
+	if next := todo(u); next != "" {
+		p.wrap("  "+p.paint(yellow, "next: "), 4, oneWord(next), "")
+	}
 	if u.Error != "" {
 		p.wrap("  "+p.paint(red, "error")+"  ", 4, oneLine(u.Error), "")
 	}
@@ -185,7 +218,7 @@ func (p *printer) unit(f *Fleet, u Unit) {
 	more := 0
 	for _, n := range u.Nodes {
 		r := n.Report
-		note := oneLine(r.Error)
+		note := p.names(&u, oneLine(r.Error))
 		if len(r.Drift) > 0 {
 			note = join(note, "differs from its release: "+clean(strings.Join(r.Drift, ", ")))
 		}
@@ -221,6 +254,20 @@ func (p *printer) unit(f *Fleet, u Unit) {
 	}
 }
 
+// todo says what an operator can do about a unit that stands; empty: nothing.
+func todo(u Unit) string {
+	if u.Record == nil || u.Pin != nil {
+		return ""
+	}
+	if next := policy.Unblock(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
+		return next
+	}
+	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined }) {
+		return "push a better release, or try this one again: kedge retry " + u.ID.String()
+	}
+	return ""
+}
+
 // mostNodes of a unit are shown where not all are asked for.
 const mostNodes = 20
 
@@ -233,6 +280,8 @@ func stateCell(n Node) cell {
 		return cell{"unknown", yellow}
 	case n.Converged:
 		return cell{string(r.State), green}
+	case r.State == deployments.StateConverged && r.Running == n.Want:
+		return cell{"converged", yellow} // a value that nothing follows doesn't parse
 	case r.State == deployments.StateConverged:
 		return cell{"outdated", yellow} // it has yet to see what it should run
 	case r.State == deployments.StateFetching && r.Total > 0:
@@ -329,10 +378,10 @@ func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error
 		}
 		rows = append(rows, []cell{
 			{strconv.FormatInt(h.Generation, 10), plain}, {at, plain}, {name(Unit{}, h.Release), bold}, {clean(h.Commit[:min(8, len(h.Commit))]), plain},
-			{oneLine(h.Author), plain}, {oneLine(h.Subject), dim},
+			{authorName(h.Author), plain}, {oneLine(h.Subject), dim},
 		})
 	}
-	for i, line := range p.align("", rows) {
+	for i, line := range p.align("", rows, 0, 1, 2, 3) {
 		p.raw(line)
 		if i > 0 && history[i-1].Note != "" {
 			p.wrap("     ", 5, oneLine(history[i-1].Note), yellow)
@@ -340,6 +389,12 @@ func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error
 	}
 	_, err := io.WriteString(w, p.b.String())
 	return err
+}
+
+// authorName is an author without the address.
+func authorName(author string) string {
+	name, _, _ := strings.Cut(oneLine(author), " <")
+	return name
 }
 
 func count(n int, what string) string {

@@ -118,6 +118,9 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		return missing, err
 	}
 	if len(f.Units) == 0 {
+		if why := cmp.Or(f.Errors[kv.DesiredPrefix], f.Errors[kv.StatusPrefix]); why != "" {
+			return why, nil
+		}
 		return "the store knows no such unit", nil
 	}
 	for _, u := range f.Units {
@@ -192,7 +195,7 @@ func (w *waiter) useless(u Unit) error {
 		}
 	}
 	if p := rollout(u); p != nil && p.Phase == deployments.PhaseHalted {
-		return fmt.Errorf("%s: the rollout was stopped and rolled back, %w: %s", u.ID, ErrRefused, oneLine(p.Reason))
+		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, name(u, u.Record.Target), oneLine(p.Reason))
 	}
 	return nil
 }

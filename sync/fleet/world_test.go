@@ -46,6 +46,13 @@ func says(node string, units map[string]deployments.UnitReport) kv.Entry {
 	return e
 }
 
+// lease is that of a mirror that runs.
+func lease() kv.Entry {
+	e := put(kv.MirrorLease, `{"holder":"mirror-1"}`)
+	e.Session = "session-of-mirror-1"
+	return e
+}
+
 func gone(e kv.Entry) kv.Entry {
 	e.Session = ""
 	return e
@@ -72,7 +79,7 @@ func busyFleet() []kv.Entry {
 			Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: "Alice <alice@example.com>", At: noon.Add(-4 * time.Minute),
 			Refused: "9d8e7f6a5b4c3d2e1f00c0ffee00c0ffee00c0ff", Error: "prod/web/app.yaml:2:1: unknown field \"relaese\"\nprod/web/base.yaml:1:10: the pointer is empty",
 		}),
-		put("mirror/lease", `{"holder":"mirror-1"}`),
+		lease(),
 		put(kv.DesiredKey(app), deployments.Record{Target: next, Stable: old, Generation: 2, Commit: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff"}),
 		put("desired/prod/web/base", deployments.Record{Target: release("base", "2026.11.1"), Generation: 2, Commit: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff"}),
 		put("desired/prod/web/worker", "s3://acme-releases/worker"),

@@ -30,7 +30,7 @@ func LoadCommit(ctx context.Context, path, rev string) (*deployments.Tree, Commi
 	for up := path; err != nil; dir, common, err = gitDir(up) {
 		above, absErr := filepath.Abs(filepath.Join(up, ".."))
 		if absErr != nil || above == up {
-			return nil, Commit{}, err
+			return nil, Commit{}, fmt.Errorf("%s is not in a Git repository", path)
 		}
 		up = above
 	}

@@ -1,0 +1,173 @@
+package fleet
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/mirror"
+)
+
+// Each state that an operator may ask about, from the store's entries to the screen: three nodes, of which web-1 is looked at.
+func TestExplainStates(t *testing.T) {
+	t.Parallel()
+	v1, v2, v3 := release("app", "1"), release("app", "2"), release("app", "3")
+	const commit = "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff"
+	type record = deployments.Record
+	type progress = deployments.Progress
+	type report = deployments.UnitReport
+	git := put(kv.MirrorKey, mirror.Status{Holder: "mirror-1", Head: commit, Author: "Alice <alice@example.com>", At: noon.Add(-4 * time.Minute)})
+	desired := func(r record) kv.Entry {
+		r.Target, r.Generation, r.Commit = v2, 2, commit
+		return put(kv.DesiredKey(app), r)
+	}
+	rollout := func(p progress) kv.Entry { return desired(record{Stable: v1, Rollout: &p}) }
+	// canary is a node before web-1 in line, last one behind it.
+	rank := func(node string) uint64 { return policy.Rank(node, v2.Digest) }
+	canary, last := "", ""
+	for i := 2; canary == "" || last == ""; i++ {
+		if n := fmt.Sprint("web-", i); rank(n) < rank("web-1") {
+			canary = n
+		} else {
+			last = n
+		}
+	}
+	first, all := rank(canary), rank(last)
+	on := func(p deployments.Pointer, change ...func(*report)) report {
+		r := report{State: deployments.StateConverged, Running: p, Want: p, Generation: 2, Since: noon.Add(-time.Minute)}
+		for _, f := range change {
+			f(&r)
+		}
+		return r
+	}
+	is := func(state deployments.State, want deployments.Pointer, trouble string) func(*report) {
+		return func(r *report) { r.State, r.Want, r.Error = state, want, trouble }
+	}
+	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
+	pinned := func(r *report) { r.Pinned = true }
+	waiting := progress{Phase: deployments.PhaseWaiting, Cutoff: first, Healthy: noon, Reason: "the canaries are well: waits for promote"}
+	for name, c := range map[string]struct {
+		node    report
+		entries []kv.Entry
+		// says is the step that has to decide, or to be in the way, and for what is to be changed the words to type.
+		decides, blocks, type_ string
+	}{
+		"converged":      {on(v2), []kv.Entry{desired(record{})}, "admission", "", ""},
+		"canary":         {on(v1, func(r *report) { r.Staged = v2.Digest }), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Reason: "1 of 1 canary admitted"})}, "admission", "", "kedge pin prod/web/app " + v2.String() + " --node web-1"},
+		"baking":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Healthy: noon, Reason: "the canaries bake until 2026-11-24 12:05:00Z"})}, "admission", "", "kedge promote prod/web/app"},
+		"approval":       {on(v1), []kv.Entry{rollout(waiting)}, "admission", "", "kedge promote prod/web/app"},
+		"frozen":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseWaiting, Reason: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"slot":           {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Reason: "1 of 3 nodes admitted"})}, "admission", "", ""},
+		"paused":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhasePaused, Cutoff: first, Reason: "paused by an operator"})}, "admission", "", "kedge resume prod/web/app"},
+		"going-back":     {on(v2), []kv.Entry{rollout(progress{Phase: deployments.PhaseBack, Cutoff: all, Reason: "aborted by an operator"})}, "admission", "", ""},
+		"halted":         {on(v1, failed), []kv.Entry{rollout(progress{Phase: deployments.PhaseHalted, Bad: v2.Digest, Reason: "rolled back: 1 of 3 nodes failed (web-1: health), at most 0 may"})}, "admission", "", "kedge retry prod/web/app"},
+		"first":          {report{State: deployments.StateWaiting, Generation: 2}, []kv.Entry{desired(record{Rollout: &progress{Phase: deployments.PhaseWaiting, Reason: "frozen by xmas"}})}, "admission", "", ""},
+		"quarantined":    {on(v1, failed, is(deployments.StateQuarantined, v2, "release 5ce4 failed in post, went back: exit status 1")), []kv.Entry{desired(record{Stable: v1})}, "admission", "quarantine", "kedge retry prod/web/app"},
+		"node-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.NodePinKey(app, "web-1"), v1.String()), put(kv.PinKey(app), v3.String())}, "node pin", "", "kedge unpin prod/web/app --node web-1"},
+		"unit-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.PinKey(app), "{release: "+v1.String()+", by: alice, reason: incident 812, until: 2026-11-24T14:00:00Z}")}, "unit pin", "", "kedge unpin prod/web/app"},
+		"pin-failed":     {on(v1, pinned, failed), []kv.Entry{desired(record{}), put(kv.PinKey(app), v1.String())}, "unit pin", "", "before you unpin"},
+		"pin-ended":      {on(v2), []kv.Entry{desired(record{}), put(kv.PinKey(app), "{release: "+v1.String()+", by: alice, until: 2026-11-24T11:00:00Z}")}, "admission", "", ""},
+		"held":           {on(v1, pinned, is(deployments.StateHeld, deployments.Pointer{}, "")), []kv.Entry{rollout(waiting), put(kv.PinKey(app), "{release: hold, by: alice}")}, "unit pin", "", "kedge unpin prod/web/app"},
+		"pin-bad":        {on(v1, pinned, is(deployments.StateInvalid, deployments.Pointer{}, `node pin: the pin is neither a pointer nor hold: pointer "hodl" does not end in @sha256:HEX: a URL alone could change under the nodes`)), []kv.Entry{desired(record{}), put(kv.NodePinKey(app, "web-1"), "hodl")}, "node pin", "", "kedge unpin prod/web/app --node web-1"},
+		"pin-bad-below":  {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.NodePinKey(app, "web-1"), v1.String()), put(kv.PinKey(app), "hodl")}, "node pin", "", ""},
+		"record-bad":     {on(v1, is(deployments.StateInvalid, deployments.Pointer{}, `record: the record: field "target" can't be a number`)), []kv.Entry{put(kv.DesiredKey(app), `{"target": 12}`)}, "record", "", ""},
+		"record-none":    {on(v1, is(deployments.StateWaiting, deployments.Pointer{}, "")), nil, "record", "", "add prod/web/app.yaml"},
+		"record-by-hand": {on(v2, func(r *report) { r.Generation = 0 }), []kv.Entry{put(kv.DesiredKey(app), v2.String()+"\n")}, "admission", "", ""},
+		"bounds":         {on(v1, is(deployments.StateInvalid, deployments.Pointer{}, v2.URL+" is not from s3://other, which is all that this node's configuration allows")), []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"unsigned":       {on(v1, is(deployments.StateRetrying, v2, "release "+v2.String()+": "+v2.URL+" is not signed, and this node has signers configured: publish it with --sign")), []kv.Entry{desired(record{})}, "admission", "signature", "kedge publish --sign"},
+		"retrying":       {on(v1, is(deployments.StateRetrying, v2, "503 Slow Down")), []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},
+		"behind":         {on(v1, func(r *report) { r.Generation = 1 }), []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"silent":         {report{}, []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"order":          {on(v1), []kv.Entry{rollout(waiting), put(kv.ControlKey(app), "promote")}, "admission", "", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			units := map[string]report{"app": c.node}
+			if c.node.State == "" {
+				units = nil
+			}
+			entries := append(slices.Clone(c.entries), git, lease(), says("web-1", units),
+				says(canary, map[string]report{"app": on(v1)}), says(last, map[string]report{"app": on(v1)}))
+			explained(t, "explain-"+name+".txt", Assemble(entries, noon), c.decides, c.blocks, c.type_)
+		})
+	}
+
+	lost := Assemble([]kv.Entry{git, lease(), desired(record{}), gone(says("web-1", map[string]report{"app": on(v1)}))}, noon)
+	explained(t, "explain-lost.txt", lost, "admission", "node", "")
+	idle := Assemble([]kv.Entry{git, desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon)
+	explained(t, "explain-no-mirror.txt", idle, "admission", "Git", "")
+	refused := put(kv.MirrorKey, mirror.Status{Head: commit, Refused: "9d8e7f6a5b4c3d2e1f00c0ffee00c0ffee00c0ff", Error: "prod/web/app.yaml:2:1: unknown field \"relaese\""})
+	explained(t, "explain-refused.txt", Assemble([]kv.Entry{refused, lease(), desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon), "admission", "Git", "kedge check")
+	away := Assemble([]kv.Entry{git, lease(), desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon)
+	for _, kind := range kinds {
+		away.Errors[kind] = "list " + kind + `: the store is unavailable: Get "http://127.0.0.1:8500/v1/kv/kedge/` + kind + `": connection refused`
+	}
+	explained(t, "explain-store-away.txt", away, "admission", "store", "")
+}
+
+func explained(t *testing.T, file string, f *Fleet, decides, blocks, words string) {
+	t.Helper()
+	d, err := Explain(f, app, "web-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	deciding, blocking, unblock := []string{}, []string{}, ""
+	for _, s := range d.Trace {
+		if s.Decides {
+			deciding = append(deciding, s.What)
+		}
+		if s.Blocks {
+			blocking = append(blocking, s.What)
+		}
+		unblock += s.Unblock + "\n"
+	}
+	if !slices.Equal(deciding, []string{decides}) || blocks == "" && len(blocking) > 0 || blocks != "" && !slices.Contains(blocking, blocks) || !strings.Contains(unblock, words) {
+		t.Errorf("%s: %v decides, %v is in the way, want %s, %s and %q to type:\n%s", file, deciding, blocking, decides, blocks, words, unblock)
+	}
+	var out bytes.Buffer
+	if err := WriteExplain(&out, f, app, "web-1", d, TableOptions{Width: 80}); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, file, out.Bytes())
+	for line := range strings.Lines(out.String()) {
+		// Only a command to type may be longer: it is to be copied.
+		if line = strings.TrimSuffix(line, "\n"); width(line) > 80 && !strings.Contains(line, "kedge ") || strings.Contains(line, unbroken) || strings.TrimRight(line, " ") != line {
+			t.Errorf("%s: a line of %d columns: %q", file, width(line), line)
+		}
+	}
+	explanation, err := ExplainJSON(f, app, "web-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := json.Marshal(explanation)
+	if err != nil || !strings.HasPrefix(string(data), `{"unit":"prod/web/app","node":"web-1","action":"`) || !strings.Contains(string(data), `"decides":true`) {
+		t.Errorf("%s: %s, %v", file, data, err)
+	}
+}
+
+func TestOrdinal(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]string{1: "1st", 2: "2nd", 3: "3rd", 4: "4th", 11: "11th", 12: "12th", 13: "13th", 21: "21st", 112: "112th"} {
+		if got := ordinal(n); got != want {
+			t.Errorf("%d: %s", n, got)
+		}
+	}
+}
+
+// A command to type is never broken between its words, and a text is.
+func TestWrapKeepsCommandsWhole(t *testing.T) {
+	t.Parallel()
+	got := Wrap("kedge: one two three four\n  wait for its turn, or type: kedge pin prod/web/app hold --node web-1, then look", 30)
+	want := "kedge: one two three four\n  wait for its turn, or type:\n    kedge pin prod/web/app hold --node web-1,\n    then look"
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
