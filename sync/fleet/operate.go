@@ -247,12 +247,12 @@ func lastGood(u *Unit, history []mirror.History) (deployments.Pointer, error) {
 	if p := u.Record.Rollout; p != nil {
 		bad[p.Bad] = true
 	}
-	latest := map[deployments.Digest]bool{} // a release that was rolled back may have done well when it was tried again
+	again := map[deployments.Digest]bool{} // what was tried once more later on, and may have done well then
 	for _, h := range history {
-		if d := h.Release.Digest; !latest[d] {
-			latest[d] = true
-			bad[d] = bad[d] || h.Bad == d
+		if !again[h.Bad] {
+			bad[h.Bad] = true
 		}
+		again[h.Release.Digest] = true
 	}
 	for _, n := range u.Nodes {
 		for _, d := range n.Report.Quarantined {

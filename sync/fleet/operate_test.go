@@ -272,12 +272,12 @@ func TestRollback(t *testing.T) {
 		return put(kv.DesiredKey(app), r)
 	}
 	pin := func(version string) kv.Entry { return put(kv.PinKey(app), release("app", version).String()) }
-	bad := func(e kv.Entry) kv.Entry { // its generation rolled the release back
+	bad := func(e kv.Entry, version string) kv.Entry { // its generation knows that a release failed
 		var h mirror.History
 		if err := json.Unmarshal(e.Value, &h); err != nil {
 			t.Fatal(err)
 		}
-		h.Bad = h.Release.Digest
+		h.Bad = release("app", version).Digest
 		return put(e.Key, h)
 	}
 	failed := runs("app", "1")
@@ -286,19 +286,20 @@ func TestRollback(t *testing.T) {
 		entries []kv.Entry
 		want    string // empty: none is known
 	}{
-		"to stable":                           {[]kv.Entry{record("3", "2")}, "2"},
-		"to what history knows":               {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), past("3", 3, "")}, "2"},
-		"stable comes before history":         {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
-		"stable is what runs":                 {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
-		"not to what failed on a node":        {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
-		"not to what was rolled back":         {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, "1"), bad(past("2", 3, "1")), past("3", 4, "")}, "1"},
-		"to what did well once more":          {[]kv.Entry{record("3", ""), past("1", 1, ""), bad(past("2", 2, "1")), past("2", 3, "1"), past("3", 4, "")}, "2"},
-		"once more, from the pin on":          {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
-		"from a pin that is nowhere else":     {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
-		"from a hold, as if it weren't there": {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},
-		"a first release has none before it":  {[]kv.Entry{record("3", "3"), past("3", 3, "")}, ""},
-		"a bare pointer":                      {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String())}, ""},
-		"no record":                           {nil, ""},
+		"to stable":                                   {[]kv.Entry{record("3", "2")}, "2"},
+		"to what history knows":                       {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), past("3", 3, "")}, "2"},
+		"stable comes before history":                 {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
+		"stable is what runs":                         {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
+		"not to what failed on a node":                {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
+		"not to what was rolled back":                 {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, "1"), bad(past("2", 3, "1"), "2"), past("3", 4, "")}, "1"},
+		"not to what had failed when it was replaced": {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), bad(past("3", 3, "2"), "2")}, "1"},
+		"to what did well once more":                  {[]kv.Entry{record("3", ""), past("1", 1, ""), bad(past("2", 2, "1"), "2"), past("2", 3, "1"), past("3", 4, "")}, "2"},
+		"once more, from the pin on":                  {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
+		"from a pin that is nowhere else":             {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
+		"from a hold, as if it weren't there":         {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},
+		"a first release has none before it":          {[]kv.Entry{record("3", "3"), past("3", 3, "")}, ""},
+		"a bare pointer":                              {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String())}, ""},
+		"no record":                                   {nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

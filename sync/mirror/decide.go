@@ -236,10 +236,6 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 
 // history records a new generation, and removes the one that is too old.
 func history(w write, f facts) []kv.Op {
-	var bad deployments.Digest
-	if w.after.Rollout != nil {
-		bad = w.after.Rollout.Bad
-	}
 	value, err := json.Marshal(History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
@@ -249,7 +245,7 @@ func history(w write, f facts) []kv.Op {
 		Subject:    f.commit.Subject,
 		Committed:  f.commit.When,
 		At:         f.now.UTC().Truncate(time.Millisecond),
-		Bad:        bad,
+		Bad:        badBy(w, f),
 		Note:       w.note,
 	})
 	if err != nil {
@@ -260,6 +256,18 @@ func history(w write, f facts) []kv.Op {
 		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
 	}
 	return ops
+}
+
+// badBy is the release that a new generation knows to be bad; zero: none.
+func badBy(w write, f facts) deployments.Digest {
+	if w.after.Rollout != nil && !w.after.Rollout.Bad.IsZero() {
+		return w.after.Rollout.Bad
+	}
+	was := w.before.Target.Digest
+	if was == w.after.Target.Digest || !slices.ContainsFunc(f.nodes(w.unit), func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) }) {
+		return deployments.Digest{}
+	}
+	return was
 }
 
 // historyKey sorts as the generations do.

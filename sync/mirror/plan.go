@@ -68,12 +68,16 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
 	how := move.Reason
 	if r.Rollout.Phase != deployments.PhaseWaiting && u.Rollout != nil {
-		how = "all its nodes may change at a time"
+		how = "all its nodes at once"
 		if most := u.Rollout.MaxUnavailable; most.N > 0 {
 			how = fmt.Sprintf("at most %s of its nodes at a time", most)
 		}
 		if canary := u.Rollout.Canary; canary.N > 0 && r.Rollout.Phase == deployments.PhaseCanary {
-			how = fmt.Sprintf("%s as canaries, then %s", canary, how)
+			then := "then"
+			if u.Rollout.Approval == deployments.Manual {
+				then = "then, once it is promoted,"
+			}
+			how = fmt.Sprintf("%s of its nodes as canaries, %s %s", canary, then, how)
 		}
 	}
 	return r, how
@@ -195,7 +199,8 @@ type History struct {
 	Committed time.Time `json:"committed"`
 	// At is when the mirror wrote it.
 	At time.Time `json:"at"`
-	// Bad is the release's digest where the generation rolled it back.
+	// Bad is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
+	// quarantine: nodes forget this, and kedge rollback is not to go back to it.
 	Bad deployments.Digest `json:"bad,omitzero"`
 	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
 	Note string `json:"note,omitempty"`

@@ -114,7 +114,7 @@ func TestLoadCommit(t *testing.T) {
 			t.Errorf("revision %q was found", rev)
 		}
 	}
-	if _, _, err := LoadCommit(t.Context(), t.TempDir(), "HEAD"); err == nil || !strings.Contains(err.Error(), "not a Git repository") {
+	if _, _, err := LoadCommit(t.Context(), t.TempDir(), "HEAD"); err == nil || !strings.Contains(err.Error(), "not in a Git repository") {
 		t.Errorf("no repository: %v", err)
 	}
 }
