@@ -243,10 +243,17 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 			if err == nil && tell != nil {
 				tell("all nodes run what they should")
 			}
-			if err != nil && context.Cause(ctx) == errNotConverged {
-				return fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
+			switch {
+			case err == nil:
+				return nil
+			case context.Cause(ctx) == errNotConverged:
+				err = fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
+			case errors.Is(err, context.Canceled):
+				err = fmt.Errorf("interrupted: %w", err)
+			default:
+				return err
 			}
-			return err
+			return withMissing(cmd.Context(), store, filter, err)
 		},
 	}
 	f := c.Flags()
@@ -256,6 +263,20 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 	f.BoolVar(&postReceive, "post-receive", false, "wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)")
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
 	return c
+}
+
+// withMissing adds to an error that the unit which was waited for isn't there, and which may have been meant.
+func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	f, readErr := fleet.Read(ctx, store, filter)
+	if readErr != nil {
+		return err
+	}
+	if missing := fleet.Missing(ctx, store, f, filter); missing != nil {
+		return hintError{err, missing.Error()}
+	}
+	return err
 }
 
 // waitReady asks an agent's /ready until it says 200.
