@@ -8,11 +8,13 @@ import (
 	"net/http"
 	"os"
 	"os/user"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -92,7 +94,7 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 					opt.Width = a.terminal()
 					var screen strings.Builder
 					fleet.WriteTable(&screen, f, opt)
-					fmt.Fprint(a.stdout, "\x1b[H\x1b[2J"+screen.String())
+					fmt.Fprint(a.stdout, "\x1b[H\x1b[2J"+a.onScreen(screen.String()))
 				default:
 					fleet.WriteTable(a.stdout, f, opt)
 				}
@@ -107,6 +109,20 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 	c.Flags().BoolVarP(&nodes, "nodes", "n", false, "show every node, not only those that aren't converged")
 	a.jsonFlag(c, "the fleet")
 	return c
+}
+
+// onScreen cuts what a screen doesn't hold: else its top would be out of sight.
+func (a *app) onScreen(text string) string {
+	f, ok := a.stdout.(*os.File)
+	if !ok {
+		return text
+	}
+	_, height, err := term.GetSize(int(f.Fd()))
+	lines := strings.SplitAfter(text, "\n")
+	if most := height - 2; err == nil && most > 0 && len(lines)-1 > most {
+		return strings.Join(lines[:most], "") + fmt.Sprintf("… %d more lines: kedge status STAGE/ROLE shows less at a time\n", len(lines)-1-most)
+	}
+	return text
 }
 
 func (a *app) explainCommand() *cobra.Command {
@@ -351,6 +367,9 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 		return err
 	}
 	a.tell("%s: %s", id, outcome)
+	if pinned := fleet.Pinned(ctx, store, id); pinned != "" {
+		a.tell("  %s", pinned)
+	}
 	return nil
 }
 
@@ -407,6 +426,9 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 				return err
 			}
 			a.tell("pinned %s", scope(id, node))
+			if reason == "" {
+				notes = append(notes, "no --reason: nobody who looks at it later knows why")
+			}
 			for _, note := range append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node)) {
 				a.tell("  %s", note)
 			}
@@ -488,6 +510,9 @@ func (a *app) unpinCommand() *cobra.Command {
 			return err
 		case was:
 			a.tell("unpinned %s", scope(id, node))
+			if follows := fleet.Follows(ctx, store, id, node); follows != "" {
+				notes = append(slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }), follows)
+			}
 		default:
 			a.tell("%s was not pinned", scope(id, node))
 		}

@@ -368,3 +368,36 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	}
 	return notes
 }
+
+// Follows says what counts for a unit, or one node of it, once its pin is gone; empty: it can't be told.
+func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 {
+		return ""
+	}
+	u := f.Units[0]
+	switch {
+	case node != "" && u.Pin != nil:
+		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
+	case u.Error != "":
+		return oneLine(u.Error)
+	case u.Record == nil:
+		return "there is no record: nodes keep what they run"
+	}
+	says := "the record counts now: " + name(u, u.Record.Target)
+	for _, n := range u.Nodes {
+		if slices.Contains(n.Report.Quarantined, u.Record.Target.Digest) && (node == "" || node == n.Name) {
+			return says + ", which failed on " + clean(n.Name) + " before"
+		}
+	}
+	return says
+}
+
+// Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.
+func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 || f.Units[0].Pin == nil {
+		return ""
+	}
+	return "it is pinned, and its nodes follow the pin until: kedge unpin " + id.String()
+}

@@ -195,9 +195,40 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\nno node web-2 of prod/web/app has reported: did you mean web-1? there are web-1"},
 		{"prod/web/base", "", ""},
 	} {
+		if c.unit == "prod/web/ap" {
+			if got := Follows(t.Context(), s, id(c.unit), ""); got != "" {
+				t.Errorf("of a unit that isn't there: %q", got)
+			}
+		}
 		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node), "\n"); got != c.want {
 			t.Errorf("before a pin of %s %s:\n%s\nwant\n%s", c.unit, c.node, got, c.want)
 		}
+	}
+}
+
+func TestWhatCountsAfterAPin(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	failed := runs("app", "1")
+	failed.Quarantined = []deployments.Digest{release("app", "2").Digest}
+	check := func(node, want string) {
+		t.Helper()
+		if got := Follows(t.Context(), s, app, node); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	store(t, s, says("web-1", map[string]deployments.UnitReport{"app": failed}))
+	check("", "there is no record: nodes keep what they run")
+	store(t, s, put(kv.DesiredKey(app), release("app", "2").String()))
+	check("", "the record counts now: 2 d5856351, which failed on web-1 before")
+	check("web-2", "the record counts now: 2 d5856351")
+	if got := Pinned(t.Context(), s, app); got != "" {
+		t.Errorf("not pinned: %q", got)
+	}
+	store(t, s, put(kv.PinKey(app), "{release: hold, by: bob}"))
+	check("web-1", "the unit's pin counts now: hold by bob")
+	if got := Pinned(t.Context(), s, app); !strings.Contains(got, "kedge unpin prod/web/app") {
+		t.Errorf("pinned: %q", got)
 	}
 }
 

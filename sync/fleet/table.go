@@ -243,11 +243,20 @@ func (p *printer) unit(f *Fleet, u Unit) {
 		rows = append(rows, []cell{{clean(n.Name), plain}, stateCell(n), {runs, plain}, {since, dim}})
 		notes = append(notes, note)
 	}
+	same := 1 // nodes in a row that say the same
 	for i, line := range p.align("  ", rows) {
 		p.raw(line)
-		if notes[i] != "" {
+		switch _, tail, _ := strings.Cut(notes[i], ": "); {
+		case i+1 < len(notes) && notes[i+1] == notes[i] && notes[i] != "":
+			same++
+			continue
+		case notes[i] == "" || tail != "" && strings.Contains(oneLine(u.Error), tail): // told already, of the pin or the record
+		case same > 1:
+			p.wrap("    ", 4, fmt.Sprintf("all %d: %s", same, notes[i]), yellow)
+		default:
 			p.wrap("    ", 4, notes[i], yellow)
 		}
+		same = 1
 	}
 	if more > 0 {
 		p.raw(p.paint(dim, fmt.Sprintf("  and %d more: kedge status %s --nodes", more, u.ID)))

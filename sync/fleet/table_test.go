@@ -43,10 +43,22 @@ func TestTable(t *testing.T) {
 		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1.4.2"), Stable: release("app", "1.4.1"), Generation: 2,
 			Rollout: &deployments.Progress{Phase: deployments.PhaseHalted, Since: noon, Reason: "1 of 3 nodes failed, 0 are allowed", Bad: release("app", "1.4.2").Digest}}),
 	}, noon)
+	same := runs("app", "1.4.1") // three nodes that say the same, and a fourth
+	same.State, same.Want, same.Quarantined, same.Error = deployments.StateQuarantined, release("app", "1.4.2"), []deployments.Digest{release("app", "1.4.2").Digest},
+		"release "+release("app", "1.4.2").String()+" failed in post: exit status 1"
+	other := same
+	other.Error = "release " + release("app", "1.4.2").String() + " failed in health: 503"
+	alike := Assemble([]kv.Entry{
+		put(kv.MirrorKey, mirror.Status{Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", At: noon}), // nobody holds the lease
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1.4.2"), Stable: release("app", "1.4.1"), Generation: 2}),
+		says("web-1", map[string]deployments.UnitReport{"app": same}), says("web-2", map[string]deployments.UnitReport{"app": same}),
+		says("web-3", map[string]deployments.UnitReport{"app": same}), says("web-4", map[string]deployments.UnitReport{"app": other}),
+	}, noon)
 	for name, c := range map[string]struct {
 		f   *Fleet
 		opt TableOptions
 	}{
+		"alike.txt":   {alike, TableOptions{Width: 80}},
 		"pipe.txt":    {f, TableOptions{}},
 		"80.txt":      {f, TableOptions{Width: 80}},
 		"nodes.txt":   {f, TableOptions{Width: 100, Nodes: true}},
