@@ -185,7 +185,7 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 	case r.State == deployments.StateInvalid && trouble != "":
 		s.Says, s.Unblock = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
 	case r.State == deployments.StateRetrying:
-		s.Says = join("can't get there yet, and tries again", trouble)
+		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+trouble, ": ")
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():

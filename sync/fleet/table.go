@@ -251,7 +251,9 @@ func (p *printer) unit(f *Fleet, u Unit) {
 			same++
 			continue
 		case notes[i] == "" || tail != "" && strings.Contains(oneLine(u.Error), tail): // told already, of the pin or the record
-		case same > 1:
+		case same == 2:
+			p.wrap("    ", 4, "both: "+notes[i], yellow)
+		case same > 2:
 			p.wrap("    ", 4, fmt.Sprintf("all %d: %s", same, notes[i]), yellow)
 		default:
 			p.wrap("    ", 4, notes[i], yellow)
