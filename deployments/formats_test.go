@@ -24,6 +24,16 @@ func releasePointer(t testing.TB) Pointer {
 	return p
 }
 
+func TestCheckSegment(t *testing.T) {
+	t.Parallel()
+	for s, says := range map[string]string{
+		"a": "", "web-1.eu_2": "", strings.Repeat("a", 63): "",
+		"": "1 to 63", strings.Repeat("a", 64): "1 to 63", "-a": "1 to 63", "a/b": "1 to 63", "a\n": "1 to 63", "é": "1 to 63",
+	} {
+		check(t, CheckSegment("unit", s), says)
+	}
+}
+
 func TestParsePointer(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ name, text, says string }{

@@ -396,16 +396,20 @@ func (r *manifestReader) asURL(s string) (string, error) {
 
 // asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
 func asShown(s string) (string, error) {
-	if !shown.MatchString(s) {
+	if len(s) > 128 || !shown.MatchString(s) {
 		return "", fmt.Errorf("%q: want 1 to 128 letters, digits, '.', '_', '+', '~' or '-', beginning with a letter or digit", clip(s))
 	}
 	return s, nil
 }
 
+// Lengths are checked beside the expressions: a repetition with a bound is compiled to as many copies.
 var (
-	shown = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,127}$`)
-	owner = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+	shown = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
+	owner = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 )
+
+// isOwner reports whether s can be the name of a user or a group.
+func isOwner(s string) bool { return len(s) <= 64 && owner.MatchString(s) }
 
 func asCreated(s string) (time.Time, error) {
 	t, err := time.Parse("2006-01-02T15:04:05Z", s)
@@ -436,14 +440,14 @@ func asDest(s string) (string, error) {
 
 func asOwner(s string) (string, error) {
 	user, group, both := strings.Cut(s, ":")
-	if user != "" && !owner.MatchString(user) || both && !owner.MatchString(group) || user == "" && !both {
+	if user != "" && !isOwner(user) || both && !isOwner(group) || user == "" && !both {
 		return "", fmt.Errorf("owner %q: want USER, USER:GROUP or :GROUP", clip(s))
 	}
 	return s, nil
 }
 
 func asUser(s string) (string, error) {
-	if !owner.MatchString(s) {
+	if !isOwner(s) {
 		return "", fmt.Errorf("user %q: want a user's name or number", clip(s))
 	}
 	return s, nil

@@ -80,6 +80,9 @@ func TestManifestMistakes(t *testing.T) {
 		{"a variable that isn't set", base + "owner: '{{ must_env \"NOBODY\" }}'\n", "NOBODY is not set on this node"},
 		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "only {{ env }}"},
 		{"a template that calls", base + "{{ printf \"%9999999d\" 1 }}", "not defined"},
+		{"the longest names", base + "version: " + strings.Repeat("v", 128) + "\nowner: " + strings.Repeat("u", 64) + ":" + strings.Repeat("g", 64) + "\n", ""},
+		{"a version too long", base + "version: " + strings.Repeat("v", 129) + "\n", "want 1 to 128 letters"},
+		{"a user too long", base + "owner: " + strings.Repeat("u", 65) + "\n", "want USER, USER:GROUP"},
 		{"too large", strings.Repeat("#", MaxManifest+1), "at most"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
