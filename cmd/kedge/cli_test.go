@@ -64,6 +64,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"pin", "prod/web", "hold", store}, exitUsage, []string{"want STAGE/ROLE/UNIT"}},
 		{[]string{"pin", "prod/web/app", "hold", "--until", "tomorrow", store}, exitUsage, []string{"want a duration"}},
 		{[]string{"pin", "prod/web/app", "hold", "--until", "17:00", store}, exitUsage, []string{"a time with its zone"}},
+		{[]string{"explain", "web-1", store}, exitUsage, []string{`"web-1": want NODE/UNIT, as in web-1/app, or STAGE/ROLE/UNIT NODE`}},
+		{[]string{"explain", "web-1/app", store}, exitFailed, []string{"no node web-1 has reported, and no other has"}},
 		{[]string{"explain", "prod/web/app", "web-1", store}, exitFailed, []string{"no unit prod/web/app: the store has none yet"}},
 		{[]string{"promote", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},
 		{[]string{"history", "prod/web/app", store}, exitFailed, []string{"no unit prod/web/app"}},

@@ -87,7 +87,7 @@ In a second terminal:
   # pin %[4]s in a hurry, as consul kv put would; then see why, and unpin
   mkdir -p ../kv/pins/prod/web; cat ../%[4]s > ../kv/pins/prod/web/app
   export KEDGE_KV=%[5]s
-  ../kedge explain prod/web/app web-1
+  ../kedge explain web-1/app
   ../kedge unpin prod/web/app
 
 Ctrl-C ends the demo.

@@ -79,7 +79,7 @@ func TestPushPinAndLateNodes(t *testing.T) {
 	t.Run("a pin for one node moves that node alone", func(t *testing.T) {
 		w.consul.CLI(operator, "", "kv", "put", "kedge/pins/prod/web/app/web-2", one.String())
 		w.live("app", "1", "web-2")
-		out, errs, code := w.kedge("explain", "prod/web/app", "web-2")
+		out, errs, code := w.kedge("explain", "web-2/app")
 		if code != exitDone || !strings.Contains(out, "node pin") {
 			t.Errorf("kedge explain: exit %d\n%s%s", code, out, errs)
 		}

@@ -38,6 +38,44 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, err
 	return d, nil
 }
 
+// Named finds the unit that a node's name and a unit's own name mean, as in web-1/app, where that is one alone.
+func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
+	var found, others []string
+	var id deployments.UnitID
+	for _, u := range f.Units {
+		if !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
+			continue
+		}
+		others = append(others, u.ID.Unit)
+		if u.ID.Unit == unit {
+			id = u.ID
+			found = append(found, u.ID.String()+" "+node)
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return id, nil
+	case len(found) > 1:
+		return id, fmt.Errorf("%s/%s is one of several: want %s", node, unit, strings.Join(found, " or "))
+	case len(others) > 0:
+		return id, fmt.Errorf("no unit %s on %s: there are %s", unit, node, some(others))
+	}
+	var names []string
+	for _, u := range f.Units {
+		for _, n := range u.Nodes {
+			names = append(names, n.Name)
+		}
+	}
+	if near := deployments.Nearest(node, slices.Values(names)); near != "" {
+		return id, fmt.Errorf("no node %s has reported: did you mean %s?", node, near)
+	}
+	slices.Sort(names)
+	if names = slices.Compact(names); len(names) == 0 {
+		return id, fmt.Errorf("no node %s has reported, and no other has: are the agents running?", node)
+	}
+	return id, fmt.Errorf("no node %s has reported: there are %s", node, some(names))
+}
+
 // find gives a unit, and what one of its nodes reports.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })

@@ -152,6 +152,30 @@ func TestExplain(t *testing.T) {
 	}
 }
 
+func TestNamed(t *testing.T) {
+	t.Parallel()
+	f := Assemble(busyFleet(), noon)
+	if id, err := Named(f, "web-1", "app"); err != nil || id != app {
+		t.Errorf("%v, %v", id, err)
+	}
+	twice := *f
+	twice.Units = append(slices.Clone(f.Units), Unit{ID: deployments.UnitID{Stage: "prod", Role: "api", Unit: "app"}, Nodes: []Node{{Name: "web-1"}}})
+	for _, c := range []struct {
+		f                *Fleet
+		node, unit, says string
+	}{
+		{f, "web-1", "ap", "no unit ap on web-1: there are "},
+		{f, "web-l", "app", "no node web-l has reported: did you mean web-"},
+		{f, "database", "app", "no node database has reported: there are web-1, "},
+		{&Fleet{}, "web-1", "app", "no other has"},
+		{&twice, "web-1", "app", "want prod/web/app web-1 or prod/api/app web-1"},
+	} {
+		if _, err := Named(c.f, c.node, c.unit); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s/%s: %v, want %q", c.node, c.unit, err, c.says)
+		}
+	}
+}
+
 // The decisions are written out here, so that how they look is tested apart from how they are made.
 func TestExplainText(t *testing.T) {
 	t.Parallel()
