@@ -10,7 +10,8 @@ import (
 // node's agent alone, when something changed, never as a heartbeat; held by the node's session.
 type Report struct {
 	Node string `json:"node"`
-	// Agent is the agent's version, Started when it started: a change of it is a restart.
+	// Agent is the agent's version, Started when it started; one that starts again before it had converged, without a boot in between,
+	// keeps the first time. The node's clock.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
 	// Ready is what /ready says: every unit of every role converged and healthy.

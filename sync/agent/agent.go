@@ -89,6 +89,7 @@ type Config struct {
 type Agent struct {
 	c        Config
 	started  time.Time
+	begun    time.Time // startingSince
 	lock     *os.File
 	listener net.Listener // nil: none
 	metrics  *metrics
@@ -176,6 +177,7 @@ func New(c Config) (_ *Agent, err error) {
 		}
 		a.roles = append(a.roles, r)
 	}
+	a.begun = startingSince(c.StateDir, a.started)
 	a.drains = newDrains(c.Maintenance, a.converged, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {

@@ -28,7 +28,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 	ready := len(a.unready()) == 0
 	for _, r := range a.roles {
 		reports[r.name] = deployments.Report{
-			Node: a.c.Node, Agent: a.c.Version, Started: a.started.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
+			Node: a.c.Node, Agent: a.c.Version, Started: a.begun.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
 		}
 	}
 	now := time.Now()

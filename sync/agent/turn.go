@@ -183,6 +183,9 @@ func (a *Agent) settle() {
 	default:
 		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 		close(a.converged)
+		if err := startedWell(a.c.StateDir); err != nil {
+			a.c.Log.Debug("the note of this start stays", "error", err)
+		}
 	}
 }
 

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// bootID names this boot of the machine; empty where the kernel doesn't say. In a container the kernel's boot is the host's, also
+// BootID names this boot of the machine; empty where the kernel doesn't say. In a container the kernel's boot is the host's, also
 // where nspawn covers it with another, which a service with mounts of its own does not see: so the first process's start counts, too.
-func bootID() string {
+func BootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""

@@ -166,7 +166,7 @@ func Open(c Config) (*Unit, error) {
 	text := new(deploymentLog)
 	u := &Unit{
 		c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text,
-		at: func(string) {}, boot: bootID(), ending: shuttingDown,
+		at: func(string) {}, boot: BootID(), ending: shuttingDown,
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("opening the state of %s: %w", u.name(), err)
