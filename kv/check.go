@@ -61,10 +61,7 @@ func checkCommit(ops []Op) error {
 		default:
 			return fmt.Errorf("commit %s: unknown operation %d", op.Key, op.Kind)
 		}
-		cost++
-		if op.Kind == OpDeleteIf {
-			cost++
-		}
+		cost += op.Cost()
 		size += 128 + len(op.Key) + (len(op.Value)+2)/3*4
 	}
 	if cost > MaxOps {

@@ -137,7 +137,7 @@ type Store interface {
 
 	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a
 	// lease, nothing is applied unless the lease is held at that moment, else ErrLeaseLost, whatever its holder
-	// believes. At most MaxOps, each key once, and some 370 KiB of values, else ErrTooLarge. Writing the value that is
+	// believes. At most MaxOps by their Cost, each key once, and some 370 KiB of values, else ErrTooLarge. Writing the value that is
 	// there already wakes nobody. After ErrUnavailable the outcome is unknown: read again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
@@ -162,9 +162,16 @@ type Store interface {
 	Close() error
 }
 
-// MaxOps bounds a Commit, its fence left out and a DeleteIf counted twice; some Consul servers take 64 operations a
-// transaction.
+// MaxOps bounds the Cost of a Commit's operations, its fence left out; some Consul servers take 64 operations a transaction.
 const MaxOps = 60
+
+// Cost is what an operation counts towards MaxOps: Consul needs two for a DeleteIf.
+func (o Op) Cost() int {
+	if o.Kind == OpDeleteIf {
+		return 2
+	}
+	return 1
+}
 
 // Lease is held by one process at a time.
 type Lease interface {

@@ -287,17 +287,17 @@ func encode(r deployments.Record) []byte {
 // batches packs the writes, each whole and in order, into as few transactions as fit.
 func batches(writes []write) [][]write {
 	var all [][]write
-	ops, size := 0, 0
+	sum, size := 0, 0
 	for _, w := range writes {
-		bytes := 0
+		cost, bytes := 0, 0
 		for _, op := range w.ops {
-			bytes += len(op.Key) + len(op.Value)
+			cost, bytes = cost+op.Cost(), bytes+len(op.Key)+len(op.Value)
 		}
-		if len(all) == 0 || ops+len(w.ops) > kv.MaxOps || size+bytes > maxBatch {
-			all, ops, size = append(all, nil), 0, 0
+		if len(all) == 0 || sum+cost > kv.MaxOps || size+bytes > maxBatch {
+			all, sum, size = append(all, nil), 0, 0
 		}
 		last := len(all) - 1
-		all[last], ops, size = append(all[last], w), ops+len(w.ops), size+bytes
+		all[last], sum, size = append(all[last], w), sum+cost, size+bytes
 	}
 	return all
 }

@@ -160,6 +160,24 @@ func TestMassRemoval(t *testing.T) {
 	}
 }
 
+// What goes takes more room in a transaction than what is written.
+func TestManyRemovalsNeedManyTransactions(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := dirStore(t)
+	files := map[string]string{"kedge.yaml": "prune: true\nmax_removed: 100\n"}
+	for i := range 80 {
+		files["prod/web/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/1")
+	}
+	m := start(t, Config{Store: store, Repo: o.bare})
+	m.at(o.push(files))
+	o.git(o.work, "rm", "-q", "-r", "prod")
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	if got := desired(t, store); len(got) != 1 {
+		t.Errorf("%d records, want 1", len(got))
+	}
+}
+
 func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)

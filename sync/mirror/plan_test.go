@@ -286,12 +286,15 @@ func TestBatches(t *testing.T) {
 			for range rapid.IntRange(1, 3).Draw(rt, "operations") {
 				w.ops = append(w.ops, kv.Put("k", make([]byte, rapid.SampledFrom([]int{100, 900, 20000}).Draw(rt, "size"))))
 			}
+			if rapid.Bool().Draw(rt, "a key goes") {
+				w.ops = append(w.ops, kv.DeleteIf("k", 1))
+			}
 			total += len(w.ops)
 			writes = append(writes, w)
 		}
 		next := 0
 		for _, batch := range batches(writes) {
-			ops, size := 0, 0
+			ops, cost, size := 0, 0, 0
 			for _, w := range batch {
 				if &w.ops[0] != &writes[next].ops[0] {
 					rt.Fatal("the order was changed")
@@ -299,11 +302,12 @@ func TestBatches(t *testing.T) {
 				next++
 				ops += len(w.ops)
 				for _, op := range w.ops {
+					cost += op.Cost()
 					size += len(op.Key) + len(op.Value)
 				}
 			}
-			if ops == 0 || ops > kv.MaxOps || size > maxBatch {
-				rt.Fatalf("a transaction of %d operations and %d bytes", ops, size)
+			if ops == 0 || cost > kv.MaxOps || size > maxBatch {
+				rt.Fatalf("a transaction of %d operations that cost %d, and %d bytes", ops, cost, size)
 			}
 			total -= ops
 		}
