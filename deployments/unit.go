@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"fmt"
+	"path"
 	"regexp"
 	"strings"
 	"time"
@@ -17,10 +18,15 @@ var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]*$`)
 
 // CheckSegment accepts what may stand between two slashes of a key, of a path and of a unit's name: 1 to 63 of
 // letters, digits, '.', '_' and '-', the first a letter or a digit. Consul's HTTP API cleans paths (t/../k
-// becomes k) but its transactions don't, so nothing else may reach a key.
+// becomes k) but its transactions don't, so nothing else may reach a key. What editors name their temporary files is refused,
+// as a key may be a file that people edit.
 func CheckSegment(what, s string) error {
 	if len(s) > 63 || !segment.MatchString(s) {
 		return fmt.Errorf("%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit", what, clip(s))
+	}
+	switch ext := path.Ext(s); ext {
+	case ".swp", ".swx", ".tmp":
+		return fmt.Errorf("%s %q: editors name their temporary files so: want one that doesn't end in %s", what, s, ext)
 	}
 	return nil
 }

@@ -20,9 +20,6 @@ func checkKey(key string) error {
 		if err := deployments.CheckSegment("a part of the key", s); err != nil {
 			return fmt.Errorf("bad key %q: %w", key, err)
 		}
-		if ignoredFile(s) {
-			return fmt.Errorf("bad key %q: %q is what editors name their temporary files", key, s)
-		}
 	}
 	return nil
 }

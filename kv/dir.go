@@ -335,13 +335,7 @@ func moveAside(from, to string) error {
 }
 
 // ignoredFile tells of names that are no part of a key: hidden files, and what editors leave beside what they edit.
-func ignoredFile(name string) bool {
-	switch filepath.Ext(name) {
-	case ".swp", ".swx", ".tmp":
-		return true
-	}
-	return deployments.CheckSegment("file", name) != nil
-}
+func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
 func isDir(path string) bool {
 	info, err := os.Lstat(path)

@@ -74,6 +74,7 @@ func TestBadCommitIsNotTaken(t *testing.T) {
 		{"a circle", map[string]string{"prod/web/app.yml": "", "prod/web/app.yaml": unitFile("app/2") + "after: [base]\n", "prod/web/base.yaml": unitFile("base/2") + "after: [app]\n"},
 			[]string{"after", "app", "base"}},
 		{"settings that don't parse", map[string]string{"kedge.yaml": "prune: perhaps\n", "prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/2")}, []string{"kedge.yaml:1:"}},
+		{"a name that no key may have", map[string]string{"kedge.yaml": "", "prod/web/x.tmp.yaml": unitFile("x/1")}, []string{"prod/web/x.tmp.yaml", ".tmp"}},
 	} {
 		head := o.push(c.files)
 		if s := m.refuses(head, c.words...); s.Head != good {
@@ -81,7 +82,7 @@ func TestBadCommitIsNotTaken(t *testing.T) {
 		}
 		sameDesired(t, store, was)
 	}
-	mended := o.push(map[string]string{"kedge.yaml": "prune: true\n", "prod/web/app.yaml": unitFile("app/4"), "prod/web/base.yaml": unitFile("base/1")})
+	mended := o.push(map[string]string{"prod/web/x.tmp.yaml": "", "prod/web/app.yaml": unitFile("app/4"), "prod/web/base.yaml": unitFile("base/1")})
 	m.runs("prod/web/app", "app/4")
 	if s := m.at(mended); s.Refused != "" {
 		t.Errorf("status %+v", s)
