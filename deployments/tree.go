@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -51,6 +52,12 @@ const (
 	// MaxUnitFile bounds a unit's file and kedge.yaml, in bytes; MaxUnits the units of a commit.
 	MaxUnitFile = 64 << 10
 	MaxUnits    = 20_000
+	// MaxFiles bounds all that a commit holds, directories too, and maxNested how deep they lie in one another. A few objects of Git
+	// can name each other in so many places that nobody would come to their end.
+	MaxFiles  = 200_000
+	maxNested = 50
+	// maxTreeProblems is how many problems are enough: some need half a second each to be found.
+	maxTreeProblems = 1000
 )
 
 // Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml. Dot-files, and files
@@ -58,7 +65,11 @@ const (
 // that was found, each with its place; or what reading the tree failed with.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{fsys: fsys, tree: &Tree{Settings: Settings{MaxRemoved: defaultMaxRemoved, Drift: DriftReport}}, places: map[UnitID]string{}}
-	if err := fs.WalkDir(fsys, ".", l.visit); err != nil {
+	err := fs.WalkDir(fsys, ".", l.visit)
+	if problems := Problems(nil); errors.As(err, &problems) {
+		return nil, problems
+	}
+	if err != nil {
 		return nil, fmt.Errorf("reading the deployments repo: %w", err)
 	}
 	if len(l.files) > MaxUnits {
@@ -68,11 +79,16 @@ func Load(fsys fs.FS) (*Tree, error) {
 		return nil, err
 	}
 	for _, file := range l.files {
+		if l.enough() {
+			break
+		}
 		if err := l.readUnit(file); err != nil {
 			return nil, err
 		}
 	}
-	l.checkAfter()
+	if !l.enough() {
+		l.checkAfter()
+	}
 	if len(l.problems) > 0 {
 		slices.SortStableFunc(l.problems, func(a, b Problem) int {
 			return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column))
@@ -89,6 +105,7 @@ func compareIDs(a, b UnitID) int {
 
 type loader struct {
 	fsys     fs.FS
+	seen     int // files and directories
 	tree     *Tree
 	settings bool     // kedge.yaml is there
 	files    []string // of units
@@ -105,10 +122,20 @@ type afterPlace struct {
 	unit, on UnitID
 }
 
+// enough reports whether there is no use in finding more problems.
+func (l *loader) enough() bool { return len(l.problems) >= maxTreeProblems }
+
 func (l *loader) visit(name string, d fs.DirEntry, err error) error {
+	l.seen++
 	switch {
 	case err != nil:
 		return err
+	case l.seen > MaxFiles:
+		return Problems{{File: ".", Message: fmt.Sprintf("more than %d files and directories: keep what is no unit elsewhere", MaxFiles)}}
+	case strings.Count(name, "/") >= maxNested:
+		return Problems{{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep what is no unit elsewhere", maxNested)}}
+	case l.enough():
+		return fs.SkipAll
 	case name == ".":
 		return nil
 	case strings.HasPrefix(d.Name(), "."):

@@ -45,32 +45,39 @@ type verifier func(payload, signature []byte) error
 
 // load reads and checks a commit as a whole. A *badCommit is for good; any other error may pass.
 func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify verifier) (*loaded, error) {
-	commit, err := object.GetCommit(from, hash)
+	bad := func(err error) (*loaded, error) { return nil, &badCommit{hash.String(), err} }
+	o, err := from.EncodedObject(plumbing.CommitObject, hash)
 	if err != nil {
 		return nil, fmt.Errorf("commit %s: %w", hash, err)
 	}
+	if o.Size() > maxFile {
+		return bad(fmt.Errorf("commit %s has %d bytes, without its files: at most %d are allowed", hash, o.Size(), maxFile))
+	}
+	commit, err := object.DecodeCommit(from, o)
+	switch {
+	case errors.Is(err, object.ErrMalformedCommit):
+		return bad(fmt.Errorf("commit %s: %w", hash, err))
+	case err != nil:
+		return nil, fmt.Errorf("commit %s: %w", hash, err)
+	}
 	if verify != nil {
-		payload, signature, err := signedPart(from, hash)
+		payload, signature, err := signedPart(o)
 		if err != nil {
 			return nil, fmt.Errorf("commit %s: %w", hash, err)
 		}
 		if err := verify(payload, signature); err != nil {
-			return nil, &badCommit{hash.String(), fmt.Errorf("signature of commit %s: %w", hash, err)}
+			return bad(fmt.Errorf("signature of commit %s: %w", hash, err))
 		}
 	}
-	fsys, err := newTreeFS(from, commit)
-	if err != nil {
-		return nil, err
-	}
+	fsys := newTreeFS(from, commit)
 	tree, err := deployments.Load(fsys)
-	if fsys.fault != nil {
+	switch {
+	case fsys.fault != nil:
 		return nil, fmt.Errorf("commit %s: %w", hash, fsys.fault)
-	}
-	if err != nil {
-		if errors.As(err, new(deployments.Problems)) {
-			return nil, &badCommit{hash.String(), err}
-		}
-		return nil, fmt.Errorf("commit %s: %w", hash, err)
+	case errors.As(err, new(deployments.Problems)):
+		return bad(err)
+	case err != nil: // the repository gave what it was asked for: a link that leads nowhere, a broken tree
+		return bad(fmt.Errorf("commit %s: %w", hash, err))
 	}
 	return &loaded{Commit: describe(commit), tree: tree}, nil
 }
@@ -105,17 +112,13 @@ func bound(s string, n int) string {
 
 // signedPart splits a commit's own bytes into what was signed and the signature, as git verify-commit does: they must not
 // be put together again from parsed fields, which need not be all that is there. signature is empty where there is none.
-func signedPart(from storer.EncodedObjectStorer, hash plumbing.Hash) (payload, signature []byte, err error) {
-	o, err := from.EncodedObject(plumbing.CommitObject, hash)
-	if err != nil {
-		return nil, nil, err
-	}
-	r, err := o.Reader()
+func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err error) {
+	r, err := commit.Reader()
 	if err != nil {
 		return nil, nil, err
 	}
 	defer r.Close()
-	raw, err := io.ReadAll(io.LimitReader(r, maxFile))
+	raw, err := io.ReadAll(r)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -51,7 +51,11 @@ func TestSplitSignatureAsGitSigns(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { from.Close() })
-	payload, signature, err := signedPart(from, plumbing.NewHash(head))
+	commit, err := from.EncodedObject(plumbing.CommitObject, plumbing.NewHash(head))
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, signature, err := signedPart(commit)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -22,17 +22,32 @@ import (
 // be able to fill the mirror's memory.
 const maxFile = 1 << 20
 
-var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
+// maxTree bounds one directory's object, in bytes: some 300,000 entries.
+const maxTree = 16 << 20
+
+var (
+	errTooLarge     = fmt.Errorf("the file has more than %d bytes", maxFile)
+	errTreeTooLarge = fmt.Errorf("the directory's list has more than %d bytes", maxTree)
+	errWrongKind    = errors.New("the object is of another kind than its directory says")
+)
 
 // treeFS is a commit's tree as a file system: read-only, every object read when it is asked for. Symbolic links are followed
 // within the commit; submodules are empty directories, as in git archive.
 type treeFS struct {
 	objects storer.EncodedObjectStorer
+	root    plumbing.Hash
 	when    time.Time // the commit's: every file's time
 
 	mu    sync.Mutex
-	trees map[string]*object.Tree // read so far, by path
-	fault error                   // the first object that could not be read: the repository's trouble, not the commit's
+	trees map[string]*directory        // read so far, by path
+	known map[plumbing.Hash]*directory // the same by hash: one that stands in a million places is read once
+	fault error                        // the first object that could not be read: the repository's trouble, not the commit's
+}
+
+// directory is a tree object that was read.
+type directory struct {
+	entries []object.TreeEntry
+	at      map[string]int // by name; of two with one name the first
 }
 
 var (
@@ -42,12 +57,9 @@ var (
 	_ fs.ReadLinkFS = (*treeFS)(nil)
 )
 
-func newTreeFS(objects storer.EncodedObjectStorer, commit *object.Commit) (*treeFS, error) {
-	root, err := object.GetTree(objects, commit.TreeHash)
-	if err != nil {
-		return nil, fmt.Errorf("tree %s of commit %s: %w", commit.TreeHash, commit.Hash, err)
-	}
-	return &treeFS{objects: objects, when: commit.Committer.When.UTC(), trees: map[string]*object.Tree{".": root}}, nil
+func newTreeFS(objects storer.EncodedObjectStorer, commit *object.Commit) *treeFS {
+	return &treeFS{objects: objects, root: commit.TreeHash, when: commit.Committer.When.UTC(),
+		trees: map[string]*directory{}, known: map[plumbing.Hash]*directory{}}
 }
 
 func (t *treeFS) Open(name string) (fs.File, error) {
@@ -144,11 +156,11 @@ func (t *treeFS) walk(op, name string, follow bool) (*treeInfo, string, error) {
 		if err != nil {
 			return fail(err)
 		}
-		i := slices.IndexFunc(tree.Entries, func(e object.TreeEntry) bool { return e.Name == parts[0] })
-		if i < 0 {
+		i, found := tree.at[parts[0]]
+		if !found {
 			return fail(fs.ErrNotExist)
 		}
-		info = t.info(tree.Entries[i])
+		info = t.info(tree.entries[i])
 		if info.mode.Type() != fs.ModeSymlink || !follow && len(parts) == 1 {
 			at, parts = path.Join(at, parts[0]), parts[1:]
 			continue
@@ -183,35 +195,80 @@ func split(name string) []string {
 }
 
 // tree reads the directory at a clean, valid path.
-func (t *treeFS) tree(name string) (*object.Tree, error) {
+func (t *treeFS) tree(name string) (*directory, error) {
 	t.mu.Lock()
 	known := t.trees[name]
 	t.mu.Unlock()
 	if known != nil {
 		return known, nil
 	}
-	dir, base := path.Split(name)
-	parent, err := t.tree(path.Clean(dir))
+	hash := t.root
+	if name != "." {
+		dir, base := path.Split(name)
+		parent, err := t.tree(path.Clean(dir))
+		if err != nil {
+			return nil, err
+		}
+		i, found := parent.at[base]
+		if !found || parent.entries[i].Mode != filemode.Dir {
+			return nil, fs.ErrNotExist // as below a submodule, a file or a link
+		}
+		hash = parent.entries[i].Hash
+	}
+	tree, err := t.directory(hash)
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range parent.Entries {
-		if e.Name != base {
-			continue
-		}
-		if e.Mode != filemode.Dir {
-			return nil, fs.ErrNotExist // as below a submodule, a file or a link
-		}
-		tree, err := object.GetTree(t.objects, e.Hash)
-		if err != nil {
-			return nil, t.failed(fmt.Errorf("tree %s: %w", e.Hash, err))
-		}
-		t.mu.Lock()
-		t.trees[name] = tree
-		t.mu.Unlock()
-		return tree, nil
+	t.mu.Lock()
+	t.trees[name] = tree
+	t.mu.Unlock()
+	return tree, nil
+}
+
+// directory reads a tree object.
+func (t *treeFS) directory(hash plumbing.Hash) (*directory, error) {
+	t.mu.Lock()
+	known := t.known[hash]
+	t.mu.Unlock()
+	if known != nil {
+		return known, nil
 	}
-	return nil, fs.ErrNotExist
+	o, err := t.object(plumbing.TreeObject, hash)
+	if err != nil {
+		return nil, err
+	}
+	if o.Size() > maxTree {
+		return nil, errTreeTooLarge
+	}
+	tree, err := object.DecodeTree(t.objects, o)
+	if errors.Is(err, object.ErrMalformedTree) {
+		return nil, fmt.Errorf("tree %s: %w", hash, err)
+	}
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("tree %s: %w", hash, err))
+	}
+	d := &directory{entries: tree.Entries, at: make(map[string]int, len(tree.Entries))}
+	for i, e := range d.entries {
+		if _, twice := d.at[e.Name]; !twice {
+			d.at[e.Name] = i
+		}
+	}
+	t.mu.Lock()
+	t.known[hash] = d
+	t.mu.Unlock()
+	return d, nil
+}
+
+// object finds one. That it is missing is the repository's trouble; that it is of another kind, the commit's own.
+func (t *treeFS) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
+	o, err := t.objects.EncodedObject(kind, hash)
+	switch {
+	case err == nil:
+		return o, nil
+	case hash.IsZero(), errors.Is(err, plumbing.ErrObjectNotFound) && t.objects.HasEncodedObject(hash) == nil:
+		return nil, fmt.Errorf("%s %s: %w", kind, hash, errWrongKind)
+	}
+	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
 }
 
 func (t *treeFS) list(name string, info *treeInfo) ([]fs.DirEntry, error) {
@@ -225,8 +282,8 @@ func (t *treeFS) list(name string, info *treeInfo) ([]fs.DirEntry, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries := make([]fs.DirEntry, 0, len(tree.Entries))
-	for _, e := range tree.Entries {
+	entries := make([]fs.DirEntry, 0, len(tree.entries))
+	for _, e := range tree.entries {
 		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either.
 		if fs.ValidPath(e.Name) && !strings.Contains(e.Name, "/") && e.Name != "." {
 			entries = append(entries, t.info(e))
@@ -260,9 +317,9 @@ func (t *treeFS) read(info *treeInfo) ([]byte, error) {
 }
 
 func (t *treeFS) blob(info *treeInfo) ([]byte, error) {
-	o, err := t.objects.EncodedObject(plumbing.BlobObject, info.hash)
+	o, err := t.object(plumbing.BlobObject, info.hash)
 	if err != nil {
-		return nil, t.failed(fmt.Errorf("blob %s: %w", info.hash, err))
+		return nil, err
 	}
 	if o.Size() > maxFile { // what is larger was not read into memory: see openObjects
 		return nil, errTooLarge

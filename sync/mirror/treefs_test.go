@@ -104,9 +104,5 @@ func openTree(t *testing.T, o *origin, rev string) *treeFS {
 	if err != nil {
 		t.Fatal(err)
 	}
-	fsys, err := newTreeFS(from, commit)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fsys
+	return newTreeFS(from, commit)
 }
