@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/go-git/go-git/v5"
@@ -27,6 +28,8 @@ import (
 const (
 	listTimeout  = 30 * time.Second
 	fetchTimeout = 10 * time.Minute
+	// stallTimeout is how long a server may send nothing of what it is asked for, before it is asked again.
+	stallTimeout = 2 * time.Minute
 	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git does not repack.
 	maxPacks = 50
 	// maxHung bounds calls that were given up but have not returned: go-git's ssh can't be interrupted.
@@ -43,6 +46,7 @@ type remoteRepo struct {
 	access   access
 	log      *slog.Logger
 	hung     chan struct{}
+	stall    time.Duration // stallTimeout
 
 	mu        sync.Mutex
 	dir       string // holds the cache
@@ -80,7 +84,8 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	default:
 		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address), endpoint.Protocol)
 	}
-	r := &remoteRepo{address: address, endpoint: endpoint, branch: branch, every: every, access: a, log: log, hung: make(chan struct{}, maxHung)}
+	r := &remoteRepo{address: address, endpoint: endpoint, branch: branch, every: every, access: a, log: log,
+		hung: make(chan struct{}, maxHung), stall: stallTimeout}
 	if cacheDir == "" {
 		if r.dir, err = os.MkdirTemp("", "kedge-mirror-"); err != nil {
 			return nil, fmt.Errorf("cache of the repository: %w", err)
@@ -93,10 +98,12 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	}
 	r.dir = cacheDir
 	r.cache = r.kept()
-	cut, _ := filepath.Glob(filepath.Join(cacheDir, fetchPrefix+"*")) // by a mirror that was killed while it fetched
-	for _, dir := range cut {
-		if err := os.RemoveAll(dir); err != nil {
-			return nil, fmt.Errorf("cache of the repository: %w", err)
+	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} { // by a mirror that was killed while it fetched
+		left, _ := filepath.Glob(filepath.Join(cacheDir, cut))
+		for _, name := range left {
+			if err := os.RemoveAll(name); err != nil {
+				return nil, fmt.Errorf("cache of the repository: %w", err)
+			}
 		}
 	}
 	return r, nil
@@ -120,6 +127,7 @@ func (r *remoteRepo) kept() string {
 const (
 	cacheName   = "repo.git"
 	fetchPrefix = "fetch-"
+	unfinished  = "objects/pack/tmp_*" // of a repository: what go-git has yet to finish
 )
 
 func (r *remoteRepo) watch(ctx context.Context, _ func()) { <-ctx.Done() }
@@ -226,6 +234,10 @@ func (r *remoteRepo) fetch(ctx context.Context, auth transport.AuthMethod, ca []
 }
 
 func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.AuthMethod, ca []byte) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	said := &counter{}
+	go endStalled(ctx, r.stall, cancel, func() int64 { return said.n.Load() + sizeOf(filepath.Join(dir, "objects", "pack")) })
 	_, err := patient(ctx, r, fetchTimeout, func(ctx context.Context) (struct{}, error) {
 		bare, err := git.PlainOpen(dir)
 		if errors.Is(err, git.ErrRepositoryNotExists) {
@@ -246,21 +258,67 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.A
 			Force:     true,
 			Auth:      auth,
 			CABundle:  ca,
+			Progress:  said,
 		})
 		if errors.Is(err, git.NoErrAlreadyUpToDate) {
 			err = nil
 		}
 		return struct{}{}, err
 	})
-	if errors.Is(err, errHung) {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, errHung):
 		r.mu.Lock()
 		if r.cache == dir { // what hangs may still write there
 			r.cache = ""
 		}
 		r.mu.Unlock()
+	default: // go-git leaves what it could not finish, and every further try would add to it
+		cut, _ := filepath.Glob(filepath.Join(dir, unfinished))
+		for _, name := range cut {
+			err = errors.Join(err, os.Remove(name))
+		}
+	}
+	if errors.Is(context.Cause(ctx), errStalled) {
+		return fmt.Errorf("%w for %v", errStalled, r.stall)
 	}
 	return err
 }
+
+// counter counts what a server says of its progress.
+type counter struct{ n atomic.Int64 }
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.n.Add(int64(len(p)))
+	return len(p), nil
+}
+
+// endStalled cancels once progress gives the same for as long as stall.
+func endStalled(ctx context.Context, stall time.Duration, cancel context.CancelCauseFunc, progress func() int64) {
+	last, since := progress(), time.Now()
+	for wait(ctx, stall/8) == nil {
+		if now := progress(); now != last {
+			last, since = now, time.Now()
+		}
+		if time.Since(since) >= stall {
+			cancel(errStalled)
+		}
+	}
+}
+
+// sizeOf adds up the files of a directory.
+func sizeOf(dir string) (sum int64) {
+	files, _ := os.ReadDir(dir)
+	for _, f := range files {
+		if info, err := f.Info(); err == nil {
+			sum += info.Size()
+		}
+	}
+	return sum
+}
+
+var errStalled = errors.New("the server sends nothing")
 
 var errHung = errors.New("the server does not answer")
 
@@ -299,7 +357,7 @@ func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f
 
 // isRemoteFault tells trouble of the network or the server from trouble of the cache.
 func isRemoteFault(err error) bool {
-	return errors.Is(err, errHung) || errors.Is(err, context.DeadlineExceeded) ||
+	return errors.Is(err, errHung) || errors.Is(err, errStalled) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.As(err, new(net.Error)) || errors.As(err, new(*url.Error)) || errors.As(err, new(*hostKeyError)) ||
 		errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
 		errors.Is(err, transport.ErrAuthenticationRequired) || errors.Is(err, transport.ErrAuthorizationFailed)

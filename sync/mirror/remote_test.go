@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/cgi"
@@ -44,6 +45,23 @@ type httpsOrigin struct {
 	lists       atomic.Int64 // ls-remotes answered
 	fetches     atomic.Int64
 	away        atomic.Bool
+	// half makes it send half of a pack, and then end the connection, or with hang say no more.
+	half, hang atomic.Bool
+}
+
+// halfWriter passes on the first bytes alone.
+type halfWriter struct {
+	http.ResponseWriter
+	left int
+}
+
+func (w *halfWriter) Write(p []byte) (int, error) {
+	n := min(w.left, len(p))
+	w.left -= n
+	if _, err := w.ResponseWriter.Write(p[:n]); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 func serveHTTPS(t *testing.T, o *origin) *httpsOrigin {
@@ -70,6 +88,14 @@ func serveHTTPS(t *testing.T, o *origin) *httpsOrigin {
 		}
 		if strings.HasSuffix(r.URL.Path, "/git-upload-pack") {
 			h.fetches.Add(1)
+			if h.half.Load() {
+				backend.ServeHTTP(&halfWriter{w, 50_000}, r)
+				w.(http.Flusher).Flush()
+				if h.hang.Load() {
+					<-r.Context().Done()
+				}
+				panic(http.ErrAbortHandler)
+			}
 		}
 		backend.ServeHTTP(w, r)
 	}))
@@ -193,6 +219,13 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 		t.Fatalf("head %v, %v", got, err)
 	}
 	packs := filepath.Join(cache, cacheName, "objects", "pack")
+	writeFile(t, filepath.Join(packs, "tmp_pack_1"), "half")
+	if r, err = newRemoteRepo(h.url, "main", time.Minute, a, cache, r.log); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(packs, "tmp_*")); len(left) > 0 {
+		t.Errorf("a start leaves %v", left)
+	}
 	for i := range maxPacks {
 		writeFile(t, filepath.Join(packs, fmt.Sprintf("pack-%040d.pack", i)), "")
 	}
@@ -206,6 +239,53 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(cache, "*")); len(left) != 1 {
 		t.Errorf("the cache directory has %v", left)
 	}
+}
+
+// A pack that comes in part leaves nothing behind that further tries would add to, and a server that stops in its middle is given up.
+func TestHalfAPack(t *testing.T) {
+	t.Parallel()
+	h := serveHTTPS(t, newOrigin(t))
+	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	cache := t.TempDir()
+	a := access{caFile: h.caFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	r, err := newRemoteRepo(h.url, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.stall = time.Second
+	is := func(head string) {
+		t.Helper()
+		if got, err := r.head(t.Context()); err != nil || got.String() != head {
+			t.Fatalf("head %v, %v; want %s", got, err, head)
+		}
+	}
+	is(head)
+	noise := make([]byte, 100_000)
+	if _, err := rand.Read(noise); err != nil {
+		t.Fatal(err)
+	}
+	next := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "noise": string(noise)})
+	h.half.Store(true)
+	for _, hang := range []bool{false, true} {
+		h.hang.Store(hang)
+		for range 2 {
+			began := time.Now()
+			if _, err := r.head(t.Context()); err == nil || hang && !errors.Is(err, errStalled) {
+				t.Errorf("half a pack, hangs %v: %v", hang, err)
+			}
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("half a pack, hangs %v: it took %v", hang, took)
+			}
+			if left, _ := filepath.Glob(filepath.Join(cache, "*", "objects", "pack", "tmp_*")); len(left) > 0 {
+				t.Errorf("half a pack, hangs %v: %v are left", hang, left)
+			}
+		}
+	}
+	if got, err := r.cached(); err != nil || got.String() != head {
+		t.Errorf("meanwhile the cache has %v, %v", got, err)
+	}
+	h.half.Store(false)
+	is(next)
 }
 
 func TestCertificateIsChecked(t *testing.T) {
