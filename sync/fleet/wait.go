@@ -156,8 +156,7 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 		w.head = &m.Head
 	}
 	switch {
-	case strings.HasPrefix(m.Head, w.commit), w.head != nil && m.Head != *w.head:
-		// A head that came while this waits came after the push.
+	case strings.HasPrefix(m.Head, w.commit), w.among(m.Past), w.leapt(m):
 		w.taken = true
 		return "", nil
 	case m.Refused != "" && strings.HasPrefix(m.Refused, w.commit):
@@ -168,6 +167,19 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 		return fmt.Sprintf("the mirror is still at %s: %s", cmp.Or(short(m.Head), "no commit"), oneLine(m.Error)), nil
 	}
 	return fmt.Sprintf("the mirror is still at %s", cmp.Or(short(m.Head), "no commit")), nil
+}
+
+// among reports whether a head with this past brought the commit along.
+func (w *waiter) among(past string) bool {
+	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
+		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
+	})
+}
+
+// leapt reports whether the head came here while this waits, and from further away than its past reaches: nobody can tell what lies
+// in between. A head that came by a short way can be one that was pushed before the commit.
+func (w *waiter) leapt(m mirror.Status) bool {
+	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
 // useless is why waiting for a unit would be.

@@ -85,10 +85,11 @@ func TestWaitForACommit(t *testing.T) {
 		then []kv.Entry
 		says string // empty: it ends well
 	}{
-		"the mirror takes it":        {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
-		"the mirror takes a later":   {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third})}, ""},
-		"the mirror refuses it":      {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
-		"it changed nothing of ours": {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
+		"the mirror takes it":           {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
+		"the mirror takes a later":      {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12] + " " + first[:12]})}, ""},
+		"the mirror takes a much later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third, Past: strings.Repeat("4", 12)})}, ""},
+		"the mirror refuses it":         {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
+		"it changed nothing of ours":    {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -121,6 +122,27 @@ func TestWaitForACommit(t *testing.T) {
 			put("history/prod/web/app/0000000001", mirror.History{Generation: 1, Commit: second}))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
+		}
+	})
+	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12]}), reports("web-1", runs("app", "1")))
+		if err := ends(t, waiting(t, s, second)); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("the mirror takes the one before it first", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first}), reports("web-1", runs("app", "1")))
+		ended := waiting(t, s, third)
+		goesOn(t, s, ended)
+		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second, Past: first[:12]}))
+		goesOn(t, s, ended)
+		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second, Past: first[:12], Refused: third, Error: "a typo"}))
+		if err := ends(t, ended); !errors.Is(err, ErrRefused) {
+			t.Errorf("%v, want it refused", err)
 		}
 	})
 	t.Run("it is half written", func(t *testing.T) {

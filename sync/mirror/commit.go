@@ -29,6 +29,7 @@ type Commit struct {
 type loaded struct {
 	Commit
 	tree *deployments.Tree
+	past string // as Status.Past
 }
 
 // badCommit says that a commit can't be taken, whenever it is looked at: its content is at fault, not the way to it.
@@ -147,6 +148,30 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 		raw = rest
 	}
 	return payload, signature
+}
+
+// maxPast bounds Status.Past: more commits than are pushed while somebody waits for one.
+const maxPast = 30
+
+// past names the newest commits that hash descends from, as far as they can be read.
+func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
+	head, err := object.GetCommit(in, hash)
+	if err != nil {
+		return ""
+	}
+	commits := object.NewCommitIterCTime(head, nil, nil)
+	defer commits.Close()
+	var names []string
+	for len(names) < maxPast {
+		c, err := commits.Next()
+		if err != nil {
+			break
+		}
+		if c.Hash != hash {
+			names = append(names, short(c.Hash.String()))
+		}
+	}
+	return strings.Join(names, " ")
 }
 
 // descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer

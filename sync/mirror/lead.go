@@ -302,6 +302,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		status.Applying = ""
 		if l.accepted.Hash != status.Head {
 			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)
+			status.Past = l.accepted.past
 		}
 	}
 	switch {

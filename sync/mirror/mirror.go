@@ -248,7 +248,12 @@ func (m *Mirror) load(hash plumbing.Hash) (*loaded, error) {
 		return nil, err
 	}
 	defer from.Close()
-	return load(from, hash, m.verify)
+	l, err := load(from, hash, m.verify)
+	if err != nil {
+		return nil, err
+	}
+	l.past = past(from, hash)
+	return l, nil
 }
 
 func (m *Mirror) logGit(before, after gitState) {

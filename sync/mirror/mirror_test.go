@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -49,7 +50,9 @@ func TestPushReachesTheStore(t *testing.T) {
 	}
 
 	third := o.push(map[string]string{"README.md": "read me again"})
-	m.at(third)
+	if got := m.at(third).Past; got != short(second)+" "+short(first) && got != short(first)+" "+short(second) {
+		t.Errorf("the past of %s is %s", third, got)
+	}
 	if got := store.taken(); len(got) != 1 || len(got[0]) != 1 || got[0][0].Key != kv.MirrorKey {
 		t.Errorf("a commit that changes no unit wrote %v", got)
 	}
@@ -310,7 +313,11 @@ func TestPushAfterPush(t *testing.T) {
 		o.git(o.bare, "fetch", "-q", o.work, head)
 		o.git(o.bare, "update-ref", "refs/heads/main", head)
 	}
-	m.at(heads[len(heads)-1])
+	for i, name := range strings.Fields(m.at(heads[19]).Past) { // they have the same time
+		if !slices.ContainsFunc(heads[:19], func(h string) bool { return strings.HasPrefix(h, name) }) || i >= 19 {
+			t.Errorf("%s is no commit of the past", name)
+		}
+	}
 	app, base := m.runs("prod/web/app", "app/19"), m.runs("prod/web/base", "base/3")
 	if app.Generation < 1 || app.Generation > 20 || base.Generation > 4 || app.Commit != heads[19] {
 		t.Errorf("app %+v, base %+v", app, base)

@@ -15,6 +15,8 @@ type Status struct {
 	Head   string    `json:"head"` // the commit that KV holds
 	Author string    `json:"author,omitempty"`
 	At     time.Time `json:"at,omitzero"` // when Head was applied
+	// Past names, in short and newest first, commits that Head descends from: who waits for one of them sees that it was taken.
+	Past string `json:"past,omitempty"`
 	// Refused is a newer commit that was not taken, and Error why, or what else is wrong (Git is away).
 	Refused string `json:"refused,omitempty"`
 	Error   string `json:"error,omitempty"`
