@@ -251,7 +251,13 @@ func (l *leader) loop(ctx context.Context) error {
 			}
 			trouble = err
 			again = retry.NextBackOff()
-			gitChanged = nil // wakes that come one after the other must not hurry it
+			gitChanged = nil
+			// Wakes that come one after the other, as from a fleet that reports, must not hurry it.
+			pause := min(again, jitter(time.Second))
+			if err := wait(ctx, pause); err != nil {
+				return err
+			}
+			again = max(time.Millisecond, again-pause)
 		}
 		var clock <-chan time.Time
 		if again > 0 {
@@ -319,6 +325,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		status = l.written
 	}
 	if err := l.act(ctx, writes, status, now); err != nil {
+		l.complain(ctx, err, now)
 		return 0, err
 	}
 	for _, o := range l.owned {
@@ -557,6 +564,24 @@ func (l *leader) act(ctx context.Context, writes []write, status Status, now tim
 		}
 	}
 	return nil
+}
+
+// complain says in mirror/state why the store refuses what the commit asks for, where it takes at least that.
+func (l *leader) complain(ctx context.Context, err error, now time.Time) {
+	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
+		if errors.Is(err, passes) {
+			return
+		}
+	}
+	status := l.written
+	status.Holder, status.Error = l.c.Name, clip("the store does not take the commit: "+err.Error(), maxError)
+	if ctx.Err() != nil || !worthWriting(l.written, status, l.writtenAt, now) {
+		return
+	}
+	w := writeStatus(status)
+	if err := l.c.Store.Commit(ctx, l.lease, w.ops...); err == nil {
+		l.done(w, now)
+	}
 }
 
 // done notes a write that the store has taken.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -460,6 +461,48 @@ func TestStoreOutage(t *testing.T) {
 	if got := m.runs("prod/web/app", "app/2"); got.Generation != 2 {
 		t.Errorf("record %+v", got)
 	}
+}
+
+// refusing takes nothing that touches a unit's keys, and counts how often it is asked to.
+type refusing struct {
+	kv.Store
+	with  atomic.Pointer[error]
+	asked atomic.Int64
+}
+
+func (r *refusing) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	if err := r.with.Load(); err != nil && ops[0].Key != kv.MirrorKey {
+		r.asked.Add(1)
+		return *err
+	}
+	return r.Store.Commit(ctx, lease, ops...)
+}
+
+// What the store refuses is named where people look, and is not tried again at every report of a fleet.
+func TestStoreThatRefuses(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &refusing{Store: dirStore(t)}
+	m := start(t, Config{Store: store, Repo: o.bare})
+	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m.at(first)
+	refusal := fmt.Errorf("no: %w", kv.ErrDenied)
+	store.with.Store(&refusal)
+	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	m.status(func(s Status) bool { return s.Head == first && strings.Contains(s.Error, "no: permission denied") })
+
+	asked := store.asked.Load()
+	for i := range 200 {
+		put(t, store.Store, "status/prod/web/web-1", strconv.Itoa(i))
+		if err := wait(t.Context(), 5*time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if asked = store.asked.Load() - asked; asked > 8 {
+		t.Errorf("the store was asked %d times while it refuses", asked)
+	}
+	store.with.Store(nil)
+	m.at(second)
 }
 
 func TestSnapshot(t *testing.T) {
