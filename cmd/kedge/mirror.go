@@ -23,13 +23,15 @@ func (a *app) mirrorCommand() *cobra.Command {
 or three: one holds the lease and works, the others take over within seconds when it is gone.
 
 REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
-is seen at once. Others are polled, and asked at once when a webhook calls /hook.
+is seen at once. Others are polled, and asked at once when a webhook calls /hook: give each mirror a webhook of its own, as only
+the one that holds the lease writes, and which one that is changes.
 
 Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of each release that
 a commit names anew, and needs to get those from the storage.
 
 From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
-KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab and Gitea.`,
+KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a signing
+token, whsec_..., or a secret token) and Gitea.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			log, err := a.logger()

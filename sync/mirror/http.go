@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/subtle"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -74,12 +76,15 @@ func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// hook asks for a poll where the caller knows the secret. Nothing in the body is believed, or even read, beyond its signature.
+// hook asks for a poll where the caller knows the secret. Nothing in the body is believed, or even read, beyond its signature: every
+// event will do, and one that is sent again only asks once more.
 func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 	code, why := m.checkHook(http.MaxBytesReader(w, r.Body, maxHook), r.Header)
 	m.metrics.hooks.WithLabelValues(strconv.Itoa(code)).Inc()
 	if code != http.StatusAccepted {
-		m.c.Log.Warn("webhook refused", "from", r.RemoteAddr, "status", code, "error", why)
+		if m.mayComplain(time.Now()) {
+			m.c.Log.Warn("webhook refused", "from", r.RemoteAddr, "status", code, "error", why)
+		}
 		http.Error(w, why, code)
 		return
 	}
@@ -87,35 +92,77 @@ func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(code)
 }
 
+// mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to fill a disk.
+func (m *Mirror) mayComplain(now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if now.Sub(m.complained) < 10*time.Second {
+		return false
+	}
+	m.complained = now
+	return true
+}
+
 func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string) {
 	if m.secret == "" {
 		return http.StatusForbidden, "webhooks are off: the mirror has no KEDGE_WEBHOOK_SECRET"
 	}
-	if token := h.Get("X-Gitlab-Token"); token != "" {
+	key, signed := []byte(m.secret), ""
+	var given [][]byte // signatures, of which one must fit
+	if standard := h.Get("Webhook-Signature"); standard != "" {
+		key, signed, given = standardKey(m.secret), h.Get("Webhook-Id")+"."+h.Get("Webhook-Timestamp")+".", standardSignatures(standard)
+	} else if token := h.Get("X-Gitlab-Token"); token != "" {
 		// Digests have one length, so that not even the secret's length can be timed.
 		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(m.secret))
 		if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
 			return http.StatusUnauthorized, "the token is wrong"
 		}
 		return http.StatusAccepted, ""
+	} else {
+		text, found := strings.CutPrefix(h.Get("X-Hub-Signature-256"), "sha256=")
+		if !found {
+			text = h.Get("X-Gitea-Signature")
+		}
+		if signature, err := hex.DecodeString(text); err == nil && len(signature) == sha256.Size {
+			given = append(given, signature)
+		}
 	}
-	given, found := strings.CutPrefix(h.Get("X-Hub-Signature-256"), "sha256=")
-	if !found {
-		given = h.Get("X-Gitea-Signature")
+	if len(given) == 0 {
+		return http.StatusUnauthorized, "want X-Hub-Signature-256 (GitHub), X-Gitea-Signature (Gitea), or Webhook-Signature or X-Gitlab-Token (GitLab)"
 	}
-	signature, err := hex.DecodeString(given)
-	if err != nil || len(signature) != sha256.Size {
-		return http.StatusUnauthorized, "want X-Hub-Signature-256 (GitHub), X-Gitea-Signature (Gitea) or X-Gitlab-Token (GitLab)"
-	}
-	mac := hmac.New(sha256.New, []byte(m.secret))
+	mac := hmac.New(sha256.New, key)
+	io.WriteString(mac, signed)
 	if _, err := io.Copy(mac, body); err != nil {
 		if errors.As(err, new(*http.MaxBytesError)) {
 			return http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has more than %d bytes", maxHook)
 		}
 		return http.StatusBadRequest, "the body can't be read"
 	}
-	if !hmac.Equal(signature, mac.Sum(nil)) {
+	want := mac.Sum(nil)
+	if !slices.ContainsFunc(given, func(signature []byte) bool { return hmac.Equal(signature, want) }) {
 		return http.StatusUnauthorized, "the signature is wrong"
 	}
 	return http.StatusAccepted, ""
+}
+
+// standardKey is the key of a secret as Standard Webhooks, and GitLab's signing tokens, have it.
+func standardKey(secret string) []byte {
+	if text, found := strings.CutPrefix(secret, "whsec_"); found {
+		if key, err := base64.StdEncoding.DecodeString(text); err == nil {
+			return key
+		}
+	}
+	return []byte(secret)
+}
+
+// standardSignatures reads "v1,BASE64 v1,BASE64", of which there are several while a secret is replaced. The time that is signed with
+// them is not looked at: a clock that is wrong would do more harm than a hook that is sent again.
+func standardSignatures(header string) (all [][]byte) {
+	for _, one := range strings.Fields(header) {
+		text, found := strings.CutPrefix(one, "v1,")
+		if signature, err := base64.StdEncoding.DecodeString(text); found && err == nil && len(signature) == sha256.Size {
+			all = append(all, signature)
+		}
+	}
+	return all
 }

@@ -3,6 +3,7 @@ package mirror
 import (
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"io"
 	"net/http"
@@ -17,6 +18,44 @@ func sign(secret, body string) string {
 	mac := hmac.New(sha256.New, []byte(secret))
 	mac.Write([]byte(body))
 	return hex.EncodeToString(mac.Sum(nil))
+}
+
+// standard signs as Standard Webhooks do.
+func standard(key []byte, id, at, body string) string {
+	mac := hmac.New(sha256.New, key)
+	mac.Write([]byte(id + "." + at + "." + body))
+	return "v1," + base64.StdEncoding.EncodeToString(mac.Sum(nil))
+}
+
+// The signing tokens of GitLab, and what others send by the same standard.
+func TestSignedWebhookOfGitLab(t *testing.T) {
+	t.Parallel()
+	key := []byte("0123456789abcdef0123456789abcdef")
+	token := "whsec_" + base64.StdEncoding.EncodeToString(key)
+	good, other := standard(key, "id", "1", "{}"), standard([]byte("other"), "id", "1", "{}")
+	for _, c := range []struct {
+		name, secret, body string
+		header             []string
+		want               int
+	}{
+		{"good", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", good}, 202},
+		{"a secret that is replaced", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", other + " " + good}, 202},
+		{"a secret of another form", "hush", "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", standard([]byte("hush"), "id", "1", "{}")}, 202},
+		{"another key", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", other}, 401},
+		{"another body", token, "{ }", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", good}, 401},
+		{"another time", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "2", "Webhook-Signature", good}, 401},
+		{"another version", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", "v2" + good[2:]}, 401},
+		{"nothing in it", token, "{}", []string{"Webhook-Signature", "v1,"}, 401},
+		{"a good token doesn't mend it", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", other, "X-Gitlab-Token", token}, 401},
+	} {
+		h := http.Header{}
+		for i := 0; i < len(c.header); i += 2 {
+			h.Set(c.header[i], c.header[i+1])
+		}
+		if got, why := (&Mirror{secret: c.secret}).checkHook(strings.NewReader(c.body), h); got != c.want {
+			t.Errorf("%s: %d %s, want %d", c.name, got, why, c.want)
+		}
+	}
 }
 
 func TestWebhook(t *testing.T) {
@@ -52,6 +91,7 @@ func TestWebhook(t *testing.T) {
 		{"GitHub", "{}", []string{"X-Hub-Signature-256", "sha256=" + sign("hush", "{}")}, 202},
 		{"Gitea", "{}", []string{"X-Gitea-Signature", sign("hush", "{}")}, 202},
 		{"GitLab", "{}", []string{"X-Gitlab-Token", "hush"}, 202},
+		{"GitHub's ping", "{}", []string{"X-GitHub-Event", "ping", "X-Hub-Signature-256", "sha256=" + sign("hush", "{}")}, 202},
 		{"no signature", "{}", nil, 401},
 		{"another secret", "{}", []string{"X-Hub-Signature-256", "sha256=" + sign("other", "{}")}, 401},
 		{"another body", "{ }", []string{"X-Hub-Signature-256", "sha256=" + sign("hush", "{}")}, 401},
@@ -64,6 +104,20 @@ func TestWebhook(t *testing.T) {
 		if got := post(c.body, c.header...); got != c.want {
 			t.Errorf("%s: status %d, want %d", c.name, got, c.want)
 		}
+	}
+
+	if got := strings.Count(m.log.String(), "webhook refused"); got != 1 {
+		t.Errorf("%d lines in the log on webhooks that were refused, want one in ten seconds", got)
+	}
+	if answer, err := http.Get("http://" + m.Addr() + "/hook"); err != nil || answer.StatusCode != http.StatusMethodNotAllowed {
+		t.Errorf("GET /hook: %v, %v", answer, err)
+	}
+	asked, began := h.lists.Load(), time.Now()
+	for time.Since(began) < time.Second {
+		post("{}", "X-Gitlab-Token", "hush")
+	}
+	if asked = h.lists.Load() - asked; asked > 5 {
+		t.Errorf("webhooks sent again and again asked the server %d times in a second", asked)
 	}
 
 	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})

@@ -88,6 +88,8 @@ type Mirror struct {
 	changed chan struct{} // closed, and made anew, when git changes
 	leading bool
 	scene   *scene // nil: this mirror doesn't lead
+	// complained is when a refused webhook was last logged.
+	complained time.Time
 }
 
 // gitState is what is known of the branch.
@@ -195,7 +197,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 func (m *Mirror) follow(ctx context.Context) {
 	retry := newBackOff(100*time.Millisecond, 30*time.Second)
 	for ctx.Err() == nil {
-		before := m.state()
+		before, began := m.state(), time.Now()
 		after := m.look(ctx, before)
 		if ctx.Err() != nil {
 			return
@@ -213,6 +215,9 @@ func (m *Mirror) follow(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-m.poke:
+			if err := wait(ctx, m.repo.pause()-time.Since(began)); err != nil {
+				return
+			}
 		case <-time.After(delay):
 		}
 	}

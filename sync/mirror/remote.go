@@ -30,6 +30,9 @@ const (
 	fetchTimeout = 10 * time.Minute
 	// stallTimeout is how long a server may send nothing of what it is asked for, before it is asked again.
 	stallTimeout = 2 * time.Minute
+	// askPause is from one question to a server to the next. The first webhook is heeded at once, and one that somebody sends again and
+	// again doesn't use up what the server grants.
+	askPause = 500 * time.Millisecond
 	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git does not repack.
 	maxPacks = 50
 	// maxHung bounds calls that were given up but have not returned: go-git's ssh can't be interrupted.
@@ -132,6 +135,7 @@ const (
 
 func (r *remoteRepo) watch(ctx context.Context, _ func()) { <-ctx.Done() }
 func (r *remoteRepo) interval() time.Duration             { return r.every }
+func (r *remoteRepo) pause() time.Duration                { return askPause }
 
 func (r *remoteRepo) close() error {
 	if r.temporary {

@@ -32,6 +32,8 @@ type repo interface {
 	watch(ctx context.Context, changed func())
 	// interval is the time between two calls of head where nothing changes.
 	interval() time.Duration
+	// pause is the least time between two calls of head, however often they are asked for.
+	pause() time.Duration
 	close() error
 }
 
@@ -114,8 +116,9 @@ func (r *localRepo) interval() time.Duration {
 	return r.every
 }
 
-func (r *localRepo) distrust()    {}
-func (r *localRepo) close() error { return nil }
+func (r *localRepo) distrust()            {}
+func (r *localRepo) close() error         { return nil }
+func (r *localRepo) pause() time.Duration { return 0 }
 
 func (r *localRepo) watch(ctx context.Context, changed func()) {
 	for {
