@@ -34,6 +34,9 @@ type own struct {
 // settle is how long a write may take to show in a watch, before what the watch shows is taken for the truth.
 const settle = 5 * time.Second
 
+// absurd generations are nobody's who counts: one more, and they would be negative, which no node takes.
+const absurd = 1 << 53
+
 // standing is where a unit's key stands.
 type standing int
 
@@ -41,7 +44,7 @@ const (
 	inOrder  standing = iota // holds what this mirror wrote, or found at its start
 	inFlight                 // this mirror's write has yet to show
 	foreign                  // somebody else wrote, or removed, it
-	unknown                  // this mirror knows nothing of it, and there is no record that it could go on from
+	unknown                  // this mirror knows nothing of it, and there is no record that it could, or should, go on from
 )
 
 // stand compares what the store shows with what this mirror wrote.
@@ -55,7 +58,7 @@ func stand(c cell, o own, known bool, now time.Time) standing {
 		return inOrder
 	case known:
 		return foreign
-	case c.present && c.err == nil && c.record.Generation > 0:
+	case c.present && c.err == nil && c.record.Generation > 0 && c.record.Generation < absurd:
 		return inOrder
 	default:
 		return unknown
@@ -207,7 +210,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 		}
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
-	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < 1<<53 && !bytes.Equal(encode(c.record), encode(w.after)) {
+	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < absurd && !bytes.Equal(encode(c.record), encode(w.after)) {
 		w.after.Generation = max(w.after.Generation, c.record.Generation)
 		if w.kind == "restore" {
 			w.after.Generation = c.record.Generation + 1

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -372,6 +373,7 @@ func sooner(a, b time.Duration) time.Duration {
 // parsedReport is a report as it was parsed, so that of a fleet's reports only those that changed are parsed again.
 type parsedReport struct {
 	version uint64
+	value   []byte // a restored store gives versions out again
 	report  deployments.Report
 }
 
@@ -385,12 +387,12 @@ func (l *leader) fleet(view kv.View) map[[2]string][]reported {
 			continue
 		}
 		known, ok := l.reports[e.Key]
-		if !ok || known.version != e.Version {
+		if !ok || known.version != e.Version || !bytes.Equal(known.value, e.Value) {
 			report, err := deployments.ParseReport(e.Value)
 			if err != nil {
 				l.c.Log.Warn("a node's report doesn't parse", "key", e.Key, "error", err)
 			}
-			known = parsedReport{e.Version, report}
+			known = parsedReport{e.Version, e.Value, report}
 		}
 		reports[e.Key] = known
 		role := [2]string{parts[0], parts[1]}
@@ -524,7 +526,7 @@ func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell,
 				continue
 			}
 			var h History
-			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.past[id].Generation {
+			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.past[id].Generation && h.Generation < absurd {
 				l.past[id] = h
 			}
 		}

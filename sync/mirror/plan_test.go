@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -166,6 +167,8 @@ func TestDecide(t *testing.T) {
 			generation: 3, ops: "replace"},
 		{name: "nonsense, and nothing known", cell: cell{present: true, version: 8, value: []byte("x"), err: kv.ErrNotFound}, git: "1", generation: 1, ops: "replace put"},
 		{name: "a bare pointer, and nothing known", cell: shown(deployments.Record{Target: pointer("9")}, 8), git: "1", generation: 1, stable: "9", ops: "replace put"},
+		{name: "an absurd generation, and nothing known", cell: shown(deployments.Record{Target: pointer("9"), Generation: math.MaxInt64, Commit: "x"}, 8),
+			past: History{Generation: 7}, git: "1", generation: 8, stable: "9", ops: "replace put"},
 		{name: "a bare pointer over an old record", cell: shown(deployments.Record{Target: pointer("9")}, 8), past: History{Generation: 60, Release: pointer("1")}, git: "1",
 			generation: 61, stable: "9", ops: "replace put delete"},
 		{name: "removed while no mirror ran", past: History{Generation: 6, Release: pointer("1"), Stable: pointer("0"), Commit: "old"}, git: "1", generation: 6, stable: "0", ops: "create"},
