@@ -33,6 +33,8 @@ As a hook of the repo that people push to, it refuses a bad push: put this in ho
   #!/bin/sh
   exec kedge check --pre-receive
 
+It looks at pushes to $KEDGE_BRANCH, or to main and the branch that the repo's HEAD names.
+
 With --releases it reads the manifest of each release as well (as a hook: of those that the push changes): whether it is there, has
 the digest that the pointer says, and does only what kedge.yaml allows for its stage (sources, dests, users, commands). With
 --signers it must bear a signature as well.
@@ -57,7 +59,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			case manifest != "":
 				return a.checkManifest(manifest)
 			case preReceive:
-				return mirror.CheckPush(cmd.Context(), dir, a.stdin, look)
+				return mirror.CheckPush(cmd.Context(), dir, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
 			}
 			if info, err := os.Stat(dir); err != nil {
 				return err
