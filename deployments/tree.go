@@ -143,6 +143,9 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 			return fs.SkipDir
 		}
 		return nil
+	case d.IsDir() && name == SettingsFile:
+		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a file of settings"})
+		return fs.SkipDir
 	case d.IsDir():
 		return nil
 	case name == SettingsFile:

@@ -96,13 +96,15 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		"the tree of no object":    {o.literally("commit", "tree "+plumbing.ZeroHash.String()+"\n"+who+"\nx"), "of another kind"},
 		"a file as its tree":       {o.literally("commit", "tree "+file+"\n"+who+"\nx"), "of another kind"},
 		"a tree that is cut short": {o.literally("commit", "tree "+o.literally("tree", "100644 a")+"\n"+who+"\nx"), "malformed tree"},
-		"a directory as a file": {commit(o.under(o.literally("tree", "100644 app.yaml\x00"+string(raw(empty))), "prod", "web")),
+		"a directory as a file": {commit(o.under(o.literally("tree", "100644 app.yaml\x00"+string(rawOf(empty))), "prod", "web")),
 			"of another kind"},
 		"a message without an end":             {o.literally("commit", "tree "+empty+"\n"+who+"\n"+strings.Repeat("x", maxFile)), "bytes"},
-		"a list without an end":                {commit(o.literally("tree", strings.Repeat("100644 "+strings.Repeat("x", 4000)+"\x00"+string(raw(file)), maxTree/4000))), "the directory's list"},
+		"a list without an end":                {commit(o.literally("tree", strings.Repeat("100644 "+strings.Repeat("x", 4000)+"\x00"+string(rawOf(file)), maxTree/4000))), "the directory's list"},
 		"10^12 directories":                    {commit(bomb), "files and directories"},
 		"directories to the bottom of the sea": {commit(deep), "deeper than"},
 		"5000 files full of mistakes":          {commit(o.under(o.tree(many...), "prod", "web")), "prod/web/u0.yaml:1:1"},
+		"a unit whose name is not UTF-8":       {commit(o.under(o.literally("tree", "100644 caf\xe9.yaml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
+		"settings that are a directory":        {commit(o.under(empty, "kedge.yaml")), "it is a directory"},
 	} {
 		began := time.Now()
 		err := o.loads(c.hash)
@@ -120,6 +122,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 	for name, raw := range map[string]string{
 		"no author":                     "tree " + empty + "\n\nx",
 		"a parent that is not there":    "tree " + empty + "\nparent " + strings.Repeat("1", 40) + "\n" + who + "\nx",
+		"a name that is not UTF-8":      "tree " + o.literally("tree", "100644 caf\xe9\x00"+string(rawOf(file))) + "\n" + who + "\nx",
 		"NULs, and times out of bounds": "tree " + empty + "\nauthor A\x00 <a> 99999999999999999999 +9999\ncommitter\n\nx\x00y",
 	} {
 		if err := o.loads(o.literally("commit", raw)); err != nil {
@@ -128,7 +131,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 	}
 }
 
-func raw(hash string) []byte {
+func rawOf(hash string) []byte {
 	h := plumbing.NewHash(hash)
 	return h[:]
 }

@@ -284,9 +284,13 @@ func (t *treeFS) list(name string, info *treeInfo) ([]fs.DirEntry, error) {
 	}
 	entries := make([]fs.DirEntry, 0, len(tree.entries))
 	for _, e := range tree.entries {
-		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either.
-		if fs.ValidPath(e.Name) && !strings.Contains(e.Name, "/") && e.Name != "." {
+		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either: it is passed over, but not where
+		// somebody might take it for a unit.
+		switch ext := path.Ext(e.Name); {
+		case fs.ValidPath(e.Name) && !strings.Contains(e.Name, "/") && e.Name != ".":
 			entries = append(entries, t.info(e))
+		case ext == ".yaml", ext == ".yml":
+			return nil, fmt.Errorf("%q is no name of a file, in UTF-8", e.Name)
 		}
 	}
 	// Git sorts directories as if their names ended in "/"; fs.ReadDir sorts by name.
