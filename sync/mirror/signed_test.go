@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/go-git/go-git/v5/plumbing"
 )
 
 // signs makes o sign its commits with the key in file, and returns the public key's line.
@@ -162,5 +164,74 @@ func TestCommitsSignedByOpenPGP(t *testing.T) {
 
 	if _, err := New(Config{Store: store, Repo: o.bare, SignedByPGP: signers}); err == nil || !strings.Contains(err.Error(), "gpg --armor --export") {
 		t.Errorf("a file without keys: %v", err)
+	}
+}
+
+// A good signature, moved to where somebody might look for it: none of it makes another tree, or other parents, of a signed commit.
+func TestMovedSignatures(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	file := filepath.Join(t.TempDir(), "ada")
+	signers := filepath.Join(t.TempDir(), "signers")
+	writeFile(t, signers, "ada@example.com "+signs(t, o, file))
+	verify, err := newVerifier(signers, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	head := o.commit(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o.git(o.work, "tag", "-s", "-m", "One", "v1")
+	o.git(o.work, "config", "commit.gpgsign", "false")
+	o.commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1")})
+	evil := o.git(o.work, "rev-parse", "HEAD^{tree}")
+	good := o.git(o.work, "rev-parse", head+"^{tree}")
+
+	raw := o.git(o.work, "cat-file", "commit", head) + "\n"
+	payload, signature := splitSignature([]byte(raw))
+	header := func(name string) string {
+		return name + " " + strings.ReplaceAll(strings.TrimSuffix(string(signature), "\n"), "\n", "\n ") + "\n"
+	}
+	before, message, _ := strings.Cut(string(payload), "\n\n")
+	of := func(tree, more, message string) string {
+		return strings.Replace(before, good, tree, 1) + "\n" + more + "\n" + message
+	}
+	tag := o.git(o.work, "cat-file", "tag", "v1") + "\n"
+	tagged, tagSignature, _ := strings.Cut(tag, "-----BEGIN")
+	for name, c := range map[string]struct {
+		raw string
+		bad bool
+	}{
+		"as it was made":                             {of(good, header("gpgsig"), message), false},
+		"another tree":                               {of(evil, header("gpgsig"), message), true},
+		"another tree before":                        {"tree " + evil + "\n" + of(good, header("gpgsig"), message), true},
+		"another tree after":                         {of(good, header("gpgsig")+"tree "+evil+"\n", message), true},
+		"another parent after":                       {of(good, header("gpgsig")+"parent "+head+"\n", message), true},
+		"before the tree":                            {header("gpgsig") + of(evil, "", message), true},
+		"in the message":                             {of(evil, "", header("gpgsig")+"\n"+message), true},
+		"the whole commit in the message":            {of(evil, header("gpgsig"), raw), true},
+		"the whole commit in a header":               {of(evil, "note "+strings.ReplaceAll(strings.TrimSuffix(raw, "\n"), "\n", "\n ")+"\n", message), true},
+		"after another":                              {of(evil, "gpgsig nothing\n"+header("gpgsig"), message), true},
+		"before another":                             {of(good, header("gpgsig")+"gpgsig nothing\n", message), true},
+		"of another hash":                            {of(evil, header("gpgsig-sha256"), message), true},
+		"of another hash, beside it":                 {of(good, header("gpgsig")+header("gpgsig-sha256"), message), true},
+		"in capitals":                                {of(good, header("GPGSIG"), message), true},
+		"with a NUL":                                 {of(evil+"\x00"+good, header("gpgsig"), message), true},
+		"a carriage return ends the headers":         {of(good, header("gpgsig")+"\r\ntree "+evil+"\n", message), true},
+		"the signature of a tag":                     {of(evil, "gpgsig "+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n", message), true},
+		"a tag as a commit":                          {strings.Replace(tagged, "\n\n", "\ngpgsig "+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n\n", 1), true},
+		"a message that goes on beyond what is read": {of(good, header("gpgsig")+"", message+strings.Repeat("x", maxFile)), true},
+	} {
+		hash := o.literally("commit", c.raw)
+		in, err := openObjects(filepath.Join(o.work, ".git", "objects"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := load(in, plumbing.NewHash(hash), verify)
+		in.Close()
+		switch {
+		case c.bad && !errors.As(err, new(*badCommit)):
+			t.Errorf("%s: %+v, %v", name, l, err)
+		case !c.bad && (err != nil || l.tree.Units[0].Release != pointer("app/1")):
+			t.Errorf("%s: %+v, %v", name, l, err)
+		}
 	}
 }
