@@ -198,11 +198,15 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 		return write{}, doWait, time.Time{}
 	}
 	o, ordered := f.orders[u.ID]
+	nodes := f.nodes(u.ID)
 	move := policy.Next(policy.Situation{
-		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: f.nodes(u.ID), Order: o.verb,
+		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: nodes, Order: o.verb,
 		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now), Ranks: f.ranksOf(u.ID),
 	})
 	w.after, w.reason = move.Record, move.Reason
+	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && f.now.Before(turn) && onlyMoves(w.before, w.after) {
+		return write{}, doNothing, turn
+	}
 	if more := w.after.Generation - w.before.Generation; more > 0 {
 		w.after.Generation = floor + more
 		if w.note == "" && w.after.Target == w.before.Target {
@@ -235,6 +239,21 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 		w.ops = append(w.ops, history(w, f)...)
 	}
 	return w, doWrite, move.Again
+}
+
+// pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which
+// come ready one by one: with a write for each, a fleet's wakes would be the square of its nodes.
+func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
+
+// onlyMoves reports whether a record differs from the one before in nothing but how far its rollout is within a phase.
+func onlyMoves(before, after deployments.Record) bool {
+	if before.Rollout == nil || after.Rollout == nil || before.Rollout.Cutoff == after.Rollout.Cutoff {
+		return false
+	}
+	still := *before.Rollout
+	still.Cutoff, still.Since, still.Healthy, still.Reason = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.Healthy, after.Rollout.Reason
+	before.Rollout = &still
+	return bytes.Equal(encode(before), encode(after))
 }
 
 // history records a new generation, and removes the one that is too old.

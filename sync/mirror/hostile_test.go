@@ -81,7 +81,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		deep = o.under(deep, "d")
 	}
 	var many []string
-	slow := o.blob(strings.Repeat("a: b\n", 9000))
+	slow := o.blob(strings.Repeat("a: b\n", 2000))
 	for i := range 5000 {
 		many = append(many, fmt.Sprintf("100644 blob %s\tu%d.yaml", slow, i))
 	}
@@ -145,7 +145,7 @@ func TestLargeTrees(t *testing.T) {
 	for i := range 100_000 {
 		docs = append(docs, fmt.Sprintf("100644 blob %s\tf%d.txt", file, i))
 	}
-	for i := range 20_000 {
+	for i := range manyUnits {
 		units = append(units, fmt.Sprintf("100644 blob %s\tu%d.yaml", unit, i))
 	}
 	top := o.tree("040000 tree "+o.tree(docs...)+"\tdocs", "040000 tree "+o.under(o.tree(units...), "web")+"\tprod")

@@ -2,4 +2,7 @@
 
 package mirror
 
-const fleetSize = 500
+const (
+	fleetSize = 500
+	manyUnits = 20_000
+)

@@ -2,4 +2,7 @@
 
 package mirror
 
-const fleetSize = 100 // what the race detector does to 500 agents takes minutes
+const (
+	fleetSize = 100 // what the race detector does to 500 agents takes minutes
+	manyUnits = 2000
+)
