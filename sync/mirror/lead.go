@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -405,9 +406,11 @@ func (l *leader) fleet(view kv.View) map[[2]string][]reported {
 // orders are those that were not obeyed yet.
 func (l *leader) orders(view kv.View) map[deployments.UnitID]order {
 	good, bad := orders(view)
-	for id, o := range good {
-		if l.obeyed[id] == o.version {
+	for _, id := range slices.SortedFunc(maps.Keys(good), compareIDs) {
+		if l.obeyed[id] == good[id].version {
 			delete(good, id) // it has yet to vanish from the watch
+		} else if !slices.ContainsFunc(l.accepted.tree.Units, func(u deployments.Unit) bool { return u.ID == id }) {
+			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: remove the key", kv.ControlKey(id)))
 		}
 	}
 	if complaint := text(errors.Join(bad...)); complaint != l.complaint {
