@@ -84,6 +84,7 @@ type leader struct {
 	desired  kv.View
 	control  kv.View
 	status   kv.View
+	state    kv.View       // of mirror/
 	wake     chan struct{} // holds one
 	snapshot chan []kv.Entry
 
@@ -126,6 +127,7 @@ func (l *leader) run(ctx context.Context) error {
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.DesiredPrefix, l.sawDesired) })
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.ControlPrefix, l.sawControl) })
 	g.Go(func() error { return l.c.Store.Watch(ctx, kv.StatusPrefix, l.sawStatus) })
+	g.Go(func() error { return l.c.Store.Watch(ctx, kv.MirrorPrefix, l.sawState) })
 	if l.c.Snapshot != nil {
 		g.Go(func() error { return l.keepSnapshot(ctx) })
 	}
@@ -220,6 +222,14 @@ func (l *leader) sawStatus(v kv.View) {
 	l.poked()
 }
 
+// sawState takes the newest view of mirror/.
+func (l *leader) sawState(v kv.View) {
+	l.mu.Lock()
+	l.state = v
+	l.mu.Unlock()
+	l.poked()
+}
+
 func (l *leader) poked() {
 	select {
 	case l.wake <- struct{}{}:
@@ -278,7 +288,7 @@ func (l *leader) loop(ctx context.Context) error {
 // round does once what there is to do. again is when to look even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, err error) {
 	l.mu.Lock()
-	view, control, fleet := l.desired, l.control, l.status
+	view, control, fleet, state := l.desired, l.control, l.status, l.state
 	l.mu.Unlock()
 	if !view.Settled {
 		return 0, nil
@@ -326,7 +336,11 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	if !gitKnown || !worthWriting(l.written, status, l.writtenAt, now) {
 		status = l.written
 	}
-	if err := l.act(ctx, writes, status, now); err != nil {
+	lost, at := l.lostState(state, now)
+	if !lost && !at.IsZero() {
+		again = sooner(again, max(time.Millisecond, at.Sub(now)))
+	}
+	if err := l.act(ctx, writes, status, lost, now); err != nil {
 		l.complain(ctx, err, now)
 		return 0, err
 	}
@@ -361,6 +375,21 @@ func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
 		}
 	}
 	return cells
+}
+
+// lostState reports whether mirror/state isn't what this mirror wrote there: somebody removed or changed it by hand. at is when it
+// may be told, where a write may have yet to show.
+func (l *leader) lostState(view kv.View, now time.Time) (lost bool, at time.Time) {
+	if !view.Settled || view.Err != nil || l.writtenAt.IsZero() {
+		return false, at
+	}
+	for _, e := range view.Entries {
+		if e.Key == kv.MirrorKey && bytes.Equal(e.Value, writeStatus(l.written).ops[0].Value) {
+			return false, at
+		}
+	}
+	at = l.writtenAt.Add(settle)
+	return !now.Before(at), at
 }
 
 // sooner is the shorter of two times to wait, where 0 is for ever.
@@ -539,9 +568,11 @@ func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell,
 
 // act writes. What takes several transactions is announced in the first and confirmed in the last, so that a mirror that
 // takes over in between knows which commit it finds half written.
-func (l *leader) act(ctx context.Context, writes []write, status Status, now time.Time) error {
+//
+// The state is written where it differs from what it was, or where lost says that it isn't there.
+func (l *leader) act(ctx context.Context, writes []write, status Status, lost bool, now time.Time) error {
 	all := writes
-	if status != l.written {
+	if lost || status != l.written {
 		all = append(slices.Clone(writes), writeStatus(status))
 	}
 	todo := batches(all)

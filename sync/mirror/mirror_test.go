@@ -243,6 +243,29 @@ func put(t *testing.T, s kv.Store, key, value string) {
 	}
 }
 
+// So is what the mirror says of itself: kedge wait and the next mirror go by it.
+func TestStateIsPutBack(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	store := &recorder{Store: dirStore(t)}
+	m := start(t, Config{Store: store, Repo: o.bare})
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	was := m.at(head)
+	store.taken()
+	put(t, store.Store, kv.MirrorKey, `{"head":"`+strings.Repeat("1", 40)+`"}`)
+	if got := m.at(head); got != was {
+		t.Errorf("state %+v, want %+v", got, was)
+	}
+	if err := store.Store.Commit(t.Context(), nil, kv.Delete(kv.MirrorKey)); err != nil {
+		t.Fatal(err)
+	}
+	m.at(head)
+	if got := store.taken(); len(got) != 2 {
+		t.Errorf("it was put back by %d writes, want 2", len(got))
+	}
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+}
+
 func TestOrders(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
