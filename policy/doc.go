@@ -16,7 +16,9 @@
 //     within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
 //     (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
-//     old signed commit brought back by force).
+//     old signed commit brought back by force; TestMovedSignatures plays good ones in other places of a commit). With or without a key,
+//     what such a push holds is refused once and for all, in bounded time (TestCommitsThatAreAtFault). It can still hold the mirror up: a
+//     remote repo is fetched before its commit can be judged, and the largest object in it must fit the mirror's memory.
 //   - A Git push that the mirror takes names any release: of a stage that kedge.yaml bounds by dests, users or commands, only one whose
 //     manifest keeps to them, as far as the commit leaves them as they were; who reviews changes decides who may change kedge.yaml
 //     (TestReleasesBeyondTheirStagesBounds in sync/mirror, TestBoundsOnManifests). Pins don't come that way: only nodes bound those.

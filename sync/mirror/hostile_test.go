@@ -111,7 +111,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		if !errors.As(err, new(*badCommit)) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: %.300v", name, err)
 		}
-		if took := time.Since(began); took > 20*time.Second {
+		if took := time.Since(began); took > time.Minute {
 			t.Errorf("%s: it took %v", name, took)
 		}
 	}
