@@ -21,25 +21,36 @@ type view struct {
 	// failed are nodes on which the target failed; failure names one of them, and says how.
 	failed  int
 	failure string
-	// overdue is set where something is in flight, and the last step was a deadline ago.
-	overdue bool
+	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is. Zero: never.
+	hung, late int
+	due        time.Time
 }
 
 // place is one live node in a rollout.
 type place struct {
 	rank     uint64
 	inflight bool
+	hung     bool // and its time is over
 	settled  bool // admitting it, or on the way back letting it go, takes no room: it is there, or the release failed on it
 }
 
 const defaultDeadline = 10 * time.Minute
 
-func (m *mover) deadline() time.Time {
-	d := defaultDeadline
+func (m *mover) deadline() time.Duration {
 	if u := m.Unit.Rollout; u != nil && u.Deadline > 0 {
-		d = u.Deadline
+		return u.Deadline
 	}
-	return m.r.Rollout.Since.Add(d)
+	return defaultDeadline
+}
+
+// due is when a node in flight has had its time. Who booted since the last step has it from then on: it would else be late at once
+// where that was long ago, as in a bake.
+func (m *mover) due(n *Node) time.Time {
+	from, deadline := m.r.Rollout.Since, m.deadline()
+	if n.Started.After(from) && n.Started.Before(m.Now.Add(deadline)) { // or the node's clock is off
+		from = n.Started
+	}
+	return from.Add(deadline)
 }
 
 // look reads the reports.
@@ -52,7 +63,7 @@ func (m *mover) look() view {
 	}
 	v := view{nodes: make([]place, 0, len(m.Nodes))}
 	back := p.Phase == deployments.PhaseBack
-	late, firstLate := 0, (*Node)(nil)
+	firstLate := (*Node)(nil)
 	for _, i := range order.byRank {
 		n := &m.Nodes[i]
 		u := &n.Report
@@ -90,19 +101,27 @@ func (m *mover) look() view {
 		}
 		if x.inflight {
 			v.inflight++
-			if admitted != back {
+			pending := admitted != back
+			if pending {
 				v.pending++
-				if late++; late == 1 {
-					firstLate = n
-				}
+			}
+			due := m.due(n)
+			switch x.hung = !m.Now.Before(due); {
+			case !x.hung && (v.due.IsZero() || due.Before(v.due)):
+				v.due = due
+			case x.hung && pending:
+				firstLate = cmp.Or(firstLate, n)
+				v.late++
+			}
+			if x.hung {
+				v.hung++
 			}
 		}
 		v.nodes = append(v.nodes, x)
 	}
-	v.overdue = v.inflight > 0 && !m.Now.Before(m.deadline())
-	if v.overdue && !back && late > 0 {
+	if !back && v.late > 0 {
 		v.fail(firstLate, "not converged in time, "+cmp.Or(firstLate.Report.Error, string(firstLate.Report.State), "and silent"))
-		v.failed += late - 1
+		v.failed += v.late - 1
 	}
 	return v
 }
@@ -150,23 +169,22 @@ func (m *mover) strays(u *deployments.UnitReport) bool {
 }
 
 // room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one
-// that seems to be, as it may only be about to. hung: those that are have had their time, and so few failures are borne: they
-// count no more.
-func (m *mover) room(v view) (room int, hung bool) {
+// that seems to be, as it may only be about to. spent: those that have had their time count no more, as so few failures are borne.
+func (m *mover) room(v view) (room int, spent bool) {
 	budget := v.live
 	if u := m.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
 		budget = max(1, u.MaxUnavailable.Of(v.live))
 	}
-	if room = budget - v.inflight; room > 0 || !v.overdue {
+	if room = budget - v.inflight; room > 0 || v.hung == 0 {
 		return room, false
 	}
-	return budget, true
+	return room + v.hung, true
 }
 
 // admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room.
 func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 	p := m.r.Rollout
-	room, hung := m.room(v)
+	room, spent := m.room(v)
 	for _, n := range v.nodes {
 		if n.rank <= p.Cutoff {
 			admitted++
@@ -175,7 +193,7 @@ func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 		if admitted >= want {
 			break
 		}
-		counted := n.inflight && !hung
+		counted := n.inflight && !(spent && n.hung)
 		if counted && room < 0 || !counted && !n.settled && room <= 0 {
 			break
 		}
@@ -252,7 +270,7 @@ func (m *mover) stepCanary() bool {
 		m.say = fmt.Sprintf("%d of %s admitted", admitted, count(want, "canary", "canaries"))
 	}
 	switch {
-	case moved || admitted < want || v.pending > 0 && !v.overdue:
+	case moved || admitted < want || v.pending > v.late:
 		m.wakeLate(v, moved)
 		return false
 	case !m.baked():
@@ -288,7 +306,7 @@ func (m *mover) stepRolling() bool {
 	if moved {
 		m.say = fmt.Sprintf("%d of %d nodes admitted", admitted, v.live)
 	}
-	if moved || admitted < v.live || v.inflight > 0 && !v.overdue {
+	if moved || admitted < v.live || v.inflight > v.hung {
 		m.wakeLate(v, moved)
 		return false
 	}
@@ -302,8 +320,11 @@ func (m *mover) stepRolling() bool {
 
 // wakeLate asks to look again when what is in flight should have come.
 func (m *mover) wakeLate(v view, moved bool) {
-	if v.inflight > 0 || moved {
-		m.wake(m.deadline())
+	if moved { // they all have their time from now on
+		v.due = m.Now.Add(m.deadline())
+	}
+	if !v.due.IsZero() {
+		m.wake(v.due)
 	}
 }
 
@@ -313,14 +334,14 @@ func (m *mover) stepBack() bool {
 	if v.live == 0 && v.gone > 0 {
 		return false
 	}
-	room, hung := m.room(v)
+	room, spent := m.room(v)
 	moved := false
 	left := uint64(0) // the highest rank that stays for now
 	for _, n := range slices.Backward(v.nodes) {
 		if n.rank > p.Cutoff || n.settled {
 			continue
 		}
-		counted := n.inflight && !hung
+		counted := n.inflight && !(spent && n.hung)
 		if counted && room < 0 || !counted && room <= 0 {
 			left = n.rank
 			break

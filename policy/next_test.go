@@ -46,6 +46,31 @@ func canary(s *Situation) {
 	s.Unit.Rollout.Canary, s.Unit.Rollout.Bake = deployments.Amount{N: 1}, 5*time.Minute
 }
 
+func ago(d time.Duration) time.Time { return noon.Add(-d) }
+
+// baking says that the canaries have been well for longer than a deadline, and have to be for longer still.
+func baking(s *Situation) {
+	canary(s)
+	there(s, 1)
+	s.Unit.Rollout.Bake = time.Hour
+	s.Record.Rollout.Since, s.Record.Rollout.Healthy = ago(40*time.Minute), ago(30*time.Minute)
+}
+
+// hangsOnTheWayBack says that two nodes above the cutoff were told to go back long ago, and that those below it run the target.
+func hangsOnTheWayBack(s *Situation) {
+	p := s.Record.Rollout
+	p.Since, p.Bad = ago(10*time.Minute), s.Record.Target.Digest
+	for i := range s.Nodes {
+		u := &s.Nodes[i].Report
+		switch rank := Rank(s.Nodes[i].Name, s.Record.Target.Digest); {
+		case rank <= p.Cutoff:
+			u.Running, u.Want = s.Record.Target, s.Record.Target
+		case i >= 8:
+			u.Running, u.State = s.Record.Target, deployments.StateSwitching
+		}
+	}
+}
+
 func settled(s *Situation) {
 	s.Record = deployments.Record{Target: release("v1"), Generation: 1, Commit: "c1"}
 	for i := range s.Nodes {
@@ -107,6 +132,12 @@ func TestNext(t *testing.T) {
 		{"pause", 2, rolling, func(s *Situation) { s.Order = "pause" }, paused, 2, "paused by an operator"},
 		{"paused stays paused", 2, paused, func(s *Situation) { there(s, 2) }, paused, 2, ""},
 		{"resume", 2, paused, func(s *Situation) { there(s, 2); s.Record.Rollout.Promoted = true; s.Order = "resume" }, rolling, 4, "4 of 10"},
+		{"who hangs on the way back holds up the others until the deadline", 4, back, func(s *Situation) {
+			hangsOnTheWayBack(s)
+			s.Record.Rollout.Since = ago(9 * time.Minute)
+		}, back, 4, ""},
+		{"and is left behind then", 4, back, hangsOnTheWayBack, back, 2, ""},
+		{"but it is not over without it", 0, back, hangsOnTheWayBack, back, 0, ""},
 		{"abort", 2, rolling, func(s *Situation) { s.Order = "abort" }, back, 10, "aborted"},
 		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
 		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest }, halted, 0, ""},
@@ -115,12 +146,29 @@ func TestNext(t *testing.T) {
 		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
 		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
 		{"promote passes a freeze", 0, waiting, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"a node that boots into a bake is not late", 2, first, func(s *Situation) {
+			baking(s)
+			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: ago(time.Minute)}
+		}, first, 2, ""},
+		{"before it has had its time", 2, first, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Healthy = time.Time{}
+			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: ago(10 * time.Minute)}
+		}, back, 10, "not converged in time"},
+		{"by a clock that may be off, but not by far", 2, first, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Healthy = time.Time{}
+			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: noon.Add(10 * time.Minute)}
+		}, back, 10, "not converged in time"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := step(c.admitted, c.phase)
 			c.set(&s)
 			m := Next(s)
+			if !m.Again.IsZero() && !m.Again.After(s.Now) {
+				t.Errorf("looks again at %v, which has been", m.Again)
+			}
 			phase, admitted := done, 0
 			if p := m.Record.Rollout; p != nil {
 				phase = p.Phase
@@ -130,7 +178,7 @@ func TestNext(t *testing.T) {
 					}
 				}
 			}
-			if phase != c.want || c.want != back && admitted != c.then || !strings.Contains(m.Reason, c.reason) {
+			if phase != c.want || (c.want != back || c.phase == back) && admitted != c.then || !strings.Contains(m.Reason, c.reason) {
 				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, m.Reason, c.want, c.then, c.reason)
 			}
 		})

@@ -35,6 +35,8 @@ type Node struct {
 	Name string
 	// Gone is set where the node's session has ended: it died, or is cut off. A node that deregistered isn't there at all.
 	Gone bool
+	// Started is when its agent started, by the node's clock; zero: unknown.
+	Started time.Time
 	// Report is the node's for the unit; zero: it has said nothing of it yet.
 	Report deployments.UnitReport
 }

@@ -104,7 +104,7 @@ func (f facts) nodes(id deployments.UnitID) []policy.Node {
 	role := f.fleet[[2]string{id.Stage, id.Role}]
 	nodes := make([]policy.Node, len(role))
 	for i, r := range role {
-		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, Report: r.report.Units[id.Unit]}
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, Started: r.report.Started, Report: r.report.Units[id.Unit]}
 	}
 	return nodes
 }
