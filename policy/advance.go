@@ -24,6 +24,8 @@ type view struct {
 	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is. Zero: never.
 	hung, late int
 	due        time.Time
+	// shaken is set where a pending node whose time is not over had been well: one that boots had not.
+	shaken bool
 }
 
 // place is one live node in a rollout.
@@ -113,6 +115,9 @@ func (m *mover) look() view {
 				firstLate = cmp.Or(firstLate, n)
 				v.late++
 			}
+			// Of a whole fleet that bakes there is always one that restarts.
+			restarts := p.Phase == deployments.PhaseRolling && n.Started.After(p.Healthy)
+			v.shaken = v.shaken || pending && !x.hung && !u.Running.IsZero() && !restarts
 			if x.hung {
 				v.hung++
 			}
@@ -122,6 +127,17 @@ func (m *mover) look() view {
 	if !back && v.late > 0 {
 		v.fail(firstLate, "not converged in time, "+cmp.Or(firstLate.Report.Error, string(firstLate.Report.State), "and silent"))
 		v.failed += v.late - 1
+	}
+	return v
+}
+
+// watch looks on while a rollout goes forward. Where all was well until now, what has changed since has its time from now on, and
+// the bake begins anew.
+func (m *mover) watch() view {
+	v, p := m.look(), m.r.Rollout
+	if !p.Healthy.IsZero() && (v.shaken || v.late > 0 && v.failed > m.limit(v)) {
+		p.Since, p.Healthy = m.Now, time.Time{}
+		v = m.look()
 	}
 	return v
 }
@@ -256,12 +272,13 @@ func (m *mover) stepCanary() bool {
 		m.roll("rolling out")
 		return true
 	}
-	v := m.look()
+	v := m.watch()
 	if m.failing(v) {
 		return true
 	}
 	if why := m.waits(v); why != "" {
 		m.say = why
+		m.wakeLate(v, false)
 		return false
 	}
 	want := min(max(1, m.Unit.Rollout.Canary.Of(v.live)), v.live)
@@ -290,12 +307,13 @@ func (m *mover) stepRolling() bool {
 		m.r.Rollout, m.say = nil, "every node at once"
 		return false
 	}
-	v := m.look()
+	v := m.watch()
 	if m.failing(v) {
 		return true
 	}
 	if why := m.waits(v); why != "" {
 		m.say = why
+		m.wakeLate(v, false)
 		return false
 	}
 	p := m.r.Rollout

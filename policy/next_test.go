@@ -146,6 +146,49 @@ func TestNext(t *testing.T) {
 		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
 		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
 		{"promote passes a freeze", 0, waiting, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"a bake begins anew where a canary was not well in between", 1, first, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Since = ago(time.Minute)
+			s.Nodes[0].Report.State = deployments.StateRetrying
+			s.Record, s.Now = Next(*s).Record, noon.Add(30*time.Minute)
+			s.Nodes[0].Report.State = deployments.StateConverged
+		}, first, 1, "bake"},
+		{"a canary that restarts in its bake is not late", 1, first, func(s *Situation) {
+			baking(s)
+			s.Nodes[0].Report.State = deployments.StateWaiting
+		}, first, 1, ""},
+		{"before it has had its time", 1, first, func(s *Situation) {
+			baking(s)
+			s.Nodes[0].Report.State = deployments.StateWaiting
+			s.Record, s.Now = Next(*s).Record, noon.Add(10*time.Minute)
+		}, back, 10, "not converged in time"},
+		{"a canary that restarts while it waits for promote bakes again", 1, waiting, func(s *Situation) {
+			baking(s)
+			s.Unit.Rollout.Approval = deployments.Manual
+			s.Nodes[0].Report.State = deployments.StateWaiting
+		}, first, 1, "no longer well"},
+		{"one whose failure is borne does not hold up the bake", 2, first, func(s *Situation) {
+			baking(s)
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Record.Rollout.Healthy = ago(time.Hour)
+		}, rolling, 3, "3 of 10"},
+		{"a fleet that bakes bakes on where one of it restarts", 10, rolling, func(s *Situation) {
+			baking(s)
+			there(s, 10)
+			s.Unit.Rollout.Canary.N = 0
+			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
+			s.Record, s.Now = Next(*s).Record, noon.Add(30*time.Minute)
+			s.Nodes[0].Report.State = deployments.StateConverged
+		}, done, 0, "every node converged"},
+		{"but not where one is let go from a pin", 10, rolling, func(s *Situation) {
+			baking(s)
+			there(s, 10)
+			s.Unit.Rollout.Canary.N = 0
+			s.Nodes[0].Report.State, s.Nodes[0].Report.Running = deployments.StateFetching, release("v1")
+			s.Record, s.Now = Next(*s).Record, noon.Add(30*time.Minute)
+			there(s, 10)
+			s.Nodes[0].Report.State = deployments.StateConverged
+		}, rolling, 10, "bake"},
 		{"a node that boots into a bake is not late", 2, first, func(s *Situation) {
 			baking(s)
 			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: ago(time.Minute)}

@@ -351,13 +351,19 @@ func (m *mover) step() bool {
 			m.start()
 			return true
 		}
-		if m.failing(m.look()) {
+		v := m.watch()
+		if m.failing(v) {
+			return true
+		}
+		if p.Healthy.IsZero() {
+			p.Phase, m.say = deployments.PhaseCanary, "a canary is no longer well"
 			return true
 		}
 		if u == nil || u.Approval != deployments.Manual {
 			m.roll("rolling out")
 			return true
 		}
+		m.wakeLate(v, false)
 		return false
 	case deployments.PhaseCanary:
 		return m.stepCanary()
@@ -368,16 +374,24 @@ func (m *mover) step() bool {
 
 // failing stops the rollout where more nodes have failed than are borne.
 func (m *mover) failing(v view) bool {
-	u := m.Unit.Rollout
-	if u == nil {
+	if m.Unit.Rollout == nil {
 		return false // every node at once: each protects itself
 	}
-	limit := m.r.Rollout.Borne + u.MaxFailures.Of(v.live)
+	limit := m.limit(v)
 	if v.failed <= limit {
 		return false
 	}
 	m.stop(fmt.Sprintf("%d of %d nodes failed (%s), at most %d may", v.failed, v.live, v.failure, limit))
 	return true
+}
+
+// limit is how many nodes may have failed.
+func (m *mover) limit(v view) int {
+	limit := m.r.Rollout.Borne
+	if u := m.Unit.Rollout; u != nil {
+		limit += u.MaxFailures.Of(v.live)
+	}
+	return limit
 }
 
 func (m *mover) wakeFrozen() {

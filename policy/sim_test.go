@@ -92,6 +92,7 @@ type member struct {
 	running deployments.Pointer
 	going   deployments.Pointer // what it switches to; zero: it doesn't
 	hangs   bool
+	started time.Time
 	failed  map[deployments.Digest]string // digest to claim
 	// free is set while the node's switch is not the rollout's: it booted, came back, was pinned, or has hung for too long.
 	free   bool
@@ -111,6 +112,7 @@ type question struct {
 
 type world struct {
 	rng     *rand.Rand
+	aside   *rand.Rand // for what is only looked at
 	now     time.Time
 	unit    deployments.Unit
 	freeze  Verdict
@@ -155,7 +157,7 @@ func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
 // play plays the history of a seed.
 func play(seed uint64, keep bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
-	w := &world{rng: rng, now: noon, keep: keep, bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, records: []deployments.Record{{}}, lived: [][]bool{nil}}
+	w := &world{rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), now: noon, keep: keep, bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, records: []deployments.Record{{}}, lived: [][]bool{nil}}
 	size := 1 + rng.IntN(12)
 	switch {
 	case seed == 7:
@@ -212,7 +214,7 @@ func play(seed uint64, keep bool) *world {
 
 func (w *world) join() {
 	w.names++
-	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{}, free: true, seen: len(w.records) - 1}
+	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{}, free: true, started: w.now, seen: len(w.records) - 1}
 	w.nodes = append(w.nodes, n)
 }
 
@@ -246,7 +248,7 @@ func (w *world) event() {
 		}
 	case 2:
 		if !n.left {
-			n.gone, n.free, n.going = !n.gone, true, deployments.Pointer{}
+			n.gone, n.free, n.going, n.started = !n.gone, true, deployments.Pointer{}, w.now
 			w.count("deaths and returns")
 			w.say("%s gone: %v", n.name, n.gone)
 		}
@@ -309,7 +311,7 @@ func (w *world) look() {
 	for _, n := range w.nodes {
 		w.live[n.number] = !n.left && !n.gone && !n.report.Pinned
 		if !n.left {
-			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Report: n.report})
+			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Report: n.report})
 		}
 	}
 }
@@ -345,7 +347,18 @@ func (w *world) mirror(order string) (again time.Time) {
 	if p := m.Record.Rollout; p != nil && len(p.Over) > deployments.MaxOver+1 {
 		w.breaks("%d targets replaced", len(p.Over))
 	}
+	if !m.Again.IsZero() && !m.Again.After(w.now) {
+		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(m.Record))
+	}
 	if reflect.DeepEqual(m.Record, before) {
+		later := w.now.Add(time.Duration(w.aside.IntN(240)) * time.Minute)
+		if !m.Again.IsZero() && !later.Before(m.Again) {
+			later = m.Again.Add(-1)
+		}
+		s.Now, s.Order, s.Ranks = later, "", &w.ranks
+		if then := Next(s); !reflect.DeepEqual(then.Record, before) {
+			w.breaks("at %v it goes on unasked, to %s, from %s", later, brief(then.Record), brief(before))
+		}
 		return m.Again
 	}
 	w.records = append(w.records, m.Record)
