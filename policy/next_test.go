@@ -138,6 +138,16 @@ func TestNext(t *testing.T) {
 		}, back, 4, ""},
 		{"and is left behind then", 4, back, hangsOnTheWayBack, back, 2, ""},
 		{"but it is not over without it", 0, back, hangsOnTheWayBack, back, 0, ""},
+		{"resume in a freeze waits for it to end", 1, paused, func(s *Situation) {
+			baking(s)
+			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
+		}, waiting, 1, "xmas"},
+		{"and bakes then", 1, paused, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Healthy = ago(2 * time.Hour)
+			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
+			s.Record, s.Freeze, s.Order = Next(*s).Record, Verdict{}, ""
+		}, first, 1, "canaries"},
 		{"abort", 2, rolling, func(s *Situation) { s.Order = "abort" }, back, 10, "aborted"},
 		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
 		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest }, halted, 0, ""},

@@ -197,7 +197,7 @@ func (m *mover) start() {
 	revert := m.r.Stable == m.r.Target // Git went back while nodes were on the way: gates would only keep them there
 	switch {
 	case m.Freeze.Frozen && !p.Forced && !revert:
-		p.Phase = deployments.PhaseWaiting
+		p.Phase, p.Healthy = deployments.PhaseWaiting, time.Time{} // for the freeze to end, whatever had baked
 		m.say = m.Freeze.String()
 	case u == nil || revert || p.Promoted || u.Canary.N == 0:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
