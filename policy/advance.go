@@ -12,7 +12,7 @@ import (
 
 // view is what the fleet's reports say about a record's rollout.
 type view struct {
-	live, gone int
+	live, gone, pinned int
 	// nodes are the live ones that take part, by rank.
 	nodes []place
 	// inflight are live nodes that are changing, or may begin to at any time; pending those among them that were told to: admitted,
@@ -70,6 +70,7 @@ func (m *mover) look() view {
 		n := &m.Nodes[i]
 		u := &n.Report
 		if u.Pinned || u.State == deployments.StateHeld {
+			v.pinned++
 			continue
 		}
 		x := place{rank: order.ranks[i]}
@@ -234,6 +235,8 @@ func (m *mover) waits(v view) string {
 		return m.Freeze.String()
 	case v.live == 0 && v.gone > 0:
 		return fmt.Sprintf("all of its %d nodes are gone", v.gone)
+	case v.live == 0 && v.pinned > 0: // else the first to run it, once they are let go, would be all of them
+		return fmt.Sprintf("all of its %d nodes are pinned", v.pinned)
 	}
 	return ""
 }
@@ -349,7 +352,7 @@ func (m *mover) wakeLate(v view, moved bool) {
 // stepBack lowers the cutoff over the next nodes that run what was rolled back.
 func (m *mover) stepBack() bool {
 	p, v := m.r.Rollout, m.look()
-	if v.live == 0 && v.gone > 0 {
+	if v.live == 0 && v.gone+v.pinned > 0 {
 		return false
 	}
 	room, spent := m.room(v)

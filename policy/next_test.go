@@ -71,6 +71,12 @@ func hangsOnTheWayBack(s *Situation) {
 	}
 }
 
+func each(s *Situation, set func(*deployments.UnitReport)) {
+	for i := range s.Nodes {
+		set(&s.Nodes[i].Report)
+	}
+}
+
 func settled(s *Situation) {
 	s.Record = deployments.Record{Target: release("v1"), Generation: 1, Commit: "c1"}
 	for i := range s.Nodes {
@@ -125,6 +131,28 @@ func TestNext(t *testing.T) {
 			s.Nodes[0].Report = deployments.UnitReport{}
 		}, rolling, 3, "3 of 10"},
 		{"a pinned node is no part of it", 2, rolling, func(s *Situation) { s.Nodes[0].Report.Pinned = true }, rolling, 3, "2 of 9"},
+		{"a fleet that is pinned proves nothing: its rollout waits", 0, first, func(s *Situation) {
+			canary(s)
+			s.Record.Rollout.Healthy = ago(5 * time.Minute)
+			each(s, func(u *deployments.UnitReport) { u.Pinned = true })
+		}, first, 0, "all of its 10 nodes are pinned"},
+		{"also one that is held in the midst of it", 2, rolling, func(s *Situation) {
+			each(s, func(u *deployments.UnitReport) { u.State = deployments.StateHeld })
+		}, rolling, 2, "all of its 10 nodes are pinned"},
+		{"or on the way back", 2, back, func(s *Situation) {
+			each(s, func(u *deployments.UnitReport) { u.State = deployments.StateHeld })
+		}, back, 2, ""},
+		{"a fleet that is gone proves nothing: its rollout waits", 2, rolling, func(s *Situation) {
+			for i := range s.Nodes {
+				s.Nodes[i].Gone = true
+			}
+		}, rolling, 2, "all of its 10 nodes are gone"},
+		{"or on the way back, too", 2, back, func(s *Situation) {
+			for i := range s.Nodes {
+				s.Nodes[i].Gone = true
+			}
+		}, back, 2, ""},
+		{"where there are no nodes there is nothing to wait for", 2, rolling, func(s *Situation) { s.Nodes = nil }, done, 0, "every node converged"},
 		{"a failure rolls back", 2, rolling, fails, back, 10, "1 of 10 nodes failed"},
 		{"a failure pauses, where that is asked for", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.OnFailure = deployments.Pause }, paused, 2, "1 of 10 nodes failed"},
 		{"max_failures are borne", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.MaxFailures.N = 1 }, rolling, 4, "4 of 10"},
