@@ -93,7 +93,7 @@ func (m *mover) look() view {
 			on := partOf(r, u.Running.Digest)
 			x.settled = !on || final && u.Want.Digest == r.Stable.Digest
 			x.inflight = !final && (busy(u) || on && !admitted || m.strays(u))
-		case final && u.Want.Digest == r.Target.Digest:
+		case final && (u.Want.Digest == r.Target.Digest || admitted && u.Want.IsZero()): // or its own configuration forbids the target
 			x.settled = true
 			if admitted {
 				v.fail(n, cmp.Or(u.Error, string(u.State)))

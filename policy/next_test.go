@@ -154,6 +154,13 @@ func TestNext(t *testing.T) {
 		}, back, 2, ""},
 		{"where there are no nodes there is nothing to wait for", 2, rolling, func(s *Situation) { s.Nodes = nil }, done, 0, "every node converged"},
 		{"a failure rolls back", 2, rolling, fails, back, 10, "1 of 10 nodes failed"},
+		{"a release that a node's configuration forbids has failed on it", 2, rolling, func(s *Situation) {
+			s.Nodes[1].Report = deployments.UnitReport{State: deployments.StateInvalid, Running: release("v1"), Generation: 2, Error: "is not from"}
+		}, back, 10, "is not from"},
+		{"one that forbids stable, on a node that is not admitted, has nothing to do with it", 2, rolling, func(s *Situation) {
+			there(s, 1)
+			s.Nodes[2].Report = deployments.UnitReport{State: deployments.StateInvalid, Running: release("v0"), Generation: 2, Error: "is not from"}
+		}, rolling, 3, "3 of 10"},
 		{"a failure pauses, where that is asked for", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.OnFailure = deployments.Pause }, paused, 2, "1 of 10 nodes failed"},
 		{"max_failures are borne", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.MaxFailures.N = 1 }, rolling, 4, "4 of 10"},
 		{"no progress within the deadline is a failure", 2, rolling, func(s *Situation) { s.Now = noon.Add(time.Hour) }, back, 10, "not converged in time"},
