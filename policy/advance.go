@@ -79,8 +79,12 @@ func (m *mover) look() view {
 		there := u.State == deployments.StateConverged && u.Running.Digest == r.Target.Digest
 		if n.Gone {
 			v.gone++
-			if !back && admitted && aware && !there && u.Want.Digest == r.Target.Digest && u.State != deployments.StateQuarantined {
-				v.fail(n, "gone while it switched")
+			if !back && admitted && aware && !there && u.Want.Digest == r.Target.Digest {
+				how := "gone while it switched"
+				if u.State == deployments.StateQuarantined {
+					how = cmp.Or(u.Error, string(u.State))
+				}
+				v.fail(n, how)
 			}
 			continue
 		}

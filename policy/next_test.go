@@ -163,6 +163,7 @@ func TestNext(t *testing.T) {
 		}, rolling, 3, "3 of 10"},
 		{"a failure pauses, where that is asked for", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.OnFailure = deployments.Pause }, paused, 2, "1 of 10 nodes failed"},
 		{"max_failures are borne", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.MaxFailures.N = 1 }, rolling, 4, "4 of 10"},
+		{"a failure counts on where its node dies", 2, rolling, func(s *Situation) { fails(s); s.Nodes[1].Gone = true }, back, 10, "1 of 9 nodes failed ("},
 		{"no progress within the deadline is a failure", 2, rolling, func(s *Situation) { s.Now = noon.Add(time.Hour) }, back, 10, "not converged in time"},
 		{"pause", 2, rolling, func(s *Situation) { s.Order = "pause" }, paused, 2, "paused by an operator"},
 		{"paused stays paused", 2, paused, func(s *Situation) { there(s, 2) }, paused, 2, ""},
