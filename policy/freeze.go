@@ -71,9 +71,11 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 			v.Until = next
 		}
 	}
-	if allows > 0 && !allowed && !v.Frozen {
-		v.Frozen, v.By, v.Reason = true, by+", which is not open", reason
-		v.Wait = waits
+	if allows > 0 && !allowed {
+		if !v.Frozen {
+			v.Frozen, v.By, v.Reason = true, by+", which is not open", reason
+		}
+		v.Wait = v.Wait || waits // a window that denies as well makes it no laxer
 	}
 	return v
 }

@@ -77,3 +77,40 @@ func TestFrozen(t *testing.T) {
 		})
 	}
 }
+
+// Whether a rollout under way waits as well: one window that is against it and says so is enough.
+func TestFrozenWhileARolloutIsUnderWay(t *testing.T) {
+	t.Parallel()
+	type freeze = deployments.Freeze
+	const deny, allow = deployments.FreezeDeny, deployments.FreezeAllow
+	open := func(kind deployments.FreezeKind, running string) freeze {
+		return freeze{Name: "open", Kind: kind, Cron: "0 12 * * *", Duration: time.Hour, Running: running}
+	}
+	shut := func(kind deployments.FreezeKind, running string) freeze {
+		return freeze{Name: "shut", Kind: kind, Cron: "0 18 * * *", Duration: time.Hour, Running: running}
+	}
+	for _, c := range []struct {
+		name         string
+		windows      []freeze
+		frozen, wait bool
+	}{
+		{"it finishes, where nothing is said", []freeze{open(deny, "")}, true, false},
+		{"or where that is said", []freeze{open(deny, "finish")}, true, false},
+		{"it waits", []freeze{open(deny, "wait")}, true, true},
+		{"not for what is not open", []freeze{shut(deny, "wait")}, false, false},
+		{"for the first of two", []freeze{open(deny, "wait"), open(deny, "finish")}, true, true},
+		{"for the second of two", []freeze{open(deny, "finish"), open(deny, "wait")}, true, true},
+		{"where it is not allowed", []freeze{shut(allow, "wait")}, true, true},
+		{"where it is not allowed, but may finish", []freeze{shut(allow, "finish")}, true, false},
+		{"where one of those that don't allow it says so", []freeze{shut(allow, "wait"), shut(allow, "finish")}, true, true},
+		{"not where it is allowed", []freeze{open(allow, "wait")}, false, false},
+		{"not where another window allows it", []freeze{shut(allow, "wait"), open(allow, "finish")}, false, false},
+		{"where it is not allowed, and denied more laxly besides", []freeze{open(deny, "finish"), shut(allow, "wait")}, true, true},
+		{"where it is denied, and allowed", []freeze{open(allow, "finish"), open(deny, "wait")}, true, true},
+		{"for a line that doesn't parse", []freeze{{Kind: deny, Cron: "0 0"}}, true, true},
+	} {
+		if v := Frozen(c.windows, app, noon); v.Frozen != c.frozen || v.Wait != c.wait {
+			t.Errorf("%s: frozen %v, wait %v; want %v, %v", c.name, v.Frozen, v.Wait, c.frozen, c.wait)
+		}
+	}
+}
