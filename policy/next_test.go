@@ -77,6 +77,17 @@ func each(s *Situation, set func(*deployments.UnitReport)) {
 	}
 }
 
+// endedWithFailures says that half of the fleet bears a failure, and that the rollout has ended nevertheless.
+func endedWithFailures(s *Situation) {
+	s.Record.Stable, s.Record.Rollout = s.Unit.Release, nil
+	s.Unit.Rollout.MaxFailures.N = 5
+	there(s, 5)
+	for i := 5; i < 10; i++ {
+		u := &s.Nodes[i].Report
+		u.State, u.Want, u.Quarantined = deployments.StateQuarantined, s.Unit.Release, []deployments.Digest{s.Unit.Release.Digest}
+	}
+}
+
 func settled(s *Situation) {
 	s.Record = deployments.Record{Target: release("v1"), Generation: 1, Commit: "c1"}
 	for i := range s.Nodes {
@@ -188,6 +199,42 @@ func TestNext(t *testing.T) {
 		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
 		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest }, halted, 0, ""},
 		{"retry lets it in again", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest; s.Order = "retry" }, rolling, 2, "2 of 10"},
+		{"retry where it has ended, and failed on some, takes them a few at a time", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			s.Order = "retry"
+		}, rolling, 7, "7 of 10"},
+		{"and bears that they fail again", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			s.Order = "retry"
+			s.Record, s.Order = Next(*s).Record, ""
+			s.Record.Rollout.Cutoff = math.MaxUint64
+			each(s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
+		}, done, 0, "every node converged"},
+		{"but no others", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			s.Order = "retry"
+			s.Record, s.Order = Next(*s).Record, ""
+			s.Record.Rollout.Cutoff, s.Unit.Rollout.MaxFailures.N = math.MaxUint64, 0
+			s.Nodes[4].Report = s.Nodes[5].Report
+			each(s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
+		}, paused, 10, "6 of 10 nodes failed"},
+		{"retry where it has ended well changes nothing on nodes", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			there(s, 10)
+			s.Order = "retry"
+		}, done, 0, "tried once more"},
+		{"and all at once without a rollout", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			s.Unit.Rollout, s.Order = nil, "retry"
+		}, done, 0, "tried once more"},
+		{"back to stable, which has failed on some: they go a few at a time", 0, halted, func(s *Situation) {
+			endedWithFailures(s)
+			s.Record.Target = release("v3")
+			s.Record.Rollout = &deployments.Progress{Phase: halted, Bad: release("v3").Digest}
+		}, rolling, 7, "7 of 10"},
+		{"back to stable, which all run", 0, halted, func(s *Situation) {
+			s.Unit.Release = s.Record.Stable
+		}, done, 0, "every node runs it"},
 		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, waiting, 0, "xmas"},
 		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
 		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},

@@ -145,7 +145,7 @@ func (m *mover) begin() {
 	m.r = r
 	revert := r.Stable == r.Target
 	switch {
-	case revert && len(p.Over) == 0:
+	case revert && len(p.Over) == 0 && !m.anew(p):
 		m.say = "every node runs it, or did so last"
 	case m.Freeze.Frozen && !revert:
 		m.r.Rollout = p
@@ -278,6 +278,12 @@ func (m *mover) retry() {
 	m.r.Retry++
 	p := m.r.Rollout
 	if p == nil {
+		if p = (&deployments.Progress{}); m.anew(p) {
+			m.r.Generation++
+			m.r.Rollout = p
+			m.roll("tried once more where it failed")
+			return
+		}
 		m.say = "tried once more where it failed"
 		return
 	}
@@ -286,6 +292,22 @@ func (m *mover) retry() {
 	m.r.Rollout = &deployments.Progress{Forced: p.Forced, Over: over}
 	m.start()
 	m.say = "tried once more by an operator"
+}
+
+// anew reports whether nodes that run something else would go to the record's target once more, and at once, were there no rollout;
+// it bears their failures, which were borne before.
+func (m *mover) anew(p *deployments.Progress) bool {
+	if m.Unit.Rollout == nil {
+		return false
+	}
+	for i := range m.Nodes {
+		n := &m.Nodes[i]
+		u := &n.Report
+		if !n.Gone && !u.Pinned && u.State != deployments.StateHeld && !u.Running.IsZero() && u.Running.Digest != m.r.Target.Digest {
+			p.Borne++
+		}
+	}
+	return p.Borne > 0
 }
 
 func (m *mover) roll(why string) {

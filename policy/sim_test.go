@@ -184,6 +184,9 @@ func play(seed uint64, keep bool) *world {
 	}
 	roll.MaxFailures = deployments.Amount{N: rng.IntN(3)}
 	if rng.IntN(4) == 0 {
+		roll.MaxFailures = deployments.Amount{N: 10 + rng.IntN(90), Percent: true}
+	}
+	if rng.IntN(4) == 0 {
 		roll.OnFailure = deployments.Pause
 	}
 	if rng.IntN(4) == 0 {
@@ -366,7 +369,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseHalted {
 		w.ended++
 	}
-	if m.Record.Rollout == nil && before.Rollout == nil || m.Record.Rollout == nil && m.Record.Stable != m.Record.Target {
+	if m.Record.Rollout == nil && m.Record.Stable != m.Record.Target {
 		for _, n := range w.nodes { // every node at once
 			n.free = true
 		}
@@ -587,7 +590,12 @@ func (w *world) end() {
 			n.pin, n.free = Value[deployments.Pin]{}, true
 		}
 	}
-	if !w.settle(true) {
+	settled := w.settle(true)
+	if settled && w.chance(0.5) { // what has failed may be tried once more
+		w.mirror("retry")
+		settled = w.settle(true)
+	}
+	if !settled {
 		w.breaks("it does not end: %s", brief(w.latest()))
 		for _, n := range w.nodes {
 			if !n.left && w.unsettled(n) {
