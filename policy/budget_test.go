@@ -1,0 +1,207 @@
+package policy
+
+import (
+	"math"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+const (
+	fetching, switching, retrying  = deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying
+	converged, quarantined, refuse = deployments.StateConverged, deployments.StateQuarantined, deployments.StateInvalid
+)
+
+// Who takes one of max_unavailable's places. One node of ten runs the target, one is admitted and on its way, and there is room for
+// one more: three are admitted then, unless one of those that are not takes the room already.
+func TestNextCountsWhoIsInFlight(t *testing.T) {
+	t.Parallel()
+	v0, v1, v2, v3 := release("v0"), release("v1"), release("v2"), release("v3")
+	type report = deployments.UnitReport
+	last := func(u report) func(*Situation) { return func(s *Situation) { s.Nodes[9].Report = u } }
+	next := func(u report) func(*Situation) { return func(s *Situation) { s.Nodes[2].Report = u } }
+	// Both earlier records, of which the last two nodes may still know alone, let them all begin v3.
+	replaced := func(back bool, us ...report) func(*Situation) {
+		return func(s *Situation) {
+			s.Record.Generation = 5
+			each(s, func(u *report) { u.Generation = 5 })
+			s.Record.Rollout.Over = []deployments.Replaced{{Digest: v3.Digest, Cutoff: math.MaxUint64, Generation: 3, Back: back}}
+			for i, u := range us {
+				s.Nodes[9-i].Report = u
+			}
+		}
+	}
+	failed := []deployments.Digest{v3.Digest}
+	for _, c := range []struct {
+		name string
+		set  func(*Situation)
+		then int
+	}{
+		{"nobody else", func(*Situation) {}, 3},
+		{"a node that fetches", last(report{State: fetching, Running: v1, Generation: 2}), 2},
+		{"a node that switches", last(report{State: switching, Running: v1, Generation: 2}), 2},
+		{"a node that tries again", last(report{State: retrying, Running: v1, Generation: 2}), 2},
+		{"not one that boots, whatever it does", last(report{State: fetching, Generation: 2}), 3},
+		{"nor one that has failed on stable", last(report{State: quarantined, Running: v0, Want: v1, Quarantined: []deployments.Digest{v1.Digest}, Generation: 2}), 3},
+		{"a node on what no part of the record names, as it goes to stable", last(report{State: converged, Running: v0, Generation: 2}), 2},
+		{"not where there is nothing stable to go to", func(s *Situation) {
+			s.Record.Stable = deployments.Pointer{}
+			last(report{State: converged, Running: v0, Generation: 2})(s)
+		}, 3},
+		{"a node that is held is no part of it", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable = deployments.Amount{N: 20, Percent: true} // of nine it is two, of eight too
+			s.Nodes[1].Report.State = deployments.StateHeld
+		}, 4},
+		{"a node that is admitted, and runs the target, but is not well", func(s *Situation) { s.Nodes[0].Report.State = switching }, 2},
+		{"a node that only seems to be in flight is admitted for nothing", next(report{State: switching, Running: v1, Generation: 2}), 3},
+		{"so that the room is left for the one after it", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N = 3
+			next(report{State: switching, Running: v1, Generation: 2})(s)
+		}, 4},
+		{"not where more are in flight than should be", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N = 1
+			next(report{State: switching, Running: v1, Generation: 2})(s)
+		}, 2},
+		{"a node that runs the target already is admitted for nothing", next(report{State: converged, Running: v2, Generation: 2}), 4},
+		{"also where there is no room", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N = 1
+			next(report{State: converged, Running: v2, Generation: 2})(s)
+		}, 3},
+		{"a node on which the target has failed, too, and is no failure of those that are admitted", func(s *Situation) {
+			next(report{State: quarantined, Running: v1, Want: v2, Generation: 2})(s)
+			s.Unit.Rollout.MaxFailures.N = 1 // but of who is admitted then
+		}, 4},
+		{"a node on which stable has failed takes its place", next(report{State: quarantined, Running: v1, Want: v1, Generation: 2}), 3},
+		{"nothing is less than one", func(s *Situation) {
+			there(s, 2)
+			s.Unit.Rollout.MaxUnavailable = deployments.Amount{Percent: true}
+		}, 3},
+		{"nothing said is all", func(s *Situation) { s.Unit.Rollout.MaxUnavailable = deployments.Amount{} }, 10},
+		{"who hangs, and is borne, gives up its place", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N, s.Unit.Rollout.MaxFailures.N = 1, 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+		}, 3},
+		{"but not while there is room", func(s *Situation) {
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+		}, 3},
+		{"and not for who booted since", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N, s.Unit.Rollout.MaxFailures.N = 1, 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+			s.Nodes[0].Report, s.Nodes[0].Started = report{}, ago(time.Minute)
+		}, 2},
+
+		{"a node that stays on a target that was replaced", replaced(false, report{State: converged, Running: v3, Generation: 5}), 3},
+		{"also where it knows of no more than that", replaced(false, report{State: converged, Running: v3, Generation: 3}), 3},
+		{"not where it may still be told to go back", replaced(true, report{State: converged, Running: v3, Generation: 4}), 2},
+		{"nor where it is not well", replaced(false, report{State: switching, Running: v3, Generation: 3}), 2},
+		{"a node that may still begin a target that was replaced", replaced(false, report{State: converged, Running: v1, Generation: 3}), 2},
+		{"not where that has failed on it", replaced(false, report{State: quarantined, Running: v1, Quarantined: failed, Generation: 3}), 3},
+		{"where it failed before a record that let it try again", replaced(false, report{State: quarantined, Running: v1, Quarantined: failed, Generation: 2}), 2},
+		{"where something else has failed", replaced(false, report{State: quarantined, Running: v1, Quarantined: []deployments.Digest{v0.Digest}, Generation: 3}), 2},
+		{"where it tries once more what had failed", replaced(false, report{State: converged, Running: v1, Quarantined: failed, Generation: 3}), 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := step(2, deployments.PhaseRolling)
+			there(&s, 1)
+			c.set(&s)
+			m := Next(s)
+			if n := admitted(&s, m.Record); n != c.then {
+				t.Errorf("%d admitted, want %d: %s", n, c.then, brief(m.Record))
+			}
+		})
+	}
+}
+
+// admitted is how many nodes a record admits.
+func admitted(s *Situation, r deployments.Record) (n int) {
+	for _, node := range s.Nodes {
+		if r.Rollout == nil || Rank(node.Name, s.Unit.Release.Digest) <= r.Rollout.Cutoff {
+			n++
+		}
+	}
+	return n
+}
+
+// Who is let go on the way back, one at a time: the last three of ten run the target still, and are told so highest rank first.
+func TestNextCountsOnTheWayBack(t *testing.T) {
+	t.Parallel()
+	v0, v1, v2 := release("v0"), release("v1"), release("v2")
+	type report = deployments.UnitReport
+	const halted = -1
+	stuck := report{State: quarantined, Running: v2, Want: v1, Quarantined: []deployments.Digest{v1.Digest}, Generation: 2}
+	for _, c := range []struct {
+		name string
+		set  func(*Situation)
+		stay int
+	}{
+		{"the last goes", func(*Situation) {}, 9},
+		{"the others wait while it is on its way", func(s *Situation) {
+			s.Record.Rollout.Cutoff = Rank(s.Nodes[8].Name, v2.Digest)
+			s.Nodes[9].Report = report{State: switching, Running: v2, Want: v1, Generation: 2}
+		}, 9},
+		{"also before it says so", func(s *Situation) { s.Record.Rollout.Cutoff = Rank(s.Nodes[8].Name, v2.Digest) }, 9},
+		{"the next goes", func(s *Situation) {
+			s.Record.Rollout.Cutoff = Rank(s.Nodes[8].Name, v2.Digest)
+			s.Nodes[9].Report.Running = v1
+		}, 8},
+		{"one on which stable has failed takes no place", func(s *Situation) { s.Nodes[9].Report = stuck }, 8},
+		{"one that may not run what it does goes in its turn", func(s *Situation) {
+			s.Nodes[9].Report = report{State: refuse, Running: v2, Generation: 2}
+		}, 9},
+		{"one that has changed course, and switches, takes a place", func(s *Situation) {
+			s.Nodes[0].Report = report{State: switching, Running: v1, Want: v1, Generation: 2}
+		}, 10},
+		{"one on what no part of the record names, too", func(s *Situation) { s.Nodes[0].Report.Running = v0 }, 10},
+		{"who seems to be on its way is told so for nothing", func(s *Situation) {
+			s.Nodes[9].Report.State = switching
+		}, 9},
+		{"so that there is room for another, where two may go", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N = 2
+			s.Nodes[9].Report.State = switching
+		}, 8},
+		{"not where more are on their way than should be", func(s *Situation) {
+			s.Nodes[0].Report.State, s.Nodes[9].Report.State = switching, switching
+		}, 10},
+		{"when none is left it is over", func(s *Situation) { each(s, func(u *report) { u.Running = v1 }) }, halted},
+		{"not before the last is there", func(s *Situation) {
+			each(s, func(u *report) { u.Running = v1 })
+			s.Record.Rollout.Cutoff = 0
+			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
+		}, 0},
+		{"nor while one has to wait for another", func(s *Situation) {
+			each(s, func(u *report) { u.Running = v1 })
+			s.Unit.Rollout.MaxUnavailable.N = 1
+			s.Nodes[0].Report.Running = v2
+			s.Nodes[9].Report.State = switching
+		}, 10},
+		{"but without those on which stable has failed", func(s *Situation) {
+			each(s, func(u *report) { u.Running = v1 })
+			s.Record.Rollout.Cutoff = 0
+			s.Nodes[9].Report = stuck
+		}, halted},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := step(10, deployments.PhaseBack)
+			s.Unit.Rollout.MaxUnavailable.N = 1
+			s.Record.Rollout.Bad = v2.Digest
+			for i := range s.Nodes {
+				if i >= 7 {
+					s.Nodes[i].Report.Running = v2
+				}
+			}
+			c.set(&s)
+			m := Next(s)
+			stay := admitted(&s, m.Record)
+			if m.Record.Rollout.Phase == deployments.PhaseHalted {
+				stay = halted
+			}
+			if stay != c.stay {
+				t.Errorf("%d may stay, want %d: %s", stay, c.stay, brief(m.Record))
+			}
+		})
+	}
+}
