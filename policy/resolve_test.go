@@ -39,6 +39,7 @@ func TestResolve(t *testing.T) {
 		return good(r)
 	}
 	rank := Rank("n1", v2.Digest)
+	failed := []deployments.Digest{v1.Digest}
 	replaced := []deployments.Replaced{{Digest: v3.Digest, Cutoff: 7}}
 	for _, c := range []struct {
 		name          string
@@ -73,6 +74,15 @@ func TestResolve(t *testing.T) {
 		{"rolled back, its turn", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank - 1})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
 		{"rolled back before it began", Facts{Running: v1, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
 		{"halted", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseHalted})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"not admitted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, none, v2, FromStable, "failed on this node", "", time.Time{}},
+		{"not admitted, and stable, which runs, had failed here", Facts{Running: v1, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"not admitted, and stable failed here, where nothing runs", Facts{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
+		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseHalted})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
+		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseHalted}})}, ActKeep, none, none, FromStable, "none to go back to", "", time.Time{}},
+		{"stable from the right place, the target from elsewhere", Facts{Running: v1, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v1, none, FromStable, "until this node is admitted", "is not from", time.Time{}},
+		{"stable failed here, the target from elsewhere", Facts{Running: v3, Quarantined: failed, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "failed on this node", "is not from", time.Time{}},
+		{"stable from elsewhere, the target from the right place", Facts{Running: v3, Bounds: Bounds{Sources: []string{v2.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "may not be used", "is not from", time.Time{}},
 		{"from elsewhere", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/other"}}}, ActKeep, none, none, FromTarget, "may not be used", "is not from s3://acme/other", time.Time{}},
 		{"from the right place", Facts{Record: good(git), Bounds: Bounds{Sources: []string{"s3://acme/web/"}}}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
 	} {

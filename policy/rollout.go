@@ -145,7 +145,7 @@ func (m *mover) begin() {
 	m.r = r
 	revert := r.Stable == r.Target
 	switch {
-	case revert && len(p.Over) == 0 && !m.anew(p):
+	case revert && len(p.Over) == 0 && (was.Rollout == nil || !m.anew(p)):
 		m.say = "every node runs it, or did so last"
 	case m.Freeze.Frozen && !revert:
 		m.r.Rollout = p
