@@ -1,7 +1,9 @@
 package policy
 
 import (
+	"fmt"
 	"math"
+	"strings"
 	"testing"
 	"time"
 
@@ -201,6 +203,95 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 			}
 			if stay != c.stay {
 				t.Errorf("%d may stay, want %d: %s", stay, c.stay, brief(m.Record))
+			}
+		})
+	}
+}
+
+// What counts against max_failures. Of ten nodes the first runs the target, and the second is admitted and on its way.
+func TestNextCountsFailures(t *testing.T) {
+	t.Parallel()
+	v1, v2 := release("v1"), release("v2")
+	type report = deployments.UnitReport
+	is := func(i int, u report) func(*Situation) { return func(s *Situation) { s.Nodes[i].Report = u } }
+	gone := func(i int, u report) func(*Situation) {
+		return func(s *Situation) { s.Nodes[i].Gone, s.Nodes[i].Report = true, u }
+	}
+	failed := report{State: quarantined, Running: v1, Want: v2, Generation: 2, Error: "health"}
+	// All but the first two are admitted, too, and two of them have failed.
+	two := func(limit deployments.Amount, more func(*Situation)) func(*Situation) {
+		return func(s *Situation) {
+			there(s, 10)
+			s.Nodes[3].Report, s.Nodes[6].Report = failed, failed
+			s.Record.Rollout.Cutoff, s.Unit.Rollout.MaxFailures = math.MaxUint64, limit
+			more(s)
+		}
+	}
+	late := func(s *Situation) { s.Record.Rollout.Since = ago(10 * time.Minute) }
+	for _, c := range []struct {
+		name string
+		set  func(*Situation)
+		says string // "": it goes on
+	}{
+		{"nothing", func(*Situation) {}, ""},
+		{"one on which it failed", is(1, failed), "1 of 10 nodes failed (NODE1: health), at most 0 may"},
+		{"one that refuses it", is(1, report{State: refuse, Want: v2, Generation: 2, Error: "no signature"}), "1 of 10 nodes failed (NODE1: no signature)"},
+		{"one that doesn't say why", is(1, report{State: quarantined, Want: v2, Generation: 2}), "1 of 10 nodes failed (NODE1: quarantined)"},
+		{"not by an earlier record", is(1, report{State: quarantined, Want: v2, Generation: 1}), ""},
+		{"nor where it is not admitted", is(2, failed), ""},
+		{"one that dies while it switches", gone(1, report{State: switching, Want: v2, Generation: 2}), "1 of 9 nodes failed (NODE1: gone while it switched)"},
+		{"or after it failed", gone(1, failed), "1 of 9 nodes failed (NODE1: health)"},
+		{"not one that was there", gone(1, report{State: converged, Running: v2, Want: v2, Generation: 2}), ""},
+		{"nor one that was yet to be told", gone(1, report{State: converged, Running: v1, Want: v1, Generation: 2}), ""},
+		{"nor one that went by an earlier record", gone(1, report{State: switching, Want: v2, Generation: 1}), ""},
+		{"nor one that is not admitted", gone(2, report{State: switching, Want: v2, Generation: 2}), ""},
+		{"two where one may", two(deployments.Amount{N: 1}, func(*Situation) {}), "2 of 10 nodes failed (NODE3: health), at most 1 may"},
+		{"two where two may", two(deployments.Amount{N: 2}, func(*Situation) {}), ""},
+		{"two where a tenth may", two(deployments.Amount{N: 10, Percent: true}, func(*Situation) {}), "at most 1 may"},
+		{"two where a tenth may, and a bit", two(deployments.Amount{N: 11, Percent: true}, func(*Situation) {}), ""},
+		{"of those that live", two(deployments.Amount{N: 11, Percent: true}, func(s *Situation) { s.Nodes[8].Gone = true }), "2 of 9 nodes failed (NODE3: health), at most 1 may"},
+		{"beside those that an operator bore", two(deployments.Amount{N: 1}, func(s *Situation) { s.Record.Rollout.Borne = 1 }), ""},
+		{"one that is late", late, "1 of 10 nodes failed (NODE1: not converged in time, converged), at most 0 may"},
+		{"and says why", func(s *Situation) {
+			late(s)
+			s.Nodes[1].Report.State, s.Nodes[1].Report.Error = retrying, "no route to S3"
+		}, "(NODE1: not converged in time, no route to S3)"},
+		{"or nothing at all", func(s *Situation) { late(s); s.Nodes[1].Report = report{} }, "(NODE1: not converged in time, and silent)"},
+		{"not before it is", func(s *Situation) { s.Record.Rollout.Since = ago(10*time.Minute - 1) }, ""},
+		{"nor one that was not asked to hurry", func(s *Situation) {
+			late(s)
+			there(s, 2)
+			s.Nodes[2].Report.State = switching
+		}, ""},
+		{"all that are late", func(s *Situation) {
+			late(s)
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Nodes[0].Report.State = retrying
+		}, "2 of 10 nodes failed (NODE0: not converged in time, retrying), at most 1 may"},
+		{"and not more than those", func(s *Situation) {
+			late(s)
+			s.Unit.Rollout.MaxFailures.N = 2
+			s.Nodes[0].Report.State = retrying
+		}, ""},
+		{"beside those on which it failed", func(s *Situation) {
+			late(s)
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Nodes[0].Report = failed
+		}, "2 of 10 nodes failed (NODE0: health), at most 1 may"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := step(2, deployments.PhaseRolling)
+			there(&s, 1)
+			c.set(&s)
+			m := Next(s)
+			says := c.says
+			for i := range s.Nodes {
+				says = strings.ReplaceAll(says, fmt.Sprint("NODE", i), s.Nodes[i].Name)
+			}
+			turned := m.Record.Rollout != nil && m.Record.Rollout.Phase == deployments.PhaseBack
+			if turned != (says != "") || turned && !strings.Contains(m.Record.Rollout.Reason, says) {
+				t.Errorf("want %q: %s", says, brief(m.Record))
 			}
 		})
 	}
