@@ -8,7 +8,6 @@ import (
 	"reflect"
 	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -344,24 +343,9 @@ func (w *world) mirror(order string) (again time.Time) {
 			}
 		}
 	}
-	if m.Record.Generation < before.Generation || m.Record.Retry < before.Retry {
-		w.breaks("the generation went back from %d to %d", before.Generation, m.Record.Generation)
-	}
-	if p := m.Record.Rollout; p != nil && len(p.Over) > deployments.MaxOver+1 {
-		w.breaks("%d targets replaced", len(p.Over))
-	}
-	if !m.Again.IsZero() && !m.Again.After(w.now) {
-		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(m.Record))
-	}
+	w.stepped(before, m, order)
 	if reflect.DeepEqual(m.Record, before) {
-		later := w.now.Add(time.Duration(w.aside.IntN(240)) * time.Minute)
-		if !m.Again.IsZero() && !later.Before(m.Again) {
-			later = m.Again.Add(-1)
-		}
-		s.Now, s.Order, s.Ranks = later, "", &w.ranks
-		if then := Next(s); !reflect.DeepEqual(then.Record, before) {
-			w.breaks("at %v it goes on unasked, to %s, from %s", later, brief(then.Record), brief(before))
-		}
+		w.sleeps(s, m)
 		return m.Again
 	}
 	w.records = append(w.records, m.Record)
@@ -468,19 +452,6 @@ func (w *world) act(n *member, promptly bool) {
 	}
 }
 
-// admitted checks what a node switches to against the record that it acts on.
-func (w *world) admitted(n *member, r deployments.Record) {
-	p := r.Rollout
-	switch to := n.going; {
-	case n.pin.Present && to == n.pin.Value.Release:
-	case p == nil && to == r.Target:
-	case p != nil && to == r.Stable:
-	case p != nil && to == r.Target && p.Phase != deployments.PhaseBack && p.Phase != deployments.PhaseHalted && Rank(n.name, to.Digest) <= p.Cutoff:
-	default:
-		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))
-	}
-}
-
 // tell publishes a node's report.
 func (w *world) tell(n *member) {
 	if n.gone || n.left {
@@ -504,44 +475,6 @@ func (w *world) tell(n *member) {
 		u.State = deployments.StateFetching
 	}
 	n.report = u
-}
-
-// check holds the fleet against the budget.
-func (w *world) check() {
-	live, switching := 0, 0
-	for _, n := range w.nodes {
-		if n.gone || n.left {
-			continue
-		}
-		if !n.pin.Present {
-			live++
-		}
-		if !n.going.IsZero() && !n.free && !n.running.IsZero() {
-			switching++
-		}
-	}
-	known := 0
-	for _, n := range w.seenBy {
-		if !n.Gone && !n.Report.Pinned {
-			known++
-		}
-	}
-	budget := max(1, w.unit.Rollout.MaxUnavailable.Of(max(live, known)))
-	// A fleet that shrinks has a smaller budget, but who was admitted by the larger one may yet begin.
-	mayBegin := func(n *member) bool { return !n.free && !n.running.IsZero() && w.unsettled(n) }
-	if switching == 0 && w.cap > budget && !slices.ContainsFunc(w.nodes, mayBegin) {
-		w.cap = 0
-	}
-	w.cap = max(w.cap, budget)
-	if switching > w.cap {
-		var names []string
-		for _, n := range w.nodes {
-			if !n.going.IsZero() && !n.free && !n.gone && !n.left {
-				names = append(names, n.name)
-			}
-		}
-		w.breaks("%d nodes in flight (%s), the budget is %d: %s", switching, strings.Join(names, " "), w.cap, brief(w.latest()))
-	}
 }
 
 // settle lets every node finish, and the mirror go on, until nothing changes any more; it gives up after many rounds.

@@ -1,0 +1,94 @@
+package policy
+
+import (
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+)
+
+// admitted checks what a node switches to against the record that it acts on.
+func (w *world) admitted(n *member, r deployments.Record) {
+	p := r.Rollout
+	switch to := n.going; {
+	case n.pin.Present && to == n.pin.Value.Release:
+	case p == nil && to == r.Target:
+	case p != nil && to == r.Stable:
+	case p != nil && to == r.Target && p.Phase != deployments.PhaseBack && p.Phase != deployments.PhaseHalted && Rank(n.name, to.Digest) <= p.Cutoff:
+	default:
+		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))
+	}
+}
+
+// check holds the fleet against the budget.
+func (w *world) check() {
+	live, switching := 0, 0
+	for _, n := range w.nodes {
+		if n.gone || n.left {
+			continue
+		}
+		if !n.pin.Present {
+			live++
+		}
+		if !n.going.IsZero() && !n.free && !n.running.IsZero() {
+			switching++
+		}
+	}
+	known := 0
+	for _, n := range w.seenBy {
+		if !n.Gone && !n.Report.Pinned {
+			known++
+		}
+	}
+	budget := max(1, w.unit.Rollout.MaxUnavailable.Of(max(live, known)))
+	// A fleet that shrinks has a smaller budget, but who was admitted by the larger one may yet begin.
+	mayBegin := func(n *member) bool { return !n.free && !n.running.IsZero() && w.unsettled(n) }
+	if switching == 0 && w.cap > budget && !slices.ContainsFunc(w.nodes, mayBegin) {
+		w.cap = 0
+	}
+	w.cap = max(w.cap, budget)
+	if switching > w.cap {
+		var names []string
+		for _, n := range w.nodes {
+			if !n.going.IsZero() && !n.free && !n.gone && !n.left {
+				names = append(names, n.name)
+			}
+		}
+		w.breaks("%d nodes in flight (%s), the budget is %d: %s", switching, strings.Join(names, " "), w.cap, brief(w.latest()))
+	}
+}
+
+// stepped checks a step against the record before it.
+func (w *world) stepped(before deployments.Record, m Move, order string) {
+	r, was, p := m.Record, before.Rollout, m.Record.Rollout
+	switch {
+	case r.Generation < before.Generation || r.Retry < before.Retry:
+		w.breaks("the generation went back from %d to %d", before.Generation, r.Generation)
+	case p != nil && len(p.Over) > deployments.MaxOver+1:
+		w.breaks("%d targets replaced", len(p.Over))
+	case !m.Again.IsZero() && !m.Again.After(w.now):
+		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(r))
+	case was != nil && p == nil && r.Target == before.Target && !before.Stable.IsZero() && r.Stable != r.Target:
+		w.breaks("it ended, and its target is not stable: %s", brief(r))
+	case r.Stable != before.Stable && r.Stable != before.Target && (p != nil || r.Stable != r.Target):
+		w.breaks("stable is what was neither that nor a target, of %s: %s", brief(before), brief(r))
+	case was != nil && !was.Bad.IsZero() && was.Bad == w.unit.Release.Digest && order != "retry" && (p == nil || p.Bad != was.Bad):
+		w.breaks("what was rolled back is let in again: %s", brief(r))
+	case p != nil && (p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted) && p.Bad != r.Target.Digest:
+		w.breaks("what is rolled back is forgotten: %s", brief(r))
+	}
+}
+
+// sleeps checks that where a step changed nothing, time alone changes nothing before the time that it asked for.
+func (w *world) sleeps(s Situation, m Move) {
+	later := w.now.Add(time.Duration(w.aside.IntN(240)) * time.Minute)
+	if !m.Again.IsZero() && !later.Before(m.Again) {
+		later = m.Again.Add(-1)
+	}
+	s.Now, s.Order, s.Ranks = later, "", &w.ranks
+	if then := Next(s); !reflect.DeepEqual(then.Record, m.Record) {
+		w.breaks("at %v it goes on unasked, to %s, from %s", later, brief(then.Record), brief(m.Record))
+	}
+}
