@@ -19,6 +19,13 @@ func TestNextWrites(t *testing.T) {
 	const paused, waiting, halted = deployments.PhasePaused, deployments.PhaseWaiting, deployments.PhaseHalted
 	v1, v2, v3 := release("v1"), release("v2"), release("v3")
 	cutoff := func(s *Situation, n int) uint64 { return Rank(s.Nodes[n-1].Name, v2.Digest) }
+	least := func(s *Situation, p deployments.Pointer) uint64 {
+		lowest := uint64(math.MaxUint64)
+		for _, n := range s.Nodes {
+			lowest = min(lowest, Rank(n.Name, p.Digest))
+		}
+		return lowest
+	}
 	same := func(*Situation, *record) {}
 	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
@@ -188,6 +195,14 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) {
 			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "promoted by an operator"}
 		}, "promoted", 10 * time.Minute},
+		{"promote, as another release comes: that one has canaries of its own", 1, first, func(s *Situation) {
+			baking(s)
+			s.Unit.Release, s.Order = v3, "promote"
+			each(s, func(u *deployments.UnitReport) { u.Running = v2 }) // and are to stay there
+		}, func(s *Situation, r *record) {
+			r.Target, r.Generation = v3, 3
+			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Reason: "canaries: 1 of 1", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
+		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
 		{"promote where it is paused", 1, paused, func(s *Situation) { canary(s); s.Order = "promote" }, same, "resume it first", 0},
 		{"promote where it goes on", 2, rolling, func(s *Situation) { s.Order = "promote" }, same, "goes on already", 9 * time.Minute},
 		{"an order without a rollout", 10, rolling, func(s *Situation) { s.Record.Rollout, s.Order = nil, "abort" }, same, "no rollout is under way", 0},
@@ -428,5 +443,9 @@ func TestNextReplacedTooOften(t *testing.T) {
 	s.Record.Stable = s.Record.Target
 	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling || m.Record.Generation != 2 {
 		t.Errorf("where they come together already: %s", brief(m.Record))
+	}
+	s.Record.Rollout.Phase, s.Order = deployments.PhasePaused, "resume"
+	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling {
+		t.Errorf("where that was paused: %s", brief(m.Record))
 	}
 }

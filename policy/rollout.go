@@ -83,7 +83,10 @@ func Next(s Situation) (move Move) {
 	}
 	m.r.After, m.r.Drift = s.Unit.After, s.Unit.Drift
 	did := ""
-	if s.Order != "" {
+	switch {
+	case m.r.Target != s.Record.Target && (s.Order == "promote" || s.Order == "resume"):
+		m.refuse("the rollout that it was given for was replaced by one that nobody has seen yet")
+	case s.Order != "":
 		m.obey()
 		if !m.refused {
 			did = m.say
@@ -199,7 +202,7 @@ func (m *mover) start() {
 	case m.Freeze.Frozen && !p.Forced && !revert:
 		p.Phase, p.Healthy = deployments.PhaseWaiting, time.Time{} // for the freeze to end, whatever had baked
 		m.say = m.Freeze.String()
-	case u == nil || revert || p.Promoted || u.Canary.N == 0:
+	case u == nil || revert || u.Canary.N == 0:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
 		m.say = "rolling out"
 	default:
@@ -240,10 +243,12 @@ func Refusal(order string, r deployments.Record) string {
 // Orders are what an operator may ask for.
 var Orders = []string{"promote", "pause", "resume", "abort", "retry"}
 
+func (m *mover) refuse(why string) { m.refused, m.say = true, m.Order+" changes nothing: "+why }
+
 // obey does what an operator ordered.
 func (m *mover) obey() {
 	if why := Refusal(m.Order, m.r); why != "" {
-		m.refused, m.say = true, m.Order+" changes nothing: "+why
+		m.refuse(why)
 		return
 	}
 	p := m.r.Rollout
