@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"encoding/json"
+	"math"
 	"reflect"
 	"strings"
 	"testing"
@@ -301,6 +302,23 @@ func TestUnderPrefix(t *testing.T) {
 		}
 		if got := UnderPrefix(url, "s3://acme/web/"); got != want {
 			t.Errorf("%s under s3://acme/web/: %v", url, got)
+		}
+	}
+}
+
+// Of a percentage of nodes there is always one, and never one that isn't begun.
+func TestAmountOf(t *testing.T) {
+	t.Parallel()
+	tenth := Amount{N: 10, Percent: true}
+	for n := range 101 {
+		if got, want := tenth.Of(n), int(math.Ceil(float64(n)/10)); got != want {
+			t.Errorf("10%% of %d is %d, want %d", n, got, want)
+		}
+		if got := (Amount{N: 100, Percent: true}).Of(n); got != n {
+			t.Errorf("all of %d are %d", n, got)
+		}
+		if got := (Amount{N: 3}).Of(n); got != 3 {
+			t.Errorf("3 of %d are %d", n, got)
 		}
 	}
 }

@@ -93,7 +93,8 @@ type Rollout struct {
 	MaxFailures Amount
 	OnFailure   OnFailure
 	Approval    Approval
-	// Deadline is how long an admitted node may take before it counts as failed. Default 10 minutes.
+	// Deadline is how long an admitted node may take, from the last step of the rollout or from when it booted, before it counts
+	// as failed. Default 10 minutes.
 	Deadline time.Duration
 }
 

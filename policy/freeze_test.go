@@ -53,6 +53,12 @@ func TestFrozen(t *testing.T) {
 		{"deny wins", []freeze{hours, weekend}, "prod/web/app", "2026-11-27T16:00:00Z", "weekend", "2026-11-27T22:00:00Z"},
 		{"one allow of two is enough", []freeze{hours, {Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}},
 			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
+		{"whichever it is", []freeze{{Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}, hours},
+			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
+		{"the first that denies is named", []freeze{weekend, always}, "prod/web/app", "2026-11-28T12:00:00Z", "weekend", "2026-11-30T07:00:00Z"},
+		{"one that begins as another ends goes on", []freeze{{Name: "noon", Kind: deny, Cron: "0 12,13 * * *", Duration: time.Hour}}, "prod/web/app", "2026-11-24T12:30:00Z", "noon", "2026-11-24T14:00:00Z"},
+		{"by unit", []freeze{{Name: "db", Kind: deny, Cron: "0 0 * * *", Duration: 24 * time.Hour, Units: []string{"*/*/db"}}}, "prod/web/app", "2026-11-24T22:00:00Z", "", ""},
+		{"without a name, by what it is", []freeze{{Kind: deny, Cron: "0 12 * * *", Duration: time.Hour}}, "prod/web/app", "2026-11-24T12:30:00Z", "deny 0 12 * * *", "2026-11-24T13:00:00Z"},
 		{"by role", []freeze{{Name: "db", Kind: deny, Cron: "0 0 * * *", Duration: 24 * time.Hour, Units: []string{"*/db/*"}}}, "prod/web/app", "2026-11-24T22:00:00Z", "", ""},
 		{"a line that doesn't parse", []freeze{{Name: "typo", Kind: deny, Cron: "0 0"}}, "prod/web/app", "2026-11-24T22:00:00Z", "typo", ""},
 		{"windows that overlap for ever", []freeze{always}, "prod/web/app", "2026-11-24T22:00:00Z", "always", "2026-12-01T17:40:00Z"},
@@ -111,6 +117,18 @@ func TestFrozenWhileARolloutIsUnderWay(t *testing.T) {
 	} {
 		if v := Frozen(c.windows, app, noon); v.Frozen != c.frozen || v.Wait != c.wait {
 			t.Errorf("%s: frozen %v, wait %v; want %v, %v", c.name, v.Frozen, v.Wait, c.frozen, c.wait)
+		}
+	}
+}
+
+func TestVerdictInWords(t *testing.T) {
+	t.Parallel()
+	for want, v := range map[string]Verdict{
+		"frozen by xmas": {Frozen: true, By: "xmas"},
+		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Until: noon, Reason: "nobody is there"},
+	} {
+		if got := v.String(); got != want {
+			t.Errorf("%q, want %q", got, want)
 		}
 	}
 }

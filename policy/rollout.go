@@ -58,9 +58,11 @@ type Move struct {
 // is always consumed: one that makes no sense where the rollout stands changes nothing, and Reason says so.
 //
 // A new target goes to a canary, bakes, waits for approval where that is asked for, and then goes on by as many nodes as
-// max_unavailable leaves room for. In flight is every live node that was admitted and has yet to converge, and every one that may
-// still act on an earlier record, as its report doesn't name the newest generation. Pinned and held nodes are no part of it; nodes
-// that boot aren't in flight before they ran anything, but are counted once they are admitted.
+// max_unavailable leaves room for. The bake begins anew where a canary was not well in between.
+//
+// In flight is every live node that was admitted and has yet to converge, and every one that may still act on an earlier record,
+// as its report doesn't name the newest generation. Pinned and held nodes are no part of it, and where all are it waits; nodes that
+// boot aren't in flight before they ran anything, but are counted once they are admitted.
 func Next(s Situation) (move Move) {
 	m := &mover{Situation: s, r: s.Record}
 	if m.Ranks == nil {
