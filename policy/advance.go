@@ -236,6 +236,9 @@ func (m *mover) waits(v view) string {
 	switch {
 	case m.Freeze.Frozen && m.Freeze.Wait && !p.Forced && m.r.Stable != m.r.Target:
 		m.wakeFrozen()
+		if v.pending == 0 && p.Healthy.IsZero() {
+			p.Healthy = m.Now // what comes into flight before it ends is not late for the last step: see watch
+		}
 		return m.Freeze.String()
 	case v.live == 0 && v.gone > 0:
 		return fmt.Sprintf("all of its %d nodes are gone", v.gone)

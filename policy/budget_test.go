@@ -98,6 +98,7 @@ func TestNextCountsWhoIsInFlight(t *testing.T) {
 		{"also where it knows of no more than that", replaced(false, report{State: converged, Running: v3, Generation: 3}), 3},
 		{"not where it may still be told to go back", replaced(true, report{State: converged, Running: v3, Generation: 4}), 2},
 		{"nor where it is not well", replaced(false, report{State: switching, Running: v3, Generation: 3}), 2},
+		{"nor where it has just restarted", replaced(false, report{State: deployments.StateWaiting, Running: v3, Generation: 3}), 2},
 		{"a node that may still begin a target that was replaced", replaced(false, report{State: converged, Running: v1, Generation: 3}), 2},
 		{"not where that has failed on it", replaced(false, report{State: quarantined, Running: v1, Quarantined: failed, Generation: 3}), 3},
 		{"where it failed before a record that let it try again", replaced(false, report{State: quarantined, Running: v1, Quarantined: failed, Generation: 2}), 2},

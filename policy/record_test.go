@@ -150,6 +150,10 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) {
 			r.Rollout = &progress{Phase: halted, Since: noon, Bad: v2.Digest, Reason: "rolled back: aborted by an operator"}
 		}, "rolled back: aborted", 0},
+		{"each step on the way back has its time", 10, back, func(s *Situation) {
+			s.Record.Rollout.Bad = v2.Digest
+			there(s, 10)
+		}, func(s *Situation, r *record) { r.Rollout.Cutoff, r.Rollout.Since = cutoff(s, 8), noon }, "", 10 * time.Minute},
 		{"what hangs on the way back is asked for again when it should have come", 0, back, func(s *Situation) {
 			s.Record.Rollout.Bad = v2.Digest
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
@@ -255,8 +259,15 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout.Reason = frozen.String()
 		}, "xmas", 9 * time.Minute},
 		{"the others do, too", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason = frozen.String()
+			r.Rollout.Reason, r.Rollout.Healthy = frozen.String(), noon
 		}, "xmas", time.Hour},
+		{"where a node that is let go from a pin is not late", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			s.Freeze, s.Record.Rollout.Since = frozen, ago(time.Hour)
+			s.Now = ago(30 * time.Minute)
+			s.Record, s.Now = Next(*s).Record, noon
+			s.Nodes[0].Report.Running, s.Nodes[0].Report.State = v1, fetching
+		}, func(s *Situation, r *record) { r.Rollout.Since, r.Rollout.Healthy = noon, time.Time{} }, "xmas", 10 * time.Minute},
 		{"not what an operator forced", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze, s.Record.Rollout.Forced = frozen, true }, func(s *Situation, r *record) {
 			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 4), noon, "4 of 10 nodes admitted"
 		}, "4 of 10", 10 * time.Minute},
