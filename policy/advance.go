@@ -21,8 +21,9 @@ type view struct {
 	// failed are nodes on which the target failed; failure names one of them, and says how.
 	failed  int
 	failure string
-	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is. Zero: never.
+	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is; zero: never.
 	hung, late int
+	firstLate  *Node
 	due        time.Time
 	// shaken is set where a pending node whose time is not over had been well: one that boots had not.
 	shaken bool
@@ -65,7 +66,6 @@ func (m *mover) look() view {
 	}
 	v := view{nodes: make([]place, 0, len(m.Nodes))}
 	back := p.Phase == deployments.PhaseBack
-	firstLate := (*Node)(nil)
 	for _, i := range order.byRank {
 		n := &m.Nodes[i]
 		u := &n.Report
@@ -107,33 +107,42 @@ func (m *mover) look() view {
 			x.inflight = !there && !final && (admitted || busy(u) || m.strays(u))
 		}
 		if x.inflight {
-			v.inflight++
-			pending := admitted != back
-			if pending {
-				v.pending++
-			}
-			due := m.due(n)
-			switch x.hung = !m.Now.Before(due); {
-			case !x.hung && (v.due.IsZero() || due.Before(v.due)):
-				v.due = due
-			case x.hung && pending:
-				firstLate = cmp.Or(firstLate, n)
-				v.late++
-			}
-			// Of a whole fleet that bakes there is always one that restarts.
-			restarts := p.Phase == deployments.PhaseRolling && n.Started.After(p.Healthy)
-			v.shaken = v.shaken || pending && !x.hung && !u.Running.IsZero() && !restarts
-			if x.hung {
-				v.hung++
-			}
+			x.hung = m.fly(&v, n, admitted != back)
 		}
 		v.nodes = append(v.nodes, x)
 	}
 	if !back && v.late > 0 {
-		v.fail(firstLate, "not converged in time, "+cmp.Or(firstLate.Report.Error, string(firstLate.Report.State), "and silent"))
+		u := &v.firstLate.Report
+		v.fail(v.firstLate, "not converged in time, "+cmp.Or(u.Error, string(u.State), "and silent"))
 		v.failed += v.late - 1
 	}
 	return v
+}
+
+// fly counts a node that is in flight, and reports whether its time is over.
+func (m *mover) fly(v *view, n *Node, pending bool) (hung bool) {
+	due := m.due(n)
+	hung = !m.Now.Before(due)
+	v.inflight++
+	if pending {
+		v.pending++
+	}
+	if hung {
+		v.hung++
+	} else if v.due.IsZero() || due.Before(v.due) {
+		v.due = due
+	}
+	switch p := m.r.Rollout; {
+	case !pending:
+	case hung:
+		v.firstLate = cmp.Or(v.firstLate, n)
+		v.late++
+	case p.Phase == deployments.PhaseRolling && n.Started.After(p.Healthy):
+		// Of a whole fleet that bakes there is always one that restarts.
+	case !n.Report.Running.IsZero():
+		v.shaken = true
+	}
+	return hung
 }
 
 // watch looks on while a rollout goes forward. Where all was well until now, what has changed since has its time from now on, and
