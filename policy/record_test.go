@@ -108,6 +108,37 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) {
 			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = time.Time{}, noon, cutoff(s, 1), "canaries: 1 of 1"
 		}, "canaries: 1 of 1", 10 * time.Minute},
+		{"one that restarts begins it anew when it is well again", 1, first, func(s *Situation) {
+			baking(s)
+			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
+		}, func(s *Situation, r *record) { r.Rollout.Healthy, r.Rollout.Since = time.Time{}, noon }, "", 10 * time.Minute},
+		{"one that boots, and is canary by its rank, is waited for", 2, first, func(s *Situation) {
+			baking(s)
+			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, ago(time.Minute)
+		}, same, "", 9 * time.Minute},
+		{"others are not", 1, first, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Reason = "canaries bake"
+			s.Nodes[9].Report.State = switching
+		}, same, "bake", 30 * time.Minute},
+		{"of a whole fleet one that restarts is waited for", 10, rolling, func(s *Situation) {
+			baking(s)
+			there(s, 10)
+			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
+			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
+		}, same, "", 9 * time.Minute},
+		{"one that has yet to get there begins the bake anew", 10, rolling, func(s *Situation) {
+			baking(s)
+			there(s, 9)
+			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
+			s.Record.Rollout.Since, s.Record.Rollout.Healthy = ago(5*time.Minute), ago(4*time.Minute)
+		}, func(s *Situation, r *record) { r.Rollout.Healthy, r.Rollout.Since = time.Time{}, noon }, "", 10 * time.Minute},
+		{"what should come first is looked for first", 2, rolling, func(s *Situation) {
+			s.Nodes[0].Report, s.Nodes[0].Started = deployments.UnitReport{}, noon
+		}, same, "", 9 * time.Minute},
+		{"whichever that is", 2, rolling, func(s *Situation) {
+			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, noon
+		}, same, "", 9 * time.Minute},
 		{"there is one, also where the unit's file asks for none any more", 0, first, func(s *Situation) {}, func(s *Situation, r *record) {
 			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "canaries: 1 of 1"
 		}, "canaries", 10 * time.Minute},
