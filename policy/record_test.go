@@ -205,6 +205,12 @@ func TestNextWrites(t *testing.T) {
 		{"resume, to bake", 1, paused, func(s *Situation) { canary(s); there(s, 1); s.Order = "resume" }, func(s *Situation, r *record) {
 			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Healthy, r.Rollout.Reason = first, noon, noon, "resumed by an operator"
 		}, "resumed", 5 * time.Minute},
+		{"which begins anew, as nobody looked meanwhile", 1, paused, func(s *Situation) {
+			baking(s)
+			s.Record.Rollout.Healthy, s.Order = ago(2*time.Hour), "resume"
+		}, func(s *Situation, r *record) {
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Healthy, r.Rollout.Reason = first, noon, noon, "resumed by an operator"
+		}, "resumed", time.Hour},
 		{"resume, past the canaries, bears what has failed", 4, paused, func(s *Situation) {
 			canary(s)
 			there(s, 2)

@@ -202,7 +202,7 @@ func (m *mover) start() {
 	revert := m.r.Stable == m.r.Target // Git went back while nodes were on the way: gates would only keep them there
 	switch {
 	case m.Freeze.Frozen && !p.Forced && !revert:
-		p.Phase, p.Healthy = deployments.PhaseWaiting, time.Time{} // for the freeze to end, whatever had baked
+		p.Phase = deployments.PhaseWaiting
 		m.say = m.Freeze.String()
 	case u == nil || revert || u.Canary.N == 0:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
@@ -211,7 +211,7 @@ func (m *mover) start() {
 		p.Phase = deployments.PhaseCanary
 		m.say = "canaries go first"
 	}
-	p.Since = m.Now
+	p.Since, p.Healthy = m.Now, time.Time{} // what was paused was not watched: it bakes anew
 }
 
 // Refusal says why an order would change nothing where a record stands; empty: it would change something.
