@@ -94,6 +94,23 @@ func TestNextCountsWhoIsInFlight(t *testing.T) {
 			s.Nodes[0].Report, s.Nodes[0].Started = report{}, ago(time.Minute)
 		}, 2},
 
+		{"who hangs without having been admitted takes a place when it is", func(s *Situation) {
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+			next(report{State: switching, Running: v1, Generation: 2})(s)
+		}, 4},
+		{"who doesn't hang has one already", func(s *Situation) {
+			s.Unit.Rollout.MaxFailures.N = 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+			next(report{State: switching, Running: v1, Generation: 2})(s)
+			s.Nodes[2].Started = ago(time.Minute)
+		}, 4},
+		{"and not the one that is given up", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N, s.Unit.Rollout.MaxFailures.N = 1, 1
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+			last(report{State: switching, Running: v1, Generation: 2})(s)
+			s.Nodes[9].Started = ago(time.Minute)
+		}, 2},
 		{"a node that stays on a target that was replaced", replaced(false, report{State: converged, Running: v3, Generation: 5}), 3},
 		{"also where it knows of no more than that", replaced(false, report{State: converged, Running: v3, Generation: 3}), 3},
 		{"not where it may still be told to go back", replaced(true, report{State: converged, Running: v3, Generation: 4}), 2},
@@ -168,6 +185,14 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 		{"not where more are on their way than should be", func(s *Situation) {
 			s.Nodes[0].Report.State, s.Nodes[9].Report.State = switching, switching
 		}, 10},
+		{"who hangs gives up its place", func(s *Situation) {
+			s.Record.Rollout.Cutoff, s.Record.Rollout.Since = Rank(s.Nodes[8].Name, v2.Digest), ago(10*time.Minute)
+		}, 8},
+		{"not so who has just restarted, which is told so for nothing", func(s *Situation) {
+			s.Unit.Rollout.MaxUnavailable.N = 2
+			s.Record.Rollout.Cutoff, s.Record.Rollout.Since = Rank(s.Nodes[8].Name, v2.Digest), ago(10*time.Minute)
+			s.Nodes[8].Report.State, s.Nodes[8].Started = switching, ago(time.Minute)
+		}, 0}, // so that the third goes as well
 		{"when none is left it is over", func(s *Situation) { each(s, func(u *report) { u.Running = v1 }) }, halted},
 		{"not before the last is there", func(s *Situation) {
 			each(s, func(u *report) { u.Running = v1 })
