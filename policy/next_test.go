@@ -207,7 +207,7 @@ func TestNext(t *testing.T) {
 			endedWithFailures(s)
 			s.Order = "retry"
 			s.Record, s.Order = Next(*s).Record, ""
-			s.Record.Rollout.Cutoff = math.MaxUint64
+			s.Record.Rollout.Cutoff, s.Unit.Rollout.MaxFailures.N = math.MaxUint64, 0
 			each(s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
 		}, done, 0, "every node converged"},
 		{"but no others", 0, rolling, func(s *Situation) {
@@ -218,6 +218,12 @@ func TestNext(t *testing.T) {
 			s.Nodes[4].Report = s.Nodes[5].Report
 			each(s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
 		}, paused, 10, "6 of 10 nodes failed"},
+		{"retry where those that failed take no part, and others have yet to run anything", 0, rolling, func(s *Situation) {
+			endedWithFailures(s)
+			s.Order = "retry"
+			s.Nodes[5].Gone, s.Nodes[6].Report.Pinned, s.Nodes[7].Report.State = true, true, deployments.StateHeld
+			s.Nodes[8].Report, s.Nodes[9].Report = deployments.UnitReport{}, s.Nodes[0].Report
+		}, done, 0, "tried once more"},
 		{"retry where it has ended well changes nothing on nodes", 0, rolling, func(s *Situation) {
 			endedWithFailures(s)
 			there(s, 10)

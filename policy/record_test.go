@@ -190,6 +190,10 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 		}, same, "", 9 * time.Minute},
 		{"a halted rollout stands", 0, halted, func(s *Situation) { s.Record.Rollout.Bad, s.Record.Rollout.Reason = v2.Digest, "rolled back: x" }, same, "", 0},
+		{"also where its digest is published once more, elsewhere", 0, halted, func(s *Situation) {
+			s.Record.Rollout.Bad, s.Record.Rollout.Reason = v2.Digest, "rolled back: x"
+			s.Unit.Release.URL = "s3://acme/again/manifest.yaml"
+		}, same, "", 0},
 		{"and what is left behind by it is no part of the next", 0, halted, func(s *Situation) {
 			s.Record.Rollout.Bad, s.Unit.Release = v2.Digest, v3
 			s.Nodes[9].Report.Running = v2
