@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"math"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -10,6 +11,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 func unit(tb testing.TB, id, release string) deployments.Unit {
@@ -217,6 +219,22 @@ func TestDecide(t *testing.T) {
 				t.Errorf("replaces version %d, want %d", op.Version, c.cell.version)
 			}
 		})
+	}
+}
+
+// All that is known of a node goes into what is decided about each of its role's units.
+func TestFactsOfNodes(t *testing.T) {
+	t.Parallel()
+	id := unitID(t, "prod/web/app")
+	started := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
+	said := deployments.UnitReport{State: deployments.StateConverged, Running: pointer("1"), Generation: 3}
+	f := facts{fleet: map[[2]string][]reported{
+		{"prod", "web"}: {{node: "n1", gone: true, report: deployments.Report{Started: started, Units: map[string]deployments.UnitReport{"app": said}}}, {node: "n2"}},
+		{"prod", "db"}:  {{node: "n3"}},
+	}}
+	want := []policy.Node{{Name: "n1", Gone: true, Started: started, Report: said}, {Name: "n2"}}
+	if got := f.nodes(id); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v, want %+v", got, want)
 	}
 }
 
