@@ -248,6 +248,12 @@ func TestNextWrites(t *testing.T) {
 			r.Target, r.Generation = v3, 3
 			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Reason: "canaries: 1 of 1", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
 		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
+		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
+			settled(s)
+			s.Order = "pause"
+		}, func(s *Situation, r *record) {
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: paused, Promoted: true, Since: noon, Reason: "paused by an operator"}}
+		}, "paused", 0},
 		{"promote where it is paused", 1, paused, func(s *Situation) { canary(s); s.Order = "promote" }, same, "resume it first", 0},
 		{"promote where it goes on", 2, rolling, func(s *Situation) { s.Order = "promote" }, same, "goes on already", 9 * time.Minute},
 		{"an order without a rollout", 10, rolling, func(s *Situation) { s.Record.Rollout, s.Order = nil, "abort" }, same, "no rollout is under way", 0},
@@ -302,6 +308,10 @@ func TestNextWrites(t *testing.T) {
 		{"the others do, too", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Healthy = frozen.String(), noon
 		}, "xmas", time.Hour},
+		{"and go on waiting, without a word", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			s.Freeze, s.Record.Rollout.Healthy, s.Record.Rollout.Reason = frozen, ago(30*time.Second), frozen.String()
+		}, same, "xmas", time.Hour},
 		{"where a node that is let go from a pin is not late", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			s.Freeze, s.Record.Rollout.Since = frozen, ago(time.Hour)

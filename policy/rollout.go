@@ -86,7 +86,7 @@ func Next(s Situation) (move Move) {
 	m.r.After, m.r.Drift = s.Unit.After, s.Unit.Drift
 	did := ""
 	switch {
-	case m.r.Target != s.Record.Target && (s.Order == "promote" || s.Order == "resume"):
+	case m.r.Target != s.Record.Target && s.Order == "promote":
 		m.refuse("the rollout that it was given for was replaced by one that nobody has seen yet")
 	case s.Order != "":
 		m.obey()
