@@ -51,6 +51,7 @@ func TestFrozen(t *testing.T) {
 		{"outside of the office", []freeze{hours}, "prod/web/app", "2026-11-24T22:00:00Z", "office hours, which is not open", "2026-11-25T14:00:00Z"},
 		{"a unit that it does not name", []freeze{hours}, "staging/web/app", "2026-11-24T22:00:00Z", "", ""},
 		{"deny wins", []freeze{hours, weekend}, "prod/web/app", "2026-11-27T16:00:00Z", "weekend", "2026-11-27T22:00:00Z"},
+		{"and is named, also where nothing allows", []freeze{hours, weekend}, "prod/web/app", "2026-11-28T12:00:00Z", "weekend", "2026-11-30T07:00:00Z"},
 		{"one allow of two is enough", []freeze{hours, {Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}},
 			"prod/web/app", "2026-11-24T23:00:00Z", "", "2026-11-25T03:00:00Z"},
 		{"whichever it is", []freeze{{Name: "second shift", Kind: allow, Cron: "0 17 * * *", Zone: newYork, Duration: 5 * time.Hour}, hours},

@@ -150,6 +150,16 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Reason = waiting, noon, "the canaries are well: waits for promote"
 		}, "waits for promote", 0},
 		{"and go on waiting", 1, waiting, func(s *Situation) { baking(s); s.Unit.Rollout.Approval = deployments.Manual }, same, "", 0},
+		{"also for one that boots, and is canary by its rank, but not longer than it may take", 2, waiting, func(s *Situation) {
+			baking(s)
+			s.Unit.Rollout.Approval = deployments.Manual
+			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, ago(time.Minute)
+		}, same, "", 9 * time.Minute},
+		{"whatever failed, where the unit's rollout is taken out", 1, waiting, func(s *Situation) {
+			baking(s)
+			fails(s, 0, "health")
+			s.Unit.Rollout = nil
+		}, func(s *Situation, r *record) { r.Rollout = nil }, "every node at once", 0},
 		{"unless no more is asked for", 1, waiting, func(s *Situation) { baking(s) }, func(s *Situation, r *record) {
 			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 3), Reason: "3 of 10 nodes admitted"}
 		}, "3 of 10", 10 * time.Minute},
