@@ -150,7 +150,7 @@ func (m *mover) fly(v *view, n *Node, pending bool) (hung bool) {
 func (m *mover) watch() view {
 	v, p := m.look(), m.r.Rollout
 	if !p.Healthy.IsZero() && (v.shaken || v.late > 0 && v.failed > m.limit(v)) {
-		p.Since, p.Healthy = m.Now, time.Time{}
+		p.Since, p.Healthy, m.say = m.Now, time.Time{}, "the bake begins anew when all are well again"
 		v = m.look()
 	}
 	return v

@@ -76,7 +76,7 @@ func TestNextWrites(t *testing.T) {
 			there(s, 10)
 			s.Unit.Rollout.Bake = 5 * time.Minute
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Healthy, r.Rollout.Reason = math.MaxUint64, noon, "all nodes bake"
+			r.Rollout.Cutoff, r.Rollout.Healthy, r.Rollout.Reason = math.MaxUint64, noon, "all nodes bake until 2026-11-24 12:05:00Z"
 		}, "bake", 5 * time.Minute},
 		{"not once more after canaries", 10, rolling, func(s *Situation) {
 			canary(s)
@@ -84,8 +84,8 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
 
 		{"a canary that baked no time has to converge first", 0, first, func(s *Situation) { s.Unit.Rollout.Canary.N = 1 }, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "canaries: 1 of 1"
-		}, "canaries: 1 of 1", 10 * time.Minute},
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "1 of 1 canary admitted"
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"it is waited for", 1, first, func(s *Situation) { s.Unit.Rollout.Canary.N = 1 }, same, "", 9 * time.Minute},
 		{"also one that can't be admitted for want of room", 1, first, func(s *Situation) {
 			there(s, 1)
@@ -100,25 +100,27 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout.Phase, r.Rollout.Promoted, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = rolling, true, noon, cutoff(s, 2), "2 of 10 nodes admitted"
 		}, "2 of 10", 10 * time.Minute},
 		{"one that is there begins the bake", 1, first, func(s *Situation) { canary(s); there(s, 1) }, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Reason = noon, "canaries bake"
+			r.Rollout.Healthy, r.Rollout.Reason = noon, "the canaries bake until 2026-11-24 12:05:00Z"
 		}, "bake", 5 * time.Minute},
 		{"another in the place of one that left begins it anew", 1, first, func(s *Situation) {
 			baking(s)
 			s.Nodes = s.Nodes[1:]
 		}, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = time.Time{}, noon, cutoff(s, 1), "canaries: 1 of 1"
-		}, "canaries: 1 of 1", 10 * time.Minute},
+			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = time.Time{}, noon, cutoff(s, 1), "1 of 1 canary admitted"
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"one that restarts begins it anew when it is well again", 1, first, func(s *Situation) {
 			baking(s)
 			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
-		}, func(s *Situation, r *record) { r.Rollout.Healthy, r.Rollout.Since = time.Time{}, noon }, "", 10 * time.Minute},
+		}, func(s *Situation, r *record) {
+			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Reason = time.Time{}, noon, "the bake begins anew when all are well again"
+		}, "begins anew", 10 * time.Minute},
 		{"one that boots, and is canary by its rank, is waited for", 2, first, func(s *Situation) {
 			baking(s)
 			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, ago(time.Minute)
 		}, same, "", 9 * time.Minute},
 		{"others are not", 1, first, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Reason = "canaries bake"
+			s.Record.Rollout.Reason = "the canaries bake until 2026-11-24 12:30:00Z"
 			s.Nodes[9].Report.State = switching
 		}, same, "bake", 30 * time.Minute},
 		{"of a whole fleet one that restarts is waited for", 10, rolling, func(s *Situation) {
@@ -132,7 +134,9 @@ func TestNextWrites(t *testing.T) {
 			there(s, 9)
 			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
 			s.Record.Rollout.Since, s.Record.Rollout.Healthy = ago(5*time.Minute), ago(4*time.Minute)
-		}, func(s *Situation, r *record) { r.Rollout.Healthy, r.Rollout.Since = time.Time{}, noon }, "", 10 * time.Minute},
+		}, func(s *Situation, r *record) {
+			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Reason = time.Time{}, noon, "the bake begins anew when all are well again"
+		}, "begins anew", 10 * time.Minute},
 		{"what should come first is looked for first", 2, rolling, func(s *Situation) {
 			s.Nodes[0].Report, s.Nodes[0].Started = deployments.UnitReport{}, noon
 		}, same, "", 9 * time.Minute},
@@ -140,8 +144,8 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, noon
 		}, same, "", 9 * time.Minute},
 		{"there is one, also where the unit's file asks for none any more", 0, first, func(s *Situation) {}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "canaries: 1 of 1"
-		}, "canaries", 10 * time.Minute},
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "1 of 1 canary admitted"
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"a unit whose rollout is taken out goes to every node", 1, first, func(s *Situation) { s.Unit.Rollout = nil }, func(s *Situation, r *record) { r.Rollout = nil }, "every node at once", 0},
 		{"well canaries wait for promote", 1, first, func(s *Situation) {
 			baking(s)
@@ -256,7 +260,7 @@ func TestNextWrites(t *testing.T) {
 			each(s, func(u *deployments.UnitReport) { u.Running = v2 }) // and are to stay there
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
-			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Reason: "canaries: 1 of 1", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
+			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Reason: "1 of 1 canary admitted", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
 		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)
@@ -271,7 +275,7 @@ func TestNextWrites(t *testing.T) {
 		{"an order to what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 			s.Record.Rollout.Bad, s.Order = v2.Digest, "resume"
-		}, same, "is rolled back", 9 * time.Minute},
+		}, same, "is being rolled back", 9 * time.Minute},
 		{"retry of what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 			s.Record.Rollout.Bad, s.Order = v2.Digest, "retry"
@@ -281,17 +285,17 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout.Canary.N = 1
 		}, func(s *Situation, r *record) {
 			r.Generation, r.Retry = 3, 1
-			r.Rollout = &progress{Phase: first, Since: noon, Forced: true, Cutoff: cutoff(s, 1), Reason: "canaries: 1 of 1"}
-		}, "canaries", 10 * time.Minute},
+			r.Rollout = &progress{Phase: first, Since: noon, Forced: true, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted"}
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"retry of what is under way", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			canary(s)
 			s.Order = "retry"
 		}, func(s *Situation, r *record) {
 			r.Generation, r.Retry = 3, 1
-			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Reason: "canaries: 1 of 1",
+			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted",
 				Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
-		}, "canaries", 10 * time.Minute},
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Reason, s.Order = "x", "hurry" }, same, "hurry changes nothing", 9 * time.Minute},
 		{"abort where there is nothing to go back to", 2, rolling, func(s *Situation) {
 			s.Record.Stable, s.Order = deployments.Pointer{}, "abort"
@@ -352,8 +356,8 @@ func TestNextWrites(t *testing.T) {
 			canary(s)
 			s.Freeze, s.Order = frozen, "promote"
 		}, func(s *Situation, r *record) {
-			*r.Rollout = progress{Phase: first, Forced: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "canaries: 1 of 1"}
-		}, "canaries", 10 * time.Minute},
+			*r.Rollout = progress{Phase: first, Forced: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted"}
+		}, "1 of 1 canary admitted", 10 * time.Minute},
 
 		{"a step by a clock that went back counts from now on", 2, rolling, func(s *Situation) { s.Record.Rollout.Since = noon.Add(24 * time.Hour) }, func(s *Situation, r *record) {
 			r.Rollout.Since = noon

@@ -123,30 +123,25 @@ func TestQuarantineIsShown(t *testing.T) {
 	}
 }
 
-// What a trace tells beside what decides: a quarantine that stands in the way, and what a pin hides.
-func TestTraceTellsMore(t *testing.T) {
+// A quarantine is told of, and in the way, where it keeps the node from what it is to run or to have ready, and nowhere else.
+func TestQuarantineInTheWay(t *testing.T) {
 	t.Parallel()
 	v1, v2 := release("v1"), release("v2")
 	rolling := good(deployments.Record{Target: v2, Stable: v1, Rollout: &deployments.Progress{Phase: deployments.PhaseRolling}})
-	pinned := good(deployments.Pin{Release: v1})
 	for _, c := range []struct {
-		name, what string
-		f          Facts
-		want       bool
+		name string
+		f    Facts
+		want bool
 	}{
-		{"the target failed here", "quarantine", Facts{Record: good(deployments.Record{Target: v2}), Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
-		{"it runs all the same", "quarantine", Facts{Record: good(deployments.Record{Target: v2}), Running: v2, Quarantined: []deployments.Digest{v2.Digest}}, false},
-		{"what is to come failed here", "quarantine", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
-		{"something else did", "quarantine", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{release("v0").Digest}}, false},
-		{"a pin hides the target", "behind the pin", Facts{Record: good(deployments.Record{Target: v2}), NodePin: pinned}, true},
-		{"a pin is the target", "behind the pin", Facts{Record: good(deployments.Record{Target: v1}), NodePin: pinned}, false},
-		{"a pin hides what a rollout has yet to decide", "behind the pin", Facts{Record: rolling, NodePin: pinned}, false},
-		{"a hold hides no release", "behind the pin", Facts{Record: good(deployments.Record{Target: v2}), NodePin: good(deployments.Pin{Hold: true})}, false},
+		{"the target failed here", Facts{Record: good(deployments.Record{Target: v2}), Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
+		{"it runs all the same", Facts{Record: good(deployments.Record{Target: v2}), Running: v2, Quarantined: []deployments.Digest{v2.Digest}}, false},
+		{"what is to come failed here", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{v2.Digest}}, true},
+		{"something else did", Facts{Record: rolling, Running: v1, Quarantined: []deployments.Digest{release("v0").Digest}}, false},
 	} {
 		c.f.Unit, c.f.Node, c.f.Now = app, "n1", noon
 		trace := Resolve(c.f).Trace
-		if got := slices.ContainsFunc(trace, func(s Step) bool { return s.What == c.what }); got != c.want {
-			t.Errorf("%s: %s told: %v, want %v: %+v", c.name, c.what, got, c.want, trace)
+		if got := slices.ContainsFunc(trace, func(s Step) bool { return s.What == "quarantine" && s.Says != "none" }); got != c.want {
+			t.Errorf("%s: told: %v, want %v: %+v", c.name, got, c.want, trace)
 		}
 	}
 }
