@@ -389,8 +389,11 @@ func (m *mover) stepBack() bool {
 		moved = true
 	}
 	switch {
-	case left == 0 && v.inflight == 0 && !moved:
+	case left == 0 && v.inflight == v.hung && !moved:
 		reason := "rolled back: " + p.Reason
+		if v.hung > 0 { // they go on trying, and count as in flight in whatever comes next
+			reason += "; " + count(v.hung, "node has", "nodes have") + " yet to come back"
+		}
 		m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseHalted, Since: m.Now, Bad: p.Bad, Reason: reason}
 		m.say = reason
 		return false

@@ -184,7 +184,7 @@ func TestNext(t *testing.T) {
 			s.Record.Rollout.Since = ago(9 * time.Minute)
 		}, back, 4, ""},
 		{"and is left behind then", 4, back, hangsOnTheWayBack, back, 2, ""},
-		{"but it is not over without it", 0, back, hangsOnTheWayBack, back, 0, ""},
+		{"nor is the end held up for it", 0, back, hangsOnTheWayBack, halted, 0, "2 nodes have yet to come back"},
 		{"resume in a freeze waits for it to end", 1, paused, func(s *Situation) {
 			baking(s)
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
@@ -238,6 +238,20 @@ func TestNext(t *testing.T) {
 			s.Record.Target = release("v3")
 			s.Record.Rollout = &deployments.Progress{Phase: halted, Bad: release("v3").Digest}
 		}, rolling, 7, "7 of 10"},
+		{"Git goes back in mid-rollout, and one that fails on stable keeps no other on what it went back from", 4, rolling, func(s *Situation) {
+			there(s, 4)
+			v1, v2 := s.Record.Stable, s.Unit.Release
+			s.Unit.Release = v1
+			s.Record = Next(*s).Record
+			s.Record.Rollout.Cutoff = math.MaxUint64
+			for i := range s.Nodes {
+				u := &s.Nodes[i].Report
+				*u = deployments.UnitReport{State: deployments.StateConverged, Running: v1, Want: v1, Generation: s.Record.Generation}
+				if i == 0 {
+					u.State, u.Running, u.Quarantined, u.Error = deployments.StateQuarantined, v2, []deployments.Digest{v1.Digest}, "health"
+				}
+			}
+		}, done, 0, "every node converged"},
 		{"back to stable, which all run", 0, halted, func(s *Situation) {
 			s.Unit.Release = s.Record.Stable
 		}, done, 0, "every node runs it"},

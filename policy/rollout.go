@@ -144,6 +144,8 @@ func (m *mover) begin() {
 		// Replaced so often that the record can't tell them apart: nodes come together again first.
 		if p := m.r.Rollout; p.Phase != deployments.PhaseBack && m.r.Stable != m.r.Target {
 			m.back("replaced too often: all nodes go to stable first")
+		} else if p.Phase == deployments.PhasePaused {
+			m.say = "replaced too often while it is paused: resume it first"
 		}
 		return
 	}
@@ -405,6 +407,9 @@ func (m *mover) step() bool {
 func (m *mover) failing(v view) bool {
 	if m.Unit.Rollout == nil {
 		return false // every node at once: each protects itself
+	}
+	if m.r.Stable == m.r.Target && len(m.r.Rollout.Over) > 0 {
+		return false // Git went back: whoever fails on stable is to keep no other on what Git went back from
 	}
 	limit := m.limit(v)
 	if v.failed <= limit {
