@@ -141,7 +141,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SuggestionsMinimumDistance = 2
-	// No template is set, of version, usage or help: text/template calls methods by name, so that the linker would keep every exported
+	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the linker would keep every exported
 	// method of every type, most of S3's client among them. That is 9 MB of the binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
@@ -183,31 +183,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	}
 	const most = 100 // columns of a text that is easy to read
 	width := cmp.Or(min(a.terminal(), most), 80)
-	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), ".FlagUsages ", fmt.Sprintf(".FlagUsagesWrapped %d ", width)))
+	root.SetUsageFunc(func(cmd *cobra.Command) error { return usage(cmd.OutOrStderr(), cmd, width) })
 	root.SetHelpFunc(func(cmd *cobra.Command, _ []string) {
 		fmt.Fprintf(a.stdout, "%s\n\n%s", reflow(cmp.Or(cmd.Long, cmd.Short), width), cmd.UsageString())
 	})
 	return root
-}
-
-// reflow breaks the paragraphs of a text anew; lines that are indented stay as they are.
-func reflow(text string, width int) string {
-	var lines []string
-	open := false // the last line may go on
-	for line := range strings.SplitSeq(text, "\n") {
-		verbatim := line == "" || strings.HasPrefix(line, " ")
-		if open && !verbatim {
-			lines[len(lines)-1] += " " + line
-			continue
-		}
-		lines, open = append(lines, line), !verbatim
-	}
-	for i, line := range lines {
-		if line != "" && !strings.HasPrefix(line, " ") {
-			lines[i] = strings.ReplaceAll(fleet.Wrap(line, width), "\n  ", "\n")
-		}
-	}
-	return strings.Join(lines, "\n")
 }
 
 // open opens the store that the flags name.
