@@ -3,7 +3,6 @@ package mirror
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"reflect"
 	"slices"
@@ -167,66 +166,4 @@ func asWritten(user string) []string {
 		return nil
 	}
 	return []string{user}
-}
-
-// inspection is a look at a commit's releases, under way or done.
-type inspection struct {
-	of     string // as leader.judged
-	stop   context.CancelFunc
-	result chan error // holds one
-	ended  time.Time  // zero: it is under way
-	err    error      // while it is under way: what the one before it failed with
-}
-
-// failed: it ended, and told nothing.
-func (i *inspection) failed() bool {
-	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
-}
-
-// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
-// was looked at. An error that isn't deployments.Problems may pass, and is looked for again after a while.
-func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error) {
-	last := l.inspection
-	if last != nil && (last.of != l.judged || last.failed() && time.Since(last.ended) > settle) {
-		last.stop()
-		l.inspection = nil
-	}
-	if l.inspection == nil {
-		var before *deployments.Tree
-		if l.accepted != nil {
-			before = l.accepted.tree
-		}
-		units := changed(before, to.tree)
-		if l.c.Releases.Trust == nil {
-			units = bounded(to.tree.Settings, units)
-		}
-		if len(units) == 0 {
-			return true, nil
-		}
-		ctx, cancel := context.WithCancel(ctx)
-		i := &inspection{of: l.judged, stop: cancel, result: make(chan error, 1)}
-		if last != nil && last.of == i.of {
-			i.err = last.err
-		}
-		l.inspection = i
-		l.inspecting.Go(func() {
-			problems, unread := l.c.Releases.inspect(ctx, to.tree.Settings, units)
-			switch {
-			case len(problems) > 0:
-				i.result <- problems
-			case len(unread) > 0:
-				i.result <- errors.New(unread.Error())
-			default:
-				i.result <- nil
-			}
-			l.poked()
-		})
-	}
-	i := l.inspection
-	select {
-	case i.err = <-i.result:
-		i.ended = time.Now()
-	default:
-	}
-	return !i.ended.IsZero(), i.err
 }

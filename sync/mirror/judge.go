@@ -1,0 +1,159 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+
+	"kedge/deployments"
+)
+
+// recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried again
+// with each new head, which may have brought it along.
+func (l *leader) recall(head string) {
+	if l.accepted != nil || l.written.taken() == "" || l.recalled == head {
+		return
+	}
+	l.recalled = head
+	commit, err := l.load(plumbing.NewHash(l.written.taken()))
+	if err != nil {
+		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay", "commit", l.written.taken(), "error", err)
+		return
+	}
+	l.accepted = commit
+}
+
+// judge decides whether the branch's head becomes the commit to write, and else why not: refused is for good, unsure may pass.
+func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) (refused, unsure error) {
+	switch {
+	case git.head == "" || l.accepted != nil && git.head == l.accepted.Hash:
+		return nil, nil
+	case git.bad != nil:
+		return git.bad, nil
+	}
+	m := move{from: l.written.taken(), rules: l.written.Rules, to: git.good}
+	if l.accepted != nil {
+		m.from, m.rules = l.accepted.Hash, rulesOf(l.accepted)
+		for _, u := range l.accepted.tree.Units {
+			m.had = append(m.had, u.ID)
+		}
+	} else {
+		for id, c := range cells {
+			if c.err == nil && ours(c.record) {
+				m.had = append(m.had, id)
+			}
+		}
+	}
+	if judged := m.from + ".." + git.head; l.judged != judged {
+		if m.from == "" {
+			m.rules = rulesOf(git.good)
+		} else {
+			var err error
+			if m.descends, err = l.descends(ctx, m.from, git.head); err != nil {
+				return nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(git.head), err)
+			}
+		}
+		l.judged, l.verdict = judged, refuse(m)
+		l.refused(git.head)
+	}
+	if l.verdict != nil || l.accepted == git.good {
+		return l.verdict, nil
+	}
+	done, err := l.inspect(ctx, git.good)
+	switch {
+	case errors.As(err, new(deployments.Problems)):
+		l.verdict = err
+		l.refused(git.head)
+		return err, nil
+	case err != nil:
+		return nil, fmt.Errorf("commit %s is not taken yet: %w", short(git.head), err)
+	case done:
+		l.metrics.judged(nil)
+		l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
+		l.accepted = git.good
+		clear(l.ranks) // of units that may be gone
+	}
+	return nil, nil
+}
+
+// refused notes that the commit is not to be taken, where that is the verdict.
+func (l *leader) refused(commit string) {
+	if l.verdict != nil {
+		l.metrics.judged(l.verdict)
+		l.c.Log.Error("the commit is refused", "commit", commit, "error", l.verdict)
+	}
+}
+
+func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
+	in, err := l.repo.open()
+	if err != nil {
+		return false, err
+	}
+	defer in.Close()
+	return descends(ctx, in, plumbing.NewHash(from), plumbing.NewHash(to))
+}
+
+// inspection is a look at a commit's releases, under way or done.
+type inspection struct {
+	of     string // as leader.judged
+	stop   context.CancelFunc
+	result chan error // holds one
+	ended  time.Time  // zero: it is under way
+	err    error      // while it is under way: what the one before it failed with
+}
+
+// failed: it ended, and told nothing.
+func (i *inspection) failed() bool {
+	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
+}
+
+// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
+// was looked at. An error that isn't deployments.Problems may pass, and is looked for again after a while.
+func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error) {
+	last := l.inspection
+	if last != nil && (last.of != l.judged || last.failed() && time.Since(last.ended) > settle) {
+		last.stop()
+		l.inspection = nil
+	}
+	if l.inspection == nil {
+		var before *deployments.Tree
+		if l.accepted != nil {
+			before = l.accepted.tree
+		}
+		units := changed(before, to.tree)
+		if l.c.Releases.Trust == nil {
+			units = bounded(to.tree.Settings, units)
+		}
+		if len(units) == 0 {
+			return true, nil
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		i := &inspection{of: l.judged, stop: cancel, result: make(chan error, 1)}
+		if last != nil && last.of == i.of {
+			i.err = last.err
+		}
+		l.inspection = i
+		l.inspecting.Go(func() {
+			problems, unread := l.c.Releases.inspect(ctx, to.tree.Settings, units)
+			switch {
+			case len(problems) > 0:
+				i.result <- problems
+			case len(unread) > 0:
+				i.result <- errors.New(unread.Error())
+			default:
+				i.result <- nil
+			}
+			l.poked()
+		})
+	}
+	i := l.inspection
+	select {
+	case i.err = <-i.result:
+		i.ended = time.Now()
+	default:
+	}
+	return !i.ended.IsZero(), i.err
+}
