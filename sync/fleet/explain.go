@@ -139,7 +139,7 @@ func gitStep(f *Fleet) policy.Step {
 		s.Unblock = "start kedge mirror; pins are obeyed without one"
 	case m.Refused != "":
 		s.Says, s.Blocks = s.Says+"; it refused "+clean(short(m.Refused))+": "+oneLine(m.Error), true
-		s.Unblock = "correct it and push again; in a clone, the same is said by kedge check"
+		s.Unblock = "correct it and push again; in a clone, kedge check --releases says the same"
 	case m.Error != "":
 		s.Says, s.Blocks = s.Says+"; "+oneLine(m.Error), true
 	}
