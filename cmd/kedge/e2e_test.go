@@ -284,6 +284,14 @@ func TestOutagesChangeNothing(t *testing.T) {
 		if v, err := readTree(filepath.Join(w.srv("web-2"), "app")); err != nil || v != "3" {
 			t.Errorf("%q, %v is live while Consul is away, want 3", v, err)
 		}
+		w.eventually("its agent says what it goes by", func() error {
+			out, errs, code := w.kedgeWith(nil, "explain", "app", "--state-dir", filepath.Join(w.dir, "web-2", "state"))
+			text := strings.Join(strings.Fields(out), " ")
+			if code != exitDone || !strings.Contains(text, "prod/web/app on web-2 runs 3") || !strings.Contains(text, "! store desired/prod/web/ by last known state of") {
+				return fmt.Errorf("exit %d: %s%s", code, out, errs)
+			}
+			return nil
+		})
 		server.Resume()
 		w.live("app", "4", "web-1", "web-2")
 	})

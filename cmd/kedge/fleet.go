@@ -18,7 +18,6 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/sync/agent"
 	"kedge/sync/fleet"
 	"kedge/sync/mirror"
 )
@@ -123,73 +122,6 @@ func (a *app) onScreen(text string) string {
 		return strings.Join(lines[:most], "") + fmt.Sprintf("… %d more lines: kedge status STAGE/ROLE shows less at a time\n", len(lines)-1-most)
 	}
 	return text
-}
-
-func (a *app) explainCommand() *cobra.Command {
-	c := &cobra.Command{
-		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT NODE",
-		Short: "Why a node runs what it runs, and what would change it",
-		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
-an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
-decided, "!" one that is in the way; below each that an operator can change stands how.
-
-NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name.
-
-With --json a program reads the same: "decides", "blocks" and "unblock" of every step in "trace".`,
-		Args: cobra.RangeArgs(1, 2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			var id deployments.UnitID
-			var err error
-			node, unit, short := strings.Cut(args[0], "/")
-			if short = short && len(args) == 1 && !strings.Contains(unit, "/"); short {
-				err = errors.Join(deployments.CheckSegment("node", node), deployments.CheckSegment("unit", unit))
-			} else if len(args) == 1 {
-				err = fmt.Errorf("%q: want NODE/UNIT, as in web-1/app, or STAGE/ROLE/UNIT NODE", args[0])
-			} else {
-				id, err = deployments.ParseUnitID(args[0])
-				node = args[1]
-			}
-			if err != nil {
-				return usageError{err}
-			}
-			ctx := cmd.Context()
-			store, err := a.quiet(ctx)
-			if err != nil {
-				return err
-			}
-			defer store.Close()
-			f, err := fleet.Read(ctx, store, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-			if errors.Is(err, kv.ErrUnavailable) {
-				return hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") +
-					"on the node, as root, its agent says what it does and why: curl --unix-socket " + agent.SocketPath(agent.DefaultStateDir) + " http://agent/status"}
-			}
-			if err != nil {
-				return err
-			}
-			if short {
-				if id, err = fleet.Named(f, node, unit); err != nil {
-					return err
-				}
-			}
-			if len(f.Units) == 0 {
-				return fleet.NoUnit(ctx, store, id)
-			}
-			if a.json {
-				explanation, err := fleet.ExplainJSON(f, id, node)
-				if err != nil {
-					return err
-				}
-				return a.printJSON(explanation)
-			}
-			decision, err := fleet.Explain(f, id, node)
-			if err != nil {
-				return err
-			}
-			return fleet.WriteExplain(a.stdout, f, id, node, decision, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
-		},
-	}
-	a.jsonFlag(c, "the decision")
-	return c
 }
 
 func (a *app) historyCommand() *cobra.Command {

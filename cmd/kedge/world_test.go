@@ -412,9 +412,14 @@ func (w *world) versions() map[string]uint64 {
 // kedge runs a command as an operator would, with the operator's token, and gives what it printed and its exit code.
 func (w *world) kedge(args ...string) (stdout, stderr string, code int) {
 	w.t.Helper()
-	token := w.token("operator", deployments.RuleVars{})
+	return w.kedgeWith(w.consul.Env(w.token("operator", deployments.RuleVars{})), args...)
+}
+
+// kedgeWith runs it with an environment that names the store, or none.
+func (w *world) kedgeWith(env []string, args ...string) (stdout, stderr string, code int) {
+	w.t.Helper()
 	c := exec.CommandContext(w.t.Context(), w.self(), args...)
-	c.Env = slices.Concat(baseEnv(), w.consul.Env(token), w.s3.Env(), []string{"KEDGE_PLAY=1"})
+	c.Env = slices.Concat(baseEnv(), env, w.s3.Env(), []string{"KEDGE_PLAY=1"})
 	var out, errs bytes.Buffer
 	c.Stdout, c.Stderr = &out, &errs
 	err := c.Run()

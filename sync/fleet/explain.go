@@ -227,7 +227,11 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = join("waits: "+cmp.Or(oneLine(r.Why), "for another unit"), trouble)
+		s.Says = oneLine(r.Why)
+		if !strings.HasPrefix(s.Says, "waits ") {
+			s.Says = "waits: " + cmp.Or(s.Says, "for another unit")
+		}
+		s.Says = join(s.Says, trouble)
 	case r.State == deployments.StateConverged && trouble != "":
 		s.Says = "runs it, but: " + trouble
 		if !d.Stage.IsZero() {
@@ -448,13 +452,12 @@ type Explanation struct {
 	Report    deployments.UnitReport `json:"report"`
 }
 
-// ExplainJSON gives what Explain says, and what its node reports.
-func ExplainJSON(f *Fleet, id deployments.UnitID, node string) (Explanation, error) {
-	d, err := Explain(f, id, node)
+// ExplanationOf puts a decision of Explain's, or Local's, beside what its node reports.
+func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Explanation, error) {
+	u, n, err := f.find(id, node)
 	if err != nil {
 		return Explanation{}, err
 	}
-	u, n, _ := f.find(id, node)
 	e := Explanation{Unit: id, Node: node, Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Recheck: d.Recheck,
 		Converged: n.Converged, Gone: n.Gone, Order: u.Order, Trace: d.Trace, Report: n.Report}
 	if d.Invalid != nil {

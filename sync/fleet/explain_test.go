@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/agent"
 	"kedge/sync/mirror"
 )
 
@@ -132,6 +133,12 @@ func explained(t *testing.T, file string, f *Fleet, decides, blocks, words strin
 	if !slices.Equal(deciding, []string{decides}) || blocks == "" && len(blocking) > 0 || blocks != "" && !slices.Contains(blocking, blocks) || !strings.Contains(unblock, words) {
 		t.Errorf("%s: %v decides, %v is in the way, want %s, %s and %q to type:\n%s", file, deciding, blocking, decides, blocks, words, unblock)
 	}
+	writeExplained(t, f, d, file)
+}
+
+// writeExplained holds what is shown of web-1 to a golden file, and its JSON to its form.
+func writeExplained(t *testing.T, f *Fleet, d policy.Decision, file string) {
+	t.Helper()
 	var out bytes.Buffer
 	if err := WriteExplain(&out, f, app, "web-1", d, TableOptions{Width: 80}); err != nil {
 		t.Fatal(err)
@@ -143,13 +150,52 @@ func explained(t *testing.T, file string, f *Fleet, decides, blocks, words strin
 			t.Errorf("%s: a line of %d columns: %q", file, width(line), line)
 		}
 	}
-	explanation, err := ExplainJSON(f, app, "web-1")
+	explanation, err := ExplanationOf(f, app, "web-1", d)
 	if err != nil {
 		t.Fatal(err)
 	}
 	data, err := json.Marshal(explanation)
 	if err != nil || !strings.HasPrefix(string(data), `{"unit":"prod/web/app","node":"web-1","action":"`) || !strings.Contains(string(data), `"decides":true`) {
 		t.Errorf("%s: %s, %v", file, data, err)
+	}
+}
+
+// What a node's own agent knows is explained without the store: here it is away, and the agent goes by what it last knew.
+func TestExplainLocal(t *testing.T) {
+	t.Parallel()
+	v1, v2 := release("app", "1"), release("app", "2")
+	s := agent.Status{
+		Node: "web-1", Stage: "prod",
+		Sources: []agent.SourceStatus{
+			{Prefix: "desired/prod/web/", From: "last known state", Since: noon.Add(-2 * time.Hour), Trouble: "list desired/prod/web/: no leader", TroubleSince: noon.Add(-30 * time.Minute)},
+			{Prefix: "pins/prod/web/", From: "store", Since: noon},
+			{Prefix: "desired/prod/api/", From: "store", Since: noon},
+		},
+		Roles: map[string]deployments.Report{
+			"web": {Units: map[string]deployments.UnitReport{"app": {State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Why: "waits for base", Generation: 2, Since: noon.Add(-time.Minute)}}},
+			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
+		},
+		Decisions: map[string]agent.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",
+			Trace: []policy.Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
+	}
+	for _, name := range []string{"app", "web/app"} {
+		f, id, d, err := Local(s, name, noon)
+		if err != nil || id != app {
+			t.Fatalf("%s: %v, %v", name, id, err)
+		}
+		writeExplained(t, f, d, "explain-local.txt")
+	}
+	for name, says := range map[string]string{"ap": "no unit ap on this node: there are api/db, web/app", "prod/web/app": "no unit"} {
+		if _, _, _, err := Local(s, name, noon); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", name, err, says)
+		}
+	}
+	s.Roles["api"].Units["app"] = deployments.UnitReport{}
+	if _, _, _, err := Local(s, "app", noon); err == nil || !strings.Contains(err.Error(), "want one of api/app, api/db, web/app") {
+		t.Errorf("two of that name: %v", err)
+	}
+	if _, _, _, err := Local(agent.Status{}, "app", noon); err == nil || !strings.Contains(err.Error(), "it has none yet") {
+		t.Errorf("none at all: %v", err)
 	}
 }
 

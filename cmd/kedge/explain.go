@@ -1,0 +1,144 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/agent"
+	"kedge/sync/fleet"
+)
+
+func (a *app) explainCommand() *cobra.Command {
+	var stateDir string
+	c := &cobra.Command{
+		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT NODE | UNIT",
+		Short: "Why a node runs what it runs, and what would change it",
+		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
+an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
+decided, "!" one that is in the way; below each that an operator can change stands how.
+
+NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name.
+
+UNIT alone asks the agent of this machine, which needs no store: what it goes by, how old that is, and what it makes of it.
+
+With --json a program reads the same: "decides", "blocks" and "unblock" of every step in "trace".`,
+		Args: cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f, id, node, d, err := a.explain(cmd.Context(), args, stateDir)
+			if err != nil {
+				return err
+			}
+			if a.json {
+				explanation, err := fleet.ExplanationOf(f, id, node, d)
+				if err != nil {
+					return err
+				}
+				return a.printJSON(explanation)
+			}
+			return fleet.WriteExplain(a.stdout, f, id, node, d, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
+		},
+	}
+	c.Flags().StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir), "state `directory` of this machine's agent, for UNIT alone")
+	a.jsonFlag(c, "the decision")
+	return c
+}
+
+// explain finds out what the arguments ask for.
+func (a *app) explain(ctx context.Context, args []string, stateDir string) (f *fleet.Fleet, id deployments.UnitID, node string, d policy.Decision, err error) {
+	slashes := strings.Count(args[0], "/")
+	switch {
+	case len(args) == 1 && slashes == 0:
+		if err = deployments.CheckSegment("unit", args[0]); err != nil {
+			return f, id, node, d, usageError{err}
+		}
+		status, err := localStatus(ctx, stateDir)
+		if err != nil {
+			return f, id, node, d, err
+		}
+		f, id, d, err = fleet.Local(status, args[0], time.Now())
+		return f, id, status.Node, d, err
+	case len(args) == 1 && slashes == 1:
+		unit := ""
+		node, unit, _ = strings.Cut(args[0], "/")
+		if err = errors.Join(deployments.CheckSegment("node", node), deployments.CheckSegment("unit", unit)); err != nil {
+			return f, id, node, d, usageError{err}
+		}
+		if f, err = a.readToExplain(ctx, fleet.Filter{}); err != nil {
+			return f, id, node, d, err
+		}
+		if id, err = fleet.Named(f, node, unit); err != nil {
+			return f, id, node, d, err
+		}
+	case len(args) == 1:
+		return f, id, node, d, usagef("%q: want NODE/UNIT, as in web-1/app, or STAGE/ROLE/UNIT NODE", args[0])
+	default:
+		node = args[1]
+		if id, err = deployments.ParseUnitID(args[0]); err != nil {
+			return f, id, node, d, usageError{err}
+		}
+		if f, err = a.readToExplain(ctx, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit}); err != nil {
+			return f, id, node, d, err
+		}
+	}
+	d, err = fleet.Explain(f, id, node)
+	return f, id, node, d, err
+}
+
+// readToExplain reads a part of the fleet, and says where a node's own word can be had while the store is away.
+func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fleet, error) {
+	store, err := a.quiet(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer store.Close()
+	f, err := fleet.Read(ctx, store, filter)
+	switch {
+	case errors.Is(err, kv.ErrUnavailable):
+		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + "on the node, as root, its agent says what it goes by: kedge explain UNIT"}
+	case err == nil && len(f.Units) == 0 && filter.Unit != "":
+		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
+	}
+	return f, err
+}
+
+// localStatus asks this machine's agent, at its socket.
+func localStatus(ctx context.Context, stateDir string) (s agent.Status, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	socket := agent.SocketPath(stateDir)
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
+	if err != nil {
+		return s, err
+	}
+	answer, err := client.Do(r)
+	switch {
+	case errors.Is(err, os.ErrPermission):
+		return s, hintError{fmt.Errorf("the agent's socket %s: %w", socket, os.ErrPermission), "ask as root"}
+	case err != nil:
+		return s, hintError{fmt.Errorf("no agent answers at %s: %w", socket, errors.Unwrap(err)), "does kedge-agent run on this machine, with this --state-dir? For another node: kedge explain NODE/UNIT"}
+	}
+	defer answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return s, fmt.Errorf("the agent at %s answers %s", socket, answer.Status)
+	}
+	if err := json.NewDecoder(io.LimitReader(answer.Body, 16<<20)).Decode(&s); err != nil {
+		return s, fmt.Errorf("the agent's answer at %s: %w", socket, err)
+	}
+	return s, nil
+}

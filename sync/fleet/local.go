@@ -1,0 +1,76 @@
+package fleet
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/agent"
+)
+
+// Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent decided so, by what the
+// trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several roles have one of that name.
+func Local(s agent.Status, unit string, at time.Time) (*Fleet, deployments.UnitID, policy.Decision, error) {
+	var found, all []deployments.UnitID
+	for role, r := range s.Roles {
+		for name := range r.Units {
+			id := deployments.UnitID{Stage: s.Stage, Role: role, Unit: name}
+			all = append(all, id)
+			if unit == name || unit == role+"/"+name {
+				found = append(found, id)
+			}
+		}
+	}
+	var names []string
+	for _, id := range all {
+		names = append(names, id.Role+"/"+id.Unit)
+	}
+	slices.Sort(names)
+	switch {
+	case len(all) == 0:
+		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("no unit %s on this node: it has none yet", unit)
+	case len(found) == 0:
+		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("no unit %s on this node: there are %s", unit, some(names))
+	case len(found) > 1:
+		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("several roles of this node have a unit %s: want one of %s", unit, some(names))
+	}
+	id := found[0]
+	report, said := s.Roles[id.Role].Units[id.Unit], s.Decisions[id.Role+"/"+id.Unit]
+	d := policy.Decision{Action: said.Action, Target: said.Target, Stage: said.Stage, Source: said.Source, Why: said.Why, Recheck: said.Recheck}
+	if said.Invalid != "" {
+		d.Invalid = errors.New(said.Invalid)
+	}
+	n := Node{Name: s.Node, Report: report, Converged: report.State == deployments.StateConverged && report.Running == said.Target, Want: said.Target, Why: said.Why}
+	u := Unit{ID: id, Nodes: []Node{n}}
+	f := &Fleet{At: at, Units: []Unit{u}}
+	for _, source := range s.Sources {
+		if role := id.Stage + "/" + id.Role + "/"; strings.HasSuffix(source.Prefix, role) {
+			d.Trace = append(d.Trace, sourceStep(source, at))
+		}
+	}
+	d.Trace = append(d.Trace, said.Trace...)
+	d.Trace = append(d.Trace, nodeStep(&u, &n, d))
+	return f, id, d, nil
+}
+
+// sourceStep says how far a node's view of a prefix of the store can be believed.
+func sourceStep(s agent.SourceStatus, at time.Time) policy.Step {
+	step := policy.Step{What: "store", Says: clean(s.Prefix) + " as it is, by " + clean(s.From)}
+	if s.Trouble == "" {
+		return step
+	}
+	step.Blocks, step.Unblock = true, "see to the store; until then the node goes on with what it knows"
+	step.Says = clean(s.Prefix) + " by " + clean(s.From)
+	if !s.Since.IsZero() {
+		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
+	}
+	if !s.TroubleSince.IsZero() {
+		step.Says += ", which may be out of date for " + brief(at.Sub(s.TroubleSince))
+	}
+	step.Says += ": " + oneLine(s.Trouble)
+	return step
+}
