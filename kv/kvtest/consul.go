@@ -165,19 +165,24 @@ func (n *ConsulNode) Open(token string) kv.Store {
 	return s
 }
 
-// Token makes a token that has these ACL rules and no others.
-func (c *Consul) Token(rules string) string {
+// Token makes a token that has these ACL rules and no others. On a busy machine servers may elect another leader meanwhile, so it is
+// tried again, with another name: the one before may have been taken all the same.
+func (c *Consul) Token(rules string) (secret string) {
 	c.tb.Helper()
 	acl := c.Client().ACL()
-	policy, _, err := acl.PolicyCreate(&api.ACLPolicy{Name: "test-" + newUUID(), Rules: rules}, nil)
-	if err != nil {
-		c.tb.Fatalf("create a policy: %v", err)
-	}
-	token, _, err := acl.TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
-	if err != nil {
-		c.tb.Fatalf("create a token: %v", err)
-	}
-	return token.SecretID
+	c.await("a token", func() error {
+		policy, _, err := acl.PolicyCreate(&api.ACLPolicy{Name: "test-" + newUUID(), Rules: rules}, nil)
+		if err != nil {
+			return fmt.Errorf("create a policy: %w", err)
+		}
+		token, _, err := acl.TokenCreate(&api.ACLToken{Policies: []*api.ACLLink{{ID: policy.ID}}}, nil)
+		if err != nil {
+			return fmt.Errorf("create a token: %w", err)
+		}
+		secret = token.SecretID
+		return nil
+	})
+	return secret
 }
 
 // RevokeToken deletes a token that Token made.
