@@ -283,7 +283,7 @@ func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
 		d := &deployment{Release: r.Pointer, Commit: commit}
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
-			d.Touched = other.Touched
+			d.Touched, d.Over = other.Touched, other.Touched
 		}
 		if d.From = j.Running; j.failed(j.Running) {
 			d.From = j.LastGood // what failed here is nothing to take back to, though dest may hold it

@@ -72,6 +72,8 @@ type deployment struct {
 	Boot string `json:"boot,omitempty"`
 	// Touched is set from when dest may have changed.
 	Touched bool `json:"touched,omitempty"`
+	// Over is set where another one, which this one superseded, may have changed dest before.
+	Over bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
 	Fault *fault `json:"fault,omitempty"`
 }

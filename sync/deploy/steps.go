@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"syscall"
@@ -97,7 +98,9 @@ func (j *journal) fail(err error) {
 	}
 	j.Quarantined = append(j.Quarantined, quarantine{Digest: d.Release.Digest, Step: d.Step, Reason: short(err), At: time.Now().UTC()})
 	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
-	d.Touched = d.Touched && !errors.Is(err, errUntouched)
+	if errors.Is(err, errUntouched) {
+		d.Touched = d.Over
+	}
 	d.enter(stepBack)
 }
 
@@ -199,6 +202,12 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case stepPre:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
 	case stepSwitch:
+		if r.Manifest.Src != "" {
+			// What a way back left that was cut short would be taken for a step of the next one.
+			if err := os.RemoveAll(trees{u}.aside(r)); err != nil {
+				return nil, fmt.Errorf("removing a release that failed before: %w", err)
+			}
+		}
 		return running(r), u.site(r).forward(ctx, r)
 	case stepPost:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)

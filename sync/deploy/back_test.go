@@ -1,0 +1,106 @@
+package deploy
+
+import (
+	"errors"
+	"os"
+	"testing"
+
+	"kedge/deployments"
+)
+
+func (w *world) moves(m *deployments.Manifest) {
+	m.Strategy = deployments.StrategyMv
+	m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
+}
+
+func fails(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} }
+
+func (w *world) wantFailed(u *Unit, p, back deployments.Pointer) {
+	w.t.Helper()
+	var failed *Failed
+	if err := u.Deploy(w.t.Context(), p, ""); !errors.As(err, &failed) || failed.Back != back {
+		w.t.Fatalf("got %v, want a failure that goes back to %s", err, back)
+	}
+}
+
+// Whatever strategy the failed release had, dest holds the good one again.
+func TestGoesBackAcrossStrategies(t *testing.T) {
+	t.Parallel()
+	all := []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv}
+	for _, from := range all {
+		for _, to := range all {
+			t.Run(string(from)+" "+string(to), func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				as := func(s deployments.Strategy) func(*deployments.Manifest) {
+					if s == deployments.StrategyMv {
+						return w.moves
+					}
+					return func(m *deployments.Manifest) { m.Strategy = s }
+				}
+				good := w.publish("1", as(from))
+				u := w.open(nil)
+				w.deploy(u, good)
+				w.wantFailed(u, w.publish("2", func(m *deployments.Manifest) { as(to)(m); fails(m) }), good)
+				w.wantVersion("1")
+			})
+		}
+	}
+}
+
+// What a way back left aside that another release cut short says nothing of a later one.
+func TestGoesBackAfterAWayBackThatWasCutShort(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	if err := os.Mkdir(w.path("srv", ".app.kedge-failed"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	good := w.publish("1", w.moves)
+	w.deploy(u, good)
+	w.wantFailed(u, w.publish("2", func(m *deployments.Manifest) { w.moves(m); fails(m) }), good)
+	w.wantVersion("1")
+}
+
+// A release that was switched to, and superseded before it had proved itself, is not taken for the good one.
+func TestGoesBackBehindWhatWasSuperseded(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+		for name, breakIt := range map[string]func(*deployments.Manifest){
+			"pre":    func(m *deployments.Manifest) { m.Commands.Pre = []deployments.Command{{Run: "false"}} },
+			"switch": func(m *deployments.Manifest) { m.Strategy, m.Commands.Pre = deployments.StrategyMv, nil },
+		} {
+			for _, point := range []string{"after switch", "before post"} { // before and after the journal knows of the switch
+				if strategy == deployments.StrategyRelease && name == "switch" {
+					continue // a link of ours is not in the way of mv
+				}
+				t.Run(string(strategy)+" "+name+" "+point, func(t *testing.T) {
+					t.Parallel()
+					w := newWorld(t)
+					as := func(m *deployments.Manifest) {
+						if m.Strategy = strategy; strategy == deployments.StrategyMv {
+							w.moves(m)
+						}
+					}
+					good := w.publish("1", as)
+					u := w.open(nil)
+					w.deploy(u, good)
+					two := w.publish("2", as)
+					func() {
+						defer func() { recover() }()
+						u.at = func(p string) {
+							if p == point {
+								panic("killed")
+							}
+						}
+						u.Deploy(t.Context(), two, "")
+						t.Error("it was not cut off")
+					}()
+					u = w.open(nil)
+					w.wantFailed(u, w.publish("3", func(m *deployments.Manifest) { as(m); breakIt(m) }), good)
+					w.wantVersion("1")
+				})
+			}
+		}
+	}
+}
