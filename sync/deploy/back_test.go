@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"context"
 	"errors"
 	"os"
 	"testing"
@@ -60,6 +61,26 @@ func TestGoesBackAfterAWayBackThatWasCutShort(t *testing.T) {
 	w.deploy(u, good)
 	w.wantFailed(u, w.publish("2", func(m *deployments.Manifest) { w.moves(m); fails(m) }), good)
 	w.wantVersion("1")
+}
+
+// Taken back, a deployment leaves a node out of service that a release before it had left so, with nothing good to run.
+func TestTakenBackToAFailedReleaseStaysDrained(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	w.wantFailed(u, w.publish("1", fails), deployments.Pointer{})
+	ctx, cancel := context.WithCancel(t.Context())
+	u.at = func(point string) {
+		if point == "before pre" {
+			cancel()
+		}
+	}
+	if err := u.Deploy(ctx, w.publish("2", nil), ""); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	if s := u.State(); !s.Drained || s.Unfinished {
+		t.Errorf("the failed release is in service: %+v", s)
+	}
 }
 
 // A release that was switched to, and superseded before it had proved itself, is not taken for the good one.

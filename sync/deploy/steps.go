@@ -229,10 +229,10 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		}
 		err := u.commands(ctx, d, r, old, r.Manifest.Commands.Failure)
 		return nil, u.note(ctx, "a failure command failed", err)
-	case d.Step == stepBackUndrain && (old != nil || d.Fault == nil):
+	case d.Step == stepBackUndrain && (old != nil || d.Fault == nil && u.j.Running.IsZero()):
 		return undrained, u.drain(ctx, false)
 	case old == nil:
-		return nil, nil // nothing to go back to: the node stays out of service
+		return nil, nil // nothing good to go back to: the node stays out of service
 	case d.Step == stepBack:
 		if !d.Touched && u.j.Running == old.Pointer {
 			return nil, nil
