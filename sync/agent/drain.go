@@ -25,6 +25,7 @@ type drains struct {
 	units []deployments.UnitID
 	on    bool          // maintenance mode, as it was turned last
 	known bool          // false at the start: a run before this one may have been killed while it was on
+	lost  bool          // turning it on failed, which may have been but its answer
 	done  chan struct{} // closed, and made anew, when on changes
 }
 
@@ -84,7 +85,7 @@ func (d *drains) run(ctx context.Context) {
 	var retry backOff
 	for {
 		d.mu.Lock()
-		want, on, known := len(d.units) > 0, d.on, d.known
+		want, on, known, lost := len(d.units) > 0, d.on, d.known, d.lost
 		var names []string
 		for _, u := range d.units {
 			names = append(names, u.String())
@@ -92,20 +93,20 @@ func (d *drains) run(ctx context.Context) {
 		d.mu.Unlock()
 		var again <-chan time.Time
 		var converged <-chan struct{}
-		if !known && !want { // what a run before this one left on ends when the node is well, not before
+		if !known && !lost && !want { // what a run before this one left on ends when the node is well, not before
 			select {
 			case <-d.converged:
 			default:
 				converged = d.converged
 			}
 		}
-		if converged == nil && (want != on || !known) {
+		if converged == nil && (want != on || !known || lost) {
 			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
 			switch {
 			case err == nil:
 				retry.reset()
 				d.mu.Lock()
-				d.on, d.known = want, true
+				d.on, d.known, d.lost = want, true, false
 				close(d.done)
 				d.done = make(chan struct{})
 				d.mu.Unlock()
@@ -115,6 +116,9 @@ func (d *drains) run(ctx context.Context) {
 			case retry.tries == 0:
 				d.log.Warn("maintenance mode can't be turned: trying again", "on", want, "error", err)
 			}
+			d.mu.Lock()
+			d.lost = d.lost || want
+			d.mu.Unlock()
 			again = time.After(retry.next())
 		}
 		select {

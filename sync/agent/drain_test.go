@@ -112,3 +112,38 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 		})
 	}
 }
+
+// A maintenance mode that went on although the answer was lost is turned off as well.
+func TestMaintenanceThatMayBeOn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		var on, lost atomic.Bool
+		d := newDrains(func(_ context.Context, to bool, _ string) error {
+			on.Store(to)
+			if lost.Load() {
+				return errors.New("no answer")
+			}
+			return nil
+		}, make(chan struct{}), quiet())
+		go d.run(ctx)
+		app := deployments.UnitID{Unit: "app"}
+		for _, lose := range []bool{false, true} {
+			lost.Store(lose)
+			if err := d.set(ctx, app, true); err != nil {
+				t.Fatal(err)
+			}
+			lost.Store(false)
+			if err := d.set(ctx, app, false); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * maxRetry)
+			synctest.Wait()
+			if on.Load() {
+				t.Errorf("answer lost %v: the node is still in maintenance mode", lose)
+			}
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
