@@ -70,6 +70,13 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	}
 }
 
+// forget is set with false, which never waits.
+func (d *drains) forget(id deployments.UnitID) {
+	if slices.Contains(d.list(), id) {
+		_ = d.set(context.Background(), id, false)
+	}
+}
+
 func (d *drains) list() []deployments.UnitID {
 	d.mu.Lock()
 	defer d.mu.Unlock()

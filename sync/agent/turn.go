@@ -163,7 +163,13 @@ func (a *Agent) settle() {
 		known = known && r.known()
 	}
 	for _, u := range a.units {
-		if !u.decided || u.gone() {
+		if u.gone() {
+			if !u.state().Unfinished {
+				a.drains.forget(u.id) // nobody asks for what it waits for, and nothing of it could serve
+			}
+			continue
+		}
+		if !u.decided {
 			continue
 		}
 		final = final && u.final()
