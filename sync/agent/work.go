@@ -219,6 +219,11 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 			u.log.Error("a restart will not know why the release failed", "error", err)
 		}
 	}
+	if len(after.Quarantined) < len(before.Quarantined) {
+		if err := a.failures.keep(u.id, after.Quarantined); err != nil {
+			u.log.Warn("the list of failures still has what is in quarantine no more", "error", err)
+		}
+	}
 	changed := before.Running != after.Running || before.Staged != after.Staged || len(before.Quarantined) != len(after.Quarantined)
 	if j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobHeal {
 		a.observe(u)
