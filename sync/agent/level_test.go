@@ -4,10 +4,44 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
 )
+
+// What was cut off and hangs makes room for the release before it, as it would have without the restart.
+func TestSupersedesWhatARestartFoundHanging(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("app", "2", func(m *deployments.Manifest) {
+		m.Health = deployments.Health{Timeout: time.Hour, Checks: []deployments.Check{{Exec: "touch " + w.path("asked") + "; false"}}}
+	})
+	asked := func() (bool, string) { _, err := os.Stat(w.path("asked")); return err == nil, "not yet" }
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	for _, known := range []bool{true, false} { // whether the restart finds out before it goes on with what was cut off
+		w.put(kv.DesiredKey(app), two.String())
+		await(t, "the check", asked)
+		a.stop()
+		back := func() { w.put(kv.DesiredKey(app), one.String()) }
+		if known {
+			back()
+		}
+		if err := os.Remove(w.path("asked")); err != nil {
+			t.Fatal(err)
+		}
+		a = w.start()
+		if !known {
+			await(t, "the check", asked)
+			back()
+		}
+		a.awaitRunning(app, one)
+		os.Remove(w.path("asked"))
+	}
+}
 
 // A release that is no longer in quarantine leaves nothing behind, that would count when it fails again.
 func TestFailuresEndWithTheirQuarantine(t *testing.T) {

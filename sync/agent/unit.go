@@ -138,7 +138,7 @@ func (u *unit) inTheWay() bool {
 		return g.run != u.busy.release && (!g.run.IsZero() || u.phase != deployments.StateSwitching)
 	case jobRecover:
 		s := u.state()
-		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Running && g.run != s.LastGood
+		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
 	case jobStage:
 		return u.busy.release != g.run && u.busy.release != g.stage
 	case jobHeal, jobVerify, jobProve:

@@ -105,8 +105,10 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 	failed := !run.IsZero() && u.quarantined(run)
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
+	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which lies on disk.
+	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
 	switch {
-	case u.recover || s.Unfinished && !deploys:
+	case u.recover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
 	case u.forget:
 		return job{kind: jobForget}, again

@@ -138,6 +138,8 @@ type State struct {
 	Drained bool
 	// Unfinished is set while a journalled deployment waits to be finished by Recover.
 	Unfinished bool
+	// Ends is what Recover ends on, where that one doesn't fail; zero: nothing, or none is unfinished.
+	Ends deployments.Pointer
 }
 
 // Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the health checks.
@@ -185,6 +187,11 @@ func (u *Unit) State() State {
 	s := State{
 		Running: u.j.Running, Version: u.j.Version, Confirmed: u.j.Confirmed, LastGood: u.j.LastGood, Staged: u.j.Staged,
 		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil, Proven: u.j.Confirmed && u.j.Proven == u.boot,
+	}
+	if d := u.j.Deployment; d != nil {
+		if s.Ends = d.target(); d.Step.beforeSwitch() {
+			s.Ends = d.From
+		}
 	}
 	for _, q := range u.j.Quarantined {
 		s.Quarantined = append(s.Quarantined, q.Digest)
