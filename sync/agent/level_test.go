@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"os"
 	"strings"
 	"testing"
@@ -40,6 +41,38 @@ func TestSupersedesWhatARestartFoundHanging(t *testing.T) {
 		}
 		a.awaitRunning(app, one)
 		os.Remove(w.path("asked"))
+	}
+}
+
+// A node that may use neither the stable release nor the target asks for each once, not for ever.
+func TestTwoReleasesRefused(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1", post("true")), w.publish("app", "2", post("true"))
+	w.desire(app, deployments.Record{
+		Target: two, Stable: one, Generation: 2, Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: time.Now()},
+	})
+	a := w.start(func(c *Config) { c.Bounds.NoCommands = true })
+	a.awaitState(app, deployments.StateInvalid)
+	await(t, "both to be refused", func() (bool, string) { n := w.log.count("the release is refused"); return n >= 2, fmt.Sprint(n) })
+	steadily(t, "refused once each", func() (bool, string) { n := w.log.count("the release is refused"); return n == 2, fmt.Sprint(n) })
+}
+
+// A unit whose place was taken gets it once the other is named no more: in whichever order the keys are written.
+func TestPlaceThatBecomesFree(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("base", "2", func(m *deployments.Manifest) { m.Dest = w.path("srv", "app") })
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.put(kv.DesiredKey(unitID("base")), two.String())
+	a.awaitState(unitID("base"), deployments.StateInvalid)
+	w.delete(kv.DesiredKey(app))
+	a.awaitState(unitID("base"), deployments.StateConverged)
+	if v := w.live("app"); v != "2" {
+		t.Errorf("dest holds %q", v)
 	}
 }
 

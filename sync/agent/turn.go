@@ -101,6 +101,7 @@ func (a *Agent) aim(r *role) {
 		if id.Role != r.name || !u.decided {
 			continue
 		}
+		a.readmit(u)
 		u.cycle = circles[id.Unit]
 		u.blocked, u.stuck = a.blockedBy(r, u)
 		var g goal

@@ -73,12 +73,12 @@ type unit struct {
 	busy     job
 	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
 	progress artifact.Progress
-	done     deployments.Pointer // converged to in this process
-	settled  deployments.Pointer // noted as settled on in this process
-	recover  bool                // whether something has to be recovered first
-	forget   bool                // everything that failed may be tried again
-	trouble  error               // why the last job failed; nil again when it succeeds
-	refused  *refusal            // a release that can't succeed on this node
+	done     deployments.Pointer             // converged to in this process
+	settled  deployments.Pointer             // noted as settled on in this process
+	recover  bool                            // whether something has to be recovered first
+	forget   bool                            // everything that failed may be tried again
+	trouble  error                           // why the last job failed; nil again when it succeeds
+	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node: what to run, and what to have ready
 	retry    backOff
 	retryAt  time.Time // no job that can fail is begun before
 	verifyAt time.Time // zero: never
@@ -94,8 +94,8 @@ type unit struct {
 
 // refusal is an error that trying again doesn't mend.
 type refusal struct {
-	release deployments.Pointer
-	err     error
+	err  error
+	dest string // which another unit has; empty: that isn't why
 }
 
 // addUnit begins to look after a unit, where the agent doesn't yet. a.mu is held.
@@ -185,14 +185,14 @@ func (u *unit) standing() (deployments.State, error) {
 		return deployments.StateWaiting, u.trouble
 	case u.quarantined(target) && !u.reprieved(target):
 		return deployments.StateQuarantined, u.failure(target)
-	case u.refused != nil && u.refused.release == target:
-		return deployments.StateInvalid, u.refused.err
+	case u.refused[target].err != nil:
+		return deployments.StateInvalid, u.refused[target].err
 	case u.done == target && !s.Unfinished:
 		switch { // trouble with what is fetched ahead
 		case u.trouble != nil:
 			return deployments.StateConverged, u.trouble
-		case u.refused != nil && u.refused.release == u.goal.stage:
-			return deployments.StateConverged, u.refused.err
+		case u.refused[u.goal.stage].err != nil:
+			return deployments.StateConverged, u.refused[u.goal.stage].err
 		}
 		return deployments.StateConverged, u.decision.Invalid
 	case u.cycle != "" && u.blocked != "":

@@ -56,6 +56,9 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 		})
 		a.mu.Lock()
 		u.deploy, u.trouble = d, err
+		for _, other := range a.units {
+			other.nudge() // see Agent.opening
+		}
 		a.mu.Unlock()
 		if err == nil {
 			s := d.State()
@@ -84,6 +87,9 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	j, again := u.choose(now, a.c.VerifyEvery > 0)
+	if (j.kind == jobDeploy || j.kind == jobStage) && a.opening() {
+		return job{}, nil, time.Time{}
+	}
 	if j.kind == jobNone {
 		return j, nil, again
 	}
@@ -93,6 +99,17 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	return j, ctx, time.Time{}
 }
 
+// opening reports whether some unit's state has yet to be opened. Until then it isn't known where its tree lies, and another could take
+// its place. a.mu is held.
+func (a *Agent) opening() bool {
+	for _, u := range a.units {
+		if u.deploy == nil && u.trouble == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // choose is the job that the goal asks for next.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
@@ -100,7 +117,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 	s, g := u.state(), u.goal
 	run := g.run
-	if u.refused != nil && u.refused.release == run {
+	if u.refused[run].err != nil {
 		run = deployments.Pointer{}
 	}
 	failed := !run.IsZero() && u.quarantined(run)
@@ -130,7 +147,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if g.heal && len(u.drift) > 0 {
 		return job{kind: jobHeal}, again
 	}
-	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) && (u.refused == nil || u.refused.release != p) {
+	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) && u.refused[p].err == nil {
 		return job{kind: jobStage, release: p}, again
 	}
 	switch {
@@ -240,7 +257,8 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		u.trouble = nil
 	case errors.Is(err, deploy.ErrQuarantined):
 	case errors.Is(err, deploy.ErrRefused) && !j.release.IsZero():
-		u.refused, u.trouble = &refusal{j.release, err}, nil
+		u.refuse(j.release, err)
+		u.trouble = nil
 		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
 	case err != nil && calledOff: // no trouble
 	case err != nil:
@@ -316,22 +334,61 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	a.kickReport()
 }
 
+// refuse notes that a release can't succeed on this node.
+func (u *unit) refuse(p deployments.Pointer, err error) {
+	why := refusal{err: err}
+	if taken := new(takenError); errors.As(err, &taken) {
+		why.dest = taken.dest
+	}
+	if u.refused == nil {
+		u.refused = map[deployments.Pointer]refusal{}
+	}
+	u.refused[p] = why
+}
+
+// readmit ends refusals for a place that has become free meanwhile. a.mu is held.
+func (a *Agent) readmit(u *unit) {
+	for p, why := range u.refused {
+		if why.dest != "" && a.free(u, why.dest) == nil {
+			u.log.Info("the place that another unit had is free", "release", p.String(), "dest", why.dest)
+			delete(u.refused, p)
+			u.nudge()
+		}
+	}
+}
+
+// takenError says that another unit has a place.
+type takenError struct {
+	dest string
+	why  string
+}
+
+func (e *takenError) Error() string { return e.why }
+
 // claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
 // places until it has moved; one that nothing names any more has none, so that it can go on under another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if err := a.free(u, dest); err != nil {
+		return err
+	}
+	u.claimed = dest
+	return nil
+}
+
+// free reports why a unit may not have its tree at dest. a.mu is held.
+func (a *Agent) free(u *unit, dest string) error {
 	for _, other := range a.units {
 		if other == u || other.decided && !other.record.Present && !other.pins[0].Present && !other.pins[1].Present {
 			continue
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
 			if taken != "" && (within(dest, taken) || within(taken, dest)) {
-				return fmt.Errorf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest, other.id, taken)
+				return &takenError{dest, fmt.Sprintf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest, other.id, taken)}
 			}
 		}
 	}
-	u.claimed = dest
 	return nil
 }
 
