@@ -125,6 +125,11 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 			result = "CONTINUE"
 		case <-late:
 			result = "ABANDON"
+			select {
+			case <-converged: // while a heartbeat was under way
+				result = "CONTINUE"
+			default:
+			}
 		case <-beat.C:
 			_, err := client.RecordLifecycleActionHeartbeat(ctx, &autoscaling.RecordLifecycleActionHeartbeatInput{
 				AutoScalingGroupName: &h.Group, LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID})

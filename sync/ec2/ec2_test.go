@@ -166,6 +166,28 @@ func TestHook(t *testing.T) {
 	}
 }
 
+// An instance that has converged is never given up, also where both became true while a heartbeat was under way.
+func TestHookPrefersConverged(t *testing.T) {
+	a := startAmazon(t, map[string]string{tagGroup: "web-1"})
+	i, err := Describe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	converged := make(chan struct{})
+	close(converged)
+	for range 20 {
+		h := Hook{Name: "ready", Instance: i, Beat: time.Hour, Log: slog.New(slog.DiscardHandler)}
+		if err := h.Run(t.Context(), converged); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, action := range a.actions {
+		if !strings.HasSuffix(action, " CONTINUE") {
+			t.Errorf("it ended with %s", action)
+		}
+	}
+}
+
 func TestHookWithoutGroup(t *testing.T) {
 	startAmazon(t, map[string]string{})
 	h := Hook{Name: "ready", Instance: Instance{ID: "i-1"}, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}
