@@ -387,7 +387,16 @@ func (m moved) verify(context.Context, *release, int64) ([]artifact.Difference, 
 	return nil, nil
 }
 
-func (m moved) heal(context.Context, *release) error { return nil }
+// heal brings back a tree that is gone, as it was published.
+func (m moved) heal(ctx context.Context, r *release) error {
+	if exists(r.Manifest.Dest) {
+		return nil
+	}
+	if err := m.stage(ctx, r, deployments.Pointer{}, nil); err != nil {
+		return fmt.Errorf("unpacking anew the release that is gone: %w", err)
+	}
+	return m.forward(ctx, r)
+}
 
 // tool runs a program that copies. A full disk is told from its output: its exit status doesn't say.
 func (u *Unit) tool(ctx context.Context, name string, args ...string) error {

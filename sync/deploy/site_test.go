@@ -136,6 +136,22 @@ func TestOldReleasesGo(t *testing.T) {
 	}
 }
 
+func TestHealsWhatIsGone(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+		w := newWorld(t)
+		u := w.open(nil)
+		w.deploy(u, w.publish("1", func(m *deployments.Manifest) { m.Strategy = strategy }))
+		if err := os.RemoveAll(w.dest()); err != nil {
+			t.Fatal(err)
+		}
+		if err := u.Heal(t.Context()); err != nil {
+			t.Errorf("%s: %v", strategy, err)
+		}
+		w.wantVersion("1")
+	}
+}
+
 func TestVerifyAndHeal(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
