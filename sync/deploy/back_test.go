@@ -24,6 +24,22 @@ func (w *world) wantFailed(u *Unit, p, back deployments.Pointer) {
 	}
 }
 
+// cut deploys p with a unit that ends at a point, as a kill would end it.
+func (w *world) cut(u *Unit, p deployments.Pointer, point string) {
+	w.t.Helper()
+	defer func() {
+		if recover() == nil {
+			w.t.Errorf("it was not cut off %s", point)
+		}
+	}()
+	u.at = func(at string) {
+		if at == point {
+			panic("killed")
+		}
+	}
+	_ = u.Deploy(w.t.Context(), p, "")
+}
+
 // Whatever strategy the failed release had, dest holds the good one again.
 func TestGoesBackAcrossStrategies(t *testing.T) {
 	t.Parallel()
@@ -107,16 +123,7 @@ func TestGoesBackBehindWhatWasSuperseded(t *testing.T) {
 					u := w.open(nil)
 					w.deploy(u, good)
 					two := w.publish("2", as)
-					func() {
-						defer func() { recover() }()
-						u.at = func(p string) {
-							if p == point {
-								panic("killed")
-							}
-						}
-						u.Deploy(t.Context(), two, "")
-						t.Error("it was not cut off")
-					}()
+					w.cut(u, two, point)
 					u = w.open(nil)
 					w.wantFailed(u, w.publish("3", func(m *deployments.Manifest) { as(m); breakIt(m) }), good)
 					w.wantVersion("1")

@@ -1,0 +1,160 @@
+package deploy
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"slices"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+// What a restart finds is gone through again from the step that was cut off, and no further back.
+func TestGoesOnFromTheStepThatWasCutOff(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		point     string
+		cut, ends string
+		hooks     []string
+	}{
+		{"before drain", "2", "1", nil},
+		{"before pre", "2", "1", []string{"post 1"}},
+		{"before switch", "2", "2", []string{"post 2", "success 2"}},
+		{"before health", "2", "2", []string{"success 2"}},
+		{"before undrain", "2", "2", []string{"success 2"}},
+		{"before tidy", "2", "2", nil},
+		{"before back", "bad", "1", []string{"post 1", "failure bad"}},
+		{"before back health", "bad", "1", []string{"failure bad"}},
+		{"before back undrain", "bad", "1", []string{"failure bad"}},
+	} {
+		for name, again := range map[string]func(u *Unit, ends deployments.Pointer) error{
+			"recovered": func(u *Unit, _ deployments.Pointer) error { return u.Recover(t.Context()) },
+			"deployed":  func(u *Unit, ends deployments.Pointer) error { return u.Deploy(t.Context(), ends, "") },
+		} {
+			t.Run(c.point+" "+name, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				releases := map[string]deployments.Pointer{"1": w.publish("1", nil), "2": w.publish("2", nil), "bad": w.publish("bad", fails)}
+				u := w.open(nil)
+				w.deploy(u, releases["1"])
+				w.cut(u, releases[c.cut], c.point)
+				w.hooks()
+				u = w.open(nil)
+				if err := again(u, releases[c.ends]); err != nil && !errors.As(err, new(*Failed)) {
+					t.Fatal(err)
+				}
+				if s := u.State(); s.Running != releases[c.ends] || !s.Confirmed || s.Unfinished || s.Drained {
+					t.Errorf("state: %+v", s)
+				}
+				if name == "deployed" && c.cut == "2" && c.ends == "1" {
+					return // that supersedes it, with all of its own commands
+				}
+				w.wantHooks(c.hooks...)
+			})
+		}
+	}
+}
+
+// A node that was out of service with nothing good to run is so after a restart.
+func TestStaysDrainedThroughARestart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.wantFailed(w.open(nil), w.publish("1", fails), deployments.Pointer{})
+	var d drains
+	w.reopen(func(c *Config) { c.Drain = d.drain })
+	if got := d.take(); !slices.Equal(got, []bool{true}) {
+		t.Errorf("drain: %v", got)
+	}
+}
+
+// That a node can't be put back into service is no fault of the release.
+func TestUndrainThatFailsIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	away := errors.New("consul is away")
+	u := w.open(nil)
+	u.at = func(point string) {
+		if point == "before undrain" {
+			u.c.Drain = (&drains{err: away}).drain
+		}
+	}
+	p := w.publish("1", nil)
+	if err := u.Deploy(t.Context(), p, ""); !errors.Is(err, away) || errors.As(err, new(*Failed)) {
+		t.Fatalf("got %v", err)
+	}
+	if s := u.State(); s.Running != p || !s.Drained || !s.Unfinished || len(s.Quarantined) > 0 {
+		t.Errorf("state: %+v", s)
+	}
+	u.at, u.c.Drain = func(string) {}, nil
+	w.deploy(u, p)
+	if s := u.State(); s.Drained || s.Unfinished {
+		t.Errorf("state: %+v", s)
+	}
+}
+
+// A release is nothing to go back to from itself; and one that isn't healthy any more isn't confirmed by having been so.
+func TestNothingHealthyToGoBackTo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.healthy(true)
+	one := w.publish("1", w.check)
+	u := w.open(nil)
+	w.deploy(u, one)
+	two := w.publish("2", func(m *deployments.Manifest) {
+		m.Commands.Post = []deployments.Command{{Run: "rm " + w.path("healthy") + "; false"}}
+	})
+	w.wantFailed(u, two, one)
+	if s := u.State(); s.Running != one || s.Confirmed || s.Proven {
+		t.Errorf("what it went back to isn't healthy: %+v", s)
+	}
+	w.wantFailed(u, one, deployments.Pointer{})
+	if s := u.State(); !s.Drained {
+		t.Errorf("nothing is healthy, and it is in service: %+v", s)
+	}
+}
+
+func TestRetryNamesOneOrAll(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	good := w.publish("1", nil)
+	w.deploy(u, good)
+	two, three := w.publish("2", fails), w.publish("3", fails)
+	w.wantFailed(u, two, good)
+	w.wantFailed(u, three, good)
+	for _, step := range []struct {
+		retry deployments.Digest
+		left  []deployments.Digest
+	}{{two.Digest, []deployments.Digest{three.Digest}}, {deployments.Digest{}, nil}} {
+		if err := u.Retry(step.retry); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.open(nil).State().Quarantined; !slices.Equal(got, step.left) {
+			t.Errorf("in quarantine: %v, want %v", got, step.left)
+		}
+	}
+}
+
+// What superseded a release ends the commands that a crash of the agent left of it.
+func TestSupersedingEndsLeftovers(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	w.cut(u, w.publish("1", nil), "before post")
+	left := exec.Command("sleep", "60")
+	left.Env = append(os.Environ(), "KEDGE_RUN="+u.j.Deployment.Run)
+	if err := left.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- left.Wait() }()
+	w.deploy(w.open(nil), w.publish("2", nil))
+	select {
+	case <-ended:
+	case <-time.After(10 * time.Second):
+		left.Process.Kill()
+		t.Error("a command of what was superseded still runs")
+	}
+}
