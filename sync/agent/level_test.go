@@ -1,14 +1,18 @@
 package agent
 
 import (
+	"context"
 	"fmt"
+	"math"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/deploy"
 )
 
 // What was cut off and hangs makes room for the release before it, as it would have without the restart.
@@ -109,4 +113,137 @@ func TestForgottenUnitIsNotDrained(t *testing.T) {
 	a.stop()
 	a = w.start(withMetrics)
 	a.awaitReady()
+}
+
+// A node is through with its start when what is left can't move by itself: systemd's READY must not wait for a person.
+func TestConvergedDoesNotWaitForAPerson(t *testing.T) {
+	t.Parallel()
+	base := unitID("base")
+	for name, prepare := range map[string]func(w *world){
+		"no record": func(*world) {},
+		"failed":    func(w *world) { w.put(kv.DesiredKey(base), w.publish("base", "1", post("false")).String()) },
+		"held":      func(w *world) { w.put(kv.PinKey(base), "hold") },
+		"refused": func(w *world) {
+			w.put(kv.DesiredKey(base), w.publish("base", "1", func(m *deployments.Manifest) { m.Dest = w.path("elsewhere") }).String())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			prepare(w)
+			w.desire(app, deployments.Record{Target: w.publish("app", "1"), After: []string{"base"}})
+			a := w.start(func(c *Config) { c.Bounds.Dests = []string{w.path("srv")} })
+			select {
+			case <-a.Converged():
+			case <-time.After(patience):
+				t.Fatal("it waits")
+			}
+			if u := a.unit(app); u.State != deployments.StateWaiting || !u.Running.IsZero() || !strings.Contains(u.Why, "base") {
+				t.Errorf("what comes after it: %+v", u)
+			}
+		})
+	}
+}
+
+// A rollout may turn back until it has ended; from then on nothing older is taken, but by a pin where pins may.
+func TestOlderReleases(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	at := func(day int) func(*deployments.Manifest) {
+		return func(m *deployments.Manifest) { m.Created = time.Date(2026, 11, day, 0, 0, 0, 0, time.UTC) }
+	}
+	one, two := w.publish("app", "1", at(1)), w.publish("app", "2", at(2))
+	r := deployments.Record{Target: one, Generation: 1}
+	w.desire(app, r)
+	a := w.start(func(c *Config) {
+		c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
+		c.AllowOlderPins = true
+	})
+	a.awaitRunning(app, one)
+	r = deployments.Record{Target: two, Stable: one, Generation: 2, Rollout: &deployments.Progress{
+		Phase: deployments.PhaseRolling, Since: time.Now(), Cutoff: math.MaxUint64,
+	}}
+	w.desire(app, r)
+	a.awaitRunning(app, two)
+	r.Rollout.Phase, r.Rollout.Cutoff = deployments.PhaseHalted, 0
+	w.desire(app, r)
+	a.awaitRunning(app, one)
+
+	w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 3})
+	a.awaitRunning(app, two)
+	settled := func() (bool, string) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.units[app].settled == two, "not yet"
+	}
+	await(t, "the release to be settled on", settled)
+	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 4})
+	a.awaitState(app, deployments.StateInvalid)
+	w.put(kv.PinKey(app), one.String())
+	a.awaitRunning(app, one)
+}
+
+// A hold lets what has begun to switch come to its end, one way or the other.
+func TestHoldInMidSwitch(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.put(kv.DesiredKey(app), w.publish("app", "1").String())
+	a := w.start(withMetrics)
+	a.awaitState(app, deployments.StateConverged)
+	two := w.publish("app", "2", post("touch "+w.path("in-post")+"; while ! test -e "+w.path("go")+"; do sleep 0.02; done"))
+	w.desire(app, deployments.Record{Target: two, Commit: strings.Repeat("c", 40)})
+	await(t, "post", func() (bool, string) { _, err := os.Stat(w.path("in-post")); return err == nil, "not yet" })
+	w.put(kv.PinKey(app), "hold")
+	a.awaitUnit(app, "held, as far as decided", func(u deployments.UnitReport) bool { return u.Pinned })
+	if err := os.Remove(w.path("in-post")); err != nil {
+		t.Fatal(err)
+	}
+	write(t, w.path("go"), "")
+	u := a.awaitState(app, deployments.StateHeld)
+	if u.Running != two || w.live("app") != "2" {
+		t.Errorf("it holds %+v", u)
+	}
+	if _, err := os.Stat(w.path("in-post")); err == nil {
+		t.Error("the command was begun anew")
+	}
+	a.awaitReady()
+}
+
+// A node that is out of service with nothing good to run is so after a restart of the agent.
+func TestStaysDrainedThroughARestart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.put(kv.DesiredKey(app), w.publish("app", "1", post("false")).String())
+	var maintenance atomic.Bool
+	for range 2 {
+		a := w.start(withMetrics, func(c *Config) {
+			c.Maintenance = func(_ context.Context, on bool, _ string) error { maintenance.Store(on); return nil }
+		})
+		a.awaitState(app, deployments.StateQuarantined)
+		<-a.Converged()
+		steadily(t, "out of service", func() (bool, string) {
+			code, body := a.get("/ready")
+			return code == 503 && maintenance.Load(), body
+		})
+		a.stop()
+	}
+}
+
+// Until it is known where each unit's tree lies, after a start, none takes a place.
+func TestNoPlaceIsTakenBeforeAllAreKnown(t *testing.T) {
+	t.Parallel()
+	d, err := deploy.Open(deploy.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := &unit{id: app, deploy: d, goal: goal{run: deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}}, failures: new(failures)}
+	other := &unit{id: unitID("base")}
+	a := &Agent{units: map[deployments.UnitID]*unit{u.id: u, other.id: other}}
+	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobNone {
+		t.Errorf("while another is being opened, it begins to %s", j.kind)
+	}
+	other.trouble = os.ErrPermission // one that can't be opened holds up nobody
+	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobDeploy {
+		t.Errorf("it begins to %q", j.kind)
+	}
 }
