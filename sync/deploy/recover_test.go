@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -156,5 +157,29 @@ func TestSupersedingEndsLeftovers(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		left.Process.Kill()
 		t.Error("a command of what was superseded still runs")
+	}
+}
+
+// A deployment that is called off before its switch leaves what ran when it began, proven or not.
+func TestCalledOffLeavesWhatRan(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	w.deploy(u, w.publish("1", nil))
+	two := w.publish("2", nil)
+	w.cut(u, two, "before post")
+	u = w.open(nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	u.at = func(point string) {
+		if point == "before pre" {
+			cancel()
+		}
+	}
+	if err := u.Deploy(ctx, w.publish("3", nil), ""); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	w.wantVersion("2")
+	if s := u.State(); s.Running != two || s.Unfinished || len(s.Quarantined) > 0 {
+		t.Errorf("state: %+v", s)
 	}
 }
