@@ -254,7 +254,9 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 		if err != nil || e == nil {
 			return err
 		}
-		index = nextIndex(index, next, time.Since(asked))
+		if index = nextIndex(index, next, time.Since(asked)); index == 0 {
+			return wait(p.ctx, time.Second) // a restore may have left the session and changed what it holds
+		}
 		if err := wait(p.ctx, idle.NextBackOff()); err != nil {
 			return err
 		}
@@ -285,8 +287,8 @@ func (p *consulPresence) repair() error {
 		switch {
 		case err != nil && !errors.Is(err, ErrNotFound):
 			return err
-		case e.Session != "" && e.Session == p.session:
-			continue
+		case e.Session != "" && e.Session == p.session && bytes.Equal(e.Value, p.held[key]):
+			continue // a restored snapshot brings back what it held earlier, too
 		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
 			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
 			delete(p.held, key)

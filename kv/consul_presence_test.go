@@ -137,6 +137,36 @@ func TestConsulPresenceRepairs(t *testing.T) {
 	}
 }
 
+// A restore that leaves the session and brings back what it held earlier: the writer, which writes on change, wouldn't.
+func TestConsulPresenceWritesAgainAfterRestore(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	f := newFront(t, c)
+	views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
+	p := present(t, open(t, kv.Config{Consul: f.config("")}), "server-1")
+	before := c.Snapshot()
+	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("later")); err != nil {
+		t.Fatal(err)
+	}
+	v := views.Await(t, "the later report", held("server-1=later"))
+	await(t, "a query that waits", func() error {
+		for _, r := range f.requests() {
+			if strings.HasSuffix(r.URL.Path, v.Entries[0].Session) && r.URL.Query().Get("index") != "" {
+				return nil
+			}
+		}
+		return errors.New("none")
+	})
+	c.Restore(before)
+	views.Await(t, "the later report, again", func(now kv.View) bool {
+		return held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version
+	})
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A process that was killed leaves a session that lives as long as the node. The next one takes it away.
 func TestConsulPresenceLeavesNoSessions(t *testing.T) {
 	t.Parallel()
