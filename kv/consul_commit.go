@@ -67,7 +67,9 @@ func kvOp(op *api.KVTxnOp) *api.TxnOp { return &api.TxnOp{KV: op} }
 
 // txn runs a transaction. The client's own call loses the status of an answer that is neither 200 nor 409.
 func (s *consulStore) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
-	_, err := s.client.Raw().Write("/v1/txn", ops, nil, writeOptions(q))
+	// The answer is decoded so that a page which something else than Consul gives for a success isn't taken for one.
+	var done api.TxnResponse
+	_, err := s.client.Raw().Write("/v1/txn", ops, &done, writeOptions(q))
 	var status api.StatusError
 	if !errors.As(err, &status) || status.Code != http.StatusConflict {
 		return err
