@@ -198,10 +198,17 @@ func (l *dirLease) Release(ctx context.Context) error {
 	return nil
 }
 
+// presenceLook is how often a presence looks after its entries.
+const presenceLook = time.Second
+
 // dirPresence holds entries by the life of this process: all of a machine's kedge processes use one directory.
 type dirPresence struct {
 	store *dirStore
 	name  string
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{} // closed once keep has ended
 
 	mu      sync.Mutex
 	session *dirSession
@@ -209,11 +216,14 @@ type dirPresence struct {
 	closed  bool
 }
 
-func (d *dirStore) Presence(_ context.Context, name string) (Presence, error) {
+func (d *dirStore) Presence(ctx context.Context, name string) (Presence, error) {
 	if name == "" {
 		return nil, errors.New("presence: the name is empty")
 	}
-	return &dirPresence{store: d, name: name, held: map[string][]byte{}}, nil
+	p := &dirPresence{store: d, name: name, held: map[string][]byte{}, done: make(chan struct{})}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	go p.keep()
+	return p, nil
 }
 
 func (p *dirPresence) Put(ctx context.Context, key string, value []byte) error {
@@ -226,25 +236,9 @@ func (p *dirPresence) Put(ctx context.Context, key string, value []byte) error {
 		return fmt.Errorf("put %s: %w", key, errPresenceClosed)
 	}
 	err := p.store.writing(ctx, func() error {
-		put := map[string][]byte{key: value}
-		if p.session == nil || !p.session.valid() {
-			if p.session != nil {
-				p.session.close()
-				p.session = nil
-			}
-			s, err := p.store.openSession("presence of " + p.name)
-			if err != nil {
-				return err
-			}
-			p.session = s
-			put = maps.Clone(p.held)
-			put[key] = value
-		}
-		var changes []change
-		for _, k := range slices.Sorted(maps.Keys(put)) {
-			changes = append(changes, change{Key: k, Value: put[k], Hold: p.session.id})
-		}
-		return p.store.commit(changes)
+		lost := p.lost()
+		lost[key] = value
+		return p.put(lost)
 	})
 	if err != nil {
 		return fmt.Errorf("put %s: %w", key, err)
@@ -253,7 +247,81 @@ func (p *dirPresence) Put(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
+// put writes entries and holds them, with a new session if the old one is gone. The caller holds the store's lock.
+func (p *dirPresence) put(entries map[string][]byte) error {
+	if p.session == nil || !p.session.valid() {
+		if p.session != nil {
+			p.session.close()
+			p.session = nil
+		}
+		s, err := p.store.openSession("presence of " + p.name)
+		if err != nil {
+			return err
+		}
+		p.session = s
+	}
+	var changes []change
+	for _, k := range slices.Sorted(maps.Keys(entries)) {
+		changes = append(changes, change{Key: k, Value: entries[k], Hold: p.session.id})
+	}
+	return p.store.commit(changes)
+}
+
+// lost gives the entries that aren't as they were put, and forgets those that another process has taken.
+func (p *dirPresence) lost() map[string][]byte {
+	lost := map[string][]byte{}
+	for key, value := range p.held {
+		switch holder := p.store.holder(key); {
+		case holder == "":
+			lost[key] = value
+		case p.session == nil || holder != p.session.id:
+			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
+			delete(p.held, key)
+		default:
+			path, ok := p.store.find(key)
+			if now, err := readValue(path); !ok || err != nil || !bytes.Equal(now.value, value) {
+				lost[key] = value
+			}
+		}
+	}
+	return lost
+}
+
+// keep puts again what was lost: a file was removed by hand, or the whole directory was, and came back as it was earlier.
+func (p *dirPresence) keep() {
+	defer close(p.done)
+	for wait(p.ctx, presenceLook) == nil {
+		if err := p.repair(); err != nil {
+			p.store.log.Debug("this node's entries can't be looked after", "name", p.name, "error", err)
+		}
+	}
+}
+
+func (p *dirPresence) repair() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.held) == 0 {
+		return nil
+	}
+	whole := false
+	err := p.store.reading(p.ctx, func() error {
+		whole = len(p.lost()) == 0
+		return nil
+	})
+	if err != nil || whole {
+		return err
+	}
+	return p.store.writing(p.ctx, func() error {
+		if lost := p.lost(); len(lost) > 0 {
+			return p.put(lost)
+		}
+		return nil
+	})
+}
+
 func (p *dirPresence) Close(ctx context.Context) error {
+	p.cancel()
+	<-p.done
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {

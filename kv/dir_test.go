@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -141,6 +142,37 @@ func TestDirWithoutItsFiles(t *testing.T) {
 	if kept, _ := filepath.Glob(filepath.Join(dir, ".kedge", "journal.bad-*")); len(kept) != 1 {
 		t.Fatalf("kept: %v", kept)
 	}
+}
+
+// A presence's entries come back by themselves: their writer writes on change only.
+func TestDirPresenceComesBack(t *testing.T) {
+	t.Parallel()
+	dir, url := dirURL(t)
+	s := open(t, kv.Config{URL: url})
+	views := kvtest.Watch(t, s, "status/")
+	p := present(t, s, "web-1")
+	if err := p.Put(t.Context(), "status/prod/db/web-1", []byte("ready")); err != nil {
+		t.Fatal(err)
+	}
+	both := held("web-1=ready web-1=ready")
+	views.Await(t, "the entries", both)
+	for _, script := range []string{
+		"rm status/prod/web/web-1",
+		"echo x > status/prod/web/web-1",
+		"rm .kedge/sessions/*",
+		"rm -r .kedge status",
+		"rm -r ../kv; mkdir ../kv",
+	} {
+		before := views.Await(t, "both", both)
+		sh(t, dir, script)
+		views.Await(t, "their return after "+script, func(v kv.View) bool {
+			return both(v) && !slices.EqualFunc(v.Entries, before.Entries, func(a, b kv.Entry) bool { return a.Version == b.Version && a.Session == b.Session })
+		})
+	}
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "its leave", healthy(""))
 }
 
 func TestDirOpen(t *testing.T) {
