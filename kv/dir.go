@@ -62,6 +62,9 @@ func (d *dirStore) path(name string) string { return filepath.Join(d.dir, filepa
 
 func (d *dirStore) makeMeta() error {
 	for _, name := range []string{metaDir, sessionsDir, heldDir, tempDir} {
+		if isDir(d.path(name)) {
+			continue
+		}
 		if err := os.Mkdir(d.path(name), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}

@@ -315,6 +315,11 @@ func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error)
 		}
 		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil && sameFile(f, d.path(lockFile)) {
+			// A cleaner of what is old and empty may have been here.
+			if err := d.makeMeta(); err != nil {
+				f.Close()
+				return nil, err
+			}
 			return func() { f.Close() }, nil
 		}
 		f.Close()

@@ -135,10 +135,19 @@ func TestDirWithoutItsFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	views.Await(t, "a commit", healthy("app=v2 b=v2"))
+	sh(t, dir, "rmdir .kedge/*/") // as a cleaner of old, empty directories does
+	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v2.1")), kv.Delete("pins/prod/web/b")); err != nil {
+		t.Fatal(err)
+	}
+	sh(t, dir, "rmdir .kedge/*/")
+	views.Await(t, "another", healthy("app=v2.1"))
+	if entries, err := s.List(t.Context(), "pins/"); err != nil || len(entries) != 1 {
+		t.Fatalf("list: %v, %v", entries, err)
+	}
 
 	// A journal that can't be read is no crash's doing. It is kept, and stops nothing.
 	sh(t, dir, "echo nonsense > .kedge/journal; echo v3 > pins/prod/web/app")
-	views.Await(t, "a change", healthy("app=v3\n b=v2"))
+	views.Await(t, "a change", healthy("app=v3\n"))
 	if kept, _ := filepath.Glob(filepath.Join(dir, ".kedge", "journal.bad-*")); len(kept) != 1 {
 		t.Fatalf("kept: %v", kept)
 	}
