@@ -295,10 +295,11 @@ func (d *dirStore) reading(ctx context.Context, f func() error) error {
 	}
 }
 
-// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies.
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies. It waits for a process that
+// is stopped while it has the lock no longer than for a Consul that doesn't answer.
 func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
-	for {
+	for began := time.Now(); ; {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
@@ -325,6 +326,10 @@ func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error)
 		f.Close()
 		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
 			return nil, fmt.Errorf("lock the store: %w", err)
+		}
+		if time.Since(began) > requestTimeout {
+			return nil, fmt.Errorf("lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
+				d.path(lockFile), requestTimeout, ErrUnavailable)
 		}
 		if err := wait(ctx, pause); err != nil {
 			return nil, err

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/kv"
 	"kedge/kv/kvtest"
 )
@@ -182,6 +184,29 @@ func TestDirPresenceComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	views.Await(t, "its leave", healthy(""))
+}
+
+// A process that is stopped in the middle of a commit keeps the lock. That is trouble to be told of, not to wait in for ever.
+func TestDirLockHeldByStopped(t *testing.T) {
+	t.Parallel()
+	dir, s, views := watchedDir(t)
+	lock, err := os.Open(filepath.Join(dir, ".kedge", "lock"))
+	if err == nil {
+		err = unix.Flock(int(lock.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	sh(t, dir, "echo v1 > pins/prod/web/app")
+	if _, err := s.Get(t.Context(), "pins/prod/web/app"); !errors.Is(err, kv.ErrUnavailable) {
+		t.Errorf("get: %v", err)
+	}
+	views.Await(t, "the trouble", troubled(kv.ErrUnavailable, ""))
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_UN); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the pin", healthy("app=v1\n"))
 }
 
 func TestDirOpen(t *testing.T) {
