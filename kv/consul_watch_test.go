@@ -386,6 +386,9 @@ func TestConsulStaleAnswers(t *testing.T) {
 			r.Header.Set("X-Consul-Results-Filtered-By-ACLs", "true")
 			replaceBody(r, "[]")
 		}, false},
+		{"filtered, and whole all the same", func(r *http.Response) {
+			r.Header.Set("X-Consul-Results-Filtered-By-ACLs", "true")
+		}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			put(t, c, "pins/prod/web/app", "v1")
@@ -408,6 +411,7 @@ func TestConsulStaleAnswers(t *testing.T) {
 			})
 			put(t, c, "pins/prod/web/app", "v3")
 			views.Await(t, "a later change", healthy("app=v3"))
+			never(t, views, "a refusal without the leader's word", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrDenied) })
 			never(t, views, "a lie was believed", func(v kv.View) bool { return len(v.Entries) != 1 || string(v.Entries[0].Value) == "old" })
 			if said := slices.ContainsFunc(views.All(), troubled(kv.ErrUnavailable, "app=v1")); said != tt.trouble {
 				t.Errorf("the view told of trouble: %v", said)

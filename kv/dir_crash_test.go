@@ -23,10 +23,13 @@ func crashOps() []kv.Op {
 	}
 }
 
-const (
-	crashBefore = "d/a=old d/gone=old d/room/inside=old"
-	crashAfter  = "d/a=new d/b=new d/room=new d/room/inside=old e/deep/er=new"
-)
+const crashBefore = "d/a=old d/gone=old d/room/inside=old"
+
+// crashAfter is what the store holds after the first so many of crashOps.
+var crashAfter = map[int]string{
+	2: "d/a=new d/b=new d/gone=old d/room/inside=old",
+	5: "d/a=new d/b=new d/room=new d/room/inside=old e/deep/er=new",
+}
 
 func contents(t *testing.T, s kv.Store) string {
 	t.Helper()
@@ -44,6 +47,14 @@ func contents(t *testing.T, s kv.Store) string {
 // A commit is whole or not at all, wherever its process is killed.
 func TestDirKilledAtEachStep(t *testing.T) {
 	t.Parallel()
+	for ops := range crashAfter {
+		t.Run(fmt.Sprint(ops, " changes"), func(t *testing.T) { testKilledAtEachStep(t, ops) })
+	}
+}
+
+func testKilledAtEachStep(t *testing.T, ops int) {
+	t.Parallel()
+	keys := strings.Count(crashAfter[ops], "=")
 	before, after := 0, 0
 	for die := 0; ; die++ {
 		if die > 50 {
@@ -57,19 +68,19 @@ func TestDirKilledAtEachStep(t *testing.T) {
 		}
 		watching := kvtest.Watch(t, s, "")
 		watching.Await(t, "the start", func(v kv.View) bool { return v.Settled })
-		child := startChild(t, "crash", url, strconv.Itoa(die))
+		child := startChild(t, "crash", url, strconv.Itoa(die), strconv.Itoa(ops))
 		err = child.cmd.Wait()
 		switch got := contents(t, open(t, kv.Config{URL: url})); got {
 		case crashBefore:
 			before++
-		case crashAfter:
+		case crashAfter[ops]:
 			after++
-			watching.Await(t, "the commit", func(v kv.View) bool { return len(v.Entries) == 5 })
+			watching.Await(t, "the commit", func(v kv.View) bool { return len(v.Entries) == keys })
 		default:
 			t.Fatalf("killed at step %d: %s", die, got)
 		}
 		for _, v := range watching.All() {
-			if n := len(v.Entries); n != 3 && n != 5 {
+			if n := len(v.Entries); n != 3 && n != keys {
 				t.Fatalf("killed at step %d: a view of %d keys", die, n)
 			}
 		}

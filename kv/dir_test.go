@@ -52,6 +52,8 @@ func TestDirByHand(t *testing.T) {
 		{"mkdir pins/prod/web/base; echo n > pins/prod/web/base/web-1", "app=v6\n web-1=n\n"},
 		{"mv pins/prod/web/base pins/prod/web/base@; echo b > pins/prod/web/base", "app=v6\n base=b\n web-1=n\n"},
 		{"rm -r pins/prod/web/base@ pins/prod/web/base", "app=v6\n"},
+		// A clock that was wrong: it isn't a file that somebody is about to write.
+		{"rm pins/prod/web/app; touch -d 2099-01-01 pins/prod/web/app", "app="},
 		{"rm pins/prod/web/app", ""},
 		{"rm -r pins/prod", ""},
 		{"mkdir -p pins/prod/web; echo v7 > pins/prod/web/app", "app=v7\n"},
@@ -60,6 +62,26 @@ func TestDirByHand(t *testing.T) {
 		views.Await(t, step.script, healthy(step.want))
 	}
 	never(t, views, "trouble", func(v kv.View) bool { return v.Err != nil || !v.Settled })
+}
+
+// With and without the @, a directory may be there twice. A key is one key all the same.
+func TestDirTwice(t *testing.T) {
+	t.Parallel()
+	dir, s, views := watchedDir(t)
+	sh(t, dir, "cd pins/prod/web; mkdir -p app/x app@/x; echo plain > app/web-1; echo at > app@/web-1; echo 1 > app/x/one; echo 2 > app@/x/two")
+	views.Await(t, "the keys", healthy("web-1=plain\n one=1\n two=2\n"))
+	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v1"))); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "room for a value", healthy("app=v1 web-1=plain\n one=1\n two=2\n"))
+	if info, err := os.Stat(filepath.Join(dir, "pins/prod/web/app")); err != nil || info.Mode().Perm() != 0o644 {
+		t.Errorf("a value that not everybody may read: %v, %v", info, err)
+	}
+	sh(t, dir, "cd pins/prod/web; rm app; mkdir app; echo again > app/web-1")
+	if err := s.Commit(t.Context(), nil, kv.Delete("pins/prod/web/app/web-1")); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the deletion", healthy("one=1\n two=2\n"))
 }
 
 // A shell empties the file before it writes. Nobody must see that as an empty pin.
@@ -171,8 +193,8 @@ func TestDirPresenceComesBack(t *testing.T) {
 		"rm status/prod/web/web-1",
 		"echo x > status/prod/web/web-1",
 		"rm .kedge/sessions/*",
-		"rm -r .kedge status",
-		"rm -r ../kv; mkdir ../kv",
+		"mkdir ../old; mv .kedge status ../old",
+		"mv ../kv ../older; mkdir ../kv",
 	} {
 		before := views.Await(t, "both", both)
 		sh(t, dir, script)

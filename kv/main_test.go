@@ -91,8 +91,12 @@ func child(job string, args []string) error {
 				return err
 			}
 		}
-	case "crash": // one commit, in which it is killed at the step of that number
+	case "crash": // one commit of so many operations, in which it is killed at the step of that number
 		die, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		ops, err := strconv.Atoi(args[2])
 		if err != nil {
 			return err
 		}
@@ -103,7 +107,7 @@ func child(job string, args []string) error {
 				select {}
 			}
 		})
-		if err := s.Commit(ctx, nil, crashOps()...); err != nil {
+		if err := s.Commit(ctx, nil, crashOps()[:ops]...); err != nil {
 			return err
 		}
 		fmt.Println("done")

@@ -223,7 +223,18 @@ func testLimits(t *testing.T, b Backend) {
 	if err := s.Commit(t.Context(), nil, append(ops, kv.Put("d/one-more", nil))...); !errors.Is(err, kv.ErrTooLarge) {
 		t.Fatalf("commit of %d operations: %v", kv.MaxOps+1, err)
 	}
-	mustCommit(t, s, nil, kv.Put("d/large", bytes.Repeat([]byte("x"), 370<<10)))
+	var deletions []kv.Op
+	for i := range kv.MaxOps/2 + 1 { // each costs two
+		deletions = append(deletions, kv.DeleteIf(fmt.Sprintf("d/k%d", i), 1))
+	}
+	if err := s.Commit(t.Context(), nil, deletions...); !errors.Is(err, kv.ErrTooLarge) {
+		t.Fatalf("commit of %d conditional deletions: %v", len(deletions), err)
+	}
+	large := bytes.Repeat([]byte("x"), 370<<10)
+	mustCommit(t, s, nil, kv.Put("d/large", large))
+	if e, err := s.Get(t.Context(), "d/large"); err != nil || !bytes.Equal(e.Value, large) {
+		t.Fatalf("of %d bytes there are %d, %v", len(large), len(e.Value), err)
+	}
 	if err := s.Commit(t.Context(), nil, kv.Put("d/larger", bytes.Repeat([]byte("x"), 400<<10))); !errors.Is(err, kv.ErrTooLarge) {
 		t.Fatalf("commit of 400 KiB: %v", err)
 	}
