@@ -2,6 +2,8 @@ package kv_test
 
 import (
 	"errors"
+	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -66,13 +68,24 @@ func TestConsulPresenceAtDistantAgent(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
 	folders(t, c, "status/prod/web/")
-	s := c.Open("")
+	f := newFront(t, c)
+	s := open(t, kv.Config{Consul: f.config("")})
 	views := kvtest.Watch(t, s, "status/prod/web/")
 	p := present(t, s, "web-7")
 	v := views.Await(t, "the entry", held("web-7=ready"))
 	info, _, err := c.Client().Session().Info(v.Entries[0].Session, nil)
 	if err != nil || info.TTL == "" {
 		t.Fatalf("the session is %+v, %v; want one with a TTL", info, err)
+	}
+	await(t, "its renewal", func() error {
+		if !slices.ContainsFunc(f.requests(), func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, "/session/renew/"+info.ID) }) {
+			return errors.New("not renewed")
+		}
+		return nil
+	})
+	all, _, err := c.Client().Session().List(nil)
+	if err != nil || len(all) != 1 {
+		t.Errorf("there are %d sessions, %v; want none left of those that were tried", len(all), err)
 	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
@@ -132,6 +145,35 @@ func TestConsulPresenceRepairs(t *testing.T) {
 		t.Fatal(err)
 	}
 	views.Await(t, "a later report", held("server-1=again"))
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A Put that comes before anybody saw that the session is gone makes another itself.
+func TestConsulPresencePutsWithoutSession(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	f := newFront(t, c)
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		return strings.Contains(r.URL.Path, "/session/info/") && isStale(r) && status(500)(w, r)
+	})
+	s := open(t, kv.Config{Consul: f.config("")})
+	p := present(t, s, "server-1")
+	e, err := s.Get(t.Context(), "status/prod/web/server-1")
+	if err == nil {
+		_, err = c.Client().Session().Destroy(e.Session, nil)
+	}
+	if err == nil {
+		err = p.Put(t.Context(), "status/prod/web/server-1", []byte("later"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now, err := s.Get(t.Context(), "status/prod/web/server-1"); err != nil || string(now.Value) != "later" || now.Session == "" || now.Session == e.Session {
+		t.Fatalf("the entry is %+v, %v", now, err)
+	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
