@@ -44,15 +44,19 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 			pause = denied
 			s.adopt(v, prefix, l)
 		case err == nil:
-			unavailable.Reset()
 			denied.Reset()
 			if !slices.EqualFunc(v.view.Entries, l.entries, sameEntry) {
 				idle.Reset()
 			}
 			s.adopt(v, prefix, l)
+			began := time.Now()
 			err := s.follow(ctx, prefix, v, l, idle)
 			if ctx.Err() != nil {
 				return ctx.Err()
+			}
+			// A read in between doesn't end the trouble of queries that fail at once.
+			if err == nil || time.Since(began) > unavailable.MaxInterval {
+				unavailable.Reset()
 			}
 			if err == nil {
 				continue

@@ -492,6 +492,28 @@ func TestConsulBusyServer(t *testing.T) {
 	views.Await(t, "the change", healthy("app=v2"))
 }
 
+// Reads that succeed between queries that fail at once must not keep the pauses short.
+func TestConsulFailingQueries(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "pins/prod/web/")
+	put(t, c, "pins/prod/web/app", "v1")
+	f := newFront(t, c)
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool { return isStale(r) && status(503)(w, r) })
+	views := kvtest.Watch(t, open(t, kv.Config{Consul: f.config("")}), "pins/prod/web/")
+	views.Await(t, "the trouble", troubled(kv.ErrUnavailable, "app=v1"))
+	f.requests()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
+	<-ctx.Done()
+	if n := len(f.requests()); n > 40 {
+		t.Fatalf("%d requests in three seconds", n)
+	}
+	f.setAnswer(nil)
+	put(t, c, "pins/prod/web/app", "v2")
+	views.Await(t, "the change", healthy("app=v2"))
+}
+
 func TestConsulNames(t *testing.T) {
 	t.Parallel()
 	s := open(t, kv.Config{Consul: &api.Config{Address: "127.0.0.1:1"}, Prefix: "team/kedge"})
