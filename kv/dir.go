@@ -340,6 +340,12 @@ func moveAside(from, to string) error {
 // ignoredFile tells of names that are no part of a key: hidden files, and what editors leave beside what they edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
+// there reports whether the store's directory is. It may be a link, which one below it may not.
+func (d *dirStore) there() bool {
+	info, err := os.Stat(d.dir)
+	return err == nil && info.IsDir()
+}
+
 func isDir(path string) bool {
 	info, err := os.Lstat(path)
 	return err == nil && info.IsDir()

@@ -304,7 +304,7 @@ func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error)
 			return nil, ctx.Err()
 		}
 		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
-		if errors.Is(err, fs.ErrNotExist) && isDir(d.dir) {
+		if errors.Is(err, fs.ErrNotExist) && d.there() {
 			// Somebody removed the directory of ours, not the store's.
 			if err := d.makeMeta(); err != nil {
 				return nil, err

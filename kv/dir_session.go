@@ -170,7 +170,7 @@ func (l *dirLease) keep() {
 			valid = l.valid()
 			return nil
 		})
-		if err == nil && !valid || errors.Is(err, ErrUnavailable) && !isDir(l.store.dir) {
+		if err == nil && !valid || errors.Is(err, ErrUnavailable) && !l.store.there() {
 			l.lose()
 		}
 	}

@@ -231,6 +231,42 @@ func TestDirLockHeldByStopped(t *testing.T) {
 	views.Await(t, "the pin", healthy("app=v1\n"))
 }
 
+// The directory may be a link to where it is.
+func TestDirLinked(t *testing.T) {
+	t.Parallel()
+	real, link := t.TempDir(), filepath.Join(t.TempDir(), "kv")
+	if err := os.Symlink(real, link); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, kv.Config{URL: "file://" + link})
+	views := kvtest.Watch(t, s, "pins/")
+	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v1"))); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the pin", healthy("app=v1"))
+	sh(t, real, "mv .kedge ../gone; echo v2 > pins/prod/web/app")
+	views.Await(t, "the change", healthy("app=v2\n"))
+	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v3"))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Whole directories are put in place by a rename, too.
+func TestDirSwapped(t *testing.T) {
+	t.Parallel()
+	dir, _, views := watchedDir(t)
+	for _, n := range []string{"1", "2", "3"} {
+		sh(t, dir, "mkdir next; echo v"+n+" > next/app; mv pins/prod/web ../old"+n+"; mv next pins/prod/web")
+		views.Await(t, "the swap", healthy("app=v"+n+"\n"))
+		start := time.Now()
+		sh(t, dir, "echo w"+n+" > pins/prod/web/app")
+		views.Await(t, "a change", healthy("app=w"+n+"\n"))
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("the change after the swap took %v: it was not notified", took)
+		}
+	}
+}
+
 func TestDirOpen(t *testing.T) {
 	t.Parallel()
 	dir, url := dirURL(t)
