@@ -83,6 +83,11 @@ func TestConsulPresenceAtDistantAgent(t *testing.T) {
 		}
 		return nil
 	})
+	// One that is gone gives way to another.
+	if _, err := c.Client().Session().Destroy(info.ID, nil); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "another session", func(v kv.View) bool { return held("web-7=ready")(v) && v.Entries[0].Session != info.ID })
 	all, _, err := c.Client().Session().List(nil)
 	if err != nil || len(all) != 1 {
 		t.Errorf("there are %d sessions, %v; want none left of those that were tried", len(all), err)
