@@ -190,6 +190,41 @@ func TestConsulTokenFile(t *testing.T) {
 	}
 }
 
+// A token that loses its rights, and isn't revoked, gets a 404 or a part of what there is, from the leader too. What was
+// known stays known.
+func TestConsulLostRights(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "pins/prod/web/")
+	put(t, c, "pins/prod/web/app", "v1")
+	put(t, c, "pins/prod/web/base", "v1")
+	for name, body := range map[string]string{
+		"all":  "[]",
+		"some": `[{"Key":"kedge/pins/prod/web/base","Value":"djI=","ModifyIndex":1000000}]`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFront(t, c)
+			views := kvtest.Watch(t, open(t, kv.Config{Consul: f.config("")}), "pins/prod/web/")
+			before := views.Await(t, "the pins", healthy("app=v1 base=v1"))
+			f.setRewrite(func(r *http.Response) {
+				r.Body = io.NopCloser(strings.NewReader(body))
+				r.ContentLength = int64(len(body))
+				r.Header.Del("Content-Length")
+			})
+			put(t, c, "pins/prod/web/app", "wake"+name)
+			want := map[string]string{"all": "app=v1 base=v1", "some": "app=v1 base=v2"}[name]
+			lost := views.Await(t, "the loss", troubled(kv.ErrDenied, want))
+			if !lost.Settled || !lost.Since.After(before.Since) {
+				t.Errorf("settled: %v, since %v; before since %v", lost.Settled, lost.Since, before.Since)
+			}
+			never(t, views, "a pin vanished", func(v kv.View) bool { return len(v.Entries) != 2 })
+			f.setRewrite(nil)
+			put(t, c, "pins/prod/web/app", "v1") // a query that shows a part waits for a change
+			views.Await(t, "the rights are back", healthy("app=v1 base=v1"))
+		})
+	}
+}
+
 // A restore wakes a watch with the old value and the index that it sent; going on from there would hide what was
 // restored for a whole wait.
 func TestConsulRestoreWhileWatching(t *testing.T) {
