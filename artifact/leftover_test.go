@@ -6,6 +6,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"kedge/artifact/object"
 )
 
 // Killed while it writes a record, it leaves a part of one: in its own directory, until the next Prune, and in no other.
@@ -36,5 +38,28 @@ func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	}
 	if _, err := os.Stat(dest); err != nil {
 		t.Error(err)
+	}
+}
+
+// A version may be called as kedge's own files are.
+func TestPruneKeepsAVersionThatIsCalledAsItsOwnFilesAre(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"staging", "staging-1", "trash", "heal-2", "link", "adopted-3"} {
+		p := publishVersions(t, t.TempDir(), version)[0]
+		releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+		if err := releases.Switch(stageOne(t, releases, p)); err != nil {
+			t.Fatal(err)
+		}
+		if err := releases.Prune(1); err != nil {
+			t.Fatal(err)
+		}
+		rel, err := releases.Current()
+		if err != nil {
+			t.Errorf("%s: %v", version, err)
+			continue
+		}
+		if _, err := releases.Verify(t.Context(), rel, 0); err != nil {
+			t.Errorf("%s: %v", version, err)
+		}
 	}
 }

@@ -372,6 +372,7 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
+		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix): // of a version that may be called as these are
 		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
 			if err := os.RemoveAll(filepath.Join(r.private(), name)); err != nil {
 				return err
