@@ -218,6 +218,15 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 // copyFrom makes entry i of a file that should have its content. It is not made if the content is another.
 func (w *treeWorker) copyFrom(i, from int, info unix.Stat_t, old *sourceReader, share sharing) error {
 	e := &w.index.entries[i]
+	if w.partly(i) {
+		// Hashed beforehand, so that what a cut fetch left is only given up for the whole.
+		if sum, err := old.hash(from, e.size); err != nil || sum != e.sum {
+			return nil
+		}
+		if err := w.discard(i); err != nil {
+			return err
+		}
+	}
 	if share.mayLink(info, e) {
 		if sum, err := old.hash(from, e.size); err != nil || sum != e.sum {
 			return nil

@@ -216,6 +216,41 @@ func TestACutFetchIsResumed(t *testing.T) {
 	sameTree(t, got, new.dir)
 }
 
+// What a cut fetch left of a large file gives way to the whole one that a release on disk has by the time of the next; not to one
+// that is damaged.
+func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
+	t.Parallel()
+	tree := sample(1)
+	server := tree["bin/server"].data
+	for name, c := range map[string]struct{ immutable, damaged bool }{
+		"copied": {}, "linked": {immutable: true}, "damaged": {damaged: true}, "damaged, immutable": {immutable: true, damaged: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, got := t.TempDir(), t.TempDir()
+			tree.write(t, dir)
+			p := publishTree(t, dir)
+			p.manifest.Immutable = c.immutable
+			want := t.TempDir()
+			tree.write(t, want)
+			if c.damaged {
+				flip(t, filepath.Join(dir, "bin/server"), 100)
+			}
+			if err := os.Mkdir(filepath.Join(got, "bin"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, read := mustFetch(t, p.manifest, p.asBase(dir), got)
+			sameTree(t, got, want)
+			if most := int64(len(server) - largeFrame + 1<<20); !c.damaged && read > 0 || read > most {
+				t.Errorf("it took %d bytes, and had the first %d of %d", read, largeFrame, len(server))
+			}
+		})
+	}
+}
+
 // countingWriter hangs up when it has written what is allowed.
 type countingWriter struct {
 	http.ResponseWriter

@@ -360,6 +360,18 @@ func (w *treeWorker) create(e *entry) (fd int, err error) {
 	return fd, nil
 }
 
+// partly reports whether prepare kept frames of a large file.
+func (b *builder) partly(i int) bool {
+	e := &b.index.entries[i]
+	from, to := b.index.framesOf(e)
+	for n := from; n < to; n++ {
+		if b.chunks[n] && b.index.chunkOf(n, e) {
+			return true
+		}
+	}
+	return false
+}
+
 // discard takes back the frames of a large file that prepare kept.
 func (w *treeWorker) discard(i int) error {
 	e := &w.index.entries[i]
