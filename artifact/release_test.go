@@ -266,6 +266,56 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 }
 
+// A directory that has a release's name and no record is never taken for the release, whenever the stage that replaces it is killed;
+// and dest, which leads to it, is whole all the while.
+func TestAKillWhileADirectoryIsReplaced(t *testing.T) {
+	t.Parallel()
+	pointers := publishVersions(t, t.TempDir(), "1")
+	for n := 0; ; n++ {
+		dest := filepath.Join(t.TempDir(), "app")
+		dir := filepath.Join(dest+".releases", nameOf("1", pointers[0].Digest))
+		writeVersion(t, dir, "not of 1")
+		if err := os.Symlink(filepath.Join("app.releases", filepath.Base(dir)), dest); err != nil {
+			t.Fatal(err)
+		}
+		stop := watch(t, dest)
+		killed := runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: n}, 0)
+		runPlan(t, killPlan{Dest: dest, Pointers: pointers, KillAt: -1}, 0)
+		stop()
+		if got, _ := os.ReadFile(filepath.Join(dest, "VERSION")); string(got) != "1" {
+			t.Errorf("killed at step %d, it ends with version %q", n, got)
+		}
+		if !killed {
+			return
+		}
+	}
+}
+
+// A release has its mode also where a kill came between its name and that.
+func TestModeAfterAKill(t *testing.T) {
+	t.Parallel()
+	tree := t.TempDir()
+	writeVersion(t, tree, "1")
+	out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
+		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", DestMode: 0o550, Strategy: deployments.StrategyRelease}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; ; n++ {
+		dest := filepath.Join(t.TempDir(), "app")
+		plan := killPlan{Dest: dest, Pointers: []deployments.Pointer{out.Pointer}, KillAt: n}
+		killed := runPlan(t, plan, 0)
+		plan.KillAt = -1
+		runPlan(t, plan, 0)
+		if info, err := os.Stat(dest); err != nil || info.Mode().Perm() != 0o550 {
+			t.Errorf("killed at step %d, its mode is %v, %v", n, info.Mode(), err)
+		}
+		if !killed {
+			return
+		}
+	}
+}
+
 func TestKilledAtAnyMoment(t *testing.T) {
 	t.Parallel()
 	pointers := publishVersions(t, t.TempDir(), "1", "2", "3")

@@ -40,7 +40,7 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, errors.New("the manifest has commands only, and no tree")
 	}
 	if rel, err := r.Find(p.Digest); err == nil {
-		return rel, nil
+		return rel, setMode(rel) // a kill may have come before it
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
@@ -62,6 +62,11 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, err
 	}
 	r.at("synced")
+	dir := filepath.Join(r.top(), name)
+	replaced, err := r.replace(staging, dir)
+	if err != nil {
+		return nil, err
+	}
 	rec, err := json.Marshal(record{Pointer: p, Manifest: m, Raw: raw, Index: digestOf(index)})
 	if err != nil {
 		return nil, err
@@ -74,20 +79,29 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, err
 	}
 	r.at("record")
-	dir := filepath.Join(r.top(), name)
-	if err := r.install(staging, dir); err != nil {
-		return nil, err
-	}
-	r.at("installed")
-	if m.DestMode&0o200 == 0 {
-		if err := os.Chmod(dir, m.DestMode); err != nil {
+	if !replaced {
+		if err := os.Rename(staging, dir); err != nil {
 			return nil, err
 		}
+	}
+	r.at("installed")
+	rel := &Release{Pointer: p, Manifest: m, Raw: raw, Dir: dir}
+	if err := setMode(rel); err != nil {
+		return nil, err
 	}
 	if err := errors.Join(syncDir(r.top()), syncDir(r.private())); err != nil {
 		return nil, err
 	}
-	return &Release{Pointer: p, Manifest: m, Raw: raw, Dir: dir}, nil
+	return rel, nil
+}
+
+// setMode gives a release's directory its mode: after the rename, which could not be made without the right to write into it.
+func setMode(rel *Release) error {
+	info, err := os.Stat(rel.Dir)
+	if err != nil || info.Mode().Perm() == rel.Manifest.DestMode.Perm() {
+		return err
+	}
+	return os.Chmod(rel.Dir, rel.Manifest.DestMode)
 }
 
 // prepare makes the directories, private but for the top.
@@ -106,24 +120,27 @@ func (r *Releases) prepare(staging string) error {
 	return syncDir(filepath.Dir(r.top()))
 }
 
-// install renames the staged tree. A directory that has the name and no record is no release of ours to trust: it goes, by an
-// exchange, since dest may lead to it, and stays until Prune for processes that work in it.
-func (r *Releases) install(staging, dir string) error {
-	err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_NOREPLACE)
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		err = os.Rename(staging, dir) // over an empty directory at most
-	}
-	if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENOTEMPTY) {
-		return err
+// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. Without a
+// record that is no release of ours to trust, and so it must have gone for good when the record is written. It goes by an exchange,
+// since dest may lead to it, and stays until Prune for processes that work in it.
+func (r *Releases) replace(staging, dir string) (bool, error) {
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
 	}
 	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
-		return fmt.Errorf("%s is there already, and can't be exchanged: %w", dir, err)
+		return false, fmt.Errorf("%s is there already, and can't be exchanged (%w): move it away, and try again", dir, err)
 	}
-	old := filepath.Join(filepath.Dir(staging), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
+	r.at("replaced")
+	old := filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 	if err := removeTree(old); err != nil {
-		return err
+		return false, err
 	}
-	return os.Rename(staging, old)
+	if err := os.Rename(staging, old); err != nil {
+		return false, err
+	}
+	return true, errors.Join(syncDir(r.top()), syncDir(r.private()))
 }
 
 // base gives the release to take files from: what it can't read is none.
