@@ -43,7 +43,8 @@
 //
 // The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A symbolic link's
 // target is relative, its ".." come first and do not climb above the top. Bounds: a path has at most 4,096 bytes and a part of
-// it 255; an index at most 4 million entries and 512 MiB. A reader refuses everything else before it makes a file.
+// it 255; all paths together at most 64 MiB more than 32 times the index; an index at most 4 million entries and 512 MiB. A reader
+// refuses everything else before it makes a file.
 //
 // # The delta
 //

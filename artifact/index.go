@@ -26,6 +26,10 @@ const (
 	maxEntries = 4 << 20
 	maxPath    = 4096
 	maxName    = 255
+	// maxPaths and pathGrowth bound all paths together, in bytes and in lengths of the index: they share what is before them, so that
+	// an entry of six bytes can stand for a path of 4,096.
+	maxPaths   = 64 << 20
+	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
 	maxFrame   = 4 << 20 // bytes that one frame decodes to
 )
@@ -247,6 +251,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 	var last []byte
 	var paths strings.Builder // of many entries in one piece of memory
 	var tree int64
+	left := maxPaths + pathGrowth*len(r.rest)
 	dirs := []string{""} // the directories that the next entry may lie in
 	for i := range x.entries {
 		e := &x.entries[i]
@@ -258,6 +263,9 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			return 0, fmt.Errorf("entry %d: %w", i, r.err)
 		}
 		last = append(last[:shared], suffix...)
+		if left -= len(last); left < 0 {
+			return 0, fmt.Errorf("entry %d: its path and those before it have too many bytes for so short an index", i)
+		}
 		if paths.Cap()-paths.Len() < len(last) {
 			paths = strings.Builder{}
 			paths.Grow(min(len(r.rest), pathsAtOnce) + len(last))

@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"runtime"
 	"strings"
 	"testing"
 )
@@ -86,6 +88,30 @@ func TestHostileIndexes(t *testing.T) {
 	many := append([]byte(indexMagic), 1, 0xff, 0xff, 0xff, 0x01, 0)
 	if _, err := decodeIndex(many); !errors.Is(err, ErrIndex) {
 		t.Error("more entries than bytes are accepted")
+	}
+}
+
+// Short entries can stand for long paths: an index of 400 kB for 230 MB of them.
+func TestAnIndexTakesMemoryForItsLength(t *testing.T) {
+	x := &index{}
+	p := ""
+	for i := range 15 {
+		if i > 0 {
+			p += "/"
+		}
+		p += long("d", 250)
+		x.entries = append(x.entries, entry{path: p, kind: kindDir, mode: 0o755})
+	}
+	for i := range 60_000 {
+		x.entries = append(x.entries, entry{path: fmt.Sprintf("%s/%06d", p, i), kind: kindDir, mode: 0o755})
+	}
+	data := x.encode()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, err := decodeIndex(data)
+	runtime.ReadMemStats(&after)
+	if took := after.TotalAlloc - before.TotalAlloc; err == nil || took > 192<<20 {
+		t.Errorf("an index of %d bytes took %d: %v", len(data), took, err)
 	}
 }
 
