@@ -153,13 +153,19 @@ type packer struct {
 type packing struct {
 	section
 	// before and after pass the running hash of a large file from one of its sections to the next.
-	before, after chan hash.Hash
+	before, after chan running
 	done          chan struct{}
 
 	data    []byte // the frame
 	length  int64
 	content deployments.Digest
 	offsets []offset
+}
+
+// running is the hash of a large file so far, and when the file was written last as its first part was read.
+type running struct {
+	hash.Hash
+	written unix.Timespec
 }
 
 // offset is where, in a section, a file's content begins.
@@ -176,17 +182,17 @@ func (p *packer) run(ctx context.Context) error {
 	group.Go(func() error {
 		defer close(todo)
 		defer close(order)
-		var running chan hash.Hash
+		var last chan running
 		for s := range p.index.sections {
 			job := &packing{section: s, done: make(chan struct{})}
 			if s.large {
 				first := s.parts[0]
-				if job.before = running; first.from == 0 {
-					job.before = make(chan hash.Hash, 1)
-					job.before <- sha256.New()
+				if job.before = last; first.from == 0 {
+					job.before = make(chan running, 1)
+					job.before <- running{Hash: sha256.New()}
 				}
-				job.after = make(chan hash.Hash, 1)
-				running = job.after
+				job.after = make(chan running, 1)
+				last = job.after
 			}
 			for _, to := range []chan *packing{order, todo} {
 				select {
@@ -315,7 +321,8 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	if part.from == 0 {
 		job.offsets = append(job.offsets, offset{part.entry, int64(begin)})
 	}
-	if err := w.read(e, part); err != nil {
+	written, err := w.read(e, part)
+	if err != nil {
 		return err
 	}
 	data := w.raw.Bytes()[begin:]
@@ -325,12 +332,18 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 	}
 	job.content = digestOf(data)
 	select {
-	case running := <-job.before:
-		running.Write(data)
-		if part.from+part.n == e.size {
-			e.sum = deployments.Digest(running.Sum(nil))
+	case run := <-job.before:
+		if part.from == 0 {
+			run.written = written
 		}
-		job.after <- running
+		if run.written != written {
+			return failed("read", e.path, errChanging)
+		}
+		run.Write(data)
+		if part.from+part.n == e.size {
+			e.sum = deployments.Digest(run.Sum(nil))
+		}
+		job.after <- run
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
@@ -339,24 +352,31 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 
 var errChanging = errors.New("it changed while it was read")
 
-func (w *packWorker) read(e *entry, part part) error {
+// read reads a part of a file, and returns when the file was written last: before it was read.
+func (w *packWorker) read(e *entry, part part) (written unix.Timespec, err error) {
 	fd, err := w.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return err
+		return written, err
 	}
 	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return failed("stat", e.path, err)
+	var before, after unix.Stat_t
+	if err := unix.Fstat(fd, &before); err != nil {
+		return written, failed("stat", e.path, err)
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != e.size {
-		return failed("read", e.path, errChanging)
+	if before.Mode&unix.S_IFMT != unix.S_IFREG || before.Size != e.size {
+		return written, failed("read", e.path, errChanging)
 	}
 	w.raw.Grow(int(part.n))
 	data := w.raw.AvailableBuffer()[:part.n]
 	if err := readAll(fd, data, part.from); err != nil {
-		return failed("read", e.path, err)
+		return written, failed("read", e.path, err)
+	}
+	if err := unix.Fstat(fd, &after); err != nil {
+		return written, failed("stat", e.path, err)
+	}
+	if after.Size != before.Size || after.Mtim != before.Mtim {
+		return written, failed("read", e.path, errChanging)
 	}
 	w.raw.Write(data) // nothing is copied: it lies there
-	return nil
+	return before.Mtim, nil
 }

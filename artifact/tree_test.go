@@ -3,6 +3,7 @@ package artifact
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -355,6 +356,29 @@ func drawTree(t *rapid.T) testTree {
 }
 
 // Whatever two trees are, and whatever way the second is reached, it is what was published.
+// A large file is read in parts: half of one program and half of the next are never published, though both have one size.
+func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "server")
+	if err := os.WriteFile(path, random(1, 64<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	done := false
+	_, err := pack(t.Context(), dir, writerFunc(func(data []byte) (int, error) {
+		if !done {
+			done = true
+			if err := os.WriteFile(path, random(2, 64<<20), 0o644); err != nil {
+				t.Error(err)
+			}
+		}
+		return len(data), nil
+	}), nil)
+	if !errors.Is(err, errChanging) {
+		t.Errorf("%v", err)
+	}
+}
+
 func TestAnyTreeByAnyWay(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -392,3 +416,7 @@ func TestAnyTreeByAnyWay(t *testing.T) {
 		os.RemoveAll(new.store)
 	})
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(data []byte) (int, error) { return f(data) }
