@@ -255,7 +255,8 @@ func s3Error(err error) error {
 			return fmt.Errorf("%w: S3 answered %s", ErrDenied, api.ErrorCode())
 		case "NoSuchBucket":
 			return fmt.Errorf("%w: there is no such bucket", ErrNotFound)
-		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted":
+		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted",
+			"ConditionalRequestConflict": // another writes the same object just now
 			return &transientError{err: fmt.Errorf("S3 answered %s", message), after: after}
 		}
 	}

@@ -1,0 +1,48 @@
+package object_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+
+	"kedge/artifact/object"
+)
+
+// s3Stub answers as S3 does, where no server at hand does.
+func s3Stub(t *testing.T, serve http.HandlerFunc) *object.Client {
+	server := httptest.NewServer(serve)
+	t.Cleanup(server.Close)
+	return object.New(object.Config{S3: &object.S3Config{Endpoint: server.URL, Region: "us-east-1", AccessKey: "kedge-test", SecretKey: "x"}})
+}
+
+func s3Fault(w http.ResponseWriter, status int, code string) {
+	w.WriteHeader(status)
+	fmt.Fprintf(w, "<Error><Code>%s</Code><Message>as told</Message></Error>", code)
+}
+
+// Of two who write an object at once, S3 may tell one of a conflict before the other is done: that is no more than a reason to
+// look again.
+func TestAConflictWithAnotherWriter(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	tries := 0
+	c := s3Stub(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		io.Copy(io.Discard, r.Body)
+		if r.Method == http.MethodPut {
+			if tries++; tries == 1 {
+				s3Fault(w, http.StatusConflict, "ConditionalRequestConflict")
+			}
+			return
+		}
+		s3Fault(w, http.StatusNotFound, "NoSuchKey")
+	})
+	if err := c.Put(t.Context(), "s3://bucket/x", strings.NewReader("one"), 3, object.PutOptions{}); err != nil || tries != 2 {
+		t.Errorf("after %d tries: %v", tries, err)
+	}
+}
