@@ -124,6 +124,7 @@ func New(c Config) *Client {
 	client.gs = c.GSEndpoint
 	client.s3.requests = &client.requests
 	client.s3.tune = client.tune
+	client.s3.retry = client.retry
 	return client
 }
 
@@ -177,6 +178,9 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	}
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", text)
 }
+
+// retry is Client.retry.
+type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails for good, or has failed too often.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {

@@ -34,6 +34,7 @@ type s3Lazy struct {
 	config   *S3Config
 	requests *atomic.Int64
 	tune     func(*http.Transport)
+	retry    retry
 	mu       sync.Mutex
 	store    *s3Store
 }
@@ -80,12 +81,13 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
 		o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
 	})
-	l.store = &s3Store{client: client}
+	l.store = &s3Store{client: client, retry: l.retry}
 	return l.store, nil
 }
 
 type s3Store struct {
 	client *s3.Client
+	retry  retry
 }
 
 // stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what is wrong.
@@ -200,12 +202,16 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 			offset := int64(i) * size
 			n := min(size, b.size-offset)
 			number := int32(i + 1)
-			out, err := s.client.UploadPart(groupCtx, &s3.UploadPartInput{
-				Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
-				Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
+			var out *s3.UploadPartOutput
+			err := s.retry(groupCtx, "put a part of "+u.String(), func() (err error) { // alone: else all others were sent again
+				out, err = s.client.UploadPart(groupCtx, &s3.UploadPartInput{
+					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
+					Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
+				})
+				return s3Error(err)
 			})
 			if err != nil {
-				return s3Error(err)
+				return err
 			}
 			parts[i] = types.CompletedPart{ETag: out.ETag, PartNumber: &number}
 			mu.Lock()

@@ -1,6 +1,7 @@
 package object_test
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net/http"
@@ -44,5 +45,41 @@ func TestAConflictWithAnotherWriter(t *testing.T) {
 	})
 	if err := c.Put(t.Context(), "s3://bucket/x", strings.NewReader("one"), 3, object.PutOptions{}); err != nil || tries != 2 {
 		t.Errorf("after %d tries: %v", tries, err)
+	}
+}
+
+// What one part meets is no reason to send all the others again.
+func TestAPartIsTriedAgainAlone(t *testing.T) {
+	t.Parallel()
+	const size = 16<<20*3 + 1
+	var mu sync.Mutex
+	sent, uploads, done := map[string]int{}, 0, false
+	c := s3Stub(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		io.Copy(io.Discard, r.Body)
+		part := r.URL.Query().Get("partNumber")
+		switch {
+		case r.Method == http.MethodPost && r.URL.Query().Has("uploads"):
+			uploads++
+			fmt.Fprint(w, "<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>")
+		case r.Method == http.MethodPut:
+			if sent[part]++; sent[part] == 1 && part != "1" {
+				s3Fault(w, http.StatusServiceUnavailable, "SlowDown")
+				return
+			}
+			w.Header().Set("ETag", `"`+part+`"`)
+		case r.Method == http.MethodPost:
+			done = true
+			fmt.Fprint(w, "<CompleteMultipartUploadResult><ETag>x</ETag></CompleteMultipartUploadResult>")
+		default:
+			s3Fault(w, http.StatusNotFound, "NoSuchKey")
+		}
+	})
+	if err := c.Put(t.Context(), "s3://bucket/x", bytes.NewReader(make([]byte, size)), size, object.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if !done || uploads != 1 || sent["1"] != 1 || sent["2"] != 2 || sent["4"] != 2 {
+		t.Errorf("%d uploads, parts sent: %v", uploads, sent)
 	}
 }
