@@ -374,7 +374,7 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 		switch {
 		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix): // of a version that may be called as these are
 		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
-			if err := os.RemoveAll(filepath.Join(r.private(), name)); err != nil {
+			if err := removeTree(filepath.Join(r.private(), name)); err != nil {
 				return err
 			}
 		}
@@ -389,7 +389,11 @@ func (r *Releases) remove(name string) error {
 		return err
 	}
 	r.at("trash")
-	if err := os.Rename(filepath.Join(r.top(), name), trash); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	dir := filepath.Join(r.top(), name)
+	if err := movable(dir); err != nil {
+		return err
+	}
+	if err := os.Rename(dir, trash); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	r.at("trashed")

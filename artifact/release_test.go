@@ -27,6 +27,7 @@ type killPlan struct {
 	Pointers []deployments.Pointer
 	KillAt   int  // the number of the step to die at; -1: none
 	Forever  bool // deploy the releases in turn until killed from outside
+	UID      int  // to run as; 0: as the test
 }
 
 const killEnv = "KEDGE_TEST_KILL_PLAN"
@@ -56,6 +57,11 @@ func deployAll(text string) error {
 	var plan killPlan
 	if err := json.Unmarshal([]byte(text), &plan); err != nil {
 		return err
+	}
+	if plan.UID > 0 {
+		if err := errors.Join(syscall.Setgroups(nil), syscall.Setgid(plan.UID), syscall.Setuid(plan.UID)); err != nil {
+			return err
+		}
 	}
 	ctx := context.Background()
 	objects := object.New(object.Config{})

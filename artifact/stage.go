@@ -129,6 +129,9 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	} else if err != nil {
 		return false, err
 	}
+	if err := movable(dir); err != nil {
+		return false, err
+	}
 	if err := unix.Renameat2(unix.AT_FDCWD, staging, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
 		return false, fmt.Errorf("%s is there already, and can't be exchanged (%w): move it away, and try again", dir, err)
 	}
@@ -212,6 +215,18 @@ func checkFree(dir string, need int64) error {
 		return fmt.Errorf("the archive alone has %d MB, %s has %d MB left: %w", need>>20, dir, free>>20, syscall.ENOSPC)
 	}
 	return nil
+}
+
+// movable lets a directory's owner write into it: who isn't root can't move it to another directory without that.
+func movable(dir string) error {
+	info, err := os.Lstat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil || !info.IsDir() || info.Mode()&0o200 != 0 {
+		return err
+	}
+	return os.Chmod(dir, info.Mode()|0o200)
 }
 
 // removeTree removes a tree, also where it holds directories that its owner may not write into.
