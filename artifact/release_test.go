@@ -378,13 +378,19 @@ func TestReleasesOfOneDest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := releases.Switch(first); err != nil {
+	second, err := releases.Find(pointers[1].Digest)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if err := releases.Prune(1, pointers[1].Digest); err != nil {
+	for _, rel := range []*Release{second, first} { // the newest are those that ran last
+		if err := releases.Switch(rel); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := releases.Prune(1, pointers[2].Digest); err != nil {
 		t.Fatal(err)
 	}
-	for i, want := range []bool{true, true, false, true} { // live, protected, old, the newest of the others
+	for i, want := range []bool{true, true, true, false} { // live, the newest of the others, protected, old
 		if _, err := releases.Find(pointers[i].Digest); (err == nil) != want {
 			t.Errorf("release %d is there: %v", i+1, !want)
 		}
@@ -449,8 +455,18 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	t.Parallel()
 	p := publishVersions(t, t.TempDir(), "1")[0]
 	p.Digest[0] ^= 1
-	if _, _, err := FetchManifest(t.Context(), object.New(object.Config{}), p, nil); !errors.Is(err, ErrDigest) {
+	objects := object.New(object.Config{})
+	if _, _, err := FetchManifest(t.Context(), objects, p, nil); !errors.Is(err, ErrDigest) {
 		t.Errorf("%v", err)
+	}
+	right := p
+	right.Digest[0] ^= 1
+	m, raw, err := FetchManifest(t.Context(), objects, right, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(filepath.Join(t.TempDir(), "app"), objects, nil).Stage(t.Context(), p, m, raw, StageOptions{}); !errors.Is(err, ErrDigest) {
+		t.Errorf("stage: %v", err)
 	}
 }
 
