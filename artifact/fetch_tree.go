@@ -199,6 +199,9 @@ func (b *builder) sweep() (kept []int, err error) {
 func (b *builder) examine(i int) error {
 	e := &b.index.entries[i]
 	f, err := b.root.Open(e.path)
+	if errors.Is(err, fs.ErrPermission) { // its mode is one that its owner can't read by
+		return b.root.Remove(e.path)
+	}
 	if err != nil {
 		return err
 	}

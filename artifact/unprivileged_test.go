@@ -36,6 +36,9 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		if err := os.WriteFile(filepath.Join(tree, "sealed"), []byte(v), 0); err != nil { // it can't even read this
+			t.Fatal(err)
+		}
 		out, err := Publish(t.Context(), object.New(object.Config{}), PublishOptions{Dir: tree, To: "file://" + home + "/store",
 			Manifest: deployments.Manifest{Name: "app", Version: v, Dest: "/srv/app", DestMode: 0o555, Strategy: deployments.StrategyRelease}})
 		if err != nil {
