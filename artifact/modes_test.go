@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -111,5 +112,41 @@ func TestLinksWithoutPrivileges(t *testing.T) {
 	linked, err := os.Stat(filepath.Join(dir, "new"))
 	if err != nil || !os.SameFile(old, linked) {
 		t.Errorf("it isn't linked: %v", err)
+	}
+}
+
+// What can't be read differs: else one bad block, or a chmod, would end the check of all the rest, and healing with it.
+func TestVerifyNamesWhatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	writeVersion(t, dir, "1")
+	index, err := indexOfTree(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{"a/one", "b/c"} {
+		if err := os.Chmod(filepath.Join(dir, p), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done := make(chan []Difference)
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // and never unlocked: the thread, which alone loses its privileges, ends with the goroutine
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData // the kernel reads both
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			t.Error(err)
+		}
+		found, err := verifyTree(t.Context(), dir, index, 0)
+		if err != nil {
+			t.Error(err)
+		}
+		done <- found
+	}()
+	found := <-done
+	want := []Difference{{"a/one", "content"}, {"a/one", "mode"}, {"b/c", "mode"}, {"b/c/three", "missing"}}
+	if !slices.Equal(found, want) {
+		t.Errorf("it finds %v, want %v", found, want)
 	}
 }

@@ -59,6 +59,9 @@ func (v *verifier) run(ctx context.Context) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // it went while the tree was read: missing, if it should be there
 		}
+		if unreadable(err) {
+			return nil // a directory: what should be in it is missing
+		}
 		if err != nil {
 			return err
 		}
@@ -124,7 +127,7 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 		}
 	case kindFile:
 		sum, err := v.hash(ctx, e, info)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !unreadable(err) {
 			return err
 		}
 		if err != nil || sum != e.sum {
@@ -132,6 +135,11 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 		}
 	}
 	return nil
+}
+
+// unreadable tells what is wrong with the tree from what is wrong with the machine: the first differs, and is healed.
+func unreadable(err error) bool {
+	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }
 
 func (v *verifier) hash(ctx context.Context, e *entry, info fs.FileInfo) (deployments.Digest, error) {
