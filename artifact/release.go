@@ -71,7 +71,7 @@ type StageOptions struct {
 // Difference is one path of a live tree that isn't as its release says.
 type Difference struct {
 	Path string `json:"path"` // relative to the tree
-	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type"
+	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type", "index"
 }
 
 // Open opens the releases of dest. It makes nothing on disk.
@@ -406,13 +406,17 @@ func (r *Releases) remove(name string) error {
 }
 
 // Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it was
-// staged), and names what differs. It reads every byte; limit, in bytes a second, keeps it out of the way (0: none).
+// staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every byte; limit, in bytes a second, keeps it out of the way (0: none).
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	rec, err := r.readRecord(filepath.Base(rel.Dir))
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
 	index, err := r.readIndex(filepath.Base(rel.Dir), rec)
+	if errors.Is(err, ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
+		r.log.Warn("the release can't be compared with its index", "dir", rel.Dir, "error", err)
+		return []Difference{{Path: ".", What: "index"}}, nil
+	}
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}

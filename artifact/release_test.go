@@ -27,6 +27,7 @@ type killPlan struct {
 	Pointers []deployments.Pointer
 	KillAt   int  // the number of the step to die at; -1: none
 	Forever  bool // deploy the releases in turn until killed from outside
+	Heal     bool // the last one, before old ones are pruned
 	UID      int  // to run as; 0: as the test
 }
 
@@ -85,6 +86,15 @@ func deployAll(text string) error {
 				return err
 			}
 			if err := releases.Switch(rel); err != nil {
+				return err
+			}
+		}
+		if plan.Heal {
+			rel, err := releases.Current()
+			if err != nil {
+				return err
+			}
+			if err := releases.Heal(ctx, rel); err != nil {
 				return err
 			}
 		}
@@ -446,8 +456,14 @@ func TestVerifyFindsADamagedIndex(t *testing.T) {
 		t.Errorf("a damaged file: %v, %v", found, err)
 	}
 	flip(t, filepath.Join(releases.private(), filepath.Base(rel.Dir)+indexSuffix), 20)
-	if _, err := releases.Verify(t.Context(), rel, 0); !errors.Is(err, ErrDigest) {
-		t.Errorf("a damaged index: %v", err)
+	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || !slices.Equal(found, []Difference{{".", "index"}}) {
+		t.Errorf("a damaged index: %v, %v", found, err)
+	}
+	if err := releases.Heal(t.Context(), rel); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) > 0 {
+		t.Errorf("healed: %v, %v", found, err)
 	}
 }
 

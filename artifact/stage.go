@@ -44,12 +44,26 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
+	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt)
+}
+
+// Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is whole all the
+// while. Nothing is taken from the old tree, which stays for processes that work in it until the release goes or is healed again.
+func (r *Releases) Heal(ctx context.Context, rel *Release) error {
+	if _, err := r.renew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}); err != nil {
+		return fmt.Errorf("heal %s: %w", rel.Dir, err)
+	}
+	return nil
+}
+
+// renew stages a release, whether or not it is there.
+func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, base *base, opt StageOptions) (*Release, error) {
 	staging := filepath.Join(r.private(), stagingPrefix+p.Digest.Short())
 	if err := r.prepare(staging); err != nil {
 		return nil, err
 	}
 	r.at("fetch")
-	index, err := fill(ctx, r.objects, m, r.base(opt.Base), staging, opt)
+	index, err := fill(ctx, r.objects, m, base, staging, opt)
 	if err != nil {
 		return nil, errors.Join(err, abandon(err, m, staging))
 	}
@@ -120,9 +134,9 @@ func (r *Releases) prepare(staging string) error {
 	return syncDir(filepath.Dir(r.top()))
 }
 
-// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. Without a
-// record that is no release of ours to trust, and so it must have gone for good when the record is written. It goes by an exchange,
-// since dest may lead to it, and stays until Prune for processes that work in it.
+// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. It is one to
+// heal, or has no record and is not to be trusted: it must have gone for good when the record is written. It goes by an exchange,
+// since dest may lead to it, and stays as long as the release or until the next exchange, for processes that work in it.
 func (r *Releases) replace(staging, dir string) (bool, error) {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return false, nil

@@ -43,7 +43,7 @@ func (u *Unit) site(r *release) site {
 	case r.Manifest.Src == "":
 		return nowhere{}
 	case r.Manifest.Strategy == deployments.StrategyRelease:
-		return linked{artifact.Open(r.Manifest.Dest, u.c.Objects, u.log), u.c.Objects}
+		return linked{artifact.Open(r.Manifest.Dest, u.c.Objects, u.log)}
 	case r.Manifest.Strategy == deployments.StrategyMv:
 		return moved{trees{u}}
 	default:
@@ -68,10 +68,7 @@ func (nowhere) heal(context.Context, *release) error       { return nil }
 func (nowhere) prune(*release, []deployments.Digest) error { return nil }
 
 // linked is StrategyRelease: directories beside dest, and dest a link to one of them.
-type linked struct {
-	releases *artifact.Releases
-	objects  *object.Client
-}
+type linked struct{ releases *artifact.Releases }
 
 func (l linked) stage(ctx context.Context, r *release, base deployments.Pointer, progress func(artifact.Progress)) error {
 	_, err := l.releases.Stage(ctx, r.Pointer, r.Manifest, r.Raw, artifact.StageOptions{Base: base, Progress: progress})
@@ -124,24 +121,14 @@ func (l linked) verify(ctx context.Context, r *release, limit int64) ([]artifact
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// heal exchanges the release's directory, where something in it differs, for one that was unpacked anew, in one system call, so that
-// dest is whole all the while; and leads dest back to it. What it was stays in DEST.releases/.kedge/ until the next time, for
-// processes that have it for their working directory.
+// heal exchanges the release's directory, where something in it differs, for one that was staged anew, and leads dest back to it.
 func (l linked) heal(ctx context.Context, r *release) error {
 	found, err := l.releases.Find(r.Pointer.Digest)
 	if err != nil {
 		return err
 	}
 	if ds, err := l.releases.Verify(ctx, found, 0); err != nil || len(ds) > 0 {
-		private := filepath.Join(filepath.Dir(found.Dir), ".kedge")
-		beside := filepath.Join(private, "heal-"+r.Pointer.Digest.Short())
-		if err := unpack(ctx, l.objects, r, beside, nil); err != nil {
-			return err
-		}
-		if err := unix.Renameat2(unix.AT_FDCWD, beside, unix.AT_FDCWD, found.Dir, unix.RENAME_EXCHANGE); err != nil {
-			return fmt.Errorf("exchanging %s for the healed tree: %w", found.Dir, err)
-		}
-		if err := errors.Join(syncDir(filepath.Dir(found.Dir)), syncDir(private)); err != nil {
+		if err := l.releases.Heal(ctx, found); err != nil {
 			return err
 		}
 	}
