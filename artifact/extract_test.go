@@ -208,6 +208,28 @@ func TestHostileArchives(t *testing.T) {
 }
 
 // What is wrong with an archive must not stay on disk, nor count as a release.
+func TestNothingStaysOfACutStage(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "app.tar")
+	if err := os.WriteFile(path, tarOf(t, file("file", "content")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+	raw := []byte("manifest")
+	p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+	if err := os.MkdirAll(filepath.Join(releases.private(), stagingPrefix+p.Digest.Short(), "stray"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(tarOf(t, file("file", "content"))).String(), DestMode: 0o755}
+	rel, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, rel.Dir); len(got) != 1 {
+		t.Errorf("it has %q", got)
+	}
+}
+
 func TestNothingStaysOfABadArchive(t *testing.T) {
 	t.Parallel()
 	plain := goodTar(t)

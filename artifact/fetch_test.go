@@ -263,6 +263,7 @@ func TestACutFetchIsResumed(t *testing.T) {
 	if whole := new.manifest.Size; read > whole*3/4 {
 		t.Errorf("the second fetch took %d bytes of %d, after %d by the first", read, whole, served.Load())
 	}
+	os.Chmod(filepath.Join(got, "lib/deep/file001.txt"), 0o600)
 	if _, read := mustFetch(t, new.manifest, nil, got); read > int64(len(new.index)) {
 		t.Errorf("a third fetch took %d bytes, the index has %d", read, len(new.index))
 	}
@@ -292,7 +293,7 @@ func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(got, "bin"), 0o700); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(got, "bin/server"), []byte(server[:largeFrame]+noise(9, largeFrame)), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			_, read := mustFetch(t, p.manifest, p.asBase(dir), got)

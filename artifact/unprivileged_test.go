@@ -24,6 +24,7 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(home) })
+	mountTmpfs(t, home, "size=64m")
 	const uid = 4321
 	if err := os.Chown(home, uid, uid); err != nil {
 		t.Fatal(err)
