@@ -128,6 +128,9 @@ func send(ctx context.Context, client *http.Client, method, url string, header h
 		request.Header[k] = v
 	}
 	r, err := client.Do(request)
+	if errors.Is(err, errPlainHTTP) {
+		return nil, fmt.Errorf("redirected: %w", errPlainHTTP)
+	}
 	if err != nil {
 		return nil, &transientError{err: plain(err)}
 	}

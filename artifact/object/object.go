@@ -119,7 +119,7 @@ func New(c Config) *Client {
 	if c.MaxBandwidth > 0 {
 		client.limit = rate.NewLimiter(rate.Limit(c.MaxBandwidth), limitChunk)
 	}
-	client.http = &http.Client{Transport: countingTransport{transport, &client.requests}}
+	client.http = &http.Client{Transport: countingTransport{transport, &client.requests}, CheckRedirect: checkRedirect}
 	client.s3.config = c.S3
 	client.gs = c.GSEndpoint
 	client.s3.requests = &client.requests
@@ -169,14 +169,32 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	case "https":
 		return &httpStore{http: c.http}, u, nil
 	case "http":
-		if ip := net.ParseIP(u.Hostname()); u.Hostname() != "localhost" && (ip == nil || !ip.IsLoopback()) {
-			return nil, nil, fmt.Errorf("%s: plain http is accepted from this machine only", text)
+		if !thisMachine(u) {
+			return nil, nil, fmt.Errorf("%s: %w", text, errPlainHTTP)
 		}
 		return &httpStore{http: c.http}, u, nil
 	case "file":
 		return fileStore{requests: &c.requests}, u, nil
 	}
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", text)
+}
+
+var errPlainHTTP = errors.New("plain http is accepted from this machine only: use https://")
+
+func thisMachine(u *url.URL) bool {
+	ip := net.ParseIP(u.Hostname())
+	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along.
+func checkRedirect(r *http.Request, via []*http.Request) error {
+	if r.URL.Scheme != "https" && !thisMachine(r.URL) {
+		return errPlainHTTP
+	}
+	if len(via) >= 10 {
+		return errors.New("it is redirected more than ten times")
+	}
+	return nil
 }
 
 // retry is Client.retry.

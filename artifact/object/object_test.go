@@ -299,3 +299,14 @@ func TestMaxBandwidth(t *testing.T) {
 		t.Errorf("2 MiB at 4 MiB/s took %v", took)
 	}
 }
+
+// Where plain http isn't accepted, a redirect doesn't lead to it.
+func TestARedirectToPlainHTTP(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.RedirectHandler("http://elsewhere.example/x", http.StatusFound))
+	defer server.Close()
+	_, err := object.New(object.Config{}).ReadAll(t.Context(), server.URL+"/x", 10)
+	if err == nil || !strings.Contains(err.Error(), "plain http") {
+		t.Errorf("%v", err)
+	}
+}
