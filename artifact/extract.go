@@ -16,6 +16,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/url"
 	"os"
 	"path"
 	"slices"
@@ -70,7 +71,7 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
 		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
-	if err := x.archive(raw, path.Base(m.Src)); err != nil {
+	if err := x.archive(raw, nameIn(m.Src)); err != nil {
 		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
 		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
 			return fmt.Errorf("extract %s: %w", m.Src, wrongChecksum(sum, m.Checksum))
@@ -85,6 +86,15 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	}
 	meter.done()
 	return nil
+}
+
+// nameIn is how a URL's path ends.
+func nameIn(src string) string {
+	u, err := url.Parse(src)
+	if err != nil {
+		return ""
+	}
+	return path.Base(u.Path)
 }
 
 // newHash is md5, sha1, sha256 or sha512, by the checksum's length, which the manifest's parser has checked.

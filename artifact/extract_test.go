@@ -147,6 +147,24 @@ func TestSingleFile(t *testing.T) {
 	}
 }
 
+// A single file is called as its URL's path ends, without a presigned URL's signature.
+func TestSingleFileOfASignedURL(t *testing.T) {
+	t.Parallel()
+	data := []byte("just text")
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
+	}))
+	defer server.Close()
+	dir := t.TempDir()
+	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: digestOf(data).String()}
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(t, dir); len(got) != 1 || got[0] != "my+tool" {
+		t.Errorf("it is called %q", got)
+	}
+}
+
 // hostile archives, each with a word that its error must have.
 func hostile(t testing.TB) map[string]struct {
 	data []byte
