@@ -58,7 +58,12 @@ func mountTmpfs(t testing.TB, dir, options string) {
 		t.Fatalf("mounting a small file system: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, 0); err != nil {
+		// The kernel lets go of the image of a loop device some time after that is unmounted.
+		err := syscall.Unmount(dir, 0)
+		for end := time.Now().Add(10 * time.Second); errors.Is(err, syscall.EBUSY) && time.Now().Before(end); err = syscall.Unmount(dir, 0) {
+			time.Sleep(10 * time.Millisecond)
+		}
+		if err != nil {
 			t.Error(err)
 		}
 	})

@@ -285,7 +285,7 @@ func (m *machine) units() {
 // testBootCut takes the machine's power away in mid-deployment, and boots it again.
 func testBootCut(t *testing.T, m *machine) {
 	// In the first deployment of all, before its switch.
-	m.release(m.publish("1", pre("touch /run/pre; [ -e /var/log/cut ] || { touch /var/log/cut; sync; sleep 120; }")))
+	m.release(m.publish("1", pre("[ -e /var/log/cut ] || { touch /var/log/cut; sync; touch /run/pre; sleep 120; }")))
 	m.boot()
 	m.appears("/run/pre")
 	m.cut()
@@ -314,7 +314,7 @@ func testBootCut(t *testing.T, m *machine) {
 
 	// After the switch, before the application is restarted; and while its health is awaited.
 	for version, step := range map[string]change{
-		"post": post("touch /run/cut-post; [ -e /var/log/cut2 ] || { touch /var/log/cut2; sync; sleep 120; }"),
+		"post": post("[ -e /var/log/cut2 ] || { touch /var/log/cut2; sync; touch /run/cut-post; sleep 120; }"),
 		"health": func(_ string, m *deployments.Manifest) {
 			m.Health.StableFor = 3 * time.Second
 			post("touch /run/cut-health")("", m)
