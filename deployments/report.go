@@ -61,6 +61,15 @@ const (
 	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
 )
 
+// Known reports whether s is one of the states above: a report's is its node's own word.
+func (s State) Known() bool {
+	switch s {
+	case StateConverged, StateWaiting, StateFetching, StateSwitching, StateRetrying, StateQuarantined, StateHeld, StateInvalid:
+		return true
+	}
+	return false
+}
+
 // MaxReport bounds a report, in bytes: many units on one node.
 const MaxReport = 256 << 10
 

@@ -137,8 +137,8 @@ func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, erro
 	return raw, err
 }
 
-// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is known on the
-// unit's nodes only, and may be any text, more fields among them.
+// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is
+// known on the unit's nodes only, and may be any text, more fields among them.
 func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
 	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
 	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {

@@ -35,7 +35,7 @@ func newUnitMetrics(m *Mirror) *unitMetrics {
 			unit, nil),
 		rollout: prometheus.NewDesc("kedge_unit_rollout", "1 in the phase in which a unit's rollout is: canary, waiting, rolling, paused, back or halted; nothing where none is.",
 			append(unit, "phase"), nil),
-		nodes: prometheus.NewDesc("kedge_unit_nodes", "Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died.",
+		nodes: prometheus.NewDesc("kedge_unit_nodes", "Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died, other where it is none of these.",
 			append(unit, "state"), nil),
 	}
 }
@@ -71,6 +71,8 @@ func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
 				count["gone"]++
 			case !spoke:
 				count["silent"]++
+			case !report.State.Known(): // a node that lies must not make labels of its own
+				count["other"]++
 			default:
 				count[string(report.State)]++
 			}

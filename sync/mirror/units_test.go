@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -60,6 +61,20 @@ func TestUnitMetrics(t *testing.T) {
 			if !strings.Contains(got, want) {
 				return fmt.Errorf("%s lacks %s", got, want)
 			}
+		}
+		return nil
+	})
+	held, err := store.Presence(t.Context(), "liar")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close(context.Background())
+	if err := held.Put(t.Context(), "status/prod/web/liar", []byte(`{"node":"liar","units":{"base":{"state":"`+strings.Repeat("x", 1000)+`"}}}`)); err != nil {
+		t.Fatal(err)
+	}
+	m.await("what a live one says", func() error {
+		if got := gathered(t, metrics, "kedge_unit_nodes"); strings.Contains(got, "xxx") || !strings.Contains(got, "state=other,unit=base 1") {
+			return fmt.Errorf("it is %s", got)
 		}
 		return nil
 	})
