@@ -26,7 +26,8 @@ const (
 
 // consulPresence holds entries by one session. That is tied to the health of the node that the local Consul agent
 // runs on, and costs nothing while it lives, where that node has the presence's name; else, as where the address
-// is a distant server's or the node has no serfHealth check, it has a TTL and is renewed.
+// is a distant server's or the node has no serfHealth check, it has a TTL and is renewed. A node that boots may get
+// the check only later, so each Put asks for it again.
 type consulPresence struct {
 	store *consulStore
 	name  string
@@ -40,6 +41,7 @@ type consulPresence struct {
 	putting sync.Mutex
 	session string
 	renew   bool            // the session has a TTL
+	early   bool            // for want of a health check of the node
 	mine    map[string]bool // every session that this presence has had
 	held    map[string][]byte
 	closed  bool
@@ -67,10 +69,36 @@ func (p *consulPresence) Put(ctx context.Context, key string, value []byte) erro
 	if p.closed {
 		return fmt.Errorf("put %s: %w", key, errPresenceClosed)
 	}
+	if p.early {
+		if err := p.tie(ctx); err != nil {
+			p.store.log.Debug("this node's entries stay with a session that is renewed", "name", p.name, "error", err)
+		}
+	}
 	if err := p.put(ctx, key, value); err != nil {
 		return err
 	}
 	p.held[key] = bytes.Clone(value)
+	return nil
+}
+
+// tie moves the entries from a session with a TTL to one of the node's health. Where it can't, all stays as it was, or what it
+// moved stays with the new one and the rest is repaired.
+func (p *consulPresence) tie(ctx context.Context) error {
+	old := p.session
+	if old == "" {
+		return nil // the next one is opened as it can be
+	}
+	id, err := p.openTied(ctx)
+	if err != nil {
+		return err
+	}
+	p.opened(id, false, false)
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, ErrConflict) {
+			return err
+		}
+	}
+	p.store.destroySession(old)
 	return nil
 }
 
@@ -127,12 +155,7 @@ func (p *consulPresence) evict(ctx context.Context, key string, value []byte) er
 		// What an ended session held can be taken only after its delay.
 		return cmp.Or(wait(ctx, 2*presenceLockDelay), ErrConflict)
 	}
-	swap := api.TxnOps{
-		kvOp(&api.KVTxnOp{Verb: api.KVUnlock, Key: s.prefix + key, Value: old.Value, Session: old.Session}),
-		kvOp(&api.KVTxnOp{Verb: api.KVLock, Key: s.prefix + key, Value: value, Session: p.session}),
-	}
-	err = s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, swap, false) })
-	if err != nil {
+	if err := p.swap(ctx, key, old.Value, value, old.Session); err != nil {
 		return err
 	}
 	if e, _, err := s.sessionInfo(ctx, old.Session, api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
@@ -143,37 +166,65 @@ func (p *consulPresence) evict(ctx context.Context, key string, value []byte) er
 
 func (p *consulPresence) sessionName() string { return "kedge presence of " + p.name }
 
+// swap takes an entry from another session. ErrConflict: that holds it no more.
+func (p *consulPresence) swap(ctx context.Context, key string, old, value []byte, from string) error {
+	s := p.store
+	ops := api.TxnOps{
+		kvOp(&api.KVTxnOp{Verb: api.KVUnlock, Key: s.prefix + key, Value: old, Session: from}),
+		kvOp(&api.KVTxnOp{Verb: api.KVLock, Key: s.prefix + key, Value: value, Session: p.session}),
+	}
+	return s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
+}
+
 // open makes the session.
 func (p *consulPresence) open(ctx context.Context) error {
-	s := p.store
-	e := &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
-	id, err := s.createSession(ctx, e)
-	switch {
-	case errors.Is(err, errNoHealthCheck):
-	case err != nil:
-		return err
-	default:
-		info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
-		if err != nil || info == nil {
-			s.destroySession(id)
-			return cmp.Or(err, fmt.Errorf("create a session: it is gone already: %w", ErrUnavailable))
-		}
-		if strings.EqualFold(info.Node, p.name) {
-			p.opened(id, false)
-			return nil
-		}
-		s.destroySession(id)
+	id, err := p.openTied(ctx)
+	if err == nil {
+		p.opened(id, false, false)
+		return nil
 	}
+	early := errors.Is(err, errNoHealthCheck)
+	if !early && !errors.Is(err, errOtherNode) {
+		return err
+	}
+	e := p.newSession()
 	e.TTL = presenceTTL.String()
-	if id, err = s.createSession(ctx, e); err != nil {
+	if id, err = p.store.createSession(ctx, e); err != nil {
 		return err
 	}
-	p.opened(id, true)
+	p.opened(id, true, early)
 	return nil
 }
 
-func (p *consulPresence) opened(id string, renew bool) {
-	p.session, p.renew = id, renew
+func (p *consulPresence) newSession() *api.SessionEntry {
+	return &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
+}
+
+// errOtherNode: the Consul agent that answers is another node's, whose health says nothing of this one.
+var errOtherNode = errors.New("the Consul agent is another node's")
+
+// openTied makes a session that lives as long as this node is healthy. errNoHealthCheck and errOtherNode: there can't be one.
+func (p *consulPresence) openTied(ctx context.Context) (id string, err error) {
+	s := p.store
+	if id, err = s.createSession(ctx, p.newSession()); err != nil {
+		return "", err
+	}
+	info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+	switch {
+	case err != nil:
+	case info == nil:
+		err = fmt.Errorf("create a session: it is gone already: %w", ErrUnavailable)
+	case !strings.EqualFold(info.Node, p.name):
+		err = errOtherNode
+	default:
+		return id, nil
+	}
+	s.destroySession(id)
+	return "", err
+}
+
+func (p *consulPresence) opened(id string, renew, early bool) {
+	p.session, p.renew, p.early = id, renew, early
 	p.mine[id] = true
 	select {
 	case p.wake <- struct{}{}:

@@ -115,6 +115,25 @@ func TestConsulPresenceWithoutHealthCheck(t *testing.T) {
 	if err != nil || info.TTL == "" || len(info.NodeChecks) != 0 {
 		t.Fatalf("the session is %+v, %v; want one with a TTL and without checks", info, err)
 	}
+
+	// The check comes, as when Consul joins only after the first report: what is held goes over with the next one,
+	// and is never nobody's.
+	views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
+	views.Await(t, "the entry", held("server-1=ready"))
+	_, err = c.Client().Catalog().Register(&api.CatalogRegistration{Node: "server-1", SkipNodeUpdate: true,
+		Check: &api.AgentCheck{Node: "server-1", CheckID: "serfHealth", Name: "Serf Health Status", Status: "passing"}}, nil)
+	if err == nil {
+		err = p.Put(t.Context(), "status/prod/web/server-1-other", []byte("ready"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := views.Await(t, "both entries", func(v kv.View) bool { return len(v.Entries) == 2 && v.Entries[1].Session != "" })
+	never(t, views, "an entry of nobody's", func(v kv.View) bool { return len(v.Entries) > 0 && v.Entries[0].Session == "" })
+	all, _, err := c.Client().Session().List(nil)
+	if err != nil || len(all) != 1 || all[0].TTL != "" || v.Entries[0].Session != all[0].ID || v.Entries[1].Session != all[0].ID {
+		t.Fatalf("the sessions are %+v, %v; want one of the node's health that holds both of %+v", all, err, v.Entries)
+	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
