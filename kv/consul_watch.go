@@ -12,9 +12,9 @@ import (
 )
 
 const (
-	// watchWait is how long Consul holds a query when nothing changes. It adds up to a sixteenth, and the client must
-	// outwait that and a search for a leader.
-	watchWait    = 60 * time.Second
+	// watchWait is how long Consul holds a query when nothing changes. It adds up to a sixteenth, which stays under the
+	// 60 s after which most proxies cut, and the client must outwait that and a search for a leader.
+	watchWait    = 55 * time.Second
 	watchTimeout = watchWait*17/16 + 10*time.Second
 	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
 	maxLastContact = 10 * time.Second
