@@ -249,3 +249,26 @@ func TestConsulPresenceLeavesNoSessions(t *testing.T) {
 		t.Fatalf("%d sessions, want one", len(all))
 	}
 }
+
+// Whoever else holds the entry loses it, but not the session, which may hold more.
+func TestConsulPresenceLeavesOthersSessions(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	other, _, err := c.Client().Session().Create(&api.SessionEntry{Name: "by hand", LockDelay: 1}, nil)
+	if err == nil {
+		_, _, err = c.Client().KV().Acquire(&api.KVPair{Key: "kedge/status/prod/web/server-1", Value: []byte("x"), Session: other}, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := c.Open("")
+	present(t, s, "server-1")
+	e, err := s.Get(t.Context(), "status/prod/web/server-1")
+	if err != nil || string(e.Value) != "ready" || e.Session == "" || e.Session == other {
+		t.Fatalf("the entry is %+v, %v", e, err)
+	}
+	if info, _, err := c.Client().Session().Info(other, nil); err != nil || info == nil {
+		t.Fatalf("the other's session is %+v, %v", info, err)
+	}
+}
