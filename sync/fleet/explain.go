@@ -241,7 +241,7 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 		s.Blocks = false
 		s.Says = "has nothing against it"
 		if r.State == deployments.StateFetching || r.State == deployments.StateSwitching {
-			s.Says = "on its way: " + stateCell(*n).text
+			s.Says = "on its way: " + n.Shown().Text
 		}
 		if u.Record != nil && r.Generation > 0 && r.Generation == u.Record.Generation && !r.Pinned {
 			s.Says += fmt.Sprintf(", and has seen generation %d", r.Generation)
@@ -258,33 +258,33 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 		return err
 	}
 	p := &printer{opt: opt}
-	p.wrap(p.paint(bold, id.String())+" on "+p.paint(bold, clean(node))+" ", 2, verdict(u, n, d), "")
-	p.wrap("  because  ", 11, p.names(u, oneLine(d.Why)), "")
+	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, clean(node))+" ", 2, verdict(u, n, d), Plain)
+	p.wrap("  because  ", 11, p.names(u, oneLine(d.Why)), Plain)
 	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s policy.Step) bool { return s.Decides || s.Blocks }) {
-		p.wrap("  "+p.paint(red, "but")+"      ", 11, p.names(u, oneLine(d.Invalid.Error())), red)
+		p.wrap("  "+p.paint(Bad, "but")+"      ", 11, p.names(u, oneLine(d.Invalid.Error())), Bad)
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
-		p.wrap("  besides  ", 11, moved, "")
+		p.wrap("  besides  ", 11, moved, Plain)
 	}
 	if u.Order != "" {
-		p.wrap("  order    ", 11, u.Order+", which the mirror has yet to take", "")
+		p.wrap("  order    ", 11, u.Order+", which the mirror has yet to take", Plain)
 	}
 	if !d.Stage.IsZero() {
 		ready := " is to lie ready on its disk before its turn comes"
 		if n.Report.Staged == d.Stage.Digest {
 			ready = " lies ready on its disk, for its turn"
 		}
-		p.wrap("  staged   ", 11, name(*u, d.Stage)+ready, "")
+		p.wrap("  staged   ", 11, u.Release(d.Stage)+ready, Plain)
 	}
 	if !d.Recheck.IsZero() {
-		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC")+", in "+brief(d.Recheck.Sub(f.At)), "")
+		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC")+", in "+brief(d.Recheck.Sub(f.At)), Plain)
 	}
 	p.raw("")
 	legend := "What was looked at, in order; > decided"
 	if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.Blocks }) {
 		legend += ", ! is in the way"
 	}
-	p.raw(p.paint(dim, legend))
+	p.raw(p.paint(Dim, legend))
 	wide := 0
 	for _, s := range d.Trace {
 		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
@@ -293,14 +293,14 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 		mark := "  "
 		switch {
 		case s.Decides:
-			mark = p.paint(green, ">") + " "
+			mark = p.paint(Good, ">") + " "
 		case s.Blocks:
-			mark = p.paint(red, "!") + " "
+			mark = p.paint(Bad, "!") + " "
 		}
 		what := clean(s.What)
-		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, oneLine(s.Says)), "")
+		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, oneLine(s.Says)), Plain)
 		if s.Unblock != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(yellow, "to change it: "), wide+6, oneWord(oneLine(s.Unblock)), "")
+			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(oneLine(s.Unblock)), Plain)
 		}
 	}
 	p.raw("")
@@ -308,7 +308,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	if n.Gone {
 		head = "What the node reported last"
 	}
-	p.raw(p.paint(dim, head))
+	p.raw(p.paint(Dim, head))
 	p.report(f, u, n, d)
 	_, err = io.WriteString(w, p.b.String())
 	return err
@@ -317,29 +317,29 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 // verdict says in a few words what should run, and whether it does.
 func verdict(u *Unit, n *Node, d policy.Decision) string {
 	running := n.Report.Running
-	runs := "runs " + name(*u, running)
+	runs := "runs " + u.Release(running)
 	if running.IsZero() {
 		runs = "runs nothing"
 	}
 	switch {
 	case n.Gone:
-		last := "is gone, and ran " + cmp.Or(name(*u, running), "nothing")
+		last := "is gone, and ran " + cmp.Or(u.Release(running), "nothing")
 		if d.Target.IsZero() || d.Target == running {
 			return last
 		}
-		return last + "; it should run " + name(*u, d.Target) + " when it is back"
+		return last + "; it should run " + u.Release(d.Target) + " when it is back"
 	case d.Action == policy.ActHold && !running.IsZero():
-		return "holds what it runs: " + name(*u, running)
+		return "holds what it runs: " + u.Release(running)
 	case d.Action == policy.ActHold:
 		return "holds what it runs: nothing"
 	case d.Target.IsZero() && running.IsZero():
 		return "runs nothing"
 	case d.Target.IsZero():
-		return "keeps what it runs: " + name(*u, running)
+		return "keeps what it runs: " + u.Release(running)
 	case running == d.Target && n.Report.State == deployments.StateConverged:
 		return runs + ", as it should"
 	}
-	return "should run " + name(*u, d.Target) + ", and " + runs
+	return "should run " + u.Release(d.Target) + ", and " + runs
 }
 
 func anyStep(policy.Step) bool { return true }
@@ -366,7 +366,7 @@ func (p *printer) names(u *Unit, text string) string {
 		if err != nil {
 			return s
 		}
-		return name(*u, pointer)
+		return u.Release(pointer)
 	})
 }
 
@@ -382,20 +382,20 @@ func pastPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {
 	case from == policy.FromNodePin && own:
-		return gitStory(*u, pin, this)
+		return gitStory(u, pin, this)
 	case from == policy.FromUnitPin && u.Pin != nil:
-		return gitStory(*u, *u.Pin, this)
+		return gitStory(u, *u.Pin, this)
 	}
 	return ""
 }
 
 func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 	r := n.Report
-	state := stateCell(*n)
+	state := n.Shown()
 	if n.Gone { // that is told above
-		state = cell{cmp.Or(clean(string(r.State)), "unknown"), dim}
+		state = Text{cmp.Or(clean(string(r.State)), "unknown"), Dim}
 	}
-	rows := [][2]string{{"state", p.paint(state.style, state.text)}}
+	rows := [][2]string{{"state", p.paint(state.Tone, state.Text)}}
 	add := func(what, says string) {
 		if says != "" {
 			rows = append(rows, [2]string{what, says})
@@ -407,10 +407,10 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 	if r.Running.IsZero() {
 		add("runs", "nothing")
 	} else {
-		add("runs", name(*u, r.Running))
+		add("runs", u.Release(r.Running))
 	}
 	if r.Want != n.Want && !r.Want.IsZero() && !told(d, r.Want.String(), anyStep) {
-		add("wants", name(*u, r.Want))
+		add("wants", u.Release(r.Want))
 	}
 	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
 		add("reason", p.names(u, oneLine(r.Why)))
@@ -421,7 +421,7 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 		}
 		failed := q.Short()
 		if u.Record != nil && u.Record.Target.Digest == q {
-			failed = name(*u, u.Record.Target)
+			failed = u.Release(u.Record.Target)
 		}
 		add("failed", failed+", which stays out until another is named, or "+oneWord("kedge retry "+u.ID.String()))
 	}
@@ -430,7 +430,7 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 	}
 	add("differs", clean(strings.Join(r.Drift, ", ")))
 	for _, row := range rows {
-		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], "")
+		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], Plain)
 	}
 }
 

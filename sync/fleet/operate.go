@@ -351,16 +351,16 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 		was, pinned = *u.Pin, true
 	}
 	if pinned {
-		notes = append(notes, "before: "+strings.TrimSpace(pinName(*u, was)+" "+pinStory(was, f.At)))
+		notes = append(notes, "before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
-			notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(*u, u.Pins[other])))
+			notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
 		}
 		return notes
 	}
 	if u.Pin != nil {
-		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(*u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
+		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
 		_, _, err := f.find(id, node)
@@ -375,7 +375,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	if err != nil || len(f.Units) == 0 {
 		return ""
 	}
-	u := f.Units[0]
+	u := &f.Units[0]
 	switch {
 	case node != "" && u.Pin != nil:
 		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
@@ -384,7 +384,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	case u.Record == nil:
 		return "there is no record: nodes keep what they run"
 	}
-	says := "the record counts now: " + name(u, u.Record.Target)
+	says := "the record counts now: " + u.Release(u.Record.Target)
 	for _, n := range u.Nodes {
 		if slices.Contains(n.Report.Quarantined, u.Record.Target.Digest) && (node == "" || node == n.Name) {
 			return says + ", which failed on " + clean(n.Name) + " before"

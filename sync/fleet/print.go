@@ -7,22 +7,28 @@ import (
 	"unicode/utf8"
 )
 
-// style is an escape sequence of terminals.
-type style string
+// Tone is how a text is to be taken.
+type Tone uint8
 
+// The tones.
 const (
-	plain  style = ""
-	bold   style = "\x1b[1m"
-	dim    style = "\x1b[2m"
-	red    style = "\x1b[31m"
-	green  style = "\x1b[32m"
-	yellow style = "\x1b[33m"
-	reset        = "\x1b[0m"
+	Plain Tone = iota
+	Bold
+	Dim
+	Good
+	Warn
+	Bad
 )
 
-type cell struct {
-	text  string
-	style style
+// escapes are what terminals paint the tones with.
+var escapes = [...]string{Plain: "", Bold: "\x1b[1m", Dim: "\x1b[2m", Good: "\x1b[32m", Warn: "\x1b[33m", Bad: "\x1b[31m"}
+
+const reset = "\x1b[0m"
+
+// Text is a text with its tone. It holds no control characters, whoever wrote what it quotes.
+type Text struct {
+	Text string
+	Tone Tone
 }
 
 // printer lays text out in lines of opt.Width.
@@ -31,11 +37,11 @@ type printer struct {
 	b   strings.Builder
 }
 
-func (p *printer) paint(s style, text string) string {
-	if !p.opt.Color || s == plain || text == "" {
+func (p *printer) paint(s Tone, text string) string {
+	if !p.opt.Color || s == Plain || text == "" {
 		return text
 	}
-	return string(s) + text + reset
+	return escapes[s] + text + reset
 }
 
 func (p *printer) raw(line string) {
@@ -45,11 +51,9 @@ func (p *printer) raw(line string) {
 // unbroken is a blank at which wrap doesn't break a line.
 const unbroken = "\x1f"
 
-func (p *printer) line(head, rest string) { p.raw(head + rest) }
-
 // align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are clipped, those of
 // the columns in firm last.
-func (p *printer) align(indent string, rows [][]cell, firm ...int) []string {
+func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	if len(rows) == 0 {
 		return nil
 	}
@@ -80,9 +84,9 @@ func (p *printer) align(indent string, rows [][]cell, firm ...int) []string {
 		b.WriteString(indent)
 		pad := 0
 		for i, c := range row {
-			text := clip(c.text, wide[i])
+			text := clip(c.Text, wide[i])
 			if text != "" {
-				b.WriteString(strings.Repeat(" ", pad) + p.paint(c.style, text))
+				b.WriteString(strings.Repeat(" ", pad) + p.paint(c.Tone, text))
 				pad = 0
 			}
 			pad += wide[i] - utf8.RuneCountInString(text) + gap
@@ -96,11 +100,11 @@ func (p *printer) align(indent string, rows [][]cell, firm ...int) []string {
 const gap = 2
 
 // columns gives the width of each column, and of all with what is between them.
-func columns(rows [][]cell) (wide []int, total int) {
+func columns(rows [][]Text) (wide []int, total int) {
 	wide = make([]int, len(rows[0]))
 	for _, row := range rows {
 		for i, c := range row {
-			wide[i] = max(wide[i], utf8.RuneCountInString(c.text))
+			wide[i] = max(wide[i], utf8.RuneCountInString(c.Text))
 		}
 	}
 	total = gap * (len(wide) - 1)
@@ -111,7 +115,7 @@ func columns(rows [][]cell) (wide []int, total int) {
 }
 
 // wrap writes head and text, broken between words where a line is full; further lines are indented.
-func (p *printer) wrap(head string, indent int, text string, s style) {
+func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	column := width(head)
 	line, empty := head, true
 	flush := func() {
@@ -195,7 +199,7 @@ func Wrap(text string, width int) string {
 	for line := range strings.SplitSeq(text, "\n") {
 		rest := strings.TrimLeft(line, " ")
 		indent := len(line) - len(rest)
-		p.wrap(line[:indent], indent+2, oneWord(rest), plain)
+		p.wrap(line[:indent], indent+2, oneWord(rest), Plain)
 	}
 	return strings.TrimSuffix(p.b.String(), "\n")
 }

@@ -201,13 +201,13 @@ func (w *waiter) useless(u Unit) error {
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
 			continue // of an earlier time
 		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
-			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, name(u, n.Want), oneLine(r.Error))
+			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
 		case r.State == deployments.StateInvalid:
-			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, name(u, n.Want), oneLine(r.Error))
+			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
 		}
 	}
 	if p := rollout(u); p != nil && p.Phase == deployments.PhaseHalted {
-		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, name(u, u.Record.Target), oneLine(p.Reason))
+		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), oneLine(p.Reason))
 	}
 	return nil
 }

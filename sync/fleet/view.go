@@ -1,0 +1,339 @@
+package fleet
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/mirror"
+)
+
+// Note is one thing to be told of a fleet, a unit or a node, and what it is about.
+type Note struct {
+	About, Says Text
+}
+
+// unavailable says in one text which parts of the store can't be read now, and why: mostly it is all of them, for one reason.
+func unavailable(f *Fleet) (parts []string, text string) {
+	var why string
+	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
+		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
+		if !strings.HasSuffix(kind, "/") || !is {
+			continue
+		}
+		parts = append(parts, kind)
+		if i := strings.Index(after, `": `); strings.HasPrefix(after, "Get ") && i > 0 {
+			after = after[i+len(`": `):] // which of its URLs it was says nothing here
+		}
+		why = cmp.Or(why, oneLine(after))
+	}
+	if len(parts) == 0 {
+		return nil, ""
+	}
+	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(parts, ", ") + ": " + why
+}
+
+// Faults are the errors of f that are no unit's.
+func (f *Fleet) Faults() (all []Note) {
+	away, text := unavailable(f)
+	if text != "" {
+		all = append(all, Note{Text{"error", Bad}, Text{text, Plain}})
+	}
+	shown := map[string]bool{} // with its unit already
+	for _, key := range away {
+		shown[key] = true
+	}
+	for _, u := range f.Units {
+		shown[kv.DesiredKey(u.ID)], shown[kv.PinKey(u.ID)] = true, true
+		for key := range f.Errors {
+			shown[key] = shown[key] || strings.HasPrefix(key, kv.PinKey(u.ID)+"/")
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
+		if !shown[key] {
+			all = append(all, Note{Text{"error", Bad}, Text{clean(key) + ": " + oneLine(f.Errors[key]), Plain}})
+		}
+	}
+	return all
+}
+
+// MirrorNotes say where the mirror is, first of all, and what is wrong with it. A text may have several lines.
+func (f *Fleet) MirrorNotes() []Note {
+	about := Text{"mirror", Dim}
+	m := f.Mirror
+	if m == nil {
+		return []Note{{about, Text{"has taken no commit yet", Plain}}}
+	}
+	head := "has taken no commit yet"
+	if m.Head != "" {
+		head = "at " + clean(short(m.Head))
+		if m.Author != "" {
+			head += " by " + authorName(m.Author)
+		}
+		if !m.At.IsZero() {
+			head += ", " + ago(f.At.Sub(m.At))
+		}
+	}
+	if m.Holder != "" {
+		head += " (" + clean(m.Holder) + ")"
+	}
+	all := []Note{{about, Text{head, Plain}}}
+	if f.NoMirror {
+		all = append(all, Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
+	}
+	switch wrong := (Text{strings.TrimSpace(cleanLines(m.Error)), Bad}); {
+	case m.Refused != "":
+		all = append(all, Note{Text{"refused " + clean(short(m.Refused)) + ":", Bad}, wrong})
+	case m.Error != "":
+		all = append(all, Note{Says: wrong})
+	}
+	return all
+}
+
+// Columns head what Row gives.
+var Columns = []string{"UNIT", "TARGET", "PIN", "CONVERGED", "ROLLOUT"}
+
+// convergedColumn is where Row counts nodes.
+const convergedColumn = 3
+
+// Row is a unit in one line, in Columns.
+func (u *Unit) Row() []Text {
+	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
+	if u.Record != nil {
+		target = Text{u.Release(u.Record.Target), Plain}
+	}
+	switch {
+	case u.Pin != nil:
+		pin = Text{pinName(u, *u.Pin), Warn}
+	case len(u.Pins) > 0:
+		pin = Text{count(len(u.Pins), "node"), Warn}
+	}
+	state := Text{fmt.Sprintf("%d/%d", u.Converged, u.Live), Good}
+	if u.Converged < u.Live {
+		state.Tone = Warn
+	}
+	if u.Live == 0 {
+		state.Tone = Dim
+	}
+	if u.Gone > 0 {
+		state.Text += fmt.Sprintf(", %d gone", u.Gone)
+	}
+	if u.Record != nil && u.Record.Rollout != nil {
+		phase = Text{clean(policy.SayPhase(u.Record.Rollout.Phase)), Warn}
+		if r := u.Record.Rollout.Phase; r == deployments.PhaseHalted || r == deployments.PhaseBack {
+			phase.Tone = Bad
+		}
+	}
+	return []Text{{u.ID.String(), Bold}, target, pin, state, phase}
+}
+
+// Notes are what is to be told of one of f's units beside its Row.
+func (f *Fleet) Notes(u *Unit) (all []Note) {
+	add := func(about string, t Tone, says string, st Tone) {
+		all = append(all, Note{Text{about, t}, Text{says, st}})
+	}
+	if u.Pin != nil {
+		story := pinStory(*u.Pin, f.At)
+		moved := gitStory(u, *u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
+		if s := join(story, moved); s != "" {
+			add("pinned", Plain, s, Plain)
+		}
+	}
+	for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
+		pin := u.Pins[node]
+		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
+		add(clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), Plain)
+	}
+	if u.Order != "" {
+		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
+	}
+	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
+		add("rollout:", Plain, oneLine(u.Record.Rollout.Reason), Plain)
+	}
+	if next := todo(u); next != "" {
+		add("next:", Warn, next, Plain)
+	}
+	if u.Error != "" {
+		add("error", Bad, oneLine(u.Error), Plain)
+	}
+	return all
+}
+
+// NodeRow is one of a unit's nodes in one line: its name, its state, what it runs, and for how long it has been in that state. beside
+// is what is wrong with it.
+func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
+	r := n.Report
+	beside = oneLine(r.Error)
+	if len(r.Drift) > 0 {
+		beside = join(beside, "differs from its release: "+clean(strings.Join(r.Drift, ", ")))
+	}
+	runs := "runs nothing"
+	if r.State == "" {
+		runs = oneLine(n.Why)
+	}
+	if !r.Running.IsZero() {
+		runs = "runs " + u.Release(r.Running)
+	}
+	since := ""
+	if !r.Since.IsZero() {
+		since = brief(f.At.Sub(r.Since))
+	}
+	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
+}
+
+// todo says what an operator can do about a unit that stands; empty: nothing.
+func todo(u *Unit) string {
+	if u.Record == nil || u.Pin != nil {
+		return ""
+	}
+	if next := policy.Unblock(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
+		return next
+	}
+	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined }) {
+		return "push a better release, or try this one again: kedge retry " + u.ID.String()
+	}
+	return ""
+}
+
+// Shown is a node's state, as people are told it.
+func (n *Node) Shown() Text {
+	r := n.Report
+	switch {
+	case n.Gone:
+		return Text{"gone", Dim}
+	case r.State == "":
+		return Text{"unknown", Warn}
+	case n.Converged:
+		return Text{string(r.State), Good}
+	case r.State == deployments.StateConverged && r.Running == n.Want:
+		return Text{"converged", Warn} // a value that nothing follows doesn't parse
+	case r.State == deployments.StateConverged:
+		return Text{"outdated", Warn} // it has yet to see what it should run
+	case r.State == deployments.StateFetching && r.Total > 0:
+		return Text{fmt.Sprintf("fetching %d%%", min(100, r.Fetched*100/r.Total)), Warn}
+	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid:
+		return Text{clean(string(r.State)), Bad}
+	}
+	return Text{clean(string(r.State)), Warn}
+}
+
+// Release is a release as people know it: its version, as a node that runs it reports it or else as its URL's path has it, and the
+// beginning of its digest.
+func (u *Unit) Release(p deployments.Pointer) string {
+	if p.IsZero() {
+		return "-"
+	}
+	version := ""
+	for _, n := range u.Nodes {
+		if n.Report.Running == p && n.Report.Version != "" {
+			version = clean(n.Report.Version)
+			break
+		}
+	}
+	if version == "" {
+		dir, file := path.Split(p.URL)
+		version = strings.TrimSuffix(file, path.Ext(file))
+		if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
+			version = parent
+		}
+		version = clean(version)
+	}
+	return clip(version, 24) + " " + p.Digest.Short()[:8]
+}
+
+func pinName(u *Unit, p deployments.Pin) string {
+	if p.Hold {
+		return "hold"
+	}
+	return u.Release(p.Release)
+}
+
+func pinStory(p deployments.Pin, now time.Time) string {
+	var s []string
+	if p.By != "" {
+		s = append(s, "by "+oneLine(p.By))
+	}
+	switch {
+	case p.Until.IsZero():
+	case p.Until.After(now):
+		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
+	default:
+		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC")+", which is over")
+	}
+	if p.Reason != "" {
+		s = append(s, "("+oneLine(p.Reason)+")")
+	}
+	return strings.Join(s, " ")
+}
+
+// gitStory says how far Git has moved past what a pin names, or holds on the nodes that it is for.
+func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
+	kept := []deployments.Pointer{pin.Release}
+	if pin.Hold {
+		kept = running(u, holds)
+	}
+	moved, known := 0, false
+	for _, p := range kept {
+		if n, ok := u.GitPast[p]; ok {
+			moved, known = max(moved, n), true
+		}
+	}
+	switch {
+	case !known:
+		return ""
+	case moved == 0:
+		return "Git says the same"
+	}
+	return "Git has named " + count(moved, "release") + " since"
+}
+
+// HistoryColumns head what HistoryRow gives.
+var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
+
+// HistoryRow is one generation of a unit in one line.
+func HistoryRow(h mirror.History) []Text {
+	at := "-"
+	if !h.At.IsZero() {
+		at = h.At.UTC().Format("2006-01-02 15:04")
+	}
+	return []Text{
+		{strconv.FormatInt(h.Generation, 10), Plain}, {at, Plain}, {new(Unit).Release(h.Release), Bold}, {clean(h.Commit[:min(8, len(h.Commit))]), Plain},
+		{authorName(h.Author), Plain}, {oneLine(h.Subject), Dim},
+	}
+}
+
+// authorName is an author without the address.
+func authorName(author string) string {
+	name, _, _ := strings.Cut(oneLine(author), " <")
+	return name
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// brief is a duration in its largest unit.
+func brief(d time.Duration) string {
+	switch d = max(0, d); {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours())/24)
+}
+
+func ago(d time.Duration) string { return brief(d) + " ago" }
