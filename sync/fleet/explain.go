@@ -251,45 +251,76 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 	return s
 }
 
-// WriteExplain writes a decision's whole chain, and what the node says of itself.
-func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d policy.Decision, opt TableOptions) error {
+// Told is what a person is told about one unit on one node.
+type Told struct {
+	Verdict string // what should run, and whether it does
+	// Notes say why, and what else bears on it.
+	Notes []Note
+	// Trace is what was looked at, in order.
+	Trace []policy.Step
+	// Report is what the node reports; of one that is Gone, what it reported last.
+	Report []Note
+	Gone   bool
+}
+
+// Tell puts a decision of Explain's, or Local's, in words. Pointers stand in it as they are: see Unit.Names.
+func Tell(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Told, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
-		return err
+		return Told{}, err
 	}
-	p := &printer{opt: opt}
-	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, clean(node))+" ", 2, verdict(u, n, d), Plain)
-	p.wrap("  because  ", 11, p.names(u, oneLine(d.Why)), Plain)
+	t := Told{Verdict: verdict(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
+	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
+	add("because", oneLine(d.Why))
 	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s policy.Step) bool { return s.Decides || s.Blocks }) {
-		p.wrap("  "+p.paint(Bad, "but")+"      ", 11, p.names(u, oneLine(d.Invalid.Error())), Bad)
+		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{oneLine(d.Invalid.Error()), Bad}})
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
-		p.wrap("  besides  ", 11, moved, Plain)
+		add("besides", moved)
 	}
 	if u.Order != "" {
-		p.wrap("  order    ", 11, u.Order+", which the mirror has yet to take", Plain)
+		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
 		ready := " is to lie ready on its disk before its turn comes"
 		if n.Report.Staged == d.Stage.Digest {
 			ready = " lies ready on its disk, for its turn"
 		}
-		p.wrap("  staged   ", 11, u.Release(d.Stage)+ready, Plain)
+		add("staged", u.Release(d.Stage)+ready)
 	}
 	if !d.Recheck.IsZero() {
-		p.wrap("  until    ", 11, d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC")+", in "+brief(d.Recheck.Sub(f.At)), Plain)
+		add("until", d.Recheck.UTC().Format("2006-01-02 15:04:05 UTC")+", in "+brief(d.Recheck.Sub(f.At)))
 	}
+	return t, nil
+}
+
+// WriteExplain writes a decision's whole chain, and what the node says of itself.
+func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d policy.Decision, opt TableOptions) error {
+	t, err := Tell(f, id, node, d)
+	if err != nil {
+		return err
+	}
+	u, _, _ := f.find(id, node)
+	p := &printer{opt: opt}
+	notes := func(all []Note) {
+		for _, n := range all {
+			head := "  " + p.paint(n.About.Tone, n.About.Text) + strings.Repeat(" ", max(0, 9-utf8.RuneCountInString(n.About.Text)))
+			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
+		}
+	}
+	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, clean(node))+" ", 2, t.Verdict, Plain)
+	notes(t.Notes)
 	p.raw("")
 	legend := "What was looked at, in order; > decided"
-	if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.Blocks }) {
+	if slices.ContainsFunc(t.Trace, func(s policy.Step) bool { return s.Blocks }) {
 		legend += ", ! is in the way"
 	}
 	p.raw(p.paint(Dim, legend))
 	wide := 0
-	for _, s := range d.Trace {
+	for _, s := range t.Trace {
 		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
 	}
-	for _, s := range d.Trace {
+	for _, s := range t.Trace {
 		mark := "  "
 		switch {
 		case s.Decides:
@@ -305,11 +336,11 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	}
 	p.raw("")
 	head := "What the node reports"
-	if n.Gone {
+	if t.Gone {
 		head = "What the node reported last"
 	}
 	p.raw(p.paint(Dim, head))
-	p.report(f, u, n, d)
+	notes(t.Report)
 	_, err = io.WriteString(w, p.b.String())
 	return err
 }
@@ -356,11 +387,8 @@ func told(d policy.Decision, text string, some func(policy.Step) bool) bool {
 
 var pointers = regexp.MustCompile(`[a-z0-9]+://[^\s"]+@sha256:[0-9a-f]{64}`)
 
-// names puts what people call a release in the place of its pointer: it would take lines of a terminal. What is piped keeps it.
-func (p *printer) names(u *Unit, text string) string {
-	if p.opt.Width == 0 {
-		return text
-	}
+// Names puts what people call a release in the place of its pointer.
+func (u *Unit) Names(text string) string {
 	return pointers.ReplaceAllStringFunc(text, func(s string) string {
 		pointer, err := deployments.ParsePointer(s)
 		if err != nil {
@@ -368,6 +396,14 @@ func (p *printer) names(u *Unit, text string) string {
 		}
 		return u.Release(pointer)
 	})
+}
+
+// names is Names where there is a terminal: a pointer would take lines of it. What is piped keeps it.
+func (p *printer) names(u *Unit, text string) string {
+	if p.opt.Width == 0 {
+		return text
+	}
+	return u.Names(text)
 }
 
 var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
@@ -389,16 +425,17 @@ func pastPin(u *Unit, n *Node, from policy.Source) string {
 	return ""
 }
 
-func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
+// reported is what a node says of itself, unless d's trace tells it already.
+func reported(f *Fleet, u *Unit, n *Node, d policy.Decision) (all []Note) {
 	r := n.Report
 	state := n.Shown()
 	if n.Gone { // that is told above
 		state = Text{cmp.Or(clean(string(r.State)), "unknown"), Dim}
 	}
-	rows := [][2]string{{"state", p.paint(state.Tone, state.Text)}}
+	all = []Note{{Text{"state", Plain}, state}}
 	add := func(what, says string) {
 		if says != "" {
-			rows = append(rows, [2]string{what, says})
+			all = append(all, Note{Text{what, Plain}, Text{says, Plain}})
 		}
 	}
 	if !r.Since.IsZero() {
@@ -413,7 +450,7 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 		add("wants", u.Release(r.Want))
 	}
 	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
-		add("reason", p.names(u, oneLine(r.Why)))
+		add("reason", oneLine(r.Why))
 	}
 	for _, q := range r.Quarantined {
 		if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
@@ -423,15 +460,13 @@ func (p *printer) report(f *Fleet, u *Unit, n *Node, d policy.Decision) {
 		if u.Record != nil && u.Record.Target.Digest == q {
 			failed = u.Release(u.Record.Target)
 		}
-		add("failed", failed+", which stays out until another is named, or "+oneWord("kedge retry "+u.ID.String()))
+		add("failed", failed+", which stays out until another is named, or "+"kedge retry "+u.ID.String())
 	}
 	if !told(d, r.Error, anyStep) {
-		add("error", p.names(u, oneLine(r.Error)))
+		add("error", oneLine(r.Error))
 	}
 	add("differs", clean(strings.Join(r.Drift, ", ")))
-	for _, row := range rows {
-		p.wrap(fmt.Sprintf("  %-9s", row[0]), 11, row[1], Plain)
-	}
+	return all
 }
 
 // Explanation is the JSON of kedge explain: a decision, and the node that it is about.
