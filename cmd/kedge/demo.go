@@ -21,6 +21,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/web"
 )
 
 func (a *app) demoCommand() *cobra.Command {
@@ -71,6 +72,8 @@ type demo struct {
 	objects *object.Client
 	site    *http.Server
 	siteURL string
+	web     *web.Web
+	webDone chan error
 	nodes   map[string]*child
 	mirror  *child
 	// pointers are the published releases, by version.
@@ -149,6 +152,16 @@ func (d *demo) serveSite() error {
 	})
 	d.site = &http.Server{Handler: mux, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
 	go d.site.Serve(listener)
+	return nil
+}
+
+// serveWeb shows the fleet to browsers.
+func (d *demo) serveWeb() (err error) {
+	if d.web, err = web.New(web.Config{Store: d.store, Listen: "127.0.0.1:0"}); err != nil {
+		return err
+	}
+	d.webDone = make(chan error, 1)
+	go func() { d.webDone <- d.web.Run(d.ctx) }()
 	return nil
 }
 
@@ -305,6 +318,9 @@ func (d *demo) close() error {
 		<-d.mirror.done
 	}
 	var errs []error
+	if d.web != nil {
+		errs = append(errs, <-d.webDone)
+	}
 	if d.site != nil {
 		errs = append(errs, d.site.Close())
 	}

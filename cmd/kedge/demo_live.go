@@ -30,11 +30,14 @@ func (d *demo) live(a *app) error {
 			return err
 		}
 	}
+	if err := d.serveWeb(); err != nil {
+		return err
+	}
 	show := d.printChanges
 	if a.terminal() > 0 {
 		show = func(f *fleet.Fleet) { d.repaint(a, f) }
 	} else {
-		fmt.Fprint(d.out, d.advice())
+		fmt.Fprintf(d.out, "\nIn a browser: http://%s/\n%s", d.web.Addr(), d.advice())
 	}
 	err := fleet.Watch(d.ctx, d.store, fleet.Filter{}, show)
 	if errors.Is(err, context.Canceled) {
@@ -50,7 +53,7 @@ func (d *demo) repaint(a *app, f *fleet.Fleet) {
 	b.WriteString("\x1b[H\x1b[2J")
 	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents, each a process of its own, in %s\n\n", len(d.nodes), d.dir)
 	fleet.WriteTable(&b, f, fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: true})
-	fmt.Fprintf(&b, "\nLive now:")
+	fmt.Fprintf(&b, "\nIn a browser:  http://%s/\nLive now:    ", d.web.Addr())
 	for _, name := range []string{"web-1", "web-2", "web-3"} {
 		fmt.Fprintf(&b, "  %s/%s/", d.siteURL, name)
 	}

@@ -163,7 +163,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		"start":   {a.demoCommand()},
 		"daemon":  {a.agentCommand(), a.mirrorCommand()},
 		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand()},
-		"fleet":   {a.statusCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand()},
+		"fleet":   {a.statusCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
 		"operate": a.operateCommands(),
 	} {
 		for _, c := range commands {

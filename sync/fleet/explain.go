@@ -76,13 +76,21 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	return id, fmt.Errorf("no node %s has reported: there are %s", node, some(names))
 }
 
-// find gives a unit, and what one of its nodes reports.
-func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
+// Unit finds a unit. The error says which may have been meant.
+func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
 	if i < 0 {
-		return nil, nil, noUnit(f, id.String())
+		return nil, noUnit(f, id.String())
 	}
-	u := &f.Units[i]
+	return &f.Units[i], nil
+}
+
+// find gives a unit, and what one of its nodes reports.
+func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
+	u, err := f.Unit(id)
+	if err != nil {
+		return nil, nil, err
+	}
 	j := slices.IndexFunc(u.Nodes, func(n Node) bool { return n.Name == node })
 	if j < 0 {
 		var names []string

@@ -157,7 +157,8 @@ func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error
 	for i, line := range p.align("", rows, 0, 1, 2, 3) {
 		p.raw(line)
 		if i > 0 && history[i-1].Note != "" {
-			p.wrap("     ", 5, oneLine(history[i-1].Note), Warn)
+			note := HistoryNote(history[i-1])
+			p.wrap("     ", 5, note.Text, note.Tone)
 		}
 	}
 	_, err := io.WriteString(w, p.b.String())

@@ -310,6 +310,9 @@ func HistoryRow(h mirror.History) []Text {
 	}
 }
 
+// HistoryNote is what else led to a generation; mostly nothing.
+func HistoryNote(h mirror.History) Text { return Text{oneLine(h.Note), Warn} }
+
 // authorName is an author without the address.
 func authorName(author string) string {
 	name, _, _ := strings.Cut(oneLine(author), " <")

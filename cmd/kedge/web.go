@@ -1,0 +1,43 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"kedge/sync/web"
+)
+
+func (a *app) webCommand() *cobra.Command {
+	var c web.Config
+	command := &cobra.Command{
+		Use:   "web",
+		Short: "The fleet in a browser, live and read-only",
+		Long: `Serves what status, explain and history print as pages that follow the store: / all units, /STAGE/ROLE those of a role,
+/STAGE/ROLE/UNIT one, and /STAGE/ROLE/UNIT/NODE why a node runs what it runs. /-/fleet.json is what kedge status --json prints.
+
+It changes nothing, and its token needs no more than the first rule of deployments/consul/operator.hcl. It asks nobody who they are:
+to show it to more than this machine, put a proxy that does in front of it, and name it with --host as browsers do.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			log, err := a.logger()
+			if err != nil {
+				return err
+			}
+			store, err := a.open(cmd.Context(), log)
+			if err != nil {
+				return err
+			}
+			defer store.Close()
+			c.Store, c.Log = store, log
+			w, err := web.New(c)
+			if err != nil {
+				return err
+			}
+			a.tell("the fleet is at http://%s/", w.Addr())
+			return w.Run(cmd.Context())
+		},
+	}
+	f := command.Flags()
+	f.StringVar(&c.Listen, "listen", "127.0.0.1:7080", "`address` to listen at")
+	f.StringArrayVar(&c.Hosts, "host", nil, "`name` that browsers reach it by, beside localhost and IP addresses; repeatable")
+	return command
+}
