@@ -128,11 +128,9 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	path := r.PathValue("path")
 	known := &past{}
 	var last string
-	for f := w.first(r.Context()); ; {
-		next, changed := w.now()
-		if next != nil {
-			f = next
-		}
+	w.first(r.Context())
+	for {
+		f, changed := w.now()
 		_, main := w.draw(r.Context(), path, f, known)
 		event := ": nothing new\n\n"
 		if main != last {
