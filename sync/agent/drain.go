@@ -25,7 +25,7 @@ type drains struct {
 	units []deployments.UnitID
 	on    bool          // maintenance mode, as it was turned last
 	known bool          // false at the start: a run before this one may have been killed while it was on
-	lost  bool          // turning it on failed, which may have been but its answer
+	lost  bool          // it is being turned, or that failed, which may have been but its answer
 	done  chan struct{} // closed, and made anew, when on changes
 }
 
@@ -55,7 +55,7 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	defer timeout.Stop()
 	for {
 		d.mu.Lock()
-		applied, done := d.on, d.done
+		applied, done := d.on && !d.lost, d.done
 		d.mu.Unlock()
 		if applied {
 			return nil
@@ -108,6 +108,9 @@ func (d *drains) run(ctx context.Context) {
 			}
 		}
 		if converged == nil && (want != on || !known || lost) {
+			d.mu.Lock()
+			d.lost = true
+			d.mu.Unlock()
 			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
 			switch {
 			case err == nil:
@@ -123,9 +126,6 @@ func (d *drains) run(ctx context.Context) {
 			case retry.tries == 0:
 				d.log.Warn("maintenance mode can't be turned: trying again", "on", want, "error", err)
 			}
-			d.mu.Lock()
-			d.lost = d.lost || want
-			d.mu.Unlock()
 			again = time.After(retry.next())
 		}
 		select {

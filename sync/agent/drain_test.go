@@ -147,3 +147,55 @@ func TestMaintenanceThatMayBeOn(t *testing.T) {
 		synctest.Wait()
 	})
 }
+
+// What turns maintenance mode off may come late, or its answer be lost: a unit that is drained meanwhile waits until it is on again,
+// as else it would be switched in service.
+func TestSwitchWaitsForMaintenanceThatIsBeingTurned(t *testing.T) {
+	t.Parallel()
+	for name, lost := range map[string]bool{"slow": false, "the answer is lost": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				ctx, cancel := context.WithCancel(t.Context())
+				var on, slow, switching atomic.Bool
+				d := newDrains(func(_ context.Context, to bool, _ string) error {
+					if !slow.Load() {
+						on.Store(to)
+						return nil
+					}
+					slow.Store(false)
+					var err error
+					if time.Sleep(drainWait / 2); lost {
+						err = errors.New("no answer")
+					}
+					if on.Store(to); switching.Load() {
+						t.Error("maintenance mode went off after the switch had begun")
+					}
+					return err
+				}, make(chan struct{}), quiet())
+				go d.run(ctx)
+				app, base := deployments.UnitID{Unit: "app"}, deployments.UnitID{Unit: "base"}
+				if err := d.set(ctx, app, true); err != nil {
+					t.Fatal(err)
+				}
+				slow.Store(true)
+				if err := d.set(ctx, app, false); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+				if err := d.set(ctx, base, true); err != nil {
+					t.Fatal(err)
+				}
+				if switching.Store(true); !on.Load() {
+					t.Error("a unit is switched while the node is in service")
+				}
+				time.Sleep(time.Hour)
+				if !on.Load() {
+					t.Error("a node with a drained unit is in service")
+				}
+				cancel()
+				synctest.Wait()
+			})
+		})
+	}
+}
