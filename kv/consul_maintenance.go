@@ -3,6 +3,7 @@ package kv
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"strings"
 
 	"github.com/hashicorp/consul/api"
@@ -26,9 +27,10 @@ func (s *consulStore) Maintain(ctx context.Context, on bool, reason string) erro
 		return fmt.Errorf("maintenance mode: the reason %q does not begin with %q", reason, MaintenanceReason)
 	}
 	return s.do(ctx, "maintenance mode", requestTimeout, func(q *api.QueryOptions) error {
-		// These calls take no options of their own, so the client gets the token of now.
+		// These calls take no options of their own, so the client gets the token of now, and the time that is left.
 		config := s.config
 		config.Token = q.Token
+		config.HttpClient = &http.Client{Transport: within{q.Context(), s.http.Transport}}
 		client, err := api.NewClient(&config)
 		if err != nil {
 			return err
@@ -46,4 +48,14 @@ func (s *consulStore) Maintain(ctx context.Context, on bool, reason string) erro
 		}
 		return client.Agent().DisableNodeMaintenance()
 	})
+}
+
+// within ends requests with a context of its own.
+type within struct {
+	ctx  context.Context
+	next http.RoundTripper
+}
+
+func (w within) RoundTrip(r *http.Request) (*http.Response, error) {
+	return w.next.RoundTrip(r.WithContext(w.ctx))
 }

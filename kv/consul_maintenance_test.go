@@ -1,8 +1,15 @@
 package kv_test
 
 import (
+	"context"
 	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"testing"
+	"time"
+
+	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -66,5 +73,38 @@ func TestConsulMaintenance(t *testing.T) {
 
 	if err := open(agent).Maintain(t.Context(), true, "kedge deploys prod/web/app"); !errors.Is(err, kv.ErrDenied) {
 		t.Errorf("without node:write: %v", err)
+	}
+}
+
+// A Consul agent that takes the call and never answers must not keep an agent from stopping.
+func TestConsulMaintenanceEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	for _, on := range []bool{true, false} {
+		ctx, cancel := context.WithCancel(t.Context())
+		f := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch {
+			case r.Method == http.MethodPut:
+				io.Copy(io.Discard, r.Body) // only then is it noticed that the client goes
+				cancel()
+				<-r.Context().Done()
+			case on:
+				io.WriteString(w, "{}")
+			default:
+				io.WriteString(w, `{"_node_maintenance": {"CheckID": "_node_maintenance", "Notes": "kedge deploys prod/web/app"}}`)
+			}
+		}))
+		t.Cleanup(f.Close)
+		s := open(t, kv.Config{Consul: &api.Config{Address: f.URL}}).(kv.Maintainer)
+		done := make(chan error, 1)
+		go func() { done <- s.Maintain(ctx, on, "kedge deploys prod/web/app") }()
+		select {
+		case err := <-done:
+			if err == nil {
+				t.Errorf("on %v: no error without an answer", on)
+			}
+		case <-time.After(20 * time.Second):
+			f.CloseClientConnections()
+			t.Fatalf("on %v: it waits for an answer after its end", on)
+		}
 	}
 }
