@@ -72,6 +72,20 @@ KEDGE_VERSION=2
 	}
 }
 
+// A command's last line becomes an error, which later commands find in their environment: that can't hold a NUL, and a terminal that
+// shows it is not to obey it.
+func TestLastLineIsText(t *testing.T) {
+	t.Parallel()
+	_, err := run(t, deployments.Command{Run: `printf 'a\0b\033[2Jc\td\377'; exit 1`}, Env{}, nil)
+	if err == nil || !strings.HasSuffix(err.Error(), "exit status 1: a\ufffdb\ufffd[2Jc d\ufffd") {
+		t.Errorf("got %q", err)
+	}
+	r, err := run(t, deployments.Command{Run: `echo "$KEDGE_ERROR"`}, Env{Error: "a\x00b"}, nil)
+	if err != nil || string(r.Output) != "a\ufffdb\n" {
+		t.Errorf("with a NUL in the environment: %q, %v", r.Output, err)
+	}
+}
+
 func TestSecretsStayWithTheAgent(t *testing.T) {
 	t.Parallel()
 	agent := []string{

@@ -51,7 +51,7 @@ func environ(agent []string, userVars []string, env Env) []string {
 		"KEDGE_NODE="+env.Node, "KEDGE_STEP="+env.Step,
 		"KEDGE_RELEASE="+env.Release, "KEDGE_PREVIOUS="+env.Previous, "KEDGE_DEST="+env.Dest,
 		"KEDGE_DIGEST="+digest, "KEDGE_NAME="+env.Name, "KEDGE_VERSION="+env.Version,
-		"KEDGE_COMMIT="+env.Commit, "KEDGE_ERROR="+env.Error)
+		"KEDGE_COMMIT="+env.Commit, "KEDGE_ERROR="+strings.ReplaceAll(env.Error, "\x00", "\ufffd")) // with a NUL no command would run
 	if env.Run != "" {
 		out = append(out, runMark+env.Run)
 	}

@@ -6,6 +6,8 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"unicode"
+	"unicode/utf8"
 )
 
 const (
@@ -113,11 +115,20 @@ func (o *output) bytes() []byte {
 	return append(b, o.tail[:o.next]...)
 }
 
-// lastLine is the last line that says something: mostly the reason of a failure.
+// lastLine is the last line that says something: mostly the reason of a failure. It is shown on terminals and handed on in
+// environments, so nothing in it is left that controls the one or ends the other.
 func (o *output) lastLine() string {
 	b := bytes.TrimSpace(o.bytes())
-	if i := bytes.LastIndexByte(b, '\n'); i >= 0 {
+	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {
 		b = b[i+1:]
 	}
-	return clip(strings.ToValidUTF8(string(b), "\ufffd"))
+	return clip(strings.Map(func(r rune) rune {
+		switch {
+		case r == '\t':
+			return ' '
+		case unicode.IsControl(r):
+			return utf8.RuneError
+		}
+		return r
+	}, string(b)))
 }
