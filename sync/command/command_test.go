@@ -344,3 +344,58 @@ func TestEndLeftovers(t *testing.T) {
 		t.Errorf("then %d more, %v", n, err)
 	}
 }
+
+// What ignores SIGTERM may start others all the while: none is left, not even dying, when the command is run again.
+func TestEndLeftoversLeavesNone(t *testing.T) {
+	t.Parallel()
+	mark := fmt.Sprintf("restless-%d", os.Getpid())
+	ready := filepath.Join(t.TempDir(), "ready")
+	script := fmt.Sprintf(`for i in 1 2 3 4; do (trap "" TERM; while :; do (echo $$ > %s; exec sleep 0.02); done) >/dev/null 2>&1 & done`, ready)
+	if _, err := run(t, deployments.Command{Run: script}, Env{Run: mark}, nil); err != nil {
+		t.Fatal(err)
+	}
+	pidIn(t, ready)
+	if n, err := EndLeftovers(t.Context(), mark); err != nil || n == 0 {
+		t.Errorf("ended %d, %v", n, err)
+	}
+	if pids, err := marked(mark); err != nil || len(pids) > 0 {
+		t.Errorf("left: %d, %v", pids, err)
+		for len(pids) > 0 {
+			for _, pid := range pids {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+			pids, _ = marked(mark)
+		}
+	}
+}
+
+// Called off while it still waits for an orderly end, it says so: the command must not be taken for ended.
+func TestEndLeftoversCalledOff(t *testing.T) {
+	t.Parallel()
+	mark := fmt.Sprintf("called-off-%d", os.Getpid())
+	dir := t.TempDir()
+	file, asked := filepath.Join(dir, "pid"), filepath.Join(dir, "asked")
+	script := fmt.Sprintf(`(trap "echo 1 > %s" TERM; while :; do sleep 0.05; done) >/dev/null 2>&1 & echo $! > %s`, asked, file)
+	if _, err := run(t, deployments.Command{Run: script}, Env{Run: mark}, nil); err != nil {
+		t.Fatal(err)
+	}
+	pid := pidIn(t, file)
+	t.Cleanup(func() { syscall.Kill(pid, syscall.SIGKILL) })
+	superseded := errors.New("superseded")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	go func() {
+		for ctx.Err() == nil {
+			if _, err := os.Stat(asked); err == nil {
+				cancel(superseded)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	if _, err := EndLeftovers(ctx, mark); !errors.Is(err, superseded) {
+		t.Errorf("got %v", err)
+	}
+	cancel(nil)
+	if syscall.Kill(pid, 0) != nil {
+		t.Error("it was killed within its time")
+	}
+}

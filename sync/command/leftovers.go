@@ -15,30 +15,35 @@ import (
 const runMark = "KEDGE_RUN="
 
 // EndLeftovers ends what a crashed agent's command left running, so that it can be run again: every process that has run's mark
-// in its environment, process groups and sessions of its own included, gets SIGTERM, and 5 s later SIGKILL. It reports how
-// many there were.
+// in its environment, process groups and sessions of its own included, gets SIGTERM, and from 5 s later on SIGKILL. It reports how
+// many there were, and an error where some may still be there: ctx ended, or they can't be killed.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
 	pids, err := marked(run)
 	found := len(pids)
 	if err != nil || found == 0 {
 		return found, err
 	}
+	begin, poll := time.Now(), time.NewTicker(20*time.Millisecond)
+	defer poll.Stop()
 	for _, pid := range pids {
 		unix.Kill(pid, unix.SIGTERM)
 	}
-	ctx, cancel := context.WithTimeout(ctx, grace)
-	defer cancel()
 	for {
 		if pids, err = marked(run); err != nil || len(pids) == 0 {
 			return found, err
 		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-ctx.Done():
+		switch waited := time.Since(begin); {
+		case waited > 2*grace:
+			return found, fmt.Errorf("%d processes of a command that was cut off can't be ended, such as %d", len(pids), pids[0])
+		case waited > grace: // also what they started since
 			for _, pid := range pids {
 				unix.Kill(pid, unix.SIGKILL)
 			}
-			return found, nil
+		}
+		select {
+		case <-poll.C:
+		case <-ctx.Done():
+			return found, context.Cause(ctx)
 		}
 	}
 }
