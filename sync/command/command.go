@@ -91,7 +91,7 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	timeout := cmp.Or(c.Timeout, defaultTimeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
 	defer cancel()
-	cmd := exec.Command("sh", "-c", c.Run)
+	cmd := exec.Command("/bin/sh", "-c", c.Run)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	vars, err := asUser(cmd, c.User)
 	if err != nil {

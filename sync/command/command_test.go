@@ -399,3 +399,12 @@ func TestEndLeftoversCalledOff(t *testing.T) {
 		t.Error("it was killed within its time")
 	}
 }
+
+// An agent without a PATH gives its commands one, and finds the shell. It sets the environment, so it isn't parallel.
+func TestWithoutPath(t *testing.T) {
+	t.Setenv("PATH", "")
+	os.Unsetenv("PATH") // and Setenv's cleanup sets it again
+	if r, err := run(t, deployments.Command{Run: "cat /dev/null && echo $PATH"}, Env{}, nil); err != nil || string(r.Output) != defaultPath+"\n" {
+		t.Errorf("got %q, %v", r.Output, err)
+	}
+}
