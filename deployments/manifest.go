@@ -90,7 +90,7 @@ type Command struct {
 type Health struct {
 	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
 	Timeout time.Duration
-	// StableFor is how long they must go on passing. Default 0: once is enough.
+	// StableFor is how long they must go on passing, until each has been tried once more at its end. Default 0: once is enough.
 	StableFor time.Duration
 	Checks    []Check
 }
@@ -104,7 +104,8 @@ type Check struct {
 	Systemd string
 	// Consul is the name of a service on this node whose checks all pass.
 	Consul string
-	// Interval is the time between two tries; default 1 s. Timeout bounds one try; default 5 s.
+	// Interval is the time between two tries, but for Health.StableFor where that is shorter (and at least 1 s); default 1 s.
+	// Timeout bounds one try; default 5 s.
 	Interval, Timeout time.Duration
 }
 

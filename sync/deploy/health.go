@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -35,7 +36,7 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *release) er
 	for _, c := range h.Checks {
 		try := newProbe(c, env)
 		watched = append(watched, watch{
-			name: nameOf(c), interval: cmp.Or(c.Interval, defaultInterval), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
+			name: nameOf(c), interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
 			try: func(ctx context.Context) (string, error) {
 				identity, err := try(ctx)
 				return identity, errors.Join(err, live())
@@ -49,6 +50,14 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *release) er
 		return err
 	}
 	return live()
+}
+
+// often is the time between two tries of a check: its interval, but that a release isn't watched for a time in which it isn't looked at.
+func often(interval, stable time.Duration) time.Duration {
+	if stable == 0 {
+		return interval
+	}
+	return min(interval, max(stable, defaultInterval))
 }
 
 // watch is a check with its times.
@@ -68,6 +77,7 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 		check    int
 		identity string
 		err      error
+		at       time.Time
 	}
 	outcomes := make(chan outcome)
 	trying, stop := context.WithCancel(ctx)
@@ -81,7 +91,7 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 				identity, err := w.try(once)
 				done()
 				select {
-				case outcomes <- outcome{i, identity, err}:
+				case outcomes <- outcome{i, identity, err, time.Now()}:
 				case <-trying.Done():
 					return
 				}
@@ -91,25 +101,24 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 			}
 		})
 	}
+	late := time.NewTimer(timeout)
+	defer late.Stop()
 	for {
-		timer := time.NewTimer(v.due(time.Now()))
 		select {
 		case o := <-outcomes:
-			v.saw(o.check, o.identity, o.err, time.Now())
-		case <-timer.C:
+			v.saw(o.check, o.identity, o.err, o.at)
+		case <-late.C:
 		case <-ctx.Done():
-			timer.Stop()
 			return context.Cause(ctx)
 		}
-		timer.Stop()
 		if done, err := v.verdict(time.Now()); done {
 			return err
 		}
 	}
 }
 
-// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on passing until
-// they did for stable. Until the timeout a check that fails again only starts the count anew; after it, it is the end. It has
+// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on passing until each
+// has been tried once more when they did for stable. Until the timeout a check that fails again only starts the count anew; after it, it is the end. It has
 // no clock: its times come from the monotonic one, so that a wall clock that jumps changes nothing.
 type vigil struct {
 	begin   time.Time
@@ -122,6 +131,7 @@ type vigil struct {
 type seen struct {
 	name     string
 	tried    bool
+	at       time.Time // when it was tried last
 	identity string
 	err      error
 }
@@ -140,7 +150,7 @@ func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 	if c.tried && c.err == nil && err == nil && c.identity != identity {
 		v.since = time.Time{} // it passes, but it isn't the one that passed before
 	}
-	c.tried, c.identity, c.err = true, identity, err
+	c.tried, c.at, c.identity, c.err = true, now, identity, err
 	if v.failing() != nil {
 		v.since = time.Time{}
 	} else if v.since.IsZero() {
@@ -152,7 +162,7 @@ func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 func (v *vigil) verdict(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {
-	case err == nil && now.Sub(v.since) >= v.stable:
+	case err == nil && v.wasStable():
 		return true, nil
 	case err == nil && v.since.Sub(v.begin) > v.timeout:
 		return true, fmt.Errorf("not healthy within %s: it restarted", v.timeout)
@@ -162,12 +172,9 @@ func (v *vigil) verdict(now time.Time) (done bool, _ error) {
 	return false, nil
 }
 
-// due is how long time alone can't change the verdict.
-func (v *vigil) due(now time.Time) time.Duration {
-	if v.since.IsZero() {
-		return max(0, v.timeout-now.Sub(v.begin))
-	}
-	return max(0, v.stable-now.Sub(v.since))
+// wasStable reports whether all checks, which pass, did so for stable.
+func (v *vigil) wasStable() bool {
+	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c seen) bool { return c.at.Sub(v.since) < v.stable })
 }
 
 // failing is what the checks that don't pass say; nil where all do.

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,7 @@ func TestObserve(t *testing.T) {
 	for name, test := range map[string]struct {
 		checks          []answers
 		timeout, stable time.Duration
+		interval        time.Duration // default 1 s
 		ends            time.Duration // when observe returns, to the second
 		err             string
 	}{
@@ -56,6 +58,14 @@ func TestObserve(t *testing.T) {
 			timeout: time.Minute, stable: 10 * time.Second, ends: 64 * time.Second, err: "restarted"},
 		"restarts once": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at < 8*time.Second), nil }},
 			timeout: time.Minute, stable: 10 * time.Second, ends: 18 * time.Second},
+		"tried rarely, and fails meanwhile": {checks: []answers{func(at time.Duration) (string, error) { return "", map[bool]error{true: down}[at >= 5*time.Second] }},
+			timeout: time.Minute, stable: 10 * time.Second, interval: 10 * time.Minute, ends: time.Minute, err: "down"},
+		"tried rarely, and restarts meanwhile": {checks: []answers{func(at time.Duration) (string, error) { return fmt.Sprint(at < 5*time.Second), nil }},
+			timeout: time.Minute, stable: 10 * time.Second, interval: 30 * time.Second, ends: 20 * time.Second},
+		"tried rarely":               {checks: []answers{always, from(7 * time.Second)}, timeout: time.Minute, stable: 10 * time.Second, interval: 30 * time.Second, ends: 20 * time.Second},
+		"comes up between two tries": {checks: []answers{from(time.Second)}, timeout: time.Minute, stable: 20 * time.Second, interval: 50 * time.Second, ends: 40 * time.Second},
+		"fails in the last moment": {checks: []answers{func(at time.Duration) (string, error) { return "", map[bool]error{true: down}[at >= 10*time.Second] }},
+			timeout: 30 * time.Second, stable: 10 * time.Second, ends: 30 * time.Second, err: "down"},
 		"never answers": {checks: []answers{func(time.Duration) (string, error) { return "", errHang }}, timeout: time.Minute, ends: time.Minute, err: "no answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -64,7 +74,7 @@ func TestObserve(t *testing.T) {
 				begin := time.Now()
 				var watched []watch
 				for i, answer := range test.checks {
-					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: time.Second, timeout: 5 * time.Second,
+					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: often(cmp.Or(test.interval, time.Second), test.stable), timeout: 5 * time.Second,
 						try: func(ctx context.Context) (string, error) {
 							identity, err := answer(time.Since(begin))
 							if errors.Is(err, errHang) {
