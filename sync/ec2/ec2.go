@@ -7,6 +7,7 @@
 package ec2
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -91,13 +93,15 @@ type Hook struct {
 	// Beat is the time between heartbeats, by which AutoScaling's own timeout begins anew; 0: a minute.
 	Beat time.Duration
 	Log  *slog.Logger
+
+	answer time.Duration // bounds a call, which Amazon's client doesn't; 0: 30 s
+	// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready sooner than noted.
+	// 0: 2 min.
+	patience time.Duration
 }
 
-// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready sooner than noted.
-const patience = 2 * time.Minute
-
 // Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over before that, so
-// that AutoScaling replaces the instance. An agent that only restarted, on an instance long in service, has no action to complete,
+// that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that is kept. An agent that only restarted, on an instance long in service, has no action to complete,
 // which is no error. It tries for as long as ctx lives.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
@@ -106,51 +110,66 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		return fmt.Errorf("lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group", h.Name, h.Instance.ID, tagGroup)
 	}
-	if h.Beat == 0 {
-		h.Beat = time.Minute
-	}
+	h.Beat, h.answer, h.patience = cmp.Or(h.Beat, time.Minute), cmp.Or(h.answer, 30*time.Second), cmp.Or(h.patience, 2*time.Minute)
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region))
 	if err != nil {
 		return fmt.Errorf("lifecycle hook %s: reading AWS's configuration: %w", h.Name, err)
 	}
 	client := autoscaling.NewFromConfig(cfg)
-	beat := time.NewTicker(h.Beat)
-	defer beat.Stop()
-	late := time.After(h.Timeout)
-	for result := ""; result == ""; {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-converged:
-			result = "CONTINUE"
-		case <-late:
-			result = "ABANDON"
-			select {
-			case <-converged: // while a heartbeat was under way
-				result = "CONTINUE"
-			default:
-			}
-		case <-beat.C:
-			_, err := client.RecordLifecycleActionHeartbeat(ctx, &autoscaling.RecordLifecycleActionHeartbeatInput{
-				AutoScalingGroupName: &h.Group, LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID})
-			if err != nil {
-				h.Log.Debug("a heartbeat of the lifecycle hook failed", "hook", h.Name, "error", err)
-			}
-			continue
-		}
-		if err := h.complete(ctx, client, result); err != nil {
-			return fmt.Errorf("lifecycle hook %s: %w", h.Name, err)
-		}
+	beating, stop := context.WithCancel(ctx)
+	var beats sync.WaitGroup
+	defer beats.Wait()
+	defer stop()
+	beats.Go(func() { h.beat(beating, client) })
+	late := time.NewTimer(h.Timeout)
+	defer late.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-converged:
+	case <-late.C:
+	}
+	if err := h.complete(ctx, client, converged); err != nil {
+		return fmt.Errorf("lifecycle hook %s: %w", h.Name, err)
 	}
 	return nil
 }
 
-func (h Hook) complete(ctx context.Context, client *autoscaling.Client, result string) error {
+// beat records heartbeats until ctx ends. They go on while the action can't be completed.
+func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
+	beat := time.NewTicker(h.Beat)
+	defer beat.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-beat.C:
+		}
+		once, done := context.WithTimeout(ctx, h.answer)
+		_, err := client.RecordLifecycleActionHeartbeat(once, &autoscaling.RecordLifecycleActionHeartbeatInput{
+			AutoScalingGroupName: &h.Group, LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID})
+		done()
+		if err != nil && ctx.Err() == nil {
+			h.Log.Debug("a heartbeat of the lifecycle hook failed", "hook", h.Name, "error", err)
+		}
+	}
+}
+
+// complete completes the action: with CONTINUE where the instance has converged by then, else with ABANDON.
+func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval, pause.MaxInterval = 500*time.Millisecond, 30*time.Second
 	for began, tries := time.Now(), 0; ; tries++ {
-		_, err := client.CompleteLifecycleAction(ctx, &autoscaling.CompleteLifecycleActionInput{AutoScalingGroupName: &h.Group,
+		result := "ABANDON"
+		select {
+		case <-converged:
+			result = "CONTINUE"
+		default:
+		}
+		once, done := context.WithTimeout(ctx, h.answer)
+		_, err := client.CompleteLifecycleAction(once, &autoscaling.CompleteLifecycleActionInput{AutoScalingGroupName: &h.Group,
 			LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID, LifecycleActionResult: &result})
+		done()
 		switch {
 		case err == nil:
 			h.Log.Info("lifecycle hook completed", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID, "result", result)
@@ -158,7 +177,7 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, result s
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case noAction(err):
-			if time.Since(began) > patience {
+			if time.Since(began) > h.patience {
 				h.Log.Info("AutoScaling waits for no word of this instance", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID)
 				return nil
 			}

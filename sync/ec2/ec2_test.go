@@ -18,14 +18,16 @@ type amazon struct {
 	tags map[string]string // nil: not enabled in the metadata
 
 	mu      sync.Mutex
-	actions []string // ACTION group/hook/instance RESULT
-	refuse  []string // error codes and messages of the next calls that complete
+	actions []string       // ACTION group/hook/instance RESULT
+	refuse  []string       // error codes and messages of the next calls that complete
+	hang    map[string]int // how many of the next calls of an action are taken, and never answered
+	hung    chan struct{}  // one for each of those
 }
 
 const token = "AQAAAB-token"
 
 func startAmazon(t *testing.T, tags map[string]string) *amazon {
-	a := &amazon{tags: tags}
+	a := &amazon{tags: tags, hang: map[string]int{}, hung: make(chan struct{}, 10)}
 	a.Server = httptest.NewServer(a)
 	t.Cleanup(a.Close)
 	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", a.URL)
@@ -83,6 +85,14 @@ func (a *amazon) autoScaling(w http.ResponseWriter, r *http.Request) {
 	action := r.PostFormValue("Action")
 	a.actions = append(a.actions, strings.TrimSpace(fmt.Sprintf("%s %s/%s/%s %s", action, r.PostFormValue("AutoScalingGroupName"),
 		r.PostFormValue("LifecycleHookName"), r.PostFormValue("InstanceId"), r.PostFormValue("LifecycleActionResult"))))
+	if a.hang[action] > 0 {
+		a.hang[action]--
+		a.hung <- struct{}{}
+		a.mu.Unlock()
+		<-r.Context().Done()
+		a.mu.Lock()
+		return
+	}
 	w.Header().Set("Content-Type", "text/xml")
 	if action == "CompleteLifecycleAction" && len(a.refuse) > 0 {
 		code, message, _ := strings.Cut(a.refuse[0], " ")
@@ -103,6 +113,18 @@ func (a *amazon) seen(prefix string) (n int) {
 		}
 	}
 	return n
+}
+
+// completed is the last call that completed; heartbeats go on until it is answered.
+func (a *amazon) completed() (last string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, s := range a.actions {
+		if strings.HasPrefix(s, "Complete") {
+			last = s
+		}
+	}
+	return last
 }
 
 func TestDescribe(t *testing.T) {
@@ -131,7 +153,7 @@ func TestHook(t *testing.T) {
 		want      string
 	}{
 		"converged":                {converges: true, timeout: time.Hour, want: "CONTINUE"},
-		"not in time":              {timeout: 300 * time.Millisecond, want: "ABANDON"},
+		"not in time":              {timeout: time.Second, want: "ABANDON"},
 		"AutoScaling is throttled": {refuse: []string{"Throttling Rate exceeded", "AccessDenied User is not authorized"}, converges: true, timeout: time.Hour, want: "CONTINUE"},
 		"not held back yet":        {refuse: []string{"ValidationError No active Lifecycle Action found with instance ID i-0123456789abcdef0"}, converges: true, timeout: time.Hour, want: "CONTINUE"},
 	} {
@@ -159,7 +181,7 @@ func TestHook(t *testing.T) {
 			if err := <-ended; err != nil {
 				t.Fatal(err)
 			}
-			if last := a.actions[len(a.actions)-1]; last != "CompleteLifecycleAction "+group+" "+c.want {
+			if last := a.completed(); last != "CompleteLifecycleAction "+group+" "+c.want {
 				t.Errorf("it ended with %s", last)
 			}
 		})
@@ -193,5 +215,107 @@ func TestHookWithoutGroup(t *testing.T) {
 	h := Hook{Name: "ready", Instance: Instance{ID: "i-1"}, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}
 	if err := h.Run(t.Context(), nil); err == nil || !strings.Contains(err.Error(), "autoscaling_group") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A call that is taken and never answered keeps nobody from being told.
+func TestHookWithoutAnswer(t *testing.T) {
+	const group = "web-1/ready/i-0123456789abcdef0"
+	for name, c := range map[string]struct {
+		hangs   string
+		timeout time.Duration
+		want    string
+	}{
+		"a heartbeat, and the node converges": {"RecordLifecycleActionHeartbeat", time.Hour, "CONTINUE"},
+		"a heartbeat, and the time is over":   {"RecordLifecycleActionHeartbeat", time.Second, "ABANDON"},
+		"the completion":                      {"CompleteLifecycleAction", time.Hour, "CONTINUE"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := startAmazon(t, map[string]string{tagGroup: "web-1"})
+			a.hang[c.hangs] = 1
+			i, err := Describe(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			converged, ended := make(chan struct{}), make(chan error, 1)
+			h := Hook{Name: "ready", Instance: i, Timeout: c.timeout, Beat: 20 * time.Millisecond, Log: slog.New(slog.DiscardHandler), answer: time.Minute}
+			if c.hangs == "CompleteLifecycleAction" {
+				h.answer = time.Second
+				close(converged)
+			}
+			go func() { ended <- h.Run(t.Context(), converged) }()
+			<-a.hung
+			if c.want == "CONTINUE" && h.answer > time.Second {
+				close(converged)
+			}
+			select {
+			case err = <-ended:
+			case <-time.After(30 * time.Second):
+				a.CloseClientConnections()
+				t.Fatal("AutoScaling is told nothing")
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := a.seen("CompleteLifecycleAction " + group + " " + c.want); n == 0 {
+				t.Errorf("it asked for %q", a.actions)
+			}
+		})
+	}
+}
+
+// An instance that converges while AutoScaling can't be told to give it up is kept.
+func TestHookConvergesWhileItIsGivenUp(t *testing.T) {
+	a := startAmazon(t, map[string]string{tagGroup: "web-1"})
+	a.refuse = slices.Repeat([]string{"AccessDenied User is not authorized"}, 1000)
+	i, err := Describe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	converged, ended := make(chan struct{}), make(chan error, 1)
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Millisecond, Beat: time.Hour, Log: slog.New(slog.DiscardHandler)}
+	go func() { ended <- h.Run(t.Context(), converged) }()
+	for deadline := time.Now().Add(20 * time.Second); a.seen("CompleteLifecycleAction") == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it isn't given up")
+		}
+	}
+	close(converged)
+	a.mu.Lock()
+	a.refuse = nil
+	a.mu.Unlock()
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if last := a.completed(); !strings.HasSuffix(last, " CONTINUE") {
+		t.Errorf("it ended with %s", last)
+	}
+}
+
+// An agent that only restarted has nothing to complete, and gives up in time; while it may not ask, it can't know, and goes on.
+func TestHookWithoutAction(t *testing.T) {
+	a := startAmazon(t, map[string]string{tagGroup: "web-1"})
+	a.refuse = append(slices.Repeat([]string{"AccessDenied User is not authorized"}, 3),
+		slices.Repeat([]string{"ValidationError No active Lifecycle Action found with instance ID i-0123456789abcdef0"}, 1000)...)
+	i, err := Describe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	converged := make(chan struct{})
+	close(converged)
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler), patience: time.Millisecond}
+	if err := h.Run(t.Context(), converged); err != nil {
+		t.Fatal(err)
+	}
+	if n := a.seen("CompleteLifecycleAction"); n != 4 {
+		t.Errorf("it asked %d times", n)
+	}
+	// Any other refusal is one to try again: the hook or the group may only be misspelt.
+	a.refuse = []string{"ValidationError No such group", "ResourceContention No active Lifecycle Action"}
+	if err := h.Run(t.Context(), converged); err != nil {
+		t.Fatal(err)
+	}
+	if n := a.seen("CompleteLifecycleAction"); n < 7 {
+		t.Errorf("it asked %d times", n)
 	}
 }
