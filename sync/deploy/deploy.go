@@ -41,6 +41,7 @@
 //
 //	journal.json               what runs, what is good, what is quarantined, and the deployment under way
 //	journal.json.bad           a journal that didn't parse; for people
+//	newest                     when the newest release that was settled on was made, for a journal that didn't parse
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
 //	trees/DIGEST/              unpacked trees of the rsync and mv strategies
 //
@@ -321,10 +322,22 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 // on, also after a restart. A release whose rollout may still turn back is not to be settled on.
 func (u *Unit) Settle() error {
 	r, err := u.settled()
-	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed || !r.Manifest.Created.After(u.j.Newest) {
+	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
 		return err
 	}
-	return u.save(func(j *journal) { j.Newest = r.Manifest.Created })
+	newest := u.j.Newest
+	if r.Manifest.Created.After(newest) {
+		newest = r.Manifest.Created
+	}
+	if kept, err := u.keptNewest(); err != nil || !kept.Equal(newest) {
+		if err := u.keepNewest(newest); err != nil {
+			return err
+		}
+	}
+	if newest.Equal(u.j.Newest) {
+		return nil
+	}
+	return u.save(func(j *journal) { j.Newest = newest })
 }
 
 // Retry lets a quarantined digest be tried once more; the zero digest means all.

@@ -3,6 +3,7 @@ package deploy
 import (
 	"context"
 	"errors"
+	"os"
 	"testing"
 	"time"
 
@@ -57,6 +58,16 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 	settle()
 	u = w.reopen(signers)
 	refused(two, "3")
+
+	for _, file := range []string{journalFile, newestFile, journalFile} { // one alone loses nothing, and is made up for
+		if err := os.WriteFile(w.path("state", file), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		u = w.reopen(signers)
+		refused(two, "3")
+		w.deploy(u, three)
+		settle()
+	}
 
 	allowed = one
 	w.deploy(u, one)
