@@ -45,7 +45,13 @@ func readFailures(dir string, log *slog.Logger) (*failures, error) {
 		return nil, fmt.Errorf("reading what failed on this node: %w", err)
 	}
 	f := &failures{dir: dir}
-	if err = json.Unmarshal(data, f); err == nil && f.Format == 1 && f.Units != nil {
+	if err = json.Unmarshal(data, f); err == nil && f.Format != 1 {
+		err = fmt.Errorf("it has format %d, this kedge reads format 1", f.Format)
+	}
+	if err == nil {
+		if f.Units == nil {
+			f.Units = empty.Units
+		}
 		return f, nil
 	}
 	log.Error("the list of failures is damaged: putting it aside", "kept", path+".bad", "error", err)
