@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/renameio/v2"
+
 	"kedge/deployments"
 	"kedge/kv"
 )
@@ -183,6 +185,32 @@ func TestDamagedFilesArePutAside(t *testing.T) {
 	}
 }
 
+// A change that isn't taken for news isn't on disk when the store is away: a pin that was taken back would come back.
+func TestLastKnownTakesEveryChange(t *testing.T) {
+	t.Parallel()
+	const prefix = "pins/prod/web/"
+	entry := func(key, value string) kv.Entry { return kv.Entry{Key: prefix + key, Value: []byte(value)} }
+	was := []kv.Entry{entry("app", "1"), entry("base", "1")}
+	for name, now := range map[string][]kv.Entry{
+		"the first is another": {entry("app", "2"), entry("base", "1")},
+		"the last is another":  {entry("app", "1"), entry("base", "2")},
+		"one is gone":          {entry("app", "1")},
+		"all are gone":         nil,
+		"one has come":         {entry("app", "1"), entry("base", "1"), entry("db", "1")},
+		"one is renamed":       {entry("app", "1"), entry("db", "1")},
+		"one is empty":         {entry("app", "1"), entry("base", "")},
+	} {
+		k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
+		k.set(prefix, was, time.Now())
+		if !k.set(prefix, now, time.Now()) {
+			t.Errorf("%s: that is no news", name)
+		}
+		if got, _, _ := k.get(prefix); !equalEntries(got, now) {
+			t.Errorf("%s: known is %v", name, got)
+		}
+	}
+}
+
 // What the format allows to be left out is no damage.
 func TestFilesWithNothingInThem(t *testing.T) {
 	t.Parallel()
@@ -201,6 +229,33 @@ func TestFilesWithNothingInThem(t *testing.T) {
 	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 	if err := errors.Join(f.keep(id, nil), f.set(id, deployments.Digest{1}, failure{Claim: "x"})); err != nil {
 		t.Error(err)
+	}
+}
+
+// A kill while a file is written aside leaves that: it goes, and nothing else does.
+func TestLeftoversAreRemoved(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	names := []string{lastKnownFile, failuresFile, startingFile}
+	for _, name := range names {
+		write(t, dir+"/"+name, "{}")
+		if _, err := renameio.NewPendingFile(dir+"/"+name, renameio.WithTempDir(dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2*len(names) {
+		t.Fatalf("%d files, %v", len(entries), err)
+	}
+	if err := removeLeftovers(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if _, err := os.Stat(dir + "/" + name); err != nil {
+			t.Error(err)
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != len(names) {
+		t.Errorf("%d files are left, %v", len(entries), err)
 	}
 }
 

@@ -209,7 +209,8 @@ func TestCancelEndsTheCommand(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	awaitGone(t, pidIn(t, file))
-	if _, err := Run(ctx, slog.New(slog.DiscardHandler), deployments.Command{Run: "rm " + file}, Env{}, nil); !errors.Is(err, superseded) {
+	_, err = Run(ctx, slog.New(slog.DiscardHandler), deployments.Command{Run: "rm " + file}, Env{}, nil)
+	if !errors.Is(err, superseded) || !strings.Contains(err.Error(), "was not run") {
 		t.Errorf("after the end: %v", err)
 	}
 	if _, err := os.Stat(file); err != nil {
@@ -221,10 +222,10 @@ func TestDaemonThatHoldsPipesLivesOn(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	pidFile, stop, alive := filepath.Join(dir, "pid"), filepath.Join(dir, "stop"), filepath.Join(dir, "alive")
-	// It goes on writing to the pipe that it inherited: that mustn't kill it either.
-	script := fmt.Sprintf(`(while [ ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, stop, alive, pidFile)
+	// It goes on writing to the pipe that it inherited: that mustn't kill it either. And it holds a stdin that it doesn't read.
+	script := fmt.Sprintf(`exec 3<&0; (while [ ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, stop, alive, pidFile)
 	begin := time.Now()
-	r, err := run(t, deployments.Command{Run: script}, Env{}, []byte("stdin"))
+	r, err := run(t, deployments.Command{Run: script}, Env{}, make([]byte, 1<<20))
 	if err != nil || !strings.Contains(string(r.Output), "started") {
 		t.Errorf("got %q, %v", r.Output, err)
 	}
