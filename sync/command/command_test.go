@@ -223,7 +223,7 @@ func TestDaemonThatHoldsPipesLivesOn(t *testing.T) {
 	dir := t.TempDir()
 	pidFile, stop, alive := filepath.Join(dir, "pid"), filepath.Join(dir, "stop"), filepath.Join(dir, "alive")
 	// It goes on writing to the pipe that it inherited: that mustn't kill it either. And it holds a stdin that it doesn't read.
-	script := fmt.Sprintf(`exec 3<&0; (while [ ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, stop, alive, pidFile)
+	script := fmt.Sprintf(`exec 3<&0; (while [ -d %s -a ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, dir, stop, alive, pidFile)
 	begin := time.Now()
 	r, err := run(t, deployments.Command{Run: script}, Env{}, make([]byte, 1<<20))
 	if err != nil || !strings.Contains(string(r.Output), "started") {
