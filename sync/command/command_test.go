@@ -190,6 +190,29 @@ func TestTimeoutEndsTheWholeGroup(t *testing.T) {
 	}
 }
 
+// All of the group is asked before it is killed: what it does about that, such as rolling back, gets its time.
+func TestTimeoutAsksTheWholeGroup(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	pid, asked := filepath.Join(dir, "pid"), filepath.Join(dir, "asked")
+	script := fmt.Sprintf(`(trap "echo yes > %s; exit" TERM; echo $$ > %s; while :; do sleep 0.05; done) & sleep 1000`, asked, pid)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		for ctx.Err() == nil {
+			if _, err := os.Stat(pid); err == nil {
+				cancel()
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}()
+	if _, err := Run(ctx, slog.New(slog.DiscardHandler), deployments.Command{Run: script}, Env{}, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := os.Stat(asked); err != nil {
+		t.Errorf("a process of the group was not asked to end: %v", err)
+	}
+}
+
 func TestCancelEndsTheCommand(t *testing.T) {
 	t.Parallel()
 	superseded := errors.New("superseded")
@@ -398,6 +421,53 @@ func TestEndLeftoversCalledOff(t *testing.T) {
 	cancel(nil)
 	if syscall.Kill(pid, 0) != nil {
 		t.Error("it was killed within its time")
+	}
+}
+
+// An error names its command, which may be a whole script.
+func TestErrorsAreShort(t *testing.T) {
+	t.Parallel()
+	for _, script := range []string{"\nfirst\nexit 3\n# " + strings.Repeat("x", 1000), "first; exit 3; #" + strings.Repeat("ü", 1000)} {
+		_, err := run(t, deployments.Command{Run: script}, Env{}, nil)
+		if err == nil || len(err.Error()) > 600 || strings.Contains(err.Error(), "\\n") || !strings.Contains(err.Error(), `command "first`) || !strings.Contains(err.Error(), "…") {
+			t.Errorf("%q", err)
+		}
+	}
+}
+
+// A program of the system's gets no secrets either, and speaks a language that can be read. It sets the environment, so it isn't parallel.
+func TestTool(t *testing.T) {
+	t.Setenv("CONSUL_HTTP_TOKEN", "secret")
+	t.Setenv("LC_ALL", "de_DE.UTF-8")
+	r, err := Tool(t.Context(), slog.New(slog.DiscardHandler), "env")
+	if err != nil || strings.Contains(string(r.Output), "CONSUL_HTTP_TOKEN") || !strings.Contains("\n"+string(r.Output), "\nLC_ALL=C\n") {
+		t.Errorf("got %v\n%s", err, r.Output)
+	}
+	if r, err = Tool(t.Context(), slog.New(slog.DiscardHandler), "ls", "/no such"); err == nil || r.Exit != 2 || !strings.Contains(err.Error(), `command "ls /no such"`) {
+		t.Errorf("got exit %d, %v", r.Exit, err)
+	}
+}
+
+// A manifest asks for no secret of the agent's, and commands of its own user have those that are meant for them. It sets the
+// environment, so it isn't parallel.
+func TestWhatTheAgentKeeps(t *testing.T) {
+	for _, name := range []string{"CONSUL_HTTP_TOKEN", "KEDGE_WEBHOOK_SECRET", "AWS_SECRET_ACCESS_KEY"} {
+		t.Setenv(name, "secret")
+	}
+	for name, want := range map[string]bool{"CONSUL_HTTP_TOKEN": false, "KEDGE_WEBHOOK_SECRET": false, "NOTIFY_SOCKET": false, "PATH": true} {
+		if value, ok := LookupEnv(name); ok != want || !ok && value != "" {
+			t.Errorf("a manifest finds %s: %v, %q", name, ok, value)
+		}
+	}
+	self, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"", self.Username, self.Uid} {
+		c := deployments.Command{Run: `echo "$CONSUL_HTTP_TOKEN,$KEDGE_WEBHOOK_SECRET,$AWS_SECRET_ACCESS_KEY"`, User: name}
+		if r, err := run(t, c, Env{}, nil); err != nil || string(r.Output) != ",,secret\n" {
+			t.Errorf("user %q finds %q, %v", name, r.Output, err)
+		}
 	}
 }
 
