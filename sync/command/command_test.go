@@ -70,6 +70,10 @@ KEDGE_VERSION=2
 	if err != nil || string(r.Output) != want {
 		t.Errorf("got %v\n%s", err, r.Output)
 	}
+	r, err = run(t, deployments.Command{Run: "env | grep ^KEDGE_ | grep -v =$; env | grep ^KEDGE_ | wc -l"}, Env{}, nil)
+	if err != nil || strings.TrimSpace(string(r.Output)) != "13" {
+		t.Errorf("with nothing to say: %v\n%s", err, r.Output)
+	}
 }
 
 // A command's last line becomes an error, which later commands find in their environment: that can't hold a NUL, and a terminal that

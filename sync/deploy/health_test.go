@@ -38,6 +38,7 @@ func TestObserve(t *testing.T) {
 		checks          []answers
 		timeout, stable time.Duration
 		interval        time.Duration // default 1 s
+		first           time.Duration // the first check's, where it is another
 		ends            time.Duration // when observe returns, to the second
 		err             string
 	}{
@@ -66,7 +67,8 @@ func TestObserve(t *testing.T) {
 		"comes up between two tries": {checks: []answers{from(time.Second)}, timeout: time.Minute, stable: 20 * time.Second, interval: 50 * time.Second, ends: 40 * time.Second},
 		"fails in the last moment": {checks: []answers{func(at time.Duration) (string, error) { return "", map[bool]error{true: down}[at >= 10*time.Second] }},
 			timeout: 30 * time.Second, stable: 10 * time.Second, ends: 30 * time.Second, err: "down"},
-		"never answers": {checks: []answers{func(time.Duration) (string, error) { return "", errHang }}, timeout: time.Minute, ends: time.Minute, err: "no answer"},
+		"once is enough": {checks: []answers{always, from(7 * time.Second)}, timeout: time.Minute, first: 30 * time.Second, ends: 7 * time.Second},
+		"never answers":  {checks: []answers{func(time.Duration) (string, error) { return "", errHang }}, timeout: time.Minute, ends: time.Minute, err: "no answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -74,7 +76,11 @@ func TestObserve(t *testing.T) {
 				begin := time.Now()
 				var watched []watch
 				for i, answer := range test.checks {
-					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: often(cmp.Or(test.interval, time.Second), test.stable), timeout: 5 * time.Second,
+					interval := cmp.Or(test.interval, time.Second)
+					if i == 0 {
+						interval = cmp.Or(test.first, interval)
+					}
+					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: often(interval, test.stable), timeout: 5 * time.Second,
 						try: func(ctx context.Context) (string, error) {
 							identity, err := answer(time.Since(begin))
 							if errors.Is(err, errHang) {
@@ -96,6 +102,22 @@ func TestObserve(t *testing.T) {
 	}
 }
 
+func TestOften(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ interval, stable, want time.Duration }{
+		{time.Second, 0, time.Second},
+		{time.Hour, 0, time.Hour},
+		{time.Second, time.Minute, time.Second},
+		{time.Minute, 10 * time.Second, 10 * time.Second},
+		{time.Minute, time.Millisecond, time.Second}, // no check is tried all the time for that
+		{time.Millisecond, 10 * time.Millisecond, time.Millisecond},
+	} {
+		if got := often(test.interval, test.stable); got != test.want {
+			t.Errorf("interval %s, stable for %s: tried every %s, want %s", test.interval, test.stable, got, test.want)
+		}
+	}
+}
+
 var errHang = errors.New("hangs")
 
 func TestObserveEndsWithItsContext(t *testing.T) {
@@ -112,6 +134,65 @@ func TestObserveEndsWithItsContext(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+// No try goes on beside what comes after the checks.
+func TestObserveWaitsForItsTries(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		trying := false
+		err := observe(t.Context(), []watch{{interval: time.Second, timeout: time.Minute, try: func(ctx context.Context) (string, error) {
+			trying = true
+			<-ctx.Done()
+			time.Sleep(4 * time.Second) // until its processes have ended
+			trying = false
+			return "", context.Cause(ctx)
+		}}}, time.Second, 0)
+		if err == nil || trying {
+			t.Errorf("got %v, and a try goes on: %v", err, trying)
+		}
+	})
+}
+
+// What a manifest says of health decides, and a dest that was led elsewhere is never healthy.
+func TestHealthOfARelease(t *testing.T) {
+	t.Parallel()
+	hanging := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+	t.Cleanup(hanging.Close)
+	for name, test := range map[string]struct {
+		health deployments.Health
+		post   string
+		err    string
+	}{
+		"without checks": {},
+		"without checks, and dest was led elsewhere": {post: "ln -sfn ROOT DEST", err: "no longer resolves to release"},
+		"dest is led elsewhere for a moment": {health: deployments.Health{Checks: []deployments.Check{{
+			Exec: `if mkdir ROOT/moved; then ln -sfn ROOT DEST; else ln -sfn "$KEDGE_RELEASE" DEST; fi`, Interval: 5 * time.Millisecond}}}},
+		"fails within stable_for": {health: deployments.Health{Timeout: time.Second, StableFor: time.Millisecond,
+			Checks: []deployments.Check{{Exec: "mkdir ROOT/once", Interval: 5 * time.Millisecond}}}, err: "not healthy within 1s: exec: "},
+		"fails within stable_for, and is tried rarely": {health: deployments.Health{Timeout: time.Second, StableFor: time.Millisecond,
+			Checks: []deployments.Check{{Exec: "mkdir ROOT/once", Interval: time.Hour}}}, err: "not healthy within 1s: exec: "},
+		"tried often": {health: deployments.Health{Timeout: 15 * time.Second, Checks: []deployments.Check{{
+			Exec: "echo >> ROOT/tries; test $(wc -l < ROOT/tries) = 20", Interval: 5 * time.Millisecond}}}},
+		"a try that takes too long": {health: deployments.Health{Timeout: time.Second, Checks: []deployments.Check{{
+			HTTP: &deployments.HTTPCheck{URL: hanging.URL}, Timeout: 10 * time.Millisecond, Interval: 5 * time.Millisecond}}}, err: "no answer within 10ms"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			names := strings.NewReplacer("ROOT", w.root, "DEST", w.dest())
+			p := w.publish("1", func(m *deployments.Manifest) {
+				for i := range test.health.Checks {
+					test.health.Checks[i].Exec = names.Replace(test.health.Checks[i].Exec)
+				}
+				m.Health, m.Commands.Post = test.health, []deployments.Command{{Run: cmp.Or(names.Replace(test.post), "true")}}
+			})
+			err := w.open(nil).Deploy(t.Context(), p, "")
+			if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
+				t.Errorf("got %v, want %q", err, test.err)
+			}
+		})
+	}
 }
 
 func TestChecks(t *testing.T) {
