@@ -84,6 +84,9 @@ func TestLastLineIsText(t *testing.T) {
 	if err == nil || !strings.HasSuffix(err.Error(), "exit status 1: a\ufffdb\ufffd[2Jc d\ufffd") {
 		t.Errorf("got %q", err)
 	}
+	if _, err := run(t, deployments.Command{Run: `printf 'begin\n10%%\r20%%\r\n'; exit 1`}, Env{}, nil); err == nil || !strings.HasSuffix(err.Error(), "status 1: 20%") {
+		t.Errorf("of what was written over: %q", err)
+	}
 	r, err := run(t, deployments.Command{Run: `echo "$KEDGE_ERROR"`}, Env{Error: "a\x00b"}, nil)
 	if err != nil || string(r.Output) != "a\ufffdb\n" {
 		t.Errorf("with a NUL in the environment: %q, %v", r.Output, err)
@@ -329,18 +332,19 @@ func TestLinesAreLogged(t *testing.T) {
 
 func TestOutputKeepsBothEnds(t *testing.T) {
 	t.Parallel()
-	for _, step := range []int{1, 7, 4096, keepTail, keepTail + 1, 200_000} {
+	for _, steps := range [][]int{{1}, {7}, {4096}, {keepTail}, {keepTail + 1}, {200_000}, {60_000, keepTail, 5}, {80_001, 30_000, 50_000}} {
 		o := &output{log: slog.New(slog.DiscardHandler)}
 		all := make([]byte, 300_000)
 		for i := range all {
 			all[i] = byte(i / 251)
 		}
-		for part := range slices.Chunk(all, step) {
-			o.Write(part)
+		for i, rest := 0, all; len(rest) > 0; i++ {
+			n, _ := o.Write(rest[:min(steps[i%len(steps)], len(rest))])
+			rest = rest[n:]
 		}
 		got := o.bytes()
 		if len(got) > MaxOutput || !bytes.HasPrefix(got, all[:keepHead]) || !bytes.HasSuffix(got, all[len(all)-keepTail:]) {
-			t.Errorf("written %d bytes at a time: the ends are wrong", step)
+			t.Errorf("written %d bytes at a time: the ends are wrong", steps)
 		}
 	}
 }

@@ -12,7 +12,7 @@ import (
 
 // check is a health check that passes while the file w.path("healthy") is there.
 func (w *world) check(m *deployments.Manifest) {
-	m.Health = deployments.Health{Timeout: 200 * time.Millisecond, Checks: []deployments.Check{{Exec: "test -e " + w.path("healthy"), Interval: 5 * time.Millisecond}}}
+	m.Health = deployments.Health{Timeout: 200 * time.Millisecond, Checks: []deployments.Check{{Exec: `test "$KEDGE_STEP" = health && test -e ` + w.path("healthy"), Interval: 5 * time.Millisecond}}}
 }
 
 func (w *world) healthy(yes bool) {
@@ -80,7 +80,9 @@ func TestPostOfTheOldReleaseRunsAgainAfterAReboot(t *testing.T) {
 	u := w.open(nil)
 	w.deploy(u, one)
 	w.hooks()
-	two := w.publish("2", func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "exit 1"}} })
+	two := w.publish("2", func(m *deployments.Manifest) {
+		m.Commands.Post = []deployments.Command{w.hook("post"), {Run: "exit 1"}}
+	})
 	ctx, cancel := context.WithCancel(t.Context())
 	u.at = func(point string) {
 		if point == "before back health" {
@@ -91,7 +93,7 @@ func TestPostOfTheOldReleaseRunsAgainAfterAReboot(t *testing.T) {
 	if err := u.Deploy(ctx, two, ""); !errors.Is(err, context.Canceled) {
 		t.Fatalf("going back was to be cut off in health: %v", err)
 	}
-	w.wantHooks("pre 2", "post 1")
+	w.wantHooks("pre 2", "post 2", "post 1")
 	w.healthy(true)
 	u = w.rebooted()
 	var failed *Failed

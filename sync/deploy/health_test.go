@@ -205,6 +205,12 @@ func TestChecks(t *testing.T) {
 			http.Redirect(w, r, "/ok", http.StatusFound)
 		case "/hangs":
 			<-r.Context().Done()
+		case "/endless":
+			for part := make([]byte, 4<<10); ; {
+				if _, err := w.Write(part); err != nil {
+					return
+				}
+			}
 		default:
 			http.Error(w, "version 2", http.StatusServiceUnavailable)
 		}
@@ -231,6 +237,7 @@ func TestChecks(t *testing.T) {
 		{web("/moved", 0, ""), "status 302"},
 		{web("/moved", 302, ""), ""},
 		{web("/hangs", 0, ""), "slow"},
+		{web("/endless", 0, "version 2"), "is not in the first 65536 bytes"},
 		{deployments.Check{TCP: server.Listener.Addr().String()}, ""},
 		{deployments.Check{TCP: closed.Addr().String()}, "refused"},
 		{deployments.Check{Exec: `test "$KEDGE_VERSION" = 2`}, ""},
