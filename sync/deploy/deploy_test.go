@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/renameio/v2"
+
 	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/policy"
@@ -474,6 +476,26 @@ func TestDamagedJournal(t *testing.T) {
 			w.wantHooks("pre 2", "post 2", "success 2")
 			w.wantVersion("2")
 		})
+	}
+}
+
+// A kill while a file is written aside leaves that: it goes when the unit is opened, and nothing else does.
+func TestWhatAKillLeftOfTheJournal(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.deploy(w.open(nil), w.publish("1", nil))
+	was, err := os.ReadDir(w.path("state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{journalFile, newestFile} {
+		if _, err := renameio.NewPendingFile(w.path("state", name), renameio.WithTempDir(w.path("state"))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.open(nil)
+	if is, err := os.ReadDir(w.path("state")); err != nil || len(is) != len(was) {
+		t.Errorf("the state holds %v, %v; it held %v", is, err, was)
 	}
 }
 

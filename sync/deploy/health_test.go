@@ -154,18 +154,16 @@ func TestObserveWaitsForItsTries(t *testing.T) {
 	})
 }
 
-// What a manifest says of health decides, and a dest that was led elsewhere is never healthy.
+// What a manifest says of health decides, and while dest leads elsewhere no check has passed.
 func TestHealthOfARelease(t *testing.T) {
 	t.Parallel()
 	hanging := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 	t.Cleanup(hanging.Close)
 	for name, test := range map[string]struct {
 		health deployments.Health
-		post   string
 		err    string
 	}{
 		"without checks": {},
-		"without checks, and dest was led elsewhere": {post: "ln -sfn ROOT DEST", err: "no longer resolves to release"},
 		"dest is led elsewhere for a moment": {health: deployments.Health{Checks: []deployments.Check{{
 			Exec: `if mkdir ROOT/moved; then ln -sfn ROOT DEST; else ln -sfn "$KEDGE_RELEASE" DEST; fi`, Interval: 5 * time.Millisecond}}}},
 		"fails within stable_for": {health: deployments.Health{Timeout: time.Second, StableFor: time.Millisecond,
@@ -185,7 +183,7 @@ func TestHealthOfARelease(t *testing.T) {
 				for i := range test.health.Checks {
 					test.health.Checks[i].Exec = names.Replace(test.health.Checks[i].Exec)
 				}
-				m.Health, m.Commands.Post = test.health, []deployments.Command{{Run: cmp.Or(names.Replace(test.post), "true")}}
+				m.Health = test.health
 			})
 			err := w.open(nil).Deploy(t.Context(), p, "")
 			if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
@@ -282,12 +280,13 @@ func TestConsulState(t *testing.T) {
 		services []api.AgentServiceChecksInfo
 		err      string
 	}{
-		"absent":      {nil, "not registered"},
-		"no checks":   {checks(), ""},
-		"passing":     {checks(passing), ""},
-		"warning":     {checks(passing, &api.HealthCheck{CheckID: "b", Name: "b", Status: api.HealthWarning}), `check "b" is warning`},
-		"maintenance": {checks(passing, &api.HealthCheck{CheckID: api.NodeMaint, Status: api.HealthCritical}), ""},
-		"of service":  {checks(passing, &api.HealthCheck{CheckID: api.ServiceMaintPrefix + "x", Status: api.HealthCritical}), ""},
+		"absent":              {nil, "not registered"},
+		"no checks":           {checks(), ""},
+		"passing":             {checks(passing), ""},
+		"warning":             {checks(passing, &api.HealthCheck{CheckID: "b", Name: "b", Status: api.HealthWarning}), `check "b" is warning`},
+		"of another instance": {append(checks(passing), checks(&api.HealthCheck{CheckID: "b", Name: "b", Status: api.HealthCritical})...), `check "b" is critical`},
+		"maintenance":         {checks(passing, &api.HealthCheck{CheckID: api.NodeMaint, Status: api.HealthCritical}), ""},
+		"of service":          {checks(passing, &api.HealthCheck{CheckID: api.ServiceMaintPrefix + "x", Status: api.HealthCritical}), ""},
 	} {
 		if err := consulState(test.services); (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 			t.Errorf("%s: %v, want %q", name, err, test.err)
