@@ -76,6 +76,33 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 	})
 }
 
+// Where there is no maintenance mode, no switch waits for it; and neither what is called off nor what is back in service does.
+func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		app := deployments.UnitID{Unit: "app"}
+		began := time.Now()
+		d := newDrains(nil, make(chan struct{}), quiet())
+		if err := d.set(t.Context(), app, true); err != nil || !slices.Equal(d.list(), []deployments.UnitID{app}) {
+			t.Errorf("drained are %v, %v", d.list(), err)
+		}
+		d.run(t.Context()) // returns
+		superseded := errors.New("superseded")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cancel(superseded)
+		d = newDrains(func(context.Context, bool, string) error { return errors.New("consul is away") }, make(chan struct{}), quiet())
+		if err := d.set(ctx, app, true); !errors.Is(err, superseded) {
+			t.Errorf("got %v", err)
+		}
+		if err := d.set(t.Context(), app, false); err != nil || len(d.list()) > 0 {
+			t.Errorf("drained are %v, %v", d.list(), err)
+		}
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it waited %v", took)
+		}
+	})
+}
+
 // Killed while the node was in maintenance mode, the next run ends that: when the node has converged, and not before.
 func TestMaintenanceOfARunBefore(t *testing.T) {
 	t.Parallel()
