@@ -392,3 +392,58 @@ func TestReadOnlyState(t *testing.T) {
 		return began == 1 && ended == 1, fmt.Sprintf("it was logged %d times, and %d times that it is over", began, ended)
 	})
 }
+
+// On a full disk an agent starts all the same: what runs is reported, and what is wrong.
+func TestStartsOnAFullDisk(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	w.put(kv.DesiredKey(app), one.String())
+	state := w.path("state")
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", state, "tmpfs", 0, "size=256k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(state, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	a := w.start()
+	a.awaitRunning(app, one)
+	a.stop()
+
+	full := w.path("state", "full")
+	f, err := os.Create(full)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.ReadFrom(zeros{}); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("the disk isn't full: %v", err)
+	}
+	f.Close()
+	if err := os.Truncate(w.path("state", lockFile), 0); err != nil { // and the rest of the disk is somebody else's
+		t.Fatal(err)
+	}
+	if f, err = os.OpenFile(full, os.O_APPEND|os.O_WRONLY, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.ReadFrom(zeros{})
+	f.Close()
+	two := w.publish("app", "2")
+	w.put(kv.DesiredKey(app), two.String())
+	a = w.start()
+	a.awaitUnit(app, "in trouble", func(u deployments.UnitReport) bool {
+		return u.Running == one && u.Want == two && strings.Contains(u.Error, "no space left")
+	})
+	if err := os.Remove(full); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitRunning(app, two)
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }

@@ -140,39 +140,41 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 	}
 }
 
-// A maintenance mode that went on although the answer was lost is turned off as well.
+// A maintenance mode that went on although the answer was lost is turned off as well, also where nothing was turned before.
 func TestMaintenanceThatMayBeOn(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		var on, lost atomic.Bool
-		d := newDrains(func(_ context.Context, to bool, _ string) error {
-			on.Store(to)
-			if lost.Load() {
-				return errors.New("no answer")
+	for _, loses := range [][]bool{{true}, {false, true}} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			var on, lost atomic.Bool
+			d := newDrains(func(_ context.Context, to bool, _ string) error {
+				on.Store(to)
+				if lost.Load() {
+					return errors.New("no answer")
+				}
+				return nil
+			}, make(chan struct{}), quiet())
+			go d.run(ctx)
+			app := deployments.UnitID{Unit: "app"}
+			for _, lose := range loses {
+				lost.Store(lose)
+				if err := d.set(ctx, app, true); err != nil {
+					t.Fatal(err)
+				}
+				lost.Store(false)
+				if err := d.set(ctx, app, false); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(2 * maxRetry)
+				synctest.Wait()
+				if on.Load() {
+					t.Errorf("answers lost %v: the node is still in maintenance mode", loses)
+				}
 			}
-			return nil
-		}, make(chan struct{}), quiet())
-		go d.run(ctx)
-		app := deployments.UnitID{Unit: "app"}
-		for _, lose := range []bool{false, true} {
-			lost.Store(lose)
-			if err := d.set(ctx, app, true); err != nil {
-				t.Fatal(err)
-			}
-			lost.Store(false)
-			if err := d.set(ctx, app, false); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(2 * maxRetry)
+			cancel()
 			synctest.Wait()
-			if on.Load() {
-				t.Errorf("answer lost %v: the node is still in maintenance mode", lose)
-			}
-		}
-		cancel()
-		synctest.Wait()
-	})
+		})
+	}
 }
 
 // What turns maintenance mode off may come late, or its answer be lost: a unit that is drained meanwhile waits until it is on again,

@@ -27,13 +27,11 @@ func takeLock(dir string) (*os.File, error) {
 		defer f.Close()
 		return nil, fmt.Errorf("%w: %s is held by process %s", ErrLocked, dir, holder(f))
 	}
-	if err == nil {
-		if err = f.Truncate(0); err == nil {
-			_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
-		}
-	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("locking the state directory: %w", err), f.Close())
+	}
+	if f.Truncate(0) == nil { // where the disk is full the lock has no id in it, and holds as well
+		_, _ = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
 	return f, nil
 }
