@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"kedge/deployments"
+	"kedge/kv"
 )
 
 func TestMaintenanceFollowsDrain(t *testing.T) {
@@ -19,7 +21,10 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		var calls []bool
 		var away atomic.Bool
 		converged := make(chan struct{})
-		d := newDrains(func(_ context.Context, on bool, _ string) error {
+		d := newDrains(func(_ context.Context, on bool, reason string) error {
+			if on && (!strings.HasPrefix(reason, kv.MaintenanceReason) || !strings.HasSuffix(reason, " //app")) {
+				t.Errorf("the reason is %q", reason) // of another the node isn't taken back
+			}
 			if away.Load() {
 				return errors.New("consul is away")
 			}
@@ -41,7 +46,9 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		if len(calls) != 0 {
 			t.Fatal("maintenance mode was turned that kedge had not turned on")
 		}
-		set(app, true)
+		if took := set(app, true); took > 0 {
+			t.Errorf("a switch waited %v for maintenance mode that was on at once", took)
+		}
 		set(base, true)
 		set(app, false)
 		if len(calls) != 1 || !calls[0] {

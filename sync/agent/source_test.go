@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,25 +34,38 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 	entry := func(generation, digest string) []kv.Entry {
 		return []kv.Entry{{Key: key, Value: recordOf(generation, digest)}}
 	}
+	before := []kv.Entry{{Key: prefix + "aaa", Value: recordOf("1", digestA)}}
+	after := []kv.Entry{{Key: prefix + "zzz", Value: recordOf("1", digestA)}}
 	for _, c := range []struct {
-		name string
-		view kv.View
-		want string // the generation that decides afterwards
-		from origin
+		name    string
+		unknown bool // nothing was known before
+		view    kv.View
+		want    string // the generation that decides afterwards
+		from    origin
 	}{
-		{"trouble takes nothing away", kv.View{Err: kv.ErrUnavailable}, `5`, fromLastKnown},
-		{"an unconfirmed older record doesn't count", kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `5`, fromLastKnown},
-		{"an unconfirmed newer record counts", kv.View{Entries: entry("6", digestA), Err: kv.ErrDenied}, `6`, fromLastKnown},
-		{"a settled older record wins", kv.View{Entries: entry("4", digestA), Settled: true}, `4`, fromStore},
-		{"a settled absence wins", kv.View{Settled: true}, ``, fromStore},
+		{"trouble takes nothing away", false, kv.View{Err: kv.ErrUnavailable}, `5`, fromLastKnown},
+		{"an unconfirmed older record doesn't count", false, kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `5`, fromLastKnown},
+		{"an unconfirmed other record of the same generation doesn't count", false, kv.View{Entries: entry("5", digestB), Err: kv.ErrDenied}, `5`, fromLastKnown},
+		{"an unconfirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Err: kv.ErrDenied}, `6`, fromLastKnown},
+		{"beside others, in any order", false, kv.View{Entries: slices.Concat(after, entry("6", digestA), before), Err: kv.ErrDenied}, `6`, fromLastKnown},
+		{"a settled older record wins", false, kv.View{Entries: entry("4", digestA), Settled: true}, `4`, fromStore},
+		{"beside others, in any order, too", false, kv.View{Entries: slices.Concat(after, entry("4", digestA), before), Settled: true}, `4`, fromStore},
+		{"a settled absence wins", false, kv.View{Settled: true}, ``, fromStore},
+		{"where nothing is known an unconfirmed record is a beginning", true, kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `4`, fromStore},
+		{"where nothing is known an unconfirmed absence says nothing", true, kv.View{Err: kv.ErrDenied}, ``, fromNowhere},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := &source{prefix: prefix, desired: true}
-			s.offer(entry("5", digestA), fromLastKnown, now)
+			if !c.unknown {
+				s.offer(entry("5", digestA), fromLastKnown, now)
+			}
 			s.accept(c.view, mine(prefix, "n1"), now, quiet())
 			got := ""
 			if e, ok := s.find(key); ok {
+				if strings.Contains(string(e.Value), digestB) {
+					t.Error("a record that doesn't count decides")
+				}
 				_, got, _ = strings.Cut(string(e.Value), `"generation":`)
 				got = strings.TrimSuffix(got, "}")
 			}
@@ -65,14 +79,21 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 func TestPinsNeedASettledView(t *testing.T) {
 	t.Parallel()
 	s := &source{prefix: "pins/prod/web/"}
-	s.accept(kv.View{Err: kv.ErrDenied}, mine(s.prefix, "n1"), time.Now(), quiet())
-	if s.from != fromNowhere {
-		t.Error("a refused read was taken for: there are no pins")
+	for _, entries := range [][]kv.Entry{nil, {{Key: "pins/prod/web/app", Value: []byte("hold")}}} {
+		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.prefix, "n1"), time.Now(), quiet()) || s.from != fromNowhere || len(s.entries) > 0 {
+			t.Errorf("a refused read was taken for all pins that there are: %v", entries)
+		}
 	}
 	if s.offer(nil, fromSnapshot, time.Now()); s.from != fromSnapshot {
 		t.Error("a snapshot was not taken where nothing is known")
 	}
-	s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet())
+	// That there are none is news, which the last known state has to have.
+	if !s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+		t.Error("that the store has no pins is no news")
+	}
+	if s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+		t.Error("the same again is news")
+	}
 	if s.from != fromStore || s.offer(nil, fromSnapshot, time.Now()) {
 		t.Error("a snapshot counts for more than the store")
 	}
