@@ -1,6 +1,8 @@
 package ec2
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -15,7 +17,8 @@ import (
 // amazon plays the metadata service (IMDSv2) and the AutoScaling API (AWS query protocol) as their documentation has them.
 type amazon struct {
 	*httptest.Server
-	tags map[string]string // nil: not enabled in the metadata
+	tags    map[string]string // nil: not enabled in the metadata
+	noToken bool              // IMDSv2 is broken, and IMDSv1 isn't
 
 	mu      sync.Mutex
 	actions []string       // ACTION group/hook/instance RESULT
@@ -40,6 +43,10 @@ func startAmazon(t *testing.T, tags map[string]string) *amazon {
 
 func (a *amazon) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch path := r.URL.Path; {
+	case a.noToken && path == "/latest/api/token":
+		w.WriteHeader(http.StatusForbidden)
+	case a.noToken && strings.HasPrefix(path, "/latest/"):
+		a.metadata(w, strings.TrimPrefix(path, "/latest/"))
 	case path == "/latest/api/token":
 		if r.Method != http.MethodPut || r.Header.Get("X-Aws-Ec2-Metadata-Token-Ttl-Seconds") == "" {
 			w.WriteHeader(http.StatusBadRequest)
@@ -93,6 +100,10 @@ func (a *amazon) autoScaling(w http.ResponseWriter, r *http.Request) {
 		a.mu.Lock()
 		return
 	}
+	if !strings.Contains(r.Header.Get("Authorization"), "/eu-central-1/autoscaling/aws4_request") { // signed for where the instance is
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
 	w.Header().Set("Content-Type", "text/xml")
 	if action == "CompleteLifecycleAction" && len(a.refuse) > 0 {
 		code, message, _ := strings.Cut(a.refuse[0], " ")
@@ -141,6 +152,26 @@ func TestDescribeWithoutTags(t *testing.T) {
 	i, err := Describe(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "InstanceMetadataTags=enabled") || i.ID == "" {
 		t.Errorf("got %+v, %v", i, err)
+	}
+}
+
+// Metadata that anybody on the instance could have had asked for is not asked for.
+func TestDescribeByVersion2Alone(t *testing.T) {
+	a := startAmazon(t, map[string]string{TagStage: "prod"})
+	a.noToken = true
+	if i, err := Describe(t.Context()); err == nil {
+		t.Errorf("got %+v", i)
+	}
+}
+
+func TestHookEndsWithItsContext(t *testing.T) {
+	startAmazon(t, nil)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	stopped := errors.New("the agent stops")
+	cancel(stopped)
+	h := Hook{Name: "ready", Group: "web-1", Instance: Instance{ID: "i-1", Region: "eu-central-1"}, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler)}
+	if err := h.Run(ctx, make(chan struct{})); !errors.Is(err, stopped) {
+		t.Errorf("got %v", err)
 	}
 }
 
