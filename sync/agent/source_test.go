@@ -99,6 +99,47 @@ func TestPinsNeedASettledView(t *testing.T) {
 	}
 }
 
+// New records find their place among those that are known, and nothing is decided before both records and pins are known.
+func TestNothingIsDecidedWithoutPins(t *testing.T) {
+	t.Parallel()
+	r := newRole("prod", "web")
+	records := func(names ...string) (entries []kv.Entry) {
+		for _, name := range names {
+			entries = append(entries, kv.Entry{Key: r.desired.prefix + name, Value: recordOf("1", digestA)})
+		}
+		return entries
+	}
+	unconfirmed := func(entries []kv.Entry) {
+		r.desired.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(r.desired.prefix, "n1"), time.Now(), quiet())
+	}
+	if r.known() || r.unknown() != "reading desired/prod/web/" {
+		t.Errorf("known %v: %s", r.known(), r.unknown())
+	}
+	unconfirmed(nil)
+	if r.known() || !strings.Contains(r.unknown(), "nothing is known of desired/prod/web/ yet: ") {
+		t.Errorf("known %v: %s", r.known(), r.unknown())
+	}
+	unconfirmed(records("app", "db"))
+	unconfirmed(records("base", "aaa"))
+	for _, e := range records("aaa", "app", "base", "db") {
+		if _, ok := r.desired.find(e.Key); !ok {
+			t.Errorf("%s isn't known", e.Key)
+		}
+	}
+	if r.known() || r.unknown() != "reading pins/prod/web/" {
+		t.Errorf("known %v: %s", r.known(), r.unknown())
+	}
+	r.pins.accept(kv.View{Settled: true}, mine(r.pins.prefix, "n1"), time.Now(), quiet())
+	if !r.known() || r.unknown() != "" {
+		t.Errorf("known %v: %s", r.known(), r.unknown())
+	}
+	only := newRole("prod", "web")
+	only.pins.accept(kv.View{Settled: true}, mine(only.pins.prefix, "n1"), time.Now(), quiet())
+	if only.known() {
+		t.Error("with pins alone, records are known")
+	}
+}
+
 func TestMine(t *testing.T) {
 	t.Parallel()
 	for key, want := range map[string]bool{
