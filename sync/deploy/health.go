@@ -118,8 +118,8 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 }
 
 // vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on passing until each
-// has been tried once more when they did for stable. Until the timeout a check that fails again only starts the count anew; after it, it is the end. It has
-// no clock: its times come from the monotonic one, so that a wall clock that jumps changes nothing.
+// has been tried once more when they did for stable. Until the timeout a check that fails again only starts the count anew; after it,
+// it is the end. It has no clock: its times come from the monotonic one, so that a wall clock that jumps changes nothing.
 type vigil struct {
 	begin   time.Time
 	timeout time.Duration

@@ -101,8 +101,8 @@ type Hook struct {
 }
 
 // Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over before that, so
-// that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that is kept. An agent that only restarted, on an instance long in service, has no action to complete,
-// which is no error. It tries for as long as ctx lives.
+// that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that is kept. An agent that only
+// restarted, on an instance long in service, has no action to complete, which is no error. It tries for as long as ctx lives.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]
