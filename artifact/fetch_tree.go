@@ -144,6 +144,16 @@ func (b *builder) await(ctx context.Context, i int) error {
 	}
 }
 
+// there reports whether the directory of entry i is made.
+func (b *builder) there(i int) bool {
+	select {
+	case <-b.made[i/gateWidth]:
+		return true
+	default:
+		return false
+	}
+}
+
 // probe sees what mode a new file or directory gets here. Nearly always what is asked for: then a chmod of each is saved.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
@@ -320,7 +330,11 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		if !w.fetching[i] {
 			continue
 		}
-		err := w.await(ctx, i)
+		// Where that can be written at once, ctx isn't asked: what was fetched is not to be fetched again because another request failed.
+		var err error
+		if !w.there(i) {
+			err = w.await(ctx, i)
+		}
 		switch {
 		case err != nil:
 		case int64(len(content)) < e.size:

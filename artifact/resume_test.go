@@ -1,10 +1,12 @@
 package artifact
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -19,11 +21,16 @@ func TestACutIsNotFetchedAgain(t *testing.T) {
 	archive := size(t, filepath.Join(routes.gateway.Dir(), "releases/app/2-alone", archiveName))
 	index := size(t, filepath.Join(routes.gateway.Dir(), "releases/app/2-alone", indexName))
 	const onTheWay = 300_000 // bytes of a cut request that were sent and not read, and a server's answers that are no body
+	// A busy machine is no server that stalls: to hang up there loses all that is on the way.
+	patient := func(n *node) *node {
+		n.releases.objects = n.proxy.Client()
+		return n
+	}
 
 	t.Run("within a fetch", func(t *testing.T) {
 		t.Parallel()
 		for _, route := range []string{routeCold, routeGz, routeZst} {
-			n := routes.node(t, route)
+			n := patient(routes.node(t, route))
 			cuts := []int64{5, 1_000_000, 3_000_000, 100}
 			n.proxy.Play(func(r objecttest.Request) objecttest.Fault {
 				if isBody(r.Name) && !r.Probe && r.N < len(cuts) {
@@ -48,7 +55,7 @@ func TestACutIsNotFetchedAgain(t *testing.T) {
 
 	t.Run("by the next fetch", func(t *testing.T) {
 		t.Parallel()
-		n := routes.node(t, routeCold)
+		n := patient(routes.node(t, routeCold))
 		// Of the first span two frames of 2 MiB go through and half of a third, of the others nothing; then the node may read no more.
 		n.proxy.Play(func(r objecttest.Request) objecttest.Fault {
 			switch {
@@ -79,6 +86,36 @@ func TestACutIsNotFetchedAgain(t *testing.T) {
 			t.Errorf("the second fetch took %d bytes of %d, when four MiB were there", sent, archive+index)
 		}
 	})
+}
+
+// A frame that came is written, also where the fetch has failed meanwhile.
+func TestAFrameIsWrittenAfterAFailure(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	content := []byte(prose(1, 5000))
+	for range 30 { // whatever a select chooses
+		b, err := newBuilder(t.TempDir(), &index{archive: true,
+			entries: []entry{{path: "file", mode: 0o644, size: int64(len(content)), sum: digestOf(content), offset: 512}},
+			frames:  []frame{{size: 1, length: 6144}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.missing(nil)
+		w := b.worker()
+		raw := slices.Concat(make([]byte, 512), content, make([]byte, 6144-512-len(content)))
+		if err := w.writeFrame(ctx, 0, raw); !errors.Is(err, context.Canceled) {
+			t.Fatalf("without its directory: %v", err)
+		}
+		close(b.made[0])
+		if err := w.writeFrame(ctx, 0, raw); err != nil || !b.ready[0] {
+			t.Fatalf("with its directory: %v", err)
+		}
+		w.close()
+		if err := b.close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // Each reason why more is fetched than should be is in the log, once.
