@@ -21,6 +21,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -35,7 +36,10 @@ const (
 	maxUnpacked   = 256 << 30 // bytes
 	maxEntryName  = 4096      // bytes
 	maxLevels     = 128
+	// maxNames bounds the names that are kept in memory, of directories and symbolic links: bytes.
+	maxNames = 256 << 20
 	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb to a thousandth.
+	// That holds for what it decodes to, whatever is in it, and for the files, which may be sparse there.
 	maxGrowth  = 400
 	freeGrowth = 1 << 30
 	// maxWindow bounds what a zstd frame can make the decoder hold: zstd --long=27.
@@ -67,7 +71,7 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	defer root.Close()
 	sum := newHash(m.Checksum)
 	meter := newMeter("fetch", o.Size, opt.Progress)
-	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, dirs: map[string]*tar.Header{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, dirs: map[string]*attributes{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
 		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
@@ -123,10 +127,43 @@ type extractor struct {
 	ctx    context.Context
 	root   *os.Root
 	owners bool
-	left   int64 // bytes that the tree may still grow by
-	count  int
-	links  map[string]bool        // symbolic links so far
-	dirs   map[string]*tar.Header // whose modes are set at the end: a read-only one could not be filled
+	left   int64           // bytes that the tree may still grow by
+	count  int             // entries, and directories that have none
+	names  int             // bytes of the keys below
+	links  map[string]bool // symbolic links so far
+	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it has no entry.
+	dirs map[string]*attributes
+}
+
+// attributes are what is kept of an entry until its end. Its header would keep all its PAX records, of up to 1 MiB.
+type attributes struct {
+	uid, gid int
+	mode     fs.FileMode
+	time     time.Time
+}
+
+func attributesOf(h *tar.Header) *attributes {
+	return &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
+}
+
+var (
+	errBomb    = fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+	errEntries = fmt.Errorf("the archive has more than %d entries", maxTarEntries)
+	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes", maxNames)
+)
+
+// bounded ends what decodes to more than it may.
+type bounded struct {
+	r    io.Reader
+	left int64
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, errBomb
+	}
+	return n, err
 }
 
 // archive tells what raw is by its first bytes.
@@ -140,14 +177,14 @@ func (x *extractor) archive(raw *bufio.Reader, name string) error {
 			return fmt.Errorf("gzip: %w", err)
 		}
 		defer z.Close()
-		content, name = bufio.NewReaderSize(z, 256<<10), strings.TrimSuffix(name, ".gz")
+		content, name = bufio.NewReaderSize(&bounded{z, x.left}, 256<<10), strings.TrimSuffix(name, ".gz")
 	case bytes.Equal(head, []byte{0x28, 0xb5, 0x2f, 0xfd}) || len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], []byte{0x2a, 0x4d, 0x18}):
 		z, err := zstd.NewReader(raw, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
 		if err != nil {
 			return fmt.Errorf("zstd: %w", err)
 		}
 		defer z.Close()
-		content, name = bufio.NewReaderSize(z, 256<<10), strings.TrimSuffix(name, ".zst")
+		content, name = bufio.NewReaderSize(&bounded{z, x.left}, 256<<10), strings.TrimSuffix(name, ".zst")
 	}
 	// An archive of nothing is two blocks of zeros, or none at all.
 	block, err := content.Peek(512)
@@ -214,6 +251,9 @@ func (x *extractor) tar(r *bufio.Reader) error {
 	inner := slices.Sorted(maps.Keys(x.dirs)) // what is in a directory sorts behind it
 	slices.Reverse(inner)
 	for _, name := range inner {
+		if x.dirs[name] == nil {
+			continue
+		}
 		if err := x.finish(name, x.dirs[name]); err != nil {
 			return fmt.Errorf("entry %q: %w", clip(name), err)
 		}
@@ -250,7 +290,7 @@ func (x *extractor) localName(name string) (string, error) {
 
 func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	if x.count++; x.count > maxTarEntries {
-		return fmt.Errorf("the archive has more than %d entries", maxTarEntries)
+		return errEntries
 	}
 	switch h.Typeflag {
 	case tar.TypeXGlobalHeader:
@@ -265,7 +305,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		return errors.New("it is setuid or setgid: refused")
 	}
 	if h.Size < 0 || h.Size > x.left {
-		return fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+		return errBomb
 	}
 	name, err := x.localName(h.Name)
 	if err != nil {
@@ -277,10 +317,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		}
 		return nil // its mode is the manifest's dest_mode
 	}
-	if dir := path.Dir(name); dir != "." {
-		if err := x.root.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
+	if err := x.parents(path.Dir(name)); err != nil {
+		return err
 	}
 	if h.Typeflag == tar.TypeDir {
 		if err := x.root.Mkdir(name, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -289,8 +327,9 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
 			return errors.Join(errors.New("a directory in the place of another entry"), err)
 		}
-		x.dirs[name] = h
-		return nil
+		name, err := x.keep(name)
+		x.dirs[name] = attributesOf(h)
+		return err
 	}
 	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.
 	if info, err := x.root.Lstat(name); err == nil {
@@ -307,11 +346,15 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if err := checkTarget(name, h.Linkname); err != nil {
 			return err
 		}
+		name, err := x.keep(name)
+		if err != nil {
+			return err
+		}
 		x.links[name] = true
 		if err := x.root.Symlink(h.Linkname, name); err != nil {
 			return err
 		}
-		return x.chown(name, h)
+		return x.chown(name, attributesOf(h))
 	case tar.TypeLink:
 		target, err := x.localName(h.Linkname)
 		if err != nil {
@@ -326,7 +369,36 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	if err := x.write(name, r); err != nil {
 		return err
 	}
-	return x.finish(name, h)
+	return x.finish(name, attributesOf(h))
+}
+
+// parents makes the directories above an entry that have none themselves, and counts them: one name may have many.
+func (x *extractor) parents(dir string) error {
+	if _, there := x.dirs[dir]; there || dir == "." {
+		return nil
+	}
+	if err := x.root.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	dir, err := x.keep(dir)
+	for ; err == nil && dir != "."; dir = path.Dir(dir) {
+		if _, there := x.dirs[dir]; there {
+			break
+		}
+		x.dirs[dir] = nil
+		if x.count++; x.count > maxTarEntries {
+			err = errEntries
+		}
+	}
+	return err
+}
+
+// keep copies a name that is to be kept: as it is, it may be a part of a far longer PAX record.
+func (x *extractor) keep(name string) (string, error) {
+	if x.names += len(name); x.names > maxNames {
+		return name, errNames
+	}
+	return strings.Clone(name), nil
 }
 
 // write writes a new file, and counts what it adds.
@@ -338,30 +410,30 @@ func (x *extractor) write(name string, r io.Reader) (err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	n, err := io.Copy(f, io.LimitReader(r, x.left+1))
 	if x.left -= n; err == nil && x.left < 0 {
-		err = fmt.Errorf("the archive unpacks to over %d times its size: refused as a bomb", maxGrowth)
+		err = errBomb
 	}
 	return err
 }
 
 // finish sets what an entry says of owner, mode and time.
-func (x *extractor) finish(name string, h *tar.Header) error {
-	if err := x.chown(name, h); err != nil {
+func (x *extractor) finish(name string, a *attributes) error {
+	if err := x.chown(name, a); err != nil {
 		return err
 	}
-	if err := x.root.Chmod(name, fs.FileMode(h.Mode).Perm()); err != nil {
+	if err := x.root.Chmod(name, a.mode); err != nil {
 		return err
 	}
-	if h.ModTime.Unix() <= 0 {
+	if a.time.Unix() <= 0 {
 		return nil
 	}
-	return x.root.Chtimes(name, h.ModTime, h.ModTime)
+	return x.root.Chtimes(name, a.time, a.time)
 }
 
-func (x *extractor) chown(name string, h *tar.Header) error {
+func (x *extractor) chown(name string, a *attributes) error {
 	if !x.owners {
 		return nil
 	}
-	return x.root.Lchown(name, h.Uid, h.Gid)
+	return x.root.Lchown(name, a.uid, a.gid)
 }
 
 // single writes what is no archive as one file under its own name, executable if it is a program.

@@ -2,6 +2,7 @@ package artifact
 
 import (
 	"archive/tar"
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"crypto/md5"
@@ -14,6 +15,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -319,6 +321,91 @@ func TestBombs(t *testing.T) {
 	if _, err := unpackBytes(t, "window.tar.zst", window); err == nil || !strings.Contains(err.Error(), "window") {
 		t.Errorf("a huge window: %v", err)
 	}
+}
+
+// newExtractor unpacks into a directory of its own.
+func newExtractor(t testing.TB) *extractor {
+	t.Helper()
+	root, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { root.Close() })
+	return &extractor{ctx: t.Context(), root: root, left: freeGrowth, links: map[string]bool{}, dirs: map[string]*attributes{}}
+}
+
+func (x *extractor) bytes(data []byte) error {
+	return x.archive(bufio.NewReader(bytes.NewReader(data)), "app.tar")
+}
+
+// What a small archive makes grow is bounded, whatever it is.
+func TestWhatGrowsIsBounded(t *testing.T) {
+	t.Parallel()
+	const left = 1 << 20
+	deep := strings.Repeat("d/", 100)
+	record := tar.Header{Typeflag: tar.TypeReg, Name: "x", Mode: 0o644, PAXRecords: map[string]string{"KEDGE.x": strings.Repeat("x", 1<<19)}}
+	for name, c := range map[string]struct {
+		data []byte
+		set  func(x *extractor)
+		want error
+	}{
+		"a file":                   {tarOf(t, file("x", strings.Repeat("x", left+1))), nil, errBomb},
+		"files together":           {tarOf(t, file("x", strings.Repeat("x", left/2)), file("y", strings.Repeat("y", left/2+1))), nil, errBomb},
+		"as much as there may be":  {tarOf(t, file("x", strings.Repeat("x", left))), nil, nil},
+		"zeros behind the end":     {zst(t, append(tarOf(t, file("x", "x")), make([]byte, left)...)), nil, errBomb},
+		"records of headers":       {gz(tarOf(t, record, record, record)), nil, errBomb},
+		"a single file":            {gz([]byte(strings.Repeat("x", left+1))), nil, errBomb},
+		"entries":                  {tarOf(t, file("x", "x"), file("y", "y")), func(x *extractor) { x.count = maxTarEntries - 1 }, errEntries},
+		"the last entry":           {tarOf(t, file("x", "x")), func(x *extractor) { x.count = maxTarEntries - 1 }, nil},
+		"directories of a name":    {tarOf(t, file(deep+"x", "x")), func(x *extractor) { x.count = maxTarEntries - 100 }, errEntries},
+		"directories of two names": {tarOf(t, file(deep+"x", "x"), file(deep+"y", "x")), func(x *extractor) { x.count = maxTarEntries - 102 }, nil},
+		"names of directories":     {tarOf(t, special(tar.TypeDir, "dir/", "")), func(x *extractor) { x.names = maxNames - 2 }, errNames},
+		"names of links":           {tarOf(t, special(tar.TypeSymlink, "link", "x")), func(x *extractor) { x.names = maxNames - 3 }, errNames},
+		"names of parents":         {tarOf(t, file("dir/x", "")), func(x *extractor) { x.names = maxNames - 2 }, errNames},
+		"the last name":            {tarOf(t, file("dir/x", "")), func(x *extractor) { x.names = maxNames - 3 }, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			x := newExtractor(t)
+			x.left = left
+			if c.set != nil {
+				c.set(x)
+			}
+			if err := x.bytes(c.data); !errors.Is(err, c.want) {
+				t.Errorf("%v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+// A header's records are not kept in memory: of a directory they may be a MiB, and shrink to nothing in the archive.
+func TestRecordsAreNotKept(t *testing.T) {
+	const n, each = 16, 1<<20 - 4096
+	var headers []tar.Header
+	for i := range n {
+		records := map[string]string{"KEDGE.x": strings.Repeat("x", each)}
+		dir, link := fmt.Sprintf("%0150d", i), fmt.Sprintf("link%0150d", i) // long enough to be records as well
+		headers = append(headers, tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755, PAXRecords: records},
+			tar.Header{Typeflag: tar.TypeSymlink, Name: link, Linkname: "x", PAXRecords: records},
+			tar.Header{Typeflag: tar.TypeReg, Name: "above" + dir + "/x", Mode: 0o644, PAXRecords: records})
+	}
+	data := zst(t, tarOf(t, headers...))
+	headers = nil
+	live := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	x := newExtractor(t)
+	before := live()
+	if err := x.bytes(data); err != nil {
+		t.Fatal(err)
+	}
+	if now := live(); now > before+n*each/4 {
+		t.Errorf("an archive of %d bytes takes %d of memory when it is read", len(data), now-before)
+	}
+	runtime.KeepAlive(x)
 }
 
 // A server that cuts the connection costs requests, not the deployment.
