@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -398,6 +399,51 @@ func TestVerifyNamesWhatDiffers(t *testing.T) {
 	want := "[{bin/alias link} {bin/server2 link} {empty type} {lib/below content} {lib/deep/file001.txt missing} {lib/exact mode} {stray extra}]"
 	if got := fmt.Sprint(found); got != want {
 		t.Errorf("found %s\n want %s", got, want)
+	}
+}
+
+// What a file becomes while a tree is verified can't hold that up, nor be taken for the file.
+func TestVerifyOfAFileThatChanges(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "file")
+	if err := os.WriteFile(path, []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	e := &entry{path: "file", size: 7, sum: digestOf([]byte("content"))}
+	for name, c := range map[string]struct {
+		change func() error
+		right  bool
+	}{
+		"untouched": {func() error { return os.WriteFile(path, []byte("content"), 0o600) }, true},
+		"a pipe":    {func() error { return syscall.Mkfifo(path, 0o600) }, false},
+		"a device":  {func() error { return os.Symlink("/dev/zero", path) }, false},
+		"without end": {func() error {
+			if err := os.WriteFile(path, []byte("content"), 0o600); err != nil {
+				return err
+			}
+			return os.Truncate(path, 1<<43) // in place of one that is written all the while
+		}, false},
+	} {
+		if err := errors.Join(os.Remove(path), c.change()); err != nil {
+			t.Fatal(err)
+		}
+		v := &verifier{root: root, buffer: make([]byte, 64<<10)}
+		sum, err := v.hash(ctx, e, info)
+		if (err == nil && sum == e.sum) != c.right || ctx.Err() != nil {
+			t.Errorf("%s: %v, %v", name, sum, err)
+		}
 	}
 }
 

@@ -70,7 +70,7 @@ type StageOptions struct {
 
 // Difference is one path of a live tree that isn't as its release says.
 type Difference struct {
-	Path string `json:"path"` // relative to the tree
+	Path string `json:"path"` // relative to the tree, which itself is "."
 	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type", "index"
 }
 
@@ -406,7 +406,8 @@ func (r *Releases) remove(name string) error {
 }
 
 // Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it was
-// staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every byte; limit, in bytes a second, keeps it out of the way (0: none).
+// staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every byte; limit, in
+// bytes a second, keeps it out of the way (0: none).
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	rec, err := r.readRecord(filepath.Base(rel.Dir))
 	if err != nil {
@@ -423,6 +424,13 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	differences, err := verifyTree(ctx, rel.Dir, index, limit)
 	if err != nil {
 		return nil, err
+	}
+	top, err := os.Lstat(rel.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("verify: %w", err)
+	}
+	if top.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
+		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
 	}
 	owners, err := verifyOwner(ctx, rel.Dir, rel.Manifest.Owner)
 	if err != nil {

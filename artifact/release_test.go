@@ -465,6 +465,21 @@ func TestVerifyFindsADamagedIndex(t *testing.T) {
 	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) > 0 {
 		t.Errorf("healed: %v, %v", found, err)
 	}
+	// The top directory's mode is the manifest's to say; as with other directories, its set-group-id bit is not.
+	for mode, want := range map[fs.FileMode][]Difference{0o775: {{".", "mode"}}, 0o755 | fs.ModeSticky: {{".", "mode"}}, 0o755 | fs.ModeSetgid: nil} {
+		if err := os.Chmod(rel.Dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		if found, err := releases.Verify(t.Context(), rel, 0); err != nil || !slices.Equal(found, want) {
+			t.Errorf("its top with mode %v: %v, %v", mode, found, err)
+		}
+		if err := releases.Heal(t.Context(), rel); err != nil {
+			t.Fatal(err)
+		}
+		if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) > 0 {
+			t.Errorf("healed of mode %v: %v, %v", mode, found, err)
+		}
+	}
 }
 
 func TestManifestWithAnotherDigest(t *testing.T) {

@@ -101,6 +101,9 @@ func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
 }
 
+// dirBits are those of a directory's mode that must be right; set-group-id it has from the one above.
+const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
+
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 	e := &v.index.entries[i]
 	want := map[kind]fs.FileMode{kindDir: fs.ModeDir, kindSymlink: fs.ModeSymlink}[e.kind]
@@ -108,10 +111,9 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 		v.differs(e.path, "type")
 		return nil
 	}
-	const bits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid | fs.ModeSetgid
-	kept := bits
+	kept := dirBits | fs.ModeSetgid
 	if e.kind == kindDir {
-		kept &^= fs.ModeSetgid // a directory has it from the one above
+		kept = dirBits
 	}
 	if (e.kind == kindFile || e.kind == kindDir) && info.Mode()&kept != e.mode {
 		v.differs(e.path, "mode")
@@ -146,12 +148,15 @@ func (v *verifier) hash(ctx context.Context, e *entry, info fs.FileInfo) (deploy
 	if info.Size() != e.size {
 		return deployments.Digest{}, nil
 	}
-	f, err := v.root.Open(e.path)
+	f, err := v.root.OpenFile(e.path, os.O_RDONLY|unix.O_NONBLOCK, 0) // were it a pipe by now, opening it would wait for ever
 	if err != nil {
 		return deployments.Digest{}, err
 	}
 	defer f.Close()
-	return hashSlowly(ctx, f, v.limit, v.buffer)
+	if opened, err := f.Stat(); err != nil || !opened.Mode().IsRegular() {
+		return deployments.Digest{}, err
+	}
+	return hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit, v.buffer) // else it might grow for as long as it is read
 }
 
 // hashSlowly hashes what it reads, as fast as limit allows (nil: at will).
