@@ -128,8 +128,8 @@ func send(ctx context.Context, client *http.Client, method, url string, header h
 		request.Header[k] = v
 	}
 	r, err := client.Do(request)
-	if errors.Is(err, errPlainHTTP) {
-		return nil, fmt.Errorf("redirected: %w", errPlainHTTP)
+	if errors.Is(err, errPlainHTTP) || errors.Is(err, errToHere) {
+		return nil, fmt.Errorf("redirected: %w", plain(err))
 	}
 	if err != nil {
 		return nil, &transientError{err: plain(err)}

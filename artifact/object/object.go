@@ -179,16 +179,24 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", text)
 }
 
-var errPlainHTTP = errors.New("plain http is accepted from this machine only: use https://")
+var (
+	errPlainHTTP = errors.New("plain http is accepted from this machine only: use https://")
+	errToHere    = errors.New("another machine may not lead to this one")
+)
 
 func thisMachine(u *url.URL) bool {
 	ip := net.ParseIP(u.Hostname())
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
-// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along.
+// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and one from elsewhere
+// could have a request sent to what listens on this machine alone.
 func checkRedirect(r *http.Request, via []*http.Request) error {
-	if r.URL.Scheme != "https" && !thisMachine(r.URL) {
+	local := thisMachine(r.URL)
+	switch {
+	case local && !thisMachine(via[len(via)-1].URL):
+		return errToHere
+	case r.URL.Scheme != "https" && !local:
 		return errPlainHTTP
 	}
 	if len(via) >= 10 {
