@@ -14,9 +14,11 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -110,6 +112,8 @@ func TestArchivesOfAnyone(t *testing.T) {
 	for name, data := range map[string][]byte{
 		"app.tar": plain, "app.tar.gz": gz(plain), "app.tgz": gz(plain), "app.tar.zst": zst(t, plain), "no-suffix": gz(plain),
 		"frames.tar.zst": append(zst(t, plain[:5000]), zst(t, plain[5000:])...),
+		// As pzstd and the seekable format have them.
+		"skippable.tar.zst": append([]byte{0x5a, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 'x', 'y'}, zst(t, plain)...),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -136,9 +140,114 @@ func TestArchivesOfAnyone(t *testing.T) {
 	}
 }
 
+// Files with holes have them as zeros, and count as long as they are.
+func TestSparseFiles(t *testing.T) {
+	t.Parallel()
+	for name, format := range map[string]string{"gnu": "--format=gnu", "pax": "--format=posix"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tree := t.TempDir()
+			tarred := func(size int64) []byte {
+				path := filepath.Join(tree, "file")
+				if err := os.WriteFile(path, []byte("begin"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Truncate(path, size); err != nil {
+					t.Fatal(err)
+				}
+				data, err := exec.Command("tar", "-C", tree, "-cS", format, "file").Output()
+				if err != nil {
+					t.Fatal(err)
+				}
+				return data
+			}
+			data := tarred(3 << 20)
+			if len(data) > 1<<20 {
+				t.Fatalf("tar wrote %d bytes: nothing is sparse", len(data))
+			}
+			dir, err := unpackBytes(t, "app.tar", data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sameTree(t, dir, tree)
+			if _, err := unpackBytes(t, "bomb.tar", tarred(freeGrowth+1)); !errors.Is(err, errBomb) {
+				t.Errorf("a hole of a GiB: %v", err)
+			}
+		})
+	}
+}
+
+// What tar wrote before POSIX is told from a single file by its header's checksum.
+func TestAnOldTar(t *testing.T) {
+	t.Parallel()
+	data := tarOf(t, file("file", "content"))
+	clear(data[257:512]) // the magic, and what came with it
+	copy(data[148:156], "        ")
+	sum := 0
+	for _, b := range data[:512] {
+		sum += int(b)
+	}
+	copy(data[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	dir, err := unpackBytes(t, "app.tar", data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "file")); err != nil || string(got) != "content" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// An archive's owners are taken over by root alone, and not where the manifest says another, nor in releases.
+func TestOwnersOfAnArchive(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Fatal("giving files away takes root")
+	}
+	var headers []tar.Header
+	for _, h := range []tar.Header{{Typeflag: tar.TypeDir, Name: "dir/", Mode: 0o755}, file("dir/file", "x"), special(tar.TypeSymlink, "dir/link", "file")} {
+		h.Uid, h.Gid = 4321, 1234
+		headers = append(headers, h)
+	}
+	data := tarOf(t, headers...)
+	path := filepath.Join(t.TempDir(), "app.tar")
+	if err := os.WriteFile(path, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		strategy deployments.Strategy
+		owner    string
+		want     string
+	}{
+		{deployments.StrategyRsync, "", "4321:1234"},
+		{deployments.StrategyRsync, "77", "77:0"},
+		{deployments.StrategyRsync, ":88", "0:88"},
+		{deployments.StrategyRelease, "", "0:0"},
+	} {
+		dir := t.TempDir()
+		m := &deployments.Manifest{Src: "file://" + path, Checksum: strings.ToUpper(digestOf(data).String()), Size: int64(len(data)), Strategy: c.strategy, Owner: c.owner}
+		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []string{"dir", "dir/file", "dir/link"} {
+			info, err := os.Lstat(filepath.Join(dir, p))
+			if err != nil {
+				t.Fatal(err)
+			}
+			st := info.Sys().(*syscall.Stat_t)
+			if got := fmt.Sprintf("%d:%d", st.Uid, st.Gid); got != c.want {
+				t.Errorf("%s with owner %q: %s belongs to %s, want %s", c.strategy, c.owner, p, got, c.want)
+			}
+		}
+	}
+	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Size: int64(len(data)) - 1}
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}); !errors.Is(err, ErrDigest) {
+		t.Errorf("of another size than the manifest says: %v", err)
+	}
+}
+
 func TestSingleFile(t *testing.T) {
 	t.Parallel()
-	for content, mode := range map[string]fs.FileMode{"#!/bin/sh\n": 0o755, "just text": 0o644} {
+	for content, mode := range map[string]fs.FileMode{"#!/bin/sh\n": 0o755, "\x7fELF\x02": 0o755, "just text": 0o644} {
 		dir, err := unpackBytes(t, "tool", []byte(content))
 		if err != nil {
 			t.Fatal(err)
@@ -189,6 +298,7 @@ func hostile(t testing.TB) map[string]struct {
 	add("link out", "leads out", special(tar.TypeSymlink, "link", "../../etc"))
 	add("absolute link", "leads out", special(tar.TypeSymlink, "link", "/etc/passwd"))
 	add("link up by a detour", "leads out", dir, special(tar.TypeSymlink, "link", "dir/../../x"))
+	add("a line's end in a name", "control", file("a\nb", "x"))
 	add("through a link", "behind the symbolic link", dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
 	add("directory over a link", "in the place", dir, special(tar.TypeSymlink, "link", "dir"), tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755})
 	add("link over a directory", "place of a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))

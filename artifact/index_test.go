@@ -58,13 +58,18 @@ func TestHostileIndexes(t *testing.T) {
 		"a link to nothing":                    func(x *index) { x.entries[2].target = "" },
 		"a hard link to a directory":           func(x *index) { x.entries[3].original = 0 },
 		"a hard link to itself":                func(x *index) { x.entries[3].original = 3 },
-		"a setuid mode":                        func(x *index) { x.entries[1].kind = 4 },
+		"an unknown kind":                      func(x *index) { x.entries[2].kind = kindHardlink + 1 },
 		"content behind the last frame":        func(x *index) { x.entries[1].size = 5000 },
 		"more content than can be":             func(x *index) { x.entries[1].size = maxTree + 1 },
-		"a frame that decodes to too much":     func(x *index) { x.frames[0].length = maxFrame + 1 },
-		"a frame without bytes":                func(x *index) { x.frames[0].size = 0 },
-		"a frame that grows on decoding less":  func(x *index) { x.frames[0].size = 1 << 30 },
-		"frames without an archive":            func(x *index) { x.archive = false },
+		"more content than can be, together": func(x *index) {
+			x.archive, x.frames = false, nil
+			x.entries[1].size = maxTree
+			x.entries[2] = entry{path: "d/g", size: 1}
+		},
+		"a frame that decodes to too much":    func(x *index) { x.frames[0].length = maxFrame + 1 },
+		"a frame without bytes":               func(x *index) { x.frames[0].size = 0 },
+		"a frame that grows on decoding less": func(x *index) { x.frames[0].size = 1 << 30 },
+		"frames without an archive":           func(x *index) { x.archive = false },
 	} {
 		x := goodIndex()
 		spoil(x)
@@ -84,15 +89,44 @@ func TestHostileIndexes(t *testing.T) {
 	if _, err := decodeIndex(bytes.Replace(data, []byte("\x01\x02/f"), []byte("\x00\x03d/f"), 1)); !errors.Is(err, ErrIndex) {
 		t.Error("a path that is written out where it shares its beginning is accepted")
 	}
-	// It promises four million entries: that must not cost memory.
-	many := append([]byte(indexMagic), 1, 0xff, 0xff, 0xff, 0x01, 0)
-	if _, err := decodeIndex(many); !errors.Is(err, ErrIndex) {
-		t.Error("more entries than bytes are accepted")
+	// What encode doesn't write: modes with set-user-id, and more.
+	for _, mode := range []string{"\x80\x10", "\x80\x20", "\xff\xff\x03"} {
+		// The file's entry, up to its mode.
+		if _, err := decodeIndex(bytes.Replace(data, []byte("/f\xa4\x03"), []byte("/f"+mode), 1)); !errors.Is(err, ErrIndex) || !strings.Contains(err.Error(), "bound") {
+			t.Errorf("the mode %x: %v", mode, err)
+		}
+	}
+	// An empty file lies nowhere.
+	empty := (&index{archive: true, entries: []entry{{path: "e", sum: emptyDigest}}, frames: goodIndex().frames}).encode()
+	gap := bytes.Index(empty, emptyDigest[:]) + len(emptyDigest)
+	if _, err := decodeIndex(empty); err != nil {
+		t.Error(err)
+	}
+	empty[gap] = 1
+	if _, err := decodeIndex(empty); !errors.Is(err, ErrIndex) {
+		t.Error("an empty file that lies somewhere is accepted")
+	}
+	// One number has one encoding.
+	if _, err := decodeIndex(bytes.Replace(data, []byte(indexMagic+"\x01\x04"), []byte(indexMagic+"\x01\x84\x00"), 1)); !errors.Is(err, ErrIndex) {
+		t.Error("a number that is longer than it need be is accepted")
 	}
 }
 
-// Short entries can stand for long paths: an index of 400 kB for 230 MB of them.
+// An index is given memory for what it holds, not for what it promises.
 func TestAnIndexTakesMemoryForItsLength(t *testing.T) {
+	refused := func(name string, data []byte, most uint64) {
+		t.Helper()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := decodeIndex(data)
+		runtime.ReadMemStats(&after)
+		if took := after.TotalAlloc - before.TotalAlloc; !errors.Is(err, ErrIndex) || took > most {
+			t.Errorf("%s: an index of %d bytes took %d: %v", name, len(data), took, err)
+		}
+	}
+	refused("four million entries", append([]byte(indexMagic), 1, 0xff, 0xff, 0xff, 0x01, 0), 1<<20)
+	refused("two million frames", append([]byte(indexMagic), 1, 0, 0xff, 0xff, 0x7f), 1<<20)
+	// Short entries can stand for long paths: an index of 400 kB for 230 MB of them.
 	x := &index{}
 	p := ""
 	for i := range 15 {
@@ -105,14 +139,7 @@ func TestAnIndexTakesMemoryForItsLength(t *testing.T) {
 	for i := range 60_000 {
 		x.entries = append(x.entries, entry{path: fmt.Sprintf("%s/%06d", p, i), kind: kindDir, mode: 0o755})
 	}
-	data := x.encode()
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	_, err := decodeIndex(data)
-	runtime.ReadMemStats(&after)
-	if took := after.TotalAlloc - before.TotalAlloc; err == nil || took > 192<<20 {
-		t.Errorf("an index of %d bytes took %d: %v", len(data), took, err)
-	}
+	refused("long paths", x.encode(), 192<<20)
 }
 
 func FuzzIndex(f *testing.F) {

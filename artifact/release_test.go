@@ -530,8 +530,12 @@ func TestFullDisk(t *testing.T) {
 	plain.Index = nil
 	for name, m := range map[string]*deployments.Manifest{"indexed": m, "plain": &plain} {
 		releases := Open(filepath.Join(small, name), objects, nil)
+		_, before := objects.Requests()
 		if _, err := releases.Stage(t.Context(), out.Pointer, m, raw, StageOptions{}); !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("%s: %v", name, err)
+		}
+		if _, read := objects.Requests(); read-before > out.Index {
+			t.Errorf("%s: it took %d bytes to see that", name, read-before)
 		}
 		if left := list(t, releases.private()); len(left) > 0 {
 			t.Errorf("%s: it leaves %q", name, left)
