@@ -427,6 +427,10 @@ func TestBombs(t *testing.T) {
 	if _, err := unpackBytes(t, "bomb.tar.zst", bomb(t, 1<<40)); err == nil || !strings.Contains(err.Error(), "bomb") {
 		t.Errorf("a terabyte of zeros: %v", err)
 	}
+	dir, err := unpackBytes(t, "zeros.tar.zst", zst(t, tarOf(t, file("zeros", string(make([]byte, 1<<20))))))
+	if err != nil || size(t, filepath.Join(dir, "zeros")) != 1<<20 {
+		t.Errorf("a MiB of zeros: %v", err)
+	}
 	window := []byte{0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 0, 0, 0} // a frame that wants a window of 2 TB
 	if _, err := unpackBytes(t, "window.tar.zst", window); err == nil || !strings.Contains(err.Error(), "window") {
 		t.Errorf("a huge window: %v", err)

@@ -383,7 +383,12 @@ func TestVerifyNamesWhatDiffers(t *testing.T) {
 	}
 	at := func(p string) string { return filepath.Join(dir, p) }
 	flip(t, at("lib/below"), 1000)
-	os.Chmod(at("lib/exact"), 0o640)
+	for p, mode := range map[string]fs.FileMode{"lib/exact": 0o640, "lib/deep/file002.txt": 0o644 | fs.ModeSetuid, "lib/deep/file003.txt": 0o644 | fs.ModeSetgid,
+		"bin.d": 0o755 | fs.ModeSticky, "hollow": 0o755 | fs.ModeSetuid, "lib/deep": 0o755 | fs.ModeSetgid} {
+		if err := os.Chmod(at(p), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
 	relink(t, at("bin/alias"), "server2")
 	os.Remove(at("empty"))
 	os.Mkdir(at("empty"), 0o755)
@@ -396,7 +401,8 @@ func TestVerifyNamesWhatDiffers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := "[{bin/alias link} {bin/server2 link} {empty type} {lib/below content} {lib/deep/file001.txt missing} {lib/exact mode} {stray extra}]"
+	want := "[{bin/alias link} {bin/server2 link} {bin.d mode} {empty type} {hollow mode} {lib/below content} {lib/deep/file001.txt missing} " +
+		"{lib/deep/file002.txt mode} {lib/deep/file003.txt mode} {lib/exact mode} {stray extra}]"
 	if got := fmt.Sprint(found); got != want {
 		t.Errorf("found %s\n want %s", got, want)
 	}

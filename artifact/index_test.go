@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -56,11 +57,22 @@ func TestHostileIndexes(t *testing.T) {
 		"a link above the tree":                func(x *index) { x.entries[2].target = "../../etc" },
 		"a link that might lead above it":      func(x *index) { x.entries[2].target = "m/../../../etc" },
 		"a link to nothing":                    func(x *index) { x.entries[2].target = "" },
-		"a hard link to a directory":           func(x *index) { x.entries[3].original = 0 },
-		"a hard link to itself":                func(x *index) { x.entries[3].original = 3 },
-		"an unknown kind":                      func(x *index) { x.entries[2].kind = kindHardlink + 1 },
-		"content behind the last frame":        func(x *index) { x.entries[1].size = 5000 },
-		"more content than can be":             func(x *index) { x.entries[1].size = maxTree + 1 },
+		"a link by a detour":                   func(x *index) { x.entries[2].target = "m/../f" },
+		"a link with a zero byte":              func(x *index) { x.entries[2].target = "f\x00" },
+		"a link that is too long":              func(x *index) { x.entries[2].target = strings.Repeat("f/", maxPath/2) },
+		"a path that is too long": func(x *index) {
+			x.entries = nil
+			for n := range 17 {
+				x.entries = append(x.entries, entry{path: strings.Repeat("/"+long("d", 250), n+1)[1:], kind: kindDir})
+			}
+		},
+		"a hard link to a directory":      func(x *index) { x.entries[3].original = 0 },
+		"a hard link to itself":           func(x *index) { x.entries[3].original = 3 },
+		"an unknown kind":                 func(x *index) { x.entries[2].kind = kindHardlink + 1 },
+		"a hard link to a symbolic link":  func(x *index) { x.entries[3].original = 2 },
+		"content behind the last frame":   func(x *index) { x.entries[1].size = 4096 - 1024 + 1 },
+		"a frame that decodes to nothing": func(x *index) { x.frames = append(x.frames, frame{size: 60, sum: x.frames[0].sum}) },
+		"more content than can be":        func(x *index) { x.entries[1].size = maxTree + 1 },
 		"more content than can be, together": func(x *index) {
 			x.archive, x.frames = false, nil
 			x.entries[1].size = maxTree
@@ -105,6 +117,27 @@ func TestHostileIndexes(t *testing.T) {
 	empty[gap] = 1
 	if _, err := decodeIndex(empty); !errors.Is(err, ErrIndex) {
 		t.Error("an empty file that lies somewhere is accepted")
+	}
+	// A frame whose content has a hash has one.
+	x := goodIndex()
+	x.frames[0].content = digestOf([]byte("content"))
+	unknown := bytes.Replace(x.encode(), x.frames[0].content[:], make([]byte, 32), 1)
+	if _, err := decodeIndex(unknown); !errors.Is(err, ErrIndex) {
+		t.Error("a hash of zeros is accepted")
+	}
+	// Gaps that come to 2^64: where the files lie must not wrap around.
+	x = &index{archive: true, frames: goodIndex().frames}
+	var end int64
+	for i := range 1 << 18 {
+		x.entries = append(x.entries, entry{path: fmt.Sprintf("%06d", i), size: 1, offset: end + maxTree - 1})
+		end += maxTree
+	}
+	if _, err := decodeIndex(x.encode()); end != 0 || !errors.Is(err, ErrIndex) {
+		t.Errorf("offsets that wrap around to %d: %v", end, err)
+	}
+	// A number of more than 64 bits, where the number of entries should be.
+	if _, err := decodeIndex(slices.Concat([]byte(indexMagic+"\x01"), bytes.Repeat([]byte{0xff}, 10), data)); !errors.Is(err, ErrIndex) {
+		t.Error("a number of eleven bytes is accepted")
 	}
 	// One number has one encoding.
 	if _, err := decodeIndex(bytes.Replace(data, []byte(indexMagic+"\x01\x04"), []byte(indexMagic+"\x01\x84\x00"), 1)); !errors.Is(err, ErrIndex) {
