@@ -78,4 +78,27 @@ func TestUnchangedFilesAreCloned(t *testing.T) {
 	sameTree(t, one, old.dir)
 	mustFetch(t, new.manifest, new.asBase(two), three)
 	sameTree(t, three, new.dir)
+
+	// One that has grown since it was opened is not taken with what came behind: a clone has all of a file.
+	e := &entry{path: "file", size: 7, sum: digestOf([]byte("content"))}
+	for content, want := range map[string]bool{"content": true, "content, and more": false} {
+		from, err := os.Create(filepath.Join(disk, "from"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer from.Close()
+		to, err := os.Create(filepath.Join(disk, "to"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer to.Close()
+		if _, err := from.WriteString(content); err != nil {
+			t.Fatal(err)
+		}
+		share := newSharing(new.manifest)
+		right, err := copyContent(int(to.Fd()), int(from.Fd()), e, &sourceReader{buffer: make([]byte, 1<<10)}, share)
+		if err != nil || right != want || share.noClone.Load() {
+			t.Errorf("%q: cloned: %v, taken: %v, %v", content, !share.noClone.Load(), right, err)
+		}
+	}
 }
