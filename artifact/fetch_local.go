@@ -178,8 +178,11 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	missing := 0
 	for n := from; n < end; n++ {
 		fr := w.index.frames[n]
+		if w.chunks[n] {
+			continue // an earlier call left it
+		}
 		piece, ok := old.chunks[fr.content]
-		if w.chunks[n] || !ok || !w.index.chunkOf(n, e) {
+		if !ok || !w.index.chunkOf(n, e) {
 			missing++
 			continue
 		}

@@ -89,6 +89,24 @@ func TestALargeFileOfOldFrames(t *testing.T) {
 	}
 }
 
+// What a cut fetch left and what the old release has may be all of a large file together.
+func TestALargeFileOfLeftAndOldFrames(t *testing.T) {
+	t.Parallel()
+	oldDir, newDir, got := t.TempDir(), t.TempDir(), t.TempDir()
+	left, kept, other := noise(1, largeFrame), noise(2, largeFrame), noise(3, largeFrame)
+	testTree{"file": {mode: 0o644, data: other + kept}}.write(t, oldDir)
+	testTree{"file": {mode: 0o755, data: left + kept}}.write(t, newDir)
+	old, new := publishTree(t, oldDir), publishTree(t, newDir)
+	if err := os.WriteFile(filepath.Join(got, "file"), []byte(left), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, read := mustFetch(t, new.manifest, old.asBase(oldDir), got)
+	sameTree(t, got, newDir)
+	if read > int64(len(new.index)) {
+		t.Errorf("it took %d bytes, the index has %d", read, len(new.index))
+	}
+}
+
 // Hard links are made only where nobody can write through them into two releases.
 func TestImmutableReleasesShareFiles(t *testing.T) {
 	t.Parallel()
