@@ -254,6 +254,68 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 	}
 }
 
+// An index that a manifest names and that doesn't fit its archive is an error, before or after files are made; never a panic.
+func TestAnIndexThatLies(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	testTree{"empty": {mode: 0o644}, "large": {mode: 0o644, data: noise(1, largeFrame+1000)}, "small": {mode: 0o644, data: "small"}}.write(t, dir)
+	p := publishTree(t, dir)
+	last := func(x *index) *frame { return &x.frames[len(x.frames)-1] }
+	for name, c := range map[string]struct {
+		lie func(x *index, m *deployments.Manifest)
+		// made says that fetching comes to make files.
+		made bool
+	}{
+		"the truth":                        {func(*index, *deployments.Manifest) {}, true},
+		"a frame that decodes to more":     {func(x *index, _ *deployments.Manifest) { last(x).length++ }, true},
+		"a frame that decodes to less":     {func(x *index, _ *deployments.Manifest) { last(x).length-- }, true},
+		"a frame that decodes to far less": {func(x *index, _ *deployments.Manifest) { x.frames[0].length /= 2; last(x).length = maxFrame }, true},
+		"a frame that is left out": {func(x *index, _ *deployments.Manifest) {
+			x.frames = append(x.frames[:1], x.frames[2:]...)
+			last(x).length = maxFrame
+		}, false},
+		"an empty file with a content":          {func(x *index, _ *deployments.Manifest) { x.entries[0].sum = digestOf([]byte("x")) }, true},
+		"a list of hashes":                      {func(x *index, m *deployments.Manifest) { x.archive, x.frames, m.Size = false, nil, 0 }, false},
+		"an archive of another size":            {func(_ *index, m *deployments.Manifest) { m.Size++ }, false},
+		"more than an index may have":           {func(_ *index, m *deployments.Manifest) { m.Index.Size = maxIndex + 1 }, false},
+		"a file that begins before its content": {func(x *index, _ *deployments.Manifest) { x.entries[1].size += 512; last(x).length = maxFrame }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			x, err := decodeIndex(p.index)
+			if err != nil {
+				t.Fatal(err)
+			}
+			m, blob := *p.manifest, *p.manifest.Index
+			m.Index = &blob
+			c.lie(x, &m)
+			path := filepath.Join(t.TempDir(), "index")
+			if err := os.WriteFile(path, x.encode(), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			blob.URL, blob.SHA256 = "file://"+path, digestOf(x.encode())
+			if blob.Size <= maxIndex {
+				blob.Size = size(t, path)
+			}
+			got := t.TempDir()
+			_, _, err = fetchTree(t, t.Context(), &m, nil, got)
+			if name == "the truth" {
+				if err != nil {
+					t.Fatal(err)
+				}
+				sameTree(t, got, dir)
+				return
+			}
+			if !errors.Is(err, ErrIndex) && !errors.Is(err, ErrDigest) {
+				t.Errorf("%v", err)
+			}
+			if made := len(list(t, got)) > 0; made && !c.made {
+				t.Errorf("it made %q", list(t, got))
+			}
+		})
+	}
+}
+
 // A fetch that was killed anywhere is finished by the next one, which fetches only what is missing.
 func TestACutFetchIsResumed(t *testing.T) {
 	t.Parallel()

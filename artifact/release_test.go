@@ -405,6 +405,63 @@ func TestReleasesOfOneDest(t *testing.T) {
 			t.Errorf("release %d is there: %v", i+1, !want)
 		}
 	}
+
+	// A directory elsewhere is no release of this dest's, whatever its name.
+	elsewhere := filepath.Join(t.TempDir(), filepath.Base(second.Dir))
+	if err := os.Mkdir(elsewhere, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := releases.Switch(&Release{Pointer: second.Pointer, Manifest: second.Manifest, Raw: second.Raw, Dir: elsewhere}); !errors.Is(err, ErrNoRelease) {
+		t.Errorf("switched to %s: %v", elsewhere, err)
+	}
+	relink(t, releases.dest, elsewhere)
+	if rel, err := releases.Current(); !errors.Is(err, ErrNoRelease) {
+		t.Errorf("current is %v, %v", rel, err)
+	}
+	// Nor is a file.
+	if err := errors.Join(os.RemoveAll(second.Dir), os.WriteFile(second.Dir, nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if rel, err := releases.Find(second.Pointer.Digest); !errors.Is(err, ErrNoRelease) {
+		t.Errorf("found %v, %v", rel, err)
+	}
+}
+
+// What is being staged is nobody else's to see or to write into, whatever was there.
+func TestStagingIsPrivate(t *testing.T) {
+	t.Parallel()
+	p := publishVersions(t, t.TempDir(), "1")[0]
+	releases := Open(filepath.Join(t.TempDir(), "app"), object.New(object.Config{}), nil)
+	staging := filepath.Join(releases.private(), stagingPrefix+p.Digest.Short())
+	if err := os.MkdirAll(staging, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{releases.private(), staging} {
+		if err := os.Chmod(dir, 0o777); err != nil {
+			t.Fatal(err)
+		}
+	}
+	looked := false
+	releases.step = func(name string) {
+		if name != "fetch" {
+			return
+		}
+		looked = true
+		for _, dir := range []string{releases.private(), staging} {
+			if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+				t.Errorf("%s: %v, %v", dir, info.Mode(), err)
+			}
+		}
+	}
+	rel := stageOne(t, releases, p)
+	if !looked {
+		t.Error("nothing was fetched")
+	}
+	for _, suffix := range []string{recordSuffix, indexSuffix} {
+		if info, err := os.Stat(filepath.Join(releases.private(), filepath.Base(rel.Dir)+suffix)); err != nil || info.Mode() != 0o600 {
+			t.Errorf("%s: %v, %v", suffix, info, err)
+		}
+	}
 }
 
 // A live release whose record was lost or damaged must stay, and dest must lead somewhere while it is staged again.
@@ -412,6 +469,7 @@ func TestDamagedRecordOfTheLiveRelease(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(string) error{
 		"lost": os.Remove, "empty": func(p string) error { return os.Truncate(p, 0) },
+		"of nothing":     func(p string) error { return os.WriteFile(p, []byte("{}"), 0o600) },
 		"all of it lost": func(p string) error { return os.RemoveAll(filepath.Dir(p)) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -591,11 +649,12 @@ func TestWhatStandsAtDest(t *testing.T) {
 	for name, c := range map[string]struct {
 		place func(dest string) error
 		fails bool
+		kept  int // of what was there
 	}{
-		"a file":                  {func(dest string) error { return os.WriteFile(dest, []byte("x"), 0o644) }, true},
-		"a link of somebody's":    {func(dest string) error { return os.Symlink("/etc", dest) }, false},
-		"a link to nothing":       {func(dest string) error { return os.Symlink("nothing", dest) }, false},
-		"a directory with things": {func(dest string) error { return os.MkdirAll(filepath.Join(dest, "x"), 0o755) }, false},
+		"a file":                  {func(dest string) error { return os.WriteFile(dest, []byte("x"), 0o644) }, true, 0},
+		"a link of somebody's":    {func(dest string) error { return os.Symlink("/etc", dest) }, false, 0},
+		"a link to nothing":       {func(dest string) error { return os.Symlink("nothing", dest) }, false, 0},
+		"a directory with things": {func(dest string) error { return os.MkdirAll(filepath.Join(dest, "x"), 0o755) }, false, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -615,6 +674,10 @@ func TestWhatStandsAtDest(t *testing.T) {
 			}
 			if err := whole(releases.dest); err != nil {
 				t.Error(err)
+			}
+			kept, err := filepath.Glob(filepath.Join(releases.top(), adoptedPrefix+"*", "x"))
+			if err != nil || len(kept) != c.kept {
+				t.Errorf("it keeps %q, %v", kept, err)
 			}
 		})
 	}
