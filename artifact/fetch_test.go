@@ -136,6 +136,7 @@ func TestWhatMustNotBeLinked(t *testing.T) {
 		"an owner to be given": {"4321", nothing},
 		"a group to be given":  {":1234", nothing},
 		"another owner":        {"", func(file string) error { return os.Chown(file, 4321, 0) }},
+		"a set-user-id mode":   {"", func(file string) error { return os.Chmod(file, 0o644|fs.ModeSetuid) }},
 		"another mode":         {"", func(file string) error { return os.Chmod(file, 0o666) }},
 		"another content":      {"", func(file string) error { flip(t, file, 5); return nil }},
 		"a longer content":     {"", func(file string) error { return os.Truncate(file, 400_001) }},
@@ -178,6 +179,12 @@ func TestADamagedBaseIsHealed(t *testing.T) {
 		"a directory gone":  func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "lib")) },
 		"all of it gone":    func(t *testing.T, dir string) { os.RemoveAll(dir) },
 		"a link for a file": func(t *testing.T, dir string) { relink(t, filepath.Join(dir, "lib/below"), "/etc/passwd") },
+		"a pipe for a file": func(t *testing.T, dir string) {
+			path := filepath.Join(dir, "lib/below")
+			if err := errors.Join(os.Remove(path), syscall.Mkfifo(path, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		},
 		"a link for a directory": func(t *testing.T, dir string) {
 			os.RemoveAll(filepath.Join(dir, "lib"))
 			relink(t, filepath.Join(dir, "lib"), "/etc")
