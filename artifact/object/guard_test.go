@@ -2,11 +2,14 @@ package object_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -132,6 +135,62 @@ func TestAPutIsGuarded(t *testing.T) {
 		})
 		if err := c.Put(t.Context(), "s3://bucket/x", bytes.NewReader(make([]byte, size)), size, object.PutOptions{}); !errors.Is(err, object.ErrExists) {
 			t.Errorf("%d bytes: %v", size, err)
+		}
+	}
+}
+
+// The same of a directory: a file that came while another was written stays.
+func TestAPutToAFileIsGuarded(t *testing.T) {
+	t.Parallel()
+	c, path := object.New(object.Config{}), filepath.Join(t.TempDir(), "dir", "x")
+	url := "file://" + path
+	ours := make([]byte, 5<<20) // more than is written before it tells of it
+	var came sync.Once
+	opt := object.PutOptions{Progress: func(int64) {
+		came.Do(func() {
+			if err := c.Put(t.Context(), url, strings.NewReader("theirs"), 6, object.PutOptions{}); err != nil {
+				t.Error(err)
+			}
+		})
+	}}
+	if err := c.Put(t.Context(), url, bytes.NewReader(ours), int64(len(ours)), opt); !errors.Is(err, object.ErrExists) {
+		t.Errorf("%v", err)
+	}
+	got, err := os.ReadFile(path)
+	if err != nil || string(got) != "theirs" {
+		t.Errorf("it holds %d bytes, %v", len(got), err)
+	}
+	if info, err := os.Stat(path); err != nil || info.Mode() != 0o644 { // as nodes may read it, whoever publishes
+		t.Errorf("%v, %v", info, err)
+	}
+}
+
+// What is larger than it may be is read no further.
+func TestAReadIsBounded(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for zeros := make([]byte, 4096); ctx.Err() == nil; { // without end
+			if _, err := w.Write(zeros); err != nil {
+				return
+			}
+		}
+	}))
+	t.Cleanup(server.Close)
+	c := object.New(object.Config{})
+	if _, err := c.ReadAll(ctx, server.URL, 100_000); !errors.Is(err, object.ErrTooLarge) {
+		t.Errorf("all: %v", err)
+	}
+	o := object.Object{URL: server.URL, Size: 1000, Ranges: true}
+	for _, part := range [][2]int64{{-1, 10}, {0, 1001}, {990, 11}, {1001, 0}, {10, -1}} {
+		before, _ := c.Requests()
+		if r, err := c.ReadRange(ctx, o, part[0], part[1]); err == nil {
+			r.Close()
+			t.Errorf("%d bytes at %d of 1000 are read", part[1], part[0])
+		}
+		if now, _ := c.Requests(); now != before {
+			t.Errorf("%d bytes at %d of 1000 are asked for", part[1], part[0])
 		}
 	}
 }
