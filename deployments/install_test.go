@@ -46,20 +46,20 @@ func TestConsulRules(t *testing.T) {
 			writes: []string{"status/prod/web/web-1"},
 			locked: []string{
 				"status/prod/web/web-2", "status/prod/web/web-10", "status/prod/db/web-1", "desired/prod/web/app", "pins/prod/web/app",
-				"pins/prod/web/app/web-1", "control/prod/web/app", "history/prod/web/app/1", "mirror/state", "mirror/lease",
+				"pins/prod/web/app/web-1", "control/prod/web/app", "history/prod/web/app/1", "mirror/state", "mirror/lease", "mirror/hook",
 			},
 		},
 		{
 			party: "mirror", vars: deployments.RuleVars{Node: server.Name}, node: server,
 			reads:  []string{"desired/", "pins/", "status/", "control/", "history/", "mirror/", "history/prod/web/"},
-			writes: []string{"desired/prod/web/app", "history/prod/web/app/1", "mirror/state", "control/prod/web/app"},
+			writes: []string{"desired/prod/web/app", "history/prod/web/app/1", "mirror/state", "mirror/hook", "control/prod/web/app"},
 			locked: []string{"elsewhere/prod"},
 		},
 		{
 			party: "operator", node: server,
 			reads:  []string{"desired/", "pins/", "status/", "control/", "history/", "mirror/", "pins/prod/web/"},
 			writes: []string{"pins/prod/web/app", "pins/prod/web/app/web-1", "control/prod/web/app"},
-			locked: []string{"desired/prod/web/app", "status/prod/web/web-1", "history/prod/web/app/1", "mirror/state", "mirror/lease"},
+			locked: []string{"desired/prod/web/app", "status/prod/web/web-1", "history/prod/web/app/1", "mirror/state", "mirror/lease", "mirror/hook"},
 		},
 	} {
 		t.Run(p.party, func(t *testing.T) {

@@ -15,6 +15,7 @@ const (
 	HistoryPrefix = "history/" // by the mirror
 	MirrorKey     = "mirror/state"
 	MirrorLease   = "mirror/lease"
+	MirrorHook    = "mirror/hook"
 	MirrorPrefix  = "mirror/"
 )
 

@@ -12,6 +12,7 @@
 //	status/STAGE/ROLE/NODE              that node's agent, held by its Presence
 //	history/STAGE/ROLE/UNIT/GENERATION  the mirror
 //	mirror/lease, mirror/state          the mirror that holds the lease
+//	mirror/hook                         any other mirror, to which a webhook came
 //
 // A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. A value is what its
 // writer put, byte for byte; readers pass over the newlines and byte order marks of people.

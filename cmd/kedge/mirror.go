@@ -23,8 +23,8 @@ func (a *app) mirrorCommand() *cobra.Command {
 or three: one holds the lease and works, the others take over within seconds when it is gone.
 
 REPO is https://HOST/PATH, ssh://USER@HOST/PATH, USER@HOST:PATH, or the path of a local bare repo, which is watched: a push to it
-is seen at once. Others are polled, and asked at once when a webhook calls /hook: give each mirror a webhook of its own, as only
-the one that holds the lease writes, and which one that is changes.
+is seen at once. Others are polled, and asked at once when a webhook calls /hook, of whichever mirror: one that doesn't hold the
+lease passes it on to the one that does, through the store. One webhook will do, for a load balancer or for one of them.
 
 Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of each release that
 a commit names anew, and needs to get those from the storage.

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"kedge/kv"
 )
 
 // maxHook bounds a webhook's body, in bytes: a push of many commits has some ten KiB.
@@ -89,7 +91,47 @@ func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	m.Trigger()
+	ask(m.hooked)
 	w.WriteHeader(code)
+}
+
+// hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now and then.
+const hookPause = 2 * time.Second
+
+// passOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer knows which one that is,
+// and they don't try another. One that came to a mirror which is about to lose the lease is not lost: whoever takes it polls.
+func (m *Mirror) passOn(ctx context.Context) {
+	retry := newBackOff(time.Second, 30*time.Second)
+	for failed := false; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.hooked:
+		}
+		if m.leads() {
+			continue
+		}
+		pause := m.hookPause
+		value := fmt.Sprintf("%s %s\n", time.Now().UTC().Format(time.RFC3339Nano), m.c.Name) // one that is the same would wake nobody
+		if err := m.c.Store.Commit(ctx, nil, kv.Put(kv.MirrorHook, []byte(value))); err == nil {
+			failed = false
+			retry.Reset()
+		} else {
+			if !failed && ctx.Err() == nil {
+				m.c.Log.Warn("a webhook can't be passed on to the mirror that holds the lease, it is tried again", "store", m.c.Store, "error", err)
+			}
+			failed = true
+			ask(m.hooked)
+			pause = retry.NextBackOff()
+		}
+		_ = wait(ctx, pause)
+	}
+}
+
+func (m *Mirror) leads() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.leading
 }
 
 // mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to fill a disk.

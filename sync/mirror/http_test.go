@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -12,6 +13,10 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/kvtest"
 )
 
 func sign(secret, body string) string {
@@ -58,6 +63,24 @@ func TestSignedWebhookOfGitLab(t *testing.T) {
 	}
 }
 
+// post sends a webhook, and gives the answer's status.
+func (r *running) post(body string, header ...string) int {
+	r.tb.Helper()
+	request, err := http.NewRequestWithContext(r.tb.Context(), http.MethodPost, "http://"+r.Addr()+"/hook", strings.NewReader(body))
+	if err != nil {
+		r.tb.Fatal(err)
+	}
+	for i := 0; i < len(header); i += 2 {
+		request.Header.Set(header[i], header[i+1])
+	}
+	answer, err := http.DefaultClient.Do(request)
+	if err != nil {
+		r.tb.Fatal(err)
+	}
+	defer answer.Body.Close()
+	return answer.StatusCode
+}
+
 func TestWebhook(t *testing.T) {
 	t.Parallel()
 	h := serveHTTPS(t, newOrigin(t))
@@ -66,22 +89,7 @@ func TestWebhook(t *testing.T) {
 		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile, "KEDGE_WEBHOOK_SECRET", "hush")})
 	m.runs("prod/web/app", "app/1")
 
-	post := func(body string, header ...string) int {
-		t.Helper()
-		r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://"+m.Addr()+"/hook", strings.NewReader(body))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i := 0; i < len(header); i += 2 {
-			r.Header.Set(header[i], header[i+1])
-		}
-		answer, err := http.DefaultClient.Do(r)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer answer.Body.Close()
-		return answer.StatusCode
-	}
+	post := m.post
 	big := strings.Repeat("x", maxHook+1)
 	for _, c := range []struct {
 		name, body string
@@ -150,6 +158,65 @@ func TestWebhook(t *testing.T) {
 		if strings.Contains(m.log.String(), secret) {
 			t.Errorf("the log has the secret %s", secret)
 		}
+	}
+}
+
+// A forge knows one address, and a load balancer any mirror: a webhook that meets a mirror without the lease wakes the one that has it,
+// with the rights that operators are told to give, and a flood of them is a write now and then.
+func TestWebhookOfAStandby(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	rights := consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: consul.Servers[0].Name}))
+	h := serveHTTPS(t, newOrigin(t))
+	first := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	mirror := func(name string, store kv.Store, tune ...func(*Mirror)) *running {
+		return start(t, Config{Store: store, Repo: h.url, Every: time.Hour, Name: name, Listen: "127.0.0.1:0",
+			Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile, "KEDGE_WEBHOOK_SECRET", "hush")}, tune...)
+	}
+	leader := mirror("leader", consul.Open(rights))
+	leader.at(first)
+	standby := mirror("standby", consul.Open(rights))
+	for i := range 3 {
+		head := h.push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/2", i))})
+		if code := standby.post("{}", "X-Hub-Signature-256", "sha256="+sign("hush", "{}")); code != http.StatusAccepted {
+			t.Fatalf("status %d", code)
+		}
+		if s := leader.at(head); s.Holder != "leader" {
+			t.Errorf("the status is %+v", s)
+		}
+	}
+
+	writes := &recorder{Store: consul.Open(rights)}
+	flooded := mirror("flooded", writes, func(m *Mirror) { m.hookPause = time.Hour })
+	if code := flooded.post("{}", "X-Gitlab-Token", "hushh"); code != http.StatusUnauthorized {
+		t.Errorf("a webhook with a wrong token: status %d", code)
+	}
+	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	for range 200 {
+		flooded.post("{}", "X-Gitlab-Token", "hush")
+	}
+	leader.at(head)
+	if got := writes.taken(); len(got) != 1 {
+		t.Errorf("200 webhooks led to the writes %v", got)
+	}
+}
+
+// A push whose webhook came to a mirror that died of it is not left for the next poll.
+func TestWhoeverTakesTheLeasePolls(t *testing.T) {
+	t.Parallel()
+	h := serveHTTPS(t, newOrigin(t))
+	first := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	c := Config{Store: dirStore(t), Repo: h.url, Every: time.Hour, Name: "a",
+		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile)}
+	a := start(t, c)
+	a.at(first)
+	c.Name = "b"
+	b := start(t, c)
+	b.logs("commit read")
+	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	a.stop()
+	if s := b.at(head); s.Holder != "b" {
+		t.Errorf("the status is %+v", s)
 	}
 }
 

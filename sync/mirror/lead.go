@@ -44,6 +44,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
 	m.setLeading(true)
 	defer m.setLeading(false)
+	m.Trigger() // a webhook may have come to the mirror before this one, or while none led
 	defer m.setScene(nil)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
@@ -81,6 +82,8 @@ type leader struct {
 	state    kv.View       // of mirror/
 	wake     chan struct{} // holds one
 	snapshot chan []kv.Entry
+
+	hook uint64 // the version of kv.MirrorHook that was heeded; sawState's alone
 
 	// The rest belongs to run's goroutine.
 	written    Status // what mirror/state holds

@@ -1,6 +1,7 @@
 // Package mirror copies a deployments repo from Git to the store. A commit is taken whole or not at all; what differs is
 // written in transactions that are fenced by a lease, so that of several mirrors one works, and one that lost its lease
-// can't change a key, whatever it believes.
+// can't change a key, whatever it believes. The one thing that a mirror writes without it is mirror/hook, which passes a webhook on to
+// the mirror that has it.
 //
 // It is driven by state, not by events: whatever wakes it (a push, a poll, a change of the store, the clock), it looks at the
 // newest commit and at what the store holds, and writes the difference. A transaction that was cut short is finished by the
@@ -81,7 +82,9 @@ type Mirror struct {
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
 
-	poke chan struct{} // asks for a poll; holds one
+	poke      chan struct{} // asks for a poll; holds one
+	hooked    chan struct{} // asks for a webhook to be passed on; holds one
+	hookPause time.Duration // hookPause
 
 	mu      sync.Mutex
 	git     gitState
@@ -130,7 +133,8 @@ func New(c Config) (*Mirror, error) {
 	if c.Releases.Objects == nil {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
-	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{})}
+	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{}),
+		hooked: make(chan struct{}, 1), hookPause: hookPause}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
@@ -175,10 +179,13 @@ func (m *Mirror) Addr() string {
 }
 
 // Trigger asks for a poll at once.
-func (m *Mirror) Trigger() {
+func (m *Mirror) Trigger() { ask(m.poke) }
+
+// ask leaves a request in a channel that holds one, unless there is one already.
+func ask(c chan struct{}) {
 	select {
-	case m.poke <- struct{}{}:
-	default: // one is asked for already
+	case c <- struct{}{}:
+	default:
 	}
 }
 
@@ -189,6 +196,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 	g.Go(func() error { return m.serve(ctx) })
 	g.Go(func() error { m.repo.watch(ctx, m.Trigger); return nil })
 	g.Go(func() error { m.follow(ctx); return nil })
+	g.Go(func() error { m.passOn(ctx); return nil })
 	g.Go(func() error { m.lead(ctx); return nil })
 	return g.Wait()
 }

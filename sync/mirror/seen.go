@@ -44,20 +44,25 @@ func (l *leader) sawStatus(v kv.View) {
 	l.poked()
 }
 
-// sawState takes the newest view of mirror/.
+// sawState takes the newest view of mirror/, and heeds a webhook that another mirror passed on.
 func (l *leader) sawState(v kv.View) {
+	hook := l.hook
+	for _, e := range v.Entries {
+		if e.Key == kv.MirrorHook {
+			hook = e.Version
+		}
+	}
+	if hook != l.hook {
+		l.hook = hook
+		l.Trigger()
+	}
 	l.mu.Lock()
 	l.state = v
 	l.mu.Unlock()
 	l.poked()
 }
 
-func (l *leader) poked() {
-	select {
-	case l.wake <- struct{}{}:
-	default:
-	}
-}
+func (l *leader) poked() { ask(l.wake) }
 
 // observe sorts the view by unit, and notes which writes of this mirror it shows.
 func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
