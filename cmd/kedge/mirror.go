@@ -27,7 +27,8 @@ is seen at once. Others are polled, and asked at once when a webhook calls /hook
 lease passes it on to the one that does, through the store. One webhook will do, for a load balancer or for one of them.
 
 Where kedge.yaml bounds what releases may do (dests, users, commands), and with --signers, it reads the manifest of each release that
-a commit names anew, and needs to get those from the storage.
+a commit names anew, and needs to get those from the storage. One that isn't there yet is looked for again after some seconds, then
+less and less often, once a minute in the end, and at once when a webhook comes.
 
 From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
 KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a signing

@@ -90,12 +90,19 @@ func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, why, code)
 		return
 	}
-	m.Trigger()
+	m.heed()
 	ask(m.hooked)
 	w.WriteHeader(code)
 }
 
-// hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now and then.
+// heed does what a webhook asks for, whichever mirror it came to.
+func (m *Mirror) heed() {
+	m.Trigger()
+	ask(m.hurry)
+}
+
+// hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now and then. And it is
+// how long after the last look for a release a webhook may lead to the next.
 const hookPause = 2 * time.Second
 
 // passOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer knows which one that is,

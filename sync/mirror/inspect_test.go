@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"kedge/artifact/object"
@@ -141,6 +142,81 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	signed.Store("file://"+m.dir+"/2", true)
 	signed.Delete("file://" + m.dir + "/1") // is no longer named
 	mirror.at(next)
+}
+
+// A release that isn't there is asked for less and less often, and anew from the start once the commit is another.
+func TestReleasesAreLookedForWithPatience(t *testing.T) {
+	t.Parallel()
+	m := manifests{t, t.TempDir()}
+	repo := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(repo, "prod/web"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(repo, "prod/web/app.yaml"), m.put("1", m.tree("/srv/app", "")))
+	tree, err := deployments.Load(os.DirFS(repo))
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		var asked []time.Time
+		trust := func(context.Context, deployments.Pointer, []byte) error {
+			asked = append(asked, time.Now())
+			return errors.New("is not signed")
+		}
+		mirror, err := New(Config{Store: dirStore(t), Repo: repo, Releases: Releases{Trust: trust}, Env: env()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newLeader(mirror, nil)
+		looks := func(judged string, d time.Duration) int {
+			t.Helper()
+			l.judged, asked = judged, nil
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+				if _, err := l.inspect(t.Context(), &loaded{tree: tree}); err != nil && !strings.Contains(err.Error(), "is not signed") {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+			}
+			return len(asked)
+		}
+		for _, judged := range []string{"a..b", "a..c"} {
+			began := time.Now()
+			if n := looks(judged, 20*time.Second); n < 2 || n > 7 {
+				t.Errorf("%d looks in the first 20 s, want some", n)
+			} else if after := asked[0].Sub(began); after > 100*time.Millisecond {
+				t.Errorf("the first look came after %v", after)
+			}
+			looks(judged, 5*time.Minute)
+			if n := looks(judged, time.Hour); n < 40 || n > 130 {
+				t.Errorf("%d looks in a later hour, want about one a minute", n)
+			}
+		}
+	})
+}
+
+// A webhook says that something is new, and so a release is looked for that was not there: at once, but not as often as somebody likes.
+func TestWebhookLooksForReleases(t *testing.T) {
+	t.Parallel()
+	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	text := m.tree("/srv/app", "")
+	head := o.push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.line("1", text)})
+	c := Config{Store: store, Repo: o.bare, Listen: "127.0.0.1:0", Env: env("KEDGE_WEBHOOK_SECRET", "hush")}
+	patient := func(m *Mirror) { m.patience, m.hookPause = time.Hour, time.Millisecond }
+	leader := start(t, c, patient)
+	c.Name = "standby"
+	waits := func(s Status) bool { return strings.Contains(s.Error, "the release can't be checked") }
+	leader.status(waits)
+	standby := start(t, c, patient)
+	m.put("1", text)
+	leader.post("{}", "X-Gitlab-Token", "hush")
+	leader.at(head)
+
+	text += "keep: 2\n"
+	head = o.push(map[string]string{"prod/web/app.yaml": m.line("2", text)})
+	leader.status(waits)
+	m.put("2", text)
+	standby.post("{}", "X-Gitlab-Token", "hush")
+	leader.at(head)
 }
 
 // Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to wait for it.

@@ -26,13 +26,14 @@ func (l *leader) recall(head string) {
 	l.accepted = commit
 }
 
-// judge decides whether the branch's head becomes the commit to write, and else why not: refused is for good, unsure may pass.
-func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) (refused, unsure error) {
+// judge decides whether the branch's head becomes the commit to write, and else why not: refused is for good, unsure may pass, and is to be
+// judged again after a while.
+func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) (again time.Duration, refused, unsure error) {
 	switch {
 	case git.head == "" || l.accepted != nil && git.head == l.accepted.Hash:
-		return nil, nil
+		return 0, nil, nil
 	case git.bad != nil:
-		return git.bad, nil
+		return 0, git.bad, nil
 	}
 	m := move{from: l.written.taken(), rules: l.written.Rules, to: git.good}
 	if l.accepted != nil {
@@ -53,30 +54,30 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 		} else {
 			var err error
 			if m.descends, err = l.descends(ctx, m.from, git.head); err != nil {
-				return nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(git.head), err)
+				return settle, nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(git.head), err)
 			}
 		}
 		l.judged, l.verdict = judged, refuse(m)
 		l.refused(git.head)
 	}
 	if l.verdict != nil || l.accepted == git.good {
-		return l.verdict, nil
+		return 0, l.verdict, nil
 	}
 	done, err := l.inspect(ctx, git.good)
 	switch {
 	case errors.As(err, new(deployments.Problems)):
 		l.verdict = err
 		l.refused(git.head)
-		return err, nil
+		return 0, err, nil
 	case err != nil:
-		return nil, fmt.Errorf("commit %s is not taken yet: %w", short(git.head), err)
+		return l.inspection.wait(time.Now()), nil, fmt.Errorf("commit %s is not taken yet: %w", short(git.head), err)
 	case done:
 		l.metrics.judged(nil)
 		l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
 		l.accepted = git.good
 		clear(l.ranks) // of units that may be gone
 	}
-	return nil, nil
+	return 0, nil, nil
 }
 
 // refused notes that the commit is not to be taken, where that is the verdict.
@@ -102,19 +103,48 @@ type inspection struct {
 	stop   context.CancelFunc
 	result chan error // holds one
 	ended  time.Time  // zero: it is under way
+	next   time.Time  // where it failed: when it is tried again
 	err    error      // while it is under way: what the one before it failed with
 }
+
+// A release that isn't there, or can't be read, is looked for after patience, and then less and less often, up to maxPatience on average:
+// its upload may take long, or never have been meant. A new commit begins anew, and so does a webhook.
+const (
+	patience    = 5 * time.Second
+	maxPatience = time.Minute
+)
 
 // failed: it ended, and told nothing.
 func (i *inspection) failed() bool {
 	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
 }
 
+// wait is how long a look that failed is left alone; 0: another is under way.
+func (i *inspection) wait(now time.Time) time.Duration {
+	if !i.failed() {
+		return 0
+	}
+	return max(time.Millisecond, i.next.Sub(now))
+}
+
+// hurried looks for what wasn't there as if it had just been found missing for the first time.
+func (l *leader) hurried() {
+	l.patience.Reset()
+	if i := l.inspection; i != nil && i.failed() {
+		if soon := i.ended.Add(l.hookPause); soon.Before(i.next) {
+			i.next = soon
+		}
+	}
+}
+
 // inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
-// was looked at. An error that isn't deployments.Problems may pass, and is looked for again after a while.
+// was looked at. An error that isn't deployments.Problems may pass, and is looked for again: see patience.
 func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error) {
 	last := l.inspection
-	if last != nil && (last.of != l.judged || last.failed() && time.Since(last.ended) > settle) {
+	if last != nil && last.of != l.judged {
+		l.patience.Reset()
+	}
+	if last != nil && (last.of != l.judged || last.failed() && !time.Now().Before(last.next)) {
 		last.stop()
 		l.inspection = nil
 	}
@@ -153,6 +183,9 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 	select {
 	case i.err = <-i.result:
 		i.ended = time.Now()
+		if i.failed() {
+			i.next = i.ended.Add(l.patience.NextBackOff())
+		}
 	default:
 	}
 	return !i.ended.IsZero(), i.err

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments"
@@ -93,6 +94,7 @@ type leader struct {
 	judged     string  // the head that was last judged, against accepted's, and the verdict
 	verdict    error
 	inspection *inspection // of judged's releases; nil: none was needed yet
+	patience   *backoff.ExponentialBackOff
 	inspecting sync.WaitGroup
 	owned      map[deployments.UnitID]own
 	obeyed     map[deployments.UnitID]uint64  // versions of orders that were consumed
@@ -110,7 +112,8 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		wake: make(chan struct{}, 1), snapshot: make(chan []kv.Entry, 1),
 		owned: map[deployments.UnitID]own{}, obeyed: map[deployments.UnitID]uint64{}, folders: map[[2]string]bool{},
 		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
-		ranks: map[deployments.UnitID]*policy.Ranks{},
+		ranks:    map[deployments.UnitID]*policy.Ranks{},
+		patience: newBackOff(m.patience, max(m.patience, maxPatience)),
 	}
 }
 
@@ -215,6 +218,8 @@ func (l *leader) loop(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-gitChanged:
+		case <-l.hurry:
+			l.hurried()
 		case <-l.wake:
 		case <-clock:
 		}
@@ -232,7 +237,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 	now := time.Now()
 	cells := l.observe(view)
 	l.recall(cmp.Or(git.head, "none"))
-	refused, unsure := l.judge(ctx, git, cells)
+	unsureFor, refused, unsure := l.judge(ctx, git, cells)
 
 	status := l.written
 	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
@@ -264,7 +269,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		status.Refused, status.Error = git.head, clip(refused.Error(), maxError)
 	case unsure != nil:
 		status.Error = clip(unsure.Error(), maxError)
-		again = sooner(again, settle)
+		again = sooner(again, unsureFor)
 	case git.away != nil:
 		status.Error = clip(git.away.Error(), maxError)
 	}

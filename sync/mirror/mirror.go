@@ -84,7 +84,9 @@ type Mirror struct {
 
 	poke      chan struct{} // asks for a poll; holds one
 	hooked    chan struct{} // asks for a webhook to be passed on; holds one
+	hurry     chan struct{} // asks the leader to look for releases anew; holds one
 	hookPause time.Duration // hookPause
+	patience  time.Duration // patience
 
 	mu      sync.Mutex
 	git     gitState
@@ -134,7 +136,7 @@ func New(c Config) (*Mirror, error) {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
 	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{}),
-		hooked: make(chan struct{}, 1), hookPause: hookPause}
+		hooked: make(chan struct{}, 1), hurry: make(chan struct{}, 1), hookPause: hookPause, patience: patience}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}

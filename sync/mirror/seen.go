@@ -54,7 +54,7 @@ func (l *leader) sawState(v kv.View) {
 	}
 	if hook != l.hook {
 		l.hook = hook
-		l.Trigger()
+		l.heed()
 	}
 	l.mu.Lock()
 	l.state = v
