@@ -38,7 +38,8 @@ import (
 // Config configures a Mirror.
 type Config struct {
 	Store kv.Store
-	// Repo is https://…, ssh://… or git@HOST:PATH, or the path of a local bare repo, which is watched. Branch: default main.
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local bare repo, which
+	// is watched. Branch: default main.
 	Repo, Branch string
 	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
@@ -236,6 +237,10 @@ func (m *Mirror) follow(ctx context.Context) {
 // look asks Git for the branch's head, and reads it where it is new.
 func (m *Mirror) look(ctx context.Context, was gitState) gitState {
 	head, err := m.repo.head(ctx)
+	if bad := (*badCommit)(nil); errors.As(err, &bad) {
+		m.metrics.polled(nil)
+		return gitState{head: bad.hash, bad: err}
+	}
 	m.metrics.polled(err)
 	if err != nil {
 		was.away = err

@@ -20,6 +20,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
 	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
+	"github.com/go-git/go-git/v5/storage/filesystem"
 	"github.com/go-git/go-git/v5/storage/memory"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
@@ -50,6 +51,7 @@ type remoteRepo struct {
 	log      *slog.Logger
 	hung     chan struct{}
 	stall    time.Duration // stallTimeout
+	refused  *badCommit    // the branch's head, where that can't be fetched whenever it is tried; head's alone
 
 	mu        sync.Mutex
 	dir       string // holds the cache
@@ -184,8 +186,16 @@ func (r *remoteRepo) head(ctx context.Context) (plumbing.Hash, error) {
 	if have, err := r.cached(); err == nil && have == want {
 		return want, nil
 	}
+	if r.refused != nil && r.refused.hash == want.String() {
+		return plumbing.ZeroHash, r.refused
+	}
 	if err := r.fetch(ctx, auth, ca); err != nil {
-		return plumbing.ZeroHash, r.explain("fetch from", err)
+		err = r.explain("fetch from", err)
+		if errors.As(err, new(*objectTooLarge)) {
+			r.refused = &badCommit{want.String(), err}
+			return plumbing.ZeroHash, r.refused
+		}
+		return plumbing.ZeroHash, err
 	}
 	return r.cached() // which may be newer than want
 }
@@ -254,6 +264,7 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.A
 		if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, git.ErrRemoteExists) {
 			return struct{}{}, err
 		}
+		bare.Storer = boundedStorage{bare.Storer.(*filesystem.Storage)}
 		ref := plumbing.NewBranchReferenceName(r.branch)
 		err = bare.FetchContext(ctx, &git.FetchOptions{
 			RemoteURL: r.endpoint.String(),
@@ -363,7 +374,7 @@ func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f
 func isRemoteFault(err error) bool {
 	return errors.Is(err, errHung) || errors.Is(err, errStalled) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.As(err, new(net.Error)) || errors.As(err, new(*url.Error)) || errors.As(err, new(*hostKeyError)) ||
-		errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
+		errors.As(err, new(*objectTooLarge)) || errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
 		errors.Is(err, transport.ErrAuthenticationRequired) || errors.Is(err, transport.ErrAuthorizationFailed)
 }
 

@@ -22,7 +22,7 @@ import (
 
 // repo is where commits come from: a Git directory on this machine, read in place, or a remote one, read through a cache.
 type repo interface {
-	// head brings the branch's newest commit within reach of open, and names it.
+	// head brings the branch's newest commit within reach of open, and names it. A *badCommit says that it can't be had, for good.
 	head(ctx context.Context) (plumbing.Hash, error)
 	// open gives the objects for one reading.
 	open() (*objects, error)
