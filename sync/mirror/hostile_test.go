@@ -86,8 +86,14 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		many = append(many, fmt.Sprintf("100644 blob %s\tu%d.yaml", slow, i))
 	}
 	for name, c := range map[string]struct{ hash, says string }{
-		"a link to nowhere":        {link("nowhere"), "prod/web/app.yaml"},
+		"a link to nowhere": {link("nowhere"), "prod/web/app.yaml"},
+		"a link to nothing": {link(""), "prod/web/app.yaml: file does not exist"},
+		"a link into a submodule": {commit(o.under(o.tree("120000 blob "+o.blob("module/x")+"\tapp.yaml", "160000 commit "+strings.Repeat("1", 40)+"\tmodule"), "prod", "web")),
+			"file does not exist"},
+		"a link from the root": {commit(o.under(o.tree("120000 blob "+o.blob("/prod/web/good.yaml")+"\tapp.yaml", "100644 blob "+o.blob(unitFile("x"))+"\tgood.yaml"), "prod", "web")),
+			"leads out of the repository"},
 		"a link out of it":         {link("../../../secret"), "leads out of the repository"},
+		"a link as long as a book": {link(strings.Repeat("x/../", 1000) + "app.yaml"), "more than 4095 bytes"},
 		"a link to itself":         {link("app.yaml"), "too many symbolic links"},
 		"a link to a directory":    {link("../web"), "is a directory"},
 		"no tree":                  {o.literally("commit", who+"\nx"), "malformed commit"},
@@ -104,6 +110,8 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		"directories to the bottom of the sea": {commit(deep), "deeper than"},
 		"5000 files full of mistakes":          {commit(o.under(o.tree(many...), "prod", "web")), "prod/web/u0.yaml:1:1"},
 		"a unit whose name is not UTF-8":       {commit(o.under(o.literally("tree", "100644 caf\xe9.yaml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
+		"a unit of the other ending":           {commit(o.under(o.literally("tree", "100644 caf\xe9.yml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
+		"a name that is there twice":           {commit(o.under(o.literally("tree", "100644 app.yaml\x00"+string(rawOf(o.blob(unitFile("x"))))+"100644 app.yaml\x00"+string(rawOf(file))), "prod", "web")), "stands in"},
 		"settings that are a directory":        {commit(o.under(empty, "kedge.yaml")), "it is a directory"},
 	} {
 		began := time.Now()
@@ -123,6 +131,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		"no author":                     "tree " + empty + "\n\nx",
 		"a parent that is not there":    "tree " + empty + "\nparent " + strings.Repeat("1", 40) + "\n" + who + "\nx",
 		"a name that is not UTF-8":      "tree " + o.literally("tree", "100644 caf\xe9\x00"+string(rawOf(file))) + "\n" + who + "\nx",
+		"names that are no names":       "tree " + o.literally("tree", "40000 .\x00"+string(rawOf(empty))+"40000 ..\x00"+string(rawOf(empty))+"100644 a/b\x00"+string(rawOf(file))) + "\n" + who + "\nx",
 		"NULs, and times out of bounds": "tree " + empty + "\nauthor A\x00 <a> 99999999999999999999 +9999\ncommitter\n\nx\x00y",
 	} {
 		if err := o.loads(o.literally("commit", raw)); err != nil {

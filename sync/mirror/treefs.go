@@ -39,8 +39,7 @@ type treeFS struct {
 	when    time.Time // the commit's: every file's time
 
 	mu    sync.Mutex
-	trees map[string]*directory        // read so far, by path
-	known map[plumbing.Hash]*directory // the same by hash: one that stands in a million places is read once
+	known map[plumbing.Hash]*directory // read so far; by hash, as one that stands in a million places has a million paths
 	fault error                        // the first object that could not be read: the repository's trouble, not the commit's
 }
 
@@ -59,16 +58,16 @@ var (
 
 func newTreeFS(objects storer.EncodedObjectStorer, commit *object.Commit) *treeFS {
 	return &treeFS{objects: objects, root: commit.TreeHash, when: commit.Committer.When.UTC(),
-		trees: map[string]*directory{}, known: map[plumbing.Hash]*directory{}}
+		known: map[plumbing.Hash]*directory{}}
 }
 
 func (t *treeFS) Open(name string) (fs.File, error) {
-	info, real, err := t.find("open", name)
+	info, err := t.find("open", name)
 	if err != nil {
 		return nil, err
 	}
 	if info.IsDir() {
-		entries, err := t.list(real, info)
+		entries, err := t.list(info)
 		if err != nil {
 			return nil, &fs.PathError{Op: "open", Path: name, Err: err}
 		}
@@ -82,7 +81,7 @@ func (t *treeFS) Open(name string) (fs.File, error) {
 }
 
 func (t *treeFS) ReadFile(name string) ([]byte, error) {
-	info, _, err := t.find("read", name)
+	info, err := t.find("read", name)
 	if err != nil {
 		return nil, err
 	}
@@ -94,11 +93,11 @@ func (t *treeFS) ReadFile(name string) ([]byte, error) {
 }
 
 func (t *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
-	info, real, err := t.find("readdir", name)
+	info, err := t.find("readdir", name)
 	if err != nil {
 		return nil, err
 	}
-	entries, err := t.list(real, info)
+	entries, err := t.list(info)
 	if err != nil {
 		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
 	}
@@ -106,7 +105,7 @@ func (t *treeFS) ReadDir(name string) ([]fs.DirEntry, error) {
 }
 
 func (t *treeFS) Stat(name string) (fs.FileInfo, error) {
-	info, _, err := t.find("stat", name)
+	info, err := t.find("stat", name)
 	if err != nil {
 		return nil, err
 	}
@@ -114,7 +113,7 @@ func (t *treeFS) Stat(name string) (fs.FileInfo, error) {
 }
 
 func (t *treeFS) Lstat(name string) (fs.FileInfo, error) {
-	info, _, err := t.walk("lstat", name, false)
+	info, err := t.walk("lstat", name, false)
 	if err != nil {
 		return nil, err
 	}
@@ -122,37 +121,39 @@ func (t *treeFS) Lstat(name string) (fs.FileInfo, error) {
 }
 
 func (t *treeFS) ReadLink(name string) (string, error) {
-	info, _, err := t.walk("readlink", name, false)
+	info, err := t.walk("readlink", name, false)
 	if err != nil {
 		return "", err
 	}
 	if info.mode.Type() != fs.ModeSymlink {
 		return "", &fs.PathError{Op: "readlink", Path: name, Err: fs.ErrInvalid}
 	}
-	data, err := t.blob(info)
+	to, err := t.target(info)
 	if err != nil {
 		return "", &fs.PathError{Op: "readlink", Path: name, Err: err}
 	}
-	return string(data), nil
+	return to, nil
 }
 
-// find walks down to name, through symbolic links, and gives what is there with its path free of links. The name in info is
-// that of name itself.
-func (t *treeFS) find(op, name string) (info *treeInfo, real string, err error) {
+// find walks down to name, through symbolic links, and gives what is there. The name in info is that of name itself.
+func (t *treeFS) find(op, name string) (*treeInfo, error) {
 	return t.walk(op, name, true)
 }
 
-func (t *treeFS) walk(op, name string, follow bool) (*treeInfo, string, error) {
-	fail := func(err error) (*treeInfo, string, error) {
-		return nil, "", &fs.PathError{Op: op, Path: name, Err: err}
+func (t *treeFS) walk(op, name string, follow bool) (*treeInfo, error) {
+	fail := func(err error) (*treeInfo, error) {
+		return nil, &fs.PathError{Op: op, Path: name, Err: err}
 	}
 	if !fs.ValidPath(name) {
 		return fail(fs.ErrInvalid)
 	}
-	info, at := &treeInfo{fs: t, name: ".", mode: fs.ModeDir | 0o555}, "."
-	parts := split(name)
+	info, parts := t.top(), split(name)
+	var above []string // the way to what parts are below, without links
 	for links := 0; len(parts) > 0; {
-		tree, err := t.tree(at)
+		if !info.IsDir() || info.submodule {
+			return fail(fs.ErrNotExist)
+		}
+		tree, err := t.directory(info.hash)
 		if err != nil {
 			return fail(err)
 		}
@@ -162,29 +163,48 @@ func (t *treeFS) walk(op, name string, follow bool) (*treeInfo, string, error) {
 		}
 		info = t.info(tree.entries[i])
 		if info.mode.Type() != fs.ModeSymlink || !follow && len(parts) == 1 {
-			at, parts = path.Join(at, parts[0]), parts[1:]
+			above, parts = append(above, parts[0]), parts[1:]
 			continue
 		}
 		if links++; links > maxLinks {
 			return fail(errors.New("too many symbolic links"))
 		}
-		to, err := t.blob(info)
+		to, err := t.target(info)
 		if err != nil {
 			return fail(err)
 		}
-		target := path.Join(at, string(to))
-		if path.IsAbs(string(to)) || !fs.ValidPath(target) {
+		target := path.Join(strings.Join(above, "/"), to)
+		if path.IsAbs(to) || !fs.ValidPath(target) {
 			return fail(errors.New("a symbolic link leads out of the repository"))
 		}
-		at, parts = ".", append(split(target), parts[1:]...)
-		info = &treeInfo{fs: t, name: ".", mode: fs.ModeDir | 0o555}
+		info, above, parts = t.top(), nil, append(split(target), parts[1:]...)
 	}
 	info.name = path.Base(name)
-	return info, at, nil
+	return info, nil
 }
 
-// maxLinks bounds the symbolic links on the way to a file.
-const maxLinks = 20
+// top is the commit's own directory.
+func (t *treeFS) top() *treeInfo {
+	return &treeInfo{fs: t, name: ".", hash: t.root, mode: fs.ModeDir | 0o555}
+}
+
+// target reads where a symbolic link leads to.
+func (t *treeFS) target(link *treeInfo) (string, error) {
+	to, err := t.blob(link)
+	if err == nil && len(to) == 0 {
+		err = fs.ErrNotExist
+	}
+	if err == nil && len(to) > maxTarget {
+		err = fmt.Errorf("a symbolic link leads to a path of more than %d bytes", maxTarget)
+	}
+	return string(to), err
+}
+
+// maxLinks bounds the symbolic links on the way to a file, and maxTarget where one leads to, in bytes: what Linux makes is no longer.
+const (
+	maxLinks  = 20
+	maxTarget = 4095
+)
 
 // split gives a clean path's elements; none for the root.
 func split(name string) []string {
@@ -192,37 +212,6 @@ func split(name string) []string {
 		return nil
 	}
 	return strings.Split(name, "/")
-}
-
-// tree reads the directory at a clean, valid path.
-func (t *treeFS) tree(name string) (*directory, error) {
-	t.mu.Lock()
-	known := t.trees[name]
-	t.mu.Unlock()
-	if known != nil {
-		return known, nil
-	}
-	hash := t.root
-	if name != "." {
-		dir, base := path.Split(name)
-		parent, err := t.tree(path.Clean(dir))
-		if err != nil {
-			return nil, err
-		}
-		i, found := parent.at[base]
-		if !found || parent.entries[i].Mode != filemode.Dir {
-			return nil, fs.ErrNotExist // as below a submodule, a file or a link
-		}
-		hash = parent.entries[i].Hash
-	}
-	tree, err := t.directory(hash)
-	if err != nil {
-		return nil, err
-	}
-	t.mu.Lock()
-	t.trees[name] = tree
-	t.mu.Unlock()
-	return tree, nil
 }
 
 // directory reads a tree object.
@@ -271,14 +260,14 @@ func (t *treeFS) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.
 	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
 }
 
-func (t *treeFS) list(name string, info *treeInfo) ([]fs.DirEntry, error) {
+func (t *treeFS) list(info *treeInfo) ([]fs.DirEntry, error) {
 	if !info.IsDir() {
 		return nil, errors.New("not a directory")
 	}
 	if info.submodule {
 		return nil, nil
 	}
-	tree, err := t.tree(name)
+	tree, err := t.directory(info.hash)
 	if err != nil {
 		return nil, err
 	}

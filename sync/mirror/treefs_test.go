@@ -49,6 +49,9 @@ func TestTreeFS(t *testing.T) {
 	if data, err := fs.ReadFile(fsys, "alias/app.yaml"); err != nil || string(data) != unitFile("app/1") {
 		t.Errorf("alias/app.yaml, through two links: %q, %v", data, err)
 	}
+	if info, err := fs.Stat(fsys, "alias"); err != nil || info.Name() != "alias" || !info.IsDir() {
+		t.Errorf("alias: %v, %v", info, err)
+	}
 	if info, err := fs.Stat(fsys, "run"); err != nil || info.Mode() != 0o555 {
 		t.Errorf("run: %v, %v", info, err)
 	}
