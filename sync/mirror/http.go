@@ -66,13 +66,14 @@ func (m *Mirror) handler() http.Handler {
 
 // live says that the process runs, and what it does.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
+	leads := m.leads()
 	m.mu.Lock()
 	answer := struct {
 		Leading bool   `json:"leading"`
 		Head    string `json:"head"`
 		Error   string `json:"error,omitempty"`
 		Version string `json:"version,omitempty"`
-	}{m.leading, m.git.head, text(m.git.away), m.c.Version}
+	}{leads, m.git.head, text(m.git.away), m.c.Version}
 	m.mu.Unlock()
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(answer)
@@ -135,10 +136,11 @@ func (m *Mirror) passOn(ctx context.Context) {
 	}
 }
 
+// leads is false as soon as the lease has ended, though what it was held for may still be ending.
 func (m *Mirror) leads() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.leading
+	return m.holds != nil && m.holds.Context().Err() == nil
 }
 
 // mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to fill a disk.
@@ -197,7 +199,7 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 // standardKey is the key of a secret as Standard Webhooks, and GitLab's signing tokens, have it.
 func standardKey(secret string) []byte {
 	if text, found := strings.CutPrefix(secret, "whsec_"); found {
-		if key, err := base64.StdEncoding.DecodeString(text); err == nil {
+		if key, err := base64.StdEncoding.DecodeString(text); err == nil && len(key) > 0 {
 			return key
 		}
 	}

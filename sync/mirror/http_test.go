@@ -46,6 +46,7 @@ func TestSignedWebhookOfGitLab(t *testing.T) {
 		{"good", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", good}, 202},
 		{"a secret that is replaced", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", other + " " + good}, 202},
 		{"a secret of another form", "hush", "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", standard([]byte("hush"), "id", "1", "{}")}, 202},
+		{"a secret without a key", "whsec_", "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", standard(nil, "id", "1", "{}")}, 401},
 		{"another key", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", other}, 401},
 		{"another body", token, "{ }", []string{"Webhook-Id", "id", "Webhook-Timestamp", "1", "Webhook-Signature", good}, 401},
 		{"another time", token, "{}", []string{"Webhook-Id", "id", "Webhook-Timestamp", "2", "Webhook-Signature", good}, 401},
@@ -217,6 +218,33 @@ func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 	a.stop()
 	if s := b.at(head); s.Holder != "b" {
 		t.Errorf("the status is %+v", s)
+	}
+}
+
+// A mirror leads no longer than its lease holds: one that is still about to notice, or to give it back, passes a webhook on.
+func TestLeadsAsLongAsTheLease(t *testing.T) {
+	t.Parallel()
+	store := dirStore(t)
+	m, err := New(Config{Store: store, Repo: newOrigin(t).bare, Env: env()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.leads() {
+		t.Error("it leads without a lease")
+	}
+	lease, err := store.Lease(t.Context(), kv.MirrorLease, "a", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.setLeading(lease)
+	if !m.leads() {
+		t.Error("it doesn't lead with a lease")
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if m.leads() {
+		t.Error("it leads with a lease that it gave back")
 	}
 }
 

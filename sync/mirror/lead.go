@@ -43,8 +43,8 @@ func (m *Mirror) lead(ctx context.Context) {
 // work holds the lease until it is lost or ctx ends, and gives it back.
 func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
-	m.setLeading(true)
-	defer m.setLeading(false)
+	m.setLeading(lease)
+	defer m.setLeading(nil)
 	m.Trigger() // a webhook may have come to the mirror before this one, or while none led
 	defer m.setScene(nil)
 	defer func() {
@@ -64,11 +64,12 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	}
 }
 
-func (m *Mirror) setLeading(leading bool) {
+// setLeading notes the lease that is held; nil: none.
+func (m *Mirror) setLeading(lease kv.Lease) {
 	m.mu.Lock()
-	m.leading = leading
+	m.holds = lease
 	m.mu.Unlock()
-	m.metrics.led(leading)
+	m.metrics.led(lease != nil)
 }
 
 // leader is a Mirror while it holds the lease: what it has seen of the store, and what it wrote there.

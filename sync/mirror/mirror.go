@@ -92,8 +92,8 @@ type Mirror struct {
 	mu      sync.Mutex
 	git     gitState
 	changed chan struct{} // closed, and made anew, when git changes
-	leading bool
-	scene   *scene // nil: this mirror doesn't lead
+	holds   kv.Lease      // the lease that this mirror works under; nil: none
+	scene   *scene        // nil: this mirror doesn't lead
 	// complained is when a refused webhook was last logged.
 	complained time.Time
 }
