@@ -174,8 +174,10 @@ func TestWebhookOfAStandby(t *testing.T) {
 		return start(t, Config{Store: store, Repo: h.url, Every: time.Hour, Name: name, Listen: "127.0.0.1:0",
 			Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile, "KEDGE_WEBHOOK_SECRET", "hush")}, tune...)
 	}
-	leader := mirror("leader", consul.Open(rights))
+	own := &recorder{Store: consul.Open(rights)}
+	leader := mirror("leader", own)
 	leader.at(first)
+	leader.post("{}", "X-Gitlab-Token", "hush") // needs no passing on
 	standby := mirror("standby", consul.Open(rights))
 	for i := range 3 {
 		head := h.push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/2", i))})
@@ -199,6 +201,20 @@ func TestWebhookOfAStandby(t *testing.T) {
 	leader.at(head)
 	if got := writes.taken(); len(got) != 1 {
 		t.Errorf("200 webhooks led to the writes %v", got)
+	}
+
+	// A store that is in trouble gets it later.
+	failing := &recorder{Store: consul.Open(rights), fail: kv.ErrUnavailable}
+	unlucky := mirror("unlucky", failing)
+	head = h.push(map[string]string{"prod/web/app.yaml": unitFile("app/4")})
+	unlucky.post("{}", "X-Gitlab-Token", "hush")
+	unlucky.logs("can't be passed on")
+	failing.setFail(nil)
+	leader.at(head)
+	for _, ops := range own.taken() {
+		if ops[0].Key == kv.MirrorHook {
+			t.Error("the leader told itself of a webhook")
+		}
 	}
 }
 

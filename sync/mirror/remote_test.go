@@ -218,6 +218,9 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	if got, err := r.head(t.Context()); err != nil || got.String() != head {
 		t.Fatalf("head %v, %v", got, err)
 	}
+	if other, err := newRemoteRepo("https://git.example.com/other.git", "main", time.Minute, a, cache, r.log); err != nil || other.cache != "" {
+		t.Errorf("the cache of another repository is taken: %v, %v", other, err)
+	}
 	packs := filepath.Join(cache, cacheName, "objects", "pack")
 	writeFile(t, filepath.Join(packs, "tmp_pack_1"), "half")
 	if r, err = newRemoteRepo(h.url, "main", time.Minute, a, cache, r.log); err != nil {
