@@ -98,6 +98,7 @@ func (w *Web) draw(ctx context.Context, path string, f *fleet.Fleet, known *past
 	p := &builder{}
 	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
 	missing := func(why any) (int, string) {
+		p.notes(nil, f.Faults()) // which may be the reason
 		p.add(`<p class="bad">%s</p>`, why)
 		return http.StatusNotFound, p.b.String()
 	}

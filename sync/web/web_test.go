@@ -182,6 +182,9 @@ func TestStoreAway(t *testing.T) {
 	if response, page := get(t, http.MethodGet, url+"/", ""); response.StatusCode != http.StatusOK || !strings.Contains(page, "prod/web/app") {
 		t.Errorf("%s\n%s", response.Status, page)
 	}
+	if response, page := get(t, http.MethodGet, url+"/prod/web/none", ""); response.StatusCode != http.StatusNotFound || !strings.Contains(page, `<span class="bad">error</span>`) {
+		t.Errorf("%s\n%s", response.Status, page)
+	}
 	store.SetDown(nil)
 	commit(t, dir, kv.Put(kv.PinKey(app), []byte("hold")))
 	await(t, all, "hold")
