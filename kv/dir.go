@@ -32,6 +32,8 @@ import (
 type dirStore struct {
 	dir string
 	log *slog.Logger
+	// notifier serves all watches.
+	notifier *dirNotifier
 	// step is called before each irreversible step; tests kill the process there.
 	step func(name string)
 }
@@ -49,6 +51,7 @@ const (
 
 func openDir(dir string, log *slog.Logger) (*dirStore, error) {
 	d := &dirStore{dir: filepath.Clean(dir), log: log, step: func(string) {}}
+	d.notifier = &dirNotifier{log: log, ignored: d.ignoredEvent}
 	if err := os.MkdirAll(d.dir, 0o755); err != nil {
 		return nil, fmt.Errorf("open the store's directory: %w", err)
 	}

@@ -7,8 +7,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/fsnotify/fsnotify"
 )
 
 const (
@@ -27,17 +25,16 @@ func (d *dirStore) Watch(ctx context.Context, prefix string, f func(View)) error
 		return fmt.Errorf("watch: %w", err)
 	}
 	v := newViewer(filepath.Join(d.dir, prefix), d.log, f)
-	var events chan fsnotify.Event
-	var failures chan error
+	var changed chan struct{} // nil: nothing is notified
 	visit := func(string) {}
-	notify, err := fsnotify.NewWatcher()
+	changes, err := d.notifier.ask()
 	if err != nil {
 		d.log.Warn("the directory is polled, as its changes can't be notified", "dir", d.dir, "error", err)
 	} else {
-		defer notify.Close()
-		events, failures = notify.Events, notify.Errors
+		defer changes.end()
+		changed = changes.C
 		visit = func(dir string) {
-			if err := notify.Add(dir); err != nil {
+			if err := changes.in(dir); err != nil {
 				d.log.Debug("a directory can't be watched", "dir", dir, "error", err)
 			}
 		}
@@ -49,7 +46,7 @@ func (d *dirStore) Watch(ctx context.Context, prefix string, f func(View)) error
 			break
 		}
 		poll := safetyPoll
-		if events == nil {
+		if changed == nil {
 			poll = blindPoll
 		}
 		switch {
@@ -64,32 +61,15 @@ func (d *dirStore) Watch(ctx context.Context, prefix string, f func(View)) error
 				poll = min(poll, sessionPoll)
 			}
 		}
-		if !d.awaitChange(ctx, events, failures, poll) {
-			break
-		}
-	}
-	return ctx.Err()
-}
-
-// awaitChange returns true after a change of files that matter, or after poll; false when ctx ended.
-func (d *dirStore) awaitChange(ctx context.Context, events <-chan fsnotify.Event, failures <-chan error, poll time.Duration) bool {
-	t := time.NewTimer(poll)
-	defer t.Stop()
-	for {
+		t := time.NewTimer(poll)
 		select {
 		case <-ctx.Done():
-			return false
+		case <-changed:
 		case <-t.C:
-			return true
-		case <-failures: // events were lost
-			return true
-		case e := <-events:
-			if e.Op == fsnotify.Chmod || d.ignoredEvent(e.Name) {
-				continue
-			}
-			return true
 		}
+		t.Stop()
 	}
+	return ctx.Err()
 }
 
 func (d *dirStore) ignoredEvent(path string) bool {

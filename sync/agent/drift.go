@@ -25,16 +25,27 @@ type driftWatcher struct {
 	log *slog.Logger
 
 	mu      sync.Mutex
-	watcher *fsnotify.Watcher
+	watcher *fsnotify.Watcher // nil: not yet, or not to be had
+	opened  chan struct{}     // closed once it is clear whether there is one
 	changed map[string]func() // by dest
 }
 
 func newDriftWatcher(log *slog.Logger) *driftWatcher {
-	w, err := fsnotify.NewWatcher()
-	if err != nil {
-		log.Warn("changes of dest will be seen by the periodic check only", "error", err)
+	return &driftWatcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
+}
+
+// open makes the watcher when it is first needed: the kernel gives a user 128 of them, for all that they run.
+func (w *driftWatcher) open() {
+	select {
+	case <-w.opened:
+		return
+	default:
 	}
-	return &driftWatcher{log: log, watcher: w, changed: map[string]func(){}}
+	var err error
+	if w.watcher, err = fsnotify.NewWatcher(); err != nil {
+		w.log.Warn("changes of dest will be seen by the periodic check only", "error", err)
+	}
+	close(w.opened)
 }
 
 // watch has changed called after something happened to dest itself.
@@ -42,7 +53,7 @@ func (w *driftWatcher) watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.changed[dest] = changed
-	if w.watcher == nil {
+	if w.open(); w.watcher == nil {
 		return
 	}
 	if err := w.watcher.Add(filepath.Dir(dest)); err != nil {
@@ -65,6 +76,11 @@ func (w *driftWatcher) forget(dest string) {
 }
 
 func (w *driftWatcher) run(ctx context.Context) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-w.opened:
+	}
 	if w.watcher == nil {
 		return
 	}

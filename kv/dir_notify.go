@@ -1,0 +1,111 @@
+package kv
+
+import (
+	"log/slog"
+	"path/filepath"
+	"sync"
+
+	"github.com/fsnotify/fsnotify"
+)
+
+// dirNotifier tells the watches of a directory store of changes by one inotify instance: the kernel gives a user 128 of them, for all
+// that they run.
+type dirNotifier struct {
+	log     *slog.Logger
+	ignored func(path string) bool
+
+	mu      sync.Mutex
+	watcher *fsnotify.Watcher // nil: nobody asks
+	asking  map[*dirChanges]bool
+}
+
+// dirChanges are the changes in some directories that one watch asks for.
+type dirChanges struct {
+	n *dirNotifier
+	// C holds one: something changed, or events were lost.
+	C    chan struct{}
+	dirs map[string]bool // n.mu's
+}
+
+// ask begins without a directory. An error means that nothing can be notified here.
+func (n *dirNotifier) ask() (*dirChanges, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.watcher == nil {
+		w, err := fsnotify.NewWatcher()
+		if err != nil {
+			return nil, err
+		}
+		n.watcher, n.asking = w, map[*dirChanges]bool{}
+		go n.tell(w)
+	}
+	c := &dirChanges{n: n, C: make(chan struct{}, 1), dirs: map[string]bool{}}
+	n.asking[c] = true
+	return c, nil
+}
+
+// tell passes events on until the watcher is closed.
+func (n *dirNotifier) tell(w *fsnotify.Watcher) {
+	for {
+		select {
+		case e, ok := <-w.Events:
+			if !ok {
+				return
+			}
+			if e.Op != fsnotify.Chmod && !n.ignored(e.Name) {
+				n.poke(func(c *dirChanges) bool { return c.dirs[filepath.Dir(e.Name)] || c.dirs[e.Name] })
+			}
+		case err, ok := <-w.Errors:
+			if !ok {
+				return
+			}
+			n.log.Debug("changes of the store's directory were not notified", "error", err)
+			n.poke(func(*dirChanges) bool { return true })
+		}
+	}
+}
+
+func (n *dirNotifier) poke(which func(*dirChanges) bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for c := range n.asking {
+		if !which(c) {
+			continue
+		}
+		select {
+		case c.C <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// in asks for the changes in a directory, also one that was made anew. An error is the kernel's.
+func (c *dirChanges) in(dir string) error {
+	c.n.mu.Lock()
+	c.dirs[dir] = true
+	w := c.n.watcher
+	c.n.mu.Unlock()
+	return w.Add(dir)
+}
+
+// end stops asking.
+func (c *dirChanges) end() {
+	n := c.n
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.asking, c)
+	if len(n.asking) == 0 {
+		n.watcher.Close()
+		n.watcher = nil
+		return
+	}
+	for dir := range c.dirs {
+		wanted := false
+		for other := range n.asking {
+			wanted = wanted || other.dirs[dir]
+		}
+		if !wanted {
+			_ = n.watcher.Remove(dir) // it may be gone
+		}
+	}
+}
