@@ -2,11 +2,14 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -276,9 +279,41 @@ func (m *machine) units() {
 	if out := m.do(append([]string{"systemd-analyze", "verify"}, units...)...); out != "" {
 		m.t.Errorf("systemd-analyze verify:\n%s", out)
 	}
-	for _, unit := range []string{"kedge-agent", "kedge-mirror"} {
+	for _, unit := range []string{"kedge-agent", "kedge-mirror", "kedge-web"} {
 		lines := strings.Split(m.do("systemd-analyze", "security", "--no-pager", unit), "\n")
 		m.t.Log(strings.TrimSpace(lines[len(lines)-1]))
+	}
+
+	// The dashboard, set up as its unit says, and with a port of the system's choosing.
+	m.do("sh", "-c", `umask 077; cd /etc/kedge; echo "$1" >web-token; echo "$2" >web.env
+		mkdir -p /etc/systemd/system/kedge-web.service.d; echo "$3" >/etc/systemd/system/kedge-web.service.d/override.conf`, "sh",
+		m.w.token("operator", deployments.RuleVars{}), strings.Join(m.client.Env(""), "\n"), `[Service]
+LoadCredential=consul-token:/etc/kedge/web-token
+Environment=CONSUL_HTTP_TOKEN_FILE=%d/consul-token
+ExecStart=
+ExecStart=/usr/bin/kedge web --listen 127.0.0.1:0`)
+	m.do("systemctl", "daemon-reload")
+	m.do("systemctl", "start", "kedge-web")
+	await(m.t, "a page of the dashboard", func() error {
+		log := m.do("journalctl", "--no-pager", "-u", "kedge-web", "--output=cat")
+		url := regexp.MustCompile(`http://127\.0\.0\.1:[0-9]+/`).FindString(log)
+		if url == "" {
+			return fmt.Errorf("it hasn't said where it is: %s", log)
+		}
+		response, err := http.Get(url + "prod/" + m.name + "/app/" + m.name)
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		page, err := io.ReadAll(response.Body)
+		if err == nil && !strings.Contains(string(page), "as it should") {
+			err = fmt.Errorf("%s: %s", response.Status, page)
+		}
+		return err
+	})
+	m.do("systemctl", "stop", "kedge-web")
+	if result := m.show("kedge-web", "Result"); result != "success" {
+		m.t.Errorf("the dashboard was stopped: %s", result)
 	}
 }
 
