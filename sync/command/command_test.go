@@ -406,8 +406,9 @@ func TestEndLeftoversCalledOff(t *testing.T) {
 	t.Parallel()
 	mark := fmt.Sprintf("called-off-%d", os.Getpid())
 	dir := t.TempDir()
-	file, asked := filepath.Join(dir, "pid"), filepath.Join(dir, "asked")
-	script := fmt.Sprintf(`(trap "echo 1 > %s" TERM; while :; do sleep 0.05; done) >/dev/null 2>&1 & echo $! > %s`, asked, file)
+	file, deaf, asked := filepath.Join(dir, "pid"), filepath.Join(dir, "deaf"), filepath.Join(dir, "asked")
+	script := fmt.Sprintf(`(trap "echo 1 > %s" TERM; touch %s; while :; do sleep 0.05; done) >/dev/null 2>&1 & echo $! > %s
+		while [ ! -e %[2]s ]; do sleep 0.01; done`, asked, deaf, file)
 	if _, err := run(t, deployments.Command{Run: script}, Env{Run: mark}, nil); err != nil {
 		t.Fatal(err)
 	}
