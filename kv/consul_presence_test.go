@@ -19,6 +19,19 @@ func held(values string) func(kv.View) bool {
 	}
 }
 
+// awaitWaiting waits until a query waits for a session's end.
+func awaitWaiting(t *testing.T, f *front, session string) {
+	t.Helper()
+	await(t, "a query that waits", func() error {
+		for _, r := range f.requests() {
+			if strings.HasSuffix(r.URL.Path, session) && r.URL.Query().Get("index") != "" {
+				return nil
+			}
+		}
+		return errors.New("none")
+	})
+}
+
 func present(t *testing.T, s kv.Store, name string) kv.Presence {
 	t.Helper()
 	p, err := s.Presence(t.Context(), name)
@@ -155,14 +168,7 @@ func TestConsulPresenceRepairs(t *testing.T) {
 	}
 	v := views.Await(t, "another session", func(v kv.View) bool { return held("server-1=ready")(v) && v.Entries[0].Session != first })
 	// A restore is seen at once by a query that waits meanwhile; by one that comes later, at the end of its wait.
-	await(t, "a query that waits", func() error {
-		for _, r := range f.requests() {
-			if strings.HasSuffix(r.URL.Path, v.Entries[0].Session) && r.URL.Query().Get("index") != "" {
-				return nil
-			}
-		}
-		return errors.New("none")
-	})
+	awaitWaiting(t, f, v.Entries[0].Session)
 	c.Restore(before)
 	views.Await(t, "the entry after a restore", held("server-1=ready"))
 	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("again")); err != nil {
@@ -216,14 +222,7 @@ func TestConsulPresenceWritesAgainAfterRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := views.Await(t, "the later report", held("server-1=later"))
-	await(t, "a query that waits", func() error {
-		for _, r := range f.requests() {
-			if strings.HasSuffix(r.URL.Path, v.Entries[0].Session) && r.URL.Query().Get("index") != "" {
-				return nil
-			}
-		}
-		return errors.New("none")
-	})
+	awaitWaiting(t, f, v.Entries[0].Session)
 	c.Restore(before)
 	views.Await(t, "the later report, again", func(now kv.View) bool {
 		return held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version

@@ -308,7 +308,10 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	if err != nil {
 		return err
 	}
-	u, _, _ := f.find(id, node)
+	u, err := f.Unit(id)
+	if err != nil {
+		return err
+	}
 	p := &printer{opt: opt}
 	notes := func(all []Note) {
 		for _, n := range all {

@@ -170,15 +170,15 @@ func clip(text string, n int) string {
 // clean takes out what would move a terminal's cursor or change its colours: most of what is shown was written by others.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) {
+		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
 			return ' '
 		}
 		return r
 	}, strings.ToValidUTF8(s, "?"))
 }
 
-// cleanLines cleans each line of a text.
-func cleanLines(s string) string {
+// CleanLines takes control characters and what turns a line around out of a text, and leaves its lines as they are.
+func CleanLines(s string) string {
 	lines := strings.Split(s, "\n")
 	for i := range lines {
 		lines[i] = clean(lines[i])

@@ -89,7 +89,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	if f.NoMirror {
 		all = append(all, Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
 	}
-	switch wrong := (Text{strings.TrimSpace(cleanLines(m.Error)), Bad}); {
+	switch wrong := (Text{strings.TrimSpace(CleanLines(m.Error)), Bad}); {
 	case m.Refused != "":
 		all = append(all, Note{Text{"refused " + clean(short(m.Refused)) + ":", Bad}, wrong})
 	case m.Error != "":

@@ -49,6 +49,21 @@ type httpsOrigin struct {
 	half, hang atomic.Bool
 }
 
+// pollsInVain waits for some polls of m's, none of which may fetch.
+func (h *httpsOrigin) pollsInVain(m *running) {
+	h.tb.Helper()
+	listed, fetched := h.lists.Load(), h.fetches.Load()
+	m.await("more polls", func() error {
+		if h.lists.Load() < listed+5 {
+			return errors.New("no polls")
+		}
+		return nil
+	})
+	if got := h.fetches.Load(); got != fetched {
+		h.tb.Errorf("polls without a push fetched %d times", got-fetched)
+	}
+}
+
 // halfWriter passes on the first bytes alone.
 type halfWriter struct {
 	http.ResponseWriter
@@ -132,16 +147,7 @@ func TestHTTPS(t *testing.T) {
 	if got := h.fetches.Load(); got > 5 { // one a push, and one again at most for a push between list and fetch
 		t.Errorf("%d fetches for 4 pushes", got)
 	}
-	listed, fetched := h.lists.Load(), h.fetches.Load()
-	m.await("more polls", func() error {
-		if h.lists.Load() < listed+5 {
-			return errors.New("no polls")
-		}
-		return nil
-	})
-	if got := h.fetches.Load(); got != fetched {
-		t.Errorf("polls without a push fetched %d times", got-fetched)
-	}
+	h.pollsInVain(m)
 
 	// Git goes away: what is there stays, and a mirror that starts now goes on from its cache.
 	h.away.Store(true)

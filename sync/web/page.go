@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"unicode"
 
 	"kedge/deployments"
 	"kedge/policy"
@@ -24,25 +23,20 @@ type markup string
 // add formats as fmt does; every argument that isn't markup is escaped.
 func (p *builder) add(format string, args ...any) {
 	for i, a := range args {
-		switch a := a.(type) {
+		switch a.(type) {
 		case markup, int, int64:
 		default:
-			args[i] = escape(fmt.Sprint(a))
+			args[i] = html.EscapeString(fleet.CleanLines(fmt.Sprint(a)))
 		}
 	}
 	fmt.Fprintf(&p.b, format, args...)
 }
 
-// escape makes text of anything: without what no page may hold, what would end an event's line, or turn a line around.
-func escape(s string) string {
-	return html.EscapeString(strings.Map(func(r rune) rune {
-		switch {
-		case r == '\n':
-		case unicode.IsControl(r), unicode.Is(unicode.Cf, r), r == 0xFFFE, r == 0xFFFF:
-			return ' '
-		}
-		return r
-	}, s))
+// render is what add adds.
+func render(format string, args ...any) markup {
+	p := &builder{}
+	p.add(format, args...)
+	return markup(p.b.String())
 }
 
 // classes are the tones' names in the style sheet.
@@ -133,10 +127,8 @@ func (w *Web) draw(ctx context.Context, path string, f *fleet.Fleet, known *past
 	return http.StatusOK, p.b.String()
 }
 
-func (*builder) text(t fleet.Text) markup {
-	inner := &builder{}
-	inner.add(`<span class="%s">%s</span>`, classes[t.Tone], t.Text)
-	return markup(inner.b.String())
+func text(t fleet.Text) markup {
+	return render(`<span class="%s">%s</span>`, classes[t.Tone], t.Text)
 }
 
 // notes are a list of what is told about what.
@@ -150,7 +142,7 @@ func (p *builder) notes(u *fleet.Unit, all []fleet.Note) {
 		if u != nil {
 			says.Text = u.Names(says.Text)
 		}
-		p.add(`<dt>%s</dt><dd>%s</dd>`, p.text(n.About), p.text(says))
+		p.add(`<dt>%s</dt><dd>%s</dd>`, text(n.About), text(says))
 	}
 	p.add(`</dl>`)
 }
@@ -177,7 +169,7 @@ func (p *builder) summary(u *fleet.Unit) {
 	p.add(`<p class="summary">`)
 	for i, t := range u.Row() {
 		if i > 0 && t.Text != "-" {
-			p.add(`<span><small>%s</small> %s</span> `, strings.ToLower(fleet.Columns[i]), p.text(t))
+			p.add(`<span><small>%s</small> %s</span> `, strings.ToLower(fleet.Columns[i]), text(t))
 		}
 	}
 	p.add(`</p>`)
@@ -232,7 +224,7 @@ func (p *builder) nodes(f *fleet.Fleet, u *fleet.Unit, most int, tests ...func(n
 		line := &builder{}
 		line.add(`<tr><td><a href="%s">%s</a></td>`, unitPath(u.ID, n.Name), row[0].Text)
 		for _, t := range row[1:] {
-			line.add(`<td>%s</td>`, line.text(t))
+			line.add(`<td>%s</td>`, text(t))
 		}
 		line.add(`<td class="wide warn">%s</td></tr>`, u.Names(beside))
 		rows[which] = append(rows[which], line.b.String())
@@ -295,7 +287,7 @@ func (p *builder) unit(f *fleet.Fleet, u *fleet.Unit, known *past) {
 				if i >= firstProse {
 					class = ` class="wide"`
 				}
-				p.add(`<td%s>%s</td>`, class, p.text(t))
+				p.add(`<td%s>%s</td>`, class, text(t))
 			}
 			p.add(`</tr>`)
 		}
@@ -339,7 +331,5 @@ func unblock(s policy.Step) markup {
 	if s.Unblock == "" {
 		return ""
 	}
-	p := &builder{}
-	p.add(`<br/><span class="warn">to change it:</span> %s`, s.Unblock)
-	return markup(p.b.String())
+	return render(`<br/><span class="warn">to change it:</span> %s`, s.Unblock)
 }

@@ -116,6 +116,18 @@ func fill(t *testing.T, store kv.Store) {
 		kv.Put(kv.HistoryPrefix+app.String()+"/0000000001", []byte(`{"generation":1,"subject":"the first"}`)))
 }
 
+// filled is a store of one unit.
+func filled(t *testing.T) kv.Store {
+	t.Helper()
+	dir, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { dir.Close() })
+	fill(t, dir)
+	return dir
+}
+
 func commit(t *testing.T, store kv.Store, ops ...kv.Op) {
 	t.Helper()
 	if err := store.Commit(t.Context(), nil, ops...); err != nil {
@@ -167,12 +179,7 @@ func TestFollowsConsul(t *testing.T) {
 // What was known stays, with the trouble, and goes on when the store is back.
 func TestStoreAway(t *testing.T) {
 	t.Parallel()
-	dir, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	fill(t, dir)
+	dir := filled(t)
 	store := kvtest.Faulty(dir)
 	url := start(t, store)
 	all := stream(t, url+"/-/live/")
@@ -192,12 +199,7 @@ func TestStoreAway(t *testing.T) {
 
 func TestRefuses(t *testing.T) {
 	t.Parallel()
-	dir, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	fill(t, dir)
+	dir := filled(t)
 	url := start(t, dir, "kedge.acme.example")
 	addr := strings.TrimPrefix(url, "http://")
 	for host, want := range map[string]int{
@@ -233,12 +235,7 @@ func TestRefuses(t *testing.T) {
 
 func TestTooManyViewers(t *testing.T) {
 	t.Parallel()
-	dir, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	fill(t, dir)
+	dir := filled(t)
 	url := start(t, dir)
 	for range maxViewers {
 		<-stream(t, url+"/-/live/")
