@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -83,11 +84,22 @@ func (s *Server) Restart() {
 	s.process = exec.Command(Program(s.tb, "versitygw"), args...)
 	s.process.Stdout, s.process.Stderr = &s.log, &s.log
 	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := s.process.Start(); err != nil {
+	s.done = make(chan struct{})
+	started := make(chan error)
+	go func(p *exec.Cmd, done chan struct{}) {
+		// The death signal is sent when the thread that forked ends, which another goroutine's may: this one stays as long as the child.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := p.Start()
+		started <- err
+		if err == nil {
+			p.Wait()
+		}
+		close(done)
+	}(s.process, s.done)
+	if err := <-started; err != nil {
 		s.tb.Fatal(err)
 	}
-	s.done = make(chan struct{})
-	go func(p *exec.Cmd, done chan struct{}) { p.Wait(); close(done) }(s.process, s.done)
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	for {
