@@ -61,7 +61,12 @@ func (a *Agent) report(ctx context.Context) {
 		if retry.tries > 0 && wait(ctx, retry.next()) != nil {
 			return
 		}
-		var again <-chan time.Time
+		var again time.Duration // until one of the reports that had to wait may be written; 0: none had to
+		later := func(d time.Duration) {
+			if again == 0 || d < again {
+				again = d
+			}
+		}
 		for role, r := range a.Report() {
 			if !a.settledIn(role) {
 				continue // what a node says in its first moments would only hide what it said before
@@ -73,12 +78,13 @@ func (a *Agent) report(ctx context.Context) {
 			}
 			if coarse == last.coarse {
 				if wait := progressEvery - time.Since(last.at); wait > 0 {
-					again = time.After(wait)
+					later(wait)
 					continue
 				}
 			}
-			if limit.Wait(ctx) != nil {
-				return
+			if !limit.Allow() { // no waiting with this one in hand: by then it is old, and the newest would wait for another turn
+				later(time.Second / reportsPerSecond)
+				continue
 			}
 			if err := presence.Put(ctx, kv.StatusKey(a.c.Stage, role, a.c.Node), []byte(data)); err != nil {
 				if ctx.Err() != nil {
@@ -95,11 +101,15 @@ func (a *Agent) report(ctx context.Context) {
 			a.metrics.reported()
 			written[role] = writtenReport{data, coarse, time.Now()}
 		}
+		var due <-chan time.Time
+		if again > 0 {
+			due = time.After(again)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-a.reportNow:
-		case <-again:
+		case <-due:
 		}
 	}
 }
