@@ -183,6 +183,7 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 		{"a unit twice", map[string]string{"prod/web/app.yaml": good, "prod/web/app.yml": good}, []string{"prod/web/app.yml: unit prod/web/app stands in prod/web/app.yaml as well"}},
 		{"a cycle", map[string]string{"prod/web/a.yaml": good + "after: [b]\n", "prod/web/b.yaml": good + "after: [c]\n", "prod/web/c.yaml": good + "after: [a]\n"}, []string{"prod/web/c.yaml:2:9:", "cycle: a after b after c after a"}},
 		{"after itself", map[string]string{"prod/web/a.yaml": good + "after: a\n"}, []string{"prod/web/a.yaml:2:8:", "cycle"}},
+		{"after more than a record holds", map[string]string{"prod/web/a.yaml": good + "after: [" + strings.Repeat("b,", 101) + "]\n", "prod/web/b.yaml": good}, []string{"prod/web/a.yaml:2:8:", "after has 101 names, at most 100"}},
 		{"after nothing", map[string]string{"prod/web/a.yaml": good + "after: [basse]\n"}, []string{"prod/web/a.yaml:2:9:", `no unit of prod/web`}},
 		{"an empty file", map[string]string{"prod/web/a.yaml": ""}, []string{"prod/web/a.yaml: the file is empty"}},
 		{"a comment alone", map[string]string{"prod/web/a.yaml": "# nothing\n"}, []string{"prod/web/a.yaml: the file is empty"}},

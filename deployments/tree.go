@@ -52,6 +52,8 @@ const (
 	// MaxUnitFile bounds a unit's file and kedge.yaml, in bytes; MaxUnits the units of a commit.
 	MaxUnitFile = 64 << 10
 	MaxUnits    = 20_000
+	// maxAfter bounds after, which every record of the unit holds: no node takes one that is larger than MaxRecord.
+	maxAfter = 100
 	// MaxFiles bounds all that a commit holds, directories too, and maxNested how deep they lie in one another. A few objects of Git
 	// can name each other in so many places that nobody would come to their end.
 	MaxFiles  = 200_000
@@ -251,6 +253,9 @@ func (l *loader) readUnit(name string) error {
 				l.afters = append(l.afters, afterPlace{r.file, at.Line, at.Column, id, UnitID{id.Stage, id.Role, name}})
 				u.After = append(u.After, name)
 			})
+			if len(u.After) > maxAfter {
+				r.at(n, "after has %d names, at most %d are allowed", len(u.After), maxAfter)
+			}
 		},
 		"rollout": func(n ast.Node) {
 			if u.Rollout == nil {

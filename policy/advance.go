@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -159,8 +160,18 @@ func (m *mover) watch() view {
 // fail counts a node on which the target failed, and keeps the first one's reason.
 func (v *view) fail(n *Node, how string) {
 	if v.failed++; v.failed == 1 {
-		v.failure = n.Name + ": " + how
+		v.failure = n.Name + ": " + said(how)
 	}
+}
+
+// maxSaid bounds what nodes and settings say in a reason, in bytes: no node takes a record that is too large.
+const maxSaid = 300
+
+func said(s string) string {
+	if len(s) <= maxSaid {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxSaid-3], "") + "..."
 }
 
 // busy reports whether a node that ran something is changing.

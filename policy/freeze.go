@@ -23,12 +23,12 @@ type Verdict struct {
 }
 
 func (v Verdict) String() string {
-	s := "frozen by " + v.By
+	s := "frozen by " + said(v.By)
 	if !v.Until.IsZero() {
 		s += " until " + v.Until.UTC().Format("2006-01-02 15:04Z")
 	}
 	if v.Reason != "" {
-		s += " (" + v.Reason + ")"
+		s += " (" + said(v.Reason) + ")"
 	}
 	return s
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"kedge/deployments"
 )
@@ -406,5 +407,31 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason, m.Did, same)
 			}
 		}
+	}
+}
+
+// Whatever nodes and settings say, the record that quotes them is one that nodes take, and its history fits a transaction.
+func TestReasonsAreBounded(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("é", 100<<10)
+	for name, set := range map[string]func(*Situation){
+		"a node's error": func(s *Situation) {
+			s.Nodes[1].Report = deployments.UnitReport{State: deployments.StateQuarantined, Running: release("v1"), Want: s.Unit.Release, Generation: 2, Error: long}
+		},
+		"a node's state": func(s *Situation) {
+			s.Nodes[1].Report.State, s.Record.Rollout.Since = deployments.State(long), ago(time.Hour)
+		},
+		"a window": func(s *Situation) { s.Freeze = Verdict{Frozen: true, Wait: true, By: long, Reason: long} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := step(2, deployments.PhaseRolling)
+			there(&s, 1)
+			set(&s)
+			m := Next(s)
+			if p := m.Record.Rollout; p == nil || len(p.Reason) > 1000 || !strings.Contains(p.Reason, "éé...") || !utf8.ValidString(p.Reason) || len(m.Reason) > 1000 {
+				t.Errorf("a reason of %d bytes: %.100s", len(m.Reason), m.Reason)
+			}
+		})
 	}
 }
