@@ -111,6 +111,9 @@ func Unblock(id deployments.UnitID, r deployments.Record) string {
 }
 
 func unblock(id deployments.UnitID, p *deployments.Progress) string {
+	if heldUp(p) {
+		return "wait, or let it go on within the freeze: kedge promote " + id.String()
+	}
 	switch p.Phase {
 	case deployments.PhaseCanary:
 		if !p.Healthy.IsZero() {

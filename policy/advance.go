@@ -253,8 +253,12 @@ func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 // waits says why nothing may go on now; "": it may.
 func (m *mover) waits(v view) string {
 	p := m.r.Rollout
+	frozen := m.Freeze.Frozen && m.Freeze.Wait && !p.Forced && m.r.Stable != m.r.Target
+	if !frozen && heldUp(p) {
+		m.say = cmp.Or(m.say, "goes on after a freeze")
+	}
 	switch {
-	case m.Freeze.Frozen && m.Freeze.Wait && !p.Forced && m.r.Stable != m.r.Target:
+	case frozen:
 		m.wakeFrozen()
 		if v.pending == 0 && p.Healthy.IsZero() {
 			p.Healthy = m.Now // what comes into flight before it ends is not late for the last step: see watch

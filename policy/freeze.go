@@ -22,8 +22,11 @@ type Verdict struct {
 	Wait bool
 }
 
+// frozenBy begins the reason of a rollout that a window holds.
+const frozenBy = "frozen by "
+
 func (v Verdict) String() string {
-	s := "frozen by " + said(v.By)
+	s := frozenBy + said(v.By)
 	if !v.Until.IsZero() {
 		s += " until " + v.Until.UTC().Format("2006-01-02 15:04Z")
 	}

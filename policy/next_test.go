@@ -47,6 +47,12 @@ func canary(s *Situation) {
 	s.Unit.Rollout.Canary, s.Unit.Rollout.Bake = deployments.Amount{N: 1}, 5*time.Minute
 }
 
+// held says that a freeze has stopped the rollout.
+func held(s *Situation) {
+	s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true}
+	s.Record = Next(*s).Record
+}
+
 func ago(d time.Duration) time.Time { return noon.Add(-d) }
 
 // baking says that the canaries have been well for longer than a deadline, and have to be for longer still.
@@ -260,6 +266,39 @@ func TestNext(t *testing.T) {
 		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
 		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
 		{"promote passes a freeze", 0, waiting, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"promote passes a freeze for one that is under way", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			held(s)
+			s.Order = "promote"
+		}, rolling, 4, "4 of 10"},
+		{"of which the next one is part", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			held(s)
+			s.Order = "promote"
+			s.Record, s.Order, s.Freeze.By = Next(*s).Record, "", "easter"
+			there(s, 4)
+		}, rolling, 6, "6 of 10"},
+		{"for canaries, which bake nevertheless", 1, first, func(s *Situation) {
+			canary(s)
+			there(s, 1)
+			held(s)
+			s.Order = "promote"
+		}, first, 1, "within a freeze"},
+		{"not where it approves of canaries alone", 1, waiting, func(s *Situation) {
+			baking(s)
+			s.Unit.Rollout.Approval = deployments.Manual
+			held(s)
+			s.Order = "promote"
+		}, rolling, 1, "xmas"},
+		{"one that is under way says when its freeze is over", 2, rolling, func(s *Situation) {
+			held(s)
+			s.Freeze = Verdict{}
+		}, rolling, 2, "goes on after a freeze"},
+		{"the first release goes to all, also where promote lets it pass a freeze", 0, waiting, func(s *Situation) {
+			canary(s)
+			s.Record.Stable = deployments.Pointer{}
+			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "promote"
+		}, done, 0, "first release"},
 		{"a bake begins anew where a canary was not well in between", 1, first, func(s *Situation) {
 			baking(s)
 			s.Record.Rollout.Since = ago(time.Minute)
@@ -379,6 +418,21 @@ func TestNextAfterTheClockWentBack(t *testing.T) {
 	s.Record, s.Now = m.Record, m.Again
 	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling {
 		t.Errorf("after the bake it is %s", brief(m.Record))
+	}
+}
+
+// Whoever looks at a rollout that a freeze has stopped is told how it passes.
+func TestUnblockInAFreeze(t *testing.T) {
+	t.Parallel()
+	s := step(2, deployments.PhaseRolling)
+	held(&s)
+	if got := Unblock(app, s.Record); !strings.Contains(got, "kedge promote "+app.String()) || Refusal("promote", s.Record) != "" {
+		t.Errorf("%q, %q", got, Refusal("promote", s.Record))
+	}
+	s.Order = "promote"
+	s.Record = Next(s).Record
+	if got := Unblock(app, s.Record); got != "" || Refusal("promote", s.Record) == "" {
+		t.Errorf("once it is let go: %q", got)
 	}
 }
 

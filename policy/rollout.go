@@ -234,7 +234,7 @@ func Refusal(order string, r deployments.Record) string {
 		return "the release is rolled back: push another, or retry"
 	case order == "promote" && p.Phase == deployments.PhasePaused:
 		return "the rollout is paused: resume it first"
-	case order == "promote" && p.Phase == deployments.PhaseRolling:
+	case order == "promote" && p.Phase == deployments.PhaseRolling && !heldUp(p):
 		return "it goes on already"
 	case order == "pause" && p.Phase == deployments.PhasePaused:
 		return "it is paused already"
@@ -242,6 +242,11 @@ func Refusal(order string, r deployments.Record) string {
 		return "the rollout is not paused"
 	}
 	return ""
+}
+
+// heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
+func heldUp(p *deployments.Progress) bool {
+	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && strings.HasPrefix(p.Reason, frozenBy)
 }
 
 // Orders are what an operator may ask for.
@@ -260,13 +265,14 @@ func (m *mover) obey() {
 	case "retry":
 		m.retry()
 	case "promote":
-		if p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero() {
-			p.Forced = true
-			m.start()
-			m.say = "started within a freeze by an operator"
-			return
+		switch {
+		case p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero(): // the step that follows starts it
+			p.Forced, m.say = true, "started within a freeze by an operator"
+		case heldUp(p): // the freeze alone: who lets it pass may want the canaries to bake
+			p.Forced, m.say = true, "goes on within a freeze by an operator"
+		default:
+			m.roll("promoted by an operator")
 		}
-		m.roll("promoted by an operator")
 	case "pause":
 		m.pause("paused by an operator")
 	case "resume":
@@ -370,7 +376,7 @@ func (m *mover) step() bool {
 		return false
 	case deployments.PhaseWaiting:
 		if p.Healthy.IsZero() { // for a freeze to end
-			if m.Freeze.Frozen {
+			if m.Freeze.Frozen && !p.Forced {
 				m.say = m.Freeze.String()
 				m.wakeFrozen()
 				return false

@@ -275,7 +275,7 @@ func waitReady(ctx context.Context, address string) error {
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
-		"promote": {"Let a rollout go past its canary", "also where it waits for approval, or for a freeze to end"},
+		"promote": {"Let a rollout go past its canary", "also where it waits for approval; or let it pass a freeze that it waits for"},
 		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
 		"resume":  {"Let a paused rollout go on", "the failures that there are now are borne"},
 		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
