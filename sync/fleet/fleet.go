@@ -50,6 +50,12 @@ type Unit struct {
 	Error string `json:"error,omitempty"`
 }
 
+// pinned reports whether a pin decides for a unit, on nodes without one of their own. One that is over stays in the store until
+// somebody removes it, and counts for nothing.
+func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !over(*u.Pin, now) }
+
+func over(p deployments.Pin, now time.Time) bool { return !p.Until.IsZero() && !p.Until.After(now) }
+
 // Node is one unit on one node.
 type Node struct {
 	Name string `json:"node"`

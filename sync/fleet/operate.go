@@ -233,7 +233,7 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 	if err != nil && !errors.Is(err, kv.ErrDenied) {
 		return deployments.Pin{}, err
 	}
-	release, err := lastGood(&f.Units[0], history)
+	release, err := lastGood(&f.Units[0], history, f.At)
 	if err != nil {
 		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w", id, err)
 	}
@@ -242,7 +242,7 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 }
 
 // lastGood chooses what Rollback goes back to; pure. history is sorted, the newest first.
-func lastGood(u *Unit, history []mirror.History) (deployments.Pointer, error) {
+func lastGood(u *Unit, history []mirror.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
 		bad[p.Bad] = true
@@ -265,7 +265,7 @@ func lastGood(u *Unit, history []mirror.History) (deployments.Pointer, error) {
 		told = append(told, h.Release, h.Stable)
 	}
 	from := u.Record.Target
-	if u.Pin != nil && !u.Pin.Hold {
+	if u.pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
 	// Only what is older counts. A release that came back later lies behind its first place: this is where one rollback after another
@@ -355,11 +355,13 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
-			notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
+			if !over(u.Pins[other], f.At) {
+				notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
+			}
 		}
 		return notes
 	}
-	if u.Pin != nil {
+	if u.pinned(f.At) {
 		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
@@ -377,7 +379,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	}
 	u := &f.Units[0]
 	switch {
-	case node != "" && u.Pin != nil:
+	case node != "" && u.pinned(f.At):
 		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
 	case u.Error != "":
 		return oneLine(u.Error)
@@ -396,7 +398,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 // Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.
 func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-	if err != nil || len(f.Units) == 0 || f.Units[0].Pin == nil {
+	if err != nil || len(f.Units) == 0 || !f.Units[0].pinned(f.At) {
 		return ""
 	}
 	return "it is pinned, and its nodes follow the pin until: kedge unpin " + id.String()

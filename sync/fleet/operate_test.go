@@ -161,11 +161,12 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 	}
 	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put("desired/prod/web/base", release("base", "1").String()),
 		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
-		put(kv.PinKey(app), "{release: hold, by: bob}"), put(kv.NodePinKey(app, "web-1"), release("app", "2").String()))
+		put(kv.PinKey(app), "{release: hold, by: bob}"), put(kv.NodePinKey(app, "web-1"), release("app", "2").String()),
+		put("pins/prod/web/old", expired("hold")), put("pins/prod/web/old/web-1", expired("hold")))
 	for name, want := range map[string]string{
 		"prod/web/ap":   "did you mean prod/web/app?",
 		"prod/wbe/app":  "did you mean prod/web/app?",
-		"prod/db/store": "there are prod/web/app, prod/web/base",
+		"prod/db/store": "there are prod/web/app, prod/web/base, prod/web/old",
 	} {
 		if err := NoUnit(t.Context(), s, id(name)); !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", name, err, want)
@@ -194,6 +195,8 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		{"prod/web/app", "web-1", "before: 2 d5856351\nthe unit is pinned as well: hold by bob"},
 		{"prod/web/app", "web-2", "the unit is pinned as well: hold by bob\nno node web-2 of prod/web/app has reported: did you mean web-1? there are web-1"},
 		{"prod/web/base", "", ""},
+		{"prod/web/old", "", "before: hold until 2025-11-24 12:00 UTC, which is over"},
+		{"prod/web/old", "web-1", "before: hold until 2025-11-24 12:00 UTC, which is over"},
 	} {
 		if c.unit == "prod/web/ap" {
 			if got := Follows(t.Context(), s, id(c.unit), ""); got != "" {
@@ -224,6 +227,11 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	check("web-2", "the record counts now: 2 d5856351")
 	if got := Pinned(t.Context(), s, app); got != "" {
 		t.Errorf("not pinned: %q", got)
+	}
+	store(t, s, put(kv.PinKey(app), expired("hold")))
+	check("web-2", "the record counts now: 2 d5856351")
+	if got := Pinned(t.Context(), s, app); got != "" {
+		t.Errorf("no longer pinned: %q", got)
 	}
 	store(t, s, put(kv.PinKey(app), "{release: hold, by: bob}"))
 	check("web-1", "the unit's pin counts now: hold by bob")
@@ -317,20 +325,21 @@ func TestRollback(t *testing.T) {
 		entries []kv.Entry
 		want    string // empty: none is known
 	}{
-		"to stable":                                   {[]kv.Entry{record("3", "2")}, "2"},
-		"to what history knows":                       {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), past("3", 3, "")}, "2"},
-		"stable comes before history":                 {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
-		"stable is what runs":                         {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
-		"not to what failed on a node":                {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
-		"not to what was rolled back":                 {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, "1"), bad(past("2", 3, "1"), "2"), past("3", 4, "")}, "1"},
-		"not to what had failed when it was replaced": {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), bad(past("3", 3, "2"), "2")}, "1"},
-		"to what did well once more":                  {[]kv.Entry{record("3", ""), past("1", 1, ""), bad(past("2", 2, "1"), "2"), past("2", 3, "1"), past("3", 4, "")}, "2"},
-		"once more, from the pin on":                  {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
-		"from a pin that is nowhere else":             {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
-		"from a hold, as if it weren't there":         {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},
-		"a first release has none before it":          {[]kv.Entry{record("3", "3"), past("3", 3, "")}, ""},
-		"a bare pointer":                              {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String())}, ""},
-		"no record":                                   {nil, ""},
+		"to stable":                                       {[]kv.Entry{record("3", "2")}, "2"},
+		"to what history knows":                           {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), past("3", 3, "")}, "2"},
+		"stable comes before history":                     {[]kv.Entry{record("3", "1"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "1")}, "1"},
+		"stable is what runs":                             {[]kv.Entry{record("3", "3"), past("2", 2, ""), past("3", 3, "2")}, "2"},
+		"not to what failed on a node":                    {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, ""), says("web-1", map[string]deployments.UnitReport{"app": failed})}, "1"},
+		"not to what was rolled back":                     {[]kv.Entry{record("3", ""), past("1", 1, ""), past("2", 2, "1"), bad(past("2", 3, "1"), "2"), past("3", 4, "")}, "1"},
+		"not to what had failed when it was replaced":     {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), bad(past("3", 3, "2"), "2")}, "1"},
+		"to what did well once more":                      {[]kv.Entry{record("3", ""), past("1", 1, ""), bad(past("2", 2, "1"), "2"), past("2", 3, "1"), past("3", 4, "")}, "2"},
+		"once more, from the pin on":                      {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), pin("2")}, "1"},
+		"from a pin that is nowhere else":                 {[]kv.Entry{record("3", "2"), pin("9")}, "3"},
+		"from a pin that is over, as if it weren't there": {[]kv.Entry{record("3", "2"), past("1", 1, ""), past("2", 2, "1"), past("3", 3, "2"), put(kv.PinKey(app), expired(release("app", "1").String()))}, "2"},
+		"from a hold, as if it weren't there":             {[]kv.Entry{record("3", "2"), put(kv.PinKey(app), "hold")}, "2"},
+		"a first release has none before it":              {[]kv.Entry{record("3", "3"), past("3", 3, "")}, ""},
+		"a bare pointer":                                  {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String())}, ""},
+		"no record":                                       {nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -38,7 +38,7 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 	} else {
 		rows := [][]Text{header(Columns)}
 		for i := range f.Units {
-			rows = append(rows, f.Units[i].Row())
+			rows = append(rows, f.Row(&f.Units[i]))
 		}
 		lines := p.align("", p.withBars(rows, f.Units))
 		p.raw(lines[0])

@@ -86,6 +86,24 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// A pin that is over is told of, and nothing else goes by it.
+func TestTableOfAPinThatIsOver(t *testing.T) {
+	t.Parallel()
+	f := Assemble([]kv.Entry{
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 2,
+			Rollout: &deployments.Progress{Phase: deployments.PhasePaused, Reason: "paused by an operator"}}),
+		put(kv.PinKey(app), expired("hold")), put(kv.NodePinKey(app, "web-1"), expired("hold")),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+	}, noon)
+	var out bytes.Buffer
+	if err := WriteTable(&out, f, TableOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if row := f.Row(&f.Units[0]); row[2].Text != "-" || strings.Count(out.String(), "which is over") != 2 || !strings.Contains(out.String(), "kedge resume prod/web/app") {
+		t.Errorf("pin %q in\n%s", row[2].Text, &out)
+	}
+}
+
 // One node of thousands that isn't converged shows, and one that is as well.
 func TestBar(t *testing.T) {
 	t.Parallel()

@@ -104,17 +104,23 @@ var Columns = []string{"UNIT", "TARGET", "PIN", "CONVERGED", "ROLLOUT"}
 // convergedColumn is where Row counts nodes.
 const convergedColumn = 3
 
-// Row is a unit in one line, in Columns.
-func (u *Unit) Row() []Text {
+// Row is one of f's units in one line, in Columns.
+func (f *Fleet) Row(u *Unit) []Text {
 	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
 	if u.Record != nil {
 		target = Text{u.Release(u.Record.Target), Plain}
 	}
+	nodes := 0
+	for _, p := range u.Pins {
+		if !over(p, f.At) {
+			nodes++
+		}
+	}
 	switch {
-	case u.Pin != nil:
+	case u.pinned(f.At):
 		pin = Text{pinName(u, *u.Pin), Warn}
-	case len(u.Pins) > 0:
-		pin = Text{count(len(u.Pins), "node"), Warn}
+	case nodes > 0:
+		pin = Text{count(nodes, "node"), Warn}
 	}
 	state := Text{fmt.Sprintf("%d/%d", u.Converged, u.Live), Good}
 	if u.Converged < u.Live {
@@ -158,7 +164,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
 		add("rollout:", Plain, oneLine(u.Record.Rollout.Reason), Plain)
 	}
-	if next := todo(u); next != "" {
+	if next := todo(u, f.At); next != "" {
 		add("next:", Warn, next, Plain)
 	}
 	if u.Error != "" {
@@ -190,8 +196,8 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 }
 
 // todo says what an operator can do about a unit that stands; empty: nothing.
-func todo(u *Unit) string {
-	if u.Record == nil || u.Pin != nil {
+func todo(u *Unit, now time.Time) string {
+	if u.Record == nil || u.pinned(now) {
 		return ""
 	}
 	if next := policy.Unblock(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
@@ -261,12 +267,11 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	if p.By != "" {
 		s = append(s, "by "+oneLine(p.By))
 	}
-	switch {
-	case p.Until.IsZero():
-	case p.Until.After(now):
+	if !p.Until.IsZero() {
 		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
-	default:
-		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC")+", which is over")
+	}
+	if over(p, now) {
+		s[len(s)-1] += ", which is over"
 	}
 	if p.Reason != "" {
 		s = append(s, "("+oneLine(p.Reason)+")")

@@ -124,13 +124,13 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		return "the store knows no such unit", nil
 	}
 	for _, u := range f.Units {
-		if err := w.useless(u); err != nil {
+		if err := w.useless(&u, f.At); err != nil {
 			return "", err
 		}
 	}
 	var all []string
 	for _, u := range f.Units {
-		if s := unfinished(u); s != "" {
+		if s := unfinished(&u, f.At); s != "" {
 			all = append(all, s)
 		}
 	}
@@ -183,7 +183,7 @@ func (w *waiter) leapt(m mirror.Status) bool {
 }
 
 // useless is why waiting for a unit would be.
-func (w *waiter) useless(u Unit) error {
+func (w *waiter) useless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
 			w.before[nodeUnit{u.ID, n.Name}] = n.Report.Since
@@ -206,22 +206,22 @@ func (w *waiter) useless(u Unit) error {
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
 		}
 	}
-	if p := rollout(u); p != nil && p.Phase == deployments.PhaseHalted {
+	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseHalted {
 		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), oneLine(p.Reason))
 	}
 	return nil
 }
 
 // rollout is the progress that counts: a pin of the unit overrides it.
-func rollout(u Unit) *deployments.Progress {
-	if u.Record == nil || u.Pin != nil {
+func rollout(u *Unit, now time.Time) *deployments.Progress {
+	if u.Record == nil || u.pinned(now) {
 		return nil
 	}
 	return u.Record.Rollout
 }
 
 // unfinished says what a unit lacks; empty: nothing.
-func unfinished(u Unit) string {
+func unfinished(u *Unit, now time.Time) string {
 	if u.Error != "" {
 		return fmt.Sprintf("%s: %s", u.ID, oneLine(u.Error))
 	}
@@ -244,7 +244,7 @@ func unfinished(u Unit) string {
 		}
 		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
 	}
-	if p := rollout(u); p != nil && p.Phase != deployments.PhaseHalted {
+	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseHalted {
 		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), oneLine(p.Reason)))
 	}
 	return ""

@@ -203,8 +203,9 @@ func TestWaitForARollout(t *testing.T) {
 	s := openDir(t)
 	r := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3, Rollout: &deployments.Progress{Phase: deployments.PhaseCanary, Since: noon}}
 	store(t, s, put(kv.DesiredKey(app), r), reports("web-1", runs("app", "1")))
+	store(t, s, put(kv.PinKey(app), expired("hold")))
 	ended := waiting(t, s, "")
-	goesOn(t, s, ended) // the node runs what it should, but the rollout isn't over
+	goesOn(t, s, ended) // the node runs what it should, but the rollout isn't over, and a pin that is says nothing of it
 	r.Rollout.Phase, r.Rollout.Reason = deployments.PhaseHalted, "1 node failed"
 	store(t, s, put(kv.DesiredKey(app), r))
 	if err := ends(t, ended); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "1 node failed") {

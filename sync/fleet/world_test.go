@@ -97,6 +97,9 @@ func busyFleet() []kv.Entry {
 	}
 }
 
+// expired makes a pin that was over years before tests run, at a time that they can name.
+func expired(release string) string { return "{release: " + release + ", until: 2025-11-24T12:00:00Z}" }
+
 func held(r deployments.UnitReport) deployments.UnitReport {
 	r.State = deployments.StateHeld
 	return r

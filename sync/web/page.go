@@ -156,7 +156,7 @@ func (p *builder) fleet(f *fleet.Fleet, some []*fleet.Unit) {
 	}
 	for _, u := range some {
 		p.add(`<section><h2><a href="%s">%s</a></h2>`, unitPath(u.ID), u.ID)
-		p.summary(u)
+		p.summary(f, u)
 		p.tiles(u)
 		p.notes(u, f.Notes(u))
 		p.nodes(f, u, mostTroubled, func(n *fleet.Node, beside string) bool { return !n.Gone && (!n.Converged || beside != "") })
@@ -165,9 +165,9 @@ func (p *builder) fleet(f *fleet.Fleet, some []*fleet.Unit) {
 }
 
 // summary is a unit's row of kedge status, without its name.
-func (p *builder) summary(u *fleet.Unit) {
+func (p *builder) summary(f *fleet.Fleet, u *fleet.Unit) {
 	p.add(`<p class="summary">`)
-	for i, t := range u.Row() {
+	for i, t := range f.Row(u) {
 		if i > 0 && t.Text != "-" {
 			p.add(`<span><small>%s</small> %s</span> `, strings.ToLower(fleet.Columns[i]), text(t))
 		}
@@ -247,7 +247,7 @@ const firstProse = 5
 func (p *builder) unit(f *fleet.Fleet, u *fleet.Unit, known *past) {
 	p.notes(nil, f.Faults())
 	p.add(`<h1>%s</h1>`, u.ID)
-	p.summary(u)
+	p.summary(f, u)
 	p.tiles(u)
 	p.notes(u, f.Notes(u))
 	if r := u.Record; r != nil {
