@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -188,7 +189,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 		case c.present && c.err == nil: // a bare pointer: nodes run it
 			w.before = deployments.Record{Target: c.record.Target}
 		case past.Generation > 0:
-			w.before = deployments.Record{Target: past.Release, Stable: past.Stable, Generation: past.Generation, Commit: past.Commit}
+			w.before = recordOf(past, f.now)
 		}
 		if !c.present {
 			w.kind = "create"
@@ -239,6 +240,23 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 		w.ops = append(w.ops, history(w, f)...)
 	}
 	return w, doWrite, move.Again
+}
+
+// recordOf gives the record of a generation that the history alone knows. How far its rollout had come is lost: what was rolled back
+// stays so, and all else goes on by max_unavailable, past its canaries, which ends at once where every node is there.
+func recordOf(h History, now time.Time) deployments.Record {
+	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
+	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
+	switch {
+	case h.Stable.IsZero() || h.Stable == h.Release:
+		return r
+	case h.Bad == h.Release.Digest:
+		p.Phase, p.Cutoff, p.Bad, p.Reason = deployments.PhaseBack, math.MaxUint64, h.Bad, h.Note
+	default:
+		p.Phase, p.Promoted = deployments.PhaseRolling, true
+	}
+	r.Rollout = p
+	return r
 }
 
 // pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which

@@ -141,6 +141,52 @@ func TestFailureRollsBack(t *testing.T) {
 	h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
 }
 
+// A unit that is removed, and put back by a revert, goes on where it stood: what was rolled back stays out, and what was under way keeps
+// its budget. So does one whose record is lost while no mirror runs.
+func TestRolloutsOutliveTheirRecords(t *testing.T) {
+	t.Parallel()
+	for name, lose := range map[string]func(o *origin, h *herd){
+		"removed and put back": func(o *origin, h *herd) {
+			removed := o.push(map[string]string{"prod/web/app.yaml": ""})
+			h.m.at(removed)
+			o.git(o.work, "revert", "--no-edit", removed)
+			h.m.at(o.push(nil))
+		},
+		"lost": func(_ *origin, h *herd) {
+			h.m.stop()
+			if err := h.m.store.Commit(t.Context(), nil, kv.Delete(kv.DesiredKey(h.id))); err != nil {
+				t.Error(err)
+			}
+			h.m = start(h.t, h.m.c)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := newOrigin(t)
+			m := start(t, Config{Store: dirStore(t), Repo: o.bare})
+			m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "prune: true\nmax_removed: 50\n", "prod/web/base.yaml": unitFile("base/1")}))
+			h := newHerd(t, m, 6)
+			h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
+
+			bad := pointer("app/2").Digest
+			halted := func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseHalted }
+			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+			h.m.runs("prod/web/app", "app/2")
+			h.until(bad, 0, halted)
+			lose(o, h)
+			if r, moved := h.until(bad, 0, halted); len(moved) > 0 || r.Rollout.Bad != bad || r.Stable != pointer("app/1") || !strings.Contains(r.Rollout.Reason, "health check failed") {
+				t.Errorf("%v moved, %+v, %+v", moved, r, r.Rollout)
+			}
+
+			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
+			h.m.runs("prod/web/app", "app/3")
+			h.turn(bad)
+			lose(o, h)
+			h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
+		})
+	}
+}
+
 func TestFreezeHolds(t *testing.T) {
 	t.Parallel()
 	o := newOrigin(t)
