@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 
 	"kedge/deployments"
 )
@@ -111,6 +112,9 @@ func Unblock(id deployments.UnitID, r deployments.Record) string {
 }
 
 func unblock(id deployments.UnitID, p *deployments.Progress) string {
+	if strings.HasPrefix(p.Reason, orphaned) {
+		return "put " + id.String() + ".yaml back into Git, or pin what is to run: kedge pin " + id.String() + " POINTER"
+	}
 	if heldUp(p) {
 		return "wait, or let it go on within the freeze: kedge promote " + id.String()
 	}

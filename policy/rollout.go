@@ -78,6 +78,7 @@ func Next(s Situation) (move Move) {
 				*at = s.Now
 			}
 		}
+		p.Reason = strings.TrimPrefix(strings.TrimPrefix(p.Reason, orphaned), ": ")
 		m.r.Rollout = &p
 	}
 	if s.Record.Generation == 0 || m.goal() != s.Unit.Release {
@@ -222,6 +223,8 @@ func Refusal(order string, r deployments.Record) string {
 	switch {
 	case !slices.Contains(Orders, order):
 		return "it is not one of " + strings.Join(Orders, ", ")
+	case p != nil && strings.HasPrefix(p.Reason, orphaned):
+		return orphaned
 	case order == "retry" && p != nil && p.Phase == deployments.PhaseBack:
 		return "the release is being rolled back: retry when that is done"
 	case order == "retry":
@@ -247,6 +250,21 @@ func Refusal(order string, r deployments.Record) string {
 // heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
 func heldUp(p *deployments.Progress) bool {
 	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && strings.HasPrefix(p.Reason, frozenBy)
+}
+
+// orphaned begins the reason of a rollout of a unit that Git doesn't have any more.
+const orphaned = "its file is no longer in Git, so it stands where it is"
+
+// Orphaned is what becomes of a record whose unit Git doesn't have any more, and that stays: nothing moves, as nothing says how, and
+// its rollout tells so. Next takes it up again where it stood.
+func Orphaned(r deployments.Record) deployments.Record {
+	if r.Rollout == nil || strings.HasPrefix(r.Rollout.Reason, orphaned) {
+		return r
+	}
+	p := *r.Rollout
+	p.Reason = strings.TrimSuffix(orphaned+": "+p.Reason, ": ")
+	r.Rollout = &p
+	return r
 }
 
 // Orders are what an operator may ask for.

@@ -311,7 +311,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	}
 	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
 	if errors.Is(err, fleet.ErrNotTaken) {
-		return hintError{inTime{err}, fmt.Sprintf("it waits at control/%s, and is done when a mirror runs: see kedge status", id)}
+		return hintError{inTime{err}, fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id)}
 	}
 	if err != nil {
 		return err

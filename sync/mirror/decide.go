@@ -144,14 +144,19 @@ func decide(f facts) (writes []write, all bool, again time.Time) {
 			all = false
 		}
 	}
-	if f.commit.tree.Settings.Prune {
-		for id, c := range f.cells {
-			o, known := f.owned[id]
-			if inGit[id] || !c.present || c.err != nil || !ours(c.record) || stand(c, o, known, f.now) == inFlight {
-				continue
-			}
-			writes = append(writes, write{unit: id, kind: "remove", before: c.record, over: c.version,
-				ops: []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}})
+	for id, c := range f.cells {
+		o, known := f.owned[id]
+		if inGit[id] || !c.present || c.err != nil || !ours(c.record) || stand(c, o, known, f.now) == inFlight {
+			continue
+		}
+		w := write{unit: id, kind: "remove", before: c.record, over: c.version}
+		if f.commit.tree.Settings.Prune {
+			w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
+			writes = append(writes, w)
+		} else if w.after = policy.Orphaned(c.record); w.after.Rollout != c.record.Rollout {
+			w.kind, w.reason, w.value = "update", w.after.Rollout.Reason, encode(w.after)
+			w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
+			writes = append(writes, w)
 		}
 	}
 	slices.SortFunc(writes, func(a, b write) int { return compareIDs(a.unit, b.unit) })

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -185,6 +186,32 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 			h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
 		})
 	}
+}
+
+// A unit that is taken out of Git, or renamed, while its rollout is under way: without prune its record stays, and says why nothing moves.
+func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "max_removed: 100\n"}))
+	h := newHerd(t, m, 6)
+	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	m.runs("prod/web/app", "app/2")
+	put(t, m.store, "control/prod/web/app", "pause")
+	was := m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePaused })
+
+	m.at(o.push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
+	r := m.record("prod/web/app", func(r deployments.Record) bool { return strings.Contains(r.Rollout.Reason, "no longer in Git") })
+	if next := policy.Unblock(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || policy.Refusal("resume", r) == "" {
+		t.Errorf("%q, and resume is refused by %q", next, policy.Refusal("resume", r))
+	}
+	m.at(o.push(map[string]string{"README.md": "x"}))
+
+	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual}))
+	m.record("prod/web/app", func(r deployments.Record) bool { return reflect.DeepEqual(r, was) })
+	put(t, m.store, "control/prod/web/app", "resume")
+	h.until(deployments.Digest{}, 2, func(r deployments.Record) bool { return r.Rollout == nil })
 }
 
 func TestFreezeHolds(t *testing.T) {
