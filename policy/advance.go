@@ -259,7 +259,7 @@ func (m *mover) waits(v view) string {
 	}
 	switch {
 	case frozen:
-		m.wakeFrozen()
+		m.wake(m.Freeze.Until)
 		if v.pending == 0 && p.Healthy.IsZero() {
 			p.Healthy = m.Now // what comes into flight before it ends is not late for the last step: see watch
 		}
@@ -375,9 +375,7 @@ func (m *mover) wakeLate(v view, moved bool) {
 	if moved { // they all have their time from now on
 		v.due = m.Now.Add(m.deadline())
 	}
-	if !v.due.IsZero() {
-		m.wake(v.due)
-	}
+	m.wake(v.due)
 }
 
 // stepBack lowers the cutoff over the next nodes that run what was rolled back.

@@ -16,8 +16,9 @@ type Verdict struct {
 	Frozen bool
 	// By names the window that says so, Reason is its own.
 	By, Reason string
-	// Until is when the verdict may change; zero: never, as far as a year ahead shows.
-	Until time.Time
+	// Until is when the verdict may change; zero: never, as far as a year ahead shows. Ends is when the window that says so is over,
+	// or, where none is open that allows it, when the next one opens.
+	Until, Ends time.Time
 	// Wait is set where a rollout under way waits as well.
 	Wait bool
 }
@@ -27,8 +28,8 @@ const frozenBy = "frozen by "
 
 func (v Verdict) String() string {
 	s := frozenBy + said(v.By)
-	if !v.Until.IsZero() {
-		s += " until " + v.Until.UTC().Format("2006-01-02 15:04Z")
+	if !v.Ends.IsZero() {
+		s += " until " + v.Ends.UTC().Format("2006-01-02 15:04Z")
 	}
 	if v.Reason != "" {
 		s += " (" + said(v.Reason) + ")"
@@ -44,6 +45,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	var v Verdict
 	allows, allowed := 0, false
 	var reason, by string
+	var allowedFrom time.Time
 	waits := false
 	for _, w := range windows {
 		if !covers(w.Units, id) {
@@ -61,26 +63,33 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 		switch {
 		case w.Kind == deployments.FreezeDeny && !ends.IsZero():
 			if !v.Frozen {
-				v.Frozen, v.By, v.Reason = true, nameOf(w), w.Reason
+				v.Frozen, v.By, v.Reason, v.Ends = true, nameOf(w), w.Reason, ends
 			}
 			v.Wait = v.Wait || w.Running == "wait"
 		case w.Kind == deployments.FreezeAllow:
 			allows++
 			allowed = allowed || !ends.IsZero()
+			allowedFrom = earlier(allowedFrom, opens)
 			by, reason = cmp.Or(by, nameOf(w)), cmp.Or(reason, w.Reason)
 			waits = waits || w.Running == "wait"
 		}
-		if !next.IsZero() && (v.Until.IsZero() || next.Before(v.Until)) {
-			v.Until = next
-		}
+		v.Until = earlier(v.Until, next)
 	}
 	if allows > 0 && !allowed {
 		if !v.Frozen {
-			v.Frozen, v.By, v.Reason = true, by+", which is not open", reason
+			v.Frozen, v.By, v.Reason, v.Ends = true, by+", which is not open", reason, allowedFrom
 		}
 		v.Wait = v.Wait || waits // a window that denies as well makes it no laxer
 	}
 	return v
+}
+
+// earlier is the first of two times, where zero is never.
+func earlier(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that falls into the

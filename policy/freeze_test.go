@@ -122,11 +122,34 @@ func TestFrozenWhileARolloutIsUnderWay(t *testing.T) {
 	}
 }
 
+// What a person is told is when the window that is named is over, not when some other opens or closes meanwhile.
+func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
+	t.Parallel()
+	type freeze = deployments.Freeze
+	weekend := freeze{Name: "weekend", Kind: deployments.FreezeDeny, Cron: "0 15 * * FRI", Duration: 64 * time.Hour}
+	night := freeze{Name: "night", Kind: deployments.FreezeDeny, Cron: "0 22 * * *", Duration: 8 * time.Hour}
+	hours := freeze{Name: "office hours", Kind: deployments.FreezeAllow, Cron: "0 9 * * MON-FRI", Duration: 8 * time.Hour}
+	late := freeze{Name: "late", Kind: deployments.FreezeAllow, Cron: "0 18 * * *", Duration: time.Hour}
+	for _, c := range []struct {
+		windows []freeze
+		now     time.Time
+		want    string
+	}{
+		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 27, 16, 0, 0, 0, time.UTC), "frozen by weekend until 2026-11-30 07:00Z"},
+		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC), "frozen by night until 2026-11-29 06:00Z"},
+		{[]freeze{hours, late, night}, time.Date(2026, 11, 24, 17, 30, 0, 0, time.UTC), "frozen by office hours, which is not open until 2026-11-24 18:00Z"},
+	} {
+		if got := Frozen(c.windows, app, c.now).String(); got != c.want {
+			t.Errorf("at %v: %s, want %s", c.now, got, c.want)
+		}
+	}
+}
+
 func TestVerdictInWords(t *testing.T) {
 	t.Parallel()
 	for want, v := range map[string]Verdict{
 		"frozen by xmas": {Frozen: true, By: "xmas"},
-		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Until: noon, Reason: "nobody is there"},
+		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Ends: noon, Reason: "nobody is there"},
 	} {
 		if got := v.String(); got != want {
 			t.Errorf("%q, want %q", got, want)

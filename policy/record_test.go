@@ -27,7 +27,7 @@ func TestNextWrites(t *testing.T) {
 		return lowest
 	}
 	same := func(*Situation, *record) {}
-	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Wait: true}
+	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
 		s.Nodes[i].Report = deployments.UnitReport{State: quarantined, Running: v1, Want: v2, Quarantined: []deployments.Digest{v2.Digest}, Generation: 2, Error: why}
 	}

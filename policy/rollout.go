@@ -375,12 +375,8 @@ func (m *mover) back(why string) {
 	m.say = why
 }
 
-// wake asks to look again at a time.
-func (m *mover) wake(at time.Time) {
-	if m.again.IsZero() || at.Before(m.again) {
-		m.again = at
-	}
-}
+// wake asks to look again at a time; zero: never.
+func (m *mover) wake(at time.Time) { m.again = earlier(m.again, at) }
 
 // step goes on from the phase in which the rollout stands, and reports whether another step may follow at once.
 func (m *mover) step() bool {
@@ -396,7 +392,7 @@ func (m *mover) step() bool {
 		if p.Healthy.IsZero() { // for a freeze to end
 			if m.Freeze.Frozen && !p.Forced {
 				m.say = m.Freeze.String()
-				m.wakeFrozen()
+				m.wake(m.Freeze.Until)
 				return false
 			}
 			if m.r.Stable.IsZero() {
@@ -450,10 +446,4 @@ func (m *mover) limit(v view) int {
 		limit += u.MaxFailures.Of(v.live)
 	}
 	return limit
-}
-
-func (m *mover) wakeFrozen() {
-	if !m.Freeze.Until.IsZero() {
-		m.wake(m.Freeze.Until)
-	}
 }
