@@ -48,9 +48,12 @@ func (m *mover) deadline() time.Duration {
 }
 
 // due is when a node in flight has had its time. Who booted since the last step has it from then on: it would else be late at once
-// where that was long ago, as in a bake.
+// where that was long ago, as in a bake. So do all after an outage of the store, in which none could say that it had converged.
 func (m *mover) due(n *Node) time.Time {
 	from, deadline := m.r.Rollout.Since, m.deadline()
+	if m.Seen.After(from) {
+		from = m.Seen
+	}
 	if n.Started.After(from) && n.Started.Before(m.Now.Add(deadline)) { // or the node's clock is off
 		from = n.Started
 	}
@@ -281,18 +284,27 @@ func (m *mover) baked() bool {
 	if u == nil {
 		return true
 	}
-	done := p.Healthy.Add(u.Bake)
-	if m.Now.Before(done) {
+	if done := m.bakeEnds(); m.Now.Before(done) {
 		m.wake(done)
 		return false
 	}
 	return true
 }
 
-// bakedAt is when the bake ends, if all stays well.
-func (m *mover) bakedAt() string {
-	return m.r.Rollout.Healthy.Add(m.Unit.Rollout.Bake).UTC().Format("2006-01-02 15:04:05Z")
+// retell is how long nodes may take to say how they are once the store is back.
+const retell = 30 * time.Second
+
+// bakeEnds is when the bake ends, if all stays well.
+func (m *mover) bakeEnds() time.Time {
+	bake := m.Unit.Rollout.Bake
+	end := m.r.Rollout.Healthy.Add(bake)
+	if told := m.Seen.Add(min(bake, retell)); told.After(end) {
+		return told
+	}
+	return end
 }
+
+func (m *mover) bakedAt() string { return m.bakeEnds().UTC().Format("2006-01-02 15:04:05Z") }
 
 func count(n int, one, many string) string {
 	if n == 1 {

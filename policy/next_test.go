@@ -351,6 +351,22 @@ func TestNext(t *testing.T) {
 			s.Record.Rollout.Healthy = time.Time{}
 			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: ago(10 * time.Minute)}
 		}, back, 10, "not converged in time"},
+		{"who could not say that it has converged, as the store was away, is not late", 2, rolling, func(s *Situation) {
+			s.Record.Rollout.Since, s.Seen = ago(time.Hour), ago(time.Minute)
+		}, rolling, 2, ""},
+		{"before it has had its time since", 2, rolling, func(s *Situation) {
+			s.Record.Rollout.Since, s.Seen = ago(time.Hour), ago(10*time.Minute)
+		}, back, 10, "not converged in time"},
+		{"a bake doesn't end before canaries could say how they are", 1, first, func(s *Situation) {
+			canary(s)
+			there(s, 1)
+			s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), ago(10*time.Second)
+		}, first, 1, "bake until 2026-11-24 12:00:20Z"},
+		{"which takes them a moment", 1, first, func(s *Situation) {
+			canary(s)
+			there(s, 1)
+			s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), ago(30*time.Second)
+		}, rolling, 3, "3 of 10"},
 		{"by a clock that may be off, but not by far", 2, first, func(s *Situation) {
 			baking(s)
 			s.Record.Rollout.Healthy = time.Time{}

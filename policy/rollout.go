@@ -21,6 +21,9 @@ type Situation struct {
 	Record deployments.Record
 	// Nodes are those that have an entry in status/ for the unit's role.
 	Nodes []Node
+	// Seen is since when Nodes are as they report themselves, without a gap: while the store is away nothing that they do is told. Zero:
+	// always.
+	Seen time.Time
 	// Order is what an operator put at control/: promote, pause, resume, abort, retry; empty: nothing.
 	Order string
 	// Freeze is Frozen's verdict for the unit now.

@@ -94,7 +94,7 @@ func (l *leader) act(ctx context.Context, writes []write, status Status, lost bo
 	return nil
 }
 
-// complain says in mirror/state why the store refuses what the commit asks for, where it takes at least that.
+// complain says in mirror/state why what the commit asks for can't be written, where the store takes at least that.
 func (l *leader) complain(ctx context.Context, err error, now time.Time) {
 	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
 		if errors.Is(err, passes) {
@@ -102,7 +102,7 @@ func (l *leader) complain(ctx context.Context, err error, now time.Time) {
 		}
 	}
 	status := l.written
-	status.Holder, status.Error = l.c.Name, clip("the store does not take the commit: "+err.Error(), maxError)
+	status.Holder, status.Error = l.c.Name, clip("the commit can't be written: "+err.Error(), maxError)
 	if ctx.Err() != nil || !worthWriting(l.written, status, l.writtenAt, now) {
 		return
 	}

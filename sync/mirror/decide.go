@@ -78,6 +78,8 @@ type facts struct {
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
 	fleet map[[2]string][]reported
 	blind bool
+	// seen is since when fleet is up to date, without a gap.
+	seen time.Time
 	// ranks are kept from one turn to the next, for speed alone; nil: nowhere.
 	ranks map[deployments.UnitID]*policy.Ranks
 }
@@ -206,7 +208,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 	o, ordered := f.orders[u.ID]
 	nodes := f.nodes(u.ID)
 	move := policy.Next(policy.Situation{
-		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: nodes, Order: o.verb,
+		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: nodes, Seen: f.seen, Order: o.verb,
 		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now), Ranks: f.ranksOf(u.ID),
 	})
 	w.after, w.reason = move.Record, move.Reason

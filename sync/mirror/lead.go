@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
@@ -250,13 +251,20 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		var all bool
 		var at time.Time
 		nodes := l.fleet(fleet)
+		seen := fleet.Since
+		if fleet.Err != nil { // there may be a gap yet
+			seen = now
+		}
 		l.setScene(&scene{units: l.accepted.tree.Units, cells: cells, fleet: nodes})
 		writes, all, at = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past,
-			fleet: nodes, blind: !fleet.Settled, ranks: l.ranks})
+			fleet: nodes, blind: !fleet.Settled, seen: seen, ranks: l.ranks})
 		if !at.IsZero() {
 			again = max(time.Millisecond, at.Sub(now))
 		}
 		if !all && l.accepted.Hash != l.written.Head {
+			if !fleet.Settled && fleet.Err != nil {
+				l.complain(ctx, fmt.Errorf("the nodes' reports can't be read: %w", fleet.Err), now)
+			}
 			return settle, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
 		}
 		status.Applying = ""

@@ -3,9 +3,13 @@ package mirror
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math"
+	"strings"
 	"testing"
 	"time"
 
+	"kedge/deployments"
 	"kedge/kv"
 )
 
@@ -101,5 +105,104 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	defer cancel()
 	if err := l.loop(ctx); !errors.Is(err, kv.ErrLeaseLost) {
 		t.Errorf("the loop ended with %v", err)
+	}
+}
+
+// While the store is away nodes can't say that they have converged: none is late for that once it is back, nor while it may still be away.
+func TestAnOutageMakesNobodyLate(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	l, store := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	long := time.Now().Add(-time.Hour)
+	put(t, store.Store, "desired/prod/web/app", string(encode(deployments.Record{Target: pointer("app/2"), Stable: pointer("app/1"), Generation: 2,
+		Commit:  strings.Repeat("c", 40),
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: math.MaxUint64, Promoted: true, Since: long.UTC().Truncate(time.Millisecond)}})))
+	report := kv.Entry{Key: "status/prod/web/web-1", Version: 1, Session: "s", Value: []byte(`{"node":"web-1","units":{"app":{"state":"switching","generation":2,"running":"` +
+		pointer("app/1").String() + `","want":"` + pointer("app/2").String() + `"}}}`)}
+	for _, c := range []struct {
+		name string
+		view kv.View
+		late bool
+	}{
+		{"the store is back", kv.View{Since: time.Now()}, false},
+		{"it may be away", kv.View{Since: long, Err: kv.ErrUnavailable}, false},
+		{"it never was", kv.View{Since: long}, true},
+	} {
+		entries, err := store.List(t.Context(), kv.DesiredPrefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.sawDesired(kv.View{Settled: true, Entries: entries})
+		c.view.Settled, c.view.Entries = true, []kv.Entry{report}
+		l.sawStatus(c.view)
+		if _, err := l.round(t.Context(), git); err != nil {
+			t.Fatal(err)
+		}
+		if got := desired(t, store)["prod/web/app"]; strings.Contains(got, "not converged in time") != c.late {
+			t.Errorf("%s: %s", c.name, got)
+		}
+	}
+}
+
+// A commit that waits for the nodes' reports, as they can't be read, says so where people look.
+func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
+	l, _ := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	l.sawDesired(kv.View{Settled: true})
+	l.sawStatus(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	if l.written.Head != "" || !strings.Contains(l.written.Error, "list status/: permission denied") {
+		t.Errorf("status %+v", l.written)
+	}
+	l.sawStatus(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	if l.written.Head != head || l.written.Error != "" {
+		t.Errorf("status %+v", l.written)
+	}
+}
+
+// An order that was replaced between the look at it and the write is not the one that is obeyed, nor is it taken away.
+func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
+	t.Parallel()
+	o := newOrigin(t)
+	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	l.sawDesired(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	see := func(prefix string) kv.View {
+		entries, err := store.List(t.Context(), prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kv.View{Settled: true, Entries: entries}
+	}
+	l.sawDesired(see(kv.DesiredPrefix))
+	put(t, store.Store, "control/prod/web/app", "retry")
+	l.sawControl(see(kv.ControlPrefix))
+	put(t, store.Store, "control/prod/web/app", "pause")
+	if _, err := l.round(t.Context(), git); !errors.Is(err, kv.ErrConflict) {
+		t.Errorf("it obeyed what is no longer asked for: %v", err)
+	}
+	if e, err := store.Get(t.Context(), "control/prod/web/app"); err != nil || string(e.Value) != "pause" || strings.Contains(desired(t, store)["prod/web/app"], "retry") {
+		t.Errorf("the order is %q, %v, and the record %s", e.Value, err, desired(t, store)["prod/web/app"])
+	}
+	l.sawControl(see(kv.ControlPrefix))
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Error(err)
+	}
+	if _, err := store.Get(t.Context(), "control/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
+		t.Errorf("the order was not taken: %v", err)
 	}
 }
