@@ -89,6 +89,8 @@ func TestExplainStates(t *testing.T) {
 		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},
 		"behind":         {on(v1, func(r *report) { r.Generation = 1 }), []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"silent":         {report{}, []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"frozen-midway":  {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"removed":        {on(v1), []kv.Entry{desired(policy.Orphaned(record{Stable: v1, Rollout: &progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: "1 of 3 nodes admitted"}}))}, "admission", "", "put prod/web/app.yaml back"},
 		"order":          {on(v1), []kv.Entry{rollout(waiting), put(kv.ControlKey(app), "promote")}, "admission", "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
