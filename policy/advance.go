@@ -275,8 +275,8 @@ func (m *mover) waits(v view) string {
 	return ""
 }
 
-// baked notes since when all is well, and reports whether that is long enough.
-func (m *mover) baked() bool {
+// baked notes since when all is well, and reports whether that is long enough. who is whom it waits for.
+func (m *mover) baked(who string) bool {
 	p, u := m.r.Rollout, m.Unit.Rollout
 	if p.Healthy.IsZero() {
 		p.Healthy = m.Now
@@ -284,27 +284,22 @@ func (m *mover) baked() bool {
 	if u == nil {
 		return true
 	}
-	if done := m.bakeEnds(); m.Now.Before(done) {
-		m.wake(done)
-		return false
+	ends, told := p.Healthy.Add(u.Bake), m.Seen.Add(min(u.Bake, retell))
+	switch {
+	case m.Now.Before(ends):
+		m.wake(ends)
+		m.say = cmp.Or(m.say, who+" bake until "+ends.UTC().Format("2006-01-02 15:04:05Z"))
+	case m.Now.Before(told):
+		m.wake(told)
+		m.say = cmp.Or(m.say, who+" have baked, and have yet to say how they are now")
+	default:
+		return true
 	}
-	return true
+	return false
 }
 
 // retell is how long nodes may take to say how they are once the store is back.
 const retell = 30 * time.Second
-
-// bakeEnds is when the bake ends, if all stays well.
-func (m *mover) bakeEnds() time.Time {
-	bake := m.Unit.Rollout.Bake
-	end := m.r.Rollout.Healthy.Add(bake)
-	if told := m.Seen.Add(min(bake, retell)); told.After(end) {
-		return told
-	}
-	return end
-}
-
-func (m *mover) bakedAt() string { return m.bakeEnds().UTC().Format("2006-01-02 15:04:05Z") }
 
 func count(n int, one, many string) string {
 	if n == 1 {
@@ -336,8 +331,7 @@ func (m *mover) stepCanary() bool {
 	case moved || admitted < want || v.pending > v.late:
 		m.wakeLate(v, moved)
 		return false
-	case !m.baked():
-		m.say = cmp.Or(m.say, "the canaries bake until "+m.bakedAt())
+	case !m.baked("the canaries"):
 		return false
 	case m.Unit.Rollout.Approval == deployments.Manual:
 		p := m.r.Rollout
@@ -374,8 +368,7 @@ func (m *mover) stepRolling() bool {
 		m.wakeLate(v, moved)
 		return false
 	}
-	if m.Unit.Rollout.Canary.N == 0 && !m.baked() { // without canaries all of them bake
-		m.say = cmp.Or(m.say, "all nodes bake until "+m.bakedAt())
+	if m.Unit.Rollout.Canary.N == 0 && !m.baked("all nodes") { // without canaries all of them bake
 		return false
 	}
 	m.r.Stable, m.r.Rollout, m.say = m.r.Target, nil, "every node converged"

@@ -361,7 +361,7 @@ func TestNext(t *testing.T) {
 			canary(s)
 			there(s, 1)
 			s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), ago(10*time.Second)
-		}, first, 1, "bake until 2026-11-24 12:00:20Z"},
+		}, first, 1, "have yet to say how they are"},
 		{"which takes them a moment", 1, first, func(s *Situation) {
 			canary(s)
 			there(s, 1)
@@ -449,6 +449,21 @@ func TestUnblockInAFreeze(t *testing.T) {
 	s.Record = Next(s).Record
 	if got := Unblock(app, s.Record); got != "" || Refusal("promote", s.Record) == "" {
 		t.Errorf("once it is let go: %q", got)
+	}
+}
+
+// While it is not known whether reports are out of date, they could be so at any time: that must not be written anew each time.
+func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
+	t.Parallel()
+	s := step(1, deployments.PhaseCanary)
+	canary(&s)
+	there(&s, 1)
+	s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), s.Now
+	s.Record = Next(s).Record
+	s.Now = noon.Add(time.Second)
+	s.Seen = s.Now
+	if m := Next(s); !reflect.DeepEqual(m.Record, s.Record) || !m.Again.Equal(s.Now.Add(retell)) {
+		t.Errorf("%s, once more after %v", brief(m.Record), m.Again.Sub(s.Now))
 	}
 }
 
