@@ -226,7 +226,7 @@ func Refusal(order string, r deployments.Record) string {
 	switch {
 	case !slices.Contains(Orders, order):
 		return "it is not one of " + strings.Join(Orders, ", ")
-	case p != nil && strings.HasPrefix(p.Reason, orphaned):
+	case IsOrphaned(r):
 		return orphaned
 	case order == "retry" && p != nil && p.Phase == deployments.PhaseBack:
 		return "the release is being rolled back: retry when that is done"
@@ -261,13 +261,18 @@ const orphaned = "its file is no longer in Git, so it stands where it is"
 // Orphaned is what becomes of a record whose unit Git doesn't have any more, and that stays: nothing moves, as nothing says how, and
 // its rollout tells so. Next takes it up again where it stood.
 func Orphaned(r deployments.Record) deployments.Record {
-	if r.Rollout == nil || strings.HasPrefix(r.Rollout.Reason, orphaned) {
+	if r.Rollout == nil || IsOrphaned(r) {
 		return r
 	}
 	p := *r.Rollout
 	p.Reason = strings.TrimSuffix(orphaned+": "+p.Reason, ": ")
 	r.Rollout = &p
 	return r
+}
+
+// IsOrphaned reports whether a record has a rollout with which no mirror goes on, as its unit is gone from Git.
+func IsOrphaned(r deployments.Record) bool {
+	return r.Rollout != nil && strings.HasPrefix(r.Rollout.Reason, orphaned)
 }
 
 // Orders are what an operator may ask for.

@@ -12,6 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -212,9 +213,9 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 	return nil
 }
 
-// rollout is the progress that counts: a pin of the unit overrides it.
+// rollout is the progress that counts: a pin of the unit overrides it, and one that stands for good is not waited for.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
-	if u.Record == nil || u.pinned(now) {
+	if u.Record == nil || u.pinned(now) || policy.IsOrphaned(*u.Record) {
 		return nil
 	}
 	return u.Record.Rollout

@@ -10,6 +10,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/mirror"
 )
 
@@ -210,6 +211,20 @@ func TestWaitForARollout(t *testing.T) {
 	store(t, s, put(kv.DesiredKey(app), r))
 	if err := ends(t, ended); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "1 node failed") {
 		t.Error(err)
+	}
+}
+
+// A rollout that stands as its unit is gone from Git never ends: whoever pushes next must not wait for it, nor fail for it.
+func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s, reports("web-1", runs("app", "1")))
+	for _, phase := range []deployments.Phase{deployments.PhaseRolling, deployments.PhaseHalted} {
+		store(t, s, put(kv.DesiredKey(app), policy.Orphaned(deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
+			Rollout: &deployments.Progress{Phase: phase, Since: noon}})))
+		if err := ends(t, waiting(t, s, "")); err != nil {
+			t.Errorf("%s: %v", phase, err)
+		}
 	}
 }
 
