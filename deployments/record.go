@@ -32,13 +32,14 @@ type Progress struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
-	// Reason says, in words for an operator, why the rollout stands where it does.
+	// Reason says, in words for an operator, why the rollout stands where it does. Package policy knows by its beginning one that a
+	// freeze holds, and one whose unit is gone from Git: agents of before refuse a record with a field that they don't know.
 	Reason string `json:"reason,omitempty"`
 	// Bad is the digest that was rolled back: it stays out until Git names another or an operator retries.
 	Bad Digest `json:"bad,omitzero"`
 	// Promoted is set once an operator, or the approval: auto default after the bake, let it go past its canary.
 	Promoted bool `json:"promoted,omitempty"`
-	// Forced is set where an operator let it start within a freeze window.
+	// Forced is set where an operator let it start, or go on, within a freeze window.
 	Forced bool `json:"forced,omitempty"`
 	// Healthy is since when the canaries, or all nodes where there are none, are converged: where the bake begins.
 	Healthy time.Time `json:"healthy,omitzero"`
