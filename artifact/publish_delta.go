@@ -84,7 +84,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	return found, nil
 }
 
-// listManifests gives the manifests of this name's other versions, those written last first.
+// listManifests gives the manifests of this name's versions, those written last first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
 	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
 	if err != nil {
@@ -96,7 +96,7 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 	}
 	objects = slices.DeleteFunc(objects, func(o object.Listed) bool {
 		version, ok := strings.CutSuffix(strings.TrimPrefix(o.URL, p.beside), "/"+manifestName)
-		return !ok || strings.Contains(version, "/") || o.URL == p.url+manifestName
+		return !ok || strings.Contains(version, "/")
 	})
 	slices.SortFunc(objects, func(a, b object.Listed) int {
 		return cmp.Or(b.Modified.Compare(a.Modified), strings.Compare(b.URL, a.URL))
@@ -121,6 +121,7 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	if m.Src != beside+archiveName || m.Index.URL != beside+indexName {
 		return earlier{}, errors.New("its archive and index don't lie beside its manifest")
 	}
+	m.Deltas = nil // one of them may begin at this tree, and lie anywhere
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: sha256.Sum256(raw)}, manifest: m}, nil
 }
 

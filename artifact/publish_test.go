@@ -4,9 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"kedge/artifact/object"
@@ -177,6 +182,94 @@ func TestPublishRefuses(t *testing.T) {
 		out, err := Publish(t.Context(), object.New(object.Config{}), opt)
 		if err == nil {
 			t.Errorf("%s: published as %s", name, out.Pointer)
+		}
+	}
+}
+
+// Anybody may have put a manifest beside the one that is published: it leads to nothing elsewhere, and one of no use costs its delta.
+func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
+	t.Parallel()
+	objects := object.New(object.Config{})
+	one, two := t.TempDir(), t.TempDir()
+	writeVersion(t, one, noise(1, 100_000))
+	writeVersion(t, two, noise(1, 100_000)+"one line more")
+	var asked atomic.Int64
+	stranger := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		http.Error(w, "no", http.StatusNotFound)
+	}))
+	defer stranger.Close()
+	index := digestOf(publishTree(t, two).index)
+	for name, c := range map[string]struct {
+		change func(m *deployments.Manifest)
+		deltas int
+	}{
+		"as published":      {func(*deployments.Manifest) {}, 1},
+		"an archive abroad": {func(m *deployments.Manifest) { m.Src = stranger.URL + "/" + archiveName }, 0},
+		"an index abroad":   {func(m *deployments.Manifest) { m.Index.URL = stranger.URL + "/" + indexName }, 0},
+		"no index":          {func(m *deployments.Manifest) { m.Index = nil }, 0},
+		"a delta abroad": {func(m *deployments.Manifest) {
+			m.Deltas = []deployments.Delta{{From: index, Blob: deployments.Blob{URL: stranger.URL + "/delta", Size: 100, SHA256: index}}}
+		}, 1},
+		"an archive of another size": {func(m *deployments.Manifest) { m.Size++ }, 0},
+		"another index":              {func(m *deployments.Manifest) { m.Index.SHA256 = index; m.Index.SHA256[0] ^= 1 }, 0},
+	} {
+		store := t.TempDir()
+		opt := PublishOptions{Dir: one, To: "file://" + store, Manifest: template("1")}
+		first, err := Publish(t.Context(), objects, opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, _, err := FetchManifest(t.Context(), objects, first.Pointer, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.change(m)
+		text, err := m.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(store, "app/1", manifestName), text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var log strings.Builder
+		opt.Dir, opt.Manifest, opt.Find, opt.Log = two, template("2"), 1, slog.New(slog.NewTextHandler(&log, nil))
+		second, err := Publish(t.Context(), objects, opt)
+		if err != nil || len(second.Deltas) != c.deltas {
+			t.Errorf("%s: %d deltas, want %d: %v", name, len(second.Deltas), c.deltas, err)
+		}
+		if said := strings.Count(log.String(), "gets no delta"); said != 1-c.deltas {
+			t.Errorf("%s: the log says:\n%s", name, log.String())
+		}
+	}
+	if n := asked.Load(); n > 0 {
+		t.Errorf("a stranger's server was asked %d times", n)
+	}
+}
+
+// A release of the same tree takes no other's place among those that get deltas.
+func TestPublishFindsNoReleaseOfTheSameTree(t *testing.T) {
+	t.Parallel()
+	objects := object.New(object.Config{})
+	store := "file://" + t.TempDir()
+	for _, c := range []struct {
+		version, content string
+		deltas           []string
+	}{
+		{"1", noise(1, 100_000), nil}, {"2", noise(1, 100_000) + "more", []string{"1"}}, {"3", noise(1, 100_000) + "more", []string{"1"}},
+	} {
+		tree := t.TempDir()
+		writeVersion(t, tree, c.content)
+		out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: store, Manifest: template(c.version), Find: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var from []string
+		for _, d := range out.Deltas {
+			from = append(from, d.Version)
+		}
+		if !slices.Equal(from, c.deltas) {
+			t.Errorf("%s has deltas from %q, want %q", c.version, from, c.deltas)
 		}
 	}
 }
