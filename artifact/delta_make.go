@@ -48,7 +48,7 @@ func makeDelta(ctx context.Context, oldTree string, oldIndex []byte, newTree str
 		return err
 	}
 	jobs := m.choose()
-	var total int64
+	total := int64(len(newIndex))
 	for _, job := range jobs {
 		total += newX.entries[job.entry].size
 	}
@@ -103,7 +103,6 @@ func (m *deltaMaker) choose() []deltaJob {
 		if e.kind != kindFile || e.size == 0 || e.size > patchMost || have[e.sum] {
 			continue
 		}
-		have[e.sum] = false
 		job := deltaJob{i, m.old.find(e.path)}
 		if job.from >= 0 && m.old.entries[job.from].kind != kindFile {
 			job.from = -1

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -595,5 +596,11 @@ func TestProgressEndsAtItsTotal(t *testing.T) {
 	}
 	if want := (Progress{"fetch", new.manifest.Deltas[0].Size, new.manifest.Deltas[0].Size}); last != want {
 		t.Errorf("the last report was %v, want %v", last, want)
+	}
+	if err := makeDelta(t.Context(), old.dir, old.index, new.dir, new.index, io.Discard, opt.Progress); err != nil {
+		t.Fatal(err)
+	}
+	if last.Phase != "delta" || last.Done != last.Total || last.Total <= int64(len(new.index)) {
+		t.Errorf("making a delta, the last report was %v", last)
 	}
 }
