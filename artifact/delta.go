@@ -43,8 +43,8 @@ func (d *delta) Close() error {
 }
 
 // readDelta opens a delta and applies its patch of the index. It closes raw when it fails.
-func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (d *delta, newIndex []byte, err error) {
-	d = &delta{raw: raw}
+func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex []byte, err error) {
+	d := &delta{raw: raw}
 	defer func() {
 		if err != nil {
 			d.Close()
@@ -237,7 +237,7 @@ type window struct {
 
 func (w *window) append(out []byte, seek int64, n int) ([]byte, error) {
 	at := w.at + seek
-	if seek > w.size || seek < -w.size || at < 0 || at+int64(n) > w.size {
+	if seek > w.size || at < 0 || at+int64(n) > w.size {
 		return nil, errors.New("it reads outside of the old file")
 	}
 	w.at = at + int64(n)
