@@ -247,29 +247,65 @@ func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 	}
 }
 
-// A release of the same tree takes no other's place among those that get deltas.
-func TestPublishFindsNoReleaseOfTheSameTree(t *testing.T) {
+// A release of the same tree takes no other's place among those that get deltas, found or named.
+func TestPublishMakesOneDeltaForEachTree(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})
 	store := "file://" + t.TempDir()
+	one, two, three := noise(1, 100_000), noise(1, 100_000)+"more", noise(1, 100_000)+"most"
+	published := map[string]deployments.Pointer{}
 	for _, c := range []struct {
 		version, content string
-		deltas           []string
+		since, from      []string // no since: one is to be found
 	}{
-		{"1", noise(1, 100_000), nil}, {"2", noise(1, 100_000) + "more", []string{"1"}}, {"3", noise(1, 100_000) + "more", []string{"1"}},
+		{"1", one, nil, nil}, {"2", two, nil, []string{"1"}}, {"3", two, nil, []string{"1"}},
+		{"4", three, []string{"3", "2", "1", "1"}, []string{"3", "1"}}, {"5", two, []string{"3", "1"}, []string{"1"}},
 	} {
 		tree := t.TempDir()
 		writeVersion(t, tree, c.content)
-		out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: store, Manifest: template(c.version), Find: 1})
+		opt := PublishOptions{Dir: tree, To: store, Manifest: template(c.version), Find: 1}
+		for _, version := range c.since {
+			opt.Since = append(opt.Since, published[version])
+		}
+		out, err := Publish(t.Context(), objects, opt)
 		if err != nil {
 			t.Fatal(err)
 		}
+		published[c.version] = out.Pointer
 		var from []string
 		for _, d := range out.Deltas {
 			from = append(from, d.Version)
 		}
-		if !slices.Equal(from, c.deltas) {
-			t.Errorf("%s has deltas from %q, want %q", c.version, from, c.deltas)
+		if !slices.Equal(from, c.from) {
+			t.Errorf("%s has deltas from %q, want %q", c.version, from, c.from)
 		}
+	}
+}
+
+// A delta that costs more than what changed of the archive is not published.
+func TestPublishDropsADelta(t *testing.T) {
+	t.Parallel()
+	objects := object.New(object.Config{})
+	store, tree := t.TempDir(), t.TempDir()
+	opt := PublishOptions{Dir: tree, To: "file://" + store, Manifest: template("1")}
+	if err := os.WriteFile(filepath.Join(tree, "file"), []byte("content"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Publish(t.Context(), objects, opt); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(filepath.Join(tree, "file"), 0o755); err != nil { // a delta has two hashes, the index one file
+		t.Fatal(err)
+	}
+	opt.Manifest, opt.Find = template("2"), 1
+	out, err := Publish(t.Context(), objects, opt)
+	if err != nil || len(out.Deltas) != 1 || out.Deltas[0].Bytes != out.Index || out.Deltas[0].Requests != 1 || out.Deltas[0].Dropped <= out.Index {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	if m, _, err := FetchManifest(t.Context(), objects, out.Pointer, nil); err != nil || len(m.Deltas) > 0 {
+		t.Errorf("its manifest has deltas %v, %v", m.Deltas, err)
+	}
+	if there := list(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
+		t.Errorf("published are %q", there)
 	}
 }
