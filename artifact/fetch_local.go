@@ -5,9 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
-	"os/user"
 	"strconv"
-	"strings"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -125,25 +123,11 @@ type sharing struct {
 // newSharing allows hard links where nothing writes into live trees. An inode has one owner, so that a file whose owner will be
 // changed must not be linked: the live release would follow.
 func newSharing(m *deployments.Manifest) sharing {
-	s := sharing{link: m.Immutable, uid: os.Geteuid(), gid: -1, noClone: new(atomic.Bool)}
-	name, groupName, _ := strings.Cut(m.Owner, ":")
-	if name != "" {
-		s.uid = -2
-		if id, err := strconv.Atoi(name); err == nil {
-			s.uid = id
-		} else if u, err := user.Lookup(name); err == nil {
-			s.uid, _ = strconv.Atoi(u.Uid)
-		}
+	uid, gid, err := ownerOf(m.Owner)
+	if uid == -1 {
+		uid = os.Geteuid()
 	}
-	if groupName != "" {
-		s.gid = -2
-		if id, err := strconv.Atoi(groupName); err == nil {
-			s.gid = id
-		} else if g, err := user.LookupGroup(groupName); err == nil {
-			s.gid, _ = strconv.Atoi(g.Gid)
-		}
-	}
-	return s
+	return sharing{link: m.Immutable && err == nil, uid: uid, gid: gid, noClone: new(atomic.Bool)}
 }
 
 func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {

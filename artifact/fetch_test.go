@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -112,16 +113,17 @@ func TestALargeFileOfLeftAndOldFrames(t *testing.T) {
 func TestImmutableReleasesShareFiles(t *testing.T) {
 	t.Parallel()
 	old, new := twoReleases(t)
-	for _, immutable := range []bool{false, true} {
+	own, group := strconv.Itoa(os.Geteuid()), strconv.Itoa(os.Getegid())
+	for owner, immutable := range map[string]bool{own: false, "": true, own + ":": true, ":" + group: true, own + ":" + group: true} {
 		m := *new.manifest
-		m.Immutable = immutable
+		m.Immutable, m.Owner = immutable, owner
 		got := t.TempDir()
 		mustFetch(t, &m, old.asBase(old.dir), got)
 		sameTree(t, got, new.dir)
 		a, _ := os.Stat(filepath.Join(old.dir, "lib/below"))
 		b, _ := os.Stat(filepath.Join(got, "lib/below"))
 		if os.SameFile(a, b) != immutable {
-			t.Errorf("immutable %v: the file is shared: %v", immutable, !immutable)
+			t.Errorf("immutable %v, of %q: the file is shared: %v", immutable, owner, !immutable)
 		}
 	}
 }

@@ -2,8 +2,10 @@ package artifact
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"os/user"
 	"strconv"
@@ -13,31 +15,45 @@ import (
 
 // ownerOf resolves a manifest's owner; -1: leave it as it is.
 func ownerOf(owner string) (uid, gid int, err error) {
-	uid, gid = -1, -1
 	name, group, _ := strings.Cut(owner, ":")
-	if name != "" {
-		if uid, err = strconv.Atoi(name); err != nil {
-			u, err := user.Lookup(name)
-			if err != nil {
-				return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
-			}
-			if uid, err = strconv.Atoi(u.Uid); err != nil {
-				return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
-			}
+	uid, err = idOf(name, func() (string, error) {
+		u, err := user.Lookup(name)
+		if err != nil {
+			return "", err
 		}
-	}
-	if group != "" {
-		if gid, err = strconv.Atoi(group); err != nil {
+		return u.Uid, nil
+	})
+	if err == nil {
+		gid, err = idOf(group, func() (string, error) {
 			g, err := user.LookupGroup(group)
 			if err != nil {
-				return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
+				return "", err
 			}
-			if gid, err = strconv.Atoi(g.Gid); err != nil {
-				return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
-			}
-		}
+			return g.Gid, nil
+		})
+	}
+	if err != nil {
+		return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
 	}
 	return uid, gid, nil
+}
+
+// idOf gives a number as it is, and looks up what is none. No number at all is -1.
+func idOf(name string, lookup func() (string, error)) (int, error) {
+	if name == "" {
+		return -1, nil
+	}
+	if strings.Trim(name, "0123456789") != "" {
+		var err error
+		if name, err = lookup(); err != nil {
+			return -1, err
+		}
+	}
+	id, err := strconv.ParseUint(name, 10, 32)
+	if err == nil && id == math.MaxUint32 {
+		err = errors.New("it stands for no change") // as to the kernel; a larger number would be taken for what is left of it
+	}
+	return int(id), err
 }
 
 // eachWrongOwner calls f for what belongs to somebody else, the top included as ".".

@@ -10,8 +10,10 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -608,6 +610,7 @@ func TestOwnerAndMode(t *testing.T) {
 	}
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
+	relink(t, filepath.Join(tree, "link"), "VERSION")
 	objects := object.New(object.Config{})
 	out, err := Publish(t.Context(), objects, PublishOptions{Dir: tree, To: "file://" + t.TempDir(),
 		Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "/srv/app", DestMode: 0o550, Owner: "4321:1234", Strategy: deployments.StrategyRelease}})
@@ -635,11 +638,42 @@ func TestOwnerAndMode(t *testing.T) {
 	if info, _ := os.Stat(rel.Dir); info.Mode().Perm() != 0o550 {
 		t.Errorf("its mode is %v", info.Mode())
 	}
+	for owner, want := range map[string]int{"": 0, "4321": 0, ":1234": 0, "4321:1234": 0, "1": 9, ":1": 9, "4321:1": 9, "1:1234": 9} {
+		if found, err := verifyOwner(t.Context(), rel.Dir, owner); err != nil || len(found) != want {
+			t.Errorf("%d paths are not of %q, want %d: %v", len(found), owner, want, err)
+		}
+	}
 	if err := os.Lchown(filepath.Join(rel.Dir, "a/one"), 1, 1); err != nil {
 		t.Fatal(err)
 	}
 	if found, err := releases.Verify(t.Context(), rel, 0); err != nil || len(found) != 1 || found[0].What != "owner" {
 		t.Errorf("%v, %v", found, err)
+	}
+}
+
+// The kernel takes the lower 32 bits of a number, and all ones for no change.
+func TestOwnersOfAManifest(t *testing.T) {
+	t.Parallel()
+	group, err := user.LookupGroup("daemon")
+	if err != nil {
+		t.Fatal(err)
+	}
+	daemon, err := strconv.Atoi(group.Gid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for owner, want := range map[string][2]int{
+		"": {-1, -1}, "12": {12, -1}, ":34": {-1, 34}, "12:34": {12, 34}, "root": {0, -1}, ":daemon": {-1, daemon}, "root:daemon": {0, daemon},
+		"12:daemon": {12, daemon}, "4294967294": {1<<32 - 2, -1},
+	} {
+		if uid, gid, err := ownerOf(owner); err != nil || uid != want[0] || gid != want[1] {
+			t.Errorf("%q is %d, %d, %v", owner, uid, gid, err)
+		}
+	}
+	for _, owner := range []string{"nobody-here", ":nobody-here", "root:nobody-here", "4294967295", ":4294967295", "4294967296", "0:4294967296"} {
+		if uid, gid, err := ownerOf(owner); err == nil || uid != -1 || gid != -1 || !strings.Contains(err.Error(), owner) {
+			t.Errorf("%q is %d, %d, %v", owner, uid, gid, err)
+		}
 	}
 }
 
