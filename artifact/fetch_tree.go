@@ -175,10 +175,8 @@ func (b *builder) probe() error {
 	return nil
 }
 
-// gets reports whether a new file has mode when it asks for it.
-func (b *builder) gets(mode fs.FileMode) bool {
-	return mode == mode.Perm() && uint32(mode)&b.withheld == 0
-}
+// gets reports whether a new file or directory has permission bits when it asks for them.
+func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
 // sweep removes what can't belong to the tree, and returns the files that may be right.
 func (b *builder) sweep() (kept []int, err error) {

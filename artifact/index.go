@@ -274,6 +274,9 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		e.path = paths.String()[paths.Len()-len(last):]
 		e.mode = fs.FileMode(mode & 0o777)
 		if mode&0o1000 != 0 {
+			if e.kind != kindDir {
+				return 0, fmt.Errorf("entry %d: %q is sticky, which only a directory may be", i, e.path)
+			}
 			e.mode |= fs.ModeSticky
 		}
 		if err := checkPath(e.path); err != nil {
