@@ -135,7 +135,6 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size, Index: int64(len(made.Index))}
 	m.Src, m.Checksum, m.Size = archiveName, made.SHA256.String(), made.Size
 	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: digestOf(made.Index)}
-	m.Deltas = nil
 	if err := p.put(archiveName, archive, made.Size); err != nil {
 		return out, err
 	}
@@ -196,10 +195,8 @@ func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deploym
 		return nil, false
 	}
 	for _, d := range b.manifest.Deltas {
-		if name := deltaName(d.From); d.URL == p.url+name {
-			d.URL = name
-			deltas = append(deltas, d)
-		}
+		d.URL = deltaName(d.From) // where it is another, so is the manifest
+		deltas = append(deltas, d)
 	}
 	return deltas, true
 }

@@ -169,9 +169,11 @@ func TestPublishRefuses(t *testing.T) {
 	t.Parallel()
 	tree := t.TempDir()
 	writeVersion(t, tree, "1")
-	store := "file://" + t.TempDir()
+	dir := t.TempDir()
+	store := "file://" + dir
 	for name, opt := range map[string]PublishOptions{
 		"no name":          {Dir: tree, To: store, Manifest: deployments.Manifest{Version: "1", Dest: "/srv/app"}},
+		"no version":       {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "app", Dest: "/srv/app"}},
 		"a name with ..":   {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "..", Version: "1", Dest: "/srv/app"}},
 		"no dest":          {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "app", Version: "1"}},
 		"a relative dest":  {Dir: tree, To: store, Manifest: deployments.Manifest{Name: "app", Version: "1", Dest: "srv"}},
@@ -183,6 +185,9 @@ func TestPublishRefuses(t *testing.T) {
 		if err == nil {
 			t.Errorf("%s: published as %s", name, out.Pointer)
 		}
+	}
+	if there := list(t, dir); len(there) > 0 { // what no node would take is seen before anything is uploaded
+		t.Errorf("uploaded are %q", there)
 	}
 }
 
