@@ -349,6 +349,12 @@ func TestACutFetchIsResumed(t *testing.T) {
 	os.WriteFile(filepath.Join(got, "stray"), nil, 0o600)
 	os.RemoveAll(filepath.Join(got, "hollow"))
 	os.Symlink("/etc", filepath.Join(got, "hollow"))
+	os.RemoveAll(filepath.Join(got, "empty"))
+	os.MkdirAll(filepath.Join(got, "empty/file"), 0o700)
+	os.RemoveAll(filepath.Join(got, "bin.d"))
+	os.WriteFile(filepath.Join(got, "bin.d"), nil, 0o600)
+	os.RemoveAll(filepath.Join(got, "lib/exact"))
+	os.Symlink("../empty", filepath.Join(got, "lib/exact"))
 	_, read := mustFetch(t, new.manifest, nil, got)
 	sameTree(t, got, new.dir)
 	if whole := new.manifest.Size; read > whole*3/4 {
@@ -359,6 +365,42 @@ func TestACutFetchIsResumed(t *testing.T) {
 		t.Errorf("a third fetch took %d bytes, the index has %d", read, len(new.index))
 	}
 	sameTree(t, got, new.dir)
+}
+
+// A large file that a fetch was cut in is of no use where it is too long, or may be a live release's too: it is made anew. A release may
+// have a file of the name that a fetch tries modes with.
+func TestACutFetchLeavesAFile(t *testing.T) {
+	t.Parallel()
+	tree := testTree{"large": {mode: 0o644, data: noise(1, 2*largeFrame)}, ".kedge-mode": {mode: 0o600, data: "x"}}
+	dir := t.TempDir()
+	tree.write(t, dir)
+	p := publishTree(t, dir)
+	for name, left := range map[string]func(file string) error{
+		"nothing": os.Remove,
+		"all":     func(string) error { return nil },
+		"a half":  func(file string) error { return os.Truncate(file, largeFrame) },
+		"more":    func(file string) error { return os.Truncate(file, 3*largeFrame) },
+		"another's": func(file string) error {
+			return errors.Join(os.Truncate(file, largeFrame), os.Link(file, filepath.Join(filepath.Dir(filepath.Dir(file)), "live")))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			got := filepath.Join(t.TempDir(), "got")
+			if err := os.Mkdir(got, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			tree.write(t, got)
+			if err := left(filepath.Join(got, "large")); err != nil {
+				t.Fatal(err)
+			}
+			mustFetch(t, p.manifest, nil, got)
+			sameTree(t, got, dir)
+			if live := filepath.Join(filepath.Dir(got), "live"); name == "another's" && size(t, live) != largeFrame {
+				t.Error("the live release's file was written to")
+			}
+		})
+	}
 }
 
 // What a cut fetch left of a large file gives way to the whole one that a release on disk has by the time of the next; not to one
