@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -191,5 +192,41 @@ func TestALargeDelta(t *testing.T) {
 			t.Errorf("%s: it was used", name)
 		}
 		sameTree(t, got, two)
+	}
+}
+
+// What was no plain file of the old release is not what a file of the new one is patched from.
+func TestDeltaWhereKindsChange(t *testing.T) {
+	t.Parallel()
+	one, two, got := t.TempDir(), t.TempDir(), t.TempDir()
+	data := noise(1, 20_000)
+	testTree{
+		"a": {mode: 0o644, data: data}, "dir": {mode: fs.ModeDir | 0o755}, "dir/file": {mode: 0o644, data: data + "1"},
+		"hard": {same: "a"}, "link": {mode: fs.ModeSymlink, target: "a"}, "none": {mode: 0o644}, "plain": {mode: 0o644, data: "p"},
+	}.write(t, one)
+	testTree{
+		"a": {mode: 0o644, data: data + "2"}, "dir": {mode: 0o644, data: data + "3"}, "hard": {mode: 0o644, data: data + "4"},
+		"link": {mode: 0o644, data: data + "5"}, "none": {mode: 0o644, data: data + "6"}, "plain": {mode: fs.ModeSymlink, target: "a"},
+	}.write(t, two)
+	old := publishTree(t, one)
+	new := publishTree(t, two, old)
+	if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests != 1 {
+		t.Errorf("it took %d requests", requests)
+	}
+	sameTree(t, got, two)
+}
+
+// A tree that isn't what its index says, before or after, is no tree to make a delta of.
+func TestDeltaOfATreeThatChanged(t *testing.T) {
+	t.Parallel()
+	for _, changed := range []string{"old", "new"} {
+		one, two := t.TempDir(), t.TempDir()
+		writeVersion(t, one, "1")
+		writeVersion(t, two, "2")
+		old, new := publishTree(t, one), publishTree(t, two)
+		flip(t, filepath.Join(map[string]string{"old": one, "new": two}[changed], "VERSION"), 0)
+		if err := makeDelta(t.Context(), one, old.index, two, new.index, io.Discard, nil); !errors.Is(err, ErrDigest) {
+			t.Errorf("the %s one: %v", changed, err)
+		}
 	}
 }

@@ -561,6 +561,24 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	}
 }
 
+// Commands alone are no tree: nothing is made, and nothing begun.
+func TestAManifestWithoutATree(t *testing.T) {
+	t.Parallel()
+	objects := object.New(object.Config{})
+	raw := []byte("manifest")
+	p := deployments.Pointer{URL: "file:///m", Digest: digestOf(raw)}
+	releases := Open(filepath.Join(t.TempDir(), "app"), objects, nil)
+	if _, err := releases.Stage(t.Context(), p, &deployments.Manifest{DestMode: 0o755}, raw, StageOptions{}); err == nil || !strings.Contains(err.Error(), "commands only") {
+		t.Errorf("stage: %v", err)
+	}
+	if _, err := os.Stat(releases.top()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("it made %s: %v", releases.top(), err)
+	}
+	if err := Unpack(t.Context(), objects, &deployments.Manifest{}, t.TempDir(), StageOptions{}); err == nil || !strings.Contains(err.Error(), "commands only") {
+		t.Errorf("unpack: %v", err)
+	}
+}
+
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	small := t.TempDir()

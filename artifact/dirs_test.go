@@ -1,0 +1,80 @@
+package artifact
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// No path of a tree leads through a symbolic link; one that can't be reached spoils none after it.
+func TestDirsFollowNoLinks(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	testTree{
+		"a": {mode: fs.ModeDir | 0o755}, "a/b": {mode: fs.ModeDir | 0o755}, "a/b/file": {mode: 0o644, data: "b"},
+		"a.b": {mode: fs.ModeDir | 0o755}, "a.b/file": {mode: 0o644, data: "."}, "file": {mode: 0o644, data: "top"},
+		"a/link": {mode: fs.ModeSymlink, target: "b"}, "a/to": {mode: fs.ModeSymlink, target: "b/file"},
+	}.write(t, dir)
+	top, err := openDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer top.Close()
+	d := &dirs{top: top}
+	defer d.close()
+	open := func(p string) string {
+		fd, err := d.openFile(p, unix.O_RDONLY, 0)
+		if err != nil {
+			return ""
+		}
+		defer unix.Close(fd)
+		data := make([]byte, 3)
+		n, _ := unix.Read(fd, data)
+		return string(data[:n])
+	}
+	for range 2 {
+		for _, c := range []struct{ path, holds string }{
+			{"a/b/file", "b"}, {"a/link/file", ""}, {"a/b/file", "b"}, {"a/to", ""}, {"a.b/file", "."}, {"a/none/x/y", ""}, {"none/b/file", ""}, {"file", "top"},
+			{"a/b/file/x", ""}, {"a/b/file", "b"}, {"file", "top"}, {"b/file", ""},
+		} {
+			if got := open(c.path); got != c.holds {
+				t.Errorf("%s holds %q, want %q", c.path, got, c.holds)
+			}
+		}
+	}
+	for name, err := range map[string]error{
+		"mkdir": d.mkdir("a/link/x", 0o755), "symlink": d.symlink("file", "a/link/y"), "chmod": d.chmod("a/link/file", 0o600), "remove": d.remove("a/link/file"),
+	} {
+		if err == nil {
+			t.Errorf("%s goes through a link", name)
+		}
+	}
+	if got := list(t, filepath.Join(dir, "a/b")); len(got) != 1 {
+		t.Errorf("behind the link there are %q", got)
+	}
+}
+
+// A file that has become shorter is one that changes, not an end to wait for.
+func TestReadOfAShorterFile(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	data := make([]byte, 4)
+	if err := readAll(int(f.Fd()), data, 3); err != nil || string(data) != "tent" {
+		t.Errorf("%q, %v", data, err)
+	}
+	if err := readAll(int(f.Fd()), data, 4); !errors.Is(err, errChanging) {
+		t.Errorf("beyond its end: %v", err)
+	}
+}
