@@ -74,6 +74,50 @@ func TestModesInASetgidDirectory(t *testing.T) {
 	sameTree(t, got, tree)
 }
 
+// withoutPrivileges runs f as root without a root's rights.
+func withoutPrivileges(f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread, which alone loses its privileges, ends with the goroutine
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var none [2]unix.CapUserData // the kernel reads both
+		if err := unix.Capset(&header, &none[0]); err != nil {
+			done <- err
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// Of another's file no access can go unnoted, which is no reason not to read it.
+func TestAnothersFileIsTaken(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	testTree{"file": {mode: 0o644, data: "content"}}.write(t, dir)
+	p := publishTree(t, dir)
+	if err := os.Lchown(filepath.Join(dir, "file"), 4321, 4321); err != nil {
+		t.Fatal(err)
+	}
+	old, err := openSource(p.asBase(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.close()
+	r := old.reader()
+	defer r.close()
+	err = withoutPrivileges(func() error {
+		f, err := r.openFile(0)
+		if err != nil {
+			return err
+		}
+		return f.Close()
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
 // Files are linked also for an agent that may not read every directory, for which the kernel has the way through /proc alone.
 func TestLinksWithoutPrivileges(t *testing.T) {
 	t.Parallel()
@@ -86,26 +130,14 @@ func TestLinksWithoutPrivileges(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer top.Close()
-	done := make(chan error)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread, which alone loses its privileges, ends with the goroutine
-		done <- func() error {
-			w := &treeWorker{dirs: dirs{top: top}}
-			defer w.close()
-			from, err := w.dirs.openFile("old", unix.O_RDONLY, 0) // beforehand: since Linux 6.10 who opened a file may link it
-			if err != nil {
-				return err
-			}
-			defer unix.Close(from)
-			header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-			var none [2]unix.CapUserData // the kernel reads both
-			if err := unix.Capset(&header, &none[0]); err != nil {
-				return err
-			}
-			return w.link(from, &entry{path: "new"})
-		}()
-	}()
-	if err := <-done; err != nil {
+	w := &treeWorker{dirs: dirs{top: top}}
+	defer w.close()
+	from, err := w.dirs.openFile("old", unix.O_RDONLY, 0) // beforehand: since Linux 6.10 who opened a file may link it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(from)
+	if err := withoutPrivileges(func() error { return w.link(from, &entry{path: "new"}) }); err != nil {
 		t.Fatal(err)
 	}
 	old, _ := os.Stat(filepath.Join(dir, "old"))
@@ -129,22 +161,14 @@ func TestVerifyNamesWhatCannotBeRead(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	done := make(chan []Difference)
-	go func() {
-		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread, which alone loses its privileges, ends with the goroutine
-		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		var none [2]unix.CapUserData // the kernel reads both
-		if err := unix.Capset(&header, &none[0]); err != nil {
-			t.Error(err)
-		}
-		found, err := verifyTree(t.Context(), dir, index, 0)
-		if err != nil {
-			t.Error(err)
-		}
-		done <- found
-	}()
-	found := <-done
+	var found []Difference
+	err = withoutPrivileges(func() error {
+		found, err = verifyTree(t.Context(), dir, index, 0)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
 	want := []Difference{{"a/one", "content"}, {"a/one", "mode"}, {"b/c", "mode"}, {"b/c/three", "missing"}}
 	if !slices.Equal(found, want) {
 		t.Errorf("it finds %v, want %v", found, want)
