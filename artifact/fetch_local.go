@@ -48,8 +48,8 @@ func openSource(b *base) (*source, error) {
 		}
 		from, to := x.framesOf(e)
 		for n := from; x.archive && n < to; n++ {
-			if x.chunkOf(n, e) {
-				s.chunks[x.frames[n].content] = chunk{i, x.frames[n].start - e.offset}
+			if f := &x.frames[n]; !f.content.IsZero() {
+				s.chunks[f.content] = chunk{i, f.start - e.offset}
 			}
 		}
 	}
@@ -166,7 +166,7 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 			continue // an earlier call left it
 		}
 		piece, ok := old.chunks[fr.content]
-		if !ok || !w.index.chunkOf(n, e) {
+		if !ok {
 			missing++
 			continue
 		}

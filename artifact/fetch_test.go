@@ -128,6 +128,19 @@ func TestImmutableReleasesShareFiles(t *testing.T) {
 	}
 }
 
+// What can't be linked is copied: from another disk, or beyond as many links as a file may have.
+func TestFilesOfAnotherDiskAreCopied(t *testing.T) {
+	t.Parallel()
+	dir, got := quickDir(t), t.TempDir()
+	testTree{"file": {mode: 0o644, data: noise(1, 400_000)}, "small": {mode: 0o644, data: "small"}}.write(t, dir)
+	p := publishTree(t, dir)
+	p.manifest.Immutable = true
+	if requests, _ := mustFetch(t, p.manifest, p.asBase(dir), got); requests > 0 {
+		t.Errorf("it took %d requests", requests)
+	}
+	sameTree(t, got, dir)
+}
+
 // A file of a live release that has or will have anything other than the new one's is not shared with it.
 func TestWhatMustNotBeLinked(t *testing.T) {
 	t.Parallel()
@@ -433,6 +446,33 @@ func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 			sameTree(t, got, want)
 			if !c.damaged && read > 0 || read > 1<<20 {
 				t.Errorf("it took %d bytes, and had the first %d, which don't compress", read, largeFrame)
+			}
+		})
+	}
+}
+
+// So it gives way to what a delta makes of the old one, and is fetched again where that comes to nothing.
+func TestACutFetchIsFinishedByADelta(t *testing.T) {
+	t.Parallel()
+	for name, damaged := range map[string]bool{"whole": false, "damaged": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			old, new := twoReleases(t)
+			left, err := os.ReadFile(filepath.Join(new.dir, "bin/server"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := t.TempDir()
+			if err := errors.Join(os.Mkdir(filepath.Join(got, "bin"), 0o700), os.WriteFile(filepath.Join(got, "bin/server"), left[:largeFrame], 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			if damaged {
+				flip(t, filepath.Join(old.dir, "bin/server"), 100)
+			}
+			requests, _ := mustFetch(t, new.manifest, old.asBase(old.dir), got)
+			sameTree(t, got, new.dir)
+			if (requests > 1) != damaged {
+				t.Errorf("it took %d requests", requests)
 			}
 		})
 	}

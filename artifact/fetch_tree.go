@@ -228,7 +228,7 @@ func (b *builder) examine(i int) error {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 && info.Size() <= e.size { // else it may be a live release's
 		from, to := b.index.framesOf(e)
 		for n := from; n < to; n++ {
-			if b.index.chunkOf(n, e) && hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
+			if hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
 				b.chunks[n] = true
 				useful = true
 			}
@@ -240,13 +240,11 @@ func (b *builder) examine(i int) error {
 	return b.root.Remove(e.path)
 }
 
-// chunkOf reports whether a frame holds nothing but content of e, and its hash is known.
-func (x *index) chunkOf(n int, e *entry) bool {
-	f := &x.frames[n]
-	return !f.content.IsZero() && f.start >= e.offset && f.start+f.length <= e.offset+e.size
-}
-
+// hashesTo reports whether a file has a frame's content at at. A frame without a hash of that is not looked for.
 func hashesTo(f io.ReaderAt, at int64, want frame) bool {
+	if want.content.IsZero() {
+		return false
+	}
 	data := make([]byte, want.length)
 	n, _ := f.ReadAt(data, at)
 	return n == len(data) && digestOf(data) == want.content
@@ -262,7 +260,7 @@ func (b *builder) missing(old *source) []bool {
 		}
 		from, to := b.index.framesOf(e)
 		for n := from; n < to; n++ {
-			wanted[n] = wanted[n] || !b.chunks[n]
+			wanted[n] = !b.chunks[n]
 		}
 	}
 	return wanted
@@ -379,12 +377,7 @@ func (w *treeWorker) create(e *entry) (fd int, err error) {
 func (b *builder) partly(i int) bool {
 	e := &b.index.entries[i]
 	from, to := b.index.framesOf(e)
-	for n := from; n < to; n++ {
-		if b.chunks[n] && b.index.chunkOf(n, e) {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(b.chunks[from:to], true)
 }
 
 // discard takes back the frames of a large file that prepare kept.
@@ -392,7 +385,7 @@ func (w *treeWorker) discard(i int) error {
 	e := &w.index.entries[i]
 	from, to := w.index.framesOf(e)
 	for n := from; n < to; n++ {
-		if w.chunks[n] && w.index.chunkOf(n, e) {
+		if w.chunks[n] { // else it may be another file's too, and is only read
 			w.chunks[n] = false
 		}
 	}
@@ -429,12 +422,7 @@ func (w *treeWorker) openLarge(i int) (*largeOpen, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := os.NewFile(uintptr(fd), e.path)
-	if err := f.Truncate(e.size); err != nil {
-		f.Close()
-		return nil, err
-	}
-	l := &largeOpen{file: f}
+	l := &largeOpen{file: os.NewFile(uintptr(fd), e.path)}
 	from, to := w.index.framesOf(e)
 	for n := from; n < to; n++ {
 		if !w.chunks[n] {

@@ -334,6 +334,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 
 func (x *index) decodeFrames(r *cursor, end int64) error {
 	var offset, start int64
+	within := 0 // the first entry that ends behind start
 	for i := range x.frames {
 		f := &x.frames[i]
 		f.offset, f.start = offset, start
@@ -351,6 +352,14 @@ func (x *index) decodeFrames(r *cursor, end int64) error {
 			return fmt.Errorf("frame %d: %d bytes that decode to %d", i, f.size, f.length)
 		case length&1 == 1 && f.content.IsZero():
 			return fmt.Errorf("frame %d: no hash of its content", i)
+		}
+		if length&1 == 1 {
+			for within < len(x.entries) && (x.entries[within].kind != kindFile || x.entries[within].offset+x.entries[within].size <= start) {
+				within++
+			}
+			if within == len(x.entries) || start < x.entries[within].offset || start+f.length > x.entries[within].offset+x.entries[within].size {
+				return fmt.Errorf("frame %d: it has a hash of its content, which is not one file's", i)
+			}
 		}
 		offset += f.size
 		start += f.length

@@ -27,6 +27,12 @@ func goodIndex() *index {
 	}
 }
 
+// hashedFrame gives frames, of which one has a hash of its content.
+func hashedFrame(at, length int64) []frame {
+	sum := digestOf([]byte("x"))
+	return []frame{{size: 60, length: at, sum: sum}, {size: 10, length: length, sum: sum, content: sum}, {size: 60, length: 4096, sum: sum}}
+}
+
 func TestIndexIsReadAsWritten(t *testing.T) {
 	t.Parallel()
 	data := goodIndex().encode()
@@ -84,6 +90,10 @@ func TestHostileIndexes(t *testing.T) {
 		"a frame without bytes":               func(x *index) { x.frames[0].size = 0 },
 		"a frame that grows on decoding less": func(x *index) { x.frames[0].size = 1 << 30 },
 		"frames without an archive":           func(x *index) { x.archive = false },
+		"a hash of more than a file":          func(x *index) { x.frames[0].content = x.frames[0].sum },
+		"a hash that begins before a file":    func(x *index) { x.frames = hashedFrame(1023, 2) },
+		"a hash that ends behind a file":      func(x *index) { x.frames = hashedFrame(1024, 2) },
+		"a hash of what is behind all files":  func(x *index) { x.frames = hashedFrame(1025, 1) },
 	} {
 		x := goodIndex()
 		spoil(x)
@@ -91,7 +101,12 @@ func TestHostileIndexes(t *testing.T) {
 			t.Errorf("%s: %v, want ErrIndex", name, err)
 		}
 	}
-	data := goodIndex().encode()
+	good := goodIndex()
+	good.frames = hashedFrame(1024, 1)
+	data := good.encode()
+	if _, err := decodeIndex(data); err != nil {
+		t.Errorf("with a hash of a file: %v", err)
+	}
 	for n := range data {
 		if _, err := decodeIndex(data[:n]); !errors.Is(err, ErrIndex) {
 			t.Errorf("cut after %d bytes: %v, want ErrIndex", n, err)
