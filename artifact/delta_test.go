@@ -229,3 +229,41 @@ func TestDeltaOfATreeThatChanged(t *testing.T) {
 		}
 	}
 }
+
+// A delta that makes what the old release has, or an empty file, is none of ours: two would write one file.
+func TestDeltaOfWhatIsThere(t *testing.T) {
+	t.Parallel()
+	one, two := t.TempDir(), t.TempDir()
+	testTree{"a": {mode: 0o644, data: "same"}, "b": {mode: 0o644, data: "1"}, "c": {mode: 0o644}}.write(t, one)
+	testTree{"a": {mode: 0o644, data: "same"}, "b": {mode: 0o644, data: "2"}, "c": {mode: 0o644}}.write(t, two)
+	old, new := publishTree(t, one), publishTree(t, two)
+	contents := []string{"same", "2", ""}
+	for name, c := range map[string]struct {
+		files []int
+		ok    bool
+	}{
+		"what changed": {[]int{1}, true}, "what the old release has": {[]int{0, 1}, false}, "all but what changed, which is empty": {[]int{2}, false},
+	} {
+		raw := binary.AppendUvarint(nil, uint64(len(new.index)))
+		raw = appendPatch(raw, newMatcher(old.index), old.index, new.index)
+		last := -1
+		for _, i := range c.files {
+			raw = binary.AppendUvarint(raw, uint64(i-last))
+			raw = append(raw, 0) // of no old file
+			raw = appendPatch(raw, newMatcher(nil), nil, []byte(contents[i]))
+			last = i
+		}
+		data := slices.Concat([]byte(deltaMagic), digestSlice(old.index), digestSlice(new.index), zst(t, append(raw, 0)))
+		path := filepath.Join(t.TempDir(), "delta")
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		blob := deployments.Blob{URL: "file://" + path, Size: int64(len(data)), SHA256: digestOf(data)}
+		new.manifest.Deltas = []deployments.Delta{{From: digestOf(old.index), Blob: blob}}
+		got := t.TempDir()
+		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); (requests == 1) != c.ok {
+			t.Errorf("%s: it took %d requests", name, requests)
+		}
+		sameTree(t, got, two)
+	}
+}

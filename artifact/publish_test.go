@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"kedge/artifact/object"
 	"kedge/artifact/objecttest"
@@ -312,5 +313,40 @@ func TestPublishDropsADelta(t *testing.T) {
 	}
 	if there := list(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
 		t.Errorf("published are %q", there)
+	}
+}
+
+// A version says when it was published first, whoever publishes it again: unless that is yet to come, or a template says it.
+func TestPublishSaysWhen(t *testing.T) {
+	t.Parallel()
+	objects := object.New(object.Config{})
+	tree, store := t.TempDir(), "file://"+t.TempDir()
+	writeVersion(t, tree, "1")
+	first := time.Date(2025, 3, 1, 12, 0, 0, 0, time.UTC)
+	publish := func(version string, at time.Time, text string) (Published, error) {
+		opt := PublishOptions{Dir: tree, To: store + "/", Manifest: template(version)}
+		opt.Manifest.Created = at
+		if text != "" {
+			opt.Template = []byte(text)
+		}
+		return Publish(t.Context(), objects, opt)
+	}
+	one, err := publish("1", first, "")
+	if err != nil || one.Again || one.Pointer.URL != store+"/app/1/"+manifestName {
+		t.Fatalf("%+v, %v", one, err)
+	}
+	if two, err := publish("1", first.Add(time.Hour), ""); err != nil || !two.Again || two.Pointer != one.Pointer {
+		t.Errorf("again: %+v, %v", two, err)
+	}
+	if _, err := publish("1", first.Add(-time.Hour), ""); !errors.Is(err, object.ErrExists) {
+		t.Errorf("before it was published: %v", err)
+	}
+	out, err := publish("2", first, "created: 2024-01-02T03:04:05Z\ndest: /srv/app\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, _, err := FetchManifest(t.Context(), objects, out.Pointer, nil)
+	if err != nil || m.Created.Year() != 2024 || m.Version != "2" {
+		t.Errorf("by a template: %v, %v", m, err)
 	}
 }
