@@ -209,3 +209,15 @@ func TestTheOldReleaseGoesMeanwhile(t *testing.T) {
 		sameTree(t, next.Dir, routes.new)
 	}
 }
+
+// Of what was spoiled the log names the first by name, in whatever order it is found.
+func TestTheFirstThatIsSpoiled(t *testing.T) {
+	t.Parallel()
+	var s spoiled
+	for _, path := range []string{"b", "a", "c"} {
+		s.add(path)
+	}
+	if n, first := s.sum(); n != 3 || first != "a" {
+		t.Errorf("%d, the first is %q", n, first)
+	}
+}
