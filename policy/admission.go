@@ -25,7 +25,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	admitted := rank <= p.Cutoff
 	here := fmt.Sprintf("wait for its turn, or at once on this node: kedge pin %s %s --node %s", f.Unit, r.Target, f.Node)
 	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
-	refuses := !f.Running.IsZero() && f.Running != r.Stable && slices.Contains(f.Quarantined, r.Stable.Digest)
+	refuses := !f.Running.IsZero() && f.Running.Digest != r.Stable.Digest && slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	case back && admitted && partOf(&r, f.Running.Digest):
 		d.Action, d.Source, d.Target = ActRun, FromRunning, f.Running

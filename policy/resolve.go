@@ -232,14 +232,14 @@ func (d *Decision) allow(f Facts) {
 func (d *Decision) quarantine(f Facts) {
 	clear := true
 	for _, p := range []deployments.Pointer{d.Target, d.Stage} {
-		if !p.IsZero() && p != f.Running && slices.Contains(f.Quarantined, p.Digest) {
+		if !p.IsZero() && p.Digest != f.Running.Digest && slices.Contains(f.Quarantined, p.Digest) {
 			clear = false
 			d.note(Step{What: "quarantine", Says: p.String() + " failed on this node, and isn't tried again by itself", Blocks: p == d.Target,
 				Unblock: "name another release in Git, or kedge retry " + f.Unit.String()})
 		}
 	}
 	r := f.Record.Value.Target
-	named := !r.IsZero() && r != d.Target && r != d.Stage && r != f.Running && slices.Contains(f.Quarantined, r.Digest)
+	named := !r.IsZero() && r != d.Target && r != d.Stage && r.Digest != f.Running.Digest && slices.Contains(f.Quarantined, r.Digest)
 	switch pinned := d.Source == FromNodePin || d.Source == FromUnitPin; {
 	case named && pinned:
 		d.note(Step{What: "quarantine", Says: r.String() + ", which the record names, failed on this node", Unblock: "before you unpin, name another release in Git"})

@@ -252,7 +252,7 @@ func converged(d policy.Decision, r deployments.UnitReport) bool {
 	case d.Action == policy.ActKeep:
 		return r.State == deployments.StateWaiting || r.State == deployments.StateConverged
 	}
-	return r.State == deployments.StateConverged && r.Running == d.Target
+	return r.State == deployments.StateConverged && r.Running.Digest == d.Target.Digest // whichever URL it came from
 }
 
 // facts are what decides over a unit on a node, as the store shows it. What the node's own configuration forbids isn't known here.

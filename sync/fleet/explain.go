@@ -366,7 +366,7 @@ func verdict(u *Unit, n *Node, d policy.Decision) string {
 	switch {
 	case n.Gone:
 		last := "is gone, and ran " + cmp.Or(u.Release(running), "nothing")
-		if d.Target.IsZero() || d.Target == running {
+		if d.Target.IsZero() || d.Target.Digest == running.Digest {
 			return last
 		}
 		return last + "; it should run " + u.Release(d.Target) + " when it is back"
@@ -378,7 +378,7 @@ func verdict(u *Unit, n *Node, d policy.Decision) string {
 		return "runs nothing"
 	case d.Target.IsZero():
 		return "keeps what it runs: " + u.Release(running)
-	case running == d.Target && n.Report.State == deployments.StateConverged:
+	case running.Digest == d.Target.Digest && n.Report.State == deployments.StateConverged:
 		return runs + ", as it should"
 	}
 	return "should run " + u.Release(d.Target) + ", and " + runs

@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -46,15 +47,16 @@ func TestConvergedIsSeenFromHere(t *testing.T) {
 		entries []kv.Entry
 		want    bool
 	}{
-		"it runs the target":          {[]kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 2})}, true},
-		"there is a newer target":     {[]kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Generation: 3})}, false},
-		"a pin wants another":         {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), release("app", "2").String())}, false},
-		"a pin of it wants another":   {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.NodePinKey(app, "web-1"), release("app", "2").String())}, false},
-		"a pin of another node does":  {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.NodePinKey(app, "web-2"), release("app", "2").String())}, true},
-		"a pin that is over":          {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "{release: "+release("app", "2").String()+", until: 2026-11-24T11:00:00Z}")}, true},
-		"a pin that does not parse":   {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "hodl")}, false},
-		"nothing is desired":          {nil, true},
-		"a hold that it has not seen": {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "hold")}, false},
+		"it runs the target":           {[]kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 2})}, true},
+		"there is a newer target":      {[]kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Generation: 3})}, false},
+		"a pin wants another":          {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), release("app", "2").String())}, false},
+		"a pin of it wants another":    {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.NodePinKey(app, "web-1"), release("app", "2").String())}, false},
+		"a pin of another node does":   {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.NodePinKey(app, "web-2"), release("app", "2").String())}, true},
+		"a pin that is over":           {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "{release: "+release("app", "2").String()+", until: 2026-11-24T11:00:00Z}")}, true},
+		"a pin that does not parse":    {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "hodl")}, false},
+		"nothing is desired":           {nil, true},
+		"it comes from another bucket": {[]kv.Entry{put(kv.DesiredKey(app), strings.Replace(release("app", "1").String(), "acme-releases", "acme-mirror", 1))}, true},
+		"a hold that it has not seen":  {[]kv.Entry{put(kv.DesiredKey(app), release("app", "1").String()), put(kv.PinKey(app), "hold")}, false},
 		"it is not admitted, and runs stable": {[]kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
 			Rollout: &deployments.Progress{Phase: deployments.PhaseCanary}})}, true},
 	} {
@@ -90,6 +92,10 @@ func TestAssembleNamesWhatDoesNotParse(t *testing.T) {
 		if f.Errors[key] == "" {
 			t.Errorf("nothing is said of %s", key)
 		}
+	}
+	// Those of a unit stand with it; a key below it that no node would read has no other place than among the faults.
+	if said := fmt.Sprint(Assemble([]kv.Entry{put("pins/prod/web/app/web-1/x", "hold"), put("pins/prod/web/app/web-1", "hodl")}, noon).Faults()); !strings.Contains(said, "web-1/x") || strings.Contains(said, "hodl") {
+		t.Errorf("the faults are %s", said)
 	}
 	u := unitOf(t, f, "prod/web/app")
 	if u.Live != 1 || u.Converged != 0 || u.Nodes[0].Name != "web-1" {

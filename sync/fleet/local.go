@@ -44,7 +44,7 @@ func Local(s agent.Status, unit string, at time.Time) (*Fleet, deployments.UnitI
 	if said.Invalid != "" {
 		d.Invalid = errors.New(said.Invalid)
 	}
-	n := Node{Name: s.Node, Report: report, Converged: report.State == deployments.StateConverged && report.Running == said.Target, Want: said.Target, Why: said.Why}
+	n := Node{Name: s.Node, Report: report, Converged: report.State == deployments.StateConverged && report.Running.Digest == said.Target.Digest, Want: said.Target, Why: said.Why}
 	u := Unit{ID: id, Nodes: []Node{n}}
 	f := &Fleet{At: at, Units: []Unit{u}}
 	for _, source := range s.Sources {

@@ -54,7 +54,8 @@ func (f *Fleet) Faults() (all []Note) {
 	for _, u := range f.Units {
 		shown[kv.DesiredKey(u.ID)], shown[kv.PinKey(u.ID)] = true, true
 		for key := range f.Errors {
-			shown[key] = shown[key] || strings.HasPrefix(key, kv.PinKey(u.ID)+"/")
+			node, below := strings.CutPrefix(key, kv.PinKey(u.ID)+"/")
+			shown[key] = shown[key] || below && deployments.CheckSegment("node", node) == nil
 		}
 	}
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
@@ -219,7 +220,7 @@ func (n *Node) Shown() Text {
 		return Text{"unknown", Warn}
 	case n.Converged:
 		return Text{string(r.State), Good}
-	case r.State == deployments.StateConverged && r.Running == n.Want:
+	case r.State == deployments.StateConverged && r.Running.Digest == n.Want.Digest:
 		return Text{"converged", Warn} // a value that nothing follows doesn't parse
 	case r.State == deployments.StateConverged:
 		return Text{"outdated", Warn} // it has yet to see what it should run
@@ -239,7 +240,7 @@ func (u *Unit) Release(p deployments.Pointer) string {
 	}
 	version := ""
 	for _, n := range u.Nodes {
-		if n.Report.Running == p && n.Report.Version != "" {
+		if n.Report.Running.Digest == p.Digest && n.Report.Version != "" {
 			version = clean(n.Report.Version)
 			break
 		}
