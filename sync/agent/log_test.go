@@ -16,14 +16,15 @@ func TestLinesNameTheirUnitOnce(t *testing.T) {
 	a := w.start()
 	a.awaitRunning(app, one)
 	a.stop()
-	deploying := false
+	deploying, live := false, false
 	for line := range strings.Lines(w.log.String()) {
 		deploying = deploying || strings.Contains(line, "msg=deploying ") && strings.Contains(line, " unit="+app.String())
+		live = live || strings.Contains(line, `msg="the release is live and healthy"`) && strings.Contains(line, one.String())
 		if strings.Count(line, " unit=") > 1 {
 			t.Errorf("the unit is named more than once: %s", line)
 		}
 	}
-	if !deploying {
-		t.Errorf("no line says that the unit was deployed:\n%s", w.log)
+	if !deploying || !live {
+		t.Errorf("no line says that the unit was deployed, or that it came to its end:\n%s", w.log)
 	}
 }

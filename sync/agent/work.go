@@ -303,6 +303,9 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case trouble == nil && was != nil && err == nil:
 		u.log.Info("the trouble is over", "job", string(j.kind))
 	}
+	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
+		u.log.Info("the release is live and healthy", "release", r.String(), "version", after.Version, "took", took.Round(time.Millisecond))
+	}
 	a.metrics.ended(u.id, j.kind, err, calledOff, took)
 	a.kick()
 	if changed {
