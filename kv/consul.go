@@ -54,7 +54,7 @@ func openConsul(c Config) (*consulStore, error) {
 		prefix += "/"
 	}
 	if err := checkPrefix(prefix); err != nil {
-		return nil, fmt.Errorf("open consul: %w", err)
+		return nil, ConfigError{fmt.Errorf("open consul: the prefix %q: %w", prefix, err)}
 	}
 	// NewClient filled in the address, the scheme and the HTTP client.
 	addr := config.Address
@@ -143,9 +143,17 @@ func (s *consulStore) read(ctx context.Context, prefix string, opts api.QueryOpt
 }
 
 func (s *consulStore) absenceError(prefix string) error {
-	return fmt.Errorf("list %s: the answer hasn't the folder key %s%s: the token may not read it, or no mirror has created it yet: %w",
-		prefix, s.prefix, prefix, ErrDenied)
+	return &absentError{prefix: prefix, folder: s.prefix + prefix}
 }
+
+// absentError wraps ErrDenied, and is ErrNoFolder: it may be that nothing was written yet.
+type absentError struct{ prefix, folder string }
+
+func (e *absentError) Error() string {
+	return fmt.Sprintf("list %s: the answer hasn't the folder key %s: the token may not read it, or no mirror has created it yet: %v", e.prefix, e.folder, ErrDenied)
+}
+
+func (e *absentError) Is(target error) bool { return target == ErrDenied || target == ErrNoFolder }
 
 func (s *consulStore) entry(p *api.KVPair) Entry {
 	return Entry{Key: strings.TrimPrefix(p.Key, s.prefix), Value: p.Value, Version: p.ModifyIndex, Session: p.Session}

@@ -60,6 +60,7 @@ var (
 	ErrNotFound    = errors.New("no such key")
 	ErrConflict    = errors.New("the key was changed meanwhile")
 	ErrDenied      = errors.New("permission denied")
+	ErrNoFolder    = errors.New("no such folder") // an ErrDenied that may as well be a store without anything in it
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")
 	ErrTooLarge    = errors.New("the value or transaction is too large")

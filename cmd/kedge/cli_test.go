@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -43,9 +44,21 @@ func TestExitCodesAndErrors(t *testing.T) {
 	outside := write("manifests/1.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 64)+"\ndest: /etc/a\n")
 	digest := sha256.Sum256([]byte("src: s3://b/a.tar.gz\nchecksum: " + strings.Repeat("a", 64) + "\ndest: /etc/a\n"))
 	write("bounded/prod/web/app.yaml", "release: file://"+outside+"@sha256:"+hex.EncodeToString(digest[:])+"\n")
-	empty := filepath.Join(dir, "empty")
-	if err := os.MkdirAll(empty, 0o755); err != nil {
-		t.Fatal(err)
+	empty, bare := filepath.Join(dir, "empty"), filepath.Join(dir, "bad.git")
+	for _, made := range []string{empty, filepath.Join(dir, "kv")} {
+		if err := os.MkdirAll(made, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("work/prod/web/app.yaml", "relaese: y\n")
+	for _, args := range [][]string{
+		{"init", "-q", "-b", "main"}, {"add", "."}, {"-c", "user.name=Dev", "-c", "user.email=dev@example.com", "commit", "-qm", "a typo"}, {"clone", "-q", "--bare", ".", bare},
+	} {
+		git := exec.Command("git", append([]string{"-C", filepath.Join(dir, "work")}, args...)...)
+		git.Env = append(os.Environ(), "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
+		if out, err := git.CombinedOutput(); err != nil {
+			t.Fatalf("git %s: %v\n%s", args[0], err, out)
+		}
 	}
 	trapped := write("old.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n")
 	for _, c := range []struct {
@@ -88,7 +101,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"verify", dir}, exitFailed, []string{"is no release of kedge's"}},
 		{[]string{"wait", "--ready", "127.0.0.1:1", "--timeout", "300ms"}, exitNotConverged, []string{"not converged in time", "refused"}},
 		{[]string{"publish", dir, "--name", "a", "--version", "1", "--dest", "/d"}, exitUsage, []string{"--to is missing"}},
-		{[]string{"--kv", "redis://x", "status"}, exitFailed, []string{"redis://x"}},
+		{[]string{"--kv", "redis://x", "status"}, exitUsage, []string{"redis://x"}},
+		{[]string{"--prefix", "/x", "status"}, exitUsage, []string{`"/x/"`}},
+		{[]string{"--kv", "file://" + filepath.Join(dir, "typo"), "status"}, exitFailed, []string{"no such directory"}},
+		{[]string{"check", bare}, exitFailed, []string{"prod/web/app.yaml:1:1", "relaese"}},
 	} {
 		t.Run(strings.Join(c.args[:min(2, len(c.args))], " "), func(t *testing.T) {
 			out, errs, code := cli(t, "", c.args...)

@@ -89,6 +89,9 @@ func (a *app) storeHint(err error) string {
 		return ""
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf("is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have", envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"))
+	case errors.Is(err, kv.ErrNoFolder):
+		return fmt.Sprintf("has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
+			"for operators, one of deployments/consul/operator.hcl", cmp.Or(a.prefix, kv.DefaultPrefix))
 	case errors.Is(err, kv.ErrDenied):
 		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one of deployments/consul/operator.hcl"
 	}
@@ -192,11 +195,23 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 
 // open opens the store that the flags name.
 func (a *app) open(ctx context.Context, log *slog.Logger) (kv.Store, error) {
-	return kv.Open(ctx, kv.Config{URL: a.kv, Prefix: a.prefix, Log: log})
+	return a.openStore(ctx, kv.Config{Log: log})
 }
 
-// quiet opens the store for a command that a person waits for: it has no log, errors are enough.
-func (a *app) quiet(ctx context.Context) (kv.Store, error) { return a.open(ctx, nil) }
+func (a *app) openStore(ctx context.Context, c kv.Config) (kv.Store, error) {
+	c.URL, c.Prefix = a.kv, a.prefix
+	store, err := kv.Open(ctx, c)
+	if errors.As(err, new(kv.ConfigError)) {
+		return nil, usageError{err}
+	}
+	return store, err
+}
+
+// quiet opens the store for a command that a person waits for: it has no log, errors are enough. It makes no directory: one that isn't
+// there was mistyped, and would look like a fleet without units.
+func (a *app) quiet(ctx context.Context) (kv.Store, error) {
+	return a.openStore(ctx, kv.Config{Existing: true})
+}
 
 func (a *app) logger() (*slog.Logger, error) {
 	var level slog.Level

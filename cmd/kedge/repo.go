@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -26,7 +28,7 @@ func (a *app) checkCommand() *cobra.Command {
 		Use:   "check [REPO]",
 		Short: "Validate a deployments repo, or a manifest",
 		Long: `Checks the work tree at REPO (default .) as the mirror would check a commit of it, and prints every mistake with file, line
-and column.
+and column. Of a bare repo it checks HEAD.
 
 As a hook of the repo that people push to, it refuses a bad push: put this in hooks/pre-receive:
 
@@ -66,7 +68,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			} else if !info.IsDir() {
 				return usagef("%s is a file: want a deployments repo's directory, or --manifest %s", dir, dir)
 			}
-			tree, err := deployments.Load(os.DirFS(dir))
+			tree, err := loadTree(cmd.Context(), dir)
 			if err == nil && look != nil {
 				err = look.Check(cmd.Context(), tree)
 			}
@@ -102,6 +104,17 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 	return c
 }
 
+// loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would always be valid.
+func loadTree(ctx context.Context, dir string) (*deployments.Tree, error) {
+	for _, name := range []string{"HEAD", "objects", "refs"} {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			return deployments.Load(os.DirFS(dir))
+		}
+	}
+	tree, _, err := mirror.LoadCommit(ctx, dir, "HEAD")
+	return tree, err
+}
+
 func (a *app) checkManifest(file string) error {
 	data, err := os.ReadFile(file)
 	if file == "-" {
@@ -129,8 +142,9 @@ func (a *app) diffCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "diff [REPO [COMMIT]]",
 		Short: "What a commit would change in the store",
-		Long:  `Compares COMMIT (default HEAD) of the repo at REPO (default .) with the records in the store: what the mirror would write.`,
-		Args:  cobra.MaximumNArgs(2),
+		Long: `Compares COMMIT (default HEAD) of the repo at REPO (default .) with the records in the store: what the mirror would write.
+What isn't committed isn't compared.`,
+		Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			args = append(args, []string{".", "HEAD"}[len(args):]...)
 			ctx := cmd.Context()
@@ -151,7 +165,13 @@ func (a *app) diffCommand() *cobra.Command {
 			if a.json {
 				return a.printJSON(changes)
 			}
-			writeChanges(a.stdout, changes)
+			writeChanges(a.stdout, commit.Hash, changes)
+			if e, err := store.Get(ctx, kv.MirrorKey); err == nil {
+				var s mirror.Status
+				if json.Unmarshal(e.Value, &s) == nil && s.Refused == commit.Hash {
+					a.tell("the mirror refused this commit: %s", s.Error)
+				}
+			}
 			return nil
 		},
 	}
@@ -178,9 +198,9 @@ func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deploy
 	return now, nil
 }
 
-func writeChanges(w io.Writer, changes []mirror.Change) {
+func writeChanges(w io.Writer, commit string, changes []mirror.Change) {
 	if len(changes) == 0 {
-		fmt.Fprintln(w, "nothing: the store has it all")
+		fmt.Fprintf(w, "nothing: the store has all of commit %s\n", commit[:min(12, len(commit))])
 	}
 	for _, c := range changes {
 		fmt.Fprintf(w, "%-7s %s\n", c.Kind, c.Unit)

@@ -258,14 +258,14 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 	until(t, fleets(t, s), "the same by watching", func(f *Fleet) bool {
 		return len(f.Units) == 1 && f.Units[0].Pin != nil && f.Errors["desired/"] != "" && f.Errors["pins/"] == ""
 	})
-	if h, err := History(t.Context(), s, app); !errors.Is(err, kv.ErrDenied) {
+	if h, err := History(t.Context(), s, app); !errors.Is(err, kv.ErrDenied) || !errors.Is(err, kv.ErrNoFolder) {
 		t.Errorf("history: %v, %v; want it told that nothing can be seen", h, err)
 	}
 	if was, err := Unpin(t.Context(), s, app, ""); err != nil || !was {
 		t.Errorf("unpin: %v, %v", was, err)
 	}
 	nobody := consul.Open(consul.Token(""))
-	if _, err := Unpin(t.Context(), nobody, app, ""); !errors.Is(err, kv.ErrDenied) {
+	if _, err := Unpin(t.Context(), nobody, app, ""); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrNoFolder) {
 		t.Errorf("unpin without rights: %v; want it denied, not that there is no pin", err)
 	}
 	if err := Pin(t.Context(), nobody, app, "", deployments.Pin{Hold: true}); !errors.Is(err, kv.ErrDenied) {
