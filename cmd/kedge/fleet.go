@@ -172,7 +172,7 @@ With --ready it asks this node's agent instead, and needs no store: for cloud-in
   kedge wait prod/web --commit $(git rev-parse HEAD) --timeout 10m
   kedge wait --ready 127.0.0.1:7070
 
-With --progress it prints what is still missing, whenever that changes. As a hook of the repo that people push to, it shows them the
+On a terminal, and with --progress, it prints what is still missing, whenever that changes. As a hook of the repo that people push to, it shows them the
 rollout that they began until it ends; to interrupt it stops the watching alone. Put this in hooks/post-receive:
 
   #!/bin/sh
@@ -181,6 +181,14 @@ rollout that they began until it ends; to interrupt it stops the watching alone.
 Exit code 0 when converged, 1 when a node refused its release (it says which and why), 3 when the time is over.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if timeout <= 0 {
+				return usagef("--timeout %s: want a time to wait, as in 10m", timeout)
+			}
+			if commit != "" {
+				if err := fleet.CheckCommit(commit); err != nil {
+					return usageError{err}
+				}
+			}
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), timeout, errNotConverged)
 			defer cancel()
 			if ready != "" {
@@ -201,6 +209,9 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 					return err
 				}
 			}
+			if !cmd.Flags().Changed("progress") {
+				progress = terminalWidth(a.stderr) > 0
+			}
 			if progress || postReceive {
 				began := time.Now()
 				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
@@ -216,7 +227,7 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 				err = fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
 			case errors.Is(err, context.Canceled):
 				err = fmt.Errorf("interrupted: %w", err)
-			default:
+			case errors.Is(err, fleet.ErrRefused):
 				return err
 			}
 			return withMissing(cmd.Context(), store, filter, err)
@@ -225,7 +236,7 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 	f := c.Flags()
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up after this long")
 	f.StringVar(&commit, "commit", "", "wait until the mirror has taken this commit, or one after it, as well")
-	f.BoolVar(&progress, "progress", false, "print what is missing, as it changes")
+	f.BoolVar(&progress, "progress", false, "print what is missing, as it changes (default: on a terminal)")
 	f.BoolVar(&postReceive, "post-receive", false, "wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)")
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
 	return c
@@ -265,7 +276,10 @@ func waitReady(ctx context.Context, address string) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%w: %s", context.Cause(ctx), last)
+			if cause := context.Cause(ctx); cause == errNotConverged {
+				return fmt.Errorf("%w: %s", cause, last)
+			}
+			return fmt.Errorf("interrupted: %s", last)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}

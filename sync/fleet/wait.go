@@ -26,12 +26,12 @@ var ErrRefused = errors.New("refused")
 // won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's. tell, where it isn't nil, is told what is
 // missing, whenever that changes.
 func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	w := waiter{commit: strings.ToLower(commit), before: map[nodeUnit]time.Time{}}
+	w := waiter{filter: filter, commit: strings.ToLower(commit), before: map[nodeUnit]time.Time{}}
 	if commit != "" {
-		if len(commit) < 7 || strings.Trim(w.commit, "0123456789abcdef") != "" {
-			return fmt.Errorf("commit %q: want its hash, at least seven digits of it", commit)
+		err := CheckCommit(commit)
+		if err != nil {
+			return err
 		}
-		var err error
 		if w.taken, err = wasTaken(ctx, store, filter, w.commit); err != nil {
 			return waitError{"reading the history", err}
 		}
@@ -66,6 +66,14 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tel
 	return err
 }
 
+// CheckCommit reports why a text can't be a commit's hash, or the beginning of one.
+func CheckCommit(commit string) error {
+	if len(commit) < 7 || strings.Trim(strings.ToLower(commit), "0123456789abcdef") != "" {
+		return fmt.Errorf("commit %q: want its hash, at least seven digits of it", commit)
+	}
+	return nil
+}
+
 // waitError says what was missing; that the time was over, its caller says.
 type waitError struct {
 	missing string
@@ -77,6 +85,7 @@ func (e waitError) Unwrap() error { return e.err }
 
 // waiter looks at one fleet after another.
 type waiter struct {
+	filter Filter
 	commit string
 	taken  bool
 	head   *string // the first that was seen
@@ -122,7 +131,13 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		if why := cmp.Or(f.Errors[kv.DesiredPrefix], f.Errors[kv.StatusPrefix]); why != "" {
 			return why, nil
 		}
-		return "the store knows no such unit", nil
+		switch {
+		case w.commit == "":
+			return "the store knows no such unit", nil // it may come yet
+		case w.filter == Filter{}:
+			return "", nil // the commit is taken, and a repo without units has no node to wait for
+		}
+		return "", fmt.Errorf("commit %s is taken, and brought no such unit", short(w.commit))
 	}
 	for _, u := range f.Units {
 		if err := w.useless(&u, f.At); err != nil {
@@ -164,10 +179,15 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 		return "", fmt.Errorf("the mirror %w commit %s: %s", ErrRefused, short(m.Refused), m.Error)
 	case f.Mirror == nil:
 		return "no mirror has taken any commit yet", nil
-	case m.Error != "":
-		return fmt.Sprintf("the mirror is still at %s: %s", cmp.Or(short(m.Head), "no commit"), oneLine(m.Error)), nil
 	}
-	return fmt.Sprintf("the mirror is still at %s", cmp.Or(short(m.Head), "no commit")), nil
+	missing = "the mirror is still at " + cmp.Or(short(m.Head), "no commit")
+	if m.Error != "" {
+		missing += ": " + oneLine(m.Error)
+	}
+	if f.NoMirror {
+		missing += "; no mirror runs now"
+	}
+	return missing, nil
 }
 
 // among reports whether a head with this past brought the commit along.

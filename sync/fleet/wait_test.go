@@ -161,6 +161,22 @@ func TestWaitForACommit(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("it has no unit", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second}))
+		if err := Wait(t.Context(), s, Filter{}, second, nil); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("it has no such unit", func(t *testing.T) {
+		t.Parallel()
+		s := openDir(t)
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: second}), reports("web-1", runs("app", "1")))
+		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, second, nil); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
+			t.Errorf("%v, want the end of it", err)
+		}
+	})
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
@@ -238,6 +254,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 		"a node":   {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
 		"the unit": {nil, "", "no such unit"},
 		"the head": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, mirror.Status{Head: first, Error: "Git is away"})}, second, "still at 111111111111: Git is away"},
+		"a leader": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, mirror.Status{Head: first})}, second, "still at 111111111111; no mirror runs now"},
 		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
 		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},
 	} {
