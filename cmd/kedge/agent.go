@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -32,8 +33,8 @@ func (a *app) agentCommand() *cobra.Command {
 		Short: "Converge this node, and stay: the daemon of every node",
 		Long: `Watches what this node's stage and roles should run, and converges to it: at boot, and at every change.
 
-Configured by a file, the environment and flags; a flag wins over KEDGE_STAGE, KEDGE_ROLES and so on, which win over the
-file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
+Configured by a file, the environment and flags: what is --state-dir here is KEDGE_STATE_DIR in the environment, and state_dir in the
+file, which is YAML. A flag wins over the environment, and that over the file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
 
 It serves, where --listen says so:
   /ready     200 when every unit is converged and healthy, else 503 with why
@@ -52,7 +53,7 @@ finishes or takes back what it had begun.`,
 			if err := override(&conf, cmd.Flags()); err != nil {
 				return err
 			}
-			return a.runAgent(cmd.Context(), conf)
+			return a.runAgent(cmd.Context(), cmp.Or(file, defaultAgentConfig), conf)
 		},
 	}
 	f := c.Flags()
@@ -99,14 +100,19 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 			*into = v
 		}
 	}
-	strs := func(name string, into *[]string) {
+	strs := func(name string, into *words) {
 		if v, ok := text(name); ok {
 			*into = list(v)
 		}
 	}
 	boolean := func(name string, into *bool) {
-		if v, ok := text(name); ok {
-			*into = v != "false" && v != "0"
+		v, ok := text(name)
+		if !ok {
+			return
+		}
+		var err error
+		if *into, err = strconv.ParseBool(v); err != nil {
+			firstErr = usagef("%s %q: want true or false", name, v)
 		}
 	}
 	duration := func(name string, into *time.Duration) {
@@ -149,7 +155,8 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	return firstErr
 }
 
-func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
+// runAgent is the agent; file is where conf may have come from.
+func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error {
 	log, err := a.logger()
 	if err != nil {
 		return err
@@ -167,8 +174,13 @@ func (a *app) runAgent(ctx context.Context, conf agentConfig) error {
 			return fmt.Errorf("this node's stage and roles: the instance %s needs the tags %s and %s, as in prod and web", instance.ID, ec2.TagStage, ec2.TagRoles)
 		}
 	}
-	if conf.Stage == "" || len(conf.Roles) == 0 {
-		return usagef("this node's stage and roles are not set: give --stage and --roles, KEDGE_STAGE and KEDGE_ROLES, or %s", defaultAgentConfig)
+	switch noRoles := len(conf.Roles) == 0; {
+	case conf.Stage == "" && noRoles:
+		return usagef("this node's stage and roles are not set: give --stage and --roles, KEDGE_STAGE and KEDGE_ROLES, or %s", file)
+	case conf.Stage == "":
+		return usagef("this node's stage is not set: give --stage, KEDGE_STAGE, or stage in %s", file)
+	case noRoles:
+		return usagef("this node's roles are not set: give --roles, KEDGE_ROLES, or roles in %s", file)
 	}
 	bandwidth, err := byteRate(conf.MaxBandwidth)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -68,6 +69,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 	}{
 		{[]string{"--help"}, exitDone, []string{"kedge demo", "Exit codes"}},
 		{[]string{"nonsense"}, exitUsage, []string{`unknown command "nonsense"`}},
+		{[]string{"help", "wait"}, exitDone, []string{"kedge wait [STAGE", "--help"}},
+		{[]string{"help", "statsu"}, exitUsage, []string{"did you mean status?"}},
 		{[]string{"statsu"}, exitUsage, []string{"did you mean status?"}},
 		{[]string{"version"}, exitUsage, []string{"did you mean --version?"}},
 		{[]string{"status", "--nonsense"}, exitUsage, []string{"unknown flag", "see kedge status --help"}},
@@ -89,7 +92,12 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", empty}, exitDone, []string{"it has no units"}},
 		{[]string{"diff", empty, store}, exitFailed, []string{empty + " is not in a Git repository"}},
 		{[]string{"agent", store}, exitUsage, []string{"stage and roles are not set"}},
+		{[]string{"agent", "--stage", "prod", store}, exitUsage, []string{"this node's roles are not set"}},
 		{[]string{"agent", "--config", filepath.Join(dir, "nowhere.yaml")}, exitUsage, []string{"nowhere.yaml"}},
+		{[]string{"agent", "--config", write("field.yaml", "stage: prod\nrole: web\n")}, exitUsage, []string{`field.yaml:2:1: unknown field "role": did you mean "roles"?`}},
+		{[]string{"agent", "--config", write("bool.yaml", "stage: prod\nno_commands: maybe\n")}, exitUsage, []string{`bool.yaml:2:14: "maybe": want true or false`}},
+		{[]string{"agent", "--config", write("time.yaml", "ready_timeout: 5\n")}, exitUsage, []string{`time.yaml: "5": want a duration, as in 30s`}},
+		{[]string{"agent", "--config", write("words.yaml", "roles: web, db\n")}, exitUsage, []string{"stage is not set", "words.yaml"}},
 		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
 		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},
 		{[]string{"check", filepath.Join(dir, "bounded")}, exitDone, []string{"1 unit, all valid", "that takes --releases"}},
@@ -119,6 +127,20 @@ func TestExitCodesAndErrors(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestAgentConfig(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "agent.yaml")
+	text := "stage: prod\nroles: web, db\ndests: [/srv, /opt]\nno_commands: true\nready_timeout: \"40s\"\nstart_delay: 5s\n"
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c, err := readAgentConfig(file)
+	want := agentConfig{Stage: "prod", Roles: words{"web", "db"}, Dests: words{"/srv", "/opt"}, NoCommands: true, ReadyTimeout: 40 * time.Second, StartDelay: 5 * time.Second}
+	if err != nil || !reflect.DeepEqual(c, want) {
+		t.Errorf("%+v, %v\nwant %+v", c, err, want)
 	}
 }
 

@@ -6,27 +6,30 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
+
+	"kedge/deployments"
 )
 
 // agentConfig is /etc/kedge/agent.yaml. Each field is also a flag (dashes for underscores) and an environment variable
 // (KEDGE_ and capitals); the flag wins over the environment, the environment over the file.
 type agentConfig struct {
-	Stage    string   `yaml:"stage"`
-	Roles    []string `yaml:"roles"`
-	Node     string   `yaml:"node"`
-	StateDir string   `yaml:"state_dir"`
-	Listen   string   `yaml:"listen"`
+	Stage    string `yaml:"stage"`
+	Roles    words  `yaml:"roles"`
+	Node     string `yaml:"node"`
+	StateDir string `yaml:"state_dir"`
+	Listen   string `yaml:"listen"`
 
-	Sources    []string `yaml:"sources"`
-	Dests      []string `yaml:"dests"`
-	Users      []string `yaml:"users"`
-	NoCommands bool     `yaml:"no_commands"`
-	Signers    string   `yaml:"signers"`
+	Sources    words  `yaml:"sources"`
+	Dests      words  `yaml:"dests"`
+	Users      words  `yaml:"users"`
+	NoCommands bool   `yaml:"no_commands"`
+	Signers    string `yaml:"signers"`
 	// AllowOlderPins has effect with Signers only.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 
@@ -50,6 +53,27 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
+// durationOf reads a duration; what it says of a wrong one is all that is said of it, without its place.
+func durationOf(d *time.Duration, text []byte) (err error) {
+	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
+	if *d, err = time.ParseDuration(s); err != nil || *d < 0 {
+		return fmt.Errorf("%q: want a duration, as in 30s or 5m", s)
+	}
+	return nil
+}
+
+// words is a list, or as flags and the environment have it: one text with commas.
+type words []string
+
+func (w *words) UnmarshalYAML(read func(any) error) error {
+	var one string
+	if read(&one) == nil {
+		*w = list(one)
+		return nil
+	}
+	return read((*[]string)(w))
+}
+
 const defaultAgentConfig = "/etc/kedge/agent.yaml"
 
 // readAgentConfig reads file, strictly. A missing default file is an empty one; a missing named one is an error.
@@ -66,10 +90,35 @@ func readAgentConfig(file string) (agentConfig, error) {
 	if err != nil {
 		return c, fmt.Errorf("reading the agent's configuration: %w", err)
 	}
-	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict()).Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return c, fmt.Errorf("%s: %s", name, yaml.FormatError(err, false, true))
+	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict(), yaml.CustomUnmarshaler(durationOf)).Decode(&c); err != nil && !errors.Is(err, io.EOF) {
+		return c, configError(name, err)
 	}
 	return c, nil
+}
+
+// configError says where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN.
+func configError(file string, err error) error {
+	var at yaml.Error
+	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	token, says := at.GetToken(), at.GetMessage()
+	if wrong := new(yaml.TypeError); errors.As(err, &wrong) && wrong.DstType.Kind() == reflect.Bool {
+		says = fmt.Sprintf("%q: want true or false", token.Value)
+	}
+	if errors.As(err, new(*yaml.UnknownFieldError)) {
+		fields := func(yield func(string) bool) {
+			for _, f := range reflect.VisibleFields(reflect.TypeFor[agentConfig]()) {
+				if !yield(f.Tag.Get("yaml")) {
+					return
+				}
+			}
+		}
+		if near := deployments.Nearest(token.Value, fields); near != "" {
+			says += fmt.Sprintf(": did you mean %q?", near)
+		}
+	}
+	return fmt.Errorf("%s:%d:%d: %s", file, token.Position.Line, token.Position.Column, says)
 }
 
 // list splits what a flag or variable gives as a list.

@@ -144,6 +144,22 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	root.SuggestionsMinimumDistance = 2
+	root.SetHelpCommand(&cobra.Command{
+		Use:    "help [COMMAND]",
+		Short:  "The manual of a command",
+		Hidden: true,
+		RunE: func(_ *cobra.Command, args []string) error {
+			c, _, err := root.Find(args)
+			if err == nil && c == root {
+				err = root.Args(root, args)
+			}
+			if err != nil {
+				return err
+			}
+			c.InitDefaultHelpFlag()
+			return c.Help()
+		},
+	})
 	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the linker would keep every exported
 	// method of every type, most of S3's client among them. That is 9 MB of the binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
