@@ -239,7 +239,7 @@ func (f *fetch) checkSpace(dir string) error {
 		inodes++
 	}
 	if free := int64(st.Bavail) * st.Bsize; bytes > free {
-		return fmt.Errorf("the tree takes %d MB more, %s has %d MB left: %w", bytes>>20, dir, free>>20, syscall.ENOSPC)
+		return fmt.Errorf("the tree takes %s more, %s has %s left: %w", sizeText(bytes), dir, sizeText(free), syscall.ENOSPC)
 	}
 	if st.Files > 0 && inodes > int64(st.Ffree) {
 		return fmt.Errorf("the tree takes %d files more, %s has room for %d: %w", inodes, dir, st.Ffree, syscall.ENOSPC)

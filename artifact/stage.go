@@ -226,9 +226,17 @@ func checkFree(dir string, need int64) error {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; need > free {
-		return fmt.Errorf("the archive alone has %d MB, %s has %d MB left: %w", need>>20, dir, free>>20, syscall.ENOSPC)
+		return fmt.Errorf("the archive alone has %s, %s has %s left: %w", sizeText(need), dir, sizeText(free), syscall.ENOSPC)
 	}
 	return nil
+}
+
+// sizeText gives a size so that two that differ by little aren't both 0.
+func sizeText(n int64) string {
+	if n < 10_000_000 {
+		return fmt.Sprintf("%d kB", n/1000)
+	}
+	return fmt.Sprintf("%d MB", n/1_000_000)
 }
 
 // movable lets a directory's owner write into it: who isn't root can't move it to another directory without that.

@@ -267,6 +267,10 @@ func s3Error(err error) error {
 		}
 	}
 	if code == 0 {
+		if _, why, is := strings.Cut(err.Error(), "get credentials: "); is {
+			why = strings.TrimPrefix(why, "failed to refresh cached credentials, ")
+			return &transientError{err: fmt.Errorf("no AWS credentials in the environment, a profile or an instance role: %s", why)}
+		}
 		// No answer: no connection, a cut one, or no credentials. The last is worth a try too: an instance role takes a moment at boot.
 		return &transientError{err: plain(cause(err))}
 	}

@@ -85,7 +85,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 // storeHint says what to look at where the store is the trouble; empty: it isn't, or there is nothing to say.
 func (a *app) storeHint(err error) string {
 	switch {
-	case a.kv != "" && a.kv != "consul":
+	case !a.onConsul():
 		return ""
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf("is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have", envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"))
@@ -208,6 +208,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	})
 	return root
 }
+
+func (a *app) onConsul() bool { return a.kv == "" || a.kv == "consul" }
 
 // open opens the store that the flags name.
 func (a *app) open(ctx context.Context, log *slog.Logger) (kv.Store, error) {

@@ -39,6 +39,9 @@ token, whsec_..., or a secret token) and Gitea.`,
 			if err != nil {
 				return err
 			}
+			if a.onConsul() && (c.LeaseTTL < 10*time.Second || c.LeaseTTL > 24*time.Hour) {
+				return usagef("--lease-ttl %s: Consul takes 10s to 24h", c.LeaseTTL)
+			}
 			store, err := a.open(cmd.Context(), log)
 			if err != nil {
 				return err
