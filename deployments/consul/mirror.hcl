@@ -1,5 +1,7 @@
 # What the mirror may do. Every host that runs one, as a standby too, needs its own, with ${node} the name of the Consul node
 # that it talks to.
+#
+#   prefix=kedge/ node=mirror-1 envsubst < mirror.hcl | consul acl policy create -name kedge-mirror-1 -rules -
 
 # What it alone writes. A standby writes mirror/hook only, to pass a webhook on to the mirror that holds the lease.
 key_prefix "${prefix}desired/" {
