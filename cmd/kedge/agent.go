@@ -239,6 +239,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	// An idle agent is small: what a deployment allocated is given back sooner than Go would by itself.
 	debug.SetGCPercent(50)
 	log.Info("agent starts", "version", version(), "node", conf.Node, "stage", conf.Stage, "roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
+	defer logStop(ctx, log, "agent stops")()
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
 	go supervised(notify, node, conf.ReadyTimeout, log)

@@ -247,6 +247,12 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
+// logStop has a daemon say that it was told to stop, before it ends what it has begun, which may take a while. What it returns calls
+// that off.
+func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
+	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
+}
+
 // terminal gives stdout's width where a person looks at it, else 0.
 func (a *app) terminal() (width int) { return terminalWidth(a.stdout) }
 

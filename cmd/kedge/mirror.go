@@ -64,6 +64,7 @@ token, whsec_..., or a secret token) and Gitea.`,
 				return err
 			}
 			log.Info("mirror starts", "version", version(), "repo", c.Repo, "branch", c.Branch, "store", store.String())
+			defer logStop(cmd.Context(), log, "mirror stops")()
 			daemon.SdNotify(false, daemon.SdNotifyReady)
 			return m.Run(cmd.Context())
 		},

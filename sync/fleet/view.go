@@ -308,7 +308,7 @@ var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SU
 func HistoryRow(h mirror.History) []Text {
 	at := "-"
 	if !h.At.IsZero() {
-		at = h.At.UTC().Format("2006-01-02 15:04")
+		at = h.At.UTC().Format("2006-01-02 15:04Z")
 	}
 	return []Text{
 		{strconv.FormatInt(h.Generation, 10), Plain}, {at, Plain}, {new(Unit).Release(h.Release), Bold}, {clean(h.Commit[:min(8, len(h.Commit))]), Plain},
