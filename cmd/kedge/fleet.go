@@ -173,7 +173,7 @@ With --ready it asks this node's agent instead, and needs no store: for cloud-in
   kedge wait --ready 127.0.0.1:7070
 
 On a terminal, and with --progress, it prints what is still missing, whenever that changes. As a hook of the repo that people push to, it shows them the
-rollout that they began until it ends; to interrupt it stops the watching alone. Put this in hooks/post-receive:
+rollout that they began until it ends, and nothing of units that they left alone; to interrupt it stops the watching alone. Put this in hooks/post-receive:
 
   #!/bin/sh
   exec kedge wait --post-receive --timeout 30m
@@ -216,9 +216,13 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 				began := time.Now()
 				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
 			}
-			err = fleet.Wait(ctx, store, filter, commit, tell)
+			wait, done := fleet.Wait, "all nodes run what they should"
+			if postReceive {
+				wait, done = fleet.WaitForPush, "all nodes run what was pushed"
+			}
+			err = wait(ctx, store, filter, commit, tell)
 			if err == nil && tell != nil {
-				tell("all nodes run what they should")
+				tell(done)
 			}
 			switch {
 			case err == nil:

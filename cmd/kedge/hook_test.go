@@ -48,7 +48,7 @@ func TestPushShowsWhatComesOfIt(t *testing.T) {
 		return w.git1(w.work, "push", "-q", "origin", "main")
 	}
 	out, err := push("release: " + one.String() + "\n")
-	if err != nil || !strings.Contains(out, "remote:") || !strings.Contains(out, "all nodes run what they should") {
+	if err != nil || !strings.Contains(out, "remote:") || !strings.Contains(out, "all nodes run what was pushed") {
 		t.Errorf("%v; the push says:\n%s", err, out)
 	}
 	w.live("app", "1", "web-1")

@@ -26,7 +26,16 @@ var ErrRefused = errors.New("refused")
 // won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's. tell, where it isn't nil, is told what is
 // missing, whenever that changes.
 func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	w := waiter{filter: filter, commit: strings.ToLower(commit), before: map[nodeUnit]time.Time{}}
+	return wait(ctx, store, filter, commit, false, tell)
+}
+
+// WaitForPush is Wait for what a commit began: units that it left as they were don't count, whatever is wrong with them.
+func WaitForPush(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
+	return wait(ctx, store, filter, commit, true, tell)
+}
+
+func wait(ctx context.Context, store kv.Store, filter Filter, commit string, push bool, tell func(missing string)) error {
+	w := waiter{filter: filter, commit: strings.ToLower(commit), push: push, before: map[nodeUnit]time.Time{}}
 	if commit != "" {
 		err := CheckCommit(commit)
 		if err != nil {
@@ -87,6 +96,7 @@ func (e waitError) Unwrap() error { return e.err }
 type waiter struct {
 	filter Filter
 	commit string
+	push   bool // look at what the commit changed alone
 	taken  bool
 	head   *string // the first that was seen
 	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of the new try.
@@ -139,13 +149,17 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		}
 		return "", fmt.Errorf("commit %s is taken, and brought no such unit", short(w.commit))
 	}
-	for _, u := range f.Units {
+	units := f.Units
+	if w.push {
+		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
+	}
+	for _, u := range units {
 		if err := w.useless(&u, f.At); err != nil {
 			return "", err
 		}
 	}
 	var all []string
-	for _, u := range f.Units {
+	for _, u := range units {
 		if s := unfinished(&u, f.At); s != "" {
 			all = append(all, s)
 		}
@@ -188,6 +202,25 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 		missing += "; no mirror runs now"
 	}
 	return missing, nil
+}
+
+// older reports whether a unit's record was written before the commit. Where the past doesn't reach back to that, nobody can tell.
+func (w *waiter) older(f *Fleet, u Unit) bool {
+	if u.Record == nil {
+		return true // what a commit removes goes on as it is
+	}
+	if f.Mirror == nil {
+		return false
+	}
+	for _, name := range append([]string{f.Mirror.Head}, strings.Fields(f.Mirror.Past)...) {
+		if name != "" && strings.HasPrefix(u.Record.Commit, name) {
+			return false // this one, or one after it
+		}
+		if strings.HasPrefix(name, w.commit) || name != "" && strings.HasPrefix(w.commit, name) {
+			return true
+		}
+	}
+	return false
 }
 
 // among reports whether a head with this past brought the commit along.

@@ -177,6 +177,28 @@ func TestWaitForACommit(t *testing.T) {
 			t.Errorf("%v, want the end of it", err)
 		}
 	})
+	t.Run("it left alone what is halted", func(t *testing.T) {
+		t.Parallel()
+		other := deployments.UnitID{Stage: "prod", Role: "web", Unit: "other"}
+		halted := deployments.Record{Target: release("other", "2"), Stable: release("other", "1"), Generation: 3, Commit: first,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseHalted, Since: noon, Reason: "1 node failed"}}
+		ours := deployments.Record{Target: release("app", "2"), Generation: 3, Commit: second}
+		late := runs("app", "2")
+		late.Generation, late.State = 3, deployments.StateFetching
+		s := openDir(t)
+		store(t, s, put(kv.DesiredKey(other), halted), put(kv.DesiredKey(app), ours), reports("web-1", late),
+			put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12] + " " + first[:12]}))
+		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if err := WaitForPush(ctx, s, Filter{}, commit, nil); err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v, want %q", commit, err, says)
+			}
+			cancel()
+		}
+		if err := WaitForPush(t.Context(), s, Filter{}, third, nil); err != nil {
+			t.Errorf("it changed nothing, and waits for others: %v", err)
+		}
+	})
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
