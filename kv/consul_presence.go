@@ -22,6 +22,8 @@ const (
 	presenceLockDelay = time.Millisecond
 	// presencePoll is how often at least a presence looks after its session and entries.
 	presencePoll = 60 * time.Second
+	// takenPoll is how often it looks whether another process still has what it took.
+	takenPoll = 5 * time.Second
 )
 
 // consulPresence holds entries by one session. That is tied to the health of the node that the local Consul agent
@@ -44,6 +46,7 @@ type consulPresence struct {
 	early   bool            // for want of a health check of the node
 	mine    map[string]bool // every session that this presence has had
 	held    map[string][]byte
+	taken   map[string]bool // of held, what another process has
 	closed  bool
 }
 
@@ -52,7 +55,7 @@ func (s *consulStore) Presence(ctx context.Context, name string) (Presence, erro
 		return nil, errors.New("presence: the name is empty")
 	}
 	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1),
-		mine: map[string]bool{}, held: map[string][]byte{}}
+		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -78,6 +81,7 @@ func (p *consulPresence) Put(ctx context.Context, key string, value []byte) erro
 		return err
 	}
 	p.held[key] = bytes.Clone(value)
+	delete(p.taken, key)
 	return nil
 }
 
@@ -275,6 +279,18 @@ func (p *consulPresence) keep() {
 		} else {
 			pause = trouble.NextBackOff()
 		}
+		p.putting.Lock()
+		taken := err == nil && p.session == "" && len(p.held) > 0 // all of it
+		p.putting.Unlock()
+		if taken {
+			select {
+			case <-p.wake: // by a Put
+			case <-time.After(takenPoll):
+			case <-p.ctx.Done():
+				return
+			}
+			continue
+		}
 		if wait(p.ctx, pause) != nil {
 			return
 		}
@@ -316,7 +332,8 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 }
 
 // repair looks at each entry, and puts it again where this presence's session doesn't hold it. An entry that a later
-// process of this node has taken is left to it.
+// process of this node has taken is left to it as long as that lives: else a node whose agent was started twice would be
+// gone once the second ends.
 func (p *consulPresence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -341,13 +358,16 @@ func (p *consulPresence) repair() error {
 		case e.Session != "" && e.Session == p.session && bytes.Equal(e.Value, p.held[key]):
 			continue // a restored snapshot brings back what it held earlier, too
 		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
-			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
-			delete(p.held, key)
+			if !p.taken[key] {
+				p.store.log.Warn("another process has taken this node's entry, and keeps it while it lives: do two agents have this name?", "key", key)
+			}
+			p.taken[key] = true
 			continue
 		}
 		if err := p.put(p.ctx, key, p.held[key]); err != nil {
 			return err
 		}
+		delete(p.taken, key)
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package kv_test
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"slices"
@@ -247,6 +248,33 @@ func TestConsulPresenceLeavesNoSessions(t *testing.T) {
 	if len(all) != 1 || !strings.Contains(all[0].Name, "server-1") {
 		t.Fatalf("%d sessions, want one", len(all))
 	}
+}
+
+// A node's agent that was started twice isn't gone once the second one ends.
+func TestConsulPresenceComesBackAfterAnother(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/")
+	views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
+	put := func(value string) kv.Presence {
+		p, err := c.Open("").Presence(t.Context(), "server-1")
+		if err == nil {
+			err = p.Put(t.Context(), "status/prod/web/server-1", []byte(value))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { p.Close(context.Background()) })
+		return p
+	}
+	put("first")
+	views.Await(t, "the first", held("server-1=first"))
+	second := put("second")
+	views.Await(t, "the second", held("server-1=second"))
+	if err := second.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "the first again", held("server-1=first"))
 }
 
 // Whoever else holds the entry loses it, but not the session, which may hold more.
