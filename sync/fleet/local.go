@@ -59,7 +59,7 @@ func Local(s agent.Status, unit string, at time.Time) (*Fleet, deployments.UnitI
 
 // sourceStep says how far a node's view of a prefix of the store can be believed.
 func sourceStep(s agent.SourceStatus, at time.Time) policy.Step {
-	step := policy.Step{What: "store", Says: clean(s.Prefix) + " as it is, by " + clean(s.From)}
+	step := policy.Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
 	if s.Trouble == "" {
 		return step
 	}
