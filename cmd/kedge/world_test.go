@@ -100,7 +100,11 @@ func (l lockedWriter) Write(p []byte) (int, error) {
 func (w *world) start(name string, env []string, args ...string) *process {
 	w.t.Helper()
 	p := &process{name: name, cmd: exec.Command(w.self(), args...), log: &bytes.Buffer{}, mu: &sync.Mutex{}, done: make(chan struct{})}
-	p.cmd.Env = slices.Concat(baseEnv(), env, []string{"KEDGE_PLAY=1"})
+	temp := filepath.Join(w.dir, "tmp") // what is killed leaves it to the test's end to clean up
+	if err := os.MkdirAll(temp, 0o755); err != nil {
+		w.t.Fatal(err)
+	}
+	p.cmd.Env = slices.Concat(baseEnv(), env, []string{"KEDGE_PLAY=1", "TMPDIR=" + temp})
 	p.cmd.Stdout, p.cmd.Stderr = lockedWriter{p.mu, p.log}, lockedWriter{p.mu, p.log}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
