@@ -695,6 +695,20 @@ func TestOwnersOfAManifest(t *testing.T) {
 	}
 }
 
+// Whose tree it is to be is asked before it is fetched.
+func TestUnknownOwner(t *testing.T) {
+	t.Parallel()
+	p := publishTree(t, t.TempDir())
+	p.manifest.Owner = "nobody-here"
+	objects := object.New(object.Config{})
+	if err := Unpack(t.Context(), objects, p.manifest, t.TempDir(), StageOptions{}); err == nil || !strings.Contains(err.Error(), "nobody-here") {
+		t.Errorf("an owner that isn't there: %v", err)
+	}
+	if requests, _ := objects.Requests(); requests != 0 {
+		t.Errorf("%d requests were made for it", requests)
+	}
+}
+
 func TestWhatStandsAtDest(t *testing.T) {
 	t.Parallel()
 	pointers := publishVersions(t, t.TempDir(), "1")

@@ -194,6 +194,9 @@ func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest
 
 // fill puts m's tree into dir, and gives it its owner. It returns the tree's index.
 func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (index []byte, err error) {
+	if _, _, err := ownerOf(m.Owner); err != nil { // before it fetches what it couldn't give to anybody
+		return nil, err
+	}
 	if m.Index != nil {
 		index, err = fetchIndexed(ctx, objects, m, base, dir, opt)
 	} else {
