@@ -19,12 +19,14 @@ key_prefix "${prefix}control/" {
   policy = "write"
 }
 
-# What it only reads, but for one thing: it makes the folder key of each new role (${prefix}pins/prod/web/, with an empty value),
+# What it mostly only reads. It makes the folder key of each new role (${prefix}pins/prod/web/, with an empty value),
 # without which nobody can tell a missing key from a lost permission. Consul has no rule for just those. Where your roles seldom
 # change, make both a "list" and add one rule a role, for these exact keys:
 #
 #   key "${prefix}pins/prod/web/"   { policy = "write" }
 #   key "${prefix}status/prod/web/" { policy = "write" }
+#
+# It also removes what nodes said that died three days ago. With those exact rules it may not: such nodes stay in kedge status, as gone.
 key_prefix "${prefix}pins/" {
   policy = "write"
 }

@@ -106,6 +106,9 @@ type leader struct {
 	past       map[deployments.UnitID]History // newest generations, of the roles in pastOf
 	pastOf     map[[2]string]bool
 	ranks      map[deployments.UnitID]*policy.Ranks
+	absent     map[string]absence // by key in status/
+	// unforgetting is set once it is known that this mirror may not remove what is there.
+	unforgetting bool
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -115,6 +118,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		owned: map[deployments.UnitID]own{}, obeyed: map[deployments.UnitID]uint64{}, folders: map[[2]string]bool{},
 		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
 		ranks:    map[deployments.UnitID]*policy.Ranks{},
+		absent:   map[string]absence{},
 		patience: newBackOff(m.patience, max(m.patience, maxPatience)),
 	}
 }
@@ -294,6 +298,11 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		l.complain(ctx, err, now)
 		return 0, err
 	}
+	due, err := l.forget(ctx, fleet, cells, now)
+	if err != nil {
+		return 0, err
+	}
+	again = sooner(again, due)
 	for _, o := range l.owned {
 		if o.version == 0 {
 			again = sooner(again, settle) // should its write not show by then, it is looked for again

@@ -83,11 +83,11 @@ type Mirror struct {
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
 
-	poke      chan struct{} // asks for a poll; holds one
-	hooked    chan struct{} // asks for a webhook to be passed on; holds one
-	hurry     chan struct{} // asks the leader to look for releases anew; holds one
-	hookPause time.Duration // hookPause
-	patience  time.Duration // patience
+	poke   chan struct{} // asks for a poll; holds one
+	hooked chan struct{} // asks for a webhook to be passed on; holds one
+	hurry  chan struct{} // asks the leader to look for releases anew; holds one
+
+	hookPause, patience, forgetAfter time.Duration // as the constants of these names
 
 	mu      sync.Mutex
 	git     gitState
@@ -137,7 +137,7 @@ func New(c Config) (*Mirror, error) {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
 	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{}),
-		hooked: make(chan struct{}, 1), hurry: make(chan struct{}, 1), hookPause: hookPause, patience: patience}
+		hooked: make(chan struct{}, 1), hurry: make(chan struct{}, 1), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
