@@ -1,6 +1,7 @@
 package kv
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ type consulStore struct {
 	config api.Config // the client's, with its HTTP client
 	tokens *tokenSource
 	addr   string // for people
+	local  bool   // addr is this machine's own
 	prefix string // ends in "/"
 	log    *slog.Logger
 	http   *http.Client
@@ -42,6 +44,7 @@ func openConsul(c Config) (*consulStore, error) {
 	// Each request gives its token, so that it can change: the client reads a token file once.
 	config.TokenFile = ""
 	config.Token, _ = tokens.get()
+	local := isLocal(cmp.Or(config.Address, api.DefaultConfig().Address))
 	client, err := api.NewClient(config)
 	if err != nil {
 		return nil, fmt.Errorf("open consul: %w", err)
@@ -61,7 +64,7 @@ func openConsul(c Config) (*consulStore, error) {
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
 	}
-	return &consulStore{client: client, config: *config, tokens: tokens, addr: addr, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
+	return &consulStore{client: client, config: *config, tokens: tokens, addr: addr, local: local, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
 }
 
 func (s *consulStore) String() string {

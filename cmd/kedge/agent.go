@@ -60,7 +60,7 @@ finishes or takes back what it had begun.`,
 	f.StringVar(&file, "config", os.Getenv("KEDGE_CONFIG"), "configuration `file` (default "+defaultAgentConfig+" where it exists)")
 	f.String("stage", "", "this node's stage, as in prod")
 	f.String("roles", "", "this node's `roles`, separated by commas")
-	f.String("node", "", "this node's name (default: the host's name)")
+	f.String("node", "", "this node's name (default: what Consul's agent on this machine calls it, or else the host's up to the first dot)")
 	f.String("state-dir", "", "`directory` of lock, journal and last known state (default /var/lib/kedge)")
 	f.String("listen", "", "`address` of /ready, /live, /status and /metrics, as in 127.0.0.1:7070 (default: none)")
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
@@ -186,13 +186,6 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if err != nil {
 		return usageError{err}
 	}
-	if conf.Node == "" {
-		host, err := os.Hostname()
-		if err != nil {
-			return fmt.Errorf("this node's name: %w; set --node", err)
-		}
-		conf.Node, _, _ = strings.Cut(host, ".")
-	}
 	store, err := a.open(ctx, log)
 	if err != nil {
 		return err
@@ -238,7 +231,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	}
 	// An idle agent is small: what a deployment allocated is given back sooner than Go would by itself.
 	debug.SetGCPercent(50)
-	log.Info("agent starts", "version", version(), "node", conf.Node, "stage", conf.Stage, "roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
+	log.Info("agent starts", "version", version(), "node", node.Node(), "stage", conf.Stage, "roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
 	defer logStop(ctx, log, "agent stops")()
 	notify, stop := context.WithCancel(ctx)
 	defer stop()

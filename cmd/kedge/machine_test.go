@@ -90,7 +90,7 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	m.write("/usr/lib/systemd/system/app.service", fmt.Sprintf(appUnit, m.app))
 	m.write("/usr/lib/systemd/system/consumer.service", consumerUnit)
 	m.write("/etc/kedge/agent.yaml", strings.Join(append([]string{
-		"stage: prod", "roles: [" + name + "]", "node: " + name, "listen: " + m.agent,
+		"stage: prod", "roles: [" + name + "]", "listen: " + m.agent,
 		"sources: [" + w.s3.URL("") + "]", "dests: [/srv]",
 	}, more...), "\n")+"\n")
 	m.write("/etc/kedge/consul-token", w.token("agent", deployments.RuleVars{Node: name, Stage: "prod", Role: name}))

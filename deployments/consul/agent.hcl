@@ -7,6 +7,11 @@
 #
 # node is the name of the Consul node that the agent talks to, which is the node's own name unless its --node says otherwise.
 
+# So that the agent can ask for that name. It goes by its host's without this rule.
+agent "${node}" {
+  policy = "read"
+}
+
 # What should run here. "list" is "read" that also works where acl.enable_key_list_policy is on.
 key_prefix "${prefix}desired/${stage}/${role}/" {
   policy = "list"

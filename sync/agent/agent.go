@@ -24,6 +24,7 @@
 //
 //	lock                      held while it runs; the process's id
 //	last-known.json           what the store last held for this node
+//	node.json                 what the store's agent called this node last
 //	failures.json             what releases failed under: see Record.Retry
 //	agent.sock                /status, /ready and POST /retry for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
@@ -56,7 +57,9 @@ const DefaultStateDir = "/var/lib/kedge"
 // Config configures an Agent.
 type Config struct {
 	Store kv.Store
-	Node  string // this node's name
+	// Node is this node's name. Empty: what the store's agent on this machine calls it; where there is none, or it doesn't say, the
+	// host's name up to its first dot.
+	Node  string
 	Stage string
 	Roles []string // at least one
 	// StateDir holds the lock, the last known state and every unit's journal. Default DefaultStateDir.
@@ -87,7 +90,8 @@ type Config struct {
 
 // Agent converges one node. Make it with New, then Run it once.
 type Agent struct {
-	c        Config
+	c        Config  // Node changes once at most, under mu: see findName
+	naming   *naming // nil: the name was given
 	started  time.Time
 	begun    time.Time // startingSince
 	lock     *os.File
@@ -129,15 +133,23 @@ func New(c Config) (_ *Agent, err error) {
 			return nil, err
 		}
 	}
-	if err := deployments.CheckSegment("node", c.Node); err != nil {
-		return nil, err
-	}
 	c.Roles = slices.Compact(slices.Sorted(slices.Values(c.Roles)))
 	if len(c.Roles) == 0 {
 		return nil, errors.New("an agent needs at least one role")
 	}
 	if c.StateDir == "" {
 		c.StateDir = DefaultStateDir
+	}
+	var unnamed *naming
+	if c.Node == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return nil, fmt.Errorf("this host's name: %w", err)
+		}
+		unnamed, c.Node = newNaming(host, c.StateDir)
+	}
+	if err := deployments.CheckSegment("node", c.Node); err != nil {
+		return nil, err
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -146,7 +158,7 @@ func New(c Config) (_ *Agent, err error) {
 		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	a := &Agent{
-		c: c, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
+		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
 		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
 		kicked: make(chan struct{}, 1), reportNow: make(chan struct{}, 1),
 		pulse: make(chan struct{}), converged: make(chan struct{}),
@@ -209,13 +221,17 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serveSocket(ctx) })
 	g.Go(func() error { a.drains.run(ctx); return nil })
 	g.Go(func() error { a.drift.run(ctx); return nil })
-	g.Go(func() error { a.report(ctx); return nil })
-	for _, r := range a.roles {
-		for _, s := range r.sources() {
-			g.Go(func() error { a.watch(ctx, s); return nil })
-		}
-	}
 	g.Go(func() error { a.loop(ctx); return nil })
+	g.Go(func() error {
+		a.findName(ctx)
+		g.Go(func() error { a.report(ctx); return nil })
+		for _, r := range a.roles {
+			for _, s := range r.sources() {
+				g.Go(func() error { a.watch(ctx, s); return nil })
+			}
+		}
+		return nil
+	})
 	err := g.Wait()
 	a.workers.Wait()
 	return err
@@ -300,20 +316,10 @@ func (a *Agent) unitsOnDisk() []deployments.UnitID {
 // watch follows one prefix of the store until ctx ends.
 func (a *Agent) watch(ctx context.Context, s *source) {
 	var retry backOff
-	var folder sync.Once
 	for ctx.Err() == nil {
 		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
 			retry.reset()
-			a.see(s, v)
-			if v.Settled {
-				return
-			}
-			if errors.Is(v.Err, kv.ErrDenied) {
-				folder.Do(func() { a.workers.Go(func() { a.makeFolder(ctx, s.prefix) }) })
-			}
-			if v.Err != nil {
-				a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
-			}
+			a.saw(ctx, s, v)
 		})
 		if ctx.Err() != nil {
 			return
@@ -322,6 +328,20 @@ func (a *Agent) watch(ctx context.Context, s *source) {
 		if wait(ctx, retry.next()) != nil {
 			return
 		}
+	}
+}
+
+// saw takes a view of the store, and helps itself where there is nothing to see.
+func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
+	a.see(s, v)
+	if v.Settled {
+		return
+	}
+	if errors.Is(v.Err, kv.ErrDenied) {
+		s.folder.Do(func() { a.workers.Go(func() { a.makeFolder(ctx, s.prefix) }) })
+	}
+	if v.Err != nil {
+		a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
 	}
 }
 

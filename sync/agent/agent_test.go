@@ -95,7 +95,7 @@ func TestNewRefuses(t *testing.T) {
 	w := newWorld(t)
 	for name, change := range map[string]func(*Config){
 		"no store": func(c *Config) { c.Store = nil }, "no role": func(c *Config) { c.Roles = nil },
-		"a stage with a slash": func(c *Config) { c.Stage = "a/b" }, "no node": func(c *Config) { c.Node = "" },
+		"a stage with a slash": func(c *Config) { c.Stage = "a/b" }, "a node with a slash": func(c *Config) { c.Node = "a/b" },
 		"an address that isn't ours": func(c *Config) { c.Listen = "192.0.2.1:1" },
 	} {
 		c := w.config()

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"kedge/deployments"
@@ -36,6 +37,7 @@ type source struct {
 	at      time.Time // since when entries are as they are
 	trouble error     // why the store's view may be out of date
 	since   time.Time // since when trouble is as it is
+	folder  sync.Once // the attempt to make prefix's folder key
 }
 
 // accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes

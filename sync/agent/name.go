@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+const nameFile = "node.json"
+
+// named is what nameFile holds: what a host was called last.
+type named struct {
+	Host string `json:"host"`
+	Node string `json:"node"`
+}
+
+// naming is how an agent that was given no name finds one.
+type naming struct {
+	host string // as the machine calls itself
+	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was called doesn't
+	// count: the disk may have been in its image.
+	saved string
+}
+
+// newNaming gives what is known without asking, and the name to go by until then.
+func newNaming(host, stateDir string) (*naming, string) {
+	n := &naming{host: host}
+	var last named
+	if data, err := os.ReadFile(filepath.Join(stateDir, nameFile)); err == nil && json.Unmarshal(data, &last) == nil && last.Host == host {
+		n.saved = last.Node
+	}
+	if n.saved != "" {
+		return n, n.saved
+	}
+	short, _, _ := strings.Cut(host, ".")
+	return n, short
+}
+
+// findName settles the node's name, where none was given: what the store's agent on this machine calls it, as all other tools do, and so
+// that its death is seen at once. It returns once the name is settled; before that nothing is reported, and no view of the store is
+// taken, as pins and turns go by the name. That costs nothing: who can't be asked has nothing else to say either.
+func (a *Agent) findName(ctx context.Context) {
+	namer, ok := a.c.Store.(kv.Namer)
+	if a.naming == nil || !ok {
+		return
+	}
+	var retry backOff
+	for {
+		name, err := namer.NodeName(ctx)
+		if err == nil && name != "" {
+			err = deployments.CheckSegment("node", name)
+		}
+		switch {
+		case err == nil && name == "": // the store is asked through another machine
+			return
+		case err == nil:
+			a.rename(name)
+			return
+		case ctx.Err() != nil:
+			return
+		case a.naming.saved != "":
+			a.c.Log.Debug("this node's name is the one that it had", "node", a.naming.saved, "error", err)
+			return
+		case !passing(err) || a.storeAnswers(ctx):
+			a.c.Log.Info("this node goes by its host's name", "node", a.Node(), "error", err)
+			return
+		}
+		if retry.tries == 0 {
+			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
+		}
+		for _, r := range a.roles {
+			for _, s := range r.sources() {
+				a.saw(ctx, s, kv.View{Err: fmt.Errorf("this node's name isn't known yet: %w", err)})
+			}
+		}
+		if wait(ctx, retry.next()) != nil {
+			return
+		}
+	}
+}
+
+// passing reports whether the same call may succeed later: a token that is new is denied until all of Consul knows it.
+func passing(err error) bool {
+	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
+}
+
+// storeAnswers reports whether the store is there, for whatever reason it doesn't tell this node's name.
+func (a *Agent) storeAnswers(ctx context.Context) bool {
+	_, err := a.c.Store.List(ctx, a.roles[0].desired.prefix)
+	return err == nil
+}
+
+func (a *Agent) rename(name string) {
+	a.mu.Lock()
+	was := a.c.Node
+	a.c.Node = name
+	a.mu.Unlock()
+	if name == a.naming.saved {
+		return
+	}
+	a.c.Log.Info("this node's name, as the store's agent has it", "node", name, "was", was)
+	if err := writeJSON(filepath.Join(a.c.StateDir, nameFile), named{a.naming.host, name}); err != nil {
+		a.c.Log.Warn("this node's name can't be kept for a start without the store", "node", name, "error", err)
+	}
+}
+
+// Node is this node's name, which may change once where Config gave none.
+func (a *Agent) Node() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.c.Node
+}

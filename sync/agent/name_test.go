@@ -1,0 +1,152 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// namer is a store whose agent answers one after the other, and then as it did last.
+type namer struct {
+	kv.Store
+	mu      sync.Mutex
+	answers []any
+}
+
+func (n *namer) NodeName(context.Context) (string, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	answer := n.answers[0]
+	if len(n.answers) > 1 {
+		n.answers = n.answers[1:]
+	}
+	if err, ok := answer.(error); ok {
+		return "", fmt.Errorf("the agent: %w", err)
+	}
+	return answer.(string), nil
+}
+
+// away is a store that can't be read where down is set.
+type away struct {
+	kv.Store
+	down error
+}
+
+func (s away) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
+	if s.down != nil {
+		return nil, s.down
+	}
+	return s.Store.List(ctx, prefix)
+}
+
+func TestFindName(t *testing.T) {
+	t.Parallel()
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, _, _ := strings.Cut(host, ".")
+	answers := func(all ...any) []any { return all }
+	for name, c := range map[string]struct {
+		saved   string // what the disk has
+		answers []any
+		down    error // the rest of the store is so, too
+		want    string
+		keeps   string
+	}{
+		"what the store's agent says":                 {"", answers("i-0abc"), nil, "i-0abc", "i-0abc"},
+		"which isn't up at once":                      {"", answers(kv.ErrUnavailable, kv.ErrUnavailable, "i-0abc"), kv.ErrUnavailable, "i-0abc", "i-0abc"},
+		"which doesn't know the token yet":            {"", answers(kv.ErrDenied, "i-0abc"), kv.ErrDenied, "i-0abc", "i-0abc"},
+		"which may not be asked":                      {"", answers(kv.ErrDenied), nil, short, ""},
+		"which is behind something that can't":        {"", answers(kv.ErrUnavailable), nil, short, ""},
+		"which nobody knows":                          {"", answers(kv.ErrNotFound), kv.ErrUnavailable, short, ""},
+		"which is away, and said so before":           {host, answers(kv.ErrUnavailable), kv.ErrUnavailable, "saved", "saved"},
+		"which doesn't say any more":                  {host, answers(kv.ErrDenied), nil, "saved", "saved"},
+		"which has another name for it by now":        {host, answers("web-1"), nil, "web-1", "web-1"},
+		"which told another host, whose disk this is": {"image-builder", answers(kv.ErrDenied), nil, short, "saved"},
+		"which is another machine's":                  {"", answers(""), nil, short, ""},
+		"whose name can't be part of a key":           {"", answers("a/b"), nil, short, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			file := filepath.Join(w.path("state"), nameFile)
+			if c.saved != "" {
+				if err := os.MkdirAll(w.path("state"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				if err := writeJSON(file, named{c.saved, "saved"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			w.put(kv.DesiredKey(app), w.publish("app", "1").String())
+			a := w.start(func(config *Config) {
+				config.Node, config.Store = "", &namer{Store: away{w.store, c.down}, answers: c.answers}
+			})
+			await(t, "the report", func() (bool, string) {
+				e, err := w.store.Get(t.Context(), kv.StatusKey("prod", "web", c.want))
+				if err != nil {
+					return false, err.Error()
+				}
+				r, err := deployments.ParseReport(e.Value)
+				return err == nil && r.Node == c.want && r.Units["app"].State == deployments.StateConverged, string(e.Value)
+			})
+			if got := a.Node(); got != c.want {
+				t.Errorf("it goes by %q", got)
+			}
+			all, err := w.store.List(t.Context(), kv.StatusPrefix)
+			if err != nil || len(all) != 1 {
+				t.Errorf("it reports more than once: %v, %v", all, err)
+			}
+			if data, _ := os.ReadFile(file); c.keeps == "" && len(data) > 0 || c.keeps != "" && !strings.Contains(string(data), `"node":"`+c.keeps+`"`) {
+				t.Errorf("it keeps %s", data)
+			}
+			a.stop()
+		})
+	}
+}
+
+// While nobody says what this node is called, the rest of its state is shown as what it is: not known.
+func TestUnnamedNodeSaysWhy(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	snapshot := make(chan struct{}, 1)
+	a := w.start(func(config *Config) {
+		config.Listen, config.Node, config.Store = "127.0.0.1:0", "", &namer{Store: away{w.store, kv.ErrUnavailable}, answers: []any{kv.ErrUnavailable}}
+		config.Snapshot = func(context.Context) ([]kv.Entry, error) {
+			select {
+			case snapshot <- struct{}{}:
+			default:
+			}
+			return nil, kv.ErrUnavailable
+		}
+	})
+	await(t, "why it isn't ready", func() (bool, string) {
+		code, body := a.get("/ready")
+		return code == 503 && strings.Contains(body, "this node's name isn't known yet"), body
+	})
+	select {
+	case <-snapshot:
+	case <-time.After(patience):
+		t.Error("nobody looks for a snapshot")
+	}
+}
+
+func TestADamagedNameIsNone(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, nameFile), []byte(`{"host":"web-1.example`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if n, name := newNaming("web-1.example", dir); n.saved != "" || name != "web-1" {
+		t.Errorf("%+v, %q", n, name)
+	}
+}
