@@ -16,7 +16,7 @@ const (
 	progressEvery = 3 * time.Second
 	// reportsPerSecond and reportBurst bound all reports.
 	reportsPerSecond = 4
-	reportBurst      = 8
+	reportBurst      = 16
 	leaveWithin      = 5 * time.Second
 )
 
