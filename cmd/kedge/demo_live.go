@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"strings"
 	"time"
@@ -33,13 +34,15 @@ func (d *demo) live(a *app) error {
 	if err := d.serveWeb(); err != nil {
 		return err
 	}
-	show := d.printChanges
+	var err error
 	if a.terminal() > 0 {
-		show = func(f *fleet.Fleet) { d.repaint(a, f) }
+		err = a.watchOnScreen(d.ctx, d.store, fleet.Filter{}, func(w io.Writer, f *fleet.Fleet, width int) {
+			d.draw(w, f, fleet.TableOptions{Width: width, Color: a.color(), Nodes: true})
+		})
 	} else {
 		fmt.Fprintf(d.out, "\nIn a browser: http://%s/\n%s", d.web.Addr(), d.advice())
+		err = fleet.Watch(d.ctx, d.store, fleet.Filter{}, d.printChanges)
 	}
-	err := fleet.Watch(d.ctx, d.store, fleet.Filter{}, show)
 	if errors.Is(err, context.Canceled) {
 		fmt.Fprintln(d.out, "\nending the agents and the mirror …")
 		return nil
@@ -47,18 +50,15 @@ func (d *demo) live(a *app) error {
 	return err
 }
 
-// repaint draws the whole screen anew: the fleet, then what to type next.
-func (d *demo) repaint(a *app, f *fleet.Fleet) {
-	var b strings.Builder
-	b.WriteString("\x1b[H\x1b[2J")
-	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents, each a process of its own, in %s\n\n", len(d.nodes), d.dir)
-	fleet.WriteTable(&b, f, fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: true})
-	fmt.Fprintf(&b, "\nIn a browser:  http://%s/\nLive now:    ", d.web.Addr())
+// draw shows the fleet, then what to type next.
+func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
+	fmt.Fprintf(w, "kedge demo: a mirror and %d agents, each a process of its own, in %s\n\n", len(d.nodes), d.dir)
+	fleet.WriteTable(w, f, opt)
+	fmt.Fprintf(w, "\nIn a browser:  http://%s/\nLive now:    ", d.web.Addr())
 	for _, name := range []string{"web-1", "web-2", "web-3"} {
-		fmt.Fprintf(&b, "  %s/%s/", d.siteURL, name)
+		fmt.Fprintf(w, "  %s/%s/", d.siteURL, name)
 	}
-	b.WriteString("\n" + d.advice())
-	fmt.Fprint(d.out, strings.ReplaceAll(b.String(), "\n", "\x1b[K\n"))
+	fmt.Fprint(w, "\n"+d.advice())
 }
 
 // printChanges is what a pipe gets: a line a node that changed.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/user"
@@ -14,7 +15,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -85,19 +85,17 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 				}
 				return nil
 			}
-			err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) {
-				switch {
-				case a.json:
-					json.NewEncoder(a.stdout).Encode(f)
-				case opt.Width > 0:
-					opt.Width = a.terminal()
-					var screen strings.Builder
-					fleet.WriteTable(&screen, f, opt)
-					fmt.Fprint(a.stdout, "\x1b[H\x1b[2J"+a.onScreen(screen.String()))
-				default:
-					fleet.WriteTable(a.stdout, f, opt)
-				}
-			})
+			switch {
+			case a.json:
+				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) { json.NewEncoder(a.stdout).Encode(f) })
+			case opt.Width > 0:
+				err = a.watchOnScreen(cmd.Context(), store, filter, func(w io.Writer, f *fleet.Fleet, width int) {
+					opt.Width = width
+					fleet.WriteTable(w, f, opt)
+				})
+			default:
+				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) { fleet.WriteTable(a.stdout, f, opt) })
+			}
 			if errors.Is(err, context.Canceled) {
 				return nil
 			}
@@ -108,20 +106,6 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 	c.Flags().BoolVarP(&nodes, "nodes", "n", false, "show every node, not only those that aren't converged")
 	a.jsonFlag(c, "the fleet")
 	return c
-}
-
-// onScreen cuts what a screen doesn't hold: else its top would be out of sight.
-func (a *app) onScreen(text string) string {
-	f, ok := a.stdout.(*os.File)
-	if !ok {
-		return text
-	}
-	_, height, err := term.GetSize(int(f.Fd()))
-	lines := strings.SplitAfter(text, "\n")
-	if most := height - 2; err == nil && most > 0 && len(lines)-1 > most {
-		return strings.Join(lines[:most], "") + fmt.Sprintf("… %d more lines: kedge status STAGE/ROLE shows less at a time\n", len(lines)-1-most)
-	}
-	return text
 }
 
 func (a *app) historyCommand() *cobra.Command {

@@ -1,0 +1,111 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"golang.org/x/term"
+
+	"kedge/kv"
+	"kedge/sync/fleet"
+)
+
+// screen shows a fleet on a terminal, in the place of what it showed before.
+type screen struct {
+	out  io.Writer
+	size func() (width, height int)
+	draw func(w io.Writer, f *fleet.Fleet, width int)
+
+	mu            sync.Mutex
+	fleet         *fleet.Fleet // as it was seen last
+	text          string       // what is there
+	width, height int          // and how large the terminal was
+}
+
+// watchOnScreen shows the fleet until ctx ends, anew after every change, and once a second: ages go on, and windows change their size.
+func (a *app) watchOnScreen(ctx context.Context, store kv.Store, filter fleet.Filter, draw func(w io.Writer, f *fleet.Fleet, width int)) error {
+	s := &screen{out: a.stdout, size: a.screenSize, draw: draw}
+	ctx, cancel := context.WithCancel(ctx)
+	var ticking sync.WaitGroup
+	defer ticking.Wait()
+	defer cancel()
+	ticking.Go(func() {
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case now := <-tick.C:
+				s.show(nil, now)
+			}
+		}
+	})
+	return fleet.Watch(ctx, store, filter, func(f *fleet.Fleet) { s.show(f, f.At) })
+}
+
+// show draws a fleet as it is now; nil: the one that was seen last.
+func (s *screen) show(f *fleet.Fleet, now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f != nil {
+		s.fleet = f
+	}
+	if s.fleet == nil {
+		return
+	}
+	aged := *s.fleet
+	aged.At = now
+	width, height := s.size()
+	var b strings.Builder
+	s.draw(&b, &aged, width)
+	text := cut(b.String(), width, height-2)
+	resized := width != s.width || height != s.height
+	if text == s.text && !resized {
+		return
+	}
+	s.text, s.width, s.height = text, width, height
+	clear := ""
+	if resized { // what was there lies in other places now
+		clear = "\x1b[2J"
+	}
+	// Over what is there rather than cleared first, which would flicker.
+	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
+}
+
+// cut cuts what a screen doesn't hold: else its top would be out of sight. What is longer than a line takes more than one.
+func cut(text string, width, most int) string {
+	lines := strings.SplitAfter(text, "\n")
+	lines = lines[:len(lines)-1]
+	rows := 0
+	for i, line := range lines {
+		length := utf8.RuneCountInString(style.ReplaceAllString(strings.TrimSuffix(line, "\n"), ""))
+		if rows += 1 + max(0, length-1)/max(1, width); most > 0 && rows > most {
+			return strings.Join(lines[:i], "") + fmt.Sprintf("… %d more lines, for a higher window; kedge status STAGE/ROLE shows less at a time\n", len(lines)-i)
+		}
+	}
+	return text
+}
+
+// style is what colours text.
+var style = regexp.MustCompile("\x1b\\[[0-9;]*m")
+
+// screenSize is stdout's, in characters; 0, 0 where it is no terminal.
+func (a *app) screenSize() (width, height int) {
+	f, ok := a.stdout.(*os.File)
+	if !ok {
+		return 0, 0
+	}
+	width, height, err := term.GetSize(int(f.Fd()))
+	if err != nil {
+		return 0, 0
+	}
+	return width, height
+}
