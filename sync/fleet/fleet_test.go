@@ -93,6 +93,11 @@ func TestAssembleNamesWhatDoesNotParse(t *testing.T) {
 			t.Errorf("nothing is said of %s", key)
 		}
 	}
+	// What is wrong with several is said once.
+	twice := &Fleet{Errors: map[string]string{"pins/": "denied", "control/": "denied", "mirror/": "away"}}
+	if said := twice.Faults(); len(said) != 2 || said[0].Says.Text != "control/, pins/: denied" || said[1].Says.Text != "mirror/: away" {
+		t.Errorf("the faults are %v", said)
+	}
 	// Those of a unit stand with it; a key below it that no node would read has no other place than among the faults.
 	if said := fmt.Sprint(Assemble([]kv.Entry{put("pins/prod/web/app/web-1/x", "hold"), put("pins/prod/web/app/web-1", "hodl")}, noon).Faults()); !strings.Contains(said, "web-1/x") || strings.Contains(said, "hodl") {
 		t.Errorf("the faults are %s", said)

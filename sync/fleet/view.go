@@ -58,10 +58,20 @@ func (f *Fleet) Faults() (all []Note) {
 			shown[key] = shown[key] || below && deployments.CheckSegment("node", node) == nil
 		}
 	}
+	keys := map[string][]string{} // by what is wrong with them
+	var wrong []string
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
-		if !shown[key] {
-			all = append(all, Note{Text{"error", Bad}, Text{clean(key) + ": " + oneLine(f.Errors[key]), Plain}})
+		if shown[key] {
+			continue
 		}
+		what := oneLine(f.Errors[key])
+		if keys[what] == nil {
+			wrong = append(wrong, what)
+		}
+		keys[what] = append(keys[what], clean(key))
+	}
+	for _, what := range wrong {
+		all = append(all, Note{Text{"error", Bad}, Text{strings.Join(keys[what], ", ") + ": " + what, Plain}})
 	}
 	return all
 }
