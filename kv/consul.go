@@ -23,9 +23,11 @@ type consulStore struct {
 	tokens *tokenSource
 	addr   string // for people
 	local  bool   // addr is this machine's own
-	prefix string // ends in "/"
-	log    *slog.Logger
-	http   *http.Client
+	// earlierAfter is a presence's.
+	earlierAfter time.Duration
+	prefix       string // ends in "/"
+	log          *slog.Logger
+	http         *http.Client
 }
 
 func openConsul(c Config) (*consulStore, error) {
@@ -64,7 +66,7 @@ func openConsul(c Config) (*consulStore, error) {
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
 	}
-	return &consulStore{client: client, config: *config, tokens: tokens, addr: addr, local: local, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
+	return &consulStore{client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
 }
 
 func (s *consulStore) String() string {

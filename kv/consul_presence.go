@@ -24,6 +24,9 @@ const (
 	presencePoll = 60 * time.Second
 	// takenPoll is how often it looks whether another process still has what it took.
 	takenPoll = 5 * time.Second
+	// earlierAfter is how long the session of a process that was killed is left, once its node has another: by then that has put all
+	// that it has to say in the place of what the old one holds, so that no entry has been without a holder, as if the node were gone.
+	earlierAfter = 30 * time.Second
 )
 
 // consulPresence holds entries by one session. That is tied to the health of the node that the local Consul agent
@@ -42,6 +45,8 @@ type consulPresence struct {
 	// putting keeps Puts, the repair of what they wrote, and Close apart.
 	putting sync.Mutex
 	session string
+	node    string          // whose health the session is tied to, as Consul calls it
+	sweep   *time.Timer     // ends what an earlier process left; nil: no session yet
 	renew   bool            // the session has a TTL
 	early   bool            // for want of a health check of the node
 	mine    map[string]bool // every session that this presence has had
@@ -144,8 +149,8 @@ func (p *consulPresence) acquire(ctx context.Context, key string, value []byte) 
 	return held, err
 }
 
-// evict takes the entry over from the session that holds it, without a moment in which nobody does, and ends that session if
-// it is an earlier one of this presence. ErrConflict: it holds the entry no more.
+// evict takes the entry over from the session that holds it, without a moment in which nobody does. ErrConflict: it holds the entry
+// no more.
 func (p *consulPresence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
 	old, err := s.Get(ctx, key)
@@ -159,13 +164,7 @@ func (p *consulPresence) evict(ctx context.Context, key string, value []byte) er
 		// What an ended session held can be taken only after its delay.
 		return cmp.Or(wait(ctx, 2*presenceLockDelay), ErrConflict)
 	}
-	if err := p.swap(ctx, key, old.Value, value, old.Session); err != nil {
-		return err
-	}
-	if e, _, err := s.sessionInfo(ctx, old.Session, api.QueryOptions{}, requestTimeout); err == nil && e != nil && e.Name == p.sessionName() {
-		s.destroySession(old.Session)
-	}
-	return nil
+	return p.swap(ctx, key, old.Value, value, old.Session)
 }
 
 func (p *consulPresence) sessionName() string { return "kedge presence of " + p.name }
@@ -185,6 +184,15 @@ func (p *consulPresence) open(ctx context.Context) error {
 	id, err := p.openTied(ctx)
 	if err == nil {
 		p.opened(id, false, false)
+		if p.sweep == nil {
+			p.endEarlier(ctx, p.node, p.mine, 1)
+			p.sweep = time.AfterFunc(p.store.earlierAfter, func() {
+				p.putting.Lock()
+				node, mine := p.node, maps.Clone(p.mine)
+				p.putting.Unlock()
+				p.endEarlier(p.ctx, node, mine, 0)
+			})
+		}
 		return nil
 	}
 	early := errors.Is(err, errNoHealthCheck)
@@ -198,6 +206,25 @@ func (p *consulPresence) open(ctx context.Context) error {
 	}
 	p.opened(id, true, early)
 	return nil
+}
+
+// endEarlier ends the sessions of this name that processes before this one left when they were killed: they live as long as the node,
+// and so would what they held and this one doesn't, as the entry in a role that the node had. The newest keep are left. Another process
+// of this name that lives makes itself a new one.
+func (p *consulPresence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
+	var all []*api.SessionEntry
+	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
+		all, _, err = p.store.client.Session().Node(node, q)
+		return err
+	})
+	if err != nil {
+		p.store.log.Debug("sessions of earlier processes of this node may stay", "name", p.name, "error", err)
+	}
+	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return e.Name != p.sessionName() || mine[e.ID] })
+	slices.SortFunc(all, func(a, b *api.SessionEntry) int { return cmp.Compare(b.CreateIndex, a.CreateIndex) })
+	for _, e := range all[min(keep, len(all)):] {
+		p.store.destroySession(e.ID)
+	}
 }
 
 func (p *consulPresence) newSession() *api.SessionEntry {
@@ -221,6 +248,7 @@ func (p *consulPresence) openTied(ctx context.Context) (id string, err error) {
 	case !strings.EqualFold(info.Node, p.name):
 		err = errOtherNode
 	default:
+		p.node = info.Node
 		return id, nil
 	}
 	s.destroySession(id)
@@ -381,6 +409,9 @@ func (p *consulPresence) Close(ctx context.Context) error {
 		return nil
 	}
 	p.closed = true
+	if p.sweep != nil && p.sweep.Stop() {
+		p.endEarlier(ctx, p.node, p.mine, 0)
+	}
 	if p.session == "" {
 		return nil
 	}

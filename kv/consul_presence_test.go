@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/consul/api"
 
@@ -233,20 +234,68 @@ func TestConsulPresenceWritesAgainAfterRestore(t *testing.T) {
 	}
 }
 
-// A process that was killed leaves a session that lives as long as the node. The next one takes it away.
-func TestConsulPresenceLeavesNoSessions(t *testing.T) {
+// A process that was killed leaves a session that lives as long as the node. The next one takes over what it also has, and ends it, once
+// nothing else of it can be needed.
+func TestConsulPresenceEndsWhatEarlierOnesLeft(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
-	folders(t, c, "status/prod/web/")
-	for range 3 {
-		present(t, c.Open(""), "server-1") // never closed
+	folders(t, c, "status/prod/web/", "status/prod/db/")
+	left := func(keys ...string) (session string) { // what a killed process leaves
+		t.Helper()
+		session, _, err := c.Client().Session().Create(&api.SessionEntry{Name: "kedge presence of server-1", LockDelay: 1}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range keys {
+			held, _, err := c.Client().KV().Acquire(&api.KVPair{Key: "kedge/" + key, Value: []byte("left"), Session: session}, nil)
+			if err != nil || !held {
+				t.Fatal(held, err)
+			}
+		}
+		return session
 	}
-	all, _, err := c.Client().Session().List(nil)
+	there := func(session string) bool {
+		t.Helper()
+		info, _, err := c.Client().Session().Info(session, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info != nil
+	}
+	older, newer := left(), left("status/prod/web/server-1", "status/prod/db/server-1")
+	other, _, err := c.Client().Session().Create(&api.SessionEntry{Name: "by hand"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(all) != 1 || !strings.Contains(all[0].Name, "server-1") {
-		t.Fatalf("%d sessions, want one", len(all))
+
+	// The node has one role less now.
+	web, db := kvtest.Watch(t, c.Open(""), "status/prod/web/"), kvtest.Watch(t, c.Open(""), "status/prod/db/")
+	released := func(v kv.View) bool { return valuesOf(v) == "server-1=left" && v.Entries[0].Session == "" }
+	db.Await(t, "what was left", held("server-1=left"))
+	p := present(t, c.Open(""), "server-1")
+	if there(older) || !there(newer) {
+		t.Error("of those left, at first the newest stays, which may hold what is yet to be put anew")
+	}
+	web.Await(t, "the entry", held("server-1=ready"))
+	if err := p.Close(t.Context()); err != nil { // which is early, and takes them along
+		t.Fatal(err)
+	}
+	db.Await(t, "the end of what is not the node's any more", released)
+	if there(newer) {
+		t.Error("a process that ended soon left what it found")
+	}
+
+	newer = left("status/prod/web/server-1", "status/prod/db/server-1")
+	db.Await(t, "what was left once more", held("server-1=left"))
+	s := c.Open("")
+	kv.SetEarlierAfter(s, time.Millisecond)
+	present(t, s, "server-1")
+	db.Await(t, "its end", released)
+	if there(newer) || !there(other) {
+		t.Error("in the end, only others' sessions stay")
+	}
+	if e, err := s.Get(t.Context(), "status/prod/web/server-1"); err != nil || e.Session == "" {
+		t.Errorf("with it went %+v, %v", e, err)
 	}
 }
 
