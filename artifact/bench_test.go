@@ -66,8 +66,8 @@ func BenchmarkPeers(b *testing.B) {
 			b.Logf("%-36s %7s %7s %7s %7s %9s %9s %8s", "", "s", "ratio", "+sync", "CPU s", "peak MB", "MB", "requests")
 			for i, m := range methods {
 				got := median(seen[i])
-				b.Logf("%-36s %7.2f %7.2f %7.2f %7.2f %9.0f %9.3f %8.0f", m.name, got.wall, got.wall/first.wall, got.sync, got.cpu,
-					got.memory/1e6, got.sent/1e6, got.requests)
+				b.Logf("%-36s %7.2f %7.2f %7s %7.2f %9s %9s %8.0f", m.name, got.wall, got.wall/first.wall, measured("%.2f", got.sync), got.cpu,
+					measured("%.0f", got.memory/1e6), measured("%.3f", got.sent/1e6), got.requests)
 				b.ReportMetric(got.wall/first.wall, strings.NewReplacer(" ", "-", ",", "").Replace(m.name)+"/pipeline")
 			}
 		})
@@ -105,6 +105,15 @@ func benchTrees(b *testing.B) string {
 		b.Fatal("run .ci/bench: it makes the trees to measure with")
 	}
 	return dir
+}
+
+// measured shows a figure, and a dash where there is none: a shell doesn't sync, its memory isn't looked at, and bytes are counted on
+// the slow link.
+func measured(format string, v float64) string {
+	if v == 0 {
+		return "-"
+	}
+	return fmt.Sprintf(format, v)
 }
 
 // method is one way: a shell's, or kedge's.
