@@ -516,15 +516,16 @@ func TestStoreThatRefuses(t *testing.T) {
 	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	m.status(func(s Status) bool { return s.Head == first && strings.Contains(s.Error, "no: permission denied") })
 
-	asked := store.asked.Load()
+	asked, began := store.asked.Load(), time.Now()
 	for i := range 200 {
 		put(t, store.Store, "status/prod/web/web-1", strconv.Itoa(i))
 		if err := wait(t.Context(), 5*time.Millisecond); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if asked = store.asked.Load() - asked; asked > 8 {
-		t.Errorf("the store was asked %d times while it refuses", asked)
+	took := time.Since(began) // longer on a busy machine
+	if asked = store.asked.Load() - asked; asked > 8+2*int64(took/time.Second) {
+		t.Errorf("the store was asked %d times in %v while it refuses", asked, took)
 	}
 	store.with.Store(nil)
 	m.at(second)
