@@ -31,11 +31,11 @@ func etag(info fs.FileInfo) string {
 	return fmt.Sprintf("%x-%x", info.ModTime().UnixNano(), info.Size())
 }
 
-func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	s.requests.Add(1)
 	f, err := os.Open(u.Path)
 	if err != nil {
-		return nil, fileError(err)
+		return nil, 0, fileError(err)
 	}
 	info, err := f.Stat()
 	switch {
@@ -47,7 +47,7 @@ func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64
 	}
 	if err != nil {
 		f.Close()
-		return nil, err
+		return nil, 0, err
 	}
 	if n < 0 {
 		n = info.Size() - offset
@@ -55,7 +55,7 @@ func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64
 	return struct {
 		io.Reader
 		io.Closer
-	}{io.NewSectionReader(f, offset, n), f}, nil
+	}{io.NewSectionReader(f, offset, n), f}, 0, nil
 }
 
 // putPrefix begins the name of a file that put has not finished.

@@ -57,10 +57,10 @@ func (s *gsStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	return found(r)
 }
 
-func (s *gsStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+func (s *gsStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	h, err := s.header(ctx)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	return readHTTP(ctx, s.http, s.address(u), h, o, offset, n)
 }
@@ -98,7 +98,11 @@ func (s *gsStore) instanceToken(ctx context.Context) (string, error) {
 	var answer struct {
 		Token string `json:"access_token"`
 	}
-	if err := json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&answer); err != nil || answer.Token == "" {
+	err = json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&answer)
+	if err == nil && answer.Token == "" {
+		err = errors.New("there is none in its answer")
+	}
+	if err != nil {
 		return "", fmt.Errorf("the metadata server gave no token: %w", err)
 	}
 	return answer.Token, nil

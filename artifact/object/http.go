@@ -63,11 +63,11 @@ func found(r *http.Response) (Object, error) {
 	return o, nil
 }
 
-func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	return readHTTP(ctx, s.http, u.String(), nil, o, offset, n)
 }
 
-func readHTTP(ctx context.Context, client *http.Client, url string, header http.Header, o Object, offset, n int64) (io.ReadCloser, error) {
+func readHTTP(ctx context.Context, client *http.Client, url string, header http.Header, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	h := header.Clone()
 	if h == nil {
 		h = http.Header{}
@@ -81,33 +81,30 @@ func readHTTP(ctx context.Context, client *http.Client, url string, header http.
 	}
 	r, err := send(ctx, client, http.MethodGet, url, h, nil)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if tag := r.Header.Get("ETag"); o.ETag != "" && tag != "" && tag != o.ETag {
 		r.Body.Close()
-		return nil, ErrChanged
+		return nil, 0, ErrChanged
 	}
+	var before int64
 	switch {
 	case r.StatusCode == http.StatusPartialContent && !whole:
 		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(r.Header.Get("Content-Range"), want) {
 			r.Body.Close()
-			return nil, fmt.Errorf("the server answered with %q, asked for %s", r.Header.Get("Content-Range"), want)
+			return nil, 0, fmt.Errorf("the server answered with %q, asked for %s", r.Header.Get("Content-Range"), want)
 		}
 	case r.StatusCode == http.StatusOK:
 		if o.Size >= 0 && r.ContentLength >= 0 && r.ContentLength != o.Size {
 			r.Body.Close()
-			return nil, ErrChanged
+			return nil, 0, ErrChanged
 		}
-		// The server ignores Range: pass over what lies before.
-		if _, err := io.CopyN(io.Discard, r.Body, offset); err != nil {
-			r.Body.Close()
-			return nil, &transientError{err: err}
-		}
+		before = offset // it ignores Range
 	default:
 		r.Body.Close()
-		return nil, fmt.Errorf("the server answered %s", r.Status)
+		return nil, 0, fmt.Errorf("the server answered %s", r.Status)
 	}
-	return r.Body, nil
+	return r.Body, before, nil
 }
 
 func (s *httpStore) put(context.Context, *url.URL, *body, string) error {

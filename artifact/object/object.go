@@ -80,8 +80,9 @@ type PutOptions struct {
 // store is one kind of storage: each call is one try.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
-	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag.
-	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error)
+	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag, and how many the server sends before them, as it
+	// does where it ignores Range.
+	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
 	// put writes where nothing is, else errOccupied; or, where the body says so, over what is there, in one step.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
@@ -190,8 +191,9 @@ func thisMachine(u *url.URL) bool {
 }
 
 // checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and one from elsewhere
-// could have a request sent to what listens on this machine alone.
+// could have a request sent to what listens on this machine alone. The URL that led there may carry a signature, and is not told.
 func checkRedirect(r *http.Request, via []*http.Request) error {
+	r.Header.Del("Referer")
 	local := thisMachine(r.URL)
 	switch {
 	case local && !thisMachine(via[len(via)-1].URL):
@@ -271,7 +273,7 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	}
 	var data []byte
 	err = c.retry(ctx, "read "+url, func() error {
-		r, err := s.read(ctx, u, Object{URL: url, Size: -1}, 0, -1)
+		r, _, err := s.read(ctx, u, Object{URL: url, Size: -1}, 0, -1)
 		if err != nil {
 			return err
 		}
@@ -337,14 +339,19 @@ type resuming struct {
 
 func (r *resuming) open() error {
 	return r.client.retry(r.ctx, "read "+r.object.URL, func() error {
-		body, err := r.store.read(r.ctx, r.url, r.object, r.offset, r.left)
+		body, before, err := r.store.read(r.ctx, r.url, r.object, r.offset, r.left)
 		if err != nil {
 			return err
+		}
+		metered := r.client.meter(r.ctx, body)
+		if _, err := io.CopyN(io.Discard, metered, before); err != nil {
+			body.Close()
+			return &transientError{err: err}
 		}
 		r.body = struct {
 			io.Reader
 			io.Closer
-		}{r.client.meter(r.ctx, body), body}
+		}{metered, body}
 		return nil
 	})
 }

@@ -2,6 +2,7 @@ package object_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -238,6 +239,34 @@ func TestServerThatIgnoresRange(t *testing.T) {
 	check(t, r, err, data[5000:5100])
 }
 
+// What is read over there may stall as what is wanted may.
+func TestAServerThatIgnoresRangeAndStalls(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	data := content(100_000)
+	url, requests := faulty(t, data, func(n int, w http.ResponseWriter, r *http.Request) bool {
+		r.Header.Del("Range")
+		if n != 2 {
+			return false
+		}
+		w.Write(data[:50_000])
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return true
+	})
+	c := object.New(object.Config{StallTimeout: time.Second})
+	o, err := c.Stat(ctx, url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := c.ReadRange(ctx, o, 60_000, 100)
+	check(t, r, err, data[60_000:60_100])
+	if requests.Load() < 3 {
+		t.Errorf("%d requests: none stalled", requests.Load())
+	}
+}
+
 func TestObjectThatChangesWhileItIsRead(t *testing.T) {
 	t.Parallel()
 	gateway := objecttest.Start(t)
@@ -308,5 +337,19 @@ func TestARedirectToPlainHTTP(t *testing.T) {
 	_, err := object.New(object.Config{}).ReadAll(t.Context(), server.URL+"/x", 10)
 	if err == nil || !strings.Contains(err.Error(), "plain http") {
 		t.Errorf("%v", err)
+	}
+}
+
+// A signed URL is nobody's but the server's that it leads to.
+func TestARedirectDoesNotTellWhereFrom(t *testing.T) {
+	t.Parallel()
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, r.Header.Get("Referer"))
+	}))
+	defer other.Close()
+	server := httptest.NewServer(http.RedirectHandler(other.URL, http.StatusFound))
+	defer server.Close()
+	if told, err := object.New(object.Config{}).ReadAll(t.Context(), server.URL+"/x?signature=secret", 1000); err != nil || len(told) > 0 {
+		t.Errorf("it is told %s, %v", told, err)
 	}
 }

@@ -117,7 +117,7 @@ func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 	return Object{Size: size, ETag: aws.ToString(out.ETag), Ranges: true}, nil
 }
 
-func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, error) {
+func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	in := &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u))}
 	whole := n < 0 || offset == 0 && n == o.Size
 	if !whole {
@@ -128,31 +128,28 @@ func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int6
 	}
 	out, err := s.client.GetObject(ctx, in)
 	if err != nil {
-		return nil, s3Error(err)
+		return nil, 0, s3Error(err)
 	}
 	if o.ETag != "" && aws.ToString(out.ETag) != o.ETag {
 		out.Body.Close()
-		return nil, ErrChanged
+		return nil, 0, ErrChanged
 	}
+	var before int64
 	switch {
 	case whole:
 	case out.ContentRange != nil:
 		if want := fmt.Sprintf("bytes %d-%d/", offset, offset+n-1); !strings.HasPrefix(*out.ContentRange, want) {
 			out.Body.Close()
-			return nil, fmt.Errorf("S3 answered with %q, asked for %s", *out.ContentRange, want)
+			return nil, 0, fmt.Errorf("S3 answered with %q, asked for %s", *out.ContentRange, want)
 		}
 	default:
 		if size := aws.ToInt64(out.ContentLength); size != o.Size {
 			out.Body.Close()
-			return nil, ErrChanged
+			return nil, 0, ErrChanged
 		}
-		// The server ignores Range: pass over what lies before.
-		if _, err := io.CopyN(io.Discard, out.Body, offset); err != nil {
-			out.Body.Close()
-			return nil, &transientError{err: err}
-		}
+		before = offset // it ignores Range
 	}
-	return out.Body, nil
+	return out.Body, before, nil
 }
 
 const (
