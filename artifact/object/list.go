@@ -49,6 +49,9 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 		if err != nil {
 			return nil, false, fmt.Errorf("list %s: %w", prefix, err)
 		}
+		for i := range page { // as the prefix is spelt, which need not be as it would be here
+			page[i].URL = prefix + (&url.URL{Path: page[i].URL}).EscapedPath()
+		}
 		if found = append(found, page...); len(found) > most {
 			return found[:most], true, nil
 		}
@@ -59,8 +62,8 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 }
 
-// lister is a store that can be listed, a page at a time. A page has at most most objects; next is where the one after it begins,
-// empty at the end.
+// lister is a store that can be listed, a page at a time. A page has at most most objects, with their paths behind the prefix in place
+// of URLs; next is where the one after it begins, empty at the end.
 type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }
@@ -79,8 +82,8 @@ func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most 
 	}
 	var page []Listed
 	for _, o := range out.Contents {
-		at := url.URL{Scheme: prefix.Scheme, Host: prefix.Host, Path: "/" + aws.ToString(o.Key)}
-		page = append(page, Listed{URL: at.String(), Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)})
+		rest := strings.TrimPrefix(aws.ToString(o.Key), key(prefix))
+		page = append(page, Listed{URL: rest, Size: aws.ToInt64(o.Size), Modified: aws.ToTime(o.LastModified)})
 	}
 	if !aws.ToBool(out.IsTruncated) {
 		return page, "", nil
@@ -109,8 +112,11 @@ func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int
 		if err != nil {
 			return err
 		}
-		at := url.URL{Scheme: prefix.Scheme, Path: p}
-		page = append(page, Listed{URL: at.String(), Size: info.Size(), Modified: info.ModTime()})
+		rest, err := filepath.Rel(prefix.Path, p)
+		if err != nil {
+			return err
+		}
+		page = append(page, Listed{URL: rest, Size: info.Size(), Modified: info.ModTime()})
 		return nil
 	})
 	if err != nil {

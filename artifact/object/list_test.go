@@ -57,6 +57,16 @@ func TestList(t *testing.T) {
 			if found, more, err := c.List(ctx, kind.url+"/app/", 2); err != nil || !more || len(found) != 2 {
 				t.Errorf("at most two: %v, %v, %v", found, more, err)
 			}
+			// What is found begins with the prefix, however that is spelt.
+			for _, dir := range []string{"ü(1)!", "%C3%BC%281%29!", "a%2Fb", "100%25", "%2B"} {
+				url := kind.url + "/" + dir + "/1/x"
+				if err := c.Put(ctx, url, strings.NewReader("x"), 1, object.PutOptions{}); err != nil {
+					t.Fatal(err)
+				}
+				if found, _, err := c.List(ctx, kind.url+"/"+dir+"/", 2); err != nil || len(found) != 1 || found[0].URL != url {
+					t.Errorf("of %s: %v, %v", url, found, err)
+				}
+			}
 			cancelled, cancel := context.WithCancel(ctx)
 			cancel()
 			if _, _, err := c.List(cancelled, kind.url+"/app/", 2); !errors.Is(err, context.Canceled) {
