@@ -50,6 +50,16 @@ func TestParsePointer(t *testing.T) {
 		{"plain http elsewhere", "http://example.com/x@sha256:" + hex64, "use https://"},
 		{"a host that only begins like this machine", "http://127.evil.com/x@sha256:" + hex64, "use https://"},
 		{"a password", "https://u:p@h/x@sha256:" + hex64, "user name or password"},
+		{"a password in what doesn't parse", "https://u:secret@h:x/y@sha256:" + hex64, "does not parse"},
+		{"a password without a digest", "https://u:secret@h/x", "@sha256:HEX"},
+		{"a password and half a digest", "https://u:secret@h/x@sha256:abcd", "this has 4"},
+		{"a signature without a digest", "https://h/x?sig=secret", "@sha256:HEX"},
+		{"a signature", "https://h/x?sig=1@sha256:" + hex64, ""},
+		{"a version of S3's", "s3://b/x?versionId=1@sha256:" + hex64, "carries a query"},
+		{"a file with a ?", "file:///srv/what?@sha256:" + hex64, "written as %3F"},
+		{"a file with a #", "file:///srv/#@sha256:" + hex64, "written as %23"},
+		{"a file with a %", "file:///srv/100%/x@sha256:" + hex64, "written as %25"},
+		{"half a file URL", "file:/srv/x@sha256:" + hex64, "file:///ABSOLUTE/PATH"},
 		{"two words", "s3://b/a b@sha256:" + hex64, "white space"},
 		{"a bucket alone", "s3://bucket@sha256:" + hex64, "path"},
 		{"too long", "s3://b/" + strings.Repeat("x", MaxPointer) + "@sha256:" + hex64, "at most"},
@@ -57,6 +67,9 @@ func TestParsePointer(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			p, err := ParsePointer(c.text)
 			check(t, err, c.says)
+			if err != nil && strings.Contains(err.Error(), "secret") {
+				t.Errorf("%v tells a secret", err)
+			}
 			if err == nil {
 				if again, err := ParsePointer(p.String()); err != nil || again != p {
 					t.Errorf("%v read again is %v, %v", p, again, err)
@@ -233,6 +246,7 @@ func TestLoadHostileFiles(t *testing.T) {
 		{"more keys than anybody reads", strings.Repeat("x:\n", maxKeys+1), "prod/web/app.yaml: the file has 10001 lines with a colon, at most 10000 are allowed"},
 		{"more mistakes than anybody reads", good + strings.Repeat("after: [base]\n", 1000), "prod/web/app.yaml: more than 100 mistakes; some of them:"},
 		{"a second document", good + "---\n" + good, "prod/web/app.yaml:3:1: the file holds a second document"},
+		{"more documents than anybody reads", strings.Repeat("--- a\n", MaxUnitFile/8), "prod/web/app.yaml: the file holds 8192 documents: want one"},
 		{"laughs", "a: &a [x, x]\nb: &b [*a, *a]\n" + good, "prod/web/app.yaml:1:"},
 		{"a merge key", good + "<<: {drift: heal}\n", "anchors, aliases and merge keys are not read here"},
 		{"a tag", "release: !!binary x\n", "prod/web/app.yaml:1:10: tags are not read here"},

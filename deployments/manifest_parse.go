@@ -155,8 +155,11 @@ func evaluate(pipe *parse.PipeNode, env func(string) (string, bool)) (string, er
 			}
 		}
 	case "must_env":
+		if len(words) != 1 {
+			return "", usage
+		}
 		v, ok := env(words[0])
-		if !ok || len(words) != 1 {
+		if !ok {
 			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", words[0])
 		}
 		value = v
@@ -384,15 +387,25 @@ func (r *manifestReader) asURL(s string) (string, error) {
 		if !ok || s == "" {
 			return "", fmt.Errorf("%q is relative, and the manifest has no URL of its own", clip(s))
 		}
-		host, at, _ := strings.Cut(rest, "/")
 		if strings.HasPrefix(s, "/") {
 			return "", fmt.Errorf("%q: want a URL, or a path relative to the manifest's", clip(s))
 		}
-		joined := path.Join("/", path.Dir("/"+at), s)
-		s = scheme + "://" + host + joined
+		rest, _, _ = strings.Cut(rest, "?")
+		host, at, _ := strings.Cut(rest, "/")
+		dir := parentOf(at) // as it is: in a bucket, a//b is not a/b
+		s = path.Clean(s)
+		for up := true; up; {
+			if s, up = strings.CutPrefix(s, "../"); up {
+				dir = parentOf(strings.TrimSuffix(dir, "/"))
+			}
+		}
+		s = scheme + "://" + host + "/" + dir + s
 	}
 	return s, CheckURL(s)
 }
+
+// parentOf is what of a path lies before its last part, with the slash.
+func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
 // asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
 func asShown(s string) (string, error) {

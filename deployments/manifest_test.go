@@ -78,6 +78,7 @@ func TestManifestMistakes(t *testing.T) {
 		{"a strategy", base + "sync_strategy: copy\n", "want rsync or mv or release"},
 		{"excludes of a release", base + "sync_strategy: release\nexcludes: [x]\n", "rsync's"},
 		{"a variable that isn't set", base + "owner: '{{ must_env \"NOBODY\" }}'\n", "NOBODY is not set on this node"},
+		{"two variables that must be set", base + "owner: '{{ must_env \"A\" \"B\" }}'\n", "want {{ env"},
 		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "only {{ env }}"},
 		{"a template that calls", base + "{{ printf \"%9999999d\" 1 }}", "not defined"},
 		{"the longest names", base + "version: " + strings.Repeat("v", 128) + "\nowner: " + strings.Repeat("u", 64) + ":" + strings.Repeat("g", 64) + "\n", ""},
@@ -127,6 +128,18 @@ func TestRelativeURLs(t *testing.T) {
 		m, err := ParseManifest([]byte("dest: /d\nchecksum: "+hex64+"\nsrc: "+src+"\n"), manifestURL, nil)
 		if err != nil || m.Src != want {
 			t.Errorf("src %s is %+v, %v; want %s", src, m, err, want)
+		}
+	}
+	for url, want := range map[string]string{
+		"s3://b/m.yaml":                 "s3://b/x.tar",
+		"s3://b//a//m.yaml":             "s3://b//a//x.tar",
+		"s3://b/100%25/ü/m.yaml":        "s3://b/100%25/ü/x.tar",
+		"https://h.example/a/m?t=1/2/3": "https://h.example/a/x.tar",
+		"https://h.example/m?t=1/2/3":   "https://h.example/x.tar",
+	} {
+		m, err := ParseManifest([]byte("dest: /d\nchecksum: "+hex64+"\nsrc: ./x.tar\n"), url, nil)
+		if err != nil || m.Src != want {
+			t.Errorf("beside %s: %+v, %v; want %s", url, m, err, want)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/netip"
 	"net/url"
@@ -65,14 +66,14 @@ func ParsePointer(text string) (Pointer, error) {
 	}
 	i := strings.LastIndex(s, digestMark)
 	if i < 0 {
-		return Pointer{}, fmt.Errorf("pointer %q does not end in @sha256:HEX: a URL alone could change under the nodes", clip(s))
+		return Pointer{}, fmt.Errorf("pointer %q does not end in @sha256:HEX: a URL alone could change under the nodes", clip(ShownURL(s)))
 	}
 	digest, err := ParseDigest(s[i+len(digestMark):])
 	if err != nil {
-		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(s), err)
+		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(ShownURL(s)), err)
 	}
 	if err := CheckURL(s[:i]); err != nil {
-		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(s), err)
+		return Pointer{}, fmt.Errorf("pointer %q: %w", clip(ShownURL(s)), err)
 	}
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
@@ -82,20 +83,26 @@ func ParsePointer(text string) (Pointer, error) {
 // logs and stored in KV.
 func CheckURL(s string) error {
 	if !utf8.ValidString(s) {
-		return fmt.Errorf("the URL %q is not UTF-8", clip(s)) // JSON would write another URL
+		return fmt.Errorf("the URL %q is not UTF-8", clip(ShownURL(s))) // JSON would write another URL
 	}
 	if strings.ContainsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }) {
 		return fmt.Errorf("the URL contains white space or control characters")
 	}
 	u, err := url.Parse(s)
+	if escape := url.EscapeError(""); errors.As(err, &escape) {
+		return fmt.Errorf("the URL does not parse: %w: a %% is written as %%25", escape)
+	}
 	if err != nil {
-		return fmt.Errorf("the URL does not parse: %w", err)
+		return fmt.Errorf("the URL does not parse") // why would quote it, with a password
 	}
 	if u.User != nil {
 		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")
 	}
-	if u.Fragment != "" {
-		return fmt.Errorf("the URL carries a fragment (#%s)", u.Fragment)
+	if strings.Contains(s, "#") {
+		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", u.Fragment)
+	}
+	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" {
+		return fmt.Errorf("the URL carries a query, which a %s:// URL has not: a ? in a path is written as %%3F", u.Scheme)
 	}
 	switch u.Scheme {
 	case "s3", "gs", "https":
@@ -107,7 +114,7 @@ func CheckURL(s string) error {
 			return fmt.Errorf("plain http is accepted from this machine only: use https://")
 		}
 	case "file":
-		if u.Host != "" || !strings.HasPrefix(u.Path, "/") || u.Path == "/" {
+		if u.Host != "" || !strings.Contains(s, ":///") || u.Path == "/" {
 			return fmt.Errorf("a file URL is file:///ABSOLUTE/PATH")
 		}
 	case "":
@@ -116,6 +123,25 @@ func CheckURL(s string) error {
 		return fmt.Errorf("the scheme %q is not one of s3, gs, https, file", u.Scheme)
 	}
 	return nil
+}
+
+// ShownURL is a URL, or a text that should have been one, without what may be secret: the user's name and password, and the query,
+// which may be a signature.
+func ShownURL(s string) string {
+	s, _, query := strings.Cut(s, "?")
+	if scheme, rest, ok := strings.Cut(s, "://"); ok {
+		host, at, path := strings.Cut(rest, "/")
+		if i := strings.LastIndexByte(host, '@'); i >= 0 {
+			s = scheme + "://…" + host[i:]
+			if path {
+				s += "/" + at
+			}
+		}
+	}
+	if query {
+		s += "?…"
+	}
+	return s
 }
 
 // String gives the pointer's text; "" for the zero pointer.

@@ -239,7 +239,7 @@ func (l *loader) readUnit(name string) error {
 			u.Place.File = name
 			u.Place.Line, u.Place.Column = position(n)
 			if !u.Release.IsZero() && !settings.allows(id.Stage, u.Release.URL) {
-				r.at(n, "%s is not among the sources that %s allows for stage %s", u.Release.URL, SettingsFile, id.Stage)
+				r.at(n, "%s is not among the sources that %s allows for stage %s", ShownURL(u.Release.URL), SettingsFile, id.Stage)
 			}
 		},
 		"after": func(n ast.Node) {

@@ -44,12 +44,15 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(line, 1, "the line contains a control character")
 		return nil
 	}
-	switch deep, keys := shape(data); {
+	switch deep, keys, documents := shape(data); {
 	case deep > maxDepth:
 		r.note(0, 0, "the file is nested deeper than %d levels", maxDepth)
 		return nil
 	case keys > maxKeys:
 		r.note(0, 0, "the file has %d lines with a colon, at most %d are allowed", keys, maxKeys)
+		return nil
+	case documents > maxDocuments:
+		r.note(0, 0, "the file holds %d documents: want one", documents)
 		return nil
 	}
 	// Keys that stand twice are found by fields, which goes on after the first.
@@ -88,19 +91,24 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 
 const (
 	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys, as its time grows with their square:
-	// this many take some 0.5 s.
-	maxDepth = 40
-	maxKeys  = 10_000
+	// this many take some 0.5 s. So it does with the square of documents.
+	maxDepth     = 40
+	maxKeys      = 10_000
+	maxDocuments = 100
 	// maxProblems bounds what is noted of one file.
 	maxProblems = 100
 )
 
-// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; and how many keys a block has.
-func shape(data []byte) (deep, keys int) {
+// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; how many keys a block has; and how
+// many documents there are.
+func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
 		if bytes.IndexByte(line, ':') >= 0 {
 			keys++
+		}
+		if bytes.HasPrefix(line, []byte("---")) {
+			documents++
 		}
 		lead := 0
 		for _, c := range line {
@@ -120,7 +128,7 @@ func shape(data []byte) (deep, keys int) {
 			}
 		}
 	}
-	return most, keys
+	return most, keys, documents
 }
 
 func controlAt(data []byte) int {
