@@ -243,8 +243,8 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 		return nil, fmt.Errorf("the manifest's template sets %s, which publishing writes: remove it", at[1])
 	}
 	generated := deployments.Manifest{Src: m.Src, Checksum: m.Checksum, Size: m.Size, Index: m.Index, Deltas: m.Deltas}
-	lacks := func(field string) bool {
-		return !regexp.MustCompile(`(?m)^` + field + `[ \t]*:`).Match(p.opt.Template)
+	lacks := func(field string) bool { // also where it has no value
+		return !regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(p.opt.Template)
 	}
 	if lacks("name") {
 		generated.Name = m.Name
@@ -267,8 +267,10 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	}
 	text := append(bytes.TrimRight(bytes.Clone(p.opt.Template), "\n"), '\n')
 	text = append(text, more...)
-	_, err = deployments.ParseTemplate(text, p.url+manifestName)
-	return text, err
+	if _, err := deployments.ParseTemplate(text, p.url+manifestName); err != nil {
+		return nil, fmt.Errorf("the manifest's template, with what publishing adds to its end (write it as plain lines, FIELD: VALUE): %w", err)
+	}
+	return text, nil
 }
 
 // put uploads what must be the same each time.

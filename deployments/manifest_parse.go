@@ -207,6 +207,11 @@ func (r *manifestReader) read(root ast.Node) {
 		"health":        r.health,
 		"drain":         into(&r.reader, &m.Drain, asDuration),
 	})
+	for _, s := range []*string{&m.Name, &m.Version} {
+		if r.open && strings.Contains(*s, variable) {
+			*s = "" // nobody is to see it, or to go by it
+		}
+	}
 	place := func(field string) ast.Node {
 		if n := seen[field]; n != nil {
 			return n

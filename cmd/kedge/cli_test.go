@@ -42,6 +42,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 	write("bad/prod/web/app.yaml", "release: x\nrelaese: y\n")
 	write("good/prod/web/app.yaml", "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
 	write("bounded/kedge.yaml", "dests: {prod: [/srv]}\n")
+	wrong := write("wrong.yml", "nmae: a\nverison: 1\n")
 	outside := write("manifests/1.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 64)+"\ndest: /etc/a\n")
 	digest := sha256.Sum256([]byte("src: s3://b/a.tar.gz\nchecksum: " + strings.Repeat("a", 64) + "\ndest: /etc/a\n"))
 	write("bounded/prod/web/app.yaml", "release: file://"+outside+"@sha256:"+hex.EncodeToString(digest[:])+"\n")
@@ -104,6 +105,9 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", "--releases", filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/a is outside of /srv", "1 problem"}},
 		{[]string{"check", "--signers", write("signers", ""), filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release can't be checked: file://" + outside + " is not signed"}},
 		{[]string{"check", "--manifest", trapped}, exitDone, []string{"old.yml:4:12: dest_mode: 755 is read in octal", "3 traps"}},
+		{[]string{"check", "--manifest", wrong}, exitFailed, []string{"wrong.yml:1:1: unknown field", "wrong.yml:2:1: unknown field", "2 problems"}},
+		{[]string{"check", "--manifest", wrong, "--json"}, exitFailed, []string{`"line": 2`, "2 problems"}},
+		{[]string{"run", "https://u:secret@h/x"}, exitFailed, []string{`manifest "https://…@h/x": the URL carries`}},
 		{[]string{"run", "s3://b/x", "--max-bandwidth", "fast"}, exitUsage, []string{`bandwidth "fast"`}},
 		{[]string{"run"}, exitUsage, []string{"standard input is empty"}},
 		{[]string{"verify", dir}, exitFailed, []string{"is no release of kedge's"}},

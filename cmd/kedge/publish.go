@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -52,20 +52,27 @@ that would be larger than the parts of the archive that changed is dropped. What
 					return err
 				}
 			}
-			for flag, field := range map[string]*string{name: &opt.Manifest.Name, version: &opt.Manifest.Version, dest: &opt.Manifest.Dest} {
-				if flag != "" {
-					*field = flag
+			m := &opt.Manifest
+			for _, f := range []struct {
+				name, value string
+				field       *string
+			}{{"name", name, &m.Name}, {"version", version, &m.Version}, {"dest", dest, &m.Dest}} {
+				switch {
+				case f.value == "":
+				case *f.field != "" && *f.field != f.value:
+					return usagef("--%s %s: %s says otherwise, and would be kept: give it in one place", f.name, f.value, template)
+				default:
+					*f.field = f.value
 				}
 			}
-			m := &opt.Manifest
 			if m.Name == "" || m.Version == "" || m.Dest == "" && opt.Template == nil {
 				return usagef("name, version and dest are needed: give --name, --version and --dest, or set them in --manifest")
 			}
 			if m.Strategy == "" {
 				m.Strategy = deployments.StrategyRelease
 			}
-			if !filepath.IsAbs(opt.To) && filepath.IsLocal(opt.To) && deployments.CheckURL(opt.To+"/x") != nil {
-				return usagef("--to %q is not a URL: want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR", opt.To)
+			if err := deployments.CheckURL(strings.TrimSuffix(opt.To, "/") + "/x"); err != nil {
+				return usagef("--to %q: %w; want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR", deployments.ShownURL(opt.To), err)
 			}
 			for _, s := range since {
 				p, err := deployments.ParsePointer(s)

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 )
 
@@ -218,5 +219,75 @@ func TestPublishSaysWhenItWasMade(t *testing.T) {
 	}
 	if out, code := publish("4", "--created", "yesterday"); code != exitUsage || !strings.Contains(out, "yesterday") {
 		t.Errorf("a time that is none: exit %d\n%s", code, out)
+	}
+}
+
+// A release says itself what it is called where it was published, whichever way its fields were given.
+func TestPublishByFlagsAndTemplate(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	tree := filepath.Join(dir, "tree")
+	writeTree(t, tree, "1")
+	for name, c := range map[string]struct {
+		template string
+		flags    []string
+		at       string // "": it is refused
+		says     string
+	}{
+		"a name like the version":    {"", []string{"--name", "1", "--version", "1", "--dest", "/srv/1"}, "1/1", ""},
+		"the rest by flags":          {"dest: /srv/a\n", []string{"--name", "a", "--version", "2"}, "a/2", ""},
+		"both, the same":             {"name: a\ndest: /srv/a\n", []string{"--name", "a", "--version", "3"}, "a/3", ""},
+		"a line without a value":     {"name: a # ours\nversion: # CI's\ndest: /srv/a\n", []string{"--version", "4"}, "a/4", ""},
+		"a variable and a flag":      {"name: '{{ env `NOBODY` `a` }}'\nversion: 5\ndest: /srv/a\n", []string{"--name", "a"}, "a/5", ""},
+		"another name":               {"name: a\nversion: 6\ndest: /srv/a\n", []string{"--name", "b"}, "", "--name b"},
+		"another version":            {"name: a\nversion: 6\ndest: /srv/a\n", []string{"--version", "7"}, "", "--version 7"},
+		"another dest":               {"name: a\nversion: 6\ndest: /srv/a\n", []string{"--dest", "/srv/b"}, "", "--dest /srv/b"},
+		"a variable alone":           {"name: '{{ env `NOBODY` `a` }}'\nversion: 6\ndest: /srv/a\n", nil, "", "give --name"},
+		"JSON":                       {`{"name": "a", "dest": "/srv/a"}`, []string{"--version", "6"}, "", "write it as plain lines"},
+		"mistakes, each in its file": {"name: a\nbad: 1\nworse: 2\n", []string{"--version", "6"}, "", "manifest.yaml:3:1: unknown field"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			to := filepath.Join(t.TempDir(), "releases")
+			args := append([]string{"publish", tree, "--to", "file://" + to}, c.flags...)
+			if c.template != "" {
+				file := filepath.Join(t.TempDir(), "manifest.yaml")
+				if err := os.WriteFile(file, []byte(c.template), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				args = append(args, "--manifest", file)
+			}
+			out, errs, code := cli(t, "", args...)
+			if c.at == "" {
+				if _, err := os.Stat(to); code == exitDone || !strings.Contains(errs, c.says) || err == nil {
+					t.Errorf("exit %d, %v\n%s", code, err, errs)
+				}
+				return
+			}
+			p, err := deployments.ParsePointer(out)
+			if code != exitDone || err != nil || p.URL != "file://"+to+"/"+c.at+"/manifest.yaml" {
+				t.Fatalf("exit %d, %s\n%s", code, out, errs)
+			}
+			m, _, err := artifact.FetchManifest(t.Context(), object.New(object.Config{}), p, nil)
+			if err != nil || m.Name+"/"+m.Version != c.at {
+				t.Errorf("%+v, %v", m, err)
+			}
+		})
+	}
+}
+
+// A password that slipped into a URL is refused without being told.
+func TestPublishToAURLThatIsNone(t *testing.T) {
+	t.Parallel()
+	for to, says := range map[string]string{
+		"https://u:secret@h.example/x": "user name or password",
+		"s3://b/x?sig=secret":          "carries a query",
+		"file:///srv/100%":             "written as %25",
+		"/srv":                         "no scheme",
+		"s3://":                        "host or bucket",
+	} {
+		_, errs, code := cli(t, "", "publish", t.TempDir(), "--to", to, "--name", "a", "--version", "1", "--dest", "/srv/a")
+		if code != exitUsage || !strings.Contains(errs, says) || strings.Contains(errs, "secret") {
+			t.Errorf("--to %s: exit %d\n%s", to, code, errs)
+		}
 	}
 }

@@ -73,13 +73,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 				err = look.Check(cmd.Context(), tree)
 			}
 			if problems := deployments.Problems(nil); errors.As(err, &problems) {
-				if a.json {
-					return errors.Join(a.printJSON(problems), fmt.Errorf("%s", count(len(problems), "problem")))
-				}
-				for _, p := range problems {
-					fmt.Fprintln(a.stdout, p.Error())
-				}
-				return fmt.Errorf("%s in %s: nothing of this commit would be taken", count(len(problems), "problem"), dir)
+				return a.problems(problems, fmt.Sprintf("in %s: nothing of this commit would be taken", dir))
 			}
 			if err != nil {
 				return err
@@ -104,6 +98,29 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 	return c
 }
 
+// problems prints what was found, and fails.
+func (a *app) problems(found deployments.Problems, where string) error {
+	if a.json {
+		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
+	}
+	for _, p := range found {
+		fmt.Fprintln(a.stdout, p.Error())
+	}
+	return fmt.Errorf("%s %s", count(len(found), "problem"), where)
+}
+
+// inFile says of a manifest's problems which file they are in.
+func inFile(err error, file string) error {
+	problems := deployments.Problems(nil)
+	if !errors.As(err, &problems) {
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	for i := range problems {
+		problems[i].File = file
+	}
+	return problems
+}
+
 // loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would always be valid.
 func loadTree(ctx context.Context, dir string) (*deployments.Tree, error) {
 	for _, name := range []string{"HEAD", "objects", "refs"} {
@@ -125,13 +142,19 @@ func (a *app) checkManifest(file string) error {
 	}
 	traps, err := deployments.ManifestTraps(data)
 	if err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+		err = inFile(err, file)
+		if problems := deployments.Problems(nil); errors.As(err, &problems) {
+			return a.problems(problems, "in "+file+": no node would take it")
+		}
+		return err
+	}
+	for i := range traps {
+		traps[i].File = file
 	}
 	if a.json {
 		return a.printJSON(traps)
 	}
 	for _, t := range traps {
-		t.File = file
 		fmt.Fprintln(a.stdout, t.Error())
 	}
 	fmt.Fprintf(a.stderr, "%s: valid, %s\n", file, count(len(traps), "trap"))
@@ -231,7 +254,7 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 	}
 	m, err := deployments.ParseTemplate(data, "file:///manifest.yaml")
 	if err != nil {
-		return fmt.Errorf("%s: %w", file, err)
+		return inFile(err, file)
 	}
 	opt.Template, opt.Manifest = data, *m
 	return nil

@@ -75,15 +75,15 @@ func (u *Unit) locate(ctx context.Context, text string) (*release, error) {
 	}
 	text = deployments.Trim(text)
 	if err := deployments.CheckURL(text); err != nil {
-		return nil, fmt.Errorf("manifest %q: %w", text, err)
+		return nil, fmt.Errorf("manifest %q: %w", deployments.ShownURL(text), err)
 	}
 	raw, err := u.c.Objects.ReadAll(ctx, text, deployments.MaxManifest)
 	if err != nil {
-		return nil, fmt.Errorf("reading the manifest %s: %w", text, err)
+		return nil, fmt.Errorf("reading the manifest: %w", err)
 	}
 	m, err := deployments.ParseManifest(raw, text, command.LookupEnv)
 	if err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", text, err)
+		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(text), err)
 	}
 	r := &release{Pointer: deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, Manifest: m, Raw: raw}
 	return r, u.allow(ctx, r)
