@@ -39,7 +39,7 @@ func (d *dirStore) Commit(ctx context.Context, lease Lease, ops ...Op) error {
 	var held *dirLease
 	if lease != nil {
 		var ok bool
-		if held, ok = lease.(*dirLease); !ok {
+		if held, ok = lease.(*dirLease); !ok || held.store.dir != d.dir {
 			return errForeignLease
 		}
 	}

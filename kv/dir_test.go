@@ -238,7 +238,7 @@ func TestDirLinked(t *testing.T) {
 	if err := os.Symlink(real, link); err != nil {
 		t.Fatal(err)
 	}
-	s := open(t, kv.Config{URL: "file://" + link})
+	s := open(t, kv.Config{URL: "file://" + link, Existing: true})
 	views := kvtest.Watch(t, s, "pins/")
 	if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", []byte("v1"))); err != nil {
 		t.Fatal(err)
@@ -264,6 +264,22 @@ func TestDirSwapped(t *testing.T) {
 		if took := time.Since(start); took > 2*time.Second {
 			t.Errorf("the change after the swap took %v: it was not notified", took)
 		}
+	}
+}
+
+// A lease fences its own store.
+func TestDirLeaseOfAnother(t *testing.T) {
+	t.Parallel()
+	_, here := dirURL(t)
+	_, there := dirURL(t)
+	s, other := open(t, kv.Config{URL: here}), open(t, kv.Config{URL: there})
+	l, err := other.Lease(t.Context(), "mirror/lease", "test", time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Release(t.Context())
+	if err := s.Commit(t.Context(), l, kv.Put("desired/k", nil)); err == nil {
+		t.Error("one store's lease is good for another")
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -48,7 +49,7 @@ func Open(_ context.Context, c Config) (Store, error) {
 	if !filepath.IsAbs(dir) {
 		return nil, ConfigError{fmt.Errorf("open the store %q: the directory must be absolute, as in file:///var/lib/kedge-kv", c.URL)}
 	}
-	if c.Existing && !isDir(dir) {
+	if info, err := os.Stat(dir); c.Existing && (err != nil || !info.IsDir()) { // it may be a link
 		return nil, fmt.Errorf("open the store %q: there is no such directory", c.URL)
 	}
 	return openDir(dir, c.Log)
