@@ -275,7 +275,7 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 		}
 		f.meter.add(int64(len(data)))
 		if digestOf(data) != blob.SHA256 {
-			return nil, nil, fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, blob.URL)
+			return nil, nil, fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
 		}
 		return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 	}
@@ -292,7 +292,7 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 	sum := sha256.New()
 	n, err := io.Copy(io.MultiWriter(file, sum, f.meter), io.LimitReader(body, blob.Size+1))
 	if err == nil && (n != blob.Size || deployments.Digest(sum.Sum(nil)) != blob.SHA256) {
-		err = fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, blob.URL)
+		err = fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
 	}
 	if err == nil {
 		_, err = file.Seek(0, io.SeekStart)

@@ -49,15 +49,16 @@ const (
 // extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at once, with no copy
 // of the archive in between. The tree may only be used when it returns nil: the checksum is known at the end.
 func extract(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+	src := deployments.ShownURL(m.Src)
 	o, err := objects.Stat(ctx, m.Src)
 	if err != nil {
 		return fmt.Errorf("extract: %w", err)
 	}
 	if m.Size > 0 && o.Size != m.Size {
-		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", m.Src, o.Size, m.Size, ErrDigest)
+		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, ErrDigest)
 	}
 	if err := checkFree(dir, o.Size); err != nil {
-		return fmt.Errorf("extract %s: %w", m.Src, err)
+		return fmt.Errorf("extract %s: %w", src, err)
 	}
 	stream, err := objects.Read(ctx, o, 0)
 	if err != nil {
@@ -78,15 +79,15 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {
 		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
 		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
-			return fmt.Errorf("extract %s: %w", m.Src, wrongChecksum(sum, m.Checksum))
+			return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
 		}
-		return fmt.Errorf("extract %s: %w", m.Src, err)
+		return fmt.Errorf("extract %s: %w", src, err)
 	}
 	if _, err := io.Copy(io.Discard, raw); err != nil {
-		return fmt.Errorf("extract %s: %w", m.Src, err)
+		return fmt.Errorf("extract %s: %w", src, err)
 	}
 	if !matches(sum, m.Checksum) {
-		return fmt.Errorf("extract %s: %w", m.Src, wrongChecksum(sum, m.Checksum))
+		return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
 	}
 	meter.done()
 	return nil

@@ -40,12 +40,12 @@ type base struct {
 // should be, it is passed over, file by file.
 func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (encoded []byte, err error) {
 	if m.Index == nil {
-		return nil, fmt.Errorf("fetch %s: the manifest names no index", m.Src)
+		return nil, fmt.Errorf("fetch %s: the manifest names no index", deployments.ShownURL(m.Src))
 	}
 	f := &fetch{objects: objects, manifest: m, meter: newMeter("fetch", 0, opt.Progress), log: opt.Log}
 	defer func() { err = errors.Join(err, f.close()) }()
 	if err := f.run(ctx, base, dir); err != nil {
-		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
+		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
 	f.meter.done()
 	return f.index.encode(), nil // as it was: there is one encoding of an index
@@ -207,7 +207,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 // decode checks an index against the manifest before it believes a byte of it.
 func (f *fetch) decode(data []byte) (*index, error) {
 	if digestOf(data) != f.manifest.Index.SHA256 {
-		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest, f.manifest.Index.URL)
+		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(f.manifest.Index.URL))
 	}
 	x, err := decodeIndex(data)
 	if err != nil {
@@ -359,11 +359,11 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		return err
 	}
 	if o.Size != f.index.archiveSize() {
-		return fmt.Errorf("%w: the archive %s has %d bytes, its index says %d", ErrDigest, o.URL, o.Size, f.index.archiveSize())
+		return fmt.Errorf("%w: the archive %s has %d bytes, its index says %d", ErrDigest, deployments.ShownURL(o.URL), o.Size, f.index.archiveSize())
 	}
 	readers := connections
 	if !o.Ranges { // one stream that passes over what isn't wanted
-		f.fallBack("the server ignores Range", "url", o.URL)
+		f.fallBack("the server ignores Range", "url", deployments.ShownURL(o.URL))
 		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
 		readers = 1
 	}
@@ -490,7 +490,7 @@ func (f *fetch) tryReadSpan(ctx context.Context, o object.Object, s span, wanted
 		fr := &f.index.frames[i]
 		if !wanted[i] {
 			if _, err := io.CopyN(io.Discard, body, fr.size); err != nil {
-				return i, fmt.Errorf("read %s at %d: %w", o.URL, fr.offset, err)
+				return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
 			}
 			f.meter.add(fr.size)
 			continue
@@ -508,7 +508,7 @@ func (f *fetch) tryReadSpan(ctx context.Context, o object.Object, s span, wanted
 		}
 		if err != nil {
 			buffers <- buffer
-			return i, fmt.Errorf("read %s at %d: %w", o.URL, fr.offset, err)
+			return i, fmt.Errorf("read %s at %d: %w", deployments.ShownURL(o.URL), fr.offset, err)
 		}
 		f.meter.add(fr.size)
 		select {

@@ -230,7 +230,7 @@ func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Ma
 	}
 	defer func() { err = errors.Join(err, f.close()) }()
 	if err := f.run(ctx, new, dir); err != nil {
-		return nil, fmt.Errorf("fetch %s: %w", m.Src, err)
+		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
 	return f.index.encode(), nil
 }

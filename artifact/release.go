@@ -90,7 +90,7 @@ func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Po
 	}
 	m, err := deployments.ParseManifest(raw, p.URL, env)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", p.URL, err)
+		return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(p.URL), err)
 	}
 	return m, raw, nil
 }
@@ -102,7 +102,7 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 		return nil, fmt.Errorf("fetch the manifest: %w", err)
 	}
 	if got := digestOf(raw); got != p.Digest {
-		return nil, fmt.Errorf("the manifest %s: %w: its bytes have sha256:%s: it was replaced, or the pointer is mistyped", p.URL, ErrDigest, got)
+		return nil, fmt.Errorf("the manifest %s: %w: its bytes have sha256:%s: it was replaced, or the pointer is mistyped", deployments.ShownURL(p.URL), ErrDigest, got)
 	}
 	return raw, nil
 }

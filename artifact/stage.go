@@ -34,7 +34,7 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 		opt.Log = r.log
 	}
 	if digestOf(raw) != p.Digest {
-		return nil, fmt.Errorf("the manifest %s: %w", p.URL, ErrDigest)
+		return nil, fmt.Errorf("the manifest %s: %w", deployments.ShownURL(p.URL), ErrDigest)
 	}
 	if m.Src == "" {
 		return nil, errors.New("the manifest has commands only, and no tree")

@@ -46,7 +46,7 @@ func (b Bounds) CheckSource(url string) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s is not from %s, which is all that is allowed", url, strings.Join(b.Sources, ", "))
+	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(url), strings.Join(b.Sources, ", "))
 }
 
 // Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is called where the

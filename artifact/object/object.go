@@ -19,6 +19,8 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/time/rate"
+
+	"kedge/deployments"
 )
 
 var (
@@ -159,7 +161,7 @@ func (c *Client) Requests() (requests, bytes int64) { return c.requests.Load(), 
 func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error) {
 	u, err := url.Parse(text)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", text, err)
+		return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(text), plain(err))
 	}
 	switch u.Scheme {
 	case "s3":
@@ -171,13 +173,13 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 		return &httpStore{http: c.http}, u, nil
 	case "http":
 		if !thisMachine(u) {
-			return nil, nil, fmt.Errorf("%s: %w", text, errPlainHTTP)
+			return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(text), errPlainHTTP)
 		}
 		return &httpStore{http: c.http}, u, nil
 	case "file":
 		return fileStore{requests: &c.requests}, u, nil
 	}
-	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", text)
+	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", deployments.ShownURL(text))
 }
 
 var (
@@ -257,9 +259,9 @@ func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	if err != nil {
 		return o, err
 	}
-	err = c.retry(ctx, "stat "+url, func() (err error) { o, err = s.stat(ctx, u); return err })
+	err = c.retry(ctx, "stat "+deployments.ShownURL(url), func() (err error) { o, err = s.stat(ctx, u); return err })
 	if err != nil {
-		return o, fmt.Errorf("%s: %w", url, err)
+		return o, fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	o.URL = url
 	return o, nil
@@ -272,7 +274,7 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 		return nil, err
 	}
 	var data []byte
-	err = c.retry(ctx, "read "+url, func() error {
+	err = c.retry(ctx, "read "+deployments.ShownURL(url), func() error {
 		r, _, err := s.read(ctx, u, Object{URL: url, Size: -1}, 0, -1)
 		if err != nil {
 			return err
@@ -285,10 +287,10 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", url, err)
+		return nil, fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	if int64(len(data)) > max {
-		return nil, fmt.Errorf("%s: %w: at most %d bytes", url, ErrTooLarge, max)
+		return nil, fmt.Errorf("%s: %w: at most %d bytes", deployments.ShownURL(url), ErrTooLarge, max)
 	}
 	return data, nil
 }
@@ -306,7 +308,7 @@ func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.R
 
 func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	if offset < 0 || n < 0 || offset+n > o.Size {
-		return nil, fmt.Errorf("%s: bytes %d to %d of an object of %d", o.URL, offset, offset+n, o.Size)
+		return nil, fmt.Errorf("%s: bytes %d to %d of an object of %d", deployments.ShownURL(o.URL), offset, offset+n, o.Size)
 	}
 	s, u, err := c.store(ctx, o.URL)
 	if err != nil {
@@ -317,7 +319,7 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 		return r, nil
 	}
 	if err := r.open(); err != nil {
-		return nil, fmt.Errorf("%s: %w", o.URL, err)
+		return nil, fmt.Errorf("%s: %w", deployments.ShownURL(o.URL), err)
 	}
 	return r, nil
 }
@@ -338,7 +340,7 @@ type resuming struct {
 }
 
 func (r *resuming) open() error {
-	return r.client.retry(r.ctx, "read "+r.object.URL, func() error {
+	return r.client.retry(r.ctx, "read "+deployments.ShownURL(r.object.URL), func() error {
 		body, before, err := r.store.read(r.ctx, r.url, r.object, r.offset, r.left)
 		if err != nil {
 			return err
@@ -363,7 +365,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 	for {
 		if r.body == nil {
 			if err := r.open(); err != nil {
-				return 0, fmt.Errorf("%s: %w", r.object.URL, err)
+				return 0, fmt.Errorf("%s: %w", deployments.ShownURL(r.object.URL), err)
 			}
 		}
 		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
@@ -385,9 +387,9 @@ func (r *resuming) Read(p []byte) (int, error) {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return n, fmt.Errorf("%s: cut off at byte %d of %d: %w", r.object.URL, r.offset, r.object.Size, err)
+			return n, fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err)
 		}
-		r.client.log.Debug("a read was cut off", "url", r.object.URL, "at", r.offset, "error", err)
+		r.client.log.Debug("a read was cut off", "url", deployments.ShownURL(r.object.URL), "at", r.offset, "error", err)
 		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
 			return n, err
 		}
@@ -471,7 +473,7 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 	if b.progress == nil {
 		b.progress = func(int64) {}
 	}
-	err = c.retry(ctx, "put "+url, func() error {
+	err = c.retry(ctx, "put "+deployments.ShownURL(url), func() error {
 		// That spares sending what is there. S3 says ErrDenied of a missing object to who may not list the bucket.
 		switch _, err := s.stat(ctx, u); {
 		case err == nil:
@@ -485,7 +487,7 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 		err = c.same(ctx, url, b)
 	}
 	if err != nil {
-		return fmt.Errorf("%s: %w", url, err)
+		return fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	b.progress(size)
 	return nil
@@ -498,11 +500,11 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 		return err
 	}
 	if len(data) > partSize {
-		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step", url, len(data), partSize)
+		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step", deployments.ShownURL(url), len(data), partSize)
 	}
 	b := &body{ReaderAt: bytes.NewReader(data), size: int64(len(data)), progress: func(int64) {}, replace: true}
-	if err := c.retry(ctx, "replace "+url, func() error { return s.put(ctx, u, b, contentType) }); err != nil {
-		return fmt.Errorf("%s: %w", url, err)
+	if err := c.retry(ctx, "replace "+deployments.ShownURL(url), func() error { return s.put(ctx, u, b, contentType) }); err != nil {
+		return fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -351,5 +352,39 @@ func TestARedirectDoesNotTellWhereFrom(t *testing.T) {
 	defer server.Close()
 	if told, err := object.New(object.Config{}).ReadAll(t.Context(), server.URL+"/x?signature=secret", 1000); err != nil || len(told) > 0 {
 		t.Errorf("it is told %s, %v", told, err)
+	}
+}
+
+// A URL may be signed, and whoever reads an error or a log could use the signature.
+func TestASignatureIsNotTold(t *testing.T) {
+	t.Parallel()
+	data := content(1000)
+	url, _ := faulty(t, data, func(n int, w http.ResponseWriter, r *http.Request) bool {
+		if n > 1 {
+			w.WriteHeader(http.StatusNotFound)
+		}
+		return n > 1
+	})
+	var log bytes.Buffer
+	c := object.New(object.Config{Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+	signed := url + "?X-Signature=secret"
+	o, err := c.Stat(t.Context(), signed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, notThere := c.Read(t.Context(), o, 1)
+	_, tooFar := c.ReadRange(t.Context(), o, 2000, 1)
+	_, all := c.ReadAll(t.Context(), signed, 10)
+	_, again := c.Stat(t.Context(), signed)
+	_, elsewhere := c.Stat(t.Context(), "http://h.example/x?X-Signature=secret")
+	_, nowhere := c.Stat(t.Context(), "https://user:secret@h:x/y?X-Signature=secret")
+	for i, err := range []error{notThere, tooFar, all, again, elsewhere, nowhere,
+		c.Put(t.Context(), signed, bytes.NewReader(data), 1, object.PutOptions{}), c.Replace(t.Context(), signed, data, "")} {
+		if err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%d: %v", i, err)
+		}
+	}
+	if strings.Contains(log.String(), "secret") {
+		t.Error(log.String())
 	}
 }
