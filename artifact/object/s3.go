@@ -241,15 +241,20 @@ func s3Error(err error) error {
 	if err == nil {
 		return nil
 	}
-	code, message, after := 0, "", time.Duration(0)
+	code, message, region, after := 0, "", "", time.Duration(0)
 	var response *smithyhttp.ResponseError
 	if errors.As(err, &response) {
 		code = response.HTTPStatusCode()
 		message = response.Response.Status
+		region = response.Response.Header.Get("X-Amz-Bucket-Region")
 		after = retryAfter(response.Response.Header)
 	}
 	var api smithy.APIError
-	if errors.As(err, &api) {
+	asAPI := errors.As(err, &api)
+	if region != "" && (code == http.StatusMovedPermanently || asAPI && api.ErrorCode() == "AuthorizationHeaderMalformed") {
+		return fmt.Errorf("the bucket is in region %s: set AWS_REGION, or the profile's region, to that", region)
+	}
+	if asAPI {
 		message = strings.TrimSpace(api.ErrorCode() + " " + api.ErrorMessage())
 		switch api.ErrorCode() {
 		case "AccessDenied", "Forbidden": // the latter where the answer has no body

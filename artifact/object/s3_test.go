@@ -25,6 +25,30 @@ func s3Fault(w http.ResponseWriter, status int, code string) {
 	fmt.Fprintf(w, "<Error><Code>%s</Code><Message>as told</Message></Error>", code)
 }
 
+// S3 says where a bucket is to whom asks elsewhere, even where an answer has no body.
+func TestABucketInAnotherRegion(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		status int
+		code   string
+	}{{http.StatusMovedPermanently, "PermanentRedirect"}, {http.StatusBadRequest, "AuthorizationHeaderMalformed"}, {http.StatusMovedPermanently, ""}} {
+		client := s3Stub(t, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("X-Amz-Bucket-Region", "eu-west-1")
+			if c.code == "" {
+				w.WriteHeader(c.status)
+				return
+			}
+			s3Fault(w, c.status, c.code)
+		})
+		if _, err := client.Stat(t.Context(), "s3://bucket/x"); err == nil || !strings.Contains(err.Error(), "in region eu-west-1: set AWS_REGION") {
+			t.Errorf("%d %s: %v", c.status, c.code, err)
+		}
+		if requests, _ := client.Requests(); requests != 1 {
+			t.Errorf("%d %s: %d requests", c.status, c.code, requests)
+		}
+	}
+}
+
 // Of two who write an object at once, S3 may tell one of a conflict before the other is done: that is no more than a reason to
 // look again.
 func TestAConflictWithAnotherWriter(t *testing.T) {
