@@ -49,7 +49,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(0, 0, "the file is nested deeper than %d levels", maxDepth)
 		return nil
 	case keys > maxKeys:
-		r.note(0, 0, "the file has %d lines with a colon, at most %d are allowed", keys, maxKeys)
+		r.note(0, 0, "the file has %d keys and items, at most %d are allowed", keys, maxKeys)
 		return nil
 	case documents > maxDocuments:
 		r.note(0, 0, "the file holds %d documents: want one", documents)
@@ -90,7 +90,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 }
 
 const (
-	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys, as its time grows with their square:
+	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys and items, as its time grows with their square:
 	// this many take some 0.5 s. So it does with the square of documents.
 	maxDepth     = 40
 	maxKeys      = 10_000
@@ -99,23 +99,23 @@ const (
 	maxProblems = 100
 )
 
-// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; how many keys a block has; and how
-// many documents there are.
+// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; how many keys and items
+// there are; and how many documents.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
-		if bytes.IndexByte(line, ':') >= 0 {
-			keys++
-		}
 		if bytes.HasPrefix(line, []byte("---")) {
 			documents++
 		}
 		lead := 0
 		for _, c := range line {
-			if c != ' ' && c != '-' && c != '?' && c != ':' {
+			if c != ' ' && c != '\t' && c != '-' && c != '?' && c != ':' {
 				break
 			}
 			lead++
+		}
+		if bytes.IndexByte(line, ':') >= 0 || bytes.ContainsAny(line[:lead], "?-") {
+			keys++
 		}
 		most = max(most, lead/2)
 		for _, c := range line {
@@ -123,6 +123,10 @@ func shape(data []byte) (deep, keys, documents int) {
 			case '[', '{':
 				flow++
 				most = max(most, flow)
+			case ',':
+				if flow > 0 {
+					keys++
+				}
 			case ']', '}':
 				flow = max(0, flow-1)
 			}
