@@ -216,6 +216,10 @@ func (u *Unit) Recover(ctx context.Context) error {
 	u.text.reset()
 	u.log.Warn("found a deployment that was cut off", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
+		// Before the step is another: its commands are found by their mark.
+		if err := u.endLeftovers(ctx); err != nil {
+			return err
+		}
 		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
 			return err
 		}

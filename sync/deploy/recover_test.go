@@ -138,25 +138,39 @@ func TestRetryNamesOneOrAll(t *testing.T) {
 	}
 }
 
-// What superseded a release ends the commands that a crash of the agent left of it.
-func TestSupersedingEndsLeftovers(t *testing.T) {
+// What comes after a crash of the agent ends the commands that this one left, before any other runs.
+func TestEndsLeftovers(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	u := w.open(nil)
-	w.cut(u, w.publish("1", nil), "before post")
-	left := exec.Command("sleep", "60")
-	left.Env = append(os.Environ(), "KEDGE_RUN="+u.j.Deployment.Run)
-	if err := left.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan error, 1)
-	go func() { ended <- left.Wait() }()
-	w.deploy(w.open(nil), w.publish("2", nil))
-	select {
-	case <-ended:
-	case <-time.After(10 * time.Second):
-		left.Process.Kill()
-		t.Error("a command of what was superseded still runs")
+	for name, c := range map[string]struct {
+		point string
+		again func(w *world, u *Unit) error
+	}{
+		"superseded": {"before post", func(w *world, u *Unit) error { return u.Deploy(t.Context(), w.publish("2", nil), "") }},
+		"finished":   {"before post", func(_ *world, u *Unit) error { return u.Recover(t.Context()) }},
+		"taken back": {"before pre", func(_ *world, u *Unit) error { return u.Recover(t.Context()) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			u := w.open(nil)
+			w.cut(u, w.publish("1", nil), c.point)
+			left := exec.Command("sleep", "60")
+			left.Env = append(os.Environ(), "KEDGE_RUN="+u.j.Deployment.Run)
+			if err := left.Start(); err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan error, 1)
+			go func() { ended <- left.Wait() }()
+			if err := c.again(w, w.open(nil)); err != nil {
+				t.Error(err)
+			}
+			select {
+			case <-ended:
+			case <-time.After(10 * time.Second):
+				left.Process.Kill()
+				t.Error("a command of what was cut off still runs")
+			}
+		})
 	}
 }
 
