@@ -57,7 +57,7 @@ func crashChild(file string) error {
 	if err := json.Unmarshal(data, &p); err != nil {
 		return err
 	}
-	u, err := Open(Config{ID: unitID, Node: "n1", Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})})
+	u, err := Open(Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})})
 	if err != nil {
 		return err
 	}

@@ -83,8 +83,9 @@ import (
 
 // Config configures a Unit.
 type Config struct {
-	ID   deployments.UnitID
-	Node string
+	ID deployments.UnitID
+	// Node is this node's name, as of now.
+	Node func() string
 	// Dir is this unit's own directory below the agent's state: STATE/units/STAGE/ROLE/UNIT. It holds the journal.
 	Dir     string
 	Objects *object.Client

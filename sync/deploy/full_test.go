@@ -69,7 +69,7 @@ func fullChild(args []string) error {
 	if err := unix.Mount("tmpfs", filepath.Join(root, "srv"), "tmpfs", 0, "size=256k"); err != nil {
 		return fmt.Errorf("mounting a tmpfs: %w", err)
 	}
-	u, err := Open(Config{ID: unitID, Node: "n1", Dir: filepath.Join(root, "state"), Objects: object.New(object.Config{})})
+	u, err := Open(Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(root, "state"), Objects: object.New(object.Config{})})
 	if err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		return fmt.Errorf("making a directory to work in: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	u, err := Open(Config{Node: o.Node, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, Log: o.Log})
+	u, err := Open(Config{Node: func() string { return o.Node }, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, Log: o.Log})
 	if err != nil {
 		return err
 	}

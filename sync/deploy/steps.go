@@ -301,7 +301,7 @@ func (u *Unit) commands(ctx context.Context, d *deployment, r, other *release, l
 
 func (u *Unit) env(d *deployment, r, other *release) command.Env {
 	env := command.Env{
-		Unit: u.c.ID, Node: u.c.Node, Step: string(d.Step), Release: u.site(r).dir(r), Dest: r.Manifest.Dest,
+		Unit: u.c.ID, Node: u.c.Node(), Step: string(d.Step), Release: u.site(r).dir(r), Dest: r.Manifest.Dest,
 		Digest: r.Pointer.Digest, Version: r.Manifest.Version, Name: r.Manifest.Name, Commit: d.Commit, Run: d.Run,
 	}
 	switch d.Step {

@@ -141,7 +141,7 @@ var unitID = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 
 func (w *world) config() Config {
 	log := slog.New(slog.NewTextHandler(w.t.Output(), nil))
-	return Config{ID: unitID, Node: "n1", Dir: w.path("state"), Objects: object.New(object.Config{Log: log}), Log: log}
+	return Config{ID: unitID, Node: func() string { return "n1" }, Dir: w.path("state"), Objects: object.New(object.Config{Log: log}), Log: log}
 }
 
 func (w *world) open(change func(*Config)) *Unit {
