@@ -338,7 +338,13 @@ func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 		return
 	}
 	if errors.Is(v.Err, kv.ErrDenied) {
-		s.folder.Do(func() { a.workers.Go(func() { a.makeFolder(ctx, s.prefix) }) })
+		a.mu.Lock()
+		making := s.making
+		s.making = true
+		a.mu.Unlock()
+		if !making {
+			a.workers.Go(func() { a.makeFolder(ctx, s) })
+		}
 	}
 	if v.Err != nil {
 		a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
@@ -346,13 +352,31 @@ func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 }
 
 // makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the mirror's job; where
-// there is none, and the agent's token may, it helps itself.
-func (a *Agent) makeFolder(ctx context.Context, prefix string) {
-	if err := a.c.Store.EnsureFolders(ctx, prefix); err != nil {
-		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", prefix, "error", err)
-		return
+// there is none, and the agent's token may, it helps itself. It tries until the prefix can be read: the token may be new, or the store away.
+func (a *Agent) makeFolder(ctx context.Context, s *source) {
+	var retry backOff
+	for a.lacksFolder(s) {
+		err := a.c.Store.EnsureFolders(ctx, s.prefix)
+		if err == nil {
+			a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", s.prefix)
+			a.mu.Lock()
+			s.making = false
+			a.mu.Unlock()
+			return
+		}
+		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.prefix, "error", err)
+		if wait(ctx, retry.next()) != nil {
+			return
+		}
 	}
-	a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", prefix)
+}
+
+// lacksFolder reports whether there is something left for makeFolder to do.
+func (a *Agent) lacksFolder(s *source) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s.making = errors.Is(s.trouble, kv.ErrDenied)
+	return s.making
 }
 
 // see takes a view of the store.
@@ -390,7 +414,7 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 func (a *Agent) ignorant() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return slices.ContainsFunc(a.roles, func(r *role) bool { return !r.known() })
+	return slices.ContainsFunc(a.roles, func(r *role) bool { return r.desired.from == fromNowhere || r.pins.from == fromNowhere })
 }
 
 func (a *Agent) offerSnapshot(entries []kv.Entry) {

@@ -52,7 +52,7 @@ func (a *Agent) findName(ctx context.Context) {
 		return
 	}
 	var retry backOff
-	for {
+	for answers := false; ; {
 		name, err := namer.NodeName(ctx)
 		if err == nil && name != "" {
 			err = deployments.CheckSegment("node", name)
@@ -68,9 +68,12 @@ func (a *Agent) findName(ctx context.Context) {
 		case a.naming.saved != "":
 			a.c.Log.Debug("this node's name is the one that it had", "node", a.naming.saved, "error", err)
 			return
-		case !passing(err) || a.storeAnswers(ctx):
+		case !passing(err) || answers:
 			a.c.Log.Info("this node goes by its host's name", "node", a.Node(), "error", err)
 			return
+		}
+		if answers = a.storeAnswers(ctx); answers {
+			continue // once more: it may have come up only now
 		}
 		if retry.tries == 0 {
 			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
@@ -101,6 +104,13 @@ func (a *Agent) rename(name string) {
 	a.mu.Lock()
 	was := a.c.Node
 	a.c.Node = name
+	if name != was {
+		for _, r := range a.roles {
+			if r.pins.from == fromLastKnown { // those of this name aren't among them
+				r.pins.entries, r.pins.from = nil, fromNowhere
+			}
+		}
+	}
 	a.mu.Unlock()
 	if name == a.naming.saved {
 		return

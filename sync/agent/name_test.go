@@ -12,6 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 // namer is a store whose agent answers one after the other, and then as it did last.
@@ -47,12 +48,18 @@ func (s away) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return s.Store.List(ctx, prefix)
 }
 
-func TestFindName(t *testing.T) {
-	t.Parallel()
+func hostname(t *testing.T) string {
+	t.Helper()
 	host, err := os.Hostname()
 	if err != nil {
 		t.Fatal(err)
 	}
+	return host
+}
+
+func TestFindName(t *testing.T) {
+	t.Parallel()
+	host := hostname(t)
 	short, _, _ := strings.Cut(host, ".")
 	answers := func(all ...any) []any { return all }
 	for name, c := range map[string]struct {
@@ -66,6 +73,7 @@ func TestFindName(t *testing.T) {
 		"which isn't up at once":                      {"", answers(kv.ErrUnavailable, kv.ErrUnavailable, "i-0abc"), kv.ErrUnavailable, "i-0abc", "i-0abc"},
 		"which doesn't know the token yet":            {"", answers(kv.ErrDenied, "i-0abc"), kv.ErrDenied, "i-0abc", "i-0abc"},
 		"which may not be asked":                      {"", answers(kv.ErrDenied), nil, short, ""},
+		"which came up between two questions":         {"", answers(kv.ErrUnavailable, "i-0abc"), nil, "i-0abc", "i-0abc"},
 		"which is behind something that can't":        {"", answers(kv.ErrUnavailable), nil, short, ""},
 		"which nobody knows":                          {"", answers(kv.ErrNotFound), kv.ErrUnavailable, short, ""},
 		"which is away, and said so before":           {host, answers(kv.ErrUnavailable), kv.ErrUnavailable, "saved", "saved"},
@@ -137,6 +145,59 @@ func TestUnnamedNodeSaysWhy(t *testing.T) {
 	case <-snapshot:
 	case <-time.After(patience):
 		t.Error("nobody looks for a snapshot")
+	}
+}
+
+// gated is a store whose agent says at last what it calls the node.
+type gated struct {
+	kv.Store
+	name string
+	open chan struct{}
+}
+
+func (g gated) NodeName(ctx context.Context) (string, error) {
+	select {
+	case <-g.open:
+		return g.name, nil
+	case <-ctx.Done():
+		return "", ctx.Err()
+	}
+}
+
+// A node that learns its name after it has begun to work from memory goes by it in all that it does from then on, and doesn't take
+// what it remembers of its pins under another for all that there are.
+func TestNameThatComesLate(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("app", "2", post("echo $KEDGE_NODE > "+w.path("node")))
+	w.put(kv.DesiredKey(app), two.String())
+	w.put(kv.NodePinKey(app, node), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	a.stop()
+
+	store := gated{w.store, "i-0abc", make(chan struct{})}
+	pins := make(chan struct{})
+	w.put(kv.NodePinKey(app, "i-0abc"), one.String())
+	a = w.start(func(c *Config) {
+		c.Node, c.Store = "", slowPins{Store: store, Namer: store, open: pins}
+		if err := writeJSON(filepath.Join(c.StateDir, nameFile), named{hostname(t), node}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	a.awaitRunning(app, one)
+	close(store.open)
+	await(t, "its name", func() (bool, string) { return a.Node() == "i-0abc", a.Node() })
+	steadily(t, "its pins aren't known", func() (bool, string) { a.kick(); return w.live("app") == "1", w.live("app") })
+	close(pins)
+	await(t, "its pins", func() (bool, string) {
+		return a.Status().Decisions["web/app"].Source == policy.FromNodePin, w.log.String()
+	})
+	w.delete(kv.NodePinKey(app, "i-0abc"))
+	a.awaitRunning(app, two)
+	if data, err := os.ReadFile(w.path("node")); err != nil || string(data) != "i-0abc\n" {
+		t.Errorf("a command was told that it runs on %q, %v", data, err)
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"kedge/deployments"
@@ -37,7 +36,7 @@ type source struct {
 	at      time.Time // since when entries are as they are
 	trouble error     // why the store's view may be out of date
 	since   time.Time // since when trouble is as it is
-	folder  sync.Once // the attempt to make prefix's folder key
+	making  bool      // whether makeFolder runs
 }
 
 // accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes
@@ -136,13 +135,19 @@ func newRole(stage, name string) *role {
 
 func (r *role) sources() []*source { return []*source{r.desired, r.pins} }
 
-// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen.
-func (r *role) known() bool { return r.desired.from != fromNowhere && r.pins.from != fromNowhere }
+// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen. After a start, what the
+// store says first isn't put together with what is remembered of the other: a pin may have come or gone meanwhile.
+func (r *role) known() bool {
+	return r.desired.from != fromNowhere && r.pins.from != fromNowhere && r.desired.heard() == r.pins.heard()
+}
+
+// heard is whether the store has been asked, whatever it said.
+func (s *source) heard() bool { return !s.since.IsZero() }
 
 // unknown says, for a person, what is missing.
 func (r *role) unknown() string {
 	for _, s := range r.sources() {
-		if s.from == fromNowhere {
+		if s.from == fromNowhere || !s.heard() {
 			if s.trouble != nil {
 				return "nothing is known of " + s.prefix + " yet: " + oneLine(s.trouble)
 			}
