@@ -353,6 +353,49 @@ func TestRenamedUnit(t *testing.T) {
 	}
 }
 
+// What a renamed unit was is no part of the node any more: after a reboot nobody waits for its health.
+func TestRenamedUnitAndAReboot(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("base", "2", func(m *deployments.Manifest) { m.Dest = w.path("srv", "app") })
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.put(kv.DesiredKey(unitID("base")), two.String())
+	w.delete(kv.DesiredKey(app))
+	a.awaitState(unitID("base"), deployments.StateConverged)
+	a.stop()
+	w.reboot(app)
+	w.reboot(unitID("base"))
+	a = w.start(withMetrics)
+	a.awaitReady()
+	if u, ok := a.Report()["web"].Units["app"]; ok {
+		t.Errorf("it reports what it was: %+v", u)
+	}
+}
+
+// A unit that is renamed in the midst of a deployment ends that before the other begins: they have one place.
+func TestRenamedUnitEndsWhatItBegan(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	two := w.publish("app", "2", post("touch "+w.path("in-post")+"; while ! test -e "+w.path("go")+"; do sleep 0.02; done; false"))
+	three := w.publish("base", "3", func(m *deployments.Manifest) { m.Dest = w.path("srv", "app") })
+	w.put(kv.DesiredKey(app), one.String())
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.put(kv.DesiredKey(app), two.String())
+	await(t, "post", func() (bool, string) { _, err := os.Stat(w.path("in-post")); return err == nil, "not yet" })
+	w.delete(kv.DesiredKey(app))
+	w.put(kv.DesiredKey(unitID("base")), three.String())
+	a.awaitUnit(unitID("base"), "known", func(u deployments.UnitReport) bool { return u.Want == three })
+	steadily(t, "it ends first", func() (bool, string) { return w.live("app") == "2", w.live("app") })
+	write(t, w.path("go"), "")
+	a.awaitState(unitID("base"), deployments.StateConverged)
+	steadily(t, "it stays", func() (bool, string) { return w.live("app") == "3", w.live("app") })
+}
+
 // While the state can't be written nothing is deployed, and the node says why; then it goes on by itself.
 func TestReadOnlyState(t *testing.T) {
 	t.Parallel()

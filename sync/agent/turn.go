@@ -34,6 +34,9 @@ func (a *Agent) turn(now time.Time) (next time.Time) {
 			next = at
 		}
 	}
+	for _, u := range a.units {
+		u.replaced = a.replaced(u)
+	}
 	for _, r := range a.roles {
 		a.aim(r)
 	}

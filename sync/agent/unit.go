@@ -67,6 +67,7 @@ type unit struct {
 	cycle    string // the circle of units that it lies on
 	blocked  string // why it waits for another unit
 	stuck    bool   // and whether that other can't move by itself
+	replaced bool   // another unit, which is wanted, has its dest
 	goal     goal
 
 	// What the worker does and found.
@@ -162,10 +163,20 @@ func (u *unit) state() deploy.State {
 	return u.deploy.State()
 }
 
-// gone reports whether the unit is only remembered: no key asks for it, and nothing of it runs.
+// unwanted reports whether no key asks for the unit.
+func (u *unit) unwanted() bool {
+	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
+}
+
+// gone reports whether the unit is only remembered: no key asks for it, and nothing of it runs, or another has its place.
 func (u *unit) gone() bool {
-	wanted := u.record.Present || u.pins[0].Present || u.pins[1].Present
-	return u.decided && !wanted && u.state().Running.IsZero()
+	return u.unwanted() && (u.state().Running.IsZero() || u.replaced)
+}
+
+// changing reports whether something of the unit's dest is under way, or half done.
+func (u *unit) changing() bool {
+	k := u.busy.kind
+	return k == jobDeploy || k == jobRecover || k == jobHeal || u.state().Unfinished
 }
 
 // standing is where the unit stands, and what is wrong.

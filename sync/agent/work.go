@@ -137,6 +137,9 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 			return job{kind: jobForget, release: run, claim: g.claim}, again
 		}
 	}
+	if u.gone() {
+		return job{}, again
+	}
 	unproven := s.Confirmed && !s.Proven && !s.Running.IsZero()
 	if unproven && u.trouble == nil {
 		return job{kind: jobProve, release: s.Running}, again
@@ -369,7 +372,8 @@ type takenError struct {
 func (e *takenError) Error() string { return e.why }
 
 // claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
-// places until it has moved; one that nothing names any more has none, so that it can go on under another name.
+// places until it has moved; one that nothing names any more has none, once it has ended what it began, so that it can go on under
+// another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -383,7 +387,7 @@ func (a *Agent) claim(u *unit, dest string) error {
 // free reports why a unit may not have its tree at dest. a.mu is held.
 func (a *Agent) free(u *unit, dest string) error {
 	for _, other := range a.units {
-		if other == u || other.decided && !other.record.Present && !other.pins[0].Present && !other.pins[1].Present {
+		if other == u || other.unwanted() && !other.changing() {
 			continue
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
@@ -393,6 +397,19 @@ func (a *Agent) free(u *unit, dest string) error {
 		}
 	}
 	return nil
+}
+
+// replaced reports whether nothing names the unit any more, and what runs in its place is another's.
+func (a *Agent) replaced(u *unit) bool {
+	if u.dest == "" || !u.unwanted() || u.changing() {
+		return false
+	}
+	for _, other := range a.units {
+		if other.dest == u.dest && !other.unwanted() {
+			return true
+		}
+	}
+	return false
 }
 
 // within reports whether a clean path is dir, or below it or the directory of its releases.
