@@ -80,6 +80,29 @@ func TestPlaceThatBecomesFree(t *testing.T) {
 	}
 }
 
+// A unit that was to move, and isn't to any more, has no claim to where it would have gone.
+func TestPlaceThatNobodyWantsAnyMore(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1")
+	elsewhere := func(m *deployments.Manifest) { m.Dest = w.path("srv", "other") }
+	two, other := w.publish("app", "2", elsewhere), w.publish("other", "1")
+	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.desire(app, deployments.Record{
+		Target: two, Stable: one, Generation: 2, Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: time.Now()},
+	})
+	a.awaitUnit(app, "staged", func(u deployments.UnitReport) bool { return u.Staged == two.Digest })
+	w.put(kv.DesiredKey(unitID("other")), other.String())
+	a.awaitState(unitID("other"), deployments.StateInvalid)
+	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 3})
+	a.awaitRunning(unitID("other"), other)
+	if u := a.unit(app); u.Running != one || u.State != deployments.StateConverged {
+		t.Errorf("the unit that stayed: %+v", u)
+	}
+}
+
 // A release that is no longer in quarantine leaves nothing behind, that would count when it fails again.
 func TestFailuresEndWithTheirQuarantine(t *testing.T) {
 	t.Parallel()

@@ -40,6 +40,14 @@ func (a *Agent) turn(now time.Time) (next time.Time) {
 	for _, r := range a.roles {
 		a.aim(r)
 	}
+	for _, u := range a.units {
+		if u.atRest() {
+			u.claimed = "" // dest says where it is
+		}
+	}
+	for _, u := range a.units {
+		a.readmit(u)
+	}
 	a.settle()
 	a.kickReport()
 	return next
@@ -104,7 +112,6 @@ func (a *Agent) aim(r *role) {
 		if id.Role != r.name || !u.decided {
 			continue
 		}
-		a.readmit(u)
 		u.cycle = circles[id.Unit]
 		u.blocked, u.stuck = a.blockedBy(r, u)
 		var g goal

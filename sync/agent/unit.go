@@ -173,6 +173,11 @@ func (u *unit) gone() bool {
 	return u.unwanted() && (u.state().Running.IsZero() || u.replaced)
 }
 
+// atRest reports whether the unit has converged, and nothing else of it is to be ready.
+func (u *unit) atRest() bool {
+	return u.busy.kind == jobNone && !u.goal.run.IsZero() && u.done == u.goal.run && u.goal.stage.IsZero()
+}
+
 // changing reports whether something of the unit's dest is under way, or half done.
 func (u *unit) changing() bool {
 	k := u.busy.kind
