@@ -115,15 +115,22 @@ func (l linked) dir(r *release) string {
 
 func (l linked) verify(ctx context.Context, r *release, limit int64) ([]artifact.Difference, error) {
 	found, err := l.releases.Find(r.Pointer.Digest)
+	if errors.Is(err, artifact.ErrNoRelease) {
+		return []artifact.Difference{{Path: ".", What: "missing"}}, nil
+	}
 	if err != nil {
 		return nil, err
 	}
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// heal exchanges the release's directory, where something in it differs, for one that was staged anew, and leads dest back to it.
+// heal exchanges the release's directory, where something in it differs or it is gone, for one that was staged anew, and leads dest
+// back to it.
 func (l linked) heal(ctx context.Context, r *release) error {
 	found, err := l.releases.Find(r.Pointer.Digest)
+	if errors.Is(err, artifact.ErrNoRelease) {
+		return l.back(ctx, r, nil)
+	}
 	if err != nil {
 		return err
 	}

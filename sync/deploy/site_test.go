@@ -186,6 +186,19 @@ func TestVerifyAndHeal(t *testing.T) {
 			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
 				t.Errorf("healed: %v, %v", ds, err)
 			}
+			if err := errors.Join(os.RemoveAll(dest), os.RemoveAll(dest+".releases")); err != nil {
+				t.Fatal(err)
+			}
+			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) == 0 || ds[0].What != "missing" {
+				t.Errorf("all of it is gone: %v, %v", ds, err)
+			}
+			if err := u.Heal(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantVersion("1")
+			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
+				t.Errorf("healed: %v, %v", ds, err)
+			}
 			w.wantHooks()
 		})
 	}
