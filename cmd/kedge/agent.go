@@ -56,7 +56,7 @@ finishes or takes back what it had begun.`,
 			return a.runAgent(cmd.Context(), cmp.Or(file, defaultAgentConfig), conf)
 		},
 	}
-	f := c.Flags()
+	f, def := c.Flags(), agentDefaults()
 	f.StringVar(&file, "config", os.Getenv("KEDGE_CONFIG"), "configuration `file` (default "+defaultAgentConfig+" where it exists)")
 	f.String("stage", "", "this node's stage, as in prod")
 	f.String("roles", "", "this node's `roles`, separated by commas")
@@ -72,15 +72,15 @@ finishes or takes back what it had begun.`,
 	f.Bool("maintenance", false, "have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
-	f.Duration("snapshot-max-age", 72*time.Hour, "take none that is older (the mirror writes it anew every hour)")
+	f.Duration("snapshot-max-age", def.SnapshotMaxAge, "take none that is older (the mirror writes it anew every hour)")
 	f.Bool("ec2", false, "take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles")
 	f.String("lifecycle-hook", "", "complete this AutoScaling `hook`: CONTINUE after the first convergence, ABANDON after --lifecycle-timeout")
-	f.Duration("lifecycle-timeout", 15*time.Minute, "give an instance up that has not converged after this long")
+	f.Duration("lifecycle-timeout", def.LifecycleTimeout, "give an instance up that has not converged after this long")
 	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
-	f.Duration("verify-every", 24*time.Hour, "compare live trees with their indexes this often; 0: never")
-	f.Duration("ready-timeout", 15*time.Minute, "tell systemd READY after this long, converged or not")
+	f.Duration("verify-every", def.VerifyEvery, "compare live trees with their indexes this often; 0: never")
+	f.Duration("ready-timeout", def.ReadyTimeout, "tell systemd READY after this long, converged or not")
 	return c
 }
 
@@ -118,9 +118,6 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	duration := func(name string, into *time.Duration) {
 		v, ok := text(name)
 		if !ok {
-			if *into == 0 {
-				*into, _ = flags.GetDuration(name)
-			}
 			return
 		}
 		d, err := time.ParseDuration(v)

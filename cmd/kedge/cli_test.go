@@ -138,12 +138,17 @@ func TestExitCodesAndErrors(t *testing.T) {
 func TestAgentConfig(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "agent.yaml")
-	text := "stage: prod\nroles: web, db\ndests: [/srv, /opt]\nno_commands: true\nready_timeout: \"40s\"\nstart_delay: 5s\n"
+	text := "stage: prod\nroles: web, db\ndests: [/srv, /opt]\nno_commands: true\nready_timeout: \"40s\"\nstart_delay: 5s\nverify_every: 0s\n"
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	c, err := readAgentConfig(file)
-	want := agentConfig{Stage: "prod", Roles: words{"web", "db"}, Dests: words{"/srv", "/opt"}, NoCommands: true, ReadyTimeout: 40 * time.Second, StartDelay: 5 * time.Second}
+	if err == nil {
+		err = override(&c, (&app{}).agentCommand().Flags())
+	}
+	want := agentDefaults()
+	want.Stage, want.Roles, want.Dests, want.NoCommands = "prod", words{"web", "db"}, words{"/srv", "/opt"}, true
+	want.ReadyTimeout, want.StartDelay, want.VerifyEvery = 40*time.Second, 5*time.Second, 0
 	if err != nil || !reflect.DeepEqual(c, want) {
 		t.Errorf("%+v, %v\nwant %+v", c, err, want)
 	}

@@ -53,6 +53,13 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
+// agentDefaults is what holds where nothing else is said. A zero says something: verify_every: 0s is never.
+func agentDefaults() agentConfig {
+	return agentConfig{
+		SnapshotMaxAge: 72 * time.Hour, LifecycleTimeout: 15 * time.Minute, VerifyEvery: 24 * time.Hour, ReadyTimeout: 15 * time.Minute,
+	}
+}
+
 // durationOf reads a duration; what it says of a wrong one is all that is said of it, without its place.
 func durationOf(d *time.Duration, text []byte) (err error) {
 	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
@@ -78,7 +85,7 @@ const defaultAgentConfig = "/etc/kedge/agent.yaml"
 
 // readAgentConfig reads file, strictly. A missing default file is an empty one; a missing named one is an error.
 func readAgentConfig(file string) (agentConfig, error) {
-	var c agentConfig
+	c := agentDefaults()
 	name := file
 	if name == "" {
 		name = defaultAgentConfig
