@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"kedge/deployments"
@@ -130,5 +131,34 @@ func TestGoesBackBehindWhatWasSuperseded(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// A release of strategy mv, whose tree may hold what it has written by now, stays as it is where one that failed was never in its place.
+func TestBackToATreeThatWasNotTouched(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*world, *deployments.Manifest){
+		"elsewhere": func(w *world, m *deployments.Manifest) { m.Dest = w.path("srv", "other") },
+		"elsewhere, moved": func(w *world, m *deployments.Manifest) {
+			m.Dest, m.Strategy = w.path("srv", "other"), deployments.StrategyMv
+		},
+		"commands only": func(_ *world, m *deployments.Manifest) { m.Src, m.Checksum, m.Dest = "", "", "" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			u := w.open(nil)
+			one := w.publish("1", func(m *deployments.Manifest) { m.Strategy = deployments.StrategyMv })
+			w.deploy(u, one)
+			written := filepath.Join(w.dest(), "written")
+			if err := os.WriteFile(written, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			w.wantFailed(u, w.publish("2", func(m *deployments.Manifest) { fails(m); change(w, m) }), one)
+			w.wantVersion("1")
+			if _, err := os.Stat(written); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -350,7 +350,9 @@ func (m moved) forward(ctx context.Context, r *release) error {
 func (m moved) back(ctx context.Context, r, failed *release) error {
 	dest, aside := r.Manifest.Dest, m.aside(r)
 	staged := m.staged(r)
-	if d := m.u.j.Deployment; !d.Over && failed.Manifest.Strategy == deployments.StrategyMv && exists(dest) && m.staged(failed) && !exists(aside) {
+	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != dest
+	unmoved := elsewhere || failed.Manifest.Strategy == deployments.StrategyMv && m.staged(failed)
+	if unmoved && !m.u.j.Deployment.Over && exists(dest) && !exists(aside) {
 		return nil // the failed one was never moved to dest
 	}
 	if exists(aside) && exists(dest) && !staged {
