@@ -119,23 +119,31 @@ func TestFailuresEndWithTheirQuarantine(t *testing.T) {
 	})
 }
 
-// A unit of which nothing ever ran doesn't keep the node out of service once nothing names it any more.
+// A unit of which nothing good ever ran doesn't keep the node out of service once nothing names it any more.
 func TestForgottenUnitIsNotDrained(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	w.put(kv.DesiredKey(app), w.publish("app", "1", func(m *deployments.Manifest) {
-		m.Commands.Pre = []deployments.Command{{Run: "false"}}
-	}).String())
-	a := w.start(withMetrics)
-	a.awaitState(app, deployments.StateQuarantined)
-	if code, body := a.get("/ready"); code != 503 {
-		t.Errorf("/ready says %d %s", code, body)
+	for name, list := range map[string]func(*deployments.Commands) *[]deployments.Command{
+		"before the switch": func(c *deployments.Commands) *[]deployments.Command { return &c.Pre },
+		"after it":          func(c *deployments.Commands) *[]deployments.Command { return &c.Post },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.put(kv.DesiredKey(app), w.publish("app", "1", func(m *deployments.Manifest) {
+				*list(&m.Commands) = []deployments.Command{{Run: "false"}}
+			}).String())
+			a := w.start(withMetrics)
+			a.awaitState(app, deployments.StateQuarantined)
+			if code, body := a.get("/ready"); code != 503 {
+				t.Errorf("/ready says %d %s", code, body)
+			}
+			w.delete(kv.DesiredKey(app))
+			a.awaitReady()
+			a.stop()
+			a = w.start(withMetrics)
+			a.awaitReady()
+		})
 	}
-	w.delete(kv.DesiredKey(app))
-	a.awaitReady()
-	a.stop()
-	a = w.start(withMetrics)
-	a.awaitReady()
 }
 
 // A node is through with its start when what is left can't move by itself: systemd's READY must not wait for a person.

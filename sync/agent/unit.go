@@ -168,9 +168,11 @@ func (u *unit) unwanted() bool {
 	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// gone reports whether the unit is only remembered: no key asks for it, and nothing of it runs, or another has its place.
+// gone reports whether the unit is only remembered: no key asks for it, and nothing of it runs, or nothing good ever did, or another has
+// its place.
 func (u *unit) gone() bool {
-	return u.unwanted() && (u.state().Running.IsZero() || u.replaced)
+	s := u.state()
+	return u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished || u.replaced)
 }
 
 // atRest reports whether the unit has converged, and nothing else of it is to be ready.
