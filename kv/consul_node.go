@@ -2,6 +2,8 @@ package kv
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/url"
 	"strings"
@@ -16,6 +18,10 @@ type Namer interface {
 	NodeName(ctx context.Context) (string, error)
 }
 
+// ErrTokenUnknown is an ErrDenied: this machine's agent doesn't know the token. Of one that is new it remembers that for half a minute,
+// while the servers, which the keys are read from, know it already.
+var ErrTokenUnknown = fmt.Errorf("unknown token: %w", ErrDenied)
+
 func (s *consulStore) NodeName(ctx context.Context) (string, error) {
 	if !s.local {
 		return "", nil
@@ -25,6 +31,9 @@ func (s *consulStore) NodeName(ctx context.Context) (string, error) {
 		_, err := s.client.Raw().Query("/v1/agent/self", &self, q)
 		return err
 	})
+	if errors.Is(err, ErrDenied) && strings.Contains(err.Error(), "ACL not found") {
+		err = fmt.Errorf("%w: %w", ErrTokenUnknown, err)
+	}
 	return self.Config.NodeName, err
 }
 

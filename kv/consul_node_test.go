@@ -26,8 +26,11 @@ func TestConsulNodeName(t *testing.T) {
 	if got, err := name(c.Open(c.Token(deployments.ConsulRules("agent", deployments.RuleVars{Stage: "prod", Role: "web", Node: want})))); err != nil || got != want {
 		t.Errorf("by an agent's rules it is %q, %v, want %q", got, err, want)
 	}
-	if _, err := name(c.Open(c.Token(""))); !errors.Is(err, kv.ErrDenied) {
+	if _, err := name(c.Open(c.Token(""))); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrTokenUnknown) {
 		t.Errorf("without rights: %v", err)
+	}
+	if _, err := name(c.Open("5a1f0c1e-0000-4000-8000-000000000000")); !errors.Is(err, kv.ErrDenied) || !errors.Is(err, kv.ErrTokenUnknown) {
+		t.Errorf("by a token that nobody knows: %v", err)
 	}
 	if _, err := name(open(t, kv.Config{Consul: &api.Config{Address: "127.0.0.1:1"}})); !errors.Is(err, kv.ErrUnavailable) {
 		t.Errorf("of one that isn't there: %v", err)

@@ -68,11 +68,11 @@ func (a *Agent) findName(ctx context.Context) {
 		case a.naming.saved != "":
 			a.c.Log.Debug("this node's name is the one that it had", "node", a.naming.saved, "error", err)
 			return
-		case !passing(err) || answers:
+		case !passing(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
 			a.c.Log.Info("this node goes by its host's name", "node", a.Node(), "error", err)
 			return
 		}
-		if answers = a.storeAnswers(ctx); answers {
+		if answers = a.storeAnswers(ctx); answers && !errors.Is(err, kv.ErrTokenUnknown) {
 			continue // once more: it may have come up only now
 		}
 		if retry.tries == 0 {

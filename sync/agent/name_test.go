@@ -72,6 +72,7 @@ func TestFindName(t *testing.T) {
 		"what the store's agent says":                 {"", answers("i-0abc"), nil, "i-0abc", "i-0abc"},
 		"which isn't up at once":                      {"", answers(kv.ErrUnavailable, kv.ErrUnavailable, "i-0abc"), kv.ErrUnavailable, "i-0abc", "i-0abc"},
 		"which doesn't know the token yet":            {"", answers(kv.ErrDenied, "i-0abc"), kv.ErrDenied, "i-0abc", "i-0abc"},
+		"which doesn't know what the servers know":    {"", answers(kv.ErrTokenUnknown, kv.ErrTokenUnknown, "i-0abc"), nil, "i-0abc", "i-0abc"},
 		"which may not be asked":                      {"", answers(kv.ErrDenied), nil, short, ""},
 		"which came up between two questions":         {"", answers(kv.ErrUnavailable, "i-0abc"), nil, "i-0abc", "i-0abc"},
 		"which is behind something that can't":        {"", answers(kv.ErrUnavailable), nil, short, ""},
