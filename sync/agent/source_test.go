@@ -298,6 +298,32 @@ func TestLastKnownSurvives(t *testing.T) {
 	}
 }
 
+// What couldn't be written is tried again by itself: nothing else may happen until the restart that needs it.
+func TestLastKnownIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a, err := New(w.config())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dropLock(a.lock)
+	state := w.path("state")
+	if err := os.RemoveAll(state); err != nil {
+		t.Fatal(err)
+	}
+	a.unsaved = true
+	now := time.Now()
+	if next := a.turn(now); !next.After(now) || next.After(now.Add(time.Minute)) {
+		t.Errorf("the next try is at %v, now it is %v", next, now)
+	}
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if next := a.turn(now); !next.IsZero() || a.unsaved {
+		t.Errorf("it is written, and the next try is at %v", next)
+	}
+}
+
 func TestDamagedFilesArePutAside(t *testing.T) {
 	t.Parallel()
 	for _, data := range []string{"", "{", "\x00\x00\x00", `{"format":2}`, `{"format":2,"prefixes":{},"units":{}}`, "null"} {

@@ -11,7 +11,7 @@ import (
 )
 
 // turn decides for every unit what its worker should bring about, from what is known now. It returns when time alone could change
-// the answer; zero: never.
+// the answer, or what couldn't be written is to be tried again; zero: never.
 func (a *Agent) turn(now time.Time) (next time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -25,6 +25,9 @@ func (a *Agent) turn(now time.Time) (next time.Time) {
 			a.c.Log.Error("a restart without the store would go back to an older state", "error", err)
 		}
 		a.unsaved, a.unwritten = err != nil, err != nil
+		if err != nil {
+			next = now.Add(maxRetry)
+		}
 	}
 	for _, r := range a.roles {
 		a.decide(r, now)
