@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,7 +15,12 @@ import (
 // ErrLocked means that another agent uses the state directory; the error names its process.
 var ErrLocked = errors.New("another agent uses this state directory")
 
-const lockFile = "lock"
+const (
+	lockFile = "lock"
+	// lockPatience is for the lock of a process that is dead: one that was killed as it started a command leaves it to that, which gives
+	// it up at its exec.
+	lockPatience = 3 * time.Second
+)
 
 // takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the lock up when the
 // process ends, however it ends, so nothing is ever left locked.
@@ -22,7 +29,12 @@ func takeLock(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("locking the state directory: %w", err)
 	}
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for end := time.Now().Add(lockPatience); ; time.Sleep(5 * time.Millisecond) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) || lives(holder(f)) || time.Now().After(end) {
+			break
+		}
+	}
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		defer f.Close()
 		return nil, fmt.Errorf("%w: %s is held by process %s", ErrLocked, dir, holder(f))
@@ -39,6 +51,11 @@ func takeLock(dir string) (*os.File, error) {
 // dropLock gives the lock up. Closing alone would not, while a child between fork and exec still has the file open.
 func dropLock(f *os.File) error {
 	return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
+}
+
+func lives(process string) bool {
+	pid, err := strconv.Atoi(process)
+	return err == nil && !errors.Is(unix.Kill(pid, 0), unix.ESRCH)
 }
 
 func holder(f *os.File) string {
