@@ -88,3 +88,6 @@ type Pin struct {
 	// Until ends the pin by itself; zero: never.
 	Until time.Time `json:"until,omitzero"`
 }
+
+// Over reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts for nothing.
+func (p Pin) Over(now time.Time) bool { return !p.Until.IsZero() && !now.Before(p.Until) }

@@ -257,14 +257,20 @@ func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff f
 func (a *app) terminal() (width int) { return terminalWidth(a.stdout) }
 
 func terminalWidth(w io.Writer) (width int) {
+	width, _ = terminalSize(w)
+	return width
+}
+
+// terminalSize gives a terminal's size in characters, or what most have where it doesn't tell; 0, 0 where w is none.
+func terminalSize(w io.Writer) (width, height int) {
 	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return 0
+		return 0, 0
 	}
-	if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
-		return width
+	if width, height, err := term.GetSize(int(f.Fd())); err == nil && width > 0 && height > 0 {
+		return width, height
 	}
-	return 80
+	return 80, 24
 }
 
 // color reports whether stdout is a terminal that wants colours (https://no-color.org).

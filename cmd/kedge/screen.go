@@ -4,14 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"regexp"
 	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
-
-	"golang.org/x/term"
 
 	"kedge/kv"
 	"kedge/sync/fleet"
@@ -31,7 +28,7 @@ type screen struct {
 
 // watchOnScreen shows the fleet until ctx ends, anew after every change, and once a second: ages go on, and windows change their size.
 func (a *app) watchOnScreen(ctx context.Context, store kv.Store, filter fleet.Filter, draw func(w io.Writer, f *fleet.Fleet, width int)) error {
-	s := &screen{out: a.stdout, size: a.screenSize, draw: draw}
+	s := &screen{out: a.stdout, size: func() (int, int) { return terminalSize(a.stdout) }, draw: draw}
 	ctx, cancel := context.WithCancel(ctx)
 	var ticking sync.WaitGroup
 	defer ticking.Wait()
@@ -96,16 +93,3 @@ func cut(text string, width, most int) string {
 
 // style is what colours text.
 var style = regexp.MustCompile("\x1b\\[[0-9;]*m")
-
-// screenSize is stdout's, in characters; 0, 0 where it is no terminal.
-func (a *app) screenSize() (width, height int) {
-	f, ok := a.stdout.(*os.File)
-	if !ok {
-		return 0, 0
-	}
-	width, height, err := term.GetSize(int(f.Fd()))
-	if err != nil {
-		return 0, 0
-	}
-	return width, height
-}

@@ -33,7 +33,8 @@ type naming struct {
 func newNaming(host, stateDir string) (*naming, string) {
 	n := &naming{host: host}
 	var last named
-	if data, err := os.ReadFile(filepath.Join(stateDir, nameFile)); err == nil && json.Unmarshal(data, &last) == nil && last.Host == host {
+	if data, err := os.ReadFile(filepath.Join(stateDir, nameFile)); err == nil && json.Unmarshal(data, &last) == nil && last.Host == host &&
+		deployments.CheckSegment("node", last.Node) == nil {
 		n.saved = last.Node
 	}
 	if n.saved != "" {

@@ -204,11 +204,13 @@ func TestNameThatComesLate(t *testing.T) {
 
 func TestADamagedNameIsNone(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, nameFile), []byte(`{"host":"web-1.example`), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if n, name := newNaming("web-1.example", dir); n.saved != "" || name != "web-1" {
-		t.Errorf("%+v, %q", n, name)
+	for _, text := range []string{`{"host":"web-1.example`, `{"host":"web-1.example","node":"a/b"}`, `{"host":"web-1.example"}`} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, nameFile), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if n, name := newNaming("web-1.example", dir); n.saved != "" || name != "web-1" {
+			t.Errorf("%s: %+v, %q", text, n, name)
+		}
 	}
 }

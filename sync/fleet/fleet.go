@@ -50,11 +50,8 @@ type Unit struct {
 	Error string `json:"error,omitempty"`
 }
 
-// pinned reports whether a pin decides for a unit, on nodes without one of their own. One that is over stays in the store until
-// somebody removes it, and counts for nothing.
-func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !over(*u.Pin, now) }
-
-func over(p deployments.Pin, now time.Time) bool { return !p.Until.IsZero() && !p.Until.After(now) }
+// pinned reports whether a pin decides for a unit, on nodes without one of their own.
+func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Over(now) }
 
 // Node is one unit on one node.
 type Node struct {

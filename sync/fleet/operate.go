@@ -355,7 +355,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
-			if !over(u.Pins[other], f.At) {
+			if !u.Pins[other].Over(f.At) {
 				notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
 			}
 		}

@@ -123,7 +123,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 	}
 	nodes := 0
 	for _, p := range u.Pins {
-		if !over(p, f.At) {
+		if !p.Over(f.At) {
 			nodes++
 		}
 	}
@@ -281,7 +281,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	if !p.Until.IsZero() {
 		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
 	}
-	if over(p, now) {
+	if p.Over(now) {
 		s[len(s)-1] += ", which is over"
 	}
 	if p.Reason != "" {
