@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"reflect"
 	"strings"
@@ -142,18 +143,36 @@ func TestParseRecord(t *testing.T) {
 		{"a bare pointer", p.String() + "\r\n", ""},
 		{"JSON", `{"target":"` + p.String() + `","generation":3}`, ""},
 		{"empty", "", "empty"},
-		{"half", `{"target":"` + p.String(), "EOF"},
-		{"an unknown field", `{"target":"` + p.String() + `","generation":3,"x":1}`, `unknown field "x"`},
-		{"a field twice, in another case", `{"target":"` + p.String() + `","Target":"` + p.String() + `"}`, "twice"},
+		{"half", `{"target":"` + p.String(), "unexpected end"},
+		{"a newer mirror's field", `{"target":"` + p.String() + `","generation":3,"x":{"y":1}}`, ""},
+		{"one for newer agents", `{"target":{"url":1},"min_agent":99}`, "needs format level 99"},
 		{"no target", `{"generation":3}`, `no "target"`},
 		{"an unknown phase", `{"target":"` + p.String() + `","generation":1,"rollout":{"phase":"x","cutoff":"0","since":"2026-11-24T08:00:00Z"}}`, "unknown phase"},
-		{"more behind it", `{"target":"` + p.String() + `","generation":3}{}`, "more behind"},
+		{"more behind it", `{"target":"` + p.String() + `","generation":3}{}`, "after top-level value"},
 		{"a hostile after", `{"target":"` + p.String() + `","generation":3,"after":["../x"]}`, "after"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := ParseRecord([]byte(c.text))
 			check(t, err, c.says)
 		})
+	}
+}
+
+// TestNextNames reads a record as the next version writes it.
+func TestNextNames(t *testing.T) {
+	t.Parallel()
+	p := releasePointer(t)
+	const text = `{"target":"%[1]s","generation":3,"rollout":{"phase":"%[2]s","cutoff":"7","since":"2026-11-24T08:00:00Z",
+		"failed":"%[3]s","healthy_since":"2026-11-24T09:00:00Z","tolerated_failures":2,"superseded":[{"digest":"%[3]s","cutoff":"5"}]}}`
+	for phase, want := range laterPhases {
+		r, err := ParseRecord(fmt.Appendf(nil, text, p, phase, p.Digest))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := *r.Rollout
+		if got.Phase != want || got.Bad != p.Digest || got.Healthy.Hour() != 9 || got.Borne != 2 || len(got.Over) != 1 || got.Cutoff != 7 {
+			t.Errorf("phase %s: %+v", phase, got)
+		}
 	}
 }
 

@@ -21,6 +21,8 @@ type Record struct {
 	// After and Drift are the unit file's, for agents, which don't read Git.
 	After []string `json:"after,omitempty"`
 	Drift Drift    `json:"drift,omitempty"`
+	// MinAgent is the FormatLevel that a reader needs to act on the record; 0: any.
+	MinAgent int `json:"min_agent,omitempty"`
 	// Rollout is nil when every node is admitted.
 	Rollout *Progress `json:"rollout,omitempty"`
 }

@@ -1,16 +1,21 @@
 package deployments
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
 )
+
+// FormatLevel is the newest meaning of a record that this kedge understands. A change that an older
+// reader would get dangerously wrong raises it, and Record.MinAgent of the records that make use of it.
+const FormatLevel = 1
+
+// ErrTooOld reports a record that was written for a newer kedge: keep what runs, and say so.
+var ErrTooOld = errors.New("this kedge is too old for the record")
 
 // MaxRecord bounds a record, and MaxPin a pin, in bytes.
 const (
@@ -18,7 +23,9 @@ const (
 	MaxPin    = 16 << 10
 )
 
-// ParseRecord reads a record's JSON, strictly, or a bare pointer. An error leaves nodes as they are.
+// ParseRecord reads a record: the JSON that a mirror writes, or a bare pointer that a person wrote.
+// Fields that it does not know are passed over, so that a newer mirror can add some. A record whose
+// min_agent is above FormatLevel is ErrTooOld. An error leaves nodes as they are.
 func ParseRecord(value []byte) (Record, error) {
 	if len(value) > MaxRecord {
 		return Record{}, fmt.Errorf("the record has %d bytes, at most %d are allowed", len(value), MaxRecord)
@@ -34,8 +41,18 @@ func ParseRecord(value []byte) (Record, error) {
 		}
 		return Record{Target: p}, nil
 	}
+	var level struct {
+		MinAgent int `json:"min_agent"`
+	}
+	if err := lenientJSON([]byte(text), &level); err != nil {
+		return Record{}, fmt.Errorf("the record: %w", err)
+	}
+	if level.MinAgent > FormatLevel {
+		return Record{}, fmt.Errorf("%w: the record needs format level %d, this kedge knows %d: upgrade kedge here",
+			ErrTooOld, level.MinAgent, FormatLevel)
+	}
 	var rec Record
-	if err := strictJSON([]byte(text), &rec); err != nil {
+	if err := lenientJSON([]byte(text), &rec); err != nil {
 		return Record{}, fmt.Errorf("the record: %w", err)
 	}
 	switch {
@@ -53,6 +70,9 @@ func ParseRecord(value []byte) (Record, error) {
 		return Record{}, fmt.Errorf("the record: drift %q: want report or heal", clip(string(rec.Drift)))
 	}
 	if rec.Rollout != nil {
+		if old, ok := laterPhases[rec.Rollout.Phase]; ok {
+			rec.Rollout.Phase = old
+		}
 		switch rec.Rollout.Phase {
 		case PhaseCanary, PhaseWaiting, PhaseRolling, PhasePaused, PhaseBack, PhaseHalted:
 		default:
@@ -62,57 +82,46 @@ func ParseRecord(value []byte) (Record, error) {
 	return rec, nil
 }
 
-// strictJSON reads one JSON value, without unknown or double fields, and nothing behind it.
-func strictJSON(data []byte, to any) error {
-	if err := noDoubles(json.NewDecoder(bytes.NewReader(data)), 0); err != nil {
+// laterPhases are the names that the next version writes.
+var laterPhases = map[Phase]Phase{
+	"pending-approval": PhaseWaiting, "frozen": PhaseWaiting, "rolling-back": PhaseBack, "rolled-back": PhaseHalted,
+}
+
+// UnmarshalJSON takes the names that the next version writes beside today's.
+func (p *Progress) UnmarshalJSON(data []byte) error {
+	type plain Progress
+	var both struct {
+		plain
+		Failed       Digest     `json:"failed"`
+		HealthySince time.Time  `json:"healthy_since"`
+		Tolerated    int        `json:"tolerated_failures"`
+		Superseded   []Replaced `json:"superseded"`
+	}
+	if err := json.Unmarshal(data, &both); err != nil {
 		return err
 	}
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(to); err != nil {
-		if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) && wrong.Field != "" { // its text speaks of Go's types
-			return fmt.Errorf("field %q can't be a %s", wrong.Field, wrong.Value)
-		}
-		return err
+	*p = Progress(both.plain)
+	if p.Bad.IsZero() {
+		p.Bad = both.Failed
 	}
-	if _, err := d.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("there is more behind the JSON value")
+	if p.Healthy.IsZero() {
+		p.Healthy = both.HealthySince
+	}
+	if p.Borne == 0 {
+		p.Borne = both.Tolerated
+	}
+	if p.Over == nil {
+		p.Over = both.Superseded
 	}
 	return nil
 }
 
-// noDoubles reads one value and refuses a field that stands twice: encoding/json would take the last one.
-func noDoubles(d *json.Decoder, deep int) error {
-	if deep > maxDepth {
-		return fmt.Errorf("nested deeper than %d levels", maxDepth)
+// lenientJSON reads one JSON value that a program wrote. Fields that to does not have are passed over.
+func lenientJSON(data []byte, to any) error {
+	err := json.Unmarshal(data, to)
+	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) && wrong.Field != "" { // its text speaks of Go's types
+		return fmt.Errorf("field %q can't be a %s", wrong.Field, wrong.Value)
 	}
-	t, err := d.Token()
-	if err != nil {
-		return err
-	}
-	open, ok := t.(json.Delim)
-	if !ok {
-		return nil
-	}
-	seen := map[string]bool{}
-	for d.More() {
-		if open == '{' {
-			key, err := d.Token()
-			if err != nil {
-				return err
-			}
-			// encoding/json matches field names whatever their case.
-			name := strings.ToLower(key.(string))
-			if seen[name] {
-				return fmt.Errorf("field %q stands twice", clip(name))
-			}
-			seen[name] = true
-		}
-		if err := noDoubles(d, deep+1); err != nil {
-			return err
-		}
-	}
-	_, err = d.Token()
 	return err
 }
 

@@ -51,7 +51,7 @@ func ParseSnapshot(data []byte, verify func(text, signature []byte) error) (Snap
 	if len(data) > MaxSnapshot {
 		return s, fmt.Errorf("snapshot: %d bytes, at most %d are allowed", len(data), MaxSnapshot)
 	}
-	if err := strictJSON(data, &outer); err != nil {
+	if err := lenientJSON(data, &outer); err != nil {
 		return s, fmt.Errorf("snapshot: %w", err)
 	}
 	if outer.Format != 1 {
@@ -60,7 +60,7 @@ func ParseSnapshot(data []byte, verify func(text, signature []byte) error) (Snap
 	if err := verify([]byte(outer.Snapshot), []byte(outer.Signature)); err != nil {
 		return s, fmt.Errorf("snapshot: %w", err)
 	}
-	if err := strictJSON([]byte(outer.Snapshot), &s); err != nil {
+	if err := lenientJSON([]byte(outer.Snapshot), &s); err != nil {
 		return Snapshot{}, fmt.Errorf("snapshot: %w", err)
 	}
 	return s, nil
