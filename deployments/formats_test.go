@@ -158,20 +158,30 @@ func TestParseRecord(t *testing.T) {
 	}
 }
 
-// TestNextNames reads a record as the next version writes it.
-func TestNextNames(t *testing.T) {
+// TestEarlierNames reads a record as the version before wrote it.
+func TestEarlierNames(t *testing.T) {
 	t.Parallel()
 	p := releasePointer(t)
 	const text = `{"target":"%[1]s","generation":3,"rollout":{"phase":"%[2]s","cutoff":"7","since":"2026-11-24T08:00:00Z",
-		"failed":"%[3]s","healthy_since":"2026-11-24T09:00:00Z","tolerated_failures":2,"superseded":[{"digest":"%[3]s","cutoff":"5"}]}}`
-	for phase, want := range laterPhases {
-		r, err := ParseRecord(fmt.Appendf(nil, text, p, phase, p.Digest))
+		"reason":"%[4]s","bad":"%[3]s","healthy":"2026-11-24T09:00:00Z","borne":2,"over":[{"digest":"%[3]s","cutoff":"5"}]}}`
+	for _, c := range []struct {
+		phase, words string
+		want         Phase
+		reason       Reason
+	}{
+		{"waiting", "the canaries are well: waits for promote", PhasePendingApproval, ""},
+		{"rolling", "frozen by xmas until 2026-12-27 08:00Z", PhaseRolling, ReasonFrozen},
+		{"back", "its file is no longer in Git, so it stands where it is", PhaseRollingBack, ReasonOrphaned},
+		{"halted", "rolled back: aborted by an operator", PhaseRolledBack, ""},
+	} {
+		r, err := ParseRecord(fmt.Appendf(nil, text, p, c.phase, p.Digest, c.words))
 		if err != nil {
 			t.Fatal(err)
 		}
 		got := *r.Rollout
-		if got.Phase != want || got.Bad != p.Digest || got.Healthy.Hour() != 9 || got.Borne != 2 || len(got.Over) != 1 || got.Cutoff != 7 {
-			t.Errorf("phase %s: %+v", phase, got)
+		if got.Phase != c.want || got.Reason != c.reason || got.Message != c.words || got.Failed != p.Digest ||
+			got.HealthySince.Hour() != 9 || got.Tolerated != 2 || len(got.Superseded) != 1 || got.Cutoff != 7 {
+			t.Errorf("phase %s: %+v", c.phase, got)
 		}
 	}
 }

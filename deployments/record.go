@@ -34,49 +34,52 @@ type Progress struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
-	// Reason says, in words for an operator, why the rollout stands where it does. Package policy knows by its beginning one that a
-	// freeze holds, and one whose unit is gone from Git: agents of before refuse a record with a field that they don't know.
-	Reason string `json:"reason,omitempty"`
-	// Bad is the digest that was rolled back: it stays out until Git names another or an operator retries.
-	Bad Digest `json:"bad,omitzero"`
+	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, where a
+	// record of an earlier version holds nothing else.
+	Reason  Reason `json:"reason,omitempty"`
+	Facts   Facts  `json:"facts,omitempty"`
+	Message string `json:"message,omitempty"`
+	// Failed is the digest that was rolled back: it stays out until Git names another or an operator retries.
+	Failed Digest `json:"failed,omitzero"`
 	// Promoted is set once an operator, or the approval: auto default after the bake, let it go past its canary.
 	Promoted bool `json:"promoted,omitempty"`
 	// Forced is set where an operator let it start, or go on, within a freeze window.
 	Forced bool `json:"forced,omitempty"`
-	// Healthy is since when the canaries, or all nodes where there are none, are converged: where the bake begins.
-	Healthy time.Time `json:"healthy,omitzero"`
-	// Borne is how many failed nodes an operator has accepted by resume, on top of max_failures.
-	Borne int `json:"borne,omitempty"`
-	// Over are targets whose rollouts this one replaced before they had ended, at most MaxOver: nodes that run one of them stay
-	// on it until their turn comes, so that replacing a rollout doesn't move all of them at once.
-	Over []Replaced `json:"over,omitempty"`
+	// HealthySince is since when the canaries, or all nodes where there are none, are converged: where the bake begins.
+	HealthySince time.Time `json:"healthy_since,omitzero"`
+	// Tolerated is how many failed nodes an operator has accepted by resume, on top of max_failures.
+	Tolerated int `json:"tolerated_failures,omitempty"`
+	// Superseded are targets whose rollouts this one replaced before they had ended, at most MaxSuperseded: nodes that run
+	// one of them stay on it until their turn comes, so that replacing a rollout doesn't move all of them at once.
+	Superseded []Superseded `json:"superseded,omitempty"`
 }
 
-// Replaced is how far the rollout of an earlier target had come.
-type Replaced struct {
+// Superseded is how far the rollout of an earlier target had come when another replaced it.
+type Superseded struct {
 	Digest Digest `json:"digest"`
 	Cutoff uint64 `json:"cutoff,string"`
 	// Generation is of the last record that let nodes begin it: a node on which it had failed earlier may have tried it once more.
 	Generation int64 `json:"generation,omitempty"`
-	// Back is set where its nodes had been told to go back to stable, and may be on their way.
+	// Back is set if its nodes had been told to go back to stable, and may be on their way.
 	Back bool `json:"back,omitempty"`
 }
 
-// MaxOver bounds Progress.Over: a record stays small.
-const MaxOver = 3
+// MaxSuperseded bounds Progress.Superseded: a record stays small.
+const MaxSuperseded = 3
 
 // Phase is a rollout's state.
 type Phase string
 
 const (
-	PhaseCanary  Phase = "canary"  // the canaries go, and bake
-	PhaseWaiting Phase = "waiting" // baked; waits for promote, or for a freeze window to end
-	PhaseRolling Phase = "rolling" // the rest goes, max_unavailable at a time
-	PhasePaused  Phase = "paused"  // by an operator, or by on_failure: pause
-	// PhaseBack rolls back to Stable without gates: the cutoff shrinks from all to none. A node at or below it that runs Target
-	// (or one of Over) stays there until it is its turn; every other runs Stable.
-	PhaseBack   Phase = "back"
-	PhaseHalted Phase = "halted" // rolled back and done: stays on Stable until Git names another target
+	PhaseCanary          Phase = "canary"           // the canaries go, and bake
+	PhasePendingApproval Phase = "pending-approval" // baked; waits for promote
+	PhaseFrozen          Phase = "frozen"           // has yet to start: waits for a freeze window to end
+	PhaseRolling         Phase = "rolling"          // the rest goes, max_unavailable at a time
+	PhasePaused          Phase = "paused"           // by an operator, or by on_failure: pause
+	// PhaseRollingBack goes back to Stable without gates: the cutoff shrinks from all to none. A node at or below it that
+	// runs Target (or one of Superseded) stays there until it is its turn; every other runs Stable.
+	PhaseRollingBack Phase = "rolling-back"
+	PhaseRolledBack  Phase = "rolled-back" // done: stays on Stable until Git names another target
 )
 
 // Pin is an operator's override of a record, for all nodes of a unit or for one.
@@ -91,5 +94,5 @@ type Pin struct {
 	Until time.Time `json:"until,omitzero"`
 }
 
-// Over reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts for nothing.
-func (p Pin) Over(now time.Time) bool { return !p.Until.IsZero() && !now.Before(p.Until) }
+// Expired reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts for nothing.
+func (p Pin) Expired(now time.Time) bool { return !p.Until.IsZero() && !now.Before(p.Until) }

@@ -70,11 +70,8 @@ func ParseRecord(value []byte) (Record, error) {
 		return Record{}, fmt.Errorf("the record: drift %q: want report or heal", clip(string(rec.Drift)))
 	}
 	if rec.Rollout != nil {
-		if old, ok := laterPhases[rec.Rollout.Phase]; ok {
-			rec.Rollout.Phase = old
-		}
 		switch rec.Rollout.Phase {
-		case PhaseCanary, PhaseWaiting, PhaseRolling, PhasePaused, PhaseBack, PhaseHalted:
+		case PhaseCanary, PhasePendingApproval, PhaseFrozen, PhaseRolling, PhasePaused, PhaseRollingBack, PhaseRolledBack:
 		default:
 			return Record{}, fmt.Errorf("the record: unknown phase %q of its rollout", clip(string(rec.Rollout.Phase)))
 		}
@@ -82,36 +79,50 @@ func ParseRecord(value []byte) (Record, error) {
 	return rec, nil
 }
 
-// laterPhases are the names that the next version writes.
-var laterPhases = map[Phase]Phase{
-	"pending-approval": PhaseWaiting, "frozen": PhaseWaiting, "rolling-back": PhaseBack, "rolled-back": PhaseHalted,
-}
-
-// UnmarshalJSON takes the names that the next version writes beside today's.
+// UnmarshalJSON takes the names of the version before beside today's.
 func (p *Progress) UnmarshalJSON(data []byte) error {
 	type plain Progress
 	var both struct {
 		plain
-		Failed       Digest     `json:"failed"`
-		HealthySince time.Time  `json:"healthy_since"`
-		Tolerated    int        `json:"tolerated_failures"`
-		Superseded   []Replaced `json:"superseded"`
+		Bad     Digest       `json:"bad"`
+		Healthy time.Time    `json:"healthy"`
+		Borne   int          `json:"borne"`
+		Over    []Superseded `json:"over"`
 	}
 	if err := json.Unmarshal(data, &both); err != nil {
 		return err
 	}
 	*p = Progress(both.plain)
-	if p.Bad.IsZero() {
-		p.Bad = both.Failed
+	if p.Failed.IsZero() {
+		p.Failed = both.Bad
 	}
-	if p.Healthy.IsZero() {
-		p.Healthy = both.HealthySince
+	if p.HealthySince.IsZero() {
+		p.HealthySince = both.Healthy
 	}
-	if p.Borne == 0 {
-		p.Borne = both.Tolerated
+	if p.Tolerated == 0 {
+		p.Tolerated = both.Borne
 	}
-	if p.Over == nil {
-		p.Over = both.Superseded
+	if p.Superseded == nil {
+		p.Superseded = both.Over
+	}
+	switch p.Phase {
+	case "waiting":
+		if p.Phase = PhasePendingApproval; p.HealthySince.IsZero() {
+			p.Phase = PhaseFrozen
+		}
+	case "back":
+		p.Phase = PhaseRollingBack
+	case "halted":
+		p.Phase = PhaseRolledBack
+	}
+	if words := string(p.Reason); strings.Contains(words, " ") {
+		p.Reason, p.Message = "", words
+		switch {
+		case strings.HasPrefix(words, "frozen by"):
+			p.Reason = ReasonFrozen
+		case strings.HasPrefix(words, "its file is no longer in Git"):
+			p.Reason = ReasonOrphaned
+		}
 	}
 	return nil
 }

@@ -34,6 +34,9 @@ type UnitReport struct {
 	Staged Digest `json:"staged,omitzero"`
 	// Quarantined are digests that failed after the switch on this node, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
+	// Reason is why State is what it is, with its Facts; empty if State says it all.
+	Reason Reason `json:"reason,omitempty"`
+	Facts  Facts  `json:"facts,omitempty"`
 	// Pinned is set where a pin, not the record, decided.
 	Pinned bool `json:"pinned,omitempty"`
 	// Error is the newest trouble, one line, at most 300 bytes, without secrets; empty when all is well.
@@ -58,13 +61,14 @@ const (
 	StateRetrying    State = "retrying"    // transient trouble (network, S3, disk): tries again by itself
 	StateQuarantined State = "quarantined" // the target failed here, and the node went back
 	StateHeld        State = "held"        // a pin says hold
+	StateUnhealthy   State = "unhealthy"   // runs what it should, and its health checks fail
 	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
 )
 
 // Known reports whether s is one of the states above: a report's is its node's own word.
 func (s State) Known() bool {
 	switch s {
-	case StateConverged, StateWaiting, StateFetching, StateSwitching, StateRetrying, StateQuarantined, StateHeld, StateInvalid:
+	case StateConverged, StateWaiting, StateFetching, StateSwitching, StateRetrying, StateQuarantined, StateHeld, StateUnhealthy, StateInvalid:
 		return true
 	}
 	return false

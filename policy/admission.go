@@ -20,7 +20,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		return
 	}
 	d.note(Step{What: "rollout", Says: sayProgress(p), Unblock: unblock(f.Unit, p)})
-	back := p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted
+	back := p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 	rank := Rank(f.Node, r.Target.Digest)
 	admitted := rank <= p.Cutoff
 	here := fmt.Sprintf("wait for its turn, or at once on this node: kedge pin %s %s --node %s", f.Unit, r.Target, f.Node)
@@ -37,7 +37,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			Unblock: fmt.Sprintf("push a better release, or on this node alone: kedge pin %s POINTER --node %s", f.Unit, f.Node)})
 	case back:
 		rolled := "was rolled back"
-		if p.Phase == deployments.PhaseBack {
+		if p.Phase == deployments.PhaseRollingBack {
 			rolled = "is being rolled back"
 		}
 		d.Action, d.Source, d.Target = ActRun, FromStable, r.Stable
@@ -79,7 +79,7 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 	if d == r.Target.Digest {
 		return true
 	}
-	for _, o := range r.Rollout.Over {
+	for _, o := range r.Rollout.Superseded {
 		if o.Digest == d {
 			return true
 		}
@@ -89,15 +89,20 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 
 // sayProgress is a phase in words, and why the rollout stands there.
 func sayProgress(p *deployments.Progress) string {
-	if p.Reason == "" {
-		return SayPhase(p.Phase)
+	return strings.TrimSuffix(SayPhase(p.Phase)+": "+SayReason(p), ": ")
+}
+
+// SayReason is why a rollout stands where it does, in words.
+func SayReason(p *deployments.Progress) string {
+	if p.Reason == deployments.ReasonOrphaned {
+		return strings.TrimSuffix(orphaned+": "+p.Message, ": ")
 	}
-	return SayPhase(p.Phase) + ": " + p.Reason
+	return p.Message
 }
 
 // SayPhase is a phase in a word or two.
 func SayPhase(p deployments.Phase) string {
-	if p == deployments.PhaseBack {
+	if p == deployments.PhaseRollingBack {
 		return "going back"
 	}
 	return string(p)
@@ -112,7 +117,7 @@ func Unblock(id deployments.UnitID, r deployments.Record) string {
 }
 
 func unblock(id deployments.UnitID, p *deployments.Progress) string {
-	if strings.HasPrefix(p.Reason, orphaned) {
+	if p.Reason == deployments.ReasonOrphaned {
 		return "put " + id.String() + ".yaml back into Git, or pin what is to run: kedge pin " + id.String() + " POINTER"
 	}
 	if heldUp(p) {
@@ -120,17 +125,16 @@ func unblock(id deployments.UnitID, p *deployments.Progress) string {
 	}
 	switch p.Phase {
 	case deployments.PhaseCanary:
-		if !p.Healthy.IsZero() {
+		if !p.HealthySince.IsZero() {
 			return "wait, or let the rest go at once: kedge promote " + id.String()
 		}
-	case deployments.PhaseWaiting:
-		if p.Healthy.IsZero() {
-			return "wait, or start it within the freeze: kedge promote " + id.String()
-		}
+	case deployments.PhaseFrozen:
+		return "wait, or start it within the freeze: kedge promote " + id.String()
+	case deployments.PhasePendingApproval:
 		return "kedge promote " + id.String() + ", or kedge abort " + id.String()
 	case deployments.PhasePaused:
 		return "kedge resume " + id.String() + ", or kedge abort " + id.String()
-	case deployments.PhaseHalted:
+	case deployments.PhaseRolledBack:
 		return "push a better release, or try this one again: kedge retry " + id.String()
 	}
 	return ""

@@ -64,12 +64,12 @@ func (m *mover) due(n *Node) time.Time {
 func (m *mover) look() view {
 	r, p := &m.r, m.r.Rollout
 	order := m.Ranks.of(r.Target.Digest, m.Nodes)
-	over := make([][]uint64, len(p.Over)) // the nodes' ranks for each
-	for i, o := range p.Over {
+	over := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each
+	for i, o := range p.Superseded {
 		over[i] = m.Ranks.of(o.Digest, m.Nodes).ranks
 	}
 	v := view{nodes: make([]place, 0, len(m.Nodes))}
-	back := p.Phase == deployments.PhaseBack
+	back := p.Phase == deployments.PhaseRollingBack
 	for _, i := range order.byRank {
 		n := &m.Nodes[i]
 		u := &n.Report
@@ -141,7 +141,7 @@ func (m *mover) fly(v *view, n *Node, pending bool) (hung bool) {
 	case hung:
 		v.firstLate = cmp.Or(v.firstLate, n)
 		v.late++
-	case p.Phase == deployments.PhaseRolling && n.Started.After(p.Healthy):
+	case p.Phase == deployments.PhaseRolling && n.Started.After(p.HealthySince):
 		// Of a whole fleet that bakes there is always one that restarts.
 	case !n.Report.Running.IsZero():
 		v.shaken = true
@@ -153,8 +153,8 @@ func (m *mover) fly(v *view, n *Node, pending bool) (hung bool) {
 // the bake begins anew.
 func (m *mover) watch() view {
 	v, p := m.look(), m.r.Rollout
-	if !p.Healthy.IsZero() && (v.shaken || v.late > 0 && v.failed > m.limit(v)) {
-		p.Since, p.Healthy, m.say = m.Now, time.Time{}, "the bake begins anew when all are well again"
+	if !p.HealthySince.IsZero() && (v.shaken || v.late > 0 && v.failed > m.limit(v)) {
+		p.Since, p.HealthySince, m.say = m.Now, time.Time{}, "the bake begins anew when all are well again"
 		v = m.look()
 	}
 	return v
@@ -192,7 +192,7 @@ func (m *mover) straggles(u *deployments.UnitReport, i int, over [][]uint64) boo
 	if u.Generation >= m.r.Generation {
 		return false
 	}
-	for k, o := range m.r.Rollout.Over {
+	for k, o := range m.r.Rollout.Superseded {
 		if over[k][i] > o.Cutoff {
 			continue
 		}
@@ -248,7 +248,7 @@ func (m *mover) admit(v view, want int) (admitted int, moved bool) {
 		p.Cutoff, moved = n.rank, true
 	}
 	if moved {
-		p.Since, p.Healthy = m.Now, time.Time{}
+		p.Since, p.HealthySince = m.Now, time.Time{}
 	}
 	return admitted, moved
 }
@@ -263,8 +263,8 @@ func (m *mover) waits(v view) string {
 	switch {
 	case frozen:
 		m.wake(m.Freeze.Until)
-		if v.pending == 0 && p.Healthy.IsZero() {
-			p.Healthy = m.Now // what comes into flight before it ends is not late for the last step: see watch
+		if v.pending == 0 && p.HealthySince.IsZero() {
+			p.HealthySince = m.Now // what comes into flight before it ends is not late for the last step: see watch
 		}
 		return m.Freeze.String()
 	case v.live == 0 && v.gone > 0:
@@ -278,13 +278,13 @@ func (m *mover) waits(v view) string {
 // baked notes since when all is well, and reports whether that is long enough. who is whom it waits for.
 func (m *mover) baked(who string) bool {
 	p, u := m.r.Rollout, m.Unit.Rollout
-	if p.Healthy.IsZero() {
-		p.Healthy = m.Now
+	if p.HealthySince.IsZero() {
+		p.HealthySince = m.Now
 	}
 	if u == nil {
 		return true
 	}
-	ends, told := p.Healthy.Add(u.Bake), m.Seen.Add(min(u.Bake, retell))
+	ends, told := p.HealthySince.Add(u.Bake), m.Seen.Add(min(u.Bake, retell))
 	switch {
 	case m.Now.Before(ends):
 		m.wake(ends)
@@ -335,7 +335,7 @@ func (m *mover) stepCanary() bool {
 		return false
 	case m.Unit.Rollout.Approval == deployments.Manual:
 		p := m.r.Rollout
-		p.Phase, p.Since, m.say = deployments.PhaseWaiting, m.Now, "the canaries are well: waits for promote"
+		p.Phase, p.Since, m.say = deployments.PhasePendingApproval, m.Now, "the canaries are well: waits for promote"
 		return false
 	}
 	m.roll("rolling out")
@@ -408,11 +408,11 @@ func (m *mover) stepBack() bool {
 	}
 	switch {
 	case left == 0 && v.inflight == v.hung && !moved:
-		reason := "rolled back: " + p.Reason
+		reason := "rolled back: " + p.Message
 		if v.hung > 0 { // they go on trying, and count as in flight in whatever comes next
 			reason += "; " + count(v.hung, "node has", "nodes have") + " yet to come back"
 		}
-		m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseHalted, Since: m.Now, Bad: p.Bad, Reason: reason}
+		m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseRolledBack, Since: m.Now, Failed: p.Failed, Message: reason}
 		m.say = reason
 		return false
 	case moved:

@@ -28,7 +28,7 @@ func TestNextCountsWhoIsInFlight(t *testing.T) {
 		return func(s *Situation) {
 			s.Record.Generation = 5
 			each(s, func(u *report) { u.Generation = 5 })
-			s.Record.Rollout.Over = []deployments.Replaced{{Digest: v3.Digest, Cutoff: math.MaxUint64, Generation: 3, Back: back}}
+			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v3.Digest, Cutoff: math.MaxUint64, Generation: 3, Back: back}}
 			for i, u := range us {
 				s.Nodes[9-i].Report = u
 			}
@@ -213,9 +213,9 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			s := step(10, deployments.PhaseBack)
+			s := step(10, deployments.PhaseRollingBack)
 			s.Unit.Rollout.MaxUnavailable.N = 1
-			s.Record.Rollout.Bad = v2.Digest
+			s.Record.Rollout.Failed = v2.Digest
 			for i := range s.Nodes {
 				if i >= 7 {
 					s.Nodes[i].Report.Running = v2
@@ -224,7 +224,7 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 			c.set(&s)
 			m := Next(s)
 			stay := admitted(&s, m.Record)
-			if m.Record.Rollout.Phase == deployments.PhaseHalted {
+			if m.Record.Rollout.Phase == deployments.PhaseRolledBack {
 				stay = halted
 			}
 			if stay != c.stay {
@@ -276,7 +276,7 @@ func TestNextCountsFailures(t *testing.T) {
 		{"two where a tenth may", two(deployments.Amount{N: 10, Percent: true}, func(*Situation) {}), "at most 1 may"},
 		{"two where a tenth may, and a bit", two(deployments.Amount{N: 11, Percent: true}, func(*Situation) {}), ""},
 		{"of those that live", two(deployments.Amount{N: 11, Percent: true}, func(s *Situation) { s.Nodes[8].Gone = true }), "2 of 9 nodes failed (NODE3: health), at most 1 may"},
-		{"beside those that an operator bore", two(deployments.Amount{N: 1}, func(s *Situation) { s.Record.Rollout.Borne = 1 }), ""},
+		{"beside those that an operator bore", two(deployments.Amount{N: 1}, func(s *Situation) { s.Record.Rollout.Tolerated = 1 }), ""},
 		{"one that is late", late, "1 of 10 nodes failed (NODE1: not converged in time, converged), at most 0 may"},
 		{"and says why", func(s *Situation) {
 			late(s)
@@ -315,8 +315,8 @@ func TestNextCountsFailures(t *testing.T) {
 			for i := range s.Nodes {
 				says = strings.ReplaceAll(says, fmt.Sprint("NODE", i), s.Nodes[i].Name)
 			}
-			turned := m.Record.Rollout != nil && m.Record.Rollout.Phase == deployments.PhaseBack
-			if turned != (says != "") || turned && !strings.Contains(m.Record.Rollout.Reason, says) {
+			turned := m.Record.Rollout != nil && m.Record.Rollout.Phase == deployments.PhaseRollingBack
+			if turned != (says != "") || turned && !strings.Contains(m.Record.Rollout.Message, says) {
 				t.Errorf("want %q: %s", says, brief(m.Record))
 			}
 		})

@@ -60,13 +60,13 @@ func baking(s *Situation) {
 	canary(s)
 	there(s, 1)
 	s.Unit.Rollout.Bake = time.Hour
-	s.Record.Rollout.Since, s.Record.Rollout.Healthy = ago(40*time.Minute), ago(30*time.Minute)
+	s.Record.Rollout.Since, s.Record.Rollout.HealthySince = ago(40*time.Minute), ago(30*time.Minute)
 }
 
 // hangsOnTheWayBack says that two nodes above the cutoff were told to go back long ago, and that those below it run the target.
 func hangsOnTheWayBack(s *Situation) {
 	p := s.Record.Rollout
-	p.Since, p.Bad = ago(10*time.Minute), s.Record.Target.Digest
+	p.Since, p.Failed = ago(10*time.Minute), s.Record.Target.Digest
 	for i := range s.Nodes {
 		u := &s.Nodes[i].Report
 		switch rank := Rank(s.Nodes[i].Name, s.Record.Target.Digest); {
@@ -105,8 +105,9 @@ func settled(s *Situation) {
 func TestNext(t *testing.T) {
 	t.Parallel()
 	const done = deployments.Phase("")
-	const rolling, first, back = deployments.PhaseRolling, deployments.PhaseCanary, deployments.PhaseBack
-	const paused, waiting, halted = deployments.PhasePaused, deployments.PhaseWaiting, deployments.PhaseHalted
+	const rolling, first, back = deployments.PhaseRolling, deployments.PhaseCanary, deployments.PhaseRollingBack
+	const paused, halted = deployments.PhasePaused, deployments.PhaseRolledBack
+	const waiting, frozenPhase = deployments.PhasePendingApproval, deployments.PhaseFrozen
 	fails := func(s *Situation) {
 		there(s, 1)
 		s.Nodes[1].Report = deployments.UnitReport{State: deployments.StateQuarantined, Running: release("v1"), Want: s.Unit.Release, Generation: 2, Error: "health"}
@@ -125,11 +126,11 @@ func TestNext(t *testing.T) {
 		{"a new target starts, as many as the budget", 0, rolling, settled, rolling, 2, "2 of 10"},
 		{"a new target starts with canaries", 0, rolling, func(s *Situation) { settled(s); canary(s) }, first, 1, "1 of 1 canary admitted"},
 		{"canaries bake", 1, first, func(s *Situation) { canary(s); there(s, 1) }, first, 1, "bake"},
-		{"baked canaries let the others go", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Record.Rollout.Healthy = noon.Add(-5 * time.Minute) }, rolling, 3, "3 of 10"},
+		{"baked canaries let the others go", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Record.Rollout.HealthySince = noon.Add(-5 * time.Minute) }, rolling, 3, "3 of 10"},
 		{"manual approval waits", 1, first, func(s *Situation) {
 			canary(s)
 			there(s, 1)
-			s.Unit.Rollout.Approval, s.Record.Rollout.Healthy = deployments.Manual, noon.Add(-5*time.Minute)
+			s.Unit.Rollout.Approval, s.Record.Rollout.HealthySince = deployments.Manual, noon.Add(-5*time.Minute)
 		}, waiting, 1, "waits for promote"},
 		{"promote ends the canaries", 1, first, func(s *Situation) { canary(s); there(s, 1); s.Order = "promote" }, rolling, 3, "3 of 10"},
 		{"no room, no admission", 2, rolling, func(s *Situation) {}, rolling, 2, ""},
@@ -151,7 +152,7 @@ func TestNext(t *testing.T) {
 		{"a pinned node is no part of it", 2, rolling, func(s *Situation) { s.Nodes[0].Report.Pinned = true }, rolling, 3, "2 of 9"},
 		{"a fleet that is pinned proves nothing: its rollout waits", 0, first, func(s *Situation) {
 			canary(s)
-			s.Record.Rollout.Healthy = ago(5 * time.Minute)
+			s.Record.Rollout.HealthySince = ago(5 * time.Minute)
 			each(s, func(u *deployments.UnitReport) { u.Pinned = true })
 		}, first, 0, "all of its 10 nodes are pinned"},
 		{"also one that is held in the midst of it", 2, rolling, func(s *Situation) {
@@ -195,17 +196,17 @@ func TestNext(t *testing.T) {
 		{"resume in a freeze waits for it to end", 1, paused, func(s *Situation) {
 			baking(s)
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
-		}, waiting, 1, "xmas"},
+		}, frozenPhase, 1, "xmas"},
 		{"and bakes then", 1, paused, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Healthy = ago(2 * time.Hour)
+			s.Record.Rollout.HealthySince = ago(2 * time.Hour)
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
 			s.Record, s.Freeze, s.Order = Next(*s).Record, Verdict{}, ""
 		}, first, 1, "canaries"},
 		{"abort", 2, rolling, func(s *Situation) { s.Order = "abort" }, back, 10, "aborted"},
 		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
-		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest }, halted, 0, ""},
-		{"retry lets it in again", 0, halted, func(s *Situation) { s.Record.Rollout.Bad = s.Unit.Release.Digest; s.Order = "retry" }, rolling, 2, "2 of 10"},
+		{"a rolled back digest stays out", 0, halted, func(s *Situation) { s.Record.Rollout.Failed = s.Unit.Release.Digest }, halted, 0, ""},
+		{"retry lets it in again", 0, halted, func(s *Situation) { s.Record.Rollout.Failed = s.Unit.Release.Digest; s.Order = "retry" }, rolling, 2, "2 of 10"},
 		{"retry where it has ended, and failed on some, takes them a few at a time", 0, rolling, func(s *Situation) {
 			endedWithFailures(s)
 			s.Order = "retry"
@@ -243,7 +244,7 @@ func TestNext(t *testing.T) {
 		{"back to stable, which has failed on some: they go a few at a time", 0, halted, func(s *Situation) {
 			endedWithFailures(s)
 			s.Record.Target = release("v3")
-			s.Record.Rollout = &deployments.Progress{Phase: halted, Bad: release("v3").Digest}
+			s.Record.Rollout = &deployments.Progress{Phase: halted, Failed: release("v3").Digest}
 		}, rolling, 7, "7 of 10"},
 		{"Git goes back in mid-rollout, and one that fails on stable keeps no other on what it went back from", 4, rolling, func(s *Situation) {
 			there(s, 4)
@@ -262,10 +263,10 @@ func TestNext(t *testing.T) {
 		{"back to stable, which all run", 0, halted, func(s *Situation) {
 			s.Unit.Release = s.Record.Stable
 		}, done, 0, "every node runs it"},
-		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, waiting, 0, "xmas"},
+		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, frozenPhase, 0, "xmas"},
 		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
 		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
-		{"promote passes a freeze", 0, waiting, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"promote passes a freeze", 0, frozenPhase, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
 		{"promote passes a freeze for one that is under way", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			held(s)
@@ -294,7 +295,7 @@ func TestNext(t *testing.T) {
 			held(s)
 			s.Freeze = Verdict{}
 		}, rolling, 2, "goes on after a freeze"},
-		{"the first release goes to all, also where promote lets it pass a freeze", 0, waiting, func(s *Situation) {
+		{"the first release goes to all, also where promote lets it pass a freeze", 0, frozenPhase, func(s *Situation) {
 			canary(s)
 			s.Record.Stable = deployments.Pointer{}
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "promote"
@@ -323,7 +324,7 @@ func TestNext(t *testing.T) {
 		{"one whose failure is borne does not hold up the bake", 2, first, func(s *Situation) {
 			baking(s)
 			s.Unit.Rollout.MaxFailures.N = 1
-			s.Record.Rollout.Healthy = ago(time.Hour)
+			s.Record.Rollout.HealthySince = ago(time.Hour)
 		}, rolling, 3, "3 of 10"},
 		{"a fleet that bakes bakes on where one of it restarts", 10, rolling, func(s *Situation) {
 			baking(s)
@@ -348,7 +349,7 @@ func TestNext(t *testing.T) {
 		}, first, 2, ""},
 		{"before it has had its time", 2, first, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Healthy = time.Time{}
+			s.Record.Rollout.HealthySince = time.Time{}
 			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: ago(10 * time.Minute)}
 		}, back, 10, "not converged in time"},
 		{"who could not say that it has converged, as the store was away, is not late", 2, rolling, func(s *Situation) {
@@ -360,16 +361,16 @@ func TestNext(t *testing.T) {
 		{"a bake doesn't end before canaries could say how they are", 1, first, func(s *Situation) {
 			canary(s)
 			there(s, 1)
-			s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), ago(10*time.Second)
+			s.Record.Rollout.HealthySince, s.Seen = ago(time.Hour), ago(10*time.Second)
 		}, first, 1, "have yet to say how they are"},
 		{"which takes them a moment", 1, first, func(s *Situation) {
 			canary(s)
 			there(s, 1)
-			s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), ago(30*time.Second)
+			s.Record.Rollout.HealthySince, s.Seen = ago(time.Hour), ago(30*time.Second)
 		}, rolling, 3, "3 of 10"},
 		{"by a clock that may be off, but not by far", 2, first, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Healthy = time.Time{}
+			s.Record.Rollout.HealthySince = time.Time{}
 			s.Nodes[1] = Node{Name: s.Nodes[1].Name, Started: noon.Add(10 * time.Minute)}
 		}, back, 10, "not converged in time"},
 	} {
@@ -408,8 +409,8 @@ func TestNextSupersedes(t *testing.T) {
 	if m.Record.Target != release("v3") || m.Record.Stable != was.Stable || m.Record.Generation != 3 || p == nil {
 		t.Fatalf("record %+v, want v3 over v1 as generation 3", m.Record)
 	}
-	if want := (deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}); len(p.Over) != 1 || p.Over[0] != want || p.Cutoff != 0 {
-		t.Fatalf("over %+v, cutoff %d; want %+v, and nobody admitted yet", p.Over, p.Cutoff, want)
+	if want := (deployments.Superseded{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}); len(p.Superseded) != 1 || p.Superseded[0] != want || p.Cutoff != 0 {
+		t.Fatalf("over %+v, cutoff %d; want %+v, and nobody admitted yet", p.Superseded, p.Cutoff, want)
 	}
 	s.Record = m.Record
 	for i := range s.Nodes { // they know of it, and have stayed where they were
@@ -426,7 +427,7 @@ func TestNextAfterTheClockWentBack(t *testing.T) {
 	s := step(1, deployments.PhaseCanary)
 	canary(&s)
 	there(&s, 1)
-	s.Record.Rollout.Since, s.Record.Rollout.Healthy = noon.Add(24*time.Hour), noon.Add(24*time.Hour)
+	s.Record.Rollout.Since, s.Record.Rollout.HealthySince = noon.Add(24*time.Hour), noon.Add(24*time.Hour)
 	m := Next(s)
 	if m.Record.Rollout.Phase != deployments.PhaseCanary || !m.Again.Equal(noon.Add(5*time.Minute)) {
 		t.Fatalf("it is %s, and looks again at %v", brief(m.Record), m.Again)
@@ -458,7 +459,7 @@ func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
 	s := step(1, deployments.PhaseCanary)
 	canary(&s)
 	there(&s, 1)
-	s.Record.Rollout.Healthy, s.Seen = ago(time.Hour), s.Now
+	s.Record.Rollout.HealthySince, s.Seen = ago(time.Hour), s.Now
 	s.Record = Next(s).Record
 	s.Now = noon.Add(time.Second)
 	s.Seen = s.Now
@@ -470,18 +471,18 @@ func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
 // What Refusal says of an order is what Next does with it.
 func TestRefusedOrdersChangeNothing(t *testing.T) {
 	t.Parallel()
-	for _, phase := range []deployments.Phase{"", deployments.PhaseCanary, deployments.PhaseWaiting, deployments.PhaseRolling, deployments.PhasePaused,
-		deployments.PhaseBack, deployments.PhaseHalted} {
+	for _, phase := range []deployments.Phase{"", deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseRolling, deployments.PhasePaused,
+		deployments.PhaseRollingBack, deployments.PhaseRolledBack} {
 		for _, order := range append([]string{"hurry"}, Orders...) {
 			s := step(2, phase)
 			s.Unit.Rollout.Approval = deployments.Manual
 			switch phase {
 			case "":
 				s.Record.Rollout = nil
-			case deployments.PhaseWaiting:
-				s.Record.Rollout.Healthy = noon
-			case deployments.PhaseBack, deployments.PhaseHalted:
-				s.Record.Rollout.Bad = s.Unit.Release.Digest
+			case deployments.PhasePendingApproval:
+				s.Record.Rollout.HealthySince = noon
+			case deployments.PhaseRollingBack, deployments.PhaseRolledBack:
+				s.Record.Rollout.Failed = s.Unit.Release.Digest
 			}
 			without := Next(s)
 			s.Order = order
@@ -514,7 +515,7 @@ func TestReasonsAreBounded(t *testing.T) {
 			there(&s, 1)
 			set(&s)
 			m := Next(s)
-			if p := m.Record.Rollout; p == nil || len(p.Reason) > 1000 || !strings.Contains(p.Reason, "éé...") || !utf8.ValidString(p.Reason) || len(m.Reason) > 1000 {
+			if p := m.Record.Rollout; p == nil || len(p.Message) > 1000 || !strings.Contains(p.Message, "éé...") || !utf8.ValidString(p.Message) || len(m.Reason) > 1000 {
 				t.Errorf("a reason of %d bytes: %.100s", len(m.Reason), m.Reason)
 			}
 		})

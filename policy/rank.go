@@ -37,8 +37,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 	i := slices.IndexFunc(r.known, func(k *ranking) bool { return k.target == target })
 	if i < 0 {
 		i = 0
-		if len(r.known) > deployments.MaxOver+1 { // a target, what it replaces, and one more while a record changes
-			r.known = r.known[:deployments.MaxOver+1]
+		if len(r.known) > deployments.MaxSuperseded+1 { // a target, what it replaces, and one more while a record changes
+			r.known = r.known[:deployments.MaxSuperseded+1]
 		}
 		r.known = slices.Insert(r.known, 0, &ranking{target: target})
 	}

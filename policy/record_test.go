@@ -15,8 +15,9 @@ func TestNextWrites(t *testing.T) {
 	t.Parallel()
 	type record = deployments.Record
 	type progress = deployments.Progress
-	const rolling, first, back = deployments.PhaseRolling, deployments.PhaseCanary, deployments.PhaseBack
-	const paused, waiting, halted = deployments.PhasePaused, deployments.PhaseWaiting, deployments.PhaseHalted
+	const rolling, first, back = deployments.PhaseRolling, deployments.PhaseCanary, deployments.PhaseRollingBack
+	const paused, halted = deployments.PhasePaused, deployments.PhaseRolledBack
+	const waiting, frozenPhase = deployments.PhasePendingApproval, deployments.PhaseFrozen
 	v1, v2, v3 := release("v1"), release("v2"), release("v3")
 	cutoff := func(s *Situation, n int) uint64 { return Rank(s.Nodes[n-1].Name, v2.Digest) }
 	least := func(s *Situation, p deployments.Pointer) uint64 {
@@ -46,14 +47,14 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.After, s.Unit.Drift = []string{"base"}, deployments.DriftHeal
 		}, func(s *Situation, r *record) {
 			*r = record{Target: v2, Stable: v1, Generation: 2, Retry: 3, Commit: "c2", After: []string{"base"}, Drift: deployments.DriftHeal,
-				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Reason: "2 of 10 nodes admitted"}}
+				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"over a bare pointer, which somebody put there", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v1}
 			each(s, func(u *deployments.UnitReport) { u.Generation = 0 })
 		}, func(s *Situation, r *record) {
 			*r = record{Target: v2, Stable: v1, Generation: 1, Commit: "c2",
-				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Reason: "2 of 10 nodes admitted"}}
+				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"a bare pointer to what Git names as well becomes a record", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v2}
@@ -65,7 +66,7 @@ func TestNextWrites(t *testing.T) {
 		{"all at once are on their way before it has ended", 0, rolling, func(s *Situation) {
 			s.Unit.Rollout.MaxUnavailable = deployments.Amount{}
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = math.MaxUint64, noon, "10 of 10 nodes admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = math.MaxUint64, noon, "10 of 10 nodes admitted"
 		}, "10 of 10", 10 * time.Minute},
 		{"it has not ended while one is on its way", 10, rolling, func(s *Situation) { there(s, 9) }, func(s *Situation, r *record) { r.Rollout.Cutoff = math.MaxUint64 }, "", 9 * time.Minute},
 		{"it ends without one that hangs, where that is borne", 10, rolling, func(s *Situation) {
@@ -76,7 +77,7 @@ func TestNextWrites(t *testing.T) {
 			there(s, 10)
 			s.Unit.Rollout.Bake = 5 * time.Minute
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Healthy, r.Rollout.Reason = math.MaxUint64, noon, "all nodes bake until 2026-11-24 12:05:00Z"
+			r.Rollout.Cutoff, r.Rollout.HealthySince, r.Rollout.Message = math.MaxUint64, noon, "all nodes bake until 2026-11-24 12:05:00Z"
 		}, "bake", 5 * time.Minute},
 		{"not once more after canaries", 10, rolling, func(s *Situation) {
 			canary(s)
@@ -84,7 +85,7 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
 
 		{"a canary that baked no time has to converge first", 0, first, func(s *Situation) { s.Unit.Rollout.Canary.N = 1 }, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "1 of 1 canary admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 1), noon, "1 of 1 canary admitted"
 		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"it is waited for", 1, first, func(s *Situation) { s.Unit.Rollout.Canary.N = 1 }, same, "", 9 * time.Minute},
 		{"also one that can't be admitted for want of room", 1, first, func(s *Situation) {
@@ -97,22 +98,22 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout.Canary.N = 1
 			s.Nodes[9].Report.State = switching
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Promoted, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = rolling, true, noon, cutoff(s, 2), "2 of 10 nodes admitted"
+			r.Rollout.Phase, r.Rollout.Promoted, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Message = rolling, true, noon, cutoff(s, 2), "2 of 10 nodes admitted"
 		}, "2 of 10", 10 * time.Minute},
 		{"one that is there begins the bake", 1, first, func(s *Situation) { canary(s); there(s, 1) }, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Reason = noon, "the canaries bake until 2026-11-24 12:05:00Z"
+			r.Rollout.HealthySince, r.Rollout.Message = noon, "the canaries bake until 2026-11-24 12:05:00Z"
 		}, "bake", 5 * time.Minute},
 		{"another in the place of one that left begins it anew", 1, first, func(s *Situation) {
 			baking(s)
 			s.Nodes = s.Nodes[1:]
 		}, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Reason = time.Time{}, noon, cutoff(s, 1), "1 of 1 canary admitted"
+			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Cutoff, r.Rollout.Message = time.Time{}, noon, cutoff(s, 1), "1 of 1 canary admitted"
 		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"one that restarts begins it anew when it is well again", 1, first, func(s *Situation) {
 			baking(s)
 			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Reason = time.Time{}, noon, "the bake begins anew when all are well again"
+			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are well again"
 		}, "begins anew", 10 * time.Minute},
 		{"one that boots, and is canary by its rank, is waited for", 2, first, func(s *Situation) {
 			baking(s)
@@ -120,7 +121,7 @@ func TestNextWrites(t *testing.T) {
 		}, same, "", 9 * time.Minute},
 		{"others are not", 1, first, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Reason = "the canaries bake until 2026-11-24 12:30:00Z"
+			s.Record.Rollout.Message = "the canaries bake until 2026-11-24 12:30:00Z"
 			s.Nodes[9].Report.State = switching
 		}, same, "bake", 30 * time.Minute},
 		{"of a whole fleet one that restarts is waited for", 10, rolling, func(s *Situation) {
@@ -133,9 +134,9 @@ func TestNextWrites(t *testing.T) {
 			baking(s)
 			there(s, 9)
 			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
-			s.Record.Rollout.Since, s.Record.Rollout.Healthy = ago(5*time.Minute), ago(4*time.Minute)
+			s.Record.Rollout.Since, s.Record.Rollout.HealthySince = ago(5*time.Minute), ago(4*time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.Healthy, r.Rollout.Since, r.Rollout.Reason = time.Time{}, noon, "the bake begins anew when all are well again"
+			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are well again"
 		}, "begins anew", 10 * time.Minute},
 		{"what should come first is looked for first", 2, rolling, func(s *Situation) {
 			s.Nodes[0].Report, s.Nodes[0].Started = deployments.UnitReport{}, noon
@@ -144,14 +145,14 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[1].Report, s.Nodes[1].Started = deployments.UnitReport{}, noon
 		}, same, "", 9 * time.Minute},
 		{"there is one, also where the unit's file asks for none any more", 0, first, func(s *Situation) {}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 1), noon, "1 of 1 canary admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 1), noon, "1 of 1 canary admitted"
 		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"a unit whose rollout is taken out goes to every node", 1, first, func(s *Situation) { s.Unit.Rollout = nil }, func(s *Situation, r *record) { r.Rollout = nil }, "every node at once", 0},
 		{"well canaries wait for promote", 1, first, func(s *Situation) {
 			baking(s)
-			s.Unit.Rollout.Approval, s.Record.Rollout.Healthy = deployments.Manual, ago(time.Hour)
+			s.Unit.Rollout.Approval, s.Record.Rollout.HealthySince = deployments.Manual, ago(time.Hour)
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Reason = waiting, noon, "the canaries are well: waits for promote"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = waiting, noon, "the canaries are well: waits for promote"
 		}, "waits for promote", 0},
 		{"and go on waiting", 1, waiting, func(s *Situation) { baking(s); s.Unit.Rollout.Approval = deployments.Manual }, same, "", 0},
 		{"also for one that boots, and is canary by its rank, but not longer than it may take", 2, waiting, func(s *Situation) {
@@ -165,7 +166,7 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout = nil
 		}, func(s *Situation, r *record) { r.Rollout = nil }, "every node at once", 0},
 		{"unless no more is asked for", 1, waiting, func(s *Situation) { baking(s) }, func(s *Situation, r *record) {
-			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 3), Reason: "3 of 10 nodes admitted"}
+			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 3), Message: "3 of 10 nodes admitted"}
 		}, "3 of 10", 10 * time.Minute},
 
 		{"a failure turns back, and the digest is not forgotten", 2, rolling, func(s *Situation) {
@@ -174,12 +175,12 @@ func TestNextWrites(t *testing.T) {
 			s.Record.Rollout.Forced = true
 		}, func(s *Situation, r *record) {
 			r.Generation = 3
-			r.Rollout = &progress{Phase: back, Since: noon, Bad: v2.Digest, Forced: true, Reason: "1 of 10 nodes failed (" + s.Nodes[1].Name + ": health), at most 0 may",
-				Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
+			r.Rollout = &progress{Phase: back, Since: noon, Failed: v2.Digest, Forced: true, Message: "1 of 10 nodes failed (" + s.Nodes[1].Name + ": health), at most 0 may",
+				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "1 of 10", 10 * time.Minute},
 		{"of a canary, which went back by itself", 1, first, func(s *Situation) { canary(s); fails(s, 0, "health") }, func(s *Situation, r *record) {
 			r.Generation = 3
-			r.Rollout = &progress{Phase: halted, Since: noon, Bad: v2.Digest, Reason: "rolled back: 1 of 10 nodes failed (" + s.Nodes[0].Name + ": health), at most 0 may"}
+			r.Rollout = &progress{Phase: halted, Since: noon, Failed: v2.Digest, Message: "rolled back: 1 of 10 nodes failed (" + s.Nodes[0].Name + ": health), at most 0 may"}
 		}, "1 of 10", 0},
 		{"and of one while it waits for promote", 1, waiting, func(s *Situation) {
 			baking(s)
@@ -187,47 +188,47 @@ func TestNextWrites(t *testing.T) {
 			fails(s, 0, "health")
 		}, func(s *Situation, r *record) {
 			r.Generation = 3
-			r.Rollout = &progress{Phase: halted, Since: noon, Bad: v2.Digest, Reason: "rolled back: 1 of 10 nodes failed (" + s.Nodes[0].Name + ": health), at most 0 may"}
+			r.Rollout = &progress{Phase: halted, Since: noon, Failed: v2.Digest, Message: "rolled back: 1 of 10 nodes failed (" + s.Nodes[0].Name + ": health), at most 0 may"}
 		}, "1 of 10", 0},
 		{"the end of the way back halts, and remembers why", 0, back, func(s *Situation) {
-			s.Record.Rollout.Bad, s.Record.Rollout.Reason = v2.Digest, "aborted by an operator"
-			s.Record.Rollout.Over = []deployments.Replaced{{Digest: v2.Digest, Cutoff: 1}}
+			s.Record.Rollout.Failed, s.Record.Rollout.Message = v2.Digest, "aborted by an operator"
+			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v2.Digest, Cutoff: 1}}
 		}, func(s *Situation, r *record) {
-			r.Rollout = &progress{Phase: halted, Since: noon, Bad: v2.Digest, Reason: "rolled back: aborted by an operator"}
+			r.Rollout = &progress{Phase: halted, Since: noon, Failed: v2.Digest, Message: "rolled back: aborted by an operator"}
 		}, "rolled back: aborted", 0},
 		{"each step on the way back has its time", 10, back, func(s *Situation) {
-			s.Record.Rollout.Bad = v2.Digest
+			s.Record.Rollout.Failed = v2.Digest
 			there(s, 10)
 		}, func(s *Situation, r *record) { r.Rollout.Cutoff, r.Rollout.Since = cutoff(s, 8), noon }, "", 10 * time.Minute},
 		{"what hangs on the way back is asked for again when it should have come", 0, back, func(s *Situation) {
-			s.Record.Rollout.Bad = v2.Digest
+			s.Record.Rollout.Failed = v2.Digest
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 		}, same, "", 9 * time.Minute},
-		{"a halted rollout stands", 0, halted, func(s *Situation) { s.Record.Rollout.Bad, s.Record.Rollout.Reason = v2.Digest, "rolled back: x" }, same, "", 0},
+		{"a halted rollout stands", 0, halted, func(s *Situation) { s.Record.Rollout.Failed, s.Record.Rollout.Message = v2.Digest, "rolled back: x" }, same, "", 0},
 		{"also where its digest is published once more, elsewhere", 0, halted, func(s *Situation) {
-			s.Record.Rollout.Bad, s.Record.Rollout.Reason = v2.Digest, "rolled back: x"
+			s.Record.Rollout.Failed, s.Record.Rollout.Message = v2.Digest, "rolled back: x"
 			s.Unit.Release.URL = "s3://acme/again/manifest.yaml"
 		}, same, "", 0},
 		{"and what is left behind by it is no part of the next", 0, halted, func(s *Situation) {
-			s.Record.Rollout.Bad, s.Unit.Release = v2.Digest, v3
+			s.Record.Rollout.Failed, s.Unit.Release = v2.Digest, v3
 			s.Nodes[9].Report.Running = v2
 			s.Freeze = Verdict{Frozen: true, By: "xmas"}
 		}, func(s *Situation, r *record) {
-			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: waiting, Since: noon, Reason: "frozen by xmas"}
+			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: "frozen by xmas"}
 		}, "xmas", 0},
 
 		{"pause", 1, first, func(s *Situation) { canary(s); s.Order = "pause" }, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Reason = paused, noon, "paused by an operator"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = paused, noon, "paused by an operator"
 		}, "paused", 0},
 		{"pause where it is paused", 1, paused, func(s *Situation) { s.Order = "pause" }, same, "paused already", 0},
 		{"resume, to bake", 1, paused, func(s *Situation) { canary(s); there(s, 1); s.Order = "resume" }, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Healthy, r.Rollout.Reason = first, noon, noon, "resumed by an operator"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.HealthySince, r.Rollout.Message = first, noon, noon, "resumed by an operator"
 		}, "resumed", 5 * time.Minute},
 		{"which begins anew, as nobody looked meanwhile", 1, paused, func(s *Situation) {
 			baking(s)
-			s.Record.Rollout.Healthy, s.Order = ago(2*time.Hour), "resume"
+			s.Record.Rollout.HealthySince, s.Order = ago(2*time.Hour), "resume"
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Healthy, r.Rollout.Reason = first, noon, noon, "resumed by an operator"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.HealthySince, r.Rollout.Message = first, noon, noon, "resumed by an operator"
 		}, "resumed", time.Hour},
 		{"resume, past the canaries, bears what has failed", 4, paused, func(s *Situation) {
 			canary(s)
@@ -237,7 +238,7 @@ func TestNextWrites(t *testing.T) {
 			s.Record.Rollout.Promoted, s.Unit.Rollout.MaxUnavailable.N, s.Order = true, 1, "resume"
 			s.Nodes[9].Report.State = switching
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Borne, r.Rollout.Reason = rolling, noon, 2, "resumed by an operator"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Tolerated, r.Rollout.Message = rolling, noon, 2, "resumed by an operator"
 		}, "resumed", 10 * time.Minute},
 		{"resume where it is not paused", 2, rolling, func(s *Situation) { s.Order = "resume" }, same, "is not paused", 9 * time.Minute},
 		{"promote", 1, first, func(s *Situation) {
@@ -245,14 +246,14 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout.MaxUnavailable.N, s.Order = 1, "promote"
 			s.Nodes[9].Report.State = switching
 		}, func(s *Situation, r *record) {
-			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "promoted by an operator"}
+			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 1), Message: "promoted by an operator"}
 		}, "promoted", 10 * time.Minute},
 		{"promote where it waits for that", 1, waiting, func(s *Situation) {
 			baking(s)
 			s.Unit.Rollout.Approval, s.Unit.Rollout.MaxUnavailable.N, s.Order = deployments.Manual, 1, "promote"
 			s.Nodes[9].Report.State = switching
 		}, func(s *Situation, r *record) {
-			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "promoted by an operator"}
+			*r.Rollout = progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 1), Message: "promoted by an operator"}
 		}, "promoted", 10 * time.Minute},
 		{"promote, as another release comes: that one has canaries of its own", 1, first, func(s *Situation) {
 			baking(s)
@@ -260,32 +261,32 @@ func TestNextWrites(t *testing.T) {
 			each(s, func(u *deployments.UnitReport) { u.Running = v2 }) // and are to stay there
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
-			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Reason: "1 of 1 canary admitted", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
+			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
 		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)
 			s.Order = "pause"
 		}, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: paused, Promoted: true, Since: noon, Reason: "paused by an operator"}}
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: paused, Promoted: true, Since: noon, Message: "paused by an operator"}}
 		}, "paused", 0},
 		{"promote where it is paused", 1, paused, func(s *Situation) { canary(s); s.Order = "promote" }, same, "resume it first", 0},
 		{"promote where it goes on", 2, rolling, func(s *Situation) { s.Order = "promote" }, same, "goes on already", 9 * time.Minute},
 		{"an order without a rollout", 10, rolling, func(s *Situation) { s.Record.Rollout, s.Order = nil, "abort" }, same, "no rollout is under way", 0},
-		{"an order to what is rolled back", 0, halted, func(s *Situation) { s.Record.Rollout.Bad, s.Order = v2.Digest, "abort" }, same, "is rolled back", 0},
+		{"an order to what is rolled back", 0, halted, func(s *Situation) { s.Record.Rollout.Failed, s.Order = v2.Digest, "abort" }, same, "is rolled back", 0},
 		{"an order to what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
-			s.Record.Rollout.Bad, s.Order = v2.Digest, "resume"
+			s.Record.Rollout.Failed, s.Order = v2.Digest, "resume"
 		}, same, "is being rolled back", 9 * time.Minute},
 		{"retry of what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
-			s.Record.Rollout.Bad, s.Order = v2.Digest, "retry"
+			s.Record.Rollout.Failed, s.Order = v2.Digest, "retry"
 		}, same, "retry changes nothing", 9 * time.Minute},
 		{"retry of what was rolled back", 0, halted, func(s *Situation) {
-			s.Record.Rollout.Bad, s.Record.Rollout.Forced, s.Order, s.Freeze = v2.Digest, true, "retry", frozen
+			s.Record.Rollout.Failed, s.Record.Rollout.Forced, s.Order, s.Freeze = v2.Digest, true, "retry", frozen
 			s.Unit.Rollout.Canary.N = 1
 		}, func(s *Situation, r *record) {
 			r.Generation, r.Retry = 3, 1
-			r.Rollout = &progress{Phase: first, Since: noon, Forced: true, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted"}
+			r.Rollout = &progress{Phase: first, Since: noon, Forced: true, Cutoff: cutoff(s, 1), Message: "1 of 1 canary admitted"}
 		}, "1 of 1 canary admitted", 10 * time.Minute},
 		{"retry of what is under way", 2, rolling, func(s *Situation) {
 			there(s, 2)
@@ -293,38 +294,41 @@ func TestNextWrites(t *testing.T) {
 			s.Order = "retry"
 		}, func(s *Situation, r *record) {
 			r.Generation, r.Retry = 3, 1
-			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted",
-				Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
+			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Message: "1 of 1 canary admitted",
+				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "1 of 1 canary admitted", 10 * time.Minute},
-		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Reason, s.Order = "x", "hurry" }, same, "hurry changes nothing", 9 * time.Minute},
+		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Message, s.Order = "x", "hurry" }, same, "hurry changes nothing", 9 * time.Minute},
 		{"abort where there is nothing to go back to", 2, rolling, func(s *Situation) {
 			s.Record.Stable, s.Order = deployments.Pointer{}, "abort"
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Reason = paused, noon, "aborted by an operator; there is nothing to go back to"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = paused, noon, "aborted by an operator; there is nothing to go back to"
 		}, "nothing to go back to", 0},
 		{"nor may what Git took back be gone back from", 2, rolling, func(s *Situation) {
 			s.Record.Stable, s.Order = v2, "abort"
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Reason = paused, noon, "aborted by an operator; there is nothing to go back to"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = paused, noon, "aborted by an operator; there is nothing to go back to"
 		}, "nothing to go back to", 0},
 
 		{"a freeze keeps a unit without a rollout from starting", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout, s.Freeze = nil, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: waiting, Since: noon, Reason: frozen.String()}}
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozen.String()}}
 		}, "xmas until 2026-11-24 13:00Z", time.Hour},
 		{"and a first release", 0, rolling, func(s *Situation) { s.Record, s.Freeze = record{}, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Generation: 1, Commit: "c2", Rollout: &progress{Phase: waiting, Since: noon, Reason: frozen.String()}}
+			*r = record{Target: v2, Generation: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozen.String()}}
 		}, "xmas", time.Hour},
-		{"while it lasts", 0, waiting, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) { r.Rollout.Reason = frozen.String() }, "xmas", time.Hour},
-		{"then a first release goes to all", 0, waiting, func(s *Situation) { s.Record.Stable = deployments.Pointer{} }, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
+		{"while it lasts", 0, frozenPhase, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) {
+			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
+		}, "xmas", time.Hour},
+		{"then a first release goes to all", 0, frozenPhase, func(s *Situation) { s.Record.Stable = deployments.Pointer{} }, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
 		{"a canary waits for its end, where running rollouts do, but not longer than its nodes may take", 1, first, func(s *Situation) { canary(s); s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason = frozen.String()
+			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
 		}, "xmas", 9 * time.Minute},
 		{"the others do, too", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason, r.Rollout.Healthy = frozen.String(), noon
+			r.Rollout.Reason, r.Rollout.Message, r.Rollout.HealthySince = deployments.ReasonFrozen, frozen.String(), noon
 		}, "xmas", time.Hour},
 		{"and go on waiting, without a word", 2, rolling, func(s *Situation) {
 			there(s, 2)
-			s.Freeze, s.Record.Rollout.Healthy, s.Record.Rollout.Reason = frozen, ago(30*time.Second), frozen.String()
+			s.Freeze, s.Record.Rollout.HealthySince = frozen, ago(30*time.Second)
+			s.Record.Rollout.Reason, s.Record.Rollout.Message = deployments.ReasonFrozen, frozen.String()
 		}, same, "xmas", time.Hour},
 		{"where a node that is let go from a pin is not late", 2, rolling, func(s *Situation) {
 			there(s, 2)
@@ -332,16 +336,16 @@ func TestNextWrites(t *testing.T) {
 			s.Now = ago(30 * time.Minute)
 			s.Record, s.Now = Next(*s).Record, noon
 			s.Nodes[0].Report.Running, s.Nodes[0].Report.State = v1, fetching
-		}, func(s *Situation, r *record) { r.Rollout.Since, r.Rollout.Healthy = noon, time.Time{} }, "xmas", 10 * time.Minute},
+		}, func(s *Situation, r *record) { r.Rollout.Since, r.Rollout.HealthySince = noon, time.Time{} }, "xmas", 10 * time.Minute},
 		{"not what an operator forced", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze, s.Record.Rollout.Forced = frozen, true }, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 4), noon, "4 of 10 nodes admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 4), noon, "4 of 10 nodes admitted"
 		}, "4 of 10", 10 * time.Minute},
 		{"nor what Git took back", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			s.Freeze, s.Record.Stable = frozen, v2
-			s.Record.Rollout.Over = []deployments.Replaced{{Digest: v1.Digest}}
+			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v1.Digest}}
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Reason = cutoff(s, 4), noon, "4 of 10 nodes admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 4), noon, "4 of 10 nodes admitted"
 		}, "4 of 10", 10 * time.Minute},
 		{"what Git takes back needs no canaries, and waits for no freeze", 2, rolling, func(s *Situation) {
 			s.Unit.Release, s.Freeze = v1, frozen
@@ -349,14 +353,14 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[0].Report.Running = v2
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v1, 3
-			r.Rollout = &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: math.MaxUint64, Reason: "10 of 10 nodes admitted",
-				Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
+			r.Rollout = &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: math.MaxUint64, Message: "10 of 10 nodes admitted",
+				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "10 of 10", 10 * time.Minute},
-		{"promote lets one start in a freeze, by its canaries", 0, waiting, func(s *Situation) {
+		{"promote lets one start in a freeze, by its canaries", 0, frozenPhase, func(s *Situation) {
 			canary(s)
 			s.Freeze, s.Order = frozen, "promote"
 		}, func(s *Situation, r *record) {
-			*r.Rollout = progress{Phase: first, Forced: true, Since: noon, Cutoff: cutoff(s, 1), Reason: "1 of 1 canary admitted"}
+			*r.Rollout = progress{Phase: first, Forced: true, Since: noon, Cutoff: cutoff(s, 1), Message: "1 of 1 canary admitted"}
 		}, "1 of 1 canary admitted", 10 * time.Minute},
 
 		{"a step by a clock that went back counts from now on", 2, rolling, func(s *Situation) { s.Record.Rollout.Since = noon.Add(24 * time.Hour) }, func(s *Situation, r *record) {
@@ -395,15 +399,15 @@ func TestNextWrites(t *testing.T) {
 	}
 }
 
-// What a rollout that is replaced leaves in its successor's Over: releases that nodes run, or may yet begin.
+// What a rollout that is replaced leaves in its successor's Superseded: releases that nodes run, or may yet begin.
 func TestNextRemembersWhatItReplaced(t *testing.T) {
 	t.Parallel()
-	type over = []deployments.Replaced
+	type over = []deployments.Superseded
 	type report = deployments.UnitReport
 	v0, v1, v2 := release("v0"), release("v1"), release("v2")
 	all := uint64(math.MaxUint64)
-	replaced := func(o ...deployments.Replaced) func(*Situation) {
-		return func(s *Situation) { s.Record.Rollout.Over = o }
+	replaced := func(o ...deployments.Superseded) func(*Situation) {
+		return func(s *Situation) { s.Record.Rollout.Superseded = o }
 	}
 	node := func(i int, u report) func(*Situation) { return func(s *Situation) { s.Nodes[i].Report = u } }
 	phase := func(p deployments.Phase) func(*Situation) { return func(s *Situation) { s.Record.Rollout.Phase = p } }
@@ -411,74 +415,74 @@ func TestNextRemembersWhatItReplaced(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		set  []func(*Situation)
-		want func(own deployments.Replaced) over
+		want func(own deployments.Superseded) over
 	}{
-		{"its own target, as far as it had come", nil, func(own deployments.Replaced) over { return over{own} }},
-		{"not one that had admitted nobody", []func(*Situation){func(s *Situation) { s.Record.Rollout.Cutoff = 0 }}, func(deployments.Replaced) over { return nil }},
+		{"its own target, as far as it had come", nil, func(own deployments.Superseded) over { return over{own} }},
+		{"not one that had admitted nobody", []func(*Situation){func(s *Situation) { s.Record.Rollout.Cutoff = 0 }}, func(deployments.Superseded) over { return nil }},
 		{"unless somebody runs it", []func(*Situation){func(s *Situation) { s.Record.Rollout.Cutoff = 0 }, node(7, report{State: converged, Running: v2, Generation: 2})},
-			func(own deployments.Replaced) over { return over{{Digest: v2.Digest, Generation: 2}} }},
-		{"nor one whose nodes are all gone", []func(*Situation){func(s *Situation) { s.Nodes[0].Gone, s.Nodes[1].Gone = true, true }}, func(deployments.Replaced) over { return nil }},
+			func(own deployments.Superseded) over { return over{{Digest: v2.Digest, Generation: 2}} }},
+		{"nor one whose nodes are all gone", []func(*Situation){func(s *Situation) { s.Nodes[0].Gone, s.Nodes[1].Gone = true, true }}, func(deployments.Superseded) over { return nil }},
 		{"unless one that is gone ran it", []func(*Situation){func(s *Situation) { s.Nodes[0].Gone, s.Nodes[1].Gone = true, true }, node(0, report{Running: v2})},
-			func(own deployments.Replaced) over { return over{own} }},
-		{"what it replaced itself, where a node runs that", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: 1, Generation: 1}), node(7, report{State: converged, Running: v0, Generation: 2})},
-			func(own deployments.Replaced) over {
+			func(own deployments.Superseded) over { return over{own} }},
+		{"what it replaced itself, where a node runs that", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: 1, Generation: 1}), node(7, report{State: converged, Running: v0, Generation: 2})},
+			func(own deployments.Superseded) over {
 				return over{own, {Digest: v0.Digest, Cutoff: 1, Generation: 1}}
 			}},
-		{"or wants it", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: all, Generation: 1}), node(7, report{State: switching, Running: v1, Want: v0, Generation: 2})},
-			func(own deployments.Replaced) over {
+		{"or wants it", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: all, Generation: 1}), node(7, report{State: switching, Running: v1, Want: v0, Generation: 2})},
+			func(own deployments.Superseded) over {
 				return over{own, {Digest: v0.Digest, Cutoff: all, Generation: 1}}
 			}},
-		{"or may yet begin it, by a record that it read", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: all, Generation: 1}), node(7, report{State: converged, Running: v1, Generation: 1})},
-			func(own deployments.Replaced) over {
+		{"or may yet begin it, by a record that it read", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: all, Generation: 1}), node(7, report{State: converged, Running: v1, Generation: 1})},
+			func(own deployments.Superseded) over {
 				return over{own, {Digest: v0.Digest, Cutoff: all, Generation: 1}}
 			}},
-		{"else it is forgotten", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: all, Generation: 1})}, func(own deployments.Replaced) over { return over{own} }},
-		{"also where those that it had not admitted know of nothing newer", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: lower - 1, Generation: 1}),
+		{"else it is forgotten", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: all, Generation: 1})}, func(own deployments.Superseded) over { return over{own} }},
+		{"also where those that it had not admitted know of nothing newer", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: lower - 1, Generation: 1}),
 			func(s *Situation) {
 				for i := range s.Nodes {
 					if s.Nodes[i].Name == "n0" {
 						s.Nodes[i].Report.Generation = 1
 					}
 				}
-			}}, func(own deployments.Replaced) over { return over{own} }},
-		{"on the way back: that nodes go back, and what had been admitted before", []func(*Situation){phase(deployments.PhaseBack), replaced(deployments.Replaced{Digest: v2.Digest, Cutoff: 5, Generation: 1}),
+			}}, func(own deployments.Superseded) over { return over{own} }},
+		{"on the way back: that nodes go back, and what had been admitted before", []func(*Situation){phase(deployments.PhaseRollingBack), replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: 5, Generation: 1}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
-			func(deployments.Replaced) over {
+			func(deployments.Superseded) over {
 				return over{{Digest: v2.Digest, Cutoff: 5, Generation: 1, Back: true}}
 			}},
-		{"that it was so before", []func(*Situation){replaced(deployments.Replaced{Digest: v0.Digest, Cutoff: 1, Back: true}), node(7, report{State: converged, Running: v0, Generation: 2})},
-			func(own deployments.Replaced) over {
+		{"that it was so before", []func(*Situation){replaced(deployments.Superseded{Digest: v0.Digest, Cutoff: 1, Back: true}), node(7, report{State: converged, Running: v0, Generation: 2})},
+			func(own deployments.Superseded) over {
 				return over{own, {Digest: v0.Digest, Cutoff: 1, Back: true}}
 			}},
-		{"the same target twice: what came further, and last", []func(*Situation){replaced(deployments.Replaced{Digest: v2.Digest, Cutoff: all, Generation: 1, Back: true}),
+		{"the same target twice: what came further, and last", []func(*Situation){replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: all, Generation: 1, Back: true}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
-			func(own deployments.Replaced) over {
+			func(own deployments.Superseded) over {
 				return over{{Digest: v2.Digest, Cutoff: all, Generation: 2, Back: true}}
 			}},
-		{"whichever goes first", []func(*Situation){phase(deployments.PhaseBack), replaced(deployments.Replaced{Digest: v2.Digest, Cutoff: 3, Generation: 1}, deployments.Replaced{Digest: v2.Digest, Cutoff: 4, Generation: 2}),
+		{"whichever goes first", []func(*Situation){phase(deployments.PhaseRollingBack), replaced(deployments.Superseded{Digest: v2.Digest, Cutoff: 3, Generation: 1}, deployments.Superseded{Digest: v2.Digest, Cutoff: 4, Generation: 2}),
 			node(7, report{State: converged, Running: v2, Generation: 2})},
-			func(own deployments.Replaced) over {
+			func(own deployments.Superseded) over {
 				return over{{Digest: v2.Digest, Cutoff: 4, Generation: 2, Back: true}}
 			}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := step(2, deployments.PhaseRolling)
-			own := deployments.Replaced{Digest: v2.Digest, Cutoff: s.Record.Rollout.Cutoff, Generation: 2}
+			own := deployments.Superseded{Digest: v2.Digest, Cutoff: s.Record.Rollout.Cutoff, Generation: 2}
 			for _, set := range c.set {
 				set(&s)
 			}
 			s.Unit.Release = release("v9")
 			s.Freeze = Verdict{Frozen: true} // so that the next goes no further
 			m := Next(s)
-			if got, want := m.Record.Rollout.Over, c.want(own); !reflect.DeepEqual(got, want) {
+			if got, want := m.Record.Rollout.Superseded, c.want(own); !reflect.DeepEqual(got, want) {
 				t.Errorf("over\n%+v, want\n%+v", got, want)
 			}
 		})
 	}
 }
 
-// A record names at most MaxOver targets that it replaced: before it names another, nodes come together on stable.
+// A record names at most MaxSuperseded targets that it replaced: before it names another, nodes come together on stable.
 func TestNextReplacedTooOften(t *testing.T) {
 	t.Parallel()
 	crowded := func(others int) Situation { // beside the target, nodes run that many which it replaced
@@ -487,25 +491,25 @@ func TestNextReplacedTooOften(t *testing.T) {
 		s.Unit.Release = release("v9")
 		for i := range others {
 			o := release("w" + string(rune('a'+i)))
-			s.Record.Rollout.Over = append(s.Record.Rollout.Over, deployments.Replaced{Digest: o.Digest})
+			s.Record.Rollout.Superseded = append(s.Record.Rollout.Superseded, deployments.Superseded{Digest: o.Digest})
 			s.Nodes[9-i].Report.Running = o
 		}
 		return s
 	}
-	s := crowded(deployments.MaxOver - 1)
-	if m := Next(s); m.Record.Target != release("v9") || len(m.Record.Rollout.Over) != deployments.MaxOver {
+	s := crowded(deployments.MaxSuperseded - 1)
+	if m := Next(s); m.Record.Target != release("v9") || len(m.Record.Rollout.Superseded) != deployments.MaxSuperseded {
 		t.Errorf("as many as fit: %s", brief(m.Record))
 	}
-	s = crowded(deployments.MaxOver)
+	s = crowded(deployments.MaxSuperseded)
 	m := Next(s)
-	if r := m.Record; r.Target != s.Record.Target || r.Generation != 3 || r.Rollout.Phase != deployments.PhaseBack || r.Rollout.Bad != s.Record.Target.Digest {
+	if r := m.Record; r.Target != s.Record.Target || r.Generation != 3 || r.Rollout.Phase != deployments.PhaseRollingBack || r.Rollout.Failed != s.Record.Target.Digest {
 		t.Fatalf("one more: %s", brief(r))
 	}
 	for i := range s.Nodes { // all know of it, and none has gone back yet
 		s.Nodes[i].Report.Generation = 3
 	}
 	s.Record = m.Record
-	if m = Next(s); m.Record.Generation != 3 || m.Record.Rollout.Phase != deployments.PhaseBack {
+	if m = Next(s); m.Record.Generation != 3 || m.Record.Rollout.Phase != deployments.PhaseRollingBack {
 		t.Errorf("on the way back: %s", brief(m.Record))
 	}
 	for i := range s.Nodes {
@@ -515,7 +519,7 @@ func TestNextReplacedTooOften(t *testing.T) {
 	if m = Next(s); m.Record.Target != release("v9") || m.Record.Generation != 4 {
 		t.Errorf("when they are together: %s", brief(m.Record))
 	}
-	s = crowded(deployments.MaxOver)
+	s = crowded(deployments.MaxSuperseded)
 	s.Record.Stable = s.Record.Target
 	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling || m.Record.Generation != 2 {
 		t.Errorf("where they come together already: %s", brief(m.Record))

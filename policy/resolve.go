@@ -144,7 +144,7 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	if p.Hold {
 		says = "hold" + story
 	}
-	if p.Over(f.Now) {
+	if p.Expired(f.Now) {
 		d.note(Step{What: what, Says: says + ": it has ended"})
 		return false
 	}

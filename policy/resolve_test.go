@@ -41,7 +41,7 @@ func TestResolve(t *testing.T) {
 	}
 	rank := Rank("n1", v2.Digest)
 	failed := []deployments.Digest{v1.Digest}
-	replaced := []deployments.Replaced{{Digest: v3.Digest, Cutoff: 7}}
+	replaced := []deployments.Superseded{{Digest: v3.Digest, Cutoff: 7}}
 	for _, c := range []struct {
 		name          string
 		f             Facts
@@ -68,19 +68,19 @@ func TestResolve(t *testing.T) {
 		{"a good node pin above what is bad", Facts{Record: bad[record](), UnitPin: bad[pin](), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "unit pin: a typo", time.Time{}},
 		{"admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
 		{"not admitted", Facts{Record: in(progress{Phase: deployments.PhaseCanary, Cutoff: rank - 1})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"not admitted, and nothing stable", Facts{Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseWaiting}})}, ActStage, none, v2, FromTarget, "waits", "", time.Time{}},
+		{"not admitted, and nothing stable", Facts{Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseFrozen}})}, ActStage, none, v2, FromTarget, "waits", "", time.Time{}},
 		{"not admitted, on the target", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v2, none, FromTarget, "runs already", "", time.Time{}},
-		{"not admitted, on a target that was replaced", Facts{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Over: replaced})}, ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
-		{"rolled back, its turn to come", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank})}, ActRun, v2, none, FromRunning, "turn", "", time.Time{}},
-		{"rolled back, its turn", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank - 1})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"rolled back before it began", Facts{Running: v1, Record: in(progress{Phase: deployments.PhaseBack, Cutoff: rank})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"halted", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseHalted})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"not admitted, on a target that was replaced", Facts{Running: v3, Record: in(progress{Phase: deployments.PhaseRolling, Superseded: replaced})}, ActStage, v3, v2, FromRunning, "replaced", "", time.Time{}},
+		{"rolled back, its turn to come", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})}, ActRun, v2, none, FromRunning, "turn", "", time.Time{}},
+		{"rolled back, its turn", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank - 1})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"rolled back before it began", Facts{Running: v1, Record: in(progress{Phase: deployments.PhaseRollingBack, Cutoff: rank})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"halted", Facts{Running: v2, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
 		{"not admitted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, none, v2, FromStable, "failed on this node", "", time.Time{}},
 		{"not admitted, and stable, which runs, had failed here", Facts{Running: v1, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
 		{"not admitted, and stable failed here, where nothing runs", Facts{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
-		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseHalted})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
-		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseHalted}})}, ActKeep, none, none, FromStable, "none to go back to", "", time.Time{}},
+		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
+		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRollingBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseRolledBack}})}, ActKeep, none, none, FromStable, "none to go back to", "", time.Time{}},
 		{"stable from the right place, the target from elsewhere", Facts{Running: v1, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v1, none, FromStable, "until this node is admitted", "is not from", time.Time{}},
 		{"stable failed here, the target from elsewhere", Facts{Running: v3, Quarantined: failed, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "failed on this node", "is not from", time.Time{}},
 		{"stable from elsewhere, the target from the right place", Facts{Running: v3, Bounds: Bounds{Sources: []string{v2.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "may not be used", "is not from", time.Time{}},

@@ -73,15 +73,17 @@ func Next(s Situation) (move Move) {
 	}
 	if s.Record.Rollout != nil { // the one that stands is the caller's
 		p := *s.Record.Rollout
-		p.Over = slices.Clone(p.Over)
+		p.Superseded = slices.Clone(p.Superseded)
 		// Times that are yet to come are of a clock that went back, or of another mirror's: counted from them, a rollout would stand
 		// for as long.
-		for _, at := range []*time.Time{&p.Since, &p.Healthy} {
+		for _, at := range []*time.Time{&p.Since, &p.HealthySince} {
 			if at.After(s.Now) {
 				*at = s.Now
 			}
 		}
-		p.Reason = strings.TrimPrefix(strings.TrimPrefix(p.Reason, orphaned), ": ")
+		if p.Reason == deployments.ReasonOrphaned {
+			p.Reason = reasonOf(p.Message)
+		}
 		m.r.Rollout = &p
 	}
 	if s.Record.Generation == 0 || m.goal() != s.Unit.Release {
@@ -107,8 +109,8 @@ func Next(s Situation) (move Move) {
 			break
 		}
 	}
-	if p := m.r.Rollout; p != nil && m.say != "" && p.Phase != deployments.PhaseHalted {
-		p.Reason = m.say
+	if p := m.r.Rollout; p != nil && m.say != "" && p.Phase != deployments.PhaseRolledBack {
+		p.Reason, p.Message = reasonOf(m.say), m.say
 	}
 	if m.r.Rollout == nil {
 		m.Ranks.forget()
@@ -127,7 +129,7 @@ type mover struct {
 
 // goal is the release that the record is about: also the one that was rolled back, where that is what Git still names.
 func (m *mover) goal() deployments.Pointer {
-	if p := m.Record.Rollout; p != nil && p.Bad == m.Unit.Release.Digest && !p.Bad.IsZero() {
+	if p := m.Record.Rollout; p != nil && p.Failed == m.Unit.Release.Digest && !p.Failed.IsZero() {
 		return m.Unit.Release
 	}
 	return m.Record.Target
@@ -140,13 +142,13 @@ func (m *mover) begin() {
 	p := &deployments.Progress{Since: m.Now}
 	if old := was.Rollout; old != nil {
 		r.Stable = was.Stable
-		if old.Phase != deployments.PhaseHalted {
-			p.Over = m.over(was)
+		if old.Phase != deployments.PhaseRolledBack {
+			p.Superseded = m.over(was)
 		}
 	}
-	if len(p.Over) > deployments.MaxOver {
+	if len(p.Superseded) > deployments.MaxSuperseded {
 		// Replaced so often that the record can't tell them apart: nodes come together again first.
-		if p := m.r.Rollout; p.Phase != deployments.PhaseBack && m.r.Stable != m.r.Target {
+		if p := m.r.Rollout; p.Phase != deployments.PhaseRollingBack && m.r.Stable != m.r.Target {
 			m.back("replaced too often: all nodes go to stable first")
 		} else if p.Phase == deployments.PhasePaused {
 			m.say = "replaced too often while it is paused: resume it first"
@@ -156,7 +158,7 @@ func (m *mover) begin() {
 	m.r = r
 	revert := r.Stable == r.Target
 	switch {
-	case revert && len(p.Over) == 0 && (was.Rollout == nil || !m.anew(p)):
+	case revert && len(p.Superseded) == 0 && (was.Rollout == nil || !m.anew(p)):
 		m.say = "every node runs it, or did so last"
 	case m.Freeze.Frozen && !revert:
 		m.r.Rollout = p
@@ -173,12 +175,12 @@ func (m *mover) begin() {
 
 // over lists the targets that nodes may run, or be on their way to, beside what a record's successor names: its own, and those that
 // it had replaced. What no node has to do with any more is forgotten.
-func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
-	own := deployments.Replaced{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}
-	if was.Rollout.Phase == deployments.PhaseBack {
+func (m *mover) over(was deployments.Record) (over []deployments.Superseded) {
+	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: was.Rollout.Cutoff, Generation: was.Generation}
+	if was.Rollout.Phase == deployments.PhaseRollingBack {
 		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Over
 	}
-	for _, o := range append([]deployments.Replaced{own}, was.Rollout.Over...) {
+	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
 		ranks, used := m.Ranks.of(o.Digest, m.Nodes).ranks, false
 		for i := range m.Nodes {
 			n := &m.Nodes[i]
@@ -191,8 +193,8 @@ func (m *mover) over(was deployments.Record) (over []deployments.Replaced) {
 		if !used {
 			continue
 		}
-		o.Back = o.Back || was.Rollout.Phase == deployments.PhaseBack
-		if i := slices.IndexFunc(over, func(x deployments.Replaced) bool { return x.Digest == o.Digest }); i >= 0 {
+		o.Back = o.Back || was.Rollout.Phase == deployments.PhaseRollingBack
+		if i := slices.IndexFunc(over, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
 			x := &over[i]
 			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
 			continue
@@ -208,7 +210,7 @@ func (m *mover) start() {
 	revert := m.r.Stable == m.r.Target // Git went back while nodes were on the way: gates would only keep them there
 	switch {
 	case m.Freeze.Frozen && !p.Forced && !revert:
-		p.Phase = deployments.PhaseWaiting
+		p.Phase = deployments.PhaseFrozen
 		m.say = m.Freeze.String()
 	case u == nil || revert || u.Canary.N == 0:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
@@ -217,7 +219,7 @@ func (m *mover) start() {
 		p.Phase = deployments.PhaseCanary
 		m.say = "canaries go first"
 	}
-	p.Since, p.Healthy = m.Now, time.Time{} // what was paused was not watched: it bakes anew
+	p.Since, p.HealthySince = m.Now, time.Time{} // what was paused was not watched: it bakes anew
 }
 
 // Refusal says why an order would change nothing where a record stands; empty: it would change something.
@@ -228,15 +230,15 @@ func Refusal(order string, r deployments.Record) string {
 		return "it is not one of " + strings.Join(Orders, ", ")
 	case IsOrphaned(r):
 		return orphaned
-	case order == "retry" && p != nil && p.Phase == deployments.PhaseBack:
+	case order == "retry" && p != nil && p.Phase == deployments.PhaseRollingBack:
 		return "the release is being rolled back: retry when that is done"
 	case order == "retry":
 		return ""
 	case p == nil:
 		return "no rollout is under way"
-	case p.Phase == deployments.PhaseBack:
+	case p.Phase == deployments.PhaseRollingBack:
 		return "the release is being rolled back: push another, or retry when that is done"
-	case p.Phase == deployments.PhaseHalted:
+	case p.Phase == deployments.PhaseRolledBack:
 		return "the release is rolled back: push another, or retry"
 	case order == "promote" && p.Phase == deployments.PhasePaused:
 		return "the rollout is paused: resume it first"
@@ -252,10 +254,18 @@ func Refusal(order string, r deployments.Record) string {
 
 // heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
 func heldUp(p *deployments.Progress) bool {
-	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && strings.HasPrefix(p.Reason, frozenBy)
+	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && p.Reason == deployments.ReasonFrozen
 }
 
-// orphaned begins the reason of a rollout of a unit that Git doesn't have any more.
+// reasonOf is the code of what a rollout's message says.
+func reasonOf(message string) deployments.Reason {
+	if strings.HasPrefix(message, frozenBy) {
+		return deployments.ReasonFrozen
+	}
+	return ""
+}
+
+// orphaned begins the message of a rollout of a unit that Git doesn't have any more.
 const orphaned = "its file is no longer in Git, so it stands where it is"
 
 // Orphaned is what becomes of a record whose unit Git doesn't have any more, and that stays: nothing moves, as nothing says how, and
@@ -265,14 +275,14 @@ func Orphaned(r deployments.Record) deployments.Record {
 		return r
 	}
 	p := *r.Rollout
-	p.Reason = strings.TrimSuffix(orphaned+": "+p.Reason, ": ")
+	p.Reason = deployments.ReasonOrphaned
 	r.Rollout = &p
 	return r
 }
 
 // IsOrphaned reports whether a record has a rollout with which no mirror goes on, as its unit is gone from Git.
 func IsOrphaned(r deployments.Record) bool {
-	return r.Rollout != nil && strings.HasPrefix(r.Rollout.Reason, orphaned)
+	return r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
 }
 
 // Orders are what an operator may ask for.
@@ -292,7 +302,7 @@ func (m *mover) obey() {
 		m.retry()
 	case "promote":
 		switch {
-		case p.Phase == deployments.PhaseWaiting && p.Healthy.IsZero(): // the step that follows starts it
+		case p.Phase == deployments.PhaseFrozen: // the step that follows starts it
 			p.Forced, m.say = true, "started within a freeze by an operator"
 		case heldUp(p): // the freeze alone: who lets it pass may want the canaries to bake
 			p.Forced, m.say = true, "goes on within a freeze by an operator"
@@ -302,7 +312,7 @@ func (m *mover) obey() {
 	case "pause":
 		m.pause("paused by an operator")
 	case "resume":
-		p.Borne = m.look().failed
+		p.Tolerated = m.look().failed
 		if p.Promoted {
 			m.roll("resumed by an operator")
 			return
@@ -330,7 +340,7 @@ func (m *mover) retry() {
 	}
 	over := m.over(m.r)
 	m.r.Generation++
-	m.r.Rollout = &deployments.Progress{Forced: p.Forced, Over: over}
+	m.r.Rollout = &deployments.Progress{Forced: p.Forced, Superseded: over}
 	m.start()
 	m.say = "tried once more by an operator"
 }
@@ -345,15 +355,15 @@ func (m *mover) anew(p *deployments.Progress) bool {
 		n := &m.Nodes[i]
 		u := &n.Report
 		if !n.Gone && !u.Pinned && u.State != deployments.StateHeld && !u.Running.IsZero() && u.Running.Digest != m.r.Target.Digest {
-			p.Borne++
+			p.Tolerated++
 		}
 	}
-	return p.Borne > 0
+	return p.Tolerated > 0
 }
 
 func (m *mover) roll(why string) {
 	p := m.r.Rollout
-	p.Phase, p.Promoted, p.Since, p.Healthy, m.say = deployments.PhaseRolling, true, m.Now, time.Time{}, why
+	p.Phase, p.Promoted, p.Since, p.HealthySince, m.say = deployments.PhaseRolling, true, m.Now, time.Time{}, why
 }
 
 func (m *mover) pause(why string) {
@@ -378,8 +388,8 @@ func (m *mover) back(why string) {
 	p := m.r.Rollout
 	over := m.over(m.r)
 	m.r.Generation++
-	m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseBack, Cutoff: math.MaxUint64, Since: m.Now,
-		Reason: why, Bad: m.r.Target.Digest, Over: over, Forced: p.Forced}
+	m.r.Rollout = &deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: math.MaxUint64, Since: m.Now,
+		Message: why, Failed: m.r.Target.Digest, Superseded: over, Forced: p.Forced}
 	m.say = why
 }
 
@@ -390,31 +400,30 @@ func (m *mover) wake(at time.Time) { m.again = earlier(m.again, at) }
 func (m *mover) step() bool {
 	p, u := m.r.Rollout, m.Unit.Rollout
 	switch p.Phase {
-	case deployments.PhaseHalted:
+	case deployments.PhaseRolledBack:
 		return false
-	case deployments.PhaseBack:
+	case deployments.PhaseRollingBack:
 		return m.stepBack()
 	case deployments.PhasePaused:
 		return false
-	case deployments.PhaseWaiting:
-		if p.Healthy.IsZero() { // for a freeze to end
-			if m.Freeze.Frozen && !p.Forced {
-				m.say = m.Freeze.String()
-				m.wake(m.Freeze.Until)
-				return false
-			}
-			if m.r.Stable.IsZero() {
-				m.r.Rollout, m.say = nil, "first release: every node at once"
-				return false
-			}
-			m.start()
-			return true
+	case deployments.PhaseFrozen:
+		if m.Freeze.Frozen && !p.Forced {
+			m.say = m.Freeze.String()
+			m.wake(m.Freeze.Until)
+			return false
 		}
+		if m.r.Stable.IsZero() {
+			m.r.Rollout, m.say = nil, "first release: every node at once"
+			return false
+		}
+		m.start()
+		return true
+	case deployments.PhasePendingApproval:
 		v := m.watch()
 		if m.failing(v) {
 			return true
 		}
-		if p.Healthy.IsZero() {
+		if p.HealthySince.IsZero() {
 			p.Phase, m.say = deployments.PhaseCanary, "a canary is no longer well"
 			return true
 		}
@@ -436,7 +445,7 @@ func (m *mover) failing(v view) bool {
 	if m.Unit.Rollout == nil {
 		return false // every node at once: each protects itself
 	}
-	if m.r.Stable == m.r.Target && len(m.r.Rollout.Over) > 0 {
+	if m.r.Stable == m.r.Target && len(m.r.Rollout.Superseded) > 0 {
 		return false // Git went back: whoever fails on stable is to keep no other on what Git went back from
 	}
 	limit := m.limit(v)
@@ -449,7 +458,7 @@ func (m *mover) failing(v view) bool {
 
 // limit is how many nodes may have failed.
 func (m *mover) limit(v view) int {
-	limit := m.r.Rollout.Borne
+	limit := m.r.Rollout.Tolerated
 	if u := m.Unit.Rollout; u != nil {
 		limit += u.MaxFailures.Of(v.live)
 	}

@@ -16,7 +16,7 @@ func (w *world) admitted(n *member, r deployments.Record) {
 	case n.pin.Present && to == n.pin.Value.Release:
 	case p == nil && to == r.Target:
 	case p != nil && to == r.Stable:
-	case p != nil && to == r.Target && p.Phase != deployments.PhaseBack && p.Phase != deployments.PhaseHalted && Rank(n.name, to.Digest) <= p.Cutoff:
+	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack && Rank(n.name, to.Digest) <= p.Cutoff:
 	default:
 		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))
 	}
@@ -66,17 +66,17 @@ func (w *world) stepped(before deployments.Record, m Move, order string) {
 	switch {
 	case r.Generation < before.Generation || r.Retry < before.Retry:
 		w.breaks("the generation went back from %d to %d", before.Generation, r.Generation)
-	case p != nil && len(p.Over) > deployments.MaxOver+1:
-		w.breaks("%d targets replaced", len(p.Over))
+	case p != nil && len(p.Superseded) > deployments.MaxSuperseded+1:
+		w.breaks("%d targets replaced", len(p.Superseded))
 	case !m.Again.IsZero() && !m.Again.After(w.now):
 		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(r))
 	case was != nil && p == nil && r.Target == before.Target && !before.Stable.IsZero() && r.Stable != r.Target:
 		w.breaks("it ended, and its target is not stable: %s", brief(r))
 	case r.Stable != before.Stable && r.Stable != before.Target && (p != nil || r.Stable != r.Target):
 		w.breaks("stable is what was neither that nor a target, of %s: %s", brief(before), brief(r))
-	case was != nil && !was.Bad.IsZero() && was.Bad == w.unit.Release.Digest && order != "retry" && (p == nil || p.Bad != was.Bad):
+	case was != nil && !was.Failed.IsZero() && was.Failed == w.unit.Release.Digest && order != "retry" && (p == nil || p.Failed != was.Failed):
 		w.breaks("what was rolled back is let in again: %s", brief(r))
-	case p != nil && (p.Phase == deployments.PhaseBack || p.Phase == deployments.PhaseHalted) && p.Bad != r.Target.Digest:
+	case p != nil && (p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack) && p.Failed != r.Target.Digest:
 		w.breaks("what is rolled back is forgotten: %s", brief(r))
 	}
 }

@@ -323,7 +323,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	var was deployments.Progress
 	if before.Rollout != nil {
 		was = *before.Rollout
-		was.Over = slices.Clone(was.Over)
+		was.Superseded = slices.Clone(was.Superseded)
 	}
 	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze, Ranks: &w.ranks}
 	m := Next(s)
@@ -350,7 +350,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	}
 	w.records = append(w.records, m.Record)
 	w.lived = append(w.lived, w.live)
-	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseHalted {
+	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseRolledBack {
 		w.ended++
 	}
 	if m.Record.Rollout == nil && m.Record.Stable != m.Record.Target {
@@ -367,7 +367,7 @@ func (w *world) mirror(order string) (again time.Time) {
 func brief(r deployments.Record) string {
 	s := fmt.Sprintf("generation %d target %s stable %s", r.Generation, r.Target.URL, r.Stable.URL)
 	if p := r.Rollout; p != nil {
-		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Over), p.Reason)
+		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Superseded), p.Message)
 	}
 	return s
 }
@@ -500,11 +500,11 @@ func (w *world) settle(resume bool) bool {
 			continue
 		}
 		switch {
-		case p == nil && idle, p != nil && p.Phase == deployments.PhaseHalted && idle, !resume && idle && again.IsZero():
+		case p == nil && idle, p != nil && p.Phase == deployments.PhaseRolledBack && idle, !resume && idle && again.IsZero():
 			return true
 		case p != nil && p.Phase == deployments.PhasePaused:
 			w.mirror([]string{"resume", "abort", "resume"}[w.rng.IntN(3)])
-		case p != nil && p.Phase == deployments.PhaseWaiting:
+		case p != nil && p.Phase == deployments.PhasePendingApproval:
 			w.mirror("promote")
 		}
 		if w.now = w.now.Add(30 * time.Second); again.After(w.now) {

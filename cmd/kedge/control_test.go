@@ -59,7 +59,7 @@ func TestOrdersByConsulItself(t *testing.T) {
 	w.live("app", "1", "web-1", "web-2")
 
 	push(two)
-	phase(two, deployments.PhaseWaiting)
+	phase(two, deployments.PhasePendingApproval)
 	order("prmote") // changes nothing, and says where it is wrong
 	w.eventually("the mirror says what it can't obey", func() error {
 		if !strings.Contains(m.logged(), "is not one of promote, pause, resume, abort, retry") {
@@ -67,23 +67,23 @@ func TestOrdersByConsulItself(t *testing.T) {
 		}
 		return nil
 	})
-	phase(two, deployments.PhaseWaiting)
+	phase(two, deployments.PhasePendingApproval)
 	order("pause")
 	phase(two, deployments.PhasePaused)
 	order("resume")
-	phase(two, deployments.PhaseWaiting)
+	phase(two, deployments.PhasePendingApproval)
 	taken()
 	order("promote")
 	w.live("app", "2", "web-1", "web-2")
 	phase(two, "")
 
 	push(three)
-	phase(three, deployments.PhaseWaiting)
+	phase(three, deployments.PhasePendingApproval)
 	order("abort")
-	phase(three, deployments.PhaseHalted)
+	phase(three, deployments.PhaseRolledBack)
 	w.live("app", "2", "web-1", "web-2")
 	order("retry")
-	phase(three, deployments.PhaseWaiting)
+	phase(three, deployments.PhasePendingApproval)
 	order("promote")
 	w.live("app", "3", "web-1", "web-2")
 	phase(three, "")

@@ -196,7 +196,7 @@ func TestOlderReleases(t *testing.T) {
 	}}
 	w.desire(app, r)
 	a.awaitRunning(app, two)
-	r.Rollout.Phase, r.Rollout.Cutoff = deployments.PhaseHalted, 0
+	r.Rollout.Phase, r.Rollout.Cutoff = deployments.PhaseRolledBack, 0
 	w.desire(app, r)
 	a.awaitRunning(app, one)
 

@@ -157,7 +157,7 @@ func gitStep(f *Fleet) policy.Step {
 // turn is a node's place in a rollout: those that are live and follow the record go one after the other, by their ranks.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
-	if p.Phase == deployments.PhaseHalted {
+	if p.Phase == deployments.PhaseRolledBack {
 		return ""
 	}
 	rank := func(name string) uint64 { return policy.Rank(name, u.Record.Target.Digest) }
@@ -182,11 +182,11 @@ func turn(u *Unit, n *Node) string {
 	switch {
 	case n.Gone || n.Report.Pinned:
 		return ""
-	case p.Phase == deployments.PhaseBack && mine <= p.Cutoff && before == 0:
+	case p.Phase == deployments.PhaseRollingBack && mine <= p.Cutoff && before == 0:
 		return "it is next"
-	case p.Phase == deployments.PhaseBack && mine <= p.Cutoff:
+	case p.Phase == deployments.PhaseRollingBack && mine <= p.Cutoff:
 		return fmt.Sprintf("%d of %s go back before it", before, count(all, "live node"))
-	case p.Phase == deployments.PhaseBack:
+	case p.Phase == deployments.PhaseRollingBack:
 		return ""
 	}
 	return fmt.Sprintf("%s in line of %s, %d admitted", ordinal(place), count(all, "live node"), admitted)

@@ -53,7 +53,7 @@ func TestExplainStates(t *testing.T) {
 	}
 	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
 	pinned := func(r *report) { r.Pinned = true }
-	waiting := progress{Phase: deployments.PhaseWaiting, Cutoff: first, Healthy: noon, Reason: "the canaries are well: waits for promote"}
+	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon, Message: "the canaries are well: waits for promote"}
 	for name, c := range map[string]struct {
 		node    report
 		entries []kv.Entry
@@ -61,17 +61,17 @@ func TestExplainStates(t *testing.T) {
 		decides, blocks, type_ string
 	}{
 		"converged":      {on(v2), []kv.Entry{desired(record{})}, "admission", "", ""},
-		"canary":         {on(v1, func(r *report) { r.Staged = v2.Digest }), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Reason: "1 of 1 canary admitted"})}, "admission", "", "kedge pin prod/web/app " + v2.String() + " --node web-1"},
-		"baking":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Healthy: noon, Reason: "the canaries bake until 2026-11-24 12:05:00Z"})}, "admission", "", "kedge promote prod/web/app"},
+		"canary":         {on(v1, func(r *report) { r.Staged = v2.Digest }), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Message: "1 of 1 canary admitted"})}, "admission", "", "kedge pin prod/web/app " + v2.String() + " --node web-1"},
+		"baking":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, HealthySince: noon, Message: "the canaries bake until 2026-11-24 12:05:00Z"})}, "admission", "", "kedge promote prod/web/app"},
 		"approval":       {on(v1), []kv.Entry{rollout(waiting)}, "admission", "", "kedge promote prod/web/app"},
-		"frozen":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseWaiting, Reason: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
-		"slot":           {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Reason: "1 of 3 nodes admitted"})}, "admission", "", ""},
-		"paused":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhasePaused, Cutoff: first, Reason: "paused by an operator"})}, "admission", "", "kedge resume prod/web/app"},
-		"going-back":     {on(v2), []kv.Entry{rollout(progress{Phase: deployments.PhaseBack, Cutoff: all, Reason: "aborted by an operator"})}, "admission", "", ""},
-		"halted":         {on(v1, failed), []kv.Entry{rollout(progress{Phase: deployments.PhaseHalted, Bad: v2.Digest, Reason: "rolled back: 1 of 3 nodes failed (web-1: health), at most 0 may"})}, "admission", "", "kedge retry prod/web/app"},
-		"replaced":       {on(v2), []kv.Entry{put(kv.DesiredKey(app), record{Target: v3, Stable: v1, Generation: 2, Commit: commit, Rollout: &progress{Phase: deployments.PhaseCanary, Reason: "0 of 1 canary admitted", Over: []deployments.Replaced{{Digest: v2.Digest, Cutoff: all, Generation: 1}}}})}, "admission", "", ""},
-		"stable-failed":  {on(v2, is(deployments.StateQuarantined, v1, "release 172d failed in health, went back: 503"), func(r *report) { r.Quarantined = []deployments.Digest{v1.Digest} }), []kv.Entry{rollout(progress{Phase: deployments.PhaseHalted, Bad: v2.Digest, Reason: "aborted by an operator"})}, "admission", "quarantine", "kedge retry prod/web/app"},
-		"first":          {report{State: deployments.StateWaiting, Generation: 2}, []kv.Entry{desired(record{Rollout: &progress{Phase: deployments.PhaseWaiting, Reason: "frozen by xmas"}})}, "admission", "", ""},
+		"frozen":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Message: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"slot":           {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Message: "1 of 3 nodes admitted"})}, "admission", "", ""},
+		"paused":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhasePaused, Cutoff: first, Message: "paused by an operator"})}, "admission", "", "kedge resume prod/web/app"},
+		"going-back":     {on(v2), []kv.Entry{rollout(progress{Phase: deployments.PhaseRollingBack, Cutoff: all, Message: "aborted by an operator"})}, "admission", "", ""},
+		"halted":         {on(v1, failed), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolledBack, Failed: v2.Digest, Message: "rolled back: 1 of 3 nodes failed (web-1: health), at most 0 may"})}, "admission", "", "kedge retry prod/web/app"},
+		"replaced":       {on(v2), []kv.Entry{put(kv.DesiredKey(app), record{Target: v3, Stable: v1, Generation: 2, Commit: commit, Rollout: &progress{Phase: deployments.PhaseCanary, Message: "0 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: all, Generation: 1}}}})}, "admission", "", ""},
+		"stable-failed":  {on(v2, is(deployments.StateQuarantined, v1, "release 172d failed in health, went back: 503"), func(r *report) { r.Quarantined = []deployments.Digest{v1.Digest} }), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolledBack, Failed: v2.Digest, Message: "aborted by an operator"})}, "admission", "quarantine", "kedge retry prod/web/app"},
+		"first":          {report{State: deployments.StateWaiting, Generation: 2}, []kv.Entry{desired(record{Rollout: &progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Message: "frozen by xmas"}})}, "admission", "", ""},
 		"quarantined":    {on(v1, failed, is(deployments.StateQuarantined, v2, "release 5ce4 failed in post, went back: exit status 1")), []kv.Entry{desired(record{Stable: v1})}, "admission", "quarantine", "kedge retry prod/web/app"},
 		"node-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.NodePinKey(app, "web-1"), v1.String()), put(kv.PinKey(app), v3.String())}, "node pin", "", "kedge unpin prod/web/app --node web-1"},
 		"unit-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.PinKey(app), "{release: "+v1.String()+", by: alice, reason: incident 812, until: 2026-11-24T14:00:00Z}")}, "unit pin", "", "kedge unpin prod/web/app"},
@@ -89,8 +89,8 @@ func TestExplainStates(t *testing.T) {
 		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},
 		"behind":         {on(v1, func(r *report) { r.Generation = 1 }), []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"silent":         {report{}, []kv.Entry{desired(record{})}, "admission", "node", ""},
-		"frozen-midway":  {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
-		"removed":        {on(v1), []kv.Entry{desired(policy.Orphaned(record{Stable: v1, Rollout: &progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: "1 of 3 nodes admitted"}}))}, "admission", "", "put prod/web/app.yaml back"},
+		"frozen-midway":  {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: deployments.ReasonFrozen, Message: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"removed":        {on(v1), []kv.Entry{desired(policy.Orphaned(record{Stable: v1, Rollout: &progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Message: "1 of 3 nodes admitted"}}))}, "admission", "", "put prod/web/app.yaml back"},
 		"order":          {on(v1), []kv.Entry{rollout(waiting), put(kv.ControlKey(app), "promote")}, "admission", "", ""},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -51,7 +51,7 @@ type Unit struct {
 }
 
 // pinned reports whether a pin decides for a unit, on nodes without one of their own.
-func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Over(now) }
+func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
 // Node is one unit on one node.
 type Node struct {

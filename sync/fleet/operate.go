@@ -176,7 +176,7 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	}
 	switch {
 	case r.Rollout != nil:
-		return strings.TrimSuffix(policy.SayPhase(r.Rollout.Phase)+": "+oneLine(r.Rollout.Reason), ": "), nil
+		return strings.TrimSuffix(policy.SayPhase(r.Rollout.Phase)+": "+oneLine(policy.SayReason(r.Rollout)), ": "), nil
 	case verb == "retry":
 		return "each node on which it failed tries it once more", nil
 	}
@@ -245,12 +245,12 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 func lastGood(u *Unit, history []mirror.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
-		bad[p.Bad] = true
+		bad[p.Failed] = true
 	}
 	again := map[deployments.Digest]bool{} // what was tried once more later on, and may have done well then
 	for _, h := range history {
-		if !again[h.Bad] {
-			bad[h.Bad] = true
+		if !again[h.Failed] {
+			bad[h.Failed] = true
 		}
 		again[h.Release.Digest] = true
 	}
@@ -355,7 +355,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
-			if !u.Pins[other].Over(f.At) {
+			if !u.Pins[other].Expired(f.At) {
 				notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
 			}
 		}

@@ -95,7 +95,7 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	record := func(phase deployments.Phase) kv.Entry {
 		r := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 2}
 		if phase != "" {
-			r.Rollout = &deployments.Progress{Phase: phase, Reason: "for the test"}
+			r.Rollout = &deployments.Progress{Phase: phase, Message: "for the test"}
 		}
 		return put(kv.DesiredKey(app), r)
 	}
@@ -110,8 +110,8 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 		{deployments.PhasePaused, "pause", "paused already"},
 		{deployments.PhaseRolling, "promote", "goes on already"},
 		{deployments.PhaseRolling, "resume", "not paused"},
-		{deployments.PhaseHalted, "abort", "rolled back"},
-		{deployments.PhaseBack, "retry", "being rolled back"},
+		{deployments.PhaseRolledBack, "abort", "rolled back"},
+		{deployments.PhaseRollingBack, "retry", "being rolled back"},
 	} {
 		store(t, s, record(c.phase))
 		if err := order(t, s, c.verb); err == nil || !strings.Contains(err.Error(), "would change nothing") || !strings.Contains(err.Error(), c.says) {
@@ -316,7 +316,7 @@ func TestRollback(t *testing.T) {
 		if err := json.Unmarshal(e.Value, &h); err != nil {
 			t.Fatal(err)
 		}
-		h.Bad = release("app", version).Digest
+		h.Failed = release("app", version).Digest
 		return put(e.Key, h)
 	}
 	failed := runs("app", "1")

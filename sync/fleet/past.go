@@ -95,7 +95,7 @@ func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	var all []deployments.Pointer
 	add := func(pin deployments.Pin, holds func(Node) bool) {
 		switch {
-		case pin.Over(now):
+		case pin.Expired(now):
 		case pin.Hold:
 			all = append(all, running(u, holds)...)
 		default:

@@ -41,7 +41,7 @@ func TestTable(t *testing.T) {
 	f := Assemble(busyFleet(), noon)
 	rolling := Assemble([]kv.Entry{
 		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1.4.2"), Stable: release("app", "1.4.1"), Generation: 2,
-			Rollout: &deployments.Progress{Phase: deployments.PhaseHalted, Since: noon, Reason: "1 of 3 nodes failed, 0 are allowed", Bad: release("app", "1.4.2").Digest}}),
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Since: noon, Message: "1 of 3 nodes failed, 0 are allowed", Failed: release("app", "1.4.2").Digest}}),
 	}, noon)
 	same := runs("app", "1.4.1") // three nodes that say the same, and a fourth
 	same.State, same.Want, same.Quarantined, same.Error = deployments.StateQuarantined, release("app", "1.4.2"), []deployments.Digest{release("app", "1.4.2").Digest},
@@ -91,7 +91,7 @@ func TestTableOfAPinThatIsOver(t *testing.T) {
 	t.Parallel()
 	f := Assemble([]kv.Entry{
 		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 2,
-			Rollout: &deployments.Progress{Phase: deployments.PhasePaused, Reason: "paused by an operator"}}),
+			Rollout: &deployments.Progress{Phase: deployments.PhasePaused, Message: "paused by an operator"}}),
 		put(kv.PinKey(app), expired("hold")), put(kv.NodePinKey(app, "web-1"), expired("hold")),
 		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
 	}, noon)

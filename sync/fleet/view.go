@@ -123,7 +123,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 	}
 	nodes := 0
 	for _, p := range u.Pins {
-		if !p.Over(f.At) {
+		if !p.Expired(f.At) {
 			nodes++
 		}
 	}
@@ -145,7 +145,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 	}
 	if u.Record != nil && u.Record.Rollout != nil {
 		phase = Text{clean(policy.SayPhase(u.Record.Rollout.Phase)), Warn}
-		if r := u.Record.Rollout.Phase; r == deployments.PhaseHalted || r == deployments.PhaseBack {
+		if r := u.Record.Rollout.Phase; r == deployments.PhaseRolledBack || r == deployments.PhaseRollingBack {
 			phase.Tone = Bad
 		}
 	}
@@ -172,8 +172,8 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	if u.Order != "" {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
 	}
-	if u.Record != nil && u.Record.Rollout != nil && u.Record.Rollout.Reason != "" {
-		add("rollout:", Plain, oneLine(u.Record.Rollout.Reason), Plain)
+	if u.Record != nil && u.Record.Rollout != nil && policy.SayReason(u.Record.Rollout) != "" {
+		add("rollout:", Plain, oneLine(policy.SayReason(u.Record.Rollout)), Plain)
 	}
 	if next := todo(u, f.At); next != "" {
 		add("next:", Warn, next, Plain)
@@ -281,7 +281,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	if !p.Until.IsZero() {
 		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
 	}
-	if p.Over(now) {
+	if p.Expired(now) {
 		s[len(s)-1] += ", which is over"
 	}
 	if p.Reason != "" {

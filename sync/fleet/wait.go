@@ -260,8 +260,8 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
 		}
 	}
-	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseHalted {
-		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), oneLine(p.Reason))
+	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack {
+		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), oneLine(policy.SayReason(p)))
 	}
 	return nil
 }
@@ -298,8 +298,8 @@ func unfinished(u *Unit, now time.Time) string {
 		}
 		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
 	}
-	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseHalted {
-		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), oneLine(p.Reason)))
+	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseRolledBack {
+		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), oneLine(policy.SayReason(p))))
 	}
 	return ""
 }

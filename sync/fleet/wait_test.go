@@ -181,7 +181,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		other := deployments.UnitID{Stage: "prod", Role: "web", Unit: "other"}
 		halted := deployments.Record{Target: release("other", "2"), Stable: release("other", "1"), Generation: 3, Commit: first,
-			Rollout: &deployments.Progress{Phase: deployments.PhaseHalted, Since: noon, Reason: "1 node failed"}}
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Since: noon, Message: "1 node failed"}}
 		ours := deployments.Record{Target: release("app", "2"), Generation: 3, Commit: second}
 		late := runs("app", "2")
 		late.Generation, late.State = 3, deployments.StateFetching
@@ -245,7 +245,7 @@ func TestWaitForARollout(t *testing.T) {
 	store(t, s, put(kv.PinKey(app), expired("hold")))
 	ended := waiting(t, s, "")
 	goesOn(t, s, ended) // the node runs what it should, but the rollout isn't over, and a pin that is says nothing of it
-	r.Rollout.Phase, r.Rollout.Reason = deployments.PhaseHalted, "1 node failed"
+	r.Rollout.Phase, r.Rollout.Message = deployments.PhaseRolledBack, "1 node failed"
 	store(t, s, put(kv.DesiredKey(app), r))
 	if err := ends(t, ended); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "1 node failed") {
 		t.Error(err)
@@ -257,7 +257,7 @@ func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
 	store(t, s, reports("web-1", runs("app", "1")))
-	for _, phase := range []deployments.Phase{deployments.PhaseRolling, deployments.PhaseHalted} {
+	for _, phase := range []deployments.Phase{deployments.PhaseRolling, deployments.PhaseRolledBack} {
 		store(t, s, put(kv.DesiredKey(app), policy.Orphaned(deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
 			Rollout: &deployments.Progress{Phase: phase, Since: noon}})))
 		if err := ends(t, waiting(t, s, "")); err != nil {

@@ -156,7 +156,7 @@ func decide(f facts) (writes []write, all bool, again time.Time) {
 			w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
 			writes = append(writes, w)
 		} else if w.after = policy.Orphaned(c.record); w.after.Rollout != c.record.Rollout {
-			w.kind, w.reason, w.value = "update", w.after.Rollout.Reason, encode(w.after)
+			w.kind, w.reason, w.value = "update", w.after.Rollout.Message, encode(w.after)
 			w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
 			writes = append(writes, w)
 		}
@@ -257,8 +257,8 @@ func recordOf(h History, now time.Time) deployments.Record {
 	switch {
 	case h.Stable.IsZero() || h.Stable == h.Release:
 		return r
-	case h.Bad == h.Release.Digest:
-		p.Phase, p.Cutoff, p.Bad, p.Reason = deployments.PhaseBack, math.MaxUint64, h.Bad, h.Note
+	case h.Failed == h.Release.Digest:
+		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
 	default:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
 	}
@@ -276,7 +276,8 @@ func onlyMoves(before, after deployments.Record) bool {
 		return false
 	}
 	still := *before.Rollout
-	still.Cutoff, still.Since, still.Healthy, still.Reason = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.Healthy, after.Rollout.Reason
+	still.Cutoff, still.Since, still.HealthySince = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.HealthySince
+	still.Reason, still.Facts, still.Message = after.Rollout.Reason, after.Rollout.Facts, after.Rollout.Message
 	before.Rollout = &still
 	return bytes.Equal(encode(before), encode(after))
 }
@@ -292,7 +293,7 @@ func history(w write, f facts) []kv.Op {
 		Subject:    f.commit.Subject,
 		Committed:  f.commit.When,
 		At:         f.now.UTC().Truncate(time.Millisecond),
-		Bad:        badBy(w, f),
+		Failed:     badBy(w, f),
 		Note:       w.note,
 	})
 	if err != nil {
@@ -307,8 +308,8 @@ func history(w write, f facts) []kv.Op {
 
 // badBy is the release that a new generation knows to be bad; zero: none.
 func badBy(w write, f facts) deployments.Digest {
-	if w.after.Rollout != nil && !w.after.Rollout.Bad.IsZero() {
-		return w.after.Rollout.Bad
+	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
+		return w.after.Rollout.Failed
 	}
 	was := w.before.Target.Digest
 	if was == w.after.Target.Digest || !slices.ContainsFunc(f.nodes(w.unit), func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) }) {

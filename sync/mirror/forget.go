@@ -94,7 +94,7 @@ var forgetMost = kv.MaxOps / kv.DeleteIf("", 0).Cost()
 func underWay(cells map[deployments.UnitID]cell) map[[2]string]bool {
 	busy := map[[2]string]bool{}
 	for id, c := range cells {
-		if p := c.record.Rollout; p != nil && p.Phase != deployments.PhaseHalted {
+		if p := c.record.Rollout; p != nil && p.Phase != deployments.PhaseRolledBack {
 			busy[[2]string{id.Stage, id.Role}] = true
 		}
 	}

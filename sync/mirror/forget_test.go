@@ -65,7 +65,7 @@ func TestForgettable(t *testing.T) {
 
 func TestUnderWay(t *testing.T) {
 	t.Parallel()
-	for phase, want := range map[deployments.Phase]bool{"": false, deployments.PhaseHalted: false, deployments.PhaseRolling: true, deployments.PhaseBack: true, deployments.PhasePaused: true} {
+	for phase, want := range map[deployments.Phase]bool{"": false, deployments.PhaseRolledBack: false, deployments.PhaseRolling: true, deployments.PhaseRollingBack: true, deployments.PhasePaused: true} {
 		c := cell{present: true}
 		if phase != "" {
 			c.record.Rollout = &deployments.Progress{Phase: phase}

@@ -3,6 +3,7 @@ package mirror
 import (
 	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -67,7 +68,7 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 	}
 	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
 	how := move.Reason
-	if r.Rollout.Phase != deployments.PhaseWaiting && u.Rollout != nil {
+	if r.Rollout.Phase != deployments.PhaseFrozen && u.Rollout != nil {
 		how = "all its nodes at once"
 		if most := u.Rollout.MaxUnavailable; most.N > 0 {
 			how = fmt.Sprintf("at most %s of its nodes at a time", most)
@@ -104,7 +105,7 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 // goal is the release that a record is about. One that was rolled back has another Target, but is still about the release
 // that Git names: want is that where the record says that it was tried.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
-	if r.Rollout != nil && !r.Rollout.Bad.IsZero() && r.Rollout.Bad == want.Digest {
+	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want
 	}
 	return r.Target
@@ -199,11 +200,28 @@ type History struct {
 	Committed time.Time `json:"committed"`
 	// At is when the mirror wrote it.
 	At time.Time `json:"at"`
-	// Bad is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
+	// Failed is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
 	// quarantine: nodes forget this, and kedge rollback is not to go back to it.
-	Bad deployments.Digest `json:"bad,omitzero"`
+	Failed deployments.Digest `json:"failed,omitzero"`
 	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
 	Note string `json:"note,omitempty"`
+}
+
+// UnmarshalJSON takes the name that the version before gave to Failed, too.
+func (h *History) UnmarshalJSON(data []byte) error {
+	type plain History
+	var both struct {
+		plain
+		Bad deployments.Digest `json:"bad"`
+	}
+	if err := json.Unmarshal(data, &both); err != nil {
+		return err
+	}
+	*h = History(both.plain)
+	if h.Failed.IsZero() {
+		h.Failed = both.Bad
+	}
+	return nil
 }
 
 // HistoryKept is how many generations of a unit stay in history/.

@@ -31,7 +31,7 @@ func TestPlan(t *testing.T) {
 	const id = "prod/web/app"
 	was := deployments.Record{Target: pointer("1"), Stable: pointer("0"), Generation: 4, Commit: "old"}
 	back := deployments.Record{Target: pointer("1"), Stable: pointer("2"), Generation: 5, Commit: "old",
-		Rollout: &deployments.Progress{Phase: deployments.PhaseBack, Bad: pointer("2").Digest}}
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Failed: pointer("2").Digest}}
 	rolling := unit(t, id, "2")
 	rolling.Rollout = &deployments.Rollout{Canary: deployments.Amount{N: 1}, MaxUnavailable: deployments.Amount{N: 10, Percent: true}}
 	after := unit(t, id, "1")

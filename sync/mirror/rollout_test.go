@@ -123,9 +123,11 @@ func TestFailureRollsBack(t *testing.T) {
 	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 	bad := pointer("app/2").Digest
-	halted := func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseHalted }
+	halted := func(r deployments.Record) bool {
+		return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack
+	}
 	r, moved := h.until(bad, 0, halted)
-	if len(moved) != 0 || r.Rollout.Bad != bad || !strings.Contains(r.Rollout.Reason, "health check failed") {
+	if len(moved) != 0 || r.Rollout.Failed != bad || !strings.Contains(r.Rollout.Message, "health check failed") {
 		t.Errorf("%v moved, %+v", moved, r.Rollout)
 	}
 
@@ -170,12 +172,14 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 			h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
 			bad := pointer("app/2").Digest
-			halted := func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseHalted }
+			halted := func(r deployments.Record) bool {
+				return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack
+			}
 			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 			h.m.runs("prod/web/app", "app/2")
 			h.until(bad, 0, halted)
 			lose(o, h)
-			if r, moved := h.until(bad, 0, halted); len(moved) > 0 || r.Rollout.Bad != bad || r.Stable != pointer("app/1") || !strings.Contains(r.Rollout.Reason, "health check failed") {
+			if r, moved := h.until(bad, 0, halted); len(moved) > 0 || r.Rollout.Failed != bad || r.Stable != pointer("app/1") || !strings.Contains(r.Rollout.Message, "health check failed") {
 				t.Errorf("%v moved, %+v, %+v", moved, r, r.Rollout)
 			}
 
@@ -202,7 +206,7 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	was := m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePaused })
 
 	m.at(o.push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
-	r := m.record("prod/web/app", func(r deployments.Record) bool { return strings.Contains(r.Rollout.Reason, "no longer in Git") })
+	r := m.record("prod/web/app", func(r deployments.Record) bool { return policy.IsOrphaned(r) })
 	if next := policy.Unblock(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || policy.Refusal("resume", r) == "" {
 		t.Errorf("%q, and resume is refused by %q", next, policy.Refusal("resume", r))
 	}
@@ -222,7 +226,7 @@ func TestFreezeHolds(t *testing.T) {
 	frozen := "freeze:\n- name: always\n  deny: \"0 * * * *\"\n  duration: 2h\n  reason: audit\n"
 	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "kedge.yaml": frozen}))
 	r := m.runs("prod/web/app", "app/2")
-	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseWaiting || p.Cutoff != 0 || !strings.Contains(p.Reason, "frozen by always") || !strings.Contains(p.Reason, "audit") {
+	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseFrozen || p.Cutoff != 0 || !strings.Contains(p.Message, "frozen by always") || !strings.Contains(p.Message, "audit") {
 		t.Fatalf("%+v, %+v", r, r.Rollout)
 	}
 	put(t, m.store, "control/prod/web/app", "promote")

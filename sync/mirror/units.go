@@ -33,7 +33,7 @@ func newUnitMetrics(m *Mirror) *unitMetrics {
 		mirror: m,
 		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
 			unit, nil),
-		rollout: prometheus.NewDesc("kedge_unit_rollout", "1 in the phase in which a unit's rollout is: canary, waiting, rolling, paused, back or halted; nothing where none is.",
+		rollout: prometheus.NewDesc("kedge_unit_rollout", "1 in the phase in which a unit's rollout is: canary, pending-approval, frozen, rolling, paused, rolling-back or rolled-back; nothing where none is.",
 			append(unit, "phase"), nil),
 		nodes: prometheus.NewDesc("kedge_unit_nodes", "Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died, other where it is none of these.",
 			append(unit, "state"), nil),

@@ -59,7 +59,7 @@ func troubledFleet(text string) *fleet.Fleet {
 	return fleet.Assemble([]kv.Entry{
 		entry(kv.MirrorKey, mirror.Status{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text, Holder: text, Refused: text, Error: text}),
 		entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2, Commit: text, Rollout: &deployments.Progress{
-			Phase: deployments.PhasePaused, Cutoff: 1 << 63, Reason: text,
+			Phase: deployments.PhasePaused, Cutoff: 1 << 63, Message: text,
 		}}),
 		entry("desired/prod/web/other", text),
 		{Key: kv.PinKey(app) + "/web-3", Value: encode(map[string]string{"release": release("1").String(), "reason": text, "by": text}), Version: 1},

@@ -1,0 +1,68 @@
+package deployments
+
+import "maps"
+
+// Reason is why something stands where it does, as a code: a decision, a rollout, a report, a refusal. Code
+// branches on it; the words that people read are made from it and its Facts in package fleet. Codes are
+// CamelCase, as the reasons of Kubernetes' conditions, and keep their meaning for ever.
+type Reason string
+
+// Facts are what a Reason is about, by name: unit, node, release, until, count. They are data, never sentences.
+type Facts map[string]string
+
+// With returns the facts with one more; f stays as it is.
+func (f Facts) With(name, value string) Facts {
+	all := maps.Clone(f)
+	if all == nil {
+		all = Facts{}
+	}
+	all[name] = value
+	return all
+}
+
+// Why a rollout stands where it does.
+const (
+	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until, reason
+	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git
+	ReasonCanary           Reason = "Canary"           // canaries go first: admitted, of
+	ReasonBaking           Reason = "Baking"           // healthy, and watched until
+	ReasonAwaitingApproval Reason = "AwaitingApproval" // baked, and waits for promote
+	ReasonRolling          Reason = "Rolling"          // admitted, of
+	ReasonPaused           Reason = "Paused"           // by an operator: by
+	ReasonAborted          Reason = "Aborted"          // by an operator: by
+	ReasonTooManyFailed    Reason = "TooManyFailed"    // failed, of, node, cause, limit
+	ReasonRetried          Reason = "Retried"          // by an operator: by
+	ReasonConverged        Reason = "Converged"        // every node runs the target
+	ReasonNoLiveNodes      Reason = "NoLiveNodes"      // waits for nodes: known
+	ReasonAllPinned        Reason = "AllPinned"        // pins decide for every node: nodes
+	ReasonNothingToGoBack  Reason = "NothingToGoBackTo"
+)
+
+// Why a node runs, or does not run, a release.
+const (
+	ReasonNoRecord           Reason = "NoRecord"
+	ReasonInvalidRecord      Reason = "InvalidRecord" // error
+	ReasonInvalidPin         Reason = "InvalidPin"    // key, error
+	ReasonPinned             Reason = "Pinned"        // by, until, reason
+	ReasonHeld               Reason = "Held"          // by, until, reason
+	ReasonTarget             Reason = "Target"        // commit, generation
+	ReasonStable             Reason = "Stable"        // not admitted to the target yet
+	ReasonNotAdmitted        Reason = "NotAdmitted"
+	ReasonRolledBack         Reason = "RolledBack"
+	ReasonSuperseded         Reason = "Superseded"       // stays on a release whose rollout was replaced
+	ReasonSourceNotAllowed   Reason = "SourceNotAllowed" // url
+	ReasonUnsigned           Reason = "Unsigned"
+	ReasonDigestMismatch     Reason = "DigestMismatch"
+	ReasonOlderThanFloor     Reason = "OlderThanFloor"
+	ReasonAgentTooOld        Reason = "AgentTooOld"        // needs
+	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
+	ReasonUnproven           Reason = "Unproven"           // a bare pointer beside a running mirror
+	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
+	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
+	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
+	ReasonDiskFull           Reason = "DiskFull"
+	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
+	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest: unit, dest
+	ReasonGone               Reason = "Gone"       // the node's agent is away
+	ReasonNotInTime          Reason = "NotInTime"  // no answer before the deadline
+)
