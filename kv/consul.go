@@ -84,7 +84,7 @@ func (s *consulStore) Get(ctx context.Context, key string) (Entry, error) {
 	}
 	var entry Entry
 	err := s.do(ctx, "get "+key, requestTimeout, func(q *api.QueryOptions) error {
-		pair, _, err := s.client.KV().Get(s.prefix+key, q)
+		pair, _, err := s.client.KV().Get(s.prefix+key, consistent(q))
 		if err != nil {
 			return err
 		}
@@ -101,7 +101,7 @@ func (s *consulStore) List(ctx context.Context, prefix string) ([]Entry, error) 
 	if err := checkPrefix(prefix); err != nil {
 		return nil, err
 	}
-	l, err := s.read(ctx, prefix, api.QueryOptions{}, requestTimeout)
+	l, err := s.certain(ctx, prefix)
 	if err != nil {
 		return nil, err
 	}
@@ -171,7 +171,7 @@ func (s *consulStore) EnsureFolders(ctx context.Context, prefixes ...string) err
 		}
 		err := s.do(ctx, "create the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
 			// Looked up first: a write that changes nothing still costs the servers a round of consensus.
-			pair, _, err := s.client.KV().Get(s.prefix+prefix, q)
+			pair, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
 			if err != nil || pair != nil {
 				return err
 			}
@@ -183,6 +183,15 @@ func (s *consulStore) EnsureFolders(ctx context.Context, prefixes ...string) err
 		}
 	}
 	return nil
+}
+
+// consistent makes a read that something is decided by: the leader answers only after a majority has
+// confirmed that it leads, and after it has applied its log. A default read is no confirmation. A leader
+// that was just elected answers those while it replays the log, with values long replaced (Consul 1.22:
+// 10 generations in one restart, keys deleted long ago among them).
+func consistent(q *api.QueryOptions) *api.QueryOptions {
+	q.RequireConsistent = true
+	return q
 }
 
 func writeOptions(q *api.QueryOptions) *api.WriteOptions {

@@ -277,7 +277,7 @@ func (l *consulLease) check(timeout time.Duration) error {
 		return err
 	}
 	return l.store.do(l.ctx, "look at the lease", timeout, func(q *api.QueryOptions) error {
-		pair, _, err := l.store.client.KV().Get(l.key, q)
+		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
 		if err == nil && (pair == nil || pair.Session != l.session) {
 			return ErrLeaseLost
 		}
@@ -290,7 +290,7 @@ func (l *consulLease) Release(ctx context.Context) error {
 	<-l.done
 	// Unlocked first: a session that is destroyed while it holds the key leaves the lock-delay behind.
 	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
-		pair, _, err := l.store.client.KV().Get(l.key, q)
+		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
 		if err != nil || pair == nil || pair.Session != l.session {
 			return err
 		}

@@ -214,7 +214,7 @@ func (p *consulPresence) open(ctx context.Context) error {
 func (p *consulPresence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
-		all, _, err = p.store.client.Session().Node(node, q)
+		all, _, err = p.store.client.Session().Node(node, consistent(q))
 		return err
 	})
 	if err != nil {
@@ -369,7 +369,7 @@ func (p *consulPresence) repair() error {
 		return nil
 	}
 	if p.session != "" {
-		info, _, err := p.store.sessionInfo(p.ctx, p.session, api.QueryOptions{}, requestTimeout)
+		info, _, err := p.store.sessionInfo(p.ctx, p.session, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 		if err != nil {
 			return err
 		}

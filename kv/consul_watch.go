@@ -86,9 +86,9 @@ func (s *consulStore) adopt(v *viewer, prefix string, l listing) {
 // blind reports whether the answer shows nothing that a blocking query could wait on.
 func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
 
-// certain reads from the leader, without blocking.
+// certain reads from the leader, without blocking: see consistent.
 func (s *consulStore) certain(ctx context.Context, prefix string) (listing, error) {
-	return s.read(ctx, prefix, api.QueryOptions{}, requestTimeout)
+	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 }
 
 // follow blocks for changes after an answer that was adopted, and adopts them, until an answer fails (its error) or
