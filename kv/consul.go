@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -25,9 +26,11 @@ type consulStore struct {
 	local  bool   // addr is this machine's own
 	// earlierAfter is a presence's.
 	earlierAfter time.Duration
-	prefix       string // ends in "/"
-	log          *slog.Logger
-	http         *http.Client
+	// strayed counts beats that reached a Consul agent which did not know the service: see heartbeat.keep.
+	strayed atomic.Int32
+	prefix  string // ends in "/"
+	log     *slog.Logger
+	http    *http.Client
 }
 
 func openConsul(c Config) (*consulStore, error) {

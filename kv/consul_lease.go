@@ -96,7 +96,9 @@ func (s *consulStore) tryLease(ctx context.Context, key, holder string, value []
 // leaseSession makes a session that ends soon after its holder's last heartbeat or, where the token may not register the service for
 // that (heart is nil then), with its TTL.
 func (s *consulStore) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
-	heart, err = s.startHeartbeat(ctx)
+	if err = errStrayed; s.strayed.Load() < maxStrayed {
+		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
+	}
 	if err == nil {
 		if session, err = heart.session(ctx, e); err == nil {
 			return heart, session, nil
@@ -138,18 +140,19 @@ func (s *consulStore) awaitFree(ctx context.Context, key string) error {
 // errNoHealthCheck: the node of the local Consul agent has no serfHealth check that a session could be tied to.
 var errNoHealthCheck = errors.New("the node has no serfHealth check")
 
-// createSession makes a session that is tied to the health of the local Consul agent's node. Where that has no
-// health, a TTL must do, and without one it is errNoHealthCheck: such a session would live for ever.
+// createSession makes a session with a TTL, which hangs on nothing else, or one without, which is tied to the health of
+// the answering Consul agent's node. errNoHealthCheck: that has none, so that the session would live for ever.
 func (s *consulStore) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
-		id, _, err = s.client.Session().Create(e, writeOptions(q))
-		if err == nil || !strings.Contains(err.Error(), "Missing check") {
+		if e.TTL != "" {
+			// One that names no checks carries serfHealth of the server that it was made at, and ends with that server.
+			id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
 			return err
 		}
-		if e.TTL == "" {
+		id, _, err = s.client.Session().Create(e, writeOptions(q))
+		if err != nil && strings.Contains(err.Error(), "Missing check") {
 			return errNoHealthCheck
 		}
-		id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
 		return err
 	})
 	if err == nil && id == "" {

@@ -29,10 +29,10 @@ const (
 	earlierAfter = 30 * time.Second
 )
 
-// consulPresence holds entries by one session. That is tied to the health of the node that the local Consul agent
-// runs on, and costs nothing while it lives, where that node has the presence's name; else, as where the address
-// is a distant server's or the node has no serfHealth check, it has a TTL and is renewed. A node that boots may get
-// the check only later, so each Put asks for it again.
+// consulPresence holds entries by one session. Where the local Consul agent's node has the presence's name, that is tied
+// to the node's health and to a check of the process that is beaten at that agent, and costs the servers nothing while it
+// lives; else, as where the address is a distant server's or the node has no serfHealth check, it has a TTL and is renewed.
+// A node that boots may get its check only later, so each Put asks for it again.
 type consulPresence struct {
 	store *consulStore
 	name  string
@@ -46,6 +46,8 @@ type consulPresence struct {
 	putting sync.Mutex
 	session string
 	node    string          // whose health the session is tied to, as Consul calls it
+	heart   *heartbeat      // tells that this process lives; nil: none
+	mute    bool            // there can't be one: said already
 	sweep   *time.Timer     // ends what an earlier process left; nil: no session yet
 	renew   bool            // the session has a TTL
 	early   bool            // for want of a health check of the node
@@ -249,10 +251,39 @@ func (p *consulPresence) openTied(ctx context.Context) (id string, err error) {
 		err = errOtherNode
 	default:
 		p.node = info.Node
-		return id, nil
+		return p.beating(ctx, id), nil
 	}
 	s.destroySession(id)
 	return "", err
+}
+
+// beating gives a session that also ends when this process does, in place of one of the node's health alone. Where there can't be
+// one it gives back the other: an agent that died is seen to be gone only with its node then.
+func (p *consulPresence) beating(ctx context.Context, plain string) (id string) {
+	s := p.store
+	var err error
+	if p.heart == nil {
+		if p.mute {
+			return plain
+		}
+		var h *heartbeat
+		if h, err = s.startHeartbeat(ctx, presenceHeartbeat); err == nil {
+			p.heart = h
+			go h.keep(p.ctx)
+		}
+	}
+	if err == nil {
+		if id, err = p.heart.session(ctx, *p.newSession()); err == nil {
+			s.destroySession(plain)
+			return id
+		}
+	}
+	if !p.mute && ctx.Err() == nil {
+		p.mute = errors.Is(err, ErrDenied)
+		s.log.Warn("should this process die and its node live, nobody will see it: it can't register its service at the Consul agent",
+			"service", PresenceService, "error", err)
+	}
+	return plain
 }
 
 func (p *consulPresence) opened(id string, renew, early bool) {
@@ -409,6 +440,9 @@ func (p *consulPresence) Close(ctx context.Context) error {
 		return nil
 	}
 	p.closed = true
+	if p.heart != nil {
+		defer p.heart.stop()
+	}
 	if p.sweep != nil && p.sweep.Stop() {
 		p.endEarlier(ctx, p.node, p.mine, 0)
 	}

@@ -73,9 +73,13 @@ func child(job string, args []string) error {
 			time.Sleep(5 * time.Millisecond)
 		}
 	case "presence":
-		p, err := s.Presence(ctx, "child")
+		name := "child"
+		if len(args) > 1 {
+			name = args[1]
+		}
+		p, err := s.Presence(ctx, name)
 		if err == nil {
-			err = p.Put(ctx, "status/prod/web/child", []byte("ready"))
+			err = p.Put(ctx, "status/prod/web/"+name, []byte("ready"))
 		}
 		if err != nil {
 			return err

@@ -29,3 +29,9 @@ key "${prefix}status/${stage}/${role}/${node}" {
 session "${node}" {
   policy = "write"
 }
+
+# The service that it registers at this node's Consul agent. Its heartbeat, which goes no further than that, lets an agent that
+# died be seen as gone within 30 s; without this rule it is not missed while its node lives.
+service "kedge-agent" {
+  policy = "write"
+}
