@@ -32,6 +32,9 @@ type Progress struct {
 	Phase Phase `json:"phase"`
 	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.
 	Cutoff uint64 `json:"cutoff,string"`
+	// Joined bounds whom Cutoff speaks to: nodes that joined later (Report.Joined), and run something, were away when
+	// it was set. They wait until Joined is raised over them, as the budget has room. 0: it speaks to all.
+	Joined uint64 `json:"joined,omitempty,string"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
 	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, where a

@@ -14,6 +14,9 @@ type Report struct {
 	// keeps the first time. The node's clock.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
+	// Joined is since when the store has held the node's entries without a gap, as kv.Presence tells it: larger after each
+	// restart, and each time that it was cut off. 0: an agent that doesn't tell.
+	Joined uint64 `json:"joined,omitempty,string"`
 	// Ready is what /ready says: every unit of every role converged and healthy.
 	Ready bool                  `json:"ready"`
 	Units map[string]UnitReport `json:"units"`

@@ -123,7 +123,7 @@ func (s *consulStore) awaitFree(ctx context.Context, key string) error {
 				return err
 			}
 			free = pair == nil || pair.Session == ""
-			index = nextIndex(index, meta.LastIndex, time.Since(asked))
+			index = nextIndex(index, meta.LastIndex, time.Since(asked), watchWait)
 			return nil
 		})
 		if err != nil || free {

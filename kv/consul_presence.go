@@ -49,6 +49,8 @@ type consulPresence struct {
 	heart   *heartbeat      // tells that this process lives; nil: none
 	mute    bool            // there can't be one: said already
 	sweep   *time.Timer     // ends what an earlier process left; nil: no session yet
+	joined  uint64          // the store's index when the session was made
+	changed chan struct{}   // closed, and made anew, when joined changes
 	renew   bool            // the session has a TTL
 	early   bool            // for want of a health check of the node
 	mine    map[string]bool // every session that this presence has had
@@ -62,10 +64,30 @@ func (s *consulStore) Presence(ctx context.Context, name string) (Presence, erro
 		return nil, errors.New("presence: the name is empty")
 	}
 	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1),
-		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}}
+		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
+}
+
+func (p *consulPresence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return 0, nil, errPresenceClosed
+	}
+	if p.session == "" {
+		if err := p.open(ctx); err != nil {
+			return 0, nil, err
+		}
+	}
+	return p.joined, p.changed, nil
+}
+
+func (p *consulPresence) Leave(key string) {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	delete(p.held, key)
 }
 
 var errPresenceClosed = errors.New("the presence is closed")
@@ -87,9 +109,21 @@ func (p *consulPresence) Put(ctx context.Context, key string, value []byte) erro
 	if err := p.put(ctx, key, value); err != nil {
 		return err
 	}
+	first := len(p.held) == 0
 	p.held[key] = bytes.Clone(value)
 	delete(p.taken, key)
+	if first {
+		p.look()
+	}
 	return nil
+}
+
+// look has keep look after what changed.
+func (p *consulPresence) look() {
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
 }
 
 // tie moves the entries from a session with a TTL to one of the node's health. Where it can't, all stays as it was, or what it
@@ -99,11 +133,11 @@ func (p *consulPresence) tie(ctx context.Context) error {
 	if old == "" {
 		return nil // the next one is opened as it can be
 	}
-	id, err := p.openTied(ctx)
+	id, _, err := p.openTied(ctx)
 	if err != nil {
 		return err
 	}
-	p.opened(id, false, false)
+	p.opened(id, p.joined, false, false)
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, ErrConflict) {
 			return err
@@ -183,9 +217,9 @@ func (p *consulPresence) swap(ctx context.Context, key string, old, value []byte
 
 // open makes the session.
 func (p *consulPresence) open(ctx context.Context) error {
-	id, err := p.openTied(ctx)
+	id, joined, err := p.openTied(ctx)
 	if err == nil {
-		p.opened(id, false, false)
+		p.opened(id, joined, false, false)
 		if p.sweep == nil {
 			p.endEarlier(ctx, p.node, p.mine, 1)
 			p.sweep = time.AfterFunc(p.store.earlierAfter, func() {
@@ -206,7 +240,15 @@ func (p *consulPresence) open(ctx context.Context) error {
 	if id, err = p.store.createSession(ctx, e); err != nil {
 		return err
 	}
-	p.opened(id, true, early)
+	info, _, err := p.store.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+	if err == nil && info == nil {
+		err = fmt.Errorf("create a session: it is gone already: %w", ErrUnavailable)
+	}
+	if err != nil {
+		p.store.destroySession(id)
+		return err
+	}
+	p.opened(id, info.CreateIndex, true, early)
 	return nil
 }
 
@@ -237,10 +279,10 @@ func (p *consulPresence) newSession() *api.SessionEntry {
 var errOtherNode = errors.New("the Consul agent is another node's")
 
 // openTied makes a session that lives as long as this node is healthy. errNoHealthCheck and errOtherNode: there can't be one.
-func (p *consulPresence) openTied(ctx context.Context) (id string, err error) {
+func (p *consulPresence) openTied(ctx context.Context) (id string, joined uint64, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
-		return "", err
+		return "", 0, err
 	}
 	info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 	switch {
@@ -251,10 +293,10 @@ func (p *consulPresence) openTied(ctx context.Context) (id string, err error) {
 		err = errOtherNode
 	default:
 		p.node = info.Node
-		return p.beating(ctx, id), nil
+		return p.beating(ctx, id), info.CreateIndex, nil
 	}
 	s.destroySession(id)
-	return "", err
+	return "", 0, err
 }
 
 // beating gives a session that also ends when this process does, in place of one of the node's health alone. Where there can't be
@@ -286,13 +328,15 @@ func (p *consulPresence) beating(ctx context.Context, plain string) (id string) 
 	return plain
 }
 
-func (p *consulPresence) opened(id string, renew, early bool) {
+func (p *consulPresence) opened(id string, joined uint64, renew, early bool) {
 	p.session, p.renew, p.early = id, renew, early
 	p.mine[id] = true
-	select {
-	case p.wake <- struct{}{}:
-	default:
+	if joined != p.joined {
+		p.joined = joined
+		close(p.changed)
+		p.changed = make(chan struct{})
 	}
+	p.look()
 }
 
 // sessionInfo gives nil for a session that is gone, and the index to wait on.
@@ -316,8 +360,14 @@ func (p *consulPresence) keep() {
 	for {
 		p.putting.Lock()
 		session, renew, idle := p.session, p.renew, len(p.held) == 0
+		watched := ""
+		for key := range p.held {
+			if !p.taken[key] && (watched == "" || key < watched) {
+				watched = key
+			}
+		}
 		p.putting.Unlock()
-		if session == "" && idle {
+		if idle {
 			select {
 			case <-p.wake:
 				continue
@@ -326,8 +376,10 @@ func (p *consulPresence) keep() {
 			}
 		}
 		var err error
-		if session != "" {
-			err = p.watchSession(session, renew)
+		if session != "" && watched != "" {
+			err = p.watchEntry(session, watched, renew)
+		} else if session != "" {
+			err = wait(p.ctx, takenPoll) // another process has taken all of it
 		}
 		if err == nil {
 			err = p.repair()
@@ -356,31 +408,37 @@ func (p *consulPresence) keep() {
 	}
 }
 
-// watchSession returns when the session is gone, or after presencePoll.
-func (p *consulPresence) watchSession(session string, renew bool) error {
+// watchEntry returns when the entry isn't as it was put, or the session doesn't hold it any more, or after presencePoll. It
+// looks with stale reads, which repair confirms.
+func (p *consulPresence) watchEntry(session, key string, renew bool) error {
+	s, most := p.store, watchWait
 	if renew {
-		for end := time.Now().Add(presencePoll); time.Now().Before(end); {
-			if err := wait(p.ctx, presenceTTL/3); err != nil {
-				return err
-			}
-			if err := p.store.renewSession(p.ctx, session, requestTimeout); errors.Is(err, ErrNotFound) {
+		most = presenceTTL / 3
+	}
+	var index uint64
+	idle := newBackoff(5*time.Millisecond, time.Second)
+	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
+		if renew {
+			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, ErrNotFound) {
 				return nil
 			} else if err != nil {
 				return err
 			}
 		}
-		return nil
-	}
-	var index uint64
-	idle := newBackoff(5*time.Millisecond, time.Second)
-	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
-		asked := time.Now()
-		e, next, err := p.store.sessionInfo(p.ctx, session,
-			api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
-		if err != nil || e == nil {
+		asked, holds := time.Now(), false
+		err := s.do(p.ctx, "look at "+key, watchTimeout, func(q *api.QueryOptions) error {
+			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, most
+			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
+			if err == nil {
+				holds = pair != nil && pair.Session == session && p.puts(key, pair.Value)
+				index = nextIndex(index, meta.LastIndex, time.Since(asked), most)
+			}
+			return err
+		})
+		if err != nil || !holds {
 			return err
 		}
-		if index = nextIndex(index, next, time.Since(asked)); index == 0 {
+		if index == 0 {
 			return wait(p.ctx, time.Second) // a restore may have left the session and changed what it holds
 		}
 		if err := wait(p.ctx, idle.NextBackOff()); err != nil {
@@ -388,6 +446,13 @@ func (p *consulPresence) watchSession(session string, renew bool) error {
 		}
 	}
 	return nil
+}
+
+// puts reports whether value is what was put at key last.
+func (p *consulPresence) puts(key string, value []byte) bool {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	return bytes.Equal(p.held[key], value)
 }
 
 // repair looks at each entry, and puts it again where this presence's session doesn't hold it. An entry that a later

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -21,12 +22,13 @@ func held(values string) func(kv.View) bool {
 	}
 }
 
-// awaitWaiting waits until a query waits for a session's end.
-func awaitWaiting(t *testing.T, f *front, session string) {
+// awaitWaiting waits until a query waits for a change of an entry after the one that is seen.
+func awaitWaiting(t *testing.T, f *front, e kv.Entry) {
 	t.Helper()
 	await(t, "a query that waits", func() error {
 		for _, r := range f.requests() {
-			if strings.HasSuffix(r.URL.Path, session) && r.URL.Query().Get("index") != "" {
+			index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
+			if strings.HasSuffix(r.URL.Path, e.Key) && index >= e.Version {
 				return nil
 			}
 		}
@@ -170,7 +172,7 @@ func TestConsulPresenceRepairs(t *testing.T) {
 	}
 	v := views.Await(t, "another session", func(v kv.View) bool { return held("server-1=ready")(v) && v.Entries[0].Session != first })
 	// A restore is seen at once by a query that waits meanwhile; by one that comes later, at the end of its wait.
-	awaitWaiting(t, f, v.Entries[0].Session)
+	awaitWaiting(t, f, v.Entries[0])
 	c.Restore(before)
 	views.Await(t, "the entry after a restore", held("server-1=ready"))
 	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("again")); err != nil {
@@ -224,7 +226,7 @@ func TestConsulPresenceWritesAgainAfterRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	v := views.Await(t, "the later report", held("server-1=later"))
-	awaitWaiting(t, f, v.Entries[0].Session)
+	awaitWaiting(t, f, v.Entries[0])
 	c.Restore(before)
 	views.Await(t, "the later report, again", func(now kv.View) bool {
 		return held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version

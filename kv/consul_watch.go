@@ -105,7 +105,7 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, ErrUnavailable)
 		}
 		took := time.Since(asked)
-		if nextIndex(index, l.meta.LastIndex, took) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
+		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
 			l.blind() || regressed(v.view.Entries, l.entries) {
 			return wait(ctx, idle.NextBackOff())
 		}
@@ -123,8 +123,8 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 
 // nextIndex gives the index to wait on after an answer, or 0, which doesn't wait, where the answer has to be doubted: an
 // index that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
-func nextIndex(sent, got uint64, took time.Duration) uint64 {
-	if sent > 0 && (got < sent || got == sent && took < watchWait) {
+func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
+	if sent > 0 && (got < sent || got == sent && took < asked) {
 		return 0
 	}
 	return max(got, 1) // below 1 it wouldn't wait

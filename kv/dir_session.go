@@ -212,6 +212,8 @@ type dirPresence struct {
 
 	mu      sync.Mutex
 	session *dirSession
+	joined  uint64        // when the session was opened, in nanoseconds
+	changed chan struct{} // closed, and made anew, when joined changes
 	held    map[string][]byte
 	closed  bool
 }
@@ -220,7 +222,7 @@ func (d *dirStore) Presence(ctx context.Context, name string) (Presence, error) 
 	if name == "" {
 		return nil, errors.New("presence: the name is empty")
 	}
-	p := &dirPresence{store: d, name: name, held: map[string][]byte{}, done: make(chan struct{})}
+	p := &dirPresence{store: d, name: name, held: map[string][]byte{}, done: make(chan struct{}), changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -247,18 +249,48 @@ func (p *dirPresence) Put(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
+func (p *dirPresence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return 0, nil, errPresenceClosed
+	}
+	err := p.store.writing(ctx, p.open)
+	if err != nil {
+		return 0, nil, fmt.Errorf("join as %s: %w", p.name, err)
+	}
+	return p.joined, p.changed, nil
+}
+
+func (p *dirPresence) Leave(key string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.held, key)
+}
+
+// open makes a session where there is none that counts. The caller holds the store's lock.
+func (p *dirPresence) open() error {
+	if p.session != nil && p.session.valid() {
+		return nil
+	}
+	if p.session != nil {
+		p.session.close()
+		p.session = nil
+	}
+	s, err := p.store.openSession("presence of " + p.name)
+	if err != nil {
+		return err
+	}
+	p.session, p.joined = s, uint64(time.Now().UnixNano())
+	close(p.changed)
+	p.changed = make(chan struct{})
+	return nil
+}
+
 // put writes entries and holds them, with a new session if the old one is gone. The caller holds the store's lock.
 func (p *dirPresence) put(entries map[string][]byte) error {
-	if p.session == nil || !p.session.valid() {
-		if p.session != nil {
-			p.session.close()
-			p.session = nil
-		}
-		s, err := p.store.openSession("presence of " + p.name)
-		if err != nil {
-			return err
-		}
-		p.session = s
+	if err := p.open(); err != nil {
+		return err
 	}
 	var changes []change
 	for _, k := range slices.Sorted(maps.Keys(entries)) {

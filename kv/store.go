@@ -186,6 +186,13 @@ type Lease interface {
 
 // Presence writes entries that say whether their writer lives: their Session is set while it does.
 type Presence interface {
+	// Joined waits until the store knows the presence, and returns since when, as a number that grows from each
+	// time to the next: from a process to the one after it on the same node, and when what it holds was lost in between,
+	// as to a node that was cut off. It compares with the numbers of other presences of the same store: the larger joined
+	// later. changed is closed once the number is another.
+	Joined(ctx context.Context) (since uint64, changed <-chan struct{}, err error)
+	// Leave lets Close leave key as it is, held by nobody, as if its writer had died: for one that comes back soon.
+	Leave(key string)
 	// Put writes key and holds it, also if an earlier process held it. When its session or entry is lost later, as to
 	// a node that was thought dead or a restored snapshot, both come back by themselves.
 	Put(ctx context.Context, key string, value []byte) error

@@ -60,6 +60,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Backend) {
 		{"lease wait is cancelled", testLeaseCancelled},
 		{"lease survives its caller's context", testLeaseContext},
 		{"presence", testPresence},
+		{"presence leaves an entry behind", testPresenceLeaves},
 		{"presence is taken over by a later process", testPresenceTakeover},
 		{"presence of several keys", testPresenceKeys},
 	}

@@ -144,6 +144,10 @@ func testPresence(t *testing.T, b Backend) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	joined, changed, err := p.Joined(t.Context())
+	if err != nil || joined == 0 {
+		t.Fatalf("it joined at %d, %v", joined, err)
+	}
 	for _, value := range []string{"starting", "ready", "ready"} {
 		if err := p.Put(t.Context(), "status/prod/web/node-1", []byte(value)); err != nil {
 			t.Fatal(err)
@@ -152,6 +156,35 @@ func testPresence(t *testing.T, b Backend) {
 	v := views.Await(t, "the report", func(v kv.View) bool { return keysOf(v.Entries) == "status/prod/web/node-1=ready" })
 	if v.Entries[0].Session == "" {
 		t.Fatal("the entry of a process that lives has no session")
+	}
+	if again, _, err := p.Joined(t.Context()); err != nil || again != joined {
+		t.Fatalf("it joined at %d, %v, and then at %d", joined, err, again)
+	}
+	select {
+	case <-changed:
+		t.Fatal("it joined once more, and has not been away")
+	default:
+	}
+	// Removed by hand, it is there again, and the node was not away.
+	if err := s.Commit(t.Context(), nil, kv.Delete("status/prod/web/node-1")); err != nil {
+		t.Fatal(err)
+	}
+	removed := v.Entries[0].Version
+	views.Await(t, "its return", func(v kv.View) bool {
+		return len(v.Entries) == 1 && v.Entries[0].Session != "" && v.Entries[0].Version != removed
+	})
+	if again, _, err := p.Joined(t.Context()); err != nil || again != joined {
+		t.Fatalf("an entry that was removed by hand made it join anew, at %d, %v", again, err)
+	}
+	later, err := b.Open(t).Presence(t.Context(), "node-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if then, _, err := later.Joined(t.Context()); err != nil || then <= joined {
+		t.Fatalf("the next process joined at %d, %v, the one before at %d", then, err, joined)
+	}
+	if err := later.Close(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
@@ -163,6 +196,29 @@ func testPresence(t *testing.T, b Backend) {
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatalf("a second close: %v", err)
 	}
+}
+
+// What is left behind looks like the entry of a process that died.
+func testPresenceLeaves(t *testing.T, b Backend) {
+	s := b.Open(t)
+	mustFolders(t, s, "status/prod/web/")
+	views := Watch(t, b.Open(t), "status/prod/web/")
+	p, err := s.Presence(t.Context(), "node-1")
+	for _, key := range []string{"status/prod/web/node-1", "status/prod/web/node-1-other"} {
+		if err == nil {
+			err = p.Put(t.Context(), key, []byte("switching"))
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.Leave("status/prod/web/node-1")
+	if err := p.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	views.Await(t, "what is left", func(v kv.View) bool {
+		return keysOf(v.Entries) == "status/prod/web/node-1=switching" && v.Entries[0].Session == ""
+	})
 }
 
 func testPresenceTakeover(t *testing.T, b Backend) {

@@ -221,4 +221,13 @@ func (p *faultyPresence) Put(ctx context.Context, key string, value []byte) erro
 	return p.f.write([]string{key}, func() error { return p.p.Put(ctx, key, value) })
 }
 
+func (p *faultyPresence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
+	if _, err := p.f.trouble(); err != nil {
+		return 0, nil, err
+	}
+	return p.p.Joined(ctx)
+}
+
+func (p *faultyPresence) Leave(key string) { p.p.Leave(key) }
+
 func (p *faultyPresence) Close(ctx context.Context) error { return p.p.Close(ctx) }

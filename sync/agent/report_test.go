@@ -18,7 +18,9 @@ type written struct {
 	reports []deployments.Report
 }
 
-func (*written) Close(context.Context) error { return nil }
+func (*written) Close(context.Context) error                             { return nil }
+func (*written) Leave(string)                                            {}
+func (*written) Joined(context.Context) (uint64, <-chan struct{}, error) { return 1, nil, nil }
 func (w *written) Put(_ context.Context, _ string, value []byte) error {
 	var r deployments.Report
 	err := json.Unmarshal(value, &r)
