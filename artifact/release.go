@@ -45,12 +45,14 @@ type Releases struct {
 	step func(name string)
 }
 
-// Release is a complete tree on disk.
+// Release is a release as this node knows it.
 type Release struct {
-	Pointer  deployments.Pointer
-	Manifest *deployments.Manifest // as it was staged here: variables filled in, URLs absolute
-	Raw      []byte                // the manifest's bytes
-	Dir      string                // absolute
+	Pointer deployments.Pointer `json:"pointer"`
+	// Manifest is as it was parsed when the release came here: the environment may have changed since.
+	Manifest *deployments.Manifest `json:"manifest"`
+	Raw      []byte                `json:"raw"` // the manifest's bytes
+	// Dir is its complete tree, absolute; empty for one that Find, Current or Stage didn't return.
+	Dir string `json:"-"`
 }
 
 // Progress is told while a release is staged or published. Bytes; Total is 0 while unknown.
@@ -112,11 +114,8 @@ func (r *Releases) private() string { return filepath.Join(r.top(), ".kedge") }
 
 // record is what .kedge/NAME.json holds of the release whose directory is NAME. It exists before the directory does.
 type record struct {
-	Pointer deployments.Pointer
-	// Manifest is as it was parsed: its environment may have changed since.
-	Manifest *deployments.Manifest
-	Raw      []byte
-	Index    deployments.Digest // of .kedge/NAME.index
+	Release
+	Index deployments.Digest `json:"index"` // of .kedge/NAME.index
 }
 
 const (
@@ -140,18 +139,30 @@ func nameOf(version string, digest deployments.Digest) string {
 }
 
 func (r *Releases) readRecord(name string) (*record, error) {
-	data, err := os.ReadFile(filepath.Join(r.private(), name+recordSuffix))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, ErrNoRelease
-	}
-	if err != nil {
-		return nil, err
-	}
 	var rec record
-	if err := json.Unmarshal(data, &rec); err != nil || rec.Manifest == nil {
-		return nil, fmt.Errorf("%w: the record of %s is damaged: %v", ErrNoRelease, name, err)
+	err := readRecord(filepath.Join(r.private(), name+recordSuffix), &rec, &rec.Release)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errDamaged) {
+		err = fmt.Errorf("%w: %w", ErrNoRelease, err)
 	}
-	return &rec, nil
+	return &rec, err
+}
+
+// errDamaged means that a release's file doesn't parse.
+var errDamaged = errors.New("it is damaged")
+
+// readRecord reads a release's file into to, which rel is a part of.
+func readRecord(path string, to any, rel *Release) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(data, to); err != nil {
+		return fmt.Errorf("reading %s: %w: %w", path, errDamaged, err)
+	}
+	if rel.Manifest == nil {
+		return fmt.Errorf("reading %s: %w: it holds no manifest", path, errDamaged)
+	}
+	return nil
 }
 
 // load gives the release whose directory is name.
@@ -164,7 +175,8 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() {
 		return nil, nil, fmt.Errorf("%s: %w", dir, ErrNoRelease)
 	}
-	return &Release{Pointer: rec.Pointer, Manifest: rec.Manifest, Raw: rec.Raw, Dir: dir}, rec, nil
+	rec.Dir = dir
+	return &rec.Release, rec, nil
 }
 
 // names lists the releases that have a record, the one last staged or switched to first.

@@ -81,7 +81,7 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 	if err != nil {
 		return nil, err
 	}
-	rec, err := json.Marshal(record{Pointer: p, Manifest: m, Raw: raw, Index: digestOf(index)})
+	rec, err := json.Marshal(record{Release: Release{Pointer: p, Manifest: m, Raw: raw}, Index: digestOf(index)})
 	if err != nil {
 		return nil, err
 	}

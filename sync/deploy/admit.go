@@ -24,7 +24,7 @@ var (
 )
 
 // admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow.
-func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*release, error) {
+func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	r, err := u.fetch(ctx, p)
 	if err != nil {
 		return nil, err
@@ -33,7 +33,7 @@ func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*release, erro
 }
 
 // allow reports why r may not be used here.
-func (u *Unit) allow(ctx context.Context, r *release) error {
+func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	if u.c.Trust != nil {
 		if err := u.c.Trust(ctx, r.Pointer, r.Raw); err != nil {
 			return fmt.Errorf("release %s: %w", r.Pointer, err)
@@ -55,7 +55,7 @@ func (u *Unit) allow(ctx context.Context, r *release) error {
 
 // order refuses a release that is older than the newest that was settled on: an old signature stays good, and whoever writes the
 // store must not bring back what was replaced for a hole in it.
-func (u *Unit) order(r *release) error {
+func (u *Unit) order(r *artifact.Release) error {
 	created := r.Manifest.Created
 	if u.c.Trust == nil || u.j.Newest.IsZero() || !created.Before(u.j.Newest) || u.c.Older != nil && u.c.Older(r.Pointer) {
 		return nil
@@ -70,23 +70,23 @@ func (u *Unit) order(r *release) error {
 }
 
 // fetch returns p's manifest, from this unit's own copy where there is one.
-func (u *Unit) fetch(ctx context.Context, p deployments.Pointer) (*release, error) {
+func (u *Unit) fetch(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	if r, err := u.recall(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
 		m, err := deployments.ParseManifest(r.Raw, p.URL, command.LookupEnv)
 		if err != nil {
 			return nil, fmt.Errorf("manifest of %s: %w", p, err)
 		}
-		return &release{Pointer: p, Manifest: m, Raw: r.Raw}, nil
+		return &artifact.Release{Pointer: p, Manifest: m, Raw: r.Raw}, nil
 	}
 	m, raw, err := artifact.FetchManifest(ctx, u.c.Objects, p, command.LookupEnv)
 	if err != nil {
 		return nil, err
 	}
-	return &release{Pointer: p, Manifest: m, Raw: raw}, nil
+	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
 // within reports the first thing of r that bounds don't allow.
-func within(b policy.Bounds, r *release) error {
+func within(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
 		return fmt.Errorf("dest %q is not a clean absolute path below /", m.Dest)

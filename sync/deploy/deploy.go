@@ -237,7 +237,7 @@ func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) error {
 	return u.stage(ctx, r)
 }
 
-func (u *Unit) stage(ctx context.Context, r *release) error {
+func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	if r.Manifest.Src != "" && r.Manifest.Strategy == deployments.StrategyRsync {
 		if _, err := exec.LookPath("rsync"); err != nil {
 			return fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
@@ -249,7 +249,7 @@ func (u *Unit) stage(ctx context.Context, r *release) error {
 	if err := u.remember(r); err != nil {
 		return err
 	}
-	if err := u.site(r).stage(ctx, r, u.j.Running, progress); err != nil {
+	if err := u.switcher(r).Stage(ctx, r, artifact.StageOptions{Base: u.j.Running, Progress: progress}); err != nil {
 		return err
 	}
 	u.at("after stage")
@@ -284,7 +284,7 @@ func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string)
 	return u.deploy(ctx, r, commit)
 }
 
-func (u *Unit) deploy(ctx context.Context, r *release, commit string) error {
+func (u *Unit) deploy(ctx context.Context, r *artifact.Release, commit string) error {
 	u.log.Info("deploying", "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err
@@ -320,7 +320,7 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 		return false
 	}
 	r, err := u.recall(u.j.Running)
-	return err == nil && u.site(r).live(r)
+	return err == nil && u.switcher(r).Live(r)
 }
 
 // Settle notes what runs, and has passed its health checks, as settled on: where Trust is set, no older release is admitted from now
@@ -359,7 +359,7 @@ func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, 
 	if err != nil || r == nil {
 		return nil, err
 	}
-	ds, err := u.site(r).verify(ctx, r, limit)
+	ds, err := u.switcher(r).Verify(ctx, r, limit)
 	if err != nil {
 		return nil, fmt.Errorf("verifying %s: %w", r.Pointer, err)
 	}
@@ -372,14 +372,14 @@ func (u *Unit) Heal(ctx context.Context) error {
 	if err != nil || r == nil {
 		return err
 	}
-	if err := u.site(r).heal(ctx, r); err != nil {
+	if err := u.switcher(r).Heal(ctx, r); err != nil {
 		return fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}
 	return nil
 }
 
 // settled returns what runs; nil while a deployment is under way.
-func (u *Unit) settled() (*release, error) {
+func (u *Unit) settled() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
 		return nil, nil
 	}

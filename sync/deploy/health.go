@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"kedge/artifact"
 	"kedge/deployments"
 )
 
@@ -23,11 +24,11 @@ const (
 type probe func(ctx context.Context) (identity string, err error)
 
 // healthy waits until the checks of r pass and have gone on passing for stable_for, and r is what is live all the while.
-func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *release) error {
+func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
 	live := func() error {
-		if !u.site(r).live(r) {
+		if !u.switcher(r).Live(r) {
 			return fmt.Errorf("%s no longer resolves to release %s", r.Manifest.Dest, r.Pointer.Digest.Short())
 		}
 		return nil

@@ -87,13 +87,6 @@ type fault struct {
 	err error // Reason's, in the process in which it happened
 }
 
-// release is a manifest that this unit has admitted.
-type release struct {
-	Pointer  deployments.Pointer   `json:"pointer"`
-	Manifest *deployments.Manifest `json:"manifest"` // as it was parsed then: the environment may be another by now
-	Raw      []byte                `json:"raw"`
-}
-
 // save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit as it was.
 func (u *Unit) save(change func(*journal)) error {
 	next := u.j
@@ -207,7 +200,7 @@ func (u *Unit) salvage() (running deployments.Pointer, version string) {
 		if err != nil || info.ModTime().Before(newest) {
 			continue
 		}
-		r, err := u.read(filepath.Join(u.c.Dir, manifestsDir, e.Name()))
+		r, err := artifact.ReadRelease(filepath.Join(u.c.Dir, manifestsDir, e.Name()))
 		if err != nil || r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 			continue
 		}
@@ -221,57 +214,31 @@ func (u *Unit) salvage() (running deployments.Pointer, version string) {
 }
 
 func (u *Unit) manifestFile(d deployments.Digest) string {
-	return filepath.Join(u.c.Dir, manifestsDir, d.String()+".json")
+	return filepath.Join(u.manifestsDir(), d.String()+".json")
 }
 
 // remember keeps r's manifest, so that going back to it needs neither network nor environment.
-func (u *Unit) remember(r *release) error {
+func (u *Unit) remember(r *artifact.Release) error {
 	path := u.manifestFile(r.Pointer.Digest)
-	if old, err := u.read(path); err == nil && bytes.Equal(old.Raw, r.Raw) && old.Pointer == r.Pointer {
+	if old, err := artifact.ReadRelease(path); err == nil && bytes.Equal(old.Raw, r.Raw) && old.Pointer == r.Pointer {
 		return nil
 	}
-	data, err := json.Marshal(r)
-	if err != nil {
-		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
-	}
-	if err := writeFile(path, data); err != nil {
+	if err := artifact.WriteRelease(path, r); err != nil {
 		return fmt.Errorf("keeping the manifest of %s: %w", r.Pointer.Digest.Short(), err)
 	}
 	return nil
 }
 
 // recall returns a release that was remembered; nil for the zero pointer.
-func (u *Unit) recall(p deployments.Pointer) (*release, error) {
+func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil
 	}
-	r, err := u.read(u.manifestFile(p.Digest))
+	r, err := artifact.ReadRelease(u.manifestFile(p.Digest))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
 	}
 	return r, err
-}
-
-func (u *Unit) pruneManifests(keep []deployments.Digest) error {
-	return removeBut(filepath.Join(u.c.Dir, manifestsDir), ".json", keep)
-}
-
-func (u *Unit) read(path string) (*release, error) {
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	var r release
-	if err := json.Unmarshal(data, &r); err != nil {
-		return nil, fmt.Errorf("reading %s: %w", path, err)
-	}
-	if r.Manifest == nil {
-		return nil, fmt.Errorf("reading %s: it holds no manifest", path)
-	}
-	return &r, nil
 }
 
 // writeFile replaces path in one step, durable once it returns: written aside, synced, renamed, its directory synced.

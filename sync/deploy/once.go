@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 
+	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
@@ -69,7 +70,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 }
 
 // locate admits the manifest at a URL or pointer.
-func (u *Unit) locate(ctx context.Context, text string) (*release, error) {
+func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, error) {
 	if p, err := deployments.ParsePointer(text); err == nil {
 		return u.admit(ctx, p)
 	}
@@ -85,25 +86,25 @@ func (u *Unit) locate(ctx context.Context, text string) (*release, error) {
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(text), err)
 	}
-	r := &release{Pointer: deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, Manifest: m, Raw: raw}
+	r := &artifact.Release{Pointer: deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, Manifest: m, Raw: raw}
 	return r, u.allow(ctx, r)
 }
 
 // adopt takes what r's dest links to, if it is one of ours, for the release that runs.
-func (u *Unit) adopt(r *release) error {
-	l, ok := u.site(r).(linked)
-	if !ok {
+func (u *Unit) adopt(r *artifact.Release) error {
+	if r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 		return nil
 	}
-	live, err := l.releases.Current()
+	live, err := artifact.Open(r.Manifest.Dest, u.c.Objects, u.log).Current()
 	if err != nil || live.Pointer.Digest == r.Pointer.Digest {
 		return nil // nothing that could be gone back to
 	}
-	old := &release{Pointer: live.Pointer, Manifest: live.Manifest, Raw: live.Raw}
-	if err := u.remember(old); err != nil {
+	if err := u.remember(live); err != nil {
 		return err
 	}
-	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = old.Pointer, old.Pointer, old.Manifest.Version })
+	return u.save(func(j *journal) {
+		j.Running, j.LastGood, j.Version = live.Pointer, live.Pointer, live.Manifest.Version
+	})
 }
 
 // maxInput bounds what ParseInput reads: Consul keeps 256 events of some 500 bytes.

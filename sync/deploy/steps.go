@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"slices"
 	"syscall"
@@ -42,9 +41,6 @@ var (
 
 // takeBackWithin bounds what is done after the context's end, to leave everything as it was.
 const takeBackWithin = 30 * time.Second
-
-// errUntouched is in an error of a switch that changed nothing.
-var errUntouched = errors.New("dest was not touched")
 
 func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
 func (s step) goesBack() bool     { return slices.Contains(backSteps, s) }
@@ -98,7 +94,7 @@ func (j *journal) fail(err error) {
 	}
 	j.Quarantined = append(j.Quarantined, quarantine{Digest: d.Release.Digest, Step: d.Step, Reason: short(err), At: time.Now().UTC()})
 	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
-	if errors.Is(err, errUntouched) {
+	if errors.Is(err, artifact.ErrUntouched) {
 		d.Touched = d.Over
 	}
 	d.enter(stepBack)
@@ -202,13 +198,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case stepPre:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
 	case stepSwitch:
-		if r.Manifest.Src != "" {
-			// What a way back left that was cut short would be taken for a step of the next one.
-			if err := os.RemoveAll(trees{u}.aside(r)); err != nil {
-				return nil, fmt.Errorf("removing a release that failed before: %w", err)
-			}
-		}
-		return running(r), u.site(r).forward(ctx, r)
+		return running(r), u.switcher(r).Switch(ctx, r)
 	case stepPost:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)
 	case stepHealth:
@@ -237,7 +227,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		if !d.Touched && u.j.Running == old.Pointer {
 			return nil, nil
 		}
-		return running(old), u.site(old).back(ctx, old, r)
+		return running(old), u.switcher(old).SwitchBack(ctx, old, r, d.Over)
 	case d.Step == stepBackPost:
 		err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post)
 		return nil, u.note(ctx, "a post command of the release that it went back to failed", err)
@@ -250,7 +240,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	return nil, nil
 }
 
-func running(r *release) func(*journal) {
+func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) { j.Running, j.Version, j.Confirmed = r.Pointer, r.Manifest.Version, false }
 }
 
@@ -275,7 +265,7 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 }
 
 // need returns a release's manifest, from this node or, after a damaged journal, from storage; nil for the zero pointer.
-func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*release, error) {
+func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil
 	}
@@ -286,7 +276,7 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*release, error
 }
 
 // commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the failed one.
-func (u *Unit) commands(ctx context.Context, d *deployment, r, other *release, list []deployments.Command) error {
+func (u *Unit) commands(ctx context.Context, d *deployment, r, other *artifact.Release, list []deployments.Command) error {
 	for _, c := range list {
 		var stdin []byte
 		if d.Step == stepSuccess || d.Step == stepFailure {
@@ -299,9 +289,9 @@ func (u *Unit) commands(ctx context.Context, d *deployment, r, other *release, l
 	return nil
 }
 
-func (u *Unit) env(d *deployment, r, other *release) command.Env {
+func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	env := command.Env{
-		Unit: u.c.ID, Node: u.c.Node(), Step: string(d.Step), Release: u.site(r).dir(r), Dest: r.Manifest.Dest,
+		Unit: u.c.ID, Node: u.c.Node(), Step: string(d.Step), Release: u.switcher(r).Dir(r), Dest: r.Manifest.Dest,
 		Digest: r.Pointer.Digest, Version: r.Manifest.Version, Name: r.Manifest.Name, Commit: d.Commit, Run: d.Run,
 	}
 	switch d.Step {
@@ -311,7 +301,7 @@ func (u *Unit) env(d *deployment, r, other *release) command.Env {
 		env.Step = string(stepHealth)
 	}
 	if other != nil {
-		env.Previous = u.site(other).dir(other)
+		env.Previous = u.switcher(other).Dir(other)
 	}
 	if d.Fault != nil {
 		env.Error = d.Fault.Reason
@@ -338,14 +328,14 @@ func (u *Unit) endLeftovers(ctx context.Context) error {
 
 // tidy removes what neither what runs, nor what is good, nor what is staged needs. It comes after a success only: a failed
 // release is kept for whoever looks at it, until then.
-func (u *Unit) tidy(r *release) error {
+func (u *Unit) tidy(r *artifact.Release) error {
 	var keep []deployments.Digest
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		if !p.IsZero() {
 			keep = append(keep, p.Digest)
 		}
 	}
-	return errors.Join(u.site(r).prune(r, keep), u.pruneTrees(keep), u.pruneManifests(keep))
+	return errors.Join(u.switcher(r).Prune(r, keep), artifact.PruneTrees(u.treesDir(), keep), artifact.PruneReleases(u.manifestsDir(), keep))
 }
 
 // transient reports whether an error of a switch is the machine's fault, not the release's.

@@ -1,0 +1,274 @@
+package artifact
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// treeSwitcher is what the strategies rsync and mv share: unpacked trees, TREES/DIGEST, complete once one has that
+// name.
+type treeSwitcher struct{ c SwitcherConfig }
+
+func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
+
+func (t treeSwitcher) tree(r *Release) string {
+	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
+}
+
+func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) error {
+	tree := t.tree(r)
+	if exists(tree) {
+		return nil
+	}
+	part := tree + ".part"
+	if err := unpackTree(ctx, t.c.Objects, r, part, opt); err != nil {
+		return err
+	}
+	return moveDurably(part, tree)
+}
+
+// unpackTree puts r's tree into dir, which it makes anew, and syncs it.
+func unpackTree(ctx context.Context, objects *object.Client, r *Release, dir string, opt StageOptions) error {
+	if err := removeTree(dir); err != nil {
+		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("making a directory to unpack into: %w", err)
+	}
+	if err := Unpack(ctx, objects, r.Manifest, dir, opt); err != nil {
+		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), removeTree(dir))
+	}
+	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
+		return fmt.Errorf("setting dest_mode: %w", err)
+	}
+	return syncFS(dir)
+}
+
+// clear removes a link that the release strategy left at dest: what is written through it would change a release.
+func (t treeSwitcher) clear(r *Release) error {
+	target, err := os.Readlink(r.Manifest.Dest)
+	if err != nil {
+		return nil // absent, or a directory
+	}
+	if !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(r.Manifest.Dest), target)
+	}
+	if filepath.Dir(target) != r.Manifest.Dest+".releases" {
+		return nil
+	}
+	return os.Remove(r.Manifest.Dest)
+}
+
+func (t treeSwitcher) Prune(r *Release, _ []deployments.Digest) error {
+	return removeTree(t.beside(r) + ".part")
+}
+
+// rsyncSwitcher is StrategyRsync.
+type rsyncSwitcher struct{ treeSwitcher }
+
+func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
+	if err := removeAside(r); err != nil {
+		return err
+	}
+	if err := s.clear(r); err != nil {
+		return fmt.Errorf("removing the link at dest: %w", err)
+	}
+	if parent := filepath.Dir(r.Manifest.Dest); !exists(parent) {
+		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", parent)
+	}
+	if err := s.tool(ctx, "rsync", append(s.args(r), "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
+		return err
+	}
+	return syncFS(r.Manifest.Dest)
+}
+
+func (s rsyncSwitcher) args(r *Release) []string {
+	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
+	args := []string{"-a", "--delete", "--checksum"}
+	if from := r.Manifest.ExcludeFrom; from != "" {
+		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
+	}
+	for _, e := range r.Manifest.Excludes {
+		args = append(args, "--exclude", e)
+	}
+	return args
+}
+
+func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
+		return fmt.Errorf("unpacking anew the release to go back to: %w", err)
+	}
+	return s.Switch(ctx, r)
+}
+
+func (s rsyncSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+
+// Verify asks rsync what it would change. It can't bound its own reading, so limit is not kept.
+func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
+	if !exists(s.tree(r)) {
+		return nil, nil
+	}
+	output, err := s.c.Tool(ctx, true, "rsync", append(s.args(r), "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
+	if err != nil {
+		return nil, err
+	}
+	return itemized(string(output)), nil
+}
+
+func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) error {
+	return s.SwitchBack(ctx, r, nil, false)
+}
+
+// itemized reads rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
+func itemized(out string) []Difference {
+	var ds []Difference
+	for line := range strings.Lines(out) {
+		flags, path, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		path = strings.TrimSuffix(strings.TrimLeft(path, " "), "/")
+		switch {
+		case !ok || path == "":
+		case flags == "*deleting":
+			ds = append(ds, Difference{Path: path, What: "extra"})
+		case len(flags) < 8:
+		case strings.Trim(flags[2:], "+") == "":
+			ds = append(ds, Difference{Path: path, What: "missing"})
+		case strings.ContainsAny(flags[2:4], "cs"):
+			ds = append(ds, Difference{Path: path, What: map[bool]string{true: "link", false: "content"}[flags[1] == 'L']})
+		case flags[5] == 'p':
+			ds = append(ds, Difference{Path: path, What: "mode"})
+		case flags[6] == 'o' || flags[7] == 'g':
+			ds = append(ds, Difference{Path: path, What: "owner"})
+		}
+	}
+	return ds
+}
+
+// moveSwitcher is StrategyMv: the tree is renamed to dest, which mustn't exist.
+type moveSwitcher struct{ treeSwitcher }
+
+// beside is where a tree is copied that lies on another file system than dest.
+func (t treeSwitcher) beside(r *Release) string {
+	dest := r.Manifest.Dest
+	return filepath.Join(filepath.Dir(dest), "."+filepath.Base(dest)+".kedge-"+r.Pointer.Digest.Short())
+}
+
+func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
+	if err := removeAside(r); err != nil {
+		return err
+	}
+	return m.put(ctx, r)
+}
+
+// put moves r's tree to dest.
+func (m moveSwitcher) put(ctx context.Context, r *Release) error {
+	dest, tree, beside := r.Manifest.Dest, m.tree(r), m.beside(r)
+	if err := m.clear(r); err != nil {
+		return fmt.Errorf("removing the link at dest: %w", err)
+	}
+	if exists(dest) && !m.staged(r) {
+		return nil // it was cut off after the rename
+	}
+	if exists(dest) {
+		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away", ErrUntouched, dest)
+	}
+	if !exists(beside) {
+		err := moveDurably(tree, dest)
+		if !errors.Is(err, syscall.EXDEV) {
+			return err
+		}
+		if err := removeTree(beside + ".part"); err != nil {
+			return fmt.Errorf("copying the tree beside dest: %w", err)
+		}
+		if err := m.tool(ctx, "cp", "-a", tree, beside+".part"); err != nil {
+			return errors.Join(fmt.Errorf("copying the tree beside dest: %w", err), removeTree(beside+".part"))
+		}
+		if err := syncFS(beside + ".part"); err != nil {
+			return err
+		}
+		if err := moveDurably(beside+".part", beside); err != nil {
+			return err
+		}
+	}
+	if err := removeTree(tree); err != nil {
+		return fmt.Errorf("removing the tree that was copied beside dest: %w", err)
+	}
+	return moveDurably(beside, dest)
+}
+
+func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty bool) error {
+	dest, aside := r.Manifest.Dest, asideOf(r)
+	staged := m.staged(r)
+	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != dest
+	unmoved := elsewhere || failed.Manifest.Strategy == deployments.StrategyMv && m.staged(failed)
+	if unmoved && !dirty && exists(dest) && !exists(aside) {
+		return nil // the failed one was never moved to dest
+	}
+	if exists(aside) && exists(dest) && !staged {
+		return removeTree(aside) // it was cut off after the last rename
+	}
+	if !staged {
+		if err := m.Stage(ctx, r, StageOptions{}); err != nil {
+			return fmt.Errorf("unpacking anew the release to go back to: %w", err)
+		}
+	}
+	if exists(dest) && !exists(aside) {
+		if err := moveDurably(dest, aside); err != nil {
+			return err
+		}
+	}
+	if err := m.put(ctx, r); err != nil {
+		return err
+	}
+	return removeTree(aside)
+}
+
+func (m moveSwitcher) staged(r *Release) bool { return exists(m.tree(r)) || exists(m.beside(r)) }
+
+func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
+
+// Verify has nothing to compare with: the tree was moved, and what runs may write into it.
+func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {
+	return nil, nil
+}
+
+// Heal brings back a tree that is gone, as it was published.
+func (m moveSwitcher) Heal(ctx context.Context, r *Release) error {
+	if exists(r.Manifest.Dest) {
+		return nil
+	}
+	if err := m.Stage(ctx, r, StageOptions{}); err != nil {
+		return fmt.Errorf("unpacking anew the release that is gone: %w", err)
+	}
+	return m.Switch(ctx, r)
+}
+
+// tool runs a program that copies. A full disk is told from its output: its exit status doesn't say.
+func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
+	output, err := t.c.Tool(ctx, false, name, args...)
+	if err != nil && bytes.Contains(output, []byte("No space left on device")) {
+		return fmt.Errorf("%w: %w", syscall.ENOSPC, err)
+	}
+	return err
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// moveDurably renames within one file system, durable once it returns.
+func moveDurably(from, to string) error {
+	if err := os.Rename(from, to); err != nil {
+		return err
+	}
+	return errors.Join(syncDir(filepath.Dir(to)), syncDir(filepath.Dir(from)))
+}

@@ -1,0 +1,213 @@
+package artifact
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// ErrUntouched is in an error of Switch that changed nothing at dest.
+var ErrUntouched = errors.New("dest was not touched")
+
+// Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut
+// off at any point.
+type Switcher interface {
+	// Stage makes rel lie complete on this disk; nothing at dest changes.
+	Stage(ctx context.Context, rel *Release, opt StageOptions) error
+	// Switch makes rel live at dest.
+	Switch(ctx context.Context, rel *Release) error
+	// SwitchBack makes rel live again after failed, or a part of it. It stages rel again if its tree is gone.
+	// dirty says that a release before failed may have changed dest, too.
+	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
+	// Live reports whether dest holds rel, as far as a few system calls can tell.
+	Live(rel *Release) bool
+	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
+	Dir(rel *Release) string
+	// Verify compares the live tree with rel; limit bounds what is read, in bytes a second (0: not).
+	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
+	// Heal makes the live tree as rel says.
+	Heal(ctx context.Context, rel *Release) error
+	// Prune removes what only releases need that are not in keep.
+	Prune(rel *Release, keep []deployments.Digest) error
+}
+
+// SwitcherConfig configures a Switcher.
+type SwitcherConfig struct {
+	Objects *object.Client
+	Log     *slog.Logger // nil: discard
+	// Trees is a private directory for the unpacked trees of the strategies rsync and mv.
+	Trees string
+	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
+	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
+}
+
+// NewSwitcher returns the Switcher of m's strategy and dest.
+func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
+	switch {
+	case m.Src == "":
+		return commandsOnly{}
+	case m.Strategy == deployments.StrategyRelease:
+		return linkSwitcher{Open(m.Dest, c.Objects, c.Log)}
+	case m.Strategy == deployments.StrategyMv:
+		return moveSwitcher{treeSwitcher{c}}
+	default:
+		return rsyncSwitcher{treeSwitcher{c}}
+	}
+}
+
+// commandsOnly is the Switcher of manifests without src.
+type commandsOnly struct{}
+
+func (commandsOnly) Stage(context.Context, *Release, StageOptions) error           { return nil }
+func (commandsOnly) Switch(context.Context, *Release) error                        { return nil }
+func (commandsOnly) SwitchBack(_ context.Context, _, _ *Release, _ bool) error     { return nil }
+func (commandsOnly) Live(*Release) bool                                            { return true }
+func (commandsOnly) Dir(*Release) string                                           { return "" }
+func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
+func (commandsOnly) Heal(context.Context, *Release) error                          { return nil }
+func (commandsOnly) Prune(*Release, []deployments.Digest) error                    { return nil }
+
+// linkSwitcher is StrategyRelease: directories beside dest, and dest a link to one of them.
+type linkSwitcher struct{ releases *Releases }
+
+func (l linkSwitcher) Stage(ctx context.Context, rel *Release, opt StageOptions) error {
+	_, err := l.releases.Stage(ctx, rel.Pointer, rel.Manifest, rel.Raw, opt)
+	return err
+}
+
+func (l linkSwitcher) Switch(_ context.Context, rel *Release) error {
+	if err := removeAside(rel); err != nil {
+		return err
+	}
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if err != nil {
+		return fmt.Errorf("finding the release to switch to: %w", err)
+	}
+	return l.releases.Switch(found)
+}
+
+func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) error {
+	if _, err := l.releases.Find(rel.Pointer.Digest); errors.Is(err, ErrNoRelease) {
+		if err := l.Stage(ctx, rel, StageOptions{}); err != nil {
+			return fmt.Errorf("staging again the release to go back to: %w", err)
+		}
+	}
+	return l.Switch(ctx, rel)
+}
+
+func (l linkSwitcher) Live(rel *Release) bool {
+	dir := l.Dir(rel)
+	if dir == "" {
+		return false
+	}
+	got, err := filepath.EvalSymlinks(rel.Manifest.Dest)
+	if err != nil {
+		return false
+	}
+	want, err := filepath.EvalSymlinks(dir)
+	return err == nil && got == want
+}
+
+func (l linkSwitcher) Dir(rel *Release) string {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if err != nil {
+		return ""
+	}
+	return found.Dir
+}
+
+func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if errors.Is(err, ErrNoRelease) {
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return l.releases.Verify(ctx, found, limit)
+}
+
+// Heal exchanges the release's directory, if something in it differs or it is gone, for one that is staged again,
+// and leads dest back to it.
+func (l linkSwitcher) Heal(ctx context.Context, rel *Release) error {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if errors.Is(err, ErrNoRelease) {
+		return l.SwitchBack(ctx, rel, nil, false)
+	}
+	if err != nil {
+		return err
+	}
+	if ds, err := l.releases.Verify(ctx, found, 0); err != nil || len(ds) > 0 {
+		if err := l.releases.Heal(ctx, found); err != nil {
+			return err
+		}
+	}
+	return l.releases.Switch(found)
+}
+
+func (l linkSwitcher) Prune(rel *Release, keep []deployments.Digest) error {
+	return l.releases.Prune(rel.Manifest.Keep, keep...)
+}
+
+// asideOf is where strategy mv puts a release that failed, until the one before it is back.
+func asideOf(rel *Release) string {
+	dest := rel.Manifest.Dest
+	return filepath.Join(filepath.Dir(dest), "."+filepath.Base(dest)+".kedge-failed")
+}
+
+// removeAside removes what a way back left that was cut short: the next one would take it for a step of its own.
+func removeAside(rel *Release) error {
+	if err := removeTree(asideOf(rel)); err != nil {
+		return fmt.Errorf("removing a release that failed before: %w", err)
+	}
+	return nil
+}
+
+// PruneTrees removes all of SwitcherConfig.Trees but the trees of keep.
+func PruneTrees(dir string, keep []deployments.Digest) error { return removeBut(dir, "", keep) }
+
+// ReadRelease reads what WriteRelease wrote.
+func ReadRelease(path string) (*Release, error) {
+	var rel Release
+	return &rel, readRecord(path, &rel, &rel)
+}
+
+// WriteRelease keeps rel in a private file, durable once it returns.
+func WriteRelease(path string, rel *Release) error {
+	data, err := json.Marshal(rel)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	return writeDurably(path, data)
+}
+
+// PruneReleases removes all files that WriteRelease wrote as DIR/DIGEST.json, but those of keep.
+func PruneReleases(dir string, keep []deployments.Digest) error {
+	return removeBut(dir, recordSuffix, keep)
+}
+
+// removeBut removes all of dir but DIGEST+suffix of keep.
+func removeBut(dir, suffix string, keep []deployments.Digest) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	for _, e := range entries {
+		if !slices.ContainsFunc(keep, func(d deployments.Digest) bool { return d.String()+suffix == e.Name() }) {
+			err = errors.Join(err, removeTree(filepath.Join(dir, e.Name())))
+		}
+	}
+	return err
+}
