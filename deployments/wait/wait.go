@@ -1,0 +1,57 @@
+// Package wait holds what every loop that waits needs: a pause that a context ends, backoff, jitter and a signal.
+package wait
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+)
+
+// For pauses for d, by the monotonic clock, and returns nil, or the cause of ctx's end if that comes first.
+func For(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
+		return context.Cause(ctx)
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Jitter returns a random duration within part of d on either side, so that many processes don't act in step.
+// A part of 0.2 is ±20 %.
+func Jitter(d time.Duration, part float64) time.Duration {
+	return time.Duration(float64(d) * (1 - part + 2*part*rand.Float64()))
+}
+
+// Backoff returns the pauses between tries. The average doubles from first to limit, and each pause is anywhere
+// between nothing and twice the average, so that a fleet that failed together doesn't try again together.
+func Backoff(first, limit time.Duration) *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval, b.MaxInterval = first, limit
+	b.Multiplier, b.RandomizationFactor = 2, 1
+	return b
+}
+
+// Signal wakes one goroutine. Signals that are set before it receives from C count as one.
+type Signal struct{ c chan struct{} }
+
+// NewSignal returns a signal that isn't set.
+func NewSignal() Signal { return Signal{make(chan struct{}, 1)} }
+
+// Set wakes the receiver, now or when it next receives. It never blocks.
+func (s Signal) Set() {
+	select {
+	case s.c <- struct{}{}:
+	default:
+	}
+}
+
+// C delivers once for all calls of Set since the last delivery.
+func (s Signal) C() <-chan struct{} { return s.c }
