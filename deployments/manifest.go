@@ -37,6 +37,10 @@ type Manifest struct {
 	Owner string
 	// Keep is how many old releases stay beside the running and the last good one, at least 1. Default 3.
 	Keep int
+	// Shared are paths of the tree, relative and clean, that live outside of the release and stay across releases.
+	Shared []string
+	// Symlinks says whether links of the archive may lead out of the tree.
+	Symlinks Symlinks
 	// Immutable says that nothing writes into the live tree, so that the next release may share files by hard link.
 	Immutable bool
 
@@ -45,6 +49,14 @@ type Manifest struct {
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
 }
+
+// Symlinks is where symbolic links of a release may lead. None is ever followed when writing.
+type Symlinks string
+
+const (
+	SymlinksInside Symlinks = "inside" // the default: links lead to paths within the tree
+	SymlinksAny    Symlinks = "any"    // anywhere, absolute targets included, as in a virtualenv
+)
 
 // Blob is an object that the manifest pins.
 type Blob struct {
@@ -84,15 +96,21 @@ type Command struct {
 	Timeout time.Duration
 	// User is whom it runs as, by name or number; empty: whoever the agent runs as.
 	User string
+	// Once says that it is not run again after it was cut off: for what restarts the agent or the machine.
+	Once bool
 }
 
-// Health decides whether a switched release stays.
+// Health decides whether a switched release stays, and whether a live one is healthy.
 type Health struct {
 	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
 	Timeout time.Duration
 	// StableFor is how long they must go on passing, until each has been tried once more at its end. Default 0: once is enough.
 	StableFor time.Duration
-	Checks    []Check
+	// Every is the time between two rounds of checks while the release is live; default 10 s. Failures is how many
+	// rounds in a row must fail before it counts as unhealthy; default 3.
+	Every    time.Duration
+	Failures int
+	Checks   []Check
 }
 
 // Check is one of its kinds: exactly one of HTTP, TCP, Exec, Systemd and Consul is set.
@@ -107,7 +125,17 @@ type Check struct {
 	// Interval is the time between two tries, but for Health.StableFor where that is shorter (and at least 1 s); default 1 s.
 	// Timeout bounds one try; default 5 s.
 	Interval, Timeout time.Duration
+	// During limits when it is tried.
+	During During
 }
+
+// During is when a check is tried.
+type During string
+
+const (
+	DuringAlways During = ""       // at the switch, and for as long as the release is live
+	DuringDeploy During = "deploy" // at the switch alone: for what all nodes share, such as a database
+)
 
 // HTTPCheck passes on status 2xx, or on Status where set, and where Contains is in the first 64 KiB of the body.
 type HTTPCheck struct {

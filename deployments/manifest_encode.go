@@ -51,6 +51,12 @@ func (m *Manifest) Encode() ([]byte, error) {
 	add(&out, "exclude_from", m.ExcludeFrom, m.ExcludeFrom != "")
 	add(&out, "owner", m.Owner, m.Owner != "")
 	add(&out, "keep", m.Keep, m.Keep != 0 && m.Keep != defaultKeep)
+	var shared []scalar
+	for _, p := range m.Shared {
+		shared = append(shared, scalar(p))
+	}
+	add(&out, "shared", shared, len(shared) > 0)
+	add(&out, "symlinks", string(m.Symlinks), m.Symlinks != "" && m.Symlinks != SymlinksInside)
 	add(&out, "immutable", true, m.Immutable)
 
 	var commands yaml.MapSlice
@@ -60,13 +66,14 @@ func (m *Manifest) Encode() ([]byte, error) {
 	}{{"pre", m.Commands.Pre}, {"post", m.Commands.Post}, {"success", m.Commands.Success}, {"failure", m.Commands.Failure}} {
 		var items []any
 		for _, c := range list.commands {
-			if (c.Timeout == 0 || c.Timeout == DefaultCommandTimeout) && c.User == "" {
+			if (c.Timeout == 0 || c.Timeout == DefaultCommandTimeout) && c.User == "" && !c.Once {
 				items = append(items, scalar(c.Run))
 				continue
 			}
 			item := yaml.MapSlice{{Key: "run", Value: scalar(c.Run)}}
 			add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != DefaultCommandTimeout)
 			add(&item, "user", c.User, c.User != "")
+			add(&item, "once", true, c.Once)
 			items = append(items, item)
 		}
 		add(&commands, list.name, items, len(items) > 0)
@@ -76,6 +83,8 @@ func (m *Manifest) Encode() ([]byte, error) {
 	var health yaml.MapSlice
 	add(&health, "timeout", m.Health.Timeout.String(), m.Health.Timeout != 0 && m.Health.Timeout != defaultHealthTimeout)
 	add(&health, "stable_for", m.Health.StableFor.String(), m.Health.StableFor != 0)
+	add(&health, "every", m.Health.Every.String(), m.Health.Every != 0 && m.Health.Every != defaultHealthEvery)
+	add(&health, "failures", m.Health.Failures, m.Health.Failures != 0 && m.Health.Failures != defaultHealthFailures)
 	var checks []yaml.MapSlice
 	for _, c := range m.Health.Checks {
 		var item yaml.MapSlice
@@ -91,6 +100,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 		add(&item, "consul", c.Consul, c.Consul != "")
 		add(&item, "interval", c.Interval.String(), c.Interval != 0 && c.Interval != defaultCheckInterval)
 		add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != defaultCheckTimeout)
+		add(&item, "during", string(c.During), c.During != "")
 		checks = append(checks, item)
 	}
 	add(&health, "checks", checks, len(checks) > 0)

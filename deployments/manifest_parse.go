@@ -24,6 +24,9 @@ const (
 
 	DefaultCommandTimeout = 10 * time.Minute
 	defaultHealthTimeout  = 60 * time.Second
+	defaultHealthEvery    = 10 * time.Second
+	defaultHealthFailures = 3
+	maxHealthFailures     = 1000
 	defaultCheckInterval  = time.Second
 	defaultCheckTimeout   = 5 * time.Second
 )
@@ -70,7 +73,8 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	}
 	r := &manifestReader{reader: reader{file: "manifest", open: open, lax: true}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
 		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
-		Health: Health{Timeout: defaultHealthTimeout},
+		Symlinks: SymlinksInside,
+		Health:   Health{Timeout: defaultHealthTimeout, Every: defaultHealthEvery, Failures: defaultHealthFailures},
 	}}
 	root := r.parse([]byte(text), MaxManifest)
 	if root == nil {
@@ -202,6 +206,8 @@ func (r *manifestReader) read(root ast.Node) {
 		"exclude_from":  into(&r.reader, &m.ExcludeFrom, asText),
 		"owner":         into(&r.reader, &m.Owner, asOwner),
 		"keep":          into(&r.reader, &m.Keep, asInt(1, maxKeep)),
+		"shared":        intoList(&r.reader, &m.Shared, asShared),
+		"symlinks":      into(&r.reader, &m.Symlinks, asOneOf(SymlinksInside, SymlinksAny)),
 		"immutable":     into(&r.reader, &m.Immutable, asBool),
 		"commands":      r.commands,
 		"health":        r.health,
@@ -225,6 +231,8 @@ func (r *manifestReader) read(root ast.Node) {
 		r.at(place("index"), "an index without src")
 	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
 		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
+	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
+		r.at(place("shared"), "shared needs sync_strategy release: the others change dest in place, and excludes keep a path there")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
 		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
 	}
@@ -318,6 +326,7 @@ func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 					"run":     into(&r.reader, &c.Run, asText),
 					"timeout": into(&r.reader, &c.Timeout, asPositive),
 					"user":    into(&r.reader, &c.User, asUser),
+					"once":    into(&r.reader, &c.Once, asBool),
 				})
 				if seen["run"] == nil {
 					r.at(item, "a command has no run")
@@ -335,6 +344,8 @@ func (r *manifestReader) health(n ast.Node) {
 	r.fields(n, "health", map[string]func(ast.Node){
 		"timeout":    into(&r.reader, &h.Timeout, asPositive),
 		"stable_for": into(&r.reader, &h.StableFor, asDuration),
+		"every":      into(&r.reader, &h.Every, asPositive),
+		"failures":   into(&r.reader, &h.Failures, asInt(1, maxHealthFailures)),
 		"checks": func(n ast.Node) {
 			r.each(n, func(item ast.Node) { h.Checks = append(h.Checks, r.check(item)) })
 		},
@@ -368,6 +379,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 	known := map[string]func(ast.Node){
 		"interval": into(&r.reader, &c.Interval, asPositive),
 		"timeout":  into(&r.reader, &c.Timeout, asPositive),
+		"during":   into(&r.reader, &c.During, asOneOf(DuringDeploy)),
 	}
 	for name, f := range kinds {
 		known[name] = f
@@ -454,6 +466,15 @@ func asDest(s string) (string, error) {
 		return "", fmt.Errorf("dest %q: want an absolute path, as in /srv/app", clip(s))
 	}
 	return filepath.Clean(s), nil
+}
+
+// asShared reads a path of the tree that stays across releases.
+func asShared(s string) (string, error) {
+	clean := path.Clean(s)
+	if !filepath.IsLocal(s) || clean == "." || len(s) > 1024 || strings.ContainsAny(s, "\x00\n") {
+		return "", fmt.Errorf("shared %q: want a path within the tree, as in log or public/uploads", clip(s))
+	}
+	return clean, nil
 }
 
 func asOwner(s string) (string, error) {

@@ -47,7 +47,8 @@ func TestStretchersManifest(t *testing.T) {
 			Pre: []Command{run("echo 'staring deploy'")}, Post: []Command{run("echo 'deploy done'")},
 			Success: []Command{run("echo 'deploy success'"), run("cat >> /path/to/deploy.log")}, Failure: []Command{run("echo 'deploy failed!!'")},
 		},
-		Health: Health{Timeout: time.Minute},
+		Symlinks: SymlinksInside,
+		Health:   Health{Timeout: time.Minute, Every: 10 * time.Second, Failures: 3},
 	}
 	if !reflect.DeepEqual(m, want) {
 		t.Errorf("got  %+v\nwant %+v", m, want)
@@ -62,6 +63,11 @@ func TestManifestMistakes(t *testing.T) {
 		{"fields without a value, as stretcher takes them", base + "dest_mode:\nsync_strategy:\nexcludes:\ncommands:\n  pre:\n  post: [uptime]\n", ""},
 		{"a checksum without a value", "src: app.tar\ndest: /srv/app\nchecksum:\n", "checksum is missing"},
 		{"commands only", "commands:\n  pre: [uptime]\n", ""},
+		{"what stays, and checks that go on", base + "sync_strategy: release\nshared: [log, public/uploads]\nsymlinks: any\nhealth: {every: 30s, failures: 5, checks: [{tcp: 'db:1', during: deploy}]}\ncommands: {post: [{run: reboot, once: true}]}\n", ""},
+		{"shared outside", base + "sync_strategy: release\nshared: [../x]\n", "want a path within the tree"},
+		{"shared with rsync", base + "shared: [log]\n", "shared needs sync_strategy release"},
+		{"symlinks", base + "symlinks: none\n", `"none"`},
+		{"during", base + "health: {checks: [{tcp: 'db:1', during: always}]}\n", `"always"`},
 		{"empty", "\n", "empty"},
 		{"an unknown field", base + "desc: x\n", `manifest:4:1: unknown field "desc" in the manifest: did you mean "dest"?`},
 		{"no dest", "src: app.tar\nchecksum: " + hex64 + "\n", "dest is missing"},
@@ -182,19 +188,20 @@ func TestManifestRoundTrip(t *testing.T) {
 		return time.Duration(rapid.Int64Range(1, 1e6).Draw(t, "ms")) * time.Millisecond
 	})
 	commands := rapid.SliceOfN(rapid.Custom(func(t *rapid.T) Command {
-		return Command{Run: strings.TrimSpace(text.Draw(t, "run")) + ".", Timeout: span.Draw(t, "timeout"), User: rapid.SampledFrom([]string{"", "www-data", "1000"}).Draw(t, "user")}
+		return Command{Run: strings.TrimSpace(text.Draw(t, "run")) + ".", Timeout: span.Draw(t, "timeout"), User: rapid.SampledFrom([]string{"", "www-data", "1000"}).Draw(t, "user"), Once: rapid.Bool().Draw(t, "once")}
 	}), 0, 3)
 	rapid.Check(t, func(t *rapid.T) {
 		m := &Manifest{
 			Name: word.Draw(t, "name"), Version: word.Draw(t, "version"), Src: "s3://acme-releases/web/1.4.2/a.tar.zst", Checksum: hex64,
 			Size: rapid.Int64Range(1, 1<<40).Draw(t, "size"), Dest: "/srv/" + word.Draw(t, "dest"), DestMode: 0o750, Strategy: StrategyRelease, Keep: rapid.IntRange(1, 9).Draw(t, "keep"),
-			Owner: "www-data:www-data", Immutable: rapid.Bool().Draw(t, "immutable"), Drain: span.Draw(t, "drain"),
+			Owner: "www-data:www-data", Immutable: rapid.Bool().Draw(t, "immutable"), Drain: span.Draw(t, "drain"), Shared: []string{"log", "public/up loads"},
+			Symlinks: rapid.SampledFrom([]Symlinks{SymlinksInside, SymlinksAny}).Draw(t, "symlinks"),
 			Index:    &Blob{URL: "s3://acme-releases/web/1.4.2/index", Size: 5, SHA256: Digest{1}},
 			Deltas:   []Delta{{From: Digest{2}, Blob: Blob{URL: "s3://acme-releases/web/1.4.2/delta", Size: 6, SHA256: Digest{3}}}},
 			Commands: Commands{Pre: commands.Draw(t, "pre"), Post: commands.Draw(t, "post"), Success: commands.Draw(t, "success"), Failure: commands.Draw(t, "failure")},
-			Health: Health{Timeout: span.Draw(t, "health"), StableFor: span.Draw(t, "stable"), Checks: []Check{
+			Health: Health{Timeout: span.Draw(t, "health"), StableFor: span.Draw(t, "stable"), Every: span.Draw(t, "every"), Failures: rapid.IntRange(1, 9).Draw(t, "failures"), Checks: []Check{
 				{HTTP: &HTTPCheck{URL: "http://127.0.0.1/x", Status: 204, Contains: strings.TrimSpace(text.Draw(t, "contains"))}, Interval: span.Draw(t, "interval"), Timeout: time.Second},
-				{TCP: "localhost:80", Interval: time.Second, Timeout: 5 * time.Second},
+				{TCP: "localhost:80", Interval: time.Second, Timeout: 5 * time.Second, During: DuringDeploy},
 			}},
 		}
 		data, err := m.Encode()
