@@ -30,13 +30,38 @@ func Jitter(d time.Duration, part float64) time.Duration {
 	return time.Duration(float64(d) * (1 - part + 2*part*rand.Float64()))
 }
 
-// Backoff returns the pauses between tries. The average doubles from first to limit, and each pause is anywhere
-// between nothing and twice the average, so that a fleet that failed together doesn't try again together.
-func Backoff(first, limit time.Duration) *backoff.ExponentialBackOff {
+// Backoff gives the pauses between tries. The average doubles from first to limit, and each pause is anywhere between
+// nothing and twice the average, so that a fleet that failed together doesn't try again together.
+type Backoff struct {
+	pauses *backoff.ExponentialBackOff
+	tries  int
+}
+
+// NewBackoff returns a backoff whose pauses are first on average at first, and limit in the end.
+func NewBackoff(first, limit time.Duration) *Backoff {
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval, b.MaxInterval = first, limit
 	b.Multiplier, b.RandomizationFactor = 2, 1
-	return b
+	b.Reset()
+	return &Backoff{pauses: b}
+}
+
+// Next returns the next pause.
+func (b *Backoff) Next() time.Duration {
+	b.tries++
+	return b.pauses.NextBackOff()
+}
+
+// Wait pauses for Next, as For does.
+func (b *Backoff) Wait(ctx context.Context) error { return For(ctx, b.Next()) }
+
+// Tries returns the number of pauses since the last Reset.
+func (b *Backoff) Tries() int { return b.tries }
+
+// Reset begins anew, after a success.
+func (b *Backoff) Reset() {
+	b.tries = 0
+	b.pauses.Reset()
 }
 
 // Signal wakes one goroutine. Signals that are set before it receives from C count as one.

@@ -42,11 +42,17 @@ func TestJitterStaysWithinItsPart(t *testing.T) {
 }
 
 func TestBackoffDoublesUpToItsLimit(t *testing.T) {
-	b := wait.Backoff(time.Second, 4*time.Second)
-	for _, most := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second, 8 * time.Second} {
-		if d := b.NextBackOff(); d < 0 || d > most {
-			t.Errorf("a pause of %v, want at most %v", d, most)
+	b := wait.NewBackoff(time.Second, 4*time.Second)
+	for range 2 {
+		for i, most := range []time.Duration{2 * time.Second, 4 * time.Second, 8 * time.Second, 8 * time.Second} {
+			if b.Tries() != i {
+				t.Errorf("%d tries, want %d", b.Tries(), i)
+			}
+			if d := b.Next(); d < 0 || d > most {
+				t.Errorf("a pause of %v, want at most %v", d, most)
+			}
 		}
+		b.Reset()
 	}
 }
 

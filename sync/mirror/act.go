@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -139,7 +140,7 @@ const snapshotEvery = time.Hour
 
 // keepSnapshot hands the newest records to Config.Snapshot, until it takes them.
 func (l *leader) keepSnapshot(ctx context.Context) error {
-	retry := newBackOff(time.Second, time.Minute)
+	retry := wait.NewBackoff(time.Second, time.Minute)
 	var entries []kv.Entry
 	var again <-chan time.Time
 	for failed := false; ; {
@@ -164,7 +165,7 @@ func (l *leader) keepSnapshot(ctx context.Context) error {
 				l.c.Log.Warn("the snapshot of the desired state can't be written", "error", err)
 			}
 			failed = true
-			again = time.After(retry.NextBackOff())
+			again = time.After(retry.Next())
 		}
 	}
 }

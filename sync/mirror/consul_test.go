@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 )
@@ -44,7 +45,7 @@ func TestConsulRightsAndOutage(t *testing.T) {
 	server := consul.Servers[0]
 	server.Suspend()
 	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	if err := wait(t.Context(), 2*time.Second); err != nil {
+	if err := wait.For(t.Context(), 2*time.Second); err != nil {
 		t.Fatal(err)
 	}
 	server.Resume()

@@ -20,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -92,14 +93,14 @@ func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	m.heed()
-	ask(m.hooked)
+	m.hooked.Set()
 	w.WriteHeader(code)
 }
 
 // heed does what a webhook asks for, whichever mirror it came to.
 func (m *Mirror) heed() {
 	m.Trigger()
-	ask(m.hurry)
+	m.hurry.Set()
 }
 
 // hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now and then. And it is
@@ -109,12 +110,12 @@ const hookPause = 2 * time.Second
 // passOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer knows which one that is,
 // and they don't try another. One that came to a mirror which is about to lose the lease is not lost: whoever takes it polls.
 func (m *Mirror) passOn(ctx context.Context) {
-	retry := newBackOff(time.Second, 30*time.Second)
+	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
 		select {
 		case <-ctx.Done():
 			return
-		case <-m.hooked:
+		case <-m.hooked.C():
 		}
 		if m.leads() {
 			continue
@@ -129,10 +130,10 @@ func (m *Mirror) passOn(ctx context.Context) {
 				m.c.Log.Warn("a webhook can't be passed on to the mirror that holds the lease, it is tried again", "store", m.c.Store, "error", err)
 			}
 			failed = true
-			ask(m.hooked)
-			pause = retry.NextBackOff()
+			m.hooked.Set()
+			pause = retry.Next()
 		}
-		_ = wait(ctx, pause)
+		_ = wait.For(ctx, pause)
 	}
 }
 

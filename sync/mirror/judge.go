@@ -184,7 +184,7 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 	case i.err = <-i.result:
 		i.ended = time.Now()
 		if i.failed() {
-			i.next = i.ended.Add(l.patience.NextBackOff())
+			i.next = i.ended.Add(l.patience.Next())
 		}
 	default:
 	}

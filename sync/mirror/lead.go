@@ -9,17 +9,17 @@ import (
 	"sync"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
 )
 
 // lead waits for the lease, works while it holds, and waits again.
 func (m *Mirror) lead(ctx context.Context) {
-	retry := newBackOff(500*time.Millisecond, 30*time.Second)
+	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	failed := false
 	for ctx.Err() == nil {
 		lease, err := m.c.Store.Lease(ctx, kv.MirrorLease, m.c.Name, m.c.LeaseTTL)
@@ -31,13 +31,13 @@ func (m *Mirror) lead(ctx context.Context) {
 				m.c.Log.Warn("cannot ask for the mirror's lease", "store", m.c.Store, "error", err)
 			}
 			failed = true
-			_ = wait(ctx, retry.NextBackOff())
+			_ = retry.Wait(ctx)
 			continue
 		}
 		failed = false
 		retry.Reset()
 		m.work(ctx, lease)
-		_ = wait(ctx, jitter(time.Second)) // whoever else waits goes first
+		_ = wait.For(ctx, wait.Jitter(time.Second, 0.2)) // whoever else waits goes first
 	}
 }
 
@@ -82,8 +82,8 @@ type leader struct {
 	desired  kv.View
 	control  kv.View
 	status   kv.View
-	state    kv.View       // of mirror/
-	wake     chan struct{} // holds one
+	state    kv.View // of mirror/
+	wake     wait.Signal
 	snapshot chan []kv.Entry
 
 	hook uint64 // the version of kv.MirrorHook that was heeded; sawState's alone
@@ -96,7 +96,7 @@ type leader struct {
 	judged     string  // the head that was last judged, against accepted's, and the verdict
 	verdict    error
 	inspection *inspection // of judged's releases; nil: none was needed yet
-	patience   *backoff.ExponentialBackOff
+	patience   *wait.Backoff
 	inspecting sync.WaitGroup
 	owned      map[deployments.UnitID]own
 	obeyed     map[deployments.UnitID]uint64  // versions of orders that were consumed
@@ -114,12 +114,12 @@ type leader struct {
 func newLeader(m *Mirror, lease kv.Lease) *leader {
 	return &leader{
 		Mirror: m, lease: lease,
-		wake: make(chan struct{}, 1), snapshot: make(chan []kv.Entry, 1),
+		wake: wait.NewSignal(), snapshot: make(chan []kv.Entry, 1),
 		owned: map[deployments.UnitID]own{}, obeyed: map[deployments.UnitID]uint64{}, folders: map[[2]string]bool{},
 		past: map[deployments.UnitID]History{}, pastOf: map[[2]string]bool{},
 		ranks:    map[deployments.UnitID]*policy.Ranks{},
 		absent:   map[string]absence{},
-		patience: newBackOff(m.patience, max(m.patience, maxPatience)),
+		patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience)),
 	}
 }
 
@@ -164,7 +164,7 @@ func (l *leader) begin(ctx context.Context) error {
 
 // persist does f until it succeeds, the lease is lost or ctx ends.
 func (l *leader) persist(ctx context.Context, what string, f func(context.Context) error) error {
-	retry := newBackOff(500*time.Millisecond, 30*time.Second)
+	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for tries := 0; ; tries++ {
 		err := f(ctx)
 		if err == nil || errors.Is(err, kv.ErrLeaseLost) {
@@ -176,7 +176,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 		if tries == 0 {
 			l.c.Log.Warn("the store is in trouble", "doing", what, "store", l.c.Store, "error", err)
 		}
-		if err := wait(ctx, retry.NextBackOff()); err != nil {
+		if err := retry.Wait(ctx); err != nil {
 			return err
 		}
 	}
@@ -184,7 +184,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 
 // loop observes, decides, acts and reports, whenever something changed.
 func (l *leader) loop(ctx context.Context) error {
-	retry := newBackOff(200*time.Millisecond, 30*time.Second)
+	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
 	var trouble error
 	for {
 		git, gitChanged := l.gitChanged()
@@ -201,17 +201,17 @@ func (l *leader) loop(ctx context.Context) error {
 			trouble = nil
 			retry.Reset()
 		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
-			again = jitter(time.Second)
+			again = wait.Jitter(time.Second, 0.2)
 		default:
 			if trouble == nil {
 				l.c.Log.Warn("the store takes no writes", "store", l.c.Store, "error", err)
 			}
 			trouble = err
-			again = retry.NextBackOff()
+			again = retry.Next()
 			gitChanged = nil
 			// Wakes that come one after the other, as from a fleet that reports, must not hurry it.
-			pause := min(again, jitter(time.Second))
-			if err := wait(ctx, pause); err != nil {
+			pause := min(again, wait.Jitter(time.Second, 0.2))
+			if err := wait.For(ctx, pause); err != nil {
 				return err
 			}
 			again = max(time.Millisecond, again-pause)
@@ -224,9 +224,9 @@ func (l *leader) loop(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-gitChanged:
-		case <-l.hurry:
+		case <-l.hurry.C():
 			l.hurried()
-		case <-l.wake:
+		case <-l.wake.C():
 		case <-clock:
 		}
 	}

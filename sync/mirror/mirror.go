@@ -20,18 +20,17 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
 	"sync"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/artifact/object"
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -83,9 +82,9 @@ type Mirror struct {
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
 
-	poke   chan struct{} // asks for a poll; holds one
-	hooked chan struct{} // asks for a webhook to be passed on; holds one
-	hurry  chan struct{} // asks the leader to look for releases anew; holds one
+	poke   wait.Signal // asks for a poll
+	hooked wait.Signal // asks for a webhook to be passed on
+	hurry  wait.Signal // asks the leader to look for releases anew
 
 	hookPause, patience, forgetAfter time.Duration // as the constants of these names
 
@@ -136,8 +135,8 @@ func New(c Config) (*Mirror, error) {
 	if c.Releases.Objects == nil {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
-	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: make(chan struct{}, 1), changed: make(chan struct{}),
-		hooked: make(chan struct{}, 1), hurry: make(chan struct{}, 1), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter}
+	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: wait.NewSignal(), changed: make(chan struct{}),
+		hooked: wait.NewSignal(), hurry: wait.NewSignal(), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
@@ -182,15 +181,7 @@ func (m *Mirror) Addr() string {
 }
 
 // Trigger asks for a poll at once.
-func (m *Mirror) Trigger() { ask(m.poke) }
-
-// ask leaves a request in a channel that holds one, unless there is one already.
-func ask(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
+func (m *Mirror) Trigger() { m.poke.Set() }
 
 // Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
 func (m *Mirror) Run(ctx context.Context) error {
@@ -206,7 +197,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 
 // follow keeps m.git up to date, whether this mirror holds the lease or waits for it.
 func (m *Mirror) follow(ctx context.Context) {
-	retry := newBackOff(100*time.Millisecond, 30*time.Second)
+	retry := wait.NewBackoff(100*time.Millisecond, 30*time.Second)
 	for ctx.Err() == nil {
 		before, began := m.state(), time.Now()
 		after := m.look(ctx, before)
@@ -215,18 +206,18 @@ func (m *Mirror) follow(ctx context.Context) {
 		}
 		m.setState(after)
 		m.logGit(before, after)
-		delay := jitter(m.repo.interval())
+		delay := wait.Jitter(m.repo.interval(), 0.2)
 		switch {
 		case after.away == nil:
 			retry.Reset()
 		case errors.Is(after.away, errNoBranch): // somebody has to push: nothing to hurry for
 		default:
-			delay = retry.NextBackOff()
+			delay = retry.Next()
 		}
 		select {
 		case <-ctx.Done():
-		case <-m.poke:
-			if err := wait(ctx, m.repo.pause()-time.Since(began)); err != nil {
+		case <-m.poke.C():
+			if err := wait.For(ctx, m.repo.pause()-time.Since(began)); err != nil {
 				return
 			}
 		case <-time.After(delay):
@@ -315,27 +306,6 @@ func (m *Mirror) gitChanged() (gitState, <-chan struct{}) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.git, m.changed
-}
-
-// wait returns nil after d, or ctx's error.
-func wait(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-time.After(d):
-		return nil
-	}
-}
-
-// jitter spreads d by ±20 %, so that several mirrors don't poll in step.
-func jitter(d time.Duration) time.Duration {
-	return time.Duration(float64(d) * (0.8 + 0.4*rand.Float64()))
-}
-
-func newBackOff(first, most time.Duration) *backoff.ExponentialBackOff {
-	b := backoff.NewExponentialBackOff()
-	b.InitialInterval, b.MaxInterval, b.Multiplier, b.RandomizationFactor = first, most, 2, 0.5
-	return b
 }
 
 // text is an error's, "" for nil: errors of some types can't be compared themselves.

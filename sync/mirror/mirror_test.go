@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -519,7 +520,7 @@ func TestStoreThatRefuses(t *testing.T) {
 	asked, began := store.asked.Load(), time.Now()
 	for i := range 200 {
 		put(t, store.Store, "status/prod/web/web-1", strconv.Itoa(i))
-		if err := wait(t.Context(), 5*time.Millisecond); err != nil {
+		if err := wait.For(t.Context(), 5*time.Millisecond); err != nil {
 			t.Fatal(err)
 		}
 	}

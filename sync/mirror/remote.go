@@ -24,6 +24,8 @@ import (
 	"github.com/go-git/go-git/v5/storage/memory"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -312,7 +314,7 @@ func (c *counter) Write(p []byte) (int, error) {
 // endStalled cancels once progress gives the same for as long as stall.
 func endStalled(ctx context.Context, stall time.Duration, cancel context.CancelCauseFunc, progress func() int64) {
 	last, since := progress(), time.Now()
-	for wait(ctx, stall/8) == nil {
+	for wait.For(ctx, stall/8) == nil {
 		if now := progress(); now != last {
 			last, since = now, time.Now()
 		}

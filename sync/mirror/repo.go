@@ -18,6 +18,8 @@ import (
 	"github.com/go-git/go-git/v5/storage/filesystem/dotgit"
 
 	"github.com/go-git/go-billy/v5/osfs"
+
+	"kedge/deployments/wait"
 )
 
 // repo is where commits come from: a Git directory on this machine, read in place, or a remote one, read through a cache.
@@ -130,7 +132,7 @@ func (r *localRepo) watch(ctx context.Context, changed func()) {
 			r.log.Warn("cannot watch the repository, it is polled instead", "repo", r.path, "error", err)
 		}
 		changed()
-		if wait(ctx, time.Second) != nil {
+		if wait.For(ctx, time.Second) != nil {
 			return
 		}
 	}

@@ -62,7 +62,7 @@ func (l *leader) sawState(v kv.View) {
 	l.poked()
 }
 
-func (l *leader) poked() { ask(l.wake) }
+func (l *leader) poked() { l.wake.Set() }
 
 // observe sorts the view by unit, and notes which writes of this mirror it shows.
 func (l *leader) observe(view kv.View) map[deployments.UnitID]cell {
