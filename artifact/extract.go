@@ -23,9 +23,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -169,24 +166,11 @@ func (b *bounded) Read(p []byte) (int, error) {
 
 // archive tells what raw is by its first bytes.
 func (x *extractor) archive(raw *bufio.Reader, name string) error {
-	head, _ := raw.Peek(4)
-	content := raw
-	switch {
-	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(raw)
-		if err != nil {
-			return fmt.Errorf("gzip: %w", err)
-		}
-		defer z.Close()
-		content, name = bufio.NewReaderSize(&bounded{z, x.left}, 256<<10), strings.TrimSuffix(name, ".gz")
-	case bytes.Equal(head, []byte{0x28, 0xb5, 0x2f, 0xfd}) || len(head) == 4 && head[0]&0xf0 == 0x50 && bytes.Equal(head[1:], []byte{0x2a, 0x4d, 0x18}):
-		z, err := zstd.NewReader(raw, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderMaxMemory(2*maxWindow))
-		if err != nil {
-			return fmt.Errorf("zstd: %w", err)
-		}
-		defer z.Close()
-		content, name = bufio.NewReaderSize(&bounded{z, x.left}, 256<<10), strings.TrimSuffix(name, ".zst")
+	content, name, free, err := decompress(raw, name, x.left)
+	if err != nil {
+		return cutOff(err)
 	}
+	defer free()
 	// An archive of nothing is two blocks of zeros, or none at all.
 	block, err := content.Peek(512)
 	switch {

@@ -112,6 +112,8 @@ func TestArchivesOfAnyone(t *testing.T) {
 	for name, data := range map[string][]byte{
 		"app.tar": plain, "app.tar.gz": gz(plain), "app.tgz": gz(plain), "app.tar.zst": zst(t, plain), "no-suffix": gz(plain),
 		"frames.tar.zst": append(zst(t, plain[:5000]), zst(t, plain[5000:])...),
+		"app.tar.bz2":    compressed(t, "bzip2", plain), "app.tar.xz": compressed(t, "xz", plain), "app.tbz": compressed(t, "bzip2", plain),
+		"streams.tar.xz": append(compressed(t, "xz", plain[:5120]), compressed(t, "xz", plain[5120:])...),
 		// As pzstd and the seekable format have them.
 		"skippable.tar.zst": append([]byte{0x5a, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 'x', 'y'}, zst(t, plain)...),
 	} {
@@ -559,6 +561,8 @@ func FuzzExtract(f *testing.F) {
 	f.Add(goodTar(f))
 	f.Add(gz(goodTar(f)))
 	f.Add(zst(f, goodTar(f)))
+	f.Add(compressed(f, "bzip2", goodTar(f)))
+	f.Add(compressed(f, "xz", goodTar(f)))
 	for _, h := range hostile(f) {
 		f.Add(h.data)
 		f.Add(gz(h.data))
