@@ -47,6 +47,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
 )
@@ -104,8 +105,8 @@ type Agent struct {
 	// fetched ahead.
 	fetching, ahead chan struct{}
 
-	kicked    chan struct{} // asks the loop for a turn; holds one
-	reportNow chan struct{} // asks for a look at the reports; holds one
+	kicked    wait.Signal   // asks the loop for a turn
+	reportNow wait.Signal   // asks for a look at the reports
 	pulse     chan struct{} // Alive's
 	converged chan struct{} // closed once
 
@@ -160,7 +161,7 @@ func New(c Config) (_ *Agent, err error) {
 	a := &Agent{
 		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
 		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
-		kicked: make(chan struct{}, 1), reportNow: make(chan struct{}, 1),
+		kicked: wait.NewSignal(), reportNow: wait.NewSignal(),
 		pulse: make(chan struct{}), converged: make(chan struct{}),
 	}
 	if a.lock, err = takeLock(c.StateDir); err != nil {
@@ -271,7 +272,7 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 			found = true
 			u.log.Info("retry asked for on this node")
 			u.forget, u.refused = true, nil
-			u.retry.reset()
+			u.retry.Reset()
 			u.retryAt = time.Time{}
 			u.nudge()
 		}
@@ -282,17 +283,11 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 
 // kick asks the loop to decide anew.
 func (a *Agent) kick() {
-	select {
-	case a.kicked <- struct{}{}:
-	default: // asked already
-	}
+	a.kicked.Set()
 }
 
 func (a *Agent) kickReport() {
-	select {
-	case a.reportNow <- struct{}{}:
-	default:
-	}
+	a.reportNow.Set()
 }
 
 // unitsOnDisk are the units of this node's roles that it has ever deployed: one that was cut off is recovered, whatever the store says.
@@ -315,17 +310,17 @@ func (a *Agent) unitsOnDisk() []deployments.UnitID {
 
 // watch follows one prefix of the store until ctx ends.
 func (a *Agent) watch(ctx context.Context, s *source) {
-	var retry backOff
+	retry := newBackoff()
 	for ctx.Err() == nil {
 		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
-			retry.reset()
+			retry.Reset()
 			a.saw(ctx, s, v)
 		})
 		if ctx.Err() != nil {
 			return
 		}
 		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.prefix, "error", err)
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return
 		}
 	}
@@ -354,7 +349,7 @@ func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 // makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the mirror's job; where
 // there is none, and the agent's token may, it helps itself. It tries until the prefix can be read: the token may be new, or the store away.
 func (a *Agent) makeFolder(ctx context.Context, s *source) {
-	var retry backOff
+	retry := newBackoff()
 	for a.lacksFolder(s) {
 		err := a.c.Store.EnsureFolders(ctx, s.prefix)
 		if err == nil {
@@ -365,7 +360,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *source) {
 			return
 		}
 		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.prefix, "error", err)
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return
 		}
 	}
@@ -395,17 +390,17 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 	if a.c.Snapshot == nil {
 		return
 	}
-	var retry backOff
+	retry := newBackoff()
 	for a.ignorant() {
 		entries, err := a.c.Snapshot(ctx)
 		if err == nil {
 			a.offerSnapshot(entries)
 			return
 		}
-		if retry.tries == 0 && ctx.Err() == nil {
+		if retry.Tries() == 0 && ctx.Err() == nil {
 			a.c.Log.Warn("the store is away, nothing is known from before, and the snapshot can't be read: trying again", "error", err)
 		}
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return
 		}
 	}
@@ -451,7 +446,7 @@ func (a *Agent) loop(ctx context.Context) {
 			case <-ctx.Done():
 				return
 			case <-a.pulse:
-			case <-a.kicked:
+			case <-a.kicked.C():
 				again = true
 			case <-timer:
 				again = true

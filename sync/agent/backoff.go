@@ -1,39 +1,13 @@
 package agent
 
 import (
-	"context"
-	"math/rand/v2"
 	"time"
+
+	"kedge/deployments/wait"
 )
 
-const (
-	firstRetry = 500 * time.Millisecond
-	maxRetry   = 30 * time.Second
-)
+// maxRetry is the longest pause between tries.
+const maxRetry = 30 * time.Second
 
-// backOff gives the times to wait between tries: a random part of a time that doubles, so that a fleet that failed together does
-// not try again together.
-type backOff struct{ tries int }
-
-func (b *backOff) next() time.Duration {
-	ceiling := maxRetry
-	if b.tries < 16 {
-		ceiling = min(maxRetry, firstRetry<<b.tries)
-	}
-	b.tries++
-	return 10*time.Millisecond + rand.N(ceiling)
-}
-
-func (b *backOff) reset() { b.tries = 0 }
-
-// wait returns nil after d, or ctx's cause.
-func wait(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-t.C:
-		return nil
-	}
-}
+// newBackoff returns the pauses between tries of whatever failed on this node or at the store.
+func newBackoff() *wait.Backoff { return wait.NewBackoff(250*time.Millisecond, maxRetry/2) }

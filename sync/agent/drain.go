@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 // drainWait is how long a switch waits for maintenance mode to be on.
@@ -19,7 +20,7 @@ type drains struct {
 	maintenance func(ctx context.Context, on bool, reason string) error
 	converged   <-chan struct{} // from then on a node that isn't drained is in service
 	log         *slog.Logger
-	changed     chan struct{} // holds one
+	changed     wait.Signal
 
 	mu    sync.Mutex
 	units []deployments.UnitID
@@ -30,7 +31,7 @@ type drains struct {
 }
 
 func newDrains(maintenance func(ctx context.Context, on bool, reason string) error, converged <-chan struct{}, log *slog.Logger) *drains {
-	return &drains{maintenance: maintenance, converged: converged, log: log, changed: make(chan struct{}, 1), done: make(chan struct{})}
+	return &drains{maintenance: maintenance, converged: converged, log: log, changed: wait.NewSignal(), done: make(chan struct{})}
 }
 
 // set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not for long.
@@ -44,10 +45,7 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	if d.maintenance == nil {
 		return nil
 	}
-	select {
-	case d.changed <- struct{}{}:
-	default:
-	}
+	d.changed.Set()
 	if !on {
 		return nil
 	}
@@ -89,7 +87,7 @@ func (d *drains) run(ctx context.Context) {
 	if d.maintenance == nil {
 		return
 	}
-	var retry backOff
+	retry := newBackoff()
 	for {
 		d.mu.Lock()
 		want, on, known, lost := len(d.units) > 0, d.on, d.known, d.lost
@@ -114,7 +112,7 @@ func (d *drains) run(ctx context.Context) {
 			err := d.maintenance(ctx, want, "kedge deploys "+strings.Join(names, ", "))
 			switch {
 			case err == nil:
-				retry.reset()
+				retry.Reset()
 				d.mu.Lock()
 				d.on, d.known, d.lost = want, true, false
 				close(d.done)
@@ -123,15 +121,15 @@ func (d *drains) run(ctx context.Context) {
 				continue
 			case ctx.Err() != nil:
 				return
-			case retry.tries == 0:
+			case retry.Tries() == 0:
 				d.log.Warn("maintenance mode can't be turned: trying again", "on", want, "error", err)
 			}
-			again = time.After(retry.next())
+			again = time.After(retry.Next())
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-d.changed:
+		case <-d.changed.C():
 		case <-converged:
 		case <-again:
 		}

@@ -3,13 +3,14 @@ package agent
 import (
 	"context"
 	"log/slog"
-	"math/rand/v2"
 	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -182,4 +183,4 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 }
 
 // verifyDelay is the time from one check to the next, so spread that a fleet doesn't check at once.
-func verifyDelay(every time.Duration) time.Duration { return every/2 + rand.N(every) }
+func verifyDelay(every time.Duration) time.Duration { return wait.Jitter(every, 0.5) }

@@ -52,7 +52,7 @@ func (a *Agent) findName(ctx context.Context) {
 	if a.naming == nil || !ok {
 		return
 	}
-	var retry backOff
+	retry := newBackoff()
 	for answers := false; ; {
 		name, err := namer.NodeName(ctx)
 		if err == nil && name != "" {
@@ -76,7 +76,7 @@ func (a *Agent) findName(ctx context.Context) {
 		if answers = a.storeAnswers(ctx); answers && !errors.Is(err, kv.ErrTokenUnknown) {
 			continue // once more: it may have come up only now
 		}
-		if retry.tries == 0 {
+		if retry.Tries() == 0 {
 			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
 		}
 		for _, r := range a.roles {
@@ -84,7 +84,7 @@ func (a *Agent) findName(ctx context.Context) {
 				a.saw(ctx, s, kv.View{Err: fmt.Errorf("this node's name isn't known yet: %w", err)})
 			}
 		}
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return
 		}
 	}

@@ -56,9 +56,9 @@ func (a *Agent) report(ctx context.Context) {
 	}()
 	written := map[string]writtenReport{}
 	limit := rate.NewLimiter(reportsPerSecond, reportBurst)
-	var retry backOff
+	retry, failed := newBackoff(), false
 	for {
-		if retry.tries > 0 && wait(ctx, retry.next()) != nil {
+		if failed && retry.Wait(ctx) != nil {
 			return
 		}
 		var again time.Duration // until one of the reports that had to wait may be written; 0: none had to
@@ -90,14 +90,15 @@ func (a *Agent) report(ctx context.Context) {
 				if ctx.Err() != nil {
 					return
 				}
-				if retry.tries == 0 {
+				if retry.Tries() == 0 {
 					a.c.Log.Warn("the node's status can't be written: trying again", "role", role, "error", err)
 				}
-				retry.tries = max(retry.tries, 1)
+				failed = true
 				a.kickReport()
 				break
 			}
-			retry.reset()
+			retry.Reset()
+			failed = false
 			a.metrics.reported()
 			written[role] = writtenReport{data, coarse, time.Now()}
 		}
@@ -108,7 +109,7 @@ func (a *Agent) report(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-a.reportNow:
+		case <-a.reportNow.C():
 		case <-due:
 		}
 	}
@@ -152,7 +153,7 @@ func (a *Agent) settledIn(role string) bool {
 
 // presence ties the reports to this node, as often as it takes; nil when ctx ends.
 func (a *Agent) presence(ctx context.Context) kv.Presence {
-	var retry backOff
+	retry := newBackoff()
 	for {
 		p, err := a.c.Store.Presence(ctx, a.c.Node)
 		if err == nil {
@@ -161,10 +162,10 @@ func (a *Agent) presence(ctx context.Context) kv.Presence {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if retry.tries == 0 {
+		if retry.Tries() == 0 {
 			a.c.Log.Warn("the node's status can't be written: trying again", "error", err)
 		}
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return nil
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -53,7 +54,7 @@ func TestReportsAreBounded(t *testing.T) {
 		r.desired.from, r.pins.from = fromStore, fromStore
 		a := &Agent{
 			c: Config{Store: presenceStore{presence: store}, Node: node, Stage: "prod", Log: quiet()}, roles: []*role{r}, metrics: newMetrics(nil),
-			drains: newDrains(nil, nil, quiet()), reportNow: make(chan struct{}, 1),
+			drains: newDrains(nil, nil, quiet()), reportNow: wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})

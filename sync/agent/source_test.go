@@ -460,26 +460,6 @@ func TestFailuresSurvive(t *testing.T) {
 	}
 }
 
-func TestBackOff(t *testing.T) {
-	t.Parallel()
-	var b backOff
-	longest := time.Duration(0)
-	for range 200 {
-		d := b.next()
-		if d <= 0 || d > maxRetry+time.Second {
-			t.Fatalf("waits %v", d)
-		}
-		longest = max(longest, d)
-	}
-	if longest < maxRetry/2 {
-		t.Errorf("after 200 failures it waits %v at most", longest)
-	}
-	b.reset()
-	if d := b.next(); d > firstRetry+time.Second {
-		t.Errorf("after a success it waits %v", d)
-	}
-}
-
 func TestOneLine(t *testing.T) {
 	t.Parallel()
 	got := oneLine(errors.New("first\n\tsecond " + strings.Repeat("ü", 400)))

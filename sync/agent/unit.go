@@ -10,6 +10,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
 )
@@ -52,7 +53,7 @@ const (
 type unit struct {
 	id   deployments.UnitID
 	log  *slog.Logger
-	wake chan struct{} // asks the worker to look at its goal; holds one
+	wake wait.Signal // asks the worker to look at its goal
 
 	failures *failures
 
@@ -80,7 +81,7 @@ type unit struct {
 	forget   bool                            // everything that failed may be tried again
 	trouble  error                           // why the last job failed; nil again when it succeeds
 	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node: what to run, and what to have ready
-	retry    backOff
+	retry    *wait.Backoff
 	retryAt  time.Time // no job that can fail is begun before
 	verifyAt time.Time // zero: never
 	dest     string    // of what runs
@@ -104,7 +105,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
-	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: make(chan struct{}, 1), failures: a.failures, since: time.Now()}
+	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), retry: newBackoff(), failures: a.failures, since: time.Now()}
 	a.units[id] = u
 	a.workers.Go(func() { a.work(a.ctx, u) })
 }
@@ -115,7 +116,7 @@ func (u *unit) aim(g goal) {
 		return
 	}
 	if g.run != u.goal.run || g.claim != u.goal.claim {
-		u.retry.reset()
+		u.retry.Reset()
 		u.retryAt = time.Time{}
 		if u.deploy != nil && u.done == g.run {
 			u.trouble = nil // it was with what isn't wanted any more
@@ -149,10 +150,7 @@ func (u *unit) inTheWay() bool {
 }
 
 func (u *unit) nudge() {
-	select {
-	case u.wake <- struct{}{}:
-	default:
-	}
+	u.wake.Set()
 }
 
 // state is what is on disk; zero until it could be read.

@@ -11,6 +11,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
 )
@@ -29,7 +30,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 			}
 			select {
 			case <-ctx.Done():
-			case <-u.wake:
+			case <-u.wake.C():
 			case <-timer:
 			}
 			continue
@@ -44,7 +45,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 
 // open opens the unit's state, as often as it takes.
 func (a *Agent) open(ctx context.Context, u *unit) bool {
-	var retry backOff
+	retry := newBackoff()
 	for {
 		d, err := deploy.Open(deploy.Config{
 			ID: u.id, Node: a.Node, Dir: a.unitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
@@ -72,11 +73,11 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			a.kick()
 			return true
 		}
-		if retry.tries == 0 {
+		if retry.Tries() == 0 {
 			u.log.Error("the unit's state can't be opened: trying again", "error", err)
 		}
 		a.kickReport()
-		if wait(ctx, retry.next()) != nil {
+		if retry.Wait(ctx) != nil {
 			return false
 		}
 	}
@@ -201,7 +202,7 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 		return u.deploy.Stage(ctx, p)
 	}
 	if a.c.StartDelay > 0 {
-		if err := wait(ctx, rand.N(a.c.StartDelay)); err != nil {
+		if err := wait.For(ctx, rand.N(a.c.StartDelay)); err != nil {
 			return err
 		}
 	}
@@ -266,10 +267,10 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case err != nil && calledOff: // no trouble
 	case err != nil:
 		u.trouble = err
-		u.retryAt = now.Add(u.retry.next())
+		u.retryAt = now.Add(u.retry.Next())
 	default:
 		u.trouble = nil
-		u.retry.reset()
+		u.retry.Reset()
 	}
 	trouble := u.trouble
 	if before.Running != after.Running || !after.Confirmed || after.Unfinished {
