@@ -24,8 +24,11 @@ import (
 )
 
 var (
-	ErrNotFound = errors.New("no such object")
-	ErrDenied   = errors.New("access to the object is denied")
+	// ErrUnavailable means that the storage, or the network to it, is in trouble: the same call may succeed later, and the
+	// release is not to blame.
+	ErrUnavailable = errors.New("the storage is unavailable")
+	ErrNotFound    = errors.New("no such object")
+	ErrDenied      = errors.New("access to the object is denied")
 	// ErrExists means that other bytes are there already: a release is immutable.
 	ErrExists = errors.New("the object exists with other bytes")
 	// ErrTooLarge means that the object is larger than the caller's bound.
@@ -43,7 +46,7 @@ type Config struct {
 	// GSEndpoint is where gs:// lies; empty: Google's own.
 	GSEndpoint string
 	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
-	// again on another connection; default 30 s.
+	// again on another connection; default 10 s.
 	StallTimeout time.Duration
 	Log          *slog.Logger // nil: discard
 }
@@ -107,7 +110,8 @@ const (
 	firstPause      = 100 * time.Millisecond
 	maxPause        = 5 * time.Second
 	// stallTimeout is Config.StallTimeout's default: a dead connection is otherwise noticed after hours.
-	stallTimeout = 30 * time.Second
+	stallTimeout = 10 * time.Second
+	dialTimeout  = 10 * time.Second
 	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
 )
 
@@ -131,8 +135,13 @@ func New(c Config) *Client {
 	return client
 }
 
-// tune sets a transport up for many large reads side by side.
+// tune sets a transport up for many large reads side by side. Connections that are kept for the next request are
+// probed: after a cut of the network that nobody tells of, each of them would cost a stallTimeout.
 func (c *Client) tune(t *http.Transport) {
+	dialer := &net.Dialer{Timeout: dialTimeout, KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 2,
+	}}
+	t.DialContext = dialer.DialContext
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
 	t.ResponseHeaderTimeout = c.stall
 	// HTTP/2 puts all of them on one connection, and what is tried again on the one that stalled.
@@ -219,7 +228,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 		err := try()
 		var transient *transientError
 		if err == nil || !errors.As(err, &transient) || n == maxTries || ctx.Err() != nil {
-			return unwrapTransient(err)
+			return withoutTransient(err)
 		}
 		c.log.Debug("tries again", "what", what, "error", err)
 		if err := sleep(ctx, max(pause.NextBackOff(), transient.after)); err != nil {
@@ -228,13 +237,23 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	}
 }
 
-func unwrapTransient(err error) error {
+// withoutTransient gives what is left of an error when nobody tries again: one that was transient to the end is ErrUnavailable.
+func withoutTransient(err error) error {
 	var transient *transientError
-	if errors.As(err, &transient) && err == error(transient) {
-		return transient.err
+	if !errors.As(err, &transient) {
+		return err
 	}
-	return err
+	if err == error(transient) {
+		err = transient.err
+	}
+	return unavailableError{err}
 }
+
+// unavailableError is ErrUnavailable, and says what was met last.
+type unavailableError struct{ error }
+
+func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }
+func (e unavailableError) Unwrap() error        { return e.error }
 
 func newPause() *backoff.ExponentialBackOff {
 	b := backoff.NewExponentialBackOff()
@@ -387,7 +406,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return n, fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err)
+			return n, unavailableError{fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err)}
 		}
 		r.client.log.Debug("a read was cut off", "url", deployments.ShownURL(r.object.URL), "at", r.offset, "error", err)
 		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
