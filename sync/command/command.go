@@ -88,6 +88,16 @@ var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
 // Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s later SIGKILL.
 // The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that ended it.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
+	return runAs(ctx, log, c, env, stdin, false)
+}
+
+// Check runs c as Run does, without a log, and ends what it left running: a check is tried again and again.
+func Check(ctx context.Context, c deployments.Command, env Env) error {
+	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
+	return err
+}
+
+func runAs(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte, alone bool) (Result, error) {
 	timeout := cmp.Or(c.Timeout, defaultTimeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
 	defer cancel()
@@ -101,7 +111,7 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	if stdin != nil {
 		cmd.Stdin = bytes.NewReader(stdin)
 	}
-	return execute(ctx, log, cmd, clip(c.Run))
+	return execute(ctx, log, cmd, clip(c.Run), alone)
 }
 
 // Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user, speaking English.
@@ -109,11 +119,12 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // its messages may be read
-	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")))
+	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), false)
 }
 
-// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors.
-func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string) (Result, error) {
+// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. alone says that nothing of its
+// process group outlives it.
+func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, alone bool) (Result, error) {
 	if ctx.Err() != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
 	}
@@ -147,6 +158,9 @@ func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string) 
 		endGroup(cmd.Process.Pid, exited)
 	}
 
+	if alone {
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // if it has no members left, its number is nobody's yet
+	}
 	// What the command wrote is in the pipe by now. Whoever still holds its other end is a daemon: it keeps a reader.
 	pr.SetReadDeadline(time.Now().Add(pipeWait))
 	if errors.Is(<-read, os.ErrDeadlineExceeded) {

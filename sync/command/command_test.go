@@ -488,3 +488,31 @@ func TestWithoutPath(t *testing.T) {
 		t.Errorf("got %q, %v", r.Output, err)
 	}
 }
+
+func TestCheckLeavesNothingRunning(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "pid")
+	for _, end := range []string{"", "; exit 1"} {
+		err := Check(t.Context(), deployments.Command{Run: "sleep 1000 & echo $! > " + file + end}, Env{})
+		if (err != nil) != (end != "") {
+			t.Error(err)
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)) // a zombie waits for init
+			if err != nil || strings.Contains(string(stat), ") Z ") {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatal("what a check began goes on")
+			}
+		}
+	}
+}

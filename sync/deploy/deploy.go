@@ -150,7 +150,10 @@ type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
 	Step    string // "pre", "switch", "post", "health", …
-	Err     error
+	// Reason is ReasonUnhealthy if a check failed, with check among the Facts, else ReasonQuarantined. Facts: step, error.
+	Reason deployments.Reason
+	Facts  deployments.Facts
+	Err    error
 }
 
 func (f *Failed) Error() string {

@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"os"
@@ -110,6 +111,11 @@ func TestFailureGoesBack(t *testing.T) {
 				var failed *Failed
 				if !errors.As(err, &failed) || failed.Release != bad || failed.Back != good || failed.Step != step || !strings.Contains(err.Error(), "the reason") {
 					t.Fatalf("got %v", err)
+				}
+				reason := map[string]deployments.Reason{"health": deployments.ReasonUnhealthy}
+				if want := cmp.Or(reason[step], deployments.ReasonQuarantined); failed.Reason != want || failed.Facts["step"] != step ||
+					(failed.Facts["check"] != "") != (step == "health") || !strings.Contains(failed.Facts["error"], "the reason") {
+					t.Errorf("reason %s %v, want %s", failed.Reason, failed.Facts, want)
 				}
 				w.wantVersion("1")
 				hooks := w.hooks()

@@ -184,13 +184,22 @@ func (v *vigil) failing() error {
 	for _, c := range v.checks {
 		switch {
 		case !c.tried:
-			errs = append(errs, fmt.Errorf("%s: no answer yet", c.name))
+			errs = append(errs, &checkError{c.name, errors.New("no answer yet")})
 		case c.err != nil:
-			errs = append(errs, fmt.Errorf("%s: %w", c.name, c.err))
+			errs = append(errs, &checkError{c.name, c.err})
 		}
 	}
 	return errors.Join(errs...)
 }
+
+// checkError is why a check failed.
+type checkError struct {
+	check string
+	err   error
+}
+
+func (e *checkError) Error() string { return e.check + ": " + e.err.Error() }
+func (e *checkError) Unwrap() error { return e.err }
 
 func nameOf(c deployments.Check) string {
 	switch {

@@ -83,6 +83,7 @@ type deployment struct {
 type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
+	Check  string `json:"check,omitempty"` // the one that failed in step health
 
 	err error // Reason's, in the process in which it happened
 }

@@ -94,10 +94,25 @@ func (j *journal) fail(err error) {
 	}
 	j.Quarantined = append(j.Quarantined, quarantine{Digest: d.Release.Digest, Step: d.Step, Reason: short(err), At: time.Now().UTC()})
 	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
+	if failed := new(checkError); errors.As(err, &failed) {
+		d.Fault.Check = failed.check
+	}
 	if errors.Is(err, artifact.ErrUntouched) {
 		d.Touched = d.Over
 	}
 	d.enter(stepBack)
+}
+
+// failed is the error of a deployment that failed and is over.
+func (d *deployment) failed() *Failed {
+	f := &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
+	f.Reason = deployments.ReasonQuarantined
+	f.Facts = deployments.Facts{"step": f.Step, "error": d.Fault.Reason}
+	if d.Fault.Check != "" {
+		f.Reason = deployments.ReasonUnhealthy
+		f.Facts["check"] = d.Fault.Check
+	}
+	return f
 }
 
 func (f *fault) cause() error {
@@ -141,7 +156,7 @@ func (u *Unit) advance(ctx context.Context) error {
 			continue
 		}
 		if d.Fault != nil {
-			return &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
+			return d.failed()
 		}
 		return nil
 	}

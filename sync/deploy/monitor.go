@@ -1,0 +1,154 @@
+package deploy
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+)
+
+const (
+	defaultEvery    = 10 * time.Second
+	defaultFailures = 3
+)
+
+// Health is how the live release stands with its checks. The zero Health is a healthy one.
+type Health struct {
+	Unhealthy bool
+	Reason    deployments.Reason // ReasonUnhealthy while Unhealthy
+	Facts     deployments.Facts  // check, error
+	Since     time.Time          // of the last change of Unhealthy
+
+	failed int       // rounds that failed in a row
+	passed time.Time // since when rounds pass, while Unhealthy; zero: the last one failed
+}
+
+// round is what one round of checks found: at most one failure, the first in the manifest's order.
+type round struct {
+	check string // the one that failed; empty: all passed
+	err   error
+}
+
+// next returns the health after one more round at now. It becomes unhealthy after so many rounds in a row that fail, and
+// healthy again once rounds have passed for the time stable without a failure between them.
+func (h Health) next(r round, failures int, stable time.Duration, now time.Time) Health {
+	if r.check != "" {
+		h.failed, h.passed = h.failed+1, time.Time{}
+		if h.failed < failures && !h.Unhealthy {
+			return h
+		}
+		if !h.Unhealthy {
+			h.Since = now
+		}
+		h.Unhealthy, h.Reason = true, deployments.ReasonUnhealthy
+		h.Facts = deployments.Facts{"check": r.check, "error": short(r.err)}
+		return h
+	}
+	h.failed = 0
+	if !h.Unhealthy {
+		return h
+	}
+	if h.passed.IsZero() {
+		h.passed = now
+	}
+	if now.Sub(h.passed) < stable {
+		return h
+	}
+	return Health{Since: now}
+}
+
+// Monitor tries the checks of the live release for as long as it runs. A unit's monitor belongs to one deployment: it ends
+// before the next one begins, and another is made after it.
+type Monitor struct {
+	checks   []watch
+	every    time.Duration
+	failures int
+	stable   time.Duration
+	// identities are what the checks passed with last; see probe.
+	identities []string
+}
+
+// Monitor returns a monitor of what runs; nil if nothing runs that is confirmed, if a deployment is under way, or if the manifest
+// has no checks that go on.
+func (u *Unit) Monitor() (*Monitor, error) {
+	r, err := u.settled()
+	if err != nil || r == nil || !u.j.Confirmed {
+		return nil, err
+	}
+	d := &deployment{Release: r.Pointer}
+	d.enter(stepHealth)
+	h := r.Manifest.Health
+	m := &Monitor{every: cmp.Or(h.Every, defaultEvery), failures: cmp.Or(h.Failures, defaultFailures), stable: h.StableFor}
+	for _, c := range h.Checks {
+		if c.During == deployments.DuringDeploy {
+			continue
+		}
+		m.checks = append(m.checks, watch{name: nameOf(c), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: newProbe(c, u.env(d, r, nil))})
+	}
+	if len(m.checks) == 0 {
+		return nil, nil
+	}
+	m.identities = make([]string, len(m.checks))
+	return m, nil
+}
+
+// Run tries all checks side by side, a round every health.every, until ctx ends, and calls changed when the release became
+// unhealthy, when another check fails than before, and when it is healthy again. It begins with h, which an earlier Run ended
+// with, and with its first round at a random time, so that a fleet's checks are spread.
+func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
+	if wait(ctx, rand.N(m.every)) != nil {
+		return
+	}
+	tick := time.NewTicker(m.every)
+	defer tick.Stop()
+	for {
+		r := m.round(ctx)
+		if ctx.Err() != nil {
+			return // what it cut off says nothing
+		}
+		was := h
+		h = h.next(r, m.failures, m.stable, time.Now())
+		if h.Unhealthy != was.Unhealthy || h.Facts["check"] != was.Facts["check"] {
+			changed(h)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// round tries each check once. One that passes with another identity than before counts as failed: what passes now is
+// not what passed then, as with a service that ends and is started again all the time.
+func (m *Monitor) round(ctx context.Context) round {
+	errs := make([]error, len(m.checks))
+	var tries sync.WaitGroup
+	for i, c := range m.checks {
+		tries.Go(func() {
+			once, done := context.WithTimeoutCause(ctx, c.timeout, fmt.Errorf("no answer within %s", c.timeout))
+			defer done()
+			identity, err := c.try(once)
+			was := m.identities[i]
+			if err == nil {
+				m.identities[i] = identity
+				if was != "" && was != identity {
+					err = errors.New("it was restarted since the last check")
+				}
+			}
+			errs[i] = err
+		})
+	}
+	tries.Wait()
+	for i, err := range errs {
+		if err != nil {
+			return round{m.checks[i].name, err}
+		}
+	}
+	return round{}
+}
