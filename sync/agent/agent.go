@@ -25,7 +25,6 @@
 //	lock                      held while it runs; the process's id
 //	last-known.json           what the store last held for this node
 //	node.json                 what the store's agent called this node last
-//	failures.json             what releases failed under: see Record.Retry
 //	agent.sock                /status, /ready and POST /retry for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
 package agent
@@ -98,7 +97,6 @@ type Agent struct {
 	lock     *os.File
 	listener net.Listener // nil: none
 	metrics  *metrics
-	failures *failures
 	drains   *drains
 	drift    *driftWatcher
 	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
@@ -178,7 +176,7 @@ func New(c Config) (_ *Agent, err error) {
 	if a.known, err = readLastKnown(c.StateDir, c.Log); err != nil {
 		return nil, err
 	}
-	if a.failures, err = readFailures(c.StateDir, c.Log); err != nil {
+	if err = moveOldFailures(c.StateDir, c.Log); err != nil {
 		return nil, err
 	}
 	for _, name := range c.Roles {

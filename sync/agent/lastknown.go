@@ -115,7 +115,7 @@ func writeJSON(path string, v any) error {
 
 // removeLeftovers removes what a kill left of files that were being written aside.
 func removeLeftovers(dir string) error {
-	for _, name := range []string{nameFile, lastKnownFile, failuresFile, startingFile} {
+	for _, name := range []string{nameFile, lastKnownFile, startingFile} {
 		left, err := filepath.Glob(filepath.Join(dir, "."+name+"*"))
 		if err != nil {
 			return err

@@ -103,20 +103,56 @@ func TestPlaceThatNobodyWantsAnyMore(t *testing.T) {
 	}
 }
 
-// A release that is no longer in quarantine leaves nothing behind, that would count when it fails again.
-func TestFailuresEndWithTheirQuarantine(t *testing.T) {
+// The success of a pin says nothing of what failed under Git's commit: its end brings nobody back there.
+func TestQuarantineOutlivesAPin(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	bad, good := w.publish("app", "1", post("false")), w.publish("app", "2")
-	w.desire(app, deployments.Record{Target: bad, Generation: 1})
+	good, pinned := w.publish("app", "1"), w.publish("app", "0")
+	bad := w.publish("app", "2", post("echo x >> "+w.path("tries")+"; false"))
+	w.desire(app, deployments.Record{Target: good, Generation: 1})
 	a := w.start()
-	a.awaitState(app, deployments.StateQuarantined)
-	w.desire(app, deployments.Record{Target: good, Generation: 2})
 	a.awaitRunning(app, good)
-	await(t, "the list of failures", func() (bool, string) {
-		data, err := os.ReadFile(w.path("state", failuresFile))
-		return err == nil && !strings.Contains(string(data), bad.Digest.String()), string(data)
+	w.desire(app, deployments.Record{Target: bad, Generation: 2})
+	a.awaitState(app, deployments.StateQuarantined)
+	w.put(kv.PinKey(app), pinned.String())
+	a.awaitRunning(app, pinned)
+	w.delete(kv.PinKey(app))
+	a.awaitState(app, deployments.StateQuarantined)
+	steadily(t, "one try", func() (bool, string) {
+		tries, _ := os.ReadFile(w.path("tries"))
+		return string(tries) == "x\n" && w.live("app") == "0", string(tries) + w.live("app")
 	})
+}
+
+// The failure keys of the version before move into the journals.
+func TestOldFailureKeysMove(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	good := w.publish("app", "1")
+	bad := w.publish("app", "2", post("echo x >> "+w.path("tries")+"; false"))
+	w.desire(app, deployments.Record{Target: good, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, good)
+	w.desire(app, deployments.Record{Target: bad, Generation: 2})
+	a.awaitState(app, deployments.StateQuarantined)
+	a.stop()
+
+	journal := w.path("state", "units", app.String(), "journal.json")
+	data, err := os.ReadFile(journal)
+	if err != nil || !strings.Contains(string(data), `"key": "generation 2, retry 0",`) {
+		t.Fatalf("the journal: %s, %v", data, err)
+	}
+	write(t, journal, strings.Replace(string(data), `"key": "generation 2, retry 0",`, "", 1))
+	old := w.path("state", oldFailuresFile)
+	write(t, old, fmt.Sprintf(`{"format":1,"units":{"prod/web/app":{"%s":{"claim":"generation 1, retry 0","error":"x"}}}}`, bad.Digest))
+	a = w.start()
+	await(t, "another try, as another generation asks", func() (bool, string) {
+		tries, _ := os.ReadFile(w.path("tries"))
+		return string(tries) == "x\nx\n", string(tries)
+	})
+	if _, err := os.Stat(old); !os.IsNotExist(err) {
+		t.Errorf("the old file: %v", err)
+	}
 }
 
 // A unit of which nothing good ever ran doesn't keep the node out of service once nothing names it any more.
@@ -267,7 +303,7 @@ func TestNoPlaceIsTakenBeforeAllAreKnown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u := &unit{id: app, deploy: d, goal: goal{run: deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}}, failures: new(failures)}
+	u := &unit{id: app, deploy: d, goal: goal{run: deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}}}
 	other := &unit{id: unitID("base")}
 	a := &Agent{units: map[deployments.UnitID]*unit{u.id: u, other.id: other}}
 	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobNone {

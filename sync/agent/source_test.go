@@ -328,26 +328,19 @@ func TestDamagedFilesArePutAside(t *testing.T) {
 	t.Parallel()
 	for _, data := range []string{"", "{", "\x00\x00\x00", `{"format":2}`, `{"format":2,"prefixes":{},"units":{}}`, "null"} {
 		dir := t.TempDir()
-		for _, name := range []string{lastKnownFile, failuresFile} {
+		for _, name := range []string{lastKnownFile} {
 			write(t, dir+"/"+name, data)
 		}
 		if k, err := readLastKnown(dir, quiet()); err != nil || k.Prefixes == nil {
 			t.Errorf("last known state %q: %v", data, err)
 		}
-		f, err := readFailures(dir, quiet())
-		if err != nil {
-			t.Fatalf("failures %q: %v", data, err)
-		}
-		for _, name := range []string{lastKnownFile, failuresFile} {
+		for _, name := range []string{lastKnownFile} {
 			if kept, err := os.ReadFile(dir + "/" + name + ".bad"); err != nil || string(kept) != data {
 				t.Errorf("%s was not kept: %q, %v", name, kept, err)
 			}
 			if _, err := os.Stat(dir + "/" + name); !errors.Is(err, fs.ErrNotExist) {
 				t.Errorf("%s is still there: %v", name, err)
 			}
-		}
-		if err := f.set(deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}, deployments.Digest{1}, failure{Claim: "x"}); err != nil {
-			t.Error(err)
 		}
 	}
 }
@@ -382,20 +375,12 @@ func TestLastKnownTakesEveryChange(t *testing.T) {
 func TestFilesWithNothingInThem(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	for _, name := range []string{lastKnownFile, failuresFile} {
+	for _, name := range []string{lastKnownFile} {
 		write(t, dir+"/"+name, `{"format":1}`)
 	}
 	k, err := readLastKnown(dir, quiet())
 	if err != nil || !k.set("pins/prod/web/", nil, time.Now()) {
 		t.Errorf("last known state: %v", err)
-	}
-	f, err := readFailures(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
-	if err := errors.Join(f.keep(id, nil), f.set(id, deployments.Digest{1}, failure{Claim: "x"})); err != nil {
-		t.Error(err)
 	}
 }
 
@@ -403,7 +388,7 @@ func TestFilesWithNothingInThem(t *testing.T) {
 func TestLeftoversAreRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	names := []string{lastKnownFile, failuresFile, startingFile}
+	names := []string{lastKnownFile, startingFile}
 	for _, name := range names {
 		write(t, dir+"/"+name, "{}")
 		if _, err := renameio.NewPendingFile(dir+"/"+name, renameio.WithTempDir(dir)); err != nil {
@@ -423,40 +408,6 @@ func TestLeftoversAreRemoved(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) != len(names) {
 		t.Errorf("%d files are left, %v", len(entries), err)
-	}
-}
-
-func TestFailuresSurvive(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
-	f, err := readFailures(dir, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
-	one, two := deployments.Digest{1}, deployments.Digest{2}
-	again := func() {
-		t.Helper()
-		if f, err = readFailures(dir, quiet()); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := errors.Join(f.set(id, one, failure{"generation 1, retry 0", "health"}), f.set(id, two, failure{"pin x", ""})); err != nil {
-		t.Fatal(err)
-	}
-	again()
-	if got, ok := f.get(id, two); !ok || got.Claim != "pin x" {
-		t.Errorf("the failure is %+v", got)
-	}
-	if err := f.keep(id, []deployments.Digest{one}); err != nil {
-		t.Fatal(err)
-	}
-	again()
-	if got, ok := f.get(id, one); !ok || got.Error != "health" {
-		t.Errorf("the failure is %+v", got)
-	}
-	if _, ok := f.get(id, two); ok {
-		t.Error("a failure outlived its quarantine")
 	}
 }
 

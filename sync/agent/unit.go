@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"path/filepath"
 	"time"
@@ -20,7 +19,7 @@ type goal struct {
 	run    deployments.Pointer // have it live; zero: whatever runs stays
 	stage  deployments.Pointer // have it ready on disk as well
 	commit string              // that asked for run
-	claim  string              // what asks for run; see failure
+	claim  string              // what asks for run: the failure key
 	heal   bool                // put drift right
 	settle bool                // once it runs, nothing older is gone back to
 }
@@ -54,8 +53,6 @@ type unit struct {
 	id   deployments.UnitID
 	log  *slog.Logger
 	wake wait.Signal // asks the worker to look at its goal
-
-	failures *failures
 
 	deploy *deploy.Unit // nil until its state could be opened
 
@@ -105,7 +102,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
-	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), retry: newBackoff(), failures: a.failures, since: time.Now()}
+	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), retry: newBackoff(), since: time.Now()}
 	a.units[id] = u
 	a.workers.Go(func() { a.work(a.ctx, u) })
 }
@@ -200,7 +197,8 @@ func (u *unit) standing() (deployments.State, error) {
 	case target.IsZero():
 		return deployments.StateWaiting, u.trouble
 	case u.quarantined(target) && !u.reprieved(target):
-		return deployments.StateQuarantined, u.failure(target)
+		f, _ := u.failure(target)
+		return deployments.StateQuarantined, f.Err(target)
 	case u.refused[target].err != nil:
 		return deployments.StateInvalid, u.refused[target].err
 	case u.done == target && !s.Unfinished:
@@ -240,26 +238,25 @@ func (u *unit) serving() bool {
 }
 
 func (u *unit) quarantined(p deployments.Pointer) bool {
-	for _, d := range u.state().Quarantined {
-		if d == p.Digest {
-			return true
+	_, failed := u.failure(p)
+	return failed
+}
+
+// failure is how a release failed on this node.
+func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
+	for _, f := range u.state().Failures {
+		if f.Digest == p.Digest {
+			return f, true
 		}
 	}
-	return false
+	return deploy.Failure{}, false
 }
 
 // reprieved reports whether a release that failed here is about to be tried once more, as something else asks for it now. Else a
 // rollout that was begun anew would take the failure of before for one of its own.
 func (u *unit) reprieved(p deployments.Pointer) bool {
-	f, _ := u.failures.get(u.id, p.Digest)
-	return f.Claim != "" && f.Claim != u.claim
-}
-
-func (u *unit) failure(p deployments.Pointer) error {
-	if f, _ := u.failures.get(u.id, p.Digest); f.Error != "" {
-		return errors.New(f.Error)
-	}
-	return fmt.Errorf("release %s failed on this node", p.Digest.Short())
+	f, _ := u.failure(p)
+	return f.Key != "" && f.Key != u.claim
 }
 
 // report is what the unit's node says of it. now dates a state that is new.
@@ -287,6 +284,6 @@ func (u *unit) report(now time.Time) deployments.UnitReport {
 	return r
 }
 
-func (a *Agent) unitDir(id deployments.UnitID) string {
-	return filepath.Join(a.c.StateDir, "units", id.Stage, id.Role, id.Unit)
+func unitDir(stateDir string, id deployments.UnitID) string {
+	return filepath.Join(stateDir, "units", id.Stage, id.Role, id.Unit)
 }

@@ -48,7 +48,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
 		d, err := deploy.Open(deploy.Config{
-			ID: u.id, Node: a.Node, Dir: a.unitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			ID: u.id, Node: a.Node, Dir: unitDir(a.c.StateDir, u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Claim:    func(dest string) error { return a.claim(u, dest) },
@@ -134,7 +134,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{kind: jobDeploy, release: run, commit: g.commit, claim: g.claim}, again
 	case failed:
 		// Another claim than the one that it failed under lets it be tried once more.
-		if f, _ := u.failures.get(u.id, run.Digest); f.Claim != g.claim {
+		if f, _ := u.failure(run); f.Key != g.claim {
 			return job{kind: jobForget, release: run, claim: g.claim}, again
 		}
 	}
@@ -177,7 +177,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return err
 		}
-		return u.deploy.Deploy(ctx, j.release, j.commit)
+		return u.deploy.Deploy(ctx, deploy.Request{Release: j.release, Commit: j.commit, Key: j.claim})
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)
 	case jobProve:
@@ -215,38 +215,23 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 	return u.deploy.Stage(ctx, p)
 }
 
-// forget ends the quarantine of one release, or of all. One that failed while a crash was recovered from, or whose claim a crash
-// took, is given the present claim instead.
+// forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one instead.
 func (a *Agent) forget(u *unit, j job) error {
 	digest := j.release.Digest
 	if !digest.IsZero() {
-		f, _ := a.failures.get(u.id, digest)
-		if f.Claim == "" {
-			f.Claim = j.claim
-			return a.failures.set(u.id, digest, f)
+		if f, _ := u.failure(j.release); f.Key == "" {
+			return u.deploy.SetKey(digest, j.claim)
 		}
 		u.log.Info("trying a release once more that failed here", "release", j.release.String(), "asked by", j.claim)
 	}
-	if err := u.deploy.Retry(digest); err != nil {
-		return err
-	}
-	return a.failures.keep(u.id, u.deploy.State().Quarantined)
+	return u.deploy.Retry(digest)
 }
 
 // end notes what came of a job.
 func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, err error, took time.Duration) {
 	now, after := time.Now(), u.deploy.State()
 	var failed *deploy.Failed
-	if errors.As(err, &failed) {
-		if err := a.failures.set(u.id, failed.Release.Digest, failure{Claim: j.claim, Error: oneLine(failed)}); err != nil {
-			u.log.Error("a restart will not know why the release failed", "error", err)
-		}
-	}
-	if len(after.Quarantined) < len(before.Quarantined) {
-		if err := a.failures.keep(u.id, after.Quarantined); err != nil {
-			u.log.Warn("the list of failures still has what is in quarantine no more", "error", err)
-		}
-	}
+	errors.As(err, &failed)
 	changed := before.Running != after.Running || before.Staged != after.Staged || len(before.Quarantined) != len(after.Quarantined)
 	if j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobHeal {
 		a.observe(u)

@@ -20,7 +20,7 @@ func fails(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{R
 func (w *world) wantFailed(u *Unit, p, back deployments.Pointer) {
 	w.t.Helper()
 	var failed *Failed
-	if err := u.Deploy(w.t.Context(), p, ""); !errors.As(err, &failed) || failed.Back != back {
+	if err := u.Deploy(w.t.Context(), Request{Release: p}); !errors.As(err, &failed) || failed.Back != back {
 		w.t.Fatalf("got %v, want a failure that goes back to %s", err, back)
 	}
 }
@@ -38,7 +38,7 @@ func (w *world) cut(u *Unit, p deployments.Pointer, point string) {
 			panic("killed")
 		}
 	}
-	_ = u.Deploy(w.t.Context(), p, "")
+	_ = u.Deploy(w.t.Context(), Request{Release: p})
 }
 
 // Whatever strategy the failed release had, dest holds the good one again.
@@ -92,7 +92,7 @@ func TestTakenBackToAFailedReleaseStaysDrained(t *testing.T) {
 			cancel()
 		}
 	}
-	if err := u.Deploy(ctx, w.publish("2", nil), ""); !errors.Is(err, context.Canceled) {
+	if err := u.Deploy(ctx, Request{Release: w.publish("2", nil)}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v", err)
 	}
 	if s := u.State(); !s.Drained || s.Unfinished {

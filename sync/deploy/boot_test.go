@@ -54,7 +54,7 @@ func TestPostRunsAgainAfterAReboot(t *testing.T) {
 					cancel()
 				}
 			}
-			if err := u.Deploy(ctx, p, ""); !errors.Is(err, context.Canceled) {
+			if err := u.Deploy(ctx, Request{Release: p}); !errors.Is(err, context.Canceled) {
 				t.Fatalf("deploying was to be cut off in health: %v", err)
 			}
 			w.wantHooks("pre 1", "post 1")
@@ -90,7 +90,7 @@ func TestPostOfTheOldReleaseRunsAgainAfterAReboot(t *testing.T) {
 			cancel()
 		}
 	}
-	if err := u.Deploy(ctx, two, ""); !errors.Is(err, context.Canceled) {
+	if err := u.Deploy(ctx, Request{Release: two}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("going back was to be cut off in health: %v", err)
 	}
 	w.wantHooks("pre 2", "post 2", "post 1")
@@ -121,7 +121,7 @@ func TestNoReleaseFailsInAShutdown(t *testing.T) {
 			})
 			u.ending = func() bool { return true }
 			var failed *Failed
-			if err := u.Deploy(t.Context(), p, ""); err == nil || errors.As(err, &failed) {
+			if err := u.Deploy(t.Context(), Request{Release: p}); err == nil || errors.As(err, &failed) {
 				t.Fatalf("deploying in a shutdown: %v", err)
 			}
 			if s := u.State(); len(s.Quarantined) > 0 || !s.Unfinished {

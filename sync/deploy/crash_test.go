@@ -85,7 +85,7 @@ func crashChild(file string) error {
 	before, _ := os.ReadFile(done) // a byte for each release that is done with
 	for i, r := range p.Releases[len(before):] {
 		doing = fmt.Sprintf("release %d", len(before)+i+1)
-		err := u.Deploy(context.Background(), r, "")
+		err := u.Deploy(context.Background(), Request{Release: r})
 		if err != nil && !errors.As(err, &failed) && !errors.Is(err, ErrQuarantined) {
 			return fmt.Errorf("deploy: %w", err)
 		}

@@ -33,7 +33,7 @@
 // When Deploy's context ends before the switch, the deployment is taken back at once, within 30 s; later it is left to
 // the next Deploy, which supersedes it if it is for another release, or to Recover.
 //
-// A quarantine ends with Retry, or when another release has been deployed and confirmed after it.
+// A quarantine ends with Retry alone: the success of another release, as of a pin, says nothing of the one that failed.
 //
 // # On disk
 //
@@ -136,6 +136,8 @@ type State struct {
 	// Proven is true where it passed them in this boot of the machine: see Unit.Prove.
 	Proven      bool
 	Quarantined []deployments.Digest
+	// Failures are why, and under which key, each of Quarantined failed.
+	Failures []Failure
 	// Drained is true from Drain(true) to Drain(false).
 	Drained bool
 	// Unfinished is set while a journalled deployment waits to be finished by Recover.
@@ -198,9 +200,10 @@ func (u *Unit) State() State {
 			s.Ends = d.From
 		}
 	}
-	for _, q := range u.j.Quarantined {
-		s.Quarantined = append(s.Quarantined, q.Digest)
+	for _, f := range u.j.Quarantined {
+		s.Quarantined = append(s.Quarantined, f.Digest)
 	}
+	s.Failures = u.j.Quarantined // never changed in place: see save
 	return s
 }
 
@@ -262,12 +265,23 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	return u.save(func(j *journal) { j.Staged = r.Pointer })
 }
 
-// Deploy converges to p: stage, drain, pre, switch, post, health, success, each journalled first. It does nothing where p runs
+// Request is what asks for a deployment.
+type Request struct {
+	Release deployments.Pointer
+	// Commit is shown to commands.
+	Commit string
+	// Key names what asks: a record's generation, say, or a pin. It is journalled with a failure, so that whoever asks can tell
+	// whether the same asked before.
+	Key string
+}
+
+// Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does nothing where p runs
 // already and is confirmed. *Failed means that it went back and p is quarantined; any other error is transient (network, storage,
 // disk): nothing was changed, try again. But ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's stay until p, or this
-// node's configuration, changes. commit is shown to commands. A cancelled ctx stops it as soon as that is safe: before
+// node's configuration, changes. A cancelled ctx stops it as soon as that is safe: before
 // the switch it leaves everything as it was; after it the deployment is finished by the next Recover or Deploy.
-func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string) error {
+func (u *Unit) Deploy(ctx context.Context, asked Request) error {
+	p := asked.Release
 	u.text.reset()
 	if d := u.j.Deployment; d != nil && (d.Release == p || d.Step.goesBack() && d.target() == p) {
 		if err := u.advance(ctx); err != nil {
@@ -284,10 +298,10 @@ func (u *Unit) Deploy(ctx context.Context, p deployments.Pointer, commit string)
 	if err != nil {
 		return err
 	}
-	return u.deploy(ctx, r, commit)
+	return u.deploy(ctx, r, asked)
 }
 
-func (u *Unit) deploy(ctx context.Context, r *artifact.Release, commit string) error {
+func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) error {
 	u.log.Info("deploying", "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err
@@ -296,7 +310,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, commit string) e
 		return err
 	}
 	err := u.save(func(j *journal) {
-		d := &deployment{Release: r.Pointer, Commit: commit}
+		d := &deployment{Release: r.Pointer, Commit: asked.Commit, Key: asked.Key}
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
 			d.Touched, d.Over = other.Touched, other.Touched
@@ -351,7 +365,18 @@ func (u *Unit) Settle() error {
 // Retry lets a quarantined digest be tried once more; the zero digest means all.
 func (u *Unit) Retry(d deployments.Digest) error {
 	return u.save(func(j *journal) {
-		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(q quarantine) bool { return d.IsZero() || q.Digest == d })
+		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(f Failure) bool { return d.IsZero() || f.Digest == d })
+	})
+}
+
+// SetKey names what asked for a release that is in quarantine without a key.
+func (u *Unit) SetKey(d deployments.Digest, key string) error {
+	return u.save(func(j *journal) {
+		for i := range j.Quarantined {
+			if f := &j.Quarantined[i]; f.Digest == d && f.Key == "" {
+				f.Key = key
+			}
+		}
 	})
 }
 

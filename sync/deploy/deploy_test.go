@@ -107,7 +107,7 @@ func TestFailureGoesBack(t *testing.T) {
 				w.hooks()
 				d.take()
 
-				err := u.Deploy(t.Context(), bad, "")
+				err := u.Deploy(t.Context(), Request{Release: bad})
 				var failed *Failed
 				if !errors.As(err, &failed) || failed.Release != bad || failed.Back != good || failed.Step != step || !strings.Contains(err.Error(), "the reason") {
 					t.Fatalf("got %v", err)
@@ -135,24 +135,24 @@ func TestFailureGoesBack(t *testing.T) {
 				if s := u.State(); s.Running != good || s.LastGood != good || !s.Confirmed || s.Drained || !slices.Contains(s.Quarantined, bad.Digest) {
 					t.Errorf("state: %+v", s)
 				}
-				if err := u.Deploy(t.Context(), bad, ""); !errors.Is(err, ErrQuarantined) {
+				if err := u.Deploy(t.Context(), Request{Release: bad}); !errors.Is(err, ErrQuarantined) {
 					t.Errorf("again: %v", err)
 				}
 				w.wantHooks()
 				w.deploy(u, good) // what runs already; no reason to try the bad one again
-				if err := u.Deploy(t.Context(), bad, ""); !errors.Is(err, ErrQuarantined) {
+				if err := u.Deploy(t.Context(), Request{Release: bad}); !errors.Is(err, ErrQuarantined) {
 					t.Errorf("again: %v", err)
 				}
 				if err := u.Retry(bad.Digest); err != nil {
 					t.Fatal(err)
 				}
-				if err := u.Deploy(t.Context(), bad, ""); !errors.As(err, &failed) {
+				if err := u.Deploy(t.Context(), Request{Release: bad, Key: "generation 7"}); !errors.As(err, &failed) {
 					t.Errorf("after retry: %v", err)
 				}
 				w.deploy(u, w.publish("3", set))
 				w.wantVersion("3")
-				if s := u.State(); len(s.Quarantined) != 0 {
-					t.Errorf("another release was confirmed, and %v is still in quarantine", s.Quarantined)
+				if s := u.State(); !slices.Equal(s.Quarantined, []deployments.Digest{bad.Digest}) || s.Failures[0].Key != "generation 7" {
+					t.Errorf("another release was confirmed, and of the one that failed is left: %+v", s.Failures)
 				}
 			})
 		}
@@ -166,7 +166,7 @@ func TestFirstReleaseFails(t *testing.T) {
 	var d drains
 	u := w.open(func(c *Config) { c.Drain = d.drain })
 	var failed *Failed
-	if err := u.Deploy(t.Context(), p, ""); !errors.As(err, &failed) || !failed.Back.IsZero() {
+	if err := u.Deploy(t.Context(), Request{Release: p}); !errors.As(err, &failed) || !failed.Back.IsZero() {
 		t.Fatalf("got %v", err)
 	}
 	w.wantVersion("1") // whole, though out of service
@@ -195,7 +195,7 @@ func TestTransientTroubleIsNoFault(t *testing.T) {
 		t.Fatal(err)
 	}
 	var failed *Failed
-	if err := u.Deploy(t.Context(), two, ""); err == nil || errors.As(err, &failed) {
+	if err := u.Deploy(t.Context(), Request{Release: two}); err == nil || errors.As(err, &failed) {
 		t.Errorf("storage is away: %v", err)
 	}
 	if err := os.Rename(archive+".away", archive); err != nil {
@@ -203,7 +203,7 @@ func TestTransientTroubleIsNoFault(t *testing.T) {
 	}
 	d.take()
 	d.err = errors.New("consul is away")
-	if err := u.Deploy(t.Context(), two, ""); !errors.Is(err, d.err) || errors.As(err, &failed) {
+	if err := u.Deploy(t.Context(), Request{Release: two}); !errors.Is(err, d.err) || errors.As(err, &failed) {
 		t.Errorf("drain doesn't work: %v", err)
 	}
 	w.wantHooks()
@@ -250,7 +250,7 @@ func TestStopBeforeTheSwitch(t *testing.T) {
 			until(t, func() bool { return exists(w.path("slow")) || name == "drain" && u.State().Drained })
 			cancel()
 		}()
-		err := u.Deploy(ctx, p, "")
+		err := u.Deploy(ctx, Request{Release: p})
 		if failed := new(Failed); !errors.Is(err, context.Canceled) || errors.As(err, &failed) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -286,7 +286,7 @@ func TestStopAfterTheSwitch(t *testing.T) {
 			until(t, func() bool { return u.State().Running == two })
 			cancel()
 		}()
-		if err := u.Deploy(ctx, two, ""); !errors.Is(err, context.Canceled) {
+		if err := u.Deploy(ctx, Request{Release: two}); !errors.Is(err, context.Canceled) {
 			t.Fatalf("got %v", err)
 		}
 		if s := u.State(); !s.Unfinished || s.Running != two || s.Confirmed {
@@ -327,7 +327,7 @@ func TestStopAfterTheSwitch(t *testing.T) {
 		w.hooks()
 		bad := w.publish("3", func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })
 		var failed *Failed
-		if err := u.Deploy(t.Context(), bad, ""); !errors.As(err, &failed) || failed.Back == two {
+		if err := u.Deploy(t.Context(), Request{Release: bad}); !errors.As(err, &failed) || failed.Back == two {
 			t.Fatalf("got %v", err) // it goes back to what is good, not to what was never proved
 		}
 		w.wantVersion("1")
@@ -358,7 +358,7 @@ func TestStopOnTheWayBack(t *testing.T) {
 			os.Remove(w.path("block"))
 			cancel()
 		}()
-		if err := u.Deploy(ctx, p, ""); !errors.Is(err, context.Canceled) {
+		if err := u.Deploy(ctx, Request{Release: p}); !errors.Is(err, context.Canceled) {
 			t.Fatalf("got %v", err)
 		}
 		os.Remove(w.path("slow"))
@@ -405,7 +405,7 @@ func TestBounds(t *testing.T) {
 	} {
 		w := &world{t, w.root}
 		u := w.open(func(c *Config) { c.Bounds = test.bounds; c.Dir = t.TempDir() })
-		err := u.Deploy(t.Context(), test.release, "")
+		err := u.Deploy(t.Context(), Request{Release: test.release})
 		if test.want == "" {
 			if err != nil {
 				t.Errorf("%+v: %v", test.bounds, err)
@@ -436,7 +436,7 @@ func TestTrust(t *testing.T) {
 		}
 	})
 	for _, try := range []func() error{
-		func() error { return u.Deploy(t.Context(), p, "") },
+		func() error { return u.Deploy(t.Context(), Request{Release: p}) },
 		func() error { return u.Stage(t.Context(), p) },
 	} {
 		if err := try(); !errors.Is(err, unsigned) {
@@ -448,7 +448,7 @@ func TestTrust(t *testing.T) {
 	}
 	wrong := p
 	wrong.Digest[0]++
-	if err := w.open(nil).Deploy(t.Context(), wrong, ""); !errors.Is(err, artifact.ErrDigest) {
+	if err := w.open(nil).Deploy(t.Context(), Request{Release: wrong}); !errors.Is(err, artifact.ErrDigest) {
 		t.Errorf("a wrong digest: %v", err)
 	}
 }
@@ -514,7 +514,7 @@ func TestDestThatIsSwitchedByHandIsNoSuccess(t *testing.T) {
 		m.Commands.Post = []deployments.Command{{Run: "ln -sfn $KEDGE_PREVIOUS $KEDGE_DEST"}}
 	})
 	var failed *Failed
-	if err := u.Deploy(t.Context(), two, ""); !errors.As(err, &failed) || failed.Step != "health" || !strings.Contains(err.Error(), "no longer resolves") {
+	if err := u.Deploy(t.Context(), Request{Release: two}); !errors.As(err, &failed) || failed.Step != "health" || !strings.Contains(err.Error(), "no longer resolves") {
 		t.Errorf("got %v", err)
 	}
 	w.wantVersion("1")
@@ -536,7 +536,7 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	var failed *Failed
-	if err := u.Deploy(t.Context(), two, ""); err == nil || errors.As(err, &failed) {
+	if err := u.Deploy(t.Context(), Request{Release: two}); err == nil || errors.As(err, &failed) {
 		t.Errorf("got %v", err)
 	}
 	w.wantHooks()

@@ -83,10 +83,10 @@ func fullChild(args []string) error {
 		}
 		return nil
 	}
-	if err := u.Deploy(context.Background(), ps[0], ""); err != nil {
+	if err := u.Deploy(context.Background(), Request{Release: ps[0]}); err != nil {
 		return err
 	}
-	err = u.Deploy(context.Background(), ps[1], "")
+	err = u.Deploy(context.Background(), Request{Release: ps[1]})
 	var failed *Failed
 	if err == nil || errors.As(err, &failed) || !strings.Contains(strings.ToLower(err.Error()), "space") {
 		return fmt.Errorf("the disk is full: %w", err)
@@ -94,7 +94,7 @@ func fullChild(args []string) error {
 	if err := want("1"); err != nil {
 		return err
 	}
-	if err := u.Deploy(context.Background(), ps[2], ""); err != nil {
+	if err := u.Deploy(context.Background(), Request{Release: ps[2]}); err != nil {
 		return fmt.Errorf("when there is space again: %w", err)
 	}
 	return want("3")

@@ -185,7 +185,7 @@ func TestHealthOfARelease(t *testing.T) {
 				}
 				m.Health = test.health
 			})
-			err := w.open(nil).Deploy(t.Context(), p, "")
+			err := w.open(nil).Deploy(t.Context(), Request{Release: p})
 			if (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
 				t.Errorf("got %v, want %q", err, test.err)
 			}

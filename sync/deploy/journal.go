@@ -24,8 +24,8 @@ const (
 	manifestsDir = "manifests"
 	treesDir     = "trees"
 
-	// maxQuarantined bounds the list; the oldest go first.
-	maxQuarantined = 32
+	// maxQuarantined bounds the list, which every report carries; the oldest go first.
+	maxQuarantined = 16
 )
 
 // journal is what a unit knows across a crash. It is replaced as a whole, so that it is never half written. Only the goroutine
@@ -43,18 +43,30 @@ type journal struct {
 	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. The file newest has it as well.
 	Newest time.Time `json:"newest,omitzero"`
 
-	Quarantined []quarantine `json:"quarantined,omitempty"`
-	Drained     bool         `json:"drained,omitempty"`
+	Quarantined []Failure `json:"quarantined,omitempty"`
+	Drained     bool      `json:"drained,omitempty"`
 	// Deployment is the one under way; nil: none.
 	Deployment *deployment `json:"deployment,omitempty"`
 }
 
-// quarantine is a release that failed here.
-type quarantine struct {
+// Failure is a release that failed on this node, and stays in quarantine until Retry.
+type Failure struct {
 	Digest deployments.Digest `json:"digest"`
-	Step   step               `json:"step"`
-	Reason string             `json:"reason"`
-	At     time.Time          `json:"at"` // the node's clock; for people
+	// Key names what asked for the release: see Request. Empty: a version that didn't keep it wrote the journal.
+	Key  string              `json:"key,omitempty"`
+	Step string              `json:"step"`
+	Back deployments.Pointer `json:"back,omitzero"` // what the unit went back to
+	// Reason is the error's text.
+	Reason string    `json:"reason"`
+	At     time.Time `json:"at"` // the node's clock; for people
+}
+
+// Err is what Deploy returned for the release p that failed.
+func (f Failure) Err(p deployments.Pointer) *Failed {
+	return &Failed{
+		Release: p, Back: f.Back, Step: f.Step, Err: errors.New(f.Reason),
+		Reason: deployments.ReasonQuarantined, Facts: deployments.Facts{"step": f.Step, "error": f.Reason},
+	}
 }
 
 // deployment is a deployment under way.
@@ -65,6 +77,7 @@ type deployment struct {
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`
+	Key    string              `json:"key,omitempty"`
 	// Step is being done: all before it are done, and it may be half done, or done. Doing it again is safe.
 	Step step `json:"step"`
 	// Run marks the processes of Step's commands.
@@ -116,7 +129,7 @@ func (u *Unit) save(change func(*journal)) error {
 
 // failed reports whether p is in quarantine.
 func (j *journal) failed(p deployments.Pointer) bool {
-	return slices.ContainsFunc(j.Quarantined, func(q quarantine) bool { return q.Digest == p.Digest })
+	return slices.ContainsFunc(j.Quarantined, func(f Failure) bool { return f.Digest == p.Digest })
 }
 
 // enter says that s begins.

@@ -54,7 +54,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	if err := u.adopt(r); err != nil {
 		return err
 	}
-	err = u.deploy(ctx, r, "")
+	err = u.deploy(ctx, r, Request{Release: r.Pointer})
 	if failed := new(Failed); err == nil || errors.As(err, &failed) {
 		return err
 	}

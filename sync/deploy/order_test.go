@@ -37,7 +37,7 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 	}
 	refused := func(p deployments.Pointer, live string) {
 		t.Helper()
-		for what, err := range map[string]error{"Deploy": u.Deploy(t.Context(), p, ""), "Stage": u.Stage(t.Context(), p)} {
+		for what, err := range map[string]error{"Deploy": u.Deploy(t.Context(), Request{Release: p}), "Stage": u.Stage(t.Context(), p)} {
 			if !errors.Is(err, ErrRefused) {
 				t.Errorf("%s of an older release gave %v, want ErrRefused", what, err)
 			}

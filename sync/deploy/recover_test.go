@@ -32,7 +32,7 @@ func TestGoesOnFromTheStepThatWasCutOff(t *testing.T) {
 	} {
 		for name, again := range map[string]func(u *Unit, ends deployments.Pointer) error{
 			"recovered": func(u *Unit, _ deployments.Pointer) error { return u.Recover(t.Context()) },
-			"deployed":  func(u *Unit, ends deployments.Pointer) error { return u.Deploy(t.Context(), ends, "") },
+			"deployed":  func(u *Unit, ends deployments.Pointer) error { return u.Deploy(t.Context(), Request{Release: ends}) },
 		} {
 			t.Run(c.point+" "+name, func(t *testing.T) {
 				t.Parallel()
@@ -82,7 +82,7 @@ func TestUndrainThatFailsIsTriedAgain(t *testing.T) {
 		}
 	}
 	p := w.publish("1", nil)
-	if err := u.Deploy(t.Context(), p, ""); !errors.Is(err, away) || errors.As(err, new(*Failed)) {
+	if err := u.Deploy(t.Context(), Request{Release: p}); !errors.Is(err, away) || errors.As(err, new(*Failed)) {
 		t.Fatalf("got %v", err)
 	}
 	if s := u.State(); s.Running != p || !s.Drained || !s.Unfinished || len(s.Quarantined) > 0 {
@@ -145,7 +145,7 @@ func TestEndsLeftovers(t *testing.T) {
 		point string
 		again func(w *world, u *Unit) error
 	}{
-		"superseded": {"before post", func(w *world, u *Unit) error { return u.Deploy(t.Context(), w.publish("2", nil), "") }},
+		"superseded": {"before post", func(w *world, u *Unit) error { return u.Deploy(t.Context(), Request{Release: w.publish("2", nil)}) }},
 		"finished":   {"before post", func(_ *world, u *Unit) error { return u.Recover(t.Context()) }},
 		"taken back": {"before pre", func(_ *world, u *Unit) error { return u.Recover(t.Context()) }},
 	} {
@@ -189,7 +189,7 @@ func TestCalledOffLeavesWhatRan(t *testing.T) {
 			cancel()
 		}
 	}
-	if err := u.Deploy(ctx, w.publish("3", nil), ""); !errors.Is(err, context.Canceled) {
+	if err := u.Deploy(ctx, Request{Release: w.publish("3", nil)}); !errors.Is(err, context.Canceled) {
 		t.Fatalf("got %v", err)
 	}
 	w.wantVersion("2")

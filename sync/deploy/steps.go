@@ -92,7 +92,9 @@ func (j *journal) fail(err error) {
 	if len(j.Quarantined) >= maxQuarantined {
 		j.Quarantined = slices.Delete(j.Quarantined, 0, 1)
 	}
-	j.Quarantined = append(j.Quarantined, quarantine{Digest: d.Release.Digest, Step: d.Step, Reason: short(err), At: time.Now().UTC()})
+	j.Quarantined = append(j.Quarantined, Failure{
+		Digest: d.Release.Digest, Key: d.Key, Step: string(d.Step), Back: d.Back, Reason: short(err), At: time.Now().UTC(),
+	})
 	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
 	if failed := new(checkError); errors.As(err, &failed) {
 		d.Fault.Check = failed.check
@@ -259,13 +261,10 @@ func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) { j.Running, j.Version, j.Confirmed = r.Pointer, r.Manifest.Version, false }
 }
 
-// confirmed makes what runs the release to go back to, and ends the quarantine of others: naming one of them again is a new
-// decision of somebody.
+// confirmed makes what runs the release to go back to. What failed before stays in quarantine: the same commit may ask
+// for it again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
-	if !j.Deployment.Step.goesBack() {
-		j.Quarantined = nil
-	}
 }
 
 func undrained(j *journal) { j.Drained = false }

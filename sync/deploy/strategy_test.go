@@ -65,7 +65,7 @@ func TestStrategies(t *testing.T) {
 	// release takes over a directory, and a failed one gives it back.
 	bad := as(deployments.StrategyRelease, func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })
 	var failed *Failed
-	if err := u.Deploy(t.Context(), w.publish("3", bad), ""); !errors.As(err, &failed) {
+	if err := u.Deploy(t.Context(), Request{Release: w.publish("3", bad)}); !errors.As(err, &failed) {
 		t.Fatalf("got %v", err)
 	}
 	w.wantVersion("2")
@@ -77,9 +77,9 @@ func TestStrategies(t *testing.T) {
 	w.wantVersion("4")
 
 	// mv needs a dest that is gone, and leaves what it finds when it is not.
-	err := u.Deploy(t.Context(), w.publish("5", as(deployments.StrategyMv, func(m *deployments.Manifest) {
+	err := u.Deploy(t.Context(), Request{Release: w.publish("5", as(deployments.StrategyMv, func(m *deployments.Manifest) {
 		m.Commands.Pre = []deployments.Command{{Run: "rm " + w.dest() + " && cp -a $KEDGE_PREVIOUS " + w.dest()}}
-	})), "")
+	}))})
 	if !errors.As(err, &failed) || !strings.Contains(err.Error(), "needs a pre command") {
 		t.Fatalf("got %v", err)
 	}
@@ -89,10 +89,10 @@ func TestStrategies(t *testing.T) {
 		m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
 	})))
 	w.wantVersion("6")
-	if err := u.Deploy(t.Context(), w.publish("7", as(deployments.StrategyMv, func(m *deployments.Manifest) {
+	if err := u.Deploy(t.Context(), Request{Release: w.publish("7", as(deployments.StrategyMv, func(m *deployments.Manifest) {
 		m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
 		m.Commands.Post = []deployments.Command{{Run: "false"}}
-	})), ""); !errors.As(err, &failed) {
+	}))}); !errors.As(err, &failed) {
 		t.Fatalf("got %v", err)
 	}
 	w.wantVersion("6")

@@ -169,7 +169,7 @@ func (w *world) reopen(change func(*Config)) *Unit {
 
 func (w *world) deploy(u *Unit, p deployments.Pointer) {
 	w.t.Helper()
-	if err := u.Deploy(w.t.Context(), p, "c0ffee"); err != nil {
+	if err := u.Deploy(w.t.Context(), Request{Release: p, Commit: "c0ffee"}); err != nil {
 		w.t.Fatal(err)
 	}
 }
