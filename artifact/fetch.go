@@ -12,13 +12,13 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 const (
@@ -446,8 +446,7 @@ func newDecoder() (*zstd.Decoder, error) {
 
 // readSpan reads a span's wanted frames and passes them on. Cut off, or given a wrong frame, it asks again from there.
 func (f *fetch) readSpan(ctx context.Context, o object.Object, s span, wanted []bool, buffers chan []byte, out chan<- fetched) error {
-	pause := backoff.NewExponentialBackOff()
-	pause.InitialInterval = 100 * time.Millisecond
+	pause := wait.NewBackoff(100*time.Millisecond, time.Minute)
 	for next, failed := s.from, 0; next < s.to; {
 		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
 		if err == nil {
@@ -463,10 +462,8 @@ func (f *fetch) readSpan(ctx context.Context, o object.Object, s span, wanted []
 		if next, failed = reached, failed+1; failed == tries {
 			return err
 		}
-		select {
-		case <-time.After(pause.NextBackOff()):
-		case <-ctx.Done():
-			return ctx.Err()
+		if err := pause.Wait(ctx); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -14,11 +14,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 var (
@@ -125,7 +125,7 @@ const (
 	trashPrefix   = "trash-"
 	healPrefix    = "heal-" // what healing a tree exchanged it for
 	adoptedPrefix = "adopted-"
-	// unfinishedPrefix begins what a crash in writeDurably leaves; no version begins so.
+	// unfinishedPrefix begins what a crash in durable.WriteFile leaves; no version begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"
 )
@@ -278,7 +278,7 @@ func (r *Releases) switchTo(rel *Release) error {
 		return err
 	}
 	if there, err := os.Readlink(r.dest); err == nil && there == target {
-		return syncDir(filepath.Dir(r.dest))
+		return durable.SyncDir(filepath.Dir(r.dest))
 	}
 	link := filepath.Join(r.private(), linkName)
 	r.at("link")
@@ -303,7 +303,7 @@ func (r *Releases) switchTo(rel *Release) error {
 		return errors.Join(err, os.Remove(link))
 	}
 	r.at("switched")
-	if err := syncDir(filepath.Dir(r.dest)); err != nil {
+	if err := durable.SyncDir(filepath.Dir(r.dest)); err != nil {
 		return err
 	}
 	return r.adopt()
@@ -327,7 +327,7 @@ func (r *Releases) adopt() error {
 		return err
 	}
 	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", kept)
-	return errors.Join(syncDir(r.top()), syncDir(r.private()))
+	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
 // Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged. Where
@@ -466,20 +466,4 @@ func (r *Releases) at(name string) {
 	if r.step != nil {
 		r.step(name)
 	}
-}
-
-// writeDurably writes a private file that is there whole, or not at all. What a crash leaves of it lies beside it, where Prune looks.
-func writeDurably(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

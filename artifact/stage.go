@@ -16,6 +16,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 // Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does nothing where it
@@ -85,11 +86,11 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 	if err != nil {
 		return nil, err
 	}
-	if err := writeDurably(filepath.Join(r.private(), name+indexSuffix), index); err != nil {
+	if err := durable.WriteFile(filepath.Join(r.private(), name+indexSuffix), index, 0o600); err != nil {
 		return nil, err
 	}
 	r.at("index")
-	if err := writeDurably(filepath.Join(r.private(), name+recordSuffix), rec); err != nil {
+	if err := durable.WriteFile(filepath.Join(r.private(), name+recordSuffix), rec, 0o600); err != nil {
 		return nil, err
 	}
 	r.at("record")
@@ -103,7 +104,7 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 	if err := setMode(rel); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(syncDir(r.top()), syncDir(r.private())); err != nil {
+	if err := errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private())); err != nil {
 		return nil, err
 	}
 	return rel, nil
@@ -131,7 +132,7 @@ func (r *Releases) prepare(staging string) error {
 			return err
 		}
 	}
-	return syncDir(filepath.Dir(r.top()))
+	return durable.SyncDir(filepath.Dir(r.top()))
 }
 
 // replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. It is one to
@@ -157,7 +158,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	if err := os.Rename(staging, old); err != nil {
 		return false, err
 	}
-	return true, errors.Join(syncDir(r.top()), syncDir(r.private()))
+	return true, errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
 // base gives the release to take files from: what it can't read is none.

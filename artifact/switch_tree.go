@@ -12,6 +12,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 // treeSwitcher is what the strategies rsync and mv share: unpacked trees, TREES/DIGEST, complete once one has that
@@ -270,5 +271,5 @@ func moveDurably(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err
 	}
-	return errors.Join(syncDir(filepath.Dir(to)), syncDir(filepath.Dir(from)))
+	return errors.Join(durable.SyncDir(filepath.Dir(to)), durable.SyncDir(filepath.Dir(from)))
 }

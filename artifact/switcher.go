@@ -13,6 +13,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 // ErrUntouched is in an error of Switch that changed nothing at dest.
@@ -190,7 +191,7 @@ func WriteRelease(path string, rel *Release) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
-	return writeDurably(path, data)
+	return durable.WriteFile(path, data, 0o600)
 }
 
 // PruneReleases removes all files that WriteRelease wrote as DIR/DIGEST.json, but those of keep.

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+
+	"kedge/deployments/durable"
 )
 
 // fileStore is file://: a directory of this machine.
@@ -104,12 +106,7 @@ func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err 
 	} else if err != nil {
 		return err
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return durable.SyncDir(dir)
 }
 
 func fileError(err error) error {

@@ -17,10 +17,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/time/rate"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 var (
@@ -223,7 +223,7 @@ type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails for good, or has failed too often.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
-	pause := newPause()
+	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
 		err := try()
 		var transient *transientError
@@ -231,7 +231,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 			return withoutTransient(err)
 		}
 		c.log.Debug("tries again", "what", what, "error", err)
-		if err := sleep(ctx, max(pause.NextBackOff(), transient.after)); err != nil {
+		if err := wait.For(ctx, max(pause.Next(), transient.after)); err != nil {
 			return err
 		}
 	}
@@ -254,23 +254,6 @@ type unavailableError struct{ error }
 
 func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }
 func (e unavailableError) Unwrap() error        { return e.error }
-
-func newPause() *backoff.ExponentialBackOff {
-	b := backoff.NewExponentialBackOff()
-	b.InitialInterval, b.MaxInterval, b.RandomizationFactor, b.Multiplier = firstPause, maxPause, 0.9, 2
-	return b
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
-}
 
 // Stat finds an object.
 func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
@@ -333,7 +316,7 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	if err != nil {
 		return nil, err
 	}
-	r := &resuming{client: c, ctx: ctx, store: s, url: u, object: o, offset: offset, left: n, pause: newPause()}
+	r := &resuming{client: c, ctx: ctx, store: s, url: u, object: o, offset: offset, left: n, pause: wait.NewBackoff(firstPause, maxPause)}
 	if n == 0 {
 		return r, nil
 	}
@@ -355,7 +338,7 @@ type resuming struct {
 	body   io.ReadCloser
 	tries  int
 	since  int // bytes since tries began
-	pause  *backoff.ExponentialBackOff
+	pause  *wait.Backoff
 }
 
 func (r *resuming) open() error {
@@ -409,7 +392,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 			return n, unavailableError{fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err)}
 		}
 		r.client.log.Debug("a read was cut off", "url", deployments.ShownURL(r.object.URL), "at", r.offset, "error", err)
-		if err := sleep(r.ctx, r.pause.NextBackOff()); err != nil {
+		if err := r.pause.Wait(r.ctx); err != nil {
 			return n, err
 		}
 		if n > 0 {

@@ -11,6 +11,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 const (
@@ -96,7 +97,7 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 				case <-trying.Done():
 					return
 				}
-				if wait(trying, w.interval) != nil {
+				if wait.For(trying, w.interval) != nil {
 					return
 				}
 			}

@@ -12,10 +12,9 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/renameio/v2"
-
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 const (
@@ -118,7 +117,7 @@ func (u *Unit) save(change func(*journal)) error {
 	if err != nil {
 		return fmt.Errorf("writing the journal of %s: %w", u.name(), err)
 	}
-	if err := writeFile(filepath.Join(u.c.Dir, journalFile), data); err != nil {
+	if err := durable.WriteFile(filepath.Join(u.c.Dir, journalFile), data, 0o600); err != nil {
 		return fmt.Errorf("writing the journal of %s: %w", u.name(), err)
 	}
 	u.mu.Lock()
@@ -183,7 +182,7 @@ func (u *Unit) load() error {
 
 // keepNewest keeps Newest outside the journal, which may be lost, as nothing else on the node tells it.
 func (u *Unit) keepNewest(created time.Time) error {
-	if err := writeFile(filepath.Join(u.c.Dir, newestFile), []byte(created.UTC().Format(time.RFC3339Nano)+"\n")); err != nil {
+	if err := durable.WriteFile(filepath.Join(u.c.Dir, newestFile), []byte(created.UTC().Format(time.RFC3339Nano)+"\n"), 0o600); err != nil {
 		return fmt.Errorf("noting what %s has settled on: %w", u.name(), err)
 	}
 	return nil
@@ -253,21 +252,4 @@ func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
 	}
 	return r, err
-}
-
-// writeFile replaces path in one step, durable once it returns: written aside, synced, renamed, its directory synced.
-func writeFile(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(filepath.Dir(path))); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 )
 
 const (
@@ -101,7 +102,7 @@ func (u *Unit) Monitor() (*Monitor, error) {
 // unhealthy, when another check fails than before, and when it is healthy again. It begins with h, which an earlier Run ended
 // with, and with its first round at a random time, so that a fleet's checks are spread.
 func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
-	if wait(ctx, rand.N(m.every)) != nil {
+	if wait.For(ctx, rand.N(m.every)) != nil {
 		return
 	}
 	tick := time.NewTicker(m.every)

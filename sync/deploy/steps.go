@@ -11,6 +11,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/sync/command"
 )
 
@@ -211,7 +212,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		if err := u.drain(ctx, true); err != nil || from == nil {
 			return nil, err // where nothing runs there is nobody to wait for
 		}
-		return nil, wait(ctx, r.Manifest.Drain)
+		return nil, wait.For(ctx, r.Manifest.Drain)
 	case stepPre:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
 	case stepSwitch:
@@ -365,21 +366,6 @@ func transient(err error) bool {
 	// transfers, are left: they say that files can't be written.
 	var exit *exec.ExitError
 	return errors.As(err, &exit) && slices.Contains([]int{10, 11, 12, 14, 20, 22, 30, 35}, exit.ExitCode())
-}
-
-// wait waits for d, by the monotonic clock.
-func wait(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
-	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }
 
 // short is an error's text, for the journal and for KEDGE_ERROR.

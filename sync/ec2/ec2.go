@@ -24,7 +24,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/autoscaling"
 	"github.com/aws/smithy-go"
 	smithyhttp "github.com/aws/smithy-go/transport/http"
-	"github.com/cenkalti/backoff/v5"
+
+	"kedge/deployments/wait"
 )
 
 // Tags of an instance that say what it is for.
@@ -157,8 +158,7 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 
 // complete completes the action: with CONTINUE where the instance has converged by then, else with ABANDON.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
-	pause := backoff.NewExponentialBackOff()
-	pause.InitialInterval, pause.MaxInterval = 500*time.Millisecond, 30*time.Second
+	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for began, tries := time.Now(), 0; ; tries++ {
 		result := "ABANDON"
 		select {
@@ -184,10 +184,8 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 		case tries == 0:
 			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group, "result", result, "error", err)
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(pause.NextBackOff()):
+		if err := pause.Wait(ctx); err != nil {
+			return err
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/sync/mirror"
 )
@@ -172,7 +173,7 @@ const watchPause = 100 * time.Millisecond
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}
-	changed := make(chan struct{}, 1)
+	changed := wait.NewSignal()
 	g, ctx := errgroup.WithContext(ctx)
 	for _, kind := range kinds {
 		prefix := kind
@@ -184,10 +185,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 				mu.Lock()
 				views[prefix] = v
 				mu.Unlock()
-				select {
-				case changed <- struct{}{}:
-				default:
-				}
+				changed.Set()
 			})
 		})
 	}
@@ -200,7 +198,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
-			case <-changed:
+			case <-changed.C():
 			case <-expiry.C:
 			}
 			var entries []kv.Entry

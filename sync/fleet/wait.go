@@ -26,15 +26,15 @@ var ErrRefused = errors.New("refused")
 // won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's. tell, where it isn't nil, is told what is
 // missing, whenever that changes.
 func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	return wait(ctx, store, filter, commit, false, tell)
+	return await(ctx, store, filter, commit, false, tell)
 }
 
 // WaitForPush is Wait for what a commit began: units that it left as they were don't count, whatever is wrong with them.
 func WaitForPush(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	return wait(ctx, store, filter, commit, true, tell)
+	return await(ctx, store, filter, commit, true, tell)
 }
 
-func wait(ctx context.Context, store kv.Store, filter Filter, commit string, push bool, tell func(missing string)) error {
+func await(ctx context.Context, store kv.Store, filter Filter, commit string, push bool, tell func(missing string)) error {
 	w := waiter{filter: filter, commit: strings.ToLower(commit), push: push, before: map[nodeUnit]time.Time{}}
 	if commit != "" {
 		err := CheckCommit(commit)
