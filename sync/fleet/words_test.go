@@ -1,0 +1,101 @@
+package fleet
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+
+	"kedge/deployments"
+)
+
+// Every reason code has words for people, with and without its facts, and whatever the facts hold is one clean line.
+func TestEveryReasonHasWords(t *testing.T) {
+	source, err := os.ReadFile("../../deployments/reason.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := parser.ParseFile(token.NewFileSet(), "reason.go", source, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := map[deployments.Reason]bool{}
+	ast.Inspect(file, func(n ast.Node) bool {
+		spec, ok := n.(*ast.ValueSpec)
+		if !ok || len(spec.Values) != 1 || !strings.HasPrefix(spec.Names[0].Name, "Reason") {
+			return true
+		}
+		code, err := strconv.Unquote(spec.Values[0].(*ast.BasicLit).Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		known[deployments.Reason(code)] = true
+		return true
+	})
+	if len(known) < 30 {
+		t.Fatalf("reason.go has %d codes", len(known))
+	}
+	all := deployments.Facts{}
+	for _, pattern := range words {
+		for _, name := range placeholder.FindAllStringSubmatch(pattern, -1) {
+			all[name[1]] = "evil\x1b[31m\nline"
+		}
+	}
+	for code := range known {
+		if words[code] == "" {
+			t.Errorf("%s has no words: add them to words", code)
+		}
+		bare, full := Message(code, nil), Message(code, all)
+		for _, text := range []string{bare, full} {
+			if text == "" || strings.ContainsAny(text, "{}\x1b\n") || strings.HasSuffix(text, ": ") {
+				t.Errorf("%s: %q", code, text)
+			}
+		}
+		if len(placeholder.FindAllString(words[code], -1)) > 0 && !strings.Contains(full, "evil") {
+			t.Errorf("%s leaves its facts out: %q", code, full)
+		}
+	}
+	for code := range words {
+		if !known[code] {
+			t.Errorf("words has %q, which is no reason", code)
+		}
+	}
+}
+
+func TestMessage(t *testing.T) {
+	for want, c := range map[string]struct {
+		reason deployments.Reason
+		facts  deployments.Facts
+	}{
+		"frozen by xmas until 2026-12-27 00:00Z": {deployments.ReasonFrozen, deployments.Facts{"window": "xmas", "until": "2026-12-27T00:00:00Z"}},
+		"frozen":                                 {deployments.ReasonFrozen, nil},
+		"3 of 9 nodes admitted":                  {deployments.ReasonRolling, deployments.Facts{"admitted": "3", "of": "9"}},
+		"2 of 8 nodes failed (web-1: post: exit 1), at most 1 may": {deployments.ReasonTooManyFailed,
+			deployments.Facts{"failed": "2", "of": "8", "node": "web-1", "cause": "post: exit 1", "limit": "1"}},
+		"FromTheFuture: boom":           {"FromTheFuture", deployments.Facts{"error": "boom"}},
+		"paused by {by} (a [b] {name})": {deployments.ReasonPaused, deployments.Facts{"by": "{by}", "reason": "a [b] {name}"}},
+	} {
+		if got := Message(c.reason, c.facts); got != want {
+			t.Errorf("%s: %q, want %q", c.reason, got, want)
+		}
+	}
+}
+
+// Where a rollout waits for a person, the hint names the command that lets it go on.
+func TestHint(t *testing.T) {
+	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
+	for reason, want := range map[deployments.Reason]string{
+		deployments.ReasonAwaitingApproval: "kedge promote prod/web/app",
+		deployments.ReasonPaused:           "kedge resume prod/web/app",
+		deployments.ReasonTooManyFailed:    "kedge retry prod/web/app",
+		deployments.ReasonFrozen:           "kedge promote prod/web/app",
+		deployments.ReasonPinned:           "kedge unpin prod/web/app --node web-1",
+	} {
+		if got := Hint(id, "web-1", reason); !strings.Contains(got, want) {
+			t.Errorf("%s: %q lacks %q", reason, got, want)
+		}
+	}
+}
