@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -91,7 +93,7 @@ var errStrayed = errors.New("heartbeats reach several Consul agents behind one a
 // keep says that the holder is alive, until ctx ends.
 func (h *heartbeat) keep(ctx context.Context) {
 	failing := false
-	for wait(ctx, h.every) == nil {
+	for wait.For(ctx, h.every) == nil {
 		asked := time.Now()
 		err := h.store.do(ctx, "heartbeat", h.ttl/2, func(q *api.QueryOptions) error {
 			return h.store.client.Agent().UpdateTTLOpts(h.id, "", api.HealthPassing, q)
@@ -134,7 +136,7 @@ func (h *heartbeat) session(ctx context.Context, e api.SessionEntry) (id string,
 		if err == nil || !strings.Contains(err.Error(), "heck") || time.Since(began) > h.ttl/2 {
 			return id, err
 		}
-		if err := wait(ctx, 20*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 20*time.Millisecond); err != nil {
 			return "", err
 		}
 	}

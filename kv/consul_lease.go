@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -36,7 +38,7 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 	if err != nil {
 		return nil, fmt.Errorf("lease %s: %w", key, err)
 	}
-	pause, told := newBackoff(50*time.Millisecond, 5*time.Second), false
+	pause, told := wait.NewBackoff(50*time.Millisecond, 5*time.Second), false
 	for {
 		lease, err := s.tryLease(ctx, key, holder, value, ttl)
 		switch {
@@ -46,7 +48,7 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 			// Free, but not yet given away: the lock-delay.
 			pause.Reset()
 			told = false
-			err = wait(ctx, 50*time.Millisecond)
+			err = wait.For(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, ErrUnavailable):
@@ -54,7 +56,7 @@ func (s *consulStore) Lease(ctx context.Context, key, holder string, ttl time.Du
 				s.log.Warn("the lease can't be asked for, so it is tried again and again", "key", key, "error", err)
 				told = true
 			}
-			err = wait(ctx, pause.NextBackOff())
+			err = pause.Wait(ctx)
 		}
 		if err != nil {
 			return nil, err
@@ -130,7 +132,7 @@ func (s *consulStore) awaitFree(ctx context.Context, key string) error {
 			return err
 		}
 		if index == 0 {
-			if err := wait(ctx, 50*time.Millisecond); err != nil {
+			if err := wait.For(ctx, 50*time.Millisecond); err != nil {
 				return err
 			}
 		}
@@ -241,7 +243,7 @@ func (l *consulLease) keep() {
 	next := l.ttl / 3
 	for {
 		// At least once a second the clock is looked at, in case it jumped.
-		if wait(l.ctx, min(next, l.left(), time.Second)) != nil {
+		if wait.For(l.ctx, min(next, l.left(), time.Second)) != nil {
 			break
 		}
 		if l.expired() {

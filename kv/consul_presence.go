@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -40,7 +42,7 @@ type consulPresence struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
-	wake   chan struct{} // capacity 1: a session was made that has to be looked after
+	wake   wait.Signal // a session was made that has to be looked after
 
 	// putting keeps Puts, the repair of what they wrote, and Close apart.
 	putting sync.Mutex
@@ -63,7 +65,7 @@ func (s *consulStore) Presence(ctx context.Context, name string) (Presence, erro
 	if name == "" {
 		return nil, errors.New("presence: the name is empty")
 	}
-	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: make(chan struct{}, 1),
+	p := &consulPresence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
 		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
@@ -120,10 +122,7 @@ func (p *consulPresence) Put(ctx context.Context, key string, value []byte) erro
 
 // look has keep look after what changed.
 func (p *consulPresence) look() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
+	p.wake.Set()
 }
 
 // tie moves the entries from a session with a TTL to one of the node's health. Where it can't, all stays as it was, or what it
@@ -198,7 +197,7 @@ func (p *consulPresence) evict(ctx context.Context, key string, value []byte) er
 	}
 	if old.Session == "" || old.Session == p.session {
 		// What an ended session held can be taken only after its delay.
-		return cmp.Or(wait(ctx, 2*presenceLockDelay), ErrConflict)
+		return cmp.Or(wait.For(ctx, 2*presenceLockDelay), ErrConflict)
 	}
 	return p.swap(ctx, key, old.Value, value, old.Session)
 }
@@ -356,7 +355,7 @@ func (s *consulStore) sessionInfo(ctx context.Context, id string, opts api.Query
 // was thought dead for a moment, or a snapshot was restored.
 func (p *consulPresence) keep() {
 	defer close(p.done)
-	trouble := newBackoff(100*time.Millisecond, 10*time.Second)
+	trouble := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
 	for {
 		p.putting.Lock()
 		session, renew, idle := p.session, p.renew, len(p.held) == 0
@@ -369,7 +368,7 @@ func (p *consulPresence) keep() {
 		p.putting.Unlock()
 		if idle {
 			select {
-			case <-p.wake:
+			case <-p.wake.C():
 				continue
 			case <-p.ctx.Done():
 				return
@@ -379,7 +378,7 @@ func (p *consulPresence) keep() {
 		if session != "" && watched != "" {
 			err = p.watchEntry(session, watched, renew)
 		} else if session != "" {
-			err = wait(p.ctx, takenPoll) // another process has taken all of it
+			err = wait.For(p.ctx, takenPoll) // another process has taken all of it
 		}
 		if err == nil {
 			err = p.repair()
@@ -388,21 +387,21 @@ func (p *consulPresence) keep() {
 		if err == nil {
 			trouble.Reset()
 		} else {
-			pause = trouble.NextBackOff()
+			pause = trouble.Next()
 		}
 		p.putting.Lock()
 		taken := err == nil && p.session == "" && len(p.held) > 0 // all of it
 		p.putting.Unlock()
 		if taken {
 			select {
-			case <-p.wake: // by a Put
+			case <-p.wake.C(): // by a Put
 			case <-time.After(takenPoll):
 			case <-p.ctx.Done():
 				return
 			}
 			continue
 		}
-		if wait(p.ctx, pause) != nil {
+		if wait.For(p.ctx, pause) != nil {
 			return
 		}
 	}
@@ -416,7 +415,7 @@ func (p *consulPresence) watchEntry(session, key string, renew bool) error {
 		most = presenceTTL / 3
 	}
 	var index uint64
-	idle := newBackoff(5*time.Millisecond, time.Second)
+	idle := wait.NewBackoff(5*time.Millisecond, time.Second)
 	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
 		if renew {
 			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, ErrNotFound) {
@@ -439,9 +438,9 @@ func (p *consulPresence) watchEntry(session, key string, renew bool) error {
 			return err
 		}
 		if index == 0 {
-			return wait(p.ctx, time.Second) // a restore may have left the session and changed what it holds
+			return wait.For(p.ctx, time.Second) // a restore may have left the session and changed what it holds
 		}
-		if err := wait(p.ctx, idle.NextBackOff()); err != nil {
+		if err := idle.Wait(p.ctx); err != nil {
 			return err
 		}
 	}

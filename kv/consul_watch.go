@@ -7,8 +7,9 @@ import (
 	"slices"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -18,6 +19,8 @@ const (
 	watchTimeout = watchWait*17/16 + 10*time.Second
 	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
 	maxLastContact = 10 * time.Second
+	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away.
+	unavailableLimit = 5 * time.Second
 )
 
 // Watch reads from the leader until it knows the prefix for certain, and then blocks on whichever server answers,
@@ -28,10 +31,10 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 		return fmt.Errorf("watch: %w", err)
 	}
 	v := newViewer(s.prefix+prefix, s.log, f)
-	unavailable := newBackoff(50*time.Millisecond, 5*time.Second)
-	denied := newBackoff(100*time.Millisecond, 10*time.Second)
+	unavailable := wait.NewBackoff(50*time.Millisecond, unavailableLimit)
+	denied := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
 	// Answers that come at once and bring nothing must not make a busy loop.
-	idle := newBackoff(5*time.Millisecond, 250*time.Millisecond)
+	idle := wait.NewBackoff(5*time.Millisecond, 250*time.Millisecond)
 	for {
 		l, err := s.certain(ctx, prefix)
 		if ctx.Err() != nil {
@@ -55,7 +58,7 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 				return ctx.Err()
 			}
 			// A read in between doesn't end the trouble of queries that fail at once.
-			if err == nil || time.Since(began) > unavailable.MaxInterval {
+			if err == nil || time.Since(began) > unavailableLimit {
 				unavailable.Reset()
 			}
 			if err == nil {
@@ -68,7 +71,7 @@ func (s *consulStore) Watch(ctx context.Context, prefix string, f func(View)) er
 		default:
 			v.fail(err)
 		}
-		if err := wait(ctx, pause.NextBackOff()); err != nil {
+		if err := pause.Wait(ctx); err != nil {
 			return err
 		}
 	}
@@ -93,7 +96,7 @@ func (s *consulStore) certain(ctx context.Context, prefix string) (listing, erro
 
 // follow blocks for changes after an answer that was adopted, and adopts them, until an answer fails (its error) or
 // has to be confirmed by the leader (nil).
-func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last listing, idle *backoff.ExponentialBackOff) error {
+func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last listing, idle *wait.Backoff) error {
 	for {
 		index := max(last.meta.LastIndex, 1)
 		asked := time.Now()
@@ -107,10 +110,10 @@ func (s *consulStore) follow(ctx context.Context, prefix string, v *viewer, last
 		took := time.Since(asked)
 		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
 			l.blind() || regressed(v.view.Entries, l.entries) {
-			return wait(ctx, idle.NextBackOff())
+			return idle.Wait(ctx)
 		}
 		if slices.EqualFunc(last.entries, l.entries, sameEntry) && took < watchWait {
-			if err := wait(ctx, idle.NextBackOff()); err != nil {
+			if err := idle.Wait(ctx); err != nil {
 				return err
 			}
 		} else {

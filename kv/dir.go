@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/durable"
 )
 
 // dirStore is the Store in a directory, for the processes of one machine. A key's value is a plain file of that path, so
@@ -309,7 +310,7 @@ func (d *dirStore) enter(dir string, parts []string) (string, error) {
 	if err := os.Mkdir(made, 0o755); err != nil {
 		return "", err
 	}
-	return made, syncDir(dir)
+	return made, durable.SyncDir(dir)
 }
 
 // holdsValue tells of the keys that have both a value and keys below them: the pins of units and of their nodes.
@@ -352,13 +353,4 @@ func (d *dirStore) there() bool {
 func isDir(path string) bool {
 	info, err := os.Lstat(path)
 	return err == nil && info.IsDir()
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return f.Sync()
 }

@@ -12,9 +12,11 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"kedge/deployments/durable"
+	"kedge/deployments/wait"
 )
 
 // change is what a commit does to one key. Applying it twice is the same as once.
@@ -113,7 +115,7 @@ func (d *dirStore) commit(changes []change) error {
 			return err
 		}
 		d.step("journal")
-		if err := d.writeFile(d.path(journalFile), data); err != nil {
+		if err := durable.WriteFileVia(d.path(tempDir), d.path(journalFile), data, 0o644); err != nil {
 			return err
 		}
 		d.step("journalled")
@@ -154,7 +156,7 @@ func (d *dirStore) finish() error {
 	if err := os.Remove(d.path(journalFile)); err != nil {
 		return err
 	}
-	return syncDir(d.path(metaDir))
+	return durable.SyncDir(d.path(metaDir))
 }
 
 // apply puts changes in place, one after the other, and is done when they are on disk.
@@ -190,7 +192,7 @@ func (d *dirStore) apply(changes []change) error {
 	}
 	var group errgroup.Group
 	for dir := range touched {
-		group.Go(func() error { return syncDir(dir) })
+		group.Go(func() error { return durable.SyncDir(dir) })
 	}
 	return group.Wait()
 }
@@ -249,14 +251,6 @@ func (d *dirStore) applyHold(c change) error {
 		return err
 	}
 	return os.Rename(temp, path)
-}
-
-// writeFile replaces a file by one rename, and is done when that is on disk.
-func (d *dirStore) writeFile(path string, data []byte) error {
-	if err := renameio.WriteFile(path, data, 0o644, renameio.WithTempDir(d.path(tempDir))); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(path))
 }
 
 // writing runs f while nobody reads or commits, after finishing what a killed process left.
@@ -331,8 +325,8 @@ func (d *dirStore) lock(ctx context.Context, how int) (unlock func(), err error)
 			return nil, fmt.Errorf("lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
 				d.path(lockFile), requestTimeout, ErrUnavailable)
 		}
-		if err := wait(ctx, pause); err != nil {
-			return nil, err
+		if wait.For(ctx, pause) != nil {
+			return nil, ctx.Err()
 		}
 		pause = min(2*pause, 20*time.Millisecond)
 	}

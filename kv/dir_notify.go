@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	"github.com/fsnotify/fsnotify"
+
+	"kedge/deployments/wait"
 )
 
 // dirNotifier tells the watches of a directory store of changes by one inotify instance: the kernel gives a user 128 of them, for all
@@ -22,9 +24,9 @@ type dirNotifier struct {
 // dirChanges are the changes in some directories that one watch asks for.
 type dirChanges struct {
 	n *dirNotifier
-	// C holds one: something changed, or events were lost.
-	C    chan struct{}
-	dirs map[string]bool // n.mu's
+	// signal is set when something changed, or events were lost.
+	signal wait.Signal
+	dirs   map[string]bool // n.mu's
 }
 
 // ask begins without a directory. An error means that nothing can be notified here.
@@ -39,7 +41,7 @@ func (n *dirNotifier) ask() (*dirChanges, error) {
 		n.watcher, n.asking = w, map[*dirChanges]bool{}
 		go n.tell(w)
 	}
-	c := &dirChanges{n: n, C: make(chan struct{}, 1), dirs: map[string]bool{}}
+	c := &dirChanges{n: n, signal: wait.NewSignal(), dirs: map[string]bool{}}
 	n.asking[c] = true
 	return c, nil
 }
@@ -72,10 +74,7 @@ func (n *dirNotifier) poke(which func(*dirChanges) bool) {
 		if !which(c) {
 			continue
 		}
-		select {
-		case c.C <- struct{}{}:
-		default:
-		}
+		c.signal.Set()
 	}
 }
 

@@ -39,7 +39,7 @@ func TestDirNotifier(t *testing.T) {
 	told := func(c *dirChanges, what string) {
 		t.Helper()
 		select {
-		case <-c.C:
+		case <-c.signal.C():
 		case <-time.After(10 * time.Second):
 			t.Fatalf("not told of %s", what)
 		}
@@ -48,7 +48,7 @@ func TestDirNotifier(t *testing.T) {
 	quiet := func(c *dirChanges, what string) {
 		t.Helper()
 		select {
-		case <-c.C:
+		case <-c.signal.C():
 			t.Fatalf("told of %s", what)
 		default:
 		}

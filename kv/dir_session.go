@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kedge/deployments/wait"
 )
 
 // leasePoll is how often a lease is looked after, and how soon a waiting process sees that one is free.
@@ -126,7 +128,7 @@ func (d *dirStore) Lease(ctx context.Context, key, holder string, ttl time.Durat
 			go l.keep()
 			return l, nil
 		}
-		if err := wait(ctx, leasePoll); err != nil {
+		if err := wait.For(ctx, leasePoll); err != nil {
 			return nil, err
 		}
 	}
@@ -163,7 +165,7 @@ func (l *dirLease) valid() bool {
 // keep watches that the lease is its own still.
 func (l *dirLease) keep() {
 	defer close(l.done)
-	for wait(l.ctx, leasePoll) == nil {
+	for wait.For(l.ctx, leasePoll) == nil {
 		valid := true
 		// Under the lock, so that a write in progress can't look like a loss.
 		err := l.store.reading(l.ctx, func() error {
@@ -322,7 +324,7 @@ func (p *dirPresence) lost() map[string][]byte {
 // keep puts again what was lost: a file was removed by hand, or the whole directory was, and came back as it was earlier.
 func (p *dirPresence) keep() {
 	defer close(p.done)
-	for wait(p.ctx, presenceLook) == nil {
+	for wait.For(p.ctx, presenceLook) == nil {
 		if err := p.repair(); err != nil {
 			p.store.log.Debug("this node's entries can't be looked after", "name", p.name, "error", err)
 		}

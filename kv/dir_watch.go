@@ -25,14 +25,14 @@ func (d *dirStore) Watch(ctx context.Context, prefix string, f func(View)) error
 		return fmt.Errorf("watch: %w", err)
 	}
 	v := newViewer(filepath.Join(d.dir, prefix), d.log, f)
-	var changed chan struct{} // nil: nothing is notified
+	var changed <-chan struct{} // nil: nothing is notified
 	visit := func(string) {}
 	changes, err := d.notifier.ask()
 	if err != nil {
 		d.log.Warn("the directory is polled, as its changes can't be notified", "dir", d.dir, "error", err)
 	} else {
 		defer changes.end()
-		changed = changes.C
+		changed = changes.signal.C()
 		visit = func(dir string) {
 			if err := changes.in(dir); err != nil {
 				d.log.Debug("a directory can't be watched", "dir", dir, "error", err)

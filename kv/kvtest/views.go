@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/deployments/wait"
 	"kedge/kv"
 )
 
@@ -68,13 +69,13 @@ func keysOf(entries []kv.Entry) string {
 type Views struct {
 	mu    sync.Mutex
 	views []kv.View
-	more  chan struct{}
+	more  wait.Signal
 }
 
 // Watch watches until the test ends.
 func Watch(t *testing.T, s kv.Store, prefix string) *Views {
 	t.Helper()
-	w := &Views{more: make(chan struct{}, 1)}
+	w := &Views{more: wait.NewSignal()}
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
@@ -82,10 +83,7 @@ func Watch(t *testing.T, s kv.Store, prefix string) *Views {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.views = append(w.views, v)
-			select {
-			case w.more <- struct{}{}:
-			default:
-			}
+			w.more.Set()
 		})
 	}()
 	t.Cleanup(func() {
@@ -114,7 +112,7 @@ func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View 
 			return all[len(all)-1]
 		}
 		select {
-		case <-w.more:
+		case <-w.more.C():
 		case <-deadline:
 			t.Fatalf("waited for %s, and saw %d views, at last %+v", what, len(all), slices.Concat(all[max(0, len(all)-1):]))
 		}
