@@ -19,7 +19,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/sync/fleet"
-	"kedge/sync/mirror"
+	"kedge/sync/git"
 )
 
 func (a *app) jsonFlag(c *cobra.Command, what string) {
@@ -189,7 +189,7 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 			defer store.Close()
 			var tell func(string)
 			if postReceive {
-				if commit, err = mirror.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main")); err != nil || commit == "" {
+				if commit, err = git.Pushed(a.stdin, envOr("KEDGE_BRANCH", "main")); err != nil || commit == "" {
 					return err
 				}
 			}

@@ -18,6 +18,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git"
 	"kedge/sync/mirror"
 )
 
@@ -128,8 +129,11 @@ func loadTree(ctx context.Context, dir string) (*deployments.Tree, error) {
 			return deployments.Load(os.DirFS(dir))
 		}
 	}
-	tree, _, err := mirror.LoadCommit(ctx, dir, "HEAD")
-	return tree, err
+	commit, err := git.LoadAt(ctx, dir, "HEAD")
+	if err != nil {
+		return nil, err
+	}
+	return commit.Tree, nil
 }
 
 func (a *app) checkManifest(file string) error {
@@ -171,7 +175,7 @@ What isn't committed isn't compared.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			args = append(args, []string{".", "HEAD"}[len(args):]...)
 			ctx := cmd.Context()
-			tree, commit, err := mirror.LoadCommit(ctx, args[0], args[1])
+			commit, err := git.LoadAt(ctx, args[0], args[1])
 			if err != nil {
 				return err
 			}
@@ -184,7 +188,7 @@ What isn't committed isn't compared.`,
 			if err != nil {
 				return err
 			}
-			changes := mirror.Plan(tree, commit.Hash, now, time.Now())
+			changes := mirror.Plan(commit.Tree, commit.Hash, now, time.Now())
 			if a.json {
 				return a.printJSON(changes)
 			}

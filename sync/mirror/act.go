@@ -17,7 +17,7 @@ import (
 // prepare makes the folders of new roles, and reads the history of units whose record is not there to go on from.
 func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell, now time.Time) error {
 	var folders []string
-	all := roles(l.accepted.tree)
+	all := roles(l.accepted.Tree)
 	for _, r := range all {
 		if !l.folders[r] {
 			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.ControlPrefix, kv.HistoryPrefix} {
@@ -33,7 +33,7 @@ func (l *leader) prepare(ctx context.Context, cells map[deployments.UnitID]cell,
 			l.folders[r] = true
 		}
 	}
-	for _, u := range l.accepted.tree.Units {
+	for _, u := range l.accepted.Tree.Units {
 		role := [2]string{u.ID.Stage, u.ID.Role}
 		o, known := l.owned[u.ID]
 		if l.pastOf[role] || stand(cells[u.ID], o, known, now) != unknown {

@@ -9,6 +9,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/git/gittest"
 )
 
 func (r *running) logs(words string) {
@@ -26,10 +27,10 @@ func TestConsulRightsAndOutage(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
 	all := consul.Open(consul.RootToken)
-	o := newOrigin(t)
-	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	o := gittest.New(t)
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
 
-	poor := start(t, Config{Store: consul.Open(consul.Token(`key_prefix "kedge/" { policy = "read" }`)), Repo: o.bare, Name: "poor"})
+	poor := start(t, Config{Store: consul.Open(consul.Token(`key_prefix "kedge/" { policy = "read" }`)), Repo: o.Bare, Name: "poor"})
 	poor.logs("ermission denied")
 	poor.stop()
 	if _, err := all.Get(t.Context(), "desired/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
@@ -38,13 +39,13 @@ func TestConsulRightsAndOutage(t *testing.T) {
 
 	token := consul.Token(`key_prefix "kedge/" { policy = "write" } session_prefix "" { policy = "write" }`)
 	store := &recorder{Store: consul.Open(token)}
-	m := start(t, Config{Store: store, Repo: o.bare})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(first)
 	store.taken()
 
 	server := consul.Servers[0]
 	server.Suspend()
-	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	if err := wait.For(t.Context(), 2*time.Second); err != nil {
 		t.Fatal(err)
 	}

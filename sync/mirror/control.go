@@ -28,7 +28,7 @@ func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 		case "promote", "pause", "resume", "abort", "retry":
 			good[id] = order{verb, e.Version}
 		default:
-			bad = append(bad, fmt.Errorf("%s: %q is not one of promote, pause, resume, abort, retry", e.Key, bound(verb, 40)))
+			bad = append(bad, fmt.Errorf("%s: %q is not one of promote, pause, resume, abort, retry", e.Key, clip(verb, 40)))
 		}
 	}
 	return good, bad

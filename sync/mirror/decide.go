@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // cell is what the store shows at a unit's key in desired/; the zero cell: nothing.
@@ -68,7 +69,7 @@ func stand(c cell, o own, known bool, now time.Time) standing {
 
 // facts are all that decides what to write.
 type facts struct {
-	commit *loaded
+	commit *git.Commit
 	now    time.Time
 	cells  map[deployments.UnitID]cell
 	owned  map[deployments.UnitID]own
@@ -133,7 +134,7 @@ type write struct {
 func decide(f facts) (writes []write, all bool, again time.Time) {
 	all = true
 	inGit := map[deployments.UnitID]bool{}
-	for _, u := range f.commit.tree.Units {
+	for _, u := range f.commit.Tree.Units {
 		inGit[u.ID] = true
 		w, what, at := decideUnit(f, u)
 		if !at.IsZero() && (again.IsZero() || at.Before(again)) {
@@ -152,7 +153,7 @@ func decide(f facts) (writes []write, all bool, again time.Time) {
 			continue
 		}
 		w := write{unit: id, kind: "remove", before: c.record, over: c.version}
-		if f.commit.tree.Settings.Prune {
+		if f.commit.Tree.Settings.Prune {
 			w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
 			writes = append(writes, w)
 		} else if w.after = policy.Orphaned(c.record); w.after.Rollout != c.record.Rollout {
@@ -209,7 +210,7 @@ func decideUnit(f facts, u deployments.Unit) (write, verdict, time.Time) {
 	nodes := f.nodes(u.ID)
 	move := policy.Next(policy.Situation{
 		Now: f.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: f.commit.Hash, Record: w.before, Nodes: nodes, Seen: f.seen, Order: o.verb,
-		Freeze: policy.Frozen(f.commit.tree.Settings.Freeze, u.ID, f.now), Ranks: f.ranksOf(u.ID),
+		Freeze: policy.Frozen(f.commit.Tree.Settings.Freeze, u.ID, f.now), Ranks: f.ranksOf(u.ID),
 	})
 	w.after, w.reason = move.Record, move.Reason
 	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && f.now.Before(turn) && onlyMoves(w.before, w.after) {

@@ -18,6 +18,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/git/gittest"
 )
 
 // process is a mirror in a process of its own.
@@ -58,19 +59,19 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 // pair is two mirrors, in processes of their own, on a Consul and a repository of their own; a holds the lease.
 type pair struct {
 	*running // reads the store
-	*origin
+	*gittest.Origin
 	consul *kvtest.Consul
 	a, b   *process
 }
 
 func startPair(t *testing.T) *pair {
-	p := &pair{consul: kvtest.StartConsul(t, kvtest.ConsulOptions{}), origin: newOrigin(t)}
-	p.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	p := &pair{consul: kvtest.StartConsul(t, kvtest.ConsulOptions{}), Origin: gittest.New(t)}
+	p.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	p.running = &running{tb: t, store: p.consul.Open(p.consul.RootToken), log: &logBuffer{}}
 	env := p.consul.Env(p.consul.RootToken)
-	p.a = startProcess(t, "a", p.bare, env)
+	p.a = startProcess(t, "a", p.Bare, env)
 	p.runs("prod/web/app", "app/1")
-	p.b = startProcess(t, "b", p.bare, env)
+	p.b = startProcess(t, "b", p.Bare, env)
 	return p
 }
 
@@ -81,8 +82,8 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 	killed.a.signal(t, syscall.SIGKILL)
 	frozen.a.signal(t, syscall.SIGSTOP)
 	began := time.Now()
-	afterKill := killed.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	afterStop := frozen.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	afterKill := killed.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	afterStop := frozen.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 
 	killed.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterKill })
 	t.Logf("the other mirror wrote %v after the leader's death", time.Since(began).Round(time.Millisecond))
@@ -95,7 +96,7 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 
 	// b holds a fresh lease, and sleeps; a wakes to a push that it has not seen, and to a lease that it lost long ago.
 	frozen.b.signal(t, syscall.SIGSTOP)
-	third := frozen.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	third := frozen.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
 	before := versions(t, frozen.consul)
 	frozen.a.signal(t, syscall.SIGCONT)
 	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
@@ -130,15 +131,15 @@ func versions(t *testing.T, c *kvtest.Consul) map[string]uint64 {
 func TestHandover(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	store := consul.Open(consul.RootToken)
-	a := start(t, Config{Store: store, Repo: o.bare, Name: "a"})
+	a := start(t, Config{Store: store, Repo: o.Bare, Name: "a"})
 	a.runs("prod/web/app", "app/1")
-	b := start(t, Config{Store: consul.Open(consul.RootToken), Repo: o.bare, Name: "b"})
+	b := start(t, Config{Store: consul.Open(consul.RootToken), Repo: o.Bare, Name: "b"})
 	a.stop()
 	stopped := time.Now()
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	b.status(func(s Status) bool { return s.Holder == "b" && s.Head == head })
 	t.Logf("the other mirror wrote %v after the first had stopped", time.Since(stopped).Round(time.Millisecond))
 }
@@ -182,7 +183,7 @@ func (c *cut) Lease(ctx context.Context, key, holder string, ttl time.Duration) 
 
 func TestDeathBetweenTransactions(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	files := func(release string) map[string]string {
 		all := map[string]string{}
 		for i := range 70 {
@@ -190,18 +191,18 @@ func TestDeathBetweenTransactions(t *testing.T) {
 		}
 		return all
 	}
-	first := o.commit(files("u/1"))
-	second := o.commit(files("u/2"))
+	first := o.Commit(files("u/1"))
+	second := o.Commit(files("u/2"))
 	ends := 0
 	for n := range 4 {
 		for _, after := range []bool{false, true} {
 			store := dirStore(t)
-			o.git(o.work, "push", "-q", "-f", "origin", first+":refs/heads/main")
-			m := start(t, Config{Store: store, Repo: o.bare, Name: "before"})
+			o.Git(o.Work, "push", "-q", "-f", "origin", first+":refs/heads/main")
+			m := start(t, Config{Store: store, Repo: o.Bare, Name: "before"})
 			m.at(first)
 			m.stop()
-			o.git(o.work, "push", "-q", "origin", second+":refs/heads/main")
-			dying := start(t, Config{Store: &cut{Store: store, left: n, after: after}, Repo: o.bare, Name: "dying"})
+			o.Git(o.Work, "push", "-q", "origin", second+":refs/heads/main")
+			dying := start(t, Config{Store: &cut{Store: store, left: n, after: after}, Repo: o.Bare, Name: "dying"})
 			dying.await("death", func() error {
 				c := dying.store.(*cut)
 				c.mu.Lock()
@@ -215,7 +216,7 @@ func TestDeathBetweenTransactions(t *testing.T) {
 			if done(t, store, second) {
 				ends++
 			}
-			next := start(t, Config{Store: store, Repo: o.bare, Name: "next"})
+			next := start(t, Config{Store: store, Repo: o.Bare, Name: "next"})
 			next.at(second)
 			next.stop()
 			for unit, value := range desired(t, store) {
@@ -249,16 +250,16 @@ func BenchmarkPush(b *testing.B) {
 			} else {
 				store = dirStore(b)
 			}
-			o := newOrigin(b)
+			o := gittest.New(b)
 			written := &timed{Store: store, at: make(chan time.Time, 10)}
-			m := start(b, Config{Store: written, Repo: o.bare})
-			m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app")}))
+			m := start(b, Config{Store: written, Repo: o.Bare})
+			m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app")}))
 			for len(written.at) > 0 {
 				<-written.at
 			}
 			var took []time.Duration
 			for i := 0; b.Loop(); i++ {
-				o.push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i))})
+				o.Push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i))})
 				pushed := time.Now()
 				took = append(took, (<-written.at).Sub(pushed))
 			}

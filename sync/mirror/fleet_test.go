@@ -20,6 +20,7 @@ import (
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/sync/agent"
+	"kedge/sync/git/gittest"
 )
 
 // fleet is many real agents in this process, each with a store and a token of its own. Their releases are commands alone, so that a
@@ -151,13 +152,13 @@ func TestFleetWithLostLeaders(t *testing.T) {
 	file := func(p deployments.Pointer) map[string]string {
 		return map[string]string{"prod/web/app.yaml": fmt.Sprintf("release: %s\nrollout:\n  canary: 2%%\n  max_unavailable: %d\n", p, budget)}
 	}
-	o := newOrigin(t)
-	o.push(file(one))
+	o := gittest.New(t)
+	o.Push(file(one))
 	mirrors := map[string]*process{}
 	for i, name := range []string{"a", "b"} {
 		node := consul.Clients[i]
 		token := consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
-		mirrors[name] = startProcess(t, name, o.bare, node.Env(token))
+		mirrors[name] = startProcess(t, name, o.Bare, node.Env(token))
 	}
 	m := &running{tb: t, store: consul.Clients[2].Open(consul.RootToken), log: &logBuffer{}}
 
@@ -171,7 +172,7 @@ func TestFleetWithLostLeaders(t *testing.T) {
 
 	f.most.Store(0)
 	began = time.Now()
-	o.push(file(two))
+	o.Push(file(two))
 	f.await(two, size/4)
 	var holder string
 	m.status(func(s Status) bool { holder = s.Holder; return holder != "" })

@@ -10,6 +10,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git/gittest"
 )
 
 func TestForgettable(t *testing.T) {
@@ -95,8 +96,8 @@ func TestNodesThatDiedAreForgotten(t *testing.T) {
 	for name, refuse := range map[string]bool{"": false, "by a mirror that may not": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o, store := newOrigin(t), dirStore(t)
-			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+			o, store := gittest.New(t), dirStore(t)
+			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 			live, err := store.Presence(t.Context(), "web-1")
 			if err != nil {
 				t.Fatal(err)
@@ -107,7 +108,7 @@ func TestNodesThatDiedAreForgotten(t *testing.T) {
 			if err := store.Commit(t.Context(), nil, kv.Put("status/prod/web/web-2", []byte(`{"node":"web-2"}`)), kv.Put("status/prod/web/web-3", nil)); err != nil {
 				t.Fatal(err)
 			}
-			m := start(t, Config{Store: keeping{store, refuse}, Repo: o.bare}, func(m *Mirror) { m.forgetAfter = time.Millisecond })
+			m := start(t, Config{Store: keeping{store, refuse}, Repo: o.Bare}, func(m *Mirror) { m.forgetAfter = time.Millisecond })
 			m.runs("prod/web/app", "app/1")
 			if refuse {
 				m.logs("may not remove them")
@@ -123,7 +124,7 @@ func TestNodesThatDiedAreForgotten(t *testing.T) {
 				}
 				return err
 			})
-			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 			m.runs("prod/web/app", "app/2")
 			if n := strings.Count(m.log.String(), "may not remove them"); refuse && n != 1 {
 				t.Errorf("it was said %d times", n)

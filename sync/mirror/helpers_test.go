@@ -9,9 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -20,78 +17,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 )
-
-// gitEnv keeps the user's own configuration out of the tests' commits.
-var gitEnv = []string{
-	"GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
-	"GIT_AUTHOR_NAME=Ada", "GIT_AUTHOR_EMAIL=ada@example.com", "GIT_COMMITTER_NAME=Ada", "GIT_COMMITTER_EMAIL=ada@example.com",
-}
-
-// origin is a bare repository, and a clone from which the test pushes with git(1).
-type origin struct {
-	tb         testing.TB
-	bare, work string
-	env        []string
-}
-
-func newOrigin(tb testing.TB) *origin {
-	tb.Helper()
-	dir := tb.TempDir()
-	o := &origin{tb: tb, bare: filepath.Join(dir, "deployments.git"), work: filepath.Join(dir, "work")}
-	o.git("", "init", "-q", "--bare", "-b", "main", o.bare)
-	o.git("", "init", "-q", "-b", "main", o.work)
-	o.git(o.work, "remote", "add", "origin", o.bare)
-	return o
-}
-
-// git runs git(1), and ends the test where it fails.
-func (o *origin) git(dir string, args ...string) string {
-	o.tb.Helper()
-	out, err := o.try(dir, args...)
-	if err != nil {
-		o.tb.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return strings.TrimSpace(out)
-}
-
-func (o *origin) try(dir string, args ...string) (string, error) {
-	cmd := exec.Command("git", append([]string{"-c", "gc.auto=0", "-c", "core.fsync=none"}, args...)...)
-	cmd.Dir = dir
-	cmd.Env = append(append(os.Environ(), gitEnv...), o.env...)
-	out, err := cmd.CombinedOutput()
-	return string(out), err
-}
-
-// commit writes files (an empty text removes one) and commits them all.
-func (o *origin) commit(files map[string]string) string {
-	o.tb.Helper()
-	for name, text := range files {
-		path := filepath.Join(o.work, name)
-		if text == "" {
-			if err := os.Remove(path); err != nil {
-				o.tb.Fatal(err)
-			}
-			continue
-		}
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			o.tb.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			o.tb.Fatal(err)
-		}
-	}
-	o.git(o.work, "add", "-A")
-	o.git(o.work, "commit", "-q", "--allow-empty", "-m", "Deploy")
-	return o.git(o.work, "rev-parse", "HEAD")
-}
-
-// push commits files and pushes them.
-func (o *origin) push(files map[string]string) string {
-	o.tb.Helper()
-	hash := o.commit(files)
-	o.git(o.work, "push", "-q", "origin", "HEAD:main")
-	return hash
-}
 
 // pointer makes up a release.
 func pointer(name string) deployments.Pointer {

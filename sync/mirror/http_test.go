@@ -17,6 +17,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/git/gittest"
 )
 
 func sign(secret, body string) string {
@@ -84,10 +85,10 @@ func (r *running) post(body string, header ...string) int {
 
 func TestWebhook(t *testing.T) {
 	t.Parallel()
-	h := serveHTTPS(t, newOrigin(t))
-	h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	m := start(t, Config{Store: dirStore(t), Repo: h.url, Every: time.Hour, Listen: "127.0.0.1:0", Metrics: prometheus.NewRegistry(),
-		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile, "KEDGE_WEBHOOK_SECRET", "hush")})
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: dirStore(t), Repo: h.URL, Every: time.Hour, Listen: "127.0.0.1:0", Metrics: prometheus.NewRegistry(),
+		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile, "KEDGE_WEBHOOK_SECRET", "hush")})
 	m.runs("prod/web/app", "app/1")
 
 	post := m.post
@@ -121,15 +122,15 @@ func TestWebhook(t *testing.T) {
 	if answer, err := http.Get("http://" + m.Addr() + "/hook"); err != nil || answer.StatusCode != http.StatusMethodNotAllowed {
 		t.Errorf("GET /hook: %v, %v", answer, err)
 	}
-	asked, began := h.lists.Load(), time.Now()
+	asked, began := h.Lists.Load(), time.Now()
 	for time.Since(began) < time.Second {
 		post("{}", "X-Gitlab-Token", "hush")
 	}
-	if asked = h.lists.Load() - asked; asked > 5 {
+	if asked = h.Lists.Load() - asked; asked > 5 {
 		t.Errorf("webhooks sent again and again asked the server %d times in a second", asked)
 	}
 
-	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	post("{}", "X-Hub-Signature-256", "sha256="+sign("hush", "{}"))
 	m.at(head)
 
@@ -168,11 +169,11 @@ func TestWebhookOfAStandby(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
 	rights := consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: consul.Servers[0].Name}))
-	h := serveHTTPS(t, newOrigin(t))
-	first := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	first := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	mirror := func(name string, store kv.Store, tune ...func(*Mirror)) *running {
-		return start(t, Config{Store: store, Repo: h.url, Every: time.Hour, Name: name, Listen: "127.0.0.1:0",
-			Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile, "KEDGE_WEBHOOK_SECRET", "hush")}, tune...)
+		return start(t, Config{Store: store, Repo: h.URL, Every: time.Hour, Name: name, Listen: "127.0.0.1:0",
+			Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile, "KEDGE_WEBHOOK_SECRET", "hush")}, tune...)
 	}
 	own := &recorder{Store: consul.Open(rights)}
 	leader := mirror("leader", own)
@@ -180,7 +181,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	leader.post("{}", "X-Gitlab-Token", "hush") // needs no passing on
 	standby := mirror("standby", consul.Open(rights))
 	for i := range 3 {
-		head := h.push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/2", i))})
+		head := h.Push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/2", i))})
 		if code := standby.post("{}", "X-Hub-Signature-256", "sha256="+sign("hush", "{}")); code != http.StatusAccepted {
 			t.Fatalf("status %d", code)
 		}
@@ -194,7 +195,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	if code := flooded.post("{}", "X-Gitlab-Token", "hushh"); code != http.StatusUnauthorized {
 		t.Errorf("a webhook with a wrong token: status %d", code)
 	}
-	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
 	for range 200 {
 		flooded.post("{}", "X-Gitlab-Token", "hush")
 	}
@@ -206,7 +207,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	// A store that is in trouble gets it later.
 	failing := &recorder{Store: consul.Open(rights), fail: kv.ErrUnavailable}
 	unlucky := mirror("unlucky", failing)
-	head = h.push(map[string]string{"prod/web/app.yaml": unitFile("app/4")})
+	head = h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/4")})
 	unlucky.post("{}", "X-Gitlab-Token", "hush")
 	unlucky.logs("can't be passed on")
 	failing.setFail(nil)
@@ -221,16 +222,16 @@ func TestWebhookOfAStandby(t *testing.T) {
 // A push whose webhook came to a mirror that died of it is not left for the next poll.
 func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 	t.Parallel()
-	h := serveHTTPS(t, newOrigin(t))
-	first := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	c := Config{Store: dirStore(t), Repo: h.url, Every: time.Hour, Name: "a",
-		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile)}
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	first := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	c := Config{Store: dirStore(t), Repo: h.URL, Every: time.Hour, Name: "a",
+		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile)}
 	a := start(t, c)
 	a.at(first)
 	c.Name = "b"
 	b := start(t, c)
 	b.logs("commit read")
-	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	a.stop()
 	if s := b.at(head); s.Holder != "b" {
 		t.Errorf("the status is %+v", s)
@@ -241,7 +242,7 @@ func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 func TestLeadsAsLongAsTheLease(t *testing.T) {
 	t.Parallel()
 	store := dirStore(t)
-	m, err := New(Config{Store: store, Repo: newOrigin(t).bare, Env: env()})
+	m, err := New(Config{Store: store, Repo: gittest.New(t).Bare, Env: env()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +267,7 @@ func TestLeadsAsLongAsTheLease(t *testing.T) {
 
 func TestWebhookNeedsASecret(t *testing.T) {
 	t.Parallel()
-	m := start(t, Config{Store: dirStore(t), Repo: newOrigin(t).bare, Listen: "127.0.0.1:0", Env: env()})
+	m := start(t, Config{Store: dirStore(t), Repo: gittest.New(t).Bare, Listen: "127.0.0.1:0", Env: env()})
 	r, err := http.NewRequest(http.MethodPost, "http://"+m.Addr()+"/hook", strings.NewReader("{}"))
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,8 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/sync/git"
+	"kedge/sync/git/gittest"
 )
 
 // manifests is a storage of releases.
@@ -27,7 +29,7 @@ type manifests struct {
 // put stores a manifest, and gives the line of a unit's file that names it.
 func (m manifests) put(name, text string) string {
 	m.t.Helper()
-	writeFile(m.t, filepath.Join(m.dir, name), text)
+	gittest.WriteFile(m.t, filepath.Join(m.dir, name), text)
 	return m.line(name, text)
 }
 
@@ -45,11 +47,11 @@ const bounds = "dests: {prod: [/srv]}\nusers: {prod: [app]}\n"
 // A commit whose releases do more than its own kedge.yaml allows for their stage is refused with the lines that name them.
 func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 	t.Parallel()
-	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
 	good := m.put("1", m.tree("/srv/app", "commands: {post: [{run: 'true', user: app}]}\n"))
 	free := m.put("free", m.tree("/etc/app", "owner: root\ncommands: {pre: [id]}\n"))
-	head := o.push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": "# the app\n" + good, "dev/web/app.yaml": free})
-	mirror := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": "# the app\n" + good, "dev/web/app.yaml": free})
+	mirror := start(t, Config{Store: store, Repo: o.Bare})
 	mirror.at(head)
 	was := desired(t, store)
 
@@ -65,25 +67,25 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 		"a must variable": {m.tree("/srv/{{ must_env \"X\" }}", ""), []string{"its manifest has the variable X"}},
 		"no manifest":     {"hello\n", []string{"prod/web/app.yaml:1:10:", "manifest:1:1:"}},
 	} {
-		head := o.push(map[string]string{"prod/web/app.yaml": m.put(strings.ReplaceAll(name, " ", "-"), c.manifest), "dev/web/base.yaml": good})
+		head := o.Push(map[string]string{"prod/web/app.yaml": m.put(strings.ReplaceAll(name, " ", "-"), c.manifest), "dev/web/base.yaml": good})
 		mirror.refuses(head, c.says...)
 		sameDesired(t, store, was)
 	}
-	mirror.at(o.push(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/srv/other", ""))}))
+	mirror.at(o.Push(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/srv/other", ""))}))
 
 	// Who bounds a stage more tightly hears what stands in the way.
-	mirror.refuses(o.push(map[string]string{"kedge.yaml": bounds + "commands: {\"*\": false, prod: true}\n"}), "dev/web/app.yaml:1:10:", `none are allowed: "id"`)
-	mirror.at(o.push(map[string]string{"kedge.yaml": bounds + "sources: {prod: [file://" + m.dir + "]}\n"}))
-	mirror.refuses(o.push(map[string]string{"prod/web/app.yaml": m.put("3", strings.Replace(m.tree("/srv/app", ""), "a.tar", "../a.tar", 1))}), "is not from file://")
+	mirror.refuses(o.Push(map[string]string{"kedge.yaml": bounds + "commands: {\"*\": false, prod: true}\n"}), "dev/web/app.yaml:1:10:", `none are allowed: "id"`)
+	mirror.at(o.Push(map[string]string{"kedge.yaml": bounds + "sources: {prod: [file://" + m.dir + "]}\n"}))
+	mirror.refuses(o.Push(map[string]string{"prod/web/app.yaml": m.put("3", strings.Replace(m.tree("/srv/app", ""), "a.tar", "../a.tar", 1))}), "is not from file://")
 }
 
 // A release that isn't there yet, or can't be read, holds up its commit, and nothing else; what was taken is not looked at again.
 func TestReleasesThatCannotBeRead(t *testing.T) {
 	t.Parallel()
-	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
 	first := m.tree("/srv/app", "")
-	head := o.push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.put("1", first), "prod/web/base.yaml": m.put("base", m.tree("/srv/base", ""))})
-	mirror := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.put("1", first), "prod/web/base.yaml": m.put("base", m.tree("/srv/base", ""))})
+	mirror := start(t, Config{Store: store, Repo: o.Bare})
 	mirror.at(head)
 	was := desired(t, store)
 	if err := os.Remove(filepath.Join(m.dir, "base")); err != nil {
@@ -91,7 +93,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	}
 
 	second := m.tree("/srv/app", "keep: 2\n")
-	next := o.push(map[string]string{"prod/web/app.yaml": m.line("2", second)})
+	next := o.Push(map[string]string{"prod/web/app.yaml": m.line("2", second)})
 	waits := func(words ...string) {
 		t.Helper()
 		s := mirror.status(func(s Status) bool { return s.Error != "" })
@@ -110,7 +112,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	mirror.record("prod/web/app", func(r deployments.Record) bool { return r.Generation > 0 }) // the commit that was taken is kept up
 	was = desired(t, store)
 	mirror.stop()
-	mirror = start(t, Config{Store: store, Repo: o.bare})
+	mirror = start(t, Config{Store: store, Repo: o.Bare})
 	waits("fetch the manifest")
 	m.put("2", second)
 	mirror.at(next)
@@ -119,7 +121,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 // With signers, a commit waits until each release that it names anew is signed, whatever its stage.
 func TestReleasesMustBeSigned(t *testing.T) {
 	t.Parallel()
-	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
 	var signed sync.Map // by URL
 	trust := func(_ context.Context, p deployments.Pointer, manifest []byte) error {
 		if _, ok := signed.Load(p.URL); !ok || sha256.Sum256(manifest) != p.Digest {
@@ -129,11 +131,11 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	}
 	one, two := m.put("1", m.tree("/srv/app", "")), m.put("2", m.tree("/srv/app", "keep: 2\n"))
 	signed.Store("file://"+m.dir+"/1", true)
-	mirror := start(t, Config{Store: store, Repo: o.bare, Releases: Releases{Trust: trust}})
-	head := o.push(map[string]string{"dev/web/app.yaml": one})
+	mirror := start(t, Config{Store: store, Repo: o.Bare, Releases: Releases{Trust: trust}})
+	head := o.Push(map[string]string{"dev/web/app.yaml": one})
 	mirror.at(head)
 	was := desired(t, store)
-	next := o.push(map[string]string{"dev/web/app.yaml": two})
+	next := o.Push(map[string]string{"dev/web/app.yaml": two})
 	s := mirror.status(func(s Status) bool { return s.Error != "" })
 	if s.Head != head || !strings.Contains(s.Error, "dev/web/app.yaml:1:10: the release can't be checked: is not signed") {
 		t.Errorf("the status is %+v", s)
@@ -152,7 +154,7 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(repo, "prod/web"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, filepath.Join(repo, "prod/web/app.yaml"), m.put("1", m.tree("/srv/app", "")))
+	gittest.WriteFile(t, filepath.Join(repo, "prod/web/app.yaml"), m.put("1", m.tree("/srv/app", "")))
 	tree, err := deployments.Load(os.DirFS(repo))
 	if err != nil {
 		t.Fatal(err)
@@ -172,7 +174,7 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 			t.Helper()
 			l.judged, asked = judged, nil
 			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-				if _, err := l.inspect(t.Context(), &loaded{tree: tree}); err != nil && !strings.Contains(err.Error(), "is not signed") {
+				if _, err := l.inspect(t.Context(), &git.Commit{Tree: tree}); err != nil && !strings.Contains(err.Error(), "is not signed") {
 					t.Fatal(err)
 				}
 				synctest.Wait()
@@ -197,10 +199,10 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 // A webhook says that something is new, and so a release is looked for that was not there: at once, but not as often as somebody likes.
 func TestWebhookLooksForReleases(t *testing.T) {
 	t.Parallel()
-	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
 	text := m.tree("/srv/app", "")
-	head := o.push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.line("1", text)})
-	c := Config{Store: store, Repo: o.bare, Listen: "127.0.0.1:0", Env: env("KEDGE_WEBHOOK_SECRET", "hush")}
+	head := o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.line("1", text)})
+	c := Config{Store: store, Repo: o.Bare, Listen: "127.0.0.1:0", Env: env("KEDGE_WEBHOOK_SECRET", "hush")}
 	patient := func(m *Mirror) { m.patience, m.hookPause = time.Hour, time.Millisecond }
 	leader := start(t, c, patient)
 	c.Name = "standby"
@@ -212,7 +214,7 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	leader.at(head)
 
 	text += "keep: 2\n"
-	head = o.push(map[string]string{"prod/web/app.yaml": m.line("2", text)})
+	head = o.Push(map[string]string{"prod/web/app.yaml": m.line("2", text)})
 	leader.status(waits)
 	m.put("2", text)
 	standby.post("{}", "X-Gitlab-Token", "hush")
@@ -222,7 +224,7 @@ func TestWebhookLooksForReleases(t *testing.T) {
 // Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to wait for it.
 func TestReleasesOnStorageThatHangs(t *testing.T) {
 	t.Parallel()
-	o, store, m := newOrigin(t), dirStore(t), manifests{t, t.TempDir()}
+	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
 	asked, hang := make(chan struct{}, 100), make(chan struct{})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked <- struct{}{}
@@ -233,18 +235,18 @@ func TestReleasesOnStorageThatHangs(t *testing.T) {
 	}))
 	t.Cleanup(server.Close)
 	t.Cleanup(func() { close(hang) })
-	head := o.push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.put("1", m.tree("/srv/app", ""))})
-	mirror := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.put("1", m.tree("/srv/app", ""))})
+	mirror := start(t, Config{Store: store, Repo: o.Bare})
 	mirror.at(head)
 
-	o.push(map[string]string{"prod/web/app.yaml": "release: " + server.URL + "/m.yaml@sha256:" + strings.Repeat("ab", 32) + "\n"})
+	o.Push(map[string]string{"prod/web/app.yaml": "release: " + server.URL + "/m.yaml@sha256:" + strings.Repeat("ab", 32) + "\n"})
 	<-asked
 	put(t, store, "desired/prod/web/app", pointer("evil").String())
 	mirror.record("prod/web/app", func(r deployments.Record) bool { return r.Generation > 0 })
-	next := o.push(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/srv/app", "keep: 2\n"))})
+	next := o.Push(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/srv/app", "keep: 2\n"))})
 	mirror.at(next)
 
-	o.push(map[string]string{"prod/web/app.yaml": "release: " + server.URL + "/m.yaml@sha256:" + strings.Repeat("ab", 32) + "\n"})
+	o.Push(map[string]string{"prod/web/app.yaml": "release: " + server.URL + "/m.yaml@sha256:" + strings.Repeat("ab", 32) + "\n"})
 	for len(asked) == 0 {
 		time.Sleep(time.Millisecond)
 	}
@@ -264,7 +266,7 @@ func TestCheckReleases(t *testing.T) {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(repo, name)), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		writeFile(t, filepath.Join(repo, name), text)
+		gittest.WriteFile(t, filepath.Join(repo, name), text)
 	}
 	check := func() error {
 		t.Helper()
@@ -300,17 +302,17 @@ func TestCheckPushOfReleases(t *testing.T) {
 	t.Parallel()
 	o, m := hooked(t, "100", "pre-receive-releases"), manifests{t, t.TempDir()}
 	gone := m.put("gone", m.tree("/srv/base", ""))
-	o.push(map[string]string{"kedge.yaml": bounds, "prod/web/base.yaml": gone})
+	o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/base.yaml": gone})
 	if err := os.Remove(filepath.Join(m.dir, "gone")); err != nil {
 		t.Fatal(err)
 	}
-	o.push(map[string]string{"prod/web/app.yaml": m.put("1", m.tree("/srv/app", ""))})
-	o.commit(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/etc", ""))})
-	if out, err := o.try(o.work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow") {
+	o.Push(map[string]string{"prod/web/app.yaml": m.put("1", m.tree("/srv/app", ""))})
+	o.Commit(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/etc", ""))})
+	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow") {
 		t.Errorf("%v: %s", err, out)
 	}
-	o.commit(map[string]string{"prod/web/app.yaml": m.line("nowhere", "")})
-	if out, err := o.try(o.work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be checked") {
+	o.Commit(map[string]string{"prod/web/app.yaml": m.line("nowhere", "")})
+	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be checked") {
 		t.Errorf("%v: %s", err, out)
 	}
 }

@@ -6,9 +6,8 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/go-git/go-git/v5/plumbing"
-
 	"kedge/deployments"
+	"kedge/sync/git"
 )
 
 // recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried again
@@ -18,7 +17,7 @@ func (l *leader) recall(head string) {
 		return
 	}
 	l.recalled = head
-	commit, err := l.load(plumbing.NewHash(l.written.taken()))
+	commit, err := l.load(l.written.taken())
 	if err != nil {
 		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay", "commit", l.written.taken(), "error", err)
 		return
@@ -28,17 +27,17 @@ func (l *leader) recall(head string) {
 
 // judge decides whether the branch's head becomes the commit to write, and else why not: refused is for good, unsure may pass, and is to be
 // judged again after a while.
-func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.UnitID]cell) (again time.Duration, refused, unsure error) {
+func (l *leader) judge(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) (again time.Duration, refused, unsure error) {
 	switch {
-	case git.head == "" || l.accepted != nil && git.head == l.accepted.Hash:
+	case branch.head == "" || l.accepted != nil && branch.head == l.accepted.Hash:
 		return 0, nil, nil
-	case git.bad != nil:
-		return 0, git.bad, nil
+	case branch.bad != nil:
+		return 0, branch.bad, nil
 	}
-	m := move{from: l.written.taken(), rules: l.written.Rules, to: git.good}
+	m := move{from: l.written.taken(), rules: l.written.Rules, to: branch.good}
 	if l.accepted != nil {
 		m.from, m.rules = l.accepted.Hash, rulesOf(l.accepted)
-		for _, u := range l.accepted.tree.Units {
+		for _, u := range l.accepted.Tree.Units {
 			m.had = append(m.had, u.ID)
 		}
 	} else {
@@ -48,33 +47,33 @@ func (l *leader) judge(ctx context.Context, git gitState, cells map[deployments.
 			}
 		}
 	}
-	if judged := m.from + ".." + git.head; l.judged != judged {
+	if judged := m.from + ".." + branch.head; l.judged != judged {
 		if m.from == "" {
-			m.rules = rulesOf(git.good)
+			m.rules = rulesOf(branch.good)
 		} else {
 			var err error
-			if m.descends, err = l.descends(ctx, m.from, git.head); err != nil {
-				return settle, nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(git.head), err)
+			if m.descends, err = l.descends(ctx, m.from, branch.head); err != nil {
+				return settle, nil, fmt.Errorf("history from %s to %s: %w", short(m.from), short(branch.head), err)
 			}
 		}
 		l.judged, l.verdict = judged, refuse(m)
-		l.refused(git.head)
+		l.refused(branch.head)
 	}
-	if l.verdict != nil || l.accepted == git.good {
+	if l.verdict != nil || l.accepted == branch.good {
 		return 0, l.verdict, nil
 	}
-	done, err := l.inspect(ctx, git.good)
+	done, err := l.inspect(ctx, branch.good)
 	switch {
 	case errors.As(err, new(deployments.Problems)):
 		l.verdict = err
-		l.refused(git.head)
+		l.refused(branch.head)
 		return 0, err, nil
 	case err != nil:
-		return l.inspection.wait(time.Now()), nil, fmt.Errorf("commit %s is not taken yet: %w", short(git.head), err)
+		return l.inspection.wait(time.Now()), nil, fmt.Errorf("commit %s is not taken yet: %w", short(branch.head), err)
 	case done:
 		l.metrics.judged(nil)
-		l.c.Log.Info("the commit is taken", "commit", git.head, "after", m.from)
-		l.accepted = git.good
+		l.c.Log.Info("the commit is taken", "commit", branch.head, "after", m.from)
+		l.accepted = branch.good
 		clear(l.ranks) // of units that may be gone
 	}
 	return 0, nil, nil
@@ -89,12 +88,12 @@ func (l *leader) refused(commit string) {
 }
 
 func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
-	in, err := l.repo.open()
+	in, err := l.branch.Objects()
 	if err != nil {
 		return false, err
 	}
 	defer in.Close()
-	return descends(ctx, in, plumbing.NewHash(from), plumbing.NewHash(to))
+	return in.Descends(ctx, from, to)
 }
 
 // inspection is a look at a commit's releases, under way or done.
@@ -139,7 +138,7 @@ func (l *leader) hurried() {
 
 // inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
 // was looked at. An error that isn't deployments.Problems may pass, and is looked for again: see patience.
-func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error) {
+func (l *leader) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := l.inspection
 	if last != nil && last.of != l.judged {
 		l.patience.Reset()
@@ -151,11 +150,11 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 	if l.inspection == nil {
 		var before *deployments.Tree
 		if l.accepted != nil {
-			before = l.accepted.tree
+			before = l.accepted.Tree
 		}
-		units := changed(before, to.tree)
+		units := changed(before, to.Tree)
 		if l.c.Releases.Trust == nil {
-			units = bounded(to.tree.Settings, units)
+			units = bounded(to.Tree.Settings, units)
 		}
 		if len(units) == 0 {
 			return true, nil
@@ -167,7 +166,7 @@ func (l *leader) inspect(ctx context.Context, to *loaded) (done bool, err error)
 		}
 		l.inspection = i
 		l.inspecting.Go(func() {
-			problems, unread := l.c.Releases.inspect(ctx, to.tree.Settings, units)
+			problems, unread := l.c.Releases.inspect(ctx, to.Tree.Settings, units)
 			switch {
 			case len(problems) > 0:
 				i.result <- problems

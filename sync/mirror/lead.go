@@ -15,6 +15,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // lead waits for the lease, works while it holds, and waits again.
@@ -91,9 +92,9 @@ type leader struct {
 	// The rest belongs to run's goroutine.
 	written    Status // what mirror/state holds
 	writtenAt  time.Time
-	accepted   *loaded // the commit that KV holds, or is to hold; nil: it can't be read
-	recalled   string  // the branch's head when accepted was last looked for
-	judged     string  // the head that was last judged, against accepted's, and the verdict
+	accepted   *git.Commit // the commit that KV holds, or is to hold; nil: it can't be read
+	recalled   string      // the branch's head when accepted was last looked for
+	judged     string      // the head that was last judged, against accepted's, and the verdict
 	verdict    error
 	inspection *inspection // of judged's releases; nil: none was needed yet
 	patience   *wait.Backoff
@@ -259,7 +260,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		if fleet.Err != nil { // there may be a gap yet
 			seen = now
 		}
-		l.setScene(&scene{units: l.accepted.tree.Units, cells: cells, fleet: nodes})
+		l.setScene(&scene{units: l.accepted.Tree.Units, cells: cells, fleet: nodes})
 		writes, all, at = decide(facts{commit: l.accepted, now: now, cells: cells, owned: l.owned, orders: l.orders(control), past: l.past,
 			fleet: nodes, blind: !fleet.Settled, seen: seen, ranks: l.ranks})
 		if !at.IsZero() {
@@ -274,7 +275,7 @@ func (l *leader) round(ctx context.Context, git gitState) (again time.Duration, 
 		status.Applying = ""
 		if l.accepted.Hash != status.Head {
 			status.Head, status.Author, status.At, status.Rules = l.accepted.Hash, l.accepted.Author, now.UTC().Truncate(time.Millisecond), rulesOf(l.accepted)
-			status.Past = l.accepted.past
+			status.Past = l.accepted.Past
 		}
 	}
 	switch {

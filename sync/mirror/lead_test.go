@@ -11,13 +11,14 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git/gittest"
 )
 
 // led is a leader whose rounds, and what its watches show, are the test's to call.
-func led(t *testing.T, o *origin) (*leader, *recorder) {
+func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
 	t.Helper()
 	store := &recorder{Store: dirStore(t)}
-	m, err := New(Config{Store: store, Repo: o.bare, Env: env()})
+	m, err := New(Config{Store: store, Repo: o.Bare, Env: env()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,8 +37,8 @@ func led(t *testing.T, o *origin) (*leader, *recorder) {
 // What a watch shows before it knows the prefix for certain is no ground to write anything.
 func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
 	for _, view := range []kv.View{{}, {Err: kv.ErrUnavailable}} {
@@ -61,8 +62,8 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 // A push that comes before the watch shows the writes of the last one waits for them, with all its units.
 func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.sawDesired(kv.View{Settled: true})
 	if _, err := l.round(t.Context(), l.look(t.Context(), gitState{})); err != nil {
@@ -70,7 +71,7 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	}
 	store.taken()
 
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/1")})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/1")})
 	git := l.look(t.Context(), gitState{})
 	// On a machine that is slow the write counts as lost by now, and the store refuses the next.
 	if again, err := l.round(t.Context(), git); err == nil && again == 0 || err != nil && !errors.Is(err, kv.ErrConflict) {
@@ -95,8 +96,8 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 // A write that is refused for the lease's sake is the end of it, whatever the lease's clock says.
 func TestALostLeaseEndsTheLoop(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.setState(l.look(t.Context(), gitState{}))
 	l.sawDesired(kv.View{Settled: true})
@@ -111,8 +112,8 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 // While the store is away nodes can't say that they have converged: none is late for that once it is back, nor while it may still be away.
 func TestAnOutageMakesNobodyLate(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
 	long := time.Now().Add(-time.Hour)
@@ -149,8 +150,8 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 // A commit that waits for the nodes' reports, as they can't be read, says so where people look.
 func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
+	o := gittest.New(t)
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
 	git := l.look(t.Context(), gitState{})
 	l.sawDesired(kv.View{Settled: true})
@@ -173,8 +174,8 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 // An order that was replaced between the look at it and the write is not the one that is obeyed, nor is it taken away.
 func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
 	l.sawDesired(kv.View{Settled: true})

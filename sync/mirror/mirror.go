@@ -25,13 +25,13 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/artifact/object"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/sync/git"
 )
 
 // Config configures a Mirror.
@@ -76,8 +76,8 @@ type Config struct {
 // Mirror copies a deployments repo to the store while it holds the lease. Make it with New, then Run it once.
 type Mirror struct {
 	c        Config
-	repo     repo
-	verify   verifier // nil: signatures are not asked for
+	branch   git.Branch
+	verify   git.Verifier // nil: signatures are not asked for
 	metrics  *metrics
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
@@ -99,10 +99,10 @@ type Mirror struct {
 
 // gitState is what is known of the branch.
 type gitState struct {
-	head string  // its newest commit; empty: not known yet
-	good *loaded // that commit, where it can be taken
-	bad  error   // else why it can't
-	away error   // why head may be out of date; nil: it isn't
+	head string      // its newest commit; empty: not known yet
+	good *git.Commit // that commit, where it can be taken
+	bad  error       // else why it can't
+	away error       // why head may be out of date; nil: it isn't
 }
 
 // New checks c, and listens. It does not wait for Git or the store to be reachable.
@@ -112,9 +112,6 @@ func New(c Config) (*Mirror, error) {
 	}
 	if c.Branch == "" {
 		c.Branch = "main"
-	}
-	if err := plumbing.NewBranchReferenceName(c.Branch).Validate(); err != nil {
-		return nil, fmt.Errorf("branch %q: %w", c.Branch, err)
 	}
 	if c.Name == "" {
 		name, err := os.Hostname()
@@ -141,35 +138,22 @@ func New(c Config) (*Mirror, error) {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
 	var err error
-	if m.secret, err = secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
+	if m.secret, err = git.Secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
 		return nil, err
 	}
-	if m.verify, err = newVerifier(c.SignedBy, c.SignedByPGP); err != nil {
+	if m.verify, err = git.NewVerifier(c.SignedBy, c.SignedByPGP); err != nil {
 		return nil, err
 	}
-	if m.repo, err = openRepo(c); err != nil {
+	if m.branch, err = git.Open(git.Config{Repo: c.Repo, Branch: c.Branch, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
+		CacheDir: c.CacheDir, Env: c.Env, Log: c.Log}); err != nil {
 		return nil, err
 	}
 	if c.Listen != "" {
 		if m.listener, err = net.Listen("tcp", c.Listen); err != nil {
-			return nil, errors.Join(fmt.Errorf("listen: %w", err), m.repo.close())
+			return nil, errors.Join(fmt.Errorf("listen: %w", err), m.branch.Close())
 		}
 	}
 	return m, nil
-}
-
-func openRepo(c Config) (repo, error) {
-	if path, local := localPath(c.Repo); local {
-		if c.Every == 0 {
-			c.Every = time.Minute
-		}
-		return &localRepo{path: path, branch: c.Branch, every: c.Every, log: c.Log}, nil
-	}
-	if c.Every == 0 {
-		c.Every = 15 * time.Second
-	}
-	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, caFile: c.Env("GIT_SSL_CAINFO"), env: c.Env}
-	return newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
 }
 
 // Addr is the address of Listen; empty without one.
@@ -185,10 +169,10 @@ func (m *Mirror) Trigger() { m.poke.Set() }
 
 // Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
 func (m *Mirror) Run(ctx context.Context) error {
-	defer m.repo.close()
+	defer m.branch.Close()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.serve(ctx) })
-	g.Go(func() error { m.repo.watch(ctx, m.Trigger); return nil })
+	g.Go(func() error { m.branch.Watch(ctx, m.Trigger); return nil })
 	g.Go(func() error { m.follow(ctx); return nil })
 	g.Go(func() error { m.passOn(ctx); return nil })
 	g.Go(func() error { m.lead(ctx); return nil })
@@ -206,18 +190,18 @@ func (m *Mirror) follow(ctx context.Context) {
 		}
 		m.setState(after)
 		m.logGit(before, after)
-		delay := wait.Jitter(m.repo.interval(), 0.2)
+		delay := wait.Jitter(m.branch.Interval(), 0.2)
 		switch {
 		case after.away == nil:
 			retry.Reset()
-		case errors.Is(after.away, errNoBranch): // somebody has to push: nothing to hurry for
+		case errors.Is(after.away, git.ErrNoBranch): // somebody has to push: nothing to hurry for
 		default:
 			delay = retry.Next()
 		}
 		select {
 		case <-ctx.Done():
 		case <-m.poke.C():
-			if err := wait.For(ctx, m.repo.pause()-time.Since(began)); err != nil {
+			if err := wait.For(ctx, m.branch.Pause()-time.Since(began)); err != nil {
 				return
 			}
 		case <-time.After(delay):
@@ -227,44 +211,39 @@ func (m *Mirror) follow(ctx context.Context) {
 
 // look asks Git for the branch's head, and reads it where it is new.
 func (m *Mirror) look(ctx context.Context, was gitState) gitState {
-	head, err := m.repo.head(ctx)
-	if bad := (*badCommit)(nil); errors.As(err, &bad) {
+	head, err := m.branch.Head(ctx)
+	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
 		m.metrics.polled(nil)
-		return gitState{head: bad.hash, bad: err}
+		return gitState{head: bad.Hash, bad: err}
 	}
 	m.metrics.polled(err)
 	if err != nil {
 		was.away = err
 		return was
 	}
-	if was.head == head.String() && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
+	if was.head == head && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
 		was.away = nil
 		return was
 	}
 	commit, err := m.load(head)
 	switch {
-	case errors.As(err, new(*badCommit)):
-		return gitState{head: head.String(), bad: err}
+	case errors.As(err, new(*git.BadCommit)):
+		return gitState{head: head, bad: err}
 	case err != nil:
-		m.repo.distrust()
+		m.branch.Distrust()
 		was.away = err
 		return was
 	}
-	return gitState{head: head.String(), good: commit}
+	return gitState{head: head, good: commit}
 }
 
-func (m *Mirror) load(hash plumbing.Hash) (*loaded, error) {
-	from, err := m.repo.open()
+func (m *Mirror) load(hash string) (*git.Commit, error) {
+	from, err := m.branch.Objects()
 	if err != nil {
 		return nil, err
 	}
 	defer from.Close()
-	l, err := load(from, hash, m.verify)
-	if err != nil {
-		return nil, err
-	}
-	l.past = past(from, hash)
-	return l, nil
+	return from.Load(hash, m.verify)
 }
 
 func (m *Mirror) logGit(before, after gitState) {
@@ -281,7 +260,7 @@ func (m *Mirror) logGit(before, after gitState) {
 		m.c.Log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
 		return
 	}
-	m.c.Log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject, "units", len(after.good.tree.Units))
+	m.c.Log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject, "units", len(after.good.Tree.Units))
 }
 
 func (m *Mirror) state() gitState {

@@ -16,14 +16,15 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/sync/git/gittest"
 )
 
 func TestPushReachesTheStore(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &recorder{Store: dirStore(t)}
-	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"), "dev/db/db.yaml": unitFile("db/1")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"), "dev/db/db.yaml": unitFile("db/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.runs("prod/web/app", "app/1")
 	m.runs("prod/web/base", "base/1")
 	if got := m.runs("dev/db/db", "db/1"); got.Generation != 1 || got.Commit != first {
@@ -35,7 +36,7 @@ func TestPushReachesTheStore(t *testing.T) {
 	}
 	store.taken()
 
-	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "README.md": "read me"})
+	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "README.md": "read me"})
 	got := m.runs("prod/web/app", "app/2")
 	if got.Generation != 2 || got.Stable != pointer("app/1") || got.Commit != second {
 		t.Errorf("record %+v", got)
@@ -51,7 +52,7 @@ func TestPushReachesTheStore(t *testing.T) {
 		t.Errorf("the second push wrote %s, want %s", got, want)
 	}
 
-	third := o.push(map[string]string{"README.md": "read me again"})
+	third := o.Push(map[string]string{"README.md": "read me again"})
 	if got := m.at(third).Past; got != short(second)+" "+short(first) && got != short(first)+" "+short(second) {
 		t.Errorf("the past of %s is %s", third, got)
 	}
@@ -62,10 +63,10 @@ func TestPushReachesTheStore(t *testing.T) {
 
 func TestBadCommitIsNotTaken(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	good := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	good := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(good)
 	was := desired(t, store)
 	for _, c := range []struct {
@@ -81,13 +82,13 @@ func TestBadCommitIsNotTaken(t *testing.T) {
 		{"settings that don't parse", map[string]string{"kedge.yaml": "prune: perhaps\n", "prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/2")}, []string{"kedge.yaml:1:"}},
 		{"a name that no key may have", map[string]string{"kedge.yaml": "", "prod/web/x.tmp.yaml": unitFile("x/1")}, []string{"prod/web/x.tmp.yaml", ".tmp"}},
 	} {
-		head := o.push(c.files)
+		head := o.Push(c.files)
 		if s := m.refuses(head, c.words...); s.Head != good {
 			t.Errorf("%s: head %s, want %s", c.name, s.Head, good)
 		}
 		sameDesired(t, store, was)
 	}
-	mended := o.push(map[string]string{"prod/web/x.tmp.yaml": "", "prod/web/app.yaml": unitFile("app/4"), "prod/web/base.yaml": unitFile("base/1")})
+	mended := o.Push(map[string]string{"prod/web/x.tmp.yaml": "", "prod/web/app.yaml": unitFile("app/4"), "prod/web/base.yaml": unitFile("base/1")})
 	m.runs("prod/web/app", "app/4")
 	if s := m.at(mended); s.Refused != "" {
 		t.Errorf("status %+v", s)
@@ -96,37 +97,37 @@ func TestBadCommitIsNotTaken(t *testing.T) {
 
 func TestForcePush(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	base := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	base := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(head)
 	was := desired(t, store)
 
 	// What allows it comes with the very push that needs it: it doesn't count.
-	o.git(o.work, "reset", "-q", "--hard", base)
-	forced := o.commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1"), "kedge.yaml": "allow_rewind: true\n"})
-	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
+	o.Git(o.Work, "reset", "-q", "--hard", base)
+	forced := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1"), "kedge.yaml": "allow_rewind: true\n"})
+	o.Git(o.Work, "push", "-q", "-f", "origin", "HEAD:main")
 	m.refuses(forced, "does not descend from "+head[:12])
 	sameDesired(t, store, was)
 
 	// Nor does a mirror that starts anew forget what was there before.
 	m.stop()
-	m = start(t, Config{Store: store, Repo: o.bare, Name: "mirror-2"})
+	m = start(t, Config{Store: store, Repo: o.Bare, Name: "mirror-2"})
 	m.status(func(s Status) bool { return s.Holder == "mirror-2" && s.Refused == forced && s.Head == head })
 	sameDesired(t, store, was)
 
 	// Going back further is a rewind as well.
-	o.git(o.work, "push", "-q", "-f", "origin", base+":main")
+	o.Git(o.Work, "push", "-q", "-f", "origin", base+":main")
 	m.refuses(base, "does not descend")
 	sameDesired(t, store, was)
 
-	o.git(o.work, "reset", "-q", "--hard", head)
-	allowed := o.commit(map[string]string{"kedge.yaml": "allow_rewind: true\n"})
-	o.git(o.work, "push", "-q", "-f", "origin", "HEAD:main")
+	o.Git(o.Work, "reset", "-q", "--hard", head)
+	allowed := o.Commit(map[string]string{"kedge.yaml": "allow_rewind: true\n"})
+	o.Git(o.Work, "push", "-q", "-f", "origin", "HEAD:main")
 	m.at(allowed)
-	o.git(o.work, "push", "-q", "-f", "origin", base+":main")
+	o.Git(o.Work, "push", "-q", "-f", "origin", base+":main")
 	m.at(base)
 	if got := m.runs("prod/web/app", "app/1"); got.Generation != 2 {
 		t.Errorf("going back is a new generation: %+v", got)
@@ -135,31 +136,31 @@ func TestForcePush(t *testing.T) {
 
 func TestMassRemoval(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
 	files := map[string]string{"kedge.yaml": "prune: true\n"}
 	for i := range 10 {
 		files["prod/web/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/1")
 	}
-	head := o.push(files)
-	m := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(files)
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(head)
 	was := desired(t, store)
 
-	o.git(o.work, "rm", "-q", "-r", "prod")
-	empty := o.push(map[string]string{"kedge.yaml": "prune: true\nmax_removed: 100\n"})
+	o.Git(o.Work, "rm", "-q", "-r", "prod")
+	empty := o.Push(map[string]string{"kedge.yaml": "prune: true\nmax_removed: 100\n"})
 	m.refuses(empty, "no unit at all")
 	sameDesired(t, store, was)
 
-	o.git(o.work, "revert", "--no-edit", empty)
+	o.Git(o.Work, "revert", "--no-edit", empty)
 	for i := range 4 {
-		o.git(o.work, "rm", "-q", "prod/web/u"+strconv.Itoa(i)+".yaml")
+		o.Git(o.Work, "rm", "-q", "prod/web/u"+strconv.Itoa(i)+".yaml")
 	}
-	many := o.push(map[string]string{"kedge.yaml": "prune: true\n"})
+	many := o.Push(map[string]string{"kedge.yaml": "prune: true\n"})
 	m.refuses(many, "removes 4 of 10 units", "max_removed")
 	sameDesired(t, store, was)
 
-	few := o.push(map[string]string{"prod/web/u0.yaml": unitFile("u/1")})
+	few := o.Push(map[string]string{"prod/web/u0.yaml": unitFile("u/1")})
 	m.at(few)
 	if got := desired(t, store); len(got) != 7 {
 		t.Errorf("%d records, want 7", len(got))
@@ -169,16 +170,16 @@ func TestMassRemoval(t *testing.T) {
 // What goes takes more room in a transaction than what is written.
 func TestManyRemovalsNeedManyTransactions(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
 	files := map[string]string{"kedge.yaml": "prune: true\nmax_removed: 100\n"}
 	for i := range 80 {
 		files["prod/web/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/1")
 	}
-	m := start(t, Config{Store: store, Repo: o.bare})
-	m.at(o.push(files))
-	o.git(o.work, "rm", "-q", "-r", "prod")
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(files))
+	o.Git(o.Work, "rm", "-q", "-r", "prod")
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
 	if got := desired(t, store); len(got) != 1 {
 		t.Errorf("%d records, want 1", len(got))
 	}
@@ -186,15 +187,15 @@ func TestManyRemovalsNeedManyTransactions(t *testing.T) {
 
 func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	m := start(t, Config{Store: store, Repo: o.bare})
-	o.push(map[string]string{"kedge.yaml": "max_removed: 60\n", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	o.Push(map[string]string{"kedge.yaml": "max_removed: 60\n", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
 	m.runs("prod/web/base", "base/1")
-	m.at(o.push(map[string]string{"prod/web/base.yaml": ""}))
+	m.at(o.Push(map[string]string{"prod/web/base.yaml": ""}))
 	m.runs("prod/web/base", "base/1")
 
-	m.at(o.push(map[string]string{"kedge.yaml": "max_removed: 60\nprune: true\n"}))
+	m.at(o.Push(map[string]string{"kedge.yaml": "max_removed: 60\nprune: true\n"}))
 	m.await("pruning", func() error {
 		if _, there := desired(t, store)["prod/web/base"]; there {
 			return errors.New("the record is still there")
@@ -202,7 +203,7 @@ func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 		return nil
 	})
 	// It comes back where its history ended.
-	m.at(o.push(map[string]string{"prod/web/base.yaml": unitFile("base/2")}))
+	m.at(o.Push(map[string]string{"prod/web/base.yaml": unitFile("base/2")}))
 	if got := m.runs("prod/web/base", "base/2"); got.Generation != 2 {
 		t.Errorf("record %+v", got)
 	}
@@ -211,12 +212,12 @@ func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 func TestChangeByHandIsPutBack(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
 	// A record made by hand before there was a mirror.
 	put(t, store, "desired/prod/web/app", pointer("hand/1").String()+"\n")
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	first := m.runs("prod/web/app", "app/1")
 	if first.Generation != 1 || first.Stable != pointer("hand/1") {
 		t.Errorf("record %+v", first)
@@ -233,7 +234,7 @@ func TestChangeByHandIsPutBack(t *testing.T) {
 	}
 	// What Git doesn't have is not the mirror's business.
 	put(t, store, "desired/prod/web/other", pointer("hand/4").String())
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
 	m.runs("prod/web/other", "hand/4")
 }
 
@@ -247,10 +248,10 @@ func put(t *testing.T, s kv.Store, key, value string) {
 // So is what the mirror says of itself: kedge wait and the next mirror go by it.
 func TestStateIsPutBack(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &recorder{Store: dirStore(t)}
-	m := start(t, Config{Store: store, Repo: o.bare})
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	was := m.at(head)
 	store.taken()
 	put(t, store.Store, kv.MirrorKey, `{"head":"`+strings.Repeat("1", 40)+`"}`)
@@ -264,15 +265,15 @@ func TestStateIsPutBack(t *testing.T) {
 	if got := store.taken(); len(got) != 2 {
 		t.Errorf("it was put back by %d writes, want 2", len(got))
 	}
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
 }
 
 func TestOrders(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	m := start(t, Config{Store: store, Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
 	gone := func() {
 		t.Helper()
 		m.await("the order", func() error {
@@ -311,15 +312,15 @@ func TestOrders(t *testing.T) {
 
 func TestRestartWritesNothing(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &recorder{Store: dirStore(t)}
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + "after: [base]\n", "prod/web/base.yaml": unitFile("base/1")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + "after: [base]\n", "prod/web/base.yaml": unitFile("base/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(head)
 	m.stop()
 	store.taken()
-	m = start(t, Config{Store: store, Repo: o.bare})
-	next := o.push(map[string]string{"prod/web/base.yaml": unitFile("base/2")})
+	m = start(t, Config{Store: store, Repo: o.Bare})
+	next := o.Push(map[string]string{"prod/web/base.yaml": unitFile("base/2")})
 	m.at(next)
 	if got := store.taken(); len(got) != 1 || len(got[0]) != 3 {
 		t.Errorf("after a restart a push of one unit wrote %v", got)
@@ -329,16 +330,16 @@ func TestRestartWritesNothing(t *testing.T) {
 // Pushes that come faster than the store shows the last one's write.
 func TestPushAfterPush(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	m := start(t, Config{Store: store, Repo: o.bare})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	var heads []string
 	for i := range 20 {
-		heads = append(heads, o.commit(map[string]string{"prod/web/app.yaml": unitFile("app/" + strconv.Itoa(i)), "prod/web/base.yaml": unitFile("base/" + strconv.Itoa(i/5))}))
+		heads = append(heads, o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/" + strconv.Itoa(i)), "prod/web/base.yaml": unitFile("base/" + strconv.Itoa(i/5))}))
 	}
 	for _, head := range heads {
-		o.git(o.bare, "fetch", "-q", o.work, head)
-		o.git(o.bare, "update-ref", "refs/heads/main", head)
+		o.Git(o.Bare, "fetch", "-q", o.Work, head)
+		o.Git(o.Bare, "update-ref", "refs/heads/main", head)
 	}
 	for i, name := range strings.Fields(m.at(heads[19]).Past) { // they have the same time
 		if !slices.ContainsFunc(heads[:19], func(h string) bool { return strings.HasPrefix(h, name) }) || i >= 19 {
@@ -356,13 +357,13 @@ func TestPushAfterPush(t *testing.T) {
 
 func TestHistory(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
 	put(t, store, "history/prod/web/app/0000000007", "an old one")
 	// What 56 pushes would leave.
 	put(t, store, "desired/prod/web/app", `{"target":"`+pointer("app/56").String()+`","generation":56,"commit":"`+strings.Repeat("0", 40)+`"}`)
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/57")})
-	m := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/57")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(head)
 	entries, err := store.List(t.Context(), kv.HistoryPrefixOf(unitID(t, "prod/web/app")))
 	if err != nil {
@@ -380,14 +381,14 @@ func TestHistory(t *testing.T) {
 
 func TestManyUnitsNeedManyTransactions(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &recorder{Store: dirStore(t)}
 	files := map[string]string{}
 	for i := range 100 {
 		files["prod/r"+strconv.Itoa(i%7)+"/u"+strconv.Itoa(i)+".yaml"] = unitFile("u/" + strconv.Itoa(i))
 	}
-	head := o.push(files)
-	m := start(t, Config{Store: store, Repo: o.bare})
+	head := o.Push(files)
+	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(head)
 	if got := len(desired(t, store)); got != 100 {
 		t.Errorf("%d records", got)
@@ -406,42 +407,42 @@ func TestManyUnitsNeedManyTransactions(t *testing.T) {
 
 func TestLocalRepoHoweverItIsKept(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
 	// Neither the branch nor the repository is there at the start.
-	moved := o.bare + ".new"
-	if err := os.Rename(o.bare, moved); err != nil {
+	moved := o.Bare + ".new"
+	if err := os.Rename(o.Bare, moved); err != nil {
 		t.Fatal(err)
 	}
-	m := start(t, Config{Store: store, Repo: "file://" + o.bare, Branch: "live/fleet"})
-	m.status(func(s Status) bool { return strings.Contains(s.Error, o.bare) })
-	if err := os.Rename(moved, o.bare); err != nil {
+	m := start(t, Config{Store: store, Repo: "file://" + o.Bare, Branch: "live/fleet"})
+	m.status(func(s Status) bool { return strings.Contains(s.Error, o.Bare) })
+	if err := os.Rename(moved, o.Bare); err != nil {
 		t.Fatal(err)
 	}
 	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
 	push := func(release string) {
 		t.Helper()
-		head := o.commit(map[string]string{"prod/web/app.yaml": unitFile(release)})
-		o.git(o.work, "push", "-q", "origin", "HEAD:live/fleet")
+		head := o.Commit(map[string]string{"prod/web/app.yaml": unitFile(release)})
+		o.Git(o.Work, "push", "-q", "origin", "HEAD:live/fleet")
 		m.at(head)
 		m.runs("prod/web/app", release)
 	}
 	push("app/1")
-	o.git(o.bare, "pack-refs", "--all", "--prune") // takes refs/heads/live away
+	o.Git(o.Bare, "pack-refs", "--all", "--prune") // takes refs/heads/live away
 	push("app/2")
-	o.git(o.bare, "gc", "-q", "--prune=now")
+	o.Git(o.Bare, "gc", "-q", "--prune=now")
 	push("app/3")
-	o.git(o.bare, "repack", "-q", "-a", "-d")
+	o.Git(o.Bare, "repack", "-q", "-a", "-d")
 	push("app/4")
 	m.await("watch", func() error {
-		if m.repo.(*localRepo).blind.Load() {
+		if strings.Contains(m.log.String(), "cannot watch") {
 			return errors.New("the repository isn't watched any more")
 		}
 		return nil
 	})
 	// The branch goes: nothing changes.
 	was := desired(t, store)
-	o.git(o.bare, "branch", "-q", "-D", "live/fleet")
+	o.Git(o.Bare, "branch", "-q", "-D", "live/fleet")
 	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
 	sameDesired(t, store, was)
 	push("app/5")
@@ -449,12 +450,12 @@ func TestLocalRepoHoweverItIsKept(t *testing.T) {
 
 func TestRepoWithAlternates(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	fork := filepath.Join(t.TempDir(), "fork.git")
-	o.git("", "clone", "-q", "--bare", "--shared", o.bare, fork)
-	head := o.commit(map[string]string{"prod/web/base.yaml": unitFile("base/1")})
-	o.git(o.work, "push", "-q", fork, "HEAD:main")
+	o.Git("", "clone", "-q", "--bare", "--shared", o.Bare, fork)
+	head := o.Commit(map[string]string{"prod/web/base.yaml": unitFile("base/1")})
+	o.Git(o.Work, "push", "-q", fork, "HEAD:main")
 	m := start(t, Config{Store: dirStore(t), Repo: fork})
 	m.at(head)
 	m.runs("prod/web/app", "app/1")
@@ -463,19 +464,19 @@ func TestRepoWithAlternates(t *testing.T) {
 func TestOtherFormatsAreNamed(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "sha256.git")
-	newOrigin(t).git("", "init", "-q", "--bare", "--object-format=sha256", dir)
+	gittest.New(t).Git("", "init", "-q", "--bare", "--object-format=sha256", dir)
 	m := start(t, Config{Store: dirStore(t), Repo: dir})
 	m.status(func(s Status) bool { return strings.Contains(s.Error, "object format sha256") })
 }
 
 func TestStoreOutage(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &recorder{Store: dirStore(t)}
-	m := start(t, Config{Store: store, Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
 	store.setFail(kv.ErrUnavailable)
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	m.await("a log line", func() error {
 		if !strings.Contains(m.log.String(), "the store takes no writes") {
 			return errors.New("nothing is said")
@@ -507,14 +508,14 @@ func (r *refusing) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) err
 // What the store refuses is named where people look, and is not tried again at every report of a fleet.
 func TestStoreThatRefuses(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := &refusing{Store: dirStore(t)}
-	m := start(t, Config{Store: store, Repo: o.bare})
-	first := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	m.at(first)
 	refusal := fmt.Errorf("no: %w", kv.ErrDenied)
 	store.with.Store(&refusal)
-	second := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	m.status(func(s Status) bool { return s.Head == first && strings.Contains(s.Error, "no: permission denied") })
 
 	asked, began := store.asked.Load(), time.Now()
@@ -534,17 +535,17 @@ func TestStoreThatRefuses(t *testing.T) {
 
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	taken := make(chan []kv.Entry, 10)
 	tries := 0
-	m := start(t, Config{Store: dirStore(t), Repo: o.bare, Snapshot: func(_ context.Context, desired []kv.Entry) error {
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare, Snapshot: func(_ context.Context, desired []kv.Entry) error {
 		if tries++; tries == 1 {
 			return errors.New("no storage yet")
 		}
 		taken <- desired
 		return nil
 	}})
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	m.runs("prod/web/app", "app/1")
 	end := time.After(20 * time.Second)
 	for {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/kv/kvtest"
+	"kedge/sync/git/gittest"
 )
 
 // link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes any more in either
@@ -104,18 +105,18 @@ func (l *link) mend() {
 // that it leads no more, and when the link is mended it stands by, and takes over when it is asked to.
 func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	t.Parallel()
-	consul, o := kvtest.StartConsul(t, kvtest.ConsulOptions{}), newOrigin(t)
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	consul, o := kvtest.StartConsul(t, kvtest.ConsulOptions{}), gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	seen := &running{tb: t, store: consul.Open(consul.RootToken), log: &logBuffer{}}
 	l := newLink(t, consul.Addr())
 	env := consul.Env(consul.RootToken)
-	a := startProcess(t, "a", o.bare, append(env, "CONSUL_HTTP_ADDR="+l.addr))
+	a := startProcess(t, "a", o.Bare, append(env, "CONSUL_HTTP_ADDR="+l.addr))
 	seen.runs("prod/web/app", "app/1")
-	b := startProcess(t, "b", o.bare, env)
+	b := startProcess(t, "b", o.Bare, env)
 
 	l.sever()
 	began := time.Now()
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	seen.status(func(s Status) bool { return s.Holder == "b" && s.Head == head })
 	t.Logf("the other mirror wrote %v after the leader was cut off", time.Since(began).Round(time.Millisecond))
 	if !strings.Contains(a.log.String(), "this mirror lost the lease") {
@@ -132,7 +133,7 @@ func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	if err := b.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	head = o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
+	head = o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
 	seen.status(func(s Status) bool { return s.Holder == "a" && s.Head == head })
 	if got := seen.runs("prod/web/app", "app/3"); got.Generation != 3 {
 		t.Errorf("record %+v", got)

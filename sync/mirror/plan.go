@@ -12,6 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // Change is one write that a commit leads to.
@@ -126,7 +127,7 @@ type move struct {
 	had  []deployments.UnitID
 	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
 	rules Rules
-	to    *loaded
+	to    *git.Commit
 	// descends is whether from is among to's ancestors.
 	descends bool
 }
@@ -138,7 +139,7 @@ func refuse(m move) error {
 			"or set allow_rewind in kedge.yaml before the history is rewritten", short(m.to.Hash), short(m.from))
 	}
 	stays := map[deployments.UnitID]bool{}
-	for _, u := range m.to.tree.Units {
+	for _, u := range m.to.Tree.Units {
 		stays[u.ID] = true
 	}
 	var removed []string

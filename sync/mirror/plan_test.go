@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 func unit(tb testing.TB, id, release string) deployments.Unit {
@@ -22,8 +23,8 @@ func tree(units ...deployments.Unit) *deployments.Tree {
 	return &deployments.Tree{Settings: deployments.Settings{MaxRemoved: 30}, Units: units}
 }
 
-func commitOf(t *deployments.Tree) *loaded {
-	return &loaded{Commit: Commit{Hash: strings.Repeat("c", 40), Author: "Ada <ada@example.com>"}, tree: t}
+func commitOf(t *deployments.Tree) *git.Commit {
+	return &git.Commit{Hash: strings.Repeat("c", 40), Author: "Ada <ada@example.com>", Tree: t}
 }
 
 func TestPlan(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git/gittest"
 )
 
 // herd is a fleet of agents that the test plays: each does what policy.Resolve says, and reports it.
@@ -86,13 +87,13 @@ const gradual = "rollout:\n  canary: 1\n  bake: 200ms\n  max_unavailable: 2\n"
 
 func TestRollout(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	o := gittest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 6)
 	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	r := m.runs("prod/web/app", "app/2")
 	if r.Rollout == nil || r.Rollout.Phase != deployments.PhaseCanary || r.Stable != pointer("app/1") {
 		t.Fatalf("%+v", r)
@@ -113,14 +114,14 @@ func TestRollout(t *testing.T) {
 
 func TestFailureRollsBack(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	store := dirStore(t)
-	m := start(t, Config{Store: store, Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 4)
 	h.until(deployments.Digest{}, 4, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 4 })
 
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 	bad := pointer("app/2").Digest
 	halted := func(r deployments.Record) bool {
@@ -133,13 +134,13 @@ func TestFailureRollsBack(t *testing.T) {
 
 	// It stays out, whichever mirror looks at it.
 	m.stop()
-	h.m = start(t, Config{Store: store, Repo: o.bare})
-	head := o.push(map[string]string{"README.md": "x"})
+	h.m = start(t, Config{Store: store, Repo: o.Bare})
+	head := o.Push(map[string]string{"README.md": "x"})
 	h.m.at(head)
 	h.m.record("prod/web/app", halted)
 
 	// The next release is another matter.
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
 	h.m.runs("prod/web/app", "app/3")
 	h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
 }
@@ -148,14 +149,14 @@ func TestFailureRollsBack(t *testing.T) {
 // its budget. So does one whose record is lost while no mirror runs.
 func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	t.Parallel()
-	for name, lose := range map[string]func(o *origin, h *herd){
-		"removed and put back": func(o *origin, h *herd) {
-			removed := o.push(map[string]string{"prod/web/app.yaml": ""})
+	for name, lose := range map[string]func(o *gittest.Origin, h *herd){
+		"removed and put back": func(o *gittest.Origin, h *herd) {
+			removed := o.Push(map[string]string{"prod/web/app.yaml": ""})
 			h.m.at(removed)
-			o.git(o.work, "revert", "--no-edit", removed)
-			h.m.at(o.push(nil))
+			o.Git(o.Work, "revert", "--no-edit", removed)
+			h.m.at(o.Push(nil))
 		},
-		"lost": func(_ *origin, h *herd) {
+		"lost": func(_ *gittest.Origin, h *herd) {
 			h.m.stop()
 			if err := h.m.store.Commit(t.Context(), nil, kv.Delete(kv.DesiredKey(h.id))); err != nil {
 				t.Error(err)
@@ -165,9 +166,9 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			o := newOrigin(t)
-			m := start(t, Config{Store: dirStore(t), Repo: o.bare})
-			m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "prune: true\nmax_removed: 50\n", "prod/web/base.yaml": unitFile("base/1")}))
+			o := gittest.New(t)
+			m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+			m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "prune: true\nmax_removed: 50\n", "prod/web/base.yaml": unitFile("base/1")}))
 			h := newHerd(t, m, 6)
 			h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
@@ -175,7 +176,7 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 			halted := func(r deployments.Record) bool {
 				return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack
 			}
-			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 			h.m.runs("prod/web/app", "app/2")
 			h.until(bad, 0, halted)
 			lose(o, h)
@@ -183,7 +184,7 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 				t.Errorf("%v moved, %+v, %+v", moved, r, r.Rollout)
 			}
 
-			o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
+			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
 			h.m.runs("prod/web/app", "app/3")
 			h.turn(bad)
 			lose(o, h)
@@ -195,24 +196,24 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 // A unit that is taken out of Git, or renamed, while its rollout is under way: without prune its record stays, and says why nothing moves.
 func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "max_removed: 100\n"}))
+	o := gittest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "max_removed: 100\n"}))
 	h := newHerd(t, m, 6)
 	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 	put(t, m.store, "control/prod/web/app", "pause")
 	was := m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePaused })
 
-	m.at(o.push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
 	r := m.record("prod/web/app", func(r deployments.Record) bool { return policy.IsOrphaned(r) })
 	if next := policy.Unblock(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || policy.Refusal("resume", r) == "" {
 		t.Errorf("%q, and resume is refused by %q", next, policy.Refusal("resume", r))
 	}
-	m.at(o.push(map[string]string{"README.md": "x"}))
+	m.at(o.Push(map[string]string{"README.md": "x"}))
 
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual}))
 	m.record("prod/web/app", func(r deployments.Record) bool { return reflect.DeepEqual(r, was) })
 	put(t, m.store, "control/prod/web/app", "resume")
 	h.until(deployments.Digest{}, 2, func(r deployments.Record) bool { return r.Rollout == nil })
@@ -220,11 +221,11 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 
 func TestFreezeHolds(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	m := start(t, Config{Store: dirStore(t), Repo: o.bare})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	o := gittest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
 	frozen := "freeze:\n- name: always\n  deny: \"0 * * * *\"\n  duration: 2h\n  reason: audit\n"
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "kedge.yaml": frozen}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "kedge.yaml": frozen}))
 	r := m.runs("prod/web/app", "app/2")
 	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseFrozen || p.Cutoff != 0 || !strings.Contains(p.Message, "frozen by always") || !strings.Contains(p.Message, "audit") {
 		t.Fatalf("%+v, %+v", r, r.Rollout)
@@ -232,8 +233,8 @@ func TestFreezeHolds(t *testing.T) {
 	put(t, m.store, "control/prod/web/app", "promote")
 	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout == nil && r.Target == pointer("app/2") })
 
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
 	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Target == pointer("app/3") })
-	o.push(map[string]string{"kedge.yaml": "prune: false\n"})
+	o.Push(map[string]string{"kedge.yaml": "prune: false\n"})
 	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout == nil && r.Target == pointer("app/3") })
 }

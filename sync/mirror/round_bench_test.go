@@ -10,6 +10,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // BenchmarkRound is what one report of a node costs the mirror, with no write that follows.
@@ -39,7 +40,7 @@ func BenchmarkRound(b *testing.B) {
 				}
 			}
 			l := newLeader(&Mirror{c: Config{Log: slog.New(slog.DiscardHandler)}}, nil)
-			commit := &loaded{Commit: Commit{Hash: "c"}, tree: tree}
+			commit := &git.Commit{Hash: "c", Tree: tree}
 			version := uint64(1)
 			l.ranks = map[deployments.UnitID]*policy.Ranks{}
 			round := func() {

@@ -142,7 +142,7 @@ func (l *leader) orders(view kv.View) map[deployments.UnitID]order {
 	for _, id := range slices.SortedFunc(maps.Keys(good), compareIDs) {
 		if l.obeyed[id] == good[id].version {
 			delete(good, id) // it has yet to vanish from the watch
-		} else if !slices.ContainsFunc(l.accepted.tree.Units, func(u deployments.Unit) bool { return u.ID == id }) {
+		} else if !slices.ContainsFunc(l.accepted.Tree.Units, func(u deployments.Unit) bool { return u.ID == id }) {
 			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: remove the key", kv.ControlKey(id)))
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"kedge/kv"
+	"kedge/sync/git"
 )
 
 // Status is the JSON at mirror/state: what the mirror that holds the lease last did. Written by it alone, on change.
@@ -36,8 +37,8 @@ type Rules struct {
 // taken is the commit that was taken last, written in full or not.
 func (s Status) taken() string { return cmp.Or(s.Applying, s.Head) }
 
-func rulesOf(l *loaded) Rules {
-	return Rules{AllowRewind: l.tree.Settings.AllowRewind, MaxRemoved: l.tree.Settings.MaxRemoved}
+func rulesOf(l *git.Commit) Rules {
+	return Rules{AllowRewind: l.Tree.Settings.AllowRewind, MaxRemoved: l.Tree.Settings.MaxRemoved}
 }
 
 // maxError bounds Status.Error, in bytes: a commit may have any number of mistakes.

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"kedge/deployments"
+	"kedge/sync/git/gittest"
 )
 
 // gathered gives the series of metrics whose names begin with a prefix, one a line, sorted.
@@ -39,10 +40,10 @@ func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
 // The mirror that leads shows where each rollout stands and how many nodes say what; one that waits shows nothing of it.
 func TestUnitMetrics(t *testing.T) {
 	t.Parallel()
-	o, store, metrics, others := newOrigin(t), dirStore(t), prometheus.NewRegistry(), prometheus.NewRegistry()
-	m := start(t, Config{Store: store, Repo: o.bare, Metrics: metrics})
-	m.at(o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
-	start(t, Config{Store: store, Repo: o.bare, Name: "mirror-2", Metrics: others})
+	o, store, metrics, others := gittest.New(t), dirStore(t), prometheus.NewRegistry(), prometheus.NewRegistry()
+	m := start(t, Config{Store: store, Repo: o.Bare, Metrics: metrics})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
+	start(t, Config{Store: store, Repo: o.Bare, Name: "mirror-2", Metrics: others})
 	h := newHerd(t, m, 3)
 	h.until(deployments.Digest{}, 3, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 3 })
 	const unit = "role=web,stage=prod"
@@ -53,7 +54,7 @@ func TestUnitMetrics(t *testing.T) {
 		}
 		return nil
 	})
-	o.push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual, "prod/web/base.yaml": unitFile("base/1")})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual, "prod/web/base.yaml": unitFile("base/1")})
 	m.await("the metrics of a rollout", func() error {
 		got := gathered(t, metrics, "kedge_unit")
 		for _, want := range []string{"kedge_unit_generation " + unit + ",unit=app 2", "kedge_unit_rollout phase=canary,role=web,stage=prod,unit=app 1",

@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"bufio"
@@ -24,17 +24,17 @@ import (
 // objectCache bounds what is kept of objects while a commit is read.
 const objectCache = 8 * cache.MiByte
 
-// objects reads a repository's objects in place, from several object directories: the repository's own, those that
+// Objects reads a repository's objects in place, from several object directories: the repository's own, those that
 // objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. go-git's own handling of alternates
-// parses their indexes anew for each object. An objects is opened for one reading, and closed: Git may
+// parses their indexes anew for each object. An Objects is opened for one reading, and closed: Git may
 // repack at any time.
-type objects struct {
+type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
 }
 
-func openObjects(dirs ...string) (*objects, error) {
-	o := &objects{}
+func OpenObjects(dirs ...string) (*Objects, error) {
+	o := &Objects{}
 	shared := cache.NewObjectLRU(objectCache)
 	seen := map[string]bool{}
 	for len(dirs) > 0 {
@@ -62,7 +62,7 @@ func openObjects(dirs ...string) (*objects, error) {
 }
 
 // Close closes the packs.
-func (o *objects) Close() error {
+func (o *Objects) Close() error {
 	var errs []error
 	for _, dir := range o.dirs {
 		errs = append(errs, dir.Close())
@@ -103,7 +103,7 @@ func alternates(dir string) ([]string, error) {
 	return more, lines.Err()
 }
 
-func (o *objects) EncodedObject(kind plumbing.ObjectType, h plumbing.Hash) (found plumbing.EncodedObject, err error) {
+func (o *Objects) EncodedObject(kind plumbing.ObjectType, h plumbing.Hash) (found plumbing.EncodedObject, err error) {
 	err = o.first(func(dir *filesystem.Storage) error {
 		found, err = dir.EncodedObject(kind, h)
 		return err
@@ -111,7 +111,7 @@ func (o *objects) EncodedObject(kind plumbing.ObjectType, h plumbing.Hash) (foun
 	return found, err
 }
 
-func (o *objects) EncodedObjectSize(h plumbing.Hash) (size int64, err error) {
+func (o *Objects) EncodedObjectSize(h plumbing.Hash) (size int64, err error) {
 	err = o.first(func(dir *filesystem.Storage) error {
 		size, err = dir.EncodedObjectSize(h)
 		return err
@@ -119,12 +119,12 @@ func (o *objects) EncodedObjectSize(h plumbing.Hash) (size int64, err error) {
 	return size, err
 }
 
-func (o *objects) HasEncodedObject(h plumbing.Hash) error {
+func (o *Objects) HasEncodedObject(h plumbing.Hash) error {
 	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
 }
 
 // first asks one directory after the other, until one has the object.
-func (o *objects) first(ask func(*filesystem.Storage) error) error {
+func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	for _, dir := range o.dirs {
 		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
 			return err

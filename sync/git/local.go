@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"context"
@@ -21,26 +21,6 @@ import (
 
 	"kedge/deployments/wait"
 )
-
-// repo is where commits come from: a Git directory on this machine, read in place, or a remote one, read through a cache.
-type repo interface {
-	// head brings the branch's newest commit within reach of open, and names it. A *badCommit says that it can't be had, for good.
-	head(ctx context.Context) (plumbing.Hash, error)
-	// open gives the objects for one reading.
-	open() (*objects, error)
-	// distrust says that what open gave could not be read: a cache is made anew at the next head.
-	distrust()
-	// watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be watched it only waits.
-	watch(ctx context.Context, changed func())
-	// interval is the time between two calls of head where nothing changes.
-	interval() time.Duration
-	// pause is the least time between two calls of head, however often they are asked for.
-	pause() time.Duration
-	close() error
-}
-
-// errNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
-var errNoBranch = errors.New("no such branch")
 
 // scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
 var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
@@ -73,56 +53,56 @@ func (r *localRepo) common() (string, error) {
 	return common, err
 }
 
-func (r *localRepo) head(context.Context) (plumbing.Hash, error) {
+func (r *localRepo) Head(context.Context) (string, error) {
 	dir, err := r.common()
 	if err != nil {
-		return plumbing.ZeroHash, err
+		return "", err
 	}
 	if err := checkFormat(dir); err != nil {
-		return plumbing.ZeroHash, err
+		return "", err
 	}
 	return branchHead(dir, r.branch)
 }
 
 // branchHead reads a branch of the Git directory dir.
-func branchHead(dir, branch string) (plumbing.Hash, error) {
+func branchHead(dir, branch string) (string, error) {
 	refs := dotgit.New(osfs.New(dir))
 	name := plumbing.NewBranchReferenceName(branch)
 	for range 5 { // a branch may be a symbolic ref
 		ref, err := refs.Ref(name)
 		switch {
 		case errors.Is(err, plumbing.ErrReferenceNotFound) || errors.Is(err, fs.ErrNotExist):
-			return plumbing.ZeroHash, fmt.Errorf("%w: %s in %s", errNoBranch, branch, dir)
+			return "", fmt.Errorf("%w: %s in %s", ErrNoBranch, branch, dir)
 		case err != nil:
-			return plumbing.ZeroHash, fmt.Errorf("branch %s of %s: %w", branch, dir, err)
+			return "", fmt.Errorf("branch %s of %s: %w", branch, dir, err)
 		case ref.Type() == plumbing.HashReference:
-			return ref.Hash(), nil
+			return ref.Hash().String(), nil
 		}
 		name = ref.Target()
 	}
-	return plumbing.ZeroHash, fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
+	return "", fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
 }
 
-func (r *localRepo) open() (*objects, error) {
+func (r *localRepo) Objects() (*Objects, error) {
 	dir, err := r.common()
 	if err != nil {
 		return nil, err
 	}
-	return openObjects(filepath.Join(dir, "objects"))
+	return OpenObjects(filepath.Join(dir, "objects"))
 }
 
-func (r *localRepo) interval() time.Duration {
+func (r *localRepo) Interval() time.Duration {
 	if r.blind.Load() {
 		return min(r.every, time.Second) // to read one small file
 	}
 	return r.every
 }
 
-func (r *localRepo) distrust()            {}
-func (r *localRepo) close() error         { return nil }
-func (r *localRepo) pause() time.Duration { return 0 }
+func (r *localRepo) Distrust()            {}
+func (r *localRepo) Close() error         { return nil }
+func (r *localRepo) Pause() time.Duration { return 0 }
 
-func (r *localRepo) watch(ctx context.Context, changed func()) {
+func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	for {
 		err := r.watchOnce(ctx, changed)
 		if ctx.Err() != nil {

@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"errors"
@@ -11,30 +11,32 @@ import (
 
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/object"
+
+	"kedge/sync/git/gittest"
 )
 
 func TestTreeFS(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.commit(map[string]string{
+	o := gittest.New(t)
+	o.Commit(map[string]string{
 		"kedge.yaml": "prune: true\n", "README.md": "read me", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"),
 		// Git sorts "web/" behind "web-2", and fs.FS before it.
 		"prod/web-2/app.yaml": unitFile("app/1"), "prod/web.txt": "text",
 	})
 	link := func(to, name string) {
-		if err := os.Symlink(to, filepath.Join(o.work, name)); err != nil {
+		if err := os.Symlink(to, filepath.Join(o.Work, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	link("web/app.yaml", "prod/link.yaml")
 	link("./other", "alias")
 	link("prod/web", "other")
-	if err := os.WriteFile(filepath.Join(o.work, "run"), []byte("#!/bin/sh\n"), 0o755); err != nil {
+	if err := os.WriteFile(filepath.Join(o.Work, "run"), []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	o.git(o.work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("1", 40)+",module")
-	o.git(o.work, "add", "prod", "run", "alias", "other")
-	o.git(o.work, "commit", "-q", "-m", "Add a link, a program and a submodule")
+	o.Git(o.Work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("1", 40)+",module")
+	o.Git(o.Work, "add", "prod", "run", "alias", "other")
+	o.Git(o.Work, "commit", "-q", "-m", "Add a link, a program and a submodule")
 
 	fsys := openTree(t, o, "HEAD")
 	if err := fstest.TestFS(fsys, "kedge.yaml", "README.md", "run", "module", "prod/web/app.yaml", "prod/web/base.yaml", "prod/web-2/app.yaml", "prod/web.txt"); err != nil {
@@ -62,13 +64,13 @@ func TestTreeFS(t *testing.T) {
 
 func TestTreeFSKeepsLinksInside(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	for name, to := range map[string]string{"up": "../secret", "root": "/etc/passwd", "loop": "loop", "around": "there", "there": "around/x", "gone": "nowhere"} {
-		if err := os.Symlink(to, filepath.Join(o.work, name)); err != nil {
+		if err := os.Symlink(to, filepath.Join(o.Work, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	o.commit(nil)
+	o.Commit(nil)
 	fsys := openTree(t, o, "HEAD")
 	for _, name := range []string{"up", "root", "loop", "around", "gone", "up/x", "../secret", "/etc/passwd"} {
 		if data, err := fs.ReadFile(fsys, name); err == nil {
@@ -79,11 +81,11 @@ func TestTreeFSKeepsLinksInside(t *testing.T) {
 
 func TestTreeFSBoundsFiles(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	o.commit(map[string]string{"big.yaml": strings.Repeat("# padding\n", maxFile/10+1), "fits.yaml": strings.Repeat("x", maxFile)})
+	o := gittest.New(t)
+	o.Commit(map[string]string{"big.yaml": strings.Repeat("# padding\n", maxFile/10+1), "fits.yaml": strings.Repeat("x", maxFile)})
 	for _, packed := range []bool{false, true} {
 		if packed {
-			o.git(o.work, "gc", "-q")
+			o.Git(o.Work, "gc", "-q")
 		}
 		fsys := openTree(t, o, "HEAD")
 		if _, err := fs.ReadFile(fsys, "big.yaml"); !errors.Is(err, errTooLarge) {
@@ -96,14 +98,14 @@ func TestTreeFSBoundsFiles(t *testing.T) {
 }
 
 // openTree opens a commit of the work clone.
-func openTree(t *testing.T, o *origin, rev string) *treeFS {
+func openTree(t *testing.T, o *gittest.Origin, rev string) *treeFS {
 	t.Helper()
-	from, err := openObjects(filepath.Join(o.work, ".git", "objects"))
+	from, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { from.Close() })
-	commit, err := object.GetCommit(from, plumbing.NewHash(o.git(o.work, "rev-parse", rev)))
+	commit, err := object.GetCommit(from, plumbing.NewHash(o.Git(o.Work, "rev-parse", rev)))
 	if err != nil {
 		t.Fatal(err)
 	}

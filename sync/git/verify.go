@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"fmt"
@@ -8,9 +8,9 @@ import (
 	"kedge/policy"
 )
 
-// newVerifier checks commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each commit, so that
+// NewVerifier checks commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each commit, so that
 // a signer can be added, or taken out, while the mirror runs. Without either no signature is asked for.
-func newVerifier(signersFile, keyringFile string) (verifier, error) {
+func NewVerifier(signersFile, keyringFile string) (Verifier, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
 	}

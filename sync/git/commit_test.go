@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"bytes"
@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/go-git/go-git/v5/plumbing"
+
+	"kedge/sync/git/gittest"
 )
 
 func TestSplitSignature(t *testing.T) {
@@ -32,21 +34,21 @@ func TestSplitSignature(t *testing.T) {
 // What is split off is what git(1) and ssh-keygen(1) agree on.
 func TestSplitSignatureAsGitSigns(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
+	o := gittest.New(t)
 	dir := t.TempDir()
-	newKey(t, filepath.Join(dir, "id"), "")
+	gittest.NewKey(t, filepath.Join(dir, "id"), "")
 	public, err := exec.Command("ssh-keygen", "-y", "-f", filepath.Join(dir, "id")).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, filepath.Join(dir, "id.pub"), string(public))
-	writeFile(t, filepath.Join(dir, "signers"), "ada@example.com "+string(public))
-	o.git(o.work, "config", "gpg.format", "ssh")
-	o.git(o.work, "config", "user.signingkey", filepath.Join(dir, "id.pub"))
-	o.git(o.work, "config", "commit.gpgsign", "true")
-	head := o.push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	gittest.WriteFile(t, filepath.Join(dir, "id.pub"), string(public))
+	gittest.WriteFile(t, filepath.Join(dir, "signers"), "ada@example.com "+string(public))
+	o.Git(o.Work, "config", "gpg.format", "ssh")
+	o.Git(o.Work, "config", "user.signingkey", filepath.Join(dir, "id.pub"))
+	o.Git(o.Work, "config", "commit.gpgsign", "true")
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 
-	from, err := openObjects(filepath.Join(o.bare, "objects"))
+	from, err := OpenObjects(filepath.Join(o.Bare, "objects"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +61,7 @@ func TestSplitSignatureAsGitSigns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, filepath.Join(dir, "signature"), string(signature))
+	gittest.WriteFile(t, filepath.Join(dir, "signature"), string(signature))
 	verify := func(payload []byte) error {
 		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", filepath.Join(dir, "signers"), "-I", "ada@example.com", "-n", "git", "-s", filepath.Join(dir, "signature"))
 		cmd.Stdin = bytes.NewReader(payload)
@@ -101,20 +103,20 @@ func FuzzSplitSignature(f *testing.F) {
 
 func TestDescends(t *testing.T) {
 	t.Parallel()
-	o := newOrigin(t)
-	root := o.commit(map[string]string{"a": "1"})
-	o.git(o.work, "checkout", "-q", "-b", "side")
-	side := o.commit(map[string]string{"b": "1"})
-	o.git(o.work, "checkout", "-q", "main")
-	left := o.commit(map[string]string{"a": "2"})
-	o.git(o.work, "merge", "-q", "--no-edit", "side")
-	merge := o.git(o.work, "rev-parse", "HEAD")
+	o := gittest.New(t)
+	root := o.Commit(map[string]string{"a": "1"})
+	o.Git(o.Work, "checkout", "-q", "-b", "side")
+	side := o.Commit(map[string]string{"b": "1"})
+	o.Git(o.Work, "checkout", "-q", "main")
+	left := o.Commit(map[string]string{"a": "2"})
+	o.Git(o.Work, "merge", "-q", "--no-edit", "side")
+	merge := o.Git(o.Work, "rev-parse", "HEAD")
 	// A clock that went back must not hide an ancestor.
-	o.env = []string{"GIT_COMMITTER_DATE=2001-01-01T00:00:00Z"}
-	old := o.commit(map[string]string{"a": "3"})
-	o.env = nil
-	tip := o.commit(map[string]string{"a": "4"})
-	from, err := openObjects(filepath.Join(o.work, ".git", "objects"))
+	o.Env = []string{"GIT_COMMITTER_DATE=2001-01-01T00:00:00Z"}
+	old := o.Commit(map[string]string{"a": "3"})
+	o.Env = nil
+	tip := o.Commit(map[string]string{"a": "4"})
+	from, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +128,7 @@ func TestDescends(t *testing.T) {
 		{root, root, true}, {root, tip, true}, {side, merge, true}, {left, merge, true}, {old, tip, true}, {merge, tip, true}, {side, tip, true},
 		{tip, root, false}, {left, side, false}, {merge, side, false}, {strings.Repeat("1", 40), tip, false},
 	} {
-		got, err := descends(t.Context(), from, plumbing.NewHash(c.from), plumbing.NewHash(c.to))
+		got, err := from.Descends(t.Context(), c.from, c.to)
 		if err != nil || got != c.want {
 			t.Errorf("from %.7s to %.7s: %v, %v; want %v", c.from, c.to, got, err, c.want)
 		}
@@ -137,22 +139,22 @@ func TestDescends(t *testing.T) {
 func BenchmarkLoad(b *testing.B) {
 	for _, packed := range []bool{false, true} {
 		b.Run(map[bool]string{false: "loose", true: "packed"}[packed], func(b *testing.B) {
-			o := newOrigin(b)
+			o := gittest.New(b)
 			files := map[string]string{}
 			for i := range 1000 {
 				files[fmt.Sprintf("prod/r%d/u%d.yaml", i%50, i)] = unitFile(fmt.Sprint("u/", i))
 			}
-			head := plumbing.NewHash(o.push(files))
+			head := o.Push(files)
 			if packed {
-				o.git(o.bare, "gc", "-q")
+				o.Git(o.Bare, "gc", "-q")
 			}
 			b.ReportAllocs()
 			for b.Loop() {
-				from, err := openObjects(filepath.Join(o.bare, "objects"))
+				from, err := OpenObjects(filepath.Join(o.Bare, "objects"))
 				if err != nil {
 					b.Fatal(err)
 				}
-				if _, err := load(from, head, nil); err != nil {
+				if _, err := from.Load(head, nil); err != nil {
 					b.Fatal(err)
 				}
 				from.Close()

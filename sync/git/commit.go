@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"bytes"
@@ -18,35 +18,40 @@ import (
 
 // Commit is what history and people are told of a Git commit.
 type Commit struct {
-	Hash    string    `json:"hash"` // in full
-	Author  string    `json:"author"`
-	When    time.Time `json:"when"` // when it was committed; the committer's clock
-	Subject string    `json:"subject,omitempty"`
-	Parents []string  `json:"parents,omitempty"`
+	Hash    string // in full
+	Author  string
+	When    time.Time // when it was committed; the committer's clock
+	Subject string
+	Tree    *deployments.Tree
+	// Past names the newest commits that it descends from, abbreviated, with spaces between, as far as they can be read.
+	Past string
 }
 
-// loaded is a commit whose tree is valid, and whose signature, where one is asked for, is good.
-type loaded struct {
-	Commit
-	tree *deployments.Tree
-	past string // as Status.Past
+// BadCommit says that a commit can't be taken, whenever it is looked at: its content is at fault, not the way to it.
+type BadCommit struct {
+	Hash string
+	Err  error
 }
 
-// badCommit says that a commit can't be taken, whenever it is looked at: its content is at fault, not the way to it.
-type badCommit struct {
-	hash string
-	err  error
+func (e *BadCommit) Error() string { return e.Err.Error() }
+func (e *BadCommit) Unwrap() error { return e.Err }
+
+// Verifier checks a commit's signature: payload is the commit without it.
+type Verifier func(payload, signature []byte) error
+
+// Load reads and checks a commit as a whole: its tree is valid, and its signature, where verify is not nil, is good. A *BadCommit is
+// for good; any other error may pass.
+func (o *Objects) Load(name string, verify Verifier) (*Commit, error) {
+	hash := plumbing.NewHash(name)
+	c, err := load(o, hash, verify)
+	if err == nil {
+		c.Past = past(o, hash)
+	}
+	return c, err
 }
 
-func (e *badCommit) Error() string { return e.err.Error() }
-func (e *badCommit) Unwrap() error { return e.err }
-
-// verifier checks a commit's signature: payload is the commit without it.
-type verifier func(payload, signature []byte) error
-
-// load reads and checks a commit as a whole. A *badCommit is for good; any other error may pass.
-func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify verifier) (*loaded, error) {
-	bad := func(err error) (*loaded, error) { return nil, &badCommit{hash.String(), err} }
+func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify Verifier) (*Commit, error) {
+	bad := func(err error) (*Commit, error) { return nil, &BadCommit{hash.String(), err} }
 	o, err := from.EncodedObject(plumbing.CommitObject, hash)
 	if err != nil {
 		return nil, fmt.Errorf("commit %s: %w", hash, err)
@@ -80,21 +85,18 @@ func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify verifier) 
 	case err != nil: // the repository gave what it was asked for: a link that leads nowhere, a broken tree
 		return bad(fmt.Errorf("commit %s: %w", hash, err))
 	}
-	return &loaded{Commit: describe(commit), tree: tree}, nil
+	return describe(commit, tree), nil
 }
 
-func describe(c *object.Commit) Commit {
+func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 	subject, _, _ := strings.Cut(strings.TrimSpace(c.Message), "\n")
-	d := Commit{
+	return &Commit{
 		Hash:    c.Hash.String(),
 		Author:  bound(fmt.Sprintf("%s <%s>", c.Author.Name, c.Author.Email), 200),
 		When:    c.Committer.When.UTC(),
 		Subject: bound(subject, 200),
+		Tree:    tree,
 	}
-	for _, p := range c.ParentHashes {
-		d.Parents = append(d.Parents, p.String())
-	}
-	return d
 }
 
 // bound cuts what others wrote to n bytes of printable text.
@@ -150,7 +152,7 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 	return payload, signature
 }
 
-// maxPast bounds Status.Past: more commits than are pushed while somebody waits for one.
+// maxPast bounds Commit.Past: more commits than are pushed while somebody waits for one.
 const maxPast = 30
 
 // past names the newest commits that hash descends from, as far as they can be read.
@@ -168,19 +170,20 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 			break
 		}
 		if c.Hash != hash {
-			names = append(names, short(c.Hash.String()))
+			names = append(names, c.Hash.String()[:12])
 		}
 	}
 	return strings.Join(names, " ")
 }
 
-// descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer
+// Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer
 // costs a few reads, however long the history is.
-func descends(ctx context.Context, in storer.EncodedObjectStorer, from, to plumbing.Hash) (bool, error) {
+func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
 	}
-	head, err := object.GetCommit(in, to)
+	ancestor := plumbing.NewHash(from)
+	head, err := object.GetCommit(o, plumbing.NewHash(to))
 	if err != nil {
 		return false, fmt.Errorf("commit %s: %w", to, err)
 	}
@@ -193,7 +196,7 @@ func descends(ctx context.Context, in storer.EncodedObjectStorer, from, to plumb
 			return false, nil
 		case err != nil:
 			return false, fmt.Errorf("history of commit %s: %w", to, err)
-		case c.Hash == from:
+		case c.Hash == ancestor:
 			return true, nil
 		case ctx.Err() != nil:
 			return false, context.Cause(ctx)

@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"bytes"
@@ -7,53 +7,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
-	"path/filepath"
 	"strings"
 	"testing"
 	"testing/iotest"
-	"time"
 )
-
-// A push with an object that is too large is refused before it fills the mirror's memory or is fetched again and again, and nothing
-// else is the worse for it.
-func TestObjectsThatAreTooLargeToFetch(t *testing.T) {
-	t.Parallel()
-	h := serveHTTPS(t, newOrigin(t))
-	first := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "fits": strings.Repeat("x", maxObject)})
-	cache := t.TempDir()
-	c := Config{Store: dirStore(t), Repo: h.url, Every: 50 * time.Millisecond, CacheDir: cache,
-		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.caFile)}
-	m := start(t, c)
-	m.at(first)
-
-	h.push(map[string]string{"big": strings.Repeat("x", maxObject+1)})
-	head := h.push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "big": ""}) // gone from the tree, not from the history
-	s := m.refuses(head, "16777217 bytes", "at most 16777216", "push --force")
-	if s.Head != first {
-		t.Errorf("the status is %+v", s)
-	}
-	h.pollsInVain(m)
-	clean := func() {
-		t.Helper()
-		if left, _ := filepath.Glob(filepath.Join(cache, "*", "objects", "pack", "tmp_*")); len(left) > 0 {
-			t.Errorf("%v are left", left)
-		}
-	}
-	clean()
-	put(t, m.store, "desired/prod/web/app", pointer("hand/1").String())
-	m.runs("prod/web/app", "app/1")
-
-	h.git(h.work, "reset", "-q", "--hard", first)
-	head = h.commit(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
-	h.git(h.work, "push", "-q", "--force", "origin", "HEAD:main")
-	if s := m.at(head); s.Refused != "" {
-		t.Errorf("the status is %+v", s)
-	}
-	clean()
-	if log := m.log.String(); strings.Contains(log, "fetched anew") {
-		t.Error("the cache was made anew")
-	}
-}
 
 // packed is an object as a pack has it: kind 3 is a blob, 6 a delta to the object that lies back bytes before it.
 func packed(kind byte, size, back uint64, content io.Reader) io.Reader {

@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"encoding/binary"

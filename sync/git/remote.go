@@ -1,4 +1,4 @@
-package mirror
+package git
 
 import (
 	"context"
@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/go-git/go-git/v5"
+	gogit "github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/config"
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/transport"
@@ -53,7 +53,7 @@ type remoteRepo struct {
 	log      *slog.Logger
 	hung     chan struct{}
 	stall    time.Duration // stallTimeout
-	refused  *badCommit    // the branch's head, where that can't be fetched whenever it is tried; head's alone
+	refused  *BadCommit    // the branch's head, where that can't be fetched whenever it is tried; head's alone
 
 	mu        sync.Mutex
 	dir       string // holds the cache
@@ -119,7 +119,7 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 // kept finds the cache that an earlier mirror of the same repository and branch left, if it is whole.
 func (r *remoteRepo) kept() string {
 	name := filepath.Join(r.dir, cacheName)
-	kept, err := git.PlainOpen(name)
+	kept, err := gogit.PlainOpen(name)
 	if err != nil {
 		return ""
 	}
@@ -137,78 +137,78 @@ const (
 	unfinished  = "objects/pack/tmp_*" // of a repository: what go-git has yet to finish
 )
 
-func (r *remoteRepo) watch(ctx context.Context, _ func()) { <-ctx.Done() }
-func (r *remoteRepo) interval() time.Duration             { return r.every }
-func (r *remoteRepo) pause() time.Duration                { return askPause }
+func (r *remoteRepo) Watch(ctx context.Context, _ func()) { <-ctx.Done() }
+func (r *remoteRepo) Interval() time.Duration             { return r.every }
+func (r *remoteRepo) Pause() time.Duration                { return askPause }
 
-func (r *remoteRepo) close() error {
+func (r *remoteRepo) Close() error {
 	if r.temporary {
 		return os.RemoveAll(r.dir)
 	}
 	return nil
 }
 
-func (r *remoteRepo) open() (*objects, error) {
+func (r *remoteRepo) Objects() (*Objects, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.cache == "" {
 		return nil, fmt.Errorf("repository %s was not fetched yet", r.address)
 	}
-	return openObjects(filepath.Join(r.cache, "objects"))
+	return OpenObjects(filepath.Join(r.cache, "objects"))
 }
 
-func (r *remoteRepo) distrust() {
+func (r *remoteRepo) Distrust() {
 	r.mu.Lock()
 	r.cache = ""
 	r.mu.Unlock()
 }
 
-func (r *remoteRepo) head(ctx context.Context) (plumbing.Hash, error) {
+func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	auth, ca, err := r.access.credentials(r.endpoint)
 	if err != nil {
-		return plumbing.ZeroHash, err
+		return "", err
 	}
 	refs, err := patient(ctx, r, listTimeout, func(ctx context.Context) ([]*plumbing.Reference, error) {
-		origin := git.NewRemote(memory.NewStorage(), &config.RemoteConfig{Name: "origin", URLs: []string{r.endpoint.String()}})
-		return origin.ListContext(ctx, &git.ListOptions{Auth: auth, CABundle: ca, Timeout: int(listTimeout / time.Second)})
+		origin := gogit.NewRemote(memory.NewStorage(), &config.RemoteConfig{Name: "origin", URLs: []string{r.endpoint.String()}})
+		return origin.ListContext(ctx, &gogit.ListOptions{Auth: auth, CABundle: ca, Timeout: int(listTimeout / time.Second)})
 	})
 	if err != nil && !errors.Is(err, transport.ErrEmptyRemoteRepository) {
-		return plumbing.ZeroHash, r.explain("list the branches of", err)
+		return "", r.explain("list the branches of", err)
 	}
 	name := plumbing.NewBranchReferenceName(r.branch)
-	var want plumbing.Hash
+	want := ""
 	for _, ref := range refs {
 		if ref.Name() == name {
-			want = ref.Hash()
+			want = ref.Hash().String()
 		}
 	}
-	if want.IsZero() {
-		return plumbing.ZeroHash, fmt.Errorf("%w: %s in %s", errNoBranch, r.branch, r.address)
+	if want == "" {
+		return "", fmt.Errorf("%w: %s in %s", ErrNoBranch, r.branch, r.address)
 	}
 	if have, err := r.cached(); err == nil && have == want {
 		return want, nil
 	}
-	if r.refused != nil && r.refused.hash == want.String() {
-		return plumbing.ZeroHash, r.refused
+	if r.refused != nil && r.refused.Hash == want {
+		return "", r.refused
 	}
 	if err := r.fetch(ctx, auth, ca); err != nil {
 		err = r.explain("fetch from", err)
 		if errors.As(err, new(*objectTooLarge)) {
-			r.refused = &badCommit{want.String(), err}
-			return plumbing.ZeroHash, r.refused
+			r.refused = &BadCommit{want, err}
+			return "", r.refused
 		}
-		return plumbing.ZeroHash, err
+		return "", err
 	}
 	return r.cached() // which may be newer than want
 }
 
 // cached names the branch's head in the cache.
-func (r *remoteRepo) cached() (plumbing.Hash, error) {
+func (r *remoteRepo) cached() (string, error) {
 	r.mu.Lock()
 	cache := r.cache
 	r.mu.Unlock()
 	if cache == "" {
-		return plumbing.ZeroHash, errNoBranch
+		return "", ErrNoBranch
 	}
 	return branchHead(cache, r.branch)
 }
@@ -255,29 +255,29 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.A
 	said := &counter{}
 	go endStalled(ctx, r.stall, cancel, func() int64 { return said.n.Load() + sizeOf(filepath.Join(dir, "objects", "pack")) })
 	_, err := patient(ctx, r, fetchTimeout, func(ctx context.Context) (struct{}, error) {
-		bare, err := git.PlainOpen(dir)
-		if errors.Is(err, git.ErrRepositoryNotExists) {
-			bare, err = git.PlainInit(dir, true)
+		bare, err := gogit.PlainOpen(dir)
+		if errors.Is(err, gogit.ErrRepositoryNotExists) {
+			bare, err = gogit.PlainInit(dir, true)
 		}
 		if err != nil {
 			return struct{}{}, err
 		}
 		origin := config.RemoteConfig{Name: "origin", URLs: []string{r.address}}
-		if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, git.ErrRemoteExists) {
+		if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
 			return struct{}{}, err
 		}
 		bare.Storer = boundedStorage{bare.Storer.(*filesystem.Storage)}
 		ref := plumbing.NewBranchReferenceName(r.branch)
-		err = bare.FetchContext(ctx, &git.FetchOptions{
+		err = bare.FetchContext(ctx, &gogit.FetchOptions{
 			RemoteURL: r.endpoint.String(),
 			RefSpecs:  []config.RefSpec{config.RefSpec("+" + ref.String() + ":" + ref.String())},
-			Tags:      git.NoTags,
+			Tags:      gogit.NoTags,
 			Force:     true,
 			Auth:      auth,
 			CABundle:  ca,
 			Progress:  said,
 		})
-		if errors.Is(err, git.NoErrAlreadyUpToDate) {
+		if errors.Is(err, gogit.NoErrAlreadyUpToDate) {
 			err = nil
 		}
 		return struct{}{}, err
@@ -408,7 +408,7 @@ func (a access) credentials(e *transport.Endpoint) (auth transport.AuthMethod, c
 			return nil, nil, fmt.Errorf("certificate authorities: %w", err)
 		}
 	}
-	token, err := secret(a.env, "KEDGE_GIT_TOKEN")
+	token, err := Secret(a.env, "KEDGE_GIT_TOKEN")
 	if err != nil || token == "" {
 		return nil, ca, err
 	}
@@ -419,9 +419,9 @@ func (a access) credentials(e *transport.Endpoint) (auth transport.AuthMethod, c
 	return &githttp.BasicAuth{Username: user, Password: token}, ca, nil
 }
 
-// secret reads the variable name, or else the file that NAME_FILE names. A file that is named but empty is an error: it is more
+// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but empty is an error: it is more
 // likely to be half written than to mean that there is no secret.
-func secret(env func(string) string, name string) (string, error) {
+func Secret(env func(string) string, name string) (string, error) {
 	if value := env(name); value != "" {
 		return value, nil
 	}

@@ -1,0 +1,66 @@
+// Package git reads the deployments repo: a branch, local or remote, as commits whose trees and signatures were checked.
+package git
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+)
+
+// Branch is where commits come from: a branch of a Git directory on this machine, read in place, or of a remote one, read through a
+// cache.
+type Branch interface {
+	// Head brings the branch's newest commit within reach of Objects, and names it. A *BadCommit says that it can't be had, for good.
+	Head(ctx context.Context) (string, error)
+	// Objects opens the repository for one reading.
+	Objects() (*Objects, error)
+	// Distrust says that what Objects gave could not be read: a cache is made anew at the next Head.
+	Distrust()
+	// Watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be watched it only waits.
+	Watch(ctx context.Context, changed func())
+	// Interval is the time between two calls of Head where nothing changes.
+	Interval() time.Duration
+	// Pause is the least time between two calls of Head, however often they are asked for.
+	Pause() time.Duration
+	Close() error
+}
+
+// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
+var ErrNoBranch = errors.New("no such branch")
+
+// Config says which branch is read, and how its repository is reached.
+type Config struct {
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local repository.
+	Repo, Branch string
+	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
+	Every time.Duration
+	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default ~/.ssh/known_hosts).
+	SSHKey, KnownHosts string
+	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
+	CacheDir string
+	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE and GIT_SSL_CAINFO.
+	Env func(string) string
+	Log *slog.Logger
+}
+
+// Open checks c. It does not wait for the repository to be reachable.
+func Open(c Config) (Branch, error) {
+	if err := plumbing.NewBranchReferenceName(c.Branch).Validate(); err != nil {
+		return nil, fmt.Errorf("branch %q: %w", c.Branch, err)
+	}
+	if path, local := localPath(c.Repo); local {
+		if c.Every == 0 {
+			c.Every = time.Minute
+		}
+		return &localRepo{path: path, branch: c.Branch, every: c.Every, log: c.Log}, nil
+	}
+	if c.Every == 0 {
+		c.Every = 15 * time.Second
+	}
+	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, caFile: c.Env("GIT_SSL_CAINFO"), env: c.Env}
+	return newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
+}

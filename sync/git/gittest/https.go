@@ -1,0 +1,88 @@
+package gittest
+
+import (
+	"encoding/pem"
+	"io"
+	"log"
+	"net/http"
+	"net/http/cgi"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// HTTPSOrigin serves a repository as Git hosts do: git-http-backend behind TLS and basic auth.
+type HTTPSOrigin struct {
+	*Origin
+	URL, CAFile string
+	Lists       atomic.Int64 // ls-remotes answered
+	Fetches     atomic.Int64
+	Away        atomic.Bool
+	// Half makes it send half of a pack, and then end the connection, or with Hang say no more.
+	Half, Hang atomic.Bool
+}
+
+// halfWriter passes on the first bytes alone.
+type halfWriter struct {
+	http.ResponseWriter
+	left int
+}
+
+func (w *halfWriter) Write(p []byte) (int, error) {
+	n := min(w.left, len(p))
+	w.left -= n
+	if _, err := w.ResponseWriter.Write(p[:n]); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// ServeHTTPS serves o until the test ends, to user mirror with the password s3cret.
+func ServeHTTPS(t testing.TB, o *Origin) *HTTPSOrigin {
+	t.Helper()
+	execPath := o.Git("", "--exec-path")
+	backend := &cgi.Handler{
+		Path: filepath.Join(execPath, "git-http-backend"),
+		Dir:  filepath.Dir(o.Bare),
+		Env:  append([]string{"GIT_PROJECT_ROOT=" + filepath.Dir(o.Bare), "GIT_HTTP_EXPORT_ALL=1"}, Env()...),
+	}
+	h := &HTTPSOrigin{Origin: o}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if h.Away.Load() {
+			http.Error(w, "bad gateway", http.StatusBadGateway)
+			return
+		}
+		if user, password, _ := r.BasicAuth(); user != "mirror" || password != "s3cret" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="git"`)
+			http.Error(w, "who are you?", http.StatusUnauthorized)
+			return
+		}
+		if strings.HasSuffix(r.URL.Path, "/info/refs") {
+			h.Lists.Add(1)
+		}
+		if strings.HasSuffix(r.URL.Path, "/git-upload-pack") {
+			h.Fetches.Add(1)
+			if h.Half.Load() {
+				backend.ServeHTTP(&halfWriter{w, 50_000}, r)
+				w.(http.Flusher).Flush()
+				if h.Hang.Load() {
+					<-r.Context().Done()
+				}
+				panic(http.ErrAbortHandler)
+			}
+		}
+		backend.ServeHTTP(w, r)
+	}))
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	h.URL = server.URL + "/" + filepath.Base(o.Bare)
+	h.CAFile = filepath.Join(t.TempDir(), "ca.pem")
+	if err := os.WriteFile(h.CAFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}

@@ -1,0 +1,136 @@
+package gittest
+
+import (
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/knownhosts"
+)
+
+// SSHOrigin is a repository behind a real sshd on a port of its own.
+type SSHOrigin struct {
+	*Origin
+	URL, Host  string
+	Key, Known string // files
+	HostKey    ssh.PublicKey
+	sshd       *exec.Cmd
+}
+
+// ServeSSH serves o by sshd until the test ends.
+func ServeSSH(t testing.TB, o *Origin) *SSHOrigin {
+	t.Helper()
+	path, err := exec.LookPath("sshd")
+	if err != nil {
+		path = "/usr/sbin/sshd"
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("these tests need sshd (%v): .ci/tools installs it", err)
+	}
+	dir := t.TempDir()
+	s := &SSHOrigin{Origin: o, Key: filepath.Join(dir, "id"), Known: filepath.Join(dir, "known_hosts")}
+	s.HostKey = NewKey(t, filepath.Join(dir, "host"), "")
+	userKey := NewKey(t, s.Key, "")
+	WriteFile(t, filepath.Join(dir, "authorized_keys"), string(ssh.MarshalAuthorizedKey(userKey)))
+	port := freePort(t)
+	if os.Getuid() == 0 { // sshd wants it, and its package makes it only with the service
+		if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	WriteFile(t, filepath.Join(dir, "sshd_config"), fmt.Sprintf(`ListenAddress 127.0.0.1:%s
+HostKey %[2]s/host
+AuthorizedKeysFile %[2]s/authorized_keys
+PidFile none
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+PermitRootLogin prohibit-password
+SetEnv GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=*
+`, port, dir))
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	s.sshd = exec.Command(path, "-D", "-e", "-f", filepath.Join(dir, "sshd_config"))
+	s.sshd.Stderr = log
+	if err := s.sshd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		s.sshd.Process.Kill()
+		s.sshd.Wait()
+		if t.Failed() {
+			text, _ := os.ReadFile(log.Name())
+			t.Logf("sshd: %s", text)
+		}
+	})
+	s.Host = "127.0.0.1:" + port
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		c, err := net.Dial("tcp", s.Host)
+		if err == nil {
+			c.Close()
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("sshd: %v", err)
+		}
+	}
+	me, err := user.Current()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.URL = "ssh://" + me.Username + "@" + s.Host + o.Bare
+	s.Know(t, s.HostKey)
+	return s
+}
+
+// Know makes known_hosts name key as the server's.
+func (s *SSHOrigin) Know(t testing.TB, key ssh.PublicKey) {
+	WriteFile(t, s.Known, knownhosts.Line([]string{knownhosts.Normalize(s.Host)}, key)+"\n")
+}
+
+// NewKey writes a private key to file, and returns its public one.
+func NewKey(t testing.TB, file, passphrase string) ssh.PublicKey {
+	t.Helper()
+	public, private, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, err := ssh.MarshalPrivateKey(private, "")
+	if passphrase != "" {
+		block, err = ssh.MarshalPrivateKeyWithPassphrase(private, "", []byte(passphrase))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	key, err := ssh.NewPublicKey(public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func freePort(t testing.TB) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	return port
+}

@@ -1,0 +1,68 @@
+package git
+
+import (
+	"crypto/sha256"
+	"path/filepath"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/sync/git/gittest"
+)
+
+// pointer makes up a release.
+func pointer(name string) deployments.Pointer {
+	return deployments.Pointer{
+		URL:    "s3://acme-releases/" + name + "/manifest.yaml",
+		Digest: deployments.Digest(sha256.Sum256([]byte(name))),
+	}
+}
+
+// unitFile is a unit's file with no more than its release.
+func unitFile(release string) string { return "release: " + pointer(release).String() + "\n" }
+
+// env makes Config.Env of pairs.
+func env(pairs ...string) func(string) string {
+	return func(name string) string {
+		for i := 0; i < len(pairs); i += 2 {
+			if pairs[i] == name {
+				return pairs[i+1]
+			}
+		}
+		return ""
+	}
+}
+
+// blob makes a file's object.
+func blob(o *gittest.Origin, text string) string {
+	return o.Write(text, "hash-object", "-w", "--stdin")
+}
+
+// literally makes an object that git(1) itself would not make.
+func literally(o *gittest.Origin, kind, raw string) string {
+	return o.Write(raw, "hash-object", "-t", kind, "-w", "--literally", "--stdin")
+}
+
+// tree makes a directory's object of lines as git ls-tree prints them.
+func tree(o *gittest.Origin, lines ...string) string {
+	return o.Write(strings.Join(lines, "\n")+"\n", "mktree")
+}
+
+// under puts a tree into directories.
+func under(o *gittest.Origin, dir string, names ...string) string {
+	for i := len(names) - 1; i >= 0; i-- {
+		dir = tree(o, "040000 tree "+dir+"\t"+names[i])
+	}
+	return dir
+}
+
+// loads reads a commit of the work clone, as the mirror would.
+func loads(o *gittest.Origin, hash string) error {
+	o.TB.Helper()
+	in, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
+	if err != nil {
+		o.TB.Fatal(err)
+	}
+	defer in.Close()
+	_, err = in.Load(hash, nil)
+	return err
+}

@@ -1,0 +1,128 @@
+package git
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/sync/git/gittest"
+)
+
+func TestCacheDoesNotGrowForEver(t *testing.T) {
+	t.Parallel()
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	cache := t.TempDir()
+	if err := os.Mkdir(filepath.Join(cache, fetchPrefix+"cut-off"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	a := access{caFile: h.CAFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := r.Head(t.Context()); err != nil || got != head {
+		t.Fatalf("head %v, %v", got, err)
+	}
+	if other, err := newRemoteRepo("https://git.example.com/other.git", "main", time.Minute, a, cache, r.log); err != nil || other.cache != "" {
+		t.Errorf("the cache of another repository is taken: %v, %v", other, err)
+	}
+	packs := filepath.Join(cache, cacheName, "objects", "pack")
+	gittest.WriteFile(t, filepath.Join(packs, "tmp_pack_1"), "half")
+	if r, err = newRemoteRepo(h.URL, "main", time.Minute, a, cache, r.log); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(packs, "tmp_*")); len(left) > 0 {
+		t.Errorf("a start leaves %v", left)
+	}
+	for i := range maxPacks {
+		gittest.WriteFile(t, filepath.Join(packs, fmt.Sprintf("pack-%040d.pack", i)), "")
+	}
+	head = h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	if got, err := r.Head(t.Context()); err != nil || got != head {
+		t.Fatalf("head %v, %v", got, err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(packs, "*.pack")); len(left) != 1 {
+		t.Errorf("%d packs are left", len(left))
+	}
+	if left, _ := filepath.Glob(filepath.Join(cache, "*")); len(left) != 1 {
+		t.Errorf("the cache directory has %v", left)
+	}
+}
+
+// A pack that comes in part leaves nothing behind that further tries would add to, and a server that stops in its middle is given up.
+func TestHalfAPack(t *testing.T) {
+	t.Parallel()
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	cache := t.TempDir()
+	a := access{caFile: h.CAFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	is := func(head string) {
+		t.Helper()
+		if got, err := r.Head(t.Context()); err != nil || got != head {
+			t.Fatalf("head %v, %v; want %s", got, err, head)
+		}
+	}
+	is(head)
+	noise := make([]byte, 100_000)
+	if _, err := rand.Read(noise); err != nil {
+		t.Fatal(err)
+	}
+	next := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "noise": string(noise)})
+	h.Half.Store(true)
+	for _, hang := range []bool{false, true} {
+		h.Hang.Store(hang)
+		r.stall = time.Second
+		for range 2 {
+			began := time.Now()
+			if _, err := r.Head(t.Context()); err == nil || hang && !errors.Is(err, errStalled) { // without hang a machine that is busy may stall as well
+				t.Errorf("half a pack, hangs %v: %v", hang, err)
+			}
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("half a pack, hangs %v: it took %v", hang, took)
+			}
+			if left, _ := filepath.Glob(filepath.Join(cache, "*", "objects", "pack", "tmp_*")); len(left) > 0 {
+				t.Errorf("half a pack, hangs %v: %v are left", hang, left)
+			}
+		}
+	}
+	if got, err := r.cached(); err != nil || got != head {
+		t.Errorf("meanwhile the cache has %v, %v", got, err)
+	}
+	h.Half.Store(false)
+	r.stall = stallTimeout
+	is(next)
+}
+
+func TestAddressesThatAreRefused(t *testing.T) {
+	t.Parallel()
+	for address, want := range map[string]string{
+		"https://ada:s3cret@git.example.com/deployments.git": "KEDGE_GIT_TOKEN",
+		"ssh://ada:s3cret@git.example.com/deployments.git":   "use a key",
+		"http://git.example.com/deployments.git":             "use https",
+		"git://git.example.com/deployments.git":              "not one of",
+	} {
+		_, err := Open(Config{Repo: address, Branch: "main", Env: env()})
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
+	for address, local := range map[string]bool{
+		"/srv/git/deployments.git": true, "deployments.git": true, "./a:b": true, "file:///srv/git": true,
+		"git@git.example.com:deployments.git": false, "git.example.com:deployments.git": false, "git.example.com:/srv/git/x": false, "git@git.example.com:/srv/git/x": false, "ssh://git@git.example.com/x": false, "https://git.example.com/x": false,
+	} {
+		if _, got := localPath(address); got != local {
+			t.Errorf("%s: local %v, want %v", address, got, local)
+		}
+	}
+}
