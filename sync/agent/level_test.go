@@ -303,7 +303,8 @@ func TestNoPlaceIsTakenBeforeAllAreKnown(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	u := &unit{id: app, deploy: d, goal: goal{run: deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}}}
+	u := &unit{id: app, deploy: d}
+	u.goal.run = deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}
 	other := &unit{id: unitID("base")}
 	a := &Agent{units: map[deployments.UnitID]*unit{u.id: u, other.id: other}}
 	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobNone {

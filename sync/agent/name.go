@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -108,7 +109,8 @@ func (a *Agent) rename(name string) {
 	if name != was {
 		for _, r := range a.roles {
 			if r.pins.from == fromLastKnown { // those of this name aren't among them
-				r.pins.entries, r.pins.from = nil, fromNowhere
+				r.pins.set(nil, time.Time{})
+				r.pins.from = fromNowhere
 			}
 		}
 	}

@@ -31,10 +31,9 @@ func (a *Agent) Report() map[string]deployments.Report {
 			Node: a.c.Node, Agent: a.c.Version, Started: a.begun.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
 		}
 	}
-	now := time.Now()
 	for id, u := range a.units {
 		if !u.gone() {
-			reports[id.Role].Units[id.Unit] = u.report(now)
+			reports[id.Role].Units[id.Unit] = u.report()
 		}
 	}
 	return reports

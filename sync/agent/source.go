@@ -37,6 +37,29 @@ type source struct {
 	trouble error     // why the store's view may be out of date
 	since   time.Time // since when trouble is as it is
 	making  bool      // whether makeFolder runs
+
+	// What the entries hold, by key, parsed when they came.
+	records map[string]policy.Value[deployments.Record]
+	pins    map[string]policy.Value[deployments.Pin]
+}
+
+// set replaces the entries, and parses those that changed.
+func (s *source) set(entries []kv.Entry, at time.Time) {
+	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
+	for _, e := range entries {
+		was, known := s.find(e.Key)
+		switch same := known && string(was.Value) == string(e.Value); {
+		case s.desired && same:
+			records[e.Key] = s.records[e.Key]
+		case s.desired:
+			records[e.Key] = parsed(e.Value, deployments.ParseRecord)
+		case same:
+			pins[e.Key] = s.pins[e.Key]
+		default:
+			pins[e.Key] = parsed(e.Value, deployments.ParsePin)
+		}
+	}
+	s.entries, s.at, s.records, s.pins = entries, at, records, pins
 }
 
 // accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes
@@ -68,7 +91,7 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		s.from = fromStore
 	}
 	if changed {
-		s.entries, s.at = entries, now
+		s.set(entries, now)
 	}
 	return changed
 }
@@ -78,7 +101,8 @@ func (s *source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	if s.from >= from {
 		return false
 	}
-	s.entries, s.from, s.at = entries, from, at
+	s.set(entries, at)
+	s.from = from
 	return true
 }
 
@@ -100,13 +124,13 @@ func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 }
 
 func (s *source) logRegressions(entries []kv.Entry, log *slog.Logger) {
-	was := map[string]int64{}
-	for _, e := range s.entries {
-		was[e.Key] = generation(e)
-	}
 	for _, e := range entries {
-		if g := generation(e); g < was[e.Key] {
-			log.Warn("a record went back, and the store confirms it", "key", e.Key, "from", was[e.Key], "to", g)
+		was := s.records[e.Key].Value.Generation
+		if known, ok := s.find(e.Key); !ok || was == 0 || string(known.Value) == string(e.Value) {
+			continue
+		}
+		if g := generation(e); g < was {
+			log.Warn("a record went back, and the store confirms it", "key", e.Key, "from", was, "to", g)
 		}
 	}
 }
@@ -190,17 +214,11 @@ func mine(prefix, node string) func(key string) bool {
 
 // facts gathers what decides over one unit.
 func (r *role) facts(id deployments.UnitID, node string) (record policy.Value[deployments.Record], unitPin, nodePin policy.Value[deployments.Pin]) {
-	return parsed(r.desired, kv.DesiredKey(id), deployments.ParseRecord),
-		parsed(r.pins, kv.PinKey(id), deployments.ParsePin),
-		parsed(r.pins, kv.NodePinKey(id, node), deployments.ParsePin)
+	return r.desired.records[kv.DesiredKey(id)], r.pins.pins[kv.PinKey(id)], r.pins.pins[kv.NodePinKey(id, node)]
 }
 
-func parsed[T any](s *source, key string, parse func([]byte) (T, error)) policy.Value[T] {
-	e, ok := s.find(key)
-	if !ok {
-		return policy.Value[T]{}
-	}
-	v, err := parse(e.Value)
+func parsed[T any](value []byte, parse func([]byte) (T, error)) policy.Value[T] {
+	v, err := parse(value)
 	return policy.Value[T]{Present: true, Value: v, Err: err}
 }
 

@@ -313,13 +313,13 @@ func TestLastKnownIsTriedAgain(t *testing.T) {
 	}
 	a.unsaved = true
 	now := time.Now()
-	if next := a.turn(now); !next.After(now) || next.After(now.Add(time.Minute)) {
+	if next := a.reconcile(now); !next.After(now) || next.After(now.Add(time.Minute)) {
 		t.Errorf("the next try is at %v, now it is %v", next, now)
 	}
 	if err := os.Mkdir(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if next := a.turn(now); !next.IsZero() || a.unsaved {
+	if next := a.reconcile(now); !next.IsZero() || a.unsaved {
 		t.Errorf("it is written, and the next try is at %v", next)
 	}
 }

@@ -1,0 +1,180 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+// reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time alone
+// could change the answer, or what couldn't be written is to be tried again; zero: never.
+func (a *Agent) reconcile(now time.Time) (next time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.unsaved {
+		// What is acted upon must be known after a restart. Where the disk refuses, running what is wanted still comes first.
+		err := a.known.write(a.c.StateDir)
+		switch {
+		case err == nil && a.unwritten:
+			a.c.Log.Info("the last known state is written again")
+		case err != nil && !a.unwritten:
+			a.c.Log.Error("a restart without the store would go back to an older state", "error", err)
+		}
+		a.unsaved, a.unwritten = err != nil, err != nil
+		if err != nil {
+			next = now.Add(maxRetry)
+		}
+	}
+	for _, r := range a.roles {
+		a.decide(r, now)
+	}
+	for _, u := range a.units {
+		if at := u.decision.Recheck; !at.IsZero() && (next.IsZero() || at.Before(next)) {
+			next = at
+		}
+	}
+	for _, u := range a.units {
+		u.replaced = a.replaced(u)
+	}
+	for _, r := range a.roles {
+		a.aim(r)
+	}
+	for _, u := range a.units {
+		if u.atRest() {
+			u.claimed = "" // dest says where it is
+		}
+	}
+	for _, u := range a.units {
+		a.readmit(u)
+	}
+	a.noteConvergence()
+	for _, u := range a.units {
+		u.stamp(now)
+	}
+	a.kickReport()
+	return next
+}
+
+// decide resolves the units of one role.
+func (a *Agent) decide(r *role, now time.Time) {
+	if !r.known() {
+		return
+	}
+	for _, id := range r.units(a.c.Stage) {
+		a.addUnit(id)
+	}
+	for id, u := range a.units {
+		if id.Role != r.name {
+			continue
+		}
+		u.record, u.pins[0], u.pins[1] = r.facts(id, a.c.Node)
+		state := u.state()
+		was := u.decision
+		u.decided = true
+		u.decision = policy.Resolve(policy.Facts{
+			Unit: id, Node: a.c.Node, Now: now,
+			Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
+			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
+		})
+		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
+		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source || text(d.Invalid) != text(was.Invalid) {
+			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(), "why", d.Why)
+			if d.Invalid != nil && text(d.Invalid) != text(was.Invalid) {
+				u.log.Error("a record or pin can't be used, and changes nothing", "error", d.Invalid)
+			}
+		}
+	}
+}
+
+// failureKey names what asks for a release: while it stays the same, a release that failed here isn't tried again.
+func failureKey(r *role, id deployments.UnitID, node string, from policy.Source, record deployments.Record) string {
+	key := ""
+	switch from {
+	case policy.FromNodePin:
+		key = "pins/" + id.String() + "/" + node
+	case policy.FromUnitPin:
+		key = "pins/" + id.String()
+	default:
+		return fmt.Sprintf("generation %d, retry %d", record.Generation, record.Retry)
+	}
+	e, _ := r.pins.find(key)
+	return "pin " + deployments.Trim(string(e.Value))
+}
+
+// aim gives each worker of a role its goal.
+func (a *Agent) aim(r *role) {
+	after := map[string][]string{}
+	for id, u := range a.units {
+		if id.Role == r.name && u.decided && u.record.Err == nil {
+			after[id.Unit] = u.record.Value.After
+		}
+	}
+	circles := cycles(after)
+	for id, u := range a.units {
+		if id.Role != r.name || !u.decided {
+			continue
+		}
+		u.cycle = circles[id.Unit]
+		u.blocked, u.stuck = a.blockedBy(r, u)
+		var g goal
+		switch d := u.decision; d.Action {
+		case policy.ActRun, policy.ActStage:
+			g = goal{run: d.Target, stage: d.Stage, commit: u.record.Value.Commit, key: u.key}
+			if d.Source != policy.FromTarget {
+				g.commit = ""
+			}
+			if u.blocked != "" {
+				g.run, g.stage = deployments.Pointer{}, d.Target
+			}
+		}
+		// A rollout may turn back until it has ended; a pin is for a while.
+		from := u.decision.Source
+		g.settle = a.c.Trust != nil && (from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
+		g.heal = u.record.Value.Drift == deployments.DriftHeal
+		u.aim(g)
+	}
+}
+
+// aim sets what the worker should bring about, and calls off what stands in its way.
+func (u *unit) aim(g goal) {
+	if g == u.goal {
+		return
+	}
+	if g.run != u.goal.run || g.key != u.goal.key {
+		u.retry.Reset()
+		u.retryAt = time.Time{}
+		if u.deploy != nil && u.done == g.run {
+			u.trouble = nil // it was with what isn't wanted any more
+		}
+	}
+	if g.key != u.goal.key {
+		u.refused = nil
+	}
+	u.goal = g
+	if u.busy.kind != jobNone && u.inTheWay() {
+		u.busy.cancel(errSuperseded)
+	}
+	u.nudge()
+}
+
+// inTheWay reports whether the job under way has to make room for the goal.
+func (u *unit) inTheWay() bool {
+	switch g := u.goal; u.busy.kind {
+	case jobDeploy:
+		// Nothing wanted any more isn't worth stopping what has begun to switch: it would have to be finished all the same.
+		return g.run != u.busy.release && (!g.run.IsZero() || u.phase != deployments.StateSwitching)
+	case jobRecover:
+		s := u.state()
+		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
+	case jobStage:
+		return u.busy.release != g.run && u.busy.release != g.stage
+	case jobHeal, jobVerify, jobProve:
+		return !g.run.IsZero() && g.run != u.done
+	}
+	return false
+}
+
+var errSuperseded = errors.New("something else is wanted by now")

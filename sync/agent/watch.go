@@ -1,0 +1,134 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"kedge/kv"
+)
+
+// watch follows one prefix of the store until ctx ends.
+func (a *Agent) watch(ctx context.Context, s *source) {
+	retry := newBackoff()
+	for ctx.Err() == nil {
+		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
+			retry.Reset()
+			a.saw(ctx, s, v)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.prefix, "error", err)
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// saw takes a view of the store, and helps itself where there is nothing to see.
+func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
+	a.see(s, v)
+	if v.Settled {
+		return
+	}
+	if errors.Is(v.Err, kv.ErrDenied) {
+		a.mu.Lock()
+		making := s.making
+		s.making = true
+		a.mu.Unlock()
+		if !making {
+			a.workers.Go(func() { a.makeFolder(ctx, s) })
+		}
+	}
+	if v.Err != nil {
+		a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
+	}
+}
+
+// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the mirror's job; where
+// there is none, and the agent's token may, it helps itself. It tries until the prefix can be read: the token may be new, or the store away.
+func (a *Agent) makeFolder(ctx context.Context, s *source) {
+	retry := newBackoff()
+	for a.lacksFolder(s) {
+		err := a.c.Store.EnsureFolders(ctx, s.prefix)
+		if err == nil {
+			a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", s.prefix)
+			a.mu.Lock()
+			s.making = false
+			a.mu.Unlock()
+			return
+		}
+		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.prefix, "error", err)
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// lacksFolder reports whether there is something left for makeFolder to do.
+func (a *Agent) lacksFolder(s *source) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s.making = errors.Is(s.trouble, kv.ErrDenied)
+	return s.making
+}
+
+// see takes a view of the store.
+func (a *Agent) see(s *source, v kv.View) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if s.accept(v, mine(s.prefix, a.c.Node), time.Now(), a.c.Log) {
+		a.unsaved = a.known.set(s.prefix, s.entries, time.Now()) || a.unsaved
+	}
+	a.metrics.seen(s.prefix, v.Err == nil)
+	a.kick()
+}
+
+// useSnapshot offers a snapshot to the sources that know nothing, as long as there are any.
+func (a *Agent) useSnapshot(ctx context.Context) {
+	if a.c.Snapshot == nil {
+		return
+	}
+	retry := newBackoff()
+	for a.ignorant() {
+		entries, err := a.c.Snapshot(ctx)
+		if err == nil {
+			a.offerSnapshot(entries)
+			return
+		}
+		if retry.Tries() == 0 && ctx.Err() == nil {
+			a.c.Log.Warn("the store is away, nothing is known from before, and the snapshot can't be read: trying again", "error", err)
+		}
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+func (a *Agent) ignorant() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.ContainsFunc(a.roles, func(r *role) bool { return r.desired.from == fromNowhere || r.pins.from == fromNowhere })
+}
+
+func (a *Agent) offerSnapshot(entries []kv.Entry) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range a.roles {
+		for _, s := range r.sources() {
+			var own []kv.Entry
+			for _, e := range entries {
+				if mine(s.prefix, a.c.Node)(e.Key) {
+					own = append(own, e)
+				}
+			}
+			sortEntries(own)
+			if s.offer(own, fromSnapshot, time.Now()) {
+				a.c.Log.Warn("the store is away and nothing is known from before: using the snapshot", "prefix", s.prefix, "keys", len(own))
+			}
+		}
+	}
+	a.kick()
+}
