@@ -36,6 +36,29 @@ const (
 	ReasonNoLiveNodes      Reason = "NoLiveNodes"      // waits for nodes: known
 	ReasonAllPinned        Reason = "AllPinned"        // pins decide for every node: nodes
 	ReasonNothingToGoBack  Reason = "NothingToGoBackTo"
+	ReasonForced           Reason = "Forced"          // an operator lets it go on within a freeze
+	ReasonFreezeEnded      Reason = "FreezeEnded"     // goes on after a freeze
+	ReasonPromoted         Reason = "Promoted"        // by an operator
+	ReasonResumed          Reason = "Resumed"         // by an operator
+	ReasonBakingAgain      Reason = "BakingAgain"     // a node was not well: the bake begins anew
+	ReasonAwaitingReports  Reason = "AwaitingReports" // baked; nodes have yet to report since the store was away
+	ReasonNodesMissing     Reason = "NodesMissing"    // known nodes are away, or the list is short: live, known
+	ReasonUnaware          Reason = "Unaware"         // a node has yet to notice that it was admitted: node
+	ReasonReplacedTooOften Reason = "ReplacedTooOften"
+	ReasonEveryNode        Reason = "EveryNode"    // no rollout: every node at once
+	ReasonFirstRelease     Reason = "FirstRelease" // every node at once
+	ReasonRunsAlready      Reason = "RunsAlready"  // every node runs it, or did so last
+)
+
+// Why an order changes nothing.
+const (
+	ReasonUnknownOrder    Reason = "UnknownOrder"
+	ReasonNotSeenYet      Reason = "NotSeenYet" // the rollout that it was given for was replaced
+	ReasonRollingBack     Reason = "RollingBack"
+	ReasonNothingUnderWay Reason = "NothingUnderWay"
+	ReasonPausedAlready   Reason = "PausedAlready"
+	ReasonNotPaused       Reason = "NotPaused"
+	ReasonRollingAlready  Reason = "RollingAlready"
 )
 
 // Why a node runs, or does not run, a release.

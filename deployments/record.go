@@ -21,10 +21,32 @@ type Record struct {
 	// After and Drift are the unit file's, for agents, which don't read Git.
 	After []string `json:"after,omitempty"`
 	Drift Drift    `json:"drift,omitempty"`
+	// Paced is set if the unit has a rollout. Its unit pins wait for the mirror, which rolls them out as Target, unless they say
+	// at_once.
+	Paced bool `json:"paced,omitempty"`
+	// Joined bounds whom the record speaks to: nodes that joined later (Report.Joined), and run something else, were away when it was
+	// written. They keep what they run until Joined is raised over them, as the budget has room. 0: it speaks to all.
+	Joined uint64 `json:"joined,omitempty,string"`
+	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: Generation. A release that failed on a
+	// node stays out there while Claim and Retry stay the same.
+	Claim int64 `json:"claim,omitempty"`
+	// Nodes is how many nodes the unit was known to have when its rollout last moved: a shorter list has to stand for a while.
+	Nodes int `json:"nodes,omitempty"`
+	// Pinned is set while Target is what a unit pin names.
+	Pinned *Pinned `json:"pinned,omitempty"`
 	// MinAgent is the FormatLevel that a reader needs to act on the record; 0: any.
 	MinAgent int `json:"min_agent,omitempty"`
 	// Rollout is nil when every node is admitted.
 	Rollout *Progress `json:"rollout,omitempty"`
+}
+
+// Pinned is what Git's record was when a unit pin took its place: the record goes back there when the pin ends.
+type Pinned struct {
+	Target Pointer `json:"target,omitzero"`
+	Stable Pointer `json:"stable,omitzero"`
+	Claim  int64   `json:"claim,omitempty"`
+	// Failed is the digest that was rolled back, or has to be.
+	Failed Digest `json:"failed,omitzero"`
 }
 
 // Progress is how far a rollout is.
@@ -32,9 +54,10 @@ type Progress struct {
 	Phase Phase `json:"phase"`
 	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.
 	Cutoff uint64 `json:"cutoff,string"`
-	// Joined bounds whom Cutoff speaks to: nodes that joined later (Report.Joined), and run something, were away when
-	// it was set. They wait until Joined is raised over them, as the budget has room. 0: it speaks to all.
-	Joined uint64 `json:"joined,omitempty,string"`
+	// Early admits, by their rank as well, nodes that run one of Superseded: the canaries of a target that was replaced go first.
+	Early uint64 `json:"early,omitempty,string"`
+	// Unproven is set if Stable went out at once and never became good everywhere: nodes that it keeps out of service take no room.
+	Unproven bool `json:"unproven,omitempty"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
 	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, where a
