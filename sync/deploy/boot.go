@@ -37,20 +37,6 @@ func shuttingDown() bool {
 	return strings.TrimSpace(string(state)) == "stopping"
 }
 
-// afterReboot goes back to the post commands where a reboot cut off the wait for health: what they had started went with it.
-func (u *Unit) afterReboot() error {
-	d := u.j.Deployment
-	if !u.cutOff || d == nil || d.Boot == u.boot {
-		return nil
-	}
-	again := map[step]step{stepHealth: stepPost, stepBackHealth: stepBackPost}[d.Step]
-	if again == "" {
-		return nil
-	}
-	u.log.Info("the machine was restarted: runs post commands again", "release", d.Release.String())
-	return u.save(func(j *journal) { j.Deployment.enter(again) })
-}
-
 // Prove waits until the checks of what runs pass, where this boot hasn't seen that yet; it changes nothing but State.Proven. It does
 // nothing where nothing runs, or a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {

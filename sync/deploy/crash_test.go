@@ -29,6 +29,8 @@ type plan struct {
 	Releases []deployments.Pointer
 	// Die has it kill itself at the first point that isn't in the file ROOT/points yet, which it adds there.
 	Die bool
+	// CutOff stands for maxCutOff.
+	CutOff int
 }
 
 func TestMain(m *testing.M) {
@@ -60,6 +62,9 @@ func crashChild(file string) error {
 	u, err := Open(Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})})
 	if err != nil {
 		return err
+	}
+	if p.CutOff > 0 {
+		u.maxCutOff = p.CutOff
 	}
 	points, done := filepath.Join(p.Root, "points"), filepath.Join(p.Root, "done")
 	doing := "recover"
@@ -101,6 +106,7 @@ type story struct {
 	*world
 	releases []deployments.Pointer
 	last     string
+	cutOff   int // see plan
 }
 
 func newStory(w *world, strategy deployments.Strategy) story {
@@ -123,13 +129,13 @@ func newStory(w *world, strategy deployments.Strategy) story {
 			m.Health = deployments.Health{Timeout: 10 * time.Millisecond, Checks: []deployments.Check{{Exec: "false", Interval: 5 * time.Millisecond}}}
 		})),
 		w.publish("5", set(nil)),
-	}, "5"}
+	}, "5", 1000}
 }
 
 // child begins a process that does the story.
 func (s story) child(die bool) *exec.Cmd {
 	s.t.Helper()
-	data, err := json.Marshal(plan{Root: s.root, Releases: s.releases, Die: die})
+	data, err := json.Marshal(plan{Root: s.root, Releases: s.releases, Die: die, CutOff: s.cutOff})
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -305,5 +311,70 @@ func TestCutOffCommandIsEndedAndRunAgain(t *testing.T) {
 	}
 	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && len(cmdline) > 0 {
 		t.Errorf("what the cut-off command left still runs: %q", cmdline)
+	}
+}
+
+// A release that ends the agent is tried three times, at any step, and what was good is back. Others go on.
+func TestReleaseThatEndsTheAgentFails(t *testing.T) {
+	t.Parallel()
+	kill := deployments.Command{Run: "kill -KILL $PPID; sleep 1000"}
+	for step, change := range map[string]func(*deployments.Manifest){
+		"pre":  func(m *deployments.Manifest) { m.Commands.Pre = append(m.Commands.Pre, kill) },
+		"post": func(m *deployments.Manifest) { m.Commands.Post = append(m.Commands.Post, kill) },
+		"health": func(m *deployments.Manifest) {
+			m.Health = deployments.Health{Checks: []deployments.Check{{Exec: kill.Run}}}
+		},
+	} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			good, bad := w.publish("1", nil), w.publish("2", change)
+			s := story{world: w, releases: []deployments.Pointer{good, bad}, last: "1"}
+			starts := 0
+			for ; starts < 10; starts++ {
+				if err := s.child(false).Wait(); err == nil {
+					break
+				}
+			}
+			if starts != 3 {
+				t.Errorf("it was cut off %d times, want 3", starts)
+			}
+			w.wantVersion("1")
+			st := w.open(nil).State()
+			if st.Running != good || !st.Confirmed || st.Drained || st.Unfinished || len(st.Failures) != 1 || st.Failures[0].Step != step {
+				t.Errorf("state: %+v", st)
+			}
+			if hooks := w.hooks(); !slices.Contains(hooks, "failure 2") {
+				t.Errorf("failure commands did not run: %q", hooks)
+			}
+		})
+	}
+}
+
+// A command that is to run once is not run again, though it ended the agent; those behind it are.
+func TestOnceIsNotRunAgain(t *testing.T) {
+	t.Parallel()
+	for _, step := range []string{"pre", "post"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			p := w.publish("1", func(m *deployments.Manifest) {
+				list := map[string]*[]deployments.Command{"pre": &m.Commands.Pre, "post": &m.Commands.Post}[step]
+				*list = []deployments.Command{w.hook("before"), {Run: "kill -KILL $PPID; sleep 1000", Once: true}, w.hook("after")}
+			})
+			s := story{world: w, releases: []deployments.Pointer{p}}
+			if s.child(false).Wait() == nil {
+				t.Fatal("it wasn't cut off")
+			}
+			if cmd := s.child(false); cmd.Wait() != nil {
+				t.Fatalf("then: %s", cmd.Stderr)
+			}
+			if step == "pre" {
+				w.wantHooks("before 1", "before 1", "after 1", "post 1", "success 1")
+			} else {
+				w.wantHooks("pre 1", "before 1", "before 1", "after 1", "success 1")
+			}
+			w.wantVersion("1")
+		})
 	}
 }

@@ -17,16 +17,17 @@
 //
 // A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest is switched
 // to the last good release, that one's post commands run so that it serves again, its health checks are awaited, the node is back
-// in service, and the failed release's failure commands run. Where there is no good release, the failed one stays where it is, out
-// of service. Trouble with storage, network or disk is no fault of the release: what was begun is taken back, and nothing is
-// quarantined.
+// in service, and the failed release's failure commands run. While the good release's own commands or checks fail, the unit stays out
+// of service, and Recover tries them again. Without a good release, the failed one stays where it is, out of service. Trouble with
+// storage, network or disk is no fault of the release: what was begun is taken back, and nothing is quarantined.
 //
 // # Cut off
 //
 // Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by the same code.
 // A command whose end isn't journalled is run again, from the first command of its list: commands must bear that. What the
 // cut-off one left running is ended first (command.EndLeftovers). Post commands are also run again where the machine was restarted
-// before the health checks had passed, because services that they had started are gone.
+// before the health checks had passed, because services that they had started are gone. A release in one of whose steps the agent or
+// the machine ended three times counts as failed: it may have ended them. A command with once is not run again after it was cut off.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is left to the next start.
 //
@@ -119,6 +120,8 @@ type Unit struct {
 	// boot names this boot, and ending says whether the machine shuts down; tests have their own.
 	boot   string
 	ending func() bool
+	// maxCutOff is the constant of that name, but in tests.
+	maxCutOff int
 
 	mu sync.Mutex // guards j against State; the methods' one goroutine alone writes it
 	j  journal
@@ -142,6 +145,9 @@ type State struct {
 	Drained bool
 	// Unfinished is set while a journalled deployment waits to be finished by Recover.
 	Unfinished bool
+	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See Monitor for
+	// a release that runs undisturbed.
+	Health Health
 	// Ends is what Recover ends on, where that one doesn't fail; zero: nothing, or none is unfinished.
 	Ends deployments.Pointer
 }
@@ -175,7 +181,7 @@ func Open(c Config) (*Unit, error) {
 	text := new(deploymentLog)
 	u := &Unit{
 		c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text,
-		at: func(string) {}, boot: BootID(), ending: shuttingDown,
+		at: func(string) {}, boot: BootID(), ending: shuttingDown, maxCutOff: maxCutOff,
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("opening the state of %s: %w", u.name(), err)
@@ -198,6 +204,13 @@ func (u *Unit) State() State {
 	if d := u.j.Deployment; d != nil {
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
 			s.Ends = d.From
+		}
+		if b := d.Unserved; b != nil {
+			s.Health = Health{Unhealthy: true, Reason: deployments.ReasonUnhealthy, Since: b.Since}
+			s.Health.Facts = deployments.Facts{"step": string(b.Step), "error": b.Error}
+			if b.Check != "" {
+				s.Health.Facts["check"] = b.Check
+			}
 		}
 	}
 	for _, f := range u.j.Quarantined {
@@ -224,9 +237,11 @@ func (u *Unit) Recover(ctx context.Context) error {
 	u.log.Warn("found a deployment that was cut off", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
 		// Before the step is another: its commands are found by their mark.
-		if err := u.endLeftovers(ctx); err != nil {
+		if err := u.resume(ctx); err != nil {
 			return err
 		}
+	}
+	if d := u.j.Deployment; d.Step.beforeSwitch() {
 		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
 			return err
 		}
@@ -306,7 +321,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	if err := u.stage(ctx, r); err != nil {
 		return err
 	}
-	if err := u.endLeftovers(ctx); err != nil {
+	if err := u.resume(ctx); err != nil {
 		return err
 	}
 	err := u.save(func(j *journal) {

@@ -46,6 +46,8 @@ type journal struct {
 	Drained     bool      `json:"drained,omitempty"`
 	// Deployment is the one under way; nil: none.
 	Deployment *deployment `json:"deployment,omitempty"`
+	// Attempts are those of steps that were cut off, until their release is confirmed or in quarantine.
+	Attempts []attempt `json:"attempts,omitempty"`
 }
 
 // Failure is a release that failed on this node, and stays in quarantine until Retry.
@@ -89,6 +91,16 @@ type deployment struct {
 	Over bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
 	Fault *fault `json:"fault,omitempty"`
+	// Unserved is set while what it goes back to doesn't serve yet.
+	Unserved *unserved `json:"unserved,omitempty"`
+}
+
+// unserved is why the release that a deployment goes back to doesn't serve.
+type unserved struct {
+	Step  step      `json:"step"`
+	Check string    `json:"check,omitempty"` // the one that failed
+	Error string    `json:"error"`
+	Since time.Time `json:"since"`
 }
 
 // fault is why a deployment goes back.
@@ -96,6 +108,7 @@ type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
 	Check  string `json:"check,omitempty"` // the one that failed in step health
+	Told   bool   `json:"told,omitempty"`  // its failure commands ran before their turn
 
 	err error // Reason's, in the process in which it happened
 }
@@ -103,7 +116,7 @@ type fault struct {
 // save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit as it was.
 func (u *Unit) save(change func(*journal)) error {
 	next := u.j
-	next.Quarantined = slices.Clone(u.j.Quarantined)
+	next.Quarantined, next.Attempts = slices.Clone(u.j.Quarantined), slices.Clone(u.j.Attempts)
 	if u.j.Deployment != nil {
 		d := *u.j.Deployment
 		next.Deployment = &d

@@ -3,9 +3,11 @@ package deploy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -95,23 +97,73 @@ func TestUndrainThatFailsIsTriedAgain(t *testing.T) {
 	}
 }
 
-// A release is nothing to go back to from itself; and one that isn't healthy any more isn't confirmed by having been so.
-func TestNothingHealthyToGoBackTo(t *testing.T) {
+// The way back is tried until it holds: by its commands, if they fail, and by its checks. Meanwhile the unit is out of service and
+// unhealthy, and people are told once that the release failed.
+func TestWayBackIsTriedUntilItHolds(t *testing.T) {
+	t.Parallel()
+	for name, breaks := range map[string]string{
+		"commands": "touch %[1]s; false", "checks": "rm %[2]s; false", "both": "touch %[1]s; rm %[2]s; false",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.healthy(true)
+			one := w.publish("1", func(m *deployments.Manifest) {
+				w.check(m)
+				m.Commands.Post = append(m.Commands.Post, deployments.Command{Run: "test ! -e " + w.path("limit")})
+			})
+			var d drains
+			u := w.open(func(c *Config) { c.Drain = d.drain })
+			w.deploy(u, one)
+			w.hooks()
+			d.take()
+			two := w.publish("2", func(m *deployments.Manifest) {
+				m.Commands.Post = []deployments.Command{{Run: "cd " + w.path() + "; " + fmt.Sprintf(breaks, w.path("limit"), w.path("healthy"))}}
+			})
+			err := u.Deploy(t.Context(), Request{Release: two})
+			if err == nil || errors.As(err, new(*Failed)) {
+				t.Fatalf("got %v", err)
+			}
+			for range 2 { // the agent's restart in between changes nothing
+				s := u.State()
+				if s.Running != one || s.Confirmed || s.Proven || !s.Drained || !s.Unfinished || s.Ends != one ||
+					!s.Health.Unhealthy || s.Health.Reason != deployments.ReasonUnhealthy || s.Health.Facts["error"] == "" {
+					t.Errorf("state: %+v", s)
+				}
+				w.wantVersion("1")
+				if got := d.take(); slices.Contains(got, false) {
+					t.Errorf("drain: %v", got)
+				}
+				u = w.open(func(c *Config) { c.Drain = d.drain })
+				if err := u.Recover(t.Context()); err == nil || errors.As(err, new(*Failed)) {
+					t.Fatalf("got %v", err)
+				}
+			}
+			if err := os.RemoveAll(w.path("limit")); err != nil {
+				t.Fatal(err)
+			}
+			w.healthy(true)
+			var failed *Failed
+			if err := u.Recover(t.Context()); !errors.As(err, &failed) || failed.Release != two || failed.Back != one {
+				t.Fatalf("got %v", err)
+			}
+			if s := u.State(); s.Running != one || !s.Confirmed || s.Drained || s.Unfinished || s.Health.Unhealthy {
+				t.Errorf("state: %+v", s)
+			}
+			hooks := strings.Join(w.hooks(), ",")
+			if n := strings.Count(hooks, "failure 2"); n != 1 || strings.Count(hooks, "post 1") < 4 {
+				t.Errorf("hooks: %s", hooks)
+			}
+		})
+	}
+}
+
+// A release is nothing to go back to from itself.
+func TestNothingToGoBackTo(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
-	w.healthy(true)
-	one := w.publish("1", w.check)
-	u := w.open(nil)
-	w.deploy(u, one)
-	two := w.publish("2", func(m *deployments.Manifest) {
-		m.Commands.Post = []deployments.Command{{Run: "rm " + w.path("healthy") + "; false"}}
-	})
-	w.wantFailed(u, two, one)
-	if s := u.State(); s.Running != one || s.Confirmed || s.Proven {
-		t.Errorf("what it went back to isn't healthy: %+v", s)
-	}
-	w.wantFailed(u, one, deployments.Pointer{})
-	if s := u.State(); !s.Drained {
+	w.wantFailed(w.open(nil), w.publish("1", fails), deployments.Pointer{})
+	if s := w.open(nil).State(); !s.Drained || s.Unfinished {
 		t.Errorf("nothing is healthy, and it is in service: %+v", s)
 	}
 }

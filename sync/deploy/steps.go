@@ -80,11 +80,16 @@ func (d *deployment) takeBack() {
 
 // pass goes on to the step after d's; after the last the deployment is over.
 func (j *journal) pass() {
-	if next := j.Deployment.Step.next(); next != "" {
-		j.Deployment.enter(next)
-	} else {
-		j.Deployment = nil
+	d := j.Deployment
+	if next := d.Step.next(); next != "" {
+		d.enter(next)
+		return
 	}
+	j.Deployment = nil
+	if d.Fault != nil || !d.Step.goesBack() { // else it was taken back, and may be tried again
+		j.forgetAttempts(d.Release.Digest)
+	}
+	j.forgetAttempts(d.target().Digest)
 }
 
 // fail turns the deployment round for good.
@@ -128,10 +133,7 @@ func (f *fault) cause() error {
 // advance does the steps of the deployment under way until it is over, one way or the other. It is the only code that does, for
 // deployments that were just begun and for those that a crash cut off.
 func (u *Unit) advance(ctx context.Context) error {
-	if err := u.afterReboot(); err != nil {
-		return err
-	}
-	if err := u.endLeftovers(ctx); err != nil {
+	if err := u.resume(ctx); err != nil {
 		return err
 	}
 	u.progress(deployments.StateSwitching, artifact.Progress{})
@@ -170,6 +172,8 @@ func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
 	switch {
+	case (s == stepBackPost || s == stepBackHealth) && !stopped && !u.ending():
+		return u.stayUnserved(ctx, d, err)
 	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch():
 		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err):
@@ -232,28 +236,20 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 
 	switch {
 	case d.Step == stepFailure:
-		if d.Fault == nil {
-			return nil, nil
-		}
-		err := u.commands(ctx, d, r, old, r.Manifest.Commands.Failure)
-		return nil, u.note(ctx, "a failure command failed", err)
+		return nil, u.failureCommands(ctx, d, r, old)
 	case d.Step == stepBackUndrain && (old != nil || d.Fault == nil && u.j.Running.IsZero()):
 		return undrained, u.drain(ctx, false)
 	case old == nil:
 		return nil, nil // nothing good to go back to: the node stays out of service
 	case d.Step == stepBack:
-		if !d.Touched && u.j.Running == old.Pointer {
+		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).Live(old) {
 			return nil, nil
 		}
 		return running(old), u.switcher(old).SwitchBack(ctx, old, r, d.Over)
 	case d.Step == stepBackPost:
-		err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post)
-		return nil, u.note(ctx, "a post command of the release that it went back to failed", err)
+		return nil, u.commands(ctx, d, old, r, old.Manifest.Commands.Post)
 	case d.Step == stepBackHealth:
-		if err := u.healthy(ctx, d, old, r); err != nil {
-			return func(j *journal) { j.Confirmed = false }, u.note(ctx, "the release that it went back to isn't healthy either", err)
-		}
-		return u.confirmed, nil
+		return u.served, u.healthy(ctx, d, old, r)
 	}
 	return nil, nil
 }
@@ -266,6 +262,71 @@ func running(r *artifact.Release) func(*journal) {
 // for it again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
+}
+
+// served is confirmed at the end of the way back.
+func (u *Unit) served(j *journal) {
+	u.confirmed(j)
+	j.Deployment.Unserved = nil
+}
+
+// failureCommands runs the failure commands of a deployment that failed, once.
+func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
+	if d.Fault == nil || d.Fault.Told {
+		return nil
+	}
+	at := *d
+	at.Step = stepFailure // also if they run before their turn
+	return u.note(ctx, "a failure command failed", u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure))
+}
+
+// stayUnserved notes that the release that the deployment goes back to doesn't serve: its post commands and checks are to be
+// tried again, and the unit stays out of service until they pass. People are told at the first time.
+func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) error {
+	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
+		"release", d.target().String(), "step", string(d.Step), "error", cause)
+	r, err := u.need(ctx, d.Release)
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	old, err := u.need(ctx, d.target())
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	if err := u.failureCommands(ctx, d, r, old); err != nil {
+		return errors.Join(cause, err)
+	}
+	err = u.save(func(j *journal) {
+		d := j.Deployment
+		now := &unserved{Step: d.Step, Error: short(cause), Since: time.Now().UTC()}
+		if d.Unserved != nil {
+			now.Since = d.Unserved.Since
+		}
+		if failed := new(checkError); errors.As(cause, &failed) {
+			now.Check = failed.check
+		}
+		d.Unserved, j.Confirmed = now, false
+		a := j.attempt(d.owner(), stepBackPost)
+		if a.Begun != nil { // they were not cut off
+			a.Begun = nil
+			j.setAttempt(a)
+		}
+		if d.Fault != nil {
+			told := *d.Fault
+			told.Told = true
+			d.Fault = &told
+		}
+		if u.switcher(old).Live(old) {
+			d.enter(stepBackPost)
+		} else {
+			d.enter(stepBack)
+		}
+	})
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	return fmt.Errorf("release %s, which %s went back to, does not serve, and is tried again: %w",
+		d.target().Digest.Short(), u.name(), cause)
 }
 
 func undrained(j *journal) { j.Drained = false }
@@ -292,7 +353,12 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 
 // commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the failed one.
 func (u *Unit) commands(ctx context.Context, d *deployment, r, other *artifact.Release, list []deployments.Command) error {
-	for _, c := range list {
+	for i, c := range list {
+		if run, err := u.mayRun(d, i, c); err != nil {
+			return err
+		} else if !run {
+			continue
+		}
 		var stdin []byte
 		if d.Step == stepSuccess || d.Step == stepFailure {
 			stdin = u.text.bytes()
@@ -322,23 +388,6 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 		env.Error = d.Fault.Reason
 	}
 	return env
-}
-
-// endLeftovers ends what the commands of a deployment left running that a crash cut off, once after Open.
-func (u *Unit) endLeftovers(ctx context.Context) error {
-	d := u.j.Deployment
-	if !u.cutOff || d == nil {
-		return nil
-	}
-	n, err := command.EndLeftovers(ctx, d.Run)
-	if err != nil {
-		return err
-	}
-	if n > 0 {
-		u.log.Warn("ended processes of a command that was cut off", "step", string(d.Step), "processes", n)
-	}
-	u.cutOff = false
-	return nil
 }
 
 // tidy removes what neither what runs, nor what is good, nor what is staged needs. It comes after a success only: a failed

@@ -1,0 +1,124 @@
+package deploy
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"kedge/deployments"
+	"kedge/sync/command"
+)
+
+const (
+	// maxCutOff is how often a step of a release may be cut off by the end of the agent or the machine until it counts as failed.
+	maxCutOff = 3
+	// maxAttempts bounds the list; the oldest go first.
+	maxAttempts = 32
+)
+
+// attempt is what a unit knows of a step of a release that was cut off.
+type attempt struct {
+	Digest deployments.Digest `json:"digest"`
+	Step   step               `json:"step"`
+	CutOff int                `json:"cut_off,omitempty"` // how often
+	// Begun are the places in the step's list of the commands that are not begun again.
+	Begun []int `json:"begun,omitempty"`
+}
+
+// attempt returns what j knows of a step of a release; for reading.
+func (j *journal) attempt(digest deployments.Digest, s step) attempt {
+	for _, a := range j.Attempts {
+		if a.Digest == digest && a.Step == s {
+			return a
+		}
+	}
+	return attempt{Digest: digest, Step: s}
+}
+
+// setAttempt replaces what j knows of a's step.
+func (j *journal) setAttempt(a attempt) {
+	same := func(b attempt) bool { return a.Digest == b.Digest && a.Step == b.Step }
+	j.Attempts = append(slices.DeleteFunc(j.Attempts, same), a)
+	if len(j.Attempts) > maxAttempts {
+		j.Attempts = slices.Delete(j.Attempts, 0, 1)
+	}
+}
+
+// forgetAttempts drops what j knows of the steps of a release.
+func (j *journal) forgetAttempts(digest deployments.Digest) {
+	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
+}
+
+// owner is the release whose commands or checks the deployment's step runs; zero: the step runs none.
+func (d *deployment) owner() deployments.Digest {
+	switch d.Step {
+	case stepPre, stepSwitch, stepPost, stepHealth, stepSuccess, stepFailure:
+		return d.Release.Digest
+	case stepBackPost, stepBackHealth:
+		return d.target().Digest
+	}
+	return deployments.Digest{}
+}
+
+// resume prepares a deployment that was cut off for going on, once after Open. It ends what its command left running, counts
+// the attempt, lets the deployment fail if the release ended the agent or the machine too often, and goes back to the post
+// commands if a restart of the machine ended what they had started.
+func (u *Unit) resume(ctx context.Context) error {
+	d := u.j.Deployment
+	if !u.cutOff || d == nil {
+		return nil
+	}
+	n, err := command.EndLeftovers(ctx, d.Run)
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		u.log.Warn("ended processes of a command that was cut off", "step", string(d.Step), "processes", n)
+	}
+	again := map[step]step{stepHealth: stepPost, stepBackHealth: stepBackPost}[d.Step]
+	if d.Boot == u.boot {
+		again = ""
+	}
+	err = u.save(func(j *journal) {
+		d := j.Deployment
+		a := j.attempt(d.owner(), d.Step)
+		a.CutOff++
+		switch {
+		case a.Digest.IsZero():
+		case a.CutOff >= u.maxCutOff && !d.Step.goesBack() && d.Step != stepSuccess:
+			err := fmt.Errorf("the agent or the machine ended %d times while it was in this step", a.CutOff)
+			u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(d.Step), "error", err)
+			j.fail(err)
+			return
+		default:
+			j.setAttempt(a)
+		}
+		if again != "" {
+			u.log.Info("the machine was restarted: runs post commands again", "release", d.Release.String())
+			d.enter(again)
+		}
+	})
+	if err == nil {
+		u.cutOff = false
+	}
+	return err
+}
+
+// mayRun reports whether the command at a place in the list of d's step is to run, and journals it first if it must not
+// run twice.
+func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
+	a := u.j.attempt(d.owner(), d.Step)
+	switch {
+	case a.CutOff >= u.maxCutOff:
+		u.log.Error("a command is left out: the agent or the machine ended too often in this step",
+			"step", string(d.Step), "command", c.Run, "times", a.CutOff)
+		return false, nil
+	case slices.Contains(a.Begun, place):
+		u.log.Warn("a command is not run again: it was begun before, and is to run once", "step", string(d.Step), "command", c.Run)
+		return false, nil
+	case !c.Once:
+		return true, nil
+	}
+	a.Begun = append(slices.Clip(a.Begun), place)
+	return true, u.save(func(j *journal) { j.setAttempt(a) })
+}
