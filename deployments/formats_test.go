@@ -108,6 +108,7 @@ func TestParsePin(t *testing.T) {
 		{"YAML", "release: " + p.String() + "\nreason: incident 812\nby: alice\nuntil: 2026-11-24T08:00:00Z\n", Pin{Release: p, Reason: "incident 812", By: "alice", Until: until}, ""},
 		{"YAML with CRLF and a comment first", "# at night\r\nrelease: hold\r\nby: bob\r\n", Pin{Hold: true, By: "bob"}, ""},
 		{"JSON", `{"release":"` + p.String() + `","until":"2026-11-24 09:00 Europe/Berlin"}`, Pin{Release: p, Until: until}, ""},
+		{"at once", "release: hold\nat_once: true\n", Pin{Hold: true, AtOnce: true}, ""},
 		{"empty", "", Pin{}, "empty"},
 		{"blank", " \r\n", Pin{}, "empty"},
 		{"a typo", "hodl", Pin{}, "neither a pointer nor hold"},
@@ -131,6 +132,37 @@ func TestParsePin(t *testing.T) {
 			got.Until, c.want.Until = time.Time{}, time.Time{}
 			if got != c.want {
 				t.Errorf("got %+v, want %+v", got, c.want)
+			}
+		})
+	}
+}
+
+func TestParseOrder(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, text string
+		want       Order
+		says       string
+	}{
+		{"a bare verb", "promote\n", Order{Verb: VerbPromote}, ""},
+		{"as Windows and a tired person write it", "\ufeff Retry\r\n", Order{Verb: VerbRetry}, ""},
+		{"YAML", "order: abort\nby: alice\nreason: incident 812\n", Order{VerbAbort, "alice", "incident 812"}, ""},
+		{"JSON", `{"order":"pause","by":"bob"}`, Order{Verb: VerbPause, By: "bob"}, ""},
+		{"empty", " \n", Order{}, "empty"},
+		{"a typo", "promte", Order{}, `"promte": want promote, pause, resume, abort or retry`},
+		{"a typo in YAML", "order: promte\nby: bob\n", Order{}, "order:1:8"},
+		{"an unknown field", "order: pause\nwho: bob\n", Order{}, `unknown field "who"`},
+		{"no verb", "by: bob\n", Order{}, "no order"},
+		{"too large", strings.Repeat("x", MaxOrder+1), Order{}, "at most"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := ParseOrder([]byte(c.text))
+			check(t, err, c.says)
+			if err == nil && got != c.want {
+				t.Errorf("got %+v, want %+v", got, c.want)
+			}
+			if again, err2 := ParseOrder(got.Encode()); err == nil && (err2 != nil || again != got) {
+				t.Errorf("encoded as %s it reads %+v, %v", got.Encode(), again, err2)
 			}
 		})
 	}
@@ -306,7 +338,7 @@ func TestLoadReadsAllOfIt(t *testing.T) {
 	good := "release: " + releaseURL + "@sha256:" + hex64 + "\n"
 	tree, err := Load(fstest.MapFS{
 		"kedge.yaml":        {Data: []byte("max_removed: 50\nprune: true\nrollout:\n  max_unavailable: 10%\nfreeze:\n- name: weekend\n  deny: 0 16 * * FRI\n  duration: 60h\n  zone: Europe/Berlin\n  units: [prod/*/*]\n")},
-		"prod/web/app.yaml": {Data: []byte(good + "rollout:\n  canary: 1\n  bake: 5m\n  max_failures: 2\n  approval: manual\ndrift: heal\n")},
+		"prod/web/app.yaml": {Data: []byte(good + "rollout:\n  canary: 1\n  bake: 5m\n  max_failures: 2\n  approval: manual\n  fast_back: false\ndrift: heal\nadopt: true\n")},
 		"prod/db/pg.yaml":   {Data: []byte(good)},
 	})
 	if err != nil {

@@ -86,6 +86,9 @@ const (
 
 // Commands run around a switch, each list in order; the first that fails ends its list.
 type Commands struct {
+	// Env are variables for all of them, by name, beside those that kedge sets.
+	Env map[string]string
+
 	Pre, Post, Success, Failure []Command
 }
 

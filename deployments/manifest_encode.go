@@ -3,6 +3,7 @@ package deployments
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -60,6 +61,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 	add(&out, "immutable", true, m.Immutable)
 
 	var commands yaml.MapSlice
+	var env yaml.MapSlice
+	for _, name := range slices.Sorted(maps.Keys(m.Commands.Env)) {
+		env = append(env, yaml.MapItem{Key: name, Value: scalar(m.Commands.Env[name])})
+	}
+	add(&commands, "env", env, len(env) > 0)
 	for _, list := range []struct {
 		name     string
 		commands []Command

@@ -21,6 +21,7 @@ const (
 	maxObject   = 1 << 50 // bytes of an archive, an index or a delta
 	defaultKeep = 3
 	maxKeep     = 1000
+	maxEnv      = 1000
 
 	DefaultCommandTimeout = 10 * time.Minute
 	defaultHealthTimeout  = 60 * time.Second
@@ -312,8 +313,46 @@ func (r *manifestReader) deltas(n ast.Node) {
 func (r *manifestReader) commands(n ast.Node) {
 	c := &r.m.Commands
 	r.fields(n, "commands", map[string]func(ast.Node){
+		"env": r.environment,
 		"pre": r.commandList(&c.Pre), "post": r.commandList(&c.Post), "success": r.commandList(&c.Success), "failure": r.commandList(&c.Failure),
 	})
+}
+
+// environment reads variables by name. Those that kedge or the shell gives a meaning to can't be set.
+func (r *manifestReader) environment(n ast.Node) {
+	values, ok := mapping(n)
+	if !ok {
+		r.at(n, "env: want variables by name, as in RAILS_ENV: production")
+	}
+	env := map[string]string{}
+	for _, v := range values {
+		name := keyOf(v)
+		_, twice := env[name]
+		switch {
+		case twice:
+			r.at(v.Key, "variable %q stands twice in env", name)
+		case !variableName.MatchString(name) || len(name) > 128:
+			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
+		case strings.HasPrefix(name, "KEDGE_"):
+			r.at(v.Key, "variable %q: names that begin with KEDGE_ are kedge's own", clip(name))
+		case v.Value == nil || v.Value.Type() == ast.NullType:
+			env[name] = ""
+		default:
+			env[name] = ""
+			if value, ok := r.text(v.Value); ok {
+				env[name] = value
+			}
+			if strings.ContainsRune(env[name], 0) {
+				r.at(v.Value, "variable %q contains a NUL", name)
+			}
+		}
+	}
+	if len(env) > maxEnv {
+		r.at(n, "env has %d variables, at most %d are allowed", len(env), maxEnv)
+	}
+	if len(env) > 0 {
+		r.m.Commands.Env = env
+	}
 }
 
 func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
@@ -434,8 +473,9 @@ func asShown(s string) (string, error) {
 
 // Lengths are checked beside the expressions: a repetition with a bound is compiled to as many copies.
 var (
-	shown = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
-	owner = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
+	shown        = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
+	variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	owner        = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 )
 
 // isOwner reports whether s can be the name of a user or a group.

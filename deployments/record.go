@@ -118,6 +118,8 @@ type Pin struct {
 	By     string `json:"by,omitempty"`
 	// Until ends the pin by itself; zero: never.
 	Until time.Time `json:"until,omitzero"`
+	// AtOnce lets every node follow as soon as it sees the pin, whatever max_unavailable says.
+	AtOnce bool `json:"at_once,omitempty"`
 }
 
 // Expired reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts for nothing.

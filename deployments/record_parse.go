@@ -139,8 +139,8 @@ func lenientJSON(data []byte, to any) error {
 // holdWord is the pin that keeps what runs.
 const holdWord = "hold"
 
-// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold), reason, by
-// and until (see ParseUntil). Empty or unparsable text is an error, never "no pin".
+// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold), reason, by,
+// until (see ParseUntil) and at_once. Empty or unparsable text is an error, never "no pin".
 func ParsePin(value []byte) (Pin, error) {
 	text := Trim(string(value))
 	switch {
@@ -176,10 +176,11 @@ func ParsePin(value []byte) (Pin, error) {
 			}
 			into(r, &pin.Release, ParsePointer)(n)
 		},
-		"hold":   into(r, &pin.Hold, asBool),
-		"reason": into(r, &pin.Reason, asText),
-		"by":     into(r, &pin.By, asText),
-		"until":  into(r, &pin.Until, ParseUntil),
+		"hold":    into(r, &pin.Hold, asBool),
+		"reason":  into(r, &pin.Reason, asText),
+		"by":      into(r, &pin.By, asText),
+		"until":   into(r, &pin.Until, ParseUntil),
+		"at_once": into(r, &pin.AtOnce, asBool),
 	})
 	switch {
 	case r.err() != nil:

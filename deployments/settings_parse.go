@@ -17,7 +17,7 @@ const (
 )
 
 func newRollout() *Rollout {
-	return &Rollout{OnFailure: Rollback, Approval: Auto, Deadline: defaultDeadline}
+	return &Rollout{OnFailure: Rollback, Approval: Auto, Deadline: defaultDeadline, FastBack: true}
 }
 
 func (r *reader) rollout(n ast.Node, to *Rollout) {
@@ -29,6 +29,7 @@ func (r *reader) rollout(n ast.Node, to *Rollout) {
 		"on_failure":      into(r, &to.OnFailure, asOneOf(Rollback, Pause)),
 		"approval":        into(r, &to.Approval, asOneOf(Auto, Manual)),
 		"deadline":        into(r, &to.Deadline, asPositive),
+		"fast_back":       into(r, &to.FastBack, asBool),
 	})
 }
 

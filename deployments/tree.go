@@ -264,6 +264,7 @@ func (l *loader) readUnit(name string) error {
 			r.rollout(n, u.Rollout)
 		},
 		"drift": into(r, &u.Drift, asOneOf(DriftReport, DriftHeal)),
+		"adopt": into(r, &u.Adopt, asBool),
 	})
 	if seen["release"] == nil {
 		r.at(root, "release is missing: want release: POINTER, as kedge publish prints it")

@@ -73,6 +73,8 @@ type Unit struct {
 	Rollout *Rollout
 	// Drift says what agents do about a live release that no longer matches its index.
 	Drift Drift
+	// Adopt lets nodes take over a tree at dest that is the release's already, byte for byte, without running its commands.
+	Adopt bool
 }
 
 // Place is where something stands in a deployments repo. Line and Column count from 1.
@@ -96,6 +98,8 @@ type Rollout struct {
 	// Deadline is how long an admitted node may take, from the last step of the rollout or from when it booted, before it counts
 	// as failed. Default 10 minutes.
 	Deadline time.Duration
+	// FastBack lets a release that was stable lately go without gates. Default true.
+	FastBack bool
 }
 
 // Amount is a number of nodes, or a percentage of the live ones rounded up.

@@ -1,0 +1,98 @@
+package deployments
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml/ast"
+)
+
+// Order is what an operator tells the mirror about a rollout, at control/STAGE/ROLE/UNIT. The mirror consumes it.
+type Order struct {
+	Verb Verb `json:"order"`
+	// By and Reason stand in the history.
+	By     string `json:"by,omitempty"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// Verb is what an order asks for.
+type Verb string
+
+const (
+	VerbPromote Verb = "promote" // go past the canary, or a freeze
+	VerbPause   Verb = "pause"   // stop where it is
+	VerbResume  Verb = "resume"  // go on, with the failures that there are
+	VerbAbort   Verb = "abort"   // roll back
+	VerbRetry   Verb = "retry"   // try again what failed
+)
+
+// Verbs returns every verb, in the order in which people are told of them.
+func Verbs() []Verb { return []Verb{VerbPromote, VerbPause, VerbResume, VerbAbort, VerbRetry} }
+
+// MaxOrder bounds an order, in bytes.
+const MaxOrder = 4 << 10
+
+// ParseOrder reads what a person types at control/: a bare verb in any case, or YAML or JSON with order, by and reason.
+func ParseOrder(value []byte) (Order, error) {
+	text := Trim(string(value))
+	switch {
+	case len(value) > MaxOrder:
+		return Order{}, fmt.Errorf("the order has %d bytes, at most %d are allowed", len(value), MaxOrder)
+	case text == "":
+		return Order{}, fmt.Errorf("the order is empty: want %s; delete the key to take it back", verbList())
+	}
+	if !looksLikeFields(text) {
+		verb, err := asVerb(text)
+		return Order{Verb: verb}, err
+	}
+
+	var o Order
+	r := &reader{file: "order"}
+	root := r.parse([]byte(text), MaxOrder)
+	if root == nil {
+		return Order{}, fmt.Errorf("the order doesn't parse: %w", r.err())
+	}
+	seen := r.fields(root, "the order", map[string]func(ast.Node){
+		"order":  into(r, &o.Verb, asVerb),
+		"by":     into(r, &o.By, asText),
+		"reason": into(r, &o.Reason, asText),
+	})
+	switch {
+	case r.err() != nil:
+		return Order{}, fmt.Errorf("the order doesn't parse: %w", r.err())
+	case seen["order"] == nil:
+		return Order{}, errors.New("the order has no order: want " + verbList())
+	}
+	return o, nil
+}
+
+// Encode returns what ParseOrder reads: the bare verb, or JSON if there is more to say.
+func (o Order) Encode() []byte {
+	if o.By == "" && o.Reason == "" {
+		return []byte(o.Verb)
+	}
+	data, err := json.Marshal(o)
+	if err != nil {
+		panic(err) // plain data
+	}
+	return data
+}
+
+func asVerb(s string) (Verb, error) {
+	verb := Verb(strings.ToLower(s))
+	if !slices.Contains(Verbs(), verb) {
+		return "", fmt.Errorf("%q: want %s", clip(s), verbList())
+	}
+	return verb, nil
+}
+
+func verbList() string {
+	var words []string
+	for _, v := range Verbs() {
+		words = append(words, string(v))
+	}
+	return strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
+}
