@@ -95,7 +95,7 @@ type Step struct {
 	// can do about it, where there is something.
 	Decides bool   `json:"decides,omitempty"`
 	Blocks  bool   `json:"blocks,omitempty"`
-	Unblock string `json:"unblock,omitempty"`
+	Unblock string `json:"hint,omitempty"`
 }
 
 // Resolve answers what a node should run of a unit: node pin, else unit pin, else the record: target if the node

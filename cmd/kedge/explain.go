@@ -34,7 +34,7 @@ NODE/UNIT, as in web-1/app, will do where only one of the node's units has that 
 
 UNIT alone asks the agent of this machine, which needs no store: what it goes by, how old that is, and what it makes of it.
 
-With --json a program reads the same: "decides", "blocks" and "unblock" of every step in "trace".`,
+With --json a program reads the same: "decides", "blocks" and "hint" of every step in "trace".`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, id, node, d, err := a.explain(cmd.Context(), args, stateDir)

@@ -51,12 +51,12 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 			}
 		}
 	}
-	a.fleet.NoMirror = a.fleet.Mirror != nil && !a.leased
+	a.assign()
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), compareIDs) {
 		u := a.units[id]
 		a.nodes(u)
-		u.GitPast = gitPast(u, a.histories[id], now)
+		u.GitAhead = gitAhead(u, a.histories[id], now)
 		a.fleet.Units = append(a.fleet.Units, *u)
 	}
 	return a.fleet
@@ -69,12 +69,12 @@ type assembly struct {
 	// orders and histories are joined to their units at the end.
 	orders    map[deployments.UnitID]kv.Entry
 	histories map[deployments.UnitID][]mirror.History
-	leased    bool // a mirror holds the lease
 }
 
 // reporter is a node of a role.
 type reporter struct {
 	name  string
+	agent string
 	gone  bool
 	units map[string]deployments.UnitReport
 	err   error // its report doesn't parse
@@ -187,14 +187,14 @@ func (a *assembly) report(e kv.Entry, rest string) {
 		a.bad(e.Key, err)
 		r.err = err
 	}
-	r.units = report.Units
+	r.units, r.agent = report.Units, report.Agent
 	role := [2]string{parts[0], parts[1]}
 	a.roles[role] = append(a.roles[role], r)
 }
 
 func (a *assembly) mirror(e kv.Entry) {
 	if e.Key == kv.MirrorLease {
-		a.leased = e.Session != ""
+		a.fleet.MirrorRunning = e.Session != ""
 	}
 	if e.Key != kv.MirrorKey {
 		return
@@ -205,6 +205,37 @@ func (a *assembly) mirror(e kv.Entry) {
 		return
 	}
 	a.fleet.Mirror = &s
+}
+
+// assign counts the live nodes by their agent's version, and finds those that no unit is meant for.
+func (a *assembly) assign() {
+	used := map[[2]string]bool{}
+	for id := range a.units {
+		used[[2]string{id.Stage, id.Role}] = true
+	}
+	versions := map[string]string{} // by node: one of several roles is one node
+	for role, reporters := range a.roles {
+		for _, r := range reporters {
+			if r.gone {
+				continue
+			}
+			if r.agent != "" {
+				versions[r.name] = r.agent
+			}
+			if !used[role] {
+				a.fleet.Unassigned = append(a.fleet.Unassigned, Unassigned{Stage: role[0], Role: role[1], Node: r.name})
+			}
+		}
+	}
+	slices.SortFunc(a.fleet.Unassigned, func(a, b Unassigned) int {
+		return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Node, b.Node))
+	})
+	for _, version := range versions {
+		if a.fleet.Agents == nil {
+			a.fleet.Agents = map[string]int{}
+		}
+		a.fleet.Agents[version]++
+	}
 }
 
 // nodes fills in a unit's nodes, and counts them.

@@ -142,7 +142,7 @@ func gitStep(f *Fleet) policy.Step {
 		s.Says += ", " + ago(f.At.Sub(m.At))
 	}
 	switch {
-	case f.NoMirror:
+	case f.mirrorStopped():
 		s.Says, s.Blocks = s.Says+"; none runs now, so nothing newer comes, and orders wait", true
 		s.Unblock = "start kedge mirror; pins are obeyed without one"
 	case m.Refused != "":

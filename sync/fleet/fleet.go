@@ -23,9 +23,14 @@ import (
 type Fleet struct {
 	At     time.Time      `json:"at"`
 	Mirror *mirror.Status `json:"mirror,omitempty"`
-	// NoMirror is set where a mirror ran once, and none holds the lease: what is pushed, and what operators order, waits.
-	NoMirror bool   `json:"no_mirror,omitempty"`
-	Units    []Unit `json:"units"`
+	// MirrorRunning is set while a mirror holds the lease. Without one, what is pushed and what operators order
+	// waits.
+	MirrorRunning bool   `json:"mirror_running"`
+	Units         []Unit `json:"units"`
+	// Agents counts the live nodes by the version of their agent.
+	Agents map[string]int `json:"agents,omitempty"`
+	// Unassigned are live nodes of a stage and role that have no unit.
+	Unassigned []Unassigned `json:"unassigned,omitempty"`
 	// Errors are values that don't parse, by key; and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 }
@@ -38,9 +43,9 @@ type Unit struct {
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
 	// Order is what an operator asked for, as in retry, and the mirror has yet to take.
 	Order string `json:"order,omitempty"`
-	// GitPast says of releases that pins name, or hold, how many others Git has named since it last named them; 0: it names them
-	// still. One that the history doesn't know isn't there.
-	GitPast map[deployments.Pointer]int `json:"git_past,omitempty"`
+	// GitAhead counts, for each release that a pin names or holds, the releases that Git has named since it last
+	// named that one; 0: it names it still. A release that the history doesn't know isn't there.
+	GitAhead map[deployments.Pointer]int `json:"git_ahead,omitempty"`
 	// Nodes are sorted by name: those that report on the unit, and live ones of its role that have yet to.
 	Nodes []Node `json:"nodes"`
 	// Converged of Live nodes run what they should; Gone are nodes whose session has ended.
@@ -50,6 +55,16 @@ type Unit struct {
 	// Error is why the record or a pin doesn't parse.
 	Error string `json:"error,omitempty"`
 }
+
+// Unassigned is a node that no unit is meant for: its agent's stage or role may be mistyped.
+type Unassigned struct {
+	Stage string `json:"stage"`
+	Role  string `json:"role"`
+	Node  string `json:"node"`
+}
+
+// mirrorStopped reports whether a mirror ran once, and none does now.
+func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunning }
 
 // pinned reports whether a pin decides for a unit, on nodes without one of their own.
 func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
@@ -96,6 +111,9 @@ func (f Filter) prefix(kind string) string {
 // narrow leaves out what the filter doesn't take.
 func (f Filter) narrow(all *Fleet) *Fleet {
 	all.Units = slices.DeleteFunc(all.Units, func(u Unit) bool { return !f.takes(u.ID) })
+	all.Unassigned = slices.DeleteFunc(all.Unassigned, func(n Unassigned) bool {
+		return f.Unit != "" || f.Stage != "" && f.Stage != n.Stage || f.Role != "" && f.Role != n.Role
+	})
 	maps.DeleteFunc(all.Errors, func(key, _ string) bool {
 		kind, rest, _ := strings.Cut(key, "/")
 		parts := strings.Split(strings.Trim(rest, "/"), "/")

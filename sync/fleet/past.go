@@ -66,9 +66,9 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 	return all
 }
 
-// gitPast counts, of each release that a pin of u names or holds, how many others Git has named since. history is the unit's, in any
-// order.
-func gitPast(u *Unit, history []mirror.History, now time.Time) map[deployments.Pointer]int {
+// gitAhead counts, for each release that a pin of u names or holds, how many others Git has named since. history
+// is the unit's, in any order.
+func gitAhead(u *Unit, history []mirror.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // How far Git has moved past a pin is told where it is known, and only there.
-func TestGitPast(t *testing.T) {
+func TestGitAhead(t *testing.T) {
 	t.Parallel()
 	record := put(kv.DesiredKey(app), deployments.Record{Target: release("app", "4"), Stable: release("app", "3"), Generation: 6})
 	history := []kv.Entry{past("4", 6, "3"), past("4", 5, "3"), past("3", 4, "2"), past("2", 3, "1"), past("3", 2, "1"), past("1", 1, "")}
@@ -38,7 +38,7 @@ func TestGitPast(t *testing.T) {
 		for version, n := range c.want {
 			want[release("app", version)] = n
 		}
-		if got := unitOf(t, Assemble(append(c.entries, history...), noon), "prod/web/app").GitPast; !maps.Equal(got, want) {
+		if got := unitOf(t, Assemble(append(c.entries, history...), noon), "prod/web/app").GitAhead; !maps.Equal(got, want) {
 			t.Errorf("%s: %v, want %v", name, got, want)
 		}
 	}
@@ -53,7 +53,7 @@ func TestReadTellsHowFarGitHasMoved(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	moved := func(f *Fleet) int { return unitOf(t, f, "prod/web/app").GitPast[release("app", "1")] }
+	moved := func(f *Fleet) int { return unitOf(t, f, "prod/web/app").GitAhead[release("app", "1")] }
 	if got := moved(f); got != 1 {
 		t.Errorf("Git has moved by %d, want 1", got)
 	}

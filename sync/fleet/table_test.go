@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -86,6 +87,75 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// The first line of a unit says which release runs where: a target that a canary alone runs, or that was rolled
+// back, isn't taken for what the fleet runs.
+func TestRowSaysWhatRuns(t *testing.T) {
+	t.Parallel()
+	unit := func(p *deployments.Progress, versions ...string) []kv.Entry {
+		all := []kv.Entry{put(kv.DesiredKey(app), deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 2, Rollout: p})}
+		for i, v := range versions {
+			r := runs("app", v)
+			if v == "" {
+				r = deployments.UnitReport{State: deployments.StateWaiting}
+			}
+			all = append(all, says(fmt.Sprintf("web-%d", i), map[string]deployments.UnitReport{"app": r}))
+		}
+		return all
+	}
+	rebuilt := runs("app", "2")
+	rebuilt.Running.Digest = release("app", "2 again").Digest
+	for _, c := range []struct {
+		entries []kv.Entry
+		want    string
+		tone    Tone
+	}{
+		{unit(nil), "-", Dim},
+		{unit(nil, "2", "2"), "2 on 2", Good},
+		{unit(&deployments.Progress{Phase: deployments.PhaseCanary}, "2", "1", "1"), "1 on 2, 2 on 1", Warn},
+		{unit(&deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: release("app", "2").Digest}, "1", "1"), "1 on 2", Warn},
+		{unit(nil, "2", "", ""), "nothing on 2, 2 on 1", Warn},
+		{unit(nil, "1", "2", "3", "4", "4"), "4 on 2, 1 on 1, 2 on 1, 1 more", Warn},
+		{append(unit(nil, "2", "1"), gone(says("web-9", map[string]deployments.UnitReport{"app": runs("app", "1")}))), "1 on 1, 2 on 1", Warn},
+		{append(unit(nil), says("web-9", map[string]deployments.UnitReport{"app": rebuilt})), "2 " + rebuilt.Running.Digest.Short()[:8] + " on 1", Warn},
+		{append(unit(nil), says("web-9", nil)), "unknown on 1", Warn},
+	} {
+		f := Assemble(c.entries, noon)
+		if got := f.Row(&f.Units[0])[runsColumn]; got.Text != c.want || got.Tone != c.tone {
+			t.Errorf("%q, tone %d; want %q, tone %d", got.Text, got.Tone, c.want, c.tone)
+		}
+	}
+}
+
+// Nodes that no unit is meant for are shown: their stage or role may be mistyped. So are agents of several versions.
+func TestTableOfStrayNodesAndVersions(t *testing.T) {
+	t.Parallel()
+	agent := func(role, node, version string) kv.Entry {
+		e := put(kv.StatusKey("prod", role, node), deployments.Report{Node: node, Agent: version})
+		e.Session = node
+		return e
+	}
+	f := Assemble([]kv.Entry{
+		put(kv.MirrorKey, mirror.Status{Head: "4f2c91ab77d0"}), lease(),
+		put(kv.DesiredKey(app), release("app", "1").String()),
+		agent("web", "web-1", "1.5"), agent("web", "web-2", "1.5"), agent("wbe", "web-3", "1.4"), gone(agent("wbe", "web-4", "1.3")),
+	}, noon)
+	if want := []Unassigned{{"prod", "wbe", "web-3"}}; !slices.Equal(f.Unassigned, want) {
+		t.Errorf("unassigned %v, want %v", f.Unassigned, want)
+	}
+	var out bytes.Buffer
+	if err := WriteTable(&out, f, TableOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"agents: 2 of 3 nodes run 1.5, 1 of 3 nodes run 1.4", "web-3  no unit is meant for prod/wbe"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing in\n%s", want, &out)
+		}
+	}
+	if all := (Filter{Stage: "prod", Role: "web"}).narrow(f).Unassigned; len(all) > 0 {
+		t.Errorf("another role's: %v", all)
+	}
+}
+
 // A pin that is over is told of, and nothing else goes by it.
 func TestTableOfAPinThatIsOver(t *testing.T) {
 	t.Parallel()
@@ -99,8 +169,8 @@ func TestTableOfAPinThatIsOver(t *testing.T) {
 	if err := WriteTable(&out, f, TableOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if row := f.Row(&f.Units[0]); row[2].Text != "-" || strings.Count(out.String(), "which is over") != 2 || !strings.Contains(out.String(), "kedge resume prod/web/app") {
-		t.Errorf("pin %q in\n%s", row[2].Text, &out)
+	if row := f.Row(&f.Units[0]); row[3].Text != "-" || strings.Count(out.String(), "which is over") != 2 || !strings.Contains(out.String(), "kedge resume prod/web/app") {
+		t.Errorf("pin %q in\n%s", row[3].Text, &out)
 	}
 }
 

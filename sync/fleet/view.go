@@ -73,6 +73,15 @@ func (f *Fleet) Faults() (all []Note) {
 	for _, what := range wrong {
 		all = append(all, Note{Text{"error", Bad}, Text{strings.Join(keys[what], ", ") + ": " + what, Plain}})
 	}
+	nodes := map[string][]string{} // by their stage and role
+	for _, n := range f.Unassigned {
+		role := n.Stage + "/" + n.Role
+		nodes[role] = append(nodes[role], clean(n.Node))
+	}
+	for _, role := range slices.Sorted(maps.Keys(nodes)) {
+		says := fmt.Sprintf("no unit is meant for %s: see whether stage and role of their agents are right, or add %[1]s/UNIT.yaml to Git", role)
+		all = append(all, Note{Text{some(nodes[role]), Warn}, Text{says, Plain}})
+	}
 	return all
 }
 
@@ -97,8 +106,11 @@ func (f *Fleet) MirrorNotes() []Note {
 		head += " (" + clean(m.Holder) + ")"
 	}
 	all := []Note{{about, Text{head, Plain}}}
-	if f.NoMirror {
+	if f.mirrorStopped() {
 		all = append(all, Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
+	}
+	if len(f.Agents) > 1 {
+		all = append(all, Note{Says: Text{"agents: " + f.agentVersions(), Plain}})
 	}
 	switch wrong := (Text{strings.TrimSpace(CleanLines(m.Error)), Bad}); {
 	case m.Refused != "":
@@ -109,17 +121,33 @@ func (f *Fleet) MirrorNotes() []Note {
 	return all
 }
 
-// Columns head what Row gives.
-var Columns = []string{"UNIT", "TARGET", "PIN", "CONVERGED", "ROLLOUT"}
+// agentVersions says how many live nodes run which version of the agent, the most first.
+func (f *Fleet) agentVersions() string {
+	all := 0
+	for _, n := range f.Agents {
+		all += n
+	}
+	versions := slices.SortedFunc(maps.Keys(f.Agents), func(a, b string) int {
+		return cmp.Or(cmp.Compare(f.Agents[b], f.Agents[a]), cmp.Compare(a, b))
+	})
+	for i, version := range versions {
+		versions[i] = fmt.Sprintf("%d of %s run %s", f.Agents[version], count(all, "node"), clean(version))
+	}
+	return some(versions)
+}
 
-// convergedColumn is where Row counts nodes.
-const convergedColumn = 3
+// Columns head what Row gives.
+var Columns = []string{"UNIT", "TARGET", "RUNS", "PIN", "CONVERGED", "ROLLOUT"}
+
+// runsColumn and convergedColumn are where Row says what nodes run, and counts them.
+const runsColumn, convergedColumn = 2, 4
 
 // Row is one of f's units in one line, in Columns.
 func (f *Fleet) Row(u *Unit) []Text {
 	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
+	name := u.versions()
 	if u.Record != nil {
-		target = Text{u.Release(u.Record.Target), Plain}
+		target = Text{name(u.Record.Target), Plain}
 	}
 	nodes := 0
 	for _, p := range u.Pins {
@@ -128,8 +156,10 @@ func (f *Fleet) Row(u *Unit) []Text {
 		}
 	}
 	switch {
+	case u.pinned(f.At) && u.Pin.Hold:
+		pin = Text{"hold", Warn}
 	case u.pinned(f.At):
-		pin = Text{pinName(u, *u.Pin), Warn}
+		pin = Text{name(u.Pin.Release), Warn}
 	case nodes > 0:
 		pin = Text{count(nodes, "node"), Warn}
 	}
@@ -146,10 +176,82 @@ func (f *Fleet) Row(u *Unit) []Text {
 	if u.Record != nil && u.Record.Rollout != nil {
 		phase = Text{clean(policy.SayPhase(u.Record.Rollout.Phase)), Warn}
 		if r := u.Record.Rollout.Phase; r == deployments.PhaseRolledBack || r == deployments.PhaseRollingBack {
-			phase.Tone = Bad
+			phase.Tone, target.Tone = Bad, Bad
 		}
 	}
-	return []Text{{u.ID.String(), Bold}, target, pin, state, phase}
+	return []Text{{u.ID.String(), Bold}, target, u.runs(name), pin, state, phase}
+}
+
+// versions returns what names the unit's releases as shortly as possible: by the version, with the beginning of
+// the digest if another release of the unit has the same.
+func (u *Unit) versions() func(deployments.Pointer) string {
+	all := []deployments.Pointer{}
+	if u.Record != nil {
+		all = append(all, u.Record.Target, u.Record.Stable)
+	}
+	if u.Pin != nil {
+		all = append(all, u.Pin.Release)
+	}
+	for _, n := range u.Nodes {
+		all = append(all, n.Report.Running)
+	}
+	taken := map[string]deployments.Digest{}
+	twice := map[string]bool{}
+	for _, p := range all {
+		version := u.version(p)
+		if other, ok := taken[version]; ok && other != p.Digest {
+			twice[version] = true
+		}
+		taken[version] = p.Digest
+	}
+	return func(p deployments.Pointer) string {
+		if version := u.version(p); !twice[version] {
+			return version
+		}
+		return u.Release(p)
+	}
+}
+
+// mostReleases that run at a time are named in a row.
+const mostReleases = 3
+
+// runs says which release runs on how many live nodes, the most first.
+func (u *Unit) runs(name func(deployments.Pointer) string) Text {
+	counts := map[string]int{}
+	wanted := true
+	for _, n := range u.Nodes {
+		if n.Gone {
+			continue
+		}
+		what := "nothing"
+		switch r := n.Report.Running; {
+		case !r.IsZero():
+			what = name(r)
+		case n.Report.State == "": // has yet to report
+			what = "unknown"
+		}
+		counts[what]++
+		wanted = wanted && u.Record != nil && n.Report.Running.Digest == u.Record.Target.Digest
+	}
+	if len(counts) == 0 {
+		return Text{"-", Dim}
+	}
+	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
+	})
+	more := ""
+	if len(names) > mostReleases {
+		more = fmt.Sprintf(", %d more", len(names)-mostReleases)
+		names = names[:mostReleases]
+	}
+	for i, what := range names {
+		names[i] = fmt.Sprintf("%s on %d", what, counts[what])
+	}
+	tone := Good
+	if !wanted {
+		tone = Warn
+	}
+	return Text{strings.Join(names, ", ") + more, tone}
 }
 
 // Notes are what is to be told of one of f's units beside its Row.
@@ -242,28 +344,30 @@ func (n *Node) Shown() Text {
 	return Text{clean(string(r.State)), Warn}
 }
 
-// Release is a release as people know it: its version, as a node that runs it reports it or else as its URL's path has it, and the
-// beginning of its digest.
+// Release names a release for people: its version and the beginning of its digest.
 func (u *Unit) Release(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
 	}
-	version := ""
+	return u.version(p) + " " + p.Digest.Short()[:8]
+}
+
+// version returns a release's version, as a node that runs it reports it, else as its URL's path has it.
+func (u *Unit) version(p deployments.Pointer) string {
+	if p.IsZero() {
+		return "-"
+	}
 	for _, n := range u.Nodes {
 		if n.Report.Running.Digest == p.Digest && n.Report.Version != "" {
-			version = clean(n.Report.Version)
-			break
+			return clip(clean(n.Report.Version), 24)
 		}
 	}
-	if version == "" {
-		dir, file := path.Split(p.URL)
-		version = strings.TrimSuffix(file, path.Ext(file))
-		if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
-			version = parent
-		}
-		version = clean(version)
+	dir, file := path.Split(p.URL)
+	version := strings.TrimSuffix(file, path.Ext(file))
+	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
+		version = parent
 	}
-	return clip(version, 24) + " " + p.Digest.Short()[:8]
+	return clip(clean(version), 24)
 }
 
 func pinName(u *Unit, p deployments.Pin) string {
@@ -298,7 +402,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	}
 	moved, known := 0, false
 	for _, p := range kept {
-		if n, ok := u.GitPast[p]; ok {
+		if n, ok := u.GitAhead[p]; ok {
 			moved, known = max(moved, n), true
 		}
 	}

@@ -198,7 +198,7 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	if m.Error != "" {
 		missing += ": " + oneLine(m.Error)
 	}
-	if f.NoMirror {
+	if f.mirrorStopped() {
 		missing += "; no mirror runs now"
 	}
 	return missing, nil
