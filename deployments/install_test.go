@@ -14,14 +14,15 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/consul"
 	"kedge/kv/kvtest"
 )
 
 // The rules that operators install, on a real Consul that denies by default and guards listing as well.
 func TestConsulRules(t *testing.T) {
 	t.Parallel()
-	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}, Config: "acl { enable_key_list_policy = true }"})
-	root := consul.Open(consul.RootToken)
+	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}, Config: "acl { enable_key_list_policy = true }"})
+	root := cluster.Open(cluster.RootToken)
 	for _, kind := range []string{"desired/", "pins/", "status/", "control/", "history/", "mirror/"} {
 		folders := []string{kind}
 		if kind != "mirror/" {
@@ -31,7 +32,7 @@ func TestConsulRules(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	server, client := consul.Servers[0], consul.Clients[0]
+	server, client := cluster.Servers[0], cluster.Clients[0]
 	for _, p := range []struct {
 		party          string
 		vars           deployments.RuleVars
@@ -63,7 +64,7 @@ func TestConsulRules(t *testing.T) {
 		},
 	} {
 		t.Run(p.party, func(t *testing.T) {
-			token := consul.Token(deployments.ConsulRules(p.party, p.vars))
+			token := cluster.Token(deployments.ConsulRules(p.party, p.vars))
 			store := p.node.Open(token)
 			for _, prefix := range p.reads {
 				if _, err := store.List(t.Context(), prefix); err != nil {
@@ -88,7 +89,7 @@ func TestConsulRules(t *testing.T) {
 					t.Errorf("may write %s: %v", key, err)
 				}
 			}
-			for _, node := range consul.Nodes() {
+			for _, node := range cluster.Nodes() {
 				_, _, err := node.Client(token).Session().Create(&api.SessionEntry{TTL: "10s", LockDelay: time.Millisecond}, nil)
 				if may := err == nil; may != (node.Name == p.vars.Node) {
 					t.Errorf("session on %s: %v", node.Name, err)
@@ -100,7 +101,7 @@ func TestConsulRules(t *testing.T) {
 	t.Run("the agent's report is held by its node", func(t *testing.T) {
 		vars := deployments.RuleVars{Stage: "prod", Role: "web", Node: "web-1"}
 		for range 2 { // the second is a restart: it takes the entry over from the first
-			store := client.Open(consul.Token(deployments.ConsulRules("agent", vars)))
+			store := client.Open(cluster.Token(deployments.ConsulRules("agent", vars)))
 			presence, err := store.Presence(t.Context(), "web-1")
 			if err != nil {
 				t.Fatal(err)
@@ -119,7 +120,7 @@ func TestConsulRules(t *testing.T) {
 		}
 	})
 	t.Run("the mirror makes folders, and writes under its lease", func(t *testing.T) {
-		store := server.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: server.Name})))
+		store := server.Open(cluster.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: server.Name})))
 		lease, err := store.Lease(t.Context(), kv.MirrorLease, "mirror-1", 10*time.Second)
 		if err != nil {
 			t.Fatal(err)
@@ -137,7 +138,7 @@ func TestConsulRules(t *testing.T) {
 		}
 	})
 	t.Run("another prefix", func(t *testing.T) {
-		store, err := kv.Open(t.Context(), kv.Config{Prefix: "ship/a/", Consul: server.Config(consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{Prefix: "ship/a/"})))})
+		store, err := consul.Open(consul.Config{Prefix: "ship/a/", Client: server.Config(cluster.Token(deployments.ConsulRules("operator", deployments.RuleVars{Prefix: "ship/a/"})))})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,5 +1,5 @@
-// Package kv keeps kedge's shared state: a small store contract, with Consul and a watched directory as its two
-// implementations, and the layout of the keys.
+// Package kv is the contract of the store that holds kedge's shared state, and the layout of its keys. Package
+// kv/consul keeps the contract in Consul, kv/dir in a watched directory; kv/open opens either by its URL.
 //
 // # Who writes what
 //
@@ -30,23 +30,6 @@
 // A Commit happens whole or not at all. ErrConflict, ErrDenied, ErrLeaseLost and ErrTooLarge mean that it didn't;
 // ErrUnavailable that nobody knows, so read again. A Commit under a Lease is checked against it where it is applied, so a
 // holder that lost it without knowing writes nothing. Lease.Context is there to save it the work.
-//
-// # Consul
-//
-// Reads that wait are stale ones, which any server answers; all others go to the leader. The token is given per request,
-// and a token file is read again when it changes and after a refusal. A Lease is a session with a TTL that is renewed
-// every third of it. A Presence is a session on the health of the node that the local Consul agent runs on, if that
-// node has the presence's name, so that a fleet's liveness costs no writes; else it has a TTL of 30 s.
-//
-// # A directory
-//
-// file://DIR is for the processes of one machine. The value of pins/prod/web/app is the plain file DIR/pins/prod/web/app,
-// which people read and write with what they know; hidden files, links and what editors leave behind count for nothing. What
-// lies below a key that may have a value of its own is in a directory with an @, as a file can't be a directory too:
-// pins/prod/web/app@/web-1 (one without @ is read as well). Folders are directories, and absence is certain while DIR is
-// there. DIR/.kedge is the store's own: its lock, the journal that makes a commit whole whatever is killed when, and
-// who holds what. The kernel's file locks tell which process lives, so a lease or presence ends the moment that its
-// process does, and not while it is merely stopped.
 package kv
 
 import (
@@ -65,6 +48,12 @@ var (
 	ErrLeaseLost   = errors.New("the lease is lost")
 	ErrTooLarge    = errors.New("the value or transaction is too large")
 )
+
+// ConfigError is an error of a configuration that names no store: whoever typed it has to change it.
+type ConfigError struct{ Err error }
+
+func (e ConfigError) Error() string { return e.Err.Error() }
+func (e ConfigError) Unwrap() error { return e.Err }
 
 // Entry is one key of the store.
 type Entry struct {
@@ -182,6 +171,11 @@ type Lease interface {
 	Context() context.Context
 	// Release gives the lease to the next, at once.
 	Release(ctx context.Context) error
+}
+
+// LeaseHolder is what the key of a lease holds, as JSON.
+type LeaseHolder struct {
+	Holder string `json:"holder"`
 }
 
 // Presence writes entries that say whether their writer lives: their Session is set while it does.

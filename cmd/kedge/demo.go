@@ -21,6 +21,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/open"
 	"kedge/sync/web"
 )
 
@@ -126,7 +127,7 @@ func newDemo(ctx context.Context, dir string, out io.Writer) (_ *demo, err error
 		return nil, err
 	}
 	d.objects = object.New(object.Config{})
-	if d.store, err = kv.Open(d.ctx, kv.Config{URL: "file://" + filepath.Join(d.dir, "kv")}); err != nil {
+	if d.store, err = open.Store(open.Config{URL: "file://" + filepath.Join(d.dir, "kv")}); err != nil {
 		return nil, err
 	}
 	if err := d.serveSite(); err != nil {

@@ -99,7 +99,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (f *f
 
 // readToExplain reads a part of the fleet, and says where a node's own word can be had while the store is away.
 func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fleet, error) {
-	store, err := a.quiet(ctx)
+	store, err := a.quiet()
 	if err != nil {
 		return nil, err
 	}

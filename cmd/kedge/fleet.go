@@ -63,7 +63,7 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet(cmd.Context())
+			store, err := a.quiet()
 			if err != nil {
 				return err
 			}
@@ -118,7 +118,7 @@ func (a *app) historyCommand() *cobra.Command {
 			if err != nil {
 				return usageError{err}
 			}
-			store, err := a.quiet(cmd.Context())
+			store, err := a.quiet()
 			if err != nil {
 				return err
 			}
@@ -182,7 +182,7 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet(ctx)
+			store, err := a.quiet()
 			if err != nil {
 				return err
 			}
@@ -337,7 +337,7 @@ func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error
 		if err != nil {
 			return usageError{err}
 		}
-		store, err := a.quiet(cmd.Context())
+		store, err := a.quiet()
 		if err != nil {
 			return err
 		}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"kedge/kv"
+	"kedge/kv/open"
 	"kedge/sync/fleet"
 )
 
@@ -212,13 +213,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 func (a *app) onConsul() bool { return a.kv == "" || a.kv == "consul" }
 
 // open opens the store that the flags name.
-func (a *app) open(ctx context.Context, log *slog.Logger) (kv.Store, error) {
-	return a.openStore(ctx, kv.Config{Log: log})
+func (a *app) open(log *slog.Logger) (kv.Store, error) {
+	return a.openStore(open.Config{Log: log})
 }
 
-func (a *app) openStore(ctx context.Context, c kv.Config) (kv.Store, error) {
+func (a *app) openStore(c open.Config) (kv.Store, error) {
 	c.URL, c.Prefix = a.kv, a.prefix
-	store, err := kv.Open(ctx, c)
+	store, err := open.Store(c)
 	if errors.As(err, new(kv.ConfigError)) {
 		return nil, usageError{err}
 	}
@@ -227,8 +228,8 @@ func (a *app) openStore(ctx context.Context, c kv.Config) (kv.Store, error) {
 
 // quiet opens the store for a command that a person waits for: it has no log, errors are enough. It makes no directory: one that isn't
 // there was mistyped, and would look like a fleet without units.
-func (a *app) quiet(ctx context.Context) (kv.Store, error) {
-	return a.openStore(ctx, kv.Config{Existing: true})
+func (a *app) quiet() (kv.Store, error) {
+	return a.openStore(open.Config{Existing: true})
 }
 
 func (a *app) logger() (*slog.Logger, error) {

@@ -42,7 +42,7 @@ token, whsec_..., or a secret token) and Gitea.`,
 			if a.onConsul() && (c.LeaseTTL < 10*time.Second || c.LeaseTTL > 24*time.Hour) {
 				return usagef("--lease-ttl %s: Consul takes 10s to 24h", c.LeaseTTL)
 			}
-			store, err := a.open(cmd.Context(), log)
+			store, err := a.open(log)
 			if err != nil {
 				return err
 			}

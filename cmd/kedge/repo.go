@@ -179,7 +179,7 @@ What isn't committed isn't compared.`,
 			if err != nil {
 				return err
 			}
-			store, err := a.quiet(ctx)
+			store, err := a.quiet()
 			if err != nil {
 				return err
 			}

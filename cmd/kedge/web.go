@@ -22,7 +22,7 @@ to show it to more than this machine, put a proxy that does in front of it, and 
 			if err != nil {
 				return err
 			}
-			store, err := a.open(cmd.Context(), log)
+			store, err := a.open(log)
 			if err != nil {
 				return err
 			}

@@ -4,7 +4,6 @@ package kvtest
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,6 +21,7 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"kedge/kv"
+	"kedge/kv/consul"
 )
 
 // startTimeout bounds how long a Consul may take until it has a leader, on a busy machine.
@@ -145,7 +145,7 @@ func (n *ConsulNode) Client(token string) *api.Client {
 	return client
 }
 
-// Config is the client configuration for the node and a token, for kv.Config.Consul.
+// Config is the client configuration for the node and a token, for consul.Config.Client.
 func (n *ConsulNode) Config(token string) *api.Config {
 	return &api.Config{Address: n.Addr, Token: token}
 }
@@ -157,7 +157,7 @@ func (c *Consul) Open(token string) kv.Store { return c.Servers[0].Open(token) }
 func (n *ConsulNode) Open(token string) kv.Store {
 	tb := n.consul.tb
 	tb.Helper()
-	s, err := kv.Open(context.Background(), kv.Config{Consul: n.Config(token)})
+	s, err := consul.Open(consul.Config{Client: n.Config(token)})
 	if err != nil {
 		tb.Fatalf("open a store on %s: %v", n.Name, err)
 	}

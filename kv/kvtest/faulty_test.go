@@ -8,12 +8,13 @@ import (
 	"testing"
 
 	"kedge/kv"
+	"kedge/kv/dir"
 	"kedge/kv/kvtest"
 )
 
-func openDir(tb testing.TB, dir string) kv.Store {
+func openDir(tb testing.TB, path string) kv.Store {
 	tb.Helper()
-	s, err := kv.Open(tb.Context(), kv.Config{URL: "file://" + dir})
+	s, err := dir.Open(path, nil)
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package kvtest
 import (
 	"context"
 	"errors"
+	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -65,6 +66,48 @@ func keysOf(entries []kv.Entry) string {
 	return strings.Join(all, " ")
 }
 
+// Values returns the entries of a view as name=value, without their folders.
+func Values(v kv.View) string {
+	var all []string
+	for _, e := range v.Entries {
+		all = append(all, path.Base(e.Key)+"="+string(e.Value))
+	}
+	return strings.Join(all, " ")
+}
+
+// Healthy reports whether a view is known for certain, is up to date and has these Values.
+func Healthy(values string) func(kv.View) bool {
+	return func(v kv.View) bool { return v.Settled && v.Err == nil && Values(v) == values }
+}
+
+// Troubled reports whether a view has these Values and an error of this kind.
+func Troubled(kind error, values string) func(kv.View) bool {
+	return func(v kv.View) bool { return errors.Is(v.Err, kind) && Values(v) == values }
+}
+
+// Held reports whether a view has these Values, the first held by a session.
+func Held(values string) func(kv.View) bool {
+	return func(v kv.View) bool {
+		return Values(v) == values && len(v.Entries) > 0 && v.Entries[0].Session != ""
+	}
+}
+
+// Await calls try until it succeeds, for at most a minute.
+func Await(t *testing.T, what string, try func() error) {
+	t.Helper()
+	deadline := time.Now().Add(time.Minute)
+	for {
+		err := try()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("wait for %s: %v", what, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // Views collects what a watch says.
 type Views struct {
 	mu    sync.Mutex
@@ -117,4 +160,25 @@ func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View 
 			t.Fatalf("waited for %s, and saw %d views, at last %+v", what, len(all), slices.Concat(all[max(0, len(all)-1):]))
 		}
 	}
+}
+
+// Never fails if a view so far was bad.
+func (w *Views) Never(t *testing.T, what string, bad func(kv.View) bool) {
+	t.Helper()
+	if i := slices.IndexFunc(w.All(), bad); i >= 0 {
+		t.Fatalf("%s: view %d: %+v", what, i, w.All()[i])
+	}
+}
+
+// Present holds status/prod/web/NAME by a presence.
+func Present(t *testing.T, s kv.Store, name string) kv.Presence {
+	t.Helper()
+	p, err := s.Presence(t.Context(), name)
+	if err == nil {
+		err = p.Put(t.Context(), "status/prod/web/"+name, []byte("ready"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

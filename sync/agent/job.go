@@ -130,10 +130,9 @@ func (a *Agent) opening() bool {
 }
 
 // do does a job.
-func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) error {
+func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 	switch j.kind {
 	case jobRecover:
-		watch.stop()
 		return u.deploy.Recover(ctx)
 	case jobForget:
 		return a.forget(u, j)
@@ -141,7 +140,6 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return err
 		}
-		watch.stop()
 		return u.deploy.Deploy(ctx, deploy.Request{Release: j.release, Commit: j.commit, Key: j.key})
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)

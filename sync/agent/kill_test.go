@@ -15,6 +15,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/open"
 )
 
 // TestMain lets the test's program play an agent of its own process, which can be killed.
@@ -31,7 +32,7 @@ func TestMain(m *testing.M) {
 
 func play(dir string) error {
 	ctx := context.Background()
-	store, err := kv.Open(ctx, kv.Config{URL: "file://" + dir + "/kv"})
+	store, err := open.Store(open.Config{URL: "file://" + dir + "/kv"})
 	if err != nil {
 		return err
 	}

@@ -18,10 +18,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	if !a.open(ctx, u) {
 		return
 	}
-	watch := &healthWatch{a: a, u: u}
-	defer watch.stop()
 	for ctx.Err() == nil {
-		watch.start(ctx)
 		j, jobCtx, again := a.begin(ctx, u, time.Now())
 		if j.kind == jobNone {
 			var timer <-chan time.Time
@@ -37,7 +34,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		}
 		began := time.Now()
 		before := u.deploy.State()
-		err := a.do(jobCtx, u, j, watch)
+		err := a.do(jobCtx, u, j)
 		a.end(jobCtx, u, j, before, err, time.Since(began))
 		j.cancel(nil)
 	}

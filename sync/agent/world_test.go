@@ -23,6 +23,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/open"
 )
 
 // patience is how long a test waits for what must come, on a busy machine.
@@ -53,7 +54,7 @@ func newWorld(t testing.TB) *world {
 
 func newWorldAt(t testing.TB, dir string) *world {
 	t.Helper()
-	store, err := kv.Open(t.Context(), kv.Config{URL: "file://" + dir + "/kv"})
+	store, err := open.Store(open.Config{URL: "file://" + dir + "/kv"})
 	if err != nil {
 		t.Fatal(err)
 	}

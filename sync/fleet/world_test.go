@@ -10,6 +10,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/open"
 	"kedge/sync/mirror"
 )
 
@@ -118,7 +119,7 @@ func unitOf(t *testing.T, f *Fleet, id string) Unit {
 
 func openDir(t *testing.T) kv.Store {
 	t.Helper()
-	s, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
+	s, err := open.Store(open.Config{URL: "file://" + t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,7 +17,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
-	"kedge/kv"
+	"kedge/kv/consul"
 	"kedge/kv/kvtest"
 	"kedge/sync/agent"
 	"kedge/sync/git/gittest"
@@ -51,7 +51,7 @@ func (f *fleet) release(version string) deployments.Pointer {
 }
 
 // start starts n agents, by turns on the Consul's client agents, and returns when they run.
-func (f *fleet) start(ctx context.Context, consul *kvtest.Consul, n int) (wait func()) {
+func (f *fleet) start(ctx context.Context, cluster *kvtest.Consul, n int) (wait func()) {
 	f.t.Helper()
 	states := filepath.Join(f.dir, "states")
 	if err := os.Mkdir(states, 0o700); err != nil {
@@ -67,12 +67,12 @@ func (f *fleet) start(ctx context.Context, consul *kvtest.Consul, n int) (wait f
 	})
 	f.agents = make([]*agent.Agent, n)
 	objects := object.New(object.Config{})
-	acl := consul.Client().ACL()
+	acl := cluster.Client().ACL()
 	var group errgroup.Group
 	group.SetLimit(16)
 	for i := range n {
 		group.Go(func() error {
-			node, name := consul.Clients[i%len(consul.Clients)], fmt.Sprintf("web-%03d", i)
+			node, name := cluster.Clients[i%len(cluster.Clients)], fmt.Sprintf("web-%03d", i)
 			rules := deployments.ConsulRules("agent", deployments.RuleVars{Stage: f.id.Stage, Role: f.id.Role, Node: name}) +
 				fmt.Sprintf("session %q { policy = \"write\" }\n", node.Name)
 			policy, _, err := acl.PolicyCreate(&api.ACLPolicy{Name: name, Rules: rules}, nil)
@@ -83,7 +83,7 @@ func (f *fleet) start(ctx context.Context, consul *kvtest.Consul, n int) (wait f
 			if err != nil {
 				return err
 			}
-			store, err := kv.Open(ctx, kv.Config{Consul: node.Config(token.SecretID)})
+			store, err := consul.Open(consul.Config{Client: node.Config(token.SecretID)})
 			if err != nil {
 				return err
 			}
@@ -146,7 +146,7 @@ func (f *fleet) await(p deployments.Pointer, least int) {
 func TestFleetWithLostLeaders(t *testing.T) {
 	t.Parallel()
 	const size, budget = fleetSize, fleetSize / 5
-	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"c1", "c2", "c3"}, ACL: true})
+	cluster := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"c1", "c2", "c3"}, ACL: true})
 	f := &fleet{t: t, id: unitID(t, "prod/web/app"), dir: t.TempDir()}
 	one, two := f.release("1"), f.release("2")
 	file := func(p deployments.Pointer) map[string]string {
@@ -156,15 +156,15 @@ func TestFleetWithLostLeaders(t *testing.T) {
 	o.Push(file(one))
 	mirrors := map[string]*process{}
 	for i, name := range []string{"a", "b"} {
-		node := consul.Clients[i]
-		token := consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
+		node := cluster.Clients[i]
+		token := cluster.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
 		mirrors[name] = startProcess(t, name, o.Bare, node.Env(token))
 	}
-	m := &running{tb: t, store: consul.Clients[2].Open(consul.RootToken), log: &logBuffer{}}
+	m := &running{tb: t, store: cluster.Clients[2].Open(cluster.RootToken), log: &logBuffer{}}
 
 	began := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())
-	wait := f.start(ctx, consul, size)
+	wait := f.start(ctx, cluster, size)
 	defer wait()
 	defer cancel()
 	f.await(one, size)
@@ -181,7 +181,7 @@ func TestFleetWithLostLeaders(t *testing.T) {
 	m.status(func(s Status) bool { return s.Holder != holder })
 	t.Logf("the mirror that led was replaced after %v", time.Since(killed).Round(time.Millisecond))
 	f.await(two, size/2)
-	leader := consul.Leader()
+	leader := cluster.Leader()
 	leader.Kill()
 	f.await(two, size)
 	m.record(f.id.String(), func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == two })

@@ -16,6 +16,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/open"
 )
 
 // pointer makes up a release.
@@ -46,7 +47,7 @@ func dirStore(tb testing.TB) kv.Store {
 
 func openStore(tb testing.TB, url string) kv.Store {
 	tb.Helper()
-	s, err := kv.Open(context.Background(), kv.Config{URL: url})
+	s, err := open.Store(open.Config{URL: url})
 	if err != nil {
 		tb.Fatal(err)
 	}

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
-	"kedge/kv"
+	"kedge/kv/open"
 )
 
 // TestMain lets the test's own binary stand for the programs that the tests start as processes of their own.
@@ -35,7 +35,7 @@ func TestMain(m *testing.M) {
 func mirrorProcess() error {
 	ctx := context.Background()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	store, err := kv.Open(ctx, kv.Config{URL: os.Getenv("KEDGE_KV"), Log: log})
+	store, err := open.Store(open.Config{URL: os.Getenv("KEDGE_KV"), Log: log})
 	if err != nil {
 		return err
 	}

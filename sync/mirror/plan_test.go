@@ -101,25 +101,25 @@ func TestRefuse(t *testing.T) {
 	normal := Rules{MaxRemoved: 30}
 	for _, c := range []struct {
 		name string
-		candidate
+		move
 		units []deployments.Unit
 		want  string // empty: taken
 	}{
-		{"the first commit", candidate{rules: normal}, seven, ""},
-		{"the next commit", candidate{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
-		{"a rewritten history", candidate{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
-		{"a rewritten history, allowed", candidate{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
-		{"too many removed", candidate{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
-		{"too many removed, by the first commit over old records", candidate{rules: normal, had: ten}, six, "removes 4 of 10"},
-		{"none may be removed", candidate{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
-		{"all removed", candidate{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
-		{"all removed, allowed", candidate{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
-		{"nothing was there", candidate{rules: normal}, nil, ""},
-		{"a unit moved counts as removed", candidate{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
+		{"the first commit", move{rules: normal}, seven, ""},
+		{"the next commit", move{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
+		{"a rewritten history", move{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
+		{"a rewritten history, allowed", move{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
+		{"too many removed", move{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
+		{"too many removed, by the first commit over old records", move{rules: normal, had: ten}, six, "removes 4 of 10"},
+		{"none may be removed", move{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
+		{"all removed", move{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
+		{"all removed, allowed", move{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
+		{"nothing was there", move{rules: normal}, nil, ""},
+		{"a unit moved counts as removed", move{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.to = commitOf(tree(c.units...))
-			err := refuse(c.candidate)
+			err := refuse(c.move)
 			switch {
 			case c.want == "" && err != nil:
 				t.Errorf("refused: %v", err)
@@ -130,7 +130,7 @@ func TestRefuse(t *testing.T) {
 	}
 }
 
-func TestReconcile(t *testing.T) {
+func TestDecide(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -138,14 +138,14 @@ func TestReconcile(t *testing.T) {
 	shown := func(r deployments.Record, version uint64) cell {
 		return cell{present: true, version: version, value: encode(r), record: r}
 	}
-	mine := func(r deployments.Record, over, version uint64, ago time.Duration) *writtenRecord {
-		return &writtenRecord{record: r, value: encode(r), base: over, version: version, at: now.Add(-ago)}
+	mine := func(r deployments.Record, over, version uint64, ago time.Duration) *own {
+		return &own{record: r, value: encode(r), over: over, version: version, at: now.Add(-ago)}
 	}
 	byHand := deployments.Record{Target: pointer("9"), Generation: 7}
 	for _, c := range []struct {
 		name       string
 		cell       cell
-		own        *writtenRecord
+		own        *own
 		past       History
 		git        string
 		generation int64 // 0: nothing is written
@@ -178,19 +178,18 @@ func TestReconcile(t *testing.T) {
 		{name: "removed while no mirror ran, and a new release", past: History{Generation: 6, Release: pointer("1"), Commit: "old"}, git: "2", generation: 7, stable: "1", ops: "create put"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			f := inputs{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
-				cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
+			f := facts{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
+				cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
 			if c.cell.present {
 				f.cells[id] = c.cell
 			}
 			if c.own != nil {
-				f.own[id] = *c.own
+				f.owned[id] = *c.own
 			}
 			if c.past.Generation > 0 {
-				f.history[id] = c.past
+				f.past[id] = c.past
 			}
-			p := reconcile(f)
-			writes, all := p.changes, p.whole
+			writes, all, _ := decide(f)
 			if all == c.wait {
 				t.Errorf("all is %v", all)
 			}
@@ -225,12 +224,12 @@ func TestReconcile(t *testing.T) {
 }
 
 // All that is known of a node goes into what is decided about each of its role's units.
-func TestInputsOfNodes(t *testing.T) {
+func TestFactsOfNodes(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
 	started := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
 	said := deployments.UnitReport{State: deployments.StateConverged, Running: pointer("1"), Generation: 3}
-	f := inputs{fleet: map[[2]string][]reported{
+	f := facts{fleet: map[[2]string][]reported{
 		{"prod", "web"}: {{node: "n1", gone: true, report: deployments.Report{Started: started, Units: map[string]deployments.UnitReport{"app": said}}}, {node: "n2"}},
 		{"prod", "db"}:  {{node: "n3"}},
 	}}
@@ -241,7 +240,7 @@ func TestInputsOfNodes(t *testing.T) {
 }
 
 // Whatever the store shows, what is decided is what Git asks for; and once it shows, there is nothing left to do.
-func TestReconcileEnds(t *testing.T) {
+func TestDecideEnds(t *testing.T) {
 	t.Parallel()
 	ids := []deployments.UnitID{unitID(t, "prod/web/a"), unitID(t, "prod/web/b"), unitID(t, "prod/db/a")}
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -252,7 +251,7 @@ func TestReconcileEnds(t *testing.T) {
 		record := func() deployments.Record {
 			return deployments.Record{Target: release("target"), Generation: int64(rapid.IntRange(0, 4).Draw(rt, "generation")), Commit: "old"}
 		}
-		f := inputs{now: now, cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
+		f := facts{now: now, cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
 		var units []deployments.Unit
 		for i, id := range ids {
 			if rapid.Bool().Draw(rt, "in git") {
@@ -268,33 +267,33 @@ func TestReconcileEnds(t *testing.T) {
 			if rapid.Bool().Draw(rt, "owned") {
 				r := record()
 				r.Generation++
-				f.own[id] = writtenRecord{record: r, value: encode(r), base: uint64(rapid.IntRange(0, 4).Draw(rt, "over")), at: now.Add(-time.Minute)}
+				f.owned[id] = own{record: r, value: encode(r), over: uint64(rapid.IntRange(0, 4).Draw(rt, "over")), at: now.Add(-time.Minute)}
 			}
 		}
 		git := tree(units...)
 		git.Settings.Prune = rapid.Bool().Draw(rt, "prune")
 		f.commit = commitOf(git)
-		writes := reconcile(f).changes
+		writes, _, _ := decide(f)
 		for _, w := range writes {
 			before := f.cells[w.unit]
 			if w.value == nil {
 				delete(f.cells, w.unit)
-				f.own[w.unit] = writtenRecord{base: w.base, at: now}
+				f.owned[w.unit] = own{over: w.over, at: now}
 				continue
 			}
 			if before.err == nil && w.after.Generation < before.record.Generation {
 				rt.Fatalf("the generation of %s goes from %d to %d", w.unit, before.record.Generation, w.after.Generation)
 			}
-			f.cells[w.unit] = cell{present: true, version: w.base + 100, value: w.value, record: w.after}
-			f.own[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now}
+			f.cells[w.unit] = cell{present: true, version: w.over + 100, value: w.value, record: w.after}
+			f.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}
 		}
 		for _, u := range units {
 			if got := f.cells[u.ID].record.Target; got != u.Release {
 				rt.Fatalf("%s is %v, Git says %v", u.ID, got, u.Release)
 			}
 		}
-		if p := reconcile(f); len(p.changes) != 0 || !p.whole {
-			rt.Fatalf("there is something left to do: %+v", p.changes)
+		if again, all, _ := decide(f); len(again) != 0 || !all {
+			rt.Fatalf("there is something left to do: %+v", again)
 		}
 	})
 }
@@ -302,10 +301,10 @@ func TestReconcileEnds(t *testing.T) {
 func TestBatches(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
-		var writes []change
+		var writes []write
 		total := 0
 		for range rapid.IntRange(0, 100).Draw(rt, "writes") {
-			w := change{kind: "update"}
+			w := write{kind: "update"}
 			for range rapid.IntRange(1, 3).Draw(rt, "operations") {
 				w.ops = append(w.ops, kv.Put("k", make([]byte, rapid.SampledFrom([]int{100, 900, 20000}).Draw(rt, "size"))))
 			}

@@ -46,8 +46,7 @@ func BenchmarkRound(b *testing.B) {
 			round := func() {
 				version++
 				fleet.Entries[0].Version = version
-				l.observer.fleet(fleet)
-				writes := reconcile(inputs{commit: commit, now: now, cells: cells, own: l.written.records, fleet: l.observer.latest().fleet.roles, ranks: l.ranks}).changes
+				writes, _, _ := decide(facts{commit: commit, now: now, cells: cells, owned: l.owned, fleet: l.fleet(fleet), ranks: l.ranks})
 				if len(writes) > 0 {
 					b.Fatal(writes[0].reason)
 				}

@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/kv/open"
 	"kedge/sync/fleet"
 )
 
@@ -119,7 +120,7 @@ func fill(t *testing.T, store kv.Store) {
 // filled is a store of one unit.
 func filled(t *testing.T) kv.Store {
 	t.Helper()
-	dir, err := kv.Open(t.Context(), kv.Config{URL: "file://" + t.TempDir()})
+	dir, err := open.Store(open.Config{URL: "file://" + t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,144 @@
+package consul
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+)
+
+const (
+	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds it; the token needs service:write
+	// for it. It tells people where the holder runs, and its check ends a dead holder's lease.
+	LeaseService = "kedge-mirror"
+	// PresenceService is the service of a presence's process, and its check tells that the process lives; the token needs
+	// service:write for it. A beat goes to the local agent alone: it costs the servers nothing.
+	PresenceService = "kedge-agent"
+	// heartbeatMargin is by how much a holder that is cut off ends before its check does.
+	heartbeatMargin = time.Second
+)
+
+// heartbeatKind is what a heartbeat is for.
+type heartbeatKind struct {
+	service, check string
+	// ttl is how long the process may be silent; it beats every so often.
+	ttl, every time.Duration
+}
+
+var (
+	// A session's own TTL is 10 s at least, and Consul waits for up to twice that: too long without a mirror.
+	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
+	// An agent that restarts is back within this time, and isn't missed.
+	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
+)
+
+// heartbeat is a registered service with a check that its own Consul agent turns critical when it isn't told otherwise for its TTL.
+// What is left of one whose process died, the agent removes after a minute.
+type heartbeat struct {
+	heartbeatKind
+	store *Store
+	id    string // of the service and of its check
+
+	mu     sync.Mutex
+	beaten time.Time // when the last beat that was taken was sent
+}
+
+// left is how long its holder may rely on the check.
+func (h *heartbeat) left() time.Duration {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.ttl - heartbeatMargin - elapsed(h.beaten)
+}
+
+func (h *heartbeat) beat(at time.Time) {
+	h.mu.Lock()
+	h.beaten = at
+	h.mu.Unlock()
+}
+
+// startHeartbeat registers one. ErrDenied: the token may not.
+func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
+	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
+	return h, h.register(ctx)
+}
+
+// register registers the service, its check passing.
+func (h *heartbeat) register(ctx context.Context) error {
+	asked := time.Now()
+	err := h.store.do(ctx, "register the service "+h.service, requestTimeout, func(q *api.QueryOptions) error {
+		service := &api.AgentServiceRegistration{ID: h.id, Name: h.service, Check: &api.AgentServiceCheck{
+			CheckID: h.id, Name: h.check, TTL: h.ttl.String(), Status: api.HealthPassing, DeregisterCriticalServiceAfter: "1m",
+		}}
+		return h.store.client.Agent().ServiceRegisterOpts(service, api.ServiceRegisterOpts{Token: q.Token}.WithContext(q.Context()))
+	})
+	if err == nil {
+		h.beat(asked)
+	}
+	return err
+}
+
+// maxStrayed is how many beats may have reached an agent that did not know the service before the address
+// counts as a balancer's, or a name's, of several agents. One is an agent that restarted without its data.
+const maxStrayed = 2
+
+// errStrayed: no session can hang on a check that beats don't reach.
+var errStrayed = errors.New("heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent")
+
+// keep says that the holder is alive, until ctx ends.
+func (h *heartbeat) keep(ctx context.Context) {
+	failing := false
+	for wait.For(ctx, h.every) == nil {
+		asked := time.Now()
+		err := h.store.do(ctx, "heartbeat", h.ttl/2, func(q *api.QueryOptions) error {
+			return h.store.client.Agent().UpdateTTLOpts(h.id, "", api.HealthPassing, q)
+		})
+		switch {
+		case err == nil:
+			h.beat(asked)
+		case ctx.Err() != nil:
+			return
+		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
+			h.store.strayed.Add(1)
+			h.store.log.Info("the Consul agent does not know the service, so it is registered again", "service", h.id, "error", h.register(ctx))
+		case !failing:
+			h.store.log.Warn("could not tell the Consul agent that this process lives", "service", h.id, "error", err)
+		}
+		failing = err != nil
+	}
+}
+
+// stop deregisters it, as well as it can.
+func (h *heartbeat) stop() {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := h.store.do(ctx, "deregister the service "+h.id, requestTimeout, func(q *api.QueryOptions) error {
+		return h.store.client.Agent().ServiceDeregisterOpts(h.id, q)
+	})
+	if err != nil {
+		h.store.log.Debug("a service stays behind for a minute", "service", h.id, "error", err)
+	}
+}
+
+// session makes a session that ends with the heartbeat, too. The agent tells the servers of a new check in its own time.
+func (h *heartbeat) session(ctx context.Context, e api.SessionEntry) (id string, err error) {
+	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
+	for began := time.Now(); ; {
+		err := h.store.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
+			id, _, err = h.store.client.Session().Create(&e, writeOptions(q))
+			return err
+		})
+		if err == nil || !strings.Contains(err.Error(), "heck") || time.Since(began) > h.ttl/2 {
+			return id, err
+		}
+		if err := wait.For(ctx, 20*time.Millisecond); err != nil {
+			return "", err
+		}
+	}
+}

@@ -1,0 +1,256 @@
+package consul
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+const (
+	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds of a session
+	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: as good as not at all. Its default of 15 s protects
+	// what isn't fenced; kedge's writes are.
+	leaseLockDelay = time.Millisecond
+)
+
+func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
+	if err := backend.CheckKey(key); err != nil {
+		return nil, fmt.Errorf("lease: %w", err)
+	}
+	if ttl < minTTL || ttl > maxTTL {
+		return nil, fmt.Errorf("lease %s: a ttl of %v; Consul takes %v to %v", key, ttl, minTTL, maxTTL)
+	}
+	value, err := json.Marshal(kv.LeaseHolder{Holder: holder})
+	if err != nil {
+		return nil, fmt.Errorf("lease %s: %w", key, err)
+	}
+	pause, told := wait.NewBackoff(50*time.Millisecond, 5*time.Second), false
+	for {
+		lease, err := s.tryLease(ctx, key, holder, value, ttl)
+		switch {
+		case err == nil && lease != nil:
+			return lease, nil
+		case err == nil:
+			// Free, but not yet given away: the lock-delay.
+			pause.Reset()
+			told = false
+			err = wait.For(ctx, 50*time.Millisecond)
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
+		case errors.Is(err, kv.ErrUnavailable):
+			if !told {
+				s.log.Warn("the lease can't be asked for, so it is tried again and again", "key", key, "error", err)
+				told = true
+			}
+			err = pause.Wait(ctx)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// tryLease waits until nobody holds the lease, and tries to take it once. It returns nil where Consul didn't give it.
+func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*lease, error) {
+	if err := s.awaitFree(ctx, key); err != nil {
+		return nil, err
+	}
+	asked := time.Now()
+	heart, session, err := s.leaseSession(ctx, api.SessionEntry{
+		Name: "kedge lease of " + holder, TTL: ttl.String(), Behavior: api.SessionBehaviorRelease, LockDelay: leaseLockDelay,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var held bool
+	err = s.do(ctx, "take the lease "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
+		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: session}, writeOptions(q))
+		return err
+	})
+	if err != nil || !held {
+		s.destroySession(session)
+		if heart != nil {
+			heart.stop()
+		}
+		return nil, err
+	}
+	l := &lease{store: s, key: s.prefix + key, session: session, heart: heart, ttl: ttl, renewed: asked, done: make(chan struct{})}
+	// The lease outlives the call that waited for it.
+	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+	go l.keep()
+	return l, nil
+}
+
+// leaseSession makes a session that ends soon after its holder's last heartbeat or, where the token may not register the service for
+// that (heart is nil then), with its TTL.
+func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
+	if err = errStrayed; s.strayed.Load() < maxStrayed {
+		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
+	}
+	if err == nil {
+		if session, err = heart.session(ctx, e); err == nil {
+			return heart, session, nil
+		}
+		heart.stop()
+	}
+	s.log.Warn("a lease without a heartbeat: should this process die, another takes over only after up to twice the lease's time", "ttl", e.TTL, "error", err)
+	session, err = s.createSession(ctx, &e)
+	return nil, session, err
+}
+
+// awaitFree returns when no session holds the key.
+func (s *Store) awaitFree(ctx context.Context, key string) error {
+	var index uint64
+	for {
+		var free bool
+		asked := time.Now()
+		err := s.do(ctx, "wait for the lease "+key, watchTimeout, func(q *api.QueryOptions) error {
+			q.WaitIndex, q.WaitTime = index, watchWait
+			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
+			if err != nil {
+				return err
+			}
+			free = pair == nil || pair.Session == ""
+			index = nextIndex(index, meta.LastIndex, time.Since(asked), watchWait)
+			return nil
+		})
+		if err != nil || free {
+			return err
+		}
+		if index == 0 {
+			if err := wait.For(ctx, 50*time.Millisecond); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// lease is a session that holds a key. Consul's own Lock can miss the loss of its lock for minutes.
+type lease struct {
+	store   *Store
+	key     string // with the store's prefix
+	session string
+	heart   *heartbeat // nil: none
+	ttl     time.Duration
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	done   chan struct{} // closed once keep has ended
+
+	mu      sync.Mutex
+	renewed time.Time // when the last request that renewed the session was sent
+}
+
+func (l *lease) Context() context.Context { return l.ctx }
+
+// left is how long the session lives for certain. Consul counts from the request's arrival, so this end comes first.
+func (l *lease) left() time.Duration {
+	l.mu.Lock()
+	left := l.ttl - elapsed(l.renewed)
+	l.mu.Unlock()
+	if l.heart != nil {
+		left = min(left, l.heart.left())
+	}
+	return left
+}
+
+// elapsed is the time since then. The wall clock counts too: the other one stands still while the machine is suspended.
+func elapsed(since time.Time) time.Duration {
+	now := time.Now()
+	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
+}
+
+func (l *lease) expired() bool {
+	if l.left() <= 0 {
+		l.lose()
+	}
+	return l.ctx.Err() != nil
+}
+
+func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
+
+// keep renews the session every third of its TTL until the lease ends, and ends the lease when it is lost or can't
+// be renewed in time.
+func (l *lease) keep() {
+	defer close(l.done)
+	if l.heart != nil {
+		defer l.heart.stop()
+		go l.heart.keep(l.ctx)
+	}
+	next := l.ttl / 3
+	for {
+		// At least once a second the clock is looked at, in case it jumped.
+		if wait.For(l.ctx, min(next, l.left(), time.Second)) != nil {
+			break
+		}
+		if l.expired() {
+			break
+		}
+		if next -= time.Second; next > 0 {
+			continue
+		}
+		asked := time.Now()
+		err := l.check(min(l.left(), l.ttl/3))
+		switch {
+		case err == nil:
+			l.mu.Lock()
+			l.renewed = asked
+			l.mu.Unlock()
+			next = l.ttl / 3
+		case errors.Is(err, kv.ErrLeaseLost):
+			l.lose()
+		case l.ctx.Err() == nil:
+			l.store.log.Warn("the lease could not be renewed", "key", l.key, "left", l.left(), "error", err)
+			next = min(time.Second, l.ttl/10)
+		}
+	}
+	if errors.Is(context.Cause(l.ctx), kv.ErrLeaseLost) {
+		l.store.destroySession(l.session) // it may still hold the key
+	}
+}
+
+// check renews the session and looks whether the key is still its own: anyone who may write the key can unlock it.
+func (l *lease) check(timeout time.Duration) error {
+	err := l.store.renewSession(l.ctx, l.session, timeout)
+	if errors.Is(err, kv.ErrNotFound) {
+		return kv.ErrLeaseLost
+	}
+	if err != nil {
+		return err
+	}
+	return l.store.do(l.ctx, "look at the lease", timeout, func(q *api.QueryOptions) error {
+		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
+		if err == nil && (pair == nil || pair.Session != l.session) {
+			return kv.ErrLeaseLost
+		}
+		return err
+	})
+}
+
+func (l *lease) Release(ctx context.Context) error {
+	l.cancel(context.Canceled)
+	<-l.done
+	// Unlocked first: a session that is destroyed while it holds the key leaves the lock-delay behind.
+	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
+		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
+		if err != nil || pair == nil || pair.Session != l.session {
+			return err
+		}
+		_, _, err = l.store.client.KV().Release(&api.KVPair{Key: l.key, Value: pair.Value, Session: l.session}, writeOptions(q))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	l.store.destroySession(l.session)
+	return nil
+}

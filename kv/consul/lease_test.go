@@ -1,0 +1,273 @@
+package consul_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/consul"
+	"kedge/kv/kvtest"
+)
+
+// The holder is stopped, another takes over, and the holder goes on: it writes nothing any more.
+func TestLeaseOfSleeper(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	s := c.Open("")
+	sleeper := kvtest.StartChild(t, "lease", c.Addr())
+	sleeper.Expect(t, "held")
+	kvtest.Await(t, "the child's first write", func() error { _, err := s.Get(t.Context(), "desired/k"); return err })
+	sleeper.Signal(t, syscall.SIGSTOP)
+	start := time.Now()
+	lease, err := s.Lease(t.Context(), "mirror/lease", "second", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(start)
+	t.Logf("taken over after %v", took)
+	if took > 15*time.Second {
+		t.Errorf("taken over after %v: for the heartbeat's 5 s there was a lock-delay, or the session's time, to wait for", took)
+	}
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", []byte("second"))); err != nil {
+		t.Fatal(err)
+	}
+	sleeper.Signal(t, syscall.SIGCONT)
+	sleeper.Expect(t, "refused")
+	sleeper.Expect(t, "ended: "+kv.ErrLeaseLost.Error())
+	if e, err := s.Get(t.Context(), "desired/k"); err != nil || string(e.Value) != "second" {
+		t.Fatalf("the sleeper wrote: %+v, %v", e, err)
+	}
+	if err := lease.Context().Err(); err != nil {
+		t.Fatalf("the second holder's lease ended: %v", err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The holder of a lease is a service in the catalog, for as long as it holds it.
+func TestLeaseIsAService(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
+	folders(t, c, "mirror/")
+	s := c.Open(c.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: c.Servers[0].Name})))
+	holders := func() int {
+		t.Helper()
+		services, _, err := c.Client().Health().Service(consul.LeaseService, "", true, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(services)
+	}
+	lease, err := s.Lease(t.Context(), kv.MirrorLease, "mirror-1", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := holders(); n != 1 {
+		t.Errorf("%d healthy services while the lease is held", n)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	kvtest.Await(t, "the service is gone", func() error {
+		if n := holders(); n != 0 {
+			return fmt.Errorf("there are %d", n)
+		}
+		return nil
+	})
+}
+
+// A holder that can't renew stops by its clock, before Consul could give the lease to another.
+func TestLeaseEndsByClock(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	f := newFront(t, c)
+	s := open(t, consul.Config{Client: f.config("")})
+	const ttl = 10 * time.Second
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", ttl)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool { // nothing comes back
+		select {
+		case <-r.Context().Done():
+		case <-time.After(2 * ttl):
+		}
+		return true
+	})
+	start := time.Now()
+	select {
+	case <-lease.Context().Done():
+	case <-time.After(ttl + 5*time.Second):
+		t.Fatalf("a lease of %v goes on after %v without a renewal", ttl, time.Since(start))
+	}
+	if cause := context.Cause(lease.Context()); !errors.Is(cause, kv.ErrLeaseLost) {
+		t.Fatalf("it ended because of %v", cause)
+	}
+	held, _, err := c.Client().KV().Get("kedge/mirror/lease", nil)
+	if err != nil || held.Session == "" {
+		t.Errorf("Consul gave it up before its holder did: %+v, %v", held, err)
+	}
+	f.setAnswer(nil)
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
+		t.Fatalf("a commit after the end: %v", err)
+	}
+}
+
+// Trouble that is shorter than the TTL doesn't end the lease, and the session outlives its TTL by being renewed.
+func TestLeaseSurvivesTrouble(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	f := newFront(t, c)
+	s := open(t, consul.Config{Client: f.config("")})
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var renewals, refused atomic.Int64
+	f.setAnswer(func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, "/session/renew/") {
+			return false
+		}
+		if renewals.Add(1) <= 2 {
+			refused.Add(1)
+			return status(500)(w, r)
+		}
+		return false
+	})
+	kvtest.Await(t, "renewals", func() error {
+		if renewals.Load() < 5 {
+			return errors.New("too few")
+		}
+		return nil
+	})
+	if refused.Load() != 2 || lease.Context().Err() != nil {
+		t.Fatalf("after %d refused renewals the lease is %v", refused.Load(), lease.Context().Err())
+	}
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLeaseLost(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "mirror/", "desired/")
+	kvs, s := c.Client().KV(), c.Open("")
+	const key = "kedge/mirror/lease"
+	for name, take := range map[string]func(*api.KVPair) error{
+		"session destroyed": func(p *api.KVPair) error {
+			_, err := c.Client().Session().Destroy(p.Session, nil)
+			return err
+		},
+		"unlocked by hand": func(p *api.KVPair) error {
+			_, _, err := kvs.Release(p, nil)
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, _, err := kvs.Get(key, nil)
+			if err == nil {
+				err = take(p)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Seen without a write, too, and before the clock would end it.
+			select {
+			case <-lease.Context().Done():
+			case <-time.After(9 * time.Second):
+				t.Fatal("the context goes on")
+			}
+			if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); !errors.Is(err, kv.ErrLeaseLost) {
+				t.Fatalf("a commit: %v", err)
+			}
+			if err := lease.Release(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
+	// A plain write by anyone doesn't take it away.
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, c, "mirror/lease", "scribble")
+	if err := s.Commit(t.Context(), lease, kv.Put("desired/k", nil)); err != nil {
+		t.Fatal(err)
+	}
+	if err := lease.Release(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, ttl := range []time.Duration{0, 9 * time.Second, 25 * time.Hour} {
+		if _, err := s.Lease(t.Context(), "mirror/lease", "x", ttl); err == nil || errors.Is(err, kv.ErrUnavailable) {
+			t.Errorf("a ttl of %v: %v", ttl, err)
+		}
+	}
+}
+
+// The leader of Consul dies while a lease is held, and while another waits for it.
+func TestLeaseThroughLeaderLoss(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{Servers: 3, Clients: []string{"mirror-1"}})
+	folders(t, c, "mirror/", "desired/")
+	s := c.Clients[0].Open("")
+	lease, err := s.Lease(t.Context(), "mirror/lease", "first", 15*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second := make(chan kv.Lease, 1)
+	waiting := c.Clients[0].Open("")
+	go func() {
+		l, err := waiting.Lease(t.Context(), "mirror/lease", "second", 15*time.Second)
+		if err != nil {
+			t.Error(err)
+		}
+		second <- l
+	}()
+	c.Leader().Kill()
+	kvtest.Await(t, "a fenced write under the next leader", func() error {
+		err := s.Commit(t.Context(), lease, kv.Put("desired/k", []byte("v")))
+		if err != nil && !errors.Is(err, kv.ErrUnavailable) {
+			t.Fatalf("commit: %v", err)
+		}
+		return err
+	})
+	select {
+	case <-second:
+		t.Fatal("two hold the lease")
+	default:
+	}
+	kvtest.Await(t, "the release", func() error { return lease.Release(t.Context()) })
+	select {
+	case l := <-second:
+		if l == nil {
+			t.FailNow()
+		}
+		if err := l.Release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the lease was not given on")
+	}
+}

@@ -1,0 +1,53 @@
+package consul
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+)
+
+// nodeMaintenance is the check by which Consul keeps a node in maintenance mode; its notes are the reason.
+const nodeMaintenance = "_node_maintenance"
+
+func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
+	if on && !strings.HasPrefix(reason, kv.MaintenanceReason) {
+		return fmt.Errorf("maintenance mode: the reason %q does not begin with %q", reason, kv.MaintenanceReason)
+	}
+	return s.do(ctx, "maintenance mode", requestTimeout, func(q *api.QueryOptions) error {
+		// These calls take no options of their own, so the client gets the token of now, and the time that is left.
+		config := s.config
+		config.Token = q.Token
+		config.HttpClient = &http.Client{Transport: within{q.Context(), s.http.Transport}}
+		client, err := api.NewClient(&config)
+		if err != nil {
+			return err
+		}
+		checks, err := client.Agent().ChecksWithFilterOpts(fmt.Sprintf("CheckID == %q", nodeMaintenance), q)
+		if err != nil {
+			return err
+		}
+		is, found := checks[nodeMaintenance]
+		switch {
+		case on == found, found && !strings.HasPrefix(is.Notes, kv.MaintenanceReason):
+			return nil
+		case on:
+			return client.Agent().EnableNodeMaintenance(reason)
+		}
+		return client.Agent().DisableNodeMaintenance()
+	})
+}
+
+// within ends requests with a context of its own.
+type within struct {
+	ctx  context.Context
+	next http.RoundTripper
+}
+
+func (w within) RoundTrip(r *http.Request) (*http.Response, error) {
+	return w.next.RoundTrip(r.WithContext(w.ctx))
+}

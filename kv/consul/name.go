@@ -1,0 +1,45 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"strings"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+)
+
+func (s *Store) NodeName(ctx context.Context) (string, error) {
+	if !s.local {
+		return "", nil
+	}
+	var self struct{ Config struct{ NodeName string } }
+	err := s.do(ctx, "ask Consul's agent for its name", requestTimeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Raw().Query("/v1/agent/self", &self, q)
+		return err
+	})
+	if errors.Is(err, kv.ErrDenied) && strings.Contains(err.Error(), "ACL not found") {
+		err = fmt.Errorf("%w: %w", kv.ErrTokenUnknown, err)
+	}
+	return self.Config.NodeName, err
+}
+
+// isLocal reports whether an address, as Consul's client takes it, is this machine's own.
+func isLocal(address string) bool {
+	if strings.HasPrefix(address, "unix://") {
+		return true
+	}
+	if !strings.Contains(address, "://") {
+		address = "tcp://" + address
+	}
+	u, err := url.Parse(address)
+	if err != nil {
+		return false
+	}
+	ip := net.ParseIP(u.Hostname())
+	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}

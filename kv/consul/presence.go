@@ -1,0 +1,374 @@
+package consul
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+const (
+	// presenceTTL is for a process whose Consul agent runs on another machine, where that machine's health says nothing.
+	presenceTTL = 30 * time.Second
+	// presenceLockDelay is as good as none: the next holder of an entry is its own writer.
+	presenceLockDelay = time.Millisecond
+	// presencePoll is how often at least a presence looks after its session and entries.
+	presencePoll = 60 * time.Second
+	// takenPoll is how often it looks whether another process still has what it took.
+	takenPoll = 5 * time.Second
+	// earlierAfter is how long the session of a process that was killed is left, once its node has another: by then that has put all
+	// that it has to say in the place of what the old one holds, so that no entry has been without a holder, as if the node were gone.
+	earlierAfter = 30 * time.Second
+)
+
+// presence holds entries by one session. Where the local Consul agent's node has the presence's name, that is tied
+// to the node's health and to a check of the process that is beaten at that agent, and costs the servers nothing while it
+// lives; else, as where the address is a distant server's or the node has no serfHealth check, it has a TTL and is renewed.
+// A node that boots may get its check only later, so each Put asks for it again.
+type presence struct {
+	store *Store
+	name  string
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{}
+	wake   wait.Signal // a session was made that has to be looked after
+
+	// putting keeps Puts, the repair of what they wrote, and Close apart.
+	putting sync.Mutex
+	session string
+	node    string          // whose health the session is tied to, as Consul calls it
+	heart   *heartbeat      // tells that this process lives; nil: none
+	mute    bool            // there can't be one: said already
+	sweep   *time.Timer     // ends what an earlier process left; nil: no session yet
+	joined  uint64          // the store's index when the session was made
+	changed chan struct{}   // closed, and made anew, when joined changes
+	renew   bool            // the session has a TTL
+	early   bool            // for want of a health check of the node
+	mine    map[string]bool // every session that this presence has had
+	held    map[string][]byte
+	taken   map[string]bool // of held, what another process has
+	closed  bool
+}
+
+func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) {
+	if name == "" {
+		return nil, errors.New("presence: the name is empty")
+	}
+	p := &presence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
+		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	go p.keep()
+	return p, nil
+}
+
+func (p *presence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return 0, nil, backend.ErrPresenceClosed
+	}
+	if p.session == "" {
+		if err := p.open(ctx); err != nil {
+			return 0, nil, err
+		}
+	}
+	return p.joined, p.changed, nil
+}
+
+func (p *presence) Leave(key string) {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	delete(p.held, key)
+}
+
+func (p *presence) Put(ctx context.Context, key string, value []byte) error {
+	if err := backend.CheckKey(key); err != nil {
+		return fmt.Errorf("put: %w", err)
+	}
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
+	}
+	if p.early {
+		if err := p.tie(ctx); err != nil {
+			p.store.log.Debug("this node's entries stay with a session that is renewed", "name", p.name, "error", err)
+		}
+	}
+	if err := p.put(ctx, key, value); err != nil {
+		return err
+	}
+	first := len(p.held) == 0
+	p.held[key] = bytes.Clone(value)
+	delete(p.taken, key)
+	if first {
+		p.look()
+	}
+	return nil
+}
+
+// look has keep look after what changed.
+func (p *presence) look() {
+	p.wake.Set()
+}
+
+// tie moves the entries from a session with a TTL to one of the node's health. Where it can't, all stays as it was, or what it
+// moved stays with the new one and the rest is repaired.
+func (p *presence) tie(ctx context.Context) error {
+	old := p.session
+	if old == "" {
+		return nil // the next one is opened as it can be
+	}
+	id, _, err := p.openTied(ctx)
+	if err != nil {
+		return err
+	}
+	p.opened(id, p.joined, false, false)
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, kv.ErrConflict) {
+			return err
+		}
+	}
+	p.store.destroySession(old)
+	return nil
+}
+
+// put writes one entry and holds it, with a new session if the old one is gone.
+func (p *presence) put(ctx context.Context, key string, value []byte) error {
+	for range 4 {
+		if p.session == "" {
+			if err := p.open(ctx); err != nil {
+				return err
+			}
+		}
+		held, err := p.acquire(ctx, key, value)
+		switch {
+		case err != nil && strings.Contains(err.Error(), "invalid session"):
+			p.session = ""
+			continue
+		case err != nil:
+			return err
+		case held:
+			return nil
+		}
+		// Held by this node's process of before, whose session lives as long as the node.
+		switch err := p.evict(ctx, key, value); {
+		case err == nil:
+			return nil
+		case !errors.Is(err, kv.ErrConflict):
+			return err
+		}
+	}
+	return fmt.Errorf("put %s: another process keeps taking it: %w", key, kv.ErrConflict)
+}
+
+func (p *presence) acquire(ctx context.Context, key string, value []byte) (held bool, err error) {
+	s := p.store
+	err = s.do(ctx, "put "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
+		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: p.session}, writeOptions(q))
+		return err
+	})
+	return held, err
+}
+
+// evict takes the entry over from the session that holds it, without a moment in which nobody does. ErrConflict: it holds the entry
+// no more.
+func (p *presence) evict(ctx context.Context, key string, value []byte) error {
+	s := p.store
+	old, err := s.Get(ctx, key)
+	if errors.Is(err, kv.ErrNotFound) {
+		return kv.ErrConflict
+	}
+	if err != nil {
+		return err
+	}
+	if old.Session == "" || old.Session == p.session {
+		// What an ended session held can be taken only after its delay.
+		return cmp.Or(wait.For(ctx, 2*presenceLockDelay), kv.ErrConflict)
+	}
+	return p.swap(ctx, key, old.Value, value, old.Session)
+}
+
+func (p *presence) sessionName() string { return "kedge presence of " + p.name }
+
+// swap takes an entry from another session. ErrConflict: that holds it no more.
+func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
+	s := p.store
+	ops := api.TxnOps{
+		kvOp(&api.KVTxnOp{Verb: api.KVUnlock, Key: s.prefix + key, Value: old, Session: from}),
+		kvOp(&api.KVTxnOp{Verb: api.KVLock, Key: s.prefix + key, Value: value, Session: p.session}),
+	}
+	return s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
+}
+
+// open makes the session.
+func (p *presence) open(ctx context.Context) error {
+	id, joined, err := p.openTied(ctx)
+	if err == nil {
+		p.opened(id, joined, false, false)
+		if p.sweep == nil {
+			p.endEarlier(ctx, p.node, p.mine, 1)
+			p.sweep = time.AfterFunc(p.store.earlierAfter, func() {
+				p.putting.Lock()
+				node, mine := p.node, maps.Clone(p.mine)
+				p.putting.Unlock()
+				p.endEarlier(p.ctx, node, mine, 0)
+			})
+		}
+		return nil
+	}
+	early := errors.Is(err, errNoHealthCheck)
+	if !early && !errors.Is(err, errOtherNode) {
+		return err
+	}
+	e := p.newSession()
+	e.TTL = presenceTTL.String()
+	if id, err = p.store.createSession(ctx, e); err != nil {
+		return err
+	}
+	info, _, err := p.store.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+	if err == nil && info == nil {
+		err = fmt.Errorf("create a session: it is gone already: %w", kv.ErrUnavailable)
+	}
+	if err != nil {
+		p.store.destroySession(id)
+		return err
+	}
+	p.opened(id, info.CreateIndex, true, early)
+	return nil
+}
+
+// endEarlier ends the sessions of this name that processes before this one left when they were killed: they live as long as the node,
+// and so would what they held and this one doesn't, as the entry in a role that the node had. The newest keep are left. Another process
+// of this name that lives makes itself a new one.
+func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
+	var all []*api.SessionEntry
+	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
+		all, _, err = p.store.client.Session().Node(node, consistent(q))
+		return err
+	})
+	if err != nil {
+		p.store.log.Debug("sessions of earlier processes of this node may stay", "name", p.name, "error", err)
+	}
+	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return e.Name != p.sessionName() || mine[e.ID] })
+	slices.SortFunc(all, func(a, b *api.SessionEntry) int { return cmp.Compare(b.CreateIndex, a.CreateIndex) })
+	for _, e := range all[min(keep, len(all)):] {
+		p.store.destroySession(e.ID)
+	}
+}
+
+func (p *presence) newSession() *api.SessionEntry {
+	return &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
+}
+
+// errOtherNode: the Consul agent that answers is another node's, whose health says nothing of this one.
+var errOtherNode = errors.New("the Consul agent is another node's")
+
+// openTied makes a session that lives as long as this node is healthy. errNoHealthCheck and errOtherNode: there can't be one.
+func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err error) {
+	s := p.store
+	if id, err = s.createSession(ctx, p.newSession()); err != nil {
+		return "", 0, err
+	}
+	info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+	switch {
+	case err != nil:
+	case info == nil:
+		err = fmt.Errorf("create a session: it is gone already: %w", kv.ErrUnavailable)
+	case !strings.EqualFold(info.Node, p.name):
+		err = errOtherNode
+	default:
+		p.node = info.Node
+		return p.beating(ctx, id), info.CreateIndex, nil
+	}
+	s.destroySession(id)
+	return "", 0, err
+}
+
+// beating gives a session that also ends when this process does, in place of one of the node's health alone. Where there can't be
+// one it gives back the other: an agent that died is seen to be gone only with its node then.
+func (p *presence) beating(ctx context.Context, plain string) (id string) {
+	s := p.store
+	var err error
+	if p.heart == nil {
+		if p.mute {
+			return plain
+		}
+		var h *heartbeat
+		if h, err = s.startHeartbeat(ctx, presenceHeartbeat); err == nil {
+			p.heart = h
+			go h.keep(p.ctx)
+		}
+	}
+	if err == nil {
+		if id, err = p.heart.session(ctx, *p.newSession()); err == nil {
+			s.destroySession(plain)
+			return id
+		}
+	}
+	if !p.mute && ctx.Err() == nil {
+		p.mute = errors.Is(err, kv.ErrDenied)
+		s.log.Warn("should this process die and its node live, nobody will see it: it can't register its service at the Consul agent",
+			"service", PresenceService, "error", err)
+	}
+	return plain
+}
+
+func (p *presence) opened(id string, joined uint64, renew, early bool) {
+	p.session, p.renew, p.early = id, renew, early
+	p.mine[id] = true
+	if joined != p.joined {
+		p.joined = joined
+		close(p.changed)
+		p.changed = make(chan struct{})
+	}
+	p.look()
+}
+
+func (p *presence) Close(ctx context.Context) error {
+	p.cancel()
+	<-p.done
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	if p.heart != nil {
+		defer p.heart.stop()
+	}
+	if p.sweep != nil && p.sweep.Stop() {
+		p.endEarlier(ctx, p.node, p.mine, 0)
+	}
+	if p.session == "" {
+		return nil
+	}
+	s := p.store
+	var errs []error
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		// Only what is still its own: after a failure of the session the entry may be a later process's.
+		ops := api.TxnOps{
+			kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: s.prefix + key, Session: p.session}),
+			kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: s.prefix + key}),
+		}
+		err := s.do(ctx, "delete "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
+		if err != nil && !errors.Is(err, kv.ErrConflict) {
+			errs = append(errs, err)
+		}
+	}
+	s.destroySession(p.session)
+	return errors.Join(errs...)
+}

@@ -1,0 +1,158 @@
+package consul
+
+import (
+	"bytes"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+)
+
+// keep renews the session where it must be, and repairs what is held when the session or an entry went away: the node
+// was thought dead for a moment, or a snapshot was restored.
+func (p *presence) keep() {
+	defer close(p.done)
+	trouble := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
+	for {
+		p.putting.Lock()
+		session, renew, idle := p.session, p.renew, len(p.held) == 0
+		watched := ""
+		for key := range p.held {
+			if !p.taken[key] && (watched == "" || key < watched) {
+				watched = key
+			}
+		}
+		p.putting.Unlock()
+		if idle {
+			select {
+			case <-p.wake.C():
+				continue
+			case <-p.ctx.Done():
+				return
+			}
+		}
+		var err error
+		if session != "" && watched != "" {
+			err = p.watchEntry(session, watched, renew)
+		} else if session != "" {
+			err = wait.For(p.ctx, takenPoll) // another process has taken all of it
+		}
+		if err == nil {
+			err = p.repair()
+		}
+		pause := 50 * time.Millisecond // a session that comes and goes must not make a busy loop
+		if err == nil {
+			trouble.Reset()
+		} else {
+			pause = trouble.Next()
+		}
+		p.putting.Lock()
+		taken := err == nil && p.session == "" && len(p.held) > 0 // all of it
+		p.putting.Unlock()
+		if taken {
+			select {
+			case <-p.wake.C(): // by a Put
+			case <-time.After(takenPoll):
+			case <-p.ctx.Done():
+				return
+			}
+			continue
+		}
+		if wait.For(p.ctx, pause) != nil {
+			return
+		}
+	}
+}
+
+// watchEntry returns when the entry isn't as it was put, or the session doesn't hold it any more, or after presencePoll. It
+// looks with stale reads, which repair confirms.
+func (p *presence) watchEntry(session, key string, renew bool) error {
+	s, most := p.store, watchWait
+	if renew {
+		most = presenceTTL / 3
+	}
+	var index uint64
+	idle := wait.NewBackoff(5*time.Millisecond, time.Second)
+	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
+		if renew {
+			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, kv.ErrNotFound) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		asked, holds := time.Now(), false
+		err := s.do(p.ctx, "look at "+key, watchTimeout, func(q *api.QueryOptions) error {
+			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, most
+			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
+			if err == nil {
+				holds = pair != nil && pair.Session == session && p.puts(key, pair.Value)
+				index = nextIndex(index, meta.LastIndex, time.Since(asked), most)
+			}
+			return err
+		})
+		if err != nil || !holds {
+			return err
+		}
+		if index == 0 {
+			return wait.For(p.ctx, time.Second) // a restore may have left the session and changed what it holds
+		}
+		if err := idle.Wait(p.ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// puts reports whether value is what was put at key last.
+func (p *presence) puts(key string, value []byte) bool {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	return bytes.Equal(p.held[key], value)
+}
+
+// repair looks at each entry, and puts it again where this presence's session doesn't hold it. An entry that a later
+// process of this node has taken is left to it as long as that lives: else a node whose agent was started twice would be
+// gone once the second ends.
+func (p *presence) repair() error {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	if len(p.held) == 0 {
+		return nil
+	}
+	if p.session != "" {
+		info, _, err := p.store.sessionInfo(p.ctx, p.session, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+		if err != nil {
+			return err
+		}
+		if info == nil {
+			p.store.log.Warn("the session of this node's entries is gone, so they get another", "name", p.name)
+			p.session = ""
+		}
+	}
+	for _, key := range slices.Sorted(maps.Keys(p.held)) {
+		e, err := p.store.Get(p.ctx, key)
+		switch {
+		case err != nil && !errors.Is(err, kv.ErrNotFound):
+			return err
+		case e.Session != "" && e.Session == p.session && bytes.Equal(e.Value, p.held[key]):
+			continue // a restored snapshot brings back what it held earlier, too
+		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
+			if !p.taken[key] {
+				p.store.log.Warn("another process has taken this node's entry, and keeps it while it lives: do two agents have this name?", "key", key)
+			}
+			p.taken[key] = true
+			continue
+		}
+		if err := p.put(p.ctx, key, p.held[key]); err != nil {
+			return err
+		}
+		delete(p.taken, key)
+	}
+	return nil
+}

@@ -1,0 +1,85 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+)
+
+// requestTimeout bounds one request that doesn't block. Consul itself holds a request for up to 7 s while it looks for a leader.
+const requestTimeout = 15 * time.Second
+
+// consistent makes a read that something is decided by: the leader answers only after a majority has
+// confirmed that it leads, and after it has applied its log. A default read is no confirmation. A leader
+// that was just elected answers those while it replays the log, with values long replaced (Consul 1.22:
+// 10 generations in one restart, keys deleted long ago among them).
+func consistent(q *api.QueryOptions) *api.QueryOptions {
+	q.RequireConsistent = true
+	return q
+}
+
+func writeOptions(q *api.QueryOptions) *api.WriteOptions {
+	return (&api.WriteOptions{Token: q.Token}).WithContext(q.Context())
+}
+
+// do makes one request with the token of the moment, and once more if that was refused and the token file holds
+// another by now. A refused request has changed nothing, so this is safe for writes too.
+func (s *Store) do(ctx context.Context, what string, timeout time.Duration, request func(*api.QueryOptions) error) error {
+	token, tokenErr := s.tokens.get()
+	if tokenErr != nil {
+		s.log.Error("the token file can't be used, so the last token stays", "error", tokenErr)
+	}
+	for {
+		reqCtx, cancel := context.WithTimeout(ctx, timeout)
+		err := classify(ctx, request((&api.QueryOptions{Token: token}).WithContext(reqCtx)))
+		cancel()
+		if err == nil {
+			return nil
+		}
+		if errors.Is(err, kv.ErrDenied) {
+			if again := s.tokens.reread(); again != token {
+				token = again
+				continue
+			}
+		}
+		return fmt.Errorf("%s: %w", what, err)
+	}
+}
+
+// classify gives an error of Consul's client the sentinel that says what to do about it.
+func classify(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	for _, known := range []error{kv.ErrNotFound, kv.ErrConflict, kv.ErrDenied, kv.ErrLeaseLost, kv.ErrUnavailable, kv.ErrTooLarge} {
+		if errors.Is(err, known) {
+			return err
+		}
+	}
+	// The client calls a cancelled request retryable, so this comes first.
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	var status api.StatusError
+	if !errors.As(err, &status) {
+		return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
+	}
+	switch status.Code {
+	case http.StatusForbidden, http.StatusUnauthorized:
+		return fmt.Errorf("%w: %w", kv.ErrDenied, err)
+	case http.StatusNotFound:
+		return fmt.Errorf("%w: %w", kv.ErrNotFound, err)
+	case http.StatusRequestEntityTooLarge:
+		return fmt.Errorf("%w: %w", kv.ErrTooLarge, err)
+	case http.StatusBadRequest, http.StatusMethodNotAllowed:
+		return err
+	default: // 429 and 503 limit rates; 500 is mostly a missing leader
+		return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
+	}
+}

@@ -1,0 +1,76 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/kv"
+)
+
+// errNoHealthCheck: the node of the local Consul agent has no serfHealth check that a session could be tied to.
+var errNoHealthCheck = errors.New("the node has no serfHealth check")
+
+// createSession makes a session with a TTL, which hangs on nothing else, or one without, which is tied to the health of
+// the answering Consul agent's node. errNoHealthCheck: that has none, so that the session would live for ever.
+func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
+	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
+		if e.TTL != "" {
+			// One that names no checks carries serfHealth of the server that it was made at, and ends with that server.
+			id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
+			return err
+		}
+		id, _, err = s.client.Session().Create(e, writeOptions(q))
+		if err != nil && strings.Contains(err.Error(), "Missing check") {
+			return errNoHealthCheck
+		}
+		return err
+	})
+	if err == nil && id == "" {
+		err = fmt.Errorf("create a session: Consul gave no name: %w", kv.ErrUnavailable)
+	}
+	return id, err
+}
+
+// destroySession ends a session, as well as it can: what stays behind ends by itself.
+func (s *Store) destroySession(id string) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	err := s.do(ctx, "destroy a session", requestTimeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Session().Destroy(id, writeOptions(q))
+		return err
+	})
+	if err != nil {
+		s.log.Debug("a session stays behind", "session", id, "error", err)
+	}
+}
+
+// renewSession extends a session with a TTL. ErrNotFound: it is gone.
+func (s *Store) renewSession(ctx context.Context, id string, timeout time.Duration) error {
+	return s.do(ctx, "renew a session", timeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Raw().Write("/v1/session/renew/"+id, nil, nil, writeOptions(q))
+		var status api.StatusError
+		if errors.As(err, &status) && status.Code == http.StatusNotFound {
+			return kv.ErrNotFound
+		}
+		return err
+	})
+}
+
+// sessionInfo gives nil for a session that is gone, and the index to wait on.
+func (s *Store) sessionInfo(ctx context.Context, id string, opts api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, index uint64, err error) {
+	err = s.do(ctx, "look at a session", timeout, func(q *api.QueryOptions) error {
+		opts.Token = q.Token
+		var meta *api.QueryMeta
+		if e, meta, err = s.client.Session().Info(id, opts.WithContext(q.Context())); err == nil {
+			index = meta.LastIndex
+		}
+		return err
+	})
+	return e, index, err
+}

@@ -1,0 +1,80 @@
+package consul
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+)
+
+// tokenSource gives the ACL token of the moment. Secrets managers replace the file while kedge runs.
+type tokenSource struct {
+	file string // empty: the token never changes
+
+	mu      sync.Mutex
+	token   string
+	size    int64
+	modTime time.Time
+	failed  bool // the file was no good when it was last looked at; said once
+}
+
+func newTokenSource(token, file string) (*tokenSource, error) {
+	t := &tokenSource{token: token, file: file}
+	if file == "" {
+		return t, nil
+	}
+	if err := t.load(); err != nil {
+		return nil, err
+	}
+	return t, nil
+}
+
+// get gives the token, from the file if that changed. With an error, which each trouble gives once, it is the last
+// good one.
+func (t *tokenSource) get() (string, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.file == "" {
+		return t.token, nil
+	}
+	info, err := os.Stat(t.file)
+	if err == nil && (info.Size() != t.size || !info.ModTime().Equal(t.modTime)) {
+		err = t.load()
+	}
+	if err != nil && !t.failed {
+		t.failed = true
+		return t.token, err
+	}
+	t.failed = err != nil
+	return t.token, nil
+}
+
+// reread gives the token that is in the file now, whether or not the file looks changed.
+func (t *tokenSource) reread() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.file != "" {
+		_ = t.load()
+	}
+	return t.token
+}
+
+func (t *tokenSource) load() error {
+	data, err := os.ReadFile(t.file)
+	if err != nil {
+		return fmt.Errorf("read the token file: %w", err)
+	}
+	token := strings.TrimSpace(string(data))
+	if token == "" {
+		return fmt.Errorf("read the token file %s: %w", t.file, errEmptyToken)
+	}
+	t.token = token
+	if info, err := os.Stat(t.file); err == nil {
+		t.size, t.modTime = info.Size(), info.ModTime()
+	}
+	return nil
+}
+
+var errEmptyToken = errors.New("it is empty, and without a token Consul would show an empty store")

@@ -1,0 +1,149 @@
+package consul
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+const (
+	// watchWait is how long Consul holds a query when nothing changes. It adds up to a sixteenth, which stays under the
+	// 60 s after which most proxies cut, and the client must outwait that and a search for a leader.
+	watchWait    = 55 * time.Second
+	watchTimeout = watchWait*17/16 + 10*time.Second
+	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
+	maxLastContact = 10 * time.Second
+	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away.
+	unavailableLimit = 5 * time.Second
+)
+
+// Watch reads from the leader until it knows the prefix for certain, and then blocks on whichever server answers,
+// which costs the leader nothing and survives its loss. Whatever looks like a step back in such an answer is not
+// believed: it leads to the first read again, which is also how every trouble ends.
+func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
+	if err := backend.CheckPrefix(prefix); err != nil {
+		return fmt.Errorf("watch: %w", err)
+	}
+	v := backend.NewViewer(s.prefix+prefix, s.log, f)
+	unavailable := wait.NewBackoff(50*time.Millisecond, unavailableLimit)
+	denied := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
+	// Answers that come at once and bring nothing must not make a busy loop.
+	idle := wait.NewBackoff(5*time.Millisecond, 250*time.Millisecond)
+	for {
+		l, err := s.certain(ctx, prefix)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		pause := unavailable
+		switch {
+		case err == nil && l.blind():
+			// Blocking on it would wake at every write anywhere, so ask again now and then instead.
+			pause = denied
+			s.adopt(v, prefix, l)
+		case err == nil:
+			denied.Reset()
+			if !slices.EqualFunc(v.View().Entries, l.entries, backend.SameEntry) {
+				idle.Reset()
+			}
+			s.adopt(v, prefix, l)
+			began := time.Now()
+			err := s.follow(ctx, prefix, v, l, idle)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			// A read in between doesn't end the trouble of queries that fail at once.
+			if err == nil || time.Since(began) > unavailableLimit {
+				unavailable.Reset()
+			}
+			if err == nil {
+				continue
+			}
+			v.Fail(err)
+		case errors.Is(err, kv.ErrDenied):
+			pause = denied
+			v.Fail(err)
+		default:
+			v.Fail(err)
+		}
+		if err := pause.Wait(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// adopt takes over an answer: absence only where the folder key vouches for it.
+func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
+	if l.folder && !l.filtered {
+		v.Set(l.entries)
+		return
+	}
+	v.Merge(l.entries, s.absenceError(prefix))
+}
+
+// blind reports whether the answer shows nothing that a blocking query could wait on.
+func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
+
+// certain reads from the leader, without blocking: see consistent.
+func (s *Store) certain(ctx context.Context, prefix string) (listing, error) {
+	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
+}
+
+// follow blocks for changes after an answer that was adopted, and adopts them, until an answer fails (its error) or
+// has to be confirmed by the leader (nil).
+func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, last listing, idle *wait.Backoff) error {
+	for {
+		index := max(last.meta.LastIndex, 1)
+		asked := time.Now()
+		l, err := s.read(ctx, prefix, api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
+		if err != nil {
+			return err
+		}
+		if !l.meta.KnownLeader || l.meta.LastContact > maxLastContact {
+			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, kv.ErrUnavailable)
+		}
+		took := time.Since(asked)
+		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
+			l.blind() || regressed(v.View().Entries, l.entries) {
+			return idle.Wait(ctx)
+		}
+		if slices.EqualFunc(last.entries, l.entries, backend.SameEntry) && took < watchWait {
+			if err := idle.Wait(ctx); err != nil {
+				return err
+			}
+		} else {
+			idle.Reset()
+			s.adopt(v, prefix, l)
+		}
+		last = l
+	}
+}
+
+// nextIndex gives the index to wait on after an answer, or 0, which doesn't wait, where the answer has to be doubted: an
+// index that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
+func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
+	if sent > 0 && (got < sent || got == sent && took < asked) {
+		return 0
+	}
+	return max(got, 1) // below 1 it wouldn't wait
+}
+
+// regressed reports whether a key of old is missing or older in now, both sorted.
+func regressed(old, now []kv.Entry) bool {
+	for _, e := range old {
+		for len(now) > 0 && now[0].Key < e.Key {
+			now = now[1:]
+		}
+		if len(now) == 0 || now[0].Key != e.Key || now[0].Version < e.Version {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,253 @@
+package dir
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments/durable"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+// change is what a commit does to one key. Applying it twice is the same as once.
+type change struct {
+	Key    string
+	Value  []byte `json:",omitempty"`
+	Delete bool   `json:",omitempty"`
+	// Hold is the session that holds the key from now on; Unhold ends that. Neither: as it was.
+	Hold   string `json:",omitempty"`
+	Unhold bool   `json:",omitempty"`
+	// Keep leaves the value alone.
+	Keep bool `json:",omitempty"`
+}
+
+func (d *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error {
+	if err := backend.CheckCommit(ops); err != nil {
+		return err
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	var held *lease
+	if fence != nil {
+		var ok bool
+		if held, ok = fence.(*lease); !ok || held.store.dir != d.dir {
+			return backend.ErrForeignLease
+		}
+	}
+	err := d.writing(ctx, func() error {
+		if held != nil && !held.valid() {
+			held.lose()
+			return kv.ErrLeaseLost
+		}
+		var changes []change
+		for _, op := range ops {
+			c, err := d.decide(op)
+			if err != nil {
+				return err
+			}
+			if c != nil {
+				changes = append(changes, *c)
+			}
+		}
+		return d.commit(changes)
+	})
+	if err != nil {
+		return fmt.Errorf("commit %s: %w", ops[0].Key, err)
+	}
+	return nil
+}
+
+// decide checks an operation's condition, and gives what it changes, if anything.
+func (d *Store) decide(op kv.Op) (*change, error) {
+	var now *fileValue
+	if path, ok := d.find(op.Key); ok {
+		v, err := readValue(path)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		if err == nil {
+			now = &v
+		}
+	}
+	switch op.Kind {
+	case kv.OpCreate:
+		if now != nil {
+			return nil, fmt.Errorf("%w: %s is there", kv.ErrConflict, op.Key)
+		}
+	case kv.OpReplace, kv.OpDeleteIf, kv.OpCheck:
+		if now == nil {
+			return nil, fmt.Errorf("%w: %s is not there", kv.ErrConflict, op.Key)
+		}
+		if now.version != op.Version {
+			return nil, fmt.Errorf("%w: %s has another version", kv.ErrConflict, op.Key)
+		}
+	}
+	switch {
+	case op.Kind == kv.OpCheck:
+		return nil, nil
+	case op.Kind == kv.OpDelete && now == nil:
+		return nil, nil
+	case op.Kind == kv.OpDelete || op.Kind == kv.OpDeleteIf:
+		return &change{Key: op.Key, Delete: true}, nil
+	case now != nil && bytes.Equal(now.value, op.Value):
+		return nil, nil // as in Consul, it wakes nobody
+	}
+	return &change{Key: op.Key, Value: op.Value}, nil
+}
+
+// commit makes all of the changes or none. The caller holds the lock. Several are decided by the journal's rename; from
+// there on whoever takes the lock next finishes them. One alone needs no journal.
+func (d *Store) commit(changes []change) error {
+	if len(changes) > 1 {
+		data, err := json.Marshal(changes)
+		if err != nil {
+			return err
+		}
+		d.step("journal")
+		if err := durable.WriteFileVia(d.path(tempDir), d.path(journalFile), data, 0o644); err != nil {
+			return err
+		}
+		d.step("journalled")
+		return d.finish()
+	}
+	return d.apply(changes)
+}
+
+// finish completes what a killed process left: the commit that the journal holds. The caller holds the lock exclusively, so
+// temporary files are nobody's.
+func (d *Store) finish() error {
+	left, err := os.ReadDir(d.path(tempDir))
+	if err != nil {
+		return err
+	}
+	for _, f := range left {
+		if err := os.Remove(d.path(tempDir + "/" + f.Name())); err != nil {
+			return err
+		}
+	}
+	data, err := os.ReadFile(d.path(journalFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var changes []change
+	if err := json.Unmarshal(data, &changes); err != nil {
+		// It was renamed into place whole, so this is no crash's doing. Moving it away keeps the evidence.
+		d.log.Error("the journal can't be read, so it is set aside", "error", err)
+		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
+	}
+	if err := d.apply(changes); err != nil {
+		return fmt.Errorf("finish a commit: %w", err)
+	}
+	d.step("forget the journal")
+	if err := os.Remove(d.path(journalFile)); err != nil {
+		return err
+	}
+	return durable.SyncDir(d.path(metaDir))
+}
+
+// apply puts changes in place, one after the other, and is done when they are on disk.
+func (d *Store) apply(changes []change) error {
+	staged, err := d.stage(changes)
+	if err != nil {
+		return err
+	}
+	touched := map[string]bool{}
+	for i, c := range changes {
+		d.step("apply " + c.Key)
+		if err := d.applyHold(c); err != nil {
+			return err
+		}
+		switch {
+		case c.Delete:
+			for path, ok := d.find(c.Key); ok; path, ok = d.find(c.Key) {
+				if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					return err
+				}
+				touched[filepath.Dir(path)] = true
+			}
+		case staged[i] != "":
+			path, err := d.place(c.Key)
+			if err != nil {
+				return err
+			}
+			if err := os.Rename(staged[i], path); err != nil {
+				return err
+			}
+			touched[filepath.Dir(path)] = true
+		}
+	}
+	var group errgroup.Group
+	for dir := range touched {
+		group.Go(func() error { return durable.SyncDir(dir) })
+	}
+	return group.Wait()
+}
+
+// stage writes the values that differ from what is there to temporary files, side by side, since each waits for
+// the disk. It gives their names, empty where there is nothing to write.
+func (d *Store) stage(changes []change) ([]string, error) {
+	staged := make([]string, len(changes))
+	var group errgroup.Group
+	group.SetLimit(16)
+	for i, c := range changes {
+		if c.Delete || c.Keep {
+			continue
+		}
+		group.Go(func() error {
+			if path, ok := d.find(c.Key); ok {
+				if now, err := readValue(path); err == nil && bytes.Equal(now.value, c.Value) {
+					return nil
+				}
+			}
+			f, err := os.CreateTemp(d.path(tempDir), "value-")
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			staged[i] = f.Name()
+			if _, err := f.Write(c.Value); err != nil {
+				return err
+			}
+			if err := f.Chmod(0o644); err != nil {
+				return err
+			}
+			return f.Sync()
+		})
+	}
+	return staged, group.Wait()
+}
+
+// applyHold notes who holds the key. That need not survive a power cut, as no session does.
+func (d *Store) applyHold(c change) error {
+	path := d.path(heldDir + "/" + heldName(c.Key))
+	if c.Unhold || c.Delete {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	if c.Hold == "" {
+		return nil
+	}
+	if now, err := os.ReadFile(path); err == nil && string(now) == c.Hold {
+		return nil
+	}
+	temp := d.path(tempDir + "/held")
+	if err := os.WriteFile(temp, []byte(c.Hold), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(temp, path)
+}

@@ -1,0 +1,155 @@
+package dir
+
+import (
+	"encoding/binary"
+	"hash/fnv"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"kedge/deployments"
+	"kedge/deployments/durable"
+	"kedge/kv"
+)
+
+// fileValue is one value's file.
+type fileValue struct {
+	value   []byte
+	version uint64
+	modTime time.Time
+}
+
+// readValue reads a file, at most as much as Consul would take for a value. The version is made of what the file holds and what
+// the file system says about it, since people who edit it keep no count.
+func readValue(path string) (fileValue, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return fileValue{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return fileValue{}, err
+	}
+	value, err := io.ReadAll(io.LimitReader(f, maxFileValue+1))
+	if err != nil {
+		return fileValue{}, err
+	}
+	h := fnv.New64a()
+	var stat [16]byte
+	binary.LittleEndian.PutUint64(stat[:8], uint64(info.ModTime().UnixNano()))
+	if sys, ok := info.Sys().(*syscall.Stat_t); ok {
+		binary.LittleEndian.PutUint64(stat[8:], sys.Ino)
+	}
+	h.Write(stat[:])
+	h.Write(value)
+	return fileValue{value: value, version: max(h.Sum64(), 1), modTime: info.ModTime()}, nil
+}
+
+// find gives the file of a key that has a value.
+func (d *Store) find(key string) (string, bool) {
+	var in func(dir string, parts []string) (string, bool)
+	in = func(dir string, parts []string) (string, bool) {
+		path := filepath.Join(dir, parts[0])
+		if len(parts) == 1 {
+			info, err := os.Lstat(path)
+			return path, err == nil && info.Mode().IsRegular()
+		}
+		for _, folder := range []string{path, path + "@"} {
+			if isDir(folder) {
+				if found, ok := in(folder, parts[1:]); ok {
+					return found, true
+				}
+			}
+		}
+		return "", false
+	}
+	return in(d.dir, strings.Split(key, "/"))
+}
+
+// place gives the file that a key is to be written to, and makes room for it.
+func (d *Store) place(key string) (string, error) {
+	if path, ok := d.find(key); ok {
+		return path, nil
+	}
+	dir, parts := d.dir, strings.Split(key, "/")
+	for i := range parts[:len(parts)-1] {
+		var err error
+		if dir, err = d.enter(dir, parts[:i+1]); err != nil {
+			return "", err
+		}
+	}
+	path := filepath.Join(dir, parts[len(parts)-1])
+	if isDir(path) {
+		d.step("make room for " + key)
+		if err := moveAside(path, path+"@"); err != nil {
+			return "", err
+		}
+	}
+	return path, nil
+}
+
+// enter gives the directory in dir that is to hold what lies below the key of these parts, and makes it if it is missing.
+func (d *Store) enter(dir string, parts []string) (string, error) {
+	plain := filepath.Join(dir, parts[len(parts)-1])
+	marked := plain + "@"
+	if isDir(marked) {
+		return marked, nil
+	}
+	if isDir(plain) {
+		return plain, nil
+	}
+	made := plain
+	if _, err := os.Lstat(plain); err == nil || holdsValue(parts) {
+		made = marked
+	}
+	if err := os.Mkdir(made, 0o755); err != nil {
+		return "", err
+	}
+	return made, durable.SyncDir(dir)
+}
+
+// holdsValue tells of the keys that have both a value and keys below them: the pins of units and of their nodes.
+func holdsValue(parts []string) bool {
+	return len(parts) == 4 && parts[0]+"/" == kv.PinsPrefix
+}
+
+// moveAside moves all of a directory into another, which may be there already.
+func moveAside(from, to string) error {
+	if !isDir(to) {
+		return os.Rename(from, to)
+	}
+	files, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		src, dst := filepath.Join(from, f.Name()), filepath.Join(to, f.Name())
+		if f.IsDir() && isDir(dst) {
+			err = moveAside(src, dst)
+		} else {
+			err = os.Rename(src, dst)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return os.Remove(from)
+}
+
+// ignoredFile tells of names that are no part of a key: hidden files, and what editors leave beside what they edit.
+func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
+
+// there reports whether the store's directory is. It may be a link, which one below it may not.
+func (d *Store) there() bool {
+	info, err := os.Stat(d.dir)
+	return err == nil && info.IsDir()
+}
+
+func isDir(path string) bool {
+	info, err := os.Lstat(path)
+	return err == nil && info.IsDir()
+}

@@ -1,0 +1,128 @@
+package dir
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+// leasePoll is how often a lease is looked after, and how soon a waiting process sees that one is free.
+const leasePoll = 200 * time.Millisecond
+
+// Lease is held for as long as its process lives and lets it: an end by the clock would protect from nothing here, as
+// a process that sleeps keeps its flock and every commit looks at it.
+func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
+	if err := backend.CheckKey(key); err != nil {
+		return nil, fmt.Errorf("lease: %w", err)
+	}
+	if ttl <= 0 {
+		return nil, fmt.Errorf("lease %s: a ttl of %v", key, ttl)
+	}
+	value, err := json.Marshal(kv.LeaseHolder{Holder: holder})
+	if err != nil {
+		return nil, fmt.Errorf("lease %s: %w", key, err)
+	}
+	for {
+		var session *session
+		err := d.writing(ctx, func() error {
+			if d.holder(key) != "" {
+				return nil
+			}
+			s, err := d.openSession("lease of " + holder)
+			if err != nil {
+				return err
+			}
+			if err := d.commit([]change{{Key: key, Value: value, Hold: s.id}}); err != nil {
+				s.close()
+				return err
+			}
+			session = s
+			return nil
+		})
+		if err != nil && !errors.Is(err, kv.ErrUnavailable) {
+			return nil, fmt.Errorf("lease %s: %w", key, err)
+		}
+		if session != nil {
+			l := &lease{store: d, key: key, session: session, done: make(chan struct{})}
+			l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
+			go l.keep()
+			return l, nil
+		}
+		if err := wait.For(ctx, leasePoll); err != nil {
+			return nil, err
+		}
+	}
+}
+
+type lease struct {
+	store   *Store
+	key     string
+	session *session
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	done   chan struct{}
+}
+
+func (l *lease) Context() context.Context { return l.ctx }
+
+func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
+
+// valid reports whether the lease holds its key. Anyone who may write the files can end that, as in Consul by
+// deleting the key.
+func (l *lease) valid() bool {
+	if l.ctx.Err() != nil || !l.session.valid() {
+		return false
+	}
+	id, err := os.ReadFile(l.store.path(heldDir + "/" + heldName(l.key)))
+	if err != nil || string(id) != l.session.id {
+		return false
+	}
+	_, ok := l.store.find(l.key)
+	return ok
+}
+
+// keep watches that the lease is its own still.
+func (l *lease) keep() {
+	defer close(l.done)
+	for wait.For(l.ctx, leasePoll) == nil {
+		valid := true
+		// Under the lock, so that a write in progress can't look like a loss.
+		err := l.store.reading(l.ctx, func() error {
+			valid = l.valid()
+			return nil
+		})
+		if err == nil && !valid || errors.Is(err, kv.ErrUnavailable) && !l.store.there() {
+			l.lose()
+		}
+	}
+	if errors.Is(context.Cause(l.ctx), kv.ErrLeaseLost) {
+		l.session.close()
+	}
+}
+
+func (l *lease) Release(ctx context.Context) error {
+	l.cancel(context.Canceled)
+	<-l.done
+	if errors.Is(context.Cause(l.ctx), kv.ErrLeaseLost) {
+		return nil
+	}
+	defer l.session.close()
+	err := l.store.writing(ctx, func() error {
+		if l.store.holder(l.key) != l.session.id {
+			return nil
+		}
+		return l.store.commit([]change{{Key: l.key, Keep: true, Unhold: true}})
+	})
+	if err != nil {
+		return fmt.Errorf("release the lease %s: %w", l.key, err)
+	}
+	return nil
+}

@@ -1,0 +1,126 @@
+package dir
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+)
+
+// writing runs f while nobody reads or commits, after finishing what a killed process left.
+func (d *Store) writing(ctx context.Context, f func() error) error {
+	unlock, err := d.lock(ctx, unix.LOCK_EX)
+	if err != nil {
+		return d.classify(ctx, err)
+	}
+	defer unlock()
+	if err := d.finish(); err != nil {
+		return d.classify(ctx, err)
+	}
+	return d.classify(ctx, f())
+}
+
+// reading runs f while nobody commits.
+func (d *Store) reading(ctx context.Context, f func() error) error {
+	for {
+		unlock, err := d.lock(ctx, unix.LOCK_SH)
+		if err != nil {
+			return d.classify(ctx, err)
+		}
+		_, err = os.Lstat(d.path(journalFile))
+		if errors.Is(err, fs.ErrNotExist) {
+			err = f()
+			unlock()
+			return d.classify(ctx, err)
+		}
+		unlock()
+		if err != nil {
+			return d.classify(ctx, err)
+		}
+		if err := d.writing(ctx, func() error { return nil }); err != nil {
+			return err
+		}
+	}
+}
+
+// lockTimeout is how long a stopped process that holds the lock is waited for.
+const lockTimeout = 15 * time.Second
+
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies. It waits for a process that
+// is stopped while it has the lock no longer than for a Consul that doesn't answer.
+func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
+	pause := time.Millisecond
+	for began := time.Now(); ; {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
+		if errors.Is(err, fs.ErrNotExist) && d.there() {
+			// Somebody removed the directory of ours, not the store's.
+			if err := d.makeMeta(); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		if err == nil && sameFile(f, d.path(lockFile)) {
+			// A cleaner of what is old and empty may have been here.
+			if err := d.makeMeta(); err != nil {
+				f.Close()
+				return nil, err
+			}
+			return func() { f.Close() }, nil
+		}
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, fmt.Errorf("lock the store: %w", err)
+		}
+		if time.Since(began) > lockTimeout {
+			return nil, fmt.Errorf("lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
+				d.path(lockFile), lockTimeout, kv.ErrUnavailable)
+		}
+		if wait.For(ctx, pause) != nil {
+			return nil, ctx.Err()
+		}
+		pause = min(2*pause, 20*time.Millisecond)
+	}
+}
+
+// sameFile reports whether path still names the open file.
+func sameFile(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}
+
+// classify gives an error of the file system the sentinel that says what to do about it.
+func (d *Store) classify(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		return err
+	}
+	for _, known := range []error{kv.ErrNotFound, kv.ErrConflict, kv.ErrDenied, kv.ErrLeaseLost, kv.ErrUnavailable, kv.ErrTooLarge} {
+		if errors.Is(err, known) {
+			return err
+		}
+	}
+	switch {
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, syscall.EROFS):
+		return fmt.Errorf("%w: %w", kv.ErrDenied, err)
+	default:
+		return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
+	}
+}

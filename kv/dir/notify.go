@@ -1,0 +1,110 @@
+package dir
+
+import (
+	"log/slog"
+	"path/filepath"
+	"sync"
+
+	"github.com/fsnotify/fsnotify"
+
+	"kedge/deployments/wait"
+)
+
+// notifier tells the watches of a directory store of changes by one inotify instance: the kernel gives a user 128 of them, for all
+// that they run.
+type notifier struct {
+	log     *slog.Logger
+	ignored func(path string) bool
+
+	mu      sync.Mutex
+	watcher *fsnotify.Watcher // nil: nobody asks
+	asking  map[*subscription]bool
+}
+
+// subscription are the changes in some directories that one watch asks for.
+type subscription struct {
+	n *notifier
+	// signal is set when something changed, or events were lost.
+	signal wait.Signal
+	dirs   map[string]bool // n.mu's
+}
+
+// ask begins without a directory. An error means that nothing can be notified here.
+func (n *notifier) ask() (*subscription, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.watcher == nil {
+		w, err := fsnotify.NewWatcher()
+		if err != nil {
+			return nil, err
+		}
+		n.watcher, n.asking = w, map[*subscription]bool{}
+		go n.tell(w)
+	}
+	c := &subscription{n: n, signal: wait.NewSignal(), dirs: map[string]bool{}}
+	n.asking[c] = true
+	return c, nil
+}
+
+// tell passes events on until the watcher is closed.
+func (n *notifier) tell(w *fsnotify.Watcher) {
+	for {
+		select {
+		case e, ok := <-w.Events:
+			if !ok {
+				return
+			}
+			if e.Op != fsnotify.Chmod && !n.ignored(e.Name) {
+				n.poke(func(c *subscription) bool { return c.dirs[filepath.Dir(e.Name)] || c.dirs[e.Name] })
+			}
+		case err, ok := <-w.Errors:
+			if !ok {
+				return
+			}
+			n.log.Debug("changes of the store's directory were not notified", "error", err)
+			n.poke(func(*subscription) bool { return true })
+		}
+	}
+}
+
+func (n *notifier) poke(which func(*subscription) bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for c := range n.asking {
+		if !which(c) {
+			continue
+		}
+		c.signal.Set()
+	}
+}
+
+// in asks for the changes in a directory, also one that was made anew. An error is the kernel's.
+func (c *subscription) in(dir string) error {
+	c.n.mu.Lock()
+	c.dirs[dir] = true
+	w := c.n.watcher
+	c.n.mu.Unlock()
+	return w.Add(dir)
+}
+
+// end stops asking.
+func (c *subscription) end() {
+	n := c.n
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.asking, c)
+	if len(n.asking) == 0 {
+		n.watcher.Close()
+		n.watcher = nil
+		return
+	}
+	for dir := range c.dirs {
+		wanted := false
+		for other := range n.asking {
+			wanted = wanted || other.dirs[dir]
+		}
+		if !wanted {
+			_ = n.watcher.Remove(dir) // it may be gone
+		}
+	}
+}

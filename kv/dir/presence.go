@@ -1,0 +1,197 @@
+package dir
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+// presenceLook is how often a presence looks after its entries.
+const presenceLook = time.Second
+
+// presence holds entries by the life of this process: all of a machine's kedge processes use one directory.
+type presence struct {
+	store *Store
+	name  string
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{} // closed once keep has ended
+
+	mu      sync.Mutex
+	session *session
+	joined  uint64        // when the session was opened, in nanoseconds
+	changed chan struct{} // closed, and made anew, when joined changes
+	held    map[string][]byte
+	closed  bool
+}
+
+func (d *Store) Presence(ctx context.Context, name string) (kv.Presence, error) {
+	if name == "" {
+		return nil, errors.New("presence: the name is empty")
+	}
+	p := &presence{store: d, name: name, held: map[string][]byte{}, done: make(chan struct{}), changed: make(chan struct{})}
+	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	go p.keep()
+	return p, nil
+}
+
+func (p *presence) Put(ctx context.Context, key string, value []byte) error {
+	if err := backend.CheckKey(key); err != nil {
+		return fmt.Errorf("put: %w", err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
+	}
+	err := p.store.writing(ctx, func() error {
+		lost := p.lost()
+		lost[key] = value
+		return p.put(lost)
+	})
+	if err != nil {
+		return fmt.Errorf("put %s: %w", key, err)
+	}
+	p.held[key] = bytes.Clone(value)
+	return nil
+}
+
+func (p *presence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return 0, nil, backend.ErrPresenceClosed
+	}
+	err := p.store.writing(ctx, p.open)
+	if err != nil {
+		return 0, nil, fmt.Errorf("join as %s: %w", p.name, err)
+	}
+	return p.joined, p.changed, nil
+}
+
+func (p *presence) Leave(key string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.held, key)
+}
+
+// open makes a session where there is none that counts. The caller holds the store's lock.
+func (p *presence) open() error {
+	if p.session != nil && p.session.valid() {
+		return nil
+	}
+	if p.session != nil {
+		p.session.close()
+		p.session = nil
+	}
+	s, err := p.store.openSession("presence of " + p.name)
+	if err != nil {
+		return err
+	}
+	p.session, p.joined = s, uint64(time.Now().UnixNano())
+	close(p.changed)
+	p.changed = make(chan struct{})
+	return nil
+}
+
+// put writes entries and holds them, with a new session if the old one is gone. The caller holds the store's lock.
+func (p *presence) put(entries map[string][]byte) error {
+	if err := p.open(); err != nil {
+		return err
+	}
+	var changes []change
+	for _, k := range slices.Sorted(maps.Keys(entries)) {
+		changes = append(changes, change{Key: k, Value: entries[k], Hold: p.session.id})
+	}
+	return p.store.commit(changes)
+}
+
+// lost gives the entries that aren't as they were put, and forgets those that another process has taken.
+func (p *presence) lost() map[string][]byte {
+	lost := map[string][]byte{}
+	for key, value := range p.held {
+		switch holder := p.store.holder(key); {
+		case holder == "":
+			lost[key] = value
+		case p.session == nil || holder != p.session.id:
+			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
+			delete(p.held, key)
+		default:
+			path, ok := p.store.find(key)
+			if now, err := readValue(path); !ok || err != nil || !bytes.Equal(now.value, value) {
+				lost[key] = value
+			}
+		}
+	}
+	return lost
+}
+
+// keep puts again what was lost: a file was removed by hand, or the whole directory was, and came back as it was earlier.
+func (p *presence) keep() {
+	defer close(p.done)
+	for wait.For(p.ctx, presenceLook) == nil {
+		if err := p.repair(); err != nil {
+			p.store.log.Debug("this node's entries can't be looked after", "name", p.name, "error", err)
+		}
+	}
+}
+
+func (p *presence) repair() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.held) == 0 {
+		return nil
+	}
+	whole := false
+	err := p.store.reading(p.ctx, func() error {
+		whole = len(p.lost()) == 0
+		return nil
+	})
+	if err != nil || whole {
+		return err
+	}
+	return p.store.writing(p.ctx, func() error {
+		if lost := p.lost(); len(lost) > 0 {
+			return p.put(lost)
+		}
+		return nil
+	})
+}
+
+func (p *presence) Close(ctx context.Context) error {
+	p.cancel()
+	<-p.done
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	if p.session == nil {
+		return nil
+	}
+	defer p.session.close()
+	err := p.store.writing(ctx, func() error {
+		var changes []change
+		for _, key := range slices.Sorted(maps.Keys(p.held)) {
+			if p.store.holder(key) == p.session.id {
+				changes = append(changes, change{Key: key, Delete: true})
+			}
+		}
+		return p.store.commit(changes)
+	})
+	if err != nil {
+		return fmt.Errorf("delete the entries of %s: %w", p.name, err)
+	}
+	return nil
+}

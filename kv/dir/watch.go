@@ -1,0 +1,83 @@
+package dir
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/kv"
+	"kedge/kv/internal/backend"
+)
+
+const (
+	// sessionPoll is how often a watch looks whether the processes that hold its entries live: a flock that ends tells nobody.
+	sessionPoll = 500 * time.Millisecond
+	// safetyPoll is for file systems whose changes aren't notified, like network ones.
+	safetyPoll = 5 * time.Second
+	// troublePoll is how often a watch tries again to read a store that it couldn't, and blindPoll how often it reads
+	// where it can't be notified at all.
+	troublePoll = 250 * time.Millisecond
+	blindPoll   = 200 * time.Millisecond
+)
+
+func (d *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
+	if err := backend.CheckPrefix(prefix); err != nil {
+		return fmt.Errorf("watch: %w", err)
+	}
+	v := backend.NewViewer(filepath.Join(d.dir, prefix), d.log, f)
+	var changed <-chan struct{} // nil: nothing is notified
+	visit := func(string) {}
+	changes, err := d.notifier.ask()
+	if err != nil {
+		d.log.Warn("the directory is polled, as its changes can't be notified", "dir", d.dir, "error", err)
+	} else {
+		defer changes.end()
+		changed = changes.signal.C()
+		visit = func(dir string) {
+			if err := changes.in(dir); err != nil {
+				d.log.Debug("a directory can't be watched", "dir", dir, "error", err)
+			}
+		}
+	}
+	for ctx.Err() == nil {
+		visit(d.path(heldDir))
+		s, err := d.scan(ctx, prefix, visit)
+		if ctx.Err() != nil {
+			break
+		}
+		poll := safetyPoll
+		if changed == nil {
+			poll = blindPoll
+		}
+		switch {
+		case err != nil:
+			v.Fail(fmt.Errorf("watch %s: %w", prefix, err))
+			poll = troublePoll
+		case s.unsteady:
+			poll = 5 * time.Millisecond
+		default:
+			v.Set(s.entries)
+			if slices.ContainsFunc(s.entries, func(e kv.Entry) bool { return e.Session != "" }) {
+				poll = min(poll, sessionPoll)
+			}
+		}
+		t := time.NewTimer(poll)
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-t.C:
+		}
+		t.Stop()
+	}
+	return ctx.Err()
+}
+
+func (d *Store) ignoredEvent(path string) bool {
+	if filepath.Dir(path) == d.path(heldDir) || path == d.dir {
+		return false
+	}
+	return ignoredFile(strings.TrimSuffix(filepath.Base(path), "@"))
+}

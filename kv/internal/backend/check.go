@@ -1,0 +1,84 @@
+// Package backend holds what every implementation of kv.Store shares: the checks of arguments, and what a watch knows.
+package backend
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// maxCommitBytes bounds the keys and values of one Commit as Consul counts them: a transaction takes 512 KiB of JSON,
+// with the values in base64.
+const maxCommitBytes = 500 << 10
+
+// CheckKey accepts what names one key in both stores.
+func CheckKey(key string) error {
+	for s := range strings.SplitSeq(key, "/") {
+		if err := deployments.CheckSegment("a part of the key", s); err != nil {
+			return fmt.Errorf("bad key %q: %w", key, err)
+		}
+	}
+	return nil
+}
+
+// CheckPrefix accepts "" and what ends in "/".
+func CheckPrefix(prefix string) error {
+	if prefix == "" {
+		return nil
+	}
+	folder, ok := strings.CutSuffix(prefix, "/")
+	if !ok {
+		return fmt.Errorf(`bad prefix %q: want one that ends in "/"`, prefix)
+	}
+	return CheckKey(folder)
+}
+
+// CheckCommit accepts what both stores can apply at once.
+func CheckCommit(ops []kv.Op) error {
+	seen := make(map[string]bool, len(ops))
+	cost, size := 0, 0
+	for _, op := range ops {
+		if err := CheckKey(op.Key); err != nil {
+			return fmt.Errorf("commit: %w", err)
+		}
+		if seen[op.Key] {
+			return fmt.Errorf("commit: the key %s is there twice", op.Key)
+		}
+		seen[op.Key] = true
+		switch op.Kind {
+		case kv.OpPut, kv.OpCreate, kv.OpDelete:
+		case kv.OpReplace, kv.OpDeleteIf, kv.OpCheck:
+			if op.Version == 0 {
+				// To Consul a version of 0 would mean "absent".
+				return fmt.Errorf("commit %s: the version is 0, which no key has: %w", op.Key, kv.ErrConflict)
+			}
+		default:
+			return fmt.Errorf("commit %s: unknown operation %d", op.Key, op.Kind)
+		}
+		cost += op.Cost()
+		size += 128 + len(op.Key) + (len(op.Value)+2)/3*4
+	}
+	if cost > kv.MaxOps {
+		return fmt.Errorf("commit %d operations, of which %d are allowed: %w", cost, kv.MaxOps, kv.ErrTooLarge)
+	}
+	if size > maxCommitBytes {
+		return fmt.Errorf("commit %d KiB, of which %d are allowed: %w", size>>10, maxCommitBytes>>10, kv.ErrTooLarge)
+	}
+	return nil
+}
+
+// SortEntries sorts entries by key.
+func SortEntries(entries []kv.Entry) {
+	slices.SortFunc(entries, func(a, b kv.Entry) int { return cmp.Compare(a.Key, b.Key) })
+}
+
+// ErrForeignLease is a programmer's mistake, caught before it makes an unfenced write.
+var ErrForeignLease = errors.New("commit: the lease belongs to another store")
+
+// ErrPresenceClosed is a programmer's mistake: the presence was asked for something after its Close.
+var ErrPresenceClosed = errors.New("the presence is closed")

@@ -1,0 +1,92 @@
+package backend
+
+import (
+	"bytes"
+	"errors"
+	"log/slog"
+	"slices"
+	"time"
+
+	"kedge/kv"
+)
+
+// Viewer keeps what a watch knows, and tells f when that changes.
+type Viewer struct {
+	f      func(kv.View)
+	log    *slog.Logger
+	prefix string
+
+	view  kv.View
+	shown bool
+}
+
+func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
+	return &Viewer{f: f, log: log, prefix: prefix}
+}
+
+// View returns what is known.
+func (v *Viewer) View() kv.View { return v.view }
+
+// Set adopts entries that were read for certain. They are sorted.
+func (v *Viewer) Set(entries []kv.Entry) {
+	changed := !v.view.Settled || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
+	v.view.Settled = true
+	v.update(entries, changed, nil)
+}
+
+// Merge adopts entries of an answer that says nothing about those that are missing in it, and why.
+func (v *Viewer) Merge(entries []kv.Entry, err error) {
+	known := make(map[string]bool, len(entries))
+	for _, e := range entries {
+		known[e.Key] = true
+	}
+	for _, e := range v.view.Entries {
+		if !known[e.Key] {
+			entries = append(entries, e)
+		}
+	}
+	SortEntries(entries)
+	v.update(entries, !slices.EqualFunc(v.view.Entries, entries, SameEntry), err)
+}
+
+// Fail keeps what is known, and says why it may be out of date.
+func (v *Viewer) Fail(err error) { v.update(v.view.Entries, false, err) }
+
+func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
+	old := v.view.Err
+	v.view.Entries = entries
+	if (old == nil) != (err == nil) || v.view.Since.IsZero() {
+		v.view.Since = time.Now()
+	}
+	v.view.Err = err
+	if v.shown && !changed && sameTrouble(old, err) {
+		return
+	}
+	switch {
+	case err != nil && !sameTrouble(old, err):
+		v.log.Warn("the view of the store may be out of date", "prefix", v.prefix, "error", err)
+	case err == nil && old != nil:
+		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)
+	}
+	v.shown = true
+	shown := v.view
+	shown.Entries = slices.Clone(entries)
+	for i := range shown.Entries {
+		shown.Entries[i].Value = bytes.Clone(shown.Entries[i].Value)
+	}
+	v.f(shown)
+}
+
+func SameEntry(a, b kv.Entry) bool {
+	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
+}
+
+// sameTrouble tells whether two errors call for the same of a caller; their texts may differ with every attempt.
+func sameTrouble(a, b error) bool {
+	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
+		if errors.Is(a, kind) != errors.Is(b, kind) {
+			return false
+		}
+	}
+	return (a == nil) == (b == nil)
+}

@@ -1,0 +1,158 @@
+package kvtest
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/kv"
+)
+
+// childEnv makes the test's program a process of its own, which tests stop and kill.
+const childEnv = "KEDGE_KV_TEST_CHILD"
+
+// Job is what a child process does.
+type Job func(ctx context.Context, args []string) error
+
+// Main is a package's TestMain. It runs its tests or, in a process that StartChild began, a job.
+func Main(m *testing.M, jobs map[string]Job) {
+	if name := os.Getenv(childEnv); name != "" {
+		job := jobs[name]
+		if job == nil {
+			job = func(context.Context, []string) error { return fmt.Errorf("no job %q", name) }
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+		defer cancel()
+		if err := job(ctx, os.Args[1:]); err != nil {
+			fmt.Println("failed:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	// Most of these tests wait for a Consul's clock and not for a processor.
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		panic(err)
+	}
+	os.Exit(m.Run())
+}
+
+// LeaseJob takes the lease of the store that open opens, and writes under it until that fails for good.
+func LeaseJob(open func(where string) (kv.Store, error)) Job {
+	return func(ctx context.Context, args []string) error {
+		s, err := open(args[0])
+		if err != nil {
+			return err
+		}
+		l, err := s.Lease(ctx, "mirror/lease", "child", 10*time.Second)
+		if err != nil {
+			return err
+		}
+		fmt.Println("held")
+		for n := 0; ; n++ {
+			err := s.Commit(ctx, l, kv.Put("desired/k", fmt.Append(nil, "child ", n)))
+			if errors.Is(err, kv.ErrLeaseLost) {
+				fmt.Println("refused")
+				<-l.Context().Done()
+				fmt.Println("ended:", context.Cause(l.Context()))
+				return nil
+			}
+			if err != nil && !errors.Is(err, kv.ErrUnavailable) {
+				return err
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+}
+
+// PresenceJob holds an entry in the store that open opens, by the name of the second argument or "child".
+func PresenceJob(open func(where string) (kv.Store, error)) Job {
+	return func(ctx context.Context, args []string) error {
+		s, err := open(args[0])
+		if err != nil {
+			return err
+		}
+		name := "child"
+		if len(args) > 1 {
+			name = args[1]
+		}
+		p, err := s.Presence(ctx, name)
+		if err == nil {
+			err = p.Put(ctx, "status/prod/web/"+name, []byte("ready"))
+		}
+		if err != nil {
+			return err
+		}
+		fmt.Println("held")
+		<-ctx.Done()
+		return nil
+	}
+}
+
+// Child is another kedge process.
+type Child struct {
+	cmd *exec.Cmd
+	out *bufio.Reader
+}
+
+// StartChild starts a process that does a job of Main's.
+func StartChild(t *testing.T, job string, args ...string) *Child {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Child{cmd: exec.Command(self, args...)}
+	c.cmd.Env = append(os.Environ(), childEnv+"="+job, "GOCOVERDIR="+t.TempDir())
+	c.cmd.Stderr = os.Stderr
+	stdout, err := c.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdin, err := c.cmd.StdinPipe() // not this process's
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.out = bufio.NewReader(stdout)
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		stdin.Close()
+		_ = c.cmd.Process.Signal(syscall.SIGKILL)
+		_ = c.cmd.Wait()
+	})
+	return c
+}
+
+// Signal sends the child a signal.
+func (c *Child) Signal(t *testing.T, s syscall.Signal) {
+	t.Helper()
+	if err := c.cmd.Process.Signal(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Wait waits for the child's end; an error is how it ended.
+func (c *Child) Wait() error { return c.cmd.Wait() }
+
+// Expect waits for a line of the child's.
+func (c *Child) Expect(t *testing.T, want string) {
+	t.Helper()
+	line, err := c.out.ReadString('\n')
+	if err != nil && !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(line, want) {
+		t.Fatalf("the child says %q, want %q", line, want)
+	}
+}

@@ -1,0 +1,50 @@
+package open_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"kedge/kv"
+	"kedge/kv/open"
+)
+
+func TestStore(t *testing.T) {
+	t.Setenv("CONSUL_HTTP_ADDR", "http://127.0.0.1:1")
+	odd := filepath.Join(t.TempDir(), "a b#c%20?d")
+	for _, c := range []struct {
+		config open.Config
+		want   string
+	}{
+		{open.Config{}, "consul at http://127.0.0.1:1, prefix kedge/"},
+		{open.Config{URL: "consul", Prefix: "team/kedge"}, "consul at http://127.0.0.1:1, prefix team/kedge/"},
+		{open.Config{URL: "file://" + odd}, "directory " + odd},
+		{open.Config{URL: "file://" + odd, Existing: true}, "directory " + odd},
+	} {
+		s, err := open.Store(c.config)
+		if err != nil {
+			t.Errorf("%+v: %v", c.config, err)
+			continue
+		}
+		if s.String() != c.want {
+			t.Errorf("%+v opened %q, want %q", c.config, s, c.want)
+		}
+		s.Close()
+	}
+	if _, err := os.Stat(odd); err != nil {
+		t.Errorf("the directory's name was changed: %v", err)
+	}
+	for _, bad := range []open.Config{
+		{URL: "http://127.0.0.1:8500"}, {URL: "file://relative/dir"}, {URL: "file:relative"}, {URL: "etcd"},
+		{Prefix: "/kedge/"}, {Prefix: "a/../b"},
+	} {
+		if _, err := open.Store(bad); !errors.As(err, new(kv.ConfigError)) {
+			t.Errorf("%+v: %v, want a ConfigError", bad, err)
+		}
+	}
+	missing := open.Config{URL: "file://" + filepath.Join(t.TempDir(), "none"), Existing: true}
+	if _, err := open.Store(missing); err == nil || errors.As(err, new(kv.ConfigError)) {
+		t.Errorf("a directory that isn't there, and must be: %v", err)
+	}
+}

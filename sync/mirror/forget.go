@@ -1,0 +1,102 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// forgetAfter is how long a node that died stays in status/, for people to see: longer than a weekend.
+const forgetAfter = 72 * time.Hour
+
+// absence is since when this mirror has seen an entry of status/ without a session.
+type absence struct {
+	version uint64
+	since   time.Time
+}
+
+// forget removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces them, they would only
+// become more. again is when to look even if nothing changes; 0: never.
+func (l *leader) forget(ctx context.Context, status kv.View, cells map[deployments.UnitID]cell, now time.Time) (again time.Duration, err error) {
+	if l.unforgetting || !status.Settled || status.Err != nil {
+		return 0, nil
+	}
+	ops, next := forgettable(status.Entries, l.absent, underWay(cells), now, l.forgetAfter)
+	if len(ops) > 0 {
+		switch err := l.c.Store.Commit(ctx, l.lease, ops...); {
+		case errors.Is(err, kv.ErrConflict): // one is back, as the watch will show
+			next = now.Add(settle)
+		case errors.Is(err, kv.ErrDenied):
+			l.c.Log.Info("nodes that died stay in status/: this mirror may not remove them", "error", err)
+			l.unforgetting = true
+			return 0, nil
+		case err != nil:
+			return 0, fmt.Errorf("remove what %d nodes said that are gone: %w", len(ops), err)
+		default:
+			for _, op := range ops {
+				delete(l.absent, op.Key)
+				l.c.Log.Info("a node that died is forgotten", "key", op.Key, "gone", l.forgetAfter)
+			}
+			l.metrics.wrote(len(ops))
+		}
+	}
+	if next.IsZero() {
+		return 0, nil
+	}
+	return max(time.Millisecond, next.Sub(now)), nil
+}
+
+// forgettable gives what to remove of entries, as many as go into one transaction, and when there is more; absent is kept from call to
+// call. Roles that are busy keep theirs: there, a node that died may count as failed.
+func forgettable(entries []kv.Entry, absent map[string]absence, busy map[[2]string]bool, now time.Time, after time.Duration) (ops []kv.Op, next time.Time) {
+	dead := map[string]bool{}
+	for _, e := range entries {
+		parts := strings.Split(strings.TrimPrefix(e.Key, kv.StatusPrefix), "/")
+		if len(parts) != 3 || e.Session != "" {
+			continue
+		}
+		dead[e.Key] = true
+		a, known := absent[e.Key]
+		if !known || a.version != e.Version {
+			a = absence{e.Version, now}
+			absent[e.Key] = a
+		}
+		due := a.since.Add(after)
+		switch {
+		case busy[[2]string{parts[0], parts[1]}]: // its end will be seen
+		case due.After(now):
+			if next.IsZero() || due.Before(next) {
+				next = due
+			}
+		case len(ops) == forgetMost:
+			next = now
+		default:
+			ops = append(ops, kv.DeleteIf(e.Key, e.Version))
+		}
+	}
+	for key := range absent {
+		if !dead[key] {
+			delete(absent, key)
+		}
+	}
+	return ops, next
+}
+
+// forgetMost is what one transaction takes.
+var forgetMost = kv.MaxOps / kv.DeleteIf("", 0).Cost()
+
+// underWay are the roles in which a rollout is.
+func underWay(cells map[deployments.UnitID]cell) map[[2]string]bool {
+	busy := map[[2]string]bool{}
+	for id, c := range cells {
+		if p := c.record.Rollout; p != nil && p.Phase != deployments.PhaseRolledBack {
+			busy[[2]string{id.Stage, id.Role}] = true
+		}
+	}
+	return busy
+}

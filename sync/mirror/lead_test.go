@@ -1,0 +1,209 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/git/gittest"
+)
+
+// led is a leader whose rounds, and what its watches show, are the test's to call.
+func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
+	t.Helper()
+	store := &recorder{Store: dirStore(t)}
+	m, err := New(Config{Store: store, Repo: o.Bare, Env: env()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease, err := store.Lease(t.Context(), kv.MirrorLease, "a", 10*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lease.Release(context.Background()) })
+	l := newLeader(m, lease)
+	if err := l.begin(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return l, store
+}
+
+// What a watch shows before it knows the prefix for certain is no ground to write anything.
+func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	for _, view := range []kv.View{{}, {Err: kv.ErrUnavailable}} {
+		l.sawDesired(view)
+		if _, err := l.round(t.Context(), git); err != nil {
+			t.Error(err)
+		}
+		if got := store.taken(); len(got) != 0 {
+			t.Errorf("on the view %+v it wrote %v", view, got)
+		}
+	}
+	l.sawDesired(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Error(err)
+	}
+	if got := store.taken(); len(got) != 1 {
+		t.Errorf("it wrote %v, want one transaction", got)
+	}
+}
+
+// A push that comes before the watch shows the writes of the last one waits for them, with all its units.
+func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	l.sawDesired(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), l.look(t.Context(), gitState{})); err != nil {
+		t.Fatal(err)
+	}
+	store.taken()
+
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/1")})
+	git := l.look(t.Context(), gitState{})
+	// On a machine that is slow the write counts as lost by now, and the store refuses the next.
+	if again, err := l.round(t.Context(), git); err == nil && again == 0 || err != nil && !errors.Is(err, kv.ErrConflict) {
+		t.Errorf("it looks again after %v, %v", again, err)
+	}
+	if got := store.taken(); len(got) != 0 {
+		t.Errorf("it wrote %v", got)
+	}
+	entries, err := store.List(t.Context(), kv.DesiredPrefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.sawDesired(kv.View{Settled: true, Entries: entries})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	if got := store.taken(); len(got) != 1 || l.written.Head != head {
+		t.Errorf("it wrote %v, and the status %+v", got, l.written)
+	}
+}
+
+// A write that is refused for the lease's sake is the end of it, whatever the lease's clock says.
+func TestALostLeaseEndsTheLoop(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	l.setState(l.look(t.Context(), gitState{}))
+	l.sawDesired(kv.View{Settled: true})
+	store.setFail(kv.ErrLeaseLost)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := l.loop(ctx); !errors.Is(err, kv.ErrLeaseLost) {
+		t.Errorf("the loop ended with %v", err)
+	}
+}
+
+// While the store is away nodes can't say that they have converged: none is late for that once it is back, nor while it may still be away.
+func TestAnOutageMakesNobodyLate(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	l, store := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	long := time.Now().Add(-time.Hour)
+	put(t, store.Store, "desired/prod/web/app", string(encode(deployments.Record{Target: pointer("app/2"), Stable: pointer("app/1"), Generation: 2,
+		Commit:  strings.Repeat("c", 40),
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: math.MaxUint64, Promoted: true, Since: long.UTC().Truncate(time.Millisecond)}})))
+	report := kv.Entry{Key: "status/prod/web/web-1", Version: 1, Session: "s", Value: []byte(`{"node":"web-1","units":{"app":{"state":"switching","generation":2,"running":"` +
+		pointer("app/1").String() + `","want":"` + pointer("app/2").String() + `"}}}`)}
+	for _, c := range []struct {
+		name string
+		view kv.View
+		late bool
+	}{
+		{"the store is back", kv.View{Since: time.Now()}, false},
+		{"it may be away", kv.View{Since: long, Err: kv.ErrUnavailable}, false},
+		{"it never was", kv.View{Since: long}, true},
+	} {
+		entries, err := store.List(t.Context(), kv.DesiredPrefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.sawDesired(kv.View{Settled: true, Entries: entries})
+		c.view.Settled, c.view.Entries = true, []kv.Entry{report}
+		l.sawStatus(c.view)
+		if _, err := l.round(t.Context(), git); err != nil {
+			t.Fatal(err)
+		}
+		if got := desired(t, store)["prod/web/app"]; strings.Contains(got, "not converged in time") != c.late {
+			t.Errorf("%s: %s", c.name, got)
+		}
+	}
+}
+
+// A commit that waits for the nodes' reports, as they can't be read, says so where people look.
+func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
+	l, _ := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	l.sawDesired(kv.View{Settled: true})
+	l.sawStatus(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	if l.written.Head != "" || !strings.Contains(l.written.Error, "list status/: permission denied") {
+		t.Errorf("status %+v", l.written)
+	}
+	l.sawStatus(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	if l.written.Head != head || l.written.Error != "" {
+		t.Errorf("status %+v", l.written)
+	}
+}
+
+// An order that was replaced between the look at it and the write is not the one that is obeyed, nor is it taken away.
+func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	l, store := led(t, o)
+	git := l.look(t.Context(), gitState{})
+	l.sawDesired(kv.View{Settled: true})
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Fatal(err)
+	}
+	see := func(prefix string) kv.View {
+		entries, err := store.List(t.Context(), prefix)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return kv.View{Settled: true, Entries: entries}
+	}
+	l.sawDesired(see(kv.DesiredPrefix))
+	put(t, store.Store, "control/prod/web/app", "retry")
+	l.sawControl(see(kv.ControlPrefix))
+	put(t, store.Store, "control/prod/web/app", "pause")
+	if _, err := l.round(t.Context(), git); !errors.Is(err, kv.ErrConflict) {
+		t.Errorf("it obeyed what is no longer asked for: %v", err)
+	}
+	if e, err := store.Get(t.Context(), "control/prod/web/app"); err != nil || string(e.Value) != "pause" || strings.Contains(desired(t, store)["prod/web/app"], "retry") {
+		t.Errorf("the order is %q, %v, and the record %s", e.Value, err, desired(t, store)["prod/web/app"])
+	}
+	l.sawControl(see(kv.ControlPrefix))
+	if _, err := l.round(t.Context(), git); err != nil {
+		t.Error(err)
+	}
+	if _, err := store.Get(t.Context(), "control/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
+		t.Errorf("the order was not taken: %v", err)
+	}
+}
