@@ -5,7 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"path"
+	"strings"
 	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
@@ -36,31 +39,55 @@ var ErrNoBranch = errors.New("no such branch")
 type Config struct {
 	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local repository.
 	Repo, Branch string
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: all of it.
+	Path string
 	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
 	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default ~/.ssh/known_hosts).
 	SSHKey, KnownHosts string
 	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
 	CacheDir string
-	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE and GIT_SSL_CAINFO.
+	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY
+	// name, as git(1) does.
 	Env func(string) string
 	Log *slog.Logger
 }
 
 // Open checks c. It does not wait for the repository to be reachable.
 func Open(c Config) (Branch, error) {
+	if short, full := strings.CutPrefix(c.Branch, "refs/heads/"); full {
+		c.Branch = short
+	}
 	if err := plumbing.NewBranchReferenceName(c.Branch).Validate(); err != nil {
 		return nil, fmt.Errorf("branch %q: %w", c.Branch, err)
+	}
+	below, err := cleanPath(c.Path)
+	if err != nil {
+		return nil, err
 	}
 	if path, local := localPath(c.Repo); local {
 		if c.Every == 0 {
 			c.Every = time.Minute
 		}
-		return &localRepo{path: path, branch: c.Branch, every: c.Every, log: c.Log}, nil
+		return &localRepo{path: path, below: below, branch: c.Branch, every: c.Every, log: c.Log}, nil
 	}
 	if c.Every == 0 {
 		c.Every = 15 * time.Second
 	}
-	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, caFile: c.Env("GIT_SSL_CAINFO"), env: c.Env}
-	return newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
+	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, env: c.Env}
+	r, err := newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
+	if err != nil {
+		return nil, err
+	}
+	r.below = below
+	return r, nil
+}
+
+// cleanPath reads the name of a directory in the repository.
+func cleanPath(name string) (string, error) {
+	clean := path.Clean(strings.Trim(name, "/"))
+	if !fs.ValidPath(clean) {
+		return "", fmt.Errorf("path %q: want a directory of the repository, such as deploy", name)
+	}
+	return clean, nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path"
 	"strings"
 	"time"
 
@@ -43,23 +44,23 @@ type Verifier func(payload, signature []byte) error
 // for good; any other error may pass.
 func (o *Objects) Load(name string, verify Verifier) (*Commit, error) {
 	hash := plumbing.NewHash(name)
-	c, err := load(o, hash, verify)
+	c, err := o.load(hash, verify)
 	if err == nil {
 		c.Past = past(o, hash)
 	}
 	return c, err
 }
 
-func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify Verifier) (*Commit, error) {
+func (o *Objects) load(hash plumbing.Hash, verify Verifier) (*Commit, error) {
 	bad := func(err error) (*Commit, error) { return nil, &BadCommit{hash.String(), err} }
-	o, err := from.EncodedObject(plumbing.CommitObject, hash)
+	raw, err := o.EncodedObject(plumbing.CommitObject, hash)
 	if err != nil {
 		return nil, fmt.Errorf("commit %s: %w", hash, err)
 	}
-	if o.Size() > maxFile {
-		return bad(fmt.Errorf("commit %s has %d bytes, without its files: at most %d are allowed", hash, o.Size(), maxFile))
+	if raw.Size() > maxFile {
+		return bad(fmt.Errorf("commit %s has %d bytes, without its files: at most %d are allowed", hash, raw.Size(), maxFile))
 	}
-	commit, err := object.DecodeCommit(from, o)
+	commit, err := object.DecodeCommit(o, raw)
 	switch {
 	case errors.Is(err, object.ErrMalformedCommit):
 		return bad(fmt.Errorf("commit %s: %w", hash, err))
@@ -67,7 +68,7 @@ func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify Verifier) 
 		return nil, fmt.Errorf("commit %s: %w", hash, err)
 	}
 	if verify != nil {
-		payload, signature, err := signedPart(o)
+		payload, signature, err := signedPart(raw)
 		if err != nil {
 			return nil, fmt.Errorf("commit %s: %w", hash, err)
 		}
@@ -75,8 +76,12 @@ func load(from storer.EncodedObjectStorer, hash plumbing.Hash, verify Verifier) 
 			return bad(fmt.Errorf("signature of commit %s: %w", hash, err))
 		}
 	}
-	fsys := newTreeFS(from, commit)
+	fsys := newTree(o, commit, o.below)
+	if top, err := fsys.Stat("."); fsys.fault == nil && o.below != "." && (err != nil || !top.IsDir()) {
+		return bad(fmt.Errorf("commit %s has no directory %s, which --path names", hash, o.below))
+	}
 	tree, err := deployments.Load(fsys)
+	prefix(o.below, tree, err)
 	switch {
 	case fsys.fault != nil:
 		return nil, fmt.Errorf("commit %s: %w", hash, fsys.fault)
@@ -96,6 +101,23 @@ func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 		When:    c.Committer.When.UTC(),
 		Subject: bound(subject, 200),
 		Tree:    tree,
+	}
+}
+
+// prefix names files of the tree, or of its problems, by their places in the repository.
+func prefix(below string, tree *deployments.Tree, err error) {
+	if below == "." {
+		return
+	}
+	if tree != nil {
+		for i := range tree.Units {
+			tree.Units[i].Place.File = path.Join(below, tree.Units[i].Place.File)
+		}
+	}
+	problems := deployments.Problems(nil)
+	_ = errors.As(err, &problems)
+	for i := range problems {
+		problems[i].File = path.Join(below, problems[i].File)
 	}
 }
 
@@ -157,23 +179,31 @@ const maxPast = 30
 
 // past names the newest commits that hash descends from, as far as they can be read.
 func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
+	var names []string
+	for _, h := range ancestors(in, hash, maxPast+1) {
+		if h != hash {
+			names = append(names, h.String()[:12])
+		}
+	}
+	return strings.Join(names, " ")
+}
+
+// ancestors returns a commit and the newest that it descends from, n in all at most, as far as they can be read.
+func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {
-		return ""
+		return nil
 	}
 	commits := object.NewCommitIterCTime(head, nil, nil)
 	defer commits.Close()
-	var names []string
-	for len(names) < maxPast {
+	for len(all) < n {
 		c, err := commits.Next()
 		if err != nil {
 			break
 		}
-		if c.Hash != hash {
-			names = append(names, c.Hash.String()[:12])
-		}
+		all = append(all, c.Hash)
 	}
-	return strings.Join(names, " ")
+	return all
 }
 
 // Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer

@@ -2,8 +2,10 @@ package git
 
 import (
 	"crypto/sha256"
+	"os"
 	"path/filepath"
 	"strings"
+	"testing"
 
 	"kedge/deployments"
 	"kedge/sync/git/gittest"
@@ -42,15 +44,15 @@ func literally(o *gittest.Origin, kind, raw string) string {
 	return o.Write(raw, "hash-object", "-t", kind, "-w", "--literally", "--stdin")
 }
 
-// tree makes a directory's object of lines as git ls-tree prints them.
-func tree(o *gittest.Origin, lines ...string) string {
+// mktree makes a directory's object of lines as git ls-tree prints them.
+func mktree(o *gittest.Origin, lines ...string) string {
 	return o.Write(strings.Join(lines, "\n")+"\n", "mktree")
 }
 
 // under puts a tree into directories.
 func under(o *gittest.Origin, dir string, names ...string) string {
 	for i := len(names) - 1; i >= 0; i-- {
-		dir = tree(o, "040000 tree "+dir+"\t"+names[i])
+		dir = mktree(o, "040000 tree "+dir+"\t"+names[i])
 	}
 	return dir
 }
@@ -65,4 +67,13 @@ func loads(o *gittest.Origin, hash string) error {
 	defer in.Close()
 	_, err = in.Load(hash, nil)
 	return err
+}
+
+func readFile(t *testing.T, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
 }

@@ -22,17 +22,17 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 	empty, file := o.Write("", "mktree"), blob(o, "x")
 	commit := func(dir string) string { return o.Git(o.Work, "commit-tree", "-m", "x", dir) }
 	link := func(to string) string {
-		return commit(under(o, tree(o, "120000 blob "+blob(o, to)+"\tapp.yaml"), "prod", "web"))
+		return commit(under(o, mktree(o, "120000 blob "+blob(o, to)+"\tapp.yaml"), "prod", "web"))
 	}
-	bomb := tree(o, "100644 blob "+file+"\tx")
+	bomb := mktree(o, "100644 blob "+file+"\tx")
 	for range 12 {
 		var lines []string
 		for i := range 10 {
 			lines = append(lines, fmt.Sprintf("040000 tree %s\td%d", bomb, i))
 		}
-		bomb = tree(o, lines...)
+		bomb = mktree(o, lines...)
 	}
-	deep := tree(o, "100644 blob "+file+"\tx")
+	deep := mktree(o, "100644 blob "+file+"\tx")
 	for range 200 {
 		deep = under(o, deep, "d")
 	}
@@ -44,9 +44,9 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 	for name, c := range map[string]struct{ hash, says string }{
 		"a link to nowhere": {link("nowhere"), "prod/web/app.yaml"},
 		"a link to nothing": {link(""), "prod/web/app.yaml: file does not exist"},
-		"a link into a submodule": {commit(under(o, tree(o, "120000 blob "+blob(o, "module/x")+"\tapp.yaml", "160000 commit "+strings.Repeat("1", 40)+"\tmodule"), "prod", "web")),
+		"a link into a submodule": {commit(under(o, mktree(o, "120000 blob "+blob(o, "module/x")+"\tapp.yaml", "160000 commit "+strings.Repeat("1", 40)+"\tmodule"), "prod", "web")),
 			"file does not exist"},
-		"a link from the root": {commit(under(o, tree(o, "120000 blob "+blob(o, "/prod/web/good.yaml")+"\tapp.yaml", "100644 blob "+blob(o, unitFile("x"))+"\tgood.yaml"), "prod", "web")),
+		"a link from the root": {commit(under(o, mktree(o, "120000 blob "+blob(o, "/prod/web/good.yaml")+"\tapp.yaml", "100644 blob "+blob(o, unitFile("x"))+"\tgood.yaml"), "prod", "web")),
 			"leads out of the repository"},
 		"a link out of it":         {link("../../../secret"), "leads out of the repository"},
 		"a link as long as a book": {link(strings.Repeat("x/../", 1000) + "app.yaml"), "more than 4095 bytes"},
@@ -64,7 +64,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 		"a list without an end":                {commit(literally(o, "tree", strings.Repeat("100644 "+strings.Repeat("x", 4000)+"\x00"+string(rawOf(file)), maxTree/4000))), "the directory's list"},
 		"10^12 directories":                    {commit(bomb), "files and directories"},
 		"directories to the bottom of the sea": {commit(deep), "deeper than"},
-		"5000 files full of mistakes":          {commit(under(o, tree(o, many...), "prod", "web")), "prod/web/u0.yaml:1:1"},
+		"5000 files full of mistakes":          {commit(under(o, mktree(o, many...), "prod", "web")), "prod/web/u0.yaml:1:1"},
 		"a unit whose name is not UTF-8":       {commit(under(o, literally(o, "tree", "100644 caf\xe9.yaml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
 		"a unit of the other ending":           {commit(under(o, literally(o, "tree", "100644 caf\xe9.yml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
 		"a name that is there twice":           {commit(under(o, literally(o, "tree", "100644 app.yaml\x00"+string(rawOf(blob(o, unitFile("x"))))+"100644 app.yaml\x00"+string(rawOf(file))), "prod", "web")), "stands in"},
@@ -113,7 +113,7 @@ func TestLargeTrees(t *testing.T) {
 	for i := range deployments.MaxUnits {
 		units = append(units, fmt.Sprintf("100644 blob %s\tu%d.yaml", unit, i))
 	}
-	top := tree(o, "040000 tree "+tree(o, docs...)+"\tdocs", "040000 tree "+under(o, tree(o, units...), "web")+"\tprod")
+	top := mktree(o, "040000 tree "+mktree(o, docs...)+"\tdocs", "040000 tree "+under(o, mktree(o, units...), "web")+"\tprod")
 	began := time.Now()
 	if err := loads(o, o.Git(o.Work, "commit-tree", "-m", "x", top)); err != nil {
 		t.Error(err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,7 @@ func localPath(address string) (path string, local bool) {
 // localRepo is a Git directory on this machine.
 type localRepo struct {
 	path, branch string
+	below        string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
 	// blind is set while the directory can't be watched (no inotify left, a network file system, not there yet).
@@ -72,7 +74,7 @@ func branchHead(dir, branch string) (string, error) {
 		ref, err := refs.Ref(name)
 		switch {
 		case errors.Is(err, plumbing.ErrReferenceNotFound) || errors.Is(err, fs.ErrNotExist):
-			return "", fmt.Errorf("%w: %s in %s", ErrNoBranch, branch, dir)
+			return "", missing(branch, dir, branches(dir))
 		case err != nil:
 			return "", fmt.Errorf("branch %s of %s: %w", branch, dir, err)
 		case ref.Type() == plumbing.HashReference:
@@ -83,12 +85,48 @@ func branchHead(dir, branch string) (string, error) {
 	return "", fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
 }
 
+// branches lists the branches of the Git directory dir, as far as they can be read.
+func branches(dir string) (names []string) {
+	refs, _ := dotgit.New(osfs.New(dir)).Refs()
+	for _, ref := range refs {
+		if ref.Name().IsBranch() {
+			names = append(names, ref.Name().String())
+		}
+	}
+	return names
+}
+
+// maxBranches bounds the branches that an error names.
+const maxBranches = 5
+
+// missing is an ErrNoBranch that names the branches that are there.
+func missing(branch, where string, there []string) error {
+	if len(there) == 0 {
+		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)
+	}
+	slices.Sort(there)
+	for i, name := range there {
+		there[i] = strings.TrimPrefix(name, "refs/heads/")
+	}
+	more := ""
+	if n := len(there) - maxBranches; n > 0 {
+		more = fmt.Sprintf(" and %d more", n)
+	}
+	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, where,
+		bound(strings.Join(there[:min(len(there), maxBranches)], ", "), maxWords), more)
+}
+
 func (r *localRepo) Objects() (*Objects, error) {
 	dir, err := r.common()
 	if err != nil {
 		return nil, err
 	}
-	return OpenObjects(filepath.Join(dir, "objects"))
+	in, err := OpenObjects(filepath.Join(dir, "objects"))
+	if err != nil {
+		return nil, err
+	}
+	in.below = r.below
+	return in, nil
 }
 
 func (r *localRepo) Interval() time.Duration {

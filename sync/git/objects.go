@@ -31,10 +31,13 @@ const objectCache = 8 * cache.MiByte
 type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
+
+	below    string // the directory of a commit that holds the deployments repo; "." is the commit's own
+	filtered bool   // files beyond maxFile were left out of it
 }
 
 func OpenObjects(dirs ...string) (*Objects, error) {
-	o := &Objects{}
+	o := &Objects{below: "."}
 	shared := cache.NewObjectLRU(objectCache)
 	seen := map[string]bool{}
 	for len(dirs) > 0 {

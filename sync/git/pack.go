@@ -89,7 +89,7 @@ func checkPack(r io.Reader, most int64) error {
 		case !o.Type.IsDelta():
 			continue
 		}
-		var start prefix
+		var start head
 		if n, _, err := s.NextObject(&start); err != nil {
 			return fmt.Errorf("pack: %w", err)
 		} else if n != o.Length {
@@ -114,10 +114,10 @@ func checkPack(r io.Reader, most int64) error {
 	return err
 }
 
-// prefix keeps the first bytes that are written to it: enough for two sizes.
-type prefix []byte
+// head keeps the first bytes that are written to it: enough for two sizes.
+type head []byte
 
-func (p *prefix) Write(data []byte) (int, error) {
+func (p *head) Write(data []byte) (int, error) {
 	*p = append(*p, data[:min(len(data), 2*binary.MaxVarintLen64-len(*p))]...)
 	return len(data), nil
 }

@@ -13,8 +13,8 @@ import (
 )
 
 // LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev is a hash,
-// a branch, a tag, or what else gitrevisions(7) calls a commit-ish. An invalid tree is a deployments.Problems.
-func LoadAt(ctx context.Context, path, rev string) (*Commit, error) {
+// a branch, a tag, or what else gitrevisions(7) calls a commit-ish; below is as Config.Path. An invalid tree is a deployments.Problems.
+func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file
 	} else {
@@ -44,6 +44,9 @@ func LoadAt(ctx context.Context, path, rev string) (*Commit, error) {
 		return nil, err
 	}
 	defer from.Close()
+	if from.below, err = cleanPath(below); err != nil {
+		return nil, err
+	}
 	c, err := from.Load(hash.String(), nil)
 	if err != nil {
 		return nil, err
@@ -52,8 +55,8 @@ func LoadAt(ctx context.Context, path, rev string) (*Commit, error) {
 }
 
 // OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine in which pushed objects lie, and names the
-// branches that a mirror is likely to follow: main, and the one that HEAD names.
-func OpenReceiving(repoDir string, env func(string) string) (in *Objects, branches []string, err error) {
+// branches that a mirror is likely to follow: main, and the one that HEAD names. below is as Config.Path.
+func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects, branches []string, err error) {
 	if dir := env("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
 	}
@@ -73,8 +76,14 @@ func OpenReceiving(repoDir string, env func(string) string) (in *Objects, branch
 			dirs = append(dirs, within(repoDir, d))
 		}
 	}
-	in, err = OpenObjects(append(dirs, filepath.Join(common, "objects"))...)
-	return in, branches, err
+	if below, err = cleanPath(below); err != nil {
+		return nil, nil, err
+	}
+	if in, err = OpenObjects(append(dirs, filepath.Join(common, "objects"))...); err != nil {
+		return nil, nil, err
+	}
+	in.below = below
+	return in, branches, nil
 }
 
 // Update is a branch's move, as a push asks for it. Old and New are hashes, empty for none.

@@ -29,7 +29,7 @@ func TestLoadAt(t *testing.T) {
 		{linked, "HEAD", first, "app/1"},
 		{linked, "main", second, "app/2"},
 	} {
-		commit, err := LoadAt(t.Context(), c.path, c.rev)
+		commit, err := LoadAt(t.Context(), c.path, c.rev, "")
 		if err != nil {
 			t.Errorf("%s %s: %v", c.path, c.rev, err)
 			continue
@@ -39,15 +39,15 @@ func TestLoadAt(t *testing.T) {
 		}
 	}
 	o.Commit(map[string]string{"prod/web/app.yaml": "x"})
-	if _, err := LoadAt(t.Context(), o.Work, "HEAD"); !errors.As(err, new(deployments.Problems)) {
+	if _, err := LoadAt(t.Context(), o.Work, "HEAD", ""); !errors.As(err, new(deployments.Problems)) {
 		t.Errorf("a bad commit: %v", err)
 	}
 	for _, rev := range []string{"nowhere", ""} {
-		if _, err := LoadAt(t.Context(), o.Work, rev); err == nil {
+		if _, err := LoadAt(t.Context(), o.Work, rev, ""); err == nil {
 			t.Errorf("revision %q was found", rev)
 		}
 	}
-	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD"); err == nil || !strings.Contains(err.Error(), "not in a Git repository") {
+	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD", ""); err == nil || !strings.Contains(err.Error(), "not in a Git repository") {
 		t.Errorf("no repository: %v", err)
 	}
 }

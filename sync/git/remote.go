@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,13 +20,12 @@ import (
 	gogit "github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/config"
 	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/format/packfile"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 	"github.com/go-git/go-git/v5/plumbing/transport"
-	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
-	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
 	"github.com/go-git/go-git/v5/storage/filesystem"
-	"github.com/go-git/go-git/v5/storage/memory"
-	"golang.org/x/crypto/ssh"
-	"golang.org/x/crypto/ssh/knownhosts"
 
 	"kedge/deployments/wait"
 )
@@ -45,29 +47,28 @@ const (
 // remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are fetched when the branch has moved,
 // into a bare cache on disk that can be thrown away at any time.
 type remoteRepo struct {
-	address  string
-	endpoint *transport.Endpoint
-	branch   string
-	every    time.Duration
-	access   access
-	log      *slog.Logger
-	hung     chan struct{}
-	stall    time.Duration // stallTimeout
-	refused  *BadCommit    // the branch's head, where that can't be fetched whenever it is tried; head's alone
+	*server
+	address string
+	branch  string
+	below   string // Config.Path
+	every   time.Duration
+	log     *slog.Logger
+	hung    chan struct{}
+	stall   time.Duration // stallTimeout
+	refused *BadCommit    // the branch's head, where that can't be fetched whenever it is tried; Head's alone
+	putOff  time.Time     // until when the server asks not to be asked, and busy what it answered; Head's alone
+	busy    error
 
 	mu        sync.Mutex
 	dir       string // holds the cache
 	cache     string // the bare repository in dir; empty: none yet
-	temporary bool   // dir goes with close
-}
-
-// access is how a remote repository is reached.
-type access struct {
-	sshKey, knownHosts, caFile string
-	env                        func(string) string
+	temporary bool   // dir goes with Close
 }
 
 func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string, log *slog.Logger) (*remoteRepo, error) {
+	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
+		address = trimmed // with it go-git would ask for PATH//info/refs
+	}
 	endpoint, err := transport.NewEndpoint(address)
 	if err != nil {
 		return nil, fmt.Errorf("repository %q: %w", redact(address), err)
@@ -91,7 +92,7 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	default:
 		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address), endpoint.Protocol)
 	}
-	r := &remoteRepo{address: address, endpoint: endpoint, branch: branch, every: every, access: a, log: log,
+	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch, every: every, log: log,
 		hung: make(chan struct{}, maxHung), stall: stallTimeout}
 	if cacheDir == "" {
 		if r.dir, err = os.MkdirTemp("", "kedge-mirror-"); err != nil {
@@ -142,6 +143,7 @@ func (r *remoteRepo) Interval() time.Duration             { return r.every }
 func (r *remoteRepo) Pause() time.Duration                { return askPause }
 
 func (r *remoteRepo) Close() error {
+	r.server.close()
 	if r.temporary {
 		return os.RemoveAll(r.dir)
 	}
@@ -154,7 +156,12 @@ func (r *remoteRepo) Objects() (*Objects, error) {
 	if r.cache == "" {
 		return nil, fmt.Errorf("repository %s was not fetched yet", r.address)
 	}
-	return OpenObjects(filepath.Join(r.cache, "objects"))
+	in, err := OpenObjects(filepath.Join(r.cache, "objects"))
+	if err != nil {
+		return nil, err
+	}
+	in.below, in.filtered = r.below, true
+	return in, nil
 }
 
 func (r *remoteRepo) Distrust() {
@@ -164,26 +171,26 @@ func (r *remoteRepo) Distrust() {
 }
 
 func (r *remoteRepo) Head(ctx context.Context) (string, error) {
-	auth, ca, err := r.access.credentials(r.endpoint)
-	if err != nil {
-		return "", err
+	if time.Now().Before(r.putOff) {
+		return "", r.busy
 	}
-	refs, err := patient(ctx, r, listTimeout, func(ctx context.Context) ([]*plumbing.Reference, error) {
-		origin := gogit.NewRemote(memory.NewStorage(), &config.RemoteConfig{Name: "origin", URLs: []string{r.endpoint.String()}})
-		return origin.ListContext(ctx, &gogit.ListOptions{Auth: auth, CABundle: ca, Timeout: int(listTimeout / time.Second)})
-	})
-	if err != nil && !errors.Is(err, transport.ErrEmptyRemoteRepository) {
+	head, err := r.follow(ctx)
+	if refusal := (*Refusal)(nil); errors.As(err, &refusal) && refusal.After > 0 {
+		r.putOff, r.busy = time.Now().Add(refusal.After), err
+	}
+	return head, err
+}
+
+// follow asks for the branch's head, and fetches it where it is new.
+func (r *remoteRepo) follow(ctx context.Context) (string, error) {
+	name := plumbing.NewBranchReferenceName(r.branch).String()
+	heads, err := r.list(ctx, name)
+	if err != nil {
 		return "", r.explain("list the branches of", err)
 	}
-	name := plumbing.NewBranchReferenceName(r.branch)
-	want := ""
-	for _, ref := range refs {
-		if ref.Name() == name {
-			want = ref.Hash().String()
-		}
-	}
+	want := heads[name]
 	if want == "" {
-		return "", fmt.Errorf("%w: %s in %s", ErrNoBranch, r.branch, r.address)
+		return "", r.noBranch(ctx)
 	}
 	if have, err := r.cached(); err == nil && have == want {
 		return want, nil
@@ -191,7 +198,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	if r.refused != nil && r.refused.Hash == want {
 		return "", r.refused
 	}
-	if err := r.fetch(ctx, auth, ca); err != nil {
+	if err := r.fetch(ctx); err != nil {
 		err = r.explain("fetch from", err)
 		if errors.As(err, new(*objectTooLarge)) {
 			r.refused = &BadCommit{want, err}
@@ -200,6 +207,19 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return r.cached() // which may be newer than want
+}
+
+func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string, error) {
+	return patient(ctx, r, listTimeout, func(ctx context.Context) (map[string]string, error) { return r.heads(ctx, prefix) })
+}
+
+// noBranch names the branches that are there.
+func (r *remoteRepo) noBranch(ctx context.Context) error {
+	heads, err := r.list(ctx, "refs/heads/")
+	if err != nil {
+		return r.explain("list the branches of", err)
+	}
+	return missing(r.branch, r.address, slices.Collect(maps.Keys(heads)))
 }
 
 // cached names the branch's head in the cache.
@@ -214,15 +234,15 @@ func (r *remoteRepo) cached() (string, error) {
 }
 
 // fetch brings the cache up to date, or makes it anew where it is missing, broken or has grown too many packs.
-func (r *remoteRepo) fetch(ctx context.Context, auth transport.AuthMethod, ca []byte) error {
+func (r *remoteRepo) fetch(ctx context.Context) error {
 	r.mu.Lock()
 	cache := r.cache
 	r.mu.Unlock()
 	if cache != "" {
 		packs, _ := filepath.Glob(filepath.Join(cache, "objects", "pack", "*.pack"))
 		if len(packs) < maxPacks {
-			err := r.fetchInto(ctx, cache, auth, ca)
-			if err == nil || ctx.Err() != nil || isRemoteFault(err) {
+			err := r.fetchInto(ctx, cache)
+			if err == nil || ctx.Err() != nil || isRemoteFault(err) || errors.Is(err, ErrNoBranch) {
 				return err
 			}
 			r.log.Warn("the cache of the repository is of no use, it is fetched anew", "cache", cache, "error", err)
@@ -233,7 +253,7 @@ func (r *remoteRepo) fetch(ctx context.Context, auth transport.AuthMethod, ca []
 		return err
 	}
 	defer os.RemoveAll(fresh)
-	if err := r.fetchInto(ctx, fresh, auth, ca); err != nil {
+	if err := r.fetchInto(ctx, fresh); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -249,38 +269,13 @@ func (r *remoteRepo) fetch(ctx context.Context, auth transport.AuthMethod, ca []
 	return nil
 }
 
-func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.AuthMethod, ca []byte) error {
+func (r *remoteRepo) fetchInto(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	said := &counter{}
 	go endStalled(ctx, r.stall, cancel, func() int64 { return said.n.Load() + sizeOf(filepath.Join(dir, "objects", "pack")) })
 	_, err := patient(ctx, r, fetchTimeout, func(ctx context.Context) (struct{}, error) {
-		bare, err := gogit.PlainOpen(dir)
-		if errors.Is(err, gogit.ErrRepositoryNotExists) {
-			bare, err = gogit.PlainInit(dir, true)
-		}
-		if err != nil {
-			return struct{}{}, err
-		}
-		origin := config.RemoteConfig{Name: "origin", URLs: []string{r.address}}
-		if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
-			return struct{}{}, err
-		}
-		bare.Storer = boundedStorage{bare.Storer.(*filesystem.Storage)}
-		ref := plumbing.NewBranchReferenceName(r.branch)
-		err = bare.FetchContext(ctx, &gogit.FetchOptions{
-			RemoteURL: r.endpoint.String(),
-			RefSpecs:  []config.RefSpec{config.RefSpec("+" + ref.String() + ":" + ref.String())},
-			Tags:      gogit.NoTags,
-			Force:     true,
-			Auth:      auth,
-			CABundle:  ca,
-			Progress:  said,
-		})
-		if errors.Is(err, gogit.NoErrAlreadyUpToDate) {
-			err = nil
-		}
-		return struct{}{}, err
+		return struct{}{}, r.fetchOnce(ctx, dir, said)
 	})
 	switch {
 	case err == nil:
@@ -301,6 +296,81 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, auth transport.A
 		return fmt.Errorf("%w for %v", errStalled, r.stall)
 	}
 	return err
+}
+
+// fetchOnce brings the branch into the bare repository at dir, which it makes where there is none.
+func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, said io.Writer) error {
+	bare, err := gogit.PlainOpen(dir)
+	if errors.Is(err, gogit.ErrRepositoryNotExists) {
+		bare, err = gogit.PlainInit(dir, true)
+	}
+	if err != nil {
+		return err
+	}
+	origin := config.RemoteConfig{Name: "origin", URLs: []string{r.address}}
+	if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
+		return err
+	}
+	session, err := r.session()
+	if err != nil {
+		return err
+	}
+	defer session.Close()
+	refs, err := session.AdvertisedReferencesContext(ctx)
+	if err != nil {
+		return err
+	}
+	branch := plumbing.NewBranchReferenceName(r.branch)
+	want, found := refs.References[branch.String()]
+	if !found {
+		return fmt.Errorf("%w any more: %s", ErrNoBranch, r.branch)
+	}
+	store := bare.Storer.(*filesystem.Storage)
+	if store.HasEncodedObject(want) != nil {
+		req := r.request(refs.Capabilities, want, store)
+		pack, err := session.UploadPack(ctx, req)
+		if err != nil {
+			return err
+		}
+		defer pack.Close()
+		if err := packfile.UpdateObjectStorage(boundedStorage{store}, demultiplexed(req, pack, said)); err != nil {
+			return err
+		}
+	}
+	return store.SetReference(plumbing.NewHashReference(branch, want))
+}
+
+// maxHaves bounds the commits that a server is told of: after a force push it finds a common one among them.
+const maxHaves = 64
+
+// request asks for want, by what is there already. Every server knows multi_ack, and Azure DevOps and AWS CodeCommit insist on it, though
+// go-git takes it out of what servers offer. Blobs that nobody would read stay away where the server can leave them out.
+func (r *remoteRepo) request(offered *capability.List, want plumbing.Hash, have *filesystem.Storage) *packp.UploadPackRequest {
+	req := packp.NewUploadPackRequestFromCapabilities(offered)
+	req.Wants = []plumbing.Hash{want}
+	_ = req.Capabilities.Set(capability.MultiACK) // it takes no argument that could be wrong
+	if offered.Supports(capability.Filter) {
+		_ = req.Capabilities.Set(capability.Filter)
+		req.Filter = packp.FilterBlobLimit(maxFile+1, packp.BlobLimitPrefixNone)
+	}
+	if head, err := have.Reference(plumbing.NewBranchReferenceName(r.branch)); err == nil {
+		req.Haves = ancestors(have, head.Hash(), maxHaves)
+	}
+	return req
+}
+
+// demultiplexed takes a server's progress out of what it sends.
+func demultiplexed(req *packp.UploadPackRequest, pack io.Reader, said io.Writer) io.Reader {
+	kind := sideband.Sideband
+	switch {
+	case req.Capabilities.Supports(capability.Sideband64k):
+		kind = sideband.Sideband64k
+	case !req.Capabilities.Supports(capability.Sideband):
+		return pack
+	}
+	d := sideband.NewDemuxer(kind, pack)
+	d.Progress = said
+	return d
 }
 
 // counter counts what a server says of its progress.
@@ -376,15 +446,24 @@ func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f
 func isRemoteFault(err error) bool {
 	return errors.Is(err, errHung) || errors.Is(err, errStalled) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.As(err, new(net.Error)) || errors.As(err, new(*url.Error)) || errors.As(err, new(*hostKeyError)) ||
-		errors.As(err, new(*objectTooLarge)) || errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
+		errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*Refusal)) || errors.As(err, new(*plumbing.UnexpectedError)) || errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
 		errors.Is(err, transport.ErrAuthenticationRequired) || errors.Is(err, transport.ErrAuthorizationFailed)
 }
 
 // explain adds what to do about it.
 func (r *remoteRepo) explain(doing string, err error) error {
 	hint := ""
+	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
+		err = unexpected.Err
+	}
+	if wrapped := (*url.Error)(nil); errors.As(err, &wrapped) && errors.As(err, new(*Refusal)) {
+		err = wrapped.Err // the address is told anyway
+	}
+	refusal := (*Refusal)(nil)
 	switch {
 	case errors.As(err, new(*hostKeyError)):
+	case errors.As(err, &refusal):
+		hint = refusal.hint(r.endpoint.String())
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
 		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):
@@ -395,124 +474,6 @@ func (r *remoteRepo) explain(doing string, err error) error {
 		hint = " (GIT_SSL_CAINFO names a file of further authorities)"
 	}
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
-}
-
-// credentials reads keys and tokens anew each time, so that they can be replaced while the mirror runs.
-func (a access) credentials(e *transport.Endpoint) (auth transport.AuthMethod, ca []byte, err error) {
-	if e.Protocol == "ssh" {
-		auth, err = a.ssh(e)
-		return auth, nil, err
-	}
-	if a.caFile != "" {
-		if ca, err = os.ReadFile(a.caFile); err != nil {
-			return nil, nil, fmt.Errorf("certificate authorities: %w", err)
-		}
-	}
-	token, err := Secret(a.env, "KEDGE_GIT_TOKEN")
-	if err != nil || token == "" {
-		return nil, ca, err
-	}
-	user := a.env("KEDGE_GIT_USER")
-	if user == "" {
-		user = "kedge" // hosts that take a token alone ignore the name, but want one
-	}
-	return &githttp.BasicAuth{Username: user, Password: token}, ca, nil
-}
-
-// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but empty is an error: it is more
-// likely to be half written than to mean that there is no secret.
-func Secret(env func(string) string, name string) (string, error) {
-	if value := env(name); value != "" {
-		return value, nil
-	}
-	file := env(name + "_FILE")
-	if file == "" {
-		return "", nil
-	}
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("%s_FILE: %w", name, err)
-	}
-	value := strings.TrimSpace(string(data))
-	if value == "" {
-		return "", fmt.Errorf("%s_FILE: %s is empty", name, file)
-	}
-	return value, nil
-}
-
-func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
-	files := []string{a.knownHosts}
-	if a.knownHosts == "" {
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return nil, fmt.Errorf("known hosts: %w", err)
-		}
-		files = nil
-		for _, file := range []string{filepath.Join(home, ".ssh", "known_hosts"), "/etc/ssh/ssh_known_hosts"} {
-			if _, err := os.Stat(file); err == nil {
-				files = append(files, file)
-			}
-		}
-		if len(files) == 0 {
-			return nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name a file with --known-hosts", e.Host)
-		}
-	}
-	known, err := gitssh.NewKnownHostsDb(files...)
-	if err != nil {
-		return nil, fmt.Errorf("known hosts: %w", err)
-	}
-	port := e.Port
-	if port == 0 {
-		port = gitssh.DefaultPort
-	}
-	host := net.JoinHostPort(e.Host, fmt.Sprint(port))
-	check := gitssh.HostKeyCallbackHelper{
-		HostKeyCallback:   strict(known.HostKeyCallback(), files),
-		HostKeyAlgorithms: known.HostKeyAlgorithms(host),
-	}
-	if a.sshKey == "" {
-		agent, err := gitssh.NewSSHAgentAuth(e.User)
-		if err != nil {
-			return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
-		}
-		agent.HostKeyCallbackHelper = check
-		return agent, nil
-	}
-	pem, err := os.ReadFile(a.sshKey)
-	if err != nil {
-		return nil, fmt.Errorf("ssh key: %w", err)
-	}
-	key, err := ssh.ParsePrivateKey(pem)
-	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own for the mirror, or an SSH agent", a.sshKey)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
-	}
-	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, nil
-}
-
-// hostKeyError says that a server isn't, or may not be, who it should be.
-type hostKeyError struct{ text string }
-
-func (e *hostKeyError) Error() string { return e.text }
-
-// strict refuses hosts that the files don't name, and says what to do about it.
-func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
-	return func(host string, remote net.Addr, key ssh.PublicKey) error {
-		err := check(host, remote, key)
-		var mismatch *knownhosts.KeyError
-		switch {
-		case !errors.As(err, &mismatch):
-			return err
-		case len(mismatch.Want) == 0:
-			return &hostKeyError{fmt.Sprintf("%s is not in %s: make sure that its key is %s, then add it (ssh-keyscan prints it)",
-				host, strings.Join(files, " or "), ssh.FingerprintSHA256(key))}
-		default:
-			return &hostKeyError{fmt.Sprintf("the key of %s is not the one in %s:%d: it is %s, and somebody may be listening in",
-				host, mismatch.Want[0].Filename, mismatch.Want[0].Line, ssh.FingerprintSHA256(key))}
-		}
-	}
 }
 
 // redact takes a password out of an address that is about to be shown.

@@ -22,7 +22,7 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(cache, fetchPrefix+"cut-off"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	a := access{caFile: h.CAFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	a := access{env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
 	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +62,7 @@ func TestHalfAPack(t *testing.T) {
 	h := gittest.ServeHTTPS(t, gittest.New(t))
 	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	cache := t.TempDir()
-	a := access{caFile: h.CAFile, env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	a := access{env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
 	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)

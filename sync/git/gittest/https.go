@@ -1,9 +1,11 @@
 package gittest
 
 import (
+	"bytes"
 	"encoding/pem"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/cgi"
 	"net/http/httptest"
@@ -18,11 +20,14 @@ import (
 type HTTPSOrigin struct {
 	*Origin
 	URL, CAFile string
-	Lists       atomic.Int64 // ls-remotes answered
+	Lists       atomic.Int64 // ls-refs answered
 	Fetches     atomic.Int64
 	Away        atomic.Bool
 	// Half makes it send half of a pack, and then end the connection, or with Hang say no more.
 	Half, Hang atomic.Bool
+	// Front, while it is set, is asked first, with the request's body, and reports whether it has answered.
+	Front atomic.Pointer[func(w http.ResponseWriter, r *http.Request, asked []byte) bool]
+	Conns atomic.Int64 // connections that were made
 }
 
 // halfWriter passes on the first bytes alone.
@@ -40,8 +45,8 @@ func (w *halfWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// ServeHTTPS serves o until the test ends, to user mirror with the password s3cret.
-func ServeHTTPS(t testing.TB, o *Origin) *HTTPSOrigin {
+// ServeHTTPS serves o until the test ends, as tune changes the server, to user mirror with the password s3cret.
+func ServeHTTPS(t testing.TB, o *Origin, tune ...func(*httptest.Server)) *HTTPSOrigin {
 	t.Helper()
 	execPath := o.Git("", "--exec-path")
 	backend := &cgi.Handler{
@@ -60,10 +65,17 @@ func ServeHTTPS(t testing.TB, o *Origin) *HTTPSOrigin {
 			http.Error(w, "who are you?", http.StatusUnauthorized)
 			return
 		}
-		if strings.HasSuffix(r.URL.Path, "/info/refs") {
-			h.Lists.Add(1)
+		asked, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
 		}
-		if strings.HasSuffix(r.URL.Path, "/git-upload-pack") {
+		r.Body = io.NopCloser(bytes.NewReader(asked))
+		if front := h.Front.Load(); front != nil && (*front)(w, r, asked) {
+			return
+		}
+		if bytes.Contains(asked, []byte("command=ls-refs")) {
+			h.Lists.Add(1)
+		} else if strings.HasSuffix(r.URL.Path, "/git-upload-pack") {
 			h.Fetches.Add(1)
 			if h.Half.Load() {
 				backend.ServeHTTP(&halfWriter{w, 50_000}, r)
@@ -77,6 +89,14 @@ func ServeHTTPS(t testing.TB, o *Origin) *HTTPSOrigin {
 		backend.ServeHTTP(w, r)
 	}))
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			h.Conns.Add(1)
+		}
+	}
+	for _, f := range tune {
+		f(server)
+	}
 	server.StartTLS()
 	t.Cleanup(server.Close)
 	h.URL = server.URL + "/" + filepath.Base(o.Bare)

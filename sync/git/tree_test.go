@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"testing/fstest"
 
 	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/object"
@@ -15,7 +14,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-func TestTreeFS(t *testing.T) {
+func TestTree(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
 	o.Commit(map[string]string{
@@ -31,38 +30,50 @@ func TestTreeFS(t *testing.T) {
 	link("web/app.yaml", "prod/link.yaml")
 	link("./other", "alias")
 	link("prod/web", "other")
-	if err := os.WriteFile(filepath.Join(o.Work, "run"), []byte("#!/bin/sh\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
 	o.Git(o.Work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("1", 40)+",module")
-	o.Git(o.Work, "add", "prod", "run", "alias", "other")
-	o.Git(o.Work, "commit", "-q", "-m", "Add a link, a program and a submodule")
+	o.Git(o.Work, "add", "prod", "alias", "other")
+	o.Git(o.Work, "commit", "-q", "-m", "Add links and a submodule")
 
-	fsys := openTree(t, o, "HEAD")
-	if err := fstest.TestFS(fsys, "kedge.yaml", "README.md", "run", "module", "prod/web/app.yaml", "prod/web/base.yaml", "prod/web-2/app.yaml", "prod/web.txt"); err != nil {
+	fsys := openTree(t, o, ".")
+	var seen []string
+	if err := fs.WalkDir(fsys, ".", func(name string, d fs.DirEntry, err error) error {
+		seen = append(seen, name+" "+d.Type().String()[:1])
+		return err
+	}); err != nil {
 		t.Fatal(err)
 	}
-	if data, err := fs.ReadFile(fsys, "prod/web/app.yaml"); err != nil || string(data) != unitFile("app/1") {
-		t.Errorf("prod/web/app.yaml: %q, %v", data, err)
+	want := ". d,README.md -,alias L,kedge.yaml -,module d,module/.git -,other L,prod d,prod/link.yaml L,prod/web d," +
+		"prod/web/app.yaml -,prod/web/base.yaml -,prod/web-2 d,prod/web-2/app.yaml -,prod/web.txt -"
+	if got := strings.Join(seen, ","); got != want {
+		t.Errorf("the walk saw %s\nwant %s", got, want)
 	}
-	if to, err := fs.ReadLink(fsys, "prod/link.yaml"); err != nil || to != "web/app.yaml" {
-		t.Errorf("the link leads to %q, %v", to, err)
+	for _, name := range []string{"prod/web/app.yaml", "prod/link.yaml", "alias/app.yaml"} {
+		if data, err := fs.ReadFile(fsys, name); err != nil || string(data) != unitFile("app/1") {
+			t.Errorf("%s: %q, %v", name, data, err)
+		}
+		if info, err := fs.Stat(fsys, name); err != nil || info.Size() != int64(len(unitFile("app/1"))) || info.Name() != filepath.Base(name) {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
 	}
-	if data, err := fs.ReadFile(fsys, "alias/app.yaml"); err != nil || string(data) != unitFile("app/1") {
-		t.Errorf("alias/app.yaml, through two links: %q, %v", data, err)
+	if data, err := fs.ReadFile(openTree(t, o, "prod/web"), "base.yaml"); err != nil || string(data) != unitFile("base/1") {
+		t.Errorf("base.yaml below prod/web: %q, %v", data, err)
 	}
-	if info, err := fs.Stat(fsys, "alias"); err != nil || info.Name() != "alias" || !info.IsDir() {
-		t.Errorf("alias: %v, %v", info, err)
+	for _, name := range []string{"prod/web/app.yaml/below", "module/x", "nowhere"} {
+		if _, err := fs.Stat(fsys, name); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
-	if info, err := fs.Stat(fsys, "run"); err != nil || info.Mode() != 0o555 {
-		t.Errorf("run: %v, %v", info, err)
-	}
-	if _, err := fs.Stat(fsys, "prod/web/app.yaml/below"); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("a path below a file: %v", err)
+	for _, name := range []string{"prod", "alias", "module"} {
+		if info, err := fs.Stat(fsys, name); err != nil || info.Name() != name || !info.IsDir() {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
+		if _, err := fs.ReadFile(fsys, name); err == nil {
+			t.Errorf("directory %s was read", name)
+		}
 	}
 }
 
-func TestTreeFSKeepsLinksInside(t *testing.T) {
+func TestTreeKeepsLinksInside(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
 	for name, to := range map[string]string{"up": "../secret", "root": "/etc/passwd", "loop": "loop", "around": "there", "there": "around/x", "gone": "nowhere"} {
@@ -71,7 +82,7 @@ func TestTreeFSKeepsLinksInside(t *testing.T) {
 		}
 	}
 	o.Commit(nil)
-	fsys := openTree(t, o, "HEAD")
+	fsys := openTree(t, o, ".")
 	for _, name := range []string{"up", "root", "loop", "around", "gone", "up/x", "../secret", "/etc/passwd"} {
 		if data, err := fs.ReadFile(fsys, name); err == nil {
 			t.Errorf("%s gave %q", name, data)
@@ -79,7 +90,7 @@ func TestTreeFSKeepsLinksInside(t *testing.T) {
 	}
 }
 
-func TestTreeFSBoundsFiles(t *testing.T) {
+func TestTreeBoundsFiles(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
 	o.Commit(map[string]string{"big.yaml": strings.Repeat("# padding\n", maxFile/10+1), "fits.yaml": strings.Repeat("x", maxFile)})
@@ -87,7 +98,7 @@ func TestTreeFSBoundsFiles(t *testing.T) {
 		if packed {
 			o.Git(o.Work, "gc", "-q")
 		}
-		fsys := openTree(t, o, "HEAD")
+		fsys := openTree(t, o, ".")
 		if _, err := fs.ReadFile(fsys, "big.yaml"); !errors.Is(err, errTooLarge) {
 			t.Errorf("packed %v: a file of over 1 MiB: %v", packed, err)
 		}
@@ -97,17 +108,17 @@ func TestTreeFSBoundsFiles(t *testing.T) {
 	}
 }
 
-// openTree opens a commit of the work clone.
-func openTree(t *testing.T, o *gittest.Origin, rev string) *treeFS {
+// openTree opens a directory of the work clone's HEAD.
+func openTree(t *testing.T, o *gittest.Origin, below string) *tree {
 	t.Helper()
 	from, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { from.Close() })
-	commit, err := object.GetCommit(from, plumbing.NewHash(o.Git(o.Work, "rev-parse", rev)))
+	commit, err := object.GetCommit(from, plumbing.NewHash(o.Git(o.Work, "rev-parse", "HEAD")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return newTreeFS(from, commit)
+	return newTree(from, commit, below)
 }

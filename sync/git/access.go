@@ -1,0 +1,150 @@
+package git
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/go-git/go-git/v5/plumbing/transport"
+	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
+	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/crypto/ssh/knownhosts"
+)
+
+// access is how a remote repository is reached.
+type access struct {
+	sshKey, knownHosts string
+	env                func(string) string
+}
+
+// basic reads the token anew each time, so that it can be replaced while the mirror runs; nil: there is none.
+func (a access) basic() (*githttp.BasicAuth, error) {
+	token, err := Secret(a.env, "KEDGE_GIT_TOKEN")
+	if err != nil || token == "" {
+		return nil, err
+	}
+	user := a.env("KEDGE_GIT_USER")
+	if user == "" {
+		user = "kedge" // hosts that take a token alone ignore the name, but want one
+	}
+	return &githttp.BasicAuth{Username: user, Password: token}, nil
+}
+
+// readTLS reads the files that git(1) has the same variables for.
+func (a access) readTLS() (files tlsFiles, err error) {
+	for name, into := range map[string]*string{"GIT_SSL_CAINFO": &files.authorities, "GIT_SSL_CERT": &files.certificate, "GIT_SSL_KEY": &files.key} {
+		file := a.env(name)
+		if file == "" {
+			continue
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return files, fmt.Errorf("%s: %w", name, err)
+		}
+		*into = string(data)
+	}
+	if files.certificate != "" && files.key == "" { // one file may hold both
+		files.key = files.certificate
+	}
+	return files, nil
+}
+
+// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but empty is an error: it is more
+// likely to be half written than to mean that there is no secret.
+func Secret(env func(string) string, name string) (string, error) {
+	if value := env(name); value != "" {
+		return value, nil
+	}
+	file := env(name + "_FILE")
+	if file == "" {
+		return "", nil
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("%s_FILE: %w", name, err)
+	}
+	value := strings.TrimSpace(string(data))
+	if value == "" {
+		return "", fmt.Errorf("%s_FILE: %s is empty", name, file)
+	}
+	return value, nil
+}
+
+func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
+	files := []string{a.knownHosts}
+	if a.knownHosts == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, fmt.Errorf("known hosts: %w", err)
+		}
+		files = nil
+		for _, file := range []string{filepath.Join(home, ".ssh", "known_hosts"), "/etc/ssh/ssh_known_hosts"} {
+			if _, err := os.Stat(file); err == nil {
+				files = append(files, file)
+			}
+		}
+		if len(files) == 0 {
+			return nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name a file with --known-hosts", e.Host)
+		}
+	}
+	known, err := gitssh.NewKnownHostsDb(files...)
+	if err != nil {
+		return nil, fmt.Errorf("known hosts: %w", err)
+	}
+	port := e.Port
+	if port == 0 {
+		port = gitssh.DefaultPort
+	}
+	host := net.JoinHostPort(e.Host, fmt.Sprint(port))
+	check := gitssh.HostKeyCallbackHelper{
+		HostKeyCallback:   strict(known.HostKeyCallback(), files),
+		HostKeyAlgorithms: known.HostKeyAlgorithms(host),
+	}
+	if a.sshKey == "" {
+		agent, err := gitssh.NewSSHAgentAuth(e.User)
+		if err != nil {
+			return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
+		}
+		agent.HostKeyCallbackHelper = check
+		return agent, nil
+	}
+	pem, err := os.ReadFile(a.sshKey)
+	if err != nil {
+		return nil, fmt.Errorf("ssh key: %w", err)
+	}
+	key, err := ssh.ParsePrivateKey(pem)
+	if errors.As(err, new(*ssh.PassphraseMissingError)) {
+		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own for the mirror, or an SSH agent", a.sshKey)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
+	}
+	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, nil
+}
+
+// hostKeyError says that a server isn't, or may not be, who it should be.
+type hostKeyError struct{ text string }
+
+func (e *hostKeyError) Error() string { return e.text }
+
+// strict refuses hosts that the files don't name, and says what to do about it.
+func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
+	return func(host string, remote net.Addr, key ssh.PublicKey) error {
+		err := check(host, remote, key)
+		var mismatch *knownhosts.KeyError
+		switch {
+		case !errors.As(err, &mismatch):
+			return err
+		case len(mismatch.Want) == 0:
+			return &hostKeyError{fmt.Sprintf("%s is not in %s: make sure that its key is %s, then add it (ssh-keyscan prints it)",
+				host, strings.Join(files, " or "), ssh.FingerprintSHA256(key))}
+		default:
+			return &hostKeyError{fmt.Sprintf("the key of %s is not the one in %s:%d: it is %s, and somebody may be listening in",
+				host, mismatch.Want[0].Filename, mismatch.Want[0].Line, ssh.FingerprintSHA256(key))}
+		}
+	}
+}

@@ -1,0 +1,371 @@
+package git
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing/format/pktline"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
+	"github.com/go-git/go-git/v5/plumbing/transport"
+	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
+	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
+)
+
+const (
+	infoRefs = "/info/refs"
+	// maxWords bounds what is told of a server's own answer, in bytes; maxAnswer what is read of it.
+	maxWords  = 300
+	maxAnswer = 16 << 10
+	// maxRetryAfter bounds how long a server may put the mirror off.
+	maxRetryAfter = 15 * time.Minute
+)
+
+// server is the host of a remote repository. Its connections stay open between polls.
+type server struct {
+	endpoint transport.Endpoint
+	access   access
+
+	mu     sync.Mutex
+	client *http.Client
+	tls    tlsFiles // what client was made with
+	direct string   // the URL at which protocol v2 answered, after redirects; empty: to be found out
+}
+
+// Refusal is an HTTP server's answer that isn't Git's.
+type Refusal struct {
+	Status int
+	Words  string        // the server's own, on one line
+	Host   string        // who answered: another one than was asked, after a redirect
+	After  time.Duration // how long it asks to be left alone; 0: it doesn't say
+}
+
+func (e *Refusal) Error() string {
+	text := fmt.Sprintf("%s answers status code %d", e.Host, e.Status)
+	if e.Status == http.StatusOK {
+		text = e.Host + " answers with a page for people, not as a Git server"
+	}
+	if e.Words != "" {
+		text += ": " + e.Words
+	}
+	return text
+}
+
+// hint says what to do about it, to who asked address.
+func (e *Refusal) hint(address string) string {
+	if asked, err := url.Parse(address); err == nil && asked.Host != e.Host {
+		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address there)", asked.Host, e.Host)
+	}
+	switch e.Status {
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
+	case http.StatusNotFound:
+		return " (or it may not be seen with these credentials)"
+	case http.StatusOK:
+		return " (is it a login page? the address is the one that git clone takes)"
+	}
+	return ""
+}
+
+// heads lists the branches whose names begin with prefix, by their full names. Over HTTP it asks for these alone, where the server
+// speaks protocol v2; otherwise the server names all references.
+func (s *server) heads(ctx context.Context, prefix string) (map[string]string, error) {
+	if s.endpoint.Protocol == "ssh" {
+		session, err := s.session()
+		if err != nil {
+			return nil, err
+		}
+		defer session.Close()
+		refs, err := session.AdvertisedReferencesContext(ctx)
+		if errors.Is(err, transport.ErrEmptyRemoteRepository) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		return headsOf(refs, prefix), nil
+	}
+	s.mu.Lock()
+	direct := s.direct
+	s.mu.Unlock()
+	if direct == "" {
+		heads, v2, err := s.discover(ctx, prefix)
+		if err != nil || v2 == "" {
+			return heads, err
+		}
+		direct = v2
+	}
+	heads, err := s.lsRefs(ctx, direct, prefix)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.direct = direct; err != nil {
+		s.direct = ""
+	}
+	return heads, err
+}
+
+// discover asks which protocol the server speaks: v2 is the URL where it speaks v2; else the answer has the branches.
+func (s *server) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string, err error) {
+	resp, err := s.do(ctx, http.MethodGet, s.endpoint.String()+infoRefs+"?service=git-upload-pack", nil)
+	if err != nil {
+		return nil, "", err
+	}
+	defer resp.Body.Close()
+	body := bufio.NewReader(resp.Body)
+	start, _ := body.Peek(64)
+	if !bytes.Contains(start, []byte("version 2\n")) {
+		refs := packp.NewAdvRefs()
+		if err := refs.Decode(body); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
+			return nil, "", fmt.Errorf("list of references: %w", err)
+		}
+		if format := refs.Capabilities.Get(capability.ObjectFormat); len(format) > 0 && format[0] != "sha1" {
+			return nil, "", errFormat(format[0])
+		}
+		return headsOf(refs, prefix), "", nil
+	}
+	capabilities, err := io.ReadAll(io.LimitReader(body, maxAnswer))
+	if err != nil {
+		return nil, "", err
+	}
+	if bytes.Contains(capabilities, []byte("object-format=sha256")) {
+		return nil, "", errFormat("sha256")
+	}
+	at := *resp.Request.URL
+	at.RawQuery, at.Path = "", strings.TrimSuffix(at.Path, infoRefs)
+	return nil, at.String(), nil
+}
+
+func errFormat(format string) error {
+	return fmt.Errorf("the repository has the object format %s: only sha1 can be mirrored", format)
+}
+
+func headsOf(refs *packp.AdvRefs, prefix string) map[string]string {
+	heads := map[string]string{}
+	for name, hash := range refs.References {
+		if strings.HasPrefix(name, prefix) {
+			heads[name] = hash.String()
+		}
+	}
+	return heads
+}
+
+// lsRefs is ls-refs of protocol v2; see gitprotocol-v2(5).
+func (s *server) lsRefs(ctx context.Context, at, prefix string) (map[string]string, error) {
+	var ask bytes.Buffer
+	lines := pktline.NewEncoder(&ask)
+	err := lines.EncodeString("command=ls-refs\n")
+	ask.WriteString("0001") // a delimiter: arguments follow
+	err = errors.Join(err, lines.EncodeString("ref-prefix "+prefix+"\n"), lines.Flush())
+	if err != nil {
+		return nil, err
+	}
+	resp, err := s.do(ctx, http.MethodPost, at+"/git-upload-pack", &ask)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	heads := map[string]string{}
+	answer := pktline.NewScanner(resp.Body)
+	for answer.Scan() {
+		line := string(bytes.TrimSuffix(answer.Bytes(), []byte("\n")))
+		if line == "" { // a flush ends the list
+			break
+		}
+		hash, name, found := strings.Cut(line, " ")
+		if name, _, _ = strings.Cut(name, " "); found && strings.HasPrefix(name, prefix) {
+			heads[name] = hash
+		}
+	}
+	if err := answer.Err(); err != nil {
+		return nil, fmt.Errorf("list of references: %w", err)
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer)) // or the connection isn't used again
+	return heads, nil
+}
+
+func (s *server) do(ctx context.Context, method, address string, body io.Reader) (*http.Response, error) {
+	client, err := s.httpClient()
+	if err != nil {
+		return nil, err
+	}
+	auth, err := s.access.basic()
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, method, address, body)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("User-Agent", capability.DefaultAgent())
+	req.Header.Set("Git-Protocol", "version=2")
+	if body != nil {
+		req.Header.Set("Content-Type", "application/x-git-upload-pack-request")
+		req.Header.Set("Accept", "application/x-git-upload-pack-result")
+	}
+	if auth != nil {
+		auth.SetAuth(req)
+	}
+	return client.Do(req)
+}
+
+// session begins a fetch, by protocol v0.
+func (s *server) session() (transport.UploadPackSession, error) {
+	endpoint := s.endpoint // go-git changes it after a redirect
+	if endpoint.Protocol == "ssh" {
+		auth, err := s.access.ssh(&endpoint)
+		if err != nil {
+			return nil, err
+		}
+		return gitssh.NewClient(nil).NewUploadPackSession(&endpoint, auth)
+	}
+	client, err := s.httpClient()
+	if err != nil {
+		return nil, err
+	}
+	auth, err := s.access.basic()
+	if err != nil {
+		return nil, err
+	}
+	if auth == nil { // a nil pointer in an interface isn't nil
+		return githttp.NewClient(client).NewUploadPackSession(&endpoint, nil)
+	}
+	return githttp.NewClient(client).NewUploadPackSession(&endpoint, auth)
+}
+
+// httpClient returns a client that trusts, and shows, the certificates that lie in the files now.
+func (s *server) httpClient() (*http.Client, error) {
+	files, err := s.access.readTLS()
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.client != nil && s.tls == files {
+		return s.client, nil
+	}
+	config, err := files.config()
+	if err != nil {
+		return nil, err
+	}
+	s.closeIdle()
+	base := http.DefaultTransport.(*http.Transport).Clone()
+	base.TLSClientConfig = config
+	base.MaxIdleConnsPerHost = 1
+	base.IdleConnTimeout = 5 * time.Minute // more than from one poll to the next
+	s.client = &http.Client{Transport: answers{base, s.access}, CheckRedirect: s.redirect}
+	s.tls = files
+	return s.client, nil
+}
+
+// close ends the connections that are kept.
+func (s *server) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closeIdle()
+}
+
+func (s *server) closeIdle() {
+	if s.client != nil {
+		s.client.CloseIdleConnections()
+	}
+}
+
+// redirect follows to other hosts without credentials, and never from https to http.
+func (s *server) redirect(to *http.Request, via []*http.Request) error {
+	from := via[0].URL
+	if from.Scheme == "https" && to.URL.Scheme != "https" {
+		return fmt.Errorf("it redirects to plain http, at %s", to.URL.Host)
+	}
+	if len(via) >= 10 {
+		return errors.New("it redirects without an end")
+	}
+	if from.Host != to.URL.Host {
+		to.Header.Del("Authorization")
+	}
+	return nil
+}
+
+// answers passes on what a Git server says as such, and gives anything else as a Refusal.
+type answers struct {
+	base   *http.Transport
+	access access
+}
+
+func (a answers) CloseIdleConnections() { a.base.CloseIdleConnections() }
+
+func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := a.base.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	kind, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	page := resp.StatusCode == http.StatusOK && (kind == "text/html" || kind == "application/xhtml+xml")
+	if resp.StatusCode < http.StatusBadRequest && !page {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	refusal := &Refusal{Status: resp.StatusCode, Words: a.words(kind, string(text)), Host: req.URL.Host}
+	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
+		refusal.After = time.Duration(min(seconds, int(maxRetryAfter/time.Second))) * time.Second
+	} else if at, err := http.ParseTime(resp.Header.Get("Retry-After")); err == nil {
+		refusal.After = min(max(0, time.Until(at)), maxRetryAfter)
+	}
+	return nil, refusal
+}
+
+var pageTitle = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title>`)
+
+// words is what a server says in an answer: of a page its title, and no secret that it was sent.
+func (a answers) words(kind, text string) string {
+	if strings.Contains(kind, "html") {
+		title := pageTitle.FindStringSubmatch(text)
+		if title == nil {
+			return ""
+		}
+		text = title[1]
+	}
+	if token, err := Secret(a.access.env, "KEDGE_GIT_TOKEN"); err == nil && token != "" {
+		text = strings.ReplaceAll(strings.ReplaceAll(text, token, "..."), url.QueryEscape(token), "...")
+	}
+	return bound(strings.Join(strings.Fields(text), " "), maxWords)
+}
+
+// tlsFiles is what the files of certificates hold.
+type tlsFiles struct{ authorities, certificate, key string }
+
+func (f tlsFiles) config() (*tls.Config, error) {
+	config := &tls.Config{}
+	if f.authorities != "" {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM([]byte(f.authorities)) {
+			return nil, errors.New("GIT_SSL_CAINFO: the file has no certificate in PEM")
+		}
+		config.RootCAs = pool
+	}
+	if f.certificate != "" {
+		pair, err := tls.X509KeyPair([]byte(f.certificate), []byte(f.key))
+		if err != nil {
+			return nil, fmt.Errorf("GIT_SSL_CERT and GIT_SSL_KEY: %w", err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
+}

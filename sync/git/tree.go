@@ -1,0 +1,295 @@
+package git
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/filemode"
+	"github.com/go-git/go-git/v5/plumbing/object"
+)
+
+const (
+	// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push must not be able to
+	// fill the mirror's memory.
+	maxFile = 1 << 20
+	// maxTree bounds one directory's object, in bytes: some 300,000 entries.
+	maxTree = 16 << 20
+	// maxLinks bounds the symbolic links on the way to a file, and maxTarget where one leads to, in bytes: Linux makes no longer ones.
+	maxLinks  = 20
+	maxTarget = 4095
+)
+
+var (
+	errTooLarge     = fmt.Errorf("the file has more than %d bytes", maxFile)
+	errTreeTooLarge = fmt.Errorf("the directory's list has more than %d bytes", maxTree)
+	errWrongKind    = errors.New("the object is of another kind than its directory says")
+	errNotFile      = errors.New("want the whole file: it is read by fs.ReadFile")
+)
+
+// tree is a directory of a commit, as deployments.Load walks and reads it: every object is read when it is asked for. Symbolic links
+// are followed within the commit. A submodule is a directory that has no more than .git, as in a clone.
+type tree struct {
+	objects *Objects
+	top     plumbing.Hash // of the commit
+	below   string        // the directory in it that is the root; "." is the commit's own
+
+	known map[plumbing.Hash]map[string]object.TreeEntry // by hash: one that stands in a million places has a million paths
+	fault error                                         // the first object that could not be read: the repository's trouble, not the commit's
+}
+
+var (
+	_ fs.ReadDirFS  = (*tree)(nil)
+	_ fs.ReadFileFS = (*tree)(nil)
+	_ fs.StatFS     = (*tree)(nil)
+)
+
+func newTree(objects *Objects, commit *object.Commit, below string) *tree {
+	return &tree{objects: objects, top: commit.TreeHash, below: below, known: map[plumbing.Hash]map[string]object.TreeEntry{}}
+}
+
+// Open is there for fs.FS: whoever reads the tree asks for whole directories and files.
+func (t *tree) Open(name string) (fs.File, error) {
+	return nil, &fs.PathError{Op: "open", Path: name, Err: errNotFile}
+}
+
+func (t *tree) Stat(name string) (fs.FileInfo, error) {
+	e, err := t.find(name)
+	if err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: name, Err: err}
+	}
+	return e, nil
+}
+
+func (t *tree) ReadFile(name string) ([]byte, error) {
+	e, err := t.find(name)
+	if err == nil && e.IsDir() {
+		err = errors.New("is a directory")
+	}
+	var data []byte
+	if err == nil {
+		data, err = t.blob(e.hash)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "read", Path: name, Err: err}
+	}
+	return data, nil
+}
+
+// ReadDir lists a directory, sorted by name. Git's own order is that of names which end in "/" where they are directories.
+func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
+	fail := func(err error) ([]fs.DirEntry, error) {
+		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
+	}
+	dir, err := t.find(name)
+	switch {
+	case err != nil:
+		return fail(err)
+	case !dir.IsDir():
+		return fail(errors.New("not a directory"))
+	case dir.git == filemode.Submodule:
+		return []fs.DirEntry{&entry{tree: t, name: ".git", git: filemode.Regular}}, nil
+	}
+	found, err := t.directory(dir.hash)
+	if err != nil {
+		return fail(err)
+	}
+	entries := make([]fs.DirEntry, 0, len(found))
+	for name, e := range found {
+		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either: it is passed over, but not where
+		// somebody might take it for a unit.
+		switch ext := path.Ext(name); {
+		case fs.ValidPath(name) && !strings.Contains(name, "/") && name != ".":
+			entries = append(entries, t.entry(name, e))
+		case ext == ".yaml", ext == ".yml":
+			return fail(fmt.Errorf("%q is no name of a file, in UTF-8", name))
+		}
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	return entries, nil
+}
+
+// find walks down to name, through symbolic links, and returns what is there, by name's last element.
+func (t *tree) find(name string) (*entry, error) {
+	if !fs.ValidPath(name) {
+		return nil, fs.ErrInvalid
+	}
+	at, parts := t.root(), split(path.Join(t.below, name))
+	var above []string // the way to what parts are below, without links
+	for links := 0; len(parts) > 0; {
+		if at.git != filemode.Dir {
+			return nil, fs.ErrNotExist
+		}
+		dir, err := t.directory(at.hash)
+		if err != nil {
+			return nil, err
+		}
+		e, found := dir[parts[0]]
+		if !found {
+			return nil, fs.ErrNotExist
+		}
+		at = t.entry(parts[0], e)
+		if at.git != filemode.Symlink {
+			above, parts = append(above, parts[0]), parts[1:]
+			continue
+		}
+		if links++; links > maxLinks {
+			return nil, errors.New("too many symbolic links")
+		}
+		target, err := t.target(at.hash, above)
+		if err != nil {
+			return nil, err
+		}
+		at, above, parts = t.root(), nil, append(split(target), parts[1:]...)
+	}
+	at.name = path.Base(name)
+	return at, nil
+}
+
+func (t *tree) root() *entry { return &entry{tree: t, name: ".", hash: t.top, git: filemode.Dir} }
+
+// target reads where a symbolic link in the directory above leads to, within the commit.
+func (t *tree) target(link plumbing.Hash, above []string) (string, error) {
+	to, err := t.blob(link)
+	switch {
+	case err != nil:
+		return "", err
+	case len(to) == 0:
+		return "", fs.ErrNotExist
+	case len(to) > maxTarget:
+		return "", fmt.Errorf("a symbolic link leads to a path of more than %d bytes", maxTarget)
+	}
+	target := path.Join(strings.Join(above, "/"), string(to))
+	if path.IsAbs(string(to)) || !fs.ValidPath(target) {
+		return "", errors.New("a symbolic link leads out of the repository")
+	}
+	return target, nil
+}
+
+// split returns a clean path's elements; none for the root.
+func split(name string) []string {
+	if name == "." {
+		return nil
+	}
+	return strings.Split(name, "/")
+}
+
+// directory reads a tree object. Of two entries with one name the first counts; Git itself makes no such tree.
+func (t *tree) directory(hash plumbing.Hash) (map[string]object.TreeEntry, error) {
+	if known := t.known[hash]; known != nil {
+		return known, nil
+	}
+	o, err := t.object(plumbing.TreeObject, hash)
+	if err != nil {
+		return nil, err
+	}
+	if o.Size() > maxTree {
+		return nil, errTreeTooLarge
+	}
+	raw, err := object.DecodeTree(t.objects, o)
+	if errors.Is(err, object.ErrMalformedTree) {
+		return nil, fmt.Errorf("tree %s: %w", hash, err)
+	}
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("tree %s: %w", hash, err))
+	}
+	entries := make(map[string]object.TreeEntry, len(raw.Entries))
+	for _, e := range raw.Entries {
+		if _, twice := entries[e.Name]; twice {
+			return nil, fmt.Errorf("tree %s: %q stands in it twice", hash, e.Name)
+		}
+		entries[e.Name] = e
+	}
+	t.known[hash] = entries
+	return entries, nil
+}
+
+func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
+	o, err := t.object(plumbing.BlobObject, hash)
+	if err != nil {
+		return nil, err
+	}
+	if o.Size() > maxFile { // what is larger was not read into memory: see OpenObjects
+		return nil, errTooLarge
+	}
+	r, err := o.Reader()
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", hash, err))
+	}
+	defer r.Close()
+	data, err := io.ReadAll(io.LimitReader(r, maxFile+1))
+	if err != nil {
+		return nil, t.failed(fmt.Errorf("blob %s: %w", hash, err))
+	}
+	if len(data) > maxFile {
+		return nil, errTooLarge
+	}
+	return data, nil
+}
+
+// object finds one. That it is missing is the repository's trouble; that it is of another kind, the commit's own. A file that the
+// server left out of a fetch is too large.
+func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
+	o, err := t.objects.EncodedObject(kind, hash)
+	missing := errors.Is(err, plumbing.ErrObjectNotFound)
+	switch {
+	case err == nil:
+		return o, nil
+	case hash.IsZero(), missing && t.objects.HasEncodedObject(hash) == nil:
+		return nil, fmt.Errorf("%s %s: %w", kind, hash, errWrongKind)
+	case missing && kind == plumbing.BlobObject && t.objects.filtered:
+		return nil, errTooLarge
+	}
+	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
+}
+
+// failed notes that the repository itself could not be read.
+func (t *tree) failed(err error) error {
+	if t.fault == nil {
+		t.fault = err
+	}
+	return err
+}
+
+func (t *tree) entry(name string, e object.TreeEntry) *entry {
+	return &entry{tree: t, name: name, hash: e.Hash, git: e.Mode}
+}
+
+// entry is a file or directory of a tree.
+type entry struct {
+	tree *tree
+	name string
+	hash plumbing.Hash
+	git  filemode.FileMode
+}
+
+func (e *entry) Name() string               { return e.name }
+func (e *entry) Type() fs.FileMode          { return e.Mode().Type() }
+func (e *entry) IsDir() bool                { return e.Mode().IsDir() }
+func (e *entry) ModTime() time.Time         { return time.Time{} }
+func (e *entry) Sys() any                   { return nil }
+func (e *entry) Info() (fs.FileInfo, error) { return e, nil }
+
+func (e *entry) Mode() fs.FileMode {
+	switch e.git {
+	case filemode.Dir, filemode.Submodule:
+		return fs.ModeDir | 0o555
+	case filemode.Symlink:
+		return fs.ModeSymlink | 0o777
+	}
+	return 0o444
+}
+
+func (e *entry) Size() int64 {
+	size, err := e.tree.objects.EncodedObjectSize(e.hash)
+	if err != nil {
+		return 0 // whoever reads the file sees the error
+	}
+	return size
+}
