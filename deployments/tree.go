@@ -140,10 +140,19 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		return fs.SkipAll
 	case name == ".":
 		return nil
+	case d.Name() == ".git" && strings.Count(name, "/") == 2:
+		l.problems = append(l.problems, Problem{File: path.Dir(name), Message: "it is a submodule, which is not mirrored: keep units' files in the repo itself"})
+		return fs.SkipDir
+	case d.Name() == ".git" && name != ".git": // a submodule, of which a mirror sees nothing
+		return fs.SkipDir
 	case strings.HasPrefix(d.Name(), "."):
 		if d.IsDir() {
 			return fs.SkipDir
 		}
+		return nil
+	case d.Type() == fs.ModeSymlink && path.Ext(name) == "" && l.hidesUnits(name):
+		l.problems = append(l.problems, Problem{File: name,
+			Message: "it is a symbolic link to a directory with units, which are not read there: link the units' files, or move the directory"})
 		return nil
 	case d.IsDir() && name == SettingsFile:
 		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a file of settings"})
@@ -164,6 +173,25 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	}
 	l.files = append(l.files, name)
 	return nil
+}
+
+// hidesUnits reports whether a symbolic link leads to a directory in which units would be looked for, if it were one.
+func (l *loader) hidesUnits(name string) (found bool) {
+	_ = fs.WalkDir(l.fsys, name, func(below string, d fs.DirEntry, err error) error {
+		l.seen++
+		depth, ext := strings.Count(below, "/"), path.Ext(below)
+		switch {
+		case err != nil || l.seen > MaxFiles:
+			return fs.SkipAll
+		case depth == 2:
+			found = found || ext == ".yaml" || ext == ".yml"
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+		}
+		return nil
+	})
+	return found
 }
 
 // read gives a file's bytes, or notes that it is too large.

@@ -30,7 +30,8 @@ Where kedge.yaml bounds what releases may do (dests, users, commands), and with 
 a commit names anew, and needs to get those from the storage. One that isn't there yet is looked for again after some seconds, then
 less and less often, once a minute in the end, and at once when a webhook comes.
 
-From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https;
+From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https; GIT_SSL_CAINFO, GIT_SSL_CERT and
+GIT_SSL_KEY, files of further authorities and of a client's certificate, as git has them;
 KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a signing
 token, whsec_..., or a secret token) and Gitea.`,
 		Args: cobra.ExactArgs(1),
@@ -71,6 +72,7 @@ token, whsec_..., or a secret token) and Gitea.`,
 	}
 	f := command.Flags()
 	f.StringVar(&c.Branch, "branch", envOr("KEDGE_BRANCH", "main"), "branch to mirror")
+	pathFlag(f, &c.Path)
 	f.DurationVar(&c.Every, "every", 0, "time between polls (default 15s; a local repo: 60s, beside watching it)")
 	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
 	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second, "how long a lease outlives its renewals; at least 10s on Consul")

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
@@ -23,7 +24,7 @@ import (
 )
 
 func (a *app) checkCommand() *cobra.Command {
-	var manifest, signers string
+	var manifest, signers, path string
 	var preReceive, releases bool
 	c := &cobra.Command{
 		Use:   "check [REPO]",
@@ -62,14 +63,14 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 			case manifest != "":
 				return a.checkManifest(manifest)
 			case preReceive:
-				return mirror.CheckPush(cmd.Context(), dir, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
+				return mirror.CheckPush(cmd.Context(), dir, path, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
 			}
 			if info, err := os.Stat(dir); err != nil {
 				return err
 			} else if !info.IsDir() {
 				return usagef("%s is a file: want a deployments repo's directory, or --manifest %s", dir, dir)
 			}
-			tree, err := loadTree(cmd.Context(), dir)
+			tree, err := loadTree(cmd.Context(), dir, path)
 			if err == nil && look != nil {
 				err = look.Check(cmd.Context(), tree)
 			}
@@ -95,6 +96,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
 	f.StringVar(&signers, "signers", "", "allowed_signers `file`: read the releases, too, which must be signed by one of them")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
+	pathFlag(f, &path)
 	a.jsonFlag(c, "the problems")
 	return c
 }
@@ -123,13 +125,13 @@ func inFile(err error, file string) error {
 }
 
 // loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would always be valid.
-func loadTree(ctx context.Context, dir string) (*deployments.Tree, error) {
+func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	for _, name := range []string{"HEAD", "objects", "refs"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
-			return deployments.Load(os.DirFS(dir))
+			return git.LoadDir(dir, path)
 		}
 	}
-	commit, err := git.LoadAt(ctx, dir, "HEAD")
+	commit, err := git.LoadAt(ctx, dir, "HEAD", path)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +167,13 @@ func (a *app) checkManifest(file string) error {
 	return nil
 }
 
+// pathFlag is for repos that hold more than deployments.
+func pathFlag(f *pflag.FlagSet, path *string) {
+	f.StringVar(path, "path", os.Getenv("KEDGE_PATH"), "`directory` of the repo that holds STAGE/ROLE/UNIT.yaml and kedge.yaml (default: all of it)")
+}
+
 func (a *app) diffCommand() *cobra.Command {
+	var path string
 	c := &cobra.Command{
 		Use:   "diff [REPO [COMMIT]]",
 		Short: "What a commit would change in the store",
@@ -175,7 +183,7 @@ What isn't committed isn't compared.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			args = append(args, []string{".", "HEAD"}[len(args):]...)
 			ctx := cmd.Context()
-			commit, err := git.LoadAt(ctx, args[0], args[1])
+			commit, err := git.LoadAt(ctx, args[0], args[1], path)
 			if err != nil {
 				return err
 			}
@@ -202,6 +210,7 @@ What isn't committed isn't compared.`,
 			return nil
 		},
 	}
+	pathFlag(c.Flags(), &path)
 	a.jsonFlag(c, "the changes")
 	return c
 }

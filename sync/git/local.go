@@ -184,7 +184,9 @@ func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 	if err := add(); err != nil {
 		return err
 	}
-	r.blind.Store(false)
+	if r.blind.Swap(false) {
+		r.log.Info("the repository is watched again", "repo", r.path)
+	}
 	changed() // what happened before the watch stood
 	for {
 		select {

@@ -122,3 +122,94 @@ func openTree(t *testing.T, o *gittest.Origin, below string) *tree {
 	}
 	return newTree(from, commit, below)
 }
+
+// Units that would pass unseen are told, by the mirror and by kedge check on the work tree alike.
+func TestUnitsThatWouldPassUnseen(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		make func(t *testing.T, o *gittest.Origin)
+		says string // empty: it is fine
+	}{
+		"a link to a role": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "web", "prod/api") }, "prod/api: it is a symbolic link"},
+		"a link to a stage": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "prod", "staging") },
+			"staging: it is a symbolic link"},
+		"a link to documents": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "docs", "manual") }, ""},
+		"a link to a file":    {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "app.yaml", "prod/web/other.yaml") }, ""},
+		"a submodule for a role": {func(t *testing.T, o *gittest.Origin) { submodule(t, o, "prod/api") },
+			"prod/api: it is a submodule"},
+		"a submodule beside": {func(t *testing.T, o *gittest.Origin) { submodule(t, o, "tools") }, ""},
+	} {
+		o := gittest.New(t)
+		o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "docs/README.md": "x"})
+		c.make(t, o)
+		o.Git(o.Work, "commit", "-q", "-m", "Deploy")
+		_, work := LoadDir(o.Work, "")
+		for where, err := range map[string]error{"the commit": loads(o, o.Git(o.Work, "rev-parse", "HEAD")), "the work tree": work} {
+			if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+				t.Errorf("%s, in %s: %v; want %q", name, where, err, c.says)
+			}
+		}
+	}
+}
+
+func symlink(t *testing.T, o *gittest.Origin, to, name string) {
+	t.Helper()
+	if err := os.Symlink(to, filepath.Join(o.Work, name)); err != nil {
+		t.Fatal(err)
+	}
+	o.Git(o.Work, "add", name)
+}
+
+// submodule adds one as git submodule add does, without another repository.
+func submodule(t *testing.T, o *gittest.Origin, name string) {
+	t.Helper()
+	dir := filepath.Join(o.Work, name)
+	if err := os.MkdirAll(filepath.Join(dir, "lib", "x"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	gittest.WriteFile(t, filepath.Join(dir, ".git"), "gitdir: elsewhere\n")
+	gittest.WriteFile(t, filepath.Join(dir, "lib", "x", "values.yaml"), "a: 1\n")
+	o.Git(o.Work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("1", 40)+","+name)
+}
+
+// Of a monorepo the mirror reads what lies at Config.Path, and names files by their places in the repo.
+func TestPath(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	head := o.Push(map[string]string{"deploy/kedge.yaml": "prune: true\n", "deploy/prod/web/app.yaml": unitFile("app/1"),
+		"charts/app/values/x.yaml": "a: 1", "compose.yaml": "services: {}", "kedge.yaml/x": "y"})
+	symlink(t, o, "../../../charts/app/values/x.yaml", "deploy/prod/web/link.yaml")
+	o.Git(o.Work, "commit", "-q", "-m", "Deploy")
+	wrong := o.Git(o.Work, "rev-parse", "HEAD")
+	for _, below := range []string{"deploy", "/deploy/", "./deploy"} {
+		b := openBranch(t, Config{Repo: o.Bare, Branch: "refs/heads/main", Path: below})
+		c := reads(t, b, head)
+		if len(c.Tree.Units) != 1 || c.Tree.Units[0].Place.File != "deploy/prod/web/app.yaml" || !c.Tree.Settings.Prune {
+			t.Errorf("below %s: %+v", below, c.Tree)
+		}
+		tree, err := LoadDir(o.Work, below)
+		if err == nil || !strings.Contains(err.Error(), "deploy/prod/web/link.yaml:1:1") {
+			t.Errorf("the work tree: %+v, %v", tree, err)
+		}
+		if _, err := LoadAt(t.Context(), o.Work, wrong, below); err == nil || !strings.Contains(err.Error(), "deploy/prod/web/link.yaml:1:1") {
+			t.Errorf("a link to a file beside that is no unit: %v", err)
+		}
+		if c, err := LoadAt(t.Context(), o.Work, head, below); err != nil || len(c.Tree.Units) != 1 {
+			t.Errorf("LoadAt: %+v, %v", c, err)
+		}
+		in, _, err := OpenReceiving(o.Bare, below, env())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := in.Load(head, nil); err != nil {
+			t.Errorf("in a hook: %v", err)
+		}
+		in.Close()
+	}
+	if _, err := LoadAt(t.Context(), o.Work, head, "nowhere"); !errors.As(err, new(*BadCommit)) || !strings.Contains(err.Error(), "no directory nowhere") {
+		t.Errorf("a path that isn't there: %v", err)
+	}
+	if _, err := Open(Config{Repo: o.Bare, Branch: "main", Path: "../deploy", Env: env()}); err == nil {
+		t.Error("a path that leads out of the repository was taken")
+	}
+}

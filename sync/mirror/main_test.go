@@ -19,9 +19,9 @@ func TestMain(m *testing.M) {
 	case "mirror":
 		err = mirrorProcess()
 	case "pre-receive":
-		err = CheckPush(context.Background(), ".", os.Stdin, nil)
+		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin, nil)
 	case "pre-receive-releases":
-		err = CheckPush(context.Background(), ".", os.Stdin, &Releases{Objects: object.New(object.Config{})})
+		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin, &Releases{Objects: object.New(object.Config{})})
 	default:
 		os.Exit(m.Run())
 	}

@@ -40,6 +40,8 @@ type Config struct {
 	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local bare repo, which
 	// is watched. Branch: default main.
 	Repo, Branch string
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo; default: all of it.
+	Path string
 	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
 	// Name is shown as the lease's holder; default the host's name.
@@ -144,7 +146,7 @@ func New(c Config) (*Mirror, error) {
 	if m.verify, err = git.NewVerifier(c.SignedBy, c.SignedByPGP); err != nil {
 		return nil, err
 	}
-	if m.branch, err = git.Open(git.Config{Repo: c.Repo, Branch: c.Branch, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
+	if m.branch, err = git.Open(git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
 		CacheDir: c.CacheDir, Env: c.Env, Log: c.Log}); err != nil {
 		return nil, err
 	}

@@ -68,10 +68,10 @@ func TestCheckPushReadsGitsLines(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	if err := CheckPush(t.Context(), o.Bare, strings.NewReader("nonsense\n"), nil); err == nil || !strings.Contains(err.Error(), "OLD NEW REF") {
+	if err := CheckPush(t.Context(), o.Bare, "", strings.NewReader("nonsense\n"), nil); err == nil || !strings.Contains(err.Error(), "OLD NEW REF") {
 		t.Errorf("error %v", err)
 	}
-	if err := CheckPush(t.Context(), o.Bare, strings.NewReader(""), nil); err != nil {
+	if err := CheckPush(t.Context(), o.Bare, "", strings.NewReader(""), nil); err != nil {
 		t.Errorf("nothing pushed: %v", err)
 	}
 }
