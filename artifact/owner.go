@@ -56,14 +56,20 @@ func idOf(name string, lookup func() (string, error)) (int, error) {
 	return int(id), err
 }
 
-// eachWrongOwner calls f for what belongs to somebody else, the top included as ".".
-func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, f func(p string) error) error {
+// eachWrongOwner calls f for what belongs to somebody else, the top included as ".". It passes over the paths of skip.
+func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if isBelow(p, skip) {
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
 		}
 		info, err := d.Info()
 		if err != nil {
@@ -91,14 +97,14 @@ func applyOwner(ctx context.Context, dir, owner string) error {
 		return err
 	}
 	defer root.Close()
-	err = eachWrongOwner(ctx, root, uid, gid, func(p string) error { return root.Lchown(p, uid, gid) })
+	err = eachWrongOwner(ctx, root, uid, gid, nil, func(p string) error { return root.Lchown(p, uid, gid) })
 	if err != nil {
 		return fmt.Errorf("owner %q: %w", owner, err)
 	}
 	return nil
 }
 
-func verifyOwner(ctx context.Context, dir, owner string) (found []Difference, err error) {
+func verifyOwner(ctx context.Context, dir, owner string, skip []string) (found []Difference, err error) {
 	if owner == "" {
 		return nil, nil
 	}
@@ -111,7 +117,7 @@ func verifyOwner(ctx context.Context, dir, owner string) (found []Difference, er
 		return nil, err
 	}
 	defer root.Close()
-	err = eachWrongOwner(ctx, root, uid, gid, func(p string) error {
+	err = eachWrongOwner(ctx, root, uid, gid, skip, func(p string) error {
 		found = append(found, Difference{Path: p, What: "owner"})
 		return nil
 	})

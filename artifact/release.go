@@ -333,13 +333,18 @@ func (r *Releases) adopt() error {
 // Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged. Where
 // dest can't be read it removes nothing.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
-	if err := r.prune(keep, protect); err != nil {
+	return r.pruneBut(keep, protect, nil)
+}
+
+// pruneBut is Prune, but that those in drop go first, whatever keep says.
+func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
+	if err := r.prune(keep, protect, drop); err != nil {
 		return fmt.Errorf("prune %s: %w", r.top(), err)
 	}
 	return nil
 }
 
-func (r *Releases) prune(keep int, protect []deployments.Digest) error {
+func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	live, _, err := r.current()
 	if err != nil && !errors.Is(err, ErrNoRelease) {
 		return err
@@ -349,9 +354,11 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 	if err != nil {
 		return err
 	}
-	protected := func(short string) bool {
-		return slices.ContainsFunc(protect, func(d deployments.Digest) bool { return d.Short() == short })
+	among := func(list []deployments.Digest, short string) bool {
+		return slices.ContainsFunc(list, func(d deployments.Digest) bool { return d.Short() == short })
 	}
+	protected := func(short string) bool { return among(protect, short) }
+	var left error
 	kept := map[string]bool{}
 	others := 0
 	for _, name := range names {
@@ -362,19 +369,24 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 			kept[short] = true
 			continue
 		}
-		if _, err := os.Lstat(dir); err == nil {
+		if _, err := os.Lstat(dir); err == nil && !among(drop, short) {
 			if others++; others <= keep {
 				kept[short] = true
 				continue
 			}
 		}
-		if err := r.remove(name); err != nil {
+		err := r.remove(name)
+		if errors.Is(err, errMounted) {
+			kept[short], left = true, errors.Join(left, err)
+			continue
+		}
+		if err != nil {
 			return err
 		}
 	}
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return left
 	}
 	if err != nil {
 		return err
@@ -386,22 +398,23 @@ func (r *Releases) prune(keep int, protect []deployments.Digest) error {
 		switch {
 		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix): // of a version that may be called as these are
 		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
-			if err := removeTree(filepath.Join(r.private(), name)); err != nil {
-				return err
-			}
+			left = errors.Join(left, removeTree(filepath.Join(r.private(), name)))
 		}
 	}
-	return nil
+	return left
 }
 
 // remove takes a release's name away first, so that no half of it is ever found.
 func (r *Releases) remove(name string) error {
+	dir := filepath.Join(r.top(), name)
+	if err := noMounts(dir); err != nil {
+		return err
+	}
 	trash := filepath.Join(r.private(), trashPrefix+name)
 	if err := removeTree(trash); err != nil {
 		return err
 	}
 	r.at("trash")
-	dir := filepath.Join(r.top(), name)
 	if err := movable(dir); err != nil {
 		return err
 	}
@@ -433,7 +446,11 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
-	differences, err := verifyTree(ctx, rel.Dir, index, limit)
+	skip, err := mountsBelow(rel.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
+	}
+	differences, err := verifyTree(ctx, rel.Dir, index, limit, skip...)
 	if err != nil {
 		return nil, err
 	}
@@ -444,7 +461,7 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	if top.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
 		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
 	}
-	owners, err := verifyOwner(ctx, rel.Dir, rel.Manifest.Owner)
+	owners, err := verifyOwner(ctx, rel.Dir, rel.Manifest.Owner, skip)
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}

@@ -657,7 +657,7 @@ func TestOwnerAndMode(t *testing.T) {
 		t.Errorf("its mode is %v", info.Mode())
 	}
 	for owner, want := range map[string]int{"": 0, "4321": 0, ":1234": 0, "4321:1234": 0, "1": 9, ":1": 9, "4321:1": 9, "1:1234": 9} {
-		if found, err := verifyOwner(t.Context(), rel.Dir, owner); err != nil || len(found) != want {
+		if found, err := verifyOwner(t.Context(), rel.Dir, owner, nil); err != nil || len(found) != want {
 			t.Errorf("%d paths are not of %q, want %d: %v", len(found), owner, want, err)
 		}
 	}

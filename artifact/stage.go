@@ -144,6 +144,9 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	} else if err != nil {
 		return false, err
 	}
+	if err := noMounts(dir); err != nil {
+		return false, err
+	}
 	if err := movable(dir); err != nil {
 		return false, err
 	}
@@ -253,34 +256,6 @@ func movable(dir string) error {
 		return err
 	}
 	return os.Chmod(dir, info.Mode()|0o200)
-}
-
-// removeTree removes a tree, also where it holds directories that its owner may not write into.
-func removeTree(dir string) error {
-	err := os.RemoveAll(dir)
-	if !errors.Is(err, fs.ErrPermission) {
-		return err
-	}
-	filepath.WalkDir(dir, func(p string, d fs.DirEntry, _ error) error {
-		if d != nil && d.IsDir() {
-			os.Chmod(p, 0o700)
-		}
-		return nil
-	})
-	return os.RemoveAll(dir)
-}
-
-func emptyDir(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // syncFS writes all of dir's file system to the disk: many times faster than a sync of each file.

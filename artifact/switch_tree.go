@@ -69,7 +69,7 @@ func (t treeSwitcher) clear(r *Release) error {
 	return os.Remove(r.Manifest.Dest)
 }
 
-func (t treeSwitcher) Prune(r *Release, _ []deployments.Digest) error {
+func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error {
 	return removeTree(t.beside(r) + ".part")
 }
 
@@ -86,13 +86,17 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if parent := filepath.Dir(r.Manifest.Dest); !exists(parent) {
 		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", parent)
 	}
-	if err := s.tool(ctx, "rsync", append(s.args(r), "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
+	args, err := s.args(r)
+	if err != nil {
+		return err
+	}
+	if err := s.tool(ctx, "rsync", append(args, "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
 		return err
 	}
 	return syncFS(r.Manifest.Dest)
 }
 
-func (s rsyncSwitcher) args(r *Release) []string {
+func (s rsyncSwitcher) args(r *Release) ([]string, error) {
 	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
@@ -101,12 +105,29 @@ func (s rsyncSwitcher) args(r *Release) []string {
 	for _, e := range r.Manifest.Excludes {
 		args = append(args, "--exclude", e)
 	}
-	return args
+	mounts, err := mountsBelow(r.Manifest.Dest)
+	if err != nil {
+		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
+	}
+	for _, m := range mounts {
+		if m != "." {
+			args = append(args, "--filter", "P /"+rsyncLiteral.Replace(m)+"/***") // what lies there is not deleted
+		}
+	}
+	return args, nil
 }
 
+// rsyncLiteral makes a path a pattern of rsync's that matches it alone. A backslash counts only beside a wildcard.
+var rsyncLiteral = strings.NewReplacer("*", "[*]", "?", "[?]", "[", "[[]")
+
 func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
+	if exists(s.tree(r)) {
+		if ds, err := s.Verify(ctx, r, 0); err == nil && len(ds) == 0 {
+			return nil // dest may be read-only by now
+		}
+	}
 	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
-		return fmt.Errorf("unpacking anew the release to go back to: %w", err)
+		return fmt.Errorf("unpacking again the release to go back to: %w", err)
 	}
 	return s.Switch(ctx, r)
 }
@@ -118,7 +139,11 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if !exists(s.tree(r)) {
 		return nil, nil
 	}
-	output, err := s.c.Tool(ctx, true, "rsync", append(s.args(r), "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
+	args, err := s.args(r)
+	if err != nil {
+		return nil, err
+	}
+	output, err := s.c.Tool(ctx, true, "rsync", append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
 	if err != nil {
 		return nil, err
 	}

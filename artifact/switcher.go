@@ -37,8 +37,9 @@ type Switcher interface {
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the live tree as rel says.
 	Heal(ctx context.Context, rel *Release) error
-	// Prune removes what only releases need that are not in keep.
-	Prune(rel *Release, keep []deployments.Digest) error
+	// Prune removes what only releases need that are not protected, but the newest others, as many as others says. Those in
+	// drop go first, whatever others says.
+	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
 // SwitcherConfig configures a Switcher.
@@ -75,7 +76,7 @@ func (commandsOnly) Live(*Release) bool                                         
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
 func (commandsOnly) Heal(context.Context, *Release) error                          { return nil }
-func (commandsOnly) Prune(*Release, []deployments.Digest) error                    { return nil }
+func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
 // linkSwitcher is StrategyRelease: directories beside dest, and dest a link to one of them.
 type linkSwitcher struct{ releases *Releases }
@@ -155,8 +156,8 @@ func (l linkSwitcher) Heal(ctx context.Context, rel *Release) error {
 	return l.releases.Switch(found)
 }
 
-func (l linkSwitcher) Prune(rel *Release, keep []deployments.Digest) error {
-	return l.releases.Prune(rel.Manifest.Keep, keep...)
+func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.Digest) error {
+	return l.releases.pruneBut(others, protect, drop)
 }
 
 // asideOf is where strategy mv puts a release that failed, until the one before it is back.

@@ -18,8 +18,8 @@ import (
 )
 
 // verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index. It reads every
-// file, at most limit bytes a second (0: as fast as one core can).
-func verifyTree(ctx context.Context, dir string, data []byte, limit int64) ([]Difference, error) {
+// file, at most limit bytes a second (0: as fast as one core can). What lies at the paths of skip and below is passed over.
+func verifyTree(ctx context.Context, dir string, data []byte, limit int64, skip ...string) ([]Difference, error) {
 	x, err := decodeIndex(data)
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", dir, err)
@@ -29,7 +29,7 @@ func verifyTree(ctx context.Context, dir string, data []byte, limit int64) ([]Di
 		return nil, fmt.Errorf("verify: %w", err)
 	}
 	defer root.Close()
-	v := &verifier{root: root, index: x, seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
+	v := &verifier{root: root, index: x, skip: skip, seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
 	if limit > 0 {
 		v.limit = rate.NewLimiter(rate.Limit(limit), len(v.buffer))
 	}
@@ -45,6 +45,7 @@ func verifyTree(ctx context.Context, dir string, data []byte, limit int64) ([]Di
 type verifier struct {
 	root   *os.Root
 	index  *index
+	skip   []string
 	seen   []fs.FileInfo
 	found  []Difference
 	limit  *rate.Limiter // nil: none
@@ -68,6 +69,12 @@ func (v *verifier) run(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		if isBelow(p, v.skip) {
+			if d.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
+		}
 		i := v.index.find(p)
 		if i < 0 {
 			v.differs(p, "extra")
@@ -90,11 +97,18 @@ func (v *verifier) run(ctx context.Context) error {
 		return err
 	}
 	for i, info := range v.seen {
-		if info == nil {
+		if info == nil && !isBelow(v.index.entries[i].path, v.skip) {
 			v.differs(v.index.entries[i].path, "missing")
 		}
 	}
 	return nil
+}
+
+// isBelow reports whether p is one of dirs, or below one.
+func isBelow(p string, dirs []string) bool {
+	return slices.ContainsFunc(dirs, func(dir string) bool {
+		return p == dir || len(p) > len(dir) && p[len(dir)] == '/' && p[:len(dir)] == dir
+	})
 }
 
 func (v *verifier) differs(path, what string) {

@@ -69,12 +69,14 @@ package deploy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"slices"
 	"sync"
+	"syscall"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
@@ -270,7 +272,16 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	if err := u.remember(r); err != nil {
 		return err
 	}
-	if err := u.switcher(r).Stage(ctx, r, artifact.StageOptions{Base: u.j.Running, Progress: progress}); err != nil {
+	opt := artifact.StageOptions{Base: u.j.Running, Progress: progress}
+	err := u.switcher(r).Stage(ctx, r, opt)
+	if errors.Is(err, syscall.ENOSPC) {
+		u.log.Warn("the disk is full: removes old and failed releases, and tries again", "release", r.Pointer.String(), "error", err)
+		if failed := u.makeRoom(r); failed != nil {
+			u.log.Error("could not remove old releases", "error", failed)
+		}
+		err = u.switcher(r).Stage(ctx, r, opt)
+	}
+	if err != nil {
 		return err
 	}
 	u.at("after stage")

@@ -277,7 +277,10 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	}
 	at := *d
 	at.Step = stepFailure // also if they run before their turn
-	return u.note(ctx, "a failure command failed", u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure))
+	if err := u.note(ctx, "a failure command failed", u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
+		return err
+	}
+	return u.note(ctx, "could not remove old releases", u.tidy(r))
 }
 
 // stayUnserved notes that the release that the deployment goes back to doesn't serve: its post commands and checks are to be
@@ -390,16 +393,42 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	return env
 }
 
-// tidy removes what neither what runs, nor what is good, nor what is staged needs. It comes after a success only: a failed
-// release is kept for whoever looks at it, until then.
+// tidy removes what nothing needs any more, after a success and after a failure. The release that failed last stays for whoever
+// looks at it, until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
-	var keep []deployments.Digest
-	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
-		if !p.IsZero() {
-			keep = append(keep, p.Digest)
+	d := u.j.Deployment
+	if d.Fault == nil {
+		return u.prune(r, r.Manifest.Keep, nil)
+	}
+	var failed []deployments.Digest
+	for _, f := range u.j.Quarantined {
+		if f.Digest != d.Release.Digest {
+			failed = append(failed, f.Digest)
 		}
 	}
-	return errors.Join(u.switcher(r).Prune(r, keep), artifact.PruneTrees(u.treesDir(), keep), artifact.PruneReleases(u.manifestsDir(), keep))
+	return u.prune(r, r.Manifest.Keep, failed, d.Release.Digest, d.From.Digest)
+}
+
+// makeRoom removes all that can be done without on a full disk, so that r can be staged.
+func (u *Unit) makeRoom(r *artifact.Release) error {
+	keep := []deployments.Digest{r.Pointer.Digest}
+	if d := u.j.Deployment; d != nil {
+		keep = append(keep, d.From.Digest, d.Back.Digest)
+	}
+	return u.prune(r, 0, nil, keep...)
+}
+
+// prune removes releases: those of drop, and all but the newest others, what runs, is good or is staged, and those to keep.
+func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
+	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
+		keep = append(keep, p.Digest)
+	}
+	keep = slices.DeleteFunc(keep, deployments.Digest.IsZero)
+	return errors.Join(
+		u.switcher(r).Prune(r, others, keep, drop),
+		artifact.PruneTrees(u.treesDir(), keep),
+		artifact.PruneReleases(u.manifestsDir(), keep),
+	)
 }
 
 // transient reports whether an error of a switch is the machine's fault, not the release's.

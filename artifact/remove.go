@@ -1,0 +1,256 @@
+package artifact
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// errMounted is in the error of what isn't removed or moved because something is mounted there.
+var errMounted = errors.New("it is a mount point, and is left alone with all that is in it: unmount it first")
+
+// maxOpenLevels bounds the descriptors that removing a deep tree takes: what lies deeper is moved to its top first.
+const maxOpenLevels = 64
+
+// removeTree removes the tree at path, also if its owner may not write into its directories. It follows no symbolic link and never
+// crosses a mount point, bind mounts of the same file system included: those and the directories above them stay, and are
+// in the error.
+func removeTree(path string) error {
+	if !exists(path) {
+		return nil // also on a read-only file system, which refuses to remove even that
+	}
+	parent, err := openDir(filepath.Dir(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	r := remover{top: -1}
+	r.remove(int(parent.Fd()), filepath.Base(path), path, 0)
+	return errors.Join(r.errs...)
+}
+
+// emptyDir removes all that is in dir, as removeTree does.
+func emptyDir(dir string) error {
+	d, err := openDir(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	r := remover{top: int(d.Fd())}
+	r.empty(d, dir, 0)
+	return errors.Join(r.errs...)
+}
+
+// remover removes one tree.
+type remover struct {
+	top   int // of the tree's own directory; -1: not open yet
+	moved int
+	errs  []error // the first few
+}
+
+func (r *remover) failed(path string, err error) {
+	if len(r.errs) < 3 {
+		r.errs = append(r.errs, failed("remove", path, err))
+	}
+}
+
+// remove removes the entry name of the directory dir; path is its own, for errors.
+func (r *remover) remove(dir int, name, path string, level int) {
+	err := unix.Unlinkat(dir, name, 0)
+	if errors.Is(err, unix.EACCES) && unix.Fchmod(dir, 0o700) == nil {
+		err = unix.Unlinkat(dir, name, 0)
+	}
+	switch {
+	case err == nil || errors.Is(err, unix.ENOENT):
+		return
+	case errors.Is(err, unix.EBUSY):
+		r.failed(path, errMounted)
+		return
+	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM): // EPERM: of a directory on some file systems
+		r.failed(path, err)
+		return
+	}
+	fd, err := openBelow(dir, name)
+	if err != nil {
+		r.failed(path, err)
+		return
+	}
+	d := os.NewFile(uintptr(fd), path)
+	defer d.Close()
+	if level >= maxOpenLevels {
+		r.moved++
+		err := unix.Renameat(dir, name, r.top, fmt.Sprintf(".kedge-deep-%d", r.moved))
+		if err != nil {
+			r.failed(path, err)
+		}
+		return
+	}
+	if r.top < 0 {
+		r.top = fd
+	}
+	before := len(r.errs)
+	r.empty(d, path, level)
+	if len(r.errs) > before {
+		return // it isn't empty
+	}
+	if err := unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err != nil && !errors.Is(err, unix.ENOENT) {
+		if errors.Is(err, unix.EBUSY) {
+			err = errMounted
+		}
+		r.failed(path, err)
+	}
+}
+
+// empty removes what is in the directory d.
+func (r *remover) empty(d *os.File, path string, level int) {
+	for {
+		if _, err := d.Seek(0, io.SeekStart); err != nil {
+			r.failed(path, err)
+			return
+		}
+		names, err := d.Readdirnames(1024)
+		if err != nil && !errors.Is(err, io.EOF) {
+			r.failed(path, err)
+		}
+		before := len(r.errs)
+		for _, name := range names {
+			r.remove(int(d.Fd()), name, filepath.Join(path, name), level+1)
+		}
+		if len(names) == 0 || len(r.errs) > before {
+			return
+		}
+	}
+}
+
+// openBelow opens the directory name in dir for reading, through no link, and not if something is mounted on it. It gives itself the
+// right to read and write it.
+func openBelow(dir int, name string) (fd int, err error) {
+	path, err := openInMount(dir, name, unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(path)
+	self := fmt.Sprintf("/proc/self/fd/%d", path) // the directory that was looked at, whatever has its name by now
+	var st unix.Stat_t
+	if err := unix.Fstat(path, &st); err != nil {
+		return -1, err
+	}
+	if st.Mode&0o700 != 0o700 {
+		_ = unix.Chmod(self, 0o700) // if it can't be, opening or emptying it says so
+	}
+	return openAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+}
+
+// openInMount opens name in dir if it lies in the same mount. Without openat2 (Linux 5.6, or a filter that forbids it) the kernel's
+// numbers of the mounts are compared.
+func openInMount(dir int, name string, flags int) (fd int, err error) {
+	how := unix.OpenHow{Flags: uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC), Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS}
+	for {
+		fd, err = unix.Openat2(dir, name, &how)
+		switch {
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN):
+			continue
+		case errors.Is(err, unix.EXDEV):
+			return -1, errMounted
+		case !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM):
+			return fd, err
+		}
+		break
+	}
+	if fd, err = openAt(dir, name, flags|unix.O_NOFOLLOW, 0); err != nil {
+		return -1, err
+	}
+	above, err := mountOf(dir)
+	here, err2 := mountOf(fd)
+	if err = errors.Join(err, err2); err == nil && above != here {
+		err = errMounted
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// mountOf returns the number of the mount that an open file lies in. See proc(5), fdinfo.
+func mountOf(fd int) (string, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		if id, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			return strings.TrimSpace(id), nil
+		}
+	}
+	return "", errors.New("the kernel does not say which mount a file lies in")
+}
+
+// mountsBelow returns the paths, relative to dir, at which something is mounted in dir; "." is dir itself.
+func mountsBelow(dir string) ([]string, error) {
+	real, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var found []string
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 5 {
+			continue
+		}
+		if at := unescapeMount(fields[4]); at == real || strings.HasPrefix(at, real+"/") {
+			rel, err := filepath.Rel(real, at)
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, rel)
+		}
+	}
+	return found, lines.Err()
+}
+
+// unescapeMount reads a path of mountinfo, in which a space, tab, newline and backslash stand as \ and three octal digits.
+func unescapeMount(s string) string {
+	var out strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if c, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				out.WriteByte(byte(c))
+				i += 3
+				continue
+			}
+		}
+		out.WriteByte(s[i])
+	}
+	return out.String()
+}
+
+// noMounts is an error if something is mounted in dir: what would move or remove it is not done.
+func noMounts(dir string) error {
+	found, err := mountsBelow(dir)
+	if err == nil && len(found) > 0 {
+		err = failed("move", filepath.Join(dir, found[0]), errMounted)
+	}
+	return err
+}
