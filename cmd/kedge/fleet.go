@@ -348,11 +348,13 @@ func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error
 
 func (a *app) pinCommand() *cobra.Command {
 	var node, reason, by, until string
+	var force, atOnce bool
 	c := &cobra.Command{
 		Use:   "pin STAGE/ROLE/UNIT POINTER|hold",
 		Short: "Override what Git says, for a unit or for one node of it",
-		Long: `Writes a pin. Every node of the unit (or, with --node, that one) converges to it at once, and stays until the pin is
-removed or its --until has come. "hold" keeps what runs, whatever it is.
+		Long: `Writes a pin. The nodes of the unit (or, with --node, that one) converge to it, and stay until the pin is removed or its
+--until has come. "hold" keeps what runs, whatever it is. Where the unit has a rollout, the mirror admits its nodes within
+max_unavailable; with --at-once, and where it has none, every node follows as soon as it sees the pin.
 
   kedge pin prod/web/app s3://acme-releases/app/1.4.1/manifest.yaml@sha256:… \
       --reason "incident 812" --until 2h
@@ -366,14 +368,19 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 		if err != nil {
 			return usageError{err}
 		}
-		pin.Reason, pin.By = reason, by
+		pin.Reason, pin.By, pin.AtOnce = reason, by, atOnce || pin.AtOnce
 		if until != "" {
 			if pin.Until, err = untilOf(until, time.Now()); err != nil {
 				return err
 			}
 		}
 		return a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-			notes := fleet.PinNotes(ctx, store, id, node)
+			if !force {
+				if err := fleet.CheckRecord(ctx, store, id); err != nil {
+					return hintError{fmt.Errorf("pin: %w", err), "no node runs anything by the pin of a unit without a record; to write it all the same: --force"}
+				}
+			}
+			notes := fleet.PinNotes(ctx, store, id, node, pin.AtOnce)
 			if err := fleet.Pin(ctx, store, id, node, pin); err != nil {
 				return err
 			}
@@ -391,6 +398,8 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 	f.StringVar(&node, "node", "", "only this node")
 	f.StringVar(&reason, "reason", "", "why, for who looks at it later")
 	f.StringVar(&by, "by", person(), "who")
+	f.BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
+	f.BoolVar(&force, "force", false, "also where the unit has no record")
 	f.StringVar(&until, "until", "", "when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
 	return c
 }
@@ -455,7 +464,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		Args:  cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-		notes := fleet.PinNotes(ctx, store, id, node)
+		notes := fleet.PinNotes(ctx, store, id, node, false)
 		was, err := fleet.Unpin(ctx, store, id, node)
 		switch {
 		case err != nil:
@@ -479,24 +488,30 @@ func (a *app) unpinCommand() *cobra.Command {
 
 func (a *app) rollbackCommand() *cobra.Command {
 	var reason, by string
+	var atOnce bool
 	c := &cobra.Command{
 		Use:   "rollback STAGE/ROLE/UNIT",
 		Short: "Pin a unit to the last good release before the one that it runs",
-		Long: `Pins a unit to the last release that stood before the one that it runs now. The pin goes to all its nodes at once, and each of
-them still protects itself by the release's health checks.
+		Long: `Pins a unit to the last release that stood before the one that it runs now. Each node still protects itself by the release's
+health checks. Where the unit has a rollout, the mirror admits its nodes within max_unavailable, unless --at-once is given.
 
 Nodes with --signers refuse a release that is older than the one that they have settled on, unless they have --allow-older-pins: they
 keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
 		Args: cobra.ExactArgs(1),
 	}
 	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-		pin, err := fleet.Rollback(ctx, store, id, reason, by)
+		pin, err := fleet.Rollback(ctx, store, id, fleet.RollbackOptions{Reason: reason, By: by, AtOnce: atOnce})
 		if err != nil {
 			return err
 		}
-		a.tell("pinned %s to %s\n  once Git says what should run: kedge unpin %s", id, pin.Release, id)
+		a.tell("pinned %s to %s", id, pin.Release)
+		if already := fleet.RunsAlready(ctx, store, id, pin.Release); already != "" {
+			a.tell("  %s", already)
+		}
+		a.tell("  once Git says what should run: kedge unpin %s", id)
 		return nil
 	})
+	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")
 	c.Flags().StringVar(&by, "by", person(), "who")
 	return c

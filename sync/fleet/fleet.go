@@ -69,6 +69,17 @@ func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunnin
 // pinned reports whether a pin decides for a unit, on nodes without one of their own.
 func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
+// gitTarget is the release that Git names: while a pin is rolled out, the record's target is the pin's.
+func (u *Unit) gitTarget() deployments.Pointer {
+	switch {
+	case u.Record == nil:
+		return deployments.Pointer{}
+	case u.Record.Pinned != nil:
+		return u.Record.Pinned.Target
+	}
+	return u.Record.Target
+}
+
 // Node is one unit on one node.
 type Node struct {
 	Name string `json:"node"`

@@ -42,6 +42,35 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	return nil
 }
 
+// CheckRecord returns an error if a unit has no record, which nodes take for a typo: nothing runs by its pin. The
+// error names the unit that may have been meant. Where the record can't be read, it returns nil.
+func CheckRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+	if err := id.Check(); err != nil {
+		return err
+	}
+	_, err := store.Get(ctx, kv.DesiredKey(id))
+	if !errors.Is(err, kv.ErrNotFound) {
+		return nil // whoever writes the pin finds out
+	}
+	return noRecord(ctx, store, id)
+}
+
+// noRecord is the error that a unit has no record.
+func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+	f, err := Read(ctx, store, Filter{})
+	if err != nil {
+		return fmt.Errorf("%s has no record", id)
+	}
+	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
+	switch {
+	case i < 0:
+		return noUnit(f, id.String())
+	case f.Units[i].Pin != nil || len(f.Units[i].Pins) > 0:
+		return fmt.Errorf("%s has no record, only a pin: kedge unpin %[1]s, or add %[1]s.yaml to Git", id)
+	}
+	return fmt.Errorf("%s has no record, only nodes' reports: add %[1]s.yaml to Git", id)
+}
+
 // Unpin removes a unit's pin, or that of one node of it, and says whether there was one.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
@@ -86,13 +115,14 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 		release = pin.Release.String()
 	}
 	value := []byte(release)
-	if pin.Reason != "" || pin.By != "" || !pin.Until.IsZero() {
+	if pin.Reason != "" || pin.By != "" || !pin.Until.IsZero() || pin.AtOnce {
 		fields := struct {
 			Release string `json:"release"`
 			Reason  string `json:"reason,omitempty"`
 			By      string `json:"by,omitempty"`
 			Until   string `json:"until,omitempty"`
-		}{Release: release, Reason: pin.Reason, By: pin.By}
+			AtOnce  bool   `json:"at_once,omitempty"`
+		}{Release: release, Reason: pin.Reason, By: pin.By, AtOnce: pin.AtOnce}
 		if !pin.Until.IsZero() {
 			fields.Until = pin.Until.UTC().Format("2006-01-02T15:04:05Z")
 		}
@@ -120,7 +150,7 @@ func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	was, err = store.Get(ctx, kv.DesiredKey(id))
 	switch {
 	case errors.Is(err, kv.ErrNotFound):
-		return was, fmt.Errorf("%s: %w", verb, NoUnit(ctx, store, id))
+		return was, fmt.Errorf("%s: %w", verb, noRecord(ctx, store, id))
 	case err != nil:
 		return was, fmt.Errorf("%s %s: %w", verb, id, err)
 	}
@@ -212,10 +242,16 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]mirr
 	return history, nil
 }
 
+// RollbackOptions are what the pin of a Rollback says beside its release.
+type RollbackOptions struct {
+	Reason, By string
+	AtOnce     bool
+}
+
 // Rollback pins a unit to the last good release before the one that it is told to run, by its pin or else its record, and gives
 // that pin. Of the releases that the record and the history know, one that a node has in quarantine, or that was
 // rolled back, isn't good.
-func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason, by string) (deployments.Pin, error) {
+func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, opt RollbackOptions) (deployments.Pin, error) {
 	if err := id.Check(); err != nil {
 		return deployments.Pin{}, err
 	}
@@ -237,7 +273,7 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, reason
 	if err != nil {
 		return deployments.Pin{}, fmt.Errorf("rollback of %s: %w", id, err)
 	}
-	pin := deployments.Pin{Release: release, Reason: reason, By: by}
+	pin := deployments.Pin{Release: release, Reason: opt.Reason, By: opt.By, AtOnce: opt.AtOnce}
 	return pin, Pin(ctx, store, id, "", pin)
 }
 
@@ -337,7 +373,8 @@ func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error
 }
 
 // PinNotes says what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
-func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (notes []string) {
+// atOnce is the new pin's.
+func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
 		return nil // whether it may be written is another question
@@ -352,6 +389,10 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	}
 	if pinned {
 		notes = append(notes, "before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
+	}
+	if node == "" && u.Record != nil && u.Record.Paced && !atOnce && !f.MirrorRunning {
+		notes = append(notes, "no mirror runs, and nodes wait until one admits them, within max_unavailable: "+
+			"start one, or let all nodes follow at once: --at-once")
 	}
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
@@ -386,11 +427,42 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	case u.Record == nil:
 		return "there is no record: nodes keep what they run"
 	}
-	says := "the record counts now: " + u.Release(u.Record.Target)
+	says := "the record counts now: " + u.Release(u.gitTarget())
+	switch p := u.Record.Rollout; {
+	case u.Record.Pinned != nil && u.Record.Pinned.Failed == u.Record.Pinned.Target.Digest && !u.Record.Pinned.Stable.IsZero():
+		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Pinned.Stable) + ", within max_unavailable"
+	case u.Record.Pinned != nil:
+		return says + ": nodes go there within max_unavailable"
+	case p == nil || u.Record.Stable.IsZero():
+	case p.Phase == deployments.PhaseRolledBack || p.Phase == deployments.PhaseRollingBack:
+		return says + ", which was rolled back: nodes run " + u.Release(u.Record.Stable)
+	default:
+		return says + " on the nodes that its rollout has admitted, and " + u.Release(u.Record.Stable) + " on the others"
+	}
 	for _, n := range u.Nodes {
 		if slices.Contains(n.Report.Quarantined, u.Record.Target.Digest) && (node == "" || node == n.Name) {
 			return says + ", which failed on " + clean(n.Name) + " before"
 		}
+	}
+	return says
+}
+
+// RunsAlready says that every live node of a unit runs a release already; empty: one doesn't, or it can't be told.
+func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
+		return ""
+	}
+	u := &f.Units[0]
+	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.Running.Digest != release.Digest }) {
+		return ""
+	}
+	says := fmt.Sprintf("all %d live nodes run it already", u.Live)
+	if u.Live == 1 {
+		says = "the one live node runs it already"
+	}
+	if r := u.Record; r != nil && r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack && r.Stable.Digest == release.Digest {
+		says += ", as " + u.Release(r.Target) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
 	}
 	return says
 }

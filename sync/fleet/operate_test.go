@@ -24,6 +24,7 @@ func TestPin(t *testing.T) {
 		value string
 	}{
 		"a bare pointer":   {"", deployments.Pin{Release: p}, p.String()},
+		"at once":          {"web-6", deployments.Pin{Release: p, AtOnce: true}, ""},
 		"a bare hold":      {"web-1", deployments.Pin{Hold: true}, "hold"},
 		"a reason":         {"web-2", deployments.Pin{Release: p, Reason: `"quoted": yes`, By: "alice"}, ""},
 		"a hold until":     {"web-3", deployments.Pin{Hold: true, Until: noon}, ""},
@@ -203,7 +204,7 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 				t.Errorf("of a unit that isn't there: %q", got)
 			}
 		}
-		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node), "\n"); got != c.want {
+		if got := strings.Join(PinNotes(t.Context(), s, id(c.unit), c.node, false), "\n"); got != c.want {
 			t.Errorf("before a pin of %s %s:\n%s\nwant\n%s", c.unit, c.node, got, c.want)
 		}
 	}
@@ -228,6 +229,17 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	if got := Pinned(t.Context(), s, app); got != "" {
 		t.Errorf("not pinned: %q", got)
 	}
+	two, one, three := release("app", "2"), release("app", "1"), release("app", "3")
+	for want, r := range map[string]deployments.Record{
+		"the record counts now: 2 d5856351, which was rolled back: nodes run 1 172dd4a0":                             {Target: two, Stable: one, Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: two.Digest}},
+		"the record counts now: 2 d5856351 on the nodes that its rollout has admitted, and 1 172dd4a0 on the others": {Target: two, Stable: one, Rollout: &deployments.Progress{Phase: deployments.PhaseCanary}},
+		"the record counts now: 2 d5856351: nodes go there within max_unavailable":                                   {Target: three, Stable: two, Pinned: &deployments.Pinned{Target: two, Stable: one}},
+		"the record counts now: 2 d5856351, which was rolled back: nodes go to 1 172dd4a0, within max_unavailable":   {Target: three, Stable: one, Pinned: &deployments.Pinned{Target: two, Stable: one, Failed: two.Digest}},
+	} {
+		store(t, s, put(kv.DesiredKey(app), r))
+		check("web-2", want)
+	}
+	store(t, s, put(kv.DesiredKey(app), two.String()))
 	store(t, s, put(kv.PinKey(app), expired("hold")))
 	check("web-2", "the record counts now: 2 d5856351")
 	if got := Pinned(t.Context(), s, app); got != "" {
@@ -237,6 +249,55 @@ func TestWhatCountsAfterAPin(t *testing.T) {
 	check("web-1", "the unit's pin counts now: hold by bob")
 	if got := Pinned(t.Context(), s, app); !strings.Contains(got, "kedge unpin prod/web/app") {
 		t.Errorf("pinned: %q", got)
+	}
+}
+
+// A pin of a unit without a record is a typo, or comes too early; an order to one that has only a pin says so.
+func TestPinsNeedARecord(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	typo := deployments.UnitID{Stage: "prod", Role: "web", Unit: "ap"}
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()))
+	if err := CheckRecord(t.Context(), s, app); err != nil {
+		t.Error(err)
+	}
+	if err := CheckRecord(t.Context(), s, typo); err == nil || !strings.Contains(err.Error(), "did you mean prod/web/app?") {
+		t.Error(err)
+	}
+	store(t, s, put(kv.PinKey(typo), "hold"))
+	_, err := Control(t.Context(), s, typo, "promote")
+	for _, err := range []error{err, CheckRecord(t.Context(), s, typo)} {
+		if err == nil || !strings.Contains(err.Error(), "has no record, only a pin") || !strings.Contains(err.Error(), "kedge unpin prod/web/ap") {
+			t.Error(err)
+		}
+	}
+}
+
+// Where the mirror rolls pins out and none runs, an operator hears so, and how to go on; after a rollback that the
+// mirror made by itself, that nothing will move.
+func TestPinsSayWhatMoves(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	one, two := release("app", "1"), release("app", "2")
+	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: two, Stable: one, Generation: 2, Paced: true,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: two.Digest}}),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
+	notes := func(atOnce bool) string { return strings.Join(PinNotes(t.Context(), s, app, "", atOnce), "\n") }
+	if got := notes(false); !strings.Contains(got, "no mirror runs") || !strings.Contains(got, "--at-once") {
+		t.Errorf("without a mirror: %q", got)
+	}
+	if got := notes(true); got != "" {
+		t.Errorf("at once: %q", got)
+	}
+	store(t, s, lease())
+	if got := notes(false); got != "" {
+		t.Errorf("with a mirror: %q", got)
+	}
+	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "the one live node runs it already, as 2 d5856351 was rolled back by itself") {
+		t.Errorf("%q", got)
+	}
+	if got := RunsAlready(t.Context(), s, app, two); got != "" {
+		t.Errorf("%q", got)
 	}
 }
 
@@ -346,7 +407,7 @@ func TestRollback(t *testing.T) {
 			s := openDir(t)
 			store(t, s, c.entries...)
 			before, _ := s.Get(t.Context(), kv.PinKey(app))
-			got, err := Rollback(t.Context(), s, app, "incident 812", "alice")
+			got, err := Rollback(t.Context(), s, app, RollbackOptions{Reason: "incident 812", By: "alice"})
 			after, _ := s.Get(t.Context(), kv.PinKey(app))
 			if c.want == "" {
 				if err == nil || string(after.Value) != string(before.Value) {

@@ -147,7 +147,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
 	name := u.versions()
 	if u.Record != nil {
-		target = Text{name(u.Record.Target), Plain}
+		target = Text{name(u.gitTarget()), Plain}
 	}
 	nodes := 0
 	for _, p := range u.Pins {
@@ -187,7 +187,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 func (u *Unit) versions() func(deployments.Pointer) string {
 	all := []deployments.Pointer{}
 	if u.Record != nil {
-		all = append(all, u.Record.Target, u.Record.Stable)
+		all = append(all, u.Record.Target, u.Record.Stable, u.gitTarget())
 	}
 	if u.Pin != nil {
 		all = append(all, u.Pin.Release)
