@@ -269,16 +269,20 @@ func (r *Releases) switchTo(rel *Release) error {
 	if info, err := os.Stat(rel.Dir); err != nil || !info.IsDir() || filepath.Dir(rel.Dir) != r.top() {
 		return ErrNoRelease
 	}
-	if err := r.adopt(); err != nil {
-		return err
-	}
 	target := filepath.Join(filepath.Base(r.top()), name)
 	now := time.Now()
-	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil { // Prune goes by it
-		return err
+	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
+		// Prune goes by it, and nothing else: the release may be pruned a little early.
+		r.log.Warn("could not note when the release was switched to", "dir", rel.Dir, "error", err)
 	}
 	if there, err := os.Readlink(r.dest); err == nil && there == target {
+		if err := r.adopt(); err != nil {
+			r.log.Warn("could not name what was at dest before kedge", "dest", r.dest, "error", err)
+		}
 		return durable.SyncDir(filepath.Dir(r.dest))
+	}
+	if err := r.adopt(); err != nil {
+		return err
 	}
 	link := filepath.Join(r.private(), linkName)
 	r.at("link")

@@ -277,11 +277,14 @@ func (m moveSwitcher) Heal(ctx context.Context, r *Release) error {
 	return m.Switch(ctx, r)
 }
 
-// tool runs a program that copies. A full disk is told from its output: its exit status doesn't say.
+// tool runs a program that copies. Trouble with the disk is told from its output: its exit status doesn't say.
 func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
 	output, err := t.c.Tool(ctx, false, name, args...)
-	if err != nil && bytes.Contains(output, []byte("No space left on device")) {
-		return fmt.Errorf("%w: %w", syscall.ENOSPC, err)
+	for _, trouble := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
+		text := trouble.Error() // as the C library has it, but for the first letter
+		if err != nil && bytes.Contains(output, []byte(text[1:])) {
+			return fmt.Errorf("%w: %w", trouble, err)
+		}
 	}
 	return err
 }

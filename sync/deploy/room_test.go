@@ -92,7 +92,7 @@ func TestReadOnlyDestIsPutBackIntoService(t *testing.T) {
 				t.Fatalf("got %v", err)
 			}
 			if s := u.State(); s.Running != one || s.Drained || s.Unfinished {
-				t.Errorf("state: %+v", s)
+				t.Errorf("state: %+v after %v", s, err)
 			}
 			w.wantVersion("1")
 			u.at = func(string) {}
