@@ -37,7 +37,8 @@ Configured by a file, the environment and flags: what is --state-dir here is KED
 file, which is YAML. A flag wins over the environment, and that over the file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
 
 It serves, where --listen says so:
-  /ready     200 when every unit is converged and healthy, else 503 with why
+  /ready     200 while the node serves: what a load balancer asks; else 503 with why
+  /converged 200 while every unit runs what it should: what systemd, cloud-init and lifecycle hooks ask; else 503 with why
   /live      200 while the loop turns
   /status    what it runs and why, as JSON
   /metrics   for Prometheus
@@ -69,12 +70,13 @@ finishes or takes back what it had begun.`,
 	f.Bool("no-commands", false, "refuse releases with commands")
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool("allow-older-pins", false, "with --signers, let pins go back to releases older than the one that this node has settled on")
+	f.Bool("allow-empty", false, "let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
 	f.Bool("maintenance", false, "have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
 	f.Duration("snapshot-max-age", def.SnapshotMaxAge, "take none that is older (the mirror writes it anew every hour)")
 	f.Bool("ec2", false, "take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles")
-	f.String("lifecycle-hook", "", "complete this AutoScaling `hook`: CONTINUE after the first convergence, ABANDON after --lifecycle-timeout")
+	f.String("lifecycle-hook", "", "complete this AutoScaling `hook`: CONTINUE once every unit runs what it should, ABANDON after --lifecycle-timeout")
 	f.Duration("lifecycle-timeout", def.LifecycleTimeout, "give an instance up that has not converged after this long")
 	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
@@ -137,6 +139,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	boolean("no-commands", &c.NoCommands)
 	str("signers", &c.Signers)
 	boolean("allow-older-pins", &c.AllowOlderPins)
+	boolean("allow-empty", &c.AllowEmpty)
 	boolean("maintenance", &c.Maintenance)
 	str("snapshot", &c.Snapshot)
 	str("snapshot-signers", &c.SnapshotSigners)
@@ -214,6 +217,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Bounds:         policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
 		Trust:          trust,
 		AllowOlderPins: conf.AllowOlderPins,
+		AllowEmpty:     conf.AllowEmpty,
 		Maintenance:    maintenance,
 		Snapshot:       snapshot,
 		Listen:         conf.Listen,

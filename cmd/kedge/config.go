@@ -32,6 +32,8 @@ type agentConfig struct {
 	Signers    string `yaml:"signers"`
 	// AllowOlderPins has effect with Signers only.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
+	// AllowEmpty lets a node be ready whose stage and roles have no unit.
+	AllowEmpty bool `yaml:"allow_empty"`
 
 	// Maintenance has the node's maintenance mode in Consul on while a unit is drained; it takes node:write.
 	Maintenance bool `yaml:"maintenance"`

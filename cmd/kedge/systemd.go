@@ -34,7 +34,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 	interval := min(cmp.Or(watchdog/3, often), often)
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	converged, late := node.Converged(), time.After(timeout)
+	converged, late := node.Idle(), time.After(timeout)
 	starting := true
 	for {
 		// A loop that is stuck says nothing, neither that it needs longer nor that it lives: systemd starts it again.

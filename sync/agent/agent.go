@@ -14,9 +14,12 @@
 // /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a release that serves; and
 // when, after a reboot, the checks of what runs have passed in this boot: that it was healthy before says little of services that
 // are only starting. Converged doesn't wait for that, as it is what starts them.
-// From then on it is 503 only while a unit is drained, which a unit is from before its switch until it is healthy, or after a
-// failure with nothing good to go back to. Neither a fetch, nor an outage, nor a typo in a pin turns it: a load balancer must not
+// From then on it is 503 only while a unit is unhealthy, or drained, which a unit is from before its switch until it is healthy, or
+// after a failure with nothing good to go back to. Neither a fetch, nor an outage, nor a typo in a pin turns it: a load balancer must not
 // lose a node that serves as well as before.
+//
+// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went back serves, but
+// hasn't converged. A node without any unit is neither, unless Config.AllowEmpty says so.
 //
 // # On disk
 //
@@ -77,6 +80,8 @@ type Config struct {
 	// Snapshot returns what the mirror last saved of desired/, for a node that boots while the store is away and has no last known
 	// state. It is asked only then. The pins can't be known in that case, and are taken for absent. nil: there is none.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
+	// AllowEmpty lets a node without any unit be ready and converged. Else that is taken for a mistake.
+	AllowEmpty bool
 	// Listen serves /ready, /live, /status (JSON) and /metrics; empty: nowhere. ":0" is fine: see Agent.Addr.
 	Listen string
 	// StartDelay: a random time up to this is waited before a fetch, to spread a large fleet's load. Default 0.
@@ -106,6 +111,7 @@ type Agent struct {
 	kicked    wait.Signal   // asks the loop for a turn
 	reportNow wait.Signal   // asks for a look at the reports
 	pulse     chan struct{} // Alive's
+	idle      chan struct{} // closed once
 	converged chan struct{} // closed once
 
 	snapshot sync.Once // the search for one
@@ -160,7 +166,7 @@ func New(c Config) (_ *Agent, err error) {
 		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
 		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
 		kicked: wait.NewSignal(), reportNow: wait.NewSignal(),
-		pulse: make(chan struct{}), converged: make(chan struct{}),
+		pulse: make(chan struct{}), idle: make(chan struct{}), converged: make(chan struct{}),
 	}
 	if a.lock, err = takeLock(c.StateDir); err != nil {
 		return nil, err
@@ -189,7 +195,7 @@ func New(c Config) (_ *Agent, err error) {
 		a.roles = append(a.roles, r)
 	}
 	a.begun = startingSince(c.StateDir, a.started)
-	a.drains = newDrains(c.Maintenance, a.converged, c.Log)
+	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, fmt.Errorf("listening for /ready and /status: %w", err)
@@ -244,7 +250,10 @@ func (a *Agent) Addr() string {
 	return a.listener.Addr().String()
 }
 
-// Converged is closed when all units have converged, or failed for good, for the first time since the start: systemd's READY.
+// Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself: systemd's READY.
+func (a *Agent) Idle() <-chan struct{} { return a.idle }
+
+// Converged is closed when, for the first time since the start, every unit runs what it should: what AutoScaling waits for.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Alive reports whether the loop still turns: what a watchdog and /live ask. It takes up to 10 s to say no.

@@ -21,7 +21,7 @@ func TestConvergesAndReports(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	one, two := w.publish("app", "1"), w.publish("app", "2")
-	a := w.start(withMetrics)
+	a := w.start(withMetrics, allowEmpty)
 	select {
 	case <-a.Converged():
 	case <-time.After(patience):

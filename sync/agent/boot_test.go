@@ -49,7 +49,7 @@ func TestReadyWaitsForHealthAfterAReboot(t *testing.T) {
 	}
 	a = w.start(withMetrics)
 	a.awaitRunning(app, p)
-	<-a.Converged()
+	<-a.Idle()
 	u := a.awaitUnit(app, "in trouble", func(u deployments.UnitReport) bool { return u.Error != "" })
 	if u.State != deployments.StateConverged || !strings.Contains(u.Error, "not healthy") || len(u.Quarantined) > 0 {
 		t.Errorf("it reports %+v", u)

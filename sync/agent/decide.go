@@ -118,7 +118,7 @@ func (a *Agent) aim(r *role) {
 			continue
 		}
 		u.cycle = circles[id.Unit]
-		u.blocked, u.stuck = a.blockedBy(r, u)
+		u.blocked = a.dependencyOf(u)
 		var g goal
 		switch d := u.decision; d.Action {
 		case policy.ActRun, policy.ActStage:
@@ -126,7 +126,7 @@ func (a *Agent) aim(r *role) {
 			if d.Source != policy.FromTarget {
 				g.commit = ""
 			}
-			if u.blocked != "" {
+			if u.blocked.why != "" {
 				g.run, g.stage = deployments.Pointer{}, d.Target
 			}
 		}

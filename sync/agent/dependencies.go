@@ -7,38 +7,48 @@ import (
 	"kedge/policy"
 )
 
-// blockedBy says which unit of its role a unit has to wait for, if any, and whether that one can't move by itself.
-func (a *Agent) blockedBy(r *role, u *unit) (why string, stuck bool) {
+// dependency is a unit that another one waits for. The zero dependency: it waits for none.
+type dependency struct {
+	unit  string
+	why   string
+	stuck bool // it can't move by itself
+}
+
+// dependencyOf returns the unit of its role that a unit has to wait for.
+func (a *Agent) dependencyOf(u *unit) dependency {
 	want := u.decision.Target
 	if want.IsZero() {
-		return "", false
+		return dependency{}
 	}
 	if s := u.state(); s.Running.Digest == want.Digest && s.Confirmed && !s.Unfinished {
-		return "", false
+		return dependency{}
 	}
 	if u.cycle != "" {
-		return "its record makes a circle: " + u.cycle, true
+		return dependency{u.id.Unit, "its record makes a circle: " + u.cycle, true}
 	}
-	for _, name := range u.record.Value.After {
+	// What runs already elsewhere, or ran before, needs nothing that is yet to come.
+	r := u.record.Value
+	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable
+	for _, name := range r.After {
 		id := u.id
 		id.Unit = name
 		dep := a.units[id]
 		switch {
 		case dep == nil || !dep.decided || dep.decision.Source == policy.FromNothing && dep.state().Running.IsZero():
-			return "waits for " + name + ", which has no record", true
+			return dependency{name, "waits for " + name + ", which has no record", true}
+		case settled && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or kept as it is
 			if dep.state().Running.IsZero() {
-				return "waits for " + name + ", of which nothing runs: " + dep.decision.Why, true
+				return dependency{name, "waits for " + name + ", of which nothing runs: " + dep.decision.Why, true}
 			}
 		case dep.done != dep.decision.Target:
-			state, err := dep.standing()
-			if err != nil {
-				return "waits for " + name + ", which is " + string(state) + ": " + oneLine(err), dep.final()
+			if now := dep.standing(); now.err != nil {
+				return dependency{name, "waits for " + name + ", which is " + string(now.state) + ": " + oneLine(now.err), dep.final()}
 			}
-			return "waits for " + name, dep.final()
+			return dependency{name, "waits for " + name, dep.final()}
 		}
 	}
-	return "", false
+	return dependency{}
 }
 
 // cycles finds, among units that name those they come after, each one that lies on a cycle, and gives it that cycle in words:

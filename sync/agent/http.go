@@ -91,7 +91,7 @@ func (a *Agent) Status() Status {
 		d := u.decision
 		s.Decisions[id.Role+"/"+id.Unit] = DecisionStatus{
 			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Invalid: text(d.Invalid),
-			Recheck: d.Recheck, Waits: u.blocked, Trace: d.Trace,
+			Recheck: d.Recheck, Waits: u.blocked.why, Trace: d.Trace,
 		}
 	}
 	return s
@@ -108,6 +108,16 @@ func (a *Agent) handler() *http.ServeMux {
 			return
 		}
 		answer(w, http.StatusOK, map[string]any{"ready": true})
+	})
+	mux.HandleFunc("GET /converged", func(w http.ResponseWriter, _ *http.Request) {
+		a.mu.Lock()
+		why := a.unconverged()
+		a.mu.Unlock()
+		if len(why) > 0 {
+			answer(w, http.StatusServiceUnavailable, map[string]any{"converged": false, "why": why})
+			return
+		}
+		answer(w, http.StatusOK, map[string]any{"converged": true})
 	})
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {

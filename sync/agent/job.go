@@ -130,9 +130,10 @@ func (a *Agent) opening() bool {
 }
 
 // do does a job.
-func (a *Agent) do(ctx context.Context, u *unit, j job) error {
+func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) error {
 	switch j.kind {
 	case jobRecover:
+		watch.stop()
 		return u.deploy.Recover(ctx)
 	case jobForget:
 		return a.forget(u, j)
@@ -140,6 +141,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job) error {
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return err
 		}
+		watch.stop()
 		return u.deploy.Deploy(ctx, deploy.Request{Release: j.release, Commit: j.commit, Key: j.key})
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)

@@ -168,7 +168,7 @@ func TestForgottenUnitIsNotDrained(t *testing.T) {
 			w.put(kv.DesiredKey(app), w.publish("app", "1", func(m *deployments.Manifest) {
 				*list(&m.Commands) = []deployments.Command{{Run: "false"}}
 			}).String())
-			a := w.start(withMetrics)
+			a := w.start(withMetrics, allowEmpty)
 			a.awaitState(app, deployments.StateQuarantined)
 			if code, body := a.get("/ready"); code != 503 {
 				t.Errorf("/ready says %d %s", code, body)
@@ -176,7 +176,7 @@ func TestForgottenUnitIsNotDrained(t *testing.T) {
 			w.delete(kv.DesiredKey(app))
 			a.awaitReady()
 			a.stop()
-			a = w.start(withMetrics)
+			a = w.start(withMetrics, allowEmpty)
 			a.awaitReady()
 		})
 	}
@@ -201,7 +201,7 @@ func TestConvergedDoesNotWaitForAPerson(t *testing.T) {
 			w.desire(app, deployments.Record{Target: w.publish("app", "1"), After: []string{"base"}})
 			a := w.start(func(c *Config) { c.Bounds.Dests = []string{w.path("srv")} })
 			select {
-			case <-a.Converged():
+			case <-a.Idle():
 			case <-time.After(patience):
 				t.Fatal("it waits")
 			}
@@ -287,7 +287,7 @@ func TestStaysDrainedThroughARestart(t *testing.T) {
 			c.Maintenance = func(_ context.Context, on bool, _ string) error { maintenance.Store(on); return nil }
 		})
 		a.awaitState(app, deployments.StateQuarantined)
-		<-a.Converged()
+		<-a.Idle()
 		steadily(t, "out of service", func() (bool, string) {
 			code, body := a.get("/ready")
 			return code == 503 && maintenance.Load(), body

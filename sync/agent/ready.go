@@ -1,16 +1,15 @@
 package agent
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"time"
 )
 
-// noteConvergence closes Converged, and notes that the node was ready, when the time has come.
+// noteConvergence closes Idle and Converged, and notes that the node was ready, when the time has come.
 func (a *Agent) noteConvergence() {
-	known, final, serving := true, true, true
-	for _, r := range a.roles {
-		known = known && r.known()
-	}
+	idle, serving := true, true
 	for _, u := range a.units {
 		if u.gone() {
 			if !u.state().Unfinished {
@@ -18,57 +17,102 @@ func (a *Agent) noteConvergence() {
 			}
 			continue
 		}
-		if !u.decided {
-			continue
+		if u.decided {
+			idle = idle && u.final()
+			serving = serving && u.serving()
 		}
-		final = final && u.final()
-		serving = serving && u.serving()
 	}
-	if !known {
+	if slices.ContainsFunc(a.roles, func(r *role) bool { return !r.known() }) {
 		return
 	}
-	if serving {
+	if serving && len(a.empty()) == 0 {
 		a.ready = true
 	}
-	if !final {
-		return
-	}
-	select {
-	case <-a.converged:
-	default:
-		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
-		close(a.converged)
+	if idle && closeOnce(a.idle) {
+		a.c.Log.Info("every unit has converged, or can't go on by itself", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
 		if err := startedWell(a.c.StateDir); err != nil {
 			a.c.Log.Debug("the note of this start stays", "error", err)
 		}
 	}
+	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
+		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+	}
+}
+
+// closeOnce closes c, and reports whether it was open.
+func closeOnce(c chan struct{}) bool {
+	select {
+	case <-c:
+		return false
+	default:
+		close(c)
+		return true
+	}
+}
+
+// unknown says which roles' records and pins aren't known, by role.
+func (a *Agent) unknown() map[string]string {
+	why := map[string]string{}
+	for _, r := range a.roles {
+		if !r.known() {
+			why[r.name] = r.unknown()
+		}
+	}
+	return why
+}
+
+// empty says, by role, that the node has no unit at all: mostly the names of its roles, or of the stage, are mistyped.
+func (a *Agent) empty() map[string]string {
+	for _, u := range a.units {
+		if !u.gone() {
+			return nil
+		}
+	}
+	if a.c.AllowEmpty {
+		return nil
+	}
+	why := map[string]string{}
+	for _, r := range a.roles {
+		why[r.name] = "no unit is desired in " + a.c.Stage + "/" + r.name + ": correct the stage or role, or set allow_empty"
+	}
+	return why
+}
+
+// unconverged says why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
+func (a *Agent) unconverged() map[string]string {
+	why := a.unknown()
+	maps.Copy(why, a.empty())
+	for id, u := range a.units {
+		if u.decided && !u.gone() && !u.asDesired() {
+			why[id.Role+"/"+id.Unit] = u.standing().String()
+		}
+	}
+	return why
 }
 
 // unready says why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
+	for id, u := range a.units {
+		if err := u.sick(); err != nil && !u.gone() {
+			why[id.Role+"/"+id.Unit] = oneLine(err)
+		}
+	}
 	for _, id := range a.drains.list() {
 		why[id.Role+"/"+id.Unit] = "drained"
 	}
 	if a.ready {
 		return why
 	}
-	for _, r := range a.roles {
-		if !r.known() {
-			why[r.name] = r.unknown()
-		}
-	}
+	maps.Copy(why, a.unknown())
+	maps.Copy(why, a.empty())
 	for id, u := range a.units {
 		if !u.decided || u.gone() || u.serving() {
 			continue
 		}
-		state, err := u.standing()
-		s := string(state)
+		s := u.standing().String()
 		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
 			s += ", and not seen healthy since the machine started"
-		}
-		if err != nil {
-			s += ": " + oneLine(err)
 		}
 		why[id.Role+"/"+id.Unit] = s
 	}
@@ -76,6 +120,14 @@ func (a *Agent) unready() map[string]string {
 		why["agent"] = "starting"
 	}
 	return why
+}
+
+// String is the standing in words.
+func (s standing) String() string {
+	if s.err == nil {
+		return string(s.state)
+	}
+	return string(s.state) + ": " + oneLine(s.err)
 }
 
 // oneLine makes of an error what fits into a report: one line of at most 300 bytes.

@@ -48,7 +48,7 @@ func TestStartedIsWhenItBeganToConverge(t *testing.T) {
 	a, first = starts()
 	w.desire(app, deployments.Record{Target: one, Generation: 2})
 	a.awaitRunning(app, one)
-	<-a.Converged()
+	<-a.Idle()
 	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the start is still noted after the node has converged: %v", err)
 	}

@@ -2,8 +2,12 @@ package agent
 
 import (
 	"errors"
+	"fmt"
+	"syscall"
 	"time"
 
+	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
 	"kedge/sync/deploy"
@@ -32,60 +36,139 @@ func (u *unit) changing() bool {
 	return k == jobDeploy || k == jobRecover || k == jobHeal || u.state().Unfinished
 }
 
-// standing is where the unit stands, and what is wrong.
-func (u *unit) standing() (deployments.State, error) {
+// standing is where a unit stands: its state, why that is so as a code, and what is wrong.
+type standing struct {
+	state  deployments.State
+	reason deployments.Reason
+	facts  deployments.Facts
+	err    error
+}
+
+// at returns the standing of a state in which err is wrong, if anything is.
+func at(state deployments.State, err error) standing {
+	s := standing{state: state, err: err}
+	if err != nil {
+		s.reason, s.facts = reasonOf(err), deployments.Facts{"error": oneLine(err)}
+	}
+	return s
+}
+
+// reasonOf returns the code of an error that has one.
+func reasonOf(err error) deployments.Reason {
+	switch {
+	case errors.As(err, new(*takenError)):
+		return deployments.ReasonDestInUse
+	case errors.Is(err, policy.ErrUntrusted):
+		return deployments.ReasonUnsigned
+	case errors.Is(err, artifact.ErrDigest):
+		return deployments.ReasonDigestMismatch
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return deployments.ReasonDiskFull
+	case errors.Is(err, object.ErrUnavailable), errors.Is(err, object.ErrNotFound), errors.Is(err, object.ErrDenied):
+		return deployments.ReasonStorageUnavailable
+	}
+	return ""
+}
+
+// standing returns where the unit stands.
+func (u *unit) standing() standing {
 	s := u.state()
 	target := u.decision.Target
 	switch {
-	case (u.busy.kind == jobDeploy || u.busy.kind == jobRecover) && u.phase != "":
-		return u.phase, u.trouble
+	case (u.busy.kind == jobDeploy || u.busy.kind == jobRecover) && u.phase != "" && !s.Unfinished:
+		return at(u.phase, u.trouble)
+	case s.Unfinished:
+		return at(deployments.StateSwitching, u.trouble) // also while it is fetched what supersedes it: it is out of service
 	case !u.decided:
-		return deployments.StateWaiting, u.trouble
+		return at(deployments.StateWaiting, u.trouble)
 	case u.decision.Action == policy.ActHold:
-		return deployments.StateHeld, u.decision.Invalid
+		return at(deployments.StateHeld, u.decision.Invalid)
 	case target.IsZero() && u.decision.Invalid != nil:
-		return deployments.StateInvalid, u.decision.Invalid
+		return u.invalid()
 	case target.IsZero():
-		return deployments.StateWaiting, u.trouble
+		return at(deployments.StateWaiting, u.trouble)
 	case u.quarantined(target) && !u.reprieved(target):
 		f, _ := u.failure(target)
-		return deployments.StateQuarantined, f.Err(target)
+		failed := f.Err(target)
+		return standing{deployments.StateQuarantined, failed.Reason, failed.Facts, failed}
 	case u.refused[target].err != nil:
-		return deployments.StateInvalid, u.refused[target].err
-	case u.done == target && !s.Unfinished:
-		switch { // trouble with what is fetched ahead
-		case u.trouble != nil:
-			return deployments.StateConverged, u.trouble
-		case u.refused[u.goal.stage].err != nil:
-			return deployments.StateConverged, u.refused[u.goal.stage].err
+		return at(deployments.StateInvalid, u.refused[target].err)
+	case u.done == target:
+		return u.converged()
+	case u.blocked.why != "":
+		facts := deployments.Facts{"unit": u.blocked.unit, "error": u.blocked.why}
+		if u.cycle != "" {
+			return standing{deployments.StateInvalid, deployments.ReasonDependency, facts, errors.New(u.blocked.why)}
 		}
-		return deployments.StateConverged, u.decision.Invalid
-	case u.cycle != "" && u.blocked != "":
-		return deployments.StateInvalid, errors.New(u.blocked)
-	case u.blocked != "":
-		return deployments.StateWaiting, u.trouble
+		return standing{deployments.StateWaiting, deployments.ReasonDependency, facts, u.trouble}
 	case u.trouble != nil:
-		return deployments.StateRetrying, u.trouble
+		return at(deployments.StateRetrying, u.trouble)
 	default:
-		return deployments.StateFetching, u.decision.Invalid
+		return at(deployments.StateFetching, u.decision.Invalid)
 	}
+}
+
+// converged returns where a unit stands that runs what it should.
+func (u *unit) converged() standing {
+	switch {
+	case u.unhealthy():
+		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.sick()}
+	case u.trouble != nil: // with what is fetched ahead
+		return at(deployments.StateConverged, u.trouble)
+	case u.refused[u.goal.stage].err != nil:
+		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
+	}
+	return at(deployments.StateConverged, u.decision.Invalid)
+}
+
+// invalid returns where a unit stands whose record or pin can't be used.
+func (u *unit) invalid() standing {
+	s := at(deployments.StateInvalid, u.decision.Invalid)
+	switch {
+	case u.pins[0].Err != nil || u.pins[1].Err != nil:
+		s.reason = deployments.ReasonInvalidPin
+	case u.record.Err != nil:
+		s.reason = deployments.ReasonInvalidRecord
+	}
+	return s
+}
+
+// unhealthy reports whether the checks of what runs fail.
+func (u *unit) unhealthy() bool { return u.health.Unhealthy && u.watched == u.state().Running }
+
+// sick returns what the checks of the live release say against it; nil if it is healthy.
+func (u *unit) sick() error {
+	if !u.unhealthy() {
+		return nil
+	}
+	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
 // final reports whether the unit stays as it is until somebody does something.
 func (u *unit) final() bool {
-	switch state, _ := u.standing(); state {
-	case deployments.StateConverged, deployments.StateHeld, deployments.StateInvalid, deployments.StateQuarantined:
+	switch u.standing().state {
+	case deployments.StateConverged, deployments.StateHeld, deployments.StateInvalid, deployments.StateQuarantined,
+		deployments.StateUnhealthy:
 		return true
 	case deployments.StateWaiting:
-		return u.decided && !u.state().Unfinished && (u.stuck || u.decision.Target.IsZero())
+		return u.decided && (u.blocked.stuck || u.decision.Target.IsZero())
 	}
 	return false
 }
 
-// serving reports whether the unit stays as it is, with a release that passed its health checks in this boot.
-func (u *unit) serving() bool {
+// serves reports whether what runs is good and in service, whatever else is wanted.
+func (u *unit) serves() bool {
 	s := u.state()
-	return u.final() && s.Proven && !s.Drained && !s.Running.IsZero()
+	return !s.Running.IsZero() && s.Confirmed && !s.Drained && !s.Unfinished && !u.unhealthy()
+}
+
+// serving reports whether the unit stays as it is, with a release that passed its health checks in this boot.
+func (u *unit) serving() bool { return u.final() && u.serves() && u.state().Proven }
+
+// asDesired reports whether the unit runs what it should: the release that is decided, or what a pin holds.
+func (u *unit) asDesired() bool {
+	state := u.standing().state
+	return state == deployments.StateConverged || state == deployments.StateHeld && u.serves()
 }
 
 func (u *unit) quarantined(p deployments.Pointer) bool {
@@ -112,28 +195,30 @@ func (u *unit) reprieved(p deployments.Pointer) bool {
 
 // stamp dates the state in which the unit is, where that is another than before.
 func (u *unit) stamp(now time.Time) {
-	if state, _ := u.standing(); state != u.reported.state {
+	if state := u.standing().state; state != u.reported.state {
 		u.reported = reported{state, now}
 	}
 }
 
 // report is what the unit's node says of it.
 func (u *unit) report() deployments.UnitReport {
-	s := u.state()
-	state, err := u.standing()
+	s, now := u.state(), u.standing()
+	if sick := u.sick(); sick != nil && now.reason == "" {
+		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // held, say
+	}
 	r := deployments.UnitReport{
-		State: state, Running: s.Running, Version: s.Version, Want: u.decision.Target, Why: u.decision.Why,
+		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: s.Version, Want: u.decision.Target, Why: u.decision.Why,
 		Generation: u.record.Value.Generation, Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
-	if u.blocked != "" && state == deployments.StateWaiting {
-		r.Why = u.blocked
+	if now.reason == deployments.ReasonDependency {
+		r.Why = u.blocked.why
 	}
-	if err != nil {
-		r.Error = oneLine(err)
+	if now.err != nil {
+		r.Error = oneLine(now.err)
 	}
-	if state == deployments.StateFetching {
+	if now.state == deployments.StateFetching {
 		r.Fetched, r.Total = u.progress.Done, u.progress.Total
 	}
 	return r

@@ -33,9 +33,8 @@ type desired struct {
 	decision policy.Decision
 	key      string // the failure key: names what asks for the decision's target
 	cycle    string // the circle of units that it lies on
-	blocked  string // why it waits for another unit
-	stuck    bool   // whether that other can't move by itself
-	replaced bool   // another unit, which is wanted, has its dest
+	blocked  dependency
+	replaced bool // another unit, which is wanted, has its dest
 	goal     goal
 }
 
@@ -57,6 +56,8 @@ type observed struct {
 	claimed  string    // dest of what was let in last
 	live     string    // what dest resolved to after the last deployment
 	drift    []string
+	health   deploy.Health       // of watched, as its checks say
+	watched  deployments.Pointer // the release that was watched last
 }
 
 // reported is the state in which the unit is, and since when.

@@ -18,7 +18,10 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	if !a.open(ctx, u) {
 		return
 	}
+	watch := &healthWatch{a: a, u: u}
+	defer watch.stop()
 	for ctx.Err() == nil {
+		watch.start(ctx)
 		j, jobCtx, again := a.begin(ctx, u, time.Now())
 		if j.kind == jobNone {
 			var timer <-chan time.Time
@@ -34,7 +37,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		}
 		began := time.Now()
 		before := u.deploy.State()
-		err := a.do(jobCtx, u, j)
+		err := a.do(jobCtx, u, j, watch)
 		a.end(jobCtx, u, j, before, err, time.Since(began))
 		j.cancel(nil)
 	}

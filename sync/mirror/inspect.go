@@ -1,169 +1,104 @@
 package mirror
 
 import (
-	"cmp"
 	"context"
-	"fmt"
-	"reflect"
-	"slices"
-	"strings"
-	"sync"
+	"errors"
 	"time"
 
-	"golang.org/x/sync/errgroup"
-
-	"kedge/artifact"
-	"kedge/artifact/object"
 	"kedge/deployments"
-	"kedge/policy"
+	"kedge/sync/git"
 )
 
+// inspection is a look at a commit's releases, under way or done.
+type inspection struct {
+	of     string // as acceptance.compared
+	stop   context.CancelFunc
+	result chan error // holds one
+	ended  time.Time  // zero: it is under way
+	next   time.Time  // where it failed: when it is tried again
+	err    error      // while it is under way: what the one before it failed with
+}
+
+// A release that isn't there, or can't be read, is looked for after patience, and then less and less often, up to maxPatience on average:
+// its upload may take long, or never have been meant. A new commit begins anew, and so does a webhook.
 const (
-	manifestsAtOnce = 8
-	manifestTime    = time.Minute // for one to be read
-	unreadMost      = 10          // manifests that can't be read, before the rest isn't asked for
+	patience    = 5 * time.Second
+	maxPatience = time.Minute
 )
 
-// Releases is how the releases that a commit names are looked at.
-type Releases struct {
-	// Objects reads their manifests.
-	Objects *object.Client
-	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without it, signatures are
-	// the nodes' to check.
-	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+// failed: it ended, and told nothing.
+func (i *inspection) failed() bool {
+	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
 }
 
-// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is to be trusted, and does
-// only what kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
-func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
-	problems, unread := r.inspect(ctx, tree.Settings, tree.Units)
-	if problems = append(problems, unread...); len(problems) == 0 {
-		return nil
+// wait is how long a look that failed is left alone; 0: another is under way.
+func (i *inspection) wait(now time.Time) time.Duration {
+	if !i.failed() {
+		return 0
 	}
-	slices.SortStableFunc(problems, byPlace)
-	return problems
+	return max(time.Millisecond, i.next.Sub(now))
 }
 
-func byPlace(a, b deployments.Problem) int {
-	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
-}
-
-// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before nil: all.
-func changed(before, to *deployments.Tree) []deployments.Unit {
-	if before == nil {
-		return to.Units
-	}
-	had := make(map[deployments.UnitID]deployments.Pointer, len(before.Units))
-	for _, u := range before.Units {
-		had[u.ID] = u.Release
-	}
-	same := map[string]bool{} // by stage
-	var units []deployments.Unit
-	for _, u := range to.Units {
-		stage := u.ID.Stage
-		if _, known := same[stage]; !known {
-			same[stage] = reflect.DeepEqual(policy.BoundsOf(before.Settings, stage), policy.BoundsOf(to.Settings, stage))
-		}
-		if had[u.ID] != u.Release || !same[stage] {
-			units = append(units, u)
+// hurried looks for what wasn't there as if it had just been found missing for the first time.
+func (l *leader) hurried() {
+	l.acceptance.patience.Reset()
+	if i := l.acceptance.inspection; i != nil && i.failed() {
+		if soon := i.ended.Add(l.hookPause); soon.Before(i.next) {
+			i.next = soon
 		}
 	}
-	return units
 }
 
-// bounded gives the units whose releases take a look at the manifest to tell whether they are allowed.
-func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
-	return slices.DeleteFunc(slices.Clone(units), func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() })
-}
-
-// BoundsReleases reports whether it takes a look at manifests to tell that a tree's releases are allowed.
-func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
-
-// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
-// for ever. unread are those that could not be read, or whose signature doesn't count, which may pass: they aren't there yet, or the
-// storage is away. Both are sorted.
-func (r Releases) inspect(ctx context.Context, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
-	byRelease := map[deployments.Pointer][]deployments.Unit{}
-	var releases []deployments.Pointer
-	for _, u := range units {
-		if byRelease[u.Release] == nil {
-			releases = append(releases, u.Release)
-		}
-		byRelease[u.Release] = append(byRelease[u.Release], u)
+// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
+// was looked at. An error that isn't deployments.Problems may pass, and is looked for again: see patience.
+func (l *leader) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
+	last := l.acceptance.inspection
+	if last != nil && last.of != l.acceptance.compared {
+		l.acceptance.patience.Reset()
 	}
-	var mu sync.Mutex
-	enough := func() bool {
-		mu.Lock()
-		defer mu.Unlock()
-		return len(unread) >= unreadMost
+	if last != nil && (last.of != l.acceptance.compared || last.failed() && !time.Now().Before(last.next)) {
+		last.stop()
+		l.acceptance.inspection = nil
 	}
-	var g errgroup.Group
-	g.SetLimit(manifestsAtOnce)
-	for _, p := range releases {
-		if enough() {
-			break
+	if l.acceptance.inspection == nil {
+		var before *deployments.Tree
+		if l.acceptance.commit != nil {
+			before = l.acceptance.commit.Tree
 		}
-		g.Go(func() error {
-			raw, err := r.read(ctx, p)
-			mu.Lock()
-			defer mu.Unlock()
-			for _, u := range byRelease[p] {
-				if err != nil {
-					unread = append(unread, problemOf(u, fmt.Errorf("the release can't be checked: %w", err)))
-				} else if err := checkRelease(s, u, raw); err != nil {
-					problems = append(problems, problemOf(u, err))
-				}
+		units := changed(before, to.Tree)
+		if l.c.Releases.Trust == nil {
+			units = bounded(to.Tree.Settings, units)
+		}
+		if len(units) == 0 {
+			return true, nil
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		i := &inspection{of: l.acceptance.compared, stop: cancel, result: make(chan error, 1)}
+		if last != nil && last.of == i.of {
+			i.err = last.err
+		}
+		l.acceptance.inspection = i
+		l.acceptance.inspecting.Go(func() {
+			problems, unread := l.c.Releases.inspect(ctx, to.Tree.Settings, units)
+			switch {
+			case len(problems) > 0:
+				i.result <- problems
+			case len(unread) > 0:
+				i.result <- errors.New(unread.Error())
+			default:
+				i.result <- nil
 			}
-			return nil
+			l.observer.changed.Set()
 		})
 	}
-	_ = g.Wait() // its functions give none
-	slices.SortFunc(problems, byPlace)
-	slices.SortFunc(unread, byPlace)
-	return problems, unread
-}
-
-func problemOf(u deployments.Unit, err error) deployments.Problem {
-	return deployments.Problem{File: u.Place.File, Line: u.Place.Line, Column: u.Place.Column, Message: err.Error()}
-}
-
-func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, manifestTime)
-	defer cancel()
-	raw, err := artifact.ReadManifest(ctx, r.Objects, p)
-	if err == nil && r.Trust != nil {
-		err = r.Trust(ctx, p, raw)
+	i := l.acceptance.inspection
+	select {
+	case i.err = <-i.result:
+		i.ended = time.Now()
+		if i.failed() {
+			i.next = i.ended.Add(l.acceptance.patience.Next())
+		}
+	default:
 	}
-	return raw, err
-}
-
-// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is
-// known on the unit's nodes only, and may be any text, more fields among them.
-func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
-	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
-	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
-		variable = cmp.Or(variable, name)
-		return "", false
-	})
-	switch {
-	case variable != "" && bounds.OnManifests():
-		return fmt.Errorf("its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
-			"or bound the stage in its agents' configuration instead", variable, deployments.SettingsFile, u.ID.Stage)
-	case variable != "":
-		return nil
-	case err != nil:
-		return fmt.Errorf("%s: %w", u.Release.URL, err)
-	}
-	if err := bounds.Check(u.Release, m, asWritten); err != nil {
-		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile, u.ID.Stage, err)
-	}
-	return nil
-}
-
-// asWritten is all that is known here of a node's users.
-func asWritten(user string) []string {
-	if user == "" {
-		return nil
-	}
-	return []string{user}
+	return !i.ended.IsZero(), i.err
 }

@@ -26,7 +26,7 @@ func TestWritesOfALargeRollout(t *testing.T) {
 			"app": {State: deployments.StateConverged, Running: pointer("1"), Want: pointer("1"), Generation: 1}}}}
 	}
 	was := deployments.Record{Target: pointer("1"), Generation: 1, Commit: "old"}
-	f := facts{commit: commitOf(tree(u)), now: time.Unix(1e9, 0), owned: map[deployments.UnitID]own{}, ranks: map[deployments.UnitID]*policy.Ranks{},
+	f := inputs{commit: commitOf(tree(u)), now: time.Unix(1e9, 0), own: map[deployments.UnitID]writtenRecord{}, ranks: map[deployments.UnitID]*policy.Ranks{},
 		cells: map[deployments.UnitID]cell{id: {present: true, version: 1, value: encode(was), record: was}},
 		fleet: map[[2]string][]reported{{"prod", "web"}: nodes}}
 	began, writes, again := f.now, 0, f.now
@@ -50,12 +50,13 @@ func TestWritesOfALargeRollout(t *testing.T) {
 		if !news {
 			continue
 		}
-		todo, _, at := decide(f)
-		for _, w := range todo {
+		p := reconcile(f)
+		at := p.again
+		for _, w := range p.changes {
 			writes++
 			record = w.after
-			f.cells[id] = cell{present: true, version: w.over + 1, value: w.value, record: w.after}
-			f.owned[id] = own{record: w.after, value: w.value, over: w.over, version: w.over + 1, at: f.now}
+			f.cells[id] = cell{present: true, version: w.base + 1, value: w.value, record: w.after}
+			f.own[id] = writtenRecord{record: w.after, value: w.value, base: w.base, version: w.base + 1, at: f.now}
 			at = f.now // a write shows in the watch
 		}
 		if again = at; at.IsZero() {

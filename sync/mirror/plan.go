@@ -3,7 +3,6 @@ package mirror
 import (
 	"bytes"
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -12,7 +11,6 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
-	"kedge/sync/git"
 )
 
 // Change is one write that a commit leads to.
@@ -120,48 +118,6 @@ func lastGood(r deployments.Record) deployments.Pointer {
 	return r.Stable
 }
 
-// move is a commit that might follow the one that KV holds.
-type move struct {
-	// from is the hash of the commit that KV holds; empty: nothing was mirrored yet. had are its units.
-	from string
-	had  []deployments.UnitID
-	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
-	rules Rules
-	to    *git.Commit
-	// descends is whether from is among to's ancestors.
-	descends bool
-}
-
-// refuse says why a valid commit is not taken all the same; nil: it is. Pure.
-func refuse(m move) error {
-	if m.from != "" && !m.descends && !m.rules.AllowRewind {
-		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
-			"or set allow_rewind in kedge.yaml before the history is rewritten", short(m.to.Hash), short(m.from))
-	}
-	stays := map[deployments.UnitID]bool{}
-	for _, u := range m.to.Tree.Units {
-		stays[u.ID] = true
-	}
-	var removed []string
-	for _, id := range m.had {
-		if !stays[id] {
-			removed = append(removed, id.String())
-		}
-	}
-	slices.Sort(removed)
-	switch limit := m.rules.MaxRemoved; {
-	case len(removed) == 0 || limit >= 100:
-		return nil
-	case len(stays) == 0:
-		return fmt.Errorf("commit %s has no unit at all, the last one had %d: to remove them all, set max_removed: 100 in kedge.yaml in a commit before it",
-			short(m.to.Hash), len(m.had))
-	case len(removed)*100 > limit*len(m.had):
-		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in kedge.yaml in a commit before this one",
-			short(m.to.Hash), len(removed), len(m.had), few(removed), limit)
-	}
-	return nil
-}
-
 func short(hash string) string { return hash[:min(12, len(hash))] }
 
 // few names the first of many.
@@ -187,43 +143,3 @@ func roles(tree *deployments.Tree) [][2]string {
 		return cmp.Or(cmp.Compare(a[0], b[0]), cmp.Compare(a[1], b[1]))
 	})
 }
-
-// History is the JSON at history/STAGE/ROLE/UNIT/GENERATION: what a unit was told to run, by whom and when. Written by the
-// mirror in the transaction that begins the generation; the newest HistoryKept of each unit stay.
-type History struct {
-	Generation int64               `json:"generation"`
-	Release    deployments.Pointer `json:"release"`
-	Stable     deployments.Pointer `json:"stable,omitzero"`
-	// Commit, Author and Subject are the Git commit's that was mirrored then; Committed is its time.
-	Commit    string    `json:"commit"`
-	Author    string    `json:"author"`
-	Subject   string    `json:"subject,omitempty"`
-	Committed time.Time `json:"committed"`
-	// At is when the mirror wrote it.
-	At time.Time `json:"at"`
-	// Failed is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
-	// quarantine: nodes forget this, and kedge rollback is not to go back to it.
-	Failed deployments.Digest `json:"failed,omitzero"`
-	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
-	Note string `json:"note,omitempty"`
-}
-
-// UnmarshalJSON takes the name that the version before gave to Failed, too.
-func (h *History) UnmarshalJSON(data []byte) error {
-	type plain History
-	var both struct {
-		plain
-		Bad deployments.Digest `json:"bad"`
-	}
-	if err := json.Unmarshal(data, &both); err != nil {
-		return err
-	}
-	*h = History(both.plain)
-	if h.Failed.IsZero() {
-		h.Failed = both.Bad
-	}
-	return nil
-}
-
-// HistoryKept is how many generations of a unit stay in history/.
-const HistoryKept = 50

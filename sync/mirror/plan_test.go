@@ -101,25 +101,25 @@ func TestRefuse(t *testing.T) {
 	normal := Rules{MaxRemoved: 30}
 	for _, c := range []struct {
 		name string
-		move
+		candidate
 		units []deployments.Unit
 		want  string // empty: taken
 	}{
-		{"the first commit", move{rules: normal}, seven, ""},
-		{"the next commit", move{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
-		{"a rewritten history", move{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
-		{"a rewritten history, allowed", move{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
-		{"too many removed", move{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
-		{"too many removed, by the first commit over old records", move{rules: normal, had: ten}, six, "removes 4 of 10"},
-		{"none may be removed", move{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
-		{"all removed", move{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
-		{"all removed, allowed", move{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
-		{"nothing was there", move{rules: normal}, nil, ""},
-		{"a unit moved counts as removed", move{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
+		{"the first commit", candidate{rules: normal}, seven, ""},
+		{"the next commit", candidate{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
+		{"a rewritten history", candidate{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
+		{"a rewritten history, allowed", candidate{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
+		{"too many removed", candidate{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
+		{"too many removed, by the first commit over old records", candidate{rules: normal, had: ten}, six, "removes 4 of 10"},
+		{"none may be removed", candidate{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
+		{"all removed", candidate{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
+		{"all removed, allowed", candidate{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
+		{"nothing was there", candidate{rules: normal}, nil, ""},
+		{"a unit moved counts as removed", candidate{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.to = commitOf(tree(c.units...))
-			err := refuse(c.move)
+			err := refuse(c.candidate)
 			switch {
 			case c.want == "" && err != nil:
 				t.Errorf("refused: %v", err)
@@ -130,7 +130,7 @@ func TestRefuse(t *testing.T) {
 	}
 }
 
-func TestDecide(t *testing.T) {
+func TestReconcile(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -138,14 +138,14 @@ func TestDecide(t *testing.T) {
 	shown := func(r deployments.Record, version uint64) cell {
 		return cell{present: true, version: version, value: encode(r), record: r}
 	}
-	mine := func(r deployments.Record, over, version uint64, ago time.Duration) *own {
-		return &own{record: r, value: encode(r), over: over, version: version, at: now.Add(-ago)}
+	mine := func(r deployments.Record, over, version uint64, ago time.Duration) *writtenRecord {
+		return &writtenRecord{record: r, value: encode(r), base: over, version: version, at: now.Add(-ago)}
 	}
 	byHand := deployments.Record{Target: pointer("9"), Generation: 7}
 	for _, c := range []struct {
 		name       string
 		cell       cell
-		own        *own
+		own        *writtenRecord
 		past       History
 		git        string
 		generation int64 // 0: nothing is written
@@ -178,18 +178,19 @@ func TestDecide(t *testing.T) {
 		{name: "removed while no mirror ran, and a new release", past: History{Generation: 6, Release: pointer("1"), Commit: "old"}, git: "2", generation: 7, stable: "1", ops: "create put"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			f := facts{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
-				cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
+			f := inputs{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
+				cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
 			if c.cell.present {
 				f.cells[id] = c.cell
 			}
 			if c.own != nil {
-				f.owned[id] = *c.own
+				f.own[id] = *c.own
 			}
 			if c.past.Generation > 0 {
-				f.past[id] = c.past
+				f.history[id] = c.past
 			}
-			writes, all, _ := decide(f)
+			p := reconcile(f)
+			writes, all := p.changes, p.whole
 			if all == c.wait {
 				t.Errorf("all is %v", all)
 			}
@@ -224,12 +225,12 @@ func TestDecide(t *testing.T) {
 }
 
 // All that is known of a node goes into what is decided about each of its role's units.
-func TestFactsOfNodes(t *testing.T) {
+func TestInputsOfNodes(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
 	started := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
 	said := deployments.UnitReport{State: deployments.StateConverged, Running: pointer("1"), Generation: 3}
-	f := facts{fleet: map[[2]string][]reported{
+	f := inputs{fleet: map[[2]string][]reported{
 		{"prod", "web"}: {{node: "n1", gone: true, report: deployments.Report{Started: started, Units: map[string]deployments.UnitReport{"app": said}}}, {node: "n2"}},
 		{"prod", "db"}:  {{node: "n3"}},
 	}}
@@ -240,7 +241,7 @@ func TestFactsOfNodes(t *testing.T) {
 }
 
 // Whatever the store shows, what is decided is what Git asks for; and once it shows, there is nothing left to do.
-func TestDecideEnds(t *testing.T) {
+func TestReconcileEnds(t *testing.T) {
 	t.Parallel()
 	ids := []deployments.UnitID{unitID(t, "prod/web/a"), unitID(t, "prod/web/b"), unitID(t, "prod/db/a")}
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -251,7 +252,7 @@ func TestDecideEnds(t *testing.T) {
 		record := func() deployments.Record {
 			return deployments.Record{Target: release("target"), Generation: int64(rapid.IntRange(0, 4).Draw(rt, "generation")), Commit: "old"}
 		}
-		f := facts{now: now, cells: map[deployments.UnitID]cell{}, owned: map[deployments.UnitID]own{}, past: map[deployments.UnitID]History{}}
+		f := inputs{now: now, cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
 		var units []deployments.Unit
 		for i, id := range ids {
 			if rapid.Bool().Draw(rt, "in git") {
@@ -267,33 +268,33 @@ func TestDecideEnds(t *testing.T) {
 			if rapid.Bool().Draw(rt, "owned") {
 				r := record()
 				r.Generation++
-				f.owned[id] = own{record: r, value: encode(r), over: uint64(rapid.IntRange(0, 4).Draw(rt, "over")), at: now.Add(-time.Minute)}
+				f.own[id] = writtenRecord{record: r, value: encode(r), base: uint64(rapid.IntRange(0, 4).Draw(rt, "over")), at: now.Add(-time.Minute)}
 			}
 		}
 		git := tree(units...)
 		git.Settings.Prune = rapid.Bool().Draw(rt, "prune")
 		f.commit = commitOf(git)
-		writes, _, _ := decide(f)
+		writes := reconcile(f).changes
 		for _, w := range writes {
 			before := f.cells[w.unit]
 			if w.value == nil {
 				delete(f.cells, w.unit)
-				f.owned[w.unit] = own{over: w.over, at: now}
+				f.own[w.unit] = writtenRecord{base: w.base, at: now}
 				continue
 			}
 			if before.err == nil && w.after.Generation < before.record.Generation {
 				rt.Fatalf("the generation of %s goes from %d to %d", w.unit, before.record.Generation, w.after.Generation)
 			}
-			f.cells[w.unit] = cell{present: true, version: w.over + 100, value: w.value, record: w.after}
-			f.owned[w.unit] = own{record: w.after, value: w.value, over: w.over, at: now}
+			f.cells[w.unit] = cell{present: true, version: w.base + 100, value: w.value, record: w.after}
+			f.own[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now}
 		}
 		for _, u := range units {
 			if got := f.cells[u.ID].record.Target; got != u.Release {
 				rt.Fatalf("%s is %v, Git says %v", u.ID, got, u.Release)
 			}
 		}
-		if again, all, _ := decide(f); len(again) != 0 || !all {
-			rt.Fatalf("there is something left to do: %+v", again)
+		if p := reconcile(f); len(p.changes) != 0 || !p.whole {
+			rt.Fatalf("there is something left to do: %+v", p.changes)
 		}
 	})
 }
@@ -301,10 +302,10 @@ func TestDecideEnds(t *testing.T) {
 func TestBatches(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
-		var writes []write
+		var writes []change
 		total := 0
 		for range rapid.IntRange(0, 100).Draw(rt, "writes") {
-			w := write{kind: "update"}
+			w := change{kind: "update"}
 			for range rapid.IntRange(1, 3).Draw(rt, "operations") {
 				w.ops = append(w.ops, kv.Put("k", make([]byte, rapid.SampledFrom([]int{100, 900, 20000}).Draw(rt, "size"))))
 			}

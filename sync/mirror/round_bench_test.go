@@ -46,7 +46,8 @@ func BenchmarkRound(b *testing.B) {
 			round := func() {
 				version++
 				fleet.Entries[0].Version = version
-				writes, _, _ := decide(facts{commit: commit, now: now, cells: cells, owned: l.owned, fleet: l.fleet(fleet), ranks: l.ranks})
+				l.observer.fleet(fleet)
+				writes := reconcile(inputs{commit: commit, now: now, cells: cells, own: l.written.records, fleet: l.observer.latest().fleet.roles, ranks: l.ranks}).changes
 				if len(writes) > 0 {
 					b.Fatal(writes[0].reason)
 				}

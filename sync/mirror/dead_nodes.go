@@ -20,26 +20,32 @@ type absence struct {
 	since   time.Time
 }
 
-// forget removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces them, they would only
+// deadNodes are the entries of status/ without a session, by key.
+type deadNodes struct {
+	absent map[string]absence
+	denied bool // this mirror may not remove what is there
+}
+
+// forgetDead removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces them, they would only
 // become more. again is when to look even if nothing changes; 0: never.
-func (l *leader) forget(ctx context.Context, status kv.View, cells map[deployments.UnitID]cell, now time.Time) (again time.Duration, err error) {
-	if l.unforgetting || !status.Settled || status.Err != nil {
+func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+	if l.dead.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
 	}
-	ops, next := forgettable(status.Entries, l.absent, underWay(cells), now, l.forgetAfter)
+	ops, next := forgettable(seen.fleet.entries, l.dead.absent, underWay(seen.desired.cells), now, l.forgetAfter)
 	if len(ops) > 0 {
 		switch err := l.c.Store.Commit(ctx, l.lease, ops...); {
 		case errors.Is(err, kv.ErrConflict): // one is back, as the watch will show
-			next = now.Add(settle)
+			next = now.Add(watchLag)
 		case errors.Is(err, kv.ErrDenied):
 			l.c.Log.Info("nodes that died stay in status/: this mirror may not remove them", "error", err)
-			l.unforgetting = true
+			l.dead.denied = true
 			return 0, nil
 		case err != nil:
 			return 0, fmt.Errorf("remove what %d nodes said that are gone: %w", len(ops), err)
 		default:
 			for _, op := range ops {
-				delete(l.absent, op.Key)
+				delete(l.dead.absent, op.Key)
 				l.c.Log.Info("a node that died is forgotten", "key", op.Key, "gone", l.forgetAfter)
 			}
 			l.metrics.wrote(len(ops))

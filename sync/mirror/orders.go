@@ -1,7 +1,10 @@
 package mirror
 
 import (
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"kedge/deployments"
@@ -32,4 +35,29 @@ func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 		}
 	}
 	return good, bad
+}
+
+// pendingOrders returns the orders that were not obeyed yet, and logs which can't be.
+func (l *leader) pendingOrders(seen observedOrders) map[deployments.UnitID]order {
+	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
+	units := map[deployments.UnitID]bool{}
+	for _, u := range l.acceptance.commit.Tree.Units {
+		units[u.ID] = true
+	}
+	for _, id := range slices.SortedFunc(maps.Keys(seen.good), compareIDs) {
+		switch o := seen.good[id]; {
+		case l.written.orders[id] == o.version: // it has yet to vanish from the watch
+		case !units[id]:
+			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: "+
+				"remove the key", kv.ControlKey(id)))
+		default:
+			pending[id] = o
+		}
+	}
+	if words := text(errors.Join(bad...)); words != l.badOrders {
+		if l.badOrders = words; words != "" {
+			l.c.Log.Warn("an operator's order can't be obeyed", "error", words)
+		}
+	}
+	return pending
 }

@@ -172,7 +172,7 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 		l := newLeader(mirror, nil)
 		looks := func(judged string, d time.Duration) int {
 			t.Helper()
-			l.judged, asked = judged, nil
+			l.acceptance.compared, asked = judged, nil
 			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 				if _, err := l.inspect(t.Context(), &git.Commit{Tree: tree}); err != nil && !strings.Contains(err.Error(), "is not signed") {
 					t.Fatal(err)

@@ -57,7 +57,7 @@ func checkUpdate(ctx context.Context, from *git.Objects, releases *Releases, u g
 			return err
 		default:
 			before = last.Tree
-			m := move{from: last.Hash, rules: rulesOf(last), to: to}
+			m := candidate{from: last.Hash, rules: rulesOf(last), to: to}
 			for _, u := range before.Units {
 				m.had = append(m.had, u.ID)
 			}

@@ -65,12 +65,16 @@ func withoutDigits(s string) string {
 }
 
 // writeStatus puts s at mirror/state.
-func writeStatus(s Status) write {
+func writeStatus(s Status) change {
+	return change{status: &s, ops: []kv.Op{kv.Put(kv.MirrorKey, encodeStatus(s))}}
+}
+
+func encodeStatus(s Status) []byte {
 	value, err := json.Marshal(s)
 	if err != nil {
 		panic(err) // plain data
 	}
-	return write{status: &s, ops: []kv.Op{kv.Put(kv.MirrorKey, value)}}
+	return value
 }
 
 // clip cuts an error's text at a line's end.

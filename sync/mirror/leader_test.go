@@ -42,7 +42,7 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
 	for _, view := range []kv.View{{}, {Err: kv.ErrUnavailable}} {
-		l.sawDesired(view)
+		l.observer.records(view)
 		if _, err := l.round(t.Context(), git); err != nil {
 			t.Error(err)
 		}
@@ -50,7 +50,7 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 			t.Errorf("on the view %+v it wrote %v", view, got)
 		}
 	}
-	l.sawDesired(kv.View{Settled: true})
+	l.observer.records(kv.View{Settled: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Error(err)
 	}
@@ -65,7 +65,7 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	l.sawDesired(kv.View{Settled: true})
+	l.observer.records(kv.View{Settled: true})
 	if _, err := l.round(t.Context(), l.look(t.Context(), gitState{})); err != nil {
 		t.Fatal(err)
 	}
@@ -84,11 +84,11 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.sawDesired(kv.View{Settled: true, Entries: entries})
+	l.observer.records(kv.View{Settled: true, Entries: entries})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if got := store.taken(); len(got) != 1 || l.written.Head != head {
+	if got := store.taken(); len(got) != 1 || l.written.state.Head != head {
 		t.Errorf("it wrote %v, and the status %+v", got, l.written)
 	}
 }
@@ -100,7 +100,7 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.setState(l.look(t.Context(), gitState{}))
-	l.sawDesired(kv.View{Settled: true})
+	l.observer.records(kv.View{Settled: true})
 	store.setFail(kv.ErrLeaseLost)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -135,9 +135,9 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.sawDesired(kv.View{Settled: true, Entries: entries})
+		l.observer.records(kv.View{Settled: true, Entries: entries})
 		c.view.Settled, c.view.Entries = true, []kv.Entry{report}
-		l.sawStatus(c.view)
+		l.observer.fleet(c.view)
 		if _, err := l.round(t.Context(), git); err != nil {
 			t.Fatal(err)
 		}
@@ -154,19 +154,19 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
 	git := l.look(t.Context(), gitState{})
-	l.sawDesired(kv.View{Settled: true})
-	l.sawStatus(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
+	l.observer.records(kv.View{Settled: true})
+	l.observer.fleet(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if l.written.Head != "" || !strings.Contains(l.written.Error, "list status/: permission denied") {
+	if l.written.state.Head != "" || !strings.Contains(l.written.state.Error, "list status/: permission denied") {
 		t.Errorf("status %+v", l.written)
 	}
-	l.sawStatus(kv.View{Settled: true})
+	l.observer.fleet(kv.View{Settled: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
-	if l.written.Head != head || l.written.Error != "" {
+	if l.written.state.Head != head || l.written.state.Error != "" {
 		t.Errorf("status %+v", l.written)
 	}
 }
@@ -178,7 +178,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
-	l.sawDesired(kv.View{Settled: true})
+	l.observer.records(kv.View{Settled: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
@@ -189,9 +189,9 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 		}
 		return kv.View{Settled: true, Entries: entries}
 	}
-	l.sawDesired(see(kv.DesiredPrefix))
+	l.observer.records(see(kv.DesiredPrefix))
 	put(t, store.Store, "control/prod/web/app", "retry")
-	l.sawControl(see(kv.ControlPrefix))
+	l.observer.orders(see(kv.ControlPrefix))
 	put(t, store.Store, "control/prod/web/app", "pause")
 	if _, err := l.round(t.Context(), git); !errors.Is(err, kv.ErrConflict) {
 		t.Errorf("it obeyed what is no longer asked for: %v", err)
@@ -199,7 +199,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	if e, err := store.Get(t.Context(), "control/prod/web/app"); err != nil || string(e.Value) != "pause" || strings.Contains(desired(t, store)["prod/web/app"], "retry") {
 		t.Errorf("the order is %q, %v, and the record %s", e.Value, err, desired(t, store)["prod/web/app"])
 	}
-	l.sawControl(see(kv.ControlPrefix))
+	l.observer.orders(see(kv.ControlPrefix))
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Error(err)
 	}

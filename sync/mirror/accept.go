@@ -1,0 +1,174 @@
+package mirror
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+	"kedge/deployments/wait"
+	"kedge/sync/git"
+)
+
+// acceptance is which commit the store holds, or is to hold, and what is known of the one that might follow it.
+type acceptance struct {
+	commit   *git.Commit // nil: it can't be read
+	recalled string      // the branch's head when commit was last looked for
+	compared string      // FROM..TO of the candidate that was last judged
+	refusal  error       // why that one isn't taken; nil: it is
+
+	inspection *inspection // of the candidate's releases; nil: none was needed yet
+	patience   *wait.Backoff
+	inspecting sync.WaitGroup
+}
+
+// outcome is what accept says of the branch's head.
+type outcome struct {
+	refused error         // why it is not taken, for good
+	unsure  error         // why it is not taken yet
+	retry   time.Duration // when unsure is to be judged again
+}
+
+// accept decides whether the branch's head becomes the commit to write, and else why not.
+func (l *leader) accept(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) outcome {
+	l.recall(cmp.Or(branch.head, "none"))
+	a := &l.acceptance
+	switch {
+	case branch.head == "" || a.commit != nil && branch.head == a.commit.Hash:
+		return outcome{}
+	case branch.bad != nil:
+		return outcome{refused: branch.bad}
+	}
+	c := l.candidate(branch.good, cells)
+	if compared := c.from + ".." + branch.head; a.compared != compared {
+		if c.from != "" {
+			var err error
+			if c.descends, err = l.descends(ctx, c.from, branch.head); err != nil {
+				err = fmt.Errorf("history from %s to %s: %w", short(c.from), short(branch.head), err)
+				return outcome{unsure: err, retry: watchLag}
+			}
+		}
+		a.compared, a.refusal = compared, refuse(c)
+		l.logRefusal(branch.head)
+	}
+	if a.refusal != nil || a.commit == branch.good {
+		return outcome{refused: a.refusal}
+	}
+	done, err := l.inspect(ctx, branch.good)
+	switch {
+	case errors.As(err, new(deployments.Problems)):
+		a.refusal = err
+		l.logRefusal(branch.head)
+		return outcome{refused: err}
+	case err != nil:
+		err = fmt.Errorf("commit %s is not taken yet: %w", short(branch.head), err)
+		return outcome{unsure: err, retry: a.inspection.wait(time.Now())}
+	case done:
+		l.metrics.judged(nil)
+		l.c.Log.Info("the commit is taken", "commit", branch.head, "after", c.from)
+		a.commit = branch.good
+		clear(l.ranks) // of units that may be gone
+	}
+	return outcome{}
+}
+
+// recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried
+// again with each new head, which may have brought it along.
+func (l *leader) recall(head string) {
+	a, taken := &l.acceptance, l.written.state.taken()
+	if a.commit != nil || taken == "" || a.recalled == head {
+		return
+	}
+	a.recalled = head
+	commit, err := l.load(taken)
+	if err != nil {
+		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
+			"commit", taken, "error", err)
+		return
+	}
+	a.commit = commit
+}
+
+// candidate compares a commit with what the store holds.
+func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
+	c := candidate{from: l.written.state.taken(), rules: l.written.state.Rules, to: to}
+	if last := l.acceptance.commit; last != nil {
+		c.from, c.rules = last.Hash, rulesOf(last)
+		for _, u := range last.Tree.Units {
+			c.had = append(c.had, u.ID)
+		}
+		return c
+	}
+	if c.from == "" {
+		c.rules = rulesOf(to)
+	}
+	for id, cell := range cells {
+		if cell.err == nil && ours(cell.record) {
+			c.had = append(c.had, id)
+		}
+	}
+	return c
+}
+
+// logRefusal notes that the commit is not taken, if it isn't.
+func (l *leader) logRefusal(commit string) {
+	if err := l.acceptance.refusal; err != nil {
+		l.metrics.judged(err)
+		l.c.Log.Error("the commit is refused", "commit", commit, "error", err)
+	}
+}
+
+func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
+	in, err := l.branch.Objects()
+	if err != nil {
+		return false, err
+	}
+	defer in.Close()
+	return in.Descends(ctx, from, to)
+}
+
+// candidate is a commit that might follow the one that the store holds.
+type candidate struct {
+	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units.
+	from string
+	had  []deployments.UnitID
+	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
+	rules Rules
+	to    *git.Commit
+	// descends is whether from is among to's ancestors.
+	descends bool
+}
+
+// refuse returns why a valid commit isn't taken all the same; nil: it is. Pure.
+func refuse(c candidate) error {
+	if c.from != "" && !c.descends && !c.rules.AllowRewind {
+		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
+			"or set allow_rewind in kedge.yaml before the history is rewritten", short(c.to.Hash), short(c.from))
+	}
+	stays := map[deployments.UnitID]bool{}
+	for _, u := range c.to.Tree.Units {
+		stays[u.ID] = true
+	}
+	var removed []string
+	for _, id := range c.had {
+		if !stays[id] {
+			removed = append(removed, id.String())
+		}
+	}
+	slices.Sort(removed)
+	switch limit := c.rules.MaxRemoved; {
+	case len(removed) == 0 || limit >= 100:
+		return nil
+	case len(stays) == 0:
+		return fmt.Errorf("commit %s has no unit at all, the last one had %d: to remove them all, set max_removed: 100 in kedge.yaml in a commit before it",
+			short(c.to.Hash), len(c.had))
+	case len(removed)*100 > limit*len(c.had):
+		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in kedge.yaml in a commit before this one",
+			short(c.to.Hash), len(removed), len(c.had), few(removed), limit)
+	}
+	return nil
+}

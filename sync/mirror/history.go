@@ -1,0 +1,157 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// History is the JSON at history/STAGE/ROLE/UNIT/GENERATION: what a unit was told to run, by whom and when. Written by the
+// mirror in the transaction that begins the generation; the newest HistoryKept of each unit stay.
+type History struct {
+	Generation int64               `json:"generation"`
+	Release    deployments.Pointer `json:"release"`
+	Stable     deployments.Pointer `json:"stable,omitzero"`
+	// Commit, Author and Subject are the Git commit's that was mirrored then; Committed is its time.
+	Commit    string    `json:"commit"`
+	Author    string    `json:"author"`
+	Subject   string    `json:"subject,omitempty"`
+	Committed time.Time `json:"committed"`
+	// At is when the mirror wrote it.
+	At time.Time `json:"at"`
+	// Failed is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
+	// quarantine: nodes forget this, and kedge rollback is not to go back to it.
+	Failed deployments.Digest `json:"failed,omitzero"`
+	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
+	Note string `json:"note,omitempty"`
+}
+
+// UnmarshalJSON takes the name that the version before gave to Failed, too.
+func (h *History) UnmarshalJSON(data []byte) error {
+	type plain History
+	var both struct {
+		plain
+		Bad deployments.Digest `json:"bad"`
+	}
+	if err := json.Unmarshal(data, &both); err != nil {
+		return err
+	}
+	*h = History(both.plain)
+	if h.Failed.IsZero() {
+		h.Failed = both.Bad
+	}
+	return nil
+}
+
+// HistoryKept is how many generations of a unit stay in history/.
+const HistoryKept = 50
+
+// pastGenerations holds the newest generation of units, of the roles whose history was read.
+type pastGenerations struct {
+	newest map[deployments.UnitID]History
+	read   map[[2]string]bool
+}
+
+func newPastGenerations() pastGenerations {
+	return pastGenerations{newest: map[deployments.UnitID]History{}, read: map[[2]string]bool{}}
+}
+
+// forget makes a unit's role be read again when it is needed.
+func (p pastGenerations) forget(id deployments.UnitID) {
+	delete(p.newest, id)
+	delete(p.read, [2]string{id.Stage, id.Role})
+}
+
+// readHistory reads the history of the units whose record isn't there to go on from.
+func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]cell, now time.Time) error {
+	for _, u := range l.acceptance.commit.Tree.Units {
+		role := [2]string{u.ID.Stage, u.ID.Role}
+		own, known := l.written.records[u.ID]
+		if l.history.read[role] || stand(cells[u.ID], own, known, now) != unknown {
+			continue
+		}
+		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role[0], role[1]))
+		if err != nil {
+			return fmt.Errorf("history of %s/%s: %w", role[0], role[1], err)
+		}
+		l.history.read[role] = true
+		for _, e := range entries {
+			name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
+			id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
+			if err != nil {
+				continue
+			}
+			var h History
+			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.history.newest[id].Generation && h.Generation < absurd {
+				l.history.newest[id] = h
+			}
+		}
+	}
+	return nil
+}
+
+// recordOf returns the record of a generation that only the history knows. How far its rollout had come is lost: what was rolled
+// back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if every node is there.
+func recordOf(h History, now time.Time) deployments.Record {
+	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
+	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
+	switch {
+	case h.Stable.IsZero() || h.Stable == h.Release:
+		return r
+	case h.Failed == h.Release.Digest:
+		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
+	default:
+		p.Phase, p.Promoted = deployments.PhaseRolling, true
+	}
+	r.Rollout = p
+	return r
+}
+
+// record returns the operations that note a new generation, and remove the one that is too old.
+func (in inputs) record(w change) []kv.Op {
+	value, err := json.Marshal(History{
+		Generation: w.after.Generation,
+		Release:    w.after.Target,
+		Stable:     w.after.Stable,
+		Commit:     in.commit.Hash,
+		Author:     in.commit.Author,
+		Subject:    in.commit.Subject,
+		Committed:  in.commit.When,
+		At:         in.now.UTC().Truncate(time.Millisecond),
+		Failed:     in.failedBy(w),
+		Note:       w.note,
+	})
+	if err != nil {
+		panic(err) // plain data
+	}
+	ops := []kv.Op{kv.Put(historyKey(w.unit, w.after.Generation), value)}
+	if old := w.after.Generation - HistoryKept; old > 0 {
+		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
+	}
+	return ops
+}
+
+// failedBy returns the release that a new generation knows to have failed; zero: none.
+func (in inputs) failedBy(w change) deployments.Digest {
+	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
+		return w.after.Rollout.Failed
+	}
+	was := w.before.Target.Digest
+	if was == w.after.Target.Digest || !slices.ContainsFunc(in.nodes(w.unit), func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) }) {
+		return deployments.Digest{}
+	}
+	return was
+}
+
+// historyKey sorts as the generations do.
+func historyKey(id deployments.UnitID, generation int64) string {
+	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
+}

@@ -1,0 +1,256 @@
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments"
+	"kedge/deployments/wait"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch, reconciles the
+// one with the other, and writes the difference.
+type leader struct {
+	*Mirror
+	lease    kv.Lease
+	observer *observer
+	snapshot chan []kv.Entry // to keepSnapshot; holds one
+
+	// The rest belongs to loop.
+	acceptance acceptance
+	written    written
+	history    pastGenerations
+	folders    map[[2]string]bool // the roles whose folder keys are there
+	ranks      map[deployments.UnitID]*policy.Ranks
+	dead       deadNodes
+	badOrders  string     // the orders that can't be obeyed, as they were last logged
+	offered    []kv.Entry // to keepSnapshot
+}
+
+func newLeader(m *Mirror, lease kv.Lease) *leader {
+	return &leader{
+		Mirror: m, lease: lease,
+		observer:   newObserver(m.c.Log, m.heed),
+		snapshot:   make(chan []kv.Entry, 1),
+		acceptance: acceptance{patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience))},
+		written:    written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
+		history:    newPastGenerations(),
+		folders:    map[[2]string]bool{},
+		ranks:      map[deployments.UnitID]*policy.Ranks{},
+		dead:       deadNodes{absent: map[string]absence{}},
+	}
+}
+
+// run works until ctx ends, or the lease is found to be lost.
+func (l *leader) run(ctx context.Context) error {
+	if err := l.persist(ctx, "begin", l.begin); err != nil {
+		return err
+	}
+	defer l.acceptance.inspecting.Wait()
+	g, ctx := errgroup.WithContext(ctx)
+	for prefix, view := range map[string]func(kv.View){
+		kv.DesiredPrefix: l.observer.records,
+		kv.ControlPrefix: l.observer.orders,
+		kv.StatusPrefix:  l.observer.fleet,
+		kv.MirrorPrefix:  l.observer.state,
+	} {
+		g.Go(func() error { return l.c.Store.Watch(ctx, prefix, view) })
+	}
+	if l.c.Snapshot != nil {
+		g.Go(func() error { return l.keepSnapshot(ctx) })
+	}
+	g.Go(func() error { return l.loop(ctx) })
+	return g.Wait()
+}
+
+// begin reads what the mirror before this one left.
+func (l *leader) begin(ctx context.Context) error {
+	if err := l.c.Store.EnsureFolders(ctx, kv.DesiredPrefix, kv.PinsPrefix, kv.ControlPrefix, kv.StatusPrefix, kv.HistoryPrefix, kv.MirrorPrefix); err != nil {
+		return err
+	}
+	entries, err := l.c.Store.List(ctx, kv.MirrorPrefix)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.Key != kv.MirrorKey {
+			continue
+		}
+		if err := json.Unmarshal(e.Value, &l.written.state); err != nil {
+			l.c.Log.Warn("the mirror's own state doesn't parse, it is written anew", "key", e.Key, "error", err)
+			l.written.state = Status{}
+		}
+	}
+	return nil
+}
+
+// persist does f until it succeeds, the lease is lost or ctx ends.
+func (l *leader) persist(ctx context.Context, what string, f func(context.Context) error) error {
+	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
+	for {
+		err := f(ctx)
+		if err == nil || errors.Is(err, kv.ErrLeaseLost) {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if retry.Tries() == 0 {
+			l.c.Log.Warn("the store is in trouble", "doing", what, "store", l.c.Store, "error", err)
+		}
+		if err := retry.Wait(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// loop makes a round whenever something changed.
+func (l *leader) loop(ctx context.Context) error {
+	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
+	var trouble error
+	for {
+		git, gitChanged := l.gitChanged()
+		again, err := l.round(ctx, git)
+		switch {
+		case errors.Is(err, kv.ErrLeaseLost):
+			return err
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case err == nil:
+			if trouble != nil {
+				l.c.Log.Info("the store takes writes again", "store", l.c.Store)
+			}
+			trouble = nil
+			retry.Reset()
+		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
+			again = wait.Jitter(time.Second, 0.2)
+		default:
+			if trouble == nil {
+				l.c.Log.Warn("the store takes no writes", "store", l.c.Store, "error", err)
+			}
+			trouble = err
+			again = retry.Next()
+			gitChanged = nil
+			// Wakes that come one after the other, as from a fleet that reports, must not hurry it.
+			pause := min(again, wait.Jitter(time.Second, 0.2))
+			if err := wait.For(ctx, pause); err != nil {
+				return err
+			}
+			again = max(time.Millisecond, again-pause)
+		}
+		var clock <-chan time.Time
+		if again > 0 {
+			clock = time.After(again)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-gitChanged:
+		case <-l.hurry.C():
+			l.hurried()
+		case <-l.observer.changed.C():
+		case <-clock:
+		}
+	}
+}
+
+// round does once what there is to do. again is when to look even if nothing changes; 0: never.
+func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
+	seen := l.observer.latest()
+	if !seen.desired.synced {
+		return 0, nil
+	}
+	now := time.Now()
+	cells := seen.desired.cells
+	l.written.confirm(cells)
+	l.offerSnapshot(cells)
+	head := l.accept(ctx, branch, cells)
+
+	status := l.written.state
+	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
+	var todo plan
+	if commit := l.acceptance.commit; commit != nil {
+		if todo, err = l.plan(ctx, seen, now); err != nil {
+			return 0, err
+		}
+		if !todo.again.IsZero() {
+			again = max(time.Millisecond, todo.again.Sub(now))
+		}
+		if !todo.whole && commit.Hash != l.written.state.Head {
+			if !seen.fleet.synced && seen.fleet.err != nil {
+				l.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
+			}
+			return watchLag, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
+		}
+		status.Applying = ""
+		if commit.Hash != status.Head {
+			status.Head, status.Author, status.Past, status.Rules = commit.Hash, commit.Author, commit.Past, rulesOf(commit)
+			status.At = now.UTC().Truncate(time.Millisecond)
+		}
+	}
+	switch {
+	case head.refused != nil:
+		status.Refused, status.Error = branch.head, clip(head.refused.Error(), maxError)
+	case head.unsure != nil:
+		status.Error = clip(head.unsure.Error(), maxError)
+		again = sooner(again, head.retry)
+	case branch.away != nil:
+		status.Error = clip(branch.away.Error(), maxError)
+	}
+	branchKnown := branch.head != "" || branch.away != nil
+	if !branchKnown || !worthWriting(l.written.state, status, l.written.stateAt, now) {
+		status = l.written.state
+	}
+	lost, at := l.written.lostState(seen.state, now)
+	if !lost && !at.IsZero() {
+		again = sooner(again, max(time.Millisecond, at.Sub(now)))
+	}
+	if err := l.write(ctx, todo.changes, status, lost, now); err != nil {
+		l.reportFailure(ctx, err, now)
+		return 0, err
+	}
+	due, err := l.forgetDead(ctx, seen, now)
+	if err != nil {
+		return 0, err
+	}
+	again = sooner(again, due)
+	if l.written.unconfirmed() {
+		again = sooner(again, watchLag) // should a write not show by then, it is looked for again
+	}
+	return again, nil
+}
+
+// plan compares the accepted commit with what the store shows.
+func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, error) {
+	commit, cells := l.acceptance.commit, seen.desired.cells
+	if err := l.ensureFolders(ctx); err != nil {
+		return plan{}, err
+	}
+	if err := l.readHistory(ctx, cells, now); err != nil {
+		return plan{}, err
+	}
+	since := seen.fleet.since
+	if seen.fleet.err != nil { // there may be a gap yet
+		since = now
+	}
+	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles})
+	return reconcile(inputs{
+		commit: commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
+		history: l.history.newest, fleet: seen.fleet.roles, blind: !seen.fleet.synced, fleetSince: since, ranks: l.ranks,
+	}), nil
+}
+
+// sooner is the shorter of two times to wait, where 0 is for ever.
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || b > 0 && b < a {
+		return b
+	}
+	return a
+}

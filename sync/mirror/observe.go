@@ -1,0 +1,175 @@
+package mirror
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+	"kedge/deployments/wait"
+	"kedge/kv"
+)
+
+// observer holds what the mirror's watches show of the store. Values are parsed once, when they come.
+type observer struct {
+	changed wait.Signal // set after every change
+	hooked  func()      // called when another mirror passed a webhook on
+	log     *slog.Logger
+
+	mu  sync.Mutex
+	now observed
+
+	// Each watch calls its method one call at a time, so these belong to it alone.
+	cells   map[string]cell         // by key in desired/
+	reports map[string]parsedReport // by key in status/
+	hook    uint64                  // the version of kv.MirrorHook that was passed on last
+}
+
+// observed is what the store shows. What it refers to is never changed again.
+type observed struct {
+	desired observedRecords
+	orders  observedOrders
+	fleet   observedFleet
+	state   observedState
+}
+
+// observedRecords is what desired/ shows. Until it is synced, nothing may be told from what is missing.
+type observedRecords struct {
+	synced bool
+	cells  map[deployments.UnitID]cell
+}
+
+// observedOrders is what control/ shows; bad tells which keys can't be obeyed, and why.
+type observedOrders struct {
+	good map[deployments.UnitID]order
+	bad  []error
+}
+
+// observedFleet is what status/ shows.
+type observedFleet struct {
+	synced  bool
+	err     error     // why it may be out of date
+	since   time.Time // since when err is nil, or isn't
+	entries []kv.Entry
+	roles   map[[2]string][]reported
+}
+
+// observedState is what mirror/ shows.
+type observedState struct {
+	current bool   // it is known for certain, and not out of date
+	value   []byte // of kv.MirrorKey; nil: it isn't there
+}
+
+// cell is what the store shows at a unit's key in desired/; the zero cell: nothing.
+type cell struct {
+	present bool
+	version uint64
+	value   []byte
+	record  deployments.Record
+	err     error // the value doesn't parse
+}
+
+// reported is a node's entry in status/.
+type reported struct {
+	node   string
+	gone   bool // its session has ended
+	report deployments.Report
+}
+
+// parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed again.
+type parsedReport struct {
+	version uint64
+	value   []byte // a restored store gives versions out again
+	report  deployments.Report
+}
+
+func newObserver(log *slog.Logger, hooked func()) *observer {
+	return &observer{changed: wait.NewSignal(), hooked: hooked, log: log,
+		cells: map[string]cell{}, reports: map[string]parsedReport{}}
+}
+
+// latest returns what the store shows now.
+func (o *observer) latest() observed {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.now
+}
+
+func (o *observer) update(f func(*observed)) {
+	o.mu.Lock()
+	f(&o.now)
+	o.mu.Unlock()
+	o.changed.Set()
+}
+
+// records takes a view of desired/.
+func (o *observer) records(v kv.View) {
+	cells := make(map[string]cell, len(v.Entries))
+	byUnit := make(map[deployments.UnitID]cell, len(v.Entries))
+	for _, e := range v.Entries {
+		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.DesiredPrefix))
+		if err != nil {
+			continue // not a record's key
+		}
+		c, known := o.cells[e.Key]
+		if !known || !bytes.Equal(c.value, e.Value) {
+			c = cell{present: true, value: e.Value}
+			c.record, c.err = deployments.ParseRecord(e.Value)
+		}
+		c.version = e.Version
+		cells[e.Key], byUnit[id] = c, c
+	}
+	o.cells = cells
+	o.update(func(now *observed) { now.desired = observedRecords{v.Settled, byUnit} })
+}
+
+// orders takes a view of control/.
+func (o *observer) orders(v kv.View) {
+	good, bad := orders(v)
+	o.update(func(now *observed) { now.orders = observedOrders{good, bad} })
+}
+
+// fleet takes a view of status/. A node whose report doesn't parse has said nothing yet.
+func (o *observer) fleet(v kv.View) {
+	roles := map[[2]string][]reported{}
+	reports := make(map[string]parsedReport, len(v.Entries))
+	for _, e := range v.Entries {
+		parts := strings.Split(strings.TrimPrefix(e.Key, kv.StatusPrefix), "/")
+		if len(parts) != 3 {
+			continue
+		}
+		known, ok := o.reports[e.Key]
+		if !ok || known.version != e.Version || !bytes.Equal(known.value, e.Value) {
+			report, err := deployments.ParseReport(e.Value)
+			if err != nil {
+				o.log.Warn("a node's report doesn't parse", "key", e.Key, "error", err)
+			}
+			known = parsedReport{e.Version, e.Value, report}
+		}
+		reports[e.Key] = known
+		role := [2]string{parts[0], parts[1]}
+		roles[role] = append(roles[role], reported{node: parts[2], gone: e.Session == "", report: known.report})
+	}
+	o.reports = reports
+	o.update(func(now *observed) { now.fleet = observedFleet{v.Settled, v.Err, v.Since, v.Entries, roles} })
+}
+
+// state takes a view of mirror/, where another mirror may have passed on a webhook.
+func (o *observer) state(v kv.View) {
+	hook, state := o.hook, observedState{current: v.Settled && v.Err == nil}
+	for _, e := range v.Entries {
+		switch e.Key {
+		case kv.MirrorHook:
+			hook = e.Version
+		case kv.MirrorKey:
+			state.value = e.Value
+		}
+	}
+	if hook != o.hook {
+		o.hook = hook
+		o.hooked()
+	}
+	o.update(func(now *observed) { now.state = state })
+}

@@ -1,0 +1,265 @@
+package mirror
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/git"
+)
+
+// absurd generations are nobody's who counts: one more, and they would be negative, which no node takes.
+const absurd = 1 << 53
+
+// standing is where a unit's key stands.
+type standing int
+
+const (
+	inOrder  standing = iota // holds what this mirror wrote, or found at its start
+	inFlight                 // this mirror's write has yet to show
+	foreign                  // somebody else wrote, or removed, it
+	unknown                  // this mirror knows nothing of it, and there is no record that it could, or should, go on from
+)
+
+// stand compares what the store shows with what this mirror wrote.
+func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
+	if known && o.version == 0 && c.version == o.base && now.Sub(o.at) < watchLag {
+		return inFlight
+	}
+	known = known && o.value != nil // a key that it removed is as good as one that it never knew
+	switch {
+	case known && c.present && bytes.Equal(c.value, o.value):
+		return inOrder
+	case known:
+		return foreign
+	case c.present && c.err == nil && c.record.Generation > 0 && c.record.Generation < absurd:
+		return inOrder
+	default:
+		return unknown
+	}
+}
+
+// inputs are all that decides what to write.
+type inputs struct {
+	commit *git.Commit
+	now    time.Time
+	cells  map[deployments.UnitID]cell
+	own    map[deployments.UnitID]writtenRecord
+	orders map[deployments.UnitID]order
+	// history has the newest generation of the units whose standing is unknown.
+	history map[deployments.UnitID]History
+	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
+	fleet map[[2]string][]reported
+	blind bool
+	// fleetSince is since when fleet is up to date, without a gap.
+	fleetSince time.Time
+	// ranks are kept from one call to the next, for speed alone; nil: nowhere.
+	ranks map[deployments.UnitID]*policy.Ranks
+}
+
+// ranksOf returns a unit's ranks, which reconcile may change.
+func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
+	if in.ranks == nil {
+		return nil
+	}
+	if in.ranks[id] == nil {
+		in.ranks[id] = new(policy.Ranks)
+	}
+	return in.ranks[id]
+}
+
+// nodes returns the nodes of a unit's role, with what they report of the unit.
+func (in inputs) nodes(id deployments.UnitID) []policy.Node {
+	role := in.fleet[[2]string{id.Stage, id.Role}]
+	nodes := make([]policy.Node, len(role))
+	for i, r := range role {
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, Started: r.report.Started, Report: r.report.Units[id.Unit]}
+	}
+	return nodes
+}
+
+// change is what to write at one unit's key, or at mirror/state if status is set.
+type change struct {
+	status *Status
+	unit   deployments.UnitID
+	kind   string // as Change.Kind, or "restore", or "none" if only an order is consumed
+	before deployments.Record
+	after  deployments.Record
+	value  []byte // nil: remove the key
+	base   uint64 // the version that it replaces; 0: none
+	note   string
+	reason string // policy.Next's
+	order  order  // what is consumed; its version is 0 if nothing is
+	ops    []kv.Op
+}
+
+// plan is what reconcile answers.
+type plan struct {
+	changes []change // sorted by unit
+	// whole is false if a unit has to wait, as this mirror's last write of it has yet to show, or the fleet isn't known yet.
+	whole bool
+	// again is when time alone could change the answer; zero: never.
+	again time.Time
+}
+
+// reconcile returns what to write so that the store holds what the commit asks for; pure.
+func reconcile(in inputs) plan {
+	p := plan{whole: true}
+	inGit := map[deployments.UnitID]bool{}
+	for _, u := range in.commit.Tree.Units {
+		inGit[u.ID] = true
+		w, todo, at := in.unit(u)
+		if !at.IsZero() && (p.again.IsZero() || at.Before(p.again)) {
+			p.again = at
+		}
+		switch todo {
+		case doWrite:
+			p.changes = append(p.changes, w)
+		case doWait:
+			p.whole = false
+		}
+	}
+	for id, c := range in.cells {
+		if !inGit[id] {
+			if w, todo := in.removed(id, c); todo == doWrite {
+				p.changes = append(p.changes, w)
+			}
+		}
+	}
+	slices.SortFunc(p.changes, func(a, b change) int { return compareIDs(a.unit, b.unit) })
+	return p
+}
+
+// action is what is to be done about a unit.
+type action int
+
+const (
+	doNothing action = iota
+	doWrite
+	doWait
+)
+
+// removed returns what becomes of a record whose unit Git doesn't name.
+func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
+	own, known := in.own[id]
+	if !c.present || c.err != nil || !ours(c.record) || stand(c, own, known, in.now) == inFlight {
+		return change{}, doNothing
+	}
+	w := change{unit: id, kind: "remove", before: c.record, base: c.version}
+	if in.commit.Tree.Settings.Prune {
+		w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
+		return w, doWrite
+	}
+	if w.after = policy.Orphaned(c.record); w.after.Rollout == c.record.Rollout {
+		return change{}, doNothing
+	}
+	w.kind, w.reason, w.value = "update", w.after.Rollout.Message, encode(w.after)
+	w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
+	return w, doWrite
+}
+
+// unit returns what to write for a unit that Git names, and when time alone could change the answer.
+func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
+	c := in.cells[u.ID]
+	mine, known := in.own[u.ID]
+	w := change{unit: u.ID, kind: "update", base: c.version}
+	floor := int64(0) // generations up to it were used
+	switch stand(c, mine, known, in.now) {
+	case inFlight:
+		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
+			return change{}, doWait, time.Time{}
+		}
+		return change{}, doNothing, time.Time{}
+	case inOrder:
+		w.before, floor = c.record, c.record.Generation
+	case foreign:
+		w.before, floor, w.kind, w.note = mine.record, mine.record.Generation, "restore", "a change by hand was put back"
+	case unknown:
+		past := in.history[u.ID]
+		floor = past.Generation
+		switch {
+		case c.present && c.err == nil: // a bare pointer: nodes run it
+			w.before = deployments.Record{Target: c.record.Target}
+		case past.Generation > 0:
+			w.before = recordOf(past, in.now)
+		}
+		if !c.present {
+			w.kind = "create"
+		}
+	}
+	if in.blind && (u.Rollout != nil || w.before.Rollout != nil) {
+		return change{}, doWait, time.Time{}
+	}
+	o, ordered := in.orders[u.ID]
+	nodes := in.nodes(u.ID)
+	step := policy.Next(policy.Situation{
+		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes, Seen: in.fleetSince, Order: o.verb,
+		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
+	})
+	w.after, w.reason = step.Record, step.Reason
+	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) && onlyMoves(w.before, w.after) {
+		return change{}, doNothing, turn
+	}
+	if more := w.after.Generation - w.before.Generation; more > 0 {
+		w.after.Generation = floor + more
+		if w.note == "" && w.after.Target == w.before.Target {
+			w.note = cmp.Or(step.Did, step.Reason)
+		}
+	}
+	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
+	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < absurd && !bytes.Equal(encode(c.record), encode(w.after)) {
+		w.after.Generation = max(w.after.Generation, c.record.Generation)
+		if w.kind == "restore" {
+			w.after.Generation = c.record.Generation + 1
+		}
+	}
+	if ordered {
+		w.order = o
+		w.ops = append(w.ops, kv.DeleteIf(kv.ControlKey(u.ID), o.version))
+	}
+	w.value = encode(w.after)
+	switch {
+	case !c.present:
+		w.ops = append(w.ops, kv.Create(kv.DesiredKey(u.ID), w.value))
+	case c.err != nil || !bytes.Equal(encode(c.record), w.value):
+		w.ops = append(w.ops, kv.Replace(kv.DesiredKey(u.ID), w.value, c.version))
+	case ordered:
+		w.kind, w.value = "none", c.value
+	default:
+		return change{}, doNothing, step.Again
+	}
+	if w.after.Generation > floor {
+		w.ops = append(w.ops, in.record(w)...)
+	}
+	return w, doWrite, step.Again
+}
+
+// pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which
+// come ready one by one: with a write for each, a fleet's wakes would be the square of its nodes.
+func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
+
+// onlyMoves reports whether a record differs from the one before in nothing but how far its rollout is within a phase.
+func onlyMoves(before, after deployments.Record) bool {
+	if before.Rollout == nil || after.Rollout == nil || before.Rollout.Cutoff == after.Rollout.Cutoff {
+		return false
+	}
+	still := *before.Rollout
+	still.Cutoff, still.Since, still.HealthySince = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.HealthySince
+	still.Reason, still.Facts, still.Message = after.Rollout.Reason, after.Rollout.Facts, after.Rollout.Message
+	before.Rollout = &still
+	return bytes.Equal(encode(before), encode(after))
+}
+
+// encode gives a record's JSON: equal records have equal bytes.
+func encode(r deployments.Record) []byte {
+	value, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // plain data
+	}
+	return value
+}

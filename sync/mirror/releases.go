@@ -1,0 +1,169 @@
+package mirror
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"kedge/artifact"
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+const (
+	manifestsAtOnce = 8
+	manifestTime    = time.Minute // for one to be read
+	unreadMost      = 10          // manifests that can't be read, before the rest isn't asked for
+)
+
+// Releases is how the releases that a commit names are looked at.
+type Releases struct {
+	// Objects reads their manifests.
+	Objects *object.Client
+	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without it, signatures are
+	// the nodes' to check.
+	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+}
+
+// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is to be trusted, and does
+// only what kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
+func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
+	problems, unread := r.inspect(ctx, tree.Settings, tree.Units)
+	if problems = append(problems, unread...); len(problems) == 0 {
+		return nil
+	}
+	slices.SortStableFunc(problems, byPlace)
+	return problems
+}
+
+func byPlace(a, b deployments.Problem) int {
+	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+}
+
+// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before nil: all.
+func changed(before, to *deployments.Tree) []deployments.Unit {
+	if before == nil {
+		return to.Units
+	}
+	had := make(map[deployments.UnitID]deployments.Pointer, len(before.Units))
+	for _, u := range before.Units {
+		had[u.ID] = u.Release
+	}
+	same := map[string]bool{} // by stage
+	var units []deployments.Unit
+	for _, u := range to.Units {
+		stage := u.ID.Stage
+		if _, known := same[stage]; !known {
+			same[stage] = reflect.DeepEqual(policy.BoundsOf(before.Settings, stage), policy.BoundsOf(to.Settings, stage))
+		}
+		if had[u.ID] != u.Release || !same[stage] {
+			units = append(units, u)
+		}
+	}
+	return units
+}
+
+// bounded gives the units whose releases take a look at the manifest to tell whether they are allowed.
+func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
+	return slices.DeleteFunc(slices.Clone(units), func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() })
+}
+
+// BoundsReleases reports whether it takes a look at manifests to tell that a tree's releases are allowed.
+func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
+
+// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
+// for ever. unread are those that could not be read, or whose signature doesn't count, which may pass: they aren't there yet, or the
+// storage is away. Both are sorted.
+func (r Releases) inspect(ctx context.Context, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
+	byRelease := map[deployments.Pointer][]deployments.Unit{}
+	var releases []deployments.Pointer
+	for _, u := range units {
+		if byRelease[u.Release] == nil {
+			releases = append(releases, u.Release)
+		}
+		byRelease[u.Release] = append(byRelease[u.Release], u)
+	}
+	var mu sync.Mutex
+	enough := func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(unread) >= unreadMost
+	}
+	var g errgroup.Group
+	g.SetLimit(manifestsAtOnce)
+	for _, p := range releases {
+		if enough() {
+			break
+		}
+		g.Go(func() error {
+			raw, err := r.read(ctx, p)
+			mu.Lock()
+			defer mu.Unlock()
+			for _, u := range byRelease[p] {
+				if err != nil {
+					unread = append(unread, problemOf(u, fmt.Errorf("the release can't be checked: %w", err)))
+				} else if err := checkRelease(s, u, raw); err != nil {
+					problems = append(problems, problemOf(u, err))
+				}
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // its functions give none
+	slices.SortFunc(problems, byPlace)
+	slices.SortFunc(unread, byPlace)
+	return problems, unread
+}
+
+func problemOf(u deployments.Unit, err error) deployments.Problem {
+	return deployments.Problem{File: u.Place.File, Line: u.Place.Line, Column: u.Place.Column, Message: err.Error()}
+}
+
+func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(ctx, manifestTime)
+	defer cancel()
+	raw, err := artifact.ReadManifest(ctx, r.Objects, p)
+	if err == nil && r.Trust != nil {
+		err = r.Trust(ctx, p, raw)
+	}
+	return raw, err
+}
+
+// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is
+// known on the unit's nodes only, and may be any text, more fields among them.
+func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
+	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
+	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
+		variable = cmp.Or(variable, name)
+		return "", false
+	})
+	switch {
+	case variable != "" && bounds.OnManifests():
+		return fmt.Errorf("its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
+			"or bound the stage in its agents' configuration instead", variable, deployments.SettingsFile, u.ID.Stage)
+	case variable != "":
+		return nil
+	case err != nil:
+		return fmt.Errorf("%s: %w", u.Release.URL, err)
+	}
+	if err := bounds.Check(u.Release, m, asWritten); err != nil {
+		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile, u.ID.Stage, err)
+	}
+	return nil
+}
+
+// asWritten is all that is known here of a node's users.
+func asWritten(user string) []string {
+	if user == "" {
+		return nil
+	}
+	return []string{user}
+}
