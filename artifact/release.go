@@ -34,6 +34,7 @@ var (
 //	/srv/app.releases/1.4.2-9f2c01ab34cd/     a complete, verified, synced tree
 //	/srv/app.releases/adopted-…/              what was at dest before kedge; never removed
 //	/srv/app.releases/.kedge/…                manifests, indexes, trees being staged; private (0700)
+//	/srv/app.shared/…                         the manifest's shared paths, which releases link to; never removed
 //
 // A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the name is, all
 // of it is. One process at a time may change it (the agent's lock on its state directory sees to that).
@@ -454,6 +455,7 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
+	skip = append(skip, rel.Manifest.Shared...)
 	differences, err := verifyTree(ctx, rel.Dir, index, limit, skip...)
 	if err != nil {
 		return nil, err

@@ -69,6 +69,9 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, errors.Join(err, abandon(err, m, staging))
 	}
 	r.at("fetched")
+	if err := r.linkShared(staging, m); err != nil {
+		return nil, err
+	}
 	name := nameOf(m.Version, p.Digest)
 	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory takes the right to write into it
 		return nil, err

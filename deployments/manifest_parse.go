@@ -234,6 +234,8 @@ func (r *manifestReader) read(root ast.Node) {
 		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
 	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
 		r.at(place("shared"), "shared needs sync_strategy release: the others change dest in place, and excludes keep a path there")
+	case nested(m.Shared):
+		r.at(place("shared"), "one shared path lies within another, or stands twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
 		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
 	}
@@ -515,6 +517,18 @@ func asShared(s string) (string, error) {
 		return "", fmt.Errorf("shared %q: want a path within the tree, as in log or public/uploads", clip(s))
 	}
 	return clean, nil
+}
+
+// nested reports whether one of the paths is another, or lies below it.
+func nested(paths []string) bool {
+	for i, p := range paths {
+		for j, q := range paths {
+			if i != j && strings.HasPrefix(p+"/", q+"/") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func asOwner(s string) (string, error) {

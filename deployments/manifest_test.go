@@ -69,6 +69,7 @@ func TestManifestMistakes(t *testing.T) {
 		{"a variable's name", base + "commands: {env: {a-b: /}}\n", `variable "a-b": want letters`},
 		{"variables in a list", base + "commands: {env: [A=1]}\n", "want variables by name"},
 		{"shared outside", base + "sync_strategy: release\nshared: [../x]\n", "want a path within the tree"},
+		{"shared twice", base + "sync_strategy: release\nshared: [log/a, log]\n", "within another"},
 		{"shared with rsync", base + "shared: [log]\n", "shared needs sync_strategy release"},
 		{"symlinks", base + "symlinks: none\n", `"none"`},
 		{"during", base + "health: {checks: [{tcp: 'db:1', during: always}]}\n", `"always"`},
