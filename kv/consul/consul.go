@@ -71,9 +71,21 @@ func Open(c Config) (*Store, error) {
 	config.TokenFile = ""
 	config.Token, _ = tokens.get()
 	local := isLocal(cmp.Or(config.Address, api.DefaultConfig().Address))
+	var transport *http.Transport
+	if config.HttpClient == nil {
+		transport = newTransport()
+		config.Transport = transport
+	}
 	client, err := api.NewClient(config)
 	if err != nil {
 		return nil, fmt.Errorf("open consul: %w", err)
+	}
+	if transport != nil {
+		// NewClient took what was left out of the files' names from the environment.
+		certificates := &certificates{files: config.TLSConfig, log: c.Log}
+		if err := certificates.follow(transport); err != nil {
+			return nil, fmt.Errorf("open consul: %w", err)
+		}
 	}
 	prefix := c.Prefix
 	if prefix == "" {

@@ -1,6 +1,8 @@
 package consul
 
 import (
+	"context"
+	"net"
 	"time"
 
 	"kedge/kv"
@@ -8,3 +10,8 @@ import (
 
 // SetEarlierAfter says when a presence ends what earlier processes of its name left.
 func SetEarlierAfter(s kv.Store, d time.Duration) { s.(*Store).earlierAfter = d }
+
+// Dial opens a connection as a store's requests do.
+func Dial(ctx context.Context, address string) (net.Conn, error) {
+	return newTransport().DialContext(ctx, "tcp", address)
+}

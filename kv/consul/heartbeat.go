@@ -12,6 +12,7 @@ import (
 
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/kv/internal/backend"
 )
 
 const (
@@ -93,7 +94,7 @@ var errStrayed = errors.New("heartbeats reach several Consul agents behind one a
 
 // keep says that the holder is alive, until ctx ends.
 func (h *heartbeat) keep(ctx context.Context) {
-	failing := false
+	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {
 		asked := time.Now()
 		err := h.store.do(ctx, "heartbeat", h.ttl/2, func(q *api.QueryOptions) error {
@@ -101,16 +102,16 @@ func (h *heartbeat) keep(ctx context.Context) {
 		})
 		switch {
 		case err == nil:
+			causes.New(nil)
 			h.beat(asked)
 		case ctx.Err() != nil:
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
 			h.store.strayed.Add(1)
 			h.store.log.Info("the Consul agent does not know the service, so it is registered again", "service", h.id, "error", h.register(ctx))
-		case !failing:
+		case causes.New(err):
 			h.store.log.Warn("could not tell the Consul agent that this process lives", "service", h.id, "error", err)
 		}
-		failing = err != nil
 	}
 }
 

@@ -33,7 +33,8 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	if err != nil {
 		return nil, fmt.Errorf("lease %s: %w", key, err)
 	}
-	pause, told := wait.NewBackoff(50*time.Millisecond, 5*time.Second), false
+	pause := wait.NewBackoff(50*time.Millisecond, 5*time.Second)
+	var causes backend.Causes
 	for {
 		lease, err := s.tryLease(ctx, key, holder, value, ttl)
 		switch {
@@ -42,14 +43,13 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		case err == nil:
 			// Free, but not yet given away: the lock-delay.
 			pause.Reset()
-			told = false
+			causes.New(nil)
 			err = wait.For(ctx, 50*time.Millisecond)
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, kv.ErrUnavailable):
-			if !told {
+			if causes.New(err) {
 				s.log.Warn("the lease can't be asked for, so it is tried again and again", "key", key, "error", err)
-				told = true
 			}
 			err = pause.Wait(ctx)
 		}

@@ -16,8 +16,9 @@ type Viewer struct {
 	log    *slog.Logger
 	prefix string
 
-	view  kv.View
-	shown bool
+	view   kv.View
+	shown  bool
+	causes Causes
 }
 
 func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
@@ -59,11 +60,12 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 		v.view.Since = time.Now()
 	}
 	v.view.Err = err
-	if v.shown && !changed && sameTrouble(old, err) {
+	news := v.causes.New(err)
+	if v.shown && !changed && !news && sameTrouble(old, err) {
 		return
 	}
 	switch {
-	case err != nil && !sameTrouble(old, err):
+	case err != nil && (news || !sameTrouble(old, err)):
 		v.log.Warn("the view of the store may be out of date", "prefix", v.prefix, "error", err)
 	case err == nil && old != nil:
 		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)

@@ -1,0 +1,33 @@
+package backend
+
+import "strings"
+
+// maxCauses bounds how many causes of one outage are told apart.
+const maxCauses = 8
+
+// Causes are the errors met since the last success, so that each is logged once: an outage that begins with a refused
+// connection may go on as an expired certificate, which nobody would look for otherwise. The zero value is ready.
+type Causes map[string]bool
+
+// New reports whether err is the first of its kind since the last success, which a nil err is. Numbers in its text, as
+// of ports and times, don't count.
+func (c *Causes) New(err error) bool {
+	if err == nil {
+		*c = nil
+		return false
+	}
+	kind := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, err.Error())
+	if (*c)[kind] || len(*c) == maxCauses {
+		return false
+	}
+	if *c == nil {
+		*c = Causes{}
+	}
+	(*c)[kind] = true
+	return true
+}
