@@ -202,7 +202,7 @@ What isn't committed isn't compared.`,
 			}
 			writeChanges(a.stdout, commit.Hash, changes)
 			if e, err := store.Get(ctx, kv.MirrorKey); err == nil {
-				var s mirror.Status
+				var s deployments.MirrorState
 				if json.Unmarshal(e.Value, &s) == nil && s.Refused == commit.Hash {
 					a.tell("the mirror refused this commit: %s", s.Error)
 				}

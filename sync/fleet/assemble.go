@@ -2,7 +2,6 @@ package fleet
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,14 +13,13 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 // Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
 // only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[[2]string][]reporter{},
-		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]mirror.History{}}
+		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]deployments.History{}}
 	for _, e := range entries {
 		kind, rest, _ := strings.Cut(e.Key, "/")
 		switch kind + "/" {
@@ -68,7 +66,7 @@ type assembly struct {
 	roles map[[2]string][]reporter
 	// orders and histories are joined to their units at the end.
 	orders    map[deployments.UnitID]kv.Entry
-	histories map[deployments.UnitID][]mirror.History
+	histories map[deployments.UnitID][]deployments.History
 }
 
 // reporter is a node of a role.
@@ -199,8 +197,8 @@ func (a *assembly) mirror(e kv.Entry) {
 	if e.Key != kv.MirrorKey {
 		return
 	}
-	var s mirror.Status
-	if err := json.Unmarshal(e.Value, &s); err != nil {
+	s, err := deployments.ParseMirrorState(e.Value)
+	if err != nil {
 		a.bad(e.Key, err)
 		return
 	}

@@ -13,7 +13,6 @@ import (
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/agent"
-	"kedge/sync/mirror"
 )
 
 // Each state that an operator may ask about, from the store's entries to the screen: three nodes, of which web-1 is looked at.
@@ -24,7 +23,7 @@ func TestExplainStates(t *testing.T) {
 	type record = deployments.Record
 	type progress = deployments.Progress
 	type report = deployments.UnitReport
-	git := put(kv.MirrorKey, mirror.Status{Holder: "mirror-1", Head: commit, Author: "Alice <alice@example.com>", At: noon.Add(-4 * time.Minute)})
+	git := put(kv.MirrorKey, deployments.MirrorState{Holder: "mirror-1", Head: commit, Author: "Alice <alice@example.com>", At: noon.Add(-4 * time.Minute)})
 	desired := func(r record) kv.Entry {
 		r.Target, r.Generation, r.Commit = v2, 2, commit
 		return put(kv.DesiredKey(app), r)
@@ -109,7 +108,7 @@ func TestExplainStates(t *testing.T) {
 	explained(t, "explain-lost.txt", lost, "admission", "node", "")
 	idle := Assemble([]kv.Entry{git, desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon)
 	explained(t, "explain-no-mirror.txt", idle, "admission", "Git", "")
-	refused := put(kv.MirrorKey, mirror.Status{Head: commit, Refused: "9d8e7f6a5b4c3d2e1f00c0ffee00c0ffee00c0ff", Error: "prod/web/app.yaml:2:1: unknown field \"relaese\""})
+	refused := put(kv.MirrorKey, deployments.MirrorState{Head: commit, Refused: "9d8e7f6a5b4c3d2e1f00c0ffee00c0ffee00c0ff", Error: "prod/web/app.yaml:2:1: unknown field \"relaese\""})
 	explained(t, "explain-refused.txt", Assemble([]kv.Entry{refused, lease(), desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon), "admission", "Git", "kedge check")
 	away := Assemble([]kv.Entry{git, lease(), desired(record{}), says("web-1", map[string]report{"app": on(v2)})}, noon)
 	for _, kind := range kinds {

@@ -16,13 +16,12 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
-	"kedge/sync/mirror"
 )
 
 // Fleet is the state of every unit, sorted; the JSON of kedge status.
 type Fleet struct {
-	At     time.Time      `json:"at"`
-	Mirror *mirror.Status `json:"mirror,omitempty"`
+	At     time.Time                `json:"at"`
+	Mirror *deployments.MirrorState `json:"mirror,omitempty"`
 	// MirrorRunning is set while a mirror holds the lease. Without one, what is pushed and what operators order
 	// waits.
 	MirrorRunning bool   `json:"mirror_running"`

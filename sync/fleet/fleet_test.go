@@ -11,7 +11,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
-	"kedge/sync/mirror"
 )
 
 func TestAssembleCounts(t *testing.T) {
@@ -219,7 +218,7 @@ func TestWatch(t *testing.T) {
 	s := kvtest.Faulty(openDir(t))
 	seen := fleets(t, s)
 	until(t, seen, "an empty store", func(f *Fleet) bool { return len(f.Units) == 0 && f.Mirror == nil })
-	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put(kv.MirrorKey, mirror.Status{Head: "abc"}))
+	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put(kv.MirrorKey, deployments.MirrorState{Head: "abc"}))
 	until(t, seen, "a record", func(f *Fleet) bool { return len(f.Units) == 1 && f.Mirror != nil && f.Mirror.Head == "abc" })
 	store(t, s, says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}))
 	until(t, seen, "a converged node", func(f *Fleet) bool { return f.Units[0].Converged == 1 })

@@ -14,7 +14,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 // Pin writes a pin for a unit, or for one node of it where node isn't empty, over whatever pin was there. What it writes is what
@@ -215,7 +214,7 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 
 // History gives what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that doesn't parse is
 // there with its generation, and says so in its Note.
-func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]mirror.History, error) {
+func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err
 	}
@@ -232,7 +231,7 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]mirr
 	if err != nil {
 		return nil, fmt.Errorf("history of %s: %w", id, err)
 	}
-	history := []mirror.History{}
+	history := []deployments.History{}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Key, prefix) {
 			history = append(history, readHistory(e))
@@ -278,7 +277,7 @@ func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, opt Ro
 }
 
 // lastGood chooses what Rollback goes back to; pure. history is sorted, the newest first.
-func lastGood(u *Unit, history []mirror.History, now time.Time) (deployments.Pointer, error) {
+func lastGood(u *Unit, history []deployments.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
 		bad[p.Failed] = true

@@ -11,7 +11,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
-	"kedge/sync/mirror"
 )
 
 func TestPin(t *testing.T) {
@@ -335,7 +334,7 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 }
 
 func past(version string, generation int64, stable string) kv.Entry {
-	h := mirror.History{Generation: generation, Release: release("app", version), Commit: fmt.Sprintf("%040x", 0xabcdef0000+generation), At: noon.Add(time.Duration(generation) * time.Hour)}
+	h := deployments.History{Generation: generation, Release: release("app", version), Commit: fmt.Sprintf("%040x", 0xabcdef0000+generation), At: noon.Add(time.Duration(generation) * time.Hour)}
 	if stable != "" {
 		h.Stable = release("app", stable)
 	}
@@ -373,7 +372,7 @@ func TestRollback(t *testing.T) {
 	}
 	pin := func(version string) kv.Entry { return put(kv.PinKey(app), release("app", version).String()) }
 	bad := func(e kv.Entry, version string) kv.Entry { // its generation knows that a release failed
-		var h mirror.History
+		var h deployments.History
 		if err := json.Unmarshal(e.Value, &h); err != nil {
 			t.Fatal(err)
 		}

@@ -3,7 +3,6 @@ package fleet
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"path"
 	"slices"
@@ -13,7 +12,6 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/sync/mirror"
 )
 
 // histories are histories that were read, by unit. All other units' stay unread: only of what is pinned it counts how far Git has moved.
@@ -68,7 +66,7 @@ func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entrie
 
 // gitAhead counts, for each release that a pin of u names or holds, how many others Git has named since. history
 // is the unit's, in any order.
-func gitAhead(u *Unit, history []mirror.History, now time.Time) map[deployments.Pointer]int {
+func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deployments.Pointer]int {
 	if u.Record == nil {
 		return nil
 	}
@@ -123,13 +121,13 @@ func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 }
 
 // readHistory reads an entry of a unit's history. One that doesn't parse keeps its generation, and says so in its Note.
-func readHistory(e kv.Entry) mirror.History {
-	var h mirror.History
-	if err := json.Unmarshal(e.Value, &h); err != nil {
-		h = mirror.History{Note: "does not parse: " + err.Error()}
+func readHistory(e kv.Entry) deployments.History {
+	h, err := deployments.ParseHistory(e.Value)
+	if err != nil {
+		h = deployments.History{Note: "does not parse: " + err.Error()}
 		h.Generation, _ = strconv.ParseInt(path.Base(e.Key), 10, 64)
 	}
 	return h
 }
 
-func newestFirst(a, b mirror.History) int { return cmp.Compare(b.Generation, a.Generation) }
+func newestFirst(a, b deployments.History) int { return cmp.Compare(b.Generation, a.Generation) }

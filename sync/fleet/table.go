@@ -6,7 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"kedge/sync/mirror"
+	"kedge/deployments"
 )
 
 // TableOptions say how a fleet is shown to a person.
@@ -143,7 +143,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 const mostNodes = 20
 
 // WriteHistory writes a unit's generations, one a line.
-func WriteHistory(w io.Writer, history []mirror.History, opt TableOptions) error {
+func WriteHistory(w io.Writer, history []deployments.History, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(history) == 0 {
 		p.raw("No history: no mirror has written this unit.")

@@ -15,7 +15,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -50,7 +49,7 @@ func TestTable(t *testing.T) {
 	other := same
 	other.Error = "release " + release("app", "1.4.2").String() + " failed in health: 503"
 	alike := Assemble([]kv.Entry{
-		put(kv.MirrorKey, mirror.Status{Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", At: noon}), // nobody holds the lease
+		put(kv.MirrorKey, deployments.MirrorState{Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", At: noon}), // nobody holds the lease
 		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1.4.2"), Stable: release("app", "1.4.1"), Generation: 2}),
 		says("web-1", map[string]deployments.UnitReport{"app": same}), says("web-2", map[string]deployments.UnitReport{"app": same}),
 		says("web-3", map[string]deployments.UnitReport{"app": same}), says("web-4", map[string]deployments.UnitReport{"app": other}),
@@ -135,7 +134,7 @@ func TestTableOfStrayNodesAndVersions(t *testing.T) {
 		return e
 	}
 	f := Assemble([]kv.Entry{
-		put(kv.MirrorKey, mirror.Status{Head: "4f2c91ab77d0"}), lease(),
+		put(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0"}), lease(),
 		put(kv.DesiredKey(app), release("app", "1").String()),
 		agent("web", "web-1", "1.5"), agent("web", "web-2", "1.5"), agent("wbe", "web-3", "1.4"), gone(agent("wbe", "web-4", "1.3")),
 	}, noon)
@@ -195,7 +194,7 @@ func TestTableIsClean(t *testing.T) {
 	evil := runs("app", "1\x1b[2J\x1b]0;owned\a")
 	evil.State, evil.Error = deployments.StateRetrying, "no\r\n\x1b[31msuch\u202eobject"
 	f := Assemble([]kv.Entry{
-		put(kv.MirrorKey, mirror.Status{Head: "\x1b[2Jabcdef0", Author: "\x1b[2J", Error: "\x1b[2J"}),
+		put(kv.MirrorKey, deployments.MirrorState{Head: "\x1b[2Jabcdef0", Author: "\x1b[2J", Error: "\x1b[2J"}),
 		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 1}),
 		put("pins/prod/web/app/web-1", "{release: hold, by: \"\\e[2J\", reason: \"\\e[2J\"}"),
 		put("pins/prod/web/\x1b[2J", "hold"),
@@ -298,7 +297,7 @@ func TestExplainText(t *testing.T) {
 func TestHistoryTable(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
-	err := WriteHistory(&out, []mirror.History{
+	err := WriteHistory(&out, []deployments.History{
 		{Generation: 3, Release: release("app", "1.4.1"), Commit: "9d8e7f6a5b4c3d2e", Author: "Bob <bob@example.com>", Subject: "Back to 1.4.1, which worked, unlike the newer one that did not", At: noon, Note: "a change by hand was put back"},
 		{Generation: 2, Release: release("app", "1.4.2"), Commit: "4f2c91ab77d0c0ff", Author: "Alice <alice@example.com>", Subject: "1.4.2", At: noon.Add(-26 * time.Hour)},
 		{Generation: 1, Note: "does not parse: unexpected end of JSON input"},

@@ -13,7 +13,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 // Note is one thing to be told of a fleet, a unit or a node, and what it is about.
@@ -419,7 +418,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
 
 // HistoryRow is one generation of a unit in one line.
-func HistoryRow(h mirror.History) []Text {
+func HistoryRow(h deployments.History) []Text {
 	at := "-"
 	if !h.At.IsZero() {
 		at = h.At.UTC().Format("2006-01-02 15:04Z")
@@ -431,7 +430,7 @@ func HistoryRow(h mirror.History) []Text {
 }
 
 // HistoryNote is what else led to a generation; mostly nothing.
-func HistoryNote(h mirror.History) Text { return Text{oneLine(h.Note), Warn} }
+func HistoryNote(h deployments.History) Text { return Text{oneLine(h.Note), Warn} }
 
 // authorName is an author without the address.
 func authorName(author string) string {

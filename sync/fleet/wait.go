@@ -3,7 +3,6 @@ package fleet
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -13,7 +12,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 // ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a node its release,
@@ -172,7 +170,7 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil
 	}
-	var m mirror.Status
+	var m deployments.MirrorState
 	if f.Mirror != nil {
 		m = *f.Mirror
 	}
@@ -232,7 +230,7 @@ func (w *waiter) among(past string) bool {
 
 // leapt reports whether the head came here while this waits, and from further away than its past reaches: nobody can tell what lies
 // in between. A head that came by a short way can be one that was pushed before the commit.
-func (w *waiter) leapt(m mirror.Status) bool {
+func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
@@ -314,8 +312,7 @@ func wasTaken(ctx context.Context, store kv.Store, filter Filter, commit string)
 		return false, err
 	}
 	for _, e := range entries {
-		var h mirror.History
-		if json.Unmarshal(e.Value, &h) == nil && strings.HasPrefix(h.Commit, commit) {
+		if h, err := deployments.ParseHistory(e.Value); err == nil && strings.HasPrefix(h.Commit, commit) {
 			return true, nil
 		}
 	}

@@ -11,7 +11,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/mirror"
 )
 
 const (
@@ -89,16 +88,16 @@ func TestWaitForACommit(t *testing.T) {
 		then []kv.Entry
 		says string // empty: it ends well
 	}{
-		"the mirror takes it":           {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
-		"the mirror takes a later":      {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12] + " " + first[:12]})}, ""},
-		"the mirror takes a much later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, mirror.Status{Head: third, Past: strings.Repeat("4", 12)})}, ""},
-		"the mirror refuses it":         {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
-		"it changed nothing of ours":    {[]kv.Entry{put(kv.MirrorKey, mirror.Status{Head: second})}, ""},
+		"the mirror takes it":           {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: second})}, ""},
+		"the mirror takes a later":      {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]})}, ""},
+		"the mirror takes a much later": {[]kv.Entry{recordOf("2", 3), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: strings.Repeat("4", 12)})}, ""},
+		"the mirror refuses it":         {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first, Refused: second, Error: "prod/web/app.yaml:2:1: unknown field"})}, "prod/web/app.yaml:2:1"},
+		"it changed nothing of ours":    {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: second})}, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := openDir(t)
-			store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first}), reports("web-1", runs("app", "1")))
+			store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reports("web-1", runs("app", "1")))
 			ended := waiting(t, s, second[:8])
 			goesOn(t, s, ended) // all is converged, on the commit before
 			store(t, s, c.then...)
@@ -122,8 +121,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: third}), reports("web-1", runs("app", "1")),
-			put("history/prod/web/app/0000000001", mirror.History{Generation: 1, Commit: second}))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}), reports("web-1", runs("app", "1")),
+			put("history/prod/web/app/0000000001", deployments.History{Generation: 1, Commit: second}))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
 		}
@@ -131,7 +130,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12]}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}), reports("web-1", runs("app", "1")))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
 		}
@@ -139,12 +138,12 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("the mirror takes the one before it first", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reports("web-1", runs("app", "1")))
 		ended := waiting(t, s, third)
 		goesOn(t, s, ended)
-		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second, Past: first[:12]}))
+		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12]}))
 		goesOn(t, s, ended)
-		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second, Past: first[:12], Refused: third, Error: "a typo"}))
+		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12], Refused: third, Error: "a typo"}))
 		if err := ends(t, ended); !errors.Is(err, ErrRefused) {
 			t.Errorf("%v, want it refused", err)
 		}
@@ -152,11 +151,11 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it is half written", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: first, Applying: second}), reports("web-1", runs("app", "1")),
-			put("history/prod/web/base/0000000001", mirror.History{Generation: 1, Commit: second}))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first, Applying: second}), reports("web-1", runs("app", "1")),
+			put("history/prod/web/base/0000000001", deployments.History{Generation: 1, Commit: second}))
 		ended := waiting(t, s, second)
 		goesOn(t, s, ended)
-		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second}))
+		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second}))
 		if err := ends(t, ended); err != nil {
 			t.Error(err)
 		}
@@ -164,7 +163,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it has no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, put(kv.MirrorKey, mirror.Status{Head: second}))
+		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second}))
 		if err := Wait(t.Context(), s, Filter{}, second, nil); err != nil {
 			t.Error(err)
 		}
@@ -172,7 +171,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it has no such unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, mirror.Status{Head: second}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reports("web-1", runs("app", "1")))
 		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, second, nil); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
@@ -187,7 +186,7 @@ func TestWaitForACommit(t *testing.T) {
 		late.Generation, late.State = 3, deployments.StateFetching
 		s := openDir(t)
 		store(t, s, put(kv.DesiredKey(other), halted), put(kv.DesiredKey(app), ours), reports("web-1", late),
-			put(kv.MirrorKey, mirror.Status{Head: third, Past: second[:12] + " " + first[:12]}))
+			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			if err := WaitForPush(ctx, s, Filter{}, commit, nil); err == nil || !strings.Contains(err.Error(), says) {
@@ -275,8 +274,8 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 	}{
 		"a node":   {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
 		"the unit": {nil, "", "no such unit"},
-		"the head": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, mirror.Status{Head: first, Error: "Git is away"})}, second, "still at 111111111111: Git is away"},
-		"a leader": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, mirror.Status{Head: first})}, second, "still at 111111111111; no mirror runs now"},
+		"the head": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "Git is away"})}, second, "still at 111111111111: Git is away"},
+		"a leader": {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first})}, second, "still at 111111111111; no mirror runs now"},
 		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
 		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},
 	} {

@@ -11,7 +11,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/open"
-	"kedge/sync/mirror"
 )
 
 // noon is when the tests that look at no clock take place.
@@ -76,7 +75,7 @@ func busyFleet() []kv.Entry {
 	drifted := runs("base", "2026.11.1")
 	drifted.Drift = []string{"etc/base.conf"}
 	return []kv.Entry{
-		put(kv.MirrorKey, mirror.Status{
+		put(kv.MirrorKey, deployments.MirrorState{
 			Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: "Alice <alice@example.com>", At: noon.Add(-4 * time.Minute),
 			Refused: "9d8e7f6a5b4c3d2e1f00c0ffee00c0ffee00c0ff", Error: "prod/web/app.yaml:2:1: unknown field \"relaese\"\nprod/web/base.yaml:1:10: the pointer is empty",
 		}),

@@ -79,7 +79,7 @@ func (l *leader) accept(ctx context.Context, branch gitState, cells map[deployme
 // recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried
 // again with each new head, which may have brought it along.
 func (l *leader) recall(head string) {
-	a, taken := &l.acceptance, l.written.state.taken()
+	a, taken := &l.acceptance, l.written.state.Taken()
 	if a.commit != nil || taken == "" || a.recalled == head {
 		return
 	}
@@ -95,7 +95,7 @@ func (l *leader) recall(head string) {
 
 // candidate compares a commit with what the store holds.
 func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
-	c := candidate{from: l.written.state.taken(), rules: l.written.state.Rules, to: to}
+	c := candidate{from: l.written.state.Taken(), rules: l.written.state.Rules, to: to}
 	if last := l.acceptance.commit; last != nil {
 		c.from, c.rules = last.Hash, rulesOf(last)
 		for _, u := range last.Tree.Units {
@@ -137,7 +137,7 @@ type candidate struct {
 	from string
 	had  []deployments.UnitID
 	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
-	rules Rules
+	rules deployments.MirrorRules
 	to    *git.Commit
 	// descends is whether from is among to's ancestors.
 	descends bool

@@ -85,9 +85,9 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 	afterKill := killed.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 	afterStop := frozen.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 
-	killed.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterKill })
+	killed.status(func(s deployments.MirrorState) bool { return s.Holder == "b" && s.Head == afterKill })
 	t.Logf("the other mirror wrote %v after the leader's death", time.Since(began).Round(time.Millisecond))
-	frozen.status(func(s Status) bool { return s.Holder == "b" && s.Head == afterStop })
+	frozen.status(func(s deployments.MirrorState) bool { return s.Holder == "b" && s.Head == afterStop })
 	for _, p := range []*pair{killed, frozen} {
 		if got := p.runs("prod/web/app", "app/2"); got.Generation != 2 {
 			t.Errorf("record %+v", got)
@@ -105,7 +105,7 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 		}
 	}
 	frozen.b.signal(t, syscall.SIGCONT)
-	frozen.status(func(s Status) bool { return s.Head == third })
+	frozen.status(func(s deployments.MirrorState) bool { return s.Head == third })
 	if got := frozen.runs("prod/web/app", "app/3"); got.Generation != 3 {
 		t.Errorf("record %+v", got)
 	}
@@ -140,7 +140,7 @@ func TestHandover(t *testing.T) {
 	a.stop()
 	stopped := time.Now()
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	b.status(func(s Status) bool { return s.Holder == "b" && s.Head == head })
+	b.status(func(s deployments.MirrorState) bool { return s.Holder == "b" && s.Head == head })
 	t.Logf("the other mirror wrote %v after the first had stopped", time.Since(stopped).Round(time.Millisecond))
 }
 
@@ -235,7 +235,7 @@ func TestDeathBetweenTransactions(t *testing.T) {
 // done reports whether mirror/state names head.
 func done(t *testing.T, s kv.Store, head string) bool {
 	e, err := s.Get(t.Context(), kv.MirrorKey)
-	var st Status
+	var st deployments.MirrorState
 	return err == nil && json.Unmarshal(e.Value, &st) == nil && st.Head == head
 }
 

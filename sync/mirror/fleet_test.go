@@ -175,10 +175,10 @@ func TestFleetWithLostLeaders(t *testing.T) {
 	o.Push(file(two))
 	f.await(two, size/4)
 	var holder string
-	m.status(func(s Status) bool { holder = s.Holder; return holder != "" })
+	m.status(func(s deployments.MirrorState) bool { holder = s.Holder; return holder != "" })
 	mirrors[holder].signal(t, syscall.SIGKILL)
 	killed := time.Now()
-	m.status(func(s Status) bool { return s.Holder != holder })
+	m.status(func(s deployments.MirrorState) bool { return s.Holder != holder })
 	t.Logf("the mirror that led was replaced after %v", time.Since(killed).Round(time.Millisecond))
 	f.await(two, size/2)
 	leader := cluster.Leader()

@@ -175,15 +175,15 @@ func (r *running) runs(unit, release string) deployments.Record {
 }
 
 // status waits until mirror/state satisfies ok, and returns it.
-func (r *running) status(ok func(Status) bool) Status {
+func (r *running) status(ok func(deployments.MirrorState) bool) deployments.MirrorState {
 	r.tb.Helper()
-	var s Status
+	var s deployments.MirrorState
 	r.await("status", func() error {
 		e, err := r.store.Get(context.Background(), kv.MirrorKey)
 		if err != nil {
 			return err
 		}
-		s = Status{}
+		s = deployments.MirrorState{}
 		if err := json.Unmarshal(e.Value, &s); err != nil {
 			return err
 		}
@@ -196,15 +196,15 @@ func (r *running) status(ok func(Status) bool) Status {
 }
 
 // at waits until the mirror has taken a commit.
-func (r *running) at(head string) Status {
+func (r *running) at(head string) deployments.MirrorState {
 	r.tb.Helper()
-	return r.status(func(s Status) bool { return s.Head == head && s.Error == "" })
+	return r.status(func(s deployments.MirrorState) bool { return s.Head == head && s.Error == "" })
 }
 
 // refuses waits until the mirror has refused a commit, with an error that holds each of words.
-func (r *running) refuses(head string, words ...string) Status {
+func (r *running) refuses(head string, words ...string) deployments.MirrorState {
 	r.tb.Helper()
-	return r.status(func(s Status) bool {
+	return r.status(func(s deployments.MirrorState) bool {
 		for _, w := range words {
 			if !strings.Contains(s.Error, w) {
 				return false

@@ -14,54 +14,14 @@ import (
 	"kedge/policy"
 )
 
-// History is the JSON at history/STAGE/ROLE/UNIT/GENERATION: what a unit was told to run, by whom and when. Written by the
-// mirror in the transaction that begins the generation; the newest HistoryKept of each unit stay.
-type History struct {
-	Generation int64               `json:"generation"`
-	Release    deployments.Pointer `json:"release"`
-	Stable     deployments.Pointer `json:"stable,omitzero"`
-	// Commit, Author and Subject are the Git commit's that was mirrored then; Committed is its time.
-	Commit    string    `json:"commit"`
-	Author    string    `json:"author"`
-	Subject   string    `json:"subject,omitempty"`
-	Committed time.Time `json:"committed"`
-	// At is when the mirror wrote it.
-	At time.Time `json:"at"`
-	// Failed is the release's digest where the generation rolled it back, or the one's that it replaced while a node had that in
-	// quarantine: nodes forget this, and kedge rollback is not to go back to it.
-	Failed deployments.Digest `json:"failed,omitzero"`
-	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
-	Note string `json:"note,omitempty"`
-}
-
-// UnmarshalJSON takes the name that the version before gave to Failed, too.
-func (h *History) UnmarshalJSON(data []byte) error {
-	type plain History
-	var both struct {
-		plain
-		Bad deployments.Digest `json:"bad"`
-	}
-	if err := json.Unmarshal(data, &both); err != nil {
-		return err
-	}
-	*h = History(both.plain)
-	if h.Failed.IsZero() {
-		h.Failed = both.Bad
-	}
-	return nil
-}
-
-// HistoryKept is how many generations of a unit stay in history/.
-const HistoryKept = 50
-
 // pastGenerations holds the newest generation of units, of the roles whose history was read.
 type pastGenerations struct {
-	newest map[deployments.UnitID]History
+	newest map[deployments.UnitID]deployments.History
 	read   map[[2]string]bool
 }
 
 func newPastGenerations() pastGenerations {
-	return pastGenerations{newest: map[deployments.UnitID]History{}, read: map[[2]string]bool{}}
+	return pastGenerations{newest: map[deployments.UnitID]deployments.History{}, read: map[[2]string]bool{}}
 }
 
 // forget makes a unit's role be read again when it is needed.
@@ -89,7 +49,7 @@ func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]c
 			if err != nil {
 				continue
 			}
-			var h History
+			var h deployments.History
 			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.history.newest[id].Generation && h.Generation < absurd {
 				l.history.newest[id] = h
 			}
@@ -100,7 +60,7 @@ func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]c
 
 // recordOf returns the record of a generation that only the history knows. How far its rollout had come is lost: what was rolled
 // back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if every node is there.
-func recordOf(h History, now time.Time) deployments.Record {
+func recordOf(h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
 	switch {
@@ -117,7 +77,7 @@ func recordOf(h History, now time.Time) deployments.Record {
 
 // record returns the operations that note a new generation, and remove the one that is too old.
 func (in inputs) record(w change) []kv.Op {
-	value, err := json.Marshal(History{
+	value, err := json.Marshal(deployments.History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
 		Stable:     w.after.Stable,
@@ -133,7 +93,7 @@ func (in inputs) record(w change) []kv.Op {
 		panic(err) // plain data
 	}
 	ops := []kv.Op{kv.Put(historyKey(w.unit, w.after.Generation), value)}
-	if old := w.after.Generation - HistoryKept; old > 0 {
+	if old := w.after.Generation - deployments.HistoryKept; old > 0 {
 		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
 	}
 	return ops

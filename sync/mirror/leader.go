@@ -85,7 +85,7 @@ func (l *leader) begin(ctx context.Context) error {
 		}
 		if err := json.Unmarshal(e.Value, &l.written.state); err != nil {
 			l.c.Log.Warn("the mirror's own state doesn't parse, it is written anew", "key", e.Key, "error", err)
-			l.written.state = Status{}
+			l.written.state = deployments.MirrorState{}
 		}
 	}
 	return nil

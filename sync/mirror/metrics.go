@@ -1,6 +1,10 @@
 package mirror
 
-import "github.com/prometheus/client_golang/prometheus"
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/deployments"
+)
 
 // metrics are what /metrics shows of a mirror.
 type metrics struct {
@@ -55,7 +59,7 @@ func (m *metrics) led(leading bool) {
 	}
 }
 
-func (m *metrics) applied(s Status) {
+func (m *metrics) applied(s deployments.MirrorState) {
 	m.at.Set(float64(s.At.UnixMilli()) / 1000)
 	m.refused.Set(0)
 	if s.Refused != "" {

@@ -115,7 +115,9 @@ func TestForcePush(t *testing.T) {
 	// Nor does a mirror that starts anew forget what was there before.
 	m.stop()
 	m = start(t, Config{Store: store, Repo: o.Bare, Name: "mirror-2"})
-	m.status(func(s Status) bool { return s.Holder == "mirror-2" && s.Refused == forced && s.Head == head })
+	m.status(func(s deployments.MirrorState) bool {
+		return s.Holder == "mirror-2" && s.Refused == forced && s.Head == head
+	})
 	sameDesired(t, store, was)
 
 	// Going back further is a rewind as well.
@@ -415,11 +417,11 @@ func TestLocalRepoHoweverItIsKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := start(t, Config{Store: store, Repo: "file://" + o.Bare, Branch: "live/fleet"})
-	m.status(func(s Status) bool { return strings.Contains(s.Error, o.Bare) })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, o.Bare) })
 	if err := os.Rename(moved, o.Bare); err != nil {
 		t.Fatal(err)
 	}
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "no such branch") })
 	push := func(release string) {
 		t.Helper()
 		head := o.Commit(map[string]string{"prod/web/app.yaml": unitFile(release)})
@@ -443,7 +445,7 @@ func TestLocalRepoHoweverItIsKept(t *testing.T) {
 	// The branch goes: nothing changes.
 	was := desired(t, store)
 	o.Git(o.Bare, "branch", "-q", "-D", "live/fleet")
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "no such branch") })
 	sameDesired(t, store, was)
 	push("app/5")
 }
@@ -466,7 +468,7 @@ func TestOtherFormatsAreNamed(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "sha256.git")
 	gittest.New(t).Git("", "init", "-q", "--bare", "--object-format=sha256", dir)
 	m := start(t, Config{Store: dirStore(t), Repo: dir})
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "object format sha256") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "object format sha256") })
 }
 
 func TestStoreOutage(t *testing.T) {
@@ -516,7 +518,9 @@ func TestStoreThatRefuses(t *testing.T) {
 	refusal := fmt.Errorf("no: %w", kv.ErrDenied)
 	store.with.Store(&refusal)
 	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	m.status(func(s Status) bool { return s.Head == first && strings.Contains(s.Error, "no: permission denied") })
+	m.status(func(s deployments.MirrorState) bool {
+		return s.Head == first && strings.Contains(s.Error, "no: permission denied")
+	})
 
 	asked, began := store.asked.Load(), time.Now()
 	for i := range 200 {

@@ -10,6 +10,8 @@ import (
 
 	"kedge/kv/kvtest"
 	"kedge/sync/git/gittest"
+
+	"kedge/deployments"
 )
 
 // link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes any more in either
@@ -117,7 +119,7 @@ func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	l.sever()
 	began := time.Now()
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
-	seen.status(func(s Status) bool { return s.Holder == "b" && s.Head == head })
+	seen.status(func(s deployments.MirrorState) bool { return s.Holder == "b" && s.Head == head })
 	t.Logf("the other mirror wrote %v after the leader was cut off", time.Since(began).Round(time.Millisecond))
 	if !strings.Contains(a.log.String(), "this mirror lost the lease") {
 		t.Errorf("b leads, and a still believes that it does:\n%s", a.log)
@@ -134,7 +136,7 @@ func TestPartitionedLeaderIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	head = o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
-	seen.status(func(s Status) bool { return s.Holder == "a" && s.Head == head })
+	seen.status(func(s deployments.MirrorState) bool { return s.Holder == "a" && s.Head == head })
 	if got := seen.runs("prod/web/app", "app/3"); got.Generation != 3 {
 		t.Errorf("record %+v", got)
 	}

@@ -98,7 +98,7 @@ func TestRefuse(t *testing.T) {
 	ten, _ := units("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")
 	_, seven := units("a", "b", "c", "d", "e", "f", "g")
 	_, six := units("a", "b", "c", "d", "e", "f")
-	normal := Rules{MaxRemoved: 30}
+	normal := deployments.MirrorRules{MaxRemoved: 30}
 	for _, c := range []struct {
 		name string
 		candidate
@@ -108,12 +108,12 @@ func TestRefuse(t *testing.T) {
 		{"the first commit", candidate{rules: normal}, seven, ""},
 		{"the next commit", candidate{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
 		{"a rewritten history", candidate{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
-		{"a rewritten history, allowed", candidate{from: "f0", rules: Rules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
+		{"a rewritten history, allowed", candidate{from: "f0", rules: deployments.MirrorRules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
 		{"too many removed", candidate{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
 		{"too many removed, by the first commit over old records", candidate{rules: normal, had: ten}, six, "removes 4 of 10"},
-		{"none may be removed", candidate{from: "f0", rules: Rules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
-		{"all removed", candidate{from: "f0", rules: Rules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
-		{"all removed, allowed", candidate{from: "f0", rules: Rules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
+		{"none may be removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
+		{"all removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
+		{"all removed, allowed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
 		{"nothing was there", candidate{rules: normal}, nil, ""},
 		{"a unit moved counts as removed", candidate{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
 	} {
@@ -146,7 +146,7 @@ func TestReconcile(t *testing.T) {
 		name       string
 		cell       cell
 		own        *writtenRecord
-		past       History
+		past       deployments.History
 		git        string
 		generation int64 // 0: nothing is written
 		stable     string
@@ -171,15 +171,15 @@ func TestReconcile(t *testing.T) {
 		{name: "nonsense, and nothing known", cell: cell{present: true, version: 8, value: []byte("x"), err: kv.ErrNotFound}, git: "1", generation: 1, ops: "replace put"},
 		{name: "a bare pointer, and nothing known", cell: shown(deployments.Record{Target: pointer("9")}, 8), git: "1", generation: 1, stable: "9", ops: "replace put"},
 		{name: "an absurd generation, and nothing known", cell: shown(deployments.Record{Target: pointer("9"), Generation: math.MaxInt64, Commit: "x"}, 8),
-			past: History{Generation: 7}, git: "1", generation: 8, stable: "9", ops: "replace put"},
-		{name: "a bare pointer over an old record", cell: shown(deployments.Record{Target: pointer("9")}, 8), past: History{Generation: 60, Release: pointer("1")}, git: "1",
+			past: deployments.History{Generation: 7}, git: "1", generation: 8, stable: "9", ops: "replace put"},
+		{name: "a bare pointer over an old record", cell: shown(deployments.Record{Target: pointer("9")}, 8), past: deployments.History{Generation: 60, Release: pointer("1")}, git: "1",
 			generation: 61, stable: "9", ops: "replace put delete"},
-		{name: "removed while no mirror ran", past: History{Generation: 6, Release: pointer("1"), Stable: pointer("0"), Commit: "old"}, git: "1", generation: 6, stable: "0", ops: "create"},
-		{name: "removed while no mirror ran, and a new release", past: History{Generation: 6, Release: pointer("1"), Commit: "old"}, git: "2", generation: 7, stable: "1", ops: "create put"},
+		{name: "removed while no mirror ran", past: deployments.History{Generation: 6, Release: pointer("1"), Stable: pointer("0"), Commit: "old"}, git: "1", generation: 6, stable: "0", ops: "create"},
+		{name: "removed while no mirror ran, and a new release", past: deployments.History{Generation: 6, Release: pointer("1"), Commit: "old"}, git: "2", generation: 7, stable: "1", ops: "create put"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := inputs{commit: commitOf(tree(unit(t, id.String(), c.git))), now: now,
-				cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
+				cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]deployments.History{}}
 			if c.cell.present {
 				f.cells[id] = c.cell
 			}
@@ -252,7 +252,7 @@ func TestReconcileEnds(t *testing.T) {
 		record := func() deployments.Record {
 			return deployments.Record{Target: release("target"), Generation: int64(rapid.IntRange(0, 4).Draw(rt, "generation")), Commit: "old"}
 		}
-		f := inputs{now: now, cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]History{}}
+		f := inputs{now: now, cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}, history: map[deployments.UnitID]deployments.History{}}
 		var units []deployments.Unit
 		for i, id := range ids {
 			if rapid.Bool().Draw(rt, "in git") {
@@ -343,18 +343,18 @@ func TestBatches(t *testing.T) {
 func TestWorthWriting(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
-	fine := Status{Head: "a"}
-	away := Status{Head: "a", Error: "dial 127.0.0.1:1: refused"}
-	awayToo := Status{Head: "a", Error: "dial 127.0.0.1:2: refused"}
-	refused := Status{Head: "a", Refused: "b", Error: "bad"}
+	fine := deployments.MirrorState{Head: "a"}
+	away := deployments.MirrorState{Head: "a", Error: "dial 127.0.0.1:1: refused"}
+	awayToo := deployments.MirrorState{Head: "a", Error: "dial 127.0.0.1:2: refused"}
+	refused := deployments.MirrorState{Head: "a", Refused: "b", Error: "bad"}
 	for _, c := range []struct {
-		was, next Status
+		was, next deployments.MirrorState
 		ago       time.Duration
 		want      bool
 	}{
 		{fine, fine, 0, false}, {fine, away, 0, true}, {away, fine, 0, true},
 		{away, awayToo, time.Second, false}, {away, awayToo, time.Hour, true},
-		{away, refused, time.Second, true}, {refused, fine, time.Second, true}, {away, Status{Head: "b", Error: "x"}, time.Second, true},
+		{away, refused, time.Second, true}, {refused, fine, time.Second, true}, {away, deployments.MirrorState{Head: "b", Error: "x"}, time.Second, true},
 	} {
 		if got := worthWriting(c.was, c.next, now.Add(-c.ago), now); got != c.want {
 			t.Errorf("from %+v to %+v after %v: %v", c.was, c.next, c.ago, got)

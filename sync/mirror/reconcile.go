@@ -52,7 +52,7 @@ type inputs struct {
 	own    map[deployments.UnitID]writtenRecord
 	orders map[deployments.UnitID]order
 	// history has the newest generation of the units whose standing is unknown.
-	history map[deployments.UnitID]History
+	history map[deployments.UnitID]deployments.History
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
 	fleet map[[2]string][]reported
 	blind bool
@@ -85,7 +85,7 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 
 // change is what to write at one unit's key, or at mirror/state if status is set.
 type change struct {
-	status *Status
+	status *deployments.MirrorState
 	unit   deployments.UnitID
 	kind   string // as Change.Kind, or "restore", or "none" if only an order is consumed
 	before deployments.Record

@@ -96,7 +96,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	next := o.Push(map[string]string{"prod/web/app.yaml": m.line("2", second)})
 	waits := func(words ...string) {
 		t.Helper()
-		s := mirror.status(func(s Status) bool { return s.Error != "" })
+		s := mirror.status(func(s deployments.MirrorState) bool { return s.Error != "" })
 		for _, w := range append(words, "commit "+next[:12]+" is not taken yet", "prod/web/app.yaml:1:10: the release can't be checked") {
 			if !strings.Contains(s.Error, w) {
 				t.Errorf("no %q in the status %+v", w, s)
@@ -136,7 +136,7 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	mirror.at(head)
 	was := desired(t, store)
 	next := o.Push(map[string]string{"dev/web/app.yaml": two})
-	s := mirror.status(func(s Status) bool { return s.Error != "" })
+	s := mirror.status(func(s deployments.MirrorState) bool { return s.Error != "" })
 	if s.Head != head || !strings.Contains(s.Error, "dev/web/app.yaml:1:10: the release can't be checked: is not signed") {
 		t.Errorf("the status is %+v", s)
 	}
@@ -206,7 +206,7 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	patient := func(m *Mirror) { m.patience, m.hookPause = time.Hour, time.Millisecond }
 	leader := start(t, c, patient)
 	c.Name = "standby"
-	waits := func(s Status) bool { return strings.Contains(s.Error, "the release can't be checked") }
+	waits := func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "the release can't be checked") }
 	leader.status(waits)
 	standby := start(t, c, patient)
 	m.put("1", text)

@@ -14,6 +14,8 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 
 	"kedge/sync/git/gittest"
+
+	"kedge/deployments"
 )
 
 // env makes Config.Env of pairs.
@@ -53,9 +55,9 @@ func TestHTTPS(t *testing.T) {
 	c := Config{Store: store, Repo: h.URL, Every: 100 * time.Millisecond, CacheDir: cache,
 		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN_FILE", tokenFile, "GIT_SSL_CAINFO", h.CAFile)}
 	m := start(t, c)
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "KEDGE_GIT_TOKEN") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "KEDGE_GIT_TOKEN") })
 	gittest.WriteFile(t, tokenFile, "s3cret\n") // read anew, without a restart
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "no such branch: main") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "no such branch: main") })
 
 	m.at(h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
 	m.runs("prod/web/app", "app/1")
@@ -69,7 +71,7 @@ func TestHTTPS(t *testing.T) {
 
 	// Git goes away: what is there stays, and a mirror that starts now goes on from its cache.
 	h.Away.Store(true)
-	m.status(func(s Status) bool { return strings.Contains(s.Error, "502") })
+	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "502") })
 	m.stop()
 	m = start(t, c)
 	put(t, store, "desired/prod/web/app", pointer("hand/1").String())
@@ -130,7 +132,7 @@ func TestCertificateIsChecked(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
 	m := start(t, Config{Store: dirStore(t), Repo: h.URL, Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")})
-	m.status(func(s Status) bool {
+	m.status(func(s deployments.MirrorState) bool {
 		return strings.Contains(s.Error, "x509") && strings.Contains(s.Error, "GIT_SSL_CAINFO")
 	})
 }
@@ -149,7 +151,7 @@ func TestSSH(t *testing.T) {
 		t.Helper()
 		c.Store, c.Repo = dirStore(t), s.URL
 		m := start(t, c)
-		m.status(func(st Status) bool {
+		m.status(func(st deployments.MirrorState) bool {
 			for _, w := range words {
 				if !strings.Contains(st.Error, w) {
 					return false
@@ -170,7 +172,7 @@ func TestSSH(t *testing.T) {
 
 	// Another key than the one that is known: somebody may be in between.
 	s.Know(t, other)
-	m.status(func(st Status) bool {
+	m.status(func(st deployments.MirrorState) bool {
 		return strings.Contains(st.Error, "is not the one in") && strings.Contains(st.Error, "listening in")
 	})
 	m.runs("prod/web/app", "app/2")

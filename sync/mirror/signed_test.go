@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"kedge/sync/git/gittest"
+
+	"kedge/deployments"
 )
 
 func TestOnlySignedCommitsAreTaken(t *testing.T) {
@@ -53,7 +55,7 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	o.Git(o.Work, "push", "-q", "-f", "origin", evil+":refs/heads/main")
 	put(t, store, "mirror/state", `{"head":"`+evil+`"}`)
 	m = start(t, Config{Store: store, Repo: o.Bare, SignedBy: signers})
-	m.status(func(s Status) bool { return s.Refused == evil })
+	m.status(func(s deployments.MirrorState) bool { return s.Refused == evil })
 	sameDesired(t, store, was)
 
 	// Whoever is added to the file may sign from then on.

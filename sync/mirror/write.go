@@ -19,7 +19,7 @@ const watchLag = 5 * time.Second
 type written struct {
 	records map[deployments.UnitID]writtenRecord
 	orders  map[deployments.UnitID]uint64 // versions of the orders that were consumed
-	state   Status                        // at mirror/state
+	state   deployments.MirrorState       // at mirror/state
 	stateAt time.Time
 }
 
@@ -92,7 +92,7 @@ func (l *leader) ensureFolders(ctx context.Context) error {
 // write commits the changes, and the state where it differs from what was written, or where lost says that it isn't there.
 // What takes several transactions is announced in the first and confirmed in the last, so that a mirror that takes over
 // in between knows which commit it finds half written.
-func (l *leader) write(ctx context.Context, changes []change, status Status, lost bool, now time.Time) error {
+func (l *leader) write(ctx context.Context, changes []change, status deployments.MirrorState, lost bool, now time.Time) error {
 	all := changes
 	if lost || status != l.written.state {
 		all = append(slices.Clone(changes), writeStatus(status))

@@ -16,7 +16,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/sync/fleet"
-	"kedge/sync/mirror"
 )
 
 var app = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
@@ -57,7 +56,7 @@ func troubledFleet(text string) *fleet.Fleet {
 	gone := report("web-4", runs("1"))
 	gone.Session = ""
 	return fleet.Assemble([]kv.Entry{
-		entry(kv.MirrorKey, mirror.Status{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text, Holder: text, Refused: text, Error: text}),
+		entry(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text, Holder: text, Refused: text, Error: text}),
 		entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2, Commit: text, Rollout: &deployments.Progress{
 			Phase: deployments.PhasePaused, Cutoff: 1 << 63, Message: text,
 		}}),
@@ -108,7 +107,7 @@ func parse(main string) (text string, err error) {
 
 // history is past that needs no store.
 func history(text string) *past {
-	return &past{read: true, generation: 2, rows: [][]fleet.Text{fleet.HistoryRow(mirror.History{Generation: 2, Release: release("2"), Author: text, Subject: text})}}
+	return &past{read: true, generation: 2, rows: [][]fleet.Text{fleet.HistoryRow(deployments.History{Generation: 2, Release: release("2"), Author: text, Subject: text})}}
 }
 
 func TestPages(t *testing.T) {
