@@ -115,7 +115,7 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fl
 }
 
 // localStatus asks this machine's agent, at its socket.
-func localStatus(ctx context.Context, stateDir string) (s agent.Status, err error) {
+func localStatus(ctx context.Context, stateDir string) (s policy.NodeStatus, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	socket := agent.SocketPath(stateDir)

@@ -16,6 +16,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/coreos/go-systemd/v22/journal"
 
+	"kedge/policy"
 	"kedge/sync/agent"
 )
 
@@ -69,7 +70,7 @@ func tell(log *slog.Logger, lines ...string) {
 }
 
 // statusLine says in one line what a node runs, and what is wrong.
-func statusLine(s agent.Status) string {
+func statusLine(s policy.NodeStatus) string {
 	var units []string
 	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {
 		for _, name := range slices.Sorted(maps.Keys(s.Roles[role].Units)) {

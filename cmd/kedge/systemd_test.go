@@ -8,7 +8,7 @@ import (
 	"testing"
 
 	"kedge/deployments"
-	"kedge/sync/agent"
+	"kedge/policy"
 )
 
 // The journal tells a line's priority by its prefix.
@@ -37,7 +37,7 @@ func TestJournalPriorities(t *testing.T) {
 
 func TestStatusLine(t *testing.T) {
 	t.Parallel()
-	s := agent.Status{Ready: true, Roles: map[string]deployments.Report{
+	s := policy.NodeStatus{Ready: true, Roles: map[string]deployments.Report{
 		"web":   {Units: map[string]deployments.UnitReport{"app": {Version: "2", State: deployments.StateConverged}, "base": {State: deployments.StateHeld}}},
 		"cache": {Units: map[string]deployments.UnitReport{"redis": {Version: "7", State: deployments.StateRetrying}}},
 	}}
@@ -45,7 +45,7 @@ func TestStatusLine(t *testing.T) {
 	if got := statusLine(s); got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if got := statusLine(agent.Status{}); got != "not ready" {
+	if got := statusLine(policy.NodeStatus{}); got != "not ready" {
 		t.Errorf("of nothing known: %q", got)
 	}
 }

@@ -27,57 +27,19 @@ const (
 // /retry?unit=STAGE/ROLE/UNIT (without unit: all).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, socketFile) }
 
-// Status is the JSON of /status.
-type Status struct {
-	Node    string    `json:"node"`
-	Stage   string    `json:"stage"`
-	Agent   string    `json:"agent"`
-	Started time.Time `json:"started"`
-	Ready   bool      `json:"ready"`
-	// Why says what keeps it from being ready, by ROLE/UNIT or ROLE.
-	Why     map[string]string             `json:"why,omitempty"`
-	Sources []SourceStatus                `json:"sources"`
-	Roles   map[string]deployments.Report `json:"roles"`
-	// Decisions are by ROLE/UNIT.
-	Decisions map[string]DecisionStatus `json:"decisions"`
-}
-
-// SourceStatus says what is known of one prefix of the store.
-type SourceStatus struct {
-	Prefix string    `json:"prefix"`
-	From   string    `json:"from"` // store, last known state, snapshot, nothing yet
-	Since  time.Time `json:"since,omitzero"`
-	// Trouble is why the store's view may be out of date, and for how long.
-	Trouble      string    `json:"trouble,omitempty"`
-	TroubleSince time.Time `json:"trouble_since,omitzero"`
-}
-
-// DecisionStatus is a policy.Decision.
-type DecisionStatus struct {
-	Action  policy.Action       `json:"action"`
-	Target  deployments.Pointer `json:"target,omitzero"`
-	Stage   deployments.Pointer `json:"stage,omitzero"`
-	Source  policy.Source       `json:"source"`
-	Why     string              `json:"why"`
-	Invalid string              `json:"invalid,omitempty"`
-	Recheck time.Time           `json:"recheck,omitzero"`
-	Waits   string              `json:"waits,omitempty"` // for another unit
-	Trace   []policy.Step       `json:"trace,omitempty"`
-}
-
 // Status returns all that the agent knows of itself.
-func (a *Agent) Status() Status {
+func (a *Agent) Status() policy.NodeStatus {
 	roles := a.Report()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	s := Status{
+	s := policy.NodeStatus{
 		Node: a.c.Node, Stage: a.c.Stage, Agent: a.c.Version, Started: a.started.UTC(), Roles: roles,
-		Decisions: map[string]DecisionStatus{}, Why: a.unready(),
+		Decisions: map[string]policy.DecisionStatus{}, Why: a.unready(),
 	}
 	s.Ready = len(s.Why) == 0
 	for _, r := range a.roles {
 		for _, src := range r.sources() {
-			st := SourceStatus{Prefix: src.prefix, From: src.from.String(), Since: src.at}
+			st := policy.SourceStatus{Prefix: src.prefix, From: src.from.String(), Since: src.at}
 			if src.trouble != nil {
 				st.Trouble, st.TroubleSince = oneLine(src.trouble), src.since
 			}
@@ -89,7 +51,7 @@ func (a *Agent) Status() Status {
 			continue
 		}
 		d := u.decision
-		s.Decisions[id.Role+"/"+id.Unit] = DecisionStatus{
+		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
 			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Invalid: text(d.Invalid),
 			Recheck: d.Recheck, Waits: u.blocked.why, Trace: d.Trace,
 		}

@@ -12,7 +12,6 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/agent"
 )
 
 // Each state that an operator may ask about, from the store's entries to the screen: three nodes, of which web-1 is looked at.
@@ -167,9 +166,9 @@ func writeExplained(t *testing.T, f *Fleet, d policy.Decision, file string) {
 func TestExplainLocal(t *testing.T) {
 	t.Parallel()
 	v1, v2 := release("app", "1"), release("app", "2")
-	s := agent.Status{
+	s := policy.NodeStatus{
 		Node: "web-1", Stage: "prod",
-		Sources: []agent.SourceStatus{
+		Sources: []policy.SourceStatus{
 			{Prefix: "desired/prod/web/", From: "last known state", Since: noon.Add(-2 * time.Hour), Trouble: "list desired/prod/web/: no leader", TroubleSince: noon.Add(-30 * time.Minute)},
 			{Prefix: "pins/prod/web/", From: "store", Since: noon},
 			{Prefix: "desired/prod/api/", From: "store", Since: noon},
@@ -178,7 +177,7 @@ func TestExplainLocal(t *testing.T) {
 			"web": {Units: map[string]deployments.UnitReport{"app": {State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Why: "waits for base", Generation: 2, Since: noon.Add(-time.Minute)}}},
 			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
 		},
-		Decisions: map[string]agent.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",
+		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",
 			Trace: []policy.Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
 	}
 	for _, name := range []string{"app", "web/app"} {
@@ -197,7 +196,7 @@ func TestExplainLocal(t *testing.T) {
 	if _, _, _, err := Local(s, "app", noon); err == nil || !strings.Contains(err.Error(), "want one of api/app, api/db, web/app") {
 		t.Errorf("two of that name: %v", err)
 	}
-	if _, _, _, err := Local(agent.Status{}, "app", noon); err == nil || !strings.Contains(err.Error(), "it has none yet") {
+	if _, _, _, err := Local(policy.NodeStatus{}, "app", noon); err == nil || !strings.Contains(err.Error(), "it has none yet") {
 		t.Errorf("none at all: %v", err)
 	}
 }

@@ -9,12 +9,11 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
-	"kedge/sync/agent"
 )
 
 // Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent decided so, by what the
 // trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several roles have one of that name.
-func Local(s agent.Status, unit string, at time.Time) (*Fleet, deployments.UnitID, policy.Decision, error) {
+func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, policy.Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {
 		for name := range r.Units {
@@ -58,7 +57,7 @@ func Local(s agent.Status, unit string, at time.Time) (*Fleet, deployments.UnitI
 }
 
 // sourceStep says how far a node's view of a prefix of the store can be believed.
-func sourceStep(s agent.SourceStatus, at time.Time) policy.Step {
+func sourceStep(s policy.SourceStatus, at time.Time) policy.Step {
 	step := policy.Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
 	if s.Trouble == "" {
 		return step

@@ -1,0 +1,46 @@
+package policy
+
+import (
+	"time"
+
+	"kedge/deployments"
+)
+
+// NodeStatus is the JSON of an agent's /status: all that it knows of itself. It lies here, beside Decision, so that
+// who shows it need not link the agent.
+type NodeStatus struct {
+	Node    string    `json:"node"`
+	Stage   string    `json:"stage"`
+	Agent   string    `json:"agent"`
+	Started time.Time `json:"started"`
+	Ready   bool      `json:"ready"`
+	// Why says what keeps it from being ready, by ROLE/UNIT or ROLE.
+	Why     map[string]string             `json:"why,omitempty"`
+	Sources []SourceStatus                `json:"sources"`
+	Roles   map[string]deployments.Report `json:"roles"`
+	// Decisions are by ROLE/UNIT.
+	Decisions map[string]DecisionStatus `json:"decisions"`
+}
+
+// SourceStatus says what is known of one prefix of the store.
+type SourceStatus struct {
+	Prefix string    `json:"prefix"`
+	From   string    `json:"from"` // store, last known state, snapshot, nothing yet
+	Since  time.Time `json:"since,omitzero"`
+	// Trouble is why the store's view may be out of date, and TroubleSince for how long.
+	Trouble      string    `json:"trouble,omitempty"`
+	TroubleSince time.Time `json:"trouble_since,omitzero"`
+}
+
+// DecisionStatus is a Decision as JSON.
+type DecisionStatus struct {
+	Action  Action              `json:"action"`
+	Target  deployments.Pointer `json:"target,omitzero"`
+	Stage   deployments.Pointer `json:"stage,omitzero"`
+	Source  Source              `json:"source"`
+	Why     string              `json:"why"`
+	Invalid string              `json:"invalid,omitempty"`
+	Recheck time.Time           `json:"recheck,omitzero"`
+	Waits   string              `json:"waits,omitempty"` // for another unit
+	Trace   []Step              `json:"trace,omitempty"`
+}
