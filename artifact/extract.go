@@ -69,7 +69,7 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	defer root.Close()
 	sum := newHash(m.Checksum)
 	meter := newMeter("fetch", o.Size, opt.Progress)
-	x := &extractor{ctx: ctx, root: root, links: map[string]bool{}, dirs: map[string]*attributes{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+	x := &extractor{ctx: ctx, root: root, symlinks: m.Symlinks, links: map[string]bool{}, dirs: map[string]*attributes{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
 		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
@@ -125,10 +125,12 @@ type extractor struct {
 	ctx    context.Context
 	root   *os.Root
 	owners bool
-	left   int64           // bytes that the tree may still grow by
-	count  int             // entries, and directories that have none
-	names  int             // bytes of the keys below
-	links  map[string]bool // symbolic links so far
+	// symlinks says where symbolic links may lead.
+	symlinks deployments.Symlinks
+	left     int64           // bytes that the tree may still grow by
+	count    int             // entries, and directories that have none
+	names    int             // bytes of the keys below
+	links    map[string]bool // symbolic links so far
 	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it has no entry.
 	dirs map[string]*attributes
 }
@@ -328,7 +330,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	switch h.Typeflag {
 	case tar.TypeSymlink:
-		if err := checkTarget(name, h.Linkname); err != nil {
+		if err := checkTarget(name, h.Linkname, x.symlinks); err != nil {
 			return err
 		}
 		name, err := x.keep(name)

@@ -216,6 +216,9 @@ func (f *fetch) decode(data []byte) (*index, error) {
 	if !x.archive {
 		return nil, fmt.Errorf("%w: it says nothing of an archive", ErrIndex)
 	}
+	if err := x.checkTargets(f.manifest.Symlinks); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrIndex, err)
+	}
 	if size := f.manifest.Size; size != 0 && size != x.archiveSize() {
 		return nil, fmt.Errorf("%w: its frames have %d bytes, the manifest's archive %d", ErrIndex, x.archiveSize(), size)
 	}

@@ -315,7 +315,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		case kindSymlink:
 			e.target = string(r.bytes(r.number(maxPath)))
 			if r.err == nil {
-				if err := checkTarget(e.path, e.target); err != nil {
+				if err := checkTargetText(e.path, e.target); err != nil {
 					return 0, fmt.Errorf("entry %d: %w", i, err)
 				}
 			}
@@ -383,21 +383,41 @@ func checkPath(p string) error {
 	return nil
 }
 
-// checkTarget accepts a symbolic link that stays in the tree, whatever other links it passes: its ".." come first, where they
-// climb real directories, and are no more than those.
-func checkTarget(p, target string) error {
+// checkTargets accepts an index whose symbolic links lead where they may.
+func (x *index) checkTargets(allowed deployments.Symlinks) error {
+	for i := range x.entries {
+		if e := &x.entries[i]; e.kind == kindSymlink {
+			if err := checkTarget(e.path, e.target, allowed); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// checkTargetText accepts what can be the target of a symbolic link.
+func checkTargetText(p, target string) error {
 	if target == "" || len(target) >= maxPath || strings.IndexByte(target, 0) >= 0 {
 		return fmt.Errorf("the target of the symbolic link %q is empty, too long or has a zero byte", clip(p))
 	}
+	return nil
+}
+
+// checkTarget accepts a symbolic link that stays in the tree, or any if the manifest says so, whatever other links it passes: its ".." come first, where they
+// climb real directories, and are no more than those.
+func checkTarget(p, target string, allowed deployments.Symlinks) error {
+	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
+		return err
+	}
 	if strings.HasPrefix(target, "/") {
-		return fmt.Errorf("the symbolic link %q leads out of the tree, to %q", clip(p), clip(target))
+		return fmt.Errorf("the symbolic link %q leads out of the tree, to %q, which takes symlinks: any in the manifest", clip(p), clip(target))
 	}
 	depth, climbing := strings.Count(p, "/"), true
 	for part := range strings.SplitSeq(target, "/") {
 		switch part {
 		case "..":
 			if depth--; depth < 0 || !climbing {
-				return fmt.Errorf("the symbolic link %q leads out of the tree, or might: %q", clip(p), clip(target))
+				return fmt.Errorf("the symbolic link %q leads out of the tree, or might: %q; that takes symlinks: any in the manifest", clip(p), clip(target))
 			}
 		case "", ".":
 		default:

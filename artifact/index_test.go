@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"kedge/deployments"
 )
 
 // goodIndex is small, and valid.
@@ -97,8 +99,17 @@ func TestHostileIndexes(t *testing.T) {
 	} {
 		x := goodIndex()
 		spoil(x)
-		if _, err := decodeIndex(x.encode()); !errors.Is(err, ErrIndex) {
+		decoded, err := decodeIndex(x.encode())
+		if err == nil {
+			if decoded.checkTargets(deployments.SymlinksAny) != nil || !strings.Contains(name, "link") {
+				t.Errorf("%s: accepted", name)
+			}
+			err = decoded.checkTargets(deployments.SymlinksInside)
+		} else if !errors.Is(err, ErrIndex) {
 			t.Errorf("%s: %v, want ErrIndex", name, err)
+		}
+		if err == nil {
+			t.Errorf("%s: accepted", name)
 		}
 	}
 	good := goodIndex()

@@ -42,8 +42,9 @@ type packed struct {
 	Tree   int64 // bytes of the tree
 }
 
-// pack writes the tree in dir as an archive. A file that changes meanwhile is an error.
-func pack(ctx context.Context, dir string, w io.Writer, progress func(Progress)) (packed, error) {
+// pack writes the tree in dir as an archive. A file that changes meanwhile is an error, and a symbolic link that leads elsewhere than
+// symlinks allows.
+func pack(ctx context.Context, dir string, symlinks deployments.Symlinks, w io.Writer, progress func(Progress)) (packed, error) {
 	top, err := openDir(dir)
 	if err != nil {
 		return packed{}, fmt.Errorf("pack: %w", err)
@@ -54,6 +55,9 @@ func pack(ctx context.Context, dir string, w io.Writer, progress func(Progress))
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	x := &index{archive: true, entries: entries}
+	if err := x.checkTargets(symlinks); err != nil {
+		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
+	}
 	p := &packer{top: top, index: x, out: w, archive: sha256.New(), meter: newMeter("pack", x.size(), progress)}
 	if err := p.run(ctx); err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)

@@ -128,7 +128,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 		return out, err
 	}
 	defer archive.Close()
-	made, err := pack(p.ctx, p.opt.Dir, archive, p.opt.Progress)
+	made, err := pack(p.ctx, p.opt.Dir, m.Symlinks, archive, p.opt.Progress)
 	if err != nil {
 		return out, err
 	}

@@ -89,7 +89,7 @@ func (s *scanner) entry(dir int, name, p string) (entry, error) {
 			return entry{}, failed("readlink", p, err)
 		}
 		e.target = string(target[:n])
-		return e, checkTarget(p, e.target)
+		return e, checkTargetText(p, e.target)
 	case unix.S_IFREG:
 		if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
 			return entry{}, fmt.Errorf("%q is setuid or setgid, which a release may not have", p)

@@ -134,7 +134,7 @@ func publishTree(t testing.TB, dir string, earlier ...*published) *published {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	result, err := pack(t.Context(), dir, f, nil)
+	result, err := pack(t.Context(), dir, deployments.SymlinksInside, f, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -315,7 +315,7 @@ func TestPackIsDeterministic(t *testing.T) {
 		dir := t.TempDir()
 		sample(1).write(t, dir)
 		var out bytes.Buffer
-		if _, err := pack(t.Context(), dir, &out, nil); err != nil {
+		if _, err := pack(t.Context(), dir, deployments.SymlinksInside, &out, nil); err != nil {
 			t.Fatal(err)
 		}
 		if first == nil {
@@ -365,7 +365,7 @@ func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := false
-	_, err := pack(t.Context(), dir, writerFunc(func(data []byte) (int, error) {
+	_, err := pack(t.Context(), dir, deployments.SymlinksInside, writerFunc(func(data []byte) (int, error) {
 		if !done {
 			done = true
 			if err := os.WriteFile(path, random(2, 64<<20), 0o644); err != nil {
