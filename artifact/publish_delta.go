@@ -84,7 +84,8 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	return found, nil
 }
 
-// listManifests gives the manifests of this name's versions, those written last first.
+// listManifests gives the manifests of this name's versions, those written last first. S3 tells when in whole seconds: of
+// those of one second the later version goes first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
 	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
 	if err != nil {
@@ -99,9 +100,32 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 		return !ok || strings.Contains(version, "/")
 	})
 	slices.SortFunc(objects, func(a, b object.Listed) int {
-		return cmp.Or(b.Modified.Compare(a.Modified), strings.Compare(b.URL, a.URL))
+		return cmp.Or(b.Modified.Compare(a.Modified), compareVersions(b.URL, a.URL))
 	})
 	return objects, nil
+}
+
+// compareVersions compares texts as people count: runs of digits by their value, so that 1.10 comes after 1.9.
+func compareVersions(a, b string) int {
+	digits := func(s string) int {
+		return len(s) - len(strings.TrimLeft(s, "0123456789"))
+	}
+	for a != "" && b != "" {
+		m, n := digits(a), digits(b)
+		if m == 0 || n == 0 {
+			if a[0] != b[0] {
+				return cmp.Compare(a[0], b[0])
+			}
+			a, b = a[1:], b[1:]
+			continue
+		}
+		x, y := strings.TrimLeft(a[:m], "0"), strings.TrimLeft(b[:n], "0")
+		if c := cmp.Or(cmp.Compare(len(x), len(y)), strings.Compare(x, y)); c != 0 {
+			return c
+		}
+		a, b = a[m:], b[n:]
+	}
+	return cmp.Compare(len(a), len(b))
 }
 
 // readEarlier reads a manifest that was found. Whoever wrote it is unknown: it may lead to nothing but what lies beside it.
