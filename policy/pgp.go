@@ -2,12 +2,14 @@ package policy
 
 import (
 	"bytes"
+	"crypto"
 	"errors"
 	"fmt"
 	"strings"
 	"time"
 
 	"github.com/ProtonMail/go-crypto/openpgp"
+	"github.com/ProtonMail/go-crypto/openpgp/armor"
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 )
 
@@ -36,10 +38,9 @@ func ParseKeyring(data []byte) (Keyring, error) {
 }
 
 // VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the name of who made it. A key must
-// neither have expired nor be revoked now, and SHA-1 counts for nothing.
+// neither have expired nor be revoked now. SHA-1 and older digests count for nothing, nor do RSA keys below minRSA.
 func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who string, err error) {
-	signer, err := openpgp.CheckArmoredDetachedSignature(k.keys, bytes.NewReader(payload), bytes.NewReader(signature),
-		&packet.Config{Time: func() time.Time { return now }})
+	signer, err := k.verify(payload, signature, now)
 	if err != nil {
 		return "", fmt.Errorf("%w: its OpenPGP signature: %w", ErrUntrusted, err)
 	}
@@ -47,6 +48,38 @@ func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who str
 		return id.Name, nil
 	}
 	return fmt.Sprintf("%X", signer.PrimaryKey.Fingerprint), nil
+}
+
+func (k Keyring) verify(payload, signature []byte, now time.Time) (*openpgp.Entity, error) {
+	block, err := armor.Decode(bytes.NewReader(signature))
+	if err != nil {
+		return nil, err
+	}
+	made, signer, err := openpgp.VerifyDetachedSignature(k.keys, bytes.NewReader(payload), block.Body,
+		&packet.Config{Time: func() time.Time { return now }})
+	if err != nil {
+		return nil, err
+	}
+	return signer, strong(made, signer)
+}
+
+// strong reports why a signature that fits proves nothing: somebody with enough machines could have made it.
+func strong(made *packet.Signature, signer *openpgp.Entity) error {
+	switch made.Hash {
+	case crypto.SHA256, crypto.SHA384, crypto.SHA512, crypto.SHA3_256, crypto.SHA3_512:
+	default:
+		return fmt.Errorf("it uses %v: sign with SHA-256 or better (gpg --digest-algo SHA512)", made.Hash)
+	}
+	for _, key := range (openpgp.EntityList{signer}).KeysById(*made.IssuerKeyId) {
+		if bits, err := key.PublicKey.BitLength(); err == nil && isRSA(key.PublicKey.PubKeyAlgo) && bits < minRSA {
+			return fmt.Errorf("it was made with an RSA key of %d bits: %d is the least that counts", bits, minRSA)
+		}
+	}
+	return nil
+}
+
+func isRSA(kind packet.PublicKeyAlgorithm) bool {
+	return kind == packet.PubKeyAlgoRSA || kind == packet.PubKeyAlgoRSASignOnly || kind == packet.PubKeyAlgoRSAEncryptOnly
 }
 
 // IsPGP reports whether a signature on a commit is an OpenPGP one.

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"bytes"
+	"crypto/rsa"
 	"errors"
 	"fmt"
 	"path"
@@ -155,6 +156,9 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 	if sig.Signature.Format == ssh.KeyAlgoRSA {
 		return "", fmt.Errorf("%w: the signature uses SHA-1: sign with rsa-sha2-512, or with an ed25519 key", ErrUntrusted)
 	}
+	if bits := rsaBits(sig.PublicKey); bits > 0 && bits < minRSA {
+		return "", fmt.Errorf("%w: it was made with an RSA key of %d bits: %d is the least that counts, or an ed25519 key", ErrUntrusted, bits, minRSA)
+	}
 	key := sig.PublicKey.Marshal()
 	finger := ssh.FingerprintSHA256(sig.PublicKey)
 	refused := fmt.Errorf("%w: it was made with the key %s, which is not among the allowed signers", ErrUntrusted, finger)
@@ -176,6 +180,19 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		return one.principals, nil
 	}
 	return "", refused
+}
+
+// minRSA is the least size of an RSA key that counts, in bits.
+const minRSA = 2048
+
+// rsaBits returns the size of an RSA key, and 0 for keys of other kinds.
+func rsaBits(key ssh.PublicKey) int {
+	if c, ok := key.(ssh.CryptoPublicKey); ok {
+		if k, ok := c.CryptoPublicKey().(*rsa.PublicKey); ok {
+			return k.N.BitLen()
+		}
+	}
+	return 0
 }
 
 func (s signer) signs(namespace string) bool {
