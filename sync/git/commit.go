@@ -37,12 +37,27 @@ type BadCommit struct {
 func (e *BadCommit) Error() string { return e.Err.Error() }
 func (e *BadCommit) Unwrap() error { return e.Err }
 
-// Verifier checks a commit's signature: payload is the commit without it.
-type Verifier func(payload, signature []byte) error
+// Load reads and checks a commit as a whole: its tree is valid, and its signature, where signers is not nil, counts now. A *BadCommit
+// is for good; any other error may pass.
+func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
+	if signers == nil {
+		return o.loadWith(name, nil)
+	}
+	return o.loadWith(name, signers.verify)
+}
 
-// Load reads and checks a commit as a whole: its tree is valid, and its signature, where verify is not nil, is good. A *BadCommit is
-// for good; any other error may pass.
-func (o *Objects) Load(name string, verify Verifier) (*Commit, error) {
+// LoadTaken reads a commit that was taken before, to go on with it: see Signers.verifyTaken.
+func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
+	if signers == nil {
+		return o.loadWith(name, nil)
+	}
+	return o.loadWith(name, signers.verifyTaken)
+}
+
+// verifier checks a commit's signature: payload is the commit without it, when the time that it says.
+type verifier func(hash string, payload, signature []byte, when time.Time) error
+
+func (o *Objects) loadWith(name string, verify verifier) (*Commit, error) {
 	hash := plumbing.NewHash(name)
 	c, err := o.load(hash, verify)
 	if err == nil {
@@ -51,7 +66,7 @@ func (o *Objects) Load(name string, verify Verifier) (*Commit, error) {
 	return c, err
 }
 
-func (o *Objects) load(hash plumbing.Hash, verify Verifier) (*Commit, error) {
+func (o *Objects) load(hash plumbing.Hash, verify verifier) (*Commit, error) {
 	bad := func(err error) (*Commit, error) { return nil, &BadCommit{hash.String(), err} }
 	raw, err := o.EncodedObject(plumbing.CommitObject, hash)
 	if err != nil {
@@ -72,7 +87,7 @@ func (o *Objects) load(hash plumbing.Hash, verify Verifier) (*Commit, error) {
 		if err != nil {
 			return nil, fmt.Errorf("commit %s: %w", hash, err)
 		}
-		if err := verify(payload, signature); err != nil {
+		if err := verify(hash.String(), payload, signature, commit.Committer.When); err != nil {
 			return bad(fmt.Errorf("signature of commit %s: %w", hash, err))
 		}
 	}
@@ -207,12 +222,16 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 }
 
 // Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer
-// costs a few reads, however long the history is.
+// costs a few reads, however long the history is. Two commits that differ in their signatures alone are one: whoever may push can change
+// a signature's text, and must not make the signer's own commit look like another history.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
 	}
-	ancestor := plumbing.NewHash(from)
+	ancestor, err := o.signedOf(from)
+	if err != nil {
+		return false, err
+	}
 	head, err := object.GetCommit(o, plumbing.NewHash(to))
 	if err != nil {
 		return false, fmt.Errorf("commit %s: %w", to, err)
@@ -226,10 +245,53 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 			return false, nil
 		case err != nil:
 			return false, fmt.Errorf("history of commit %s: %w", to, err)
-		case c.Hash == ancestor:
+		case ancestor.is(o, c):
 			return true, nil
 		case ctx.Err() != nil:
 			return false, context.Cause(ctx)
 		}
 	}
+}
+
+// signedContent is what a commit says beside its signature.
+type signedContent struct {
+	hash    plumbing.Hash
+	tree    plumbing.Hash
+	payload []byte // nil: the commit isn't there any more, and is known by its hash alone
+}
+
+func (o *Objects) signedOf(name string) (signedContent, error) {
+	s := signedContent{hash: plumbing.NewHash(name)}
+	raw, err := o.EncodedObject(plumbing.CommitObject, s.hash)
+	if errors.Is(err, plumbing.ErrObjectNotFound) || err == nil && raw.Size() > maxFile {
+		return s, nil
+	}
+	if err != nil {
+		return s, fmt.Errorf("commit %s: %w", name, err)
+	}
+	commit, err := object.DecodeCommit(o, raw)
+	if errors.Is(err, object.ErrMalformedCommit) {
+		return s, nil
+	}
+	if err == nil {
+		s.tree = commit.TreeHash
+		s.payload, _, err = signedPart(raw)
+	}
+	if err != nil {
+		return s, fmt.Errorf("commit %s: %w", name, err)
+	}
+	return s, nil
+}
+
+// is reports whether c, of o, is the commit, whatever signature it bears.
+func (s signedContent) is(o *Objects, c *object.Commit) bool {
+	if c.Hash == s.hash || s.payload == nil || c.TreeHash != s.tree {
+		return c.Hash == s.hash
+	}
+	raw, err := o.EncodedObject(plumbing.CommitObject, c.Hash)
+	if err != nil {
+		return false
+	}
+	payload, _, err := signedPart(raw)
+	return err == nil && bytes.Equal(payload, s.payload)
 }

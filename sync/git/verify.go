@@ -1,43 +1,145 @@
 package git
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
+	"kedge/deployments/durable"
 	"kedge/policy"
 )
 
-// NewVerifier checks commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each commit, so that
-// a signer can be added, or taken out, while the mirror runs. Without either no signature is asked for.
-func NewVerifier(signersFile, keyringFile string) (Verifier, error) {
+// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each
+// commit, so that a signer can be added, or taken out, while the mirror runs.
+type Signers struct {
+	signersFile, keyringFile string
+	memory                   string // a file of the commits whose signatures counted once; empty: none
+
+	mu sync.Mutex // of memory
+}
+
+const (
+	// memoryFile lies in the cache's directory.
+	memoryFile = "verified"
+	// maxRemembered bounds it, in commits.
+	maxRemembered = 100
+)
+
+// OpenSigners reads both files once, to tell early that one is wrong. In dir it remembers the commits whose signatures counted; empty:
+// nowhere. Without either file it returns nil: no signature is asked for.
+func OpenSigners(signersFile, keyringFile, dir string) (*Signers, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
 	}
-	read := func() (signers policy.Signers, keys policy.Keyring, err error) {
-		if signersFile != "" {
-			signers, err = readSigners(signersFile)
-		}
-		if err == nil && keyringFile != "" {
-			keys, err = readKeyring(keyringFile)
-		}
-		return signers, keys, err
+	s := &Signers{signersFile: signersFile, keyringFile: keyringFile}
+	if dir != "" {
+		s.memory = filepath.Join(dir, memoryFile)
 	}
-	if _, _, err := read(); err != nil {
-		return nil, err
+	_, _, err := s.read()
+	return s, err
+}
+
+func (s *Signers) read() (signers policy.Signers, keys policy.Keyring, err error) {
+	if s.signersFile != "" {
+		signers, err = readSigners(s.signersFile)
 	}
-	return func(payload, signature []byte) error {
-		signers, keys, err := read()
-		if err != nil {
-			return err
-		}
-		if keyringFile != "" && policy.IsPGP(signature) {
-			_, err = keys.VerifyCommit(payload, signature, time.Now())
-			return err
-		}
-		_, err = signers.VerifyCommit(payload, signature, time.Now())
+	if err == nil && s.keyringFile != "" {
+		keys, err = readKeyring(s.keyringFile)
+	}
+	return signers, keys, err
+}
+
+// verify asks for a signature that counts now, and remembers the commit.
+func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) error {
+	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err
-	}, nil
+	}
+	_ = s.remember(hash) // for the day that the signer's key is gone; a full disk must not keep a good commit out today
+	return nil
+}
+
+// verifyTaken takes a commit that a signer vouched for once, also after the signer's key has expired or was taken out: its signature
+// counted when it was committed, or this machine remembers that it did. A new commit never passes by this.
+func (s *Signers) verifyTaken(hash string, payload, signature []byte, when time.Time) error {
+	err := s.check(payload, signature, time.Now())
+	if err == nil || s.check(payload, signature, when) == nil {
+		return nil
+	}
+	if remembered, readErr := s.remembered(); readErr == nil && slices.Contains(remembered, hash) {
+		return nil
+	}
+	return err
+}
+
+func (s *Signers) check(payload, signature []byte, now time.Time) error {
+	if err := checkForm(signature); err != nil {
+		return err
+	}
+	signers, keys, err := s.read()
+	if err != nil {
+		return err
+	}
+	if s.keyringFile != "" && policy.IsPGP(signature) {
+		_, err = keys.VerifyCommit(payload, signature, now)
+		return err
+	}
+	_, err = signers.VerifyCommit(payload, signature, now)
+	return err
+}
+
+// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and with either anybody could make further
+// commits that bear the same signature.
+func checkForm(signature []byte) error {
+	text := string(bytes.TrimSuffix(signature, []byte("\n")))
+	if text == "" {
+		return nil // there is none: the signers' own words tell that
+	}
+	if strings.Contains(text, "\r") {
+		return fmt.Errorf("%w: the signature has carriage returns, which Git doesn't write", policy.ErrUntrusted)
+	}
+	lines := strings.Split(text, "\n")
+	kind, begins := strings.CutPrefix(lines[0], "-----BEGIN ")
+	ends := "-----END " + kind
+	if !begins || slices.Index(lines, ends) != len(lines)-1 {
+		return fmt.Errorf("%w: the signature isn't one block from BEGIN to END, with no text around it", policy.ErrUntrusted)
+	}
+	return nil
+}
+
+func (s *Signers) remembered() ([]string, error) {
+	if s.memory == "" {
+		return nil, nil
+	}
+	data, err := os.ReadFile(s.memory)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	return strings.Fields(string(data)), err
+}
+
+func (s *Signers) remember(hash string) error {
+	if s.memory == "" {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all, err := s.remembered()
+	if err == nil && !slices.Contains(all, hash) {
+		all = append(all, hash)
+		all = all[max(0, len(all)-maxRemembered):]
+		err = os.MkdirAll(filepath.Dir(s.memory), 0o700)
+		err = errors.Join(err, durable.WriteFile(s.memory, []byte(strings.Join(all, "\n")+"\n"), 0o600))
+	}
+	if err != nil {
+		return fmt.Errorf("remember that the commit is signed: %w", err)
+	}
+	return nil
 }
 
 func readKeyring(file string) (policy.Keyring, error) {

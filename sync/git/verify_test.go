@@ -2,10 +2,15 @@ package git
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"golang.org/x/crypto/ssh"
+
+	"kedge/policy"
 	"kedge/sync/git/gittest"
 )
 
@@ -16,7 +21,7 @@ func TestMovedSignatures(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ada")
 	signers := filepath.Join(t.TempDir(), "signers")
 	gittest.WriteFile(t, signers, "ada@example.com "+o.SignBy(file))
-	verify, err := NewVerifier(signers, "")
+	verify, err := OpenSigners(signers, "", "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,4 +81,111 @@ func TestMovedSignatures(t *testing.T) {
 			t.Errorf("%s: %+v, %v", name, l, err)
 		}
 	}
+}
+
+// Who may push can wrap a signature in other text. The sibling that this makes is refused, and where one was taken all the same, the
+// signer's own commit follows it.
+func TestSiblingsOfASignedCommit(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	signersFile := filepath.Join(t.TempDir(), "signers")
+	gittest.WriteFile(t, signersFile, "ada@example.com "+o.SignBy(filepath.Join(t.TempDir(), "ada")))
+	signers, err := OpenSigners(signersFile, "", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	head := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	raw := o.Git(o.Work, "cat-file", "commit", head) + "\n"
+	in := openWork(t, o)
+	if _, err := in.Load(head, signers); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]string{
+		"text after it":  strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n and more\n", 1),
+		"text before it": strings.Replace(raw, "gpgsig -----BEGIN", "gpgsig note\n -----BEGIN", 1),
+		"a CR":           strings.Replace(raw, "-----BEGIN SSH SIGNATURE-----\n", "-----BEGIN SSH SIGNATURE-----\r\n", 1),
+		"blanks":         strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE----- \n", 1),
+		"twice":          strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n -----END SSH SIGNATURE-----\n", 1),
+	} {
+		sibling := literally(o, "commit", c)
+		if sibling == head {
+			t.Fatalf("%s: the commit is the same", name)
+		}
+		if _, err := in.Load(sibling, signers); !errors.As(err, new(*BadCommit)) {
+			t.Errorf("%s: %v", name, err)
+		}
+		for _, to := range []string{head, o.Commit(nil)} {
+			if yes, err := in.Descends(t.Context(), sibling, to); !yes || err != nil {
+				t.Errorf("%s: the signer's own commit does not follow it: %v, %v", name, yes, err)
+			}
+		}
+		if yes, _ := in.Descends(t.Context(), sibling, root); yes {
+			t.Errorf("%s: an older commit follows it", name)
+		}
+	}
+	other := literally(o, "commit", strings.Replace(raw, "\n\nDeploy", "\n\nDeploy this", 1))
+	if yes, err := in.Descends(t.Context(), other, head); yes || err != nil {
+		t.Errorf("a commit with another message: %v, %v", yes, err)
+	}
+}
+
+// What was taken stays taken: a mirror that starts after a signer's key expired or was removed goes on with it, and takes nothing new.
+func TestSignersThatAreGone(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []string{"expired", "removed", "removed, and nothing is remembered"} {
+		o := gittest.New(t)
+		dir := t.TempDir()
+		signersFile, memory := filepath.Join(dir, "signers"), filepath.Join(dir, "cache")
+		ada := o.SignBy(filepath.Join(dir, "ada"))
+		gittest.WriteFile(t, signersFile, "ada@example.com "+ada)
+		open := func() *Signers {
+			s, err := OpenSigners(signersFile, "", memory)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		now := time.Now().UTC()
+		o.Env = []string{"GIT_COMMITTER_DATE=" + now.AddDate(0, 0, -3).Format(time.RFC3339)}
+		taken := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+		o.Env = nil
+		in := openWork(t, o)
+		if _, err := in.Load(taken, open()); err != nil {
+			t.Fatal(err)
+		}
+		next := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+		if gone == "expired" {
+			gittest.WriteFile(t, signersFile, "ada@example.com valid-before=\""+now.AddDate(0, 0, -1).Format("20060102")+"Z\" "+ada)
+			if err := os.RemoveAll(memory); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			gittest.WriteFile(t, signersFile, "bob@example.com "+strings.TrimSpace(string(ssh.MarshalAuthorizedKey(gittest.NewKey(t, filepath.Join(dir, "bob"), ""))))+"\n")
+		}
+		if strings.HasSuffix(gone, "remembered") {
+			if err := os.RemoveAll(memory); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := in.LoadTaken(taken, open())
+		if stays := !strings.HasSuffix(gone, "remembered"); stays != (err == nil) {
+			t.Errorf("%s: what was taken: %v", gone, err)
+		}
+		for _, load := range []func(string, *Signers) (*Commit, error){in.Load, in.LoadTaken} {
+			if _, err := load(next, open()); !errors.Is(err, policy.ErrUntrusted) {
+				t.Errorf("%s: a commit that was never taken: %v", gone, err)
+			}
+		}
+	}
+}
+
+func openWork(t *testing.T, o *gittest.Origin) *Objects {
+	t.Helper()
+	in, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close() })
+	return in
 }

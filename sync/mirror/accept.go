@@ -84,7 +84,7 @@ func (l *leader) recall(head string) {
 		return
 	}
 	a.recalled = head
-	commit, err := l.load(taken)
+	commit, err := l.loadTaken(taken)
 	if err != nil {
 		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
 			"commit", taken, "error", err)

@@ -79,7 +79,7 @@ type Config struct {
 type Mirror struct {
 	c        Config
 	branch   git.Branch
-	verify   git.Verifier // nil: signatures are not asked for
+	signers  *git.Signers // nil: signatures are not asked for
 	metrics  *metrics
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
@@ -143,7 +143,7 @@ func New(c Config) (*Mirror, error) {
 	if m.secret, err = git.Secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
 		return nil, err
 	}
-	if m.verify, err = git.NewVerifier(c.SignedBy, c.SignedByPGP); err != nil {
+	if m.signers, err = git.OpenSigners(c.SignedBy, c.SignedByPGP, c.CacheDir); err != nil {
 		return nil, err
 	}
 	if m.branch, err = git.Open(git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
@@ -245,7 +245,17 @@ func (m *Mirror) load(hash string) (*git.Commit, error) {
 		return nil, err
 	}
 	defer from.Close()
-	return from.Load(hash, m.verify)
+	return from.Load(hash, m.signers)
+}
+
+// loadTaken reads a commit that a mirror took before, whatever became of its signer since.
+func (m *Mirror) loadTaken(hash string) (*git.Commit, error) {
+	from, err := m.branch.Objects()
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	return from.LoadTaken(hash, m.signers)
 }
 
 func (m *Mirror) logGit(before, after gitState) {

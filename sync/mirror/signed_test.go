@@ -74,6 +74,30 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.runs("prod/web/app", "app/3")
 }
 
+// A mirror that starts after the signer was taken out goes on with what was taken: it keeps records up, and obeys orders.
+func TestSignerIsTakenOut(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	dir := t.TempDir()
+	store := dirStore(t)
+	signers := filepath.Join(dir, "signers")
+	gittest.WriteFile(t, signers, "ada@example.com "+o.SignBy(filepath.Join(dir, "ada")))
+	c := Config{Store: store, Repo: o.Bare, SignedBy: signers, CacheDir: filepath.Join(dir, "cache")}
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, c)
+	m.at(head)
+	m.stop()
+	eve := o.SignBy(filepath.Join(dir, "eve"))
+	gittest.WriteFile(t, signers, "eve@example.com "+eve)
+	put(t, store, "desired/prod/web/app", pointer("hand/1").String())
+	m = start(t, c)
+	m.runs("prod/web/app", "app/1")
+	o.SignWith(filepath.Join(dir, "ada"))
+	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}), "not among the allowed signers")
+	o.SignWith(filepath.Join(dir, "eve"))
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
+}
+
 // Commits that the real gpg signed: by a key that counts, by another, by one that expired, and SSH signers beside them.
 func TestCommitsSignedByOpenPGP(t *testing.T) {
 	t.Parallel()
