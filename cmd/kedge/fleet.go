@@ -144,7 +144,7 @@ func (a *app) historyCommand() *cobra.Command {
 }
 
 func (a *app) waitCommand() *cobra.Command {
-	var timeout time.Duration
+	var timeout, patience time.Duration
 	var commit, ready string
 	var progress, postReceive bool
 	c := &cobra.Command{
@@ -156,13 +156,14 @@ With --ready it asks this node's agent instead, and needs no store: for cloud-in
   kedge wait prod/web --commit $(git rev-parse HEAD) --timeout 10m
   kedge wait --ready 127.0.0.1:7070
 
-On a terminal, and with --progress, it prints what is still missing, whenever that changes. As a hook of the repo that people push to, it shows them the
+It prints what is still missing, whenever that changes, unless --progress=false is given. As a hook of the repo that people push to, it shows them the
 rollout that they began until it ends, and nothing of units that they left alone; to interrupt it stops the watching alone. Put this in hooks/post-receive:
 
   #!/bin/sh
   exec kedge wait --post-receive --timeout 30m
 
-Exit code 0 when converged, 1 when a node refused its release (it says which and why), 3 when the time is over.`,
+Exit code 0 when converged, 1 when a node refused its release (it says which and why) or the store was out of reach for longer
+than --patience, 3 when the time is over.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if timeout <= 0 {
@@ -193,18 +194,15 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 					return err
 				}
 			}
-			if !cmd.Flags().Changed("progress") {
-				progress = terminalWidth(a.stderr) > 0
-			}
 			if progress || postReceive {
 				began := time.Now()
 				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
 			}
-			wait, done := fleet.Wait, "all nodes run what they should"
+			done := "all nodes run what they should"
 			if postReceive {
-				wait, done = fleet.WaitForPush, "all nodes run what was pushed"
+				done = "all nodes run what was pushed"
 			}
-			err = wait(ctx, store, filter, commit, tell)
+			err = fleet.Wait(ctx, store, filter, fleet.Waiting{Commit: commit, Push: postReceive, Patience: patience, Tell: tell})
 			if err == nil && tell != nil {
 				tell(done)
 			}
@@ -215,6 +213,9 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 				err = fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
 			case errors.Is(err, context.Canceled):
 				err = fmt.Errorf("interrupted: %w", err)
+			case errors.Is(err, kv.ErrUnavailable):
+				hint := "to wait through a longer outage: --patience 0 (for ever), or a longer time"
+				return hintError{err, strings.TrimSpace(a.storeHint(err) + "\n" + hint)}
 			case errors.Is(err, fleet.ErrRefused):
 				return err
 			}
@@ -224,7 +225,8 @@ Exit code 0 when converged, 1 when a node refused its release (it says which and
 	f := c.Flags()
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up after this long")
 	f.StringVar(&commit, "commit", "", "wait until the mirror has taken this commit, or one after it, as well")
-	f.BoolVar(&progress, "progress", false, "print what is missing, as it changes (default: on a terminal)")
+	f.BoolVar(&progress, "progress", true, "print what is missing, as it changes")
+	f.DurationVar(&patience, "patience", 30*time.Second, "give up when the store is out of reach for this long; 0: only when --timeout is over")
 	f.BoolVar(&postReceive, "post-receive", false, "wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)")
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
 	return c

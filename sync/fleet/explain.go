@@ -110,7 +110,7 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 
 // storeStep says what of the store could not be read, so that all else may be wrong.
 func storeStep(f *Fleet) (policy.Step, bool) {
-	away, text := unavailable(f)
+	away, text := lastKnown(f)
 	if text != "" {
 		return policy.Step{What: "store", Says: text, Blocks: true, Unblock: "see to the store, then look again; nodes go on with what they know"}, true
 	}

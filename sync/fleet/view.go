@@ -20,9 +20,8 @@ type Note struct {
 	About, Says Text
 }
 
-// unavailable says in one text which parts of the store can't be read now, and why: mostly it is all of them, for one reason.
-func unavailable(f *Fleet) (parts []string, text string) {
-	var why string
+// unavailable returns which parts of the store can't be read now, and why: mostly it is all of them, for one reason.
+func unavailable(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
 		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
 		if !strings.HasSuffix(kind, "/") || !is {
@@ -34,6 +33,12 @@ func unavailable(f *Fleet) (parts []string, text string) {
 		}
 		why = cmp.Or(why, oneLine(after))
 	}
+	return parts, why
+}
+
+// lastKnown says in one text what of a fleet may be out of date; empty: nothing.
+func lastKnown(f *Fleet) (parts []string, text string) {
+	parts, why := unavailable(f)
 	if len(parts) == 0 {
 		return nil, ""
 	}
@@ -42,7 +47,7 @@ func unavailable(f *Fleet) (parts []string, text string) {
 
 // Faults are the errors of f that are no unit's.
 func (f *Fleet) Faults() (all []Note) {
-	away, text := unavailable(f)
+	away, text := lastKnown(f)
 	if text != "" {
 		all = append(all, Note{Text{"error", Bad}, Text{text, Plain}})
 	}

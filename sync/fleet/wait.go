@@ -18,37 +18,57 @@ import (
 // or a rollout was rolled back.
 var ErrRefused = errors.New("refused")
 
+// Waiting is what Wait waits for, beside a filter.
+type Waiting struct {
+	// Commit, of which seven digits will do: the mirror has to have taken it, or one after it; empty: none.
+	Commit string
+	// Push leaves out units that Commit left as they were, whatever is wrong with them.
+	Push bool
+	// Patience is how long the store may be out of reach without a break; 0: for ever.
+	Patience time.Duration
+	// Tell, if it isn't nil, is told what is missing, whenever that changes.
+	Tell func(missing string)
+}
+
 // Wait waits until all live nodes of the units that filter takes run what they should, and no rollout is under way.
 //
-// With a commit, of which seven digits will do, it first waits until the mirror has taken it, or one after it. ErrRefused says what
-// won't mend itself. When ctx ends, the error says what was still missing, and wraps ctx's. tell, where it isn't nil, is told what is
-// missing, whenever that changes.
-func Wait(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	return await(ctx, store, filter, commit, false, tell)
-}
-
-// WaitForPush is Wait for what a commit began: units that it left as they were don't count, whatever is wrong with them.
-func WaitForPush(ctx context.Context, store kv.Store, filter Filter, commit string, tell func(missing string)) error {
-	return await(ctx, store, filter, commit, true, tell)
-}
-
-func await(ctx context.Context, store kv.Store, filter Filter, commit string, push bool, tell func(missing string)) error {
-	w := waiter{filter: filter, commit: strings.ToLower(commit), push: push, before: map[nodeUnit]time.Time{}}
-	if commit != "" {
-		err := CheckCommit(commit)
-		if err != nil {
+// ErrRefused says what won't mend itself, kv.ErrUnavailable that the store was out of reach for longer than
+// Patience. When ctx ends, the error says what was still missing, and wraps ctx's.
+func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) error {
+	w := waiter{filter: filter, commit: strings.ToLower(what.Commit), push: what.Push, before: map[nodeUnit]time.Time{}}
+	if w.commit != "" {
+		if err := CheckCommit(w.commit); err != nil {
 			return err
 		}
-		if w.taken, err = wasTaken(ctx, store, filter, w.commit); err != nil {
-			return waitError{"reading the history", err}
+	}
+	missing, reason, told := "nothing could be read yet", "nothing could be read yet", ""
+	tell := func() {
+		if what.Tell != nil && missing != told {
+			told = missing
+			what.Tell(missing)
 		}
 	}
-	missing, told := "nothing could be read yet", ""
 	var result error
-	done := errors.New("done")
+	var done, away = errors.New("done"), errors.New("away")
 	watching, finish := context.WithCancelCause(ctx)
 	defer finish(nil)
+	w.outage = newOutage(what.Patience, func() { finish(away) })
+	defer w.outage.end()
+	historyRead := w.commit == ""
 	err := Watch(watching, store, filter, func(f *Fleet) {
+		if parts, why := unavailable(f); len(parts) == len(kinds) {
+			w.outage.begin()
+			missing, reason = "the store can't be reached: "+why, why
+			tell()
+			return
+		}
+		w.outage.end()
+		if !historyRead {
+			missing = "reading the history"
+			if w.taken, historyRead = w.wasTaken(watching, store); !historyRead {
+				return
+			}
+		}
 		missing, result = w.look(f)
 		if missing == "" || result != nil {
 			// The parts of a watched fleet come each at its time: what a new head or an order brought might not be there yet. So once
@@ -59,18 +79,46 @@ func await(ctx context.Context, store kv.Store, filter Filter, commit string, pu
 			finish(done)
 			return
 		}
-		if tell != nil && missing != told {
-			told = missing
-			tell(missing)
-		}
+		tell()
 	})
 	switch {
 	case context.Cause(watching) == done:
 		return result
+	case context.Cause(watching) == away:
+		return fmt.Errorf("%w for %s: %s", kv.ErrUnavailable, what.Patience, reason)
 	case ctx.Err() != nil:
 		return waitError{missing, ctx.Err()}
 	}
 	return err
+}
+
+// outage ends a wait once the store has been out of reach for a while. It begins at once: nothing was read yet.
+type outage struct {
+	timer   *time.Timer // nil: it may last for ever
+	limit   time.Duration
+	running bool
+}
+
+func newOutage(limit time.Duration, end func()) *outage {
+	o := &outage{limit: limit}
+	if limit > 0 {
+		o.timer, o.running = time.AfterFunc(limit, end), true
+	}
+	return o
+}
+
+func (o *outage) begin() {
+	if o.timer != nil && !o.running {
+		o.timer.Reset(o.limit)
+		o.running = true
+	}
+}
+
+func (o *outage) end() {
+	if o.timer != nil {
+		o.timer.Stop()
+		o.running = false
+	}
 }
 
 // CheckCommit reports why a text can't be a commit's hash, or the beginning of one.
@@ -97,6 +145,7 @@ type waiter struct {
 	push   bool // look at what the commit changed alone
 	taken  bool
 	head   *string // the first that was seen
+	outage *outage
 	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of the new try.
 	before map[nodeUnit]time.Time
 }
@@ -114,6 +163,7 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 	for {
 		f, err := Read(ctx, store, filter)
 		if err == nil {
+			w.outage.end()
 			// What can't be seen might be a node that isn't converged, or a pin.
 			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 				if why := f.Errors[kind]; why != "" {
@@ -122,6 +172,7 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 			}
 			return w.look(f)
 		}
+		w.outage.begin()
 		select {
 		case <-ctx.Done():
 			return err.Error(), nil
@@ -302,21 +353,23 @@ func unfinished(u *Unit, now time.Time) string {
 	return ""
 }
 
-// wasTaken looks for a commit among what the mirror wrote.
-func wasTaken(ctx context.Context, store kv.Store, filter Filter, commit string) (bool, error) {
-	entries, err := store.List(ctx, filter.prefix(kv.HistoryPrefix))
-	if errors.Is(err, kv.ErrDenied) {
-		return false, nil // no mirror has written there
-	}
-	if err != nil {
-		return false, err
-	}
-	for _, e := range entries {
-		if h, err := deployments.ParseHistory(e.Value); err == nil && strings.HasPrefix(h.Commit, commit) {
-			return true, nil
+// wasTaken looks for the commit among what the mirror wrote. It tries until the store answers, or ctx ends: !read.
+func (w *waiter) wasTaken(ctx context.Context, store kv.Store) (taken, read bool) {
+	for {
+		entries, err := store.List(ctx, w.filter.prefix(kv.HistoryPrefix))
+		if err == nil || errors.Is(err, kv.ErrDenied) { // denied: no mirror has written there
+			w.outage.end()
+			return slices.ContainsFunc(entries, func(e kv.Entry) bool {
+				return strings.HasPrefix(readHistory(e).Commit, w.commit)
+			}), true
+		}
+		w.outage.begin()
+		select {
+		case <-ctx.Done():
+			return false, false
+		case <-time.After(readAgain):
 		}
 	}
-	return false, nil
 }
 
 func short(hash string) string { return hash[:min(12, len(hash))] }

@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -28,7 +29,7 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	t.Cleanup(cancel)
-	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, commit, nil) }()
+	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, Waiting{Commit: commit}) }()
 	return ended
 }
 
@@ -164,7 +165,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
 		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second}))
-		if err := Wait(t.Context(), s, Filter{}, second, nil); err != nil {
+		if err := Wait(t.Context(), s, Filter{}, Waiting{Commit: second}); err != nil {
 			t.Error(err)
 		}
 	})
@@ -172,7 +173,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
 		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reports("web-1", runs("app", "1")))
-		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, second, nil); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
+		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, Waiting{Commit: second}); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
 	})
@@ -189,19 +190,19 @@ func TestWaitForACommit(t *testing.T) {
 			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			if err := WaitForPush(ctx, s, Filter{}, commit, nil); err == nil || !strings.Contains(err.Error(), says) {
+			if err := Wait(ctx, s, Filter{}, Waiting{Commit: commit, Push: true}); err == nil || !strings.Contains(err.Error(), says) {
 				t.Errorf("%s: %v, want %q", commit, err, says)
 			}
 			cancel()
 		}
-		if err := WaitForPush(t.Context(), s, Filter{}, third, nil); err != nil {
+		if err := Wait(t.Context(), s, Filter{}, Waiting{Commit: third, Push: true}); err != nil {
 			t.Errorf("it changed nothing, and waits for others: %v", err)
 		}
 	})
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
-			if err := Wait(t.Context(), openDir(t), Filter{}, bad, nil); err == nil || !strings.Contains(err.Error(), "hash") {
+			if err := Wait(t.Context(), openDir(t), Filter{}, Waiting{Commit: bad}); err == nil || !strings.Contains(err.Error(), "hash") {
 				t.Errorf("%q: %v", bad, err)
 			}
 		}
@@ -285,7 +286,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 			store(t, s, c.entries...)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			err := Wait(ctx, s, Filter{}, c.commit, nil)
+			err := Wait(ctx, s, Filter{}, Waiting{Commit: c.commit})
 			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v, want %q", err, c.says)
 			}
@@ -320,7 +321,7 @@ func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 			t.Parallel()
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, "", nil)
+			err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, Waiting{})
 			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), prefix) {
 				t.Error(err)
 			}
@@ -328,7 +329,42 @@ func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 	}
 	shaky := &blind{Store: s, prefix: "none of these"}
 	shaky.fails.Store(2)
-	if err := Wait(t.Context(), shaky, Filter{}, "", nil); err != nil {
+	if err := Wait(t.Context(), shaky, Filter{}, Waiting{}); err != nil {
 		t.Errorf("a store that is away for a moment: %v", err)
+	}
+}
+
+// away is a store that can't be reached for a while.
+type away struct {
+	kv.Store
+	until <-chan struct{}
+}
+
+func (a *away) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
+	f(kv.View{Err: fmt.Errorf("%w: connection refused", kv.ErrUnavailable)})
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.until:
+	}
+	return a.Store.Watch(ctx, prefix, f)
+}
+
+// A store that can't be reached ends the wait once patience is over, and says what it can't reach meanwhile; an outage
+// that is shorter is waited through.
+func TestWaitEndsWhenTheStoreStaysAway(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	store(t, s, recordOf("1", 2), reports("web-1", runs("app", "1")))
+	told := ""
+	tell := func(missing string) { told += missing + "\n" }
+	err := Wait(t.Context(), &away{Store: s}, Filter{}, Waiting{Patience: 50 * time.Millisecond, Tell: tell})
+	if !errors.Is(err, kv.ErrUnavailable) || !strings.Contains(err.Error(), "connection refused") || !strings.Contains(told, "connection refused") {
+		t.Errorf("%v, told %q", err, told)
+	}
+	back := make(chan struct{})
+	tell = func(string) { close(back) } // once it is known to be away
+	if err := Wait(t.Context(), &away{Store: s, until: back}, Filter{}, Waiting{Patience: time.Minute, Tell: tell}); err != nil {
+		t.Errorf("an outage that ended: %v", err)
 	}
 }
