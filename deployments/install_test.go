@@ -62,6 +62,11 @@ func TestConsulRules(t *testing.T) {
 			writes: []string{"pins/prod/web/app", "pins/prod/web/app/web-1", "control/prod/web/app"},
 			locked: []string{"desired/prod/web/app", "status/prod/web/web-1", "history/prod/web/app/1", "mirror/state", "mirror/lease", "mirror/hook"},
 		},
+		{
+			party: "web", node: server,
+			reads:  []string{"desired/", "pins/", "status/", "control/", "history/", "mirror/", "pins/prod/web/"},
+			locked: []string{"pins/prod/web/app", "control/prod/web/app", "desired/prod/web/app", "status/prod/web/web-1", "mirror/state"},
+		},
 	} {
 		t.Run(p.party, func(t *testing.T) {
 			token := cluster.Token(deployments.ConsulRules(p.party, p.vars))

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -18,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/open"
 	"kedge/sync/fleet"
@@ -134,9 +136,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			if len(args) == 0 {
 				return nil
 			}
-			if args[0] == "version" {
-				return usagef("unknown command %q: did you mean --version?", args[0])
-			}
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
 				return usagef("unknown command %q: did you mean %s?", args[0], strings.Join(near, " or "))
 			}
@@ -180,11 +179,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		&cobra.Group{ID: "operate", Title: "Operate it"},
 	)
 	for group, commands := range map[string][]*cobra.Command{
-		"start":   {a.demoCommand()},
+		"start":   {a.demoCommand(), a.versionCommand()},
 		"daemon":  {a.agentCommand(), a.mirrorCommand()},
 		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand()},
 		"fleet":   {a.statusCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
-		"operate": a.operateCommands(),
+		"operate": append(a.operateCommands(), a.aclCommand()),
 	} {
 		for _, c := range commands {
 			c.GroupID = group
@@ -284,6 +283,26 @@ func envOr(name, otherwise string) string {
 		return v
 	}
 	return otherwise
+}
+
+func (a *app) versionCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "version",
+		Short: "The version of this kedge",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			if a.json {
+				return a.printJSON(map[string]any{
+					"version": version(), "format_level": deployments.FormatLevel,
+					"go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH,
+				})
+			}
+			fmt.Fprintln(a.stdout, version())
+			return nil
+		},
+	}
+	a.jsonFlag(c, "the version")
+	return c
 }
 
 // version is the build's: a tag, or the commit, as the Go tool stamps it.
