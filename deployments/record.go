@@ -56,6 +56,8 @@ type Progress struct {
 	Cutoff uint64 `json:"cutoff,string"`
 	// Early admits, by their rank as well, nodes that run one of Superseded: the canaries of a target that was replaced go first.
 	Early uint64 `json:"early,omitempty,string"`
+	// Fast is set if it needs no gates: a pin, or a release that was stable before.
+	Fast bool `json:"fast,omitempty"`
 	// Unproven is set if Stable went out at once and never became good everywhere: nodes that it keeps out of service take no room.
 	Unproven bool `json:"unproven,omitempty"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.

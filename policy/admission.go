@@ -14,6 +14,15 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	const what = "admission"
 	origin := sayOrigin(r)
 	p := r.Rollout
+	told := told(&r, f.Joined, f.Running) && (f.Joined > 0 || r.Joined == 0 || f.Running.IsZero())
+	if !told && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !partOf(&r, f.Running.Digest)) {
+		d.Action, d.Source, d.Target, d.Why = ActRun, FromRunning, f.Running, "this node was away: it stays on what it runs until its turn"
+		if p == nil || p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack {
+			d.Action, d.Stage = ActStage, r.Target
+		}
+		d.note(Step{What: what, Says: "was away, and stays on what it runs until its turn", Decides: true})
+		return
+	}
 	if p == nil {
 		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin
 		d.note(Step{What: what, Says: "every node", Decides: true})
@@ -22,7 +31,13 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	d.note(Step{What: "rollout", Says: sayProgress(p), Unblock: unblock(f.Unit, p)})
 	back := p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 	rank := Rank(f.Node, r.Target.Digest)
-	admitted := rank <= p.Cutoff
+	replaced := f.Running.Digest != r.Target.Digest && partOf(&r, f.Running.Digest)
+	admitted := rank <= p.Cutoff || replaced && rank <= p.Early && !back // who is to go back stays, if it is admitted or not told
+	if back {
+		admitted = admitted || !told
+	} else {
+		admitted = admitted && told
+	}
 	here := fmt.Sprintf("wait for its turn, or at once on this node: kedge pin %s %s --node %s", f.Unit, r.Target, f.Node)
 	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
 	refuses := !f.Running.IsZero() && f.Running.Digest != r.Stable.Digest && slices.Contains(f.Quarantined, r.Stable.Digest)
@@ -71,22 +86,6 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 }
 
-// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is stable.
-func partOf(r *deployments.Record, d deployments.Digest) bool {
-	if d.IsZero() || d == r.Stable.Digest {
-		return false
-	}
-	if d == r.Target.Digest {
-		return true
-	}
-	for _, o := range r.Rollout.Superseded {
-		if o.Digest == d {
-			return true
-		}
-	}
-	return false
-}
-
 // sayProgress is a phase in words, and why the rollout stands there.
 func sayProgress(p *deployments.Progress) string {
 	return strings.TrimSuffix(SayPhase(p.Phase)+": "+SayReason(p), ": ")
@@ -95,7 +94,7 @@ func sayProgress(p *deployments.Progress) string {
 // SayReason is why a rollout stands where it does, in words.
 func SayReason(p *deployments.Progress) string {
 	if p.Reason == deployments.ReasonOrphaned {
-		return strings.TrimSuffix(orphaned+": "+p.Message, ": ")
+		return strings.TrimSuffix(Message(p.Reason, nil)+": "+p.Message, ": ")
 	}
 	return p.Message
 }

@@ -253,7 +253,10 @@ func TestNextCountsFailures(t *testing.T) {
 			more(s)
 		}
 	}
-	late := func(s *Situation) { s.Record.Rollout.Since = ago(10 * time.Minute) }
+	late := func(s *Situation) {
+		s.Record.Rollout.Since = ago(10 * time.Minute)
+		s.Nodes[1].Report.State = fetching
+	}
 	for _, c := range []struct {
 		name string
 		set  func(*Situation)
@@ -265,7 +268,20 @@ func TestNextCountsFailures(t *testing.T) {
 		{"one that doesn't say why", is(1, report{State: quarantined, Want: v2, Generation: 2}), "1 of 10 nodes failed (NODE1: quarantined)"},
 		{"not by an earlier record", is(1, report{State: quarantined, Want: v2, Generation: 1}), ""},
 		{"nor where it is not admitted", is(2, failed), ""},
-		{"one that dies while it switches", gone(1, report{State: switching, Want: v2, Generation: 2}), "1 of 9 nodes failed (NODE1: gone while it switched)"},
+		{"one that dies while it switches, before it has had its time", gone(1, report{State: switching, Want: v2, Generation: 2}), ""},
+		{"after it has had its time", func(s *Situation) {
+			gone(1, report{State: switching, Want: v2, Generation: 2})(s)
+			s.Record.Rollout.Since = ago(10 * time.Minute)
+		}, "1 of 9 nodes failed (NODE1: gone while it switched)"},
+		{"which counts from when it left", func(s *Situation) {
+			gone(1, report{State: switching, Want: v2, Generation: 2})(s)
+			s.Record.Rollout.Since, s.Nodes[1].GoneSince = ago(10*time.Minute), ago(time.Minute)
+		}, ""},
+		{"one that runs it, and is unhealthy", is(1, report{State: deployments.StateUnhealthy, Running: v2, Want: v2, Generation: 2, Error: "http: 503"}),
+			"1 of 10 nodes failed (NODE1: http: 503)"},
+		{"one that was there, and became so", is(0, report{State: deployments.StateUnhealthy, Running: v2, Want: v2, Generation: 2, Error: "http: 503"}),
+			"1 of 10 nodes failed (NODE0: http: 503)"},
+		{"not one that is unhealthy on what it ran before", is(5, report{State: deployments.StateUnhealthy, Running: v1, Want: v1, Generation: 2}), ""},
 		{"or after it failed", gone(1, failed), "1 of 9 nodes failed (NODE1: health)"},
 		{"not one that was there", gone(1, report{State: converged, Running: v2, Want: v2, Generation: 2}), ""},
 		{"nor one that was yet to be told", gone(1, report{State: converged, Running: v1, Want: v1, Generation: 2}), ""},
@@ -277,7 +293,8 @@ func TestNextCountsFailures(t *testing.T) {
 		{"two where a tenth may, and a bit", two(deployments.Amount{N: 11, Percent: true}, func(*Situation) {}), ""},
 		{"of those that live", two(deployments.Amount{N: 11, Percent: true}, func(s *Situation) { s.Nodes[8].Gone = true }), "2 of 9 nodes failed (NODE3: health), at most 1 may"},
 		{"beside those that an operator bore", two(deployments.Amount{N: 1}, func(s *Situation) { s.Record.Rollout.Tolerated = 1 }), ""},
-		{"one that is late", late, "1 of 10 nodes failed (NODE1: not converged in time, converged), at most 0 may"},
+		{"one that is late", late, "1 of 10 nodes failed (NODE1: not converged in time, fetching), at most 0 may"},
+		{"not one that says that it is well, and has yet to notice", func(s *Situation) { late(s); s.Nodes[1].Report.State = converged }, ""},
 		{"and says why", func(s *Situation) {
 			late(s)
 			s.Nodes[1].Report.State, s.Nodes[1].Report.Error = retrying, "no route to S3"
@@ -287,7 +304,7 @@ func TestNextCountsFailures(t *testing.T) {
 		{"nor one that was not asked to hurry", func(s *Situation) {
 			late(s)
 			there(s, 2)
-			s.Nodes[2].Report.State = switching
+			s.Nodes[1].Report.State, s.Nodes[2].Report.State = converged, switching
 		}, ""},
 		{"all that are late", func(s *Situation) {
 			late(s)

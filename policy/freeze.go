@@ -23,19 +23,19 @@ type Verdict struct {
 	Wait bool
 }
 
-// frozenBy begins the reason of a rollout that a window holds.
-const frozenBy = "frozen by "
-
-func (v Verdict) String() string {
-	s := frozenBy + said(v.By)
+// Facts tells of the window, for a reason.
+func (v Verdict) Facts() deployments.Facts {
+	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {
-		s += " until " + v.Ends.UTC().Format("2006-01-02 15:04Z")
+		f["until"] = v.Ends.UTC().Format(time.RFC3339)
 	}
 	if v.Reason != "" {
-		s += " (" + said(v.Reason) + ")"
+		f["reason"] = clipped(v.Reason)
 	}
-	return s
+	return f
 }
+
+func (v Verdict) String() string { return Message(deployments.ReasonFrozen, v.Facts()) }
 
 // Frozen says whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else allows; a unit
 // that allow windows name is frozen outside of them all. Windows open by the wall clock of their zone and stay open for their

@@ -136,8 +136,14 @@ func TestNext(t *testing.T) {
 		{"no room, no admission", 2, rolling, func(s *Situation) {}, rolling, 2, ""},
 		{"one converged, one admitted", 2, rolling, func(s *Situation) { there(s, 1) }, rolling, 3, "3 of 10"},
 		{"all converged ends it", 10, rolling, func(s *Situation) { there(s, 10) }, done, 0, "every node converged"},
-		{"a node that dies in flight has failed", 2, rolling, func(s *Situation) {
+		{"a node that leaves in mid-switch is in flight until it is back", 2, rolling, func(s *Situation) {
 			there(s, 1)
+			s.Unit.Rollout.MaxUnavailable.N = 1
+			s.Nodes[1].Gone, s.Nodes[1].Report.State, s.Nodes[1].Report.Want = true, deployments.StateSwitching, s.Unit.Release
+		}, rolling, 2, ""},
+		{"or its deadline has passed: then it has failed", 2, rolling, func(s *Situation) {
+			there(s, 1)
+			s.Record.Rollout.Since = ago(10 * time.Minute)
 			s.Nodes[1].Gone, s.Nodes[1].Report.State, s.Nodes[1].Report.Want = true, deployments.StateSwitching, s.Unit.Release
 		}, back, 10, "gone while it switched"},
 		{"a node that deregisters frees its slot", 2, rolling, func(s *Situation) { s.Nodes = s.Nodes[1:] }, rolling, 2, "2 of 9"},
@@ -171,7 +177,14 @@ func TestNext(t *testing.T) {
 				s.Nodes[i].Gone = true
 			}
 		}, back, 2, ""},
-		{"where there are no nodes there is nothing to wait for", 2, rolling, func(s *Situation) { s.Nodes = nil }, done, 0, "every node converged"},
+		{"a rollout without nodes waits for one", 2, rolling, func(s *Situation) { s.Nodes = nil }, rolling, 0, "waits for a node"},
+		{"and begins with its canary when they come", 0, first, func(s *Situation) {
+			canary(s)
+			nodes := s.Nodes
+			s.Nodes = nil
+			s.Record = Next(*s).Record
+			s.Nodes = nodes
+		}, first, 1, "1 of 1 canary"},
 		{"a failure rolls back", 2, rolling, fails, back, 10, "1 of 10 nodes failed"},
 		{"a release that a node's configuration forbids has failed on it", 2, rolling, func(s *Situation) {
 			s.Nodes[1].Report = deployments.UnitReport{State: deployments.StateInvalid, Running: release("v1"), Generation: 2, Error: "is not from"}
@@ -183,7 +196,7 @@ func TestNext(t *testing.T) {
 		{"a failure pauses, where that is asked for", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.OnFailure = deployments.Pause }, paused, 2, "1 of 10 nodes failed"},
 		{"max_failures are borne", 2, rolling, func(s *Situation) { fails(s); s.Unit.Rollout.MaxFailures.N = 1 }, rolling, 4, "4 of 10"},
 		{"a failure counts on where its node dies", 2, rolling, func(s *Situation) { fails(s); s.Nodes[1].Gone = true }, back, 10, "1 of 9 nodes failed ("},
-		{"no progress within the deadline is a failure", 2, rolling, func(s *Situation) { s.Now = noon.Add(time.Hour) }, back, 10, "not converged in time"},
+		{"no progress within the deadline is a failure", 2, rolling, func(s *Situation) { s.Now = noon.Add(time.Hour); s.Nodes[1].Report.State = switching }, back, 10, "not converged in time"},
 		{"pause", 2, rolling, func(s *Situation) { s.Order = "pause" }, paused, 2, "paused by an operator"},
 		{"paused stays paused", 2, paused, func(s *Situation) { there(s, 2) }, paused, 2, ""},
 		{"resume", 2, paused, func(s *Situation) { there(s, 2); s.Record.Rollout.Promoted = true; s.Order = "resume" }, rolling, 4, "4 of 10"},
@@ -324,6 +337,7 @@ func TestNext(t *testing.T) {
 		{"one whose failure is borne does not hold up the bake", 2, first, func(s *Situation) {
 			baking(s)
 			s.Unit.Rollout.MaxFailures.N = 1
+			s.Nodes[1].Report.State = switching
 			s.Record.Rollout.HealthySince = ago(time.Hour)
 		}, rolling, 3, "3 of 10"},
 		{"a fleet that bakes bakes on where one of it restarts", 10, rolling, func(s *Situation) {
@@ -357,6 +371,7 @@ func TestNext(t *testing.T) {
 		}, rolling, 2, ""},
 		{"before it has had its time since", 2, rolling, func(s *Situation) {
 			s.Record.Rollout.Since, s.Seen = ago(time.Hour), ago(10*time.Minute)
+			s.Nodes[0].Report.State = switching
 		}, back, 10, "not converged in time"},
 		{"a bake doesn't end before canaries could say how they are", 1, first, func(s *Situation) {
 			canary(s)
@@ -391,8 +406,8 @@ func TestNext(t *testing.T) {
 					}
 				}
 			}
-			if phase != c.want || (c.want != back || c.phase == back) && admitted != c.then || !strings.Contains(m.Reason, c.reason) {
-				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, m.Reason, c.want, c.then, c.reason)
+			if phase != c.want || (c.want != back || c.phase == back) && admitted != c.then || !strings.Contains(m.Message, c.reason) {
+				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, m.Message, c.want, c.then, c.reason)
 			}
 		})
 	}
@@ -489,8 +504,8 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 			m := Next(s)
 			why := Refusal(order, s.Record)
 			same := reflect.DeepEqual(m.Record, without.Record)
-			if (why != "") != same || why != "" && m.Reason != order+" changes nothing: "+why || (m.Did == "") != (why != "") {
-				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason, m.Did, same)
+			if (why != "") != same || why != "" && m.Message != order+" changes nothing: "+why || (m.Did == "") != (why != "") {
+				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Message, m.Did, same)
 			}
 		}
 	}
@@ -515,8 +530,8 @@ func TestReasonsAreBounded(t *testing.T) {
 			there(&s, 1)
 			set(&s)
 			m := Next(s)
-			if p := m.Record.Rollout; p == nil || len(p.Message) > 1000 || !strings.Contains(p.Message, "éé...") || !utf8.ValidString(p.Message) || len(m.Reason) > 1000 {
-				t.Errorf("a reason of %d bytes: %.100s", len(m.Reason), m.Reason)
+			if p := m.Record.Rollout; p == nil || len(p.Message) > 1000 || !strings.Contains(p.Message, "éé...") || !utf8.ValidString(p.Message) || len(m.Message) > 1000 {
+				t.Errorf("a reason of %d bytes: %.100s", len(m.Message), m.Message)
 			}
 		})
 	}

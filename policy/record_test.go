@@ -27,6 +27,12 @@ func TestNextWrites(t *testing.T) {
 		}
 		return lowest
 	}
+	highest := func(s *Situation, p deployments.Pointer) (rank uint64) {
+		for _, n := range s.Nodes {
+			rank = max(rank, Rank(n.Name, p.Digest))
+		}
+		return rank
+	}
 	same := func(*Situation, *record) {}
 	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
@@ -47,7 +53,7 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.After, s.Unit.Drift = []string{"base"}, deployments.DriftHeal
 		}, func(s *Situation, r *record) {
 			*r = record{Target: v2, Stable: v1, Generation: 2, Retry: 3, Commit: "c2", After: []string{"base"}, Drift: deployments.DriftHeal,
-				Rollout: &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
+				Rollout: &progress{Phase: rolling, Promoted: true, Unproven: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"over a bare pointer, which somebody put there", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v1}
@@ -66,18 +72,19 @@ func TestNextWrites(t *testing.T) {
 		{"all at once are on their way before it has ended", 0, rolling, func(s *Situation) {
 			s.Unit.Rollout.MaxUnavailable = deployments.Amount{}
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = math.MaxUint64, noon, "10 of 10 nodes admitted"
+			r.Rollout.Cutoff, r.Rollout.Since, r.Rollout.Message = cutoff(s, 10), noon, "10 of 10 nodes admitted"
 		}, "10 of 10", 10 * time.Minute},
-		{"it has not ended while one is on its way", 10, rolling, func(s *Situation) { there(s, 9) }, func(s *Situation, r *record) { r.Rollout.Cutoff = math.MaxUint64 }, "", 9 * time.Minute},
+		{"it has not ended while one is on its way", 10, rolling, func(s *Situation) { there(s, 9) }, same, "", 9 * time.Minute},
 		{"it ends without one that hangs, where that is borne", 10, rolling, func(s *Situation) {
 			there(s, 9)
+			s.Nodes[9].Report.State = switching
 			s.Unit.Rollout.MaxFailures.N, s.Record.Rollout.Since = 1, ago(time.Hour)
 		}, func(s *Situation, r *record) { r.Stable, r.Rollout = v2, nil }, "every node converged", 0},
 		{"all bake, where there are no canaries", 10, rolling, func(s *Situation) {
 			there(s, 10)
 			s.Unit.Rollout.Bake = 5 * time.Minute
 		}, func(s *Situation, r *record) {
-			r.Rollout.Cutoff, r.Rollout.HealthySince, r.Rollout.Message = math.MaxUint64, noon, "all nodes bake until 2026-11-24 12:05:00Z"
+			r.Rollout.HealthySince, r.Rollout.Message = noon, "all nodes bake until 2026-11-24 12:05:00Z"
 		}, "bake", 5 * time.Minute},
 		{"not once more after canaries", 10, rolling, func(s *Situation) {
 			canary(s)
@@ -261,7 +268,7 @@ func TestNextWrites(t *testing.T) {
 			each(s, func(u *deployments.UnitReport) { u.Running = v2 }) // and are to stay there
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
-			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
+			r.Rollout = &progress{Phase: first, Since: noon, Early: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
 		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)
@@ -353,7 +360,7 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[0].Report.Running = v2
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v1, 3
-			r.Rollout = &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: math.MaxUint64, Message: "10 of 10 nodes admitted",
+			r.Rollout = &progress{Phase: rolling, Promoted: true, Since: noon, Cutoff: highest(s, v1), Message: "10 of 10 nodes admitted",
 				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "10 of 10", 10 * time.Minute},
 		{"promote lets one start in a freeze, by its canaries", 0, frozenPhase, func(s *Situation) {
@@ -382,11 +389,21 @@ func TestNextWrites(t *testing.T) {
 			}
 			m := Next(s)
 			c.want(&s, &want)
+			if p := m.Record.Rollout; p != nil {
+				if p.Message != Message(p.Reason, p.Facts) && p.Phase != halted && p.Reason != "" {
+					t.Errorf("it says %q, by reason %s, %v", p.Message, p.Reason, p.Facts)
+				}
+				p.Reason, p.Facts = "", nil // Message is made from them
+			}
+			if want.Rollout != nil {
+				want.Rollout.Reason, want.Rollout.Facts = "", nil
+			}
+			m.Record.Nodes, want.Nodes, m.Record.Claim = 0, 0, 0
 			if !reflect.DeepEqual(m.Record, want) {
 				t.Errorf("it becomes\n%+v\n%+v, want\n%+v\n%+v", m.Record, m.Record.Rollout, want, want.Rollout)
 			}
-			if !strings.Contains(m.Reason, c.says) {
-				t.Errorf("says %q, want %q", m.Reason, c.says)
+			if !strings.Contains(m.Message, c.says) {
+				t.Errorf("says %q, want %q", m.Message, c.says)
 			}
 			again := time.Duration(0)
 			if !m.Again.IsZero() {

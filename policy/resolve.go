@@ -19,6 +19,8 @@ type Facts struct {
 	Record  Value[deployments.Record]
 	UnitPin Value[deployments.Pin]
 	NodePin Value[deployments.Pin]
+	// Joined is the node's number, as in Report.Joined; 0: it doesn't know it yet.
+	Joined uint64
 	// Running is the release that is live; zero: none. Quarantined are digests that failed on this node.
 	Running     deployments.Pointer
 	Quarantined []deployments.Digest
@@ -139,6 +141,11 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 		return over == ""
 	}
 	p := v.Value
+	if from == FromUnitPin && over == "" && paced(f.Record, p) && !p.Expired(f.Now) {
+		d.note(Step{What: what, Says: p.Release.String() + sayPin(p, f.Now) + ": the mirror rolls it out, within max_unavailable",
+			Unblock: "at once on every node: kedge pin " + f.Unit.String() + " " + p.Release.String() + " --at-once"})
+		return false
+	}
 	story := sayPin(p, f.Now)
 	says := p.Release.String() + story
 	if p.Hold {
@@ -159,6 +166,11 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	}
 	d.note(Step{What: what, Says: says, Decides: true, Unblock: unpin})
 	return true
+}
+
+// paced reports whether a unit pin is the mirror's to roll out, as the record's target.
+func paced(record Value[deployments.Record], p deployments.Pin) bool {
+	return record.Present && record.Err == nil && record.Value.Paced && !p.AtOnce && !p.Hold
 }
 
 // decidedBy names the step that decided so far.

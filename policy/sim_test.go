@@ -523,6 +523,9 @@ func (w *world) end() {
 			n.pin, n.free = Value[deployments.Pin]{}, true
 		}
 	}
+	if !slices.ContainsFunc(w.nodes, func(n *member) bool { return !n.left }) {
+		w.join() // a rollout without nodes waits for one
+	}
 	settled := w.settle(true)
 	if settled && w.chance(0.5) { // what has failed may be tried once more
 		w.mirror("retry")

@@ -73,9 +73,11 @@ type cell struct {
 
 // reported is a node's entry in status/.
 type reported struct {
-	node   string
-	gone   bool // its session has ended
-	report deployments.Report
+	node string
+	gone bool // its session has ended
+	// goneSince is when that was seen; zero: it is there.
+	goneSince time.Time
+	report    deployments.Report
 }
 
 // parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed again.
@@ -83,6 +85,8 @@ type parsedReport struct {
 	version uint64
 	value   []byte // a restored store gives versions out again
 	report  deployments.Report
+	// goneSince is when its entry was first seen without a session; zero: it has one.
+	goneSince time.Time
 }
 
 func newObserver(log *slog.Logger, hooked func()) *observer {
@@ -146,11 +150,17 @@ func (o *observer) fleet(v kv.View) {
 			if err != nil {
 				o.log.Warn("a node's report doesn't parse", "key", e.Key, "error", err)
 			}
-			known = parsedReport{e.Version, e.Value, report}
+			known = parsedReport{e.Version, e.Value, report, known.goneSince}
+		}
+		switch {
+		case e.Session != "":
+			known.goneSince = time.Time{}
+		case known.goneSince.IsZero():
+			known.goneSince = time.Now()
 		}
 		reports[e.Key] = known
 		role := [2]string{parts[0], parts[1]}
-		roles[role] = append(roles[role], reported{node: parts[2], gone: e.Session == "", report: known.report})
+		roles[role] = append(roles[role], reported{node: parts[2], gone: e.Session == "", goneSince: known.goneSince, report: known.report})
 	}
 	o.reports = reports
 	o.update(func(now *observed) { now.fleet = observedFleet{v.Settled, v.Err, v.Since, v.Entries, roles} })

@@ -63,10 +63,10 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 		Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)})
 	r := move.Record
 	if r.Rollout == nil {
-		return r, move.Reason
+		return r, move.Message
 	}
 	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
-	how := move.Reason
+	how := move.Message
 	if r.Rollout.Phase != deployments.PhaseFrozen && u.Rollout != nil {
 		how = "all its nodes at once"
 		if most := u.Rollout.MaxUnavailable; most.N > 0 {

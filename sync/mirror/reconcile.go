@@ -73,12 +73,22 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
+// seen returns since when the fleet is up to date, counted back from now by the time that has passed: a clock that was ahead then, and
+// was put right since, must not count.
+func (in inputs) seen() time.Time {
+	if in.fleetSince.IsZero() {
+		return in.fleetSince
+	}
+	return in.now.UTC().Add(-max(0, in.now.Sub(in.fleetSince)))
+}
+
 // nodes returns the nodes of a unit's role, with what they report of the unit.
 func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	role := in.fleet[[2]string{id.Stage, id.Role}]
 	nodes := make([]policy.Node, len(role))
 	for i, r := range role {
-		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, Started: r.report.Started, Report: r.report.Units[id.Unit]}
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: r.goneSince, Started: r.report.Started,
+			Joined: r.report.Joined, Report: r.report.Units[id.Unit]}
 	}
 	return nodes
 }
@@ -198,17 +208,17 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	nodes := in.nodes(u.ID)
 	step := policy.Next(policy.Situation{
-		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes, Seen: in.fleetSince, Order: o.verb,
+		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes, Seen: in.seen(), Order: o.verb,
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
-	w.after, w.reason = step.Record, step.Reason
+	w.after, w.reason = step.Record, step.Message
 	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) && onlyMoves(w.before, w.after) {
 		return change{}, doNothing, turn
 	}
 	if more := w.after.Generation - w.before.Generation; more > 0 {
 		w.after.Generation = floor + more
 		if w.note == "" && w.after.Target == w.before.Target {
-			w.note = cmp.Or(step.Did, step.Reason)
+			w.note = cmp.Or(step.Did, step.Message)
 		}
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
@@ -249,6 +259,7 @@ func onlyMoves(before, after deployments.Record) bool {
 		return false
 	}
 	still := *before.Rollout
+	still.Early, before.Joined, before.Nodes = after.Rollout.Early, after.Joined, after.Nodes
 	still.Cutoff, still.Since, still.HealthySince = after.Rollout.Cutoff, after.Rollout.Since, after.Rollout.HealthySince
 	still.Reason, still.Facts, still.Message = after.Rollout.Reason, after.Rollout.Facts, after.Rollout.Message
 	before.Rollout = &still

@@ -1,0 +1,268 @@
+package policy
+
+import (
+	"math"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// everyRank is the cutoff that admits all.
+const everyRank = math.MaxUint64
+
+// aim makes the record about what Git, or a unit pin, names now.
+func aim(in *inputs, st state) state {
+	pin, pinned := activePin(in)
+	switch {
+	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
+		return st // every node runs it already
+	case pinned && st.r.Pinned == nil && in.Record.Generation == 0:
+		return begin(in, st, in.Unit.Release) // a pin of a unit without a record waits for one
+	case pinned && (st.r.Pinned == nil || st.r.Target != pin.Release):
+		return beginPin(in, st, pin)
+	case pinned:
+		return st.wake(pin.Until)
+	case st.r.Pinned != nil:
+		return endPin(in, st)
+	case in.Record.Generation == 0 || goal(in) != in.Unit.Release:
+		return begin(in, st, in.Unit.Release)
+	}
+	return st
+}
+
+// activePin is the unit pin that the mirror rolls out: a unit without a rollout has none, as its nodes follow pins by themselves.
+func activePin(in *inputs) (deployments.Pin, bool) {
+	if in.Pin == nil || !in.Pin.Present || in.Unit.Rollout == nil {
+		return deployments.Pin{}, false
+	}
+	p := in.Pin.Value
+	return p, !p.Hold && !p.Expired(in.Now)
+}
+
+// goal is the release that the record is about: also the one that was rolled back, if that is what Git still names.
+func goal(in *inputs) deployments.Pointer {
+	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
+		return in.Unit.Release
+	}
+	return in.Record.Target
+}
+
+// claimOf is the generation that first asked for a record's target.
+func claimOf(r deployments.Record) int64 {
+	if r.Claim > 0 {
+		return r.Claim
+	}
+	return r.Generation
+}
+
+// successor is the record of a new target, as far as it doesn't depend on why there is one. ok is false if nodes have to come
+// together first, as the record couldn't tell apart all the releases that they run.
+func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
+	was := in.Record
+	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
+	next.r = deployments.Record{Target: target, Stable: was.Target, Generation: was.Generation + 1, Retry: was.Retry, Commit: in.Commit,
+		Joined: was.Joined, Nodes: max(was.Nodes, len(in.Nodes))}
+	if was.Rollout != nil {
+		next.r.Stable = was.Stable
+		if was.Rollout.Phase != deployments.PhaseRolledBack {
+			next.p.Superseded = superseded(in, was)
+		}
+	} else {
+		next.p.Unproven = !was.Stable.IsZero() && was.Stable != was.Target && was.Pinned == nil
+	}
+	if len(next.p.Superseded) > deployments.MaxSuperseded {
+		if st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target {
+			return turnBack(in, st, words{deployments.ReasonReplacedTooOften, nil}), false
+		}
+		if st.p.Phase == deployments.PhasePaused {
+			st = st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"paused": "true"})
+		}
+		return st, false
+	}
+	next.r.Joined = tell(in, next)
+	return next, true
+}
+
+// begin makes the record of a target that Git names.
+func begin(in *inputs, st state, target deployments.Pointer) state {
+	next, ok := successor(in, st, target)
+	if !ok {
+		return next
+	}
+	return launch(in, next)
+}
+
+// launch lets a rollout that stands at its beginning go, or ends it if there is nothing to roll out.
+func launch(in *inputs, st state) state {
+	revert := st.r.Stable == st.r.Target
+	was := in.Record
+	switch {
+	case revert && len(st.p.Superseded) == 0:
+		if was.Rollout != nil {
+			st.p.Tolerated = unconverged(in, st.r.Target.Digest)
+		}
+		if st.p.Tolerated > 0 {
+			return start(in, st)
+		}
+		return st.end().because(deployments.ReasonRunsAlready, nil)
+	case in.Freeze.Frozen && !revert && !st.p.Forced && !stableBefore(in, st.r.Target):
+		return start(in, st)
+	case in.Unit.Rollout == nil:
+		return st.end().because(deployments.ReasonEveryNode, nil)
+	case st.r.Stable.IsZero():
+		return st.end().because(deployments.ReasonFirstRelease, nil)
+	default:
+		return start(in, st)
+	}
+}
+
+// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't forbid it.
+func stableBefore(in *inputs, target deployments.Pointer) bool {
+	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
+}
+
+// start sets the phase in which a rollout begins. What was paused was not watched: it bakes anew.
+func start(in *inputs, st state) state {
+	u := in.Unit.Rollout
+	revert := st.r.Stable == st.r.Target // Git went back while nodes were on the way: gates would only keep them there
+	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
+	switch {
+	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.Fast:
+		st = st.enter(in, deployments.PhaseFrozen).because(deployments.ReasonFrozen, in.Freeze.Facts())
+	case u == nil || revert || u.Canary.N == 0 || st.p.Fast:
+		st = st.roll(in).because(deployments.ReasonRolling, nil)
+	default:
+		st = st.enter(in, deployments.PhaseCanary).because(deployments.ReasonCanary, nil)
+	}
+	st.p.HealthySince = time.Time{}
+	return st
+}
+
+// beginPin makes the record of what a unit pin names: no gates, within the budget.
+func beginPin(in *inputs, st state, pin deployments.Pin) state {
+	git := gitsRecord(st)
+	next, ok := successor(in, st, pin.Release)
+	if !ok {
+		return next
+	}
+	next.r.Pinned, next.r.Commit = &git, in.Record.Commit
+	next = next.wake(pin.Until)
+	if pin.AtOnce { // nodes go by themselves; when it ends, this is what they stay on until it is their turn
+		next.p.Superseded = nil
+		return next.end().because(deployments.ReasonPinned, nil)
+	}
+	return launch(in, next)
+}
+
+// gitsRecord is what is to be remembered of Git's record while a pin has its place.
+func gitsRecord(st state) deployments.Pinned {
+	if st.r.Pinned != nil {
+		return *st.r.Pinned
+	}
+	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: claimOf(st.r), Failed: st.p.Failed}
+	if !st.on {
+		git.Stable = st.r.Target
+	}
+	return git
+}
+
+// endPin goes back to what Git names: without gates to what was stable, by all of them to what never was, and what was rolled
+// back stays out.
+func endPin(in *inputs, st state) state {
+	git := *in.Record.Pinned
+	target := in.Unit.Release
+	if target == in.Record.Target && !st.on {
+		st.r.Pinned, st.r.Commit = nil, in.Commit
+		return st
+	}
+	next, ok := successor(in, st, target)
+	if !ok {
+		return next
+	}
+	if target == git.Target {
+		next.r.Claim = git.Claim
+	}
+	if target.Digest == git.Failed && !git.Failed.IsZero() {
+		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
+		if next.r.Stable = git.Stable; next.r.Stable.IsZero() {
+			next.r.Stable = in.Record.Target
+		}
+		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest {
+			next.p.Superseded = []deployments.Superseded{own}
+		}
+		next.p.Phase, next.p.Cutoff, next.p.Failed = deployments.PhaseRollingBack, everyRank, git.Failed
+		next.p.Unproven = false
+		next.r.Joined = tell(in, next)
+		next = next.because(deployments.ReasonRolledBack, deployments.Facts{"pin": "ended"})
+		next.p.Reason, next.p.Facts, next.p.Message = next.why.reason, next.why.facts, next.why.String()
+		return next
+	}
+	if target == git.Stable {
+		next.p.Forced = true
+		next = launch(in, next)
+		if next.on {
+			next = next.roll(in).because(deployments.ReasonRolling, nil)
+			next.p.Fast = true
+		}
+		return next
+	}
+	return launch(in, next)
+}
+
+// superseded lists the targets that nodes may run, or be on their way to, beside what a record's successor names: its own, and those that
+// it had replaced. What no node has to do with any more is forgotten.
+func superseded(in *inputs, was deployments.Record) (over []deployments.Superseded) {
+	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early), Generation: was.Generation}
+	back := was.Rollout.Phase == deployments.PhaseRollingBack
+	if back {
+		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Superseded
+	}
+	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
+		ranks, used := in.Ranks.of(o.Digest, in.Nodes).ranks, false
+		for i := range in.Nodes {
+			n := &in.Nodes[i]
+			u := &n.Report
+			if used = u.Running.Digest == o.Digest || (!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
+				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own); used {
+				break
+			}
+		}
+		if !used {
+			continue
+		}
+		o.Back = o.Back || back
+		if i := slices.IndexFunc(over, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
+			x := &over[i]
+			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
+			continue
+		}
+		over = append(over, o)
+	}
+	return over
+}
+
+// lastJoined is the largest number of all known nodes.
+func lastJoined(nodes []Node) (last uint64) {
+	for i := range nodes {
+		last = max(last, nodes[i].Joined)
+	}
+	return last
+}
+
+// tell is how far a new record speaks to those that joined: to all known nodes, but not to those that were away, and would go from what
+// no part of the record names to stable: these wait for room.
+func tell(in *inputs, st state) uint64 {
+	last := lastJoined(in.Nodes)
+	if st.r.Joined == 0 {
+		return last
+	}
+	r := st.record()
+	for i := range in.Nodes {
+		n := &in.Nodes[i]
+		if n.Joined > st.r.Joined && strays(&r, &n.Report) {
+			last = min(last, n.Joined-1)
+		}
+	}
+	return max(last, st.r.Joined)
+}

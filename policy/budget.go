@@ -1,0 +1,164 @@
+package policy
+
+import (
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one
+// that seems to be, as it may only be about to. spent: those that have had their time count no more, as so few failures are tolerated.
+func room(in *inputs, v summary) (room int, spent bool) {
+	budget := v.live
+	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
+		budget = max(1, u.MaxUnavailable.Of(v.live))
+	}
+	if room = budget - v.inflight; room > 0 || v.hung == 0 {
+		return room, false
+	}
+	return room + v.hung, true
+}
+
+// admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room. Canaries are first looked for
+// among the nodes that run a superseded target: canaries of that one, which better or worse run what was replaced.
+func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
+	room, spent := room(in, v)
+	admitted = v.missing
+	for i := range v.nodes {
+		if v.nodes[i].isAdmitted(st) {
+			admitted++
+		}
+	}
+	raise := func(early bool) {
+		for i := range v.nodes {
+			n := &v.nodes[i]
+			if n.admitted || early && !n.replaced {
+				continue
+			}
+			if admitted >= want {
+				return
+			}
+			if !n.told { // it is told in its own turn: see readmit
+				if early {
+					continue
+				}
+				st.p.Cutoff, moved = n.rank, true
+				continue
+			}
+			counted := n.inflight && !(spent && n.hung)
+			if counted && room < 0 || !counted && !n.settled && room <= 0 {
+				return
+			}
+			if !counted && !n.settled {
+				room--
+			}
+			admitted++
+			if n.admitted, moved = true, true; early {
+				st.p.Early = n.rank
+			} else {
+				st.p.Cutoff = n.rank
+			}
+		}
+	}
+	if st.p.Phase == deployments.PhaseCanary {
+		raise(true)
+	}
+	raise(false)
+	if moved {
+		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
+		st.r.Nodes = max(st.r.Nodes, v.live+v.gone+v.pinned)
+	}
+	return st, admitted, moved
+}
+
+// isAdmitted reports whether a node goes to the target, or is there.
+func (x *place) isAdmitted(st state) bool {
+	return x.admitted && (x.told || x.node.Report.Running.Digest == st.r.Target.Digest)
+}
+
+// readmit lets the record speak to nodes that came back, one after the other in the order in which they joined, as far as there is room.
+// taken are the places that this step has given away already.
+func readmit(in *inputs, st state, v summary, taken int) (next state, moved bool) {
+	room, _ := room(in, v)
+	room -= taken
+	for _, n := range v.waiting {
+		if room <= 0 {
+			break
+		}
+		if n.node.Joined > st.r.Joined { // else with one of the same number
+			room--
+			st.r.Joined, moved = n.node.Joined, true
+		}
+	}
+	if moved {
+		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
+	}
+	return st, moved
+}
+
+// letBack lowers the cutoff over the next nodes that run what was rolled back. left: some stay for now.
+func letBack(in *inputs, st state, v summary) (next state, left, moved bool) {
+	room, spent := room(in, v)
+	stay := uint64(0) // the highest rank that stays for now
+	for _, n := range slices.Backward(v.nodes) {
+		if n.rank > st.p.Cutoff || n.settled {
+			continue
+		}
+		counted := n.inflight && !(spent && n.hung)
+		if counted && room < 0 || !counted && room <= 0 {
+			stay = n.rank
+			break
+		}
+		if !counted {
+			room--
+		}
+		moved = true
+	}
+	if moved {
+		st.p.Cutoff, st.p.Since = stay, in.Now
+	}
+	return st, stay > 0, moved
+}
+
+// returned tells nodes that were away, after a rollout has ended, that they may go, as far as the budget has room.
+func returned(in *inputs, st state) state {
+	if in.Unit.Rollout == nil || st.r.Joined == 0 {
+		return st
+	}
+	to := st.r.Target
+	if st.on { // it is rolled back
+		to = st.r.Stable
+	}
+	var v summary
+	r := st.record()
+	for i := range in.Nodes {
+		n := &in.Nodes[i]
+		u := &n.Report
+		if pinned(u) || u.Running.IsZero() {
+			continue
+		}
+		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
+		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy || u.State == deployments.StateInvalid
+		if n.Gone {
+			if u.State == deployments.StateSwitching && in.Now.Before(n.GoneSince.Add(in.deadline())) {
+				v.inflight++
+				st = st.wake(n.GoneSince.Add(in.deadline()))
+			}
+			continue
+		}
+		v.live++
+		switch {
+		case there || failed && !busy(u):
+		case told(&r, n.Joined, u.Running), busy(u):
+			v.inflight++
+		default:
+			v.waiting = append(v.waiting, &place{node: n})
+		}
+	}
+	slices.SortFunc(v.waiting, byJoined)
+	was := st.p
+	st, _ = readmit(in, st, v, 0)
+	st.p = was // it has ended: only Joined moves
+	return st
+}

@@ -1,0 +1,173 @@
+package policy
+
+import (
+	"slices"
+
+	"kedge/deployments"
+)
+
+// Orders are what an operator may ask for.
+var Orders = []string{"promote", "pause", "resume", "abort", "retry"}
+
+// Refusal says in words why an order would change nothing where a record stands; empty: it would change something.
+func Refusal(order string, r deployments.Record) string { return refusal(order, r).String() }
+
+func refusal(order string, r deployments.Record) words {
+	is := func(reason deployments.Reason) words { return words{reason, deployments.Facts{"order": order}} }
+	p := r.Rollout
+	switch {
+	case !slices.Contains(Orders, order):
+		return is(deployments.ReasonUnknownOrder)
+	case IsOrphaned(r):
+		return is(deployments.ReasonOrphaned)
+	case order == "retry" && p != nil && p.Phase == deployments.PhaseRollingBack:
+		return is(deployments.ReasonRollingBack)
+	case order == "retry":
+		return words{}
+	case p == nil:
+		return is(deployments.ReasonNothingUnderWay)
+	case p.Phase == deployments.PhaseRollingBack:
+		return is(deployments.ReasonRollingBack)
+	case p.Phase == deployments.PhaseRolledBack:
+		return is(deployments.ReasonRolledBack)
+	case order == "promote" && p.Phase == deployments.PhasePaused:
+		return is(deployments.ReasonPausedAlready)
+	case order == "promote" && p.Phase == deployments.PhaseRolling && !heldUp(p):
+		return is(deployments.ReasonRollingAlready)
+	case order == "pause" && p.Phase == deployments.PhasePaused:
+		return is(deployments.ReasonPausedAlready)
+	case order == "resume" && p.Phase != deployments.PhasePaused:
+		return is(deployments.ReasonNotPaused)
+	}
+	return words{}
+}
+
+// heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
+func heldUp(p *deployments.Progress) bool {
+	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && p.Reason == deployments.ReasonFrozen
+}
+
+// Orphaned marks the rollout of a record whose unit was removed from Git. It stays where it is until the file is back, and pins are
+// followed at once, as nothing tells its budget any more. Next takes it up again where it stood.
+func Orphaned(r deployments.Record) deployments.Record {
+	r.Paced = false
+	if r.Rollout == nil || IsOrphaned(r) {
+		return r
+	}
+	p := *r.Rollout
+	p.Reason, p.Facts = deployments.ReasonOrphaned, nil
+	r.Rollout = &p
+	return r
+}
+
+// IsOrphaned reports whether a record has a rollout with which no mirror goes on, as its unit is gone from Git.
+func IsOrphaned(r deployments.Record) bool {
+	return r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
+}
+
+// obey does what an operator ordered. did is what that was, refused why it changes nothing.
+func obey(in *inputs, st state) (next state, did, refused words) {
+	if st.r.Target != in.Record.Target && in.Order == "promote" {
+		return st, words{}, words{deployments.ReasonNotSeenYet, nil}
+	}
+	if refused = refusal(in.Order, st.record()); refused.reason != "" {
+		if st.r.Generation == in.Record.Generation {
+			st.why = words{} // is no reason for where the rollout stands
+		}
+		return st, words{}, refused
+	}
+	switch in.Order {
+	case "retry":
+		st = retry(in, st)
+	case "promote":
+		switch {
+		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts it
+			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
+			st.p.Forced = true
+		case heldUp(&st.p): // the freeze alone: who lets it pass may want the canaries to bake
+			st = st.because(deployments.ReasonForced, nil)
+			st.p.Forced = true
+		default:
+			st = st.roll(in).because(deployments.ReasonPromoted, nil)
+		}
+	case "pause":
+		st = st.enter(in, deployments.PhasePaused).because(deployments.ReasonPaused, nil)
+	case "resume":
+		st.p.Tolerated = summarize(in, st).failed
+		if st.p.Promoted {
+			st = st.roll(in)
+		} else {
+			st = start(in, st)
+		}
+		st = st.because(deployments.ReasonResumed, nil)
+	case "abort":
+		st = turnBack(in, st, words{deployments.ReasonAborted, nil})
+	}
+	return st, st.why, words{}
+}
+
+// retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more, in their turn.
+func retry(in *inputs, st state) state {
+	st.r.Retry++
+	if !st.on {
+		st = st.because(deployments.ReasonRetried, deployments.Facts{"ended": "true"})
+		if tolerated := unconverged(in, st.r.Target.Digest); tolerated > 0 {
+			st.r.Generation++
+			st.on, st.p = true, deployments.Progress{Tolerated: tolerated}
+			st = st.roll(in)
+			st.r.Joined = tell(in, st)
+		}
+		return st
+	}
+	over := superseded(in, st.record())
+	st.r.Generation++
+	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: over}
+	st.r.Joined = tell(in, st)
+	return start(in, st).because(deployments.ReasonRetried, nil)
+}
+
+// unconverged counts the nodes that run something else and would go to a target once more, all at once, were there no rollout. Their
+// failures were tolerated before.
+func unconverged(in *inputs, target deployments.Digest) (nodes int) {
+	if in.Unit.Rollout == nil {
+		return 0
+	}
+	for i := range in.Nodes {
+		u := &in.Nodes[i].Report
+		if !in.Nodes[i].Gone && !pinned(u) && !u.Running.IsZero() && u.Running.Digest != target {
+			nodes++
+		}
+	}
+	return nodes
+}
+
+// pinned reports whether a pin, not the record, decides for a node.
+func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
+
+// stop is what failures lead to.
+func stop(in *inputs, st state, why words) state {
+	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
+		st = st.enter(in, deployments.PhasePaused) // where to a pin is to go back only its operator can tell
+		st.why = why
+		return st
+	}
+	return turnBack(in, st, why)
+}
+
+// turnBack begins the way back to stable. The generation grows, so that reports tell who knows of it.
+func turnBack(in *inputs, st state, why words) state {
+	if st.r.Stable.IsZero() || st.r.Stable == st.r.Target {
+		why.facts = why.facts.With("stable", "none")
+		st = st.enter(in, deployments.PhasePaused)
+		st.why = why
+		return st
+	}
+	over := superseded(in, st.record())
+	st.r.Claim = claimOf(st.r)
+	st.r.Generation++
+	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now, Reason: why.reason, Facts: why.facts,
+		Message: why.String(), Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}
+	st.r.Joined = tell(in, st)
+	st.why = why
+	return st
+}

@@ -1,0 +1,237 @@
+package policy
+
+import (
+	"fmt"
+	"time"
+
+	"kedge/deployments"
+)
+
+// watched looks on while a rollout goes forward. If all was well until now, what has changed since has its time from now on, and
+// the bake begins anew.
+func watched(in *inputs, st state) (state, summary) {
+	v := summarize(in, st)
+	if !st.p.HealthySince.IsZero() && (v.shaken || v.late > 0 && v.failed > limit(in, st, v)) {
+		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
+		st = st.because(deployments.ReasonBakingAgain, nil)
+		v = summarize(in, st)
+	}
+	return st, v
+}
+
+// limit is how many nodes may have failed.
+func limit(in *inputs, st state, v summary) int {
+	limit := st.p.Tolerated
+	if u := in.Unit.Rollout; u != nil {
+		limit += u.MaxFailures.Of(v.live)
+	}
+	return limit
+}
+
+// failing stops the rollout if more nodes have failed than are tolerated.
+func failing(in *inputs, st state, v summary) (state, bool) {
+	if in.Unit.Rollout == nil {
+		return st, false // every node at once: each protects itself
+	}
+	if st.r.Stable == st.r.Target && len(st.p.Superseded) > 0 {
+		return st, false // Git went back: whoever fails on stable is to keep no other on what Git went back from
+	}
+	limit := limit(in, st, v)
+	if v.failed <= limit {
+		return st, false
+	}
+	facts := v.failure.With("failed", fmt.Sprint(v.failed)).With("of", fmt.Sprint(v.live)).With("limit", fmt.Sprint(limit))
+	return stop(in, st, words{deployments.ReasonTooManyFailed, facts}), true
+}
+
+// waits tells why nothing may go on now, if so.
+func waits(in *inputs, st state, v summary) (state, bool) {
+	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
+	if !frozen && heldUp(&st.p) {
+		st = st.orBecause(deployments.ReasonFreezeEnded, nil)
+	}
+	switch {
+	case frozen:
+		st = st.wake(in.Freeze.Until)
+		if v.pending == 0 && st.p.HealthySince.IsZero() {
+			st.p.HealthySince = in.Now // what comes into flight before it ends is not late for the last step: see watched
+		}
+		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()), true
+	case v.live == 0 && v.pinned > 0 && v.gone == 0: // else the first to run it, once they are let go, would be all of them
+		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
+	case v.live == 0:
+		return st.because(deployments.ReasonNoLiveNodes, deployments.Facts{"known": fmt.Sprint(v.gone)}), true
+	}
+	return st, false
+}
+
+// baked notes since when all is well, and reports whether that is long enough. who is whom it waits for.
+func baked(in *inputs, st state, who string) (state, bool) {
+	u := in.Unit.Rollout
+	if st.p.HealthySince.IsZero() {
+		st.p.HealthySince = in.Now
+	}
+	if u == nil {
+		return st, true
+	}
+	ends, told := st.p.HealthySince.Add(u.Bake), in.Seen.Add(min(u.Bake, retell))
+	switch {
+	case in.Now.Before(ends):
+		until := ends.UTC().Format("2006-01-02 15:04:05Z")
+		return st.wake(ends).orBecause(deployments.ReasonBaking, deployments.Facts{"who": who, "until": until}), false
+	case in.Now.Before(told) && !in.Seen.After(in.Now):
+		return st.wake(told).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
+	}
+	return st, true
+}
+
+// retell is how long nodes may take to say how they are once the store is back.
+const retell = 30 * time.Second
+
+// wakeLate asks to look again when what is in flight should have come.
+func wakeLate(in *inputs, st state, v summary, moved bool) state {
+	if moved { // they all have their time from now on
+		return st.wake(in.Now.Add(in.deadline()))
+	}
+	return st.wake(v.due)
+}
+
+// frozen waits for a freeze window to end.
+func frozen(in *inputs, st state) (state, bool) {
+	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
+		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()).wake(in.Freeze.Until), false
+	}
+	if st.r.Stable.IsZero() {
+		return st.end().because(deployments.ReasonFirstRelease, nil), false
+	}
+	return start(in, st), true
+}
+
+// canaries lets the first nodes go, and bakes them.
+func canaries(in *inputs, st state) (state, bool) {
+	if in.Unit.Rollout == nil {
+		return st.roll(in).because(deployments.ReasonRolling, nil), true
+	}
+	st, v := watched(in, st)
+	st, failed := failing(in, st, v)
+	if failed {
+		return st, true
+	}
+	st, waiting := waits(in, st, v)
+	if waiting {
+		return wakeLate(in, st, v, false), false
+	}
+	want := min(max(1, in.Unit.Rollout.Canary.Of(v.live)), v.live+v.missing)
+	st, admitted, moved := admit(in, st, v, want)
+	if admitted < want && !moved { // those that came back are all that is left
+		st, moved = readmit(in, st, v, 0)
+	}
+	if moved {
+		st = st.because(deployments.ReasonCanary, deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(want)})
+	}
+	if moved || admitted < want || v.pending > v.late {
+		return wakeLate(in, st, v, moved), false
+	}
+	st, done := baked(in, st, "the canaries")
+	switch {
+	case !done:
+		return st, false
+	case in.Unit.Rollout.Approval == deployments.Manual:
+		return st.enter(in, deployments.PhasePendingApproval).because(deployments.ReasonAwaitingApproval, nil), false
+	}
+	return st.roll(in).because(deployments.ReasonRolling, nil), true
+}
+
+// pendingApproval waits for promote, while the canaries stay well.
+func pendingApproval(in *inputs, st state) (state, bool) {
+	st, v := watched(in, st)
+	st, failed := failing(in, st, v)
+	switch {
+	case failed:
+		return st, true
+	case st.p.HealthySince.IsZero():
+		st.p.Phase = deployments.PhaseCanary
+		return st.because(deployments.ReasonUnhealthy, nil), true
+	case in.Unit.Rollout == nil || in.Unit.Rollout.Approval != deployments.Manual:
+		return st.roll(in).because(deployments.ReasonRolling, nil), true
+	}
+	return wakeLate(in, st, v, false), false
+}
+
+// rolling lets the rest go, as many at a time as the budget allows, and ends when every known node is there.
+func rolling(in *inputs, st state) (state, bool) {
+	if in.Unit.Rollout == nil {
+		return st.end().because(deployments.ReasonEveryNode, nil), false
+	}
+	st, v := watched(in, st)
+	st, failed := failing(in, st, v)
+	if failed {
+		return st, true
+	}
+	st, waiting := waits(in, st, v)
+	if waiting {
+		return wakeLate(in, st, v, false), false
+	}
+	st, admitted, moved := admit(in, st, v, v.live)
+	if moved {
+		st = st.because(deployments.ReasonRolling, deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(v.live)})
+	} else {
+		st, moved = readmit(in, st, v, 0)
+	}
+	switch {
+	case moved || admitted < v.live || v.inflight > v.hung:
+		return wakeLate(in, st, v, moved), false
+	case v.unaware != nil:
+		return st.because(deployments.ReasonUnaware, deployments.Facts{"node": v.unaware.Name}), false
+	}
+	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all of them bake
+		var done bool
+		if st, done = baked(in, st, "all nodes"); !done {
+			return st, false
+		}
+	}
+	if known := v.live + v.gone + v.pinned; v.away > 0 || known < st.r.Nodes {
+		if st.p.HealthySince.IsZero() {
+			st.p.HealthySince = in.Now
+		}
+		stood := in.deadline()
+		if here := v.live + v.pinned + v.gone - v.away; 2*here < max(known, st.r.Nodes) {
+			stood = max(stood, mostAway)
+		}
+		if until := st.p.HealthySince.Add(stood); in.Now.Before(until) {
+			return st.wake(until).because(deployments.ReasonNodesMissing,
+				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
+		}
+	}
+	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned
+	return st.end().because(deployments.ReasonConverged, nil), false
+}
+
+// mostAway is how long a rollout waits before it ends without most of its nodes.
+const mostAway = time.Hour
+
+// rollingBack lets nodes go back to stable, as many at a time as the budget allows.
+func rollingBack(in *inputs, st state) (state, bool) {
+	v := summarize(in, st)
+	if v.live == 0 && v.gone+v.pinned > 0 {
+		return st, false
+	}
+	st, left, moved := letBack(in, st, v)
+	if !moved {
+		since := st.p.HealthySince
+		st, moved = readmit(in, st, v, 0)
+		st.p.HealthySince = since
+	}
+	if left || moved || v.inflight > v.hung || len(v.waiting) > 0 {
+		return wakeLate(in, st, v, moved), false
+	}
+	p := st.p
+	facts := p.Facts
+	if v.hung > 0 { // they go on trying, and count as in flight in whatever comes next
+		facts = facts.With("left", fmt.Sprint(v.hung))
+	}
+	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed, Reason: p.Reason, Facts: facts,
+		Message: sayRolledBack(p.Message, v.hung)}
+	st.r.Nodes = v.live + v.gone + v.pinned
+	return st.because(p.Reason, facts), false
+}

@@ -1,0 +1,275 @@
+package policy
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// summary is what the fleet's reports say about a record's rollout.
+type summary struct {
+	live, gone, pinned int
+	// away are the gone nodes that did not run the target when they left; missing those that did, are admitted, and have not been
+	// missed for long.
+	away, missing int
+	// nodes are the live ones that take part, by rank.
+	nodes []place
+	// inflight are nodes that are changing, or may begin to at any time; pending those among them that were told to: admitted, or on the
+	// way back no longer so.
+	inflight, pending int
+	// failed are nodes on which the target failed; failure tells of one of them.
+	failed  int
+	failure deployments.Facts
+	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is; zero: never.
+	hung, late int
+	firstLate  *Node
+	due        time.Time
+	// unaware is a node that was told, has had its time, and says that it is well on what it ran before.
+	unaware *Node
+	// shaken is set if a pending node whose time is not over had been well: one that boots had not.
+	shaken bool
+	// waiting are nodes that came back, and would change if they were told: see readmit.
+	waiting []*place
+}
+
+// place is one live node in a rollout.
+type place struct {
+	rank     uint64
+	node     *Node
+	told     bool // the record speaks to it
+	admitted bool // by its rank
+	replaced bool // it runs a target that was superseded
+	inflight bool
+	hung     bool // and its time is over
+	settled  bool // admitting it, or on the way back letting it go, takes no room: it is there, or the release failed on it
+}
+
+const defaultDeadline = 10 * time.Minute
+
+func (in *inputs) deadline() time.Duration {
+	if u := in.Unit.Rollout; u != nil && u.Deadline > 0 {
+		return u.Deadline
+	}
+	return defaultDeadline
+}
+
+// due is when a node in flight has had its time. Who booted, or left, since the last step has it from then on: it would else be late at
+// once if that was long ago, as in a bake. So do all after an outage of the store, in which none could say that it had converged.
+func (in *inputs) due(st state, n *Node) time.Time {
+	from, deadline := st.p.Since, in.deadline()
+	if in.Seen.After(from) && !in.Seen.After(in.Now) {
+		from = in.Seen
+	}
+	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // or the node's clock is off
+		from = n.Started
+	}
+	if n.Gone && n.GoneSince.After(from) && !n.GoneSince.After(in.Now) {
+		from = n.GoneSince
+	}
+	return from.Add(deadline)
+}
+
+// told reports whether a record speaks to a node: it was there when it was written, or runs nothing that it would leave.
+func told(r *deployments.Record, joined uint64, running deployments.Pointer) bool {
+	return r.Joined == 0 || joined <= r.Joined || running.IsZero()
+}
+
+// summarize counts the live, in-flight, late and failed nodes of a rollout.
+func summarize(in *inputs, st state) summary {
+	r := st.record()
+	p := r.Rollout
+	order := in.Ranks.of(r.Target.Digest, in.Nodes)
+	over := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each
+	for i, o := range p.Superseded {
+		over[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
+	}
+	v := summary{nodes: make([]place, 0, len(in.Nodes))}
+	back := p.Phase == deployments.PhaseRollingBack
+	for _, i := range order.byRank {
+		n := &in.Nodes[i]
+		u := &n.Report
+		if pinned(u) {
+			v.pinned++
+			continue
+		}
+		onTarget := u.Running.Digest == r.Target.Digest
+		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, u.Running)}
+		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
+		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
+		aware := u.Generation == r.Generation
+		there := u.State == deployments.StateConverged && onTarget
+		if n.Gone {
+			v.leaves(in, st, n, x, back, aware, there)
+			continue
+		}
+		v.live++
+		final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
+		broken := p.Unproven && !x.admitted && brokenByStable(&r, u)
+		switch {
+		case straggles(&r, u, int(i), over):
+			x.inflight = true
+		case back:
+			on := partOf(&r, u.Running.Digest)
+			x.settled = !on || final && u.Want.Digest == r.Stable.Digest
+			x.inflight = !final && (busy(u) || x.told && (on && !x.admitted || strays(&r, u)))
+			if !x.told && !x.inflight && !final && (on && !x.admitted || strays(&r, u)) {
+				x.settled = true // it goes in its own turn
+				v.waiting = append(v.waiting, &x)
+			}
+		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()): // or its own configuration forbids the target
+			x.settled = true
+			if x.admitted {
+				cause := deployments.ReasonQuarantined
+				if u.State == deployments.StateInvalid {
+					cause = deployments.ReasonInvalidRecord
+				}
+				v.fail(n, cause, cmp.Or(u.Error, string(u.State)))
+			}
+		case u.State == deployments.StateUnhealthy && onTarget: // out of service until its deadline, and not waited for
+			x.settled, x.inflight = true, true
+			v.fail(n, deployments.ReasonUnhealthy, u.Error)
+		case broken:
+			x.settled = true
+		default:
+			x.settled = there
+			x.inflight = !there && !final && (busy(u) || x.told && (x.admitted || strays(&r, u)))
+			if !x.told && !x.inflight && !final && !there && (x.admitted || strays(&r, u)) {
+				v.waiting = append(v.waiting, &x)
+			}
+		}
+		if x.inflight {
+			sick := !back && u.State == deployments.StateUnhealthy && onTarget
+			x.hung = v.fly(in, st, n, x.told && x.admitted != back && !sick)
+		}
+		v.nodes = append(v.nodes, x)
+	}
+	if !back && v.late > 0 {
+		u := &v.firstLate.Report
+		v.fail(v.firstLate, deployments.ReasonNotInTime, cmp.Or(u.Error, string(u.State), "and silent"))
+		v.failed += v.late - 1
+	}
+	slices.SortFunc(v.waiting, byJoined)
+	return v
+}
+
+func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
+
+// leaves counts a node that is gone. One that was told, and left in mid-switch, is in flight until it is back or has had its time. A
+// canary that had converged is missed for as long before there is another.
+func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, there bool) {
+	u := &n.Report
+	v.gone++
+	if !there {
+		v.away++
+	}
+	hung := !in.Now.Before(in.due(st, n))
+	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
+	switch {
+	case back:
+		if aware && u.State == deployments.StateSwitching && !hung {
+			v.fly(in, st, n, false)
+		}
+	case toTarget && u.State == deployments.StateQuarantined:
+		v.fail(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
+	case toTarget && hung:
+		v.fail(n, deployments.ReasonGone, u.Error)
+	case toTarget:
+		v.fly(in, st, n, true)
+	case there && x.admitted && !hung && st.p.Phase != deployments.PhaseRolling:
+		v.missing++
+		v.pending++
+		v.shaken = true
+		v.due = earlier(v.due, in.due(st, n))
+	}
+}
+
+// fly counts a node that is in flight, and reports whether its time is over.
+func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
+	due := in.due(st, n)
+	hung = !in.Now.Before(due)
+	v.inflight++
+	if pending {
+		v.pending++
+	}
+	if hung {
+		v.hung++
+	} else {
+		v.due = earlier(v.due, due)
+	}
+	switch u := &n.Report; {
+	case !pending:
+	case hung && u.State == deployments.StateConverged && st.p.Phase != deployments.PhaseRollingBack:
+		v.unaware = cmp.Or(v.unaware, n) // it says that it is well: that is no failure of the release
+	case hung:
+		v.firstLate = cmp.Or(v.firstLate, n)
+		v.late++
+	case st.p.Phase == deployments.PhaseRolling && n.Started.After(st.p.HealthySince):
+		// Of a whole fleet that bakes there is always one that restarts.
+	case !u.Running.IsZero():
+		v.shaken = true
+	}
+	return hung
+}
+
+// fail counts a node on which the target failed, and keeps the first one's reason.
+func (v *summary) fail(n *Node, cause deployments.Reason, text string) {
+	if v.failed++; v.failed == 1 {
+		v.failure = deployments.Facts{"node": n.Name, "cause": string(cause), "error": clipped(text)}
+	}
+}
+
+// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is stable.
+func partOf(r *deployments.Record, d deployments.Digest) bool {
+	if d.IsZero() || d == r.Stable.Digest || r.Rollout == nil {
+		return false
+	}
+	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, func(o deployments.Superseded) bool { return o.Digest == d })
+}
+
+// busy reports whether a node that ran something is changing. One that waits in mid-deployment, to go on, is.
+func busy(u *deployments.UnitReport) bool {
+	switch u.State {
+	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
+		return !u.Running.IsZero()
+	case deployments.StateWaiting:
+		return !u.Running.IsZero() && !u.Want.IsZero() && u.Want.Digest != u.Running.Digest
+	}
+	return false
+}
+
+// brokenByStable reports whether what the record would have a node stay on is what keeps it out of service.
+func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
+	switch u.State {
+	case deployments.StateSwitching, deployments.StateUnhealthy, deployments.StateQuarantined:
+		return u.Want.Digest == r.Stable.Digest
+	}
+	return false
+}
+
+// straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it knows this one.
+// over holds the nodes' ranks for each target that was replaced; i is this node's index.
+func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][]uint64) bool {
+	if u.Generation >= r.Generation {
+		return false
+	}
+	for k, o := range r.Rollout.Superseded {
+		if over[k][i] > o.Cutoff {
+			continue
+		}
+		switch {
+		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.Back:
+		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest) && u.Generation >= o.Generation:
+		default:
+			return true
+		}
+	}
+	return false
+}
+
+// strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets around to it.
+func strays(r *deployments.Record, u *deployments.UnitReport) bool {
+	stable := r.Stable.Digest
+	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(r, u.Running.Digest) && !stable.IsZero() && !slices.Contains(u.Quarantined, stable)
+}
