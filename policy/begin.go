@@ -62,7 +62,10 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	was := in.Record
 	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
 	next.r = deployments.Record{Target: target, Stable: was.Target, Generation: was.Generation + 1, Retry: was.Retry, Commit: in.Commit,
-		Joined: was.Joined, Nodes: max(was.Nodes, len(in.Nodes))}
+		Joined: was.Joined, Nodes: was.Nodes}
+	if in.Unit.Rollout != nil {
+		next.r.Nodes = max(was.Nodes, len(in.Nodes))
+	}
 	if was.Rollout != nil {
 		next.r.Stable = was.Stable
 		if was.Rollout.Phase != deployments.PhaseRolledBack {

@@ -55,7 +55,7 @@ func Orphaned(r deployments.Record) deployments.Record {
 		return r
 	}
 	p := *r.Rollout
-	p.Reason, p.Facts = deployments.ReasonOrphaned, nil
+	p.Reason, p.Facts = deployments.ReasonOrphaned, p.Facts.With("was", string(p.Reason))
 	r.Rollout = &p
 	return r
 }

@@ -79,7 +79,7 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	case in.Now.Before(ends):
 		until := ends.UTC().Format("2006-01-02 15:04:05Z")
 		return st.wake(ends).orBecause(deployments.ReasonBaking, deployments.Facts{"who": who, "until": until}), false
-	case in.Now.Before(told) && !in.Seen.After(in.Now):
+	case in.Now.Before(told):
 		return st.wake(told).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
 	}
 	return st, true

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -73,6 +74,9 @@ type Move struct {
 // report doesn't name the newest generation, and every one that left in mid-switch, until its deadline. A node that comes back is
 // not told before there is room for it: see Record.Joined. Pinned and held nodes are no part of it, and if all are it waits.
 func Next(s Situation) Move {
+	if s.Seen.After(s.Now) {
+		s.Seen = s.Now
+	}
 	in := &inputs{s}
 	if in.Ranks == nil {
 		in.Ranks = new(Ranks)
@@ -140,7 +144,10 @@ func stateOf(s Situation) state {
 		}
 	}
 	if st.p.Reason == deployments.ReasonOrphaned {
-		st.p.Reason, st.p.Facts = "", nil
+		st.p.Reason, st.p.Facts = deployments.Reason(st.p.Facts["was"]), maps.Clone(st.p.Facts)
+		if delete(st.p.Facts, "was"); len(st.p.Facts) == 0 {
+			st.p.Facts = nil
+		}
 	}
 	return st
 }

@@ -59,7 +59,7 @@ func (in *inputs) deadline() time.Duration {
 // once if that was long ago, as in a bake. So do all after an outage of the store, in which none could say that it had converged.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
-	if in.Seen.After(from) && !in.Seen.After(in.Now) {
+	if in.Seen.After(from) {
 		from = in.Seen
 	}
 	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // or the node's clock is off

@@ -62,6 +62,7 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 	move := policy.Next(policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
 		Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)})
 	r := move.Record
+	r.Nodes, r.Joined = 0, 0
 	if r.Rollout == nil {
 		return r, move.Message
 	}

@@ -79,7 +79,7 @@ func (in inputs) seen() time.Time {
 	if in.fleetSince.IsZero() {
 		return in.fleetSince
 	}
-	return in.now.UTC().Add(-max(0, in.now.Sub(in.fleetSince)))
+	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(in.fleetSince)))
 }
 
 // nodes returns the nodes of a unit's role, with what they report of the unit.
