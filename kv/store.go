@@ -72,6 +72,8 @@ type View struct {
 	// Entries are sorted by key, folder keys left out. They are what was last known for certain: trouble, a stale
 	// answer or a lost permission never shrinks them.
 	Entries []Entry
+	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: the store has none that could be lost.
+	Folders []string
 	// Settled is false until the prefix was read once for certain. Only then does a missing key mean absence.
 	Settled bool
 	// Err is why the view may be out of date, and nil again once it isn't: ErrDenied, ErrUnavailable.

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -150,6 +151,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 // listing is one answer about a prefix.
 type listing struct {
 	entries []kv.Entry // sorted
+	folders []string   // the folder keys below the prefix, sorted
 	// folder is whether the prefix's own key is among them. Without it a missing key may be one that the token
 	// can't see: Consul answers both alike.
 	folder bool
@@ -167,17 +169,19 @@ func (s *Store) read(ctx context.Context, prefix string, opts api.QueryOptions, 
 		if err != nil {
 			return err
 		}
-		l = listing{meta: meta, filtered: meta.ResultsFilteredByACLs}
+		l = listing{meta: meta, filtered: meta.ResultsFilteredByACLs, folders: []string{}}
 		for _, p := range pairs {
 			switch {
 			case p.Key == s.prefix+prefix:
 				l.folder = true
 			case strings.HasSuffix(p.Key, "/"):
+				l.folders = append(l.folders, strings.TrimPrefix(p.Key, s.prefix))
 			default:
 				l.entries = append(l.entries, s.entry(p))
 			}
 		}
 		backend.SortEntries(l.entries)
+		slices.Sort(l.folders)
 		return nil
 	})
 	return l, err

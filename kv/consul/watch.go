@@ -81,6 +81,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 
 // adopt takes over an answer: absence only where the folder key vouches for it.
 func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
+	v.SetFolders(l.folders)
 	if l.folder && !l.filtered {
 		v.Set(l.entries)
 		return
@@ -114,7 +115,7 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 			l.blind() || regressed(v.View().Entries, l.entries) {
 			return idle.Wait(ctx)
 		}
-		if slices.EqualFunc(last.entries, l.entries, backend.SameEntry) && took < watchWait {
+		if slices.EqualFunc(last.entries, l.entries, backend.SameEntry) && slices.Equal(last.folders, l.folders) && took < watchWait {
 			if err := idle.Wait(ctx); err != nil {
 				return err
 			}

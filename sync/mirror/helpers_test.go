@@ -60,12 +60,16 @@ type recorder struct {
 	kv.Store
 	mu      sync.Mutex
 	commits [][]kv.Op
-	fail    error // what Commit answers instead, while set
+	fail    error               // what Commit answers instead, while set
+	refuse  func([]kv.Op) error // why Commit is refused; nil: it isn't
 }
 
 func (r *recorder) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
 	r.mu.Lock()
 	fail := r.fail
+	if fail == nil && r.refuse != nil {
+		fail = r.refuse(ops)
+	}
 	r.mu.Unlock()
 	if fail != nil {
 		return fail
@@ -89,6 +93,12 @@ func (r *recorder) taken() [][]kv.Op {
 	commits := r.commits
 	r.commits = nil
 	return commits
+}
+
+func (r *recorder) setRefuse(refuse func([]kv.Op) error) {
+	r.mu.Lock()
+	r.refuse = refuse
+	r.mu.Unlock()
 }
 
 func (r *recorder) setFail(err error) {

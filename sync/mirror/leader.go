@@ -24,14 +24,15 @@ type leader struct {
 	snapshot chan []kv.Entry // to keepSnapshot; holds one
 
 	// The rest belongs to loop.
-	acceptance acceptance
-	written    written
-	history    pastGenerations
-	folders    map[[2]string]bool // the roles whose folder keys are there
-	ranks      map[deployments.UnitID]*policy.Ranks
-	dead       deadNodes
-	badOrders  string     // the orders that can't be obeyed, as they were last logged
-	offered    []kv.Entry // to keepSnapshot
+	acceptance  acceptance
+	written     written
+	history     pastGenerations
+	folders     map[string]time.Time // when each folder key was made last
+	foldersLate bool                 // one has yet to show
+	ranks       map[deployments.UnitID]*policy.Ranks
+	dead        deadNodes
+	badOrders   string     // the orders that can't be obeyed, as they were last logged
+	offered     []kv.Entry // to keepSnapshot
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -42,7 +43,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		acceptance: acceptance{patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience))},
 		written:    written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
 		history:    newPastGenerations(),
-		folders:    map[[2]string]bool{},
+		folders:    map[string]time.Time{},
 		ranks:      map[deployments.UnitID]*policy.Ranks{},
 		dead:       deadNodes{absent: map[string]absence{}},
 	}
@@ -59,6 +60,7 @@ func (l *leader) run(ctx context.Context) error {
 		kv.DesiredPrefix: l.observer.records,
 		kv.ControlPrefix: l.observer.orders,
 		kv.StatusPrefix:  l.observer.fleet,
+		kv.PinsPrefix:    l.observer.pins,
 		kv.MirrorPrefix:  l.observer.state,
 	} {
 		g.Go(func() error { return l.c.Store.Watch(ctx, prefix, view) })
@@ -72,7 +74,7 @@ func (l *leader) run(ctx context.Context) error {
 
 // begin reads what the mirror before this one left.
 func (l *leader) begin(ctx context.Context) error {
-	if err := l.c.Store.EnsureFolders(ctx, kv.DesiredPrefix, kv.PinsPrefix, kv.ControlPrefix, kv.StatusPrefix, kv.HistoryPrefix, kv.MirrorPrefix); err != nil {
+	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
 		return err
 	}
 	entries, err := l.c.Store.List(ctx, kv.MirrorPrefix)
@@ -115,6 +117,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 func (l *leader) loop(ctx context.Context) error {
 	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
 	var trouble error
+	conflicts := 0 // in a row
 	for {
 		git, gitChanged := l.gitChanged()
 		again, err := l.round(ctx, git)
@@ -128,9 +131,13 @@ func (l *leader) loop(ctx context.Context) error {
 				l.c.Log.Info("the store takes writes again", "store", l.c.Store)
 			}
 			trouble = nil
+			conflicts = 0
 			retry.Reset()
 		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
 			again = wait.Jitter(time.Second, 0.2)
+			if conflicts++; conflicts >= conflictsTold {
+				l.tellConflict(ctx, err)
+			}
 		default:
 			if trouble == nil {
 				l.c.Log.Warn("the store takes no writes", "store", l.c.Store, "error", err)
@@ -159,6 +166,16 @@ func (l *leader) loop(ctx context.Context) error {
 		case <-clock:
 		}
 	}
+}
+
+// conflictsTold is how many conflicts in a row, a second apart, are more than a watch that is late.
+const conflictsTold = 5
+
+// tellConflict says where people look that the store and its watch disagree.
+func (l *leader) tellConflict(ctx context.Context, err error) {
+	l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "error", err)
+	l.tell(ctx, fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
+		"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err), time.Now())
 }
 
 // round does once what there is to do. again is when to look even if nothing changes; 0: never.
@@ -221,6 +238,9 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		return 0, err
 	}
 	again = sooner(again, due)
+	if l.foldersLate {
+		again = sooner(again, folderLag)
+	}
 	if l.written.unconfirmed() {
 		again = sooner(again, watchLag) // should a write not show by then, it is looked for again
 	}
@@ -230,7 +250,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 // plan compares the accepted commit with what the store shows.
 func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, error) {
 	commit, cells := l.acceptance.commit, seen.desired.cells
-	if err := l.ensureFolders(ctx); err != nil {
+	if err := l.ensureFolders(ctx, seen, now); err != nil {
 		return plan{}, err
 	}
 	if err := l.readHistory(ctx, cells, now); err != nil {

@@ -10,6 +10,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 // observer holds what the mirror's watches show of the store. Values are parsed once, when they come.
@@ -33,6 +34,8 @@ type observed struct {
 	orders  observedOrders
 	fleet   observedFleet
 	state   observedState
+	pins    observedPins
+	folders map[string]observedFolders // by kind
 }
 
 // observedRecords is what desired/ shows. Until it is synced, nothing may be told from what is missing.
@@ -54,6 +57,12 @@ type observedFleet struct {
 	since   time.Time // since when err is nil, or isn't
 	entries []kv.Entry
 	roles   map[[2]string][]reported
+}
+
+// observedPins is what pins/ shows of whole units.
+type observedPins struct {
+	synced bool
+	units  map[deployments.UnitID]policy.Value[deployments.Pin]
 }
 
 // observedState is what mirror/ shows.
@@ -126,13 +135,16 @@ func (o *observer) records(v kv.View) {
 		cells[e.Key], byUnit[id] = c, c
 	}
 	o.cells = cells
-	o.update(func(now *observed) { now.desired = observedRecords{v.Settled, byUnit} })
+	o.update(func(now *observed) {
+		now.desired = observedRecords{v.Settled, byUnit}
+		now.sawFolders(kv.DesiredPrefix, v)
+	})
 }
 
 // orders takes a view of control/.
 func (o *observer) orders(v kv.View) {
 	good, bad := orders(v)
-	o.update(func(now *observed) { now.orders = observedOrders{good, bad} })
+	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
 // fleet takes a view of status/. A node whose report doesn't parse has said nothing yet.
@@ -163,7 +175,10 @@ func (o *observer) fleet(v kv.View) {
 		roles[role] = append(roles[role], reported{node: parts[2], gone: e.Session == "", goneSince: known.goneSince, report: known.report})
 	}
 	o.reports = reports
-	o.update(func(now *observed) { now.fleet = observedFleet{v.Settled, v.Err, v.Since, v.Entries, roles} })
+	o.update(func(now *observed) {
+		now.fleet = observedFleet{v.Settled, v.Err, v.Since, v.Entries, roles}
+		now.sawFolders(kv.StatusPrefix, v)
+	})
 }
 
 // state takes a view of mirror/, where another mirror may have passed on a webhook.
@@ -181,5 +196,19 @@ func (o *observer) state(v kv.View) {
 		o.hook = hook
 		o.hooked()
 	}
-	o.update(func(now *observed) { now.state = state })
+	o.update(func(now *observed) { now.state = state; now.sawFolders(kv.MirrorPrefix, v) })
+}
+
+// pins takes a view of pins/, of which only pins of whole units are the mirror's business.
+func (o *observer) pins(v kv.View) {
+	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
+	for _, e := range v.Entries {
+		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.PinsPrefix))
+		if err != nil {
+			continue // a node's
+		}
+		pin, err := deployments.ParsePin(e.Value)
+		units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
+	}
+	o.update(func(now *observed) { now.pins = observedPins{v.Settled, units}; now.sawFolders(kv.PinsPrefix, v) })
 }

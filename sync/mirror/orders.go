@@ -14,7 +14,7 @@ import (
 // order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the transaction that
 // does it.
 type order struct {
-	verb    string
+	deployments.Order
 	version uint64
 }
 
@@ -27,12 +27,12 @@ func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
 			continue
 		}
-		switch verb := strings.ToLower(deployments.Trim(string(e.Value))); verb {
-		case "promote", "pause", "resume", "abort", "retry":
-			good[id] = order{verb, e.Version}
-		default:
-			bad = append(bad, fmt.Errorf("%s: %q is not one of promote, pause, resume, abort, retry", e.Key, clip(verb, 40)))
+		parsed, err := deployments.ParseOrder(e.Value)
+		if err != nil {
+			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
+			continue
 		}
+		good[id] = order{parsed, e.Version}
 	}
 	return good, bad
 }

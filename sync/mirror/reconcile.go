@@ -208,7 +208,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	nodes := in.nodes(u.ID)
 	step := policy.Next(policy.Situation{
-		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes, Seen: in.seen(), Order: o.verb,
+		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
+		Seen: in.seen(), Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	w.after, w.reason = step.Record, step.Message

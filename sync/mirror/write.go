@@ -66,29 +66,6 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 	return !now.Before(at), at
 }
 
-// ensureFolders makes the folder keys of the roles that Git names.
-func (l *leader) ensureFolders(ctx context.Context) error {
-	var folders []string
-	all := roles(l.acceptance.commit.Tree)
-	for _, r := range all {
-		if !l.folders[r] {
-			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.ControlPrefix, kv.HistoryPrefix} {
-				folders = append(folders, kv.RolePrefix(kind, r[0], r[1]))
-			}
-		}
-	}
-	if len(folders) == 0 {
-		return nil
-	}
-	if err := l.c.Store.EnsureFolders(ctx, folders...); err != nil {
-		return fmt.Errorf("folders of %d keys: %w", len(folders), err)
-	}
-	for _, r := range all {
-		l.folders[r] = true
-	}
-	return nil
-}
-
 // write commits the changes, and the state where it differs from what was written, or where lost says that it isn't there.
 // What takes several transactions is announced in the first and confirmed in the last, so that a mirror that takes over
 // in between knows which commit it finds half written.
@@ -133,7 +110,7 @@ func (l *leader) noteWritten(w change, now time.Time) {
 	}
 	if w.order.version != 0 {
 		l.written.orders[w.unit] = w.order.version
-		l.c.Log.Info("order taken", "unit", w.unit, "order", w.order.verb, "outcome", w.reason)
+		l.c.Log.Info("order taken", "unit", w.unit, "order", w.order.Verb, "by", w.order.By, "why", w.order.Reason, "outcome", w.reason)
 	}
 	if w.kind == "none" {
 		return
@@ -153,8 +130,13 @@ func (l *leader) reportFailure(ctx context.Context, err error, now time.Time) {
 			return
 		}
 	}
+	l.tell(ctx, "the commit can't be written: "+err.Error(), now)
+}
+
+// tell writes to mirror/state what is wrong.
+func (l *leader) tell(ctx context.Context, words string, now time.Time) {
 	status := l.written.state
-	status.Holder, status.Error = l.c.Name, clip("the commit can't be written: "+err.Error(), maxError)
+	status.Holder, status.Error = l.c.Name, clip(words, maxError)
 	if ctx.Err() != nil || !worthWriting(l.written.state, status, l.written.stateAt, now) {
 		return
 	}

@@ -19,6 +19,8 @@ type Viewer struct {
 	view   kv.View
 	shown  bool
 	causes Causes
+	// refolded is set if the folders changed since the view was last shown.
+	refolded bool
 }
 
 func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
@@ -50,6 +52,12 @@ func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	v.update(entries, !slices.EqualFunc(v.view.Entries, entries, SameEntry), err)
 }
 
+// SetFolders takes over the folder keys of an answer; Set or Merge shows them.
+func (v *Viewer) SetFolders(folders []string) {
+	v.refolded = v.refolded || !slices.Equal(v.view.Folders, folders)
+	v.view.Folders = folders
+}
+
 // Fail keeps what is known, and says why it may be out of date.
 func (v *Viewer) Fail(err error) { v.update(v.view.Entries, false, err) }
 
@@ -61,7 +69,7 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	}
 	v.view.Err = err
 	news := v.causes.New(err)
-	if v.shown && !changed && !news && sameTrouble(old, err) {
+	if v.shown && !changed && !news && !v.refolded && sameTrouble(old, err) {
 		return
 	}
 	switch {
@@ -70,7 +78,7 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	case err == nil && old != nil:
 		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)
 	}
-	v.shown = true
+	v.shown, v.refolded = true, false
 	shown := v.view
 	shown.Entries = slices.Clone(entries)
 	for i := range shown.Entries {

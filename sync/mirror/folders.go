@@ -1,0 +1,92 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/kv"
+)
+
+// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys below, so
+// they are made again whenever a watch lacks one.
+
+// topFolders are the folder keys that any fleet needs, roleFolders the kinds that each role has one of.
+var (
+	topFolders  = []string{kv.DesiredPrefix, kv.PinsPrefix, kv.ControlPrefix, kv.StatusPrefix, kv.HistoryPrefix, kv.MirrorPrefix}
+	roleFolders = []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.ControlPrefix, kv.HistoryPrefix}
+)
+
+// folderLag is how long a folder key may take to show in a watch before it is made again.
+const folderLag = time.Second
+
+// observedFolders are the folder keys that the watch of one kind shows.
+type observedFolders struct {
+	none bool     // not even the kind's own is there
+	keys []string // sorted; nil: the store has none that could be lost
+}
+
+// sawFolders notes the folder keys of a view.
+func (now *observed) sawFolders(kind string, v kv.View) {
+	folders := maps.Clone(now.folders)
+	if folders == nil {
+		folders = map[string]observedFolders{}
+	}
+	folders[kind] = observedFolders{errors.Is(v.Err, kv.ErrNoFolder), v.Folders}
+	now.folders = folders
+}
+
+// missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those that a watch
+// lacks, together with what nobody watches. made tells when each was made last: late reports whether one has yet to show, and is
+// to be made again if it doesn't.
+func missingFolders(roles [][2]string, seen map[string]observedFolders, made map[string]time.Time, now time.Time) (missing []string, late bool) {
+	lacks := func(keys []string, lost func(string) bool) {
+		if !slices.ContainsFunc(keys, lost) {
+			return
+		}
+		for _, key := range keys {
+			if now.Sub(made[key]) >= folderLag {
+				missing = append(missing, key)
+			} else {
+				late = true
+			}
+		}
+	}
+	lacks(topFolders, func(kind string) bool { return seen[kind].none })
+	for _, r := range roles {
+		var keys []string
+		for _, kind := range roleFolders {
+			keys = append(keys, kv.RolePrefix(kind, r[0], r[1]))
+		}
+		lacks(keys, func(key string) bool {
+			kind, _, _ := strings.Cut(key, "/")
+			folders := seen[kind+"/"]
+			_, shown := slices.BinarySearch(folders.keys, key)
+			return made[key].IsZero() || folders.none || folders.keys != nil && !shown
+		})
+	}
+	return missing, late
+}
+
+// ensureFolders makes the folder keys that are missing.
+func (l *leader) ensureFolders(ctx context.Context, seen observed, now time.Time) error {
+	missing, late := missingFolders(roles(l.acceptance.commit.Tree), seen.folders, l.folders, now)
+	l.foldersLate = late
+	if len(missing) == 0 {
+		return nil
+	}
+	if err := l.c.Store.EnsureFolders(ctx, missing...); err != nil {
+		return fmt.Errorf("make %d folder keys: %w", len(missing), err)
+	}
+	for _, key := range missing {
+		if !l.folders[key].IsZero() {
+			l.c.Log.Warn("a folder key was lost, it is made again", "key", key)
+		}
+		l.folders[key] = now
+	}
+	return nil
+}
