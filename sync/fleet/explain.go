@@ -226,20 +226,22 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
 		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
 		s.Unblock = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
-	case strings.Contains(trouble, "signed") || strings.Contains(trouble, "signature"):
-		s.What, s.Says, s.Unblock = "signature", trouble, "sign it with a key that this node trusts: kedge publish --sign KEYFILE"
+	case r.Reason == deployments.ReasonUnsigned:
+		s.What, s.Says, s.Unblock = "signature", cmp.Or(trouble, Message(r.Reason, r.Facts)), Hint(u.ID, n.Name, r.Reason)
+	case r.State == deployments.StateUnhealthy:
+		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, Message(r.Reason, r.Facts)))
 	case r.State == deployments.StateInvalid && trouble != "":
 		s.Says, s.Unblock = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
 	case r.State == deployments.StateRetrying:
 		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+trouble, ": ")
+		s.Unblock = Hint(u.ID, n.Name, r.Reason)
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = oneLine(r.Why)
-		if !strings.HasPrefix(s.Says, "waits ") {
-			s.Says = "waits: " + cmp.Or(s.Says, "for another unit")
+		s.Says = join("waits: "+cmp.Or(oneLine(r.Why), "for another unit"), trouble)
+		if r.Reason == deployments.ReasonDependency {
+			s.Says = join(cmp.Or(oneLine(r.Facts["error"]), Message(r.Reason, r.Facts)), trouble)
 		}
-		s.Says = join(s.Says, trouble)
 	case r.State == deployments.StateConverged && trouble != "":
 		s.Says = "runs it, but: " + trouble
 		if !d.Stage.IsZero() {
@@ -380,6 +382,8 @@ func verdict(u *Unit, n *Node, d policy.Decision) string {
 		return "keeps what it runs: " + u.Release(running)
 	case running.Digest == d.Target.Digest && n.Report.State == deployments.StateConverged:
 		return runs + ", as it should"
+	case running.Digest == d.Target.Digest && n.Report.State == deployments.StateUnhealthy:
+		return runs + ", as it should, and is unhealthy"
 	}
 	return "should run " + u.Release(d.Target) + ", and " + runs
 }

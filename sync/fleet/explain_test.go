@@ -49,6 +49,7 @@ func TestExplainStates(t *testing.T) {
 	is := func(state deployments.State, want deployments.Pointer, trouble string) func(*report) {
 		return func(r *report) { r.State, r.Want, r.Error = state, want, trouble }
 	}
+	because := func(reason deployments.Reason) func(*report) { return func(r *report) { r.Reason = reason } }
 	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
 	pinned := func(r *report) { r.Pinned = true }
 	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon, Message: "the canaries are well: waits for promote"}
@@ -82,7 +83,8 @@ func TestExplainStates(t *testing.T) {
 		"record-none":    {on(v1, is(deployments.StateWaiting, deployments.Pointer{}, "")), nil, "record", "", "add prod/web/app.yaml"},
 		"record-by-hand": {on(v2, func(r *report) { r.Generation = 0 }), []kv.Entry{put(kv.DesiredKey(app), v2.String()+"\n")}, "admission", "", ""},
 		"bounds":         {on(v1, is(deployments.StateInvalid, deployments.Pointer{}, v2.URL+" is not from s3://other, which is all that this node's configuration allows")), []kv.Entry{desired(record{})}, "admission", "node", ""},
-		"unsigned":       {on(v1, is(deployments.StateRetrying, v2, "release "+v2.String()+": "+v2.URL+" is not signed, and this node has signers configured: publish it with --sign")), []kv.Entry{desired(record{})}, "admission", "signature", "kedge publish --sign"},
+		"unhealthy":      {on(v2, is(deployments.StateUnhealthy, v2, "http 127.0.0.1:8080: 503")), []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"unsigned":       {on(v1, is(deployments.StateRetrying, v2, "release "+v2.String()+": "+v2.URL+" was published by nobody whom this node knows"), because(deployments.ReasonUnsigned)), []kv.Entry{desired(record{})}, "admission", "signature", "kedge publish --sign"},
 		"retrying":       {on(v1, is(deployments.StateRetrying, v2, "503 Slow Down")), []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},
 		"behind":         {on(v1, func(r *report) { r.Generation = 1 }), []kv.Entry{desired(record{})}, "admission", "node", ""},
@@ -174,7 +176,8 @@ func TestExplainLocal(t *testing.T) {
 			{Prefix: "desired/prod/api/", From: "store", Since: noon},
 		},
 		Roles: map[string]deployments.Report{
-			"web": {Units: map[string]deployments.UnitReport{"app": {State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Why: "waits for base", Generation: 2, Since: noon.Add(-time.Minute)}}},
+			"web": {Units: map[string]deployments.UnitReport{"app": {State: deployments.StateWaiting, Running: v1, Want: v2, Version: "1", Why: "waits for base",
+				Reason: deployments.ReasonDependency, Facts: deployments.Facts{"unit": "base", "error": "waits for base"}, Generation: 2, Since: noon.Add(-time.Minute)}}},
 			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
 		},
 		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",

@@ -342,7 +342,7 @@ func (n *Node) Shown() Text {
 		return Text{"outdated", Warn} // it has yet to see what it should run
 	case r.State == deployments.StateFetching && r.Total > 0:
 		return Text{fmt.Sprintf("fetching %d%%", min(100, r.Fetched*100/r.Total)), Warn}
-	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid:
+	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid || r.State == deployments.StateUnhealthy:
 		return Text{clean(string(r.State)), Bad}
 	}
 	return Text{clean(string(r.State)), Warn}

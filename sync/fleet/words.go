@@ -67,7 +67,7 @@ var words = map[deployments.Reason]string{
 	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
 	deployments.ReasonStorageUnavailable: "can't reach the object storage[: {error}]",
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
-	deployments.ReasonDependency:         "waits for another unit[: {unit}]",
+	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
 	deployments.ReasonGone:               "its agent is away[: {error}]",
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
