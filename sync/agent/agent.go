@@ -37,6 +37,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -123,7 +124,8 @@ type Agent struct {
 	unwritten bool
 	roles     []*role
 	units     map[deployments.UnitID]*unit
-	ready     bool // once it was ready
+	ready     bool   // once it was ready
+	joined    uint64 // the presence's number; 0: not known yet
 	ctx       context.Context
 	workers   sync.WaitGroup
 }
@@ -189,6 +191,7 @@ func New(c Config) (_ *Agent, err error) {
 		r := newRole(c.Stage, name)
 		for _, s := range r.sources() {
 			if entries, at, ok := a.known.get(s.prefix); ok {
+				s.floors = maps.Clone(a.known.Prefixes[s.prefix].Generations)
 				s.offer(entries, fromLastKnown, at)
 			}
 		}

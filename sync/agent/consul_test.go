@@ -71,14 +71,19 @@ func TestConsulAwayAndRestored(t *testing.T) {
 	w.desire(app, deployments.Record{Target: two, Generation: 2})
 	a.awaitRunning(app, two)
 
-	// A restore brings an older record back, and that is what the store says.
+	// A restore brings an older record back: the node stays where it is, and says so, until a newer one is written.
 	consul.Restore(snapshot)
-	a.awaitRunning(app, one)
 	await(t, "the report after the restore", func() (bool, string) {
 		r, e := w.reported("web")
-		return e.Session != "" && r.Units["app"].Running == one, string(e.Value)
+		u := r.Units["app"]
+		return e.Session != "" && u.Running == two && u.Reason == deployments.ReasonOldGeneration && u.Generation == 2, string(e.Value)
 	})
-	w.desire(app, deployments.Record{Target: two, Generation: 3})
+	if v := w.live("app"); v != "2" {
+		t.Errorf("the restored record decides: %s is live", v)
+	}
+	w.desire(app, deployments.Record{Target: one, Generation: 3})
+	a.awaitRunning(app, one)
+	w.desire(app, deployments.Record{Target: two, Generation: 4})
 	a.awaitRunning(app, two)
 	a.stop()
 
@@ -87,7 +92,7 @@ func TestConsulAwayAndRestored(t *testing.T) {
 	a.awaitRunning(app, two)
 	consul.Servers[0].Start()
 	consul.WaitReady()
-	w.desire(app, deployments.Record{Target: three, Generation: 4})
+	w.desire(app, deployments.Record{Target: three, Generation: 5})
 	a.awaitRunning(app, three)
 	await(t, "the report after the outage", func() (bool, string) {
 		r, e := w.reported("web")

@@ -1,11 +1,13 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
 
 	"kedge/deployments"
+	"kedge/kv"
 	"kedge/policy"
 )
 
@@ -14,6 +16,16 @@ import (
 func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	for _, r := range a.roles {
+		for _, s := range r.sources() {
+			if s.review(now, a.c.Log) {
+				a.unsaved = a.known.set(s.prefix, s.entries, s.floors, now) || a.unsaved
+			}
+			if at := s.recheck; !at.IsZero() && (next.IsZero() || at.Before(next)) {
+				next = at
+			}
+		}
+	}
 	if a.unsaved {
 		// What is acted upon must be known after a restart. Where the disk refuses, running what is wanted still comes first.
 		err := a.known.write(a.c.StateDir)
@@ -24,8 +36,8 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 			a.c.Log.Error("a restart without the store would go back to an older state", "error", err)
 		}
 		a.unsaved, a.unwritten = err != nil, err != nil
-		if err != nil {
-			next = now.Add(maxRetry)
+		if retry := now.Add(maxRetry); err != nil && (next.IsZero() || retry.Before(next)) {
+			next = retry
 		}
 	}
 	for _, r := range a.roles {
@@ -71,12 +83,13 @@ func (a *Agent) decide(r *role, now time.Time) {
 			continue
 		}
 		u.record, u.pins[0], u.pins[1] = r.facts(id, a.c.Node)
+		u.floor, u.held = r.desired.floors[kv.DesiredKey(id)], r.desired.held[kv.DesiredKey(id)]
 		state := u.state()
 		was := u.decision
 		u.decided = true
 		u.decision = policy.Resolve(policy.Facts{
 			Unit: id, Node: a.c.Node, Now: now,
-			Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
+			Joined: a.joined, Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
@@ -98,7 +111,7 @@ func failureKey(r *role, id deployments.UnitID, node string, from policy.Source,
 	case policy.FromUnitPin:
 		key = "pins/" + id.String()
 	default:
-		return fmt.Sprintf("generation %d, retry %d", record.Generation, record.Retry)
+		return fmt.Sprintf("generation %d, retry %d", cmp.Or(record.Claim, record.Generation), record.Retry)
 	}
 	e, _ := r.pins.find(key)
 	return "pin " + deployments.Trim(string(e.Value))

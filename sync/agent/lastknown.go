@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -28,6 +29,8 @@ type lastKnown struct {
 type knownEntries struct {
 	At      time.Time         `json:"at"` // when they were first seen to be so; the node's clock
 	Entries map[string][]byte `json:"entries"`
+	// Generations are the highest that the node has acted on, by key; also of records that are gone.
+	Generations map[string]int64 `json:"generations,omitempty"`
 }
 
 // readLastKnown reads dir's file; it is empty where there is none. One that is damaged is put aside: a node that lost its memory
@@ -60,9 +63,9 @@ func readLastKnown(dir string, log *slog.Logger) (lastKnown, error) {
 }
 
 // set notes entries for prefix, and says whether that is news.
-func (k *lastKnown) set(prefix string, entries []kv.Entry, now time.Time) bool {
+func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int64, now time.Time) bool {
 	was, ok := k.Prefixes[prefix]
-	same := ok && len(was.Entries) == len(entries)
+	same := ok && len(was.Entries) == len(entries) && maps.Equal(was.Generations, floors)
 	for _, e := range entries {
 		v, there := was.Entries[e.Key]
 		same = same && there && string(v) == string(e.Value)
@@ -70,7 +73,7 @@ func (k *lastKnown) set(prefix string, entries []kv.Entry, now time.Time) bool {
 	if same {
 		return false
 	}
-	next := knownEntries{At: now, Entries: make(map[string][]byte, len(entries))}
+	next := knownEntries{At: now, Generations: maps.Clone(floors), Entries: make(map[string][]byte, len(entries))}
 	for _, e := range entries {
 		next.Entries[e.Key] = slices.Clone(e.Value)
 	}

@@ -68,7 +68,7 @@ func (a *Agent) empty() map[string]string {
 			return nil
 		}
 	}
-	if a.c.AllowEmpty {
+	if a.c.AllowEmpty || len(a.unknown()) > 0 {
 		return nil
 	}
 	why := map[string]string{}

@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -28,7 +30,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 	ready := len(a.unready()) == 0
 	for _, r := range a.roles {
 		reports[r.name] = deployments.Report{
-			Node: a.c.Node, Agent: a.c.Version, Started: a.begun.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
+			Node: a.c.Node, Joined: a.joined, Agent: a.c.Version, Started: a.begun.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
 		}
 	}
 	for id, u := range a.units {
@@ -46,7 +48,14 @@ func (a *Agent) report(ctx context.Context) {
 	if presence == nil {
 		return
 	}
+	var joining sync.WaitGroup
+	joining.Go(func() { a.followJoined(ctx, presence) })
 	defer func() {
+		joining.Wait()
+		a.workers.Wait() // what they can still end needs no word
+		for _, role := range a.rolesInMidSwitch() {
+			presence.Leave(kv.StatusKey(a.c.Stage, role, a.c.Node))
+		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
 		defer cancel()
 		if err := presence.Close(ctx); err != nil {
@@ -112,6 +121,49 @@ func (a *Agent) report(ctx context.Context) {
 		case <-due:
 		}
 	}
+}
+
+// followJoined keeps the number of the node's presence, until ctx ends. While it isn't known, no rollout has told the node anything.
+func (a *Agent) followJoined(ctx context.Context, presence kv.Presence) {
+	retry := newBackoff()
+	for ctx.Err() == nil {
+		joined, changed, err := presence.Joined(ctx)
+		if err != nil {
+			if retry.Wait(ctx) != nil {
+				return
+			}
+			continue
+		}
+		retry.Reset()
+		a.setJoined(joined)
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+			a.setJoined(0)
+		}
+	}
+}
+
+func (a *Agent) setJoined(joined uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.joined = joined
+	a.kick()
+}
+
+// rolesInMidSwitch are the roles with a unit whose deployment is half done: their reports stay when the agent ends, as those of a
+// node that comes back.
+func (a *Agent) rolesInMidSwitch() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var roles []string
+	for id, u := range a.units {
+		if u.state().Unfinished && !slices.Contains(roles, id.Role) {
+			roles = append(roles, id.Role)
+		}
+	}
+	return roles
 }
 
 type writtenReport struct {

@@ -41,6 +41,11 @@ type source struct {
 	// What the entries hold, by key, parsed when they came.
 	records map[string]policy.Value[deployments.Record]
 	pins    map[string]policy.Value[deployments.Pin]
+	// floors are the highest generations that were acted on; held are records that are not, as confirmed has them.
+	floors    map[string]int64
+	held      map[string]heldRecord
+	confirmed []kv.Entry
+	recheck   time.Time // when one of held may be taken; zero: never
 }
 
 // set replaces the entries, and parses those that changed.
@@ -60,7 +65,19 @@ func (s *source) set(entries []kv.Entry, at time.Time) {
 		}
 	}
 	s.entries, s.at, s.records, s.pins = entries, at, records, pins
+	for key, r := range records {
+		if r.Value.Generation > s.floors[key] {
+			if s.floors == nil {
+				s.floors = map[string]int64{}
+			}
+			s.floors[key] = r.Value.Generation
+		}
+	}
 }
+
+// bareWait is how long a record without a generation has to stand before a node takes it that knows a mirror's: a mirror that
+// runs puts its own back within milliseconds.
+const bareWait = 5 * time.Second
 
 // accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes
 // records alone, and only new ones and those of a higher generation. Where nothing is known at all, they are enough to begin with:
@@ -83,7 +100,8 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		}
 		entries = s.newer(entries, log)
 	} else if s.desired {
-		s.logRegressions(entries, log)
+		s.confirmed = entries
+		entries = s.hold(entries, now, log)
 	}
 	better := s.from != fromStore && (v.Settled || s.from == fromNowhere)
 	changed := better || !equalEntries(s.entries, entries)
@@ -94,6 +112,64 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		s.set(entries, now)
 	}
 	return changed
+}
+
+// hold returns the entries of a confirmed view that may be acted on. A record of a lower generation than one that was acted on is
+// that of a snapshot that was restored: what is known stays until a mirror that knows of the higher one has written. A record
+// without a generation, beside one that a mirror wrote, has to stand for bareWait.
+func (s *source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
+	held := map[string]heldRecord{}
+	s.recheck = time.Time{}
+	var taken []kv.Entry
+	for _, e := range entries {
+		known, ok := s.find(e.Key)
+		floor, g := s.floors[e.Key], int64(0)
+		if floor > 0 && !(ok && string(known.Value) == string(e.Value)) {
+			r := parsed(e.Value, deployments.ParseRecord)
+			g = r.Value.Generation
+			h, seen := s.held[e.Key]
+			if seen = seen && h.value == string(e.Value); !seen {
+				h = heldRecord{value: string(e.Value), generation: g, since: now}
+			}
+			bare := r.Err == nil && g == 0 && now.Sub(h.since) < bareWait
+			if bare && (s.recheck.IsZero() || h.since.Add(bareWait).Before(s.recheck)) {
+				s.recheck = h.since.Add(bareWait)
+			}
+			if bare || g > 0 && g < floor {
+				if held[e.Key] = h; !seen && g > 0 {
+					log.Error("a record is older than the one that this node has acted on: it waits for a mirror that knows of that",
+						"key", e.Key, "generation", g, "acted_on", floor)
+				}
+				if ok {
+					taken = append(taken, known)
+				}
+				continue
+			}
+		}
+		taken = append(taken, e)
+	}
+	s.held = held
+	return taken
+}
+
+// review takes a record that has stood for long enough, and says whether the entries that decide have changed.
+func (s *source) review(now time.Time, log *slog.Logger) bool {
+	if s.recheck.IsZero() || now.Before(s.recheck) {
+		return false
+	}
+	entries := s.hold(s.confirmed, now, log)
+	if equalEntries(entries, s.entries) {
+		return false
+	}
+	s.set(entries, now)
+	return true
+}
+
+// heldRecord is a record that is there, and isn't acted on.
+type heldRecord struct {
+	value      string
+	generation int64
+	since      time.Time
 }
 
 // offer takes what the disk or a snapshot says, where nothing better is known, and says whether it did.
@@ -121,18 +197,6 @@ func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 		}
 	}
 	return merged
-}
-
-func (s *source) logRegressions(entries []kv.Entry, log *slog.Logger) {
-	for _, e := range entries {
-		was := s.records[e.Key].Value.Generation
-		if known, ok := s.find(e.Key); !ok || was == 0 || string(known.Value) == string(e.Value) {
-			continue
-		}
-		if g := generation(e); g < was {
-			log.Warn("a record went back, and the store confirms it", "key", e.Key, "from", was, "to", g)
-		}
-	}
 }
 
 func (s *source) find(key string) (kv.Entry, bool) {

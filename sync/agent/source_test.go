@@ -51,8 +51,10 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 		{"an unconfirmed other record of the same generation doesn't count", false, kv.View{Entries: entry("5", digestB), Err: kv.ErrDenied}, `5`, fromLastKnown},
 		{"an unconfirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Err: kv.ErrDenied}, `6`, fromLastKnown},
 		{"beside others, in any order", false, kv.View{Entries: slices.Concat(after, entry("6", digestA), before), Err: kv.ErrDenied}, `6`, fromLastKnown},
-		{"a settled older record wins", false, kv.View{Entries: entry("4", digestA), Settled: true}, `4`, fromStore},
-		{"beside others, in any order, too", false, kv.View{Entries: slices.Concat(after, entry("4", digestA), before), Settled: true}, `4`, fromStore},
+		{"a confirmed older record is held", false, kv.View{Entries: entry("4", digestA), Settled: true}, `5`, fromStore},
+		{"beside others, in any order, too", false, kv.View{Entries: slices.Concat(after, entry("4", digestA), before), Settled: true}, `5`, fromStore},
+		{"a confirmed one of the same generation counts", false, kv.View{Entries: entry("5", digestA), Settled: true}, `5`, fromStore},
+		{"a confirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Settled: true}, `6`, fromStore},
 		{"a settled absence wins", false, kv.View{Settled: true}, ``, fromStore},
 		{"where nothing is known an unconfirmed record is a beginning", true, kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `4`, fromStore},
 		{"where nothing is known an unconfirmed absence says nothing", true, kv.View{Err: kv.ErrDenied}, ``, fromNowhere},
@@ -76,6 +78,56 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 				t.Errorf("generation %q from %v decides, want %q from %v", got, s.from, c.want, c.from)
 			}
 		})
+	}
+}
+
+// What a node has acted on outlives the record: one that comes back from a snapshot waits for a mirror, and a bare pointer that a
+// mirror would put back has to stand.
+func TestRecordsThatHaveToWait(t *testing.T) {
+	t.Parallel()
+	const key = "desired/prod/web/app"
+	pointer := "file:///r@sha256:" + strings.Repeat("a", 64)
+	record := func(generation int) string { return fmt.Sprintf(`{"target":%q,"generation":%d}`, pointer, generation) }
+	now := time.Now()
+	s := &source{prefix: "desired/prod/web/", desired: true}
+	view := func(value string) string {
+		v := kv.View{Settled: true}
+		if value != "" {
+			v.Entries = []kv.Entry{{Key: key, Value: []byte(value)}}
+		}
+		s.accept(v, mine(s.prefix, "n1"), now, quiet())
+		e, _ := s.find(key)
+		return string(e.Value)
+	}
+	for _, step := range []struct{ value, want string }{
+		{record(7), record(7)},
+		{record(3), record(7)},
+		{"", ""},
+		{record(3), ""},
+		{record(7), record(7)},
+		{pointer, record(7)},
+		{record(8), record(8)},
+		{pointer, record(8)},
+	} {
+		if got := view(step.value); got != step.want {
+			t.Fatalf("the store has %q, and %q decides, want %q", step.value, got, step.want)
+		}
+	}
+	if s.recheck != now.Add(bareWait) || s.review(now.Add(bareWait-1), quiet()) {
+		t.Errorf("the bare pointer counts at %v, want %v", s.recheck, now.Add(bareWait))
+	}
+	if e, _ := s.find(key); !s.review(now.Add(bareWait), quiet()) {
+		t.Errorf("the bare pointer never counts: %s", e.Value)
+	}
+	if got := view(record(7)); got != pointer {
+		t.Errorf("after it, %q decides", got)
+	}
+
+	// A restart knows as much.
+	k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
+	k.set(s.prefix, nil, s.floors, now)
+	if k.Prefixes[s.prefix].Generations[key] != 8 {
+		t.Errorf("on disk: %v", k.Prefixes)
 	}
 }
 
@@ -273,10 +325,10 @@ func TestLastKnownSurvives(t *testing.T) {
 	}
 	entries := []kv.Entry{{Key: "desired/prod/web/app", Value: []byte("\xff\x00 raw\r\n")}}
 	now := time.Now().Truncate(0)
-	if !k.set("desired/prod/web/", entries, now) || !k.set("pins/prod/web/", nil, now) {
+	if !k.set("desired/prod/web/", entries, nil, now) || !k.set("pins/prod/web/", nil, nil, now) {
 		t.Fatal("news are no news")
 	}
-	if k.set("desired/prod/web/", entries, now.Add(time.Hour)) || k.set("pins/prod/web/", nil, now) {
+	if k.set("desired/prod/web/", entries, nil, now.Add(time.Hour)) || k.set("pins/prod/web/", nil, nil, now) {
 		t.Error("the same again is news")
 	}
 	if err := k.write(dir); err != nil {
@@ -361,8 +413,8 @@ func TestLastKnownTakesEveryChange(t *testing.T) {
 		"one is empty":         {entry("app", "1"), entry("base", "")},
 	} {
 		k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
-		k.set(prefix, was, time.Now())
-		if !k.set(prefix, now, time.Now()) {
+		k.set(prefix, was, nil, time.Now())
+		if !k.set(prefix, now, nil, time.Now()) {
 			t.Errorf("%s: that is no news", name)
 		}
 		if got, _, _ := k.get(prefix); !equalEntries(got, now) {
@@ -379,7 +431,7 @@ func TestFilesWithNothingInThem(t *testing.T) {
 		write(t, dir+"/"+name, `{"format":1}`)
 	}
 	k, err := readLastKnown(dir, quiet())
-	if err != nil || !k.set("pins/prod/web/", nil, time.Now()) {
+	if err != nil || !k.set("pins/prod/web/", nil, nil, time.Now()) {
 		t.Errorf("last known state: %v", err)
 	}
 }

@@ -77,6 +77,9 @@ func (u *unit) standing() standing {
 	switch {
 	case (u.busy.kind == jobDeploy || u.busy.kind == jobRecover) && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.trouble)
+	case s.Unfinished && s.Health.Unhealthy: // the way back doesn't hold yet
+		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts,
+			fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])}
 	case s.Unfinished:
 		return at(deployments.StateSwitching, u.trouble) // also while it is fetched what supersedes it: it is out of service
 	case !u.decided:
@@ -206,9 +209,15 @@ func (u *unit) report() deployments.UnitReport {
 	if sick := u.sick(); sick != nil && now.reason == "" {
 		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // held, say
 	}
+	if h := u.held; h.generation > 0 && now.reason == "" {
+		now.reason = deployments.ReasonOldGeneration
+		now.facts = deployments.Facts{"generation": fmt.Sprint(h.generation), "acted_on": fmt.Sprint(u.floor)}
+		now.err = fmt.Errorf("the record has generation %d, and this node has acted on %d: it waits for a mirror that knows of that",
+			h.generation, u.floor)
+	}
 	r := deployments.UnitReport{
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: s.Version, Want: u.decision.Target, Why: u.decision.Why,
-		Generation: u.record.Value.Generation, Staged: s.Staged.Digest, Quarantined: s.Quarantined,
+		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}

@@ -30,6 +30,8 @@ type desired struct {
 	decided  bool
 	record   policy.Value[deployments.Record]
 	pins     [2]policy.Value[deployments.Pin] // for the unit, for this node
+	floor    int64                            // the highest generation that was acted on
+	held     heldRecord                       // the record that is there, and isn't acted on
 	decision policy.Decision
 	key      string // the failure key: names what asks for the decision's target
 	cycle    string // the circle of units that it lies on

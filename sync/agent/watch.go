@@ -80,7 +80,7 @@ func (a *Agent) see(s *source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if s.accept(v, mine(s.prefix, a.c.Node), time.Now(), a.c.Log) {
-		a.unsaved = a.known.set(s.prefix, s.entries, time.Now()) || a.unsaved
+		a.unsaved = a.known.set(s.prefix, s.entries, s.floors, time.Now()) || a.unsaved
 	}
 	a.metrics.seen(s.prefix, v.Err == nil)
 	a.kick()

@@ -12,9 +12,7 @@ import (
 
 const (
 	keepHead = 16 << 10
-	// lastLines of MaxLines are the last ones of a long output, which say why it failed.
-	lastLines = 100
-	keepTail  = MaxOutput - keepHead - 256 // the note between them has its place
+	keepTail = MaxOutput - keepHead - 256 // the note between them has its place
 )
 
 // output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
@@ -31,7 +29,7 @@ type output struct {
 	line    []byte // the line under way, at most MaxLine bytes
 	clipped int    // bytes of it that were dropped
 	lines   int
-	last    []string // the last lines beyond those that were logged at once; a ring, once it is full
+	unsaid  int // lines that weren't logged
 }
 
 func (o *output) Write(p []byte) (int, error) {
@@ -86,12 +84,8 @@ func (o *output) endLine() {
 		text += fmt.Sprintf(" [%d more bytes]", o.clipped)
 	}
 	o.line, o.clipped = o.line[:0], 0
-	if o.lines++; o.lines > MaxLines-lastLines {
-		if len(o.last) < lastLines {
-			o.last = append(o.last, text)
-		} else {
-			o.last[(o.lines-MaxLines-1)%lastLines] = text
-		}
+	if o.lines++; o.lines > MaxLines {
+		o.unsaid++
 		return
 	}
 	o.log.Info("output", LineKey, text)
@@ -104,14 +98,9 @@ func (o *output) close() {
 	if len(o.line) > 0 {
 		o.endLine()
 	}
-	if over := o.lines - MaxLines; over > 0 {
-		o.log.Info("output", LineKey, fmt.Sprintf("[%d lines left out]", over))
-		o.last = append(o.last[over%lastLines:], o.last[:over%lastLines]...)
+	if o.unsaid > 0 {
+		o.log.Info("output", LineKey, fmt.Sprintf("[%d more lines]", o.unsaid))
 	}
-	for _, text := range o.last {
-		o.log.Info("output", LineKey, text)
-	}
-	o.last = nil
 	o.closed = true
 }
 

@@ -60,10 +60,9 @@ type remoteRepo struct {
 	busy    error
 
 	mu        sync.Mutex
-	dir       string    // holds the cache
-	cache     string    // the bare repository in dir; empty: none yet
-	temporary bool      // dir goes with Close
-	held      io.Closer // of a temporary dir
+	dir       string // holds the cache
+	cache     string // the bare repository in dir; empty: none yet
+	temporary bool   // dir goes with Close
 }
 
 func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string, log *slog.Logger) (*remoteRepo, error) {
@@ -96,7 +95,7 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch, every: every, log: log,
 		hung: make(chan struct{}, maxHung), stall: stallTimeout}
 	if cacheDir == "" {
-		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
+		if r.dir, err = os.MkdirTemp("", "kedge-mirror-"); err != nil {
 			return nil, fmt.Errorf("cache of the repository: %w", err)
 		}
 		r.temporary = true
@@ -146,7 +145,7 @@ func (r *remoteRepo) Pause() time.Duration                { return askPause }
 func (r *remoteRepo) Close() error {
 	r.server.close()
 	if r.temporary {
-		return errors.Join(os.RemoveAll(r.dir), r.held.Close())
+		return os.RemoveAll(r.dir)
 	}
 	return nil
 }
@@ -312,7 +311,7 @@ func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, said io.Writer) 
 	if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
 		return err
 	}
-	session, err := r.session(ctx)
+	session, err := r.session()
 	if err != nil {
 		return err
 	}
@@ -457,12 +456,14 @@ func (r *remoteRepo) explain(doing string, err error) error {
 	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
 		err = unexpected.Err
 	}
-	err = bare(err)
+	if wrapped := (*url.Error)(nil); errors.As(err, &wrapped) && errors.As(err, new(*Refusal)) {
+		err = wrapped.Err // the address is told anyway
+	}
 	refusal := (*Refusal)(nil)
 	switch {
 	case errors.As(err, new(*hostKeyError)):
 	case errors.As(err, &refusal):
-		hint = refusal.hint(r.endpoint.String(), r.access.env("KEDGE_GITHUB_APP_ID") != "")
+		hint = refusal.hint(r.endpoint.String())
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
 		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):

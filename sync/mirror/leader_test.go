@@ -31,7 +31,6 @@ func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
 	if err := l.begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	l.observer.pins(kv.View{Settled: true})
 	return l, store
 }
 

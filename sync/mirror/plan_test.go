@@ -147,6 +147,7 @@ func TestReconcile(t *testing.T) {
 		cell       cell
 		own        *writtenRecord
 		past       deployments.History
+		acted      int64 // a node says that it has acted on that generation
 		git        string
 		generation int64 // 0: nothing is written
 		stable     string
@@ -156,6 +157,9 @@ func TestReconcile(t *testing.T) {
 		{name: "nothing there", git: "1", generation: 1, ops: "create put"},
 		{name: "all in order", cell: shown(good, 5), git: "1"},
 		{name: "all in order, written by this mirror", cell: shown(good, 5), own: mine(good, 4, 5, time.Hour), git: "1"},
+		{name: "restored from a snapshot, and a node knows of a later one", cell: shown(good, 5), acted: 9, git: "1", generation: 10, ops: "replace put"},
+		{name: "gone with the history, and a node knows of it", acted: 9, git: "1", generation: 10, ops: "create put"},
+		{name: "a node that makes an absurd generation up", cell: shown(good, 5), acted: absurd, git: "1"},
 		{name: "a new release", cell: shown(good, 5), git: "2", generation: 4, stable: "1", ops: "replace put"},
 		{name: "a write that has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "2"},
 		{name: "a newer release, while a write has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "3", wait: true},
@@ -188,6 +192,10 @@ func TestReconcile(t *testing.T) {
 			}
 			if c.past.Generation > 0 {
 				f.history[id] = c.past
+			}
+			if c.acted > 0 {
+				report := deployments.Report{Units: map[string]deployments.UnitReport{id.Unit: {Generation: c.acted}}}
+				f.fleet = map[[2]string][]reported{{id.Stage, id.Role}: {{node: "n1", report: report}}}
 			}
 			p := reconcile(f)
 			writes, all := p.changes, p.whole
