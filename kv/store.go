@@ -74,8 +74,8 @@ type View struct {
 	Entries []Entry
 	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: the store has none that could be lost.
 	Folders []string
-	// Settled is false until the prefix was read once for certain. Only then does a missing key mean absence.
-	Settled bool
+	// Synced is false until the prefix was read once for certain. Only then does a missing key mean absence.
+	Synced bool
 	// Err is why the view may be out of date, and nil again once it isn't: ErrDenied, ErrUnavailable.
 	Err error
 	// Since is when Err last changed between nil and not nil.
@@ -123,7 +123,7 @@ type Store interface {
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
 	// Watch calls f, one call at a time, with a first view as soon as there is one (a failing store's first view
-	// has Err and isn't Settled), and then after every change of entries or Err, until ctx ends; it returns
+	// has Err and isn't Synced), and then after every change of entries or Err, until ctx ends; it returns
 	// ctx's error, or at once an error for a prefix that no store could watch. Changes that come together may be
 	// seen as one: it tells state, not events.
 	Watch(ctx context.Context, prefix string, f func(View)) error

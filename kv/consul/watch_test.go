@@ -57,7 +57,7 @@ func TestLostToken(t *testing.T) {
 	c.RevokeToken(token)
 	put(t, c, "pins/prod/web/app", "v2") // which the query that waits since before the loss still sees
 	views.Await(t, "the refusal", kvtest.Troubled(kv.ErrDenied, "app=v2"))
-	views.Never(t, "the pin vanished", func(v kv.View) bool { return v.Settled && len(v.Entries) == 0 })
+	views.Never(t, "the pin vanished", func(v kv.View) bool { return v.Synced && len(v.Entries) == 0 })
 
 	// Tokens without rights, and none at all, which Consul answers with 404.
 	for name, token := range map[string]string{"none": "", "another prefix's": c.Token(`key_prefix "kedge/status/" { policy = "read" }`)} {
@@ -65,7 +65,7 @@ func TestLostToken(t *testing.T) {
 		if _, err := s.List(t.Context(), "pins/prod/web/"); !errors.Is(err, kv.ErrDenied) {
 			t.Errorf("list with the token %s: %v", name, err)
 		}
-		if v := kvtest.Watch(t, s, "pins/prod/web/").Await(t, "a view", func(kv.View) bool { return true }); v.Settled || !errors.Is(v.Err, kv.ErrDenied) {
+		if v := kvtest.Watch(t, s, "pins/prod/web/").Await(t, "a view", func(kv.View) bool { return true }); v.Synced || !errors.Is(v.Err, kv.ErrDenied) {
 			t.Errorf("watch with the token %s: %+v", name, v)
 		}
 		if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", nil)); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrConflict) {
@@ -191,8 +191,8 @@ func TestLostRights(t *testing.T) {
 			put(t, c, "pins/prod/web/app", "wake"+name)
 			want := map[string]string{"all": "app=v1 base=v1", "some": "app=v1 base=v2"}[name]
 			lost := views.Await(t, "the loss", kvtest.Troubled(kv.ErrDenied, want))
-			if !lost.Settled || !lost.Since.After(before.Since) {
-				t.Errorf("settled: %v, since %v; before since %v", lost.Settled, lost.Since, before.Since)
+			if !lost.Synced || !lost.Since.After(before.Since) {
+				t.Errorf("synced: %v, since %v; before since %v", lost.Synced, lost.Since, before.Since)
 			}
 			views.Never(t, "a pin vanished", func(v kv.View) bool { return len(v.Entries) != 2 })
 			f.setRewrite(nil)
@@ -259,13 +259,13 @@ func TestWatchThroughLeaderLoss(t *testing.T) {
 		t.Fatalf("a commit without a quorum: %v", err)
 	}
 	lonely := kvtest.Watch(t, alone.Open(""), "pins/prod/web/")
-	lonely.Await(t, "the trouble", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrUnavailable) && !v.Settled })
+	lonely.Await(t, "the trouble", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrUnavailable) && !v.Synced })
 	for _, n := range c.Servers[1:] {
 		n.Start()
 	}
 	c.WaitReady()
-	lonely.Await(t, "the recovery", func(v kv.View) bool { return v.Settled && v.Err == nil && len(v.Entries) == 2 })
-	views.Never(t, "a pin vanished", func(v kv.View) bool { return v.Settled && len(v.Entries) != 2 })
+	lonely.Await(t, "the recovery", func(v kv.View) bool { return v.Synced && v.Err == nil && len(v.Entries) == 2 })
+	views.Never(t, "a pin vanished", func(v kv.View) bool { return v.Synced && len(v.Entries) != 2 })
 }
 
 func TestRestartWhileWatching(t *testing.T) {
@@ -283,12 +283,12 @@ func TestRestartWhileWatching(t *testing.T) {
 	}
 	// One that starts while Consul is away says so, and comes to know what is there later.
 	late := kvtest.Watch(t, c.Open(""), "pins/prod/web/")
-	late.Await(t, "the outage", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrUnavailable) && !v.Settled })
+	late.Await(t, "the outage", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrUnavailable) && !v.Synced })
 	c.Servers[0].Start()
 	c.WaitReady()
 	views.Await(t, "the recovery", kvtest.Healthy("app=v1"))
 	late.Await(t, "the recovery", kvtest.Healthy("app=v1"))
-	views.Never(t, "the pin vanished", func(v kv.View) bool { return v.Settled && len(v.Entries) != 1 })
+	views.Never(t, "the pin vanished", func(v kv.View) bool { return v.Synced && len(v.Entries) != 1 })
 }
 
 // What the consul program writes is seen at once.
@@ -349,7 +349,7 @@ func TestFaultyAnswers(t *testing.T) {
 				t.Errorf("commit: %v", err)
 			}
 			fresh := kvtest.Watch(t, open(t, consul.Config{Client: f.config("")}), "pins/prod/web/")
-			fresh.Await(t, "the trouble", func(v kv.View) bool { return v.Err != nil && !v.Settled })
+			fresh.Await(t, "the trouble", func(v kv.View) bool { return v.Err != nil && !v.Synced })
 			f.requests()
 			f.setAnswer(nil)
 			fresh.Await(t, "the recovery", kvtest.Healthy("app=v1"))

@@ -67,7 +67,7 @@ func testKilledAtEachStep(t *testing.T, ops int) {
 			t.Fatal(err)
 		}
 		watching := kvtest.Watch(t, s, "")
-		watching.Await(t, "the start", func(v kv.View) bool { return v.Settled })
+		watching.Await(t, "the start", func(v kv.View) bool { return v.Synced })
 		child := kvtest.StartChild(t, "crash", path, strconv.Itoa(die), strconv.Itoa(ops))
 		err = child.Wait()
 		switch got := contents(t, open(t, path)); got {

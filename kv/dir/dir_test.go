@@ -62,7 +62,7 @@ func TestByHand(t *testing.T) {
 		sh(t, dir, step.script)
 		views.Await(t, step.script, kvtest.Healthy(step.want))
 	}
-	views.Never(t, "trouble", func(v kv.View) bool { return v.Err != nil || !v.Settled })
+	views.Never(t, "trouble", func(v kv.View) bool { return v.Err != nil || !v.Synced })
 }
 
 // With and without the @, a directory may be there twice. A key is one key all the same.

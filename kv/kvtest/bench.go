@@ -15,7 +15,7 @@ func BenchmarkWake(b *testing.B, s kv.Store, write func(value string)) {
 	seen := make(chan string, 16)
 	go func() {
 		_ = s.Watch(b.Context(), "pins/prod/web/", func(v kv.View) {
-			if v.Settled {
+			if v.Synced {
 				seen <- Values(v)
 			}
 		})

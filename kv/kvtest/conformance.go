@@ -430,13 +430,13 @@ func testWatch(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "pins/prod/web/")
 	views := Watch(t, b.Open(t), "pins/prod/web/")
-	first := views.Await(t, "the first view", func(v kv.View) bool { return v.Settled })
+	first := views.Await(t, "the first view", func(v kv.View) bool { return v.Synced })
 	if len(first.Entries) != 0 || first.Err != nil || first.Since.IsZero() {
 		t.Fatalf("first view: %+v", first)
 	}
 	expect := func(want string) {
 		t.Helper()
-		views.Await(t, want, func(v kv.View) bool { return v.Settled && v.Err == nil && keysOf(v.Entries) == want })
+		views.Await(t, want, func(v kv.View) bool { return v.Synced && v.Err == nil && keysOf(v.Entries) == want })
 	}
 	mustCommit(t, s, nil, kv.Put("pins/prod/web/app", []byte("1")))
 	expect("pins/prod/web/app=1")
@@ -455,12 +455,12 @@ func testWatchExisting(t *testing.T, b Backend) {
 	mustFolders(t, s, "d/")
 	mustCommit(t, s, nil, kv.Put("d/k", []byte("1")))
 	views := Watch(t, s, "d/")
-	views.Await(t, "the key", func(v kv.View) bool { return v.Settled && keysOf(v.Entries) == "d/k=1" })
+	views.Await(t, "the key", func(v kv.View) bool { return v.Synced && keysOf(v.Entries) == "d/k=1" })
 	if n := len(views.All()); n != 1 {
 		t.Fatalf("it took %d views", n)
 	}
 	// Several watches are independent of one another.
-	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Settled && keysOf(v.Entries) == "d/k=1" })
+	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Synced && keysOf(v.Entries) == "d/k=1" })
 }
 
 func testWatchLateFolder(t *testing.T, b Backend) {
@@ -469,7 +469,7 @@ func testWatchLateFolder(t *testing.T, b Backend) {
 	views.Await(t, "a first view", func(kv.View) bool { return true })
 	mustFolders(t, s, "late/prod/")
 	mustCommit(t, s, nil, kv.Put("late/prod/k", []byte("1")))
-	views.Await(t, "the key", func(v kv.View) bool { return v.Settled && v.Err == nil && keysOf(v.Entries) == "late/prod/k=1" })
+	views.Await(t, "the key", func(v kv.View) bool { return v.Synced && v.Err == nil && keysOf(v.Entries) == "late/prod/k=1" })
 }
 
 func testSameValue(t *testing.T, b Backend) {
@@ -496,7 +496,7 @@ func testElsewhere(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "d/", "elsewhere/")
 	views := Watch(t, b.Open(t), "d/")
-	views.Await(t, "the start", func(v kv.View) bool { return v.Settled })
+	views.Await(t, "the start", func(v kv.View) bool { return v.Synced })
 	for i := range 20 {
 		mustCommit(t, s, nil, kv.Put(fmt.Sprintf("elsewhere/k%d", i), nil))
 	}
@@ -523,7 +523,7 @@ func testLatency(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "d/")
 	views := Watch(t, b.Open(t), "d/")
-	views.Await(t, "the start", func(v kv.View) bool { return v.Settled })
+	views.Await(t, "the start", func(v kv.View) bool { return v.Synced })
 	var took []time.Duration
 	for i := range 20 {
 		value := fmt.Sprint("v", i)

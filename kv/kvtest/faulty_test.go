@@ -72,7 +72,7 @@ func TestFaulty(t *testing.T) {
 
 	s.FailWrites(nil)
 	views := kvtest.Watch(t, s, "d/")
-	views.Await(t, "the start", func(v kv.View) bool { return v.Settled && len(v.Entries) == 2 })
+	views.Await(t, "the start", func(v kv.View) bool { return v.Synced && len(v.Entries) == 2 })
 	s.SetDown(kv.ErrUnavailable)
 	views.Await(t, "the trouble", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrUnavailable) && len(v.Entries) == 2 })
 	if err := s.Commit(ctx, nil, kv.Put("d/down", nil)); !errors.Is(err, kv.ErrUnavailable) {

@@ -77,7 +77,7 @@ func Values(v kv.View) string {
 
 // Healthy reports whether a view is known for certain, is up to date and has these Values.
 func Healthy(values string) func(kv.View) bool {
-	return func(v kv.View) bool { return v.Settled && v.Err == nil && Values(v) == values }
+	return func(v kv.View) bool { return v.Synced && v.Err == nil && Values(v) == values }
 }
 
 // Troubled reports whether a view has these Values and an error of this kind.

@@ -94,7 +94,7 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		}
 	}
 	sortEntries(entries)
-	if !v.Settled {
+	if !v.Synced {
 		if !s.desired || len(entries) == 0 {
 			return false
 		}
@@ -103,7 +103,7 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 		s.confirmed = entries
 		entries = s.hold(entries, now, log)
 	}
-	better := s.from != fromStore && (v.Settled || s.from == fromNowhere)
+	better := s.from != fromStore && (v.Synced || s.from == fromNowhere)
 	changed := better || !equalEntries(s.entries, entries)
 	if better {
 		s.from = fromStore

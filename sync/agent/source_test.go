@@ -51,11 +51,11 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 		{"an unconfirmed other record of the same generation doesn't count", false, kv.View{Entries: entry("5", digestB), Err: kv.ErrDenied}, `5`, fromLastKnown},
 		{"an unconfirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Err: kv.ErrDenied}, `6`, fromLastKnown},
 		{"beside others, in any order", false, kv.View{Entries: slices.Concat(after, entry("6", digestA), before), Err: kv.ErrDenied}, `6`, fromLastKnown},
-		{"a confirmed older record is held", false, kv.View{Entries: entry("4", digestA), Settled: true}, `5`, fromStore},
-		{"beside others, in any order, too", false, kv.View{Entries: slices.Concat(after, entry("4", digestA), before), Settled: true}, `5`, fromStore},
-		{"a confirmed one of the same generation counts", false, kv.View{Entries: entry("5", digestA), Settled: true}, `5`, fromStore},
-		{"a confirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Settled: true}, `6`, fromStore},
-		{"a settled absence wins", false, kv.View{Settled: true}, ``, fromStore},
+		{"a confirmed older record is held", false, kv.View{Entries: entry("4", digestA), Synced: true}, `5`, fromStore},
+		{"beside others, in any order, too", false, kv.View{Entries: slices.Concat(after, entry("4", digestA), before), Synced: true}, `5`, fromStore},
+		{"a confirmed one of the same generation counts", false, kv.View{Entries: entry("5", digestA), Synced: true}, `5`, fromStore},
+		{"a confirmed newer record counts", false, kv.View{Entries: entry("6", digestA), Synced: true}, `6`, fromStore},
+		{"a synced absence wins", false, kv.View{Synced: true}, ``, fromStore},
 		{"where nothing is known an unconfirmed record is a beginning", true, kv.View{Entries: entry("4", digestA), Err: kv.ErrDenied}, `4`, fromStore},
 		{"where nothing is known an unconfirmed absence says nothing", true, kv.View{Err: kv.ErrDenied}, ``, fromNowhere},
 	} {
@@ -91,7 +91,7 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 	now := time.Now()
 	s := &source{prefix: "desired/prod/web/", desired: true}
 	view := func(value string) string {
-		v := kv.View{Settled: true}
+		v := kv.View{Synced: true}
 		if value != "" {
 			v.Entries = []kv.Entry{{Key: key, Value: []byte(value)}}
 		}
@@ -143,10 +143,10 @@ func TestPinsNeedASettledView(t *testing.T) {
 		t.Error("a snapshot was not taken where nothing is known")
 	}
 	// That there are none is news, which the last known state has to have.
-	if !s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+	if !s.accept(kv.View{Synced: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
 		t.Error("that the store has no pins is no news")
 	}
-	if s.accept(kv.View{Settled: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+	if s.accept(kv.View{Synced: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
 		t.Error("the same again is news")
 	}
 	if s.from != fromStore || s.offer(nil, fromSnapshot, time.Now()) {
@@ -184,12 +184,12 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	if r.known() || r.unknown() != "reading pins/prod/web/" {
 		t.Errorf("known %v: %s", r.known(), r.unknown())
 	}
-	r.pins.accept(kv.View{Settled: true}, mine(r.pins.prefix, "n1"), time.Now(), quiet())
+	r.pins.accept(kv.View{Synced: true}, mine(r.pins.prefix, "n1"), time.Now(), quiet())
 	if !r.known() || r.unknown() != "" {
 		t.Errorf("known %v: %s", r.known(), r.unknown())
 	}
 	only := newRole("prod", "web")
-	only.pins.accept(kv.View{Settled: true}, mine(only.pins.prefix, "n1"), time.Now(), quiet())
+	only.pins.accept(kv.View{Synced: true}, mine(only.pins.prefix, "n1"), time.Now(), quiet())
 	if only.known() {
 		t.Error("with pins alone, records are known")
 	}

@@ -30,7 +30,7 @@ func (a *Agent) watch(ctx context.Context, s *source) {
 // saw takes a view of the store, and helps itself where there is nothing to see.
 func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 	a.see(s, v)
-	if v.Settled {
+	if v.Synced {
 		return
 	}
 	if errors.Is(v.Err, kv.ErrDenied) {

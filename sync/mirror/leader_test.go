@@ -50,7 +50,7 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 			t.Errorf("on the view %+v it wrote %v", view, got)
 		}
 	}
-	l.observer.records(kv.View{Settled: true})
+	l.observer.records(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Error(err)
 	}
@@ -65,7 +65,7 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	l.observer.records(kv.View{Settled: true})
+	l.observer.records(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), l.look(t.Context(), gitState{})); err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.observer.records(kv.View{Settled: true, Entries: entries})
+	l.observer.records(kv.View{Synced: true, Entries: entries})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.setState(l.look(t.Context(), gitState{}))
-	l.observer.records(kv.View{Settled: true})
+	l.observer.records(kv.View{Synced: true})
 	store.setFail(kv.ErrLeaseLost)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -135,8 +135,8 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.observer.records(kv.View{Settled: true, Entries: entries})
-		c.view.Settled, c.view.Entries = true, []kv.Entry{report}
+		l.observer.records(kv.View{Synced: true, Entries: entries})
+		c.view.Synced, c.view.Entries = true, []kv.Entry{report}
 		l.observer.fleet(c.view)
 		if _, err := l.round(t.Context(), git); err != nil {
 			t.Fatal(err)
@@ -154,7 +154,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
 	git := l.look(t.Context(), gitState{})
-	l.observer.records(kv.View{Settled: true})
+	l.observer.records(kv.View{Synced: true})
 	l.observer.fleet(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
@@ -162,7 +162,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	if l.written.state.Head != "" || !strings.Contains(l.written.state.Error, "list status/: permission denied") {
 		t.Errorf("status %+v", l.written)
 	}
-	l.observer.fleet(kv.View{Settled: true})
+	l.observer.fleet(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	git := l.look(t.Context(), gitState{})
-	l.observer.records(kv.View{Settled: true})
+	l.observer.records(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +187,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return kv.View{Settled: true, Entries: entries}
+		return kv.View{Synced: true, Entries: entries}
 	}
 	l.observer.records(see(kv.DesiredPrefix))
 	put(t, store.Store, "control/prod/web/app", "retry")

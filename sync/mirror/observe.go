@@ -136,7 +136,7 @@ func (o *observer) records(v kv.View) {
 	}
 	o.cells = cells
 	o.update(func(now *observed) {
-		now.desired = observedRecords{v.Settled, byUnit}
+		now.desired = observedRecords{v.Synced, byUnit}
 		now.sawFolders(kv.DesiredPrefix, v)
 	})
 }
@@ -176,14 +176,14 @@ func (o *observer) fleet(v kv.View) {
 	}
 	o.reports = reports
 	o.update(func(now *observed) {
-		now.fleet = observedFleet{v.Settled, v.Err, v.Since, v.Entries, roles}
+		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles}
 		now.sawFolders(kv.StatusPrefix, v)
 	})
 }
 
 // state takes a view of mirror/, where another mirror may have passed on a webhook.
 func (o *observer) state(v kv.View) {
-	hook, state := o.hook, observedState{current: v.Settled && v.Err == nil}
+	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {
 		switch e.Key {
 		case kv.MirrorHook:
@@ -210,5 +210,5 @@ func (o *observer) pins(v kv.View) {
 		pin, err := deployments.ParsePin(e.Value)
 		units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
 	}
-	o.update(func(now *observed) { now.pins = observedPins{v.Settled, units}; now.sawFolders(kv.PinsPrefix, v) })
+	o.update(func(now *observed) { now.pins = observedPins{v.Synced, units}; now.sawFolders(kv.PinsPrefix, v) })
 }

@@ -19,7 +19,7 @@ func BenchmarkRound(b *testing.B) {
 		b.Run(fmt.Sprintf("%d roles of %d nodes and %d units", size.roles, size.nodes, size.units), func(b *testing.B) {
 			b.ReportAllocs()
 			tree := &deployments.Tree{}
-			fleet := kv.View{Settled: true}
+			fleet := kv.View{Synced: true}
 			cells := map[deployments.UnitID]cell{}
 			now := time.Now()
 			for r := range size.roles {

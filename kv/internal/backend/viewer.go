@@ -32,8 +32,8 @@ func (v *Viewer) View() kv.View { return v.view }
 
 // Set adopts entries that were read for certain. They are sorted.
 func (v *Viewer) Set(entries []kv.Entry) {
-	changed := !v.view.Settled || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
-	v.view.Settled = true
+	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
+	v.view.Synced = true
 	v.update(entries, changed, nil)
 }
 
