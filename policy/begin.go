@@ -16,7 +16,7 @@ func aim(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
 	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
-		return st // every node runs it already
+		return st.wake(pin.Until) // every node runs it already
 	case pinned && st.r.Pinned == nil && in.Record.Generation == 0:
 		return begin(in, st, in.Unit.Release) // a pin of a unit without a record waits for one
 	case pinned && (st.r.Pinned == nil || st.r.Target != pin.Release):

@@ -27,10 +27,13 @@ func (w *world) admitted(n *member, r deployments.Record) {
 func (w *world) check() {
 	live, switching := 0, 0
 	for _, n := range w.nodes {
-		if n.gone || n.left {
+		if n.gone && !n.going.IsZero() && !w.now.Before(n.goneAt.Add(w.unit.Rollout.Deadline)) {
+			n.free = true // it has had its time
+		}
+		if n.left || n.gone && n.going.IsZero() {
 			continue
 		}
-		if !n.pin.Present {
+		if !n.gone && !n.pin.Present {
 			live++
 		}
 		if !n.going.IsZero() && !n.free && !n.running.IsZero() {
@@ -53,7 +56,7 @@ func (w *world) check() {
 	if switching > w.cap {
 		var names []string
 		for _, n := range w.nodes {
-			if !n.going.IsZero() && !n.free && !n.gone && !n.left {
+			if !n.going.IsZero() && !n.free && !n.left {
 				names = append(names, n.name)
 			}
 		}
@@ -73,8 +76,10 @@ func (w *world) stepped(before deployments.Record, m Move, order string) {
 		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(r))
 	case was != nil && p == nil && r.Target == before.Target && !before.Stable.IsZero() && r.Stable != r.Target:
 		w.breaks("it ended, and its target is not stable: %s", brief(r))
+	case before.Pinned != nil && r.Stable == before.Pinned.Stable:
 	case r.Stable != before.Stable && r.Stable != before.Target && (p != nil || r.Stable != r.Target):
 		w.breaks("stable is what was neither that nor a target, of %s: %s", brief(before), brief(r))
+	case r.Pinned != nil || before.Pinned != nil:
 	case was != nil && !was.Failed.IsZero() && was.Failed == w.unit.Release.Digest && order != "retry" && (p == nil || p.Failed != was.Failed):
 		w.breaks("what was rolled back is let in again: %s", brief(r))
 	case p != nil && (p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack) && p.Failed != r.Target.Digest:

@@ -85,8 +85,12 @@ type member struct {
 	name    string
 	number  int
 	gone    bool
+	goneAt  time.Time
 	left    bool
-	seen    int // the record that it acts on, an index into world.records
+	sick    bool   // its health checks fail
+	joined  uint64 // larger after each restart, and each time that it was cut off
+	toldAs  uint64 // joined, as its report has it
+	seen    int    // the record that it acts on, an index into world.records
 	pin     Value[deployments.Pin]
 	running deployments.Pointer
 	going   deployments.Pointer // what it switches to; zero: it doesn't
@@ -107,6 +111,7 @@ type question struct {
 	pinned  bool
 	running deployments.Pointer
 	failed  int
+	joined  uint64
 }
 
 type world struct {
@@ -125,6 +130,9 @@ type world struct {
 	cap     int // the most that may switch now
 	names   int
 	pushes  int
+	joins   uint64
+	unitPin Value[deployments.Pin]
+	stables []deployments.Digest
 
 	keep   bool
 	log    []string
@@ -191,6 +199,7 @@ func play(seed uint64, keep bool) *world {
 	if rng.IntN(4) == 0 {
 		roll.Approval = deployments.Manual
 	}
+	roll.FastBack = rng.IntN(2) == 0
 	w.unit = deployments.Unit{ID: app, Rollout: roll}
 	for range size {
 		w.join()
@@ -216,7 +225,8 @@ func play(seed uint64, keep bool) *world {
 
 func (w *world) join() {
 	w.names++
-	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{}, free: true, started: w.now, seen: len(w.records) - 1}
+	w.joins++
+	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{}, free: true, started: w.now, seen: len(w.records) - 1, joined: w.joins}
 	w.nodes = append(w.nodes, n)
 }
 
@@ -249,11 +259,8 @@ func (w *world) event() {
 			w.say("%s deregisters", n.name)
 		}
 	case 2:
-		if !n.left {
-			n.gone, n.free, n.going, n.started = !n.gone, true, deployments.Pointer{}, w.now
-			w.count("deaths and returns")
-			w.say("%s gone: %v", n.name, n.gone)
-		}
+		w.count("deaths and returns")
+		w.leaveOrReturn(n)
 	case 3:
 		order := []string{"promote", "promote", "pause", "resume", "resume", "abort", "retry"}[w.rng.IntN(7)]
 		if w.chance(0.4) {
@@ -273,6 +280,46 @@ func (w *world) event() {
 		}
 		w.count("pins set or taken")
 		w.say("%s pinned: %v", n.name, n.pin.Present)
+	case 18:
+		if !w.chance(0.2) {
+			break
+		}
+		w.count("many cut off, or back, at once")
+		for _, n := range w.nodes {
+			if w.chance(0.6) {
+				w.leaveOrReturn(n)
+			}
+		}
+	case 19:
+		if !w.chance(0.2) {
+			break
+		}
+		w.count("many restarted at once")
+		for _, n := range w.nodes {
+			if !n.gone && w.chance(0.6) {
+				w.leaveOrReturn(n)
+				w.leaveOrReturn(n)
+			}
+		}
+	case 20:
+		if n.sick = !n.sick && n.running == w.unit.Release && w.chance(0.3); n.sick {
+			w.count("health that fails")
+			w.say("%s is unhealthy", n.name)
+		}
+	case 21:
+		if !w.chance(0.25) {
+			break
+		}
+		w.count("unit pins set or taken")
+		if w.unitPin.Present {
+			w.unitPin = Value[deployments.Pin]{}
+		} else {
+			w.unitPin = good(deployments.Pin{Release: release(fmt.Sprint("v", 1+w.rng.IntN(max(1, w.pushes))))})
+			if w.chance(0.3) {
+				w.unitPin.Value.Until = w.now.Add(time.Duration(w.rng.IntN(60)) * time.Minute)
+			}
+		}
+		w.say("unit pin %v", w.unitPin)
 	case 6:
 		w.count("freezes begun or ended")
 		w.freeze = Verdict{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
@@ -307,13 +354,35 @@ func (w *world) event() {
 	w.check()
 }
 
+// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that its report says to be in mid-switch goes on
+// when it is back; of another nothing is known, and it begins anew.
+func (w *world) leaveOrReturn(n *member) {
+	if n.left {
+		return
+	}
+	if n.gone = !n.gone; n.gone {
+		n.goneAt = w.now
+		if n.report.State != deployments.StateSwitching || n.report.Want != n.going {
+			n.going = deployments.Pointer{}
+		}
+	} else {
+		w.joins++
+		over := !n.going.IsZero() && !w.now.Before(n.goneAt.Add(w.unit.Rollout.Deadline)) // it has had its time
+		n.joined, n.started, n.free = w.joins, w.now, n.free || n.running.IsZero() || over
+	}
+	w.say("%s gone: %v, joined as %d", n.name, n.gone, n.joined)
+}
+
 // look brings the mirror's view of the fleet up to date.
 func (w *world) look() {
 	w.seenBy, w.live = w.seenBy[:0:0], make([]bool, w.names+1)
 	for _, n := range w.nodes {
-		w.live[n.number] = !n.left && !n.gone && !n.report.Pinned
+		w.live[n.number] = !n.report.Pinned
 		if !n.left {
-			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Report: n.report})
+			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Joined: n.toldAs, Report: n.report})
+			if n.gone {
+				w.seenBy[len(w.seenBy)-1].GoneSince = n.goneAt
+			}
 		}
 	}
 }
@@ -325,7 +394,8 @@ func (w *world) mirror(order string) (again time.Time) {
 		was = *before.Rollout
 		was.Superseded = slices.Clone(was.Superseded)
 	}
-	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze, Ranks: &w.ranks}
+	s := Situation{Now: w.now, Unit: w.unit, Record: before, Nodes: w.seenBy, Order: order, Freeze: w.freeze, Ranks: &w.ranks, Pin: &w.unitPin,
+		StableBefore: w.stables}
 	m := Next(s)
 	if s.Ranks = nil; len(w.nodes) < 100 && !reflect.DeepEqual(m, Next(s)) {
 		w.breaks("what is remembered of ranks changed the answer")
@@ -348,12 +418,15 @@ func (w *world) mirror(order string) (again time.Time) {
 		w.sleeps(s, m)
 		return m.Again
 	}
+	if !slices.Contains(w.stables, m.Record.Stable.Digest) {
+		w.stables = append(w.stables, m.Record.Stable.Digest)
+	}
 	w.records = append(w.records, m.Record)
 	w.lived = append(w.lived, w.live)
 	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseRolledBack {
 		w.ended++
 	}
-	if m.Record.Rollout == nil && m.Record.Stable != m.Record.Target {
+	if m.Record.Rollout == nil && m.Record.Stable.IsZero() {
 		for _, n := range w.nodes { // every node at once
 			n.free = true
 		}
@@ -389,7 +462,7 @@ func (w *world) unsettled(n *member) bool {
 }
 
 func (w *world) resolve(n *member, i int) Decision {
-	q := question{i, n.pin.Present, n.running, len(n.failed)}
+	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined}
 	if i > 0 && n.asked == q {
 		return n.decision
 	}
@@ -397,7 +470,7 @@ func (w *world) resolve(n *member, i int) Decision {
 	if r := w.records[i]; r.Generation > 0 {
 		record = good(r)
 	}
-	n.asked, n.decision = q, Resolve(Facts{Unit: app, Node: n.name, Now: w.now, Record: record, NodePin: n.pin, Running: n.running, Quarantined: slices.Collect(maps.Keys(n.failed))})
+	n.asked, n.decision = q, Resolve(Facts{Unit: app, Node: n.name, Now: w.now, Record: record, NodePin: n.pin, UnitPin: w.unitPin, Joined: n.joined, Running: n.running, Quarantined: slices.Collect(maps.Keys(n.failed))})
 	return n.decision
 }
 
@@ -413,7 +486,7 @@ func (w *world) act(n *member, promptly bool) {
 	}
 	r := w.records[n.seen]
 	d := w.resolve(n, n.seen)
-	claim := fmt.Sprint(r.Generation, "/", r.Retry, "/", n.pin.Present)
+	claim := fmt.Sprint(claimOf(r), "/", r.Retry, "/", n.pin.Present)
 	if !n.going.IsZero() && d.Target != n.going {
 		w.count("switches given up")
 		w.say("%s gives up %s", n.name, n.going.URL)
@@ -437,10 +510,10 @@ func (w *world) act(n *member, promptly bool) {
 			w.count("switches")
 			w.say("%s runs %s", n.name, n.going.URL)
 			n.running, n.going, n.free = n.going, deployments.Pointer{}, false
-			clear(n.failed)
+			delete(n.failed, n.running.Digest) // the success of another is none of it
 		}
 	case d.Target != n.running && n.failed[d.Target.Digest] != claim:
-		n.going, n.hangs = d.Target, w.chance(0.05)
+		n.going, n.hangs, n.sick = d.Target, w.chance(0.05), false
 		if lived := w.lived[n.seen]; n.number >= len(lived) || !lived[n.number] {
 			n.free = true // no budget can count who wasn't known to take part
 		}
@@ -459,7 +532,7 @@ func (w *world) tell(n *member) {
 	}
 	r := w.records[n.seen]
 	d := w.resolve(n, n.seen)
-	claim := fmt.Sprint(r.Generation, "/", r.Retry, "/", n.pin.Present)
+	claim := fmt.Sprint(claimOf(r), "/", r.Retry, "/", n.pin.Present)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: r.Generation, Pinned: d.Source == FromNodePin,
 		Quarantined: slices.Collect(maps.Keys(n.failed))}
 	switch {
@@ -467,6 +540,8 @@ func (w *world) tell(n *member) {
 		u.State = deployments.StateWaiting
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
+	case d.Target == n.running && n.sick:
+		u.State = deployments.StateUnhealthy
 	case d.Target == n.running:
 		u.State = deployments.StateConverged
 	case n.failed[d.Target.Digest] == claim:
@@ -474,7 +549,7 @@ func (w *world) tell(n *member) {
 	default:
 		u.State = deployments.StateFetching
 	}
-	n.report = u
+	n.report, n.toldAs = u, n.joined
 }
 
 // settle lets every node finish, and the mirror go on, until nothing changes any more; it gives up after many rounds.
@@ -516,9 +591,9 @@ func (w *world) settle(resume bool) bool {
 
 // end brings a history to its end, and looks at what is left.
 func (w *world) end() {
-	w.freeze = Verdict{}
+	w.freeze, w.unitPin = Verdict{}, Value[deployments.Pin]{}
 	for _, n := range w.nodes { // nobody who is gone comes back: it is deregistered
-		n.left = n.left || n.gone
+		n.left, n.sick = n.left || n.gone, false
 		if n.pin.Present {
 			n.pin, n.free = Value[deployments.Pin]{}, true
 		}

@@ -65,8 +65,8 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // or the node's clock is off
 		from = n.Started
 	}
-	if n.Gone && n.GoneSince.After(from) && !n.GoneSince.After(in.Now) {
-		from = n.GoneSince
+	if n.Gone && !n.GoneSince.IsZero() && !n.GoneSince.After(in.Now) {
+		from = n.GoneSince // a later step of the others is none of it
 	}
 	return from.Add(deadline)
 }
@@ -168,7 +168,7 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, th
 	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
 	switch {
 	case back:
-		if aware && u.State == deployments.StateSwitching && !hung {
+		if u.State == deployments.StateSwitching && !hung {
 			v.fly(in, st, n, false)
 		}
 	case toTarget && u.State == deployments.StateQuarantined:
@@ -177,6 +177,8 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, th
 		v.fail(n, deployments.ReasonGone, u.Error)
 	case toTarget:
 		v.fly(in, st, n, true)
+	case u.State == deployments.StateSwitching && !hung: // by an earlier record
+		v.fly(in, st, n, false)
 	case there && x.admitted && !hung && st.p.Phase != deployments.PhaseRolling:
 		v.missing++
 		v.pending++
