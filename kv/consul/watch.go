@@ -21,8 +21,9 @@ const (
 	watchTimeout = watchWait*17/16 + 10*time.Second
 	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
 	maxLastContact = 10 * time.Second
-	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away.
-	unavailableLimit = 5 * time.Second
+	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away. A pause is at most
+	// twice that: with dialTimeout a watch is back 11 s after its store at the latest.
+	unavailableLimit = 3 * time.Second
 )
 
 // Watch reads from the leader until it knows the prefix for certain, and then blocks on whichever server answers,
