@@ -74,6 +74,7 @@ token, whsec_..., or a secret token) and Gitea.`,
 	f.StringVar(&c.Branch, "branch", envOr("KEDGE_BRANCH", "main"), "branch to mirror")
 	pathFlag(f, &c.Path)
 	f.DurationVar(&c.Every, "every", 0, "time between polls (default 15s; a local repo: 60s, beside watching it)")
+	f.StringVar(&c.Accept, "accept", "", "full hash of a `commit` to take, once, whatever its history and the units that it removes: for a repo that was replaced")
 	f.StringVar(&c.Name, "name", os.Getenv("KEDGE_NODE"), "who holds the lease, for people (default: the host's name)")
 	f.DurationVar(&c.LeaseTTL, "lease-ttl", 15*time.Second, "how long a lease outlives its renewals; at least 10s on Consul")
 	f.StringVar(&c.SSHKey, "ssh-key", os.Getenv("KEDGE_SSH_KEY"), "private key `file` for ssh (default: the SSH agent)")

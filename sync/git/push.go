@@ -131,6 +131,9 @@ func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	return commit, err
 }
 
+// IsHash reports whether a text is a commit's full hash.
+func IsHash(text string) bool { return plumbing.IsHash(text) }
+
 // unlessZero returns a hash, or nothing where it is Git's hash of nothing.
 func unlessZero(hash string) string {
 	if plumbing.NewHash(hash).IsZero() {

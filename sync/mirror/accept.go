@@ -21,6 +21,7 @@ type acceptance struct {
 	compared string      // FROM..TO of the candidate that was last judged
 	refusal  error       // why that one isn't taken; nil: it is
 
+	overruled  string      // the commit that is taken because Config.Accept names it
 	inspection *inspection // of the candidate's releases; nil: none was needed yet
 	patience   *wait.Backoff
 	inspecting sync.WaitGroup
@@ -45,7 +46,9 @@ func (l *leader) accept(ctx context.Context, branch gitState, cells map[deployme
 	}
 	c := l.candidate(branch.good, cells)
 	if compared := c.from + ".." + branch.head; a.compared != compared {
-		if c.from != "" {
+		if c.accepted = l.accepts(ctx, c); c.accepted {
+			a.overruled = branch.head
+		} else if c.from != "" {
 			var err error
 			if c.descends, err = l.descends(ctx, c.from, branch.head); err != nil {
 				err = fmt.Errorf("history from %s to %s: %w", short(c.from), short(branch.head), err)
@@ -91,6 +94,21 @@ func (l *leader) recall(head string) {
 		return
 	}
 	a.commit = commit
+}
+
+// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before: to take it again would
+// bring back what is old, each time that somebody forces a push of it.
+func (l *leader) accepts(ctx context.Context, c candidate) bool {
+	if c.to.Hash != l.c.Accept || c.from == "" {
+		return false
+	}
+	follows, err := l.descends(ctx, c.to.Hash, c.from)
+	if follows { // an error says that the store's commit isn't in this repository
+		return false
+	}
+	l.c.Log.Warn("the commit is taken whatever its history, as --accept says: leave that out from now on",
+		"commit", c.to.Hash, "instead_of", c.from, "history", err)
+	return true
 }
 
 // candidate compares a commit with what the store holds.
@@ -141,13 +159,19 @@ type candidate struct {
 	to    *git.Commit
 	// descends is whether from is among to's ancestors.
 	descends bool
+	// accepted is whether an operator said to take it.
+	accepted bool
 }
 
 // refuse returns why a valid commit isn't taken all the same; nil: it is. Pure.
 func refuse(c candidate) error {
+	if c.accepted {
+		return nil
+	}
 	if c.from != "" && !c.descends && !c.rules.AllowRewind {
 		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
-			"or set allow_rewind in kedge.yaml before the history is rewritten", short(c.to.Hash), short(c.from))
+			"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, start the mirror once "+
+			"with --accept %s", short(c.to.Hash), short(c.from), c.to.Hash)
 	}
 	stays := map[deployments.UnitID]bool{}
 	for _, u := range c.to.Tree.Units {

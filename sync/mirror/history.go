@@ -87,7 +87,7 @@ func (in inputs) record(w change) []kv.Op {
 		Committed:  in.commit.When,
 		At:         in.now.UTC().Truncate(time.Millisecond),
 		Failed:     in.failedBy(w),
-		Note:       w.note,
+		Note:       in.noteOf(w),
 	})
 	if err != nil {
 		panic(err) // plain data
@@ -97,6 +97,14 @@ func (in inputs) record(w change) []kv.Op {
 		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
 	}
 	return ops
+}
+
+// noteOf returns what history says of a change.
+func (in inputs) noteOf(w change) string {
+	if !in.overruled {
+		return w.note
+	}
+	return strings.TrimPrefix(w.note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
 }
 
 // failedBy returns the release that a new generation knows to have failed; zero: none.

@@ -262,7 +262,8 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	}
 	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles})
 	return reconcile(inputs{
-		commit: commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
+		overruled: commit.Hash == l.acceptance.overruled,
+		commit:    commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
 		history: l.history.newest, fleet: seen.fleet.roles, blind: !seen.fleet.synced, fleetSince: since, ranks: l.ranks,
 	}), nil
 }

@@ -44,6 +44,9 @@ type Config struct {
 	Path string
 	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
+	// Accept is the full hash of a commit that is taken, once it is the branch's head, whatever its history and the units that it removes:
+	// the way in for a repository that was replaced. Where the store holds a commit that follows it, it counts for nothing.
+	Accept string
 	// Name is shown as the lease's holder; default the host's name.
 	Name string
 	// LeaseTTL default 15 s.
@@ -114,6 +117,9 @@ func New(c Config) (*Mirror, error) {
 	}
 	if c.Branch == "" {
 		c.Branch = "main"
+	}
+	if c.Accept != "" && !git.IsHash(c.Accept) {
+		return nil, fmt.Errorf("accept %q: want a commit's full hash", c.Accept)
 	}
 	if c.Name == "" {
 		name, err := os.Hostname()

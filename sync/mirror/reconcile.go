@@ -47,10 +47,12 @@ func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
 // inputs are all that decides what to write.
 type inputs struct {
 	commit *git.Commit
-	now    time.Time
-	cells  map[deployments.UnitID]cell
-	own    map[deployments.UnitID]writtenRecord
-	orders map[deployments.UnitID]order
+	// overruled is whether the commit was taken because an operator said so.
+	overruled bool
+	now       time.Time
+	cells     map[deployments.UnitID]cell
+	own       map[deployments.UnitID]writtenRecord
+	orders    map[deployments.UnitID]order
 	// history has the newest generation of the units whose standing is unknown.
 	history map[deployments.UnitID]deployments.History
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
