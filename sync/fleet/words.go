@@ -6,46 +6,13 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/policy"
 )
 
-// words are what people read for each reason. {name} stands for a fact; what stands in brackets is left out
+// words are what people read for each reason of a node; those of a rollout and of a refused order are policy's, which
+// writes them into records for readers of the version before. {name} stands for a fact; what stands in brackets is left out
 // if one of its facts is missing.
 var words = map[deployments.Reason]string{
-	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][ ({reason})]",
-	deployments.ReasonOrphaned:         "its file is no longer in Git, so it stays where it is",
-	deployments.ReasonCanary:           "canaries go first[: {admitted} of {of} admitted]",
-	deployments.ReasonBaking:           "all admitted nodes are well, and bake[ until {until}]",
-	deployments.ReasonAwaitingApproval: "the canaries are well: waits for promote",
-	deployments.ReasonRolling:          "[{admitted} of {of} nodes admitted]",
-	deployments.ReasonPaused:           "paused[ by {by}][ ({reason})]",
-	deployments.ReasonAborted:          "aborted[ by {by}][ ({reason})]",
-	deployments.ReasonTooManyFailed:    "[{failed} of {of} nodes failed][ ({node}: {cause})][, at most {limit} may]",
-	deployments.ReasonRetried:          "tried once more[ by {by}][ ({reason})]",
-	deployments.ReasonConverged:        "every node runs the target",
-	deployments.ReasonNoLiveNodes:      "waits for a live node[: {known} are known, and all are gone]",
-	deployments.ReasonAllPinned:        "[all {nodes} nodes are pinned: ]waits until the record decides for one",
-	deployments.ReasonNothingToGoBack:  "there is no stable release to go back to",
-	deployments.ReasonForced:           "goes on within a freeze[, as {by} asked for]",
-	deployments.ReasonFreezeEnded:      "goes on after a freeze",
-	deployments.ReasonPromoted:         "promoted[ by {by}]",
-	deployments.ReasonResumed:          "resumed[ by {by}]",
-	deployments.ReasonBakingAgain:      "a node was not well: the bake begins anew[ ({node})]",
-	deployments.ReasonAwaitingReports:  "baked; waits until the nodes have reported",
-	deployments.ReasonNodesMissing:     "waits for known nodes that are away[: {live} of {known} are live]",
-	deployments.ReasonUnaware:          "waits for a node that has yet to notice that it was admitted[: {node}]",
-	deployments.ReasonReplacedTooOften: "replaced too often while it is paused: resume it first",
-	deployments.ReasonEveryNode:        "every node at once",
-	deployments.ReasonFirstRelease:     "first release: every node at once",
-	deployments.ReasonRunsAlready:      "every node runs it, or did so last",
-
-	deployments.ReasonUnknownOrder:    "no such order",
-	deployments.ReasonNotSeenYet:      "the rollout that it was given for was replaced by one that nobody has seen yet",
-	deployments.ReasonRollingBack:     "the rollout is being rolled back",
-	deployments.ReasonNothingUnderWay: "no rollout is under way",
-	deployments.ReasonPausedAlready:   "it is paused already",
-	deployments.ReasonNotPaused:       "it is not paused",
-	deployments.ReasonRollingAlready:  "it goes on already",
-
 	deployments.ReasonNoRecord:           "there is no record, so nothing changes",
 	deployments.ReasonInvalidRecord:      "the record doesn't parse, so nothing changes[: {error}]",
 	deployments.ReasonInvalidPin:         "the pin doesn't parse, so nothing changes[: {key}][: {error}]",
@@ -78,7 +45,11 @@ var words = map[deployments.Reason]string{
 func Message(reason deployments.Reason, facts deployments.Facts) string {
 	pattern, known := words[reason]
 	if !known {
-		pattern = clean(string(reason)) + "[: {error}]"
+		text := oneLine(policy.Message(reason, facts))
+		if text == string(reason) && facts["error"] != "" {
+			text += ": " + oneLine(facts["error"])
+		}
+		return text
 	}
 	text := oneLine(optional.ReplaceAllStringFunc(pattern, func(part string) string { return fill(part[1:len(part)-1], facts) }))
 	if text == "" {
