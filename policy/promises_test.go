@@ -1,0 +1,290 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+// converge has every live node do what Resolve tells it by a record, and report it; it returns how many changed.
+func converge(s *Situation, r deployments.Record) (changed int) {
+	pin := Value[deployments.Pin]{}
+	if s.Pin != nil {
+		pin = *s.Pin
+	}
+	for i := range s.Nodes {
+		n := &s.Nodes[i]
+		if n.Gone {
+			continue
+		}
+		d := Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin, Joined: n.Joined, Running: n.Report.Running,
+			Quarantined: n.Report.Quarantined})
+		if d.Target != n.Report.Running && !slices.Contains(n.Report.Quarantined, d.Target.Digest) {
+			changed++
+			n.Report.Running = d.Target
+		}
+		n.Report.State, n.Report.Want, n.Report.Generation = deployments.StateConverged, d.Target, r.Generation
+	}
+	return changed
+}
+
+// drive lets mirror and nodes go on until nothing changes, and returns the most nodes that changed between two writes.
+func drive(t *testing.T, s *Situation) (most int, phases []deployments.Phase) {
+	t.Helper()
+	for range 200 {
+		m := Next(*s)
+		s.Order = ""
+		if p := m.Record.Rollout; p != nil && (len(phases) == 0 || phases[len(phases)-1] != p.Phase) {
+			phases = append(phases, p.Phase)
+		}
+		s.Record = m.Record
+		changed := converge(s, m.Record)
+		most = max(most, changed)
+		if again := Next(*s); changed == 0 && again.Record.Rollout == nil && s.Record.Rollout == nil && again.Record.Joined == s.Record.Joined ||
+			changed == 0 && s.Record.Rollout != nil && s.Record.Rollout.Phase == deployments.PhaseRolledBack {
+			return most, phases
+		} else if !again.Again.IsZero() && changed == 0 {
+			s.Now = again.Again
+		}
+	}
+	t.Fatalf("it does not end: %s", brief(s.Record))
+	return 0, nil
+}
+
+// pace is a fleet of ten that runs v2, by a rollout with a canary that has ended, two at a time.
+func paced10() Situation {
+	s := step(0, deployments.PhaseRolling)
+	canary(&s)
+	there(&s, 10)
+	s.Pin = &Value[deployments.Pin]{}
+	s.Record = deployments.Record{Target: s.Unit.Release, Stable: s.Unit.Release, Generation: 2, Commit: "c2", Paced: true, Nodes: 10, Joined: 100}
+	for i := range s.Nodes {
+		s.Nodes[i].Joined = uint64(i + 1)
+	}
+	return s
+}
+
+func runs(t *testing.T, s *Situation, want deployments.Pointer) {
+	t.Helper()
+	for i := range s.Nodes {
+		if n := &s.Nodes[i]; n.Report.Running != want {
+			t.Errorf("%s runs %s, want %s", n.Name, n.Report.Running.URL, want.URL)
+		}
+	}
+}
+
+// A unit pin, and its end, move no more nodes at a time than max_unavailable, without gates.
+func TestPinsKeepTheBudget(t *testing.T) {
+	t.Parallel()
+	v1, v2, v3 := release("v1"), release("v2"), release("v3")
+	rolledBack := func(s *Situation) {
+		s.Unit.Release = v3
+		s.Record = deployments.Record{Target: v3, Stable: v2, Generation: 4, Commit: "c3", Paced: true, Nodes: 10, Joined: 100,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: v3.Digest}}
+		each(s, func(u *deployments.UnitReport) { u.Quarantined, u.Generation = []deployments.Digest{v3.Digest}, 4 })
+	}
+	for _, c := range []struct {
+		name  string
+		set   func(*Situation)
+		pin   deployments.Pointer
+		end   func(*Situation) // how the pin ends
+		then  deployments.Pointer
+		gates bool
+	}{
+		{"and back to what was stable", func(*Situation) {}, v1, func(s *Situation) { s.Pin = &Value[deployments.Pin]{} }, v2, false},
+		{"by until", func(*Situation) {}, v1, func(s *Situation) { s.Now = s.Pin.Value.Until }, v2, false},
+		{"to what Git has named since, by its gates", func(*Situation) {}, v1, func(s *Situation) {
+			s.Pin, s.Unit.Release = &Value[deployments.Pin]{}, v3
+		}, v3, true},
+		{"and back, where what Git names was rolled back: it stays out", rolledBack, v1, func(s *Situation) { s.Pin = &Value[deployments.Pin]{} }, v2, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := paced10()
+			c.set(&s)
+			pin := good(deployments.Pin{Release: c.pin, Until: noon.Add(24 * time.Hour)})
+			s.Pin = &pin
+			if n := converge(&s, s.Record); n > 0 {
+				t.Errorf("%d nodes follow the pin before the mirror", n)
+			}
+			most, phases := drive(t, &s)
+			if runs(t, &s, c.pin); most > 2 || slices.Contains(phases, deployments.PhaseCanary) {
+				t.Errorf("%d at a time, by %v", most, phases)
+			}
+			c.end(&s)
+			most, phases = drive(t, &s)
+			if runs(t, &s, c.then); most > 2 || slices.Contains(phases, deployments.PhaseCanary) != c.gates || s.Record.Pinned != nil {
+				t.Errorf("its end: %d at a time, by %v, %+v", most, phases, s.Record)
+			}
+		})
+	}
+}
+
+// A pin with at_once is the nodes' own, and so is one of a unit whose mirror reads no pins.
+func TestPinsAtOnce(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(*Situation, *deployments.Pin){
+		"at_once":            func(_ *Situation, p *deployments.Pin) { p.AtOnce = true },
+		"no mirror for pins": func(s *Situation, _ *deployments.Pin) { s.Record.Paced = false },
+		"hold":               func(_ *Situation, p *deployments.Pin) { *p = deployments.Pin{Hold: true} },
+	} {
+		s := paced10()
+		p := deployments.Pin{Release: release("v1")}
+		set(&s, &p)
+		d := Resolve(Facts{Unit: app, Node: "n1", Now: noon, Record: good(s.Record), UnitPin: good(p), Joined: 1, Running: release("v2")})
+		if d.Source != FromUnitPin {
+			t.Errorf("%s: from %s", name, d.Source)
+		}
+	}
+	s := paced10()
+	pin := good(deployments.Pin{Release: release("v1"), AtOnce: true})
+	s.Pin = &pin
+	s.Record = Next(s).Record // when it ends, nodes are to stay on it until it is their turn
+	each(&s, func(u *deployments.UnitReport) { u.Running = release("v1") })
+	s.Pin = &Value[deployments.Pin]{}
+	if most, _ := drive(t, &s); most > 2 {
+		t.Errorf("its end moves %d at a time", most)
+	}
+	runs(t, &s, release("v2"))
+}
+
+// What has been stable lately goes without gates, unless the unit's file forbids it; and within max_unavailable.
+func TestFastLaneBack(t *testing.T) {
+	t.Parallel()
+	for _, fast := range []bool{true, false} {
+		s := paced10()
+		s.Unit.Release, s.Unit.Rollout.FastBack, s.StableBefore = release("v1"), fast, []deployments.Digest{release("v1").Digest}
+		s.Unit.Rollout.Approval = deployments.Auto
+		if fast {
+			s.Freeze, s.Unit.Rollout.Approval = Verdict{Frozen: true, Wait: true, By: "xmas"}, deployments.Manual
+		}
+		most, phases := drive(t, &s)
+		if runs(t, &s, release("v1")); most > 2 || slices.Contains(phases, deployments.PhaseCanary) == fast {
+			t.Errorf("fast_back %v: %d at a time, by %v", fast, most, phases)
+		}
+	}
+}
+
+// Whoever comes back waits for its turn, however many they are, and whether the rollout goes on, goes back, or has ended.
+func TestNodesThatComeBackWaitForTheirTurn(t *testing.T) {
+	t.Parallel()
+	for name, set := range map[string]func(*Situation){
+		"ended":   func(s *Situation) { s.Unit.Release = s.Record.Target },
+		"rolling": func(s *Situation) { s.Unit.Release = release("v3") },
+		"a stable one": func(s *Situation) {
+			s.Unit.Release, s.Record.Target, s.Record.Stable = release("v2"), release("v2"), release("v2")
+		},
+	} {
+		s := paced10()
+		set(&s)
+		s.Record = Next(s).Record
+		for i := range s.Nodes {
+			if i != 4 { // all others were away, and run what was long ago
+				s.Nodes[i].Joined, s.Nodes[i].Report.Running = uint64(200+i), release("v0")
+			}
+		}
+		if most, _ := drive(t, &s); most > 2 {
+			t.Errorf("%s: %d at a time", name, most)
+		}
+		runs(t, &s, s.Unit.Release)
+	}
+}
+
+// A list of nodes that is short, by keys that were deleted or nodes that are away, neither ends a rollout nor opens its cutoff.
+func TestAShortListIsNotTheFleet(t *testing.T) {
+	t.Parallel()
+	for name, shorten := range map[string]func(*Situation){
+		"deleted": func(s *Situation) { s.Nodes = s.Nodes[:1] },
+		"away": func(s *Situation) {
+			for i := 1; i < 10; i++ {
+				s.Nodes[i].Gone = true
+			}
+		},
+	} {
+		s := step(1, deployments.PhaseRolling)
+		there(&s, 1)
+		s.Record.Nodes = 10
+		shorten(&s)
+		m := Next(s)
+		if p := m.Record.Rollout; p == nil || p.Cutoff == everyRank || m.Reason != deployments.ReasonNodesMissing || m.Again.IsZero() {
+			t.Errorf("%s: %s %v", name, m.Reason, brief(m.Record))
+			continue
+		}
+		s.Record, s.Now = m.Record, m.Again
+		if m = Next(s); m.Record.Rollout != nil {
+			t.Errorf("%s: once it has stood: %s", name, brief(m.Record))
+		}
+	}
+}
+
+// A canary that is away is missed for a deadline before there is another, and nothing bakes meanwhile.
+func TestAMissingCanaryIsMissed(t *testing.T) {
+	t.Parallel()
+	s := step(1, deployments.PhaseCanary)
+	canary(&s)
+	there(&s, 1)
+	s.Record.Rollout.HealthySince = ago(4 * time.Minute)
+	s.Nodes[0].Gone, s.Nodes[0].GoneSince = true, s.Now
+	m := Next(s)
+	if admitted(&s, m.Record) != 1 || !m.Record.Rollout.HealthySince.IsZero() {
+		t.Fatalf("at once: %s", brief(m.Record))
+	}
+	s.Record, s.Now = m.Record, noon.Add(9*time.Minute)
+	if m = Next(s); admitted(&s, m.Record) != 1 || m.Record.Rollout.Phase != deployments.PhaseCanary {
+		t.Errorf("while it is missed: %s", brief(m.Record))
+	}
+	s.Now = noon.Add(10 * time.Minute)
+	if m = Next(s); admitted(&s, m.Record) != 2 {
+		t.Errorf("after its deadline: %s", brief(m.Record))
+	}
+}
+
+// The fix of a release that hangs everywhere takes its canary, and then needs no room for nodes that are out of service anyway.
+func TestBrokenNodesTakeNoRoom(t *testing.T) {
+	t.Parallel()
+	s := step(0, deployments.PhaseRolling)
+	canary(&s)
+	s.Unit.Rollout.MaxUnavailable.N = 1
+	s.Record = deployments.Record{Target: release("v1"), Stable: release("v0"), Generation: 1, Commit: "c1"} // every node at once
+	each(&s, func(u *deployments.UnitReport) {
+		u.State, u.Running, u.Want, u.Generation = switching, release("v0"), release("v1"), 1
+	})
+	s.Order = ""
+	m := Next(s)
+	if admitted(&s, m.Record) != 1 || !m.Record.Rollout.Unproven {
+		t.Fatalf("the canary: %s", brief(m.Record))
+	}
+	each(&s, func(u *deployments.UnitReport) { u.Generation = 2 })
+	there(&s, 1)
+	s.Nodes[0].Report.State = converged
+	s.Record, s.Order = m.Record, "promote"
+	if m = Next(s); admitted(&s, m.Record) != 10 {
+		t.Errorf("after promote %d are admitted: %s", admitted(&s, m.Record), brief(m.Record))
+	}
+}
+
+// A push during a canary moves the earlier canary first.
+func TestTheEarlierCanaryGoesFirst(t *testing.T) {
+	t.Parallel()
+	s := step(1, deployments.PhaseCanary)
+	canary(&s)
+	there(&s, 1)
+	s.Unit.Release = release("v3")
+	s.Record = Next(s).Record
+	each(&s, func(u *deployments.UnitReport) { u.Generation = 3 })
+	s.Record = Next(s).Record
+	earlier := s.Nodes[0].Name
+	converge(&s, s.Record)
+	for _, n := range s.Nodes {
+		if got := n.Report.Running == release("v3"); got != (n.Name == earlier) {
+			t.Errorf("%s, of which %s was the canary, runs %s", n.Name, earlier, n.Report.Running.URL)
+		}
+	}
+	if most, _ := drive(t, &s); most > 2 {
+		t.Error(fmt.Sprint(most, " at a time"))
+	}
+	runs(t, &s, release("v3"))
+}
