@@ -294,10 +294,10 @@ func (r *Releases) switchTo(rel *Release) error {
 	r.at("switch")
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-	case err == nil && info.IsDir():
+	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.dest)):
 		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.dest, unix.RENAME_EXCHANGE)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
-			err = fmt.Errorf("it is a directory that can't be exchanged for a link (%w): stop what uses it, move it away, and try again", err)
+			err = fmt.Errorf("what is there can't be exchanged for a link (%w): stop what uses it, move it away, and try again", err)
 		}
 	case err == nil && info.Mode()&fs.ModeSymlink == 0:
 		err = errors.New("it is a file: move it away first")
@@ -314,17 +314,28 @@ func (r *Releases) switchTo(rel *Release) error {
 	return r.adopt()
 }
 
-// adopt gives the tree that was at dest before kedge, and that an exchange left under the link's name, a name to stay; a link that
-// was never used it removes.
+// leadsHere reports whether a path is a link to one of the releases, as dest is under kedge.
+func (r *Releases) leadsHere(path string) bool {
+	target, err := os.Readlink(path)
+	if err != nil {
+		return false
+	}
+	if !filepath.IsAbs(target) {
+		target = filepath.Join(filepath.Dir(r.dest), target)
+	}
+	return filepath.Dir(target) == r.top()
+}
+
+// adopt gives the tree or link that was at dest before kedge, and that an exchange left under the link's name, a name to stay; a link
+// of its own that was never used it removes.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
-	info, err := os.Lstat(link)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
 		return nil
-	case err != nil:
+	} else if err != nil {
 		return err
-	case !info.IsDir():
+	}
+	if r.leadsHere(link) {
 		return os.Remove(link)
 	}
 	kept := filepath.Join(r.top(), adoptedPrefix+time.Now().UTC().Format("20060102T150405.000000"))
@@ -334,6 +345,41 @@ func (r *Releases) adopt() error {
 	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", kept)
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
+
+// restore puts back what was at dest before kedge, by one exchange, and reports whether that is what dest holds now.
+func (r *Releases) restore() (bool, error) {
+	if err := r.adopt(); err != nil { // a kill may have come before it
+		return false, err
+	}
+	kept, err := filepath.Glob(globLiteral.Replace(filepath.Join(r.top(), adoptedPrefix)) + "*")
+	if err != nil {
+		return false, err
+	}
+	slices.Sort(kept)
+	if !r.leadsHere(r.dest) {
+		// It was put back, and a kill may have come before the end.
+		for _, k := range kept {
+			if r.leadsHere(k) {
+				err = errors.Join(err, os.Remove(k))
+			}
+		}
+		return exists(r.dest), err
+	}
+	if len(kept) == 0 {
+		return false, nil
+	}
+	last := kept[len(kept)-1]
+	r.at("restore")
+	if err := unix.Renameat2(unix.AT_FDCWD, last, unix.AT_FDCWD, r.dest, unix.RENAME_EXCHANGE); err != nil {
+		return false, fmt.Errorf("putting back what was at %s before kedge: %w", r.dest, err)
+	}
+	r.at("restored")
+	r.log.Info("put back what was at dest before kedge", "dest", r.dest)
+	return true, errors.Join(durable.SyncDir(filepath.Dir(r.dest)), os.Remove(last), durable.SyncDir(r.top()))
+}
+
+// globLiteral makes a path a pattern that matches it alone.
+var globLiteral = strings.NewReplacer("*", "\\*", "?", "\\?", "[", "\\[", "\\", "\\\\")
 
 // Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged. Where
 // dest can't be read it removes nothing.

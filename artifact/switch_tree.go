@@ -21,6 +21,9 @@ type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
 
+// Restore can't: these strategies write over what is at dest, or have it moved away by a command.
+func (t treeSwitcher) Restore() (bool, error) { return false, nil }
+
 func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }

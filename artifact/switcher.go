@@ -29,6 +29,8 @@ type Switcher interface {
 	// SwitchBack makes rel live again after failed, or a part of it. It stages rel again if its tree is gone.
 	// dirty says that a release before failed may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
+	// Restore puts back what was at dest before the first release, and reports whether that is there now.
+	Restore() (bool, error)
 	// Live reports whether dest holds rel, as far as a few system calls can tell.
 	Live(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
@@ -72,6 +74,7 @@ type commandsOnly struct{}
 func (commandsOnly) Stage(context.Context, *Release, StageOptions) error           { return nil }
 func (commandsOnly) Switch(context.Context, *Release) error                        { return nil }
 func (commandsOnly) SwitchBack(_ context.Context, _, _ *Release, _ bool) error     { return nil }
+func (commandsOnly) Restore() (bool, error)                                        { return false, nil }
 func (commandsOnly) Live(*Release) bool                                            { return true }
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
@@ -105,6 +108,8 @@ func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) e
 	}
 	return l.Switch(ctx, rel)
 }
+
+func (l linkSwitcher) Restore() (bool, error) { return l.releases.restore() }
 
 func (l linkSwitcher) Live(rel *Release) bool {
 	dir := l.Dir(rel)

@@ -91,6 +91,8 @@ type deployment struct {
 	Over bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
 	Fault *fault `json:"fault,omitempty"`
+	// Restored is set once what was at dest before the first release is back there.
+	Restored bool `json:"restored,omitempty"`
 	// Unserved is set while what it goes back to doesn't serve yet.
 	Unserved *unserved `json:"unserved,omitempty"`
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"slices"
 	"syscall"
@@ -237,8 +238,10 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	switch {
 	case d.Step == stepFailure:
 		return nil, u.failureCommands(ctx, d, r, old)
-	case d.Step == stepBackUndrain && (old != nil || d.Fault == nil && u.j.Running.IsZero()):
+	case d.Step == stepBackUndrain && (old != nil || d.Restored || d.Fault == nil && u.j.Running.IsZero()):
 		return undrained, u.drain(ctx, false)
+	case d.Step == stepBack && old == nil && d.From.IsZero() && u.j.LastGood.IsZero():
+		return u.restore(d, r)
 	case old == nil:
 		return nil, nil // nothing good to go back to: the node stays out of service
 	case d.Step == stepBack:
@@ -330,6 +333,32 @@ func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) err
 	}
 	return fmt.Errorf("release %s, which %s went back to, does not serve, and is tried again: %w",
 		d.target().Digest.Short(), u.name(), cause)
+}
+
+// restore puts back what was at dest before the first release, which has failed.
+func (u *Unit) restore(d *deployment, r *artifact.Release) (func(*journal), error) {
+	if d.Fault == nil {
+		return nil, nil // it was taken back before its switch
+	}
+	restored := !d.Touched && exists(r.Manifest.Dest)
+	if d.Touched {
+		var err error
+		if restored, err = u.switcher(r).Restore(); err != nil {
+			return nil, err
+		}
+	}
+	if !restored {
+		return nil, nil
+	}
+	return func(j *journal) {
+		j.Running, j.Version, j.Confirmed = deployments.Pointer{}, "", false
+		j.Deployment.Restored = true
+	}, nil
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 func undrained(j *journal) { j.Drained = false }

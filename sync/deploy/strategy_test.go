@@ -203,3 +203,51 @@ func TestVerifyAndHeal(t *testing.T) {
 		})
 	}
 }
+
+// What served before kedge, a tree or a link of another tool's, is kept, and is back in service when the first release fails.
+func TestFirstReleaseGoesBackToWhatWasThere(t *testing.T) {
+	t.Parallel()
+	for name, prepare := range map[string]func(w *world) error{
+		"tree": func(w *world) error { return os.Rename(w.path("old"), w.dest()) },
+		"link": func(w *world) error { return os.Symlink("../old", w.dest()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			if err := os.MkdirAll(w.path("old", "dir"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range []string{"a", "dir/b", "z"} {
+				if err := os.WriteFile(w.path("old", f), []byte("foreign"), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := prepare(w); err != nil {
+				t.Fatal(err)
+			}
+			var d drains
+			u := w.open(func(c *Config) { c.Drain = d.drain })
+			for _, version := range []string{"1", "2"} { // also the second time
+				bad := w.publish(version, fails)
+				w.wantFailed(u, bad, deployments.Pointer{})
+				w.wantVersion("foreign")
+				if s := u.State(); !s.Running.IsZero() || s.Drained || s.Unfinished || !slices.Contains(s.Quarantined, bad.Digest) {
+					t.Errorf("state: %+v", s)
+				}
+				if got := d.take(); !slices.Equal(got, []bool{true, false}) {
+					t.Errorf("drain: %v", got)
+				}
+			}
+			good := w.publish("3", nil)
+			w.deploy(u, good)
+			w.wantVersion("3")
+			// From now on a failure goes back to that one.
+			w.wantFailed(u, w.publish("4", fails), good)
+			w.wantVersion("3")
+			kept, err := filepath.Glob(w.dest() + ".releases/adopted-*")
+			if err != nil || len(kept) != 1 {
+				t.Errorf("kept: %q, %v", kept, err)
+			}
+		})
+	}
+}

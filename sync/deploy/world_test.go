@@ -240,8 +240,3 @@ func (d *drains) take() []bool {
 func md5Of(b []byte) string    { s := md5.Sum(b); return hex.EncodeToString(s[:]) }
 func sha1Of(b []byte) string   { s := sha1.Sum(b); return hex.EncodeToString(s[:]) }
 func sha512Of(b []byte) string { s := sha512.Sum512(b); return hex.EncodeToString(s[:]) }
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
-}
