@@ -1,4 +1,24 @@
 // Package git reads the deployments repo: a branch, local or remote, as commits whose trees and signatures were checked.
+//
+// What was tried on what, by this package's tests and sync/mirror's:
+//
+//	feature                               played on
+//	https, token, further authorities     git http-backend behind TLS and basic authentication
+//	client certificates, replaced         the same, with TLS that asks for one
+//	ssh, keys, known_hosts                OpenSSH's sshd
+//	a local bare repo, watched            git init --bare, packed, repacked, with alternates, linked work trees
+//	protocol v2: one branch, one          git http-backend with 20,000 other references
+//	  connection for all polls
+//	protocol v0 alone, insisting on       git http-backend behind a front that strips v2 and refuses without multi_ack,
+//	  multi_ack (Azure DevOps, CodeCommit)  as these services document; the services themselves were not tried
+//	GitHub App                            a local server that checks the JWT and makes tokens as GitHub documents it
+//	large files elsewhere                 git http-backend with uploadpack.allowFilter, which GitHub and GitLab set
+//	Retry-After, refusals, login pages,   a front that answers so
+//	  redirects
+//	SSH and OpenPGP signatures            git and ssh-keygen; gpg
+//
+// Not supported: repositories of sha256 objects, reftable, partial clones as a local repo, the git:// protocol, and plain http to
+// other machines. Over ssh the server names all references at each poll, and a connection is made for each.
 package git
 
 import (

@@ -60,10 +60,11 @@ type verifier func(hash string, payload, signature []byte, when time.Time) error
 func (o *Objects) loadWith(name string, verify verifier) (*Commit, error) {
 	hash := plumbing.NewHash(name)
 	c, err := o.load(hash, verify)
-	if err == nil {
-		c.Past = past(o, hash)
+	if err != nil {
+		return nil, o.explain(err)
 	}
-	return c, err
+	c.Past = past(o, hash)
+	return c, nil
 }
 
 func (o *Objects) load(hash plumbing.Hash, verify verifier) (*Commit, error) {
@@ -244,7 +245,7 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 		case errors.Is(err, io.EOF):
 			return false, nil
 		case err != nil:
-			return false, fmt.Errorf("history of commit %s: %w", to, err)
+			return false, o.explain(fmt.Errorf("history of commit %s: %w", to, err))
 		case ancestor.is(o, c):
 			return true, nil
 		case ctx.Err() != nil:

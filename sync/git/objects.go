@@ -73,6 +73,30 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
+// lacking says why an object may be missing from a repository that is as its owner wants it; empty: it should be there.
+func (o *Objects) lacking() string {
+	for _, dir := range o.dirs {
+		root := dir.Filesystem().Root()
+		if _, err := os.Stat(filepath.Join(root, "shallow")); err == nil {
+			return "it is a shallow clone: git fetch --unshallow brings the rest"
+		}
+		if promised, err := filepath.Glob(filepath.Join(root, "objects", "pack", "*.promisor")); err == nil && len(promised) > 0 {
+			return "it is a partial clone: mirror one that was made without --filter"
+		}
+	}
+	return ""
+}
+
+// explain adds to an error that an object is missing why that may be.
+func (o *Objects) explain(err error) error {
+	if errors.Is(err, plumbing.ErrObjectNotFound) {
+		if why := o.lacking(); why != "" {
+			return fmt.Errorf("%w (%s)", err, why)
+		}
+	}
+	return err
+}
+
 // gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only opens whole Git directories.
 func gitDirAround(dir string) billy.Filesystem {
 	if filepath.Base(dir) == "objects" {

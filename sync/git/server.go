@@ -126,14 +126,15 @@ func (s *server) discover(ctx context.Context, prefix string) (heads map[string]
 	}
 	defer resp.Body.Close()
 	body := bufio.NewReader(resp.Body)
-	start, _ := body.Peek(64)
-	if !bytes.Contains(start, []byte("version 2\n")) {
+	start, _ := body.Peek(2048)
+	if !bytes.Contains(start[:min(len(start), 64)], []byte("version 2\n")) {
+		_, offered, _ := bytes.Cut(start, []byte("\x00")) // by the first reference
+		if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
+			return nil, "", errSHA256
+		}
 		refs := packp.NewAdvRefs()
 		if err := refs.Decode(body); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
 			return nil, "", fmt.Errorf("list of references: %w", err)
-		}
-		if format := refs.Capabilities.Get(capability.ObjectFormat); len(format) > 0 && format[0] != "sha1" {
-			return nil, "", errFormat(format[0])
 		}
 		return headsOf(refs, prefix), "", nil
 	}
@@ -142,16 +143,14 @@ func (s *server) discover(ctx context.Context, prefix string) (heads map[string]
 		return nil, "", err
 	}
 	if bytes.Contains(capabilities, []byte("object-format=sha256")) {
-		return nil, "", errFormat("sha256")
+		return nil, "", errSHA256
 	}
 	at := *resp.Request.URL
 	at.RawQuery, at.Path = "", strings.TrimSuffix(at.Path, infoRefs)
 	return nil, at.String(), nil
 }
 
-func errFormat(format string) error {
-	return fmt.Errorf("the repository has the object format %s: only sha1 can be mirrored", format)
-}
+var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
 
 func headsOf(refs *packp.AdvRefs, prefix string) map[string]string {
 	heads := map[string]string{}

@@ -88,6 +88,12 @@ func front(h *gittest.HTTPSOrigin, f func(w http.ResponseWriter, r *http.Request
 	h.Front.Store(&f)
 }
 
+// speaksV0 makes a server know protocol v0 alone.
+func speaksV0(_ http.ResponseWriter, r *http.Request, _ []byte) bool {
+	r.Header.Del("Git-Protocol")
+	return false
+}
+
 // Azure DevOps and AWS CodeCommit speak protocol v0, and refuse to send anything to who doesn't ask for multi_ack.
 func TestServerThatInsistsOnMultiAck(t *testing.T) {
 	t.Parallel()
