@@ -386,6 +386,30 @@ func TestUnderPrefix(t *testing.T) {
 	}
 }
 
+// A source is a URL, or what lies below it by whole segments: the same for a commit and for an agent.
+func TestFromSource(t *testing.T) {
+	t.Parallel()
+	exact := "s3://acme/web/1/manifest.yaml"
+	for _, c := range []struct {
+		source string
+		want   bool
+	}{
+		{exact, true}, {"s3://acme/web", true}, {"s3://acme/web/", true}, {"s3://acme", true},
+		{"s3://acme/we", false}, {"s3://acm", false}, {exact + "/", false},
+	} {
+		if got := FromSource(exact, []string{"gs://other", c.source}); got != c.want {
+			t.Errorf("%s from %s: %t", exact, c.source, got)
+		}
+		tree := fstest.MapFS{
+			"kedge.yaml":        {Data: []byte("sources: {prod: [" + c.source + "]}\n")},
+			"prod/web/app.yaml": {Data: []byte("release: " + exact + "@sha256:" + hex64 + "\n")},
+		}
+		if _, err := Load(tree); (err == nil) != c.want {
+			t.Errorf("a commit with source %s: %v", c.source, err)
+		}
+	}
+}
+
 // Of a percentage of nodes there is always one, and never one that isn't begun.
 func TestAmountOf(t *testing.T) {
 	t.Parallel()

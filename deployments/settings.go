@@ -4,8 +4,8 @@ import "time"
 
 // Settings is kedge.yaml: what holds for the whole deployments repo. The mirror reads it from the commit that it mirrors.
 type Settings struct {
-	// Sources are URL prefixes that releases may come from, by stage ("*": every stage); empty: any. A prefix matches whole
-	// path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
+	// Sources are URLs that releases may come from, or prefixes of such, by stage ("*": every stage); empty: any. A prefix
+	// matches whole path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
 	Sources map[string][]string
 	// Dests are directories in or below which releases may go live, Users those that their commands may run as and that may own their
 	// trees, and Commands whether they may have any: by stage, as Sources; a stage without a value is not bounded. They are the

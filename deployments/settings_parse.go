@@ -142,7 +142,12 @@ func asPrefix(s string) (string, error) {
 // allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by those of "*".
 func (s Settings) allows(stage, url string) bool {
 	prefixes, set := OfStage(s.Sources, stage)
-	return !set || slices.ContainsFunc(prefixes, func(p string) bool { return UnderPrefix(url, p) })
+	return !set || FromSource(url, prefixes)
+}
+
+// FromSource reports whether a URL is one of the sources, or below one: the one rule of sources, of kedge.yaml and of agents.
+func FromSource(url string, sources []string) bool {
+	return slices.ContainsFunc(sources, func(s string) bool { return url == s || UnderPrefix(url, s) })
 }
 
 // UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1, not s3://acme/webx/1.

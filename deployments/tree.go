@@ -97,12 +97,8 @@ func Load(fsys fs.FS) (*Tree, error) {
 		})
 		return nil, l.problems
 	}
-	slices.SortFunc(l.tree.Units, func(a, b Unit) int { return compareIDs(a.ID, b.ID) })
+	slices.SortFunc(l.tree.Units, func(a, b Unit) int { return a.ID.Compare(b.ID) })
 	return l.tree, nil
-}
-
-func compareIDs(a, b UnitID) int {
-	return cmp.Or(strings.Compare(a.Stage, b.Stage), strings.Compare(a.Role, b.Role), strings.Compare(a.Unit, b.Unit))
 }
 
 type loader struct {
@@ -346,7 +342,7 @@ func (l *loader) checkAfter() {
 	for id := range on {
 		ids = append(ids, id)
 	}
-	slices.SortFunc(ids, compareIDs)
+	slices.SortFunc(ids, UnitID.Compare)
 	for _, id := range ids {
 		if state[id] == 0 {
 			follow(id)

@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"cmp"
 	"fmt"
 	"path"
 	"regexp"
@@ -43,13 +44,18 @@ func ParseUnitID(s string) (UnitID, error) {
 
 // Check reports the first segment of id that CheckSegment refuses.
 func (id UnitID) Check() error {
-	if err := CheckSegment("stage", id.Stage); err != nil {
-		return err
-	}
-	if err := CheckSegment("role", id.Role); err != nil {
+	if err := id.RoleID().Check(); err != nil {
 		return err
 	}
 	return CheckSegment("unit", id.Unit)
+}
+
+// RoleID returns the role that the unit belongs to.
+func (id UnitID) RoleID() RoleID { return RoleID{id.Stage, id.Role} }
+
+// Compare orders by stage, role and unit.
+func (id UnitID) Compare(other UnitID) int {
+	return cmp.Or(id.RoleID().Compare(other.RoleID()), strings.Compare(id.Unit, other.Unit))
 }
 
 func (id UnitID) String() string { return id.Stage + "/" + id.Role + "/" + id.Unit }
@@ -60,6 +66,39 @@ func (id *UnitID) UnmarshalText(text []byte) (err error) {
 	*id, err = ParseUnitID(string(text))
 	return err
 }
+
+// RoleID names a kind of node: STAGE/ROLE, as in prod/web.
+type RoleID struct {
+	Stage, Role string
+}
+
+// ParseRoleID reads STAGE/ROLE.
+func ParseRoleID(s string) (RoleID, error) {
+	stage, role, ok := strings.Cut(s, "/")
+	if !ok || strings.Contains(role, "/") {
+		return RoleID{}, fmt.Errorf("role %q: want STAGE/ROLE, as in prod/web", clip(s))
+	}
+	id := RoleID{stage, role}
+	return id, id.Check()
+}
+
+// Check reports the first segment of id that CheckSegment refuses.
+func (id RoleID) Check() error {
+	if err := CheckSegment("stage", id.Stage); err != nil {
+		return err
+	}
+	return CheckSegment("role", id.Role)
+}
+
+// Unit returns the role's unit of a name.
+func (id RoleID) Unit(name string) UnitID { return UnitID{id.Stage, id.Role, name} }
+
+// Compare orders by stage and role.
+func (id RoleID) Compare(other RoleID) int {
+	return cmp.Or(strings.Compare(id.Stage, other.Stage), strings.Compare(id.Role, other.Role))
+}
+
+func (id RoleID) String() string { return id.Stage + "/" + id.Role }
 
 // Unit is one file STAGE/ROLE/UNIT.yaml of a deployments repo.
 type Unit struct {

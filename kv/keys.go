@@ -1,6 +1,13 @@
 package kv
 
-import "kedge/deployments"
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"kedge/deployments"
+)
 
 // DefaultPrefix is where kedge's keys lie in Consul KV.
 const DefaultPrefix = "kedge/"
@@ -32,3 +39,70 @@ func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.S
 
 // RolePrefix gives the prefix of one role's keys of a kind: RolePrefix(DesiredPrefix, "prod", "web") is desired/prod/web/.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
+
+// HistoryKey is the key of one generation of a unit's history; keys sort as the generations do.
+func HistoryKey(id deployments.UnitID, generation int64) string {
+	return fmt.Sprintf("%s%010d", HistoryPrefixOf(id), generation)
+}
+
+// Key is a key of the store, taken apart.
+type Key struct {
+	Kind string // DesiredPrefix, PinsPrefix, ControlPrefix, StatusPrefix or HistoryPrefix
+	Role deployments.RoleID
+	// Unit is the unit's name; empty for a node's status.
+	Unit string
+	// Node is whose status or pin it is; empty for a pin of all nodes, and for the other kinds.
+	Node string
+	// Generation is that of a history entry.
+	Generation int64
+}
+
+// UnitID returns the unit that the key is about; not for a node's status.
+func (k Key) UnitID() deployments.UnitID { return k.Role.Unit(k.Unit) }
+
+// ParseKey takes apart a key of a unit or of a node, relative to the store's prefix. Folders' keys and those below
+// MirrorPrefix are none of these.
+func ParseKey(key string) (Key, error) {
+	parts := strings.Split(key, "/")
+	k := Key{Kind: parts[0] + "/"}
+	var names string // of the parts after the kind
+	least, most := 4, 4
+	switch k.Kind {
+	case DesiredPrefix, ControlPrefix:
+		names = "STAGE/ROLE/UNIT"
+	case PinsPrefix:
+		names, most = "STAGE/ROLE/UNIT or STAGE/ROLE/UNIT/NODE", 5
+	case StatusPrefix:
+		names = "STAGE/ROLE/NODE"
+	case HistoryPrefix:
+		names, least, most = "STAGE/ROLE/UNIT/GENERATION", 5, 5
+	default:
+		return Key{}, errors.New("it is no key of a unit or a node")
+	}
+	if len(parts) < least || len(parts) > most {
+		return Key{}, fmt.Errorf("want %s%s", k.Kind, names)
+	}
+
+	k.Role = deployments.RoleID{Stage: parts[1], Role: parts[2]}
+	if k.Kind == StatusPrefix {
+		k.Node = parts[3]
+		return k, errors.Join(k.Role.Check(), deployments.CheckSegment("node", k.Node))
+	}
+	k.Unit = parts[3]
+	err := k.UnitID().Check()
+	switch {
+	case err != nil || len(parts) == 4:
+	case k.Kind == PinsPrefix:
+		k.Node = parts[4]
+		err = deployments.CheckSegment("node", k.Node)
+	default:
+		k.Generation, err = strconv.ParseInt(parts[4], 10, 64)
+		if err != nil || k.Generation < 0 {
+			err = fmt.Errorf("generation %q: want a number", parts[4])
+		}
+	}
+	if err != nil {
+		return Key{}, err
+	}
+	return k, nil
+}

@@ -12,7 +12,7 @@ import (
 // Bounds are what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own kedge.yaml.
 // The zero value allows everything.
 type Bounds struct {
-	// Sources are URL prefixes (whole path segments) that a release may come from; empty: any.
+	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any.
 	Sources []string
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
@@ -37,14 +37,8 @@ func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0
 
 // CheckSource reports why nothing may be fetched from a URL; nil: it may.
 func (b Bounds) CheckSource(url string) error {
-	if len(b.Sources) == 0 {
+	if len(b.Sources) == 0 || deployments.FromSource(url, b.Sources) {
 		return nil
-	}
-	for _, prefix := range b.Sources {
-		// The exact URL of one release is a prefix of its own.
-		if url == prefix || deployments.UnderPrefix(url, prefix) {
-			return nil
-		}
 	}
 	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(url), strings.Join(b.Sources, ", "))
 }

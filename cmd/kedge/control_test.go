@@ -62,7 +62,7 @@ func TestOrdersByConsulItself(t *testing.T) {
 	phase(two, deployments.PhasePendingApproval)
 	order("prmote") // changes nothing, and says where it is wrong
 	w.eventually("the mirror says what it can't obey", func() error {
-		if !strings.Contains(m.logged(), "is not one of promote, pause, resume, abort, retry") {
+		if !strings.Contains(m.logged(), "want promote, pause, resume, abort or retry") {
 			return fmt.Errorf("its log does not")
 		}
 		return nil

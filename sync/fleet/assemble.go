@@ -18,7 +18,7 @@ import (
 // Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
 // only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet {
-	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[[2]string][]reporter{},
+	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[deployments.RoleID][]reporter{},
 		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]deployments.History{}}
 	for _, e := range entries {
 		kind, rest, _ := strings.Cut(e.Key, "/")
@@ -44,14 +44,14 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 		for _, r := range reporters {
 			for name := range r.units {
 				if deployments.CheckSegment("unit", name) == nil {
-					a.unit(deployments.UnitID{Stage: role[0], Role: role[1], Unit: name})
+					a.unit(role.Unit(name))
 				}
 			}
 		}
 	}
 	a.assign()
 	a.fleet.Units = []Unit{}
-	for _, id := range slices.SortedFunc(maps.Keys(a.units), compareIDs) {
+	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
 		u := a.units[id]
 		a.nodes(u)
 		u.GitAhead = gitAhead(u, a.histories[id], now)
@@ -63,7 +63,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 type assembly struct {
 	fleet *Fleet
 	units map[deployments.UnitID]*Unit
-	roles map[[2]string][]reporter
+	roles map[deployments.RoleID][]reporter
 	// orders and histories are joined to their units at the end.
 	orders    map[deployments.UnitID]kv.Entry
 	histories map[deployments.UnitID][]deployments.History
@@ -186,7 +186,7 @@ func (a *assembly) report(e kv.Entry, rest string) {
 		r.err = err
 	}
 	r.units, r.agent = report.Units, report.Agent
-	role := [2]string{parts[0], parts[1]}
+	role := deployments.RoleID{Stage: parts[0], Role: parts[1]}
 	a.roles[role] = append(a.roles[role], r)
 }
 
@@ -207,9 +207,9 @@ func (a *assembly) mirror(e kv.Entry) {
 
 // assign counts the live nodes by their agent's version, and finds those that no unit is meant for.
 func (a *assembly) assign() {
-	used := map[[2]string]bool{}
+	used := map[deployments.RoleID]bool{}
 	for id := range a.units {
-		used[[2]string{id.Stage, id.Role}] = true
+		used[id.RoleID()] = true
 	}
 	versions := map[string]string{} // by node: one of several roles is one node
 	for role, reporters := range a.roles {
@@ -221,7 +221,7 @@ func (a *assembly) assign() {
 				versions[r.name] = r.agent
 			}
 			if !used[role] {
-				a.fleet.Unassigned = append(a.fleet.Unassigned, Unassigned{Stage: role[0], Role: role[1], Node: r.name})
+				a.fleet.Unassigned = append(a.fleet.Unassigned, Unassigned{Stage: role.Stage, Role: role.Role, Node: r.name})
 			}
 		}
 	}
@@ -238,7 +238,7 @@ func (a *assembly) assign() {
 
 // nodes fills in a unit's nodes, and counts them.
 func (a *assembly) nodes(u *Unit) {
-	for _, r := range a.roles[[2]string{u.ID.Stage, u.ID.Role}] {
+	for _, r := range a.roles[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
 		n := Node{Name: r.name, Gone: r.gone, Report: report}
 		facts := a.fleet.facts(u, n)
@@ -313,8 +313,4 @@ func join(a, b string) string {
 		return a + b
 	}
 	return a + "; " + b
-}
-
-func compareIDs(a, b deployments.UnitID) int {
-	return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Unit, b.Unit))
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"kedge/deployments"
+	"kedge/kv"
 	"kedge/sync/git/gittest"
 )
 
@@ -29,7 +30,7 @@ func TestRepositoryThatWasReplaced(t *testing.T) {
 	m = start(t, c)
 	m.at(first)
 	rec := m.runs("prod/web/app", "app/2")
-	entry, err := store.Get(t.Context(), historyKey(unitID(t, "prod/web/app"), rec.Generation))
+	entry, err := store.Get(t.Context(), kv.HistoryKey(unitID(t, "prod/web/app"), rec.Generation))
 	if err != nil {
 		t.Fatal(err)
 	}

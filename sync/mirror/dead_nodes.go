@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -59,11 +58,11 @@ func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (
 
 // forgettable gives what to remove of entries, as many as go into one transaction, and when there is more; absent is kept from call to
 // call. Roles that are busy keep theirs: there, a node that died may count as failed.
-func forgettable(entries []kv.Entry, absent map[string]absence, busy map[[2]string]bool, now time.Time, after time.Duration) (ops []kv.Op, next time.Time) {
+func forgettable(entries []kv.Entry, absent map[string]absence, busy map[deployments.RoleID]bool, now time.Time, after time.Duration) (ops []kv.Op, next time.Time) {
 	dead := map[string]bool{}
 	for _, e := range entries {
-		parts := strings.Split(strings.TrimPrefix(e.Key, kv.StatusPrefix), "/")
-		if len(parts) != 3 || e.Session != "" {
+		key, err := kv.ParseKey(e.Key)
+		if err != nil || e.Session != "" {
 			continue
 		}
 		dead[e.Key] = true
@@ -74,7 +73,7 @@ func forgettable(entries []kv.Entry, absent map[string]absence, busy map[[2]stri
 		}
 		due := a.since.Add(after)
 		switch {
-		case busy[[2]string{parts[0], parts[1]}]: // its end will be seen
+		case busy[key.Role]: // its end will be seen
 		case due.After(now):
 			if next.IsZero() || due.Before(next) {
 				next = due
@@ -97,11 +96,11 @@ func forgettable(entries []kv.Entry, absent map[string]absence, busy map[[2]stri
 var forgetMost = kv.MaxOps / kv.DeleteIf("", 0).Cost()
 
 // underWay are the roles in which a rollout is.
-func underWay(cells map[deployments.UnitID]cell) map[[2]string]bool {
-	busy := map[[2]string]bool{}
+func underWay(cells map[deployments.UnitID]cell) map[deployments.RoleID]bool {
+	busy := map[deployments.RoleID]bool{}
 	for id, c := range cells {
 		if p := c.record.Rollout; p != nil && p.Phase != deployments.PhaseRolledBack {
-			busy[[2]string{id.Stage, id.Role}] = true
+			busy[id.RoleID()] = true
 		}
 	}
 	return busy

@@ -21,12 +21,12 @@ func TestForgettable(t *testing.T) {
 	back.Session, back.Version = "s", 8
 	anew.Version = 9
 	absent := map[string]absence{}
-	busy := map[[2]string]bool{{"prod", "web"}: true}
+	busy := map[deployments.RoleID]bool{{Stage: "prod", Role: "web"}: true}
 	for _, step := range []struct {
 		name    string
 		at      time.Duration
 		entries []kv.Entry
-		busy    map[[2]string]bool
+		busy    map[deployments.RoleID]bool
 		forget  bool
 		next    time.Duration // 0: never
 	}{
@@ -36,7 +36,7 @@ func TestForgettable(t *testing.T) {
 		{"it died once more", 3 * time.Hour, []kv.Entry{anew}, nil, false, 75 * time.Hour},
 		{"it was there in between, as nobody saw", 4 * time.Hour, []kv.Entry{{Key: web1.Key, Version: 11}}, nil, false, 76 * time.Hour},
 		{"a rollout is under way", 77 * time.Hour, []kv.Entry{{Key: web1.Key, Version: 11}}, busy, false, 0},
-		{"one of another role is", 77 * time.Hour, []kv.Entry{{Key: web1.Key, Version: 11}}, map[[2]string]bool{{"prod", "db"}: true}, true, 0},
+		{"one of another role is", 77 * time.Hour, []kv.Entry{{Key: web1.Key, Version: 11}}, map[deployments.RoleID]bool{{Stage: "prod", Role: "db"}: true}, true, 0},
 		{"somebody removed it", 78 * time.Hour, nil, nil, false, 0},
 		{"what is no node's stays", 200 * time.Hour, []kv.Entry{{Key: "status/prod/web/a/b", Version: 1}, {Key: "status/prod", Version: 1}}, nil, false, 0},
 	} {
@@ -72,7 +72,7 @@ func TestUnderWay(t *testing.T) {
 			c.record.Rollout = &deployments.Progress{Phase: phase}
 		}
 		id := unitID(t, "prod/web/app")
-		if got := underWay(map[deployments.UnitID]cell{id: c})[[2]string{"prod", "web"}]; got != want {
+		if got := underWay(map[deployments.UnitID]cell{id: c})[id.RoleID()]; got != want {
 			t.Errorf("in phase %q: %v", phase, got)
 		}
 	}

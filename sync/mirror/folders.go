@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"kedge/deployments"
 	"kedge/kv"
 )
 
@@ -43,7 +44,7 @@ func (now *observed) sawFolders(kind string, v kv.View) {
 // missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those that a watch
 // lacks, together with what nobody watches. made tells when each was made last: late reports whether one has yet to show, and is
 // to be made again if it doesn't.
-func missingFolders(roles [][2]string, seen map[string]observedFolders, made map[string]time.Time, now time.Time) (missing []string, late bool) {
+func missingFolders(roles []deployments.RoleID, seen map[string]observedFolders, made map[string]time.Time, now time.Time) (missing []string, late bool) {
 	lacks := func(keys []string, lost func(string) bool) {
 		if !slices.ContainsFunc(keys, lost) {
 			return
@@ -60,7 +61,7 @@ func missingFolders(roles [][2]string, seen map[string]observedFolders, made map
 	for _, r := range roles {
 		var keys []string
 		for _, kind := range roleFolders {
-			keys = append(keys, kv.RolePrefix(kind, r[0], r[1]))
+			keys = append(keys, kv.RolePrefix(kind, r.Stage, r.Role))
 		}
 		lacks(keys, func(key string) bool {
 			kind, _, _ := strings.Cut(key, "/")

@@ -16,7 +16,7 @@ import (
 func TestMissingFolders(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 27, 3, 0, 0, 0, time.UTC)
-	web := [][2]string{{"prod", "web"}}
+	web := []deployments.RoleID{{Stage: "prod", Role: "web"}}
 	all := func(at time.Time) map[string]time.Time {
 		made := map[string]time.Time{}
 		for _, kind := range roleFolders {

@@ -17,40 +17,40 @@ import (
 // pastGenerations holds the newest generation of units, of the roles whose history was read.
 type pastGenerations struct {
 	newest map[deployments.UnitID]deployments.History
-	read   map[[2]string]bool
+	read   map[deployments.RoleID]bool
 }
 
 func newPastGenerations() pastGenerations {
-	return pastGenerations{newest: map[deployments.UnitID]deployments.History{}, read: map[[2]string]bool{}}
+	return pastGenerations{newest: map[deployments.UnitID]deployments.History{}, read: map[deployments.RoleID]bool{}}
 }
 
 // forget makes a unit's role be read again when it is needed.
 func (p pastGenerations) forget(id deployments.UnitID) {
 	delete(p.newest, id)
-	delete(p.read, [2]string{id.Stage, id.Role})
+	delete(p.read, id.RoleID())
 }
 
 // readHistory reads the history of the units whose record isn't there to go on from.
 func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]cell, now time.Time) error {
 	for _, u := range l.acceptance.commit.Tree.Units {
-		role := [2]string{u.ID.Stage, u.ID.Role}
+		role := u.ID.RoleID()
 		own, known := l.written.records[u.ID]
 		if l.history.read[role] || stand(cells[u.ID], own, known, now) != unknown {
 			continue
 		}
-		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role[0], role[1]))
+		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
 		if err != nil {
-			return fmt.Errorf("history of %s/%s: %w", role[0], role[1], err)
+			return fmt.Errorf("history of %s: %w", role, err)
 		}
 		l.history.read[role] = true
 		for _, e := range entries {
-			name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
-			id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
+			key, err := kv.ParseKey(e.Key)
 			if err != nil {
 				continue
 			}
-			var h deployments.History
-			if err := json.Unmarshal(e.Value, &h); err == nil && h.Generation > l.history.newest[id].Generation && h.Generation < absurd {
+			id := key.UnitID()
+			h, err := deployments.ParseHistory(e.Value)
+			if err == nil && h.Generation > l.history.newest[id].Generation && h.Generation < absurd {
 				l.history.newest[id] = h
 			}
 		}
@@ -92,9 +92,9 @@ func (in inputs) record(w change) []kv.Op {
 	if err != nil {
 		panic(err) // plain data
 	}
-	ops := []kv.Op{kv.Put(historyKey(w.unit, w.after.Generation), value)}
+	ops := []kv.Op{kv.Put(kv.HistoryKey(w.unit, w.after.Generation), value)}
 	if old := w.after.Generation - deployments.HistoryKept; old > 0 {
-		ops = append(ops, kv.Delete(historyKey(w.unit, old)))
+		ops = append(ops, kv.Delete(kv.HistoryKey(w.unit, old)))
 	}
 	return ops
 }
@@ -117,9 +117,4 @@ func (in inputs) failedBy(w change) deployments.Digest {
 		return deployments.Digest{}
 	}
 	return was
-}
-
-// historyKey sorts as the generations do.
-func historyKey(id deployments.UnitID, generation int64) string {
-	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
 }

@@ -3,7 +3,6 @@ package mirror
 import (
 	"bytes"
 	"log/slog"
-	"strings"
 	"sync"
 	"time"
 
@@ -56,7 +55,7 @@ type observedFleet struct {
 	err     error     // why it may be out of date
 	since   time.Time // since when err is nil, or isn't
 	entries []kv.Entry
-	roles   map[[2]string][]reported
+	roles   map[deployments.RoleID][]reported
 }
 
 // observedPins is what pins/ shows of whole units.
@@ -122,7 +121,7 @@ func (o *observer) records(v kv.View) {
 	cells := make(map[string]cell, len(v.Entries))
 	byUnit := make(map[deployments.UnitID]cell, len(v.Entries))
 	for _, e := range v.Entries {
-		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.DesiredPrefix))
+		key, err := kv.ParseKey(e.Key)
 		if err != nil {
 			continue // not a record's key
 		}
@@ -132,7 +131,7 @@ func (o *observer) records(v kv.View) {
 			c.record, c.err = deployments.ParseRecord(e.Value)
 		}
 		c.version = e.Version
-		cells[e.Key], byUnit[id] = c, c
+		cells[e.Key], byUnit[key.UnitID()] = c, c
 	}
 	o.cells = cells
 	o.update(func(now *observed) {
@@ -149,11 +148,11 @@ func (o *observer) orders(v kv.View) {
 
 // fleet takes a view of status/. A node whose report doesn't parse has said nothing yet.
 func (o *observer) fleet(v kv.View) {
-	roles := map[[2]string][]reported{}
+	roles := map[deployments.RoleID][]reported{}
 	reports := make(map[string]parsedReport, len(v.Entries))
 	for _, e := range v.Entries {
-		parts := strings.Split(strings.TrimPrefix(e.Key, kv.StatusPrefix), "/")
-		if len(parts) != 3 {
+		key, err := kv.ParseKey(e.Key)
+		if err != nil {
 			continue
 		}
 		known, ok := o.reports[e.Key]
@@ -171,8 +170,7 @@ func (o *observer) fleet(v kv.View) {
 			known.goneSince = time.Now()
 		}
 		reports[e.Key] = known
-		role := [2]string{parts[0], parts[1]}
-		roles[role] = append(roles[role], reported{node: parts[2], gone: e.Session == "", goneSince: known.goneSince, report: known.report})
+		roles[key.Role] = append(roles[key.Role], reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report})
 	}
 	o.reports = reports
 	o.update(func(now *observed) {
@@ -203,12 +201,12 @@ func (o *observer) state(v kv.View) {
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	for _, e := range v.Entries {
-		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.PinsPrefix))
-		if err != nil {
-			continue // a node's
+		key, err := kv.ParseKey(e.Key)
+		if err != nil || key.Node != "" {
+			continue
 		}
 		pin, err := deployments.ParsePin(e.Value)
-		units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
+		units[key.UnitID()] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
 	}
 	o.update(func(now *observed) { now.pins = observedPins{v.Synced, units}; now.sawFolders(kv.PinsPrefix, v) })
 }

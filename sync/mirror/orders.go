@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -22,17 +21,16 @@ type order struct {
 func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 	good = map[deployments.UnitID]order{}
 	for _, e := range view.Entries {
-		id, err := deployments.ParseUnitID(strings.TrimPrefix(e.Key, kv.ControlPrefix))
+		key, err := kv.ParseKey(e.Key)
+		var o deployments.Order
+		if err == nil {
+			o, err = deployments.ParseOrder(e.Value)
+		}
 		if err != nil {
 			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
 			continue
 		}
-		parsed, err := deployments.ParseOrder(e.Value)
-		if err != nil {
-			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
-			continue
-		}
-		good[id] = order{parsed, e.Version}
+		good[key.UnitID()] = order{o, e.Version}
 	}
 	return good, bad
 }
@@ -44,7 +42,7 @@ func (l *leader) pendingOrders(seen observedOrders) map[deployments.UnitID]order
 	for _, u := range l.acceptance.commit.Tree.Units {
 		units[u.ID] = true
 	}
-	for _, id := range slices.SortedFunc(maps.Keys(seen.good), compareIDs) {
+	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {
 		switch o := seen.good[id]; {
 		case l.written.orders[id] == o.version: // it has yet to vanish from the watch
 		case !units[id]:

@@ -28,7 +28,7 @@ func TestWritesOfALargeRollout(t *testing.T) {
 	was := deployments.Record{Target: pointer("1"), Generation: 1, Commit: "old"}
 	f := inputs{commit: commitOf(tree(u)), now: time.Unix(1e9, 0), own: map[deployments.UnitID]writtenRecord{}, ranks: map[deployments.UnitID]*policy.Ranks{},
 		cells: map[deployments.UnitID]cell{id: {present: true, version: 1, value: encode(was), record: was}},
-		fleet: map[[2]string][]reported{{"prod", "web"}: nodes}}
+		fleet: map[deployments.RoleID][]reported{{Stage: "prod", Role: "web"}: nodes}}
 	began, writes, again := f.now, 0, f.now
 	for record := was; record.Rollout != nil || record.Target != u.Release; f.now = f.now.Add(tick) {
 		news := !f.now.Before(again)

@@ -2,7 +2,6 @@ package mirror
 
 import (
 	"bytes"
-	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -52,7 +51,7 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 			changes = append(changes, Change{Unit: id, Kind: "keep", Before: &before, After: &before})
 		}
 	}
-	slices.SortFunc(changes, func(a, b Change) int { return compareIDs(a.Unit, b.Unit) })
+	slices.SortFunc(changes, func(a, b Change) int { return a.Unit.Compare(b.Unit) })
 	return changes
 }
 
@@ -130,17 +129,11 @@ func few(names []string) string {
 	return strings.Join(names, ", ")
 }
 
-func compareIDs(a, b deployments.UnitID) int {
-	return cmp.Or(cmp.Compare(a.Stage, b.Stage), cmp.Compare(a.Role, b.Role), cmp.Compare(a.Unit, b.Unit))
-}
-
-// roles lists the STAGE/ROLE pairs of a tree, sorted.
-func roles(tree *deployments.Tree) [][2]string {
-	seen := map[[2]string]bool{}
+// roles lists the roles of a tree, sorted.
+func roles(tree *deployments.Tree) []deployments.RoleID {
+	seen := map[deployments.RoleID]bool{}
 	for _, u := range tree.Units {
-		seen[[2]string{u.ID.Stage, u.ID.Role}] = true
+		seen[u.ID.RoleID()] = true
 	}
-	return slices.SortedFunc(maps.Keys(seen), func(a, b [2]string) int {
-		return cmp.Or(cmp.Compare(a[0], b[0]), cmp.Compare(a[1], b[1]))
-	})
+	return slices.SortedFunc(maps.Keys(seen), deployments.RoleID.Compare)
 }

@@ -195,7 +195,7 @@ func TestReconcile(t *testing.T) {
 			}
 			if c.acted > 0 {
 				report := deployments.Report{Units: map[string]deployments.UnitReport{id.Unit: {Generation: c.acted}}}
-				f.fleet = map[[2]string][]reported{{id.Stage, id.Role}: {{node: "n1", report: report}}}
+				f.fleet = map[deployments.RoleID][]reported{id.RoleID(): {{node: "n1", report: report}}}
 			}
 			p := reconcile(f)
 			writes, all := p.changes, p.whole
@@ -238,9 +238,9 @@ func TestInputsOfNodes(t *testing.T) {
 	id := unitID(t, "prod/web/app")
 	started := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
 	said := deployments.UnitReport{State: deployments.StateConverged, Running: pointer("1"), Generation: 3}
-	f := inputs{fleet: map[[2]string][]reported{
-		{"prod", "web"}: {{node: "n1", gone: true, report: deployments.Report{Started: started, Units: map[string]deployments.UnitReport{"app": said}}}, {node: "n2"}},
-		{"prod", "db"}:  {{node: "n3"}},
+	f := inputs{fleet: map[deployments.RoleID][]reported{
+		{Stage: "prod", Role: "web"}: {{node: "n1", gone: true, report: deployments.Report{Started: started, Units: map[string]deployments.UnitReport{"app": said}}}, {node: "n2"}},
+		{Stage: "prod", Role: "db"}:  {{node: "n3"}},
 	}}
 	want := []policy.Node{{Name: "n1", Gone: true, Started: started, Report: said}, {Name: "n2"}}
 	if got := f.nodes(id); !reflect.DeepEqual(got, want) {

@@ -56,7 +56,7 @@ type inputs struct {
 	// history has the newest generation of the units whose standing is unknown.
 	history map[deployments.UnitID]deployments.History
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
-	fleet map[[2]string][]reported
+	fleet map[deployments.RoleID][]reported
 	blind bool
 	// fleetSince is since when fleet is up to date, without a gap.
 	fleetSince time.Time
@@ -86,7 +86,7 @@ func (in inputs) seen() time.Time {
 
 // nodes returns the nodes of a unit's role, with what they report of the unit.
 func (in inputs) nodes(id deployments.UnitID) []policy.Node {
-	role := in.fleet[[2]string{id.Stage, id.Role}]
+	role := in.fleet[id.RoleID()]
 	nodes := make([]policy.Node, len(role))
 	for i, r := range role {
 		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: r.goneSince, Started: r.report.Started,
@@ -143,7 +143,7 @@ func reconcile(in inputs) plan {
 			}
 		}
 	}
-	slices.SortFunc(p.changes, func(a, b change) int { return compareIDs(a.unit, b.unit) })
+	slices.SortFunc(p.changes, func(a, b change) int { return a.unit.Compare(b.unit) })
 	return p
 }
 

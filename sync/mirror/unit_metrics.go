@@ -10,7 +10,7 @@ import (
 type scene struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
-	fleet map[[2]string][]reported
+	fleet map[deployments.RoleID][]reported
 }
 
 // setScene keeps what is seen, for /metrics; nil: this mirror doesn't lead.
@@ -65,7 +65,7 @@ func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
 			}
 		}
 		count := map[string]int{}
-		for _, n := range s.fleet[[2]string{id.Stage, id.Role}] {
+		for _, n := range s.fleet[id.RoleID()] {
 			switch report, spoke := n.report.Units[id.Unit]; {
 			case n.gone:
 				count["gone"]++
