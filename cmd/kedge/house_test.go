@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,6 +59,23 @@ func TestWhatStandsAtTheTop(t *testing.T) {
 	want := []string{"README.md", "artifact", "cmd", "deployments", "go.mod", "go.sum", "kv", "policy", "sync"}
 	if !slices.Equal(got, want) {
 		t.Errorf("at the top stand %v, want %v", got, want)
+	}
+}
+
+// The README sends nobody to a file that isn't there any more.
+func TestReadmeNamesFilesThatExist(t *testing.T) {
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`((?:cmd|sync|policy|artifact|kv|deployments)/[a-z0-9_/.-]+)`").FindAllSubmatch(text, -1)
+	if len(named) < 20 {
+		t.Fatalf("found %d paths", len(named))
+	}
+	for _, m := range named {
+		if _, err := os.Stat("../../" + string(m[1])); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
