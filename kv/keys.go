@@ -9,7 +9,7 @@ import (
 	"kedge/deployments"
 )
 
-// DefaultPrefix is where kedge's keys lie in Consul KV.
+// DefaultPrefix begins all of kedge's keys in Consul KV.
 const DefaultPrefix = "kedge/"
 
 // The keys, relative to the store's prefix. DESIGN: one writer a key; kinds come first, so that an ACL can hold
@@ -37,7 +37,7 @@ func StatusKey(stage, role, node string) string {
 }
 func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.String() + "/" }
 
-// RolePrefix gives the prefix of one role's keys of a kind: RolePrefix(DesiredPrefix, "prod", "web") is desired/prod/web/.
+// RolePrefix returns the prefix of one role's keys of a kind: desired/prod/web/ for DesiredPrefix, prod and web.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
 
 // HistoryKey is the key of one generation of a unit's history; keys sort as the generations do.

@@ -148,7 +148,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return l.entries, nil
 }
 
-// listing is one answer about a prefix.
+// listing is one answer to a read of a prefix.
 type listing struct {
 	entries []kv.Entry // sorted
 	folders []string   // the folder keys below the prefix, sorted

@@ -26,7 +26,7 @@ const (
 	heartbeatMargin = time.Second
 )
 
-// heartbeatKind is what a heartbeat is for.
+// heartbeatKind tells a lease's heartbeat from a presence's.
 type heartbeatKind struct {
 	service, check string
 	// ttl is how long the process may be silent; it beats every so often.
@@ -40,8 +40,8 @@ var (
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 
-// heartbeat is a registered service with a check that its own Consul agent turns critical when it isn't told otherwise for its TTL.
-// What is left of one whose process died, the agent removes after a minute.
+// heartbeat is a service registered at the Consul agent, with a check that turns critical when it isn't beaten for its TTL.
+// The agent removes the service of a dead process after a minute.
 type heartbeat struct {
 	heartbeatKind
 	store *Store
@@ -51,7 +51,7 @@ type heartbeat struct {
 	beaten time.Time // when the last beat that was taken was sent
 }
 
-// left is how long its holder may rely on the check.
+// left returns how long the holder may rely on the check.
 func (h *heartbeat) left() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -64,7 +64,7 @@ func (h *heartbeat) beat(at time.Time) {
 	h.mu.Unlock()
 }
 
-// startHeartbeat registers one. ErrDenied: the token may not.
+// startHeartbeat registers a heartbeat's service. ErrDenied: the token may not.
 func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
 	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
 	return h, h.register(ctx)
@@ -85,14 +85,14 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is how many beats may have reached an agent that did not know the service before the address
-// counts as a balancer's, or a name's, of several agents. One is an agent that restarted without its data.
+// maxStrayed is the number of beats that reached an agent without the service, from which on the address counts as that of
+// several agents. One such beat is an agent that restarted without its data.
 const maxStrayed = 2
 
-// errStrayed: no session can hang on a check that beats don't reach.
+// errStrayed means that no session can depend on the check, as beats don't reach it.
 var errStrayed = errors.New("heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent")
 
-// keep says that the holder is alive, until ctx ends.
+// keep beats until ctx ends, and registers the service again where the agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {
@@ -108,14 +108,14 @@ func (h *heartbeat) keep(ctx context.Context) {
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
 			h.store.strayed.Add(1)
-			h.store.log.Info("the Consul agent does not know the service, so it is registered again", "service", h.id, "error", h.register(ctx))
+			h.store.log.Info("registering the service again: the Consul agent does not know it", "service", h.id, "error", h.register(ctx))
 		case causes.New(err):
-			h.store.log.Warn("could not tell the Consul agent that this process lives", "service", h.id, "error", err)
+			h.store.log.Warn("heartbeat failed", "service", h.id, "error", err)
 		}
 	}
 }
 
-// stop deregisters it, as well as it can.
+// stop deregisters the service. If that fails, the agent does it after a minute.
 func (h *heartbeat) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -123,11 +123,12 @@ func (h *heartbeat) stop() {
 		return h.store.client.Agent().ServiceDeregisterOpts(h.id, q)
 	})
 	if err != nil {
-		h.store.log.Debug("a service stays behind for a minute", "service", h.id, "error", err)
+		h.store.log.Debug("could not deregister the service, which the Consul agent removes after a minute", "service", h.id, "error", err)
 	}
 }
 
-// session makes a session that ends with the heartbeat, too. The agent tells the servers of a new check in its own time.
+// session creates a session that also ends with the heartbeat. It tries for half a TTL: the agent tells the servers of a new
+// check in its own time.
 func (h *heartbeat) session(ctx context.Context, e api.SessionEntry) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {

@@ -49,7 +49,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 			return nil, ctx.Err()
 		case errors.Is(err, kv.ErrUnavailable):
 			if causes.New(err) {
-				s.log.Warn("the lease can't be asked for, so it is tried again and again", "key", key, "error", err)
+				s.log.Warn("could not ask for the lease: trying again", "key", key, "error", err)
 			}
 			err = pause.Wait(ctx)
 		}
@@ -90,8 +90,8 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 	return l, nil
 }
 
-// leaseSession makes a session that ends soon after its holder's last heartbeat or, where the token may not register the service for
-// that (heart is nil then), with its TTL.
+// leaseSession creates a session that ends soon after its holder's last heartbeat. Where the token may not register the
+// service for that, heart is nil, and the session ends by its TTL.
 func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
 	if err = errStrayed; s.strayed.Load() < maxStrayed {
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
@@ -102,7 +102,8 @@ func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *he
 		}
 		heart.stop()
 	}
-	s.log.Warn("a lease without a heartbeat: should this process die, another takes over only after up to twice the lease's time", "ttl", e.TTL, "error", err)
+	s.log.Warn("no heartbeat for the lease: if this process dies, another takes over after up to twice the ttl",
+		"ttl", e.TTL, "error", err)
 	session, err = s.createSession(ctx, &e)
 	return nil, session, err
 }
@@ -134,7 +135,7 @@ func (s *Store) awaitFree(ctx context.Context, key string) error {
 	}
 }
 
-// lease is a session that holds a key. Consul's own Lock can miss the loss of its lock for minutes.
+// lease is a held key, and the session that holds it. Consul's own Lock can miss the loss of its lock for minutes.
 type lease struct {
 	store   *Store
 	key     string // with the store's prefix
@@ -152,7 +153,7 @@ type lease struct {
 
 func (l *lease) Context() context.Context { return l.ctx }
 
-// left is how long the session lives for certain. Consul counts from the request's arrival, so this end comes first.
+// left returns how long the session lives for certain. Consul counts from the request's arrival, so this end comes first.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)
@@ -163,7 +164,7 @@ func (l *lease) left() time.Duration {
 	return left
 }
 
-// elapsed is the time since then. The wall clock counts too: the other one stands still while the machine is suspended.
+// elapsed returns the time since then by the faster clock: the monotonic one stands still while the machine is suspended.
 func elapsed(since time.Time) time.Duration {
 	now := time.Now()
 	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
@@ -209,7 +210,7 @@ func (l *lease) keep() {
 		case errors.Is(err, kv.ErrLeaseLost):
 			l.lose()
 		case l.ctx.Err() == nil:
-			l.store.log.Warn("the lease could not be renewed", "key", l.key, "left", l.left(), "error", err)
+			l.store.log.Warn("could not renew the lease", "key", l.key, "left", l.left(), "error", err)
 			next = min(time.Second, l.ttl/10)
 		}
 	}

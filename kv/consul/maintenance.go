@@ -11,7 +11,7 @@ import (
 	"kedge/kv"
 )
 
-// nodeMaintenance is the check by which Consul keeps a node in maintenance mode; its notes are the reason.
+// nodeMaintenance is the ID of the check that holds a node in maintenance mode. Its notes are the reason.
 const nodeMaintenance = "_node_maintenance"
 
 func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {

@@ -105,7 +105,7 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	}
 	if p.early {
 		if err := p.tie(ctx); err != nil {
-			p.store.log.Debug("this node's entries stay with a session that is renewed", "name", p.name, "error", err)
+			p.store.log.Debug("this node's entries stay with a session that has a TTL", "name", p.name, "error", err)
 		}
 	}
 	if err := p.put(ctx, key, value); err != nil {
@@ -120,13 +120,13 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
-// look has keep look after what changed.
+// look wakes keep after a change of the session or of what is held.
 func (p *presence) look() {
 	p.wake.Set()
 }
 
-// tie moves the entries from a session with a TTL to one of the node's health. Where it can't, all stays as it was, or what it
-// moved stays with the new one and the rest is repaired.
+// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error entries may be
+// with either session; repair moves the rest.
 func (p *presence) tie(ctx context.Context) error {
 	old := p.session
 	if old == "" {
@@ -184,8 +184,8 @@ func (p *presence) acquire(ctx context.Context, key string, value []byte) (held 
 	return held, err
 }
 
-// evict takes the entry over from the session that holds it, without a moment in which nobody does. ErrConflict: it holds the entry
-// no more.
+// evict takes the entry over from the session that holds it, so that it has a holder at every moment. ErrConflict: that
+// session doesn't hold it any more.
 func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
 	old, err := s.Get(ctx, key)
@@ -204,7 +204,7 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 
 func (p *presence) sessionName() string { return "kedge presence of " + p.name }
 
-// swap takes an entry from another session. ErrConflict: that holds it no more.
+// swap takes an entry from another session. ErrConflict: that session doesn't hold it any more.
 func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
 	s := p.store
 	ops := api.TxnOps{
@@ -251,9 +251,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier ends the sessions of this name that processes before this one left when they were killed: they live as long as the node,
-// and so would what they held and this one doesn't, as the entry in a role that the node had. The newest keep are left. Another process
-// of this name that lives makes itself a new one.
+// endEarlier destroys the sessions that earlier, killed processes of this name left, but for the newest keep. They live as
+// long as the node, and so do entries that this process doesn't have, as of a role that the node had. Another process of
+// this name that lives makes itself a new session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
@@ -261,7 +261,7 @@ func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]
 		return err
 	})
 	if err != nil {
-		p.store.log.Debug("sessions of earlier processes of this node may stay", "name", p.name, "error", err)
+		p.store.log.Debug("could not end the sessions of earlier processes of this node", "name", p.name, "error", err)
 	}
 	all = slices.DeleteFunc(all, func(e *api.SessionEntry) bool { return e.Name != p.sessionName() || mine[e.ID] })
 	slices.SortFunc(all, func(a, b *api.SessionEntry) int { return cmp.Compare(b.CreateIndex, a.CreateIndex) })
@@ -277,7 +277,7 @@ func (p *presence) newSession() *api.SessionEntry {
 // errOtherNode: the Consul agent that answers is another node's, whose health says nothing of this one.
 var errOtherNode = errors.New("the Consul agent is another node's")
 
-// openTied makes a session that lives as long as this node is healthy. errNoHealthCheck and errOtherNode: there can't be one.
+// openTied creates a session that ends when this node is unhealthy. errNoHealthCheck and errOtherNode: there can't be one.
 func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
@@ -298,8 +298,8 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 	return "", 0, err
 }
 
-// beating gives a session that also ends when this process does, in place of one of the node's health alone. Where there can't be
-// one it gives back the other: an agent that died is seen to be gone only with its node then.
+// beating replaces a session that depends on the node's health by one that depends on this process, too. Where there can't
+// be one it returns plain: a dead agent then shows only when its node is gone.
 func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	s := p.store
 	var err error
@@ -321,7 +321,7 @@ func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	}
 	if !p.mute && ctx.Err() == nil {
 		p.mute = errors.Is(err, kv.ErrDenied)
-		s.log.Warn("should this process die and its node live, nobody will see it: it can't register its service at the Consul agent",
+		s.log.Warn("could not register the service at the Consul agent: if this process dies, its node still counts as live",
 			"service", PresenceService, "error", err)
 	}
 	return plain

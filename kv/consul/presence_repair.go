@@ -17,7 +17,7 @@ import (
 // was thought dead for a moment, or a snapshot was restored.
 func (p *presence) keep() {
 	defer close(p.done)
-	trouble := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
+	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
 	for {
 		p.putting.Lock()
 		session, renew, idle := p.session, p.renew, len(p.held) == 0
@@ -69,8 +69,8 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry returns when the entry isn't as it was put, or the session doesn't hold it any more, or after presencePoll. It
-// looks with stale reads, which repair confirms.
+// watchEntry returns when the entry or its holder isn't as put, or after presencePoll. Its reads are stale ones, which
+// repair confirms.
 func (p *presence) watchEntry(session, key string, renew bool) error {
 	s, most := p.store, watchWait
 	if renew {
@@ -116,9 +116,9 @@ func (p *presence) puts(key string, value []byte) bool {
 	return bytes.Equal(p.held[key], value)
 }
 
-// repair looks at each entry, and puts it again where this presence's session doesn't hold it. An entry that a later
-// process of this node has taken is left to it as long as that lives: else a node whose agent was started twice would be
-// gone once the second ends.
+// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this node has
+// taken is left to that process for as long as it lives: else a node whose agent was started twice would be gone once the
+// second ends.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -131,7 +131,7 @@ func (p *presence) repair() error {
 			return err
 		}
 		if info == nil {
-			p.store.log.Warn("the session of this node's entries is gone, so they get another", "name", p.name)
+			p.store.log.Warn("the session of this node's entries is gone: making another", "name", p.name)
 			p.session = ""
 		}
 	}
@@ -144,7 +144,7 @@ func (p *presence) repair() error {
 			continue // a restored snapshot brings back what it held earlier, too
 		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
 			if !p.taken[key] {
-				p.store.log.Warn("another process has taken this node's entry, and keeps it while it lives: do two agents have this name?", "key", key)
+				p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)
 			}
 			p.taken[key] = true
 			continue

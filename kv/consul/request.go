@@ -12,7 +12,7 @@ import (
 	"kedge/kv"
 )
 
-// requestTimeout bounds one request that doesn't block. Consul itself holds a request for up to 7 s while it looks for a leader.
+// requestTimeout bounds a request that doesn't block. Consul itself holds one for up to 7 s while it has no leader.
 const requestTimeout = 15 * time.Second
 
 // consistent makes a read that something is decided by: the leader answers only after a majority has confirmed that it
@@ -33,12 +33,12 @@ func writeOptions(q *api.QueryOptions) *api.WriteOptions {
 	return (&api.WriteOptions{Token: q.Token}).WithContext(q.Context())
 }
 
-// do makes one request with the token of the moment, and once more if that was refused and the token file holds
-// another by now. A refused request has changed nothing, so this is safe for writes too.
+// do makes one request with the current token. If that is refused and the token file holds another by now, it makes the
+// request once more: a refused request has changed nothing, so this is safe for writes too.
 func (s *Store) do(ctx context.Context, what string, timeout time.Duration, request func(*api.QueryOptions) error) error {
 	token, tokenErr := s.tokens.get()
 	if tokenErr != nil {
-		s.log.Error("the token file can't be used, so the last token stays", "error", tokenErr)
+		s.log.Error("could not read the token file: the last token stays in use", "error", tokenErr)
 	}
 	for {
 		reqCtx, cancel := context.WithTimeout(ctx, timeout)
@@ -57,7 +57,7 @@ func (s *Store) do(ctx context.Context, what string, timeout time.Duration, requ
 	}
 }
 
-// classify gives an error of Consul's client the sentinel that says what to do about it.
+// classify wraps an error of Consul's client in the sentinel that says what to do about it.
 func classify(ctx context.Context, err error) error {
 	if err == nil {
 		return nil

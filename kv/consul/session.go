@@ -46,7 +46,7 @@ func (s *Store) destroySession(id string) {
 		return err
 	})
 	if err != nil {
-		s.log.Debug("a session stays behind", "session", id, "error", err)
+		s.log.Debug("could not destroy the session", "session", id, "error", err)
 	}
 }
 
@@ -62,7 +62,7 @@ func (s *Store) renewSession(ctx context.Context, id string, timeout time.Durati
 	})
 }
 
-// sessionInfo gives nil for a session that is gone, and the index to wait on.
+// sessionInfo reads a session, nil if it is gone, and the index to wait on.
 func (s *Store) sessionInfo(ctx context.Context, id string, opts api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, index uint64, err error) {
 	err = s.do(ctx, "look at a session", timeout, func(q *api.QueryOptions) error {
 		opts.Token = q.Token

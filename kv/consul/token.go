@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// tokenSource gives the ACL token of the moment. Secrets managers replace the file while kedge runs.
+// tokenSource follows the ACL token. Secrets managers replace its file while kedge runs.
 type tokenSource struct {
 	file string // empty: the token never changes
 
@@ -31,8 +31,8 @@ func newTokenSource(token, file string) (*tokenSource, error) {
 	return t, nil
 }
 
-// get gives the token, from the file if that changed. With an error, which each trouble gives once, it is the last
-// good one.
+// get returns the token, read again if its file changed. While the file is no good it returns the last token, and the error
+// once.
 func (t *tokenSource) get() (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -51,7 +51,7 @@ func (t *tokenSource) get() (string, error) {
 	return t.token, nil
 }
 
-// reread gives the token that is in the file now, whether or not the file looks changed.
+// reread returns the token that is in the file now, even if the file doesn't look changed.
 func (t *tokenSource) reread() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -104,7 +104,7 @@ func (c *certificates) read() *tls.Config {
 	case err == nil:
 		c.last = config
 	case !c.failed:
-		c.log.Error("the certificates for Consul can't be read, so the last ones stay", "error", err)
+		c.log.Error("could not read the certificates for Consul: the last ones stay in use", "error", err)
 	}
 	c.failed = err != nil
 	return c.last.Clone()

@@ -80,7 +80,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	}
 }
 
-// adopt takes over an answer: absence only where the folder key vouches for it.
+// adopt shows an answer in the view. Keys that are missing in it count as absent only if it has the folder key.
 func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 	v.SetFolders(l.folders)
 	if l.folder && !l.filtered {
@@ -128,8 +128,8 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	}
 }
 
-// nextIndex gives the index to wait on after an answer, or 0, which doesn't wait, where the answer has to be doubted: an
-// index that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
+// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. An index that
+// went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
 func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
 	if sent > 0 && (got < sent || got == sent && took < asked) {
 		return 0

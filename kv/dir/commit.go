@@ -18,7 +18,7 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// change is what a commit does to one key. Applying it twice is the same as once.
+// change is what a commit does to one key. It may be applied twice.
 type change struct {
 	Key    string
 	Value  []byte `json:",omitempty"`
@@ -145,7 +145,7 @@ func (d *Store) finish() error {
 	var changes []change
 	if err := json.Unmarshal(data, &changes); err != nil {
 		// It was renamed into place whole, so this is no crash's doing. Moving it away keeps the evidence.
-		d.log.Error("the journal can't be read, so it is set aside", "error", err)
+		d.log.Error("could not read the journal: setting it aside", "error", err)
 		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
 	}
 	if err := d.apply(changes); err != nil {
@@ -230,7 +230,7 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	return staged, group.Wait()
 }
 
-// applyHold notes who holds the key. That need not survive a power cut, as no session does.
+// applyHold records who holds the key. The record need not survive a power cut: no session does.
 func (d *Store) applyHold(c change) error {
 	path := d.path(heldDir + "/" + heldName(c.Key))
 	if c.Unhold || c.Delete {

@@ -139,13 +139,14 @@ func (d *Store) EnsureFolders(ctx context.Context, prefixes ...string) error {
 	return nil
 }
 
-// scanned is what the files below a prefix say.
+// scanned is the content of the files below a prefix.
 type scanned struct {
 	entries  []kv.Entry
 	unsteady bool // a file is empty and so new that somebody may be about to write it
 }
 
-// steadyAfter is how long a new, empty file is given: `echo x > FILE` makes it empty first, and may be held up on a busy machine.
+// steadyAfter is how old an empty file must be to count: `echo x > FILE` creates it empty first, and may be held up on a
+// busy machine.
 const steadyAfter = 500 * time.Millisecond
 
 // scan reads every key below prefix at one moment. It calls visit, if there is one, with each directory before reading it.

@@ -15,7 +15,7 @@ import (
 	"kedge/kv"
 )
 
-// fileValue is one value's file.
+// fileValue is the content of one key's file.
 type fileValue struct {
 	value   []byte
 	version uint64
@@ -49,7 +49,7 @@ func readValue(path string) (fileValue, error) {
 	return fileValue{value: value, version: max(h.Sum64(), 1), modTime: info.ModTime()}, nil
 }
 
-// find gives the file of a key that has a value.
+// find returns the file of a key that has a value.
 func (d *Store) find(key string) (string, bool) {
 	var in func(dir string, parts []string) (string, bool)
 	in = func(dir string, parts []string) (string, bool) {
@@ -70,7 +70,7 @@ func (d *Store) find(key string) (string, bool) {
 	return in(d.dir, strings.Split(key, "/"))
 }
 
-// place gives the file that a key is to be written to, and makes room for it.
+// place returns the file that a key is to be written to, and makes room for it.
 func (d *Store) place(key string) (string, error) {
 	if path, ok := d.find(key); ok {
 		return path, nil
@@ -92,7 +92,7 @@ func (d *Store) place(key string) (string, error) {
 	return path, nil
 }
 
-// enter gives the directory in dir that is to hold what lies below the key of these parts, and makes it if it is missing.
+// enter returns the directory in dir for what lies below the key of these parts. It makes the directory if it is missing.
 func (d *Store) enter(dir string, parts []string) (string, error) {
 	plain := filepath.Join(dir, parts[len(parts)-1])
 	marked := plain + "@"
@@ -112,7 +112,7 @@ func (d *Store) enter(dir string, parts []string) (string, error) {
 	return made, durable.SyncDir(dir)
 }
 
-// holdsValue tells of the keys that have both a value and keys below them: the pins of units and of their nodes.
+// holdsValue reports whether a key may have a value and keys below it, as the pins of units and of their nodes.
 func holdsValue(parts []string) bool {
 	return len(parts) == 4 && parts[0]+"/" == kv.PinsPrefix
 }
@@ -140,7 +140,7 @@ func moveAside(from, to string) error {
 	return os.Remove(from)
 }
 
-// ignoredFile tells of names that are no part of a key: hidden files, and what editors leave beside what they edit.
+// ignoredFile reports whether a name can't be part of a key: hidden files, and what editors leave beside what they edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
 // there reports whether the store's directory is. It may be a link, which one below it may not.

@@ -13,7 +13,7 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// leasePoll is how often a lease is looked after, and how soon a waiting process sees that one is free.
+// leasePoll is how often a holder checks its lease, and a waiting process whether the lease is free.
 const leasePoll = 200 * time.Millisecond
 
 // Lease is held for as long as its process lives and lets it: an end by the clock would protect from nothing here, as

@@ -51,11 +51,11 @@ func (d *Store) reading(ctx context.Context, f func() error) error {
 	}
 }
 
-// lockTimeout is how long a stopped process that holds the lock is waited for.
+// lockTimeout is how long a Commit or read waits for a process that holds the lock.
 const lockTimeout = 15 * time.Second
 
-// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies. It waits for a process that
-// is stopped while it has the lock no longer than for a Consul that doesn't answer.
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies. A process that is
+// stopped while it holds the lock is waited for no longer than lockTimeout.
 func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
 	for began := time.Now(); ; {
@@ -107,7 +107,7 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// classify gives an error of the file system the sentinel that says what to do about it.
+// classify wraps an error of the file system in the sentinel that says what to do about it.
 func (d *Store) classify(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return err

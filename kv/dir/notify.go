@@ -10,8 +10,8 @@ import (
 	"kedge/deployments/wait"
 )
 
-// notifier tells the watches of a directory store of changes by one inotify instance: the kernel gives a user 128 of them, for all
-// that they run.
+// notifier passes changes of a directory store on to its watches by one inotify instance. The kernel gives a user 128 of
+// them, for all that they run.
 type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool
@@ -21,7 +21,7 @@ type notifier struct {
 	asking  map[*subscription]bool
 }
 
-// subscription are the changes in some directories that one watch asks for.
+// subscription is one watch's interest in the changes of some directories.
 type subscription struct {
 	n *notifier
 	// signal is set when something changed, or events were lost.

@@ -15,7 +15,7 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// presenceLook is how often a presence looks after its entries.
+// presenceLook is how often a presence checks its entries.
 const presenceLook = time.Second
 
 // presence holds entries by the life of this process: all of a machine's kedge processes use one directory.
@@ -116,7 +116,8 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// lost gives the entries that aren't as they were put, and forgets those that another process has taken.
+// lost returns the entries whose stored value or holder changed since Put, and forgets those that another process has
+// taken.
 func (p *presence) lost() map[string][]byte {
 	lost := map[string][]byte{}
 	for key, value := range p.held {
@@ -124,7 +125,7 @@ func (p *presence) lost() map[string][]byte {
 		case holder == "":
 			lost[key] = value
 		case p.session == nil || holder != p.session.id:
-			p.store.log.Warn("another process has taken this node's entry, so it stays with that", "key", key)
+			p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)
 			delete(p.held, key)
 		default:
 			path, ok := p.store.find(key)
@@ -136,12 +137,12 @@ func (p *presence) lost() map[string][]byte {
 	return lost
 }
 
-// keep puts again what was lost: a file was removed by hand, or the whole directory was, and came back as it was earlier.
+// keep puts lost entries again: a file, or the whole directory, was removed by hand or replaced by an older one.
 func (p *presence) keep() {
 	defer close(p.done)
 	for wait.For(p.ctx, presenceLook) == nil {
 		if err := p.repair(); err != nil {
-			p.store.log.Debug("this node's entries can't be looked after", "name", p.name, "error", err)
+			p.store.log.Debug("could not check this node's entries", "name", p.name, "error", err)
 		}
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// session is a file that its process keeps flock'ed: the kernel tells everybody when it dies.
+// session is a file that its process keeps flock'ed, so that the kernel tells when the process dies.
 type session struct {
 	store *Store
 	id    string
@@ -66,7 +66,7 @@ func (d *Store) alive(id string) bool {
 	return errors.Is(unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
 }
 
-// holder gives the session that holds a key, empty for none.
+// holder returns the session that holds a key, or "".
 func (d *Store) holder(key string) string {
 	id, err := os.ReadFile(d.path(heldDir + "/" + heldName(key)))
 	if err != nil || !d.alive(string(id)) {

@@ -32,13 +32,13 @@ func (d *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	visit := func(string) {}
 	changes, err := d.notifier.ask()
 	if err != nil {
-		d.log.Warn("the directory is polled, as its changes can't be notified", "dir", d.dir, "error", err)
+		d.log.Warn("polling the directory: its changes can't be notified", "dir", d.dir, "error", err)
 	} else {
 		defer changes.end()
 		changed = changes.signal.C()
 		visit = func(dir string) {
 			if err := changes.in(dir); err != nil {
-				d.log.Debug("a directory can't be watched", "dir", dir, "error", err)
+				d.log.Debug("could not watch a directory", "dir", dir, "error", err)
 			}
 		}
 	}

@@ -10,7 +10,7 @@ import (
 	"kedge/kv"
 )
 
-// Viewer keeps what a watch knows, and tells f when that changes.
+// Viewer holds what a watch knows, and calls f when that changes.
 type Viewer struct {
 	f      func(kv.View)
 	log    *slog.Logger
@@ -23,6 +23,7 @@ type Viewer struct {
 	refolded bool
 }
 
+// NewViewer returns a viewer that knows nothing yet. The prefix is for its log.
 func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 	return &Viewer{f: f, log: log, prefix: prefix}
 }
@@ -58,7 +59,7 @@ func (v *Viewer) SetFolders(folders []string) {
 	v.view.Folders = folders
 }
 
-// Fail keeps what is known, and says why it may be out of date.
+// Fail keeps the entries, and shows why they may be out of date.
 func (v *Viewer) Fail(err error) { v.update(v.view.Entries, false, err) }
 
 func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
@@ -87,11 +88,12 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	v.f(shown)
 }
 
+// SameEntry reports whether two entries have the same key, version, session and value.
 func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameTrouble tells whether two errors call for the same of a caller; their texts may differ with every attempt.
+// sameTrouble reports whether two errors call for the same of a caller. Their texts may differ with every attempt.
 func sameTrouble(a, b error) bool {
 	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
