@@ -103,7 +103,10 @@ func Open(c Config) (*Store, error) {
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
 	}
-	return &Store{client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter, prefix: prefix, log: c.Log, http: config.HttpClient}, nil
+	return &Store{
+		client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter,
+		prefix: prefix, log: c.Log, http: config.HttpClient,
+	}, nil
 }
 
 func (s *Store) String() string {
@@ -195,7 +198,8 @@ func (s *Store) absenceError(prefix string) error {
 type absentError struct{ prefix, folder string }
 
 func (e *absentError) Error() string {
-	return fmt.Sprintf("list %s: the answer hasn't the folder key %s: the token may not read it, or no mirror has created it yet: %v", e.prefix, e.folder, kv.ErrDenied)
+	return fmt.Sprintf("list %s: the answer lacks the folder key %s: the token may not read it, or no mirror has created it yet: %v",
+		e.prefix, e.folder, kv.ErrDenied)
 }
 
 func (e *absentError) Is(target error) bool {

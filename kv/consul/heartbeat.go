@@ -40,8 +40,8 @@ var (
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 
-// heartbeat is a service registered at the Consul agent, with a check that turns critical when it isn't beaten for its TTL.
-// The agent removes the service of a dead process after a minute.
+// heartbeat is a service registered at the Consul agent, with a check that turns critical when it isn't beaten for its
+// TTL. The agent removes the service of a dead process after a minute.
 type heartbeat struct {
 	heartbeatKind
 	store *Store
@@ -108,7 +108,8 @@ func (h *heartbeat) keep(ctx context.Context) {
 			return
 		case errors.Is(err, kv.ErrNotFound): // the Consul agent lost it, or is another one
 			h.store.strayed.Add(1)
-			h.store.log.Info("registering the service again: the Consul agent does not know it", "service", h.id, "error", h.register(ctx))
+			h.store.log.Info("registering the service again: the Consul agent does not know it",
+				"service", h.id, "error", h.register(ctx))
 		case causes.New(err):
 			h.store.log.Warn("heartbeat failed", "service", h.id, "error", err)
 		}
@@ -123,12 +124,13 @@ func (h *heartbeat) stop() {
 		return h.store.client.Agent().ServiceDeregisterOpts(h.id, q)
 	})
 	if err != nil {
-		h.store.log.Debug("could not deregister the service, which the Consul agent removes after a minute", "service", h.id, "error", err)
+		h.store.log.Debug("could not deregister the service, which the Consul agent removes after a minute",
+			"service", h.id, "error", err)
 	}
 }
 
-// session creates a session that also ends with the heartbeat. It tries for half a TTL: the agent tells the servers of a new
-// check in its own time.
+// session creates a session that also ends with the heartbeat. It tries for half a TTL: the agent tells the servers of
+// a new check in its own time.
 func (h *heartbeat) session(ctx context.Context, e api.SessionEntry) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {

@@ -31,8 +31,8 @@ func newTokenSource(token, file string) (*tokenSource, error) {
 	return t, nil
 }
 
-// get returns the token, read again if its file changed. While the file is no good it returns the last token, and the error
-// once.
+// get returns the token, read again if its file changed. While the file is no good it returns the last token, and the
+// error once.
 func (t *tokenSource) get() (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -128,8 +128,8 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	}
 }
 
-// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. An index that
-// went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
+// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. An index
+// that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
 func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
 	if sent > 0 && (got < sent || got == sent && took < asked) {
 		return 0
