@@ -53,8 +53,8 @@ func (a access) readTLS() (files tlsFiles, err error) {
 	return files, nil
 }
 
-// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but empty is an error: it is more
-// likely to be half written than to mean that there is no secret.
+// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but
+// empty is an error: it is more likely to be half written than to mean that there is no secret.
 func Secret(env func(string) string, name string) (string, error) {
 	if value := env(name); value != "" {
 		return value, nil

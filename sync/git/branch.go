@@ -1,4 +1,5 @@
-// Package git reads the deployments repo: a branch, local or remote, as commits whose trees and signatures were checked.
+// Package git reads the deployments repo: a branch, local or remote, as commits whose trees and
+// signatures were checked.
 //
 // What was tried on what, by this package's tests and sync/mirror's:
 //
@@ -17,8 +18,9 @@
 //	  redirects
 //	SSH and OpenPGP signatures            git and ssh-keygen; gpg
 //
-// Not supported: repositories of sha256 objects, reftable, partial clones as a local repo, the git:// protocol, and plain http to
-// other machines. Over ssh the server names all references at each poll, and a connection is made for each.
+// Not supported: repositories of sha256 objects, reftable, partial clones as a local repo, the
+// git:// protocol, and plain http to other machines. Over ssh the server names all references at
+// each poll, and a connection is made for each.
 package git
 
 import (
@@ -34,16 +36,18 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 )
 
-// Branch is where commits come from: a branch of a Git directory on this machine, read in place, or of a remote one, read through a
-// cache.
+// Branch is where commits come from: a branch of a Git directory on this machine, read in place, or
+// of a remote one, read through a cache.
 type Branch interface {
-	// Head brings the branch's newest commit within reach of Objects, and names it. A *BadCommit says that it can't be had, for good.
+	// Head brings the branch's newest commit within reach of Objects, and names it. A *BadCommit
+	// says that it can't be had, for good.
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading.
 	Objects() (*Objects, error)
 	// Distrust says that what Objects gave could not be read: a cache is made anew at the next Head.
 	Distrust()
-	// Watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be watched it only waits.
+	// Watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be
+	// watched it only waits.
 	Watch(ctx context.Context, changed func())
 	// Interval is the time between two calls of Head where nothing changes.
 	Interval() time.Duration
@@ -52,23 +56,27 @@ type Branch interface {
 	Close() error
 }
 
-// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
+// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or
+// its name is another.
 var ErrNoBranch = errors.New("no such branch")
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local repository.
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or
+	// the path of a local repository.
 	Repo, Branch string
-	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: all of it.
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml;
+	// default: all of it.
 	Path string
 	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
-	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default ~/.ssh/known_hosts).
+	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file
+	// (default ~/.ssh/known_hosts).
 	SSHKey, KnownHosts string
 	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
 	CacheDir string
-	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY
-	// name, as git(1) does.
+	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that
+	// GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name, as git(1) does.
 	Env func(string) string
 	Log *slog.Logger
 }

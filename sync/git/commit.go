@@ -24,11 +24,13 @@ type Commit struct {
 	When    time.Time // when it was committed; the committer's clock
 	Subject string
 	Tree    *deployments.Tree
-	// Past names the newest commits that it descends from, abbreviated, with spaces between, as far as they can be read.
+	// Past names the newest commits that it descends from, abbreviated, with spaces between, as far
+	// as they can be read.
 	Past string
 }
 
-// BadCommit says that a commit can't be taken, whenever it is looked at: its content is at fault, not the way to it.
+// BadCommit says that a commit can't be taken, whenever it is looked at: its content is at fault,
+// not the way to it.
 type BadCommit struct {
 	Hash string
 	Err  error
@@ -37,8 +39,8 @@ type BadCommit struct {
 func (e *BadCommit) Error() string { return e.Err.Error() }
 func (e *BadCommit) Unwrap() error { return e.Err }
 
-// Load reads and checks a commit as a whole: its tree is valid, and its signature, where signers is not nil, counts now. A *BadCommit
-// is for good; any other error may pass.
+// Load reads and checks a commit as a whole: its tree is valid, and its signature, where signers is
+// not nil, counts now. A *BadCommit is for good; any other error may pass.
 func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -151,8 +153,9 @@ func bound(s string, n int) string {
 	return strings.ToValidUTF8(s[:n-3], "") + "..."
 }
 
-// signedPart splits a commit's own bytes into what was signed and the signature, as git verify-commit does: they must not
-// be put together again from parsed fields, which need not be all that is there. signature is empty where there is none.
+// signedPart splits a commit's own bytes into what was signed and the signature, as git
+// verify-commit does: they must not be put together again from parsed fields, which need not be all
+// that is there. signature is empty where there is none.
 func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err error) {
 	r, err := commit.Reader()
 	if err != nil {
@@ -204,7 +207,8 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	return strings.Join(names, " ")
 }
 
-// ancestors returns a commit and the newest that it descends from, n in all at most, as far as they can be read.
+// ancestors returns a commit and the newest that it descends from, n in all at most, as far as they
+// can be read.
 func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {
@@ -222,9 +226,10 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 	return all
 }
 
-// Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first, so that the usual answer
-// costs a few reads, however long the history is. Two commits that differ in their signatures alone are one: whoever may push can change
-// a signature's text, and must not make the signer's own commit look like another history.
+// Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first,
+// so that the usual answer costs a few reads, however long the history is. Two commits that differ
+// in their signatures alone are one: whoever may push can change a signature's text, and must not
+// make the signer's own commit look like another history.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil

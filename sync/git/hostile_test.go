@@ -13,8 +13,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// What a commit itself is at fault for is refused for good: as trouble of the repository it would be fetched anew for ever, and a
-// pre-receive hook would let nothing on top of it.
+// What a commit itself is at fault for is refused for good: as trouble of the repository it would
+// be fetched anew for ever, and a pre-receive hook would let nothing on top of it.
 func TestCommitsThatAreAtFault(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -46,7 +46,8 @@ type localRepo struct {
 	below        string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
-	// blind is set while the directory can't be watched (no inotify left, a network file system, not there yet).
+	// blind is set while the directory can't be watched (no inotify left, a network file system,
+	// not there yet).
 	blind atomic.Bool
 }
 
@@ -156,8 +157,9 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchOnce watches the directories in which Git renames a new ref into place: that of the branch, its parents (Git removes
-// and makes directories of branches like a/b as it needs them), and the Git directory itself for packed-refs.
+// watchOnce watches the directories in which Git renames a new ref into place: that of the branch,
+// its parents (Git removes and makes directories of branches like a/b as it needs them), and the
+// Git directory itself for packed-refs.
 func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {

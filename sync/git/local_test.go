@@ -35,7 +35,8 @@ func TestClonesThatLackObjects(t *testing.T) {
 	}
 }
 
-// Another object format is told as such, over HTTP by either protocol and on disk, and so is a branch that isn't there.
+// Another object format is told as such, over HTTP by either protocol and on disk, and so is a
+// branch that isn't there.
 func TestRepositoriesOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -24,10 +24,10 @@ import (
 // objectCache bounds what is kept of objects while a commit is read.
 const objectCache = 8 * cache.MiByte
 
-// Objects reads a repository's objects in place, from several object directories: the repository's own, those that
-// objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. go-git's own handling of alternates
-// parses their indexes anew for each object. An Objects is opened for one reading, and closed: Git may
-// repack at any time.
+// Objects reads a repository's objects in place, from several object directories: the repository's
+// own, those that objects/info/alternates names, and in a pre-receive hook the quarantine. It never
+// writes. go-git's own handling of alternates parses their indexes anew for each object. An Objects
+// is opened for one reading, and closed: Git may repack at any time.
 type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
@@ -73,7 +73,8 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
-// lacking says why an object may be missing from a repository that is as its owner wants it; empty: it should be there.
+// lacking says why an object may be missing from a repository that is as its owner wants it; empty:
+// it should be there.
 func (o *Objects) lacking() string {
 	for _, dir := range o.dirs {
 		root := dir.Filesystem().Root()
@@ -97,7 +98,8 @@ func (o *Objects) explain(err error) error {
 	return err
 }
 
-// gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only opens whole Git directories.
+// gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only
+// opens whole Git directories.
 func gitDirAround(dir string) billy.Filesystem {
 	if filepath.Base(dir) == "objects" {
 		return osfs.New(filepath.Dir(dir))
@@ -160,8 +162,8 @@ func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	return plumbing.ErrObjectNotFound
 }
 
-// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree. common is where its objects
-// and branches lie: the same, but for a linked work tree.
+// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree.
+// common is where its objects and branches lie: the same, but for a linked work tree.
 func gitDir(path string) (dir, common string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", "", err

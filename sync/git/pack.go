@@ -11,8 +11,9 @@ import (
 	"github.com/go-git/go-git/v5/storage/filesystem"
 )
 
-// maxObject bounds an object that is fetched, in bytes. go-git indexes a pack by reading one object after the other into memory, before
-// anybody can look for a signature. What is read of a commit is no larger.
+// maxObject bounds an object that is fetched, in bytes. go-git indexes a pack by reading one object
+// after the other into memory, before anybody can look for a signature. What is read of a commit is
+// no larger.
 const maxObject = maxTree
 
 // objectTooLarge says that the branch leads to an object beyond maxObject.
@@ -26,7 +27,8 @@ func (e *objectTooLarge) Error() string {
 // boundedStorage is a repository on disk that takes no pack with an object beyond maxObject.
 type boundedStorage struct{ *filesystem.Storage }
 
-// PackfileWriter lays what is written to it aside, and checks it on the way: go-git reads a pack while it is still coming in.
+// PackfileWriter lays what is written to it aside, and checks it on the way: go-git reads a pack
+// while it is still coming in.
 func (s boundedStorage) PackfileWriter() (io.WriteCloser, error) {
 	aside, err := os.CreateTemp(filepath.Join(s.Filesystem().Root(), "objects", "pack"), "tmp_kedge_")
 	if err != nil {
@@ -71,8 +73,9 @@ func (p *packWriter) Close() error {
 	return packfile.WritePackfileToObjectStorage(p.into, p.aside)
 }
 
-// checkPack reads a pack to its end, and looks for objects beyond most. It keeps nothing of it: an object's size comes before the object, and
-// that of one that is stored as a delta at the delta's beginning.
+// checkPack reads a pack to its end, and looks for objects beyond most. It keeps nothing of it: an
+// object's size comes before the object, and that of one that is stored as a delta at the delta's
+// beginning.
 func checkPack(r io.Reader, most int64) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()

@@ -12,7 +12,8 @@ import (
 	"testing/iotest"
 )
 
-// packed is an object as a pack has it: kind 3 is a blob, 6 a delta to the object that lies back bytes before it.
+// packed is an object as a pack has it: kind 3 is a blob, 6 a delta to the object that lies back
+// bytes before it.
 func packed(kind byte, size, back uint64, content io.Reader) io.Reader {
 	var head []byte
 	first := kind<<4 | byte(size&15)

@@ -15,8 +15,9 @@ import (
 	"kedge/deployments"
 )
 
-// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev is a hash,
-// a branch, a tag, or what else gitrevisions(7) calls a commit-ish; below is as Config.Path. An invalid tree is a deployments.Problems.
+// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's
+// work tree. rev is a hash, a branch, a tag, or what else gitrevisions(7) calls a commit-ish; below
+// is as Config.Path. An invalid tree is a deployments.Problems.
 func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file
@@ -68,8 +69,9 @@ func LoadDir(dir, below string) (*deployments.Tree, error) {
 	return tree, err
 }
 
-// OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine in which pushed objects lie, and names the
-// branches that a mirror is likely to follow: main, and the one that HEAD names. below is as Config.Path.
+// OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine in which
+// pushed objects lie, and names the branches that a mirror is likely to follow: main, and the one
+// that HEAD names. below is as Config.Path.
 func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects, branches []string, err error) {
 	if dir := env("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
@@ -103,8 +105,8 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 // Update is a branch's move, as a push asks for it. Old and New are hashes, empty for none.
 type Update struct{ Branch, Old, New string }
 
-// ReadUpdates reads "OLD NEW REF" lines, as githooks(5) gives them to pre-receive and post-receive. Other references than branches
-// are passed over.
+// ReadUpdates reads "OLD NEW REF" lines, as githooks(5) gives them to pre-receive and post-receive.
+// Other references than branches are passed over.
 func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	lines := bufio.NewScanner(stdin)
 	for lines.Scan() {
@@ -119,8 +121,8 @@ func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	return all, lines.Err()
 }
 
-// Pushed returns the commit that a push made a branch's head, of a post-receive hook's lines; empty: it moved other references only,
-// or removed the branch.
+// Pushed returns the commit that a push made a branch's head, of a post-receive hook's lines;
+// empty: it moved other references only, or removed the branch.
 func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	updates, err := ReadUpdates(stdin)
 	for _, u := range updates {

@@ -35,17 +35,18 @@ const (
 	fetchTimeout = 10 * time.Minute
 	// stallTimeout is how long a server may send nothing of what it is asked for, before it is asked again.
 	stallTimeout = 2 * time.Minute
-	// askPause is from one question to a server to the next. The first webhook is heeded at once, and one that somebody sends again and
-	// again doesn't use up what the server grants.
+	// askPause is from one question to a server to the next. The first webhook is heeded at once,
+	// and one that somebody sends again and again doesn't use up what the server grants.
 	askPause = 500 * time.Millisecond
-	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git does not repack.
+	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git
+	// does not repack.
 	maxPacks = 50
 	// maxHung bounds calls that were given up but have not returned: go-git's ssh can't be interrupted.
 	maxHung = 4
 )
 
-// remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are fetched when the branch has moved,
-// into a bare cache on disk that can be thrown away at any time.
+// remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are
+// fetched when the branch has moved, into a bare cache on disk that can be thrown away at any time.
 type remoteRepo struct {
 	*server
 	address string
@@ -233,7 +234,8 @@ func (r *remoteRepo) cached() (string, error) {
 	return branchHead(cache, r.branch)
 }
 
-// fetch brings the cache up to date, or makes it anew where it is missing, broken or has grown too many packs.
+// fetch brings the cache up to date, or makes it anew where it is missing, broken or has grown too
+// many packs.
 func (r *remoteRepo) fetch(ctx context.Context) error {
 	r.mu.Lock()
 	cache := r.cache
@@ -343,8 +345,9 @@ func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, said io.Writer) 
 // maxHaves bounds the commits that a server is told of: after a force push it finds a common one among them.
 const maxHaves = 64
 
-// request asks for want, by what is there already. Every server knows multi_ack, and Azure DevOps and AWS CodeCommit insist on it, though
-// go-git takes it out of what servers offer. Blobs that nobody would read stay away where the server can leave them out.
+// request asks for want, by what is there already. Every server knows multi_ack, and Azure DevOps
+// and AWS CodeCommit insist on it, though go-git takes it out of what servers offer. Blobs that
+// nobody would read stay away where the server can leave them out.
 func (r *remoteRepo) request(offered *capability.List, want plumbing.Hash, have *filesystem.Storage) *packp.UploadPackRequest {
 	req := packp.NewUploadPackRequestFromCapabilities(offered)
 	req.Wants = []plumbing.Hash{want}
@@ -409,7 +412,8 @@ var errStalled = errors.New("the server sends nothing")
 
 var errHung = errors.New("the server does not answer")
 
-// patient runs f, but waits no longer than timeout, nor beyond ctx: go-git's ssh looks at neither while it reads.
+// patient runs f, but waits no longer than timeout, nor beyond ctx: go-git's ssh looks at neither
+// while it reads.
 func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f func(context.Context) (T, error)) (T, error) {
 	type result struct {
 		value T

@@ -56,7 +56,8 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	}
 }
 
-// A pack that comes in part leaves nothing behind that further tries would add to, and a server that stops in its middle is given up.
+// A pack that comes in part leaves nothing behind that further tries would add to, and a server
+// that stops in its middle is given up.
 func TestHalfAPack(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))

@@ -81,8 +81,8 @@ func (e *Refusal) hint(address string) string {
 	return ""
 }
 
-// heads lists the branches whose names begin with prefix, by their full names. Over HTTP it asks for these alone, where the server
-// speaks protocol v2; otherwise the server names all references.
+// heads lists the branches whose names begin with prefix, by their full names. Over HTTP it asks
+// for these alone, where the server speaks protocol v2; otherwise the server names all references.
 func (s *server) heads(ctx context.Context, prefix string) (map[string]string, error) {
 	if s.endpoint.Protocol == "ssh" {
 		session, err := s.session()
@@ -118,7 +118,8 @@ func (s *server) heads(ctx context.Context, prefix string) (map[string]string, e
 	return heads, err
 }
 
-// discover asks which protocol the server speaks: v2 is the URL where it speaks v2; else the answer has the branches.
+// discover asks which protocol the server speaks: v2 is the URL where it speaks v2; else the answer
+// has the branches.
 func (s *server) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string, err error) {
 	resp, err := s.do(ctx, http.MethodGet, s.endpoint.String()+infoRefs+"?service=git-upload-pack", nil)
 	if err != nil {

@@ -94,7 +94,8 @@ func speaksV0(_ http.ResponseWriter, r *http.Request, _ []byte) bool {
 	return false
 }
 
-// Azure DevOps and AWS CodeCommit speak protocol v0, and refuse to send anything to who doesn't ask for multi_ack.
+// Azure DevOps and AWS CodeCommit speak protocol v0, and refuse to send anything to who doesn't ask
+// for multi_ack.
 func TestServerThatInsistsOnMultiAck(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))

@@ -16,12 +16,13 @@ import (
 )
 
 const (
-	// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push must not be able to
-	// fill the mirror's memory.
+	// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred,
+	// and whoever may push must not be able to fill the mirror's memory.
 	maxFile = 1 << 20
 	// maxTree bounds one directory's object, in bytes: some 300,000 entries.
 	maxTree = 16 << 20
-	// maxLinks bounds the symbolic links on the way to a file, and maxTarget where one leads to, in bytes: Linux makes no longer ones.
+	// maxLinks bounds the symbolic links on the way to a file, and maxTarget where one leads to, in
+	// bytes: Linux makes no longer ones.
 	maxLinks  = 20
 	maxTarget = 4095
 )
@@ -33,8 +34,9 @@ var (
 	errNotFile      = errors.New("want the whole file: it is read by fs.ReadFile")
 )
 
-// tree is a directory of a commit, as deployments.Load walks and reads it: every object is read when it is asked for. Symbolic links
-// are followed within the commit. A submodule is a directory that has no more than .git, as in a clone.
+// tree is a directory of a commit, as deployments.Load walks and reads it: every object is read
+// when it is asked for. Symbolic links are followed within the commit. A submodule is a directory
+// that has no more than .git, as in a clone.
 type tree struct {
 	objects *Objects
 	top     plumbing.Hash // of the commit
@@ -82,7 +84,8 @@ func (t *tree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// ReadDir lists a directory, sorted by name. Git's own order is that of names which end in "/" where they are directories.
+// ReadDir lists a directory, sorted by name. Git's own order is that of names which end in "/"
+// where they are directories.
 func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	fail := func(err error) ([]fs.DirEntry, error) {
 		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
@@ -102,8 +105,8 @@ func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	}
 	entries := make([]fs.DirEntry, 0, len(found))
 	for name, e := range found {
-		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open either: it is passed over, but not where
-		// somebody might take it for a unit.
+		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open
+		// either: it is passed over, but not where somebody might take it for a unit.
 		switch ext := path.Ext(name); {
 		case fs.ValidPath(name) && !strings.Contains(name, "/") && name != ".":
 			entries = append(entries, t.entry(name, e))
@@ -180,7 +183,8 @@ func split(name string) []string {
 	return strings.Split(name, "/")
 }
 
-// directory reads a tree object. Of two entries with one name the first counts; Git itself makes no such tree.
+// directory reads a tree object. Of two entries with one name the first counts; Git itself makes no
+// such tree.
 func (t *tree) directory(hash plumbing.Hash) (map[string]object.TreeEntry, error) {
 	if known := t.known[hash]; known != nil {
 		return known, nil
@@ -233,8 +237,8 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	return data, nil
 }
 
-// object finds one. That it is missing is the repository's trouble; that it is of another kind, the commit's own. A file that the
-// server left out of a fetch is too large.
+// object finds one. That it is missing is the repository's trouble; that it is of another kind, the
+// commit's own. A file that the server left out of a fetch is too large.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)

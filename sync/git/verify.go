@@ -15,8 +15,9 @@ import (
 	"kedge/policy"
 )
 
-// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP keys. They are read anew for each
-// commit, so that a signer can be added, or taken out, while the mirror runs.
+// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP
+// keys. They are read anew for each commit, so that a signer can be added, or taken out, while the
+// mirror runs.
 type Signers struct {
 	signersFile, keyringFile string
 	memory                   string // a file of the commits whose signatures counted once; empty: none
@@ -31,8 +32,9 @@ const (
 	maxRemembered = 100
 )
 
-// OpenSigners reads both files once, to tell early that one is wrong. In dir it remembers the commits whose signatures counted; empty:
-// nowhere. Without either file it returns nil: no signature is asked for.
+// OpenSigners reads both files once, to tell early that one is wrong. In dir it remembers the
+// commits whose signatures counted; empty: nowhere. Without either file it returns nil: no
+// signature is asked for.
 func OpenSigners(signersFile, keyringFile, dir string) (*Signers, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
@@ -64,8 +66,9 @@ func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) er
 	return nil
 }
 
-// verifyTaken takes a commit that a signer vouched for once, also after the signer's key has expired or was taken out: its signature
-// counted when it was committed, or this machine remembers that it did. A new commit never passes by this.
+// verifyTaken takes a commit that a signer vouched for once, also after the signer's key has
+// expired or was taken out: its signature counted when it was committed, or this machine remembers
+// that it did. A new commit never passes by this.
 func (s *Signers) verifyTaken(hash string, payload, signature []byte, when time.Time) error {
 	err := s.check(payload, signature, time.Now())
 	if err == nil || s.check(payload, signature, when) == nil {
@@ -93,8 +96,8 @@ func (s *Signers) check(payload, signature []byte, now time.Time) error {
 	return err
 }
 
-// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and with either anybody could make further
-// commits that bear the same signature.
+// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and
+// with either anybody could make further commits that bear the same signature.
 func checkForm(signature []byte) error {
 	text := string(bytes.TrimSuffix(signature, []byte("\n")))
 	if text == "" {

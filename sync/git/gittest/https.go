@@ -45,7 +45,8 @@ func (w *halfWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// ServeHTTPS serves o until the test ends, as tune changes the server, to user mirror with the password s3cret.
+// ServeHTTPS serves o until the test ends, as tune changes the server, to user mirror with the
+// password s3cret.
 func ServeHTTPS(t testing.TB, o *Origin, tune ...func(*httptest.Server)) *HTTPSOrigin {
 	t.Helper()
 	execPath := o.Git("", "--exec-path")
