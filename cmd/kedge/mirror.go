@@ -31,9 +31,10 @@ a commit names anew, and needs to get those from the storage. One that isn't the
 less and less often, once a minute in the end, and at once when a webhook comes.
 
 From the environment: KEDGE_GIT_USER and KEDGE_GIT_TOKEN (or KEDGE_GIT_TOKEN_FILE) for https; GIT_SSL_CAINFO, GIT_SSL_CERT and
-GIT_SSL_KEY, files of further authorities and of a client's certificate, as git has them;
+GIT_SSL_KEY, files of further authorities and of a client's certificate, as git has them; KEDGE_GITHUB_APP_ID,
+KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE for a GitHub App, whose tokens the mirror makes and renews;
 KEDGE_WEBHOOK_SECRET (or KEDGE_WEBHOOK_SECRET_FILE) for webhooks of GitHub, GitLab (a signing
-token, whsec_..., or a secret token) and Gitea.`,
+token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the password of basic authentication).`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			log, err := a.logger()

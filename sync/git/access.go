@@ -36,16 +36,19 @@ func (a access) basic() (*githttp.BasicAuth, error) {
 
 // readTLS reads the files that git(1) has the same variables for.
 func (a access) readTLS() (files tlsFiles, err error) {
-	for name, into := range map[string]*string{"GIT_SSL_CAINFO": &files.authorities, "GIT_SSL_CERT": &files.certificate, "GIT_SSL_KEY": &files.key} {
-		file := a.env(name)
+	for _, v := range []struct {
+		name string
+		into *string
+	}{{"GIT_SSL_CAINFO", &files.authorities}, {"GIT_SSL_CERT", &files.certificate}, {"GIT_SSL_KEY", &files.key}} {
+		file := a.env(v.name)
 		if file == "" {
 			continue
 		}
 		data, err := os.ReadFile(file)
 		if err != nil {
-			return files, fmt.Errorf("%s: %w", name, err)
+			return files, fmt.Errorf("%s: %w", v.name, err)
 		}
-		*into = string(data)
+		*v.into = string(data)
 	}
 	if files.certificate != "" && files.key == "" { // one file may hold both
 		files.key = files.certificate

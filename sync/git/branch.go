@@ -76,7 +76,9 @@ type Config struct {
 	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
 	CacheDir string
 	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that
-	// GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name, as git(1) does.
+	// GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name, as git(1) does. A GitHub App is named by
+	// KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE, and
+	// KEDGE_GITHUB_API where that isn't https://api.github.com or https://HOST/api/v3.
 	Env func(string) string
 	Log *slog.Logger
 }

@@ -61,9 +61,10 @@ type remoteRepo struct {
 	busy    error
 
 	mu        sync.Mutex
-	dir       string // holds the cache
-	cache     string // the bare repository in dir; empty: none yet
-	temporary bool   // dir goes with Close
+	dir       string    // holds the cache
+	cache     string    // the bare repository in dir; empty: none yet
+	temporary bool      // dir goes with Close
+	held      io.Closer // of a temporary dir
 }
 
 func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string, log *slog.Logger) (*remoteRepo, error) {
@@ -96,7 +97,7 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch, every: every, log: log,
 		hung: make(chan struct{}, maxHung), stall: stallTimeout}
 	if cacheDir == "" {
-		if r.dir, err = os.MkdirTemp("", "kedge-mirror-"); err != nil {
+		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
 			return nil, fmt.Errorf("cache of the repository: %w", err)
 		}
 		r.temporary = true
@@ -146,7 +147,7 @@ func (r *remoteRepo) Pause() time.Duration                { return askPause }
 func (r *remoteRepo) Close() error {
 	r.server.close()
 	if r.temporary {
-		return os.RemoveAll(r.dir)
+		return errors.Join(os.RemoveAll(r.dir), r.held.Close())
 	}
 	return nil
 }
@@ -313,7 +314,7 @@ func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, said io.Writer) 
 	if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
 		return err
 	}
-	session, err := r.session()
+	session, err := r.session(ctx)
 	if err != nil {
 		return err
 	}
@@ -460,14 +461,12 @@ func (r *remoteRepo) explain(doing string, err error) error {
 	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
 		err = unexpected.Err
 	}
-	if wrapped := (*url.Error)(nil); errors.As(err, &wrapped) && errors.As(err, new(*Refusal)) {
-		err = wrapped.Err // the address is told anyway
-	}
+	err = bare(err)
 	refusal := (*Refusal)(nil)
 	switch {
 	case errors.As(err, new(*hostKeyError)):
 	case errors.As(err, &refusal):
-		hint = refusal.hint(r.endpoint.String())
+		hint = refusal.hint(r.endpoint.String(), r.access.env("KEDGE_GITHUB_APP_ID") != "")
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
 		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):

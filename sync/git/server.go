@@ -42,8 +42,9 @@ type server struct {
 
 	mu     sync.Mutex
 	client *http.Client
-	tls    tlsFiles // what client was made with
-	direct string   // the URL at which protocol v2 answered, after redirects; empty: to be found out
+	tls    tlsFiles          // what client was made with
+	token  installationToken // of a GitHub App
+	direct string            // the URL at which protocol v2 answered, after redirects; empty: to be found out
 }
 
 // Refusal is an HTTP server's answer that isn't Git's.
@@ -66,12 +67,15 @@ func (e *Refusal) Error() string {
 }
 
 // hint says what to do about it, to who asked address.
-func (e *Refusal) hint(address string) string {
+func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && asked.Host != e.Host {
 		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address there)", asked.Host, e.Host)
 	}
 	switch e.Status {
 	case http.StatusUnauthorized, http.StatusForbidden:
+		if app {
+			return " (the GitHub App's key must be its own, and its installation cover the repository, with leave to read contents)"
+		}
 		return " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case http.StatusNotFound:
 		return " (or it may not be seen with these credentials)"
@@ -85,7 +89,7 @@ func (e *Refusal) hint(address string) string {
 // for these alone, where the server speaks protocol v2; otherwise the server names all references.
 func (s *server) heads(ctx context.Context, prefix string) (map[string]string, error) {
 	if s.endpoint.Protocol == "ssh" {
-		session, err := s.session()
+		session, err := s.session(ctx)
 		if err != nil {
 			return nil, err
 		}
@@ -202,7 +206,7 @@ func (s *server) do(ctx context.Context, method, address string, body io.Reader)
 	if err != nil {
 		return nil, err
 	}
-	auth, err := s.access.basic()
+	auth, err := s.credentials(ctx, client)
 	if err != nil {
 		return nil, err
 	}
@@ -219,11 +223,49 @@ func (s *server) do(ctx context.Context, method, address string, body io.Reader)
 	if auth != nil {
 		auth.SetAuth(req)
 	}
-	return client.Do(req)
+	resp, err := client.Do(req)
+	err = bare(err)
+	if refusal := (*Refusal)(nil); errors.As(err, &refusal) && refusal.Status == http.StatusUnauthorized {
+		s.mu.Lock()
+		s.token = installationToken{} // it may have been revoked
+		s.mu.Unlock()
+	}
+	return resp, err
+}
+
+// bare takes the method and the address off a Refusal: it names the host itself.
+func bare(err error) error {
+	if wrapped, ok := err.(*url.Error); ok && errors.As(err, new(*Refusal)) {
+		return wrapped.Err
+	}
+	return err
+}
+
+// credentials returns what the server is asked with; nil: nothing.
+func (s *server) credentials(ctx context.Context, client *http.Client) (*githttp.BasicAuth, error) {
+	app, err := s.access.app(s.endpoint.Host)
+	if err != nil {
+		return nil, err
+	}
+	if app == nil {
+		return s.access.basic()
+	}
+	s.mu.Lock()
+	token := s.token
+	s.mu.Unlock()
+	if now := time.Now(); token.Expires.Sub(now) < renewBefore {
+		if token, err = app.makeToken(ctx, client, now); err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		s.token = token
+		s.mu.Unlock()
+	}
+	return &githttp.BasicAuth{Username: "x-access-token", Password: token.Token}, nil
 }
 
 // session begins a fetch, by protocol v0.
-func (s *server) session() (transport.UploadPackSession, error) {
+func (s *server) session(ctx context.Context) (transport.UploadPackSession, error) {
 	endpoint := s.endpoint // go-git changes it after a redirect
 	if endpoint.Protocol == "ssh" {
 		auth, err := s.access.ssh(&endpoint)
@@ -236,7 +278,7 @@ func (s *server) session() (transport.UploadPackSession, error) {
 	if err != nil {
 		return nil, err
 	}
-	auth, err := s.access.basic()
+	auth, err := s.credentials(ctx, client)
 	if err != nil {
 		return nil, err
 	}
@@ -266,7 +308,7 @@ func (s *server) httpClient() (*http.Client, error) {
 	base.TLSClientConfig = config
 	base.MaxIdleConnsPerHost = 1
 	base.IdleConnTimeout = 5 * time.Minute // more than from one poll to the next
-	s.client = &http.Client{Transport: answers{base, s.access}, CheckRedirect: s.redirect}
+	s.client = &http.Client{Transport: answers{base}, CheckRedirect: s.redirect}
 	s.tls = files
 	return s.client, nil
 }
@@ -300,10 +342,7 @@ func (s *server) redirect(to *http.Request, via []*http.Request) error {
 }
 
 // answers passes on what a Git server says as such, and gives anything else as a Refusal.
-type answers struct {
-	base   *http.Transport
-	access access
-}
+type answers struct{ base *http.Transport }
 
 func (a answers) CloseIdleConnections() { a.base.CloseIdleConnections() }
 
@@ -319,7 +358,7 @@ func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	refusal := &Refusal{Status: resp.StatusCode, Words: a.words(kind, string(text)), Host: req.URL.Host}
+	refusal := &Refusal{Status: resp.StatusCode, Words: words(req, kind, string(text)), Host: req.URL.Host}
 	if seconds, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && seconds > 0 {
 		refusal.After = time.Duration(min(seconds, int(maxRetryAfter/time.Second))) * time.Second
 	} else if at, err := http.ParseTime(resp.Header.Get("Retry-After")); err == nil {
@@ -330,8 +369,8 @@ func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var pageTitle = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title>`)
 
-// words is what a server says in an answer: of a page its title, and no secret that it was sent.
-func (a answers) words(kind, text string) string {
+// words is what a server says in an answer to req: of a page its title, and no secret that it was sent.
+func words(req *http.Request, kind, text string) string {
 	if strings.Contains(kind, "html") {
 		title := pageTitle.FindStringSubmatch(text)
 		if title == nil {
@@ -339,8 +378,12 @@ func (a answers) words(kind, text string) string {
 		}
 		text = title[1]
 	}
-	if token, err := Secret(a.access.env, "KEDGE_GIT_TOKEN"); err == nil && token != "" {
-		text = strings.ReplaceAll(strings.ReplaceAll(text, token, "..."), url.QueryEscape(token), "...")
+	_, secret, basic := req.BasicAuth()
+	if bearer, found := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer "); found && !basic {
+		secret = bearer
+	}
+	if secret != "" {
+		text = strings.ReplaceAll(strings.ReplaceAll(text, secret, "..."), url.QueryEscape(secret), "...")
 	}
 	return bound(strings.Join(strings.Fields(text), " "), maxWords)
 }

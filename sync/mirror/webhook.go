@@ -163,7 +163,7 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 	var given [][]byte // signatures, of which one must fit
 	if standard := h.Get("Webhook-Signature"); standard != "" {
 		key, signed, given = standardKey(m.secret), h.Get("Webhook-Id")+"."+h.Get("Webhook-Timestamp")+".", standardSignatures(standard)
-	} else if token := h.Get("X-Gitlab-Token"); token != "" {
+	} else if token := sharedSecret(h); token != "" {
 		// Digests have one length, so that not even the secret's length can be timed.
 		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(m.secret))
 		if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
@@ -173,6 +173,9 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 	} else {
 		text, found := strings.CutPrefix(h.Get("X-Hub-Signature-256"), "sha256=")
 		if !found {
+			text, found = strings.CutPrefix(h.Get("X-Hub-Signature"), "sha256=")
+		}
+		if !found {
 			text = h.Get("X-Gitea-Signature")
 		}
 		if signature, err := hex.DecodeString(text); err == nil && len(signature) == sha256.Size {
@@ -180,7 +183,8 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 		}
 	}
 	if len(given) == 0 {
-		return http.StatusUnauthorized, "want X-Hub-Signature-256 (GitHub), X-Gitea-Signature (Gitea), or Webhook-Signature or X-Gitlab-Token (GitLab)"
+		return http.StatusUnauthorized, "want X-Hub-Signature-256 (GitHub), X-Hub-Signature (Bitbucket), X-Gitea-Signature (Gitea), " +
+			"Webhook-Signature or X-Gitlab-Token (GitLab), or the secret as basic authentication's password (Azure DevOps)"
 	}
 	mac := hmac.New(sha256.New, key)
 	io.WriteString(mac, signed)
@@ -195,6 +199,15 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 		return http.StatusUnauthorized, "the signature is wrong"
 	}
 	return http.StatusAccepted, ""
+}
+
+// sharedSecret is the secret itself, as forges that don't sign send it; empty: none is sent.
+func sharedSecret(h http.Header) string {
+	if token := h.Get("X-Gitlab-Token"); token != "" {
+		return token
+	}
+	_, password, _ := (&http.Request{Header: h}).BasicAuth()
+	return password
 }
 
 // standardKey is the key of a secret as Standard Webhooks, and GitLab's signing tokens, have it.

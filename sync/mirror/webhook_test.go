@@ -100,6 +100,10 @@ func TestWebhook(t *testing.T) {
 	}{
 		{"GitHub", "{}", []string{"X-Hub-Signature-256", "sha256=" + sign("hush", "{}")}, 202},
 		{"Gitea", "{}", []string{"X-Gitea-Signature", sign("hush", "{}")}, 202},
+		{"Bitbucket", "{}", []string{"X-Hub-Signature", "sha256=" + sign("hush", "{}")}, 202},
+		{"Bitbucket, another secret", "{}", []string{"X-Hub-Signature", "sha256=" + sign("other", "{}")}, 401},
+		{"Azure DevOps", "{}", []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte("kedge:hush"))}, 202},
+		{"Azure DevOps, another secret", "{}", []string{"Authorization", "Basic " + base64.StdEncoding.EncodeToString([]byte("hush:hus"))}, 401},
 		{"GitLab", "{}", []string{"X-Gitlab-Token", "hush"}, 202},
 		{"GitHub's ping", "{}", []string{"X-GitHub-Event", "ping", "X-Hub-Signature-256", "sha256=" + sign("hush", "{}")}, 202},
 		{"no signature", "{}", nil, 401},
@@ -151,7 +155,7 @@ func TestWebhook(t *testing.T) {
 		t.Errorf("/live: %s", live)
 	}
 	metrics := get("/metrics")
-	for _, want := range []string{"kedge_mirror_leader 1", `kedge_mirror_commits_total{result="taken"} 2`, `kedge_mirror_webhooks_total{code="401"} 6`, "kedge_mirror_refused 0"} {
+	for _, want := range []string{"kedge_mirror_leader 1", `kedge_mirror_commits_total{result="taken"} 2`, `kedge_mirror_webhooks_total{code="401"} 8`, "kedge_mirror_refused 0"} {
 		if !strings.Contains(metrics, want) {
 			t.Errorf("/metrics lacks %s", want)
 		}

@@ -1,0 +1,124 @@
+package git
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+)
+
+// renewBefore is how long before its end an installation token is replaced. GitHub's live for an hour.
+const renewBefore = 5 * time.Minute
+
+// githubApp is how a GitHub App is configured: its private key makes tokens that read one installation's repositories.
+type githubApp struct{ id, installation, keyFile, api string }
+
+// installationToken is what GitHub makes for it.
+type installationToken struct {
+	Token   string    `json:"token"`
+	Expires time.Time `json:"expires_at"`
+}
+
+// app reads the configuration; nil: there is none.
+func (a access) app(host string) (*githubApp, error) {
+	app := githubApp{a.env("KEDGE_GITHUB_APP_ID"), a.env("KEDGE_GITHUB_APP_INSTALLATION"), a.env("KEDGE_GITHUB_APP_KEY_FILE"), a.env("KEDGE_GITHUB_API")}
+	if app == (githubApp{}) {
+		return nil, nil
+	}
+	if app.id == "" || app.installation == "" || app.keyFile == "" {
+		return nil, errors.New("a GitHub App takes KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE")
+	}
+	switch {
+	case app.api != "":
+	case host == "github.com":
+		app.api = "https://api.github.com"
+	default: // GitHub Enterprise Server
+		app.api = "https://" + host + "/api/v3"
+	}
+	return &app, nil
+}
+
+// jwt is what the app proves itself by, for nine minutes; a clock may be a minute fast.
+func (a *githubApp) jwt(now time.Time) (string, error) {
+	data, err := os.ReadFile(a.keyFile)
+	if err != nil {
+		return "", fmt.Errorf("KEDGE_GITHUB_APP_KEY_FILE: %w", err)
+	}
+	key, err := parseRSA(data)
+	if err != nil {
+		return "", fmt.Errorf("KEDGE_GITHUB_APP_KEY_FILE: %s: %w", a.keyFile, err)
+	}
+	claims, err := json.Marshal(map[string]any{"iss": a.id, "iat": now.Add(-time.Minute).Unix(), "exp": now.Add(9 * time.Minute).Unix()})
+	if err != nil {
+		return "", err
+	}
+	encode := base64.RawURLEncoding.EncodeToString
+	signed := encode([]byte(`{"alg":"RS256","typ":"JWT"}`)) + "." + encode(claims)
+	sum := sha256.Sum256([]byte(signed))
+	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, sum[:])
+	if err != nil {
+		return "", err
+	}
+	return signed + "." + encode(signature), nil
+}
+
+func parseRSA(data []byte) (*rsa.PrivateKey, error) {
+	block, _ := pem.Decode(data)
+	if block == nil {
+		return nil, errors.New("it has no private key in PEM")
+	}
+	if key, err := x509.ParsePKCS1PrivateKey(block.Bytes); err == nil { // as GitHub makes them
+		return key, nil
+	}
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	if key, ok := key.(*rsa.PrivateKey); ok {
+		return key, nil
+	}
+	return nil, errors.New("it isn't an RSA key")
+}
+
+// makeToken asks GitHub for a token that may read.
+func (a *githubApp) makeToken(ctx context.Context, client *http.Client, now time.Time) (installationToken, error) {
+	var token installationToken
+	jwt, err := a.jwt(now)
+	if err != nil {
+		return token, err
+	}
+	address := strings.TrimRight(a.api, "/") + "/app/installations/" + a.installation + "/access_tokens"
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address, bytes.NewReader([]byte(`{"permissions":{"contents":"read"}}`)))
+	if err != nil {
+		return token, err
+	}
+	req.Header.Set("Authorization", "Bearer "+jwt)
+	req.Header.Set("Accept", "application/vnd.github+json")
+	req.Header.Set("X-GitHub-Api-Version", "2022-11-28")
+	resp, err := client.Do(req)
+	if err != nil {
+		return token, fmt.Errorf("token of GitHub App %s: %w", a.id, bare(err))
+	}
+	defer resp.Body.Close()
+	err = json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(&token)
+	if err == nil && token.Token == "" {
+		err = errors.New("the answer has none")
+	}
+	if err != nil {
+		return token, fmt.Errorf("token of GitHub App %s: %w", a.id, err)
+	}
+	return token, nil
+}
