@@ -61,7 +61,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			d.Action, d.Why = ActKeep, "the release of "+origin+" "+rolled+", and there is none to go back to"
 		}
 		d.note(Step{What: what, Says: "runs stable: " + cmp.Or(r.Stable.String(), "none"), Decides: true})
-	case admitted:
+	case admitted, r.Stable.IsZero() && f.Running.IsZero() && begun(p):
 		d.Action, d.Source, d.Target, d.Why = ActRun, FromTarget, r.Target, origin
 		d.note(Step{What: what, Says: "admitted", Decides: true})
 	case f.Running.Digest == r.Target.Digest:
@@ -84,6 +84,11 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		}
 		d.note(Step{What: what, Says: says, Decides: true, Unblock: here})
 	}
+}
+
+// begun reports whether a rollout lets nodes that run nothing, and have nothing stable to run, take its target.
+func begun(p *deployments.Progress) bool {
+	return p.Phase != deployments.PhaseFrozen && p.Phase != deployments.PhasePaused
 }
 
 // sayProgress is a phase in words, and why the rollout stands there.

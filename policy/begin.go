@@ -113,11 +113,19 @@ func launch(in *inputs, st state) state {
 		return start(in, st)
 	case in.Unit.Rollout == nil:
 		return st.end().because(deployments.ReasonEveryNode, nil)
-	case st.r.Stable.IsZero():
+	case st.r.Stable.IsZero() && !serves(in, st.r.Target):
 		return st.end().because(deployments.ReasonFirstRelease, nil)
 	default:
 		return start(in, st)
 	}
+}
+
+// serves reports whether a live node runs something else than a first release: what serves is not replaced on all nodes at once.
+func serves(in *inputs, target deployments.Pointer) bool {
+	return in.Unit.Rollout != nil && slices.ContainsFunc(in.Nodes, func(n Node) bool {
+		running := n.Report.Running
+		return !n.Gone && !pinned(&n.Report) && !running.IsZero() && running.Digest != target.Digest
+	})
 }
 
 // stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't forbid it.

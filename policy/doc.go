@@ -31,12 +31,16 @@
 //     were overwritten, and a node's own token used on the keys of others.
 //   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are none.
 //   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let one go further
-//     than max_unavailable, counted by what the others say.
+//     than max_unavailable, counted by what the others say. Who can delete status keys makes the list of nodes short: a rollout
+//     doesn't end by it before it has stood for a deadline, and for an hour if most are missing (TestAShortListIsNotTheFleet).
 //
 // # Budget
 //
 // TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in flight than
 // max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target that admits it.
-// Out of that count are nodes that boot or come back after they were gone, pins (they go to all their nodes at once), units without
-// a rollout, and nodes that have hung for longer than the deadline where max_failures bears them.
+// Nodes that come back after they were gone, unit pins and their ends, and nodes that left in mid-switch count.
+//
+// Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a rollout, and nodes
+// that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when it joined (Report.Joined)
+// follows the record as soon as it is back.
 package policy

@@ -121,7 +121,10 @@ func TestNext(t *testing.T) {
 		then     int // nodes that are admitted then, where a rollout is under way
 		reason   string
 	}{
-		{"the first release goes to all", 0, rolling, func(s *Situation) { s.Record = deployments.Record{} }, done, 0, "first release"},
+		{"the first release goes to all", 0, rolling, func(s *Situation) {
+			s.Record = deployments.Record{}
+			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
+		}, done, 0, "first release"},
 		{"without rollout every node at once", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout = nil }, done, 0, "every node at once"},
 		{"a new target starts, as many as the budget", 0, rolling, settled, rolling, 2, "2 of 10"},
 		{"a new target starts with canaries", 0, rolling, func(s *Situation) { settled(s); canary(s) }, first, 1, "1 of 1 canary admitted"},
@@ -311,6 +314,7 @@ func TestNext(t *testing.T) {
 		{"the first release goes to all, also where promote lets it pass a freeze", 0, frozenPhase, func(s *Situation) {
 			canary(s)
 			s.Record.Stable = deployments.Pointer{}
+			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "promote"
 		}, done, 0, "first release"},
 		{"a bake begins anew where a canary was not well in between", 1, first, func(s *Situation) {

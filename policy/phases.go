@@ -101,7 +101,7 @@ func frozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
 		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()).wake(in.Freeze.Until), false
 	}
-	if st.r.Stable.IsZero() {
+	if st.r.Stable.IsZero() && !serves(in, st.r.Target) {
 		return st.end().because(deployments.ReasonFirstRelease, nil), false
 	}
 	return start(in, st), true

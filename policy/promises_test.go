@@ -22,7 +22,7 @@ func converge(s *Situation, r deployments.Record) (changed int) {
 		}
 		d := Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin, Joined: n.Joined, Running: n.Report.Running,
 			Quarantined: n.Report.Quarantined})
-		if d.Target != n.Report.Running && !slices.Contains(n.Report.Quarantined, d.Target.Digest) {
+		if !d.Target.IsZero() && d.Target != n.Report.Running && !slices.Contains(n.Report.Quarantined, d.Target.Digest) {
 			changed++
 			n.Report.Running = d.Target
 		}
@@ -287,4 +287,26 @@ func TestTheEarlierCanaryGoesFirst(t *testing.T) {
 		t.Error(fmt.Sprint(most, " at a time"))
 	}
 	runs(t, &s, release("v3"))
+}
+
+// A first release, or one whose records were lost, goes by the rollout to nodes where something serves, and at once to those that run nothing.
+func TestTheFirstReleaseKeepsWhatServes(t *testing.T) {
+	t.Parallel()
+	s := step(0, deployments.PhaseRolling)
+	canary(&s)
+	s.Record = deployments.Record{}
+	s.Nodes[9].Report = deployments.UnitReport{}
+	m := Next(s)
+	if p := m.Record.Rollout; p == nil || p.Phase != deployments.PhaseCanary || admitted(&s, m.Record) != 1 {
+		t.Fatalf("it begins as %s", brief(m.Record))
+	}
+	empty := s.Nodes[9].Name
+	if n := converge(&s, m.Record); n != 2 || s.Nodes[9].Report.Running != s.Unit.Release {
+		t.Errorf("%d nodes change; %s, which ran nothing, runs %q", n, empty, s.Nodes[9].Report.Running.URL)
+	}
+	s.Record = m.Record
+	if most, _ := drive(t, &s); most > 2 {
+		t.Errorf("%d at a time", most)
+	}
+	runs(t, &s, s.Unit.Release)
 }

@@ -325,7 +325,10 @@ func TestNextWrites(t *testing.T) {
 		{"while it lasts", 0, frozenPhase, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
 		}, "xmas", time.Hour},
-		{"then a first release goes to all", 0, frozenPhase, func(s *Situation) { s.Record.Stable = deployments.Pointer{} }, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
+		{"then a first release goes to all", 0, frozenPhase, func(s *Situation) {
+			s.Record.Stable = deployments.Pointer{}
+			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
+		}, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
 		{"a canary waits for its end, where running rollouts do, but not longer than its nodes may take", 1, first, func(s *Situation) { canary(s); s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
 		}, "xmas", 9 * time.Minute},
