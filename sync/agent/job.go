@@ -138,11 +138,12 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobForget:
 		return a.forget(u, j)
 	case jobDeploy:
+		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key}
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
-			return err
+			return u.deploy.StageFailed(ctx, q, err)
 		}
 		watch.stop()
-		return u.deploy.Deploy(ctx, deploy.Request{Release: j.release, Commit: j.commit, Key: j.key})
+		return u.deploy.Deploy(ctx, q)
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)
 	case jobProve:

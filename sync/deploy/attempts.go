@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -121,4 +122,25 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	}
 	a.Begun = append(slices.Clip(a.Begun), place)
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
+}
+
+// StageFailed runs the failure commands of a release that could not be made ready to deploy, because of cause: once for each request,
+// as it is tried again and again. It returns cause. Nothing runs of a manifest that wasn't admitted, or when ctx has ended.
+func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
+	told := q.Release.Digest.String() + " " + q.Key
+	if ctx.Err() != nil || u.j.Told == told {
+		return cause
+	}
+	r, err := u.recall(q.Release)
+	if err != nil || r == nil || len(r.Manifest.Commands.Failure) == 0 || u.allow(ctx, r) != nil {
+		return cause
+	}
+	u.text.reset()
+	u.log.Error("the release could not be staged", "release", q.Release.String(), "error", cause)
+	d := &deployment{Release: q.Release, Commit: q.Commit, Fault: &fault{Reason: short(cause)}}
+	d.enter(stepFailure)
+	if err := u.note(ctx, "a failure command failed", u.commands(ctx, d, r, nil, r.Manifest.Commands.Failure)); err != nil {
+		return cause
+	}
+	return errors.Join(cause, u.save(func(j *journal) { j.Told = told }))
 }

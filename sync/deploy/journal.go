@@ -48,6 +48,8 @@ type journal struct {
 	Deployment *deployment `json:"deployment,omitempty"`
 	// Attempts are those of steps that were cut off, until their release is confirmed or in quarantine.
 	Attempts []attempt `json:"attempts,omitempty"`
+	// Told names the release and the key whose failure commands ran because it could not be staged.
+	Told string `json:"told,omitempty"`
 }
 
 // Failure is a release that failed on this node, and stays in quarantine until Retry.

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"kedge/artifact"
 	"kedge/deployments"
 )
 
@@ -246,6 +247,47 @@ func TestCalledOffLeavesWhatRan(t *testing.T) {
 	}
 	w.wantVersion("2")
 	if s := u.State(); s.Running != two || s.Unfinished || len(s.Quarantined) > 0 {
+		t.Errorf("state: %+v", s)
+	}
+}
+
+// Failure commands run for what fails before anything is deployed, too: once for each request, and not when it was called off.
+func TestFailureCommandsOfWhatCannotBeStaged(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	p := w.publish("1", func(m *deployments.Manifest) {
+		m.Checksum = strings.Repeat("0", 64)
+		m.Commands.Failure = []deployments.Command{{Run: `echo "failure $KEDGE_ERROR" >> ` + w.path("hooks") + "; cat > " + w.path("stdin")}}
+	})
+	stage := func(key string) {
+		t.Helper()
+		err := u.Stage(t.Context(), p)
+		if !errors.Is(err, artifact.ErrDigest) {
+			t.Fatalf("got %v", err)
+		}
+		called, cancel := context.WithCancel(t.Context())
+		cancel()
+		for _, ctx := range []context.Context{called, t.Context()} {
+			if told := u.StageFailed(ctx, Request{Release: p, Key: key}, err); !errors.Is(told, artifact.ErrDigest) {
+				t.Fatalf("got %v", told)
+			}
+		}
+		u = w.open(nil)
+	}
+	stage("1")
+	stage("1")
+	if hooks := w.hooks(); len(hooks) != 1 || !strings.Contains(hooks[0], "wrong digest") {
+		t.Errorf("hooks: %q", hooks)
+	}
+	if log, err := os.ReadFile(w.path("stdin")); err != nil || !strings.Contains(string(log), "could not be staged") {
+		t.Errorf("stdin: %q, %v", log, err)
+	}
+	stage("2")
+	if hooks := w.hooks(); len(hooks) != 1 {
+		t.Errorf("hooks of another request: %q", hooks)
+	}
+	if s := u.State(); s.Drained || s.Unfinished || len(s.Quarantined) > 0 {
 		t.Errorf("state: %+v", s)
 	}
 }
