@@ -56,9 +56,13 @@ func Start(tb testing.TB, args ...string) *Server {
 	return s
 }
 
-// Program finds one of the tools that .ci/tools builds, and fails the test where it is missing.
+// Program returns the path of one of the tools that .ci/tools builds. It skips the test with -short, and else fails
+// it if the tool is missing.
 func Program(tb testing.TB, name string) string {
 	tb.Helper()
+	if testing.Short() {
+		tb.Skipf("needs a real %s: left out with -short", name)
+	}
 	dir := os.Getenv("KEDGE_TOOLS")
 	if dir == "" {
 		cache, err := os.UserCacheDir()

@@ -66,9 +66,13 @@ type ConsulNode struct {
 	proc *process
 }
 
-// ToolPath gives the path of a program that `.ci/tools` builds, and fails the test where it is missing.
+// ToolPath returns the path of a program that `.ci/tools` builds. It skips the test with -short, and else fails it
+// if the program is missing.
 func ToolPath(tb testing.TB, name string) string {
 	tb.Helper()
+	if testing.Short() {
+		tb.Skipf("needs a real %s: left out with -short", name)
+	}
 	dir := os.Getenv("KEDGE_TOOLS")
 	if dir == "" {
 		cache, err := os.UserCacheDir()
