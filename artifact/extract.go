@@ -428,12 +428,12 @@ func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
 		return errors.New("it is no archive, and its URL gives it no name")
 	}
-	if err := x.write(name, r); err != nil {
-		return err
-	}
 	mode := fs.FileMode(0o644)
 	if bytes.HasPrefix(head, []byte("#!")) || bytes.HasPrefix(head, []byte("\x7fELF")) {
 		mode = 0o755
+	}
+	if err := x.write(name, r); err != nil { // from here on head holds other bytes: it is the reader's buffer
+		return err
 	}
 	return x.root.Chmod(name, mode)
 }

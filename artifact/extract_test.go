@@ -252,7 +252,8 @@ func TestOwnersOfAnArchive(t *testing.T) {
 
 func TestSingleFile(t *testing.T) {
 	t.Parallel()
-	for content, mode := range map[string]fs.FileMode{"#!/bin/sh\n": 0o755, "\x7fELF\x02": 0o755, "just text": 0o644} {
+	for content, mode := range map[string]fs.FileMode{"#!/bin/sh\n": 0o755, "\x7fELF\x02": 0o755, "just text": 0o644,
+		"#!/bin/sh\n" + strings.Repeat("# long\n", 1<<17): 0o755} {
 		dir, err := unpackBytes(t, "tool", []byte(content))
 		if err != nil {
 			t.Fatal(err)

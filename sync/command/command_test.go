@@ -516,3 +516,32 @@ func TestCheckLeavesNothingRunning(t *testing.T) {
 		}
 	}
 }
+
+// Of a long output the beginning is logged, and the end, where the error is.
+func TestLongOutputIsLoggedToItsEnd(t *testing.T) {
+	t.Parallel()
+	for _, lines := range []int{1, 400, 401, 500, 501, 777, 5000} {
+		var b bytes.Buffer
+		log := slog.New(slog.NewTextHandler(&b, nil))
+		if _, err := Run(t.Context(), log, deployments.Command{Run: fmt.Sprintf("seq %d", lines)}, Env{}, nil); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for line := range strings.Lines(b.String()) {
+			if _, text, ok := strings.Cut(strings.TrimSpace(line), LineKey+"="); ok {
+				got = append(got, text)
+			}
+		}
+		var want []string
+		for i := range lines {
+			if n := i + 1; n <= 400 || n > lines-100 {
+				want = append(want, strconv.Itoa(n))
+			} else if lines > 500 && n == 401 {
+				want = append(want, fmt.Sprintf("%q", fmt.Sprintf("[%d lines left out]", lines-500)))
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("of %d lines: %d logged, want %d: …%q", lines, len(got), len(want), got[max(0, len(got)-3):])
+		}
+	}
+}

@@ -12,7 +12,9 @@ import (
 
 const (
 	keepHead = 16 << 10
-	keepTail = MaxOutput - keepHead - 256 // the note between them has its place
+	// lastLines of MaxLines are the last ones of a long output, which say why it failed.
+	lastLines = 100
+	keepTail  = MaxOutput - keepHead - 256 // the note between them has its place
 )
 
 // output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
@@ -29,7 +31,7 @@ type output struct {
 	line    []byte // the line under way, at most MaxLine bytes
 	clipped int    // bytes of it that were dropped
 	lines   int
-	unsaid  int // lines that weren't logged
+	last    []string // the last lines beyond those that were logged at once; a ring, once it is full
 }
 
 func (o *output) Write(p []byte) (int, error) {
@@ -84,8 +86,12 @@ func (o *output) endLine() {
 		text += fmt.Sprintf(" [%d more bytes]", o.clipped)
 	}
 	o.line, o.clipped = o.line[:0], 0
-	if o.lines++; o.lines > MaxLines {
-		o.unsaid++
+	if o.lines++; o.lines > MaxLines-lastLines {
+		if len(o.last) < lastLines {
+			o.last = append(o.last, text)
+		} else {
+			o.last[(o.lines-MaxLines-1)%lastLines] = text
+		}
 		return
 	}
 	o.log.Info("output", LineKey, text)
@@ -98,9 +104,14 @@ func (o *output) close() {
 	if len(o.line) > 0 {
 		o.endLine()
 	}
-	if o.unsaid > 0 {
-		o.log.Info("output", LineKey, fmt.Sprintf("[%d more lines]", o.unsaid))
+	if over := o.lines - MaxLines; over > 0 {
+		o.log.Info("output", LineKey, fmt.Sprintf("[%d lines left out]", over))
+		o.last = append(o.last[over%lastLines:], o.last[:over%lastLines]...)
 	}
+	for _, text := range o.last {
+		o.log.Info("output", LineKey, text)
+	}
+	o.last = nil
 	o.closed = true
 }
 

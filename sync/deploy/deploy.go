@@ -115,6 +115,8 @@ type Unit struct {
 	log  *slog.Logger // c.Log, and text
 	text *deploymentLog
 
+	// lock is held while this unit writes to a dest; nil: none is.
+	lock *destLock
 	// cutOff is set from Open on while commands of the unfinished deployment may still run.
 	cutOff bool
 	// at is told every point at which a test may kill the process.
@@ -266,6 +268,11 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 			return fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
 		}
 	}
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
 	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
 	progress(artifact.Progress{})
 	u.at("before stage")
@@ -273,7 +280,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 		return err
 	}
 	opt := artifact.StageOptions{Base: u.j.Running, Progress: progress}
-	err := u.switcher(r).Stage(ctx, r, opt)
+	err = u.switcher(r).Stage(ctx, r, opt)
 	if errors.Is(err, syscall.ENOSPC) {
 		u.log.Warn("the disk is full: removes old and failed releases, and tries again", "release", r.Pointer.String(), "error", err)
 		if failed := u.makeRoom(r); failed != nil {
@@ -328,6 +335,11 @@ func (u *Unit) Deploy(ctx context.Context, asked Request) error {
 }
 
 func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) error {
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
 	u.log.Info("deploying", "release", r.Pointer.String(), "version", r.Manifest.Version)
 	if err := u.stage(ctx, r); err != nil {
 		return err
@@ -335,7 +347,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	if err := u.resume(ctx); err != nil {
 		return err
 	}
-	err := u.save(func(j *journal) {
+	err = u.save(func(j *journal) {
 		d := &deployment{Release: r.Pointer, Commit: asked.Commit, Key: asked.Key}
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
@@ -426,6 +438,11 @@ func (u *Unit) Heal(ctx context.Context) error {
 	if err != nil || r == nil {
 		return err
 	}
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
 	if err := u.switcher(r).Heal(ctx, r); err != nil {
 		return fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}

@@ -35,8 +35,8 @@ type OneShot struct {
 // (their failure is only logged); any error, that it isn't, and kedge run exits with 1, also under CONSUL_INDEX.
 //
 // As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network included. A
-// release that fails goes back only where the release strategy has another one to go back to. It must not run beside
-// an agent that manages the same dest.
+// release that fails goes back only where the release strategy has another one to go back to. It waits for
+// what deploys to the same dest already, and does nothing if that has made the same release live.
 func Once(ctx context.Context, o OneShot) (err error) {
 	dir, err := os.MkdirTemp("", "kedge-run-")
 	if err != nil {
@@ -50,6 +50,15 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	r, err := u.locate(ctx, o.URL)
 	if err != nil {
 		return err
+	}
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if l := u.lock; l != nil && l.waited && l.last == r.Pointer.Digest.String() && u.switcher(r).Live(r) {
+		u.log.Info("another deployment has made the release live meanwhile", "release", r.Pointer.String())
+		return nil
 	}
 	if err := u.adopt(r); err != nil {
 		return err

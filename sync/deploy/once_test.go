@@ -277,3 +277,68 @@ func TestOnceGoesBackAndTakesPointers(t *testing.T) {
 		t.Errorf("an unknown scheme: %v", err)
 	}
 }
+
+// Two runs at once, as user data and consul watch begin them at boot, leave a whole tree, and the one that waited does nothing.
+func TestTwoRunsAtOnce(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			p := w.publish("1", func(m *deployments.Manifest) {
+				m.Strategy = strategy
+				m.Commands.Pre = append(m.Commands.Pre, deployments.Command{Run: "sleep 0.2"})
+			})
+			errs := make(chan error)
+			for range 4 {
+				go func() {
+					c := w.config()
+					errs <- Once(t.Context(), OneShot{URL: p.URL, Node: "n1", Objects: c.Objects, Log: c.Log})
+				}()
+			}
+			for range 4 {
+				if err := <-errs; err != nil {
+					t.Error(err)
+				}
+			}
+			w.wantVersion("1")
+			w.wantHooks("pre 1", "post 1", "success 1")
+			// One that comes later has been asked anew.
+			c := w.config()
+			if err := Once(t.Context(), OneShot{URL: p.URL, Node: "n1", Objects: c.Objects, Log: c.Log}); err != nil {
+				t.Error(err)
+			}
+			w.wantHooks("pre 1", "post 1", "success 1")
+		})
+	}
+}
+
+// A run waits for an agent that deploys to the same dest, and the other way round.
+func TestRunBesideAnAgent(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	one, two := w.publish("1", nil), w.publish("2", nil)
+	ran := make(chan error, 1)
+	u.at = func(point string) {
+		if point == "before switch" && u.j.Deployment.Release == one {
+			go func() {
+				c := w.config()
+				ran <- Once(t.Context(), OneShot{URL: two.String(), Node: "n1", Objects: c.Objects, Log: c.Log})
+			}()
+		}
+		if point == "before tidy" {
+			select {
+			case err := <-ran:
+				t.Errorf("it didn't wait: %v", err)
+			default:
+			}
+		}
+	}
+	w.deploy(u, one)
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+	w.wantVersion("2")
+	w.wantHooks("pre 1", "post 1", "success 1", "pre 2", "post 2", "success 2")
+}

@@ -137,6 +137,16 @@ func (u *Unit) advance(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
 	}
+	r, err := u.need(ctx, u.j.Deployment.Release)
+	if err != nil {
+		return err
+	}
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
+	u.lock.begun()
 	u.progress(deployments.StateSwitching, artifact.Progress{})
 	for {
 		d := u.j.Deployment
@@ -163,6 +173,9 @@ func (u *Unit) advance(ctx context.Context) error {
 		}
 		if d.Fault != nil {
 			return d.failed()
+		}
+		if !d.Step.goesBack() {
+			u.lock.done(d.Release)
 		}
 		return nil
 	}

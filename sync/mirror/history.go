@@ -14,28 +14,54 @@ import (
 	"kedge/policy"
 )
 
-// pastGenerations holds the newest generation of units, of the roles whose history was read.
+// pastGenerations is what the history says of units, of the roles for which it was read.
 type pastGenerations struct {
 	newest map[deployments.UnitID]deployments.History
+	stable map[deployments.UnitID][]deployments.Digest // what was stable, and has not failed since
 	read   map[deployments.RoleID]bool
 }
 
 func newPastGenerations() pastGenerations {
-	return pastGenerations{newest: map[deployments.UnitID]deployments.History{}, read: map[deployments.RoleID]bool{}}
+	return pastGenerations{newest: map[deployments.UnitID]deployments.History{},
+		stable: map[deployments.UnitID][]deployments.Digest{}, read: map[deployments.RoleID]bool{}}
 }
 
 // forget makes a unit's role be read again when it is needed.
 func (p pastGenerations) forget(id deployments.UnitID) {
 	delete(p.newest, id)
+	delete(p.stable, id)
 	delete(p.read, id.RoleID())
 }
 
-// readHistory reads the history of the units whose record isn't there to go on from.
-func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]cell, now time.Time) error {
+// add takes up the next generation of a unit.
+func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
+	if h.Generation > p.newest[id].Generation && h.Generation < absurd {
+		p.newest[id] = h
+	}
+	stable := p.stable[id]
+	if !h.Stable.IsZero() && !slices.Contains(stable, h.Stable.Digest) {
+		stable = append(stable, h.Stable.Digest)
+	}
+	p.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == h.Failed })
+}
+
+// needsHistory reports whether what becomes of a unit hangs on its history: its record isn't there to go on from, or its target
+// is about to change, and may have been stable before.
+func needsHistory(u deployments.Unit, c cell, pinned bool, s standing) bool {
+	if s == unknown {
+		return true
+	}
+	return u.Rollout != nil && u.Rollout.FastBack && (c.record.Target != u.Release || pinned || c.record.Pinned != nil)
+}
+
+// readHistory reads the history of the roles for which it is needed, once.
+func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]cell,
+	pins map[deployments.UnitID]policy.Value[deployments.Pin], now time.Time) error {
 	for _, u := range l.acceptance.commit.Tree.Units {
 		role := u.ID.RoleID()
 		own, known := l.written.records[u.ID]
-		if l.history.read[role] || stand(cells[u.ID], own, known, now) != unknown {
+		c := cells[u.ID]
+		if l.history.read[role] || !needsHistory(u, c, pins[u.ID].Present, stand(c, own, known, now)) {
 			continue
 		}
 		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
@@ -43,15 +69,14 @@ func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]c
 			return fmt.Errorf("history of %s: %w", role, err)
 		}
 		l.history.read[role] = true
-		for _, e := range entries {
-			key, err := kv.ParseKey(e.Key)
+		for _, e := range entries { // sorted by generation
+			name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
+			id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
 			if err != nil {
 				continue
 			}
-			id := key.UnitID()
-			h, err := deployments.ParseHistory(e.Value)
-			if err == nil && h.Generation > l.history.newest[id].Generation && h.Generation < absurd {
-				l.history.newest[id] = h
+			if h, err := deployments.ParseHistory(e.Value); err == nil {
+				l.history.add(id, h)
 			}
 		}
 	}
@@ -75,9 +100,9 @@ func recordOf(h deployments.History, now time.Time) deployments.Record {
 	return r
 }
 
-// record returns the operations that note a new generation, and remove the one that is too old.
-func (in inputs) record(w change) []kv.Op {
-	value, err := json.Marshal(deployments.History{
+// record returns the entry that notes a new generation.
+func (in inputs) record(w change) *deployments.History {
+	return &deployments.History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
 		Stable:     w.after.Stable,
@@ -87,24 +112,29 @@ func (in inputs) record(w change) []kv.Op {
 		Committed:  in.commit.When,
 		At:         in.now.UTC().Truncate(time.Millisecond),
 		Failed:     in.failedBy(w),
-		Note:       in.noteOf(w),
-	})
+		Note:       in.accepted(w.note),
+	}
+}
+
+// writeHistory returns the operations that put an entry, and remove the one that is too old.
+func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
+	value, err := json.Marshal(h)
 	if err != nil {
 		panic(err) // plain data
 	}
-	ops := []kv.Op{kv.Put(kv.HistoryKey(w.unit, w.after.Generation), value)}
-	if old := w.after.Generation - deployments.HistoryKept; old > 0 {
-		ops = append(ops, kv.Delete(kv.HistoryKey(w.unit, old)))
+	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), value)}
+	if old := h.Generation - deployments.HistoryKept; old > 0 {
+		ops = append(ops, kv.Delete(historyKey(id, old)))
 	}
 	return ops
 }
 
-// noteOf returns what history says of a change.
-func (in inputs) noteOf(w change) string {
+// accepted adds to a note of the history that an operator accepted the commit.
+func (in inputs) accepted(note string) string {
 	if !in.overruled {
-		return w.note
+		return note
 	}
-	return strings.TrimPrefix(w.note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
+	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
 }
 
 // failedBy returns the release that a new generation knows to have failed; zero: none.
@@ -117,4 +147,35 @@ func (in inputs) failedBy(w change) deployments.Digest {
 		return deployments.Digest{}
 	}
 	return was
+}
+
+// historyKey sorts as the generations do.
+func historyKey(id deployments.UnitID, generation int64) string {
+	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
+}
+
+// noteOf says in the history what led to a generation, beside the commit.
+func (in inputs) noteOf(w change, did string) string {
+	who := func(by, reason string) (words string) {
+		if by != "" {
+			words += " by " + clip(by, 100)
+		}
+		if reason != "" {
+			words += ": " + clip(reason, 200)
+		}
+		return words
+	}
+	switch pin := in.pins[w.unit].Value; {
+	case w.note != "":
+		return w.note
+	case w.after.Pinned != nil && w.after.Target != w.before.Target:
+		return "pinned" + who(pin.By, pin.Reason)
+	case w.before.Pinned != nil && w.after.Pinned == nil:
+		return "the pin ended"
+	case w.after.Target != w.before.Target:
+		return ""
+	case w.order.version != 0:
+		return did + who(w.order.By, w.order.Reason)
+	}
+	return did
 }

@@ -253,8 +253,12 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	if err := l.ensureFolders(ctx, seen, now); err != nil {
 		return plan{}, err
 	}
-	if err := l.readHistory(ctx, cells, now); err != nil {
+	if err := l.readHistory(ctx, cells, seen.pins.units, now); err != nil {
 		return plan{}, err
+	}
+	pins := seen.pins.units
+	if !seen.pins.synced {
+		pins = nil
 	}
 	since := seen.fleet.since
 	if seen.fleet.err != nil { // there may be a gap yet
@@ -264,7 +268,7 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	return reconcile(inputs{
 		overruled: commit.Hash == l.acceptance.overruled,
 		commit:    commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
-		history: l.history.newest, fleet: seen.fleet.roles, blind: !seen.fleet.synced, fleetSince: since, ranks: l.ranks,
+		history: l.history.newest, stable: l.history.stable, pins: pins, fleet: seen.fleet.roles, blind: !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied), fleetSince: since, ranks: l.ranks,
 	}), nil
 }
 

@@ -31,6 +31,7 @@ func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
 	if err := l.begin(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	l.observer.pins(kv.View{Synced: true})
 	return l, store
 }
 

@@ -61,6 +61,7 @@ type observedFleet struct {
 // observedPins is what pins/ shows of whole units.
 type observedPins struct {
 	synced bool
+	err    error // why it may be out of date
 	units  map[deployments.UnitID]policy.Value[deployments.Pin]
 }
 
@@ -208,5 +209,8 @@ func (o *observer) pins(v kv.View) {
 		pin, err := deployments.ParsePin(e.Value)
 		units[key.UnitID()] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
 	}
-	o.update(func(now *observed) { now.pins = observedPins{v.Synced, units}; now.sawFolders(kv.PinsPrefix, v) })
+	o.update(func(now *observed) {
+		now.pins = observedPins{v.Synced, v.Err, units}
+		now.sawFolders(kv.PinsPrefix, v)
+	})
 }

@@ -53,8 +53,11 @@ type inputs struct {
 	cells     map[deployments.UnitID]cell
 	own       map[deployments.UnitID]writtenRecord
 	orders    map[deployments.UnitID]order
-	// history has the newest generation of the units whose standing is unknown.
+	// pins are those of whole units. Nil: they can't be read, and nodes follow them by themselves.
+	pins map[deployments.UnitID]policy.Value[deployments.Pin]
+	// history has the newest generation of the units whose standing is unknown, stable what was stable in the last ones.
 	history map[deployments.UnitID]deployments.History
+	stable  map[deployments.UnitID][]deployments.Digest
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
@@ -95,19 +98,29 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	return nodes
 }
 
+// pin returns what pins/ holds for a unit; nil: that can't be read.
+func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
+	if in.pins == nil {
+		return nil
+	}
+	pin := in.pins[id]
+	return &pin
+}
+
 // change is what to write at one unit's key, or at mirror/state if status is set.
 type change struct {
-	status *deployments.MirrorState
-	unit   deployments.UnitID
-	kind   string // as Change.Kind, or "restore", or "none" if only an order is consumed
-	before deployments.Record
-	after  deployments.Record
-	value  []byte // nil: remove the key
-	base   uint64 // the version that it replaces; 0: none
-	note   string
-	reason string // policy.Next's
-	order  order  // what is consumed; its version is 0 if nothing is
-	ops    []kv.Op
+	status  *deployments.MirrorState
+	unit    deployments.UnitID
+	kind    string // as Change.Kind, or "restore", or "none" if only an order is consumed
+	before  deployments.Record
+	after   deployments.Record
+	value   []byte // nil: remove the key
+	base    uint64 // the version that it replaces; 0: none
+	note    string
+	history *deployments.History // the entry of a new generation; nil: none begins
+	reason  string               // policy.Next's
+	order   order                // what is consumed; its version is 0 if nothing is
+	ops     []kv.Op
 }
 
 // plan is what reconcile answers.
@@ -211,7 +224,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	nodes := in.nodes(u.ID)
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
-		Seen: in.seen(), Order: string(o.Verb),
+		Seen: in.seen(), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	w.after, w.reason = step.Record, step.Message
@@ -220,9 +233,6 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	}
 	if more := w.after.Generation - w.before.Generation; more > 0 {
 		w.after.Generation = floor + more
-		if w.note == "" && w.after.Target == w.before.Target {
-			w.note = cmp.Or(step.Did, step.Message)
-		}
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
 	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < absurd && !bytes.Equal(encode(c.record), encode(w.after)) {
@@ -252,7 +262,9 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		return change{}, doNothing, step.Again
 	}
 	if w.after.Generation > floor {
-		w.ops = append(w.ops, in.record(w)...)
+		w.note = in.noteOf(w, cmp.Or(step.Did, step.Message))
+		w.history = in.record(w)
+		w.ops = append(w.ops, writeHistory(w.unit, w.history)...)
 	}
 	return w, doWrite, step.Again
 }

@@ -112,6 +112,65 @@ func TestRollout(t *testing.T) {
 	}
 }
 
+// A unit pin, its end, and the way back to what was stable before go by the budget, and wait for no canary.
+func TestPinsAndReturnsKeepTheBudgetWithoutGates(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	file := func(release string) map[string]string {
+		return map[string]string{"prod/web/app.yaml": unitFile(release) + gradual}
+	}
+	m.at(o.Push(file("app/1")))
+	h := newHerd(t, m, 6)
+	done := func(release string) func(deployments.Record) bool {
+		return func(r deployments.Record) bool {
+			return r.Rollout == nil && r.Target == pointer(release) && len(h.runs) == 6
+		}
+	}
+	ungated := func(release string) func(deployments.Record) bool {
+		return func(r deployments.Record) bool {
+			if r.Rollout != nil && r.Rollout.Phase == deployments.PhaseCanary {
+				t.Fatalf("canaries go first: %+v", r.Rollout)
+			}
+			return done(release)(r)
+		}
+	}
+	h.until(deployments.Digest{}, 6, done("app/1"))
+	o.Push(file("app/2"))
+	h.until(deployments.Digest{}, 2, done("app/2"))
+
+	put(t, m.store, "pins/prod/web/app", `{"release": "`+pointer("app/0").String()+`", "by": "ada", "reason": "2 leaks"}`)
+	m.runs("prod/web/app", "app/0")
+	h.until(deployments.Digest{}, 2, ungated("app/0"))
+	if err := m.store.Commit(t.Context(), nil, kv.Delete("pins/prod/web/app")); err != nil {
+		t.Fatal(err)
+	}
+	m.runs("prod/web/app", "app/2")
+	h.until(deployments.Digest{}, 2, ungated("app/2"))
+
+	o.Push(file("app/1"))
+	m.runs("prod/web/app", "app/1")
+	r, _ := h.until(deployments.Digest{}, 2, ungated("app/1"))
+
+	var notes []string
+	entries, err := m.store.List(t.Context(), "history/prod/web/app/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		past, err := deployments.ParseHistory(e.Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if past.Note != "" {
+			notes = append(notes, past.Note)
+		}
+	}
+	if want := []string{"pinned by ada: 2 leaks", "the pin ended"}; !slices.Equal(notes, want) {
+		t.Errorf("of %d generations the history says %q, want %q", r.Generation, notes, want)
+	}
+}
+
 func TestFailureRollsBack(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -116,8 +116,11 @@ func (l *leader) noteWritten(w change, now time.Time) {
 		return
 	}
 	l.written.records[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now}
-	if w.value == nil {
+	switch {
+	case w.value == nil:
 		l.history.forget(w.unit)
+	case w.history != nil && l.history.read[w.unit.RoleID()]:
+		l.history.add(w.unit, *w.history)
 	}
 	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target,
 		"generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
