@@ -66,6 +66,7 @@ type certificates struct {
 }
 
 // follow makes every TLS connection of t's use the certificates of that moment. An error is that of the files now.
+// Through an HTTP proxy the transport dials by itself, with the certificates of the start.
 func (c *certificates) follow(t *http.Transport) (err error) {
 	if c.last, err = api.SetupTLSConfig(&c.files); err != nil {
 		return err
