@@ -58,12 +58,18 @@ var webApp = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 // newWorld starts Consul, S3 and Git; mirror and agents are the test's to start.
 func newWorld(t testing.TB, nodes ...string) *world {
 	t.Helper()
+	return newWorldOn(t, kvtest.ConsulOptions{ACL: true, Clients: nodes})
+}
+
+// newWorldOn starts a Consul of another kind.
+func newWorldOn(t testing.TB, consul kvtest.ConsulOptions) *world {
+	t.Helper()
 	w := &world{t: t, dir: t.TempDir(), processes: map[string]*process{}, tokens: map[string]string{}}
 	// Three servers to start: side by side.
 	var wg sync.WaitGroup
 	wg.Go(func() { w.s3 = objecttest.Start(t) })
 	wg.Go(func() { w.git = newGitHost(t) })
-	w.consul = kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: nodes})
+	w.consul = kvtest.StartConsul(t, consul)
 	wg.Wait()
 	w.objects = w.s3.Client()
 	w.store = w.consul.Open(w.consul.RootToken)
