@@ -116,7 +116,8 @@ func summarize(in *inputs, st state) summary {
 			x.inflight = !final && (busy(u) || x.told && (on && !x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && (on && !x.admitted || strays(&r, u)) {
 				x.settled = true // it goes in its own turn
-				v.waiting = append(v.waiting, &x)
+				waits := x       // only these are worth an allocation
+				v.waiting = append(v.waiting, &waits)
 			}
 		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()): // or its own configuration forbids the target
 			x.settled = true
@@ -136,7 +137,8 @@ func summarize(in *inputs, st state) summary {
 			x.settled = there
 			x.inflight = !there && !final && (busy(u) || x.told && (x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && !there && (x.admitted || strays(&r, u)) {
-				v.waiting = append(v.waiting, &x)
+				waits := x // only these are worth an allocation
+				v.waiting = append(v.waiting, &waits)
 			}
 		}
 		if x.inflight {
