@@ -19,7 +19,8 @@ type Keyring struct{ keys openpgp.EntityList }
 // Len is how many keys may sign.
 func (k Keyring) Len() int { return len(k.keys) }
 
-// ParseKeyring reads armoured blocks of public keys, as `gpg --armor --export` prints them, one after the other.
+// ParseKeyring reads armoured blocks of public keys, as `gpg --armor --export` prints them, one
+// after the other.
 func ParseKeyring(data []byte) (Keyring, error) {
 	const begin = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 	var k Keyring
@@ -37,8 +38,9 @@ func ParseKeyring(data []byte) (Keyring, error) {
 	return k, nil
 }
 
-// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the name of who made it. A key must
-// neither have expired nor be revoked now. SHA-1 and older digests count for nothing, nor do RSA keys below minRSA.
+// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the
+// name of who made it. A key must neither have expired nor be revoked now. SHA-1 and older digests
+// count for nothing, nor do RSA keys below minRSA.
 func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who string, err error) {
 	signer, err := k.verify(payload, signature, now)
 	if err != nil {

@@ -30,7 +30,8 @@ func TestWeakSignaturesDoNotCount(t *testing.T) {
 		"RSA of 2048 bits with SHA-256": {2048, crypto.SHA256, ""},
 		"RSA of 1024 bits":              {1024, crypto.SHA256, "1024 bits"},
 	} {
-		key, err := openpgp.NewEntity("Ada", "", "ada@example.com", &packet.Config{RSABits: c.bits, Algorithm: packet.PubKeyAlgoRSA})
+		key, err := openpgp.NewEntity("Ada", "", "ada@example.com", &packet.Config{RSABits: c.bits,
+			Algorithm: packet.PubKeyAlgoRSA})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -39,7 +40,8 @@ func TestWeakSignaturesDoNotCount(t *testing.T) {
 		if err := errors.Join(err, key.Serialize(w), w.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if err := openpgp.ArmoredDetachSign(&signature, key, strings.NewReader(payload), &packet.Config{DefaultHash: c.hash}); err != nil {
+		if err := openpgp.ArmoredDetachSign(&signature, key, strings.NewReader(payload),
+			&packet.Config{DefaultHash: c.hash}); err != nil {
 			t.Fatal(err)
 		}
 		keys, err := ParseKeyring(public.Bytes())
@@ -47,7 +49,8 @@ func TestWeakSignaturesDoNotCount(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = keys.VerifyCommit([]byte(payload), signature.Bytes(), time.Now())
-		if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, ErrUntrusted) || !strings.Contains(err.Error(), c.says)) {
+		if c.says == "" && err != nil || c.says != "" && (!errors.Is(err, ErrUntrusted) ||
+			!strings.Contains(err.Error(), c.says)) {
 			t.Errorf("OpenPGP, %s: %v", name, err)
 		}
 	}
@@ -92,7 +95,8 @@ func TestSHA1DoesNotCount(t *testing.T) {
 		}
 	})
 	gpg := func(in string, args ...string) []byte {
-		return run(in, "gpg", append([]string{"--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
+		return run(in, "gpg", append([]string{"--batch", "--quiet", "--passphrase", "", "--pinentry-mode",
+			"loopback"}, args...)...)
 	}
 	gpg("", "--quick-gen-key", "Ada <ada@example.com>", "rsa2048", "sign", "never")
 	keys, err := ParseKeyring(gpg("", "--armor", "--export"))

@@ -91,7 +91,8 @@ func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
 			}
 		}
 		if len(files) == 0 {
-			return nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name a file with --known-hosts", e.Host)
+			return nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name "+
+				"a file with --known-hosts", e.Host)
 		}
 	}
 	known, err := gitssh.NewKnownHostsDb(files...)
@@ -121,7 +122,8 @@ func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own for the mirror, or an SSH agent", a.sshKey)
+		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own "+
+			"for the mirror, or an SSH agent", a.sshKey)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
@@ -143,7 +145,8 @@ func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 		case !errors.As(err, &mismatch):
 			return err
 		case len(mismatch.Want) == 0:
-			return &hostKeyError{fmt.Sprintf("%s is not in %s: make sure that its key is %s, then add it (ssh-keyscan prints it)",
+			return &hostKeyError{fmt.Sprintf("%s is not in %s: make sure that its key is %s, then add it "+
+				"(ssh-keyscan prints it)",
 				host, strings.Join(files, " or "), ssh.FingerprintSHA256(key))}
 		default:
 			return &hostKeyError{fmt.Sprintf("the key of %s is not the one in %s:%d: it is %s, and somebody may be listening in",

@@ -17,7 +17,8 @@ func TestSplitSignature(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ name, raw, payload, signature string }{
 		{"none", "tree 1\nauthor a\n\nmessage\n", "tree 1\nauthor a\n\nmessage\n", ""},
-		{"one", "tree 1\ngpgsig -----BEGIN\n line\n \n -----END\nencoding x\n\nmessage\n", "tree 1\nencoding x\n\nmessage\n", "-----BEGIN\nline\n\n-----END\n"},
+		{"one", "tree 1\ngpgsig -----BEGIN\n line\n \n -----END\nencoding x\n\nmessage\n",
+			"tree 1\nencoding x\n\nmessage\n", "-----BEGIN\nline\n\n-----END\n"},
 		{"the last header", "tree 1\ngpgsig A\n B\n\nmessage", "tree 1\n\nmessage", "A\nB\n"},
 		{"in the message", "tree 1\n\ngpgsig A\n B\n", "tree 1\n\ngpgsig A\n B\n", ""},
 		{"a second one is what was signed", "tree 1\ngpgsig A\ngpgsig B\n\nm", "tree 1\ngpgsig B\n\nm", "A\n"},
@@ -63,7 +64,8 @@ func TestSplitSignatureAsGitSigns(t *testing.T) {
 	}
 	gittest.WriteFile(t, filepath.Join(dir, "signature"), string(signature))
 	verify := func(payload []byte) error {
-		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", filepath.Join(dir, "signers"), "-I", "ada@example.com", "-n", "git", "-s", filepath.Join(dir, "signature"))
+		cmd := exec.Command("ssh-keygen", "-Y", "verify", "-f", filepath.Join(dir, "signers"), "-I",
+			"ada@example.com", "-n", "git", "-s", filepath.Join(dir, "signature"))
 		cmd.Stdin = bytes.NewReader(payload)
 		return cmd.Run()
 	}
@@ -125,7 +127,8 @@ func TestDescends(t *testing.T) {
 		from, to string
 		want     bool
 	}{
-		{root, root, true}, {root, tip, true}, {side, merge, true}, {left, merge, true}, {old, tip, true}, {merge, tip, true}, {side, tip, true},
+		{root, root, true}, {root, tip, true}, {side, merge, true}, {left, merge, true}, {old, tip, true}, {merge,
+			tip, true}, {side, tip, true},
 		{tip, root, false}, {left, side, false}, {merge, side, false}, {strings.Repeat("1", 40), tip, false},
 	} {
 		got, err := from.Descends(t.Context(), c.from, c.to)

@@ -34,12 +34,14 @@ type installationToken struct {
 
 // app reads the configuration; nil: there is none.
 func (a access) app(host string) (*githubApp, error) {
-	app := githubApp{a.env("KEDGE_GITHUB_APP_ID"), a.env("KEDGE_GITHUB_APP_INSTALLATION"), a.env("KEDGE_GITHUB_APP_KEY_FILE"), a.env("KEDGE_GITHUB_API")}
+	app := githubApp{a.env("KEDGE_GITHUB_APP_ID"), a.env("KEDGE_GITHUB_APP_INSTALLATION"),
+		a.env("KEDGE_GITHUB_APP_KEY_FILE"), a.env("KEDGE_GITHUB_API")}
 	if app == (githubApp{}) {
 		return nil, nil
 	}
 	if app.id == "" || app.installation == "" || app.keyFile == "" {
-		return nil, errors.New("a GitHub App takes KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE")
+		return nil, errors.New("a GitHub App takes KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and " +
+			"KEDGE_GITHUB_APP_KEY_FILE")
 	}
 	switch {
 	case app.api != "":
@@ -61,7 +63,8 @@ func (a *githubApp) jwt(now time.Time) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("KEDGE_GITHUB_APP_KEY_FILE: %s: %w", a.keyFile, err)
 	}
-	claims, err := json.Marshal(map[string]any{"iss": a.id, "iat": now.Add(-time.Minute).Unix(), "exp": now.Add(9 * time.Minute).Unix()})
+	claims, err := json.Marshal(map[string]any{"iss": a.id, "iat": now.Add(-time.Minute).Unix(),
+		"exp": now.Add(9 * time.Minute).Unix()})
 	if err != nil {
 		return "", err
 	}
@@ -101,7 +104,8 @@ func (a *githubApp) makeToken(ctx context.Context, client *http.Client, now time
 		return token, err
 	}
 	address := strings.TrimRight(a.api, "/") + "/app/installations/" + a.installation + "/access_tokens"
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address, bytes.NewReader([]byte(`{"permissions":{"contents":"read"}}`)))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, address,
+		bytes.NewReader([]byte(`{"permissions":{"contents":"read"}}`)))
 	if err != nil {
 		return token, err
 	}

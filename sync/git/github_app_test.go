@@ -19,7 +19,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// The mirror makes an installation token by the app's key, fetches with it, makes the next before it ends, and a new one when it is refused.
+// The mirror makes an installation token by the app's key, fetches with it, makes the next before
+// it ends, and a new one when it is refused.
 func TestGitHubApp(t *testing.T) {
 	t.Parallel()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)
@@ -27,7 +28,8 @@ func TestGitHubApp(t *testing.T) {
 		t.Fatal(err)
 	}
 	keyFile := filepath.Join(t.TempDir(), "app.pem")
-	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)})))
+	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY",
+		Bytes: x509.MarshalPKCS1PrivateKey(key)})))
 	h := gittest.ServeHTTPS(t, gittest.New(t))
 	made, good := 0, ""
 	front(h, func(w http.ResponseWriter, r *http.Request, asked []byte) bool {
@@ -38,18 +40,21 @@ func TestGitHubApp(t *testing.T) {
 			return false
 		}
 		issuer, err := checkJWT(&key.PublicKey, strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
-		if err != nil || issuer != "Iv1.app" || r.Method != http.MethodPost || !strings.Contains(string(asked), `"contents":"read"`) {
+		if err != nil || issuer != "Iv1.app" || r.Method != http.MethodPost || !strings.Contains(string(asked),
+			`"contents":"read"`) {
 			http.Error(w, fmt.Sprintf(`{"message":"A JSON web token could not be decoded: %v"}`, err), http.StatusUnauthorized)
 			return true
 		}
 		made++
 		good = fmt.Sprint("ghs_", made)
 		w.WriteHeader(http.StatusCreated)
-		fmt.Fprintf(w, `{"token":%q,"expires_at":%q,"permissions":{"contents":"read"}}`, good, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+		fmt.Fprintf(w, `{"token":%q,"expires_at":%q,"permissions":{"contents":"read"}}`, good,
+			time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
 		return true
 	})
 	base, _, _ := strings.Cut(h.URL, "/deployments")
-	b := openBranch(t, Config{Repo: h.URL, Branch: "main", Env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GITHUB_APP_ID", "Iv1.app",
+	b := openBranch(t, Config{Repo: h.URL, Branch: "main", Env: env("GIT_SSL_CAINFO", h.CAFile,
+		"KEDGE_GITHUB_APP_ID", "Iv1.app",
 		"KEDGE_GITHUB_APP_INSTALLATION", "42", "KEDGE_GITHUB_APP_KEY_FILE", keyFile, "KEDGE_GITHUB_API", base+"/api/v3/")})
 	tokens := func(want int, what string) {
 		t.Helper()
@@ -73,12 +78,14 @@ func TestGitHubApp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(other)})))
+	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY",
+		Bytes: x509.MarshalPKCS1PrivateKey(other)})))
 	b.(*remoteRepo).token = installationToken{}
 	fails(t, b, "another key", "token of GitHub App Iv1.app", "could not be decoded")
 	gittest.WriteFile(t, keyFile, "no key")
 	fails(t, b, "a file without a key", "KEDGE_GITHUB_APP_KEY_FILE")
-	half := openBranch(t, Config{Repo: h.URL, Branch: "main", Env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GITHUB_APP_ID", "1")})
+	half := openBranch(t, Config{Repo: h.URL, Branch: "main", Env: env("GIT_SSL_CAINFO", h.CAFile,
+		"KEDGE_GITHUB_APP_ID", "1")})
 	fails(t, half, "half a configuration", "KEDGE_GITHUB_APP_INSTALLATION")
 }
 

@@ -27,7 +27,8 @@ func TestClonesThatLackObjects(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	if _, err := in.Descends(t.Context(), first, second); err == nil || !strings.Contains(err.Error(), "git fetch --unshallow") {
+	if _, err := in.Descends(t.Context(), first, second); err == nil || !strings.Contains(err.Error(),
+		"git fetch --unshallow") {
 		t.Errorf("the history of a shallow clone: %v", err)
 	}
 	if _, err := LoadAt(t.Context(), partial, "main", ""); err == nil || !strings.Contains(err.Error(), "partial clone") {
@@ -40,7 +41,8 @@ func TestClonesThatLackObjects(t *testing.T) {
 func TestRepositoriesOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
-	other := &gittest.Origin{TB: t, Bare: filepath.Join(t.TempDir(), "other.git"), Work: filepath.Join(t.TempDir(), "work")}
+	other := &gittest.Origin{TB: t, Bare: filepath.Join(t.TempDir(), "other.git"),
+		Work: filepath.Join(t.TempDir(), "work")}
 	other.Git("", "init", "-q", "--bare", "--object-format=sha256", "-b", "main", other.Bare)
 	other.Git("", "init", "-q", "--object-format=sha256", "-b", "main", other.Work)
 	other.Git(other.Work, "remote", "add", "origin", other.Bare)
@@ -54,10 +56,12 @@ func TestRepositoriesOfAnotherKind(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	o.Git(o.Work, "push", "-q", "origin", "HEAD:refs/heads/master", "HEAD:refs/heads/team/live")
 	h = gittest.ServeHTTPS(t, o)
-	for where, repo := range map[string]string{"over HTTP": h.URL, "over HTTP, with a slash": h.URL + "/", "on disk": o.Bare} {
+	for where, repo := range map[string]string{"over HTTP": h.URL, "over HTTP, with a slash": h.URL + "/",
+		"on disk": o.Bare} {
 		variables := env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile)
 		fails(t, openBranch(t, Config{Repo: repo, Branch: "mian", Env: variables}), "a branch "+where,
 			"no such branch: mian", "which has main, master, team/live")
-		reads(t, openBranch(t, Config{Repo: repo, Branch: "refs/heads/team/live", Env: variables}), o.Git(o.Work, "rev-parse", "HEAD"))
+		reads(t, openBranch(t, Config{Repo: repo, Branch: "refs/heads/team/live", Env: variables}), o.Git(o.Work,
+			"rev-parse", "HEAD"))
 	}
 }

@@ -81,7 +81,8 @@ func (o *Objects) lacking() string {
 		if _, err := os.Stat(filepath.Join(root, "shallow")); err == nil {
 			return "it is a shallow clone: git fetch --unshallow brings the rest"
 		}
-		if promised, err := filepath.Glob(filepath.Join(root, "objects", "pack", "*.promisor")); err == nil && len(promised) > 0 {
+		if promised, err := filepath.Glob(filepath.Join(root, "objects", "pack", "*.promisor")); err == nil &&
+			len(promised) > 0 {
 			return "it is a partial clone: mirror one that was made without --filter"
 		}
 	}
@@ -221,7 +222,8 @@ func checkFormat(gitDir string) error {
 		return fmt.Errorf("repository %s has the object format %s: only sha1 can be mirrored", gitDir, format)
 	}
 	if refs := extensions.Option("refstorage"); refs != "" && !strings.EqualFold(refs, "files") {
-		return fmt.Errorf("repository %s keeps its refs as %s: only files can be mirrored (git refs migrate --ref-format=files)", gitDir, refs)
+		return fmt.Errorf("repository %s keeps its refs as %s: only files can be mirrored (git refs migrate "+
+			"--ref-format=files)", gitDir, refs)
 	}
 	return nil
 }

@@ -20,7 +20,8 @@ const maxObject = maxTree
 type objectTooLarge struct{ size int64 }
 
 func (e *objectTooLarge) Error() string {
-	return fmt.Sprintf("the branch, or its history, has an object of %d bytes, and at most %d are fetched: take the commit that brought it out of the branch "+
+	return fmt.Sprintf("the branch, or its history, has an object of %d bytes, and at most %d are fetched: "+
+		"take the commit that brought it out of the branch "+
 		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, maxObject)
 }
 

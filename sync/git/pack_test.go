@@ -81,13 +81,16 @@ func TestCheckPack(t *testing.T) {
 		"a delta without sizes":          {packOf(t, 2, blob(10), raw()), -1},
 		"a delta without a target":       {packOf(t, 2, blob(10), raw(10)), -1},
 		"a delta's endless size":         {packOf(t, 2, blob(10), raw(bytes.Repeat([]byte{0x80}, 50)...)), -1},
-		"less than a delta says":         {packOf(t, 2, blob(10), packed(6, 50, baseSize, strings.NewReader("\x0a\x0a\x90\x0a"))), -1},
-		"fewer objects than it says":     {packOf(t, 3, blob(1)), -1},
-		"more than it says":              {packOf(t, 1, blob(1), blob(most+1)), -1},
-		"more than an object says":       {packOf(t, 1, packed(3, 5, 0, strings.NewReader("0123456789"))), -1},
-		"less than an object says":       {packOf(t, 1, packed(3, 50, 0, strings.NewReader("0123456789"))), -1},
-		"an object that never comes":     {io.MultiReader(strings.NewReader("PACK\x00\x00\x00\x02\x00\x00\x00\x01\xbf\x80\x80\x80\x80\x01"), iotest.ErrReader(errors.New("it was read"))), 15 + 1<<32},
-		"no pack":                        {strings.NewReader("hello, this is no pack at all"), -1},
+		"less than a delta says": {packOf(t, 2, blob(10), packed(6, 50, baseSize,
+			strings.NewReader("\x0a\x0a\x90\x0a"))), -1},
+		"fewer objects than it says": {packOf(t, 3, blob(1)), -1},
+		"more than it says":          {packOf(t, 1, blob(1), blob(most+1)), -1},
+		"more than an object says":   {packOf(t, 1, packed(3, 5, 0, strings.NewReader("0123456789"))), -1},
+		"less than an object says":   {packOf(t, 1, packed(3, 50, 0, strings.NewReader("0123456789"))), -1},
+		"an object that never comes": {io.MultiReader(
+			strings.NewReader("PACK\x00\x00\x00\x02\x00\x00\x00\x01\xbf\x80\x80\x80\x80\x01"),
+			iotest.ErrReader(errors.New("it was read"))), 15 + 1<<32},
+		"no pack": {strings.NewReader("hello, this is no pack at all"), -1},
 	} {
 		// A connection gives what it likes.
 		err := checkPack(iotest.OneByteReader(c.pack), most)

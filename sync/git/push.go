@@ -87,7 +87,8 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 		}
 	}
 	var dirs []string
-	for _, d := range append([]string{env("GIT_QUARANTINE_PATH"), env("GIT_OBJECT_DIRECTORY")}, filepath.SplitList(env("GIT_ALTERNATE_OBJECT_DIRECTORIES"))...) {
+	for _, d := range append([]string{env("GIT_QUARANTINE_PATH"), env("GIT_OBJECT_DIRECTORY")},
+		filepath.SplitList(env("GIT_ALTERNATE_OBJECT_DIRECTORIES"))...) {
 		if d != "" {
 			dirs = append(dirs, within(repoDir, d))
 		}

@@ -34,7 +34,8 @@ func TestLoadAt(t *testing.T) {
 			t.Errorf("%s %s: %v", c.path, c.rev, err)
 			continue
 		}
-		if commit.Hash != c.hash || commit.Author != "Ada <ada@example.com>" || commit.Subject != "Deploy" || len(commit.Tree.Units) != 1 || commit.Tree.Units[0].Release != pointer(c.release) {
+		if commit.Hash != c.hash || commit.Author != "Ada <ada@example.com>" || commit.Subject != "Deploy" ||
+			len(commit.Tree.Units) != 1 || commit.Tree.Units[0].Release != pointer(c.release) {
 			t.Errorf("%s %s: %+v, %+v", c.path, c.rev, commit, commit.Tree.Units)
 		}
 	}
@@ -47,7 +48,8 @@ func TestLoadAt(t *testing.T) {
 			t.Errorf("revision %q was found", rev)
 		}
 	}
-	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD", ""); err == nil || !strings.Contains(err.Error(), "not in a Git repository") {
+	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD", ""); err == nil || !strings.Contains(err.Error(),
+		"not in a Git repository") {
 		t.Errorf("no repository: %v", err)
 	}
 }

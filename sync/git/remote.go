@@ -67,7 +67,8 @@ type remoteRepo struct {
 	held      io.Closer // of a temporary dir
 }
 
-func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string, log *slog.Logger) (*remoteRepo, error) {
+func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string,
+	log *slog.Logger) (*remoteRepo, error) {
 	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
 		address = trimmed // with it go-git would ask for PATH//info/refs
 	}
@@ -78,7 +79,8 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	switch endpoint.Protocol {
 	case "https":
 		if endpoint.User != "" || endpoint.Password != "" {
-			return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and KEDGE_GIT_TOKEN", redact(address))
+			return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
+				"KEDGE_GIT_TOKEN", redact(address))
 		}
 	case "http":
 		if ip := net.ParseIP(endpoint.Host); endpoint.Host != "localhost" && (ip == nil || !ip.IsLoopback()) {
@@ -92,9 +94,11 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 			endpoint.User = "git"
 		}
 	default:
-		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address), endpoint.Protocol)
+		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address),
+			endpoint.Protocol)
 	}
-	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch, every: every, log: log,
+	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch,
+		every: every, log: log,
 		hung: make(chan struct{}, maxHung), stall: stallTimeout}
 	if cacheDir == "" {
 		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
@@ -108,7 +112,8 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 	}
 	r.dir = cacheDir
 	r.cache = r.kept()
-	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} { // by a mirror that was killed while it fetched
+	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} {
+		// A mirror that was killed while it fetched left them.
 		left, _ := filepath.Glob(filepath.Join(cacheDir, cut))
 		for _, name := range left {
 			if err := os.RemoveAll(name); err != nil {
@@ -127,7 +132,8 @@ func (r *remoteRepo) kept() string {
 		return ""
 	}
 	c, err := kept.Config()
-	if err != nil || c.Remotes["origin"] == nil || len(c.Remotes["origin"].URLs) != 1 || c.Remotes["origin"].URLs[0] != r.address {
+	if err != nil || c.Remotes["origin"] == nil || len(c.Remotes["origin"].URLs) != 1 ||
+		c.Remotes["origin"].URLs[0] != r.address {
 		return ""
 	}
 	return name
@@ -212,7 +218,10 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 }
 
 func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string, error) {
-	return patient(ctx, r, listTimeout, func(ctx context.Context) (map[string]string, error) { return r.heads(ctx, prefix) })
+	return patient(ctx, r, listTimeout, func(ctx context.Context) (map[string]string,
+		error) {
+		return r.heads(ctx, prefix)
+	})
 }
 
 // noBranch names the branches that are there.
@@ -276,7 +285,10 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	said := &counter{}
-	go endStalled(ctx, r.stall, cancel, func() int64 { return said.n.Load() + sizeOf(filepath.Join(dir, "objects", "pack")) })
+	go endStalled(ctx, r.stall, cancel, func() int64 {
+		return said.n.Load() + sizeOf(filepath.Join(dir,
+			"objects", "pack"))
+	})
 	_, err := patient(ctx, r, fetchTimeout, func(ctx context.Context) (struct{}, error) {
 		return struct{}{}, r.fetchOnce(ctx, dir, said)
 	})
@@ -349,7 +361,8 @@ const maxHaves = 64
 // request asks for want, by what is there already. Every server knows multi_ack, and Azure DevOps
 // and AWS CodeCommit insist on it, though go-git takes it out of what servers offer. Blobs that
 // nobody would read stay away where the server can leave them out.
-func (r *remoteRepo) request(offered *capability.List, want plumbing.Hash, have *filesystem.Storage) *packp.UploadPackRequest {
+func (r *remoteRepo) request(offered *capability.List, want plumbing.Hash,
+	have *filesystem.Storage) *packp.UploadPackRequest {
 	req := packp.NewUploadPackRequestFromCapabilities(offered)
 	req.Wants = []plumbing.Hash{want}
 	_ = req.Capabilities.Set(capability.MultiACK) // it takes no argument that could be wrong
@@ -415,7 +428,8 @@ var errHung = errors.New("the server does not answer")
 
 // patient runs f, but waits no longer than timeout, nor beyond ctx: go-git's ssh looks at neither
 // while it reads.
-func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f func(context.Context) (T, error)) (T, error) {
+func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f func(context.Context) (T,
+	error)) (T, error) {
 	type result struct {
 		value T
 		err   error
@@ -451,7 +465,9 @@ func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f
 func isRemoteFault(err error) bool {
 	return errors.Is(err, errHung) || errors.Is(err, errStalled) || errors.Is(err, context.DeadlineExceeded) ||
 		errors.As(err, new(net.Error)) || errors.As(err, new(*url.Error)) || errors.As(err, new(*hostKeyError)) ||
-		errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*Refusal)) || errors.As(err, new(*plumbing.UnexpectedError)) || errors.Is(err, transport.ErrRepositoryNotFound) || errors.Is(err, transport.ErrEmptyRemoteRepository) ||
+		errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*Refusal)) || errors.As(err,
+		new(*plumbing.UnexpectedError)) || errors.Is(err, transport.ErrRepositoryNotFound) ||
+		errors.Is(err, transport.ErrEmptyRemoteRepository) ||
 		errors.Is(err, transport.ErrAuthenticationRequired) || errors.Is(err, transport.ErrAuthorizationFailed)
 }
 

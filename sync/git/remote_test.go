@@ -30,7 +30,8 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	if got, err := r.Head(t.Context()); err != nil || got != head {
 		t.Fatalf("head %v, %v", got, err)
 	}
-	if other, err := newRemoteRepo("https://git.example.com/other.git", "main", time.Minute, a, cache, r.log); err != nil || other.cache != "" {
+	if other, err := newRemoteRepo("https://git.example.com/other.git", "main", time.Minute, a, cache,
+		r.log); err != nil || other.cache != "" {
 		t.Errorf("the cache of another repository is taken: %v, %v", other, err)
 	}
 	packs := filepath.Join(cache, cacheName, "objects", "pack")
@@ -86,7 +87,8 @@ func TestHalfAPack(t *testing.T) {
 		r.stall = time.Second
 		for range 2 {
 			began := time.Now()
-			if _, err := r.Head(t.Context()); err == nil || hang && !errors.Is(err, errStalled) { // without hang a machine that is busy may stall as well
+			// Without hang a machine that is busy may stall as well.
+			if _, err := r.Head(t.Context()); err == nil || hang && !errors.Is(err, errStalled) {
 				t.Errorf("half a pack, hangs %v: %v", hang, err)
 			}
 			if took := time.Since(began); took > 10*time.Second {
@@ -120,7 +122,12 @@ func TestAddressesThatAreRefused(t *testing.T) {
 	}
 	for address, local := range map[string]bool{
 		"/srv/git/deployments.git": true, "deployments.git": true, "./a:b": true, "file:///srv/git": true,
-		"git@git.example.com:deployments.git": false, "git.example.com:deployments.git": false, "git.example.com:/srv/git/x": false, "git@git.example.com:/srv/git/x": false, "ssh://git@git.example.com/x": false, "https://git.example.com/x": false,
+		"git@git.example.com:deployments.git": false,
+		"git.example.com:deployments.git":     false,
+		"git.example.com:/srv/git/x":          false,
+		"git@git.example.com:/srv/git/x":      false,
+		"ssh://git@git.example.com/x":         false,
+		"https://git.example.com/x":           false,
 	} {
 		if _, got := localPath(address); got != local {
 			t.Errorf("%s: local %v, want %v", address, got, local)

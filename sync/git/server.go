@@ -69,12 +69,13 @@ func (e *Refusal) Error() string {
 // hint says what to do about it, to who asked address.
 func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && asked.Host != e.Host {
-		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address there)", asked.Host, e.Host)
+		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+
+			"there)", asked.Host, e.Host)
 	}
 	switch e.Status {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		if app {
-			return " (the GitHub App's key must be its own, and its installation cover the repository, with leave to read contents)"
+			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
 		}
 		return " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case http.StatusNotFound:

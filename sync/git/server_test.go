@@ -74,7 +74,8 @@ func fails(t *testing.T, b Branch, what string, words ...string) error {
 			t.Errorf("%s: %v, without %q", what, err, w)
 		}
 	}
-	if err != nil && (strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "s3cret") || len(err.Error()) > 1000) {
+	if err != nil && (strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "s3cret") ||
+		len(err.Error()) > 1000) {
 		t.Errorf("%s: it isn't one line of some hundred bytes, or tells the secret: %v", what, err)
 	}
 	return err
@@ -140,13 +141,19 @@ func TestServersOwnWords(t *testing.T) {
 		kind, text string
 		words      []string
 	}{
-		"a bad request":    {400, "text/plain", "TF401041:\n the client is\ttoo old\n", []string{"status code 400: TF401041: the client is too old"}},
-		"who are you":      {401, "text/plain", "token s3cret has expired", []string{"token ... has expired", "KEDGE_GIT_TOKEN"}},
-		"not for you":      {403, "text/html", "<html><head><title>\nSSO\nrequired</title></head>", []string{"403: SSO required", "KEDGE_GIT_TOKEN"}},
-		"not there":        {404, "text/plain", "Repository not found.", []string{"Repository not found.", "may not be seen"}},
+		"a bad request": {400, "text/plain", "TF401041:\n the client is\ttoo old\n",
+			[]string{"status code 400: TF401041: the client is too old"}},
+		"who are you": {401, "text/plain", "token s3cret has expired", []string{"token ... has expired",
+			"KEDGE_GIT_TOKEN"}},
+		"not for you": {403, "text/html", "<html><head><title>\nSSO\nrequired</title></head>",
+			[]string{"403: SSO required", "KEDGE_GIT_TOKEN"}},
+		"not there": {404, "text/plain", "Repository not found.", []string{"Repository not found.",
+			"may not be seen"}},
 		"a page of a book": {502, "text/plain", strings.Repeat("words ", 10_000), []string{"502: words words"}},
-		"a login page":     {200, "text/html; charset=utf-8", "<!doctype html><title>Sign in</title>", []string{"page for people", "Sign in", "login page"}},
-		"an error line":    {200, "application/x-git-upload-pack-advertisement", "001e# service=git-upload-pack\n00000022ERR the repository is archived", []string{"the repository is archived"}},
+		"a login page": {200, "text/html; charset=utf-8", "<!doctype html><title>Sign in</title>",
+			[]string{"page for people", "Sign in", "login page"}},
+		"an error line": {200, "application/x-git-upload-pack-advertisement",
+			"001e# service=git-upload-pack\n00000022ERR the repository is archived", []string{"the repository is archived"}},
 	} {
 		front(h, answer(c.status, c.kind, c.text))
 		fails(t, b, what, c.words...)
@@ -246,8 +253,9 @@ func TestRedirects(t *testing.T) {
 		}
 		return false
 	})
-	moved := openBranch(t, Config{Repo: strings.Replace(h.URL, "/deployments.git", "/old/deployments.git", 1), Branch: "main",
-		Env: env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile)})
+	moved := openBranch(t, Config{Repo: strings.Replace(h.URL, "/deployments.git", "/old/deployments.git", 1),
+		Branch: "main",
+		Env:    env("KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret", "GIT_SSL_CAINFO", h.CAFile)})
 	reads(t, moved, head)
 	reads(t, moved, head)
 }
@@ -257,7 +265,8 @@ func TestClientCertificates(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	h := gittest.ServeHTTPS(t, gittest.New(t), func(s *httptest.Server) {
-		s.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert, VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
+		s.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert, VerifyPeerCertificate: func(raw [][]byte,
+			_ [][]*x509.Certificate) error {
 			c, err := x509.ParseCertificate(raw[0])
 			if err == nil && c.SerialNumber.Int64() != 2 {
 				err = errors.New("revoked")
@@ -282,7 +291,8 @@ func clientCertificate(t *testing.T, certFile, keyFile string, serial int64) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(serial), NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour)}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
 		t.Fatal(err)
@@ -303,7 +313,8 @@ func TestLargeForeignObjects(t *testing.T) {
 	large := strings.Repeat("x", maxObject+1)
 	b := openHTTPS(t, h)
 	for i := range 3 {
-		c := reads(t, b, h.Push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i)), "docs/film.mov": large + fmt.Sprint(i)}))
+		c := reads(t, b, h.Push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i)),
+			"docs/film.mov": large + fmt.Sprint(i)}))
 		if c.Tree.Units[0].Release != pointer(fmt.Sprint("app/", i)) {
 			t.Errorf("units %+v", c.Tree.Units)
 		}

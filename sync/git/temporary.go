@@ -14,7 +14,8 @@ const (
 	lockFile        = "lock"
 )
 
-// temporaryDir makes a directory in parent, which is ours until held is closed, and removes those that mirrors left which were killed.
+// temporaryDir makes a directory in parent, which is ours until held is closed, and removes those
+// that mirrors left which were killed.
 func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
 	for _, name := range left {
@@ -30,8 +31,8 @@ func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	return dir, f, err
 }
 
-// removeAbandoned removes a temporary directory that nobody holds. What can't be looked at, such as another user's, stays; so does a
-// young one, which its mirror may be about to lock.
+// removeAbandoned removes a temporary directory that nobody holds. What can't be looked at, such as
+// another user's, stays; so does a young one, which its mirror may be about to lock.
 func removeAbandoned(dir string) {
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || time.Since(info.ModTime()) < time.Minute {
 		return

@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// A mirror that is killed leaves its temporary cache, and the next removes it: not that of one that runs, and nothing else.
+// A mirror that is killed leaves its temporary cache, and the next removes it: not that of one that
+// runs, and nothing else.
 func TestTemporaryDirsOfTheDead(t *testing.T) {
 	t.Parallel()
 	parent := t.TempDir()

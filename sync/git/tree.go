@@ -42,8 +42,10 @@ type tree struct {
 	top     plumbing.Hash // of the commit
 	below   string        // the directory in it that is the root; "." is the commit's own
 
-	known map[plumbing.Hash]map[string]object.TreeEntry // by hash: one that stands in a million places has a million paths
-	fault error                                         // the first object that could not be read: the repository's trouble, not the commit's
+	// known are directories by hash: one that stands in a million places has a million paths.
+	known map[plumbing.Hash]map[string]object.TreeEntry
+	// fault is the first object that could not be read: the repository's trouble, not the commit's.
+	fault error
 }
 
 var (
@@ -53,7 +55,8 @@ var (
 )
 
 func newTree(objects *Objects, commit *object.Commit, below string) *tree {
-	return &tree{objects: objects, top: commit.TreeHash, below: below, known: map[plumbing.Hash]map[string]object.TreeEntry{}}
+	return &tree{objects: objects, top: commit.TreeHash, below: below,
+		known: map[plumbing.Hash]map[string]object.TreeEntry{}}
 }
 
 // Open is there for fs.FS: whoever reads the tree asks for whole directories and files.

@@ -18,7 +18,8 @@ func TestTree(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
 	o.Commit(map[string]string{
-		"kedge.yaml": "prune: true\n", "README.md": "read me", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"),
+		"kedge.yaml": "prune: true\n", "README.md": "read me",
+		"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"),
 		// Git sorts "web/" behind "web-2", and fs.FS before it.
 		"prod/web-2/app.yaml": unitFile("app/1"), "prod/web.txt": "text",
 	})
@@ -51,11 +52,13 @@ func TestTree(t *testing.T) {
 		if data, err := fs.ReadFile(fsys, name); err != nil || string(data) != unitFile("app/1") {
 			t.Errorf("%s: %q, %v", name, data, err)
 		}
-		if info, err := fs.Stat(fsys, name); err != nil || info.Size() != int64(len(unitFile("app/1"))) || info.Name() != filepath.Base(name) {
+		if info, err := fs.Stat(fsys, name); err != nil || info.Size() != int64(len(unitFile("app/1"))) ||
+			info.Name() != filepath.Base(name) {
 			t.Errorf("%s: %v, %v", name, info, err)
 		}
 	}
-	if data, err := fs.ReadFile(openTree(t, o, "prod/web"), "base.yaml"); err != nil || string(data) != unitFile("base/1") {
+	if data, err := fs.ReadFile(openTree(t, o, "prod/web"), "base.yaml"); err != nil ||
+		string(data) != unitFile("base/1") {
 		t.Errorf("base.yaml below prod/web: %q, %v", data, err)
 	}
 	for _, name := range []string{"prod/web/app.yaml/below", "module/x", "nowhere"} {
@@ -76,7 +79,8 @@ func TestTree(t *testing.T) {
 func TestTreeKeepsLinksInside(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
-	for name, to := range map[string]string{"up": "../secret", "root": "/etc/passwd", "loop": "loop", "around": "there", "there": "around/x", "gone": "nowhere"} {
+	for name, to := range map[string]string{"up": "../secret", "root": "/etc/passwd", "loop": "loop",
+		"around": "there", "there": "around/x", "gone": "nowhere"} {
 		if err := os.Symlink(to, filepath.Join(o.Work, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -93,7 +97,8 @@ func TestTreeKeepsLinksInside(t *testing.T) {
 func TestTreeBoundsFiles(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
-	o.Commit(map[string]string{"big.yaml": strings.Repeat("# padding\n", maxFile/10+1), "fits.yaml": strings.Repeat("x", maxFile)})
+	o.Commit(map[string]string{"big.yaml": strings.Repeat("# padding\n", maxFile/10+1),
+		"fits.yaml": strings.Repeat("x", maxFile)})
 	for _, packed := range []bool{false, true} {
 		if packed {
 			o.Git(o.Work, "gc", "-q")
@@ -130,11 +135,15 @@ func TestUnitsThatWouldPassUnseen(t *testing.T) {
 		make func(t *testing.T, o *gittest.Origin)
 		says string // empty: it is fine
 	}{
-		"a link to a role": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "web", "prod/api") }, "prod/api: it is a symbolic link"},
+		"a link to a role": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "web", "prod/api") },
+			"prod/api: it is a symbolic link"},
 		"a link to a stage": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "prod", "staging") },
 			"staging: it is a symbolic link"},
 		"a link to documents": {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "docs", "manual") }, ""},
-		"a link to a file":    {func(t *testing.T, o *gittest.Origin) { symlink(t, o, "app.yaml", "prod/web/other.yaml") }, ""},
+		"a link to a file": {func(t *testing.T, o *gittest.Origin) {
+			symlink(t, o, "app.yaml",
+				"prod/web/other.yaml")
+		}, ""},
 		"a submodule for a role": {func(t *testing.T, o *gittest.Origin) { submodule(t, o, "prod/api") },
 			"prod/api: it is a submodule"},
 		"a submodule beside": {func(t *testing.T, o *gittest.Origin) { submodule(t, o, "tools") }, ""},
@@ -144,7 +153,8 @@ func TestUnitsThatWouldPassUnseen(t *testing.T) {
 		c.make(t, o)
 		o.Git(o.Work, "commit", "-q", "-m", "Deploy")
 		_, work := LoadDir(o.Work, "")
-		for where, err := range map[string]error{"the commit": loads(o, o.Git(o.Work, "rev-parse", "HEAD")), "the work tree": work} {
+		for where, err := range map[string]error{"the commit": loads(o, o.Git(o.Work, "rev-parse", "HEAD")),
+			"the work tree": work} {
 			if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
 				t.Errorf("%s, in %s: %v; want %q", name, where, err, c.says)
 			}
@@ -191,7 +201,8 @@ func TestPath(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "deploy/prod/web/link.yaml:1:1") {
 			t.Errorf("the work tree: %+v, %v", tree, err)
 		}
-		if _, err := LoadAt(t.Context(), o.Work, wrong, below); err == nil || !strings.Contains(err.Error(), "deploy/prod/web/link.yaml:1:1") {
+		if _, err := LoadAt(t.Context(), o.Work, wrong, below); err == nil || !strings.Contains(err.Error(),
+			"deploy/prod/web/link.yaml:1:1") {
 			t.Errorf("a link to a file beside that is no unit: %v", err)
 		}
 		if c, err := LoadAt(t.Context(), o.Work, head, below); err != nil || len(c.Tree.Units) != 1 {
@@ -206,7 +217,8 @@ func TestPath(t *testing.T) {
 		}
 		in.Close()
 	}
-	if _, err := LoadAt(t.Context(), o.Work, head, "nowhere"); !errors.As(err, new(*BadCommit)) || !strings.Contains(err.Error(), "no directory nowhere") {
+	if _, err := LoadAt(t.Context(), o.Work, head, "nowhere"); !errors.As(err, new(*BadCommit)) ||
+		!strings.Contains(err.Error(), "no directory nowhere") {
 		t.Errorf("a path that isn't there: %v", err)
 	}
 	if _, err := Open(Config{Repo: o.Bare, Branch: "main", Path: "../deploy", Env: env()}); err == nil {

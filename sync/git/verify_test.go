@@ -48,25 +48,29 @@ func TestMovedSignatures(t *testing.T) {
 		raw string
 		bad bool
 	}{
-		"as it was made":                             {of(good, header("gpgsig"), message), false},
-		"another tree":                               {of(evil, header("gpgsig"), message), true},
-		"another tree before":                        {"tree " + evil + "\n" + of(good, header("gpgsig"), message), true},
-		"another tree after":                         {of(good, header("gpgsig")+"tree "+evil+"\n", message), true},
-		"another parent after":                       {of(good, header("gpgsig")+"parent "+head+"\n", message), true},
-		"before the tree":                            {header("gpgsig") + of(evil, "", message), true},
-		"in the message":                             {of(evil, "", header("gpgsig")+"\n"+message), true},
-		"the whole commit in the message":            {of(evil, header("gpgsig"), raw), true},
-		"the whole commit in a header":               {of(evil, "note "+strings.ReplaceAll(strings.TrimSuffix(raw, "\n"), "\n", "\n ")+"\n", message), true},
-		"after another":                              {of(evil, "gpgsig nothing\n"+header("gpgsig"), message), true},
-		"before another":                             {of(good, header("gpgsig")+"gpgsig nothing\n", message), true},
-		"of another hash":                            {of(evil, header("gpgsig-sha256"), message), true},
-		"of another hash, beside it":                 {of(good, header("gpgsig")+header("gpgsig-sha256"), message), true},
-		"in capitals":                                {of(good, header("GPGSIG"), message), true},
-		"with a NUL":                                 {of(evil+"\x00"+good, header("gpgsig"), message), true},
-		"a carriage return ends the headers":         {of(good, header("gpgsig")+"\r\ntree "+evil+"\n", message), true},
-		"the signature of a tag":                     {of(evil, "gpgsig "+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n", message), true},
-		"a tag as a commit":                          {strings.Replace(tagged, "\n\n", "\ngpgsig "+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n\n", 1), true},
-		"a message that goes on beyond what is read": {of(good, header("gpgsig")+"", message+strings.Repeat("x", maxFile)), true},
+		"as it was made":                  {of(good, header("gpgsig"), message), false},
+		"another tree":                    {of(evil, header("gpgsig"), message), true},
+		"another tree before":             {"tree " + evil + "\n" + of(good, header("gpgsig"), message), true},
+		"another tree after":              {of(good, header("gpgsig")+"tree "+evil+"\n", message), true},
+		"another parent after":            {of(good, header("gpgsig")+"parent "+head+"\n", message), true},
+		"before the tree":                 {header("gpgsig") + of(evil, "", message), true},
+		"in the message":                  {of(evil, "", header("gpgsig")+"\n"+message), true},
+		"the whole commit in the message": {of(evil, header("gpgsig"), raw), true},
+		"the whole commit in a header": {of(evil, "note "+strings.ReplaceAll(strings.TrimSuffix(raw,
+			"\n"), "\n", "\n ")+"\n", message), true},
+		"after another":                      {of(evil, "gpgsig nothing\n"+header("gpgsig"), message), true},
+		"before another":                     {of(good, header("gpgsig")+"gpgsig nothing\n", message), true},
+		"of another hash":                    {of(evil, header("gpgsig-sha256"), message), true},
+		"of another hash, beside it":         {of(good, header("gpgsig")+header("gpgsig-sha256"), message), true},
+		"in capitals":                        {of(good, header("GPGSIG"), message), true},
+		"with a NUL":                         {of(evil+"\x00"+good, header("gpgsig"), message), true},
+		"a carriage return ends the headers": {of(good, header("gpgsig")+"\r\ntree "+evil+"\n", message), true},
+		"the signature of a tag": {of(evil, "gpgsig "+
+			""+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n", message), true},
+		"a tag as a commit": {strings.Replace(tagged, "\n\n",
+			"\ngpgsig "+strings.ReplaceAll(strings.TrimSuffix("-----BEGIN"+tagSignature, "\n"), "\n", "\n ")+"\n\n", 1), true},
+		"a message that goes on beyond what is read": {of(good, header("gpgsig")+"", message+strings.Repeat("x",
+			maxFile)), true},
 	} {
 		hash := literally(o, "commit", c.raw)
 		in, err := OpenObjects(filepath.Join(o.Work, ".git", "objects"))
@@ -103,11 +107,13 @@ func TestSiblingsOfASignedCommit(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]string{
-		"text after it":  strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n and more\n", 1),
+		"text after it": strings.Replace(raw, "-----END SSH SIGNATURE-----\n",
+			"-----END SSH SIGNATURE-----\n and more\n", 1),
 		"text before it": strings.Replace(raw, "gpgsig -----BEGIN", "gpgsig note\n -----BEGIN", 1),
 		"a CR":           strings.Replace(raw, "-----BEGIN SSH SIGNATURE-----\n", "-----BEGIN SSH SIGNATURE-----\r\n", 1),
 		"blanks":         strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE----- \n", 1),
-		"twice":          strings.Replace(raw, "-----END SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n -----END SSH SIGNATURE-----\n", 1),
+		"twice": strings.Replace(raw, "-----END SSH SIGNATURE-----\n",
+			"-----END SSH SIGNATURE-----\n -----END SSH SIGNATURE-----\n", 1),
 	} {
 		sibling := literally(o, "commit", c)
 		if sibling == head {
@@ -158,12 +164,14 @@ func TestSignersThatAreGone(t *testing.T) {
 		}
 		next := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
 		if gone == "expired" {
-			gittest.WriteFile(t, signersFile, "ada@example.com valid-before=\""+now.AddDate(0, 0, -1).Format("20060102")+"Z\" "+ada)
+			gittest.WriteFile(t, signersFile, "ada@example.com valid-before=\""+now.AddDate(0, 0,
+				-1).Format("20060102")+"Z\" "+ada)
 			if err := os.RemoveAll(memory); err != nil {
 				t.Fatal(err)
 			}
 		} else {
-			gittest.WriteFile(t, signersFile, "bob@example.com "+strings.TrimSpace(string(ssh.MarshalAuthorizedKey(gittest.NewKey(t, filepath.Join(dir, "bob"), ""))))+"\n")
+			gittest.WriteFile(t, signersFile, "bob@example.com "+
+				""+strings.TrimSpace(string(ssh.MarshalAuthorizedKey(gittest.NewKey(t, filepath.Join(dir, "bob"), ""))))+"\n")
 		}
 		if strings.HasSuffix(gone, "remembered") {
 			if err := os.RemoveAll(memory); err != nil {

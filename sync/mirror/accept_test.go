@@ -10,8 +10,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// A repository that was replaced, its history lost, is taken by --accept, once: its history says so, and no force push to that commit
-// is taken later.
+// A repository that was replaced, its history lost, is taken by --accept, once: its history says
+// so, and no force push to that commit is taken later.
 func TestRepositoryThatWasReplaced(t *testing.T) {
 	t.Parallel()
 	store := dirStore(t)
@@ -48,7 +48,8 @@ func TestRepositoryThatWasReplaced(t *testing.T) {
 	m.runs("prod/web/app", "app/3")
 
 	for _, wrong := range []string{"main", first[:12]} {
-		if _, err := New(Config{Store: store, Repo: o.Bare, Accept: wrong}); err == nil || !strings.Contains(err.Error(), "full hash") {
+		if _, err := New(Config{Store: store, Repo: o.Bare, Accept: wrong}); err == nil ||
+			!strings.Contains(err.Error(), "full hash") {
 			t.Errorf("accept %s: %v", wrong, err)
 		}
 	}

@@ -102,7 +102,8 @@ func ServeHTTPS(t testing.TB, o *Origin, tune ...func(*httptest.Server)) *HTTPSO
 	t.Cleanup(server.Close)
 	h.URL = server.URL + "/" + filepath.Base(o.Bare)
 	h.CAFile = filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(h.CAFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw}), 0o644); err != nil {
+	if err := os.WriteFile(h.CAFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE",
+		Bytes: server.Certificate().Raw}), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	return h
