@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -21,20 +20,26 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[deployments.RoleID][]reporter{},
 		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]deployments.History{}}
 	for _, e := range entries {
-		kind, rest, _ := strings.Cut(e.Key, "/")
-		switch kind + "/" {
-		case kv.DesiredPrefix:
-			a.desired(e, rest)
-		case kv.PinsPrefix:
-			a.pin(e, rest)
-		case kv.StatusPrefix:
-			a.report(e, rest)
-		case kv.ControlPrefix:
-			a.order(e, rest)
-		case kv.HistoryPrefix:
-			a.history(e, rest)
-		case kv.MirrorPrefix:
+		if strings.HasPrefix(e.Key, kv.MirrorPrefix) {
 			a.mirror(e)
+			continue
+		}
+		key, err := kv.ParseKey(e.Key)
+		if err != nil {
+			a.bad(e.Key, err)
+			continue
+		}
+		switch key.Kind {
+		case kv.DesiredPrefix:
+			a.desired(e, key)
+		case kv.PinsPrefix:
+			a.pin(e, key)
+		case kv.StatusPrefix:
+			a.report(e, key)
+		case kv.ControlPrefix:
+			a.orders[key.UnitID()] = e
+		case kv.HistoryPrefix:
+			a.histories[key.UnitID()] = append(a.histories[key.UnitID()], readHistory(e))
 		}
 	}
 	for id, e := range a.orders {
@@ -89,13 +94,8 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 
 func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
 
-func (a *assembly) desired(e kv.Entry, rest string) {
-	id, err := deployments.ParseUnitID(rest)
-	if err != nil {
-		a.bad(e.Key, err)
-		return
-	}
-	u := a.unit(id)
+func (a *assembly) desired(e kv.Entry, key kv.Key) {
+	u := a.unit(key.UnitID())
 	record, err := deployments.ParseRecord(e.Value)
 	if err != nil {
 		a.bad(e.Key, err)
@@ -105,21 +105,8 @@ func (a *assembly) desired(e kv.Entry, rest string) {
 	u.Record = &record
 }
 
-func (a *assembly) pin(e kv.Entry, rest string) {
-	parts := strings.SplitN(rest, "/", 4)
-	node := ""
-	if len(parts) == 4 {
-		rest, node = strings.Join(parts[:3], "/"), parts[3]
-	}
-	id, err := deployments.ParseUnitID(rest)
-	if err == nil && len(parts) == 4 {
-		err = deployments.CheckSegment("node", node)
-	}
-	if err != nil {
-		a.bad(e.Key, err)
-		return
-	}
-	u := a.unit(id)
+func (a *assembly) pin(e kv.Entry, key kv.Key) {
+	u, node := a.unit(key.UnitID()), key.Node
 	pin, err := deployments.ParsePin(e.Value)
 	switch {
 	case err != nil && node != "":
@@ -138,56 +125,29 @@ func (a *assembly) pin(e kv.Entry, rest string) {
 	}
 }
 
-func (a *assembly) order(e kv.Entry, rest string) {
-	id, err := deployments.ParseUnitID(rest)
-	if err != nil {
-		a.bad(e.Key, err)
-		return
-	}
-	a.orders[id] = e
-}
-
 // give notes an order at its unit. What the mirror will never take is an error: it would wait there for ever.
 func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
-	verb := strings.ToLower(deployments.Trim(string(e.Value)))
+	order, err := deployments.ParseOrder(e.Value)
 	u := a.units[id]
 	switch {
-	case !slices.Contains(policy.Orders, verb):
-		a.bad(e.Key, fmt.Errorf("%q is not one of %s: write one of them, or delete the key", clip(verb, 40), strings.Join(policy.Orders, ", ")))
+	case err != nil:
+		a.bad(e.Key, fmt.Errorf("%w: write one of them, or delete the key", err))
 	case u == nil || u.Record == nil:
-		a.bad(e.Key, fmt.Errorf("an order to %s what has no good record: delete the key", verb))
+		a.bad(e.Key, fmt.Errorf("an order to %s what has no good record: delete the key", order.Verb))
 	default:
-		u.Order = verb
+		u.Order = string(order.Verb)
 	}
 }
 
-func (a *assembly) history(e kv.Entry, rest string) {
-	if id, err := deployments.ParseUnitID(path.Dir(rest)); err == nil {
-		a.histories[id] = append(a.histories[id], readHistory(e))
-	}
-}
-
-func (a *assembly) report(e kv.Entry, rest string) {
-	parts := strings.Split(rest, "/")
-	if len(parts) != 3 {
-		a.bad(e.Key, errors.New("want status/STAGE/ROLE/NODE"))
-		return
-	}
-	for i, what := range []string{"stage", "role"} {
-		if err := deployments.CheckSegment(what, parts[i]); err != nil {
-			a.bad(e.Key, err)
-			return
-		}
-	}
-	r := reporter{name: parts[2], gone: e.Session == ""}
+func (a *assembly) report(e kv.Entry, key kv.Key) {
+	r := reporter{name: key.Node, gone: e.Session == ""}
 	report, err := deployments.ParseReport(e.Value)
 	if err != nil {
 		a.bad(e.Key, err)
 		r.err = err
 	}
 	r.units, r.agent = report.Units, report.Agent
-	role := deployments.RoleID{Stage: parts[0], Role: parts[1]}
-	a.roles[role] = append(a.roles[role], r)
+	a.roles[key.Role] = append(a.roles[key.Role], r)
 }
 
 func (a *assembly) mirror(e kv.Entry) {

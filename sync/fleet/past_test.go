@@ -70,7 +70,11 @@ func TestOrdersThatWait(t *testing.T) {
 		put("control/prod/web/base", "retry"),
 		put("control/prod/web/worker", "retyr"), put("desired/prod/web/worker", release("worker", "1").String()),
 		put("control/prod", "retry"),
+		put("control/prod/web/cache", "order: abort\nby: alice\n"), put("desired/prod/web/cache", release("cache", "1").String()),
 	}, noon)
+	if u := unitOf(t, f, "prod/web/cache"); u.Order != "abort" {
+		t.Errorf("the order with a name is %q", u.Order)
+	}
 	if u := unitOf(t, f, "prod/web/app"); u.Order != "retry" {
 		t.Errorf("the order is %q", u.Order)
 	}
