@@ -46,7 +46,8 @@
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
 //	trees/DIGEST/              unpacked trees of the rsync and mv strategies
 //
-// Strategy release keeps the rest in DEST.releases/ (package artifact). Strategy mv renames within dest's directory, where it
+// Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release keeps the rest in
+// DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's directory, where it
 // uses .NAME.kedge-DIGEST and .NAME.kedge-failed.
 //
 // # stretcher
@@ -432,7 +433,7 @@ func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, 
 	return ds, nil
 }
 
-// Heal see Verify.
+// Heal makes the live tree as its release says; see Verify.
 func (u *Unit) Heal(ctx context.Context) error {
 	r, err := u.settled()
 	if err != nil || r == nil {
