@@ -30,6 +30,7 @@ type leader struct {
 	folders     map[string]time.Time // when each folder key was made last
 	foldersLate bool                 // one has yet to show
 	ranks       map[deployments.UnitID]*policy.Ranks
+	lostSince   map[deployments.UnitID]time.Time // since when nodes are ahead of the store
 	dead        deadNodes
 	badOrders   string     // the orders that can't be obeyed, as they were last logged
 	offered     []kv.Entry // to keepSnapshot
@@ -45,6 +46,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		history:    newPastGenerations(),
 		folders:    map[string]time.Time{},
 		ranks:      map[deployments.UnitID]*policy.Ranks{},
+		lostSince:  map[deployments.UnitID]time.Time{},
 		dead:       deadNodes{absent: map[string]absence{}},
 	}
 }
@@ -269,6 +271,7 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 		overruled: commit.Hash == l.acceptance.overruled,
 		commit:    commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
 		history: l.history.newest, stable: l.history.stable, pins: pins, fleet: seen.fleet.roles, blind: !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied), fleetSince: since, ranks: l.ranks,
+		lostSince: l.lostSince, rebuildWait: l.rebuildWait,
 	}), nil
 }
 

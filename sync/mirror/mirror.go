@@ -91,7 +91,7 @@ type Mirror struct {
 	hooked wait.Signal // asks for a webhook to be passed on
 	hurry  wait.Signal // asks the leader to look for releases anew
 
-	hookPause, patience, forgetAfter time.Duration // as the constants of these names
+	hookPause, patience, forgetAfter, rebuildWait time.Duration // as the constants of these names
 
 	mu      sync.Mutex
 	git     gitState
@@ -141,7 +141,7 @@ func New(c Config) (*Mirror, error) {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
 	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: wait.NewSignal(), changed: make(chan struct{}),
-		hooked: wait.NewSignal(), hurry: wait.NewSignal(), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter}
+		hooked: wait.NewSignal(), hurry: wait.NewSignal(), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter, rebuildWait: rebuildWait}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}

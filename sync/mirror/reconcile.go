@@ -63,6 +63,9 @@ type inputs struct {
 	blind bool
 	// fleetSince is since when fleet is up to date, without a gap.
 	fleetSince time.Time
+	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to report.
+	lostSince   map[deployments.UnitID]time.Time
+	rebuildWait time.Duration
 	// ranks are kept from one call to the next, for speed alone; nil: nowhere.
 	ranks map[deployments.UnitID]*policy.Ranks
 }
@@ -217,11 +220,19 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 			w.kind = "create"
 		}
 	}
+	nodes := in.nodes(u.ID)
+	if w.kind != "restore" {
+		if record, until, lost := in.lost(u, nodes, floor); lost {
+			if in.now.Before(until) {
+				return change{}, doWait, until
+			}
+			w.before, floor, w.kind, w.note = record, record.Generation, "rebuild", rebuiltNote(nodes)
+		}
+	}
 	if in.blind && (u.Rollout != nil || w.before.Rollout != nil) {
 		return change{}, doWait, time.Time{}
 	}
 	o, ordered := in.orders[u.ID]
-	nodes := in.nodes(u.ID)
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
 		Seen: in.seen(), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
@@ -233,6 +244,9 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	}
 	if more := w.after.Generation - w.before.Generation; more > 0 {
 		w.after.Generation = floor + more
+	}
+	if w.kind == "rebuild" {
+		w.after.Generation = max(w.after.Generation, floor+1)
 	}
 	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
 	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < absurd && !bytes.Equal(encode(c.record), encode(w.after)) {
@@ -272,9 +286,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 // actedOn returns the highest generation that a node says it has acted on.
 func actedOn(nodes []policy.Node) (highest int64) {
 	for i := range nodes {
-		if g := nodes[i].Report.Generation; g < absurd {
-			highest = max(highest, g)
-		}
+		highest = max(highest, generationOf(&nodes[i].Report))
 	}
 	return highest
 }
