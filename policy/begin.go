@@ -31,7 +31,8 @@ func aim(in *inputs, st state) state {
 	return st
 }
 
-// activePin is the unit pin that the mirror rolls out: a unit without a rollout has none, as its nodes follow pins by themselves.
+// activePin is the unit pin that the mirror rolls out: a unit without a rollout has none, as its nodes follow pins
+// by themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
 	if in.Pin == nil || !in.Pin.Present || in.Unit.Rollout == nil {
 		return deployments.Pin{}, false
@@ -56,12 +57,13 @@ func claimOf(r deployments.Record) int64 {
 	return r.Generation
 }
 
-// successor is the record of a new target, as far as it doesn't depend on why there is one. ok is false if nodes have to come
-// together first, as the record couldn't tell apart all the releases that they run.
+// successor is the record of a new target, as far as it doesn't depend on why there is one. ok is false if nodes
+// have to come together first, as the record couldn't tell apart all the releases that they run.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
 	was := in.Record
 	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
-	next.r = deployments.Record{Target: target, Stable: was.Target, Generation: was.Generation + 1, Retry: was.Retry, Commit: in.Commit,
+	next.r = deployments.Record{Target: target, Stable: was.Target, Generation: was.Generation + 1,
+		Retry: was.Retry, Commit: in.Commit,
 		Joined: was.Joined, Nodes: was.Nodes}
 	if in.Unit.Rollout != nil {
 		next.r.Nodes = max(was.Nodes, len(in.Nodes))
@@ -120,7 +122,8 @@ func launch(in *inputs, st state) state {
 	}
 }
 
-// serves reports whether a live node runs something else than a first release: what serves is not replaced on all nodes at once.
+// serves reports whether a live node runs something else than a first release: what serves is not replaced on all
+// nodes at once.
 func serves(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && slices.ContainsFunc(in.Nodes, func(n Node) bool {
 		running := n.Report.Running
@@ -128,7 +131,8 @@ func serves(in *inputs, target deployments.Pointer) bool {
 	})
 }
 
-// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't forbid it.
+// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't
+// forbid it.
 func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
 }
@@ -178,8 +182,8 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// endPin goes back to what Git names: without gates to what was stable, by all of them to what never was, and what was rolled
-// back stays out.
+// endPin goes back to what Git names: without gates to what was stable, by all of them to what never was, and what
+// was rolled back stays out.
 func endPin(in *inputs, st state) state {
 	git := *in.Record.Pinned
 	target := in.Unit.Release
@@ -221,10 +225,11 @@ func endPin(in *inputs, st state) state {
 	return launch(in, next)
 }
 
-// superseded lists the targets that nodes may run, or be on their way to, beside what a record's successor names: its own, and those that
-// it had replaced. What no node has to do with any more is forgotten.
+// superseded lists the targets that nodes may run, or be on their way to, beside what a record's successor names:
+// its own, and those that it had replaced. What no node has to do with any more is forgotten.
 func superseded(in *inputs, was deployments.Record) (over []deployments.Superseded) {
-	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early), Generation: was.Generation}
+	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
+		Generation: was.Generation}
 	back := was.Rollout.Phase == deployments.PhaseRollingBack
 	if back {
 		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Superseded
@@ -234,8 +239,9 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 		for i := range in.Nodes {
 			n := &in.Nodes[i]
 			u := &n.Report
-			if used = u.Running.Digest == o.Digest || (!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
-				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own); used {
+			if used = u.Running.Digest == o.Digest ||
+				(!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
+					(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own); used {
 				break
 			}
 		}
@@ -261,8 +267,8 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// tell is how far a new record speaks to those that joined: to all known nodes, but not to those that were away, and would go from what
-// no part of the record names to stable: these wait for room.
+// tell is how far a new record speaks to those that joined: to all known nodes, but not to those that were away,
+// and would go from what no part of the record names to stable: these wait for room.
 func tell(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	if st.r.Joined == 0 {

@@ -7,8 +7,9 @@ import (
 	"kedge/deployments"
 )
 
-// room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told to: also not one
-// that seems to be, as it may only be about to. spent: those that have had their time count no more, as so few failures are tolerated.
+// room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told
+// to: also not one that seems to be, as it may only be about to. spent: those that have had their time count no
+// more, as so few failures are tolerated.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -20,8 +21,9 @@ func room(in *inputs, v summary) (room int, spent bool) {
 	return room + v.hung, true
 }
 
-// admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room. Canaries are first looked for
-// among the nodes that run a superseded target: canaries of that one, which better or worse run what was replaced.
+// admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room. Canaries
+// are first looked for among the nodes that run a superseded target: canaries of that one, which better or worse
+// run what was replaced.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
 	admitted = v.missing
@@ -77,8 +79,8 @@ func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.told || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
-// readmit lets the record speak to nodes that came back, one after the other in the order in which they joined, as far as there is room.
-// taken are the places that this step has given away already.
+// readmit lets the record speak to nodes that came back, one after the other in the order in which they joined, as
+// far as there is room. taken are the places that this step has given away already.
 func readmit(in *inputs, st state, v summary, taken int) (next state, moved bool) {
 	room, _ := room(in, v)
 	room -= taken
@@ -139,7 +141,8 @@ func returned(in *inputs, st state) state {
 			continue
 		}
 		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
-		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy || u.State == deployments.StateInvalid
+		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy ||
+			u.State == deployments.StateInvalid
 		if n.Gone {
 			if u.State == deployments.StateSwitching && in.Now.Before(n.GoneSince.Add(in.deadline())) {
 				v.inflight++

@@ -44,11 +44,13 @@ func refusal(order string, r deployments.Record) words {
 
 // heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
 func heldUp(p *deployments.Progress) bool {
-	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) && !p.Forced && p.Reason == deployments.ReasonFrozen
+	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) &&
+		!p.Forced && p.Reason == deployments.ReasonFrozen
 }
 
-// Orphaned marks the rollout of a record whose unit was removed from Git. It stays where it is until the file is back, and pins are
-// followed at once, as nothing tells its budget any more. Next takes it up again where it stood.
+// Orphaned marks the rollout of a record whose unit was removed from Git. It stays where it is until the file is
+// back, and pins are followed at once, as nothing tells its budget any more. Next takes it up again where it
+// stood.
 func Orphaned(r deployments.Record) deployments.Record {
 	r.Paced = false
 	if r.Rollout == nil || IsOrphaned(r) {
@@ -106,7 +108,8 @@ func obey(in *inputs, st state) (next state, did, refused words) {
 	return st, st.why, words{}
 }
 
-// retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more, in their turn.
+// retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more,
+// in their turn.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
 	if !st.on {
@@ -126,8 +129,8 @@ func retry(in *inputs, st state) state {
 	return start(in, st).because(deployments.ReasonRetried, nil)
 }
 
-// unconverged counts the nodes that run something else and would go to a target once more, all at once, were there no rollout. Their
-// failures were tolerated before.
+// unconverged counts the nodes that run something else and would go to a target once more, all at once, were there
+// no rollout. Their failures were tolerated before.
 func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	if in.Unit.Rollout == nil {
 		return 0
@@ -165,7 +168,8 @@ func turnBack(in *inputs, st state, why words) state {
 	over := superseded(in, st.record())
 	st.r.Claim = claimOf(st.r)
 	st.r.Generation++
-	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now, Reason: why.reason, Facts: why.facts,
+	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
+		Reason: why.reason, Facts: why.facts,
 		Message: why.String(), Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}
 	st.r.Joined = tell(in, st)
 	st.why = why

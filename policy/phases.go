@@ -7,8 +7,8 @@ import (
 	"kedge/deployments"
 )
 
-// watched looks on while a rollout goes forward. If all was well until now, what has changed since has its time from now on, and
-// the bake begins anew.
+// watched looks on while a rollout goes forward. If all was well until now, what has changed since has its time
+// from now on, and the bake begins anew.
 func watched(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if !st.p.HealthySince.IsZero() && (v.shaken || v.late > 0 && v.failed > limit(in, st, v)) {
@@ -57,7 +57,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 			st.p.HealthySince = in.Now // what comes into flight before it ends is not late for the last step: see watched
 		}
 		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()), true
-	case v.live == 0 && v.pinned > 0 && v.gone == 0: // else the first to run it, once they are let go, would be all of them
+	case v.live == 0 && v.pinned > 0 && v.gone == 0: // the first to run it, once let go, would else be all of them
 		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
 	case v.live == 0:
 		return st.because(deployments.ReasonNoLiveNodes, deployments.Facts{"known": fmt.Sprint(v.gone)}), true
@@ -174,7 +174,8 @@ func rolling(in *inputs, st state) (state, bool) {
 	}
 	st, admitted, moved := admit(in, st, v, v.live)
 	if moved {
-		st = st.because(deployments.ReasonRolling, deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(v.live)})
+		facts := deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(v.live)}
+		st = st.because(deployments.ReasonRolling, facts)
 	} else {
 		st, moved = readmit(in, st, v, 0)
 	}
@@ -230,7 +231,8 @@ func rollingBack(in *inputs, st state) (state, bool) {
 	if v.hung > 0 { // they go on trying, and count as in flight in whatever comes next
 		facts = facts.With("left", fmt.Sprint(v.hung))
 	}
-	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed, Reason: p.Reason, Facts: facts,
+	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
+		Reason: p.Reason, Facts: facts,
 		Message: sayRolledBack(p.Message, v.hung)}
 	st.r.Nodes = v.live + v.gone + v.pinned
 	return st.because(p.Reason, facts), false

@@ -31,7 +31,8 @@ func converge(s *Situation, r deployments.Record) (changed int) {
 	return changed
 }
 
-// drive lets mirror and nodes go on until nothing changes, and returns the most nodes that changed between two writes.
+// drive lets mirror and nodes go on until nothing changes, and returns the most nodes that changed between two
+// writes.
 func drive(t *testing.T, s *Situation) (most int, phases []deployments.Phase) {
 	t.Helper()
 	for range 200 {
@@ -168,7 +169,8 @@ func TestFastLaneBack(t *testing.T) {
 	}
 }
 
-// Whoever comes back waits for its turn, however many they are, and whether the rollout goes on, goes back, or has ended.
+// Whoever comes back waits for its turn, however many they are, and whether the rollout goes on, goes back, or has
+// ended.
 func TestNodesThatComeBackWaitForTheirTurn(t *testing.T) {
 	t.Parallel()
 	for name, set := range map[string]func(*Situation){
@@ -193,7 +195,8 @@ func TestNodesThatComeBackWaitForTheirTurn(t *testing.T) {
 	}
 }
 
-// A list of nodes that is short, by keys that were deleted or nodes that are away, neither ends a rollout nor opens its cutoff.
+// A list of nodes that is short, by keys that were deleted or nodes that are away, neither ends a rollout nor
+// opens its cutoff.
 func TestAShortListIsNotTheFleet(t *testing.T) {
 	t.Parallel()
 	for name, shorten := range map[string]func(*Situation){
@@ -242,7 +245,8 @@ func TestAMissingCanaryIsMissed(t *testing.T) {
 	}
 }
 
-// The fix of a release that hangs everywhere takes its canary, and then needs no room for nodes that are out of service anyway.
+// The fix of a release that hangs everywhere takes its canary, and then needs no room for nodes that are out of
+// service anyway.
 func TestBrokenNodesTakeNoRoom(t *testing.T) {
 	t.Parallel()
 	s := step(0, deployments.PhaseRolling)
@@ -289,7 +293,8 @@ func TestTheEarlierCanaryGoesFirst(t *testing.T) {
 	runs(t, &s, release("v3"))
 }
 
-// A first release, or one whose records were lost, goes by the rollout to nodes where something serves, and at once to those that run nothing.
+// A first release, or one whose records were lost, goes by the rollout to nodes where something serves, and at
+// once to those that run nothing.
 func TestTheFirstReleaseKeepsWhatServes(t *testing.T) {
 	t.Parallel()
 	s := step(0, deployments.PhaseRolling)

@@ -18,8 +18,9 @@ type Situation struct {
 	Record deployments.Record
 	// Nodes are those that have an entry in status/ for the unit's role.
 	Nodes []Node
-	// Seen is since when Nodes are as they report themselves, without a gap: while the store is away nothing
-	// that they do is told. Zero: always. It is told by elapsed time, so that a clock that is put right counts for nothing.
+	// Seen is since when Nodes are as they report themselves, without a gap: while the store is away nothing that
+	// they do is told. Zero: always. It is told by elapsed time, so that a clock that is put right counts for
+	// nothing.
 	Seen time.Time
 	// Pin is what pins/ holds for the unit. Nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]
@@ -37,13 +38,15 @@ type Situation struct {
 // Node is what is known of one node.
 type Node struct {
 	Name string
-	// Gone is set if the node's session has ended: it died, or is cut off. A node that deregistered isn't there at all.
+	// Gone is set if the node's session has ended: it died, or is cut off. A node that deregistered isn't there at
+	// all.
 	Gone bool
 	// GoneSince is when that was seen, by the mirror's clock; zero: unknown, or not gone.
 	GoneSince time.Time
 	// Started is when its agent started, by the node's clock; zero: unknown.
 	Started time.Time
-	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: the agent doesn't tell.
+	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: the agent
+	// doesn't tell.
 	Joined uint64
 	// Report is the node's for the unit; zero: it has said nothing of it yet.
 	Report deployments.UnitReport
@@ -53,7 +56,8 @@ type Node struct {
 type Move struct {
 	// Record is what the record becomes; the same as before if nothing is to be done.
 	Record deployments.Record
-	// Reason, with its Facts, is what was done, or why nothing is; empty if there is nothing to say. Message is both in words.
+	// Reason, with its Facts, is what was done, or why nothing is; empty if there is nothing to say. Message is
+	// both in words.
 	Reason  deployments.Reason
 	Facts   deployments.Facts
 	Message string
@@ -63,16 +67,19 @@ type Move struct {
 	Again time.Time
 }
 
-// Next is the step of a rollout: from the record, the unit's file, the fleet's reports, an order and the time to the next record.
-// It has no side effects, and the same Situation gives the same Move; once its record is written, Next is asked again. An order
-// is always consumed: one that makes no sense where the rollout stands changes nothing, and Reason says so.
+// Next is the step of a rollout: from the record, the unit's file, the fleet's reports, an order and the time to
+// the next record. It has no side effects, and the same Situation gives the same Move; once its record is written,
+// Next is asked again. An order is always consumed: one that makes no sense where the rollout stands changes
+// nothing, and Reason says so.
 //
-// A new target goes to a canary, bakes, waits for approval if that is asked for, and then goes on by as many nodes as
-// max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the gates and keep the budget.
+// A new target goes to a canary, bakes, waits for approval if that is asked for, and then goes on by as many nodes
+// as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the gates and keep the
+// budget.
 //
-// In flight is every live node that was admitted and has yet to converge, every one that may still act on an earlier record, as its
-// report doesn't name the newest generation, and every one that left in mid-switch, until its deadline. A node that comes back is
-// not told before there is room for it: see Record.Joined. Pinned and held nodes are no part of it, and if all are it waits.
+// In flight is every live node that was admitted and has yet to converge, every one that may still act on an
+// earlier record, as its report doesn't name the newest generation, and every one that left in mid-switch, until
+// its deadline. A node that comes back is not told before there is room for it: see Record.Joined. Pinned and held
+// nodes are no part of it, and if all are it waits.
 func Next(s Situation) Move {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now
@@ -83,7 +90,8 @@ func Next(s Situation) Move {
 	}
 	st := stateOf(s)
 	if s.Pin != nil && s.Pin.Err != nil {
-		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin, Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())},
+		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
+			Facts:   deployments.Facts{"error": clipped(s.Pin.Err.Error())},
 			Message: "the unit's pin doesn't parse, so nothing moves: " + clipped(s.Pin.Err.Error())}
 	}
 	st = aim(in, st)
@@ -107,8 +115,10 @@ func Next(s Situation) Move {
 	if !st.on {
 		in.Ranks.forget()
 	}
-	m := Move{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Message: st.why.String(), Did: did.String(), Again: st.again}
-	if st.on && st.p.Phase == deployments.PhaseRolledBack && (st.why.reason != "" || s.Record.Rollout.Phase != st.p.Phase) {
+	m := Move{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Message: st.why.String(),
+		Did: did.String(), Again: st.again}
+	rolledBack := st.on && st.p.Phase == deployments.PhaseRolledBack
+	if rolledBack && (st.why.reason != "" || s.Record.Rollout.Phase != st.p.Phase) {
 		m.Message = st.p.Message
 	}
 	if refused.reason != "" {
@@ -130,8 +140,8 @@ type state struct {
 	again time.Time
 }
 
-// stateOf takes up the record that stands. Times that are yet to come are of a clock that went back, or of another mirror's: counted
-// from them, a rollout would stand for as long.
+// stateOf takes up the record that stands. Times that are yet to come are of a clock that went back, or of another
+// mirror's: counted from them, a rollout would stand for as long.
 func stateOf(s Situation) state {
 	st := state{r: s.Record}
 	if st.r.Rollout == nil {

@@ -11,18 +11,19 @@ import (
 // summary is what the fleet's reports say about a record's rollout.
 type summary struct {
 	live, gone, pinned int
-	// away are the gone nodes that did not run the target when they left; missing those that did, are admitted, and have not been
-	// missed for long.
+	// away are the gone nodes that did not run the target when they left; missing those that did, are admitted,
+	// and have not been missed for long.
 	away, missing int
 	// nodes are the live ones that take part, by rank.
 	nodes []place
-	// inflight are nodes that are changing, or may begin to at any time; pending those among them that were told to: admitted, or on the
-	// way back no longer so.
+	// inflight are nodes that are changing, or may begin to at any time; pending those among them that were told
+	// to: admitted, or on the way back no longer so.
 	inflight, pending int
 	// failed are nodes on which the target failed; failure tells of one of them.
 	failed  int
 	failure deployments.Facts
-	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's is; zero: never.
+	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's
+	// is; zero: never.
 	hung, late int
 	firstLate  *Node
 	due        time.Time
@@ -43,7 +44,7 @@ type place struct {
 	replaced bool // it runs a target that was superseded
 	inflight bool
 	hung     bool // and its time is over
-	settled  bool // admitting it, or on the way back letting it go, takes no room: it is there, or the release failed on it
+	settled  bool // admitting it, or letting it go back, takes no room: it is there, or the release failed on it
 }
 
 const defaultDeadline = 10 * time.Minute
@@ -55,8 +56,9 @@ func (in *inputs) deadline() time.Duration {
 	return defaultDeadline
 }
 
-// due is when a node in flight has had its time. Who booted, or left, since the last step has it from then on: it would else be late at
-// once if that was long ago, as in a bake. So do all after an outage of the store, in which none could say that it had converged.
+// due is when a node in flight has had its time. Who booted, or left, since the last step has it from then on: it
+// would else be late at once if that was long ago, as in a bake. So do all after an outage of the store, in which
+// none could say that it had converged.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
@@ -71,7 +73,8 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
-// told reports whether a record speaks to a node: it was there when it was written, or runs nothing that it would leave.
+// told reports whether a record speaks to a node: it was there when it was written, or runs nothing that it would
+// leave.
 func told(r *deployments.Record, joined uint64, running deployments.Pointer) bool {
 	return r.Joined == 0 || joined <= r.Joined || running.IsZero()
 }
@@ -119,7 +122,7 @@ func summarize(in *inputs, st state) summary {
 				waits := x       // only these are worth an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
-		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()): // or its own configuration forbids the target
+		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()): // or it may not run it
 			x.settled = true
 			if x.admitted {
 				cause := deployments.ReasonQuarantined
@@ -158,8 +161,8 @@ func summarize(in *inputs, st state) summary {
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// leaves counts a node that is gone. One that was told, and left in mid-switch, is in flight until it is back or has had its time. A
-// canary that had converged is missed for as long before there is another.
+// leaves counts a node that is gone. One that was told, and left in mid-switch, is in flight until it is back or
+// has had its time. A canary that had converged is missed for as long before there is another.
 func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
@@ -224,12 +227,14 @@ func (v *summary) fail(n *Node, cause deployments.Reason, text string) {
 	}
 }
 
-// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is stable.
+// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is
+// stable.
 func partOf(r *deployments.Record, d deployments.Digest) bool {
 	if d.IsZero() || d == r.Stable.Digest || r.Rollout == nil {
 		return false
 	}
-	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, func(o deployments.Superseded) bool { return o.Digest == d })
+	is := func(o deployments.Superseded) bool { return o.Digest == d }
+	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, is)
 }
 
 // busy reports whether a node that ran something is changing. One that waits in mid-deployment, to go on, is.
@@ -252,8 +257,8 @@ func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	return false
 }
 
-// straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it knows this one.
-// over holds the nodes' ranks for each target that was replaced; i is this node's index.
+// straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it
+// knows this one. over holds the nodes' ranks for each target that was replaced; i is this node's index.
 func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][]uint64) bool {
 	if u.Generation >= r.Generation {
 		return false
@@ -264,7 +269,8 @@ func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][
 		}
 		switch {
 		case u.State == deployments.StateConverged && u.Running.Digest == o.Digest && !o.Back:
-		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest) && u.Generation >= o.Generation:
+		case u.State == deployments.StateQuarantined && slices.Contains(u.Quarantined, o.Digest) &&
+			u.Generation >= o.Generation:
 		default:
 			return true
 		}
@@ -272,8 +278,10 @@ func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][
 	return false
 }
 
-// strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets around to it.
+// strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets
+// around to it.
 func strays(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
-	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(r, u.Running.Digest) && !stable.IsZero() && !slices.Contains(u.Quarantined, stable)
+	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
+		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }

@@ -61,7 +61,8 @@ func Message(reason deployments.Reason, f deployments.Facts) string {
 		}
 		return f["admitted"] + " of " + f["of"] + " nodes admitted"
 	case deployments.ReasonTooManyFailed:
-		return fmt.Sprintf("%s of %s nodes failed (%s: %s), at most %s may", f["failed"], f["of"], f["node"], sayCause(f), f["limit"]) + sayNoWayBack(f)
+		return fmt.Sprintf("%s of %s nodes failed (%s: %s), at most %s may",
+			f["failed"], f["of"], f["node"], sayCause(f), f["limit"]) + sayNoWayBack(f)
 	case deployments.ReasonAborted:
 		return "aborted by an operator" + sayNoWayBack(f)
 	case deployments.ReasonPaused:
