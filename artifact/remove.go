@@ -20,9 +20,9 @@ var errMounted = errors.New("it is a mount point, and is left alone with all tha
 // maxOpenLevels bounds the descriptors that removing a deep tree takes: what lies deeper is moved to its top first.
 const maxOpenLevels = 64
 
-// removeTree removes the tree at path, also if its owner may not write into its directories. It follows no symbolic link and never
-// crosses a mount point, bind mounts of the same file system included: those and the directories above them stay, and are
-// in the error.
+// removeTree removes the tree at path, also if its owner may not write into its directories. It
+// follows no symbolic link and never crosses a mount point, bind mounts of the same file system
+// included: those and the directories above them stay, and are in the error.
 func removeTree(path string) error {
 	if !exists(path) {
 		return nil // also on a read-only file system, which refuses to remove even that
@@ -133,8 +133,8 @@ func (r *remover) empty(d *os.File, path string, level int) {
 	}
 }
 
-// openBelow opens the directory name in dir for reading, through no link, and not if something is mounted on it. It gives itself the
-// right to read and write it.
+// openBelow opens the directory name in dir for reading, through no link, and not if something is
+// mounted on it. It gives itself the right to read and write it.
 func openBelow(dir int, name string) (fd int, err error) {
 	path, err := openInMount(dir, name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
@@ -152,10 +152,13 @@ func openBelow(dir int, name string) (fd int, err error) {
 	return openAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 }
 
-// openInMount opens name in dir if it lies in the same mount. Without openat2 (Linux 5.6, or a filter that forbids it) the kernel's
-// numbers of the mounts are compared.
+// openInMount opens name in dir if it lies in the same mount. Without openat2 (Linux 5.6, or a
+// filter that forbids it) the kernel's numbers of the mounts are compared.
 func openInMount(dir int, name string, flags int) (fd int, err error) {
-	how := unix.OpenHow{Flags: uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC), Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS}
+	how := unix.OpenHow{
+		Flags:   uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC),
+		Resolve: unix.RESOLVE_NO_XDEV | unix.RESOLVE_NO_SYMLINKS,
+	}
 	for {
 		fd, err = unix.Openat2(dir, name, &how)
 		switch {
@@ -230,7 +233,8 @@ func mountsBelow(dir string) ([]string, error) {
 	return found, lines.Err()
 }
 
-// unescapeMount reads a path of mountinfo, in which a space, tab, newline and backslash stand as \ and three octal digits.
+// unescapeMount reads a path of mountinfo, in which a space, tab, newline and backslash stand as \
+// and three octal digits.
 func unescapeMount(s string) string {
 	var out strings.Builder
 	for i := 0; i < len(s); i++ {

@@ -16,8 +16,9 @@ import (
 // sharedDir is where the manifest's shared paths lie: beside dest, and never removed.
 func (r *Releases) sharedDir() string { return r.dest + ".shared" }
 
-// linkShared puts links to DEST.shared/PATH in the place of m's shared paths in a tree that is to lie in DEST.releases/NAME. What the
-// archive has at such a path becomes the shared one if there is none yet, and is dropped otherwise.
+// linkShared puts links to DEST.shared/PATH in the place of m's shared paths in a tree that is to
+// lie in DEST.releases/NAME. What the archive has at such a path becomes the shared one if there is
+// none yet, and is dropped otherwise.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil

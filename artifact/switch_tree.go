@@ -146,7 +146,8 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if err != nil {
 		return nil, err
 	}
-	output, err := s.c.Tool(ctx, true, "rsync", append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")...)
+	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")
+	output, err := s.c.Tool(ctx, true, "rsync", args...)
 	if err != nil {
 		return nil, err
 	}

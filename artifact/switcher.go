@@ -39,8 +39,8 @@ type Switcher interface {
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the live tree as rel says.
 	Heal(ctx context.Context, rel *Release) error
-	// Prune removes what only releases need that are not protected, but the newest others, as many as others says. Those in
-	// drop go first, whatever others says.
+	// Prune removes what only releases need that are not protected, but the newest others, as many
+	// as others says. Those in drop go first, whatever others says.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 

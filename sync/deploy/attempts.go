@@ -11,7 +11,8 @@ import (
 )
 
 const (
-	// maxCutOff is how often a step of a release may be cut off by the end of the agent or the machine until it counts as failed.
+	// maxCutOff is how often a step of a release may be cut off by the end of the agent or the
+	// machine until it counts as failed.
 	maxCutOff = 3
 	// maxAttempts bounds the list; the oldest go first.
 	maxAttempts = 32
@@ -61,9 +62,10 @@ func (d *deployment) owner() deployments.Digest {
 	return deployments.Digest{}
 }
 
-// resume prepares a deployment that was cut off for going on, once after Open. It ends what its command left running, counts
-// the attempt, lets the deployment fail if the release ended the agent or the machine too often, and goes back to the post
-// commands if a restart of the machine ended what they had started.
+// resume prepares a deployment that was cut off for going on, once after Open. It ends what its
+// command left running, counts the attempt, lets the deployment fail if the release ended the agent
+// or the machine too often, and goes back to the post commands if a restart of the machine ended
+// what they had started.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -115,7 +117,8 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 			"step", string(d.Step), "command", c.Run, "times", a.CutOff)
 		return false, nil
 	case slices.Contains(a.Begun, place):
-		u.log.Warn("a command is not run again: it was begun before, and is to run once", "step", string(d.Step), "command", c.Run)
+		u.log.Warn("a command is not run again: it was begun before, and is to run once",
+			"step", string(d.Step), "command", c.Run)
 		return false, nil
 	case !c.Once:
 		return true, nil
@@ -124,8 +127,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
 }
 
-// StageFailed runs the failure commands of a release that could not be made ready to deploy, because of cause: once for each request,
-// as it is tried again and again. It returns cause. Nothing runs of a manifest that wasn't admitted, or when ctx has ended.
+// StageFailed runs the failure commands of a release that could not be made ready to deploy,
+// because of cause: once for each request, as it is tried again and again. It returns cause.
+// Nothing runs of a manifest that wasn't admitted, or when ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {
@@ -139,7 +143,8 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	u.log.Error("the release could not be staged", "release", q.Release.String(), "error", cause)
 	d := &deployment{Release: q.Release, Commit: q.Commit, Fault: &fault{Reason: short(cause)}}
 	d.enter(stepFailure)
-	if err := u.note(ctx, "a failure command failed", u.commands(ctx, d, r, nil, r.Manifest.Commands.Failure)); err != nil {
+	err = u.commands(ctx, d, r, nil, r.Manifest.Commands.Failure)
+	if err := u.note(ctx, "a failure command failed", err); err != nil {
 		return cause
 	}
 	return errors.Join(cause, u.save(func(j *journal) { j.Told = told }))

@@ -19,9 +19,9 @@ import (
 	"kedge/deployments/wait"
 )
 
-// destLock lets one process at a time deploy to a dest: agents, whatever their state directory, and kedge run. It is a lock
-// on the file .NAME.kedge-lock beside dest, which stays, as removing it would let two hold it. The file holds the digest of
-// the release that was deployed there last.
+// destLock lets one process at a time deploy to a dest: agents, whatever their state directory, and
+// kedge run. It is a lock on the file .NAME.kedge-lock beside dest, which stays, as removing it
+// would let two hold it. The file holds the digest of the release that was deployed there last.
 type destLock struct {
 	dest string
 	file *os.File // nil: there is nothing to lock, as nothing can be written beside dest
@@ -47,7 +47,8 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	}
 	l := &destLock{dest: dest}
 	l.file, err = os.OpenFile(lockFile(dest), os.O_RDONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !errors.Is(err, syscall.EROFS) {
+	unwritable := errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS)
+	if err != nil && !unwritable {
 		return nil, fmt.Errorf("locking dest: %w", err)
 	}
 	if err == nil {

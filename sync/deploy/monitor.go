@@ -35,8 +35,9 @@ type round struct {
 	err   error
 }
 
-// next returns the health after one more round at now. It becomes unhealthy after so many rounds in a row that fail, and
-// healthy again once rounds have passed for the time stable without a failure between them.
+// next returns the health after one more round at now. It becomes unhealthy after so many rounds in
+// a row that fail, and healthy again once rounds have passed for the time stable without a failure
+// between them.
 func (h Health) next(r round, failures int, stable time.Duration, now time.Time) Health {
 	if r.check != "" {
 		h.failed, h.passed = h.failed+1, time.Time{}
@@ -63,8 +64,8 @@ func (h Health) next(r round, failures int, stable time.Duration, now time.Time)
 	return Health{Since: now}
 }
 
-// Monitor tries the checks of the live release for as long as it runs. A unit's monitor belongs to one deployment: it ends
-// before the next one begins, and another is made after it.
+// Monitor tries the checks of the live release for as long as it runs. A unit's monitor belongs to
+// one deployment: it ends before the next one begins, and another is made after it.
 type Monitor struct {
 	checks   []watch
 	every    time.Duration
@@ -74,8 +75,8 @@ type Monitor struct {
 	identities []string
 }
 
-// Monitor returns a monitor of what runs; nil if nothing runs that is confirmed, if a deployment is under way, or if the manifest
-// has no checks that go on.
+// Monitor returns a monitor of what runs; nil if nothing runs that is confirmed, if a deployment is
+// under way, or if the manifest has no checks that go on.
 func (u *Unit) Monitor() (*Monitor, error) {
 	r, err := u.settled()
 	if err != nil || r == nil || !u.j.Confirmed {
@@ -89,7 +90,9 @@ func (u *Unit) Monitor() (*Monitor, error) {
 		if c.During == deployments.DuringDeploy {
 			continue
 		}
-		m.checks = append(m.checks, watch{name: nameOf(c), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: newProbe(c, u.env(d, r, nil))})
+		m.checks = append(m.checks, watch{
+			name: nameOf(c), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: newProbe(c, u.env(d, r, nil)),
+		})
 	}
 	if len(m.checks) == 0 {
 		return nil, nil
@@ -98,9 +101,10 @@ func (u *Unit) Monitor() (*Monitor, error) {
 	return m, nil
 }
 
-// Run tries all checks side by side, a round every health.every, until ctx ends, and calls changed when the release became
-// unhealthy, when another check fails than before, and when it is healthy again. It begins with h, which an earlier Run ended
-// with, and with its first round at a random time, so that a fleet's checks are spread.
+// Run tries all checks side by side, a round every health.every, until ctx ends, and calls changed
+// when the release became unhealthy, when another check fails than before, and when it is healthy
+// again. It begins with h, which an earlier Run ended with, and with its first round at a random
+// time, so that a fleet's checks are spread.
 func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	if wait.For(ctx, rand.N(m.every)) != nil {
 		return
