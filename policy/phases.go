@@ -129,6 +129,9 @@ func canaries(in *inputs, st state) (state, bool) {
 	if moved {
 		st = st.because(deployments.ReasonCanary, deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(want)})
 	}
+	if !moved && v.stuck != nil {
+		st = st.because(v.waitsFor())
+	}
 	if moved || admitted < want || v.pending > v.late {
 		return wakeLate(in, st, v, moved), false
 	}
@@ -179,11 +182,11 @@ func rolling(in *inputs, st state) (state, bool) {
 	} else {
 		st, moved = readmit(in, st, v, 0)
 	}
-	switch {
-	case moved || admitted < v.live || v.inflight > v.hung:
+	if !moved && v.stuck != nil {
+		st = st.because(v.waitsFor())
+	}
+	if moved || admitted < v.live || v.inflight > v.hung || v.stuck != nil {
 		return wakeLate(in, st, v, moved), false
-	case v.unaware != nil:
-		return st.because(deployments.ReasonUnaware, deployments.Facts{"node": v.unaware.Name}), false
 	}
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all of them bake
 		var done bool

@@ -152,6 +152,37 @@ func TestPinsAtOnce(t *testing.T) {
 	runs(t, &s, release("v2"))
 }
 
+// Trouble of the storage delays a rollout, and says so. It stops none, however long it lasts; any other does.
+func TestTroubleOfTheStorageDelays(t *testing.T) {
+	t.Parallel()
+	for _, phase := range []deployments.Phase{deployments.PhaseCanary, deployments.PhaseRolling} {
+		s := step(1, phase)
+		canary(&s)
+		s.Unit.Rollout.MaxUnavailable = deployments.Amount{N: 1}
+		u := &s.Nodes[0].Report
+		u.State, u.Want, u.Reason, u.Error = deployments.StateRetrying, s.Unit.Release, deployments.ReasonStorageUnavailable, "503"
+		s.Now = noon.Add(time.Hour)
+		m := Next(s)
+		if p := m.Record.Rollout; p == nil || p.Phase != phase || p.Reason != deployments.ReasonStorageUnavailable || p.Facts["node"] != s.Nodes[0].Name {
+			t.Errorf("%s: it becomes %s", phase, brief(m.Record))
+		}
+		s.Record = m.Record
+		there(&s, 1)
+		u.State, u.Reason, u.Error = deployments.StateConverged, "", ""
+		if p := Next(s).Record.Rollout; p == nil || p.Reason == deployments.ReasonStorageUnavailable || p.Phase == deployments.PhaseRollingBack {
+			t.Errorf("%s: it has fetched it, and the rollout does not go on: %+v", phase, p)
+		}
+		s = step(1, phase)
+		canary(&s)
+		u = &s.Nodes[0].Report
+		u.State, u.Want, u.Reason = deployments.StateRetrying, s.Unit.Release, deployments.ReasonDiskFull
+		s.Now = noon.Add(time.Hour)
+		if m := Next(s); m.Record.Rollout.Phase != deployments.PhaseRollingBack {
+			t.Errorf("%s: a full disk: it becomes %s", phase, brief(m.Record))
+		}
+	}
+}
+
 // What has been stable lately goes without gates, unless the unit's file forbids it; and within max_unavailable.
 func TestFastLaneBack(t *testing.T) {
 	t.Parallel()

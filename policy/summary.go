@@ -27,8 +27,9 @@ type summary struct {
 	hung, late int
 	firstLate  *Node
 	due        time.Time
-	// unaware is a node that was told, has had its time, and says that it is well on what it ran before.
-	unaware *Node
+	// stuck is a node that was told, has had its time, and serves what it ran before as well as ever: it says that it is
+	// well, or that it can't reach the storage. That is no failure of the release.
+	stuck *Node
 	// shaken is set if a pending node whose time is not over had been well: one that boots had not.
 	shaken bool
 	// waiting are nodes that came back, and would change if they were told: see readmit.
@@ -200,15 +201,19 @@ func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
 	if pending {
 		v.pending++
 	}
-	if hung {
+	switch {
+	case hung && pending && unreached(&n.Report): // it keeps its room: with the storage back it switches at once
+		v.stuck = cmp.Or(v.stuck, n)
+		return false
+	case hung:
 		v.hung++
-	} else {
+	default:
 		v.due = earlier(v.due, due)
 	}
 	switch u := &n.Report; {
 	case !pending:
 	case hung && u.State == deployments.StateConverged && st.p.Phase != deployments.PhaseRollingBack:
-		v.unaware = cmp.Or(v.unaware, n) // it says that it is well: that is no failure of the release
+		v.stuck = cmp.Or(v.stuck, n)
 	case hung:
 		v.firstLate = cmp.Or(v.firstLate, n)
 		v.late++
@@ -225,6 +230,21 @@ func (v *summary) fail(n *Node, cause deployments.Reason, text string) {
 	if v.failed++; v.failed == 1 {
 		v.failure = deployments.Facts{"node": n.Name, "cause": string(cause), "error": clipped(text)}
 	}
+}
+
+// unreached reports whether a node has yet to fetch the release, as the storage or the network to it is in trouble.
+func unreached(u *deployments.UnitReport) bool {
+	return u.Reason == deployments.ReasonStorageUnavailable &&
+		(u.State == deployments.StateRetrying || u.State == deployments.StateFetching)
+}
+
+// waitsFor is the code of what a stuck node waits for, with its facts.
+func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
+	u := &v.stuck.Report
+	if unreached(u) {
+		return deployments.ReasonStorageUnavailable, deployments.Facts{"node": v.stuck.Name, "error": clipped(u.Error)}
+	}
+	return deployments.ReasonUnaware, deployments.Facts{"node": v.stuck.Name}
 }
 
 // partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is

@@ -100,6 +100,8 @@ func Message(reason deployments.Reason, f deployments.Facts) string {
 		return "all of its " + f["nodes"] + " nodes are pinned"
 	case deployments.ReasonNodesMissing:
 		return f["live"] + " of " + f["known"] + " known nodes are there: waits for the others"
+	case deployments.ReasonStorageUnavailable:
+		return "node " + f["node"] + " can't reach the storage, and tries again: " + f["error"]
 	case deployments.ReasonUnaware:
 		return "node " + f["node"] + " is well, and has yet to notice that it was admitted"
 	case deployments.ReasonReplacedTooOften:

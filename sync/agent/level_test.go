@@ -145,7 +145,7 @@ func TestOldFailureKeysMove(t *testing.T) {
 	write(t, journal, strings.Replace(string(data), `"key": "generation 2, retry 0",`, "", 1))
 	old := w.path("state", oldFailuresFile)
 	write(t, old, fmt.Sprintf(`{"format":1,"units":{"prod/web/app":{"%s":{"claim":"generation 1, retry 0","error":"x"}}}}`, bad.Digest))
-	a = w.start()
+	w.start()
 	await(t, "another try, as another generation asks", func() (bool, string) {
 		tries, _ := os.ReadFile(w.path("tries"))
 		return string(tries) == "x\nx\n", string(tries)
