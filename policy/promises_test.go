@@ -77,6 +77,27 @@ func runs(t *testing.T, s *Situation, want deployments.Pointer) {
 	}
 }
 
+// Agents of before pins were rolled out go to a pin by themselves. Its rollout ends when they are there.
+func TestPinsThatAgentsFollowByThemselves(t *testing.T) {
+	t.Parallel()
+	v1 := release("v1")
+	s := paced10()
+	pin := good(deployments.Pin{Release: v1})
+	s.Pin = &pin
+	s.Record = Next(s).Record
+	each(&s, func(u *deployments.UnitReport) {
+		u.Running, u.Want, u.Pinned, u.State, u.Generation = v1, v1, true, deployments.StateConverged, s.Record.Generation
+	})
+	for range 20 {
+		s.Record = Next(s).Record
+		s.Now = s.Now.Add(time.Minute)
+		each(&s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
+	}
+	if r := s.Record; r.Rollout != nil || r.Pinned == nil || r.Target != v1 {
+		t.Errorf("it becomes %s", brief(r))
+	}
+}
+
 // A unit pin, and its end, move no more nodes at a time than max_unavailable, without gates.
 func TestPinsKeepTheBudget(t *testing.T) {
 	t.Parallel()

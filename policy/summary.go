@@ -94,7 +94,7 @@ func summarize(in *inputs, st state) summary {
 	for _, i := range order.byRank {
 		n := &in.Nodes[i]
 		u := &n.Report
-		if pinned(u) {
+		if pinned(u) && !followsPin(&r, u) {
 			v.pinned++
 			continue
 		}
@@ -158,6 +158,12 @@ func summarize(in *inputs, st state) summary {
 	}
 	slices.SortFunc(v.waiting, byJoined)
 	return v
+}
+
+// followsPin reports whether a node goes by itself to what a unit pin names, which is the record's target as well: an
+// agent of before pins were rolled out, or one that a pin of its own sends there. It is part of the pin's rollout.
+func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
+	return r.Pinned != nil && u.State != deployments.StateHeld && u.Want.Digest == r.Target.Digest
 }
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
