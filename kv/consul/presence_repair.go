@@ -21,10 +21,14 @@ func (p *presence) keep() {
 	for {
 		p.putting.Lock()
 		session, renew, idle := p.session, p.renew, len(p.held) == 0
-		watched := ""
+		watched, taken := "", ""
 		for key := range p.held {
-			if !p.taken[key] && (watched == "" || key < watched) {
-				watched = key
+			of := &watched
+			if p.taken[key] {
+				of = &taken
+			}
+			if *of == "" || key < *of {
+				*of = key
 			}
 		}
 		p.putting.Unlock()
@@ -39,8 +43,8 @@ func (p *presence) keep() {
 		var err error
 		if session != "" && watched != "" {
 			err = p.watchEntry(session, watched, renew)
-		} else if session != "" {
-			err = wait.For(p.ctx, takenPoll) // another process has taken all of it
+		} else if taken != "" { // another process has all of it
+			err = p.watchTaken(taken)
 		}
 		if err == nil {
 			err = p.repair()
@@ -50,18 +54,6 @@ func (p *presence) keep() {
 			trouble.Reset()
 		} else {
 			pause = trouble.Next()
-		}
-		p.putting.Lock()
-		taken := err == nil && p.session == "" && len(p.held) > 0 // all of it
-		p.putting.Unlock()
-		if taken {
-			select {
-			case <-p.wake.C(): // by a Put
-			case <-time.After(takenPoll):
-			case <-p.ctx.Done():
-				return
-			}
-			continue
 		}
 		if wait.For(p.ctx, pause) != nil {
 			return
@@ -104,6 +96,31 @@ func (p *presence) watchEntry(session, key string, renew bool) error {
 		}
 		if err := idle.Wait(p.ctx); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll: else a node
+// whose agent was started twice would be gone for that long once the second ends.
+func (p *presence) watchTaken(key string) error {
+	var index uint64
+	for range 2 { // what stands, and its next change
+		asked, free := time.Now(), false
+		err := p.store.do(p.ctx, "look at "+key, watchTimeout, func(q *api.QueryOptions) error {
+			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, takenPoll
+			pair, meta, err := p.store.client.KV().Get(p.store.prefix+key, q)
+			if err == nil {
+				free = pair == nil || pair.Session == ""
+				index = nextIndex(index, meta.LastIndex, time.Since(asked), takenPoll)
+			}
+			return err
+		})
+		if err != nil || free {
+			return err
+		}
+		if index == 0 {
+			return wait.For(p.ctx, time.Second)
 		}
 	}
 	return nil

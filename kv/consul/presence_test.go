@@ -308,7 +308,9 @@ func TestPresenceComesBackAfterAnother(t *testing.T) {
 	if err := second.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	began := time.Now()
 	views.Await(t, "the first again", kvtest.Held("server-1=first"))
+	t.Logf("the first is back %v after the second ended", time.Since(began).Round(time.Millisecond))
 }
 
 // Whoever else holds the entry loses it, but not the session, which may hold more.
