@@ -37,8 +37,9 @@ Configured by a file, the environment and flags: what is --state-dir here is KED
 file, which is YAML. A flag wins over the environment, and that over the file. Under systemd, Type=notify reports READY after the first convergence, or after --ready-timeout.
 
 It serves, where --listen says so:
-  /ready     200 while the node serves: what a load balancer asks; else 503 with why
-  /converged 200 while every unit runs what it should: what systemd, cloud-init and lifecycle hooks ask; else 503 with why
+  /ready     200 while the node serves: for a load balancer; else 503 and why
+  /converged 200 while every unit runs what it should: for lifecycle hooks,
+             systemd and cloud-init; else 503 and why
   /live      200 while the loop turns
   /status    what it runs and why, as JSON
   /metrics   for Prometheus
