@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -55,10 +56,19 @@ func TestHealthIsLostAndFound(t *testing.T) {
 func TestMonitorTellsChangesAlone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var failing error
-		identity := "1"
+		var mu sync.Mutex // of what a check finds
+		identity, failing := "1", error(nil)
+		find := func(id string, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			identity, failing = id, err
+		}
 		m := &Monitor{every: 10 * time.Second, failures: 3, identities: make([]string, 2), checks: []watch{
-			{name: "tcp", timeout: time.Second, try: func(context.Context) (string, error) { return identity, failing }},
+			{name: "tcp", timeout: time.Second, try: func(context.Context) (string, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				return identity, failing
+			}},
 			{name: "slow", timeout: time.Second, try: func(ctx context.Context) (string, error) { return "", ctx.Err() }},
 		}}
 		ctx, cancel := context.WithCancel(t.Context())
@@ -70,17 +80,17 @@ func TestMonitorTellsChangesAlone(t *testing.T) {
 			synctest.Wait()
 		}
 		sleep(5 * time.Minute)
-		identity = "2" // one restart is borne
+		find("2", nil) // one restart is borne
 		sleep(time.Minute)
 		if len(told) > 0 {
 			t.Fatalf("told of %+v while all is well", told)
 		}
-		failing = errors.New("refused")
+		find("2", errors.New("refused"))
 		sleep(time.Minute)
 		if len(told) != 1 || !told[0].Unhealthy || told[0].Facts["check"] != "tcp" || told[0].Facts["error"] != "refused" {
 			t.Fatalf("told of %+v", told)
 		}
-		failing = nil
+		find("2", nil)
 		sleep(time.Minute)
 		if len(told) != 2 || told[1].Unhealthy {
 			t.Fatalf("told of %+v", told)
