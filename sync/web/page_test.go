@@ -115,7 +115,7 @@ func TestPages(t *testing.T) {
 	f := troubledFleet("what they say")
 	w := &Web{}
 	for path, wants := range map[string][]string{
-		"":                   {"prod/web/app", "prod/web/other", "1 node", "3/4, 1 gone", "paused", "web-2", "what they say", "kedge resume prod/web/app"},
+		"":                   {"prod/web/app", "prod/web/other", "1 node", "2/3, 1 gone", "paused", "web-2", "what they say", "kedge resume prod/web/app"},
 		"prod/web/app":       {release("2").String(), release("1").String(), "web-1", "web-4", "gone", "Nodes", "History", "what they say"},
 		"prod/web/app/web-2": {"web-2", "quarantine", "in the way", "kedge retry prod/web/app", "what they say"},
 		"prod/web/app/web-3": {"node pin", "decided", "kedge unpin prod/web/app --node web-3"},
