@@ -92,6 +92,14 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
+// later is the later of two times; the zero time is none.
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
 // scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that falls into the
 // hour that spring takes away, and a freeze would not happen.
 func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {

@@ -57,6 +57,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 			st.p.HealthySince = in.Now // what comes into flight before it ends is not late for the last step: see watched
 		}
 		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()), true
+	case v.live == 0 && v.followers > 0: // nobody has to be told
 	case v.live == 0 && v.pinned > 0 && v.gone == 0: // the first to run it, once let go, would else be all of them
 		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
 	case v.live == 0:
@@ -185,7 +186,7 @@ func rolling(in *inputs, st state) (state, bool) {
 	if !moved && v.stuck != nil {
 		st = st.because(v.waitsFor())
 	}
-	if moved || admitted < v.live || v.inflight > v.hung || v.stuck != nil {
+	if moved || admitted < v.live || v.inflight > v.hung || v.stuck != nil || v.following > 0 {
 		return wakeLate(in, st, v, moved), false
 	}
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all of them bake
@@ -198,11 +199,14 @@ func rolling(in *inputs, st state) (state, bool) {
 		if st.p.HealthySince.IsZero() {
 			st.p.HealthySince = in.Now
 		}
-		stood := in.deadline()
-		if here := v.live + v.pinned + v.gone - v.away; 2*here < max(known, st.r.Nodes) {
-			stood = max(stood, mostAway)
+		until := v.awayUntil
+		switch here := v.live + v.pinned + v.gone - v.away; {
+		case 2*here < max(known, st.r.Nodes):
+			until = st.p.HealthySince.Add(max(in.deadline(), mostAway))
+		case known < st.r.Nodes:
+			until = later(until, st.p.HealthySince.Add(min(in.deadline(), shortList)))
 		}
-		if until := st.p.HealthySince.Add(stood); in.Now.Before(until) {
+		if in.Now.Before(until) {
 			return st.wake(until).because(deployments.ReasonNodesMissing,
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
@@ -210,6 +214,10 @@ func rolling(in *inputs, st state) (state, bool) {
 	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned
 	return st.end().because(deployments.ReasonConverged, nil), false
 }
+
+// shortList is how long a list of nodes that is shorter than it was has to stand: agents of before put a status key that
+// was deleted again within a minute.
+const shortList = 2 * time.Minute
 
 // mostAway is how long a rollout waits before it ends without most of its nodes.
 const mostAway = time.Hour

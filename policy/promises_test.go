@@ -275,6 +275,51 @@ func TestAShortListIsNotTheFleet(t *testing.T) {
 	}
 }
 
+// A node that waits in mid-deployment is out of service, and takes room; one that waits and has nothing to change doesn't.
+func TestWhoWaitsInMidDeploymentTakesRoom(t *testing.T) {
+	t.Parallel()
+	for _, where := range []int{0, 5} { // admitted, and going by an earlier record
+		s := step(1, deployments.PhaseRolling)
+		there(&s, 1)
+		s.Unit.Rollout.MaxUnavailable.N = 1
+		u := &s.Nodes[where].Report
+		u.State, u.Want, u.Running = deployments.StateWaiting, s.Unit.Release, release("v1")
+		if m := Next(s); admitted(&s, m.Record) != 1 {
+			t.Errorf("node %d waits in mid-deployment, and others go: %s", where, brief(m.Record))
+		}
+		u.Want = u.Running
+		u.State = deployments.StateConverged
+		if where > 0 {
+			if m := Next(s); admitted(&s, m.Record) != 2 {
+				t.Errorf("node %d is where it should be, and nobody goes: %s", where, brief(m.Record))
+			}
+		}
+	}
+}
+
+// A node that died long ago holds no rollout up, and one that died just now does so for a deadline. A fleet that was
+// scaled in by a few waits only until nobody can have been overlooked.
+func TestTheDeadHoldNoRolloutUp(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		lose func(*Situation)
+		want time.Duration
+	}{
+		"died yesterday": {func(s *Situation) { s.Nodes[9].Gone, s.Nodes[9].GoneSince = true, ago(24*time.Hour) }, 0},
+		"died just now":  {func(s *Situation) { s.Nodes[9].Gone, s.Nodes[9].GoneSince = true, s.Now }, 10 * time.Minute},
+		"scaled in":      {func(s *Situation) { s.Nodes = s.Nodes[:8] }, 2 * time.Minute},
+	} {
+		s := step(10, deployments.PhaseRolling)
+		there(&s, 9)
+		s.Record.Nodes = 10
+		c.lose(&s)
+		m := Next(s)
+		if ended := m.Record.Rollout == nil; ended != (c.want == 0) || !ended && !m.Again.Equal(s.Now.Add(c.want)) {
+			t.Errorf("%s: ended %v, looks again at %v, want after %v: %s", name, ended, m.Again, c.want, brief(m.Record))
+		}
+	}
+}
+
 // A canary that is away is missed for a deadline before there is another, and nothing bakes meanwhile.
 func TestAMissingCanaryIsMissed(t *testing.T) {
 	t.Parallel()

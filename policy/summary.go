@@ -11,9 +11,15 @@ import (
 // summary is what the fleet's reports say about a record's rollout.
 type summary struct {
 	live, gone, pinned int
+	// followers are the pinned nodes that go by themselves to what the record's own pin names; following those of them
+	// that have yet to be there.
+	followers, following int
 	// away are the gone nodes that did not run the target when they left; missing those that did, are admitted,
 	// and have not been missed for long.
 	away, missing int
+	// awayUntil is when the last of those away has been so for a deadline: a node that died holds no rollout up
+	// for longer. Zero: none.
+	awayUntil time.Time
 	// nodes are the live ones that take part, by rank.
 	nodes []place
 	// inflight are nodes that are changing, or may begin to at any time; pending those among them that were told
@@ -94,8 +100,14 @@ func summarize(in *inputs, st state) summary {
 	for _, i := range order.byRank {
 		n := &in.Nodes[i]
 		u := &n.Report
-		if pinned(u) && !followsPin(&r, u) {
+		if pinned(u) {
 			v.pinned++
+			if followsPin(&r, u) {
+				v.followers++
+				if u.State != deployments.StateConverged && !n.Gone {
+					v.following++
+				}
+			}
 			continue
 		}
 		onTarget := u.Running.Digest == r.Target.Digest
@@ -161,7 +173,7 @@ func summarize(in *inputs, st state) summary {
 }
 
 // followsPin reports whether a node goes by itself to what a unit pin names, which is the record's target as well: an
-// agent of before pins were rolled out, or one that a pin of its own sends there. It is part of the pin's rollout.
+// agent of before pins were rolled out, or one that a pin of its own sends there. The pin's rollout waits for it.
 func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 	return r.Pinned != nil && u.State != deployments.StateHeld && u.Want.Digest == r.Target.Digest
 }
@@ -175,6 +187,7 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, th
 	v.gone++
 	if !there {
 		v.away++
+		v.awayUntil = later(v.awayUntil, in.due(st, n))
 	}
 	hung := !in.Now.Before(in.due(st, n))
 	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
