@@ -4,10 +4,20 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
 	"testing"
+
+	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/kvtest"
 	"kedge/sync/fleet"
 )
 
@@ -70,4 +80,63 @@ func TestDeadAgentOnALivingNode(t *testing.T) {
 	})
 	w.startAgent("web-3")
 	w.live("app", "2", "web-3")
+}
+
+// Nodes without a Consul agent of their own talk to the servers through one address. The death of the server that they
+// talk to says nothing of them: nobody is gone, and a rollout goes on.
+func TestDeadServerOfNodesWithoutConsulAgents(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs Consul and S3, and takes a minute")
+	}
+	t.Parallel()
+	w := newWorldOn(t, kvtest.ConsulOptions{ACL: true, Servers: 3})
+	leader := w.consul.Leader()
+	spare := slices.DeleteFunc(slices.Clone(w.consul.Servers), func(n *kvtest.ConsulNode) bool { return n == leader })
+	victim := spare[0]
+	var behind atomic.Pointer[string]
+	behind.Store(&victim.Addr)
+	front := httptest.NewServer(&httputil.ReverseProxy{
+		Rewrite:      func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", *behind.Load() },
+		ErrorHandler: func(rw http.ResponseWriter, _ *http.Request, _ error) { rw.WriteHeader(http.StatusBadGateway) },
+	})
+	t.Cleanup(front.Close)
+	t.Cleanup(front.CloseClientConnections)
+	w.store = leader.Open(w.consul.RootToken)
+	mirror := w.consul.Token(`key_prefix "kedge/" { policy = "write" } session_prefix "" { policy = "write" } service "kedge-mirror" { policy = "write" }`)
+	w.start("mirror-1", slices.Concat(leader.Env(mirror), []string{"SSL_CERT_FILE=" + w.git.caFile}),
+		"mirror", w.git.url, "--every", "300ms", "--lease-ttl", "10s", "--name", "mirror-1")
+	nodes := []string{"web-1", "web-2", "web-3"}
+	agent := w.consul.Token(`key_prefix "kedge/" { policy = "read" } key_prefix "kedge/status/" { policy = "write" } session_prefix "" { policy = "write" }`)
+	for _, node := range nodes {
+		if err := os.MkdirAll(w.srv(node), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		env := slices.Concat([]string{"CONSUL_HTTP_ADDR=" + front.URL, "CONSUL_HTTP_TOKEN=" + agent}, w.s3.Env(), []string{"SRV=" + w.srv(node)})
+		w.start(node, env, "agent", "--node", node, "--stage", "prod", "--roles", "web", "--state-dir", filepath.Join(w.dir, node, "state"))
+	}
+	release := func(version string) {
+		p := w.publish("app", version)
+		file := fmt.Sprintf("release: %s\nrollout: {canary: 1, bake: 1s, max_unavailable: 1, max_failures: 0}\n", p)
+		w.push("release "+version, map[string]*string{webApp.String(): &file})
+	}
+	release("1")
+	w.live("app", "1", nodes...)
+	views := kvtest.Watch(t, w.store, "status/prod/web/")
+	views.Await(t, "all are there", func(v kv.View) bool {
+		return len(v.Entries) == 3 && !slices.ContainsFunc(v.Entries, func(e kv.Entry) bool { return e.Session == "" })
+	})
+	release("2")
+	victim.Kill()
+	behind.Store(&spare[1].Addr)
+	w.live("app", "2", nodes...)
+	w.eventually("the servers notice the death", func() error {
+		checks, _, err := leader.Client(w.consul.RootToken).Health().Node(victim.Name, nil)
+		if err == nil && checks.AggregatedStatus() != api.HealthCritical {
+			err = fmt.Errorf("its health is %s", checks.AggregatedStatus())
+		}
+		return err
+	})
+	views.Never(t, "a node was taken for dead", func(v kv.View) bool {
+		return slices.ContainsFunc(v.Entries, func(e kv.Entry) bool { return e.Session == "" })
+	})
 }

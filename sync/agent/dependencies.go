@@ -28,7 +28,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	}
 	// What runs already elsewhere, or ran before, needs nothing that is yet to come.
 	r := u.record.Value
-	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable
+	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
 	for _, name := range r.After {
 		id := u.id
 		id.Unit = name

@@ -3,6 +3,7 @@ package agent
 import (
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"kedge/artifact"
@@ -47,6 +48,7 @@ type observed struct {
 	progress artifact.Progress
 	done     deployments.Pointer             // converged to in this process
 	settled  deployments.Pointer             // noted as settled on in this process
+	ran      []deployments.Digest            // what converged in this process, the newest last: see dependencyOf
 	recover  bool                            // whether something has to be recovered first
 	forget   bool                            // everything that failed may be tried again
 	trouble  error                           // why the last job failed; nil again when it succeeds
@@ -66,6 +68,18 @@ type observed struct {
 type reported struct {
 	state deployments.State
 	since time.Time
+}
+
+// maxRan bounds observed.ran.
+const maxRan = 16
+
+// reached notes a release that the unit has converged to.
+func (o *observed) reached(p deployments.Pointer) {
+	o.done = p
+	if !slices.Contains(o.ran, p.Digest) {
+		o.ran = append(o.ran, p.Digest)
+		o.ran = o.ran[max(0, len(o.ran)-maxRan):]
+	}
 }
 
 // refusal is an error that trying again doesn't mend.

@@ -124,7 +124,8 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		u.forget = u.forget && (err != nil || !j.release.IsZero())
 	case jobDeploy:
 		if err == nil {
-			u.done, u.drift = j.release, nil
+			u.reached(j.release)
+			u.drift = nil
 		}
 	case jobSettle:
 		if err == nil {
