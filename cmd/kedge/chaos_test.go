@@ -25,7 +25,7 @@ import (
 )
 
 var (
-	chaosSeed     = flag.Uint64("chaos.seed", 0, "play the episode of this seed; 0: another one each time")
+	chaosSeed     = flag.Uint64("chaos.seed", 2, "play the episode of this seed; 0: another one each time")
 	chaosEvents   = flag.Int("chaos.events", 12, "how many faults and pushes an episode has")
 	chaosEpisodes = flag.Int("chaos.episodes", 1, "how many episodes to play, one after the other")
 )
