@@ -38,7 +38,7 @@ func TestChaos(t *testing.T) {
 		t.Skip("needs Consul, S3 and root, and takes two minutes")
 	}
 	if *chaosEpisodes == 0 {
-		t.Skip("not played: one episode in ten still fails; go test ./cmd/kedge -run TestChaos -v -args -chaos.episodes=1")
+		t.Skip("not played by itself: one run in five of seed 2 failed, and why is not known; go test ./cmd/kedge -run TestChaos -v -args -chaos.episodes=1")
 	}
 	t.Parallel()
 	for n := range *chaosEpisodes {
