@@ -37,6 +37,9 @@ func usage(w io.Writer, cmd *cobra.Command, width int) error {
 	}
 	flags("Flags:", cmd.LocalFlags())
 	flags("Global flags:", cmd.InheritedFlags())
+	if !cmd.HasParent() {
+		b.WriteString(helpTopics())
+	}
 	if cmd.HasAvailableSubCommands() {
 		fmt.Fprintf(&b, "\n%s COMMAND --help is the manual of each.\n", cmd.CommandPath())
 	}

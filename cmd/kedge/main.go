@@ -143,12 +143,20 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	const most = 100 // columns of a text that is easy to read
+	width := cmp.Or(min(a.terminal(), most), 80)
 	root.SuggestionsMinimumDistance = 2
 	root.SetHelpCommand(&cobra.Command{
-		Use:    "help [COMMAND]",
-		Short:  "The manual of a command",
+		Use:    "help [COMMAND|TOPIC]",
+		Short:  "The manual of a command, or a page of the manual",
 		Hidden: true,
 		RunE: func(_ *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				if page, ok := deployments.Page(args[0]); ok {
+					_, err := io.WriteString(a.stdout, pageText(page, width))
+					return err
+				}
+			}
 			c, _, err := root.Find(args)
 			if err == nil && c == root {
 				err = root.Args(root, args)
@@ -200,8 +208,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			}
 		}
 	}
-	const most = 100 // columns of a text that is easy to read
-	width := cmp.Or(min(a.terminal(), most), 80)
 	root.SetUsageFunc(func(cmd *cobra.Command) error { return usage(cmd.OutOrStderr(), cmd, width) })
 	root.SetHelpFunc(func(cmd *cobra.Command, _ []string) {
 		fmt.Fprintf(a.stdout, "%s\n\n%s", reflow(cmp.Or(cmd.Long, cmd.Short), width), cmd.UsageString())
