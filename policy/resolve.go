@@ -2,6 +2,7 @@ package policy
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -104,7 +105,7 @@ type Step struct {
 // is admitted, else stable. It has no side effects, and the same Facts give the same Decision.
 //
 // A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even where a lower one is good: a typo in
-// a pin must not silently mean "no pin". An absent record changes nothing. A quarantined digest is still the Target, with
+// a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see ErrNoRecord. A quarantined digest is still the Target, with
 // its step in the Trace: the agent doesn't run it, and says so.
 func Resolve(f Facts) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
@@ -113,9 +114,18 @@ func Resolve(f Facts) Decision {
 		decided = true
 	}
 	d.record(f, decided)
+	if decided && !f.Record.Present {
+		d.Action, d.Target = ActKeep, deployments.Pointer{}
+		d.Invalid = first(d.Invalid, fmt.Errorf("pins/%s: %w", f.Unit, ErrNoRecord))
+		d.Why = "the " + string(d.Source) + " is for a unit without a record, so nothing changes"
+	}
 	d.allow(f)
 	return d
 }
+
+// ErrNoRecord is Decision.Invalid of a pin that has no record beside it. Whoever may write pins alone can't bring a
+// node to run a unit that nobody desires.
+var ErrNoRecord = errors.New("the unit has no record, and a pin counts only for a unit that has one")
 
 func (d *Decision) note(s Step) { d.Trace = append(d.Trace, s) }
 
@@ -191,7 +201,7 @@ func (d *Decision) record(f Facts, decided bool) {
 		if !decided {
 			d.Why = "there is no record, so nothing changes"
 		}
-		d.note(Step{What: "record", Says: "none", Decides: !decided, Unblock: "add " + f.Unit.String() + ".yaml to the deployments repo, or put a pointer at desired/" + f.Unit.String()})
+		d.note(Step{What: "record", Says: "none", Decides: !decided, Blocks: decided, Unblock: "add " + f.Unit.String() + ".yaml to the deployments repo, or put a pointer at desired/" + f.Unit.String()})
 		return
 	case v.Err != nil:
 		d.Invalid = first(d.Invalid, fmt.Errorf("record: %w", v.Err))

@@ -132,6 +132,8 @@ func (u *unit) invalid() standing {
 		s.reason = deployments.ReasonInvalidPin
 	case u.record.Err != nil:
 		s.reason = deployments.ReasonInvalidRecord
+	case errors.Is(u.decision.Invalid, policy.ErrNoRecord):
+		s.reason = deployments.ReasonNoRecord
 	}
 	return s
 }
