@@ -28,6 +28,7 @@ var (
 	chaosSeed     = flag.Uint64("chaos.seed", 2, "play the episode of this seed; 0: another one each time")
 	chaosEvents   = flag.Int("chaos.events", 12, "how many faults and pushes an episode has")
 	chaosEpisodes = flag.Int("chaos.episodes", 0, "how many episodes to play, one after the other")
+	chaosLogs     = flag.String("chaos.logs", "", "a directory that keeps what all processes of a failed episode logged, and the keys")
 )
 
 // TestChaos plays pushes of good and bad releases, kills, restarts and losses of keys from a printed seed, on three
@@ -71,13 +72,45 @@ func newChaos(t *testing.T, seed uint64) *chaos {
 	c := &chaos{t: t, rng: rand.New(rand.NewPCG(seed, 7)), nodes: nodes, budget: 2, began: time.Now()}
 	c.world = newWorldOn(t, kvtest.ConsulOptions{ACL: true, Servers: 3, Clients: nodes})
 	c.log = filepath.Join(c.dir, "commands.log")
+	t.Cleanup(func() {
+		if t.Failed() && *chaosLogs != "" {
+			c.keepLogs(filepath.Join(*chaosLogs, fmt.Sprint(seed)))
+		}
+	})
 	return c
+}
+
+// keepLogs writes to dir what happened, what each process logged, and every key, for a failure that is seldom seen twice.
+func (c *chaos) keepLogs(dir string) {
+	c.mu.Lock()
+	files := map[string]string{"events": strings.Join(c.events, "\n") + "\n"}
+	c.mu.Unlock()
+	c.world.mu.Lock()
+	for _, p := range c.started {
+		files[p.name+".log"] += p.logged()
+	}
+	c.world.mu.Unlock()
+	pairs, _, err := c.anyClient().KV().List("kedge/", nil)
+	keys := &strings.Builder{}
+	fmt.Fprintf(keys, "error: %v\n", err)
+	for _, p := range pairs {
+		fmt.Fprintf(keys, "%s (%d)\n%s\n", p.Key, p.ModifyIndex, p.Value)
+	}
+	files["keys"] = keys.String()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		c.t.Error(err)
+	}
+	for name, content := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
+			c.t.Error(err)
+		}
+	}
 }
 
 func (c *chaos) say(format string, args ...any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.events = append(c.events, fmt.Sprintf("%6.2f ", time.Since(c.began).Seconds())+fmt.Sprintf(format, args...))
+	c.events = append(c.events, time.Now().UTC().Format("15:04:05.000 ")+fmt.Sprintf(format, args...))
 }
 
 func (c *chaos) play() {
@@ -267,7 +300,7 @@ func (c *chaos) watchBudget(ctx context.Context) {
 		}
 		out[node] = version
 		if len(out) > c.budget {
-			c.t.Errorf("at %.2f s %d nodes are out of service, %d may: %v", time.Since(c.began).Seconds(), len(out), c.budget, out)
+			c.t.Errorf("at %s %d nodes are out of service, %d may: %v", time.Now().UTC().Format("15:04:05.000"), len(out), c.budget, out)
 		}
 	}
 }

@@ -49,7 +49,8 @@ type world struct {
 
 	pushing   sync.Mutex // for tests that push side by side
 	mu        sync.Mutex
-	processes map[string]*process
+	processes map[string]*process // the newest of each name
+	started   []*process
 	tokens    map[string]string
 }
 
@@ -123,6 +124,7 @@ func (w *world) start(name string, env []string, args ...string) *process {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.processes[name] = p
+	w.started = append(w.started, p)
 	return p
 }
 
