@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"time"
@@ -35,7 +34,7 @@ func (p pastGenerations) forget(id deployments.UnitID) {
 
 // add takes up the next generation of a unit.
 func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
-	if h.Generation > p.newest[id].Generation && h.Generation < absurd {
+	if h.Generation > p.newest[id].Generation && h.Generation < policy.AbsurdGeneration {
 		p.newest[id] = h
 	}
 	stable := p.stable[id]
@@ -81,23 +80,6 @@ func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]c
 		}
 	}
 	return nil
-}
-
-// recordOf returns the record of a generation that only the history knows. How far its rollout had come is lost: what was rolled
-// back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if every node is there.
-func recordOf(h deployments.History, now time.Time) deployments.Record {
-	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
-	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
-	switch {
-	case h.Stable.IsZero() || h.Stable == h.Release:
-		return r
-	case h.Failed == h.Release.Digest:
-		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
-	default:
-		p.Phase, p.Promoted = deployments.PhaseRolling, true
-	}
-	r.Rollout = p
-	return r
 }
 
 // record returns the entry that notes a new generation.

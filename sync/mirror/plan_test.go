@@ -159,7 +159,7 @@ func TestReconcile(t *testing.T) {
 		{name: "all in order, written by this mirror", cell: shown(good, 5), own: mine(good, 4, 5, time.Hour), git: "1"},
 		{name: "restored from a snapshot, and a node knows of a later one", cell: shown(good, 5), acted: 9, git: "1", generation: 10, ops: "replace put"},
 		{name: "gone with the history, and a node knows of it", acted: 9, git: "1", generation: 10, ops: "create put"},
-		{name: "a node that makes an absurd generation up", cell: shown(good, 5), acted: absurd, git: "1"},
+		{name: "a node that makes an absurd generation up", cell: shown(good, 5), acted: policy.AbsurdGeneration, git: "1"},
 		{name: "a new release", cell: shown(good, 5), git: "2", generation: 4, stable: "1", ops: "replace put"},
 		{name: "a write that has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "2"},
 		{name: "a newer release, while a write has yet to show", cell: shown(good, 5), own: mine(deployments.Record{Target: pointer("2"), Generation: 4}, 5, 0, time.Second), git: "3", wait: true},

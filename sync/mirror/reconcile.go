@@ -13,9 +13,6 @@ import (
 	"kedge/sync/git"
 )
 
-// absurd generations are nobody's who counts: one more, and they would be negative, which no node takes.
-const absurd = 1 << 53
-
 // standing is where a unit's key stands.
 type standing int
 
@@ -37,7 +34,7 @@ func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
 		return inOrder
 	case known:
 		return foreign
-	case c.present && c.err == nil && c.record.Generation > 0 && c.record.Generation < absurd:
+	case c.present && c.err == nil && c.record.Generation > 0 && c.record.Generation < policy.AbsurdGeneration:
 		return inOrder
 	default:
 		return unknown
@@ -196,7 +193,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
 	w := change{unit: u.ID, kind: "update", base: c.version}
-	floor := int64(0) // generations up to it were used
+	var base policy.Base
 	switch stand(c, mine, known, in.now) {
 	case inFlight:
 		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
@@ -204,31 +201,34 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		}
 		return change{}, doNothing, time.Time{}
 	case inOrder:
-		w.before, floor = c.record, c.record.Generation
+		base = policy.Base{Record: c.record, Floor: c.record.Generation}
 	case foreign:
-		w.before, floor, w.kind, w.note = mine.record, mine.record.Generation, "restore", "a change by hand was put back"
+		base = policy.Base{Record: mine.record, Floor: mine.record.Generation, Restored: true}
+		w.kind, w.note = "restore", "a change by hand was put back"
 	case unknown:
 		past := in.history[u.ID]
-		floor = past.Generation
+		base.Floor = past.Generation
 		switch {
 		case c.present && c.err == nil: // a bare pointer: nodes run it
-			w.before = deployments.Record{Target: c.record.Target}
+			base.Record = deployments.Record{Target: c.record.Target}
 		case past.Generation > 0:
-			w.before = recordOf(past, in.now)
+			base.Record = policy.FromHistory(past, in.now)
 		}
 		if !c.present {
 			w.kind = "create"
 		}
 	}
 	nodes := in.nodes(u.ID)
-	if w.kind != "restore" {
-		if record, until, lost := in.lost(u, nodes, floor); lost {
+	if !base.Restored {
+		if record, until, lost := in.lost(u, nodes, base.Floor); lost {
 			if in.now.Before(until) {
 				return change{}, doWait, until
 			}
-			w.before, floor, w.kind, w.note = record, record.Generation, "rebuild", rebuiltNote(nodes)
+			base = policy.Base{Record: record, Floor: record.Generation, Rebuilt: true}
+			w.kind, w.note = "rebuild", policy.RebuiltNote(nodes)
 		}
 	}
+	w.before = base.Record
 	if in.blind && (u.Rollout != nil || w.before.Rollout != nil) {
 		return change{}, doWait, time.Time{}
 	}
@@ -242,24 +242,11 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) && onlyMoves(w.before, w.after) {
 		return change{}, doNothing, turn
 	}
-	if more := w.after.Generation - w.before.Generation; more > 0 {
-		w.after.Generation = floor + more
+	var stored *deployments.Record
+	if c.present && c.err == nil {
+		stored = &c.record
 	}
-	if w.kind == "rebuild" {
-		w.after.Generation = max(w.after.Generation, floor+1)
-	}
-	// A generation must never go down: agents would take the record for an old one. Absurd ones are not believed.
-	if c.err == nil && c.record.Generation >= w.after.Generation && c.record.Generation < absurd && !bytes.Equal(encode(c.record), encode(w.after)) {
-		w.after.Generation = max(w.after.Generation, c.record.Generation)
-		if w.kind == "restore" {
-			w.after.Generation = c.record.Generation + 1
-		}
-	}
-	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot.
-	if acted := actedOn(nodes); w.after.Generation < acted {
-		w.after.Claim = cmp.Or(w.after.Claim, w.after.Generation)
-		w.after.Generation = acted + 1
-	}
+	w.after = base.Number(w.after, stored, nodes)
 	if ordered {
 		w.order = o
 		w.ops = append(w.ops, kv.DeleteIf(kv.ControlKey(u.ID), o.version))
@@ -275,20 +262,12 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	default:
 		return change{}, doNothing, step.Again
 	}
-	if w.after.Generation > floor {
+	if w.after.Generation > base.Floor {
 		w.note = in.noteOf(w, cmp.Or(step.Did, step.Message))
 		w.history = in.record(w)
 		w.ops = append(w.ops, writeHistory(w.unit, w.history)...)
 	}
 	return w, doWrite, step.Again
-}
-
-// actedOn returns the highest generation that a node says it has acted on.
-func actedOn(nodes []policy.Node) (highest int64) {
-	for i := range nodes {
-		highest = max(highest, generationOf(&nodes[i].Report))
-	}
-	return highest
 }
 
 // pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which

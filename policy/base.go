@@ -1,0 +1,157 @@
+package policy
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"math"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+)
+
+// AbsurdGeneration is the lowest generation that is not believed: one more at the end of the range would be negative,
+// which no node takes.
+const AbsurdGeneration = 1 << 53
+
+// Base is the record from which a unit's next one is made.
+type Base struct {
+	Record deployments.Record
+	// Floor is the highest generation that is known to have been used.
+	Floor int64
+	// Restored is set if a mirror puts its own record back over a change by hand, Rebuilt if Record is made from what
+	// the nodes report.
+	Restored, Rebuilt bool
+}
+
+// Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored is
+// what the store holds at the unit's key; nil: nothing that parses. A generation must never go down: nodes would hold
+// the record for an old one.
+func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
+	if more := next.Generation - b.Record.Generation; more > 0 {
+		next.Generation = b.Floor + more
+	}
+	if b.Rebuilt {
+		next.Generation = max(next.Generation, b.Floor+1)
+	}
+	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration && !equal(*stored, next) {
+		next.Generation = stored.Generation
+		if b.Restored {
+			next.Generation++
+		}
+	}
+	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot.
+	if acted := actedOn(nodes); next.Generation < acted {
+		next.Claim = cmp.Or(next.Claim, next.Generation)
+		next.Generation = acted + 1
+	}
+	return next
+}
+
+func equal(a, b deployments.Record) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && bytes.Equal(x, y)
+}
+
+// actedOn returns the highest generation that a node says it has acted on.
+func actedOn(nodes []Node) (highest int64) {
+	for i := range nodes {
+		highest = max(highest, generationOf(&nodes[i].Report))
+	}
+	return highest
+}
+
+// generationOf returns the newest generation that a node has acted on, as it reports.
+func generationOf(u *deployments.UnitReport) int64 {
+	generation := u.Generation
+	if held, err := strconv.ParseInt(u.Facts["acted_on"], 10, 64); err == nil {
+		generation = max(generation, held)
+	}
+	if generation >= AbsurdGeneration {
+		return 0
+	}
+	return generation
+}
+
+// IsLost reports whether nodes have acted on newer generations of a unit than the store knows: its data was removed, or
+// restored from an older snapshot. It takes most of the nodes that run something, so that no single one can claim it.
+func IsLost(nodes []Node, known int64) bool {
+	reports, ahead := 0, 0
+	for i := range nodes {
+		if u := &nodes[i].Report; !u.Running.IsZero() {
+			reports++
+			if generationOf(u) > known {
+				ahead++
+			}
+		}
+	}
+	return 2*ahead > reports
+}
+
+// Rebuild returns the record that the nodes' reports stand for: what they run is stable, what they have in quarantine
+// failed, and Git's release, unless all run it or it failed, is yet to be rolled out. Its generation is the highest
+// that is known.
+func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
+	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit}
+	count := map[deployments.Pointer]int{}
+	failed := map[deployments.Digest]bool{}
+	for i := range nodes {
+		report := &nodes[i].Report
+		r.Generation = max(r.Generation, generationOf(report))
+		for _, digest := range report.Quarantined {
+			failed[digest] = true
+		}
+		if !report.Running.IsZero() {
+			count[report.Running]++
+		}
+	}
+	var others []deployments.Pointer // that nodes run and that did not fail, the most common first
+	for p := range count {
+		if p.Digest != u.Release.Digest && !failed[p.Digest] {
+			others = append(others, p)
+		}
+	}
+	slices.SortFunc(others, func(a, b deployments.Pointer) int {
+		return cmp.Or(cmp.Compare(count[b], count[a]), strings.Compare(a.URL, b.URL), slices.Compare(a.Digest[:], b.Digest[:]))
+	})
+	if len(others) == 0 {
+		return r
+	}
+	r.Stable = others[0]
+	if failed[u.Release.Digest] {
+		r.Rollout = &deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Failed: u.Release.Digest,
+			Since: now.UTC().Truncate(time.Millisecond), Reason: deployments.ReasonRolledBack,
+			Message: "it failed, as the nodes report, before the store lost its record"}
+		return r
+	}
+	r.Target = r.Stable // from which Git's release is rolled out, by its gates
+	return r
+}
+
+// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is lost:
+// what was rolled back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if
+// every node is there.
+func FromHistory(h deployments.History, now time.Time) deployments.Record {
+	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
+	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
+	switch {
+	case h.Stable.IsZero() || h.Stable == h.Release:
+		return r
+	case h.Failed == h.Release.Digest:
+		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
+	default:
+		p.Phase, p.Promoted = deployments.PhaseRolling, true
+	}
+	r.Rollout = p
+	return r
+}
+
+// RebuiltNote says in the history where a rebuilt record comes from.
+func RebuiltNote(nodes []Node) string {
+	return fmt.Sprintf("the store had lost the record, or held an older one: rebuilt from what %d nodes report", len(nodes))
+}
