@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -93,7 +94,12 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err != nil {
 		return err
 	}
-	if err := s.tool(ctx, "rsync", append(args, "-v", s.tree(r)+"/", r.Manifest.Dest+"/")...); err != nil {
+	verbose := s.c.RsyncVerbose
+	if verbose == nil {
+		verbose = []string{"-v"}
+	}
+	args = append(slices.Concat(args, verbose), s.tree(r)+"/", r.Manifest.Dest+"/")
+	if err := s.tool(ctx, "rsync", args...); err != nil {
 		return err
 	}
 	return syncFS(r.Manifest.Dest)

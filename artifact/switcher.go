@@ -50,6 +50,8 @@ type SwitcherConfig struct {
 	Log     *slog.Logger // nil: discard
 	// Trees is a private directory for the unpacked trees of the strategies rsync and mv.
 	Trees string
+	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	RsyncVerbose []string
 	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }

@@ -135,27 +135,21 @@ func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
-// byteRate reads a number of bytes a second: 20000000, 20M, 20MB/s, 20MiB.
+// byteRate reads a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000.
 func byteRate(s string) (int64, error) {
-	t := strings.TrimSuffix(strings.TrimSpace(s), "/s")
+	t := strings.ToLower(strings.ReplaceAll(strings.TrimSuffix(strings.TrimSpace(s), "/s"), ",", ""))
 	if t == "" || t == "0" {
 		return 0, nil
 	}
-	unit := int64(1)
-	for _, u := range []struct {
-		suffix string
-		factor int64
-	}{
-		{"KiB", 1 << 10}, {"MiB", 1 << 20}, {"GiB", 1 << 30}, {"kB", 1e3}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"k", 1e3}, {"K", 1e3}, {"M", 1e6}, {"G", 1e9}, {"B", 1},
-	} {
-		if cut, ok := strings.CutSuffix(t, u.suffix); ok {
-			t, unit = strings.TrimSpace(cut), u.factor
-			break
-		}
+	digits := strings.TrimRight(t, " bikmg")
+	units := map[string]float64{
+		"": 1, "b": 1, "k": 1e3, "kb": 1e3, "m": 1e6, "mb": 1e6, "g": 1e9, "gb": 1e9,
+		"ki": 1 << 10, "kib": 1 << 10, "mi": 1 << 20, "mib": 1 << 20, "gi": 1 << 30, "gib": 1 << 30,
 	}
-	n, err := strconv.ParseFloat(t, 64)
-	if err != nil || n <= 0 || n*float64(unit) > 1e15 {
+	unit, known := units[strings.TrimSpace(t[len(digits):])]
+	n, err := strconv.ParseFloat(digits, 64)
+	if err != nil || !known || n <= 0 || n*unit > 1e15 {
 		return 0, fmt.Errorf("bandwidth %q: want bytes a second, as in 20MB/s", s)
 	}
-	return int64(n * float64(unit)), nil
+	return int64(n * unit), nil
 }

@@ -52,7 +52,7 @@ type hintError struct {
 
 func (e hintError) Unwrap() error { return e.error }
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() { os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr)) }
 
 // run is main without the process: what the tests of the command line call.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {

@@ -29,7 +29,7 @@ import (
 // TestMain lets the test binary play kedge itself: the processes of the end-to-end tests are built as the tests are, with -race.
 func TestMain(m *testing.M) {
 	if os.Getenv("KEDGE_PLAY") != "" {
-		os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+		os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr))
 	}
 	os.Exit(m.Run())
 }

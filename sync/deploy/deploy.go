@@ -60,7 +60,6 @@
 //   - a checksum is required, and {{ must_env }} of an unset variable is an error, not a panic
 //   - dest_mode: 755 means 0755, not the decimal number
 //   - failure commands run in the working directory of kedge, not in a temporary one that is gone
-//   - a failure exits non-zero, under CONSUL_INDEX too
 //   - no events ([]) is nothing to do, not an error
 //   - rsync compares files by content (--checksum), not by size and time, which archives with normalised times share
 //   - mv works across file systems
@@ -107,7 +106,9 @@ type Config struct {
 	Claim func(dest string) error
 	// Progress is told where a deployment is. nil: nobody.
 	Progress func(deployments.State, artifact.Progress)
-	Log      *slog.Logger // nil: discard; its lines are to name the unit where there are several
+	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	RsyncVerbose []string
+	Log          *slog.Logger // nil: discard; its lines are to name the unit where there are several
 }
 
 // Unit deploys releases of one unit on this node, one at a time. Its methods are called by one goroutine, State by any.

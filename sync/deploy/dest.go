@@ -12,7 +12,7 @@ import (
 // switcher returns the Switcher of r's strategy and dest.
 func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
-		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(),
+		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), RsyncVerbose: u.c.RsyncVerbose,
 		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
 			log := u.log
 			if silent {

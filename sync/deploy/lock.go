@@ -61,6 +61,8 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	return func() {
 		u.lock = nil
 		if l.file != nil {
+			// A child that another goroutine is about to start may still have the file.
+			_ = unix.Flock(int(l.file.Fd()), unix.LOCK_UN)
 			l.file.Close()
 		}
 	}, nil

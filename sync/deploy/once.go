@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -10,10 +11,12 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"time"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/command"
 )
@@ -27,12 +30,22 @@ type OneShot struct {
 	Bounds  policy.Bounds
 	// Trust see Config.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
-	Log   *slog.Logger // nil: discard
+	Fetch FetchLimits
+	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	RsyncVerbose []string
+	Log          *slog.Logger // nil: discard
+}
+
+// FetchLimits say how long Once tries to have a release's archive on disk.
+type FetchLimits struct {
+	Timeout   time.Duration // of all tries; 0: none
+	Retry     int           // tries after the first
+	RetryWait time.Duration // before each of them
 }
 
 // Once converges this machine once on a manifest, whatever was deployed before, and leaves no state but what the release
 // strategy keeps beside dest: what kedge run does. nil means that the release is live, healthy and its success commands ran
-// (their failure is only logged); any error, that it isn't, and kedge run exits with 1, also under CONSUL_INDEX.
+// (their failure is only logged); any error, that it isn't.
 //
 // As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network included. A
 // release that fails goes back only where the release strategy has another one to go back to. It waits for
@@ -43,7 +56,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		return fmt.Errorf("making a directory to work in: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	u, err := Open(Config{Node: func() string { return o.Node }, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, Log: o.Log})
+	u, err := Open(Config{Node: func() string { return o.Node }, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, RsyncVerbose: o.RsyncVerbose, Log: o.Log})
 	if err != nil {
 		return err
 	}
@@ -63,7 +76,9 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	if err := u.adopt(r); err != nil {
 		return err
 	}
-	err = u.deploy(ctx, r, Request{Release: r.Pointer})
+	if err = u.stageWithin(ctx, r, o.Fetch); err == nil {
+		err = u.deploy(ctx, r, Request{Release: r.Pointer})
+	}
 	if failed := new(Failed); err == nil || errors.As(err, &failed) {
 		return err
 	}
@@ -76,6 +91,29 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		}
 	}
 	return err
+}
+
+// stageWithin stages r, as often and as long as limits say. What no other try would mend is not tried again.
+func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits FetchLimits) error {
+	if limits.Timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, limits.Timeout, fmt.Errorf("timeout %s reached while fetching src %s",
+			limits.Timeout, deployments.ShownURL(r.Manifest.Src)))
+		defer cancel()
+	}
+	for try := 0; ; try++ {
+		err := u.stage(ctx, r)
+		switch {
+		case err != nil && ctx.Err() != nil:
+			return errors.Join(context.Cause(ctx), err)
+		case err == nil || try >= limits.Retry || errors.Is(err, artifact.ErrDigest):
+			return err
+		}
+		u.log.Warn("the release could not be fetched: tries again", "try", try+1, "of", limits.Retry, "wait", limits.RetryWait, "error", err)
+		if wait.For(ctx, limits.RetryWait) != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+	}
 }
 
 // locate admits the manifest at a URL or pointer.
@@ -120,35 +158,44 @@ func (u *Unit) adopt(r *artifact.Release) error {
 const maxInput = 4 << 20
 
 // ParseInput finds the manifest's URL in what kedge run reads on stdin: Consul events as JSON, where CONSUL_INDEX is set
-// or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. No events give "", nil:
-// there is nothing to do.
+// or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. It reads no more than
+// that, as whoever writes may leave the pipe open. No events give "", nil: there is nothing to do.
 func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
-	data, err := io.ReadAll(io.LimitReader(in, maxInput+1))
-	if err != nil {
+	limited := &io.LimitedReader{R: in, N: maxInput + 1}
+	r := bufio.NewReader(limited)
+	if mark, _ := r.Peek(1); len(mark) == 1 && mark[0] == 0xef {
+		if mark, _ := r.Peek(3); string(mark) == "\ufeff" {
+			_, _ = r.Discard(len(mark))
+		}
+	}
+	first, err := r.Peek(1)
+	if err != nil && err != io.EOF {
 		return "", fmt.Errorf("reading standard input: %w", err)
 	}
-	if len(data) > maxInput {
-		return "", fmt.Errorf("standard input has more than %d bytes: want a manifest's URL or Consul events", maxInput)
-	}
-	text := strings.TrimSpace(strings.TrimPrefix(string(data), "\ufeff"))
-	if getenv("CONSUL_INDEX") == "" && !strings.HasPrefix(text, "[") {
-		line, _, _ := strings.Cut(text, "\n")
-		if line = strings.TrimSpace(line); line == "" {
+	if getenv("CONSUL_INDEX") == "" && string(first) != "[" {
+		line, err := r.ReadString('\n')
+		switch line = strings.TrimSpace(line); {
+		case limited.N == 0:
+			return "", errLongInput
+		case err != nil && err != io.EOF:
+			return "", fmt.Errorf("reading standard input: %w", err)
+		case line == "":
 			return "", errors.New("standard input is empty: want a manifest's URL or Consul events")
 		}
 		return line, nil
-	}
-	if text == "" {
-		return "", nil // consul watch runs its handler once before the first event
 	}
 	var events []struct {
 		ID      string
 		Payload []byte
 	}
-	if err := json.Unmarshal([]byte(text), &events); err != nil {
+	switch err := json.NewDecoder(r).Decode(&events); {
+	case err == io.EOF:
+		return "", nil // consul watch runs its handler once before the first event
+	case limited.N == 0:
+		return "", errLongInput
+	case err != nil:
 		return "", fmt.Errorf("standard input is not Consul's JSON list of events: %w", err)
-	}
-	if len(events) == 0 {
+	case len(events) == 0:
 		return "", nil
 	}
 	last := events[len(events)-1]
@@ -157,3 +204,5 @@ func ParseInput(in io.Reader, getenv func(string) string) (url string, err error
 	}
 	return url, nil
 }
+
+var errLongInput = fmt.Errorf("standard input has more than %d bytes: want a manifest's URL or Consul events", maxInput)
