@@ -42,7 +42,7 @@ func TestParseInput(t *testing.T) {
 		"no payload":            {in: `[{"ID":"abc","Payload":null}]`, err: "event abc has no payload"},
 		"cut off":               {in: `[{"ID":"1"`, err: "not Consul's JSON"},
 		"endless":               {in: strings.Repeat("x", maxInput+1), err: "more than"},
-		"no more than one list":  {in: `[{"ID":"1","Payload":"` + payload + `"}] rest`, url: url},
+		"no more than one list": {in: `[{"ID":"1","Payload":"` + payload + `"}] rest`, url: url},
 	} {
 		got, err := ParseInput(strings.NewReader(test.in), func(name string) string { return map[string]string{"CONSUL_INDEX": test.index}[name] })
 		if got != test.url || (err == nil) != (test.err == "") || err != nil && !strings.Contains(err.Error(), test.err) {
