@@ -65,11 +65,11 @@ type Unassigned struct {
 // mirrorStopped reports whether a mirror ran once, and none does now.
 func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunning }
 
-// pinned reports whether a pin decides for a unit, on nodes without one of their own.
-func (u *Unit) pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
+// Pinned reports whether a pin decides for a unit, on nodes without one of their own.
+func (u *Unit) Pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
-// gitTarget is the release that Git names: while a pin is rolled out, the record's target is the pin's.
-func (u *Unit) gitTarget() deployments.Pointer {
+// GitTarget is the release that Git names: while a pin is rolled out, the record's target is the pin's.
+func (u *Unit) GitTarget() deployments.Pointer {
 	switch {
 	case u.Record == nil:
 		return deployments.Pointer{}

@@ -300,7 +300,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 		told = append(told, h.Release, h.Stable)
 	}
 	from := u.Record.Target
-	if u.pinned(now) && !u.Pin.Hold {
+	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
 	// Only what is older counts. A release that came back later lies behind its first place: this is where one rollback after another
@@ -401,7 +401,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 		}
 		return notes
 	}
-	if u.pinned(f.At) {
+	if u.Pinned(f.At) {
 		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
 	}
 	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
@@ -419,14 +419,14 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	}
 	u := &f.Units[0]
 	switch {
-	case node != "" && u.pinned(f.At):
+	case node != "" && u.Pinned(f.At):
 		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
 	case u.Error != "":
 		return oneLine(u.Error)
 	case u.Record == nil:
 		return "there is no record: nodes keep what they run"
 	}
-	says := "the record counts now: " + u.Release(u.gitTarget())
+	says := "the record counts now: " + u.Release(u.GitTarget())
 	switch p := u.Record.Rollout; {
 	case u.Record.Pinned != nil && u.Record.Pinned.Failed == u.Record.Pinned.Target.Digest && !u.Record.Pinned.Stable.IsZero():
 		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Pinned.Stable) + ", within max_unavailable"
@@ -469,7 +469,7 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 // Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.
 func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
-	if err != nil || len(f.Units) == 0 || !f.Units[0].pinned(f.At) {
+	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
 		return ""
 	}
 	return "it is pinned, and its nodes follow the pin until: kedge unpin " + id.String()

@@ -189,6 +189,9 @@ func CleanLines(s string) string {
 // oneLine makes one clean line of a text.
 func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
 
+// Clean makes one line of a text that others wrote, without control characters, of at most n characters.
+func Clean(s string, n int) string { return clip(oneLine(s), n) }
+
 // Wrap breaks each line of a text between words where it is full; the rest of it is indented by two more than its beginning. Commands
 // to type stay in one piece. Width 0: as it is.
 func Wrap(text string, width int) string {

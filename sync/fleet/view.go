@@ -149,9 +149,9 @@ const runsColumn, convergedColumn = 2, 4
 // Row is one of f's units in one line, in Columns.
 func (f *Fleet) Row(u *Unit) []Text {
 	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
-	name := u.versions()
+	name := u.Versions()
 	if u.Record != nil {
-		target = Text{name(u.gitTarget()), Plain}
+		target = Text{name(u.GitTarget()), Plain}
 	}
 	nodes := 0
 	for _, p := range u.Pins {
@@ -160,9 +160,9 @@ func (f *Fleet) Row(u *Unit) []Text {
 		}
 	}
 	switch {
-	case u.pinned(f.At) && u.Pin.Hold:
+	case u.Pinned(f.At) && u.Pin.Hold:
 		pin = Text{"hold", Warn}
-	case u.pinned(f.At):
+	case u.Pinned(f.At):
 		pin = Text{name(u.Pin.Release), Warn}
 	case nodes > 0:
 		pin = Text{count(nodes, "node"), Warn}
@@ -186,35 +186,62 @@ func (f *Fleet) Row(u *Unit) []Text {
 	return []Text{{u.ID.String(), Bold}, target, u.runs(name), pin, state, phase}
 }
 
-// versions returns what names the unit's releases as shortly as possible: by the version, with the beginning of
+// Versions returns what names the unit's releases as shortly as possible: by the version, with the beginning of
 // the digest if another release of the unit has the same.
-func (u *Unit) versions() func(deployments.Pointer) string {
-	all := []deployments.Pointer{}
-	if u.Record != nil {
-		all = append(all, u.Record.Target, u.Record.Stable, u.gitTarget())
-	}
-	if u.Pin != nil {
-		all = append(all, u.Pin.Release)
-	}
-	for _, n := range u.Nodes {
-		all = append(all, n.Report.Running)
-	}
+func (u *Unit) Versions() func(deployments.Pointer) string {
+	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
 	twice := map[string]bool{}
-	for _, p := range all {
-		version := u.version(p)
-		if other, ok := taken[version]; ok && other != p.Digest {
-			twice[version] = true
+	reported := u.reportedVersions()
+	version := func(p deployments.Pointer) string {
+		if p.IsZero() {
+			return "-"
 		}
-		taken[version] = p.Digest
+		if name, ok := named[p.Digest]; ok {
+			return name
+		}
+		name := cmp.Or(reported[p.Digest], versionInURL(p))
+		named[p.Digest] = name
+		if other, ok := taken[name]; ok && other != p.Digest {
+			twice[name] = true
+		}
+		taken[name] = p.Digest
+		return name
+	}
+	if u.Record != nil {
+		version(u.Record.Target)
+		version(u.Record.Stable)
+		version(u.GitTarget())
+	}
+	if u.Pin != nil {
+		version(u.Pin.Release)
+	}
+	for i := range u.Nodes {
+		version(u.Nodes[i].Report.Running)
 	}
 	return func(p deployments.Pointer) string {
-		if version := u.version(p); !twice[version] {
-			return version
+		name := version(p)
+		if p.IsZero() || !twice[name] {
+			return name
 		}
-		return u.Release(p)
+		return name + " " + p.Digest.Short()[:8]
 	}
 }
+
+// reportedVersions returns the version of each running release, as the first node that runs it reports it.
+func (u *Unit) reportedVersions() map[deployments.Digest]string {
+	versions := map[deployments.Digest]string{}
+	for i := range u.Nodes {
+		r := &u.Nodes[i].Report
+		if r.Version != "" && versions[r.Running.Digest] == "" {
+			versions[r.Running.Digest] = Clean(r.Version, mostVersion)
+		}
+	}
+	return versions
+}
+
+// mostVersion is how many characters of a version are shown.
+const mostVersion = 24
 
 // mostReleases that run at a time are named in a row.
 const mostReleases = 3
@@ -314,7 +341,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 
 // todo says what an operator can do about a unit that stands; empty: nothing.
 func todo(u *Unit, now time.Time) string {
-	if u.Record == nil || u.pinned(now) {
+	if u.Record == nil || u.Pinned(now) {
 		return ""
 	}
 	if next := policy.Unblock(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
@@ -361,17 +388,22 @@ func (u *Unit) version(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
 	}
-	for _, n := range u.Nodes {
-		if n.Report.Running.Digest == p.Digest && n.Report.Version != "" {
-			return clip(clean(n.Report.Version), 24)
+	for i := range u.Nodes {
+		if r := &u.Nodes[i].Report; r.Running.Digest == p.Digest && r.Version != "" {
+			return Clean(r.Version, mostVersion)
 		}
 	}
+	return versionInURL(p)
+}
+
+// versionInURL returns the version in the path of a manifest's URL.
+func versionInURL(p deployments.Pointer) string {
 	dir, file := path.Split(p.URL)
 	version := strings.TrimSuffix(file, path.Ext(file))
 	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
 		version = parent
 	}
-	return clip(clean(version), 24)
+	return Clean(version, mostVersion)
 }
 
 func pinName(u *Unit, p deployments.Pin) string {

@@ -317,7 +317,7 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 
 // rollout is the progress that counts: a pin of the unit overrides it, and one that stands for good is not waited for.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
-	if u.Record == nil || u.pinned(now) || policy.IsOrphaned(*u.Record) {
+	if u.Record == nil || u.Pinned(now) || policy.IsOrphaned(*u.Record) {
 		return nil
 	}
 	return u.Record.Rollout
