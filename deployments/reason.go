@@ -77,6 +77,7 @@ const (
 	ReasonUnsigned           Reason = "Unsigned"
 	ReasonDigestMismatch     Reason = "DigestMismatch"
 	ReasonOlderThanFloor     Reason = "OlderThanFloor"
+	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock says: created, settled
 	ReasonAgentTooOld        Reason = "AgentTooOld"        // needs
 	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
 	ReasonUnproven           Reason = "Unproven"           // a bare pointer beside a running mirror

@@ -200,6 +200,32 @@ func TestThefts(t *testing.T) {
 		stays(t, "older than that of 2026-11-20T02:00:00Z")
 		recovers(t)
 	})
+	t.Run("KV token: an old release under another unit's name", func(t *testing.T) {
+		other := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app2"}
+		mirror := w.consul.Open(w.token("mirror", deployments.RuleVars{Node: w.consul.Servers[0].Name}))
+		put := kv.Put(kv.DesiredKey(other), []byte(old.String()))
+		if err := mirror.Commit(t.Context(), nil, kv.Delete(kv.DesiredKey(webApp)), put); err != nil {
+			t.Fatal(err)
+		}
+		w.reported("web-1", "app2", func(u deployments.UnitReport) string {
+			if u.Reason != deployments.ReasonOlderThanFloor {
+				return "it is not refused for its age"
+			}
+			return ""
+		})
+		if err := mirror.Commit(t.Context(), nil, kv.Delete(kv.DesiredKey(other))); err != nil {
+			t.Fatal(err)
+		}
+		stays(t, "")
+		recovers(t)
+		operator := w.token("operator", deployments.RuleVars{})
+		w.consul.CLI(operator, "", "kv", "put", "kedge/pins/prod/web/app3", unsigned.String())
+		if out, _, _ := w.kedge("status"); !strings.Contains(out, "app3") || !strings.Contains(out, "record") {
+			t.Errorf("kedge status does not say that a pin has no record:\n%s", out)
+		}
+		w.consul.CLI(operator, "", "kv", "delete", "kedge/pins/prod/web/app3")
+		stays(t, "")
+	})
 	// The last one, as the node then settles on what is newer: a delta is only a shorter way, which is left where it doesn't fit.
 	t.Run("S3 key: a delta is overwritten", func(t *testing.T) {
 		next := w.publish("app", "9", signed(key, 9), func(o *artifact.PublishOptions) { o.Since = []deployments.Pointer{two} })

@@ -27,6 +27,7 @@
 //
 //	lock                      held while it runs; the process's id
 //	last-known.json           what the store last held for this node
+//	floors.json               which releases are too old for this node: see deploy.Floors
 //	node.json                 what the store's agent called this node last
 //	agent.sock                /status, /ready and POST /retry for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
@@ -53,10 +54,13 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/deploy"
 )
 
 // DefaultStateDir is where an agent keeps its state.
 const DefaultStateDir = "/var/lib/kedge"
+
+const floorsFile = "floors.json"
 
 // Config configures an Agent.
 type Config struct {
@@ -103,6 +107,7 @@ type Agent struct {
 	lock     *os.File
 	listener net.Listener // nil: none
 	metrics  *metrics
+	floors   *deploy.Floors
 	drains   *drains
 	drift    *driftWatcher
 	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
@@ -197,6 +202,9 @@ func New(c Config) (_ *Agent, err error) {
 		}
 		a.roles = append(a.roles, r)
 	}
+	if a.floors, err = deploy.OpenFloors(filepath.Join(c.StateDir, floorsFile), c.Log); err != nil {
+		return nil, err
+	}
 	a.begun = startingSince(c.StateDir, a.started)
 	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
@@ -225,6 +233,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.addUnit(id)
 		a.mu.Unlock()
 	}
+	// What is known from before is decided before there is news: what was to be settled on isn't forgotten by a restart.
+	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveSocket(ctx) })
 	g.Go(func() error { a.drains.run(ctx); return nil })

@@ -153,6 +153,9 @@ func (a *Agent) aim(r *role) {
 
 // aim sets what the worker should bring about, and calls off what stands in its way.
 func (u *unit) aim(g goal) {
+	if g.settle && !g.run.IsZero() && (u.settled == u.toSettle || u.deploy != nil && u.state().Running != u.toSettle) {
+		u.toSettle = g.run
+	}
 	if g == u.goal {
 		return
 	}

@@ -19,7 +19,7 @@ type goal struct {
 	commit string              // that asked for run
 	key    string              // what asks for run: the failure key
 	heal   bool                // put drift right
-	settle bool                // once it runs, nothing older is gone back to
+	settle bool                // once it runs, nothing older is gone back to: see observed.toSettle
 }
 
 // job is what a worker is doing.
@@ -51,17 +51,24 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{}, wait
 	}
 	s, g := u.state(), u.goal
+	if u.future != nil {
+		again = u.settleAt
+	}
 	run := g.run
 	if u.refused[run].err != nil {
 		run = deployments.Pointer{}
 	}
 	failed := !run.IsZero() && u.quarantined(run)
+	settles := s.Confirmed && !s.Unfinished && s.Running == u.toSettle && !u.toSettle.IsZero() &&
+		(u.settled != u.toSettle || u.future != nil && !now.Before(u.settleAt))
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
 	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which lies on disk.
 	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
 	switch {
 	case u.recover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
+	case settles: // before anything else is deployed: what is wanted by now may be what nobody is to go back to
+		return job{kind: jobSettle, release: u.toSettle}, again
 	case u.forget:
 		return job{kind: jobForget}, again
 	case deploys:
@@ -79,9 +86,6 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if unproven && u.trouble == nil {
 		return job{kind: jobProve, release: s.Running}, again
 	}
-	if g.settle && !run.IsZero() && u.done == run && u.settled != run {
-		return job{kind: jobSettle, release: run}, again
-	}
 	if g.heal && len(u.drift) > 0 {
 		return job{kind: jobHeal}, again
 	}
@@ -94,6 +98,9 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	case !verifies || s.Running.IsZero():
 		return job{}, again
 	case now.Before(u.verifyAt):
+		if !again.IsZero() && again.Before(u.verifyAt) {
+			return job{}, again
+		}
 		return job{}, u.verifyAt
 	default:
 		return job{kind: jobVerify}, again

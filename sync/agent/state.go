@@ -48,9 +48,21 @@ type standing struct {
 func at(state deployments.State, err error) standing {
 	s := standing{state: state, err: err}
 	if err != nil {
-		s.reason, s.facts = reasonOf(err), deployments.Facts{"error": oneLine(err)}
+		s.reason, s.facts = reasonOf(err), factsOf(err)
 	}
 	return s
+}
+
+// factsOf returns what an error is about.
+func factsOf(err error) deployments.Facts {
+	facts := deployments.Facts{"error": oneLine(err)}
+	if older := new(deploy.OlderError); errors.As(err, &older) {
+		return facts.With("created", older.Created.Format(time.RFC3339)).With("floor", older.Floor.Format(time.RFC3339)).With("of", older.Of)
+	}
+	if future := new(deploy.FutureError); errors.As(err, &future) {
+		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Settled.Format(time.RFC3339))
+	}
+	return facts
 }
 
 // reasonOf returns the code of an error that has one.
@@ -58,6 +70,10 @@ func reasonOf(err error) deployments.Reason {
 	switch {
 	case errors.As(err, new(*takenError)):
 		return deployments.ReasonDestInUse
+	case errors.As(err, new(*deploy.OlderError)):
+		return deployments.ReasonOlderThanFloor
+	case errors.As(err, new(*deploy.FutureError)):
+		return deployments.ReasonCreatedAhead
 	case errors.Is(err, policy.ErrUntrusted):
 		return deployments.ReasonUnsigned
 	case errors.Is(err, artifact.ErrDigest):
@@ -120,6 +136,8 @@ func (u *unit) converged() standing {
 		return at(deployments.StateConverged, u.trouble)
 	case u.refused[u.goal.stage].err != nil:
 		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
+	case u.future != nil && u.settled == u.done:
+		return at(deployments.StateConverged, u.future)
 	}
 	return at(deployments.StateConverged, u.decision.Invalid)
 }

@@ -48,6 +48,9 @@ type observed struct {
 	progress artifact.Progress
 	done     deployments.Pointer             // converged to in this process
 	settled  deployments.Pointer             // noted as settled on in this process
+	toSettle deployments.Pointer             // to be noted once it runs, before anything else is deployed
+	settleAt time.Time                       // when what claims a time ahead of the clock is noted again
+	future   *deploy.FutureError             // what settled claims
 	ran      []deployments.Digest            // what converged in this process, the newest last: see dependencyOf
 	recover  bool                            // whether something has to be recovered first
 	forget   bool                            // everything that failed may be tried again
@@ -69,6 +72,10 @@ type reported struct {
 	state deployments.State
 	since time.Time
 }
+
+// settleAgain is how long after a release was settled on that claims to be made ahead of the clock, which may have been
+// behind, it is settled on again.
+const settleAgain = 10 * time.Minute
 
 // maxRan bounds observed.ran.
 const maxRan = 16

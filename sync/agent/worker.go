@@ -49,6 +49,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	for {
 		d, err := deploy.Open(deploy.Config{
 			ID: u.id, Node: a.Node, Dir: unitDir(a.c.StateDir, u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			Floors:   a.floors,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Claim:    func(dest string) error { return a.claim(u, dest) },
@@ -106,6 +107,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		u.trouble = nil
 		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
 	case err != nil && calledOff: // no trouble
+	case errors.As(err, new(*deploy.FutureError)):
 	case err != nil:
 		u.trouble = err
 		u.retryAt = now.Add(u.retry.Next())
@@ -128,9 +130,14 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 			u.drift = nil
 		}
 	case jobSettle:
-		if err == nil {
-			u.settled = j.release
+		if settled := new(deploy.FutureError); errors.As(err, &settled) {
+			u.future, u.settleAt, u.trouble = settled, now.Add(settleAgain), nil
+		} else if err == nil {
+			u.future = nil
+		} else {
+			break
 		}
+		u.settled = j.release
 	case jobHeal:
 		if err == nil {
 			u.drift = nil

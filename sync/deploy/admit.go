@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os/user"
 	"path/filepath"
-	"time"
 
 	"kedge/artifact"
 	"kedge/deployments"
@@ -51,22 +50,6 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 		}
 	}
 	return nil
-}
-
-// order refuses a release that is older than the newest that was settled on: an old signature stays good, and whoever writes the
-// store must not bring back what was replaced for a hole in it.
-func (u *Unit) order(r *artifact.Release) error {
-	created := r.Manifest.Created
-	if u.c.Trust == nil || u.j.Newest.IsZero() || !created.Before(u.j.Newest) || u.c.Older != nil && u.c.Older(r.Pointer) {
-		return nil
-	}
-	made := "it does not say when it was made"
-	if !created.IsZero() {
-		made = "made at " + created.Format(time.RFC3339)
-	}
-	// Short: a report has 300 bytes.
-	return fmt.Errorf("%s, older than that of %s on which this node has settled: publish it anew as a new version, or pin it where the agent has allow_older_pins",
-		made, u.j.Newest.Format(time.RFC3339))
 }
 
 // fetch returns p's manifest, from this unit's own copy where there is one.

@@ -42,9 +42,10 @@
 //
 //	journal.json               what runs, what is good, what is quarantined, and the deployment under way
 //	journal.json.bad           a journal that didn't parse; for people
-//	newest                     when the newest release that was settled on was made, for a journal that didn't parse
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
 //	trees/DIGEST/              unpacked trees of the rsync and mv strategies
+//
+// What the node has settled on is kept once for all units: see Floors.
 //
 // Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release keeps the rest in
 // DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's directory, where it
@@ -95,6 +96,8 @@ type Config struct {
 	Bounds  policy.Bounds
 	// Trust checks a manifest's bytes before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
+	// Floors are the node's; nil: the unit's journal alone has one.
+	Floors *Floors
 	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust is set.
 	// nil: none may.
 	Older func(p deployments.Pointer) bool
@@ -196,6 +199,9 @@ func Open(c Config) (*Unit, error) {
 		return nil, err
 	}
 	u.cutOff = u.j.Deployment != nil
+	if err := u.keepFloor(); err != nil {
+		return nil, err
+	}
 	return u, nil
 }
 
@@ -378,28 +384,6 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	}
 	r, err := u.recall(u.j.Running)
 	return err == nil && u.switcher(r).Live(r)
-}
-
-// Settle notes what runs, and has passed its health checks, as settled on: where Trust is set, no older release is admitted from now
-// on, also after a restart. A release whose rollout may still turn back is not to be settled on.
-func (u *Unit) Settle() error {
-	r, err := u.settled()
-	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
-		return err
-	}
-	newest := u.j.Newest
-	if r.Manifest.Created.After(newest) {
-		newest = r.Manifest.Created
-	}
-	if kept, err := u.keptNewest(); err != nil || !kept.Equal(newest) {
-		if err := u.keepNewest(newest); err != nil {
-			return err
-		}
-	}
-	if newest.Equal(u.j.Newest) {
-		return nil
-	}
-	return u.save(func(j *journal) { j.Newest = newest })
 }
 
 // Retry lets a quarantined digest be tried once more; the zero digest means all.

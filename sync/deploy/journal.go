@@ -19,7 +19,6 @@ import (
 
 const (
 	journalFile  = "journal.json"
-	newestFile   = "newest"
 	manifestsDir = "manifests"
 	treesDir     = "trees"
 
@@ -39,8 +38,9 @@ type journal struct {
 	Proven   string              `json:"proven,omitempty"`
 	LastGood deployments.Pointer `json:"last_good,omitzero"`
 	Staged   deployments.Pointer `json:"staged,omitzero"`
-	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. The file newest has it as well.
+	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. Floors has it as well.
 	Newest time.Time `json:"newest,omitzero"`
+	Ahead  *ahead    `json:"ahead,omitempty"`
 
 	Quarantined []Failure `json:"quarantined,omitempty"`
 	Drained     bool      `json:"drained,omitempty"`
@@ -158,11 +158,9 @@ func (d *deployment) enter(s step) {
 func (u *Unit) load() error {
 	path := filepath.Join(u.c.Dir, journalFile)
 	// What a kill left of a file that was being written aside.
-	for _, name := range []string{journalFile, newestFile} {
-		if aside, err := filepath.Glob(filepath.Join(u.c.Dir, "."+name+"*")); err == nil {
-			for _, f := range aside {
-				os.Remove(f)
-			}
+	if aside, err := filepath.Glob(filepath.Join(u.c.Dir, "."+journalFile+"*")); err == nil {
+		for _, f := range aside {
+			os.Remove(f)
 		}
 	}
 	data, err := os.ReadFile(path)
@@ -190,31 +188,7 @@ func (u *Unit) load() error {
 		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.name(), err)
 	}
 	running, version := u.salvage()
-	newest, err := u.keptNewest()
-	if err != nil {
-		u.log.Error("releases that were replaced long ago may be deployed again, until one is settled on", "error", err)
-	}
-	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version, j.Newest = running, running, version, newest })
-}
-
-// keepNewest keeps Newest outside the journal, which may be lost, as nothing else on the node tells it.
-func (u *Unit) keepNewest(created time.Time) error {
-	if err := durable.WriteFile(filepath.Join(u.c.Dir, newestFile), []byte(created.UTC().Format(time.RFC3339Nano)+"\n"), 0o600); err != nil {
-		return fmt.Errorf("noting what %s has settled on: %w", u.name(), err)
-	}
-	return nil
-}
-
-// keptNewest is what keepNewest kept; zero: nothing.
-func (u *Unit) keptNewest() (time.Time, error) {
-	data, err := os.ReadFile(filepath.Join(u.c.Dir, newestFile))
-	if errors.Is(err, fs.ErrNotExist) {
-		return time.Time{}, nil
-	}
-	if err != nil {
-		return time.Time{}, err
-	}
-	return time.Parse(time.RFC3339Nano, string(bytes.TrimSpace(data)))
+	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
 // salvage finds what runs without a journal: what the newest manifest's dest links to. It is the best there is to go back to, but

@@ -10,6 +10,17 @@ import (
 	"kedge/deployments"
 )
 
+// signed is the configuration of a node with signers, which vouch for everything.
+func (w *world) signed(c *Config) {
+	w.t.Helper()
+	floors, err := OpenFloors(w.path("floors.json"), quiet())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	c.Floors = floors
+	c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
+}
+
 // A node with signers goes to nothing older than what it has settled on, also after a restart; a release that it has not settled on may be
 // gone back from.
 func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
@@ -25,7 +36,7 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 	undated, one, two, three := at("0", 0), at("1", 1), at("2", 2), at("3", 3)
 	allowed := deployments.Pointer{}
 	signers := func(c *Config) {
-		c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
+		w.signed(c)
 		c.Older = func(p deployments.Pointer) bool { return p == allowed }
 	}
 	u := w.open(signers)
@@ -59,8 +70,9 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 	u = w.reopen(signers)
 	refused(two, "3")
 
-	for _, file := range []string{journalFile, newestFile, journalFile} { // one alone loses nothing, and is made up for
-		if err := os.WriteFile(w.path("state", file), []byte("{"), 0o600); err != nil {
+	journal, floors := w.path("state", journalFile), w.path("floors.json")
+	for _, file := range []string{journal, floors, journal} { // one alone loses nothing, and is made up for
+		if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		u = w.reopen(signers)
@@ -78,4 +90,103 @@ func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 
 	// Without signers nobody vouches for the time.
 	w.deploy(w.reopen(nil), two)
+}
+
+// An older release is refused under any name of a unit: for the name that it bears itself, and for its dest. That also
+// holds if the unit that settled on the newer one, its journal, or both are gone.
+func TestOldCodeUnderANewName(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	at := func(version string, hour int, change func(*deployments.Manifest)) deployments.Pointer {
+		return w.publish(version, func(m *deployments.Manifest) {
+			m.Created = time.Date(2026, 11, 24, hour, 0, 0, 0, time.UTC)
+			if change != nil {
+				change(m)
+			}
+		})
+	}
+	elsewhere := func(name, dest string) func(*deployments.Manifest) {
+		return func(m *deployments.Manifest) { m.Name, m.Dest = name, w.path("srv", dest) }
+	}
+	two := at("2", 2, nil)
+	u := w.open(w.signed)
+	w.deploy(u, two)
+	if err := u.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	for name, lose := range map[string]string{"the unit is there": "", "its journal is lost": w.path("state", journalFile), "it is gone": w.path("state")} {
+		if lose != "" {
+			if err := os.RemoveAll(lose); err != nil {
+				t.Fatal(err)
+			}
+		}
+		other := w.open(func(c *Config) {
+			w.signed(c)
+			c.ID.Unit, c.Dir = "app2", w.path("other", name)
+		})
+		for _, c := range []struct {
+			release deployments.Pointer
+			of      string
+		}{
+			{at("same", 1, nil), "name app"},
+			{at("same-name", 1, elsewhere("app", "app2")), "name app"},
+			{at("same-dest", 1, elsewhere("other", "app")), "dest " + w.dest()},
+		} {
+			err := other.Deploy(t.Context(), Request{Release: c.release})
+			var older *OlderError
+			if !errors.Is(err, ErrRefused) || !errors.As(err, &older) || older.Of != c.of {
+				t.Errorf("%s: %v, want ErrRefused for %s", name, err, c.of)
+			}
+		}
+		if err := other.Stage(t.Context(), at("unrelated", 1, elsewhere("other", "other"))); err != nil {
+			t.Errorf("%s: another application is refused: %v", name, err)
+		}
+	}
+	w.wantVersion("2")
+}
+
+// A release that says that it was made ahead of the node's clock doesn't lock out what is made after it was settled on:
+// neither by a restart, nor because an earlier version believed it.
+func TestMadeAheadOfTheClock(t *testing.T) {
+	t.Parallel()
+	for name, legacy := range map[string]bool{"settled on now": false, "believed by an earlier version": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			at := func(version string, made time.Time) deployments.Pointer {
+				return w.publish(version, func(m *deployments.Manifest) { m.Created = made.UTC().Truncate(time.Second) })
+			}
+			far := time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
+			u := w.open(w.signed)
+			w.deploy(u, at("far", far))
+			var future *FutureError
+			if err := u.Settle(); !errors.As(err, &future) || !future.Created.Equal(far) {
+				t.Fatalf("settled on: %v, want a FutureError", err)
+			}
+			first := future.Settled
+			if legacy {
+				if err := os.Remove(w.path("floors.json")); err != nil {
+					t.Fatal(err)
+				}
+				if err := u.save(func(j *journal) { j.Newest, j.Ahead = far, nil }); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(w.path("state", newestFile), []byte(far.Format(time.RFC3339Nano)), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			u = w.reopen(w.signed)
+			if err := u.Settle(); !errors.As(err, &future) || !legacy && !future.Settled.Equal(first) {
+				t.Errorf("settled on again: %v, first at %v", err, first)
+			}
+			if err := u.Deploy(t.Context(), Request{Release: at("old", time.Now().Add(-24*time.Hour))}); !errors.Is(err, ErrRefused) {
+				t.Errorf("an older release: %v, want ErrRefused", err)
+			}
+			w.deploy(u, at("next", time.Now().Add(2*time.Second)))
+			if err := u.Settle(); err != nil {
+				t.Error(err)
+			}
+			w.wantVersion("next")
+		})
+	}
 }

@@ -27,6 +27,7 @@ var words = map[deployments.Reason]string{
 	deployments.ReasonUnsigned:           "no trusted key has signed the release[: {error}]",
 	deployments.ReasonDigestMismatch:     "the content doesn't match its digest[: {error}]",
 	deployments.ReasonOlderThanFloor:     "older than the release that this node settled on[: {error}]",
+	deployments.ReasonCreatedAhead:       "the release says that it was made ahead of this node's clock[: {created}][; older ones count from {settled}]",
 	deployments.ReasonAgentTooOld:        "this agent is too old for the record[: it needs format level {needs}]",
 	deployments.ReasonOldGeneration:      "the record is older than one that this node acted on[: {generation} after {acted_on}]",
 	deployments.ReasonUnproven:           "a bare pointer beside a running mirror: waits until the mirror has written",

@@ -1,0 +1,68 @@
+package agent
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+func signed(c *Config) {
+	c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
+}
+
+func made(at time.Time) func(*deployments.Manifest) {
+	return func(m *deployments.Manifest) { m.Created = at.UTC().Truncate(time.Second) }
+}
+
+// What was to be settled on when the agent was killed is settled on before anything else that is wanted by then.
+func TestSettlesBeforeItGoesOn(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	old, two := w.publish("app", "1", made(time.Now().Add(-2*time.Hour))), w.publish("app", "2", made(time.Now().Add(-time.Hour)))
+	w.desire(app, deployments.Record{Target: two, Generation: 1})
+	a := w.start() // without signers: nothing is settled on, as by one that was killed before it could
+	a.awaitRunning(app, two)
+	a.stop()
+	w.desire(app, deployments.Record{Target: old, Generation: 2})
+	a = w.start(signed)
+	u := a.awaitState(app, deployments.StateInvalid)
+	if u.Reason != deployments.ReasonOlderThanFloor || u.Facts["of"] == "" || u.Running != two || w.live("app") != "2" {
+		t.Errorf("%s is live, the report is %+v", w.live("app"), u)
+	}
+}
+
+// A release from the future is said to be one, and doesn't lock out what follows it.
+func TestReleaseFromTheFuture(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.desire(app, deployments.Record{Target: w.publish("app", "far", made(time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC))), Generation: 1})
+	a := w.start(signed)
+	a.awaitUnit(app, "said to be from the future", func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateConverged && u.Reason == deployments.ReasonCreatedAhead
+	})
+	next := w.publish("app", "next", made(time.Now().Add(2*time.Second)))
+	w.desire(app, deployments.Record{Target: next, Generation: 2})
+	if u := a.awaitRunning(app, next); u.Error != "" {
+		t.Errorf("what follows it has an error: %+v", u)
+	}
+}
+
+// A pin brings no unit to life that has no record: it is shown as an error where the unit is known, and nothing runs.
+func TestPinWithoutARecord(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	w.delete("desired/prod/web/app")
+	w.put("pins/prod/web/app", two.String())
+	u := a.awaitState(app, deployments.StateInvalid)
+	if u.Reason != deployments.ReasonNoRecord || u.Running != one || w.live("app") != "1" {
+		t.Errorf("%s is live, the report is %+v", w.live("app"), u)
+	}
+	w.desire(app, deployments.Record{Target: one, Generation: 2})
+	a.awaitRunning(app, two)
+}
