@@ -48,6 +48,10 @@ type Manifest struct {
 	Health   Health
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
+
+	// Masked are the values of variables that nobody is to see; see Mask. They stand in no manifest's
+	// text, but are kept with what was parsed of it.
+	Masked []string `json:",omitempty"`
 }
 
 // Symlinks is where symbolic links of a release may lead. None is ever followed when writing.

@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"text/template/parse"
 	"time"
 
 	"github.com/goccy/go-yaml/ast"
@@ -59,127 +58,69 @@ func ManifestTraps(data []byte) ([]Problem, error) {
 	return traps, err
 }
 
-// readManifest leaves variables open where env is nil.
+// readManifest leaves variables open where env is nil. A condition that one decides may then turn out
+// either way: what is valid for one of the outcomes is valid.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
-	open := env == nil
-	if open {
-		env = func(string) (string, bool) { return variable, true }
+	if env != nil {
+		e, err := expand(string(data), env, nil)
+		if err != nil {
+			return nil, nil, fmt.Errorf("the manifest: %w", err)
+		}
+		return readExpanded(e, url, false)
 	}
-	text, err := expand(string(data), env)
+	env = func(string) (string, bool) { return variable, true }
+	all := func(int) bool { return true }
+	e, err := expand(string(data), env, all)
 	if err != nil {
 		return nil, nil, fmt.Errorf("the manifest: %w", err)
 	}
+	m, traps, err := readExpanded(e, url, true)
+	if err == nil || e.open == 0 {
+		return m, traps, err
+	}
+	outcomes := []func(int) bool{func(int) bool { return false }}
+	for i := range min(e.open, maxOutcomes) {
+		outcomes = append(outcomes, func(condition int) bool { return condition == i })
+	}
+	for _, outcome := range outcomes {
+		e, failed := expand(string(data), env, outcome)
+		if failed != nil {
+			continue
+		}
+		if m, traps, failed := readExpanded(e, url, true); failed == nil {
+			return m, traps, nil
+		}
+	}
+	return nil, nil, err
+}
+
+// maxOutcomes bounds the outcomes of open conditions that are tried.
+const maxOutcomes = 16
+
+func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, error) {
 	r := &manifestReader{reader: reader{file: "manifest", open: open, lax: true}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
 		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
 		Symlinks: SymlinksInside,
 		Health:   Health{Timeout: defaultHealthTimeout, Every: defaultHealthEvery, Failures: defaultHealthFailures},
 	}}
-	root := r.parse([]byte(text), MaxManifest)
-	if root == nil {
-		if r.err() == nil {
-			return nil, nil, errors.New("the manifest is empty")
-		}
-		return nil, nil, r.err()
+	root := r.parse([]byte(e.text), MaxManifest)
+	if root == nil && r.err() == nil {
+		return nil, nil, errors.New("the manifest is empty")
 	}
-	r.read(root)
+	if root != nil {
+		r.read(root)
+	}
 	if err := r.err(); err != nil {
+		e.hide(r.problems)
 		return nil, nil, err
 	}
+	if !open {
+		r.m.Masked = maskedValues(e.values, r.m)
+	}
 	return r.m, r.traps.problems, nil
-}
-
-// expand replaces {{ env }} and {{ must_env }}. They are the only actions: a template that could loop or recurse would be a
-// program, run before anything of it was looked at.
-func expand(text string, env func(string) (string, bool)) (string, error) {
-	if !strings.Contains(text, "{{") {
-		return text, nil
-	}
-	trees, err := parse.Parse("manifest", text, "", "", map[string]any{"env": "", "must_env": "", "json_escape": ""})
-	if err != nil {
-		return "", err
-	}
-	tree := trees["manifest"]
-	if tree == nil || tree.Root == nil || len(trees) > 1 {
-		return "", errors.New("templates are not read in a manifest, only {{ env }} and {{ must_env }}")
-	}
-	var out strings.Builder
-	for _, node := range tree.Root.Nodes {
-		switch n := node.(type) {
-		case *parse.TextNode:
-			out.Write(n.Text)
-		case *parse.CommentNode:
-		case *parse.ActionNode:
-			value, err := evaluate(n.Pipe, env)
-			if err != nil {
-				where, _ := tree.ErrorContext(n)
-				return "", fmt.Errorf("%s: %w", where, err)
-			}
-			out.WriteString(value)
-		default:
-			where, _ := tree.ErrorContext(n)
-			return "", fmt.Errorf("%s: only {{ env }} and {{ must_env }} are read in a manifest", where)
-		}
-		if out.Len() > MaxManifest {
-			return "", fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
-		}
-	}
-	return out.String(), nil
-}
-
-// evaluate reads env "NAME"… "otherwise", must_env "NAME", or one of them piped into json_escape. As in stretcher, env gives the first
-// of its names that is set and not empty, else its last word itself.
-func evaluate(pipe *parse.PipeNode, env func(string) (string, bool)) (string, error) {
-	usage := errors.New(`want {{ env "NAME" "otherwise" }} or {{ must_env "NAME" }}`)
-	if len(pipe.Decl) > 0 || len(pipe.Cmds) == 0 || len(pipe.Cmds) > 2 {
-		return "", usage
-	}
-	var words []string
-	command := pipe.Cmds[0]
-	for _, arg := range command.Args[1:] {
-		s, ok := arg.(*parse.StringNode)
-		if !ok {
-			return "", usage
-		}
-		words = append(words, s.Text)
-	}
-	name, ok := command.Args[0].(*parse.IdentifierNode)
-	if !ok || len(words) == 0 {
-		return "", usage
-	}
-	var value string
-	switch name.Ident {
-	case "env":
-		value = words[len(words)-1]
-		for _, w := range words {
-			if v, ok := env(w); ok && v != "" {
-				value = v
-				break
-			}
-		}
-	case "must_env":
-		if len(words) != 1 {
-			return "", usage
-		}
-		v, ok := env(words[0])
-		if !ok {
-			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", words[0])
-		}
-		value = v
-	default:
-		return "", usage
-	}
-	if len(pipe.Cmds) == 2 {
-		escape, ok := pipe.Cmds[1].Args[0].(*parse.IdentifierNode)
-		if !ok || escape.Ident != "json_escape" || len(pipe.Cmds[1].Args) != 1 {
-			return "", usage
-		}
-		quoted := strconv.Quote(value)
-		value = quoted[1 : len(quoted)-1]
-	}
-	return value, nil
 }
 
 type manifestReader struct {

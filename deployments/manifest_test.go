@@ -89,9 +89,14 @@ func TestManifestMistakes(t *testing.T) {
 		{"a strategy", base + "sync_strategy: copy\n", "want rsync or mv or release"},
 		{"excludes of a release", base + "sync_strategy: release\nexcludes: [x]\n", "rsync's"},
 		{"a variable that isn't set", base + "owner: '{{ must_env \"NOBODY\" }}'\n", "NOBODY is not set on this node"},
-		{"two variables that must be set", base + "owner: '{{ must_env \"A\" \"B\" }}'\n", "want {{ env"},
-		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "only {{ env }}"},
-		{"a template that calls", base + "{{ printf \"%9999999d\" 1 }}", "not defined"},
+		{"two variables that must be set", base + "owner: '{{ must_env \"A\" \"B\" }}'\n", "want {{ must_env"},
+		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "{{ printf }} only"},
+		{"a template that calls", base + "{{ call 1 }}", "not defined"},
+		{"a template that defines", base + "{{ define `x` }}{{ end }}", "can't be defined"},
+		{"a format that grows", base + "{{ printf \"%9999d\" 1 }}", "width is at most"},
+		{"a format that grows by a number", base + "{{ printf \"%*d\" 999999 1 }}", "verbs"},
+		{"a thousand ifs", base + strings.Repeat("{{if 1}}{{end}}", 1001), "at most 2000"},
+		{"data", base + "{{ .Values.x }}", "no data but variables"},
 		{"the longest names", base + "version: " + strings.Repeat("v", 128) + "\nowner: " + strings.Repeat("u", 64) + ":" + strings.Repeat("g", 64) + "\n", ""},
 		{"a version too long", base + "version: " + strings.Repeat("v", 129) + "\n", "want 1 to 128 letters"},
 		{"a user too long", base + "owner: " + strings.Repeat("u", 65) + "\n", "want USER, USER:GROUP"},
@@ -110,10 +115,19 @@ func TestManifestMistakes(t *testing.T) {
 func TestManifestVariables(t *testing.T) {
 	t.Parallel()
 	env := func(name string) (string, bool) {
-		v, ok := map[string]string{"A": "one", "EMPTY": ""}[name]
+		v, ok := map[string]string{"A": "one", "EMPTY": "", "QUOTED": `"<`}[name]
 		return v, ok
 	}
 	for text, want := range map[string]string{
+		`{{ if env "A" "" }}yes{{ else }}no{{ end }}`:                    "yes",
+		`{{ if eq (env "A" "") "two" "one" }}yes{{ else }}no{{ end }}`:   "yes",
+		`{{ if and (env "B" "") (must_env "B") }}yes{{ else }}no{{end}}`: "no",
+		`{{ with env "B" "" }}{{ . }}{{ else }}none{{ end }}`:            "none",
+		`{{ $a := env "A" "" }}{{ with $a }}{{ . }}-{{ $a }}{{ end }}`:   "one-one",
+		`{{ printf "%s-%03d" (env "A" "x") 7 }}`:                         "one-007",
+		`{{ "A" | env | printf "%q" }}`:                                  `"one"`,
+		`{{ must_env "QUOTED" | json_escape }}`:                          `\"\u003c`,
+		`{{ if not true }}x{{ else if lt 1 2 }}less{{ end }}`:            "less",
 		`{{ env "A" "x" }}`:                  "one",
 		`{{ env "EMPTY" "x" }}`:              "x",
 		`{{ env "B" "A" "x" }}`:              "one",
@@ -121,8 +135,8 @@ func TestManifestVariables(t *testing.T) {
 		`{{- must_env "A" | json_escape -}}`: "one",
 		`a {{/* nothing */}} b`:              "a  b",
 	} {
-		if got, err := expand(text, env); err != nil || got != want {
-			t.Errorf("%s gives %q, %v; want %q", text, got, err, want)
+		if got, err := expand(text, env, nil); err != nil || got.text != want {
+			t.Errorf("%s gives %q, %v; want %q", text, got.text, err, want)
 		}
 	}
 }

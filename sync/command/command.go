@@ -18,6 +18,8 @@
 //	KEDGE_ERROR                         why the deployment failed; for failure commands
 //	KEDGE_RUN                           marks the processes of one command; see EndLeftovers
 //
+// The manifest's own variables (commands.env) come before these, and replace the agent's.
+//
 // Processes that a command leaves in the background live on when it exits by itself, whatever its exit status; when it
 // is ended by its timeout or by the agent, all of its process group goes. A daemon should still redirect its
 // output: it loses its reader when the agent restarts.
@@ -55,6 +57,10 @@ type Env struct {
 	Commit   string
 	Name     string
 	Error    string // why the deployment failed, for failure commands
+	// Vars are the manifest's own variables, by name: commands.env.
+	Vars map[string]string
+	// Mask hides values in the log and in errors, as in what the command wrote; nil: none.
+	Mask *deployments.Mask
 	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked.
 	Run string
 }
@@ -103,15 +109,16 @@ func runAs(ctx context.Context, log *slog.Logger, c deployments.Command, env Env
 	defer cancel()
 	cmd := exec.Command("/bin/sh", "-c", c.Run)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	what := clip(env.Mask.Text(c.Run))
 	vars, err := asUser(cmd, c.User)
 	if err != nil {
-		return Result{Exit: -1}, fmt.Errorf("command %q: %w", clip(c.Run), err)
+		return Result{Exit: -1}, fmt.Errorf("command %q: %w", what, err)
 	}
 	cmd.Env = environ(os.Environ(), vars, env)
 	if stdin != nil {
 		cmd.Stdin = bytes.NewReader(stdin)
 	}
-	return execute(ctx, log, cmd, clip(c.Run), alone)
+	return execute(ctx, log, cmd, what, alone, env.Mask)
 }
 
 // Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user, speaking English.
@@ -119,12 +126,14 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // its messages may be read
-	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), false)
+	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), false, nil)
 }
 
 // execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. alone says that nothing of its
 // process group outlives it.
-func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, alone bool) (Result, error) {
+func execute(
+	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, alone bool, mask *deployments.Mask,
+) (Result, error) {
 	if ctx.Err() != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
 	}
@@ -144,7 +153,7 @@ func execute(ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, 
 		pr.Close()
 		return Result{Exit: -1}, fmt.Errorf("command %q: %w", what, err)
 	}
-	out := &output{log: log}
+	out := &output{log: log, mask: mask}
 	read := make(chan error, 1)
 	go func() { _, err := io.Copy(out, pr); read <- err }()
 	exited := make(chan error, 1)

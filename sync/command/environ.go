@@ -46,6 +46,9 @@ func environ(agent []string, userVars []string, env Env) []string {
 		digest = env.Digest.String()
 	}
 	out = append(out, userVars...) // of two with one name os/exec takes the last
+	for name, value := range env.Vars {
+		out = append(out, name+"="+value)
+	}
 	out = append(out,
 		"KEDGE_STAGE="+env.Unit.Stage, "KEDGE_ROLE="+env.Unit.Role, "KEDGE_UNIT="+env.Unit.Unit,
 		"KEDGE_NODE="+env.Node, "KEDGE_STEP="+env.Step,

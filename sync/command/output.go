@@ -8,10 +8,14 @@ import (
 	"sync"
 	"unicode"
 	"unicode/utf8"
+
+	"kedge/deployments"
 )
 
 const (
 	keepHead = 16 << 10
+	// maskReach is what is kept of a line beyond MaxLine, so that a value that is masked isn't cut in two there.
+	maskReach = 4 << 10
 	// lastLines of MaxLines are the last ones of a long output, which say why it failed.
 	lastLines = 100
 	keepTail  = MaxOutput - keepHead - 256 // the note between them has its place
@@ -19,7 +23,8 @@ const (
 
 // output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
 type output struct {
-	log *slog.Logger
+	log  *slog.Logger
+	mask *deployments.Mask // of what is logged and told, not of bytes
 
 	mu     sync.Mutex
 	closed bool
@@ -28,7 +33,7 @@ type output struct {
 	next   int    // where in tail the next byte goes
 	total  int64
 
-	line    []byte // the line under way, at most MaxLine bytes
+	line    []byte // the line under way, at most MaxLine and maskReach bytes
 	clipped int    // bytes of it that were dropped
 	lines   int
 	last    []string // the last lines beyond those that were logged at once; a ring, once it is full
@@ -47,7 +52,7 @@ func (o *output) Write(p []byte) (int, error) {
 		if i >= 0 {
 			part = rest[:i]
 		}
-		room := min(MaxLine-len(o.line), len(part))
+		room := min(MaxLine+maskReach-len(o.line), len(part))
 		o.line = append(o.line, part[:room]...)
 		o.clipped += len(part) - room
 		if i < 0 {
@@ -81,7 +86,11 @@ func (o *output) keep(p []byte) {
 }
 
 func (o *output) endLine() {
-	text := strings.ToValidUTF8(strings.TrimRight(string(o.line), "\r"), "\ufffd")
+	text := o.mask.Text(strings.TrimRight(string(o.line), "\r"))
+	if over := len(text) - MaxLine; over > 0 {
+		text, o.clipped = text[:MaxLine], o.clipped+over
+	}
+	text = strings.ToValidUTF8(text, "\ufffd")
 	if o.clipped > 0 {
 		text += fmt.Sprintf(" [%d more bytes]", o.clipped)
 	}
@@ -133,6 +142,7 @@ func (o *output) lastLine() string {
 	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {
 		b = b[i+1:]
 	}
+	b = []byte(o.mask.Text(string(b)))
 	return clip(strings.Map(func(r rune) rune {
 		switch {
 		case r == '\t':

@@ -22,26 +22,53 @@ var (
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
 )
 
-// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow.
+// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow. Where it comes from and who
+// signed it is checked on its bytes: nothing of an environment gets into what somebody else wrote.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
-	r, err := u.fetch(ctx, p)
+	raw, err := u.read(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	return r, u.allow(ctx, r)
+	return u.admitBytes(ctx, p, raw)
+}
+
+// admitBytes is admit for a manifest's bytes.
+func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {
+	if err := u.trust(ctx, p, raw); err != nil {
+		return nil, err
+	}
+	r, err := u.parse(p, raw)
+	if err != nil {
+		return nil, err
+	}
+	return r, u.within(r)
 }
 
 // allow reports why r may not be used here.
 func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
-	if u.c.Trust != nil {
-		if err := u.c.Trust(ctx, r.Pointer, r.Raw); err != nil {
-			return fmt.Errorf("release %s: %w", r.Pointer, err)
-		}
+	if err := u.trust(ctx, r.Pointer, r.Raw); err != nil {
+		return err
 	}
+	return u.within(r)
+}
+
+// trust reports why a manifest's bytes may not be looked into.
+func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
+	if u.c.Trust == nil {
+		return nil
+	}
+	if err := u.c.Trust(ctx, p, raw); err != nil {
+		return fmt.Errorf("release %s: %w", p, err)
+	}
+	return nil
+}
+
+// within reports what r does that it may not do here.
+func (u *Unit) within(r *artifact.Release) error {
 	if err := u.order(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
 	}
-	if err := within(u.c.Bounds, r); err != nil {
+	if err := bounded(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
 	}
 	if u.c.Claim != nil && r.Manifest.Src != "" {
@@ -52,24 +79,29 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return nil
 }
 
-// fetch returns p's manifest, from this unit's own copy where there is one.
-func (u *Unit) fetch(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
+// read returns the bytes of p's manifest, from this unit's own copy if there is one.
+func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
+	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
+		return nil, fmt.Errorf("release %s: %w: %w", p.Digest.Short(), ErrRefused, err)
+	}
 	if r, err := u.recall(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
-		m, err := deployments.ParseManifest(r.Raw, p.URL, command.LookupEnv)
-		if err != nil {
-			return nil, fmt.Errorf("manifest of %s: %w", p, err)
-		}
-		return &artifact.Release{Pointer: p, Manifest: m, Raw: r.Raw}, nil
+		return r.Raw, nil
 	}
-	m, raw, err := artifact.FetchManifest(ctx, u.c.Objects, p, command.LookupEnv)
+	return artifact.ReadManifest(ctx, u.c.Objects, p)
+}
+
+// parse reads a manifest's bytes, with this node's variables.
+func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, error) {
+	m, err := deployments.ParseManifest(raw, p.URL, command.LookupEnv)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(p.URL), err)
 	}
+	u.secrets.add(m)
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
-// within reports the first thing of r that bounds don't allow.
-func within(b policy.Bounds, r *artifact.Release) error {
+// bounded reports the first thing of r that bounds don't allow.
+func bounded(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
 		return fmt.Errorf("dest %q is not a clean absolute path below /", m.Dest)

@@ -117,8 +117,10 @@ type Config struct {
 // Unit deploys releases of one unit on this node, one at a time. Its methods are called by one goroutine, State by any.
 type Unit struct {
 	c    Config
-	log  *slog.Logger // c.Log, and text
+	log  *slog.Logger // c.Log, and text, without secrets
 	text *deploymentLog
+	// secrets are what the errors of the exported methods don't show either.
+	secrets *secrets
 
 	// lock is held while this unit writes to a dest; nil: none is.
 	lock *destLock
@@ -187,9 +189,9 @@ func Open(c Config) (*Unit, error) {
 	if c.Log == nil {
 		c.Log = quiet()
 	}
-	text := new(deploymentLog)
+	text, hidden := new(deploymentLog), new(secrets)
 	u := &Unit{
-		c: c, log: slog.New(tee{next: c.Log.Handler(), text: text}), text: text,
+		c: c, log: slog.New(masking{tee{next: c.Log.Handler(), text: text}, hidden}), text: text, secrets: hidden,
 		at: func(string) {}, boot: BootID(), ending: shuttingDown, maxCutOff: maxCutOff,
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
@@ -234,7 +236,8 @@ func (u *Unit) State() State {
 
 // Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy. *Failed means
 // that what it finished failed and went back; any other error that it is still unfinished: call it again.
-func (u *Unit) Recover(ctx context.Context) error {
+func (u *Unit) Recover(ctx context.Context) (err error) {
+	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
 		// Whoever drains doesn't know it any more.
@@ -262,7 +265,8 @@ func (u *Unit) Recover(ctx context.Context) error {
 }
 
 // Stage has the release of p ready on disk, without touching what runs.
-func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) error {
+func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) (err error) {
+	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
 	if err != nil {
 		return err
@@ -321,7 +325,8 @@ type Request struct {
 // disk): nothing was changed, try again. But ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's stay until p, or this
 // node's configuration, changes. A cancelled ctx stops it as soon as that is safe: before
 // the switch it leaves everything as it was; after it the deployment is finished by the next Recover or Deploy.
-func (u *Unit) Deploy(ctx context.Context, asked Request) error {
+func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
+	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
 	u.text.reset()
 	if d := u.j.Deployment; d != nil && (d.Release == p || d.Step.goesBack() && d.target() == p) {
@@ -406,7 +411,8 @@ func (u *Unit) SetKey(d deployments.Digest, key string) error {
 
 // Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands. limit
 // bounds what is read, in bytes a second (0: not). Both do nothing where nothing runs, or a deployment is under way.
-func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, error) {
+func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
+	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()
 	if err != nil || r == nil {
 		return nil, err
@@ -419,7 +425,8 @@ func (u *Unit) Verify(ctx context.Context, limit int64) ([]artifact.Difference, 
 }
 
 // Heal makes the live tree as its release says; see Verify.
-func (u *Unit) Heal(ctx context.Context) error {
+func (u *Unit) Heal(ctx context.Context) (err error) {
+	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()
 	if err != nil || r == nil {
 		return err

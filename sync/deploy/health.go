@@ -36,9 +36,9 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	}
 	var watched []watch
 	for _, c := range h.Checks {
-		try := newProbe(c, env)
+		try := u.masked(newProbe(c, env))
 		watched = append(watched, watch{
-			name: nameOf(c), interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
+			name: u.secrets.text(nameOf(c)), interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
 			try: func(ctx context.Context) (string, error) {
 				identity, err := try(ctx)
 				return identity, errors.Join(err, live())

@@ -242,5 +242,8 @@ func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
 	}
+	if err == nil {
+		u.secrets.add(r.Manifest)
+	}
 	return r, err
 }

@@ -91,7 +91,7 @@ func (u *Unit) Monitor() (*Monitor, error) {
 			continue
 		}
 		m.checks = append(m.checks, watch{
-			name: nameOf(c), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: newProbe(c, u.env(d, r, nil)),
+			name: u.secrets.text(nameOf(c)), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: u.masked(newProbe(c, u.env(d, r, nil))),
 		})
 	}
 	if len(m.checks) == 0 {

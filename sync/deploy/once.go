@@ -60,6 +60,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() { err = u.secrets.error(err) }()
 	r, err := u.locate(ctx, o.URL)
 	if err != nil {
 		return err
@@ -83,7 +84,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		return err
 	}
 	u.log.Error("the deployment failed", "error", err)
-	env := u.env(&deployment{Step: stepFailure, Fault: &fault{Reason: short(err)}}, r, nil)
+	env := u.env(&deployment{Step: stepFailure, Fault: &fault{Reason: short(u.secrets.error(err))}}, r, nil)
 	for _, c := range r.Manifest.Commands.Failure {
 		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.text.bytes()); failed != nil {
 			u.log.Error("a failure command failed", "error", failed)
@@ -125,16 +126,14 @@ func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, erro
 	if err := deployments.CheckURL(text); err != nil {
 		return nil, fmt.Errorf("manifest %q: %w", deployments.ShownURL(text), err)
 	}
+	if err := u.c.Bounds.CheckSource(text); err != nil {
+		return nil, fmt.Errorf("manifest: %w: %w", ErrRefused, err)
+	}
 	raw, err := u.c.Objects.ReadAll(ctx, text, deployments.MaxManifest)
 	if err != nil {
 		return nil, fmt.Errorf("reading the manifest: %w", err)
 	}
-	m, err := deployments.ParseManifest(raw, text, command.LookupEnv)
-	if err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(text), err)
-	}
-	r := &artifact.Release{Pointer: deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, Manifest: m, Raw: raw}
-	return r, u.allow(ctx, r)
+	return u.admitBytes(ctx, deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, raw)
 }
 
 // adopt takes what r's dest links to, if it is one of ours, for the release that runs.

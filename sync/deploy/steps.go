@@ -152,6 +152,7 @@ func (u *Unit) advance(ctx context.Context) error {
 		d := u.j.Deployment
 		u.at("before " + string(d.Step))
 		change, err := u.do(ctx, d)
+		err = u.secrets.error(err)
 		u.at("after " + string(d.Step))
 		if err != nil {
 			if err := u.turn(ctx, d, err); err != nil {
@@ -393,7 +394,11 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	if r, err := u.recall(p); err == nil {
 		return r, nil
 	}
-	return u.fetch(ctx, p)
+	raw, err := artifact.ReadManifest(ctx, u.c.Objects, p)
+	if err != nil {
+		return nil, err
+	}
+	return u.parse(p, raw)
 }
 
 // commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the failed one.
@@ -419,6 +424,7 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	env := command.Env{
 		Unit: u.c.ID, Node: u.c.Node(), Step: string(d.Step), Release: u.switcher(r).Dir(r), Dest: r.Manifest.Dest,
 		Digest: r.Pointer.Digest, Version: r.Manifest.Version, Name: r.Manifest.Name, Commit: d.Commit, Run: d.Run,
+		Vars: r.Manifest.Commands.Env, Mask: u.secrets.now(),
 	}
 	switch d.Step {
 	case stepBackPost:

@@ -1,0 +1,489 @@
+package deployments
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"text/template/parse"
+)
+
+const (
+	// maxActions bounds the {{ }} of a manifest, and maxBranch the time that each takes: the parser
+	// keeps some 2 kB of memory for an action, and nests by recursion.
+	maxActions = 2000
+	// maxWidth bounds the numbers in a format: a few bytes could ask for megabytes.
+	maxWidth = 1000
+)
+
+// expansion is a manifest's text after its actions have been carried out.
+type expansion struct {
+	text string
+	// values are those of the environment that were read.
+	values []variableValue
+	// names are the variables whose values stand in a line of text, counted from 1.
+	names map[int][]string
+	// open counts the conditions that a variable decides whose value isn't known here.
+	open int
+}
+
+// expand carries out the actions of a manifest's text: env, must_env and json_escape, as stretcher
+// has them, and of text/template what manifests need: if, with, printf, comparisons, variables. There
+// are no loops, calls or templates: what runs before anything was looked at must end soon.
+//
+// choose decides the conditions that depend on a variable, by their number; nil: the variables are
+// known, and decide themselves.
+func expand(text string, env func(string) (string, bool), choose func(condition int) bool) (expansion, error) {
+	if !strings.Contains(text, "{{") {
+		return expansion{text: text}, nil
+	}
+	if n := strings.Count(text, "{{"); n > maxActions {
+		return expansion{}, fmt.Errorf("it has %d actions ({{ }}), at most %d are allowed", n, maxActions)
+	}
+	known := map[string]any{}
+	for name := range functions {
+		known[name] = ""
+	}
+	trees, err := parse.Parse("manifest", text, "", "", known)
+	if err != nil {
+		return expansion{}, err // it quotes the text alone
+	}
+	tree := trees["manifest"]
+	if tree == nil || tree.Root == nil || len(trees) > 1 {
+		return expansion{}, errors.New("templates can't be defined in a manifest")
+	}
+	e := &expander{tree: tree, env: env, choose: choose, line: 1}
+	e.result.names = map[int][]string{}
+	if err := e.list(tree.Root, nil); err != nil {
+		return expansion{}, err
+	}
+	e.result.text = e.out.String()
+	return e.result, nil
+}
+
+// expander carries out a parsed text. Its errors name variables and types, and quote no value.
+type expander struct {
+	tree   *parse.Tree
+	env    func(string) (string, bool)
+	choose func(int) bool
+	out    strings.Builder
+	line   int // that out is in
+	vars   []templateVariable
+	used   []string // the variables that the action under way has read
+	result expansion
+}
+
+// variableValue is a variable of the environment.
+type variableValue struct{ name, value string }
+
+// templateVariable is a $name.
+type templateVariable struct {
+	name  string
+	value any
+}
+
+func (e *expander) list(list *parse.ListNode, dot any) error {
+	if list == nil {
+		return nil
+	}
+	scope := len(e.vars)
+	defer func() { e.vars = e.vars[:scope] }()
+	for _, node := range list.Nodes {
+		if err := e.node(node, dot); err != nil {
+			return err
+		}
+		if e.out.Len() > MaxManifest {
+			return fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
+		}
+	}
+	return nil
+}
+
+func (e *expander) node(node parse.Node, dot any) error {
+	var err error
+	switch n := node.(type) {
+	case *parse.TextNode:
+		e.write(string(n.Text), nil)
+	case *parse.CommentNode:
+	case *parse.ActionNode:
+		e.used = nil
+		var value any
+		if value, err = e.pipe(n.Pipe, dot); err == nil && len(n.Pipe.Decl) == 0 {
+			e.write(fmt.Sprint(value), e.used)
+		}
+	case *parse.IfNode:
+		err = e.branch(&n.BranchNode, dot, false)
+	case *parse.WithNode:
+		err = e.branch(&n.BranchNode, dot, true)
+	default:
+		err = errors.New("of templates a manifest has {{ env }}, {{ must_env }}, {{ if }}, {{ with }} and {{ printf }} only")
+	}
+	if located := new(locatedError); err == nil || errors.As(err, &located) {
+		return err
+	}
+	where, _ := e.tree.ErrorContext(node)
+	return &locatedError{fmt.Errorf("%s: %w", where, err)}
+}
+
+// locatedError says where it is.
+type locatedError struct{ error }
+
+func (e *locatedError) Unwrap() error { return e.error }
+
+// write adds text that the variables named had a part in.
+func (e *expander) write(text string, names []string) {
+	e.out.WriteString(text)
+	for range strings.Count(text, "\n") + 1 {
+		for _, name := range names {
+			if !slices.Contains(e.result.names[e.line], name) {
+				e.result.names[e.line] = append(e.result.names[e.line], name)
+			}
+		}
+		e.line++
+	}
+	e.line-- // the last one goes on
+}
+
+func (e *expander) branch(n *parse.BranchNode, dot any, with bool) error {
+	scope := len(e.vars)
+	defer func() { e.vars = e.vars[:scope] }()
+	e.used = nil
+	value, err := e.pipe(n.Pipe, dot)
+	if err != nil {
+		return err
+	}
+	yes := truth(value)
+	if e.choose != nil && len(e.used) > 0 {
+		yes = e.choose(e.result.open)
+		e.result.open++
+	}
+	if !yes {
+		return e.list(n.ElseList, dot)
+	}
+	if with {
+		dot = value
+	}
+	return e.list(n.List, dot)
+}
+
+func (e *expander) pipe(p *parse.PipeNode, dot any) (value any, err error) {
+	for i, c := range p.Cmds {
+		if value, err = e.command(c, dot, value, i > 0); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range p.Decl {
+		if !p.IsAssign {
+			e.vars = append(e.vars, templateVariable{d.Ident[0], value})
+			continue
+		}
+		for i := len(e.vars) - 1; i >= 0; i-- {
+			if e.vars[i].name == d.Ident[0] {
+				e.vars[i].value = value
+				break
+			}
+		}
+	}
+	return value, nil
+}
+
+// command carries out one part of a pipe; piped is what the part before gave.
+func (e *expander) command(c *parse.CommandNode, dot, piped any, hasPiped bool) (any, error) {
+	name, ok := c.Args[0].(*parse.IdentifierNode)
+	if !ok {
+		if len(c.Args) > 1 || hasPiped {
+			return nil, errors.New("only functions take arguments")
+		}
+		return e.arg(c.Args[0], dot)
+	}
+	args := make([]func() (any, error), 0, len(c.Args))
+	for _, a := range c.Args[1:] {
+		args = append(args, func() (any, error) { return e.arg(a, dot) })
+	}
+	if hasPiped {
+		args = append(args, func() (any, error) { return piped, nil })
+	}
+	value, err := e.call(name.Ident, args)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name.Ident, err)
+	}
+	return value, nil
+}
+
+func (e *expander) arg(n parse.Node, dot any) (any, error) {
+	switch n := n.(type) {
+	case *parse.StringNode:
+		return n.Text, nil
+	case *parse.BoolNode:
+		return n.True, nil
+	case *parse.NumberNode:
+		switch {
+		case n.IsInt:
+			return n.Int64, nil
+		case n.IsFloat:
+			return n.Float64, nil
+		}
+	case *parse.DotNode:
+		if dot != nil {
+			return dot, nil
+		}
+	case *parse.VariableNode:
+		for i := len(e.vars) - 1; i >= 0 && len(n.Ident) == 1; i-- {
+			if e.vars[i].name == n.Ident[0] {
+				return e.vars[i].value, nil
+			}
+		}
+	case *parse.PipeNode:
+		return e.pipe(n, dot)
+	case *parse.IdentifierNode:
+		return e.call(n.Ident, nil)
+	}
+	return nil, fmt.Errorf("%s: a manifest's templates have no data but variables", clip(n.String()))
+}
+
+// functions are those that a manifest's actions may call, with how many arguments they take (-1: any).
+var functions = map[string]struct{ least, most int }{
+	"env": {1, -1}, "must_env": {1, 1}, "json_escape": {1, 1},
+	"printf": {1, -1}, "print": {0, -1}, "println": {0, -1},
+	"eq": {2, -1}, "ne": {2, 2}, "lt": {2, 2}, "le": {2, 2}, "gt": {2, 2}, "ge": {2, 2},
+	"and": {1, -1}, "or": {1, -1}, "not": {1, 1}, "len": {1, 1},
+}
+
+// functionUsage says how each is called that people get wrong.
+var functionUsage = map[string]string{
+	"env": `want {{ env "NAME" "otherwise" }}`, "must_env": `want {{ must_env "NAME" }}`,
+}
+
+func (e *expander) call(name string, args []func() (any, error)) (any, error) {
+	f := functions[name]
+	if len(args) < f.least || f.most >= 0 && len(args) > f.most {
+		if usage := functionUsage[name]; usage != "" {
+			return nil, errors.New(usage)
+		}
+		return nil, fmt.Errorf("it has %d arguments", len(args))
+	}
+	if name == "and" || name == "or" { // they read no more than decides
+		var value any
+		var err error
+		for _, a := range args {
+			if value, err = a(); err != nil || truth(value) == (name == "or") {
+				return value, err
+			}
+		}
+		return value, nil
+	}
+	values := make([]any, len(args))
+	for i, a := range args {
+		var err error
+		if values[i], err = a(); err != nil {
+			return nil, err
+		}
+	}
+	switch name {
+	case "env", "must_env", "json_escape":
+		var words []string
+		for _, v := range values {
+			s, ok := v.(string)
+			if !ok {
+				return nil, errors.New("it takes text alone")
+			}
+			words = append(words, s)
+		}
+		return e.text(name, words)
+	case "printf":
+		return format(values)
+	case "print":
+		return fmt.Sprint(values...), nil
+	case "println":
+		return fmt.Sprintln(values...), nil
+	case "not":
+		return !truth(values[0]), nil
+	case "len":
+		if s, ok := values[0].(string); ok {
+			return int64(len(s)), nil
+		}
+		return nil, errors.New("it takes text alone")
+	default:
+		return compare(name, values)
+	}
+}
+
+// text calls a function of stretcher's. As there, env gives the first of its names that is set and not
+// empty, else its last word itself.
+func (e *expander) text(name string, words []string) (string, error) {
+	switch name {
+	case "env":
+		for _, w := range words {
+			if v, ok := e.env(w); ok && v != "" {
+				e.read(w, v)
+				return v, nil
+			}
+			e.used = append(e.used, w)
+		}
+		return words[len(words)-1], nil
+	case "must_env":
+		v, ok := e.env(words[0])
+		if !ok {
+			return "", fmt.Errorf("the environment variable %s is not set on this node, and the manifest needs it", clip(words[0]))
+		}
+		e.read(words[0], v)
+		return v, nil
+	default:
+		quoted, err := json.Marshal(words[0])
+		if err != nil {
+			return "", err
+		}
+		return string(quoted[1 : len(quoted)-1]), nil
+	}
+}
+
+// read notes that a variable of the environment was read.
+func (e *expander) read(name, value string) {
+	e.used = append(e.used, name)
+	if v := (variableValue{name, value}); !slices.Contains(e.result.values, v) {
+		e.result.values = append(e.result.values, v)
+	}
+}
+
+// truth is text/template's: what isn't empty or zero is true.
+func truth(value any) bool {
+	switch v := value.(type) {
+	case string:
+		return v != ""
+	case bool:
+		return v
+	case int64:
+		return v != 0
+	case float64:
+		return v != 0
+	}
+	return false
+}
+
+// format is printf with the verbs s, v, d, q, t and f, whose result can be no longer than a manifest.
+func format(values []any) (string, error) {
+	layout, ok := values[0].(string)
+	if !ok {
+		return "", errors.New("want a format")
+	}
+	size := len(layout)
+	for _, v := range values[1:] {
+		size += 6 * len(fmt.Sprint(v)) // quoted, a byte can take as many
+	}
+	for rest := layout; ; {
+		_, verb, found := strings.Cut(rest, "%")
+		if !found {
+			break
+		}
+		end := strings.IndexFunc(verb, func(c rune) bool { return !strings.ContainsRune("+- #0123456789.", c) })
+		if end < 0 || !strings.ContainsRune("svdqtf%", rune(verb[end])) {
+			return "", errors.New("of a format's verbs there are %s %v %d %q %t %f and %%")
+		}
+		for _, digits := range strings.FieldsFunc(verb[:end], func(c rune) bool { return c < '0' || c > '9' }) {
+			if len(digits) > 4 {
+				return "", fmt.Errorf("a format's width is at most %d", maxWidth)
+			}
+			width := 0
+			for _, d := range digits {
+				width = 10*width + int(d-'0')
+			}
+			if width > maxWidth {
+				return "", fmt.Errorf("a format's width is at most %d", maxWidth)
+			}
+			size += width
+		}
+		rest = verb[end+1:]
+	}
+	if size > 8*MaxManifest {
+		return "", fmt.Errorf("with its variables it has more than %d bytes", MaxManifest)
+	}
+	return fmt.Sprintf(layout, values[1:]...), nil
+}
+
+// compare compares two values of one type; eq compares the first with each of the others.
+func compare(name string, values []any) (bool, error) {
+	order := func(a, b any) (int, error) {
+		switch x := a.(type) {
+		case string:
+			if y, ok := b.(string); ok {
+				return cmp.Compare(x, y), nil
+			}
+		case int64:
+			if y, ok := b.(int64); ok {
+				return cmp.Compare(x, y), nil
+			}
+		case float64:
+			if y, ok := b.(float64); ok {
+				return cmp.Compare(x, y), nil
+			}
+		case bool:
+			if y, ok := b.(bool); ok && (name == "eq" || name == "ne") {
+				return map[bool]int{true: 0, false: 1}[x == y], nil
+			}
+		}
+		return 0, errors.New("it compares values of one type: text with text, numbers with numbers")
+	}
+	for _, other := range values[1:] {
+		c, err := order(values[0], other)
+		if err != nil {
+			return false, err
+		}
+		if map[string]bool{"eq": c == 0, "ne": c != 0, "lt": c < 0, "le": c <= 0, "gt": c > 0, "ge": c >= 0}[name] {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// hide takes out of problems what they could tell of values of the environment: nothing is quoted of a
+// line that such a value stands in, nor what looks like a part of one.
+func (e expansion) hide(problems Problems) {
+	if len(e.values) == 0 {
+		return
+	}
+	grams := map[string]bool{}
+	for _, v := range e.values {
+		for gram := range gramsOf(v.value) {
+			grams[gram] = true
+		}
+	}
+	for i := range problems {
+		p := &problems[i]
+		names := e.names[p.Line]
+		if len(names) == 0 {
+			for gram := range gramsOf(p.Message) {
+				if grams[gram] {
+					names = slices.Concat(slices.Collect(maps.Values(e.names))...)
+					break
+				}
+			}
+		}
+		if len(names) > 0 {
+			slices.Sort(names)
+			p.Message = fmt.Sprintf("what stands here isn't valid with the value of %s, which isn't shown: "+
+				"try the manifest without the variable", clip(strings.Join(slices.Compact(names), ", ")))
+		}
+	}
+}
+
+// gramsOf yields what each four letters or digits of a text in a row are, so that quoting, escapes and
+// cuts hide no part of it.
+func gramsOf(s string) func(yield func(string) bool) {
+	const n = 4
+	plain := strings.Map(func(c rune) rune {
+		if c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= 0x80 {
+			return c
+		}
+		return -1
+	}, s)
+	return func(yield func(string) bool) {
+		for i := 0; i+n <= len(plain); i++ {
+			if !yield(plain[i : i+n]) {
+				return
+			}
+		}
+	}
+}

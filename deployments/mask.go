@@ -1,0 +1,146 @@
+package deployments
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// minMasked is the least length of a value that is masked, in bytes: a shorter one stands everywhere.
+const minMasked = 4
+
+// maskText stands where a value stood.
+const maskText = "***"
+
+// Mask hides the values of variables, as {{ must_env }} gives them to commands, from whoever reads logs,
+// status, journals and errors. The zero Mask, and nil, hide nothing.
+type Mask struct{ replacer *strings.Replacer }
+
+// NewMask hides the values, also where they are quoted, escaped for a URL, or cut into lines.
+func NewMask(values []string) *Mask {
+	var forms []string
+	add := func(s string) {
+		if len(s) >= minMasked && !slices.Contains(forms, s) {
+			forms = append(forms, s)
+		}
+	}
+	for _, v := range values {
+		add(v)
+		quoted := strconv.Quote(v)
+		add(quoted[1 : len(quoted)-1])
+		if text, err := json.Marshal(v); err == nil {
+			add(string(text[1 : len(text)-1]))
+		}
+		add(url.QueryEscape(v))
+		add(url.PathEscape(v))
+		for line := range strings.Lines(v) {
+			add(strings.TrimSpace(line))
+		}
+	}
+	if len(forms) == 0 {
+		return nil
+	}
+	// Of two that begin alike the longer one goes first: the rest of it would be left.
+	slices.SortFunc(forms, func(a, b string) int { return len(b) - len(a) })
+	pairs := make([]string, 0, 2*len(forms))
+	for _, f := range forms {
+		pairs = append(pairs, f, maskText)
+	}
+	return &Mask{strings.NewReplacer(pairs...)}
+}
+
+// Text returns s with *** in place of the values.
+func (m *Mask) Text(s string) string {
+	if m == nil || m.replacer == nil {
+		return s
+	}
+	return m.replacer.Replace(s)
+}
+
+// Error returns err with its text masked. What it wraps can still be asked for.
+func (m *Mask) Error(err error) error {
+	if err == nil || m == nil {
+		return err
+	}
+	text := err.Error()
+	masked := m.Text(text)
+	if masked == text {
+		return err
+	}
+	return &maskedError{err, masked}
+}
+
+type maskedError struct {
+	err  error
+	text string
+}
+
+func (e *maskedError) Error() string { return e.text }
+func (e *maskedError) Unwrap() error { return e.err }
+
+// maskedValues returns which of the values of variables are to be masked once m has been made of them:
+// those of a variable whose name says that it is secret, and those that go into commands. A value that
+// dest, src or the like show anyway is no secret, nor is a word that stands everywhere.
+func maskedValues(values []variableValue, m *Manifest) []string {
+	var shown, run strings.Builder
+	fmt.Fprintln(&shown, m.Name, m.Version, m.Src, m.Dest, m.Owner, strings.Join(m.Shared, " "))
+	for _, list := range [][]Command{m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure} {
+		for _, c := range list {
+			fmt.Fprintln(&run, c.Run)
+		}
+	}
+	for _, c := range m.Health.Checks {
+		fmt.Fprintln(&run, c.Exec)
+	}
+	for _, v := range m.Commands.Env {
+		fmt.Fprintln(&run, v)
+	}
+	var masked []string
+	for _, v := range values {
+		value := strings.TrimSpace(v.value)
+		if len(value) < minMasked || wellKnown(value) || slices.Contains(masked, value) {
+			continue
+		}
+		quoted := strconv.Quote(value)
+		inCommands := strings.Contains(run.String(), value) || strings.Contains(run.String(), quoted[1:len(quoted)-1])
+		if SecretName(v.name) || inCommands && !strings.Contains(shown.String(), value) {
+			masked = append(masked, value)
+		}
+	}
+	return masked
+}
+
+// wellKnown reports whether a value is a word or a number that stands everywhere, and is no secret.
+func wellKnown(value string) bool {
+	if len(value) < 8 && strings.Trim(value, "0123456789.") == "" {
+		return true
+	}
+	switch strings.ToLower(value) {
+	case "true", "false", "null", "none", "auto", "default", "enabled", "disabled", "info", "debug", "warn", "error",
+		"test", "local", "development", "staging", "production", "prod", "root", "localhost", "127.0.0.1",
+		"/bin", "/usr", "/var", "/tmp", "/srv", "/home", "/root", "/bin/sh", "/bin/bash":
+		return true
+	}
+	return false
+}
+
+// SecretName reports whether a variable's name says that its value is secret.
+func SecretName(name string) bool {
+	name = strings.ToUpper(name)
+	for _, part := range []string{
+		"TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "PRIVATE", "APIKEY", "ACCESS_KEY", "AUTHORIZATION",
+	} {
+		if strings.Contains(name, part) {
+			return true
+		}
+	}
+	for _, end := range []string{"_KEY", "_PASS", "_PWD", "_AUTH", "_DSN", "_PW"} {
+		if strings.HasSuffix(name, end) {
+			return true
+		}
+	}
+	return false
+}
