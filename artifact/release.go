@@ -42,8 +42,24 @@ type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
+	// within bounds where dest may lie, and owner is who else may own the directories that lead there: see PlaceOptions.
+	within []string
+	owner  string
 	// step is told before and after each change on disk: where tests kill. nil: nobody.
 	step func(name string)
+	// held are the directories in use; nil: none are.
+	held *heldPlaces
+}
+
+// heldPlaces are the directories of a dest's releases, open for one use.
+type heldPlaces struct{ parent, top, private *Place }
+
+func (h *heldPlaces) close() {
+	for _, p := range []*Place{h.parent, h.top, h.private} {
+		if p != nil {
+			p.Close()
+		}
+	}
 }
 
 // Release is a release as this node knows it.
@@ -85,6 +101,13 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
+// Bounded returns the Releases with rules of where dest may lie, and of who may own what leads there: see PlaceOptions.
+func (r *Releases) Bounded(within []string, owner string) *Releases {
+	bounded := *r
+	bounded.within, bounded.owner = within, owner
+	return &bounded
+}
+
 // FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
 func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Pointer, env func(string) (string, bool)) (*deployments.Manifest, []byte, error) {
 	raw, err := ReadManifest(ctx, objects, p)
@@ -111,8 +134,65 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 	return raw, nil
 }
 
-func (r *Releases) top() string     { return r.dest + ".releases" }
-func (r *Releases) private() string { return filepath.Join(r.top(), ".kedge") }
+// enter opens the directories of dest for one use, and returns the Releases whose paths lead there, whoever moves what. It is
+// ErrNoRelease if there are none and create doesn't say to make them.
+func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
+	if r.held != nil {
+		return r, func() {}, nil
+	}
+	h := &heldPlaces{}
+	defer func() {
+		if err != nil {
+			h.close()
+		}
+		if err != nil && !create && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)) {
+			err = fmt.Errorf("%s: %w", r.dest, ErrNoRelease)
+		}
+	}()
+	if h.parent, err = OpenPlace(r.dest, PlaceOptions{Within: r.within, Owner: r.owner, Create: create}); err != nil {
+		return nil, nil, err
+	}
+	if h.top, err = h.parent.open(filepath.Base(r.shownTop()), create); err != nil {
+		return nil, nil, err
+	}
+	if h.private, err = h.top.open(privateName, create); err != nil {
+		return nil, nil, err
+	}
+	held := *r
+	held.held = h
+	return &held, h.close, nil
+}
+
+// shownTop is the directory of the releases as people and commands see it, and top is the one that is open, if one is.
+func (r *Releases) shownTop() string { return r.dest + ".releases" }
+
+func (r *Releases) top() string {
+	if r.held == nil {
+		return r.shownTop()
+	}
+	return r.held.top.Path("")
+}
+
+// private is where kedge keeps what is nobody else's.
+func (r *Releases) private() string {
+	if r.held == nil {
+		return filepath.Join(r.shownTop(), privateName)
+	}
+	return r.held.private.Path("")
+}
+
+// link is dest, and parent the directory that it lies in.
+func (r *Releases) link() string { return filepath.Join(r.parent(), filepath.Base(r.dest)) }
+
+func (r *Releases) parent() string {
+	if r.held == nil {
+		return filepath.Dir(r.dest)
+	}
+	return r.held.parent.Path("")
+}
+
+// dirOf is a release's directory, by the one that is open.
+func (r *Releases) dirOf(rel *Release) string { return filepath.Join(r.top(), filepath.Base(rel.Dir)) }
 
 // record is what .kedge/NAME.json holds of the release whose directory is NAME. It exists before the directory does.
 type record struct {
@@ -130,6 +210,7 @@ const (
 	// unfinishedPrefix begins what a crash in durable.WriteFile leaves; no version begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"
+	privateName      = ".kedge"
 )
 
 // nameOf is a release's directory.
@@ -173,8 +254,8 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	dir := filepath.Join(r.top(), name)
-	if info, err := os.Lstat(dir); err != nil || !info.IsDir() {
+	dir := filepath.Join(r.shownTop(), name)
+	if info, err := os.Lstat(filepath.Join(r.top(), name)); err != nil || !info.IsDir() {
 		return nil, nil, fmt.Errorf("%s: %w", dir, ErrNoRelease)
 	}
 	rec.Dir = dir
@@ -219,6 +300,11 @@ func (r *Releases) Find(digest deployments.Digest) (*Release, error) {
 }
 
 func (r *Releases) find(digest deployments.Digest) (*Release, *record, error) {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer leave()
 	names, err := r.names()
 	if err != nil {
 		return nil, nil, err
@@ -241,7 +327,12 @@ func (r *Releases) Current() (*Release, error) {
 }
 
 func (r *Releases) current() (*Release, *record, error) {
-	target, err := os.Readlink(r.dest)
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer leave()
+	target, err := os.Readlink(r.link())
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, nil, fmt.Errorf("%s: %w", r.dest, ErrNoRelease)
 	}
@@ -251,7 +342,7 @@ func (r *Releases) current() (*Release, *record, error) {
 	if !filepath.IsAbs(target) {
 		target = filepath.Join(filepath.Dir(r.dest), target)
 	}
-	if filepath.Dir(target) != r.top() {
+	if filepath.Dir(target) != r.shownTop() {
 		return nil, nil, fmt.Errorf("%s leads to %s: %w", r.dest, target, ErrNoRelease)
 	}
 	return r.load(filepath.Base(target))
@@ -267,21 +358,26 @@ func (r *Releases) Switch(rel *Release) error {
 }
 
 func (r *Releases) switchTo(rel *Release) error {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	name := filepath.Base(rel.Dir)
-	if info, err := os.Stat(rel.Dir); err != nil || !info.IsDir() || filepath.Dir(rel.Dir) != r.top() {
+	if info, err := os.Lstat(r.dirOf(rel)); err != nil || !info.IsDir() || filepath.Dir(rel.Dir) != r.shownTop() {
 		return ErrNoRelease
 	}
-	target := filepath.Join(filepath.Base(r.top()), name)
+	target := filepath.Join(filepath.Base(r.shownTop()), name)
 	now := time.Now()
 	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
 		// Prune goes by it, and nothing else: the release may be pruned a little early.
 		r.log.Warn("could not note when the release was switched to", "dir", rel.Dir, "error", err)
 	}
-	if there, err := os.Readlink(r.dest); err == nil && there == target {
+	if there, err := os.Readlink(r.link()); err == nil && there == target {
 		if err := r.adopt(); err != nil {
 			r.log.Warn("could not name what was at dest before kedge", "dest", r.dest, "error", err)
 		}
-		return durable.SyncDir(filepath.Dir(r.dest))
+		return durable.SyncDir(r.parent())
 	}
 	if err := r.adopt(); err != nil {
 		return err
@@ -291,25 +387,25 @@ func (r *Releases) switchTo(rel *Release) error {
 	if err := os.Symlink(target, link); err != nil {
 		return err
 	}
-	info, err := os.Lstat(r.dest)
+	info, err := os.Lstat(r.link())
 	r.at("switch")
 	switch {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
-	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.dest)):
-		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.dest, unix.RENAME_EXCHANGE)
+	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.link())):
+		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
 			err = fmt.Errorf("what is there can't be exchanged for a link (%w): stop what uses it, move it away, and try again", err)
 		}
 	case err == nil && info.Mode()&fs.ModeSymlink == 0:
 		err = errors.New("it is a file: move it away first")
 	default:
-		err = os.Rename(link, r.dest)
+		err = os.Rename(link, r.link())
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(link))
 	}
 	r.at("switched")
-	if err := durable.SyncDir(filepath.Dir(r.dest)); err != nil {
+	if err := durable.SyncDir(r.parent()); err != nil {
 		return err
 	}
 	return r.adopt()
@@ -324,7 +420,7 @@ func (r *Releases) leadsHere(path string) bool {
 	if !filepath.IsAbs(target) {
 		target = filepath.Join(filepath.Dir(r.dest), target)
 	}
-	return filepath.Dir(target) == r.top()
+	return filepath.Dir(target) == r.shownTop()
 }
 
 // adopt gives the tree or link that was at dest before kedge, and that an exchange left under the link's name, a name to stay; a link
@@ -343,12 +439,20 @@ func (r *Releases) adopt() error {
 	if err := os.Rename(link, kept); err != nil {
 		return err
 	}
-	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", kept)
+	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", filepath.Join(r.shownTop(), filepath.Base(kept)))
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
 // restore puts back what was at dest before kedge, by one exchange, and reports whether that is what dest holds now.
 func (r *Releases) restore() (bool, error) {
+	r, leave, err := r.enter(false)
+	if errors.Is(err, ErrNoRelease) {
+		return exists(r.dest), nil // nothing of it was moved away
+	}
+	if err != nil {
+		return false, err
+	}
+	defer leave()
 	if err := r.adopt(); err != nil { // a kill may have come before it
 		return false, err
 	}
@@ -357,26 +461,26 @@ func (r *Releases) restore() (bool, error) {
 		return false, err
 	}
 	slices.Sort(kept)
-	if !r.leadsHere(r.dest) {
+	if !r.leadsHere(r.link()) {
 		// It was put back, and a kill may have come before the end.
 		for _, k := range kept {
 			if r.leadsHere(k) {
 				err = errors.Join(err, os.Remove(k))
 			}
 		}
-		return exists(r.dest), err
+		return exists(r.link()), err
 	}
 	if len(kept) == 0 {
 		return false, nil
 	}
 	last := kept[len(kept)-1]
 	r.at("restore")
-	if err := unix.Renameat2(unix.AT_FDCWD, last, unix.AT_FDCWD, r.dest, unix.RENAME_EXCHANGE); err != nil {
+	if err := unix.Renameat2(unix.AT_FDCWD, last, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE); err != nil {
 		return false, fmt.Errorf("putting back what was at %s before kedge: %w", r.dest, err)
 	}
 	r.at("restored")
 	r.log.Info("put back what was at dest before kedge", "dest", r.dest)
-	return true, errors.Join(durable.SyncDir(filepath.Dir(r.dest)), os.Remove(last), durable.SyncDir(r.top()))
+	return true, errors.Join(durable.SyncDir(r.parent()), os.Remove(last), durable.SyncDir(r.top()))
 }
 
 // globLiteral makes a path a pattern that matches it alone.
@@ -391,17 +495,25 @@ func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 // pruneBut is Prune, but that those in drop go first, whatever keep says.
 func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
 	if err := r.prune(keep, protect, drop); err != nil {
-		return fmt.Errorf("prune %s: %w", r.top(), err)
+		return fmt.Errorf("prune %s: %w", r.shownTop(), err)
 	}
 	return nil
 }
 
 func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
+	r, leave, err := r.enter(false)
+	if errors.Is(err, ErrNoRelease) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer leave()
 	live, _, err := r.current()
 	if err != nil && !errors.Is(err, ErrNoRelease) {
 		return err
 	}
-	liveDir, _ := filepath.EvalSymlinks(r.dest) // also where its record is damaged
+	liveDir, _ := filepath.EvalSymlinks(r.link()) // also where its record is damaged
 	names, err := r.names()
 	if err != nil {
 		return err
@@ -417,7 +529,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		short := name[max(0, len(name)-12):]
 		dir := filepath.Join(r.top(), name)
 		switch real, err := filepath.EvalSymlinks(dir); {
-		case live != nil && live.Dir == dir, liveDir != "" && err == nil && real == liveDir, protected(short):
+		case live != nil && filepath.Base(live.Dir) == name, liveDir != "" && err == nil && real == liveDir, protected(short):
 			kept[short] = true
 			continue
 		}
@@ -486,6 +598,12 @@ func (r *Releases) remove(name string) error {
 // staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every byte; limit, in
 // bytes a second, keeps it out of the way (0: none).
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
+	}
+	defer leave()
+	dir := r.dirOf(rel)
 	rec, err := r.readRecord(filepath.Base(rel.Dir))
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
@@ -498,23 +616,23 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
-	skip, err := mountsBelow(rel.Dir)
+	skip, err := mountsBelow(dir)
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
 	skip = append(skip, rel.Manifest.Shared...)
-	differences, err := verifyTree(ctx, rel.Dir, index, limit, skip...)
+	differences, err := verifyTree(ctx, dir, index, limit, skip...)
 	if err != nil {
 		return nil, err
 	}
-	top, err := os.Lstat(rel.Dir)
+	top, err := os.Lstat(dir)
 	if err != nil {
 		return nil, fmt.Errorf("verify: %w", err)
 	}
 	if top.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
 		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
 	}
-	owners, err := verifyOwner(ctx, rel.Dir, rel.Manifest.Owner, skip)
+	owners, err := verifyOwner(ctx, dir, rel.Manifest.Owner, skip)
 	if err != nil {
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}

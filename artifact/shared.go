@@ -9,16 +9,18 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
 
-// sharedDir is where the manifest's shared paths lie: beside dest, and never removed.
-func (r *Releases) sharedDir() string { return r.dest + ".shared" }
+// sharedSuffix makes dest the directory where the manifest's shared paths lie: beside dest, and never removed.
+const sharedSuffix = ".shared"
 
 // linkShared puts links to DEST.shared/PATH in the place of m's shared paths in a tree that is to
 // lie in DEST.releases/NAME. What the archive has at such a path becomes the shared one if there is
-// none yet, and is dropped otherwise.
+// none yet, and is dropped otherwise. DEST.shared may belong to anybody: nothing in it is followed out of it.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil
@@ -27,33 +29,44 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(r.sharedDir(), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+	place, err := r.held.parent.walk(filepath.Base(r.dest)+sharedSuffix, nil, true)
+	if err != nil {
 		return err
 	}
+	defer place.Close()
 	tree, err := os.OpenRoot(staging)
 	if err != nil {
 		return err
 	}
 	defer tree.Close()
-	shared, err := os.OpenRoot(r.sharedDir())
+	shared, err := os.OpenRoot(place.Path(""))
 	if err != nil {
 		return err
 	}
 	defer shared.Close()
+	s := sharer{staging: staging, tree: tree, shared: shared, name: filepath.Base(r.dest) + sharedSuffix, uid: uid, gid: gid}
 	for _, p := range m.Shared {
-		if err := r.shareOne(tree, shared, staging, p, uid, gid); err != nil {
+		if err := s.share(p); err != nil {
 			return fmt.Errorf("shared %q: %w", p, err)
 		}
 	}
-	return durable.SyncDir(filepath.Dir(r.dest))
+	return durable.SyncDir(r.parent())
 }
 
-func (r *Releases) shareOne(tree, shared *os.Root, staging, p string, uid, gid int) error {
+// sharer moves the shared paths of one tree.
+type sharer struct {
+	staging      string // of tree
+	tree, shared *os.Root
+	name         string // of the shared directory, beside dest
+	uid, gid     int
+}
+
+func (s *sharer) share(p string) error {
 	// As many steps up as lead from the link to the directory of DEST.releases and DEST.shared.
-	target := strings.Repeat("../", 2+strings.Count(p, "/")) + filepath.Base(r.sharedDir()) + "/" + p
-	here, err := tree.Lstat(p)
+	target := strings.Repeat("../", 2+strings.Count(p, "/")) + s.name + "/" + p
+	here, err := s.tree.Lstat(p)
 	if err == nil && here.Mode().Type() == fs.ModeSymlink {
-		if there, err := tree.Readlink(p); err == nil && there == target {
+		if there, err := s.tree.Readlink(p); err == nil && there == target {
 			return nil // it was cut off after it
 		}
 	}
@@ -61,36 +74,88 @@ func (r *Releases) shareOne(tree, shared *os.Root, staging, p string, uid, gid i
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	_, err = shared.Lstat(p)
+	_, err = s.shared.Lstat(p)
 	switch {
 	case err == nil:
 	case !errors.Is(err, fs.ErrNotExist):
 		return err
+	case inTree:
+		if err := s.move(p); err != nil {
+			return err
+		}
+		inTree = false
 	default:
-		if err := shared.MkdirAll(path.Dir(p), 0o755); err != nil {
-			return err
-		}
-		if inTree {
-			if err := os.Rename(filepath.Join(staging, p), filepath.Join(r.sharedDir(), p)); err != nil {
-				return err
-			}
-			inTree = false
-			break
-		}
-		if err := shared.Mkdir(p, 0o755); err != nil {
-			return err
-		}
-		if err := shared.Lchown(p, uid, gid); err != nil && (uid >= 0 || gid >= 0) {
+		if err := s.make(p); err != nil {
 			return err
 		}
 	}
 	if inTree {
-		if err := removeTree(filepath.Join(staging, p)); err != nil {
+		if err := removeTree(filepath.Join(s.staging, p)); err != nil {
 			return err
 		}
 	}
-	if err := tree.MkdirAll(path.Dir(p), 0o755); err != nil {
+	if err := s.makeAbove(path.Dir(p)); err != nil {
 		return err
 	}
-	return tree.Symlink(target, p)
+	if err := s.tree.Symlink(target, p); err != nil || s.uid < 0 && s.gid < 0 {
+		return err
+	}
+	return s.tree.Lchown(p, s.uid, s.gid)
+}
+
+// makeAbove makes the directories above a shared path that the archive doesn't have.
+func (s *sharer) makeAbove(dir string) error {
+	if _, err := s.tree.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := s.makeAbove(path.Dir(dir)); err != nil {
+		return err
+	}
+	if err := s.tree.Mkdir(dir, 0o755); err != nil || s.uid < 0 && s.gid < 0 {
+		return err
+	}
+	return s.tree.Lchown(dir, s.uid, s.gid)
+}
+
+// move moves what the archive has at p to the shared directory.
+func (s *sharer) move(p string) error {
+	if err := s.shared.MkdirAll(path.Dir(p), 0o755); err != nil {
+		return err
+	}
+	from, err := s.tree.Open(path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := s.shared.Open(path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	return failed("rename", p, unix.Renameat(int(from.Fd()), path.Base(p), int(to.Fd()), path.Base(p)))
+}
+
+// make makes an empty shared directory, of the tree's owner.
+func (s *sharer) make(p string) error {
+	if err := s.shared.MkdirAll(path.Dir(p), 0o755); err != nil {
+		return err
+	}
+	parent, err := s.shared.Open(path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	if err := unix.Mkdirat(int(parent.Fd()), path.Base(p), 0o755); err != nil {
+		return failed("mkdir", p, err)
+	}
+	if s.uid < 0 && s.gid < 0 {
+		return nil
+	}
+	// By the directory itself: who owns the one above could put a link to any file in its place.
+	dir, err := openAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return failed("open", p, err)
+	}
+	defer unix.Close(dir)
+	return failed("chown", p, unix.Fchown(dir, s.uid, s.gid))
 }

@@ -40,8 +40,13 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 	if m.Src == "" {
 		return nil, errors.New("the manifest has commands only, and no tree")
 	}
+	r, leave, err := r.enter(true)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
 	if rel, err := r.Find(p.Digest); err == nil {
-		return rel, setMode(rel) // a kill may have come before it
+		return rel, r.setMode(rel) // a kill may have come before it
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
@@ -51,6 +56,11 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 // Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is whole all the
 // while. Nothing is taken from the old tree, which stays for processes that work in it until the release goes or is healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
+	r, leave, err := r.enter(true)
+	if err != nil {
+		return fmt.Errorf("heal %s: %w", rel.Dir, err)
+	}
+	defer leave()
 	if _, err := r.renew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}); err != nil {
 		return fmt.Errorf("heal %s: %w", rel.Dir, err)
 	}
@@ -103,8 +113,8 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 		}
 	}
 	r.at("installed")
-	rel := &Release{Pointer: p, Manifest: m, Raw: raw, Dir: dir}
-	if err := setMode(rel); err != nil {
+	rel := &Release{Pointer: p, Manifest: m, Raw: raw, Dir: filepath.Join(r.shownTop(), name)}
+	if err := r.setMode(rel); err != nil {
 		return nil, err
 	}
 	if err := errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private())); err != nil {
@@ -114,19 +124,17 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 }
 
 // setMode gives a release's directory its mode: after the rename, which could not be made without the right to write into it.
-func setMode(rel *Release) error {
-	info, err := os.Stat(rel.Dir)
+func (r *Releases) setMode(rel *Release) error {
+	dir := r.dirOf(rel)
+	info, err := os.Stat(dir)
 	if err != nil || info.Mode().Perm() == rel.Manifest.DestMode.Perm() {
 		return err
 	}
-	return os.Chmod(rel.Dir, rel.Manifest.DestMode)
+	return os.Chmod(dir, rel.Manifest.DestMode)
 }
 
-// prepare makes the directories, private but for the top.
+// prepare makes staging, and has it and the private directory closed to others.
 func (r *Releases) prepare(staging string) error {
-	if err := os.MkdirAll(r.top(), 0o755); err != nil {
-		return err
-	}
 	for _, dir := range []string{r.private(), staging} {
 		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -135,7 +143,7 @@ func (r *Releases) prepare(staging string) error {
 			return err
 		}
 	}
-	return durable.SyncDir(filepath.Dir(r.top()))
+	return durable.SyncDir(r.parent())
 }
 
 // replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. It is one to
@@ -185,7 +193,7 @@ func (r *Releases) base(p deployments.Pointer) *base {
 		r.log.Warn("the old release can't be used to fetch less", "dir", rel.Dir, "error", err)
 		return nil
 	}
-	return &base{dir: rel.Dir, index: index, digest: rec.Index}
+	return &base{dir: r.dirOf(rel), index: index, digest: rec.Index}
 }
 
 // Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,7 +30,19 @@ func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }
 
+// place opens the directory of r's dest.
+func (t treeSwitcher) place(r *Release) (*Place, error) {
+	return OpenPlace(r.Manifest.Dest, PlaceOptions{Within: t.c.Within, Owner: r.Manifest.Owner})
+}
+
 func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) error {
+	// Before anything is fetched that could not be put there. A directory that is missing may be made by a pre command.
+	switch place, err := t.place(r); {
+	case err == nil:
+		place.Close()
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
 	tree := t.tree(r)
 	if exists(tree) {
 		return nil
@@ -59,8 +72,9 @@ func unpackTree(ctx context.Context, objects *object.Client, r *Release, dir str
 }
 
 // clear removes a link that the release strategy left at dest: what is written through it would change a release.
-func (t treeSwitcher) clear(r *Release) error {
-	target, err := os.Readlink(r.Manifest.Dest)
+func (t treeSwitcher) clear(parent *Place, r *Release) error {
+	dest := parent.Path(filepath.Base(r.Manifest.Dest))
+	target, err := os.Readlink(dest)
 	if err != nil {
 		return nil // absent, or a directory
 	}
@@ -70,27 +84,45 @@ func (t treeSwitcher) clear(r *Release) error {
 	if filepath.Dir(target) != r.Manifest.Dest+".releases" {
 		return nil
 	}
-	return os.Remove(r.Manifest.Dest)
+	return os.Remove(dest)
 }
 
 func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error {
-	return removeTree(t.beside(r) + ".part")
+	parent, err := t.place(r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return removeTree(parent.Path(besideName(r) + ".part"))
 }
 
 // rsyncSwitcher is StrategyRsync.
 type rsyncSwitcher struct{ treeSwitcher }
 
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
-	if err := removeAside(r); err != nil {
+	parent, err := s.place(r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", filepath.Dir(r.Manifest.Dest))
+	}
+	if err != nil {
 		return err
 	}
-	if err := s.clear(r); err != nil {
+	defer parent.Close()
+	if err := removeAside(parent, r); err != nil {
+		return err
+	}
+	if err := s.clear(parent, r); err != nil {
 		return fmt.Errorf("removing the link at dest: %w", err)
 	}
-	if parent := filepath.Dir(r.Manifest.Dest); !exists(parent) {
-		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", parent)
+	dest, err := s.dest(parent, r, true)
+	if err != nil {
+		return err
 	}
-	args, err := s.args(r)
+	defer dest.Close()
+	args, err := s.args(r, dest)
 	if err != nil {
 		return err
 	}
@@ -98,14 +130,31 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if verbose == nil {
 		verbose = []string{"-v"}
 	}
-	args = append(slices.Concat(args, verbose), s.tree(r)+"/", r.Manifest.Dest+"/")
+	args = append(slices.Concat(args, verbose), s.tree(r)+"/", dest.PathForTool("")+"/")
 	if err := s.tool(ctx, "rsync", args...); err != nil {
 		return err
 	}
-	return syncFS(r.Manifest.Dest)
+	return syncFS(dest.Path(""))
 }
 
-func (s rsyncSwitcher) args(r *Release) ([]string, error) {
+// dest opens dest itself, which may be a link to a directory if only trusted users can have made it.
+func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, error) {
+	dest, err := parent.walk(filepath.Base(r.Manifest.Dest), nil, create)
+	if err != nil || len(s.c.Within) == 0 {
+		return dest, err
+	}
+	bounds, err := realDirs(s.c.Within)
+	if err == nil && !isWithin(dest.real, bounds) {
+		err = fmt.Errorf("dest %s leads to %s, outside of %s: %w", r.Manifest.Dest, dest.real, strings.Join(s.c.Within, ", "), ErrUnsafe)
+	}
+	if err != nil {
+		dest.Close()
+		return nil, err
+	}
+	return dest, nil
+}
+
+func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
@@ -114,7 +163,7 @@ func (s rsyncSwitcher) args(r *Release) ([]string, error) {
 	for _, e := range r.Manifest.Excludes {
 		args = append(args, "--exclude", e)
 	}
-	mounts, err := mountsBelow(r.Manifest.Dest)
+	mounts, err := mountsBelow(dest.Path(""))
 	if err != nil {
 		return nil, fmt.Errorf("looking for mounts in dest: %w", err)
 	}
@@ -148,11 +197,24 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if !exists(s.tree(r)) {
 		return nil, nil
 	}
-	args, err := s.args(r)
+	parent, err := s.place(r)
 	if err != nil {
 		return nil, err
 	}
-	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", r.Manifest.Dest+"/")
+	defer parent.Close()
+	dest, err := s.dest(parent, r, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer dest.Close()
+	args, err := s.args(r, dest)
+	if err != nil {
+		return nil, err
+	}
+	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", dest.PathForTool("")+"/")
 	output, err := s.c.Tool(ctx, true, "rsync", args...)
 	if err != nil {
 		return nil, err
@@ -191,47 +253,43 @@ func itemized(out string) []Difference {
 // moveSwitcher is StrategyMv: the tree is renamed to dest, which mustn't exist.
 type moveSwitcher struct{ treeSwitcher }
 
-// beside is where a tree is copied that lies on another file system than dest.
-func (t treeSwitcher) beside(r *Release) string {
-	dest := r.Manifest.Dest
-	return filepath.Join(filepath.Dir(dest), "."+filepath.Base(dest)+".kedge-"+r.Pointer.Digest.Short())
+// besideName is where a tree is copied that lies on another file system than dest.
+func besideName(r *Release) string {
+	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
 }
 
 func (m moveSwitcher) Switch(ctx context.Context, r *Release) error {
-	if err := removeAside(r); err != nil {
+	parent, err := m.place(r)
+	if err != nil {
 		return err
 	}
-	return m.put(ctx, r)
+	defer parent.Close()
+	if err := removeAside(parent, r); err != nil {
+		return err
+	}
+	return m.put(ctx, parent, r)
 }
 
 // put moves r's tree to dest.
-func (m moveSwitcher) put(ctx context.Context, r *Release) error {
-	dest, tree, beside := r.Manifest.Dest, m.tree(r), m.beside(r)
-	if err := m.clear(r); err != nil {
+func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error {
+	dest, tree, beside := parent.Path(filepath.Base(r.Manifest.Dest)), m.tree(r), parent.Path(besideName(r))
+	if err := m.clear(parent, r); err != nil {
 		return fmt.Errorf("removing the link at dest: %w", err)
 	}
-	if exists(dest) && !m.staged(r) {
+	staged := exists(tree) || exists(beside)
+	if exists(dest) && !staged {
 		return nil // it was cut off after the rename
 	}
 	if exists(dest) {
-		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away", ErrUntouched, dest)
+		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away", ErrUntouched, r.Manifest.Dest)
 	}
 	if !exists(beside) {
 		err := moveDurably(tree, dest)
 		if !errors.Is(err, syscall.EXDEV) {
 			return err
 		}
-		if err := removeTree(beside + ".part"); err != nil {
+		if err := m.copyBeside(ctx, parent, r); err != nil {
 			return fmt.Errorf("copying the tree beside dest: %w", err)
-		}
-		if err := m.tool(ctx, "cp", "-a", tree, beside+".part"); err != nil {
-			return errors.Join(fmt.Errorf("copying the tree beside dest: %w", err), removeTree(beside+".part"))
-		}
-		if err := syncFS(beside + ".part"); err != nil {
-			return err
-		}
-		if err := moveDurably(beside+".part", beside); err != nil {
-			return err
 		}
 	}
 	if err := removeTree(tree); err != nil {
@@ -240,11 +298,42 @@ func (m moveSwitcher) put(ctx context.Context, r *Release) error {
 	return moveDurably(beside, dest)
 }
 
+// copyBeside copies r's tree beside dest. Until it is whole, it lies in a private directory, which others may move but not enter.
+func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
+	part := besideName(r) + ".part"
+	if err := removeTree(parent.Path(part)); err != nil {
+		return err
+	}
+	if err := os.Mkdir(parent.Path(part), 0o700); err != nil {
+		return err
+	}
+	private, err := parent.open(part, false)
+	if err != nil {
+		return err
+	}
+	defer private.Close()
+	if err := m.tool(ctx, "cp", "-a", m.tree(r), private.PathForTool("tree")); err != nil {
+		return errors.Join(err, removeTree(parent.Path(part)))
+	}
+	if err := syncFS(private.Path("tree")); err != nil {
+		return err
+	}
+	if err := moveDurably(private.Path("tree"), parent.Path(besideName(r))); err != nil {
+		return err
+	}
+	return removeTree(parent.Path(part))
+}
+
 func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty bool) error {
-	dest, aside := r.Manifest.Dest, asideOf(r)
-	staged := m.staged(r)
-	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != dest
-	unmoved := elsewhere || failed.Manifest.Strategy == deployments.StrategyMv && m.staged(failed)
+	parent, err := m.place(r)
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
+	staged := exists(m.tree(r)) || exists(parent.Path(besideName(r)))
+	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != r.Manifest.Dest
+	unmoved := elsewhere || failed.Manifest.Strategy == deployments.StrategyMv && (exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
 	if unmoved && !dirty && exists(dest) && !exists(aside) {
 		return nil // the failed one was never moved to dest
 	}
@@ -261,13 +350,11 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 			return err
 		}
 	}
-	if err := m.put(ctx, r); err != nil {
+	if err := m.put(ctx, parent, r); err != nil {
 		return err
 	}
 	return removeTree(aside)
 }
-
-func (m moveSwitcher) staged(r *Release) bool { return exists(m.tree(r)) || exists(m.beside(r)) }
 
 func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
 

@@ -52,6 +52,8 @@ type SwitcherConfig struct {
 	Trees string
 	// RsyncVerbose are the options that say what rsync tells; nil: -v.
 	RsyncVerbose []string
+	// Within are the directories in which dest must lie: see PlaceOptions.
+	Within []string
 	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }
@@ -62,7 +64,7 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	case m.Src == "":
 		return commandsOnly{}
 	case m.Strategy == deployments.StrategyRelease:
-		return linkSwitcher{Open(m.Dest, c.Objects, c.Log)}
+		return linkSwitcher{Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner)}
 	case m.Strategy == deployments.StrategyMv:
 		return moveSwitcher{treeSwitcher{c}}
 	default:
@@ -92,14 +94,19 @@ func (l linkSwitcher) Stage(ctx context.Context, rel *Release, opt StageOptions)
 }
 
 func (l linkSwitcher) Switch(_ context.Context, rel *Release) error {
-	if err := removeAside(rel); err != nil {
-		return err
-	}
-	found, err := l.releases.Find(rel.Pointer.Digest)
+	r, leave, err := l.releases.enter(false)
 	if err != nil {
 		return fmt.Errorf("finding the release to switch to: %w", err)
 	}
-	return l.releases.Switch(found)
+	defer leave()
+	if err := removeAside(r.held.parent, rel); err != nil {
+		return err
+	}
+	found, err := r.Find(rel.Pointer.Digest)
+	if err != nil {
+		return fmt.Errorf("finding the release to switch to: %w", err)
+	}
+	return r.Switch(found)
 }
 
 func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) error {
@@ -167,15 +174,14 @@ func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.
 	return l.releases.pruneBut(others, protect, drop)
 }
 
-// asideOf is where strategy mv puts a release that failed, until the one before it is back.
-func asideOf(rel *Release) string {
-	dest := rel.Manifest.Dest
-	return filepath.Join(filepath.Dir(dest), "."+filepath.Base(dest)+".kedge-failed")
+// asideName is where strategy mv puts a release that failed, beside dest, until the one before it is back.
+func asideName(rel *Release) string {
+	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
 }
 
 // removeAside removes what a way back left that was cut short: the next one would take it for a step of its own.
-func removeAside(rel *Release) error {
-	if err := removeTree(asideOf(rel)); err != nil {
+func removeAside(parent *Place, rel *Release) error {
+	if err := removeTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)
 	}
 	return nil

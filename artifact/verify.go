@@ -76,6 +76,9 @@ func (v *verifier) run(ctx context.Context) error {
 			return nil
 		}
 		i := v.index.find(p)
+		if i < 0 && d.IsDir() && isAbove(p, v.skip) {
+			return nil // it was made for what lies there
+		}
 		if i < 0 {
 			v.differs(p, "extra")
 			if d.IsDir() {
@@ -109,6 +112,11 @@ func isBelow(p string, dirs []string) bool {
 	return slices.ContainsFunc(dirs, func(dir string) bool {
 		return p == dir || len(p) > len(dir) && p[len(dir)] == '/' && p[:len(dir)] == dir
 	})
+}
+
+// isAbove reports whether one of paths lies below dir.
+func isAbove(dir string, paths []string) bool {
+	return slices.ContainsFunc(paths, func(p string) bool { return p != dir && isBelow(p, []string{dir}) })
 }
 
 func (v *verifier) differs(path, what string) {

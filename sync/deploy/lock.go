@@ -23,15 +23,42 @@ import (
 // kedge run. It is a lock on the file .NAME.kedge-lock beside dest, which stays, as removing it
 // would let two hold it. The file holds the digest of the release that was deployed there last.
 type destLock struct {
-	dest string
-	file *os.File // nil: there is nothing to lock, as nothing can be written beside dest
+	dest  string
+	place *artifact.Place // nil, as file: there is nothing to lock, as nothing can be written beside dest
+	file  *os.File
 	// waited says that another process held it first, and last what that one deployed; empty: it did not succeed.
 	waited bool
 	last   string
 }
 
-func lockFile(dest string) string {
-	return filepath.Join(filepath.Dir(dest), "."+filepath.Base(dest)+".kedge-lock")
+func lockName(dest string) string { return "." + filepath.Base(dest) + ".kedge-lock" }
+
+// open opens the lock's file. It must be a file that has no other name: whoever owns the directory could put there another's.
+func (l *destLock) open(flags int) (*os.File, error) {
+	f, err := os.OpenFile(l.place.Path(lockName(l.dest)), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+		err = fmt.Errorf("%s is not a file of kedge's: remove it", filepath.Join(filepath.Dir(l.dest), lockName(l.dest)))
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (l *destLock) close() {
+	if l.file != nil {
+		// A child that another goroutine is about to start may still have the file.
+		_ = unix.Flock(int(l.file.Fd()), unix.LOCK_UN)
+		l.file.Close()
+	}
+	if l.place != nil {
+		l.place.Close()
+	}
 }
 
 // hold takes the lock of r's dest until release is called; it does nothing if this unit holds it already.
@@ -40,31 +67,31 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	if r.Manifest.Src == "" || u.lock != nil {
 		return func() {}, nil
 	}
-	if r.Manifest.Strategy == deployments.StrategyRelease { // which makes it anyway
-		if err := os.MkdirAll(filepath.Dir(dest), 0o755); err != nil && !errors.Is(err, syscall.EROFS) {
-			return nil, fmt.Errorf("making the directory of dest: %w", err)
-		}
-	}
 	l := &destLock{dest: dest}
-	l.file, err = os.OpenFile(lockFile(dest), os.O_RDONLY|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
-	unwritable := errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS)
-	if err != nil && !unwritable {
-		return nil, fmt.Errorf("locking dest: %w", err)
+	unwritable := func(err error) bool {
+		return errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS)
 	}
+	l.place, err = artifact.OpenPlace(dest, artifact.PlaceOptions{
+		Within: u.c.Bounds.Dests, Owner: r.Manifest.Owner,
+		Create: r.Manifest.Strategy == deployments.StrategyRelease, // which makes it anyway
+	})
 	if err == nil {
+		l.file, err = l.open(os.O_RDONLY | os.O_CREATE)
+	}
+	switch {
+	case err != nil && !unwritable(err):
+		l.close()
+		return nil, fmt.Errorf("locking dest: %w", err)
+	case err == nil:
 		if err := u.await(ctx, l); err != nil {
-			l.file.Close()
+			l.close()
 			return nil, fmt.Errorf("waiting for another deployment to %s to end: %w", dest, err)
 		}
 	}
 	u.lock = l
 	return func() {
 		u.lock = nil
-		if l.file != nil {
-			// A child that another goroutine is about to start may still have the file.
-			_ = unix.Flock(int(l.file.Fd()), unix.LOCK_UN)
-			l.file.Close()
-		}
+		l.close()
 	}, nil
 }
 
@@ -104,10 +131,11 @@ func (l *destLock) note(text string) {
 		return
 	}
 	// The lock itself is open for reading, so that the file system can be made read-only meanwhile.
-	f, err := os.OpenFile(lockFile(l.dest), os.O_WRONLY|os.O_TRUNC|unix.O_NOFOLLOW, 0)
+	f, err := l.open(os.O_WRONLY)
 	if err != nil {
 		return
 	}
+	_ = f.Truncate(0)
 	_, _ = f.WriteString(text)
 	_ = f.Close()
 }

@@ -14,6 +14,9 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
 )
@@ -342,4 +345,37 @@ func TestRunBesideAnAgent(t *testing.T) {
 	}
 	w.wantVersion("2")
 	w.wantHooks("pre 1", "post 1", "success 1", "pre 2", "post 2", "success 2")
+}
+
+// Whoever owns dest's directory can't have the lock wait for ever, or another's file emptied.
+func TestLockIsAFileOfItsOwn(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	other := filepath.Join(dir, "other")
+	for name, plant := range map[string]func(lock string) error{
+		"link":  func(lock string) error { return os.Symlink(other, lock) },
+		"alias": func(lock string) error { return os.Link(other, lock) },
+		"pipe":  func(lock string) error { return unix.Mkfifo(lock, 0o666) },
+	} {
+		if err := os.WriteFile(other, []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		dest := filepath.Join(dir, name)
+		if err := plant(filepath.Join(dir, lockName(dest))); err != nil {
+			t.Fatal(err)
+		}
+		u, err := Open(Config{Node: func() string { return "" }, Dir: filepath.Join(dir, "state")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := &artifact.Release{Manifest: &deployments.Manifest{Src: "file:///x", Dest: dest, Strategy: deployments.StrategyRsync}}
+		if release, err := u.hold(t.Context(), r); err == nil {
+			u.lock.begun()
+			release()
+			t.Errorf("%s: it is taken for a lock", name)
+		}
+		if got, err := os.ReadFile(other); err != nil || string(got) != "precious" {
+			t.Errorf("%s: another's file holds %q, %v", name, got, err)
+		}
+	}
 }

@@ -483,6 +483,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 func transient(err error) bool {
 	for _, e := range []error{
 		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, exec.ErrNotFound,
+		artifact.ErrUnsafe, // until somebody puts its directories right
 	} {
 		if errors.Is(err, e) {
 			return true

@@ -101,7 +101,7 @@ func TestStrategies(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), ".") && e.Name() != filepath.Base(lockFile(w.dest())) {
+		if strings.HasPrefix(e.Name(), ".") && e.Name() != lockName(w.dest()) {
 			t.Errorf("%s was left behind", e.Name())
 		}
 	}

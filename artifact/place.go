@@ -1,0 +1,309 @@
+package artifact
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrUnsafe is in the error of a dest that somebody else than root or this process could have led
+// elsewhere. Nothing is done there until its directories are put right.
+var ErrUnsafe = errors.New("dest is not safe to write to")
+
+// maxLinks bounds the symbolic links on the way to a directory, as the kernel does.
+const maxLinks = 40
+
+// Place is a directory that is held open, so that nobody can lead what is done in it elsewhere.
+type Place struct {
+	dir  *os.File
+	real string // where it lay when it was opened; for comparing and for people
+	// shown is its path as it was asked for. That path is used if fixed says that only trusted users can change what lies there.
+	shown string
+	fixed bool
+	trust trust
+}
+
+// trust says who may own the directories that lead to a place. Root, whoever runs this process, and
+// the owner of / may own all of them, and are the only ones whose symbolic links are followed.
+type trust struct {
+	self, top int
+	// strict refuses a directory of anybody but those and owner, below the directories of within.
+	strict bool
+	owner  int
+}
+
+// PlaceOptions are the rules that OpenPlace holds.
+type PlaceOptions struct {
+	// Within are the directories in or below which dest must lie, wherever links lead; empty: anywhere.
+	// The directories below them must belong to root, to this process's user, or to Owner.
+	Within []string
+	// Owner is the manifest's: USER, USER:GROUP or :GROUP.
+	Owner string
+	// Create makes the directories that are missing.
+	Create bool
+}
+
+// OpenPlace opens the directory that dest lies in. It follows symbolic links only if nobody but root, the owner of / and this
+// process's user can have made them: an application that owns dest's directory can't lead an agent out of it.
+func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
+	t := trust{self: os.Geteuid(), owner: -1}
+	if len(opt.Within) > 0 {
+		var err error
+		if t.owner, _, err = ownerOf(opt.Owner); err != nil {
+			return nil, err
+		}
+	}
+	dest = filepath.Clean(dest)
+	if !filepath.IsAbs(dest) {
+		return nil, fmt.Errorf("dest %s is no absolute path: %w", dest, ErrUnsafe)
+	}
+	bounds, err := realDirs(opt.Within)
+	if err != nil {
+		return nil, err
+	}
+	p, err := openPath(filepath.Dir(dest), t, bounds, opt.Create)
+	if err != nil {
+		return nil, err
+	}
+	if real := filepath.Join(p.real, filepath.Base(dest)); len(bounds) > 0 && !isWithin(real, bounds) {
+		p.Close()
+		return nil, fmt.Errorf("dest %s leads to %s, outside of %s: %w", dest, real, strings.Join(opt.Within, ", "), ErrUnsafe)
+	}
+	return p, nil
+}
+
+// Close ends the hold on the directory.
+func (p *Place) Close() error { return p.dir.Close() }
+
+// Path returns a path of name in the directory, which leads there for as long as the place is open, whoever moves what.
+func (p *Place) Path(name string) string { return p.path("self", name) }
+
+// PathForTool is Path for a program that this process starts.
+func (p *Place) PathForTool(name string) string { return p.path(strconv.Itoa(os.Getpid()), name) }
+
+func (p *Place) path(process, name string) string {
+	if p.fixed {
+		return filepath.Join(p.shown, name)
+	}
+	return filepath.Join("/proc", process, "fd", strconv.Itoa(int(p.dir.Fd())), name)
+}
+
+// open opens, or makes, the directory name in p, which must belong to a trusted user, and which nobody else may write into:
+// kedge keeps there what it believes.
+func (p *Place) open(name string, create bool) (*Place, error) {
+	below, err := p.walk(name, nil, create)
+	if err != nil {
+		return nil, err
+	}
+	if err := below.private(); err != nil {
+		below.Close()
+		return nil, err
+	}
+	return below, nil
+}
+
+// private refuses a directory that others own, and takes the right to write into it from all but its owner.
+func (p *Place) private() error {
+	st, err := p.stat()
+	if err != nil {
+		return err
+	}
+	if !p.trust.has(st.Uid) {
+		return fmt.Errorf("%s belongs to user %d, who could change releases there: give it to root, or move it away: %w", p.shown, st.Uid, ErrUnsafe)
+	}
+	if st.Mode&0o022 == 0 {
+		return nil
+	}
+	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", p.dir.Fd()), st.Mode&0o7755); err != nil {
+		return fmt.Errorf("%s can be written into by others than its owner, which can't be changed (%w): %w", p.shown, err, ErrUnsafe)
+	}
+	return nil
+}
+
+func (p *Place) stat() (st unix.Stat_t, err error) {
+	return st, unix.Fstat(int(p.dir.Fd()), &st)
+}
+
+func (t trust) has(uid uint32) bool {
+	return uid == 0 || int(uid) == t.self || int(uid) == t.top
+}
+
+// replaceable reports whether others than trusted users can put something else in the place of what lies in a directory;
+// plantable, whether they can put something new there.
+func (t trust) replaceable(st *unix.Stat_t) bool {
+	return t.plantable(st) && (st.Mode&unix.S_ISVTX == 0 || !t.has(st.Uid))
+}
+
+func (t trust) plantable(st *unix.Stat_t) bool {
+	group := st.Mode&0o020 != 0 && st.Gid != 0 && int(st.Gid) != os.Getegid()
+	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
+}
+
+// realDirs returns where directories lie, after all trusted links; those that are missing, as they are given.
+func realDirs(dirs []string) (real []string, err error) {
+	for _, dir := range dirs {
+		dir = filepath.Clean(dir)
+		real = append(real, dir)
+		for _, at := range []string{dir, filepath.Dir(dir)} { // dest may be the bound itself, and a link
+			p, err := openPath(at, trust{self: os.Geteuid(), owner: -1}, nil, false)
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, ErrUnsafe) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			if p.real != at && at == dir {
+				real = append(real, p.real)
+			} else if p.real != at {
+				real = append(real, filepath.Join(p.real, filepath.Base(dir)))
+			}
+			p.Close()
+		}
+	}
+	return real, nil
+}
+
+// isWithin reports whether a clean path is one of dirs, or lies below one.
+func isWithin(path string, dirs []string) bool {
+	return slices.ContainsFunc(dirs, func(dir string) bool {
+		return dir == "/" || path == dir || strings.HasPrefix(path, dir+"/")
+	})
+}
+
+// openPath opens a directory by its absolute path. Directories below bounds must belong to trusted users or to t.owner.
+func openPath(path string, t trust, bounds []string, create bool) (*Place, error) {
+	root, err := openDir("/")
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	p := &Place{dir: root, real: "/", shown: "/", fixed: true, trust: t}
+	st, err := p.stat()
+	if err != nil {
+		return nil, err
+	}
+	p.trust.top = int(st.Uid)
+	return p.walk(path, bounds, create)
+}
+
+// walk opens the directory at path, relative to p or absolute. p stays open.
+func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) {
+	shown := path
+	if !filepath.IsAbs(path) {
+		shown = filepath.Join(p.shown, path)
+	}
+	fd, err := openAt(int(p.dir.Fd()), ".", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, failed("open", shown, err)
+	}
+	w := &walk{fd: fd, real: p.real, trust: p.trust, fixed: p.fixed, bounds: bounds, create: create, todo: strings.Split(path, "/")}
+	for len(w.todo) > 0 && err == nil {
+		name := w.todo[0]
+		w.todo = w.todo[1:]
+		err = w.step(name)
+	}
+	if err != nil {
+		unix.Close(w.fd)
+		return nil, fmt.Errorf("on the way to %s: %w", shown, err)
+	}
+	return &Place{dir: os.NewFile(uintptr(w.fd), shown), real: w.real, shown: shown, fixed: w.fixed, trust: p.trust}, nil
+}
+
+// walk is the way to a directory.
+type walk struct {
+	fd     int
+	real   string
+	trust  trust
+	fixed  bool // so far, nobody but trusted users can replace a directory on the way
+	bounds []string
+	create bool
+	links  int
+	todo   []string
+}
+
+// step goes on to name.
+func (w *walk) step(name string) error {
+	var here unix.Stat_t
+	if err := unix.Fstat(w.fd, &here); err != nil {
+		return failed("stat", w.real, err)
+	}
+	switch name {
+	case "", ".":
+		return nil
+	case "..": // of a trusted link, all above whose directory is trusted
+		return w.enter(name, filepath.Dir(w.real))
+	}
+	path := filepath.Join(w.real, name)
+	var st unix.Stat_t
+	err := unix.Fstatat(w.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) && w.create {
+		if err := unix.Mkdirat(w.fd, name, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+			return failed("mkdir", path, err)
+		}
+		err = unix.Fstatat(w.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	switch {
+	case err != nil:
+		return failed("stat", path, err)
+	case st.Mode&unix.S_IFMT == unix.S_IFLNK:
+		if !w.fixed || w.trust.plantable(&here) || !w.trust.has(st.Uid) {
+			return fmt.Errorf("%s is a symbolic link that others than root could have made (its directory belongs to user %d): "+
+				"name the directory that it leads to: %w", path, here.Uid, ErrUnsafe)
+		}
+		return w.follow(name, path)
+	}
+	w.fixed = w.fixed && !w.trust.replaceable(&here)
+	return w.enter(name, path)
+}
+
+// enter goes into a directory, by its name in the one before.
+func (w *walk) enter(name, path string) error {
+	fd, err := openAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return failed("open", path, err)
+	}
+	unix.Close(w.fd)
+	w.fd, w.real = fd, path
+	if len(w.bounds) == 0 || !isWithin(path, w.bounds) || slices.Contains(w.bounds, path) {
+		return nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return failed("stat", path, err)
+	}
+	if !w.trust.has(st.Uid) && int(st.Uid) != w.trust.owner {
+		return fmt.Errorf("%s belongs to user %d, neither root nor the release's owner: give it to one of them, or name that user as owner: %w", path, st.Uid, ErrUnsafe)
+	}
+	return nil
+}
+
+// follow goes where a trusted link leads.
+func (w *walk) follow(name, path string) error {
+	if w.links++; w.links > maxLinks {
+		return failed("open", path, unix.ELOOP)
+	}
+	target := make([]byte, maxPath+1)
+	n, err := unix.Readlinkat(w.fd, name, target)
+	if err != nil {
+		return failed("readlink", path, err)
+	}
+	to := string(target[:n])
+	w.todo = append(strings.Split(to, "/"), w.todo...)
+	if !filepath.IsAbs(to) {
+		return nil
+	}
+	fd, err := openAt(unix.AT_FDCWD, "/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return failed("open", "/", err)
+	}
+	unix.Close(w.fd)
+	w.fd, w.real = fd, "/"
+	return nil
+}
