@@ -14,6 +14,9 @@ import (
 type Bounds struct {
 	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any.
 	Sources []string
+	// NoLocal refuses file:// and plain http://, which lead to this machine, but where Sources name them: who can only pin could
+	// have files read, and requests sent, that the agent alone can read and send.
+	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
 	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any.
@@ -37,7 +40,13 @@ func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0
 
 // CheckSource reports why nothing may be fetched from a URL; nil: it may.
 func (b Bounds) CheckSource(url string) error {
-	if len(b.Sources) == 0 || deployments.FromSource(url, b.Sources) {
+	named := deployments.FromSource(url, b.Sources)
+	local := strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "http:")
+	if b.NoLocal && local && !named {
+		return fmt.Errorf("%s lies on this machine, and agents take nothing from there unless sources names it, or local_sources is set",
+			deployments.ShownURL(url))
+	}
+	if len(b.Sources) == 0 || named {
 		return nil
 	}
 	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(url), strings.Join(b.Sources, ", "))

@@ -95,3 +95,29 @@ commands: {"*": false, dev: true}
 		t.Errorf("%+v takes a look at manifests", b)
 	}
 }
+
+// An agent takes nothing from its own machine unless its configuration names it.
+func TestLocalSources(t *testing.T) {
+	t.Parallel()
+	named := []string{"file:///srv/releases", "http://127.0.0.1:9000/releases", "s3://acme"}
+	for _, c := range []struct {
+		url    string
+		bounds Bounds
+		ok     bool
+	}{
+		{"file:///etc/shadow", Bounds{NoLocal: true}, false},
+		{"http://127.0.0.1:8500/v1/kv/x", Bounds{NoLocal: true}, false},
+		{"http://localhost/x", Bounds{NoLocal: true, Sources: []string{"s3://acme"}}, false},
+		{"s3://acme/x", Bounds{NoLocal: true}, true},
+		{"file:///srv/releases/x", Bounds{NoLocal: true, Sources: named}, true},
+		{"file:///srv/releases/../../etc/shadow", Bounds{NoLocal: true, Sources: named}, false},
+		{"http://127.0.0.1:9000/releases/x", Bounds{NoLocal: true, Sources: named}, true},
+		{"http://127.0.0.1:8500/releases/x", Bounds{NoLocal: true, Sources: named}, false},
+		{"file:///etc/shadow", Bounds{Sources: named}, false},
+		{"file:///etc/shadow", Bounds{}, true},
+	} {
+		if err := c.bounds.CheckSource(c.url); (err == nil) != c.ok {
+			t.Errorf("%s within %+v: %v", c.url, c.bounds, err)
+		}
+	}
+}

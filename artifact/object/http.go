@@ -125,8 +125,8 @@ func send(ctx context.Context, client *http.Client, method, url string, header h
 		request.Header[k] = v
 	}
 	r, err := client.Do(request)
-	if errors.Is(err, errPlainHTTP) || errors.Is(err, errToHere) {
-		return nil, fmt.Errorf("redirected: %w", plain(err))
+	if refused := (redirectError{}); errors.As(err, &refused) {
+		return nil, fmt.Errorf("redirected: %w", refused.error)
 	}
 	if err != nil {
 		return nil, &transientError{err: plain(err)}

@@ -48,7 +48,10 @@ type Config struct {
 	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
 	// again on another connection; default 10 s.
 	StallTimeout time.Duration
-	Log          *slog.Logger // nil: discard
+	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it leads to
+	// https alone, and from another machine never to this one.
+	Redirect func(url string) error
+	Log      *slog.Logger // nil: discard
 }
 
 // Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a call with
@@ -126,7 +129,15 @@ func New(c Config) *Client {
 	if c.MaxBandwidth > 0 {
 		client.limit = rate.NewLimiter(rate.Limit(c.MaxBandwidth), limitChunk)
 	}
-	client.http = &http.Client{Transport: countingTransport{transport, &client.requests}, CheckRedirect: checkRedirect}
+	client.http = &http.Client{
+		Transport: countingTransport{transport, &client.requests},
+		CheckRedirect: func(r *http.Request, via []*http.Request) error {
+			if err := checkRedirect(r, via, c.Redirect); err != nil {
+				return redirectError{err}
+			}
+			return nil
+		},
+	}
 	client.s3.config = c.S3
 	client.gs = c.GSEndpoint
 	client.s3.requests = &client.requests
@@ -194,6 +205,8 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 var (
 	errPlainHTTP = errors.New("plain http is accepted from this machine only: use https://")
 	errToHere    = errors.New("another machine may not lead to this one")
+
+	errToPlainHTTP = errors.New("https may not lead to plain http")
 )
 
 func thisMachine(u *url.URL) bool {
@@ -201,21 +214,33 @@ func thisMachine(u *url.URL) bool {
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
+// redirectError is why a redirect isn't followed: trying again doesn't help.
+type redirectError struct{ error }
+
+func (e redirectError) Unwrap() error { return e.error }
+
 // checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and one from elsewhere
 // could have a request sent to what listens on this machine alone. The URL that led there may carry a signature, and is not told.
-func checkRedirect(r *http.Request, via []*http.Request) error {
+func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
 	r.Header.Del("Referer")
-	local := thisMachine(r.URL)
+	from, local := via[len(via)-1].URL, thisMachine(r.URL)
 	switch {
-	case local && !thisMachine(via[len(via)-1].URL):
+	case local && !thisMachine(from):
 		return errToHere
-	case r.URL.Scheme != "https" && !local:
+	case r.URL.Scheme != "https" && from.Scheme == "https":
+		return errToPlainHTTP
+	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !local):
 		return errPlainHTTP
 	}
 	if len(via) >= 10 {
 		return errors.New("it is redirected more than ten times")
 	}
-	return nil
+	if allowed == nil {
+		return nil
+	}
+	to := *r.URL
+	to.User, to.RawQuery, to.ForceQuery, to.Fragment, to.RawFragment = nil, "", false, "", ""
+	return allowed(to.String())
 }
 
 // retry is Client.retry.

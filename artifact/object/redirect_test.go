@@ -2,9 +2,14 @@ package object
 
 import (
 	"errors"
+	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"strings"
 	"testing"
 )
+
+var errElsewhere = errors.New("not from there")
 
 func TestWhereARedirectMayLead(t *testing.T) {
 	t.Parallel()
@@ -13,11 +18,14 @@ func TestWhereARedirectMayLead(t *testing.T) {
 		want     error
 	}{
 		{"https://one.example/x", "https://two.example/x", nil},
-		{"https://one.example/x", "http://one.example/x", errPlainHTTP},
+		{"https://one.example/x", "http://one.example/x", errToPlainHTTP},
+		{"https://localhost/x", "http://localhost/x", errToPlainHTTP},
+		{"https://one.example/x", "https://elsewhere.example/x?y", errElsewhere},
+		{"http://localhost/x", "gopher://localhost/x", errPlainHTTP},
 		{"https://one.example/x", "http://127.0.0.1:8500/x", errToHere},
 		{"https://one.example/x", "https://[::1]/x", errToHere},
-		{"https://one.example/x", "http://169.254.169.254/x", errPlainHTTP},
-		{"https://one.example/x", "file:///etc/passwd", errPlainHTTP},
+		{"https://one.example/x", "http://169.254.169.254/x", errToPlainHTTP},
+		{"https://one.example/x", "file:///etc/passwd", errToPlainHTTP},
 		{"http://localhost/x", "http://127.0.0.1:8500/x", nil},
 		{"http://localhost/x", "https://one.example/x", nil},
 		{"http://localhost/x", "http://one.example/x", errPlainHTTP},
@@ -30,12 +38,53 @@ func TestWhereARedirectMayLead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := checkRedirect(to, []*http.Request{from}); !errors.Is(err, c.want) {
+		allowed := func(url string) error {
+			if url == "https://elsewhere.example/x" {
+				return errElsewhere
+			}
+			return nil
+		}
+		if err := checkRedirect(to, []*http.Request{from}, allowed); !errors.Is(err, c.want) {
 			t.Errorf("from %s to %s: %v, want %v", c.from, c.to, err, c.want)
 		}
 		many := []*http.Request{from, from, from, from, from, from, from, from, from, from}
-		if err := checkRedirect(to, many); err == nil {
+		if err := checkRedirect(to, many, nil); err == nil {
 			t.Errorf("from %s to %s in the end: no error", c.from, c.to)
 		}
+	}
+}
+
+// Each hop of a redirect is held to the bounds, and one that isn't allowed is told at once, without what may be secret.
+func TestRedirectsKeepBounds(t *testing.T) {
+	t.Parallel()
+	reached := 0
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/allowed/far":
+			http.Redirect(w, r, "/allowed/near", http.StatusFound)
+		case "/allowed/near":
+			http.Redirect(w, r, "/elsewhere/x?X-Amz-Signature=s3cret", http.StatusFound)
+		case "/allowed/home":
+			http.Redirect(w, r, "/allowed/x?X-Amz-Signature=s3cret", http.StatusTemporaryRedirect)
+		default:
+			reached++
+			fmt.Fprint(w, "here")
+		}
+	}))
+	defer server.Close()
+	client := New(Config{Redirect: func(url string) error {
+		if !strings.HasPrefix(url, server.URL+"/allowed/") || strings.Contains(url, "?") {
+			return errElsewhere
+		}
+		return nil
+	}})
+	if _, err := client.ReadAll(t.Context(), server.URL+"/allowed/far", 100); !errors.Is(err, errElsewhere) || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("out of bounds: %v", err)
+	}
+	if reached > 0 {
+		t.Error("the request was sent")
+	}
+	if data, err := client.ReadAll(t.Context(), server.URL+"/allowed/home", 100); err != nil || string(data) != "here" {
+		t.Errorf("within bounds: %q, %v", data, err)
 	}
 }

@@ -66,6 +66,7 @@ finishes or takes back what it had begun.`,
 	f.String("state-dir", "", "`directory` of lock, journal and last known state (default /var/lib/kedge)")
 	f.String("listen", "", "`address` of /ready, /live, /status and /metrics, as in 127.0.0.1:7070 (default: none)")
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
+	f.Bool("local-sources", false, "let releases come from file:// and from http:// on this machine, without naming them in --sources")
 	f.String("dests", "", "`directories` that dest may lie in (default: any)")
 	f.String("users", "", "`users` that commands may run as (default: any)")
 	f.Bool("no-commands", false, "refuse releases with commands")
@@ -135,6 +136,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("state-dir", &c.StateDir)
 	str("listen", &c.Listen)
 	strs("sources", &c.Sources)
+	boolean("local-sources", &c.LocalSources)
 	strs("dests", &c.Dests)
 	strs("users", &c.Users)
 	boolean("no-commands", &c.NoCommands)
@@ -193,12 +195,15 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	}
 	defer store.Close()
 
-	objects := object.New(object.Config{MaxBandwidth: bandwidth, Log: log})
+	bounds := policy.Bounds{
+		Sources: conf.Sources, NoLocal: !conf.LocalSources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands,
+	}
+	objects := object.New(object.Config{MaxBandwidth: bandwidth, Redirect: bounds.CheckSource, Log: log})
 	trust, err := trustSigners(conf.Signers, objects, log)
 	if err != nil {
 		return err
 	}
-	snapshot, err := snapshotReader(conf.Snapshot, conf.SnapshotSigners, conf.SnapshotMaxAge, objects, log)
+	snapshot, err := snapshotReader(conf.Snapshot, conf.SnapshotSigners, conf.SnapshotMaxAge, object.New(object.Config{Log: log}), log)
 	if err != nil {
 		return usageError{err}
 	}
@@ -215,7 +220,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	node, err := agent.New(agent.Config{
 		Store: store, Node: conf.Node, Stage: conf.Stage, Roles: conf.Roles, StateDir: conf.StateDir,
 		Objects:        objects,
-		Bounds:         policy.Bounds{Sources: conf.Sources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands},
+		Bounds:         bounds,
 		Trust:          trust,
 		AllowOlderPins: conf.AllowOlderPins,
 		AllowEmpty:     conf.AllowEmpty,

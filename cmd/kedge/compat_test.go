@@ -173,7 +173,7 @@ func (f *compatFleet) startAgents(program string) (all []*process) {
 		if err := os.MkdirAll(root, 0o755); err != nil {
 			f.t.Fatal(err)
 		}
-		all = append(all, f.start(name, []string{"ROOT=" + root}, "agent", "--kv", f.url, "--node", name,
+		all = append(all, f.start(name, []string{"ROOT=" + root, "KEDGE_LOCAL_SOURCES=true"}, "agent", "--kv", f.url, "--node", name,
 			"--stage", "prod", "--roles", "web", "--state-dir", filepath.Join(root, "state")))
 	}
 	return all

@@ -25,7 +25,10 @@ type agentConfig struct {
 	StateDir string `yaml:"state_dir"`
 	Listen   string `yaml:"listen"`
 
-	Sources    words  `yaml:"sources"`
+	Sources words `yaml:"sources"`
+	// LocalSources lets releases come from file:// and, on this machine, http:// also where Sources doesn't name them.
+	LocalSources bool `yaml:"local_sources"`
+
 	Dests      words  `yaml:"dests"`
 	Users      words  `yaml:"users"`
 	NoCommands bool   `yaml:"no_commands"`

@@ -272,7 +272,8 @@ func (d *demo) startNode(name string) error {
 		return err
 	}
 	env := []string{"DEMO_ROOT=" + filepath.Join(root, "srv"), "DEMO_SITE=" + d.siteURL + "/" + name}
-	c, err := d.start(name, env, "agent", "--kv", d.kv(), "--node", name, "--stage", demoUnit.Stage, "--roles", demoUnit.Role, "--state-dir", filepath.Join(root, "state"))
+	c, err := d.start(name, env, "agent", "--kv", d.kv(), "--node", name, "--stage", demoUnit.Stage, "--roles", demoUnit.Role,
+		"--sources", "file://"+filepath.Join(d.dir, "releases"), "--state-dir", filepath.Join(root, "state"))
 	if err != nil {
 		return err
 	}

@@ -91,7 +91,7 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 			if !slices.Contains([]string{"", "-v", "-vv", "-vvv"}, rsyncVerbose) {
 				return usagef(`--rsync-verbose %q: want -v, -vv, -vvv or ""`, rsyncVerbose)
 			}
-			objects := object.New(object.Config{MaxBandwidth: rate, Log: log})
+			objects := object.New(object.Config{MaxBandwidth: rate, Redirect: bounds.CheckSource, Log: log})
 			trust, err := trustSigners(signers, objects, log)
 			if err != nil {
 				return err
