@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -399,11 +400,16 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 	f := c.Flags()
 	f.StringVar(&node, "node", "", "only this node")
 	f.StringVar(&reason, "reason", "", "why, for who looks at it later")
-	f.StringVar(&by, "by", person(), "who")
+	byFlag(f, &by)
 	f.BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	f.BoolVar(&force, "force", false, "also where the unit has no record")
 	f.StringVar(&until, "until", "", "when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
 	return c
+}
+
+func byFlag(f *pflag.FlagSet, by *string) {
+	f.StringVar(by, "by", person(), "who (default: you)")
+	f.Lookup("by").DefValue = "" // the manual is the same for everyone
 }
 
 // person is who types, for people who look at it later.
@@ -515,6 +521,6 @@ keep what they run, and kedge status says so. To go back on those, publish the o
 	})
 	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")
-	c.Flags().StringVar(&by, "by", person(), "who")
+	byFlag(c.Flags(), &by)
 	return c
 }

@@ -67,7 +67,8 @@ WantedBy=multi-user.target
 	startScript = "#!/bin/sh\nexec /bin/busybox httpd -f -p $LISTEN -h \"${0%/*}/..\"\n"
 )
 
-// newMachine installs a machine; w has a Consul client agent of its name. more are lines of agent.yaml.
+// newMachine installs a machine; w has a Consul client agent of its name. more are lines of agent.yaml. With an empty
+// kedge, program and units are left for the test to install.
 func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *machine {
 	t.Helper()
 	m := &machine{t: t, w: w, name: name, dir: t.TempDir()}
@@ -79,14 +80,7 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 			t.Fatal(err)
 		}
 	}
-	m.copy(kedge, "/usr/bin/kedge")
-	units, err := filepath.Glob("../../deployments/systemd/*")
-	if err != nil || len(units) == 0 {
-		t.Fatalf("no units to install: %v", err)
-	}
-	for _, unit := range units {
-		m.copy(unit, "/usr/lib/systemd/system/"+filepath.Base(unit))
-	}
+	t.Cleanup(m.end)
 	m.write("/usr/lib/systemd/system/app.service", fmt.Sprintf(appUnit, m.app))
 	m.write("/usr/lib/systemd/system/consumer.service", consumerUnit)
 	m.write("/etc/kedge/agent.yaml", strings.Join(append([]string{
@@ -95,11 +89,21 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	}, more...), "\n")+"\n")
 	m.write("/etc/kedge/consul-token", w.token("agent", deployments.RuleVars{Node: name, Stage: "prod", Role: name}))
 	m.write("/etc/kedge/agent.env", strings.Join(slices.Concat(m.client.Env(""), w.s3.Env(), []string{"CONSUL_HTTP_TOKEN_FILE=/etc/kedge/consul-token"}), "\n")+"\n")
+	if kedge == "" {
+		return m
+	}
+	m.copy(kedge, "/usr/bin/kedge")
+	units, err := filepath.Glob("../../deployments/systemd/*")
+	if err != nil || len(units) == 0 {
+		t.Fatalf("no units to install: %v", err)
+	}
+	for _, unit := range units {
+		m.copy(unit, "/usr/lib/systemd/system/"+filepath.Base(unit))
+	}
 	enable := exec.Command("systemctl", "--root="+filepath.Join(m.dir, "upper"), "enable", "kedge-agent.service", "app.service", "consumer.service")
 	if out, err := enable.CombinedOutput(); err != nil {
 		t.Fatalf("enable the units: %v\n%s", err, out)
 	}
-	t.Cleanup(m.end)
 	return m
 }
 

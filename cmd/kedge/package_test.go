@@ -1,0 +1,226 @@
+package main
+
+import (
+	"bytes"
+	"debug/buildinfo"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+// makePackages runs .ci/package for some architectures, and returns where the packages lie.
+func makePackages(t *testing.T, version string, architectures ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	c := exec.CommandContext(t.Context(), "../../.ci/package", append([]string{dir}, architectures...)...)
+	c.Env = append(os.Environ(), "KEDGE_PACKAGE_VERSION="+version)
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Fatalf(".ci/package: %v\n%s", err, out)
+	}
+	return dir
+}
+
+// debWithVersion returns the same package under another version: that is all that dpkg goes by.
+func debWithVersion(t *testing.T, deb, version string) string {
+	t.Helper()
+	dir := t.TempDir()
+	script := `dpkg-deb --raw-extract "$1" tree && sed -i "s/^Version: .*/Version: $2/" tree/DEBIAN/control && dpkg-deb -Znone --build tree "$2.deb"`
+	c := exec.CommandContext(t.Context(), "sh", "-ec", script, "sh", deb, version)
+	c.Dir = dir
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return filepath.Join(dir, version+".deb")
+}
+
+// The deb installs, upgrades and leaves a machine that systemd boots. An upgrade in mid-deployment, before the switch
+// and after it, costs the application nothing; nor does the package's removal.
+func TestPackage(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		if testing.Short() {
+			t.Skip("takes root: left out with -short")
+		}
+		t.Fatal("booting a machine in a container takes root: run the tests as root, as CI does")
+	}
+	w := newWorld(t, "boot-package")
+	w.startMirror("mirror-1")
+	m := newMachine(t, w, "", "boot-package", "ready_timeout: 40s")
+	debs, err := filepath.Glob(filepath.Join(makePackages(t, "1.0.0", runtime.GOARCH), "*.deb"))
+	if err != nil || len(debs) != 1 {
+		t.Fatalf("%q, %v: want one deb", debs, err)
+	}
+	for _, version := range []string{"1.0.0", "1.0.1", "1.0.2", "1.0.3"} {
+		m.copy(debWithVersion(t, debs[0], version), "/var/log/"+version+".deb")
+	}
+	install := func(version string) {
+		t.Helper()
+		m.do("env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--install", "/var/log/"+version+".deb")
+	}
+	m.boot()
+	install("1.0.0")
+	if state := m.show("kedge-agent", "ActiveState"); state != "inactive" {
+		t.Errorf("after a first installation the agent is %s: that is the operator's to say", state)
+	}
+	if listed := m.do("dpkg", "--verify", "kedge"); listed != "" {
+		t.Errorf("installed differently: %s", listed)
+	}
+	m.do("sh", "-c", "bash -n /usr/share/bash-completion/completions/kedge; test -e /usr/share/man/man1/kedge-agent.1")
+	m.release(m.publish("1"))
+	m.do("systemctl", "enable", "--now", "kedge-agent.service", "app.service")
+	m.runs("1")
+
+	for _, step := range []struct {
+		name, deb, version string
+		change             change
+		appears            string
+	}{
+		{"before the switch", "1.0.1", "2", pre("touch /run/pre2; [ -e /run/go ] || sleep 30"), "/run/pre2"},
+		{"after the switch", "1.0.2", "3", post("touch /run/post3; [ -e /run/go ] || sleep 30"), "/run/post3"},
+	} {
+		m.do("rm", "-f", "/run/go")
+		agent := m.show("kedge-agent", "InvocationID")
+		m.release(m.publish(step.version, step.change))
+		m.appears(step.appears)
+		began := time.Now()
+		install(step.deb)
+		if took := time.Since(began); took > 20*time.Second {
+			t.Errorf("%s, the upgrade took %s: it waited for the deployment", step.name, took)
+		}
+		m.do("touch", "/run/go")
+		m.runs(step.version)
+		if m.show("kedge-agent", "InvocationID") == agent {
+			t.Errorf("%s, the upgrade left the old agent running", step.name)
+		}
+	}
+
+	// A release whose command upgrades the package: the agent's restart comes after the deployment's end.
+	agent := m.show("kedge-agent", "InvocationID")
+	m.release(m.publish("4", post("dpkg --install /var/log/1.0.3.deb && touch /run/upgraded")))
+	m.runs("4")
+	m.appears("/run/upgraded")
+	await(t, "the restart that the upgrade asked for", func() error {
+		if got := m.show("kedge-agent", "InvocationID"); got == agent {
+			return os.ErrExist
+		}
+		return nil
+	})
+	m.runs("4")
+
+	app := m.show("app", "InvocationID")
+	m.do("dpkg", "--remove", "kedge")
+	m.answers("4")
+	if m.show("app", "InvocationID") != app {
+		t.Error("the removal restarted the application")
+	}
+	if state := m.show("kedge-agent", "ActiveState"); state != "inactive" {
+		t.Errorf("after the removal the agent is %s", state)
+	}
+	m.do("test", "-d", "/var/lib/kedge", "-a", "!", "-e", "/usr/bin/kedge")
+	install("1.0.3")
+	m.do("systemctl", "enable", "--now", "kedge-agent.service")
+	m.release(m.publish("5"))
+	m.runs("5")
+	m.do("dpkg", "--purge", "kedge")
+	m.answers("5")
+	m.do("test", "-e", "/srv/app/version", "-a", "-e", "/etc/kedge/agent.yaml", "-a", "!", "-e", "/var/lib/kedge")
+}
+
+// What .ci/package makes is the same each time, and says what is in it.
+func TestPackagesAreReproducible(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("builds packages: left out with -short")
+	}
+	first, second := makePackages(t, "1.2.3"), makePackages(t, "1.2.3", runtime.GOARCH)
+	sums, err := os.ReadFile(filepath.Join(first, "SHA256SUMS"))
+	if err != nil || bytes.Count(sums, []byte("\n")) != 8 {
+		t.Fatalf("%s, %v: want a deb, an rpm, a tarball and an SBOM of two architectures", sums, err)
+	}
+	again, err := os.ReadFile(filepath.Join(second, "SHA256SUMS"))
+	if err != nil || bytes.Count(again, []byte("\n")) != 4 {
+		t.Fatalf("%s, %v", again, err)
+	}
+	for line := range bytes.Lines(again) {
+		if !bytes.Contains(sums, line) {
+			t.Errorf("made again it is another: %s", line)
+		}
+	}
+	if out, err := exec.Command("sh", "-c", "cd "+first+" && sha256sum --check --strict SHA256SUMS").CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+
+	tree := t.TempDir()
+	archive := filepath.Join(first, "kedge_1.2.3_linux_"+runtime.GOARCH+".tar.gz")
+	if out, err := exec.Command("tar", "-xf", archive, "-C", tree, "--strip-components=1").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	program := filepath.Join(tree, "kedge")
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if size, err := os.Stat(program); err != nil || size.Size() > 36<<20 {
+		t.Errorf("the program has %d bytes: want less than 36 MB", size.Size())
+	}
+	var bill struct {
+		Components []struct{ Name, Version string }
+	}
+	text, err := os.ReadFile(filepath.Join(first, "kedge_1.2.3_"+runtime.GOARCH+".sbom.json"))
+	if err == nil {
+		err = json.Unmarshal(text, &bill)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := map[string]string{}
+	for _, c := range bill.Components {
+		listed[c.Name] = c.Version
+	}
+	for _, dep := range info.Deps {
+		if listed[dep.Path] != dep.Version {
+			t.Errorf("the SBOM has %s in version %q, the program %s", dep.Path, listed[dep.Path], dep.Version)
+		}
+	}
+	for _, name := range []string{"man/man1/kedge.1", "man/man7/kedge-security.7", "systemd/kedge-agent.service", "docs/security.md"} {
+		if _, err := os.Stat(filepath.Join(tree, name)); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// The examples of /etc/kedge are taken as they stand.
+func TestConfigurationExamples(t *testing.T) {
+	t.Parallel()
+	c, err := readAgentConfig("../../deployments/etc/agent.yaml")
+	if err != nil || c.Stage == "" || len(c.Roles) == 0 || len(c.Sources) == 0 {
+		t.Errorf("agent.yaml is %+v, %v", c, err)
+	}
+	for file, units := range map[string]string{"agent.env": "kedge-agent", "mirror.env": "kedge-mirror", "web.env": "kedge-web"} {
+		unit, err := os.ReadFile("../../deployments/systemd/" + units + ".service")
+		if err != nil || !bytes.Contains(unit, []byte("/etc/kedge/"+file+"\n")) {
+			t.Errorf("%s does not read %s: %v", units, file, err)
+		}
+		text, err := os.ReadFile("../../deployments/etc/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(text)) {
+			line = strings.TrimSpace(line)
+			name, value, ok := strings.Cut(line, "=")
+			if line != "" && line[0] != '#' && (!ok || value == "" || strings.ToUpper(name) != name) {
+				t.Errorf("%s: %q: want NAME=VALUE", file, line)
+			}
+		}
+	}
+	if _, err := deployments.Load(deployments.Example()); err != nil {
+		t.Errorf("the example is no deployments repo any more: %v", err)
+	}
+}

@@ -1,0 +1,16 @@
+#!/bin/sh
+# After an installation or an upgrade: Debian gives "configure" and the version before, Red Hat the number of versions.
+set -e
+[ -d /run/systemd/system ] || exit 0
+systemctl daemon-reload || true
+case "$1:$2" in
+configure:?* | 2:*) ;;
+*) exit 0 ;; # nothing ran before; which daemon this machine needs is the operator's to say
+esac
+if grep -qs /kedge-agent.service /proc/self/cgroup; then
+	# The upgrade is a release's command. The agent's end would cut it off, so it restarts when the release is done.
+	systemd-run --quiet --on-active=5 systemctl try-restart kedge-agent.service kedge-mirror.service kedge-web.service
+else
+	# An agent that is stopped in mid-deployment ends its commands in order, and the next goes on by the journal.
+	systemctl try-restart --no-block kedge-agent.service kedge-mirror.service kedge-web.service || true
+fi
