@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -114,21 +115,24 @@ func (l *leader) accepts(ctx context.Context, c candidate) bool {
 // candidate compares a commit with what the store holds.
 func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
 	c := candidate{from: l.written.state.Taken(), rules: l.written.state.Rules, to: to}
-	if last := l.acceptance.commit; last != nil {
+	had := map[deployments.UnitID]bool{}
+	switch last := l.acceptance.commit; {
+	case last != nil:
 		c.from, c.rules = last.Hash, rulesOf(last)
 		for _, u := range last.Tree.Units {
-			c.had = append(c.had, u.ID)
+			had[u.ID] = true
 		}
-		return c
-	}
-	if c.from == "" {
+	case c.from == "":
 		c.rules = rulesOf(to)
 	}
 	for id, cell := range cells {
-		if cell.err == nil && ours(cell.record) {
-			c.had = append(c.had, id)
+		own, known := l.written.records[id]
+		removed := known && own.value == nil // which the watch has yet to show
+		if cell.err == nil && ours(cell.record) && !removed {
+			had[id] = true
 		}
 	}
+	c.had = slices.SortedFunc(maps.Keys(had), deployments.UnitID.Compare)
 	return c
 }
 
@@ -151,7 +155,8 @@ func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
 
 // candidate is a commit that might follow the one that the store holds.
 type candidate struct {
-	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units.
+	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units, and those
+	// that it names no longer and whose records are there.
 	from string
 	had  []deployments.UnitID
 	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
@@ -173,6 +178,9 @@ func refuse(c candidate) error {
 			"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, start the mirror once "+
 			"with --accept %s", short(c.to.Hash), short(c.from), c.to.Hash)
 	}
+	if !c.to.Tree.Settings.Prune {
+		return nil // no record goes
+	}
 	stays := map[deployments.UnitID]bool{}
 	for _, u := range c.to.Tree.Units {
 		stays[u.ID] = true
@@ -185,14 +193,14 @@ func refuse(c candidate) error {
 	}
 	slices.Sort(removed)
 	switch limit := c.rules.MaxRemoved; {
-	case len(removed) == 0 || limit >= 100:
+	case len(removed) <= 1 || limit >= 100: // one is what people mean, and there is no smaller step
 		return nil
 	case len(stays) == 0:
-		return fmt.Errorf("commit %s has no unit at all, the last one had %d: to remove them all, set max_removed: 100 in kedge.yaml in a commit before it",
-			short(c.to.Hash), len(c.had))
+		return fmt.Errorf("commit %s has no unit at all, and %d have records: to remove them all, set max_removed: 100 in kedge.yaml in a "+
+			"commit before it", short(c.to.Hash), len(c.had))
 	case len(removed)*100 > limit*len(c.had):
-		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in kedge.yaml in a commit before this one",
-			short(c.to.Hash), len(removed), len(c.had), few(removed), limit)
+		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in "+
+			"kedge.yaml in a commit before this one", short(c.to.Hash), len(removed), len(c.had), few(removed), limit)
 	}
 	return nil
 }

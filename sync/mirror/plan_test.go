@@ -103,22 +103,27 @@ func TestRefuse(t *testing.T) {
 		name string
 		candidate
 		units []deployments.Unit
+		keep  bool   // prune is off
 		want  string // empty: taken
 	}{
-		{"the first commit", candidate{rules: normal}, seven, ""},
-		{"the next commit", candidate{from: "f0", rules: normal, descends: true, had: ten}, seven, ""},
-		{"a rewritten history", candidate{from: "f0", rules: normal, had: ten}, seven, "does not descend from f0"},
-		{"a rewritten history, allowed", candidate{from: "f0", rules: deployments.MirrorRules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, ""},
-		{"too many removed", candidate{from: "f0", rules: normal, descends: true, had: ten}, six, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
-		{"too many removed, by the first commit over old records", candidate{rules: normal, had: ten}, six, "removes 4 of 10"},
-		{"none may be removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 0}, descends: true, had: ten}, seven, "removes 3 of 10"},
-		{"all removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 99}, descends: true, had: ten}, nil, "has no unit at all"},
-		{"all removed, allowed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 100}, descends: true, had: ten}, nil, ""},
-		{"nothing was there", candidate{rules: normal}, nil, ""},
-		{"a unit moved counts as removed", candidate{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, "removes 1 of 1"},
+		{"the first commit", candidate{rules: normal}, seven, false, ""},
+		{"the next commit", candidate{from: "f0", rules: normal, descends: true, had: ten}, seven, false, ""},
+		{"a rewritten history", candidate{from: "f0", rules: normal, had: ten}, seven, false, "does not descend from f0"},
+		{"a rewritten history, allowed", candidate{from: "f0", rules: deployments.MirrorRules{AllowRewind: true, MaxRemoved: 30}, had: ten}, seven, false, ""},
+		{"too many removed", candidate{from: "f0", rules: normal, descends: true, had: ten}, six, false, "removes 4 of 10 units (prod/web/g, prod/web/h, prod/web/i, prod/web/j), more than max_removed, which is 30 %"},
+		{"too many removed, by the first commit over old records", candidate{rules: normal, had: ten}, six, false, "removes 4 of 10"},
+		{"none may be removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 0}, descends: true, had: ten}, seven, false, "removes 3 of 10"},
+		{"all removed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 99}, descends: true, had: ten}, nil, false, "has no unit at all"},
+		{"all removed, allowed", candidate{from: "f0", rules: deployments.MirrorRules{MaxRemoved: 100}, descends: true, had: ten}, nil, false, ""},
+		{"nothing was there", candidate{rules: normal}, nil, false, ""},
+		{"a unit moved counts as removed", candidate{from: "f0", rules: normal, descends: true, had: ten[:2]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, false, "removes 2 of 2"},
+		{"one of one", candidate{from: "f0", rules: normal, descends: true, had: ten[:1]}, []deployments.Unit{unit(t, "dev/web/a", "1")}, false, ""},
+		{"one of two", candidate{from: "f0", rules: normal, descends: true, had: ten[:2]}, six[:1], false, ""},
+		{"nothing goes as prune is off", candidate{from: "f0", rules: normal, descends: true, had: ten}, nil, true, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.to = commitOf(tree(c.units...))
+			c.to.Tree.Settings.Prune = !c.keep
 			err := refuse(c.candidate)
 			switch {
 			case c.want == "" && err != nil:

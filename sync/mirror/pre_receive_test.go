@@ -27,7 +27,8 @@ func TestCheckPush(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			o := hooked(t, limit, "pre-receive")
-			good := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+			good := o.Push(map[string]string{"kedge.yaml": "prune: true\n", "prod/web/app.yaml": unitFile("app/1"),
+				"prod/web/base.yaml": unitFile("base/1"), "prod/web/db.yaml": unitFile("db/1")})
 			refused := func(what, ref string, words ...string) {
 				t.Helper()
 				out, err := o.Try(o.Work, "push", "-f", "origin", ref)
@@ -48,8 +49,8 @@ func TestCheckPush(t *testing.T) {
 			o.Git(o.Work, "push", "-q", "origin", "HEAD:refs/heads/draft") // another branch may hold what it likes
 
 			o.Git(o.Work, "reset", "-q", "--hard", good)
-			o.Commit(map[string]string{"prod/web/base.yaml": ""})
-			refused("too many units removed", "HEAD:main", "removes 1 of 2 units (prod/web/base)")
+			o.Commit(map[string]string{"prod/web/base.yaml": "", "prod/web/db.yaml": ""})
+			refused("too many units removed", "HEAD:main", "removes 2 of 3 units (prod/web/base, prod/web/db)")
 			o.Git(o.Work, "checkout", "-q", "--orphan", "new", good)
 			o.Commit(map[string]string{"README.md": "a new beginning"})
 			refused("a rewritten history", "HEAD:main", "does not descend")
