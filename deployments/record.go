@@ -32,6 +32,9 @@ type Record struct {
 	Claim int64 `json:"claim,omitempty"`
 	// Nodes is how many nodes the unit was known to have when its rollout last moved: a shorter list has to stand for a while.
 	Nodes int `json:"nodes,omitempty"`
+	// Orphaned is set if Git names the unit no longer, and pruning is off: nodes keep what they run, until a unit that
+	// Git names takes its dest.
+	Orphaned bool `json:"orphaned,omitempty"`
 	// Pinned is set while Target is what a unit pin names.
 	Pinned *Pinned `json:"pinned,omitempty"`
 	// MinAgent is the FormatLevel that a reader needs to act on the record; 0: any.

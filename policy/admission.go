@@ -28,7 +28,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		d.note(Step{What: what, Says: "every node", Decides: true})
 		return
 	}
-	d.note(Step{What: "rollout", Says: sayProgress(p), Unblock: unblock(f.Unit, p)})
+	d.note(Step{What: "rollout", Says: sayProgress(p), Unblock: Unblock(f.Unit, r)})
 	back := p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && partOf(&r, f.Running.Digest)
@@ -114,6 +114,9 @@ func SayPhase(p deployments.Phase) string {
 
 // Unblock says what an operator can do about a unit's rollout, with the words to type; empty: it goes on by itself.
 func Unblock(id deployments.UnitID, r deployments.Record) string {
+	if IsOrphaned(r) {
+		return "put " + id.String() + ".yaml back into Git, or pin what is to run: kedge pin " + id.String() + " POINTER"
+	}
 	if r.Rollout == nil {
 		return ""
 	}
@@ -121,9 +124,6 @@ func Unblock(id deployments.UnitID, r deployments.Record) string {
 }
 
 func unblock(id deployments.UnitID, p *deployments.Progress) string {
-	if p.Reason == deployments.ReasonOrphaned {
-		return "put " + id.String() + ".yaml back into Git, or pin what is to run: kedge pin " + id.String() + " POINTER"
-	}
 	if heldUp(p) {
 		return "wait, or let it go on within the freeze: kedge promote " + id.String()
 	}

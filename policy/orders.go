@@ -48,12 +48,11 @@ func heldUp(p *deployments.Progress) bool {
 		!p.Forced && p.Reason == deployments.ReasonFrozen
 }
 
-// Orphaned marks the rollout of a record whose unit was removed from Git. It stays where it is until the file is
-// back, and pins are followed at once, as nothing tells its budget any more. Next takes it up again where it
-// stood.
+// Orphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the file is back, and
+// pins are followed at once, as nothing tells its budget any more. Next takes it up again where it stood.
 func Orphaned(r deployments.Record) deployments.Record {
-	r.Paced = false
-	if r.Rollout == nil || IsOrphaned(r) {
+	r.Orphaned, r.Paced = true, false
+	if r.Rollout == nil || r.Rollout.Reason == deployments.ReasonOrphaned {
 		return r
 	}
 	p := *r.Rollout
@@ -62,9 +61,10 @@ func Orphaned(r deployments.Record) deployments.Record {
 	return r
 }
 
-// IsOrphaned reports whether a record has a rollout with which no mirror goes on, as its unit is gone from Git.
+// IsOrphaned reports whether a record's unit is gone from Git, so that no mirror goes on with its rollout. Mirrors of
+// the version before marked the rollout alone.
 func IsOrphaned(r deployments.Record) bool {
-	return r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
+	return r.Orphaned || r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
 }
 
 // obey does what an operator ordered. did is what that was, refused why it changes nothing.

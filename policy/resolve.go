@@ -311,6 +311,9 @@ func sayRecord(r deployments.Record) string {
 	if r.Generation > 0 {
 		s += fmt.Sprintf(", generation %d", r.Generation)
 	}
+	if r.Orphaned {
+		s += "; orphaned: its file is no longer in Git"
+	}
 	return s
 }
 

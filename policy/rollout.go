@@ -84,6 +84,7 @@ func Next(s Situation) Move {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now
 	}
+	s.Record.Orphaned = false // who asks for the next step has the unit's file
 	in := &inputs{s}
 	if in.Ranks == nil {
 		in.Ranks = new(Ranks)

@@ -146,7 +146,10 @@ func (a *Agent) aim(r *role) {
 		// A rollout may turn back until it has ended; a pin is for a while.
 		from := u.decision.Source
 		g.settle = a.c.Trust != nil && (from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
-		g.heal = u.record.Value.Drift == deployments.DriftHeal
+		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
+		if u.replaced {
+			g = goal{}
+		}
 		u.aim(g)
 	}
 }

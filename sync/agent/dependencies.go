@@ -26,6 +26,9 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	if u.cycle != "" {
 		return dependency{u.id.Unit, "its record makes a circle: " + u.cycle, true}
 	}
+	if name := a.before(u); name != "" {
+		return dependency{name, "its file is no longer in Git: waits for " + name + ", which may take its dest", false}
+	}
 	// What runs already elsewhere, or ran before, needs nothing that is yet to come.
 	r := u.record.Value
 	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
@@ -49,6 +52,20 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		}
 	}
 	return dependency{}
+}
+
+// before returns a unit that Git names, and that an orphaned one has to let go first on a node where nothing of it runs: it may be
+// the same under a new name. Empty: none.
+func (a *Agent) before(u *unit) string {
+	if !u.orphaned() || !u.state().Running.IsZero() {
+		return ""
+	}
+	for id, other := range a.units {
+		if id.Role == u.id.Role && u.yields(other) && !other.final() {
+			return id.Unit
+		}
+	}
+	return ""
 }
 
 // cycles finds, among units that name those they come after, each one that lies on a cycle, and gives it that cycle in words:

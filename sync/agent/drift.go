@@ -115,10 +115,7 @@ func (a *Agent) observe(u *unit) {
 	was := u.dest
 	u.dest, u.live = dest, live
 	a.mu.Unlock()
-	if was == dest {
-		return
-	}
-	if was != "" {
+	if was != "" && was != dest {
 		a.drift.forget(was)
 	}
 	if dest != "" {

@@ -17,8 +17,8 @@ type takenError struct {
 func (e *takenError) Error() string { return e.why }
 
 // claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
-// places until it has moved; one that nothing names any more has none, once it has ended what it began, so that it can go on under
-// another name.
+// places until it has moved; one that nothing names any more, or Git no longer, has none, once it has ended what it began, so that it
+// can go on under another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -32,7 +32,7 @@ func (a *Agent) claim(u *unit, dest string) error {
 // free reports why a unit may not have its tree at dest. a.mu is held.
 func (a *Agent) free(u *unit, dest string) error {
 	for _, other := range a.units {
-		if other == u || other.unwanted() && !other.changing() {
+		if other == u || other.yields(u) && !other.changing() {
 			continue
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
@@ -44,17 +44,40 @@ func (a *Agent) free(u *unit, dest string) error {
 	return nil
 }
 
-// replaced reports whether nothing names the unit any more, and what runs in its place is another's.
+// replaced reports whether the unit yields its place to another, which has it or kept the unit out of it.
 func (a *Agent) replaced(u *unit) bool {
-	if u.dest == "" || !u.unwanted() || u.changing() {
+	if u.changing() {
 		return false
 	}
+	if u.dest == "" {
+		return u.orphaned() && errors.As(u.refused[u.decision.Target].err, new(*takenError))
+	}
 	for _, other := range a.units {
-		if other.dest == u.dest && !other.unwanted() {
+		if other != u && other.dest == u.dest && !other.unwanted() && u.yields(other) {
 			return true
 		}
 	}
 	return false
+}
+
+// contested reports whether a unit that Git names is about to take the place of u. a.mu is held.
+func (a *Agent) contested(u *unit) bool {
+	for _, other := range a.units {
+		if other != u && other.claimed != "" && other.claimed == u.dest && u.yields(other) {
+			return true
+		}
+	}
+	return false
+}
+
+// displace notes, of other units with the dest of u, that what they deployed there is there no more. a.mu is held.
+func (a *Agent) displace(u *unit) {
+	for _, other := range a.units {
+		if other != u && u.dest != "" && other.dest == u.dest {
+			other.done, other.drift = deployments.Pointer{}, nil
+			other.nudge()
+		}
+	}
 }
 
 // refuse notes that a release can't succeed on this node.

@@ -18,11 +18,21 @@ func (u *unit) unwanted() bool {
 	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// gone reports whether the unit is only remembered: no key asks for it, and nothing of it runs, or nothing good ever did, or another has
-// its place.
+// orphaned reports whether Git names the unit no longer, though its record stays, and no pin asks for it.
+func (u *unit) orphaned() bool {
+	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
+}
+
+// yields reports whether the unit gives its place up to another: nothing asks for it, or Git asks for the other alone.
+func (u *unit) yields(other *unit) bool {
+	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
+}
+
+// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it runs, or nothing
+// good ever did.
 func (u *unit) gone() bool {
 	s := u.state()
-	return u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished || u.replaced)
+	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
 }
 
 // atRest reports whether the unit has converged, and nothing else of it is to be ready.

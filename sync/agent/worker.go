@@ -119,6 +119,9 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	if before.Running != after.Running || !after.Confirmed || after.Unfinished {
 		u.done = deployments.Pointer{}
 	}
+	if j.kind == jobDeploy || j.kind == jobRecover {
+		a.displace(u)
+	}
 	switch j.kind {
 	case jobRecover:
 		u.recover = false // later on state tells whether there is more to recover

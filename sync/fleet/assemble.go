@@ -203,7 +203,8 @@ func (a *assembly) nodes(u *Unit) {
 		n := Node{Name: r.name, Gone: r.gone, Report: report}
 		facts := a.fleet.facts(u, n)
 		// Of nodes that say nothing, those count that should run the unit and live.
-		if !reports && (r.gone || !facts.Record.Present && !facts.UnitPin.Present && !facts.NodePin.Present) {
+		desired := facts.Record.Present && !facts.Record.Value.Orphaned
+		if !reports && (r.gone || !desired && !facts.UnitPin.Present && !facts.NodePin.Present) {
 			continue
 		}
 		decision := policy.Resolve(facts)

@@ -16,6 +16,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/policy"
 )
 
 // Fleet is the state of every unit, sorted; the JSON of kedge status.
@@ -67,6 +68,9 @@ func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunnin
 
 // Pinned reports whether a pin decides for a unit, on nodes without one of their own.
 func (u *Unit) Pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
+
+// orphaned reports whether Git names the unit no longer, though its record stays.
+func (u *Unit) orphaned() bool { return u.Record != nil && policy.IsOrphaned(*u.Record) }
 
 // GitTarget is the release that Git names: while a pin is rolled out, the record's target is the pin's.
 func (u *Unit) GitTarget() deployments.Pointer {

@@ -183,6 +183,9 @@ func (f *Fleet) Row(u *Unit) []Text {
 			phase.Tone, target.Tone = Bad, Bad
 		}
 	}
+	if u.orphaned() {
+		phase = Text{"orphaned", Warn}
+	}
 	return []Text{{u.ID.String(), Bold}, target, u.runs(name), pin, state, phase}
 }
 
@@ -304,6 +307,9 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	}
 	if u.Order != "" {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
+	}
+	if u.orphaned() && u.Record.Rollout == nil {
+		add("orphaned:", Warn, "its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest", Plain)
 	}
 	if u.Record != nil && u.Record.Rollout != nil && policy.SayReason(u.Record.Rollout) != "" {
 		add("rollout:", Plain, oneLine(policy.SayReason(u.Record.Rollout)), Plain)

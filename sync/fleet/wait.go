@@ -199,6 +199,9 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		return "", fmt.Errorf("commit %s is taken, and brought no such unit", short(w.commit))
 	}
 	units := f.Units
+	if w.filter.Unit == "" { // nobody who waits for a fleet means what Git names no longer
+		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) })
+	}
 	if w.push {
 		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
 	}
@@ -317,7 +320,7 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 
 // rollout is the progress that counts: a pin of the unit overrides it, and one that stands for good is not waited for.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
-	if u.Record == nil || u.Pinned(now) || policy.IsOrphaned(*u.Record) {
+	if u.Record == nil || u.Pinned(now) || u.orphaned() {
 		return nil
 	}
 	return u.Record.Rollout

@@ -192,10 +192,16 @@ func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 	o := gittest.New(t)
 	store := dirStore(t)
 	m := start(t, Config{Store: store, Repo: o.Bare})
-	o.Push(map[string]string{"kedge.yaml": "max_removed: 60\n", "prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
+	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
 	m.runs("prod/web/base", "base/1")
 	m.at(o.Push(map[string]string{"prod/web/base.yaml": ""}))
-	m.runs("prod/web/base", "base/1")
+	m.record("prod/web/base", func(r deployments.Record) bool { return r.Orphaned && r.Target == pointer("base/1") })
+	m.at(o.Push(map[string]string{"prod/web/base.yaml": unitFile("base/1")}))
+	if r := m.record("prod/web/base", func(r deployments.Record) bool { return !r.Orphaned }); r.Generation != 1 {
+		t.Errorf("back in Git as it was: %+v", r)
+	}
+	m.at(o.Push(map[string]string{"prod/web/base.yaml": ""}))
+	m.record("prod/web/base", func(r deployments.Record) bool { return r.Orphaned })
 
 	m.at(o.Push(map[string]string{"kedge.yaml": "max_removed: 60\nprune: true\n"}))
 	m.await("pruning", func() error {

@@ -180,10 +180,10 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		w.ops = []kv.Op{kv.DeleteIf(kv.DesiredKey(id), c.version)}
 		return w, doWrite
 	}
-	if w.after = policy.Orphaned(c.record); w.after.Rollout == c.record.Rollout {
+	w.after = policy.Orphaned(c.record)
+	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(w.after); bytes.Equal(w.value, encode(c.record)) {
 		return change{}, doNothing
 	}
-	w.kind, w.reason, w.value = "update", w.after.Rollout.Message, encode(w.after)
 	w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
 	return w, doWrite
 }
