@@ -188,6 +188,12 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	if m.Src != "" && m.Strategy != StrategyRelease {
 		r.traps.at(place("sync_strategy"), "sync_strategy %s changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not", m.Strategy)
 	}
+	for _, theirs := range []string{"/home/", "/tmp/", "/var/tmp/", "/dev/shm/"} {
+		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {
+			r.traps.at(place("dest"), "dest %s lies where others than root can move what leads to it: they can take it out of service, "+
+				"and what runs there with more rights than theirs is theirs; a directory of root's, as /srv, is safe", clip(m.Dest))
+		}
+	}
 	switch len(m.Checksum) {
 	case 32, 40:
 		r.traps.at(place("checksum"), "md5 and sha1 can be forged: use sha256")

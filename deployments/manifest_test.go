@@ -181,6 +181,10 @@ func TestManifestTraps(t *testing.T) {
 			t.Errorf("the traps don't say %q:\n%s", want, text)
 		}
 	}
+	traps, err = ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /home/app/current\nsync_strategy: release\n"))
+	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:7: dest /home/app/current lies where") {
+		t.Errorf("in a home: %v, %v", traps, err)
+	}
 	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /d\nsync_strategy: release\n")); err != nil || len(traps) > 0 {
 		t.Errorf("traps in a good manifest: %v, %v", traps, err)
 	}
