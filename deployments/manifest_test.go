@@ -182,7 +182,7 @@ func TestManifestTraps(t *testing.T) {
 		}
 	}
 	traps, err = ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /home/app/current\nsync_strategy: release\n"))
-	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:7: dest /home/app/current lies where") {
+	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:1: dest /home/app/current lies where") {
 		t.Errorf("in a home: %v, %v", traps, err)
 	}
 	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /d\nsync_strategy: release\n")); err != nil || len(traps) > 0 {
