@@ -24,8 +24,9 @@ import (
 )
 
 func (a *app) checkCommand() *cobra.Command {
-	var manifest, signers, path string
-	var preReceive, releases bool
+	var manifests []string
+	var signers, path string
+	var preReceive, releases, archives, fix bool
 	c := &cobra.Command{
 		Use:   "check [REPO]",
 		Short: "Validate a deployments repo, or a manifest",
@@ -43,9 +44,24 @@ With --releases it reads the manifest of each release as well (as a hook: of tho
 the digest that the pointer says, and does only what kedge.yaml allows for its stage (sources, dests, users, commands). With
 --signers it must bear a signature as well.
 
-With --manifest FILE it checks a manifest instead, and names the traps in an old one of stretcher's.`,
-		Args: cobra.MaximumNArgs(1),
+With --manifest it checks manifests instead, and names the traps in old ones of stretcher's: what a node would do otherwise. It
+takes files, directories, URLs, and prefixes that end in a slash, of which it reads all that is called .yml or .yaml. With --archives it
+fetches and unpacks their archives, too.
+
+  kedge check --archives --manifest s3://acme-deploy/manifests/
+
+With --fix it writes files as kedge would have them, and what comes of one URL or of standard input to standard output.`,
+		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(manifests) > 0 {
+				return a.checkManifests(cmd.Context(), append(manifests, args...), archives, fix)
+			}
+			if len(args) > 1 {
+				return usagef("%s given: want kedge %s", count(len(args), "argument"), cmd.Use)
+			}
+			if archives || fix {
+				return usagef("--archives and --fix are for --manifest")
+			}
 			dir := "."
 			if len(args) == 1 {
 				dir = args[0]
@@ -59,10 +75,7 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 				}
 				look = &mirror.Releases{Objects: objects, Trust: trust}
 			}
-			switch {
-			case manifest != "":
-				return a.checkManifest(manifest)
-			case preReceive:
+			if preReceive {
 				return mirror.CheckPush(cmd.Context(), dir, path, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
 			}
 			if info, err := os.Stat(dir); err != nil {
@@ -92,7 +105,9 @@ With --manifest FILE it checks a manifest instead, and names the traps in an old
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&manifest, "manifest", "", "check this manifest `file` instead; - for standard input")
+	f.StringArrayVar(&manifests, "manifest", nil, "check this `manifest` instead: a file, a directory, a URL or a prefix; - for standard input; may be repeated")
+	f.BoolVar(&archives, "archives", false, "with --manifest: fetch and unpack the archives, too")
+	f.BoolVar(&fix, "fix", false, "with --manifest: write it as kedge would have it")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
 	f.StringVar(&signers, "signers", "", "allowed_signers `file`: read the releases, too, which must be signed by one of them")
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
@@ -136,35 +151,6 @@ func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) 
 		return nil, err
 	}
 	return commit.Tree, nil
-}
-
-func (a *app) checkManifest(file string) error {
-	data, err := os.ReadFile(file)
-	if file == "-" {
-		data, err = io.ReadAll(io.LimitReader(a.stdin, deployments.MaxManifest+1))
-	}
-	if err != nil {
-		return err
-	}
-	traps, err := deployments.ManifestTraps(data)
-	if err != nil {
-		err = inFile(err, file)
-		if problems := deployments.Problems(nil); errors.As(err, &problems) {
-			return a.problems(problems, "in "+file+": no node would take it")
-		}
-		return err
-	}
-	for i := range traps {
-		traps[i].File = file
-	}
-	if a.json {
-		return a.printJSON(traps)
-	}
-	for _, t := range traps {
-		fmt.Fprintln(a.stdout, t.Error())
-	}
-	fmt.Fprintf(a.stderr, "%s: valid, %s\n", file, count(len(traps), "trap"))
-	return nil
 }
 
 // pathFlag is for repos that hold more than deployments.

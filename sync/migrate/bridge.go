@@ -1,0 +1,139 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/fleet"
+)
+
+// BridgeOptions say what Bridge does.
+type BridgeOptions struct {
+	Objects *object.Client
+	Store   kv.Store
+	// URL is the manifest that the event names.
+	URL string
+	// To is below which it is copied.
+	To string
+	// Naming finds the unit: with stage, role and unit given, whatever the manifest is called.
+	Naming Naming
+}
+
+// bridgeName is in the pins that Bridge writes: it replaces no other.
+const bridgeName = "kedge bridge"
+
+// Bridged is what became of an event.
+type Bridged struct {
+	Unit    deployments.UnitID
+	Pointer deployments.Pointer
+	// Pinned is true where a mirror runs, whose record it would be: the event became a pin then.
+	Pinned bool
+	// Changed is false where that stood there already.
+	Changed bool
+}
+
+// Bridge does for a unit's agents what stretcher does on nodes that have not gone over yet: they follow an event. The manifest, whose key
+// old scripts write over, is copied to one that doesn't change. Its pointer becomes the unit's record or, where a mirror
+// runs, its pin. An event that comes again changes nothing, and of two at once the later one stands.
+func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
+	var b Bridged
+	id, err := o.Naming.UnitOf(o.URL)
+	if err != nil {
+		whole := deployments.UnitID{Stage: o.Naming.Stage, Role: o.Naming.Role, Unit: o.Naming.Unit}
+		if whole.Check() != nil {
+			return b, err
+		}
+		id = whole
+	}
+	b.Unit = id
+	if err := deployments.CheckURL(o.URL); err != nil {
+		return b, fmt.Errorf("manifest %q: %w", deployments.ShownURL(o.URL), err)
+	}
+	raw, err := o.Objects.ReadAll(ctx, o.URL, deployments.MaxManifest)
+	if err != nil {
+		return b, fmt.Errorf("reading the event's manifest: %w", err)
+	}
+	if _, err := deployments.ParseTemplate(raw, o.URL); err != nil {
+		return b, fmt.Errorf("no node would take %s: %w", deployments.ShownURL(o.URL), err)
+	}
+	if b.Pointer, err = Keep(ctx, o.Objects, o.To, id, o.URL, raw); err != nil {
+		return b, err
+	}
+	running, err := mirrorRuns(ctx, o.Store)
+	if err != nil {
+		return b, err
+	}
+	if running {
+		b.Pinned = true
+		b.Changed, err = pin(ctx, o.Store, id, deployments.Pin{Release: b.Pointer, By: bridgeName, Reason: "an event named " + deployments.ShownURL(o.URL)})
+	} else {
+		b.Changed, err = record(ctx, o.Store, id, b.Pointer)
+	}
+	if err != nil {
+		return b, fmt.Errorf("handing the event on to %s: %w", id, err)
+	}
+	return b, nil
+}
+
+// mirrorRuns reports whether a mirror holds the lease. Without the right to know, none is taken to run where none has ever written.
+func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
+	e, err := store.Get(ctx, kv.MirrorLease)
+	if errors.Is(err, kv.ErrNotFound) {
+		return false, nil
+	}
+	return e.Session != "", err
+}
+
+func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deployments.Pin) (changed bool, err error) {
+	if err := fleet.CheckRecord(ctx, store, id); err != nil {
+		return false, err
+	}
+	e, err := store.Get(ctx, kv.PinKey(id))
+	if err != nil && !errors.Is(err, kv.ErrNotFound) {
+		return false, err
+	}
+	if err == nil {
+		was, err := deployments.ParsePin(e.Value)
+		switch {
+		case err == nil && was.Release == pin.Release:
+			return false, nil
+		case err != nil || was.By != pin.By:
+			return false, fmt.Errorf("somebody has pinned it, which counts more than an event: see kedge explain, or kedge unpin %s", id)
+		}
+	}
+	return true, fleet.Pin(ctx, store, id, "", pin)
+}
+
+// record writes the record that a person would: a bare pointer.
+func record(ctx context.Context, store kv.Store, id deployments.UnitID, p deployments.Pointer) (changed bool, err error) {
+	for range 5 {
+		e, err := store.Get(ctx, kv.DesiredKey(id))
+		var op kv.Op
+		switch {
+		case errors.Is(err, kv.ErrNotFound):
+			op = kv.Create(kv.DesiredKey(id), []byte(p.String()))
+		case err != nil:
+			return false, err
+		default:
+			if was, err := deployments.ParseRecord(e.Value); err == nil && was.Target == p {
+				return false, nil
+			}
+			op = kv.Replace(e.Key, []byte(p.String()), e.Version)
+		}
+		// Agents tell a key that is missing from one that they may not read by these.
+		for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix} {
+			err := store.EnsureFolders(ctx, kind, kv.RolePrefix(kind, id.Stage, id.Role))
+			if err != nil && !errors.Is(err, kv.ErrDenied) {
+				return false, err
+			}
+		}
+		if err = store.Commit(ctx, nil, op); !errors.Is(err, kv.ErrConflict) {
+			return true, err
+		}
+	}
+	return false, kv.ErrConflict
+}

@@ -1,0 +1,89 @@
+package migrate
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// decimalMode is a dest_mode that stretcher reads as a decimal number.
+var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
+
+// Fix returns the manifest's text as kedge would have it, and what it changed, in words; nothing: it is good as it is. What is
+// there otherwise stays, comments and templates included. It leaves the strategy alone: whether dest may become a link is for
+// people to say.
+//
+//   - dest_mode is written in octal: what nobody means, a decimal number, otherwise
+//   - symlinks: any, if the archive has links that lead out of its tree
+//   - a checksum that can be forged is replaced by SHA-256, if the archive was looked at
+func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byte, changed []string, err error) {
+	t := string(in.Source.Raw)
+	t = decimalMode.ReplaceAllStringFunc(t, func(line string) string {
+		digits := decimalMode.FindStringSubmatch(line)[1]
+		fixed := "0" + digits
+		if mode, err := strconv.ParseUint(digits, 8, 32); err != nil || mode > 0o7777 {
+			n, err := strconv.ParseUint(digits, 10, 32)
+			if err != nil || n > 0o7777 {
+				return line
+			}
+			fixed = fmt.Sprintf("0%o", n)
+		}
+		changed = append(changed, fmt.Sprintf("dest_mode: %s is written %s", digits, fixed))
+		return strings.Replace(line, digits, fixed, 1)
+	})
+	if a := in.Archive; a != nil {
+		if len(a.Outside) > 0 && in.Manifest.Symlinks != deployments.SymlinksAny {
+			t = add(t, "symlinks: any")
+			changed = append(changed, "symlinks: any lets in the archive's links that lead out of the tree")
+		}
+		if sum := in.Manifest.Checksum; len(sum) == 32 || len(sum) == 40 {
+			strong, err := sha256Of(ctx, objects, in.Manifest.Src)
+			if err != nil {
+				return nil, nil, fmt.Errorf("the archive's SHA-256: %w", err)
+			}
+			line := regexp.MustCompile(`(?mi)^(checksum:[ \t]*["']?)` + sum + `\b`)
+			if line.MatchString(t) {
+				t = line.ReplaceAllString(t, "${1}"+strong)
+				changed = append(changed, "checksum is the archive's SHA-256")
+			}
+		}
+	}
+	if len(changed) == 0 {
+		return in.Source.Raw, nil, nil
+	}
+	if _, err := deployments.ParseTemplate([]byte(t), in.Source.URL); err != nil {
+		return nil, nil, fmt.Errorf("%s can't be changed line by line, change it by hand: %w", in.Source.Name, err)
+	}
+	return []byte(t), changed, nil
+}
+
+// add puts a field at a manifest's end.
+func add(text, field string) string {
+	if !strings.HasSuffix(text, "\n") {
+		text += "\n"
+	}
+	return text + field + "\n"
+}
+
+func sha256Of(ctx context.Context, objects *object.Client, url string) (string, error) {
+	o, err := objects.Stat(ctx, url)
+	if err != nil {
+		return "", err
+	}
+	r, err := objects.Read(ctx, o, 0)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.New()
+	_, err = io.Copy(sum, r)
+	return hex.EncodeToString(sum.Sum(nil)), errors.Join(err, r.Close())
+}

@@ -1,0 +1,187 @@
+package migrate
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/deployments/durable"
+)
+
+// ImportOptions say what Import does.
+type ImportOptions struct {
+	Objects *object.Client
+	// Prefix is where stretcher's manifests lie; it ends in a slash.
+	Prefix string
+	// To is below which they are copied. Empty: kedge/ below Prefix.
+	To string
+	// Repo is the deployments repo's directory.
+	Repo   string
+	Naming Naming
+	// Fix copies the manifests as Fix would have them.
+	Fix bool
+	// Archives has the archives looked at, too.
+	Archives bool
+}
+
+// Imported is what became of one unit.
+type Imported struct {
+	Unit deployments.UnitID
+	// From is the newest of stretcher's manifests of the unit; Older is how many others there are.
+	From  string
+	Older int
+	// Pointer names its copy. File is the unit's file, and Written whether it was changed.
+	Pointer deployments.Pointer
+	File    string
+	Written bool
+	Fixed   []string
+	Notes   []deployments.Problem
+	// Refused is why no node would take it: nothing was copied or written.
+	Refused deployments.Problems
+}
+
+// Import copies the newest manifest of each unit to a key that names its digest, and writes the unit's file, which names the copy. In a
+// file that is there already it changes the release alone. It does nothing that is done already, so it can be run again
+// after each deployment, until the fleet has gone over. Manifests that stand for no unit are returned as strange.
+func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
+	if !strings.HasSuffix(o.Prefix, "/") {
+		o.Prefix += "/"
+	}
+	to := strings.TrimSuffix(cmp.Or(o.To, o.Prefix+"kedge"), "/") + "/"
+	listed, err := list(ctx, o.Objects, o.Prefix)
+	if err != nil {
+		return nil, nil, err
+	}
+	units := map[deployments.UnitID][]object.Listed{}
+	for _, l := range listed {
+		if strings.HasPrefix(l.URL, to) {
+			continue
+		}
+		id, err := o.Naming.UnitOf(strings.TrimPrefix(l.URL, o.Prefix))
+		if err != nil {
+			strange = append(strange, l.URL)
+			continue
+		}
+		units[id] = append(units[id], l)
+	}
+	ids := make([]deployments.UnitID, 0, len(units))
+	for id := range units {
+		ids = append(ids, id)
+	}
+	slices.SortFunc(ids, deployments.UnitID.Compare)
+	for _, id := range ids {
+		all := units[id]
+		newest := slices.MaxFunc(all, func(a, b object.Listed) int { return cmp.Or(a.Modified.Compare(b.Modified), cmp.Compare(a.URL, b.URL)) })
+		one, err := importOne(ctx, o, to, id, newest.URL)
+		if err != nil {
+			return done, strange, fmt.Errorf("importing %s: %w", id, err)
+		}
+		one.Older = len(all) - 1
+		done = append(done, one)
+	}
+	return done, strange, nil
+}
+
+func importOne(ctx context.Context, o ImportOptions, to string, id deployments.UnitID, url string) (Imported, error) {
+	one := Imported{Unit: id, From: url}
+	raw, err := o.Objects.ReadAll(ctx, url, deployments.MaxManifest)
+	if err != nil {
+		return one, err
+	}
+	objects := o.Objects
+	if !o.Archives {
+		objects = nil
+	}
+	in, err := Inspect(ctx, objects, Source{Name: url, URL: url, Raw: raw})
+	if err != nil {
+		return one, err
+	}
+	if one.Notes, one.Refused = in.Notes, in.Refused; len(in.Refused) > 0 {
+		return one, nil
+	}
+	if o.Fix {
+		if raw, one.Fixed, err = Fix(ctx, o.Objects, in); err != nil {
+			return one, err
+		}
+	}
+	if one.Pointer, err = Keep(ctx, o.Objects, to, id, url, raw); err != nil {
+		return one, err
+	}
+	one.File = filepath.Join(o.Repo, id.Stage, id.Role, id.Unit+".yaml")
+	one.Written, err = writeUnit(one.File, url, one.Pointer)
+	return one, err
+}
+
+// Keep copies a manifest's bytes to a key below a prefix that holds their digest, and so never changes, and returns its pointer.
+// from is where the bytes were found: a src that is relative to it can't move.
+func Keep(ctx context.Context, objects *object.Client, to string, id deployments.UnitID, from string, raw []byte) (deployments.Pointer, error) {
+	p := deployments.Pointer{Digest: sha256.Sum256(raw)}
+	p.URL = strings.TrimSuffix(to, "/") + "/" + id.String() + "/" + p.Digest.String() + "/manifest.yaml"
+	before, err := deployments.ParseTemplate(raw, from)
+	if err != nil {
+		return p, err
+	}
+	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || after.Src != before.Src {
+		return p, errors.Join(err, errors.New("its src is relative to the manifest, which can't move then: write the whole URL"))
+	}
+	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)), object.PutOptions{ContentType: "application/yaml"})
+	if err != nil {
+		return p, fmt.Errorf("copying the manifest: %w", err)
+	}
+	return p, nil
+}
+
+// releaseLine is where a unit's file names its release.
+var releaseLine = regexp.MustCompile(`(?m)^release:[^\n#]*?([ \t]*#[^\n]*)?$`)
+
+// writeUnit has a unit's file name a release, and reports whether it had to be changed.
+func writeUnit(file, from string, p deployments.Pointer) (bool, error) {
+	was, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	text := fmt.Sprintf(`# stretcher's manifest: %s
+release: %s
+adopt: true # nodes that hold this release already take it over as it is
+`, from, p)
+	if err == nil {
+		if len(releaseLine.FindAllIndex(was, -1)) != 1 {
+			return false, fmt.Errorf("%s has no line that begins with release: and could be replaced", file)
+		}
+		text = releaseLine.ReplaceAllString(string(was), "release: "+p.String()+"$1")
+	}
+	if text == string(was) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return false, err
+	}
+	return true, durable.WriteFile(file, []byte(text), 0o644)
+}
+
+// list returns the manifests below a prefix.
+func list(ctx context.Context, objects *object.Client, prefix string) ([]object.Listed, error) {
+	all, more, err := objects.List(ctx, prefix, maxPrefix)
+	if err != nil {
+		return nil, err
+	}
+	if more {
+		return nil, fmt.Errorf("below %s are more than %d objects: name a prefix with fewer", prefix, maxPrefix)
+	}
+	manifests := slices.DeleteFunc(all, func(l object.Listed) bool {
+		return !strings.HasSuffix(l.URL, ".yml") && !strings.HasSuffix(l.URL, ".yaml")
+	})
+	slices.SortFunc(manifests, func(a, b object.Listed) int { return strings.Compare(a.URL, b.URL) })
+	return manifests, nil
+}

@@ -1,0 +1,215 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"kedge/artifact"
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// maxPrefix bounds the objects below a prefix that are looked at.
+const maxPrefix = 100_000
+
+// Source is a manifest that was read.
+type Source struct {
+	// Name is what people call it: a URL, or a file's path.
+	Name string
+	// URL is where it lies; a file's is file://.
+	URL string
+	Raw []byte
+}
+
+// Inspection is what a kedge node would do otherwise than stretcher.
+type Inspection struct {
+	Source Source
+	// Manifest has its variables left open; nil: no node would take it, for Refused.
+	Manifest *deployments.Manifest
+	Refused  deployments.Problems
+	// Notes are what surprises people, in the manifest or in its archive.
+	Notes []deployments.Problem
+	// Archive is what the archive holds; nil: it wasn't looked at.
+	Archive *Archive
+}
+
+// Archive is what was found in an archive.
+type Archive struct {
+	Files, Links int
+	Bytes        int64
+	// Outside are symbolic links that lead out of the tree, as LINK -> TARGET.
+	Outside []string
+}
+
+// Inspect parses a manifest as a node would and, where objects isn't nil, fetches and unpacks its archive into a temporary
+// directory. Its error is of the looking, not of what it found.
+func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection, error) {
+	in := Inspection{Source: s}
+	m, err := deployments.ParseTemplate(s.Raw, s.URL)
+	if err != nil {
+		in.refuse(err)
+		return in, nil
+	}
+	in.Manifest = m
+	traps, err := deployments.ManifestTraps(s.Raw)
+	if err != nil {
+		in.refuse(err)
+		return in, nil
+	}
+	for _, t := range traps {
+		t.File = s.Name
+		in.Notes = append(in.Notes, t)
+	}
+	if objects == nil || m.Src == "" {
+		return in, nil
+	}
+	if variableSrc.Match(s.Raw) {
+		in.note("its src holds a variable: the archive was not looked at")
+		return in, nil
+	}
+	return in, in.unpack(ctx, objects)
+}
+
+// variableSrc is a src that hangs on the node's environment.
+var variableSrc = regexp.MustCompile(`(?m)^[ \t]*["']?src["']?[ \t]*:.*\{\{`)
+
+func (in *Inspection) note(format string, args ...any) {
+	in.Notes = append(in.Notes, deployments.Problem{File: in.Source.Name, Message: fmt.Sprintf(format, args...)})
+}
+
+// refuse notes why no node would take the manifest.
+func (in *Inspection) refuse(err error) {
+	in.Manifest = nil
+	found := deployments.Problems(nil)
+	if !errors.As(err, &found) {
+		found = deployments.Problems{{Message: err.Error()}}
+	}
+	for _, p := range found {
+		p.File = in.Source.Name
+		in.Refused = append(in.Refused, p)
+	}
+}
+
+// unpack has the archive unpacked by the code that nodes run, with links of any kind let in, and looks at what comes of it.
+func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error {
+	dir, err := os.MkdirTemp("", "kedge-inspect-")
+	if err != nil {
+		return fmt.Errorf("making a directory to unpack into: %w", err)
+	}
+	defer os.RemoveAll(dir)
+	m := *in.Manifest
+	m.Symlinks, m.Owner = deployments.SymlinksAny, ""
+	tree := filepath.Join(dir, "tree")
+	if err := os.Mkdir(tree, 0o700); err != nil {
+		return err
+	}
+	err = artifact.Unpack(ctx, objects, &m, tree, artifact.StageOptions{})
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if errors.Is(err, object.ErrUnavailable) {
+		return fmt.Errorf("%s: its archive: %w", in.Source.Name, err)
+	}
+	if err != nil {
+		in.refuse(fmt.Errorf("its archive: %s", strings.ReplaceAll(err.Error(), tree, "DEST")))
+		return nil
+	}
+	if in.Archive, err = lookInto(tree); err != nil {
+		return fmt.Errorf("looking into the archive of %s: %w", in.Source.Name, err)
+	}
+	if n := len(in.Archive.Outside); n > 0 && in.Manifest.Symlinks != deployments.SymlinksAny {
+		in.note("%d of its links lead out of the tree (%s): kedge refuses the archive unless the manifest says symlinks: any",
+			n, in.Archive.Outside[0])
+	}
+	return nil
+}
+
+// lookInto counts what lies in a tree.
+func lookInto(tree string) (*Archive, error) {
+	a := new(Archive)
+	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.Type().IsRegular():
+			info, err := d.Info()
+			if err != nil {
+				return err
+			}
+			a.Files++
+			a.Bytes += info.Size()
+		case d.Type()&fs.ModeSymlink != 0:
+			a.Links++
+			target, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			rel, err := filepath.Rel(tree, path)
+			if err != nil {
+				return err
+			}
+			if filepath.IsAbs(target) || !filepath.IsLocal(filepath.Join(filepath.Dir(rel), target)) {
+				a.Outside = append(a.Outside, rel+" -> "+target)
+			}
+		}
+		return nil
+	})
+	return a, err
+}
+
+// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all that is called .yml or
+// .yaml below it), a URL, or - for in.
+func Find(ctx context.Context, objects *object.Client, text string, in io.Reader) ([]Source, error) {
+	if text == "-" {
+		raw, err := io.ReadAll(io.LimitReader(in, deployments.MaxManifest+1))
+		return []Source{{Name: text, URL: "file:///manifest.yaml", Raw: raw}}, err
+	}
+	url, isFile := text, !strings.Contains(text, "://")
+	if isFile {
+		info, err := os.Stat(text)
+		if err != nil {
+			return nil, err
+		}
+		path, err := filepath.Abs(text)
+		if err != nil {
+			return nil, err
+		}
+		if url = "file://" + path; info.IsDir() {
+			url += "/"
+		}
+	}
+	if !strings.HasSuffix(url, "/") {
+		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
+		if isFile {
+			raw, err = os.ReadFile(text)
+		}
+		return []Source{{Name: text, URL: url, Raw: raw}}, err
+	}
+	listed, err := list(ctx, objects, url)
+	if err != nil {
+		return nil, err
+	}
+	var found []Source
+	for _, o := range listed {
+		raw, err := objects.ReadAll(ctx, o.URL, deployments.MaxManifest)
+		if err != nil {
+			return nil, err
+		}
+		name := o.URL
+		if isFile {
+			name = filepath.Join(text, strings.TrimPrefix(o.URL, url))
+		}
+		found = append(found, Source{Name: name, URL: o.URL, Raw: raw})
+	}
+	if len(found) == 0 {
+		return nil, fmt.Errorf("below %s is no object that is called .yml or .yaml", text)
+	}
+	return found, nil
+}

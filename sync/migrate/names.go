@@ -1,0 +1,92 @@
+package migrate
+
+import (
+	"cmp"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"kedge/deployments"
+)
+
+// Naming finds the unit that a manifest's key stands for.
+type Naming struct {
+	// Patterns are tried in their order. {stage}, {role} and {unit} stand for a part of a path's segment, * for anything in it, and
+	// .yml for .yaml, too. A pattern matches the end of a path, from a segment's beginning on. Empty: DefaultPatterns.
+	Patterns []string
+	// Stage, Role and Unit are what a pattern doesn't say; where both do, a manifest that says otherwise has no unit.
+	Stage, Role, Unit string
+}
+
+// DefaultPatterns are the names that capistrano-stretcher gives.
+var DefaultPatterns = []string{"manifest_{role}_{stage}.yml"}
+
+// DefaultUnit is a unit's name where nothing gives it.
+const DefaultUnit = "app"
+
+// UnitOf returns the unit of the manifest at a path.
+func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
+	patterns := n.Patterns
+	if len(patterns) == 0 {
+		patterns = DefaultPatterns
+	}
+	for _, pattern := range patterns {
+		expression, err := compile(pattern)
+		if err != nil {
+			return deployments.UnitID{}, err
+		}
+		found := expression.FindStringSubmatch(path)
+		if found == nil {
+			continue
+		}
+		id := deployments.UnitID{Stage: n.Stage, Role: n.Role, Unit: n.Unit}
+		matches := true
+		for i, name := range expression.SubexpNames() {
+			field := map[string]*string{"stage": &id.Stage, "role": &id.Role, "unit": &id.Unit}[name]
+			if field == nil {
+				continue
+			}
+			matches = matches && (*field == "" || *field == found[i])
+			*field = found[i]
+		}
+		id.Unit = cmp.Or(id.Unit, DefaultUnit)
+		if matches && id.Check() == nil {
+			return id, nil
+		}
+	}
+	return deployments.UnitID{}, fmt.Errorf("%s stands for no unit: none of %s matches it, with what is given of stage and role",
+		path, strings.Join(patterns, ", "))
+}
+
+var patternPart = regexp.MustCompile(`\{[^}]*\}|\*`)
+
+// compile makes a regular expression of a pattern.
+func compile(pattern string) (*regexp.Regexp, error) {
+	var b strings.Builder
+	b.WriteString("(?:^|/)")
+	seen := map[string]bool{}
+	at := 0
+	for _, place := range patternPart.FindAllStringIndex(pattern, -1) {
+		b.WriteString(regexp.QuoteMeta(pattern[at:place[0]]))
+		at = place[1]
+		part := pattern[place[0]:place[1]]
+		name := strings.Trim(part, "{}")
+		switch {
+		case part == "*":
+			b.WriteString("[^/]*")
+		case seen[name]:
+			return nil, fmt.Errorf("pattern %q: %s stands twice", pattern, part)
+		case name == "stage" || name == "role" || name == "unit":
+			fmt.Fprintf(&b, "(?P<%s>[^/]+)", name)
+			seen[name] = true
+		default:
+			return nil, fmt.Errorf("pattern %q: %s is none of {stage}, {role} and {unit}", pattern, part)
+		}
+	}
+	rest := regexp.QuoteMeta(pattern[at:])
+	if stem, ok := strings.CutSuffix(strings.TrimSuffix(pattern[at:], ".yaml"), ".yml"); ok || stem != pattern[at:] {
+		rest = regexp.QuoteMeta(stem) + `\.ya?ml`
+	}
+	b.WriteString(rest + "$")
+	return regexp.Compile(b.String())
+}
