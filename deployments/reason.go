@@ -71,6 +71,14 @@ const (
 	ReasonTarget             Reason = "Target"        // commit, generation
 	ReasonStable             Reason = "Stable"        // not admitted to the target yet
 	ReasonNotAdmitted        Reason = "NotAdmitted"
+	ReasonAdmitted           Reason = "Admitted"
+	ReasonRunsTarget         Reason = "RunsTarget"        // not admitted, and runs the target already
+	ReasonRejoined           Reason = "Rejoined"          // was away: stays on what it runs until its turn
+	ReasonAwaitingRollback   Reason = "AwaitingRollback"  // its turn to go back has yet to come
+	ReasonStableQuarantined  Reason = "StableQuarantined" // the stable release failed here: release, target
+	ReasonPinPaced           Reason = "PinPaced"          // the mirror rolls the pin out: release, by, until, reason
+	ReasonExpired            Reason = "Expired"           // the pin's until has passed
+	ReasonOutranked          Reason = "Outranked"         // another key goes before it: outranked_by
 	ReasonRolledBack         Reason = "RolledBack"
 	ReasonSuperseded         Reason = "Superseded"       // stays on a release whose rollout was replaced
 	ReasonSourceNotAllowed   Reason = "SourceNotAllowed" // url

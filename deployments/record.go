@@ -65,8 +65,8 @@ type Progress struct {
 	Unproven bool `json:"unproven,omitempty"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
-	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, where a
-	// record of an earlier version holds nothing else.
+	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, for readers of the
+	// version before; decisions never look at it.
 	Reason  Reason `json:"reason,omitempty"`
 	Facts   Facts  `json:"facts,omitempty"`
 	Message string `json:"message,omitempty"`
@@ -83,6 +83,12 @@ type Progress struct {
 	// Superseded are targets whose rollouts this one replaced before they had ended, at most MaxSuperseded: nodes that run
 	// one of them stay on it until their turn comes, so that replacing a rollout doesn't move all of them at once.
 	Superseded []Superseded `json:"superseded,omitempty"`
+}
+
+// HeldUp reports whether a rollout that had begun waits for a freeze to end, or did so when last something was said of
+// it.
+func (p *Progress) HeldUp() bool {
+	return (p.Phase == PhaseCanary || p.Phase == PhaseRolling) && !p.Forced && p.Reason == ReasonFrozen
 }
 
 // Superseded is how far the rollout of an earlier target had come when another replaced it.

@@ -78,7 +78,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
 		if st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target {
-			return turnBack(in, st, words{deployments.ReasonReplacedTooOften, nil}), false
+			return turnBack(in, st, cause{deployments.ReasonReplacedTooOften, nil}), false
 		}
 		if st.p.Phase == deployments.PhasePaused {
 			st = st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"paused": "true"})
@@ -210,7 +210,7 @@ func endPin(in *inputs, st state) state {
 		next.p.Unproven = false
 		next.r.Joined = tell(in, next)
 		next = next.because(deployments.ReasonRolledBack, deployments.Facts{"pin": "ended"})
-		next.p.Reason, next.p.Facts, next.p.Message = next.why.reason, next.why.facts, next.why.String()
+		next.p.Reason, next.p.Facts = next.why.reason, next.why.facts
 		return next
 	}
 	if target == git.Stable {

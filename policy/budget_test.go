@@ -328,13 +328,13 @@ func TestNextCountsFailures(t *testing.T) {
 			there(&s, 1)
 			c.set(&s)
 			m := Next(s)
-			says := c.says
+			want := c.says
 			for i := range s.Nodes {
-				says = strings.ReplaceAll(says, fmt.Sprint("NODE", i), s.Nodes[i].Name)
+				want = strings.ReplaceAll(want, fmt.Sprint("NODE", i), s.Nodes[i].Name)
 			}
 			turned := m.Record.Rollout != nil && m.Record.Rollout.Phase == deployments.PhaseRollingBack
-			if turned != (says != "") || turned && !strings.Contains(m.Record.Rollout.Message, says) {
-				t.Errorf("want %q: %s", says, brief(m.Record))
+			if turned != (want != "") || turned && !strings.Contains(saysRollout(m.Record), want) {
+				t.Errorf("want %q: %s", want, brief(m.Record))
 			}
 		})
 	}

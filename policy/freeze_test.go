@@ -139,7 +139,7 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 		{[]freeze{night, weekend, hours}, time.Date(2026, 11, 28, 23, 0, 0, 0, time.UTC), "frozen by night until 2026-11-29 06:00Z"},
 		{[]freeze{hours, late, night}, time.Date(2026, 11, 24, 17, 30, 0, 0, time.UTC), "frozen by office hours, which is not open until 2026-11-24 18:00Z"},
 	} {
-		if got := Frozen(c.windows, app, c.now).String(); got != c.want {
+		if got := frozenBy(Frozen(c.windows, app, c.now)); got != c.want {
 			t.Errorf("at %v: %s, want %s", c.now, got, c.want)
 		}
 	}
@@ -151,7 +151,7 @@ func TestVerdictInWords(t *testing.T) {
 		"frozen by xmas": {Frozen: true, By: "xmas"},
 		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Ends: noon, Reason: "nobody is there"},
 	} {
-		if got := v.String(); got != want {
+		if got := frozenBy(v); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}

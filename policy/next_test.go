@@ -410,8 +410,8 @@ func TestNext(t *testing.T) {
 					}
 				}
 			}
-			if phase != c.want || (c.want != back || c.phase == back) && admitted != c.then || !strings.Contains(m.Message, c.reason) {
-				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, m.Message, c.want, c.then, c.reason)
+			if phase != c.want || (c.want != back || c.phase == back) && admitted != c.then || !strings.Contains(says(m), c.reason) {
+				t.Errorf("phase %q, %d admitted, %q; want %q, %d, %q", phase, admitted, says(m), c.want, c.then, c.reason)
 			}
 		})
 	}
@@ -457,18 +457,18 @@ func TestNextAfterTheClockWentBack(t *testing.T) {
 	}
 }
 
-// Whoever looks at a rollout that a freeze has stopped is told how it passes.
-func TestUnblockInAFreeze(t *testing.T) {
+// Who looks at a rollout that a freeze has stopped is told how it passes.
+func TestPromoteInAFreeze(t *testing.T) {
 	t.Parallel()
 	s := step(2, deployments.PhaseRolling)
 	held(&s)
-	if got := Unblock(app, s.Record); !strings.Contains(got, "kedge promote "+app.String()) || Refusal("promote", s.Record) != "" {
-		t.Errorf("%q, %q", got, Refusal("promote", s.Record))
+	if reason, _ := Refusal("promote", s.Record); reason != "" || !s.Record.Rollout.HeldUp() {
+		t.Errorf("promote is refused: %s", reason)
 	}
 	s.Order = "promote"
 	s.Record = Next(s).Record
-	if got := Unblock(app, s.Record); got != "" || Refusal("promote", s.Record) == "" {
-		t.Errorf("once it is let go: %q", got)
+	if reason, _ := Refusal("promote", s.Record); reason != deployments.ReasonRollingAlready || s.Record.Rollout.HeldUp() {
+		t.Errorf("once it is let go: %s", reason)
 	}
 }
 
@@ -506,10 +506,10 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 			without := Next(s)
 			s.Order = order
 			m := Next(s)
-			why := Refusal(order, s.Record)
+			why, _ := Refusal(order, s.Record)
 			same := reflect.DeepEqual(m.Record, without.Record)
-			if (why != "") != same || why != "" && m.Message != order+" changes nothing: "+why || (m.Did == "") != (why != "") {
-				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Message, m.Did, same)
+			if (why != "") != same || why != "" && (m.Reason != why || !m.Refused) || (m.Did == "") != (why != "") {
+				t.Errorf("%s while %q: refused %q, and Next says %q, did %q, and changes nothing: %v", order, phase, why, m.Reason, m.Did, same)
 			}
 		}
 	}
@@ -534,8 +534,8 @@ func TestReasonsAreBounded(t *testing.T) {
 			there(&s, 1)
 			set(&s)
 			m := Next(s)
-			if p := m.Record.Rollout; p == nil || len(p.Message) > 1000 || !strings.Contains(p.Message, "éé...") || !utf8.ValidString(p.Message) || len(m.Message) > 1000 {
-				t.Errorf("a reason of %d bytes: %.100s", len(m.Message), m.Message)
+			if text := saysRollout(m.Record); len(text) > 1000 || !strings.Contains(text, "éé...") || !utf8.ValidString(text) {
+				t.Errorf("a reason of %d bytes: %.100s", len(text), text)
 			}
 		})
 	}

@@ -9,11 +9,14 @@ import (
 // Orders are what an operator may ask for.
 var Orders = []string{"promote", "pause", "resume", "abort", "retry"}
 
-// Refusal says in words why an order would change nothing where a record stands; empty: it would change something.
-func Refusal(order string, r deployments.Record) string { return refusal(order, r).String() }
+// Refusal is why an order would change nothing where a record stands; empty: it would change something.
+func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
+	c := refusal(order, r)
+	return c.reason, c.facts
+}
 
-func refusal(order string, r deployments.Record) words {
-	is := func(reason deployments.Reason) words { return words{reason, deployments.Facts{"order": order}} }
+func refusal(order string, r deployments.Record) cause {
+	is := func(reason deployments.Reason) cause { return cause{reason, deployments.Facts{"order": order}} }
 	p := r.Rollout
 	switch {
 	case !slices.Contains(Orders, order):
@@ -23,7 +26,7 @@ func refusal(order string, r deployments.Record) words {
 	case order == "retry" && p != nil && p.Phase == deployments.PhaseRollingBack:
 		return is(deployments.ReasonRollingBack)
 	case order == "retry":
-		return words{}
+		return cause{}
 	case p == nil:
 		return is(deployments.ReasonNothingUnderWay)
 	case p.Phase == deployments.PhaseRollingBack:
@@ -32,20 +35,14 @@ func refusal(order string, r deployments.Record) words {
 		return is(deployments.ReasonRolledBack)
 	case order == "promote" && p.Phase == deployments.PhasePaused:
 		return is(deployments.ReasonPausedAlready)
-	case order == "promote" && p.Phase == deployments.PhaseRolling && !heldUp(p):
+	case order == "promote" && p.Phase == deployments.PhaseRolling && !p.HeldUp():
 		return is(deployments.ReasonRollingAlready)
 	case order == "pause" && p.Phase == deployments.PhasePaused:
 		return is(deployments.ReasonPausedAlready)
 	case order == "resume" && p.Phase != deployments.PhasePaused:
 		return is(deployments.ReasonNotPaused)
 	}
-	return words{}
-}
-
-// heldUp reports whether a rollout that had begun waits for a window, or did so when last something was said of it.
-func heldUp(p *deployments.Progress) bool {
-	return (p.Phase == deployments.PhaseCanary || p.Phase == deployments.PhaseRolling) &&
-		!p.Forced && p.Reason == deployments.ReasonFrozen
+	return cause{}
 }
 
 // Orphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the file is back, and
@@ -68,15 +65,15 @@ func IsOrphaned(r deployments.Record) bool {
 }
 
 // obey does what an operator ordered. did is what that was, refused why it changes nothing.
-func obey(in *inputs, st state) (next state, did, refused words) {
+func obey(in *inputs, st state) (next state, did, refused cause) {
 	if st.r.Target != in.Record.Target && in.Order == "promote" {
-		return st, words{}, words{deployments.ReasonNotSeenYet, nil}
+		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
 	}
 	if refused = refusal(in.Order, st.record()); refused.reason != "" {
 		if st.r.Generation == in.Record.Generation {
-			st.why = words{} // is no reason for where the rollout stands
+			st.why = cause{} // is no reason for where the rollout stands
 		}
-		return st, words{}, refused
+		return st, cause{}, refused
 	}
 	switch in.Order {
 	case "retry":
@@ -86,7 +83,7 @@ func obey(in *inputs, st state) (next state, did, refused words) {
 		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts it
 			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
 			st.p.Forced = true
-		case heldUp(&st.p): // the freeze alone: who lets it pass may want the canaries to bake
+		case st.p.HeldUp(): // the freeze alone: who lets it pass may want the canaries to bake
 			st = st.because(deployments.ReasonForced, nil)
 			st.p.Forced = true
 		default:
@@ -103,9 +100,9 @@ func obey(in *inputs, st state) (next state, did, refused words) {
 		}
 		st = st.because(deployments.ReasonResumed, nil)
 	case "abort":
-		st = turnBack(in, st, words{deployments.ReasonAborted, nil})
+		st = turnBack(in, st, cause{deployments.ReasonAborted, nil})
 	}
-	return st, st.why, words{}
+	return st, st.why, cause{}
 }
 
 // retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more,
@@ -148,7 +145,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
 
 // stop is what failures lead to.
-func stop(in *inputs, st state, why words) state {
+func stop(in *inputs, st state, why cause) state {
 	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
 		st = st.enter(in, deployments.PhasePaused) // where to a pin is to go back only its operator can tell
 		st.why = why
@@ -158,7 +155,7 @@ func stop(in *inputs, st state, why words) state {
 }
 
 // turnBack begins the way back to stable. The generation grows, so that reports tell who knows of it.
-func turnBack(in *inputs, st state, why words) state {
+func turnBack(in *inputs, st state, why cause) state {
 	if st.r.Stable.IsZero() || st.r.Stable == st.r.Target {
 		why.facts = why.facts.With("stable", "none")
 		st = st.enter(in, deployments.PhasePaused)
@@ -169,8 +166,7 @@ func turnBack(in *inputs, st state, why words) state {
 	st.r.Claim = claimOf(st.r)
 	st.r.Generation++
 	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
-		Reason: why.reason, Facts: why.facts,
-		Message: why.String(), Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}
+		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}
 	st.r.Joined = tell(in, st)
 	st.why = why
 	return st

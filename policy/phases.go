@@ -41,13 +41,13 @@ func failing(in *inputs, st state, v summary) (state, bool) {
 		return st, false
 	}
 	facts := v.failure.With("failed", fmt.Sprint(v.failed)).With("of", fmt.Sprint(v.live)).With("limit", fmt.Sprint(limit))
-	return stop(in, st, words{deployments.ReasonTooManyFailed, facts}), true
+	return stop(in, st, cause{deployments.ReasonTooManyFailed, facts}), true
 }
 
 // waits tells why nothing may go on now, if so.
 func waits(in *inputs, st state, v summary) (state, bool) {
 	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
-	if !frozen && heldUp(&st.p) {
+	if !frozen && st.p.HeldUp() {
 		st = st.orBecause(deployments.ReasonFreezeEnded, nil)
 	}
 	switch {
@@ -243,8 +243,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 		facts = facts.With("left", fmt.Sprint(v.hung))
 	}
 	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
-		Reason: p.Reason, Facts: facts,
-		Message: sayRolledBack(p.Message, v.hung)}
+		Reason: p.Reason, Facts: facts, Message: p.Message}
 	st.r.Nodes = v.live + v.gone + v.pinned
 	return st.because(p.Reason, facts), false
 }

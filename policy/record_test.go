@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/sync/fleet/message"
 )
 
 // What a step writes, field by field: want changes the record that stood into the one that is expected.
@@ -198,7 +199,7 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout = &progress{Phase: halted, Since: noon, Failed: v2.Digest, Message: "rolled back: 1 of 10 nodes failed (" + s.Nodes[0].Name + ": health), at most 0 may"}
 		}, "1 of 10", 0},
 		{"the end of the way back halts, and remembers why", 0, back, func(s *Situation) {
-			s.Record.Rollout.Failed, s.Record.Rollout.Message = v2.Digest, "aborted by an operator"
+			s.Record.Rollout.Failed, s.Record.Rollout.Reason = v2.Digest, deployments.ReasonAborted
 			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v2.Digest, Cutoff: 1}}
 		}, func(s *Situation, r *record) {
 			r.Rollout = &progress{Phase: halted, Since: noon, Failed: v2.Digest, Message: "rolled back: aborted by an operator"}
@@ -269,7 +270,7 @@ func TestNextWrites(t *testing.T) {
 		}, func(s *Situation, r *record) {
 			r.Target, r.Generation = v3, 3
 			r.Rollout = &progress{Phase: first, Since: noon, Early: least(s, v3), Message: "1 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 1), Generation: 2}}}
-		}, "promote changes nothing: the rollout that it was given for was replaced", 10 * time.Minute},
+		}, "the rollout that it was given for was replaced", 10 * time.Minute},
 		{"pause, as another release comes, keeps that one from starting", 0, rolling, func(s *Situation) {
 			settled(s)
 			s.Order = "pause"
@@ -287,7 +288,7 @@ func TestNextWrites(t *testing.T) {
 		{"retry of what is being rolled back", 0, back, func(s *Situation) {
 			s.Nodes[9].Report.Running, s.Nodes[9].Report.State = v2, switching
 			s.Record.Rollout.Failed, s.Order = v2.Digest, "retry"
-		}, same, "retry changes nothing", 9 * time.Minute},
+		}, same, "changes nothing", 9 * time.Minute},
 		{"retry of what was rolled back", 0, halted, func(s *Situation) {
 			s.Record.Rollout.Failed, s.Record.Rollout.Forced, s.Order, s.Freeze = v2.Digest, true, "retry", frozen
 			s.Unit.Rollout.Canary.N = 1
@@ -304,7 +305,7 @@ func TestNextWrites(t *testing.T) {
 			r.Rollout = &progress{Phase: first, Since: noon, Cutoff: cutoff(s, 1), Message: "1 of 1 canary admitted",
 				Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: cutoff(s, 2), Generation: 2}}}
 		}, "1 of 1 canary admitted", 10 * time.Minute},
-		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Message, s.Order = "x", "hurry" }, same, "hurry changes nothing", 9 * time.Minute},
+		{"an order that isn't one leaves the reason as it was", 2, rolling, func(s *Situation) { s.Record.Rollout.Message, s.Order = "x", "hurry" }, same, "it is none of", 9 * time.Minute},
 		{"abort where there is nothing to go back to", 2, rolling, func(s *Situation) {
 			s.Record.Stable, s.Order = deployments.Pointer{}, "abort"
 		}, func(s *Situation, r *record) {
@@ -317,28 +318,28 @@ func TestNextWrites(t *testing.T) {
 		}, "nothing to go back to", 0},
 
 		{"a freeze keeps a unit without a rollout from starting", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout, s.Freeze = nil, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozen.String()}}
+			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas until 2026-11-24 13:00Z", time.Hour},
 		{"and a first release", 0, rolling, func(s *Situation) { s.Record, s.Freeze = record{}, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Generation: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozen.String()}}
+			*r = record{Target: v2, Generation: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas", time.Hour},
 		{"while it lasts", 0, frozenPhase, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
+			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)
 		}, "xmas", time.Hour},
 		{"then a first release goes to all", 0, frozenPhase, func(s *Situation) {
 			s.Record.Stable = deployments.Pointer{}
 			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
 		}, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
 		{"a canary waits for its end, where running rollouts do, but not longer than its nodes may take", 1, first, func(s *Situation) { canary(s); s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozen.String()
+			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)
 		}, "xmas", 9 * time.Minute},
 		{"the others do, too", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = frozen }, func(s *Situation, r *record) {
-			r.Rollout.Reason, r.Rollout.Message, r.Rollout.HealthySince = deployments.ReasonFrozen, frozen.String(), noon
+			r.Rollout.Reason, r.Rollout.Message, r.Rollout.HealthySince = deployments.ReasonFrozen, frozenBy(frozen), noon
 		}, "xmas", time.Hour},
 		{"and go on waiting, without a word", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			s.Freeze, s.Record.Rollout.HealthySince = frozen, ago(30*time.Second)
-			s.Record.Rollout.Reason, s.Record.Rollout.Message = deployments.ReasonFrozen, frozen.String()
+			s.Record.Rollout.Reason, s.Record.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)
 		}, same, "xmas", time.Hour},
 		{"where a node that is let go from a pin is not late", 2, rolling, func(s *Situation) {
 			there(s, 2)
@@ -393,20 +394,23 @@ func TestNextWrites(t *testing.T) {
 			m := Next(s)
 			c.want(&s, &want)
 			if p := m.Record.Rollout; p != nil {
-				if p.Message != Message(p.Reason, p.Facts) && p.Phase != halted && p.Reason != "" {
-					t.Errorf("it says %q, by reason %s, %v", p.Message, p.Reason, p.Facts)
+				if p.Reason != "" {
+					p.Message = message.Rollout(p)
 				}
 				p.Reason, p.Facts = "", nil // Message is made from them
 			}
 			if want.Rollout != nil {
+				if want.Rollout.Message == "" && want.Rollout.Reason != "" {
+					want.Rollout.Message = message.Rollout(want.Rollout)
+				}
 				want.Rollout.Reason, want.Rollout.Facts = "", nil
 			}
 			m.Record.Nodes, want.Nodes, m.Record.Claim = 0, 0, 0
 			if !reflect.DeepEqual(m.Record, want) {
 				t.Errorf("it becomes\n%+v\n%+v, want\n%+v\n%+v", m.Record, m.Record.Rollout, want, want.Rollout)
 			}
-			if !strings.Contains(m.Message, c.says) {
-				t.Errorf("says %q, want %q", m.Message, c.says)
+			if !strings.Contains(says(m), c.says) {
+				t.Errorf("says %q, want %q", says(m), c.says)
 			}
 			again := time.Duration(0)
 			if !m.Again.IsZero() {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -66,15 +65,16 @@ type Decision struct {
 	Target deployments.Pointer `json:"target,omitzero"`
 	Stage  deployments.Pointer `json:"stage,omitzero"`
 	Source Source              `json:"source"`
-	// Why says in one line, for a person, what decided: "unit pin by alice until 14:00Z (incident 812)".
-	Why string `json:"why"`
+	// Reason, with its Facts, is what decided.
+	Reason deployments.Reason `json:"reason"`
+	Facts  deployments.Facts  `json:"facts,omitempty"`
 	// Invalid is set where a value didn't parse or isn't allowed: what status shows as an error. It may come with any Action:
 	// a bad node pin changes nothing on that node (ActKeep). In JSON it is its text.
 	Invalid error `json:"-"`
 	// Recheck is when time alone could change the answer (a pin's until); zero: never.
 	Recheck time.Time `json:"recheck,omitzero"`
 	// Trace is the whole chain, for kedge explain: each step that was looked at, and what it said.
-	Trace []Step `json:"trace"`
+	Trace []deployments.Step `json:"trace"`
 }
 
 // MarshalJSON gives the decision with Invalid as text.
@@ -88,17 +88,6 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 		plain
 		Invalid string `json:"invalid,omitempty"`
 	}{plain(d), invalid})
-}
-
-// Step is one line of a Decision's chain.
-type Step struct {
-	What string `json:"what"` // "node pin", "record", "admission", "quarantine", …
-	Says string `json:"says"`
-	// Decides marks the step that decided, Blocks one that stands in the way of what was decided; Unblock says what an operator
-	// can do about it, where there is something.
-	Decides bool   `json:"decides,omitempty"`
-	Blocks  bool   `json:"blocks,omitempty"`
-	Unblock string `json:"hint,omitempty"`
 }
 
 // Resolve answers what a node should run of a unit: node pin, else unit pin, else the record: target if the node
@@ -117,7 +106,7 @@ func Resolve(f Facts) Decision {
 	if decided && !f.Record.Present {
 		d.Action, d.Target = ActKeep, deployments.Pointer{}
 		d.Invalid = first(d.Invalid, fmt.Errorf("pins/%s: %w", f.Unit, ErrNoRecord))
-		d.Why = "the " + string(d.Source) + " is for a unit without a record, so nothing changes"
+		d.Reason, d.Facts = deployments.ReasonNoRecord, deployments.Facts{"pin": string(d.Source)}
 	}
 	d.allow(f)
 	return d
@@ -127,55 +116,79 @@ func Resolve(f Facts) Decision {
 // node to run a unit that nobody desires.
 var ErrNoRecord = errors.New("the unit has no record, and a pin counts only for a unit that has one")
 
-func (d *Decision) note(s Step) { d.Trace = append(d.Trace, s) }
+func (d *Decision) note(s deployments.Step) { d.Trace = append(d.Trace, s) }
+
+// decide notes the step that decides, and takes its reason for the decision's.
+func (d *Decision) decide(s deployments.Step) {
+	s.Decides = true
+	d.Reason, d.Facts = s.Reason, s.Facts
+	d.note(s)
+}
 
 // pin looks at one pin, and reports whether it decides. A lower pin than the one that decided is only shown.
 func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key string) bool {
-	what := string(from)
-	over := d.decidedBy()
-	unpin := "kedge unpin " + f.Unit.String()
-	if from == FromNodePin {
-		unpin += " --node " + f.Node
-	}
+	step := deployments.Step{What: string(from)}
+	above := d.decidedBy()
 	switch {
 	case !v.Present:
-		d.note(Step{What: what, Says: "none"})
+		d.note(step)
 		return false
 	case v.Err != nil:
-		err := fmt.Errorf("%s: %w", what, v.Err)
+		err := fmt.Errorf("%s: %w", from, v.Err)
 		d.Invalid = first(d.Invalid, err)
-		d.note(Step{What: what, Says: fmt.Sprintf("pins/%s: %v", key, v.Err), Decides: over == "", Unblock: "write it anew, or remove it: " + unpin})
-		if over == "" {
-			d.Source, d.Why = from, "the "+what+" doesn't parse, so nothing changes"
+		step.Reason, step.Facts = deployments.ReasonInvalidPin,
+			deployments.Facts{"pin": string(from), "key": "pins/" + key, "error": v.Err.Error()}
+		if above != "" {
+			d.note(step)
+			return false
 		}
-		return over == ""
+		d.Source = from
+		d.decide(step)
+		return true
 	}
+
 	p := v.Value
-	if from == FromUnitPin && over == "" && paced(f.Record, p) && !p.Expired(f.Now) {
-		d.note(Step{What: what, Says: p.Release.String() + sayPin(p, f.Now) + ": the mirror rolls it out, within max_unavailable",
-			Unblock: "at once on every node: kedge pin " + f.Unit.String() + " " + p.Release.String() + " --at-once"})
+	step.Facts = pinFacts(from, p)
+	switch {
+	case from == FromUnitPin && above == "" && paced(f.Record, p) && !p.Expired(f.Now):
+		step.Reason = deployments.ReasonPinPaced
+		d.note(step)
+		return false
+	case p.Expired(f.Now):
+		step.Reason = deployments.ReasonExpired
+		d.note(step)
+		return false
+	case above != "":
+		step.Reason, step.Facts = deployments.ReasonOutranked, step.Facts.With("outranked_by", above)
+		d.note(step)
 		return false
 	}
-	story := sayPin(p, f.Now)
-	says := p.Release.String() + story
+	d.Source, d.Recheck = from, p.Until
+	d.Action, d.Target, step.Reason = ActRun, p.Release, deployments.ReasonPinned
 	if p.Hold {
-		says = "hold" + story
+		d.Action, step.Reason = ActHold, deployments.ReasonHeld
 	}
-	if p.Expired(f.Now) {
-		d.note(Step{What: what, Says: says + ": it has ended"})
-		return false
-	}
-	if over != "" {
-		d.note(Step{What: what, Says: says + ": the " + over + " goes before it"})
-		return false
-	}
-	d.Source, d.Why, d.Recheck = from, what+story, p.Until
-	d.Action, d.Target = ActRun, p.Release
-	if p.Hold {
-		d.Action, says = ActHold, says+": keeps what runs"
-	}
-	d.note(Step{What: what, Says: says, Decides: true, Unblock: unpin})
+	d.decide(step)
 	return true
+}
+
+// pinFacts tells which pin it is, what it names, and its story. A pin that holds has no release.
+func pinFacts(from Source, p deployments.Pin) deployments.Facts {
+	facts := deployments.Facts{"pin": string(from)}
+	set := func(name, value string) {
+		if value != "" {
+			facts[name] = value
+		}
+	}
+	set("by", p.By)
+	set("reason", p.Reason)
+	if !p.Hold {
+		set("release", p.Release.String())
+	}
+	if !p.Until.IsZero() {
+		set("until", p.Until.UTC().Format(time.RFC3339))
+	}
+	return facts
 }
 
 // paced reports whether a unit pin is the mirror's to roll out, as the record's target.
@@ -195,33 +208,69 @@ func (d *Decision) decidedBy() string {
 
 // record looks at the record. decided: a pin went before it, and the record is only shown.
 func (d *Decision) record(f Facts, decided bool) {
-	v := f.Record
+	v, step := f.Record, deployments.Step{What: "record"}
+	tell := d.decide
+	if decided {
+		tell = d.note
+	}
 	switch {
 	case !v.Present:
-		if !decided {
-			d.Why = "there is no record, so nothing changes"
-		}
-		d.note(Step{What: "record", Says: "none", Decides: !decided, Blocks: decided, Unblock: "add " + f.Unit.String() + ".yaml to the deployments repo, or put a pointer at desired/" + f.Unit.String()})
+		step.Reason = deployments.ReasonNoRecord
+		step.Blocks = decided
+		tell(step)
 		return
 	case v.Err != nil:
 		d.Invalid = first(d.Invalid, fmt.Errorf("record: %w", v.Err))
-		if !decided {
-			d.Why = "the record doesn't parse, so nothing changes"
-		}
-		d.note(Step{What: "record", Says: fmt.Sprintf("desired/%s: %v", f.Unit, v.Err), Decides: !decided,
-			Unblock: "the mirror, where one runs, writes it anew; else write it by hand"})
+		step.Reason = deployments.ReasonInvalidRecord
+		step.Facts = deployments.Facts{"key": "desired/" + f.Unit.String(), "error": v.Err.Error()}
+		tell(step)
 		return
 	}
+
 	r := v.Value
+	step.Reason, step.Facts = deployments.ReasonTarget, origin(r).With("release", r.Target.String())
 	if !decided {
-		d.note(Step{What: "record", Says: sayRecord(r)})
+		d.note(step)
 		d.admission(f, r)
 		return
 	}
-	d.note(Step{What: "record", Says: sayRecord(r) + ": the " + d.decidedBy() + " goes before it"})
+	step.Facts = step.Facts.With("outranked_by", d.decidedBy())
+	d.note(step)
 	if r.Rollout != nil {
-		d.note(Step{What: "rollout", Says: sayProgress(r.Rollout)})
+		facts := progressFacts(r.Rollout).With("outranked_by", d.decidedBy())
+		d.note(deployments.Step{What: "rollout", Reason: r.Rollout.Reason, Facts: facts})
 	}
+}
+
+// origin tells who wrote a record: a commit and its generation, or neither if it was written by hand.
+func origin(r deployments.Record) deployments.Facts {
+	facts := deployments.Facts{}
+	if r.Commit != "" {
+		facts["commit"] = r.Commit[:min(7, len(r.Commit))]
+	}
+	if r.Generation > 0 {
+		facts["generation"] = fmt.Sprint(r.Generation)
+	}
+	if r.Orphaned {
+		facts["orphaned"] = "true"
+	}
+	return facts
+}
+
+// progressFacts are a rollout's own, with its phase. The message is of a record whose mirror gave no reason.
+func progressFacts(p *deployments.Progress) deployments.Facts {
+	facts := p.Facts.With("phase", string(p.Phase))
+	coded := p.Reason != "" && (p.Reason != deployments.ReasonOrphaned || p.Facts["was"] != "")
+	if !coded && p.Message != "" {
+		facts["message"] = p.Message
+	}
+	if !p.HealthySince.IsZero() {
+		facts["baking"] = "true"
+	}
+	if p.Forced {
+		facts["forced"] = "true"
+	}
+	return facts
 }
 
 // allow checks the result against the bounds, and notes a quarantine.
@@ -236,10 +285,12 @@ func (d *Decision) allow(f Facts) {
 		}
 		err = fmt.Errorf("%w on this node", err)
 		d.Invalid = first(d.Invalid, err)
-		d.note(Step{What: "bounds", Says: err.Error(), Blocks: true, Unblock: "publish to an allowed place, or extend sources in the agent's configuration"})
+		step := deployments.Step{What: "bounds", Reason: deployments.ReasonSourceNotAllowed, Blocks: true,
+			Facts: deployments.Facts{"url": p.URL, "error": err.Error()}}
+		d.note(step)
 		if p == &d.Target {
 			d.Action, d.Target, d.Stage = ActKeep, deployments.Pointer{}, deployments.Pointer{}
-			d.Why += ", but its release may not be used on this node"
+			d.Reason, d.Facts = step.Reason, step.Facts
 			return
 		}
 		d.Stage = deployments.Pointer{}
@@ -252,23 +303,33 @@ func (d *Decision) allow(f Facts) {
 
 // quarantine notes what failed on this node of what it should run, have ready, or would run without its pin.
 func (d *Decision) quarantine(f Facts) {
+	failed := func(p deployments.Pointer, named string) deployments.Step {
+		facts := deployments.Facts{"release": p.String()}
+		if named != "" {
+			facts["named_by"] = named
+		}
+		return deployments.Step{What: "quarantine", Reason: deployments.ReasonQuarantined, Facts: facts}
+	}
 	clear := true
 	for _, p := range []deployments.Pointer{d.Target, d.Stage} {
 		if !p.IsZero() && p.Digest != f.Running.Digest && slices.Contains(f.Quarantined, p.Digest) {
 			clear = false
-			d.note(Step{What: "quarantine", Says: p.String() + " failed on this node, and isn't tried again by itself", Blocks: p == d.Target,
-				Unblock: "name another release in Git, or kedge retry " + f.Unit.String()})
+			s := failed(p, "")
+			s.Blocks = p == d.Target
+			d.note(s)
 		}
 	}
 	r := f.Record.Value.Target
 	named := !r.IsZero() && r != d.Target && r != d.Stage && r.Digest != f.Running.Digest && slices.Contains(f.Quarantined, r.Digest)
 	switch pinned := d.Source == FromNodePin || d.Source == FromUnitPin; {
 	case named && pinned:
-		d.note(Step{What: "quarantine", Says: r.String() + ", which the record names, failed on this node", Unblock: "before you unpin, name another release in Git"})
+		s := failed(r, "record")
+		s.Facts["pinned"] = "true"
+		d.note(s)
 	case named:
-		d.note(Step{What: "quarantine", Says: r.String() + ", which the record names, failed on this node"})
+		d.note(failed(r, "record"))
 	case clear && !d.Target.IsZero():
-		d.note(Step{What: "quarantine", Says: "none"})
+		d.note(deployments.Step{What: "quarantine"})
 	}
 }
 
@@ -277,50 +338,4 @@ func first(a, b error) error {
 		return a
 	}
 	return b
-}
-
-// sayPin is a pin's story in words, to follow what it names.
-func sayPin(p deployments.Pin, now time.Time) string {
-	var s strings.Builder
-	if p.By != "" {
-		s.WriteString(" by " + p.By)
-	}
-	if !p.Until.IsZero() {
-		s.WriteString(" until " + sayTime(p.Until, now))
-	}
-	if p.Reason != "" {
-		s.WriteString(" (" + p.Reason + ")")
-	}
-	return s.String()
-}
-
-// sayTime leaves out the day where it is now's.
-func sayTime(t, now time.Time) string {
-	t = t.UTC()
-	if y, m, d := now.UTC().Date(); t.Year() == y && t.Month() == m && t.Day() == d {
-		return t.Format("15:04Z")
-	}
-	return t.Format("2006-01-02 15:04Z")
-}
-
-func sayRecord(r deployments.Record) string {
-	s := r.Target.String() + " of " + sayOrigin(r)
-	if r.Commit == "" {
-		s = r.Target.String() + ", written by hand"
-	}
-	if r.Generation > 0 {
-		s += fmt.Sprintf(", generation %d", r.Generation)
-	}
-	if r.Orphaned {
-		s += "; orphaned: its file is no longer in Git"
-	}
-	return s
-}
-
-// sayOrigin says who wrote a record.
-func sayOrigin(r deployments.Record) string {
-	if r.Commit == "" {
-		return "a record written by hand"
-	}
-	return "Git commit " + r.Commit[:min(7, len(r.Commit))]
 }

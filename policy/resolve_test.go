@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/sync/fleet/message"
 )
 
 var (
@@ -57,7 +58,7 @@ func TestResolve(t *testing.T) {
 		{"a bare pointer", Facts{Record: good(record{Target: v1})}, ActRun, v1, none, FromTarget, "written by hand", "", time.Time{}},
 		{"a bad record", Facts{Record: bad[record]()}, ActKeep, none, none, FromNothing, "doesn't parse", "record: a typo", time.Time{}},
 		{"a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3, By: "alice", Reason: "incident 812", Until: noon.Add(2 * time.Hour)})},
-			ActRun, v3, none, FromUnitPin, "unit pin by alice until 14:00Z (incident 812)", "", noon.Add(2 * time.Hour)},
+			ActRun, v3, none, FromUnitPin, "unit pin by alice until 2026-11-24 14:00Z (incident 812)", "", noon.Add(2 * time.Hour)},
 		{"a pin until another day", Facts{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon.Add(24 * time.Hour)})}, ActRun, v3, none, FromUnitPin, "until 2026-11-25 12:00Z", "", noon.Add(24 * time.Hour)},
 		{"a pin that ended", Facts{Record: good(git), UnitPin: good(pin{Release: v3, Until: noon})}, ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
 		{"a node pin above a unit pin", Facts{Record: good(git), UnitPin: good(pin{Release: v3}), NodePin: good(pin{Release: v1})}, ActRun, v1, none, FromNodePin, "node pin", "", time.Time{}},
@@ -97,8 +98,8 @@ func TestResolve(t *testing.T) {
 				t.Errorf("%s %v, stage %v, from %s, recheck %v; want %s %v, stage %v, from %s, recheck %v",
 					d.Action, d.Target, d.Stage, d.Source, d.Recheck, c.action, c.target, c.stage, c.source, c.recheck)
 			}
-			if !strings.Contains(d.Why, c.why) || d.Why == "" {
-				t.Errorf("why %q, want %q in it", d.Why, c.why)
+			if why := message.Decision(d.Reason, d.Facts); !strings.Contains(why, c.why) || why == "" {
+				t.Errorf("why %q, want %q in it", why, c.why)
 			}
 			if (d.Invalid == nil) != (c.invalid == "") || d.Invalid != nil && !strings.Contains(d.Invalid.Error(), c.invalid) {
 				t.Errorf("invalid %v, want %q in it", d.Invalid, c.invalid)
@@ -121,7 +122,7 @@ func TestQuarantineIsShown(t *testing.T) {
 	v1 := release("v1")
 	d := Resolve(Facts{Unit: app, Node: "n1", Now: noon, Record: good(deployments.Record{Target: v1}), Quarantined: []deployments.Digest{v1.Digest}})
 	last := d.Trace[len(d.Trace)-1]
-	if d.Target != v1 || last.What != "quarantine" || !strings.Contains(last.Unblock, "kedge retry prod/web/app") {
+	if d.Target != v1 || last.What != "quarantine" || last.Reason != deployments.ReasonQuarantined {
 		t.Errorf("target %v, last step %+v", d.Target, last)
 	}
 }
@@ -143,7 +144,7 @@ func TestQuarantineInTheWay(t *testing.T) {
 	} {
 		c.f.Unit, c.f.Node, c.f.Now = app, "n1", noon
 		trace := Resolve(c.f).Trace
-		if got := slices.ContainsFunc(trace, func(s Step) bool { return s.What == "quarantine" && s.Says != "none" }); got != c.want {
+		if got := slices.ContainsFunc(trace, func(s deployments.Step) bool { return s.What == "quarantine" && s.Reason != "" }); got != c.want {
 			t.Errorf("%s: told: %v, want %v: %+v", c.name, got, c.want, trace)
 		}
 	}

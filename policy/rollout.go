@@ -3,6 +3,7 @@ package policy
 import (
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -56,13 +57,14 @@ type Node struct {
 type Move struct {
 	// Record is what the record becomes; the same as before if nothing is to be done.
 	Record deployments.Record
-	// Reason, with its Facts, is what was done, or why nothing is; empty if there is nothing to say. Message is
-	// both in words.
-	Reason  deployments.Reason
-	Facts   deployments.Facts
-	Message string
-	// Did says in words what an order has done, if it changed something.
-	Did string
+	// Reason, with its Facts, is what was done, or why nothing is; empty if there is nothing to say.
+	Reason deployments.Reason
+	Facts  deployments.Facts
+	// Refused is set if an order changes nothing, and Reason says why. Did is what an order has done, if it changed
+	// something.
+	Refused  bool
+	Did      deployments.Reason
+	DidFacts deployments.Facts
 	// Again is when time alone could change the answer; zero: never.
 	Again time.Time
 }
@@ -92,15 +94,14 @@ func Next(s Situation) Move {
 	st := stateOf(s)
 	if s.Pin != nil && s.Pin.Err != nil {
 		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
-			Facts:   deployments.Facts{"error": clipped(s.Pin.Err.Error())},
-			Message: "the unit's pin doesn't parse, so nothing moves: " + clipped(s.Pin.Err.Error())}
+			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}
 	st = aim(in, st)
 	st.r.After, st.r.Drift, st.r.Paced = s.Unit.After, s.Unit.Drift, s.Unit.Rollout != nil && s.Pin != nil
 	if s.Unit.Rollout == nil {
 		st.r.Joined = 0 // all nodes go at once
 	}
-	var did, refused words
+	var did, refused cause
 	if s.Order != "" {
 		st, did, refused = obey(in, st)
 	}
@@ -111,21 +112,33 @@ func Next(s Situation) Move {
 		}
 	}
 	if st.on && st.why.reason != "" && st.p.Phase != deployments.PhaseRolledBack {
-		st.p.Reason, st.p.Facts, st.p.Message = st.why.reason, st.why.facts, st.why.String()
+		st.p.Reason, st.p.Facts = st.why.reason, st.why.facts
 	}
 	if !st.on {
 		in.Ranks.forget()
 	}
-	m := Move{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Message: st.why.String(),
-		Did: did.String(), Again: st.again}
-	rolledBack := st.on && st.p.Phase == deployments.PhaseRolledBack
-	if rolledBack && (st.why.reason != "" || s.Record.Rollout.Phase != st.p.Phase) {
-		m.Message = st.p.Message
-	}
+	m := Move{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Again: st.again,
+		Did: did.reason, DidFacts: did.facts}
 	if refused.reason != "" {
-		m.Reason, m.Facts, m.Message = refused.reason, refused.facts, s.Order+" changes nothing: "+refused.String()
+		m.Reason, m.Facts, m.Refused = refused.reason, refused.facts, true
 	}
 	return m
+}
+
+// cause is a reason with its facts.
+type cause struct {
+	reason deployments.Reason
+	facts  deployments.Facts
+}
+
+// maxQuoted bounds what nodes and settings say in a fact, in bytes: no node takes a record that is too large.
+const maxQuoted = 300
+
+func clipped(s string) string {
+	if len(s) <= maxQuoted {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxQuoted-3], "") + "..."
 }
 
 // inputs are what a step reads, and never writes.
@@ -137,7 +150,7 @@ type state struct {
 	p deployments.Progress
 	// on is set while a rollout is under way.
 	on    bool
-	why   words
+	why   cause
 	again time.Time
 }
 
@@ -176,14 +189,14 @@ func (st state) record() deployments.Record {
 
 // because gives the state with the reason for it.
 func (st state) because(reason deployments.Reason, facts deployments.Facts) state {
-	st.why = words{reason, facts}
+	st.why = cause{reason, facts}
 	return st
 }
 
 // orBecause is because, unless there is a reason already.
 func (st state) orBecause(reason deployments.Reason, facts deployments.Facts) state {
 	if st.why.reason == "" {
-		st.why = words{reason, facts}
+		st.why = cause{reason, facts}
 	}
 	return st
 }

@@ -440,7 +440,7 @@ func (w *world) mirror(order string) (again time.Time) {
 func brief(r deployments.Record) string {
 	s := fmt.Sprintf("generation %d target %s stable %s", r.Generation, r.Target.URL, r.Stable.URL)
 	if p := r.Rollout; p != nil {
-		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Superseded), p.Message)
+		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Superseded), p.Reason)
 	}
 	return s
 }

@@ -34,13 +34,15 @@ type SourceStatus struct {
 
 // DecisionStatus is a Decision as JSON.
 type DecisionStatus struct {
-	Action  Action              `json:"action"`
-	Target  deployments.Pointer `json:"target,omitzero"`
-	Stage   deployments.Pointer `json:"stage,omitzero"`
-	Source  Source              `json:"source"`
-	Why     string              `json:"why"`
-	Invalid string              `json:"invalid,omitempty"`
-	Recheck time.Time           `json:"recheck,omitzero"`
-	Waits   string              `json:"waits,omitempty"` // for another unit
-	Trace   []Step              `json:"trace,omitempty"`
+	Action  Action                   `json:"action"`
+	Target  deployments.Pointer      `json:"target,omitzero"`
+	Stage   deployments.Pointer      `json:"stage,omitzero"`
+	Source  Source                   `json:"source"`
+	Reason  deployments.Reason       `json:"reason,omitempty"`
+	Facts   deployments.Facts        `json:"facts,omitempty"`
+	Why     string                   `json:"why"` // Reason and Facts in words
+	Invalid string                   `json:"invalid,omitempty"`
+	Recheck time.Time                `json:"recheck,omitzero"`
+	Waits   string                   `json:"waits,omitempty"` // for another unit
+	Trace   []deployments.StepStatus `json:"trace,omitempty"`
 }

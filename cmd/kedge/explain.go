@@ -57,7 +57,9 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 }
 
 // explain finds out what the arguments ask for.
-func (a *app) explain(ctx context.Context, args []string, stateDir string) (f *fleet.Fleet, id deployments.UnitID, node string, d policy.Decision, err error) {
+func (a *app) explain(ctx context.Context, args []string, stateDir string) (
+	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
+) {
 	slashes := strings.Count(args[0], "/")
 	switch {
 	case len(args) == 1 && slashes == 0:

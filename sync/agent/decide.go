@@ -9,6 +9,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time alone
@@ -94,7 +95,8 @@ func (a *Agent) decide(r *role, now time.Time) {
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
 		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source || text(d.Invalid) != text(was.Invalid) {
-			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(), "why", d.Why)
+			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(),
+				"reason", string(d.Reason), "why", message.Decision(d.Reason, d.Facts))
 			if d.Invalid != nil && text(d.Invalid) != text(was.Invalid) {
 				u.log.Error("a record or pin can't be used, and changes nothing", "error", d.Invalid)
 			}

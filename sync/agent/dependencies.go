@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // dependency is a unit that another one waits for. The zero dependency: it waits for none.
@@ -42,7 +43,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		case settled && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or kept as it is
 			if dep.state().Running.IsZero() {
-				return dependency{name, "waits for " + name + ", of which nothing runs: " + dep.decision.Why, true}
+				return dependency{name, "waits for " + name + ", of which nothing runs: " + message.Decision(dep.decision.Reason, dep.decision.Facts), true}
 			}
 		case dep.done != dep.decision.Target:
 			if now := dep.standing(); now.err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 const (
@@ -52,8 +53,9 @@ func (a *Agent) Status() policy.NodeStatus {
 		}
 		d := u.decision
 		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
-			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Invalid: text(d.Invalid),
-			Recheck: d.Recheck, Waits: u.blocked.why, Trace: d.Trace,
+			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
+			Why: message.Decision(d.Reason, d.Facts), Invalid: text(d.Invalid),
+			Recheck: d.Recheck, Waits: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
 		}
 	}
 	return s

@@ -11,6 +11,7 @@ import (
 	"kedge/deployments"
 	"kedge/policy"
 	"kedge/sync/deploy"
+	"kedge/sync/fleet/message"
 )
 
 // unwanted reports whether no key asks for the unit.
@@ -246,7 +247,8 @@ func (u *unit) report() deployments.UnitReport {
 			h.generation, u.floor)
 	}
 	r := deployments.UnitReport{
-		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: s.Version, Want: u.decision.Target, Why: u.decision.Why,
+		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: s.Version, Want: u.decision.Target,
+		Why:        message.Decision(u.decision.Reason, u.decision.Facts),
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,

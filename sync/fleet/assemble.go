@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
@@ -208,7 +209,7 @@ func (a *assembly) nodes(u *Unit) {
 			continue
 		}
 		decision := policy.Resolve(facts)
-		n.Want, n.Why = decision.Target, decision.Why
+		n.Want, n.Why = decision.Target, message.Decision(decision.Reason, decision.Facts)
 		switch {
 		case r.err != nil:
 			n.Why = "its report does not parse"

@@ -13,28 +13,39 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
-// Explain answers why a node runs what it runs of a unit. The Trace is policy.Resolve's, with what only the fleet shows around it:
-// the store, Git, the node's turn, and what the node itself says against it.
-func Explain(f *Fleet, id deployments.UnitID, node string) (policy.Decision, error) {
+// Decision is a policy.Decision in words, with the steps that only the fleet shows around its own: the store, Git, the
+// node's turn, and what the node itself says against it.
+type Decision struct {
+	policy.Decision
+	Why   string
+	Trace []Step
+}
+
+// Step is one line of a Decision's chain.
+type Step = deployments.StepStatus
+
+// Explain answers why a node runs what it runs of a unit.
+func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
-		return policy.Decision{}, err
+		return Decision{}, err
 	}
-	d := policy.Resolve(f.facts(u, *n))
-	var trace []policy.Step
+	resolved := policy.Resolve(f.facts(u, *n))
+	d := Decision{Decision: resolved, Why: message.Decision(resolved.Reason, resolved.Facts)}
 	if s, bad := storeStep(f); bad {
-		trace = append(trace, s)
+		d.Trace = append(d.Trace, s)
 	}
-	trace = append(trace, gitStep(f))
-	for _, s := range d.Trace {
+	d.Trace = append(d.Trace, gitStep(f))
+	for _, s := range message.Trace(id, node, resolved.Trace) {
 		if s.What == "admission" && s.Decides && u.Record.Rollout != nil {
 			s.Says = join(s.Says, turn(u, n))
 		}
-		trace = append(trace, s)
+		d.Trace = append(d.Trace, s)
 	}
-	d.Trace = append(trace, nodeStep(u, n, d))
+	d.Trace = append(d.Trace, nodeStep(u, n, d))
 	return d, nil
 }
 
@@ -109,10 +120,10 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 }
 
 // storeStep says what of the store could not be read, so that all else may be wrong.
-func storeStep(f *Fleet) (policy.Step, bool) {
+func storeStep(f *Fleet) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
-		return policy.Step{What: "store", Says: text, Blocks: true, Unblock: "see to the store, then look again; nodes go on with what they know"}, true
+		return Step{What: "store", Says: text, Blocks: true, Hint: "see to the store, then look again; nodes go on with what they know"}, true
 	}
 	var says []string
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
@@ -120,12 +131,12 @@ func storeStep(f *Fleet) (policy.Step, bool) {
 			says = append(says, key+": "+f.Errors[key])
 		}
 	}
-	return policy.Step{What: "store", Says: strings.Join(says, "; "), Blocks: true, Unblock: "look again with a token that may read all of it"}, len(says) > 0
+	return Step{What: "store", Says: strings.Join(says, "; "), Blocks: true, Hint: "look again with a token that may read all of it"}, len(says) > 0
 }
 
 // gitStep says where the mirror is.
-func gitStep(f *Fleet) policy.Step {
-	s := policy.Step{What: "Git"}
+func gitStep(f *Fleet) Step {
+	s := Step{What: "Git"}
 	m := f.Mirror
 	if m == nil || m.Head == "" {
 		s.Says = "no mirror has taken a commit"
@@ -144,10 +155,10 @@ func gitStep(f *Fleet) policy.Step {
 	switch {
 	case f.mirrorStopped():
 		s.Says, s.Blocks = s.Says+"; none runs now, so nothing newer comes, and orders wait", true
-		s.Unblock = "start kedge mirror; pins are obeyed without one"
+		s.Hint = "start kedge mirror; pins are obeyed without one"
 	case m.Refused != "":
 		s.Says, s.Blocks = s.Says+"; it refused "+clean(short(m.Refused))+": "+oneLine(m.Error), true
-		s.Unblock = "correct it and push again; in a clone, kedge check --releases says the same"
+		s.Hint = "correct it and push again; in a clone, kedge check --releases says the same"
 	case m.Error != "":
 		s.Says, s.Blocks = s.Says+"; "+oneLine(m.Error), true
 	}
@@ -207,9 +218,9 @@ func ordinal(n int) string {
 }
 
 // nodeStep says how the node itself takes it: it may be gone, or behind, or not allowed to do what the store says.
-func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
+func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
-	s := policy.Step{What: "node", Blocks: true}
+	s := Step{What: "node", Blocks: true}
 	trouble := oneLine(r.Error)
 	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
 		trouble = "" // told already
@@ -217,30 +228,30 @@ func nodeStep(u *Unit, n *Node, d policy.Decision) policy.Step {
 	behind := u.Record != nil && !r.Pinned && r.Generation < u.Record.Generation && (d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
 	switch {
 	case n.Gone:
-		s.Says, s.Unblock = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
+		s.Says, s.Hint = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
 	case r.State == "":
-		s.Says, s.Unblock = join(n.Why, trouble), "see whether its agent runs, with this stage and role"
+		s.Says, s.Hint = join(n.Why, trouble), "see whether its agent runs, with this stage and role"
 	case behind:
 		s.Says = fmt.Sprintf("has yet to see generation %d: it knows %d", u.Record.Generation, r.Generation)
-		s.Unblock = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
 	case r.Want != d.Target && r.State != deployments.StateInvalid && d.Action != policy.ActHold:
 		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
-		s.Unblock = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
+		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
 	case r.Reason == deployments.ReasonUnsigned:
-		s.What, s.Says, s.Unblock = "signature", cmp.Or(trouble, Message(r.Reason, r.Facts)), Hint(u.ID, n.Name, r.Reason)
+		s.What, s.Says, s.Hint = "signature", cmp.Or(trouble, message.Text(r.Reason, r.Facts)), message.Hint(u.ID, n.Name, r.Reason)
 	case r.State == deployments.StateUnhealthy:
-		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, Message(r.Reason, r.Facts)))
+		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, message.Text(r.Reason, r.Facts)))
 	case r.State == deployments.StateInvalid && trouble != "":
-		s.Says, s.Unblock = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
+		s.Says, s.Hint = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
 	case r.State == deployments.StateRetrying:
 		s.Says = strings.TrimSuffix("can't get there yet, and tries again: "+trouble, ": ")
-		s.Unblock = Hint(u.ID, n.Name, r.Reason)
+		s.Hint = message.Hint(u.ID, n.Name, r.Reason)
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
 		s.Says = join("waits: "+cmp.Or(oneLine(r.Why), "for another unit"), trouble)
 		if r.Reason == deployments.ReasonDependency {
-			s.Says = join(cmp.Or(oneLine(r.Facts["error"]), Message(r.Reason, r.Facts)), trouble)
+			s.Says = join(cmp.Or(oneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), trouble)
 		}
 	case r.State == deployments.StateConverged && trouble != "":
 		s.Says = "runs it, but: " + trouble
@@ -267,14 +278,14 @@ type Told struct {
 	// Notes say why, and what else bears on it.
 	Notes []Note
 	// Trace is what was looked at, in order.
-	Trace []policy.Step
+	Trace []Step
 	// Report is what the node reports; of one that is Gone, what it reported last.
 	Report []Note
 	Gone   bool
 }
 
 // Tell puts a decision of Explain's, or Local's, in words. Pointers stand in it as they are: see Unit.Names.
-func Tell(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Told, error) {
+func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
 		return Told{}, err
@@ -282,7 +293,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Told
 	t := Told{Verdict: verdict(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
 	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
 	add("because", oneLine(d.Why))
-	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s policy.Step) bool { return s.Decides || s.Blocks }) {
+	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
 		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{oneLine(d.Invalid.Error()), Bad}})
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
@@ -305,7 +316,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Told
 }
 
 // WriteExplain writes a decision's whole chain, and what the node says of itself.
-func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d policy.Decision, opt TableOptions) error {
+func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d Decision, opt TableOptions) error {
 	t, err := Tell(f, id, node, d)
 	if err != nil {
 		return err
@@ -325,7 +336,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 	notes(t.Notes)
 	p.raw("")
 	legend := "What was looked at, in order; > decided"
-	if slices.ContainsFunc(t.Trace, func(s policy.Step) bool { return s.Blocks }) {
+	if slices.ContainsFunc(t.Trace, func(s Step) bool { return s.Blocks }) {
 		legend += ", ! is in the way"
 	}
 	p.raw(p.paint(Dim, legend))
@@ -343,8 +354,8 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 		}
 		what := clean(s.What)
 		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, oneLine(s.Says)), Plain)
-		if s.Unblock != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(oneLine(s.Unblock)), Plain)
+		if s.Hint != "" {
+			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(oneLine(s.Hint)), Plain)
 		}
 	}
 	p.raw("")
@@ -359,7 +370,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d p
 }
 
 // verdict says in a few words what should run, and whether it does.
-func verdict(u *Unit, n *Node, d policy.Decision) string {
+func verdict(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
 	if running.IsZero() {
@@ -388,13 +399,13 @@ func verdict(u *Unit, n *Node, d policy.Decision) string {
 	return "should run " + u.Release(d.Target) + ", and " + runs
 }
 
-func anyStep(policy.Step) bool { return true }
+func anyStep(Step) bool { return true }
 
 // told reports whether one of some steps says a text already.
-func told(d policy.Decision, text string, some func(policy.Step) bool) bool {
+func told(d Decision, text string, some func(Step) bool) bool {
 	text = oneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step doesn't repeat what it is about
-	return slices.ContainsFunc(d.Trace, func(s policy.Step) bool {
+	return slices.ContainsFunc(d.Trace, func(s Step) bool {
 		says := oneLine(s.Says)
 		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))
 	})
@@ -441,7 +452,7 @@ func pastPin(u *Unit, n *Node, from policy.Source) string {
 }
 
 // reported is what a node says of itself, unless d's trace tells it already.
-func reported(f *Fleet, u *Unit, n *Node, d policy.Decision) (all []Note) {
+func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	r := n.Report
 	state := n.Shown()
 	if n.Gone { // that is told above
@@ -468,7 +479,7 @@ func reported(f *Fleet, u *Unit, n *Node, d policy.Decision) (all []Note) {
 		add("reason", oneLine(r.Why))
 	}
 	for _, q := range r.Quarantined {
-		if slices.ContainsFunc(d.Trace, func(s policy.Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
+		if slices.ContainsFunc(d.Trace, func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
 			continue
 		}
 		failed := q.Short()
@@ -492,23 +503,25 @@ type Explanation struct {
 	Target    deployments.Pointer    `json:"target,omitzero"`
 	Stage     deployments.Pointer    `json:"stage,omitzero"`
 	Source    policy.Source          `json:"source"`
+	Reason    deployments.Reason     `json:"reason,omitempty"`
+	Facts     deployments.Facts      `json:"facts,omitempty"`
 	Why       string                 `json:"why"`
 	Invalid   string                 `json:"invalid,omitempty"`
 	Recheck   time.Time              `json:"recheck,omitzero"`
 	Converged bool                   `json:"converged"`
 	Gone      bool                   `json:"gone,omitempty"`
 	Order     string                 `json:"order,omitempty"`
-	Trace     []policy.Step          `json:"trace"`
+	Trace     []Step                 `json:"trace"`
 	Report    deployments.UnitReport `json:"report"`
 }
 
 // ExplanationOf puts a decision of Explain's, or Local's, beside what its node reports.
-func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d policy.Decision) (Explanation, error) {
+func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d Decision) (Explanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
 		return Explanation{}, err
 	}
-	e := Explanation{Unit: id, Node: node, Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Why: d.Why, Recheck: d.Recheck,
+	e := Explanation{Unit: id, Node: node, Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts, Why: d.Why, Recheck: d.Recheck,
 		Converged: n.Converged, Gone: n.Gone, Order: u.Order, Trace: d.Trace, Report: n.Report}
 	if d.Invalid != nil {
 		e.Invalid = d.Invalid.Error()

@@ -52,6 +52,7 @@ func TestExplainStates(t *testing.T) {
 	because := func(reason deployments.Reason) func(*report) { return func(r *report) { r.Reason = reason } }
 	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
 	pinned := func(r *report) { r.Pinned = true }
+	xmas := deployments.Facts{"window": "xmas", "until": "2026-12-27T08:00:00Z", "reason": "nobody is here"}
 	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon, Message: "the canaries are well: waits for promote"}
 	for name, c := range map[string]struct {
 		node    report
@@ -63,14 +64,14 @@ func TestExplainStates(t *testing.T) {
 		"canary":         {on(v1, func(r *report) { r.Staged = v2.Digest }), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, Message: "1 of 1 canary admitted"})}, "admission", "", "kedge pin prod/web/app " + v2.String() + " --node web-1"},
 		"baking":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseCanary, Cutoff: first, HealthySince: noon, Message: "the canaries bake until 2026-11-24 12:05:00Z"})}, "admission", "", "kedge promote prod/web/app"},
 		"approval":       {on(v1), []kv.Entry{rollout(waiting)}, "admission", "", "kedge promote prod/web/app"},
-		"frozen":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Message: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"frozen":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Facts: xmas})}, "admission", "", "kedge promote prod/web/app"},
 		"slot":           {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Message: "1 of 3 nodes admitted"})}, "admission", "", ""},
 		"paused":         {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhasePaused, Cutoff: first, Message: "paused by an operator"})}, "admission", "", "kedge resume prod/web/app"},
 		"going-back":     {on(v2), []kv.Entry{rollout(progress{Phase: deployments.PhaseRollingBack, Cutoff: all, Message: "aborted by an operator"})}, "admission", "", ""},
 		"halted":         {on(v1, failed), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolledBack, Failed: v2.Digest, Message: "rolled back: 1 of 3 nodes failed (web-1: health), at most 0 may"})}, "admission", "", "kedge retry prod/web/app"},
 		"replaced":       {on(v2), []kv.Entry{put(kv.DesiredKey(app), record{Target: v3, Stable: v1, Generation: 2, Commit: commit, Rollout: &progress{Phase: deployments.PhaseCanary, Message: "0 of 1 canary admitted", Superseded: []deployments.Superseded{{Digest: v2.Digest, Cutoff: all, Generation: 1}}}})}, "admission", "", ""},
 		"stable-failed":  {on(v2, is(deployments.StateQuarantined, v1, "release 172d failed in health, went back: 503"), func(r *report) { r.Quarantined = []deployments.Digest{v1.Digest} }), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolledBack, Failed: v2.Digest, Message: "aborted by an operator"})}, "admission", "quarantine", "kedge retry prod/web/app"},
-		"first":          {report{State: deployments.StateWaiting, Generation: 2}, []kv.Entry{desired(record{Rollout: &progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Message: "frozen by xmas"}})}, "admission", "", ""},
+		"first":          {report{State: deployments.StateWaiting, Generation: 2}, []kv.Entry{desired(record{Rollout: &progress{Phase: deployments.PhaseFrozen, Reason: deployments.ReasonFrozen, Facts: deployments.Facts{"window": "xmas"}}})}, "admission", "", ""},
 		"quarantined":    {on(v1, failed, is(deployments.StateQuarantined, v2, "release 5ce4 failed in post, went back: exit status 1")), []kv.Entry{desired(record{Stable: v1})}, "admission", "quarantine", "kedge retry prod/web/app"},
 		"node-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.NodePinKey(app, "web-1"), v1.String()), put(kv.PinKey(app), v3.String())}, "node pin", "", "kedge unpin prod/web/app --node web-1"},
 		"unit-pin":       {on(v1, pinned), []kv.Entry{desired(record{}), put(kv.PinKey(app), "{release: "+v1.String()+", by: alice, reason: incident 812, until: 2026-11-24T14:00:00Z}")}, "unit pin", "", "kedge unpin prod/web/app"},
@@ -89,7 +90,7 @@ func TestExplainStates(t *testing.T) {
 		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},
 		"behind":         {on(v1, func(r *report) { r.Generation = 1 }), []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"silent":         {report{}, []kv.Entry{desired(record{})}, "admission", "node", ""},
-		"frozen-midway":  {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: deployments.ReasonFrozen, Message: "frozen by xmas until 2026-12-27 08:00Z (nobody is here)"})}, "admission", "", "kedge promote prod/web/app"},
+		"frozen-midway":  {on(v1), []kv.Entry{rollout(progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Reason: deployments.ReasonFrozen, Facts: xmas})}, "admission", "", "kedge promote prod/web/app"},
 		"removed":        {on(v1), []kv.Entry{desired(policy.Orphaned(record{Stable: v1, Rollout: &progress{Phase: deployments.PhaseRolling, Cutoff: first, Promoted: true, Message: "1 of 3 nodes admitted"}}))}, "admission", "", "put prod/web/app.yaml back"},
 		"order":          {on(v1), []kv.Entry{rollout(waiting), put(kv.ControlKey(app), "promote")}, "admission", "", ""},
 	} {
@@ -132,7 +133,7 @@ func explained(t *testing.T, file string, f *Fleet, decides, blocks, words strin
 		if s.Blocks {
 			blocking = append(blocking, s.What)
 		}
-		unblock += s.Unblock + "\n"
+		unblock += s.Hint + "\n"
 	}
 	if !slices.Equal(deciding, []string{decides}) || blocks == "" && len(blocking) > 0 || blocks != "" && !slices.Contains(blocking, blocks) || !strings.Contains(unblock, words) {
 		t.Errorf("%s: %v decides, %v is in the way, want %s, %s and %q to type:\n%s", file, deciding, blocking, decides, blocks, words, unblock)
@@ -141,7 +142,7 @@ func explained(t *testing.T, file string, f *Fleet, decides, blocks, words strin
 }
 
 // writeExplained holds what is shown of web-1 to a golden file, and its JSON to its form.
-func writeExplained(t *testing.T, f *Fleet, d policy.Decision, file string) {
+func writeExplained(t *testing.T, f *Fleet, d Decision, file string) {
 	t.Helper()
 	var out bytes.Buffer
 	if err := WriteExplain(&out, f, app, "web-1", d, TableOptions{Width: 80}); err != nil {
@@ -181,7 +182,7 @@ func TestExplainLocal(t *testing.T) {
 			"api": {Units: map[string]deployments.UnitReport{"db": {}}},
 		},
 		Decisions: map[string]policy.DecisionStatus{"web/app": {Action: policy.ActRun, Target: v2, Source: policy.FromTarget, Why: "Git commit 4f2c91a", Waits: "waits for base",
-			Trace: []policy.Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
+			Trace: []Step{{What: "node pin", Says: "none"}, {What: "record", Says: v2.String(), Decides: true}}}},
 	}
 	for _, name := range []string{"app", "web/app"} {
 		f, id, d, err := Local(s, name, noon)

@@ -13,7 +13,7 @@ import (
 
 // Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent decided so, by what the
 // trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several roles have one of that name.
-func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, policy.Decision, error) {
+func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {
 		for name := range r.Units {
@@ -31,15 +31,16 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	slices.Sort(names)
 	switch {
 	case len(all) == 0:
-		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("no unit %s on this node: it has none yet", unit)
+		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: it has none yet", unit)
 	case len(found) == 0:
-		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("no unit %s on this node: there are %s", unit, some(names))
+		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: there are %s", unit, some(names))
 	case len(found) > 1:
-		return nil, deployments.UnitID{}, policy.Decision{}, fmt.Errorf("several roles of this node have a unit %s: want one of %s", unit, some(names))
+		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("several roles of this node have a unit %s: want one of %s", unit, some(names))
 	}
 	id := found[0]
 	report, said := s.Roles[id.Role].Units[id.Unit], s.Decisions[id.Role+"/"+id.Unit]
-	d := policy.Decision{Action: said.Action, Target: said.Target, Stage: said.Stage, Source: said.Source, Why: said.Why, Recheck: said.Recheck}
+	d := Decision{Why: said.Why, Decision: policy.Decision{Action: said.Action, Target: said.Target, Stage: said.Stage,
+		Source: said.Source, Reason: said.Reason, Facts: said.Facts, Recheck: said.Recheck}}
 	if said.Invalid != "" {
 		d.Invalid = errors.New(said.Invalid)
 	}
@@ -57,12 +58,12 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 }
 
 // sourceStep says how far a node's view of a prefix of the store can be believed.
-func sourceStep(s policy.SourceStatus, at time.Time) policy.Step {
-	step := policy.Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
+func sourceStep(s policy.SourceStatus, at time.Time) Step {
+	step := Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
 	if s.Trouble == "" {
 		return step
 	}
-	step.Blocks, step.Unblock = true, "see to the store; until then the node goes on with what it knows"
+	step.Blocks, step.Hint = true, "see to the store; until then the node goes on with what it knows"
 	step.Says = clean(s.Prefix) + " by " + clean(s.From)
 	if !s.Since.IsZero() {
 		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")

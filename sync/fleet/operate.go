@@ -1,7 +1,6 @@
 package fleet
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +13,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // Pin writes a pin for a unit, or for one node of it where node isn't empty, over whatever pin was there. What it writes is what
@@ -154,8 +154,8 @@ func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 		return was, fmt.Errorf("%s %s: %w", verb, id, err)
 	}
 	if r, err := deployments.ParseRecord(was.Value); err == nil {
-		if why := policy.Refusal(verb, r); why != "" {
-			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, why)
+		if reason, facts := policy.Refusal(verb, r); reason != "" {
+			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, message.Text(reason, facts))
 		}
 	}
 	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), []byte(verb))); err != nil {
@@ -201,11 +201,15 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 		return "", fmt.Errorf("%s %s was taken; %w", verb, id, err)
 	}
 	if e.Version == was.Version {
-		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id, cmp.Or(policy.Refusal(verb, r), "the mirror found nothing to do"))
+		why := "the mirror found nothing to do"
+		if reason, facts := policy.Refusal(verb, r); reason != "" {
+			why = message.Text(reason, facts)
+		}
+		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id, why)
 	}
 	switch {
 	case r.Rollout != nil:
-		return strings.TrimSuffix(policy.SayPhase(r.Rollout.Phase)+": "+oneLine(policy.SayReason(r.Rollout)), ": "), nil
+		return message.Progress(r.Rollout), nil
 	case verb == "retry":
 		return "each node on which it failed tries it once more", nil
 	}

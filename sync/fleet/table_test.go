@@ -268,23 +268,23 @@ func TestExplainText(t *testing.T) {
 	t.Parallel()
 	f := Assemble(busyFleet(), noon)
 	target := release("app", "1.4.2")
-	none := []policy.Step{{What: "node pin", Says: "none"}, {What: "unit pin", Says: "none"}}
+	none := []Step{{What: "node pin", Says: "none"}, {What: "unit pin", Says: "none"}}
 	for name, c := range map[string]struct {
 		node string
-		d    policy.Decision
+		d    Decision
 		opt  TableOptions
 	}{
-		"explain-quarantine.txt": {"web-3", policy.Decision{Action: policy.ActRun, Target: target, Why: "Git, commit 4f2c91a", Trace: append(slices.Clone(none),
-			policy.Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
-			policy.Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again", Unblock: "push another release, or kedge retry prod/web/app"})},
+		"explain-quarantine.txt": {"web-3", Decision{Decision: policy.Decision{Action: policy.ActRun, Target: target}, Why: "Git, commit 4f2c91a", Trace: append(slices.Clone(none),
+			Step{What: "record", Says: target.String() + ", generation 2", Decides: true},
+			Step{What: "quarantine", Says: "this release failed on this node before, and is not tried again", Hint: "push another release, or kedge retry prod/web/app"})},
 			TableOptions{Width: 80}},
-		"explain-hold.txt": {"web-2", policy.Decision{Action: policy.ActHold, Why: "hold: unit pin by alice (incident 812)", Recheck: noon.Add(2 * time.Hour),
-			Trace: []policy.Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Unblock: "kedge unpin prod/web/app"}}}, TableOptions{Width: 80, Color: true}},
-		"explain-invalid.txt": {"web-1", policy.Decision{Action: policy.ActKeep, Why: "the node pin doesn't parse: nothing is changed", Invalid: errors.New("the pin is neither a pointer nor hold"),
-			Trace: []policy.Step{{What: "node pin", Says: "doesn't parse", Decides: true}}}, TableOptions{}},
-		"explain-pin.txt": {"web-4", policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1"), Why: "pinned, this node alone",
-			Trace: []policy.Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true, Unblock: "kedge unpin prod/web/app --node web-4"}}}, TableOptions{Width: 80}},
-		"explain-gone.txt": {"web-9", policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target, Why: "not admitted yet", Trace: none}, TableOptions{Width: 80}},
+		"explain-hold.txt": {"web-2", Decision{Decision: policy.Decision{Action: policy.ActHold, Recheck: noon.Add(2 * time.Hour)}, Why: "hold: unit pin by alice (incident 812)",
+			Trace: []Step{none[0], {What: "unit pin", Says: "hold", Decides: true, Hint: "kedge unpin prod/web/app"}}}, TableOptions{Width: 80, Color: true}},
+		"explain-invalid.txt": {"web-1", Decision{Decision: policy.Decision{Action: policy.ActKeep, Invalid: errors.New("the pin is neither a pointer nor hold")}, Why: "the node pin doesn't parse: nothing is changed",
+			Trace: []Step{{What: "node pin", Says: "doesn't parse", Decides: true}}}, TableOptions{}},
+		"explain-pin.txt": {"web-4", Decision{Decision: policy.Decision{Action: policy.ActRun, Source: policy.FromNodePin, Target: release("app", "1.4.1")}, Why: "pinned, this node alone",
+			Trace: []Step{{What: "node pin", Says: release("app", "1.4.1").String(), Decides: true, Hint: "kedge unpin prod/web/app --node web-4"}}}, TableOptions{Width: 80}},
+		"explain-gone.txt": {"web-9", Decision{Decision: policy.Decision{Action: policy.ActStage, Target: release("app", "1.4.1"), Stage: target}, Why: "not admitted yet", Trace: none}, TableOptions{Width: 80}},
 	} {
 		var out bytes.Buffer
 		if err := WriteExplain(&out, f, app, c.node, c.d, c.opt); err != nil {

@@ -12,7 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // Note is one thing to be told of a fleet, a unit or a node, and what it is about.
@@ -178,7 +178,7 @@ func (f *Fleet) Row(u *Unit) []Text {
 		state.Text += fmt.Sprintf(", %d gone", u.Gone)
 	}
 	if u.Record != nil && u.Record.Rollout != nil {
-		phase = Text{clean(policy.SayPhase(u.Record.Rollout.Phase)), Warn}
+		phase = Text{message.Phase(u.Record.Rollout.Phase), Warn}
 		if r := u.Record.Rollout.Phase; r == deployments.PhaseRolledBack || r == deployments.PhaseRollingBack {
 			phase.Tone, target.Tone = Bad, Bad
 		}
@@ -311,8 +311,8 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	if u.orphaned() && u.Record.Rollout == nil {
 		add("orphaned:", Warn, "its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest", Plain)
 	}
-	if u.Record != nil && u.Record.Rollout != nil && policy.SayReason(u.Record.Rollout) != "" {
-		add("rollout:", Plain, oneLine(policy.SayReason(u.Record.Rollout)), Plain)
+	if u.Record != nil && u.Record.Rollout != nil && message.Rollout(u.Record.Rollout) != "" {
+		add("rollout:", Plain, message.Rollout(u.Record.Rollout), Plain)
 	}
 	if next := todo(u, f.At); next != "" {
 		add("next:", Warn, next, Plain)
@@ -350,7 +350,7 @@ func todo(u *Unit, now time.Time) string {
 	if u.Record == nil || u.Pinned(now) {
 		return ""
 	}
-	if next := policy.Unblock(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
+	if next := message.RolloutHint(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
 		return next
 	}
 	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined }) {

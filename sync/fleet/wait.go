@@ -11,7 +11,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a node its release,
@@ -313,7 +313,7 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 		}
 	}
 	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack {
-		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), oneLine(policy.SayReason(p)))
+		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), message.Rollout(p))
 	}
 	return nil
 }
@@ -351,7 +351,7 @@ func unfinished(u *Unit, now time.Time) string {
 		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
 	}
 	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseRolledBack {
-		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), oneLine(policy.SayReason(p))))
+		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), message.Rollout(p)))
 	}
 	return ""
 }

@@ -63,10 +63,10 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 	r := move.Record
 	r.Nodes, r.Joined = 0, 0
 	if r.Rollout == nil {
-		return r, move.Message
+		return r, reasonOf("", move)
 	}
 	r.Rollout = &deployments.Progress{Phase: r.Rollout.Phase}
-	how := move.Message
+	how := reasonOf("", move)
 	if r.Rollout.Phase != deployments.PhaseFrozen && u.Rollout != nil {
 		how = "all its nodes at once"
 		if most := u.Rollout.MaxUnavailable; most.N > 0 {

@@ -10,6 +10,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 	"kedge/sync/git"
 )
 
@@ -238,7 +239,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		Seen: in.seen(), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
-	w.after, w.reason = step.Record, step.Message
+	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)
 	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) && onlyMoves(w.before, w.after) {
 		return change{}, doNothing, turn
 	}
@@ -263,11 +264,33 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		return change{}, doNothing, step.Again
 	}
 	if w.after.Generation > base.Floor {
-		w.note = in.noteOf(w, cmp.Or(step.Did, step.Message))
+		w.note = in.noteOf(w, cmp.Or(message.Transition(step.Did, step.DidFacts), w.reason))
 		w.history = in.record(w)
 		w.ops = append(w.ops, writeHistory(w.unit, w.history)...)
 	}
 	return w, doWrite, step.Again
+}
+
+// worded returns a record whose rollout says in words where it stands, for readers of the version before.
+func worded(r deployments.Record) deployments.Record {
+	if r.Rollout == nil || r.Rollout.Reason == "" {
+		return r
+	}
+	p := *r.Rollout
+	p.Message = message.Rollout(&p)
+	r.Rollout = &p
+	return r
+}
+
+// reasonOf says in words what policy decided; empty: there is nothing to say.
+func reasonOf(order deployments.Verb, m policy.Move) string {
+	switch p := m.Record.Rollout; {
+	case m.Refused:
+		return string(order) + " changes nothing: " + message.Text(m.Reason, m.Facts)
+	case p != nil && p.Phase == deployments.PhaseRolledBack && m.Reason != "":
+		return message.Rollout(p)
+	}
+	return message.Transition(m.Reason, m.Facts)
 }
 
 // pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which

@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 	"kedge/sync/git/gittest"
 )
 
@@ -267,8 +268,8 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
 	r := m.record("prod/web/app", func(r deployments.Record) bool { return policy.IsOrphaned(r) })
-	if next := policy.Unblock(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || policy.Refusal("resume", r) == "" {
-		t.Errorf("%q, and resume is refused by %q", next, policy.Refusal("resume", r))
+	if next := message.RolloutHint(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || !policy.IsOrphaned(r) {
+		t.Errorf("%q, and it is orphaned: %v", next, policy.IsOrphaned(r))
 	}
 	m.at(o.Push(map[string]string{"README.md": "x"}))
 

@@ -10,7 +10,6 @@ import (
 	"strings"
 
 	"kedge/deployments"
-	"kedge/policy"
 	"kedge/sync/fleet"
 )
 
@@ -327,9 +326,9 @@ func (p *builder) node(f *fleet.Fleet, u *fleet.Unit, name string) error {
 	return nil
 }
 
-func unblock(s policy.Step) markup {
-	if s.Unblock == "" {
+func unblock(s fleet.Step) markup {
+	if s.Hint == "" {
 		return ""
 	}
-	return render(`<br/><span class="warn">to change it:</span> %s`, s.Unblock)
+	return render(`<br/><span class="warn">to change it:</span> %s`, s.Hint)
 }

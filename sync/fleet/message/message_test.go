@@ -1,4 +1,4 @@
-package fleet
+package message
 
 import (
 	"go/ast"
@@ -14,7 +14,7 @@ import (
 
 // Every reason code has words for people, with and without its facts, and whatever the facts hold is one clean line.
 func TestEveryReasonHasWords(t *testing.T) {
-	source, err := os.ReadFile("../../deployments/reason.go")
+	source, err := os.ReadFile("../../../deployments/reason.go")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,33 +42,33 @@ func TestEveryReasonHasWords(t *testing.T) {
 	for name := range all {
 		all[name] = "evil\x1b[31m\nline"
 	}
-	for _, pattern := range words {
+	for _, pattern := range texts {
 		for _, name := range placeholder.FindAllStringSubmatch(pattern, -1) {
 			all[name[1]] = "evil\x1b[31m\nline"
 		}
 	}
 	for code := range known {
-		if words[code] == "" && Message(code, nil) == string(code) {
-			t.Errorf("%s has no words: add them to words, or to those of a rollout in policy", code)
+		if texts[code] == "" && Text(code, nil) == string(code) {
+			t.Errorf("%s has no words: add them to texts, or to rolloutText", code)
 		}
-		bare, full := Message(code, nil), Message(code, all)
+		bare, full := Text(code, nil), Text(code, all)
 		for _, text := range []string{bare, full} {
 			if text == "" || strings.ContainsAny(text, "{}\x1b\n") || strings.HasSuffix(text, ": ") {
 				t.Errorf("%s: %q", code, text)
 			}
 		}
-		if len(placeholder.FindAllString(words[code], -1)) > 0 && !strings.Contains(full, "evil") {
+		if len(placeholder.FindAllString(texts[code], -1)) > 0 && !strings.Contains(full, "evil") {
 			t.Errorf("%s leaves its facts out: %q", code, full)
 		}
 	}
-	for code := range words {
+	for code := range texts {
 		if !known[code] {
-			t.Errorf("words has %q, which is no reason", code)
+			t.Errorf("texts has %q, which is no reason", code)
 		}
 	}
 }
 
-func TestMessage(t *testing.T) {
+func TestText(t *testing.T) {
 	for want, c := range map[string]struct {
 		reason deployments.Reason
 		facts  deployments.Facts
@@ -80,7 +80,7 @@ func TestMessage(t *testing.T) {
 		"FromTheFuture: boom":                    {"FromTheFuture", deployments.Facts{"error": "boom"}},
 		"pinned by {by} (a [b] {name})":          {deployments.ReasonPinned, deployments.Facts{"by": "{by}", "reason": "a [b] {name}"}},
 	} {
-		if got := Message(c.reason, c.facts); got != want {
+		if got := Text(c.reason, c.facts); got != want {
 			t.Errorf("%s: %q, want %q", c.reason, got, want)
 		}
 	}

@@ -1,0 +1,209 @@
+package message
+
+import (
+	"cmp"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+)
+
+// Decision says in one line why a node runs what it runs: the reason of a policy.Decision, with its facts.
+func Decision(reason deployments.Reason, f deployments.Facts) string {
+	from := origin(f)
+	switch reason {
+	case deployments.ReasonPinned, deployments.ReasonHeld:
+		return oneLine(cmp.Or(f["pin"], "pin") + pinStory(f))
+	case deployments.ReasonInvalidPin:
+		return "the " + oneLine(cmp.Or(f["pin"], "pin")) + " doesn't parse, so nothing changes"
+	case deployments.ReasonNoRecord:
+		if f["pin"] != "" {
+			return "the " + oneLine(f["pin"]) + " is for a unit without a record, so nothing changes"
+		}
+	case deployments.ReasonInvalidRecord:
+		return "the record doesn't parse, so nothing changes"
+	case deployments.ReasonTarget, deployments.ReasonAdmitted:
+		return from
+	case deployments.ReasonRunsTarget:
+		return from + ", whose release this node runs already"
+	case deployments.ReasonStable:
+		return "the stable release, until this node is admitted to the one of " + from
+	case deployments.ReasonNotAdmitted:
+		return "waits to be admitted to the release of " + from
+	case deployments.ReasonSuperseded:
+		return "stays on what it runs, of a rollout that was replaced, until it is admitted to the release of " + from
+	case deployments.ReasonAwaitingRollback:
+		return "the rollout of " + from + " is being rolled back, and this node's turn has yet to come"
+	case deployments.ReasonRolledBack:
+		if f["release"] == "" {
+			return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
+		}
+		return "the stable release, as the one of " + from + rolledBack(f)
+	case deployments.ReasonStableQuarantined:
+		if f["phase"] == "" {
+			return "stays on what it runs, as the stable release failed on this node, until it is admitted to the release of " + from
+		}
+	case deployments.ReasonSourceNotAllowed:
+		return "the release may not be used on this node"
+	}
+	return Text(reason, f)
+}
+
+// Trace puts the chain of a decision about a unit on a node in words.
+func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deployments.StepStatus {
+	trace := make([]deployments.StepStatus, len(steps))
+	for i, s := range steps {
+		says, hint := Step(id, node, s.What, s.Reason, s.Facts)
+		trace[i] = deployments.StepStatus{What: s.What, Says: says, Reason: s.Reason, Facts: s.Facts,
+			Decides: s.Decides, Blocks: s.Blocks, Hint: hint}
+	}
+	return trace
+}
+
+// Step says what one step of a decision's chain came to, and what an operator can do about it; hint is empty if there
+// is nothing. id and node are those that the decision is about.
+func Step(id deployments.UnitID, node, what string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	switch what {
+	case "record":
+		return recordStep(id, reason, f)
+	case "rollout":
+		return rolloutStep(id, reason, f)
+	case "admission":
+		return admissionStep(id, node, reason, f)
+	case "bounds":
+		return oneLine(f["error"]), Hint(id, node, deployments.ReasonSourceNotAllowed)
+	case "quarantine":
+		return quarantineStep(id, reason, f)
+	}
+	if strings.HasSuffix(what, "pin") {
+		return pinStep(id, node, what, reason, f)
+	}
+	return Text(reason, f), ""
+}
+
+func pinStep(id deployments.UnitID, node, what string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	if what != "node pin" {
+		node = ""
+	}
+	unpin := "kedge unpin " + scopeArgs(id, node)
+	says = oneLine(cmp.Or(f["release"], "hold") + pinStory(f))
+	switch reason {
+	case "":
+		return "none", ""
+	case deployments.ReasonInvalidPin:
+		return oneLine(f["key"] + ": " + f["error"]), "write it anew, or remove it: " + unpin
+	case deployments.ReasonPinPaced:
+		return says + ": the mirror rolls it out, within max_unavailable",
+			"at once on every node: kedge pin " + id.String() + " " + f["release"] + " --at-once"
+	case deployments.ReasonExpired:
+		return says + ": it has ended", ""
+	case deployments.ReasonOutranked:
+		return says + ": the " + oneLine(f["outranked_by"]) + " goes before it", ""
+	case deployments.ReasonHeld:
+		return says + ": keeps what runs", unpin
+	}
+	return says, unpin
+}
+
+func recordStep(id deployments.UnitID, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	switch reason {
+	case deployments.ReasonNoRecord:
+		return "none", Hint(id, "", reason)
+	case deployments.ReasonInvalidRecord:
+		return oneLine(f["key"] + ": " + f["error"]), Hint(id, "", reason)
+	}
+	says = f["release"] + ", written by hand"
+	if f["commit"] != "" {
+		says = f["release"] + " of " + origin(f)
+	}
+	if f["generation"] != "" {
+		says += ", generation " + f["generation"]
+	}
+	if f["orphaned"] != "" {
+		says += "; orphaned: its file is no longer in Git"
+	}
+	if f["outranked_by"] != "" {
+		says += ": the " + f["outranked_by"] + " goes before it"
+	}
+	return oneLine(says), ""
+}
+
+func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	p := &deployments.Progress{Phase: deployments.Phase(f["phase"]), Reason: reason, Facts: f, Message: f["message"],
+		Forced: f["forced"] != ""}
+	if f["baking"] != "" {
+		p.HealthySince = time.Unix(0, 0) // any will do
+	}
+	if f["outranked_by"] == "" {
+		hint = RolloutHint(id, deployments.Record{Rollout: p})
+	}
+	return Progress(p), hint
+}
+
+func admissionStep(id deployments.UnitID, node string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	pin := "kedge pin " + id.String() + " "
+	waits := "wait for its turn, or at once on this node: " + pin + f["target"] + " --node " + node
+	switch reason {
+	case deployments.ReasonTarget:
+		return "every node", ""
+	case deployments.ReasonAdmitted:
+		return "admitted", ""
+	case deployments.ReasonRejoined:
+		return "was away, and stays on what it runs until its turn", ""
+	case deployments.ReasonRolledBack:
+		return oneLine("runs stable: " + cmp.Or(f["release"], "none")), ""
+	case deployments.ReasonStableQuarantined:
+		if f["phase"] != "" {
+			return oneLine("stays on what it runs, as stable failed here: " + f["release"]),
+				"push a better release, or on this node alone: " + pin + "POINTER --node " + node
+		}
+		return oneLine("not admitted yet, and stable failed here: " + f["release"]), waits
+	case deployments.ReasonNotAdmitted, deployments.ReasonSuperseded:
+		return "not admitted yet", waits
+	case deployments.ReasonStable:
+		return oneLine("not admitted yet, so stable: " + f["release"]), waits
+	}
+	return Text(reason, f), ""
+}
+
+func quarantineStep(id deployments.UnitID, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+	switch {
+	case reason == "":
+		return "none", ""
+	case f["named_by"] == "":
+		return oneLine(f["release"] + " failed on this node, and isn't tried again by itself"), Hint(id, "", reason)
+	case f["pinned"] != "":
+		hint = "before you unpin, name another release in Git"
+	}
+	return oneLine(f["release"] + ", which the record names, failed on this node"), hint
+}
+
+// pinStory is who pinned, until when and why, to follow what the pin names.
+func pinStory(f deployments.Facts) string {
+	story := ""
+	if f["by"] != "" {
+		story += " by " + f["by"]
+	}
+	if f["until"] != "" {
+		story += " until " + minute(f["until"])
+	}
+	if f["reason"] != "" {
+		story += " (" + f["reason"] + ")"
+	}
+	return story
+}
+
+// origin says who wrote a record.
+func origin(f deployments.Facts) string {
+	if f["commit"] == "" {
+		return "a record written by hand"
+	}
+	return "Git commit " + oneLine(f["commit"])
+}
+
+func rolledBack(f deployments.Facts) string {
+	if deployments.Phase(f["phase"]) == deployments.PhaseRollingBack {
+		return " is being rolled back"
+	}
+	return " was rolled back"
+}

@@ -1,0 +1,61 @@
+package message
+
+import "kedge/deployments"
+
+// Hint says what an operator can do about a reason, with the command to type; empty: it goes on by itself, or
+// nothing can be done from here. node is empty if the reason is the whole unit's.
+func Hint(id deployments.UnitID, node string, reason deployments.Reason) string {
+	unit := id.String()
+	switch reason {
+	case deployments.ReasonFrozen:
+		return "wait, or let it go on within the freeze: kedge promote " + unit
+	case deployments.ReasonOrphaned:
+		return "put " + unit + ".yaml back into Git, or pin what is to run: kedge pin " + unit + " POINTER"
+	case deployments.ReasonBaking:
+		return "wait, or let the rest go at once: kedge promote " + unit
+	case deployments.ReasonAwaitingApproval:
+		return "kedge promote " + unit + ", or kedge abort " + unit
+	case deployments.ReasonPaused:
+		return "kedge resume " + unit + ", or kedge abort " + unit
+	case deployments.ReasonAborted, deployments.ReasonTooManyFailed:
+		return "push a better release, or try this one again: kedge retry " + unit
+	case deployments.ReasonQuarantined:
+		return "name another release in Git, or kedge retry " + unit
+	case deployments.ReasonAllPinned, deployments.ReasonPinned, deployments.ReasonHeld:
+		return "kedge unpin " + scopeArgs(id, node)
+	case deployments.ReasonInvalidPin:
+		return "write it anew, or remove it: kedge unpin " + scopeArgs(id, node)
+	case deployments.ReasonNoLiveNodes, deployments.ReasonGone:
+		return "see whether the machine, its agent and its Consul agent run"
+	case deployments.ReasonNoRecord:
+		return "add " + unit + ".yaml to the deployments repo, or put a pointer at desired/" + unit
+	case deployments.ReasonInvalidRecord:
+		return "the mirror, where one runs, writes it anew; else write it by hand"
+	case deployments.ReasonNotAdmitted, deployments.ReasonStable, deployments.ReasonSuperseded:
+		if node == "" {
+			return ""
+		}
+		return "wait for its turn, or at once on this node: kedge pin " + unit + " POINTER --node " + node
+	case deployments.ReasonSourceNotAllowed:
+		return "publish to an allowed place, or extend sources in the agent's configuration"
+	case deployments.ReasonUnsigned:
+		return "sign it with a key that this node trusts: kedge publish --sign KEYFILE"
+	case deployments.ReasonAgentTooOld:
+		return "upgrade kedge on this node"
+	case deployments.ReasonUnproven:
+		return "change the release in Git, or pin it: kedge pin " + unit + " POINTER"
+	case deployments.ReasonOlderThanFloor:
+		return "publish the old tree anew, as a new version; or start the agent with --allow-older-pins"
+	case deployments.ReasonDiskFull:
+		return "make room on the node: it tries again by itself"
+	}
+	return ""
+}
+
+// scopeArgs are the arguments that name a unit, or one node of it, to a command.
+func scopeArgs(id deployments.UnitID, node string) string {
+	if node == "" {
+		return id.String()
+	}
+	return id.String() + " --node " + node
+}

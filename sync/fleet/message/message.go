@@ -1,0 +1,219 @@
+// Package message puts reasons, rollouts and decisions in words for people, with the command lines that they may
+// type. It is the one place where that is done: what decides knows codes and facts alone.
+package message
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"kedge/deployments"
+)
+
+// texts are what people read for each reason. {name} stands for a fact; what stands in brackets is left out if one
+// of its facts is missing.
+var texts = map[deployments.Reason]string{
+	// of a rollout
+	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][ ({reason})]",
+	deployments.ReasonBaking:           "[{who} ]bake[ until {until}]",
+	deployments.ReasonAwaitingReports:  "[{who} ]have baked, and have yet to say how they are now",
+	deployments.ReasonBakingAgain:      "the bake begins anew when all are well again",
+	deployments.ReasonAwaitingApproval: "the canaries are well: waits for promote",
+	deployments.ReasonAborted:          "aborted by an operator",
+	deployments.ReasonPromoted:         "promoted by an operator",
+	deployments.ReasonResumed:          "resumed by an operator",
+	deployments.ReasonFreezeEnded:      "goes on after a freeze",
+	deployments.ReasonConverged:        "every node converged",
+	deployments.ReasonEveryNode:        "every node at once",
+	deployments.ReasonFirstRelease:     "first release: every node at once",
+	deployments.ReasonRunsAlready:      "every node runs it, or did so last",
+	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
+	deployments.ReasonNodesMissing:     "[{live} of {known} ]known nodes are there: waits for the others",
+	deployments.ReasonUnaware:          "[node {node} ]is well, and has yet to notice that it was admitted",
+	deployments.ReasonNothingToGoBack:  "there is nothing to go back to",
+	deployments.ReasonOrphaned:         "its file is no longer in Git, so it stands where it is",
+
+	// of a refused order
+	deployments.ReasonUnknownOrder:    "it is none of promote, pause, resume, abort, retry",
+	deployments.ReasonNotSeenYet:      "the rollout that it was given for was replaced by one that nobody has seen yet",
+	deployments.ReasonNothingUnderWay: "no rollout is under way",
+	deployments.ReasonNotPaused:       "the rollout is not paused",
+	deployments.ReasonRollingAlready:  "it goes on already",
+
+	// of a node
+	deployments.ReasonNoRecord:           "there is no record, so nothing changes",
+	deployments.ReasonInvalidRecord:      "the record doesn't parse, so nothing changes[: {error}]",
+	deployments.ReasonInvalidPin:         "the pin doesn't parse, so nothing changes[: {key}][: {error}]",
+	deployments.ReasonPinned:             "pinned[ by {by}][ until {until}][ ({reason})]",
+	deployments.ReasonHeld:               "held[ by {by}][ until {until}][ ({reason})]",
+	deployments.ReasonTarget:             "the record's target[ of Git commit {commit}][, generation {generation}]",
+	deployments.ReasonAdmitted:           "admitted to the target[ of Git commit {commit}]",
+	deployments.ReasonRunsTarget:         "not admitted, but it runs the target already",
+	deployments.ReasonStable:             "the stable release, until this node is admitted to the target",
+	deployments.ReasonNotAdmitted:        "not admitted to the target yet",
+	deployments.ReasonRejoined:           "this node was away: it stays on what it runs until its turn",
+	deployments.ReasonAwaitingRollback:   "stays on what it runs until its turn to go back",
+	deployments.ReasonStableQuarantined:  "the stable release failed on this node: it stays on what it runs",
+	deployments.ReasonPinPaced:           "the mirror rolls the pin out, within max_unavailable",
+	deployments.ReasonExpired:            "the pin has ended",
+	deployments.ReasonOutranked:          "[the {outranked_by} ]goes before it",
+	deployments.ReasonSuperseded:         "stays on what it runs, of a rollout that was replaced, until it is admitted",
+	deployments.ReasonSourceNotAllowed:   "its sources don't allow this place[: {url}]",
+	deployments.ReasonUnsigned:           "no trusted key has signed the release[: {error}]",
+	deployments.ReasonDigestMismatch:     "the content doesn't match its digest[: {error}]",
+	deployments.ReasonOlderThanFloor:     "older than the release that this node settled on[: {error}]",
+	deployments.ReasonCreatedAhead:       "the release says that it was made ahead of this node's clock[: {created}][; older ones count from {settled}]",
+	deployments.ReasonAgentTooOld:        "this agent is too old for the record[: it needs format level {needs}]",
+	deployments.ReasonOldGeneration:      "the record is older than one that this node acted on[: {generation} after {acted_on}]",
+	deployments.ReasonUnproven:           "a bare pointer beside a running mirror: waits until the mirror has written",
+	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
+	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
+	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",
+	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
+	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
+	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
+	deployments.ReasonGone:               "its agent is away[: {error}]",
+	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
+}
+
+// Text puts a reason and its facts in words, in one line. A reason that a newer kedge wrote, and that has no words
+// here, is shown as its code with its error.
+func Text(reason deployments.Reason, facts deployments.Facts) string {
+	text := ""
+	if pattern, known := texts[reason]; known {
+		text = optional.ReplaceAllStringFunc(pattern, func(part string) string {
+			return fill(part[1:len(part)-1], facts)
+		})
+	} else if text = rolloutText(reason, facts); text == "" {
+		text = string(reason)
+		if facts["error"] != "" {
+			text += ": " + facts["error"]
+		}
+	}
+	if facts["stable"] == "none" {
+		text += "; there is nothing to go back to"
+	}
+	if text = oneLine(text); text == "" {
+		return oneLine(string(reason))
+	}
+	return text
+}
+
+var (
+	optional    = regexp.MustCompile(`\[[^][]*\]`)
+	placeholder = regexp.MustCompile(`\{([a-z_]+)\}`)
+)
+
+// fill puts facts in their places; empty: one is missing. A time is shown in minutes, in UTC.
+func fill(part string, facts deployments.Facts) string {
+	complete := true
+	text := placeholder.ReplaceAllStringFunc(part, func(name string) string {
+		value := facts[strings.Trim(name, "{}")]
+		complete = complete && value != ""
+		return minute(value)
+	})
+	if !complete {
+		return ""
+	}
+	return text
+}
+
+// minute shows a fact that is a time to the minute, in UTC, and any other as it is.
+func minute(fact string) string {
+	t, err := time.Parse(time.RFC3339, fact)
+	if err != nil {
+		return fact
+	}
+	return t.UTC().Format("2006-01-02 15:04Z")
+}
+
+// rolloutText has the reasons of rollouts and orders whose words depend on what a fact says; empty: it is none of these.
+func rolloutText(reason deployments.Reason, f deployments.Facts) string {
+	switch reason {
+	case deployments.ReasonCanary:
+		if f["admitted"] == "" {
+			return "canaries go first"
+		}
+		return f["admitted"] + " of " + plural(f["of"], "canary", "canaries") + " admitted"
+	case deployments.ReasonRolling:
+		if f["admitted"] == "" {
+			return "rolling out"
+		}
+		return f["admitted"] + " of " + f["of"] + " nodes admitted"
+	case deployments.ReasonTooManyFailed:
+		return fmt.Sprintf("%s of %s nodes failed (%s: %s), at most %s may",
+			f["failed"], f["of"], f["node"], failure(f), f["limit"])
+	case deployments.ReasonForced:
+		if f["starts"] != "" {
+			return "started within a freeze by an operator"
+		}
+		return "goes on within a freeze by an operator"
+	case deployments.ReasonRetried:
+		if f["ended"] != "" {
+			return "tried once more where it failed"
+		}
+		return "tried once more by an operator"
+	case deployments.ReasonPaused:
+		return "paused by an operator"
+	case deployments.ReasonNoLiveNodes:
+		if f["known"] == "" || f["known"] == "0" {
+			return "waits for a node: none is known"
+		}
+		return "all of its " + f["known"] + " nodes are gone"
+	case deployments.ReasonReplacedTooOften:
+		if f["paused"] != "" {
+			return "replaced too often while it is paused: resume it first"
+		}
+		return "replaced too often: all nodes go to stable first"
+	case deployments.ReasonRollingBack:
+		if f["order"] == "retry" {
+			return "the release is being rolled back: retry when that is done"
+		}
+		return "the release is being rolled back: push another, or retry when that is done"
+	case deployments.ReasonRolledBack:
+		if f["pin"] != "" {
+			return "it was so before the pin"
+		}
+		return "the release is rolled back: push another, or retry"
+	case deployments.ReasonPausedAlready:
+		if f["order"] == "promote" {
+			return "the rollout is paused: resume it first"
+		}
+		return "it is paused already"
+	}
+	return ""
+}
+
+// failure is why one node failed.
+func failure(f deployments.Facts) string {
+	switch cause, text := deployments.Reason(f["cause"]), f["error"]; {
+	case cause == deployments.ReasonGone:
+		return "gone while it switched"
+	case cause == deployments.ReasonNotInTime:
+		return "not converged in time, " + text
+	case cause == deployments.ReasonUnhealthy && text == "":
+		return "its health checks fail"
+	default:
+		return text
+	}
+}
+
+func plural(n, one, many string) string {
+	if n == "1" {
+		return "1 " + one
+	}
+	return n + " " + many
+}
+
+// oneLine is a text without line breaks, control characters and runs of blanks: a terminal or a page shows it as it is.
+func oneLine(s string) string {
+	clean := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	return strings.Join(strings.Fields(clean), " ")
+}

@@ -1,0 +1,85 @@
+package message
+
+import (
+	"strings"
+
+	"kedge/deployments"
+)
+
+// Transition says why a rollout moved, or stands where it does.
+func Transition(reason deployments.Reason, facts deployments.Facts) string {
+	switch reason { // mean a node's state elsewhere
+	case "":
+		return ""
+	case deployments.ReasonUnhealthy:
+		return "a canary is no longer well"
+	case deployments.ReasonPinned:
+		return "a pin goes to its nodes"
+	}
+	return Text(reason, facts)
+}
+
+// Phase is a phase in a word or two.
+func Phase(p deployments.Phase) string {
+	if p == deployments.PhaseRollingBack {
+		return "going back"
+	}
+	return oneLine(string(p))
+}
+
+// Rollout says why a rollout stands where it does; empty: nothing is known.
+func Rollout(p *deployments.Progress) string {
+	reason, facts := p.Reason, p.Facts
+	prefix := ""
+	if reason == deployments.ReasonOrphaned {
+		prefix = Text(reason, nil) + ": "
+		reason = deployments.Reason(facts["was"])
+	}
+	text := Transition(reason, facts)
+	if reason == "" {
+		text = oneLine(p.Message) // of a mirror that gave no code
+	}
+	if p.Phase == deployments.PhaseRolledBack {
+		text = strings.TrimSuffix(rolledBackPrefix+strings.TrimPrefix(text, rolledBackPrefix), ": ")
+		if n := facts["left"]; n != "" {
+			text += "; " + plural(n, "node has", "nodes have") + " yet to come back"
+		}
+	}
+	return strings.TrimSuffix(prefix+text, ": ")
+}
+
+const rolledBackPrefix = "rolled back: "
+
+// Progress is a rollout's phase, and why it stands there.
+func Progress(p *deployments.Progress) string {
+	return strings.TrimSuffix(Phase(p.Phase)+": "+strings.TrimPrefix(Rollout(p), rolledBackPrefix), ": ")
+}
+
+// RolloutHint says what an operator can do about a unit's rollout, with the command to type; empty: it goes on by
+// itself, or there is none.
+func RolloutHint(id deployments.UnitID, r deployments.Record) string {
+	p := r.Rollout
+	switch {
+	case r.Orphaned, p != nil && p.Reason == deployments.ReasonOrphaned:
+		return Hint(id, "", deployments.ReasonOrphaned)
+	case p == nil:
+		return ""
+	case p.HeldUp():
+		return Hint(id, "", deployments.ReasonFrozen)
+	}
+	switch p.Phase {
+	case deployments.PhaseCanary:
+		if !p.HealthySince.IsZero() {
+			return Hint(id, "", deployments.ReasonBaking)
+		}
+	case deployments.PhaseFrozen:
+		return "wait, or start it within the freeze: kedge promote " + id.String()
+	case deployments.PhasePendingApproval:
+		return Hint(id, "", deployments.ReasonAwaitingApproval)
+	case deployments.PhasePaused:
+		return Hint(id, "", deployments.ReasonPaused)
+	case deployments.PhaseRolledBack:
+		return Hint(id, "", deployments.ReasonAborted)
+	}
+	return ""
+}
