@@ -60,27 +60,6 @@ func (m *Mask) Text(s string) string {
 	return m.replacer.Replace(s)
 }
 
-// Error returns err with its text masked. What it wraps can still be asked for.
-func (m *Mask) Error(err error) error {
-	if err == nil || m == nil {
-		return err
-	}
-	text := err.Error()
-	masked := m.Text(text)
-	if masked == text {
-		return err
-	}
-	return &maskedError{err, masked}
-}
-
-type maskedError struct {
-	err  error
-	text string
-}
-
-func (e *maskedError) Error() string { return e.text }
-func (e *maskedError) Unwrap() error { return e.err }
-
 // maskedValues returns which of the values of variables are to be masked once m has been made of them:
 // those of a variable whose name says that it is secret, and those that go into commands. A value that
 // dest, src or the like show anyway is no secret, nor is a word that stands everywhere.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,6 +19,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/kv"
 	"kedge/sync/fleet"
 	"kedge/sync/git"
@@ -28,9 +30,14 @@ func (a *app) jsonFlag(c *cobra.Command, what string) {
 }
 
 func (a *app) printJSON(v any) error {
-	e := json.NewEncoder(a.stdout)
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
 	e.SetIndent("", "  ")
-	return e.Encode(v)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	_, err := a.stdout.Write(safetext.JSON(b.Bytes()))
+	return err
 }
 
 // filterOf reads STAGE, STAGE/ROLE or STAGE/ROLE/UNIT.

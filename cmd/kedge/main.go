@@ -20,6 +20,7 @@ import (
 	"golang.org/x/term"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/kv"
 	"kedge/kv/open"
 	"kedge/sync/fleet"
@@ -68,7 +69,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if err == nil {
 		return exitDone
 	}
-	a.tell("kedge: %v", err)
+	a.tell("kedge: %s", safetext.URLs(err.Error()))
 	var hint hintError
 	if errors.As(err, &hint) {
 		a.tell("  %s", strings.ReplaceAll(hint.hint, "\n", "\n  "))
@@ -246,9 +247,9 @@ func (a *app) logger() (*slog.Logger, error) {
 	w := forJournal(a.stderr, opt)
 	switch a.logFormat {
 	case "json":
-		return slog.New(slog.NewJSONHandler(w, opt)), nil
+		return slog.New(safetext.NewHandler(slog.NewJSONHandler(w, opt))), nil
 	case "text":
-		return slog.New(slog.NewTextHandler(w, opt)), nil
+		return slog.New(safetext.NewHandler(slog.NewTextHandler(w, opt))), nil
 	}
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }

@@ -3,8 +3,9 @@
 //
 // A command finds the agent's own environment, without what the agent must keep to itself: Consul's token and client
 // key, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials. AWS variables stay, because
-// hooks call the aws command; a command that runs as another user doesn't get AWS keys either. These are added, empty
-// where there is nothing to say:
+// hooks call the aws command. A command that runs as another user gets no variables of AWS, Consul, Vault, Google, Azure and the like
+// either (but AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR), none whose name says that it is secret, as …_TOKEN, and none whose
+// value is a URL with a password, as a proxy's. These are added, empty where there is nothing to say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name

@@ -9,6 +9,9 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -20,10 +23,24 @@ var private = []string{
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers are variables that only commands of the agent's own user get.
+// ownUsers begin the names of variables that only commands of the agent's own user get: what may open a door that the agent alone has
+// the key to. Beside these are variables whose name says that they are secret (deployments.SecretName), and those whose value is a URL
+// with a password, as a proxy's may be.
 var ownUsers = []string{
-	"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-	"AWS_CONTAINER_AUTHORIZATION_TOKEN", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "SSH_AUTH_SOCK",
+	"AWS_", "CONSUL_", "VAULT_", "NOMAD_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCE_METADATA_", "AZURE_", "ARM_", "DOCKER_", "KUBECONFIG",
+	"GIT_ASKPASS", "SSH_", "GPG_", "NETRC", "NPM_CONFIG_", "DBUS_", "XDG_RUNTIME_DIR",
+}
+
+// everyUsers are variables that begin so, and are no secrets.
+var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
+
+// isOwnUsers reports whether only commands of the agent's own user get a variable.
+func isOwnUsers(name, value string) bool {
+	if slices.Contains(everyUsers, name) {
+		return false
+	}
+	begins := func(prefix string) bool { return strings.HasPrefix(strings.ToUpper(name), prefix) }
+	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
 // environ makes a command's environment of the agent's, of another user's variables (nil: it runs as the agent does) and of env.
@@ -31,8 +48,8 @@ func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false
 	for _, kv := range agent {
-		name, _, _ := strings.Cut(kv, "=")
-		if isPrivate(name) || userVars != nil && slices.Contains(ownUsers, name) {
+		name, value, _ := strings.Cut(kv, "=")
+		if isPrivate(name) || userVars != nil && isOwnUsers(name, value) {
 			continue
 		}
 		path = path || name == "PATH"

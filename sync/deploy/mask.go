@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // maxMasked bounds the values that a unit masks; the oldest go first.
@@ -39,9 +40,31 @@ func (s *secrets) add(m *deployments.Manifest) {
 	s.mask.Store(deployments.NewMask(s.values))
 }
 
-func (s *secrets) text(t string) string   { return s.mask.Load().Text(t) }
-func (s *secrets) error(err error) error  { return s.mask.Load().Error(err) }
+// now is what masks at present; nil: there is nothing to mask.
 func (s *secrets) now() *deployments.Mask { return s.mask.Load() }
+
+// text returns a text without them, and without what is secret in URLs.
+func (s *secrets) text(t string) string { return safetext.URLs(s.now().Text(t)) }
+
+// error returns err with such a text. What it wraps can still be asked for.
+func (s *secrets) error(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	if shown := s.text(text); shown != text {
+		return &shownError{err, shown}
+	}
+	return err
+}
+
+type shownError struct {
+	err  error
+	text string
+}
+
+func (e *shownError) Error() string { return e.text }
+func (e *shownError) Unwrap() error { return e.err }
 
 // masking is a slog.Handler whose lines show no secrets.
 type masking struct {

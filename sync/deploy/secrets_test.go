@@ -9,13 +9,19 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
+	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/policy"
 )
 
@@ -220,4 +226,61 @@ func digestOfFile(t testing.TB, file string) (d deployments.Digest) {
 		t.Fatal(err)
 	}
 	return sha256.Sum256(data)
+}
+
+// What is secret in URLs shows in no line of a fetch's log, at any level, and in no error.
+func TestSignedURLsShowNowhere(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	src, sum := w.archive("1.tar", entry{name: "a", data: "1", mode: 0o644})
+	var broken atomic.Bool
+	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Query().Get("X-Amz-Signature") != "s3cret":
+			rw.WriteHeader(http.StatusForbidden)
+		case strings.HasSuffix(r.URL.Path, ".sig"):
+			rw.WriteHeader(http.StatusNotFound)
+		case strings.HasPrefix(r.URL.Path, "/away"):
+			http.Redirect(rw, r, "http://u:s3cret@away.invalid/?X-Amz-Signature=s3cret", http.StatusFound)
+		case broken.Load():
+			rw.WriteHeader(http.StatusServiceUnavailable)
+		default:
+			http.ServeFile(rw, r, w.path("objects", filepath.Base(r.URL.Path)))
+		}
+	}))
+	defer server.Close()
+	const query = "?X-Amz-Credential=x&X-Amz-Signature=s3cret"
+	var log recorder
+	c := w.config()
+	c.Log = slog.New(safetext.NewHandler(slog.NewJSONHandler(io.MultiWriter(&log, t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug})))
+	c.Objects = object.New(object.Config{Log: c.Log})
+	u, err := Open(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, src := range map[string]string{"good": server.URL + "/1.tar" + query, "gone": server.URL + "/gone.tar" + query, "away": server.URL + "/away.tar" + query,
+		"denied": server.URL + "/1.tar?X-Amz-Signature=s3cret-but-wrong", "closed": "http://127.0.0.1:1/x" + query, "here": src} {
+		text := fmt.Sprintf("src: %q\nchecksum: %s\ndest: %s\nsync_strategy: release\n", src, sum, w.dest())
+		file := w.path("objects", name+".yaml")
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		p := deployments.Pointer{URL: server.URL + "/" + name + ".yaml" + query, Digest: digestOfFile(t, file)}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		err := u.Deploy(ctx, Request{Release: p})
+		cancel()
+		if (err == nil) != (name == "good" || name == "here") || err != nil && strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	broken.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	err = u.Stage(ctx, deployments.Pointer{URL: server.URL + "/other.yaml" + query, Digest: deployments.Digest{1}})
+	if err == nil || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("broken: %v", err)
+	}
+	if text := log.String(); strings.Contains(text, "s3cret") || !strings.Contains(text, "tries again") {
+		t.Errorf("the log shows a signature, or not what is tried:\n%s", text)
+	}
 }

@@ -1,0 +1,139 @@
+// Package safetext makes text that strangers had a hand in fit to be shown: in logs, errors and JSON. It
+// hides what of a URL may be secret, bounds lengths, and takes out what controls a terminal or reorders a line.
+package safetext
+
+import (
+	"fmt"
+	"strings"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// MaxValue bounds a value in a log line, in bytes.
+const MaxValue = 4 << 10
+
+// hiddenText stands where something secret stood.
+const hiddenText = "…"
+
+// Clean returns s as one value of a log line: with URLs, Printable and Clip.
+func Clean(s string) string {
+	if len(s) > 2*MaxValue {
+		s = s[:2*MaxValue] + fmt.Sprintf("… [%d more bytes]", len(s)-2*MaxValue) // the rest costs no more work
+	}
+	return Clip(Printable(URLs(s)), MaxValue)
+}
+
+// Clip returns the first most bytes of s, and says how many were left out.
+func Clip(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	cut := most
+	for cut > 0 && !utf8.RuneStart(s[cut]) {
+		cut--
+	}
+	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
+}
+
+// Printable replaces control characters but tabs and line ends, characters that reorder or hide text, and
+// what is no UTF-8, with U+FFFD.
+func Printable(s string) string {
+	if strings.IndexFunc(s, hostile) < 0 && utf8.ValidString(s) {
+		return s
+	}
+	return strings.Map(func(r rune) rune {
+		if hostile(r) {
+			return utf8.RuneError
+		}
+		return r
+	}, s)
+}
+
+func hostile(r rune) bool {
+	return r != '\n' && r != '\t' && unseen(r)
+}
+
+// unseen reports whether a character has no picture of its own: controls, and formats such as those that
+// turn the direction of writing.
+func unseen(r rune) bool {
+	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) || r == '\u2028' || r == '\u2029'
+}
+
+// JSON returns JSON whose strings hold such characters as escapes alone. It means the same.
+func JSON(data []byte) []byte {
+	s := string(data)
+	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }
+	if strings.IndexFunc(s, odd) < 0 {
+		return data
+	}
+	out := make([]byte, 0, len(s)+64)
+	for _, r := range s {
+		switch {
+		case !odd(r):
+			out = utf8.AppendRune(out, r)
+		case r > 0xffff:
+			high, low := utf16.EncodeRune(r)
+			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
+		default:
+			out = fmt.Appendf(out, `\u%04x`, r)
+		}
+	}
+	return out
+}
+
+// URLs hides, in all URLs of a text, the user's name and password, and the values of those parameters of
+// the query that may be a signature, a token or a key.
+func URLs(s string) string {
+	if !strings.Contains(s, "://") {
+		return s
+	}
+	var out strings.Builder
+	for {
+		i := strings.Index(s, "://")
+		if i < 0 {
+			out.WriteString(s)
+			return out.String()
+		}
+		out.WriteString(s[:i+3])
+		s = s[i+3:]
+		end := strings.IndexFunc(s, func(r rune) bool { return unicode.IsSpace(r) || strings.ContainsRune("\"'`<>\\|", r) })
+		if end < 0 {
+			end = len(s)
+		}
+		out.WriteString(redact(s[:end]))
+		s = s[end:]
+	}
+}
+
+// redact is URLs for what follows "://" in one of them.
+func redact(rest string) string {
+	authority := len(rest)
+	if i := strings.IndexAny(rest, "/?#"); i >= 0 {
+		authority = i
+	}
+	if i := strings.LastIndexByte(rest[:authority], '@'); i >= 0 {
+		rest = hiddenText + rest[i:]
+	}
+	path, query, found := strings.Cut(rest, "?")
+	if !found {
+		return rest
+	}
+	parameters := strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' })
+	for i, p := range parameters {
+		if name, _, _ := strings.Cut(p, "="); secretParameter(name) {
+			parameters[i] = name + "=" + hiddenText
+		}
+	}
+	return path + "?" + strings.Join(parameters, "&")
+}
+
+func secretParameter(name string) bool {
+	name = strings.ToLower(name)
+	for _, part := range []string{"sig", "token", "secret", "pass", "pwd", "key", "credential", "auth", "code", "session", "%"} {
+		if strings.Contains(name, part) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,90 @@
+package safetext
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+func TestURLs(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"no URL: a@b?token=c":                                     "no URL: a@b?token=c",
+		"get https://user:pass@h.example/x: no":                   "get https://…@h.example/x: no",
+		`Get "https://u:p@a@h/x?X-Amz-Signature=ab&list=2": EOF`:  `Get "https://…@h/x?X-Amz-Signature=…&list=2": EOF`,
+		"two: http://a/?page=2&access_token=x and s3://b/k?sig=y": "two: http://a/?page=2&access_token=… and s3://b/k?sig=…",
+		"https://h/x?X%2DAmz%2DSignature=ab":                      "https://h/x?X%2DAmz%2DSignature=…",
+		"https://h?token=a@b/c":                                   "https://h?token=…",
+		"ends in ://":                                             "ends in ://",
+	} {
+		if got := URLs(text); got != want {
+			t.Errorf("%q gives %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"plain, ü and 漢\n\tkept": "plain, ü and 漢\n\tkept", "\x1b[31mred\x07": "\ufffd[31mred\ufffd", "a\u202eb\u200bc\u2066": "a\ufffdb\ufffdc\ufffd",
+		"\x9b1m\u009b\xff\r": "\ufffd1m\ufffd\ufffd\ufffd",
+	} {
+		if got := Printable(text); got != want || !utf8.ValidString(got) {
+			t.Errorf("%q gives %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestJSON(t *testing.T) {
+	t.Parallel()
+	in := map[string]string{"a\u202e": "b\u009b\U000E0041 ü 漢 \u2028 \x7f \x1b"}
+	data, err := json.Marshal(in)
+	if err != nil {
+		t.Fatal(err)
+	}
+	safe := JSON(data)
+	if i := bytes.IndexFunc(safe, unseen); i >= 0 {
+		t.Errorf("%q has %q", safe, safe[i:])
+	}
+	var out map[string]string
+	if err := json.Unmarshal(safe, &out); err != nil || out["a\u202e"] != in["a\u202e"] {
+		t.Errorf("%s is %q, %v", safe, out, err)
+	}
+}
+
+// Whatever is logged, a line is bounded, has no secret of a URL, and nothing that a terminal would obey.
+func TestHandler(t *testing.T) {
+	t.Parallel()
+	var b bytes.Buffer
+	hostile := strings.Repeat("x", 1<<20) + "\u202e\x1b[2J"
+	for _, next := range []slog.Handler{slog.NewJSONHandler(&b, nil), slog.NewTextHandler(&b, nil)} {
+		b.Reset()
+		log := slog.New(NewHandler(next)).With("with", "\u202e https://u:s3cret@h/").WithGroup("g")
+		log.Info("\u202e", "text", hostile, "error", errors.New("get https://h/x?X-Amz-Signature=s3cret\u009b"+hostile), "took", 3*time.Second, "n", 7,
+			"list", []string{"https://u:s3cret@h/", hostile}, slog.Group("h", "bytes", bytes.NewBufferString(hostile)))
+		line := b.String()
+		if len(line) > 8*MaxValue || strings.Contains(line, "s3cret") || bytes.IndexFunc(b.Bytes()[:b.Len()-1], unseen) >= 0 {
+			t.Errorf("%d bytes: %.300q", len(line), line)
+		}
+		for _, want := range []string{"more bytes]", "X-Amz-Signature=…", "https://…@h/"} {
+			if !strings.Contains(line, want) {
+				t.Errorf("%q is not in the line", want)
+			}
+		}
+	}
+}
+
+func FuzzClean(f *testing.F) {
+	f.Add("get https://u:p@h/x?sig=1 \u202e\x1b")
+	f.Fuzz(func(t *testing.T, s string) {
+		clean := Clean(s)
+		if len(clean) > MaxValue+64 || strings.IndexFunc(clean, hostile) >= 0 || !utf8.ValidString(clean) {
+			t.Errorf("%q gives %q", s, clean)
+		}
+	})
+}
