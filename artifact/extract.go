@@ -20,6 +20,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -35,6 +36,8 @@ const (
 	maxLevels     = 128
 	// maxNames bounds the names that are kept in memory, of directories and symbolic links: bytes.
 	maxNames = 256 << 20
+	// maxOwners bounds the names of users and groups that are kept in memory.
+	maxOwners = 1000
 	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb to a thousandth.
 	// That holds for what it decodes to, whatever is in it, and for the files, which may be sparse there.
 	maxGrowth  = 400
@@ -45,7 +48,7 @@ const (
 
 // extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at once, with no copy
 // of the archive in between. The tree may only be used when it returns nil: the checksum is known at the end.
-func extract(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+func extract(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
 	src := deployments.ShownURL(m.Src)
 	o, err := objects.Stat(ctx, m.Src)
 	if err != nil {
@@ -71,7 +74,7 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	meter := newMeter("fetch", o.Size, opt.Progress)
 	x := &extractor{ctx: ctx, root: root, symlinks: m.Symlinks, links: map[string]bool{}, dirs: map[string]*attributes{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
-		owners: os.Geteuid() == 0 && m.Owner == "" && m.Strategy != deployments.StrategyRelease}
+		owners: os.Geteuid() == 0 && m.Owner == "", allowed: owners, uids: map[string]int{}, gids: map[string]int{}}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {
 		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
@@ -125,12 +128,18 @@ type extractor struct {
 	ctx    context.Context
 	root   *os.Root
 	owners bool
+	// allowed says why an entry may not belong to somebody; nil: it may to anybody.
+	allowed func(uid, gid int) error
+	// uids and gids are users and groups that were looked up; -1: there is none of that name here.
+	uids, gids map[string]int
 	// symlinks says where symbolic links may lead.
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
 	count    int             // entries, and directories that have none
 	names    int             // bytes of the keys below
 	links    map[string]bool // symbolic links so far
+	// top are the attributes of the tree itself; nil: it has no entry.
+	top *attributes
 	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it has no entry.
 	dirs map[string]*attributes
 }
@@ -142,8 +151,50 @@ type attributes struct {
 	time     time.Time
 }
 
-func attributesOf(h *tar.Header) *attributes {
-	return &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
+// attributesOf gives what is kept of an entry. As with tar, names of owners count before numbers, where they are known here, and a
+// directory keeps set-group-id and the sticky bit.
+func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
+	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
+	if h.Typeflag == tar.TypeDir {
+		for bit, mode := range map[int64]fs.FileMode{0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
+			if h.Mode&bit != 0 {
+				a.mode |= mode
+			}
+		}
+	}
+	if !x.owners {
+		return a, nil
+	}
+	if uid := idCached(x.uids, h.Uname, lookupUser); uid >= 0 {
+		a.uid = uid
+	}
+	if gid := idCached(x.gids, h.Gname, lookupGroup); gid >= 0 {
+		a.gid = gid
+	}
+	if x.allowed != nil {
+		return a, x.allowed(a.uid, a.gid)
+	}
+	return a, nil
+}
+
+// idCached gives a name's number; -1 if it has none here. There may be as many names as entries, so that not all are kept.
+func idCached(known map[string]int, name string, lookup func(string) (string, error)) int {
+	if name == "" {
+		return -1
+	}
+	if id, ok := known[name]; ok {
+		return id
+	}
+	id := -1
+	if text, err := lookup(name); err == nil {
+		if n, err := strconv.ParseUint(text, 10, 31); err == nil {
+			id = int(n)
+		}
+	}
+	if len(known) < maxOwners {
+		known[strings.Clone(name)] = id
+	}
+	return id
 }
 
 var (
@@ -245,7 +296,10 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return fmt.Errorf("entry %q: %w", clip(name), err)
 		}
 	}
-	return nil
+	if x.top == nil {
+		return nil
+	}
+	return x.chown(".", x.top) // its mode is the manifest's dest_mode
 }
 
 // localName gives an entry's path in the tree, or why it can't have it. "" is the tree itself.
@@ -288,7 +342,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	default:
 		return fmt.Errorf("an entry of type %q: refused", h.Typeflag)
 	}
-	if h.Mode&0o6000 != 0 {
+	if h.Mode&0o4000 != 0 || h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // set-group-id of a directory gives no rights
 		return errors.New("it is setuid or setgid: refused")
 	}
 	if h.Size < 0 || h.Size > x.left {
@@ -298,11 +352,16 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	if err != nil {
 		return err
 	}
+	a, err := x.attributesOf(h)
+	if err != nil {
+		return err
+	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
 			return errors.New("the release itself as something else than a directory")
 		}
-		return nil // its mode is the manifest's dest_mode
+		x.top = a
+		return nil
 	}
 	if err := x.parents(path.Dir(name)); err != nil {
 		return err
@@ -315,7 +374,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 			return errors.Join(errors.New("a directory in the place of another entry"), err)
 		}
 		name, err := x.keep(name)
-		x.dirs[name] = attributesOf(h)
+		x.dirs[name] = a
 		return err
 	}
 	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.
@@ -341,7 +400,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if err := x.root.Symlink(h.Linkname, name); err != nil {
 			return err
 		}
-		return x.chown(name, attributesOf(h))
+		return x.chown(name, a)
 	case tar.TypeLink:
 		target, err := x.localName(h.Linkname)
 		if err != nil {
@@ -356,7 +415,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	if err := x.write(name, r); err != nil {
 		return err
 	}
-	return x.finish(name, attributesOf(h))
+	return x.finish(name, a)
 }
 
 // parents makes the directories above an entry that have none themselves, and counts them: one name may have many.

@@ -89,7 +89,7 @@ func unpackBytes(t testing.TB, name string, data []byte) (dir string, err error)
 	}
 	dir = t.TempDir()
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
-	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
+	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil)
 }
 
 func goodTar(t testing.TB) []byte {
@@ -199,53 +199,79 @@ func TestAnOldTar(t *testing.T) {
 	}
 }
 
-// An archive's owners are taken over by root alone, and not where the manifest says another, nor in releases.
+// An archive's owners are taken over by root alone, by name where the name is known here, and not where the manifest says another.
 func TestOwnersOfAnArchive(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		if testing.Short() {
-			t.Skip("takes root: left out with -short")
-		}
-		t.Fatal("giving files away takes root")
-	}
+	needRoot(t)
 	var headers []tar.Header
-	for _, h := range []tar.Header{{Typeflag: tar.TypeDir, Name: "dir/", Mode: 0o755}, file("dir/file", "x"), special(tar.TypeSymlink, "dir/link", "file")} {
+	for _, h := range []tar.Header{
+		{Typeflag: tar.TypeDir, Name: "./", Mode: 0o700}, {Typeflag: tar.TypeDir, Name: "dir/", Mode: 0o2775},
+		{Typeflag: tar.TypeDir, Name: "tmp/", Mode: 0o1777}, file("dir/file", "x"), special(tar.TypeSymlink, "dir/link", "file"),
+	} {
 		h.Uid, h.Gid = 4321, 1234
 		headers = append(headers, h)
 	}
-	data := tarOf(t, headers...)
+	named := headers[3]
+	named.Name, named.Uname, named.Gname = "named", "daemon", "nosuchgroup"
+	data := tarOf(t, append(headers, named)...)
 	path := filepath.Join(t.TempDir(), "app.tar")
 	if err := os.WriteFile(path, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
+	daemon, err := lookupUser("daemon")
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
-		strategy deployments.Strategy
-		owner    string
-		want     string
+		strategy    deployments.Strategy
+		owner       string
+		want, named string
 	}{
-		{deployments.StrategyRsync, "", "4321:1234"},
-		{deployments.StrategyRsync, "77", "77:0"},
-		{deployments.StrategyRsync, ":88", "0:88"},
-		{deployments.StrategyRelease, "", "0:0"},
+		{deployments.StrategyRsync, "", "4321:1234", daemon + ":1234"},
+		{deployments.StrategyRsync, "77", "77:0", "77:0"},
+		{deployments.StrategyRsync, ":88", "0:88", "0:88"},
+		{deployments.StrategyRelease, "", "4321:1234", daemon + ":1234"},
 	} {
 		dir := t.TempDir()
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: strings.ToUpper(digestOf(data).String()), Size: int64(len(data)), Strategy: c.strategy, Owner: c.owner}
-		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
 			t.Fatal(err)
 		}
-		for _, p := range []string{"dir", "dir/file", "dir/link"} {
+		for p, mode := range map[string]fs.FileMode{
+			".": 0, "dir": fs.ModeDir | fs.ModeSetgid | 0o775, "tmp": fs.ModeDir | fs.ModeSticky | 0o777, "dir/file": 0o644, "dir/link": 0, "named": 0o644,
+		} {
 			info, err := os.Lstat(filepath.Join(dir, p))
 			if err != nil {
 				t.Fatal(err)
 			}
+			if mode != 0 && info.Mode() != mode {
+				t.Errorf("%s has mode %s, want %s", p, info.Mode(), mode)
+			}
+			want := c.want
+			if p == "named" {
+				want = c.named
+			}
 			st := info.Sys().(*syscall.Stat_t)
-			if got := fmt.Sprintf("%d:%d", st.Uid, st.Gid); got != c.want {
-				t.Errorf("%s with owner %q: %s belongs to %s, want %s", c.strategy, c.owner, p, got, c.want)
+			if got := fmt.Sprintf("%d:%d", st.Uid, st.Gid); got != want {
+				t.Errorf("%s with owner %q: %s belongs to %s, want %s", c.strategy, c.owner, p, got, want)
 			}
 		}
 	}
+	denied := errors.New("not theirs")
+	allowed := func(uid, gid int) error {
+		if uid != 4321 || gid != 1234 {
+			return denied
+		}
+		return nil
+	}
+	for owner, want := range map[string]error{"": denied, "77": nil} {
+		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Owner: owner}
+		if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, allowed); !errors.Is(err, want) {
+			t.Errorf("with owner %q, where owners are bounded: %v", owner, err)
+		}
+	}
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Size: int64(len(data)) - 1}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}); !errors.Is(err, ErrDigest) {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, nil); !errors.Is(err, ErrDigest) {
 		t.Errorf("of another size than the manifest says: %v", err)
 	}
 }
@@ -274,7 +300,7 @@ func TestSingleFileOfASignedURL(t *testing.T) {
 	defer server.Close()
 	dir := t.TempDir()
 	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: digestOf(data).String()}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := list(t, dir); len(got) != 1 || got[0] != "my+tool" {
@@ -538,7 +564,7 @@ func TestArchiveOverABadLine(t *testing.T) {
 	t.Cleanup(server.Close)
 	dir := t.TempDir()
 	m := &deployments.Manifest{Src: server.URL + "/app.tar", Checksum: digestOf(data).String()}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := size(t, filepath.Join(dir, "noise")); got != 3<<20 {
@@ -582,7 +608,7 @@ func FuzzExtract(f *testing.F) {
 			t.Fatal(err)
 		}
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
-		err := extract(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
+		err := extract(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil)
 		if outside := list(t, outer); len(outside) != 1 {
 			t.Fatalf("it wrote outside of the tree: %q", outside)
 		}

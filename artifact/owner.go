@@ -16,26 +16,30 @@ import (
 // ownerOf resolves a manifest's owner; -1: leave it as it is.
 func ownerOf(owner string) (uid, gid int, err error) {
 	name, group, _ := strings.Cut(owner, ":")
-	uid, err = idOf(name, func() (string, error) {
-		u, err := user.Lookup(name)
-		if err != nil {
-			return "", err
-		}
-		return u.Uid, nil
-	})
+	uid, err = idOf(name, func() (string, error) { return lookupUser(name) })
 	if err == nil {
-		gid, err = idOf(group, func() (string, error) {
-			g, err := user.LookupGroup(group)
-			if err != nil {
-				return "", err
-			}
-			return g.Gid, nil
-		})
+		gid, err = idOf(group, func() (string, error) { return lookupGroup(group) })
 	}
 	if err != nil {
 		return -1, -1, fmt.Errorf("owner %q: %w", owner, err)
 	}
 	return uid, gid, nil
+}
+
+func lookupUser(name string) (uid string, err error) {
+	u, err := user.Lookup(name)
+	if err != nil {
+		return "", err
+	}
+	return u.Uid, nil
+}
+
+func lookupGroup(name string) (gid string, err error) {
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		return "", err
+	}
+	return g.Gid, nil
 }
 
 // idOf gives a number as it is, and looks up what is none. No number at all is -1.

@@ -236,7 +236,7 @@ func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Ma
 	if m.Index == nil {
 		plain := *m
 		plain.Owner, plain.Immutable = "", false // of no use here; the owner perhaps no user of this machine
-		return fill(ctx, objects, &plain, nil, dir, StageOptions{})
+		return fill(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
 	}
 	newX, err := decodeIndex(new.index)
 	if err != nil {

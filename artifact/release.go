@@ -45,6 +45,8 @@ type Releases struct {
 	// within bounds where dest may lie, and owner is who else may own the directories that lead there: see PlaceOptions.
 	within []string
 	owner  string
+	// owners is as in SwitcherConfig.
+	owners func(uid, gid int) error
 	// step is told before and after each change on disk: where tests kill. nil: nobody.
 	step func(name string)
 	// held are the directories in use; nil: none are.
@@ -101,10 +103,11 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns the Releases with rules of where dest may lie, and of who may own what leads there: see PlaceOptions.
-func (r *Releases) Bounded(within []string, owner string) *Releases {
+// Bounded returns the Releases with rules of where dest may lie, of who may own what leads there (see PlaceOptions), and of whom
+// files may belong to (see SwitcherConfig).
+func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
-	bounded.within, bounded.owner = within, owner
+	bounded.within, bounded.owner, bounded.owners = within, owner, owners
 	return &bounded
 }
 

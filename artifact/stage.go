@@ -74,7 +74,7 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, err
 	}
 	r.at("fetch")
-	index, err := fill(ctx, r.objects, m, base, staging, opt)
+	index, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
 	if err != nil {
 		return nil, errors.Join(err, abandon(err, m, staging))
 	}
@@ -197,18 +197,21 @@ func (r *Releases) base(p deployments.Pointer) *base {
 }
 
 // Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.
-func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+// owners is as in SwitcherConfig.
+func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
 	if m.Src == "" {
 		return errors.New("unpack: the manifest has commands only, and no tree")
 	}
-	if _, err := fill(ctx, objects, m, nil, dir, opt); err != nil {
+	if _, err := fill(ctx, objects, m, nil, dir, opt, owners); err != nil {
 		return fmt.Errorf("unpack into %s: %w", dir, err)
 	}
 	return syncFS(dir)
 }
 
 // fill puts m's tree into dir, and gives it its owner. It returns the tree's index.
-func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (index []byte, err error) {
+func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions,
+	owners func(uid, gid int) error,
+) (index []byte, err error) {
 	if _, _, err := ownerOf(m.Owner); err != nil { // before it fetches what it couldn't give to anybody
 		return nil, err
 	}
@@ -218,7 +221,7 @@ func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, 
 		if err := emptyDir(dir); err != nil { // a stream can't be resumed in the middle
 			return nil, err
 		}
-		if err = extract(ctx, objects, m, dir, opt); err == nil {
+		if err = extract(ctx, objects, m, dir, opt, owners); err == nil {
 			index, err = indexOfTree(ctx, dir)
 		}
 	}

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 
-	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -48,21 +47,21 @@ func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) e
 		return nil
 	}
 	part := tree + ".part"
-	if err := unpackTree(ctx, t.c.Objects, r, part, opt); err != nil {
+	if err := t.unpack(ctx, r, part, opt); err != nil {
 		return err
 	}
 	return moveDurably(part, tree)
 }
 
-// unpackTree puts r's tree into dir, which it makes anew, and syncs it.
-func unpackTree(ctx context.Context, objects *object.Client, r *Release, dir string, opt StageOptions) error {
+// unpack puts r's tree into dir, which it makes anew, and syncs it.
+func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt StageOptions) error {
 	if err := removeTree(dir); err != nil {
 		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making a directory to unpack into: %w", err)
 	}
-	if err := Unpack(ctx, objects, r.Manifest, dir, opt); err != nil {
+	if err := Unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
 		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), removeTree(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {

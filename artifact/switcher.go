@@ -54,6 +54,8 @@ type SwitcherConfig struct {
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see PlaceOptions.
 	Within []string
+	// Owners says why an archive's file may not belong to whom the archive says; nil: it may to anybody.
+	Owners func(uid, gid int) error
 	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }
@@ -64,7 +66,7 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	case m.Src == "":
 		return commandsOnly{}
 	case m.Strategy == deployments.StrategyRelease:
-		return linkSwitcher{Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner)}
+		return linkSwitcher{Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner, c.Owners)}
 	case m.Strategy == deployments.StrategyMv:
 		return moveSwitcher{treeSwitcher{c}}
 	default:

@@ -19,7 +19,8 @@ type Bounds struct {
 	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
-	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any.
+	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any. A tree's group must be one of
+	// theirs.
 	// NoCommands forbids commands, the exec health checks with them.
 	Users      []string
 	NoCommands bool
@@ -53,7 +54,8 @@ func (b Bounds) CheckSource(url string) error {
 }
 
 // Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is called where the
-// release would run, by name and number; "" is whoever the agent there runs as.
+// release would run, by name and number; "" is whoever the agent there runs as. Of ":GROUP" it gives the group's name and number and
+// its members among b.Users; nothing if that isn't known here, and is left to the nodes.
 func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func(user string) []string) error {
 	sources := []string{p.URL}
 	if m.Src != "" {
@@ -73,10 +75,14 @@ func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func
 			return err
 		}
 	}
-	if owner, _, _ := strings.Cut(m.Owner, ":"); owner != "" {
+	owner, group, _ := strings.Cut(m.Owner, ":")
+	if owner != "" {
 		if err := b.checkUser(owner, names); err != nil {
 			return fmt.Errorf("owner: %w", err)
 		}
+	}
+	if err := b.checkGroup(group, names); err != nil {
+		return fmt.Errorf("owner: %w", err)
 	}
 	commands := slices.Concat(m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure)
 	for _, c := range m.Health.Checks {
@@ -104,6 +110,21 @@ func (b Bounds) checkUser(name string, names func(string) []string) error {
 		return fmt.Errorf("it runs as the agent's own user, which is not among %s: set user", strings.Join(b.Users, ", "))
 	}
 	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
+}
+
+// checkGroup reports why a tree may not belong to a group, given by name or number.
+func (b Bounds) checkGroup(group string, names func(string) []string) error {
+	if group == "" || len(b.Users) == 0 {
+		return nil
+	}
+	known := names(":" + group)
+	if len(known) == 0 && group != "root" && group != "0" {
+		return nil
+	}
+	if slices.ContainsFunc(append(known, group), func(n string) bool { return slices.Contains(b.Users, n) }) {
+		return nil
+	}
+	return fmt.Errorf("group %s is not one of %s", group, strings.Join(b.Users, ", "))
 }
 
 // below reports whether path is dir or lies below it.

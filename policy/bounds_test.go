@@ -27,6 +27,9 @@ func TestBoundsOnManifests(t *testing.T) {
 		if user == "" {
 			return []string{"root", "0"}
 		}
+		if group, ok := strings.CutPrefix(user, ":"); ok {
+			return map[string][]string{"www": {"www", "33", "app"}, "adm": {"adm", "4"}, "0": {"root", "0"}}[group]
+		}
 		return []string{user}
 	}
 	web := Bounds{Sources: []string{"s3://acme/web"}, Dests: []string{"/srv", "/opt/kedge"}, Users: []string{"app"}}
@@ -48,6 +51,10 @@ func TestBoundsOnManifests(t *testing.T) {
 		{"a delta", web, func(m *deployments.Manifest) { m.Deltas[0].URL = "https://e/d" }, "https://e/d is not from"},
 		{"owner", web, func(m *deployments.Manifest) { m.Owner = "root" }, "owner: user root is not among app"},
 		{"a group alone", web, func(m *deployments.Manifest) { m.Owner = ":www" }, ""},
+		{"a group that none of the users is in", web, func(m *deployments.Manifest) { m.Owner = "app:adm" }, "owner: group adm is not one of app"},
+		{"root's group", web, func(m *deployments.Manifest) { m.Owner = ":0" }, "owner: group 0 is not one of app"},
+		{"root's group, where nothing of groups is known", web, func(m *deployments.Manifest) { m.Owner = ":root" }, "owner: group root is not one of app"},
+		{"a group of which nothing is known", web, func(m *deployments.Manifest) { m.Owner = ":other" }, ""},
 		{"a command's user", web, func(m *deployments.Manifest) { m.Commands.Failure = run(deployments.Command{Run: "x", User: "root"}) }, `command "x": user root is not among app`},
 		{"a command without a user", web, func(m *deployments.Manifest) { m.Commands.Success = run(deployments.Command{Run: "x"}) }, "it runs as the agent's own user, which is not among app: set user"},
 		{"the agent's own user, by number", Bounds{Users: []string{"0", "app"}}, func(m *deployments.Manifest) { m.Commands.Post = run(deployments.Command{Run: "x"}) }, ""},

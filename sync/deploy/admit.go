@@ -5,8 +5,12 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 
 	"kedge/artifact"
 	"kedge/deployments"
@@ -109,7 +113,68 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	if m.ExcludeFrom != "" && !filepath.IsLocal(m.ExcludeFrom) {
 		return fmt.Errorf("exclude_from %q leads out of the archive", m.ExcludeFrom)
 	}
-	return b.Check(r.Pointer, m, userNames)
+	return b.Check(r.Pointer, m, func(name string) []string {
+		if group, ok := strings.CutPrefix(name, ":"); ok {
+			return groupNames(group, b.Users)
+		}
+		return userNames(name)
+	})
+}
+
+// groupNames gives a group's name and number on this node, and those of users that are in it.
+func groupNames(name string, users []string) []string {
+	g, err := user.LookupGroup(name)
+	if err != nil {
+		g, err = user.LookupGroupId(name)
+	}
+	if err != nil {
+		g = &user.Group{Name: name, Gid: name}
+	}
+	names := []string{g.Name, g.Gid}
+	for _, u := range users {
+		if slices.Contains(groupsOf(u), g.Gid) {
+			names = append(names, u)
+		}
+	}
+	return names
+}
+
+// groupsOf gives the numbers of a user's groups; of one without an entry in the user database, the group of the same number.
+func groupsOf(name string) []string {
+	u, err := user.Lookup(name)
+	if err != nil {
+		u, err = user.LookupId(name)
+	}
+	if err != nil {
+		return []string{name}
+	}
+	groups, _ := u.GroupIds() // without them its own group is left
+	return append(groups, u.Gid)
+}
+
+// ownersOf says whom a tree's files may belong to, by number, where the archive says it: the bounds' users and whoever the agent
+// runs as; nil: anybody.
+func ownersOf(b policy.Bounds) func(uid, gid int) error {
+	if len(b.Users) == 0 {
+		return nil
+	}
+	uids, gids := map[string]bool{strconv.Itoa(os.Geteuid()): true}, map[string]bool{strconv.Itoa(os.Getegid()): true}
+	for _, name := range b.Users {
+		uids[name] = true
+		if u, err := user.Lookup(name); err == nil {
+			uids[u.Uid] = true
+		}
+		for _, g := range groupsOf(name) {
+			gids[g] = true
+		}
+	}
+	return func(uid, gid int) error {
+		if !uids[strconv.Itoa(uid)] || !gids[strconv.Itoa(gid)] {
+			return fmt.Errorf("it belongs to %d:%d, and the agent allows only users %s and their groups: set owner in the manifest",
+				uid, gid, strings.Join(b.Users, ", "))
+		}
+		return nil
+	}
 }
 
 // userNames gives a user's name and number on this node, and what the manifest calls it; "" is the agent's own.

@@ -548,3 +548,28 @@ func TestJournalThatCannotBeWritten(t *testing.T) {
 	w.deploy(u, two)
 	w.wantVersion("2")
 }
+
+// Bounds of users hold for a tree's group and for owners that only the archive names.
+func TestBoundedUsersOwnTheTree(t *testing.T) {
+	t.Parallel()
+	b := policy.Bounds{Users: []string{"daemon", "4321"}}
+	for owner, allowed := range map[string]bool{
+		"": true, "daemon": true, "daemon:daemon": true, "4321:4321": true, ":4321": true, "daemon:root": false, ":0": false, "daemon:1234": false, "root": false,
+	} {
+		r := &artifact.Release{Manifest: &deployments.Manifest{Src: "file:///a.tar", Dest: "/srv/app", Owner: owner}}
+		if err := bounded(b, r); (err == nil) != allowed {
+			t.Errorf("owner %q: %v", owner, err)
+		}
+	}
+	owners := ownersOf(b)
+	for ids, allowed := range map[[2]int]bool{
+		{os.Geteuid(), os.Getegid()}: true, {4321, 4321}: true, {4321, 1234}: false, {1234, 4321}: false, {1 << 32, 1 << 32}: false,
+	} {
+		if err := owners(ids[0], ids[1]); (err == nil) != allowed {
+			t.Errorf("%v: %v", ids, err)
+		}
+	}
+	if ownersOf(policy.Bounds{}) != nil {
+		t.Error("nothing is bounded, and owners are")
+	}
+}

@@ -160,9 +160,9 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	return nil
 }
 
-// asWritten is all that is known here of a node's users.
+// asWritten is all that is known here of a node's users. Of its groups nothing is.
 func asWritten(user string) []string {
-	if user == "" {
+	if user == "" || strings.HasPrefix(user, ":") {
 		return nil
 	}
 	return []string{user}
