@@ -89,7 +89,7 @@ func unpackBytes(t testing.TB, name string, data []byte) (dir string, err error)
 	}
 	dir = t.TempDir()
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
-	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil)
+	return dir, Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{})
 }
 
 func goodTar(t testing.TB) []byte {
@@ -234,7 +234,7 @@ func TestOwnersOfAnArchive(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: strings.ToUpper(digestOf(data).String()), Size: int64(len(data)), Strategy: c.strategy, Owner: c.owner}
-		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
+		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		for p, mode := range map[string]fs.FileMode{
@@ -266,12 +266,12 @@ func TestOwnersOfAnArchive(t *testing.T) {
 	}
 	for owner, want := range map[string]error{"": denied, "77": nil} {
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Owner: owner}
-		if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, allowed); !errors.Is(err, want) {
+		if err := unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, allowed); !errors.Is(err, want) {
 			t.Errorf("with owner %q, where owners are bounded: %v", owner, err)
 		}
 	}
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Size: int64(len(data)) - 1}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, nil); !errors.Is(err, ErrDigest) {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}); !errors.Is(err, ErrDigest) {
 		t.Errorf("of another size than the manifest says: %v", err)
 	}
 }
@@ -300,7 +300,7 @@ func TestSingleFileOfASignedURL(t *testing.T) {
 	defer server.Close()
 	dir := t.TempDir()
 	m := &deployments.Manifest{Src: server.URL + "/tools/my%2Btool?Signature=a/b", Checksum: digestOf(data).String()}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := list(t, dir); len(got) != 1 || got[0] != "my+tool" {
@@ -564,7 +564,7 @@ func TestArchiveOverABadLine(t *testing.T) {
 	t.Cleanup(server.Close)
 	dir := t.TempDir()
 	m := &deployments.Manifest{Src: server.URL + "/app.tar", Checksum: digestOf(data).String()}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil); err != nil {
+	if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := size(t, filepath.Join(dir, "noise")); got != 3<<20 {

@@ -574,7 +574,7 @@ func TestAManifestWithoutATree(t *testing.T) {
 	if _, err := os.Stat(releases.top()); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("it made %s: %v", releases.top(), err)
 	}
-	if err := Unpack(t.Context(), objects, &deployments.Manifest{}, t.TempDir(), StageOptions{}, nil); err == nil || !strings.Contains(err.Error(), "commands only") {
+	if err := Unpack(t.Context(), objects, &deployments.Manifest{}, t.TempDir(), StageOptions{}); err == nil || !strings.Contains(err.Error(), "commands only") {
 		t.Errorf("unpack: %v", err)
 	}
 }
@@ -704,7 +704,7 @@ func TestUnknownOwner(t *testing.T) {
 	p := publishTree(t, t.TempDir())
 	p.manifest.Owner = "nobody-here"
 	objects := object.New(object.Config{})
-	if err := Unpack(t.Context(), objects, p.manifest, t.TempDir(), StageOptions{}, nil); err == nil || !strings.Contains(err.Error(), "nobody-here") {
+	if err := Unpack(t.Context(), objects, p.manifest, t.TempDir(), StageOptions{}); err == nil || !strings.Contains(err.Error(), "nobody-here") {
 		t.Errorf("an owner that isn't there: %v", err)
 	}
 	if requests, _ := objects.Requests(); requests != 0 {

@@ -197,8 +197,12 @@ func (r *Releases) base(p deployments.Pointer) *base {
 }
 
 // Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.
-// owners is as in SwitcherConfig.
-func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
+func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
+	return unpack(ctx, objects, m, dir, opt, nil)
+}
+
+// unpack is Unpack with SwitcherConfig.Owners.
+func unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
 	if m.Src == "" {
 		return errors.New("unpack: the manifest has commands only, and no tree")
 	}

@@ -61,7 +61,7 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making a directory to unpack into: %w", err)
 	}
-	if err := Unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
+	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
 		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), removeTree(dir))
 	}
 	if err := os.Chmod(dir, r.Manifest.DestMode); err != nil {
