@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -49,11 +50,8 @@ finishes or takes back what it had begun.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conf, err := readAgentConfig(file)
-			if err != nil {
+			if err := errors.Join(err, override(&conf, cmd.Flags()), checkVariables(os.Environ())); err != nil {
 				return usageError{err}
-			}
-			if err := override(&conf, cmd.Flags()); err != nil {
-				return err
 			}
 			return a.runAgent(cmd.Context(), cmp.Or(file, defaultAgentConfig), conf)
 		},
@@ -90,7 +88,7 @@ finishes or takes back what it had begun.`,
 
 // override lays environment and flags over what the file says.
 func override(c *agentConfig, flags *pflag.FlagSet) error {
-	var firstErr error
+	var errs []error
 	text := func(name string) (string, bool) {
 		f := flags.Lookup(name)
 		if f.Changed {
@@ -116,7 +114,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 		}
 		var err error
 		if *into, err = strconv.ParseBool(v); err != nil {
-			firstErr = usagef("%s %q: want true or false", name, v)
+			errs = append(errs, fmt.Errorf("%s %q: want true or false", name, v))
 		}
 	}
 	duration := func(name string, into *time.Duration) {
@@ -126,7 +124,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 		}
 		d, err := time.ParseDuration(v)
 		if err != nil || d < 0 {
-			firstErr = usagef("%s %q: want a duration, as in 30s or 5m", name, v)
+			errs = append(errs, fmt.Errorf("%s %q: want a duration, as in 30s or 5m", name, v))
 		}
 		*into = d
 	}
@@ -155,7 +153,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	duration("start-delay", &c.StartDelay)
 	duration("verify-every", &c.VerifyEvery)
 	duration("ready-timeout", &c.ReadyTimeout)
-	return firstErr
+	return errors.Join(errs...)
 }
 
 // runAgent is the agent; file is where conf may have come from.

@@ -1,17 +1,19 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
 
 	"kedge/deployments"
 )
@@ -102,35 +104,103 @@ func readAgentConfig(file string) (agentConfig, error) {
 	if err != nil {
 		return c, fmt.Errorf("reading the agent's configuration: %w", err)
 	}
-	if err := yaml.NewDecoder(bytes.NewReader(data), yaml.Strict(), yaml.CustomUnmarshaler(durationOf)).Decode(&c); err != nil && !errors.Is(err, io.EOF) {
-		return c, configError(name, err)
-	}
-	return c, nil
+	err = decodeAgentConfig(name, data, &c)
+	return c, err
 }
 
-// configError says where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN.
-func configError(file string, err error) error {
-	var at yaml.Error
-	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {
-		return fmt.Errorf("%s: %w", file, err)
+// decodeAgentConfig reads a file's fields one by one, so that all mistakes are told and not the first alone.
+func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
+	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
+	if err != nil {
+		return configError(name, err)
 	}
-	token, says := at.GetToken(), at.GetMessage()
-	if wrong := new(yaml.TypeError); errors.As(err, &wrong) && wrong.DstType.Kind() == reflect.Bool {
-		says = fmt.Sprintf("%q: want true or false", token.Value)
-	}
-	if errors.As(err, new(*yaml.UnknownFieldError)) {
-		fields := func(yield func(string) bool) {
-			for _, f := range reflect.VisibleFields(reflect.TypeFor[agentConfig]()) {
-				if !yield(f.Tag.Get("yaml")) {
-					return
-				}
+	var errs []error
+	seen := map[string]bool{}
+	for _, document := range file.Docs {
+		var fields []*ast.MappingValueNode
+		switch body := document.Body.(type) {
+		case *ast.MappingNode:
+			fields = body.Values
+		case *ast.MappingValueNode:
+			fields = []*ast.MappingValueNode{body}
+		case nil, *ast.NullNode, *ast.CommentGroupNode:
+		default:
+			at := body.GetToken().Position
+			errs = append(errs, fmt.Errorf("%s:%d:%d: want fields, as in stage: prod", name, at.Line, at.Column))
+		}
+		for _, field := range fields {
+			key := field.Key.GetToken()
+			if seen[key.Value] {
+				errs = append(errs, fmt.Errorf("%s:%d:%d: the field %q stands twice", name, key.Position.Line, key.Position.Column, key.Value))
+				continue
+			}
+			seen[key.Value] = true
+			one := ast.Mapping(field.Start, false, field)
+			if err := yaml.NodeToValue(one, c, yaml.Strict(), yaml.CustomUnmarshaler(durationOf)); err != nil {
+				errs = append(errs, configError(name, err, key.Position))
 			}
 		}
-		if near := deployments.Nearest(token.Value, fields); near != "" {
+	}
+	return errors.Join(errs...)
+}
+
+// agentFields are the names of agent.yaml's fields.
+func agentFields(yield func(string) bool) {
+	for _, f := range reflect.VisibleFields(reflect.TypeFor[agentConfig]()) {
+		if !yield(f.Tag.Get("yaml")) {
+			return
+		}
+	}
+}
+
+// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, what the mirror
+// reads from the environment alone, and what commands of a release get.
+var otherVariables = strings.Fields(`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
+	signed_by_pgp snapshot_key git_user git_token git_token_file github_app_id github_app_installation
+	github_app_key_file github_api webhook_secret webhook_secret_file publish_to
+	release version previous digest name dest unit role step run error
+	play tools`)
+
+// checkVariables refuses variables that begin with KEDGE_ and mean nothing: a mistyped KEDGE_DEST would bound nothing.
+func checkVariables(environment []string) error {
+	known := slices.Collect(agentFields)
+	known = append(known, otherVariables...)
+	var errs []error
+	for _, variable := range environment {
+		name, _, _ := strings.Cut(variable, "=")
+		field, ours := strings.CutPrefix(name, "KEDGE_")
+		if field = strings.ToLower(field); !ours || slices.Contains(known, field) || strings.HasPrefix(field, "test_") {
+			continue
+		}
+		err := fmt.Errorf("unknown variable %s", name)
+		if near := deployments.Nearest(field, slices.Values(known)); near != "" {
+			err = fmt.Errorf("unknown variable %s: did you mean KEDGE_%s?", name, strings.ToUpper(near))
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// configError says where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN. An error without a place is
+// at the field's, if that is known.
+func configError(file string, err error, field ...*token.Position) error {
+	var at yaml.Error
+	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {
+		for _, p := range field {
+			return fmt.Errorf("%s:%d:%d: %w", file, p.Line, p.Column, err)
+		}
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	found, says := at.GetToken(), at.GetMessage()
+	if wrong := new(yaml.TypeError); errors.As(err, &wrong) && wrong.DstType.Kind() == reflect.Bool {
+		says = fmt.Sprintf("%q: want true or false", found.Value)
+	}
+	if errors.As(err, new(*yaml.UnknownFieldError)) {
+		if near := deployments.Nearest(found.Value, agentFields); near != "" {
 			says += fmt.Sprintf(": did you mean %q?", near)
 		}
 	}
-	return fmt.Errorf("%s:%d:%d: %s", file, token.Position.Line, token.Position.Column, says)
+	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
 // list splits what a flag or variable gives as a list.

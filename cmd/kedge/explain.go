@@ -24,13 +24,14 @@ import (
 func (a *app) explainCommand() *cobra.Command {
 	var stateDir string
 	c := &cobra.Command{
-		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT NODE | UNIT",
+		Use:   "explain NODE/UNIT | STAGE/ROLE/UNIT [NODE] | UNIT",
 		Short: "Why a node runs what it runs, and what would change it",
 		Long: `Prints the whole chain that decides: Git, the node's pin, the unit's pin, the record, its rollout (a freeze, canaries, a bake,
 an approval), the node's turn in it, what failed on the node, and what the node itself says against it. ">" marks the step that
 decided, "!" one that is in the way; below each that an operator can change stands how.
 
-NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name.
+NODE/UNIT, as in web-1/app, will do where only one of the node's units has that name. Without NODE it explains the first node that
+isn't as it should be, or the first of all.
 
 UNIT alone asks the agent of this machine, which needs no store: what it goes by, how old that is, and what it makes of it.
 
@@ -53,7 +54,7 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	}
 	c.Flags().StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir), "state `directory` of this machine's agent, for UNIT alone")
 	a.jsonFlag(c, "the decision")
-	return c
+	return a.completeArgs(c, wantUnit, wantNode)
 }
 
 // explain finds out what the arguments ask for.
@@ -84,15 +85,19 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		if id, err = fleet.Named(f, node, unit); err != nil {
 			return f, id, node, d, err
 		}
-	case len(args) == 1:
-		return f, id, node, d, usagef("%q: want NODE/UNIT, as in web-1/app, or STAGE/ROLE/UNIT NODE", args[0])
 	default:
-		node = args[1]
 		if id, err = deployments.ParseUnitID(args[0]); err != nil {
 			return f, id, node, d, usageError{err}
 		}
 		if f, err = a.readToExplain(ctx, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit}); err != nil {
 			return f, id, node, d, err
+		}
+		if len(args) == 2 {
+			node = args[1]
+		} else if node, err = fleet.WorstNode(f, id); err != nil {
+			return f, id, node, d, err
+		} else if !a.json {
+			a.tell("%s on %s, one of %s; another: kedge explain %s NODE", id, node, count(len(f.Units[0].Nodes), "node"), id)
 		}
 	}
 	d, err = fleet.Explain(f, id, node)

@@ -172,7 +172,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the linker would keep every exported
 	// method of every type, most of S3's client among them. That is 9 MB of the binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.CompletionOptions.HiddenDefaultCmd = true
 	f := root.PersistentFlags()
 	f.StringVar(&a.kv, "kv", os.Getenv("KEDGE_KV"), "`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)")
 	f.Lookup("kv").DefValue = "" // KEDGE_KV's value is no default to speak of
@@ -191,7 +190,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		"start":   {a.demoCommand(), a.versionCommand()},
 		"daemon":  {a.agentCommand(), a.mirrorCommand()},
 		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand(), a.importCommand(), a.bridgeCommand()},
-		"fleet":   {a.statusCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
+		"fleet":   {a.statusCommand(), a.nodeCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
 		"operate": append(a.operateCommands(), a.aclCommand()),
 	} {
 		for _, c := range commands {
@@ -199,6 +198,9 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			root.AddCommand(c)
 		}
 	}
+	root.SetCompletionCommandGroupID("start")
+	values(root, "log-format", "text", "json")
+	values(root, "log-level", "debug", "info", "warn", "error")
 	for _, c := range root.Commands() {
 		if check := c.Args; check != nil {
 			c.Args = func(cmd *cobra.Command, args []string) error {

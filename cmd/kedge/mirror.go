@@ -41,6 +41,9 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			if err != nil {
 				return err
 			}
+			if err := checkVariables(os.Environ()); err != nil {
+				return usageError{err}
+			}
 			if a.onConsul() && (c.LeaseTTL < 10*time.Second || c.LeaseTTL > 24*time.Hour) {
 				return usagef("--lease-ttl %s: Consul takes 10s to 24h", c.LeaseTTL)
 			}

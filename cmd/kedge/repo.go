@@ -93,6 +93,11 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			if err != nil {
 				return err
 			}
+			if a.json {
+				if err := a.printJSON(deployments.Problems{}); err != nil {
+					return err
+				}
+			}
 			if len(tree.Units) == 0 {
 				fmt.Fprintf(a.stderr, "%s: valid, but it has no units: there is no STAGE/ROLE/UNIT.yaml in it\n", dir)
 				return nil

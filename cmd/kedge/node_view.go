@@ -1,0 +1,37 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"kedge/deployments"
+	"kedge/sync/fleet"
+)
+
+func (a *app) nodeCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use:   "node NAME",
+		Short: "All units of one node: what runs there, and what is wrong",
+		Long: `Shows what a node runs in each of its roles, for how long, and what is wrong with it. Why it runs that is what
+kedge explain NAME/UNIT says.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := deployments.CheckSegment("node", args[0]); err != nil {
+				return usageError{err}
+			}
+			f, err := a.readToExplain(cmd.Context(), fleet.Filter{})
+			if err != nil {
+				return err
+			}
+			of, err := fleet.UnitsOf(f, args[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(of)
+			}
+			return fleet.WriteNode(a.stdout, f, of, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
+		},
+	}
+	a.jsonFlag(c, "the node")
+	return a.completeArgs(c, wantNode)
+}

@@ -1,0 +1,299 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/fleet"
+)
+
+// operateCommands are what an operator does; each is a plain write of one key.
+func (a *app) operateCommands() []*cobra.Command {
+	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
+	for verb, what := range map[string][2]string{
+		"promote": {"Let a rollout go past its canary", "also where it waits for approval; or let it pass a freeze that it waits for"},
+		"pause":   {"Stop a rollout where it is", "nodes stay on what they run, until resume or abort"},
+		"resume":  {"Let a paused rollout go on", "the failures that there are now are borne"},
+		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
+		"retry":   {"Try again a release that failed", "a rollout that was rolled back begins anew, nodes that went back try it once more"},
+	} {
+		c := &cobra.Command{
+			Use:   verb + " STAGE/ROLE/UNIT",
+			Short: what[0],
+			Long: fmt.Sprintf(`%s: %s.
+
+Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would change nothing is
+refused with the reason.
+
+The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s
+
+Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done when one comes.`, what[0], what[1], a.prefix, verb),
+			Args: cobra.ExactArgs(1),
+			RunE: a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+				return a.order(ctx, store, id, verb)
+			}),
+		}
+		a.jsonFlag(c, "what came of it")
+		commands = append(commands, a.completeArgs(c, wantUnit))
+	}
+	return commands
+}
+
+// orderWithin is how long the mirror gets to take an order while somebody waits for it.
+const orderWithin = 5 * time.Second
+
+func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) error {
+	was, err := fleet.Control(ctx, store, id, verb)
+	if err != nil {
+		return err
+	}
+	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
+	if errors.Is(err, fleet.ErrNotTaken) {
+		return hintError{inTime{err}, fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id)}
+	}
+	if err != nil {
+		return err
+	}
+	return a.done(told{Unit: id, Order: verb, Outcome: outcome}, fmt.Sprintf("%s: %s", id, outcome), fleet.Pinned(ctx, store, id))
+}
+
+// told is what an order, a pin or its end came to; the JSON of the commands that operate.
+type told struct {
+	Unit    deployments.UnitID `json:"unit"`
+	Node    string             `json:"node,omitempty"`
+	Order   string             `json:"order"`
+	Outcome string             `json:"outcome"`
+	Pin     *deployments.Pin   `json:"pin,omitempty"`
+	Notes   []string           `json:"notes"`
+}
+
+// done prints what an order came to: to a program as JSON, to a person as a line and notes below it.
+func (a *app) done(t told, line string, notes ...string) error {
+	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
+	if a.json {
+		return a.printJSON(t)
+	}
+	a.tell("%s", line)
+	for _, note := range t.Notes {
+		a.tell("  %s", note)
+	}
+	return nil
+}
+
+// inTime makes the exit code 3, as errNotConverged does.
+type inTime struct{ error }
+
+func (e inTime) Is(target error) bool { return target == errNotConverged }
+
+// onUnit opens the store and reads the unit that the first argument names.
+func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		id, err := deployments.ParseUnitID(args[0])
+		if err != nil {
+			return usageError{err}
+		}
+		store, err := a.quiet()
+		if err != nil {
+			return err
+		}
+		defer store.Close()
+		return f(cmd.Context(), store, id)
+	}
+}
+
+func (a *app) pinCommand() *cobra.Command {
+	var node, reason, by, until string
+	var force, atOnce bool
+	c := &cobra.Command{
+		Use:   "pin STAGE/ROLE/UNIT VERSION|POINTER|hold",
+		Short: "Override what Git says, for a unit or for one node of it",
+		Long: `Writes a pin. The nodes of the unit (or, with --node, that one) converge to it, and stay until the pin is removed or its
+--until has come. "hold" keeps what runs, whatever it is. Where the unit has a rollout, the mirror admits its nodes within
+max_unavailable; with --at-once, and where it has none, every node follows as soon as it sees the pin.
+
+A VERSION is looked up among the releases that the unit had; kedge history lists them.
+
+  kedge pin prod/web/app 1.4.1 --reason "incident 812" --until 2h
+  kedge pin prod/web/app s3://acme-releases/app/1.4.1/manifest.yaml@sha256:… \
+      --reason "incident 812" --until 2h
+  kedge pin prod/web/app hold --node web-3
+
+The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
+		Args: cobra.ExactArgs(2),
+	}
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		pin, err := deployments.ParsePin([]byte(args[1]))
+		version := ""
+		if err != nil {
+			if deployments.CheckSegment("version", args[1]) != nil {
+				return usageError{err}
+			}
+			pin, version = deployments.Pin{}, args[1]
+		}
+		pin.Reason, pin.By, pin.AtOnce = reason, by, atOnce || pin.AtOnce
+		if until != "" {
+			if pin.Until, err = untilOf(until, time.Now()); err != nil {
+				return err
+			}
+		}
+		return a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) (err error) {
+			if version != "" {
+				if pin.Release, err = fleet.FindRelease(ctx, store, id, version); err != nil {
+					return fmt.Errorf("pin: %w", err)
+				}
+			}
+			if !force {
+				if err := fleet.CheckRecord(ctx, store, id); err != nil {
+					return hintError{fmt.Errorf("pin: %w", err), "no node runs anything by the pin of a unit without a record; to write it all the same: --force"}
+				}
+			}
+			notes := fleet.PinNotes(ctx, store, id, node, pin.AtOnce)
+			if err := fleet.Pin(ctx, store, id, node, pin); err != nil {
+				return err
+			}
+			line := "pinned " + scope(id, node)
+			if version != "" {
+				line += " to " + pin.Release.String()
+			}
+			if reason == "" {
+				notes = append(notes, "no --reason: nobody who looks at it later knows why")
+			}
+			notes = append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node))
+			return a.done(told{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)
+		})(cmd, args)
+	}
+	f := c.Flags()
+	f.StringVar(&node, "node", "", "only this node")
+	f.StringVar(&reason, "reason", "", "why, for who looks at it later")
+	byFlag(f, &by)
+	f.BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
+	f.BoolVar(&force, "force", false, "also where the unit has no record")
+	f.StringVar(&until, "until", "", "when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
+	a.jsonFlag(c, "the pin")
+	return a.completeArgs(c, wantUnit, wantRelease)
+}
+
+func byFlag(f *pflag.FlagSet, by *string) {
+	f.StringVar(by, "by", person(), "who (default: you)")
+	f.Lookup("by").DefValue = "" // the manual is the same for everyone
+}
+
+// person is who types, for people who look at it later.
+func person() string {
+	for _, name := range []string{"SUDO_USER", "USER", "LOGNAME"} {
+		if v := os.Getenv(name); v != "" {
+			return v
+		}
+	}
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return ""
+}
+
+// untilOf reads a duration from now, also in days, or a time with its zone.
+func untilOf(s string, now time.Time) (time.Time, error) {
+	d, err := time.ParseDuration(s)
+	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {
+		var n int
+		if n, err = strconv.Atoi(days); err == nil {
+			d = time.Duration(n) * 24 * time.Hour
+		}
+	}
+	if err == nil {
+		if d <= 0 {
+			return time.Time{}, usagef("--until %q is not in the future", s)
+		}
+		return now.Add(d).UTC().Truncate(time.Second), nil
+	}
+	t, err := deployments.ParseUntil(s)
+	if err != nil {
+		return time.Time{}, usagef("--until %q: want a duration, as in 2h or 3d, or a time with its zone, as in \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z", s)
+	}
+	if !t.After(now) {
+		return time.Time{}, usagef("--until %q is in the past", s)
+	}
+	return t, nil
+}
+
+func scope(id deployments.UnitID, node string) string {
+	if node == "" {
+		return id.String()
+	}
+	return id.String() + " on " + node
+}
+
+func scopeArgs(id deployments.UnitID, node string) string {
+	if node == "" {
+		return id.String()
+	}
+	return id.String() + " --node " + node
+}
+
+func (a *app) unpinCommand() *cobra.Command {
+	var node string
+	c := &cobra.Command{
+		Use:   "unpin STAGE/ROLE/UNIT",
+		Short: "Remove a pin: back to what Git says",
+		Args:  cobra.ExactArgs(1),
+	}
+	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+		notes := fleet.PinNotes(ctx, store, id, node, false)
+		was, err := fleet.Unpin(ctx, store, id, node)
+		line, outcome := "unpinned "+scope(id, node), "unpinned"
+		switch {
+		case err != nil:
+			return err
+		case was:
+			if follows := fleet.Follows(ctx, store, id, node); follows != "" {
+				notes = append(slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }), follows)
+			}
+		default:
+			line, outcome = scope(id, node)+" was not pinned", "was not pinned"
+		}
+		return a.done(told{Unit: id, Node: node, Order: "unpin", Outcome: outcome}, line, notes...)
+	})
+	c.Flags().StringVar(&node, "node", "", "the pin of this node")
+	a.jsonFlag(c, "what came of it")
+	return a.completeArgs(c, wantUnit)
+}
+
+func (a *app) rollbackCommand() *cobra.Command {
+	var reason, by string
+	var atOnce bool
+	c := &cobra.Command{
+		Use:   "rollback STAGE/ROLE/UNIT",
+		Short: "Pin a unit to the last good release before the one that it runs",
+		Long: `Pins a unit to the last release that stood before the one that it runs now. Each node still protects itself by the release's
+health checks. Where the unit has a rollout, the mirror admits its nodes within max_unavailable, unless --at-once is given.
+
+Nodes with --signers refuse a release that is older than the one that they have settled on, unless they have --allow-older-pins: they
+keep what they run, and kedge status says so. To go back on those, publish the old tree anew, as a new version.`,
+		Args: cobra.ExactArgs(1),
+	}
+	c.RunE = a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
+		pin, err := fleet.Rollback(ctx, store, id, fleet.RollbackOptions{Reason: reason, By: by, AtOnce: atOnce})
+		if err != nil {
+			return err
+		}
+		return a.done(told{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin}, fmt.Sprintf("pinned %s to %s", id, pin.Release),
+			fleet.RunsAlready(ctx, store, id, pin.Release), "once Git says what should run: kedge unpin "+id.String())
+	})
+	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
+	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")
+	byFlag(c.Flags(), &by)
+	a.jsonFlag(c, "the pin")
+	return a.completeArgs(c, wantUnit)
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// operateStore is a store as a mirror and two nodes leave it: prod/web/app had 1.0.0, and has 1.1.0.
+func operateStore(t *testing.T) (flag string, pointers map[string]string) {
+	t.Helper()
+	dir := t.TempDir()
+	pointers = map[string]string{}
+	for version, digit := range map[string]string{"1.0.0": "1", "1.1.0": "2"} {
+		pointers[version] = "s3://b/app/" + version + "/manifest.yaml@sha256:" + strings.Repeat(digit, 64)
+	}
+	report := func(node, version string) string {
+		return `{"node": "` + node + `", "started": "2026-11-24T09:00:00Z", "ready": true, "units": {"app": {"state": "converged",
+			"running": "` + pointers[version] + `", "version": "` + version + `", "since": "2026-11-24T09:00:00Z"}}}`
+	}
+	for key, value := range map[string]string{
+		"desired/prod/web/app":      `{"target": "` + pointers["1.1.0"] + `", "generation": 2}`,
+		"history/prod/web/app/0001": `{"generation": 1, "release": "` + pointers["1.0.0"] + `"}`,
+		"history/prod/web/app/0002": `{"generation": 2, "release": "` + pointers["1.1.0"] + `"}`,
+		"status/prod/web/web-1":     report("web-1", "1.1.0"),
+		"status/prod/web/web-2":     report("web-2", "1.0.0"),
+	} {
+		path := filepath.Join(dir, key)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, folder := range []string{"pins", "control", "mirror"} {
+		if err := os.MkdirAll(filepath.Join(dir, folder, "prod", "web"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return "--kv=file://" + dir, pointers
+}
+
+// A pin by version is the pointer that the unit had by it; one that it never had lists those that it had.
+func TestPinByVersion(t *testing.T) {
+	t.Parallel()
+	store, pointers := operateStore(t)
+	out, errs, code := cli(t, "", "pin", "prod/web/app", "1.0.0", "--json", "--reason", "incident 812", store)
+	var told struct {
+		Unit, Order, Outcome string
+		Pin                  struct{ Release, Reason string }
+		Notes                []string
+	}
+	if err := json.Unmarshal([]byte(out), &told); err != nil || code != exitDone {
+		t.Fatalf("exit %d, %v: %s%s", code, err, out, errs)
+	}
+	if told.Unit != "prod/web/app" || told.Pin.Release != pointers["1.0.0"] || told.Pin.Reason != "incident 812" || told.Outcome != "pinned" {
+		t.Errorf("told is %+v", told)
+	}
+	pin, err := os.ReadFile(filepath.Join(strings.TrimPrefix(store, "--kv=file://"), "pins/prod/web/app"))
+	if err != nil || !strings.Contains(string(pin), pointers["1.0.0"]) {
+		t.Errorf("the pin is %s, %v", pin, err)
+	}
+	if _, errs, code := cli(t, "", "pin", "prod/web/app", "9.9.9", store); code != exitFailed || !strings.Contains(errs, "1.1.0") || !strings.Contains(errs, "1.0.0") {
+		t.Errorf("exit %d: %s", code, errs)
+	}
+	out, errs, code = cli(t, "", "unpin", "prod/web/app", "--json", store)
+	if code != exitDone || !strings.Contains(out, `"outcome": "unpinned"`) || errs != "" {
+		t.Errorf("exit %d: %s%s", code, out, errs)
+	}
+}
+
+// A node is shown with all its units; a unit is explained on the node that is most worth a look.
+func TestNodeAndExplainWithoutNode(t *testing.T) {
+	t.Parallel()
+	store, _ := operateStore(t)
+	out, errs, code := cli(t, "", "node", "web-2", store)
+	if code != exitDone || !strings.Contains(out, "prod/web/app") || !strings.Contains(out, "runs 1.0.0") {
+		t.Errorf("exit %d: %s%s", code, out, errs)
+	}
+	out, _, code = cli(t, "", "node", "web-2", "--json", store)
+	if code != exitDone || !strings.Contains(out, `"unit": "prod/web/app"`) {
+		t.Errorf("exit %d: %s", code, out)
+	}
+	out, errs, code = cli(t, "", "explain", "prod/web/app", store)
+	if code != exitDone || !strings.Contains(errs, "one of 2 nodes; another: kedge explain prod/web/app NODE") || !strings.Contains(out, "web-") {
+		t.Errorf("exit %d: %s%s", code, out, errs)
+	}
+}
+
+// The shell completes units, parts, nodes, releases and flags' values from what the store has.
+func TestCompletion(t *testing.T) {
+	t.Parallel()
+	store, _ := operateStore(t)
+	for line, want := range map[string]string{
+		"promote|":                      "prod/web/app",
+		"status|prod":                   "prod/web prod/web/app",
+		"wait|prod/web/":                "prod/web/app",
+		"node|web-":                     "",
+		"explain|prod/web/app|":         "",
+		"pin|prod/web/app|1":            "1.1.0 1.0.0",
+		"pin|prod/web/app|":             "1.1.0 1.0.0 hold",
+		"pin|prod/web/app|hold|--node|": "",
+		"--log-level|":                  "debug info warn error",
+		"history|staging":               "",
+		"acl|m":                         "maintenance mirror",
+		"promote|prod/web/app|":         "",
+		"unpin|prod/web/app|--node|web": "",
+	} {
+		if strings.Contains(line, "node") || strings.HasPrefix(line, "explain") {
+			want = "web-1 web-2"
+		}
+		words := strings.Split(line, "|")
+		args := append([]string{"__complete", store}, words...)
+		out, _, code := cli(t, "", args...)
+		var got []string
+		for candidate := range strings.Lines(out) {
+			if name, _, _ := strings.Cut(strings.TrimSuffix(candidate, "\n"), "\t"); name != "" && !strings.HasPrefix(name, ":") {
+				got = append(got, name)
+			}
+		}
+		if strings.Join(got, " ") != want || code != exitDone {
+			t.Errorf("%s: exit %d, %q; want %q", line, code, got, want)
+		}
+	}
+}
+
+// A program never meets null where a list may be empty.
+func TestEmptyListsInJSON(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, args := range [][]string{{"status"}, {"check", dir}} {
+		out, errs, code := cli(t, "", append(args, "--json", "--kv=file://"+dir)...)
+		if code != exitDone || !strings.Contains(out, "[]") || strings.Contains(out, "null") {
+			t.Errorf("%s: exit %d\n%s%s", args[0], code, out, errs)
+		}
+	}
+	store, _ := operateStore(t)
+	for _, args := range [][]string{{"status"}, {"history", "prod/web/app"}, {"explain", "web-1/app"}, {"node", "web-1"}, {"unpin", "prod/web/app"}} {
+		out, errs, code := cli(t, "", append(args, "--json", store)...)
+		if code != exitDone || strings.Contains(out, "null") || !json.Valid([]byte(out)) {
+			t.Errorf("%s: exit %d\n%s%s", args[0], code, out, errs)
+		}
+	}
+}
+
+// A variable that begins with KEDGE_ and means nothing is told, with what was meant.
+func TestCheckVariables(t *testing.T) {
+	t.Parallel()
+	err := checkVariables([]string{"KEDGE_DEST_=/srv", "KEDGE_STAGE=prod", "KEDGE_SOURCE=s3://b", "KEDGE_GIT_TOKEN=x", "PATH=/bin"})
+	if err == nil || !strings.Contains(err.Error(), "KEDGE_DEST_") || !strings.Contains(err.Error(), "KEDGE_SOURCE: did you mean KEDGE_SOURCES?") ||
+		strings.Contains(err.Error(), "STAGE") || strings.Contains(err.Error(), "TOKEN") {
+		t.Errorf("checkVariables says %v", err)
+	}
+}

@@ -1,0 +1,177 @@
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// Release is a release that a unit had or has, with the version that people know it by.
+type Release struct {
+	Version string
+	Pointer deployments.Pointer
+}
+
+// Releases returns the releases of a unit that the store knows, the newest first, each once: Git's, the pin's, the
+// history's, and those that nodes run. A history that may not be read is passed over.
+func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Release, error) {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil {
+		return nil, err
+	}
+	if len(f.Units) == 0 {
+		return nil, NoUnit(ctx, store, id)
+	}
+	history, err := History(ctx, store, id)
+	if err != nil && !errors.Is(err, kv.ErrDenied) {
+		return nil, err
+	}
+	u := &f.Units[0]
+	var releases []Release
+	add := func(p deployments.Pointer) {
+		if !p.IsZero() && !slices.ContainsFunc(releases, func(r Release) bool { return r.Pointer == p }) {
+			releases = append(releases, Release{u.version(p), p})
+		}
+	}
+	add(u.GitTarget())
+	if u.Record != nil {
+		add(u.Record.Target)
+	}
+	if u.Pin != nil {
+		add(u.Pin.Release)
+	}
+	for _, h := range history {
+		add(h.Release)
+		add(h.Stable)
+	}
+	for _, n := range u.Nodes {
+		add(n.Report.Running)
+	}
+	return releases, nil
+}
+
+// FindRelease returns the one release of a unit that has a version, among those that Releases knows.
+func FindRelease(ctx context.Context, store kv.Store, id deployments.UnitID, version string) (deployments.Pointer, error) {
+	releases, err := Releases(ctx, store, id)
+	if err != nil {
+		return deployments.Pointer{}, err
+	}
+	var found, versions []string
+	var pointer deployments.Pointer
+	for _, r := range releases {
+		versions = append(versions, r.Version)
+		if r.Version == version {
+			pointer, found = r.Pointer, append(found, r.Pointer.String())
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return pointer, nil
+	case len(found) > 1:
+		return pointer, fmt.Errorf("%s had several releases of version %s: name one of\n%s", id, version, strings.Join(found, "\n"))
+	case len(versions) == 0:
+		return pointer, fmt.Errorf("no release of %s is known: give its pointer, URL@sha256:HEX", id)
+	}
+	return pointer, fmt.Errorf("no release of %s is known by version %s: there are %s; or give its pointer, URL@sha256:HEX",
+		id, version, some(slices.Compact(versions)))
+}
+
+// NodeUnits is all that one node runs; the JSON of kedge node.
+type NodeUnits struct {
+	Node  string     `json:"node"`
+	Units []NodeUnit `json:"units"`
+}
+
+// NodeUnit is one unit of a node.
+type NodeUnit struct {
+	ID deployments.UnitID `json:"unit"`
+	Node
+}
+
+// UnitsOf returns the units of a node, in the fleet's order. A node that no report and no unit names is an error.
+func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
+	of := NodeUnits{Node: node, Units: []NodeUnit{}}
+	for i := range f.Units {
+		for _, n := range f.Units[i].Nodes {
+			if n.Name == node {
+				of.Units = append(of.Units, NodeUnit{f.Units[i].ID, n})
+			}
+		}
+	}
+	if len(of.Units) > 0 || slices.ContainsFunc(f.Unassigned, func(u Unassigned) bool { return u.Node == node }) {
+		return of, nil
+	}
+	_, err := Named(f, node, "")
+	return of, err
+}
+
+// WriteNode writes what a node runs: a line for each unit, and below it what is wrong.
+func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
+	p := &printer{opt: opt}
+	if len(of.Units) == 0 {
+		p.raw("No unit is meant for " + clean(of.Node) + ": its stage or its roles may be mistyped. See kedge status.")
+	}
+	rows := [][]Text{header([]string{"UNIT", "STATE", "RUNS", "FOR"})}
+	var notes []string
+	for _, n := range of.Units {
+		for i := range f.Units {
+			if u := &f.Units[i]; u.ID == n.ID {
+				row, beside := f.NodeRow(u, &n.Node)
+				row[0] = Text{u.ID.String(), Bold}
+				rows, notes = append(rows, row), append(notes, p.names(u, beside))
+			}
+		}
+	}
+	if len(rows) > 1 {
+		for i, line := range p.align("", rows) {
+			p.raw(line)
+			if i > 0 && notes[i-1] != "" {
+				p.wrap("    ", 4, notes[i-1], Warn)
+			}
+		}
+	}
+	_, err := io.WriteString(w, p.b.String())
+	return err
+}
+
+// WorstNode returns the node of a unit that is most worth a look: the first live one that hasn't converged, else the
+// first live one, else the first. A unit without nodes is an error.
+func WorstNode(f *Fleet, id deployments.UnitID) (string, error) {
+	worst, rank := "", 0
+	for _, u := range f.Units {
+		for _, n := range u.Nodes {
+			r := 1
+			switch {
+			case !n.Gone && !n.Converged:
+				r = 3
+			case !n.Gone:
+				r = 2
+			}
+			if u.ID == id && r > rank {
+				worst, rank = n.Name, r
+			}
+		}
+	}
+	if worst == "" {
+		return "", fmt.Errorf("no node of %s has reported: are the agents of %s/%s running?", id, id.Stage, id.Role)
+	}
+	return worst, nil
+}
+
+// Names returns the names of all units and of all nodes, sorted, for the completion of command lines.
+func Names(f *Fleet) (units, nodes []string) {
+	for _, u := range f.Units {
+		units = append(units, u.ID.String())
+		for _, n := range u.Nodes {
+			nodes = append(nodes, n.Name)
+		}
+	}
+	slices.Sort(nodes)
+	return units, slices.Compact(nodes)
+}
