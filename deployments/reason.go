@@ -93,8 +93,9 @@ const (
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
 	ReasonDiskFull           Reason = "DiskFull"
-	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
-	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest: unit, dest
-	ReasonGone               Reason = "Gone"       // the node's agent is away
-	ReasonNotInTime          Reason = "NotInTime"  // no answer before the deadline
+	ReasonDependency         Reason = "Dependency"   // waits for another unit: unit
+	ReasonDestInUse          Reason = "DestInUse"    // another unit has dest: unit, dest
+	ReasonTooManyUnits       Reason = "TooManyUnits" // a node leaves units of its role out: limit, left_out
+	ReasonGone               Reason = "Gone"         // the node's agent is away
+	ReasonNotInTime          Reason = "NotInTime"    // no answer before the deadline
 )

@@ -18,8 +18,11 @@ type Report struct {
 	// restart, and each time that it was cut off. 0: an agent that doesn't tell.
 	Joined uint64 `json:"joined,omitempty,string"`
 	// Ready is what /ready says: every unit of every role converged and healthy.
-	Ready bool                  `json:"ready"`
-	Units map[string]UnitReport `json:"units"`
+	Ready bool `json:"ready"`
+	// Reason is what is wrong with the node's role as a whole, with its Facts: ReasonTooManyUnits. Mostly empty.
+	Reason Reason                `json:"reason,omitempty"`
+	Facts  Facts                 `json:"facts,omitempty"`
+	Units  map[string]UnitReport `json:"units"`
 }
 
 // UnitReport is where one unit stands on one node.
@@ -77,8 +80,12 @@ func (s State) Known() bool {
 	return false
 }
 
-// MaxReport bounds a report, in bytes: many units on one node.
-const MaxReport = 256 << 10
+const (
+	// MaxReport bounds a report, in bytes: many units on one node.
+	MaxReport = 256 << 10
+	// MaxRoleUnits bounds the units of one role that a node looks after, and those of a report.
+	MaxRoleUnits = 100
+)
 
 // ParseReport reads a report. Fields that it doesn't know are passed over: agents of two versions run side by side.
 func ParseReport(value []byte) (Report, error) {
@@ -88,6 +95,9 @@ func ParseReport(value []byte) (Report, error) {
 	}
 	if err := json.Unmarshal(value, &r); err != nil {
 		return Report{}, fmt.Errorf("the report: %w", err)
+	}
+	if n := len(r.Units); n > MaxRoleUnits {
+		return Report{}, fmt.Errorf("the report names %d units, at most %d are allowed", n, MaxRoleUnits)
 	}
 	return r, nil
 }

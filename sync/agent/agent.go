@@ -129,8 +129,9 @@ type Agent struct {
 	unwritten bool
 	roles     []*role
 	units     map[deployments.UnitID]*unit
-	ready     bool   // once it was ready
-	joined    uint64 // the presence's number; 0: not known yet
+	onDisk    map[deployments.UnitID]bool // of which something is kept since before the start
+	ready     bool                        // once it was ready
+	joined    uint64                      // the presence's number; 0: not known yet
 	ctx       context.Context
 	workers   sync.WaitGroup
 }
@@ -170,7 +171,7 @@ func New(c Config) (_ *Agent, err error) {
 		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	a := &Agent{
-		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{},
+		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{}, onDisk: map[deployments.UnitID]bool{},
 		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
 		kicked: wait.NewSignal(), reportNow: wait.NewSignal(),
 		pulse: make(chan struct{}), idle: make(chan struct{}), converged: make(chan struct{}),
@@ -192,13 +193,22 @@ func New(c Config) (_ *Agent, err error) {
 	if err = moveOldFailures(c.StateDir, c.Log); err != nil {
 		return nil, err
 	}
+	for _, id := range a.unitsOnDisk() {
+		a.onDisk[id] = true
+	}
 	for _, name := range c.Roles {
 		r := newRole(c.Stage, name)
 		for _, s := range r.sources() {
-			if entries, at, ok := a.known.get(s.prefix); ok {
-				s.floors = maps.Clone(a.known.Prefixes[s.prefix].Generations)
-				s.offer(entries, fromLastKnown, at)
+			entries, at, ok := a.known.get(s.prefix)
+			if !ok {
+				continue
 			}
+			counts := a.counts(r)
+			if s.desired {
+				counts = a.records(r, entries, true)
+			}
+			s.floors = maps.Clone(a.known.Prefixes[s.prefix].Generations)
+			s.offer(s.only(entries, counts), fromLastKnown, at)
 		}
 		a.roles = append(a.roles, r)
 	}
@@ -228,11 +238,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Lock()
 	a.ctx = ctx
 	a.mu.Unlock()
-	for _, id := range a.unitsOnDisk() {
-		a.mu.Lock()
+	a.mu.Lock()
+	for id := range a.onDisk {
 		a.addUnit(id)
-		a.mu.Unlock()
 	}
+	a.mu.Unlock()
 	// What is known from before is decided before there is news: what was to be settled on isn't forgotten by a restart.
 	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
@@ -320,7 +330,8 @@ func (a *Agent) unitsOnDisk() []deployments.UnitID {
 		}
 		for _, e := range entries {
 			id := deployments.UnitID{Stage: a.c.Stage, Role: r, Unit: e.Name()}
-			if e.IsDir() && id.Check() == nil {
+			// A directory without anything in it goes: its unit never had a release.
+			if e.IsDir() && id.Check() == nil && os.Remove(unitDir(a.c.StateDir, id)) != nil {
 				ids = append(ids, id)
 			}
 		}

@@ -21,6 +21,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 		for _, s := range r.sources() {
 			if s.review(now, a.c.Log) {
 				a.unsaved = a.known.set(s.prefix, s.entries, s.floors, now) || a.unsaved
+				a.changedRecords(r, s, now)
 			}
 			if at := s.recheck; !at.IsZero() && (next.IsZero() || at.Before(next)) {
 				next = at
@@ -63,6 +64,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	for _, u := range a.units {
 		a.readmit(u)
 	}
+	a.retire()
 	a.noteConvergence()
 	for _, u := range a.units {
 		u.stamp(now)

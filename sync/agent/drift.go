@@ -156,7 +156,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	}
 	var paths []string
 	for _, d := range ds[:min(len(ds), maxDrift)] {
-		paths = append(paths, d.Path)
+		paths = append(paths, clipped(d.Path, 200))
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()

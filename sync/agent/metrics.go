@@ -57,6 +57,13 @@ func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOf
 	m.jobs.WithLabelValues(id.Role, id.Unit, string(kind), result).Inc()
 }
 
+// forget drops what is counted of a unit that is gone.
+func (m *metrics) forget(id deployments.UnitID) {
+	labels := prometheus.Labels{"role": id.Role, "unit": id.Unit}
+	m.jobs.DeletePartialMatch(labels)
+	m.seconds.DeletePartialMatch(labels)
+}
+
 func (m *metrics) reported() { m.reports.Inc() }
 
 func (m *metrics) seen(prefix string, up bool) {

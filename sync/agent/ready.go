@@ -1,10 +1,13 @@
 package agent
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"time"
+
+	"kedge/deployments"
 )
 
 // noteConvergence closes Idle and Converged, and notes that the node was ready, when the time has come.
@@ -50,12 +53,14 @@ func closeOnce(c chan struct{}) bool {
 	}
 }
 
-// unknown says which roles' records and pins aren't known, by role.
+// unknown says, by role, why not all of its records and pins are looked after.
 func (a *Agent) unknown() map[string]string {
 	why := map[string]string{}
 	for _, r := range a.roles {
 		if !r.known() {
 			why[r.name] = r.unknown()
+		} else if r.left > 0 {
+			why[r.name] = fmt.Sprintf("%d units are left out, as a node takes %d of one role", r.left, deployments.MaxRoleUnits)
 		}
 	}
 	return why
@@ -132,8 +137,11 @@ func (s standing) String() string {
 
 // oneLine makes of an error what fits into a report: one line of at most 300 bytes.
 func oneLine(err error) string {
-	s := strings.Join(strings.Fields(err.Error()), " ")
-	const limit = 300
+	return clipped(strings.Join(strings.Fields(err.Error()), " "), 300)
+}
+
+// clipped cuts a text to limit bytes.
+func clipped(s string, limit int) string {
 	if len(s) <= limit {
 		return s
 	}

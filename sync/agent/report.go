@@ -3,6 +3,8 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -38,7 +40,49 @@ func (a *Agent) Report() map[string]deployments.Report {
 			reports[id.Role].Units[id.Unit] = u.report()
 		}
 	}
+	for _, r := range a.roles {
+		report := reports[r.name]
+		if left := r.left + fitReport(&report); left > 0 {
+			report.Reason = deployments.ReasonTooManyUnits
+			report.Facts = deployments.Facts{"limit": fmt.Sprint(deployments.MaxRoleUnits), "left_out": fmt.Sprint(left)}
+		}
+		reports[r.name] = report
+	}
 	return reports
+}
+
+// maxUnitsSize bounds what the units of a report take of deployments.MaxReport, in bytes.
+const maxUnitsSize = deployments.MaxReport - 8<<10
+
+// fitReport makes a report no larger than it may be: details go first, then units, the last by name. It returns how
+// many units it left out.
+func fitReport(r *deployments.Report) (left int) {
+	size := func(name string) int {
+		data, err := json.Marshal(r.Units[name])
+		if err != nil {
+			panic("a report has no JSON") // it is plain data
+		}
+		return len(data) + len(name) + len(`"":,`)
+	}
+	names, total, sizes := slices.Sorted(maps.Keys(r.Units)), 0, map[string]int{}
+	for _, name := range names {
+		sizes[name] = size(name)
+		total += sizes[name]
+	}
+	for i := len(names) - 1; i >= 0 && total > maxUnitsSize; i-- {
+		u := r.Units[names[i]]
+		u.Drift, u.Facts, u.Why = nil, nil, ""
+		r.Units[names[i]] = u
+		was := sizes[names[i]]
+		sizes[names[i]] = size(names[i])
+		total -= was - sizes[names[i]]
+	}
+	for i := len(names) - 1; i >= 0 && (total > maxUnitsSize || i >= deployments.MaxRoleUnits); i-- {
+		delete(r.Units, names[i])
+		total -= sizes[names[i]]
+		left++
+	}
+	return left
 }
 
 // report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node that leaves in

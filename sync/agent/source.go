@@ -32,6 +32,7 @@ type source struct {
 	prefix  string
 	desired bool // records, not pins
 	entries []kv.Entry
+	seen    []kv.Entry // of pins: all that the last confirmed view had; see recount
 	from    origin
 	at      time.Time // since when entries are as they are
 	trouble error     // why the store's view may be out of date
@@ -211,6 +212,8 @@ func (s *source) find(key string) (kv.Entry, bool) {
 type role struct {
 	name          string
 	desired, pins *source
+	left          int // how many units are left out: see takeUnits
+	passed        int // how many pins are passed over, as their units have no record
 }
 
 func newRole(stage, name string) *role {
@@ -245,7 +248,7 @@ func (r *role) unknown() string {
 	return ""
 }
 
-// units are those that have a record or a pin for this node, sorted.
+// units are those that have a record, sorted.
 func (r *role) units(stage string) []deployments.UnitID {
 	var ids []deployments.UnitID
 	add := func(name string) {
@@ -254,11 +257,8 @@ func (r *role) units(stage string) []deployments.UnitID {
 			ids = append(ids, id)
 		}
 	}
-	for _, s := range r.sources() {
-		for _, e := range s.entries {
-			name, _, _ := strings.Cut(strings.TrimPrefix(e.Key, s.prefix), "/")
-			add(name)
-		}
+	for _, e := range r.desired.entries {
+		add(r.desired.unitOf(e.Key))
 	}
 	slices.SortFunc(ids, func(a, b deployments.UnitID) int { return strings.Compare(a.Unit, b.Unit) })
 	return ids

@@ -283,7 +283,7 @@ func TestMine(t *testing.T) {
 	}
 }
 
-func TestUnitsAreThoseWithRecordOrPin(t *testing.T) {
+func TestUnitsAreThoseWithRecord(t *testing.T) {
 	t.Parallel()
 	r := newRole("prod", "web")
 	r.desired.offer([]kv.Entry{{Key: "desired/prod/web/..bad"}, {Key: "desired/prod/web/app"}}, fromStore, time.Now())
@@ -292,7 +292,7 @@ func TestUnitsAreThoseWithRecordOrPin(t *testing.T) {
 	for _, id := range r.units("prod") {
 		got = append(got, id.Unit)
 	}
-	if strings.Join(got, " ") != "app base" {
+	if strings.Join(got, " ") != "app" {
 		t.Errorf("units are %q", got)
 	}
 }

@@ -247,8 +247,8 @@ func (u *unit) report() deployments.UnitReport {
 			h.generation, u.floor)
 	}
 	r := deployments.UnitReport{
-		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: s.Version, Want: u.decision.Target,
-		Why:        message.Decision(u.decision.Reason, u.decision.Facts),
+		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: clipped(s.Version, 128),
+		Want: u.decision.Target, Why: clipped(message.Decision(u.decision.Reason, u.decision.Facts), 300),
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,

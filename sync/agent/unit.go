@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -13,11 +14,13 @@ import (
 	"kedge/sync/deploy"
 )
 
-// unit is one unit on this node. All fields but the first three are guarded by Agent.mu.
+// unit is one unit on this node. All fields but the first four are guarded by Agent.mu.
 type unit struct {
 	id   deployments.UnitID
 	log  *slog.Logger
 	wake wait.Signal // asks the worker to look at its goal
+	// cancel ends the worker.
+	cancel context.CancelFunc
 
 	deploy *deploy.Unit // nil until its state could be opened
 
@@ -37,6 +40,7 @@ type desired struct {
 	key      string // the failure key: names what asks for the decision's target
 	cycle    string // the circle of units that it lies on
 	blocked  dependency
+	retired  bool // its worker ends, and what is left of it goes
 	replaced bool // another unit, which is wanted, has its dest
 	goal     goal
 }
@@ -103,7 +107,13 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observed: observed{retry: newBackoff()}}
 	u.stamp(time.Now())
 	a.units[id] = u
-	a.workers.Go(func() { a.work(a.ctx, u) })
+	var ctx context.Context
+	ctx, u.cancel = context.WithCancel(a.ctx)
+	a.workers.Go(func() {
+		defer u.cancel()
+		a.work(ctx, u)
+		a.leave(u)
+	})
 }
 
 func (u *unit) nudge() {

@@ -79,11 +79,42 @@ func (a *Agent) lacksFolder(s *source) bool {
 func (a *Agent) see(s *source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if s.accept(v, mine(s.prefix, a.c.Node), time.Now(), a.c.Log) {
-		a.unsaved = a.known.set(s.prefix, s.entries, s.floors, time.Now()) || a.unsaved
+	r := a.roleOf(s)
+	var counts func(key string) bool
+	switch {
+	case s.desired:
+		counts = a.records(r, v.Entries, v.Synced)
+	default:
+		counts = a.counts(r)
+		if v.Synced {
+			s.seen = v.Entries
+			a.notePassedOver(r, counts)
+		}
+	}
+	now := time.Now()
+	if s.accept(v, counts, now, a.c.Log) {
+		a.unsaved = a.known.set(s.prefix, s.entries, s.floors, now) || a.unsaved
+		a.changedRecords(r, s, now)
 	}
 	a.metrics.seen(s.prefix, v.Err == nil)
 	a.kick()
+}
+
+// changedRecords has the pins of a role counted anew after its records changed.
+func (a *Agent) changedRecords(r *role, s *source, now time.Time) {
+	if !s.desired {
+		return
+	}
+	a.trimFloors(r)
+	if a.recount(r, now) {
+		a.unsaved = a.known.set(r.pins.prefix, r.pins.entries, nil, now) || a.unsaved
+	}
+}
+
+// roleOf returns the role that a source is of.
+func (a *Agent) roleOf(s *source) *role {
+	i := slices.IndexFunc(a.roles, func(r *role) bool { return r.desired == s || r.pins == s })
+	return a.roles[i]
 }
 
 // useSnapshot offers a snapshot to the sources that know nothing, as long as there are any.
@@ -118,13 +149,11 @@ func (a *Agent) offerSnapshot(entries []kv.Entry) {
 	defer a.mu.Unlock()
 	for _, r := range a.roles {
 		for _, s := range r.sources() {
-			var own []kv.Entry
-			for _, e := range entries {
-				if mine(s.prefix, a.c.Node)(e.Key) {
-					own = append(own, e)
-				}
+			counts := a.counts(r)
+			if s.desired {
+				counts = a.records(r, below(entries, s.prefix), true)
 			}
-			sortEntries(own)
+			own := s.only(entries, counts)
 			if s.offer(own, fromSnapshot, time.Now()) {
 				a.c.Log.Warn("the store is away and nothing is known from before: using the snapshot", "prefix", s.prefix, "keys", len(own))
 			}

@@ -163,6 +163,11 @@ type State struct {
 	Ends deployments.Pointer
 }
 
+// Empty reports whether nothing of the unit runs, is good, is under way or has failed on this node.
+func (s State) Empty() bool {
+	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
+}
+
 // Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the health checks.
 // The unit is back on Back (zero: there was nothing to go back to), and Digest is quarantined.
 type Failed struct {

@@ -147,6 +147,9 @@ func (a *assembly) report(e kv.Entry, key kv.Key) {
 		a.bad(e.Key, err)
 		r.err = err
 	}
+	if report.Reason != "" {
+		a.bad(e.Key, errors.New(message.Text(report.Reason, report.Facts)))
+	}
 	r.units, r.agent = report.Units, report.Agent
 	a.roles[key.Role] = append(a.roles[key.Role], r)
 }
@@ -169,8 +172,12 @@ func (a *assembly) mirror(e kv.Entry) {
 // assign counts the live nodes by their agent's version, and finds those that no unit is meant for.
 func (a *assembly) assign() {
 	used := map[deployments.RoleID]bool{}
-	for id := range a.units {
-		used[id.RoleID()] = true
+	for id, u := range a.units {
+		_, bad := a.fleet.Errors[kv.DesiredKey(id)]
+		reports := func(r reporter) bool { _, ok := r.units[id.Unit]; return ok }
+		if u.Record != nil || bad || slices.ContainsFunc(a.roles[id.RoleID()], reports) {
+			used[id.RoleID()] = true
+		}
 	}
 	versions := map[string]string{} // by node: one of several roles is one node
 	for role, reporters := range a.roles {

@@ -74,6 +74,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
+	deployments.ReasonTooManyUnits:       "more units than a node takes of one role[: {left_out} are left out, {limit} are taken]",
 	deployments.ReasonGone:               "its agent is away[: {error}]",
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
 }
