@@ -58,6 +58,7 @@ func TestPinWithoutARecord(t *testing.T) {
 	a := w.start()
 	a.awaitRunning(app, one)
 	w.delete("desired/prod/web/app")
+	a.awaitState(app, deployments.StateWaiting)
 	w.put("pins/prod/web/app", two.String())
 	u := a.awaitState(app, deployments.StateInvalid)
 	if u.Reason != deployments.ReasonNoRecord || u.Running != one || w.live("app") != "1" {
