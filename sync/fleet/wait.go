@@ -216,6 +216,9 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 			all = append(all, s)
 		}
 	}
+	if m := f.Mirror; m != nil && len(all) > 0 && m.Error != "" && m.Refused == "" {
+		all = append(all, "the mirror says: "+oneLine(m.Error)) // which may be why
+	}
 	return strings.Join(all, "; "), nil
 }
 

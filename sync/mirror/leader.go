@@ -138,7 +138,7 @@ func (l *leader) loop(ctx context.Context) error {
 		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
 			again = wait.Jitter(time.Second, 0.2)
 			if conflicts++; conflicts >= conflictsTold {
-				l.tellConflict(ctx, err)
+				l.tellConflict(ctx, err, conflicts)
 			}
 		default:
 			if trouble == nil {
@@ -173,9 +173,11 @@ func (l *leader) loop(ctx context.Context) error {
 // conflictsTold is how many conflicts in a row, a second apart, are more than a watch that is late.
 const conflictsTold = 5
 
-// tellConflict says where people look that the store and its watch disagree.
-func (l *leader) tellConflict(ctx context.Context, err error) {
-	l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "error", err)
+// tellConflict says where people look that the store and its watch disagree, which is so for the nth time in a row.
+func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
+	if nth == conflictsTold || nth%60 == 0 { // a minute
+		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
+	}
 	l.tell(ctx, fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
 		"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err), time.Now())
 }
