@@ -191,7 +191,6 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	now := time.Now()
 	cells := seen.desired.cells
 	l.written.confirm(cells)
-	l.offerSnapshot(cells)
 	head := l.accept(ctx, branch, cells)
 
 	status := l.written.state
@@ -236,6 +235,10 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if err := l.write(ctx, todo.changes, status, lost, now); err != nil {
 		l.reportFailure(ctx, err, now)
 		return 0, err
+	}
+	l.written.adopt(todo.agreed, cells)
+	if l.acceptance.commit != nil && todo.whole {
+		l.offerSnapshot()
 	}
 	due, err := l.forgetDead(ctx, seen, now)
 	if err != nil {

@@ -68,7 +68,7 @@ type Config struct {
 	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources; with Trust of all.
 	// Its Objects are by default what object.New gives.
 	Releases Releases
-	// Snapshot, where set, is given the records of desired/ after they changed, by the mirror that holds the lease: for nodes that
+	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for nodes that
 	// boot while the store is away. One call at a time, the newest state; an error is logged, and it is tried again.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
 	Version  string

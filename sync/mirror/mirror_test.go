@@ -542,34 +542,3 @@ func TestStoreThatRefuses(t *testing.T) {
 	store.with.Store(nil)
 	m.at(second)
 }
-
-func TestSnapshot(t *testing.T) {
-	t.Parallel()
-	o := gittest.New(t)
-	taken := make(chan []kv.Entry, 10)
-	tries := 0
-	m := start(t, Config{Store: dirStore(t), Repo: o.Bare, Snapshot: func(_ context.Context, desired []kv.Entry) error {
-		if tries++; tries == 1 {
-			return errors.New("no storage yet")
-		}
-		taken <- desired
-		return nil
-	}})
-	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	m.runs("prod/web/app", "app/1")
-	end := time.After(20 * time.Second)
-	for {
-		select {
-		case entries := <-taken:
-			if len(entries) == 1 {
-				r, err := deployments.ParseRecord(entries[0].Value)
-				if err != nil || r.Target != pointer("app/1") {
-					t.Errorf("snapshot %+v, %v", r, err)
-				}
-				return
-			}
-		case <-end:
-			t.Fatal("no snapshot was taken")
-		}
-	}
-}

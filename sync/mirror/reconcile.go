@@ -127,6 +127,8 @@ type change struct {
 // plan is what reconcile answers.
 type plan struct {
 	changes []change // sorted by unit
+	// agreed are units that Git names, whose records this mirror found there and would write as they are.
+	agreed []deployments.UnitID
 	// whole is false if a unit has to wait, as this mirror's last write of it has yet to show, or the fleet isn't known yet.
 	whole bool
 	// again is when time alone could change the answer; zero: never.
@@ -148,6 +150,10 @@ func reconcile(in inputs) plan {
 			p.changes = append(p.changes, w)
 		case doWait:
 			p.whole = false
+		case doNothing:
+			if _, known := in.own[u.ID]; !known && ours(in.cells[u.ID].record) {
+				p.agreed = append(p.agreed, u.ID)
+			}
 		}
 	}
 	for id, c := range in.cells {

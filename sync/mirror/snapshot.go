@@ -6,7 +6,6 @@ import (
 	"strings"
 	"time"
 
-	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
 )
@@ -14,14 +13,17 @@ import (
 // snapshotEvery is how often a snapshot is written anew though nothing changed: readers bound its age.
 const snapshotEvery = time.Hour
 
-// offerSnapshot hands the records to keepSnapshot, if there is something new.
-func (l *leader) offerSnapshot(cells map[deployments.UnitID]cell) {
+// offerSnapshot hands the records that this mirror wrote, or agreed with, to keepSnapshot, if there is something new. What somebody
+// else wrote to desired/ is not to be vouched for by a signature.
+func (l *leader) offerSnapshot() {
 	if l.c.Snapshot == nil {
 		return
 	}
-	entries := make([]kv.Entry, 0, len(cells))
-	for id, c := range cells {
-		entries = append(entries, kv.Entry{Key: kv.DesiredKey(id), Value: c.value, Version: c.version})
+	entries := make([]kv.Entry, 0, len(l.written.records))
+	for id, own := range l.written.records {
+		if own.value != nil && own.vouched {
+			entries = append(entries, kv.Entry{Key: kv.DesiredKey(id), Value: own.value, Version: own.version})
+		}
 	}
 	slices.SortFunc(entries, func(a, b kv.Entry) int { return strings.Compare(a.Key, b.Key) })
 	same := func(a, b kv.Entry) bool { return a.Key == b.Key && string(a.Value) == string(b.Value) }

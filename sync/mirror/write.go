@@ -30,6 +30,9 @@ type writtenRecord struct {
 	// base is the version that the write replaced (0: none). version is that of the write, 0 until the store has shown it.
 	base, version uint64
 	at            time.Time
+	// vouched is set if a commit named the unit: it goes into the snapshot, which is signed. A record whose unit Git never
+	// named was only marked as orphaned.
+	vouched bool
 }
 
 // confirm notes which writes the store shows.
@@ -43,6 +46,15 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 			own.version = c.version
 			w.records[id] = own
 		}
+	}
+}
+
+// adopt takes records that another mirror wrote for this one's own: who changes them by hand is put right, and they go into the
+// snapshot.
+func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
+	for _, id := range units {
+		c := cells[id]
+		w.records[id] = writtenRecord{record: c.record, value: c.value, base: c.version, version: c.version, vouched: true}
 	}
 }
 
@@ -115,7 +127,8 @@ func (l *leader) noteWritten(w change, now time.Time) {
 	if w.kind == "none" {
 		return
 	}
-	l.written.records[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now}
+	l.written.records[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now,
+		vouched: !w.after.Orphaned || l.written.records[w.unit].vouched}
 	switch {
 	case w.value == nil:
 		l.history.forget(w.unit)
