@@ -156,7 +156,7 @@ func agentFields(yield func(string) bool) {
 // otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, what the mirror
 // reads from the environment alone, and what commands of a release get.
 var otherVariables = strings.Fields(`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
-	signed_by_pgp snapshot_key git_user git_token git_token_file github_app_id github_app_installation
+	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
 	github_app_key_file github_api webhook_secret webhook_secret_file publish_to
 	release version previous digest name dest unit role step run error
 	play tools`)

@@ -11,11 +11,12 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/sync/mirror"
+	"kedge/sync/notify"
 )
 
 func (a *app) mirrorCommand() *cobra.Command {
 	var c mirror.Config
-	var snapshot, snapshotKey, signers string
+	var snapshot, snapshotKey, signers, notifications string
 	command := &cobra.Command{
 		Use:   "mirror REPO",
 		Short: "Copy a deployments repo to the store: the daemon beside Consul",
@@ -64,6 +65,13 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()
 			c.Metrics = prometheus.NewRegistry()
 			c.Metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+			if notifications != "" {
+				conf, err := notify.ReadConfig(notifications)
+				if err != nil {
+					return usageError{err}
+				}
+				c.Leading = notify.New(conf, store, c.Metrics, log).Run
+			}
 			m, err := mirror.New(c)
 			if err != nil {
 				return err
@@ -89,6 +97,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 	f.StringVar(&c.CacheDir, "cache-dir", os.Getenv("CACHE_DIRECTORY"), "`directory` that keeps a remote repo's objects, for a start while Git is away; one mirror each (default: a temporary one)")
 	f.StringVar(&snapshot, "snapshot", os.Getenv("KEDGE_SNAPSHOT"), "`URL` of an object that keeps a copy of the desired state, for nodes that boot while the store is away")
 	f.StringVar(&snapshotKey, "snapshot-key", os.Getenv("KEDGE_SNAPSHOT_KEY"), "SSH private key `file` that signs it")
+	f.StringVar(&notifications, "notify", os.Getenv("KEDGE_NOTIFY"), "`file` of who is told of what becomes of releases: kedge help notifications")
 	f.StringVar(&c.Listen, "listen", os.Getenv("KEDGE_LISTEN"), "`address` of /hook, /live and /metrics (default: none)")
 	return command
 }

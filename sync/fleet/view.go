@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"maps"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -203,7 +202,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 		if name, ok := named[p.Digest]; ok {
 			return name
 		}
-		name := cmp.Or(reported[p.Digest], versionInURL(p))
+		name := cmp.Or(reported[p.Digest], Clean(message.Version(p), mostVersion))
 		named[p.Digest] = name
 		if other, ok := taken[name]; ok && other != p.Digest {
 			twice[name] = true
@@ -399,17 +398,7 @@ func (u *Unit) version(p deployments.Pointer) string {
 			return Clean(r.Version, mostVersion)
 		}
 	}
-	return versionInURL(p)
-}
-
-// versionInURL returns the version in the path of a manifest's URL.
-func versionInURL(p deployments.Pointer) string {
-	dir, file := path.Split(p.URL)
-	version := strings.TrimSuffix(file, path.Ext(file))
-	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
-		version = parent
-	}
-	return Clean(version, mostVersion)
+	return Clean(message.Version(p), mostVersion)
 }
 
 func pinName(u *Unit, p deployments.Pin) string {

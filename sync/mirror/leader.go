@@ -70,6 +70,9 @@ func (l *leader) run(ctx context.Context) error {
 	if l.c.Snapshot != nil {
 		g.Go(func() error { return l.keepSnapshot(ctx) })
 	}
+	if l.c.Leading != nil {
+		g.Go(func() error { return l.c.Leading(ctx) })
+	}
 	g.Go(func() error { return l.loop(ctx) })
 	return g.Wait()
 }

@@ -71,7 +71,9 @@ type Config struct {
 	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for nodes that
 	// boot while the store is away. One call at a time, the newest state; an error is logged, and it is tried again.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
-	Version  string
+	// Leading, where set, is run while this mirror holds the lease; it returns when its context ends.
+	Leading func(ctx context.Context) error
+	Version string
 	// Env reads an environment variable; default os.Getenv.
 	Env     func(string) string
 	Metrics *prometheus.Registry // nil: none

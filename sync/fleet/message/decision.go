@@ -13,12 +13,12 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 	from := origin(f)
 	switch reason {
 	case deployments.ReasonPinned, deployments.ReasonHeld:
-		return oneLine(cmp.Or(f["pin"], "pin") + pinStory(f))
+		return OneLine(cmp.Or(f["pin"], "pin") + pinStory(f))
 	case deployments.ReasonInvalidPin:
-		return "the " + oneLine(cmp.Or(f["pin"], "pin")) + " doesn't parse, so nothing changes"
+		return "the " + OneLine(cmp.Or(f["pin"], "pin")) + " doesn't parse, so nothing changes"
 	case deployments.ReasonNoRecord:
 		if f["pin"] != "" {
-			return "the " + oneLine(f["pin"]) + " is for a unit without a record, so nothing changes"
+			return "the " + OneLine(f["pin"]) + " is for a unit without a record, so nothing changes"
 		}
 	case deployments.ReasonInvalidRecord:
 		return "the record doesn't parse, so nothing changes"
@@ -71,7 +71,7 @@ func Step(id deployments.UnitID, node, what string, reason deployments.Reason, f
 	case "admission":
 		return admissionStep(id, node, reason, f)
 	case "bounds":
-		return oneLine(f["error"]), Hint(id, node, deployments.ReasonSourceNotAllowed)
+		return OneLine(f["error"]), Hint(id, node, deployments.ReasonSourceNotAllowed)
 	case "quarantine":
 		return quarantineStep(id, reason, f)
 	}
@@ -86,19 +86,19 @@ func pinStep(id deployments.UnitID, node, what string, reason deployments.Reason
 		node = ""
 	}
 	unpin := "kedge unpin " + scopeArgs(id, node)
-	says = oneLine(cmp.Or(f["release"], "hold") + pinStory(f))
+	says = OneLine(cmp.Or(f["release"], "hold") + pinStory(f))
 	switch reason {
 	case "":
 		return "none", ""
 	case deployments.ReasonInvalidPin:
-		return oneLine(f["key"] + ": " + f["error"]), "write it anew, or remove it: " + unpin
+		return OneLine(f["key"] + ": " + f["error"]), "write it anew, or remove it: " + unpin
 	case deployments.ReasonPinPaced:
 		return says + ": the mirror rolls it out, within max_unavailable",
 			"at once on every node: kedge pin " + id.String() + " " + f["release"] + " --at-once"
 	case deployments.ReasonExpired:
 		return says + ": it has ended", ""
 	case deployments.ReasonOutranked:
-		return says + ": the " + oneLine(f["outranked_by"]) + " goes before it", ""
+		return says + ": the " + OneLine(f["outranked_by"]) + " goes before it", ""
 	case deployments.ReasonHeld:
 		return says + ": keeps what runs", unpin
 	}
@@ -110,7 +110,7 @@ func recordStep(id deployments.UnitID, reason deployments.Reason, f deployments.
 	case deployments.ReasonNoRecord:
 		return "none", Hint(id, "", reason)
 	case deployments.ReasonInvalidRecord:
-		return oneLine(f["key"] + ": " + f["error"]), Hint(id, "", reason)
+		return OneLine(f["key"] + ": " + f["error"]), Hint(id, "", reason)
 	}
 	says = f["release"] + ", written by hand"
 	if f["commit"] != "" {
@@ -125,7 +125,7 @@ func recordStep(id deployments.UnitID, reason deployments.Reason, f deployments.
 	if f["outranked_by"] != "" {
 		says += ": the " + f["outranked_by"] + " goes before it"
 	}
-	return oneLine(says), ""
+	return OneLine(says), ""
 }
 
 func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments.Facts) (says, hint string) {
@@ -151,17 +151,17 @@ func admissionStep(id deployments.UnitID, node string, reason deployments.Reason
 	case deployments.ReasonRejoined:
 		return "was away, and stays on what it runs until its turn", ""
 	case deployments.ReasonRolledBack:
-		return oneLine("runs stable: " + cmp.Or(f["release"], "none")), ""
+		return OneLine("runs stable: " + cmp.Or(f["release"], "none")), ""
 	case deployments.ReasonStableQuarantined:
 		if f["phase"] != "" {
-			return oneLine("stays on what it runs, as stable failed here: " + f["release"]),
+			return OneLine("stays on what it runs, as stable failed here: " + f["release"]),
 				"push a better release, or on this node alone: " + pin + "POINTER --node " + node
 		}
-		return oneLine("not admitted yet, and stable failed here: " + f["release"]), waits
+		return OneLine("not admitted yet, and stable failed here: " + f["release"]), waits
 	case deployments.ReasonNotAdmitted, deployments.ReasonSuperseded:
 		return "not admitted yet", waits
 	case deployments.ReasonStable:
-		return oneLine("not admitted yet, so stable: " + f["release"]), waits
+		return OneLine("not admitted yet, so stable: " + f["release"]), waits
 	}
 	return Text(reason, f), ""
 }
@@ -171,11 +171,11 @@ func quarantineStep(id deployments.UnitID, reason deployments.Reason, f deployme
 	case reason == "":
 		return "none", ""
 	case f["named_by"] == "":
-		return oneLine(f["release"] + " failed on this node, and isn't tried again by itself"), Hint(id, "", reason)
+		return OneLine(f["release"] + " failed on this node, and isn't tried again by itself"), Hint(id, "", reason)
 	case f["pinned"] != "":
 		hint = "before you unpin, name another release in Git"
 	}
-	return oneLine(f["release"] + ", which the record names, failed on this node"), hint
+	return OneLine(f["release"] + ", which the record names, failed on this node"), hint
 }
 
 // pinStory is who pinned, until when and why, to follow what the pin names.
@@ -198,7 +198,7 @@ func origin(f deployments.Facts) string {
 	if f["commit"] == "" {
 		return "a record written by hand"
 	}
-	return "Git commit " + oneLine(f["commit"])
+	return "Git commit " + OneLine(f["commit"])
 }
 
 func rolledBack(f deployments.Facts) string {

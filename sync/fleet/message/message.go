@@ -4,6 +4,7 @@ package message
 
 import (
 	"fmt"
+	"path"
 	"regexp"
 	"strings"
 	"time"
@@ -96,8 +97,8 @@ func Text(reason deployments.Reason, facts deployments.Facts) string {
 	if facts["stable"] == "none" {
 		text += "; there is nothing to go back to"
 	}
-	if text = oneLine(text); text == "" {
-		return oneLine(string(reason))
+	if text = OneLine(text); text == "" {
+		return OneLine(string(reason))
 	}
 	return text
 }
@@ -208,8 +209,8 @@ func plural(n, one, many string) string {
 	return n + " " + many
 }
 
-// oneLine is a text without line breaks, control characters and runs of blanks: a terminal or a page shows it as it is.
-func oneLine(s string) string {
+// OneLine is a text without line breaks, control characters and runs of blanks: a terminal or a page shows it as it is.
+func OneLine(s string) string {
 	clean := strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
 			return ' '
@@ -217,4 +218,14 @@ func oneLine(s string) string {
 		return r
 	}, strings.ToValidUTF8(s, "?"))
 	return strings.Join(strings.Fields(clean), " ")
+}
+
+// Version returns the version in the path of a manifest's URL.
+func Version(p deployments.Pointer) string {
+	dir, file := path.Split(p.URL)
+	version := strings.TrimSuffix(file, path.Ext(file))
+	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
+		version = parent
+	}
+	return OneLine(version)
 }

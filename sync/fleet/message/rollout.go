@@ -24,7 +24,7 @@ func Phase(p deployments.Phase) string {
 	if p == deployments.PhaseRollingBack {
 		return "going back"
 	}
-	return oneLine(string(p))
+	return OneLine(string(p))
 }
 
 // Rollout says why a rollout stands where it does; empty: nothing is known.
@@ -37,7 +37,7 @@ func Rollout(p *deployments.Progress) string {
 	}
 	text := Transition(reason, facts)
 	if reason == "" {
-		text = oneLine(p.Message) // of a mirror that gave no code
+		text = OneLine(p.Message) // of a mirror that gave no code
 	}
 	if p.Phase == deployments.PhaseRolledBack {
 		text = strings.TrimSuffix(rolledBackPrefix+strings.TrimPrefix(text, rolledBackPrefix), ": ")

@@ -1,0 +1,199 @@
+package notify
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+
+	"kedge/deployments"
+)
+
+// Config is the file of kedge mirror --notify: who is told of what.
+type Config struct {
+	Receivers []Receiver `yaml:"receivers"`
+	Statuses  []Statuses `yaml:"statuses"`
+	// Link leads to where a unit is shown, with {unit} in it, as in https://kedge.acme.example/unit/{unit}.
+	Link string `yaml:"link"`
+}
+
+// Receiver is told of events by HTTP POST.
+type Receiver struct {
+	// Name names it in logs, metrics and in the store, where its cursor is kept.
+	Name string `yaml:"name"`
+	// URL is where it listens; URLFile a file with the URL, if that is a secret. One of them is set.
+	URL     string `yaml:"url"`
+	URLFile string `yaml:"url_file"`
+	// SecretFile holds the secret, whsec_… or plain, that signs what is sent, as Standard Webhooks says. Empty: unsigned.
+	SecretFile string `yaml:"secret_file"`
+	// Format is cloudevents (default), slack or teams.
+	Format Format `yaml:"format"`
+	// Text is what slack and teams show, with {message}, {kind}, {unit}, {link} and facts by their names in it.
+	// Default: {message}, and the link.
+	Text string `yaml:"text"`
+	// Events are the kinds that it is told of; empty: all. Units are patterns STAGE/ROLE/UNIT; empty: all.
+	Events []Kind   `yaml:"events"`
+	Units  []string `yaml:"units"`
+}
+
+// Format is the form of what a receiver is sent.
+type Format string
+
+const (
+	FormatCloudEvents Format = "cloudevents" // CloudEvents 1.0, structured JSON
+	FormatSlack       Format = "slack"       // a Slack incoming webhook
+	FormatTeams       Format = "teams"       // a Teams workflow's webhook, with an adaptive card
+)
+
+// Statuses writes commit statuses of the deployments repo.
+type Statuses struct {
+	Name string `yaml:"name"`
+	// Provider is github, gitlab or gitea.
+	Provider Provider `yaml:"provider"`
+	// API is the server's API: https://api.github.com by default for github; https://HOST/api/v4 for gitlab and
+	// https://HOST/api/v1 for gitea.
+	API string `yaml:"api"`
+	// Project is OWNER/NAME of the deployments repo.
+	Project string `yaml:"project"`
+	// TokenFile holds a token that may write commit statuses.
+	TokenFile string   `yaml:"token_file"`
+	Units     []string `yaml:"units"`
+}
+
+// Provider is a Git server with an API for commit statuses.
+type Provider string
+
+const (
+	GitHub Provider = "github"
+	GitLab Provider = "gitlab"
+	Gitea  Provider = "gitea"
+)
+
+// maxReceivers bounds receivers and statuses of a configuration, each.
+const maxReceivers = 20
+
+var receiverName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+
+// ReadConfig reads a configuration, strictly.
+func ReadConfig(file string) (Config, error) {
+	var c Config
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return c, fmt.Errorf("reading the notifications' configuration: %w", err)
+	}
+	if err := yaml.UnmarshalWithOptions(data, &c, yaml.Strict()); err != nil {
+		return c, fmt.Errorf("%s: %s", file, yaml.FormatError(err, false, false))
+	}
+	if err := c.check(); err != nil {
+		return c, fmt.Errorf("%s: %w", file, err)
+	}
+	return c, nil
+}
+
+func (c *Config) check() error {
+	var errs []error
+	names := map[string]bool{}
+	name := func(what, s string) {
+		switch {
+		case !receiverName.MatchString(s):
+			errs = append(errs, fmt.Errorf("%s %q: want a name of small letters, digits and dashes", what, s))
+		case names[s]:
+			errs = append(errs, fmt.Errorf("%s %q stands twice", what, s))
+		}
+		names[s] = true
+	}
+	units := func(of string, patterns []string) {
+		for _, p := range patterns {
+			if _, err := path.Match(p, "a/b/c"); err != nil || strings.Count(p, "/") != 2 {
+				errs = append(errs, fmt.Errorf("%s: unit %q: want STAGE/ROLE/UNIT, each a name or *", of, p))
+			}
+		}
+	}
+	if len(c.Receivers) > maxReceivers || len(c.Statuses) > maxReceivers {
+		errs = append(errs, fmt.Errorf("at most %d receivers and as many statuses are allowed", maxReceivers))
+	}
+	for i := range c.Receivers {
+		r := &c.Receivers[i]
+		name("receiver", r.Name)
+		if (r.URL == "") == (r.URLFile == "") {
+			errs = append(errs, fmt.Errorf("receiver %s: want one of url and url_file", r.Name))
+		}
+		if r.URL != "" {
+			if err := checkURL(r.URL); err != nil {
+				errs = append(errs, fmt.Errorf("receiver %s: %w", r.Name, err))
+			}
+		}
+		switch r.Format {
+		case "":
+			r.Format = FormatCloudEvents
+		case FormatCloudEvents, FormatSlack, FormatTeams:
+		default:
+			errs = append(errs, fmt.Errorf("receiver %s: format %q: want cloudevents, slack or teams", r.Name, r.Format))
+		}
+		for _, kind := range r.Events {
+			if !slices.Contains(Kinds(), kind) {
+				errs = append(errs, fmt.Errorf("receiver %s: event %q: want one of %s", r.Name, kind, kindList()))
+			}
+		}
+		units("receiver "+r.Name, r.Units)
+	}
+	for i := range c.Statuses {
+		s := &c.Statuses[i]
+		name("statuses", s.Name)
+		switch {
+		case s.Provider == GitHub && s.API == "":
+			s.API = "https://api.github.com"
+		case s.Provider != GitHub && s.Provider != GitLab && s.Provider != Gitea:
+			errs = append(errs, fmt.Errorf("statuses %s: provider %q: want github, gitlab or gitea", s.Name, s.Provider))
+		}
+		if err := checkURL(s.API); err != nil {
+			errs = append(errs, fmt.Errorf("statuses %s: api: %w", s.Name, err))
+		}
+		if owner, repo, ok := strings.Cut(s.Project, "/"); !ok || owner == "" || repo == "" {
+			errs = append(errs, fmt.Errorf("statuses %s: project %q: want OWNER/NAME", s.Name, s.Project))
+		}
+		if s.TokenFile == "" {
+			errs = append(errs, fmt.Errorf("statuses %s: token_file is missing", s.Name))
+		}
+		units("statuses "+s.Name, s.Units)
+	}
+	return errors.Join(errs...)
+}
+
+func kindList() string {
+	var names []string
+	for _, k := range Kinds() {
+		names = append(names, string(k))
+	}
+	return strings.Join(names, ", ")
+}
+
+// checkURL accepts https, and http on this machine. The error doesn't repeat the URL, which may be a secret.
+func checkURL(s string) error {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil || u.Host == "":
+		return errors.New("it is no URL: want https://HOST/PATH")
+	case u.Scheme == "https":
+		return nil
+	case u.Scheme == "http" && slices.Contains([]string{"localhost", "127.0.0.1", "::1"}, u.Hostname()):
+		return nil
+	}
+	return errors.New("want https://; http:// is for this machine alone")
+}
+
+// matches reports whether one of the patterns matches a unit; none: all do.
+func matches(patterns []string, id deployments.UnitID) bool {
+	for _, p := range patterns {
+		if ok, err := path.Match(p, id.String()); ok && err == nil {
+			return true
+		}
+	}
+	return len(patterns) == 0
+}

@@ -1,0 +1,180 @@
+package notify
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	webhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
+
+	"kedge/sync/fleet/message"
+)
+
+// errRefused is wrapped by what a server said that a second try won't change.
+var errRefused = errors.New("refused")
+
+// retryAfterError asks to wait before the next try.
+type retryAfterError struct {
+	after time.Duration
+	err   error
+}
+
+func (e *retryAfterError) Error() string { return e.err.Error() }
+func (e *retryAfterError) Unwrap() error { return e.err }
+
+// deliver sends an event once.
+func (r *Receiver) deliver(ctx context.Context, client *http.Client, source string, e Event) error {
+	to, err := secretOr(r.URL, r.URLFile)
+	if err != nil {
+		return err
+	}
+	body, kind, err := r.encode(source, e)
+	if err != nil {
+		return err
+	}
+	header := http.Header{"Content-Type": {kind}}
+	if r.SecretFile != "" {
+		secret, err := secretOr("", r.SecretFile)
+		if err != nil {
+			return err
+		}
+		if err := sign(header, secret, e.ID, time.Now(), body); err != nil {
+			return err
+		}
+	}
+	return send(ctx, client, http.MethodPost, to, header, body)
+}
+
+// sign adds the headers of Standard Webhooks.
+func sign(header http.Header, secret, id string, at time.Time, body []byte) error {
+	signer, err := webhooks.NewWebhook(secret)
+	if err != nil { // not in base64: the bytes themselves are the secret
+		if signer, err = webhooks.NewWebhookRaw([]byte(secret)); err != nil {
+			return errors.New("the secret of the receiver is empty")
+		}
+	}
+	signature, err := signer.Sign(id, at, body)
+	if err != nil {
+		return fmt.Errorf("signing the event: %w", err)
+	}
+	header.Set("webhook-id", id)
+	header.Set("webhook-timestamp", strconv.FormatInt(at.Unix(), 10))
+	header.Set("webhook-signature", signature)
+	return nil
+}
+
+// encode returns an event in the receiver's format, and its content type.
+func (r *Receiver) encode(source string, e Event) (body []byte, contentType string, err error) {
+	var v any
+	contentType = "application/json"
+	switch r.Format {
+	case FormatSlack:
+		v = map[string]string{"text": escapeSlack(r.text(e))}
+	case FormatTeams:
+		v = map[string]any{"type": "message", "attachments": []any{map[string]any{
+			"contentType": "application/vnd.microsoft.card.adaptive",
+			"content": map[string]any{"type": "AdaptiveCard", "version": "1.4", "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+				"body": []any{map[string]any{"type": "TextBlock", "text": r.text(e), "wrap": true}}},
+		}}}
+	default:
+		contentType = "application/cloudevents+json"
+		event := map[string]any{
+			"specversion": "1.0", "id": e.ID, "source": source, "type": "kedge." + string(e.Kind), "subject": e.Data.Unit,
+			"datacontenttype": "application/json", "data": e.Data,
+		}
+		if e.Data.Unit == "" {
+			delete(event, "subject")
+		}
+		if !e.At.IsZero() {
+			event["time"] = e.At.UTC().Format(time.RFC3339Nano)
+		}
+		v = event
+	}
+	body, err = json.Marshal(v)
+	return body, contentType, err
+}
+
+// text fills the receiver's template.
+func (r *Receiver) text(e Event) string {
+	template := r.Text
+	if template == "" {
+		template = "{message} {link}"
+	}
+	values := map[string]string{"message": e.Data.Message, "kind": string(e.Kind), "unit": e.Data.Unit, "link": e.Data.Link,
+		"release": e.Data.Release.String(), "commit": e.Data.Commit, "author": e.Data.Author, "subject": e.Data.Subject}
+	if e.Data.Release.IsZero() {
+		values["release"] = ""
+	}
+	pairs := []string{}
+	for name, value := range values {
+		pairs = append(pairs, "{"+name+"}", value)
+	}
+	return strings.TrimSpace(strings.NewReplacer(pairs...).Replace(template))
+}
+
+// escapeSlack escapes what Slack gives a meaning to, so that no author's name mentions a channel.
+func escapeSlack(s string) string {
+	return strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(s)
+}
+
+// send makes one request. It follows no redirect: what is sent may be secret, and is for the one server.
+func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, to, bytes.NewReader(body))
+	if err != nil {
+		return errors.New("its URL can't be used")
+	}
+	req.Header = header
+	req.Header.Set("User-Agent", "kedge")
+	resp, err := client.Do(req)
+	if err != nil {
+		var wrapped *url.Error
+		if errors.As(err, &wrapped) { // says the URL
+			err = wrapped.Err
+		}
+		return err
+	}
+	defer resp.Body.Close()
+	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection can be used again
+	if resp.StatusCode/100 == 2 {
+		return nil
+	}
+	err = fmt.Errorf("the server answers %s: %s", resp.Status, message.OneLine(string(answer)))
+	switch {
+	case resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode >= 500, resp.StatusCode == http.StatusRequestTimeout:
+		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
+		return &retryAfterError{min(time.Duration(seconds)*time.Second, maxPause), err}
+	default:
+		return fmt.Errorf("%w: %w", errRefused, err)
+	}
+}
+
+// sendTimeout bounds one request.
+const sendTimeout = 10 * time.Second
+
+// secretOr returns a value, or what a file holds.
+func secretOr(value, file string) (string, error) {
+	if file == "" {
+		return value, nil
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("reading a secret: %w", err)
+	}
+	text := strings.TrimSpace(string(data))
+	if text == "" {
+		return "", fmt.Errorf("the file %s is empty", file)
+	}
+	return text, nil
+}

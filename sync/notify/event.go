@@ -1,0 +1,189 @@
+package notify
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/sync/fleet/message"
+)
+
+// Kind is what an event tells.
+type Kind string
+
+const (
+	KindStarted         Kind = "started"          // a unit has a new target
+	KindCompleted       Kind = "completed"        // its rollout ended: every node runs the target
+	KindPendingApproval Kind = "pending-approval" // it waits for kedge promote
+	KindFrozen          Kind = "frozen"           // it waits for a freeze window to end
+	KindPaused          Kind = "paused"           // it stopped: too many nodes failed, or an operator said so
+	KindRollingBack     Kind = "rolling-back"     // it goes back to the stable release
+	KindRolledBack      Kind = "rolled-back"      // it has gone back
+	KindOrphaned        Kind = "orphaned"         // Git names the unit no longer, and its record stays
+	KindUnhealthy       Kind = "unhealthy"        // a node's live release fails its health checks
+	KindRecovered       Kind = "recovered"        // no node's does any more
+	KindRefused         Kind = "refused"          // the mirror doesn't take a commit
+)
+
+// Kinds returns every kind.
+func Kinds() []Kind {
+	return []Kind{KindStarted, KindCompleted, KindPendingApproval, KindFrozen, KindPaused, KindRollingBack, KindRolledBack,
+		KindOrphaned, KindUnhealthy, KindRecovered, KindRefused}
+}
+
+// Event is one thing to tell. ID is the same whenever the same thing is told again.
+type Event struct {
+	ID   string
+	Kind Kind
+	At   time.Time
+	Data Data
+}
+
+// Data is what an event is about. Fields that don't apply are left out.
+type Data struct {
+	Unit       string              `json:"unit,omitempty"`
+	Release    deployments.Pointer `json:"release,omitzero"`
+	Stable     deployments.Pointer `json:"stable,omitzero"`
+	Generation int64               `json:"generation,omitempty"`
+	Phase      deployments.Phase   `json:"phase,omitempty"`
+	Reason     deployments.Reason  `json:"reason,omitempty"`
+	Facts      deployments.Facts   `json:"facts,omitempty"`
+	Commit     string              `json:"commit,omitempty"`
+	Author     string              `json:"author,omitempty"`
+	Subject    string              `json:"subject,omitempty"`
+	Nodes      []string            `json:"nodes,omitempty"`
+	// Message says it all in one line, for people. Link leads to where more is shown.
+	Message string `json:"message"`
+	Link    string `json:"link,omitempty"`
+}
+
+// told is how far one receiver has been told of a unit: the generation, and where its rollout stood and since when.
+type told struct {
+	Generation int64  `json:"generation"`
+	Standing   string `json:"standing,omitempty"`
+	Unhealthy  bool   `json:"unhealthy,omitempty"`
+	// Status tells the commit status that was last written from others.
+	Status string `json:"status,omitempty"`
+}
+
+// unitNow is where a unit stands.
+type unitNow struct {
+	id     deployments.UnitID
+	record deployments.Record
+	// history has the entries of the last generations, the oldest first.
+	history []deployments.History
+	// unhealthy are the live nodes whose release fails its checks, sorted; known is false while nobody knows.
+	unhealthy []string
+	known     bool
+}
+
+// standing names where a record's rollout stands, and since when: it differs whenever there may be something to tell.
+func standing(r deployments.Record) string {
+	switch p := r.Rollout; {
+	case r.Orphaned:
+		return string(KindOrphaned)
+	case p == nil:
+		return string(KindCompleted)
+	case p.Phase == deployments.PhaseCanary, p.Phase == deployments.PhaseRolling:
+		return "" // goes on
+	default:
+		return fmt.Sprintf("%s@%d", p.Phase, p.Since.Unix())
+	}
+}
+
+// after returns what a receiver that was told was has to be told of a unit, in order, and what it then was told.
+func after(was told, u unitNow) (events []Event, now told) {
+	r := u.record
+	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy}
+	event := func(kind Kind, mark string, at time.Time, text string) {
+		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}
+		e.Data = Data{Unit: u.id.String(), Release: r.Target, Stable: r.Stable, Generation: r.Generation, Commit: r.Commit, Message: text}
+		if h := entryOf(u.history, r.Generation); h != nil {
+			e.Data.Author, e.Data.Subject = h.Author, h.Subject
+		}
+		if p := r.Rollout; p != nil {
+			e.Data.Phase, e.Data.Reason, e.Data.Facts = p.Phase, p.Reason, p.Facts
+		}
+		events = append(events, e)
+	}
+
+	for _, h := range u.history {
+		if h.Generation > was.Generation && h.Generation <= r.Generation && h.Failed != h.Release.Digest {
+			e := Event{Kind: KindStarted, At: h.At, ID: fmt.Sprintf("%s/%d/%s", u.id, h.Generation, KindStarted)}
+			e.Data = Data{Unit: u.id.String(), Release: h.Release, Stable: h.Stable, Generation: h.Generation,
+				Commit: h.Commit, Author: h.Author, Subject: h.Subject,
+				Message: fmt.Sprintf("%s goes to %s%s", u.id, nameOf(h.Release), suffix(h))}
+			events = append(events, e)
+		}
+	}
+
+	if was.Generation != now.Generation || was.Standing != now.Standing {
+		p := r.Rollout
+		switch {
+		case r.Orphaned:
+			event(KindOrphaned, "", time.Time{}, fmt.Sprintf("%s: %s", u.id, message.Text(deployments.ReasonOrphaned, nil)))
+		case p == nil && (r.Paced || was.Generation == r.Generation && was.Standing != now.Standing):
+			event(KindCompleted, "", time.Time{}, fmt.Sprintf("%s: every node runs %s", u.id, nameOf(r.Target)))
+		case p == nil, now.Standing == "":
+		case slices.Contains(Kinds(), Kind(p.Phase)):
+			event(Kind(p.Phase), fmt.Sprint(p.Since.Unix()), p.Since, fmt.Sprintf("%s: %s", u.id, message.Progress(p)))
+		}
+	}
+
+	if u.known && len(u.unhealthy) > 0 != was.Unhealthy {
+		now.Unhealthy = len(u.unhealthy) > 0
+		kind, text := KindRecovered, fmt.Sprintf("%s is healthy on every live node again", u.id)
+		if now.Unhealthy {
+			kind, text = KindUnhealthy, fmt.Sprintf("%s fails its health checks on %s", u.id, few(u.unhealthy))
+		}
+		event(kind, "", time.Time{}, text)
+		events[len(events)-1].Data.Nodes = u.unhealthy[:min(len(u.unhealthy), maxNodes)]
+	}
+	return events, now
+}
+
+// maxNodes bounds the nodes that an event names.
+const maxNodes = 20
+
+func entryOf(history []deployments.History, generation int64) *deployments.History {
+	for i := range history {
+		if history[i].Generation == generation {
+			return &history[i]
+		}
+	}
+	return nil
+}
+
+// suffix says who asked for a generation, and what else led to it.
+func suffix(h deployments.History) string {
+	s := ""
+	if h.Author != "" {
+		s += ", by " + h.Author
+	}
+	if h.Subject != "" {
+		s += ": " + h.Subject
+	}
+	if h.Note != "" {
+		s += " (" + h.Note + ")"
+	}
+	return s
+}
+
+// nameOf is what people call a release: the version in its URL, and the digest's beginning.
+func nameOf(p deployments.Pointer) string { return message.Version(p) + " " + p.Digest.Short()[:8] }
+
+func few(names []string) string {
+	const shown = 5
+	text := ""
+	for i, name := range names[:min(len(names), shown)] {
+		if i > 0 {
+			text += ", "
+		}
+		text += name
+	}
+	if more := len(names) - shown; more > 0 {
+		text += fmt.Sprintf(" and %d more", more)
+	}
+	return text
+}

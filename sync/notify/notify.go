@@ -1,0 +1,459 @@
+// Package notify tells people and programs what becomes of releases: events over HTTP, and commit statuses at the Git
+// server. It follows the store's state, run by the mirror that holds the lease. For each receiver it keeps, at
+// mirror/notified/NAME, how far that one has been told: what was not taken is told again, by the next mirror too, so
+// that each event arrives at least once, with one ID. A receiver that is slow or dead holds up nobody but itself, and
+// learns when it is back what became of each unit, not each step on the way.
+package notify
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"log/slog"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments"
+	"kedge/deployments/wait"
+	"kedge/kv"
+)
+
+// Notifier tells the receivers of a Config. Make it with New, then Run it while this process is the one to tell.
+type Notifier struct {
+	c      Config
+	store  kv.Store
+	log    *slog.Logger
+	client *http.Client
+	source string
+	sent   *prometheus.CounterVec
+	// giveUp is how long an event is tried, statusPause the least time between two writes of a status that is pending,
+	// healthPause that between two looks at the nodes' reports.
+	giveUp, statusPause, healthPause time.Duration
+
+	mu      sync.Mutex
+	units   map[deployments.UnitID]unitNow
+	synced  bool // desired/ has been read for certain
+	refused deployments.MirrorState
+	changed chan struct{} // closed, and made anew, when any of these change
+}
+
+// New returns a notifier. metrics may be nil.
+func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logger) *Notifier {
+	n := &Notifier{
+		c: c, store: store, log: log, source: "kedge",
+		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
+		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
+		units: map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
+		sent: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_notifications_total",
+			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped."}, []string{"receiver", "result"}),
+	}
+	if metrics != nil {
+		metrics.MustRegister(n.sent)
+	}
+	return n
+}
+
+// Run tells until ctx ends, and returns its cause.
+func (n *Notifier) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return n.store.Watch(ctx, kv.DesiredPrefix, n.seeRecords) })
+	g.Go(func() error { return n.store.Watch(ctx, kv.MirrorPrefix, n.seeMirror) })
+	if slices.ContainsFunc(n.c.Receivers, func(r Receiver) bool {
+		return len(r.Events) == 0 || slices.Contains(r.Events, KindUnhealthy) || slices.Contains(r.Events, KindRecovered)
+	}) {
+		g.Go(func() error { return n.followHealth(ctx) })
+	}
+	for i := range n.c.Receivers {
+		r := &n.c.Receivers[i]
+		g.Go(func() error { return n.follow(ctx, r.Name, func(c *cursor) error { return n.tell(ctx, r, c) }) })
+	}
+	for i := range n.c.Statuses {
+		s := &n.c.Statuses[i]
+		g.Go(func() error {
+			return n.follow(ctx, s.Name, func(c *cursor) error { return n.writeStatuses(ctx, s, c) })
+		})
+	}
+	return g.Wait()
+}
+
+// change updates what is known, and wakes all who follow it.
+func (n *Notifier) change(f func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f()
+	close(n.changed)
+	n.changed = make(chan struct{})
+}
+
+func (n *Notifier) seeRecords(v kv.View) {
+	if !v.Synced {
+		return
+	}
+	n.change(func() {
+		was := n.units
+		n.synced, n.units = true, make(map[deployments.UnitID]unitNow, len(v.Entries))
+		for _, e := range v.Entries {
+			key, err := kv.ParseKey(e.Key)
+			if err != nil {
+				continue
+			}
+			id := key.UnitID()
+			u := was[id] // a record that doesn't parse is put back by the mirror
+			u.id = id
+			if r, err := deployments.ParseRecord(e.Value); err == nil {
+				u.record = r
+			}
+			n.units[id] = u
+		}
+	})
+}
+
+func (n *Notifier) seeMirror(v kv.View) {
+	for _, e := range v.Entries {
+		if e.Key != kv.MirrorKey {
+			continue
+		}
+		if s, err := deployments.ParseMirrorState(e.Value); err == nil {
+			n.mu.Lock()
+			same := s.Refused == n.refused.Refused && s.Error == n.refused.Error
+			n.mu.Unlock()
+			if !same { // the cursors lie beside it
+				n.change(func() { n.refused = s })
+			}
+		}
+	}
+}
+
+// followHealth looks which nodes are unhealthy, at a pace that costs at most a fiftieth of its time.
+func (n *Notifier) followHealth(ctx context.Context) error {
+	for {
+		began := time.Now()
+		entries, err := n.store.List(ctx, kv.StatusPrefix)
+		if err == nil {
+			sick := unhealthyNodes(entries)
+			n.mu.Lock()
+			same := true
+			for id, u := range n.units {
+				same = same && u.known && slices.Equal(u.unhealthy, sick[id])
+			}
+			n.mu.Unlock()
+			if !same {
+				n.change(func() {
+					for id, u := range n.units {
+						u.unhealthy, u.known = sick[id], true
+						n.units[id] = u
+					}
+				})
+			}
+		}
+		if err := wait.For(ctx, max(n.healthPause, 50*time.Since(began))); err != nil {
+			return err
+		}
+	}
+}
+
+// unhealthyNodes returns the live nodes of each unit whose release fails its health checks, sorted.
+func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
+	sick := map[deployments.UnitID][]string{}
+	for _, e := range entries {
+		key, err := kv.ParseKey(e.Key)
+		if err != nil || e.Session == "" {
+			continue
+		}
+		report, err := deployments.ParseReport(e.Value)
+		if err != nil {
+			continue
+		}
+		for name, u := range report.Units {
+			if u.State == deployments.StateUnhealthy {
+				id := key.Role.Unit(name)
+				sick[id] = append(sick[id], key.Node)
+			}
+		}
+	}
+	for _, nodes := range sick {
+		slices.Sort(nodes)
+	}
+	return sick
+}
+
+// cursor is how far one receiver has been told.
+type cursor struct {
+	Units map[string]told `json:"units"`
+	// Refused is the refused commit that it was told of.
+	Refused string `json:"refused,omitempty"`
+
+	key    string
+	stored []byte
+	// statusAt is when each unit's status was last written; lost at a restart.
+	statusAt map[string]time.Time
+	// again is when to look even if nothing changes; zero: never.
+	again time.Time
+}
+
+// follow calls step whenever there may be something to tell.
+func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) error) error {
+	c := &cursor{key: kv.MirrorPrefix + "notified/" + name, statusAt: map[string]time.Time{}}
+	retry := wait.NewBackoff(time.Second, time.Minute)
+	for {
+		err := n.load(ctx, c)
+		if err == nil {
+			break
+		}
+		if retry.Tries() == 0 {
+			n.log.Warn("how far a receiver was told can't be read", "receiver", name, "error", err)
+		}
+		if err := retry.Wait(ctx); err != nil {
+			return err
+		}
+	}
+	for {
+		n.mu.Lock()
+		changed, synced := n.changed, n.synced
+		n.mu.Unlock()
+		c.again = time.Time{}
+		if synced {
+			if c.Units == nil {
+				n.takeForTold(c)
+			}
+			if err := step(c); err != nil {
+				return err
+			}
+			n.save(ctx, name, c)
+		}
+		var clock <-chan time.Time
+		if !c.again.IsZero() {
+			clock = time.After(time.Until(c.again))
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-changed:
+		case <-clock:
+		}
+	}
+}
+
+// load reads a cursor; Units is nil if there is none.
+func (n *Notifier) load(ctx context.Context, c *cursor) error {
+	e, err := n.store.Get(ctx, c.key)
+	switch {
+	case errors.Is(err, kv.ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	if err := json.Unmarshal(e.Value, c); err != nil {
+		n.log.Warn("how far a receiver was told doesn't parse, it begins anew", "key", c.key, "error", err)
+		c.Units = nil
+	}
+	c.stored = e.Value
+	return nil
+}
+
+// save writes a cursor if it changed. If that fails, the next mirror tells once more.
+func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
+	value, err := json.Marshal(c)
+	if err != nil {
+		panic(err) // plain data
+	}
+	if string(value) == string(c.stored) {
+		return
+	}
+	if err := n.store.Commit(ctx, nil, kv.Put(c.key, value)); err != nil {
+		if ctx.Err() == nil {
+			n.log.Warn("how far a receiver was told can't be written: another mirror would tell it again",
+				"receiver", name, "error", err)
+		}
+		return
+	}
+	c.stored = value
+}
+
+// takeForTold begins a cursor with what is so already: who is told for the first time isn't told of the past.
+func (n *Notifier) takeForTold(c *cursor) {
+	units, refused := n.now()
+	c.Units, c.Refused = map[string]told{}, refused.Refused
+	for _, u := range units {
+		_, now := after(told{Generation: u.record.Generation}, u)
+		if s, ok := statusOf(u); ok {
+			now.Status = hashOf(s)
+		}
+		c.Units[u.id.String()] = now
+	}
+}
+
+// now returns all units, sorted, and the mirror's state.
+func (n *Notifier) now() ([]unitNow, deployments.MirrorState) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	units := slices.Collect(maps.Values(n.units))
+	slices.SortFunc(units, func(a, b unitNow) int { return a.id.Compare(b.id) })
+	return units, n.refused
+}
+
+// tell sends a receiver what it has yet to be told. It returns an error only when ctx has ended.
+func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
+	units, state := n.now()
+	gone := maps.Clone(c.Units)
+	for _, u := range units {
+		name := u.id.String()
+		delete(gone, name)
+		if !matches(r.Units, u.id) || u.record.Generation == 0 {
+			continue
+		}
+		was := c.Units[name]
+		events, now := after(was, u)
+		if len(events) > 0 || now.Generation > was.Generation {
+			u.history = n.historyOf(ctx, u.id)
+			events, now = after(was, u)
+		}
+		now.Status = was.Status
+		for _, e := range events {
+			if err := n.send(ctx, r, e); err != nil {
+				return err
+			}
+		}
+		if c.Units[name] = now; len(events) > 0 {
+			n.save(ctx, r.Name, c)
+		}
+	}
+	for name := range gone {
+		delete(c.Units, name)
+	}
+	if state.Refused != c.Refused {
+		if state.Refused != "" {
+			e := Event{Kind: KindRefused, ID: "refused/" + state.Refused, Data: Data{Commit: state.Refused,
+				Message: fmt.Sprintf("commit %.12s is not taken: %s", state.Refused, state.Error)}}
+			if err := n.send(ctx, r, e); err != nil {
+				return err
+			}
+		}
+		c.Refused = state.Refused
+	}
+	return nil
+}
+
+// mostPast bounds how many generations of one unit a receiver is told of that was away.
+const mostPast = 5
+
+// historyOf returns the newest entries of a unit's history, the oldest first.
+func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
+	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
+	if err != nil {
+		n.log.Warn("a unit's history can't be read, its notification says less", "unit", id.String(), "error", err)
+		return nil
+	}
+	for _, e := range entries {
+		if h, err := deployments.ParseHistory(e.Value); err == nil {
+			past = append(past, h)
+		}
+	}
+	slices.SortFunc(past, func(a, b deployments.History) int { return cmp.Compare(a.Generation, b.Generation) })
+	return past[max(0, len(past)-mostPast):]
+}
+
+const (
+	// maxPause is the longest pause between two tries.
+	maxPause = 5 * time.Minute
+	// maxRefusals is how often a server may refuse an event before it is dropped.
+	maxRefusals = 3
+)
+
+// send delivers an event, however often it takes. What is refused, or too old, is dropped.
+func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
+	if len(r.Events) > 0 && !slices.Contains(r.Events, e.Kind) {
+		return nil
+	}
+	if e.Data.Unit != "" && n.c.Link != "" {
+		e.Data.Link = strings.ReplaceAll(n.c.Link, "{unit}", e.Data.Unit)
+	}
+	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
+}
+
+// try calls f until it succeeds, is refused for good, or giveUp has passed. It returns an error only when ctx has ended.
+func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() error) error {
+	retry, began, refusals := wait.NewBackoff(time.Second, maxPause), time.Now(), 0
+	for {
+		err := f()
+		switch {
+		case err == nil:
+			n.sent.WithLabelValues(receiver, "delivered").Inc()
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case errors.Is(err, errRefused):
+			refusals++
+		}
+		if refusals >= maxRefusals || time.Since(began) > n.giveUp {
+			n.sent.WithLabelValues(receiver, "dropped").Inc()
+			n.log.Error("a notification is dropped", "receiver", receiver, what, id, "tries", retry.Tries()+1, "error", err)
+			return nil
+		}
+		n.sent.WithLabelValues(receiver, "failed").Inc()
+		if retry.Tries() == 0 {
+			n.log.Warn("a notification was not taken, it is tried again", "receiver", receiver, what, id, "error", err)
+		}
+		pause := retry.Next()
+		if asked := (*retryAfterError)(nil); errors.As(err, &asked) {
+			pause = max(pause, asked.after)
+		}
+		if err := wait.For(ctx, pause); err != nil {
+			return err
+		}
+	}
+}
+
+// writeStatuses writes the commit statuses that have changed. It returns an error only when ctx has ended.
+func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) error {
+	units, state := n.now()
+	for _, u := range units {
+		name := u.id.String()
+		status, ok := statusOf(u)
+		was := c.Units[name]
+		if !ok || !matches(s.Units, u.id) || hashOf(status) == was.Status {
+			continue
+		}
+		if next := c.statusAt[name].Add(n.statusPause); status.state == statusPending && time.Now().Before(next) {
+			if c.again.IsZero() || next.Before(c.again) {
+				c.again = next
+			}
+			continue
+		}
+		if n.c.Link != "" {
+			status.link = strings.ReplaceAll(n.c.Link, "{unit}", name)
+		}
+		if err := n.try(ctx, s.Name, "commit", status.commit, func() error { return s.write(ctx, n.client, status) }); err != nil {
+			return err
+		}
+		c.statusAt[name] = time.Now()
+		status.link = ""
+		c.Units[name] = told{Generation: u.record.Generation, Status: hashOf(status)}
+		n.save(ctx, s.Name, c)
+	}
+	if state.Refused != "" && state.Refused != c.Refused {
+		refused := commitStatus{commit: state.Refused, name: "kedge", state: statusFailure, description: clipped(state.Error)}
+		if err := n.try(ctx, s.Name, "commit", refused.commit, func() error { return s.write(ctx, n.client, refused) }); err != nil {
+			return err
+		}
+	}
+	c.Refused = state.Refused
+	return nil
+}
+
+// hashOf tells one status from another.
+func hashOf(s commitStatus) string {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "%s\n%s\n%s\n%s", s.commit, s.name, s.state, s.description)
+	return fmt.Sprintf("%016x", h.Sum64())
+}

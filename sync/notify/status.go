@@ -1,0 +1,110 @@
+package notify
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/url"
+
+	"kedge/deployments"
+	"kedge/sync/fleet/message"
+)
+
+// commitStatus is what a commit of the deployments repo shows for one unit.
+type commitStatus struct {
+	commit      string
+	name        string // "kedge/prod/web/app", or "kedge" for the whole commit
+	state       statusState
+	description string
+	link        string
+}
+
+type statusState string
+
+const (
+	statusPending statusState = "pending"
+	statusSuccess statusState = "success"
+	statusFailure statusState = "failure"
+)
+
+// maxDescription is what GitHub takes, in characters; the others take more.
+const maxDescription = 140
+
+// statusOf returns what the commit of a unit's record shows; ok is false if no commit asked for it.
+func statusOf(u unitNow) (s commitStatus, ok bool) {
+	r := u.record
+	s = commitStatus{commit: r.Commit, name: "kedge/" + u.id.String()}
+	p := r.Rollout
+	switch {
+	case r.Commit == "" || r.Pinned != nil || r.Orphaned:
+		return s, false
+	case p == nil:
+		s.state, s.description = statusSuccess, "every node may run "+nameOf(r.Target)
+		if r.Paced {
+			s.description = "every node runs " + nameOf(r.Target)
+		}
+	case p.Phase == deployments.PhaseRollingBack, p.Phase == deployments.PhaseRolledBack,
+		p.Phase == deployments.PhasePaused && p.Reason != deployments.ReasonPaused:
+		s.state, s.description = statusFailure, message.Progress(p)
+	default:
+		s.state, s.description = statusPending, message.Progress(p)
+	}
+	s.description = clipped(s.description)
+	return s, true
+}
+
+// clipped is a description that every server takes.
+func clipped(text string) string {
+	runes := []rune(message.OneLine(text))
+	if len(runes) > maxDescription {
+		return string(runes[:maxDescription-3]) + "..."
+	}
+	return string(runes)
+}
+
+// write puts a status at the server.
+func (c *Statuses) write(ctx context.Context, client *http.Client, s commitStatus) error {
+	token, err := secretOr("", c.TokenFile)
+	if err != nil {
+		return err
+	}
+	header := http.Header{"Content-Type": {"application/json"}}
+	body := map[string]string{"description": s.description, "target_url": s.link}
+	if s.link == "" {
+		delete(body, "target_url")
+	}
+	var to string
+	switch c.Provider {
+	case GitLab:
+		to = c.API + "/projects/" + url.PathEscape(c.Project) + "/statuses/" + s.commit
+		header.Set("PRIVATE-TOKEN", token)
+		body["name"] = s.name
+		body["state"] = string(s.state)
+		switch s.state {
+		case statusPending:
+			body["state"] = "running"
+		case statusFailure:
+			body["state"] = "failed"
+		}
+	default:
+		to = c.API + "/repos/" + c.Project + "/statuses/" + s.commit
+		header.Set("Authorization", "Bearer "+token)
+		if c.Provider == Gitea {
+			header.Set("Authorization", "token "+token)
+		} else {
+			header.Set("Accept", "application/vnd.github+json")
+			header.Set("X-GitHub-Api-Version", "2022-11-28")
+		}
+		body["context"] = s.name
+		body["state"] = string(s.state)
+	}
+	data, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	if err := send(ctx, client, http.MethodPost, to, header, data); err != nil {
+		return fmt.Errorf("commit status %s of %.12s: %w", s.name, s.commit, err)
+	}
+	return nil
+}
