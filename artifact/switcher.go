@@ -35,6 +35,8 @@ type Switcher interface {
 	Live(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
 	Dir(rel *Release) string
+	// Compare says how what lies at dest, whoever put it there, differs from rel, which is staged; limit as Verify's.
+	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Verify compares the live tree with rel; limit bounds what is read, in bytes a second (0: not).
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the live tree as rel says.

@@ -93,6 +93,7 @@ const (
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
 	ReasonDiskFull           Reason = "DiskFull"
+	ReasonObserving          Reason = "Observing"    // the node's configuration says so: differs
 	ReasonDependency         Reason = "Dependency"   // waits for another unit: unit
 	ReasonDestInUse          Reason = "DestInUse"    // another unit has dest: unit, dest
 	ReasonTooManyUnits       Reason = "TooManyUnits" // a node leaves units of its role out: limit, left_out

@@ -21,6 +21,8 @@ type Record struct {
 	// After and Drift are the unit file's, for agents, which don't read Git.
 	After []string `json:"after,omitempty"`
 	Drift Drift    `json:"drift,omitempty"`
+	// Adopt is the unit file's, too.
+	Adopt bool `json:"adopt,omitempty"`
 	// Paced is set if the unit has a rollout. Its unit pins wait for the mirror, which rolls them out as Target, unless they say
 	// at_once.
 	Paced bool `json:"paced,omitempty"`

@@ -51,9 +51,24 @@ type UnitReport struct {
 	Since time.Time `json:"since"`
 	// Drift lists paths of the live tree that differ from the index, at most five.
 	Drift []string `json:"drift,omitempty"`
+	// Compared is how something else's tree at dest stood to a release: when the first release came or, on a node that only
+	// observes, when it was looked at last.
+	Compared *Compared `json:"compared,omitempty"`
 	// Fetched and Total are bytes, while State is StateFetching.
 	Fetched int64 `json:"fetched,omitempty"`
 	Total   int64 `json:"total,omitempty"`
+}
+
+// Compared is a tree at dest, whoever put it there, beside a release.
+type Compared struct {
+	Release Digest `json:"release"`
+	Dest    string `json:"dest,omitempty"` // empty: the release has commands only
+	// Differs is how many paths differ, and Paths are the first of them. Missing: there is nothing at dest.
+	Differs int      `json:"differs"`
+	Paths   []string `json:"paths,omitempty"`
+	Missing bool     `json:"missing,omitempty"`
+	// Adopted is set if the tree was taken over as it was.
+	Adopted bool `json:"adopted,omitempty"`
 }
 
 // State is where a unit stands on a node.
@@ -66,7 +81,7 @@ const (
 	StateSwitching   State = "switching"   // from drain to the end of the health checks
 	StateRetrying    State = "retrying"    // transient trouble (network, S3, disk): tries again by itself
 	StateQuarantined State = "quarantined" // the target failed here, and the node went back
-	StateHeld        State = "held"        // a pin says hold
+	StateHeld        State = "held"        // a pin says hold, or the node only observes
 	StateUnhealthy   State = "unhealthy"   // runs what it should, and its health checks fail
 	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
 )

@@ -51,9 +51,9 @@ func TestNextWrites(t *testing.T) {
 		{"a new target, with all that its unit's file and its commit say", 0, rolling, func(s *Situation) {
 			s.Record = record{Target: v1, Stable: release("v0"), Generation: 1, Retry: 3, Commit: "c1", After: []string{"old"}, Drift: deployments.DriftReport}
 			each(s, func(u *deployments.UnitReport) { u.Generation = 1 })
-			s.Unit.After, s.Unit.Drift = []string{"base"}, deployments.DriftHeal
+			s.Unit.After, s.Unit.Drift, s.Unit.Adopt = []string{"base"}, deployments.DriftHeal, true
 		}, func(s *Situation, r *record) {
-			*r = record{Target: v2, Stable: v1, Generation: 2, Retry: 3, Commit: "c2", After: []string{"base"}, Drift: deployments.DriftHeal,
+			*r = record{Target: v2, Stable: v1, Generation: 2, Retry: 3, Commit: "c2", After: []string{"base"}, Drift: deployments.DriftHeal, Adopt: true,
 				Rollout: &progress{Phase: rolling, Promoted: true, Unproven: true, Since: noon, Cutoff: cutoff(s, 2), Message: "2 of 10 nodes admitted"}}
 		}, "2 of 10", 10 * time.Minute},
 		{"over a bare pointer, which somebody put there", 0, rolling, func(s *Situation) {

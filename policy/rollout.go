@@ -97,7 +97,8 @@ func Next(s Situation) Move {
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}
 	st = aim(in, st)
-	st.r.After, st.r.Drift, st.r.Paced = s.Unit.After, s.Unit.Drift, s.Unit.Rollout != nil && s.Pin != nil
+	st.r.After, st.r.Drift, st.r.Adopt = s.Unit.After, s.Unit.Drift, s.Unit.Adopt
+	st.r.Paced = s.Unit.Rollout != nil && s.Pin != nil
 	if s.Unit.Rollout == nil {
 		st.r.Joined = 0 // all nodes go at once
 	}

@@ -71,6 +71,8 @@ finishes or takes back what it had begun.`,
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool("allow-older-pins", false, "with --signers, let pins go back to releases older than the one that this node has settled on")
 	f.Bool("allow-empty", false, "let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
+	f.Bool("observe", false, "fetch and verify releases, compare them with what lies at dest, report that, and touch nothing")
+	f.Bool("adopt", false, "take over what lies at dest before a unit's first release, if it is the release's already; as adopt: true in its file")
 	f.Bool("maintenance", false, "have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
@@ -141,6 +143,8 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("signers", &c.Signers)
 	boolean("allow-older-pins", &c.AllowOlderPins)
 	boolean("allow-empty", &c.AllowEmpty)
+	boolean("observe", &c.Observe)
+	boolean("adopt", &c.Adopt)
 	boolean("maintenance", &c.Maintenance)
 	str("snapshot", &c.Snapshot)
 	str("snapshot-signers", &c.SnapshotSigners)
@@ -222,6 +226,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Trust:          trust,
 		AllowOlderPins: conf.AllowOlderPins,
 		AllowEmpty:     conf.AllowEmpty,
+		Observe:        conf.Observe,
+		Adopt:          conf.Adopt,
 		Maintenance:    maintenance,
 		Snapshot:       snapshot,
 		Listen:         conf.Listen,

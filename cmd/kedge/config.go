@@ -39,6 +39,9 @@ type agentConfig struct {
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 	// AllowEmpty lets a node be ready whose stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
+	// Observe touches nothing, and says what it would do. Adopt takes over what is a release's already.
+	Observe bool `yaml:"observe"`
+	Adopt   bool `yaml:"adopt"`
 
 	// Maintenance has the node's maintenance mode in Consul on while a unit is drained; it takes node:write.
 	Maintenance bool `yaml:"maintenance"`

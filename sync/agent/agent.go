@@ -87,6 +87,10 @@ type Config struct {
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. Else that is taken for a mistake.
 	AllowEmpty bool
+	// Observe has the agent fetch and verify what it should run, compare it with what lies at dest, and report that. It touches nothing.
+	Observe bool
+	// Adopt lets every unit take over a tree that lies at dest before its first release, as Record.Adopt does.
+	Adopt bool
 	// Listen serves /ready, /live, /status (JSON) and /metrics; empty: nowhere. ":0" is fine: see Agent.Addr.
 	Listen string
 	// StartDelay: a random time up to this is waited before a fetch, to spread a large fleet's load. Default 0.

@@ -151,6 +151,10 @@ func (a *Agent) aim(r *role) {
 		from := u.decision.Source
 		g.settle = a.c.Trust != nil && (from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
+		g.adopt = a.c.Adopt || u.record.Value.Adopt
+		if a.c.Observe {
+			g = goal{observe: u.decision.Target}
+		}
 		if u.replaced {
 			g = goal{}
 		}
@@ -194,6 +198,8 @@ func (u *unit) inTheWay() bool {
 		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
 	case jobStage:
 		return u.busy.release != g.run && u.busy.release != g.stage
+	case jobObserve:
+		return u.busy.release != g.observe
 	case jobHeal, jobVerify, jobProve:
 		return !g.run.IsZero() && g.run != u.done
 	}

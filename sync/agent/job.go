@@ -19,7 +19,10 @@ type goal struct {
 	commit string              // that asked for run
 	key    string              // what asks for run: the failure key
 	heal   bool                // put drift right
-	settle bool                // once it runs, nothing older is gone back to: see observed.toSettle
+	adopt  bool                // take over what lies at dest, if it is the first release's already
+	// observe has the agent touch nothing, and compare this release with what lies at dest. Then all else is zero.
+	observe deployments.Pointer
+	settle  bool // once it runs, nothing older is gone back to: see observed.toSettle
 }
 
 // job is what a worker is doing.
@@ -28,6 +31,7 @@ type job struct {
 	release deployments.Pointer
 	commit  string
 	key     string
+	adopt   bool
 	cancel  context.CancelCauseFunc
 }
 
@@ -41,7 +45,8 @@ const (
 	jobStage   jobKind = "stage"
 	jobHeal    jobKind = "heal"
 	jobVerify  jobKind = "verify"
-	jobProve   jobKind = "prove"  // await the health of what runs, after a reboot
+	jobProve   jobKind = "prove" // await the health of what runs, after a reboot
+	jobObserve jobKind = "observe"
 	jobSettle  jobKind = "settle" // note that nothing older is gone back to
 )
 
@@ -49,6 +54,9 @@ const (
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
 		return job{}, wait
+	}
+	if u.observes {
+		return u.observeOnly(now)
 	}
 	s, g := u.state(), u.goal
 	if u.future != nil {
@@ -72,7 +80,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	case u.forget:
 		return job{kind: jobForget}, again
 	case deploys:
-		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key}, again
+		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt}, again
 	case failed:
 		// Another claim than the one that it failed under lets it be tried once more.
 		if f, _ := u.failure(run); f.Key != g.key {
@@ -145,7 +153,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobForget:
 		return a.forget(u, j)
 	case jobDeploy:
-		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key}
+		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt}
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return u.deploy.StageFailed(ctx, q, err)
 		}
@@ -159,6 +167,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		return u.deploy.Settle()
 	case jobHeal:
 		return a.heal(ctx, u)
+	case jobObserve:
+		return a.compare(ctx, u, j.release)
 	case jobVerify:
 		return a.verify(ctx, u)
 	}

@@ -102,6 +102,8 @@ func (u *unit) standing() standing {
 	s := u.state()
 	target := u.decision.Target
 	switch {
+	case u.observes && u.decided:
+		return u.observing()
 	case (u.busy.kind == jobDeploy || u.busy.kind == jobRecover) && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.trouble)
 	case s.Unfinished && s.Health.Unhealthy: // the way back doesn't hold yet
@@ -252,6 +254,9 @@ func (u *unit) report() deployments.UnitReport {
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
+	}
+	if r.Compared = s.Compared; u.observes {
+		r.Compared = u.compared
 	}
 	if now.reason == deployments.ReasonDependency {
 		r.Why = u.blocked.why

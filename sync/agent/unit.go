@@ -21,6 +21,8 @@ type unit struct {
 	wake wait.Signal // asks the worker to look at its goal
 	// cancel ends the worker.
 	cancel context.CancelFunc
+	// observes is set if this node only observes.
+	observes bool
 
 	deploy *deploy.Unit // nil until its state could be opened
 
@@ -67,8 +69,9 @@ type observed struct {
 	claimed  string    // dest of what was let in last
 	live     string    // what dest resolved to after the last deployment
 	drift    []string
-	health   deploy.Health       // of watched, as its checks say
-	watched  deployments.Pointer // the release that was watched last
+	compared *deployments.Compared // of a node that observes
+	health   deploy.Health         // of watched, as its checks say
+	watched  deployments.Pointer   // the release that was watched last
 }
 
 // reported is the state in which the unit is, and since when.
@@ -104,7 +107,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
-	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observed: observed{retry: newBackoff()}}
+	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observes: a.c.Observe, observed: observed{retry: newBackoff()}}
 	u.stamp(time.Now())
 	a.units[id] = u
 	var ctx context.Context

@@ -159,6 +159,8 @@ type State struct {
 	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See Monitor for
 	// a release that runs undisturbed.
 	Health Health
+	// Compared is how what lay at dest stood to the first release, if that was asked for with Adopt; nil: it wasn't, or another runs by now.
+	Compared *deployments.Compared
 	// Ends is what Recover ends on, where that one doesn't fail; zero: nothing, or none is unfinished.
 	Ends deployments.Pointer
 }
@@ -218,7 +220,7 @@ func (u *Unit) State() State {
 	defer u.mu.Unlock()
 	s := State{
 		Running: u.j.Running, Version: u.j.Version, Confirmed: u.j.Confirmed, LastGood: u.j.LastGood, Staged: u.j.Staged,
-		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil, Proven: u.j.Confirmed && u.j.Proven == u.boot,
+		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil, Compared: u.j.Compared, Proven: u.j.Confirmed && u.j.Proven == u.boot,
 	}
 	if d := u.j.Deployment; d != nil {
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
@@ -323,6 +325,9 @@ type Request struct {
 	// Key names what asks: a record's generation, say, or a pin. It is journalled with a failure, so that whoever asks can tell
 	// whether the same asked before.
 	Key string
+	// Adopt lets a tree that lies at dest before the first release, and is the release's byte for byte, be taken over as it is:
+	// its health is checked, and none of its commands but those for a failure run.
+	Adopt bool
 }
 
 // Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does nothing where p runs
@@ -365,8 +370,15 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	if err := u.resume(ctx); err != nil {
 		return err
 	}
+	var compared *deployments.Compared
+	if asked.Adopt {
+		if compared, err = u.adoptable(ctx, r); err != nil {
+			return err
+		}
+	}
 	err = u.save(func(j *journal) {
 		d := &deployment{Release: r.Pointer, Commit: asked.Commit, Key: asked.Key}
+		j.Compared = compared
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
 			d.Touched, d.Over = other.Touched, other.Touched
@@ -377,8 +389,15 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 		if j.LastGood.Digest != r.Pointer.Digest {
 			d.Back = j.LastGood
 		}
+		j.Deployment = d
+		if compared != nil && compared.Adopted {
+			d.Adopted = true
+			d.enter(stepSwitch)
+			d.Touched = d.Over || r.Manifest.Strategy == deployments.StrategyRelease
+			return
+		}
 		d.enter(stepDrain)
-		j.Deployment, j.Drained = d, true
+		j.Drained = true
 	})
 	if err != nil {
 		return err

@@ -46,6 +46,8 @@ type journal struct {
 	Drained     bool      `json:"drained,omitempty"`
 	// Deployment is the one under way; nil: none.
 	Deployment *deployment `json:"deployment,omitempty"`
+	// Compared is of the deployment under way, or of what runs.
+	Compared *deployments.Compared `json:"compared,omitempty"`
 	// Attempts are those of steps that were cut off, until their release is confirmed or in quarantine.
 	Attempts []attempt `json:"attempts,omitempty"`
 	// Told names the release and the key whose failure commands ran because it could not be staged.
@@ -89,6 +91,8 @@ type deployment struct {
 	Boot string `json:"boot,omitempty"`
 	// Touched is set from when dest may have changed.
 	Touched bool `json:"touched,omitempty"`
+	// Adopted is set where dest was the release's before, so that no command runs.
+	Adopted bool `json:"adopted,omitempty"`
 	// Over is set where another one, which this one superseded, may have changed dest before.
 	Over bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.

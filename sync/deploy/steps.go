@@ -235,14 +235,23 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case stepPre:
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Pre)
 	case stepSwitch:
+		if d.Adopted && r.Manifest.Strategy != deployments.StrategyRelease {
+			return running(r), nil
+		}
 		return running(r), u.switcher(r).Switch(ctx, r)
 	case stepPost:
+		if d.Adopted {
+			return nil, nil
+		}
 		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)
 	case stepHealth:
 		return u.confirmed, u.healthy(ctx, d, r, from)
 	case stepUndrain:
 		return undrained, u.drain(ctx, false)
 	case stepSuccess:
+		if d.Adopted {
+			return nil, nil
+		}
 		err := u.commands(ctx, d, r, from, r.Manifest.Commands.Success)
 		return nil, u.note(ctx, "a success command failed", err)
 	case stepTidy:

@@ -492,6 +492,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		add("error", oneLine(r.Error))
 	}
 	add("differs", clean(strings.Join(r.Drift, ", ")))
+	add("dest", comparedText(r))
 	return all
 }
 

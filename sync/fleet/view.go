@@ -330,6 +330,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	if len(r.Drift) > 0 {
 		beside = join(beside, "differs from its release: "+clean(strings.Join(r.Drift, ", ")))
 	}
+	beside = join(beside, comparedText(r))
 	runs := "runs nothing"
 	if r.State == "" {
 		runs = oneLine(n.Why)

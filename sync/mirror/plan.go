@@ -97,7 +97,7 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 			Commit:     commit,
 		}
 	}
-	r.After, r.Drift, r.Orphaned = u.After, u.Drift, false
+	r.After, r.Drift, r.Adopt, r.Orphaned = u.After, u.Drift, u.Adopt, false
 	return r
 }
 

@@ -1,0 +1,79 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// compareDest says how what lies at rel's dest, whoever put it there, differs from the release's tree, which is unpacked at tree: by
+// type, content, mode and link, and by owner if the manifest names one. Shared paths and mounts are passed over.
+func compareDest(ctx context.Context, place *Place, rel *Release, tree string, limit int64) ([]Difference, error) {
+	dest := place.Path(filepath.Base(rel.Manifest.Dest))
+	info, err := os.Stat(dest)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	case err != nil:
+		return nil, fmt.Errorf("comparing %s: %w", rel.Manifest.Dest, err)
+	case !info.IsDir():
+		return []Difference{{Path: ".", What: "type"}}, nil
+	}
+	index, err := indexOfTree(ctx, tree)
+	if err != nil {
+		return nil, err
+	}
+	skip, err := mountsBelow(dest)
+	if err != nil {
+		return nil, err
+	}
+	skip = append(skip, rel.Manifest.Shared...)
+	differences, err := verifyTree(ctx, dest, index, limit, skip...)
+	if err != nil {
+		return nil, err
+	}
+	if info.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
+		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
+	}
+	owners, err := verifyOwner(ctx, dest, rel.Manifest.Owner, skip)
+	return append(differences, owners...), err
+}
+
+func (commandsOnly) Compare(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
+
+func (l linkSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if err != nil {
+		return nil, err
+	}
+	place, err := OpenPlace(rel.Manifest.Dest, PlaceOptions{Within: l.releases.within, Owner: rel.Manifest.Owner})
+	if err != nil {
+		return nil, err
+	}
+	defer place.Close()
+	return compareDest(ctx, place, rel, found.Dir, limit)
+}
+
+// Compare leaves to rsync what counts as different, as excludes are its own.
+func (s rsyncSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
+	ds, err := s.Verify(ctx, rel, limit)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	return ds, err
+}
+
+func (m moveSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
+	place, err := m.place(rel)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Difference{{Path: ".", What: "missing"}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer place.Close()
+	return compareDest(ctx, place, rel, m.tree(rel), limit)
+}

@@ -1,0 +1,93 @@
+package deploy
+
+import (
+	"context"
+	"fmt"
+	"os/exec"
+	"slices"
+
+	"kedge/artifact"
+	"kedge/deployments"
+)
+
+// maxCompared bounds the paths that a comparison names.
+const maxCompared = 5
+
+// Observe has the release of p unpacked in the unit's own directory, and compares it with what lies at its dest, whoever put that there.
+// It touches nothing else. limit bounds what is read, in bytes a second (0: not).
+func (u *Unit) Observe(ctx context.Context, p deployments.Pointer, limit int64) (found *deployments.Compared, err error) {
+	defer func() { err = u.secrets.error(err) }()
+	r, err := u.admit(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	m := *r.Manifest
+	aside := &artifact.Release{Pointer: r.Pointer, Manifest: &m, Raw: r.Raw}
+	switch m.Strategy {
+	case deployments.StrategyRelease: // which would lay it beside dest
+		m.Strategy = deployments.StrategyMv
+		defer func() {
+			if failed := artifact.PruneTrees(u.treesDir(), u.keptDigests()); failed != nil && err == nil {
+				u.log.Warn("could not remove a tree that was compared", "error", failed)
+			}
+		}()
+	case deployments.StrategyRsync:
+		if _, err := exec.LookPath("rsync"); err != nil && m.Src != "" {
+			return nil, fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
+		}
+	}
+	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
+	if err := u.switcher(aside).Stage(ctx, aside, artifact.StageOptions{Progress: progress}); err != nil {
+		return nil, err
+	}
+	return u.compare(ctx, aside, limit)
+}
+
+// compare compares a release that is staged with what lies at its dest.
+func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*deployments.Compared, error) {
+	found := &deployments.Compared{Release: r.Pointer.Digest, Dest: r.Manifest.Dest}
+	if r.Manifest.Src == "" {
+		return found, nil
+	}
+	ds, err := u.switcher(r).Compare(ctx, r, limit)
+	if err != nil {
+		return nil, fmt.Errorf("comparing %s with %s: %w", r.Manifest.Dest, r.Pointer, err)
+	}
+	found.Differs = len(ds)
+	found.Missing = slices.Contains(ds, artifact.Difference{Path: ".", What: "missing"})
+	for _, d := range ds[:min(len(ds), maxCompared)] {
+		found.Paths = append(found.Paths, d.Path)
+	}
+	return found, nil
+}
+
+// adoptable compares what lies at dest, where nothing of this unit's runs yet, with the release, which is staged. nil: it can't
+// be taken over.
+func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
+	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
+		return nil, nil
+	}
+	found, err := u.compare(ctx, r, 0)
+	switch {
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case err != nil:
+		u.log.Warn("what lies at dest can't be compared, and is not adopted", "dest", r.Manifest.Dest, "error", err)
+		return nil, nil
+	}
+	if found.Adopted = found.Differs == 0; found.Adopted {
+		u.log.Info("dest is the release's already: it is adopted as it is, without commands", "dest", found.Dest)
+	} else {
+		u.log.Info("dest is not the release's, and is not adopted", "dest", found.Dest, "differs", found.Differs, "paths", found.Paths)
+	}
+	return found, nil
+}
+
+// keptDigests are the releases of which something stays on this node.
+func (u *Unit) keptDigests() []deployments.Digest {
+	keep := []deployments.Digest{u.j.Running.Digest, u.j.LastGood.Digest, u.j.Staged.Digest}
+	if d := u.j.Deployment; d != nil {
+		keep = append(keep, d.Release.Digest, d.From.Digest, d.Back.Digest)
+	}
+	return slices.DeleteFunc(keep, deployments.Digest.IsZero)
+}

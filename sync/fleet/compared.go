@@ -1,0 +1,45 @@
+package fleet
+
+import (
+	"fmt"
+	"strings"
+
+	"kedge/deployments"
+)
+
+// comparedText says how what lay at dest stood to a release, and what a node that observes would do; empty: there is nothing to say.
+func comparedText(r deployments.UnitReport) string {
+	c := r.Compared
+	if c == nil {
+		if r.Reason == deployments.ReasonObserving && r.Error == "" && !r.Want.IsZero() {
+			return "observes, and has yet to compare"
+		}
+		return ""
+	}
+	differs := fmt.Sprintf("%d paths", c.Differs)
+	if c.Differs == 1 {
+		differs = "1 path"
+	}
+	if len(c.Paths) > 0 {
+		more := ""
+		if c.Differs > len(c.Paths) {
+			more = ", …"
+		}
+		differs += " (" + clean(strings.Join(c.Paths, ", ")) + more + ")"
+	}
+	switch {
+	case c.Adopted:
+		return "adopted as it was at dest"
+	case r.Reason != deployments.ReasonObserving && c.Missing:
+		return ""
+	case r.Reason != deployments.ReasonObserving:
+		return "was not adopted: dest differed in " + differs
+	case c.Dest == "":
+		return "observes: would run commands alone"
+	case c.Missing:
+		return "observes: would make dest, where nothing is"
+	case c.Differs == 0:
+		return "observes: dest is the release's, byte for byte"
+	}
+	return "observes: dest differs in " + differs
+}
