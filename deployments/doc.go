@@ -207,6 +207,8 @@
 //	signers            a file of SSH keys, of which one must have signed each release (none is asked for)
 //	allow_older_pins   true: a pin may name a release older than the one that the node settled on (false)
 //	allow_empty        true: a node without units is ready (false)
+//	observe            true: fetch and compare with what lies at dest, report that, and touch nothing (false)
+//	adopt              true: take over what is a first release's already, as adopt in a unit file (false)
 //	maintenance        true: the node is in Consul's maintenance mode while it switches (false)
 //	snapshot           the URL of the mirror's copy of the desired state, for a first boot while Consul is away (none)
 //	snapshot_signers   a file of SSH keys, of which one must have signed it
@@ -279,6 +281,7 @@
 //	commit      the Git commit that set target
 //	after       the unit file's
 //	drift       the unit file's
+//	adopt       the unit file's
 //	paced       true: unit pins wait for the mirror, which rolls them out
 //	joined      nodes that joined later, and run something else, are not told yet
 //	claim       the generation that first asked for target under its commit; a release that failed there stays out
@@ -341,6 +344,7 @@
 //	error        the newest trouble, one line of at most 300 bytes
 //	since        when the state was entered, by the node's clock
 //	drift        up to five paths of the live tree that differ from the release
+//	compared     how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
 //	fetched      bytes so far, while it is fetching
 //	total        bytes in all
 //
