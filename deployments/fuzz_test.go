@@ -3,10 +3,13 @@ package deployments
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 )
 
 func FuzzPointer(f *testing.F) {
@@ -123,9 +126,17 @@ func isProblems(t *testing.T, err error) {
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(stretchers))
 	f.Add([]byte("{{ env \"A\" }}: [{[{"))
+	f.Add([]byte("x-a: &a {pre: [id]}\ncommands: {<<: *a, post: [*a], timeout: 1h}\n{{ if eq (env `A`) `b` }}keep: {{ printf `%03d` 3 }}{{ end }}\n"))
 	f.Add([]byte("src: a.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\nhealth:\n  checks:\n  - http: {url: http://127.0.0.1/, contains: 'a: b'}\ncommands:\n  pre: [{run: 'a # b', timeout: 1m30s}]\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		m, err := ParseManifest(data, manifestURL, func(string) (string, bool) { return "x", true })
+		var m *Manifest
+		var err error
+		bounded(t, data, func() {
+			m, err = ParseManifest(data, manifestURL, func(string) (string, bool) { return "x", true })
+			if _, open := ParseTemplate(data, manifestURL); err == nil && open != nil && !strings.Contains(string(data), "{{") {
+				t.Errorf("%q is valid, and no template: %v", data, open)
+			}
+		})
 		if err != nil {
 			return
 		}
@@ -147,4 +158,25 @@ func FuzzManifest(f *testing.F) {
 			t.Errorf("%q\nis  %+v\nand, written as\n%s\nis  %+v, %v", data, m, written, again, err)
 		}
 	})
+}
+
+// bounded fails where parse takes longer, or more memory, than somebody may take who can have data parsed.
+func bounded(t *testing.T, data []byte, parse func()) {
+	t.Helper()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		parse()
+	}()
+	select {
+	case <-done:
+	case <-time.After(10 * time.Second):
+		panic(fmt.Sprintf("it takes longer than 10 s: %q", data))
+	}
+	runtime.ReadMemStats(&after)
+	if took := after.TotalAlloc - before.TotalAlloc; took > 256<<20 {
+		t.Errorf("%q takes %d MiB", data, took>>20)
+	}
 }

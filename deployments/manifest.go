@@ -6,8 +6,8 @@ import (
 )
 
 // Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy unchanged, but
-// for what stretcher passes over or should not have taken: unknown fields, YAML's anchors, templates beyond env and must_env, a src
-// by plain http or without a checksum. Each is an error that says so. Written by kedge publish or by hand, immutable once a
+// for what stretcher passes over or should not have taken: unknown fields, loops in templates, a src by plain http or without a
+// checksum. Each is an error that says so. Written by kedge publish or by hand, immutable once a
 // pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
@@ -96,10 +96,13 @@ type Commands struct {
 	Pre, Post, Success, Failure []Command
 }
 
+func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Success, c.Failure} }
+
 // Command is run by sh -c in a process group of its own.
 type Command struct {
 	Run string
-	// Timeout ends its whole process group. Default 10 minutes.
+	// Timeout ends its whole process group. Default: the manifest's commands.timeout, or else 10 minutes; a day in a manifest that has
+	// no fields but stretcher's, which knows no timeouts.
 	Timeout time.Duration
 	// User is whom it runs as, by name or number; empty: whoever the agent runs as.
 	User string

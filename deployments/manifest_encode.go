@@ -60,6 +60,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 	add(&out, "symlinks", string(m.Symlinks), m.Symlinks != "" && m.Symlinks != SymlinksInside)
 	add(&out, "immutable", true, m.Immutable)
 
+	// What a reader takes for the timeout of a command that has none.
+	timeout := DefaultCommandTimeout
+	if !m.own() {
+		timeout = stretchersTimeout
+	}
 	var commands yaml.MapSlice
 	var env yaml.MapSlice
 	for _, name := range slices.Sorted(maps.Keys(m.Commands.Env)) {
@@ -72,12 +77,12 @@ func (m *Manifest) Encode() ([]byte, error) {
 	}{{"pre", m.Commands.Pre}, {"post", m.Commands.Post}, {"success", m.Commands.Success}, {"failure", m.Commands.Failure}} {
 		var items []any
 		for _, c := range list.commands {
-			if (c.Timeout == 0 || c.Timeout == DefaultCommandTimeout) && c.User == "" && !c.Once {
+			if (c.Timeout == 0 || c.Timeout == timeout) && c.User == "" && !c.Once {
 				items = append(items, scalar(c.Run))
 				continue
 			}
 			item := yaml.MapSlice{{Key: "run", Value: scalar(c.Run)}}
-			add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != DefaultCommandTimeout)
+			add(&item, "timeout", c.Timeout.String(), c.Timeout != 0 && c.Timeout != timeout)
 			add(&item, "user", c.User, c.User != "")
 			add(&item, "once", true, c.Once)
 			items = append(items, item)
@@ -121,6 +126,16 @@ func (m *Manifest) Encode() ([]byte, error) {
 		return nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
 	return data, nil
+}
+
+// own reports whether Encode writes a field that stretcher doesn't know.
+func (m *Manifest) own() bool {
+	h := m.Health
+	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
+		m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep || len(m.Shared) > 0 ||
+		m.Symlinks != "" && m.Symlinks != SymlinksInside || m.Immutable || m.Drain != 0 || len(h.Checks) > 0 || h.StableFor != 0 ||
+		h.Timeout != 0 && h.Timeout != defaultHealthTimeout || h.Every != 0 && h.Every != defaultHealthEvery ||
+		h.Failures != 0 && h.Failures != defaultHealthFailures
 }
 
 // scalar is text that is quoted wherever a reader could take it for something else.

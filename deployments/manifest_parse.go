@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"cmp"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -22,7 +24,9 @@ const (
 	maxKeep     = 1000
 	maxEnv      = 1000
 
+	// DefaultCommandTimeout is that of kedge's own manifests, stretchersTimeout that of stretcher's.
 	DefaultCommandTimeout = 10 * time.Minute
+	stretchersTimeout     = 24 * time.Hour
 	defaultHealthTimeout  = 60 * time.Second
 	defaultHealthEvery    = 10 * time.Second
 	defaultHealthFailures = 3
@@ -128,6 +132,33 @@ type manifestReader struct {
 	traps reader
 	url   string
 	m     *Manifest
+	// timeout is the commands' that have none of their own, where the manifest says it.
+	timeout time.Duration
+}
+
+// stretchersFields are those that stretcher reads. A manifest that has no others is one of stretcher's.
+var stretchersFields = []string{
+	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
+}
+
+// setTimeouts gives each command a timeout. stretcher has none, so that its manifests get one that no
+// command meets which ends at all; kedge's own get a default.
+func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
+	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
+	open := false
+	if own {
+		timeout = cmp.Or(r.timeout, DefaultCommandTimeout)
+	}
+	for _, list := range lists {
+		for i := range list {
+			if list[i].Timeout == 0 {
+				list[i].Timeout, open = timeout, true
+			}
+		}
+	}
+	if open && own && r.timeout == 0 {
+		r.traps.at(place, "commands without a timeout of their own are ended after %s: commands.timeout sets it for all", DefaultCommandTimeout)
+	}
 }
 
 func (r *manifestReader) read(root ast.Node) {
@@ -155,6 +186,10 @@ func (r *manifestReader) read(root ast.Node) {
 		"health":        r.health,
 		"drain":         into(&r.reader, &m.Drain, asDuration),
 	})
+	own := m.Strategy == StrategyRelease
+	for name := range seen {
+		own = own || !slices.Contains(stretchersFields, name)
+	}
 	for _, s := range []*string{&m.Name, &m.Version} {
 		if r.open && strings.Contains(*s, variable) {
 			*s = "" // nobody is to see it, or to go by it
@@ -180,6 +215,7 @@ func (r *manifestReader) read(root ast.Node) {
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
 		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
 	}
+	r.setTimeouts(own, place("commands"))
 	r.findTraps(place)
 }
 
@@ -218,7 +254,7 @@ func (r *manifestReader) destMode(n ast.Node) {
 	}
 	digits := strings.TrimPrefix(strings.TrimPrefix(s, "0o"), "0")
 	mode, err := strconv.ParseUint(digits, 8, 32)
-	if err != nil || mode == 0 || mode > 0o777 {
+	if err != nil || mode&0o777 == 0 || mode > 0o7777 {
 		if r.open && strings.Contains(s, variable) {
 			return
 		}
@@ -228,7 +264,10 @@ func (r *manifestReader) destMode(n ast.Node) {
 	if digits == s && n.Type() == ast.IntegerType {
 		r.traps.at(n, "dest_mode: %s is read in octal here; stretcher read it as a decimal number: write 0%s", s, s)
 	}
-	r.m.DestMode = fs.FileMode(mode)
+	if mode > 0o777 {
+		r.traps.at(n, "dest_mode: of %s only the last three digits count, here as with stretcher", s)
+	}
+	r.m.DestMode = fs.FileMode(mode & 0o777)
 }
 
 func (r *manifestReader) blob(n ast.Node, what string, b *Blob, more map[string]func(ast.Node)) {
@@ -262,20 +301,20 @@ func (r *manifestReader) deltas(n ast.Node) {
 func (r *manifestReader) commands(n ast.Node) {
 	c := &r.m.Commands
 	r.fields(n, "commands", map[string]func(ast.Node){
-		"env": r.environment,
+		"env": r.environment, "timeout": into(&r.reader, &r.timeout, asPositive),
 		"pre": r.commandList(&c.Pre), "post": r.commandList(&c.Post), "success": r.commandList(&c.Success), "failure": r.commandList(&c.Failure),
 	})
 }
 
 // environment reads variables by name. Those that kedge or the shell gives a meaning to can't be set.
 func (r *manifestReader) environment(n ast.Node) {
-	values, ok := mapping(n)
+	values, ok := r.entries(n)
 	if !ok {
 		r.at(n, "env: want variables by name, as in RAILS_ENV: production")
 	}
 	env := map[string]string{}
 	for _, v := range values {
-		name := keyOf(v)
+		name, given := keyOf(v), r.resolve(v.Value)
 		_, twice := env[name]
 		switch {
 		case twice:
@@ -284,11 +323,11 @@ func (r *manifestReader) environment(n ast.Node) {
 			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
 		case strings.HasPrefix(name, "KEDGE_"):
 			r.at(v.Key, "variable %q: names that begin with KEDGE_ are kedge's own", clip(name))
-		case v.Value == nil || v.Value.Type() == ast.NullType:
+		case empty(given):
 			env[name] = ""
 		default:
 			env[name] = ""
-			if value, ok := r.text(v.Value); ok {
+			if value, ok := r.text(given); ok {
 				env[name] = value
 			}
 			if strings.ContainsRune(env[name], 0) {
@@ -307,7 +346,7 @@ func (r *manifestReader) environment(n ast.Node) {
 func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 	return func(n ast.Node) {
 		r.each(n, func(item ast.Node) {
-			c := Command{Timeout: DefaultCommandTimeout}
+			var c Command
 			switch item.(type) {
 			case *ast.MappingNode, *ast.MappingValueNode:
 				seen := r.fields(item, "a command", map[string]func(ast.Node){
@@ -316,11 +355,13 @@ func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 					"user":    into(&r.reader, &c.User, asUser),
 					"once":    into(&r.reader, &c.Once, asBool),
 				})
-				if seen["run"] == nil {
+				if seen["run"] == nil || c.Run == "" {
 					r.at(item, "a command has no run")
 				}
 			default:
-				into(&r.reader, &c.Run, asText)(item)
+				if into(&r.reader, &c.Run, asText)(item); c.Run == "" {
+					return // stretcher has the shell run nothing
+				}
 			}
 			*to = append(*to, c)
 		})
@@ -387,6 +428,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 
 // asURL makes a URL absolute against the manifest's own, without letting it leave the host or bucket.
 func (r *manifestReader) asURL(s string) (string, error) {
+	s = PlainURL(s)
 	if !strings.Contains(s, "://") {
 		scheme, rest, ok := strings.Cut(r.url, "://")
 		if !ok || s == "" {

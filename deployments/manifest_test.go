@@ -39,7 +39,7 @@ func TestStretchersManifest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	run := func(s string) Command { return Command{Run: s, Timeout: DefaultCommandTimeout} }
+	run := func(s string) Command { return Command{Run: s, Timeout: 24 * time.Hour} }
 	want := &Manifest{
 		Src: "s3://example.com/app.tar.gz", Checksum: "e0840daaa97cd2cf2175f9e5d133ffb3324a2b93", Dest: "/home/stretcher/app", DestMode: 0o711,
 		Strategy: StrategyRsync, Excludes: []string{"*.pid", "*.socket"}, Keep: 3,
@@ -82,7 +82,18 @@ func TestManifestMistakes(t *testing.T) {
 		{"the root", strings.Replace(base, "/srv/app", "/srv/..", 1), "absolute"},
 		{"src that leaves its bucket", strings.Replace(base, "app.tar.zst", "../../../../../etc/x", 1), ""},
 		{"a decimal mode", base + "dest_mode: 493\n", "octal"},
-		{"setuid", base + "dest_mode: 04755\n", "octal"},
+		{"more than a mode", base + "dest_mode: 010755\n", "octal"},
+		{"no text for a checksum", "src: app.tar\ndest: /srv/app\nchecksum: ''\n", "checksum is missing"},
+		{"no text for dest", "src: app.tar\nchecksum: " + hex64 + "\ndest: \"\"\n", "dest is missing"},
+		{"no text for keep", base + "keep: ''\n", "whole number"},
+		{"an alias of nothing", base + "owner: *x\n", "there is no anchor &x"},
+		{"an anchor twice", base + "x-a: &a 1\nx-b: &a 2\n", "stands twice"},
+		{"an alias within itself", base + "commands: &a {<<: *a}\n", "followed more than"},
+		{"an alias of a list in a list", base + "excludes: &a [*a]\n", "want a single value"},
+		{"merged from text", base + "commands: {<<: text}\n", "want an alias"},
+		{"aliases of aliases", base + "x-a: &a {x-1: 1}\n" +
+			"commands: {<<: [" + strings.Repeat("*a,", 201) + "]}\n", "more than 200 times"},
+		{"a tag", base + "owner: !!str root\n", "tags"},
 		{"a check of two kinds", base + "health:\n  checks:\n  - tcp: localhost:80\n    exec: true\n", "manifest:6:5: a check is exactly one of"},
 		{"a check of no kind", base + "health:\n  checks:\n  - interval: 1s\n", "this has 0"},
 		{"an index without size", base + "index:\n  url: index\n  sha256: " + hex64 + "\n", "index has no size"},
@@ -247,4 +258,76 @@ func TestManifestRoundTrip(t *testing.T) {
 			t.Fatalf("got  %+v\nwant %+v\n%s", again, m, data)
 		}
 	})
+}
+
+// What stretcher reads of YAML, and what comes of it.
+func TestStretchersYAML(t *testing.T) {
+	t.Parallel()
+	base := "src: app.tar\nchecksum: " + hex64 + "\ndest: /srv/app\n"
+	for _, c := range []struct{ name, text, same string }{
+		{"lone dashes", base + "commands:\n  pre:\n    -\n  post:\n    -\n    - uptime\n    - ''\n    - ~\nexcludes:\n  -\n", base + "commands: {post: [uptime]}\n"},
+		{"texts that are empty", base + "sync_strategy: \"\"\nexclude_from: ''\n", base},
+		{"a src that is empty", "src: ''\ncommands: {pre: [uptime]}\n", "commands: {pre: [uptime]}\n"},
+		{"an anchor for a list", base + "commands:\n  pre: &both\n  - uptime\n  post: *both\n", base + "commands: {pre: [uptime], post: [uptime]}\n"},
+		{"an anchor for a text", base + "commands:\n  pre: [&a uptime, *a]\n", base + "commands: {pre: [uptime, uptime]}\n"},
+		{"an anchor for fields", base + "x-base: &base\n  pre: [id]\n  post: [id]\ncommands:\n  <<: *base\n  post: [uptime]\n", base + "commands: {pre: [id], post: [uptime]}\n"},
+		{"anchors of two", base + "x-a: &a {pre: [id], post: [id]}\nx-b: &b {post: [no], failure: [id]}\ncommands: {<<: [*a, *b]}\n", base + "commands: {pre: [id], post: [id], failure: [id]}\n"},
+		{"a mode of four digits", base + "dest_mode: 02775\n", base + "dest_mode: 0775\n"},
+		{"a mode with a sticky bit", base + "dest_mode: 01777\n", base + "dest_mode: 0777\n"},
+		{"spaces", strings.Replace(base, "app.tar", "s3://b/my app.tar", 1), strings.Replace(base, "app.tar", "s3://b/my%20app.tar", 1)},
+		{"this machine", strings.Replace(base, "app.tar", "file://localhost/srv/app.tar", 1), strings.Replace(base, "app.tar", "file:///srv/app.tar", 1)},
+		{"a condition", base + "{{ if env `NONE` `` }}keep: 9{{ else }}excludes: [x]{{ end }}\n", base + "excludes: [x]\n"},
+	} {
+		got, err := ParseManifest([]byte(c.text), manifestURL, nil)
+		if err != nil {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		want, err := ParseManifest([]byte(c.same), manifestURL, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got  %+v\nwant %+v", c.name, got, want)
+		}
+	}
+}
+
+// stretcher has no timeouts: its manifests get a day. kedge's own get ten minutes, and can say another for all.
+func TestCommandTimeouts(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string][]time.Duration{
+		"commands: {pre: [a]}": {24 * time.Hour},
+		"commands: {pre: [a, {run: b, timeout: 1s}], timeout: 1h}":            {time.Hour, time.Second},
+		"commands: {pre: [{run: b, timeout: 1s}, a]}":                         {time.Second, 24 * time.Hour},
+		"x-note: none\ncommands: {pre: [a]}":                                  {24 * time.Hour},
+		"name: app\ncommands: {pre: [a]}":                                     {DefaultCommandTimeout},
+		"name: app\ncommands: {pre: [{run: a, timeout: 1s}, b], timeout: 2h}": {time.Second, 2 * time.Hour},
+	} {
+		m, err := ParseManifest([]byte(text), manifestURL, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		for i, c := range m.Commands.Pre {
+			if c.Timeout != want[i] {
+				t.Errorf("%s: command %s has %s, want %s", text, c.Run, c.Timeout, want[i])
+			}
+		}
+		data, err := m.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again, err := ParseManifest(data, manifestURL, nil); err != nil || !reflect.DeepEqual(again, m) {
+			t.Errorf("%s is written as\n%s\nand is %+v, %v", text, data, again, err)
+		}
+	}
+	traps, err := ManifestTraps([]byte("name: app\ncommands: {pre: [a]}\n"))
+	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Message, "ended after 10m0s: commands.timeout") {
+		t.Errorf("traps: %v, %v", traps, err)
+	}
+	for _, text := range []string{"commands: {pre: [a]}\n", "name: app\ncommands: {pre: [a], timeout: 1h}\n", "name: app\ncommands: {pre: [{run: a, timeout: 1h}]}\n"} {
+		if traps, err := ManifestTraps([]byte(text)); err != nil || len(traps) > 0 {
+			t.Errorf("%s has the traps %v, %v", text, traps, err)
+		}
+	}
 }

@@ -78,6 +78,15 @@ func ParsePointer(text string) (Pointer, error) {
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
 
+// PlainURL returns a URL as kedge writes it: people, and stretcher's manifests, have spaces in URLs, and name this machine in file://.
+func PlainURL(s string) string {
+	s = strings.ReplaceAll(s, " ", "%20")
+	if path, ok := strings.CutPrefix(s, "file://localhost/"); ok {
+		s = "file:///" + path
+	}
+	return s
+}
+
 // CheckURL accepts what an agent can fetch: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH,
 // and http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in
 // logs and stored in KV.

@@ -23,13 +23,16 @@ type reader struct {
 	file string
 	// open: variables stand for values that aren't known here, and what holds one isn't looked into.
 	open bool
-	// lax: a field without a value counts as left out.
+	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x- are passed over: they
+	// are where people put what they give an anchor.
 	lax      bool
+	anchors  map[string]ast.Node
+	aliases  int // how many were followed
 	problems Problems
 }
 
-// parse gives the document's root; nil where the text is empty or no YAML. Anchors, aliases, tags and merge keys are refused:
-// nothing here needs them, and a few lines of them can grow without bound.
+// parse gives the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax reader, anchors, aliases
+// and merge keys: a few lines of them can grow without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -82,11 +85,15 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		return nil
 	}
 	before := len(r.problems)
-	ast.Walk(refuser{r}, root)
+	if r.lax {
+		ast.Walk(anchorFinder{r}, root)
+	} else {
+		ast.Walk(refuser{r}, root)
+	}
 	if len(r.problems) > before {
 		return nil
 	}
-	return root
+	return r.resolve(root)
 }
 
 const (
@@ -200,30 +207,40 @@ func (r *reader) err() error {
 // fields reads a mapping: each key by its function. Unknown and double keys are noted, and keys without a value.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
-	values, ok := mapping(n)
+	values, ok := r.entries(n)
 	if !ok {
 		r.at(n, "%s: want fields, as in \"name: value\"", what)
 	}
 	for _, v := range values {
-		name := keyOf(v)
+		name, value := keyOf(v), r.resolve(v.Value)
 		read, ok := known[name]
 		switch {
+		case !ok && r.lax && strings.HasPrefix(name, "x-"):
+			continue
 		case !ok:
 			r.at(v.Key, "unknown field %q in %s%s", clip(name), what, didYouMean(name, known))
 			continue
 		case seen[name] != nil:
 			r.at(v.Key, "field %q stands twice in %s", name, what)
 			continue
-		case v.Value == nil || v.Value.Type() == ast.NullType:
+		case empty(value), r.lax && slices.Contains(leftOutEmpty, name) && isEmptyText(value):
 			if !r.lax {
 				r.at(v.Key, "field %q has no value: give one, or remove the line", name)
 			}
 			continue
 		}
 		seen[name] = v.Key
-		read(v.Value)
+		read(value)
 	}
 	return seen
+}
+
+// leftOutEmpty are fields of a manifest that stretcher takes for left out where their text is empty.
+var leftOutEmpty = []string{"src", "checksum", "dest", "sync_strategy", "exclude_from"}
+
+func isEmptyText(n ast.Node) bool {
+	s, ok := n.(*ast.StringNode)
+	return ok && s.Value == ""
 }
 
 // mapping gives the lines of a mapping, which is another node where it has one alone.
@@ -338,7 +355,7 @@ func intoList[T any](r *reader, to *[]T, parse func(string) (T, error)) func(ast
 	}
 }
 
-// each calls f with every item of a sequence, or with n itself where it is none.
+// each calls f with every item of a sequence, or with n itself where it is none. A lax reader passes over items without a value.
 func (r *reader) each(n ast.Node, f func(ast.Node)) {
 	s, ok := n.(*ast.SequenceNode)
 	if !ok {
@@ -346,8 +363,10 @@ func (r *reader) each(n ast.Node, f func(ast.Node)) {
 		return
 	}
 	for _, item := range s.Values {
-		if item == nil || item.Type() == ast.NullType {
-			r.at(n, "the list has an item without a value")
+		if item = r.resolve(item); empty(item) {
+			if !r.lax {
+				r.at(n, "the list has an item without a value")
+			}
 			continue
 		}
 		f(item)

@@ -122,7 +122,7 @@ func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, erro
 	if p, err := deployments.ParsePointer(text); err == nil {
 		return u.admit(ctx, p)
 	}
-	text = deployments.Trim(text)
+	text = deployments.PlainURL(deployments.Trim(text))
 	if err := deployments.CheckURL(text); err != nil {
 		return nil, fmt.Errorf("manifest %q: %w", deployments.ShownURL(text), err)
 	}

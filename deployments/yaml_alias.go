@@ -1,0 +1,101 @@
+package deployments
+
+import (
+	"github.com/goccy/go-yaml/ast"
+)
+
+// maxAliases bounds how often a document's aliases are followed: each may stand for the whole of it.
+const maxAliases = 200
+
+// anchors notes the document's anchors. An alias before its anchor, and one name for two, are mistakes.
+type anchorFinder struct{ r *reader }
+
+func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
+	switch n := n.(type) {
+	case *ast.AnchorNode:
+		name := n.Name.GetToken().Value
+		if v.r.anchors[name] != nil {
+			v.r.at(n, "the anchor &%s stands twice: give each a name of its own", clip(name))
+			return nil
+		}
+		if v.r.anchors == nil {
+			v.r.anchors = map[string]ast.Node{}
+		}
+		v.r.anchors[name] = n.Value
+	case *ast.AliasNode:
+		if name := n.Value.GetToken().Value; v.r.anchors[name] == nil {
+			v.r.at(n, "there is no anchor &%s before this", clip(name))
+		}
+		return nil
+	case *ast.TagNode:
+		v.r.at(n, "tags are not read here: write the plain value")
+		return nil
+	}
+	return v
+}
+
+// resolve returns the node that n stands for. Who asks too often gets a node without a value.
+func (r *reader) resolve(n ast.Node) ast.Node {
+	for {
+		switch v := n.(type) {
+		case *ast.AnchorNode:
+			n = v.Value
+		case *ast.AliasNode:
+			if r.aliases++; r.aliases > maxAliases {
+				if r.aliases == maxAliases+1 {
+					r.at(v, "the document's aliases are followed more than %d times", maxAliases)
+				}
+				return nil
+			}
+			n = r.anchors[v.Value.GetToken().Value]
+		default:
+			return n
+		}
+	}
+}
+
+// empty reports whether a resolved node is no value.
+func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
+
+// entries gives the lines of a mapping, with those that its merge keys (<<) bring in and that it has not itself.
+func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
+	values, ok := mapping(n)
+	if !ok || !r.lax {
+		return values, ok
+	}
+	var own, merged []*ast.MappingValueNode
+	for _, v := range values {
+		if v.Key.Type() != ast.MergeKeyType {
+			own = append(own, v)
+			continue
+		}
+		from := []ast.Node{r.resolve(v.Value)}
+		if list, ok := from[0].(*ast.SequenceNode); ok {
+			from = from[:0]
+			for _, item := range list.Values {
+				from = append(from, r.resolve(item))
+			}
+		}
+		for _, m := range from {
+			more, ok := r.entries(m)
+			if !ok {
+				r.at(v.Key, "<<: want an alias of fields")
+			}
+			merged = append(merged, more...)
+		}
+	}
+	if len(merged) == 0 {
+		return own, true
+	}
+	has := map[string]bool{}
+	for _, v := range own {
+		has[keyOf(v)] = true
+	}
+	for _, v := range merged {
+		if name := keyOf(v); !has[name] {
+			has[name] = true
+			own = append(own, v)
+		}
+	}
+	return own, true
+}
