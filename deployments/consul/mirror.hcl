@@ -34,7 +34,14 @@ key_prefix "${prefix}status/" {
   policy = "write"
 }
 
-# The lease: of several mirrors, the one whose session holds it writes.
+# So that the mirror can ask for that name, and warn if the token of a kedge agent is for the same Consul node. It does its work
+# without this rule.
+agent "${node}" {
+  policy = "read"
+}
+
+# The lease: of several mirrors, the one whose session holds it writes. Whoever may write sessions of the same Consul node can end
+# it: run mirrors where no agent of kedge runs.
 session "${node}" {
   policy = "write"
 }

@@ -50,11 +50,12 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 		for _, r := range reporters {
 			for name := range r.units {
 				if deployments.CheckSegment("unit", name) == nil {
-					a.unit(role.Unit(name))
+					a.named(role.Unit(name), r.name)
 				}
 			}
 		}
 	}
+	a.overflow()
 	a.assign()
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
@@ -71,7 +72,9 @@ type assembly struct {
 	units map[deployments.UnitID]*Unit
 	roles map[deployments.RoleID][]reporter
 	// orders and histories are joined to their units at the end.
-	orders    map[deployments.UnitID]kv.Entry
+	orders map[deployments.UnitID]kv.Entry
+	// told are units that reports alone know of, each with a node that does.
+	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
 }
 
@@ -91,6 +94,38 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 		a.units[id] = u
 	}
 	return u
+}
+
+// maxTold is how many units of a role are shown that reports alone know of: what was removed from Git. A node's token can make up any
+// number.
+const maxTold = 20
+
+// named notes a unit of which a node reports.
+func (a *assembly) named(id deployments.UnitID, node string) {
+	if a.units[id] == nil {
+		if a.told == nil {
+			a.told = map[deployments.UnitID]string{}
+		}
+		a.told[id] = max(a.told[id], node)
+	}
+}
+
+// overflow takes the units in that reports alone know of, maxTold a role, and says which nodes report more.
+func (a *assembly) overflow() {
+	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
+	for _, id := range slices.SortedFunc(maps.Keys(a.told), deployments.UnitID.Compare) {
+		role := id.RoleID()
+		if shown[role]++; shown[role] <= maxTold {
+			a.unit(id)
+			continue
+		}
+		more[role]++
+		nodes[role] = max(nodes[role], a.told[id])
+	}
+	for role, n := range more {
+		a.bad(kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role), fmt.Errorf("%d more units have no record, and are named by reports alone, "+
+			"as of %s: see whether that node's agent is yours", n, nodes[role]))
+	}
 }
 
 func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }

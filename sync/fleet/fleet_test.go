@@ -233,3 +233,19 @@ func TestWatch(t *testing.T) {
 	s.SetDown(nil)
 	until(t, seen, "the end of the outage", func(f *Fleet) bool { return len(f.Errors) == 0 })
 }
+
+// A node that makes up units is shown with a few of them, and named.
+func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
+	t.Parallel()
+	made := map[string]deployments.UnitReport{}
+	for i := range deployments.MaxRoleUnits {
+		made[fmt.Sprintf("u%02d", i)] = deployments.UnitReport{State: deployments.StateConverged}
+	}
+	f := Assemble([]kv.Entry{desired(deployments.Record{}), says("evil-1", made), says("web-1", map[string]deployments.UnitReport{"app": {}})}, noon)
+	if n := len(f.Units); n != 1+maxTold {
+		t.Errorf("%d units are shown", n)
+	}
+	if text := f.Errors["status/prod/web/"]; !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
+		t.Errorf("%v", f.Errors)
+	}
+}

@@ -2,10 +2,14 @@ package mirror
 
 import (
 	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/kvtest"
@@ -67,4 +71,52 @@ func TestConsulRightsAndOutage(t *testing.T) {
 		return nil
 	})
 	m.runs("prod/web/base", "base/1")
+}
+
+// A node's token on the mirror's own Consul node can end the mirror's session. The mirror says so, and has its lease back at once.
+func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}})
+	node := consul.Clients[0]
+	thief := consul.Token(deployments.ConsulRules("agent", deployments.RuleVars{Stage: "prod", Role: "web", Node: "web-1"}))
+	presence, err := node.Open(thief).Presence(t.Context(), "web-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := presence.Put(t.Context(), "status/prod/web/web-1", []byte(`{"node":"web-1","units":{}}`)); err != nil {
+		t.Fatal(err)
+	}
+	o := gittest.New(t)
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	m := start(t, Config{Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "web-1"}))), Repo: o.Bare})
+	m.store = consul.Open(consul.RootToken)
+	m.at(first)
+	m.logs("run mirrors on machines of their own")
+
+	was := holder(t, consul)
+	if _, err := node.Client(thief).Session().Destroy(was, nil); err != nil {
+		t.Fatalf("the node's token can't end the session, and the warning is for nothing: %v", err)
+	}
+	m.await("another session", func() error {
+		if pair, _, err := consul.Client().KV().Get(kv.DefaultPrefix+kv.MirrorLease, nil); err != nil || pair == nil || pair.Session == "" || pair.Session == was {
+			return fmt.Errorf("%+v, %v", pair, err)
+		}
+		return nil
+	})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
+	m.runs("prod/web/app", "app/2")
+}
+
+// A node that writes one report after the other that doesn't parse fills nobody's disk.
+func TestFloodOfReports(t *testing.T) {
+	t.Parallel()
+	log := &logBuffer{}
+	o := newObserver(slog.New(slog.NewTextHandler(log, nil)), func() {})
+	for i := range 1000 {
+		junk := []byte(strings.Repeat("x", 100_000) + strconv.Itoa(i))
+		o.fleet(kv.View{Synced: true, Entries: []kv.Entry{{Key: "status/prod/web/web-1", Value: junk, Version: uint64(i + 1), Session: "s"}}})
+	}
+	if text := log.String(); strings.Count(text, "doesn't parse") != 1 || len(text) > 2*maxLogged {
+		t.Errorf("%d bytes were logged: %.300s", len(text), text)
+	}
 }

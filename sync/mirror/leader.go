@@ -32,6 +32,7 @@ type leader struct {
 	ranks       map[deployments.UnitID]*policy.Ranks
 	lostSince   map[deployments.UnitID]time.Time // since when nodes are ahead of the store
 	dead        deadNodes
+	consulNode  string     // to which the lease's session belongs; empty: unknown, or warnShared is done
 	badOrders   string     // the orders that can't be obeyed, as they were last logged
 	offered     []kv.Entry // to keepSnapshot
 }
@@ -57,6 +58,7 @@ func (l *leader) run(ctx context.Context) error {
 		return err
 	}
 	defer l.acceptance.inspecting.Wait()
+	l.consulNode = l.nodeName(ctx)
 	g, ctx := errgroup.WithContext(ctx)
 	for prefix, view := range map[string]func(kv.View){
 		kv.DesiredPrefix: l.observer.records,
@@ -96,6 +98,38 @@ func (l *leader) begin(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// nodeName returns the name of the node whose agent this mirror talks to; empty: it can't be known.
+func (l *leader) nodeName(ctx context.Context) string {
+	namer, has := l.c.Store.(kv.Namer)
+	if !has {
+		return ""
+	}
+	name, err := namer.NodeName(ctx)
+	if err != nil {
+		l.c.Log.Debug("the name of this node can't be asked for", "error", err)
+		return ""
+	}
+	return name
+}
+
+// warnShared says once that a node's agent has a token for the Consul node of this mirror, with which its lease can be ended.
+func (l *leader) warnShared(fleet observedFleet) {
+	if l.consulNode == "" || !fleet.synced {
+		return
+	}
+	for role, nodes := range fleet.roles {
+		for _, n := range nodes {
+			if n.node == l.consulNode && !n.gone {
+				l.c.Log.Warn("an agent of kedge runs on this mirror's Consul node: whoever has its token can end the mirror's session, "+
+					"so run mirrors on machines of their own", "node", n.node, "role", role)
+				l.consulNode = ""
+				return
+			}
+		}
+	}
+	l.consulNode = "" // asked of the fleet that was there
 }
 
 // persist does f until it succeeds, the lease is lost or ctx ends.
@@ -194,6 +228,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	now := time.Now()
 	cells := seen.desired.cells
 	l.written.confirm(cells)
+	l.warnShared(seen.fleet)
 	head := l.accept(ctx, branch, cells)
 
 	status := l.written.state

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
@@ -22,9 +24,10 @@ type observer struct {
 	now observed
 
 	// Each watch calls its method one call at a time, so these belong to it alone.
-	cells   map[string]cell         // by key in desired/
-	reports map[string]parsedReport // by key in status/
-	hook    uint64                  // the version of kv.MirrorHook that was passed on last
+	cells    map[string]cell         // by key in desired/
+	reports  map[string]parsedReport // by key in status/
+	hook     uint64                  // the version of kv.MirrorHook that was passed on last
+	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after the other
 }
 
 // observed is what the store shows. What it refers to is never changed again.
@@ -100,7 +103,7 @@ type parsedReport struct {
 
 func newObserver(log *slog.Logger, hooked func()) *observer {
 	return &observer{changed: wait.NewSignal(), hooked: hooked, log: log,
-		cells: map[string]cell{}, reports: map[string]parsedReport{}}
+		cells: map[string]cell{}, reports: map[string]parsedReport{}, complain: rate.Sometimes{First: 1, Interval: time.Minute}}
 }
 
 // latest returns what the store shows now.
@@ -151,6 +154,7 @@ func (o *observer) orders(v kv.View) {
 func (o *observer) fleet(v kv.View) {
 	roles := map[deployments.RoleID][]reported{}
 	reports := make(map[string]parsedReport, len(v.Entries))
+	bad, worst, why := 0, "", error(nil)
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
@@ -160,7 +164,7 @@ func (o *observer) fleet(v kv.View) {
 		if !ok || known.version != e.Version || !bytes.Equal(known.value, e.Value) {
 			report, err := deployments.ParseReport(e.Value)
 			if err != nil {
-				o.log.Warn("a node's report doesn't parse", "key", e.Key, "error", err)
+				bad, worst, why = bad+1, e.Key, err
 			}
 			known = parsedReport{e.Version, e.Value, report, known.goneSince}
 		}
@@ -174,6 +178,11 @@ func (o *observer) fleet(v kv.View) {
 		roles[key.Role] = append(roles[key.Role], reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report})
 	}
 	o.reports = reports
+	if bad > 0 {
+		o.complain.Do(func() {
+			o.log.Warn("a node's report doesn't parse", "key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
+		})
+	}
 	o.update(func(now *observed) {
 		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles}
 		now.sawFolders(kv.StatusPrefix, v)

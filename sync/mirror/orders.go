@@ -54,7 +54,7 @@ func (l *leader) pendingOrders(seen observedOrders) map[deployments.UnitID]order
 	}
 	if words := text(errors.Join(bad...)); words != l.badOrders {
 		if l.badOrders = words; words != "" {
-			l.c.Log.Warn("an operator's order can't be obeyed", "error", words)
+			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))
 		}
 	}
 	return pending
