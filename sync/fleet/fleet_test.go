@@ -241,7 +241,7 @@ func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
 	for i := range deployments.MaxRoleUnits {
 		made[fmt.Sprintf("u%02d", i)] = deployments.UnitReport{State: deployments.StateConverged}
 	}
-	f := Assemble([]kv.Entry{desired(deployments.Record{}), says("evil-1", made), says("web-1", map[string]deployments.UnitReport{"app": {}})}, noon)
+	f := Assemble([]kv.Entry{recordOf("1", 3), says("evil-1", made), says("web-1", map[string]deployments.UnitReport{"app": {}})}, noon)
 	if n := len(f.Units); n != 1+maxTold {
 		t.Errorf("%d units are shown", n)
 	}
