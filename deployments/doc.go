@@ -198,7 +198,8 @@
 //	roles              its roles, a list
 //	node               its name (the Consul node's)
 //	state_dir          where the agent keeps its journal and what it last knew (/var/lib/kedge)
-//	listen             the address of /ready, /converged, /live, /status and /metrics (none)
+//	listen             the address of /ready, /converged and /live; of /status and /metrics too, if it is a loopback one (none)
+//	listen_status      the address of /status and /metrics for other machines (none)
 //	sources            URLs, or prefixes of whole path segments, that releases may come from (any)
 //	local_sources      true: releases may come from file:// and, on this machine, http:// (false)
 //	dests              directories in or below which releases may go live (any)

@@ -44,6 +44,8 @@ It serves, where --listen says so:
   /live      200 while the loop turns
   /status    what it runs and why, as JSON
   /metrics   for Prometheus
+The last two tell more than a load balancer needs. They are served where --listen is a loopback address, at --listen-status,
+and on the node itself at agent.sock in the state directory.
 
 One agent at a time uses a state directory. Stopped in mid-deployment, it ends its commands in order, and the next start
 finishes or takes back what it had begun.`,
@@ -62,7 +64,8 @@ finishes or takes back what it had begun.`,
 	f.String("roles", "", "this node's `roles`, separated by commas")
 	f.String("node", "", "this node's name (default: what Consul's agent on this machine calls it, or else the host's up to the first dot)")
 	f.String("state-dir", "", "`directory` of lock, journal and last known state (default /var/lib/kedge)")
-	f.String("listen", "", "`address` of /ready, /live, /status and /metrics, as in 127.0.0.1:7070 (default: none)")
+	f.String("listen", "", "`address` of /ready, /converged and /live, as in :7070; if it is this machine's alone, of /status and /metrics too (default: none)")
+	f.String("listen-status", "", "`address` of /status and /metrics for other machines, as in 10.0.0.7:7071 (default: none)")
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
 	f.Bool("local-sources", false, "let releases come from file:// and from http:// on this machine, without naming them in --sources")
 	f.String("dests", "", "`directories` that dest may lie in (default: any)")
@@ -135,6 +138,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("node", &c.Node)
 	str("state-dir", &c.StateDir)
 	str("listen", &c.Listen)
+	str("listen-status", &c.ListenStatus)
 	strs("sources", &c.Sources)
 	boolean("local-sources", &c.LocalSources)
 	strs("dests", &c.Dests)
@@ -231,6 +235,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Maintenance:    maintenance,
 		Snapshot:       snapshot,
 		Listen:         conf.Listen,
+		ListenStatus:   conf.ListenStatus,
 		StartDelay:     conf.StartDelay,
 		VerifyEvery:    conf.VerifyEvery,
 		Version:        version(),

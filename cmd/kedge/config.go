@@ -26,6 +26,8 @@ type agentConfig struct {
 	Node     string `yaml:"node"`
 	StateDir string `yaml:"state_dir"`
 	Listen   string `yaml:"listen"`
+	// ListenStatus serves what Listen doesn't tell those who ask from other machines.
+	ListenStatus string `yaml:"listen_status"`
 
 	Sources words `yaml:"sources"`
 	// LocalSources lets releases come from file:// and, on this machine, http:// also where Sources doesn't name them.

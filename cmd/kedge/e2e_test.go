@@ -129,11 +129,35 @@ func TestPushPinAndLateNodes(t *testing.T) {
 // Bad input changes nothing on nodes, and says what is wrong, where.
 func TestBadInputChangesNothing(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "web-1")
+	w := newWorld(t, "web-1", "web-2")
 	w.startMirror("mirror-1")
 	w.startAgent("web-1")
 	one, two := w.publish("app", "1"), w.publish("app", "2")
 	head := w.release("first", one)
+	t.Run("an agent with a mistyped role is not ready, and is shown", func(t *testing.T) {
+		client := w.consul.Clients[1]
+		address := freePort(t, client.IP)
+		token := w.token("agent", deployments.RuleVars{Node: "web-2", Stage: "prod", Role: "wbe"})
+		w.start("web-2", client.Env(token), "agent", "--node", "web-2", "--stage", "prod", "--roles", "wbe",
+			"--state-dir", filepath.Join(w.dir, "web-2", "state"), "--listen", address)
+		w.eventually("/ready says that it has no unit", func() error {
+			_, err := get("http://" + address + "/ready")
+			if err == nil || !strings.Contains(err.Error(), "allow_empty") {
+				return fmt.Errorf("it says %v", err)
+			}
+			return nil
+		})
+		w.eventually("kedge status shows it", func() error {
+			out, _, _ := w.kedge("status")
+			if !strings.Contains(out, "web-2") || !strings.Contains(out, "no unit is meant for prod/wbe") {
+				return errors.New(out)
+			}
+			return nil
+		})
+		if err := w.processes["web-2"].stop(); err != nil {
+			t.Error(err)
+		}
+	})
 	w.live("app", "1", "web-1")
 	operator := w.token("operator", deployments.RuleVars{})
 	pin := func(value string) {

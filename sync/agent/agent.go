@@ -91,8 +91,11 @@ type Config struct {
 	Observe bool
 	// Adopt lets every unit take over a tree that lies at dest before its first release, as Record.Adopt does.
 	Adopt bool
-	// Listen serves /ready, /live, /status (JSON) and /metrics; empty: nowhere. ":0" is fine: see Agent.Addr.
+	// Listen serves /ready, /converged and /live, and, if it is a loopback address, what ListenStatus serves; empty:
+	// nowhere. ":0" is fine: see Agent.Addr.
 	Listen string
+	// ListenStatus serves /status (JSON) and /metrics as well; empty: nowhere.
+	ListenStatus string
 	// StartDelay: a random time up to this is waited before a fetch, to spread a large fleet's load. Default 0.
 	StartDelay time.Duration
 	// VerifyEvery checks live trees against their indexes in the background; 0: never.
@@ -104,16 +107,17 @@ type Config struct {
 
 // Agent converges one node. Make it with New, then Run it once.
 type Agent struct {
-	c        Config  // Node changes once at most, under mu: see findName
-	naming   *naming // nil: the name was given
-	started  time.Time
-	begun    time.Time // startingSince
-	lock     *os.File
-	listener net.Listener // nil: none
-	metrics  *metrics
-	floors   *deploy.Floors
-	drains   *drains
-	drift    *driftWatcher
+	c       Config  // Node changes once at most, under mu: see findName
+	naming  *naming // nil: the name was given
+	started time.Time
+	begun   time.Time // startingSince
+	lock    *os.File
+	// nil: none
+	listener, statusListener net.Listener
+	metrics                  *metrics
+	floors                   *deploy.Floors
+	drains                   *drains
+	drift                    *driftWatcher
 	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
 	// fetched ahead.
 	fetching, ahead chan struct{}
@@ -223,7 +227,15 @@ func New(c Config) (_ *Agent, err error) {
 	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
-			return nil, fmt.Errorf("listening for /ready and /status: %w", err)
+			return nil, fmt.Errorf("listening for /ready: %w", err)
+		}
+	}
+	if c.ListenStatus != "" {
+		if a.statusListener, err = net.Listen("tcp", c.ListenStatus); err != nil {
+			if a.listener != nil {
+				err = errors.Join(err, a.listener.Close())
+			}
+			return nil, fmt.Errorf("listening for /status and /metrics: %w", err)
 		}
 	}
 	a.metrics = newMetrics(c.Metrics)
@@ -250,6 +262,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	// What is known from before is decided before there is news: what was to be settled on isn't forgotten by a restart.
 	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
+	g.Go(func() error { return a.serveStatus(ctx) })
 	g.Go(func() error { return a.serveSocket(ctx) })
 	g.Go(func() error { a.drains.run(ctx); return nil })
 	g.Go(func() error { a.drift.run(ctx); return nil })
@@ -275,6 +288,14 @@ func (a *Agent) Addr() string {
 		return ""
 	}
 	return a.listener.Addr().String()
+}
+
+// StatusAddr is the address of ListenStatus; empty without one.
+func (a *Agent) StatusAddr() string {
+	if a.statusListener == nil {
+		return ""
+	}
+	return a.statusListener.Addr().String()
 }
 
 // Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself: systemd's READY.

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
@@ -61,7 +60,8 @@ func (a *Agent) Status() policy.NodeStatus {
 	return s
 }
 
-func (a *Agent) handler() *http.ServeMux {
+// handler answers for the node: whether it serves, and, if open, what it runs and why.
+func (a *Agent) handler(open bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
@@ -90,6 +90,14 @@ func (a *Agent) handler() *http.ServeMux {
 		}
 		fmt.Fprintln(w, "ok")
 	})
+	if !open {
+		refuse := func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "not at this address: ask at listen_status, or on the node itself", http.StatusForbidden)
+		}
+		mux.HandleFunc("GET /status", refuse)
+		mux.HandleFunc("GET /metrics", refuse)
+		return mux
+	}
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, a.Status()) })
 	if a.c.Metrics != nil {
 		mux.Handle("GET /metrics", promhttp.HandlerFor(a.c.Metrics, promhttp.HandlerOpts{}))
@@ -104,14 +112,6 @@ func answer(w http.ResponseWriter, code int, v any) {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
 	_ = e.Encode(v) // whoever asked has gone
-}
-
-// serve answers at Listen until ctx ends.
-func (a *Agent) serve(ctx context.Context) error {
-	if a.listener == nil {
-		return nil
-	}
-	return serveOn(ctx, a.listener, a.handler())
 }
 
 // serveSocket answers at agent.sock, which only the agent's own user can open, until ctx ends. An agent goes without where
@@ -131,7 +131,7 @@ func (a *Agent) serveSocket(ctx context.Context) error {
 		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
 		return nil
 	}
-	mux := a.handler()
+	mux := a.handler(true)
 	mux.HandleFunc("POST /retry", func(w http.ResponseWriter, r *http.Request) {
 		var id deployments.UnitID
 		if name := r.FormValue("unit"); name != "" {
@@ -147,23 +147,4 @@ func (a *Agent) serveSocket(ctx context.Context) error {
 		w.WriteHeader(http.StatusNoContent)
 	})
 	return serveOn(ctx, l, mux)
-}
-
-func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
-	s := &http.Server{
-		Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute,
-		MaxHeaderBytes: 16 << 10,
-	}
-	stop := context.AfterFunc(ctx, func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-		defer cancel()
-		if s.Shutdown(ctx) != nil {
-			s.Close()
-		}
-	})
-	defer stop()
-	if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serving %s: %w", l.Addr(), err)
-	}
-	return nil
 }

@@ -1,0 +1,74 @@
+package agent
+
+import (
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Whoever may ask from elsewhere whether the node serves isn't told what it runs, nor its metrics.
+func TestStatusIsNotForEveryone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a := w.start(withMetrics, allowEmpty, func(c *Config) { c.ListenStatus = "127.0.0.1:0" })
+	for path, wants := range map[string][2]int{ // elsewhere, and at listen_status
+		"/ready": {200, 200}, "/converged": {200, 200}, "/live": {200, 200}, "/status": {403, 200}, "/metrics": {403, 200},
+	} {
+		a.awaitReady()
+		elsewhere := httptest.NewRecorder()
+		a.handler(false).ServeHTTP(elsewhere, httptest.NewRequest("GET", path, nil))
+		resp, err := http.Get("http://" + a.StatusAddr() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if elsewhere.Code != wants[0] || resp.StatusCode != wants[1] {
+			t.Errorf("%s: %d and %d, want %v", path, elsewhere.Code, resp.StatusCode, wants)
+		}
+		if elsewhere.Code == 403 && !strings.Contains(elsewhere.Body.String(), "listen_status") {
+			t.Errorf("%s: it isn't said where to ask: %s", path, elsewhere.Body)
+		}
+	}
+	for ip, want := range map[string]bool{"127.0.0.1": true, "127.9.9.9": true, "::1": true, "0.0.0.0": false, "::": false, "10.0.0.7": false} {
+		if got := onlyThisMachine(&net.TCPAddr{IP: net.ParseIP(ip)}); got != want {
+			t.Errorf("%s is this machine's alone: %v", ip, got)
+		}
+	}
+}
+
+// Connections that are held open for nothing don't keep a load balancer out, and are bounded.
+func TestConnectionsAreBounded(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	a := w.start(allowEmpty, func(c *Config) { c.Listen, c.Metrics = "127.0.0.1:0", prometheus.NewRegistry() })
+	a.awaitReady()
+	var held []net.Conn
+	for range 3 * maxConns {
+		c, err := net.Dial("tcp", a.Addr())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		held = append(held, c)
+	}
+	a.awaitReady()
+	open := 0
+	for _, c := range held {
+		if err := c.SetReadDeadline(time.Now().Add(time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			open++
+		}
+	}
+	if open > maxConns {
+		t.Errorf("%d connections are held open, at most %d are allowed", open, maxConns)
+	}
+}
