@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http/httptest"
@@ -140,9 +141,9 @@ func TestBadInputChangesNothing(t *testing.T) {
 		token := w.token("agent", deployments.RuleVars{Node: "web-2", Stage: "prod", Role: "wbe"})
 		w.start("web-2", client.Env(token), "agent", "--node", "web-2", "--stage", "prod", "--roles", "wbe",
 			"--state-dir", filepath.Join(w.dir, "web-2", "state"), "--listen", address)
-		w.eventually("/ready says that it has no unit", func() error {
+		w.eventually("/ready says that its role may be wrong", func() error {
 			_, err := get("http://" + address + "/ready")
-			if err == nil || !strings.Contains(err.Error(), "allow_empty") {
+			if err == nil || !strings.Contains(err.Error(), "see whether this agent's stage and role are right") {
 				return fmt.Errorf("it says %v", err)
 			}
 			return nil

@@ -234,7 +234,7 @@ func (a *Agent) settledIn(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range a.roles {
-		if r.name == role && !r.known() {
+		if r.name == role && !r.known() && !r.missing() { // who looks for a node with a mistyped role has to find it
 			return false
 		}
 	}

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"errors"
 	"log/slog"
 	"slices"
 	"strings"
@@ -239,13 +240,21 @@ func (s *source) heard() bool { return !s.since.IsZero() }
 func (r *role) unknown() string {
 	for _, s := range r.sources() {
 		if s.from == fromNowhere || !s.heard() {
-			if s.trouble != nil {
+			switch {
+			case errors.Is(s.trouble, kv.ErrNoFolder):
+				return "nothing is known of " + s.prefix + ": see whether this agent's stage and role are right: " + oneLine(s.trouble)
+			case s.trouble != nil:
 				return "nothing is known of " + s.prefix + " yet: " + oneLine(s.trouble)
 			}
 			return "reading " + s.prefix
 		}
 	}
 	return ""
+}
+
+// missing reports whether the store has no place for the role's records: its name may be mistyped.
+func (r *role) missing() bool {
+	return r.desired.from == fromNowhere && errors.Is(r.desired.trouble, kv.ErrNoFolder)
 }
 
 // units are those that have a record, sorted.
