@@ -1,6 +1,7 @@
 package deployments
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/hex"
 	"errors"
@@ -68,6 +69,7 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
+	data = bytes.TrimPrefix(data, []byte("\ufeff")) // editors leave it there
 	if env != nil {
 		e, err := expand(string(data), env, nil)
 		if err != nil {

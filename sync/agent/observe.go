@@ -8,6 +8,12 @@ import (
 	"kedge/deployments"
 )
 
+// While dest differs from the release, a node that observes looks again after these times.
+const (
+	observeAgain     = time.Second
+	observeAgainMost = 5 * time.Minute
+)
+
 // observeOnly has a unit's release compared with what lies at its dest, in the place of anything else.
 func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	p := u.goal.observe
@@ -36,9 +42,17 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 		"differs", found.Differs, "paths", found.Paths)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if u.compared == nil || u.compared.Release != found.Release {
+		u.again.Reset()
+	}
 	u.compared = found
-	if a.c.VerifyEvery > 0 {
+	switch {
+	case found.Differs > 0: // what deploys here besides may be about to change that
+		u.verifyAt = time.Now().Add(u.again.Next())
+	case a.c.VerifyEvery > 0:
 		u.verifyAt = time.Now().Add(verifyDelay(a.c.VerifyEvery))
+	default:
+		u.verifyAt = time.Time{}
 	}
 	return nil
 }

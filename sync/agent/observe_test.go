@@ -41,6 +41,11 @@ func TestObserveThenAdopt(t *testing.T) {
 	a.awaitUnit(other, "observed to differ", observed(1))
 	w.desire(app, deployments.Record{Target: one, Generation: 2, Commit: "c2", Adopt: true})
 	a.awaitUnit(app, "observed to be the same", observed(0))
+	if err := os.Remove(w.path("srv", "other", "extra")); err != nil { // somebody else changes dest
+		t.Fatal(err)
+	}
+	a.awaitUnit(other, "observed to be the same", observed(0))
+	write(t, w.path("srv", "other", "extra"), "x")
 	w.put(kv.PinKey(app), "s3://nowhere@sha256:zz")
 	<-a.Idle()
 	if r := a.Report()["web"]; r.Ready {

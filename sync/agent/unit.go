@@ -70,6 +70,7 @@ type observed struct {
 	live     string    // what dest resolved to after the last deployment
 	drift    []string
 	compared *deployments.Compared // of a node that observes
+	again    *wait.Backoff         // until dest is looked at again there
 	health   deploy.Health         // of watched, as its checks say
 	watched  deployments.Pointer   // the release that was watched last
 }
@@ -107,7 +108,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
-	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observes: a.c.Observe, observed: observed{retry: newBackoff()}}
+	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observes: a.c.Observe, observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)}}
 	u.stamp(time.Now())
 	a.units[id] = u
 	var ctx context.Context

@@ -26,15 +26,13 @@ func (u *Unit) Observe(ctx context.Context, p deployments.Pointer, limit int64) 
 	switch m.Strategy {
 	case deployments.StrategyRelease: // which would lay it beside dest
 		m.Strategy = deployments.StrategyMv
-		defer func() {
-			if failed := artifact.PruneTrees(u.treesDir(), u.keptDigests()); failed != nil && err == nil {
-				u.log.Warn("could not remove a tree that was compared", "error", failed)
-			}
-		}()
 	case deployments.StrategyRsync:
 		if _, err := exec.LookPath("rsync"); err != nil && m.Src != "" {
 			return nil, fmt.Errorf("release %s needs rsync(1) on this node: %w", r.Pointer, err)
 		}
+	}
+	if err := artifact.PruneTrees(u.treesDir(), append(u.keptDigests(), p.Digest)); err != nil {
+		u.log.Warn("could not remove a tree that was compared before", "error", err)
 	}
 	progress := func(p artifact.Progress) { u.progress(deployments.StateFetching, p) }
 	if err := u.switcher(aside).Stage(ctx, aside, artifact.StageOptions{Progress: progress}); err != nil {

@@ -481,9 +481,13 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 		keep = append(keep, p.Digest)
 	}
 	keep = slices.DeleteFunc(keep, deployments.Digest.IsZero)
+	trees := keep
+	if r.Manifest.Strategy == deployments.StrategyRelease { // whose tree lies beside dest; see Observe
+		trees = slices.DeleteFunc(slices.Clone(keep), func(d deployments.Digest) bool { return d == r.Pointer.Digest })
+	}
 	return errors.Join(
 		u.switcher(r).Prune(r, others, keep, drop),
-		artifact.PruneTrees(u.treesDir(), keep),
+		artifact.PruneTrees(u.treesDir(), trees),
 		artifact.PruneReleases(u.manifestsDir(), keep),
 	)
 }
