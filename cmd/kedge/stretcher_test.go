@@ -234,7 +234,7 @@ func (r *stretcherRun) publish(t *testing.T, a archive) string {
 		src = strings.NewReplacer("HTTP", r.http, "REDIRECT", r.redirect, "DIR", r.dir, "KEY", r.key).Replace(r.c.src)
 	}
 	text := r.c.manifest
-	if !regexp.MustCompile(`(?m)^(src|"src"|\{|SRCLESS|<)`).MatchString(text) && text != "" {
+	if !regexp.MustCompile(`(?m)^\x{feff}?(src|"src"|\{|SRCLESS|<)`).MatchString(text) && text != "" {
 		text = "src: SRC\nchecksum: SUM\n" + text
 		if !regexp.MustCompile(`(?m)^dest:`).MatchString(text) {
 			text = "dest: DEST\n" + text
