@@ -121,6 +121,11 @@ const (
 	PhaseRolledBack  Phase = "rolled-back" // done: stays on Stable until Git names another target
 )
 
+// Phases returns every phase.
+func Phases() []Phase {
+	return []Phase{PhaseCanary, PhasePendingApproval, PhaseFrozen, PhaseRolling, PhasePaused, PhaseRollingBack, PhaseRolledBack}
+}
+
 // Pin is an operator's override of a record, for all nodes of a unit or for one.
 type Pin struct {
 	// Hold keeps what runs, whatever it is. Release is zero then.

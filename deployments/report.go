@@ -3,6 +3,7 @@ package deployments
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -86,14 +87,14 @@ const (
 	StateInvalid     State = "invalid"     // the record or a pin doesn't parse, or policy forbids it: nothing changed
 )
 
-// Known reports whether s is one of the states above: a report's is its node's own word.
-func (s State) Known() bool {
-	switch s {
-	case StateConverged, StateWaiting, StateFetching, StateSwitching, StateRetrying, StateQuarantined, StateHeld, StateUnhealthy, StateInvalid:
-		return true
-	}
-	return false
+// States returns every state.
+func States() []State {
+	return []State{StateConverged, StateWaiting, StateFetching, StateSwitching, StateRetrying, StateQuarantined, StateHeld,
+		StateUnhealthy, StateInvalid}
 }
+
+// Known reports whether s is one of the states above: a report's is its node's own word.
+func (s State) Known() bool { return slices.Contains(States(), s) }
 
 const (
 	// MaxReport bounds a report, in bytes: many units on one node.

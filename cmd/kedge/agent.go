@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -222,7 +221,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		maintenance = maintainer.Maintain
 	}
 	metrics := prometheus.NewRegistry()
-	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registerProcess(metrics)
 	node, err := agent.New(agent.Config{
 		Store: store, Node: conf.Node, Stage: conf.Stage, Roles: conf.Roles, StateDir: conf.StateDir,
 		Objects:        objects,

@@ -6,7 +6,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 
 	"kedge/artifact/object"
@@ -64,7 +63,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			}
 			c.Repo, c.Store, c.Log, c.Version = args[0], store, log, version()
 			c.Metrics = prometheus.NewRegistry()
-			c.Metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+			registerProcess(c.Metrics)
 			if notifications != "" {
 				conf, err := notify.ReadConfig(notifications)
 				if err != nil {

@@ -45,7 +45,7 @@ func TestConvergesAndReports(t *testing.T) {
 	if code, body := a.get("/status"); code != 200 || !strings.Contains(body, two.Digest.String()) || !strings.Contains(body, `"from": "store"`) {
 		t.Errorf("/status: %d %s", code, body)
 	}
-	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_unit{digest="`+two.Digest.Short()+`",role="web",state="converged",unit="app",version="2"} 1`) ||
+	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_unit_info{digest="`+two.Digest.Short()+`",role="web",unit="app",version="2"} 1`) ||
 		!strings.Contains(body, "kedge_agent_ready 1") {
 		t.Errorf("/metrics: %s", body)
 	}
@@ -293,7 +293,7 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 	a.awaitReady()
 	await(t, "more tries", func() (bool, string) {
 		_, body := a.get("/metrics")
-		return regexp.MustCompile(`kedge_agent_jobs_total{job="deploy",result="retried",role="web",unit="app"} ([3-9]|\d\d)`).MatchString(body), body
+		return regexp.MustCompile(`kedge_agent_jobs_total{kind="deploy",result="retried",role="web",unit="app"} ([3-9]|\d\d)`).MatchString(body), body
 	})
 	if n := w.log.count("trying again by itself"); n != 1 {
 		t.Errorf("the trouble was logged %d times", n)

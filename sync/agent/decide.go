@@ -15,6 +15,8 @@ import (
 // reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time alone
 // could change the answer, or what couldn't be written is to be tried again; zero: never.
 func (a *Agent) reconcile(now time.Time) (next time.Time) {
+	began := time.Now()
+	defer func() { a.metrics.reconcile.Observe(time.Since(began).Seconds()) }()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range a.roles {

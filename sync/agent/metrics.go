@@ -12,10 +12,12 @@ import (
 
 // metrics are what Prometheus sees. All methods may be called without a registry.
 type metrics struct {
-	jobs    *prometheus.CounterVec
-	seconds *prometheus.HistogramVec
-	reports prometheus.Counter
-	store   *prometheus.GaugeVec
+	jobs      *prometheus.CounterVec
+	duration  *prometheus.HistogramVec
+	deployed  *prometheus.GaugeVec
+	reconcile prometheus.Histogram
+	reports   prometheus.Counter
+	store     *prometheus.GaugeVec
 }
 
 func newMetrics(r *prometheus.Registry) *metrics {
@@ -23,18 +25,25 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		jobs: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_agent_jobs_total",
 			Help: "What the agent did for a unit, by kind (deploy, stage, recover, heal, verify) and result (ok, failed, retried, refused, superseded).",
-		}, []string{"role", "unit", "job", "result"}),
-		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "kedge_agent_deploy_seconds", Help: "How long successful deployments took.",
+		}, []string{"role", "unit", "kind", "result"}),
+		duration: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "kedge_agent_deploy_duration_seconds", Help: "How long successful deployments took.",
 			Buckets: []float64{.01, .05, .1, .5, 1, 5, 15, 60, 300, 1800},
 		}, []string{"role", "unit"}),
+		deployed: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "kedge_agent_last_deploy_success_timestamp_seconds", Help: "When a deployment of the unit last succeeded.",
+		}, []string{"role", "unit"}),
+		reconcile: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "kedge_agent_reconcile_duration_seconds", Help: "How long it took to decide what every unit should run.",
+			Buckets: []float64{.0001, .001, .01, .1, 1},
+		}),
 		reports: prometheus.NewCounter(prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."}),
 		store: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "kedge_agent_store_up", Help: "1 where the view of a prefix is up to date.",
 		}, []string{"prefix"}),
 	}
 	if r != nil {
-		r.MustRegister(m.jobs, m.seconds, m.reports, m.store)
+		r.MustRegister(m.jobs, m.duration, m.deployed, m.reconcile, m.reports, m.store)
 	}
 	return m
 }
@@ -43,7 +52,8 @@ func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOf
 	result := "ok"
 	switch {
 	case err == nil && kind == jobDeploy:
-		m.seconds.WithLabelValues(id.Role, id.Unit).Observe(took.Seconds())
+		m.duration.WithLabelValues(id.Role, id.Unit).Observe(took.Seconds())
+		m.deployed.WithLabelValues(id.Role, id.Unit).SetToCurrentTime()
 	case err == nil:
 	case errors.As(err, new(*deploy.Failed)), errors.Is(err, deploy.ErrQuarantined):
 		result = "failed"
@@ -61,7 +71,8 @@ func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOf
 func (m *metrics) forget(id deployments.UnitID) {
 	labels := prometheus.Labels{"role": id.Role, "unit": id.Unit}
 	m.jobs.DeletePartialMatch(labels)
-	m.seconds.DeletePartialMatch(labels)
+	m.duration.DeletePartialMatch(labels)
+	m.deployed.DeletePartialMatch(labels)
 }
 
 func (m *metrics) reported() { m.reports.Inc() }
@@ -79,14 +90,20 @@ type gauges struct{ a *Agent }
 
 var (
 	readyGauge = prometheus.NewDesc("kedge_agent_ready", "1 where /ready answers 200.", nil, nil)
-	stateGauge = prometheus.NewDesc("kedge_agent_unit", "1 for the state that a unit is in, with the release that it runs.",
-		[]string{"role", "unit", "state", "version", "digest"}, nil)
+	stateGauge = prometheus.NewDesc("kedge_agent_unit_state", "1 for the state that a unit is in, 0 for every other.",
+		[]string{"role", "unit", "state"}, nil)
+	infoGauge = prometheus.NewDesc("kedge_agent_unit_info", "1, with the release that a unit runs.",
+		[]string{"role", "unit", "version", "digest"}, nil)
+	driftGauge = prometheus.NewDesc("kedge_agent_unit_drift_files",
+		"Files of the live tree that differ from the release, as far as a report names them (at most 5).", []string{"role", "unit"}, nil)
 	fetchedGauge = prometheus.NewDesc("kedge_agent_fetched_bytes_total", "Bytes read from storage.", nil, nil)
 )
 
 func (g gauges) Describe(c chan<- *prometheus.Desc) {
 	c <- readyGauge
 	c <- stateGauge
+	c <- infoGauge
+	c <- driftGauge
 	c <- fetchedGauge
 }
 
@@ -103,7 +120,15 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 			if !u.Running.IsZero() {
 				digest = u.Running.Digest.Short()
 			}
-			c <- prometheus.MustNewConstMetric(stateGauge, prometheus.GaugeValue, 1, role, name, string(u.State), u.Version, digest)
+			c <- prometheus.MustNewConstMetric(infoGauge, prometheus.GaugeValue, 1, role, name, u.Version, digest)
+			c <- prometheus.MustNewConstMetric(driftGauge, prometheus.GaugeValue, float64(len(u.Drift)), role, name)
+			for _, state := range deployments.States() {
+				is := 0.0
+				if state == u.State {
+					is = 1
+				}
+				c <- prometheus.MustNewConstMetric(stateGauge, prometheus.GaugeValue, is, role, name, string(state))
+			}
 		}
 	}
 	c <- prometheus.MustNewConstMetric(readyGauge, prometheus.GaugeValue, ready)

@@ -159,7 +159,9 @@ func (l *leader) loop(ctx context.Context) error {
 	conflicts := 0 // in a row
 	for {
 		git, gitChanged := l.gitChanged()
+		began := time.Now()
 		again, err := l.round(ctx, git)
+		l.metrics.rounds.Observe(time.Since(began).Seconds())
 		switch {
 		case errors.Is(err, kv.ErrLeaseLost):
 			return err
@@ -309,7 +311,7 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	if seen.fleet.err != nil { // there may be a gap yet
 		since = now
 	}
-	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles})
+	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
 	return reconcile(inputs{
 		overruled: commit.Hash == l.acceptance.overruled,
 		commit:    commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),

@@ -15,6 +15,8 @@ type metrics struct {
 	commits *prometheus.CounterVec
 	keys    prometheus.Counter
 	hooks   *prometheus.CounterVec
+	read    prometheus.Gauge
+	rounds  prometheus.Histogram
 }
 
 // newMetrics registers with r; nil: nowhere.
@@ -34,9 +36,14 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			Help: "Operations in the transactions that the store took."}),
 		hooks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_webhooks_total",
 			Help: "Webhooks, by HTTP status."}, []string{"code"}),
+		read: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_last_poll_success_timestamp_seconds",
+			Help: "When the branch was last read from Git."}),
+		rounds: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "kedge_mirror_reconcile_duration_seconds",
+			Help:    "How long it took to compare Git with the store and to write the difference.",
+			Buckets: []float64{.001, .01, .1, 1, 10, 60}}),
 	}
 	if r != nil {
-		r.MustRegister(m.leader, m.at, m.refused, m.polls, m.commits, m.keys, m.hooks)
+		r.MustRegister(m.leader, m.at, m.refused, m.polls, m.commits, m.keys, m.hooks, m.read, m.rounds)
 	}
 	return m
 }
@@ -48,7 +55,13 @@ func result(err error, good, bad string) string {
 	return good
 }
 
-func (m *metrics) polled(err error) { m.polls.WithLabelValues(result(err, "ok", "error")).Inc() }
+func (m *metrics) polled(err error) {
+	m.polls.WithLabelValues(result(err, "ok", "error")).Inc()
+	if err == nil {
+		m.read.SetToCurrentTime()
+	}
+}
+
 func (m *metrics) judged(err error) { m.commits.WithLabelValues(result(err, "taken", "refused")).Inc() }
 func (m *metrics) wrote(ops int)    { m.keys.Add(float64(ops)) }
 

@@ -48,16 +48,20 @@ func TestUnitMetrics(t *testing.T) {
 	h.until(deployments.Digest{}, 3, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 3 })
 	const unit = "role=web,stage=prod"
 	m.await("the metrics", func() error {
-		want := "kedge_unit_generation " + unit + ",unit=app 1\nkedge_unit_nodes role=web,stage=prod,state=converged,unit=app 3"
-		if got := gathered(t, metrics, "kedge_unit"); got != want {
-			return fmt.Errorf("%s, want %s", got, want)
+		got := gathered(t, metrics, "kedge_unit")
+		for _, want := range []string{"kedge_unit_generation " + unit + ",unit=app 1",
+			"kedge_unit_nodes role=web,stage=prod,state=converged,unit=app 3", "kedge_unit_pinned " + unit + ",unit=app 0",
+			"kedge_unit_rollout_phase phase=rolling,role=web,stage=prod,unit=app 0"} {
+			if !strings.Contains(got, want) {
+				return fmt.Errorf("%s lacks %s", got, want)
+			}
 		}
 		return nil
 	})
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual, "prod/web/base.yaml": unitFile("base/1")})
 	m.await("the metrics of a rollout", func() error {
 		got := gathered(t, metrics, "kedge_unit")
-		for _, want := range []string{"kedge_unit_generation " + unit + ",unit=app 2", "kedge_unit_rollout phase=canary,role=web,stage=prod,unit=app 1",
+		for _, want := range []string{"kedge_unit_generation " + unit + ",unit=app 2", "kedge_unit_rollout_phase phase=canary,role=web,stage=prod,unit=app 1",
 			"kedge_unit_nodes role=web,stage=prod,state=silent,unit=base 3"} {
 			if !strings.Contains(got, want) {
 				return fmt.Errorf("%s lacks %s", got, want)
