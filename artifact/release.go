@@ -131,10 +131,35 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 		return nil, fmt.Errorf("fetch the manifest: %w", err)
 	}
 	if digestOf(raw) != p.Digest {
+		if raw, err := olderVersion(ctx, objects, p); err == nil {
+			return raw, nil
+		}
 		// What it has isn't told: who can pin could learn what lies in a file that only the agent can read.
-		return nil, fmt.Errorf("the manifest %s: %w: it was replaced, or the pointer is mistyped", deployments.ShownURL(p.URL), ErrDigest)
+		return nil, fmt.Errorf("the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, or a bucket that keeps versions",
+			deployments.ShownURL(p.URL), ErrDigest)
 	}
 	return raw, nil
+}
+
+// maxVersions bounds how many older versions of a manifest are read.
+const maxVersions = 20
+
+// olderVersion finds the manifest that p points to among older versions of its object, for a key that is overwritten by each release.
+func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
+	urls, err := objects.Versions(ctx, p.URL, maxVersions)
+	if err != nil {
+		return nil, err
+	}
+	for _, url := range urls {
+		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
+		if err != nil {
+			return nil, err
+		}
+		if digestOf(raw) == p.Digest {
+			return raw, nil
+		}
+	}
+	return nil, ErrDigest
 }
 
 // enter opens the directories of dest for one use, and returns the Releases whose paths lead there, whoever moves what. It is

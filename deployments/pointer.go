@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -110,7 +111,8 @@ func CheckURL(s string) error {
 	if strings.Contains(s, "#") {
 		return fmt.Errorf("the URL carries a fragment (#%s): a # in a path is written as %%23", u.Fragment)
 	}
-	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" {
+	version := u.Scheme == "s3" && s3Version.MatchString(u.RawQuery)
+	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" && !version {
 		return fmt.Errorf("the URL carries a query, which a %s:// URL has not: a ? in a path is written as %%3F", u.Scheme)
 	}
 	switch u.Scheme {
@@ -132,6 +134,19 @@ func CheckURL(s string) error {
 		return fmt.Errorf("the scheme %q is not one of s3, gs, https, file", u.Scheme)
 	}
 	return nil
+}
+
+// s3Version is the one query that an s3:// URL may have: which version of the object.
+var s3Version = regexp.MustCompile(`^versionId=[A-Za-z0-9._-]+$`)
+
+// BesideURL gives the URL of an object whose name is the given one's with more at its end. A query stays, but for the version of
+// another object.
+func BesideURL(url, more string) string {
+	at, query, found := strings.Cut(url, "?")
+	if !found || strings.HasPrefix(url, "s3:") {
+		return at + more
+	}
+	return at + more + "?" + query
 }
 
 // ShownURL is a URL, or a text that should have been one, without what may be secret: the user's name and password, and the query,

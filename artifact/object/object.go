@@ -43,6 +43,8 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides what AWS's own environment says; nil: that.
 	S3 *S3Config
+	// UnconditionalPut is for an S3 that has no conditional PUT: two who publish one object at once may write over each other's.
+	UnconditionalPut bool
 	// GSEndpoint is where gs:// lies; empty: Google's own.
 	GSEndpoint string
 	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
@@ -140,6 +142,7 @@ func New(c Config) *Client {
 	}
 	client.s3.config = c.S3
 	client.gs = c.GSEndpoint
+	client.s3.unconditional = c.UnconditionalPut
 	client.s3.requests = &client.requests
 	client.s3.tune = client.tune
 	client.s3.retry = client.retry

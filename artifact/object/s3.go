@@ -1,6 +1,7 @@
 package object
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,7 +11,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
@@ -19,7 +19,6 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
-	smithyhttp "github.com/aws/smithy-go/transport/http"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -35,8 +34,11 @@ type s3Lazy struct {
 	requests *atomic.Int64
 	tune     func(*http.Transport)
 	retry    retry
-	mu       sync.Mutex
-	store    *s3Store
+	// unconditional is Config.UnconditionalPut.
+	unconditional bool
+
+	mu    sync.Mutex
+	store *s3Store
 }
 
 // countingClient counts requests. It goes around the client that AWS's configuration made, which knows of AWS_CA_BUNDLE.
@@ -81,28 +83,51 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
 		o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
 	})
-	l.store = &s3Store{client: client, retry: l.retry}
+	l.store = &s3Store{client: client, retry: l.retry, unconditional: l.unconditional}
 	return l.store, nil
 }
 
 type s3Store struct {
 	client *s3.Client
 	retry  retry
+	// unconditional puts don't ask the store to keep what is there.
+	unconditional bool
+}
+
+// fail is s3Error, and says of a denied call whose it was.
+func (s *s3Store) fail(ctx context.Context, err error) error {
+	err = s3Error(err)
+	if !errors.Is(err, ErrDenied) {
+		return err
+	}
+	who, failed := s.client.Options().Credentials.Retrieve(ctx)
+	if failed != nil {
+		return err
+	}
+	return fmt.Errorf("%w (with the access key %s, from %s)", err, who.AccessKeyID, cmp.Or(who.Source, "the configuration"))
+}
+
+// ifNone is what a put asks for, so that it is never made over another's object.
+func (s *s3Store) ifNone() *string {
+	if s.unconditional {
+		return nil
+	}
+	return aws.String("*")
 }
 
 // stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what is wrong.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
-	out, err := s.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Range: aws.String(firstByte)})
+	out, err := s.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u), Range: aws.String(firstByte)})
 	var api smithy.APIError
 	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // it is empty
-		out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u))})
+		out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)})
 		if err != nil {
-			return Object{}, s3Error(err)
+			return Object{}, s.fail(ctx, err)
 		}
 		return Object{Size: aws.ToInt64(out.ContentLength), ETag: aws.ToString(out.ETag), Ranges: true}, nil
 	}
 	if err != nil {
-		return Object{}, s3Error(err)
+		return Object{}, s.fail(ctx, err)
 	}
 	defer out.Body.Close()
 	if out.ContentRange == nil {
@@ -118,7 +143,7 @@ func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 }
 
 func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
-	in := &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u))}
+	in := &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)}
 	whole := n < 0 || offset == 0 && n == o.Size
 	if !whole {
 		in.Range = aws.String(fmt.Sprintf("bytes=%d-%d", offset, offset+n-1))
@@ -128,7 +153,7 @@ func (s *s3Store) read(ctx context.Context, u *url.URL, o Object, offset, n int6
 	}
 	out, err := s.client.GetObject(ctx, in)
 	if err != nil {
-		return nil, 0, s3Error(err)
+		return nil, 0, s.fail(ctx, err)
 	}
 	if o.ETag != "" && aws.ToString(out.ETag) != o.ETag {
 		out.Body.Close()
@@ -163,14 +188,17 @@ func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType stri
 		return s.putParts(ctx, u, b, contentType)
 	}
 	in := &s3.PutObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), Body: b.reader(), ContentLength: &b.size}
+	if u.RawQuery != "" {
+		return errVersion
+	}
 	if !b.replace {
-		in.IfNoneMatch = aws.String("*")
+		in.IfNoneMatch = s.ifNone()
 	}
 	if contentType != "" {
 		in.ContentType = &contentType
 	}
 	_, err := s.client.PutObject(ctx, in)
-	return occupied(s3Error(err))
+	return occupied(s.fail(ctx, err))
 }
 
 // putParts uploads in parts side by side. What fails is aborted, or its parts would be kept, and paid for, unseen.
@@ -182,7 +210,7 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 	}
 	created, err := s.client.CreateMultipartUpload(ctx, in)
 	if err != nil {
-		return s3Error(err)
+		return s.fail(ctx, err)
 	}
 	defer func() {
 		if err != nil {
@@ -205,7 +233,7 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
 					Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
 				})
-				return s3Error(err)
+				return s.fail(ctx, err)
 			})
 			if err != nil {
 				return err
@@ -222,72 +250,24 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 		return err
 	}
 	_, err = s.client.CompleteMultipartUpload(ctx, &s3.CompleteMultipartUploadInput{
-		Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, IfNoneMatch: aws.String("*"),
+		Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, IfNoneMatch: s.ifNone(),
 		MultipartUpload: &types.CompletedMultipartUpload{Parts: parts},
 	})
-	return occupied(s3Error(err))
+	return occupied(s.fail(ctx, err))
 }
+
+// errVersion is a put to a version of an object.
+var errVersion = errors.New("a version of an object can't be written: leave ?versionId out")
 
 // occupied reads a failed If-None-Match.
 func occupied(err error) error {
-	if errors.Is(err, ErrChanged) {
+	var answer *statusCode
+	switch {
+	case errors.Is(err, ErrChanged):
 		return errOccupied
-	}
-	return err
-}
-
-// s3Error tells a fault's kind, and leaves out what the SDK adds: request ids, host names, and in places the request.
-func s3Error(err error) error {
-	if err == nil {
-		return nil
-	}
-	code, message, region, after := 0, "", "", time.Duration(0)
-	var response *smithyhttp.ResponseError
-	if errors.As(err, &response) {
-		code = response.HTTPStatusCode()
-		message = response.Response.Status
-		region = response.Response.Header.Get("X-Amz-Bucket-Region")
-		after = retryAfter(response.Response.Header)
-	}
-	var api smithy.APIError
-	asAPI := errors.As(err, &api)
-	if region != "" && (code == http.StatusMovedPermanently || asAPI && api.ErrorCode() == "AuthorizationHeaderMalformed") {
-		return fmt.Errorf("the bucket is in region %s: set AWS_REGION, or the profile's region, to that", region)
-	}
-	if asAPI {
-		message = strings.TrimSpace(api.ErrorCode() + " " + api.ErrorMessage())
-		switch api.ErrorCode() {
-		case "AccessDenied", "Forbidden": // the latter where the answer has no body
-			return fmt.Errorf("%w: S3 answered %s, as it does for a missing object too where s3:ListBucket isn't allowed", ErrDenied, api.ErrorCode())
-		case "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken":
-			return fmt.Errorf("%w: S3 answered %s", ErrDenied, api.ErrorCode())
-		case "NoSuchBucket":
-			return fmt.Errorf("%w: there is no such bucket", ErrNotFound)
-		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted",
-			"ConditionalRequestConflict": // another writes the same object just now
-			return &transientError{err: fmt.Errorf("S3 answered %s", message), after: after}
-		}
-	}
-	if code == 0 {
-		if _, why, is := strings.Cut(err.Error(), "get credentials: "); is {
-			why = strings.TrimPrefix(why, "failed to refresh cached credentials, ")
-			return &transientError{err: fmt.Errorf("no AWS credentials in the environment, a profile or an instance role: %s", why)}
-		}
-		// No answer: no connection, a cut one, or no credentials. The last is worth a try too: an instance role takes a moment at boot.
-		return &transientError{err: plain(cause(err))}
-	}
-	return statusError(code, message, after)
-}
-
-// cause gives the innermost part of the SDK's wrapping that still says something.
-func cause(err error) error {
-	var op *smithy.OperationError
-	if errors.As(err, &op) {
-		err = op.Err
-	}
-	var sent *smithyhttp.RequestSendError
-	if errors.As(err, &sent) {
-		err = sent.Err
+	case errors.As(err, &answer) && answer.code == http.StatusNotImplemented:
+		return fmt.Errorf("%w: the store has no conditional PUT (If-None-Match), by which nobody's object is written over: "+
+			"if only one publishes at a time, go on with --unconditional-put, which looks first and then writes", err)
 	}
 	return err
 }

@@ -22,6 +22,7 @@ func (a *app) publishCommand() *cobra.Command {
 	var opt artifact.PublishOptions
 	var template, name, version, dest, key, created string
 	var since []string
+	var unconditional bool
 	c := &cobra.Command{
 		Use:   "publish DIR",
 		Short: "Put a release into storage, and print its pointer",
@@ -99,7 +100,7 @@ that would be larger than the parts of the archive that changed is dropped. What
 			start := time.Now()
 			progress := a.progressLine()
 			opt.Progress, opt.Log = progress.show, slog.New(progress.over(log.Handler()))
-			published, err := artifact.Publish(ctx, object.New(object.Config{Log: opt.Log}), opt)
+			published, err := artifact.Publish(ctx, object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}), opt)
 			progress.clear()
 			if err != nil {
 				return err
@@ -124,6 +125,7 @@ that would be larger than the parts of the archive that changed is dropped. What
 	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated")
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
 	f.StringVar(&created, "created", os.Getenv("SOURCE_DATE_EPOCH"), "when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)")
+	f.BoolVar(&unconditional, "unconditional-put", false, "for an S3 without If-None-Match: look whether an object is there, then write it; only one may publish at a time")
 	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
 	return c
 }

@@ -73,7 +73,7 @@ func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(c
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
-		signature, err := objects.ReadAll(ctx, p.URL+".sig", artifact.MaxSignature)
+		signature, err := objects.ReadAll(ctx, deployments.BesideURL(p.URL, ".sig"), artifact.MaxSignature)
 		if errors.Is(err, object.ErrNotFound) {
 			return fmt.Errorf("%s is not signed, and signers are configured here: publish it with --sign", p.URL)
 		}
