@@ -57,7 +57,7 @@ func TestParsePointer(t *testing.T) {
 		{"a signature without a digest", "https://h/x?sig=secret", "@sha256:HEX"},
 		{"a signature", "https://h/x?sig=1@sha256:" + hex64, ""},
 		{"a version of S3's", "s3://b/x?versionId=1@sha256:" + hex64, ""},
-		{"a query of S3\'s", "s3://b/x?x=1@sha256:" + hex64, "carries a query"},
+		{"a query of S3's", "s3://b/x?x=1@sha256:" + hex64, "carries a query"},
 		{"a file with a ?", "file:///srv/what?@sha256:" + hex64, "written as %3F"},
 		{"a file with a #", "file:///srv/#@sha256:" + hex64, "written as %23"},
 		{"a file with a %", "file:///srv/100%/x@sha256:" + hex64, "written as %25"},
