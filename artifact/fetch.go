@@ -33,6 +33,8 @@ type base struct {
 	dir    string
 	index  []byte
 	digest deployments.Digest // SHA-256 of index
+	name   string             // of its directory, if it is one of a dest's releases
+	known  *knownFiles        // nil: each of its files is hashed before it is used
 }
 
 // fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier call left in

@@ -1,6 +1,7 @@
 package artifact
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"io"
@@ -17,6 +18,8 @@ import (
 type source struct {
 	top   *os.File
 	index *index
+	// known are the files that need no hashing.
+	known *knownFiles
 	// files has the entry that holds some content, by its SHA-256, and chunks where a large file's frames lie.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
@@ -37,7 +40,7 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &source{top: top, index: x, files: make(map[deployments.Digest]int, len(x.entries)), chunks: map[deployments.Digest]chunk{}}
+	s := &source{top: top, index: x, known: cmp.Or(b.known, &knownFiles{}), files: make(map[deployments.Digest]int, len(x.entries)), chunks: map[deployments.Digest]chunk{}}
 	for i := range x.entries {
 		e := &x.entries[i]
 		if e.kind != kindFile {
@@ -144,12 +147,13 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 			return w.writeFile(i, nil)
 		}
 	case old != nil && old.has(e) && !w.ready[i]: // ready comes last: only what old has is this goroutine's
-		from, info, err := old.open(old.files[e.sum])
+		n := old.files[e.sum]
+		from, info, err := old.open(n)
 		if err != nil {
 			return nil
 		}
 		defer unix.Close(from)
-		return w.copyFrom(i, from, info, old, share)
+		return w.copyFrom(i, oldFile{n, from, info}, old, share)
 	}
 	return nil
 }
@@ -202,23 +206,39 @@ func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	return to.Chmod(e.mode)
 }
 
+// oldFile is an open file of the old release.
+type oldFile struct {
+	entry, fd int
+	info      unix.Stat_t
+}
+
+// holds reports whether an open file has e's content, which it hashes only if it isn't as it was when that was last seen.
+func (r *sourceReader) holds(f oldFile, e *entry) bool {
+	if r.known.has(f.entry, &f.info) {
+		return true
+	}
+	sum, err := r.hash(f.fd, e.size)
+	return err == nil && sum == e.sum
+}
+
 // copyFrom makes entry i of a file that should have its content. It is not made if the content is another.
-func (w *treeWorker) copyFrom(i, from int, info unix.Stat_t, old *sourceReader, share sharing) error {
-	e := &w.index.entries[i]
+func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
+	e, from := &w.index.entries[i], f.fd
 	if w.partly(i) {
 		// Hashed beforehand, so that what a cut fetch left is only given up for the whole.
-		if sum, err := old.hash(from, e.size); err != nil || sum != e.sum {
+		if !old.holds(f, e) {
 			return nil
 		}
 		if err := w.discard(i); err != nil {
 			return err
 		}
 	}
-	if share.mayLink(info, e) {
-		if sum, err := old.hash(from, e.size); err != nil || sum != e.sum {
+	if share.mayLink(f.info, e) {
+		if !old.holds(f, e) {
 			return nil
 		}
 		if w.link(from, e) == nil {
+			old.known.linked(f.entry, from, &f.info)
 			w.ready[i] = true
 			return nil
 		}
@@ -234,7 +254,7 @@ func (w *treeWorker) copyFrom(i, from int, info unix.Stat_t, old *sourceReader, 
 	if err != nil {
 		return err
 	}
-	right, err := copyContent(to, from, e, old, share)
+	right, err := copyContent(to, f, e, old, share)
 	if err = errors.Join(err, failed("close", e.path, unix.Close(to))); err != nil || !right {
 		return errors.Join(err, w.dirs.remove(e.path))
 	}
@@ -243,13 +263,18 @@ func (w *treeWorker) copyFrom(i, from int, info unix.Stat_t, old *sourceReader, 
 }
 
 // copyContent clones or copies, and reports whether the content is e's. Only a failure to write is an error.
-func copyContent(to, from int, e *entry, old *sourceReader, share sharing) (bool, error) {
+func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) (bool, error) {
+	from := f.fd
 	if !share.noClone.Load() {
 		if unix.IoctlFileClone(to, from) == nil {
 			// A service may have written behind its end since it was opened, and a clone has all of a file.
 			var cloned unix.Stat_t
 			if err := unix.Fstat(to, &cloned); err != nil || cloned.Size != e.size {
 				return false, nil
+			}
+			var after unix.Stat_t
+			if old.known.has(f.entry, &f.info) && unix.Fstat(from, &after) == nil && statOf(&after) == statOf(&f.info) {
+				return true, nil
 			}
 			sum, err := old.hash(to, e.size)
 			return err == nil && sum == e.sum, nil

@@ -96,7 +96,8 @@ func TestUnchangedFilesAreCloned(t *testing.T) {
 			t.Fatal(err)
 		}
 		share := newSharing(new.manifest)
-		right, err := copyContent(int(to.Fd()), int(from.Fd()), e, &sourceReader{buffer: make([]byte, 1<<10)}, share)
+		right, err := copyContent(int(to.Fd()), oldFile{fd: int(from.Fd())}, e,
+			&sourceReader{source: &source{known: &knownFiles{}}, buffer: make([]byte, 1<<10)}, share)
 		if err != nil || right != want || share.noClone.Load() {
 			t.Errorf("%q: cloned: %v, taken: %v, %v", content, !share.noClone.Load(), right, err)
 		}

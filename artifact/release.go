@@ -47,6 +47,8 @@ type Releases struct {
 	owner  string
 	// owners is as in SwitcherConfig.
 	owners func(uid, gid int) error
+	// hashAlways has files hashed that are as they were when they were last seen: see SwitcherConfig.
+	hashAlways bool
 	// step is told before and after each change on disk: where tests kill. nil: nobody.
 	step func(name string)
 	// held are the directories in use; nil: none are.
@@ -537,7 +539,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		return err
 	}
 	defer leave()
-	live, _, err := r.current()
+	live, rec, err := r.current()
 	if err != nil && !errors.Is(err, ErrNoRelease) {
 		return err
 	}
@@ -553,6 +555,8 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	var left error
 	kept := map[string]bool{}
 	others := 0
+	var files *keptStats
+	removes := false
 	for _, name := range names {
 		short := name[max(0, len(name)-12):]
 		dir := filepath.Join(r.top(), name)
@@ -566,6 +570,9 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 				kept[short] = true
 				continue
 			}
+		}
+		if !removes {
+			files, removes = r.keepStats(live, rec), true
 		}
 		err := r.remove(name)
 		if errors.Is(err, errMounted) {
@@ -588,10 +595,13 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
-		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix): // of a version that may be called as these are
+		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix), strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix): // of a version that may be called as these are
 		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
 			left = errors.Join(left, removeTree(filepath.Join(r.private(), name)))
 		}
+	}
+	if err := files.renew(); err != nil {
+		r.log.Warn("could not note the files of the live release, which will be read once more", "dest", r.dest, "error", err)
 	}
 	return left
 }
@@ -614,7 +624,7 @@ func (r *Releases) remove(name string) error {
 		return err
 	}
 	r.at("trashed")
-	for _, suffix := range []string{recordSuffix, indexSuffix} {
+	for _, suffix := range []string{statsSuffix, recordSuffix, indexSuffix} {
 		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
@@ -649,9 +659,17 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
 	}
 	skip = append(skip, rel.Manifest.Shared...)
-	differences, err := verifyTree(ctx, dir, index, limit, skip...)
+	differences, stats, err := verifyTree(ctx, dir, index, limit, skip...)
 	if err != nil {
 		return nil, err
+	}
+	if slices.ContainsFunc(differences, func(d Difference) bool { return d.What == "content" }) {
+		err = r.forgetStats()
+	} else if !r.hashAlways {
+		err = r.writeStats(filepath.Base(rel.Dir), rec.Index, stats)
+	}
+	if err != nil {
+		r.log.Warn("could not note what the files of a release are", "dir", rel.Dir, "error", err)
 	}
 	top, err := os.Lstat(dir)
 	if err != nil {

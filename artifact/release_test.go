@@ -268,7 +268,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 			t.Fatalf("killed at step %d, it ends with version %q", n, got)
 		}
 		name := nameOf("2", pointers[1].Digest)
-		if got, want := list(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix}; !slices.Equal(got, want) {
+		if got, want := list(t, filepath.Join(dest+".releases", ".kedge")), []string{name + indexSuffix, name + recordSuffix, name + statsSuffix}; !slices.Equal(got, want) {
 			t.Fatalf("killed at step %d, it leaves %q", n, got)
 		}
 		left := list(t, dest+".releases")

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
@@ -86,7 +87,8 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory takes the right to write into it
 		return nil, err
 	}
-	if err := syncFS(staging); err != nil {
+	stats, err := r.syncTree(ctx, staging, index)
+	if err != nil {
 		return nil, err
 	}
 	r.at("synced")
@@ -107,6 +109,7 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, err
 	}
 	r.at("record")
+	r.noteFiles(name, digestOf(index), stats, base)
 	if !replaced {
 		if err := os.Rename(staging, dir); err != nil {
 			return nil, err
@@ -121,6 +124,37 @@ func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployme
 		return nil, err
 	}
 	return rel, nil
+}
+
+// syncTree writes a staged tree to the disk, and looks at its files meanwhile.
+func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (stats []fileStat, err error) {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return syncFS(staging) })
+	if !r.hashAlways {
+		group.Go(func() error {
+			x, err := decodeIndex(index)
+			if err == nil {
+				stats, err = statTree(ctx, staging, x)
+			}
+			return err
+		})
+	}
+	return stats, group.Wait()
+}
+
+// noteFiles notes what the files of a staged release are, and of the one before, whose files may have got more names. That it can't
+// is no error: they are hashed the next time.
+func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
+	if r.hashAlways {
+		return
+	}
+	err := r.writeStats(name, index, stats)
+	if base != nil && base.known != nil && base.known.changed {
+		err = errors.Join(err, r.writeStats(base.name, base.digest, base.known.stats))
+	}
+	if err != nil {
+		r.log.Warn("could not note the files of a release, which will be read once more", "release", name, "error", err)
+	}
 }
 
 // setMode gives a release's directory its mode: after the rename, which could not be made without the right to write into it.
@@ -193,7 +227,15 @@ func (r *Releases) base(p deployments.Pointer) *base {
 		r.log.Warn("the old release can't be used to fetch less", "dir", rel.Dir, "error", err)
 		return nil
 	}
-	return &base{dir: r.dirOf(rel), index: index, digest: rec.Index}
+	name := filepath.Base(rel.Dir)
+	b := &base{dir: r.dirOf(rel), index: index, digest: rec.Index, name: name}
+	if x, err := decodeIndex(index); err == nil && !r.hashAlways {
+		b.known = &knownFiles{stats: r.readStats(name, rec.Index, len(x.entries))}
+		if b.known.stats == nil {
+			b.known.stats = make([]fileStat, len(x.entries)) // to be filled by what is hashed
+		}
+	}
+	return b
 }
 
 // Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.

@@ -58,6 +58,9 @@ type SwitcherConfig struct {
 	Within []string
 	// Owners says why an archive's file may not belong to whom the archive says; nil: it may to anybody.
 	Owners func(uid, gid int) error
+	// HashAlways has each file of the old release hashed before it is used. Otherwise one is taken as it is whose inode, size, mtime
+	// and ctime are as when it was last written or hashed.
+	HashAlways bool
 	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }
@@ -68,7 +71,9 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	case m.Src == "":
 		return commandsOnly{}
 	case m.Strategy == deployments.StrategyRelease:
-		return linkSwitcher{Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner, c.Owners)}
+		releases := Open(m.Dest, c.Objects, c.Log).Bounded(c.Within, m.Owner, c.Owners)
+		releases.hashAlways = c.HashAlways
+		return linkSwitcher{releases}
 	case m.Strategy == deployments.StrategyMv:
 		return moveSwitcher{treeSwitcher{c}}
 	default:

@@ -293,7 +293,7 @@ func TestRoundTrip(t *testing.T) {
 		got := t.TempDir()
 		mustFetch(t, p.manifest, nil, got)
 		sameTree(t, got, dir)
-		if found, err := verifyTree(t.Context(), got, p.index, 0); err != nil || len(found) > 0 {
+		if found, _, err := verifyTree(t.Context(), got, p.index, 0); err != nil || len(found) > 0 {
 			t.Errorf("verifyTree finds %v, %v", found, err)
 		}
 	})

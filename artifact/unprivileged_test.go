@@ -75,7 +75,7 @@ func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 		if err := whole(dest); err != nil {
 			t.Errorf("killed at step %d: %v", n, err)
 		}
-		if top, private := list(t, dest+".releases"), list(t, left); len(top) != 2 || len(private) != 3 { // what was healed stays for who works in it
+		if top, private := list(t, dest+".releases"), list(t, left); len(top) != 2 || len(private) != 4 { // what was healed stays for who works in it
 			t.Errorf("killed at step %d, it leaves %q and %q", n, top, private)
 		}
 		if !killed {

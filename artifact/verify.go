@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
@@ -19,27 +20,29 @@ import (
 
 // verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index. It reads every
 // file, at most limit bytes a second (0: as fast as one core can). What lies at the paths of skip and below is passed over.
-func verifyTree(ctx context.Context, dir string, data []byte, limit int64, skip ...string) ([]Difference, error) {
+//
+// stats has what each file was while it was read, if it was right.
+func verifyTree(ctx context.Context, dir string, data []byte, limit int64, skip ...string) (found []Difference, stats []fileStat, err error) {
 	x, err := decodeIndex(data)
 	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", dir, err)
+		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fmt.Errorf("verify: %w", err)
+		return nil, nil, fmt.Errorf("verify: %w", err)
 	}
 	defer root.Close()
-	v := &verifier{root: root, index: x, skip: skip, seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
+	v := &verifier{root: root, index: x, skip: skip, stats: make([]fileStat, len(x.entries)), seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
 	if limit > 0 {
 		v.limit = rate.NewLimiter(rate.Limit(limit), len(v.buffer))
 	}
 	if err := v.run(ctx); err != nil {
-		return nil, fmt.Errorf("verify %s: %w", dir, err)
+		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
 	}
 	slices.SortFunc(v.found, func(a, b Difference) int {
 		return cmp.Or(comparePaths(a.Path, b.Path), cmp.Compare(a.What, b.What))
 	})
-	return v.found, nil
+	return v.found, v.stats, nil
 }
 
 type verifier struct {
@@ -47,6 +50,7 @@ type verifier struct {
 	index  *index
 	skip   []string
 	seen   []fs.FileInfo
+	stats  []fileStat
 	found  []Difference
 	limit  *rate.Limiter // nil: none
 	buffer []byte
@@ -150,7 +154,7 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 			v.differs(e.path, "link")
 		}
 	case kindFile:
-		sum, err := v.hash(ctx, e, info)
+		sum, err := v.hash(ctx, i, info)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !unreadable(err) {
 			return err
 		}
@@ -166,7 +170,8 @@ func unreadable(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }
 
-func (v *verifier) hash(ctx context.Context, e *entry, info fs.FileInfo) (deployments.Digest, error) {
+func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deployments.Digest, error) {
+	e := &v.index.entries[i]
 	if info.Size() != e.size {
 		return deployments.Digest{}, nil
 	}
@@ -175,10 +180,16 @@ func (v *verifier) hash(ctx context.Context, e *entry, info fs.FileInfo) (deploy
 		return deployments.Digest{}, err
 	}
 	defer f.Close()
-	if opened, err := f.Stat(); err != nil || !opened.Mode().IsRegular() {
+	var before, after unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &before); err != nil || before.Mode&unix.S_IFMT != unix.S_IFREG {
 		return deployments.Digest{}, err
 	}
-	return hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit, v.buffer) // else it might grow for as long as it is read
+	sum, err := hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit, v.buffer) // else it might grow for as long as it is read
+	if err == nil && sum == e.sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
+		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
+		v.stats[i] = statOf(&after)
+	}
+	return sum, err
 }
 
 // hashSlowly hashes what it reads, as fast as limit allows (nil: at will).

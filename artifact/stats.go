@@ -1,0 +1,209 @@
+package artifact
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments"
+)
+
+// fileStat is what tells that a file is as it was when its content was last written or hashed: whoever writes to it changes its
+// ctime, which only root can set. Zero: nothing is known.
+//
+// The device is not among them: it has another number after a restart, and in each machine that boots from an image.
+type fileStat struct {
+	inode        uint64
+	mtime, ctime int64 // nanoseconds
+}
+
+func statOf(st *unix.Stat_t) fileStat {
+	return fileStat{st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
+}
+
+// sameContent reports whether nothing but the number of a file's names can have changed between two looks at it that lie close
+// together: that changes its ctime, too.
+func (s fileStat) sameContent(later fileStat) bool {
+	return s.inode == later.inode && s.mtime == later.mtime
+}
+
+// knownFiles are the files of a release that need no hashing, by entry of its index. Its methods may be called by several goroutines.
+type knownFiles struct {
+	mu      sync.Mutex
+	stats   []fileStat // nil: none is known, and none will be
+	changed bool
+}
+
+// has reports whether an entry's file is as it was.
+func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)
+}
+
+// linked notes that an open file, which was right, got another name.
+func (k *knownFiles) linked(entry, fd int, before *unix.Stat_t) {
+	var after unix.Stat_t
+	if unix.Fstat(fd, &after) != nil || !statOf(before).sameContent(statOf(&after)) {
+		return
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.stats != nil {
+		k.stats[entry] = statOf(&after)
+		k.changed = true
+	}
+}
+
+const (
+	statsSuffix = ".stat"
+	statsMagic  = "kedgest\x01"
+	statSize    = 24
+	// clockTick is more than the coarsest step of a file system's clock: what was written so shortly before it was read could be
+	// written to again without a change of its ctime. What only kedge can reach while it looks needs no such care.
+	clockTick = 20 * time.Millisecond
+)
+
+// writeStats keeps a release's stats. They are a cache: lost, or in pieces, they cost a reading of the release, and no more. So
+// nothing is synced.
+func (r *Releases) writeStats(name string, index deployments.Digest, stats []fileStat) error {
+	data := append([]byte(statsMagic), index[:]...)
+	for _, s := range stats {
+		data = binary.LittleEndian.AppendUint64(data, s.inode)
+		data = binary.LittleEndian.AppendUint64(data, uint64(s.mtime))
+		data = binary.LittleEndian.AppendUint64(data, uint64(s.ctime))
+	}
+	sum := digestOf(data)
+	path := filepath.Join(r.private(), name+statsSuffix)
+	aside := filepath.Join(r.private(), unfinishedPrefix+name+statsSuffix)
+	if err := os.WriteFile(aside, append(data, sum[:]...), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(aside, path)
+}
+
+// readStats returns the stats of a release whose index has so many entries; nil if there are none that can be used.
+func (r *Releases) readStats(name string, index deployments.Digest, entries int) []fileStat {
+	data, err := os.ReadFile(filepath.Join(r.private(), name+statsSuffix))
+	end := len(data) - len(index)
+	if err != nil || end != len(statsMagic)+len(index)+entries*statSize {
+		return nil
+	}
+	sum := digestOf(data[:end])
+	if !bytes.Equal(sum[:], data[end:]) || string(data[:len(statsMagic)]) != statsMagic || !bytes.Equal(data[len(statsMagic):][:len(index)], index[:]) {
+		return nil
+	}
+	stats := make([]fileStat, entries)
+	for i := range stats {
+		d := data[len(statsMagic)+len(index)+i*statSize:]
+		stats[i] = fileStat{binary.LittleEndian.Uint64(d), int64(binary.LittleEndian.Uint64(d[8:])), int64(binary.LittleEndian.Uint64(d[16:]))}
+	}
+	return stats
+}
+
+// forgetStats ends the trust in all releases of this dest: they may share a file that turned out to be another.
+func (r *Releases) forgetStats() error {
+	found, err := filepath.Glob(globLiteral.Replace(r.private()) + "/*" + statsSuffix)
+	for _, f := range found {
+		err = errors.Join(err, os.Remove(f))
+	}
+	return err
+}
+
+// statTree looks at the files of a tree that have content. One that isn't as its index says, as far as that tells, has no stat.
+func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
+	top, err := openDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer top.Close()
+	stats := make([]fileStat, len(x.entries))
+	dirs := &dirs{top: top}
+	defer dirs.close()
+	for i := range x.entries {
+		e := &x.entries[i]
+		if e.kind != kindFile || e.size == 0 {
+			continue
+		}
+		if i%1024 == 0 && ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		var st unix.Stat_t
+		at, name, err := dirs.at(e.path)
+		if err == nil {
+			err = unix.Fstatat(at, name, &st, unix.AT_SYMLINK_NOFOLLOW)
+		}
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == e.size {
+			stats[i] = statOf(&st)
+		}
+	}
+	return stats, nil
+}
+
+// keptStats carries the trust in the live release over what removes other names of its files, which changes their ctime.
+type keptStats struct {
+	r     *Releases
+	name  string
+	rec   *record
+	index *index
+	stats []fileStat
+}
+
+// keepStats looks which files of the live release are as they were, before others are removed. It is nil if none is known.
+func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
+	if live == nil {
+		return nil
+	}
+	k := &keptStats{r: r, name: filepath.Base(live.Dir), rec: rec}
+	data, err := r.readIndex(k.name, rec)
+	if err == nil {
+		k.index, err = decodeIndex(data)
+	}
+	if err != nil {
+		return nil
+	}
+	if k.stats = r.readStats(k.name, rec.Index, len(k.index.entries)); k.stats == nil {
+		return nil
+	}
+	now, err := statTree(context.Background(), filepath.Join(r.top(), k.name), k.index)
+	if err != nil {
+		return nil
+	}
+	for i := range k.stats {
+		if k.stats[i] != now[i] {
+			k.stats[i] = fileStat{}
+		}
+	}
+	return k
+}
+
+// renew notes the files anew, after others were removed.
+func (k *keptStats) renew() error {
+	if k == nil {
+		return nil
+	}
+	now, err := statTree(context.Background(), filepath.Join(k.r.top(), k.name), k.index)
+	if err != nil {
+		return err
+	}
+	for i := range now {
+		if k.stats[i] == (fileStat{}) || !k.stats[i].sameContent(now[i]) {
+			now[i] = fileStat{}
+		}
+	}
+	return k.r.writeStats(k.name, k.rec.Index, now)
+}
