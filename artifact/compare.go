@@ -31,7 +31,7 @@ func compareDest(ctx context.Context, place *Place, rel *Release, tree string, l
 		return nil, err
 	}
 	skip = append(skip, rel.Manifest.Shared...)
-	differences, err := verifyTree(ctx, dest, index, limit, skip...)
+	differences, _, err := verifyTree(ctx, dest, index, limit, skip...)
 	if err != nil {
 		return nil, err
 	}

@@ -86,6 +86,7 @@ finishes or takes back what it had begun.`,
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
 	f.Duration("verify-every", def.VerifyEvery, "compare live trees with their indexes this often; 0: never")
+	f.String("verify", "", "always: hash files of the running release before they are shared with the next, though nothing touched them")
 	f.Duration("ready-timeout", def.ReadyTimeout, "tell systemd READY after this long, converged or not")
 	return c
 }
@@ -159,6 +160,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("max-bandwidth", &c.MaxBandwidth)
 	duration("start-delay", &c.StartDelay)
 	duration("verify-every", &c.VerifyEvery)
+	str("verify", &c.Verify)
 	duration("ready-timeout", &c.ReadyTimeout)
 	return errors.Join(errs...)
 }
@@ -189,6 +191,9 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		return usagef("this node's stage is not set: give --stage, KEDGE_STAGE, or stage in %s", file)
 	case noRoles:
 		return usagef("this node's roles are not set: give --roles, KEDGE_ROLES, or roles in %s", file)
+	}
+	if conf.Verify != "" && conf.Verify != "always" {
+		return usagef("verify is %q: want always, or leave it out", conf.Verify)
 	}
 	bandwidth, err := byteRate(conf.MaxBandwidth)
 	if err != nil {
@@ -237,6 +242,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		ListenStatus:   conf.ListenStatus,
 		StartDelay:     conf.StartDelay,
 		VerifyEvery:    conf.VerifyEvery,
+		HashAlways:     conf.Verify == "always",
 		Version:        version(),
 		Metrics:        metrics,
 		Log:            log,

@@ -155,7 +155,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 func TestAgentConfig(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "agent.yaml")
-	text := "stage: prod\nroles: web, db\ndests: [/srv, /opt]\nno_commands: true\nready_timeout: \"40s\"\nstart_delay: 5s\nverify_every: 0s\n"
+	text := "stage: prod\nroles: web, db\ndests: [/srv, /opt]\nno_commands: true\nready_timeout: \"40s\"\nstart_delay: 5s\nverify_every: 0s\nverify: always\n"
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestAgentConfig(t *testing.T) {
 	}
 	want := agentDefaults()
 	want.Stage, want.Roles, want.Dests, want.NoCommands = "prod", words{"web", "db"}, words{"/srv", "/opt"}, true
-	want.ReadyTimeout, want.StartDelay, want.VerifyEvery = 40*time.Second, 5*time.Second, 0
+	want.ReadyTimeout, want.StartDelay, want.VerifyEvery, want.Verify = 40*time.Second, 5*time.Second, 0, "always"
 	if err != nil || !reflect.DeepEqual(c, want) {
 		t.Errorf("%+v, %v\nwant %+v", c, err, want)
 	}

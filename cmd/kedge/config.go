@@ -62,6 +62,7 @@ type agentConfig struct {
 	MaxBandwidth string        `yaml:"max_bandwidth"`
 	StartDelay   time.Duration `yaml:"start_delay"`
 	VerifyEvery  time.Duration `yaml:"verify_every"`
+	Verify       string        `yaml:"verify"`
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 

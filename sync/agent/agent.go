@@ -100,9 +100,11 @@ type Config struct {
 	StartDelay time.Duration
 	// VerifyEvery checks live trees against their indexes in the background; 0: never.
 	VerifyEvery time.Duration
-	Version     string
-	Metrics     *prometheus.Registry // nil: none
-	Log         *slog.Logger         // nil: none
+	// HashAlways has files of the running release hashed before they are shared with the next, though nothing touched them.
+	HashAlways bool
+	Version    string
+	Metrics    *prometheus.Registry // nil: none
+	Log        *slog.Logger         // nil: none
 }
 
 // Agent converges one node. Make it with New, then Run it once.

@@ -94,6 +94,8 @@ type Config struct {
 	Dir     string
 	Objects *object.Client
 	Bounds  policy.Bounds
+	// HashAlways is as in artifact.SwitcherConfig.
+	HashAlways bool
 	// Trust checks a manifest's bytes before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	// Floors are the node's; nil: the unit's journal alone has one.

@@ -13,7 +13,7 @@ import (
 func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
 		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), RsyncVerbose: u.c.RsyncVerbose,
-		Within: u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds),
+		Within: u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
 		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
 			log := u.log
 			if silent {
