@@ -275,6 +275,7 @@ func TestLoadNamesEveryMistake(t *testing.T) {
 			[]string{"kedge.yaml:2:9: the list is empty", `kedge.yaml:4:10: dest "srv"`, `kedge.yaml:6:9: dest "/"`, "kedge.yaml:7:8: users: want a value by stage, as in prod: [app]",
 				`kedge.yaml:9:9: "maybe": want true or false`, `kedge.yaml:10:3: stage "-x"`, `kedge.yaml:11:3: stage "dev" has no value in commands`}},
 		{"a stage twice", map[string]string{"kedge.yaml": "users:\n  prod: [app]\n  prod: [root]\n", "prod/web/a.yaml": good}, []string{`kedge.yaml:3:3: stage "prod" stands twice in users`}},
+		{"a freeze that never opens", map[string]string{"kedge.yaml": "freeze:\n- allow: 0 9 30 2 *\n  duration: 1h\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:2:10: ", "no such day"}},
 		{"a bad freeze", map[string]string{"kedge.yaml": "freeze:\n- deny: \"* * *\"\n  zone: Mars/Base\n", "prod/web/a.yaml": good}, []string{"kedge.yaml:2:9:", "kedge.yaml:3:9:", "duration"}},
 		{"two mistakes in two files", map[string]string{"prod/web/a.yaml": "x: y\n", "prod/web/b.yaml": "z: y\n"}, []string{"a.yaml:1:1:", "b.yaml:1:1:"}},
 		{"an alias", map[string]string{"prod/web/a.yaml": good + "after: &a [b]\n"}, []string{"prod/web/a.yaml:2:", "anchors"}},

@@ -22,7 +22,7 @@ func (f Facts) With(name, value string) Facts {
 
 // Why a rollout stands where it does.
 const (
-	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until, reason
+	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until or opens (never), reason
 	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git
 	ReasonCanary           Reason = "Canary"           // canaries go first: admitted, of
 	ReasonBaking           Reason = "Baking"           // healthy, and watched until

@@ -204,8 +204,12 @@ func asCron(s string) (string, error) {
 	if strings.HasPrefix(strings.TrimSpace(s), "@") || strings.Contains(s, "TZ=") {
 		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\", and the zone in zone", clip(s))
 	}
-	if _, err := cron.ParseStandard(s); err != nil {
+	schedule, err := cron.ParseStandard(s)
+	if err != nil {
 		return "", fmt.Errorf("%q: want the five fields of cron, as in \"0 16 * * FRI\": %w", clip(s), err)
+	}
+	if schedule.Next(time.Unix(0, 0)).IsZero() {
+		return "", fmt.Errorf("%q: there is no such day, so the window would never open", clip(s))
 	}
 	return s, nil
 }

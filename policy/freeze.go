@@ -28,6 +28,8 @@ func (v Verdict) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {
 		f["until"] = v.Ends.UTC().Format(time.RFC3339)
+	} else if v.Frozen {
+		f["opens"] = "never"
 	}
 	if v.Reason != "" {
 		f["reason"] = clipped(v.Reason)

@@ -17,7 +17,7 @@ import (
 // of its facts is missing.
 var texts = map[deployments.Reason]string{
 	// of a rollout
-	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][ ({reason})]",
+	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][, and {opens} opens][ ({reason})]",
 	deployments.ReasonBaking:           "[{who} ]bake[ until {until}]",
 	deployments.ReasonAwaitingReports:  "[{who} ]have baked, and have yet to say how they are now",
 	deployments.ReasonBakingAgain:      "the bake begins anew when all are well again",
