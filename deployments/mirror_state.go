@@ -13,6 +13,8 @@ type MirrorState struct {
 	Head   string    `json:"head"`
 	Author string    `json:"author,omitempty"`
 	At     time.Time `json:"at,omitzero"`
+	// Repo is the address of the repository that Head is of.
+	Repo string `json:"repo,omitempty"`
 	// Past names, in short and newest first, commits that Head descends from: who waits for one of them sees that
 	// it was taken.
 	Past string `json:"past,omitempty"`

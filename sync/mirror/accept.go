@@ -115,6 +115,9 @@ func (l *leader) accepts(ctx context.Context, c candidate) bool {
 // candidate compares a commit with what the store holds.
 func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
 	c := candidate{from: l.written.state.Taken(), rules: l.written.state.Rules, to: to}
+	if other := l.written.state.Repo; other != l.c.Repo {
+		c.otherRepo = other
+	}
 	had := map[deployments.UnitID]bool{}
 	switch last := l.acceptance.commit; {
 	case last != nil:
@@ -159,6 +162,8 @@ type candidate struct {
 	// that it names no longer and whose records are there.
 	from string
 	had  []deployments.UnitID
+	// otherRepo is the address of the repository that from was mirrored from, if it is another than to's.
+	otherRepo string
 	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
 	rules deployments.MirrorRules
 	to    *git.Commit
@@ -172,6 +177,11 @@ type candidate struct {
 func refuse(c candidate) error {
 	if c.accepted {
 		return nil
+	}
+	if c.from != "" && !c.descends && c.otherRepo != "" {
+		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last, from %s: where two mirrors of two repositories share "+
+			"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror once with --accept %s",
+			short(c.to.Hash), short(c.from), c.otherRepo, c.to.Hash)
 	}
 	if c.from != "" && !c.descends && !c.rules.AllowRewind {
 		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+

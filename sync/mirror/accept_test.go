@@ -24,7 +24,7 @@ func TestRepositoryThatWasReplaced(t *testing.T) {
 	o := gittest.New(t)
 	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}) // without half of the units
 	m = start(t, Config{Store: store, Repo: o.Bare})
-	m.refuses(first, "does not descend", "--accept "+first)
+	m.refuses(first, "does not descend", "mirrored last, from "+old.Bare, "--prefix", "--accept "+first)
 	m.stop()
 	c := Config{Store: store, Repo: o.Bare, Accept: first}
 	m = start(t, c)

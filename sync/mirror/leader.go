@@ -254,6 +254,9 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			status.Head, status.Author, status.Past, status.Rules = commit.Hash, commit.Author, commit.Past, rulesOf(commit)
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
+		if branch.head == commit.Hash { // else it was read of what an earlier mirror had fetched, maybe from elsewhere
+			status.Repo = l.c.Repo
+		}
 	}
 	switch {
 	case head.refused != nil:
