@@ -12,6 +12,8 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/deployments"
 	"kedge/deployments/durable"
 )
@@ -70,20 +72,24 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	return syncFS(dir)
 }
 
-// clear removes a link that the release strategy left at dest: what is written through it would change a release.
-func (t treeSwitcher) clear(parent *Place, r *Release) error {
-	dest := parent.Path(filepath.Base(r.Manifest.Dest))
-	target, err := os.Readlink(dest)
+// linked reports whether the release strategy left a link at dest: what is written through it would change a release.
+func (t treeSwitcher) linked(parent *Place, r *Release) bool {
+	target, err := os.Readlink(parent.Path(filepath.Base(r.Manifest.Dest)))
 	if err != nil {
-		return nil // absent, or a directory
+		return false // absent, or a directory
 	}
 	if !filepath.IsAbs(target) {
 		target = filepath.Join(filepath.Dir(r.Manifest.Dest), target)
 	}
-	if filepath.Dir(target) != r.Manifest.Dest+".releases" {
+	return filepath.Dir(target) == r.Manifest.Dest+".releases"
+}
+
+// clear removes a link that the release strategy left at dest.
+func (t treeSwitcher) clear(parent *Place, r *Release) error {
+	if !t.linked(parent, r) {
 		return nil
 	}
-	return os.Remove(dest)
+	return os.Remove(parent.Path(filepath.Base(r.Manifest.Dest)))
 }
 
 func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error {
@@ -113,8 +119,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err := removeAside(parent, r); err != nil {
 		return err
 	}
-	if err := s.clear(parent, r); err != nil {
-		return fmt.Errorf("removing the link at dest: %w", err)
+	if err := s.replaceLink(ctx, parent, r); err != nil {
+		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
 	dest, err := s.dest(parent, r, true)
 	if err != nil {
@@ -134,6 +140,46 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 		return err
 	}
 	return syncFS(dest.Path(""))
+}
+
+// replaceLink puts a whole tree in the place of a link that the release strategy left at dest, by one exchange: something is
+// served from there all the while.
+func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Release) error {
+	if !s.linked(parent, r) {
+		return nil
+	}
+	part := besideName(r) + ".part"
+	if err := removeTree(parent.Path(part)); err != nil {
+		return err
+	}
+	if err := os.Mkdir(parent.Path(part), 0o700); err != nil {
+		return err
+	}
+	private, err := parent.open(part, false)
+	if err != nil {
+		return err
+	}
+	defer private.Close()
+	tree, err := private.open("tree", true)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	args, err := s.args(r, tree)
+	if err != nil {
+		return err
+	}
+	if err := s.tool(ctx, "rsync", append(args, s.tree(r)+"/", tree.PathForTool("")+"/")...); err != nil {
+		return errors.Join(err, removeTree(parent.Path(part)))
+	}
+	if err := syncFS(tree.Path("")); err != nil {
+		return err
+	}
+	dest := parent.Path(filepath.Base(r.Manifest.Dest))
+	if err := unix.Renameat2(unix.AT_FDCWD, private.Path("tree"), unix.AT_FDCWD, dest, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	return errors.Join(durable.SyncDir(parent.Path("")), removeTree(parent.Path(part)))
 }
 
 // dest opens dest itself, which may be a link to a directory if only trusted users can have made it.

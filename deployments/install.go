@@ -32,13 +32,13 @@ type RuleVars struct {
 	Node string
 }
 
-// ConsulRules gives the Consul ACL rules of "agent", "maintenance" (beside those, for an agent that turns its node's maintenance
+// ConsulRules gives the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns its node's maintenance
 // mode), "mirror", "operator" or "web", in HCL. It panics for another party, and where a variable that the rules need is missing or isn't a
 // good part of a key: the rules would be about other keys than meant.
 func ConsulRules(party string, v RuleVars) string {
 	rules, err := installed.ReadFile("consul/" + party + ".hcl")
 	if err != nil {
-		panic(fmt.Sprintf("consul rules: no party %q: want agent, maintenance, mirror, operator or web", party))
+		panic(fmt.Sprintf("consul rules: no party %q: want agent, bridge, maintenance, mirror, operator or web", party))
 	}
 	if v.Prefix == "" {
 		v.Prefix = "kedge/"

@@ -11,13 +11,13 @@ import (
 )
 
 // aclParties are those that have Consul ACL rules of their own.
-var aclParties = []string{"agent", "maintenance", "mirror", "operator", "web"}
+var aclParties = []string{"agent", "bridge", "maintenance", "mirror", "operator", "web"}
 
 func (a *app) aclCommand() *cobra.Command {
 	var stage, node string
 	var roles []string
 	c := &cobra.Command{
-		Use:   "acl agent|maintenance|mirror|operator|web",
+		Use:   "acl agent|bridge|maintenance|mirror|operator|web",
 		Short: "Print the Consul ACL rules that a party needs",
 		Long: `Prints the rules of the least token that will do, to be made a policy:
 
@@ -25,7 +25,7 @@ func (a *app) aclCommand() *cobra.Command {
   kedge acl mirror --node git-1 | consul acl policy create -name kedge-mirror -rules -
   kedge acl operator | consul acl policy create -name kedge-operator -rules -
 
-"maintenance" comes on top of "agent", for agents with --maintenance. "web" is for kedge web, and for people who only look.
+"bridge" is for kedge bridge. "maintenance" comes on top of "agent", for agents with --maintenance. "web" is for kedge web, and for people who only look.
 --node is the name of the Consul node that the agent or the mirror talks to.`,
 		Args:      cobra.ExactArgs(1),
 		ValidArgs: aclParties,

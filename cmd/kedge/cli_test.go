@@ -74,7 +74,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"help", "statsu"}, exitUsage, []string{"did you mean status?"}},
 		{[]string{"statsu"}, exitUsage, []string{"did you mean status?"}},
 		{[]string{"version", "x"}, exitUsage, []string{"want kedge version"}},
-		{[]string{"acl", "nobody"}, exitUsage, []string{"agent, maintenance, mirror, operator, web"}},
+		{[]string{"acl", "nobody"}, exitUsage, []string{"agent, bridge, maintenance, mirror, operator, web"}},
 		{[]string{"acl", "agent", "--stage", "prod", "--node", "web-1"}, exitUsage, []string{"--stage, --roles, --node"}},
 		{[]string{"acl", "agent", "--stage", "prod", "--roles", "a/b", "--node", "web-1"}, exitUsage, []string{"--roles"}},
 		{[]string{"status", "--nonsense"}, exitUsage, []string{"unknown flag", "see kedge status --help"}},
