@@ -65,6 +65,9 @@ func newWorld(t testing.TB, nodes ...string) *world {
 // newWorldOn starts a Consul of another kind.
 func newWorldOn(t testing.TB, consul kvtest.ConsulOptions) *world {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("needs a real Consul, S3 and Git: left out with -short")
+	}
 	w := &world{t: t, dir: t.TempDir(), processes: map[string]*process{}, tokens: map[string]string{}}
 	// Three servers to start: side by side.
 	var wg sync.WaitGroup

@@ -35,7 +35,7 @@ func TestReadyWaitsForHealthAfterAReboot(t *testing.T) {
 	up := w.path("up")
 	write(t, up, "")
 	p := w.publish("app", "1", func(m *deployments.Manifest) {
-		m.Health = deployments.Health{Timeout: 50 * time.Millisecond, Checks: []deployments.Check{{Exec: "test -e " + up, Interval: 5 * time.Millisecond}}}
+		m.Health = deployments.Health{Timeout: 2 * time.Second, Checks: []deployments.Check{{Exec: "test -e " + up, Interval: 5 * time.Millisecond}}}
 	})
 	w.desire(app, deployments.Record{Target: p, Generation: 1})
 	a := w.start(withMetrics)

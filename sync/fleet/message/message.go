@@ -73,6 +73,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
 	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
+	deployments.ReasonObserving:          "the agent only observes: it touches nothing[; {differs} files differ]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
 	deployments.ReasonTooManyUnits:       "more units than a node takes of one role[: {left_out} are left out, {limit} are taken]",
