@@ -279,6 +279,9 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 		}
 		return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 	}
+	if err := checkFree(dir, blob.Size); err != nil {
+		return nil, nil, err
+	}
 	file, err := unnamedFile(dir)
 	if err != nil {
 		return nil, nil, err

@@ -164,6 +164,10 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			if d.From != base.digest {
 				continue
 			}
+			if m.Size > 0 && d.Size >= m.Size {
+				f.fallBack("the delta is as large as the archive", "size", d.Size)
+				break
+			}
 			delta, data, err := f.openDelta(ctx, d, base.index, dir)
 			if err != nil {
 				if ctx.Err() != nil {
@@ -227,6 +231,17 @@ func (f *fetch) decode(data []byte) (*index, error) {
 	return x, nil
 }
 
+// spaceOf is what an entry takes on a disk with blocks of 4 KiB: a directory one, a symbolic link one if it is too long for its inode.
+func spaceOf(e *entry) int64 {
+	switch {
+	case e.kind == kindDir, e.kind == kindSymlink && len(e.target) >= 60:
+		return 4096
+	case e.kind == kindFile:
+		return (e.size + 4095) &^ 4095
+	}
+	return 0
+}
+
 // checkSpace refuses to begin what the disk can't hold.
 func (f *fetch) checkSpace(dir string) error {
 	var st unix.Statfs_t
@@ -240,8 +255,10 @@ func (f *fetch) checkSpace(dir string) error {
 		if f.tree.ready[i] || e.kind == kindFile && shares && f.old.has(e) {
 			continue
 		}
-		bytes += (e.size + 4095) &^ 4095
-		inodes++
+		bytes += spaceOf(e)
+		if e.kind != kindHardlink {
+			inodes++
+		}
 	}
 	if free := int64(st.Bavail) * st.Bsize; bytes > free {
 		return fmt.Errorf("the tree takes %s more, %s has %s left: %w", sizeText(bytes), dir, sizeText(free), syscall.ENOSPC)

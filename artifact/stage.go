@@ -293,7 +293,7 @@ func checkFree(dir string, need int64) error {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; need > free {
-		return fmt.Errorf("the archive alone has %s, %s has %s left: %w", sizeText(need), dir, sizeText(free), syscall.ENOSPC)
+		return fmt.Errorf("what is to be fetched alone has %s, %s has %s left: %w", sizeText(need), dir, sizeText(free), syscall.ENOSPC)
 	}
 	return nil
 }

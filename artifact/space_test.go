@@ -1,0 +1,59 @@
+package artifact
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// Directories take space, too: a small index can name more of them than a disk holds.
+func TestDirectoriesTakeSpace(t *testing.T) {
+	t.Parallel()
+	needRoot(t)
+	disk := t.TempDir()
+	mountTmpfs(t, disk, "size=64m,nr_inodes=0")
+	x := &index{}
+	for i := range 200_000 {
+		x.entries = append(x.entries, entry{kind: kindDir, path: fmt.Sprint(i), mode: 0o755})
+	}
+	f := &fetch{manifest: &deployments.Manifest{}, index: x, tree: &builder{ready: make([]bool, len(x.entries))}}
+	if err := f.checkSpace(disk); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("200,000 directories on 64 MB: %v", err)
+	}
+	for want, e := range map[int64]*entry{
+		4096: {kind: kindFile, size: 1}, 8192: {kind: kindFile, size: 4097}, 0: {kind: kindHardlink, path: "x"},
+	} {
+		if got := spaceOf(e); got != want {
+			t.Errorf("%+v takes %d bytes, want %d", e, got, want)
+		}
+	}
+}
+
+// A delta that saves nothing isn't fetched: it would take its space beside the archive's.
+func TestDeltaAsLargeAsTheArchiveIsPassedOver(t *testing.T) {
+	t.Parallel()
+	old, new := twoReleases(t)
+	m := *new.manifest
+	m.Deltas = slices.Clone(m.Deltas)
+	if len(m.Deltas) == 0 {
+		t.Fatal("there is no delta")
+	}
+	m.Deltas[0].Size = m.Size
+	var log strings.Builder
+	dir := t.TempDir()
+	opt := StageOptions{Log: slog.New(slog.NewTextHandler(&log, nil))}
+	if _, err := fetchIndexed(t.Context(), object.New(object.Config{}), &m, old.asBase(old.dir), dir, opt); err != nil {
+		t.Fatal(err)
+	}
+	sameTree(t, dir, new.dir)
+	if !strings.Contains(log.String(), "the delta is as large as the archive") {
+		t.Errorf("nothing is said of it: %s", log.String())
+	}
+}
