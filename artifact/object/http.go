@@ -13,7 +13,11 @@ import (
 )
 
 // httpStore is https://, read only, and http:// on this machine.
-type httpStore struct{ http *http.Client }
+type httpStore struct {
+	http *http.Client
+	// meter keeps a read to the client's bandwidth and patience.
+	meter func(context.Context, io.ReadCloser) io.Reader
+}
 
 // stat asks for the first byte: that also tells whether the server keeps to Range, and a presigned URL takes no HEAD.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
@@ -27,6 +31,15 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusPartialContent {
+		if r.ContentLength < 0 {
+			// It doesn't say how large it is, as where it makes its answers as it goes: it is read once to know.
+			if r.ContentLength, err = io.Copy(io.Discard, io.LimitReader(s.meter(ctx, r.Body), maxUncounted+1)); err != nil {
+				return Object{}, &transientError{err: err}
+			}
+			if r.ContentLength > maxUncounted {
+				return Object{}, fmt.Errorf("%w: the server doesn't say how large it is, and it has more than %d bytes", ErrTooLarge, int64(maxUncounted))
+			}
+		}
 		o, err := found(r)
 		o.Ranges = err == nil && o.Size <= 1
 		return o, err
@@ -37,6 +50,9 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	}
 	return found(r)
 }
+
+// maxUncounted bounds, in bytes, what is read to learn its size.
+const maxUncounted = 16 << 30
 
 // firstByte is the Range of an object's first byte; sizeIn gives the object's size as the answer to that has it.
 const firstByte = "bytes=0-0"

@@ -193,12 +193,12 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	case "gs":
 		return &gsStore{http: c.http, endpoint: c.gs}, u, nil
 	case "https":
-		return &httpStore{http: c.http}, u, nil
+		return &httpStore{http: c.http, meter: c.meter}, u, nil
 	case "http":
 		if !thisMachine(u) {
 			return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(text), errPlainHTTP)
 		}
-		return &httpStore{http: c.http}, u, nil
+		return &httpStore{http: c.http, meter: c.meter}, u, nil
 	case "file":
 		return fileStore{requests: &c.requests}, u, nil
 	}

@@ -3,6 +3,7 @@ package object
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -86,5 +87,34 @@ func TestRedirectsKeepBounds(t *testing.T) {
 	}
 	if data, err := client.ReadAll(t.Context(), server.URL+"/allowed/home", 100); err != nil || string(data) != "here" {
 		t.Errorf("within bounds: %q, %v", data, err)
+	}
+}
+
+// A server that doesn't say how large an object is, as it makes its answers as it goes, is read all the same.
+func TestServerWithoutContentLength(t *testing.T) {
+	t.Parallel()
+	text := strings.Repeat("0123456789", 10_000)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		for part := range strings.SplitSeq(text, "9") {
+			fmt.Fprint(w, part)
+			w.(http.Flusher).Flush()
+		}
+	}))
+	defer server.Close()
+	client, want := New(Config{}), strings.ReplaceAll(text, "9", "")
+	o, err := client.Stat(t.Context(), server.URL+"/x")
+	if err != nil || o.Size != int64(len(want)) || o.Ranges {
+		t.Fatalf("%+v, %v", o, err)
+	}
+	r, err := client.Read(t.Context(), o, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if data, err := io.ReadAll(r); err != nil || string(data) != want {
+		t.Errorf("%d bytes, %v", len(data), err)
+	}
+	if data, err := client.ReadAll(t.Context(), server.URL+"/x", 1<<20); err != nil || string(data) != want {
+		t.Errorf("%d bytes at once, %v", len(data), err)
 	}
 }
