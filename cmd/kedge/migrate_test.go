@@ -87,7 +87,8 @@ func (f *oldFleet) deploy(version string) {
 		f.t.Fatal(err)
 	}
 	script := `set -e
-tar czf "$ARCHIVE" --owner=0 --group=0 -C "$TREE" .
+# stretcher leaves files alone whose size and time, in seconds, are the same.
+tar czf "$ARCHIVE" --owner=0 --group=0 --mtime="@170000000${VERSION#v}" -C "$TREE" .
 mkdir -p "$BUCKET/manifests"
 cat > "$BUCKET/manifests/.new" <<END
 src: $SRC
