@@ -389,6 +389,7 @@
 //	head      the commit that KV holds
 //	author    its author
 //	at        when it was applied
+//	repo      the address of the repository that head is of
 //	past      commits that head descends from, in short and newest first
 //	refused   a newer commit that was not taken
 //	error     why, or what else is wrong

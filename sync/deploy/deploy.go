@@ -54,18 +54,8 @@
 // # stretcher
 //
 // Once deploys like stretcher: the same manifest leaves the same files and modes, runs the same commands in the same order, and
-// gives success and failure commands the log on stdin. It differs where stretcher has a trap:
-//
-//   - the archive is unpacked before pre, not after it: one that doesn't unpack stops no service
-//   - an HTTP error page is an error, not an archive or a manifest
-//   - a checksum is required, and {{ must_env }} of an unset variable is an error, not a panic
-//   - dest_mode: 755 means 0755, not the decimal number
-//   - failure commands run in the working directory of kedge, not in a temporary one that is gone
-//   - no events ([]) is nothing to do, not an error
-//   - rsync compares files by content (--checksum), not by size and time, which archives with normalised times share
-//   - mv works across file systems
-//   - archives that lead out of dest, and setuid files, are refused
-//   - commands have a timeout, end as a group, and don't see Consul's token
+// gives success and failure commands the log on stdin. It differs where stretcher has a trap: deployments/migrating/differences.md
+// lists how, and why.
 package deploy
 
 import (
