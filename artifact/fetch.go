@@ -164,7 +164,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			if d.From != base.digest {
 				continue
 			}
-			if m.Size > 0 && d.Size >= m.Size {
+			if m.Size > 0 && d.Size >= m.Size && d.Size > deltaInMem { // a small one saves requests
 				f.fallBack("the delta is as large as the archive", "size", d.Size)
 				break
 			}

@@ -45,7 +45,7 @@ func TestDeltaAsLargeAsTheArchiveIsPassedOver(t *testing.T) {
 	if len(m.Deltas) == 0 {
 		t.Fatal("there is no delta")
 	}
-	m.Deltas[0].Size = m.Size
+	m.Deltas[0].Size = max(m.Size, deltaInMem+1)
 	var log strings.Builder
 	dir := t.TempDir()
 	opt := StageOptions{Log: slog.New(slog.NewTextHandler(&log, nil))}
