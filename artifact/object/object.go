@@ -50,6 +50,9 @@ type Config struct {
 	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
 	// again on another connection; default 10 s.
 	StallTimeout time.Duration
+	// LeastRate is how many bytes a second a read must bring, over six StallTimeouts, or else it ends with ErrUnavailable;
+	// default 1 KiB/s. Waiting for MaxBandwidth doesn't count.
+	LeastRate int64
 	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it leads to
 	// https alone, and from another machine never to this one.
 	Redirect func(url string) error
@@ -63,6 +66,7 @@ type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
 	stall    time.Duration
+	least    int64
 	http     *http.Client
 	s3       s3Lazy
 	gs       string
@@ -118,11 +122,13 @@ const (
 	stallTimeout = 10 * time.Second
 	dialTimeout  = 10 * time.Second
 	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
+	leastRate    = 1 << 10 // Config.LeastRate's default
+	leastStalls  = 6       // stallTimeouts over which it is measured
 )
 
 // New makes a client; it does no I/O.
 func New(c Config) *Client {
-	client := &Client{log: c.Log, stall: cmp.Or(c.StallTimeout, stallTimeout)}
+	client := &Client{log: c.Log, stall: cmp.Or(c.StallTimeout, stallTimeout), least: cmp.Or(c.LeastRate, leastRate)}
 	if client.log == nil {
 		client.log = slog.New(slog.DiscardHandler)
 	}
@@ -303,6 +309,10 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	if err != nil {
 		return nil, err
 	}
+	allowed := leastStalls*c.stall + time.Duration(float64(max)/float64(c.least)*float64(time.Second))
+	slow := error(unavailableError{fmt.Errorf("it was not read within %v", allowed)})
+	ctx, cancel := context.WithTimeoutCause(ctx, allowed, slow)
+	defer cancel()
 	var data []byte
 	err = c.retry(ctx, "read "+deployments.ShownURL(url), func() error {
 		r, _, err := s.read(ctx, u, Object{URL: url, Size: -1}, 0, -1)
@@ -316,6 +326,9 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 		}
 		return nil
 	})
+	if err != nil && errors.Is(context.Cause(ctx), slow) {
+		err = slow
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
@@ -363,10 +376,30 @@ type resuming struct {
 	object Object
 	offset int64
 	left   int64
-	body   io.ReadCloser
-	tries  int
-	since  int // bytes since tries began
-	pause  *wait.Backoff
+	body   *metered
+	// limited is how long the bandwidth limit has held it up.
+	limited time.Duration
+	tries   int
+	since   int // bytes since tries began
+	pause   *wait.Backoff
+	pace    pace
+}
+
+// pace is how fast a stream comes, whatever connections it took.
+type pace struct {
+	bytes int64
+	took  time.Duration // without what the bandwidth limit took
+}
+
+// slow counts a read, and reports whether those of the last leastStalls stallTimeouts brought too little.
+func (c *Client) slow(p *pace, n int, took time.Duration) bool {
+	p.bytes += int64(n)
+	if p.took += took; p.took < leastStalls*c.stall {
+		return false
+	}
+	slow := float64(p.bytes) < float64(c.least)*p.took.Seconds()
+	*p = pace{}
+	return slow
 }
 
 func (r *resuming) open() error {
@@ -380,10 +413,7 @@ func (r *resuming) open() error {
 			body.Close()
 			return &transientError{err: err}
 		}
-		r.body = struct {
-			io.Reader
-			io.Closer
-		}{metered, body}
+		r.body = metered
 		return nil
 	})
 }
@@ -392,13 +422,25 @@ func (r *resuming) Read(p []byte) (int, error) {
 	if r.left == 0 {
 		return 0, io.EOF
 	}
+	began, limited := time.Now(), r.limited
+	n, err := r.read(p)
+	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
+		err = unavailableError{fmt.Errorf("%s: fewer than %d bytes a second come", deployments.ShownURL(r.object.URL), r.client.least)}
+	}
+	return n, err
+}
+
+// read is Read, however slow it is.
+func (r *resuming) read(p []byte) (int, error) {
 	for {
 		if r.body == nil {
 			if err := r.open(); err != nil {
 				return 0, fmt.Errorf("%s: %w", deployments.ShownURL(r.object.URL), err)
 			}
 		}
+		before := r.body.limited
 		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
+		r.limited += r.body.limited - before
 		r.offset += int64(n)
 		r.left -= int64(n)
 		if r.since += n; r.since >= stallLeast {
@@ -440,7 +482,7 @@ func (r *resuming) Close() error {
 const limitChunk = 256 << 10
 
 // meter counts what is read, keeps to the bandwidth limit, and ends a read that stalls.
-func (c *Client) meter(ctx context.Context, r io.ReadCloser) io.Reader {
+func (c *Client) meter(ctx context.Context, r io.ReadCloser) *metered {
 	return &metered{client: c, ctx: ctx, r: r}
 }
 
@@ -451,7 +493,11 @@ type metered struct {
 	stall  *time.Timer
 	left   time.Duration // that it may take to read what lacks of stallLeast bytes
 	since  int           // how many there are of these
+
+	limited time.Duration // how long the bandwidth limit has held it up
 }
+
+func (m *metered) Close() error { return m.r.Close() }
 
 func (m *metered) Read(p []byte) (int, error) {
 	if m.client.limit != nil && len(p) > limitChunk {
@@ -475,7 +521,10 @@ func (m *metered) Read(p []byte) (int, error) {
 	}
 	m.client.bytes.Add(int64(n))
 	if m.client.limit != nil && n > 0 {
-		if err := m.client.limit.WaitN(m.ctx, n); err != nil {
+		began := time.Now()
+		err := m.client.limit.WaitN(m.ctx, n)
+		m.limited += time.Since(began)
+		if err != nil {
 			return n, err
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -141,6 +142,67 @@ func TestTroubleOfTheStorage(t *testing.T) {
 			defer cancel()
 			if _, err := c.ReadAll(ctx, tt.url, 100); err == nil || errors.Is(err, object.ErrUnavailable) != tt.want {
 				t.Errorf("%v: unavailable: %v", err, errors.Is(err, object.ErrUnavailable))
+			}
+		})
+	}
+}
+
+// A server that always gives just enough not to stall is given up, however often a read is resumed.
+func TestASlowServerIsGivenUp(t *testing.T) {
+	t.Parallel()
+	data := make([]byte, 1<<20)
+	for name, serve := range map[string]func(w http.ResponseWriter, rest []byte, gone <-chan struct{}){
+		"it says no more after a little": func(w http.ResponseWriter, rest []byte, gone <-chan struct{}) {
+			w.Write(rest[:min(len(rest), 4<<10)])
+			w.(http.Flusher).Flush()
+			<-gone
+		},
+		"it goes on, slowly": func(w http.ResponseWriter, rest []byte, gone <-chan struct{}) {
+			for ; len(rest) > 4<<10; rest = rest[4<<10:] {
+				w.Write(rest[:4<<10])
+				w.(http.Flusher).Flush()
+				select {
+				case <-gone:
+					return
+				case <-time.After(20 * time.Millisecond):
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				from := 0
+				n, _ := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from)
+				if r.Header.Get("Range") == "bytes=0-0" {
+					http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(data))
+					return
+				}
+				w.Header().Set("Content-Length", fmt.Sprint(len(data)-from))
+				if n > 0 {
+					w.Header().Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, len(data)-1, len(data)))
+					w.WriteHeader(http.StatusPartialContent)
+				}
+				serve(w, data[from:], r.Context().Done())
+			}))
+			t.Cleanup(server.Close)
+			c := object.New(object.Config{StallTimeout: 50 * time.Millisecond, LeastRate: 1 << 20})
+			o, err := c.Stat(t.Context(), server.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r, err := c.Read(t.Context(), o, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			began := time.Now()
+			n, err := io.Copy(io.Discard, r)
+			if !errors.Is(err, object.ErrUnavailable) || n == int64(len(data)) {
+				t.Errorf("after %d bytes: %v, want ErrUnavailable", n, err)
+			}
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("it took %v to give up", took)
 			}
 		})
 	}

@@ -11,8 +11,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
 	"kedge/sync/command"
@@ -29,12 +31,23 @@ var (
 // admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow. Where it comes from and who
 // signed it is checked on its bytes: nothing of an environment gets into what somebody else wrote.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, manifestWithin, errManifestLate)
+	defer cancel()
 	raw, err := u.read(ctx, p)
-	if err != nil {
-		return nil, err
+	var r *artifact.Release
+	if err == nil {
+		r, err = u.admitBytes(ctx, p, raw)
 	}
-	return u.admitBytes(ctx, p, raw)
+	if err != nil && errors.Is(context.Cause(ctx), errManifestLate) {
+		err = fmt.Errorf("release %s: %w", p, errManifestLate)
+	}
+	return r, err
 }
+
+// manifestWithin bounds the reading of a manifest and of its signature.
+const manifestWithin = time.Minute
+
+var errManifestLate = fmt.Errorf("its manifest and signature were not read within %v: %w", manifestWithin, object.ErrUnavailable)
 
 // admitBytes is admit for a manifest's bytes.
 func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {
