@@ -121,7 +121,7 @@ type Agent struct {
 	drains                   *drains
 	drift                    *driftWatcher
 	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
-	// fetched ahead.
+	// fetched ahead. Who is slow gives its turn back: see holdTurn.
 	fetching, ahead chan struct{}
 
 	kicked    wait.Signal   // asks the loop for a turn

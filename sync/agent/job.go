@@ -194,8 +194,39 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { <-turn }()
+	fetched := make(chan struct{})
+	defer close(fetched)
+	u.fetched.Store(0)
+	go u.holdTurn(turn, fetched)
 	return u.deploy.Stage(ctx, p)
+}
+
+const (
+	// A fetch that brings less than slowFetch bytes in slowAfter goes on without its turn: it costs the node little, and
+	// no other unit waits for its source.
+	slowAfter = 3 * time.Second
+	slowFetch = 1 << 20
+)
+
+// holdTurn gives a turn back once the fetch that has it is over, or slow.
+func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
+	defer func() { <-turn }()
+	look := time.NewTicker(slowAfter)
+	defer look.Stop()
+	before := u.fetched.Load()
+	for {
+		select {
+		case <-fetched:
+			return
+		case <-look.C:
+		}
+		now := u.fetched.Load()
+		if now-before < slowFetch {
+			u.log.Info("the fetch is slow: others don't wait for it", "bytes", now)
+			return
+		}
+		before = now
+	}
 }
 
 // forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one instead.

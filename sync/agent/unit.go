@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"kedge/artifact"
@@ -14,7 +15,7 @@ import (
 	"kedge/sync/deploy"
 )
 
-// unit is one unit on this node. All fields but the first four are guarded by Agent.mu.
+// unit is one unit on this node. All fields but the first six are guarded by Agent.mu.
 type unit struct {
 	id   deployments.UnitID
 	log  *slog.Logger
@@ -23,6 +24,9 @@ type unit struct {
 	cancel context.CancelFunc
 	// observes is set if this node only observes.
 	observes bool
+
+	// fetched are the bytes of the fetch under way, as it tells of them.
+	fetched atomic.Int64
 
 	deploy *deploy.Unit // nil until its state could be opened
 

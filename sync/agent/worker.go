@@ -180,6 +180,7 @@ func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 
 // progress takes what package deploy says of a deployment under way.
 func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
+	u.fetched.Store(p.Done)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
