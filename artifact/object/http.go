@@ -16,7 +16,7 @@ import (
 type httpStore struct {
 	http *http.Client
 	// meter keeps a read to the client's bandwidth and patience.
-	meter func(context.Context, io.ReadCloser) io.Reader
+	meter func(context.Context, io.ReadCloser) *metered
 }
 
 // stat asks for the first byte: that also tells whether the server keeps to Range, and a presigned URL takes no HEAD.
