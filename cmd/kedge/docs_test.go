@@ -1,0 +1,204 @@
+package main
+
+import (
+	"crypto"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/pem"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/kv/kvtest"
+)
+
+// block is a block of commands of a page: ```sh runs as it stands, ```sh daemon beside what follows it, and any other
+// is for people's eyes.
+type block struct {
+	line   int
+	daemon bool
+	text   string
+}
+
+func blocksOf(page string) (blocks []block) {
+	open := false
+	for i, line := range strings.Split(page, "\n") {
+		fence, ok := strings.CutPrefix(strings.TrimSpace(line), "```")
+		switch {
+		case ok && !open && (fence == "sh" || fence == "sh daemon"):
+			open = true
+			blocks = append(blocks, block{line: i + 2, daemon: fence == "sh daemon"})
+		case ok:
+			open = false
+		case open:
+			blocks[len(blocks)-1].text += strings.TrimPrefix(line, "    ") + "\n"
+		}
+	}
+	return blocks
+}
+
+// docScript makes one script of a page's blocks. A daemon counts as started when it says so; it ends with the script.
+func docScript(name string, blocks []block) string {
+	var b strings.Builder
+	b.WriteString(`set -euo pipefail
+trap 'code=$?; [ $code = 0 ] || tail -n 30 $HOME/daemon.*.log >&2 || true; kill $(jobs -p) 2>/dev/null || true; wait || true; exit $code' EXIT
+`)
+	for _, block := range blocks {
+		fmt.Fprintf(&b, "echo '== %s:%d' >&2\n", name, block.line)
+		if !block.daemon {
+			b.WriteString(block.text)
+			continue
+		}
+		log := fmt.Sprintf("$HOME/daemon.%d.log", block.line)
+		fmt.Fprintf(&b, `( %s
+) >%s 2>&1 &
+for i in $(seq 300); do grep -qE ' starts|is at http' %s && break; kill -0 $! || exit 1; sleep 0.1; done
+`, strings.TrimSpace(block.text), log, log)
+	}
+	return b.String()
+}
+
+// Every block of commands that a page of the manual marks as sh runs as it stands, from the first to the last, on a real
+// Consul that denies by default, S3, Git, and daemons; below directories that the page's reader would write to.
+func TestDocs(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		if testing.Short() {
+			t.Skip("takes root for mounts of its own: left out with -short")
+		}
+		t.Fatal("running the manual's commands takes root: run the tests as root, as CI does")
+	}
+	w := newWorld(t, "web-1")
+	root, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	kedge := filepath.Join(w.dir, "kedge")
+	if out, err := exec.Command("go", "build", "-o", kedge, ".").CombinedOutput(); err != nil {
+		t.Fatalf("build kedge: %v\n%s", err, out)
+	}
+	bucket := exec.Command(kvtest.ToolPath(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb", "s3://acme-releases")
+	bucket.Env = slices.Concat(baseEnv(), w.s3.Env())
+	if out, err := bucket.CombinedOutput(); err != nil {
+		t.Fatalf("make a bucket: %v\n%s", err, out)
+	}
+	w.consul.CLI(w.consul.RootToken, "", "kv", "put", "kedge/pins/prod/db/main", "hold") // something to back up
+	for name, page := range map[string]string{
+		"README":      "README.md",
+		"install":     "deployments/docs/install.md",
+		"autoscaling": "deployments/docs/autoscaling.md",
+		"operations":  "deployments/docs/operations.md",
+	} {
+		text, err := os.ReadFile(filepath.Join(root, page))
+		if err != nil {
+			t.Fatal(err)
+		}
+		blocks := blocksOf(string(text))
+		if len(blocks) == 0 {
+			t.Errorf("%s has no commands", page)
+			continue
+		}
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			runDoc(t, w, kedge, root, name, docScript(page, blocks))
+		})
+	}
+}
+
+// runDoc runs a page's script in namespaces of its own. A page has a prefix in Consul, too, but for the one that names keys.
+func runDoc(t *testing.T, w *world, kedge, root, name, script string) {
+	t.Helper()
+	home := t.TempDir()
+	tools := filepath.Join(home, "tools")
+	for _, dir := range []string{tools, filepath.Join(home, "bin")} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, target := range map[string]string{
+		"kedge": kedge, "consul": kvtest.ToolPath(t, "consul"), "s5cmd": kvtest.ToolPath(t, "s5cmd"),
+	} {
+		if err := os.Symlink(target, filepath.Join(tools, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	identity(t, home)
+	// Directories that a reader would have, of this run's own. All ends with the first process of the namespace.
+	prefix := name + "/"
+	if name == "autoscaling" {
+		prefix = ""
+	}
+	inside := `set -e
+mkdir -p /etc/kedge /var/lib/kedge /run/kedge /srv
+for dir in /etc/kedge /var/lib/kedge /run/kedge /srv; do mount -t tmpfs -o mode=0755 tmpfs $dir; done
+mount --bind "$HOME/bin" /usr/local/bin
+cp "$HOME"/identity.* /run/kedge/
+mkdir "$HOME/kedge" && cd "$HOME/kedge" # a clone of the repo
+for entry in "$ROOT"/*; do ln -s "$entry" .; done
+exec bash "$HOME/script"`
+	if err := os.WriteFile(filepath.Join(home, "script"), []byte(script), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.CommandContext(t.Context(), "unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc", "sh", "-c", inside)
+	c.Env = slices.Concat(baseEnv(), w.consul.Clients[0].Env(w.consul.RootToken), w.s3.Env(), []string{
+		"HOME=" + home, "ROOT=" + root, "PATH=" + tools + ":/usr/local/bin:" + os.Getenv("PATH"),
+		"KEDGE_PREFIX=" + prefix, "GOCACHE=" + goEnv(t, "GOCACHE"), "GOMODCACHE=" + goEnv(t, "GOMODCACHE"), "GOFLAGS=-buildvcs=false",
+		"GIT_AUTHOR_NAME=Dev", "GIT_AUTHOR_EMAIL=dev@example.com", "GIT_COMMITTER_NAME=Dev", "GIT_COMMITTER_EMAIL=dev@example.com",
+		"GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null",
+	})
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	began := time.Now()
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	t.Logf("%s in %s", name, time.Since(began).Round(100*time.Millisecond))
+}
+
+func goEnv(t *testing.T, name string) string {
+	t.Helper()
+	out, err := exec.Command("go", "env", name).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// identity writes what a platform gives its instances: a signed JWT that names this one, and the key to check it by.
+func identity(t *testing.T, dir string) {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := base64.RawURLEncoding.EncodeToString
+	claims := fmt.Sprintf(`{"iss":"https://id.example.com","aud":"kedge","node":"web-1","stage":"prod","roles":["web"],"exp":%d,"nbf":%d}`,
+		time.Now().Add(time.Hour).Unix(), time.Now().Add(-time.Minute).Unix())
+	signed := part([]byte(`{"alg":"RS256","typ":"JWT"}`)) + "." + part([]byte(claims))
+	digest := sha256.Sum256([]byte(signed))
+	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{
+		"identity.jwt": []byte(signed + "." + part(signature)),
+		"identity.pem": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
