@@ -310,16 +310,24 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	if u.orphaned() && u.Record.Rollout == nil {
 		add("orphaned:", Warn, "its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest", Plain)
 	}
-	if u.Record != nil && u.Record.Rollout != nil && message.Rollout(u.Record.Rollout) != "" {
-		add("rollout:", Plain, message.Rollout(u.Record.Rollout), Plain)
+	if says := u.RolloutReason(); says != "" {
+		add("rollout:", Plain, says, Plain)
 	}
-	if next := todo(u, f.At); next != "" {
+	if next := u.Next(f.At); next != "" {
 		add("next:", Warn, next, Plain)
 	}
 	if u.Error != "" {
 		add("error", Bad, oneLine(u.Error), Plain)
 	}
 	return all
+}
+
+// RolloutReason says why a unit's rollout stands where it does; empty: none is under way, or it says nothing.
+func (u *Unit) RolloutReason() string {
+	if u.Record == nil || u.Record.Rollout == nil {
+		return ""
+	}
+	return oneLine(message.Rollout(u.Record.Rollout))
 }
 
 // NodeRow is one of a unit's nodes in one line: its name, its state, what it runs, and for how long it has been in that state. beside
@@ -345,8 +353,8 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
 }
 
-// todo says what an operator can do about a unit that stands; empty: nothing.
-func todo(u *Unit, now time.Time) string {
+// Next says what an operator can do about a unit that stands; empty: nothing.
+func (u *Unit) Next(now time.Time) string {
 	if u.Record == nil || u.Pinned(now) {
 		return ""
 	}
