@@ -26,3 +26,9 @@ type Maintainer interface {
 
 // MaintenanceReason begins the reason of every maintenance that kedge turned on, also in a run before this one.
 const MaintenanceReason = "kedge "
+
+// Located is a Store that lies in one of several datacenters.
+type Located interface {
+	// Datacenter names it. It needs no right.
+	Datacenter(ctx context.Context) (string, error)
+}

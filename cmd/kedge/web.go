@@ -11,8 +11,9 @@ func (a *app) webCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "web",
 		Short: "The fleet in a browser, live and read-only",
-		Long: `Serves what status, explain and history print as pages that follow the store: / all units, /STAGE/ROLE those of a role,
-/STAGE/ROLE/UNIT one, and /STAGE/ROLE/UNIT/NODE why a node runs what it runs. /-/fleet.json is what kedge status --json prints.
+		Long: `Serves what status, explain and history print as pages that follow the store: / all units, with what is wrong first,
+/STAGE/ROLE those of a role, /STAGE/ROLE/UNIT one, with a map of its nodes, /STAGE/ROLE/UNIT/NODE why a node runs what it runs, and
+/-/overrides pins, orders and freezes. /-/fleet.json is what kedge status --json prints.
 
 It changes nothing, and its token needs no more than the first rule of deployments/consul/operator.hcl. It asks nobody who they are:
 to show it to more than this machine, put a proxy that does in front of it, and name it with --host as browsers do.`,
@@ -39,5 +40,7 @@ to show it to more than this machine, put a proxy that does in front of it, and 
 	f := command.Flags()
 	f.StringVar(&c.Listen, "listen", "127.0.0.1:7080", "`address` to listen at")
 	f.StringArrayVar(&c.Hosts, "host", nil, "`name` that browsers reach it by, beside localhost and IP addresses; repeatable")
+	f.StringVar(&c.CommitURL, "commit-url", "",
+		"`address` of a commit, with {commit} for its hash: commits become links there")
 	return command
 }

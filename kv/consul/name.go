@@ -43,3 +43,18 @@ func isLocal(address string) bool {
 	ip := net.ParseIP(u.Hostname())
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
+
+func (s *Store) Datacenter(ctx context.Context) (string, error) {
+	if s.config.Datacenter != "" {
+		return s.config.Datacenter, nil
+	}
+	var all []string
+	err := s.do(ctx, "ask for the datacenters", requestTimeout, func(q *api.QueryOptions) error {
+		_, err := s.client.Raw().Query("/v1/catalog/datacenters", &all, q)
+		return err
+	})
+	if err != nil || len(all) == 0 {
+		return "", err
+	}
+	return all[0], nil // the nearest first: the one that answers
+}

@@ -147,7 +147,7 @@ func gitStep(f *Fleet) Step {
 	}
 	s.Says = "the mirror is at " + clean(short(m.Head))
 	if m.Author != "" {
-		s.Says += " by " + authorName(m.Author)
+		s.Says += " by " + AuthorName(m.Author)
 	}
 	if !m.At.IsZero() {
 		s.Says += ", " + ago(f.At.Sub(m.At))

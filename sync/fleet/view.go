@@ -44,6 +44,12 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(parts, ", ") + ": " + why
 }
 
+// LastKnown says what of f may be out of date, as the store can't be read now, and why; empty: nothing.
+func (f *Fleet) LastKnown() string {
+	_, text := lastKnown(f)
+	return text
+}
+
 // Faults are the errors of f that are no unit's.
 func (f *Fleet) Faults() (all []Note) {
 	away, text := lastKnown(f)
@@ -99,7 +105,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	if m.Head != "" {
 		head = "at " + clean(short(m.Head))
 		if m.Author != "" {
-			head += " by " + authorName(m.Author)
+			head += " by " + AuthorName(m.Author)
 		}
 		if !m.At.IsZero() {
 			head += ", " + ago(f.At.Sub(m.At))
@@ -466,15 +472,15 @@ func HistoryRow(h deployments.History) []Text {
 	}
 	return []Text{
 		{strconv.FormatInt(h.Generation, 10), Plain}, {at, Plain}, {new(Unit).Release(h.Release), Bold}, {clean(h.Commit[:min(8, len(h.Commit))]), Plain},
-		{authorName(h.Author), Plain}, {oneLine(h.Subject), Dim},
+		{AuthorName(h.Author), Plain}, {oneLine(h.Subject), Dim},
 	}
 }
 
 // HistoryNote is what else led to a generation; mostly nothing.
 func HistoryNote(h deployments.History) Text { return Text{oneLine(h.Note), Warn} }
 
-// authorName is an author without the address.
-func authorName(author string) string {
+// AuthorName is an author without the address.
+func AuthorName(author string) string {
 	name, _, _ := strings.Cut(oneLine(author), " <")
 	return name
 }

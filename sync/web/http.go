@@ -2,18 +2,22 @@ package web
 
 import (
 	"context"
+	"crypto/sha256"
 	"embed"
+	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
 
-	"kedge/kv"
+	"github.com/a-h/templ"
+	"github.com/klauspost/compress/gzhttp"
+
+	"kedge/deployments"
 	"kedge/sync/fleet"
 )
 
@@ -22,39 +26,57 @@ const (
 	writeWithin = 30 * time.Second
 	// firstRead is how long a page waits for the first look at the store.
 	firstRead = 5 * time.Second
-	// eventPause is between two events of a stream. Without changes it is told the time that passed, every refresh: that also
-	// finds out browsers that are gone.
-	eventPause = 200 * time.Millisecond
-	refresh    = 10 * time.Second
 )
 
 //go:embed static
 var static embed.FS
 
+var assetTypes = map[string]string{
+	"kedge.css": "text/css; charset=utf-8", "kedge.js": "text/javascript; charset=utf-8", "kedge.svg": "image/svg+xml",
+}
+
+// asset is the address of a file of the dashboard's own, which names what is in it: browsers keep it for ever.
+func asset(name string) templ.SafeURL {
+	data, _ := static.ReadFile("static/" + name)
+	sum := sha256.Sum256(data)
+	return templ.SafeURL("/-/" + name + "?v=" + hex.EncodeToString(sum[:6]))
+}
+
 func (w *Web) handler() http.Handler {
 	mux := http.NewServeMux()
-	for name, kind := range map[string]string{"kedge.css": "text/css; charset=utf-8", "kedge.js": "text/javascript; charset=utf-8", "kedge.svg": "image/svg+xml"} {
+	for name, kind := range assetTypes {
 		mux.HandleFunc("GET /-/"+name, func(rw http.ResponseWriter, r *http.Request) {
 			rw.Header().Set("Content-Type", kind)
+			if r.URL.Query().Has("v") {
+				rw.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
+			}
 			http.ServeFileFS(rw, r, static, "static/"+name)
 		})
 	}
 	mux.HandleFunc("GET /-/fleet.json", w.json)
-	mux.HandleFunc("GET /-/live/{path...}", w.live)
+	mux.HandleFunc("GET /-/nodes/{stage}/{role}/{unit}", w.nodes)
 	mux.HandleFunc("GET /{path...}", w.page)
-	return w.guarded(mux)
+	streams := http.NewServeMux()
+	streams.HandleFunc("GET /-/live/{path...}", w.live)
+	streams.Handle("/", gzhttp.GzipHandler(mux)) // streams are patches of a few hundred bytes
+	return w.guarded(streams)
 }
 
 // guarded refuses strange hosts, and tells browsers to do no more with a page than it needs.
 func (w *Web) guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		h := rw.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "+
+			"img-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'")
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
-		h.Set("Cache-Control", "no-store")
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin")
+		h.Set("Cache-Control", "private, no-cache")
 		if !w.knownHost(r.Host) {
-			http.Error(rw, fmt.Sprintf("This dashboard doesn't go by the name %q. Start it with --host %[1]s if it should.", hostOf(r.Host)), http.StatusMisdirectedRequest)
+			http.Error(rw,
+				fmt.Sprintf("This dashboard doesn't go by the name %q. Start it with --host %[1]s if it should.",
+					hostOf(r.Host)), http.StatusMisdirectedRequest)
 			return
 		}
 		next.ServeHTTP(rw, r)
@@ -75,13 +97,14 @@ func (w *Web) knownHost(hostport string) bool {
 }
 
 // first gives the fleet, for which a server that has just been started may have to wait a moment.
-func (w *Web) first(ctx context.Context) *fleet.Fleet {
+func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
+	w.asked()
 	for {
-		f, changed := w.now()
-		if f != nil {
-			return f
+		s, changed := w.now()
+		if s != nil {
+			return s
 		}
 		select {
 		case <-changed:
@@ -91,101 +114,108 @@ func (w *Web) first(ctx context.Context) *fleet.Fleet {
 	}
 }
 
+const notRead = "The store was not read yet: see the log of kedge web."
+
 func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
-	f := w.first(r.Context())
-	if f == nil {
+	s := w.first(r.Context())
+	if s == nil {
 		http.Error(rw, notRead, http.StatusServiceUnavailable)
 		return
 	}
+	f := *s.Fleet
+	f.At = time.Now()
 	rw.Header().Set("Content-Type", "application/json")
 	e := json.NewEncoder(rw)
 	e.SetIndent("", "  ")
-	_ = e.Encode(f) // whoever asked has gone
+	_ = e.Encode(&f) // whoever asked has gone
 }
 
-const notRead = "The store was not read yet: see the log of kedge web."
+// nodes lists what stands in the cells of a unit's map, for whom points at one.
+func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
+	s := w.first(r.Context())
+	var u *unit
+	if s != nil {
+		u = s.find(deployments.UnitID{Stage: r.PathValue("stage"), Role: r.PathValue("role"), Unit: r.PathValue("unit")})
+	}
+	if u == nil {
+		http.Error(rw, "There is no such unit.", http.StatusNotFound)
+		return
+	}
+	nodes := u.Nodes[:min(len(u.Nodes), mostCells)]
+	cells := make([][3]string, len(nodes))
+	for i := range nodes {
+		runs := "nothing"
+		if !nodes[i].Report.Running.IsZero() {
+			runs = u.name(nodes[i].Report.Running)
+		}
+		cells[i] = [3]string{fleet.Clean(nodes[i].Name, 63), stateOf(&nodes[i]), runs}
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(rw).Encode(cells) // whoever asked has gone
+}
 
 func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
+	s := w.first(r.Context())
+	path := strings.Trim(r.PathValue("path"), "/")
+	page := w.render(r.Context(), s, path, r.URL.Query())
+	tag := `W/"` + page.tag + `"`
 	rw.Header().Set("Content-Type", "text/html; charset=utf-8")
-	code, main := w.draw(r.Context(), r.PathValue("path"), w.first(r.Context()), &past{})
-	rw.WriteHeader(code)
-	_, _ = io.WriteString(rw, document(r.PathValue("path"), main))
-}
-
-// live streams a page's main part: at once, then whenever it changed.
-func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
-	select {
-	case w.viewers <- struct{}{}:
-		defer func() { <-w.viewers }()
-	default:
-		http.Error(rw, "Too many watch it: reload by hand.", http.StatusServiceUnavailable)
+	rw.Header().Set("ETag", tag)
+	if page.code == http.StatusOK && r.Header.Get("If-None-Match") == tag {
+		rw.WriteHeader(http.StatusNotModified)
 		return
 	}
-	rw.Header().Set("Content-Type", "text/event-stream")
-	rw.Header().Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
-	out := http.NewResponseController(rw)
-	_ = out.SetReadDeadline(time.Time{}) // the server's would end the stream
-	path := r.PathValue("path")
-	known := &past{}
-	var last string
-	w.first(r.Context())
-	for {
-		f, changed := w.now()
-		_, main := w.draw(r.Context(), path, f, known)
-		event := ": nothing new\n\n"
-		if main != last {
-			event = "data: " + strings.ReplaceAll(main, "\n", "\ndata: ") + "\n\n"
-			last = main
-		}
-		err := out.SetWriteDeadline(time.Now().Add(writeWithin))
-		if err == nil {
-			_, err = io.WriteString(rw, event)
-		}
-		if errors.Join(err, out.Flush()) != nil || !pause(r.Context(), changed) {
-			return
-		}
-	}
+	rw.WriteHeader(page.code)
+	_ = document(page).Render(r.Context(), rw) // whoever asked has gone
 }
 
-// pause returns some time after a change, or when it is time to refresh; false: ctx ended.
-func pause(ctx context.Context, changed <-chan struct{}) bool {
-	select {
-	case <-ctx.Done():
-		return false
-	case <-changed:
-	case <-time.After(refresh):
-	}
-	select {
-	case <-ctx.Done():
-		return false
-	case <-time.After(eventPause):
-		return true
-	}
-}
-
-// past is a unit's history as it was read for a page, so that a stream reads it again only after a change.
+// past is a unit's history, newest first.
 type past struct {
-	generation int64
-	retry      int64
-	read       bool
-	rows       [][]fleet.Text
-	err        error
+	generation, retry int64
+	entries           []deployments.History
+	err               string
 }
 
-// of reads u's history, newest first, where it can have changed.
-func (p *past) of(ctx context.Context, store kv.Store, u *fleet.Unit) {
-	if u.Record == nil || p.read && p.generation == u.Record.Generation && p.retry == u.Record.Retry {
-		return
+// mostPasts bounds the histories that are kept.
+const mostPasts = 64
+
+// history reads a unit's history where it can have changed.
+func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
+	if u.Record == nil {
+		return &past{}
+	}
+	w.mu.Lock()
+	known := w.pasts[u.ID]
+	w.mu.Unlock()
+	if known != nil && known.generation == u.Record.Generation && known.retry == u.Record.Retry {
+		return known
 	}
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
-	all, err := fleet.History(ctx, store, u.ID)
-	if p.err = err; err != nil {
-		return
+	all, err := fleet.History(ctx, w.c.Store, u.ID)
+	if err != nil {
+		return &past{err: fleet.Clean(err.Error(), mostText)}
 	}
-	p.rows = nil
-	for _, h := range all {
-		p.rows = append(p.rows, append(fleet.HistoryRow(h), fleet.HistoryNote(h)))
+	read := &past{generation: u.Record.Generation, retry: u.Record.Retry, entries: all[:min(len(all),
+		deployments.HistoryKept)]}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.pasts) >= mostPasts {
+		clear(w.pasts)
 	}
-	p.read, p.generation, p.retry = true, u.Record.Generation, u.Record.Retry
+	w.pasts[u.ID] = read
+	return read
+}
+
+// checkCommitURL refuses an address that no browser should follow.
+func checkCommitURL(address string) error {
+	if address == "" {
+		return nil
+	}
+	u, err := url.Parse(address)
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || !strings.Contains(address, "{commit}") {
+		return fmt.Errorf("the commit URL %q: want an address with {commit} in it, "+
+			"as in https://git.example.org/acme/commit/{commit}", address)
+	}
+	return nil
 }

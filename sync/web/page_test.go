@@ -1,81 +1,62 @@
 package web
 
 import (
-	"crypto/sha256"
-	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/sync/fleet"
 )
 
-var app = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
-
-func release(version string) deployments.Pointer {
-	return deployments.Pointer{URL: "s3://acme-releases/app/" + version + "/manifest.yaml", Digest: sha256.Sum256([]byte(version))}
-}
-
-func encode(v any) []byte {
-	data, err := json.Marshal(v)
-	if err != nil {
-		panic(err)
-	}
-	return data
-}
-
-func entry(key string, v any) kv.Entry { return kv.Entry{Key: key, Value: encode(v), Version: 1} }
-
-// report is what a live node says of the app.
-func report(node string, r deployments.UnitReport) kv.Entry {
-	e := entry(kv.StatusKey("prod", "web", node), deployments.Report{Node: node, Started: time.Now(), Units: map[string]deployments.UnitReport{"app": r}})
-	e.Session = "session-of-" + node
-	return e
-}
-
-func runs(version string) deployments.UnitReport {
-	p := release(version)
-	return deployments.UnitReport{State: deployments.StateConverged, Running: p, Want: p, Version: version, Generation: 2, Since: time.Now()}
-}
-
-// troubledFleet has a node that runs the target, one on which it failed, one that is pinned, and one that is gone. What people, nodes
-// and Git say in it is text.
-func troubledFleet(text string) *fleet.Fleet {
-	failed := runs("1")
-	failed.State, failed.Want, failed.Quarantined, failed.Error = deployments.StateQuarantined, release("2"), []deployments.Digest{release("2").Digest}, text
+// troubledScene has a node that runs the target, one on which it failed, one that is pinned, and one that is gone.
+// What people,
+// nodes and Git say in it is text.
+func troubledScene(text string) scene {
+	broken := runs("1")
+	broken.State, broken.Want, broken.Quarantined, broken.Error = deployments.StateQuarantined, release("2"),
+		[]deployments.Digest{release("2").Digest}, text
 	pinned := runs("1")
 	pinned.Version, pinned.Why, pinned.Pinned, pinned.Drift = text, text, true, []string{text}
-	gone := report("web-4", runs("1"))
-	gone.Session = ""
-	return fleet.Assemble([]kv.Entry{
-		entry(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text, Holder: text, Refused: text, Error: text}),
-		entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2, Commit: text, Rollout: &deployments.Progress{
-			Phase: deployments.PhasePaused, Cutoff: 1 << 63, Message: text,
-		}}),
+	away := report("web-4", runs("1"))
+	away.Session = ""
+	return scene{name: "troubled", entries: []kv.Entry{
+		entry(kv.MirrorKey, deployments.MirrorState{Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: text,
+			Holder: text, Refused: text, Error: text}),
+		entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Stable: release("1"), Generation: 2,
+			Commit: text, Rollout: &deployments.Progress{
+				Phase: deployments.PhasePaused, Cutoff: 1 << 63, Message: text,
+			}}),
+		entry(kv.HistoryKey(app, 2), deployments.History{Generation: 2, Release: release("2"), Commit: text,
+			Author: text, Subject: text, Note: text}),
 		entry("desired/prod/web/other", text),
-		{Key: kv.PinKey(app) + "/web-3", Value: encode(map[string]string{"release": release("1").String(), "reason": text, "by": text}), Version: 1},
+		{Key: kv.PinKey(app) + "/web-3", Value: encode(map[string]string{"release": release("1").String(),
+			"reason": text, "by": text}), Version: 1},
 		entry(kv.ControlPrefix+app.String(), text),
-		report("web-1", runs("2")), report("web-2", failed), report("web-3", pinned), gone,
+		report("web-1", runs("2")), report("web-2", broken), report("web-3", pinned), away,
 		report("<script>", runs("2")),
-	}, time.Now())
+	}}
 }
 
-// parse reads a page's main part as XML, which it is, gives the text in it, and reports each element or attribute that isn't one of the
-// dashboard's own.
-func parse(main string) (text string, err error) {
-	d := xml.NewDecoder(strings.NewReader("<main>" + main + "</main>"))
-	d.Strict = true
+// parse reads a page as XML, which it is but for its first line and what HTML leaves open; it gives the text in it, and
+// reports each element or attribute that isn't one of the dashboard's own.
+func parse(page string) (text string, err error) {
+	d := xml.NewDecoder(strings.NewReader(page))
+	d.Strict = false
+	d.AutoClose = xml.HTMLAutoClose
 	d.Entity = xml.HTMLEntity
-	elements := []string{"main", "section", "h1", "h2", "p", "a", "span", "small", "dl", "dt", "dd", "table", "tr", "th", "td", "code", "br", "svg", "rect"}
-	attributes := []string{"class", "href", "title", "viewBox", "preserveAspectRatio", "role", "aria-label", "x", "width", "height"}
+	elements := strings.Fields(`html head meta title link script noscript body header footer nav main section div fieldset legend label form
+		input select option button br h1 h2 p a i b em span small strong dl dt dd ul ol li table thead tbody tr th td code time svg g path rect`)
+	attributes := strings.Fields(`class href title viewBox preserveAspectRatio role x y width height id d lang charset name content rel src
+		defer tabindex hidden datetime data-ago data-left data-copy data-list data-map data-live data-tag scope colspan
+		type value checked selected placeholder
+		maxlength method action http-equiv`)
 	var b strings.Builder
 	for {
 		t, err := d.Token()
@@ -88,16 +69,17 @@ func parse(main string) (text string, err error) {
 		switch t := t.(type) {
 		case xml.CharData:
 			b.Write(t)
-			b.WriteByte('\n')
 		case xml.StartElement:
 			if !slices.Contains(elements, t.Name.Local) {
 				return "", fmt.Errorf("an element %s", t.Name.Local)
 			}
 			for _, a := range t.Attr {
-				if !slices.Contains(attributes, a.Name.Local) {
+				if !slices.Contains(attributes, a.Name.Local) && !strings.HasPrefix(a.Name.Local, "aria-") {
 					return "", fmt.Errorf("an attribute %s", a.Name.Local)
 				}
-				if a.Name.Local == "href" && (!strings.HasPrefix(a.Value, "/") || strings.HasPrefix(a.Value, "//")) {
+				own := strings.HasPrefix(a.Value, "/") && !strings.HasPrefix(a.Value, "//") || a.Value == "#main"
+				if a.Name.Local == "href" && !own && !strings.HasPrefix(a.Value,
+					"https://git.example.org/acme/deployments/commit/") {
 					return "", fmt.Errorf("a link to %s", a.Value)
 				}
 			}
@@ -105,82 +87,239 @@ func parse(main string) (text string, err error) {
 	}
 }
 
-// history is past that needs no store.
-func history(text string) *past {
-	return &past{read: true, generation: 2, rows: [][]fleet.Text{fleet.HistoryRow(deployments.History{Generation: 2, Release: release("2"), Author: text, Subject: text})}}
+// page is a whole page as a browser gets it.
+func page(t *testing.T, w *Web, address string) (int, string) {
+	t.Helper()
+	u, err := url.Parse(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _ := w.now()
+	r := w.render(t.Context(), s, strings.Trim(u.Path, "/"), u.Query())
+	return r.code, markup(document(r))
 }
 
 func TestPages(t *testing.T) {
 	t.Parallel()
-	f := troubledFleet("what they say")
-	w := &Web{}
-	for path, wants := range map[string][]string{
-		"":                   {"prod/web/app", "prod/web/other", "1 node", "2/3, 1 gone", "paused", "web-2", "what they say", "kedge resume prod/web/app"},
-		"prod/web/app":       {release("2").String(), release("1").String(), "web-1", "web-4", "gone", "Nodes", "History", "what they say"},
-		"prod/web/app/web-2": {"web-2", "quarantine", "in the way", "kedge retry prod/web/app", "what they say"},
-		"prod/web/app/web-3": {"node pin", "decided", "kedge unpin prod/web/app --node web-3"},
+	w := offline(t, troubledScene("what they say"))
+	for address, wants := range map[string][]string{
+		"/": {"app", "other", "2 of 6 converged", "1 gone", "paused", "what they say", "kedge resume prod/web/app",
+			"no mirror runs",
+			"1 node pinned", "refused what the"},
+		"/prod/web/app": {release("2").String(), release("1").String(), "web-1", "web-4", "gone", "Every node",
+			"History", "what they say", "kedge resume prod/web/app"},
+		"/prod/web/app/web-2": {"web-2", "quarantine", "in the way", "kedge retry prod/web/app", "what they say"},
+		"/prod/web/app/web-3": {"node pin", "decided", "kedge unpin prod/web/app --node web-3"},
+		"/-/overrides":        {"web-3", "kedge unpin prod/web/app --node web-3", "no end", "what they say"},
 	} {
-		code, main := w.draw(t.Context(), path, f, history("what they say"))
-		text, err := parse(main)
+		code, html := page(t, w, address)
+		text, err := parse(html)
 		if code != http.StatusOK || err != nil {
-			t.Errorf("/%s: %d, %v\n%s", path, code, err, main)
+			t.Errorf("%s: %d, %v\n%s", address, code, err, html)
 		}
 		for _, want := range wants {
 			if !strings.Contains(text, want) {
-				t.Errorf("/%s doesn't say %q:\n%s", path, want, text)
+				t.Errorf("%s doesn't say %q:\n%s", address, want, text)
 			}
 		}
 	}
-	for path, want := range map[string]string{
-		"<script>": "no unit of &lt;script&gt;", "prod/web/<b>": "no unit prod/web/&lt;b&gt;",
-		"test": "no unit of test", "prod/db": "no unit of prod/db", "prod/web/ap": "did you mean prod/web/app?",
-		"prod/web/app/web-11": "did you mean web-1?", "prod/web/app/web-1/x": "no page here",
+	for address, want := range map[string]string{
+		"/%3Cscript%3E": "no unit of &lt;script&gt;", "/prod/web/%3Cb%3E": "No unit prod/web/&lt;b&gt;",
+		"/test": "no unit of test", "/prod/db": "no unit of prod/db", "/prod/web/ap": "did you mean prod/web/app?",
+		"/prod/web/app/web-11": "did you mean web-1?", "/prod/web/app/web-1/x": "no page here",
 	} {
-		if code, main := w.draw(t.Context(), path, f, &past{}); code != http.StatusNotFound || !strings.Contains(main, want) {
-			t.Errorf("/%s: %d %s, want 404 and %q", path, code, main, want)
+		if code, html := page(t, w, address); code != http.StatusNotFound || !strings.Contains(html, want) {
+			t.Errorf("%s: %d %s, want 404 and %q", address, code, html, want)
 		}
 	}
-	if code, main := w.draw(t.Context(), "", nil, &past{}); code != http.StatusServiceUnavailable || !strings.Contains(main, "not read yet") {
-		t.Errorf("before the first read: %d %s", code, main)
+	if r := w.render(t.Context(), nil, "", nil); r.code != http.StatusServiceUnavailable ||
+		!strings.Contains(markup(document(r)), "not read yet") {
+		t.Errorf("before the first read: %d", r.code)
 	}
 }
 
-// However many nodes there are, a page has an end.
-func TestPagesOfManyNodes(t *testing.T) {
+// What the filter names, and nothing else, is listed.
+func TestFilters(t *testing.T) {
 	t.Parallel()
-	entries := []kv.Entry{entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Generation: 2})}
-	for i := range 5000 {
-		version := "2"
-		if i%2 == 0 {
-			version = "1"
+	w := offline(t, bigScene())
+	s, _ := w.now()
+	for query, want := range map[string]int{
+		"": 200, "stage=staging": 50, "role=web": 8, "stage=prod&role=web": 2, "q=prod-eu/": 50,
+		"q=unit:app+stage:staging": 25, "state=wrong": 3,
+		"state=pinned": 3, "state=frozen": 1, "state=rollout": 8, "q=version:base-7": 100, "q=prod-eu-media-07": 2,
+		"q=nonsense":      0,
+		"state=unhealthy": 1, "q=state:unhealthy+unit:app": 1, "state=nonsense": 0, "q=%3A": 200,
+	} {
+		q, err := url.ParseQuery(query)
+		if err != nil {
+			t.Fatal(err)
 		}
-		entries = append(entries, report(fmt.Sprintf("web-%d", i), runs(version)))
+		v, _ := s.overviewOf("/", filterOf(q), "")
+		if v.Pager.All != want {
+			t.Errorf("%q takes %d units, want %d", query, v.Pager.All, want)
+		}
 	}
-	f := fleet.Assemble(entries, time.Now())
-	for path, most := range map[string]int{"": mostTroubled, "prod/web/app": mostNodes} {
-		_, main := (&Web{}).draw(t.Context(), path, f, history(""))
-		if n := strings.Count(main, `<td><a href="`); n != most {
-			t.Errorf("/%s lists %d nodes, want %d", path, n, most)
+	q := url.Values{"q": {"prod-eu-media-07"}}
+	if v, _ := s.overviewOf("/", filterOf(q), ""); len(v.Nodes) != mostFound || v.Nodes[0].Name != "prod-eu-media-070" {
+		t.Errorf("a search for nodes finds %+v", v.Nodes)
+	}
+	listed := map[string]bool{}
+	for n := range 4 {
+		v, _ := s.overviewOf("/", filter{Page: n + 1}, "")
+		for _, r := range v.Rows {
+			listed[r.Key] = true
 		}
-		if _, err := parse(main); err != nil || strings.Count(main, `class="tiles"`) > 0 || !strings.Contains(main, `aria-label="2500 of 5000 converged"`) {
-			t.Errorf("/%s has no bar, %v", path, err)
+		if last := v.Pager.Next == ""; last != (n >= 2) {
+			t.Errorf("page %d goes on to %q", n+1, v.Pager.Next)
 		}
+	}
+	if len(listed) != 200 {
+		t.Errorf("all pages list %d units", len(listed))
+	}
+}
+
+// hostileScene is what a node or a person could write at worst: thousands of units in one report, long texts,
+// characters
+// that turn a line around.
+func hostileScene() scene {
+	long := strings.Repeat("\u202eevil\x1b[31m <b>", 5000)
+	units := map[string]deployments.UnitReport{}
+	for i := range 3000 {
+		r := runs(fmt.Sprint(i))
+		r.Error = "e" + long[:30]
+		units[fmt.Sprintf("u%04d", i)] = r
+	}
+	r := failed("1", long)
+	r.Version, r.Why, r.Drift, r.State = long, long, []string{long, long}, deployments.State(long)
+	units["app"] = r
+	var all []kv.Entry
+	for i := range 3000 {
+		r := runs(fmt.Sprint(i)) // each node another version
+		r.State = deployments.State(fmt.Sprint("state", i))
+		all = append(all, report(fmt.Sprintf("n-%d", i), r))
+		all = append(all, kv.Entry{Key: kv.NodePinKey(app, fmt.Sprintf("n-%d", i)), Value: []byte("hold"), Version: 1})
+	}
+	all = append(all, reportIn(app.RoleID(), "web-1", units))
+	all = append(all, entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Generation: 1,
+		Commit: long[:9000], Rollout: &deployments.Progress{
+			Phase: deployments.PhaseFrozen, Message: long[:2000], Reason: deployments.ReasonFrozen,
+			Facts: deployments.Facts{"window": long[:900], "until": long[:900]},
+		}}))
+	all = append(all, entry(kv.MirrorKey, deployments.MirrorState{Head: long, Author: long, Holder: long,
+		Refused: long, Error: long}))
+	for i := range 500 {
+		all = append(all, kv.Entry{Key: fmt.Sprintf("pins/prod/web/%s%d", strings.Repeat("ß", 20), i),
+			Value: []byte(long), Version: 1})
+	}
+	return scene{name: "hostile", entries: all}
+}
+
+// However much there is, and whatever stands in it, a page has an end, and none of it turns a line around.
+func TestPagesOfHostileReports(t *testing.T) {
+	t.Parallel()
+	w := offline(t, hostileScene())
+	for _, address := range []string{"/", "/?q=e", "/prod/web/app", "/prod/web/app/web-1", "/prod/web/app/n-1",
+		"/-/overrides", "/prod/web/none"} {
+		_, html := page(t, w, address)
+		if len(html) > 400<<10 {
+			t.Errorf("%s has %d bytes", address, len(html))
+		}
+		if _, err := parse(html); err != nil || strings.ContainsAny(html, "\u202e\x1b") {
+			t.Errorf("%s: %v", address, err)
+		}
+		t.Logf("%s: %d bytes", address, len(html))
 	}
 }
 
 // Whatever people write, nothing of it becomes a part of the page but its text.
 func FuzzPages(f *testing.F) {
-	for _, s := range []string{"", "plain", `<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`, "a\nb\x00\x1b[31m", "&lt;", "'><a href='javascript:x'>", "%s%!", "s3://b/x@sha256:" + strings.Repeat("a", 64), "\xff\ufffe"} {
+	for _, s := range []string{"", "plain", `<script>alert(1)</script>`, `"><img src=x onerror=alert(1)>`,
+		"a\nb\x00\x1b[31m", "&lt;", "'><a href='javascript:x'>", "%s%!", "s3://b/x@sha256:" + strings.Repeat("a", 64),
+		"\xff\ufffe"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		all := troubledFleet(text)
-		for _, path := range []string{"prod/web/app", "prod/web/app/web-2"} {
-			_, main := (&Web{}).draw(t.Context(), path, all, history(text))
-			if _, err := parse(main); err != nil {
-				t.Fatalf("/%s: %v\n%s", path, err, main)
+		w := offline(t, troubledScene(text))
+		for _, address := range []string{"/", "/prod/web/app", "/prod/web/app/web-2", "/-/overrides",
+			"/?" + url.Values{"q": {text}, "state": {text}}.Encode()} {
+			_, html := page(t, w, address)
+			if _, err := parse(html); err != nil {
+				t.Fatalf("%s: %v\n%s", address, err, html)
 			}
-			document(path, main)
 		}
 	})
+}
+
+// A change of one node changes a row of the overview, and a few elements of its unit's page: some kilobytes at most.
+func TestPatchesAreSmall(t *testing.T) {
+	t.Parallel()
+	for address, most := range map[string]int{"": 4 << 10, "prod/web/app": 10 << 10} {
+		s := bigScene()
+		if address != "" {
+			s = appScene(10_000, deployments.PhaseRolling)
+		}
+		w := offline(t, s)
+		now, _ := w.now()
+		before := w.render(t.Context(), now, address, nil)
+		role := deployments.RoleID{Stage: "prod", Role: "cache"}
+		changed := reportIn(role, nodeName(role, 5), map[string]deployments.UnitReport{"app": runs("1.4.9"),
+			"base": runs("base-7")})
+		if address != "" {
+			changed = report("web-05000", runs("1.4.9"))
+		}
+		i := slices.IndexFunc(s.entries, func(e kv.Entry) bool { return e.Key == changed.Key })
+		s.entries[i] = changed
+		w.show(s.assemble())
+		now, _ = w.now()
+		p := patchOf(before, w.render(t.Context(), now, address, nil))
+		data, err := encodePatch(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size := len(data)
+		t.Logf("/%s: a patch of %d bytes, %d elements", address, size, len(p.HTML))
+		if size > most || p.Reload || len(p.HTML) == 0 {
+			t.Errorf("/%s: %d bytes: %+v", address, size, p)
+		}
+	}
+}
+
+// Patches lead from any rendering to any other.
+func TestPatches(t *testing.T) {
+	t.Parallel()
+	w := offline(t, smallScene())
+	now, _ := w.now()
+	small := w.render(t.Context(), now, "prod/web/app", nil)
+	w.show(appScene(200, deployments.PhaseRolling).assemble())
+	now, _ = w.now()
+	large := w.render(t.Context(), now, "prod/web/app", nil)
+	for _, pair := range [][2]*rendered{{nil, small}, {small, large}, {large, small}, {small, small}} {
+		html := map[string]string{}
+		lists := map[string][]string{}
+		if pair[0] != nil {
+			html, lists = pair[0].html, pair[0].lists
+		}
+		p := patchOf(pair[0], pair[1])
+		for id, want := range pair[1].html {
+			got, changed := p.HTML[id]
+			if !changed {
+				got = html[id]
+			}
+			if got != want {
+				t.Errorf("%s isn't what it should be", id)
+			}
+		}
+		for list, want := range pair[1].lists {
+			got, changed := p.Lists[list]
+			if !changed {
+				got = lists[list]
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("%s has %v, want %v", list, got, want)
+			}
+		}
+	}
+	if p := patchOf(small, w.render(t.Context(), now, "prod/web/none", nil)); !p.Reload {
+		t.Errorf("another page is a patch: %+v", p)
+	}
 }

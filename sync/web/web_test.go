@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -55,7 +57,7 @@ func get(t *testing.T, method, url, host string) (*http.Response, string) {
 	return response, b.String()
 }
 
-// stream reads the events of a page; each is its main part.
+// stream reads the patches of a page, whole ones at first.
 func stream(t *testing.T, url string) <-chan string {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
@@ -77,10 +79,14 @@ func stream(t *testing.T, url string) <-chan string {
 		lines.Buffer(nil, 1<<20)
 		var event []string
 		for lines.Scan() {
-			if data, ok := strings.CutPrefix(lines.Text(), "data: "); ok {
+			if data, ok := strings.CutPrefix(lines.Text(), "data: "); ok { // a beat's is empty
 				event = append(event, data)
 			} else if lines.Text() == "" && event != nil {
-				events <- strings.Join(event, "\n")
+				var p patch
+				if err := json.Unmarshal([]byte(strings.Join(event, "\n")), &p); err != nil {
+					t.Errorf("%v: %q", err, event)
+				}
+				events <- strings.Join(slices.Collect(maps.Values(p.HTML)), "\n")
 				event = nil
 			}
 		}
@@ -110,10 +116,11 @@ func await(t *testing.T, events <-chan string, says string) {
 
 func fill(t *testing.T, store kv.Store) {
 	t.Helper()
-	if err := store.EnsureFolders(t.Context(), kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.HistoryPrefix); err != nil {
+	if err := store.EnsureFolders(t.Context(), kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix,
+		kv.StatusPrefix, kv.HistoryPrefix); err != nil {
 		t.Fatal(err)
 	}
-	commit(t, store, kv.Put(kv.DesiredKey(app), encode(deployments.Record{Target: release("1"), Generation: 1})),
+	put(t, store, kv.Put(kv.DesiredKey(app), encode(deployments.Record{Target: release("1"), Generation: 1})),
 		kv.Put(kv.HistoryPrefix+app.String()+"/0000000001", []byte(`{"generation":1,"subject":"the first"}`)))
 }
 
@@ -129,7 +136,7 @@ func filled(t *testing.T) kv.Store {
 	return dir
 }
 
-func commit(t *testing.T, store kv.Store, ops ...kv.Op) {
+func put(t *testing.T, store kv.Store, ops ...kv.Op) {
 	t.Helper()
 	if err := store.Commit(t.Context(), nil, ops...); err != nil {
 		t.Fatal(err)
@@ -156,23 +163,28 @@ func TestFollowsConsul(t *testing.T) {
 	if err := p.Put(t.Context(), kv.StatusKey("prod", "web", "web-1"), encode(r)); err != nil {
 		t.Fatal(err)
 	}
-	await(t, all, "1/1")
+	await(t, all, "1 of 1 converged")
 	await(t, unit, "web-1")
 	node := stream(t, url+"/-/live/prod/web/app/web-1")
 	await(t, node, "as it should")
-	commit(t, operator, kv.Put(kv.DesiredKey(app), encode(deployments.Record{Target: release("2"), Generation: 2})),
+	put(t, operator, kv.Put(kv.DesiredKey(app), encode(deployments.Record{Target: release("2"), Generation: 2})),
 		kv.Put(kv.HistoryPrefix+app.String()+"/0000000002", []byte(`{"generation":2,"subject":"the second"}`)),
 		kv.Put(kv.PinKey(app)+"/web-1", []byte(`{"hold": true, "reason": "look at <it>"}`)))
 	await(t, unit, "the second")
 	await(t, node, "look at &lt;it&gt;")
-	await(t, all, "web-1 pinned")
+	await(t, all, "1 node pinned")
 
 	response, page := get(t, http.MethodGet, url+"/prod/web/app", "")
-	if response.StatusCode != http.StatusOK || !strings.Contains(page, "the second") || !strings.Contains(page, `<script src="/-/kedge.js" defer></script>`) {
+	if response.StatusCode != http.StatusOK || !strings.Contains(page, "the second") || !strings.Contains(page,
+		`<script src="/-/kedge.js?v=`) {
 		t.Errorf("%s\n%s", response.Status, page)
 	}
+	if !strings.Contains(page, "dc1 kedge/</title>") {
+		t.Errorf("the title doesn't name the datacenter and the prefix: %.400s", page)
+	}
 	var f fleet.Fleet
-	if _, body := get(t, http.MethodGet, url+"/-/fleet.json", ""); json.Unmarshal([]byte(body), &f) != nil || len(f.Units) != 1 || f.Units[0].Live != 1 {
+	if _, body := get(t, http.MethodGet, url+"/-/fleet.json", ""); json.Unmarshal([]byte(body), &f) != nil ||
+		len(f.Units) != 1 || f.Units[0].Live != 1 {
 		t.Errorf("the fleet as JSON: %s", body)
 	}
 }
@@ -186,15 +198,17 @@ func TestStoreAway(t *testing.T) {
 	all := stream(t, url+"/-/live/")
 	await(t, all, "prod/web/app")
 	store.SetDown(kv.ErrUnavailable)
-	await(t, all, `<span class="bad">error</span>`)
-	if response, page := get(t, http.MethodGet, url+"/", ""); response.StatusCode != http.StatusOK || !strings.Contains(page, "prod/web/app") {
+	await(t, all, "Not up to date.")
+	if response, page := get(t, http.MethodGet, url+"/", ""); response.StatusCode != http.StatusOK ||
+		!strings.Contains(page, "prod/web/app") {
 		t.Errorf("%s\n%s", response.Status, page)
 	}
-	if response, page := get(t, http.MethodGet, url+"/prod/web/none", ""); response.StatusCode != http.StatusNotFound || !strings.Contains(page, `<span class="bad">error</span>`) {
+	if response, page := get(t, http.MethodGet, url+"/prod/web/none",
+		""); response.StatusCode != http.StatusNotFound || !strings.Contains(page, "Not up to date.") {
 		t.Errorf("%s\n%s", response.Status, page)
 	}
 	store.SetDown(nil)
-	commit(t, dir, kv.Put(kv.PinKey(app), []byte("hold")))
+	put(t, dir, kv.Put(kv.PinKey(app), []byte("hold")))
 	await(t, all, "hold")
 }
 
@@ -204,11 +218,14 @@ func TestRefuses(t *testing.T) {
 	url := start(t, dir, "kedge.acme.example")
 	addr := strings.TrimPrefix(url, "http://")
 	for host, want := range map[string]int{
-		addr: 200, "localhost:8080": 200, "LOCALHOST": 200, "[::1]:80": 200, "[::1]": 200, "10.0.0.7": 200, "kedge.acme.example": 200, "KEDGE.acme.example.:443": 200,
-		"evil.example": 421, "evil.example:7080": 421, "localhost.evil.example": 421, "127.0.0.1.evil.example": 421, "acme.example": 421,
+		addr: 200, "localhost:8080": 200, "LOCALHOST": 200, "[::1]:80": 200, "[::1]": 200, "10.0.0.7": 200,
+		"kedge.acme.example": 200, "KEDGE.acme.example.:443": 200,
+		"evil.example": 421, "evil.example:7080": 421, "localhost.evil.example": 421, "127.0.0.1.evil.example": 421,
+		"acme.example": 421,
 	} {
 		for _, path := range []string{"/", "/prod/web/app", "/-/fleet.json", "/-/kedge.js"} {
-			if response, page := get(t, http.MethodGet, url+path, host); response.StatusCode != want || want == 421 && strings.Contains(page, "prod/web/app") {
+			if response, page := get(t, http.MethodGet, url+path, host); response.StatusCode != want || want == 421 &&
+				strings.Contains(page, "prod/web/app") {
 				t.Errorf("%s as %s: %s", path, host, response.Status)
 			}
 		}
@@ -219,11 +236,13 @@ func TestRefuses(t *testing.T) {
 		}
 	}
 	response, _ := get(t, http.MethodGet, url+"/", "")
-	if csp := response.Header.Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'none'") || strings.Contains(csp, "unsafe") {
+	if csp := response.Header.Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'none'") ||
+		strings.Contains(csp, "unsafe") {
 		t.Errorf("the policy is %q", csp)
 	}
 	for _, name := range []string{"css", "js", "svg"} {
-		if response, body := get(t, http.MethodGet, url+"/-/kedge."+name, ""); response.StatusCode != http.StatusOK || body == "" {
+		if response, body := get(t, http.MethodGet, url+"/-/kedge."+name, ""); response.StatusCode != http.StatusOK ||
+			body == "" {
 			t.Errorf("kedge.%s: %s", name, response.Status)
 		}
 	}

@@ -1,0 +1,106 @@
+package web
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/fleet"
+)
+
+// changes are who changed each unit last, and when: the newest entry of each history, read once a generation.
+type changes struct {
+	mu    sync.Mutex
+	known map[deployments.UnitID]change
+}
+
+// change is what began a unit's generation. Commit is empty where the history doesn't tell.
+type change struct {
+	generation int64
+	Commit     string
+	Author     string
+	Subject    string
+	At         time.Time
+}
+
+const (
+	// mostChanges units have their last change shown.
+	mostChanges = 2000
+	// changesWithin bounds one reading of histories, changesAtOnce how many are asked for side by side.
+	changesWithin = 20 * time.Second
+	changesAtOnce = 4
+)
+
+// of returns what began the generation that u is in, as far as it was read.
+func (c *changes) of(u *fleet.Unit) change {
+	if u.Record == nil {
+		return change{}
+	}
+	latest := change{Commit: u.Record.Commit}
+	if c != nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if known, ok := c.known[u.ID]; ok && known.generation == u.Record.Generation {
+			latest = known
+		}
+	}
+	return latest
+}
+
+// load reads what is missing, and reports whether anything is new.
+func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool {
+	ctx, cancel := context.WithTimeout(ctx, changesWithin)
+	defer cancel()
+	c.mu.Lock()
+	var missing []*fleet.Unit
+	exists := map[deployments.UnitID]bool{}
+	for i := range f.Units {
+		u := &f.Units[i]
+		if exists[u.ID] = true; u.Record == nil || len(missing) >= mostChanges {
+			continue
+		}
+		if known, ok := c.known[u.ID]; !ok || known.generation != u.Record.Generation {
+			missing = append(missing, u)
+		}
+	}
+	for id := range c.known {
+		if !exists[id] {
+			delete(c.known, id)
+		}
+	}
+	c.mu.Unlock()
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(changesAtOnce)
+	for _, u := range missing {
+		g.Go(func() error {
+			found := change{generation: u.Record.Generation, Commit: u.Record.Commit}
+			e, err := store.Get(ctx, kv.HistoryKey(u.ID, u.Record.Generation))
+			switch {
+			case errors.Is(err, kv.ErrNotFound), errors.Is(err, kv.ErrDenied):
+			case err != nil:
+				return err // of the store: the next change asks again
+			default:
+				h, err := deployments.ParseHistory(e.Value)
+				if err == nil {
+					found = changeOf(h)
+				}
+			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.known[u.ID] = found
+			return nil
+		})
+	}
+	return g.Wait() == nil && len(missing) > 0
+}
+
+// changeOf is what an entry of a history tells of its change.
+func changeOf(h deployments.History) change {
+	return change{generation: h.Generation, Commit: h.Commit, Author: fleet.AuthorName(h.Author),
+		Subject: fleet.Clean(h.Subject, mostText), At: h.At}
+}

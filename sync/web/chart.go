@@ -1,0 +1,90 @@
+package web
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+)
+
+// chart is the shares of a unit's releases over time, as areas.
+type chart struct {
+	Areas    []mapPath
+	From, To time.Time
+	// Changes is how often the shares changed meanwhile.
+	Changes int
+}
+
+// chartWidth and chartHeight are of its drawing.
+const chartWidth, chartHeight = 1000, 100
+
+// chartOf draws samples up to now, a minute sharp so that time alone seldom changes it.
+func chartOf(u *unit, samples []sample, now time.Time) chart {
+	if len(samples) < 2 {
+		return chart{}
+	}
+	c := chart{From: samples[0].at, To: now.Truncate(time.Minute), Changes: len(samples) - 1}
+	if last := samples[len(samples)-1].at; c.To.Before(last) {
+		c.To = last
+	}
+	span := c.To.Sub(c.From)
+	if span <= 0 {
+		return chart{}
+	}
+	x := func(t time.Time) int { return int(int64(t.Sub(c.From)) * chartWidth / int64(span)) }
+	classes := []string{"v0", "v1", "v2", "v3", "v4", "vx", "vn"}
+	classOf := func(d deployments.Digest) string {
+		if class := u.classes[d]; class != "" {
+			return class
+		}
+		switch {
+		case d.IsZero():
+			return "vn"
+		case u.Record != nil && d == u.Record.Stable.Digest:
+			return "v1"
+		}
+		return "vx"
+	}
+	// Each area reaches down to the ground; the next one is drawn over it.
+	tops := make([]int, len(samples))
+	for _, class := range classes {
+		drawn := false
+		for i, s := range samples {
+			for d, n := range s.counts {
+				if classOf(d) == class {
+					tops[i] += n
+					drawn = true
+				}
+			}
+		}
+		if drawn {
+			c.Areas = append(c.Areas, mapPath{class, area(samples, tops, x)})
+		}
+	}
+	slices.Reverse(c.Areas)
+	return c
+}
+
+// area is the path below a line of steps, each in shares of its sample's total.
+func area(samples []sample, tops []int, x func(time.Time) int) string {
+	var b strings.Builder
+	y := func(i int) int {
+		total := 0
+		for _, c := range samples[i].counts {
+			total += c
+		}
+		return chartHeight - tops[i]*chartHeight/max(1, total)
+	}
+	before := y(0)
+	fmt.Fprintf(&b, "M0 %d", before)
+	for i := 1; i < len(samples); i++ {
+		if at := y(i); at != before {
+			fmt.Fprintf(&b, "H%dV%d", x(samples[i].at), at)
+			before = at
+		}
+	}
+	fmt.Fprintf(&b, "H%dV%dH0Z", chartWidth, chartHeight)
+	return b.String()
+}

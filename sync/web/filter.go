@@ -1,0 +1,211 @@
+package web
+
+import (
+	"cmp"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/sync/fleet"
+)
+
+// filter narrows a list of units, or of a unit's nodes: what stands in a page's address.
+type filter struct {
+	Stage, Role, State string
+	// Query is what somebody typed: words that all must match, such as web-1, stage:prod, version:1.4.
+	Query string
+	Page  int // from 1
+}
+
+// mostQuery bounds what is searched for, in characters.
+const mostQuery = 200
+
+func filterOf(q url.Values) filter {
+	page, _ := strconv.Atoi(q.Get("page"))
+	return filter{
+		Stage: fleet.Clean(q.Get("stage"), 63), Role: fleet.Clean(q.Get("role"), 63), State: fleet.Clean(q.Get("state"), 24),
+		Query: fleet.Clean(q.Get("q"), mostQuery), Page: min(max(1, page), 1000),
+	}
+}
+
+// values are the filter as an address has it.
+func (f filter) values() url.Values {
+	v := url.Values{}
+	for name, value := range map[string]string{"stage": f.Stage, "role": f.Role, "state": f.State, "q": f.Query} {
+		if value != "" {
+			v.Set(name, value)
+		}
+	}
+	if f.Page > 1 {
+		v.Set("page", strconv.Itoa(f.Page))
+	}
+	return v
+}
+
+// address is a page's path with the filter.
+func (f filter) address(path string) string {
+	if v := f.values().Encode(); v != "" {
+		return path + "?" + v
+	}
+	return path
+}
+
+// active reports whether the filter leaves anything out.
+func (f filter) active() bool { return f.Stage+f.Role+f.State+f.Query != "" }
+
+// The states of units that can be asked for, beside those of nodes.
+const (
+	stateWrong     = "wrong"
+	stateRollout   = "rollout"
+	stateFrozen    = "frozen"
+	statePinned    = "pinned"
+	stateBehind    = "behind"
+	stateConverged = "converged"
+)
+
+var unitStates = []string{stateWrong, stateRollout, stateFrozen, statePinned, stateBehind, stateConverged}
+
+// is reports whether a unit is in one of unitStates, or has a node in a state.
+func (u *unit) is(state string) bool {
+	switch state {
+	case stateWrong:
+		return u.problem != nil
+	case stateRollout:
+		return u.progress != nil
+	case stateFrozen:
+		return u.frozen()
+	case statePinned:
+		return u.pinned || len(u.Pins) > 0
+	case stateBehind:
+		return u.Converged < u.Live
+	case stateConverged:
+		return u.Live > 0 && u.Converged == u.Live
+	}
+	return u.states[state] > 0
+}
+
+// frozen reports whether a freeze window holds a unit's rollout up.
+func (u *unit) frozen() bool {
+	return u.progress != nil && (u.progress.Phase == deployments.PhaseFrozen ||
+		u.Record.Rollout.Reason == deployments.ReasonFrozen)
+}
+
+// takes reports whether a unit passes the filter.
+func (f filter) takes(u *unit) bool {
+	if f.Stage != "" && f.Stage != u.ID.Stage || f.Role != "" && f.Role != u.ID.Role || f.State != "" && !u.is(f.State) {
+		return false
+	}
+	for word := range strings.FieldsSeq(strings.ToLower(f.Query)) {
+		if !u.matches(word) {
+			return false
+		}
+	}
+	return true
+}
+
+// matches reports whether a unit has to do with a word that somebody typed.
+func (u *unit) matches(word string) bool {
+	kind, value, qualified := strings.Cut(word, ":")
+	if !qualified || value == "" {
+		kind, value = "", strings.TrimSuffix(word, ":")
+	}
+	has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }
+	version := func() bool {
+		return slices.ContainsFunc(u.shares, func(s share) bool { return has(s.Name) }) || has(u.name(u.target))
+	}
+	node := func() bool { return slices.ContainsFunc(u.Nodes, func(n fleet.Node) bool { return has(n.Name) }) }
+	switch kind {
+	case "stage":
+		return has(u.ID.Stage)
+	case "role":
+		return has(u.ID.Role)
+	case "unit":
+		return has(u.ID.Unit)
+	case "version":
+		return version()
+	case "node":
+		return node()
+	case "state":
+		return u.is(value)
+	}
+	return has(u.ID.String()) || version() || node()
+}
+
+// takesNode reports whether one of a unit's nodes passes the filter.
+func (f filter) takesNode(u *unit, n *fleet.Node) bool {
+	if f.State != "" && f.State != stateOf(n) && f.State != healthOf(n).String() {
+		return false
+	}
+	for word := range strings.FieldsSeq(strings.ToLower(f.Query)) {
+		kind, value, qualified := strings.Cut(word, ":")
+		if !qualified || value == "" {
+			kind, value = "", word
+		}
+		runs := ""
+		if !n.Report.Running.IsZero() {
+			runs = u.name(n.Report.Running)
+		}
+		has := func(s string) bool { return strings.Contains(strings.ToLower(s), value) }
+		switch {
+		case kind == "version" && !has(runs), kind == "state" && stateOf(n) != value:
+			return false
+		case kind != "version" && kind != "state" && !has(n.Name) && !has(runs):
+			return false
+		}
+	}
+	return true
+}
+
+// pageRows is how many rows a page lists: each has two links at most, and a page is to have no more than 200 stops
+// of the
+// Tab key.
+const pageRows = 75
+
+// pager is where a page stands among those of a list.
+type pager struct {
+	From, To, All  int
+	Previous, Next string // addresses; empty: there is none
+}
+
+// paged gives the rows of the filter's page.
+func paged[T any](rows []T, f filter, path string) ([]T, pager) {
+	pages := max(1, (len(rows)+pageRows-1)/pageRows)
+	f.Page = min(f.Page, pages)
+	from := (f.Page - 1) * pageRows
+	to := min(len(rows), from+pageRows)
+	p := pager{From: min(from+1, to), To: to, All: len(rows)}
+	turn := func(by int) string {
+		other := f
+		other.Page += by
+		return other.address(path)
+	}
+	if f.Page > 1 {
+		p.Previous = turn(-1)
+	}
+	if f.Page < pages {
+		p.Next = turn(1)
+	}
+	return rows[from:to], p
+}
+
+// mostOptions bounds a list to choose from.
+const mostOptions = 100
+
+// options are the distinct values of a field, sorted, with the chosen one among them.
+func options(units []*unit, chosen string, field func(deployments.UnitID) string) []string {
+	seen := map[string]bool{}
+	var all []string
+	for _, u := range units {
+		if v := field(u.ID); !seen[v] && len(all) < mostOptions {
+			seen[v] = true
+			all = append(all, v)
+		}
+	}
+	if chosen != "" && !seen[chosen] {
+		all = append(all, chosen)
+	}
+	slices.SortFunc(all, cmp.Compare[string])
+	return all
+}

@@ -1,0 +1,170 @@
+package web
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+)
+
+const (
+	// eventPause is the least time between two patches of a stream: people read no faster, and a rollout's changes come
+	// together.
+	eventPause = time.Second
+	// mostRate is how many bytes a second a stream takes in the long run, unless that makes it wait for longestPause.
+	mostRate     = 4500
+	longestPause = 4 * time.Second
+	// beat is how often a stream says that it lives. A page that misses two of them shows that it may be old.
+	beat = 2 * time.Second
+	// refresh is how often a page that tells of time is drawn anew without a change.
+	refresh = 10 * time.Second
+	// mostRecent renderings are kept, so that a page that connects is told what it lacks, not all.
+	mostRecent = 64
+)
+
+// patch is what has changed of a page since the browser's.
+type patch struct {
+	// HTML is of the elements that are new or another, by id.
+	HTML map[string]string `json:"html,omitempty"`
+	// Lists are the ids in a list that isn't the same any more, in order.
+	Lists map[string][]string `json:"lists,omitempty"`
+	Title string              `json:"title,omitempty"`
+	// Reload is set if the page is another one now.
+	Reload bool `json:"reload,omitempty"`
+}
+
+// patchOf compares two renderings of a page; before may be nil.
+func patchOf(before, after *rendered) patch {
+	p := patch{HTML: map[string]string{}, Lists: map[string][]string{}}
+	if before == nil {
+		return patch{HTML: after.html, Lists: after.lists, Title: after.title}
+	}
+	if before.code != after.code || !slices.Equal(before.fixed, after.fixed) {
+		return patch{Reload: true}
+	}
+	for id, html := range after.html {
+		if before.html[id] != html {
+			p.HTML[id] = html
+		}
+	}
+	for list, ids := range after.lists {
+		if !slices.Equal(before.lists[list], ids) {
+			p.Lists[list] = ids
+		}
+	}
+	if before.title != after.title {
+		p.Title = after.title
+	}
+	return p
+}
+
+// encodePatch is a patch as JSON, which nobody takes for HTML: nothing in it needs to be escaped for that.
+func encodePatch(p patch) ([]byte, error) {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	err := e.Encode(p)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
+}
+
+// pauseAfter is how long a stream rests after an event, so that one node that keeps changing costs less than 5 kB/s.
+func pauseAfter(event string) time.Duration {
+	return min(max(eventPause, time.Duration(len(event))*time.Second/mostRate), longestPause)
+}
+
+// remember keeps a rendering for browsers that have it.
+func (w *Web) remember(r *rendered) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, known := range w.recent {
+		if known.key == r.key && known.tag == r.tag {
+			return
+		}
+	}
+	w.recent = append(w.recent, r)
+	w.recent = w.recent[max(0, len(w.recent)-mostRecent):]
+}
+
+// remembered returns a rendering that a browser has; nil: it is forgotten.
+func (w *Web) remembered(key, tag string) *rendered {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, r := range w.recent {
+		if r.key == key && r.tag == tag {
+			return r
+		}
+	}
+	return nil
+}
+
+// live streams what changes of a page.
+func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
+	select {
+	case w.viewers <- struct{}{}:
+		defer func() { <-w.viewers }()
+	default:
+		http.Error(rw, "Too many watch it: reload by hand.", http.StatusServiceUnavailable)
+		return
+	}
+	rw.Header().Set("Content-Type", "text/event-stream")
+	rw.Header().Set("Cache-Control", "no-store")
+	rw.Header().Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
+	out := http.NewResponseController(rw)
+	_ = out.SetReadDeadline(time.Time{}) // the server's would end the stream
+	send := func(event string) error {
+		err := out.SetWriteDeadline(time.Now().Add(writeWithin))
+		if err == nil {
+			_, err = io.WriteString(rw, event)
+		}
+		return errors.Join(err, out.Flush())
+	}
+	path, query := strings.Trim(r.PathValue("path"), "/"), r.URL.Query()
+	tag := r.Header.Get("Last-Event-ID")
+	if tag == "" {
+		tag = query.Get("have")
+	}
+	w.first(r.Context())
+	known := w.remembered(filterOf(query).address("/"+path), tag)
+	drawn := time.Time{}
+	for {
+		s, changed := w.now()
+		event := "event: beat\ndata:\n\n"
+		if page := w.render(r.Context(), s, path, query); page.tag != tag {
+			data, err := encodePatch(patchOf(known, page))
+			if err != nil {
+				return
+			}
+			event = fmt.Sprintf("id: %s\ndata: %s\n\n", page.tag, data)
+			known, tag = page, page.tag
+		} else {
+			known = page
+		}
+		drawn = time.Now()
+		if send(event) != nil {
+			return
+		}
+		for waiting := true; waiting; {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-changed:
+				waiting = false
+			case <-time.After(beat):
+				if send("event: beat\ndata:\n\n") != nil {
+					return
+				}
+				waiting = time.Since(drawn) < refresh
+			}
+		}
+		select {
+		case <-r.Context().Done():
+			return
+		case <-time.After(time.Until(drawn.Add(pauseAfter(event)))):
+		}
+	}
+}

@@ -1,0 +1,115 @@
+package web
+
+import (
+	"fmt"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/sync/fleet"
+)
+
+// nodeMap draws each node of a unit as a cell, in the order of their names.
+type nodeMap struct {
+	ID      deployments.UnitID
+	Columns int
+	Rows    []mapRow
+	Healths []counted
+	Shares  []share
+	// Left is how many nodes there is no room for.
+	Left int
+}
+
+// mapRow is a line of a map. Its paths are runs of cells that look alike.
+type mapRow struct {
+	Key      string
+	Columns  int
+	Health   []mapPath
+	Versions []mapPath
+}
+
+// mapPath is the cells of one colour, as an SVG path.
+type mapPath struct{ Class, Path string }
+
+// mostCells bounds a map.
+const mostCells = 20_000
+
+// mapOf draws a unit's nodes.
+func mapOf(u *unit) nodeMap {
+	n := len(u.Nodes)
+	m := nodeMap{ID: u.ID, Columns: columnsOf(n), Left: max(0, n-mostCells), Shares: u.shares}
+	for h, count := range u.healths {
+		if count > 0 {
+			m.Healths = append(m.Healths, counted{health(h).String(), count})
+		}
+	}
+	nodes := u.Nodes[:min(n, mostCells)]
+	for y := 0; len(nodes) > 0; y++ {
+		line := nodes[:min(m.Columns, len(nodes))]
+		nodes = nodes[len(line):]
+		m.Rows = append(m.Rows, mapRow{
+			Key: fmt.Sprintf("m:%d", y), Columns: m.Columns,
+			Health:   paths(line, func(n *fleet.Node) string { return healthOf(n).String() }),
+			Versions: paths(line, u.class),
+		})
+	}
+	return m
+}
+
+// columnsOf is how many cells stand in a line of a map of n.
+func columnsOf(n int) int {
+	for _, columns := range []int{25, 50, 75, 100, 125} {
+		if n <= columns*columns/5 {
+			return columns
+		}
+	}
+	return 200
+}
+
+// paths draws the cells of a line, one path a colour.
+func paths(line []fleet.Node, class func(*fleet.Node) string) (all []mapPath) {
+	byClass := map[string]*strings.Builder{}
+	var order []string
+	for x := 0; x < len(line); {
+		c := class(&line[x])
+		from := x
+		for x < len(line) && class(&line[x]) == c {
+			x++
+		}
+		b := byClass[c]
+		if b == nil {
+			b = &strings.Builder{}
+			byClass[c] = b
+			order = append(order, c)
+		}
+		fmt.Fprintf(b, "M%d .5h%d", from, x-from)
+	}
+	for _, c := range order {
+		all = append(all, mapPath{c, byClass[c].String()})
+	}
+	return all
+}
+
+// describe says what a map shows to whom it can't be shown.
+func (m nodeMap) describe() string {
+	var parts []string
+	for _, h := range m.Healths {
+		parts = append(parts, fmt.Sprintf("%d %s", h.Count, healthLabel(h.Name)))
+	}
+	for _, s := range m.Shares {
+		parts = append(parts, fmt.Sprintf("%d run %s", s.Count, s.Name))
+	}
+	if len(parts) == 0 {
+		return "no node has reported"
+	}
+	return "Nodes: " + strings.Join(parts, ", ")
+}
+
+// healthLabel names a health by its class.
+func healthLabel(class string) string {
+	for h := range healths {
+		if h.String() == class {
+			return h.Label()
+		}
+	}
+	return class
+}

@@ -1,0 +1,45 @@
+package web
+
+import (
+	"testing"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/kv/open"
+)
+
+// offline is a dashboard of a scene, with a store that holds its histories.
+func offline(t *testing.T, s scene) *Web {
+	t.Helper()
+	store, err := open.Store(open.Config{URL: "file://" + t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { store.Close() })
+	w := &Web{
+		c:       Config{Store: store, CommitURL: "https://git.example.org/acme/deployments/commit/{commit}"},
+		viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}), pasts: map[deployments.UnitID]*past{},
+		log: &changes{known: map[deployments.UnitID]change{}}, trend: &trends{units: map[deployments.UnitID][]sample{}},
+	}
+	for _, e := range s.entries {
+		if key, err := kv.ParseKey(e.Key); err == nil && key.Kind == kv.HistoryPrefix {
+			h, err := deployments.ParseHistory(e.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.log.known[key.UnitID()] = changeOf(h)
+			p := w.pasts[key.UnitID()]
+			if p == nil {
+				p = &past{}
+				w.pasts[key.UnitID()] = p
+			}
+			p.generation = max(p.generation, h.Generation)
+			p.entries = append([]deployments.History{h}, p.entries...)
+		}
+	}
+	for _, f := range s.before {
+		w.show(f)
+	}
+	w.show(s.assemble())
+	return w
+}

@@ -1,0 +1,114 @@
+package web
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/sync/fleet"
+)
+
+// overrides is the page of what stands against Git: pins, orders, freezes; and who writes.
+type overrides struct {
+	Pins   []pinRow
+	More   int
+	Orders []orderRow
+	Frozen []frozenRow
+	Mirror mirrorView
+	Faults []fleet.Note
+}
+
+// pinRow is one pin.
+type pinRow struct {
+	ID      deployments.UnitID
+	Node    string
+	Release string
+	By      string
+	Reason  string
+	Until   time.Time
+	Expired bool
+	AtOnce  bool
+	// Nodes is how many live nodes it is for.
+	Nodes int
+	End   string
+}
+
+// orderRow is an order that the mirror has yet to take.
+type orderRow struct {
+	ID    deployments.UnitID
+	Order string
+}
+
+// frozenRow is a rollout that a freeze window holds up.
+type frozenRow struct {
+	ID             deployments.UnitID
+	Window, Reason string
+	Until          time.Time
+	Go             string
+}
+
+// mostOverrides bounds each list.
+const mostOverrides = 80
+
+// overridesOf lists what stands against Git, what ends first first.
+func (s *snapshot) overridesOf(commitURL string) overrides {
+	v := overrides{Mirror: s.mirror(commitURL), Faults: s.faults()}
+	for _, u := range s.all() {
+		if u.Pin != nil {
+			v.Pins = append(v.Pins, s.pinRow(u, *u.Pin, ""))
+		}
+		for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
+			v.Pins = append(v.Pins, s.pinRow(u, u.Pins[node], node))
+		}
+		if u.Order != "" && len(v.Orders) < mostOverrides {
+			v.Orders = append(v.Orders, orderRow{u.ID, fleet.Clean(u.Order, 24)})
+		}
+		if u.frozen() && len(v.Frozen) < mostOverrides {
+			f := u.Record.Rollout.Facts
+			v.Frozen = append(v.Frozen, frozenRow{
+				u.ID, fleet.Clean(f["window"], 80), fleet.Clean(f["reason"], mostText), u.progress.Until,
+				"kedge promote " + u.ID.String(),
+			})
+		}
+	}
+	never := func(t time.Time) time.Time {
+		if t.IsZero() {
+			return time.Unix(1<<40, 0)
+		}
+		return t
+	}
+	slices.SortStableFunc(v.Pins, func(a, b pinRow) int { return never(a.Until).Compare(never(b.Until)) })
+	v.More = max(0, len(v.Pins)-mostOverrides)
+	v.Pins = v.Pins[:len(v.Pins)-v.More]
+	return v
+}
+
+func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
+	r := pinRow{
+		ID: u.ID, Node: fleet.Clean(node, 63), Release: "hold", By: fleet.Clean(p.By, 40),
+		Reason: fleet.Clean(p.Reason, mostText),
+		Until:  p.Until, Expired: p.Expired(s.At), AtOnce: p.AtOnce, Nodes: u.Live, End: "kedge unpin " + u.ID.String(),
+	}
+	if !p.Hold {
+		r.Release = u.name(p.Release)
+	}
+	if node != "" {
+		r.Nodes, r.End = 1, r.End+" --node "+r.Node
+	}
+	return r
+}
+
+// mostFaults bounds what is told of keys that are wrong.
+const mostFaults = 20
+
+// faults are the errors that are no unit's.
+func (s *snapshot) faults() []fleet.Note {
+	all := s.Faults()
+	all = all[:min(len(all), mostFaults)]
+	for i := range all {
+		all[i].About.Text = fleet.Clean(all[i].About.Text, mostText)
+		all[i].Says.Text = fleet.Clean(all[i].Says.Text, 2*mostText)
+	}
+	return all
+}

@@ -1,0 +1,347 @@
+package web
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/fleet"
+	"kedge/sync/fleet/message"
+)
+
+// snapshot is a fleet as it was read at a time, with what pages count of it. It doesn't change: what it shows of
+// time is
+// told as times, from which browsers count.
+type snapshot struct {
+	*fleet.Fleet
+	// away is why the store can't be read now; empty: it can, or nobody asked yet.
+	away  string
+	trend *trends
+	log   *changes
+
+	once  sync.Once
+	units []*unit // in the order of Fleet.Units
+
+	mu    sync.Mutex
+	pages map[string]*rendered
+}
+
+// all returns the snapshot's units with their counts, which are made when they are first asked for.
+func (s *snapshot) all() []*unit {
+	s.once.Do(func() {
+		s.units = make([]*unit, len(s.Units))
+		for i := range s.Units {
+			s.units[i] = summarize(&s.Units[i], s.At)
+		}
+	})
+	return s.units
+}
+
+// find returns a unit; nil: there is none.
+func (s *snapshot) find(id deployments.UnitID) *unit {
+	i, found := slices.BinarySearchFunc(s.all(), id, func(u *unit, id deployments.UnitID) int { return u.ID.Compare(id) })
+	if !found {
+		return nil
+	}
+	return s.units[i]
+}
+
+// health is how a node does, in the few ways that a map tells apart.
+type health int
+
+const (
+	healthy health = iota
+	busy           // on its way, or waiting
+	failing
+	gone
+	healths // how many there are
+)
+
+// String names a health in the style sheet.
+func (h health) String() string { return [...]string{"ok", "busy", "bad", "gone"}[h] }
+
+// Label names a health for people.
+func (h health) Label() string { return [...]string{"converged", "on its way", "failing", "gone"}[h] }
+
+func healthOf(n *fleet.Node) health {
+	switch n.Shown().Tone {
+	case fleet.Good:
+		return healthy
+	case fleet.Bad:
+		return failing
+	case fleet.Dim:
+		return gone
+	}
+	return busy
+}
+
+// share is how many live nodes run a release.
+type share struct {
+	Release deployments.Pointer
+	Name    string
+	Count   int
+	// Class is the release's colour: see classOf.
+	Class string
+}
+
+// mostShares is how many releases of a unit have a colour of their own; the rest share one.
+const mostShares = 5
+
+// unit is a unit with what is counted of it.
+type unit struct {
+	*fleet.Unit
+	name func(deployments.Pointer) string
+	// target is what most of the unit should run: a pin's release, or the record's target.
+	target deployments.Pointer
+	// shares are sorted by count; the first mostShares releases, then the others in one.
+	shares  []share
+	classes map[deployments.Digest]string
+	healths [healths]int
+	// states counts live nodes that aren't converged by their state in words.
+	states map[string]int
+	// trouble is the error of the first node that has one.
+	trouble, troubled string
+	pinned            bool
+	progress          *progress
+	problem           *problem
+}
+
+// summarize counts what pages show of a unit.
+func summarize(u *fleet.Unit, now time.Time) *unit {
+	s := &unit{Unit: u, name: u.Versions(), states: map[string]int{}, classes: map[deployments.Digest]string{},
+		pinned: u.Pinned(now)}
+	if u.Record != nil {
+		s.target = u.Record.Target
+	}
+	if s.pinned && !u.Pin.Hold {
+		s.target = u.Pin.Release
+	}
+	counts := map[deployments.Digest]*share{}
+	for i := range u.Nodes {
+		n := &u.Nodes[i]
+		h := healthOf(n)
+		s.healths[h]++
+		if h == busy || h == failing {
+			s.states[stateOf(n)]++
+			if (h == failing || n.Report.State == deployments.StateRetrying) && s.trouble == "" {
+				s.trouble = fleet.Clean(cmp.Or(n.Report.Error, message.Text(n.Report.Reason, n.Report.Facts)), mostText)
+				s.troubled = n.Name
+			}
+		}
+		if h == gone {
+			continue
+		}
+		r := n.Report.Running
+		if counts[r.Digest] == nil {
+			name := "nothing"
+			if !r.IsZero() {
+				name = s.name(r)
+			}
+			counts[r.Digest] = &share{Release: r, Name: name}
+		}
+		counts[r.Digest].Count++
+	}
+	s.colour(counts)
+	s.progress = progressOf(s, now)
+	s.problem = problemOf(s, now)
+	return s
+}
+
+// stateOf is a node's state in words that many nodes share.
+func stateOf(n *fleet.Node) string {
+	text, _, _ := strings.Cut(n.Shown().Text, " ")
+	return fleet.Clean(text, 24)
+}
+
+// colour sorts the shares, and gives each release its colour: v0 the target, v1 the stable one, v2 and on the others.
+func (u *unit) colour(counts map[deployments.Digest]*share) {
+	all := make([]*share, 0, len(counts))
+	for _, c := range counts {
+		all = append(all, c)
+	}
+	slices.SortFunc(all, func(a, b *share) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Name, b.Name),
+			strings.Compare(a.Release.Digest.String(), b.Release.Digest.String()))
+	})
+	stable := deployments.Digest{}
+	if u.Record != nil {
+		stable = u.Record.Stable.Digest
+	}
+	next := 2
+	rest := share{Class: "vx"}
+	kinds := 0
+	for _, c := range all {
+		switch d := c.Release.Digest; {
+		case c.Release.IsZero():
+			c.Class = "vn"
+		case d == u.target.Digest:
+			c.Class = "v0"
+		case d == stable:
+			c.Class = "v1"
+		case next < mostShares:
+			c.Class = fmt.Sprintf("v%d", next)
+			next++
+		default:
+			rest.Count += c.Count
+			kinds++
+			continue
+		}
+		u.classes[c.Release.Digest] = c.Class
+		u.shares = append(u.shares, *c)
+	}
+	if kinds > 0 {
+		rest.Name = fmt.Sprintf("%d others", kinds)
+		u.shares = append(u.shares, rest)
+	}
+}
+
+// class is the colour of what a node runs.
+func (u *unit) class(n *fleet.Node) string {
+	if n.Gone {
+		return "vg"
+	}
+	return cmp.Or(u.classes[n.Report.Running.Digest], "vx")
+}
+
+// progress is how far a rollout is.
+type progress struct {
+	Phase deployments.Phase
+	Label string
+	// Admitted and Converged of Of live nodes that follow the record; Failed of them.
+	Admitted, Converged, Failed, Of int
+	Since                           time.Time
+	// Until is when the phase is expected to end: what the mirror says, or what the trend promises. Zero: unknown.
+	Until time.Time
+}
+
+// back is set while nodes go back to the stable release.
+func (p *progress) back() bool {
+	return p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
+}
+
+// tone is the style of a phase.
+func (p *progress) tone() string {
+	switch p.Phase {
+	case deployments.PhaseRollingBack, deployments.PhaseRolledBack:
+		return "bad"
+	case deployments.PhasePaused, deployments.PhasePendingApproval:
+		return "warn"
+	case deployments.PhaseFrozen:
+		return "cold"
+	}
+	return "info"
+}
+
+var phaseLabels = map[deployments.Phase]string{
+	deployments.PhaseCanary: "canary", deployments.PhasePendingApproval: "awaits approval",
+	deployments.PhaseFrozen:  "frozen",
+	deployments.PhaseRolling: "rolling", deployments.PhasePaused: "paused", deployments.PhaseRollingBack: "going back",
+	deployments.PhaseRolledBack: "rolled back",
+}
+
+// progressOf counts a rollout's nodes; nil: none is under way.
+func progressOf(u *unit, now time.Time) *progress {
+	if u.Record == nil || u.Record.Rollout == nil {
+		return nil
+	}
+	r := u.Record.Rollout
+	p := &progress{Phase: r.Phase, Label: cmp.Or(phaseLabels[r.Phase], fleet.Clean(string(r.Phase), 24)), Since: r.Since}
+	if r.Phase == deployments.PhaseCanary && !r.HealthySince.IsZero() {
+		p.Label = "baking"
+	}
+	target := u.Record.Target.Digest
+	failed := target
+	if !r.Failed.IsZero() {
+		failed = r.Failed
+	}
+	for i := range u.Nodes {
+		n := &u.Nodes[i]
+		if n.Gone || n.Report.Pinned && u.Record.Pinned == nil {
+			continue
+		}
+		p.Of++
+		if policy.Rank(n.Name, target) <= r.Cutoff {
+			p.Admitted++
+		}
+		on := n.Report.Running.Digest == target
+		switch {
+		case slices.Contains(n.Report.Quarantined, failed), on && n.Report.State == deployments.StateUnhealthy:
+			p.Failed++
+		case on != p.back() && n.Report.State == deployments.StateConverged:
+			p.Converged++
+		}
+	}
+	if until, err := time.Parse("2006-01-02 15:04:05Z", r.Facts["until"]); err == nil {
+		p.Until = until
+	} else if until, err := time.Parse(time.RFC3339, r.Facts["until"]); err == nil {
+		p.Until = until
+	}
+	if !p.Until.After(now) {
+		p.Until = time.Time{}
+	}
+	return p
+}
+
+// problem is what is wrong with a unit, the worst of it.
+type problem struct {
+	ID   deployments.UnitID
+	Tone string // bad or warn
+	What string
+	Why  string
+	Next string
+}
+
+// problemOf finds what is wrong with a unit; nil: nothing that needs somebody.
+func problemOf(u *unit, now time.Time) *problem {
+	p := &problem{ID: u.ID, Tone: "bad", Next: fleet.Clean(u.Next(now), mostText)}
+	live := 0
+	for h, n := range u.healths {
+		if health(h) != gone {
+			live += n
+		}
+	}
+	why := fleet.Clean(u.RolloutReason(), mostText)
+	switch {
+	case u.Error != "":
+		p.What, p.Why = "does not parse", fleet.Clean(u.Error, mostText)
+	case u.progress != nil && u.progress.back():
+		p.What, p.Why = u.progress.Label, why
+	case u.healths[failing] > 0:
+		p.What = fmt.Sprintf("%d of %d %s", u.healths[failing], live, failingStates(u))
+		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.troubled, u.trouble), ": ")
+	case u.progress != nil && (u.progress.Phase == deployments.PhasePaused ||
+		u.progress.Phase == deployments.PhasePendingApproval):
+		p.Tone, p.What, p.Why = "warn", u.progress.Label, why
+	case u.Record != nil && policy.IsOrphaned(*u.Record):
+		p.Tone, p.What, p.Why = "warn", "its file is gone from Git", ""
+	case u.states[string(deployments.StateRetrying)] > 0:
+		p.Tone, p.What = "warn", fmt.Sprintf("%d of %d retrying", u.states[string(deployments.StateRetrying)], live)
+		p.Why = strings.TrimSuffix(fmt.Sprintf("%s: %s", u.troubled, u.trouble), ": ")
+	case live == 0 && u.healths[gone] > 0 && u.Record != nil:
+		p.Tone, p.What = "warn", "no live node"
+		p.Why = fmt.Sprintf("%d gone", u.healths[gone])
+	default:
+		return nil
+	}
+	return p
+}
+
+// failingStates names the states that make nodes count as failing.
+func failingStates(u *unit) string {
+	var names []string
+	for _, state := range []deployments.State{deployments.StateUnhealthy, deployments.StateQuarantined,
+		deployments.StateInvalid} {
+		if u.states[string(state)] > 0 {
+			names = append(names, string(state))
+		}
+	}
+	return strings.Join(names, ", ")
+}
+
+// mostText bounds, in characters, what others wrote, in a list.
+const mostText = 240

@@ -1,0 +1,107 @@
+package web
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+)
+
+// trends keep what share of each unit's nodes ran which release, for as long as the dashboard runs: the store
+// tells only
+// what is now.
+type trends struct {
+	mu    sync.Mutex
+	units map[deployments.UnitID][]sample
+}
+
+// sample is how many live nodes ran which release at a time.
+type sample struct {
+	at     time.Time
+	counts map[deployments.Digest]int
+}
+
+const (
+	// mostSamples of a unit are kept; of more, every other is dropped, so that the chart grows coarser, not longer.
+	mostSamples = 60
+	// mostTrends units have a trend.
+	mostTrends = 2000
+	// sampleEvery is the least time between two samples of a unit.
+	sampleEvery = 2 * time.Second
+)
+
+// record notes what units run now. A unit whose shares are as they were needs no sample.
+func (t *trends) record(units []*unit, now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, u := range units {
+		known := t.units[u.ID]
+		if known == nil && len(t.units) >= mostTrends {
+			continue
+		}
+		counts := map[deployments.Digest]int{}
+		for _, s := range u.shares {
+			counts[s.Release.Digest] += s.Count
+		}
+		last := len(known) - 1
+		switch {
+		case last >= 0 && maps.Equal(known[last].counts, counts):
+			continue
+		case last >= 1 && now.Sub(known[last-1].at) < sampleEvery:
+			known[last] = sample{known[last].at, counts}
+		default:
+			known = append(known, sample{now, counts})
+		}
+		if len(known) > mostSamples {
+			half := known[:0]
+			for i, s := range known {
+				if i%2 == 0 || i == len(known)-1 {
+					half = append(half, s)
+				}
+			}
+			known = half
+		}
+		t.units[u.ID] = known
+	}
+	if len(t.units) > len(units) {
+		maps.DeleteFunc(t.units, func(id deployments.UnitID, _ []sample) bool {
+			return !slices.ContainsFunc(units, func(u *unit) bool { return u.ID == id })
+		})
+	}
+}
+
+// of returns a unit's samples, oldest first.
+func (t *trends) of(id deployments.UnitID) []sample {
+	if t == nil {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.units[id])
+}
+
+// leastTrend is how long nodes have to move before their pace promises anything.
+const leastTrend = 15 * time.Second
+
+// ends tells when all nodes run the release at the pace of its samples; zero: they promise nothing.
+func ends(samples []sample, release deployments.Digest, of int) time.Time {
+	if len(samples) < 3 {
+		return time.Time{}
+	}
+	last := samples[len(samples)-1]
+	first := len(samples) - 1
+	for first > 0 && samples[first-1].counts[release] <= samples[first].counts[release] {
+		first--
+	}
+	for first < len(samples)-1 && samples[first+1].counts[release] == samples[first].counts[release] {
+		first++ // the pace counts from where the first of them moved
+	}
+	moved, took := last.counts[release]-samples[first].counts[release], last.at.Sub(samples[first].at)
+	missing := of - last.counts[release]
+	if moved <= 0 || missing <= 0 || took < leastTrend {
+		return time.Time{}
+	}
+	return last.at.Add(time.Duration(float64(took) / float64(moved) * float64(missing)))
+}

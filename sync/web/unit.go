@@ -1,0 +1,282 @@
+package web
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/sync/fleet"
+)
+
+// unitPage is the page of one unit.
+type unitPage struct {
+	Path     string
+	Row      unitRow
+	Problem  *problem
+	Notes    []fleet.Note
+	Steps    []step
+	Releases []releaseLine
+	Map      nodeMap
+	Chart    chart
+	Commands []command
+	Filter   filter
+	States   []counted
+	Nodes    []nodeRow
+	Pager    pager
+	History  []historyRow
+	// Unread is why the history could not be read.
+	Unread string
+}
+
+// step is a phase of a rollout, with what it waits for.
+type step struct {
+	Name string
+	// State is done, now, failed or todo.
+	State string
+	Note  string
+	Since time.Time
+	Until time.Time
+}
+
+// releaseLine is one release that a unit is about.
+type releaseLine struct {
+	What, Name, Class string
+	Pointer           string
+}
+
+// command is what somebody can type, and what it does.
+type command struct{ Does, Line string }
+
+// nodeRow is one of a unit's nodes in one line.
+type nodeRow struct {
+	Key, Name   string
+	ID          deployments.UnitID
+	Tone, State string
+	Runs, Class string
+	Since       time.Time
+	Beside      string
+	Pinned      bool
+}
+
+// historyRow is one generation of a unit.
+type historyRow struct {
+	Generation int64
+	At         time.Time
+	Release    string
+	Digest     string
+	Commit     commitView
+	Author     string
+	Subject    string
+	Note       string
+	Failed     bool
+}
+
+// mostNotes bounds the notes of a unit: each pinned node has one.
+const mostNotes = 30
+
+// unitOf makes the page of one unit.
+func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL string) unitPage {
+	v := unitPage{Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem}
+	for _, n := range s.Notes(u.Unit) {
+		if n.About.Text == "next:" && u.problem != nil {
+			continue // it stands with the problem
+		}
+		n.About.Text = strings.TrimSuffix(n.About.Text, ":")
+		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), mostLines)
+		if v.Notes = append(v.Notes, n); len(v.Notes) == mostNotes {
+			break
+		}
+	}
+	v.Steps = stepsOf(u, v.Row.Progress)
+	v.Releases = releasesOf(u)
+	v.Map = mapOf(u)
+	v.Chart = chartOf(u, s.trend.of(u.ID), s.At)
+	v.Commands = commandsOf(u)
+	var rows []*fleet.Node
+	states := map[string]int{}
+	for i := range u.Nodes {
+		n := &u.Nodes[i]
+		if len(states) < mostOptions || states[stateOf(n)] > 0 {
+			states[stateOf(n)]++
+		}
+		if f.takesNode(u, n) {
+			rows = append(rows, n)
+		}
+	}
+	for state, n := range states {
+		v.States = append(v.States, counted{state, n})
+	}
+	slices.SortFunc(v.States, func(a, b counted) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortStableFunc(rows, func(a, b *fleet.Node) int { return urgency(a) - urgency(b) })
+	some, pager := paged(rows, f, path)
+	v.Pager = pager
+	for _, n := range some {
+		v.Nodes = append(v.Nodes, s.nodeRow(u, n))
+	}
+	if past != nil {
+		v.Unread = past.err
+		for _, h := range past.entries {
+			v.History = append(v.History, historyOf(u, h, commitURL))
+		}
+	}
+	return v
+}
+
+// urgency sorts what is wrong before what isn't.
+func urgency(n *fleet.Node) int {
+	switch healthOf(n) {
+	case failing:
+		return 0
+	case busy:
+		return 1
+	case gone:
+		return 3
+	}
+	return 2
+}
+
+func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
+	cells, beside := s.NodeRow(u.Unit, n)
+	_, pinned := u.Pins[n.Name]
+	runs := "nothing"
+	if !n.Report.Running.IsZero() {
+		runs = u.name(n.Report.Running)
+	}
+	return nodeRow{
+		Key: "n:" + n.Name, Name: n.Name, ID: u.ID, Tone: healthOf(n).String(), State: fleet.Clean(cells[1].Text, 24),
+		Runs: runs, Class: u.class(n), Since: n.Report.Since, Beside: fleet.Clean(u.Names(beside), mostText), Pinned: pinned,
+	}
+}
+
+func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
+	return historyRow{
+		Generation: h.Generation, At: h.At, Release: u.name(h.Release), Digest: h.Release.Digest.Short()[:8],
+		Commit: commitOf(h.Commit, commitURL), Author: fleet.Clean(fleet.AuthorName(h.Author), 32),
+		Subject: fleet.Clean(h.Subject, mostText), Note: fleet.Clean(u.Names(h.Note), mostText),
+		Failed: !h.Failed.IsZero() && h.Failed == h.Release.Digest,
+	}
+}
+
+// releasesOf are the releases that a unit is about: where it goes, and where it goes back to.
+func releasesOf(u *unit) (lines []releaseLine) {
+	add := func(what string, p deployments.Pointer) {
+		if p.IsZero() || slices.ContainsFunc(lines, func(l releaseLine) bool { return l.Pointer == p.String() }) {
+			return
+		}
+		class := u.classes[p.Digest]
+		if class == "" {
+			class = map[string]string{"target": "v0", "pin": "v0", "stable": "v1"}[what]
+		}
+		lines = append(lines, releaseLine{what, u.name(p), class, fleet.Clean(p.String(), 2048)})
+	}
+	if u.pinned {
+		add("pin", u.Pin.Release)
+	}
+	if r := u.Record; r != nil {
+		add("target", u.GitTarget())
+		add("stable", r.Stable)
+	}
+	return lines
+}
+
+// stepsOf are the phases of a unit's rollout; none: it has none under way.
+func stepsOf(u *unit, p *progress) []step {
+	if p == nil {
+		return nil
+	}
+	r := u.Record.Rollout
+	reason := fleet.Clean(u.RolloutReason(), mostText)
+	admitted := fmt.Sprintf("%d of %d admitted", p.Admitted, p.Of)
+	passed := func(name string) step { return step{Name: name, State: "done"} }
+	now := func(name, note string) step {
+		return step{Name: name, State: "now", Note: note, Since: p.Since, Until: p.Until}
+	}
+	todo := func(name string) step { return step{Name: name, State: "todo"} }
+	failed := step{Name: "Rollout", State: "failed", Note: reason}
+	switch p.Phase {
+	case deployments.PhaseRolledBack:
+		return []step{failed, passed("Going back"), {Name: "Rolled back", State: "failed", Since: p.Since,
+			Note: "stays on stable"}}
+	case deployments.PhaseRollingBack:
+		back := fmt.Sprintf("%d of %d on stable", p.Converged, p.Of)
+		return []step{failed, now("Going back", back), todo("Rolled back")}
+	}
+	if r.Fast { // no gates
+		name := "Rolling"
+		if u.Record.Pinned != nil {
+			name = "Rolling the pin"
+		}
+		if p.Phase == deployments.PhasePaused {
+			return []step{now("Paused", reason), todo(name), todo("Everywhere")}
+		}
+		return []step{now(name, admitted), todo("Everywhere")}
+	}
+	switch p.Phase {
+	case deployments.PhaseFrozen:
+		return []step{now("Freeze", reason), todo("Canary"), todo("Bake"), todo("Rolling"), todo("Everywhere")}
+	case deployments.PhaseCanary:
+		if r.HealthySince.IsZero() {
+			return []step{now("Canary", admitted), todo("Bake"), todo("Rolling"), todo("Everywhere")}
+		}
+		bake := now("Bake", "healthy so far")
+		bake.Since = r.HealthySince
+		return []step{passed("Canary"), bake, todo("Rolling"), todo("Everywhere")}
+	case deployments.PhasePendingApproval:
+		return []step{passed("Canary"), passed("Bake"), now("Approval", "waits for kedge promote"), todo("Rolling"),
+			todo("Everywhere")}
+	case deployments.PhasePaused:
+		if r.Promoted {
+			return []step{passed("Canary"), passed("Bake"), now("Paused", reason), todo("Rolling"), todo("Everywhere")}
+		}
+		return []step{now("Paused", reason), todo("Canary"), todo("Bake"), todo("Rolling"), todo("Everywhere")}
+	}
+	return []step{passed("Canary"), passed("Bake"), now("Rolling", admitted), todo("Everywhere")}
+}
+
+// commandsOf are the commands that would change something about a unit now.
+func commandsOf(u *unit) (all []command) {
+	id := u.ID.String()
+	add := func(does, line string) { all = append(all, command{does, line}) }
+	if u.pinned {
+		add("end the pin", "kedge unpin "+id)
+	}
+	if p := u.progress; p != nil {
+		switch p.Phase {
+		case deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseFrozen:
+			add("go on without waiting", "kedge promote "+id)
+			add("give it up", "kedge abort "+id)
+		case deployments.PhaseRolling:
+			add("stop where it is", "kedge pause "+id)
+			add("give it up, and go back", "kedge abort "+id)
+		case deployments.PhasePaused:
+			add("go on", "kedge resume "+id)
+			add("give it up, and go back", "kedge abort "+id)
+		case deployments.PhaseRolledBack:
+			add("try this release once more", "kedge retry "+id)
+		}
+	} else if u.healths[failing] > 0 {
+		add("try once more where it failed", "kedge retry "+id)
+	}
+	if u.Record != nil && !u.pinned {
+		add("keep what runs, whatever Git says", "kedge pin "+id+" hold --reason WHY")
+		add("go back to the release before", "kedge rollback "+id)
+	}
+	for _, node := range u.pinnedNodes() {
+		if add("end the pin of "+node, "kedge unpin "+id+" --node "+node); len(all) >= 8 {
+			break
+		}
+	}
+	return all
+}
+
+// pinnedNodes are the nodes with pins of their own, sorted.
+func (u *unit) pinnedNodes() []string {
+	var names []string
+	for node := range u.Pins {
+		names = append(names, fleet.Clean(node, 63))
+	}
+	slices.Sort(names)
+	return names
+}

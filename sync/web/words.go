@@ -1,0 +1,134 @@
+package web
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+
+	"github.com/a-h/templ"
+
+	"kedge/sync/fleet"
+)
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+// plural is a noun for n, plural2 with the number before it.
+func plural(n int, noun string) string {
+	if n == 1 {
+		return noun
+	}
+	return noun + "s"
+}
+
+func plural2(n int, noun string) string { return itoa(n) + " " + plural(n, noun) }
+
+func more(n int) string { return fmt.Sprintf("+%d", n) }
+
+func contains(all []string, one string) bool { return slices.Contains(all, one) }
+
+func names(all []counted) (names []string) {
+	for _, c := range all {
+		names = append(names, c.Name)
+	}
+	return names
+}
+
+// when is a class where a condition holds.
+func when(condition bool, class string) string {
+	if condition {
+		return class
+	}
+	return ""
+}
+
+// current marks a link to the page that is shown.
+func current(is bool) templ.Attributes {
+	if is {
+		return templ.Attributes{"aria-current": "page"}
+	}
+	return nil
+}
+
+func currentStep(is bool) templ.Attributes {
+	if is {
+		return templ.Attributes{"aria-current": "step"}
+	}
+	return nil
+}
+
+// toneClass is a tone's name in the style sheet.
+func toneClass(t fleet.Tone) string {
+	return [...]string{fleet.Plain: "plain", fleet.Bold: "bold", fleet.Dim: "dim", fleet.Good: "good",
+		fleet.Warn: "warn", fleet.Bad: "bad"}[t]
+}
+
+// rect is a part of a bar.
+type rect struct{ class, x, width string }
+
+// box is the coordinates of a bar or a line of n parts.
+func box(n int) string { return fmt.Sprintf("0 0 %d 1", max(1, n)) }
+
+// boxes are the parts of a bar of shares, the target first, so that it grows from the left.
+func boxes(all []share) (rects []rect) {
+	all = slices.Clone(all)
+	slices.SortStableFunc(all, func(a, b share) int {
+		switch {
+		case a.Class == b.Class:
+			return 0
+		case a.Class == "v0", b.Class == "vn":
+			return -1
+		case b.Class == "v0", a.Class == "vn":
+			return 1
+		}
+		return 0
+	})
+	x := 0
+	for _, s := range all {
+		rects = append(rects, rect{s.Class, itoa(x), itoa(s.Count)})
+		x += s.Count
+	}
+	return rects
+}
+
+// sayShares says what a bar of shares shows.
+func sayShares(all []share) string {
+	text := "Runs"
+	for i, s := range all {
+		if i > 0 {
+			text += ","
+		}
+		text += fmt.Sprintf(" %s on %d", s.Name, s.Count)
+	}
+	return text
+}
+
+// boxes are the parts of a rollout's bar: converged, admitted and on their way, failed.
+func (p *progress) boxes() []rect {
+	moving := max(0, p.Admitted-p.Converged-p.Failed)
+	if p.back() {
+		moving = max(0, p.Of-p.Converged-p.Failed)
+	}
+	return []rect{
+		{"done", "0", itoa(p.Converged)}, {"moving", itoa(p.Converged), itoa(moving)},
+		{"failed", itoa(p.Converged + moving), itoa(p.Failed)},
+	}
+}
+
+// short is the rollout in numbers.
+func (p *progress) short() string {
+	if p.back() {
+		return fmt.Sprintf("%d of %d back on stable", p.Converged, p.Of)
+	}
+	if moving := p.Admitted - p.Converged - p.Failed; moving > 0 {
+		return fmt.Sprintf("%d+%d of %d", p.Converged, moving, p.Of)
+	}
+	return fmt.Sprintf("%d of %d", p.Converged, p.Of)
+}
+
+// say is the rollout's bar in words.
+func (p *progress) say() string {
+	if p.back() {
+		return p.short()
+	}
+	return fmt.Sprintf("%d of %d nodes converged, %d admitted, %d failed", p.Converged, p.Of, p.Admitted, p.Failed)
+}
