@@ -21,6 +21,8 @@ type Verdict struct {
 	Until, Ends time.Time
 	// Wait is set where a rollout under way waits as well.
 	Wait bool
+	// Never is set where no window opens that would allow it.
+	Never bool
 }
 
 // Facts tells of the window, for a reason.
@@ -28,7 +30,8 @@ func (v Verdict) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {
 		f["until"] = v.Ends.UTC().Format(time.RFC3339)
-	} else if v.Frozen {
+	}
+	if v.Never {
 		f["opens"] = "never"
 	}
 	if v.Reason != "" {
@@ -78,6 +81,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	if allows > 0 && !allowed {
 		if !v.Frozen {
 			v.Frozen, v.By, v.Reason, v.Ends = true, by+", which is not open", reason, allowedFrom
+			v.Never = allowedFrom.IsZero()
 		}
 		v.Wait = v.Wait || waits // a window that denies as well makes it no laxer
 	}
