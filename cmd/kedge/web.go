@@ -11,8 +11,9 @@ func (a *app) webCommand() *cobra.Command {
 	command := &cobra.Command{
 		Use:   "web",
 		Short: "The fleet in a browser, live and read-only",
-		Long: `Serves what status, explain and history print as pages that follow the store: / all units, with what is wrong first,
-/STAGE/ROLE those of a role, /STAGE/ROLE/UNIT one, with a map of its nodes, /STAGE/ROLE/UNIT/NODE why a node runs what it runs, and
+		Long: `Serves what status, explain and history print as pages that follow the store: / all units, with what is
+wrong first, /STAGE/ROLE those of a role, /STAGE/ROLE/UNIT one, with a map of its nodes,
+/STAGE/ROLE/UNIT/NODE why a node runs what it runs, and
 /-/overrides pins, orders and freezes. /-/fleet.json is what kedge status --json prints.
 
 It changes nothing, and its token needs no more than the first rule of deployments/consul/operator.hcl. It asks nobody who they are:
