@@ -170,6 +170,11 @@ func TestALargeDelta(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(two, "large"), random(1, deltaInMem+1), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	for _, dir := range []string{one, two} { // so that the archive is larger than the delta
+		if err := os.WriteFile(filepath.Join(dir, "same"), random(2, deltaInMem), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
 	old := publishTree(t, one)
 	new := publishTree(t, two, old)
 	if new.manifest.Deltas[0].Size <= deltaInMem {
