@@ -54,10 +54,10 @@ func parse(page string) (text string, err error) {
 	elements := strings.Fields(`html head meta title link script noscript body header footer nav main section div fieldset legend label form
 		input select option button br h1 h2 p a i b em span small strong dl dt dd ul ol li table thead tbody
 		tr th td code time svg g path rect`)
-	attributes := strings.Fields(`class href title viewBox preserveAspectRatio role x y width height id d lang charset name content
-		rel src 		defer tabindex hidden datetime data-ago data-left data-copy data-list data-map data-live data-tag scope colspan
-		type value checked selected placeholder
-		maxlength method action http-equiv`)
+	attributes := strings.Fields(`
+		class href title viewBox preserveAspectRatio role x y width height id d lang charset name content
+		rel src defer tabindex hidden datetime data-ago data-left data-copy data-list data-map data-live
+		data-tag scope colspan type value checked selected placeholder maxlength method action http-equiv`)
 	var b strings.Builder
 	for {
 		t, err := d.Token()
