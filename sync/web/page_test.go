@@ -51,7 +51,8 @@ func parse(page string) (text string, err error) {
 	d.Strict = false
 	d.AutoClose = xml.HTMLAutoClose
 	d.Entity = xml.HTMLEntity
-	elements := strings.Fields(`html head meta title link script noscript body header footer nav main section div fieldset legend label form
+	elements := strings.Fields(`html head meta title link script noscript body header footer nav main section div fieldset legend label
+		form
 		input select option button br h1 h2 p a i b em span small strong dl dt dd ul ol li table thead tbody
 		tr th td code time svg g path rect`)
 	attributes := strings.Fields(`
