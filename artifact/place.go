@@ -34,8 +34,6 @@ type Place struct {
 // the owner of / may own all of them, and are the only ones whose symbolic links are followed.
 type trust struct {
 	self, top int
-	// strict refuses a directory of anybody but those and owner, below the directories of within.
-	strict bool
 	owner  int
 }
 

@@ -24,7 +24,7 @@ func TestTopics(t *testing.T) {
 		if !strings.Contains(help, "  "+topic.Name+" ") || topic.Title == "" {
 			t.Errorf("kedge help doesn't list %s: %s", topic.Name, topic.Title)
 		}
-		if !strings.Contains(string(readme), "deployments/docs/"+topic.Name+".md") {
+		if !topic.Reference && !strings.Contains(string(readme), "deployments/docs/"+topic.Name+".md") {
 			t.Errorf("README.md doesn't lead to the page %s", topic.Name)
 		}
 		for _, c := range commands {

@@ -87,7 +87,7 @@ func TestFailureGoesBack(t *testing.T) {
 		"pre":  func(m *deployments.Manifest) { m.Commands.Pre = append(m.Commands.Pre, fail) },
 		"post": func(m *deployments.Manifest) { m.Commands.Post = append(m.Commands.Post, fail) },
 		"health": func(m *deployments.Manifest) {
-			m.Health = deployments.Health{Timeout: 50 * time.Millisecond, Checks: []deployments.Check{{Exec: fail.Run, Interval: 20 * time.Millisecond}}}
+			m.Health = deployments.Health{Timeout: 500 * time.Millisecond, Checks: []deployments.Check{{Exec: fail.Run, Interval: 20 * time.Millisecond}}}
 		},
 	} {
 		for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
