@@ -34,7 +34,7 @@ type Place struct {
 // the owner of / may own all of them, and are the only ones whose symbolic links are followed.
 type trust struct {
 	self, top int
-	owner  int
+	owner     int
 }
 
 // PlaceOptions are the rules that OpenPlace holds.
