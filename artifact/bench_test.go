@@ -19,12 +19,13 @@ import (
 	"kedge/deployments"
 )
 
-// BenchmarkPeers times ways to get a release onto a disk, side by side, as .ci/bench prepares and calls it: over loopback, and
-// over a link of 20 ms round trip and 50 MB/s. It prints medians: seconds without the final sync (nobody but kedge makes one; what
-// it takes is in a column of its own), the ratio to the best pipeline of standard tools, CPU seconds of the processes that fetch,
-// kedge's peak memory, the requests that the S3 server logged, and the bytes that came over the link, which the server's log doesn't
-// tell (none for loopback, where nothing stands between). Each run has a freshly made ext4 file system: where a tree was just
-// removed, ext4 is slow for reasons that are none of the peers'.
+// BenchmarkPeers times ways to get a release onto a disk, side by side, as .ci/bench prepares and calls it: over
+// loopback, and over a link of 20 ms round trip and 50 MB/s. It prints medians: seconds without the final sync
+// (nobody but kedge makes one; what it takes is in a column of its own), the ratio to the best pipeline of standard
+// tools, CPU seconds of the processes that fetch, kedge's peak memory, the requests that the S3 server logged, and
+// the bytes that came over the link, which the server's log doesn't tell (none for loopback, where nothing stands
+// between). Each run has a freshly made ext4 file system: where a tree was just removed, ext4 is slow for reasons
+// that are none of the peers'.
 func BenchmarkPeers(b *testing.B) {
 	trees := benchTrees(b)
 	s := newBenchStore(b)
@@ -107,8 +108,8 @@ func benchTrees(b *testing.B) string {
 	return dir
 }
 
-// measured shows a figure, and a dash where there is none: a shell doesn't sync, its memory isn't looked at, and bytes are counted on
-// the slow link.
+// measured shows a figure, and a dash where there is none: a shell doesn't sync, its memory isn't looked at, and
+// bytes are counted on the slow link.
 func measured(format string, v float64) string {
 	if v == 0 {
 		return "-"

@@ -38,7 +38,11 @@ var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 // decompress tells by the first bytes of raw how they are compressed, and returns what they decode to, of which
 // there may be limit bytes, and the name without the compression's ending. An archive of another kind is an error
 // that names it. close frees the decoder.
-func decompress(raw *bufio.Reader, name string, limit int64) (content *bufio.Reader, inner string, close func(), err error) {
+func decompress(
+	raw *bufio.Reader,
+	name string,
+	limit int64,
+) (content *bufio.Reader, inner string, close func(), err error) {
 	decoded := func(r io.Reader, endings ...string) (*bufio.Reader, string, func(), error) {
 		for _, ending := range endings {
 			if stem, ok := strings.CutSuffix(name, ending); ok {
@@ -75,7 +79,10 @@ func decompress(raw *bufio.Reader, name string, limit int64) (content *bufio.Rea
 	}
 	for _, f := range foreign {
 		if starts(f.magic) && !(f.name == "zip" && slices.Contains(zipFiles, path.Ext(name))) {
-			return nil, "", nil, fmt.Errorf("it is a %s archive: want .tar, .tar.gz, .tar.zst, .tar.bz2, .tar.xz or a single file", f.name)
+			return nil, "", nil, fmt.Errorf(
+				"it is a %s archive: want .tar, .tar.gz, .tar.zst, .tar.bz2, .tar.xz or a single file",
+				f.name,
+			)
 		}
 	}
 	return raw, name, func() {}, nil

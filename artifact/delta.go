@@ -18,7 +18,8 @@ import (
 	"kedge/deployments"
 )
 
-// ErrDelta means that a delta is not as the package comment says, or does not fit the release that it should start from.
+// ErrDelta means that a delta is not as the package comment says, or does not fit the release that it should start
+// from.
 var ErrDelta = errors.New("bad delta")
 
 const (
@@ -58,7 +59,12 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	if string(header[:len(deltaMagic)]) != deltaMagic || !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
 		return nil, nil, fmt.Errorf("%w: it does not begin as one from the release that is here", ErrDelta)
 	}
-	d.zstd, err = zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(deltaWindow))
+	d.zstd, err = zstd.NewReader(
+		r,
+		zstd.WithDecoderConcurrency(1),
+		zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(deltaWindow),
+	)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -96,8 +102,8 @@ func noEOF(err error) error {
 	return err
 }
 
-// next gives the numbers of the next file's entry in the new index and of the one in the old that it is a patch of, or -1; both
-// -1 at the end.
+// next gives the numbers of the next file's entry in the new index and of the one in the old that it is a patch of,
+// or -1; both -1 at the end.
 func (d *delta) next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {
@@ -107,8 +113,8 @@ func (d *delta) next(last, entries, old int) (entry, from int, err error) {
 	return last + int(gap), int(n) - 1, err
 }
 
-// apply makes size bytes of the next patch and old, one section at a time. Where the patch does not fit what old is, the error
-// wraps errMisfit, and the delta can be read on behind it.
+// apply makes size bytes of the next patch and old, one section at a time. Where the patch does not fit what old
+// is, the error wraps errMisfit, and the delta can be read on behind it.
 func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
 	var out []byte
@@ -266,7 +272,12 @@ func (w *window) append(out []byte, seek int64, n int) ([]byte, error) {
 }
 
 // openDelta fetches a delta, and checks its hash before it reads it.
-func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte, dir string) (*delta, []byte, error) {
+func (f *fetch) openDelta(
+	ctx context.Context,
+	blob deployments.Delta,
+	oldIndex []byte,
+	dir string,
+) (*delta, []byte, error) {
 	f.meter.expect(blob.Size)
 	if blob.Size <= deltaInMem {
 		data, err := f.objects.ReadAll(ctx, blob.URL, blob.Size)
@@ -275,7 +286,11 @@ func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex 
 		}
 		f.meter.add(int64(len(data)))
 		if digestOf(data) != blob.SHA256 {
-			return nil, nil, fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
+			return nil, nil, fmt.Errorf(
+				"%w: the delta %s is not the one that the manifest names",
+				ErrDigest,
+				deployments.ShownURL(blob.URL),
+			)
 		}
 		return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 	}
@@ -320,8 +335,8 @@ func unnamedFile(dir string) (*os.File, error) {
 	return f, os.Remove(f.Name())
 }
 
-// applyDelta makes the files that the delta has a patch for. A patch that does not fit leaves its file to the archive; so does a
-// broken delta with all that would follow.
+// applyDelta makes the files that the delta has a patch for. A patch that does not fit leaves its file to the
+// archive; so does a broken delta with all that would follow.
 func (f *fetch) applyDelta(ctx context.Context) error {
 	w, old := f.tree.worker(), f.old.reader()
 	defer w.close()

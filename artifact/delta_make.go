@@ -17,11 +17,21 @@ import (
 	"kedge/deployments"
 )
 
-// patchMost bounds the files, old and new, that a patch is made of: both are in memory. Larger ones come from the archive.
+// patchMost bounds the files, old and new, that a patch is made of: both are in memory. Larger ones come from the
+// archive.
 const patchMost = 1 << 30
 
-// makeDelta writes a delta from one release to another, both unpacked. A tree that isn't what its index says is an error.
-func makeDelta(ctx context.Context, oldTree string, oldIndex []byte, newTree string, newIndex []byte, w io.Writer, progress func(Progress)) error {
+// makeDelta writes a delta from one release to another, both unpacked. A tree that isn't what its index says is an
+// error.
+func makeDelta(
+	ctx context.Context,
+	oldTree string,
+	oldIndex []byte,
+	newTree string,
+	newIndex []byte,
+	w io.Writer,
+	progress func(Progress),
+) error {
 	oldX, err := decodeIndex(oldIndex)
 	if err != nil {
 		return fmt.Errorf("delta from %s: %w", oldTree, err)
@@ -43,7 +53,12 @@ func makeDelta(ctx context.Context, oldTree string, oldIndex []byte, newTree str
 	if _, err := w.Write(append(header, digestSlice(newIndex)...)); err != nil {
 		return err
 	}
-	m.out, err = zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithWindowSize(deltaWindow))
+	m.out, err = zstd.NewWriter(
+		w,
+		zstd.WithEncoderConcurrency(1),
+		zstd.WithEncoderLevel(zstd.SpeedBestCompression),
+		zstd.WithWindowSize(deltaWindow),
+	)
 	if err != nil {
 		return err
 	}
@@ -80,9 +95,9 @@ type deltaMaker struct {
 // deltaJob is a file to patch: entry of the new index, from of the old or -1.
 type deltaJob struct{ entry, from int }
 
-// choose picks the files whose content the old release hasn't got, and for each the old file that is most likely like it: the
-// one of the same path, else of the same path but for digits and hash-like parts (hashed assets, versioned directories), else
-// of the same name and the nearest size.
+// choose picks the files whose content the old release hasn't got, and for each the old file that is most likely
+// like it: the one of the same path, else of the same path but for digits and hash-like parts (hashed assets,
+// versioned directories), else of the same name and the nearest size.
 func (m *deltaMaker) choose() []deltaJob {
 	type key struct{ by, name string }
 	have := make(map[deployments.Digest]bool, len(m.old.entries))
@@ -132,7 +147,8 @@ func (m *deltaMaker) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf gives a path without what changes from build to build: runs of digits and of eight or more hexadecimal digits.
+// shapeOf gives a path without what changes from build to build: runs of digits and of eight or more hexadecimal
+// digits.
 func shapeOf(p string) string {
 	var b strings.Builder
 	for len(p) > 0 {
@@ -304,8 +320,8 @@ const (
 	better   = 8  // bytes that another place must match more than the present one
 )
 
-// matcher finds places of the old file by 16 bytes of it. It takes the place of bsdiff's suffix array: it needs a tenth of the
-// time and memory, and what it misses, the run of nearly equal bytes around it mostly covers.
+// matcher finds places of the old file by 16 bytes of it. It takes the place of bsdiff's suffix array: it needs a
+// tenth of the time and memory, and what it misses, the run of nearly equal bytes around it mostly covers.
 type matcher struct {
 	old   []byte
 	slots []uint32 // place + 1
@@ -381,8 +397,8 @@ type sectionMaker struct {
 	same, unlike  int // the run that is being counted
 }
 
-// appendSection makes the section for new[from:to]. It walks new along a place of old that is nearly equal, and moves to another
-// place where that matches clearly better, as bsdiff does.
+// appendSection makes the section for new[from:to]. It walks new along a place of old that is nearly equal, and
+// moves to another place where that matches clearly better, as bsdiff does.
 func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []byte {
 	s := &sectionMaker{old: old, new: new}
 	// new[begin:] is to be written; it is nearly old[begin+shift:].
@@ -464,8 +480,8 @@ func (s *sectionMaker) reach(begin, scan, shift int) int {
 	return cut
 }
 
-// split ends the stretch new[begin:scan] that follows shift, where the next begins to follow another place: up to cut it is added
-// to old bytes, up to end it is extra, and from end on the next place is followed backwards.
+// split ends the stretch new[begin:scan] that follows shift, where the next begins to follow another place: up to
+// cut it is added to old bytes, up to end it is extra, and from end on the next place is followed backwards.
 func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, end int) {
 	cut, end = begin, scan
 	if aligned {

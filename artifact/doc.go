@@ -1,10 +1,10 @@
-// Package artifact makes, fetches and keeps releases: trees of files that lie in object storage as one archive, and on a node as
-// one directory each.
+// Package artifact makes, fetches and keeps releases: trees of files that lie in object storage as one archive, and
+// on a node as one directory each.
 //
 // # The archive
 //
-// An archive is a tar stream in zstd, so that `tar --zstd -xf` opens it. What makes it more than that is where its zstd frames
-// begin and end: each can be fetched, checked and decoded alone.
+// An archive is a tar stream in zstd, so that `tar --zstd -xf` opens it. What makes it more than that is where its
+// zstd frames begin and end: each can be fetched, checked and decoded alone.
 //
 //   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. Names too long for
 //     ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory, sticky.
@@ -19,9 +19,9 @@
 //
 // # The index
 //
-// The index says what is in the archive and where, and is what a manifest pins: from its SHA-256 every other byte is checked. It
-// is not compressed, as half of it is hashes, so that the same tree has the same index whatever compressor wrote it. All numbers
-// are unsigned varints (encoding/binary) unless said otherwise.
+// The index says what is in the archive and where, and is what a manifest pins: from its SHA-256 every other byte
+// is checked. It is not compressed, as half of it is hashes, so that the same tree has the same index whatever
+// compressor wrote it. All numbers are unsigned varints (encoding/binary) unless said otherwise.
 //
 //	"kedgeix\x01"
 //	flags         1: of an archive; 0: a list of hashes, taken from a tree that came without an index
@@ -41,10 +41,10 @@
 //	  SHA-256     of the frame as it lies in the archive
 //	  SHA-256     where the number was odd, of what it decodes to, all of it one file's content
 //
-// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A symbolic link's
-// target is relative, its ".." come first and do not climb above the top. Bounds: a path has at most 4,096 bytes and a part of
-// it 255; all paths together at most 64 MiB more than 32 times the index; an index at most 4 million entries and 512 MiB. A reader
-// refuses everything else before it makes a file.
+// The top directory has no entry. Every other directory has one, before what is in it; nothing is in a link. A
+// symbolic link's target is relative, its ".." come first and do not climb above the top. Bounds: a path has at
+// most 4,096 bytes and a part of it 255; all paths together at most 64 MiB more than 32 times the index; an index
+// at most 4 million entries and 512 MiB. A reader refuses everything else before it makes a file.
 //
 // # The delta
 //
@@ -60,8 +60,8 @@
 //	entry that is patched, or 0 for none; its patch
 //	0
 //
-// Files whose content the old release has, under whatever name, are not in it; others may be missing as well, and come from the
-// archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
+// Files whose content the old release has, under whatever name, are not in it; others may be missing as well, and
+// come from the archive. A patch is a row of sections, each of which makes the next 4 MiB (the last what is left):
 //
 //	lengths of four parts, then the parts:
 //	  ops         seek (signed varint: from where the last op stopped reading the old file), add, extra
@@ -69,20 +69,21 @@
 //	  differ      what to add, modulo 256, to the old bytes that differ
 //	  extra       bytes that the old file has not
 //
-// Each op copies add bytes of the old file, changed by the next runs, then extra bytes of the last part. What a patch makes is
-// used only if its SHA-256 is the new index's; otherwise the file comes from the archive.
+// Each op copies add bytes of the old file, changed by the next runs, then extra bytes of the last part. What a
+// patch makes is used only if its SHA-256 is the new index's; otherwise the file comes from the archive.
 //
 // # Fetching
 //
-// A node that runs a release takes what it has from there, hashed on the way; then from a delta, if one was published for it;
-// then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight connections. Frames are hashed
-// before they are decoded, and files written by as many workers as there are cores, straight into a private directory. There
-// is no journal: a fetch that was cut finds what it has by hashing it, files whole, large ones by frame.
+// A node that runs a release takes what it has from there, hashed on the way; then from a delta, if one was
+// published for it; then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight
+// connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
+// straight into a private directory. There is no journal: a fetch that was cut finds what it has by hashing it,
+// files whole, large ones by frame.
 //
-// A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing. That this is the
-// content whose hash the index gives the file is up to who packed it, since publish takes both from the same bytes; an index that says
-// two things was pinned as it is, and verifying the release names the file.
+// A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing.
+// That this is the content whose hash the index gives the file is up to who packed it, since publish takes both
+// from the same bytes; an index that says two things was pinned as it is, and verifying the release names the file.
 //
-// Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. Seen at most, with GOGC=50, as the agent
-// sets it: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.
+// Memory: some 60 MiB whatever the archive's size, and 0.3 KiB for each entry of the tree. Seen at most, with
+// GOGC=50, as the agent sets it: 68 MB for 44,567 files of 563 MB, 111 MB for 178,268 files of 2,252 MB.
 package artifact

@@ -38,17 +38,26 @@ const (
 	maxNames = 256 << 20
 	// maxOwners bounds the names of users and groups that are kept in memory.
 	maxOwners = 1000
-	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb to a thousandth.
-	// That holds for what it decodes to, whatever is in it, and for the files, which may be sparse there.
+	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb
+	// to a thousandth. That holds for what it decodes to, whatever is in it, and for the files, which may be sparse
+	// there.
 	maxGrowth  = 400
 	freeGrowth = 1 << 30
 	// maxWindow bounds what a zstd frame can make the decoder hold: zstd --long=27.
 	maxWindow = 128 << 20
 )
 
-// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at once, with no copy
-// of the archive in between. The tree may only be used when it returns nil: the checksum is known at the end.
-func extract(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
+// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at
+// once, with no copy of the archive in between. The tree may only be used when it returns nil: the checksum is
+// known at the end.
+func extract(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	owners func(uid, gid int) error,
+) error {
 	src := deployments.ShownURL(m.Src)
 	o, err := objects.Stat(ctx, m.Src)
 	if err != nil {
@@ -72,9 +81,19 @@ func extract(ctx context.Context, objects *object.Client, m *deployments.Manifes
 	defer root.Close()
 	sum := newHash(m.Checksum)
 	meter := newMeter("fetch", o.Size, opt.Progress)
-	x := &extractor{ctx: ctx, root: root, symlinks: m.Symlinks, links: map[string]bool{}, dirs: map[string]*attributes{}, left: max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
+	x := &extractor{
+		ctx:      ctx,
+		root:     root,
+		symlinks: m.Symlinks,
+		links:    map[string]bool{},
+		dirs:     map[string]*attributes{},
+		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
 		// As tar does for root, where nobody else is named: stretcher's users rely on it.
-		owners: os.Geteuid() == 0 && m.Owner == "", allowed: owners, uids: map[string]int{}, gids: map[string]int{}}
+		owners:  os.Geteuid() == 0 && m.Owner == "",
+		allowed: owners,
+		uids:    map[string]int{},
+		gids:    map[string]int{},
+	}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {
 		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
@@ -140,7 +159,8 @@ type extractor struct {
 	links    map[string]bool // symbolic links so far
 	// top are the attributes of the tree itself; nil: it has no entry.
 	top *attributes
-	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it has no entry.
+	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it
+	// has no entry.
 	dirs map[string]*attributes
 }
 
@@ -151,8 +171,8 @@ type attributes struct {
 	time     time.Time
 }
 
-// attributesOf gives what is kept of an entry. As with tar, names of owners count before numbers, where they are known here, and a
-// directory keeps set-group-id and the sticky bit.
+// attributesOf gives what is kept of an entry. As with tar, names of owners count before numbers, where they are
+// known here, and a directory keeps set-group-id and the sticky bit.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -177,7 +197,8 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	return a, nil
 }
 
-// idCached gives a name's number; -1 if it has none here. There may be as many names as entries, so that not all are kept.
+// idCached gives a name's number; -1 if it has none here. There may be as many names as entries, so that not all
+// are kept.
 func idCached(known map[string]int, name string, lookup func(string) (string, error)) int {
 	if name == "" {
 		return -1
@@ -342,7 +363,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	default:
 		return fmt.Errorf("an entry of type %q: refused", h.Typeflag)
 	}
-	if h.Mode&0o4000 != 0 || h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // set-group-id of a directory gives no rights
+	if h.Mode&0o4000 != 0 ||
+		h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // set-group-id of a directory gives no rights
 		return errors.New("it is setuid or setgid: refused")
 	}
 	if h.Size < 0 || h.Size > x.left {

@@ -199,7 +199,8 @@ func TestAnOldTar(t *testing.T) {
 	}
 }
 
-// An archive's owners are taken over by root alone, by name where the name is known here, and not where the manifest says another.
+// An archive's owners are taken over by root alone, by name where the name is known here, and not where the
+// manifest says another.
 func TestOwnersOfAnArchive(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
@@ -586,7 +587,8 @@ func (w *cutWriter) Write(data []byte) (int, error) {
 	return n, err
 }
 
-// FuzzExtract: whatever the bytes, nothing is written outside of the tree, and what is in it is what a release may hold.
+// FuzzExtract: whatever the bytes, nothing is written outside of the tree, and what is in it is what a release may
+// hold.
 func FuzzExtract(f *testing.F) {
 	f.Add(goodTar(f))
 	f.Add(gz(goodTar(f)))

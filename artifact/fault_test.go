@@ -58,8 +58,8 @@ func mountTmpfs(t testing.TB, dir, options string) {
 		t.Fatalf("mounting a small file system: %v", err)
 	}
 	t.Cleanup(func() {
-		// It goes when nobody holds it any more: the kernel lets go of an image on it some time after the image's own unmount, and not at all
-		// while a machine that another test boots has copies of all mounts.
+		// It goes when nobody holds it any more: the kernel lets go of an image on it some time after the image's own
+		// unmount, and not at all while a machine that another test boots has copies of all mounts.
 		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
@@ -302,8 +302,8 @@ var plays = map[string]play{
 	}, ends: map[string]error{"": object.ErrNotFound}},
 }
 
-// Whatever a server does, and whatever way a release comes by: it is whole in the end, or nothing is left of it, the error says
-// why, and what runs is as it was.
+// Whatever a server does, and whatever way a release comes by: it is whole in the end, or nothing is left of it,
+// the error says why, and what runs is as it was.
 func TestFaultsOnEveryRoute(t *testing.T) {
 	t.Parallel()
 	routes := newRoutes(t, 5<<19)

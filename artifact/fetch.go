@@ -37,10 +37,17 @@ type base struct {
 	known  *knownFiles        // nil: each of its files is hashed before it is used
 }
 
-// fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier call left in
-// dir is kept where its hash is right, and removed where not. Nothing is synced. The base is only read; where it is not what it
-// should be, it is passed over, file by file.
-func fetchIndexed(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions) (encoded []byte, err error) {
+// fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier
+// call left in dir is kept where its hash is right, and removed where not. Nothing is synced. The base is only
+// read; where it is not what it should be, it is passed over, file by file.
+func fetchIndexed(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	base *base,
+	dir string,
+	opt StageOptions,
+) (encoded []byte, err error) {
 	if m.Index == nil {
 		return nil, fmt.Errorf("fetch %s: the manifest names no index", deployments.ShownURL(m.Src))
 	}
@@ -213,7 +220,11 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 // decode checks an index against the manifest before it believes a byte of it.
 func (f *fetch) decode(data []byte) (*index, error) {
 	if digestOf(data) != f.manifest.Index.SHA256 {
-		return nil, fmt.Errorf("%w: the index %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(f.manifest.Index.URL))
+		return nil, fmt.Errorf(
+			"%w: the index %s is not the one that the manifest names",
+			ErrDigest,
+			deployments.ShownURL(f.manifest.Index.URL),
+		)
 	}
 	x, err := decodeIndex(data)
 	if err != nil {
@@ -231,7 +242,8 @@ func (f *fetch) decode(data []byte) (*index, error) {
 	return x, nil
 }
 
-// spaceOf is what an entry takes on a disk with blocks of 4 KiB: a directory one, a symbolic link one if it is too long for its inode.
+// spaceOf is what an entry takes on a disk with blocks of 4 KiB: a directory one, a symbolic link one if it is too
+// long for its inode.
 func spaceOf(e *entry) int64 {
 	switch {
 	case e.kind == kindDir, e.kind == kindSymlink && len(e.target) >= 60:
@@ -269,7 +281,8 @@ func (f *fetch) checkSpace(dir string) error {
 	return nil
 }
 
-// takeLocal makes on all cores what needs no fetching: what an earlier call left, empty files, and what the old release has.
+// takeLocal makes on all cores what needs no fetching: what an earlier call left, empty files, and what the old
+// release has.
 func (f *fetch) takeLocal(ctx context.Context) error {
 	const batch = 64 // neighbours mostly lie in one directory, whose lock two workers would fight for
 	group, ctx := errgroup.WithContext(ctx)
@@ -381,7 +394,13 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		return err
 	}
 	if o.Size != f.index.archiveSize() {
-		return fmt.Errorf("%w: the archive %s has %d bytes, its index says %d", ErrDigest, deployments.ShownURL(o.URL), o.Size, f.index.archiveSize())
+		return fmt.Errorf(
+			"%w: the archive %s has %d bytes, its index says %d",
+			ErrDigest,
+			deployments.ShownURL(o.URL),
+			o.Size,
+			f.index.archiveSize(),
+		)
 	}
 	readers := connections
 	if !o.Ranges { // one stream that passes over what isn't wanted
@@ -448,7 +467,13 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 				fr := &f.index.frames[job.frame]
 				raw, err = decoder.DecodeAll(job.data, raw[:0])
 				if err != nil || int64(len(raw)) != fr.length {
-					return fmt.Errorf("%w: frame %d of the archive does not decode to %d bytes: %v", ErrIndex, job.frame, fr.length, err)
+					return fmt.Errorf(
+						"%w: frame %d of the archive does not decode to %d bytes: %v",
+						ErrIndex,
+						job.frame,
+						fr.length,
+						err,
+					)
 				}
 				buffers <- job.data
 				if err := w.writeFrame(ctx, job.frame, raw); err != nil {
@@ -463,18 +488,31 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 
 // newDecoder makes a decoder for frames whose hash was checked.
 func newDecoder() (*zstd.Decoder, error) {
-	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxFrame), zstd.IgnoreChecksum(true))
+	return zstd.NewReader(
+		nil,
+		zstd.WithDecoderConcurrency(1),
+		zstd.WithDecoderMaxMemory(maxFrame),
+		zstd.IgnoreChecksum(true),
+	)
 }
 
 // readSpan reads a span's wanted frames and passes them on. Cut off, or given a wrong frame, it asks again from there.
-func (f *fetch) readSpan(ctx context.Context, o object.Object, s span, wanted []bool, buffers chan []byte, out chan<- fetched) error {
+func (f *fetch) readSpan(
+	ctx context.Context,
+	o object.Object,
+	s span,
+	wanted []bool,
+	buffers chan []byte,
+	out chan<- fetched,
+) error {
 	pause := wait.NewBackoff(100*time.Millisecond, time.Minute)
 	for next, failed := s.from, 0; next < s.to; {
 		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() != nil || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) || errors.Is(err, object.ErrChanged) {
+		if ctx.Err() != nil || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
+			errors.Is(err, object.ErrChanged) {
 			return err
 		}
 		if reached > next {
@@ -492,7 +530,14 @@ func (f *fetch) readSpan(ctx context.Context, o object.Object, s span, wanted []
 }
 
 // tryReadSpan makes one request, and returns the first frame that it could not pass on.
-func (f *fetch) tryReadSpan(ctx context.Context, o object.Object, s span, wanted []bool, buffers chan []byte, out chan<- fetched) (int, error) {
+func (f *fetch) tryReadSpan(
+	ctx context.Context,
+	o object.Object,
+	s span,
+	wanted []bool,
+	buffers chan []byte,
+	out chan<- fetched,
+) (int, error) {
 	first, last := f.index.frames[s.from], f.index.frames[s.to-1]
 	read := f.objects.Read
 	if o.Ranges {

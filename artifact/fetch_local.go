@@ -40,7 +40,13 @@ func openSource(b *base) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &source{top: top, index: x, known: cmp.Or(b.known, &knownFiles{}), files: make(map[deployments.Digest]int, len(x.entries)), chunks: map[deployments.Digest]chunk{}}
+	s := &source{
+		top:    top,
+		index:  x,
+		known:  cmp.Or(b.known, &knownFiles{}),
+		files:  make(map[deployments.Digest]int, len(x.entries)),
+		chunks: map[deployments.Digest]chunk{},
+	}
 	for i := range x.entries {
 		e := &x.entries[i]
 		if e.kind != kindFile {
@@ -86,7 +92,8 @@ func (r *sourceReader) close() { r.dirs.close() }
 // open opens an entry's file, which must be a plain one of the right size.
 func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	e := &r.index.entries[i]
-	// Not blocking: were it a pipe by now, opening it would wait for ever. To note each time of access would be a write of each inode.
+	// Not blocking: were it a pipe by now, opening it would wait for ever. To note each time of access would be a
+	// write of each inode.
 	fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) { // another's file
 		fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
@@ -123,8 +130,8 @@ type sharing struct {
 	noClone *atomic.Bool
 }
 
-// newSharing allows hard links where nothing writes into live trees. An inode has one owner, so that a file whose owner will be
-// changed must not be linked: the live release would follow.
+// newSharing allows hard links where nothing writes into live trees. An inode has one owner, so that a file whose
+// owner will be changed must not be linked: the live release would follow.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := ownerOf(m.Owner)
 	if uid == -1 {
@@ -134,7 +141,8 @@ func newSharing(m *deployments.Manifest) sharing {
 }
 
 func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {
-	return s.link && int(info.Uid) == s.uid && (s.gid == -1 || int(info.Gid) == s.gid) && info.Mode&0o7777 == unixMode(e.mode)
+	return s.link && int(info.Uid) == s.uid && (s.gid == -1 || int(info.Gid) == s.gid) &&
+		info.Mode&0o7777 == unixMode(e.mode)
 }
 
 // takeLocal makes entry i if it can without fetching. That the old release fails to give what it should is no error.
@@ -158,7 +166,8 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks puts into a large file that changed what the old release has of it, where a frame's content is there unchanged.
+// takeChunks puts into a large file that changed what the old release has of it, where a frame's content is there
+// unchanged.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.entries[i]
 	var to *os.File
@@ -212,7 +221,8 @@ type oldFile struct {
 	info      unix.Stat_t
 }
 
-// holds reports whether an open file has e's content, which it hashes only if it isn't as it was when that was last seen.
+// holds reports whether an open file has e's content, which it hashes only if it isn't as it was when that was last
+// seen.
 func (r *sourceReader) holds(f oldFile, e *entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true
@@ -297,8 +307,8 @@ func (w *treeWorker) link(from int, e *entry) error {
 	if err != nil {
 		return err
 	}
-	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may read any directory
-	// (CAP_DAC_READ_SEARCH) or, since Linux 6.10, opened the file; the long one for all.
+	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may
+	// read any directory (CAP_DAC_READ_SEARCH) or, since Linux 6.10, opened the file; the long one for all.
 	if err := unix.Linkat(from, "", dir, name, unix.AT_EMPTY_PATH); err == nil {
 		return nil
 	}

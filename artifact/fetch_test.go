@@ -251,7 +251,8 @@ func flip(t testing.TB, path string, at int64) {
 	}
 }
 
-// A corrupt byte anywhere in what is stored is never deployed: a delta is done without, an archive or an index is an error.
+// A corrupt byte anywhere in what is stored is never deployed: a delta is done without, an archive or an index is
+// an error.
 func TestACorruptObjectIsCaught(t *testing.T) {
 	t.Parallel()
 	old, new := twoReleases(t)
@@ -277,7 +278,8 @@ func TestACorruptObjectIsCaught(t *testing.T) {
 	}
 }
 
-// An index that a manifest names and that doesn't fit its archive is an error, before or after files are made; never a panic.
+// An index that a manifest names and that doesn't fit its archive is an error, before or after files are made;
+// never a panic.
 func TestAnIndexThatLies(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -380,8 +382,8 @@ func TestACutFetchIsResumed(t *testing.T) {
 	sameTree(t, got, new.dir)
 }
 
-// A large file that a fetch was cut in is of no use where it is too long, or may be a live release's too: it is made anew. A release may
-// have a file of the name that a fetch tries modes with.
+// A large file that a fetch was cut in is of no use where it is too long, or may be a live release's too: it is
+// made anew. A release may have a file of the name that a fetch tries modes with.
 func TestACutFetchLeavesAFile(t *testing.T) {
 	t.Parallel()
 	tree := testTree{"large": {mode: 0o644, data: noise(1, 2*largeFrame)}, ".kedge-mode": {mode: 0o600, data: "x"}}
@@ -416,8 +418,8 @@ func TestACutFetchLeavesAFile(t *testing.T) {
 	}
 }
 
-// What a cut fetch left of a large file gives way to the whole one that a release on disk has by the time of the next; not to one
-// that is damaged.
+// What a cut fetch left of a large file gives way to the whole one that a release on disk has by the time of the
+// next; not to one that is damaged.
 func TestACutFetchIsFinishedFromTheOldRelease(t *testing.T) {
 	t.Parallel()
 	tree := sample(1)

@@ -22,11 +22,12 @@ type builder struct {
 	top   *os.File // the same, for dirs
 	index *index
 	files []int // entries with content, in the order of the tar stream
-	// withheld has the permission bits that a new file does not get when it asks for them: the umask's, or a default ACL's.
+	// withheld has the permission bits that a new file does not get when it asks for them: the umask's, or a default
+	// ACL's.
 	withheld uint32
 
-	// ready says of each entry that it is made and right (a directory: that it has its mode); written by whoever made it, read when
-	// that has ended.
+	// ready says of each entry that it is made and right (a directory: that it has its mode); written by whoever made
+	// it, read when that has ended.
 	ready []bool
 	// fetching says which entries writeFrame is to make; set by missing.
 	fetching []bool
@@ -77,7 +78,8 @@ func (b *builder) close() error {
 	return errors.Join(b.top.Close(), b.root.Close())
 }
 
-// prepare keeps what an earlier call made, and removes the rest. Directories that are kept can be written into until finish.
+// prepare keeps what an earlier call made, and removes the rest. Directories that are kept can be written into
+// until finish.
 func (b *builder) prepare(ctx context.Context) error {
 	kept, err := b.sweep()
 	if err != nil {
@@ -102,8 +104,8 @@ func (b *builder) prepare(ctx context.Context) error {
 	return group.Wait()
 }
 
-// makeDirs makes the directories, which their owner can write into until finish. It is to run beside those who fill them: alone
-// it took a tenth of the time of a tree of links.
+// makeDirs makes the directories, which their owner can write into until finish. It is to run beside those who fill
+// them: alone it took a tenth of the time of a tree of links.
 func (b *builder) makeDirs(ctx context.Context) error {
 	dirs := &dirs{top: b.top}
 	defer dirs.close()
@@ -154,7 +156,8 @@ func (b *builder) there(i int) bool {
 	}
 }
 
-// probe sees what mode a new file or directory gets here. Nearly always what is asked for: then a chmod of each is saved.
+// probe sees what mode a new file or directory gets here. Nearly always what is asked for: then a chmod of each is
+// saved.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
 	b.withheld = 0o777
@@ -225,7 +228,8 @@ func (b *builder) examine(i int) error {
 		}
 	}
 	useful := false
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 && info.Size() <= e.size { // else it may be a live release's
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 &&
+		info.Size() <= e.size { // else it may be a live release's
 		from, to := b.index.framesOf(e)
 		for n := from; n < to; n++ {
 			if hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
@@ -326,7 +330,8 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		if !w.fetching[i] {
 			continue
 		}
-		// Where that can be written at once, ctx isn't asked: what was fetched is not to be fetched again because another request failed.
+		// Where that can be written at once, ctx isn't asked: what was fetched is not to be fetched again because another
+		// request failed.
 		var err error
 		if !w.there(i) {
 			err = w.await(ctx, i)

@@ -26,8 +26,8 @@ const (
 	maxEntries = 4 << 20
 	maxPath    = 4096
 	maxName    = 255
-	// maxPaths and pathGrowth bound all paths together, in bytes and in lengths of the index: they share what is before them, so that
-	// an entry of six bytes can stand for a path of 4,096.
+	// maxPaths and pathGrowth bound all paths together, in bytes and in lengths of the index: they share what is
+	// before them, so that an entry of six bytes can stand for a path of 4,096.
 	maxPaths   = 64 << 20
 	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
@@ -209,8 +209,8 @@ func unixMode(m fs.FileMode) uint32 {
 	return bits
 }
 
-// decodeIndex reads an index that nobody vouches for: whatever the bytes are, it neither panics nor takes more memory than a
-// small multiple of their length, and what it returns keeps every rule of the package comment.
+// decodeIndex reads an index that nobody vouches for: whatever the bytes are, it neither panics nor takes more
+// memory than a small multiple of their length, and what it returns keeps every rule of the package comment.
 func decodeIndex(data []byte) (*index, error) {
 	if len(data) > maxIndex {
 		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), maxIndex)
@@ -357,7 +357,8 @@ func (x *index) decodeFrames(r *cursor, end int64) error {
 			for within < len(x.entries) && (x.entries[within].kind != kindFile || x.entries[within].offset+x.entries[within].size <= start) {
 				within++
 			}
-			if within == len(x.entries) || start < x.entries[within].offset || start+f.length > x.entries[within].offset+x.entries[within].size {
+			if within == len(x.entries) || start < x.entries[within].offset ||
+				start+f.length > x.entries[within].offset+x.entries[within].size {
 				return fmt.Errorf("frame %d: it has a hash of its content, which is not one file's", i)
 			}
 		}
@@ -377,7 +378,11 @@ func checkPath(p string) error {
 	}
 	for part := range strings.SplitSeq(p, "/") {
 		if part == "" || part == "." || part == ".." || len(part) > maxName {
-			return fmt.Errorf("the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes", clip(p), maxName)
+			return fmt.Errorf(
+				"the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes",
+				clip(p),
+				maxName,
+			)
 		}
 	}
 	return nil
@@ -403,21 +408,29 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// checkTarget accepts a symbolic link that stays in the tree, or any if the manifest says so, whatever other links it passes: its ".." come first, where they
-// climb real directories, and are no more than those.
+// checkTarget accepts a symbolic link that stays in the tree, or any if the manifest says so, whatever other links
+// it passes: its ".." come first, where they climb real directories, and are no more than those.
 func checkTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err
 	}
 	if strings.HasPrefix(target, "/") {
-		return fmt.Errorf("the symbolic link %q leads out of the tree, to %q, which takes symlinks: any in the manifest", clip(p), clip(target))
+		return fmt.Errorf(
+			"the symbolic link %q leads out of the tree, to %q, which takes symlinks: any in the manifest",
+			clip(p),
+			clip(target),
+		)
 	}
 	depth, climbing := strings.Count(p, "/"), true
 	for part := range strings.SplitSeq(target, "/") {
 		switch part {
 		case "..":
 			if depth--; depth < 0 || !climbing {
-				return fmt.Errorf("the symbolic link %q leads out of the tree, or might: %q; that takes symlinks: any in the manifest", clip(p), clip(target))
+				return fmt.Errorf(
+					"the symbolic link %q leads out of the tree, or might: %q; that takes symlinks: any in the manifest",
+					clip(p),
+					clip(target),
+				)
 			}
 		case "", ".":
 		default:

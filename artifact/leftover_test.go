@@ -10,7 +10,8 @@ import (
 	"kedge/artifact/object"
 )
 
-// Killed while it writes a record, it leaves a part of one: in its own directory, until the next Prune, and in no other.
+// Killed while it writes a record, it leaves a part of one: in its own directory, until the next Prune, and in no
+// other.
 func TestWhatAKillLeavesIsPruned(t *testing.T) {
 	tmp := t.TempDir()
 	t.Setenv("TMPDIR", tmp)

@@ -118,7 +118,8 @@ func TestAnothersFileIsTaken(t *testing.T) {
 	}
 }
 
-// Files are linked also for an agent that may not read every directory, for which the kernel has the way through /proc alone.
+// Files are linked also for an agent that may not read every directory, for which the kernel has the way through
+// /proc alone.
 func TestLinksWithoutPrivileges(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

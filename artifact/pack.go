@@ -42,9 +42,15 @@ type packed struct {
 	Tree   int64 // bytes of the tree
 }
 
-// pack writes the tree in dir as an archive. A file that changes meanwhile is an error, and a symbolic link that leads elsewhere than
-// symlinks allows.
-func pack(ctx context.Context, dir string, symlinks deployments.Symlinks, w io.Writer, progress func(Progress)) (packed, error) {
+// pack writes the tree in dir as an archive. A file that changes meanwhile is an error, and a symbolic link that
+// leads elsewhere than symlinks allows.
+func pack(
+	ctx context.Context,
+	dir string,
+	symlinks deployments.Symlinks,
+	w io.Writer,
+	progress func(Progress),
+) (packed, error) {
 	top, err := openDir(dir)
 	if err != nil {
 		return packed{}, fmt.Errorf("pack: %w", err)
@@ -63,7 +69,12 @@ func pack(ctx context.Context, dir string, symlinks deployments.Symlinks, w io.W
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	p.meter.done()
-	result := packed{Size: x.archiveSize(), SHA256: deployments.Digest(p.archive.Sum(nil)), Index: x.encode(), Tree: x.size()}
+	result := packed{
+		Size:   x.archiveSize(),
+		SHA256: deployments.Digest(p.archive.Sum(nil)),
+		Index:  x.encode(),
+		Tree:   x.size(),
+	}
 	for i := range entries {
 		if entries[i].kind == kindFile {
 			result.Files++

@@ -24,7 +24,8 @@ const maxLinks = 40
 type Place struct {
 	dir  *os.File
 	real string // where it lay when it was opened; for comparing and for people
-	// shown is its path as it was asked for. That path is used if fixed says that only trusted users can change what lies there.
+	// shown is its path as it was asked for. That path is used if fixed says that only trusted users can change what
+	// lies there.
 	shown string
 	fixed bool
 	trust trust
@@ -48,8 +49,9 @@ type PlaceOptions struct {
 	Create bool
 }
 
-// OpenPlace opens the directory that dest lies in. It follows symbolic links only if nobody but root, the owner of / and this
-// process's user can have made them: an application that owns dest's directory can't lead an agent out of it.
+// OpenPlace opens the directory that dest lies in. It follows symbolic links only if nobody but root, the owner of
+// / and this process's user can have made them: an application that owns dest's directory can't lead an agent out
+// of it.
 func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	t := trust{self: os.Geteuid(), owner: -1}
 	if len(opt.Within) > 0 {
@@ -72,7 +74,13 @@ func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	}
 	if real := filepath.Join(p.real, filepath.Base(dest)); len(bounds) > 0 && !isWithin(real, bounds) {
 		p.Close()
-		return nil, fmt.Errorf("dest %s leads to %s, outside of %s: %w", dest, real, strings.Join(opt.Within, ", "), ErrUnsafe)
+		return nil, fmt.Errorf(
+			"dest %s leads to %s, outside of %s: %w",
+			dest,
+			real,
+			strings.Join(opt.Within, ", "),
+			ErrUnsafe,
+		)
 	}
 	return p, nil
 }
@@ -93,8 +101,8 @@ func (p *Place) path(process, name string) string {
 	return filepath.Join("/proc", process, "fd", strconv.Itoa(int(p.dir.Fd())), name)
 }
 
-// open opens, or makes, the directory name in p, which must belong to a trusted user, and which nobody else may write into:
-// kedge keeps there what it believes.
+// open opens, or makes, the directory name in p, which must belong to a trusted user, and which nobody else may
+// write into: kedge keeps there what it believes.
 func (p *Place) open(name string, create bool) (*Place, error) {
 	below, err := p.walk(name, nil, create)
 	if err != nil {
@@ -114,13 +122,23 @@ func (p *Place) private() error {
 		return err
 	}
 	if !p.trust.has(st.Uid) {
-		return fmt.Errorf("%s belongs to user %d, who could change releases there: give it to root, or move it away: %w", p.shown, st.Uid, ErrUnsafe)
+		return fmt.Errorf(
+			"%s belongs to user %d, who could change releases there: give it to root, or move it away: %w",
+			p.shown,
+			st.Uid,
+			ErrUnsafe,
+		)
 	}
 	if st.Mode&0o022 == 0 {
 		return nil
 	}
 	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", p.dir.Fd()), st.Mode&0o7755); err != nil {
-		return fmt.Errorf("%s can be written into by others than its owner, which can't be changed (%w): %w", p.shown, err, ErrUnsafe)
+		return fmt.Errorf(
+			"%s can be written into by others than its owner, which can't be changed (%w): %w",
+			p.shown,
+			err,
+			ErrUnsafe,
+		)
 	}
 	return nil
 }
@@ -133,8 +151,8 @@ func (t trust) has(uid uint32) bool {
 	return uid == 0 || int(uid) == t.self || int(uid) == t.top
 }
 
-// replaceable reports whether others than trusted users can put something else in the place of what lies in a directory;
-// plantable, whether they can put something new there.
+// replaceable reports whether others than trusted users can put something else in the place of what lies in a
+// directory; plantable, whether they can put something new there.
 func (t trust) replaceable(st *unix.Stat_t) bool {
 	return t.plantable(st) && (st.Mode&unix.S_ISVTX == 0 || !t.has(st.Uid))
 }
@@ -201,7 +219,15 @@ func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) 
 	if err != nil {
 		return nil, failed("open", shown, err)
 	}
-	w := &walk{fd: fd, real: p.real, trust: p.trust, fixed: p.fixed, bounds: bounds, create: create, todo: strings.Split(path, "/")}
+	w := &walk{
+		fd:     fd,
+		real:   p.real,
+		trust:  p.trust,
+		fixed:  p.fixed,
+		bounds: bounds,
+		create: create,
+		todo:   strings.Split(path, "/"),
+	}
 	for len(w.todo) > 0 && err == nil {
 		name := w.todo[0]
 		w.todo = w.todo[1:]
@@ -277,7 +303,12 @@ func (w *walk) enter(name, path string) error {
 		return failed("stat", path, err)
 	}
 	if !w.trust.has(st.Uid) && int(st.Uid) != w.trust.owner {
-		return fmt.Errorf("%s belongs to user %d, neither root nor the release's owner: give it to one of them, or name that user as owner: %w", path, st.Uid, ErrUnsafe)
+		return fmt.Errorf(
+			"%s belongs to user %d, neither root nor the release's owner: give it to one of them, or name that user as owner: %w",
+			path,
+			st.Uid,
+			ErrUnsafe,
+		)
 	}
 	return nil
 }

@@ -162,7 +162,8 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
-// Whoever owns the directories around a dest leads nothing that root's agent does out of them, however fast they change them.
+// Whoever owns the directories around a dest leads nothing that root's agent does out of them, however fast they
+// change them.
 func TestOwnersOfDestsDirectoryLeadRootNowhere(t *testing.T) {
 	t.Parallel()
 	home := openHome(t)
@@ -260,7 +261,8 @@ func ownersOf(t *testing.T, dir string) string {
 	return b.String()
 }
 
-// The strategies that write into dest itself follow no link that its owner put there, and copy into nothing that is theirs.
+// The strategies that write into dest itself follow no link that its owner put there, and copy into nothing that is
+// theirs.
 func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("rsync"); err != nil && testing.Short() {

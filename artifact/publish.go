@@ -23,20 +23,22 @@ type PublishOptions struct {
 	// Dir is the tree to publish; To the URL prefix to publish below: To/NAME/VERSION/manifest.yaml and its objects.
 	Dir string
 	To  string
-	// Manifest is the template: everything but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and Version are required.
+	// Manifest is the template: everything but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and
+	// Version are required.
 	Manifest deployments.Manifest
-	// Template, where set, is text to begin the manifest with, byte for byte, variables ({{ env }}) included. Of Manifest only
-	// the fields that Template doesn't set may be set then.
+	// Template, where set, is text to begin the manifest with, byte for byte, variables ({{ env }}) included. Of
+	// Manifest only the fields that Template doesn't set may be set then.
 	Template []byte
 	// Since are pointers of earlier releases to make deltas from; newest first.
 	Since []deployments.Pointer
-	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last below To/NAME/.
-	// One that can't be found or read gets none, and the log says why. 0: none.
+	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last
+	// below To/NAME/. One that can't be found or read gets none, and the log says why. 0: none.
 	Find int
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is put beside it as manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
-	// Signed checks that a signature is of these bytes and by the key of Sign. It is asked where another one than Sign's is there
-	// already, as a cut publish leaves it with keys whose signatures differ each time (ECDSA); nil: only the same one will do.
+	// Signed checks that a signature is of these bytes and by the key of Sign. It is asked where another one than
+	// Sign's is there already, as a cut publish leaves it with keys whose signatures differ each time (ECDSA); nil:
+	// only the same one will do.
 	Signed   func(manifest, signature []byte) error
 	Progress func(Progress)
 	Log      *slog.Logger // nil: discard
@@ -60,7 +62,8 @@ type PublishedDelta struct {
 	Version  string              `json:"version,omitempty"` // of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is what a delta would have cost, in bytes, where the changed parts of the archive cost less: it has none then.
+	// Dropped is what a delta would have cost, in bytes, where the changed parts of the archive cost less: it has none
+	// then.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 
@@ -75,9 +78,9 @@ const (
 // MaxSignature bounds a manifest's signature, in bytes.
 const MaxSignature = 16 << 10
 
-// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree and options give
-// the same bytes. Nothing is overwritten with other bytes; cut off at any point, it can be run again: that is why the signature
-// comes last, as the manifest that is there says when it was made.
+// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree
+// and options give the same bytes. Nothing is overwritten with other bytes; cut off at any point, it can be run
+// again: that is why the signature comes last, as the manifest that is there says when it was made.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -179,8 +182,8 @@ func (p *publisher) published() (b before, err error) {
 	return b, nil
 }
 
-// created is when this version was published first, where it was: so that publishing it again gives the same bytes. A later time
-// than now's is not taken over.
+// created is when this version was published first, where it was: so that publishing it again gives the same bytes.
+// A later time than now's is not taken over.
 func (b before) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created
@@ -188,10 +191,11 @@ func (b before) created(now time.Time) time.Time {
 	return now
 }
 
-// deltas are those that this version has already, where they are for publish to find: other releases are there by now, and a
-// release is immutable. They can do no harm, whoever made them: what comes out is checked.
+// deltas are those that this version has already, where they are for publish to find: other releases are there by
+// now, and a release is immutable. They can do no harm, whoever made them: what comes out is checked.
 func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
-	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 || p.opt.Find <= 0 {
+	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
+		p.opt.Find <= 0 {
 		return nil, false
 	}
 	for _, d := range b.manifest.Deltas {
@@ -224,7 +228,10 @@ func (p *publisher) sign(manifest []byte) error {
 		}
 		err = fmt.Errorf("%w (%w)", err, readErr)
 	}
-	return fmt.Errorf("%w: this version is signed already, by another key: sign with that one, or choose another version", err)
+	return fmt.Errorf(
+		"%w: this version is signed already, by another key: sign with that one, or choose another version",
+		err,
+	)
 }
 
 // ownFields are those that Publish writes.
@@ -268,7 +275,10 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	text := append(bytes.TrimRight(bytes.Clone(p.opt.Template), "\n"), '\n')
 	text = append(text, more...)
 	if _, err := deployments.ParseTemplate(text, p.url+manifestName); err != nil {
-		return nil, fmt.Errorf("the manifest's template, with what publishing adds to its end (write it as plain lines, FIELD: VALUE): %w", err)
+		return nil, fmt.Errorf(
+			"the manifest's template, with what publishing adds to its end (write it as plain lines, FIELD: VALUE): %w",
+			err,
+		)
 	}
 	return text, nil
 }
@@ -277,7 +287,10 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 	err := p.upload(name, body, size)
 	if errors.Is(err, object.ErrExists) {
-		return fmt.Errorf("%w: this version is published already, from another tree or with other settings; a release is immutable: choose another version", err)
+		return fmt.Errorf(
+			"%w: this version is published already, from another tree or with other settings; a release is immutable: choose another version",
+			err,
+		)
 	}
 	return err
 }

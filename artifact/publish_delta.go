@@ -16,7 +16,8 @@ import (
 )
 
 const (
-	// listMost bounds the objects that publish looks through for earlier releases: some thousands of releases, in twenty requests of S3.
+	// listMost bounds the objects that publish looks through for earlier releases: some thousands of releases, in
+	// twenty requests of S3.
 	listMost = 20_000
 	// readMore is how many manifests beyond those asked for publish reads, where some are of no use.
 	readMore = 5
@@ -49,8 +50,8 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	return found, nil
 }
 
-// findEarlier looks for the releases that were published last below TO/NAME/, and have another tree. Without them nodes fetch more,
-// and that is all: so nothing here is an error but the caller's end.
+// findEarlier looks for the releases that were published last below TO/NAME/, and have another tree. Without them
+// nodes fetch more, and that is all: so nothing here is an error but the caller's end.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil
@@ -60,7 +61,13 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 		return nil, p.ctx.Err()
 	}
 	if err != nil {
-		p.log.Warn("earlier releases can't be looked for, and get no deltas: name them with --since", "below", p.beside, "error", err)
+		p.log.Warn(
+			"earlier releases can't be looked for, and get no deltas: name them with --since",
+			"below",
+			p.beside,
+			"error",
+			err,
+		)
 		return nil, nil
 	}
 	seen := map[deployments.Digest]bool{index: true}
@@ -84,16 +91,21 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	return found, nil
 }
 
-// listManifests gives the manifests of this name's versions, those written last first. S3 tells when in whole seconds: of
-// those of one second the later version goes first.
+// listManifests gives the manifests of this name's versions, those written last first. S3 tells when in whole
+// seconds: of those of one second the later version goes first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
 	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
 	if err != nil {
 		return nil, err
 	}
 	if more {
-		p.log.Warn("there are too many releases to look at all: some that were published last may get no deltas; name them with --since",
-			"below", p.beside, "objects", listMost)
+		p.log.Warn(
+			"there are too many releases to look at all: some that were published last may get no deltas; name them with --since",
+			"below",
+			p.beside,
+			"objects",
+			listMost,
+		)
 	}
 	objects = slices.DeleteFunc(objects, func(o object.Listed) bool {
 		version, ok := strings.CutSuffix(strings.TrimPrefix(o.URL, p.beside), "/"+manifestName)
@@ -128,7 +140,8 @@ func compareVersions(a, b string) int {
 	return cmp.Compare(len(a), len(b))
 }
 
-// readEarlier reads a manifest that was found. Whoever wrote it is unknown: it may lead to nothing but what lies beside it.
+// readEarlier reads a manifest that was found. Whoever wrote it is unknown: it may lead to nothing but what lies
+// beside it.
 func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	raw, err := p.objects.ReadAll(p.ctx, l.URL, deployments.MaxManifest)
 	if err != nil {
@@ -149,8 +162,8 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: sha256.Sum256(raw)}, manifest: m}, nil
 }
 
-// deltas makes and uploads a delta from each of the earlier releases, where that costs their nodes less than the parts of the
-// archive that changed. costs is what each release's nodes fetch.
+// deltas makes and uploads a delta from each of the earlier releases, where that costs their nodes less than the
+// parts of the archive that changed. costs is what each release's nodes fetch.
 func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := digestOf(made.Index)
 	found, err := p.earlier(index)
@@ -184,15 +197,26 @@ func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []Pub
 // errUpload marks what went wrong here, and not with an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes and uploads what turns an earlier release, whose index it returns the digest of, into this one; nil where that would
-// be of no use. Of the earlier release only those files are fetched that files of this one are patched from.
-func (p *publisher) delta(e earlier, made packed, done map[deployments.Digest]bool) (from deployments.Digest, d *deployments.Delta, cost PublishedDelta, err error) {
+// delta makes and uploads what turns an earlier release, whose index it returns the digest of, into this one; nil
+// where that would be of no use. Of the earlier release only those files are fetched that files of this one are
+// patched from.
+func (p *publisher) delta(
+	e earlier,
+	made packed,
+	done map[deployments.Digest]bool,
+) (from deployments.Digest, d *deployments.Delta, cost PublishedDelta, err error) {
 	tree, err := os.MkdirTemp(p.dir, "from-")
 	if err != nil {
 		return from, nil, cost, err
 	}
 	defer func() { err = errors.Join(err, removeTree(tree)) }()
-	oldIndex, err := fetchPatched(p.ctx, p.objects, e.manifest, &base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)}, tree)
+	oldIndex, err := fetchPatched(
+		p.ctx,
+		p.objects,
+		e.manifest,
+		&base{dir: p.opt.Dir, index: made.Index, digest: digestOf(made.Index)},
+		tree,
+	)
 	if err != nil {
 		return from, nil, cost, err
 	}
@@ -221,7 +245,10 @@ func (p *publisher) delta(e earlier, made packed, done map[deployments.Digest]bo
 		byRanges.Dropped = byDelta.Bytes
 		return from, nil, byRanges, nil
 	}
-	d = &deployments.Delta{From: from, Blob: deployments.Blob{URL: deltaName(from), Size: info.Size(), SHA256: deployments.Digest(sum.Sum(nil))}}
+	d = &deployments.Delta{
+		From: from,
+		Blob: deployments.Blob{URL: deltaName(from), Size: info.Size(), SHA256: deployments.Digest(sum.Sum(nil))},
+	}
 	if err := p.put(d.URL, f, d.Size); err != nil {
 		return from, nil, cost, fmt.Errorf("%w: %w", errUpload, err)
 	}
@@ -230,9 +257,15 @@ func (p *publisher) delta(e earlier, made packed, done map[deployments.Digest]bo
 
 func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
 
-// fetchPatched fills dir with what makeDelta reads of m's tree, and returns the tree's index. Most of it is in new, the tree that
-// is being published.
-func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Manifest, new *base, dir string) (data []byte, err error) {
+// fetchPatched fills dir with what makeDelta reads of m's tree, and returns the tree's index. Most of it is in new,
+// the tree that is being published.
+func fetchPatched(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	new *base,
+	dir string,
+) (data []byte, err error) {
 	if m.Index == nil {
 		plain := *m
 		plain.Owner, plain.Immutable = "", false // of no use here; the owner perhaps no user of this machine
@@ -259,8 +292,8 @@ func fetchPatched(ctx context.Context, objects *object.Client, m *deployments.Ma
 	return f.index.encode(), nil
 }
 
-// costsOf gives what a node that runs an old release fetches to come to the new one, with a delta of so many bytes and without.
-// tree is a directory for the old one; the files in it are not looked at.
+// costsOf gives what a node that runs an old release fetches to come to the new one, with a delta of so many bytes
+// and without. tree is a directory for the old one; the files in it are not looked at.
 func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byDelta PublishedDelta, err error) {
 	old, err := openSource(&base{dir: tree, index: oldIndex})
 	if err != nil {

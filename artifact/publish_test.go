@@ -192,7 +192,8 @@ func TestPublishRefuses(t *testing.T) {
 	}
 }
 
-// Anybody may have put a manifest beside the one that is published: it leads to nothing elsewhere, and one of no use costs its delta.
+// Anybody may have put a manifest beside the one that is published: it leads to nothing elsewhere, and one of no
+// use costs its delta.
 func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})
@@ -316,7 +317,8 @@ func TestPublishDropsADelta(t *testing.T) {
 	}
 }
 
-// A version says when it was published first, whoever publishes it again: unless that is yet to come, or a template says it.
+// A version says when it was published first, whoever publishes it again: unless that is yet to come, or a template
+// says it.
 func TestPublishSaysWhen(t *testing.T) {
 	t.Parallel()
 	objects := object.New(object.Config{})

@@ -52,8 +52,8 @@ func usedOf(t testing.TB, dir string) int64 {
 	return int64(st.Blocks-st.Bfree) * st.Bsize
 }
 
-// Where the file system can clone, unchanged files share the old release's blocks, and are files of their own all the same. A file
-// that isn't what it should be is not cloned.
+// Where the file system can clone, unchanged files share the old release's blocks, and are files of their own all
+// the same. A file that isn't what it should be is not cloned.
 func TestUnchangedFilesAreCloned(t *testing.T) {
 	t.Parallel()
 	disk := mountXFS(t)

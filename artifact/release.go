@@ -36,8 +36,9 @@ var (
 //	/srv/app.releases/.kedge/…                manifests, indexes, trees being staged; private (0700)
 //	/srv/app.shared/…                         the manifest's shared paths, which releases link to; never removed
 //
-// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the name is, all
-// of it is. One process at a time may change it (the agent's lock on its state directory sees to that).
+// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the
+// name is, all of it is. One process at a time may change it (the agent's lock on its state directory sees to
+// that).
 type Releases struct {
 	dest    string
 	objects *object.Client
@@ -105,8 +106,8 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns the Releases with rules of where dest may lie, of who may own what leads there (see PlaceOptions), and of whom
-// files may belong to (see SwitcherConfig).
+// Bounded returns the Releases with rules of where dest may lie, of who may own what leads there (see
+// PlaceOptions), and of whom files may belong to (see SwitcherConfig).
 func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
@@ -114,7 +115,12 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 }
 
 // FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
-func FetchManifest(ctx context.Context, objects *object.Client, p deployments.Pointer, env func(string) (string, bool)) (*deployments.Manifest, []byte, error) {
+func FetchManifest(
+	ctx context.Context,
+	objects *object.Client,
+	p deployments.Pointer,
+	env func(string) (string, bool),
+) (*deployments.Manifest, []byte, error) {
 	raw, err := ReadManifest(ctx, objects, p)
 	if err != nil {
 		return nil, nil, err
@@ -137,8 +143,11 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 			return raw, nil
 		}
 		// What it has isn't told: who can pin could learn what lies in a file that only the agent can read.
-		return nil, fmt.Errorf("the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, or a bucket that keeps versions",
-			deployments.ShownURL(p.URL), ErrDigest)
+		return nil, fmt.Errorf(
+			"the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, or a bucket that keeps versions",
+			deployments.ShownURL(p.URL),
+			ErrDigest,
+		)
 	}
 	return raw, nil
 }
@@ -146,7 +155,8 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 // maxVersions bounds how many older versions of a manifest are read.
 const maxVersions = 20
 
-// olderVersion finds the manifest that p points to among older versions of its object, for a key that is overwritten by each release.
+// olderVersion finds the manifest that p points to among older versions of its object, for a key that is
+// overwritten by each release.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {
@@ -164,8 +174,8 @@ func olderVersion(ctx context.Context, objects *object.Client, p deployments.Poi
 	return nil, ErrDigest
 }
 
-// enter opens the directories of dest for one use, and returns the Releases whose paths lead there, whoever moves what. It is
-// ErrNoRelease if there are none and create doesn't say to make them.
+// enter opens the directories of dest for one use, and returns the Releases whose paths lead there, whoever moves
+// what. It is ErrNoRelease if there are none and create doesn't say to make them.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.held != nil {
 		return r, func() {}, nil
@@ -378,8 +388,9 @@ func (r *Releases) current() (*Release, *record, error) {
 	return r.load(filepath.Base(target))
 }
 
-// Switch makes dest resolve to rel by one rename, and syncs the directory. Where dest is a directory of before kedge's time, the
-// two are exchanged in one system call (renameat2 RENAME_EXCHANGE) and the old tree is kept in DEST.releases/.
+// Switch makes dest resolve to rel by one rename, and syncs the directory. Where dest is a directory of before
+// kedge's time, the two are exchanged in one system call (renameat2 RENAME_EXCHANGE) and the old tree is kept in
+// DEST.releases/.
 func (r *Releases) Switch(rel *Release) error {
 	if err := r.switchTo(rel); err != nil {
 		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
@@ -424,7 +435,10 @@ func (r *Releases) switchTo(rel *Release) error {
 	case err == nil && (info.IsDir() || info.Mode().Type() == fs.ModeSymlink && !r.leadsHere(r.link())):
 		err = unix.Renameat2(unix.AT_FDCWD, link, unix.AT_FDCWD, r.link(), unix.RENAME_EXCHANGE)
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EBUSY) {
-			err = fmt.Errorf("what is there can't be exchanged for a link (%w): stop what uses it, move it away, and try again", err)
+			err = fmt.Errorf(
+				"what is there can't be exchanged for a link (%w): stop what uses it, move it away, and try again",
+				err,
+			)
 		}
 	case err == nil && info.Mode()&fs.ModeSymlink == 0:
 		err = errors.New("it is a file: move it away first")
@@ -453,8 +467,8 @@ func (r *Releases) leadsHere(path string) bool {
 	return filepath.Dir(target) == r.shownTop()
 }
 
-// adopt gives the tree or link that was at dest before kedge, and that an exchange left under the link's name, a name to stay; a link
-// of its own that was never used it removes.
+// adopt gives the tree or link that was at dest before kedge, and that an exchange left under the link's name, a
+// name to stay; a link of its own that was never used it removes.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
@@ -469,7 +483,13 @@ func (r *Releases) adopt() error {
 	if err := os.Rename(link, kept); err != nil {
 		return err
 	}
-	r.log.Info("kept what was at dest before kedge", "dest", r.dest, "dir", filepath.Join(r.shownTop(), filepath.Base(kept)))
+	r.log.Info(
+		"kept what was at dest before kedge",
+		"dest",
+		r.dest,
+		"dir",
+		filepath.Join(r.shownTop(), filepath.Base(kept)),
+	)
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
@@ -516,8 +536,8 @@ func (r *Releases) restore() (bool, error) {
 // globLiteral makes a path a pattern that matches it alone.
 var globLiteral = strings.NewReplacer("*", "\\*", "?", "\\?", "[", "\\[", "\\", "\\\\")
 
-// Prune removes old releases but the keep newest, the current one and those in protect; also what was left half staged. Where
-// dest can't be read it removes nothing.
+// Prune removes old releases but the keep newest, the current one and those in protect; also what was left half
+// staged. Where dest can't be read it removes nothing.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }
@@ -595,8 +615,13 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
-		case strings.HasSuffix(name, recordSuffix), strings.HasSuffix(name, indexSuffix), strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix): // of a version that may be called as these are
-		case strings.HasPrefix(name, trashPrefix), isStaging && !protected(staging), isHealed && !kept[healed], strings.HasPrefix(name, unfinishedPrefix):
+		case strings.HasSuffix(name, recordSuffix),
+			strings.HasSuffix(name, indexSuffix),
+			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix): // of a version that may be called as these are
+		case strings.HasPrefix(name, trashPrefix),
+			isStaging && !protected(staging),
+			isHealed && !kept[healed],
+			strings.HasPrefix(name, unfinishedPrefix):
 			left = errors.Join(left, removeTree(filepath.Join(r.private(), name)))
 		}
 	}
@@ -632,9 +657,9 @@ func (r *Releases) remove(name string) error {
 	return removeTree(trash)
 }
 
-// Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it was
-// staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every byte; limit, in
-// bytes a second, keeps it out of the way (0: none).
+// Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it
+// was staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every
+// byte; limit, in bytes a second, keeps it out of the way (0: none).
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	r, leave, err := r.enter(false)
 	if err != nil {

@@ -170,7 +170,8 @@ func whole(dest string) error {
 	}
 }
 
-// through follows dest. Between the two halves of that, the release that it led to may be switched away from and pruned.
+// through follows dest. Between the two halves of that, the release that it led to may be switched away from and
+// pruned.
 func through[T any](dest string, follow func(string) (T, error)) (T, error) {
 	for {
 		led, _ := os.Readlink(dest)
@@ -250,8 +251,8 @@ func list(t testing.TB, dir string) (names []string) {
 	return names
 }
 
-// Killed at every step, before and after it, the next run ends in the same place, and dest was whole all the while: first the
-// directory of before kedge, then one release or the other.
+// Killed at every step, before and after it, the next run ends in the same place, and dest was whole all the while:
+// first the directory of before kedge, then one release or the other.
 func TestKilledAtEveryStep(t *testing.T) {
 	t.Parallel()
 	pointers := publishVersions(t, t.TempDir(), "1", "2")
@@ -284,8 +285,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// A directory that has a release's name and no record is never taken for the release, whenever the stage that replaces it is killed;
-// and dest, which leads to it, is whole all the while.
+// A directory that has a release's name and no record is never taken for the release, whenever the stage that
+// replaces it is killed; and dest, which leads to it, is whole all the while.
 func TestAKillWhileADirectoryIsReplaced(t *testing.T) {
 	t.Parallel()
 	pointers := publishVersions(t, t.TempDir(), "1")

@@ -56,7 +56,8 @@ func TestACutIsNotFetchedAgain(t *testing.T) {
 	t.Run("by the next fetch", func(t *testing.T) {
 		t.Parallel()
 		n := patient(routes.node(t, routeCold))
-		// Of the first span two frames of 2 MiB go through and half of a third, of the others nothing; then the node may read no more.
+		// Of the first span two frames of 2 MiB go through and half of a third, of the others nothing; then the node may
+		// read no more.
 		n.proxy.Play(func(r objecttest.Request) objecttest.Fault {
 			switch {
 			case r.Name != archiveName || r.Probe:

@@ -44,7 +44,14 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 		return err
 	}
 	defer shared.Close()
-	s := sharer{staging: staging, tree: tree, shared: shared, name: filepath.Base(r.dest) + sharedSuffix, uid: uid, gid: gid}
+	s := sharer{
+		staging: staging,
+		tree:    tree,
+		shared:  shared,
+		name:    filepath.Base(r.dest) + sharedSuffix,
+		uid:     uid,
+		gid:     gid,
+	}
 	for _, p := range m.Shared {
 		if err := s.share(p); err != nil {
 			return fmt.Errorf("shared %q: %w", p, err)

@@ -9,8 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// Shared paths stay across releases: linked in, begun with what the first archive has there, passed over by verify and heal, and left
-// alone when old releases go.
+// Shared paths stay across releases: linked in, begun with what the first archive has there, passed over by verify
+// and heal, and left alone when old releases go.
 func TestSharedPathsStay(t *testing.T) {
 	t.Parallel()
 	store := t.TempDir()

@@ -20,10 +20,17 @@ import (
 	"kedge/deployments/durable"
 )
 
-// Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does nothing where it
-// does so already. Killed at any point, the next Stage finishes or starts again, and never takes a half tree for a whole one.
-// raw is the manifest's bytes, whose digest is p's. A full disk is reported before anything is fetched, where sizes are known.
-func (r *Releases) Stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
+// Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does
+// nothing where it does so already. Killed at any point, the next Stage finishes or starts again, and never takes a
+// half tree for a whole one. raw is the manifest's bytes, whose digest is p's. A full disk is reported before
+// anything is fetched, where sizes are known.
+func (r *Releases) Stage(
+	ctx context.Context,
+	p deployments.Pointer,
+	m *deployments.Manifest,
+	raw []byte,
+	opt StageOptions,
+) (*Release, error) {
 	rel, err := r.stage(ctx, p, m, raw, opt)
 	if err != nil {
 		return nil, fmt.Errorf("stage %s: %w", nameOf(m.Version, p.Digest), err)
@@ -31,7 +38,13 @@ func (r *Releases) Stage(ctx context.Context, p deployments.Pointer, m *deployme
 	return rel, nil
 }
 
-func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, opt StageOptions) (*Release, error) {
+func (r *Releases) stage(
+	ctx context.Context,
+	p deployments.Pointer,
+	m *deployments.Manifest,
+	raw []byte,
+	opt StageOptions,
+) (*Release, error) {
 	if opt.Log == nil {
 		opt.Log = r.log
 	}
@@ -54,8 +67,9 @@ func (r *Releases) stage(ctx context.Context, p deployments.Pointer, m *deployme
 	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt)
 }
 
-// Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is whole all the
-// while. Nothing is taken from the old tree, which stays for processes that work in it until the release goes or is healed again.
+// Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is
+// whole all the while. Nothing is taken from the old tree, which stays for processes that work in it until the
+// release goes or is healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
 	if err != nil {
@@ -69,7 +83,14 @@ func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 }
 
 // renew stages a release, whether or not it is there.
-func (r *Releases) renew(ctx context.Context, p deployments.Pointer, m *deployments.Manifest, raw []byte, base *base, opt StageOptions) (*Release, error) {
+func (r *Releases) renew(
+	ctx context.Context,
+	p deployments.Pointer,
+	m *deployments.Manifest,
+	raw []byte,
+	base *base,
+	opt StageOptions,
+) (*Release, error) {
 	staging := filepath.Join(r.private(), stagingPrefix+p.Digest.Short())
 	if err := r.prepare(staging); err != nil {
 		return nil, err
@@ -142,8 +163,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (
 	return stats, group.Wait()
 }
 
-// noteFiles notes what the files of a staged release are, and of the one before, whose files may have got more names. That it can't
-// is no error: they are hashed the next time.
+// noteFiles notes what the files of a staged release are, and of the one before, whose files may have got more
+// names. That it can't is no error: they are hashed the next time.
 func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
@@ -157,7 +178,8 @@ func (r *Releases) noteFiles(name string, index deployments.Digest, stats []file
 	}
 }
 
-// setMode gives a release's directory its mode: after the rename, which could not be made without the right to write into it.
+// setMode gives a release's directory its mode: after the rename, which could not be made without the right to
+// write into it.
 func (r *Releases) setMode(rel *Release) error {
 	dir := r.dirOf(rel)
 	info, err := os.Stat(dir)
@@ -180,9 +202,10 @@ func (r *Releases) prepare(staging string) error {
 	return durable.SyncDir(r.parent())
 }
 
-// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was one. It is one to
-// heal, or has no record and is not to be trusted: it must have gone for good when the record is written. It goes by an exchange,
-// since dest may lead to it, and stays as long as the release or until the next exchange, for processes that work in it.
+// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was
+// one. It is one to heal, or has no record and is not to be trusted: it must have gone for good when the record is
+// written. It goes by an exchange, since dest may lead to it, and stays as long as the release or until the next
+// exchange, for processes that work in it.
 func (r *Releases) replace(staging, dir string) (bool, error) {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -244,7 +267,14 @@ func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest
 }
 
 // unpack is Unpack with SwitcherConfig.Owners.
-func unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions, owners func(uid, gid int) error) error {
+func unpack(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	owners func(uid, gid int) error,
+) error {
 	if m.Src == "" {
 		return errors.New("unpack: the manifest has commands only, and no tree")
 	}
@@ -255,7 +285,13 @@ func unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest
 }
 
 // fill puts m's tree into dir, and gives it its owner. It returns the tree's index.
-func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, base *base, dir string, opt StageOptions,
+func fill(
+	ctx context.Context,
+	objects *object.Client,
+	m *deployments.Manifest,
+	base *base,
+	dir string,
+	opt StageOptions,
 	owners func(uid, gid int) error,
 ) (index []byte, err error) {
 	if _, _, err := ownerOf(m.Owner); err != nil { // before it fetches what it couldn't give to anybody
@@ -280,7 +316,8 @@ func fill(ctx context.Context, objects *object.Client, m *deployments.Manifest, 
 // abandon removes what can't be of use to the next try: all but the verified parts of a fetch that was cut off.
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
-	if m.Index == nil || slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
+	if m.Index == nil ||
+		slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
 		return removeTree(staging)
 	}
 	return nil
@@ -293,7 +330,13 @@ func checkFree(dir string, need int64) error {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; need > free {
-		return fmt.Errorf("what is to be fetched alone has %s, %s has %s left: %w", sizeText(need), dir, sizeText(free), syscall.ENOSPC)
+		return fmt.Errorf(
+			"what is to be fetched alone has %s, %s has %s left: %w",
+			sizeText(need),
+			dir,
+			sizeText(free),
+			syscall.ENOSPC,
+		)
 	}
 	return nil
 }

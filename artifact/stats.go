@@ -16,8 +16,8 @@ import (
 	"kedge/deployments"
 )
 
-// fileStat is what tells that a file is as it was when its content was last written or hashed: whoever writes to it changes its
-// ctime, which only root can set. Zero: nothing is known.
+// fileStat is what tells that a file is as it was when its content was last written or hashed: whoever writes to it
+// changes its ctime, which only root can set. Zero: nothing is known.
 //
 // The device is not among them: it has another number after a restart, and in each machine that boots from an image.
 type fileStat struct {
@@ -29,13 +29,14 @@ func statOf(st *unix.Stat_t) fileStat {
 	return fileStat{st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
 }
 
-// sameContent reports whether nothing but the number of a file's names can have changed between two looks at it that lie close
-// together: that changes its ctime, too.
+// sameContent reports whether nothing but the number of a file's names can have changed between two looks at it
+// that lie close together: that changes its ctime, too.
 func (s fileStat) sameContent(later fileStat) bool {
 	return s.inode == later.inode && s.mtime == later.mtime
 }
 
-// knownFiles are the files of a release that need no hashing, by entry of its index. Its methods may be called by several goroutines.
+// knownFiles are the files of a release that need no hashing, by entry of its index. Its methods may be called by
+// several goroutines.
 type knownFiles struct {
 	mu      sync.Mutex
 	stats   []fileStat // nil: none is known, and none will be
@@ -67,13 +68,14 @@ const (
 	statsSuffix = ".stat"
 	statsMagic  = "kedgest\x01"
 	statSize    = 24
-	// clockTick is more than the coarsest step of a file system's clock: what was written so shortly before it was read could be
-	// written to again without a change of its ctime. What only kedge can reach while it looks needs no such care.
+	// clockTick is more than the coarsest step of a file system's clock: what was written so shortly before it was
+	// read could be written to again without a change of its ctime. What only kedge can reach while it looks needs no
+	// such care.
 	clockTick = 20 * time.Millisecond
 )
 
-// writeStats keeps a release's stats. They are a cache: lost, or in pieces, they cost a reading of the release, and no more. So
-// nothing is synced.
+// writeStats keeps a release's stats. They are a cache: lost, or in pieces, they cost a reading of the release, and
+// no more. So nothing is synced.
 func (r *Releases) writeStats(name string, index deployments.Digest, stats []fileStat) error {
 	data := append([]byte(statsMagic), index[:]...)
 	for _, s := range stats {
@@ -98,13 +100,18 @@ func (r *Releases) readStats(name string, index deployments.Digest, entries int)
 		return nil
 	}
 	sum := digestOf(data[:end])
-	if !bytes.Equal(sum[:], data[end:]) || string(data[:len(statsMagic)]) != statsMagic || !bytes.Equal(data[len(statsMagic):][:len(index)], index[:]) {
+	if !bytes.Equal(sum[:], data[end:]) || string(data[:len(statsMagic)]) != statsMagic ||
+		!bytes.Equal(data[len(statsMagic):][:len(index)], index[:]) {
 		return nil
 	}
 	stats := make([]fileStat, entries)
 	for i := range stats {
 		d := data[len(statsMagic)+len(index)+i*statSize:]
-		stats[i] = fileStat{binary.LittleEndian.Uint64(d), int64(binary.LittleEndian.Uint64(d[8:])), int64(binary.LittleEndian.Uint64(d[16:]))}
+		stats[i] = fileStat{
+			binary.LittleEndian.Uint64(d),
+			int64(binary.LittleEndian.Uint64(d[8:])),
+			int64(binary.LittleEndian.Uint64(d[16:])),
+		}
 	}
 	return stats
 }
@@ -118,7 +125,8 @@ func (r *Releases) forgetStats() error {
 	return err
 }
 
-// statTree looks at the files of a tree that have content. One that isn't as its index says, as far as that tells, has no stat.
+// statTree looks at the files of a tree that have content. One that isn't as its index says, as far as that tells,
+// has no stat.
 func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 	top, err := openDir(dir)
 	if err != nil {
@@ -154,7 +162,8 @@ func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 	return stats, nil
 }
 
-// keptStats carries the trust in the live release over what removes other names of its files, which changes their ctime.
+// keptStats carries the trust in the live release over what removes other names of its files, which changes their
+// ctime.
 type keptStats struct {
 	r     *Releases
 	name  string
@@ -163,7 +172,8 @@ type keptStats struct {
 	stats []fileStat
 }
 
-// keepStats looks which files of the live release are as they were, before others are removed. It is nil if none is known.
+// keepStats looks which files of the live release are as they were, before others are removed. It is nil if none is
+// known.
 func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if live == nil {
 		return nil

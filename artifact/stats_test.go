@@ -117,8 +117,8 @@ func (w *statsWorld) content(t *testing.T) string {
 	return string(data)
 }
 
-// Files that are as they were are linked without being read: through a deployment, and through the removal of the releases that they
-// are shared with, both of which change their ctime.
+// Files that are as they were are linked without being read: through a deployment, and through the removal of the
+// releases that they are shared with, both of which change their ctime.
 func TestKnownFilesStayKnown(t *testing.T) {
 	t.Parallel()
 	w := newStatsWorld(t)
@@ -139,7 +139,8 @@ func TestKnownFilesStayKnown(t *testing.T) {
 	}
 }
 
-// A change of a known file is seen, also if its time was set back, and also if the next thing is that another release goes.
+// A change of a known file is seen, also if its time was set back, and also if the next thing is that another
+// release goes.
 func TestChangedFilesAreNotKnown(t *testing.T) {
 	t.Parallel()
 	for name, then := range map[string]func(w *statsWorld){

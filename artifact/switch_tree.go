@@ -110,7 +110,10 @@ type rsyncSwitcher struct{ treeSwitcher }
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	parent, err := s.place(r)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("dest's directory %s does not exist: make it before, or in a pre command", filepath.Dir(r.Manifest.Dest))
+		return fmt.Errorf(
+			"dest's directory %s does not exist: make it before, or in a pre command",
+			filepath.Dir(r.Manifest.Dest),
+		)
 	}
 	if err != nil {
 		return err
@@ -142,8 +145,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return syncFS(dest.Path(""))
 }
 
-// replaceLink puts a whole tree in the place of a link that the release strategy left at dest, by one exchange: something is
-// served from there all the while.
+// replaceLink puts a whole tree in the place of a link that the release strategy left at dest, by one exchange:
+// something is served from there all the while.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Release) error {
 	if !s.linked(parent, r) {
 		return nil
@@ -190,7 +193,13 @@ func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, err
 	}
 	bounds, err := realDirs(s.c.Within)
 	if err == nil && !isWithin(dest.real, bounds) {
-		err = fmt.Errorf("dest %s leads to %s, outside of %s: %w", r.Manifest.Dest, dest.real, strings.Join(s.c.Within, ", "), ErrUnsafe)
+		err = fmt.Errorf(
+			"dest %s leads to %s, outside of %s: %w",
+			r.Manifest.Dest,
+			dest.real,
+			strings.Join(s.c.Within, ", "),
+			ErrUnsafe,
+		)
 	}
 	if err != nil {
 		dest.Close()
@@ -326,7 +335,11 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 		return nil // it was cut off after the rename
 	}
 	if exists(dest) {
-		return fmt.Errorf("%w: %s exists, and sync_strategy mv needs a pre command that moves it away", ErrUntouched, r.Manifest.Dest)
+		return fmt.Errorf(
+			"%w: %s exists, and sync_strategy mv needs a pre command that moves it away",
+			ErrUntouched,
+			r.Manifest.Dest,
+		)
 	}
 	if !exists(beside) {
 		err := moveDurably(tree, dest)
@@ -343,7 +356,8 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 	return moveDurably(beside, dest)
 }
 
-// copyBeside copies r's tree beside dest. Until it is whole, it lies in a private directory, which others may move but not enter.
+// copyBeside copies r's tree beside dest. Until it is whole, it lies in a private directory, which others may move
+// but not enter.
 func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
 	part := besideName(r) + ".part"
 	if err := removeTree(parent.Path(part)); err != nil {
@@ -378,7 +392,9 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
 	staged := exists(m.tree(r)) || exists(parent.Path(besideName(r)))
 	elsewhere := failed.Manifest.Src == "" || failed.Manifest.Dest != r.Manifest.Dest
-	unmoved := elsewhere || failed.Manifest.Strategy == deployments.StrategyMv && (exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
+	unmoved := elsewhere ||
+		failed.Manifest.Strategy == deployments.StrategyMv &&
+			(exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
 	if unmoved && !dirty && exists(dest) && !exists(aside) {
 		return nil // the failed one was never moved to dest
 	}

@@ -58,8 +58,8 @@ type SwitcherConfig struct {
 	Within []string
 	// Owners says why an archive's file may not belong to whom the archive says; nil: it may to anybody.
 	Owners func(uid, gid int) error
-	// HashAlways has each file of the old release hashed before it is used. Otherwise one is taken as it is whose inode, size, mtime
-	// and ctime are as when it was last written or hashed.
+	// HashAlways has each file of the old release hashed before it is used. Otherwise one is taken as it is whose
+	// inode, size, mtime and ctime are as when it was last written or hashed.
 	HashAlways bool
 	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)

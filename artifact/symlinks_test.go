@@ -10,8 +10,8 @@ import (
 	"kedge/deployments"
 )
 
-// A virtualenv's links lead to the system's interpreter: symlinks: any takes them, from a publisher's tree and from a plain tar, and
-// whatever lies there is neither read nor written.
+// A virtualenv's links lead to the system's interpreter: symlinks: any takes them, from a publisher's tree and from
+// a plain tar, and whatever lies there is neither read nor written.
 func TestSymlinksThatLeadOut(t *testing.T) {
 	t.Parallel()
 	outside := t.TempDir()

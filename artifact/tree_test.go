@@ -326,7 +326,8 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
-// drawTree draws trees with shapes that are rare by hand: nested empty directories, names that sort oddly, links everywhere.
+// drawTree draws trees with shapes that are rare by hand: nested empty directories, names that sort oddly, links
+// everywhere.
 func drawTree(t *rapid.T) testTree {
 	tree := testTree{}
 	dirs := []string{""}
@@ -355,8 +356,8 @@ func drawTree(t *rapid.T) testTree {
 	return tree
 }
 
-// Whatever two trees are, and whatever way the second is reached, it is what was published.
-// A large file is read in parts: half of one program and half of the next are never published, though both have one size.
+// Whatever two trees are, and whatever way the second is reached, it is what was published. A large file is read in
+// parts: half of one program and half of the next are never published, though both have one size.
 func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

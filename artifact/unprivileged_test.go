@@ -12,8 +12,8 @@ import (
 	"kedge/deployments"
 )
 
-// An agent that isn't root may not write into directories that are read-only, not even to remove them or to move them. Killed at any
-// step it comes to the same end all the same.
+// An agent that isn't root may not write into directories that are read-only, not even to remove them or to move
+// them. Killed at any step it comes to the same end all the same.
 func TestKilledAtEveryStepWithoutPrivileges(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {

@@ -18,11 +18,18 @@ import (
 	"kedge/deployments"
 )
 
-// verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index. It reads every
-// file, at most limit bytes a second (0: as fast as one core can). What lies at the paths of skip and below is passed over.
+// verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index.
+// It reads every file, at most limit bytes a second (0: as fast as one core can). What lies at the paths of skip
+// and below is passed over.
 //
 // stats has what each file was while it was read, if it was right.
-func verifyTree(ctx context.Context, dir string, data []byte, limit int64, skip ...string) (found []Difference, stats []fileStat, err error) {
+func verifyTree(
+	ctx context.Context,
+	dir string,
+	data []byte,
+	limit int64,
+	skip ...string,
+) (found []Difference, stats []fileStat, err error) {
 	x, err := decodeIndex(data)
 	if err != nil {
 		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
@@ -32,7 +39,14 @@ func verifyTree(ctx context.Context, dir string, data []byte, limit int64, skip 
 		return nil, nil, fmt.Errorf("verify: %w", err)
 	}
 	defer root.Close()
-	v := &verifier{root: root, index: x, skip: skip, stats: make([]fileStat, len(x.entries)), seen: make([]fs.FileInfo, len(x.entries)), buffer: make([]byte, 64<<10)}
+	v := &verifier{
+		root:   root,
+		index:  x,
+		skip:   skip,
+		stats:  make([]fileStat, len(x.entries)),
+		seen:   make([]fs.FileInfo, len(x.entries)),
+		buffer: make([]byte, 64<<10),
+	}
 	if limit > 0 {
 		v.limit = rate.NewLimiter(rate.Limit(limit), len(v.buffer))
 	}
@@ -175,7 +189,11 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	if info.Size() != e.size {
 		return deployments.Digest{}, nil
 	}
-	f, err := v.root.OpenFile(e.path, os.O_RDONLY|unix.O_NONBLOCK, 0) // were it a pipe by now, opening it would wait for ever
+	f, err := v.root.OpenFile(
+		e.path,
+		os.O_RDONLY|unix.O_NONBLOCK,
+		0,
+	) // were it a pipe by now, opening it would wait for ever
 	if err != nil {
 		return deployments.Digest{}, err
 	}
@@ -184,7 +202,12 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	if err := unix.Fstat(int(f.Fd()), &before); err != nil || before.Mode&unix.S_IFMT != unix.S_IFREG {
 		return deployments.Digest{}, err
 	}
-	sum, err := hashSlowly(ctx, io.LimitReader(f, e.size+1), v.limit, v.buffer) // else it might grow for as long as it is read
+	sum, err := hashSlowly(
+		ctx,
+		io.LimitReader(f, e.size+1),
+		v.limit,
+		v.buffer,
+	) // else it might grow for as long as it is read
 	if err == nil && sum == e.sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
 		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
 		v.stats[i] = statOf(&after)
@@ -212,8 +235,8 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 	}
 }
 
-// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it by later and to take
-// unchanged files from.
+// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it by later
+// and to take unchanged files from.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := openDir(dir)
 	if err != nil {

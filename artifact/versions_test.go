@@ -16,8 +16,8 @@ import (
 	"kedge/deployments"
 )
 
-// A manifest's key that each release overwrites: an older pointer is found among the bucket's versions, if it keeps any, and else the
-// error says what is wrong with such keys.
+// A manifest's key that each release overwrites: an older pointer is found among the bucket's versions, if it keeps
+// any, and else the error says what is wrong with such keys.
 func TestOverwrittenManifest(t *testing.T) {
 	t.Setenv("VGW_VERSIONING_DIR", t.TempDir())
 	server := objecttest.Start(t)

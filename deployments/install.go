@@ -32,9 +32,10 @@ type RuleVars struct {
 	Node string
 }
 
-// ConsulRules gives the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns its node's maintenance
-// mode), "mirror", "operator" or "web", in HCL. It panics for another party, and where a variable that the rules need is missing or isn't a
-// good part of a key: the rules would be about other keys than meant.
+// ConsulRules gives the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns
+// its node's maintenance mode), "mirror", "operator" or "web", in HCL. It panics for another party, and where a
+// variable that the rules need is missing or isn't a good part of a key: the rules would be about other keys than
+// meant.
 func ConsulRules(party string, v RuleVars) string {
 	rules, err := installed.ReadFile("consul/" + party + ".hcl")
 	if err != nil {

@@ -5,14 +5,14 @@ import (
 	"time"
 )
 
-// Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy unchanged, but
-// for what stretcher passes over or should not have taken: unknown fields, loops in templates, a src by plain http or without a
-// checksum. Each is an error that says so. Written by kedge publish or by hand, immutable once a
-// pointer names its digest.
+// Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy
+// unchanged, but for what stretcher passes over or should not have taken: unknown fields, loops in templates, a src
+// by plain http or without a checksum. Each is an error that says so. Written by kedge publish or by hand,
+// immutable once a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
-	// Created orders signed releases: a node with signers goes to none that is older than the newest it has settled on. Whole seconds,
-	// UTC; zero: the manifest does not say, and counts as older than any that does.
+	// Created orders signed releases: a node with signers goes to none that is older than the newest it has settled
+	// on. Whole seconds, UTC; zero: the manifest does not say, and counts as older than any that does.
 	Created time.Time
 
 	// Src is the archive's URL, made absolute against the manifest's own; empty: commands only.
@@ -101,8 +101,8 @@ func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Succ
 // Command is run by sh -c in a process group of its own.
 type Command struct {
 	Run string
-	// Timeout ends its whole process group. Default: the manifest's commands.timeout, or else 10 minutes; a day in a manifest that has
-	// no fields but stretcher's, which knows no timeouts.
+	// Timeout ends its whole process group. Default: the manifest's commands.timeout, or else 10 minutes; a day in a
+	// manifest that has no fields but stretcher's, which knows no timeouts.
 	Timeout time.Duration
 	// User is whom it runs as, by name or number; empty: whoever the agent runs as.
 	User string
@@ -114,7 +114,8 @@ type Command struct {
 type Health struct {
 	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
 	Timeout time.Duration
-	// StableFor is how long they must go on passing, until each has been tried once more at its end. Default 0: once is enough.
+	// StableFor is how long they must go on passing, until each has been tried once more at its end. Default 0: once
+	// is enough.
 	StableFor time.Duration
 	// Every is the time between two rounds of checks while the release is live; default 10 s. Failures is how many
 	// rounds in a row must fail before it counts as unhealthy; default 3.
@@ -132,8 +133,8 @@ type Check struct {
 	Systemd string
 	// Consul is the name of a service on this node whose checks all pass.
 	Consul string
-	// Interval is the time between two tries, but for Health.StableFor where that is shorter (and at least 1 s); default 1 s.
-	// Timeout bounds one try; default 5 s.
+	// Interval is the time between two tries, but for Health.StableFor where that is shorter (and at least 1 s);
+	// default 1 s. Timeout bounds one try; default 5 s.
 	Interval, Timeout time.Duration
 	// During limits when it is tried.
 	During During

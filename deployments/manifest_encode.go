@@ -12,8 +12,8 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal Manifest.
-// Fields that hold their default are left out.
+// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal
+// Manifest. Fields that hold their default are left out.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {
@@ -25,7 +25,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 		}
 	}
 	blob := func(b Blob) yaml.MapSlice {
-		return yaml.MapSlice{{Key: "url", Value: scalar(b.URL)}, {Key: "size", Value: b.Size}, {Key: "sha256", Value: b.SHA256.String()}}
+		return yaml.MapSlice{
+			{Key: "url", Value: scalar(b.URL)},
+			{Key: "size", Value: b.Size},
+			{Key: "sha256", Value: b.SHA256.String()},
+		}
 	}
 	add(&out, "name", m.Name, m.Name != "")
 	add(&out, "version", m.Version, m.Version != "")
@@ -133,7 +137,8 @@ func (m *Manifest) own() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
 		m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep || len(m.Shared) > 0 ||
-		m.Symlinks != "" && m.Symlinks != SymlinksInside || m.Immutable || m.Drain != 0 || len(h.Checks) > 0 || h.StableFor != 0 ||
+		m.Symlinks != "" &&
+			m.Symlinks != SymlinksInside || m.Immutable || m.Drain != 0 || len(h.Checks) > 0 || h.StableFor != 0 ||
 		h.Timeout != 0 && h.Timeout != defaultHealthTimeout || h.Every != 0 && h.Every != defaultHealthEvery ||
 		h.Failures != 0 && h.Failures != defaultHealthFailures
 }

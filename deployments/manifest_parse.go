@@ -36,10 +36,10 @@ const (
 	defaultCheckTimeout   = 5 * time.Second
 )
 
-// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME" "default" }} and
-// {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set. Relative URLs are made absolute
-// against url. Unknown fields, which stretcher passes over, doubles and bad values are Problems with line and column; a field
-// without a value counts as left out, as in stretcher.
+// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME"
+// "default" }} and {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set.
+// Relative URLs are made absolute against url. Unknown fields, which stretcher passes over, doubles and bad values
+// are Problems with line and column; a field without a value counts as left out, as in stretcher.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
 	if env == nil {
 		env = func(string) (string, bool) { return "", false }
@@ -48,7 +48,8 @@ func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*M
 	return m, err
 }
 
-// ParseTemplate reads a manifest where its variables aren't known: fields that hold one are not checked, and may be left empty.
+// ParseTemplate reads a manifest where its variables aren't known: fields that hold one are not checked, and may be
+// left empty.
 func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	m, _, err := readManifest(data, url, nil)
 	return m, err
@@ -57,7 +58,8 @@ func ParseTemplate(data []byte, url string) (*Manifest, error) {
 // variable stands for a variable's value in a template.
 const variable = "kedge-variable"
 
-// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's. Variables are left open.
+// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's.
+// Variables are left open.
 func ManifestTraps(data []byte) ([]Problem, error) {
 	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
@@ -107,11 +109,16 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 const maxOutcomes = 16
 
 func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, error) {
-	r := &manifestReader{reader: reader{file: "manifest", open: open, lax: true}, traps: reader{file: "manifest"}, url: url, m: &Manifest{
-		DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
-		Symlinks: SymlinksInside,
-		Health:   Health{Timeout: defaultHealthTimeout, Every: defaultHealthEvery, Failures: defaultHealthFailures},
-	}}
+	r := &manifestReader{
+		reader: reader{file: "manifest", open: open, lax: true},
+		traps:  reader{file: "manifest"},
+		url:    url,
+		m: &Manifest{
+			DestMode: 0o755, Strategy: StrategyRsync, Keep: defaultKeep,
+			Symlinks: SymlinksInside,
+			Health:   Health{Timeout: defaultHealthTimeout, Every: defaultHealthEvery, Failures: defaultHealthFailures},
+		},
+	}
 	root := r.parse([]byte(e.text), MaxManifest)
 	if root == nil && r.err() == nil {
 		return nil, nil, errors.New("the manifest is empty")
@@ -159,7 +166,11 @@ func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 		}
 	}
 	if open && own && r.timeout == 0 {
-		r.traps.at(place, "commands without a timeout of their own are ended after %s: commands.timeout sets it for all", DefaultCommandTimeout)
+		r.traps.at(
+			place,
+			"commands without a timeout of their own are ended after %s: commands.timeout sets it for all",
+			DefaultCommandTimeout,
+		)
 	}
 }
 
@@ -211,7 +222,10 @@ func (r *manifestReader) read(root ast.Node) {
 	case m.Src != "" && m.Checksum == "" && m.Index == nil && seen["checksum"] == nil:
 		r.at(place("src"), "checksum is missing: the archive could change under the nodes")
 	case len(m.Shared) > 0 && m.Strategy != StrategyRelease:
-		r.at(place("shared"), "shared needs sync_strategy release: the others change dest in place, and excludes keep a path there")
+		r.at(
+			place("shared"),
+			"shared needs sync_strategy release: the others change dest in place, and excludes keep a path there",
+		)
 	case nested(m.Shared):
 		r.at(place("shared"), "one shared path lies within another, or stands twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
@@ -224,12 +238,20 @@ func (r *manifestReader) read(root ast.Node) {
 func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	m := r.m
 	if m.Src != "" && m.Strategy != StrategyRelease {
-		r.traps.at(place("sync_strategy"), "sync_strategy %s changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not", m.Strategy)
+		r.traps.at(
+			place("sync_strategy"),
+			"sync_strategy %s changes dest file by file: a kill leaves it half deployed; sync_strategy: release does not",
+			m.Strategy,
+		)
 	}
 	for _, theirs := range []string{"/home/", "/tmp/", "/var/tmp/", "/dev/shm/"} {
 		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {
-			r.traps.at(place("dest"), "dest %s lies where others than root can move what leads to it: they can take it out of service, "+
-				"and what runs there with more rights than theirs is theirs; a directory of root's, as /srv, is safe", clip(m.Dest))
+			r.traps.at(
+				place("dest"),
+				"dest %s lies where others than root can move what leads to it: they can take it out of service, "+
+					"and what runs there with more rights than theirs is theirs; a directory of root's, as /srv, is safe",
+				clip(m.Dest),
+			)
 		}
 	}
 	switch len(m.Checksum) {
@@ -242,7 +264,12 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}{{"post", m.Commands.Post}, {"failure", m.Commands.Failure}, {"success", m.Commands.Success}} {
 		for _, c := range list.commands {
 			if strings.HasPrefix(c.Run, "./") || strings.Contains(c.Run, " ./") {
-				r.traps.at(place("commands"), "%s command %q names a path relative to the working directory: stretcher ran it in one that was deleted after a failure, kedge runs it in /; use $KEDGE_RELEASE or an absolute path", list.name, clip(c.Run))
+				r.traps.at(
+					place("commands"),
+					"%s command %q names a path relative to the working directory: stretcher ran it in one that was deleted after a failure, kedge runs it in /; use $KEDGE_RELEASE or an absolute path",
+					list.name,
+					clip(c.Run),
+				)
 			}
 		}
 	}
@@ -303,8 +330,14 @@ func (r *manifestReader) deltas(n ast.Node) {
 func (r *manifestReader) commands(n ast.Node) {
 	c := &r.m.Commands
 	r.fields(n, "commands", map[string]func(ast.Node){
-		"env": r.environment, "timeout": into(&r.reader, &r.timeout, asPositive),
-		"pre": r.commandList(&c.Pre), "post": r.commandList(&c.Post), "success": r.commandList(&c.Success), "failure": r.commandList(&c.Failure),
+		"env":     r.environment,
+		"timeout": into(&r.reader, &r.timeout, asPositive),
+		"pre": r.commandList(
+			&c.Pre,
+		),
+		"post":    r.commandList(&c.Post),
+		"success": r.commandList(&c.Success),
+		"failure": r.commandList(&c.Failure),
 	})
 }
 
@@ -459,7 +492,10 @@ func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 // asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
 func asShown(s string) (string, error) {
 	if len(s) > 128 || !shown.MatchString(s) {
-		return "", fmt.Errorf("%q: want 1 to 128 letters, digits, '.', '_', '+', '~' or '-', beginning with a letter or digit", clip(s))
+		return "", fmt.Errorf(
+			"%q: want 1 to 128 letters, digits, '.', '_', '+', '~' or '-', beginning with a letter or digit",
+			clip(s),
+		)
 	}
 	return s, nil
 }

@@ -67,7 +67,10 @@ func ParsePointer(text string) (Pointer, error) {
 	}
 	i := strings.LastIndex(s, digestMark)
 	if i < 0 {
-		return Pointer{}, fmt.Errorf("pointer %q does not end in @sha256:HEX: a URL alone could change under the nodes", clip(ShownURL(s)))
+		return Pointer{}, fmt.Errorf(
+			"pointer %q does not end in @sha256:HEX: a URL alone could change under the nodes",
+			clip(ShownURL(s)),
+		)
 	}
 	digest, err := ParseDigest(s[i+len(digestMark):])
 	if err != nil {
@@ -79,7 +82,8 @@ func ParsePointer(text string) (Pointer, error) {
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
 
-// PlainURL returns a URL as kedge writes it: people, and stretcher's manifests, have spaces in URLs, and name this machine in file://.
+// PlainURL returns a URL as kedge writes it: people, and stretcher's manifests, have spaces in URLs, and name this
+// machine in file://.
 func PlainURL(s string) string {
 	s = strings.ReplaceAll(s, " ", "%20")
 	if path, ok := strings.CutPrefix(s, "file://localhost/"); ok {
@@ -139,8 +143,8 @@ func CheckURL(s string) error {
 // s3Version is the one query that an s3:// URL may have: which version of the object.
 var s3Version = regexp.MustCompile(`^versionId=[A-Za-z0-9._-]+$`)
 
-// BesideURL gives the URL of an object whose name is the given one's with more at its end. A query stays, but for the version of
-// another object.
+// BesideURL gives the URL of an object whose name is the given one's with more at its end. A query stays, but for
+// the version of another object.
 func BesideURL(url, more string) string {
 	at, query, found := strings.Cut(url, "?")
 	if !found || strings.HasPrefix(url, "s3:") {
@@ -149,8 +153,8 @@ func BesideURL(url, more string) string {
 	return at + more + "?" + query
 }
 
-// ShownURL is a URL, or a text that should have been one, without what may be secret: the user's name and password, and the query,
-// which may be a signature.
+// ShownURL is a URL, or a text that should have been one, without what may be secret: the user's name and password,
+// and the query, which may be a signature.
 func ShownURL(s string) string {
 	s, _, query := strings.Cut(s, "?")
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {

@@ -10,11 +10,12 @@ type Record struct {
 	// its rollout; zero before the first one has.
 	Target Pointer `json:"target"`
 	Stable Pointer `json:"stable,omitzero"`
-	// Generation grows by one with each new target, and where a rollout turns back or is tried again: what tells a newer record
-	// from an older one, whatever Consul's indexes do, and by which a node's report says that it knows of it. A bare pointer has generation 0.
+	// Generation grows by one with each new target, and where a rollout turns back or is tried again: what tells a
+	// newer record from an older one, whatever Consul's indexes do, and by which a node's report says that it knows of
+	// it. A bare pointer has generation 0.
 	Generation int64 `json:"generation"`
-	// Retry grows by one with each retry that an operator asked for by control/: an agent tries a release that failed on its node
-	// once more when Generation or Retry differ from those that it failed under.
+	// Retry grows by one with each retry that an operator asked for by control/: an agent tries a release that failed
+	// on its node once more when Generation or Retry differ from those that it failed under.
 	Retry int64 `json:"retry,omitempty"`
 	// Commit is the full hash of the Git commit that set Target.
 	Commit string `json:"commit,omitempty"`
@@ -23,16 +24,18 @@ type Record struct {
 	Drift Drift    `json:"drift,omitempty"`
 	// Adopt is the unit file's, too.
 	Adopt bool `json:"adopt,omitempty"`
-	// Paced is set if the unit has a rollout. Its unit pins wait for the mirror, which rolls them out as Target, unless they say
-	// at_once.
+	// Paced is set if the unit has a rollout. Its unit pins wait for the mirror, which rolls them out as Target,
+	// unless they say at_once.
 	Paced bool `json:"paced,omitempty"`
-	// Joined bounds whom the record speaks to: nodes that joined later (Report.Joined), and run something else, were away when it was
-	// written. They keep what they run until Joined is raised over them, as the budget has room. 0: it speaks to all.
+	// Joined bounds whom the record speaks to: nodes that joined later (Report.Joined), and run something else, were
+	// away when it was written. They keep what they run until Joined is raised over them, as the budget has room. 0:
+	// it speaks to all.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: Generation. A release that failed on a
-	// node stays out there while Claim and Retry stay the same.
+	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: Generation. A release
+	// that failed on a node stays out there while Claim and Retry stay the same.
 	Claim int64 `json:"claim,omitempty"`
-	// Nodes is how many nodes the unit was known to have when its rollout last moved: a shorter list has to stand for a while.
+	// Nodes is how many nodes the unit was known to have when its rollout last moved: a shorter list has to stand for
+	// a while.
 	Nodes int `json:"nodes,omitempty"`
 	// Orphaned is set if Git names the unit no longer, and pruning is off: nodes keep what they run, until a unit that
 	// Git names takes its dest.
@@ -59,11 +62,13 @@ type Progress struct {
 	Phase Phase `json:"phase"`
 	// Cutoff admits the nodes whose rank is not above it; see policy.Rank. 0 admits none; math.MaxUint64 all.
 	Cutoff uint64 `json:"cutoff,string"`
-	// Early admits, by their rank as well, nodes that run one of Superseded: the canaries of a target that was replaced go first.
+	// Early admits, by their rank as well, nodes that run one of Superseded: the canaries of a target that was
+	// replaced go first.
 	Early uint64 `json:"early,omitempty,string"`
 	// Fast is set if it needs no gates: a pin, or a release that was stable before.
 	Fast bool `json:"fast,omitempty"`
-	// Unproven is set if Stable went out at once and never became good everywhere: nodes that it keeps out of service take no room.
+	// Unproven is set if Stable went out at once and never became good everywhere: nodes that it keeps out of service
+	// take no room.
 	Unproven bool `json:"unproven,omitempty"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
@@ -97,7 +102,8 @@ func (p *Progress) HeldUp() bool {
 type Superseded struct {
 	Digest Digest `json:"digest"`
 	Cutoff uint64 `json:"cutoff,string"`
-	// Generation is of the last record that let nodes begin it: a node on which it had failed earlier may have tried it once more.
+	// Generation is of the last record that let nodes begin it: a node on which it had failed earlier may have tried
+	// it once more.
 	Generation int64 `json:"generation,omitempty"`
 	// Back is set if its nodes had been told to go back to stable, and may be on their way.
 	Back bool `json:"back,omitempty"`
@@ -123,7 +129,15 @@ const (
 
 // Phases returns every phase.
 func Phases() []Phase {
-	return []Phase{PhaseCanary, PhasePendingApproval, PhaseFrozen, PhaseRolling, PhasePaused, PhaseRollingBack, PhaseRolledBack}
+	return []Phase{
+		PhaseCanary,
+		PhasePendingApproval,
+		PhaseFrozen,
+		PhaseRolling,
+		PhasePaused,
+		PhaseRollingBack,
+		PhaseRolledBack,
+	}
 }
 
 // Pin is an operator's override of a record, for all nodes of a unit or for one.
@@ -140,5 +154,6 @@ type Pin struct {
 	AtOnce bool `json:"at_once,omitempty"`
 }
 
-// Expired reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts for nothing.
+// Expired reports whether a pin has ended by itself. It stays in the store until somebody removes it, and counts
+// for nothing.
 func (p Pin) Expired(now time.Time) bool { return !p.Until.IsZero() && !now.Before(p.Until) }

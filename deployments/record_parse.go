@@ -130,7 +130,10 @@ func (p *Progress) UnmarshalJSON(data []byte) error {
 // lenientJSON reads one JSON value that a program wrote. Fields that to does not have are passed over.
 func lenientJSON(data []byte, to any) error {
 	err := json.Unmarshal(data, to)
-	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) && wrong.Field != "" { // its text speaks of Go's types
+	if wrong := (*json.UnmarshalTypeError)(
+		nil,
+	); errors.As(err, &wrong) &&
+		wrong.Field != "" { // its text speaks of Go's types
 		return fmt.Errorf("field %q can't be a %s", wrong.Field, wrong.Value)
 	}
 	return err
@@ -139,8 +142,8 @@ func lenientJSON(data []byte, to any) error {
 // holdWord is the pin that keeps what runs.
 const holdWord = "hold"
 
-// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold), reason, by,
-// until (see ParseUntil) and at_once. Empty or unparsable text is an error, never "no pin".
+// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold),
+// reason, by, until (see ParseUntil) and at_once. Empty or unparsable text is an error, never "no pin".
 func ParsePin(value []byte) (Pin, error) {
 	text := Trim(string(value))
 	switch {
@@ -196,8 +199,9 @@ func ParsePin(value []byte) (Pin, error) {
 	return pin, nil
 }
 
-// looksLikeFields tells YAML or JSON with fields from a bare value: its first line that is no comment begins with a brace or
-// with a name and a colon that is followed by a blank or the line's end. A URL's colon is followed by a slash.
+// looksLikeFields tells YAML or JSON with fields from a bare value: its first line that is no comment begins with a
+// brace or with a name and a colon that is followed by a blank or the line's end. A URL's colon is followed by a
+// slash.
 func looksLikeFields(text string) bool {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
@@ -205,13 +209,15 @@ func looksLikeFields(text string) bool {
 			continue
 		}
 		name, rest, ok := strings.Cut(line, ":")
-		return strings.HasPrefix(line, "{") || ok && !strings.ContainsAny(name, "/@ ") && (rest == "" || rest[0] == ' ' || rest[0] == '\t')
+		return strings.HasPrefix(line, "{") ||
+			ok && !strings.ContainsAny(name, "/@ ") && (rest == "" || rest[0] == ' ' || rest[0] == '\t')
 	}
 	return false
 }
 
-// ParseUntil reads when a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a zone's name or offset
-// (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without zone is refused: nodes and people differ in theirs.
+// ParseUntil reads when a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a zone's name or
+// offset (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without zone is refused: nodes and
+// people differ in theirs.
 func ParseUntil(s string) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339, s); err == nil {
 		return t, nil
@@ -230,5 +236,8 @@ func ParseUntil(s string) (time.Time, error) {
 			}
 		}
 	}
-	return time.Time{}, fmt.Errorf("%q: want a time with its zone, as in 2026-11-24T09:00:00Z or 2026-11-24 09:00 Europe/Berlin", clip(s))
+	return time.Time{}, fmt.Errorf(
+		"%q: want a time with its zone, as in 2026-11-24T09:00:00Z or 2026-11-24 09:00 Europe/Berlin",
+		clip(s),
+	)
 }

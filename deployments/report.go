@@ -11,8 +11,8 @@ import (
 // node's agent alone, when something changed, never as a heartbeat; held by the node's session.
 type Report struct {
 	Node string `json:"node"`
-	// Agent is the agent's version, Started when it started; one that starts again before it had converged, without a boot in between,
-	// keeps the first time. The node's clock.
+	// Agent is the agent's version, Started when it started; one that starts again before it had converged, without a
+	// boot in between, keeps the first time. The node's clock.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
 	// Joined is since when the store has held the node's entries without a gap, as kv.Presence tells it: larger after each
@@ -52,8 +52,8 @@ type UnitReport struct {
 	Since time.Time `json:"since"`
 	// Drift lists paths of the live tree that differ from the index, at most five.
 	Drift []string `json:"drift,omitempty"`
-	// Compared is how something else's tree at dest stood to a release: when the first release came or, on a node that only
-	// observes, when it was looked at last.
+	// Compared is how something else's tree at dest stood to a release: when the first release came or, on a node that
+	// only observes, when it was looked at last.
 	Compared *Compared `json:"compared,omitempty"`
 	// Fetched and Total are bytes, while State is StateFetching.
 	Fetched int64 `json:"fetched,omitempty"`

@@ -2,14 +2,17 @@ package deployments
 
 import "time"
 
-// Settings is kedge.yaml: what holds for the whole deployments repo. The mirror reads it from the commit that it mirrors.
+// Settings is kedge.yaml: what holds for the whole deployments repo. The mirror reads it from the commit that it
+// mirrors.
 type Settings struct {
-	// Sources are URLs that releases may come from, or prefixes of such, by stage ("*": every stage); empty: any. A prefix
-	// matches whole path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
+	// Sources are URLs that releases may come from, or prefixes of such, by stage ("*": every stage); empty: any. A
+	// prefix matches whole path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not
+	// s3://acme-releases/webx/….
 	Sources map[string][]string
-	// Dests are directories in or below which releases may go live, Users those that their commands may run as and that may own their
-	// trees, and Commands whether they may have any: by stage, as Sources; a stage without a value is not bounded. They are the
-	// mirror's to check: it reads the manifest of each release that a commit names anew. Pins are bounded by the agents' configuration.
+	// Dests are directories in or below which releases may go live, Users those that their commands may run as and
+	// that may own their trees, and Commands whether they may have any: by stage, as Sources; a stage without a value
+	// is not bounded. They are the mirror's to check: it reads the manifest of each release that a commit names anew.
+	// Pins are bounded by the agents' configuration.
 	Dests    map[string][]string
 	Users    map[string][]string
 	Commands map[string]bool

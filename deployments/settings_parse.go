@@ -75,7 +75,13 @@ func asPercent(s string) (int, error) {
 }
 
 // byStage reads a mapping whose keys are stages, or "*" for every other one. like is an example of it.
-func byStage[T any](r *reader, field string, to *map[string]T, read func(ast.Node) (T, bool), like string) func(ast.Node) {
+func byStage[T any](
+	r *reader,
+	field string,
+	to *map[string]T,
+	read func(ast.Node) (T, bool),
+	like string,
+) func(ast.Node) {
 	return func(n ast.Node) {
 		*to = map[string]T{}
 		values, ok := mapping(n)
@@ -139,21 +145,28 @@ func asPrefix(s string) (string, error) {
 	return s, nil
 }
 
-// allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by those of "*".
+// allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by
+// those of "*".
 func (s Settings) allows(stage, url string) bool {
 	prefixes, set := OfStage(s.Sources, stage)
 	return !set || FromSource(url, prefixes)
 }
 
-// FromSource reports whether a URL is one of the sources, or below one: the one rule of sources, of kedge.yaml and of agents.
+// FromSource reports whether a URL is one of the sources, or below one: the one rule of sources, of kedge.yaml and
+// of agents.
 func FromSource(url string, sources []string) bool {
 	return slices.ContainsFunc(sources, func(s string) bool { return url == s || UnderPrefix(url, s) })
 }
 
-// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers s3://acme/web/1, not s3://acme/webx/1.
-// A URL that could be read as another path (.., an escaped dot or slash, an empty segment, a query) is under no prefix.
+// UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers
+// s3://acme/web/1, not s3://acme/webx/1. A URL that could be read as another path (.., an escaped dot or slash, an
+// empty segment, a query) is under no prefix.
 func UnderPrefix(url, prefix string) bool {
-	if at, version, found := strings.Cut(url, "?"); found && strings.HasPrefix(url, "s3://") && s3Version.MatchString(version) {
+	if at, version, found := strings.Cut(
+		url,
+		"?",
+	); found && strings.HasPrefix(url, "s3://") &&
+		s3Version.MatchString(version) {
 		url = at
 	}
 	_, rest, ok := strings.Cut(url, "://")

@@ -9,10 +9,11 @@ import (
 // MaxSnapshot bounds an encoded snapshot, in bytes.
 const MaxSnapshot = 16 << 20
 
-// Snapshot is what the store held below desired/ at a time: for nodes that boot while the store is away. The mirror that holds the
-// lease writes it, as one signed object.
+// Snapshot is what the store held below desired/ at a time: for nodes that boot while the store is away. The mirror
+// that holds the lease writes it, as one signed object.
 type Snapshot struct {
-	// URL is where it was written: one that was copied elsewhere, as from another stage's mirror, is not what it was signed for.
+	// URL is where it was written: one that was copied elsewhere, as from another stage's mirror, is not what it was
+	// signed for.
 	URL string `json:"url"`
 	// At is the mirror's clock when it wrote it.
 	At time.Time `json:"at"`
@@ -39,7 +40,12 @@ func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) (
 	}
 	data, err := json.Marshal(signedSnapshot{1, string(text), string(signature)})
 	if err == nil && len(data) > MaxSnapshot {
-		err = fmt.Errorf("a snapshot of %d records has %d bytes, at most %d are allowed", len(s.Records), len(data), MaxSnapshot)
+		err = fmt.Errorf(
+			"a snapshot of %d records has %d bytes, at most %d are allowed",
+			len(s.Records),
+			len(data),
+			MaxSnapshot,
+		)
 	}
 	return data, err
 }

@@ -54,19 +54,24 @@ const (
 	MaxUnits    = 20_000
 	// maxAfter bounds after, which every record of the unit holds: no node takes one that is larger than MaxRecord.
 	maxAfter = 100
-	// MaxFiles bounds all that a commit holds, directories too, and maxNested how deep they lie in one another. A few objects of Git
-	// can name each other in so many places that nobody would come to their end.
+	// MaxFiles bounds all that a commit holds, directories too, and maxNested how deep they lie in one another. A few
+	// objects of Git can name each other in so many places that nobody would come to their end.
 	MaxFiles  = 200_000
 	maxNested = 50
 	// maxTreeProblems is how many problems are enough: some need half a second each to be found.
 	maxTreeProblems = 1000
 )
 
-// Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml. Dot-files, and files
-// that don't end in .yaml or .yml, are passed over; a .yaml file in a wrong place is a problem. The error is Problems, every one
-// that was found, each with its place; or what reading the tree failed with.
+// Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml.
+// Dot-files, and files that don't end in .yaml or .yml, are passed over; a .yaml file in a wrong place is a
+// problem. The error is Problems, every one that was found, each with its place; or what reading the tree failed
+// with.
 func Load(fsys fs.FS) (*Tree, error) {
-	l := &loader{fsys: fsys, tree: &Tree{Settings: Settings{MaxRemoved: defaultMaxRemoved, Drift: DriftReport}}, places: map[UnitID]string{}}
+	l := &loader{
+		fsys:   fsys,
+		tree:   &Tree{Settings: Settings{MaxRemoved: defaultMaxRemoved, Drift: DriftReport}},
+		places: map[UnitID]string{},
+	}
 	err := fs.WalkDir(fsys, ".", l.visit)
 	if problems := Problems(nil); errors.As(err, &problems) {
 		return nil, problems
@@ -129,15 +134,25 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	case err != nil:
 		return err
 	case l.seen > MaxFiles:
-		return Problems{{File: ".", Message: fmt.Sprintf("more than %d files and directories: keep what is no unit elsewhere", MaxFiles)}}
+		return Problems{
+			{File: ".", Message: fmt.Sprintf("more than %d files and directories: keep what is no unit elsewhere", MaxFiles)},
+		}
 	case strings.Count(name, "/") >= maxNested:
-		return Problems{{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep what is no unit elsewhere", maxNested)}}
+		return Problems{
+			{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep what is no unit elsewhere", maxNested)},
+		}
 	case l.enough():
 		return fs.SkipAll
 	case name == ".":
 		return nil
 	case d.Name() == ".git" && strings.Count(name, "/") == 2:
-		l.problems = append(l.problems, Problem{File: path.Dir(name), Message: "it is a submodule, which is not mirrored: keep units' files in the repo itself"})
+		l.problems = append(
+			l.problems,
+			Problem{
+				File:    path.Dir(name),
+				Message: "it is a submodule, which is not mirrored: keep units' files in the repo itself",
+			},
+		)
 		return fs.SkipDir
 	case d.Name() == ".git" && name != ".git": // a submodule, of which a mirror sees nothing
 		return fs.SkipDir
@@ -147,8 +162,10 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		}
 		return nil
 	case d.Type() == fs.ModeSymlink && path.Ext(name) == "" && l.hidesUnits(name):
-		l.problems = append(l.problems, Problem{File: name,
-			Message: "it is a symbolic link to a directory with units, which are not read there: link the units' files, or move the directory"})
+		l.problems = append(l.problems, Problem{
+			File:    name,
+			Message: "it is a symbolic link to a directory with units, which are not read there: link the units' files, or move the directory",
+		})
 		return nil
 	case d.IsDir() && name == SettingsFile:
 		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a file of settings"})
@@ -164,7 +181,10 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		return nil
 	}
 	if strings.Count(name, "/") != 2 {
-		l.problems = append(l.problems, Problem{File: name, Message: "a unit's file lies at STAGE/ROLE/UNIT.yaml, and settings in kedge.yaml at the top"})
+		l.problems = append(
+			l.problems,
+			Problem{File: name, Message: "a unit's file lies at STAGE/ROLE/UNIT.yaml, and settings in kedge.yaml at the top"},
+		)
 		return nil
 	}
 	l.files = append(l.files, name)
@@ -197,7 +217,10 @@ func (l *loader) read(name string) ([]byte, error) {
 		return nil, fmt.Errorf("reading the deployments repo: %w", err)
 	}
 	if info.Size() > MaxUnitFile {
-		l.problems = append(l.problems, Problem{File: name, Message: fmt.Sprintf("the file has %d bytes, at most %d are allowed", info.Size(), MaxUnitFile)})
+		l.problems = append(
+			l.problems,
+			Problem{File: name, Message: fmt.Sprintf("the file has %d bytes, at most %d are allowed", info.Size(), MaxUnitFile)},
+		)
 		return nil, nil
 	}
 	data, err := fs.ReadFile(l.fsys, name)
@@ -234,7 +257,10 @@ func (l *loader) readUnit(name string) error {
 		return nil
 	}
 	if other, ok := l.places[id]; ok {
-		l.problems = append(l.problems, Problem{File: name, Message: fmt.Sprintf("unit %s stands in %s as well: remove one of them", id, other)})
+		l.problems = append(
+			l.problems,
+			Problem{File: name, Message: fmt.Sprintf("unit %s stands in %s as well: remove one of them", id, other)},
+		)
 		return nil
 	}
 	l.places[id] = name

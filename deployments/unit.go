@@ -18,12 +18,16 @@ type UnitID struct {
 var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]*$`)
 
 // CheckSegment accepts what may stand between two slashes of a key, of a path and of a unit's name: 1 to 63 of
-// letters, digits, '.', '_' and '-', the first a letter or a digit. Consul's HTTP API cleans paths (t/../k
-// becomes k) but its transactions don't, so nothing else may reach a key. What editors name their temporary files is refused,
-// as a key may be a file that people edit.
+// letters, digits, '.', '_' and '-', the first a letter or a digit. Consul's HTTP API cleans paths (t/../k becomes
+// k) but its transactions don't, so nothing else may reach a key. What editors name their temporary files is
+// refused, as a key may be a file that people edit.
 func CheckSegment(what, s string) error {
 	if len(s) > 63 || !segment.MatchString(s) {
-		return fmt.Errorf("%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit", what, clip(s))
+		return fmt.Errorf(
+			"%s %q: want 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit",
+			what,
+			clip(s),
+		)
 	}
 	switch ext := path.Ext(s); ext {
 	case ".swp", ".swx", ".tmp":
@@ -112,7 +116,8 @@ type Unit struct {
 	Rollout *Rollout
 	// Drift says what agents do about a live release that no longer matches its index.
 	Drift Drift
-	// Adopt lets nodes take over a tree at dest that is the release's already, byte for byte, without running its commands.
+	// Adopt lets nodes take over a tree at dest that is the release's already, byte for byte, without running its
+	// commands.
 	Adopt bool
 }
 
@@ -126,7 +131,8 @@ type Place struct {
 type Rollout struct {
 	// Canary go first and bake; zero: no canary.
 	Canary Amount
-	// Bake is how long the canary must stay healthy before the rest goes; without a canary, all nodes before the rollout ends.
+	// Bake is how long the canary must stay healthy before the rest goes; without a canary, all nodes before the
+	// rollout ends.
 	Bake time.Duration
 	// MaxUnavailable bounds the nodes in flight, at least one; zero value: all.
 	MaxUnavailable Amount
@@ -134,8 +140,8 @@ type Rollout struct {
 	MaxFailures Amount
 	OnFailure   OnFailure
 	Approval    Approval
-	// Deadline is how long an admitted node may take, from the last step of the rollout or from when it booted, before it counts
-	// as failed. Default 10 minutes.
+	// Deadline is how long an admitted node may take, from the last step of the rollout or from when it booted, before
+	// it counts as failed. Default 10 minutes.
 	Deadline time.Duration
 	// FastBack lets a release that was stable lately go without gates. Default true.
 	FastBack bool

@@ -23,16 +23,16 @@ type reader struct {
 	file string
 	// open: variables stand for values that aren't known here, and what holds one isn't looked into.
 	open bool
-	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x- are passed over: they
-	// are where people put what they give an anchor.
+	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x- are
+	// passed over: they are where people put what they give an anchor.
 	lax      bool
 	anchors  map[string]ast.Node
 	aliases  int // how many were followed
 	problems Problems
 }
 
-// parse gives the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax reader, anchors, aliases
-// and merge keys: a few lines of them can grow without bound.
+// parse gives the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax
+// reader, anchors, aliases and merge keys: a few lines of them can grow without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -97,8 +97,8 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 }
 
 const (
-	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys and items, as its time grows with their square:
-	// this many take some 0.5 s. So it does with the square of documents.
+	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys and items, as its time
+	// grows with their square: this many take some 0.5 s. So it does with the square of documents.
 	maxDepth     = 40
 	maxKeys      = 10_000
 	maxDocuments = 100
@@ -168,9 +168,15 @@ func (v refuser) Visit(n ast.Node) ast.Visitor {
 func (r *reader) note(line, column int, format string, args ...any) {
 	switch n := len(r.problems); {
 	case n == maxProblems:
-		r.problems = append(r.problems, Problem{File: r.file, Message: fmt.Sprintf("more than %d mistakes; some of them:", n)})
+		r.problems = append(
+			r.problems,
+			Problem{File: r.file, Message: fmt.Sprintf("more than %d mistakes; some of them:", n)},
+		)
 	case n < maxProblems:
-		r.problems = append(r.problems, Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)})
+		r.problems = append(
+			r.problems,
+			Problem{File: r.file, Line: line, Column: column, Message: fmt.Sprintf(format, args...)},
+		)
 	}
 }
 
@@ -355,7 +361,8 @@ func intoList[T any](r *reader, to *[]T, parse func(string) (T, error)) func(ast
 	}
 }
 
-// each calls f with every item of a sequence, or with n itself where it is none. A lax reader passes over items without a value.
+// each calls f with every item of a sequence, or with n itself where it is none. A lax reader passes over items
+// without a value.
 func (r *reader) each(n ast.Node, f func(ast.Node)) {
 	s, ok := n.(*ast.SequenceNode)
 	if !ok {

@@ -3,8 +3,8 @@
 //
 // # Who writes what
 //
-// Each key has one writer, and kinds come first, so that Consul's ACLs can hold each party to its own. Keys are relative
-// to the store's prefix, by default kedge/.
+// Each key has one writer, and kinds come first, so that Consul's ACLs can hold each party to its own. Keys are
+// relative to the store's prefix, by default kedge/.
 //
 //	desired/STAGE/ROLE/UNIT             the mirror that holds the lease; a person, where no mirror runs
 //	pins/STAGE/ROLE/UNIT[/NODE]         operators
@@ -19,17 +19,17 @@
 //
 // # What a reader may believe
 //
-// Absence is the dangerous answer. Consul answers 404 to a token that may not read, and a server that is alone or behind
-// can answer with less than there is. So a key counts as absent only where its folder key (pins/prod/web/, with an empty
-// value, see EnsureFolders) is in the same answer; whatever looks like a step back is confirmed by the leader first; and
-// a View keeps what was known, and says in Err what is wrong, for as long as there is trouble. Watch never gives up: it
-// backs off with jitter and goes on.
+// Absence is the dangerous answer. Consul answers 404 to a token that may not read, and a server that is alone or
+// behind can answer with less than there is. So a key counts as absent only where its folder key (pins/prod/web/,
+// with an empty value, see EnsureFolders) is in the same answer; whatever looks like a step back is confirmed by
+// the leader first; and a View keeps what was known, and says in Err what is wrong, for as long as there is
+// trouble. Watch never gives up: it backs off with jitter and goes on.
 //
 // # What a writer may believe
 //
 // A Commit happens whole or not at all. ErrConflict, ErrDenied, ErrLeaseLost and ErrTooLarge mean that it didn't;
-// ErrUnavailable that nobody knows, so read again. A Commit under a Lease is checked against it where it is applied, so a
-// holder that lost it without knowing writes nothing. Lease.Context is there to save it the work.
+// ErrUnavailable that nobody knows, so read again. A Commit under a Lease is checked against it where it is
+// applied, so a holder that lost it without knowing writes nothing. Lease.Context is there to save it the work.
 package kv
 
 import (
@@ -72,7 +72,8 @@ type View struct {
 	// Entries are sorted by key, folder keys left out. They are what was last known for certain: trouble, a stale
 	// answer or a lost permission never shrinks them.
 	Entries []Entry
-	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: the store has none that could be lost.
+	// Folders are the folder keys below the prefix that were last seen, sorted. Nil: the store has none that could be
+	// lost.
 	Folders []string
 	// Synced is false until the prefix was read once for certain. Only then does a missing key mean absence.
 	Synced bool
@@ -130,8 +131,8 @@ type Store interface {
 
 	// Commit applies all of ops or none. A failed condition is ErrConflict, a missing permission ErrDenied. With a
 	// lease, nothing is applied unless the lease is held at that moment, else ErrLeaseLost, whatever its holder
-	// believes. At most MaxOps by their Cost, each key once, and some 370 KiB of values, else ErrTooLarge. Writing the value that is
-	// there already wakes nobody. After ErrUnavailable the outcome is unknown: read again.
+	// believes. At most MaxOps by their Cost, each key once, and some 370 KiB of values, else ErrTooLarge. Writing the
+	// value that is there already wakes nobody. After ErrUnavailable the outcome is unknown: read again.
 	Commit(ctx context.Context, lease Lease, ops ...Op) error
 
 	// Lease waits until it holds the lease at key, then returns it. holder is shown to people (in the key's value, as
@@ -155,7 +156,8 @@ type Store interface {
 	Close() error
 }
 
-// MaxOps bounds the Cost of a Commit's operations, its fence left out; some Consul servers take 64 operations a transaction.
+// MaxOps bounds the Cost of a Commit's operations, its fence left out; some Consul servers take 64 operations a
+// transaction.
 const MaxOps = 60
 
 // Cost is what an operation counts towards MaxOps: Consul needs two for a DeleteIf.

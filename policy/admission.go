@@ -36,7 +36,8 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	back := p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && part
-	admitted := rank <= p.Cutoff || replaced && rank <= p.Early && !back // who is to go back stays, if it is admitted or not told
+	admitted := rank <= p.Cutoff ||
+		replaced && rank <= p.Early && !back // who is to go back stays, if it is admitted or not told
 	if back {
 		admitted = admitted || !told
 	} else {
@@ -47,8 +48,10 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	if !r.Stable.IsZero() {
 		stable = facts.With("release", r.Stable.String())
 	}
-	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many nodes at once.
-	refuses := !f.Running.IsZero() && f.Running.Digest != r.Stable.Digest && slices.Contains(f.Quarantined, r.Stable.Digest)
+	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many
+	// nodes at once.
+	refuses := !f.Running.IsZero() && f.Running.Digest != r.Stable.Digest &&
+		slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	case back && admitted && part:
 		run(ActRun, FromRunning, f.Running)

@@ -38,7 +38,8 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	if b.Rebuilt {
 		next.Generation = max(next.Generation, b.Floor+1)
 	}
-	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration && !equal(*stored, next) {
+	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
+		!equal(*stored, next) {
 		next.Generation = stored.Generation
 		if b.Restored {
 			next.Generation++
@@ -117,7 +118,11 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 		}
 	}
 	slices.SortFunc(others, func(a, b deployments.Pointer) int {
-		return cmp.Or(cmp.Compare(count[b], count[a]), strings.Compare(a.URL, b.URL), slices.Compare(a.Digest[:], b.Digest[:]))
+		return cmp.Or(
+			cmp.Compare(count[b], count[a]),
+			strings.Compare(a.URL, b.URL),
+			slices.Compare(a.Digest[:], b.Digest[:]),
+		)
 	})
 	if len(others) == 0 {
 		return r
@@ -153,5 +158,8 @@ func FromHistory(h deployments.History, now time.Time) deployments.Record {
 
 // RebuiltNote says in the history where a rebuilt record comes from.
 func RebuiltNote(nodes []Node) string {
-	return fmt.Sprintf("the store had lost the record, or held an older one: rebuilt from what %d nodes report", len(nodes))
+	return fmt.Sprintf(
+		"the store had lost the record, or held an older one: rebuilt from what %d nodes report",
+		len(nodes),
+	)
 }

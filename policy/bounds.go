@@ -9,19 +9,18 @@ import (
 	"kedge/deployments"
 )
 
-// Bounds are what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own kedge.yaml.
-// The zero value allows everything.
+// Bounds are what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its
+// own kedge.yaml. The zero value allows everything.
 type Bounds struct {
 	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any.
 	Sources []string
-	// NoLocal refuses file:// and plain http://, which lead to this machine, but where Sources name them: who can only pin could
-	// have files read, and requests sent, that the agent alone can read and send.
+	// NoLocal refuses file:// and plain http://, which lead to this machine, but where Sources name them: who can only
+	// pin could have files read, and requests sent, that the agent alone can read and send.
 	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
-	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any. A tree's group must be one of
-	// theirs.
-	// NoCommands forbids commands, the exec health checks with them.
+	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any. A tree's
+	// group must be one of theirs. NoCommands forbids commands, the exec health checks with them.
 	Users      []string
 	NoCommands bool
 }
@@ -44,18 +43,25 @@ func (b Bounds) CheckSource(url string) error {
 	named := deployments.FromSource(url, b.Sources)
 	local := strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "http:")
 	if b.NoLocal && local && !named {
-		return fmt.Errorf("%s lies on this machine, and agents take nothing from there unless sources names it, or local_sources is set",
-			deployments.ShownURL(url))
+		return fmt.Errorf(
+			"%s lies on this machine, and agents take nothing from there unless sources names it, or local_sources is set",
+			deployments.ShownURL(url),
+		)
 	}
 	if len(b.Sources) == 0 || named {
 		return nil
 	}
-	return fmt.Errorf("%s is not from %s, which is all that is allowed", deployments.ShownURL(url), strings.Join(b.Sources, ", "))
+	return fmt.Errorf(
+		"%s is not from %s, which is all that is allowed",
+		deployments.ShownURL(url),
+		strings.Join(b.Sources, ", "),
+	)
 }
 
-// Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is called where the
-// release would run, by name and number; "" is whoever the agent there runs as. Of ":GROUP" it gives the group's name and number and
-// its members among b.Users; nothing if that isn't known here, and is left to the nodes.
+// Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is
+// called where the release would run, by name and number; "" is whoever the agent there runs as. Of ":GROUP" it
+// gives the group's name and number and its members among b.Users; nothing if that isn't known here, and is left to
+// the nodes.
 func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func(user string) []string) error {
 	sources := []string{p.URL}
 	if m.Src != "" {

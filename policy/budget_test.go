@@ -15,8 +15,8 @@ const (
 	converged, quarantined, refuse = deployments.StateConverged, deployments.StateQuarantined, deployments.StateInvalid
 )
 
-// Who takes one of max_unavailable's places. One node of ten runs the target, one is admitted and on its way, and there is room for
-// one more: three are admitted then, unless one of those that are not takes the room already.
+// Who takes one of max_unavailable's places. One node of ten runs the target, one is admitted and on its way, and
+// there is room for one more: three are admitted then, unless one of those that are not takes the room already.
 func TestNextCountsWhoIsInFlight(t *testing.T) {
 	t.Parallel()
 	v0, v1, v2, v3 := release("v0"), release("v1"), release("v2"), release("v3")
@@ -145,7 +145,8 @@ func admitted(s *Situation, r deployments.Record) (n int) {
 	return n
 }
 
-// Who is let go on the way back, one at a time: the last three of ten run the target still, and are told so highest rank first.
+// Who is let go on the way back, one at a time: the last three of ten run the target still, and are told so highest
+// rank first.
 func TestNextCountsOnTheWayBack(t *testing.T) {
 	t.Parallel()
 	v0, v1, v2 := release("v0"), release("v1"), release("v2")

@@ -1,5 +1,5 @@
-// Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when rollouts may not
-// start (Frozen), and whose signatures count (Signers).
+// Package policy decides, without I/O or clocks: what a node runs (Resolve), what becomes of a rollout (Next), when
+// rollouts may not start (Frozen), and whose signatures count (Signers).
 //
 // # Threat model
 //
@@ -37,11 +37,12 @@
 //
 // # Budget
 //
-// TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in flight than
-// max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target that admits it.
-// Nodes that come back after they were gone, unit pins and their ends, and nodes that left in mid-switch count.
+// TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in
+// flight than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target
+// that admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in
+// mid-switch count.
 //
-// Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a rollout, and nodes
-// that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when it joined (Report.Joined)
-// follows the record as soon as it is back.
+// Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
+// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell
+// when it joined (Report.Joined) follows the record as soon as it is back.
 package policy

@@ -16,8 +16,8 @@ type Verdict struct {
 	Frozen bool
 	// By names the window that says so, Reason is its own.
 	By, Reason string
-	// Until is when the verdict may change; zero: never, as far as a year ahead shows. Ends is when the window that says so is over,
-	// or, where none is open that allows it, when the next one opens.
+	// Until is when the verdict may change; zero: never, as far as a year ahead shows. Ends is when the window that
+	// says so is over, or, where none is open that allows it, when the next one opens.
 	Until, Ends time.Time
 	// Wait is set where a rollout under way waits as well.
 	Wait bool
@@ -40,10 +40,10 @@ func (v Verdict) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen says whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else allows; a unit
-// that allow windows name is frozen outside of them all. Windows open by the wall clock of their zone and stay open for their
-// duration as it passes, so that one over a change of the clocks is neither longer nor shorter. A window whose cron line doesn't
-// parse, which Load refuses, freezes: better late than at the wrong time.
+// Frozen says whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else
+// allows; a unit that allow windows name is frozen outside of them all. Windows open by the wall clock of their
+// zone and stay open for their duration as it passes, so that one over a change of the clocks is neither longer nor
+// shorter. A window whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.
 func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) Verdict {
 	var v Verdict
 	allows, allowed := 0, false
@@ -104,8 +104,8 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that falls into the
-// hour that spring takes away, and a freeze would not happen.
+// scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that
+// falls into the hour that spring takes away, and a freeze would not happen.
 func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	s, err := cron.ParseStandard(w.Cron)
 	if err != nil {
@@ -120,7 +120,8 @@ func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 // maxStarts bounds how many starts of a window are looked at. What lies beyond is looked at when Until comes.
 const maxStarts = 10000
 
-// span says when the window that is open now ends (zero: none is), overlapping ones taken together, and when the next one opens.
+// span says when the window that is open now ends (zero: none is), overlapping ones taken together, and when the
+// next one opens.
 func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens time.Time) {
 	zone := w.Zone
 	if zone == nil {
@@ -146,8 +147,8 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens tim
 	return ends, time.Time{}
 }
 
-// instant is when the clocks of a zone show a wall time, given as if it were UTC: the first time where they show it twice, and
-// as much after the change as it lies in the gap where they don't show it.
+// instant is when the clocks of a zone show a wall time, given as if it were UTC: the first time where they show it
+// twice, and as much after the change as it lies in the gap where they don't show it.
 func instant(wall time.Time, zone *time.Location) time.Time {
 	shows := func(t time.Time) bool { return t.Hour() == wall.Hour() && t.Minute() == wall.Minute() }
 	at := time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, zone)

@@ -63,7 +63,8 @@ func baking(s *Situation) {
 	s.Record.Rollout.Since, s.Record.Rollout.HealthySince = ago(40*time.Minute), ago(30*time.Minute)
 }
 
-// hangsOnTheWayBack says that two nodes above the cutoff were told to go back long ago, and that those below it run the target.
+// hangsOnTheWayBack says that two nodes above the cutoff were told to go back long ago, and that those below it run
+// the target.
 func hangsOnTheWayBack(s *Situation) {
 	p := s.Record.Rollout
 	p.Since, p.Failed = ago(10*time.Minute), s.Record.Target.Digest
@@ -417,7 +418,8 @@ func TestNext(t *testing.T) {
 	}
 }
 
-// A push while nodes are on the way: those that may still act on the record before count against the budget of the next.
+// A push while nodes are on the way: those that may still act on the record before count against the budget of the
+// next.
 func TestNextSupersedes(t *testing.T) {
 	t.Parallel()
 	s := step(2, deployments.PhaseRolling)
@@ -472,7 +474,8 @@ func TestPromoteInAFreeze(t *testing.T) {
 	}
 }
 
-// While it is not known whether reports are out of date, they could be so at any time: that must not be written anew each time.
+// While it is not known whether reports are out of date, they could be so at any time: that must not be written
+// anew each time.
 func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
 	t.Parallel()
 	s := step(1, deployments.PhaseCanary)
@@ -515,7 +518,8 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 	}
 }
 
-// Whatever nodes and settings say, the record that quotes them is one that nodes take, and its history fits a transaction.
+// Whatever nodes and settings say, the record that quotes them is one that nodes take, and its history fits a
+// transaction.
 func TestReasonsAreBounded(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("é", 100<<10)

@@ -215,8 +215,8 @@ func rolling(in *inputs, st state) (state, bool) {
 	return st.end().because(deployments.ReasonConverged, nil), false
 }
 
-// shortList is how long a list of nodes that is shorter than it was has to stand: agents of before put a status key that
-// was deleted again within a minute.
+// shortList is how long a list of nodes that is shorter than it was has to stand: agents of before put a status key
+// that was deleted again within a minute.
 const shortList = 2 * time.Minute
 
 // mostAway is how long a rollout waits before it ends without most of its nodes.

@@ -275,7 +275,8 @@ func TestAShortListIsNotTheFleet(t *testing.T) {
 	}
 }
 
-// A node that waits in mid-deployment is out of service, and takes room; one that waits and has nothing to change doesn't.
+// A node that waits in mid-deployment is out of service, and takes room; one that waits and has nothing to change
+// doesn't.
 func TestWhoWaitsInMidDeploymentTakesRoom(t *testing.T) {
 	t.Parallel()
 	for _, where := range []int{0, 5} { // admitted, and going by an earlier record

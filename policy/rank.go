@@ -9,17 +9,17 @@ import (
 	"kedge/deployments"
 )
 
-// Rank is a node's place in the order in which a target's rollout admits nodes: a hash of the node's name and the target's
-// digest, so that the canary is another node each time. It is never 0, so that a cutoff of 0 admits none.
+// Rank is a node's place in the order in which a target's rollout admits nodes: a hash of the node's name and the
+// target's digest, so that the canary is another node each time. It is never 0, so that a cutoff of 0 admits none.
 func Rank(node string, target deployments.Digest) uint64 {
 	var room [len(target) + 64]byte // most names fit
 	sum := sha256.Sum256(append(append(room[:0], target[:]...), node...))
 	return max(1, binary.BigEndian.Uint64(sum[:]))
 }
 
-// Ranks remembers the nodes' ranks for the targets of one unit's record, so that a step hashes only the names that it hasn't seen,
-// and sorts only a fleet that has changed. It forgets when no rollout is under way. The zero Ranks is empty. It is not safe for
-// concurrent use.
+// Ranks remembers the nodes' ranks for the targets of one unit's record, so that a step hashes only the names that
+// it hasn't seen, and sorts only a fleet that has changed. It forgets when no rollout is under way. The zero Ranks
+// is empty. It is not safe for concurrent use.
 type Ranks struct {
 	known []*ranking // the one used last goes first
 }
@@ -53,8 +53,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 
 func (r *Ranks) forget() { r.known = nil }
 
-// learn ranks a fleet that has changed. Both the old names and the new ones are mostly sorted; where they are not, a name that is
-// known may be hashed once more.
+// learn ranks a fleet that has changed. Both the old names and the new ones are mostly sorted; where they are not,
+// a name that is known may be hashed once more.
 func (k *ranking) learn(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0
@@ -74,6 +74,9 @@ func (k *ranking) learn(nodes []Node) {
 	for i := range byRank {
 		byRank[i] = int32(i)
 	}
-	slices.SortFunc(byRank, func(a, b int32) int { return cmp.Or(cmp.Compare(ranks[a], ranks[b]), cmp.Compare(names[a], names[b])) })
+	slices.SortFunc(
+		byRank,
+		func(a, b int32) int { return cmp.Or(cmp.Compare(ranks[a], ranks[b]), cmp.Compare(names[a], names[b])) },
+	)
 	k.names, k.ranks, k.byRank = names, ranks, byRank
 }

@@ -506,7 +506,8 @@ func TestNextRemembersWhatItReplaced(t *testing.T) {
 	}
 }
 
-// A record names at most MaxSuperseded targets that it replaced: before it names another, nodes come together on stable.
+// A record names at most MaxSuperseded targets that it replaced: before it names another, nodes come together on
+// stable.
 func TestNextReplacedTooOften(t *testing.T) {
 	t.Parallel()
 	crowded := func(others int) Situation { // beside the target, nodes run that many which it replaced

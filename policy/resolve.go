@@ -54,7 +54,8 @@ const (
 	FromUnitPin Source = "unit pin"
 	FromTarget  Source = "target"
 	FromStable  Source = "stable"
-	// FromRunning is a node that stays on what it runs until it is its turn: its rollout was replaced, or is being rolled back.
+	// FromRunning is a node that stays on what it runs until it is its turn: its rollout was replaced, or is being
+	// rolled back.
 	FromRunning Source = "running"
 )
 
@@ -68,8 +69,8 @@ type Decision struct {
 	// Reason, with its Facts, is what decided.
 	Reason deployments.Reason `json:"reason"`
 	Facts  deployments.Facts  `json:"facts,omitempty"`
-	// Invalid is set where a value didn't parse or isn't allowed: what status shows as an error. It may come with any Action:
-	// a bad node pin changes nothing on that node (ActKeep). In JSON it is its text.
+	// Invalid is set where a value didn't parse or isn't allowed: what status shows as an error. It may come with any
+	// Action: a bad node pin changes nothing on that node (ActKeep). In JSON it is its text.
 	Invalid error `json:"-"`
 	// Recheck is when time alone could change the answer (a pin's until); zero: never.
 	Recheck time.Time `json:"recheck,omitzero"`
@@ -93,9 +94,10 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 // Resolve answers what a node should run of a unit: node pin, else unit pin, else the record: target if the node
 // is admitted, else stable. It has no side effects, and the same Facts give the same Decision.
 //
-// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even where a lower one is good: a typo in
-// a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see ErrNoRecord. A quarantined digest is still the Target, with
-// its step in the Trace: the agent doesn't run it, and says so.
+// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even where a lower one is good:
+// a typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
+// ErrNoRecord. A quarantined digest is still the Target, with its step in the Trace: the agent doesn't run it, and
+// says so.
 func Resolve(f Facts) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
 	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
@@ -320,7 +322,8 @@ func (d *Decision) quarantine(f Facts) {
 		}
 	}
 	r := f.Record.Value.Target
-	named := !r.IsZero() && r != d.Target && r != d.Stage && r.Digest != f.Running.Digest && slices.Contains(f.Quarantined, r.Digest)
+	named := !r.IsZero() && r != d.Target && r != d.Stage && r.Digest != f.Running.Digest &&
+		slices.Contains(f.Quarantined, r.Digest)
 	switch pinned := d.Source == FromNodePin || d.Source == FromUnitPin; {
 	case named && pinned:
 		s := failed(r, "record")

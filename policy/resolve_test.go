@@ -127,7 +127,8 @@ func TestQuarantineIsShown(t *testing.T) {
 	}
 }
 
-// A quarantine is told of, and in the way, where it keeps the node from what it is to run or to have ready, and nowhere else.
+// A quarantine is told of, and in the way, where it keeps the node from what it is to run or to have ready, and
+// nowhere else.
 func TestQuarantineInTheWay(t *testing.T) {
 	t.Parallel()
 	v1, v2 := release("v1"), release("v2")

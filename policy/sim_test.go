@@ -21,9 +21,10 @@ var (
 	howMany = flag.Int("histories", histories, "how many seeded histories to play")
 )
 
-// TestSimulation drives the real Next and Resolve through seeded histories of fleets: nodes join, leave, die, return, are slow,
-// hang, read old records and report late; releases fail; pushes supersede; operators pause, promote, abort, retry and pin; leaders
-// change, clocks are put back. After every event the budget and what nodes run is checked, and every history has to end.
+// TestSimulation drives the real Next and Resolve through seeded histories of fleets: nodes join, leave, die,
+// return, are slow, hang, read old records and report late; releases fail; pushes supersede; operators pause,
+// promote, abort, retry and pin; leaders change, clocks are put back. After every event the budget and what nodes
+// run is checked, and every history has to end.
 func TestSimulation(t *testing.T) {
 	t.Parallel()
 	if *oneSeed != 0 {
@@ -69,8 +70,9 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
-// Seeds beyond those that are always played, each of which found something. 7257: a rollback that was replaced at once forgot the nodes
-// that were on their way back. 3430: who had a pin of its own was counted as a part of the fleet. 76965: a node on which a release had failed was taken to be done with it, and had been told to retry.
+// Seeds beyond those that are always played, each of which found something. 7257: a rollback that was replaced at
+// once forgot the nodes that were on their way back. 3430: who had a pin of its own was counted as a part of the
+// fleet. 76965: a node on which a release had failed was taken to be done with it, and had been told to retry.
 func TestSimulationAgain(t *testing.T) {
 	t.Parallel()
 	for _, seed := range []uint64{3430, 4324, 4593, 7257, 76965} {
@@ -97,7 +99,8 @@ type member struct {
 	hangs   bool
 	started time.Time
 	failed  map[deployments.Digest]string // digest to claim
-	// free is set while the node's switch is not the rollout's: it booted, came back, was pinned, or has hung for too long.
+	// free is set while the node's switch is not the rollout's: it booted, came back, was pinned, or has hung for too
+	// long.
 	free   bool
 	report deployments.UnitReport // as in the store
 
@@ -354,8 +357,8 @@ func (w *world) event() {
 	w.check()
 }
 
-// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that its report says to be in mid-switch goes on
-// when it is back; of another nothing is known, and it begins anew.
+// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that its report says to be
+// in mid-switch goes on when it is back; of another nothing is known, and it begins anew.
 func (w *world) leaveOrReturn(n *member) {
 	if n.left {
 		return

@@ -38,8 +38,9 @@ type signer struct {
 // Len is how many keys may sign.
 func (s Signers) Len() int { return len(s.all) }
 
-// ParseSigners reads OpenSSH's allowed_signers format, as ssh-keygen(1) describes it: lines of PRINCIPALS [OPTIONS] KEYTYPE KEY,
-// with the options namespaces, valid-after and valid-before. Certificate authorities are not supported. An error names the line.
+// ParseSigners reads OpenSSH's allowed_signers format, as ssh-keygen(1) describes it: lines of PRINCIPALS [OPTIONS]
+// KEYTYPE KEY, with the options namespaces, valid-after and valid-before. Certificate authorities are not
+// supported. An error names the line.
 func ParseSigners(data []byte) (Signers, error) {
 	var s Signers
 	for i, line := range strings.Split(string(bytes.TrimPrefix(data, []byte("\ufeff"))), "\n") {
@@ -117,8 +118,9 @@ func parseValid(s string) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q: want YYYYMMDD[HHMM[SS]][Z]", s)
 }
 
-// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest makes it, and
-// returns the principals of who made it. Keys must be valid now: what a signature says of its own time is its maker's word.
+// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest makes
+// it, and returns the principals of who made it. Keys must be valid now: what a signature says of its own time is
+// its maker's word.
 func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (principal string, err error) {
 	if len(bytes.TrimSpace(signature)) == 0 {
 		return "", fmt.Errorf("%w: the manifest has no signature", ErrUntrusted)
@@ -131,13 +133,17 @@ func (s Signers) VerifySnapshot(snapshot, signature []byte, now time.Time) (prin
 	return s.verify(snapshot, signature, SnapshotNamespace, now)
 }
 
-// VerifyCommit checks the signature that git made over a commit's payload, which is the commit without its gpgsig header.
+// VerifyCommit checks the signature that git made over a commit's payload, which is the commit without its gpgsig
+// header.
 func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (principal string, err error) {
 	switch {
 	case len(bytes.TrimSpace(signature)) == 0:
 		return "", fmt.Errorf("%w: it has none, and signed commits only are taken", ErrUntrusted)
 	case bytes.Contains(signature, []byte("BEGIN PGP")):
-		return "", fmt.Errorf("%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); or sign by SSH: git config gpg.format ssh", ErrUntrusted)
+		return "", fmt.Errorf(
+			"%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); or sign by SSH: git config gpg.format ssh",
+			ErrUntrusted,
+		)
 	}
 	return s.verify(payload, signature, commitNamespace, now)
 }
@@ -157,7 +163,12 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		return "", fmt.Errorf("%w: the signature uses SHA-1: sign with rsa-sha2-512, or with an ed25519 key", ErrUntrusted)
 	}
 	if bits := rsaBits(sig.PublicKey); bits > 0 && bits < minRSA {
-		return "", fmt.Errorf("%w: it was made with an RSA key of %d bits: %d is the least that counts, or an ed25519 key", ErrUntrusted, bits, minRSA)
+		return "", fmt.Errorf(
+			"%w: it was made with an RSA key of %d bits: %d is the least that counts, or an ed25519 key",
+			ErrUntrusted,
+			bits,
+			minRSA,
+		)
 	}
 	key := sig.PublicKey.Marshal()
 	finger := ssh.FingerprintSHA256(sig.PublicKey)
@@ -168,7 +179,14 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 		}
 		switch {
 		case !one.signs(namespace):
-			refused = fmt.Errorf("%w: the key %s of %s may sign for %s, not for %s", ErrUntrusted, finger, one.principals, strings.Join(one.namespaces, ","), namespace)
+			refused = fmt.Errorf(
+				"%w: the key %s of %s may sign for %s, not for %s",
+				ErrUntrusted,
+				finger,
+				one.principals,
+				strings.Join(one.namespaces, ","),
+				namespace,
+			)
 			continue
 		case !one.after.IsZero() && now.Before(one.after), !one.before.IsZero() && !now.Before(one.before):
 			refused = fmt.Errorf("%w: the key %s of %s is not valid at this time", ErrUntrusted, finger, one.principals)

@@ -35,8 +35,8 @@ func TestMissingCredentialsAreNamed(t *testing.T) {
 	}
 }
 
-// Trouble with credentials and keys is told as what it is, with the call, the credential and S3's own message, and never as a missing
-// object: the release is not to blame.
+// Trouble with credentials and keys is told as what it is, with the call, the credential and S3's own message, and
+// never as a missing object: the release is not to blame.
 func TestTroubleWithRightsIsTold(t *testing.T) {
 	t.Parallel()
 	answer := func(status int, code, message string) http.HandlerFunc {

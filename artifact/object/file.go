@@ -66,7 +66,8 @@ const putPrefix = ".kedge-"
 // putPiece is what put writes between two looks at its context, in bytes.
 const putPiece = 4 << 20
 
-// put writes aside, syncs, and links the file to its name, which fails where one is: never over another's, unless it replaces it.
+// put writes aside, syncs, and links the file to its name, which fails where one is: never over another's, unless
+// it replaces it.
 func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)

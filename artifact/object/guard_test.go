@@ -18,7 +18,8 @@ import (
 	"kedge/artifact/object"
 )
 
-// A part of an object is asked for by its ETag, and what answers with another part, or with a part of another object, is not read.
+// A part of an object is asked for by its ETag, and what answers with another part, or with a part of another
+// object, is not read.
 func TestWhatIsNotThePart(t *testing.T) {
 	t.Parallel()
 	const size, from, n = 1000, 100, 50
@@ -101,8 +102,8 @@ func TestAWeakETagIsNone(t *testing.T) {
 	check(t, r, err, content(1000))
 }
 
-// Two may publish the same version at once, and each have found nothing there: only the server can see to it that nothing is
-// overwritten, and is asked to.
+// Two may publish the same version at once, and each have found nothing there: only the server can see to it that
+// nothing is overwritten, and is asked to.
 func TestAPutIsGuarded(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int64{3, 16<<20 + 1} {

@@ -37,7 +37,11 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 				return Object{}, &transientError{err: err}
 			}
 			if r.ContentLength > maxUncounted {
-				return Object{}, fmt.Errorf("%w: the server doesn't say how large it is, and it has more than %d bytes", ErrTooLarge, int64(maxUncounted))
+				return Object{}, fmt.Errorf(
+					"%w: the server doesn't say how large it is, and it has more than %d bytes",
+					ErrTooLarge,
+					int64(maxUncounted),
+				)
 			}
 		}
 		o, err := found(r)
@@ -61,7 +65,10 @@ func sizeIn(contentRange string) (int64, error) {
 	size, ok := strings.CutPrefix(contentRange, "bytes 0-0/")
 	n, err := strconv.ParseInt(size, 10, 64)
 	if !ok || err != nil || n < 1 {
-		return 0, fmt.Errorf("the server doesn't say how large it is: asked for the first byte, it answered with %q", contentRange)
+		return 0, fmt.Errorf(
+			"the server doesn't say how large it is: asked for the first byte, it answered with %q",
+			contentRange,
+		)
 	}
 	return n, nil
 }
@@ -83,7 +90,14 @@ func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n in
 	return readHTTP(ctx, s.http, u.String(), nil, o, offset, n)
 }
 
-func readHTTP(ctx context.Context, client *http.Client, url string, header http.Header, o Object, offset, n int64) (io.ReadCloser, int64, error) {
+func readHTTP(
+	ctx context.Context,
+	client *http.Client,
+	url string,
+	header http.Header,
+	o Object,
+	offset, n int64,
+) (io.ReadCloser, int64, error) {
 	h := header.Clone()
 	if h == nil {
 		h = http.Header{}
@@ -128,7 +142,13 @@ func (s *httpStore) put(context.Context, *url.URL, *body, string) error {
 }
 
 // send sends one request, and makes an error of every answer but 200, 201 and 206.
-func send(ctx context.Context, client *http.Client, method, url string, header http.Header, b *body) (*http.Response, error) {
+func send(
+	ctx context.Context,
+	client *http.Client,
+	method, url string,
+	header http.Header,
+	b *body,
+) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, method, url, nil)
 	if err != nil {
 		return nil, err

@@ -24,9 +24,9 @@ type Listed struct {
 	Modified time.Time
 }
 
-// List gives the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of them, and more
-// is true where there are others. Nothing there is no error. gs:// and https:// give ErrNoList; S3 wants s3:ListBucket, and
-// without it gives ErrDenied.
+// List gives the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of
+// them, and more is true where there are others. Nothing there is no error. gs:// and https:// give ErrNoList; S3
+// wants s3:ListBucket, and without it gives ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
 	if !strings.HasSuffix(prefix, "/") {
 		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", prefix)
@@ -62,8 +62,8 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 }
 
-// lister is a store that can be listed, a page at a time. A page has at most most objects, with their paths behind the prefix in place
-// of URLs; next is where the one after it begins, empty at the end.
+// lister is a store that can be listed, a page at a time. A page has at most most objects, with their paths behind
+// the prefix in place of URLs; next is where the one after it begins, empty at the end.
 type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }
@@ -72,7 +72,11 @@ type lister interface {
 const s3Page = 1000
 
 func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most int) ([]Listed, string, error) {
-	in := &s3.ListObjectsV2Input{Bucket: &prefix.Host, Prefix: aws.String(key(prefix)), MaxKeys: aws.Int32(int32(min(most, s3Page)))}
+	in := &s3.ListObjectsV2Input{
+		Bucket:  &prefix.Host,
+		Prefix:  aws.String(key(prefix)),
+		MaxKeys: aws.Int32(int32(min(most, s3Page))),
+	}
 	if after != "" {
 		in.ContinuationToken = &after
 	}

@@ -43,25 +43,27 @@ type Config struct {
 	MaxBandwidth int64
 	// S3 overrides what AWS's own environment says; nil: that.
 	S3 *S3Config
-	// UnconditionalPut is for an S3 that has no conditional PUT: two who publish one object at once may write over each other's.
+	// UnconditionalPut is for an S3 that has no conditional PUT: two who publish one object at once may write over
+	// each other's.
 	UnconditionalPut bool
 	// GSEndpoint is where gs:// lies; empty: Google's own.
 	GSEndpoint string
-	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes, before it is tried
-	// again on another connection; default 10 s.
+	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes,
+	// before it is tried again on another connection; default 10 s.
 	StallTimeout time.Duration
 	// LeastRate is how many bytes a second a read must bring, over six StallTimeouts, or else it ends with ErrUnavailable;
 	// default 1 KiB/s. Waiting for MaxBandwidth doesn't count.
 	LeastRate int64
-	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it leads to
-	// https alone, and from another machine never to this one.
+	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it
+	// leads to https alone, and from another machine never to this one.
 	Redirect func(url string) error
 	Log      *slog.Logger // nil: discard
 }
 
-// Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a call with
-// back-off, for some 15 seconds without progress; what is left is an error that wraps a sentinel of this package where one fits.
-// AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
+// Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a
+// call with back-off, for some 15 seconds without progress; what is left is an error that wraps a sentinel of this
+// package where one fits. AWS is configured by its own environment, profile or instance role, when the first s3://
+// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -94,8 +96,8 @@ type PutOptions struct {
 // store is one kind of storage: each call is one try.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
-	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag, and how many the server sends before them, as it
-	// does where it ignores Range.
+	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag, and how many the server sends
+	// before them, as it does where it ignores Range.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
 	// put writes where nothing is, else errOccupied; or, where the body says so, over what is there, in one step.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
@@ -228,8 +230,9 @@ type redirectError struct{ error }
 
 func (e redirectError) Unwrap() error { return e.error }
 
-// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and one from elsewhere
-// could have a request sent to what listens on this machine alone. The URL that led there may carry a signature, and is not told.
+// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and
+// one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
+// carry a signature, and is not told.
 func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
 	r.Header.Del("Referer")
 	from, local := via[len(via)-1].URL, thisMachine(r.URL)
@@ -271,7 +274,8 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	}
 }
 
-// withoutTransient gives what is left of an error when nobody tries again: one that was transient to the end is ErrUnavailable.
+// withoutTransient gives what is left of an error when nobody tries again: one that was transient to the end is
+// ErrUnavailable.
 func withoutTransient(err error) error {
 	var transient *transientError
 	if !errors.As(err, &transient) {
@@ -338,13 +342,14 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	return data, nil
 }
 
-// Read opens a stream of the whole object from offset on. A cut connection is resumed where it was cut, guarded by ETag.
+// Read opens a stream of the whole object from offset on. A cut connection is resumed where it was cut, guarded by
+// ETag.
 func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
-// ReadRange reads n bytes at offset in one request, If-Match its ETag; where the server ignores Range it reads and discards
-// what lies before. A cut connection is resumed.
+// ReadRange reads n bytes at offset in one request, If-Match its ETag; where the server ignores Range it reads and
+// discards what lies before. A cut connection is resumed.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
 }
@@ -357,7 +362,16 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	if err != nil {
 		return nil, err
 	}
-	r := &resuming{client: c, ctx: ctx, store: s, url: u, object: o, offset: offset, left: n, pause: wait.NewBackoff(firstPause, maxPause)}
+	r := &resuming{
+		client: c,
+		ctx:    ctx,
+		store:  s,
+		url:    u,
+		object: o,
+		offset: offset,
+		left:   n,
+		pause:  wait.NewBackoff(firstPause, maxPause),
+	}
 	if n == 0 {
 		return r, nil
 	}
@@ -425,7 +439,9 @@ func (r *resuming) Read(p []byte) (int, error) {
 	began, limited := time.Now(), r.limited
 	n, err := r.read(p)
 	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
-		err = unavailableError{fmt.Errorf("%s: fewer than %d bytes a second come", deployments.ShownURL(r.object.URL), r.client.least)}
+		err = unavailableError{
+			fmt.Errorf("%s: fewer than %d bytes a second come", deployments.ShownURL(r.object.URL), r.client.least),
+		}
 	}
 	return n, err
 }
@@ -459,7 +475,9 @@ func (r *resuming) read(p []byte) (int, error) {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return n, unavailableError{fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err)}
+			return n, unavailableError{
+				fmt.Errorf("%s: cut off at byte %d of %d: %w", deployments.ShownURL(r.object.URL), r.offset, r.object.Size, err),
+			}
 		}
 		r.client.log.Debug("a read was cut off", "url", deployments.ShownURL(r.object.URL), "at", r.offset, "error", err)
 		if err := r.pause.Wait(r.ctx); err != nil {
@@ -541,8 +559,8 @@ type body struct {
 
 func (b *body) reader() *io.SectionReader { return io.NewSectionReader(b.ReaderAt, 0, b.size) }
 
-// Put writes an object (S3: multipart above 16 MiB), never over other bytes: if one exists with the same bytes it is left and Put
-// succeeds; with others, ErrExists. body is read from its start, perhaps more than once.
+// Put writes an object (S3: multipart above 16 MiB), never over other bytes: if one exists with the same bytes it
+// is left and Put succeeds; with others, ErrExists. body is read from its start, perhaps more than once.
 func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64, opt PutOptions) error {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -572,17 +590,27 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 	return nil
 }
 
-// Replace writes a small object, of at most 16 MiB, over whatever is there. Readers see the old or the new one, never a part.
+// Replace writes a small object, of at most 16 MiB, over whatever is there. Readers see the old or the new one,
+// never a part.
 func (c *Client) Replace(ctx context.Context, url string, data []byte, contentType string) error {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
 		return err
 	}
 	if len(data) > partSize {
-		return fmt.Errorf("%s: %d bytes, of which at most %d can be replaced in one step", deployments.ShownURL(url), len(data), partSize)
+		return fmt.Errorf(
+			"%s: %d bytes, of which at most %d can be replaced in one step",
+			deployments.ShownURL(url),
+			len(data),
+			partSize,
+		)
 	}
 	b := &body{ReaderAt: bytes.NewReader(data), size: int64(len(data)), progress: func(int64) {}, replace: true}
-	if err := c.retry(ctx, "replace "+deployments.ShownURL(url), func() error { return s.put(ctx, u, b, contentType) }); err != nil {
+	if err := c.retry(
+		ctx,
+		"replace "+deployments.ShownURL(url),
+		func() error { return s.put(ctx, u, b, contentType) },
+	); err != nil {
 		return fmt.Errorf("%s: %w", deployments.ShownURL(url), err)
 	}
 	return nil

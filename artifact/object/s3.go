@@ -41,7 +41,8 @@ type s3Lazy struct {
 	store *s3Store
 }
 
-// countingClient counts requests. It goes around the client that AWS's configuration made, which knows of AWS_CA_BUNDLE.
+// countingClient counts requests. It goes around the client that AWS's configuration made, which knows of
+// AWS_CA_BUNDLE.
 type countingClient struct {
 	aws.HTTPClient
 	requests *atomic.Int64
@@ -58,7 +59,9 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	if l.store != nil {
 		return l.store, nil
 	}
-	options := []func(*config.LoadOptions) error{config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.tune))}
+	options := []func(*config.LoadOptions) error{
+		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.tune)),
+	}
 	if c := l.config; c != nil {
 		options = append(options, config.WithRegion(c.Region),
 			config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(c.AccessKey, c.SecretKey, "")))
@@ -104,7 +107,12 @@ func (s *s3Store) fail(ctx context.Context, err error) error {
 	if failed != nil {
 		return err
 	}
-	return fmt.Errorf("%w (with the access key %s, from %s)", err, who.AccessKeyID, cmp.Or(who.Source, "the configuration"))
+	return fmt.Errorf(
+		"%w (with the access key %s, from %s)",
+		err,
+		who.AccessKeyID,
+		cmp.Or(who.Source, "the configuration"),
+	)
 }
 
 // ifNone is what a put asks for, so that it is never made over another's object.
@@ -115,12 +123,19 @@ func (s *s3Store) ifNone() *string {
 	return aws.String("*")
 }
 
-// stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what is wrong.
+// stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what
+// is wrong.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
-	out, err := s.client.GetObject(ctx, &s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u), Range: aws.String(firstByte)})
+	out, err := s.client.GetObject(
+		ctx,
+		&s3.GetObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u), Range: aws.String(firstByte)},
+	)
 	var api smithy.APIError
 	if errors.As(err, &api) && api.ErrorCode() == "InvalidRange" { // it is empty
-		out, err := s.client.HeadObject(ctx, &s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)})
+		out, err := s.client.HeadObject(
+			ctx,
+			&s3.HeadObjectInput{Bucket: &u.Host, Key: aws.String(key(u)), VersionId: version(u)},
+		)
 		if err != nil {
 			return Object{}, s.fail(ctx, err)
 		}
@@ -214,7 +229,10 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 	}
 	defer func() {
 		if err != nil {
-			s.client.AbortMultipartUpload(context.WithoutCancel(ctx), &s3.AbortMultipartUploadInput{Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId})
+			s.client.AbortMultipartUpload(
+				context.WithoutCancel(ctx),
+				&s3.AbortMultipartUploadInput{Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId},
+			)
 		}
 	}()
 	parts := make([]types.CompletedPart, (b.size+size-1)/size)

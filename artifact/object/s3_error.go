@@ -27,7 +27,9 @@ func s3Error(err error) error {
 	// Before the answer is looked at: it may be the metadata service's, or STS's, and no word of S3's on the object.
 	if _, why, is := strings.Cut(err.Error(), "get credentials: "); is {
 		why = strings.TrimPrefix(why, "failed to refresh cached credentials, ")
-		return &transientError{err: fmt.Errorf("no AWS credentials (%s): %s", credentialSources(os.Getenv), safetext.Clip(why, maxMessage))}
+		return &transientError{
+			err: fmt.Errorf("no AWS credentials (%s): %s", credentialSources(os.Getenv), safetext.Clip(why, maxMessage)),
+		}
 	}
 	code, message, region, after := 0, "", "", time.Duration(0)
 	var response *smithyhttp.ResponseError
@@ -43,7 +45,8 @@ func s3Error(err error) error {
 	}
 	var api smithy.APIError
 	asAPI := errors.As(err, &api)
-	if region != "" && (code == http.StatusMovedPermanently || asAPI && api.ErrorCode() == "AuthorizationHeaderMalformed") {
+	if region != "" &&
+		(code == http.StatusMovedPermanently || asAPI && api.ErrorCode() == "AuthorizationHeaderMalformed") {
 		return fmt.Errorf("the bucket is in region %s: set AWS_REGION, or the profile's region, to that", region)
 	}
 	if asAPI {
@@ -51,9 +54,19 @@ func s3Error(err error) error {
 		switch api.ErrorCode() {
 		case "AccessDenied", "Forbidden": // the latter where the answer has no body
 			if strings.Contains(strings.ToLower(api.ErrorMessage()), "kms") {
-				return fmt.Errorf("%w: %s answered %s: it is the key's policy, or the role's right to use the key, not the object's", ErrDenied, call, message)
+				return fmt.Errorf(
+					"%w: %s answered %s: it is the key's policy, or the role's right to use the key, not the object's",
+					ErrDenied,
+					call,
+					message,
+				)
 			}
-			return fmt.Errorf("%w: %s answered %s; it does so for a missing object too where s3:ListBucket isn't allowed", ErrDenied, call, message)
+			return fmt.Errorf(
+				"%w: %s answered %s; it does so for a missing object too where s3:ListBucket isn't allowed",
+				ErrDenied,
+				call,
+				message,
+			)
 		case "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired":
 			return fmt.Errorf("%w: %s answered %s", ErrDenied, call, message)
 		case "NoSuchBucket":
@@ -95,7 +108,8 @@ func credentialSources(getenv func(string) string) string {
 		}
 		tried = append(tried, path+" is read for profile "+cmp.Or(getenv("AWS_PROFILE"), "default"))
 	}
-	container := getenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI") != "" || getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI") != ""
+	container := getenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI") != "" ||
+		getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI") != ""
 	add("a container's credentials", container, "are set")
 	if strings.EqualFold(getenv("AWS_EC2_METADATA_DISABLED"), "true") {
 		tried = append(tried, "the instance's role is switched off by AWS_EC2_METADATA_DISABLED")

@@ -49,8 +49,8 @@ func TestABucketInAnotherRegion(t *testing.T) {
 	}
 }
 
-// Of two who write an object at once, S3 may tell one of a conflict before the other is done: that is no more than a reason to
-// look again.
+// Of two who write an object at once, S3 may tell one of a conflict before the other is done: that is no more than
+// a reason to look again.
 func TestAConflictWithAnotherWriter(t *testing.T) {
 	t.Parallel()
 	var mu sync.Mutex

@@ -20,8 +20,8 @@ func version(u *url.URL) *string {
 	return nil
 }
 
-// Versions gives the URLs of at most most older versions of an object, the newest first, where the bucket keeps versions, and nothing
-// where it does not or the storage knows none. It wants s3:ListBucketVersions.
+// Versions gives the URLs of at most most older versions of an object, the newest first, where the bucket keeps
+// versions, and nothing where it does not or the storage knows none. It wants s3:ListBucketVersions.
 func (c *Client) Versions(ctx context.Context, url string, most int) (urls []string, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {

@@ -18,7 +18,8 @@ import (
 	"kedge/artifact/object"
 )
 
-// Proxy stands before a Server, counts what passes, and plays faults that no real server can be asked for. It ends with the test.
+// Proxy stands before a Server, counts what passes, and plays faults that no real server can be asked for. It ends
+// with the test.
 type Proxy struct {
 	server   *Server
 	direct   *object.Client
@@ -87,12 +88,20 @@ func (p *Proxy) choose(r *http.Request) Fault {
 	var from int64
 	fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-", &from)
 	id := fmt.Sprint(r.Method, probe, key)
-	request := Request{From: from, Method: r.Method, Key: key, Name: key[strings.LastIndex(key, "/")+1:], N: p.seen[id], Probe: probe}
+	request := Request{
+		From:   from,
+		Method: r.Method,
+		Key:    key,
+		Name:   key[strings.LastIndex(key, "/")+1:],
+		N:      p.seen[id],
+		Probe:  probe,
+	}
 	p.seen[id]++
 	return p.fault(request)
 }
 
-// Play chooses a fault for each request from now on, counts requests from zero, and forgets what was counted. nil: none.
+// Play chooses a fault for each request from now on, counts requests from zero, and forgets what was counted. nil:
+// none.
 func (p *Proxy) Play(choose func(Request) Fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -136,7 +145,11 @@ func Status(status int, code string) Fault {
 		w.Header().Set("Content-Type", "application/xml")
 		w.WriteHeader(status)
 		if r.Method != http.MethodHead {
-			fmt.Fprintf(w, `<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>as the test wants</Message></Error>`, code)
+			fmt.Fprintf(
+				w,
+				`<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>as the test wants</Message></Error>`,
+				code,
+			)
 		}
 	}
 }
@@ -228,8 +241,8 @@ func (w *limited) Write(data []byte) (int, error) {
 
 func (w *limited) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Flip changes the byte of the object at this place, wherever a range that is asked for has it; below zero it counts from the end
-// of what is sent.
+// Flip changes the byte of the object at this place, wherever a range that is asked for has it; below zero it
+// counts from the end of what is sent.
 func Flip(at int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&flipping{ResponseWriter: w, at: at}, r)
@@ -287,7 +300,9 @@ func (p *Proxy) Truncated(by int) Fault {
 // instead answers with the whole of an object, changed.
 func (p *Proxy) instead(change func([]byte) []byte) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
-		data, err := os.ReadFile(filepath.Join(p.server.Dir(), filepath.FromSlash(strings.TrimPrefix(r.URL.Path, "/"+bucket))))
+		data, err := os.ReadFile(
+			filepath.Join(p.server.Dir(), filepath.FromSlash(strings.TrimPrefix(r.URL.Path, "/"+bucket))),
+		)
 		if err != nil {
 			next.ServeHTTP(w, r)
 			return

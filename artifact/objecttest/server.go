@@ -38,7 +38,8 @@ type Server struct {
 	log     bytes.Buffer
 }
 
-// Start starts a server with one empty bucket, and with more of versitygw's arguments. It fails the test where the program is missing.
+// Start starts a server with one empty bucket, and with more of versitygw's arguments. It fails the test where the
+// program is missing.
 func Start(tb testing.TB, args ...string) *Server {
 	tb.Helper()
 	s := &Server{tb: tb, dir: tb.TempDir(), args: args}
@@ -83,15 +84,30 @@ func (s *Server) Restart() {
 	s.tb.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	args := slices.Concat([]string{"--port", s.address, "--access", accessKey, "--secret", secretKey, "--region", region, "--keep-alive", "--quiet"},
-		s.args, []string{"posix", s.dir})
+	args := slices.Concat(
+		[]string{
+			"--port",
+			s.address,
+			"--access",
+			accessKey,
+			"--secret",
+			secretKey,
+			"--region",
+			region,
+			"--keep-alive",
+			"--quiet",
+		},
+		s.args,
+		[]string{"posix", s.dir},
+	)
 	s.process = exec.Command(Program(s.tb, "versitygw"), args...)
 	s.process.Stdout, s.process.Stderr = &s.log, &s.log
 	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	s.done = make(chan struct{})
 	started := make(chan error)
 	go func(p *exec.Cmd, done chan struct{}) {
-		// The death signal is sent when the thread that forked ends, which another goroutine's may: this one stays as long as the child.
+		// The death signal is sent when the thread that forked ends, which another goroutine's may: this one stays as
+		// long as the child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := p.Start()
@@ -146,7 +162,9 @@ func (s *Server) ClientAt(endpoint string) *object.Client {
 }
 
 func (s *Server) config(endpoint string) object.Config {
-	return object.Config{S3: &object.S3Config{Endpoint: endpoint, Region: region, AccessKey: accessKey, SecretKey: secretKey}}
+	return object.Config{
+		S3: &object.S3Config{Endpoint: endpoint, Region: region, AccessKey: accessKey, SecretKey: secretKey},
+	}
 }
 
 // Env points a process at this server.

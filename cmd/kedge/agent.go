@@ -58,35 +58,88 @@ finishes or takes back what it had begun.`,
 		},
 	}
 	f, def := c.Flags(), agentDefaults()
-	f.StringVar(&file, "config", os.Getenv("KEDGE_CONFIG"), "configuration `file` (default "+defaultAgentConfig+" where it exists)")
+	f.StringVar(
+		&file,
+		"config",
+		os.Getenv("KEDGE_CONFIG"),
+		"configuration `file` (default "+defaultAgentConfig+" where it exists)",
+	)
 	f.String("stage", "", "this node's stage, as in prod")
 	f.String("roles", "", "this node's `roles`, separated by commas")
-	f.String("node", "", "this node's name (default: what Consul's agent on this machine calls it, or else the host's up to the first dot)")
+	f.String(
+		"node",
+		"",
+		"this node's name (default: what Consul's agent on this machine calls it, or else the host's up to the first dot)",
+	)
 	f.String("state-dir", "", "`directory` of lock, journal and last known state (default /var/lib/kedge)")
-	f.String("listen", "", "`address` of /ready, /converged and /live, as in :7070; if it is this machine's alone, of /status and /metrics too (default: none)")
-	f.String("listen-status", "", "`address` of /status and /metrics for other machines, as in 10.0.0.7:7071 (default: none)")
+	f.String(
+		"listen",
+		"",
+		"`address` of /ready, /converged and /live, as in :7070; if it is this machine's alone, of /status and /metrics too (default: none)",
+	)
+	f.String(
+		"listen-status",
+		"",
+		"`address` of /status and /metrics for other machines, as in 10.0.0.7:7071 (default: none)",
+	)
 	f.String("sources", "", "URL `prefixes` that releases may come from, separated by commas (default: any)")
-	f.Bool("local-sources", false, "let releases come from file:// and from http:// on this machine, without naming them in --sources")
+	f.Bool(
+		"local-sources",
+		false,
+		"let releases come from file:// and from http:// on this machine, without naming them in --sources",
+	)
 	f.String("dests", "", "`directories` that dest may lie in (default: any)")
 	f.String("users", "", "`users` that commands may run as (default: any)")
 	f.Bool("no-commands", false, "refuse releases with commands")
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
-	f.Bool("allow-older-pins", false, "with --signers, let pins go back to releases older than the one that this node has settled on")
-	f.Bool("allow-empty", false, "let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)")
-	f.Bool("observe", false, "fetch and verify releases, compare them with what lies at dest, report that, and touch nothing")
-	f.Bool("adopt", false, "take over what lies at dest before a unit's first release, if it is the release's already; as adopt: true in its file")
-	f.Bool("maintenance", false, "have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)")
+	f.Bool(
+		"allow-older-pins",
+		false,
+		"with --signers, let pins go back to releases older than the one that this node has settled on",
+	)
+	f.Bool(
+		"allow-empty",
+		false,
+		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)",
+	)
+	f.Bool(
+		"observe",
+		false,
+		"fetch and verify releases, compare them with what lies at dest, report that, and touch nothing",
+	)
+	f.Bool(
+		"adopt",
+		false,
+		"take over what lies at dest before a unit's first release, if it is the release's already; as adopt: true in its file",
+	)
+	f.Bool(
+		"maintenance",
+		false,
+		"have the node in Consul's maintenance mode while a unit is drained (its token needs node:write)",
+	)
 	f.String("snapshot", "", "`URL` of the mirror's copy of the desired state, for a first boot while the store is away")
 	f.String("snapshot-signers", "", "allowed_signers `file`: who may have signed it")
 	f.Duration("snapshot-max-age", def.SnapshotMaxAge, "take none that is older (the mirror writes it anew every hour)")
-	f.Bool("ec2", false, "take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles")
-	f.String("lifecycle-hook", "", "complete this AutoScaling `hook`: CONTINUE once every unit runs what it should, ABANDON after --lifecycle-timeout")
+	f.Bool(
+		"ec2",
+		false,
+		"take stage and roles, where nothing else gives them, from the instance's tags kedge:stage and kedge:roles",
+	)
+	f.String(
+		"lifecycle-hook",
+		"",
+		"complete this AutoScaling `hook`: CONTINUE once every unit runs what it should, ABANDON after --lifecycle-timeout",
+	)
 	f.Duration("lifecycle-timeout", def.LifecycleTimeout, "give an instance up that has not converged after this long")
 	f.String("autoscaling-group", "", "the hook's `group` (default: the one that the instance's tags name)")
 	f.String("max-bandwidth", "", "bound of all downloads, as in 20MB/s (default: none)")
 	f.Duration("start-delay", 0, "wait a random time up to this before a fetch, to spread a large fleet's load")
 	f.Duration("verify-every", def.VerifyEvery, "compare live trees with their indexes this often; 0: never")
-	f.String("verify", "", "always: hash files of the running release before they are shared with the next, though nothing touched them")
+	f.String(
+		"verify",
+		"",
+		"always: hash files of the running release before they are shared with the next, though nothing touched them",
+	)
 	f.Duration("ready-timeout", def.ReadyTimeout, "tell systemd READY after this long, converged or not")
 	return c
 }
@@ -181,12 +234,20 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 			conf.Roles = list(instance.Tags[ec2.TagRoles])
 		}
 		if conf.Stage == "" || len(conf.Roles) == 0 {
-			return fmt.Errorf("this node's stage and roles: the instance %s needs the tags %s and %s, as in prod and web", instance.ID, ec2.TagStage, ec2.TagRoles)
+			return fmt.Errorf(
+				"this node's stage and roles: the instance %s needs the tags %s and %s, as in prod and web",
+				instance.ID,
+				ec2.TagStage,
+				ec2.TagRoles,
+			)
 		}
 	}
 	switch noRoles := len(conf.Roles) == 0; {
 	case conf.Stage == "" && noRoles:
-		return usagef("this node's stage and roles are not set: give --stage and --roles, KEDGE_STAGE and KEDGE_ROLES, or %s", file)
+		return usagef(
+			"this node's stage and roles are not set: give --stage and --roles, KEDGE_STAGE and KEDGE_ROLES, or %s",
+			file,
+		)
 	case conf.Stage == "":
 		return usagef("this node's stage is not set: give --stage, KEDGE_STAGE, or stage in %s", file)
 	case noRoles:
@@ -213,7 +274,13 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if err != nil {
 		return err
 	}
-	snapshot, err := snapshotReader(conf.Snapshot, conf.SnapshotSigners, conf.SnapshotMaxAge, object.New(object.Config{Log: log}), log)
+	snapshot, err := snapshotReader(
+		conf.Snapshot,
+		conf.SnapshotSigners,
+		conf.SnapshotMaxAge,
+		object.New(object.Config{Log: log}),
+		log,
+	)
 	if err != nil {
 		return usageError{err}
 	}
@@ -252,7 +319,21 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	}
 	// An idle agent is small: what a deployment allocated is given back sooner than Go would by itself.
 	debug.SetGCPercent(50)
-	log.Info("agent starts", "version", version(), "node", node.Node(), "stage", conf.Stage, "roles", strings.Join(conf.Roles, ","), "store", store.String(), "listen", node.Addr())
+	log.Info(
+		"agent starts",
+		"version",
+		version(),
+		"node",
+		node.Node(),
+		"stage",
+		conf.Stage,
+		"roles",
+		strings.Join(conf.Roles, ","),
+		"store",
+		store.String(),
+		"listen",
+		node.Addr(),
+	)
 	defer logStop(ctx, log, "agent stops")()
 	notify, stop := context.WithCancel(ctx)
 	defer stop()
@@ -269,7 +350,10 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {
 		var err error
-		if hook.Instance, err = ec2.Describe(ctx); err == nil || hook.Instance.ID != "" && hook.Group != "" { // then tags are not needed
+		if hook.Instance, err = ec2.Describe(
+			ctx,
+		); err == nil ||
+			hook.Instance.ID != "" && hook.Group != "" { // then tags are not needed
 			hook.Timeout = max(time.Second, conf.LifecycleTimeout-time.Since(began))
 			break
 		}
@@ -285,7 +369,8 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 	}
 }
 
-// retryOnHangup lets every release that failed here be tried once more when SIGHUP comes (systemctl reload kedge-agent).
+// retryOnHangup lets every release that failed here be tried once more when SIGHUP comes (systemctl reload
+// kedge-agent).
 func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)

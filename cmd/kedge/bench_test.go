@@ -21,8 +21,8 @@ import (
 //
 //	go test ./cmd/kedge -run '^$' -bench . -benchtime 30x
 
-// BenchmarkPushToSwitch is the time from git push returning to the switch of dest on a node, with a small release and a local
-// bare repo that the mirror watches.
+// BenchmarkPushToSwitch is the time from git push returning to the switch of dest on a node, with a small release
+// and a local bare repo that the mirror watches.
 func BenchmarkPushToSwitch(b *testing.B) {
 	w, pointers := benchWorld(b)
 	i := 0
@@ -33,7 +33,8 @@ func BenchmarkPushToSwitch(b *testing.B) {
 	})
 }
 
-// BenchmarkPinToSwitch is the time from the start, and from the end, of `consul kv put` to the switch of dest on a node.
+// BenchmarkPinToSwitch is the time from the start, and from the end, of `consul kv put` to the switch of dest on a
+// node.
 func BenchmarkPinToSwitch(b *testing.B) {
 	w, pointers := benchWorld(b)
 	i := 0
@@ -104,7 +105,8 @@ func watchSwitches(b *testing.B, dir, name string) <-chan time.Time {
 	return events
 }
 
-// benchWorld is a world whose kedge is the stock build, with a local bare repo, one node, and two small releases published.
+// benchWorld is a world whose kedge is the stock build, with a local bare repo, one node, and two small releases
+// published.
 func benchWorld(b *testing.B) (*world, []deployments.Pointer) {
 	w := newWorld(b, "web-1")
 	w.program = stockBuild(b)
@@ -129,8 +131,8 @@ func stockBuild(b *testing.B) string {
 	return path
 }
 
-// BenchmarkIdle prints what an agent costs that has nothing to do: resident memory and processor time over ten seconds, and
-// the size of the binary.
+// BenchmarkIdle prints what an agent costs that has nothing to do: resident memory and processor time over ten
+// seconds, and the size of the binary.
 func BenchmarkIdle(b *testing.B) {
 	w, _ := benchWorld(b)
 	pid := w.processes["web-1"].cmd.Process.Pid

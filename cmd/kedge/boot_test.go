@@ -19,8 +19,8 @@ import (
 	"kedge/kv"
 )
 
-// TestBoot boots machines by systemd, as a fleet's nodes are: the units as they are shipped, a Consul agent each with the least
-// token, S3, and a mirror.
+// TestBoot boots machines by systemd, as a fleet's nodes are: the units as they are shipped, a Consul agent each
+// with the least token, S3, and a mirror.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -125,7 +125,8 @@ func (m *machine) bootedInOrder() {
 
 func us(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
 
-// testBootDay is a machine's day: its first boot, a release, a bad one, restarts and an upgrade of the agent, a hang, a reboot.
+// testBootDay is a machine's day: its first boot, a release, a bad one, restarts and an upgrade of the agent, a
+// hang, a reboot.
 func testBootDay(t *testing.T, m *machine) {
 	m.release(m.publish("1", pre("touch /run/pre; while [ ! -e /run/go ]; do sleep 0.05; done")))
 	m.boot()
@@ -244,7 +245,8 @@ func testBootDay(t *testing.T, m *machine) {
 		m.boot()
 		m.runs("8")
 		m.bootedInOrder()
-		// Not when systemd took note of READY: what the agent then starts is started by its unit, before that counts as active.
+		// Not when systemd took note of READY: what the agent then starts is started by its unit, before that counts as
+		// active.
 		line := m.do("sh", "-c", "journalctl --boot --no-pager --output=short-monotonic --unit=kedge-agent | grep 'first convergence'")
 		var converged float64
 		if _, err := fmt.Sscanf(line, "[%f]", &converged); err != nil {

@@ -80,7 +80,8 @@ func newChaos(t *testing.T, seed uint64) *chaos {
 	return c
 }
 
-// keepLogs writes to dir what happened, what each process logged, and every key, for a failure that is seldom seen twice.
+// keepLogs writes to dir what happened, what each process logged, and every key, for a failure that is seldom seen
+// twice.
 func (c *chaos) keepLogs(dir string) {
 	c.mu.Lock()
 	files := map[string]string{"events": strings.Join(c.events, "\n") + "\n"}
@@ -261,7 +262,8 @@ func (c *chaos) settled() error {
 	return nil
 }
 
-// watchBudget follows what the releases' commands say: a node is out of service from its pre command on until it succeeded, or is back.
+// watchBudget follows what the releases' commands say: a node is out of service from its pre command on until it
+// succeeded, or is back.
 func (c *chaos) watchBudget(ctx context.Context) {
 	f, err := os.Open(c.log)
 	if err != nil {

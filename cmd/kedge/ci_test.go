@@ -12,8 +12,8 @@ import (
 	"kedge/deployments"
 )
 
-// The script of the CI templates publishes, changes the line, and waits: for a release that the fleet runs, for the same
-// one again, and for one that fails there.
+// The script of the CI templates publishes, changes the line, and waits: for a release that the fleet runs, for the
+// same one again, and for one that fails there.
 func TestReleaseFromCI(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "web-1")

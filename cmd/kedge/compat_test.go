@@ -17,9 +17,9 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// Two neighbouring versions, mirror and agents in either order, run side by side: through pushes, a canary, a pin and its
-// end, restarts, and the upgrade of what is still old. The earlier version is built from the commit that .ci/compat-base
-// names, or KEDGE_COMPAT_BASE.
+// Two neighbouring versions, mirror and agents in either order, run side by side: through pushes, a canary, a pin
+// and its end, restarts, and the upgrade of what is still old. The earlier version is built from the commit that
+// .ci/compat-base names, or KEDGE_COMPAT_BASE.
 func TestNeighbouringVersions(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds an earlier version: left out by -short")

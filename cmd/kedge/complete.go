@@ -34,9 +34,12 @@ func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 		return a.complete(cmd.Context(), want[len(args)], args, typed), cobra.ShellCompDirectiveNoFileComp
 	}
 	if c.Flags().Lookup("node") != nil {
-		c.RegisterFlagCompletionFunc("node", func(cmd *cobra.Command, args []string, typed string) ([]cobra.Completion, cobra.ShellCompDirective) {
-			return a.complete(cmd.Context(), wantNode, args, typed), cobra.ShellCompDirectiveNoFileComp
-		})
+		c.RegisterFlagCompletionFunc(
+			"node",
+			func(cmd *cobra.Command, args []string, typed string) ([]cobra.Completion, cobra.ShellCompDirective) {
+				return a.complete(cmd.Context(), wantNode, args, typed), cobra.ShellCompDirectiveNoFileComp
+			},
+		)
 	}
 	return c
 }

@@ -69,7 +69,10 @@ type agentConfig struct {
 // agentDefaults is what holds where nothing else is said. A zero says something: verify_every: 0s is never.
 func agentDefaults() agentConfig {
 	return agentConfig{
-		SnapshotMaxAge: 72 * time.Hour, LifecycleTimeout: 15 * time.Minute, VerifyEvery: 24 * time.Hour, ReadyTimeout: 15 * time.Minute,
+		SnapshotMaxAge:   72 * time.Hour,
+		LifecycleTimeout: 15 * time.Minute,
+		VerifyEvery:      24 * time.Hour,
+		ReadyTimeout:     15 * time.Minute,
 	}
 }
 
@@ -137,7 +140,10 @@ func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 		for _, field := range fields {
 			key := field.Key.GetToken()
 			if seen[key.Value] {
-				errs = append(errs, fmt.Errorf("%s:%d:%d: the field %q stands twice", name, key.Position.Line, key.Position.Column, key.Value))
+				errs = append(
+					errs,
+					fmt.Errorf("%s:%d:%d: the field %q stands twice", name, key.Position.Line, key.Position.Column, key.Value),
+				)
 				continue
 			}
 			seen[key.Value] = true
@@ -159,13 +165,15 @@ func agentFields(yield func(string) bool) {
 	}
 }
 
-// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, what the mirror
-// reads from the environment alone, and what commands of a release get.
-var otherVariables = strings.Fields(`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
+// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, what
+// the mirror reads from the environment alone, and what commands of a release get.
+var otherVariables = strings.Fields(
+	`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
 	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
 	github_app_key_file github_api webhook_secret webhook_secret_file publish_to
 	release version previous digest name dest unit role step run error
-	play tools`)
+	play tools`,
+)
 
 // checkVariables refuses variables that begin with KEDGE_ and mean nothing: a mistyped KEDGE_DEST would bound nothing.
 func checkVariables(environment []string) error {

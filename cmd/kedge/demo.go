@@ -52,7 +52,8 @@ release, prints each step with its time, and leaves nothing behind.`,
 		},
 	}
 	c.Flags().BoolVar(&once, "once", false, "walk through it by itself, then end")
-	c.Flags().StringVar(&dir, "dir", "", "empty or missing `directory` to use, and keep (default: a temporary one, removed at the end)")
+	c.Flags().
+		StringVar(&dir, "dir", "", "empty or missing `directory` to use, and keep (default: a temporary one, removed at the end)")
 	return c
 }
 
@@ -93,13 +94,24 @@ const (
 
 func newDemo(ctx context.Context, dir string, out io.Writer) (_ *demo, err error) {
 	if _, err := exec.LookPath("git"); err != nil {
-		return nil, hintError{errors.New("the demo pushes with git, which isn't installed"), "install git (apt-get install git) and run it again"}
+		return nil, hintError{
+			errors.New("the demo pushes with git, which isn't installed"),
+			"install git (apt-get install git) and run it again",
+		}
 	}
 	program, err := os.Executable()
 	if err != nil {
 		return nil, fmt.Errorf("finding this program: %w", err)
 	}
-	d := &demo{dir: dir, keep: dir != "", out: out, program: program, nodes: map[string]*child{}, pointers: map[string]deployments.Pointer{}, shown: map[string]string{}}
+	d := &demo{
+		dir:      dir,
+		keep:     dir != "",
+		out:      out,
+		program:  program,
+		nodes:    map[string]*child{},
+		pointers: map[string]deployments.Pointer{},
+		shown:    map[string]string{},
+	}
 	if dir == "" {
 		if d.dir, err = os.MkdirTemp("", "kedge-demo-"); err != nil {
 			return nil, err
@@ -139,7 +151,8 @@ func newDemo(ctx context.Context, dir string, out io.Writer) (_ *demo, err error
 	return d, nil
 }
 
-// serveSite plays the web servers of all nodes: /NAME/ is what is live on node NAME, and what its health check asks for.
+// serveSite plays the web servers of all nodes: /NAME/ is what is live on node NAME, and what its health check asks
+// for.
 func (d *demo) serveSite() error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -149,7 +162,12 @@ func (d *demo) serveSite() error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{node}/{path...}", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")
-		http.ServeFileFS(w, r, os.DirFS(filepath.Join(d.dir, "nodes", filepath.Base(r.PathValue("node")), "srv", "app")), r.PathValue("path"))
+		http.ServeFileFS(
+			w,
+			r,
+			os.DirFS(filepath.Join(d.dir, "nodes", filepath.Base(r.PathValue("node")), "srv", "app")),
+			r.PathValue("path"),
+		)
 	})
 	d.site = &http.Server{Handler: mux, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)}
 	go d.site.Serve(listener)
@@ -193,7 +211,8 @@ func (d *demo) git(dir string, args ...string) error {
 	return nil
 }
 
-// publish packs and publishes a version of the demo's application: a small web site whose health check asks for its version.
+// publish packs and publishes a version of the demo's application: a small web site whose health check asks for its
+// version.
 func (d *demo) publish(version string) (artifact.Published, error) {
 	src := filepath.Join(d.dir, "src", version)
 	shown := version
@@ -272,8 +291,23 @@ func (d *demo) startNode(name string) error {
 		return err
 	}
 	env := []string{"DEMO_ROOT=" + filepath.Join(root, "srv"), "DEMO_SITE=" + d.siteURL + "/" + name}
-	c, err := d.start(name, env, "agent", "--kv", d.kv(), "--node", name, "--stage", demoUnit.Stage, "--roles", demoUnit.Role,
-		"--sources", "file://"+filepath.Join(d.dir, "releases"), "--state-dir", filepath.Join(root, "state"))
+	c, err := d.start(
+		name,
+		env,
+		"agent",
+		"--kv",
+		d.kv(),
+		"--node",
+		name,
+		"--stage",
+		demoUnit.Stage,
+		"--roles",
+		demoUnit.Role,
+		"--sources",
+		"file://"+filepath.Join(d.dir, "releases"),
+		"--state-dir",
+		filepath.Join(root, "state"),
+	)
 	if err != nil {
 		return err
 	}

@@ -65,7 +65,9 @@ func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 func (d *demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {
-			line := strings.TrimSpace(fmt.Sprintf("%s  %s  %s %s  %s", u.ID, n.Name, n.Report.State, n.Report.Version, n.Report.Error))
+			line := strings.TrimSpace(
+				fmt.Sprintf("%s  %s  %s %s  %s", u.ID, n.Name, n.Report.State, n.Report.Version, n.Report.Error),
+			)
 			if d.shown[n.Name] != line {
 				d.shown[n.Name] = line
 				fmt.Fprintf(d.out, "%s  %s\n", time.Now().Format("15:04:05.000"), line)

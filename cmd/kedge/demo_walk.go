@@ -14,7 +14,8 @@ import (
 	"kedge/sync/fleet"
 )
 
-// stepTimeout bounds one step of the walk: far more than any takes, so that a fault ends in an error and not in silence.
+// stepTimeout bounds one step of the walk: far more than any takes, so that a fault ends in an error and not in
+// silence.
 const stepTimeout = time.Minute
 
 // walk goes through a day of an operator's, and prints each step with its time.
@@ -48,7 +49,10 @@ func (d *demo) walk() error {
 			}
 			return d.publishAndSay(firstVersion)
 		}},
-		{"git push " + firstVersion + ": all three nodes are live", func() error { return d.pushAndWait(firstVersion, all...) }},
+		{
+			"git push " + firstVersion + ": all three nodes are live",
+			func() error { return d.pushAndWait(firstVersion, all...) },
+		},
 		{"publish " + secondVersion, func() error { return d.publishAndSay(secondVersion) }},
 		{"git push " + secondVersion + ": all three switched", func() error { return d.pushAndWait(secondVersion, all...) }},
 		{"pin to " + firstVersion + " by writing its pointer to the pin's key: all three follow", func() error {
@@ -92,7 +96,10 @@ func (d *demo) walk() error {
 			}
 			return d.checkLive(secondVersion, all...)
 		}},
-		{"git push the fix (" + secondVersion + " again): converged", func() error { return d.pushAndWait(secondVersion, all...) }},
+		{
+			"git push the fix (" + secondVersion + " again): converged",
+			func() error { return d.pushAndWait(secondVersion, all...) },
+		},
 	}
 	for _, step := range steps {
 		if err := timed(step.what, step.do); err != nil {
@@ -126,7 +133,11 @@ func (d *demo) pushAndWait(version string, nodes ...string) error {
 	if err := d.wait(version, nodes...); err != nil {
 		return err
 	}
-	fmt.Fprintf(d.out, "%9s    from the push's return to the last node's report\n", time.Since(pushed).Round(100*time.Microsecond))
+	fmt.Fprintf(
+		d.out,
+		"%9s    from the push's return to the last node's report\n",
+		time.Since(pushed).Round(100*time.Microsecond),
+	)
 	return nil
 }
 
@@ -205,7 +216,12 @@ func (d *demo) logs() string {
 	for _, file := range files {
 		data, _ := os.ReadFile(file)
 		lines := strings.Split(strings.TrimSpace(string(data)), "\n")
-		fmt.Fprintf(&b, "\n%s, the last lines:\n  %s\n", filepath.Base(file), strings.Join(lines[max(0, len(lines)-8):], "\n  "))
+		fmt.Fprintf(
+			&b,
+			"\n%s, the last lines:\n  %s\n",
+			filepath.Base(file),
+			strings.Join(lines[max(0, len(lines)-8):], "\n  "),
+		)
 	}
 	return b.String()
 }

@@ -7,7 +7,8 @@ import (
 	"kedge/deployments"
 )
 
-// A dependency whose last release failed serves on with the one before: what depends on it is pinned, and let go, all the same.
+// A dependency whose last release failed serves on with the one before: what depends on it is pinned, and let go,
+// all the same.
 func TestPinBesideABadDependency(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs Consul and S3")

@@ -24,8 +24,8 @@ func pemOf(s *httptest.Server) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})
 }
 
-// The main job: a release is published, deployed by git push, pinned with the consul binary, and reached by a node that was
-// down and by one that never ran before.
+// The main job: a release is published, deployed by git push, pinned with the consul binary, and reached by a node
+// that was down and by one that never ran before.
 func TestPushPinAndLateNodes(t *testing.T) {
 	t.Parallel()
 	nodes := []string{"web-1", "web-2", "web-3", "web-4"}
@@ -322,8 +322,8 @@ func TestOutagesChangeNothing(t *testing.T) {
 	})
 }
 
-// Any process is killed at any time while thirty releases are pushed: in the end all is converged, and dest was never absent,
-// partial or mixed.
+// Any process is killed at any time while thirty releases are pushed: in the end all is converged, and dest was
+// never absent, partial or mixed.
 func TestKilledAtRandom(t *testing.T) {
 	t.Parallel()
 	const releases = 30

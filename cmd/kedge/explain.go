@@ -52,7 +52,8 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 			return fleet.WriteExplain(a.stdout, f, id, node, d, fleet.TableOptions{Width: a.terminal(), Color: a.color()})
 		},
 	}
-	c.Flags().StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir), "state `directory` of this machine's agent, for UNIT alone")
+	c.Flags().
+		StringVar(&stateDir, "state-dir", envOr("KEDGE_STATE_DIR", agent.DefaultStateDir), "state `directory` of this machine's agent, for UNIT alone")
 	a.jsonFlag(c, "the decision")
 	return a.completeArgs(c, wantUnit, wantNode)
 }
@@ -114,7 +115,13 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fl
 	f, err := fleet.Read(ctx, store, filter)
 	switch {
 	case errors.Is(err, kv.ErrUnavailable):
-		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + "on the node, as root, its agent says what it goes by: kedge explain UNIT"}
+		return nil, hintError{
+			err,
+			strings.TrimPrefix(
+				a.storeHint(err)+"\n",
+				"\n",
+			) + "on the node, as root, its agent says what it goes by: kedge explain UNIT",
+		}
 	case err == nil && len(f.Units) == 0 && filter.Unit != "":
 		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
 	}
@@ -126,9 +133,14 @@ func localStatus(ctx context.Context, stateDir string) (s policy.NodeStatus, err
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	socket := agent.SocketPath(stateDir)
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}}}
+	client := http.Client{
+		Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, "unix", socket)
+			},
+		},
+	}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/status", nil)
 	if err != nil {
 		return s, err
@@ -138,7 +150,10 @@ func localStatus(ctx context.Context, stateDir string) (s policy.NodeStatus, err
 	case errors.Is(err, os.ErrPermission):
 		return s, hintError{fmt.Errorf("the agent's socket %s: %w", socket, os.ErrPermission), "ask as root"}
 	case err != nil:
-		return s, hintError{fmt.Errorf("no agent answers at %s: %w", socket, errors.Unwrap(err)), "does kedge-agent run on this machine, with this --state-dir? For another node: kedge explain NODE/UNIT"}
+		return s, hintError{
+			fmt.Errorf("no agent answers at %s: %w", socket, errors.Unwrap(err)),
+			"does kedge-agent run on this machine, with this --state-dir? For another node: kedge explain NODE/UNIT",
+		}
 	}
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {

@@ -22,8 +22,9 @@ import (
 	"kedge/kv/kvtest"
 )
 
-// machine is a Debian that systemd boots in a container, from the root that .ci/tools makes, with kedge, its units and an
-// application installed as an operator would, in a role of its own. It shares the network of the test. Its disk outlives its boots.
+// machine is a Debian that systemd boots in a container, from the root that .ci/tools makes, with kedge, its units
+// and an application installed as an operator would, in a role of its own. It shares the network of the test. Its
+// disk outlives its boots.
 type machine struct {
 	t      testing.TB
 	w      *world
@@ -48,8 +49,8 @@ ExecStart=/srv/app/bin/start
 [Install]
 WantedBy=kedge-apps.target
 `
-	// consumer needs the release in place, and isn't part of it. As it stops before the agent does, a shutdown that has begun leaves
-	// the agent a second.
+	// consumer needs the release in place, and isn't part of it. As it stops before the agent does, a shutdown that
+	// has begun leaves the agent a second.
 	consumerUnit = `[Unit]
 Description=Needs what kedge deploys
 Requires=kedge-converged.target
@@ -62,8 +63,8 @@ ExecStop=/bin/sleep 1
 [Install]
 WantedBy=multi-user.target
 `
-	// start serves the release's tree. The server stays in the directory that dest led to when it started: it has to be started anew
-	// to serve another release, as most do.
+	// start serves the release's tree. The server stays in the directory that dest led to when it started: it has to
+	// be started anew to serve another release, as most do.
 	startScript = "#!/bin/sh\nexec /bin/busybox httpd -f -p $LISTEN -h \"${0%/*}/..\"\n"
 )
 
@@ -107,7 +108,8 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	return m
 }
 
-// freePort finds a port of an address that the machine shares with nobody but its Consul agent: nothing takes it meanwhile.
+// freePort finds a port of an address that the machine shares with nobody but its Consul agent: nothing takes it
+// meanwhile.
 func freePort(t testing.TB, ip string) string {
 	l, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
 	if err != nil {
@@ -147,7 +149,8 @@ func (m *machine) copy(from, to string) {
 	}
 }
 
-// bootScript boots, in namespaces of its own: they take all processes and mounts along when the first process ends, however it ends.
+// bootScript boots, in namespaces of its own: they take all processes and mounts along when the first process ends,
+// however it ends.
 const bootScript = `set -e
 for group in $CGROUPS; do echo $$ >"$group/cgroup.procs"; done
 exec unshare --mount --propagation private --pid --fork --kill-child=SIGKILL --mount-proc sh -ec '

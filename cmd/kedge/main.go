@@ -1,4 +1,5 @@
-// Command kedge is pull-based deployment for fleets of Linux nodes: one binary for the mirror, the agent, and what people type.
+// Command kedge is pull-based deployment for fleets of Linux nodes: one binary for the mirror, the agent, and what
+// people type.
 package main
 
 import (
@@ -92,10 +93,16 @@ func (a *app) storeHint(err error) string {
 	case !a.onConsul():
 		return ""
 	case errors.Is(err, kv.ErrUnavailable):
-		return fmt.Sprintf("is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have", envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"))
+		return fmt.Sprintf(
+			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",
+			envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"),
+		)
 	case errors.Is(err, kv.ErrNoFolder):
-		return fmt.Sprintf("has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
-			"for operators, one of deployments/consul/operator.hcl", cmp.Or(a.prefix, kv.DefaultPrefix))
+		return fmt.Sprintf(
+			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
+				"for operators, one of deployments/consul/operator.hcl",
+			cmp.Or(a.prefix, kv.DefaultPrefix),
+		)
 	case errors.Is(err, kv.ErrDenied):
 		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one of deployments/consul/operator.hcl"
 	}
@@ -169,15 +176,31 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			return c.Help()
 		},
 	})
-	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the linker would keep every exported
-	// method of every type, most of S3's client among them. That is 9 MB of the binary, and 3 MB of an idle agent's memory.
+	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the
+	// linker would keep every exported method of every type, most of S3's client among them. That is 9 MB of the
+	// binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
-	f.StringVar(&a.kv, "kv", os.Getenv("KEDGE_KV"), "`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)")
+	f.StringVar(
+		&a.kv,
+		"kv",
+		os.Getenv("KEDGE_KV"),
+		"`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)",
+	)
 	f.Lookup("kv").DefValue = "" // KEDGE_KV's value is no default to speak of
-	f.StringVar(&a.prefix, "prefix", envOr("KEDGE_PREFIX", kv.DefaultPrefix), "prefix of every key in Consul; also KEDGE_PREFIX")
+	f.StringVar(
+		&a.prefix,
+		"prefix",
+		envOr("KEDGE_PREFIX", kv.DefaultPrefix),
+		"prefix of every key in Consul; also KEDGE_PREFIX",
+	)
 	f.StringVar(&a.logFormat, "log-format", envOr("KEDGE_LOG_FORMAT", "text"), "text or json; also KEDGE_LOG_FORMAT")
-	f.StringVar(&a.logLevel, "log-level", envOr("KEDGE_LOG_LEVEL", "info"), "debug, info, warn or error; also KEDGE_LOG_LEVEL")
+	f.StringVar(
+		&a.logLevel,
+		"log-level",
+		envOr("KEDGE_LOG_LEVEL", "info"),
+		"debug, info, warn or error; also KEDGE_LOG_LEVEL",
+	)
 
 	root.AddGroup(
 		&cobra.Group{ID: "start", Title: "Start here"},
@@ -234,8 +257,8 @@ func (a *app) openStore(c open.Config) (kv.Store, error) {
 	return store, err
 }
 
-// quiet opens the store for a command that a person waits for: it has no log, errors are enough. It makes no directory: one that isn't
-// there was mistyped, and would look like a fleet without units.
+// quiet opens the store for a command that a person waits for: it has no log, errors are enough. It makes no
+// directory: one that isn't there was mistyped, and would look like a fleet without units.
 func (a *app) quiet() (kv.Store, error) {
 	return a.openStore(open.Config{Existing: true})
 }
@@ -256,8 +279,8 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop has a daemon say that it was told to stop, before it ends what it has begun, which may take a while. What it returns calls
-// that off.
+// logStop has a daemon say that it was told to stop, before it ends what it has begun, which may take a while. What
+// it returns calls that off.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
 }

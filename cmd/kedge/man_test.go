@@ -17,8 +17,8 @@ import (
 	"kedge/deployments"
 )
 
-// manDir is where .ci/package wants the manual. cobra/doc, which writes it, would be 3 MB of the binary, so it is linked
-// into the tests alone.
+// manDir is where .ci/package wants the manual. cobra/doc, which writes it, would be 3 MB of the binary, so it is
+// linked into the tests alone.
 var manDir = flag.String("man", "", "write the manual's pages to this directory, for packages")
 
 // Every command and every topic has a man page: complete, with its flags, and the same each time.
@@ -84,7 +84,8 @@ func writeMan(t *testing.T, dir string) {
 	}
 }
 
-// manText prepares the long texts, which are laid out for a terminal, for Markdown: lines that are indented become blocks.
+// manText prepares the long texts, which are laid out for a terminal, for Markdown: lines that are indented become
+// blocks.
 func manText(cmd *cobra.Command) {
 	var lines []string
 	for line := range strings.SplitSeq(cmd.Long, "\n") {

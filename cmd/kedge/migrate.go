@@ -60,7 +60,10 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 	case len(refused) > 0 && len(sources) == 1:
 		return a.problems(refused, "in "+sources[0].Name+": no node would take it")
 	case len(refused) > 0:
-		return a.problems(refused, fmt.Sprintf("in %s: no node would take those that have one", count(len(sources), "manifest")))
+		return a.problems(
+			refused,
+			fmt.Sprintf("in %s: no node would take those that have one", count(len(sources), "manifest")),
+		)
 	case a.json:
 		return a.printJSON(notes)
 	case len(sources) == 1:
@@ -78,12 +81,15 @@ func archiveText(found *migrate.Archive) string {
 	return fmt.Sprintf("; its archive holds %s of %s", count(found.Files, "file"), bytesText(found.Bytes))
 }
 
-// fixManifest writes a manifest as kedge would have it: a file where it is, anything else, which has to be alone, to standard output.
+// fixManifest writes a manifest as kedge would have it: a file where it is, anything else, which has to be alone,
+// to standard output.
 func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrate.Inspection, alone bool) error {
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")
 	if !isFile && !alone {
-		return usagef("--fix writes files, or what comes of one manifest to standard output: %s is neither; kedge import --fix copies whole prefixes",
-			in.Source.Name)
+		return usagef(
+			"--fix writes files, or what comes of one manifest to standard output: %s is neither; kedge import --fix copies whole prefixes",
+			in.Source.Name,
+		)
 	}
 	text, changed, err := migrate.Fix(ctx, objects, in)
 	if err != nil {
@@ -108,8 +114,13 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 
 // namingFlags are how a manifest's key is read.
 func namingFlags(f *pflag.FlagSet, n *migrate.Naming) {
-	f.StringArrayVar(&n.Patterns, "match", nil, "`pattern` of manifests' names, with {stage}, {role}, {unit} and *; may be repeated (default "+
-		strings.Join(migrate.DefaultPatterns, ", ")+")")
+	f.StringArrayVar(
+		&n.Patterns,
+		"match",
+		nil,
+		"`pattern` of manifests' names, with {stage}, {role}, {unit} and *; may be repeated (default "+
+			strings.Join(migrate.DefaultPatterns, ", ")+")",
+	)
 	f.StringVar(&n.Stage, "stage", "", "the stage, if names don't tell it; only manifests of this stage, if they do")
 	f.StringVar(&n.Role, "role", "", "the role, likewise")
 	f.StringVar(&n.Unit, "unit", "", "the unit's name, likewise (default "+migrate.DefaultUnit+")")
@@ -258,6 +269,16 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		return err
 	}
 	as := map[bool]string{true: "pin", false: "record"}[b.Pinned]
-	log.Info("the event is handed on", "unit", b.Unit.String(), "release", b.Pointer.String(), "as", as, "changed", b.Changed)
+	log.Info(
+		"the event is handed on",
+		"unit",
+		b.Unit.String(),
+		"release",
+		b.Pointer.String(),
+		"as",
+		as,
+		"changed",
+		b.Changed,
+	)
 	return nil
 }

@@ -164,8 +164,8 @@ func (f *oldFleet) compared(node string, want func(deployments.UnitReport) bool)
 	})
 }
 
-// TestMigrationGuide goes the way of deployments/docs/migrating.md with three nodes, step by step, and back where it says so, while
-// the application has to serve all the way.
+// TestMigrationGuide goes the way of deployments/docs/migrating.md with three nodes, step by step, and back where
+// it says so, while the application has to serve all the way.
 //
 // The old nodes run the program that KEDGE_STRETCHER names, stretcher's own; or else kedge by its name.
 func TestMigrationGuide(t *testing.T) {

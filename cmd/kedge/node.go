@@ -31,7 +31,10 @@ content, mode, link or type. Changes nothing. Exit code 1 where something differ
 			releases := artifact.Open(dest, object.New(object.Config{}), nil)
 			live, err := releases.Current()
 			if errors.Is(err, artifact.ErrNoRelease) {
-				return hintError{fmt.Errorf("%s is no release of kedge's: %w", dest, err), "only sync_strategy: release keeps what it needs to verify a tree"}
+				return hintError{
+					fmt.Errorf("%s is no release of kedge's: %w", dest, err),
+					"only sync_strategy: release keeps what it needs to verify a tree",
+				}
 			}
 			if err != nil {
 				return err
@@ -56,7 +59,8 @@ content, mode, link or type. Changes nothing. Exit code 1 where something differ
 			return nil
 		},
 	}
-	c.Flags().StringVar(&bandwidth, "max-bandwidth", "", "read no faster than this, as in 50MB/s (default: as fast as it can)")
+	c.Flags().
+		StringVar(&bandwidth, "max-bandwidth", "", "read no faster than this, as in 50MB/s (default: as fast as it can)")
 	a.jsonFlag(c, "the differences")
 	return c
 }

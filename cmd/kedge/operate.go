@@ -61,12 +61,19 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	}
 	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
 	if errors.Is(err, fleet.ErrNotTaken) {
-		return hintError{inTime{err}, fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id)}
+		return hintError{
+			inTime{err},
+			fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id),
+		}
 	}
 	if err != nil {
 		return err
 	}
-	return a.done(told{Unit: id, Order: verb, Outcome: outcome}, fmt.Sprintf("%s: %s", id, outcome), fleet.Pinned(ctx, store, id))
+	return a.done(
+		told{Unit: id, Order: verb, Outcome: outcome},
+		fmt.Sprintf("%s: %s", id, outcome),
+		fleet.Pinned(ctx, store, id),
+	)
 }
 
 // told is what an order, a pin or its end came to; the JSON of the commands that operate.
@@ -156,7 +163,10 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 			}
 			if !force {
 				if err := fleet.CheckRecord(ctx, store, id); err != nil {
-					return hintError{fmt.Errorf("pin: %w", err), "no node runs anything by the pin of a unit without a record; to write it all the same: --force"}
+					return hintError{
+						fmt.Errorf("pin: %w", err),
+						"no node runs anything by the pin of a unit without a record; to write it all the same: --force",
+					}
 				}
 			}
 			notes := fleet.PinNotes(ctx, store, id, node, pin.AtOnce)
@@ -180,7 +190,12 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 	byFlag(f, &by)
 	f.BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	f.BoolVar(&force, "force", false, "also where the unit has no record")
-	f.StringVar(&until, "until", "", "when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z")
+	f.StringVar(
+		&until,
+		"until",
+		"",
+		"when it ends by itself: in 2h or 3d, or at \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z",
+	)
 	a.jsonFlag(c, "the pin")
 	return a.completeArgs(c, wantUnit, wantRelease)
 }
@@ -220,7 +235,10 @@ func untilOf(s string, now time.Time) (time.Time, error) {
 	}
 	t, err := deployments.ParseUntil(s)
 	if err != nil {
-		return time.Time{}, usagef("--until %q: want a duration, as in 2h or 3d, or a time with its zone, as in \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z", s)
+		return time.Time{}, usagef(
+			"--until %q: want a duration, as in 2h or 3d, or a time with its zone, as in \"2026-11-24 09:00 Europe/Berlin\" or 2026-11-24T08:00:00Z",
+			s,
+		)
 	}
 	if !t.After(now) {
 		return time.Time{}, usagef("--until %q is in the past", s)
@@ -258,7 +276,10 @@ func (a *app) unpinCommand() *cobra.Command {
 			return err
 		case was:
 			if follows := fleet.Follows(ctx, store, id, node); follows != "" {
-				notes = append(slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }), follows)
+				notes = append(
+					slices.DeleteFunc(notes, func(s string) bool { return strings.HasPrefix(s, "the unit is pinned") }),
+					follows,
+				)
 			}
 		default:
 			line, outcome = scope(id, node)+" was not pinned", "was not pinned"
@@ -288,8 +309,12 @@ keep what they run, and kedge status says so. To go back on those, publish the o
 		if err != nil {
 			return err
 		}
-		return a.done(told{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin}, fmt.Sprintf("pinned %s to %s", id, pin.Release),
-			fleet.RunsAlready(ctx, store, id, pin.Release), "once Git says what should run: kedge unpin "+id.String())
+		return a.done(
+			told{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
+			fmt.Sprintf("pinned %s to %s", id, pin.Release),
+			fleet.RunsAlready(ctx, store, id, pin.Release),
+			"once Git says what should run: kedge unpin "+id.String(),
+		)
 	})
 	c.Flags().BoolVar(&atOnce, "at-once", false, "every node as soon as it sees the pin, whatever max_unavailable says")
 	c.Flags().StringVar(&reason, "reason", "rollback", "why, for who looks at it later")

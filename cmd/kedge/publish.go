@@ -73,7 +73,11 @@ that would be larger than the parts of the archive that changed is dropped. What
 				m.Strategy = deployments.StrategyRelease
 			}
 			if err := deployments.CheckURL(strings.TrimSuffix(opt.To, "/") + "/x"); err != nil {
-				return usagef("--to %q: %w; want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR", deployments.ShownURL(opt.To), err)
+				return usagef(
+					"--to %q: %w; want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR",
+					deployments.ShownURL(opt.To),
+					err,
+				)
 			}
 			for _, s := range since {
 				p, err := deployments.ParsePointer(s)
@@ -100,7 +104,11 @@ that would be larger than the parts of the archive that changed is dropped. What
 			start := time.Now()
 			progress := a.progressLine()
 			opt.Progress, opt.Log = progress.show, slog.New(progress.over(log.Handler()))
-			published, err := artifact.Publish(ctx, object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}), opt)
+			published, err := artifact.Publish(
+				ctx,
+				object.New(object.Config{UnconditionalPut: unconditional, Log: opt.Log}),
+				opt,
+			)
 			progress.clear()
 			if err != nil {
 				return err
@@ -122,10 +130,25 @@ that would be larger than the parts of the archive that changed is dropped. What
 	f.StringVar(&version, "version", "", "the release's version")
 	f.StringVar(&dest, "dest", "", "absolute `path` where it goes live")
 	f.IntVar(&opt.Find, "deltas", 3, "`how many` of the releases that were published last get a delta; 0: none")
-	f.StringArrayVar(&since, "since", nil, "`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated")
+	f.StringArrayVar(
+		&since,
+		"since",
+		nil,
+		"`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated",
+	)
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
-	f.StringVar(&created, "created", os.Getenv("SOURCE_DATE_EPOCH"), "when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)")
-	f.BoolVar(&unconditional, "unconditional-put", false, "for an S3 without If-None-Match: look whether an object is there, then write it; only one may publish at a time")
+	f.StringVar(
+		&created,
+		"created",
+		os.Getenv("SOURCE_DATE_EPOCH"),
+		"when a signed release was made: RFC 3339 or seconds since 1970; also SOURCE_DATE_EPOCH (default: now, or when this version was published first)",
+	)
+	f.BoolVar(
+		&unconditional,
+		"unconditional-put",
+		false,
+		"for an S3 without If-None-Match: look whether an object is there, then write it; only one may publish at a time",
+	)
 	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
 	return c
 }
@@ -135,8 +158,10 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 	if p.Again {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
 	}
-	lines := []string{fmt.Sprintf("published %s %s in %s: %s, %s, as an archive of %s", m.Name, m.Version, took.Round(time.Millisecond),
-		count(p.Files, "file"), bytesText(p.Tree), bytesText(p.Archive))}
+	lines := []string{
+		fmt.Sprintf("published %s %s in %s: %s, %s, as an archive of %s", m.Name, m.Version, took.Round(time.Millisecond),
+			count(p.Files, "file"), bytesText(p.Tree), bytesText(p.Archive)),
+	}
 	for _, d := range p.Deltas {
 		from := d.From.Digest.Short()
 		if d.Version != "" {
@@ -148,7 +173,10 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 		}
 		lines = append(lines, line)
 	}
-	return append(lines, fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)))
+	return append(
+		lines,
+		fmt.Sprintf("nodes that run none of these fetch what changed, at most %s", bytesText(p.Archive+p.Index)),
+	)
 }
 
 // createdAt reads when a release was made; empty: now. Whole seconds, as a manifest has them.

@@ -20,7 +20,8 @@ import (
 	"kedge/deployments"
 )
 
-// CI publishes versions one after the other, and names none of the earlier: those before find it cheap to come to the next.
+// CI publishes versions one after the other, and names none of the earlier: those before find it cheap to come to
+// the next.
 func TestPublishOneAfterTheOther(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -177,7 +178,8 @@ func createdOf(t *testing.T, manifest []byte) int64 {
 	return m.Created.Unix()
 }
 
-// When a signed release was made is its maker's word, in each form that CI knows it; published again, it stays what it was.
+// When a signed release was made is its maker's word, in each form that CI knows it; published again, it stays what
+// it was.
 func TestPublishSaysWhenItWasMade(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

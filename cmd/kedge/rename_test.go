@@ -17,8 +17,9 @@ import (
 	"kedge/sync/fleet"
 )
 
-// A unit's file is renamed together with a new release of the same dest, and the commit is reverted: what Git names runs, on nodes
-// that were there and on one that boots meanwhile, whether or not records are pruned; and status, explain and wait say the truth.
+// A unit's file is renamed together with a new release of the same dest, and the commit is reverted: what Git names
+// runs, on nodes that were there and on one that boots meanwhile, whether or not records are pruned; and status,
+// explain and wait say the truth.
 func TestRenamedUnitAndItsRevert(t *testing.T) {
 	t.Parallel()
 	for name, settings := range map[string]string{"prune": "prune: true\n", "no prune": "prune: false\n"} {
@@ -72,8 +73,8 @@ func (w *world) ready(node string) {
 	})
 }
 
-// runsAlone waits for a commit and checks what people are told then: that nodes run p as the unit that Git names, and that the other,
-// where its record stays, is orphaned and stands for nothing on any node.
+// runsAlone waits for a commit and checks what people are told then: that nodes run p as the unit that Git names,
+// and that the other, where its record stays, is orphaned and stands for nothing on any node.
 func (w *world) runsAlone(commit, named, other string, p deployments.Pointer, nodes ...string) {
 	w.t.Helper()
 	if _, out, code := w.kedge("wait", "--commit", commit, "--timeout", "60s"); code != 0 {

@@ -104,17 +104,30 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && mirror.BoundsReleases(tree) {
-				fmt.Fprintln(a.stderr, "what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases")
+				fmt.Fprintln(
+					a.stderr,
+					"what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases",
+				)
 			}
 			return nil
 		},
 	}
 	f := c.Flags()
-	f.StringArrayVar(&manifests, "manifest", nil, "check this `manifest` instead: a file, a directory, a URL or a prefix; - for standard input; may be repeated")
+	f.StringArrayVar(
+		&manifests,
+		"manifest",
+		nil,
+		"check this `manifest` instead: a file, a directory, a URL or a prefix; - for standard input; may be repeated",
+	)
 	f.BoolVar(&archives, "archives", false, "with --manifest: fetch and unpack the archives, too")
 	f.BoolVar(&fix, "fix", false, "with --manifest: write it as kedge would have it")
 	f.BoolVar(&releases, "releases", false, "read the manifests of the releases, too")
-	f.StringVar(&signers, "signers", "", "allowed_signers `file`: read the releases, too, which must be signed by one of them")
+	f.StringVar(
+		&signers,
+		"signers",
+		"",
+		"allowed_signers `file`: read the releases, too, which must be signed by one of them",
+	)
 	f.BoolVar(&preReceive, "pre-receive", false, "read pushed refs from standard input, as Git's hook gets them")
 	pathFlag(f, &path)
 	a.jsonFlag(c, "the problems")
@@ -144,7 +157,8 @@ func inFile(err error, file string) error {
 	return problems
 }
 
-// loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would always be valid.
+// loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would
+// always be valid.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	for _, name := range []string{"HEAD", "objects", "refs"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
@@ -160,7 +174,12 @@ func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) 
 
 // pathFlag is for repos that hold more than deployments.
 func pathFlag(f *pflag.FlagSet, path *string) {
-	f.StringVar(path, "path", os.Getenv("KEDGE_PATH"), "`directory` of the repo that holds STAGE/ROLE/UNIT.yaml and kedge.yaml (default: all of it)")
+	f.StringVar(
+		path,
+		"path",
+		os.Getenv("KEDGE_PATH"),
+		"`directory` of the repo that holds STAGE/ROLE/UNIT.yaml and kedge.yaml (default: all of it)",
+	)
 }
 
 func (a *app) diffCommand() *cobra.Command {
@@ -250,7 +269,8 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// readTemplate fills opt from a manifest's file. Its text is kept as it is, with {{ env }} and {{ must_env }} for the nodes to fill in.
+// readTemplate fills opt from a manifest's file. Its text is kept as it is, with {{ env }} and {{ must_env }} for
+// the nodes to fill in.
 func readTemplate(file string, opt *artifact.PublishOptions) error {
 	data, err := os.ReadFile(file)
 	if err != nil {

@@ -26,7 +26,8 @@ import (
 // stretcherName is what the program is called where a link puts it in stretcher's place.
 const stretcherName = "stretcher"
 
-// stretcherFlags are the long flags of stretcher's versions. Those before 2025 were read by Go's flag package, which takes one dash.
+// stretcherFlags are the long flags of stretcher's versions. Those before 2025 were read by Go's flag package,
+// which takes one dash.
 var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
@@ -47,7 +48,8 @@ func programArgs(name string, args []string) []string {
 	return out
 }
 
-// watchHandler reports whether consul watch started this process: it ends once its handler fails, and the next event is lost.
+// watchHandler reports whether consul watch started this process: it ends once its handler fails, and the next
+// event is lost.
 func watchHandler() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
@@ -99,7 +101,13 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 			host, _ := os.Hostname()
 			node, _, _ := strings.Cut(host, ".")
 			one := deploy.OneShot{
-				Node: node, Objects: objects, Bounds: bounds, Trust: trust, Fetch: fetch, RsyncVerbose: strings.Fields(rsyncVerbose), Log: log,
+				Node:         node,
+				Objects:      objects,
+				Bounds:       bounds,
+				Trust:        trust,
+				Fetch:        fetch,
+				RsyncVerbose: strings.Fields(rsyncVerbose),
+				Log:          log,
 			}
 			err = a.runOnce(cmd.Context(), one, args, randomDelay)
 			if err != nil && watchHandler() {
@@ -110,12 +118,21 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&signers, "signers", os.Getenv("KEDGE_SIGNERS"), "allowed_signers `file`: refuse a manifest without a signature by one of them")
+	f.StringVar(
+		&signers,
+		"signers",
+		os.Getenv("KEDGE_SIGNERS"),
+		"allowed_signers `file`: refuse a manifest without a signature by one of them",
+	)
 	f.StringVar(&bandwidth, "max-bandwidth", os.Getenv("KEDGE_MAX_BANDWIDTH"),
 		"bound of the download, as in 20MB/s (default: none); stretcher's --max-band-width")
 	f.StringSliceVar(&bounds.Sources, "sources", nil, "URL `prefixes` that it may come from (default: any)")
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
-	f.Var((*seconds)(&fetch.Timeout), "timeout", "bound of the time that fetching the archive takes, with its retries (default: none)")
+	f.Var(
+		(*seconds)(&fetch.Timeout),
+		"timeout",
+		"bound of the time that fetching the archive takes, with its retries (default: none)",
+	)
 	f.IntVar(&fetch.Retry, "retry", 0, "try that often again to fetch the archive, after the tries that each request has")
 	f.Var((*seconds)(&fetch.RetryWait), "retry-wait", "wait that long before")
 	f.Var((*seconds)(&randomDelay), "random-delay", "wait a random time up to this first, to spread a fleet's load")
@@ -155,8 +172,8 @@ func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, ra
 	return deploy.Once(ctx, one)
 }
 
-// readEvent reads the manifest's URL from standard input; empty: there is no event. It doesn't wait for more than it needs, and ctx
-// ends it.
+// readEvent reads the manifest's URL from standard input; empty: there is no event. It doesn't wait for more than
+// it needs, and ctx ends it.
 func readEvent(ctx context.Context, in io.Reader, log *slog.Logger) (url string, err error) {
 	read := make(chan struct{})
 	log.Debug("reads a manifest's URL or Consul's events from standard input")

@@ -102,8 +102,8 @@ func TestProgramArgs(t *testing.T) {
 	}
 }
 
-// By stretcher's name, with the flags of its old and new versions, it deploys what one line of standard input says, though
-// the pipe stays open.
+// By stretcher's name, with the flags of its old and new versions, it deploys what one line of standard input says,
+// though the pipe stays open.
 func TestRunAsStretcher(t *testing.T) {
 	t.Parallel()
 	for name, flags := range map[string][]string{

@@ -26,8 +26,14 @@ type screen struct {
 	width, height int          // and how large the terminal was
 }
 
-// watchOnScreen shows the fleet until ctx ends, anew after every change, and once a second: ages go on, and windows change their size.
-func (a *app) watchOnScreen(ctx context.Context, store kv.Store, filter fleet.Filter, draw func(w io.Writer, f *fleet.Fleet, width int)) error {
+// watchOnScreen shows the fleet until ctx ends, anew after every change, and once a second: ages go on, and windows
+// change their size.
+func (a *app) watchOnScreen(
+	ctx context.Context,
+	store kv.Store,
+	filter fleet.Filter,
+	draw func(w io.Writer, f *fleet.Fleet, width int),
+) error {
 	s := &screen{out: a.stdout, size: func() (int, int) { return terminalSize(a.stdout) }, draw: draw}
 	ctx, cancel := context.WithCancel(ctx)
 	var ticking sync.WaitGroup
@@ -77,7 +83,8 @@ func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
 }
 
-// cut cuts what a screen doesn't hold: else its top would be out of sight. What is longer than a line takes more than one.
+// cut cuts what a screen doesn't hold: else its top would be out of sight. What is longer than a line takes more
+// than one.
 func cut(text string, width, most int) string {
 	lines := strings.SplitAfter(text, "\n")
 	lines = lines[:len(lines)-1]
@@ -85,7 +92,13 @@ func cut(text string, width, most int) string {
 	for i, line := range lines {
 		length := utf8.RuneCountInString(style.ReplaceAllString(strings.TrimSuffix(line, "\n"), ""))
 		if rows += 1 + max(0, length-1)/max(1, width); most > 0 && rows > most {
-			return strings.Join(lines[:i], "") + fmt.Sprintf("… %d more lines, for a higher window; kedge status STAGE/ROLE shows less at a time\n", len(lines)-i)
+			return strings.Join(
+				lines[:i],
+				"",
+			) + fmt.Sprintf(
+				"… %d more lines, for a higher window; kedge status STAGE/ROLE shows less at a time\n",
+				len(lines)-i,
+			)
 		}
 	}
 	return text

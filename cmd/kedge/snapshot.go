@@ -25,7 +25,10 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 		return nil, nil
 	}
 	if keyFile == "" {
-		return nil, hintError{errors.New("--snapshot needs --snapshot-key: nodes take none that isn't signed"), "ssh-keygen -t ed25519 -N '' -f snapshot.key"}
+		return nil, hintError{
+			errors.New("--snapshot needs --snapshot-key: nodes take none that isn't signed"),
+			"ssh-keygen -t ed25519 -N '' -f snapshot.key",
+		}
 	}
 	key, err := readSigningKey(keyFile)
 	if err != nil {
@@ -54,14 +57,21 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 // snapshotAhead is how far a mirror's clock may be ahead of a node's.
 const snapshotAhead = 10 * time.Minute
 
-// snapshotReader gives an agent's way to the snapshot: signed by one of those in the file, made for this URL, and no older than
-// maxAge, which bounds what whoever can write the object gets from an old one.
-func snapshotReader(url, signersFile string, maxAge time.Duration, objects *object.Client, log *slog.Logger) (func(context.Context) ([]kv.Entry, error), error) {
+// snapshotReader gives an agent's way to the snapshot: signed by one of those in the file, made for this URL, and
+// no older than maxAge, which bounds what whoever can write the object gets from an old one.
+func snapshotReader(
+	url, signersFile string,
+	maxAge time.Duration,
+	objects *object.Client,
+	log *slog.Logger,
+) (func(context.Context) ([]kv.Entry, error), error) {
 	if url == "" {
 		return nil, nil
 	}
 	if signersFile == "" {
-		return nil, errors.New("snapshot needs snapshot_signers: whoever can write the object would decide what this node runs")
+		return nil, errors.New(
+			"snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
+		)
 	}
 	text, err := os.ReadFile(signersFile)
 	if err != nil {
@@ -87,13 +97,26 @@ func snapshotReader(url, signersFile string, maxAge time.Duration, objects *obje
 		case s.URL != url:
 			return nil, fmt.Errorf("%s: the snapshot was made for %s", url, s.URL)
 		case now.Sub(s.At) > maxAge:
-			return nil, fmt.Errorf("%s: the snapshot is of %s, %v old, and snapshot_max_age is %v", url, s.At.Format(time.RFC3339), now.Sub(s.At).Round(time.Minute), maxAge)
+			return nil, fmt.Errorf(
+				"%s: the snapshot is of %s, %v old, and snapshot_max_age is %v",
+				url,
+				s.At.Format(time.RFC3339),
+				now.Sub(s.At).Round(time.Minute),
+				maxAge,
+			)
 		case s.At.Sub(now) > snapshotAhead:
-			return nil, fmt.Errorf("%s: the snapshot is of %s, which has yet to come by this node's clock", url, s.At.Format(time.RFC3339))
+			return nil, fmt.Errorf(
+				"%s: the snapshot is of %s, which has yet to come by this node's clock",
+				url,
+				s.At.Format(time.RFC3339),
+			)
 		}
 		var entries []kv.Entry
 		for key, record := range s.Records {
-			if strings.HasPrefix(key, kv.DesiredPrefix) { // it speaks of nothing else: pins and orders are for those who are there
+			if strings.HasPrefix(
+				key,
+				kv.DesiredPrefix,
+			) { // it speaks of nothing else: pins and orders are for those who are there
 				entries = append(entries, kv.Entry{Key: key, Value: []byte(record)})
 			}
 		}

@@ -102,8 +102,8 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// A node that boots for the first time while Consul is away runs what the mirror's snapshot says; of one that a thief of the S3 key
-// put in its place it takes nothing.
+// A node that boots for the first time while Consul is away runs what the mirror's snapshot says; of one that a
+// thief of the S3 key put in its place it takes nothing.
 func TestFirstBootWithoutConsul(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "web-1", "web-2")

@@ -34,8 +34,8 @@ import (
 // oldCase is a manifest and an archive as people have them for stretcher, and how the two are used.
 type oldCase struct {
 	name string
-	// manifest's words in capitals are replaced: SRC, SUM (SHA-256), SUMMD5, SUMSHA1, SUM512, SUMUPPER, DEST, HOOKS, DIR. Without src
-	// and dest it gets those of the archive.
+	// manifest's words in capitals are replaced: SRC, SUM (SHA-256), SUMMD5, SUMSHA1, SUM512, SUMUPPER, DEST, HOOKS,
+	// DIR. Without src and dest it gets those of the archive.
 	manifest string
 	archive  archive
 	// before makes what is there before, in the case's directory.
@@ -58,8 +58,9 @@ type outcome struct {
 	Hooks  []string `json:"hooks,omitempty"`
 }
 
-// entry is a member of an archive: "d MODE NAME", "f MODE NAME CONTENT", "l NAME TARGET", "h NAME TARGET", "p NAME" (a FIFO), "c NAME" (a
-// device), "g" (a global header). MODE may be followed by :UID:GID, or by :USER:GROUP, as in 644:1:1.
+// entry is a member of an archive: "d MODE NAME", "f MODE NAME CONTENT", "l NAME TARGET", "h NAME TARGET", "p NAME"
+// (a FIFO), "c NAME" (a device), "g" (a global header). MODE may be followed by :UID:GID, or by :USER:GROUP, as in
+// 644:1:1.
 type archive struct {
 	entries []string
 	name    string   // app.tar by default
@@ -250,7 +251,8 @@ func (r *stretcherRun) publish(t *testing.T, a archive) string {
 	return r.s3.URL(r.key + "/manifest.yml")
 }
 
-// describeTree lists what lies below dir by mode, owner, path, and content or target, but for what kedge keeps beside a dest.
+// describeTree lists what lies below dir by mode, owner, path, and content or target, but for what kedge keeps
+// beside a dest.
 func describeTree(t *testing.T, dir string) []string {
 	t.Helper()
 	var lines []string
@@ -312,11 +314,13 @@ const recordedOutcomes = "testdata/stretcher.json"
 // differenceList is where each way in which kedge differs from stretcher is named, and given a reason.
 const differenceList = "../../deployments/migrating/differences.md"
 
-// TestStretchersTable runs manifests and archives of every kind that stretcher takes, and compares what kedge run leaves with what
-// stretcher's own program left: files by type, mode, owner, content and link, hooks by order and environment, and the exit code.
+// TestStretchersTable runs manifests and archives of every kind that stretcher takes, and compares what kedge run
+// leaves with what stretcher's own program left: files by type, mode, owner, content and link, hooks by order and
+// environment, and the exit code.
 //
-// What stretcher's program left was recorded, in testdata/stretcher.json. KEDGE_STRETCHER names a program of stretcher's to run beside
-// kedge: what it leaves is compared with what was recorded, or takes its place if KEDGE_RECORD is set.
+// What stretcher's program left was recorded, in testdata/stretcher.json. KEDGE_STRETCHER names a program of
+// stretcher's to run beside kedge: what it leaves is compared with what was recorded, or takes its place if
+// KEDGE_RECORD is set.
 func TestStretchersTable(t *testing.T) {
 	t.Parallel()
 	objecttest.Program(t, "versitygw")

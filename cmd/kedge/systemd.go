@@ -20,9 +20,9 @@ import (
 	"kedge/sync/agent"
 )
 
-// supervised talks to systemd for an agent: READY, once, when node has converged or timeout is over; until then that starting takes
-// longer, and afterwards the watchdog's food, both only while the agent's loop turns; and a line for systemctl status. It returns when
-// ctx ends, and at once where systemd doesn't ask for it.
+// supervised talks to systemd for an agent: READY, once, when node has converged or timeout is over; until then
+// that starting takes longer, and afterwards the watchdog's food, both only while the agent's loop turns; and a
+// line for systemctl status. It returns when ctx ends, and at once where systemd doesn't ask for it.
 func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return
@@ -88,8 +88,9 @@ func statusLine(s policy.NodeStatus) string {
 	return line
 }
 
-// journalled is w for a log that systemd's journal takes: each line says by its prefix how grave it is (sd-daemon(3)), so that
-// journalctl --priority=warning finds what matters. Lines begin with their level, as the time is the journal's to say.
+// journalled is w for a log that systemd's journal takes: each line says by its prefix how grave it is
+// (sd-daemon(3)), so that journalctl --priority=warning finds what matters. Lines begin with their level, as the
+// time is the journal's to say.
 type journalled struct{ w io.Writer }
 
 func (j journalled) Write(line []byte) (int, error) {

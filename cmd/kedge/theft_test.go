@@ -226,7 +226,8 @@ func TestThefts(t *testing.T) {
 		w.consul.CLI(operator, "", "kv", "delete", "kedge/pins/prod/web/app3")
 		stays(t, "")
 	})
-	// The last one, as the node then settles on what is newer: a delta is only a shorter way, which is left where it doesn't fit.
+	// The last one, as the node then settles on what is newer: a delta is only a shorter way, which is left where it
+	// doesn't fit.
 	t.Run("S3 key: a delta is overwritten", func(t *testing.T) {
 		next := w.publish("app", "9", signed(key, 9), func(o *artifact.PublishOptions) { o.Since = []deployments.Pointer{two} })
 		m, _, err := artifact.FetchManifest(t.Context(), w.objects, next, func(string) (string, bool) { return w.srv("web-1"), true })

@@ -18,8 +18,11 @@ import (
 	"kedge/policy"
 )
 
-// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does; signed checks that the same key made a signature.
-func manifestSigner(keyFile string) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
+// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does; signed checks that the same key made a
+// signature.
+func manifestSigner(
+	keyFile string,
+) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
 	key, err := readSigningKey(keyFile)
 	if err != nil {
 		return nil, nil, err
@@ -50,7 +53,10 @@ func readSigningKey(file string) (ssh.Signer, error) {
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, hintError{fmt.Errorf("the signing key %s has a passphrase", file), "publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml"}
+		return nil, hintError{
+			fmt.Errorf("the signing key %s has a passphrase", file),
+			"publish without --sign, then: ssh-keygen -Y sign -n " + policy.ManifestNamespace + " -f KEY manifest.yaml",
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("the signing key %s: %w", file, err)
@@ -58,9 +64,14 @@ func readSigningKey(file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners gives the check that an agent makes of every manifest before it uses it, and a mirror before it names it: its signature, which lies beside it as
-// manifest.yaml.sig, is by one of those in file. Without a file the pointer's digest is enough, and nil is returned.
-func trustSigners(file string, objects *object.Client, log *slog.Logger) (func(context.Context, deployments.Pointer, []byte) error, error) {
+// trustSigners gives the check that an agent makes of every manifest before it uses it, and a mirror before it
+// names it: its signature, which lies beside it as manifest.yaml.sig, is by one of those in file. Without a file
+// the pointer's digest is enough, and nil is returned.
+func trustSigners(
+	file string,
+	objects *object.Client,
+	log *slog.Logger,
+) (func(context.Context, deployments.Pointer, []byte) error, error) {
 	if file == "" {
 		return nil, nil
 	}

@@ -74,7 +74,12 @@ than --patience, 3 when the time is over.`,
 			if postReceive {
 				done = "all nodes run what was pushed"
 			}
-			err = fleet.Wait(ctx, store, filter, fleet.Waiting{Commit: commit, Push: postReceive, Patience: patience, Tell: tell})
+			err = fleet.Wait(
+				ctx,
+				store,
+				filter,
+				fleet.Waiting{Commit: commit, Push: postReceive, Patience: patience, Tell: tell},
+			)
 			if err == nil && tell != nil {
 				tell(done)
 			}
@@ -98,8 +103,18 @@ than --patience, 3 when the time is over.`,
 	f.DurationVar(&timeout, "timeout", 10*time.Minute, "give up after this long")
 	f.StringVar(&commit, "commit", "", "wait until the mirror has taken this commit, or one after it, as well")
 	f.BoolVar(&progress, "progress", true, "print what is missing, as it changes")
-	f.DurationVar(&patience, "patience", 30*time.Second, "give up when the store is out of reach for this long; 0: only when --timeout is over")
-	f.BoolVar(&postReceive, "post-receive", false, "wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)")
+	f.DurationVar(
+		&patience,
+		"patience",
+		30*time.Second,
+		"give up when the store is out of reach for this long; 0: only when --timeout is over",
+	)
+	f.BoolVar(
+		&postReceive,
+		"post-receive",
+		false,
+		"wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)",
+	)
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
 	return a.completeArgs(c, wantPart)
 }

@@ -26,7 +26,8 @@ import (
 	"kedge/kv/kvtest"
 )
 
-// TestMain lets the test binary play kedge itself: the processes of the end-to-end tests are built as the tests are, with -race.
+// TestMain lets the test binary play kedge itself: the processes of the end-to-end tests are built as the tests
+// are, with -race.
 func TestMain(m *testing.M) {
 	if os.Getenv("KEDGE_PLAY") != "" {
 		os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr))
@@ -34,8 +35,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// world is a whole installation of real parts: a Consul server with default deny and a client agent a node, an S3 server, a
-// bare Git repo behind HTTPS, and kedge's mirror and agents as processes with the tokens that deployments/consul ships.
+// world is a whole installation of real parts: a Consul server with default deny and a client agent a node, an S3
+// server, a bare Git repo behind HTTPS, and kedge's mirror and agents as processes with the tokens that
+// deployments/consul ships.
 type world struct {
 	t       testing.TB
 	dir     string
@@ -495,8 +497,8 @@ func (h *gitHost) setAway(away bool) {
 	h.away = away
 }
 
-// reader reads dests in a tight loop, as an application's requests would, and fails the test when one is absent, partial or
-// mixed after it was first there.
+// reader reads dests in a tight loop, as an application's requests would, and fails the test when one is absent,
+// partial or mixed after it was first there.
 func (w *world) reader(ctx context.Context, dests ...string) (reads func() int) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup

@@ -57,7 +57,8 @@ func hostile(r rune) bool {
 // unseen reports whether a character has no picture of its own: controls, and formats such as those that
 // turn the direction of writing.
 func unseen(r rune) bool {
-	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) || r == '\u2028' || r == '\u2029'
+	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) || r == '\u2028' ||
+		r == '\u2029'
 }
 
 // JSON returns JSON whose strings hold such characters as escapes alone. It means the same.

@@ -1,10 +1,10 @@
 // Package consul keeps kv's contract in Consul.
 //
-// Reads that wait are stale ones, which any server answers; all that decide are consistent ones. The token is given per
-// request, and a token file is read again when it changes and after a refusal. A lease is a session with a TTL that is
-// renewed every third of it. A presence is a session on the health of the node that the local Consul agent runs on and on
-// a check of its process, if that node has the presence's name, so that a fleet's liveness costs no writes; else it has a
-// TTL of 30 s.
+// Reads that wait are stale ones, which any server answers; all that decide are consistent ones. The token is given
+// per request, and a token file is read again when it changes and after a refusal. A lease is a session with a TTL
+// that is renewed every third of it. A presence is a session on the health of the node that the local Consul agent
+// runs on and on a check of its process, if that node has the presence's name, so that a fleet's liveness costs no
+// writes; else it has a TTL of 30 s.
 package consul
 
 import (
@@ -164,7 +164,12 @@ type listing struct {
 }
 
 // read lists a prefix once. Not even a folder key says nothing about absence.
-func (s *Store) read(ctx context.Context, prefix string, opts api.QueryOptions, timeout time.Duration) (listing, error) {
+func (s *Store) read(
+	ctx context.Context,
+	prefix string,
+	opts api.QueryOptions,
+	timeout time.Duration,
+) (listing, error) {
 	var l listing
 	err := s.do(ctx, "list "+prefix, timeout, func(q *api.QueryOptions) error {
 		opts.Token = q.Token
@@ -198,8 +203,12 @@ func (s *Store) absenceError(prefix string) error {
 type absentError struct{ prefix, folder string }
 
 func (e *absentError) Error() string {
-	return fmt.Sprintf("list %s: the answer lacks the folder key %s: the token may not read it, or no mirror has created it yet: %v",
-		e.prefix, e.folder, kv.ErrDenied)
+	return fmt.Sprintf(
+		"list %s: the answer lacks the folder key %s: the token may not read it, or no mirror has created it yet: %v",
+		e.prefix,
+		e.folder,
+		kv.ErrDenied,
+	)
 }
 
 func (e *absentError) Is(target error) bool {

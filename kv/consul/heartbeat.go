@@ -16,8 +16,8 @@ import (
 )
 
 const (
-	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds it; the token needs service:write
-	// for it. It tells people where the holder runs, and its check ends a dead holder's lease.
+	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds it; the token
+	// needs service:write for it. It tells people where the holder runs, and its check ends a dead holder's lease.
 	LeaseService = "kedge-mirror"
 	// PresenceService is the service of a presence's process, and its check tells that the process lives; the token needs
 	// service:write for it. A beat goes to the local agent alone: it costs the servers nothing.
@@ -77,7 +77,8 @@ func (h *heartbeat) register(ctx context.Context) error {
 		service := &api.AgentServiceRegistration{ID: h.id, Name: h.service, Check: &api.AgentServiceCheck{
 			CheckID: h.id, Name: h.check, TTL: h.ttl.String(), Status: api.HealthPassing, DeregisterCriticalServiceAfter: "1m",
 		}}
-		return h.store.client.Agent().ServiceRegisterOpts(service, api.ServiceRegisterOpts{Token: q.Token}.WithContext(q.Context()))
+		return h.store.client.Agent().
+			ServiceRegisterOpts(service, api.ServiceRegisterOpts{Token: q.Token}.WithContext(q.Context()))
 	})
 	if err == nil {
 		h.beat(asked)
@@ -85,12 +86,14 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is the number of beats that reached an agent without the service, from which on the address counts as that of
-// several agents. One such beat is an agent that restarted without its data.
+// maxStrayed is the number of beats that reached an agent without the service, from which on the address counts as
+// that of several agents. One such beat is an agent that restarted without its data.
 const maxStrayed = 2
 
 // errStrayed means that no session can depend on the check, as beats don't reach it.
-var errStrayed = errors.New("heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent")
+var errStrayed = errors.New(
+	"heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
+)
 
 // keep beats until ctx ends, and registers the service again where the agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {

@@ -17,8 +17,8 @@ import (
 
 const (
 	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds of a session
-	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: as good as not at all. Its default of 15 s protects
-	// what isn't fenced; kedge's writes are.
+	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: as good as not at all. Its default of
+	// 15 s protects what isn't fenced; kedge's writes are.
 	leaseLockDelay = time.Millisecond
 )
 
@@ -73,7 +73,8 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 	}
 	var held bool
 	err = s.do(ctx, "take the lease "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
-		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: session}, writeOptions(q))
+		held, _, err = s.client.KV().
+			Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: session}, writeOptions(q))
 		return err
 	})
 	if err != nil || !held {
@@ -83,7 +84,15 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 		}
 		return nil, err
 	}
-	l := &lease{store: s, key: s.prefix + key, session: session, heart: heart, ttl: ttl, renewed: asked, done: make(chan struct{})}
+	l := &lease{
+		store:   s,
+		key:     s.prefix + key,
+		session: session,
+		heart:   heart,
+		ttl:     ttl,
+		renewed: asked,
+		done:    make(chan struct{}),
+	}
 	// The lease outlives the call that waited for it.
 	l.ctx, l.cancel = context.WithCancelCause(context.WithoutCancel(ctx))
 	go l.keep()
@@ -153,7 +162,8 @@ type lease struct {
 
 func (l *lease) Context() context.Context { return l.ctx }
 
-// left returns how long the session lives for certain. Consul counts from the request's arrival, so this end comes first.
+// left returns how long the session lives for certain. Consul counts from the request's arrival, so this end comes
+// first.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)
@@ -164,7 +174,8 @@ func (l *lease) left() time.Duration {
 	return left
 }
 
-// elapsed returns the time since then by the faster clock: the monotonic one stands still while the machine is suspended.
+// elapsed returns the time since then by the faster clock: the monotonic one stands still while the machine is
+// suspended.
 func elapsed(since time.Time) time.Duration {
 	now := time.Now()
 	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
@@ -246,7 +257,8 @@ func (l *lease) Release(ctx context.Context) error {
 		if err != nil || pair == nil || pair.Session != l.session {
 			return err
 		}
-		_, _, err = l.store.client.KV().Release(&api.KVPair{Key: l.key, Value: pair.Value, Session: l.session}, writeOptions(q))
+		_, _, err = l.store.client.KV().
+			Release(&api.KVPair{Key: l.key, Value: pair.Value, Session: l.session}, writeOptions(q))
 		return err
 	})
 	if err != nil {

@@ -28,15 +28,16 @@ const (
 	presencePoll = 60 * time.Second
 	// takenPoll is how often it looks whether another process still has what it took.
 	takenPoll = 5 * time.Second
-	// earlierAfter is how long the session of a process that was killed is left, once its node has another: by then that has put all
-	// that it has to say in the place of what the old one holds, so that no entry has been without a holder, as if the node were gone.
+	// earlierAfter is how long the session of a process that was killed is left, once its node has another: by then
+	// that has put all that it has to say in the place of what the old one holds, so that no entry has been without a
+	// holder, as if the node were gone.
 	earlierAfter = 30 * time.Second
 )
 
 // presence holds entries by one session. Where the local Consul agent's node has the presence's name, that is tied
-// to the node's health and to a check of the process that is beaten at that agent, and costs the servers nothing while it
-// lives; else, as where the address is a distant server's or the node has no serfHealth check, it has a TTL and is renewed.
-// A node that boots may get its check only later, so each Put asks for it again.
+// to the node's health and to a check of the process that is beaten at that agent, and costs the servers nothing
+// while it lives; else, as where the address is a distant server's or the node has no serfHealth check, it has a
+// TTL and is renewed. A node that boots may get its check only later, so each Put asks for it again.
 type presence struct {
 	store *Store
 	name  string
@@ -125,8 +126,8 @@ func (p *presence) look() {
 	p.wake.Set()
 }
 
-// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error entries may be
-// with either session; repair moves the rest.
+// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error entries
+// may be with either session; repair moves the rest.
 func (p *presence) tie(ctx context.Context) error {
 	old := p.session
 	if old == "" {
@@ -178,7 +179,8 @@ func (p *presence) put(ctx context.Context, key string, value []byte) error {
 func (p *presence) acquire(ctx context.Context, key string, value []byte) (held bool, err error) {
 	s := p.store
 	err = s.do(ctx, "put "+key, requestTimeout, func(q *api.QueryOptions) (err error) {
-		held, _, err = s.client.KV().Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: p.session}, writeOptions(q))
+		held, _, err = s.client.KV().
+			Acquire(&api.KVPair{Key: s.prefix + key, Value: value, Session: p.session}, writeOptions(q))
 		return err
 	})
 	return held, err
@@ -251,9 +253,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions that earlier, killed processes of this name left, but for the newest keep. They live as
-// long as the node, and so do entries that this process doesn't have, as of a role that the node had. Another process of
-// this name that lives makes itself a new session.
+// endEarlier destroys the sessions that earlier, killed processes of this name left, but for the newest keep. They
+// live as long as the node, and so do entries that this process doesn't have, as of a role that the node had.
+// Another process of this name that lives makes itself a new session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
@@ -277,7 +279,8 @@ func (p *presence) newSession() *api.SessionEntry {
 // errOtherNode: the Consul agent that answers is another node's, whose health says nothing of this one.
 var errOtherNode = errors.New("the Consul agent is another node's")
 
-// openTied creates a session that ends when this node is unhealthy. errNoHealthCheck and errOtherNode: there can't be one.
+// openTied creates a session that ends when this node is unhealthy. errNoHealthCheck and errOtherNode: there can't
+// be one.
 func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
@@ -298,8 +301,8 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 	return "", 0, err
 }
 
-// beating replaces a session that depends on the node's health by one that depends on this process, too. Where there can't
-// be one it returns plain: a dead agent then shows only when its node is gone.
+// beating replaces a session that depends on the node's health by one that depends on this process, too. Where
+// there can't be one it returns plain: a dead agent then shows only when its node is gone.
 func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	s := p.store
 	var err error

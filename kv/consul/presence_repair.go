@@ -101,8 +101,8 @@ func (p *presence) watchEntry(session, key string, renew bool) error {
 	return nil
 }
 
-// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll: else a node
-// whose agent was started twice would be gone for that long once the second ends.
+// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll: else a
+// node whose agent was started twice would be gone for that long once the second ends.
 func (p *presence) watchTaken(key string) error {
 	var index uint64
 	for range 2 { // what stands, and its next change
@@ -133,9 +133,9 @@ func (p *presence) puts(key string, value []byte) bool {
 	return bytes.Equal(p.held[key], value)
 }
 
-// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this node has
-// taken is left to that process for as long as it lives: else a node whose agent was started twice would be gone once the
-// second ends.
+// repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this
+// node has taken is left to that process for as long as it lives: else a node whose agent was started twice would
+// be gone once the second ends.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()

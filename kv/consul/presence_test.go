@@ -219,8 +219,8 @@ func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	}
 }
 
-// A process that was killed leaves a session that lives as long as the node. The next one takes over what it also has, and ends it, once
-// nothing else of it can be needed.
+// A process that was killed leaves a session that lives as long as the node. The next one takes over what it also
+// has, and ends it, once nothing else of it can be needed.
 func TestPresenceEndsWhatEarlierOnesLeft(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})

@@ -35,7 +35,12 @@ func writeOptions(q *api.QueryOptions) *api.WriteOptions {
 
 // do makes one request with the current token. If that is refused and the token file holds another by now, it makes the
 // request once more: a refused request has changed nothing, so this is safe for writes too.
-func (s *Store) do(ctx context.Context, what string, timeout time.Duration, request func(*api.QueryOptions) error) error {
+func (s *Store) do(
+	ctx context.Context,
+	what string,
+	timeout time.Duration,
+	request func(*api.QueryOptions) error,
+) error {
 	token, tokenErr := s.tokens.get()
 	if tokenErr != nil {
 		s.log.Error("could not read the token file: the last token stays in use", "error", tokenErr)

@@ -63,7 +63,12 @@ func (s *Store) renewSession(ctx context.Context, id string, timeout time.Durati
 }
 
 // sessionInfo reads a session, nil if it is gone, and the index to wait on.
-func (s *Store) sessionInfo(ctx context.Context, id string, opts api.QueryOptions, timeout time.Duration) (e *api.SessionEntry, index uint64, err error) {
+func (s *Store) sessionInfo(
+	ctx context.Context,
+	id string,
+	opts api.QueryOptions,
+	timeout time.Duration,
+) (e *api.SessionEntry, index uint64, err error) {
 	err = s.do(ctx, "look at a session", timeout, func(q *api.QueryOptions) error {
 		opts.Token = q.Token
 		var meta *api.QueryMeta

@@ -109,14 +109,21 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 			return err
 		}
 		if !l.meta.KnownLeader || l.meta.LastContact > maxLastContact {
-			return fmt.Errorf("list %s: the server knows no leader, last contact %v ago: %w", prefix, l.meta.LastContact, kv.ErrUnavailable)
+			return fmt.Errorf(
+				"list %s: the server knows no leader, last contact %v ago: %w",
+				prefix,
+				l.meta.LastContact,
+				kv.ErrUnavailable,
+			)
 		}
 		took := time.Since(asked)
 		if nextIndex(index, l.meta.LastIndex, took, watchWait) == 0 || l.folder != last.folder || l.filtered != last.filtered ||
-			l.blind() || regressed(v.View().Entries, l.entries) {
+			l.blind() ||
+			regressed(v.View().Entries, l.entries) {
 			return idle.Wait(ctx)
 		}
-		if slices.EqualFunc(last.entries, l.entries, backend.SameEntry) && slices.Equal(last.folders, l.folders) && took < watchWait {
+		if slices.EqualFunc(last.entries, l.entries, backend.SameEntry) && slices.Equal(last.folders, l.folders) &&
+			took < watchWait {
 			if err := idle.Wait(ctx); err != nil {
 				return err
 			}

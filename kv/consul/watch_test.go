@@ -167,8 +167,8 @@ func TestTokenFile(t *testing.T) {
 	}
 }
 
-// A token that loses its rights, and isn't revoked, gets a 404 or a part of what there is, from the leader too. What was
-// known stays known.
+// A token that loses its rights, and isn't revoked, gets a 404 or a part of what there is, from the leader too.
+// What was known stays known.
 func TestLostRights(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})

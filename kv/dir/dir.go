@@ -26,7 +26,8 @@ import (
 //	DIR/.kedge/sessions/ID          flock'ed as long as the process that made it lives
 //	DIR/.kedge/held/KEY             the session that holds a key, with @ for /
 //
-// Folders are directories. Their absence is certain as long as DIR is there. Temporary files of editors count for nothing.
+// Folders are directories. Their absence is certain as long as DIR is there. Temporary files of editors count for
+// nothing.
 type Store struct {
 	dir string
 	log *slog.Logger
@@ -145,11 +146,12 @@ type scanned struct {
 	unsteady bool // a file is empty and so new that somebody may be about to write it
 }
 
-// steadyAfter is how old an empty file must be to count: `echo x > FILE` creates it empty first, and may be held up on a
-// busy machine.
+// steadyAfter is how old an empty file must be to count: `echo x > FILE` creates it empty first, and may be held up
+// on a busy machine.
 const steadyAfter = 500 * time.Millisecond
 
-// scan reads every key below prefix at one moment. It calls visit, if there is one, with each directory before reading it.
+// scan reads every key below prefix at one moment. It calls visit, if there is one, with each directory before
+// reading it.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
 	err := d.reading(ctx, func() error {
@@ -171,7 +173,8 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 				path, name := filepath.Join(dir, f.Name()), f.Name()
 				if f.IsDir() {
 					below := key + strings.TrimSuffix(name, "@") + "/"
-					if !ignoredFile(strings.TrimSuffix(name, "@")) && (strings.HasPrefix(below, prefix) || strings.HasPrefix(prefix, below)) {
+					if !ignoredFile(strings.TrimSuffix(name, "@")) &&
+						(strings.HasPrefix(below, prefix) || strings.HasPrefix(prefix, below)) {
 						if err := walk(path, below); err != nil {
 							return err
 						}

@@ -209,7 +209,8 @@ func TestPresenceComesBack(t *testing.T) {
 	views.Await(t, "its leave", kvtest.Healthy(""))
 }
 
-// A process that is stopped in the middle of a commit keeps the lock. That is trouble to be told of, not to wait in for ever.
+// A process that is stopped in the middle of a commit keeps the lock. That is trouble to be told of, not to wait in
+// for ever.
 func TestLockHeldByStopped(t *testing.T) {
 	t.Parallel()
 	dir, s, views := watchedDir(t)

@@ -22,8 +22,8 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, at most as much as Consul would take for a value. The version is made of what the file holds and what
-// the file system says about it, since people who edit it keep no count.
+// readValue reads a file, at most as much as Consul would take for a value. The version is made of what the file
+// holds and what the file system says about it, since people who edit it keep no count.
 func readValue(path string) (fileValue, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -92,7 +92,8 @@ func (d *Store) place(key string) (string, error) {
 	return path, nil
 }
 
-// enter returns the directory in dir for what lies below the key of these parts. It makes the directory if it is missing.
+// enter returns the directory in dir for what lies below the key of these parts. It makes the directory if it is
+// missing.
 func (d *Store) enter(dir string, parts []string) (string, error) {
 	plain := filepath.Join(dir, parts[len(parts)-1])
 	marked := plain + "@"
@@ -140,7 +141,8 @@ func moveAside(from, to string) error {
 	return os.Remove(from)
 }
 
-// ignoredFile reports whether a name can't be part of a key: hidden files, and what editors leave beside what they edit.
+// ignoredFile reports whether a name can't be part of a key: hidden files, and what editors leave beside what they
+// edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
 // there reports whether the store's directory is. It may be a link, which one below it may not.

@@ -87,8 +87,12 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 			return nil, fmt.Errorf("lock the store: %w", err)
 		}
 		if time.Since(began) > lockTimeout {
-			return nil, fmt.Errorf("lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
-				d.path(lockFile), lockTimeout, kv.ErrUnavailable)
+			return nil, fmt.Errorf(
+				"lock the store: another process has held %s for %v: if it is stopped, let it go on or kill it: %w",
+				d.path(lockFile),
+				lockTimeout,
+				kv.ErrUnavailable,
+			)
 		}
 		if wait.For(ctx, pause) != nil {
 			return nil, ctx.Err()

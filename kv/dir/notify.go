@@ -10,8 +10,8 @@ import (
 	"kedge/deployments/wait"
 )
 
-// notifier passes changes of a directory store on to its watches by one inotify instance. The kernel gives a user 128 of
-// them, for all that they run.
+// notifier passes changes of a directory store on to its watches by one inotify instance. The kernel gives a user
+// 128 of them, for all that they run.
 type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool

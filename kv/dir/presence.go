@@ -39,7 +39,13 @@ func (d *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 	if name == "" {
 		return nil, errors.New("presence: the name is empty")
 	}
-	p := &presence{store: d, name: name, held: map[string][]byte{}, done: make(chan struct{}), changed: make(chan struct{})}
+	p := &presence{
+		store:   d,
+		name:    name,
+		held:    map[string][]byte{},
+		done:    make(chan struct{}),
+		changed: make(chan struct{}),
+	}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil

@@ -13,7 +13,8 @@ import (
 )
 
 const (
-	// sessionPoll is how often a watch looks whether the processes that hold its entries live: a flock that ends tells nobody.
+	// sessionPoll is how often a watch looks whether the processes that hold its entries live: a flock that ends tells
+	// nobody.
 	sessionPoll = 500 * time.Millisecond
 	// safetyPoll is for file systems whose changes aren't notified, like network ones.
 	safetyPoll = 5 * time.Second

@@ -166,8 +166,8 @@ func (n *ConsulNode) Open(token string) kv.Store {
 	return s
 }
 
-// Token makes a token that has these ACL rules and no others. On a busy machine servers may elect another leader meanwhile, so it is
-// tried again, with another name: the one before may have been taken all the same.
+// Token makes a token that has these ACL rules and no others. On a busy machine servers may elect another leader
+// meanwhile, so it is tried again, with another name: the one before may have been taken all the same.
 func (c *Consul) Token(rules string) (secret string) {
 	c.tb.Helper()
 	acl := c.Client().ACL()

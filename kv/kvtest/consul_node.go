@@ -89,7 +89,10 @@ func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join [
 func (n *ConsulNode) Start() {
 	n.consul.tb.Helper()
 	if n.memory {
-		n.consul.tb.Fatalf("consul %s keeps its data in memory and can't be started again: set ConsulOptions.Persistent", n.Name)
+		n.consul.tb.Fatalf(
+			"consul %s keeps its data in memory and can't be started again: set ConsulOptions.Persistent",
+			n.Name,
+		)
 	}
 	n.start()
 }
@@ -97,7 +100,11 @@ func (n *ConsulNode) Start() {
 func (n *ConsulNode) start() {
 	tb := n.consul.tb
 	tb.Helper()
-	args := []string{"agent", "-config-file=" + filepath.Join(n.dir, "node.json"), "-config-file=" + filepath.Join(n.dir, "test.hcl")}
+	args := []string{
+		"agent",
+		"-config-file=" + filepath.Join(n.dir, "node.json"),
+		"-config-file=" + filepath.Join(n.dir, "test.hcl"),
+	}
 	if n.memory {
 		args = append(args, "-dev")
 	}

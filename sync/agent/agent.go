@@ -1,25 +1,27 @@
-// Package agent converges one node: it watches what its stage and roles should run, works out what that means for this node
-// (package policy), brings it to life (package deploy), and reports.
+// Package agent converges one node: it watches what its stage and roles should run, works out what that means for
+// this node (package policy), brings it to life (package deploy), and reports.
 //
-// One loop decides, for all units at once, from what is known at that moment; it keeps no queue of events, so a wake-up that is
-// missed, doubled or late changes nothing. Each unit has a worker of its own, which does one thing at a time and asks after it
-// what is next. What a worker is doing is called off when the loop's answer changes, as soon as package deploy says that is safe.
+// One loop decides, for all units at once, from what is known at that moment; it keeps no queue of events, so a
+// wake-up that is missed, doubled or late changes nothing. Each unit has a worker of its own, which does one thing
+// at a time and asks after it what is next. What a worker is doing is called off when the loop's answer changes, as
+// soon as package deploy says that is safe.
 //
-// What decides comes from the first of these that has it: the store, once a view of it is settled; the last known state on this
-// node's disk; a snapshot. Until both the records and the pins of a role are known from one of them, the role's units stay as they
-// are; a key that is missing later leaves its unit as it is, too. Trouble with the store takes nothing away from what is known.
+// What decides comes from the first of these that has it: the store, once a view of it is settled; the last known
+// state on this node's disk; a snapshot. Until both the records and the pins of a role are known from one of them,
+// the role's units stay as they are; a key that is missing later leaves its unit as it is, too. Trouble with the
+// store takes nothing away from what is known.
 //
 // # Ready
 //
-// /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a release that serves; and
-// when, after a reboot, the checks of what runs have passed in this boot: that it was healthy before says little of services that
-// are only starting. Converged doesn't wait for that, as it is what starts them.
-// From then on it is 503 only while a unit is unhealthy, or drained, which a unit is from before its switch until it is healthy, or
-// after a failure with nothing good to go back to. Neither a fetch, nor an outage, nor a typo in a pin turns it: a load balancer must not
-// lose a node that serves as well as before.
+// /ready answers 200 from the moment when every unit has converged, or is held, or failed and went back to a
+// release that serves; and when, after a reboot, the checks of what runs have passed in this boot: that it was
+// healthy before says little of services that are only starting. Converged doesn't wait for that, as it is what
+// starts them. From then on it is 503 only while a unit is unhealthy, or drained, which a unit is from before its
+// switch until it is healthy, or after a failure with nothing good to go back to. Neither a fetch, nor an outage,
+// nor a typo in a pin turns it: a load balancer must not lose a node that serves as well as before.
 //
-// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went back serves, but
-// hasn't converged. A node without any unit is neither, unless Config.AllowEmpty says so.
+// /converged answers 200 while every unit runs what it should, or what a pin holds. A node that failed and went
+// back serves, but hasn't converged. A node without any unit is neither, unless Config.AllowEmpty says so.
 //
 // # On disk
 //
@@ -65,8 +67,8 @@ const floorsFile = "floors.json"
 // Config configures an Agent.
 type Config struct {
 	Store kv.Store
-	// Node is this node's name. Empty: what the store's agent on this machine calls it; where there is none, or it doesn't say, the
-	// host's name up to its first dot.
+	// Node is this node's name. Empty: what the store's agent on this machine calls it; where there is none, or it
+	// doesn't say, the host's name up to its first dot.
 	Node  string
 	Stage string
 	Roles []string // at least one
@@ -76,18 +78,21 @@ type Config struct {
 	Bounds   policy.Bounds
 	// Trust checks a manifest's signature before anything of it is used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
-	// AllowOlderPins lets a pin name a release that is older than the one that this node has settled on. It gives whoever writes pins
-	// all that was ever signed. Without Trust it has no meaning.
+	// AllowOlderPins lets a pin name a release that is older than the one that this node has settled on. It gives
+	// whoever writes pins all that was ever signed. Without Trust it has no meaning.
 	AllowOlderPins bool
-	// Maintenance turns the node's maintenance mode in the service catalog while a unit is drained. It is tried again until it
-	// succeeds, but a switch does not wait for it longer than 5 s: an outage of the store must not stop a boot. nil: nothing.
+	// Maintenance turns the node's maintenance mode in the service catalog while a unit is drained. It is tried again
+	// until it succeeds, but a switch does not wait for it longer than 5 s: an outage of the store must not stop a
+	// boot. nil: nothing.
 	Maintenance func(ctx context.Context, on bool, reason string) error
-	// Snapshot returns what the mirror last saved of desired/, for a node that boots while the store is away and has no last known
-	// state. It is asked only then. The pins can't be known in that case, and are taken for absent. nil: there is none.
+	// Snapshot returns what the mirror last saved of desired/, for a node that boots while the store is away and has
+	// no last known state. It is asked only then. The pins can't be known in that case, and are taken for absent. nil:
+	// there is none.
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. Else that is taken for a mistake.
 	AllowEmpty bool
-	// Observe has the agent fetch and verify what it should run, compare it with what lies at dest, and report that. It touches nothing.
+	// Observe has the agent fetch and verify what it should run, compare it with what lies at dest, and report that.
+	// It touches nothing.
 	Observe bool
 	// Adopt lets every unit take over a tree that lies at dest before its first release, as Record.Adopt does.
 	Adopt bool
@@ -100,7 +105,8 @@ type Config struct {
 	StartDelay time.Duration
 	// VerifyEvery checks live trees against their indexes in the background; 0: never.
 	VerifyEvery time.Duration
-	// HashAlways has files of the running release hashed before they are shared with the next, though nothing touched them.
+	// HashAlways has files of the running release hashed before they are shared with the next, though nothing touched
+	// them.
 	HashAlways bool
 	Version    string
 	Metrics    *prometheus.Registry // nil: none
@@ -120,8 +126,8 @@ type Agent struct {
 	floors                   *deploy.Floors
 	drains                   *drains
 	drift                    *driftWatcher
-	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait for what is
-	// fetched ahead. Who is slow gives its turn back: see holdTurn.
+	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait
+	// for what is fetched ahead. Who is slow gives its turn back: see holdTurn.
 	fetching, ahead chan struct{}
 
 	kicked    wait.Signal   // asks the loop for a turn
@@ -146,7 +152,8 @@ type Agent struct {
 	workers   sync.WaitGroup
 }
 
-// New checks c and takes the lock of the state directory: ErrLocked where another agent has it. An Agent that was made must be Run.
+// New checks c and takes the lock of the state directory: ErrLocked where another agent has it. An Agent that was
+// made must be Run.
 func New(c Config) (_ *Agent, err error) {
 	if c.Store == nil || c.Objects == nil {
 		return nil, errors.New("an agent needs a store and a client for objects")
@@ -181,10 +188,18 @@ func New(c Config) (_ *Agent, err error) {
 		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	a := &Agent{
-		c: c, naming: unnamed, started: time.Now().Truncate(time.Millisecond), units: map[deployments.UnitID]*unit{}, onDisk: map[deployments.UnitID]bool{},
-		fetching: make(chan struct{}, 1), ahead: make(chan struct{}, 1),
-		kicked: wait.NewSignal(), reportNow: wait.NewSignal(),
-		pulse: make(chan struct{}), idle: make(chan struct{}), converged: make(chan struct{}),
+		c:         c,
+		naming:    unnamed,
+		started:   time.Now().Truncate(time.Millisecond),
+		units:     map[deployments.UnitID]*unit{},
+		onDisk:    map[deployments.UnitID]bool{},
+		fetching:  make(chan struct{}, 1),
+		ahead:     make(chan struct{}, 1),
+		kicked:    wait.NewSignal(),
+		reportNow: wait.NewSignal(),
+		pulse:     make(chan struct{}),
+		idle:      make(chan struct{}),
+		converged: make(chan struct{}),
 	}
 	if a.lock, err = takeLock(c.StateDir); err != nil {
 		return nil, err
@@ -248,8 +263,8 @@ func New(c Config) (_ *Agent, err error) {
 	return a, nil
 }
 
-// Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with commands under way
-// ended. Trouble with the store, storage or a release doesn't end it.
+// Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with
+// commands under way ended. Trouble with the store, storage or a release doesn't end it.
 func (a *Agent) Run(ctx context.Context) error {
 	defer dropLock(a.lock)
 	g, ctx := errgroup.WithContext(ctx)
@@ -300,10 +315,12 @@ func (a *Agent) StatusAddr() string {
 	return a.statusListener.Addr().String()
 }
 
-// Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself: systemd's READY.
+// Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself:
+// systemd's READY.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
-// Converged is closed when, for the first time since the start, every unit runs what it should: what AutoScaling waits for.
+// Converged is closed when, for the first time since the start, every unit runs what it should: what AutoScaling
+// waits for.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
 // Alive reports whether the loop still turns: what a watchdog and /live ask. It takes up to 10 s to say no.
@@ -318,8 +335,8 @@ func (a *Agent) Alive() bool {
 	}
 }
 
-// Retry lets what failed on this node be tried once more, and what waits for its next try go on now: one unit, or all for the
-// zero UnitID. It says whether there is such a unit.
+// Retry lets what failed on this node be tried once more, and what waits for its next try go on now: one unit, or
+// all for the zero UnitID. It says whether there is such a unit.
 func (a *Agent) Retry(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -347,7 +364,8 @@ func (a *Agent) kickReport() {
 	a.reportNow.Set()
 }
 
-// unitsOnDisk are the units of this node's roles that it has ever deployed: one that was cut off is recovered, whatever the store says.
+// unitsOnDisk are the units of this node's roles that it has ever deployed: one that was cut off is recovered,
+// whatever the store says.
 func (a *Agent) unitsOnDisk() []deployments.UnitID {
 	var ids []deployments.UnitID
 	for _, r := range a.c.Roles {

@@ -27,8 +27,8 @@ func (w *world) reboot(id deployments.UnitID) {
 	}
 }
 
-// After a reboot the agent has converged at once where the release is the right one, as services wait for that; /ready waits until
-// they are healthy.
+// After a reboot the agent has converged at once where the release is the right one, as services wait for that;
+// /ready waits until they are healthy.
 func TestReadyWaitsForHealthAfterAReboot(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

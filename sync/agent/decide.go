@@ -12,8 +12,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time alone
-// could change the answer, or what couldn't be written is to be tried again; zero: never.
+// reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time
+// alone could change the answer, or what couldn't be written is to be tried again; zero: never.
 func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	began := time.Now()
 	defer func() { a.metrics.reconcile.Observe(time.Since(began).Seconds()) }()
@@ -98,7 +98,8 @@ func (a *Agent) decide(r *role, now time.Time) {
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
-		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source || text(d.Invalid) != text(was.Invalid) {
+		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source ||
+			text(d.Invalid) != text(was.Invalid) {
 			u.log.Info("decided", "action", string(d.Action), "target", d.Target.String(),
 				"reason", string(d.Reason), "why", message.Decision(d.Reason, d.Facts))
 			if d.Invalid != nil && text(d.Invalid) != text(was.Invalid) {
@@ -151,7 +152,8 @@ func (a *Agent) aim(r *role) {
 		}
 		// A rollout may turn back until it has ended; a pin is for a while.
 		from := u.decision.Source
-		g.settle = a.c.Trust != nil && (from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
+		g.settle = a.c.Trust != nil &&
+			(from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
 		g.adopt = a.c.Adopt || u.record.Value.Adopt
 		if a.c.Observe {

@@ -43,11 +43,19 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		case settled && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or kept as it is
 			if dep.state().Running.IsZero() {
-				return dependency{name, "waits for " + name + ", of which nothing runs: " + message.Decision(dep.decision.Reason, dep.decision.Facts), true}
+				return dependency{
+					name,
+					"waits for " + name + ", of which nothing runs: " + message.Decision(dep.decision.Reason, dep.decision.Facts),
+					true,
+				}
 			}
 		case dep.done != dep.decision.Target:
 			if now := dep.standing(); now.err != nil {
-				return dependency{name, "waits for " + name + ", which is " + string(now.state) + ": " + oneLine(now.err), dep.final()}
+				return dependency{
+					name,
+					"waits for " + name + ", which is " + string(now.state) + ": " + oneLine(now.err),
+					dep.final(),
+				}
 			}
 			return dependency{name, "waits for " + name, dep.final()}
 		}
@@ -55,8 +63,8 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	return dependency{}
 }
 
-// before returns a unit that Git names, and that an orphaned one has to let go first on a node where nothing of it runs: it may be
-// the same under a new name. Empty: none.
+// before returns a unit that Git names, and that an orphaned one has to let go first on a node where nothing of it
+// runs: it may be the same under a new name. Empty: none.
 func (a *Agent) before(u *unit) string {
 	if !u.orphaned() || !u.state().Running.IsZero() {
 		return ""
@@ -69,8 +77,8 @@ func (a *Agent) before(u *unit) string {
 	return ""
 }
 
-// cycles finds, among units that name those they come after, each one that lies on a cycle, and gives it that cycle in words:
-// "a after b after a". The mirror never writes one; a person may.
+// cycles finds, among units that name those they come after, each one that lies on a cycle, and gives it that cycle
+// in words: "a after b after a". The mirror never writes one; a person may.
 func cycles(after map[string][]string) map[string]string {
 	found := map[string]string{}
 	for start := range after {

@@ -30,11 +30,22 @@ type drains struct {
 	done  chan struct{} // closed, and made anew, when on changes
 }
 
-func newDrains(maintenance func(ctx context.Context, on bool, reason string) error, converged <-chan struct{}, log *slog.Logger) *drains {
-	return &drains{maintenance: maintenance, converged: converged, log: log, changed: wait.NewSignal(), done: make(chan struct{})}
+func newDrains(
+	maintenance func(ctx context.Context, on bool, reason string) error,
+	converged <-chan struct{},
+	log *slog.Logger,
+) *drains {
+	return &drains{
+		maintenance: maintenance,
+		converged:   converged,
+		log:         log,
+		changed:     wait.NewSignal(),
+		done:        make(chan struct{}),
+	}
 }
 
-// set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not for long.
+// set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not
+// for long.
 func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error {
 	d.mu.Lock()
 	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })
@@ -81,8 +92,8 @@ func (d *drains) list() []deployments.UnitID {
 	return slices.Clone(d.units)
 }
 
-// run turns maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance mode: it has
-// not become healthy. The next run ends that.
+// run turns maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance
+// mode: it has not become healthy. The next run ends that.
 func (d *drains) run(ctx context.Context) {
 	if d.maintenance == nil {
 		return

@@ -83,7 +83,8 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 	})
 }
 
-// Where there is no maintenance mode, no switch waits for it; and neither what is called off nor what is back in service does.
+// Where there is no maintenance mode, no switch waits for it; and neither what is called off nor what is back in
+// service does.
 func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -147,7 +148,8 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 	}
 }
 
-// A maintenance mode that went on although the answer was lost is turned off as well, also where nothing was turned before.
+// A maintenance mode that went on although the answer was lost is turned off as well, also where nothing was turned
+// before.
 func TestMaintenanceThatMayBeOn(t *testing.T) {
 	t.Parallel()
 	for _, loses := range [][]bool{{true}, {false, true}} {
@@ -184,8 +186,8 @@ func TestMaintenanceThatMayBeOn(t *testing.T) {
 	}
 }
 
-// What turns maintenance mode off may come late, or its answer be lost: a unit that is drained meanwhile waits until it is on again,
-// as else it would be switched in service.
+// What turns maintenance mode off may come late, or its answer be lost: a unit that is drained meanwhile waits
+// until it is on again, as else it would be switched in service.
 func TestSwitchWaitsForMaintenanceThatIsBeingTurned(t *testing.T) {
 	t.Parallel()
 	for name, lost := range map[string]bool{"slow": false, "the answer is lost": true} {

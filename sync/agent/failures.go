@@ -16,8 +16,8 @@ import (
 // oldFailuresFile is where versions before this one kept the failure keys that stand in each unit's journal now.
 const oldFailuresFile = "failures.json"
 
-// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes its file. A release
-// whose key is lost counts as failed under what asks for it next.
+// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes its file. A
+// release whose key is lost counts as failed under what asks for it next.
 func moveOldFailures(dir string, log *slog.Logger) error {
 	path := filepath.Join(dir, oldFailuresFile)
 	data, err := os.ReadFile(path)

@@ -23,8 +23,8 @@ const (
 	maxSocketPath = 107
 )
 
-// SocketPath is where the agent of a state directory listens on this machine, for GET /status, /ready and /live, and for POST
-// /retry?unit=STAGE/ROLE/UNIT (without unit: all).
+// SocketPath is where the agent of a state directory listens on this machine, for GET /status, /ready and /live,
+// and for POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, socketFile) }
 
 // Status returns all that the agent knows of itself.
@@ -114,8 +114,8 @@ func answer(w http.ResponseWriter, code int, v any) {
 	_ = e.Encode(v) // whoever asked has gone
 }
 
-// serveSocket answers at agent.sock, which only the agent's own user can open, until ctx ends. An agent goes without where
-// the path is too long.
+// serveSocket answers at agent.sock, which only the agent's own user can open, until ctx ends. An agent goes
+// without where the path is too long.
 func (a *Agent) serveSocket(ctx context.Context) error {
 	path := SocketPath(a.c.StateDir)
 	if len(path) > maxSocketPath {

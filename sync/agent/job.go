@@ -70,7 +70,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	settles := s.Confirmed && !s.Unfinished && s.Running == u.toSettle && !u.toSettle.IsZero() &&
 		(u.settled != u.toSettle || u.future != nil && !now.Before(u.settleAt))
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
-	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which lies on disk.
+	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which
+	// lies on disk.
 	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
 	switch {
 	case u.recover && !back || s.Unfinished && !deploys:
@@ -97,7 +98,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if g.heal && len(u.drift) > 0 {
 		return job{kind: jobHeal}, again
 	}
-	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) && u.refused[p].err == nil {
+	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) &&
+		u.refused[p].err == nil {
 		return job{kind: jobStage, release: p}, again
 	}
 	switch {
@@ -115,7 +117,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 }
 
-// begin chooses the next job, and notes that it is under way. Without one, it says when to look again; zero: when woken.
+// begin chooses the next job, and notes that it is under way. Without one, it says when to look again; zero: when
+// woken.
 func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -133,8 +136,8 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	return j, ctx, time.Time{}
 }
 
-// opening reports whether some unit's state has yet to be opened. Until then it isn't known where its tree lies, and another could take
-// its place. a.mu is held.
+// opening reports whether some unit's state has yet to be opened. Until then it isn't known where its tree lies,
+// and another could take its place. a.mu is held.
 func (a *Agent) opening() bool {
 	for _, u := range a.units {
 		if u.deploy == nil && u.trouble == nil {
@@ -229,7 +232,8 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	}
 }
 
-// forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one instead.
+// forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one
+// instead.
 func (a *Agent) forget(u *unit, j job) error {
 	digest := j.release.Digest
 	if !digest.IsZero() {

@@ -48,8 +48,8 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// Pins of units that have no record cost a node neither directories, workers, reports nor much memory, and a restart among
-// them is quick. It isn't parallel: it measures memory.
+// Pins of units that have no record cost a node neither directories, workers, reports nor much memory, and a
+// restart among them is quick. It isn't parallel: it measures memory.
 func TestJunkPins(t *testing.T) {
 	w := newWorld(t)
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
@@ -114,8 +114,8 @@ func TestJunkPins(t *testing.T) {
 	})
 }
 
-// A node takes a bounded number of units of a role, those first that it has, and says how many it leaves out. What is gone
-// leaves nothing.
+// A node takes a bounded number of units of a role, those first that it has, and says how many it leaves out. What
+// is gone leaves nothing.
 func TestTooManyUnits(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

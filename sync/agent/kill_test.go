@@ -46,9 +46,9 @@ func play(dir string) error {
 	return a.Run(ctx)
 }
 
-// TestKilledAgentsEndWhereOthersAre kills agents at random moments while records and pins change: in their first deployment, in
-// updates, in those that fail and are taken back. dest never is anything but a complete release, and the next agent ends where it
-// should.
+// TestKilledAgentsEndWhereOthersAre kills agents at random moments while records and pins change: in their first
+// deployment, in updates, in those that fail and are taken back. dest never is anything but a complete release, and
+// the next agent ends where it should.
 func TestKilledAgentsEndWhereOthersAre(t *testing.T) {
 	t.Parallel()
 	const worlds, kills = 4, 80

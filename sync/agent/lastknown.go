@@ -18,8 +18,9 @@ import (
 
 const lastKnownFile = "last-known.json"
 
-// lastKnown is STATE/last-known.json: what the store last held for this node, for a boot while it is away. The agent alone writes
-// it, and before it acts on what is in it, so that a node never goes back to something older by restarting.
+// lastKnown is STATE/last-known.json: what the store last held for this node, for a boot while it is away. The
+// agent alone writes it, and before it acts on what is in it, so that a node never goes back to something older by
+// restarting.
 type lastKnown struct {
 	Format   int                     `json:"format"` // 1
 	Prefixes map[string]knownEntries `json:"prefixes"`
@@ -33,8 +34,8 @@ type knownEntries struct {
 	Generations map[string]int64 `json:"generations,omitempty"`
 }
 
-// readLastKnown reads dir's file; it is empty where there is none. One that is damaged is put aside: a node that lost its memory
-// waits for the store, as at its first boot.
+// readLastKnown reads dir's file; it is empty where there is none. One that is damaged is put aside: a node that
+// lost its memory waits for the store, as at its first boot.
 func readLastKnown(dir string, log *slog.Logger) (lastKnown, error) {
 	empty := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
 	path := filepath.Join(dir, lastKnownFile)

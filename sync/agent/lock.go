@@ -17,13 +17,13 @@ var ErrLocked = errors.New("another agent uses this state directory")
 
 const (
 	lockFile = "lock"
-	// lockPatience is for the lock of a process that is dead: one that was killed as it started a command leaves it to that, which gives
-	// it up at its exec.
+	// lockPatience is for the lock of a process that is dead: one that was killed as it started a command leaves it to
+	// that, which gives it up at its exec.
 	lockPatience = 3 * time.Second
 )
 
-// takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the lock up when the
-// process ends, however it ends, so nothing is ever left locked.
+// takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the
+// lock up when the process ends, however it ends, so nothing is ever left locked.
 func takeLock(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

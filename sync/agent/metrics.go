@@ -37,7 +37,9 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			Name: "kedge_agent_reconcile_duration_seconds", Help: "How long it took to decide what every unit should run.",
 			Buckets: []float64{.0001, .001, .01, .1, 1},
 		}),
-		reports: prometheus.NewCounter(prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."}),
+		reports: prometheus.NewCounter(
+			prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."},
+		),
 		store: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "kedge_agent_store_up", Help: "1 where the view of a prefix is up to date.",
 		}, []string{"prefix"}),
@@ -94,8 +96,12 @@ var (
 		[]string{"role", "unit", "state"}, nil)
 	infoGauge = prometheus.NewDesc("kedge_agent_unit_info", "1, with the release that a unit runs.",
 		[]string{"role", "unit", "version", "digest"}, nil)
-	driftGauge = prometheus.NewDesc("kedge_agent_unit_drift_files",
-		"Files of the live tree that differ from the release, as far as a report names them (at most 5).", []string{"role", "unit"}, nil)
+	driftGauge = prometheus.NewDesc(
+		"kedge_agent_unit_drift_files",
+		"Files of the live tree that differ from the release, as far as a report names them (at most 5).",
+		[]string{"role", "unit"},
+		nil,
+	)
 	fetchedGauge = prometheus.NewDesc("kedge_agent_fetched_bytes_total", "Bytes read from storage.", nil, nil)
 )
 

@@ -25,8 +25,8 @@ type named struct {
 // naming is how an agent that was given no name finds one.
 type naming struct {
 	host string // as the machine calls itself
-	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was called doesn't
-	// count: the disk may have been in its image.
+	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was
+	// called doesn't count: the disk may have been in its image.
 	saved string
 }
 
@@ -34,7 +34,10 @@ type naming struct {
 func newNaming(host, stateDir string) (*naming, string) {
 	n := &naming{host: host}
 	var last named
-	if data, err := os.ReadFile(filepath.Join(stateDir, nameFile)); err == nil && json.Unmarshal(data, &last) == nil && last.Host == host &&
+	if data, err := os.ReadFile(
+		filepath.Join(stateDir, nameFile),
+	); err == nil && json.Unmarshal(data, &last) == nil &&
+		last.Host == host &&
 		deployments.CheckSegment("node", last.Node) == nil {
 		n.saved = last.Node
 	}
@@ -45,9 +48,10 @@ func newNaming(host, stateDir string) (*naming, string) {
 	return n, short
 }
 
-// findName settles the node's name, where none was given: what the store's agent on this machine calls it, as all other tools do, and so
-// that its death is seen at once. It returns once the name is settled; before that nothing is reported, and no view of the store is
-// taken, as pins and turns go by the name. That costs nothing: who can't be asked has nothing else to say either.
+// findName settles the node's name, where none was given: what the store's agent on this machine calls it, as all
+// other tools do, and so that its death is seen at once. It returns once the name is settled; before that nothing
+// is reported, and no view of the store is taken, as pins and turns go by the name. That costs nothing: who can't
+// be asked has nothing else to say either.
 func (a *Agent) findName(ctx context.Context) {
 	namer, ok := a.c.Store.(kv.Namer)
 	if a.naming == nil || !ok {

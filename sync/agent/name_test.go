@@ -165,8 +165,8 @@ func (g gated) NodeName(ctx context.Context) (string, error) {
 	}
 }
 
-// A node that learns its name after it has begun to work from memory goes by it in all that it does from then on, and doesn't take
-// what it remembers of its pins under another for all that there are.
+// A node that learns its name after it has begun to work from memory goes by it in all that it does from then on,
+// and doesn't take what it remembers of its pins under another for all that there are.
 func TestNameThatComesLate(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

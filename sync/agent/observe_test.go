@@ -9,8 +9,8 @@ import (
 	"kedge/kv"
 )
 
-// A node that observes says how dest stands to what it should run, follows what it should run, and touches nothing. Once it doesn't any
-// more it adopts what is the release's already, and deploys the rest.
+// A node that observes says how dest stands to what it should run, follows what it should run, and touches nothing.
+// Once it doesn't any more it adopts what is the release's already, and deploys the rest.
 func TestObserveThenAdopt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -16,9 +16,9 @@ type takenError struct {
 
 func (e *takenError) Error() string { return e.why }
 
-// claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that moves has both
-// places until it has moved; one that nothing names any more, or Git no longer, has none, once it has ended what it began, so that it
-// can go on under another name.
+// claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that
+// moves has both places until it has moved; one that nothing names any more, or Git no longer, has none, once it
+// has ended what it began, so that it can go on under another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -37,7 +37,15 @@ func (a *Agent) free(u *unit, dest string) error {
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
 			if taken != "" && (within(dest, taken) || within(taken, dest)) {
-				return &takenError{dest, fmt.Sprintf("dest %s is in the way of %s, which has %s: give each unit a directory of its own", dest, other.id, taken)}
+				return &takenError{
+					dest,
+					fmt.Sprintf(
+						"dest %s is in the way of %s, which has %s: give each unit a directory of its own",
+						dest,
+						other.id,
+						taken,
+					),
+				}
 			}
 		}
 	}
@@ -105,5 +113,6 @@ func (a *Agent) readmit(u *unit) {
 
 // within reports whether a clean path is dir, or below it or the directory of its releases.
 func within(path, dir string) bool {
-	return path == dir || strings.HasPrefix(path, dir+"/") || path == dir+".releases" || strings.HasPrefix(path, dir+".releases/")
+	return path == dir || strings.HasPrefix(path, dir+"/") || path == dir+".releases" ||
+		strings.HasPrefix(path, dir+".releases/")
 }

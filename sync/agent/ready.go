@@ -32,7 +32,13 @@ func (a *Agent) noteConvergence() {
 		a.ready = true
 	}
 	if idle && closeOnce(a.idle) {
-		a.c.Log.Info("every unit has converged, or can't go on by itself", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+		a.c.Log.Info(
+			"every unit has converged, or can't go on by itself",
+			"after",
+			time.Since(a.started).Round(time.Millisecond),
+			"units",
+			len(a.units),
+		)
 		if err := startedWell(a.c.StateDir); err != nil {
 			a.c.Log.Debug("the note of this start stays", "error", err)
 		}

@@ -32,7 +32,12 @@ func (a *Agent) Report() map[string]deployments.Report {
 	ready := len(a.unready()) == 0
 	for _, r := range a.roles {
 		reports[r.name] = deployments.Report{
-			Node: a.c.Node, Joined: a.joined, Agent: a.c.Version, Started: a.begun.UTC(), Ready: ready, Units: map[string]deployments.UnitReport{},
+			Node:    a.c.Node,
+			Joined:  a.joined,
+			Agent:   a.c.Version,
+			Started: a.begun.UTC(),
+			Ready:   ready,
+			Units:   map[string]deployments.UnitReport{},
 		}
 	}
 	for id, u := range a.units {
@@ -85,8 +90,8 @@ func fitReport(r *deployments.Report) (left int) {
 	return left
 }
 
-// report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node that leaves in
-// good order isn't a dead one.
+// report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node
+// that leaves in good order isn't a dead one.
 func (a *Agent) report(ctx context.Context) {
 	presence := a.presence(ctx)
 	if presence == nil {
@@ -167,7 +172,8 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// followJoined keeps the number of the node's presence, until ctx ends. While it isn't known, no rollout has told the node anything.
+// followJoined keeps the number of the node's presence, until ctx ends. While it isn't known, no rollout has told
+// the node anything.
 func (a *Agent) followJoined(ctx context.Context, presence kv.Presence) {
 	retry := newBackoff()
 	for ctx.Err() == nil {
@@ -196,8 +202,8 @@ func (a *Agent) setJoined(joined uint64) {
 	a.kick()
 }
 
-// rolesInMidSwitch are the roles with a unit whose deployment is half done: their reports stay when the agent ends, as those of a
-// node that comes back.
+// rolesInMidSwitch are the roles with a unit whose deployment is half done: their reports stay when the agent ends,
+// as those of a node that comes back.
 func (a *Agent) rolesInMidSwitch() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()

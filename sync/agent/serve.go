@@ -67,8 +67,8 @@ func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
-// connections bounds a server's connections. Those that are held open for nothing are the oldest: closing one of them lets a
-// load balancer in whatever others do.
+// connections bounds a server's connections. Those that are held open for nothing are the oldest: closing one of
+// them lets a load balancer in whatever others do.
 type connections struct {
 	mu   sync.Mutex
 	open []net.Conn // the oldest first

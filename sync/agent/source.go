@@ -27,8 +27,8 @@ func (o origin) String() string {
 	return [...]string{"nothing yet", "snapshot", "last known state", "store"}[o]
 }
 
-// source is what the agent knows below one watched prefix. Only what a settled view, the last known state or a snapshot says can
-// be missing from it; trouble with the store never takes anything away.
+// source is what the agent knows below one watched prefix. Only what a settled view, the last known state or a
+// snapshot says can be missing from it; trouble with the store never takes anything away.
 type source struct {
 	prefix  string
 	desired bool // records, not pins
@@ -77,13 +77,13 @@ func (s *source) set(entries []kv.Entry, at time.Time) {
 	}
 }
 
-// bareWait is how long a record without a generation has to stand before a node takes it that knows a mirror's: a mirror that
-// runs puts its own back within milliseconds.
+// bareWait is how long a record without a generation has to stand before a node takes it that knows a mirror's: a
+// mirror that runs puts its own back within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't settled it takes
-// records alone, and only new ones and those of a higher generation. Where nothing is known at all, they are enough to begin with:
-// that a record is missing never decides anything.
+// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't
+// settled it takes records alone, and only new ones and those of a higher generation. Where nothing is known at
+// all, they are enough to begin with: that a record is missing never decides anything.
 func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -116,9 +116,9 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 	return changed
 }
 
-// hold returns the entries of a confirmed view that may be acted on. A record of a lower generation than one that was acted on is
-// that of a snapshot that was restored: what is known stays until a mirror that knows of the higher one has written. A record
-// without a generation, beside one that a mirror wrote, has to stand for bareWait.
+// hold returns the entries of a confirmed view that may be acted on. A record of a lower generation than one that
+// was acted on is that of a snapshot that was restored: what is known stays until a mirror that knows of the higher
+// one has written. A record without a generation, beside one that a mirror wrote, has to stand for bareWait.
 func (s *source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
@@ -188,21 +188,37 @@ func (s *source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
-		i, known := slices.BinarySearchFunc(merged, e.Key, func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
+		i, known := slices.BinarySearchFunc(
+			merged,
+			e.Key,
+			func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) },
+		)
 		switch {
 		case !known:
 			merged = slices.Insert(merged, i, e)
 		case generation(e) > generation(merged[i]):
 			merged[i] = e
 		case generation(e) < generation(merged[i]):
-			log.Warn("an unconfirmed record is older than the last one: keeping the last one", "key", e.Key, "generation", generation(e), "kept", generation(merged[i]))
+			log.Warn(
+				"an unconfirmed record is older than the last one: keeping the last one",
+				"key",
+				e.Key,
+				"generation",
+				generation(e),
+				"kept",
+				generation(merged[i]),
+			)
 		}
 	}
 	return merged
 }
 
 func (s *source) find(key string) (kv.Entry, bool) {
-	i, ok := slices.BinarySearchFunc(s.entries, key, func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) })
+	i, ok := slices.BinarySearchFunc(
+		s.entries,
+		key,
+		func(e kv.Entry, key string) int { return strings.Compare(e.Key, key) },
+	)
 	if !ok {
 		return kv.Entry{}, false
 	}
@@ -227,8 +243,9 @@ func newRole(stage, name string) *role {
 
 func (r *role) sources() []*source { return []*source{r.desired, r.pins} }
 
-// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen. After a start, what the
-// store says first isn't put together with what is remembered of the other: a pin may have come or gone meanwhile.
+// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen.
+// After a start, what the store says first isn't put together with what is remembered of the other: a pin may have
+// come or gone meanwhile.
 func (r *role) known() bool {
 	return r.desired.from != fromNowhere && r.pins.from != fromNowhere && r.desired.heard() == r.pins.heard()
 }
@@ -242,7 +259,9 @@ func (r *role) unknown() string {
 		if s.from == fromNowhere || !s.heard() {
 			switch {
 			case errors.Is(s.trouble, kv.ErrNoFolder):
-				return "nothing is known of " + s.prefix + ": see whether this agent's stage and role are right: " + oneLine(s.trouble)
+				return "nothing is known of " + s.prefix + ": see whether this agent's stage and role are right: " + oneLine(
+					s.trouble,
+				)
 			case s.trouble != nil:
 				return "nothing is known of " + s.prefix + " yet: " + oneLine(s.trouble)
 			}
@@ -286,7 +305,10 @@ func mine(prefix, node string) func(key string) bool {
 }
 
 // facts gathers what decides over one unit.
-func (r *role) facts(id deployments.UnitID, node string) (record policy.Value[deployments.Record], unitPin, nodePin policy.Value[deployments.Pin]) {
+func (r *role) facts(
+	id deployments.UnitID,
+	node string,
+) (record policy.Value[deployments.Record], unitPin, nodePin policy.Value[deployments.Pin]) {
 	return r.desired.records[kv.DesiredKey(id)], r.pins.pins[kv.PinKey(id)], r.pins.pins[kv.NodePinKey(id, node)]
 }
 

@@ -81,8 +81,8 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 	}
 }
 
-// What a node has acted on outlives the record: one that comes back from a snapshot waits for a mirror, and a bare pointer that a
-// mirror would put back has to stand.
+// What a node has acted on outlives the record: one that comes back from a snapshot waits for a mirror, and a bare
+// pointer that a mirror would put back has to stand.
 func TestRecordsThatHaveToWait(t *testing.T) {
 	t.Parallel()
 	const key = "desired/prod/web/app"
@@ -154,7 +154,8 @@ func TestPinsNeedASettledView(t *testing.T) {
 	}
 }
 
-// New records find their place among those that are known, and nothing is decided before both records and pins are known.
+// New records find their place among those that are known, and nothing is decided before both records and pins are
+// known.
 func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	t.Parallel()
 	r := newRole("prod", "web")
@@ -213,7 +214,8 @@ func (s slowPins) Watch(ctx context.Context, prefix string, f func(kv.View)) err
 	return s.Store.Watch(ctx, prefix, f)
 }
 
-// What the store says of records isn't put together with what a node remembers of pins: one may have come while it was down.
+// What the store says of records isn't put together with what a node remembers of pins: one may have come while it
+// was down.
 func TestPinThatCameWhileTheNodeWasDown(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -29,8 +29,8 @@ func (u *unit) yields(other *unit) bool {
 	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
 }
 
-// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it runs, or nothing
-// good ever did.
+// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it
+// runs, or nothing good ever did.
 func (u *unit) gone() bool {
 	s := u.state()
 	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
@@ -68,7 +68,9 @@ func at(state deployments.State, err error) standing {
 func factsOf(err error) deployments.Facts {
 	facts := deployments.Facts{"error": oneLine(err)}
 	if older := new(deploy.OlderError); errors.As(err, &older) {
-		return facts.With("created", older.Created.Format(time.RFC3339)).With("floor", older.Floor.Format(time.RFC3339)).With("of", older.Of)
+		return facts.With("created", older.Created.Format(time.RFC3339)).
+			With("floor", older.Floor.Format(time.RFC3339)).
+			With("of", older.Of)
 	}
 	if future := new(deploy.FutureError); errors.As(err, &future) {
 		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Settled.Format(time.RFC3339))
@@ -222,8 +224,8 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	return deploy.Failure{}, false
 }
 
-// reprieved reports whether a release that failed here is about to be tried once more, as something else asks for it now. Else a
-// rollout that was begun anew would take the failure of before for one of its own.
+// reprieved reports whether a release that failed here is about to be tried once more, as something else asks for
+// it now. Else a rollout that was begun anew would take the failure of before for one of its own.
 func (u *unit) reprieved(p deployments.Pointer) bool {
 	f, _ := u.failure(p)
 	return f.Key != "" && f.Key != u.key
@@ -245,8 +247,11 @@ func (u *unit) report() deployments.UnitReport {
 	if h := u.held; h.generation > 0 && now.reason == "" {
 		now.reason = deployments.ReasonOldGeneration
 		now.facts = deployments.Facts{"generation": fmt.Sprint(h.generation), "acted_on": fmt.Sprint(u.floor)}
-		now.err = fmt.Errorf("the record has generation %d, and this node has acted on %d: it waits for a mirror that knows of that",
-			h.generation, u.floor)
+		now.err = fmt.Errorf(
+			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows of that",
+			h.generation,
+			u.floor,
+		)
 	}
 	r := deployments.UnitReport{
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: clipped(s.Version, 128),

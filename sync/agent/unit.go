@@ -112,7 +112,13 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
-	u := &unit{id: id, log: a.c.Log.With("unit", id.String()), wake: wait.NewSignal(), observes: a.c.Observe, observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)}}
+	u := &unit{
+		id:       id,
+		log:      a.c.Log.With("unit", id.String()),
+		wake:     wait.NewSignal(),
+		observes: a.c.Observe,
+		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},
+	}
 	u.stamp(time.Now())
 	a.units[id] = u
 	var ctx context.Context

@@ -47,8 +47,9 @@ func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 	}
 }
 
-// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the mirror's job; where
-// there is none, and the agent's token may, it helps itself. It tries until the prefix can be read: the token may be new, or the store away.
+// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the
+// mirror's job; where there is none, and the agent's token may, it helps itself. It tries until the prefix can be
+// read: the token may be new, or the store away.
 func (a *Agent) makeFolder(ctx context.Context, s *source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {
@@ -130,7 +131,11 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 			return
 		}
 		if retry.Tries() == 0 && ctx.Err() == nil {
-			a.c.Log.Warn("the store is away, nothing is known from before, and the snapshot can't be read: trying again", "error", err)
+			a.c.Log.Warn(
+				"the store is away, nothing is known from before, and the snapshot can't be read: trying again",
+				"error",
+				err,
+			)
 		}
 		if retry.Wait(ctx) != nil {
 			return
@@ -141,7 +146,10 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 func (a *Agent) ignorant() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return slices.ContainsFunc(a.roles, func(r *role) bool { return r.desired.from == fromNowhere || r.pins.from == fromNowhere })
+	return slices.ContainsFunc(
+		a.roles,
+		func(r *role) bool { return r.desired.from == fromNowhere || r.pins.from == fromNowhere },
+	)
 }
 
 func (a *Agent) offerSnapshot(entries []kv.Entry) {
@@ -155,7 +163,13 @@ func (a *Agent) offerSnapshot(entries []kv.Entry) {
 			}
 			own := s.only(entries, counts)
 			if s.offer(own, fromSnapshot, time.Now()) {
-				a.c.Log.Warn("the store is away and nothing is known from before: using the snapshot", "prefix", s.prefix, "keys", len(own))
+				a.c.Log.Warn(
+					"the store is away and nothing is known from before: using the snapshot",
+					"prefix",
+					s.prefix,
+					"keys",
+					len(own),
+				)
 			}
 		}
 	}

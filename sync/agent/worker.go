@@ -89,7 +89,8 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	now, after := time.Now(), u.deploy.State()
 	var failed *deploy.Failed
 	errors.As(err, &failed)
-	changed := before.Running != after.Running || before.Staged != after.Staged || len(before.Quarantined) != len(after.Quarantined)
+	changed := before.Running != after.Running || before.Staged != after.Staged ||
+		len(before.Quarantined) != len(after.Quarantined)
 	if j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobHeal {
 		a.observe(u)
 	}
@@ -161,7 +162,15 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		u.log.Info("the trouble is over", "job", string(j.kind))
 	}
 	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
-		u.log.Info("the release is live and healthy", "release", r.String(), "version", after.Version, "took", took.Round(time.Millisecond))
+		u.log.Info(
+			"the release is live and healthy",
+			"release",
+			r.String(),
+			"version",
+			after.Version,
+			"took",
+			took.Round(time.Millisecond),
+		)
 	}
 	a.metrics.ended(u.id, j.kind, err, calledOff, took)
 	a.kick()

@@ -1,11 +1,12 @@
 // Package command runs what a manifest asks for: sh -c in a process group of its own, with a timeout, a user, a bounded
 // wait for pipes that a daemon inherited, and bounded output. It takes commands for hostile.
 //
-// A command finds the agent's own environment, without what the agent must keep to itself: Consul's token and client
-// key, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials. AWS variables stay, because
-// hooks call the aws command. A command that runs as another user gets no variables of AWS, Consul, Vault, Google, Azure and the like
-// either (but AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR), none whose name says that it is secret, as …_TOKEN, and none whose
-// value is a URL with a password, as a proxy's. These are added, empty where there is nothing to say:
+// A command finds the agent's own environment, without what the agent must keep to itself: Consul's token and
+// client key, variables that configure kedge (KEDGE_…), and systemd's sockets and credentials. AWS variables stay,
+// because hooks call the aws command. A command that runs as another user gets no variables of AWS, Consul, Vault,
+// Google, Azure and the like either (but AWS_REGION, AWS_DEFAULT_REGION and CONSUL_HTTP_ADDR), none whose name says
+// that it is secret, as …_TOKEN, and none whose value is a URL with a password, as a proxy's. These are added,
+// empty where there is nothing to say:
 //
 //	KEDGE_STAGE KEDGE_ROLE KEDGE_UNIT   the unit
 //	KEDGE_NODE                          this node's name
@@ -92,8 +93,9 @@ const (
 // ErrTimeout means that the command ran longer than its timeout, and was ended.
 var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
 
-// Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s later SIGKILL.
-// The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that ended it.
+// Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s
+// later SIGKILL. The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that
+// ended it.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
 	return runAs(ctx, log, c, env, stdin, false)
 }
@@ -104,7 +106,14 @@ func Check(ctx context.Context, c deployments.Command, env Env) error {
 	return err
 }
 
-func runAs(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte, alone bool) (Result, error) {
+func runAs(
+	ctx context.Context,
+	log *slog.Logger,
+	c deployments.Command,
+	env Env,
+	stdin []byte,
+	alone bool,
+) (Result, error) {
 	timeout := cmp.Or(c.Timeout, defaultTimeout)
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", ErrTimeout, timeout))
 	defer cancel()
@@ -122,7 +131,8 @@ func runAs(ctx context.Context, log *slog.Logger, c deployments.Command, env Env
 	return execute(ctx, log, cmd, what, alone, env.Mask)
 }
 
-// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's user, speaking English.
+// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's
+// user, speaking English.
 func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -130,8 +140,8 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), false, nil)
 }
 
-// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. alone says that nothing of its
-// process group outlives it.
+// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. alone says that nothing
+// of its process group outlives it.
 func execute(
 	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, alone bool, mask *deployments.Mask,
 ) (Result, error) {
@@ -199,8 +209,8 @@ func execute(
 	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
-// endGroup ends the process group of leader and returns when the leader is reaped. A member may ignore SIGTERM, or outlive
-// the leader: the group is asked until nobody answers, and killed when the grace is over.
+// endGroup ends the process group of leader and returns when the leader is reaped. A member may ignore SIGTERM, or
+// outlive the leader: the group is asked until nobody answers, and killed when the grace is over.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)

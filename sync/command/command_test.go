@@ -76,8 +76,8 @@ KEDGE_VERSION=2
 	}
 }
 
-// A command's last line becomes an error, which later commands find in their environment: that can't hold a NUL, and a terminal that
-// shows it is not to obey it.
+// A command's last line becomes an error, which later commands find in their environment: that can't hold a NUL,
+// and a terminal that shows it is not to obey it.
 func TestLastLineIsText(t *testing.T) {
 	t.Parallel()
 	_, err := run(t, deployments.Command{Run: `printf 'a\0b\033[2Jc\td\377'; exit 1`}, Env{}, nil)
@@ -265,7 +265,8 @@ func TestDaemonThatHoldsPipesLivesOn(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	pidFile, stop, alive := filepath.Join(dir, "pid"), filepath.Join(dir, "stop"), filepath.Join(dir, "alive")
-	// It goes on writing to the pipe that it inherited: that mustn't kill it either. And it holds a stdin that it doesn't read.
+	// It goes on writing to the pipe that it inherited: that mustn't kill it either. And it holds a stdin that it
+	// doesn't read.
 	script := fmt.Sprintf(`exec 3<&0; (while [ -d %s -a ! -e %s ]; do echo still here; touch %s; sleep 0.05; done) & echo $! > %s; echo started`, dir, stop, alive, pidFile)
 	begin := time.Now()
 	r, err := run(t, deployments.Command{Run: script}, Env{}, make([]byte, 1<<20))
@@ -457,7 +458,8 @@ func TestErrorsAreShort(t *testing.T) {
 	}
 }
 
-// A program of the system's gets no secrets either, and speaks a language that can be read. It sets the environment, so it isn't parallel.
+// A program of the system's gets no secrets either, and speaks a language that can be read. It sets the
+// environment, so it isn't parallel.
 func TestTool(t *testing.T) {
 	t.Setenv("CONSUL_HTTP_TOKEN", "secret")
 	t.Setenv("LC_ALL", "de_DE.UTF-8")
@@ -470,8 +472,8 @@ func TestTool(t *testing.T) {
 	}
 }
 
-// A manifest asks for no secret of the agent's, and commands of its own user have those that are meant for them. It sets the
-// environment, so it isn't parallel.
+// A manifest asks for no secret of the agent's, and commands of its own user have those that are meant for them. It
+// sets the environment, so it isn't parallel.
 func TestWhatTheAgentKeeps(t *testing.T) {
 	for _, name := range []string{"CONSUL_HTTP_TOKEN", "KEDGE_WEBHOOK_SECRET", "AWS_SECRET_ACCESS_KEY"} {
 		t.Setenv(name, "secret")

@@ -23,12 +23,29 @@ var private = []string{
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers begin the names of variables that only commands of the agent's own user get: what may open a door that the agent alone has
-// the key to. Beside these are variables whose name says that they are secret (deployments.SecretName), and those whose value is a URL
-// with a password, as a proxy's may be.
+// ownUsers begin the names of variables that only commands of the agent's own user get: what may open a door that
+// the agent alone has the key to. Beside these are variables whose name says that they are secret
+// (deployments.SecretName), and those whose value is a URL with a password, as a proxy's may be.
 var ownUsers = []string{
-	"AWS_", "CONSUL_", "VAULT_", "NOMAD_", "GOOGLE_", "GCLOUD_", "CLOUDSDK_", "GCE_METADATA_", "AZURE_", "ARM_", "DOCKER_", "KUBECONFIG",
-	"GIT_ASKPASS", "SSH_", "GPG_", "NETRC", "NPM_CONFIG_", "DBUS_", "XDG_RUNTIME_DIR",
+	"AWS_",
+	"CONSUL_",
+	"VAULT_",
+	"NOMAD_",
+	"GOOGLE_",
+	"GCLOUD_",
+	"CLOUDSDK_",
+	"GCE_METADATA_",
+	"AZURE_",
+	"ARM_",
+	"DOCKER_",
+	"KUBECONFIG",
+	"GIT_ASKPASS",
+	"SSH_",
+	"GPG_",
+	"NETRC",
+	"NPM_CONFIG_",
+	"DBUS_",
+	"XDG_RUNTIME_DIR",
 }
 
 // everyUsers are variables that begin so, and are no secrets.
@@ -43,7 +60,8 @@ func isOwnUsers(name, value string) bool {
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
-// environ makes a command's environment of the agent's, of another user's variables (nil: it runs as the agent does) and of env.
+// environ makes a command's environment of the agent's, of another user's variables (nil: it runs as the agent
+// does) and of env.
 func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false
@@ -66,12 +84,22 @@ func environ(agent []string, userVars []string, env Env) []string {
 	for name, value := range env.Vars {
 		out = append(out, name+"="+value)
 	}
-	out = append(out,
-		"KEDGE_STAGE="+env.Unit.Stage, "KEDGE_ROLE="+env.Unit.Role, "KEDGE_UNIT="+env.Unit.Unit,
-		"KEDGE_NODE="+env.Node, "KEDGE_STEP="+env.Step,
-		"KEDGE_RELEASE="+env.Release, "KEDGE_PREVIOUS="+env.Previous, "KEDGE_DEST="+env.Dest,
-		"KEDGE_DIGEST="+digest, "KEDGE_NAME="+env.Name, "KEDGE_VERSION="+env.Version,
-		"KEDGE_COMMIT="+env.Commit, "KEDGE_ERROR="+strings.ReplaceAll(env.Error, "\x00", "\ufffd")) // with a NUL no command would run
+	out = append(
+		out,
+		"KEDGE_STAGE="+env.Unit.Stage,
+		"KEDGE_ROLE="+env.Unit.Role,
+		"KEDGE_UNIT="+env.Unit.Unit,
+		"KEDGE_NODE="+env.Node,
+		"KEDGE_STEP="+env.Step,
+		"KEDGE_RELEASE="+env.Release,
+		"KEDGE_PREVIOUS="+env.Previous,
+		"KEDGE_DEST="+env.Dest,
+		"KEDGE_DIGEST="+digest,
+		"KEDGE_NAME="+env.Name,
+		"KEDGE_VERSION="+env.Version,
+		"KEDGE_COMMIT="+env.Commit,
+		"KEDGE_ERROR="+strings.ReplaceAll(env.Error, "\x00", "\ufffd"),
+	) // with a NUL no command would run
 	if env.Run != "" {
 		out = append(out, runMark+env.Run)
 	}
@@ -90,8 +118,9 @@ func isPrivate(name string) bool {
 	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
-// asUser has cmd run as a user, by name or number, with all of the user's groups, and returns the user's variables; nil where
-// the agent is that user already. A number without an entry in the user database gets the group of the same number and no other.
+// asUser has cmd run as a user, by name or number, with all of the user's groups, and returns the user's variables;
+// nil where the agent is that user already. A number without an entry in the user database gets the group of the
+// same number and no other.
 func asUser(cmd *exec.Cmd, name string) ([]string, error) {
 	if name == "" {
 		return nil, nil

@@ -14,9 +14,10 @@ import (
 
 const runMark = "KEDGE_RUN="
 
-// EndLeftovers ends what a crashed agent's command left running, so that it can be run again: every process that has run's mark
-// in its environment, process groups and sessions of its own included, gets SIGTERM, and from 5 s later on SIGKILL. It reports how
-// many there were, and an error where some may still be there: ctx ended, or they can't be killed.
+// EndLeftovers ends what a crashed agent's command left running, so that it can be run again: every process that
+// has run's mark in its environment, process groups and sessions of its own included, gets SIGTERM, and from 5 s
+// later on SIGKILL. It reports how many there were, and an error where some may still be there: ctx ended, or they
+// can't be killed.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
 	pids, err := marked(run)
 	found := len(pids)
@@ -48,8 +49,8 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 	}
 }
 
-// marked lists the processes whose environment has run's mark. Processes that end meanwhile, and those of other users where the
-// agent isn't root, are passed over: the agent couldn't end them either.
+// marked lists the processes whose environment has run's mark. Processes that end meanwhile, and those of other
+// users where the agent isn't root, are passed over: the agent couldn't end them either.
 func marked(run string) ([]int, error) {
 	if run == "" {
 		return nil, nil

@@ -135,8 +135,8 @@ func (o *output) bytes() []byte {
 	return append(b, o.tail[:o.next]...)
 }
 
-// lastLine is the last line that says something: mostly the reason of a failure. It is shown on terminals and handed on in
-// environments, so nothing in it is left that controls the one or ends the other.
+// lastLine is the last line that says something: mostly the reason of a failure. It is shown on terminals and
+// handed on in environments, so nothing in it is left that controls the one or ends the other.
 func (o *output) lastLine() string {
 	b := bytes.TrimSpace(o.bytes())
 	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {

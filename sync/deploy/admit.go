@@ -21,15 +21,16 @@ import (
 )
 
 var (
-	// ErrRefused means that this node may not use the release: for its bounds, for its age, or for another unit's dest. Trying again
-	// doesn't help.
+	// ErrRefused means that this node may not use the release: for its bounds, for its age, or for another unit's
+	// dest. Trying again doesn't help.
 	ErrRefused = errors.New("refused by this node")
 	// ErrQuarantined means that the release failed on this node, and wasn't tried again.
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
 )
 
-// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow. Where it comes from and who
-// signed it is checked on its bytes: nothing of an environment gets into what somebody else wrote.
+// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow. Where it
+// comes from and who signed it is checked on its bytes: nothing of an environment gets into what somebody else
+// wrote.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, manifestWithin, errManifestLate)
 	defer cancel()
@@ -47,7 +48,11 @@ func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Rele
 // manifestWithin bounds the reading of a manifest and of its signature.
 const manifestWithin = time.Minute
 
-var errManifestLate = fmt.Errorf("its manifest and signature were not read within %v: %w", manifestWithin, object.ErrUnavailable)
+var errManifestLate = fmt.Errorf(
+	"its manifest and signature were not read within %v: %w",
+	manifestWithin,
+	object.ErrUnavailable,
+)
 
 // admitBytes is admit for a manifest's bytes.
 func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {
@@ -152,7 +157,8 @@ func groupNames(name string, users []string) []string {
 	return names
 }
 
-// groupsOf gives the numbers of a user's groups; of one without an entry in the user database, the group of the same number.
+// groupsOf gives the numbers of a user's groups; of one without an entry in the user database, the group of the
+// same number.
 func groupsOf(name string) []string {
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -165,8 +171,8 @@ func groupsOf(name string) []string {
 	return append(groups, u.Gid)
 }
 
-// ownersOf says whom a tree's files may belong to, by number, where the archive says it: the bounds' users and whoever the agent
-// runs as; nil: anybody.
+// ownersOf says whom a tree's files may belong to, by number, where the archive says it: the bounds' users and
+// whoever the agent runs as; nil: anybody.
 func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	if len(b.Users) == 0 {
 		return nil
@@ -183,8 +189,12 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 	return func(uid, gid int) error {
 		if !uids[strconv.Itoa(uid)] || !gids[strconv.Itoa(gid)] {
-			return fmt.Errorf("it belongs to %d:%d, and the agent allows only users %s and their groups: set owner in the manifest",
-				uid, gid, strings.Join(b.Users, ", "))
+			return fmt.Errorf(
+				"it belongs to %d:%d, and the agent allows only users %s and their groups: set owner in the manifest",
+				uid,
+				gid,
+				strings.Join(b.Users, ", "),
+			)
 		}
 		return nil
 	}

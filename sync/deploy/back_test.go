@@ -134,7 +134,8 @@ func TestGoesBackBehindWhatWasSuperseded(t *testing.T) {
 	}
 }
 
-// A release of strategy mv, whose tree may hold what it has written by now, stays as it is where one that failed was never in its place.
+// A release of strategy mv, whose tree may hold what it has written by now, stays as it is where one that failed
+// was never in its place.
 func TestBackToATreeThatWasNotTouched(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*world, *deployments.Manifest){

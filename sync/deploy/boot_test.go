@@ -104,7 +104,8 @@ func TestPostOfTheOldReleaseRunsAgainAfterAReboot(t *testing.T) {
 	w.wantVersion("1")
 }
 
-// While the machine shuts down services end and can't be started: a command that fails by that says nothing of its release.
+// While the machine shuts down services end and can't be started: a command that fails by that says nothing of its
+// release.
 func TestNoReleaseFailsInAShutdown(t *testing.T) {
 	t.Parallel()
 	for name, list := range map[string]func(*deployments.Commands) *[]deployments.Command{

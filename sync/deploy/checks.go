@@ -39,8 +39,8 @@ func newProbe(c deployments.Check, env command.Env) probe {
 	}
 }
 
-// checkHTTP asks once, on a connection of its own, through no proxy. A redirect is an answer, not followed: what it leads to may
-// be another service.
+// checkHTTP asks once, on a connection of its own, through no proxy. A redirect is an answer, not followed: what it
+// leads to may be another service.
 func checkHTTP(ctx context.Context, c *deployments.HTTPCheck) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
 	if err != nil {
@@ -85,7 +85,8 @@ func checkTCP(ctx context.Context, address string) error {
 
 // checkSystemd passes while a unit is active; the identity is its invocation, which is another after a restart.
 func checkSystemd(ctx context.Context, unit string) (string, error) {
-	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).Output()
+	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).
+		Output()
 	if err != nil {
 		var exit *exec.ExitError
 		if errors.As(err, &exit) && len(exit.Stderr) > 0 {
@@ -112,9 +113,9 @@ func systemdState(out string) (invocation string, _ error) {
 	return p["InvocationID"], nil
 }
 
-// checkConsul asks the local agent, by Consul's own environment, for the service's checks. The client is made for each try, so
-// that a token file is read again. Maintenance mode, which the drain turned on, would be a failing check of the node: it and
-// the service's own don't count here.
+// checkConsul asks the local agent, by Consul's own environment, for the service's checks. The client is made for
+// each try, so that a token file is read again. Maintenance mode, which the drain turned on, would be a failing
+// check of the node: it and the service's own don't count here.
 func checkConsul(ctx context.Context, service string) error {
 	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {
@@ -138,7 +139,8 @@ func consulState(services []api.AgentServiceChecksInfo) error {
 	}
 	for _, s := range services {
 		for _, c := range s.Checks {
-			if c.CheckID == api.NodeMaint || strings.HasPrefix(c.CheckID, api.ServiceMaintPrefix) || c.Status == api.HealthPassing {
+			if c.CheckID == api.NodeMaint || strings.HasPrefix(c.CheckID, api.ServiceMaintPrefix) ||
+				c.Status == api.HealthPassing {
 				continue
 			}
 			return fmt.Errorf("check %q is %s", c.Name, c.Status)

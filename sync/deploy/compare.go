@@ -13,9 +13,13 @@ import (
 // maxCompared bounds the paths that a comparison names.
 const maxCompared = 5
 
-// Observe has the release of p unpacked in the unit's own directory, and compares it with what lies at its dest, whoever put that there.
-// It touches nothing else. limit bounds what is read, in bytes a second (0: not).
-func (u *Unit) Observe(ctx context.Context, p deployments.Pointer, limit int64) (found *deployments.Compared, err error) {
+// Observe has the release of p unpacked in the unit's own directory, and compares it with what lies at its dest,
+// whoever put that there. It touches nothing else. limit bounds what is read, in bytes a second (0: not).
+func (u *Unit) Observe(
+	ctx context.Context,
+	p deployments.Pointer,
+	limit int64,
+) (found *deployments.Compared, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
 	if err != nil {
@@ -59,8 +63,8 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 	return found, nil
 }
 
-// adoptable compares what lies at dest, where nothing of this unit's runs yet, with the release, which is staged. nil: it can't
-// be taken over.
+// adoptable compares what lies at dest, where nothing of this unit's runs yet, with the release, which is staged.
+// nil: it can't be taken over.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil
@@ -76,7 +80,15 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	if found.Adopted = found.Differs == 0; found.Adopted {
 		u.log.Info("dest is the release's already: it is adopted as it is, without commands", "dest", found.Dest)
 	} else {
-		u.log.Info("dest is not the release's, and is not adopted", "dest", found.Dest, "differs", found.Differs, "paths", found.Paths)
+		u.log.Info(
+			"dest is not the release's, and is not adopted",
+			"dest",
+			found.Dest,
+			"differs",
+			found.Differs,
+			"paths",
+			found.Paths,
+		)
 	}
 	return found, nil
 }

@@ -96,7 +96,8 @@ func TestObserveTouchesNothing(t *testing.T) {
 	}
 }
 
-// What is the release's already is adopted without commands; its files stay the same ones by the strategies that change dest in place.
+// What is the release's already is adopted without commands; its files stay the same ones by the strategies that
+// change dest in place.
 func TestAdopt(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range strategies {

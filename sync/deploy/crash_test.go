@@ -101,7 +101,8 @@ func crashChild(file string) error {
 	return nil
 }
 
-// story is a sequence of deployments that the sweep cuts off everywhere: the first, an update, one that fails in each way, a last.
+// story is a sequence of deployments that the sweep cuts off everywhere: the first, an update, one that fails in
+// each way, a last.
 type story struct {
 	*world
 	releases []deployments.Pointer
@@ -220,8 +221,8 @@ func (s story) watch(stop <-chan struct{}, reads *atomic.Int64) {
 	}
 }
 
-// TestKilledAnywhere kills a process that deploys with SIGKILL, and starts it again: in one story for each strategy before and after
-// every step, those of the recovery from the cuts before included; in others at random moments.
+// TestKilledAnywhere kills a process that deploys with SIGKILL, and starts it again: in one story for each strategy
+// before and after every step, those of the recovery from the cuts before included; in others at random moments.
 func TestKilledAnywhere(t *testing.T) {
 	t.Parallel()
 	var cuts, reads atomic.Int64

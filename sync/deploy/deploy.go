@@ -2,8 +2,9 @@
 //
 // # Steps
 //
-// A deployment goes through these steps. The journal says which one is being done before it is begun, and is replaced in one
-// rename, so that after a kill it is known which step may be half done; each step may be done again.
+// A deployment goes through these steps. The journal says which one is being done before it is begun, and is
+// replaced in one rename, so that after a kill it is known which step may be half done; each step may be done
+// again.
 //
 //	stage      the release lies complete and verified on disk; nothing that runs is touched
 //	drain      /ready turns 503, Consul's maintenance mode goes on; then the manifest's drain time
@@ -15,19 +16,21 @@
 //	success    commands, with the deployment's log on stdin
 //	tidy       old releases go
 //
-// A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest is switched
-// to the last good release, that one's post commands run so that it serves again, its health checks are awaited, the node is back
-// in service, and the failed release's failure commands run. While the good release's own commands or checks fail, the unit stays out
-// of service, and Recover tries them again. Without a good release, the failed one stays where it is, out of service. Trouble with
-// storage, network or disk is no fault of the release: what was begun is taken back, and nothing is quarantined.
+// A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest
+// is switched to the last good release, that one's post commands run so that it serves again, its health checks are
+// awaited, the node is back in service, and the failed release's failure commands run. While the good release's own
+// commands or checks fail, the unit stays out of service, and Recover tries them again. Without a good release, the
+// failed one stays where it is, out of service. Trouble with storage, network or disk is no fault of the release:
+// what was begun is taken back, and nothing is quarantined.
 //
 // # Cut off
 //
-// Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by the same code.
-// A command whose end isn't journalled is run again, from the first command of its list: commands must bear that. What the
-// cut-off one left running is ended first (command.EndLeftovers). Post commands are also run again where the machine was restarted
-// before the health checks had passed, because services that they had started are gone. A release in one of whose steps the agent or
-// the machine ended three times counts as failed: it may have ended them. A command with once is not run again after it was cut off.
+// Recover takes a deployment back that was cut off before its switch, and finishes one that was cut off later, by
+// the same code. A command whose end isn't journalled is run again, from the first command of its list: commands
+// must bear that. What the cut-off one left running is ended first (command.EndLeftovers). Post commands are also
+// run again where the machine was restarted before the health checks had passed, because services that they had
+// started are gone. A release in one of whose steps the agent or the machine ended three times counts as failed: it
+// may have ended them. A command with once is not run again after it was cut off.
 //
 // While systemd shuts the machine down, no failure is a release's: the deployment is left to the next start.
 //
@@ -47,15 +50,15 @@
 //
 // What the node has settled on is kept once for all units: see Floors.
 //
-// Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release keeps the rest in
-// DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's directory, where it
-// uses .NAME.kedge-DIGEST and .NAME.kedge-failed.
+// Beside dest lies .NAME.kedge-lock: one process at a time deploys to a dest, kedge run included. Strategy release
+// keeps the rest in DEST.releases/ and DEST.shared/ (package artifact). Strategy mv renames within dest's
+// directory, where it uses .NAME.kedge-DIGEST and .NAME.kedge-failed.
 //
 // # stretcher
 //
-// Once deploys like stretcher: the same manifest leaves the same files and modes, runs the same commands in the same order, and
-// gives success and failure commands the log on stdin. It differs where stretcher has a trap: deployments/migrating/differences.md
-// lists how, and why.
+// Once deploys like stretcher: the same manifest leaves the same files and modes, runs the same commands in the
+// same order, and gives success and failure commands the log on stdin. It differs where stretcher has a trap:
+// deployments/migrating/differences.md lists how, and why.
 package deploy
 
 import (
@@ -90,8 +93,8 @@ type Config struct {
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	// Floors are the node's; nil: the unit's journal alone has one.
 	Floors *Floors
-	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust is set.
-	// nil: none may.
+	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust
+	// is set. nil: none may.
 	Older func(p deployments.Pointer) bool
 	// Drain is called with true before a switch that has a drain time (or, without one, at once before it), and with false
 	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
@@ -148,10 +151,11 @@ type State struct {
 	Drained bool
 	// Unfinished is set while a journalled deployment waits to be finished by Recover.
 	Unfinished bool
-	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See Monitor for
-	// a release that runs undisturbed.
+	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See
+	// Monitor for a release that runs undisturbed.
 	Health Health
-	// Compared is how what lay at dest stood to the first release, if that was asked for with Adopt; nil: it wasn't, or another runs by now.
+	// Compared is how what lay at dest stood to the first release, if that was asked for with Adopt; nil: it wasn't,
+	// or another runs by now.
 	Compared *deployments.Compared
 	// Ends is what Recover ends on, where that one doesn't fail; zero: nothing, or none is unfinished.
 	Ends deployments.Pointer
@@ -162,8 +166,8 @@ func (s State) Empty() bool {
 	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
 }
 
-// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the health checks.
-// The unit is back on Back (zero: there was nothing to go back to), and Digest is quarantined.
+// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the
+// health checks. The unit is back on Back (zero: there was nothing to go back to), and Digest is quarantined.
 type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
@@ -178,7 +182,13 @@ func (f *Failed) Error() string {
 	if f.Back.IsZero() {
 		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Digest.Short(), f.Step, f.Err)
 	}
-	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Digest.Short(), f.Step, f.Back.Digest.Short(), f.Err)
+	return fmt.Sprintf(
+		"release %s failed in %s, went back to %s: %v",
+		f.Release.Digest.Short(),
+		f.Step,
+		f.Back.Digest.Short(),
+		f.Err,
+	)
 }
 
 func (f *Failed) Unwrap() error { return f.Err }
@@ -211,8 +221,15 @@ func (u *Unit) State() State {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	s := State{
-		Running: u.j.Running, Version: u.j.Version, Confirmed: u.j.Confirmed, LastGood: u.j.LastGood, Staged: u.j.Staged,
-		Drained: u.j.Drained, Unfinished: u.j.Deployment != nil, Compared: u.j.Compared, Proven: u.j.Confirmed && u.j.Proven == u.boot,
+		Running:    u.j.Running,
+		Version:    u.j.Version,
+		Confirmed:  u.j.Confirmed,
+		LastGood:   u.j.LastGood,
+		Staged:     u.j.Staged,
+		Drained:    u.j.Drained,
+		Unfinished: u.j.Deployment != nil,
+		Compared:   u.j.Compared,
+		Proven:     u.j.Confirmed && u.j.Proven == u.boot,
 	}
 	if d := u.j.Deployment; d != nil {
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
@@ -233,8 +250,9 @@ func (u *Unit) State() State {
 	return s
 }
 
-// Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy. *Failed means
-// that what it finished failed and went back; any other error that it is still unfinished: call it again.
+// Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy.
+// *Failed means that what it finished failed and went back; any other error that it is still unfinished: call it
+// again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
@@ -293,7 +311,13 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	opt := artifact.StageOptions{Base: u.j.Running, Progress: progress}
 	err = u.switcher(r).Stage(ctx, r, opt)
 	if errors.Is(err, syscall.ENOSPC) {
-		u.log.Warn("the disk is full: removes old and failed releases, and tries again", "release", r.Pointer.String(), "error", err)
+		u.log.Warn(
+			"the disk is full: removes old and failed releases, and tries again",
+			"release",
+			r.Pointer.String(),
+			"error",
+			err,
+		)
 		if failed := u.makeRoom(r); failed != nil {
 			u.log.Error("could not remove old releases", "error", failed)
 		}
@@ -314,19 +338,20 @@ type Request struct {
 	Release deployments.Pointer
 	// Commit is shown to commands.
 	Commit string
-	// Key names what asks: a record's generation, say, or a pin. It is journalled with a failure, so that whoever asks can tell
-	// whether the same asked before.
+	// Key names what asks: a record's generation, say, or a pin. It is journalled with a failure, so that whoever asks
+	// can tell whether the same asked before.
 	Key string
-	// Adopt lets a tree that lies at dest before the first release, and is the release's byte for byte, be taken over as it is:
-	// its health is checked, and none of its commands but those for a failure run.
+	// Adopt lets a tree that lies at dest before the first release, and is the release's byte for byte, be taken over
+	// as it is: its health is checked, and none of its commands but those for a failure run.
 	Adopt bool
 }
 
-// Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does nothing where p runs
-// already and is confirmed. *Failed means that it went back and p is quarantined; any other error is transient (network, storage,
-// disk): nothing was changed, try again. But ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's stay until p, or this
-// node's configuration, changes. A cancelled ctx stops it as soon as that is safe: before
-// the switch it leaves everything as it was; after it the deployment is finished by the next Recover or Deploy.
+// Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does
+// nothing where p runs already and is confirmed. *Failed means that it went back and p is quarantined; any other
+// error is transient (network, storage, disk): nothing was changed, try again. But ErrRefused, ErrQuarantined,
+// artifact.ErrDigest and Trust's stay until p, or this node's configuration, changes. A cancelled ctx stops it as
+// soon as that is safe: before the switch it leaves everything as it was; after it the deployment is finished by
+// the next Recover or Deploy.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
@@ -425,8 +450,9 @@ func (u *Unit) SetKey(d deployments.Digest, key string) error {
 	})
 }
 
-// Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands. limit
-// bounds what is read, in bytes a second (0: not). Both do nothing where nothing runs, or a deployment is under way.
+// Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands.
+// limit bounds what is read, in bytes a second (0: not). Both do nothing where nothing runs, or a deployment is
+// under way.
 func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()

@@ -28,8 +28,8 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 func (u *Unit) treesDir() string     { return filepath.Join(u.c.Dir, treesDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 
-// Dest is where what runs lies, for whoever watches it; empty where nothing runs, or without a tree. live is the directory that
-// it should lead to: the release's own, or, under a strategy without one, wherever it leads now.
+// Dest is where what runs lies, for whoever watches it; empty where nothing runs, or without a tree. live is the
+// directory that it should lead to: the release's own, or, under a strategy without one, wherever it leads now.
 func (u *Unit) Dest() (dest, live string) {
 	r, err := u.recall(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {

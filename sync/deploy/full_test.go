@@ -19,8 +19,8 @@ import (
 
 const fullEnv = "KEDGE_TEST_FULL"
 
-// TestFullDisk has dest on a tmpfs of 256 KiB, in a mount namespace of a child's own: one release fits, the next doesn't, and that is
-// no fault of the release.
+// TestFullDisk has dest on a tmpfs of 256 KiB, in a mount namespace of a child's own: one release fits, the next
+// doesn't, and that is no fault of the release.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {

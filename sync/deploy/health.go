@@ -20,11 +20,12 @@ const (
 	defaultTryTimeout    = 5 * time.Second
 )
 
-// probe tries one check once. Identity is what must not change while a release is watched (a service's invocation); empty where
-// there is none.
+// probe tries one check once. Identity is what must not change while a release is watched (a service's invocation);
+// empty where there is none.
 type probe func(ctx context.Context) (identity string, err error)
 
-// healthy waits until the checks of r pass and have gone on passing for stable_for, and r is what is live all the while.
+// healthy waits until the checks of r pass and have gone on passing for stable_for, and r is what is live all the
+// while.
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
@@ -38,7 +39,11 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	for _, c := range h.Checks {
 		try := u.masked(newProbe(c, env))
 		watched = append(watched, watch{
-			name: u.secrets.text(nameOf(c)), interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor), timeout: cmp.Or(c.Timeout, defaultTryTimeout),
+			name: u.secrets.text(
+				nameOf(c),
+			),
+			interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor),
+			timeout:  cmp.Or(c.Timeout, defaultTryTimeout),
 			try: func(ctx context.Context) (string, error) {
 				identity, err := try(ctx)
 				return identity, errors.Join(err, live())
@@ -46,7 +51,15 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 		})
 	}
 	if len(watched) > 0 {
-		u.log.Info("waiting for health", "checks", len(watched), "timeout", cmp.Or(h.Timeout, defaultHealthTimeout), "stable_for", h.StableFor)
+		u.log.Info(
+			"waiting for health",
+			"checks",
+			len(watched),
+			"timeout",
+			cmp.Or(h.Timeout, defaultHealthTimeout),
+			"stable_for",
+			h.StableFor,
+		)
 	}
 	if err := observe(ctx, watched, cmp.Or(h.Timeout, defaultHealthTimeout), h.StableFor); err != nil {
 		return err
@@ -54,7 +67,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// often is the time between two tries of a check: its interval, but that a release isn't watched for a time in which it isn't looked at.
+// often is the time between two tries of a check: its interval, but that a release isn't watched for a time in
+// which it isn't looked at.
 func often(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
@@ -119,9 +133,10 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 	}
 }
 
-// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on passing until each
-// has been tried once more when they did for stable. Until the timeout a check that fails again only starts the count anew; after it,
-// it is the end. It has no clock: its times come from the monotonic one, so that a wall clock that jumps changes nothing.
+// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on
+// passing until each has been tried once more when they did for stable. Until the timeout a check that fails again
+// only starts the count anew; after it, it is the end. It has no clock: its times come from the monotonic one, so
+// that a wall clock that jumps changes nothing.
 type vigil struct {
 	begin   time.Time
 	timeout time.Duration

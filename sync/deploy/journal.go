@@ -26,8 +26,8 @@ const (
 	maxQuarantined = 16
 )
 
-// journal is what a unit knows across a crash. It is replaced as a whole, so that it is never half written. Only the goroutine
-// that calls the unit's methods writes it.
+// journal is what a unit knows across a crash. It is replaced as a whole, so that it is never half written. Only
+// the goroutine that calls the unit's methods writes it.
 type journal struct {
 	Format int `json:"format"` // 1
 	// Running is what was switched to last, Confirmed whether it passed its health checks.
@@ -77,8 +77,8 @@ func (f Failure) Err(p deployments.Pointer) *Failed {
 // deployment is a deployment under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From ran when it began, and is what it is taken back to before the switch. Back is the last good release, which a failure
-	// goes back to. Zero: there is none.
+	// From ran when it began, and is what it is taken back to before the switch. Back is the last good release, which
+	// a failure goes back to. Zero: there is none.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`
@@ -121,7 +121,8 @@ type fault struct {
 	err error // Reason's, in the process in which it happened
 }
 
-// save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit as it was.
+// save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit
+// as it was.
 func (u *Unit) save(change func(*journal)) error {
 	next := u.j
 	next.Quarantined, next.Attempts = slices.Clone(u.j.Quarantined), slices.Clone(u.j.Attempts)
@@ -195,8 +196,9 @@ func (u *Unit) load() error {
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// salvage finds what runs without a journal: what the newest manifest's dest links to. It is the best there is to go back to, but
-// not taken for confirmed, so that deploying it again proves it. Without a link of ours it isn't known at all.
+// salvage finds what runs without a journal: what the newest manifest's dest links to. It is the best there is to
+// go back to, but not taken for confirmed, so that deploying it again proves it. Without a link of ours it isn't
+// known at all.
 func (u *Unit) salvage() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {

@@ -33,7 +33,8 @@ type destLock struct {
 
 func lockName(dest string) string { return "." + filepath.Base(dest) + ".kedge-lock" }
 
-// open opens the lock's file. It must be a file that has no other name: whoever owns the directory could put there another's.
+// open opens the lock's file. It must be a file that has no other name: whoever owns the directory could put there
+// another's.
 func (l *destLock) open(flags int) (*os.File, error) {
 	f, err := os.OpenFile(l.place.Path(lockName(l.dest)), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {

@@ -15,8 +15,8 @@ const (
 	logHead = 64 << 10
 )
 
-// deploymentLog keeps the text of one deployment's log, which success and failure commands get on stdin, in the shape of
-// stretcher's: date, time, message. At most maxLog bytes; the middle goes.
+// deploymentLog keeps the text of one deployment's log, which success and failure commands get on stdin, in the
+// shape of stretcher's: date, time, message. At most maxLog bytes; the middle goes.
 type deploymentLog struct {
 	mu   sync.Mutex
 	buf  []byte

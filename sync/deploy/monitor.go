@@ -91,7 +91,11 @@ func (u *Unit) Monitor() (*Monitor, error) {
 			continue
 		}
 		m.checks = append(m.checks, watch{
-			name: u.secrets.text(nameOf(c)), timeout: cmp.Or(c.Timeout, defaultTryTimeout), try: u.masked(newProbe(c, u.env(d, r, nil))),
+			name: u.secrets.text(
+				nameOf(c),
+			),
+			timeout: cmp.Or(c.Timeout, defaultTryTimeout),
+			try:     u.masked(newProbe(c, u.env(d, r, nil))),
 		})
 	}
 	if len(m.checks) == 0 {

@@ -23,7 +23,8 @@ import (
 
 // OneShot is what Once deploys, and how.
 type OneShot struct {
-	// URL is a manifest's, or a pointer, whose digest is then checked. A URL alone may change under the node, as stretcher's do.
+	// URL is a manifest's, or a pointer, whose digest is then checked. A URL alone may change under the node, as
+	// stretcher's do.
 	URL     string
 	Node    string
 	Objects *object.Client
@@ -43,20 +44,30 @@ type FetchLimits struct {
 	RetryWait time.Duration // before each of them
 }
 
-// Once converges this machine once on a manifest, whatever was deployed before, and leaves no state but what the release
-// strategy keeps beside dest: what kedge run does. nil means that the release is live, healthy and its success commands ran
-// (their failure is only logged); any error, that it isn't.
+// Once converges this machine once on a manifest, whatever was deployed before, and leaves no state but what the
+// release strategy keeps beside dest: what kedge run does. nil means that the release is live, healthy and its
+// success commands ran (their failure is only logged); any error, that it isn't.
 //
-// As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network included. A
-// release that fails goes back only where the release strategy has another one to go back to. It waits for
-// what deploys to the same dest already, and does nothing if that has made the same release live.
+// As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network
+// included. A release that fails goes back only where the release strategy has another one to go back to. It waits
+// for what deploys to the same dest already, and does nothing if that has made the same release live.
 func Once(ctx context.Context, o OneShot) (err error) {
 	dir, err := os.MkdirTemp("", "kedge-run-")
 	if err != nil {
 		return fmt.Errorf("making a directory to work in: %w", err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	u, err := Open(Config{Node: func() string { return o.Node }, Dir: dir, Objects: o.Objects, Bounds: o.Bounds, Trust: o.Trust, RsyncVerbose: o.RsyncVerbose, Log: o.Log})
+	u, err := Open(
+		Config{
+			Node:         func() string { return o.Node },
+			Dir:          dir,
+			Objects:      o.Objects,
+			Bounds:       o.Bounds,
+			Trust:        o.Trust,
+			RsyncVerbose: o.RsyncVerbose,
+			Log:          o.Log,
+		},
+	)
 	if err != nil {
 		return err
 	}
@@ -110,7 +121,17 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 		case err == nil || try >= limits.Retry || errors.Is(err, artifact.ErrDigest):
 			return err
 		}
-		u.log.Warn("the release could not be fetched: tries again", "try", try+1, "of", limits.Retry, "wait", limits.RetryWait, "error", err)
+		u.log.Warn(
+			"the release could not be fetched: tries again",
+			"try",
+			try+1,
+			"of",
+			limits.Retry,
+			"wait",
+			limits.RetryWait,
+			"error",
+			err,
+		)
 		if wait.For(ctx, limits.RetryWait) != nil {
 			return errors.Join(context.Cause(ctx), err)
 		}
@@ -156,9 +177,10 @@ func (u *Unit) adopt(r *artifact.Release) error {
 // maxInput bounds what ParseInput reads: Consul keeps 256 events of some 500 bytes.
 const maxInput = 4 << 20
 
-// ParseInput finds the manifest's URL in what kedge run reads on stdin: Consul events as JSON, where CONSUL_INDEX is set
-// or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. It reads no more than
-// that, as whoever writes may leave the pipe open. No events give "", nil: there is nothing to do.
+// ParseInput finds the manifest's URL in what kedge run reads on stdin: Consul events as JSON, where CONSUL_INDEX
+// is set or the input begins with [, of which the last one's payload counts; else a raw URL in the first line. It
+// reads no more than that, as whoever writes may leave the pipe open. No events give "", nil: there is nothing to
+// do.
 func ParseInput(in io.Reader, getenv func(string) string) (url string, err error) {
 	limited := &io.LimitedReader{R: in, N: maxInput + 1}
 	r := bufio.NewReader(limited)
@@ -199,7 +221,10 @@ func ParseInput(in io.Reader, getenv func(string) string) (url string, err error
 	}
 	last := events[len(events)-1]
 	if url = strings.TrimSpace(string(last.Payload)); url == "" {
-		return "", fmt.Errorf("consul event %s has no payload: want a manifest's URL, as in consul event -name deploy URL", last.ID)
+		return "", fmt.Errorf(
+			"consul event %s has no payload: want a manifest's URL, as in consul event -name deploy URL",
+			last.ID,
+		)
 	}
 	return url, nil
 }

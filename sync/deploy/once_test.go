@@ -112,8 +112,8 @@ func tree(t *testing.T, dir string) []string {
 	return lines
 }
 
-// TestStretchersManifests deploys manifests as people wrote them for stretcher. What it expects is what stretcher does, but for
-// the differences that the package comment lists.
+// TestStretchersManifests deploys manifests as people wrote them for stretcher. What it expects is what stretcher
+// does, but for the differences that the package comment lists.
 func TestStretchersManifests(t *testing.T) {
 	t.Parallel()
 	const all = `
@@ -230,8 +230,8 @@ func (w *world) once(url string) error {
 	return Once(w.t.Context(), OneShot{URL: url, Node: "n1", Objects: object.New(object.Config{Log: log}), Log: log})
 }
 
-// TestErrorPageIsNoArchive is stretcher's worst trap: it deploys what a server says instead of the archive, if no checksum
-// stops it, and parses an error page as a manifest.
+// TestErrorPageIsNoArchive is stretcher's worst trap: it deploys what a server says instead of the archive, if no
+// checksum stops it, and parses an error page as a manifest.
 func TestErrorPageIsNoArchive(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -282,7 +282,8 @@ func TestOnceGoesBackAndTakesPointers(t *testing.T) {
 	}
 }
 
-// Two runs at once, as user data and consul watch begin them at boot, leave a whole tree, and the one that waited does nothing.
+// Two runs at once, as user data and consul watch begin them at boot, leave a whole tree, and the one that waited
+// does nothing.
 func TestTwoRunsAtOnce(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {

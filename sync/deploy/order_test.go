@@ -21,8 +21,8 @@ func (w *world) signed(c *Config) {
 	c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
 }
 
-// A node with signers goes to nothing older than what it has settled on, also after a restart; a release that it has not settled on may be
-// gone back from.
+// A node with signers goes to nothing older than what it has settled on, also after a restart; a release that it
+// has not settled on may be gone back from.
 func TestNothingOlderThanWhatWasSettledOn(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -16,8 +16,8 @@ import (
 	"kedge/deployments"
 )
 
-// lossyDisk is a file system in an image, of which a power cut leaves what had reached the device. A unit's state and dest lie on it;
-// the rest of a world, the objects and what hooks noted, does not.
+// lossyDisk is a file system in an image, of which a power cut leaves what had reached the device. A unit's state
+// and dest lie on it; the rest of a world, the objects and what hooks noted, does not.
 type lossyDisk struct {
 	w       *world
 	kind    string
@@ -97,7 +97,8 @@ func (d *lossyDisk) unmount() {
 	}
 }
 
-// cut takes the power away, and gives it back: what is mounted then is a copy of the image as it was. Nobody may be writing.
+// cut takes the power away, and gives it back: what is mounted then is a copy of the image as it was. Nobody may be
+// writing.
 func (d *lossyDisk) cut() {
 	d.w.t.Helper()
 	d.cuts++
@@ -125,8 +126,8 @@ func (d *lossyDisk) written() syscall.Timespec {
 	return info.Sys().(*syscall.Stat_t).Mtim
 }
 
-// TestPowerCuts tells the story of TestKilledAnywhere with the power cut before and after each step, and at random moments. After
-// each, what the disk holds is whole, and the next start goes on to the same end.
+// TestPowerCuts tells the story of TestKilledAnywhere with the power cut before and after each step, and at random
+// moments. After each, what the disk holds is whole, and the next start goes on to the same end.
 func TestPowerCuts(t *testing.T) {
 	t.Parallel()
 	for _, kind := range []string{"ext4", "xfs"} {

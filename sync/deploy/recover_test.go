@@ -98,8 +98,8 @@ func TestUndrainThatFailsIsTriedAgain(t *testing.T) {
 	}
 }
 
-// The way back is tried until it holds: by its commands, if they fail, and by its checks. Meanwhile the unit is out of service and
-// unhealthy, and people are told once that the release failed.
+// The way back is tried until it holds: by its commands, if they fail, and by its checks. Meanwhile the unit is out
+// of service and unhealthy, and people are told once that the release failed.
 func TestWayBackIsTriedUntilItHolds(t *testing.T) {
 	t.Parallel()
 	for name, breaks := range map[string]string{
@@ -251,7 +251,8 @@ func TestCalledOffLeavesWhatRan(t *testing.T) {
 	}
 }
 
-// Failure commands run for what fails before anything is deployed, too: once for each request, and not when it was called off.
+// Failure commands run for what fails before anything is deployed, too: once for each request, and not when it was
+// called off.
 func TestFailureCommandsOfWhatCannotBeStaged(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

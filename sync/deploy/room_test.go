@@ -58,7 +58,8 @@ func TestFailedReleasesMakeRoom(t *testing.T) {
 	w.wantVersion("fix")
 }
 
-// A dest that becomes read-only between drain and switch doesn't hold the node out of service: what ran was never touched.
+// A dest that becomes read-only between drain and switch doesn't hold the node out of service: what ran was never
+// touched.
 func TestReadOnlyDestIsPutBackIntoService(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {

@@ -55,8 +55,8 @@ func (w *world) secretManifest(version, more string) deployments.Pointer {
 	return deployments.Pointer{URL: "file://" + file, Digest: digestOfFile(w.t, file)}
 }
 
-// The value of a variable that commands use reaches the commands, and shows nowhere else: not in the log, the journal, the
-// unit's state, an error, what failure commands are told, nor after a restart.
+// The value of a variable that commands use reaches the commands, and shows nowhere else: not in the log, the
+// journal, the unit's state, an error, what failure commands are told, nor after a restart.
 func TestVariablesOfCommandsShowNowhere(t *testing.T) {
 	const secret = "hunter2-is'no\"password"
 	t.Setenv("KINGDOM_TOKEN", secret)

@@ -58,7 +58,8 @@ func (s step) next() step {
 	return ""
 }
 
-// target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is good.
+// target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is
+// good.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
@@ -131,8 +132,8 @@ func (f *fault) cause() error {
 	return errors.New(f.Reason)
 }
 
-// advance does the steps of the deployment under way until it is over, one way or the other. It is the only code that does, for
-// deployments that were just begun and for those that a crash cut off.
+// advance does the steps of the deployment under way until it is over, one way or the other. It is the only code
+// that does, for deployments that were just begun and for those that a crash cut off.
 func (u *Unit) advance(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
@@ -196,7 +197,11 @@ func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 		if failed := u.save(func(j *journal) { j.Deployment.takeBack() }); failed != nil {
 			return errors.Join(err, failed)
 		}
-		ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), takeBackWithin, fmt.Errorf("it took longer than %s", takeBackWithin))
+		ctx, cancel := context.WithTimeoutCause(
+			context.WithoutCancel(ctx),
+			takeBackWithin,
+			fmt.Errorf("it took longer than %s", takeBackWithin),
+		)
 		defer cancel()
 		if failed := u.advance(ctx); failed != nil {
 			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
@@ -303,14 +308,18 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	}
 	at := *d
 	at.Step = stepFailure // also if they run before their turn
-	if err := u.note(ctx, "a failure command failed", u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure)); err != nil {
+	if err := u.note(
+		ctx,
+		"a failure command failed",
+		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure),
+	); err != nil {
 		return err
 	}
 	return u.note(ctx, "could not remove old releases", u.tidy(r))
 }
 
-// stayUnserved notes that the release that the deployment goes back to doesn't serve: its post commands and checks are to be
-// tried again, and the unit stays out of service until they pass. People are told at the first time.
+// stayUnserved notes that the release that the deployment goes back to doesn't serve: its post commands and checks
+// are to be tried again, and the unit stays out of service until they pass. People are told at the first time.
 func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)
@@ -395,7 +404,8 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 	return nil
 }
 
-// need returns a release's manifest, from this node or, after a damaged journal, from storage; nil for the zero pointer.
+// need returns a release's manifest, from this node or, after a damaged journal, from storage; nil for the zero
+// pointer.
 func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil
@@ -410,8 +420,14 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the failed one.
-func (u *Unit) commands(ctx context.Context, d *deployment, r, other *artifact.Release, list []deployments.Command) error {
+// commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the
+// failed one.
+func (u *Unit) commands(
+	ctx context.Context,
+	d *deployment,
+	r, other *artifact.Release,
+	list []deployments.Command,
+) error {
 	for i, c := range list {
 		if run, err := u.mayRun(d, i, c); err != nil {
 			return err
@@ -450,8 +466,8 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	return env
 }
 
-// tidy removes what nothing needs any more, after a success and after a failure. The release that failed last stays for whoever
-// looks at it, until another one succeeds.
+// tidy removes what nothing needs any more, after a success and after a failure. The release that failed last stays
+// for whoever looks at it, until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
 	if d.Fault == nil {
@@ -475,7 +491,8 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes releases: those of drop, and all but the newest others, what runs, is good or is staged, and those to keep.
+// prune removes releases: those of drop, and all but the newest others, what runs, is good or is staged, and those
+// to keep.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)
@@ -502,8 +519,8 @@ func transient(err error) bool {
 			return true
 		}
 	}
-	// rsync(1), EXIT VALUES: file and socket I/O, its protocol stream and its children, memory, signals, time-outs. 23 and 24, partial
-	// transfers, are left: they say that files can't be written.
+	// rsync(1), EXIT VALUES: file and socket I/O, its protocol stream and its children, memory, signals, time-outs. 23
+	// and 24, partial transfers, are left: they say that files can't be written.
 	var exit *exec.ExitError
 	return errors.As(err, &exit) && slices.Contains([]int{10, 11, 12, 14, 20, 22, 30, 35}, exit.ExitCode())
 }

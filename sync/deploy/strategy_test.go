@@ -204,7 +204,8 @@ func TestVerifyAndHeal(t *testing.T) {
 	}
 }
 
-// What served before kedge, a tree or a link of another tool's, is kept, and is back in service when the first release fails.
+// What served before kedge, a tree or a link of another tool's, is kept, and is back in service when the first
+// release fails.
 func TestFirstReleaseGoesBackToWhatWasThere(t *testing.T) {
 	t.Parallel()
 	for name, prepare := range map[string]func(w *world) error{

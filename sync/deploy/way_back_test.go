@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// From a release behind a link to one that rsync writes, as when a fleet goes back to what it ran before kedge, something is served all
-// the while.
+// From a release behind a link to one that rsync writes, as when a fleet goes back to what it ran before kedge,
+// something is served all the while.
 func TestFromALinkToRsyncWithoutAGap(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -110,7 +110,8 @@ func (w *world) wantHooks(want ...string) {
 	}
 }
 
-// publish writes a release of three files that hold its version, with a hook in each place, after change had its way with it.
+// publish writes a release of three files that hold its version, with a hook in each place, after change had its
+// way with it.
 func (w *world) publish(version string, change func(*deployments.Manifest)) deployments.Pointer {
 	w.t.Helper()
 	src, sum := w.archive(version+".tar",

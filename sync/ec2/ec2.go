@@ -1,9 +1,9 @@
-// Package ec2 is what an agent has to do with Amazon EC2: it reads what the instance is for from its tags, and tells AutoScaling
-// when the instance is ready, or will not be.
+// Package ec2 is what an agent has to do with Amazon EC2: it reads what the instance is for from its tags, and
+// tells AutoScaling when the instance is ready, or will not be.
 //
-// Instance metadata is asked by IMDSv2 alone. Tags are there only where the instance was launched with InstanceMetadataTags enabled,
-// so that no node needs ec2:DescribeTags. A lifecycle hook needs autoscaling:CompleteLifecycleAction and
-// autoscaling:RecordLifecycleActionHeartbeat on the instance's own group.
+// Instance metadata is asked by IMDSv2 alone. Tags are there only where the instance was launched with
+// InstanceMetadataTags enabled, so that no node needs ec2:DescribeTags. A lifecycle hook needs
+// autoscaling:CompleteLifecycleAction and autoscaling:RecordLifecycleActionHeartbeat on the instance's own group.
 package ec2
 
 import (
@@ -58,8 +58,14 @@ func Describe(ctx context.Context) (Instance, error) {
 	}
 	i.ID, i.Region = doc.InstanceID, doc.Region
 	names, err := get(ctx, client, "tags/instance")
-	if response := new(smithyhttp.ResponseError); errors.As(err, &response) && response.HTTPStatusCode() == http.StatusNotFound {
-		return i, fmt.Errorf("the metadata of %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in the file", i.ID)
+	if response := new(
+		smithyhttp.ResponseError,
+	); errors.As(err, &response) &&
+		response.HTTPStatusCode() == http.StatusNotFound {
+		return i, fmt.Errorf(
+			"the metadata of %s has no tags: launch it with InstanceMetadataTags=enabled, or set stage and roles in the file",
+			i.ID,
+		)
 	}
 	if err != nil {
 		return i, fmt.Errorf("asking for the names of the instance's tags: %w", err)
@@ -96,22 +102,37 @@ type Hook struct {
 	Log  *slog.Logger
 
 	answer time.Duration // bounds a call, which Amazon's client doesn't; 0: 30 s
-	// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready sooner than noted.
-	// 0: 2 min.
+	// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready
+	// sooner than noted. 0: 2 min.
 	patience time.Duration
 }
 
-// Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over before that, so
-// that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that is kept. An agent that only
-// restarted, on an instance long in service, has no action to complete, which is no error. It tries for as long as ctx lives.
+// Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over
+// before that, so that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that
+// is kept. An agent that only restarted, on an instance long in service, has no action to complete, which is no
+// error. It tries for as long as ctx lives.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]
 	}
 	if h.Group == "" {
-		return fmt.Errorf("lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group", h.Name, h.Instance.ID, tagGroup)
+		return fmt.Errorf(
+			"lifecycle hook %s: the instance %s has no tag %s: set autoscaling_group",
+			h.Name,
+			h.Instance.ID,
+			tagGroup,
+		)
 	}
-	h.Beat, h.answer, h.patience = cmp.Or(h.Beat, time.Minute), cmp.Or(h.answer, 30*time.Second), cmp.Or(h.patience, 2*time.Minute)
+	h.Beat, h.answer, h.patience = cmp.Or(
+		h.Beat,
+		time.Minute,
+	), cmp.Or(
+		h.answer,
+		30*time.Second,
+	), cmp.Or(
+		h.patience,
+		2*time.Minute,
+	)
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region))
 	if err != nil {
 		return fmt.Errorf("lifecycle hook %s: reading AWS's configuration: %w", h.Name, err)
@@ -167,8 +188,11 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 		default:
 		}
 		once, done := context.WithTimeout(ctx, h.answer)
-		_, err := client.CompleteLifecycleAction(once, &autoscaling.CompleteLifecycleActionInput{AutoScalingGroupName: &h.Group,
-			LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID, LifecycleActionResult: &result})
+		_, err := client.CompleteLifecycleAction(
+			once,
+			&autoscaling.CompleteLifecycleActionInput{AutoScalingGroupName: &h.Group,
+				LifecycleHookName: &h.Name, InstanceId: &h.Instance.ID, LifecycleActionResult: &result},
+		)
 		done()
 		switch {
 		case err == nil:
@@ -178,11 +202,29 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 			return context.Cause(ctx)
 		case noAction(err):
 			if time.Since(began) > h.patience {
-				h.Log.Info("AutoScaling waits for no word of this instance", "hook", h.Name, "group", h.Group, "instance", h.Instance.ID)
+				h.Log.Info(
+					"AutoScaling waits for no word of this instance",
+					"hook",
+					h.Name,
+					"group",
+					h.Group,
+					"instance",
+					h.Instance.ID,
+				)
 				return nil
 			}
 		case tries == 0:
-			h.Log.Warn("the lifecycle hook can't be completed: trying again", "hook", h.Name, "group", h.Group, "result", result, "error", err)
+			h.Log.Warn(
+				"the lifecycle hook can't be completed: trying again",
+				"hook",
+				h.Name,
+				"group",
+				h.Group,
+				"result",
+				result,
+				"error",
+				err,
+			)
 		}
 		if err := pause.Wait(ctx); err != nil {
 			return err
@@ -190,8 +232,10 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 	}
 }
 
-// noAction reports whether AutoScaling says that the instance isn't held back by the hook: it is past that, or yet to come.
+// noAction reports whether AutoScaling says that the instance isn't held back by the hook: it is past that, or yet
+// to come.
 func noAction(err error) bool {
 	var api smithy.APIError
-	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" && strings.Contains(api.ErrorMessage(), "No active Lifecycle Action")
+	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" &&
+		strings.Contains(api.ErrorMessage(), "No active Lifecycle Action")
 }

@@ -14,7 +14,8 @@ import (
 	"time"
 )
 
-// amazon plays the metadata service (IMDSv2) and the AutoScaling API (AWS query protocol) as their documentation has them.
+// amazon plays the metadata service (IMDSv2) and the AutoScaling API (AWS query protocol) as their documentation
+// has them.
 type amazon struct {
 	*httptest.Server
 	tags    map[string]string // nil: not enabled in the metadata
@@ -323,7 +324,8 @@ func TestHookConvergesWhileItIsGivenUp(t *testing.T) {
 	}
 }
 
-// An agent that only restarted has nothing to complete, and gives up in time; while it may not ask, it can't know, and goes on.
+// An agent that only restarted has nothing to complete, and gives up in time; while it may not ask, it can't know,
+// and goes on.
 func TestHookWithoutAction(t *testing.T) {
 	a := startAmazon(t, map[string]string{tagGroup: "web-1"})
 	a.refuse = append(slices.Repeat([]string{"AccessDenied User is not authorized"}, 3),

@@ -15,11 +15,16 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business; pure. Units that
-// only a pin or a report knows of are there too.
+// Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business;
+// pure. Units that only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet {
-	a := assembly{fleet: &Fleet{At: now, Errors: map[string]string{}}, units: map[deployments.UnitID]*Unit{}, roles: map[deployments.RoleID][]reporter{},
-		orders: map[deployments.UnitID]kv.Entry{}, histories: map[deployments.UnitID][]deployments.History{}}
+	a := assembly{
+		fleet:     &Fleet{At: now, Errors: map[string]string{}},
+		units:     map[deployments.UnitID]*Unit{},
+		roles:     map[deployments.RoleID][]reporter{},
+		orders:    map[deployments.UnitID]kv.Entry{},
+		histories: map[deployments.UnitID][]deployments.History{},
+	}
 	for _, e := range entries {
 		if strings.HasPrefix(e.Key, kv.MirrorPrefix) {
 			a.mirror(e)
@@ -96,8 +101,8 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 	return u
 }
 
-// maxTold is how many units of a role are shown that reports alone know of: what was removed from Git. A node's token can make up any
-// number.
+// maxTold is how many units of a role are shown that reports alone know of: what was removed from Git. A node's
+// token can make up any number.
 const maxTold = 20
 
 // named notes a unit of which a node reports.
@@ -123,8 +128,11 @@ func (a *assembly) overflow() {
 		nodes[role] = max(nodes[role], a.told[id])
 	}
 	for role, n := range more {
-		a.bad(kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role), fmt.Errorf("%d more units have no record, and are named by reports alone, "+
-			"as of %s: see whether that node's agent is yours", n, nodes[role]))
+		a.bad(
+			kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role),
+			fmt.Errorf("%d more units have no record, and are named by reports alone, "+
+				"as of %s: see whether that node's agent is yours", n, nodes[role]),
+		)
 	}
 }
 
@@ -288,9 +296,16 @@ func converged(d policy.Decision, r deployments.UnitReport) bool {
 	return r.State == deployments.StateConverged && r.Running.Digest == d.Target.Digest // whichever URL it came from
 }
 
-// facts are what decides over a unit on a node, as the store shows it. What the node's own configuration forbids isn't known here.
+// facts are what decides over a unit on a node, as the store shows it. What the node's own configuration forbids
+// isn't known here.
 func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
-	facts := policy.Facts{Unit: u.ID, Node: n.Name, Now: f.At, Running: n.Report.Running, Quarantined: n.Report.Quarantined}
+	facts := policy.Facts{
+		Unit:        u.ID,
+		Node:        n.Name,
+		Now:         f.At,
+		Running:     n.Report.Running,
+		Quarantined: n.Report.Quarantined,
+	}
 	facts.Record = value(f, kv.DesiredKey(u.ID), u.Record)
 	facts.UnitPin = value(f, kv.PinKey(u.ID), u.Pin)
 	var own *deployments.Pin

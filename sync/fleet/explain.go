@@ -110,9 +110,20 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 		}
 		switch near := deployments.Nearest(node, slices.Values(names)); {
 		case len(names) == 0:
-			return nil, nil, fmt.Errorf("no node %s: no node of %s/%s has ever reported; is its agent running, with this stage and role?", node, id.Stage, id.Role)
+			return nil, nil, fmt.Errorf(
+				"no node %s: no node of %s/%s has ever reported; is its agent running, with this stage and role?",
+				node,
+				id.Stage,
+				id.Role,
+			)
 		case near != "":
-			return nil, nil, fmt.Errorf("no node %s of %s has reported: did you mean %s? there are %s", node, id, near, some(names))
+			return nil, nil, fmt.Errorf(
+				"no node %s of %s has reported: did you mean %s? there are %s",
+				node,
+				id,
+				near,
+				some(names),
+			)
 		}
 		return nil, nil, fmt.Errorf("no node %s of %s has reported: there are %s", node, id, some(names))
 	}
@@ -123,7 +134,12 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 func storeStep(f *Fleet) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
-		return Step{What: "store", Says: text, Blocks: true, Hint: "see to the store, then look again; nodes go on with what they know"}, true
+		return Step{
+			What:   "store",
+			Says:   text,
+			Blocks: true,
+			Hint:   "see to the store, then look again; nodes go on with what they know",
+		}, true
 	}
 	var says []string
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
@@ -131,7 +147,14 @@ func storeStep(f *Fleet) (Step, bool) {
 			says = append(says, key+": "+f.Errors[key])
 		}
 	}
-	return Step{What: "store", Says: strings.Join(says, "; "), Blocks: true, Hint: "look again with a token that may read all of it"}, len(says) > 0
+	return Step{
+			What:   "store",
+			Says:   strings.Join(says, "; "),
+			Blocks: true,
+			Hint:   "look again with a token that may read all of it",
+		}, len(
+			says,
+		) > 0
 }
 
 // gitStep says where the mirror is.
@@ -165,7 +188,8 @@ func gitStep(f *Fleet) Step {
 	return s
 }
 
-// turn is a node's place in a rollout: those that are live and follow the record go one after the other, by their ranks.
+// turn is a node's place in a rollout: those that are live and follow the record go one after the other, by their
+// ranks.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -225,7 +249,8 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
 		trouble = "" // told already
 	}
-	behind := u.Record != nil && !r.Pinned && r.Generation < u.Record.Generation && (d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
+	behind := u.Record != nil && !r.Pinned && r.Generation < u.Record.Generation &&
+		(d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
 	switch {
 	case n.Gone:
 		s.Says, s.Hint = "gone: its session in the store has ended", "see whether the machine, its agent and its Consul agent run"
@@ -238,7 +263,14 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		s.Says = "has yet to see this: it wants " + cmp.Or(r.Want.String(), "nothing")
 		s.Hint = "if that lasts, see whether its agent reaches the store: its log, or kedge wait --ready"
 	case r.Reason == deployments.ReasonUnsigned:
-		s.What, s.Says, s.Hint = "signature", cmp.Or(trouble, message.Text(r.Reason, r.Facts)), message.Hint(u.ID, n.Name, r.Reason)
+		s.What, s.Says, s.Hint = "signature", cmp.Or(
+			trouble,
+			message.Text(r.Reason, r.Facts),
+		), message.Hint(
+			u.ID,
+			n.Name,
+			r.Reason,
+		)
 	case r.State == deployments.StateUnhealthy:
 		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, message.Text(r.Reason, r.Facts)))
 	case r.State == deployments.StateInvalid && trouble != "":
@@ -328,7 +360,13 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	p := &printer{opt: opt}
 	notes := func(all []Note) {
 		for _, n := range all {
-			head := "  " + p.paint(n.About.Tone, n.About.Text) + strings.Repeat(" ", max(0, 9-utf8.RuneCountInString(n.About.Text)))
+			head := "  " + p.paint(
+				n.About.Tone,
+				n.About.Text,
+			) + strings.Repeat(
+				" ",
+				max(0, 9-utf8.RuneCountInString(n.About.Text)),
+			)
 			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
 		}
 	}
@@ -479,7 +517,10 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		add("reason", oneLine(r.Why))
 	}
 	for _, q := range r.Quarantined {
-		if slices.ContainsFunc(d.Trace, func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) }) {
+		if slices.ContainsFunc(
+			d.Trace,
+			func(s Step) bool { return s.What == "quarantine" && strings.Contains(s.Says, q.String()) },
+		) {
 			continue
 		}
 		failed := q.Short()
@@ -522,8 +563,23 @@ func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d Decision) (Ex
 	if err != nil {
 		return Explanation{}, err
 	}
-	e := Explanation{Unit: id, Node: node, Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts, Why: d.Why, Recheck: d.Recheck,
-		Converged: n.Converged, Gone: n.Gone, Order: u.Order, Trace: d.Trace, Report: n.Report}
+	e := Explanation{
+		Unit:      id,
+		Node:      node,
+		Action:    d.Action,
+		Target:    d.Target,
+		Stage:     d.Stage,
+		Source:    d.Source,
+		Reason:    d.Reason,
+		Facts:     d.Facts,
+		Why:       d.Why,
+		Recheck:   d.Recheck,
+		Converged: n.Converged,
+		Gone:      n.Gone,
+		Order:     u.Order,
+		Trace:     d.Trace,
+		Report:    n.Report,
+	}
 	if d.Invalid != nil {
 		e.Invalid = d.Invalid.Error()
 	}

@@ -14,7 +14,8 @@ import (
 	"kedge/policy"
 )
 
-// Each state that an operator may ask about, from the store's entries to the screen: three nodes, of which web-1 is looked at.
+// Each state that an operator may ask about, from the store's entries to the screen: three nodes, of which web-1 is
+// looked at.
 func TestExplainStates(t *testing.T) {
 	t.Parallel()
 	v1, v2, v3 := release("app", "1"), release("app", "2"), release("app", "3")
@@ -165,7 +166,8 @@ func writeExplained(t *testing.T, f *Fleet, d Decision, file string) {
 	}
 }
 
-// What a node's own agent knows is explained without the store: here it is away, and the agent goes by what it last knew.
+// What a node's own agent knows is explained without the store: here it is away, and the agent goes by what it last
+// knew.
 func TestExplainLocal(t *testing.T) {
 	t.Parallel()
 	v1, v2 := release("app", "1"), release("app", "2")

@@ -57,7 +57,12 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 }
 
 // FindRelease returns the one release of a unit that has a version, among those that Releases knows.
-func FindRelease(ctx context.Context, store kv.Store, id deployments.UnitID, version string) (deployments.Pointer, error) {
+func FindRelease(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	version string,
+) (deployments.Pointer, error) {
 	releases, err := Releases(ctx, store, id)
 	if err != nil {
 		return deployments.Pointer{}, err
@@ -74,12 +79,21 @@ func FindRelease(ctx context.Context, store kv.Store, id deployments.UnitID, ver
 	case len(found) == 1:
 		return pointer, nil
 	case len(found) > 1:
-		return pointer, fmt.Errorf("%s had several releases of version %s: name one of\n%s", id, version, strings.Join(found, "\n"))
+		return pointer, fmt.Errorf(
+			"%s had several releases of version %s: name one of\n%s",
+			id,
+			version,
+			strings.Join(found, "\n"),
+		)
 	case len(versions) == 0:
 		return pointer, fmt.Errorf("no release of %s is known: give its pointer, URL@sha256:HEX", id)
 	}
-	return pointer, fmt.Errorf("no release of %s is known by version %s: there are %s; or give its pointer, URL@sha256:HEX",
-		id, version, some(slices.Compact(versions)))
+	return pointer, fmt.Errorf(
+		"no release of %s is known by version %s: there are %s; or give its pointer, URL@sha256:HEX",
+		id,
+		version,
+		some(slices.Compact(versions)),
+	)
 }
 
 // NodeUnits is all that one node runs; the JSON of kedge node.

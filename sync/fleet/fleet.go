@@ -1,4 +1,5 @@
-// Package fleet reads the whole of a store for people: status, explain, history, wait; and writes what operators ask for.
+// Package fleet reads the whole of a store for people: status, explain, history, wait; and writes what operators
+// ask for.
 package fleet
 
 import (
@@ -101,7 +102,8 @@ type Filter struct{ Stage, Role, Unit string }
 
 // takes reports whether id passes the filter.
 func (f Filter) takes(id deployments.UnitID) bool {
-	return (f.Stage == "" || f.Stage == id.Stage) && (f.Role == "" || f.Role == id.Role) && (f.Unit == "" || f.Unit == id.Unit)
+	return (f.Stage == "" || f.Stage == id.Stage) && (f.Role == "" || f.Role == id.Role) &&
+		(f.Unit == "" || f.Unit == id.Unit)
 }
 
 // Units are those of f that pass the filter.
@@ -142,15 +144,15 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 	return all
 }
 
-// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror takes an order in the transaction that does
-// it, it writes its state with, or after, the records that it speaks of, and a node reports after it has read its record. The
-// history of units that are pinned comes on top.
+// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror takes an order in the
+// transaction that does it, it writes its state with, or after, the records that it speaks of, and a node reports
+// after it has read its record. The history of units that are pinned comes on top.
 var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
 // Read reads the fleet once, from the leader.
 //
-// A part that can't be read, or whose folder is missing, as where no mirror ever ran, is named in Errors. Where all of them
-// can't, that is an error.
+// A part that can't be read, or whose folder is missing, as where no mirror ever ran, is named in Errors. Where all
+// of them can't, that is an error.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
@@ -200,8 +202,8 @@ func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 // watchPause is the time between two calls of Watch's f.
 const watchPause = 100 * time.Millisecond
 
-// Watch calls f with the fleet now and after every change, at most ten times a second, until ctx ends; it returns ctx's error. In an
-// outage of the store the fleet stays as it was last known, with the trouble in Errors.
+// Watch calls f with the fleet now and after every change, at most ten times a second, until ctx ends; it returns
+// ctx's error. In an outage of the store the fleet stays as it was last known, with the trouble in Errors.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}

@@ -11,8 +11,9 @@ import (
 	"kedge/policy"
 )
 
-// Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent decided so, by what the
-// trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several roles have one of that name.
+// Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent
+// decided so, by what the trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several
+// roles have one of that name.
 func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {
@@ -35,7 +36,11 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	case len(found) == 0:
 		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("no unit %s on this node: there are %s", unit, some(names))
 	case len(found) > 1:
-		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf("several roles of this node have a unit %s: want one of %s", unit, some(names))
+		return nil, deployments.UnitID{}, Decision{}, fmt.Errorf(
+			"several roles of this node have a unit %s: want one of %s",
+			unit,
+			some(names),
+		)
 	}
 	id := found[0]
 	report, said := s.Roles[id.Role].Units[id.Unit], s.Decisions[id.Role+"/"+id.Unit]
@@ -44,7 +49,13 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	if said.Invalid != "" {
 		d.Invalid = errors.New(said.Invalid)
 	}
-	n := Node{Name: s.Node, Report: report, Converged: report.State == deployments.StateConverged && report.Running.Digest == said.Target.Digest, Want: said.Target, Why: said.Why}
+	n := Node{
+		Name:      s.Node,
+		Report:    report,
+		Converged: report.State == deployments.StateConverged && report.Running.Digest == said.Target.Digest,
+		Want:      said.Target,
+		Why:       said.Why,
+	}
 	u := Unit{ID: id, Nodes: []Node{n}}
 	f := &Fleet{At: at, Units: []Unit{u}}
 	for _, source := range s.Sources {

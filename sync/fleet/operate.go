@@ -16,8 +16,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Pin writes a pin for a unit, or for one node of it where node isn't empty, over whatever pin was there. What it writes is what
-// `consul kv put` would: a bare pointer or hold where there is no more to say, else JSON.
+// Pin writes a pin for a unit, or for one node of it where node isn't empty, over whatever pin was there. What it
+// writes is what `consul kv put` would: a bare pointer or hold where there is no more to say, else JSON.
 func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin deployments.Pin) error {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -27,8 +27,8 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
 	}
-	// Where no mirror ever ran, the agents of this role can't tell a missing key from a lost permission yet. An operator may not
-	// write in all of these places, nor needs to.
+	// Where no mirror ever ran, the agents of this role can't tell a missing key from a lost permission yet. An
+	// operator may not write in all of these places, nor needs to.
 	for _, kind := range []string{kv.PinsPrefix, kv.DesiredPrefix} {
 		err := store.EnsureFolders(ctx, kind, kv.RolePrefix(kind, id.Stage, id.Role))
 		if err != nil && !errors.Is(err, kv.ErrDenied) {
@@ -137,8 +137,9 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 	return value, nil
 }
 
-// Control asks the mirror for promote, pause, resume, abort or retry of a unit, and gives the record that stood before. An order that
-// would change nothing isn't written, and the error says why it would. One that the mirror has yet to take is replaced.
+// Control asks the mirror for promote, pause, resume, abort or retry of a unit, and gives the record that stood
+// before. An order that would change nothing isn't written, and the error says why it would. One that the mirror
+// has yet to take is replaced.
 func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) (was kv.Entry, err error) {
 	if err := id.Check(); err != nil {
 		return kv.Entry{}, err
@@ -171,7 +172,14 @@ var ErrNotTaken = errors.New("no mirror has taken the order")
 const orderPoll = 50 * time.Millisecond
 
 // Outcome waits until the mirror has taken an order, and says in words what came of it. was is what Control gave.
-func Outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry, within time.Duration) (string, error) {
+func Outcome(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	verb string,
+	was kv.Entry,
+	within time.Duration,
+) (string, error) {
 	for end := time.Now().Add(within); ; {
 		order, err := store.Get(ctx, kv.ControlKey(id))
 		switch {
@@ -216,8 +224,8 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	return "no rollout is under way any more: every node runs the target", nil
 }
 
-// History gives what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that doesn't parse is
-// there with its generation, and says so in its Note.
+// History gives what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
+// doesn't parse is there with its generation, and says so in its Note.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err
@@ -251,10 +259,15 @@ type RollbackOptions struct {
 	AtOnce     bool
 }
 
-// Rollback pins a unit to the last good release before the one that it is told to run, by its pin or else its record, and gives
-// that pin. Of the releases that the record and the history know, one that a node has in quarantine, or that was
-// rolled back, isn't good.
-func Rollback(ctx context.Context, store kv.Store, id deployments.UnitID, opt RollbackOptions) (deployments.Pin, error) {
+// Rollback pins a unit to the last good release before the one that it is told to run, by its pin or else its
+// record, and gives that pin. Of the releases that the record and the history know, one that a node has in
+// quarantine, or that was rolled back, isn't good.
+func Rollback(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	opt RollbackOptions,
+) (deployments.Pin, error) {
 	if err := id.Check(); err != nil {
 		return deployments.Pin{}, err
 	}
@@ -307,8 +320,8 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
-	// Only what is older counts. A release that came back later lies behind its first place: this is where one rollback after another
-	// goes on.
+	// Only what is older counts. A release that came back later lies behind its first place: this is where one
+	// rollback after another goes on.
 	i := max(0, slices.Index(told, from))
 	seen := map[deployments.Pointer]bool{{}: true, from: true}
 	for _, p := range told[:i] {
@@ -320,7 +333,10 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 		}
 		seen[p] = true
 	}
-	return deployments.Pointer{}, fmt.Errorf("no other release that was good is known: name one with kedge pin %s URL@sha256:HEX", u.ID)
+	return deployments.Pointer{}, fmt.Errorf(
+		"no other release that was good is known: name one with kedge pin %s URL@sha256:HEX",
+		u.ID,
+	)
 }
 
 // NoUnit is the error that nothing in the store speaks of a unit. It names the one that may have been meant.
@@ -400,7 +416,10 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	if node == "" {
 		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
 			if !u.Pins[other].Expired(f.At) {
-				notes = append(notes, fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])))
+				notes = append(
+					notes,
+					fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])),
+				)
 			}
 		}
 		return notes
@@ -464,8 +483,11 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 	if u.Live == 1 {
 		says = "the one live node runs it already"
 	}
-	if r := u.Record; r != nil && r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack && r.Stable.Digest == release.Digest {
-		says += ", as " + u.Release(r.Target) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
+	if r := u.Record; r != nil && r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack &&
+		r.Stable.Digest == release.Digest {
+		says += ", as " + u.Release(
+			r.Target,
+		) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
 	}
 	return says
 }

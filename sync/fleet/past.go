@@ -14,7 +14,8 @@ import (
 	"kedge/kv"
 )
 
-// histories are histories that were read, by unit. All other units' stay unread: only of what is pinned it counts how far Git has moved.
+// histories are histories that were read, by unit. All other units' stay unread: only of what is pinned it counts
+// how far Git has moved.
 type histories map[deployments.UnitID]versioned
 
 type versioned struct {
@@ -25,8 +26,8 @@ type versioned struct {
 // historyWithin bounds how long a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of gives the history of the units that are pinned in entries. One that can't be read now is left out, or given as it was last:
-// it adds to what is shown, and nothing is decided by it.
+// of gives the history of the units that are pinned in entries. One that can't be read now is left out, or given as
+// it was last: it adds to what is shown, and nothing is decided by it.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)
 	defer cancel()

@@ -21,7 +21,14 @@ const (
 )
 
 // escapes are what terminals paint the tones with.
-var escapes = [...]string{Plain: "", Bold: "\x1b[1m", Dim: "\x1b[2m", Good: "\x1b[32m", Warn: "\x1b[33m", Bad: "\x1b[31m"}
+var escapes = [...]string{
+	Plain: "",
+	Bold:  "\x1b[1m",
+	Dim:   "\x1b[2m",
+	Good:  "\x1b[32m",
+	Warn:  "\x1b[33m",
+	Bad:   "\x1b[31m",
+}
 
 const reset = "\x1b[0m"
 
@@ -51,8 +58,8 @@ func (p *printer) raw(line string) {
 // unbroken is a blank at which wrap doesn't break a line.
 const unbroken = "\x1f"
 
-// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are clipped, those of
-// the columns in firm last.
+// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are
+// clipped, those of the columns in firm last.
 func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	if len(rows) == 0 {
 		return nil
@@ -167,7 +174,8 @@ func clip(text string, n int) string {
 	return string([]rune(text)[:max(0, n-1)]) + "…"
 }
 
-// clean takes out what would move a terminal's cursor or change its colours: most of what is shown was written by others.
+// clean takes out what would move a terminal's cursor or change its colours: most of what is shown was written by
+// others.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
@@ -192,8 +200,8 @@ func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " 
 // Clean makes one line of a text that others wrote, without control characters, of at most n characters.
 func Clean(s string, n int) string { return clip(oneLine(s), n) }
 
-// Wrap breaks each line of a text between words where it is full; the rest of it is indented by two more than its beginning. Commands
-// to type stay in one piece. Width 0: as it is.
+// Wrap breaks each line of a text between words where it is full; the rest of it is indented by two more than its
+// beginning. Commands to type stay in one piece. Width 0: as it is.
 func Wrap(text string, width int) string {
 	if width == 0 {
 		return text

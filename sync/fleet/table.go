@@ -18,8 +18,8 @@ type TableOptions struct {
 	Nodes bool
 }
 
-// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, and below it the nodes that
-// need a look.
+// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, and below
+// it the nodes that need a look.
 func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 	p := &printer{opt: opt}
 	for _, n := range f.MirrorNotes() {

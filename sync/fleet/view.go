@@ -41,7 +41,10 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	if len(parts) == 0 {
 		return nil, ""
 	}
-	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(parts, ", ") + ": " + why
+	return parts, "the store can't be read now, so this is what was known last of " + strings.Join(
+		parts,
+		", ",
+	) + ": " + why
 }
 
 // LastKnown says what of f may be out of date, as the store can't be read now, and why; empty: nothing.
@@ -88,7 +91,10 @@ func (f *Fleet) Faults() (all []Note) {
 		nodes[role] = append(nodes[role], clean(n.Node))
 	}
 	for _, role := range slices.Sorted(maps.Keys(nodes)) {
-		says := fmt.Sprintf("no unit is meant for %s: see whether stage and role of their agents are right, or add %[1]s/UNIT.yaml to Git", role)
+		says := fmt.Sprintf(
+			"no unit is meant for %s: see whether stage and role of their agents are right, or add %[1]s/UNIT.yaml to Git",
+			role,
+		)
 		all = append(all, Note{Text{some(nodes[role]), Warn}, Text{says, Plain}})
 	}
 	return all
@@ -116,7 +122,10 @@ func (f *Fleet) MirrorNotes() []Note {
 	}
 	all := []Note{{about, Text{head, Plain}}}
 	if f.mirrorStopped() {
-		all = append(all, Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}})
+		all = append(
+			all,
+			Note{Says: Text{"none runs now: what is pushed or asked for waits until one does; pins are obeyed", Bad}},
+		)
 	}
 	if len(f.Agents) > 1 {
 		all = append(all, Note{Says: Text{"agents: " + f.agentVersions(), Plain}})
@@ -314,7 +323,12 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
 	}
 	if u.orphaned() && u.Record.Rollout == nil {
-		add("orphaned:", Warn, "its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest", Plain)
+		add(
+			"orphaned:",
+			Warn,
+			"its file is no longer in Git; nodes keep what they run, until a unit that Git names takes its dest",
+			Plain,
+		)
 	}
 	if says := u.RolloutReason(); says != "" {
 		add("rollout:", Plain, says, Plain)
@@ -336,8 +350,8 @@ func (u *Unit) RolloutReason() string {
 	return oneLine(message.Rollout(u.Record.Rollout))
 }
 
-// NodeRow is one of a unit's nodes in one line: its name, its state, what it runs, and for how long it has been in that state. beside
-// is what is wrong with it.
+// NodeRow is one of a unit's nodes in one line: its name, its state, what it runs, and for how long it has been in
+// that state. beside is what is wrong with it.
 func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	r := n.Report
 	beside = oneLine(r.Error)
@@ -367,7 +381,10 @@ func (u *Unit) Next(now time.Time) string {
 	if next := message.RolloutHint(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
 		return next
 	}
-	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined }) {
+	if slices.ContainsFunc(
+		u.Nodes,
+		func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined },
+	) {
 		return "push a better release, or try this one again: kedge retry " + u.ID.String()
 	}
 	return ""
@@ -471,8 +488,15 @@ func HistoryRow(h deployments.History) []Text {
 		at = h.At.UTC().Format("2006-01-02 15:04Z")
 	}
 	return []Text{
-		{strconv.FormatInt(h.Generation, 10), Plain}, {at, Plain}, {new(Unit).Release(h.Release), Bold}, {clean(h.Commit[:min(8, len(h.Commit))]), Plain},
-		{AuthorName(h.Author), Plain}, {oneLine(h.Subject), Dim},
+		{
+			strconv.FormatInt(h.Generation, 10),
+			Plain,
+		},
+		{at, Plain},
+		{new(Unit).Release(h.Release), Bold},
+		{clean(h.Commit[:min(8, len(h.Commit))]), Plain},
+		{AuthorName(h.Author), Plain},
+		{oneLine(h.Subject), Dim},
 	}
 }
 

@@ -14,8 +14,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a node its release,
-// or a rollout was rolled back.
+// ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a
+// node its release, or a rollout was rolled back.
 var ErrRefused = errors.New("refused")
 
 // Waiting is what Wait waits for, beside a filter.
@@ -71,8 +71,8 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) erro
 		}
 		missing, result = w.look(f)
 		if missing == "" || result != nil {
-			// The parts of a watched fleet come each at its time: what a new head or an order brought might not be there yet. So once
-			// more, in order.
+			// The parts of a watched fleet come each at its time: what a new head or an order brought might not be there
+			// yet. So once more, in order.
 			missing, result = w.confirm(watching, store, filter)
 		}
 		if missing == "" || result != nil {
@@ -146,7 +146,8 @@ type waiter struct {
 	taken  bool
 	head   *string // the first that was seen
 	outage *outage
-	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of the new try.
+	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of
+	// the new try.
 	before map[nodeUnit]time.Time
 }
 
@@ -158,7 +159,8 @@ type nodeUnit struct {
 // readAgain is the time between two tries of a read that failed.
 const readAgain = 500 * time.Millisecond
 
-// confirm looks at a fleet that is read now. While the store is away, it tries again: no change may come that would be told.
+// confirm looks at a fleet that is read now. While the store is away, it tries again: no change may come that would
+// be told.
 func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
 	for {
 		f, err := Read(ctx, store, filter)
@@ -200,7 +202,10 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 	}
 	units := f.Units
 	if w.filter.Unit == "" { // nobody who waits for a fleet means what Git names no longer
-		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) })
+		units = slices.DeleteFunc(
+			slices.Clone(units),
+			func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) },
+		)
 	}
 	if w.push {
 		units = slices.DeleteFunc(slices.Clone(units), func(u Unit) bool { return w.older(f, u) })
@@ -259,7 +264,8 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	return missing, nil
 }
 
-// older reports whether a unit's record was written before the commit. Where the past doesn't reach back to that, nobody can tell.
+// older reports whether a unit's record was written before the commit. Where the past doesn't reach back to that,
+// nobody can tell.
 func (w *waiter) older(f *Fleet, u Unit) bool {
 	if u.Record == nil {
 		return true // what a commit removes goes on as it is
@@ -285,8 +291,8 @@ func (w *waiter) among(past string) bool {
 	})
 }
 
-// leapt reports whether the head came here while this waits, and from further away than its past reaches: nobody can tell what lies
-// in between. A head that came by a short way can be one that was pushed before the commit.
+// leapt reports whether the head came here while this waits, and from further away than its past reaches: nobody
+// can tell what lies in between. A head that came by a short way can be one that was pushed before the commit.
 func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
@@ -310,7 +316,14 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
 			continue // of an earlier time
 		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
-			return fmt.Errorf("%s: %s %w %s after it failed there: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
+			return fmt.Errorf(
+				"%s: %s %w %s after it failed there: %s",
+				u.ID,
+				n.Name,
+				ErrRefused,
+				u.Release(n.Want),
+				oneLine(r.Error),
+			)
 		case r.State == deployments.StateInvalid:
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
 		}

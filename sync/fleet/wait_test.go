@@ -33,7 +33,8 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 	return ended
 }
 
-// goesOn checks that nothing that has been written so far ends a Wait: it makes the fleet's state pass before it once more.
+// goesOn checks that nothing that has been written so far ends a Wait: it makes the fleet's state pass before it
+// once more.
 func goesOn(t *testing.T, s kv.Store, ended <-chan error) {
 	t.Helper()
 	w := waiter{before: map[nodeUnit]time.Time{}}
@@ -252,7 +253,8 @@ func TestWaitForARollout(t *testing.T) {
 	}
 }
 
-// A rollout that stands as its unit is gone from Git never ends: whoever pushes next must not wait for it, nor fail for it.
+// A rollout that stands as its unit is gone from Git never ends: whoever pushes next must not wait for it, nor fail
+// for it.
 func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)

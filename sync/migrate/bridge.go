@@ -36,9 +36,10 @@ type Bridged struct {
 	Changed bool
 }
 
-// Bridge does for a unit's agents what stretcher does on nodes that have not gone over yet: they follow an event. The manifest, whose key
-// old scripts write over, is copied to one that doesn't change. Its pointer becomes the unit's record or, where a mirror
-// runs, its pin. An event that comes again changes nothing, and of two at once the later one stands.
+// Bridge does for a unit's agents what stretcher does on nodes that have not gone over yet: they follow an event.
+// The manifest, whose key old scripts write over, is copied to one that doesn't change. Its pointer becomes the
+// unit's record or, where a mirror runs, its pin. An event that comes again changes nothing, and of two at once the
+// later one stands.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	id, err := o.Naming.UnitOf(o.URL)
@@ -69,7 +70,12 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	}
 	if running {
 		b.Pinned = true
-		b.Changed, err = pin(ctx, o.Store, id, deployments.Pin{Release: b.Pointer, By: bridgeName, Reason: "an event named " + deployments.ShownURL(o.URL)})
+		b.Changed, err = pin(
+			ctx,
+			o.Store,
+			id,
+			deployments.Pin{Release: b.Pointer, By: bridgeName, Reason: "an event named " + deployments.ShownURL(o.URL)},
+		)
 	} else {
 		b.Changed, err = record(ctx, o.Store, id, b.Pointer)
 	}
@@ -79,7 +85,8 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	return b, nil
 }
 
-// mirrorRuns reports whether a mirror holds the lease. Without the right to know, none is taken to run where none has ever written.
+// mirrorRuns reports whether a mirror holds the lease. Without the right to know, none is taken to run where none
+// has ever written.
 func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	e, err := store.Get(ctx, kv.MirrorLease)
 	if errors.Is(err, kv.ErrNotFound) {
@@ -102,14 +109,22 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 		case err == nil && was.Release == pin.Release:
 			return false, nil
 		case err != nil || was.By != pin.By:
-			return false, fmt.Errorf("somebody has pinned it, which counts more than an event: see kedge explain, or kedge unpin %s", id)
+			return false, fmt.Errorf(
+				"somebody has pinned it, which counts more than an event: see kedge explain, or kedge unpin %s",
+				id,
+			)
 		}
 	}
 	return true, fleet.Pin(ctx, store, id, "", pin)
 }
 
 // record writes the record that a person would: a bare pointer.
-func record(ctx context.Context, store kv.Store, id deployments.UnitID, p deployments.Pointer) (changed bool, err error) {
+func record(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	p deployments.Pointer,
+) (changed bool, err error) {
 	for range 5 {
 		e, err := store.Get(ctx, kv.DesiredKey(id))
 		var op kv.Op

@@ -18,9 +18,9 @@ import (
 // decimalMode is a dest_mode that stretcher reads as a decimal number.
 var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
 
-// Fix returns the manifest's text as kedge would have it, and what it changed, in words; nothing: it is good as it is. What is
-// there otherwise stays, comments and templates included. It leaves the strategy alone: whether dest may become a link is for
-// people to say.
+// Fix returns the manifest's text as kedge would have it, and what it changed, in words; nothing: it is good as it
+// is. What is there otherwise stays, comments and templates included. It leaves the strategy alone: whether dest
+// may become a link is for people to say.
 //
 //   - dest_mode is written in octal: what nobody means, a decimal number, otherwise
 //   - symlinks: any, if the archive has links that lead out of its tree

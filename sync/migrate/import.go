@@ -51,9 +51,10 @@ type Imported struct {
 	Refused deployments.Problems
 }
 
-// Import copies the newest manifest of each unit to a key that names its digest, and writes the unit's file, which names the copy. In a
-// file that is there already it changes the release alone. It does nothing that is done already, so it can be run again
-// after each deployment, until the fleet has gone over. Manifests that stand for no unit are returned as strange.
+// Import copies the newest manifest of each unit to a key that names its digest, and writes the unit's file, which
+// names the copy. In a file that is there already it changes the release alone. It does nothing that is done
+// already, so it can be run again after each deployment, until the fleet has gone over. Manifests that stand for no
+// unit are returned as strange.
 func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
@@ -82,7 +83,10 @@ func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []st
 	slices.SortFunc(ids, deployments.UnitID.Compare)
 	for _, id := range ids {
 		all := units[id]
-		newest := slices.MaxFunc(all, func(a, b object.Listed) int { return cmp.Or(a.Modified.Compare(b.Modified), cmp.Compare(a.URL, b.URL)) })
+		newest := slices.MaxFunc(
+			all,
+			func(a, b object.Listed) int { return cmp.Or(a.Modified.Compare(b.Modified), cmp.Compare(a.URL, b.URL)) },
+		)
 		one, err := importOne(ctx, o, to, id, newest.URL)
 		if err != nil {
 			return done, strange, fmt.Errorf("importing %s: %w", id, err)
@@ -123,9 +127,16 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 	return one, err
 }
 
-// Keep copies a manifest's bytes to a key below a prefix that holds their digest, and so never changes, and returns its pointer.
-// from is where the bytes were found: a src that is relative to it can't move.
-func Keep(ctx context.Context, objects *object.Client, to string, id deployments.UnitID, from string, raw []byte) (deployments.Pointer, error) {
+// Keep copies a manifest's bytes to a key below a prefix that holds their digest, and so never changes, and returns
+// its pointer. from is where the bytes were found: a src that is relative to it can't move.
+func Keep(
+	ctx context.Context,
+	objects *object.Client,
+	to string,
+	id deployments.UnitID,
+	from string,
+	raw []byte,
+) (deployments.Pointer, error) {
 	p := deployments.Pointer{Digest: sha256.Sum256(raw)}
 	p.URL = strings.TrimSuffix(to, "/") + "/" + id.String() + "/" + p.Digest.String() + "/manifest.yaml"
 	before, err := deployments.ParseTemplate(raw, from)
@@ -133,9 +144,18 @@ func Keep(ctx context.Context, objects *object.Client, to string, id deployments
 		return p, err
 	}
 	if after, err := deployments.ParseTemplate(raw, p.URL); err != nil || after.Src != before.Src {
-		return p, errors.Join(err, errors.New("its src is relative to the manifest, which can't move then: write the whole URL"))
+		return p, errors.Join(
+			err,
+			errors.New("its src is relative to the manifest, which can't move then: write the whole URL"),
+		)
 	}
-	err = objects.Put(ctx, p.URL, bytes.NewReader(raw), int64(len(raw)), object.PutOptions{ContentType: "application/yaml"})
+	err = objects.Put(
+		ctx,
+		p.URL,
+		bytes.NewReader(raw),
+		int64(len(raw)),
+		object.PutOptions{ContentType: "application/yaml"},
+	)
 	if err != nil {
 		return p, fmt.Errorf("copying the manifest: %w", err)
 	}

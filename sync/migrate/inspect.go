@@ -48,8 +48,8 @@ type Archive struct {
 	Outside []string
 }
 
-// Inspect parses a manifest as a node would and, where objects isn't nil, fetches and unpacks its archive into a temporary
-// directory. Its error is of the looking, not of what it found.
+// Inspect parses a manifest as a node would and, where objects isn't nil, fetches and unpacks its archive into a
+// temporary directory. Its error is of the looking, not of what it found.
 func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection, error) {
 	in := Inspection{Source: s}
 	m, err := deployments.ParseTemplate(s.Raw, s.URL)
@@ -97,7 +97,8 @@ func (in *Inspection) refuse(err error) {
 	}
 }
 
-// unpack has the archive unpacked by the code that nodes run, with links of any kind let in, and looks at what comes of it.
+// unpack has the archive unpacked by the code that nodes run, with links of any kind let in, and looks at what
+// comes of it.
 func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error {
 	dir, err := os.MkdirTemp("", "kedge-inspect-")
 	if err != nil {
@@ -164,8 +165,8 @@ func lookInto(tree string) (*Archive, error) {
 	return a, err
 }
 
-// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all that is called .yml or
-// .yaml below it), a URL, or - for in.
+// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all that is
+// called .yml or .yaml below it), a URL, or - for in.
 func Find(ctx context.Context, objects *object.Client, text string, in io.Reader) ([]Source, error) {
 	if text == "-" {
 		raw, err := io.ReadAll(io.LimitReader(in, deployments.MaxManifest+1))

@@ -11,8 +11,9 @@ import (
 
 // Naming finds the unit that a manifest's key stands for.
 type Naming struct {
-	// Patterns are tried in their order. {stage}, {role} and {unit} stand for a part of a path's segment, * for anything in it, and
-	// .yml for .yaml, too. A pattern matches the end of a path, from a segment's beginning on. Empty: DefaultPatterns.
+	// Patterns are tried in their order. {stage}, {role} and {unit} stand for a part of a path's segment, * for
+	// anything in it, and .yml for .yaml, too. A pattern matches the end of a path, from a segment's beginning on.
+	// Empty: DefaultPatterns.
 	Patterns []string
 	// Stage, Role and Unit are what a pattern doesn't say; where both do, a manifest that says otherwise has no unit.
 	Stage, Role, Unit string
@@ -54,8 +55,11 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 			return id, nil
 		}
 	}
-	return deployments.UnitID{}, fmt.Errorf("%s stands for no unit: none of %s matches it, with what is given of stage and role",
-		path, strings.Join(patterns, ", "))
+	return deployments.UnitID{}, fmt.Errorf(
+		"%s stands for no unit: none of %s matches it, with what is given of stage and role",
+		path,
+		strings.Join(patterns, ", "),
+	)
 }
 
 var patternPart = regexp.MustCompile(`\{[^}]*\}|\*`)

@@ -97,8 +97,8 @@ func (l *leader) recall(head string) {
 	a.commit = commit
 }
 
-// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before: to take it again would
-// bring back what is old, each time that somebody forces a push of it.
+// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before:
+// to take it again would bring back what is old, each time that somebody forces a push of it.
 func (l *leader) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != l.c.Accept || c.from == "" {
 		return false
@@ -179,14 +179,24 @@ func refuse(c candidate) error {
 		return nil
 	}
 	if c.from != "" && !c.descends && c.otherRepo != "" {
-		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last, from %s: where two mirrors of two repositories share "+
-			"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror once with --accept %s",
-			short(c.to.Hash), short(c.from), c.otherRepo, c.to.Hash)
+		return fmt.Errorf(
+			"commit %s does not descend from %s, which was mirrored last, from %s: where two mirrors of two repositories share "+
+				"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror once with --accept %s",
+			short(c.to.Hash),
+			short(c.from),
+			c.otherRepo,
+			c.to.Hash,
+		)
 	}
 	if c.from != "" && !c.descends && !c.rules.AllowRewind {
-		return fmt.Errorf("commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
-			"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, start the mirror once "+
-			"with --accept %s", short(c.to.Hash), short(c.from), c.to.Hash)
+		return fmt.Errorf(
+			"commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
+				"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, start the mirror once "+
+				"with --accept %s",
+			short(c.to.Hash),
+			short(c.from),
+			c.to.Hash,
+		)
 	}
 	if !c.to.Tree.Settings.Prune {
 		return nil // no record goes
@@ -206,11 +216,22 @@ func refuse(c candidate) error {
 	case len(removed) <= 1 || limit >= 100: // one is what people mean, and there is no smaller step
 		return nil
 	case len(stays) == 0:
-		return fmt.Errorf("commit %s has no unit at all, and %d have records: to remove them all, set max_removed: 100 in kedge.yaml in a "+
-			"commit before it", short(c.to.Hash), len(c.had))
+		return fmt.Errorf(
+			"commit %s has no unit at all, and %d have records: to remove them all, set max_removed: 100 in kedge.yaml in a "+
+				"commit before it",
+			short(c.to.Hash),
+			len(c.had),
+		)
 	case len(removed)*100 > limit*len(c.had):
-		return fmt.Errorf("commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in "+
-			"kedge.yaml in a commit before this one", short(c.to.Hash), len(removed), len(c.had), few(removed), limit)
+		return fmt.Errorf(
+			"commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in "+
+				"kedge.yaml in a commit before this one",
+			short(c.to.Hash),
+			len(removed),
+			len(c.had),
+			few(removed),
+			limit,
+		)
 	}
 	return nil
 }

@@ -73,7 +73,8 @@ func TestConsulRightsAndOutage(t *testing.T) {
 	m.runs("prod/web/base", "base/1")
 }
 
-// A node's token on the mirror's own Consul node can end the mirror's session. The mirror says so, and has its lease back at once.
+// A node's token on the mirror's own Consul node can end the mirror's session. The mirror says so, and has its
+// lease back at once.
 func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}})

@@ -25,8 +25,8 @@ type deadNodes struct {
 	denied bool // this mirror may not remove what is there
 }
 
-// forgetDead removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces them, they would only
-// become more. again is when to look even if nothing changes; 0: never.
+// forgetDead removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces
+// them, they would only become more. again is when to look even if nothing changes; 0: never.
 func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if l.dead.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
@@ -56,9 +56,15 @@ func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable gives what to remove of entries, as many as go into one transaction, and when there is more; absent is kept from call to
-// call. Roles that are busy keep theirs: there, a node that died may count as failed.
-func forgettable(entries []kv.Entry, absent map[string]absence, busy map[deployments.RoleID]bool, now time.Time, after time.Duration) (ops []kv.Op, next time.Time) {
+// forgettable gives what to remove of entries, as many as go into one transaction, and when there is more; absent
+// is kept from call to call. Roles that are busy keep theirs: there, a node that died may count as failed.
+func forgettable(
+	entries []kv.Entry,
+	absent map[string]absence,
+	busy map[deployments.RoleID]bool,
+	now time.Time,
+	after time.Duration,
+) (ops []kv.Op, next time.Time) {
 	dead := map[string]bool{}
 	for _, e := range entries {
 		key, err := kv.ParseKey(e.Key)

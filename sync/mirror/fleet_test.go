@@ -23,8 +23,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// fleet is many real agents in this process, each with a store and a token of its own. Their releases are commands alone, so that a
-// switch is cheap.
+// fleet is many real agents in this process, each with a store and a token of its own. Their releases are commands
+// alone, so that a switch is cheap.
 type fleet struct {
 	t      *testing.T
 	id     deployments.UnitID
@@ -107,7 +107,8 @@ func (f *fleet) start(ctx context.Context, cluster *kvtest.Consul, n int) (wait 
 	return running.Wait
 }
 
-// maintain counts who switches. What is called once more, because a run before might have left maintenance on, counts for nothing.
+// maintain counts who switches. What is called once more, because a run before might have left maintenance on,
+// counts for nothing.
 func (f *fleet) maintain(_ context.Context, on bool, reason string) error {
 	if on {
 		now := f.switching.Add(1)
@@ -141,8 +142,8 @@ func (f *fleet) await(p deployments.Pointer, least int) {
 	})
 }
 
-// A fleet on three servers that deny by default: in the middle of a rollout the mirror that leads is killed, and then the server
-// that leads. Never do more nodes switch than may, and the rollout ends.
+// A fleet on three servers that deny by default: in the middle of a rollout the mirror that leads is killed, and
+// then the server that leads. Never do more nodes switch than may, and the rollout ends.
 func TestFleetWithLostLeaders(t *testing.T) {
 	t.Parallel()
 	const size, budget = fleetSize, fleetSize / 5

@@ -13,12 +13,19 @@ import (
 	"kedge/kv"
 )
 
-// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys below, so
-// they are made again whenever a watch lacks one.
+// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
+// below, so they are made again whenever a watch lacks one.
 
 // topFolders are the folder keys that any fleet needs, roleFolders the kinds that each role has one of.
 var (
-	topFolders  = []string{kv.DesiredPrefix, kv.PinsPrefix, kv.ControlPrefix, kv.StatusPrefix, kv.HistoryPrefix, kv.MirrorPrefix}
+	topFolders = []string{
+		kv.DesiredPrefix,
+		kv.PinsPrefix,
+		kv.ControlPrefix,
+		kv.StatusPrefix,
+		kv.HistoryPrefix,
+		kv.MirrorPrefix,
+	}
 	roleFolders = []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix, kv.ControlPrefix, kv.HistoryPrefix}
 )
 
@@ -41,10 +48,15 @@ func (now *observed) sawFolders(kind string, v kv.View) {
 	now.folders = folders
 }
 
-// missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those that a watch
-// lacks, together with what nobody watches. made tells when each was made last: late reports whether one has yet to show, and is
-// to be made again if it doesn't.
-func missingFolders(roles []deployments.RoleID, seen map[string]observedFolders, made map[string]time.Time, now time.Time) (missing []string, late bool) {
+// missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those
+// that a watch lacks, together with what nobody watches. made tells when each was made last: late reports whether
+// one has yet to show, and is to be made again if it doesn't.
+func missingFolders(
+	roles []deployments.RoleID,
+	seen map[string]observedFolders,
+	made map[string]time.Time,
+	now time.Time,
+) (missing []string, late bool) {
 	lacks := func(keys []string, lost func(string) bool) {
 		if !slices.ContainsFunc(keys, lost) {
 			return

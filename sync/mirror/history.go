@@ -44,8 +44,8 @@ func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
 	p.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == h.Failed })
 }
 
-// needsHistory reports whether what becomes of a unit hangs on its history: its record isn't there to go on from, or its target
-// is about to change, and may have been stable before.
+// needsHistory reports whether what becomes of a unit hangs on its history: its record isn't there to go on from,
+// or its target is about to change, and may have been stable before.
 func needsHistory(u deployments.Unit, c cell, pinned bool, s standing) bool {
 	if s == unknown {
 		return true
@@ -125,7 +125,11 @@ func (in inputs) failedBy(w change) deployments.Digest {
 		return w.after.Rollout.Failed
 	}
 	was := w.before.Target.Digest
-	if was == w.after.Target.Digest || !slices.ContainsFunc(in.nodes(w.unit), func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) }) {
+	if was == w.after.Target.Digest ||
+		!slices.ContainsFunc(
+			in.nodes(w.unit),
+			func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) },
+		) {
 		return deployments.Digest{}
 	}
 	return was

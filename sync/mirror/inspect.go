@@ -19,8 +19,9 @@ type inspection struct {
 	err    error      // while it is under way: what the one before it failed with
 }
 
-// A release that isn't there, or can't be read, is looked for after patience, and then less and less often, up to maxPatience on average:
-// its upload may take long, or never have been meant. A new commit begins anew, and so does a webhook.
+// A release that isn't there, or can't be read, is looked for after patience, and then less and less often, up to
+// maxPatience on average: its upload may take long, or never have been meant. A new commit begins anew, and so does
+// a webhook.
 const (
 	patience    = 5 * time.Second
 	maxPatience = time.Minute
@@ -49,8 +50,9 @@ func (l *leader) hurried() {
 	}
 }
 
-// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are under way. done: it
-// was looked at. An error that isn't deployments.Problems may pass, and is looked for again: see patience.
+// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are
+// under way. done: it was looked at. An error that isn't deployments.Problems may pass, and is looked for again:
+// see patience.
 func (l *leader) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := l.acceptance.inspection
 	if last != nil && last.of != l.acceptance.compared {

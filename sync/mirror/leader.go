@@ -15,8 +15,8 @@ import (
 	"kedge/policy"
 )
 
-// leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch, reconciles the
-// one with the other, and writes the difference.
+// leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch,
+// reconciles the one with the other, and writes the difference.
 type leader struct {
 	*Mirror
 	lease    kv.Lease
@@ -114,7 +114,8 @@ func (l *leader) nodeName(ctx context.Context) string {
 	return name
 }
 
-// warnShared says once that a node's agent has a token for the Consul node of this mirror, with which its lease can be ended.
+// warnShared says once that a node's agent has a token for the Consul node of this mirror, with which its lease can
+// be ended.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
 		return
@@ -122,8 +123,14 @@ func (l *leader) warnShared(fleet observedFleet) {
 	for role, nodes := range fleet.roles {
 		for _, n := range nodes {
 			if n.node == l.consulNode && !n.gone {
-				l.c.Log.Warn("an agent of kedge runs on this mirror's Consul node: whoever has its token can end the mirror's session, "+
-					"so run mirrors on machines of their own", "node", n.node, "role", role)
+				l.c.Log.Warn(
+					"an agent of kedge runs on this mirror's Consul node: whoever has its token can end the mirror's session, "+
+						"so run mirrors on machines of their own",
+					"node",
+					n.node,
+					"role",
+					role,
+				)
 				l.consulNode = ""
 				return
 			}
@@ -217,8 +224,12 @@ func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsTold || nth%60 == 0 { // a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
-	l.tell(ctx, fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
-		"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err), time.Now())
+	l.tell(
+		ctx,
+		fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
+			"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err),
+		time.Now(),
+	)
 }
 
 // round does once what there is to do. again is when to look even if nothing changes; 0: never.
@@ -316,10 +327,21 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	}
 	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
 	return reconcile(inputs{
-		overruled: commit.Hash == l.acceptance.overruled,
-		commit:    commit, now: now, cells: cells, own: l.written.records, orders: l.pendingOrders(seen.orders),
-		history: l.history.newest, stable: l.history.stable, pins: pins, fleet: seen.fleet.roles, blind: !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied), fleetSince: since, ranks: l.ranks,
-		lostSince: l.lostSince, rebuildWait: l.rebuildWait,
+		overruled:   commit.Hash == l.acceptance.overruled,
+		commit:      commit,
+		now:         now,
+		cells:       cells,
+		own:         l.written.records,
+		orders:      l.pendingOrders(seen.orders),
+		history:     l.history.newest,
+		stable:      l.history.stable,
+		pins:        pins,
+		fleet:       seen.fleet.roles,
+		blind:       !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
+		fleetSince:  since,
+		ranks:       l.ranks,
+		lostSince:   l.lostSince,
+		rebuildWait: l.rebuildWait,
 	}), nil
 }
 

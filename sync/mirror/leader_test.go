@@ -110,7 +110,8 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	}
 }
 
-// While the store is away nodes can't say that they have converged: none is late for that once it is back, nor while it may still be away.
+// While the store is away nodes can't say that they have converged: none is late for that once it is back, nor
+// while it may still be away.
 func TestAnOutageMakesNobodyLate(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -1,17 +1,19 @@
-// Package mirror copies a deployments repo from Git to the store. A commit is taken whole or not at all; what differs is
-// written in transactions that are fenced by a lease, so that of several mirrors one works, and one that lost its lease
-// can't change a key, whatever it believes. The one thing that a mirror writes without it is mirror/hook, which passes a webhook on to
-// the mirror that has it.
+// Package mirror copies a deployments repo from Git to the store. A commit is taken whole or not at all; what
+// differs is written in transactions that are fenced by a lease, so that of several mirrors one works, and one that
+// lost its lease can't change a key, whatever it believes. The one thing that a mirror writes without it is
+// mirror/hook, which passes a webhook on to the mirror that has it.
 //
-// It is driven by state, not by events: whatever wakes it (a push, a poll, a change of the store, the clock), it looks at the
-// newest commit and at what the store holds, and writes the difference. A transaction that was cut short is finished by the
-// next look, a record changed by hand is put back, and a mirror that takes over begins in the same way.
+// It is driven by state, not by events: whatever wakes it (a push, a poll, a change of the store, the clock), it
+// looks at the newest commit and at what the store holds, and writes the difference. A transaction that was cut
+// short is finished by the next look, a record changed by hand is put back, and a mirror that takes over begins in
+// the same way.
 //
-// What is not taken: a commit with any mistake in it; one that bears no signature of Config.SignedBy, where that is set; one that
-// does not descend from the last (allow_rewind), or that removes too many units at once (max_removed), both as the commit says that
-// was taken last; one that names a release that does more than the commit's own kedge.yaml allows for its stage (dests, users,
-// commands), for which the mirror reads the manifests of what the commit changes, and waits while it can't; with Releases.Trust, one whose
-// releases bear no signature that counts waits as well. The signature asked for is the newest commit's: it vouches for the whole tree. Git
+// What is not taken: a commit with any mistake in it; one that bears no signature of Config.SignedBy, where that is
+// set; one that does not descend from the last (allow_rewind), or that removes too many units at once
+// (max_removed), both as the commit says that was taken last; one that names a release that does more than the
+// commit's own kedge.yaml allows for its stage (dests, users, commands), for which the mirror reads the manifests
+// of what the commit changes, and waits while it can't; with Releases.Trust, one whose releases bear no signature
+// that counts waits as well. The signature asked for is the newest commit's: it vouches for the whole tree. Git
 // binds no signature to a branch: any signed commit that descends from the last can be pushed by whoever may push.
 package mirror
 
@@ -37,39 +39,42 @@ import (
 // Config configures a Mirror.
 type Config struct {
 	Store kv.Store
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local bare repo, which
-	// is watched. Branch: default main.
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local
+	// bare repo, which is watched. Branch: default main.
 	Repo, Branch string
-	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo; default: all of it.
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo; default:
+	// all of it.
 	Path string
 	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
-	// Accept is the full hash of a commit that is taken, once it is the branch's head, whatever its history and the units that it removes:
-	// the way in for a repository that was replaced. Where the store holds a commit that follows it, it counts for nothing.
+	// Accept is the full hash of a commit that is taken, once it is the branch's head, whatever its history and the
+	// units that it removes: the way in for a repository that was replaced. Where the store holds a commit that
+	// follows it, it counts for nothing.
 	Accept string
 	// Name is shown as the lease's holder; default the host's name.
 	Name string
 	// LeaseTTL default 15 s.
 	LeaseTTL time.Duration
-	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default ~/.ssh/known_hosts). HTTPS takes
-	// KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or a file named by KEDGE_GIT_TOKEN_FILE, and trusts the
-	// authorities of the file named by GIT_SSL_CAINFO beside the system's.
+	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default
+	// ~/.ssh/known_hosts). HTTPS takes KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or a file named by
+	// KEDGE_GIT_TOKEN_FILE, and trusts the authorities of the file named by GIT_SSL_CAINFO beside the system's.
 	SSHKey, KnownHosts string
-	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on; one mirror a directory.
-	// Default: a temporary one, which goes with Run.
+	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on; one mirror a
+	// directory. Default: a temporary one, which goes with Run.
 	CacheDir string
 	// SignedBy is an allowed_signers file; with one, a commit that bears none of its signatures is refused.
 	SignedBy string
 	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
 	SignedByPGP string
-	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a secret, in
-	// KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
+	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a
+	// secret, in KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
-	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources; with Trust of all.
-	// Its Objects are by default what object.New gives.
+	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources;
+	// with Trust of all. Its Objects are by default what object.New gives.
 	Releases Releases
-	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for nodes that
-	// boot while the store is away. One call at a time, the newest state; an error is logged, and it is tried again.
+	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for
+	// nodes that boot while the store is away. One call at a time, the newest state; an error is logged, and it is
+	// tried again.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
 	// Leading, where set, is run while this mirror holds the lease; it returns when its context ends.
 	Leading func(ctx context.Context) error
@@ -142,8 +147,18 @@ func New(c Config) (*Mirror, error) {
 	if c.Releases.Objects == nil {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
-	m := &Mirror{c: c, metrics: newMetrics(c.Metrics), poke: wait.NewSignal(), changed: make(chan struct{}),
-		hooked: wait.NewSignal(), hurry: wait.NewSignal(), hookPause: hookPause, patience: patience, forgetAfter: forgetAfter, rebuildWait: rebuildWait}
+	m := &Mirror{
+		c:           c,
+		metrics:     newMetrics(c.Metrics),
+		poke:        wait.NewSignal(),
+		changed:     make(chan struct{}),
+		hooked:      wait.NewSignal(),
+		hurry:       wait.NewSignal(),
+		hookPause:   hookPause,
+		patience:    patience,
+		forgetAfter: forgetAfter,
+		rebuildWait: rebuildWait,
+	}
 	if c.Metrics != nil {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
@@ -154,8 +169,10 @@ func New(c Config) (*Mirror, error) {
 	if m.signers, err = git.OpenSigners(c.SignedBy, c.SignedByPGP, c.CacheDir); err != nil {
 		return nil, err
 	}
-	if m.branch, err = git.Open(git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
-		CacheDir: c.CacheDir, Env: c.Env, Log: c.Log}); err != nil {
+	if m.branch, err = git.Open(
+		git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
+			CacheDir: c.CacheDir, Env: c.Env, Log: c.Log},
+	); err != nil {
 		return nil, err
 	}
 	if c.Listen != "" {
@@ -269,7 +286,15 @@ func (m *Mirror) loadTaken(hash string) (*git.Commit, error) {
 func (m *Mirror) logGit(before, after gitState) {
 	switch {
 	case after.away != nil && before.away == nil:
-		m.c.Log.Warn("Git can't be read, what was mirrored stays", "repo", m.c.Repo, "branch", m.c.Branch, "error", after.away)
+		m.c.Log.Warn(
+			"Git can't be read, what was mirrored stays",
+			"repo",
+			m.c.Repo,
+			"branch",
+			m.c.Branch,
+			"error",
+			after.away,
+		)
 	case after.away == nil && before.away != nil:
 		m.c.Log.Info("Git can be read again", "repo", m.c.Repo, "head", after.head)
 	}
@@ -280,7 +305,17 @@ func (m *Mirror) logGit(before, after gitState) {
 		m.c.Log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
 		return
 	}
-	m.c.Log.Info("commit read", "commit", after.head, "author", after.good.Author, "subject", after.good.Subject, "units", len(after.good.Tree.Units))
+	m.c.Log.Info(
+		"commit read",
+		"commit",
+		after.head,
+		"author",
+		after.good.Author,
+		"subject",
+		after.good.Subject,
+		"units",
+		len(after.good.Tree.Units),
+	)
 }
 
 func (m *Mirror) state() gitState {
@@ -292,7 +327,8 @@ func (m *Mirror) state() gitState {
 func (m *Mirror) setState(s gitState) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	same := s.head == m.git.head && s.good == m.git.good && text(s.bad) == text(m.git.bad) && text(s.away) == text(m.git.away)
+	same := s.head == m.git.head && s.good == m.git.good && text(s.bad) == text(m.git.bad) &&
+		text(s.away) == text(m.git.away)
 	m.git = s
 	if !same {
 		close(m.changed)

@@ -92,7 +92,8 @@ type reported struct {
 	report    deployments.Report
 }
 
-// parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed again.
+// parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed
+// again.
 type parsedReport struct {
 	version uint64
 	value   []byte // a restored store gives versions out again
@@ -102,8 +103,14 @@ type parsedReport struct {
 }
 
 func newObserver(log *slog.Logger, hooked func()) *observer {
-	return &observer{changed: wait.NewSignal(), hooked: hooked, log: log,
-		cells: map[string]cell{}, reports: map[string]parsedReport{}, complain: rate.Sometimes{First: 1, Interval: time.Minute}}
+	return &observer{
+		changed:  wait.NewSignal(),
+		hooked:   hooked,
+		log:      log,
+		cells:    map[string]cell{},
+		reports:  map[string]parsedReport{},
+		complain: rate.Sometimes{First: 1, Interval: time.Minute},
+	}
 }
 
 // latest returns what the store shows now.
@@ -175,7 +182,10 @@ func (o *observer) fleet(v kv.View) {
 			known.goneSince = time.Now()
 		}
 		reports[e.Key] = known
-		roles[key.Role] = append(roles[key.Role], reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report})
+		roles[key.Role] = append(
+			roles[key.Role],
+			reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report},
+		)
 	}
 	o.reports = reports
 	if bad > 0 {

@@ -10,8 +10,8 @@ import (
 	"kedge/kv"
 )
 
-// order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the transaction that
-// does it.
+// order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the
+// transaction that does it.
 type order struct {
 	deployments.Order
 	version uint64

@@ -14,8 +14,8 @@ import (
 	"kedge/deployments"
 )
 
-// link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes any more in either
-// direction, and nobody is told.
+// link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes
+// any more in either direction, and nobody is told.
 type link struct {
 	addr string
 
@@ -103,8 +103,9 @@ func (l *link) mend() {
 	}
 }
 
-// The leader is cut off from Consul, but alive, and sees Git: the other takes over within seconds, the first knows by its own clock
-// that it leads no more, and when the link is mended it stands by, and takes over when it is asked to.
+// The leader is cut off from Consul, but alive, and sees Git: the other takes over within seconds, the first knows
+// by its own clock that it leads no more, and when the link is mended it stands by, and takes over when it is asked
+// to.
 func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	t.Parallel()
 	consul, o := kvtest.StartConsul(t, kvtest.ConsulOptions{}), gittest.New(t)

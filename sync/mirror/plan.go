@@ -23,8 +23,8 @@ type Change struct {
 	How string `json:"how,omitempty"`
 }
 
-// Plan says which records a tree would change at a time, given those that are there, sorted by unit; pure. A unit with a rollout is
-// shown as its rollout begins, before any node is admitted.
+// Plan says which records a tree would change at a time, given those that are there, sorted by unit; pure. A unit
+// with a rollout is shown as its rollout begins, before any node is admitted.
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}
@@ -56,10 +56,19 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 }
 
 // first gives the record with which a new target begins, and says how it goes out.
-func first(tree *deployments.Tree, u deployments.Unit, commit string, before deployments.Record, at time.Time) (deployments.Record, string) {
-	// What the fleet says isn't known here; one node that has said nothing is enough for a rollout to begin, and none to end.
-	move := policy.Next(policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
-		Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)})
+func first(
+	tree *deployments.Tree,
+	u deployments.Unit,
+	commit string,
+	before deployments.Record,
+	at time.Time,
+) (deployments.Record, string) {
+	// What the fleet says isn't known here; one node that has said nothing is enough for a rollout to begin, and none
+	// to end.
+	move := policy.Next(
+		policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
+			Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)},
+	)
 	r := move.Record
 	r.Nodes, r.Joined = 0, 0
 	if r.Rollout == nil {
@@ -86,8 +95,9 @@ func first(tree *deployments.Tree, u deployments.Unit, commit string, before dep
 // ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow gives the record that a unit's file asks for, from the one that is there (zero: none). Where the file names another
-// release than the record, it begins a new generation, open to every node; else only what the agents read of the file changes.
+// follow gives the record that a unit's file asks for, from the one that is there (zero: none). Where the file
+// names another release than the record, it begins a new generation, open to every node; else only what the agents
+// read of the file changes.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{
@@ -101,8 +111,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal is the release that a record is about. One that was rolled back has another Target, but is still about the release
-// that Git names: want is that where the record says that it was tried.
+// goal is the release that a record is about. One that was rolled back has another Target, but is still about the
+// release that Git names: want is that where the record says that it was tried.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want

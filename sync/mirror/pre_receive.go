@@ -12,12 +12,18 @@ import (
 	"kedge/sync/git"
 )
 
-// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses what the
-// mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of the branch. Only
-// branches are looked at: those given, or else main and the one that HEAD names. path is as Config.Path. With releases it refuses as well what
-// Releases.Check says of those that the push changes. It runs in the receiving repository's environment, where pushed objects lie in a
-// quarantine.
-func CheckPush(ctx context.Context, repoDir, path string, stdin io.Reader, releases *Releases, branches ...string) error {
+// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses
+// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of
+// the branch. Only branches are looked at: those given, or else main and the one that HEAD names. path is as
+// Config.Path. With releases it refuses as well what Releases.Check says of those that the push changes. It runs in
+// the receiving repository's environment, where pushed objects lie in a quarantine.
+func CheckPush(
+	ctx context.Context,
+	repoDir, path string,
+	stdin io.Reader,
+	releases *Releases,
+	branches ...string,
+) error {
 	from, likely, err := git.OpenReceiving(repoDir, path, os.Getenv)
 	if err != nil {
 		return err

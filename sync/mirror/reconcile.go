@@ -61,7 +61,8 @@ type inputs struct {
 	blind bool
 	// fleetSince is since when fleet is up to date, without a gap.
 	fleetSince time.Time
-	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to report.
+	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to
+	// report.
 	lostSince   map[deployments.UnitID]time.Time
 	rebuildWait time.Duration
 	// ranks are kept from one call to the next, for speed alone; nil: nowhere.
@@ -79,8 +80,8 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns since when the fleet is up to date, counted back from now by the time that has passed: a clock that was ahead then, and
-// was put right since, must not count.
+// seen returns since when the fleet is up to date, counted back from now by the time that has passed: a clock that
+// was ahead then, and was put right since, must not count.
 func (in inputs) seen() time.Time {
 	if in.fleetSince.IsZero() {
 		return in.fleetSince
@@ -129,7 +130,8 @@ type plan struct {
 	changes []change // sorted by unit
 	// agreed are units that Git names, whose records this mirror found there and would write as they are.
 	agreed []deployments.UnitID
-	// whole is false if a unit has to wait, as this mirror's last write of it has yet to show, or the fleet isn't known yet.
+	// whole is false if a unit has to wait, as this mirror's last write of it has yet to show, or the fleet isn't
+	// known yet.
 	whole bool
 	// again is when time alone could change the answer; zero: never.
 	again time.Time
@@ -188,7 +190,12 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 		return w, doWrite
 	}
 	w.after = policy.Orphaned(c.record)
-	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(w.after); bytes.Equal(w.value, encode(c.record)) {
+	if w.kind, w.reason, w.value = "update", "its file is no longer in Git", encode(
+		w.after,
+	); bytes.Equal(
+		w.value,
+		encode(c.record),
+	) {
 		return change{}, doNothing
 	}
 	w.ops = []kv.Op{kv.Replace(kv.DesiredKey(id), w.value, c.version)}
@@ -246,7 +253,10 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)
-	if turn := mine.at.Add(pace(len(nodes))); known && !ordered && w.kind == "update" && in.now.Before(turn) && onlyMoves(w.before, w.after) {
+	if turn := mine.at.Add(
+		pace(len(nodes)),
+	); known && !ordered && w.kind == "update" && in.now.Before(turn) &&
+		onlyMoves(w.before, w.after) {
 		return change{}, doNothing, turn
 	}
 	var stored *deployments.Record
@@ -299,8 +309,9 @@ func reasonOf(order deployments.Verb, m policy.Move) string {
 	return message.Transition(m.Reason, m.Facts)
 }
 
-// pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes of the role, which
-// come ready one by one: with a write for each, a fleet's wakes would be the square of its nodes.
+// pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes
+// of the role, which come ready one by one: with a write for each, a fleet's wakes would be the square of its
+// nodes.
 func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
 
 // onlyMoves reports whether a record differs from the one before in nothing but how far its rollout is within a phase.

@@ -28,13 +28,14 @@ const (
 type Releases struct {
 	// Objects reads their manifests.
 	Objects *object.Client
-	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without it, signatures are
-	// the nodes' to check.
+	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without
+	// it, signatures are the nodes' to check.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 }
 
-// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is to be trusted, and does
-// only what kedge.yaml allows for its stage. The error is Problems, also of what can't be read now.
+// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is
+// to be trusted, and does only what kedge.yaml allows for its stage. The error is Problems, also of what can't be
+// read now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
 	problems, unread := r.inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
@@ -48,7 +49,8 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before nil: all.
+// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
+// nil: all.
 func changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
 		return to.Units
@@ -73,16 +75,23 @@ func changed(before, to *deployments.Tree) []deployments.Unit {
 
 // bounded gives the units whose releases take a look at the manifest to tell whether they are allowed.
 func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
-	return slices.DeleteFunc(slices.Clone(units), func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() })
+	return slices.DeleteFunc(
+		slices.Clone(units),
+		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() },
+	)
 }
 
 // BoundsReleases reports whether it takes a look at manifests to tell that a tree's releases are allowed.
 func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
 
-// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a digest names a manifest
-// for ever. unread are those that could not be read, or whose signature doesn't count, which may pass: they aren't there yet, or the
-// storage is away. Both are sorted.
-func (r Releases) inspect(ctx context.Context, s deployments.Settings, units []deployments.Unit) (problems, unread deployments.Problems) {
+// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a
+// digest names a manifest for ever. unread are those that could not be read, or whose signature doesn't count,
+// which may pass: they aren't there yet, or the storage is away. Both are sorted.
+func (r Releases) inspect(
+	ctx context.Context,
+	s deployments.Settings,
+	units []deployments.Unit,
+) (problems, unread deployments.Problems) {
 	byRelease := map[deployments.Pointer][]deployments.Unit{}
 	var releases []deployments.Pointer
 	for _, u := range units {
@@ -137,8 +146,8 @@ func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, erro
 	return raw, err
 }
 
-// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it would become is
-// known on the unit's nodes only, and may be any text, more fields among them.
+// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it
+// would become is known on the unit's nodes only, and may be any text, more fields among them.
 func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
 	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
 	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
@@ -147,15 +156,25 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	})
 	switch {
 	case variable != "" && bounds.OnManifests():
-		return fmt.Errorf("its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
-			"or bound the stage in its agents' configuration instead", variable, deployments.SettingsFile, u.ID.Stage)
+		return fmt.Errorf(
+			"its manifest has the variable %s, and so can't be held to what %s allows for stage %s: write out its value, "+
+				"or bound the stage in its agents' configuration instead",
+			variable,
+			deployments.SettingsFile,
+			u.ID.Stage,
+		)
 	case variable != "":
 		return nil
 	case err != nil:
 		return fmt.Errorf("%s: %w", u.Release.URL, err)
 	}
 	if err := bounds.Check(u.Release, m, asWritten); err != nil {
-		return fmt.Errorf("the release does what %s does not allow for stage %s: %w", deployments.SettingsFile, u.ID.Stage, err)
+		return fmt.Errorf(
+			"the release does what %s does not allow for stage %s: %w",
+			deployments.SettingsFile,
+			u.ID.Stage,
+			err,
+		)
 	}
 	return nil
 }

@@ -44,7 +44,8 @@ func (m manifests) tree(dest, more string) string {
 
 const bounds = "dests: {prod: [/srv]}\nusers: {prod: [app]}\n"
 
-// A commit whose releases do more than its own kedge.yaml allows for their stage is refused with the lines that name them.
+// A commit whose releases do more than its own kedge.yaml allows for their stage is refused with the lines that
+// name them.
 func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -79,7 +80,8 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 	mirror.refuses(o.Push(map[string]string{"prod/web/app.yaml": m.put("3", strings.Replace(m.tree("/srv/app", ""), "a.tar", "../a.tar", 1))}), "is not from file://")
 }
 
-// A release that isn't there yet, or can't be read, holds up its commit, and nothing else; what was taken is not looked at again.
+// A release that isn't there yet, or can't be read, holds up its commit, and nothing else; what was taken is not
+// looked at again.
 func TestReleasesThatCannotBeRead(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -196,7 +198,8 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 	})
 }
 
-// A webhook says that something is new, and so a release is looked for that was not there: at once, but not as often as somebody likes.
+// A webhook says that something is new, and so a release is looked for that was not there: at once, but not as
+// often as somebody likes.
 func TestWebhookLooksForReleases(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -221,7 +224,8 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	leader.at(head)
 }
 
-// Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to wait for it.
+// Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to
+// wait for it.
 func TestReleasesOnStorageThatHangs(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}

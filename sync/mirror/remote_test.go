@@ -204,8 +204,8 @@ func TestSilentServer(t *testing.T) {
 	}
 }
 
-// A push with an object that is too large is refused before it fills the mirror's memory or is fetched again and again, and nothing
-// else is the worse for it.
+// A push with an object that is too large is refused before it fills the mirror's memory or is fetched again and
+// again, and nothing else is the worse for it.
 func TestObjectsThatAreTooLargeToFetch(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))

@@ -205,8 +205,8 @@ func TestFailureRollsBack(t *testing.T) {
 	h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
 }
 
-// A unit that is removed, and put back by a revert, goes on where it stood: what was rolled back stays out, and what was under way keeps
-// its budget. So does one whose record is lost while no mirror runs.
+// A unit that is removed, and put back by a revert, goes on where it stood: what was rolled back stays out, and
+// what was under way keeps its budget. So does one whose record is lost while no mirror runs.
 func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	t.Parallel()
 	for name, lose := range map[string]func(o *gittest.Origin, h *herd){
@@ -253,7 +253,8 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	}
 }
 
-// A unit that is taken out of Git, or renamed, while its rollout is under way: without prune its record stays, and says why nothing moves.
+// A unit that is taken out of Git, or renamed, while its rollout is under way: without prune its record stays, and
+// says why nothing moves.
 func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

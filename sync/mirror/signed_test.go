@@ -74,7 +74,8 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.runs("prod/web/app", "app/3")
 }
 
-// A mirror that starts after the signer was taken out goes on with what was taken: it keeps records up, and obeys orders.
+// A mirror that starts after the signer was taken out goes on with what was taken: it keeps records up, and obeys
+// orders.
 func TestSignerIsTakenOut(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -13,8 +13,8 @@ import (
 // snapshotEvery is how often a snapshot is written anew though nothing changed: readers bound its age.
 const snapshotEvery = time.Hour
 
-// offerSnapshot hands the records that this mirror wrote, or agreed with, to keepSnapshot, if there is something new. What somebody
-// else wrote to desired/ is not to be vouched for by a signature.
+// offerSnapshot hands the records that this mirror wrote, or agreed with, to keepSnapshot, if there is something
+// new. What somebody else wrote to desired/ is not to be vouched for by a signature.
 func (l *leader) offerSnapshot() {
 	if l.c.Snapshot == nil {
 		return

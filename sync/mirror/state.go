@@ -20,8 +20,8 @@ const maxError = 4 << 10
 // maxLogged bounds what a line of the log says of keys that others may write, in bytes.
 const maxLogged = 1 << 10
 
-// worthWriting reports whether next tells more than was: not where only numbers in the error differ (ports, counts, times), for
-// minutes on end. at is when was was written. Pure.
+// worthWriting reports whether next tells more than was: not where only numbers in the error differ (ports, counts,
+// times), for minutes on end. at is when was was written. Pure.
 func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
 	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
 		was.Error = next.Error

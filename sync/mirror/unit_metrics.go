@@ -24,8 +24,8 @@ func (m *Mirror) setScene(s *scene) {
 	m.scene = s
 }
 
-// unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over all mirrors are right.
-// It counts when it is asked.
+// unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over
+// all mirrors are right. It counts when it is asked.
 type unitMetrics struct {
 	mirror                                                *Mirror
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
@@ -37,14 +37,22 @@ func newUnitMetrics(m *Mirror) *unitMetrics {
 		mirror: m,
 		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
 			unit, nil),
-		rollout: prometheus.NewDesc("kedge_unit_rollout_phase", "1 for the phase in which a unit's rollout is, 0 for every other.",
-			append(unit, "phase"), nil),
+		rollout: prometheus.NewDesc(
+			"kedge_unit_rollout_phase",
+			"1 for the phase in which a unit's rollout is, 0 for every other.",
+			append(unit, "phase"),
+			nil,
+		),
 		orphaned: prometheus.NewDesc("kedge_unit_orphaned", "1 while Git names the unit no longer, and its record stays.",
 			unit, nil),
 		pinned:  prometheus.NewDesc("kedge_unit_pinned", "1 while a pin of the whole unit decides.", unit, nil),
 		pinEnds: prometheus.NewDesc("kedge_unit_pin_end_timestamp_seconds", "When the unit's pin ends by itself.", unit, nil),
-		nodes: prometheus.NewDesc("kedge_unit_nodes", "Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died, other where it is none of these.",
-			append(unit, "state"), nil),
+		nodes: prometheus.NewDesc(
+			"kedge_unit_nodes",
+			"Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died, other where it is none of these.",
+			append(unit, "state"),
+			nil,
+		),
 	}
 }
 

@@ -37,7 +37,8 @@ func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
 	return strings.Join(lines, "\n")
 }
 
-// The mirror that leads shows where each rollout stands and how many nodes say what; one that waits shows nothing of it.
+// The mirror that leads shows where each rollout stands and how many nodes say what; one that waits shows nothing
+// of it.
 func TestUnitMetrics(t *testing.T) {
 	t.Parallel()
 	o, store, metrics, others := gittest.New(t), dirStore(t), prometheus.NewRegistry(), prometheus.NewRegistry()

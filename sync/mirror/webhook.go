@@ -80,8 +80,8 @@ func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// hook asks for a poll where the caller knows the secret. Nothing in the body is believed, or even read, beyond its signature: every
-// event will do, and one that is sent again only asks once more.
+// hook asks for a poll where the caller knows the secret. Nothing in the body is believed, or even read, beyond its
+// signature: every event will do, and one that is sent again only asks once more.
 func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 	code, why := m.checkHook(http.MaxBytesReader(w, r.Body, maxHook), r.Header)
 	m.metrics.hooks.WithLabelValues(strconv.Itoa(code)).Inc()
@@ -103,12 +103,13 @@ func (m *Mirror) heed() {
 	m.hurry.Set()
 }
 
-// hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now and then. And it is
-// how long after the last look for a release a webhook may lead to the next.
+// hookPause is from one webhook that is passed on to the next: however many come, the store gets a small write now
+// and then. And it is how long after the last look for a release a webhook may lead to the next.
 const hookPause = 2 * time.Second
 
-// passOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer knows which one that is,
-// and they don't try another. One that came to a mirror which is about to lose the lease is not lost: whoever takes it polls.
+// passOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer
+// knows which one that is, and they don't try another. One that came to a mirror which is about to lose the lease
+// is not lost: whoever takes it polls.
 func (m *Mirror) passOn(ctx context.Context) {
 	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
@@ -121,13 +122,23 @@ func (m *Mirror) passOn(ctx context.Context) {
 			continue
 		}
 		pause := m.hookPause
-		value := fmt.Sprintf("%s %s\n", time.Now().UTC().Format(time.RFC3339Nano), m.c.Name) // one that is the same would wake nobody
+		value := fmt.Sprintf(
+			"%s %s\n",
+			time.Now().UTC().Format(time.RFC3339Nano),
+			m.c.Name,
+		) // one that is the same would wake nobody
 		if err := m.c.Store.Commit(ctx, nil, kv.Put(kv.MirrorHook, []byte(value))); err == nil {
 			failed = false
 			retry.Reset()
 		} else {
 			if !failed && ctx.Err() == nil {
-				m.c.Log.Warn("a webhook can't be passed on to the mirror that holds the lease, it is tried again", "store", m.c.Store, "error", err)
+				m.c.Log.Warn(
+					"a webhook can't be passed on to the mirror that holds the lease, it is tried again",
+					"store",
+					m.c.Store,
+					"error",
+					err,
+				)
 			}
 			failed = true
 			m.hooked.Set()
@@ -144,7 +155,8 @@ func (m *Mirror) leads() bool {
 	return m.holds != nil && m.holds.Context().Err() == nil
 }
 
-// mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to fill a disk.
+// mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to
+// fill a disk.
 func (m *Mirror) mayComplain(now time.Time) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -162,7 +174,15 @@ func (m *Mirror) checkHook(body io.Reader, h http.Header) (code int, why string)
 	key, signed := []byte(m.secret), ""
 	var given [][]byte // signatures, of which one must fit
 	if standard := h.Get("Webhook-Signature"); standard != "" {
-		key, signed, given = standardKey(m.secret), h.Get("Webhook-Id")+"."+h.Get("Webhook-Timestamp")+".", standardSignatures(standard)
+		key, signed, given = standardKey(
+			m.secret,
+		), h.Get(
+			"Webhook-Id",
+		)+"."+h.Get(
+			"Webhook-Timestamp",
+		)+".", standardSignatures(
+			standard,
+		)
 	} else if token := sharedSecret(h); token != "" {
 		// Digests have one length, so that not even the secret's length can be timed.
 		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(m.secret))
@@ -220,8 +240,9 @@ func standardKey(secret string) []byte {
 	return []byte(secret)
 }
 
-// standardSignatures reads "v1,BASE64 v1,BASE64", of which there are several while a secret is replaced. The time that is signed with
-// them is not looked at: a clock that is wrong would do more harm than a hook that is sent again.
+// standardSignatures reads "v1,BASE64 v1,BASE64", of which there are several while a secret is replaced. The time
+// that is signed with them is not looked at: a clock that is wrong would do more harm than a hook that is sent
+// again.
 func standardSignatures(header string) (all [][]byte) {
 	for _, one := range strings.Fields(header) {
 		text, found := strings.CutPrefix(one, "v1,")

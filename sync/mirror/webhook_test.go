@@ -167,8 +167,9 @@ func TestWebhook(t *testing.T) {
 	}
 }
 
-// A forge knows one address, and a load balancer any mirror: a webhook that meets a mirror without the lease wakes the one that has it,
-// with the rights that operators are told to give, and a flood of them is a write now and then.
+// A forge knows one address, and a load balancer any mirror: a webhook that meets a mirror without the lease wakes
+// the one that has it, with the rights that operators are told to give, and a flood of them is a write now and
+// then.
 func TestWebhookOfAStandby(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
@@ -242,7 +243,8 @@ func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 	}
 }
 
-// A mirror leads no longer than its lease holds: one that is still about to notice, or to give it back, passes a webhook on.
+// A mirror leads no longer than its lease holds: one that is still about to notice, or to give it back, passes a
+// webhook on.
 func TestLeadsAsLongAsTheLease(t *testing.T) {
 	t.Parallel()
 	store := dirStore(t)

@@ -49,8 +49,8 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	}
 }
 
-// adopt takes records that another mirror wrote for this one's own: who changes them by hand is put right, and they go into the
-// snapshot.
+// adopt takes records that another mirror wrote for this one's own: who changes them by hand is put right, and they
+// go into the snapshot.
 func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
 	for _, id := range units {
 		c := cells[id]
@@ -68,8 +68,8 @@ func (w *written) unconfirmed() bool {
 	return false
 }
 
-// lostState reports whether mirror/state isn't what this mirror wrote there: somebody removed or changed it by hand. While the
-// write may have yet to show, at is when that can be told.
+// lostState reports whether mirror/state isn't what this mirror wrote there: somebody removed or changed it by
+// hand. While the write may have yet to show, at is when that can be told.
 func (w *written) lostState(state observedState, now time.Time) (lost bool, at time.Time) {
 	if !state.current || w.stateAt.IsZero() || bytes.Equal(state.value, encodeStatus(w.state)) {
 		return false, at
@@ -78,10 +78,16 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 	return !now.Before(at), at
 }
 
-// write commits the changes, and the state where it differs from what was written, or where lost says that it isn't there.
-// What takes several transactions is announced in the first and confirmed in the last, so that a mirror that takes over
-// in between knows which commit it finds half written.
-func (l *leader) write(ctx context.Context, changes []change, status deployments.MirrorState, lost bool, now time.Time) error {
+// write commits the changes, and the state where it differs from what was written, or where lost says that it isn't
+// there. What takes several transactions is announced in the first and confirmed in the last, so that a mirror that
+// takes over in between knows which commit it finds half written.
+func (l *leader) write(
+	ctx context.Context,
+	changes []change,
+	status deployments.MirrorState,
+	lost bool,
+	now time.Time,
+) error {
 	all := changes
 	if lost || status != l.written.state {
 		all = append(slices.Clone(changes), writeStatus(status))
@@ -122,7 +128,19 @@ func (l *leader) noteWritten(w change, now time.Time) {
 	}
 	if w.order.version != 0 {
 		l.written.orders[w.unit] = w.order.version
-		l.c.Log.Info("order taken", "unit", w.unit, "order", w.order.Verb, "by", w.order.By, "why", w.order.Reason, "outcome", w.reason)
+		l.c.Log.Info(
+			"order taken",
+			"unit",
+			w.unit,
+			"order",
+			w.order.Verb,
+			"by",
+			w.order.By,
+			"why",
+			w.order.Reason,
+			"outcome",
+			w.reason,
+		)
 	}
 	if w.kind == "none" {
 		return
@@ -139,7 +157,8 @@ func (l *leader) noteWritten(w change, now time.Time) {
 		"generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
 }
 
-// reportFailure says in mirror/state why what the commit asks for can't be written, where the store takes at least that.
+// reportFailure says in mirror/state why what the commit asks for can't be written, where the store takes at least
+// that.
 func (l *leader) reportFailure(ctx context.Context, err error, now time.Time) {
 	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
 		if errors.Is(err, passes) {
@@ -180,5 +199,6 @@ func batches(writes []change) [][]change {
 	return all
 }
 
-// maxBatch bounds a transaction's keys and values, in bytes: Consul takes 512 KiB of JSON, in which values grow by a third.
+// maxBatch bounds a transaction's keys and values, in bytes: Consul takes 512 KiB of JSON, in which values grow by
+// a third.
 const maxBatch = 300 << 10

@@ -80,11 +80,17 @@ func (r *Receiver) encode(source string, e Event) (body []byte, contentType stri
 	case FormatSlack:
 		v = map[string]string{"text": escapeSlack(r.text(e))}
 	case FormatTeams:
-		v = map[string]any{"type": "message", "attachments": []any{map[string]any{
-			"contentType": "application/vnd.microsoft.card.adaptive",
-			"content": map[string]any{"type": "AdaptiveCard", "version": "1.4", "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
-				"body": []any{map[string]any{"type": "TextBlock", "text": r.text(e), "wrap": true}}},
-		}}}
+		v = map[string]any{"type": "message", "attachments": []any{
+			map[string]any{
+				"contentType": "application/vnd.microsoft.card.adaptive",
+				"content": map[string]any{
+					"type":    "AdaptiveCard",
+					"version": "1.4",
+					"$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+					"body":    []any{map[string]any{"type": "TextBlock", "text": r.text(e), "wrap": true}},
+				},
+			},
+		}}
 	default:
 		contentType = "application/cloudevents+json"
 		event := map[string]any{
@@ -109,8 +115,16 @@ func (r *Receiver) text(e Event) string {
 	if template == "" {
 		template = "{message} {link}"
 	}
-	values := map[string]string{"message": e.Data.Message, "kind": string(e.Kind), "unit": e.Data.Unit, "link": e.Data.Link,
-		"release": e.Data.Release.String(), "commit": e.Data.Commit, "author": e.Data.Author, "subject": e.Data.Subject}
+	values := map[string]string{
+		"message": e.Data.Message,
+		"kind":    string(e.Kind),
+		"unit":    e.Data.Unit,
+		"link":    e.Data.Link,
+		"release": e.Data.Release.String(),
+		"commit":  e.Data.Commit,
+		"author":  e.Data.Author,
+		"subject": e.Data.Subject,
+	}
 	if e.Data.Release.IsZero() {
 		values["release"] = ""
 	}
@@ -152,7 +166,9 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 	}
 	err = fmt.Errorf("the server answers %s: %s", resp.Status, message.OneLine(string(answer)))
 	switch {
-	case resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode >= 500, resp.StatusCode == http.StatusRequestTimeout:
+	case resp.StatusCode == http.StatusTooManyRequests,
+		resp.StatusCode >= 500,
+		resp.StatusCode == http.StatusRequestTimeout:
 		seconds, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
 		return &retryAfterError{min(time.Duration(seconds)*time.Second, maxPause), err}
 	default:

@@ -98,7 +98,14 @@ func after(was told, u unitNow) (events []Event, now told) {
 	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy}
 	event := func(kind Kind, mark string, at time.Time, text string) {
 		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}
-		e.Data = Data{Unit: u.id.String(), Release: r.Target, Stable: r.Stable, Generation: r.Generation, Commit: r.Commit, Message: text}
+		e.Data = Data{
+			Unit:       u.id.String(),
+			Release:    r.Target,
+			Stable:     r.Stable,
+			Generation: r.Generation,
+			Commit:     r.Commit,
+			Message:    text,
+		}
 		if h := entryOf(u.history, r.Generation); h != nil {
 			e.Data.Author, e.Data.Subject = h.Author, h.Subject
 		}

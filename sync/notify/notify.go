@@ -54,8 +54,10 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
 		units: map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
-		sent: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kedge_mirror_notifications_total",
-			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped."}, []string{"receiver", "result"}),
+		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "kedge_mirror_notifications_total",
+			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped.",
+		}, []string{"receiver", "result"}),
 	}
 	if metrics != nil {
 		metrics.MustRegister(n.sent)
@@ -381,7 +383,8 @@ func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
 }
 
-// try calls f until it succeeds, is refused for good, or giveUp has passed. It returns an error only when ctx has ended.
+// try calls f until it succeeds, is refused for good, or giveUp has passed. It returns an error only when ctx has
+// ended.
 func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() error) error {
 	retry, began, refusals := wait.NewBackoff(time.Second, maxPause), time.Now(), 0
 	for {
@@ -433,7 +436,13 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 		if n.c.Link != "" {
 			status.link = strings.ReplaceAll(n.c.Link, "{unit}", name)
 		}
-		if err := n.try(ctx, s.Name, "commit", status.commit, func() error { return s.write(ctx, n.client, status) }); err != nil {
+		if err := n.try(
+			ctx,
+			s.Name,
+			"commit",
+			status.commit,
+			func() error { return s.write(ctx, n.client, status) },
+		); err != nil {
 			return err
 		}
 		c.statusAt[name] = time.Now()
@@ -443,7 +452,13 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 	}
 	if state.Refused != "" && state.Refused != c.Refused {
 		refused := commitStatus{commit: state.Refused, name: "kedge", state: statusFailure, description: clipped(state.Error)}
-		if err := n.try(ctx, s.Name, "commit", refused.commit, func() error { return s.write(ctx, n.client, refused) }); err != nil {
+		if err := n.try(
+			ctx,
+			s.Name,
+			"commit",
+			refused.commit,
+			func() error { return s.write(ctx, n.client, refused) },
+		); err != nil {
 			return err
 		}
 	}

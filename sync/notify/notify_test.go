@@ -233,7 +233,8 @@ func TestRolloutIsTold(t *testing.T) {
 	}
 }
 
-// A receiver that fails is told when it is back, one that refuses an event loses that alone, and neither holds up others.
+// A receiver that fails is told when it is back, one that refuses an event loses that alone, and neither holds up
+// others.
 func TestReceiversInTrouble(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

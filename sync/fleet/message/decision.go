@@ -62,7 +62,12 @@ func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deplo
 
 // Step says what one step of a decision's chain came to, and what an operator can do about it; hint is empty if there
 // is nothing. id and node are those that the decision is about.
-func Step(id deployments.UnitID, node, what string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+func Step(
+	id deployments.UnitID,
+	node, what string,
+	reason deployments.Reason,
+	f deployments.Facts,
+) (says, hint string) {
 	switch what {
 	case "record":
 		return recordStep(id, reason, f)
@@ -81,7 +86,12 @@ func Step(id deployments.UnitID, node, what string, reason deployments.Reason, f
 	return Text(reason, f), ""
 }
 
-func pinStep(id deployments.UnitID, node, what string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+func pinStep(
+	id deployments.UnitID,
+	node, what string,
+	reason deployments.Reason,
+	f deployments.Facts,
+) (says, hint string) {
 	if what != "node pin" {
 		node = ""
 	}
@@ -140,7 +150,12 @@ func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments
 	return Progress(p), hint
 }
 
-func admissionStep(id deployments.UnitID, node string, reason deployments.Reason, f deployments.Facts) (says, hint string) {
+func admissionStep(
+	id deployments.UnitID,
+	node string,
+	reason deployments.Reason,
+	f deployments.Facts,
+) (says, hint string) {
 	pin := "kedge pin " + id.String() + " "
 	waits := "wait for its turn, or at once on this node: " + pin + f["target"] + " --node " + node
 	switch reason {

@@ -132,7 +132,8 @@ func minute(fact string) string {
 	return t.UTC().Format("2006-01-02 15:04Z")
 }
 
-// rolloutText has the reasons of rollouts and orders whose words depend on what a fact says; empty: it is none of these.
+// rolloutText has the reasons of rollouts and orders whose words depend on what a fact says; empty: it is none of
+// these.
 func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 	switch reason {
 	case deployments.ReasonCanary:
