@@ -284,6 +284,17 @@ func nodeName(role deployments.RoleID, n int) string {
 	return fmt.Sprintf("%s-%s-%03d", role.Stage, role.Role, n)
 }
 
+// awayScene is a unit's node that is unhealthy, seen while the store can't be read.
+func awayScene() scene {
+	s := smallScene()
+	s.name = "away"
+	s.trouble = "read status/: the store is unavailable: dial tcp 127.0.0.1:8500: connect: connection refused"
+	s.entries = append(s.entries, report("web-2", unhealthy("1.4.2", "http http://127.0.0.1:8080/ready",
+		"503 Service Unavailable")))
+	s.node = "/prod/web/app/web-2"
+	return s
+}
+
 // assemble is the scene as a fleet.
 func (s scene) assemble() *fleet.Fleet {
 	f := fleet.Assemble(s.entries, time.Now())
