@@ -19,7 +19,7 @@ var metricName = regexp.MustCompile(`\bkedge_(?:build|agent|mirror|unit|web)_[a-
 // served returns the names of the metrics that the code declares, those that Prometheus derives of histograms too.
 func served(t *testing.T) (names, all []string) {
 	t.Helper()
-	declared := regexp.MustCompile(`(?:Name: +|NewDesc\()"(kedge_[a-z0-9_]+)"`)
+	declared := regexp.MustCompile(`(?:Name:\s+|NewDesc\(\s*)"(kedge_[a-z0-9_]+)"`)
 	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
 		switch {
 		case err != nil:

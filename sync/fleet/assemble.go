@@ -264,8 +264,9 @@ func (a *assembly) nodes(u *Unit) {
 		case r.err != nil:
 			n.Why = "its report does not parse"
 			n.Report.Error = r.err.Error()
-		case !reports:
+		case !reports && facts.Record.Present: // without a record nothing is said of it, and Why tells that
 			n.Why = "has yet to report on it"
+		case !reports:
 		default:
 			n.Converged = converged(decision, report)
 		}
