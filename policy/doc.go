@@ -34,6 +34,8 @@
 //   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let one go further
 //     than max_unavailable, counted by what the others say. Who can delete status keys makes the list of nodes short: a rollout
 //     doesn't end by it before it has stood for a deadline, and for an hour if most are missing (TestAShortListIsNotTheFleet).
+//     Until its nodes have put their keys back, though, within a minute, more of them than max_unavailable may be admitted: what
+//     a list lacks isn't counted.
 //
 // # Budget
 //

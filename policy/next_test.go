@@ -495,7 +495,8 @@ func TestRefusedOrdersChangeNothing(t *testing.T) {
 	t.Parallel()
 	for _, phase := range []deployments.Phase{"", deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseRolling, deployments.PhasePaused,
 		deployments.PhaseRollingBack, deployments.PhaseRolledBack} {
-		for _, order := range append([]string{"hurry"}, Orders...) {
+		for _, verb := range append([]deployments.Verb{"hurry"}, deployments.Verbs()...) {
+			order := string(verb)
 			s := step(2, phase)
 			s.Unit.Rollout.Approval = deployments.Manual
 			switch phase {

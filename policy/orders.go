@@ -6,9 +6,6 @@ import (
 	"kedge/deployments"
 )
 
-// Orders are what an operator may ask for.
-var Orders = []string{"promote", "pause", "resume", "abort", "retry"}
-
 // Refusal is why an order would change nothing where a record stands; empty: it would change something.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
@@ -19,7 +16,7 @@ func refusal(order string, r deployments.Record) cause {
 	is := func(reason deployments.Reason) cause { return cause{reason, deployments.Facts{"order": order}} }
 	p := r.Rollout
 	switch {
-	case !slices.Contains(Orders, order):
+	case !slices.Contains(deployments.Verbs(), deployments.Verb(order)):
 		return is(deployments.ReasonUnknownOrder)
 	case IsOrphaned(r):
 		return is(deployments.ReasonOrphaned)

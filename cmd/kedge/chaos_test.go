@@ -39,7 +39,8 @@ func TestChaos(t *testing.T) {
 		t.Skip("needs Consul, S3 and root, and takes two minutes")
 	}
 	if *chaosEpisodes == 0 {
-		t.Skip("not played by itself: one run in five of seed 2 failed, and why is not known; go test ./cmd/kedge -run TestChaos -v -args -chaos.episodes=1")
+		t.Skip("not played by itself, as it fails: status keys that are deleted in mid-rollout make the mirror admit too many; " +
+			"go test ./cmd/kedge -run TestChaos -v -args -chaos.episodes=1")
 	}
 	t.Parallel()
 	for n := range *chaosEpisodes {

@@ -144,8 +144,8 @@ func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	if err := id.Check(); err != nil {
 		return kv.Entry{}, err
 	}
-	if !slices.Contains(policy.Orders, verb) {
-		return kv.Entry{}, fmt.Errorf("%q is not one of %s", verb, strings.Join(policy.Orders, ", "))
+	if _, err := deployments.ParseOrder([]byte(verb)); err != nil {
+		return kv.Entry{}, err
 	}
 	was, err = store.Get(ctx, kv.DesiredKey(id))
 	switch {
