@@ -17,10 +17,12 @@ import (
 
 // acceptance is which commit the store holds, or is to hold, and what is known of the one that might follow it.
 type acceptance struct {
-	commit   *git.Commit // nil: it can't be read
-	recalled string      // the branch's head when commit was last looked for
-	compared string      // FROM..TO of the candidate that was last judged
-	refusal  error       // why that one isn't taken; nil: it is
+	commit *git.Commit // nil: it can't be read
+	// unvouched is the store's commit, where it can be read, and its signature counts no more; for basis alone.
+	unvouched *git.Commit
+	recalled  string // the branch's head when commit was last looked for
+	compared  string // FROM..TO of the candidate that was last judged
+	refusal   error  // why that one isn't taken; nil: it is
 
 	overruled  string      // the commit that is taken because Config.Accept names it
 	inspection *inspection // of the candidate's releases; nil: none was needed yet
@@ -89,6 +91,9 @@ func (l *leader) recall(head string) {
 	}
 	a.recalled = head
 	commit, err := l.loadTaken(taken)
+	if err != nil && l.recallUnvouched(taken, err) {
+		return
+	}
 	if err != nil {
 		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
 			"commit", taken, "error", err)

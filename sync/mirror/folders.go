@@ -11,6 +11,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git"
 )
 
 // Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
@@ -86,8 +87,8 @@ func missingFolders(
 }
 
 // ensureFolders makes the folder keys that are missing.
-func (l *leader) ensureFolders(ctx context.Context, seen observed, now time.Time) error {
-	missing, late := missingFolders(roles(l.acceptance.commit.Tree), seen.folders, l.folders, now)
+func (l *leader) ensureFolders(ctx context.Context, commit *git.Commit, seen observed, now time.Time) error {
+	missing, late := missingFolders(roles(commit.Tree), seen.folders, l.folders, now)
 	l.foldersLate = late
 	if len(missing) == 0 {
 		return nil

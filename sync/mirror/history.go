@@ -11,6 +11,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // pastGenerations is what the history says of units, of the roles for which it was read.
@@ -54,9 +55,9 @@ func needsHistory(u deployments.Unit, c cell, pinned bool, s standing) bool {
 }
 
 // readHistory reads the history of the roles for which it is needed, once.
-func (l *leader) readHistory(ctx context.Context, cells map[deployments.UnitID]cell,
+func (l *leader) readHistory(ctx context.Context, commit *git.Commit, cells map[deployments.UnitID]cell,
 	pins map[deployments.UnitID]policy.Value[deployments.Pin], now time.Time) error {
-	for _, u := range l.acceptance.commit.Tree.Units {
+	for _, u := range commit.Tree.Units {
 		role := u.ID.RoleID()
 		own, known := l.written.records[u.ID]
 		c := cells[u.ID]

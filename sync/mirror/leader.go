@@ -13,6 +13,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/git"
 )
 
 // leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch,
@@ -165,9 +166,9 @@ func (l *leader) loop(ctx context.Context) error {
 	var trouble error
 	conflicts := 0 // in a row
 	for {
-		git, gitChanged := l.gitChanged()
+		branch, gitChanged := l.gitChanged()
 		began := time.Now()
-		again, err := l.round(ctx, git)
+		again, err := l.round(ctx, branch)
 		l.metrics.rounds.Observe(time.Since(began).Seconds())
 		switch {
 		case errors.Is(err, kv.ErrLeaseLost):
@@ -247,13 +248,16 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	status := l.written.state
 	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
 	var todo plan
-	if commit := l.acceptance.commit; commit != nil {
-		if todo, err = l.plan(ctx, seen, now); err != nil {
+	commit, vouched := l.basis(cells)
+	if commit != nil {
+		if todo, err = l.plan(ctx, commit, vouched, seen, now); err != nil {
 			return 0, err
 		}
 		if !todo.again.IsZero() {
 			again = max(time.Millisecond, todo.again.Sub(now))
 		}
+	}
+	if commit != nil && vouched {
 		if !todo.whole && commit.Hash != l.written.state.Head {
 			if !seen.fleet.synced && seen.fleet.err != nil {
 				l.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
@@ -290,8 +294,10 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		l.reportFailure(ctx, err, now)
 		return 0, err
 	}
-	l.written.adopt(todo.agreed, cells)
-	if l.acceptance.commit != nil && todo.whole {
+	if vouched {
+		l.written.adopt(todo.agreed, cells)
+	}
+	if vouched && todo.whole {
 		l.offerSnapshot()
 	}
 	due, err := l.forgetDead(ctx, seen, now)
@@ -308,13 +314,13 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	return again, nil
 }
 
-// plan compares the accepted commit with what the store shows.
-func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, error) {
-	commit, cells := l.acceptance.commit, seen.desired.cells
-	if err := l.ensureFolders(ctx, seen, now); err != nil {
+// plan compares a commit with what the store shows; vouched is as in basis.
+func (l *leader) plan(ctx context.Context, commit *git.Commit, vouched bool, seen observed, now time.Time) (plan, error) {
+	cells := seen.desired.cells
+	if err := l.ensureFolders(ctx, commit, seen, now); err != nil {
 		return plan{}, err
 	}
-	if err := l.readHistory(ctx, cells, seen.pins.units, now); err != nil {
+	if err := l.readHistory(ctx, commit, cells, seen.pins.units, now); err != nil {
 		return plan{}, err
 	}
 	pins := seen.pins.units
@@ -329,10 +335,11 @@ func (l *leader) plan(ctx context.Context, seen observed, now time.Time) (plan, 
 	return reconcile(inputs{
 		overruled:   commit.Hash == l.acceptance.overruled,
 		commit:      commit,
+		unvouched:   !vouched,
 		now:         now,
 		cells:       cells,
 		own:         l.written.records,
-		orders:      l.pendingOrders(seen.orders),
+		orders:      l.pendingOrders(commit, seen.orders),
 		history:     l.history.newest,
 		stable:      l.history.stable,
 		pins:        pins,

@@ -8,6 +8,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/git"
 )
 
 // order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the
@@ -36,10 +37,10 @@ func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
 }
 
 // pendingOrders returns the orders that were not obeyed yet, and logs which can't be.
-func (l *leader) pendingOrders(seen observedOrders) map[deployments.UnitID]order {
+func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[deployments.UnitID]order {
 	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
 	units := map[deployments.UnitID]bool{}
-	for _, u := range l.acceptance.commit.Tree.Units {
+	for _, u := range commit.Tree.Units {
 		units[u.ID] = true
 	}
 	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {

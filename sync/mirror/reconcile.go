@@ -45,6 +45,8 @@ func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
 // inputs are all that decides what to write.
 type inputs struct {
 	commit *git.Commit
+	// unvouched is whether the commit isn't known to have been signed: then it takes nothing away.
+	unvouched bool
 	// overruled is whether the commit was taken because an operator said so.
 	overruled bool
 	now       time.Time
@@ -159,7 +161,7 @@ func reconcile(in inputs) plan {
 		}
 	}
 	for id, c := range in.cells {
-		if !inGit[id] {
+		if !inGit[id] && !in.unvouched {
 			if w, todo := in.removed(id, c); todo == doWrite {
 				p.changes = append(p.changes, w)
 			}

@@ -1,16 +1,18 @@
 package mirror
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
-	"kedge/sync/git/gittest"
-
 	"kedge/deployments"
+	"kedge/kv"
+	"kedge/sync/git/gittest"
 )
 
 func TestOnlySignedCommitsAreTaken(t *testing.T) {
@@ -97,6 +99,77 @@ func TestSignerIsTakenOut(t *testing.T) {
 	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}), "not among the allowed signers")
 	o.SignWith(filepath.Join(dir, "eve"))
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
+}
+
+// A mirror without a cache that starts after the signer was taken out, while a rollout is under way, obeys orders and
+// pins, and goes on with rollouts. What it can't vouch for it doesn't take from Git: another release at the same
+// commit's name, the unit's own settings of the record, a removal; nor does it sign a snapshot.
+func TestSignerIsTakenOutAndNothingIsRemembered(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	dir := t.TempDir()
+	store := dirStore(t)
+	signers := filepath.Join(dir, "signers")
+	gittest.WriteFile(t, signers, "ada@example.com "+o.SignBy(filepath.Join(dir, "ada")))
+	var snapshots atomic.Int32
+	c := Config{Store: store, Repo: o.Bare, SignedBy: signers}
+	m := start(t, c)
+	files := map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "prod/db/pg.yaml": unitFile("pg/1"),
+		"prod/db/proxy.yaml": unitFile("proxy/1")}
+	m.at(o.Push(files))
+	h := newHerd(t, m, 4)
+	h.until(deployments.Digest{}, 4, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 4 })
+	files["prod/web/app.yaml"] = unitFile("app/2") + gradual + "  approval: manual\n"
+	head := o.Push(files)
+	m.at(head)
+	h.until(deployments.Digest{}, 1, func(r deployments.Record) bool {
+		return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePendingApproval
+	})
+	m.stop()
+
+	gittest.WriteFile(t, signers, "eve@example.com "+o.SignBy(filepath.Join(dir, "eve")))
+	byHand := encode(deployments.Record{Target: pointer("hand/1"), Generation: 9, Commit: head, Drift: deployments.DriftHeal})
+	put(t, store, "desired/prod/db/pg", string(byHand))
+	put(t, store, "desired/prod/db/other", string(byHand))
+	c.Snapshot = func(context.Context, []kv.Entry) error { snapshots.Add(1); return nil }
+	m = start(t, c)
+	h.m = m
+	m.status(func(s deployments.MirrorState) bool {
+		return s.Head == head && s.Refused == head && strings.Contains(s.Error, "not among the allowed signers")
+	})
+	put(t, store, "control/prod/web/app", "abort\n")
+	r, _ := h.until(deployments.Digest{}, 2, func(r deployments.Record) bool {
+		return r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack
+	})
+	if r.Stable != pointer("app/1") || r.Rollout.Failed != pointer("app/2").Digest {
+		t.Errorf("after the abort: %+v", r)
+	}
+	put(t, store, "control/prod/web/app", "retry\n")
+	h.until(deployments.Digest{}, 1, func(r deployments.Record) bool {
+		return r.Target == pointer("app/2") && r.Rollout != nil && r.Rollout.Phase == deployments.PhasePendingApproval
+	})
+	put(t, store, "control/prod/web/app", "promote\n")
+	h.until(deployments.Digest{}, 2, func(r deployments.Record) bool {
+		return r.Target == pointer("app/2") && r.Rollout == nil
+	})
+	for _, unit := range []string{"prod/db/pg", "prod/db/other"} {
+		if got := desired(t, store)[unit]; got != string(byHand) {
+			t.Errorf("%s is %s, though nobody who counts signed the commit", unit, got)
+		}
+	}
+	if n := snapshots.Load(); n > 0 {
+		t.Errorf("%d snapshots of what nobody vouches for", n)
+	}
+
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual}))
+	m.runs("prod/web/app", "app/3")
+	m.runs("prod/db/pg", "pg/1")
+	m.await("a snapshot", func() error {
+		if snapshots.Load() == 0 {
+			return errors.New("there is none")
+		}
+		return nil
+	})
 }
 
 // Commits that the real gpg signed: by a key that counts, by another, by one that expired, and SSH signers beside them.
