@@ -36,15 +36,15 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -56,13 +56,13 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/agent/cache"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
 )
 
 // DefaultStateDir is where an agent keeps its state.
 const DefaultStateDir = "/var/lib/kedge"
-
-const floorsFile = "floors.json"
 
 // Config configures an Agent.
 type Config struct {
@@ -118,8 +118,8 @@ type Agent struct {
 	c       Config  // Node changes once at most, under mu: see findName
 	naming  *naming // nil: the name was given
 	started time.Time
-	begun   time.Time // startingSince
-	lock    *os.File
+	begun   time.Time // statedir.Dir.StartingSince
+	dir     *statedir.Dir
 	// nil: none
 	listener, statusListener net.Listener
 	metrics                  *metrics
@@ -139,20 +139,17 @@ type Agent struct {
 	snapshot sync.Once // the search for one
 
 	mu      sync.Mutex
-	known   lastKnown
-	unsaved bool // known is not on disk yet
-	// unwritten is set while it can't be written, which is said once.
-	unwritten bool
-	roles     []*role
-	units     map[deployments.UnitID]*unit
-	onDisk    map[deployments.UnitID]bool // of which something is kept since before the start
-	ready     bool                        // once it was ready
-	joined    uint64                      // the presence's number; 0: not known yet
-	ctx       context.Context
-	workers   sync.WaitGroup
+	cache   *cache.Cache
+	making  map[*cache.Source]bool // folder keys: see makeFolder
+	units   map[deployments.UnitID]*unit
+	onDisk  map[deployments.UnitID]bool // of which something is kept since before the start
+	ready   bool                        // once it was ready
+	joined  uint64                      // the presence's number; 0: not known yet
+	ctx     context.Context
+	workers sync.WaitGroup
 }
 
-// New checks c and takes the lock of the state directory: ErrLocked where another agent has it. An Agent that was
+// New checks c and locks the state directory: statedir.ErrLocked if another agent has it. An Agent that was
 // made must be Run.
 func New(c Config) (_ *Agent, err error) {
 	if c.Store == nil || c.Objects == nil {
@@ -170,13 +167,12 @@ func New(c Config) (_ *Agent, err error) {
 	if c.StateDir == "" {
 		c.StateDir = DefaultStateDir
 	}
-	var unnamed *naming
+	var host string
 	if c.Node == "" {
-		host, err := os.Hostname()
-		if err != nil {
+		if host, err = os.Hostname(); err != nil {
 			return nil, fmt.Errorf("this host's name: %w", err)
 		}
-		unnamed, c.Node = newNaming(host, c.StateDir)
+		c.Node, _, _ = strings.Cut(host, ".")
 	}
 	if err := deployments.CheckSegment("node", c.Node); err != nil {
 		return nil, err
@@ -184,13 +180,10 @@ func New(c Config) (_ *Agent, err error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if err := os.MkdirAll(c.StateDir, 0o700); err != nil {
-		return nil, fmt.Errorf("making the state directory: %w", err)
-	}
 	a := &Agent{
 		c:         c,
-		naming:    unnamed,
 		started:   time.Now().Truncate(time.Millisecond),
+		making:    map[*cache.Source]bool{},
 		units:     map[deployments.UnitID]*unit{},
 		onDisk:    map[deployments.UnitID]bool{},
 		fetching:  make(chan struct{}, 1),
@@ -201,46 +194,28 @@ func New(c Config) (_ *Agent, err error) {
 		idle:      make(chan struct{}),
 		converged: make(chan struct{}),
 	}
-	if a.lock, err = takeLock(c.StateDir); err != nil {
+	if a.dir, err = statedir.Open(c.StateDir, c.Log); err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, dropLock(a.lock))
+			err = errors.Join(err, a.dir.Close())
 		}
 	}()
-	if err = removeLeftovers(c.StateDir); err != nil {
+	if host != "" {
+		a.naming = &naming{host: host, saved: a.dir.NodeName(host)}
+		a.c.Node = cmp.Or(a.naming.saved, c.Node)
+	}
+	a.findUnitsOnDisk()
+	if a.cache, err = cache.Open(cache.Config{
+		Node: a.c.Node, Stage: c.Stage, Roles: c.Roles, File: a.dir.Path(statedir.LastKnownFile), Kept: a.kept, Log: c.Log,
+	}); err != nil {
 		return nil, err
 	}
-	if a.known, err = readLastKnown(c.StateDir, c.Log); err != nil {
+	if a.floors, err = deploy.OpenFloors(a.dir.Path(statedir.FloorsFile), c.Log); err != nil {
 		return nil, err
 	}
-	if err = moveOldFailures(c.StateDir, c.Log); err != nil {
-		return nil, err
-	}
-	for _, id := range a.unitsOnDisk() {
-		a.onDisk[id] = true
-	}
-	for _, name := range c.Roles {
-		r := newRole(c.Stage, name)
-		for _, s := range r.sources() {
-			entries, at, ok := a.known.get(s.prefix)
-			if !ok {
-				continue
-			}
-			counts := a.counts(r)
-			if s.desired {
-				counts = a.records(r, entries, true)
-			}
-			s.floors = maps.Clone(a.known.Prefixes[s.prefix].Generations)
-			s.offer(s.only(entries, counts), fromLastKnown, at)
-		}
-		a.roles = append(a.roles, r)
-	}
-	if a.floors, err = deploy.OpenFloors(filepath.Join(c.StateDir, floorsFile), c.Log); err != nil {
-		return nil, err
-	}
-	a.begun = startingSince(c.StateDir, a.started)
+	a.begun = a.dir.StartingSince(a.started)
 	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
@@ -266,7 +241,7 @@ func New(c Config) (_ *Agent, err error) {
 // Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with
 // commands under way ended. Trouble with the store, storage or a release doesn't end it.
 func (a *Agent) Run(ctx context.Context) error {
-	defer dropLock(a.lock)
+	defer a.dir.Close()
 	g, ctx := errgroup.WithContext(ctx)
 	a.mu.Lock()
 	a.ctx = ctx
@@ -287,8 +262,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error {
 		a.findName(ctx)
 		g.Go(func() error { a.report(ctx); return nil })
-		for _, r := range a.roles {
-			for _, s := range r.sources() {
+		for _, r := range a.cache.Roles() {
+			for _, s := range r.Sources() {
 				g.Go(func() error { a.watch(ctx, s); return nil })
 			}
 		}
@@ -364,24 +339,18 @@ func (a *Agent) kickReport() {
 	a.reportNow.Set()
 }
 
-// unitsOnDisk are the units of this node's roles that it has ever deployed: one that was cut off is recovered,
+// findUnitsOnDisk notes the units of this node's roles that it has ever deployed: one that was cut off is recovered,
 // whatever the store says.
-func (a *Agent) unitsOnDisk() []deployments.UnitID {
-	var ids []deployments.UnitID
+func (a *Agent) findUnitsOnDisk() {
 	for _, r := range a.c.Roles {
-		entries, err := os.ReadDir(filepath.Join(a.c.StateDir, "units", a.c.Stage, r))
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
+		ids, err := a.dir.Units(a.c.Stage, r)
+		if err != nil {
 			a.c.Log.Error("units on disk can't be listed", "role", r, "error", err)
 		}
-		for _, e := range entries {
-			id := deployments.UnitID{Stage: a.c.Stage, Role: r, Unit: e.Name()}
-			// A directory without anything in it goes: its unit never had a release.
-			if e.IsDir() && id.Check() == nil && os.Remove(unitDir(a.c.StateDir, id)) != nil {
-				ids = append(ids, id)
-			}
+		for _, id := range ids {
+			a.onDisk[id] = true
 		}
 	}
-	return ids
 }
 
 // loop decides whenever something changed, until ctx ends.

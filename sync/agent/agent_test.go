@@ -15,6 +15,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/agent/statedir"
 )
 
 func TestConvergesAndReports(t *testing.T) {
@@ -107,7 +108,7 @@ func TestNewRefuses(t *testing.T) {
 	// What was refused has left no lock behind.
 	a := w.start()
 	_, err := New(w.config())
-	if !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
+	if !errors.Is(err, statedir.ErrLocked) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
 		t.Errorf("a second agent of the state directory: %v", err)
 	}
 	a.stop()
@@ -468,7 +469,7 @@ func TestStartsOnAFullDisk(t *testing.T) {
 		t.Errorf("the disk isn't full: %v", err)
 	}
 	f.Close()
-	if err := os.Truncate(w.path("state", lockFile), 0); err != nil { // and the rest of the disk is somebody else's
+	if err := os.Truncate(w.path("state", "lock"), 0); err != nil { // and the rest of the disk is somebody else's
 		t.Fatal(err)
 	}
 	if f, err = os.OpenFile(full, os.O_APPEND|os.O_WRONLY, 0); err != nil {

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"strings"
 	"testing"
 
 	"kedge/deployments"
@@ -42,7 +43,7 @@ func TestConsulTokenLost(t *testing.T) {
 		return r.Units["app"].State == deployments.StateConverged && e.Session != "", string(e.Value)
 	})
 	consul.RevokeToken(token)
-	w.put(kv.DesiredKey(app), string(recordOf("2", digestA))) // wakes it
+	w.put(kv.DesiredKey(app), `{"target":"file:///r/manifest.yaml@sha256:`+strings.Repeat("a", 64)+`","generation":2}`) // wakes it
 	await(t, "the agent to notice", func() (bool, string) {
 		trouble := ""
 		for _, s := range a.Status().Sources {

@@ -9,6 +9,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/agent/cache"
 	"kedge/sync/fleet/message"
 )
 
@@ -19,32 +20,11 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	defer func() { a.metrics.reconcile.Observe(time.Since(began).Seconds()) }()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, r := range a.roles {
-		for _, s := range r.sources() {
-			if s.review(now, a.c.Log) {
-				a.unsaved = a.known.set(s.prefix, s.entries, s.floors, now) || a.unsaved
-				a.changedRecords(r, s, now)
-			}
-			if at := s.recheck; !at.IsZero() && (next.IsZero() || at.Before(next)) {
-				next = at
-			}
-		}
+	next = a.cache.Review(now)
+	if retry := a.cache.Save(now); !retry.IsZero() && (next.IsZero() || retry.Before(next)) {
+		next = retry
 	}
-	if a.unsaved {
-		// What is acted upon must be known after a restart. Where the disk refuses, running what is wanted still comes first.
-		err := a.known.write(a.c.StateDir)
-		switch {
-		case err == nil && a.unwritten:
-			a.c.Log.Info("the last known state is written again")
-		case err != nil && !a.unwritten:
-			a.c.Log.Error("a restart without the store would go back to an older state", "error", err)
-		}
-		a.unsaved, a.unwritten = err != nil, err != nil
-		if retry := now.Add(maxRetry); err != nil && (next.IsZero() || retry.Before(next)) {
-			next = retry
-		}
-	}
-	for _, r := range a.roles {
+	for _, r := range a.cache.Roles() {
 		a.decide(r, now)
 	}
 	for _, u := range a.units {
@@ -55,7 +35,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	for _, u := range a.units {
 		u.replaced = a.replaced(u)
 	}
-	for _, r := range a.roles {
+	for _, r := range a.cache.Roles() {
 		a.aim(r)
 	}
 	for _, u := range a.units {
@@ -76,19 +56,20 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 }
 
 // decide resolves the units of one role.
-func (a *Agent) decide(r *role, now time.Time) {
-	if !r.known() {
+func (a *Agent) decide(r *cache.Role, now time.Time) {
+	if !r.Known() {
 		return
 	}
-	for _, id := range r.units(a.c.Stage) {
+	for _, id := range r.Units() {
 		a.addUnit(id)
 	}
 	for id, u := range a.units {
-		if id.Role != r.name {
+		if id.Role != r.Name {
 			continue
 		}
-		u.record, u.pins[0], u.pins[1] = r.facts(id, a.c.Node)
-		u.floor, u.held = r.desired.floors[kv.DesiredKey(id)], r.desired.held[kv.DesiredKey(id)]
+		u.record = r.Record(id)
+		u.pins[0], u.pins[1] = r.UnitPins(id, a.c.Node)
+		u.floor, u.held = r.Generation(id)
 		state := u.state()
 		was := u.decision
 		u.decided = true
@@ -110,31 +91,30 @@ func (a *Agent) decide(r *role, now time.Time) {
 }
 
 // failureKey names what asks for a release: while it stays the same, a release that failed here isn't tried again.
-func failureKey(r *role, id deployments.UnitID, node string, from policy.Source, record deployments.Record) string {
+func failureKey(r *cache.Role, id deployments.UnitID, node string, from policy.Source, record deployments.Record) string {
 	key := ""
 	switch from {
 	case policy.FromNodePin:
-		key = "pins/" + id.String() + "/" + node
+		key = kv.NodePinKey(id, node)
 	case policy.FromUnitPin:
-		key = "pins/" + id.String()
+		key = kv.PinKey(id)
 	default:
 		return fmt.Sprintf("generation %d, retry %d", cmp.Or(record.Claim, record.Generation), record.Retry)
 	}
-	e, _ := r.pins.find(key)
-	return "pin " + deployments.Trim(string(e.Value))
+	return "pin " + deployments.Trim(r.Pins.Value(key))
 }
 
 // aim gives each worker of a role its goal.
-func (a *Agent) aim(r *role) {
+func (a *Agent) aim(r *cache.Role) {
 	after := map[string][]string{}
 	for id, u := range a.units {
-		if id.Role == r.name && u.decided && u.record.Err == nil {
+		if id.Role == r.Name && u.decided && u.record.Err == nil {
 			after[id.Unit] = u.record.Value.After
 		}
 	}
 	circles := cycles(after)
 	for id, u := range a.units {
-		if id.Role != r.name || !u.decided {
+		if id.Role != r.Name || !u.decided {
 			continue
 		}
 		u.cycle = circles[id.Unit]

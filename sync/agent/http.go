@@ -14,18 +14,16 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/fleet/message"
 )
 
-const (
-	socketFile = "agent.sock"
-	// A socket's path is short by the kernel's rule.
-	maxSocketPath = 107
-)
+// maxSocketPath is the longest path of a socket, by the kernel's rule.
+const maxSocketPath = 107
 
 // SocketPath is where the agent of a state directory listens on this machine, for GET /status, /ready and /live,
 // and for POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
-func SocketPath(stateDir string) string { return filepath.Join(stateDir, socketFile) }
+func SocketPath(stateDir string) string { return filepath.Join(stateDir, statedir.SocketFile) }
 
 // Status returns all that the agent knows of itself.
 func (a *Agent) Status() policy.NodeStatus {
@@ -37,11 +35,12 @@ func (a *Agent) Status() policy.NodeStatus {
 		Decisions: map[string]policy.DecisionStatus{}, Why: a.unready(),
 	}
 	s.Ready = len(s.Why) == 0
-	for _, r := range a.roles {
-		for _, src := range r.sources() {
-			st := policy.SourceStatus{Prefix: src.prefix, From: src.from.String(), Since: src.at}
-			if src.trouble != nil {
-				st.Trouble, st.TroubleSince = oneLine(src.trouble), src.since
+	for _, r := range a.cache.Roles() {
+		for _, src := range r.Sources() {
+			st := policy.SourceStatus{Prefix: src.Prefix}
+			st.From, st.Since = src.Origin()
+			if err, since := src.Trouble(); err != nil {
+				st.Trouble, st.TroubleSince = oneLine(err), since
 			}
 			s.Sources = append(s.Sources, st)
 		}

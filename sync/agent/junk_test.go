@@ -14,6 +14,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/agent/statedir"
 )
 
 // fill writes n values, side by side.
@@ -67,7 +68,7 @@ func TestJunkPins(t *testing.T) {
 	seen := func() int {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		return a.roles[0].passed
+		return a.cache.Roles()[0].PassedOver
 	}
 	await(t, "the junk to be seen", func() (bool, string) { return seen() == junk, fmt.Sprint(seen()) })
 	if grown, more := (int64(heap())-int64(before))>>20, runtime.NumGoroutine()-workers; grown > 32 || more > 50 {
@@ -86,7 +87,7 @@ func TestJunkPins(t *testing.T) {
 	if err != nil || len(entries) != 1 {
 		t.Errorf("%d directories, %v", len(entries), err)
 	}
-	if info, err := os.Stat(w.path("state", lastKnownFile)); err != nil || info.Size() > 4096 {
+	if info, err := os.Stat(w.path("state", statedir.LastKnownFile)); err != nil || info.Size() > 4096 {
 		t.Errorf("the last known state: %v, %v", info.Size(), err)
 	}
 	for i := range 2000 { // as an earlier version left them
@@ -155,22 +156,4 @@ func TestTooManyUnits(t *testing.T) {
 		return err == nil && len(entries) == 1 && len(a.units) == 1, fmt.Sprint(len(entries), err, len(a.units))
 	})
 	await(t, "/converged", func() (bool, string) { code, body := a.get("/converged"); return code == 200, body })
-}
-
-func TestTakeUnits(t *testing.T) {
-	t.Parallel()
-	of := func(names string) func(string) bool {
-		return func(name string) bool { return strings.Contains(names, name) }
-	}
-	for names, want := range map[string]string{"a": "a", "c b a": "a b", "z y x a": "y z", "z y": "y z"} {
-		taken, left := takeUnits(strings.Fields(names), of("z"), of("y"), 2)
-		var got []string
-		for name := range taken {
-			got = append(got, name)
-		}
-		slices.Sort(got)
-		if strings.Join(got, " ") != want || left != max(0, len(strings.Fields(names))-2) {
-			t.Errorf("of %s are taken %v, %d left out; want %s", names, got, left, want)
-		}
-	}
 }

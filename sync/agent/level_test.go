@@ -143,7 +143,7 @@ func TestOldFailureKeysMove(t *testing.T) {
 		t.Fatalf("the journal: %s, %v", data, err)
 	}
 	write(t, journal, strings.Replace(string(data), `"key": "generation 2, retry 0",`, "", 1))
-	old := w.path("state", oldFailuresFile)
+	old := w.path("state", "failures.json")
 	write(t, old, fmt.Sprintf(`{"format":1,"units":{"prod/web/app":{"%s":{"claim":"generation 1, retry 0","error":"x"}}}}`, bad.Digest))
 	w.start()
 	await(t, "another try, as another generation asks", func() (bool, string) {

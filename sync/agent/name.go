@@ -2,25 +2,12 @@ package agent
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
-	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
 )
-
-const nameFile = "node.json"
-
-// named is what nameFile holds: what a host was called last.
-type named struct {
-	Host string `json:"host"`
-	Node string `json:"node"`
-}
 
 // naming is how an agent that was given no name finds one.
 type naming struct {
@@ -28,24 +15,6 @@ type naming struct {
 	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was
 	// called doesn't count: the disk may have been in its image.
 	saved string
-}
-
-// newNaming gives what is known without asking, and the name to go by until then.
-func newNaming(host, stateDir string) (*naming, string) {
-	n := &naming{host: host}
-	var last named
-	if data, err := os.ReadFile(
-		filepath.Join(stateDir, nameFile),
-	); err == nil && json.Unmarshal(data, &last) == nil &&
-		last.Host == host &&
-		deployments.CheckSegment("node", last.Node) == nil {
-		n.saved = last.Node
-	}
-	if n.saved != "" {
-		return n, n.saved
-	}
-	short, _, _ := strings.Cut(host, ".")
-	return n, short
 }
 
 // findName settles the node's name, where none was given: what the store's agent on this machine calls it, as all
@@ -84,8 +53,8 @@ func (a *Agent) findName(ctx context.Context) {
 		if retry.Tries() == 0 {
 			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
 		}
-		for _, r := range a.roles {
-			for _, s := range r.sources() {
+		for _, r := range a.cache.Roles() {
+			for _, s := range r.Sources() {
 				a.saw(ctx, s, kv.View{Err: fmt.Errorf("this node's name isn't known yet: %w", err)})
 			}
 		}
@@ -102,7 +71,7 @@ func passing(err error) bool {
 
 // storeAnswers reports whether the store is there, for whatever reason it doesn't tell this node's name.
 func (a *Agent) storeAnswers(ctx context.Context) bool {
-	_, err := a.c.Store.List(ctx, a.roles[0].desired.prefix)
+	_, err := a.c.Store.List(ctx, a.cache.Roles()[0].Records.Prefix)
 	return err == nil
 }
 
@@ -110,20 +79,13 @@ func (a *Agent) rename(name string) {
 	a.mu.Lock()
 	was := a.c.Node
 	a.c.Node = name
-	if name != was {
-		for _, r := range a.roles {
-			if r.pins.from == fromLastKnown { // those of this name aren't among them
-				r.pins.set(nil, time.Time{})
-				r.pins.from = fromNowhere
-			}
-		}
-	}
+	a.cache.Rename(name)
 	a.mu.Unlock()
 	if name == a.naming.saved {
 		return
 	}
 	a.c.Log.Info("this node's name, as the store's agent has it", "node", name, "was", was)
-	if err := writeJSON(filepath.Join(a.c.StateDir, nameFile), named{a.naming.host, name}); err != nil {
+	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
 		a.c.Log.Warn("this node's name can't be kept for a start without the store", "node", name, "error", err)
 	}
 }

@@ -87,14 +87,12 @@ func TestFindName(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			file := filepath.Join(w.path("state"), nameFile)
+			file := w.path("state", "node.json")
 			if c.saved != "" {
 				if err := os.MkdirAll(w.path("state"), 0o700); err != nil {
 					t.Fatal(err)
 				}
-				if err := writeJSON(file, named{c.saved, "saved"}); err != nil {
-					t.Fatal(err)
-				}
+				write(t, file, fmt.Sprintf(`{"host":%q,"node":"saved"}`, c.saved))
 			}
 			w.put(kv.DesiredKey(app), w.publish("app", "1").String())
 			a := w.start(func(config *Config) {
@@ -183,9 +181,7 @@ func TestNameThatComesLate(t *testing.T) {
 	w.put(kv.NodePinKey(app, "i-0abc"), one.String())
 	a = w.start(func(c *Config) {
 		c.Node, c.Store = "", slowPins{Store: store, Namer: store, open: pins}
-		if err := writeJSON(filepath.Join(c.StateDir, nameFile), named{hostname(t), node}); err != nil {
-			t.Fatal(err)
-		}
+		write(t, filepath.Join(c.StateDir, "node.json"), fmt.Sprintf(`{"host":%q,"node":%q}`, hostname(t), node))
 	})
 	a.awaitRunning(app, one)
 	close(store.open)
@@ -199,18 +195,5 @@ func TestNameThatComesLate(t *testing.T) {
 	a.awaitRunning(app, two)
 	if data, err := os.ReadFile(w.path("node")); err != nil || string(data) != "i-0abc\n" {
 		t.Errorf("a command was told that it runs on %q, %v", data, err)
-	}
-}
-
-func TestADamagedNameIsNone(t *testing.T) {
-	t.Parallel()
-	for _, text := range []string{`{"host":"web-1.example`, `{"host":"web-1.example","node":"a/b"}`, `{"host":"web-1.example"}`} {
-		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, nameFile), []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if n, name := newNaming("web-1.example", dir); n.saved != "" || name != "web-1" {
-			t.Errorf("%s: %+v, %q", text, n, name)
-		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/sync/agent/cache"
 )
 
 // noteConvergence closes Idle and Converged, and notes that the node was ready, when the time has come.
@@ -25,7 +26,7 @@ func (a *Agent) noteConvergence() {
 			serving = serving && u.serving()
 		}
 	}
-	if slices.ContainsFunc(a.roles, func(r *role) bool { return !r.known() }) {
+	if slices.ContainsFunc(a.cache.Roles(), func(r *cache.Role) bool { return !r.Known() }) {
 		return
 	}
 	if serving && len(a.empty()) == 0 {
@@ -39,7 +40,7 @@ func (a *Agent) noteConvergence() {
 			"units",
 			len(a.units),
 		)
-		if err := startedWell(a.c.StateDir); err != nil {
+		if err := a.dir.Started(); err != nil {
 			a.c.Log.Debug("the note of this start stays", "error", err)
 		}
 	}
@@ -62,11 +63,11 @@ func closeOnce(c chan struct{}) bool {
 // unknown says, by role, why not all of its records and pins are looked after.
 func (a *Agent) unknown() map[string]string {
 	why := map[string]string{}
-	for _, r := range a.roles {
-		if !r.known() {
-			why[r.name] = r.unknown()
-		} else if r.left > 0 {
-			why[r.name] = fmt.Sprintf("%d units are left out, as a node takes %d of one role", r.left, deployments.MaxRoleUnits)
+	for _, r := range a.cache.Roles() {
+		if !r.Known() {
+			why[r.Name] = oneLine(r.Unknown())
+		} else if r.LeftOut > 0 {
+			why[r.Name] = fmt.Sprintf("%d units are left out, as a node takes %d of one role", r.LeftOut, deployments.MaxRoleUnits)
 		}
 	}
 	return why
@@ -83,8 +84,8 @@ func (a *Agent) empty() map[string]string {
 		return nil
 	}
 	why := map[string]string{}
-	for _, r := range a.roles {
-		why[r.name] = "no unit is desired in " + a.c.Stage + "/" + r.name + ": correct the stage or role, or set allow_empty"
+	for _, r := range a.cache.Roles() {
+		why[r.Name] = "no unit is desired in " + a.c.Stage + "/" + r.Name + ": correct the stage or role, or set allow_empty"
 	}
 	return why
 }

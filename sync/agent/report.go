@@ -30,8 +30,8 @@ func (a *Agent) Report() map[string]deployments.Report {
 	defer a.mu.Unlock()
 	reports := map[string]deployments.Report{}
 	ready := len(a.unready()) == 0
-	for _, r := range a.roles {
-		reports[r.name] = deployments.Report{
+	for _, r := range a.cache.Roles() {
+		reports[r.Name] = deployments.Report{
 			Node:    a.c.Node,
 			Joined:  a.joined,
 			Agent:   a.c.Version,
@@ -45,13 +45,13 @@ func (a *Agent) Report() map[string]deployments.Report {
 			reports[id.Role].Units[id.Unit] = u.report()
 		}
 	}
-	for _, r := range a.roles {
-		report := reports[r.name]
-		if left := r.left + fitReport(&report); left > 0 {
+	for _, r := range a.cache.Roles() {
+		report := reports[r.Name]
+		if left := r.LeftOut + fitReport(&report); left > 0 {
 			report.Reason = deployments.ReasonTooManyUnits
 			report.Facts = deployments.Facts{"limit": fmt.Sprint(deployments.MaxRoleUnits), "left_out": fmt.Sprint(left)}
 		}
-		reports[r.name] = report
+		reports[r.Name] = report
 	}
 	return reports
 }
@@ -239,8 +239,8 @@ func encodeReport(r deployments.Report) (data, coarse string) {
 func (a *Agent) settledIn(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, r := range a.roles {
-		if r.name == role && !r.known() && !r.missing() { // who looks for a node with a mistyped role has to find it
+	for _, r := range a.cache.Roles() {
+		if r.Name == role && !r.Known() && !r.Missing() { // who looks for a node with a mistyped role has to find it
 			return false
 		}
 	}

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"path/filepath"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -11,6 +12,8 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/sync/agent/cache"
+	"kedge/sync/agent/statedir"
 )
 
 // written is a store's presence that keeps what it is given.
@@ -50,10 +53,17 @@ func TestReportsAreBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		store := &written{}
-		r := newRole("prod", "web")
-		r.desired.from, r.pins.from = fromStore, fromStore
+		known, err := cache.Open(cache.Config{
+			Node: node, Stage: "prod", Roles: []string{"web"}, File: filepath.Join(t.TempDir(), statedir.LastKnownFile), Log: quiet(),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range known.Role("web").Sources() {
+			known.See(s, kv.View{Synced: true}, time.Now())
+		}
 		a := &Agent{
-			c: Config{Store: presenceStore{presence: store}, Node: node, Stage: "prod", Log: quiet()}, roles: []*role{r}, metrics: newMetrics(nil),
+			c: Config{Store: presenceStore{presence: store}, Node: node, Stage: "prod", Log: quiet()}, cache: known, metrics: newMetrics(nil),
 			drains: newDrains(nil, nil, quiet()), reportNow: wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())

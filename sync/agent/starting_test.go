@@ -34,7 +34,7 @@ func TestStartedIsWhenItBeganToConverge(t *testing.T) {
 	}
 	a.stop()
 
-	file := w.path("state", startingFile)
+	file := w.path("state", "starting.json")
 	for _, text := range []string{"", "{", `{"boot":"another","since":"2020-01-01T00:00:00Z"}`, `{"since":"2990-01-01T00:00:00Z"}`} {
 		write(t, file, text)
 		began := time.Now().Truncate(time.Millisecond)

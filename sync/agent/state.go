@@ -244,12 +244,12 @@ func (u *unit) report() deployments.UnitReport {
 	if sick := u.sick(); sick != nil && now.reason == "" {
 		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // held, say
 	}
-	if h := u.held; h.generation > 0 && now.reason == "" {
+	if held := u.held; held > 0 && now.reason == "" {
 		now.reason = deployments.ReasonOldGeneration
-		now.facts = deployments.Facts{"generation": fmt.Sprint(h.generation), "acted_on": fmt.Sprint(u.floor)}
+		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.floor)}
 		now.err = fmt.Errorf(
 			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows of that",
-			h.generation,
+			held,
 			u.floor,
 		)
 	}

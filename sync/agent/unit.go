@@ -3,7 +3,7 @@ package agent
 import (
 	"context"
 	"log/slog"
-	"path/filepath"
+	"os"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -41,7 +41,7 @@ type desired struct {
 	record   policy.Value[deployments.Record]
 	pins     [2]policy.Value[deployments.Pin] // for the unit, for this node
 	floor    int64                            // the highest generation that was acted on
-	held     heldRecord                       // the record that is there, and isn't acted on
+	held     int64                            // the generation of a record that is there, and isn't acted on; 0: none
 	decision policy.Decision
 	key      string // the failure key: names what asks for the decision's target
 	cycle    string // the circle of units that it lies on
@@ -142,6 +142,41 @@ func (u *unit) state() deploy.State {
 	return u.deploy.State()
 }
 
-func unitDir(stateDir string, id deployments.UnitID) string {
-	return filepath.Join(stateDir, "units", id.Stage, id.Role, id.Unit)
+// retire lets units go that nobody desires, and that nothing is kept of: their workers end, and then their directories
+// go. a.mu is held.
+func (a *Agent) retire() {
+	for _, u := range a.units {
+		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
+			u.retired = true
+			u.cancel()
+		}
+	}
+}
+
+// leave removes what is left of a unit whose worker has ended as it was retired.
+func (a *Agent) leave(u *unit) {
+	a.mu.Lock()
+	retired := u.retired
+	a.mu.Unlock()
+	if !retired {
+		return
+	}
+	if err := os.RemoveAll(a.dir.UnitDir(u.id)); err != nil {
+		u.log.Warn("the directory of a unit that is gone can't be removed", "error", err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.units, u.id)
+	delete(a.onDisk, u.id)
+	a.metrics.forget(u.id)
+	a.cache.Recount(u.id.Role, time.Now())
+	a.kick()
+}
+
+// kept reports whether something of a unit is kept on this node's disk. a.mu is held.
+func (a *Agent) kept(id deployments.UnitID) bool {
+	if u := a.units[id]; u != nil {
+		return !u.state().Empty()
+	}
+	return a.onDisk[id]
 }

@@ -3,24 +3,24 @@ package agent
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	"kedge/kv"
+	"kedge/sync/agent/cache"
 )
 
 // watch follows one prefix of the store until ctx ends.
-func (a *Agent) watch(ctx context.Context, s *source) {
+func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for ctx.Err() == nil {
-		err := a.c.Store.Watch(ctx, s.prefix, func(v kv.View) {
+		err := a.c.Store.Watch(ctx, s.Prefix, func(v kv.View) {
 			retry.Reset()
 			a.saw(ctx, s, v)
 		})
 		if ctx.Err() != nil {
 			return
 		}
-		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.prefix, "error", err)
+		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.Prefix, "error", err)
 		if retry.Wait(ctx) != nil {
 			return
 		}
@@ -28,15 +28,15 @@ func (a *Agent) watch(ctx context.Context, s *source) {
 }
 
 // saw takes a view of the store, and helps itself where there is nothing to see.
-func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
+func (a *Agent) saw(ctx context.Context, s *cache.Source, v kv.View) {
 	a.see(s, v)
 	if v.Synced {
 		return
 	}
 	if errors.Is(v.Err, kv.ErrDenied) {
 		a.mu.Lock()
-		making := s.making
-		s.making = true
+		making := a.making[s]
+		a.making[s] = true
 		a.mu.Unlock()
 		if !making {
 			a.workers.Go(func() { a.makeFolder(ctx, s) })
@@ -50,18 +50,18 @@ func (a *Agent) saw(ctx context.Context, s *source, v kv.View) {
 // makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the
 // mirror's job; where there is none, and the agent's token may, it helps itself. It tries until the prefix can be
 // read: the token may be new, or the store away.
-func (a *Agent) makeFolder(ctx context.Context, s *source) {
+func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {
-		err := a.c.Store.EnsureFolders(ctx, s.prefix)
+		err := a.c.Store.EnsureFolders(ctx, s.Prefix)
 		if err == nil {
-			a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", s.prefix)
+			a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", s.Prefix)
 			a.mu.Lock()
-			s.making = false
+			a.making[s] = false
 			a.mu.Unlock()
 			return
 		}
-		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.prefix, "error", err)
+		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.Prefix, "error", err)
 		if retry.Wait(ctx) != nil {
 			return
 		}
@@ -69,53 +69,21 @@ func (a *Agent) makeFolder(ctx context.Context, s *source) {
 }
 
 // lacksFolder reports whether there is something left for makeFolder to do.
-func (a *Agent) lacksFolder(s *source) bool {
+func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	s.making = errors.Is(s.trouble, kv.ErrDenied)
-	return s.making
+	err, _ := s.Trouble()
+	a.making[s] = errors.Is(err, kv.ErrDenied)
+	return a.making[s]
 }
 
 // see takes a view of the store.
-func (a *Agent) see(s *source, v kv.View) {
+func (a *Agent) see(s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	r := a.roleOf(s)
-	var counts func(key string) bool
-	switch {
-	case s.desired:
-		counts = a.records(r, v.Entries, v.Synced)
-	default:
-		counts = a.counts(r)
-		if v.Synced {
-			s.seen = v.Entries
-			a.notePassedOver(r, counts)
-		}
-	}
-	now := time.Now()
-	if s.accept(v, counts, now, a.c.Log) {
-		a.unsaved = a.known.set(s.prefix, s.entries, s.floors, now) || a.unsaved
-		a.changedRecords(r, s, now)
-	}
-	a.metrics.seen(s.prefix, v.Err == nil)
+	a.cache.See(s, v, time.Now())
+	a.metrics.seen(s.Prefix, v.Err == nil)
 	a.kick()
-}
-
-// changedRecords has the pins of a role counted anew after its records changed.
-func (a *Agent) changedRecords(r *role, s *source, now time.Time) {
-	if !s.desired {
-		return
-	}
-	a.trimFloors(r)
-	if a.recount(r, now) {
-		a.unsaved = a.known.set(r.pins.prefix, r.pins.entries, nil, now) || a.unsaved
-	}
-}
-
-// roleOf returns the role that a source is of.
-func (a *Agent) roleOf(s *source) *role {
-	i := slices.IndexFunc(a.roles, func(r *role) bool { return r.desired == s || r.pins == s })
-	return a.roles[i]
 }
 
 // useSnapshot offers a snapshot to the sources that know nothing, as long as there are any.
@@ -146,32 +114,12 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 func (a *Agent) ignorant() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return slices.ContainsFunc(
-		a.roles,
-		func(r *role) bool { return r.desired.from == fromNowhere || r.pins.from == fromNowhere },
-	)
+	return a.cache.Ignorant()
 }
 
 func (a *Agent) offerSnapshot(entries []kv.Entry) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	for _, r := range a.roles {
-		for _, s := range r.sources() {
-			counts := a.counts(r)
-			if s.desired {
-				counts = a.records(r, below(entries, s.prefix), true)
-			}
-			own := s.only(entries, counts)
-			if s.offer(own, fromSnapshot, time.Now()) {
-				a.c.Log.Warn(
-					"the store is away and nothing is known from before: using the snapshot",
-					"prefix",
-					s.prefix,
-					"keys",
-					len(own),
-				)
-			}
-		}
-	}
+	a.cache.Offer(entries, time.Now())
 	a.kick()
 }

@@ -48,7 +48,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
 		d, err := deploy.Open(deploy.Config{
-			ID: u.id, Node: a.Node, Dir: unitDir(a.c.StateDir, u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Floors: a.floors, HashAlways: a.c.HashAlways,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },

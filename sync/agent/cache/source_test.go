@@ -1,19 +1,16 @@
-package agent
+package cache
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
-
-	"github.com/google/renameio/v2"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -61,7 +58,7 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			s := &source{prefix: prefix, desired: true}
+			s := newRole("prod", "web").Records
 			if !c.unknown {
 				s.offer(entry("5", digestA), fromLastKnown, now)
 			}
@@ -89,13 +86,13 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 	pointer := "file:///r@sha256:" + strings.Repeat("a", 64)
 	record := func(generation int) string { return fmt.Sprintf(`{"target":%q,"generation":%d}`, pointer, generation) }
 	now := time.Now()
-	s := &source{prefix: "desired/prod/web/", desired: true}
+	s := newRole("prod", "web").Records
 	view := func(value string) string {
 		v := kv.View{Synced: true}
 		if value != "" {
 			v.Entries = []kv.Entry{{Key: key, Value: []byte(value)}}
 		}
-		s.accept(v, mine(s.prefix, "n1"), now, quiet())
+		s.accept(v, mine(s.Prefix, "n1"), now, quiet())
 		e, _ := s.find(key)
 		return string(e.Value)
 	}
@@ -125,17 +122,17 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 
 	// A restart knows as much.
 	k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
-	k.set(s.prefix, nil, s.floors, now)
-	if k.Prefixes[s.prefix].Generations[key] != 8 {
+	k.set(s.Prefix, nil, s.floors, now)
+	if k.Prefixes[s.Prefix].Generations[key] != 8 {
 		t.Errorf("on disk: %v", k.Prefixes)
 	}
 }
 
 func TestPinsNeedASettledView(t *testing.T) {
 	t.Parallel()
-	s := &source{prefix: "pins/prod/web/"}
+	s := newRole("prod", "web").Pins
 	for _, entries := range [][]kv.Entry{nil, {{Key: "pins/prod/web/app", Value: []byte("hold")}}} {
-		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.prefix, "n1"), time.Now(), quiet()) || s.from != fromNowhere || len(s.entries) > 0 {
+		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.Prefix, "n1"), time.Now(), quiet()) || s.from != fromNowhere || len(s.entries) > 0 {
 			t.Errorf("a refused read was taken for all pins that there are: %v", entries)
 		}
 	}
@@ -143,10 +140,10 @@ func TestPinsNeedASettledView(t *testing.T) {
 		t.Error("a snapshot was not taken where nothing is known")
 	}
 	// That there are none is news, which the last known state has to have.
-	if !s.accept(kv.View{Synced: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+	if !s.accept(kv.View{Synced: true}, mine(s.Prefix, "n1"), time.Now(), quiet()) {
 		t.Error("that the store has no pins is no news")
 	}
-	if s.accept(kv.View{Synced: true}, mine(s.prefix, "n1"), time.Now(), quiet()) {
+	if s.accept(kv.View{Synced: true}, mine(s.Prefix, "n1"), time.Now(), quiet()) {
 		t.Error("the same again is news")
 	}
 	if s.from != fromStore || s.offer(nil, fromSnapshot, time.Now()) {
@@ -161,116 +158,39 @@ func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	r := newRole("prod", "web")
 	records := func(names ...string) (entries []kv.Entry) {
 		for _, name := range names {
-			entries = append(entries, kv.Entry{Key: r.desired.prefix + name, Value: recordOf("1", digestA)})
+			entries = append(entries, kv.Entry{Key: r.Records.Prefix + name, Value: recordOf("1", digestA)})
 		}
 		return entries
 	}
 	unconfirmed := func(entries []kv.Entry) {
-		r.desired.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(r.desired.prefix, "n1"), time.Now(), quiet())
+		r.Records.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(r.Records.Prefix, "n1"), time.Now(), quiet())
 	}
-	if r.known() || r.unknown() != "reading desired/prod/web/" {
-		t.Errorf("known %v: %s", r.known(), r.unknown())
+	if r.Known() || unknown(r) != "reading desired/prod/web/" {
+		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	unconfirmed(nil)
-	if r.known() || !strings.Contains(r.unknown(), "nothing is known of desired/prod/web/ yet: ") {
-		t.Errorf("known %v: %s", r.known(), r.unknown())
+	if r.Known() || !strings.Contains(unknown(r), "nothing is known of desired/prod/web/ yet: ") {
+		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	unconfirmed(records("app", "db"))
 	unconfirmed(records("base", "aaa"))
 	for _, e := range records("aaa", "app", "base", "db") {
-		if _, ok := r.desired.find(e.Key); !ok {
+		if _, ok := r.Records.find(e.Key); !ok {
 			t.Errorf("%s isn't known", e.Key)
 		}
 	}
-	if r.known() || r.unknown() != "reading pins/prod/web/" {
-		t.Errorf("known %v: %s", r.known(), r.unknown())
+	if r.Known() || unknown(r) != "reading pins/prod/web/" {
+		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
-	r.pins.accept(kv.View{Synced: true}, mine(r.pins.prefix, "n1"), time.Now(), quiet())
-	if !r.known() || r.unknown() != "" {
-		t.Errorf("known %v: %s", r.known(), r.unknown())
+	r.Pins.accept(kv.View{Synced: true}, mine(r.Pins.Prefix, "n1"), time.Now(), quiet())
+	if !r.Known() || unknown(r) != "" {
+		t.Errorf("known %v: %s", r.Known(), unknown(r))
 	}
 	only := newRole("prod", "web")
-	only.pins.accept(kv.View{Synced: true}, mine(only.pins.prefix, "n1"), time.Now(), quiet())
-	if only.known() {
+	only.Pins.accept(kv.View{Synced: true}, mine(only.Pins.Prefix, "n1"), time.Now(), quiet())
+	if only.Known() {
 		t.Error("with pins alone, records are known")
 	}
-}
-
-// slowPins is a store that tells of pins later than of records.
-type slowPins struct {
-	kv.Store
-	kv.Namer
-	open chan struct{}
-}
-
-func (s slowPins) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
-	if strings.HasPrefix(prefix, kv.PinsPrefix) {
-		select {
-		case <-s.open:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-	return s.Store.Watch(ctx, prefix, f)
-}
-
-// What the store says of records isn't put together with what a node remembers of pins: one may have come while it
-// was down.
-func TestPinThatCameWhileTheNodeWasDown(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	one, two := w.publish("app", "1"), w.publish("app", "2")
-	w.put(kv.DesiredKey(app), one.String())
-	a := w.start()
-	a.awaitRunning(app, one)
-	a.stop()
-	w.put(kv.PinKey(app), "hold")
-	w.put(kv.DesiredKey(app), two.String())
-	pins := make(chan struct{})
-	a = w.start(func(c *Config) { c.Store = slowPins{Store: w.store, open: pins} })
-	await(t, "the record", func() (bool, string) { return a.Status().Sources[0].From == fromStore.String(), w.log.String() })
-	steadily(t, "its pins aren't known", func() (bool, string) { return w.live("app") == "1", w.live("app") })
-	close(pins)
-	a.awaitState(app, deployments.StateHeld)
-	if v := w.live("app"); v != "1" {
-		t.Errorf("it runs %s", v)
-	}
-}
-
-// unmade is a store without folder keys, where the first try to make one fails.
-type unmade struct {
-	kv.Store
-	tries atomic.Int32
-	made  chan struct{}
-}
-
-func (s *unmade) EnsureFolders(context.Context, ...string) error {
-	switch s.tries.Add(1) {
-	case 1, 2:
-		return kv.ErrUnavailable
-	case 4: // both
-		close(s.made)
-	}
-	return nil
-}
-
-func (s *unmade) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
-	f(kv.View{Err: fmt.Errorf("list %s: %w", prefix, kv.ErrDenied)})
-	select {
-	case <-s.made:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	return s.Store.Watch(ctx, prefix, f)
-}
-
-func TestFolderKeysAreMadeOnceThatCanBe(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t)
-	p := w.publish("app", "1")
-	w.put(kv.DesiredKey(app), p.String())
-	a := w.start(func(c *Config) { c.Store = &unmade{Store: w.store, made: make(chan struct{})} })
-	a.awaitRunning(app, p)
 }
 
 func TestMine(t *testing.T) {
@@ -288,10 +208,10 @@ func TestMine(t *testing.T) {
 func TestUnitsAreThoseWithRecord(t *testing.T) {
 	t.Parallel()
 	r := newRole("prod", "web")
-	r.desired.offer([]kv.Entry{{Key: "desired/prod/web/..bad"}, {Key: "desired/prod/web/app"}}, fromStore, time.Now())
-	r.pins.offer([]kv.Entry{{Key: "pins/prod/web/app"}, {Key: "pins/prod/web/base/n1"}}, fromStore, time.Now())
+	r.Records.offer([]kv.Entry{{Key: "desired/prod/web/..bad"}, {Key: "desired/prod/web/app"}}, fromStore, time.Now())
+	r.Pins.offer([]kv.Entry{{Key: "pins/prod/web/app"}, {Key: "pins/prod/web/base/n1"}}, fromStore, time.Now())
 	var got []string
-	for _, id := range r.units("prod") {
+	for _, id := range r.Units() {
 		got = append(got, id.Unit)
 	}
 	if strings.Join(got, " ") != "app" {
@@ -299,29 +219,11 @@ func TestUnitsAreThoseWithRecord(t *testing.T) {
 	}
 }
 
-func TestCycles(t *testing.T) {
-	t.Parallel()
-	got := cycles(map[string][]string{
-		"a": {"b"}, "b": {"c"}, "c": {"a"}, // a circle
-		"d": {"a"}, // behind it, not on it
-		"e": {"e"}, // itself
-		"f": {"g"}, "g": nil, "h": {"missing", "f"},
-	})
-	want := map[string]string{"a": "a after b after c after a", "b": "b after c after a after b", "c": "c after a after b after c", "e": "e after e"}
-	for name, circle := range want {
-		if got[name] != circle {
-			t.Errorf("circle of %s is %q, want %q", name, got[name], circle)
-		}
-	}
-	if len(got) != len(want) {
-		t.Errorf("circles are %q", got)
-	}
-}
-
 func TestLastKnownSurvives(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	k, err := readLastKnown(dir, quiet())
+	file := filepath.Join(dir, "last-known.json")
+	k, err := readLastKnown(file, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,10 +235,10 @@ func TestLastKnownSurvives(t *testing.T) {
 	if k.set("desired/prod/web/", entries, nil, now.Add(time.Hour)) || k.set("pins/prod/web/", nil, nil, now) {
 		t.Error("the same again is news")
 	}
-	if err := k.write(dir); err != nil {
+	if err := k.write(file); err != nil {
 		t.Fatal(err)
 	}
-	again, err := readLastKnown(dir, quiet())
+	again, err := readLastKnown(file, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -355,26 +257,29 @@ func TestLastKnownSurvives(t *testing.T) {
 // What couldn't be written is tried again by itself: nothing else may happen until the restart that needs it.
 func TestLastKnownIsTriedAgain(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	a, err := New(w.config())
+	dir := filepath.Join(t.TempDir(), "state")
+	c, err := Open(Config{
+		Node: "n1", Stage: "prod", Roles: []string{"web"}, File: filepath.Join(dir, "last-known.json"), Log: quiet(),
+		Kept: func(deployments.UnitID) bool { return false },
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer dropLock(a.lock)
-	state := w.path("state")
-	if err := os.RemoveAll(state); err != nil {
-		t.Fatal(err)
-	}
-	a.unsaved = true
 	now := time.Now()
-	if next := a.reconcile(now); !next.After(now) || next.After(now.Add(time.Minute)) {
-		t.Errorf("the next try is at %v, now it is %v", next, now)
+	c.See(c.Role("web").Records, kv.View{Synced: true}, now)
+	for range 2 {
+		if next := c.Save(now); !next.After(now) || next.After(now.Add(time.Minute)) {
+			t.Errorf("the next try is at %v, now it is %v", next, now)
+		}
 	}
-	if err := os.Mkdir(state, 0o700); err != nil {
+	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if next := a.reconcile(now); !next.IsZero() || a.unsaved {
+	if next := c.Save(now); !next.IsZero() {
 		t.Errorf("it is written, and the next try is at %v", next)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "last-known.json")); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -382,13 +287,13 @@ func TestDamagedFilesArePutAside(t *testing.T) {
 	t.Parallel()
 	for _, data := range []string{"", "{", "\x00\x00\x00", `{"format":2}`, `{"format":2,"prefixes":{},"units":{}}`, "null"} {
 		dir := t.TempDir()
-		for _, name := range []string{lastKnownFile} {
+		for _, name := range []string{"last-known.json"} {
 			write(t, dir+"/"+name, data)
 		}
-		if k, err := readLastKnown(dir, quiet()); err != nil || k.Prefixes == nil {
+		if k, err := readLastKnown(dir+"/last-known.json", quiet()); err != nil || k.Prefixes == nil {
 			t.Errorf("last known state %q: %v", data, err)
 		}
-		for _, name := range []string{lastKnownFile} {
+		for _, name := range []string{"last-known.json"} {
 			if kept, err := os.ReadFile(dir + "/" + name + ".bad"); err != nil || string(kept) != data {
 				t.Errorf("%s was not kept: %q, %v", name, kept, err)
 			}
@@ -429,46 +334,27 @@ func TestLastKnownTakesEveryChange(t *testing.T) {
 func TestFilesWithNothingInThem(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	for _, name := range []string{lastKnownFile} {
+	for _, name := range []string{"last-known.json"} {
 		write(t, dir+"/"+name, `{"format":1}`)
 	}
-	k, err := readLastKnown(dir, quiet())
+	file := filepath.Join(dir, "last-known.json")
+	k, err := readLastKnown(file, quiet())
 	if err != nil || !k.set("pins/prod/web/", nil, nil, time.Now()) {
 		t.Errorf("last known state: %v", err)
 	}
 }
 
-// A kill while a file is written aside leaves that: it goes, and nothing else does.
-func TestLeftoversAreRemoved(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	names := []string{lastKnownFile, startingFile}
-	for _, name := range names {
-		write(t, dir+"/"+name, "{}")
-		if _, err := renameio.NewPendingFile(dir+"/"+name, renameio.WithTempDir(dir)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 2*len(names) {
-		t.Fatalf("%d files, %v", len(entries), err)
-	}
-	if err := removeLeftovers(dir); err != nil {
+func write(t *testing.T, path, data string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(data), 0o600); err != nil {
 		t.Fatal(err)
-	}
-	for _, name := range names {
-		if _, err := os.Stat(dir + "/" + name); err != nil {
-			t.Error(err)
-		}
-	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) != len(names) {
-		t.Errorf("%d files are left, %v", len(entries), err)
 	}
 }
 
-func TestOneLine(t *testing.T) {
-	t.Parallel()
-	got := oneLine(errors.New("first\n\tsecond " + strings.Repeat("ü", 400)))
-	if len(got) > 300 || strings.ContainsAny(got, "\n\t") || !strings.HasPrefix(got, "first second ü") {
-		t.Errorf("%d bytes: %q", len(got), got)
+// unknown returns what is missing of a role, in words.
+func unknown(r *Role) string {
+	if err := r.Unknown(); err != nil {
+		return err.Error()
 	}
+	return ""
 }

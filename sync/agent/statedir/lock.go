@@ -1,4 +1,4 @@
-package agent
+package statedir
 
 import (
 	"errors"
@@ -15,12 +15,9 @@ import (
 // ErrLocked means that another agent uses the state directory; the error names its process.
 var ErrLocked = errors.New("another agent uses this state directory")
 
-const (
-	lockFile = "lock"
-	// lockPatience is for the lock of a process that is dead: one that was killed as it started a command leaves it to
-	// that, which gives it up at its exec.
-	lockPatience = 3 * time.Second
-)
+// lockPatience is how long the lock of a dead process is waited for: a process that was killed while it started a command
+// leaves its lock to that command until its exec.
+const lockPatience = 3 * time.Second
 
 // takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the
 // lock up when the process ends, however it ends, so nothing is ever left locked.

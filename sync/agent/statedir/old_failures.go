@@ -1,4 +1,4 @@
-package agent
+package statedir
 
 import (
 	"encoding/json"
@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 
 	"kedge/deployments"
 	"kedge/sync/deploy"
@@ -18,8 +17,8 @@ const oldFailuresFile = "failures.json"
 
 // moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes its file. A
 // release whose key is lost counts as failed under what asks for it next.
-func moveOldFailures(dir string, log *slog.Logger) error {
-	path := filepath.Join(dir, oldFailuresFile)
+func (d *Dir) moveOldFailures(log *slog.Logger) error {
+	path := d.Path(oldFailuresFile)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -40,7 +39,7 @@ func moveOldFailures(dir string, log *slog.Logger) error {
 		if id.UnmarshalText([]byte(name)) != nil {
 			continue
 		}
-		u, err := deploy.Open(deploy.Config{ID: id, Dir: unitDir(dir, id), Log: log})
+		u, err := deploy.Open(deploy.Config{ID: id, Dir: d.UnitDir(id), Log: log})
 		if err != nil {
 			return err
 		}

@@ -1,8 +1,7 @@
-package agent
+package cache
 
 import (
 	"cmp"
-	"errors"
 	"log/slog"
 	"slices"
 	"strings"
@@ -27,18 +26,18 @@ func (o origin) String() string {
 	return [...]string{"nothing yet", "snapshot", "last known state", "store"}[o]
 }
 
-// source is what the agent knows below one watched prefix. Only what a settled view, the last known state or a
-// snapshot says can be missing from it; trouble with the store never takes anything away.
-type source struct {
-	prefix  string
+// Source is what a node knows of the keys below one watched prefix: the records of a role, or its pins. Only a settled
+// view, the last known state or a snapshot can show that a key is missing.
+type Source struct {
+	Prefix  string
+	role    *Role
 	desired bool // records, not pins
 	entries []kv.Entry
-	seen    []kv.Entry // of pins: all that the last confirmed view had; see recount
+	seen    []kv.Entry // of pins: all that the last confirmed view had; see Cache.Recount
 	from    origin
 	at      time.Time // since when entries are as they are
 	trouble error     // why the store's view may be out of date
 	since   time.Time // since when trouble is as it is
-	making  bool      // whether makeFolder runs
 
 	// What the entries hold, by key, parsed when they came.
 	records map[string]policy.Value[deployments.Record]
@@ -51,7 +50,7 @@ type source struct {
 }
 
 // set replaces the entries, and parses those that changed.
-func (s *source) set(entries []kv.Entry, at time.Time) {
+func (s *Source) set(entries []kv.Entry, at time.Time) {
 	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
 	for _, e := range entries {
 		was, known := s.find(e.Key)
@@ -81,10 +80,10 @@ func (s *source) set(entries []kv.Entry, at time.Time) {
 // mirror that runs puts its own back within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept takes a view of the store, and says whether the entries that decide have changed. Of a view that isn't
-// settled it takes records alone, and only new ones and those of a higher generation. Where nothing is known at
-// all, they are enough to begin with: that a record is missing never decides anything.
-func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
+// accept takes a view of the store, and reports whether the entries that decide have changed. Of a view that isn't
+// settled it takes records alone, and only new ones and those of a higher generation. If nothing is known at all,
+// they are enough to begin with: that a record is missing never decides anything.
+func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
 	}
@@ -119,7 +118,7 @@ func (s *source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 // hold returns the entries of a confirmed view that may be acted on. A record of a lower generation than one that
 // was acted on is that of a snapshot that was restored: what is known stays until a mirror that knows of the higher
 // one has written. A record without a generation, beside one that a mirror wrote, has to stand for bareWait.
-func (s *source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
+func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
 	var taken []kv.Entry
@@ -154,8 +153,8 @@ func (s *source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 	return taken
 }
 
-// review takes a record that has stood for long enough, and says whether the entries that decide have changed.
-func (s *source) review(now time.Time, log *slog.Logger) bool {
+// review takes records that have stood for long enough, and reports whether the entries that decide have changed.
+func (s *Source) review(now time.Time, log *slog.Logger) bool {
 	if s.recheck.IsZero() || now.Before(s.recheck) {
 		return false
 	}
@@ -174,8 +173,8 @@ type heldRecord struct {
 	since      time.Time
 }
 
-// offer takes what the disk or a snapshot says, where nothing better is known, and says whether it did.
-func (s *source) offer(entries []kv.Entry, from origin, at time.Time) bool {
+// offer takes what the disk or a snapshot has if nothing better is known, and reports whether it did.
+func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	if s.from >= from {
 		return false
 	}
@@ -185,7 +184,7 @@ func (s *source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 }
 
 // newer adds to what is known those of entries that are new or of a higher generation.
-func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
+func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
 		i, known := slices.BinarySearchFunc(
@@ -213,7 +212,7 @@ func (s *source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	return merged
 }
 
-func (s *source) find(key string) (kv.Entry, bool) {
+func (s *Source) find(key string) (kv.Entry, bool) {
 	i, ok := slices.BinarySearchFunc(
 		s.entries,
 		key,
@@ -225,74 +224,22 @@ func (s *source) find(key string) (kv.Entry, bool) {
 	return s.entries[i], true
 }
 
-// role is what is known of one role.
-type role struct {
-	name          string
-	desired, pins *source
-	left          int // how many units are left out: see takeUnits
-	passed        int // how many pins are passed over, as their units have no record
+// answered reports whether the store has been asked, whatever it said.
+func (s *Source) answered() bool { return !s.since.IsZero() }
+
+// Origin returns where the entries come from, and since when they are as they are.
+func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
+
+// Trouble returns why the store's view may be out of date, and since when; nil: it isn't.
+func (s *Source) Trouble() (err error, since time.Time) { return s.trouble, s.since }
+
+// Value returns the value of a key as it stands in the store; empty if there is none.
+func (s *Source) Value(key string) string {
+	e, _ := s.find(key)
+	return string(e.Value)
 }
 
-func newRole(stage, name string) *role {
-	return &role{
-		name:    name,
-		desired: &source{prefix: kv.RolePrefix(kv.DesiredPrefix, stage, name), desired: true},
-		pins:    &source{prefix: kv.RolePrefix(kv.PinsPrefix, stage, name)},
-	}
-}
-
-func (r *role) sources() []*source { return []*source{r.desired, r.pins} }
-
-// known is whether enough is known to decide: that a pin is missing counts only where it would have been seen.
-// After a start, what the store says first isn't put together with what is remembered of the other: a pin may have
-// come or gone meanwhile.
-func (r *role) known() bool {
-	return r.desired.from != fromNowhere && r.pins.from != fromNowhere && r.desired.heard() == r.pins.heard()
-}
-
-// heard is whether the store has been asked, whatever it said.
-func (s *source) heard() bool { return !s.since.IsZero() }
-
-// unknown says, for a person, what is missing.
-func (r *role) unknown() string {
-	for _, s := range r.sources() {
-		if s.from == fromNowhere || !s.heard() {
-			switch {
-			case errors.Is(s.trouble, kv.ErrNoFolder):
-				return "nothing is known of " + s.prefix + ": see whether this agent's stage and role are right: " + oneLine(
-					s.trouble,
-				)
-			case s.trouble != nil:
-				return "nothing is known of " + s.prefix + " yet: " + oneLine(s.trouble)
-			}
-			return "reading " + s.prefix
-		}
-	}
-	return ""
-}
-
-// missing reports whether the store has no place for the role's records: its name may be mistyped.
-func (r *role) missing() bool {
-	return r.desired.from == fromNowhere && errors.Is(r.desired.trouble, kv.ErrNoFolder)
-}
-
-// units are those that have a record, sorted.
-func (r *role) units(stage string) []deployments.UnitID {
-	var ids []deployments.UnitID
-	add := func(name string) {
-		id := deployments.UnitID{Stage: stage, Role: r.name, Unit: name}
-		if id.Check() == nil && !slices.Contains(ids, id) {
-			ids = append(ids, id)
-		}
-	}
-	for _, e := range r.desired.entries {
-		add(r.desired.unitOf(e.Key))
-	}
-	slices.SortFunc(ids, func(a, b deployments.UnitID) int { return strings.Compare(a.Unit, b.Unit) })
-	return ids
-}
-
-// mine says which keys below a prefix concern a node: units, and pins for that node.
+// mine returns which keys below a prefix concern a node: units, and pins for that node.
 func mine(prefix, node string) func(key string) bool {
 	return func(key string) bool {
 		rest, ok := strings.CutPrefix(key, prefix)
@@ -302,14 +249,6 @@ func mine(prefix, node string) func(key string) bool {
 		name, of, scoped := strings.Cut(rest, "/")
 		return name != "" && (!scoped || of == node)
 	}
-}
-
-// facts gathers what decides over one unit.
-func (r *role) facts(
-	id deployments.UnitID,
-	node string,
-) (record policy.Value[deployments.Record], unitPin, nodePin policy.Value[deployments.Pin]) {
-	return r.desired.records[kv.DesiredKey(id)], r.pins.pins[kv.PinKey(id)], r.pins.pins[kv.NodePinKey(id, node)]
 }
 
 func parsed[T any](value []byte, parse func([]byte) (T, error)) policy.Value[T] {

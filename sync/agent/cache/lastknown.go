@@ -1,4 +1,4 @@
-package agent
+package cache
 
 import (
 	"encoding/json"
@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -16,11 +15,7 @@ import (
 	"kedge/kv"
 )
 
-const lastKnownFile = "last-known.json"
-
-// lastKnown is STATE/last-known.json: what the store last held for this node, for a boot while it is away. The
-// agent alone writes it, and before it acts on what is in it, so that a node never goes back to something older by
-// restarting.
+// lastKnown is last-known.json: what the store held last for this node, for a boot while it is away.
 type lastKnown struct {
 	Format   int                     `json:"format"` // 1
 	Prefixes map[string]knownEntries `json:"prefixes"`
@@ -34,11 +29,10 @@ type knownEntries struct {
 	Generations map[string]int64 `json:"generations,omitempty"`
 }
 
-// readLastKnown reads dir's file; it is empty where there is none. One that is damaged is put aside: a node that
-// lost its memory waits for the store, as at its first boot.
-func readLastKnown(dir string, log *slog.Logger) (lastKnown, error) {
+// readLastKnown reads a file; the state is empty if there is none. A damaged file is put aside: a node that lost its
+// memory waits for the store, as at its first boot.
+func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	empty := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
-	path := filepath.Join(dir, lastKnownFile)
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return empty, nil
@@ -92,34 +86,14 @@ func (k *lastKnown) get(prefix string) (entries []kv.Entry, at time.Time, ok boo
 	return entries, known.At, ok
 }
 
-func (k *lastKnown) write(dir string) error {
-	if err := writeJSON(filepath.Join(dir, lastKnownFile), k); err != nil {
-		return fmt.Errorf("writing the last known state: %w", err)
+// write replaces the file in one durable step.
+func (k *lastKnown) write(file string) error {
+	data, err := json.Marshal(k)
+	if err == nil {
+		err = durable.WriteFile(file, data, 0o600)
 	}
-	return nil
-}
-
-// writeJSON replaces path in one step, durable once it returns: written aside, synced, renamed, its directory synced.
-func writeJSON(path string, v any) error {
-	data, err := json.Marshal(v)
 	if err != nil {
-		return err
-	}
-	return durable.WriteFile(path, data, 0o600)
-}
-
-// removeLeftovers removes what a kill left of files that were being written aside.
-func removeLeftovers(dir string) error {
-	for _, name := range []string{nameFile, lastKnownFile, startingFile} {
-		left, err := filepath.Glob(filepath.Join(dir, "."+name+"*"))
-		if err != nil {
-			return err
-		}
-		for _, path := range left {
-			if err := os.Remove(path); err != nil {
-				return fmt.Errorf("removing what a kill left: %w", err)
-			}
-		}
+		return fmt.Errorf("writing the last known state: %w", err)
 	}
 	return nil
 }

@@ -1,0 +1,95 @@
+package cache
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// Role is what a node knows of one role.
+type Role struct {
+	Name          string
+	Records, Pins *Source
+	// LeftOut counts the units beyond deployments.MaxRoleUnits, which the node doesn't look after.
+	LeftOut int
+	// PassedOver counts the pins that nothing comes of, as their units have no record.
+	PassedOver int
+
+	stage string
+}
+
+func newRole(stage, name string) *Role {
+	r := &Role{Name: name, stage: stage}
+	r.Records = &Source{Prefix: kv.RolePrefix(kv.DesiredPrefix, stage, name), role: r, desired: true}
+	r.Pins = &Source{Prefix: kv.RolePrefix(kv.PinsPrefix, stage, name), role: r}
+	return r
+}
+
+// Sources returns the role's records and its pins.
+func (r *Role) Sources() []*Source { return []*Source{r.Records, r.Pins} }
+
+// Known reports whether enough is known to decide: that a pin is missing counts only if it would have been seen. After
+// a start, what the store says first isn't combined with what is remembered of the other source: a pin may have come
+// or gone meanwhile.
+func (r *Role) Known() bool {
+	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.answered() == r.Pins.answered()
+}
+
+// Unknown returns what is missing until Known; nil: nothing.
+func (r *Role) Unknown() error {
+	for _, s := range r.Sources() {
+		if s.from == fromNowhere || !s.answered() {
+			switch {
+			case errors.Is(s.trouble, kv.ErrNoFolder):
+				return fmt.Errorf("nothing is known of %s: see whether this agent's stage and role are right: %w", s.Prefix, s.trouble)
+			case s.trouble != nil:
+				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.trouble)
+			}
+			return errors.New("reading " + s.Prefix)
+		}
+	}
+	return nil
+}
+
+// Missing reports whether the store has no place for the role's records: its name may be mistyped.
+func (r *Role) Missing() bool {
+	return r.Records.from == fromNowhere && errors.Is(r.Records.trouble, kv.ErrNoFolder)
+}
+
+// Units returns the units that have a record, sorted.
+func (r *Role) Units() []deployments.UnitID {
+	var ids []deployments.UnitID
+	for _, e := range r.Records.entries {
+		if id := r.unit(r.Records.unitOf(e.Key)); id.Check() == nil && !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	slices.SortFunc(ids, func(a, b deployments.UnitID) int { return strings.Compare(a.Unit, b.Unit) })
+	return ids
+}
+
+func (r *Role) unit(name string) deployments.UnitID {
+	return deployments.UnitID{Stage: r.stage, Role: r.Name, Unit: name}
+}
+
+// Record returns a unit's record.
+func (r *Role) Record(id deployments.UnitID) policy.Value[deployments.Record] {
+	return r.Records.records[kv.DesiredKey(id)]
+}
+
+// UnitPins returns the pins of a unit: the one for all nodes, and the one for node.
+func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin policy.Value[deployments.Pin]) {
+	return r.Pins.pins[kv.PinKey(id)], r.Pins.pins[kv.NodePinKey(id, node)]
+}
+
+// Generation returns the highest generation of a unit's record that the node has acted on. held is that of a record
+// which is there and isn't acted on; 0: there is none.
+func (r *Role) Generation(id deployments.UnitID) (actedOn, held int64) {
+	key := kv.DesiredKey(id)
+	return r.Records.floors[key], r.Records.held[key].generation
+}

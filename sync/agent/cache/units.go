@@ -1,0 +1,128 @@
+package cache
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// takeUnits returns those of a role's units that a node looks after, and how many it leaves out: at most limit. Units
+// that something is kept of on this node go first, then those that it has looked after so far, then by name.
+func takeUnits(names []string, kept, before func(name string) bool, limit int) (taken map[string]bool, left int) {
+	rank := func(name string) int {
+		switch {
+		case kept(name):
+			return 0
+		case before(name):
+			return 1
+		}
+		return 2
+	}
+	if len(names) > limit {
+		names = slices.Clone(names)
+		slices.SortFunc(names, func(a, b string) int { return cmp.Or(cmp.Compare(rank(a), rank(b)), strings.Compare(a, b)) })
+		names, left = names[:limit], len(names)-limit
+	}
+	taken = make(map[string]bool, len(names))
+	for _, name := range names {
+		taken[name] = true
+	}
+	return taken, left
+}
+
+// unitOf returns the name of the unit that a key below a role's prefix is about.
+func (s *Source) unitOf(key string) string {
+	name, _, _ := strings.Cut(strings.TrimPrefix(key, s.Prefix), "/")
+	return name
+}
+
+// counts returns which keys of a view of a source count. all is set if what the view lacks is gone.
+func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bool {
+	if s.desired {
+		return c.countRecords(s, view, all)
+	}
+	own := mine(s.Prefix, c.c.Node)
+	return func(key string) bool {
+		if !own(key) {
+			return false
+		}
+		name := s.unitOf(key)
+		_, recorded := s.role.Records.find(s.role.Records.Prefix + name)
+		return recorded || c.c.Kept(s.role.unit(name))
+	}
+}
+
+// countRecords returns which records of a view the node takes, and notes how many it leaves out.
+func (c *Cache) countRecords(s *Source, view []kv.Entry, all bool) func(key string) bool {
+	r := s.role
+	var names []string
+	for _, e := range view {
+		if name := s.unitOf(e.Key); r.unit(name).Check() == nil {
+			names = append(names, name)
+		}
+	}
+	if !all { // what it has goes on beside what the view shows
+		for _, e := range s.entries {
+			if name := s.unitOf(e.Key); !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	kept := func(name string) bool { return c.c.Kept(r.unit(name)) }
+	before := func(name string) bool { _, ok := s.find(s.Prefix + name); return ok }
+	taken, left := takeUnits(names, kept, before, deployments.MaxRoleUnits)
+	if left > 0 && r.LeftOut == 0 {
+		c.c.Log.Error("there are more units than a node of one role takes: some are left out",
+			"role", r.Name, "limit", deployments.MaxRoleUnits, "left_out", left)
+	}
+	r.LeftOut = left
+	own := mine(s.Prefix, c.c.Node)
+	return func(key string) bool { return own(key) && taken[s.unitOf(key)] }
+}
+
+// only returns copies of the entries that count, sorted.
+func (s *Source) only(entries []kv.Entry, counts func(key string) bool) []kv.Entry {
+	var own []kv.Entry
+	for _, e := range entries {
+		if counts(e.Key) {
+			own = append(own, kv.Entry{Key: e.Key, Value: slices.Clone(e.Value)})
+		}
+	}
+	sortEntries(own)
+	return own
+}
+
+// maxFloors bounds the generations that a role remembers of records that are gone.
+const maxFloors = 1000
+
+// trimFloors forgets the generations of records that are gone, where there are many.
+func (c *Cache) trimFloors(s *Source) {
+	if len(s.floors) <= maxFloors {
+		return
+	}
+	for key := range s.floors {
+		if _, ok := s.find(key); !ok && !c.c.Kept(s.role.unit(s.unitOf(key))) {
+			delete(s.floors, key)
+		}
+	}
+}
+
+// notePassedOver counts the pins of units that have no record, and logs once that there are some.
+func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
+	was, first := r.PassedOver, ""
+	r.PassedOver = 0
+	own := mine(r.Pins.Prefix, c.c.Node)
+	for _, e := range r.Pins.seen {
+		if own(e.Key) && !counts(e.Key) {
+			if r.PassedOver++; r.PassedOver == 1 {
+				first = e.Key
+			}
+		}
+	}
+	if was == 0 && r.PassedOver > 0 {
+		c.c.Log.Warn("pins are passed over, as their units have no record", "pins", r.PassedOver, "first", first)
+	}
+}

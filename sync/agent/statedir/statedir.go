@@ -1,0 +1,126 @@
+// Package statedir is what an agent keeps about its node on disk, one file a fact. Each file is replaced in one durable
+// step, so that a kill leaves the old one or the new one.
+package statedir
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"kedge/deployments"
+	"kedge/deployments/durable"
+)
+
+const (
+	lockFile     = "lock"
+	nodeFile     = "node.json"
+	startingFile = "starting.json"
+	// LastKnownFile and FloorsFile belong to packages cache and deploy, SocketFile to the agent.
+	LastKnownFile = "last-known.json"
+	FloorsFile    = "floors.json"
+	SocketFile    = "agent.sock"
+)
+
+// Dir is an agent's state directory, which one process has at a time.
+type Dir struct {
+	path string
+	lock *os.File
+}
+
+// Open makes the directory at path if there is none, and locks it: ErrLocked if another agent has it. It removes what
+// a kill left of files that were being written. Close it.
+func Open(path string, log *slog.Logger) (*Dir, error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("making the state directory: %w", err)
+	}
+	lock, err := takeLock(path)
+	if err != nil {
+		return nil, err
+	}
+	d := &Dir{path: path, lock: lock}
+	if err = d.removeLeftovers(); err == nil {
+		err = d.moveOldFailures(log)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// Close unlocks the directory.
+func (d *Dir) Close() error { return dropLock(d.lock) }
+
+// Path returns the path of a file in the directory.
+func (d *Dir) Path(name string) string { return filepath.Join(d.path, name) }
+
+// UnitDir returns the directory of a unit's journal, which package deploy writes.
+func (d *Dir) UnitDir(id deployments.UnitID) string {
+	return d.Path(filepath.Join("units", id.Stage, id.Role, id.Unit))
+}
+
+// Units returns the units of a role that have a directory with something in it. It removes empty ones, whose unit
+// never had a release.
+func (d *Dir) Units(stage, role string) ([]deployments.UnitID, error) {
+	entries, err := os.ReadDir(d.Path(filepath.Join("units", stage, role)))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var ids []deployments.UnitID
+	for _, e := range entries {
+		id := deployments.UnitID{Stage: stage, Role: role, Unit: e.Name()}
+		if e.IsDir() && id.Check() == nil && os.Remove(d.UnitDir(id)) != nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids, nil
+}
+
+// node is node.json: what the store's agent called a host.
+type node struct {
+	Host string `json:"host"`
+	Node string `json:"node"`
+}
+
+// NodeName returns what the store's agent called this host last; empty if that isn't known. What another host was
+// called doesn't count: the disk may have been part of its image.
+func (d *Dir) NodeName(host string) string {
+	var n node
+	data, err := os.ReadFile(d.Path(nodeFile))
+	if err != nil || json.Unmarshal(data, &n) != nil || n.Host != host || deployments.CheckSegment("node", n.Node) != nil {
+		return ""
+	}
+	return n.Node
+}
+
+// SetNodeName notes what the store's agent calls this host.
+func (d *Dir) SetNodeName(host, name string) error {
+	return writeJSON(d.Path(nodeFile), node{host, name})
+}
+
+func writeJSON(path string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(path, data, 0o600)
+}
+
+// removeLeftovers removes what a kill left of files that were written aside.
+func (d *Dir) removeLeftovers() error {
+	for _, name := range []string{nodeFile, LastKnownFile, startingFile} {
+		left, err := filepath.Glob(d.Path("." + name + "*"))
+		if err != nil {
+			return err
+		}
+		for _, path := range left {
+			if err := os.Remove(path); err != nil {
+				return fmt.Errorf("removing what a kill left: %w", err)
+			}
+		}
+	}
+	return nil
+}
