@@ -286,7 +286,8 @@
 //	adopt       the unit file's
 //	paced       true: unit pins wait for the mirror, which rolls them out
 //	joined      nodes that joined later, and run something else, are not told yet
-//	claim       the generation that first asked for target under its commit; a release that failed there stays out
+//	claim       the generation that first asked for target under its commit; a release that failed there stays out;
+//	            negative: lost with the store's data, some generation up to that
 //	nodes       how many nodes the unit had when its rollout last moved
 //	orphaned    true: Git names the unit no longer, and pruning is off
 //	pinned      what Git's record was when a unit pin took its place: target, stable, claim, failed
@@ -373,6 +374,9 @@
 //	committed   the commit's time
 //	at          when the mirror wrote the entry
 //	failed      the digest that was rolled back
+//	claim       the record's
+//	retry       the record's
+//	pinned      the record's, while a pin had its place
 //	note        what else led to it: an order, a pin, a change by hand that was put back, a rollout that was stopped
 //
 // # Mirror state

@@ -21,6 +21,11 @@ type History struct {
 	// Failed is the digest of the release that the generation rolled back, or of the one that it replaced while a
 	// node had that in quarantine: nodes forget this, and a rollback must not go back to it.
 	Failed Digest `json:"failed,omitzero"`
+	// Claim and Retry are the record's: a release that failed on a node stays out there if the record is lost.
+	Claim int64 `json:"claim,omitempty"`
+	Retry int64 `json:"retry,omitempty"`
+	// Pinned is the record's, while a pin has its place.
+	Pinned *Pinned `json:"pinned,omitempty"`
 	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
 	Note string `json:"note,omitempty"`
 }

@@ -31,8 +31,9 @@ type Record struct {
 	// away when it was written. They keep what they run until Joined is raised over them, as the budget has room. 0:
 	// it speaks to all.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: Generation. A release
-	// that failed on a node stays out there while Claim and Retry stay the same.
+	// Claim is the generation that first asked for Target under its commit, or under a pin; 0: Generation. A negative
+	// one was lost with the store's data: it is some generation up to -Claim. A release that failed on a node stays out
+	// there while Claim and Retry stay the same.
 	Claim int64 `json:"claim,omitempty"`
 	// Nodes is how many nodes the unit was known to have when its rollout last moved: a shorter list has to stand for
 	// a while.

@@ -28,6 +28,10 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
+// tellNone returns Record.Joined of a record that speaks to no node yet that it would move, as it isn't known how many
+// are on the way. Nodes that don't tell when they joined can't be held back.
+func tellNone(nodes []Node) uint64 { return min(1, lastJoined(nodes)) }
+
 // Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored is
 // what the store holds at the unit's key; nil: nothing that parses. A generation must never go down: nodes would hold
 // the record for an old one.
@@ -37,6 +41,12 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	}
 	if b.Rebuilt {
 		next.Generation = max(next.Generation, b.Floor+1)
+		next.Claim = -b.Floor
+		if next.Pinned != nil {
+			pinned := *next.Pinned
+			pinned.Claim = -b.Floor
+			next.Pinned = &pinned
+		}
 	}
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
@@ -47,7 +57,9 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	}
 	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot.
 	if acted := actedOn(nodes); next.Generation < acted {
-		next.Claim = cmp.Or(next.Claim, next.Generation)
+		if next.Claim = ClaimOf(next); next.Target != b.Record.Target || next.Claim != ClaimOf(b.Record) {
+			next.Claim, next.Retry = -acted, 0 // the store may have lost that it was asked for before
+		}
 		next.Generation = acted + 1
 	}
 	return next
@@ -98,7 +110,8 @@ func IsLost(nodes []Node, known int64) bool {
 // failed, and Git's release, unless all run it or it failed, is yet to be rolled out. Its generation is the highest
 // that is known.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
-	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit}
+	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
+		Joined: tellNone(nodes)}
 	count := map[deployments.Pointer]int{}
 	failed := map[deployments.Digest]bool{}
 	for i := range nodes {
@@ -141,8 +154,9 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 // FromHistory returns the record of a generation that only the history knows. How far its rollout had come is lost:
 // what was rolled back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if
 // every node is there.
-func FromHistory(h deployments.History, now time.Time) deployments.Record {
-	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit}
+func FromHistory(h deployments.History, nodes []Node, now time.Time) deployments.Record {
+	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
+		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(nodes), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
 	switch {
 	case h.Stable.IsZero() || h.Stable == h.Release:

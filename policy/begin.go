@@ -49,9 +49,9 @@ func goal(in *inputs) deployments.Pointer {
 	return in.Record.Target
 }
 
-// claimOf is the generation that first asked for a record's target.
-func claimOf(r deployments.Record) int64 {
-	if r.Claim > 0 {
+// ClaimOf is the generation that first asked for a record's target; see Record.Claim.
+func ClaimOf(r deployments.Record) int64 {
+	if r.Claim != 0 {
 		return r.Claim
 	}
 	return r.Generation
@@ -66,7 +66,11 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		Retry: was.Retry, Commit: in.Commit,
 		Joined: was.Joined, Nodes: was.Nodes}
 	if in.Unit.Rollout != nil {
-		next.r.Nodes = max(was.Nodes, len(in.Nodes))
+		next.r.Nodes = len(in.Nodes)
+		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 {
+			next.r.Nodes = was.Nodes
+			next = next.wake(until)
+		}
 	}
 	if was.Rollout != nil {
 		next.r.Stable = was.Stable
@@ -77,6 +81,9 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		next.p.Unproven = !was.Stable.IsZero() && was.Stable != was.Target && was.Pinned == nil
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
+		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // which of them are used is not known yet
+			return st.wake(until), false
+		}
 		if st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target {
 			return turnBack(in, st, cause{deployments.ReasonReplacedTooOften, nil}), false
 		}
@@ -173,9 +180,13 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 // gitsRecord is what is to be remembered of Git's record while a pin has its place.
 func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
-		return *st.r.Pinned
+		git := *st.r.Pinned
+		if st.r.Target == git.Target {
+			git.Claim = ClaimOf(st.r) // the pin asked for it last: where it failed since, it stays out
+		}
+		return git
 	}
-	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: claimOf(st.r), Failed: st.p.Failed}
+	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: ClaimOf(st.r), Failed: st.p.Failed}
 	if !st.on {
 		git.Stable = st.r.Target
 	}
@@ -185,7 +196,7 @@ func gitsRecord(st state) deployments.Pinned {
 // endPin goes back to what Git names: without gates to what was stable, by all of them to what never was, and what
 // was rolled back stays out.
 func endPin(in *inputs, st state) state {
-	git := *in.Record.Pinned
+	git := gitsRecord(st)
 	target := in.Unit.Release
 	if target == in.Record.Target && !st.on {
 		st.r.Pinned, st.r.Commit = nil, in.Commit
@@ -234,16 +245,15 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 	if back {
 		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Superseded
 	}
+	unlisted, _ := in.unlisted(was.Nodes)
 	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
-		ranks, used := in.Ranks.of(o.Digest, in.Nodes).ranks, false
-		for i := range in.Nodes {
+		ranks, used := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0
+		for i := 0; i < len(in.Nodes) && !used; i++ {
 			n := &in.Nodes[i]
 			u := &n.Report
-			if used = u.Running.Digest == o.Digest ||
+			used = u.Running.Digest == o.Digest ||
 				(!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
-					(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own); used {
-				break
-			}
+					(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
 		}
 		if !used {
 			continue

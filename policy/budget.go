@@ -7,15 +7,15 @@ import (
 	"kedge/deployments"
 )
 
-// room is how many more nodes may begin to change. Below 0 more may be changing than should, and none may be told
-// to: also not one that seems to be, as it may only be about to. spent: those that have had their time count no
-// more, as so few failures are tolerated.
+// room is how many more nodes may begin to change, those that are not listed taken for such that do. Below 0 more may
+// be changing than should, and none may be told to: also not one that seems to be, as it may only be about to. spent:
+// those that have had their time count no more, as so few failures are tolerated.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
 		budget = max(1, u.MaxUnavailable.Of(v.live))
 	}
-	if room = budget - v.inflight; room > 0 || v.hung == 0 {
+	if room = budget - v.inflight - v.unlisted; room > 0 || v.hung == 0 {
 		return room, false
 	}
 	return room + v.hung, true
@@ -38,7 +38,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 			if n.admitted || early && !n.replaced {
 				continue
 			}
-			if admitted >= want {
+			if admitted >= want || v.unlisted > 0 && room < 0 { // the cutoff admits those that are not listed, too
 				return
 			}
 			if !n.told { // it is told in its own turn: see readmit
@@ -134,6 +134,7 @@ func returned(in *inputs, st state) state {
 	}
 	var v summary
 	r := st.record()
+	v.unlisted, v.relisted = in.unlisted(r.Nodes)
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
 		u := &n.Report
@@ -160,8 +161,10 @@ func returned(in *inputs, st state) state {
 		}
 	}
 	slices.SortFunc(v.waiting, byJoined)
-	was := st.p
-	st, _ = readmit(in, st, v, 0)
-	st.p = was // it has ended: only Joined moves
+	if was := st.p; len(v.waiting) > 0 {
+		st = st.wake(v.relisted)
+		st, _ = readmit(in, st, v, 0)
+		st.p = was // it has ended: only Joined moves
+	}
 	return st
 }

@@ -160,7 +160,7 @@ func turnBack(in *inputs, st state, why cause) state {
 		return st
 	}
 	over := superseded(in, st.record())
-	st.r.Claim = claimOf(st.r)
+	st.r.Claim = ClaimOf(st.r)
 	st.r.Generation++
 	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
 		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}

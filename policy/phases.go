@@ -91,6 +91,7 @@ const retell = 30 * time.Second
 
 // wakeLate asks to look again when what is in flight should have come.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
+	st = st.wake(v.relisted)
 	if moved { // they all have their time from now on
 		return st.wake(in.Now.Add(in.deadline()))
 	}
@@ -206,6 +207,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		case known < st.r.Nodes:
 			until = later(until, st.p.HealthySince.Add(min(in.deadline(), shortList)))
 		}
+		until = later(until, v.relisted)
 		if in.Now.Before(until) {
 			return st.wake(until).because(deployments.ReasonNodesMissing,
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
@@ -234,7 +236,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 		st, moved = readmit(in, st, v, 0)
 		st.p.HealthySince = since
 	}
-	if left || moved || v.inflight > v.hung || len(v.waiting) > 0 {
+	if left || moved || v.inflight > v.hung || len(v.waiting) > 0 || v.unlisted > 0 {
 		return wakeLate(in, st, v, moved), false
 	}
 	p := st.p

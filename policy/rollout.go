@@ -23,6 +23,9 @@ type Situation struct {
 	// they do is told. Zero: always. It is told by elapsed time, so that a clock that is put right counts for
 	// nothing.
 	Seen time.Time
+	// Listed is since when no node has left Nodes. Zero: always. A node whose key in status/ was removed may be as alive
+	// as ever, and act on the record.
+	Listed time.Time
 	// Pin is what pins/ holds for the unit. Nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]
 	// StableBefore are the digests that were stable in one of the last generations, as the history tells.
@@ -87,6 +90,9 @@ func Next(s Situation) Move {
 		s.Seen = s.Now
 	}
 	s.Record.Orphaned = false // who asks for the next step has the unit's file
+	if s.Listed.After(s.Now) {
+		s.Listed = s.Now
+	}
 	in := &inputs{s}
 	if in.Ranks == nil {
 		in.Ranks = new(Ranks)

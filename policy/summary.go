@@ -38,6 +38,10 @@ type summary struct {
 	stuck *Node
 	// shaken is set if a pending node whose time is not over had been well: one that boots had not.
 	shaken bool
+	// unlisted are nodes that were there, and have no entry: they may act on the record. relisted is when it is certain
+	// that they are none of the fleet any more.
+	unlisted int
+	relisted time.Time
 	// waiting are nodes that came back, and would change if they were told: see readmit.
 	waiting []*place
 }
@@ -80,6 +84,19 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
+// unlisted returns how many of known nodes have no entry in status/, and until when they count: those that are there
+// put theirs back within a minute.
+func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
+	until = in.Listed.Add(min(in.deadline(), shortList))
+	if in.Unit.Rollout == nil || in.Listed.IsZero() || !in.Now.Before(until) {
+		return 0, time.Time{}
+	}
+	if nodes = max(0, known-len(in.Nodes)); nodes == 0 {
+		return 0, time.Time{}
+	}
+	return nodes, until
+}
+
 // told reports whether a record speaks to a node: it was there when it was written, or runs nothing that it would
 // leave.
 func told(r *deployments.Record, joined uint64, running deployments.Pointer) bool {
@@ -96,6 +113,7 @@ func summarize(in *inputs, st state) summary {
 		over[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
 	}
 	v := summary{nodes: make([]place, 0, len(in.Nodes))}
+	v.unlisted, v.relisted = in.unlisted(r.Nodes)
 	back := p.Phase == deployments.PhaseRollingBack
 	for _, i := range order.byRank {
 		n := &in.Nodes[i]

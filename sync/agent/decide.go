@@ -1,9 +1,7 @@
 package agent
 
 import (
-	"cmp"
 	"errors"
-	"fmt"
 	"time"
 
 	"kedge/deployments"
@@ -99,7 +97,7 @@ func failureKey(r *cache.Role, id deployments.UnitID, node string, from policy.S
 	case policy.FromUnitPin:
 		key = kv.PinKey(id)
 	default:
-		return fmt.Sprintf("generation %d, retry %d", cmp.Or(record.Claim, record.Generation), record.Retry)
+		return policy.FailureKey(record)
 	}
 	return "pin " + deployments.Trim(r.Pins.Value(key))
 }

@@ -9,6 +9,7 @@ import (
 	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/deployments/wait"
+	"kedge/policy"
 	"kedge/sync/deploy"
 )
 
@@ -84,7 +85,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt}, again
 	case failed:
 		// Another claim than the one that it failed under lets it be tried once more.
-		if f, _ := u.failure(run); f.Key != g.key {
+		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
 			return job{kind: jobForget, release: run, key: g.key}, again
 		}
 	}

@@ -228,7 +228,7 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 // it now. Else a rollout that was begun anew would take the failure of before for one of its own.
 func (u *unit) reprieved(p deployments.Pointer) bool {
 	f, _ := u.failure(p)
-	return f.Key != "" && f.Key != u.key
+	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }
 
 // stamp dates the state in which the unit is, where that is another than before.

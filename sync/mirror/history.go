@@ -95,6 +95,9 @@ func (in inputs) record(w change) *deployments.History {
 		Committed:  in.commit.When,
 		At:         in.now.UTC().Truncate(time.Millisecond),
 		Failed:     in.failedBy(w),
+		Claim:      policy.ClaimOf(w.after),
+		Retry:      w.after.Retry,
+		Pinned:     w.after.Pinned,
 		Note:       in.accepted(w.note),
 	}
 }

@@ -346,6 +346,7 @@ func (l *leader) plan(ctx context.Context, commit *git.Commit, vouched bool, see
 		fleet:       seen.fleet.roles,
 		blind:       !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
 		fleetSince:  since,
+		listedSince: seen.fleet.listedSince,
 		ranks:       l.ranks,
 		lostSince:   l.lostSince,
 		rebuildWait: l.rebuildWait,

@@ -155,6 +155,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	o := gittest.New(t)
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
+	l.rebuildWait = 0
 	git := l.look(t.Context(), gitState{})
 	l.observer.records(kv.View{Synced: true})
 	l.observer.fleet(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})

@@ -3,6 +3,7 @@ package mirror
 import (
 	"bytes"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
@@ -59,6 +60,17 @@ type observedFleet struct {
 	since   time.Time // since when err is nil, or isn't
 	entries []kv.Entry
 	roles   map[deployments.RoleID][]reported
+	// listed is since when no entry of a role has vanished; began counts for the roles that it doesn't name.
+	listed map[deployments.RoleID]time.Time
+	began  time.Time
+}
+
+// listedSince returns since when no node has left the list of a role's nodes; zero: nothing is known.
+func (f observedFleet) listedSince(role deployments.RoleID) time.Time {
+	if at, ok := f.listed[role]; ok {
+		return at
+	}
+	return f.began
 }
 
 // observedPins is what pins/ shows of whole units.
@@ -187,6 +199,19 @@ func (o *observer) fleet(v kv.View) {
 			reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report},
 		)
 	}
+	at := time.Now()
+	listed := maps.Clone(o.latest().fleet.listed)
+	for name := range o.reports {
+		if _, ok := reports[name]; ok {
+			continue
+		}
+		if key, err := kv.ParseKey(name); err == nil {
+			if listed == nil {
+				listed = map[deployments.RoleID]time.Time{}
+			}
+			listed[key.Role] = at
+		}
+	}
 	o.reports = reports
 	if bad > 0 {
 		o.complain.Do(func() {
@@ -194,7 +219,11 @@ func (o *observer) fleet(v kv.View) {
 		})
 	}
 	o.update(func(now *observed) {
-		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles}
+		began := now.fleet.began
+		if began.IsZero() {
+			began = at
+		}
+		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles, listed, began}
 		now.sawFolders(kv.StatusPrefix, v)
 	})
 }

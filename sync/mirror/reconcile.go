@@ -63,6 +63,8 @@ type inputs struct {
 	blind bool
 	// fleetSince is since when fleet is up to date, without a gap.
 	fleetSince time.Time
+	// listedSince returns since when no node has left the list of a role's nodes; nil: always.
+	listedSince func(deployments.RoleID) time.Time
 	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to
 	// report.
 	lostSince   map[deployments.UnitID]time.Time
@@ -89,6 +91,21 @@ func (in inputs) seen() time.Time {
 		return in.fleetSince
 	}
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(in.fleetSince)))
+}
+
+// listed returns since when no node has left the list of a unit's nodes, counted as seen does.
+func (in inputs) listed(id deployments.UnitID) time.Time {
+	if in.listedSince == nil {
+		return time.Time{}
+	}
+	since := in.listedSince(id.RoleID())
+	if since.IsZero() {
+		return since
+	}
+	if in.fleetSince.After(since) {
+		since = in.fleetSince // nobody saw who left before
+	}
+	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(since)))
 }
 
 // nodes returns the nodes of a unit's role, with what they report of the unit.
@@ -209,7 +226,9 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
 	w := change{unit: u.ID, kind: "update", base: c.version}
+	nodes := in.nodes(u.ID)
 	var base policy.Base
+	unheard := false // whether no record is known
 	switch stand(c, mine, known, in.now) {
 	case inFlight:
 		if !bytes.Equal(encode(follow(u, in.commit.Hash, mine.record)), mine.value) {
@@ -222,19 +241,23 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		base = policy.Base{Record: mine.record, Floor: mine.record.Generation, Restored: true}
 		w.kind, w.note = "restore", "a change by hand was put back"
 	case unknown:
+		unheard = true
 		past := in.history[u.ID]
 		base.Floor = past.Generation
 		switch {
 		case c.present && c.err == nil: // a bare pointer: nodes run it
 			base.Record = deployments.Record{Target: c.record.Target}
 		case past.Generation > 0:
-			base.Record = policy.FromHistory(past, in.now)
+			base.Record = policy.FromHistory(past, nodes, in.now)
 		}
 		if !c.present {
 			w.kind = "create"
 		}
 	}
-	nodes := in.nodes(u.ID)
+	// Where a record is missing, it may be that its nodes have yet to say what they know.
+	if until := in.listed(u.ID).Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
+		return change{}, doWait, until
+	}
 	if !base.Restored {
 		if record, until, lost := in.lost(u, nodes, base.Floor); lost {
 			if in.now.Before(until) {
@@ -251,7 +274,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
-		Seen: in.seen(), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
+		Seen: in.seen(), Listed: in.listed(u.ID), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)

@@ -1,0 +1,252 @@
+package policy
+
+import (
+	"fmt"
+	"time"
+
+	"kedge/deployments"
+)
+
+// member is one node, as it is.
+type member struct {
+	name    string
+	number  int
+	gone    bool
+	goneAt  time.Time
+	left    bool
+	sick    bool      // its health checks fail
+	joined  uint64    // larger after each restart, and each time that it was cut off
+	told    entry     // as in the store
+	silent  time.Time // since when it isn't there
+	seen    int       // what it has read of world.records last
+	acts    int       // the one that it acts on; -1: none
+	floor   int64     // the highest generation that it has acted on
+	pin     Value[deployments.Pin]
+	pinned  int // when that was set, as a number of events
+	running deployments.Pointer
+	going   deployments.Pointer // what it switches to; zero: it doesn't
+	begun   string              // the failure key under which it does
+	by      int                 // the record by which it does, an index into world.records
+	hangs   bool
+	started time.Time
+	failed  map[deployments.Digest]string // digest to failure key
+	tried   map[deployments.Digest]int    // the record by which that was begun
+	// free is set while the node's switch is not the rollout's: it booted, came back, was pinned, or has hung for too
+	// long.
+	free bool
+
+	// decision is what Resolve said last, for asked.
+	decision Decision
+	asked    question
+}
+
+type question struct {
+	record  int
+	pinned  bool
+	running deployments.Pointer
+	failed  int
+	joined  uint64
+}
+
+func (w *world) join() {
+	w.names++
+	w.joins++
+	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{},
+		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.now, acts: -1, joined: w.joins}
+	n.read(w, len(w.records)-1)
+	w.nodes = append(w.nodes, n)
+}
+
+// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that its report says to be
+// in mid-switch goes on when it is back; of another nothing is known, and it begins anew.
+func (w *world) leaveOrReturn(n *member) {
+	if n.left {
+		return
+	}
+	if n.gone = !n.gone; n.gone {
+		n.goneAt = w.now
+		if u := n.told.report; u.State != deployments.StateSwitching || u.Want != n.going {
+			n.going = deployments.Pointer{}
+		}
+	} else {
+		w.joins++
+		over := !n.going.IsZero() && !w.now.Before(n.goneAt.Add(w.unit.Rollout.Deadline)) // it has had its time
+		n.joined, n.started, n.free = w.joins, w.now, n.free || n.running.IsZero() || over
+	}
+	w.say("%s gone: %v, joined as %d", n.name, n.gone, n.joined)
+}
+
+// unsettled reports whether a node is switching, or would by the record that it acts on or one that it may yet read.
+func (w *world) unsettled(n *member) bool {
+	if n.left || n.gone {
+		return false
+	}
+	if !n.going.IsZero() {
+		return true
+	}
+	for i := n.seen; i < len(w.records); i++ {
+		if i > n.seen && w.records[i].Generation < n.floor {
+			continue
+		}
+		at := i
+		if i == n.seen {
+			at = n.acts
+		}
+		if d := w.resolve(n, at); !d.Target.IsZero() && d.Target != n.running {
+			return true
+		}
+	}
+	return false
+}
+
+func (w *world) resolve(n *member, i int) Decision {
+	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined}
+	if i >= 0 && n.asked == q {
+		return n.decision
+	}
+	record := Value[deployments.Record]{}
+	if i >= 0 {
+		record = good(w.records[i])
+	}
+	n.asked, n.decision = q, Resolve(Facts{
+		Unit: app, Node: n.name, Now: w.now,
+		Record: record, NodePin: n.pin, UnitPin: w.unitPin,
+		Joined: n.joined, Running: n.running, Quarantined: keys(n.failed),
+	})
+	return n.decision
+}
+
+// act is one turn of a node's agent. promptly: it reads the newest record, and what it does ends at once.
+func (w *world) act(n *member, promptly bool) {
+	if n.gone || n.left {
+		return
+	}
+	if last := len(w.records) - 1; n.seen < last {
+		next := n.seen + w.rng.IntN(last-n.seen+1)
+		if promptly || w.chance(0.6) {
+			next = last
+		}
+		n.read(w, next)
+	}
+	r := w.acting(n)
+	d := w.resolve(n, n.acts)
+	key := w.key(n, r)
+	if !n.going.IsZero() && !d.Target.IsZero() && d.Target != n.going {
+		w.count("switches given up")
+		w.say("%s gives up %s", n.name, n.going.URL)
+		n.going = deployments.Pointer{}
+		return
+	}
+	switch {
+	case !n.going.IsZero(): // also if nothing is wanted any more: it finishes what it began
+		switch {
+		case n.hangs && (!promptly || w.chance(0.7)) && w.chance(0.9):
+		case !promptly && w.chance(0.4):
+		case w.chance(w.bad[n.going.Digest]):
+			w.count("failures")
+			w.say("%s fails on %s", n.name, n.going.URL)
+			n.failed[n.going.Digest], n.tried[n.going.Digest] = n.begun, n.by
+			n.going = deployments.Pointer{}
+			// Who came back with what no part of the record names goes on to stable: no record can keep it where it is.
+			n.free = n.free && n.running.Digest != r.Stable.Digest &&
+				(r.Rollout == nil || !partOf(&r, n.running.Digest))
+		default:
+			w.count("switches")
+			w.say("%s runs %s", n.name, n.going.URL)
+			n.running, n.going, n.free = n.going, deployments.Pointer{}, false
+			delete(n.failed, n.running.Digest) // the success of another is none of it
+			delete(n.tried, n.running.Digest)
+		}
+	case d.Target.IsZero():
+	case d.Target != n.running && !w.isOut(n, d.Target, key):
+		n.going, n.begun, n.by, n.hangs, n.sick = d.Target, key, n.acts, w.chance(0.05), false
+		if lived := w.lived[max(0, n.acts)]; n.number >= len(lived) || !lived[n.number] {
+			n.free = true // no budget can count who wasn't known to take part
+		}
+		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit.
+		leaves := r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRollingBack && partOf(&r, n.running.Digest)
+		boots := n.going == r.Stable && (n.running.IsZero() || leaves)
+		by, failed := n.tried[n.going.Digest]
+		if failed && !boots && !n.pin.Present && w.asked[n.going.Digest] <= by {
+			w.breaks("%s tries %s again, which failed there, and nobody has asked for it since: %s, not %s",
+				n.name, n.going.URL, key, n.failed[n.going.Digest])
+		}
+		w.say("%s begins to switch to %s, by generation %d", n.name, d.Target.URL, r.Generation)
+		w.admitted(n, r)
+		if promptly {
+			w.act(n, false)
+		}
+	}
+}
+
+// tell publishes a node's report.
+func (w *world) tell(n *member) {
+	if n.gone || n.left {
+		return
+	}
+	r := w.acting(n)
+	d := w.resolve(n, n.acts)
+	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
+		Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
+	switch {
+	case !n.going.IsZero():
+		u.State = deployments.StateSwitching
+	case d.Target.IsZero():
+		u.State = deployments.StateWaiting
+	case d.Target == n.running && n.sick:
+		u.State = deployments.StateUnhealthy
+	case d.Target == n.running:
+		u.State = deployments.StateConverged
+	case w.isOut(n, d.Target, w.key(n, r)):
+		u.State = deployments.StateQuarantined
+	default:
+		u.State = deployments.StateFetching
+	}
+	n.told = entry{true, n.joined, u}
+}
+
+// unsaid notes that a node's entry in status/ is gone.
+func (n *member) unsaid(w *world) { n.told, n.silent = entry{}, w.now }
+
+// relist has the nodes put back what was removed, which takes them less than a minute.
+func (w *world) relist() {
+	for _, n := range w.nodes {
+		if !n.gone && !n.left && !n.told.listed && w.now.Sub(n.silent) >= time.Minute {
+			w.tell(n)
+		}
+	}
+}
+
+// read takes what the store holds, as an agent does: nothing takes the place of a record, and one of a lower
+// generation than it has acted on doesn't.
+func (n *member) read(w *world, i int) {
+	switch r := w.records[i]; {
+	case r.Generation == 0:
+		n.acts = -1
+	case r.Generation >= n.floor:
+		n.acts, n.floor = i, r.Generation
+	}
+	n.seen = i
+}
+
+// acting is the record that a node acts on; zero: none.
+func (w *world) acting(n *member) deployments.Record {
+	if n.acts < 0 {
+		return deployments.Record{}
+	}
+	return w.records[n.acts]
+}
+
+// key is what asks for what a node is to run.
+func (w *world) key(n *member, r deployments.Record) string {
+	if n.pin.Present {
+		return fmt.Sprint("pin ", n.pinned)
+	}
+	return FailureKey(r)
+}
+
+// isOut reports whether a release failed on a node, and nothing has asked for it anew.
+func (w *world) isOut(n *member, p deployments.Pointer, key string) bool {
+	failed, ok := n.failed[p.Digest]
+	return ok && SameRequest(failed, key)
+}

@@ -1,0 +1,333 @@
+package policy
+
+import (
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// rebuildWait is how long the simulated mirror lets nodes report before it makes a record from what they say.
+const rebuildWait = 5 * time.Second
+
+// store is what the simulated store holds beside the records.
+type store struct {
+	history []deployments.History
+	unitPin Value[deployments.Pin]
+}
+
+// snapshot is a copy of all that the store held at a time.
+type snapshot struct {
+	record deployments.Record
+	joins  uint64
+	store
+	pins    map[*member]Value[deployments.Pin]
+	reports map[*member]entry
+}
+
+// entry is a node's key in status/.
+type entry struct {
+	listed bool
+	joined uint64
+	report deployments.UnitReport
+}
+
+// leader is what a mirror remembers while it holds the lease.
+type leader struct {
+	own     deployments.Record // what it wrote, or found; generation 0: nothing
+	stables []deployments.Digest
+	listed  time.Time // since when no node has left the list
+	looked  time.Time
+	lostAt  time.Time // since when nodes are ahead of the store; zero: they are not
+	ranks   Ranks
+}
+
+// latest is the record that the store holds; generation 0: none.
+func (w *world) latest() deployments.Record { return w.records[len(w.records)-1] }
+
+// put writes a record, or removes it (generation 0).
+func (w *world) put(r deployments.Record) {
+	w.records, w.lived = append(w.records, r), append(w.lived, w.live)
+}
+
+// takeOver lets another mirror lead: it knows what the store's leader holds, and nothing else.
+func (w *world) takeOver() {
+	w.leader = leader{stables: stableIn(w.history), listed: w.now}
+	w.look()
+}
+
+// stableIn is what was stable in the generations that are known, and has not failed since.
+func stableIn(history []deployments.History) (stable []deployments.Digest) {
+	for _, h := range history {
+		if !h.Stable.IsZero() && !slices.Contains(stable, h.Stable.Digest) {
+			stable = append(stable, h.Stable.Digest)
+		}
+		stable = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == h.Failed })
+	}
+	return stable
+}
+
+// look brings the mirror's view of the fleet up to date.
+func (w *world) look() {
+	before := w.seenBy
+	w.looked = w.now
+	w.seenBy, w.live = w.seenBy[:0:0], make([]bool, w.names+1)
+	defer func() {
+		now := map[string]bool{}
+		for _, n := range w.seenBy {
+			now[n.Name] = true
+		}
+		if slices.ContainsFunc(before, func(n Node) bool { return !now[n.Name] }) {
+			w.listed = w.now
+		}
+	}()
+	for _, n := range w.nodes {
+		w.live[n.number] = !n.told.report.Pinned
+		if !n.left && n.told.listed {
+			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Joined: n.told.joined,
+				Report: n.told.report})
+			if n.gone {
+				w.seenBy[len(w.seenBy)-1].GoneSince = n.goneAt
+			}
+		}
+	}
+}
+
+// base is what the mirror goes on from, as the mirror's reconcile finds it. until is when it may: nodes have to report
+// first.
+func (w *world) base(stored deployments.Record) (b Base, until time.Time) {
+	switch {
+	case w.own.Generation > 0 && !reflect.DeepEqual(stored, w.own):
+		w.count("records put back")
+		return Base{Record: w.own, Floor: w.own.Generation, Restored: true}, until
+	case stored.Generation > 0:
+		b = Base{Record: stored, Floor: stored.Generation}
+	case len(w.history) > 0:
+		h := w.history[len(w.history)-1]
+		b = Base{Record: FromHistory(h, w.seenBy, w.now), Floor: h.Generation}
+	}
+	if stored.Generation == 0 {
+		if until := w.listed.Add(rebuildWait); w.now.Before(until) {
+			return b, until // it may be that all have yet to report
+		}
+		w.hear()
+	}
+	if !IsLost(w.seenBy, b.Floor) {
+		w.lostAt = time.Time{}
+		return b, until
+	}
+	if w.lostAt.IsZero() {
+		w.lostAt = w.now
+	}
+	if until = w.lostAt.Add(rebuildWait); w.now.Before(until) {
+		return b, until
+	}
+	w.hear()
+	w.count("records rebuilt")
+	r := Rebuild(w.unit, w.commit(), w.seenBy, b.Floor, w.now)
+	w.say("rebuilt: %s", brief(r))
+	return Base{Record: r, Floor: r.Generation, Rebuilt: true}, time.Time{}
+}
+
+// hear lets each node see that its record is gone, and report, for which it has had the time.
+func (w *world) hear() {
+	for _, n := range w.nodes {
+		if !n.gone && !n.left {
+			n.read(w, len(w.records)-1)
+			w.tell(n)
+		}
+	}
+	w.look()
+}
+
+// commit is the hash of the commit that Git is at.
+func (w *world) commit() string { return fmt.Sprint("commit ", w.pushes) }
+
+func (w *world) mirror(order string) (again time.Time) {
+	stored := w.latest()
+	base, until := w.base(stored)
+	if !until.IsZero() {
+		return until
+	}
+	before := base.Record
+	var was deployments.Progress
+	if before.Rollout != nil {
+		was = *before.Rollout
+		was.Superseded = slices.Clone(was.Superseded)
+	}
+	s := Situation{Now: w.now, Unit: w.unit, Commit: w.commit(), Record: before, Nodes: w.seenBy, Listed: w.listed,
+		Order: order, Freeze: w.freeze, Ranks: &w.ranks, Pin: &w.unitPin, StableBefore: w.stables}
+	m := Next(s)
+	if s.Ranks = nil; len(w.nodes) < 100 && !reflect.DeepEqual(m, Next(s)) {
+		w.breaks("what is remembered of ranks changed the answer")
+	}
+	if before.Rollout != nil {
+		if !reflect.DeepEqual(was, *before.Rollout) {
+			w.breaks("Next changed the record that stood")
+		}
+		// Those that hang have had their time: they give up their room.
+		if !w.now.Before(before.Rollout.Since.Add(w.unit.Rollout.Deadline)) {
+			for _, n := range w.nodes {
+				if w.unsettled(n) {
+					n.free = true
+				}
+			}
+		}
+	}
+	w.asks(before, m.Record)
+	w.stepped(before, m, order)
+	plain := reflect.DeepEqual(before, stored)
+	var at *deployments.Record
+	if stored.Generation > 0 {
+		at = &stored
+	}
+	m.Record = base.Number(m.Record, at, w.seenBy)
+	if w.own = m.Record; reflect.DeepEqual(m.Record, stored) {
+		if plain {
+			w.sleeps(s, m)
+		}
+		return m.Again
+	}
+	if m.Record.Generation > base.Floor {
+		w.remember(before, m.Record)
+	}
+	w.put(m.Record)
+	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseRolledBack {
+		w.ended++
+	}
+	if m.Record.Rollout == nil && m.Record.Stable.IsZero() {
+		for _, n := range w.nodes { // every node at once
+			n.free = true
+		}
+	}
+	if w.keep {
+		w.say("mirror %q: %s", order, brief(m.Record))
+	}
+	return m.Again
+}
+
+// remember notes a generation in the history.
+func (w *world) remember(before, r deployments.Record) {
+	h := deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Claim: ClaimOf(r),
+		Retry: r.Retry, Pinned: r.Pinned}
+	failed := before.Target.Digest
+	quarantines := func(n Node) bool { return slices.Contains(n.Report.Quarantined, failed) }
+	switch {
+	case r.Rollout != nil && !r.Rollout.Failed.IsZero():
+		h.Failed = r.Rollout.Failed
+	case failed != r.Target.Digest && slices.ContainsFunc(w.seenBy, quarantines):
+		h.Failed = failed
+	}
+	w.history = append(w.history, h)
+	if w.history = w.history[max(0, len(w.history)-deployments.HistoryKept):]; !h.Stable.IsZero() {
+		w.stables = stableIn(w.history)
+	}
+}
+
+func brief(r deployments.Record) string {
+	s := fmt.Sprintf("generation %d target %s stable %s", r.Generation, r.Target.URL, r.Stable.URL)
+	if r.Joined > 0 {
+		s += fmt.Sprintf(" joined %d", r.Joined)
+	}
+	if p := r.Rollout; p != nil {
+		s += fmt.Sprintf(" %s cutoff %d over %d: %s", p.Phase, p.Cutoff, len(p.Superseded), p.Reason)
+	}
+	return s
+}
+
+// lose removes some of the keys, or all of them together with the store's counters, as where its servers are made anew.
+func (w *world) lose() {
+	record, history, pins, status := w.chance(0.5), w.chance(0.4), w.chance(0.3), w.chance(0.4)
+	anew := w.chance(0.2)
+	if anew {
+		record, history, pins, status = true, true, true, true
+		w.joins = 0
+	}
+	w.say("lost: record %v history %v pins %v status %v, all anew %v", record, history, pins, status, anew)
+	for _, n := range w.nodes {
+		if pins && n.pin.Present {
+			n.pin, n.free = Value[deployments.Pin]{}, true
+		}
+		if status {
+			n.unsaid(w)
+		}
+		if anew && !n.gone {
+			w.joins++
+			n.joined = w.joins
+		}
+	}
+	if pins {
+		w.unitPin = Value[deployments.Pin]{}
+	}
+	if history {
+		w.history = nil
+	}
+	if record {
+		w.put(deployments.Record{})
+	}
+	if anew || w.chance(0.3) {
+		w.takeOver()
+	}
+	for kind, lost := range map[string]bool{
+		"records": record, "history": history, "pins": pins, "reports": status, "everything": anew,
+	} {
+		if lost {
+			w.count("losses of " + kind)
+		}
+	}
+}
+
+// save keeps what the store holds, as consul snapshot save does.
+func (w *world) save() {
+	s := &snapshot{record: w.latest(), joins: w.joins, store: store{slices.Clone(w.history), w.unitPin},
+		pins: map[*member]Value[deployments.Pin]{}, reports: map[*member]entry{}}
+	for _, n := range w.nodes {
+		s.pins[n], s.reports[n] = n.pin, n.told
+	}
+	w.saved = s
+	w.say("a snapshot is saved of generation %d", s.record.Generation)
+}
+
+// restore puts back what was saved. Sessions end, so that the lease may pass to another mirror.
+func (w *world) restore() {
+	w.store = store{slices.Clone(w.saved.history), w.saved.unitPin}
+	for _, n := range w.nodes {
+		if pin := w.saved.pins[n]; pin != n.pin {
+			n.pin, n.free = pin, true
+		}
+		if n.told = w.saved.reports[n]; !n.told.listed {
+			n.unsaid(w)
+		}
+	}
+	w.joins = max(w.joins, w.saved.joins) // as Raft's index is
+	w.put(w.saved.record)
+	w.count("snapshots restored")
+	w.say("the snapshot of generation %d is restored", w.saved.record.Generation)
+	if w.chance(0.7) {
+		w.takeOver()
+	}
+}
+
+// asks notes that somebody asked for a record's target from now on: by a commit, a pin or a retry.
+func (w *world) asks(before, r deployments.Record) {
+	asked, git := r.Retry > before.Retry, before.Target
+	if before.Pinned != nil {
+		git = before.Pinned.Target
+	}
+	switch {
+	case w.pushed && r.Pinned == nil && r.Target == w.unit.Release:
+		asked, w.pushed = asked || r.Target != git, false
+	case w.wished && r.Pinned != nil && r.Target == w.unitPin.Value.Release:
+		asked, w.wished = true, false
+	}
+	if asked {
+		w.asked[r.Target.Digest] = len(w.records)
+	}
+}
+
+func keys(failed map[deployments.Digest]string) []deployments.Digest {
+	return slices.Collect(maps.Keys(failed))
+}
