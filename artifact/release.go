@@ -33,7 +33,7 @@ var (
 //	/srv/app                                  symlink to app.releases/1.4.2-9f2c01ab34cd, relative
 //	/srv/app.releases/1.4.2-9f2c01ab34cd/     a complete, verified, synced tree
 //	/srv/app.releases/adopted-…/              what was at dest before kedge; never removed
-//	/srv/app.releases/.kedge/…                manifests, indexes, trees being staged; private (0700)
+//	/srv/app.releases/.kedge/…                manifests, indexes, what commands made, trees being staged; private (0700)
 //	/srv/app.shared/…                         the manifest's shared paths, which releases link to; never removed
 //
 // A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the
@@ -252,6 +252,13 @@ const (
 	linkName         = "link"
 	privateName      = ".kedge"
 )
+
+// in returns rel as it lies, or would, among the releases of a dest.
+func (rel *Release) in(r *Releases) *Release {
+	at := *rel
+	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))
+	return &at
+}
 
 // nameOf is a release's directory.
 func nameOf(version string, digest deployments.Digest) string {
@@ -617,6 +624,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		switch {
 		case strings.HasSuffix(name, recordSuffix),
 			strings.HasSuffix(name, indexSuffix),
+			strings.HasSuffix(name, madeSuffix), strings.HasSuffix(name, beforeSuffix),
 			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix): // of a version that may be called as these are
 		case strings.HasPrefix(name, trashPrefix),
 			isStaging && !protected(staging),
@@ -649,65 +657,12 @@ func (r *Releases) remove(name string) error {
 		return err
 	}
 	r.at("trashed")
-	for _, suffix := range []string{statsSuffix, recordSuffix, indexSuffix} {
+	for _, suffix := range []string{statsSuffix, madeSuffix, beforeSuffix, recordSuffix, indexSuffix} {
 		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
 	return removeTree(trash)
-}
-
-// Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it
-// was staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every
-// byte; limit, in bytes a second, keeps it out of the way (0: none).
-func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
-	r, leave, err := r.enter(false)
-	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
-	}
-	defer leave()
-	dir := r.dirOf(rel)
-	rec, err := r.readRecord(filepath.Base(rel.Dir))
-	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
-	}
-	index, err := r.readIndex(filepath.Base(rel.Dir), rec)
-	if errors.Is(err, ErrDigest) || errors.Is(err, fs.ErrNotExist) || unreadable(err) {
-		r.log.Warn("the release can't be compared with its index", "dir", rel.Dir, "error", err)
-		return []Difference{{Path: ".", What: "index"}}, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
-	}
-	skip, err := mountsBelow(dir)
-	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
-	}
-	skip = append(skip, rel.Manifest.Shared...)
-	differences, stats, err := verifyTree(ctx, dir, index, limit, skip...)
-	if err != nil {
-		return nil, err
-	}
-	if slices.ContainsFunc(differences, func(d Difference) bool { return d.What == "content" }) {
-		err = r.forgetStats()
-	} else if !r.hashAlways {
-		err = r.writeStats(filepath.Base(rel.Dir), rec.Index, stats)
-	}
-	if err != nil {
-		r.log.Warn("could not note what the files of a release are", "dir", rel.Dir, "error", err)
-	}
-	top, err := os.Lstat(dir)
-	if err != nil {
-		return nil, fmt.Errorf("verify: %w", err)
-	}
-	if top.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
-		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
-	}
-	owners, err := verifyOwner(ctx, dir, rel.Manifest.Owner, skip)
-	if err != nil {
-		return nil, fmt.Errorf("verify %s: %w", rel.Dir, err)
-	}
-	return append(differences, owners...), nil
 }
 
 func (r *Releases) readIndex(name string, rec *record) ([]byte, error) {

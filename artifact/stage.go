@@ -64,25 +64,28 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt)
+	if err := r.madeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // of a tree that is gone
+		return nil, err
+	}
+	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
 }
 
 // Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is
-// whole all the while. Nothing is taken from the old tree, which stays for processes that work in it until the
-// release goes or is healed again.
+// whole all the while. Nothing is taken from the old tree but what the release's own commands made: see madeThing. It
+// stays for processes that work in it until the release goes or is healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
 	if err != nil {
 		return fmt.Errorf("heal %s: %w", rel.Dir, err)
 	}
 	defer leave()
-	if _, err := r.renew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}); err != nil {
+	if _, err := r.renew(ctx, rel.Pointer, rel.Manifest, rel.Raw, nil, StageOptions{Log: r.log}, true); err != nil {
 		return fmt.Errorf("heal %s: %w", rel.Dir, err)
 	}
 	return nil
 }
 
-// renew stages a release, whether or not it is there.
+// renew stages a release, whether or not it is there. heals says to bring back what its commands made.
 func (r *Releases) renew(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -90,6 +93,7 @@ func (r *Releases) renew(
 	raw []byte,
 	base *base,
 	opt StageOptions,
+	heals bool,
 ) (*Release, error) {
 	staging := filepath.Join(r.private(), stagingPrefix+p.Digest.Short())
 	if err := r.prepare(staging); err != nil {
@@ -114,9 +118,21 @@ func (r *Releases) renew(
 	}
 	r.at("synced")
 	dir := filepath.Join(r.top(), name)
+	var made []madeThing
+	if heals {
+		made = readMade(r.madeFiles(name).made)
+		if err := r.restoreMade(staging, dir, m, made); err != nil {
+			return nil, err
+		}
+	}
 	replaced, err := r.replace(staging, dir)
 	if err != nil {
 		return nil, err
+	}
+	if replaced && heals {
+		if err := restoreLate(dir, r.healed(staging), made); err != nil {
+			r.log.Warn("could not carry over what was written while the release was healed", "dir", dir, "error", err)
+		}
 	}
 	rec, err := json.Marshal(record{Release: Release{Pointer: p, Manifest: m, Raw: raw}, Index: digestOf(index)})
 	if err != nil {
@@ -222,7 +238,7 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 		return false, fmt.Errorf("%s is there already, and can't be exchanged (%w): move it away, and try again", dir, err)
 	}
 	r.at("replaced")
-	old := filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
+	old := r.healed(staging)
 	if err := removeTree(old); err != nil {
 		return false, err
 	}
@@ -230,6 +246,28 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 		return false, err
 	}
 	return true, errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
+}
+
+// healed is where replace leaves the tree that it exchanged for the staged one.
+func (r *Releases) healed(staging string) string {
+	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
+}
+
+// restoreMade brings what the release's commands made, and their owners, into a staged tree.
+func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, made []madeThing) error {
+	if !exists(live) && len(made) == 0 {
+		return nil
+	}
+	if err := restoreMade(staging, live, made); err != nil {
+		return err
+	}
+	if m.Owner == "" && exists(live) {
+		if err := keepOwners(staging, live); err != nil {
+			return fmt.Errorf("keeping the owners of the live tree: %w", err)
+		}
+	}
+	r.at("made")
+	return syncFS(staging)
 }
 
 // base gives the release to take files from: what it can't read is none.

@@ -104,6 +104,10 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 	return removeTree(parent.Path(besideName(r) + ".part"))
 }
 
+// Survey has nothing to note, and Record neither: verify can't compare a tree that was moved. See rsyncSwitcher.
+func (t treeSwitcher) Survey(context.Context, *Release) error { return nil }
+func (t treeSwitcher) Record(context.Context, *Release) error { return nil }
+
 // rsyncSwitcher is StrategyRsync.
 type rsyncSwitcher struct{ treeSwitcher }
 
@@ -125,11 +129,21 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err := s.replaceLink(ctx, parent, r); err != nil {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
+	if s.c.Made != "" {
+		if err := s.madeFiles(r).forget(); err != nil { // rsync removes it
+			return err
+		}
+	}
 	dest, err := s.dest(parent, r, true)
 	if err != nil {
 		return err
 	}
 	defer dest.Close()
+	return s.copy(ctx, r, dest)
+}
+
+// copy has rsync make dest as r's tree. What is excluded stays as it is.
+func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return err
@@ -138,7 +152,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if verbose == nil {
 		verbose = []string{"-v"}
 	}
-	args = append(slices.Concat(args, verbose), s.tree(r)+"/", dest.PathForTool("")+"/")
+	args = append(slices.Concat(exclude, args, verbose), s.tree(r)+"/", dest.PathForTool("")+"/")
 	if err := s.tool(ctx, "rsync", args...); err != nil {
 		return err
 	}
@@ -251,12 +265,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if !exists(s.tree(r)) {
 		return nil, nil
 	}
-	parent, err := s.place(r)
-	if err != nil {
-		return nil, err
-	}
-	defer parent.Close()
-	dest, err := s.dest(parent, r, false)
+	dest, err := s.open(r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return []Difference{{Path: ".", What: "missing"}}, nil
 	}
@@ -264,9 +273,64 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 		return nil, err
 	}
 	defer dest.Close()
+	found, err := s.differences(ctx, r, dest, false)
+	if err != nil {
+		return nil, err
+	}
+	return s.madeFiles(r).overlaid(dest.Path(""), found)
+}
+
+// open opens dest itself, which must be there.
+func (s rsyncSwitcher) open(r *Release) (*Place, error) {
+	parent, err := s.place(r)
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	return s.dest(parent, r, false)
+}
+
+func (s rsyncSwitcher) madeFiles(r *Release) madeFiles {
+	name := filepath.Join(s.c.Made, r.Pointer.Digest.String())
+	return madeFiles{name + madeSuffix, name + beforeSuffix}
+}
+
+// Record asks rsync what the commands changed since it ran, by size and time. Before them there was no difference.
+func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
+	if s.c.Made == "" || !exists(s.tree(r)) {
+		return nil
+	}
+	dest, err := s.open(r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dest.Close()
+	found, err := s.differences(ctx, r, dest, true)
+	if err != nil {
+		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
+	}
+	if err := os.MkdirAll(s.c.Made, 0o700); err != nil {
+		return err
+	}
+	left, err := s.madeFiles(r).record(dest.Path(""), found)
+	if left > 0 && s.c.Log != nil {
+		s.c.Log.Warn("the release's commands made more paths than are remembered: the rest counts as drift",
+			"remembered", maxMade, "left_out", left)
+	}
+	return err
+}
+
+// differences asks rsync what it would change; quick has it compare by size and time.
+func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place, quick bool) ([]Difference, error) {
 	args, err := s.args(r, dest)
 	if err != nil {
 		return nil, err
+	}
+	if quick {
+		args = slices.DeleteFunc(args, func(a string) bool { return a == "--checksum" })
 	}
 	args = append(args, "--dry-run", "--itemize-changes", s.tree(r)+"/", dest.PathForTool("")+"/")
 	output, err := s.c.Tool(ctx, true, "rsync", args...)
@@ -276,8 +340,67 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	return itemized(string(output)), nil
 }
 
-func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) error {
-	return s.SwitchBack(ctx, r, nil, false)
+// Heal leaves what r's commands made as it is, and brings back what can be of it.
+func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
+	made := readMade(s.madeFiles(r).made)
+	if len(made) == 0 {
+		return nil, s.SwitchBack(ctx, r, nil, false)
+	}
+	if exists(s.tree(r)) {
+		left, err := s.Verify(ctx, r, 0)
+		if gone := lost(made, left); err == nil && !slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
+			return left, nil
+		}
+	}
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
+		return nil, fmt.Errorf("unpacking again the release to heal: %w", err)
+	}
+	parent, err := s.place(r)
+	if err != nil {
+		return nil, err
+	}
+	defer parent.Close()
+	dest, err := s.dest(parent, r, true)
+	if err != nil {
+		return nil, err
+	}
+	defer dest.Close()
+	exclude, err := s.excludeMade(r, dest, made)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.copy(ctx, r, dest, "--exclude-from", exclude); err != nil {
+		return nil, errors.Join(err, os.Remove(exclude))
+	}
+	if err := os.Remove(exclude); err != nil {
+		return nil, err
+	}
+	if err := restoreMade(dest.Path(""), dest.Path(""), made); err != nil {
+		return nil, err
+	}
+	if err := syncFS(dest.Path("")); err != nil {
+		return nil, err
+	}
+	return s.Verify(ctx, r, 0)
+}
+
+// excludeMade writes patterns of what commands made to a file for rsync.
+func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (file string, err error) {
+	live, err := openRestorer(dest.Path(""), dest.Path(""))
+	if err != nil {
+		return "", err
+	}
+	defer live.close()
+	var patterns strings.Builder
+	for i := range made {
+		m := &made[i]
+		if !m.whole() && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
+			continue // rsync puts it right first
+		}
+		patterns.WriteString("/" + rsyncLiteral.Replace(m.Path) + "\n")
+	}
+	file = filepath.Join(s.c.Made, r.Pointer.Digest.String()+".exclude")
+	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 
 // itemized reads rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
@@ -425,14 +548,14 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 }
 
 // Heal brings back a tree that is gone, as it was published.
-func (m moveSwitcher) Heal(ctx context.Context, r *Release) error {
+func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if exists(r.Manifest.Dest) {
-		return nil
+		return nil, nil
 	}
 	if err := m.Stage(ctx, r, StageOptions{}); err != nil {
-		return fmt.Errorf("unpacking anew the release that is gone: %w", err)
+		return nil, fmt.Errorf("unpacking anew the release that is gone: %w", err)
 	}
-	return m.Switch(ctx, r)
+	return nil, m.Switch(ctx, r)
 }
 
 // tool runs a program that copies. Trouble with the disk is told from its output: its exit status doesn't say.

@@ -37,10 +37,15 @@ type Switcher interface {
 	Dir(rel *Release) string
 	// Compare says how what lies at dest, whoever put it there, differs from rel, which is staged; limit as Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
+	// Survey is called before rel's commands run, and Record after its post commands: what they made of the tree is the
+	// release's from then on.
+	Survey(ctx context.Context, rel *Release) error
+	Record(ctx context.Context, rel *Release) error
 	// Verify compares the live tree with rel; limit bounds what is read, in bytes a second (0: not).
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Heal makes the live tree as rel says.
-	Heal(ctx context.Context, rel *Release) error
+	// Heal makes the live tree as rel says. What is left of the differences is what rel's commands had made, and
+	// they alone can make again.
+	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
 	// Prune removes what only releases need that are not protected, but the newest others, as many
 	// as others says. Those in drop go first, whatever others says.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
@@ -50,8 +55,9 @@ type Switcher interface {
 type SwitcherConfig struct {
 	Objects *object.Client
 	Log     *slog.Logger // nil: discard
-	// Trees is a private directory for the unpacked trees of the strategies rsync and mv.
-	Trees string
+	// Trees is a private directory for the unpacked trees of the strategies rsync and mv, and Made for what releases'
+	// commands made, where the strategy keeps no directory of its own.
+	Trees, Made string
 	// RsyncVerbose are the options that say what rsync tells; nil: -v.
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see PlaceOptions.
@@ -91,7 +97,9 @@ func (commandsOnly) Restore() (bool, error)                                     
 func (commandsOnly) Live(*Release) bool                                            { return true }
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
-func (commandsOnly) Heal(context.Context, *Release) error                          { return nil }
+func (commandsOnly) Survey(context.Context, *Release) error                        { return nil }
+func (commandsOnly) Record(context.Context, *Release) error                        { return nil }
+func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
 // linkSwitcher is StrategyRelease: directories beside dest, and dest a link to one of them.
@@ -163,20 +171,45 @@ func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]
 
 // Heal exchanges the release's directory, if something in it differs or it is gone, for one that is staged again,
 // and leads dest back to it.
-func (l linkSwitcher) Heal(ctx context.Context, rel *Release) error {
+func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference, err error) {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if errors.Is(err, ErrNoRelease) {
-		return l.SwitchBack(ctx, rel, nil, false)
+		found = rel.in(l.releases)
+		if err := l.releases.Heal(ctx, found); err != nil {
+			return nil, err
+		}
+		left, err = l.releases.Verify(ctx, found, 0)
+		return left, errors.Join(err, l.Switch(ctx, rel))
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if ds, err := l.releases.Verify(ctx, found, 0); err != nil || len(ds) > 0 {
+	left, err = l.releases.Verify(ctx, found, 0)
+	if err != nil || len(left) > 0 && l.releases.heals(found, left) {
 		if err := l.releases.Heal(ctx, found); err != nil {
-			return err
+			return nil, err
+		}
+		if left, err = l.releases.Verify(ctx, found, 0); err != nil {
+			return nil, err
 		}
 	}
-	return l.releases.Switch(found)
+	return left, l.releases.Switch(found)
+}
+
+func (l linkSwitcher) Survey(ctx context.Context, rel *Release) error {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if err != nil {
+		return fmt.Errorf("finding the release to survey: %w", err)
+	}
+	return l.releases.Survey(ctx, found)
+}
+
+func (l linkSwitcher) Record(ctx context.Context, rel *Release) error {
+	found, err := l.releases.Find(rel.Pointer.Digest)
+	if err != nil {
+		return fmt.Errorf("finding the release whose commands ran: %w", err)
+	}
+	return l.releases.Record(ctx, found)
 }
 
 func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.Digest) error {
@@ -198,6 +231,15 @@ func removeAside(parent *Place, rel *Release) error {
 
 // PruneTrees removes all of SwitcherConfig.Trees but the trees of keep.
 func PruneTrees(dir string, keep []deployments.Digest) error { return removeBut(dir, "", keep) }
+
+// PruneMade removes all of SwitcherConfig.Made but what is of keep.
+func PruneMade(dir string, keep []deployments.Digest) error {
+	names := make([]string, 0, 2*len(keep))
+	for _, d := range keep {
+		names = append(names, d.String()+madeSuffix, d.String()+beforeSuffix)
+	}
+	return removeOthers(dir, names)
+}
 
 // ReadRelease reads what WriteRelease wrote.
 func ReadRelease(path string) (*Release, error) {
@@ -224,12 +266,21 @@ func PruneReleases(dir string, keep []deployments.Digest) error {
 
 // removeBut removes all of dir but DIGEST+suffix of keep.
 func removeBut(dir, suffix string, keep []deployments.Digest) error {
+	names := make([]string, 0, len(keep))
+	for _, d := range keep {
+		names = append(names, d.String()+suffix)
+	}
+	return removeOthers(dir, names)
+}
+
+// removeOthers removes all of dir but the names to keep.
+func removeOthers(dir string, keep []string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	for _, e := range entries {
-		if !slices.ContainsFunc(keep, func(d deployments.Digest) bool { return d.String()+suffix == e.Name() }) {
+		if !slices.Contains(keep, e.Name()) {
 			err = errors.Join(err, removeTree(filepath.Join(dir, e.Name())))
 		}
 	}

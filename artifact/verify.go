@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,13 +35,15 @@ func verifyTree(
 	if err != nil {
 		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
 	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, nil, fmt.Errorf("verify: %w", err)
+	v := newVerifier(x, limit, skip)
+	if err := v.verify(ctx, dir); err != nil {
+		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
 	}
-	defer root.Close()
+	return v.found, v.stats, nil
+}
+
+func newVerifier(x *index, limit int64, skip []string) *verifier {
 	v := &verifier{
-		root:   root,
 		index:  x,
 		skip:   skip,
 		stats:  make([]fileStat, len(x.entries)),
@@ -50,23 +53,34 @@ func verifyTree(
 	if limit > 0 {
 		v.limit = rate.NewLimiter(rate.Limit(limit), len(v.buffer))
 	}
+	return v
+}
+
+// verify compares the tree at dir.
+func (v *verifier) verify(ctx context.Context, dir string) (err error) {
+	if v.root, err = os.OpenRoot(dir); err != nil {
+		return err
+	}
+	defer v.root.Close()
 	if err := v.run(ctx); err != nil {
-		return nil, nil, fmt.Errorf("verify %s: %w", dir, err)
+		return err
 	}
 	slices.SortFunc(v.found, func(a, b Difference) int {
 		return cmp.Or(comparePaths(a.Path, b.Path), cmp.Compare(a.What, b.What))
 	})
-	return v.found, v.stats, nil
+	return nil
 }
 
 type verifier struct {
-	root   *os.Root
-	index  *index
-	skip   []string
-	seen   []fs.FileInfo
-	stats  []fileStat
-	found  []Difference
-	limit  *rate.Limiter // nil: none
+	root  *os.Root
+	index *index
+	skip  []string
+	seen  []fs.FileInfo
+	stats []fileStat
+	found []Difference
+	limit *rate.Limiter // nil: none
+	// known are files that needn't be read if their inode and mtime are the same; nil: none are.
+	known  []fileStat
 	buffer []byte
 }
 
@@ -188,6 +202,10 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	e := &v.index.entries[i]
 	if info.Size() != e.size {
 		return deployments.Digest{}, nil
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && v.known != nil && v.known[i] != (fileStat{}) &&
+		v.known[i].sameContent(fileStat{inode: st.Ino, mtime: st.Mtim.Nano()}) {
+		return e.sum, nil
 	}
 	f, err := v.root.OpenFile(
 		e.path,

@@ -17,7 +17,8 @@ func (a *app) verifyCommand() *cobra.Command {
 		Use:   "verify DEST",
 		Short: "Compare a live release on this node with its index",
 		Long: `Reads every file of the release that DEST resolves to, and names what differs from what was published: missing, extra,
-content, mode, link or type. Changes nothing. Exit code 1 where something differs.`,
+content, mode, link or type. What the release's own commands made is compared with what they left. Changes nothing. Exit code 1
+where something differs.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			dest, err := filepath.Abs(args[0])

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -267,6 +269,51 @@ func TestDriftIsSeenAndHealed(t *testing.T) {
 	if _, err := os.Stat(w.path("srv", "app", "bin", "run")); err != nil {
 		t.Error(err)
 	}
+}
+
+// What a release's commands made is neither reported nor healed away; what they alone can make again stays in the
+// report once it is lost, and the rest is healed.
+func TestMadeByCommandsIsNoDrift(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	p := w.publish("app", "1", post(`cd "$KEDGE_DEST" && ln -sfn ../log log && mkdir -p cache && touch cache/x`))
+	w.desire(app, deployments.Record{Target: p, Drift: deployments.DriftHeal})
+	a := w.start(func(c *Config) { c.VerifyEvery = 20 * time.Millisecond })
+	a.awaitRunning(app, p)
+	in := func(name string) string { return w.path("srv", "app", name) }
+	there := func() (bool, string) {
+		_, link := os.Readlink(in("log"))
+		_, file := os.Stat(in("cache/x"))
+		drift := a.unit(app).Drift
+		return link == nil && file == nil && len(drift) == 0, fmt.Sprint(link, file, drift)
+	}
+	steadily(t, "what the commands made stays", there)
+	if err := errors.Join(os.Remove(in("bin/run")), os.Remove(in("log"))); err != nil {
+		t.Fatal(err)
+	}
+	a.awaitUnit(app, "healed", func(u deployments.UnitReport) bool {
+		_, err := os.Stat(in("bin/run"))
+		ok, _ := there()
+		return err == nil && ok
+	})
+	if err := os.RemoveAll(in("cache")); err != nil {
+		t.Fatal(err)
+	}
+	lost := func(u deployments.UnitReport) bool { return slices.Equal(u.Drift, []string{"cache"}) }
+	a.awaitUnit(app, "told", lost)
+	live, err := filepath.EvalSymlinks(w.path("srv", "app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.Stat(live)
+	if err != nil {
+		t.Fatal(err)
+	}
+	steadily(t, "told all the while, and not healed again and again", func() (bool, string) {
+		now, err := os.Stat(live)
+		u := a.unit(app)
+		return err == nil && os.SameFile(before, now) && lost(u), fmt.Sprint(err, u.Drift)
+	})
 }
 
 func TestRefusedByThisNode(t *testing.T) {

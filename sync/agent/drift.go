@@ -10,6 +10,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"kedge/artifact"
 	"kedge/deployments/wait"
 )
 
@@ -155,10 +156,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 		}
 		return nil // it is looked at again in its time, and nothing of the unit is worse for it
 	}
-	var paths []string
-	for _, d := range ds[:min(len(ds), maxDrift)] {
-		paths = append(paths, clipped(d.Path, 200))
-	}
+	paths := driftPaths(ds)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if u.astray() {
@@ -181,13 +179,37 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// heal puts drift right.
+// heal puts drift right. What only the release's commands could make again stays in the report.
 func (a *Agent) heal(ctx context.Context, u *unit) error {
-	if err := u.deploy.Heal(ctx); err != nil {
+	left, err := u.deploy.Heal(ctx)
+	if err != nil {
 		return err
+	}
+	paths := driftPaths(left)
+	a.mu.Lock()
+	u.drift, u.unhealable = paths, paths
+	a.mu.Unlock()
+	if len(left) > 0 {
+		u.log.Warn("drift is healed but for what the release's commands had made: deploy it again to have it made anew",
+			"paths", len(left), "first", left[0].Path, "what", left[0].What)
+		return nil
 	}
 	u.log.Info("drift is healed")
 	return nil
+}
+
+// driftPaths are what a report names of differences.
+func driftPaths(ds []artifact.Difference) []string {
+	var paths []string
+	for _, d := range ds[:min(len(ds), maxDrift)] {
+		paths = append(paths, clipped(d.Path, 200))
+	}
+	return paths
+}
+
+// toHeal reports whether there is drift that healing would end.
+func (u *unit) toHeal() bool {
+	return u.goal.heal && len(u.drift) > 0 && !slices.Equal(u.drift, u.unhealable)
 }
 
 // verifyDelay is the time from one check to the next, so spread that a fleet doesn't check at once.

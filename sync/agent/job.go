@@ -96,7 +96,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if unproven && u.trouble == nil {
 		return job{kind: jobProve, release: s.Running}, again
 	}
-	if g.heal && len(u.drift) > 0 {
+	if u.toHeal() {
 		return job{kind: jobHeal}, again
 	}
 	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) &&

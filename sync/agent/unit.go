@@ -73,10 +73,12 @@ type observed struct {
 	claimed  string    // dest of what was let in last
 	live     string    // what dest resolved to after the last deployment
 	drift    []string
-	compared *deployments.Compared // of a node that observes
-	again    *wait.Backoff         // until dest is looked at again there
-	health   deploy.Health         // of watched, as its checks say
-	watched  deployments.Pointer   // the release that was watched last
+	// unhealable is the drift that healing left.
+	unhealable []string
+	compared   *deployments.Compared // of a node that observes
+	again      *wait.Backoff         // until dest is looked at again there
+	health     deploy.Health         // of watched, as its checks say
+	watched    deployments.Pointer   // the release that was watched last
 }
 
 // reported is the state in which the unit is, and since when.

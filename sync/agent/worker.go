@@ -131,7 +131,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case jobDeploy:
 		if err == nil {
 			u.reached(j.release)
-			u.drift = nil
+			u.drift, u.unhealable = nil, nil
 		}
 	case jobSettle:
 		if settled := new(deploy.FutureError); errors.As(err, &settled) {
@@ -142,10 +142,6 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 			break
 		}
 		u.settled = j.release
-	case jobHeal:
-		if err == nil {
-			u.drift = nil
-		}
 	case jobVerify:
 		u.verifyAt = now.Add(verifyDelay(a.c.VerifyEvery))
 		if calledOff {

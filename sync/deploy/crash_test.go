@@ -114,6 +114,8 @@ func newStory(w *world, strategy deployments.Strategy) story {
 	set := func(change func(*deployments.Manifest)) func(*deployments.Manifest) {
 		return func(m *deployments.Manifest) {
 			m.Strategy = strategy
+			m.Commands.Post = append(m.Commands.Post, deployments.Command{
+				Run: "ln -nfs ../log $KEDGE_DEST/log; mkdir -p $KEDGE_DEST/tmp; date > $KEDGE_DEST/tmp/made; date >> $KEDGE_DEST/conf"})
 			if strategy == deployments.StrategyMv {
 				m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
 			}
@@ -170,11 +172,16 @@ func (s story) check() {
 		s.t.Fatal(err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{journalFile, manifestsDir, treesDir}, e.Name()) {
+		if !slices.Contains([]string{journalFile, manifestsDir, treesDir, madeDir}, e.Name()) {
 			s.t.Errorf("%s was left in the unit's state", e.Name())
 		}
 	}
-	for dir, keep := range map[string]string{manifestsDir: want.Digest.String() + ".json", treesDir: want.Digest.String()} {
+	if ds, err := u.Verify(s.t.Context(), 0); err != nil || len(ds) > 0 {
+		s.t.Errorf("what the release's commands made is taken for drift: %v, %v", ds, err)
+	}
+	for dir, keep := range map[string]string{
+		manifestsDir: want.Digest.String() + ".json", treesDir: want.Digest.String(), madeDir: want.Digest.String() + ".made",
+	} {
 		entries, err := os.ReadDir(s.path("state", dir))
 		if err != nil && !os.IsNotExist(err) {
 			s.t.Fatal(err)

@@ -47,6 +47,11 @@
 //	journal.json.bad           a journal that didn't parse; for people
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
 //	trees/DIGEST/              unpacked trees of the rsync and mv strategies
+//	made/DIGEST.made           what the commands of a release made of its tree, under strategy rsync
+//
+// What a release's pre and post commands made, changed or removed in its tree is recorded after post, and is the
+// release's from then on: Verify doesn't name it, and Heal brings it back. A part that only the commands could make
+// again, as the content of a directory that is gone, is named and stays away until the release is deployed again.
 //
 // What the node has settled on is kept once for all units: see Floors.
 //
@@ -393,6 +398,9 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 			return err
 		}
 	}
+	if err := u.survey(ctx, r); err != nil {
+		return err
+	}
 	err = u.save(func(j *journal) {
 		d := &deployment{Release: r.Pointer, Commit: asked.Commit, Key: asked.Key}
 		j.Compared = compared
@@ -466,22 +474,39 @@ func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Differ
 	return ds, nil
 }
 
-// Heal makes the live tree as its release says; see Verify.
-func (u *Unit) Heal(ctx context.Context) (err error) {
+// Heal makes the live tree as its release says; see Verify. What is left of the differences is what the release's
+// commands had made, and they alone can make again.
+func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()
 	if err != nil || r == nil {
-		return err
+		return nil, err
 	}
 	release, err := u.hold(ctx, r)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer release()
-	if err := u.switcher(r).Heal(ctx, r); err != nil {
-		return fmt.Errorf("healing %s: %w", r.Pointer, err)
+	if left, err = u.switcher(r).Heal(ctx, r); err != nil {
+		return nil, fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}
-	return nil
+	return left, nil
+}
+
+// survey notes how a release's tree differs from it before its commands run, and record what they made of it.
+// Neither is worth a deployment: what can't be noted is told as drift.
+func (u *Unit) survey(ctx context.Context, r *artifact.Release) error {
+	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
+		return nil
+	}
+	return u.note(ctx, "could not note the state of the tree before its commands", u.switcher(r).Survey(ctx, r))
+}
+
+func (u *Unit) record(ctx context.Context, r *artifact.Release) error {
+	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
+		return nil
+	}
+	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).Record(ctx, r))
 }
 
 // settled returns what runs; nil while a deployment is under way.

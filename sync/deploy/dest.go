@@ -12,7 +12,7 @@ import (
 // switcher returns the Switcher of r's strategy and dest.
 func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
-		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), RsyncVerbose: u.c.RsyncVerbose,
+		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Made: u.madeDir(), RsyncVerbose: u.c.RsyncVerbose,
 		Within: u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
 		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
 			log := u.log
@@ -26,6 +26,7 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 }
 
 func (u *Unit) treesDir() string     { return filepath.Join(u.c.Dir, treesDir) }
+func (u *Unit) madeDir() string      { return filepath.Join(u.c.Dir, madeDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 
 // Dest is where what runs lies, for whoever watches it; empty where nothing runs, or without a tree. live is the

@@ -21,6 +21,7 @@ const (
 	journalFile  = "journal.json"
 	manifestsDir = "manifests"
 	treesDir     = "trees"
+	madeDir      = "made"
 
 	// maxQuarantined bounds the list, which every report carries; the oldest go first.
 	maxQuarantined = 16

@@ -248,7 +248,11 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		if d.Adopted {
 			return nil, nil
 		}
-		return nil, u.commands(ctx, d, r, from, r.Manifest.Commands.Post)
+		if err := u.commands(ctx, d, r, from, r.Manifest.Commands.Post); err != nil {
+			return nil, err
+		}
+		u.at("hooks ran")
+		return nil, u.record(ctx, r)
 	case stepHealth:
 		return u.confirmed, u.healthy(ctx, d, r, from)
 	case stepUndrain:
@@ -274,11 +278,17 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		return nil, nil // nothing good to go back to: the node stays out of service
 	case d.Step == stepBack:
 		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).Live(old) {
-			return nil, nil
+			return nil, u.survey(ctx, old)
 		}
-		return running(old), u.switcher(old).SwitchBack(ctx, old, r, d.Over)
+		if err := u.switcher(old).SwitchBack(ctx, old, r, d.Over); err != nil {
+			return nil, err
+		}
+		return running(old), u.survey(ctx, old)
 	case d.Step == stepBackPost:
-		return nil, u.commands(ctx, d, old, r, old.Manifest.Commands.Post)
+		if err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post); err != nil {
+			return nil, err
+		}
+		return nil, u.record(ctx, old)
 	case d.Step == stepBackHealth:
 		return u.served, u.healthy(ctx, d, old, r)
 	}
@@ -505,6 +515,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 	return errors.Join(
 		u.switcher(r).Prune(r, others, keep, drop),
 		artifact.PruneTrees(u.treesDir(), trees),
+		artifact.PruneMade(u.madeDir(), keep),
 		artifact.PruneReleases(u.manifestsDir(), keep),
 	)
 }

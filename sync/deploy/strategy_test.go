@@ -145,7 +145,7 @@ func TestHealsWhatIsGone(t *testing.T) {
 		if err := os.RemoveAll(w.dest()); err != nil {
 			t.Fatal(err)
 		}
-		if err := u.Heal(t.Context()); err != nil {
+		if _, err := u.Heal(t.Context()); err != nil {
 			t.Errorf("%s: %v", strategy, err)
 		}
 		w.wantVersion("1")
@@ -179,7 +179,7 @@ func TestVerifyAndHeal(t *testing.T) {
 			if err != nil || !slices.Equal(ds, want) {
 				t.Errorf("got %v, %v; want %v", ds, err, want)
 			}
-			if err := u.Heal(t.Context()); err != nil {
+			if _, err := u.Heal(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			w.wantVersion("1")
@@ -192,7 +192,7 @@ func TestVerifyAndHeal(t *testing.T) {
 			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) == 0 || ds[0].What != "missing" {
 				t.Errorf("all of it is gone: %v, %v", ds, err)
 			}
-			if err := u.Heal(t.Context()); err != nil {
+			if _, err := u.Heal(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			w.wantVersion("1")

@@ -1,0 +1,371 @@
+package artifact
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments"
+	"kedge/deployments/durable"
+)
+
+const (
+	// maxMade bounds how many paths are remembered of what a release's commands made.
+	maxMade = 65_536
+	// A file that commands made is kept for healing up to maxMadeFile bytes, and all of them up to maxMadeContent.
+	maxMadeFile    = 64 << 10
+	maxMadeContent = 4 << 20
+)
+
+// madeThing is a path of a live tree that the release's own commands made, changed or removed. It belongs to the
+// release from then on: verify doesn't name it, healing brings it back.
+type madeThing struct {
+	Path string `json:"path"` // "." is the tree itself
+	// What it was against the archive: see Difference.
+	What string   `json:"what"`
+	Type fileType `json:"type,omitempty"` // empty: it was removed
+
+	Mode   fs.FileMode `json:"mode,omitempty"`
+	UID    int         `json:"uid"`
+	GID    int         `json:"gid"`
+	Target string      `json:"target,omitempty"`
+	// Sum is set of a file of the archive whose content was changed.
+	Sum *deployments.Digest `json:"sum,omitempty"`
+	// Content is a small file's, and Kept says that it is there.
+	Content []byte `json:"content,omitempty"`
+	Kept    bool   `json:"kept,omitempty"`
+	// Inode and Changed, its mtime, tell whether something wrote to the path since.
+	Inode   uint64 `json:"inode,omitempty"`
+	Changed int64  `json:"changed,omitempty"`
+}
+
+type fileType string
+
+const (
+	typeFile  fileType = "file"
+	typeDir   fileType = "dir"
+	typeLink  fileType = "link"
+	typeOther fileType = "other"
+)
+
+// whole reports whether what lies below the path is the commands', too.
+func (m *madeThing) whole() bool { return m.What == "extra" || m.What == "type" || m.What == "missing" }
+
+// comesAndGoes reports whether a program that runs makes and removes the thing.
+func (m *madeThing) comesAndGoes() bool {
+	if m.Type == typeOther {
+		return true
+	}
+	switch path.Ext(m.Path) {
+	case ".pid", ".lock", ".sock", ".socket":
+		return m.What == "extra" && m.Type == typeFile
+	}
+	return false
+}
+
+// madeFiles are where it is kept what a release's commands made.
+type madeFiles struct {
+	made string
+	// before are the differences from before the commands ran, which are not theirs. It is there until they are done.
+	before string
+}
+
+const (
+	madeSuffix   = ".made"
+	beforeSuffix = ".before"
+)
+
+func (r *Releases) madeFiles(name string) madeFiles {
+	return madeFiles{filepath.Join(r.private(), name+madeSuffix), filepath.Join(r.private(), name+beforeSuffix)}
+}
+
+// forget removes both.
+func (f madeFiles) forget() error {
+	var err error
+	for _, p := range []string{f.made, f.before} {
+		if failed := os.Remove(p); failed != nil && !errors.Is(failed, fs.ErrNotExist) {
+			err = errors.Join(err, failed)
+		}
+	}
+	return err
+}
+
+// readMade reads what writeMade wrote; nil if there is none, or none that can be read.
+func readMade(file string) []madeThing {
+	var of struct {
+		Made []madeThing `json:"made"`
+	}
+	data, err := os.ReadFile(file)
+	if err != nil || json.Unmarshal(data, &of) != nil {
+		return nil
+	}
+	return slices.DeleteFunc(of.Made, func(m madeThing) bool { return m.Path != "." && checkPath(m.Path) != nil })
+}
+
+func writeMade(file string, made []madeThing) error {
+	data, err := json.Marshal(map[string]any{"made": made})
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(file, data, 0o600)
+}
+
+// survey notes the differences of a tree from before its release's commands run. What is noted already was so
+// before commands that were cut off.
+func (f madeFiles) survey(dir string, differences []Difference) error {
+	if exists(f.before) {
+		return nil
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	known := readMade(f.made)
+	return writeMade(f.before, describe(root, withoutMade(root, known, differences), false))
+}
+
+// record notes what commands made of a tree, which are its differences but those of before. It returns how many
+// things there were too many.
+func (f madeFiles) record(dir string, differences []Difference) (left int, err error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return 0, err
+	}
+	defer root.Close()
+	before := map[string]madeThing{}
+	for _, m := range readMade(f.before) {
+		before[m.Path] = m
+	}
+	made := describe(root, differences, true)
+	made = slices.DeleteFunc(made, func(m madeThing) bool {
+		was, there := before[m.Path]
+		return there && was.Inode == m.Inode && was.Changed == m.Changed
+	})
+	left = max(0, len(made)-maxMade)
+	if made = made[:len(made)-left]; len(made) == 0 {
+		return 0, f.forget()
+	}
+	if err := writeMade(f.made, made); err != nil {
+		return 0, err
+	}
+	if err := os.Remove(f.before); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	return left, nil
+}
+
+// describe says what lies at the paths of differences: of several at a path the first, and none below what is whole.
+func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
+	differences = slices.Clone(differences)
+	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
+	var found []madeThing
+	whole := pathSet{}
+	kept := 0
+	for i := 0; i < len(differences); {
+		p, what := differences[i].Path, differences[i].What
+		content := false
+		for ; i < len(differences) && differences[i].Path == p; i++ {
+			content = content || differences[i].What == "content"
+			if w := differences[i].What; w == "type" || w == "extra" || w == "missing" {
+				what = w
+			}
+		}
+		if whole.covers(p) {
+			continue
+		}
+		m := look(root, p)
+		if m.What = what; m.whole() {
+			whole.add(p)
+		}
+		if m.Type == "" && what != "missing" {
+			continue // it went meanwhile
+		}
+		if keep && m.Type == typeFile && (content || m.whole()) {
+			m.keepContent(root, &kept, content)
+		}
+		found = append(found, m)
+	}
+	return found
+}
+
+// look says what lies at a path; without a Type nothing does.
+func look(root *os.Root, p string) madeThing {
+	m := madeThing{Path: p}
+	info, err := root.Lstat(p)
+	if err != nil {
+		return m
+	}
+	m.Type, m.Mode = typeOther, info.Mode()&(fs.ModePerm|fs.ModeSticky|fs.ModeSetgid)
+	switch info.Mode().Type() {
+	case 0:
+		m.Type = typeFile
+	case fs.ModeDir:
+		m.Type, m.Mode = typeDir, m.Mode&^fs.ModeSetgid
+	case fs.ModeSymlink:
+		m.Type, m.Mode = typeLink, 0
+		m.Target, _ = root.Readlink(p)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		m.UID, m.GID, m.Inode, m.Changed = int(st.Uid), int(st.Gid), st.Ino, st.Mtim.Nano()
+	}
+	return m
+}
+
+// keepContent notes a file's content if it is small, and its digest if changed says that the archive has another.
+func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
+	if changed {
+		sum, err := sumOf(root, m.Path)
+		if err != nil {
+			return
+		}
+		m.Sum = &sum
+	}
+	data, err := readSmall(root, m.Path, maxMadeFile)
+	if err != nil || *kept+len(data) > maxMadeContent || m.Sum != nil && digestOf(data) != *m.Sum {
+		return
+	}
+	*kept += len(data)
+	m.Content, m.Kept = data, true
+}
+
+var errTooLarge = errors.New("it is too large")
+
+// openRegular opens a file and nothing else, whatever is put in its place meanwhile.
+func openRegular(root *os.Root, p string) (*os.File, error) {
+	f, err := root.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		f.Close()
+		return nil, errors.Join(err, fs.ErrInvalid)
+	}
+	return f, nil
+}
+
+func readSmall(root *os.Root, p string, most int64) ([]byte, error) {
+	f, err := openRegular(root, p)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(data)) > most {
+		err = errTooLarge
+	}
+	return data, err
+}
+
+func sumOf(root *os.Root, p string) (deployments.Digest, error) {
+	f, err := openRegular(root, p)
+	if err != nil {
+		return deployments.Digest{}, err
+	}
+	defer f.Close()
+	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
+}
+
+// differs says how a thing that commands made is not as they left it; empty: it is.
+func (m *madeThing) differs(root *os.Root) string {
+	now := look(root, m.Path)
+	switch {
+	case m.Type == "" && now.Type == "":
+		return ""
+	case m.Type == "":
+		return "extra"
+	case m.comesAndGoes() && (now.Type == "" || now.Type == m.Type):
+		return ""
+	case now.Type == "":
+		return "missing"
+	case now.Type != m.Type:
+		return "type"
+	case now.Target != m.Target:
+		return "link"
+	case now.Mode != m.Mode:
+		return "mode"
+	case m.What == "owner" && (now.UID != m.UID || now.GID != m.GID):
+		return "owner"
+	case m.Sum != nil:
+		if sum, err := sumOf(root, m.Path); err != nil || sum != *m.Sum {
+			return "content"
+		}
+	}
+	return ""
+}
+
+// withoutMade returns the differences of a tree that its release's commands didn't make, and those of what they made.
+func withoutMade(root *os.Root, made []madeThing, differences []Difference) []Difference {
+	if len(made) == 0 {
+		return differences
+	}
+	changed, attributes, whole := pathSet{}, pathSet{}, pathSet{}
+	var found []Difference
+	for i := range made {
+		m := &made[i]
+		switch {
+		case m.whole():
+			whole.add(m.Path)
+		case m.Sum != nil || m.What == "link":
+			changed.add(m.Path)
+		default:
+			attributes.add(m.Path)
+		}
+		if what := m.differs(root); what != "" {
+			found = append(found, Difference{m.Path, what})
+		}
+	}
+	for _, d := range differences {
+		theirs := attributes[d.Path] && (d.What == "mode" || d.What == "owner")
+		if !theirs && !changed[d.Path] && !whole.covers(d.Path) {
+			found = append(found, d)
+		}
+	}
+	slices.SortStableFunc(found, func(a, b Difference) int { return comparePaths(a.Path, b.Path) })
+	return found
+}
+
+// pathSet are paths.
+type pathSet map[string]bool
+
+func (s pathSet) add(p string) { s[p] = true }
+
+// covers reports whether p or a directory above it is in the set.
+func (s pathSet) covers(p string) bool {
+	for {
+		if s[p] {
+			return true
+		}
+		i := strings.LastIndexByte(p, '/')
+		if i < 0 {
+			return false
+		}
+		p = p[:i]
+	}
+}
+
+// overlaid is withoutMade of a directory, but where the difference is that nothing can be told.
+func (f madeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
+	made := readMade(f.made)
+	if len(made) == 0 {
+		return differences, nil
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("comparing what the release's commands made: %w", err)
+	}
+	defer root.Close()
+	return withoutMade(root, made, differences), nil
+}

@@ -1,0 +1,67 @@
+package artifact
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+)
+
+// heals reports whether staging a release anew would end any of the differences of its tree.
+func (r *Releases) heals(rel *Release, differences []Difference) bool {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return true
+	}
+	defer leave()
+	gone := lost(readMade(r.madeFiles(filepath.Base(rel.Dir)).made), differences)
+	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
+}
+
+// untold reports whether nothing can be told of a tree, as there is nothing to compare it with.
+func untold(found []Difference) bool {
+	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
+}
+
+// Survey notes how a release's tree differs from it before its commands run: that isn't theirs.
+func (r *Releases) Survey(ctx context.Context, rel *Release) error {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return fmt.Errorf("surveying %s: %w", rel.Dir, err)
+	}
+	defer leave()
+	files := r.madeFiles(filepath.Base(rel.Dir))
+	if exists(files.before) {
+		return nil
+	}
+	found, err := r.differences(ctx, rel, verification{quick: true})
+	if err == nil && !untold(found) {
+		err = files.survey(r.dirOf(rel), found)
+	}
+	if err != nil {
+		return fmt.Errorf("surveying %s: %w", rel.Dir, err)
+	}
+	return nil
+}
+
+// Record notes what the release's commands made of its tree: it is the release's from then on.
+func (r *Releases) Record(ctx context.Context, rel *Release) error {
+	r, leave, err := r.enter(false)
+	if err != nil {
+		return fmt.Errorf("recording what the commands of %s made: %w", rel.Dir, err)
+	}
+	defer leave()
+	found, err := r.differences(ctx, rel, verification{quick: true, raw: true})
+	if err == nil && !untold(found) {
+		var left int
+		left, err = r.madeFiles(filepath.Base(rel.Dir)).record(r.dirOf(rel), found)
+		if left > 0 {
+			r.log.Warn("the release's commands made more paths than are remembered: the rest counts as drift",
+				"remembered", maxMade, "left_out", left)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("recording what the commands of %s made: %w", rel.Dir, err)
+	}
+	return nil
+}

@@ -1,0 +1,299 @@
+package artifact
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+
+	"golang.org/x/sys/unix"
+)
+
+// restorer brings what a release's commands made into a tree that was unpacked anew. It takes it from the live tree,
+// by further names of the same files, and what isn't there from what was noted.
+type restorer struct {
+	tree *os.Root
+	live *os.Root // nil: it is gone
+	// late has only that carried which isn't in the tree yet.
+	late bool
+	// inPlace says that both are one: what is as it was left stays.
+	inPlace bool
+}
+
+// openRestorer opens both trees. There may be no live one.
+func openRestorer(dir, live string) (r *restorer, err error) {
+	r = &restorer{}
+	if r.tree, err = os.OpenRoot(dir); err != nil {
+		return nil, err
+	}
+	r.inPlace = dir == live
+	if r.live, err = os.OpenRoot(live); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		r.close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *restorer) close() {
+	r.tree.Close()
+	if r.live != nil {
+		r.live.Close()
+	}
+}
+
+// restoreMade has made in dir as it was left. The first error ends it.
+func restoreMade(dir, live string, made []madeThing) error {
+	r, err := openRestorer(dir, live)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	for i := range made {
+		if err := r.restore(&made[i]); err != nil {
+			return fmt.Errorf("bringing back %q, which the release's commands made: %w", made[i].Path, err)
+		}
+	}
+	return nil
+}
+
+// restoreLate brings what was written into directories of the commands' while the new tree was about to become live.
+func restoreLate(dir, old string, made []madeThing) error {
+	r, err := openRestorer(dir, old)
+	if err != nil || r.live == nil {
+		return err
+	}
+	defer r.close()
+	r.late = true
+	for i := range made {
+		if m := &made[i]; m.Type == typeDir && m.whole() && look(r.live, m.Path).Type == typeDir {
+			if err := r.carry(m.Path); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// canRestore reports whether a thing that is not as it was left can be brought back.
+func (m *madeThing) canRestore() bool {
+	switch {
+	case m.Type == typeFile && (m.whole() || m.Sum != nil):
+		return m.Kept
+	case m.Type == typeDir && m.whole():
+		return false // what lay in it isn't known
+	}
+	return true
+}
+
+// lost returns the things that are not as they were left and can't be brought back, given the differences of a tree.
+func lost(made []madeThing, differences []Difference) pathSet {
+	gone := pathSet{}
+	for i := range made {
+		if !made[i].canRestore() {
+			gone.add(made[i].Path)
+		}
+	}
+	found := pathSet{}
+	for _, d := range differences {
+		if gone[d.Path] {
+			found.add(d.Path)
+		}
+	}
+	return found
+}
+
+func (r *restorer) restore(m *madeThing) error {
+	if m.Path == "." {
+		return nil // the directory's own mode and owner: see Manifest.DestMode
+	}
+	switch {
+	case m.Type == "":
+		return r.remove(m.Path)
+	case m.comesAndGoes() && (r.live == nil || look(r.live, m.Path).Type != m.Type):
+		return nil
+	case m.Type == typeFile && !m.whole() && m.Sum == nil:
+		return r.attributes(m)
+	case m.Type == typeDir && !m.whole():
+		return r.attributes(m)
+	case m.Type == typeLink:
+		return r.link(m)
+	}
+	if r.live != nil && r.asLeft(m) {
+		if r.inPlace {
+			return nil
+		}
+		return r.carry(m.Path)
+	}
+	if m.Type != typeFile || !m.Kept {
+		return nil // lost: verify tells
+	}
+	if err := r.clear(m.Path); err != nil {
+		return err
+	}
+	if err := r.tree.WriteFile(m.Path, m.Content, 0o600); err != nil {
+		return err
+	}
+	return r.attributes(m)
+}
+
+// asLeft reports whether the live tree has a thing as commands left it, as far as its kind and content go.
+func (r *restorer) asLeft(m *madeThing) bool {
+	if look(r.live, m.Path).Type != m.Type {
+		return false
+	}
+	if m.Sum == nil {
+		return true
+	}
+	sum, err := sumOf(r.live, m.Path)
+	return err == nil && sum == *m.Sum
+}
+
+// clear makes room for a path, and the directories that lead there.
+func (r *restorer) clear(p string) error {
+	if err := r.remove(p); err != nil {
+		return err
+	}
+	return r.tree.MkdirAll(path.Dir(p), 0o755)
+}
+
+// remove removes a path of the tree, and no mount.
+func (r *restorer) remove(p string) error {
+	parent, err := r.tree.Open(path.Dir(p))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	rm := remover{top: -1}
+	rm.remove(int(parent.Fd()), path.Base(p), p, 0)
+	return errors.Join(rm.errs...)
+}
+
+// attributes gives a path the mode, and where it counts the owner, that it was left with.
+func (r *restorer) attributes(m *madeThing) error {
+	if look(r.tree, m.Path).Type != m.Type {
+		return nil
+	}
+	if err := r.chown(m.Path, m.UID, m.GID); err != nil || m.Type == typeLink {
+		return err
+	}
+	return r.tree.Chmod(m.Path, m.Mode)
+}
+
+func (r *restorer) link(m *madeThing) error {
+	if now := look(r.tree, m.Path); now.Type == typeLink && now.Target == m.Target {
+		return nil
+	}
+	if err := r.clear(m.Path); err != nil {
+		return err
+	}
+	if err := r.tree.Symlink(m.Target, m.Path); err != nil {
+		return err
+	}
+	return r.chown(m.Path, m.UID, m.GID)
+}
+
+// chown asks for nothing that only root may do where nothing changes.
+func (r *restorer) chown(p string, uid, gid int) error {
+	if now := look(r.tree, p); now.UID == uid && now.GID == gid {
+		return nil
+	}
+	return r.tree.Lchown(p, uid, gid)
+}
+
+// carry gives what lies in the live tree at p the same name in the new one: files and links by one more name,
+// directories anew.
+func (r *restorer) carry(p string) error {
+	info, err := r.live.Lstat(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // it went meanwhile
+	}
+	if err != nil {
+		return err
+	}
+	there := r.late && look(r.tree, p).Type != ""
+	if !info.IsDir() {
+		if there {
+			return nil
+		}
+		return r.share(p)
+	}
+	if !there {
+		if err := r.clear(p); err != nil {
+			return err
+		}
+		if err := r.tree.Mkdir(p, 0o700); err != nil {
+			return err
+		}
+	}
+	entries, err := fs.ReadDir(r.live.FS(), p)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := r.carry(path.Join(p, e.Name())); err != nil {
+			return err
+		}
+	}
+	if there {
+		return nil
+	}
+	was := look(r.live, p)
+	if err := r.chown(p, was.UID, was.GID); err != nil {
+		return err
+	}
+	return r.tree.Chmod(p, info.Mode())
+}
+
+// share gives one file of the live tree a name in the new one.
+func (r *restorer) share(p string) error {
+	if err := r.clear(p); err != nil {
+		return err
+	}
+	from, err := r.live.Open(path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := r.tree.Open(path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	err = unix.Linkat(int(from.Fd()), path.Base(p), int(to.Fd()), path.Base(p), 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return failed("link", p, err)
+}
+
+// keepOwners gives what both trees have, and is of one kind, the owner that it has in the live one: a release without
+// an owner of its own may have been given one by its commands.
+func keepOwners(dir, live string) error {
+	tree, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	old, err := os.OpenRoot(live)
+	if err != nil {
+		return err
+	}
+	defer old.Close()
+	return fs.WalkDir(tree.FS(), ".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		now, was := look(tree, p), look(old, p)
+		if was.Type != now.Type || was.UID == now.UID && was.GID == now.GID {
+			return nil
+		}
+		if err := tree.Lchown(p, was.UID, was.GID); err != nil || now.Type == typeLink {
+			return err
+		}
+		return tree.Chmod(p, now.Mode)
+	})
+}

@@ -1,0 +1,183 @@
+package deploy
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"kedge/artifact"
+	"kedge/deployments"
+)
+
+// madeBy is what commands of real releases do to their trees: links in the place of directories, files made from
+// templates, files changed, removed and given away.
+const madeBy = `set -e; cd "$KEDGE_DEST"
+rm -rf dir; ln -sfn ../shared/dir dir
+ln -sfn ../shared/uploads uploads
+mkdir -p tmp/cache; echo cached > tmp/cache/x
+echo secret > conf; chmod 600 conf
+echo more >> a
+rm -f gone
+chmod 700 z; chown 1:2 z
+echo 1 > app.pid`
+
+// publishMade is a release whose post command is madeBy.
+func (w *world) publishMade(version string, strategy deployments.Strategy) deployments.Pointer {
+	w.t.Helper()
+	src, sum := w.archive(version+"-made.tar",
+		entry{name: "a", data: version, mode: 0o644}, entry{name: "dir", mode: fs.ModeDir | 0o755},
+		entry{name: "dir/b", data: version, mode: 0o600}, entry{name: "z", data: version, mode: 0o755},
+		entry{name: "gone", data: version, mode: 0o644})
+	return w.publish(version, func(m *deployments.Manifest) {
+		m.Src, m.Checksum, m.Strategy = src, sum, strategy
+		m.Commands.Post = []deployments.Command{{Run: madeBy}}
+	})
+}
+
+// made is what madeBy leaves, as far as it can be told.
+func (w *world) made() string {
+	w.t.Helper()
+	var b strings.Builder
+	err := filepath.WalkDir(w.dest()+"/", func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		name, _ := filepath.Rel(w.dest(), p)
+		st := info.Sys().(*syscall.Stat_t)
+		text, _ := os.Readlink(p)
+		if info.Mode().IsRegular() {
+			data, err := os.ReadFile(p)
+			if err != nil {
+				return err
+			}
+			text = string(data)
+		}
+		fmt.Fprintf(&b, "%s %s %d:%d %q\n", name, info.Mode(), st.Uid, st.Gid, text)
+		return nil
+	})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return b.String()
+}
+
+// What a release's own commands made, changed and removed is its own: it is no drift, and healing keeps it, or brings
+// it back if it is lost.
+func TestMadeByCommands(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			u := w.open(nil)
+			in := func(p string) string { return filepath.Join(w.dest(), p) }
+			must := func(errs ...error) {
+				t.Helper()
+				for _, err := range errs {
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			drift := func(want ...artifact.Difference) {
+				t.Helper()
+				ds, err := u.Verify(t.Context(), 0)
+				slices.SortFunc(ds, func(a, b artifact.Difference) int { return strings.Compare(a.Path, b.Path) })
+				if err != nil || !slices.Equal(ds, want) {
+					t.Errorf("drift: %v, %v; want %v", ds, err, want)
+				}
+			}
+			heal := func(left ...artifact.Difference) {
+				t.Helper()
+				if ds, err := u.Heal(t.Context()); err != nil || !slices.Equal(ds, left) {
+					t.Errorf("healing left %v, %v; want %v", ds, err, left)
+				}
+			}
+			w.deploy(u, w.publishMade("1", strategy))
+			drift()
+			want := w.made()
+			u = w.reopen(nil)
+			drift()
+
+			// The application goes on in what is its own.
+			must(os.WriteFile(in("tmp/cache/y"), []byte("later"), 0o644), os.Remove(in("app.pid")))
+			drift()
+
+			// Drift beside it is healed without a loss.
+			must(os.WriteFile(in("new"), nil, 0o644))
+			drift(artifact.Difference{Path: "new", What: "extra"})
+			heal()
+			drift()
+			if data, err := os.ReadFile(in("tmp/cache/y")); err != nil || string(data) != "later" {
+				t.Errorf("healing lost what was written into a directory of the commands': %q, %v", data, err)
+			}
+			must(os.Remove(in("tmp/cache/y")), os.WriteFile(in("app.pid"), []byte("1\n"), 0o644))
+			if got := w.made(); got != want {
+				t.Errorf("healed:\n%s\nwant\n%s", got, want)
+			}
+
+			// What is lost of it is drift, and comes back.
+			must(os.Remove(in("uploads")), os.Remove(in("conf")), os.WriteFile(in("a"), []byte("tampered"), 0o644),
+				os.WriteFile(in("gone"), []byte("back"), 0o644), os.Chmod(in("z"), 0o777), os.Remove(in("dir")))
+			drift(artifact.Difference{Path: "a", What: "content"}, artifact.Difference{Path: "conf", What: "missing"},
+				artifact.Difference{Path: "dir", What: "missing"}, artifact.Difference{Path: "gone", What: "extra"},
+				artifact.Difference{Path: "uploads", What: "missing"}, artifact.Difference{Path: "z", What: "mode"})
+			heal()
+			drift()
+			if got := w.made(); got != want {
+				t.Errorf("healed:\n%s\nwant\n%s", got, want)
+			}
+
+			// Only commands can make again what lay in a directory.
+			must(os.RemoveAll(in("tmp")), os.WriteFile(in("z"), []byte("tampered"), 0o700))
+			lost := artifact.Difference{Path: "tmp", What: "missing"}
+			drift(lost, artifact.Difference{Path: "z", What: "content"})
+			heal(lost)
+			heal(lost)
+			drift(lost)
+
+			// All of the tree goes.
+			must(os.RemoveAll(w.dest() + "/"))
+			if strategy == deployments.StrategyRsync {
+				must(os.RemoveAll(w.dest()))
+			}
+			heal(lost)
+			if data, err := os.ReadFile(in("conf")); err != nil || string(data) != "secret\n" {
+				t.Errorf("conf: %q, %v", data, err)
+			}
+			if err := u.Retry(deployments.Digest{}); err != nil {
+				t.Fatal(err)
+			}
+			w.deploy(u, w.publishMade("2", strategy))
+			drift()
+		})
+	}
+}
+
+// A tree that differed before its commands ran is no work of theirs.
+func TestDriftOfBeforeIsNotTheCommands(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	u := w.open(nil)
+	one, two := w.publishMade("1", deployments.StrategyRelease), w.publishMade("2", deployments.StrategyRelease)
+	w.deploy(u, one)
+	tampered := filepath.Join(w.dest(), "z")
+	if err := os.WriteFile(tampered, []byte("tampered"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w.deploy(u, two)
+	w.deploy(u, one) // its commands run again
+	ds, err := u.Verify(t.Context(), 0)
+	if err != nil || !slices.Contains(ds, artifact.Difference{Path: "z", What: "content"}) {
+		t.Errorf("drift: %v, %v; want that z was changed", ds, err)
+	}
+}
