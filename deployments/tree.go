@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -17,6 +18,22 @@ type Tree struct {
 	Settings Settings
 	// Units are sorted by stage, role and unit.
 	Units []Unit
+}
+
+// Warnings says in words what of the tree no node would run, though it is valid: of a role with more than MaxRoleUnits
+// units the rest is left out on each node.
+func (t *Tree) Warnings() (words []string) {
+	units := map[RoleID]int{}
+	for _, u := range t.Units {
+		units[u.ID.RoleID()]++
+	}
+	for _, role := range slices.SortedFunc(maps.Keys(units), RoleID.Compare) {
+		if n := units[role]; n > MaxRoleUnits {
+			words = append(words, fmt.Sprintf("%s has %d units: a node runs %d of one role, and leaves out the rest; "+
+				"give it several roles", role, n, MaxRoleUnits))
+		}
+	}
+	return words
 }
 
 // Problem is one mistake in a commit, at a place that an editor can jump to.
@@ -215,6 +232,14 @@ func (l *loader) read(name string) ([]byte, error) {
 	info, err := fs.Stat(l.fsys, name)
 	if err != nil {
 		return nil, fmt.Errorf("reading the deployments repo: %w", err)
+	}
+	switch {
+	case info.IsDir():
+		l.problems = append(l.problems, Problem{File: name, Message: "it is a directory: want a file"})
+		return nil, nil
+	case !info.Mode().IsRegular():
+		l.problems = append(l.problems, Problem{File: name, Message: "it is a pipe, a device or the like: want a file"})
+		return nil, nil
 	}
 	if info.Size() > MaxUnitFile {
 		l.problems = append(

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,6 +42,9 @@ func TestExitCodesAndErrors(t *testing.T) {
 	}
 	write("bad/prod/web/app.yaml", "release: x\nrelaese: y\n")
 	write("good/prod/web/app.yaml", "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
+	for i := range deployments.MaxRoleUnits + 1 {
+		write(fmt.Sprintf("crowded/prod/web/u%d.yaml", i), "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
+	}
 	write("bounded/kedge.yaml", "dests: {prod: [/srv]}\n")
 	wrong := write("wrong.yml", "nmae: a\nverison: 1\n")
 	outside := write("manifests/1.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 64)+"\ndest: /etc/a\n")
@@ -118,6 +122,7 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"agent", "--config", write("words.yaml", "roles: web, db\n")}, exitUsage, []string{"stage is not set", "words.yaml"}},
 		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
 		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},
+		{[]string{"check", filepath.Join(dir, "crowded")}, exitDone, []string{"prod/web has 101 units: a node runs 100", "101 units, all valid"}},
 		{[]string{"check", filepath.Join(dir, "bounded")}, exitDone, []string{"1 unit, all valid", "that takes --releases"}},
 		{[]string{"check", "--releases", filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release does what kedge.yaml does not allow for stage prod: dest /etc/a is outside of /srv", "1 problem"}},
 		{[]string{"check", "--signers", write("signers", ""), filepath.Join(dir, "bounded")}, exitFailed, []string{"prod/web/app.yaml:1:10: the release can't be checked: file://" + outside + " is not signed"}},

@@ -102,6 +102,9 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 				fmt.Fprintf(a.stderr, "%s: valid, but it has no units: there is no STAGE/ROLE/UNIT.yaml in it\n", dir)
 				return nil
 			}
+			for _, warning := range tree.Warnings() {
+				fmt.Fprintln(a.stderr, "warning: "+warning)
+			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
 			if look == nil && mirror.BoundsReleases(tree) {
 				fmt.Fprintln(
@@ -158,8 +161,12 @@ func inFile(err error, file string) error {
 }
 
 // loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would
-// always be valid.
+// always be valid. A work tree that holds files as a bare repo has them is still a work tree: else whoever may push
+// could have another tree checked than the mirror reads.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
+	if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
+		return git.LoadDir(dir, path)
+	}
 	for _, name := range []string{"HEAD", "objects", "refs"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 			return git.LoadDir(dir, path)

@@ -169,7 +169,11 @@ func gitDir(path string) (dir, common string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", "", err
 	}
-	for _, dir = range []string{path, filepath.Join(path, ".git")} {
+	dirs := []string{path}
+	if _, err := os.Lstat(filepath.Join(path, ".git")); err == nil { // a work tree, in which objects may be a stage
+		dirs = []string{filepath.Join(path, ".git")}
+	}
+	for _, dir = range dirs {
 		if info, err := os.Stat(filepath.Join(dir, "objects")); err == nil && info.IsDir() {
 			return dir, dir, nil
 		}

@@ -5,14 +5,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/plumbing"
-
-	"kedge/deployments"
 )
 
 // LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's
@@ -56,17 +53,6 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 		return nil, err
 	}
 	return c, ctx.Err()
-}
-
-// LoadDir reads a work tree as it is, committed or not; below is as Config.Path.
-func LoadDir(dir, below string) (*deployments.Tree, error) {
-	below, err := cleanPath(below)
-	if err != nil {
-		return nil, err
-	}
-	tree, err := deployments.Load(os.DirFS(filepath.Join(dir, below)))
-	prefix(below, tree, err)
-	return tree, err
 }
 
 // OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine in which
