@@ -53,7 +53,7 @@ type Published struct {
 	Index   int64               `json:"index"`   // bytes of its index
 	// Again is true where this version was there already, with the same bytes.
 	Again  bool             `json:"again,omitempty"`
-	Deltas []PublishedDelta `json:"deltas,omitempty"`
+	Deltas []PublishedDelta `json:"deltas"`
 }
 
 // PublishedDelta says what the release costs a node that runs From, manifest and signature aside.

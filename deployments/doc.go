@@ -44,7 +44,7 @@
 //	checksum       the archive's md5, sha1, sha256 or sha512, told apart by length; needed unless index is there
 //	size           the archive's bytes
 //	index          where the archive's index lies: an agent then fetches only what changed
-//	deltas         archives of what changed against earlier releases, at most 100
+//	deltas         archives of what changed against earlier releases, at most 32
 //	dest           where the tree goes live: an absolute path
 //	dest_mode      the mode of its top directory, in octal (0755)
 //	sync_strategy  rsync (the default) and mv are stretcher's; release lies beside dest, and dest is a link to it
@@ -69,6 +69,7 @@
 // Of commands; pre, post, success and failure are lists, of which the first command that fails ends its list:
 //
 //	env      variables for all commands, by name, beside those of kedge (KEDGE_...)
+//	timeout  of each command that has none of its own (10m)
 //	pre      before the switch; one that fails leaves all as it was
 //	post     after the switch; one that fails goes back
 //	success  after the health checks passed

@@ -319,8 +319,10 @@ func (l *loader) readUnit(name string) error {
 		},
 		"after": func(n ast.Node) {
 			r.each(n, func(item ast.Node) {
-				var name string
-				into(r, &name, asText)(item)
+				name, ok := r.text(item)
+				if ok && name == "" {
+					r.at(item, "after: want the name of a unit of this role")
+				}
 				if name == "" {
 					return
 				}

@@ -212,7 +212,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 	for group, commands := range map[string][]*cobra.Command{
 		"start":   {a.demoCommand(), a.versionCommand()},
 		"daemon":  {a.agentCommand(), a.mirrorCommand()},
-		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand(), a.importCommand(), a.bridgeCommand()},
+		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand(), a.schemaCommand(), a.importCommand(), a.bridgeCommand()},
 		"fleet":   {a.statusCommand(), a.nodeCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
 		"operate": append(a.operateCommands(), a.aclCommand()),
 	} {
@@ -317,6 +317,16 @@ func envOr(name, otherwise string) string {
 	return otherwise
 }
 
+// VersionInfo is the JSON of kedge version.
+type VersionInfo struct {
+	Version string `json:"version"`
+	// FormatLevel is the newest level of records that this version can act on: see min_agent.
+	FormatLevel int    `json:"format_level"`
+	Go          string `json:"go"`
+	OS          string `json:"os"`
+	Arch        string `json:"arch"`
+}
+
 func (a *app) versionCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "version",
@@ -324,9 +334,9 @@ func (a *app) versionCommand() *cobra.Command {
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			if a.json {
-				return a.printJSON(map[string]any{
-					"version": version(), "format_level": deployments.FormatLevel,
-					"go": runtime.Version(), "os": runtime.GOOS, "arch": runtime.GOARCH,
+				return a.printJSON(VersionInfo{
+					Version: version(), FormatLevel: deployments.FormatLevel,
+					Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH,
 				})
 			}
 			fmt.Fprintln(a.stdout, version())

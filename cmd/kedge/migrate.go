@@ -158,10 +158,16 @@ Exit code 1 where a manifest is one that no node would take.`,
 			}
 			o.Prefix, o.Objects = args[0], object.New(object.Config{Log: log})
 			done, strange, err := migrate.Import(cmd.Context(), o)
+			if a.json {
+				all := Imports{Units: append([]migrate.Imported{}, done...), PassedOver: append([]string{}, strange...)}
+				if err := errors.Join(err, a.printJSON(all)); err != nil {
+					return err
+				}
+			}
 			refused := deployments.Problems{}
 			for _, one := range done {
 				refused = append(refused, one.Refused...)
-				if len(one.Refused) == 0 {
+				if len(one.Refused) == 0 && !a.json {
 					a.showImported(one)
 				}
 			}
@@ -171,6 +177,8 @@ Exit code 1 where a manifest is one that no node would take.`,
 			switch {
 			case err != nil:
 				return err
+			case len(refused) > 0 && a.json:
+				return errors.New(count(len(refused), "problem"))
 			case len(refused) > 0:
 				return a.problems(refused, "in manifests that no node would take: see kedge check --manifest")
 			case len(done) == 0:
@@ -185,7 +193,15 @@ Exit code 1 where a manifest is one that no node would take.`,
 	f.BoolVar(&o.Fix, "fix", false, "copy them as kedge would have them: see kedge check --fix")
 	f.BoolVar(&o.Archives, "archives", false, "look into their archives, too")
 	namingFlags(f, &o.Naming)
+	a.jsonFlag(c, "what became of each unit")
 	return c
+}
+
+// Imports is the JSON of kedge import.
+type Imports struct {
+	Units []migrate.Imported `json:"units"`
+	// PassedOver are the URLs of manifests whose names stand for no unit.
+	PassedOver []string `json:"passed_over"`
 }
 
 func (a *app) showImported(one migrate.Imported) {

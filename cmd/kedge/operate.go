@@ -70,24 +70,29 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 		return err
 	}
 	return a.done(
-		told{Unit: id, Order: verb, Outcome: outcome},
+		OrderOutcome{Unit: id, Order: verb, Outcome: outcome},
 		fmt.Sprintf("%s: %s", id, outcome),
 		fleet.Pinned(ctx, store, id),
 	)
 }
 
-// told is what an order, a pin or its end came to; the JSON of the commands that operate.
-type told struct {
-	Unit    deployments.UnitID `json:"unit"`
-	Node    string             `json:"node,omitempty"`
-	Order   string             `json:"order"`
-	Outcome string             `json:"outcome"`
-	Pin     *deployments.Pin   `json:"pin,omitempty"`
-	Notes   []string           `json:"notes"`
+// OrderOutcome is what an order, a pin or its end came to; the JSON of the commands that operate.
+type OrderOutcome struct {
+	Unit deployments.UnitID `json:"unit"`
+	// Node is set if a pin of one node was written or removed.
+	Node string `json:"node,omitempty"`
+	// Order is promote, pause, resume, abort, retry, pin, unpin or rollback.
+	Order string `json:"order"`
+	// Outcome says in words what came of it.
+	Outcome string `json:"outcome"`
+	// Pin is the pin that was written.
+	Pin *deployments.Pin `json:"pin,omitempty"`
+	// Notes say in words what to know about it, and what to do next.
+	Notes []string `json:"notes"`
 }
 
 // done prints what an order came to: to a program as JSON, to a person as a line and notes below it.
-func (a *app) done(t told, line string, notes ...string) error {
+func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
 	if a.json {
 		return a.printJSON(t)
@@ -181,7 +186,7 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 				notes = append(notes, "no --reason: nobody who looks at it later knows why")
 			}
 			notes = append(notes, "see kedge status "+id.String(), "to remove it: kedge unpin "+scopeArgs(id, node))
-			return a.done(told{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)
+			return a.done(OrderOutcome{Unit: id, Node: node, Order: "pin", Outcome: "pinned", Pin: &pin}, line, notes...)
 		})(cmd, args)
 	}
 	f := c.Flags()
@@ -284,7 +289,7 @@ func (a *app) unpinCommand() *cobra.Command {
 		default:
 			line, outcome = scope(id, node)+" was not pinned", "was not pinned"
 		}
-		return a.done(told{Unit: id, Node: node, Order: "unpin", Outcome: outcome}, line, notes...)
+		return a.done(OrderOutcome{Unit: id, Node: node, Order: "unpin", Outcome: outcome}, line, notes...)
 	})
 	c.Flags().StringVar(&node, "node", "", "the pin of this node")
 	a.jsonFlag(c, "what came of it")
@@ -310,7 +315,7 @@ keep what they run, and kedge status says so. To go back on those, publish the o
 			return err
 		}
 		return a.done(
-			told{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
+			OrderOutcome{Unit: id, Order: "rollback", Outcome: "pinned", Pin: &pin},
 			fmt.Sprintf("pinned %s to %s", id, pin.Release),
 			fleet.RunsAlready(ctx, store, id, pin.Release),
 			"once Git says what should run: kedge unpin "+id.String(),

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"os"
@@ -114,7 +113,8 @@ that would be larger than the parts of the archive that changed is dropped. What
 				return err
 			}
 			if a.json {
-				return json.NewEncoder(a.stdout).Encode(published)
+				published.Deltas = append([]artifact.PublishedDelta{}, published.Deltas...)
+				return a.printJSON(published)
 			}
 			for _, line := range publishedLines(m, published, time.Since(start)) {
 				fmt.Fprintln(a.stderr, line)
@@ -149,7 +149,7 @@ that would be larger than the parts of the archive that changed is dropped. What
 		false,
 		"for an S3 without If-None-Match: look whether an object is there, then write it; only one may publish at a time",
 	)
-	f.BoolVar(&a.json, "json", false, "print what was made as JSON")
+	a.jsonFlag(c, "what was made")
 	return c
 }
 

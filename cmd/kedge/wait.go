@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kedge/deployments/safetext"
 	"kedge/kv"
 	"kedge/sync/fleet"
 	"kedge/sync/git"
@@ -48,8 +49,9 @@ than --patience, 3 when the time is over.`,
 			}
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), timeout, errNotConverged)
 			defer cancel()
+			began := time.Now()
 			if ready != "" {
-				return waitReady(ctx, ready)
+				return a.waited("", began, waitReady(ctx, ready))
 			}
 			filter, err := filterOf(args)
 			if err != nil {
@@ -67,7 +69,6 @@ than --patience, 3 when the time is over.`,
 				}
 			}
 			if progress || postReceive {
-				began := time.Now()
 				tell = func(missing string) { a.tell("%4ds  %s", int(time.Since(began).Seconds()), missing) }
 			}
 			done := "all nodes run what they should"
@@ -83,20 +84,10 @@ than --patience, 3 when the time is over.`,
 			if err == nil && tell != nil {
 				tell(done)
 			}
-			switch {
-			case err == nil:
-				return nil
-			case context.Cause(ctx) == errNotConverged:
-				err = fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
-			case errors.Is(err, context.Canceled):
-				err = fmt.Errorf("interrupted: %w", err)
-			case errors.Is(err, kv.ErrUnavailable):
-				hint := "to wait through a longer outage: --patience 0 (for ever), or a longer time"
-				return hintError{err, strings.TrimSpace(a.storeHint(err) + "\n" + hint)}
-			case errors.Is(err, fleet.ErrRefused):
-				return err
+			if err != nil {
+				err = a.waitError(cmd.Context(), ctx, store, filter, timeout, err)
 			}
-			return withMissing(cmd.Context(), store, filter, err)
+			return a.waited(commit, began, err)
 		},
 	}
 	f := c.Flags()
@@ -116,7 +107,63 @@ than --patience, 3 when the time is over.`,
 		"wait for the commit that was pushed, read from standard input as Git's hook gets it (branch: $KEDGE_BRANCH, or main)",
 	)
 	f.StringVar(&ready, "ready", "", "`address` of this node's agent (its --listen): wait until /ready says 200")
+	a.jsonFlag(c, "how it ended")
 	return a.completeArgs(c, wantPart)
+}
+
+// waitError says why a wait that ran in ctx ended with err, and what to do about it.
+func (a *app) waitError(
+	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
+) error {
+	switch {
+	case context.Cause(ctx) == errNotConverged:
+		err = fmt.Errorf("%w: after %s, %w", errNotConverged, timeout, err)
+	case errors.Is(err, context.Canceled):
+		err = fmt.Errorf("interrupted: %w", err)
+	case errors.Is(err, kv.ErrUnavailable):
+		hint := "to wait through a longer outage: --patience 0 (for ever), or a longer time"
+		return hintError{err, strings.TrimSpace(a.storeHint(err) + "\n" + hint)}
+	case errors.Is(err, fleet.ErrRefused):
+		return err
+	}
+	return withMissing(outer, store, filter, err)
+}
+
+// WaitOutcome is the JSON of kedge wait.
+type WaitOutcome struct {
+	// Outcome is converged, refused, timeout, unreachable, interrupted or failed.
+	Outcome string `json:"outcome"`
+	// Commit is the commit that was waited for.
+	Commit string `json:"commit,omitempty"`
+	// Seconds is how long it took.
+	Seconds float64 `json:"seconds"`
+	// Message says in words what was missing, or why waiting longer would not help.
+	Message string `json:"message,omitempty"`
+}
+
+// waited prints how a wait ended, for a program that asked for it, and returns its error.
+func (a *app) waited(commit string, began time.Time, err error) error {
+	if !a.json {
+		return err
+	}
+	o := WaitOutcome{Outcome: "converged", Commit: commit, Seconds: time.Since(began).Round(time.Millisecond).Seconds()}
+	if err != nil {
+		o.Message = safetext.URLs(err.Error())
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, errNotConverged):
+		o.Outcome = "timeout"
+	case errors.Is(err, fleet.ErrRefused):
+		o.Outcome = "refused"
+	case errors.Is(err, kv.ErrUnavailable):
+		o.Outcome = "unreachable"
+	case errors.Is(err, context.Canceled):
+		o.Outcome = "interrupted"
+	default:
+		o.Outcome = "failed"
+	}
+	return errors.Join(a.printJSON(o), err)
 }
 
 // withMissing adds to an error that the unit which was waited for isn't there, and which may have been meant.
@@ -156,7 +203,7 @@ func waitReady(ctx context.Context, address string) error {
 			if cause := context.Cause(ctx); cause == errNotConverged {
 				return fmt.Errorf("%w: %s", cause, last)
 			}
-			return fmt.Errorf("interrupted: %s", last)
+			return fmt.Errorf("interrupted: %w: %s", ctx.Err(), last)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}

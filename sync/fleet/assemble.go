@@ -19,7 +19,7 @@ import (
 // pure. Units that only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
-		fleet:     &Fleet{At: now, Errors: map[string]string{}},
+		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
 		units:     map[deployments.UnitID]*Unit{},
 		roles:     map[deployments.RoleID][]reporter{},
 		orders:    map[deployments.UnitID]kv.Entry{},

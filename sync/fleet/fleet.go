@@ -31,7 +31,7 @@ type Fleet struct {
 	// Agents counts the live nodes by the version of their agent.
 	Agents map[string]int `json:"agents,omitempty"`
 	// Unassigned are live nodes of a stage and role that have no unit.
-	Unassigned []Unassigned `json:"unassigned,omitempty"`
+	Unassigned []Unassigned `json:"unassigned"`
 	// Errors are values that don't parse, by key; and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 }

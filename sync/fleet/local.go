@@ -57,7 +57,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 		Why:       said.Why,
 	}
 	u := Unit{ID: id, Nodes: []Node{n}}
-	f := &Fleet{At: at, Units: []Unit{u}}
+	f := &Fleet{At: at, Units: []Unit{u}, Unassigned: []Unassigned{}}
 	for _, source := range s.Sources {
 		if role := id.Stage + "/" + id.Role + "/"; strings.HasSuffix(source.Prefix, role) {
 			d.Trace = append(d.Trace, sourceStep(source, at))

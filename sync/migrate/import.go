@@ -37,18 +37,20 @@ type ImportOptions struct {
 
 // Imported is what became of one unit.
 type Imported struct {
-	Unit deployments.UnitID
+	Unit deployments.UnitID `json:"unit"`
 	// From is the newest of stretcher's manifests of the unit; Older is how many others there are.
-	From  string
-	Older int
+	From  string `json:"from"`
+	Older int    `json:"older"`
 	// Pointer names its copy. File is the unit's file, and Written whether it was changed.
-	Pointer deployments.Pointer
-	File    string
-	Written bool
-	Fixed   []string
-	Notes   []deployments.Problem
+	Pointer deployments.Pointer `json:"pointer"`
+	File    string              `json:"file"`
+	Written bool                `json:"written"`
+	// Fixed says in words what the copy has otherwise.
+	Fixed []string `json:"fixed,omitempty"`
+	// Notes are traps of the manifest.
+	Notes []deployments.Problem `json:"notes,omitempty"`
 	// Refused is why no node would take it: nothing was copied or written.
-	Refused deployments.Problems
+	Refused deployments.Problems `json:"refused,omitempty"`
 }
 
 // Import copies the newest manifest of each unit to a key that names its digest, and writes the unit's file, which
