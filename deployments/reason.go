@@ -93,10 +93,12 @@ const (
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
 	ReasonDiskFull           Reason = "DiskFull"
-	ReasonObserving          Reason = "Observing"    // the node's configuration says so: differs
-	ReasonDependency         Reason = "Dependency"   // waits for another unit: unit
-	ReasonDestInUse          Reason = "DestInUse"    // another unit has dest: unit, dest
-	ReasonTooManyUnits       Reason = "TooManyUnits" // a node leaves units of its role out: limit, left_out
-	ReasonGone               Reason = "Gone"         // the node's agent is away
-	ReasonNotInTime          Reason = "NotInTime"    // no answer before the deadline
+	ReasonObserving          Reason = "Observing"  // the node's configuration says so: differs
+	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
+	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest: unit, dest
+	// Something else, as stretcher or kedge run, deployed to the dest of what runs: dest, found.
+	ReasonForeignDeployment Reason = "ForeignDeployment"
+	ReasonTooManyUnits      Reason = "TooManyUnits" // a node leaves units of its role out: limit, left_out
+	ReasonGone              Reason = "Gone"         // the node's agent is away
+	ReasonNotInTime         Reason = "NotInTime"    // no answer before the deadline
 )

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments/wait"
+	"kedge/sync/deploy"
 )
 
 const (
@@ -51,11 +53,11 @@ func (w *driftWatcher) open() {
 	close(w.opened)
 }
 
-// watch has changed called after something happened to dest itself.
+// watch has changed called after something happened to dest itself, or kedge was run for it.
 func (w *driftWatcher) watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.changed[dest] = changed
+	w.changed[dest], w.changed[deploy.LockFile(dest)] = changed, changed
 	if w.open(); w.watcher == nil {
 		return
 	}
@@ -68,6 +70,7 @@ func (w *driftWatcher) forget(dest string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.changed, dest)
+	delete(w.changed, deploy.LockFile(dest))
 	for other := range w.changed {
 		if filepath.Dir(other) == filepath.Dir(dest) {
 			return
@@ -96,7 +99,7 @@ func (w *driftWatcher) run(ctx context.Context) {
 			w.mu.Lock()
 			changed := w.changed[e.Name]
 			w.mu.Unlock()
-			if changed != nil && !e.Has(fsnotify.Write) {
+			if changed != nil {
 				time.AfterFunc(linkSettle, changed)
 			}
 		case err := <-w.watcher.Errors:
@@ -112,10 +115,10 @@ func (w *driftWatcher) run(ctx context.Context) {
 
 // observe notes where the unit's dest should lead now that a job is done, and has it watched.
 func (a *Agent) observe(u *unit) {
-	dest, live := u.deploy.Dest()
+	mark := u.deploy.Mark()
 	a.mu.Lock()
-	was := u.dest
-	u.dest, u.live = dest, live
+	was, dest := u.dest, mark.Dest
+	u.dest, u.mark = dest, mark
 	a.mu.Unlock()
 	if was != "" && was != dest {
 		a.drift.forget(was)
@@ -125,26 +128,38 @@ func (a *Agent) observe(u *unit) {
 	}
 }
 
-// checkLink looks whether dest still leads to where the last deployment left it.
+// checkLink looks whether dest is still as the last deployment left it.
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if k := u.busy.kind; k == jobDeploy || k == jobRecover || k == jobHeal || !u.astray() {
 		return
 	}
-	u.log.Warn("dest is gone, or was led elsewhere", "dest", u.dest, "expected", u.live, "healing", u.goal.heal)
 	u.drift = []string{u.dest}
 	u.nudge()
 	a.kickReport()
 }
 
-// astray reports whether dest no longer leads to where the last deployment left it.
+// astray reports whether dest is no longer as the last deployment left it, and notes what something else has deployed
+// there.
 func (u *unit) astray() bool {
-	if u.live == "" {
-		return false
+	found, changed := u.mark.Changed()
+	switch {
+	case found != "" && found != u.foreign:
+		u.log.Warn("something else has deployed to dest", "dest", u.dest, "found", found, "expected", u.mark.Live,
+			"healing", u.goal.heal)
+	case changed && found == "" && len(u.drift) == 0:
+		u.log.Warn("dest is gone", "dest", u.dest, "expected", u.mark.Live, "healing", u.goal.heal)
 	}
-	live, _ := filepath.EvalSymlinks(u.dest)
-	return live != u.live
+	u.foreign = found
+	return changed
+}
+
+// foreignError says that something else has deployed to a unit's dest.
+type foreignError struct{ dest, found string }
+
+func (e *foreignError) Error() string {
+	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
 }
 
 // verify compares dest, and the live tree, with the release.
@@ -187,7 +202,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	}
 	paths := driftPaths(left)
 	a.mu.Lock()
-	u.drift, u.unhealable = paths, paths
+	u.drift, u.unhealable, u.foreign = paths, paths, ""
 	a.mu.Unlock()
 	if len(left) > 0 {
 		u.log.Warn("drift is healed but for what the release's commands had made: deploy it again to have it made anew",

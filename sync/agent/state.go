@@ -72,6 +72,9 @@ func factsOf(err error) deployments.Facts {
 			With("floor", older.Floor.Format(time.RFC3339)).
 			With("of", older.Of)
 	}
+	if foreign := new(foreignError); errors.As(err, &foreign) {
+		return facts.With("dest", foreign.dest).With("found", foreign.found)
+	}
 	if future := new(deploy.FutureError); errors.As(err, &future) {
 		return facts.With("created", future.Created.Format(time.RFC3339)).With("settled", future.Settled.Format(time.RFC3339))
 	}
@@ -83,6 +86,8 @@ func reasonOf(err error) deployments.Reason {
 	switch {
 	case errors.As(err, new(*takenError)):
 		return deployments.ReasonDestInUse
+	case errors.As(err, new(*foreignError)):
+		return deployments.ReasonForeignDeployment
 	case errors.As(err, new(*deploy.OlderError)):
 		return deployments.ReasonOlderThanFloor
 	case errors.As(err, new(*deploy.FutureError)):
@@ -149,6 +154,8 @@ func (u *unit) converged() standing {
 		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.sick()}
 	case u.trouble != nil: // with what is fetched ahead
 		return at(deployments.StateConverged, u.trouble)
+	case u.foreign != "":
+		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
 	case u.refused[u.goal.stage].err != nil:
 		return at(deployments.StateConverged, u.refused[u.goal.stage].err)
 	case u.future != nil && u.settled == u.done:

@@ -67,11 +67,12 @@ type observed struct {
 	trouble  error                           // why the last job failed; nil again when it succeeds
 	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node: what to run, and what to have ready
 	retry    *wait.Backoff
-	retryAt  time.Time // no job that can fail is begun before
-	verifyAt time.Time // zero: never
-	dest     string    // of what runs
-	claimed  string    // dest of what was let in last
-	live     string    // what dest resolved to after the last deployment
+	retryAt  time.Time   // no job that can fail is begun before
+	verifyAt time.Time   // zero: never
+	dest     string      // of what runs
+	claimed  string      // dest of what was let in last
+	mark     deploy.Mark // what the last deployment left at dest
+	foreign  string      // what something else has deployed there; empty: nothing
 	drift    []string
 	// unhealable is the drift that healing left.
 	unhealable []string

@@ -131,7 +131,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	case jobDeploy:
 		if err == nil {
 			u.reached(j.release)
-			u.drift, u.unhealable = nil, nil
+			u.drift, u.unhealable, u.foreign = nil, nil, ""
 		}
 	case jobSettle:
 		if settled := new(deploy.FutureError); errors.As(err, &settled) {

@@ -490,6 +490,7 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	if left, err = u.switcher(r).Heal(ctx, r); err != nil {
 		return nil, fmt.Errorf("healing %s: %w", r.Pointer, err)
 	}
+	u.lock.done(r.Pointer)
 	return left, nil
 }
 

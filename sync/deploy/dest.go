@@ -4,6 +4,8 @@ import (
 	"context"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/sync/command"
@@ -29,20 +31,60 @@ func (u *Unit) treesDir() string     { return filepath.Join(u.c.Dir, treesDir) }
 func (u *Unit) madeDir() string      { return filepath.Join(u.c.Dir, madeDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 
-// Dest is where what runs lies, for whoever watches it; empty where nothing runs, or without a tree. live is the
-// directory that it should lead to: the release's own, or, under a strategy without one, wherever it leads now.
-func (u *Unit) Dest() (dest, live string) {
+// Mark is what a deployment left at its dest, to tell by a look whether something else has deployed there since.
+type Mark struct {
+	Dest string // empty: nothing runs, or it has no tree
+	// Live is the directory that dest should lead to: the release's own, or, under a strategy without one, wherever it
+	// led when the mark was taken.
+	Live string
+	// inode is of Live under a strategy that writes into it; 0: it isn't compared.
+	inode   uint64
+	running deployments.Digest
+}
+
+// Mark returns the mark of what runs.
+func (u *Unit) Mark() Mark {
 	r, err := u.recall(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {
-		return "", ""
+		return Mark{}
 	}
-	dir := r.Manifest.Dest
+	m := Mark{Dest: r.Manifest.Dest, running: r.Pointer.Digest}
 	if r.Manifest.Strategy == deployments.StrategyRelease {
 		// Not what dest leads to: somebody may have led it elsewhere meanwhile.
-		if dir = u.switcher(r).Dir(r); dir == "" {
-			return r.Manifest.Dest, ""
+		if dir := u.switcher(r).Dir(r); dir != "" {
+			m.Live, _ = filepath.EvalSymlinks(dir)
 		}
+		return m
 	}
-	live, _ = filepath.EvalSymlinks(dir)
-	return r.Manifest.Dest, live
+	m.Live, _ = filepath.EvalSymlinks(m.Dest)
+	m.inode = inodeOf(m.Live)
+	return m
+}
+
+// Changed reports whether dest is no longer as the deployment left it, and found what something else has deployed
+// there; empty: it is gone, or nothing is known of it.
+func (m Mark) Changed() (found string, changed bool) {
+	if m.Live == "" {
+		return "", false
+	}
+	live, err := filepath.EvalSymlinks(m.Dest)
+	switch last := lastDeployed(m.Dest); {
+	case err != nil:
+		return "", true
+	case live != m.Live:
+		return "it leads to " + live, true
+	case m.inode != 0 && inodeOf(live) != m.inode:
+		return "it is another directory", true
+	case !last.IsZero() && last != m.running:
+		return "release " + last.Short(), true
+	}
+	return "", false
+}
+
+func inodeOf(dir string) uint64 {
+	var st unix.Stat_t
+	if unix.Stat(dir, &st) != nil {
+		return 0
+	}
+	return st.Ino
 }

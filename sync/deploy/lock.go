@@ -31,6 +31,25 @@ type destLock struct {
 	last   string
 }
 
+// LockFile is the path of dest's lock: see lastDeployed.
+func LockFile(dest string) string { return filepath.Join(filepath.Dir(dest), lockName(dest)) }
+
+// lastDeployed returns the release that kedge deployed to dest last, whichever process did; zero: one is under way, or
+// it isn't known.
+func lastDeployed(dest string) deployments.Digest {
+	f, err := os.OpenFile(LockFile(dest), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return deployments.Digest{}
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, 1<<10))
+	if err != nil {
+		return deployments.Digest{}
+	}
+	d, _ := deployments.ParseDigest(strings.TrimSpace(string(text)))
+	return d
+}
+
 func lockName(dest string) string { return "." + filepath.Base(dest) + ".kedge-lock" }
 
 // open opens the lock's file. It must be a file that has no other name: whoever owns the directory could put there
@@ -42,7 +61,7 @@ func (l *destLock) open(flags int) (*os.File, error) {
 	}
 	var st unix.Stat_t
 	if err = unix.Fstat(int(f.Fd()), &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
-		err = fmt.Errorf("%s is not a file of kedge's: remove it", filepath.Join(filepath.Dir(l.dest), lockName(l.dest)))
+		err = fmt.Errorf("%s is not a file of kedge's: remove it", LockFile(l.dest))
 	}
 	if err != nil {
 		f.Close()

@@ -76,6 +76,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonObserving:          "the agent only observes: it touches nothing[; {differs} files differ]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
+	deployments.ReasonForeignDeployment:  "something else has deployed to its dest[ {dest}][: {found}]",
 	deployments.ReasonTooManyUnits:       "more units than a node takes of one role[: {left_out} are left out, {limit} are taken]",
 	deployments.ReasonGone:               "its agent is away[: {error}]",
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",

@@ -1,0 +1,89 @@
+package agent
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+	"kedge/sync/deploy"
+)
+
+// What something else deploys to the dest of an agent's unit is told at once, without a check of the whole tree, and
+// put right where drift is healed.
+func TestForeignDeployments(t *testing.T) {
+	t.Parallel()
+	run := func(strategy deployments.Strategy) func(t *testing.T, w *world) {
+		return func(t *testing.T, w *world) {
+			other := w.publish("app", "9", func(m *deployments.Manifest) { m.Strategy = strategy })
+			one := deploy.OneShot{URL: other.String(), Node: node, Objects: object.New(object.Config{}), Log: w.config().Log}
+			if err := deploy.Once(t.Context(), one); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	for name, c := range map[string]struct {
+		strategy deployments.Strategy
+		foreign  func(t *testing.T, w *world)
+	}{
+		"kedge run":                  {deployments.StrategyRelease, run(deployments.StrategyRelease)},
+		"kedge run by rsync":         {deployments.StrategyRsync, run(deployments.StrategyRsync)},
+		"a link of another tool":     {deployments.StrategyRelease, link},
+		"a tree moved there":         {deployments.StrategyRsync, move},
+		"a tree moved over the link": {deployments.StrategyRelease, move},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			p := w.publish("app", "1", func(m *deployments.Manifest) { m.Strategy = c.strategy })
+			dest := w.path("srv", "app")
+			w.desire(app, deployments.Record{Target: p})
+			a := w.start(func(c *Config) { c.VerifyEvery = time.Hour }) // the kernel tells
+			a.awaitRunning(app, p)
+			c.foreign(t, w)
+			u := a.awaitUnit(app, "told", func(u deployments.UnitReport) bool {
+				return u.Reason == deployments.ReasonForeignDeployment
+			})
+			if u.Facts["dest"] != dest || u.Facts["found"] == "" || u.State != deployments.StateConverged ||
+				!slices.Contains(u.Drift, dest) || u.Error == "" {
+				t.Errorf("the report: %+v", u)
+			}
+			w.desire(app, deployments.Record{Target: p, Drift: deployments.DriftHeal})
+			a.awaitUnit(app, "healed", func(u deployments.UnitReport) bool {
+				return u.Reason == "" && len(u.Drift) == 0 && w.live("app") == "1"
+			})
+			steadily(t, "healed once", func() (bool, string) {
+				u := a.unit(app)
+				return u.Reason == "" && w.live("app") == "1", fmt.Sprintf("%+v", u)
+			})
+		})
+	}
+}
+
+// link leads dest to a tree of another tool's.
+func link(t *testing.T, w *world) {
+	write(t, w.path("other", "VERSION"), "9")
+	dest := w.path("srv", "app")
+	if err := os.Symlink(w.path("other"), dest+".new"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(dest+".new", dest); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// move puts another tree in dest's place.
+func move(t *testing.T, w *world) {
+	write(t, w.path("other", "VERSION"), "9")
+	dest := w.path("srv", "app")
+	if err := os.Rename(dest, filepath.Join(w.dir, "before")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(w.path("other"), dest); err != nil {
+		t.Fatal(err)
+	}
+}
