@@ -376,6 +376,9 @@ func checkPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
 	}
+	if strings.Count(p, "/") >= maxLevels {
+		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), maxLevels)
+	}
 	for part := range strings.SplitSeq(p, "/") {
 		if part == "" || part == "." || part == ".." || len(part) > maxName {
 			return fmt.Errorf(

@@ -75,6 +75,9 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 			}
 			return nil
 		}
+		if d.IsDir() && strings.Count(p, "/") >= maxLevels {
+			return fs.SkipDir // no release is so deep: its owner made it, of any depth
+		}
 		info, err := d.Info()
 		if err != nil {
 			return err

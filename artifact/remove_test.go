@@ -115,41 +115,6 @@ func TestPruningAndHealingLeaveMountsAlone(t *testing.T) {
 	}
 }
 
-// A tree deeper than a process may have open files is removed, with few descriptors.
-func TestDeepTreesAreRemoved(t *testing.T) {
-	t.Parallel()
-	top := filepath.Join(t.TempDir(), "deep")
-	if err := os.Mkdir(top, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	dir, err := openDir(top)
-	if err != nil {
-		t.Fatal(err)
-	}
-	fd := int(dir.Fd())
-	for i := range 3000 {
-		if err := unix.Mkdirat(fd, "d", 0o755); err != nil {
-			t.Fatal(err)
-		}
-		next, err := openAt(fd, "d", unix.O_RDONLY|unix.O_DIRECTORY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if i > 0 {
-			unix.Close(fd)
-		}
-		fd = next
-	}
-	unix.Close(fd)
-	dir.Close()
-	if err := removeTree(top); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := os.Lstat(top); !os.IsNotExist(err) {
-		t.Error(err)
-	}
-}
-
 func TestMountPathsAreUnescaped(t *testing.T) {
 	t.Parallel()
 	if got := unescapeMount(`/a\040b\134c\011\9`); got != "/a b\\c\t\\9" {
