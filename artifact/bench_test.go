@@ -88,7 +88,7 @@ func BenchmarkPack(b *testing.B) {
 			b.Fatal(err)
 		}
 		start = time.Now()
-		if _, err := pack(b.Context(), tree, deployments.SymlinksInside, null, nil); err != nil {
+		if _, err := pack(b.Context(), tree, deployments.SymlinksInside, CompressionDefault, null, nil); err != nil {
 			b.Fatal(err)
 		}
 		ours = append(ours, time.Since(start).Seconds())

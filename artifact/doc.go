@@ -11,11 +11,19 @@
 //     Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and symbolic links that leave the
 //     tree are refused when packing.
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB that hold
-//     nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at least 192 KiB,
-//     which end before an entry whose path's FNV-1a hash is divisible by four, or at 512 KiB: borders follow names, and so
+//     nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at least 768 KiB,
+//     which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders follow names, and so
 //     stay where they were when one file grows.
-//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge, whatever the
-//     number of cores.
+//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the same
+//     compression, whatever the number of cores.
+//
+// A reader asks no more of frames than these 4 MiB, and that they lie in the index as below: how content is cut, and
+// how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for
+// small files. An agent of either kind reads both.
+//
+// Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs a few files
+// only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with the former
+// compression; one stream of zstd -3 has 159.4 MB.
 //
 // # The index
 //

@@ -14,7 +14,6 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -24,8 +23,9 @@ import (
 const (
 	largeFile  = 1 << 20   // from here on a file has frames of its own
 	largeFrame = 2 << 20   // of a large file's content
-	groupLeast = 192 << 10 // small files are gathered at least to here,
-	groupMost  = 512 << 10 // and no further than here
+	groupLeast = 768 << 10 // small files are gathered at least to here,
+	groupMost  = 2 << 20   // and no further than here
+	packWindow = 2 << 20   // of the encoder: all of a frame
 )
 
 // emptyDigest is what a file has that nothing is read of.
@@ -48,6 +48,7 @@ func pack(
 	ctx context.Context,
 	dir string,
 	symlinks deployments.Symlinks,
+	compression Compression,
 	w io.Writer,
 	progress func(Progress),
 ) (packed, error) {
@@ -64,7 +65,8 @@ func pack(
 	if err := x.checkTargets(symlinks); err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
-	p := &packer{top: top, index: x, out: w, archive: sha256.New(), meter: newMeter("pack", x.size(), progress)}
+	p := &packer{top: top, index: x, compression: compression, out: w, archive: sha256.New(),
+		meter: newMeter("pack", x.size(), progress)}
 	if err := p.run(ctx); err != nil {
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
@@ -156,12 +158,15 @@ func borders(path string) bool {
 
 // packer turns sections into frames on all cores, and writes them in order.
 type packer struct {
-	top     *os.File
-	index   *index
-	out     io.Writer
-	archive hash.Hash
-	meter   *meter
-	stream  int64 // bytes of the tar stream written so far
+	top         *os.File
+	index       *index
+	compression Compression
+	out         io.Writer
+	archive     hash.Hash
+	meter       *meter
+	stream      int64 // bytes of the tar stream written so far
+	// free has frames that were written, for the next ones.
+	free chan []byte
 }
 
 // packing is one section on its way.
@@ -172,6 +177,7 @@ type packing struct {
 	done          chan struct{}
 
 	data    []byte // the frame
+	sum     deployments.Digest
 	length  int64
 	content deployments.Digest
 	offsets []offset
@@ -194,6 +200,7 @@ func (p *packer) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	todo := make(chan *packing)
 	order := make(chan *packing, 2*cores) // bounds what is in memory
+	p.free = make(chan []byte, 4*cores)
 	group.Go(func() error {
 		defer close(todo)
 		defer close(order)
@@ -221,12 +228,12 @@ func (p *packer) run(ctx context.Context) error {
 	})
 	for range cores {
 		group.Go(func() error {
-			encoder, err := newEncoder(zstd.SpeedDefault, largeFrame)
+			compressor, err := newCompressor(p.compression)
 			if err != nil {
 				return err
 			}
-			defer encoder.Close()
-			worker := &packWorker{packer: p, dirs: dirs{top: p.top}, encoder: encoder}
+			defer compressor.close()
+			worker := &packWorker{packer: p, dirs: dirs{top: p.top}, compressor: compressor}
 			defer worker.dirs.close()
 			for job := range todo {
 				if err := worker.pack(ctx, job); err != nil {
@@ -253,18 +260,13 @@ func (p *packer) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// newEncoder makes an encoder whose output depends on nothing but its input.
-func newEncoder(level zstd.EncoderLevel, window int) (*zstd.Encoder, error) {
-	return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithWindowSize(window))
-}
-
 func (p *packer) write(job *packing) error {
 	if _, err := p.out.Write(job.data); err != nil {
 		return err
 	}
 	p.archive.Write(job.data)
 	f := frame{offset: p.index.archiveSize(), size: int64(len(job.data)), start: p.stream, length: job.length,
-		sum: digestOf(job.data), content: job.content}
+		sum: job.sum, content: job.content}
 	p.index.frames = append(p.index.frames, f)
 	for _, o := range job.offsets {
 		p.index.entries[o.entry].offset = p.stream + o.at
@@ -273,14 +275,18 @@ func (p *packer) write(job *packing) error {
 	for _, part := range job.parts {
 		p.meter.add(part.n)
 	}
+	select {
+	case p.free <- job.data:
+	default:
+	}
 	return nil
 }
 
 type packWorker struct {
 	*packer
-	dirs    dirs
-	encoder *zstd.Encoder
-	raw     bytes.Buffer
+	dirs       dirs
+	compressor *compressor
+	raw        bytes.Buffer
 }
 
 func (w *packWorker) pack(ctx context.Context, job *packing) error {
@@ -305,7 +311,12 @@ func (w *packWorker) pack(ctx context.Context, job *packing) error {
 		}
 	}
 	job.length = int64(w.raw.Len())
-	job.data = w.encoder.EncodeAll(w.raw.Bytes(), make([]byte, 0, w.raw.Len()/2))
+	select {
+	case job.data = <-w.free:
+	default:
+	}
+	job.data = w.compressor.compress(w.raw.Bytes(), job.data[:0])
+	job.sum = digestOf(job.data)
 	return nil
 }
 

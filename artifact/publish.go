@@ -33,7 +33,9 @@ type PublishOptions struct {
 	Since []deployments.Pointer
 	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last
 	// below To/NAME/. One that can't be found or read gets none, and the log says why. 0: none.
-	Find int
+	Find        int
+	// Compression of the archive.
+	Compression Compression
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is put beside it as manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
 	// Signed checks that a signature is of these bytes and by the key of Sign. It is asked where another one than
@@ -131,7 +133,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 		return out, err
 	}
 	defer archive.Close()
-	made, err := pack(p.ctx, p.opt.Dir, m.Symlinks, archive, p.opt.Progress)
+	made, err := pack(p.ctx, p.opt.Dir, m.Symlinks, p.opt.Compression, archive, p.opt.Progress)
 	if err != nil {
 		return out, err
 	}

@@ -19,7 +19,7 @@ import (
 
 func (a *app) publishCommand() *cobra.Command {
 	var opt artifact.PublishOptions
-	var template, name, version, dest, key, created string
+	var template, name, version, dest, key, created, compression string
 	var since []string
 	var unconditional bool
 	c := &cobra.Command{
@@ -39,7 +39,11 @@ they have settled on. Published again, a version keeps the time that it has.
 
 For nodes that run one of the last releases it makes deltas: the last three below TO/NAME/, or as many as --deltas says. That takes
 the right to list there (s3:ListBucket); without it, and for gs:// (which kedge doesn't list), name them: --since POINTER, once for each. A delta
-that would be larger than the parts of the archive that changed is dropped. What the release costs the nodes is printed.`,
+that would be larger than the parts of the archive that changed is dropped. What the release costs the nodes is printed.
+
+--compression trades time here for bytes that every node fetches. The default is no larger than one stream of zstd -3. Of source code
+best makes 7 % less, and takes several times as long; fast makes 7 % more. A version that was published stays as it is: another level
+takes another version.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
@@ -84,6 +88,10 @@ that would be larger than the parts of the archive that changed is dropped. What
 					return usagef("--since: %w", err)
 				}
 				opt.Since = append(opt.Since, p)
+			}
+			var err error
+			if opt.Compression, err = artifact.ParseCompression(compression); err != nil {
+				return usagef("--compression %w", err)
 			}
 			if opt.Find < 0 {
 				return usagef("--deltas %d: want 0 or more", opt.Find)
@@ -135,6 +143,12 @@ that would be larger than the parts of the archive that changed is dropped. What
 		"since",
 		nil,
 		"`pointer` of an earlier release to make a delta from, in place of those published last; may be repeated",
+	)
+	f.StringVar(
+		&compression,
+		"compression",
+		artifact.CompressionDefault.String(),
+		"`level` of the archive: fastest, fast, default, best, or one of zstd's numbers, 1 to 22",
 	)
 	f.StringVar(&key, "sign", "", "SSH private key `file` to sign the manifest with")
 	f.StringVar(

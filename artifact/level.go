@@ -1,0 +1,108 @@
+package artifact
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+
+	"github.com/klauspost/compress/zstd"
+)
+
+// Compression says how much time Publish spends on a smaller archive: an index into compressions. Whatever it is,
+// every agent reads the archive.
+type Compression uint8
+
+// CompressionDefault makes an archive that is no larger than one stream of zstd -3.
+const CompressionDefault Compression = 0
+
+// compression is one way to compress.
+type compression struct {
+	name string
+	// upTo is the highest of zstd's levels that it stands for.
+	upTo int
+	// rich is how frames are compressed, but for those in which little is to be found: these are compressed as poor.
+	rich, poor zstd.EncoderLevel
+}
+
+// compressions were measured on 561 MB in 44,567 files, of which one stream of zstd -3 makes 159.4 MB.
+var compressions = []compression{
+	{"default", 9, zstd.SpeedBetterCompression, zstd.SpeedDefault},
+	{"fastest", 2, zstd.SpeedFastest, zstd.SpeedFastest},
+	{"fast", 5, zstd.SpeedDefault, zstd.SpeedDefault},
+	{"best", 22, zstd.SpeedBestCompression, zstd.SpeedDefault},
+}
+
+// ParseCompression reads a name (fastest, fast, default or best) or one of zstd's levels, from 1 to 22. Empty is the
+// default.
+func ParseCompression(s string) (Compression, error) {
+	if s == "" {
+		return CompressionDefault, nil
+	}
+	if i := slices.IndexFunc(compressions, func(c compression) bool { return c.name == s }); i >= 0 {
+		return Compression(i), nil
+	}
+	found := -1
+	if n, err := strconv.Atoi(s); err == nil && n >= 1 {
+		for i, c := range compressions {
+			if n <= c.upTo && (found < 0 || c.upTo < compressions[found].upTo) {
+				found = i
+			}
+		}
+	}
+	if found < 0 {
+		return 0, fmt.Errorf("%q: want fastest, fast, default, best, or a number from 1 to 22, as zstd has them", s)
+	}
+	return Compression(found), nil
+}
+
+// String returns the name.
+func (c Compression) String() string { return compressions[c].name }
+
+// compressor compresses frames. What comes out depends on nothing but what goes in. Not for use by several
+// goroutines.
+type compressor struct{ rich, poor *zstd.Encoder }
+
+func newCompressor(c Compression) (*compressor, error) {
+	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
+		return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithWindowSize(packWindow))
+	}
+	rich, err := encoder(compressions[c].rich)
+	if err != nil {
+		return nil, err
+	}
+	poor, err := encoder(compressions[c].poor)
+	if err != nil {
+		return nil, err
+	}
+	return &compressor{rich, poor}, nil
+}
+
+func (c *compressor) close() {
+	c.rich.Close()
+	c.poor.Close()
+}
+
+// compress appends the frame that decodes to raw to out.
+func (c *compressor) compress(raw, out []byte) []byte {
+	if evenlySpread(raw) {
+		return c.poor.EncodeAll(raw, out)
+	}
+	return c.rich.EncodeAll(raw, out)
+}
+
+// evenlySpread reports whether all values of a byte are about as frequent, as they are in images and in what was
+// compressed before. Of the probability that two bytes are the same, that has 1/256 (a PNG 1.03 times that, text 8, a
+// program 3 to 6). Zeros don't count: tar has them everywhere.
+func evenlySpread(raw []byte) bool {
+	const samples = 4096
+	var seen [256]int
+	for i, step := 0, max(1, len(raw)/samples); i < len(raw); i += step {
+		seen[raw[i]]++
+	}
+	n, pairs := 0, 0
+	for _, times := range seen[1:] {
+		n += times
+		pairs += times * (times - 1)
+	}
+	return pairs < 2*n*n/256
+}
