@@ -33,7 +33,7 @@ type PublishOptions struct {
 	Since []deployments.Pointer
 	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last
 	// below To/NAME/. One that can't be found or read gets none, and the log says why. 0: none.
-	Find        int
+	Find int
 	// Compression of the archive.
 	Compression Compression
 	// Sign, if not nil, returns a signature of the manifest's bytes, which is put beside it as manifest.yaml.sig.
