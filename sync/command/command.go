@@ -31,6 +31,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
@@ -100,8 +101,10 @@ func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, 
 	return runAs(ctx, log, c, env, stdin, false)
 }
 
-// Check runs c as Run does, without a log, and ends what it left running: a check is tried again and again.
+// Check runs c as Run does, without a log, and kills what it left running, sessions of its own included: a check is
+// tried again and again.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
+	env.Run = "check-" + rand.Text()
 	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
 	return err
 }
@@ -128,7 +131,11 @@ func runAs(
 	if stdin != nil {
 		cmd.Stdin = bytes.NewReader(stdin)
 	}
-	return execute(ctx, log, cmd, what, alone, env.Mask)
+	mark := ""
+	if alone {
+		mark = env.Run
+	}
+	return execute(ctx, log, cmd, what, mark, env.Mask)
 }
 
 // Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's
@@ -137,13 +144,13 @@ func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (R
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // its messages may be read
-	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), false, nil)
+	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil)
 }
 
-// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. alone says that nothing
-// of its process group outlives it.
+// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. Where mark is not empty,
+// nothing of its process group outlives it, nor what bears the mark, which its environment has.
 func execute(
-	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what string, alone bool, mask *deployments.Mask,
+	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask,
 ) (Result, error) {
 	if ctx.Err() != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
@@ -164,6 +171,10 @@ func execute(
 		pr.Close()
 		return Result{Exit: -1}, fmt.Errorf("command %q: %w", what, err)
 	}
+	var began uint64
+	if mark != "" {
+		began = beganAt(cmd.Process.Pid) // before it can be reaped
+	}
 	out := &output{log: log, mask: mask}
 	read := make(chan error, 1)
 	go func() { _, err := io.Copy(out, pr); read <- err }()
@@ -178,8 +189,9 @@ func execute(
 		endGroup(cmd.Process.Pid, exited)
 	}
 
-	if alone {
+	if mark != "" {
 		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // if it has no members left, its number is nobody's yet
+		killMarked(mark, began)
 	}
 	// What the command wrote is in the pipe by now. Whoever still holds its other end is a daemon: it keeps a reader.
 	pr.SetReadDeadline(time.Now().Add(pipeWait))

@@ -404,13 +404,13 @@ func TestEndLeftoversLeavesNone(t *testing.T) {
 	if n, err := EndLeftovers(t.Context(), mark); err != nil || n == 0 {
 		t.Errorf("ended %d, %v", n, err)
 	}
-	if pids, err := marked(mark); err != nil || len(pids) > 0 {
+	if pids, err := marked(mark, 0); err != nil || len(pids) > 0 {
 		t.Errorf("left: %d, %v", pids, err)
 		for len(pids) > 0 {
 			for _, pid := range pids {
 				syscall.Kill(pid, syscall.SIGKILL)
 			}
-			pids, _ = marked(mark)
+			pids, _ = marked(mark, 0)
 		}
 	}
 }
@@ -507,9 +507,19 @@ func TestWithoutPath(t *testing.T) {
 func TestCheckLeavesNothingRunning(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "pid")
-	for _, end := range []string{"", "; exit 1"} {
-		err := Check(t.Context(), deployments.Command{Run: "sleep 1000 & echo $! > " + file + end}, Env{})
-		if (err != nil) != (end != "") {
+	session := "setsid sh -c 'echo $$ > " + file + ".new; mv " + file + ".new " + file + "; exec sleep 1000' >/dev/null 2>&1 & " +
+		"until [ -e " + file + " ]; do sleep 0.01; done"
+	for _, c := range []struct {
+		run   string
+		fails bool
+	}{
+		{"sleep 1000 & echo $! > " + file, false},
+		{"sleep 1000 & echo $! > " + file + "; exit 1", true},
+		{session, false},
+		{session + "; exec sleep 1000", true}, // until its timeout
+	} {
+		err := errors.Join(os.RemoveAll(file), Check(t.Context(), deployments.Command{Run: c.run, Timeout: 2 * time.Second}, Env{}))
+		if (err != nil) != c.fails {
 			t.Error(err)
 		}
 		text, err := os.ReadFile(file)
