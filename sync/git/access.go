@@ -77,12 +77,13 @@ func Secret(env func(string) string, name string) (string, error) {
 	return value, nil
 }
 
-func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
+// ssh returns how e is reached, and the files that it read for it.
+func (a access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
 	files := []string{a.knownHosts}
 	if a.knownHosts == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return nil, fmt.Errorf("known hosts: %w", err)
+			return nil, nil, fmt.Errorf("known hosts: %w", err)
 		}
 		files = nil
 		for _, file := range []string{filepath.Join(home, ".ssh", "known_hosts"), "/etc/ssh/ssh_known_hosts"} {
@@ -91,13 +92,13 @@ func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
 			}
 		}
 		if len(files) == 0 {
-			return nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name "+
+			return nil, nil, fmt.Errorf("known hosts: there is no ~/.ssh/known_hosts to check the key of %s against: name "+
 				"a file with --known-hosts", e.Host)
 		}
 	}
 	known, err := gitssh.NewKnownHostsDb(files...)
 	if err != nil {
-		return nil, fmt.Errorf("known hosts: %w", err)
+		return nil, nil, fmt.Errorf("known hosts: %w", err)
 	}
 	port := e.Port
 	if port == 0 {
@@ -111,24 +112,24 @@ func (a access) ssh(e *transport.Endpoint) (transport.AuthMethod, error) {
 	if a.sshKey == "" {
 		agent, err := gitssh.NewSSHAgentAuth(e.User)
 		if err != nil {
-			return nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
+			return nil, nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
 		}
 		agent.HostKeyCallbackHelper = check
-		return agent, nil
+		return agent, files, nil
 	}
 	pem, err := os.ReadFile(a.sshKey)
 	if err != nil {
-		return nil, fmt.Errorf("ssh key: %w", err)
+		return nil, nil, fmt.Errorf("ssh key: %w", err)
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
-		return nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own "+
+		return nil, nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own "+
 			"for the mirror, or an SSH agent", a.sshKey)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
+		return nil, nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
 	}
-	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, nil
+	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.sshKey), nil
 }
 
 // hostKeyError says that a server isn't, or may not be, who it should be.

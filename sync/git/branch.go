@@ -8,19 +8,20 @@
 //	client certificates, replaced         the same, with TLS that asks for one
 //	ssh, keys, known_hosts                OpenSSH's sshd
 //	a local bare repo, watched            git init --bare, packed, repacked, with alternates, linked work trees
-//	protocol v2: one branch, one          git http-backend with 20,000 other references
-//	  connection for all polls
+//	protocol v2: one branch, one          git http-backend, and sshd with AcceptEnv GIT_PROTOCOL, with 20,000
+//	  connection for all polls              other references
+//	protocol v0 over ssh                  sshd without it
 //	protocol v0 alone, insisting on       git http-backend behind a front that strips v2 and refuses without multi_ack,
 //	  multi_ack (Azure DevOps, CodeCommit)  as these services document; the services themselves were not tried
 //	GitHub App                            a local server that checks the JWT and makes tokens as GitHub documents it
-//	large files elsewhere                 git http-backend with uploadpack.allowFilter, which GitHub and GitLab set
+//	large files elsewhere                 git http-backend with uploadpack.allowFilter, which GitHub and GitLab set,
+//	                                        and without; sshd
 //	Retry-After, refusals, login pages,   a front that answers so
 //	  redirects
 //	SSH and OpenPGP signatures            git and ssh-keygen; gpg
 //
 // Not supported: repositories of sha256 objects, reftable, partial clones as a local repo, the
-// git:// protocol, and plain http to other machines. Over ssh the server names all references at
-// each poll, and a connection is made for each.
+// git:// protocol, and plain http to other machines.
 package git
 
 import (
@@ -62,8 +63,8 @@ var ErrNoBranch = errors.New("no such branch")
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or
-	// the path of a local repository.
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the
+	// path of a local repository.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml;
 	// default: all of it.

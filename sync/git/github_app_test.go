@@ -70,7 +70,7 @@ func TestGitHubApp(t *testing.T) {
 	fails(t, b, "a token that was revoked", "401")
 	reads(t, b, head)
 	tokens(2, "after it was revoked")
-	b.(*remoteRepo).token.Expires = time.Now().Add(renewBefore - time.Second)
+	b.(*remoteRepo).server.(*httpServer).token.Expires = time.Now().Add(renewBefore - time.Second)
 	reads(t, b, head)
 	tokens(3, "a token that is about to end")
 
@@ -80,7 +80,7 @@ func TestGitHubApp(t *testing.T) {
 	}
 	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY",
 		Bytes: x509.MarshalPKCS1PrivateKey(other)})))
-	b.(*remoteRepo).token = installationToken{}
+	b.(*remoteRepo).server.(*httpServer).token = installationToken{}
 	fails(t, b, "another key", "token of GitHub App Iv1.app", "could not be decoded")
 	gittest.WriteFile(t, keyFile, "no key")
 	fails(t, b, "a file without a key", "KEDGE_GITHUB_APP_KEY_FILE")

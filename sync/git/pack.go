@@ -1,121 +1,365 @@
 package git
 
 import (
+	"bytes"
+	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/format/idxfile"
 	"github.com/go-git/go-git/v5/plumbing/format/packfile"
-	"github.com/go-git/go-git/v5/storage/filesystem"
 )
 
-// maxObject bounds an object that is fetched, in bytes. go-git indexes a pack by reading one object
-// after the other into memory, before anybody can look for a signature. What is read of a commit is
-// no larger.
-const maxObject = maxTree
+const (
+	// maxObject bounds an object that is kept of a fetch, in bytes. What is read of a commit is no
+	// larger.
+	maxObject = maxTree
+	// maxCache bounds the packs of a remote repository that are kept on disk, in bytes.
+	maxCache = 4 << 30
+	// maxObjects bounds the objects of a pack: some 130 bytes of memory each, while it is read.
+	maxObjects = 16 << 20
+	// maxHeld bounds the objects that are held in memory to make others of, in bytes, beside those
+	// that are being made.
+	maxHeld = 4 * maxObject
+	// maxDeltas bounds the deltas on the way to an object, as git(1) does.
+	maxDeltas = 4095
+)
 
-// objectTooLarge says that the branch leads to an object beyond maxObject.
+// objectTooLarge says that the branch leads to a commit or a directory beyond maxObject.
 type objectTooLarge struct{ size int64 }
 
 func (e *objectTooLarge) Error() string {
-	return fmt.Sprintf("the branch, or its history, has an object of %d bytes, and at most %d are fetched: "+
-		"take the commit that brought it out of the branch "+
+	return fmt.Sprintf("the branch, or its history, has a directory's list or a commit of %d bytes, and at most %d "+
+		"are fetched: take the commit that brought it out of the branch "+
 		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, maxObject)
 }
 
-// boundedStorage is a repository on disk that takes no pack with an object beyond maxObject.
-type boundedStorage struct{ *filesystem.Storage }
+// packTooLarge says that the branch's objects don't fit into the cache.
+type packTooLarge struct{ most int64 }
 
-// PackfileWriter lays what is written to it aside, and checks it on the way: go-git reads a pack
-// while it is still coming in.
-func (s boundedStorage) PackfileWriter() (io.WriteCloser, error) {
-	aside, err := os.CreateTemp(filepath.Join(s.Filesystem().Root(), "objects", "pack"), "tmp_kedge_")
+func (e *packTooLarge) Error() string {
+	return fmt.Sprintf("the branch's history has more than %d bytes, as the server sends it: make the server leave "+
+		"large files out (git config uploadpack.allowFilter true), or mirror a bare clone on the mirror's own "+
+		"machine, which is read in place", e.most)
+}
+
+// packIndexer reads a pack once from its sender, and makes the pack's index. It holds no large object
+// in memory: what is beyond most stays out of the index, and so does what is a delta to it, as if
+// the sender had left it out.
+type packIndexer struct {
+	memory   int // maxHeld
+	most     int64
+	progress io.Writer // told of each step that takes time
+	file     *os.File
+	objects  []packObject              // by their offsets
+	refs     map[plumbing.Hash][]int32 // deltas to objects that are named by their hashes
+	wanting  int                       // deltas of refs that have found no base
+	dropped  bool                      // a delta whose hash nobody knows
+	scanner  *packfile.Scanner         // of file
+	checksum plumbing.Hash
+}
+
+// packObject is an object of a pack.
+type packObject struct {
+	offset      int64
+	hash        plumbing.Hash
+	kind        plumbing.ObjectType // of a delta whose base is yet unknown: of the delta
+	crc         uint32
+	left        bool  // out of the index
+	first, next int32 // the first of the deltas to it, and the next delta to the same object; 0: none
+}
+
+// storePack reads a pack from r, and puts it with its index into dir: the packs of a repository, or
+// nothing of it. It takes no more than room bytes.
+func storePack(ctx context.Context, r io.Reader, dir string, room int64, progress io.Writer) error {
+	file, err := os.CreateTemp(dir, "tmp_pack_")
 	if err != nil {
-		return nil, err
-	}
-	r, w := io.Pipe()
-	p := &packWriter{into: s.Storage, aside: aside, check: w, verdict: make(chan error, 1)}
-	go func() {
-		err := checkPack(r, maxObject)
-		p.verdict <- err
-		r.CloseWithError(err)
-	}()
-	return p, nil
-}
-
-// packWriter is a pack that is coming in.
-type packWriter struct {
-	into    *filesystem.Storage
-	aside   *os.File
-	check   *io.PipeWriter
-	verdict chan error // holds one
-}
-
-func (p *packWriter) Write(data []byte) (int, error) {
-	if n, err := p.aside.Write(data); err != nil {
-		return n, err
-	}
-	return p.check.Write(data) // fails as soon as the check does
-}
-
-// Close gives the pack to the repository if it passed the check.
-func (p *packWriter) Close() error {
-	defer os.Remove(p.aside.Name())
-	defer p.aside.Close()
-	p.check.Close()
-	if err := <-p.verdict; err != nil {
 		return err
 	}
-	if _, err := p.aside.Seek(0, io.SeekStart); err != nil {
+	defer os.Remove(file.Name())
+	defer file.Close()
+	x := &packIndexer{most: maxObject, memory: maxHeld, progress: progress, file: file}
+	bounded := &io.LimitedReader{R: r, N: room}
+	err = x.read(ctx, bounded)
+	if bounded.N <= 0 {
+		return &packTooLarge{room}
+	}
+	if err != nil || len(x.objects) == 1 {
 		return err
 	}
-	return packfile.WritePackfileToObjectStorage(p.into, p.aside)
+	return x.save(dir)
 }
 
-// checkPack reads a pack to its end, and looks for objects beyond most. It keeps nothing of it: an
-// object's size comes before the object, and that of one that is stored as a delta at the delta's
-// beginning.
-func checkPack(r io.Reader, most int64) error {
+// read reads a pack, keeps it, and finds the hashes of its objects.
+func (x *packIndexer) read(ctx context.Context, r io.Reader) error {
+	if err := x.scan(io.TeeReader(r, x.file)); err != nil {
+		return err
+	}
+	return x.resolve(ctx)
+}
+
+// scan reads the pack to its end. An object's size comes before the object, and that of one that is
+// stored as a delta at the delta's beginning.
+func (x *packIndexer) scan(r io.Reader) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()
 	if err != nil {
-		return err
-	}
-	for range count {
-		o, err := s.NextObjectHeader() // passes over the one before, if that was not read
-		switch {
-		case err != nil:
-			return fmt.Errorf("pack: %w", err)
-		case o.Length > most:
-			return &objectTooLarge{o.Length}
-		case !o.Type.IsDelta():
-			continue
-		}
-		var start head
-		if n, _, err := s.NextObject(&start); err != nil {
-			return fmt.Errorf("pack: %w", err)
-		} else if n != o.Length {
-			return fmt.Errorf("pack: a delta has %d bytes, not the %d that it says", n, o.Length)
-		}
-		_, n := binary.Uvarint(start) // the size of what it is a delta to
-		if n <= 0 {
-			return fmt.Errorf("pack: a delta: %w", packfile.ErrInvalidDelta)
-		}
-		size, n := binary.Uvarint(start[n:])
-		if n <= 0 {
-			return fmt.Errorf("pack: a delta: %w", packfile.ErrInvalidDelta)
-		}
-		if size > uint64(most) {
-			return &objectTooLarge{int64(min(size, 1<<63-1))}
-		}
-	}
-	if _, err := s.Checksum(); err != nil {
 		return fmt.Errorf("pack: %w", err)
+	}
+	if count > maxObjects {
+		return fmt.Errorf("pack: it has %d objects, and at most %d are fetched", count, maxObjects)
+	}
+	x.objects = append(x.objects, packObject{}) // nobody's: an index of 0 is none
+	x.refs = map[plumbing.Hash][]int32{}
+	for range count {
+		h, err := s.NextObjectHeader()
+		if err != nil {
+			return fmt.Errorf("pack: %w", noEOF(err))
+		}
+		if err := x.add(s, h); err != nil {
+			return err
+		}
+	}
+	if x.checksum, err = s.Checksum(); err != nil {
+		return fmt.Errorf("pack: %w", noEOF(err))
 	}
 	_, err = io.Copy(io.Discard, r)
 	return err
+}
+
+// add reads the object behind h.
+func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
+	o := packObject{offset: h.Offset, kind: h.Type}
+	at := int32(len(x.objects))
+	size := h.Length
+	var into io.Writer = io.Discard
+	var hasher plumbing.Hasher
+	var start head
+	switch {
+	case h.Type.IsDelta():
+		into = &start
+	case h.Type < plumbing.CommitObject || h.Type > plumbing.TagObject:
+		return fmt.Errorf("pack: an object of kind %d", h.Type)
+	case h.Length <= x.most:
+		hasher = plumbing.NewHasher(h.Type, h.Length)
+		into = hasher
+	case h.Type != plumbing.BlobObject:
+		return &objectTooLarge{h.Length}
+	}
+	n, crc, err := s.NextObject(into)
+	switch {
+	case err != nil:
+		return fmt.Errorf("pack: %w", noEOF(err))
+	case n != h.Length:
+		return fmt.Errorf("pack: an object has %d bytes, not the %d that it says", n, h.Length)
+	}
+	o.crc = crc
+	if h.Type.IsDelta() {
+		target, err := start.target()
+		if err != nil {
+			return err
+		}
+		size = max(size, target)
+	}
+	if o.left = size > x.most; !o.left && !h.Type.IsDelta() {
+		o.hash = hasher.Sum()
+	}
+	switch h.Type {
+	case plumbing.OFSDeltaObject:
+		base, found := slices.BinarySearchFunc(x.objects, h.OffsetReference,
+			func(o packObject, offset int64) int { return int(min(max(o.offset-offset, -1), 1)) })
+		if !found || base == 0 {
+			return fmt.Errorf("pack: a delta: %w", plumbing.ErrObjectNotFound)
+		}
+		b := &x.objects[base]
+		o.left = o.left || b.left
+		o.kind = b.kind
+		o.next, b.first = b.first, at
+	case plumbing.REFDeltaObject:
+		if !o.left {
+			x.refs[h.Reference] = append(x.refs[h.Reference], at)
+			x.wanting++
+		}
+	}
+	if o.left {
+		if size > x.most && o.kind != plumbing.BlobObject && !o.kind.IsDelta() {
+			return &objectTooLarge{size}
+		}
+		x.dropped = x.dropped || h.Type.IsDelta()
+	}
+	x.objects = append(x.objects, o)
+	return nil
+}
+
+// resolve makes the hashes of all deltas.
+func (x *packIndexer) resolve(ctx context.Context) error {
+	x.scanner = packfile.NewScanner(x.file)
+	for i := 1; i < len(x.objects); i++ {
+		if o := &x.objects[i]; !o.left && o.hash != plumbing.ZeroHash {
+			x.link(int32(i))
+			if err := x.resolveFrom(ctx, int32(i)); err != nil {
+				return err
+			}
+		}
+	}
+	if x.wanting > 0 && !x.dropped {
+		return fmt.Errorf("pack: a delta: %w", packfile.ErrReferenceDeltaNotFound)
+	}
+	return nil
+}
+
+// link makes deltas to object i of those that name it by its hash.
+func (x *packIndexer) link(i int32) {
+	o := &x.objects[i]
+	for _, child := range x.refs[o.hash] {
+		x.objects[child].next, o.first = o.first, child
+		x.wanting--
+	}
+	delete(x.refs, o.hash)
+}
+
+// held is an object that others are made of, and its content; nil: it is made anew.
+type held struct {
+	object  int32
+	content []byte
+}
+
+// resolveFrom makes all that is a delta to object root, however indirectly.
+func (x *packIndexer) resolveFrom(ctx context.Context, root int32) error {
+	kind := x.objects[root].kind
+	path := []held{{object: root}}
+	sum, kept := 0, 0 // bytes of the contents on the path, and the first of it that is still there
+	for len(path) > 0 {
+		last := len(path) - 1
+		child := x.objects[path[last].object].first
+		if child == 0 {
+			sum -= len(path[last].content)
+			path = path[:last]
+			kept = min(kept, last)
+			continue
+		}
+		c := &x.objects[child]
+		x.objects[path[last].object].first = c.next
+		if c.left {
+			continue
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		_, _ = x.progress.Write([]byte{0})
+		if path[last].content == nil {
+			content, err := x.make(path)
+			if err != nil {
+				return err
+			}
+			path[last].content = content
+			sum += len(content)
+			kept = min(kept, last)
+		}
+		content, err := x.patch(path[last].content, child)
+		if err != nil {
+			return err
+		}
+		c.hash, c.kind = plumbing.ComputeHash(kind, content), kind
+		if x.link(child); c.first == 0 {
+			continue
+		}
+		if path = append(path, held{child, content}); len(path) > maxDeltas {
+			return fmt.Errorf("pack: more than %d deltas lead to an object", maxDeltas)
+		}
+		for sum += len(content); sum > x.memory && kept < len(path)-1; kept++ {
+			sum -= len(path[kept].content)
+			path[kept].content = nil
+		}
+	}
+	return nil
+}
+
+// make gives the content of the last object of a path.
+func (x *packIndexer) make(path []held) (content []byte, err error) {
+	from := len(path) - 1
+	for from > 0 && path[from].content == nil {
+		from--
+	}
+	if content = path[from].content; content == nil {
+		if content, err = x.raw(path[from].object); err != nil {
+			return nil, err
+		}
+	}
+	for _, h := range path[from+1:] {
+		if content, err = x.patch(content, h.object); err != nil {
+			return nil, err
+		}
+	}
+	return content, nil
+}
+
+// patch makes an object of the one that it is a delta to.
+func (x *packIndexer) patch(base []byte, object int32) ([]byte, error) {
+	delta, err := x.raw(object)
+	if err != nil {
+		return nil, err
+	}
+	content, err := packfile.PatchDelta(base, delta)
+	if err != nil {
+		return nil, fmt.Errorf("pack: a delta: %w", err)
+	}
+	if content == nil { // which would say that it isn't there
+		content = []byte{}
+	}
+	return content, nil
+}
+
+// raw reads an object, or the delta that it is stored as.
+func (x *packIndexer) raw(object int32) ([]byte, error) {
+	h, err := x.scanner.SeekObjectHeader(x.objects[object].offset)
+	if err != nil {
+		return nil, fmt.Errorf("pack: %w", noEOF(err))
+	}
+	content := bytes.NewBuffer(make([]byte, 0, h.Length))
+	if _, _, err := x.scanner.NextObject(content); err != nil {
+		return nil, fmt.Errorf("pack: %w", noEOF(err))
+	}
+	return content.Bytes(), nil
+}
+
+// save puts the pack and its index into dir. A pack counts once its index is there.
+func (x *packIndexer) save(dir string) error {
+	w := &idxfile.Writer{}
+	for _, o := range x.objects {
+		if !o.left && o.hash != plumbing.ZeroHash {
+			w.Add(o.hash, uint64(o.offset), o.crc)
+		}
+	}
+	if err := w.OnFooter(x.checksum); err != nil {
+		return err
+	}
+	index, err := w.Index()
+	if err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(dir, "tmp_idx_")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(file.Name())
+	defer file.Close()
+	if _, err := idxfile.NewEncoder(file).Encode(index); err != nil {
+		return err
+	}
+	if err := file.Close(); err != nil {
+		return err
+	}
+	name := filepath.Join(dir, "pack-"+x.checksum.String())
+	if err := os.Rename(file.Name(), name+".idx"); err != nil {
+		return err
+	}
+	return os.Rename(x.file.Name(), name+".pack")
 }
 
 // head keeps the first bytes that are written to it: enough for two sizes.
@@ -124,4 +368,17 @@ type head []byte
 func (p *head) Write(data []byte) (int, error) {
 	*p = append(*p, data[:min(len(data), 2*binary.MaxVarintLen64-len(*p))]...)
 	return len(data), nil
+}
+
+// target reads the size of what a delta makes, behind that of what it is a delta to.
+func (p head) target() (int64, error) {
+	_, n := binary.Uvarint(p)
+	if n <= 0 {
+		return 0, fmt.Errorf("pack: a delta: %w", packfile.ErrInvalidDelta)
+	}
+	size, n := binary.Uvarint(p[n:])
+	if n <= 0 {
+		return 0, fmt.Errorf("pack: a delta: %w", packfile.ErrInvalidDelta)
+	}
+	return int64(min(size, 1<<63-1)), nil
 }

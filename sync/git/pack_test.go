@@ -6,10 +6,16 @@ import (
 	"crypto/sha1"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
+
+	"kedge/sync/git/gittest"
 )
 
 // packed is an object as a pack has it: kind 3 is a blob, 6 a delta to the object that lies back
@@ -34,7 +40,7 @@ func packed(kind byte, size, back uint64, content io.Reader) io.Reader {
 	return io.MultiReader(bytes.NewReader(head), r)
 }
 
-func packOf(t *testing.T, count uint32, objects ...io.Reader) io.Reader {
+func testPack(t *testing.T, count uint32, objects ...io.Reader) io.Reader {
 	t.Helper()
 	raw := binary.BigEndian.AppendUint32([]byte("PACK\x00\x00\x00\x02"), count)
 	for _, o := range objects {
@@ -48,60 +54,118 @@ func packOf(t *testing.T, count uint32, objects ...io.Reader) io.Reader {
 	return bytes.NewReader(append(raw, sum[:]...))
 }
 
-func TestCheckPack(t *testing.T) {
+// indexed reads a pack with bounds of its own, and returns the objects of the index that it makes.
+func indexed(t *testing.T, r io.Reader, most int64, memory int) ([]packObject, error) {
+	t.Helper()
+	file, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	x := &packIndexer{most: most, memory: memory, progress: io.Discard, file: file}
+	err = x.read(t.Context(), r)
+	return slices.DeleteFunc(x.objects, func(o packObject) bool { return o.hash.IsZero() || o.left }), err
+}
+
+// Large files, and what is made of them, are left out; a pack that isn't right is refused.
+func TestPacks(t *testing.T) {
 	t.Parallel()
 	const most = 1000
 	blob := func(size int) io.Reader {
 		return packed(3, uint64(size), 0, strings.NewReader(strings.Repeat("x", size)))
 	}
-	baseSize := func() uint64 {
-		data, err := io.ReadAll(blob(10))
+	sizeOf := func(r io.Reader) uint64 {
+		data, err := io.ReadAll(r)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return uint64(len(data))
-	}()
-	delta := func(target uint64, more int) io.Reader {
-		d := binary.AppendUvarint(binary.AppendUvarint(nil, 10), target)
-		d = append(d, bytes.Repeat([]byte{0x90, 10}, more)...)
-		return packed(6, uint64(len(d)), baseSize, bytes.NewReader(d))
 	}
-	raw := func(d ...byte) io.Reader { return packed(6, uint64(len(d)), baseSize, bytes.NewReader(d)) }
+	// of copies the first ten bytes of a base, more times, to something of target bytes.
+	of := func(base, target uint64, more int, back uint64) io.Reader {
+		d := binary.AppendUvarint(binary.AppendUvarint(nil, base), target)
+		d = append(d, bytes.Repeat([]byte{0x90, 10}, more)...)
+		return packed(6, uint64(len(d)), back, bytes.NewReader(d))
+	}
+	small, large := sizeOf(blob(10)), sizeOf(blob(most+1))
+	delta := func(target uint64, more int) io.Reader { return of(10, target, more, small) }
+	raw := func(d ...byte) io.Reader { return packed(6, uint64(len(d)), small, bytes.NewReader(d)) }
+	tooLarge := &objectTooLarge{}
 	for name, c := range map[string]struct {
 		pack io.Reader
-		want int64 // the size that is too large; -1: another error
+		want int // objects of the index; -1: an error
 	}{
-		"nothing":                        {packOf(t, 0), 0},
-		"objects that fit":               {packOf(t, 3, blob(0), blob(most), blob(1)), 0},
-		"one byte too many":              {packOf(t, 2, blob(1), blob(most+1)), most + 1},
-		"a delta that fits":              {packOf(t, 2, blob(10), delta(most, 100)), 0},
-		"a delta to what is too large":   {packOf(t, 2, blob(10), delta(most+1, 101)), most + 1},
-		"a delta to what is far more":    {packOf(t, 2, blob(10), delta(1<<62, 1)), 1 << 62},
-		"a delta that is itself too big": {packOf(t, 2, blob(10), delta(10, most)), 2*most + 2},
-		"a delta without sizes":          {packOf(t, 2, blob(10), raw()), -1},
-		"a delta without a target":       {packOf(t, 2, blob(10), raw(10)), -1},
-		"a delta's endless size":         {packOf(t, 2, blob(10), raw(bytes.Repeat([]byte{0x80}, 50)...)), -1},
-		"less than a delta says": {packOf(t, 2, blob(10), packed(6, 50, baseSize,
-			strings.NewReader("\x0a\x0a\x90\x0a"))), -1},
-		"fewer objects than it says": {packOf(t, 3, blob(1)), -1},
-		"more than it says":          {packOf(t, 1, blob(1), blob(most+1)), -1},
-		"more than an object says":   {packOf(t, 1, packed(3, 5, 0, strings.NewReader("0123456789"))), -1},
-		"less than an object says":   {packOf(t, 1, packed(3, 50, 0, strings.NewReader("0123456789"))), -1},
-		"an object that never comes": {io.MultiReader(
-			strings.NewReader("PACK\x00\x00\x00\x02\x00\x00\x00\x01\xbf\x80\x80\x80\x80\x01"),
-			iotest.ErrReader(errors.New("it was read"))), 15 + 1<<32},
-		"no pack": {strings.NewReader("hello, this is no pack at all"), -1},
+		"nothing":                        {testPack(t, 0), 0},
+		"objects that fit":               {testPack(t, 3, blob(0), blob(most), blob(1)), 3},
+		"one byte too many":              {testPack(t, 2, blob(1), blob(most+1)), 1},
+		"a delta that fits":              {testPack(t, 2, blob(10), delta(most, 100)), 2},
+		"a delta to what is too large":   {testPack(t, 2, blob(10), delta(most+10, 101)), 1},
+		"a delta to what is far more":    {testPack(t, 2, blob(10), delta(1<<62, 1)), 1},
+		"a delta that is itself too big": {testPack(t, 2, blob(10), delta(10, most)), 1},
+		"a small file of a large one":    {testPack(t, 2, blob(most+1), of(most+1, 10, 1, large)), 0},
+		"a delta of a delta left out": {testPack(t, 3, blob(10), delta(most+10, 101),
+			of(most+10, 10, 1, sizeOf(delta(most+10, 101)))), 1},
+		"a directory that is too large":   {testPack(t, 1, packed(2, most+1, 0, strings.NewReader(strings.Repeat("x", most+1)))), -2},
+		"a delta to such a directory":     {testPack(t, 2, packed(2, 10, 0, strings.NewReader("xxxxxxxxxx")), delta(most+10, 101)), -2},
+		"a delta without sizes":           {testPack(t, 2, blob(10), raw()), -1},
+		"a delta without a target":        {testPack(t, 2, blob(10), raw(10)), -1},
+		"a delta's endless size":          {testPack(t, 2, blob(10), raw(bytes.Repeat([]byte{0x80}, 50)...)), -1},
+		"a delta that makes less":         {testPack(t, 2, blob(10), delta(most, 99)), -1},
+		"a delta to nothing":              {testPack(t, 2, blob(10), of(10, 10, 1, small-1)), -1},
+		"a kind that there isn't":         {testPack(t, 1, packed(5, 1, 0, strings.NewReader("x"))), -1},
+		"less than a delta says":          {testPack(t, 2, blob(10), packed(6, 50, small, strings.NewReader("\x0a\x0a\x90\x0a"))), -1},
+		"fewer objects than it says":      {testPack(t, 3, blob(1)), -1},
+		"more than it says":               {testPack(t, 1, blob(1), blob(most+1)), -1},
+		"more than an object says":        {testPack(t, 1, packed(3, 5, 0, strings.NewReader("0123456789"))), -1},
+		"less than an object says":        {testPack(t, 1, packed(3, 50, 0, strings.NewReader("0123456789"))), -1},
+		"more objects than anybody would": {strings.NewReader("PACK\x00\x00\x00\x02\xff\xff\xff\xff"), -1},
+		"no pack":                         {strings.NewReader("hello, this is no pack at all"), -1},
 	} {
 		// A connection gives what it likes.
-		err := checkPack(iotest.OneByteReader(c.pack), most)
-		var large *objectTooLarge
+		got, err := indexed(t, iotest.OneByteReader(c.pack), most, most)
 		switch {
-		case c.want > 0 && (!errors.As(err, &large) || large.size != c.want):
-			t.Errorf("%s: %v, want an object of %d bytes to be too large", name, err, c.want)
-		case c.want == 0 && err != nil:
+		case c.want >= 0 && (err != nil || len(got) != c.want):
+			t.Errorf("%s: %d objects, %v; want %d", name, len(got), err, c.want)
+		case c.want == -1 && (err == nil || errors.As(err, &tooLarge)):
 			t.Errorf("%s: %v", name, err)
-		case c.want < 0 && (err == nil || errors.As(err, &large)):
-			t.Errorf("%s: %v", name, err)
+		case c.want == -2 && !errors.As(err, &tooLarge):
+			t.Errorf("%s: %v, want it to be too large", name, err)
+		}
+	}
+}
+
+// The index is the one that git(1) makes, however objects are stored, and however little memory there is.
+func TestIndexIsGits(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	text := strings.Repeat("a line of a file that grows\n", 200)
+	for i := range 30 { // long chains of deltas, and commits and directories that are deltas as well
+		text = fmt.Sprintf("%d\n%s%d\n", i, text, i*i)
+		files := map[string]string{"grows": text, "b/other": text[:len(text)/2]}
+		for j := range 30 {
+			files[fmt.Sprintf("dir/%d", j)] = fmt.Sprint(j * (i / 10))
+		}
+		o.Commit(files)
+	}
+	for what, how := range map[string][]string{
+		"bases by offset": {"--delta-base-offset"},
+		"bases by hash":   {},
+		"no deltas":       {"--depth=0"},
+	} {
+		base := filepath.Join(t.TempDir(), "pack")
+		args := append([]string{"pack-objects", "-q", "--revs", "--window=50"}, how...)
+		base += "-" + o.Write("HEAD\n", append(args, base)...)
+		want := strings.Split(o.Write(readFile(t, base+".idx"), "show-index"), "\n")
+		slices.Sort(want)
+		for _, memory := range []int{0, 20_000, maxHeld} {
+			objects, err := indexed(t, strings.NewReader(readFile(t, base+".pack")), maxObject, memory)
+			var got []string
+			for _, o := range objects {
+				got = append(got, fmt.Sprintf("%d %s (%08x)", o.offset, o.hash, o.crc))
+			}
+			if slices.Sort(got); err != nil || !slices.Equal(got, want) {
+				t.Errorf("%s, %d bytes of memory: %d objects of %d, %v", what, memory, len(got), len(want), err)
+			}
 		}
 	}
 }

@@ -20,10 +20,6 @@ import (
 	gogit "github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/config"
 	"github.com/go-git/go-git/v5/plumbing"
-	"github.com/go-git/go-git/v5/plumbing/format/packfile"
-	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
-	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
-	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	"github.com/go-git/go-git/v5/storage/filesystem"
 
@@ -41,21 +37,31 @@ const (
 	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git
 	// does not repack.
 	maxPacks = 50
-	// maxHung bounds calls that were given up but have not returned: go-git's ssh can't be interrupted.
-	maxHung = 4
 )
+
+// server is the host of a remote repository. A call ends with its context.
+type server interface {
+	// heads lists the branches whose names begin with prefix, by their full names.
+	heads(ctx context.Context, prefix string) (map[string]string, error)
+	// fetch begins to read the pack that q asks for, and names the commit that it was made for:
+	// another one than q wants if the branch has moved and the server gives what it has now.
+	fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error)
+	close()
+}
 
 // remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are
 // fetched when the branch has moved, into a bare cache on disk that can be thrown away at any time.
 type remoteRepo struct {
-	*server
+	server  server
+	host    transport.Endpoint
+	app     bool // a GitHub App's tokens say who asks
 	address string
 	branch  string
 	below   string // Config.Path
 	every   time.Duration
 	log     *slog.Logger
-	hung    chan struct{}
 	stall   time.Duration // stallTimeout
+	room    int64         // maxCache
 	refused *BadCommit    // the branch's head, where that can't be fetched whenever it is tried; Head's alone
 	putOff  time.Time     // until when the server asks not to be asked, and busy what it answered; Head's alone
 	busy    error
@@ -97,9 +103,13 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address),
 			endpoint.Protocol)
 	}
-	r := &remoteRepo{server: &server{endpoint: *endpoint, access: a}, address: address, branch: branch,
-		every: every, log: log,
-		hung: make(chan struct{}, maxHung), stall: stallTimeout}
+	r := &remoteRepo{host: *endpoint, address: address, branch: branch, every: every, log: log, stall: stallTimeout, room: maxCache,
+		app: a.env("KEDGE_GITHUB_APP_ID") != ""}
+	if endpoint.Protocol == "ssh" {
+		r.server = &sshServer{endpoint: *endpoint, access: a}
+	} else {
+		r.server = &httpServer{endpoint: *endpoint, access: a}
+	}
 	if cacheDir == "" {
 		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
 			return nil, fmt.Errorf("cache of the repository: %w", err)
@@ -206,9 +216,9 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	if r.refused != nil && r.refused.Hash == want {
 		return "", r.refused
 	}
-	if err := r.fetch(ctx); err != nil {
+	if err := r.fetch(ctx, plumbing.NewHash(want)); err != nil {
 		err = r.explain("fetch from", err)
-		if errors.As(err, new(*objectTooLarge)) {
+		if errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*packTooLarge)) {
 			r.refused = &BadCommit{want, err}
 			return "", r.refused
 		}
@@ -218,10 +228,9 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 }
 
 func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string, error) {
-	return patient(ctx, r, listTimeout, func(ctx context.Context) (map[string]string,
-		error) {
-		return r.heads(ctx, prefix)
-	})
+	ctx, cancel := context.WithTimeout(ctx, listTimeout)
+	defer cancel()
+	return r.server.heads(ctx, prefix)
 }
 
 // noBranch names the branches that are there.
@@ -246,15 +255,15 @@ func (r *remoteRepo) cached() (string, error) {
 
 // fetch brings the cache up to date, or makes it anew where it is missing, broken or has grown too
 // many packs.
-func (r *remoteRepo) fetch(ctx context.Context) error {
+func (r *remoteRepo) fetch(ctx context.Context, want plumbing.Hash) error {
 	r.mu.Lock()
 	cache := r.cache
 	r.mu.Unlock()
 	if cache != "" {
 		packs, _ := filepath.Glob(filepath.Join(cache, "objects", "pack", "*.pack"))
 		if len(packs) < maxPacks {
-			err := r.fetchInto(ctx, cache)
-			if err == nil || ctx.Err() != nil || isRemoteFault(err) || errors.Is(err, ErrNoBranch) {
+			err := r.fetchInto(ctx, cache, want)
+			if !errors.Is(err, errCache) && !errors.As(err, new(*packTooLarge)) || ctx.Err() != nil {
 				return err
 			}
 			r.log.Warn("the cache of the repository is of no use, it is fetched anew", "cache", cache, "error", err)
@@ -265,7 +274,7 @@ func (r *remoteRepo) fetch(ctx context.Context) error {
 		return err
 	}
 	defer os.RemoveAll(fresh)
-	if err := r.fetchInto(ctx, fresh); err != nil {
+	if err := r.fetchInto(ctx, fresh, want); err != nil {
 		return err
 	}
 	r.mu.Lock()
@@ -281,116 +290,75 @@ func (r *remoteRepo) fetch(ctx context.Context) error {
 	return nil
 }
 
-func (r *remoteRepo) fetchInto(ctx context.Context, dir string) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	said := &counter{}
-	go endStalled(ctx, r.stall, cancel, func() int64 {
-		return said.n.Load() + sizeOf(filepath.Join(dir,
-			"objects", "pack"))
-	})
-	_, err := patient(ctx, r, fetchTimeout, func(ctx context.Context) (struct{}, error) {
-		return struct{}{}, r.fetchOnce(ctx, dir, said)
-	})
-	switch {
-	case err == nil:
-		return nil
-	case errors.Is(err, errHung):
-		r.mu.Lock()
-		if r.cache == dir { // what hangs may still write there
-			r.cache = ""
-		}
-		r.mu.Unlock()
-	default: // go-git leaves what it could not finish, and every further try would add to it
-		cut, _ := filepath.Glob(filepath.Join(dir, unfinished))
-		for _, name := range cut {
-			err = errors.Join(err, os.Remove(name))
-		}
-	}
-	if errors.Is(context.Cause(ctx), errStalled) {
+func (r *remoteRepo) fetchInto(ctx context.Context, dir string, want plumbing.Hash) error {
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	ctx, give := context.WithCancelCause(ctx)
+	defer give(nil)
+	progress := &counter{}
+	go endStalled(ctx, r.stall, give, progress.n.Load)
+	err := r.fetchOnce(ctx, dir, want, progress)
+	if err != nil && errors.Is(context.Cause(ctx), errStalled) {
 		return fmt.Errorf("%w for %v", errStalled, r.stall)
 	}
 	return err
 }
 
-// fetchOnce brings the branch into the bare repository at dir, which it makes where there is none.
-func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, said io.Writer) error {
-	bare, err := gogit.PlainOpen(dir)
-	if errors.Is(err, gogit.ErrRepositoryNotExists) {
-		bare, err = gogit.PlainInit(dir, true)
-	}
+// errCache says that the cache can't be used, though the server may be well.
+var errCache = errors.New("the cache can't be used")
+
+// fetchOnce brings want into the bare repository at dir, which it makes where there is none, and
+// lets the branch there be at it.
+func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
+	store, err := openCache(dir, r.address)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errCache, err)
 	}
-	origin := config.RemoteConfig{Name: "origin", URLs: []string{r.address}}
-	if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
-		return err
-	}
-	session, err := r.session(ctx)
-	if err != nil {
-		return err
-	}
-	defer session.Close()
-	refs, err := session.AdvertisedReferencesContext(ctx)
-	if err != nil {
-		return err
-	}
+	defer store.Close()
 	branch := plumbing.NewBranchReferenceName(r.branch)
-	want, found := refs.References[branch.String()]
-	if !found {
-		return fmt.Errorf("%w any more: %s", ErrNoBranch, r.branch)
-	}
-	store := bare.Storer.(*filesystem.Storage)
 	if store.HasEncodedObject(want) != nil {
-		req := r.request(refs.Capabilities, want, store)
-		pack, err := session.UploadPack(ctx, req)
-		if err != nil {
+		q := query{branch: branch.String(), want: want}
+		if head, err := store.Reference(branch); err == nil {
+			q.haves = ancestors(store, head.Hash(), maxHaves)
+		}
+		var pack io.ReadCloser
+		if pack, want, err = r.server.fetch(ctx, q); err != nil {
 			return err
 		}
 		defer pack.Close()
-		if err := packfile.UpdateObjectStorage(boundedStorage{store}, demultiplexed(req, pack, said)); err != nil {
+		packs := filepath.Join(dir, "objects", "pack")
+		err = storePack(ctx, io.TeeReader(pack, progress), packs, r.room-sizeOf(packs), progress)
+		if err != nil {
 			return err
+		}
+		store.Reindex()
+		if err := store.HasEncodedObject(want); err != nil {
+			return fmt.Errorf("%w: commit %s: %w", errCache, want, err)
 		}
 	}
 	return store.SetReference(plumbing.NewHashReference(branch, want))
 }
 
+// openCache opens the bare repository at dir, or makes it.
+func openCache(dir, address string) (*filesystem.Storage, error) {
+	bare, err := gogit.PlainOpen(dir)
+	if errors.Is(err, gogit.ErrRepositoryNotExists) {
+		bare, err = gogit.PlainInit(dir, true)
+	}
+	if err != nil {
+		return nil, err
+	}
+	origin := config.RemoteConfig{Name: "origin", URLs: []string{address}}
+	if _, err := bare.CreateRemote(&origin); err != nil && !errors.Is(err, gogit.ErrRemoteExists) {
+		return nil, err
+	}
+	return bare.Storer.(*filesystem.Storage), os.MkdirAll(filepath.Join(dir, "objects", "pack"), 0o755)
+}
+
 // maxHaves bounds the commits that a server is told of: after a force push it finds a common one among them.
 const maxHaves = 64
 
-// request asks for want, by what is there already. Every server knows multi_ack, and Azure DevOps
-// and AWS CodeCommit insist on it, though go-git takes it out of what servers offer. Blobs that
-// nobody would read stay away where the server can leave them out.
-func (r *remoteRepo) request(offered *capability.List, want plumbing.Hash,
-	have *filesystem.Storage) *packp.UploadPackRequest {
-	req := packp.NewUploadPackRequestFromCapabilities(offered)
-	req.Wants = []plumbing.Hash{want}
-	_ = req.Capabilities.Set(capability.MultiACK) // it takes no argument that could be wrong
-	if offered.Supports(capability.Filter) {
-		_ = req.Capabilities.Set(capability.Filter)
-		req.Filter = packp.FilterBlobLimit(maxFile+1, packp.BlobLimitPrefixNone)
-	}
-	if head, err := have.Reference(plumbing.NewBranchReferenceName(r.branch)); err == nil {
-		req.Haves = ancestors(have, head.Hash(), maxHaves)
-	}
-	return req
-}
-
-// demultiplexed takes a server's progress out of what it sends.
-func demultiplexed(req *packp.UploadPackRequest, pack io.Reader, said io.Writer) io.Reader {
-	kind := sideband.Sideband
-	switch {
-	case req.Capabilities.Supports(capability.Sideband64k):
-		kind = sideband.Sideband64k
-	case !req.Capabilities.Supports(capability.Sideband):
-		return pack
-	}
-	d := sideband.NewDemuxer(kind, pack)
-	d.Progress = said
-	return d
-}
-
-// counter counts what a server says of its progress.
+// counter counts what is written to it.
 type counter struct{ n atomic.Int64 }
 
 func (c *counter) Write(p []byte) (int, error) {
@@ -424,53 +392,6 @@ func sizeOf(dir string) (sum int64) {
 
 var errStalled = errors.New("the server sends nothing")
 
-var errHung = errors.New("the server does not answer")
-
-// patient runs f, but waits no longer than timeout, nor beyond ctx: go-git's ssh looks at neither
-// while it reads.
-func patient[T any](ctx context.Context, r *remoteRepo, timeout time.Duration, f func(context.Context) (T,
-	error)) (T, error) {
-	type result struct {
-		value T
-		err   error
-	}
-	var none T
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	select {
-	case r.hung <- struct{}{}:
-	case <-ctx.Done():
-		return none, fmt.Errorf("%w: %d earlier calls still wait for it", errHung, maxHung)
-	}
-	done := make(chan result, 1)
-	go func() {
-		defer func() { <-r.hung }()
-		value, err := f(ctx)
-		done <- result{value, err}
-	}()
-	select {
-	case got := <-done:
-		return got.value, got.err
-	case <-ctx.Done():
-	}
-	select { // what looks at ctx returns now
-	case got := <-done:
-		return got.value, got.err
-	case <-time.After(time.Second):
-		return none, fmt.Errorf("%w: %w", errHung, ctx.Err())
-	}
-}
-
-// isRemoteFault tells trouble of the network or the server from trouble of the cache.
-func isRemoteFault(err error) bool {
-	return errors.Is(err, errHung) || errors.Is(err, errStalled) || errors.Is(err, context.DeadlineExceeded) ||
-		errors.As(err, new(net.Error)) || errors.As(err, new(*url.Error)) || errors.As(err, new(*hostKeyError)) ||
-		errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*Refusal)) || errors.As(err,
-		new(*plumbing.UnexpectedError)) || errors.Is(err, transport.ErrRepositoryNotFound) ||
-		errors.Is(err, transport.ErrEmptyRemoteRepository) ||
-		errors.Is(err, transport.ErrAuthenticationRequired) || errors.Is(err, transport.ErrAuthorizationFailed)
-}
-
 // explain adds what to do about it.
 func (r *remoteRepo) explain(doing string, err error) error {
 	hint := ""
@@ -482,13 +403,13 @@ func (r *remoteRepo) explain(doing string, err error) error {
 	switch {
 	case errors.As(err, new(*hostKeyError)):
 	case errors.As(err, &refusal):
-		hint = refusal.hint(r.endpoint.String(), r.access.env("KEDGE_GITHUB_APP_ID") != "")
+		hint = refusal.hint(r.host.String(), r.app)
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
 		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):
 		hint = " (or it may not be seen with these credentials)"
 	case strings.Contains(err.Error(), "unable to authenticate"):
-		hint = " (the server doesn't accept this key for " + r.endpoint.User + ")"
+		hint = " (the server doesn't accept this key for " + r.host.User + ")"
 	case strings.Contains(err.Error(), "x509:"):
 		hint = " (GIT_SSL_CAINFO names a file of further authorities)"
 	}

@@ -107,6 +107,46 @@ func TestHalfAPack(t *testing.T) {
 	is(next)
 }
 
+// The cache has a bound on disk. What only an older history fills is made anew; a history beyond it is
+// refused, and not fetched again and again.
+func TestCacheIsBounded(t *testing.T) {
+	t.Parallel()
+	h := gittest.ServeHTTPS(t, gittest.New(t))
+	noise := func() string {
+		data := make([]byte, 100_000)
+		_, _ = rand.Read(data)
+		return string(data)
+	}
+	first := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "noise": noise()})
+	b := openHTTPS(t, h)
+	r := b.(*remoteRepo)
+	r.room = 150_000
+	reads(t, b, first)
+	h.Git(h.Work, "checkout", "-q", "--orphan", "other")
+	forced := h.ForcePush(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "noise": noise()})
+	reads(t, b, forced)
+	if size := sizeOf(filepath.Join(r.cache, "objects", "pack")); size > r.room {
+		t.Errorf("the cache has %d bytes", size)
+	}
+	head := h.Push(map[string]string{"noise": noise()})
+	for range 2 {
+		if err := fails(t, b, "a large history", "more than 150000 bytes", "allowFilter"); !errors.As(err, new(*BadCommit)) {
+			t.Errorf("it isn't refused: %v", err)
+		}
+	}
+	fetches := h.Fetches.Load()
+	fails(t, b, "again", "allowFilter")
+	if n := h.Fetches.Load() - fetches; n > 0 {
+		t.Errorf("it was fetched %d times more", n)
+	}
+	if left, _ := filepath.Glob(filepath.Join(r.dir, fetchPrefix+"*")); len(left) > 0 {
+		t.Errorf("%v are left", left)
+	}
+	r.room = maxCache
+	r.refused = nil
+	reads(t, b, head)
+}
+
 func TestAddressesThatAreRefused(t *testing.T) {
 	t.Parallel()
 	for address, want := range map[string]string{

@@ -18,16 +18,16 @@ import (
 	"sync"
 	"time"
 
-	"github.com/go-git/go-git/v5/plumbing/format/pktline"
+	"github.com/go-git/go-git/v5/plumbing"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
-	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
 )
 
 const (
-	infoRefs = "/info/refs"
+	infoRefs   = "/info/refs"
+	uploadPack = "/git-upload-pack"
 	// maxWords bounds what is told of a server's own answer, in bytes; maxAnswer what is read of it.
 	maxWords  = 300
 	maxAnswer = 16 << 10
@@ -35,8 +35,8 @@ const (
 	maxRetryAfter = 15 * time.Minute
 )
 
-// server is the host of a remote repository. Its connections stay open between polls.
-type server struct {
+// httpServer is a host of repositories behind https. Its connections stay open between polls.
+type httpServer struct {
 	endpoint transport.Endpoint
 	access   access
 
@@ -45,11 +45,12 @@ type server struct {
 	tls    tlsFiles          // what client was made with
 	token  installationToken // of a GitHub App
 	direct string            // the URL at which protocol v2 answered, after redirects; empty: to be found out
+	hello  greeting          // of direct
 }
 
-// Refusal is an HTTP server's answer that isn't Git's.
+// Refusal is a server's answer that isn't Git's.
 type Refusal struct {
-	Status int
+	Status int           // of HTTP; 0: the server was asked by ssh
 	Words  string        // the server's own, on one line
 	Host   string        // who answered: another one than was asked, after a redirect
 	After  time.Duration // how long it asks to be left alone; 0: it doesn't say
@@ -57,7 +58,10 @@ type Refusal struct {
 
 func (e *Refusal) Error() string {
 	text := fmt.Sprintf("%s answers status code %d", e.Host, e.Status)
-	if e.Status == http.StatusOK {
+	switch e.Status {
+	case 0:
+		text = e.Host + " answers"
+	case http.StatusOK:
 		text = e.Host + " answers with a page for people, not as a Git server"
 	}
 	if e.Words != "" {
@@ -68,11 +72,13 @@ func (e *Refusal) Error() string {
 
 // hint says what to do about it, to who asked address.
 func (e *Refusal) hint(address string, app bool) string {
-	if asked, err := url.Parse(address); err == nil && asked.Host != e.Host {
+	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
 		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+
 			"there)", asked.Host, e.Host)
 	}
 	switch e.Status {
+	case 0:
+		return " (is the repository's path right, and may this key read it?)"
 	case http.StatusUnauthorized, http.StatusForbidden:
 		if app {
 			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
@@ -86,33 +92,21 @@ func (e *Refusal) hint(address string, app bool) string {
 	return ""
 }
 
-// heads lists the branches whose names begin with prefix, by their full names. Over HTTP it asks
-// for these alone, where the server speaks protocol v2; otherwise the server names all references.
-func (s *server) heads(ctx context.Context, prefix string) (map[string]string, error) {
-	if s.endpoint.Protocol == "ssh" {
-		session, err := s.session(ctx)
-		if err != nil {
-			return nil, err
-		}
-		defer session.Close()
-		refs, err := session.AdvertisedReferencesContext(ctx)
-		if errors.Is(err, transport.ErrEmptyRemoteRepository) {
-			return nil, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		return headsOf(refs, prefix), nil
-	}
+// heads asks for the branches alone where the server speaks protocol v2; otherwise the server names
+// all references.
+func (s *httpServer) heads(ctx context.Context, prefix string) (map[string]string, error) {
 	s.mu.Lock()
 	direct := s.direct
 	s.mu.Unlock()
 	if direct == "" {
-		heads, v2, err := s.discover(ctx, prefix)
+		heads, v2, hello, err := s.discover(ctx, prefix)
 		if err != nil || v2 == "" {
 			return heads, err
 		}
 		direct = v2
+		s.mu.Lock()
+		s.hello = hello
+		s.mu.Unlock()
 	}
 	heads, err := s.lsRefs(ctx, direct, prefix)
 	s.mu.Lock()
@@ -125,84 +119,96 @@ func (s *server) heads(ctx context.Context, prefix string) (map[string]string, e
 
 // discover asks which protocol the server speaks: v2 is the URL where it speaks v2; else the answer
 // has the branches.
-func (s *server) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string, err error) {
+func (s *httpServer) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string,
+	hello greeting, err error) {
 	resp, err := s.do(ctx, http.MethodGet, s.endpoint.String()+infoRefs+"?service=git-upload-pack", nil)
 	if err != nil {
-		return nil, "", err
+		return nil, "", hello, err
 	}
 	defer resp.Body.Close()
 	body := bufio.NewReader(resp.Body)
 	start, _ := body.Peek(2048)
-	if !bytes.Contains(start[:min(len(start), 64)], []byte("version 2\n")) {
+	if !bytes.Contains(start[:min(len(start), 64)], []byte(version2+"\n")) {
 		_, offered, _ := bytes.Cut(start, []byte("\x00")) // by the first reference
 		if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
-			return nil, "", errSHA256
+			return nil, "", hello, errSHA256
 		}
 		refs := packp.NewAdvRefs()
 		if err := refs.Decode(body); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
-			return nil, "", fmt.Errorf("list of references: %w", err)
+			return nil, "", hello, fmt.Errorf("list of references: %w", err)
 		}
-		return headsOf(refs, prefix), "", nil
+		return headsOf(refs, prefix), "", hello, nil
 	}
-	capabilities, err := io.ReadAll(io.LimitReader(body, maxAnswer))
-	if err != nil {
-		return nil, "", err
+	for line := ""; line != version2; { // the name of the service, and a flush, may come before
+		if _, line, err = readPkt(body); err != nil {
+			return nil, "", hello, noEOF(err)
+		}
 	}
-	if bytes.Contains(capabilities, []byte("object-format=sha256")) {
-		return nil, "", errSHA256
+	if hello, err = readGreeting(body); err != nil {
+		return nil, "", hello, err
 	}
 	at := *resp.Request.URL
 	at.RawQuery, at.Path = "", strings.TrimSuffix(at.Path, infoRefs)
-	return nil, at.String(), nil
+	return nil, at.String(), hello, nil
 }
 
-var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
-
-func headsOf(refs *packp.AdvRefs, prefix string) map[string]string {
-	heads := map[string]string{}
-	for name, hash := range refs.References {
-		if strings.HasPrefix(name, prefix) {
-			heads[name] = hash.String()
-		}
-	}
-	return heads
-}
-
-// lsRefs is ls-refs of protocol v2; see gitprotocol-v2(5).
-func (s *server) lsRefs(ctx context.Context, at, prefix string) (map[string]string, error) {
-	var ask bytes.Buffer
-	lines := pktline.NewEncoder(&ask)
-	err := lines.EncodeString("command=ls-refs\n")
-	ask.WriteString("0001") // a delimiter: arguments follow
-	err = errors.Join(err, lines.EncodeString("ref-prefix "+prefix+"\n"), lines.Flush())
-	if err != nil {
-		return nil, err
-	}
-	resp, err := s.do(ctx, http.MethodPost, at+"/git-upload-pack", &ask)
+func (s *httpServer) lsRefs(ctx context.Context, at, prefix string) (map[string]string, error) {
+	resp, err := s.do(ctx, http.MethodPost, at+uploadPack, strings.NewReader(lsRefs(prefix)))
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	heads := map[string]string{}
-	answer := pktline.NewScanner(resp.Body)
-	for answer.Scan() {
-		line := string(bytes.TrimSuffix(answer.Bytes(), []byte("\n")))
-		if line == "" { // a flush ends the list
-			break
-		}
-		hash, name, found := strings.Cut(line, " ")
-		if name, _, _ = strings.Cut(name, " "); found && strings.HasPrefix(name, prefix) {
-			heads[name] = hash
-		}
-	}
-	if err := answer.Err(); err != nil {
-		return nil, fmt.Errorf("list of references: %w", err)
-	}
+	refs, err := readRefs(resp.Body, prefix)
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer)) // or the connection isn't used again
-	return heads, nil
+	return refs, err
 }
 
-func (s *server) do(ctx context.Context, method, address string, body io.Reader) (*http.Response, error) {
+func (s *httpServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+	s.mu.Lock()
+	direct, hello := s.direct, s.hello
+	s.mu.Unlock()
+	if direct == "" {
+		return s.fetchV0(ctx, q)
+	}
+	resp, err := s.do(ctx, http.MethodPost, direct+uploadPack, strings.NewReader(hello.fetch(q)))
+	if err != nil {
+		return nil, q.want, err
+	}
+	pack, err := packSection(resp.Body)
+	if err != nil {
+		resp.Body.Close()
+		return nil, q.want, err
+	}
+	return readCloser{pack, resp.Body}, q.want, nil
+}
+
+func (s *httpServer) fetchV0(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+	session, err := s.session(ctx)
+	if err != nil {
+		return nil, q.want, err
+	}
+	refs, err := session.AdvertisedReferencesContext(ctx)
+	if err != nil {
+		return nil, q.want, err
+	}
+	req, err := requestV0(refs, q)
+	if err != nil {
+		return nil, q.want, err
+	}
+	pack, err := session.UploadPack(ctx, req)
+	if err != nil {
+		return nil, q.want, err
+	}
+	return readCloser{demultiplexed(req, pack), pack}, req.Wants[0], nil
+}
+
+// readCloser reads from one thing, and closes another below it.
+type readCloser struct {
+	io.Reader
+	io.Closer
+}
+
+func (s *httpServer) do(ctx context.Context, method, address string, body io.Reader) (*http.Response, error) {
 	client, err := s.httpClient()
 	if err != nil {
 		return nil, err
@@ -243,7 +249,7 @@ func bare(err error) error {
 }
 
 // credentials returns what the server is asked with; nil: nothing.
-func (s *server) credentials(ctx context.Context, client *http.Client) (*githttp.BasicAuth, error) {
+func (s *httpServer) credentials(ctx context.Context, client *http.Client) (*githttp.BasicAuth, error) {
 	app, err := s.access.app(s.endpoint.Host)
 	if err != nil {
 		return nil, err
@@ -266,15 +272,8 @@ func (s *server) credentials(ctx context.Context, client *http.Client) (*githttp
 }
 
 // session begins a fetch, by protocol v0.
-func (s *server) session(ctx context.Context) (transport.UploadPackSession, error) {
+func (s *httpServer) session(ctx context.Context) (transport.UploadPackSession, error) {
 	endpoint := s.endpoint // go-git changes it after a redirect
-	if endpoint.Protocol == "ssh" {
-		auth, err := s.access.ssh(&endpoint)
-		if err != nil {
-			return nil, err
-		}
-		return gitssh.NewClient(nil).NewUploadPackSession(&endpoint, auth)
-	}
 	client, err := s.httpClient()
 	if err != nil {
 		return nil, err
@@ -290,7 +289,7 @@ func (s *server) session(ctx context.Context) (transport.UploadPackSession, erro
 }
 
 // httpClient returns a client that trusts, and shows, the certificates that lie in the files now.
-func (s *server) httpClient() (*http.Client, error) {
+func (s *httpServer) httpClient() (*http.Client, error) {
 	files, err := s.access.readTLS()
 	if err != nil {
 		return nil, err
@@ -315,20 +314,20 @@ func (s *server) httpClient() (*http.Client, error) {
 }
 
 // close ends the connections that are kept.
-func (s *server) close() {
+func (s *httpServer) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closeIdle()
 }
 
-func (s *server) closeIdle() {
+func (s *httpServer) closeIdle() {
 	if s.client != nil {
 		s.client.CloseIdleConnections()
 	}
 }
 
 // redirect follows to other hosts without credentials, and never from https to http.
-func (s *server) redirect(to *http.Request, via []*http.Request) error {
+func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	from := via[0].URL
 	if from.Scheme == "https" && to.URL.Scheme != "https" {
 		return fmt.Errorf("it redirects to plain http, at %s", to.URL.Host)

@@ -200,11 +200,7 @@ func TestPollsAreCheap(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
 	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	var refs strings.Builder
-	for i := range 20_000 {
-		fmt.Fprintf(&refs, "create refs/changes/%d %s\n", i, head)
-	}
-	h.Write(refs.String(), "--git-dir", h.Bare, "update-ref", "--stdin")
+	h.Refer(20_000, head)
 	b := openHTTPS(t, h)
 	reads(t, b, head)
 	conns, lists, fetches := h.Conns.Load(), h.Lists.Load(), h.Fetches.Load()
@@ -305,30 +301,47 @@ func clientCertificate(t *testing.T, certFile, keyFile string, serial int64) {
 	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw})))
 }
 
-// A large file beside the units, in a repository whose server can leave it out, is nobody's business.
+// A large file beside the units is nobody's business: neither where the server can leave it out, nor
+// where it can't.
 func TestLargeForeignObjects(t *testing.T) {
 	t.Parallel()
-	h := gittest.ServeHTTPS(t, gittest.New(t))
-	h.Git(h.Bare, "config", "uploadpack.allowFilter", "true")
-	large := strings.Repeat("x", maxObject+1)
-	b := openHTTPS(t, h)
-	for i := range 3 {
-		c := reads(t, b, h.Push(map[string]string{"prod/web/app.yaml": unitFile(fmt.Sprint("app/", i)),
-			"docs/film.mov": large + fmt.Sprint(i)}))
-		if c.Tree.Units[0].Release != pointer(fmt.Sprint("app/", i)) {
-			t.Errorf("units %+v", c.Tree.Units)
-		}
-	}
-	head := h.Push(map[string]string{"prod/web/app.yaml": large})
-	if _, err := b.Head(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	in, err := b.Objects()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
-	if _, err := in.Load(head, nil); !errors.As(err, new(*BadCommit)) || !strings.Contains(err.Error(), "has more than") {
-		t.Errorf("a unit's file that was left out: %v", err)
+	for what, serve := range map[string]func(o *gittest.Origin) Branch{
+		"https, with filters": func(o *gittest.Origin) Branch {
+			o.Git(o.Bare, "config", "uploadpack.allowFilter", "true")
+			return openHTTPS(t, gittest.ServeHTTPS(t, o))
+		},
+		"https":   func(o *gittest.Origin) Branch { return openHTTPS(t, gittest.ServeHTTPS(t, o)) },
+		"ssh, v0": func(o *gittest.Origin) Branch { return openSSH(t, gittest.ServeSSH(t, o)) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			o := gittest.New(t)
+			b := serve(o)
+			// A file that grows beyond what is kept, and shrinks again: large and small ones are deltas to one another.
+			for i, size := range []int{maxObject - 10, maxObject + 10, maxFile / 2} {
+				o.Commit(map[string]string{"docs/film.mov": strings.Repeat("x", size) + fmt.Sprint(i)})
+			}
+			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+			o.Git(o.Bare, "gc", "-q")
+			reads(t, b, o.Git(o.Work, "rev-parse", "HEAD"))
+			c := reads(t, b, o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"),
+				"docs/film.mov": strings.Repeat("y", maxObject+1)}))
+			if c.Tree.Units[0].Release != pointer("app/2") {
+				t.Errorf("units %+v", c.Tree.Units)
+			}
+
+			head := o.Push(map[string]string{"prod/web/app.yaml": strings.Repeat("x", maxObject+1)})
+			if _, err := b.Head(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			in, err := b.Objects()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer in.Close()
+			if _, err := in.Load(head, nil); !errors.As(err, new(*BadCommit)) || !strings.Contains(err.Error(), "has more than") {
+				t.Errorf("a unit's file that was left out: %v", err)
+			}
+		})
 	}
 }

@@ -39,7 +39,7 @@ import (
 // Config configures a Mirror.
 type Config struct {
 	Store kv.Store
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is fetched, or the path of a local
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the path of a local
 	// bare repo, which is watched. Branch: default main.
 	Repo, Branch string
 	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo; default:

@@ -2,6 +2,7 @@
 package gittest
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -92,6 +93,17 @@ func (o *Origin) ForcePush(files map[string]string) string {
 	hash := o.Commit(files)
 	o.Git(o.Work, "push", "-q", "-f", "origin", "HEAD:main")
 	return hash
+}
+
+// Refer makes n further references to a commit, beside the branches, as a host of reviews has them.
+func (o *Origin) Refer(n int, hash string) {
+	o.TB.Helper()
+	var refs strings.Builder
+	refs.WriteString("# pack-refs with: peeled fully-peeled sorted \n")
+	for i := range n {
+		fmt.Fprintf(&refs, "%s refs/changes/%06d\n", hash, i)
+	}
+	WriteFile(o.TB, filepath.Join(o.Bare, "packed-refs"), refs.String())
 }
 
 // Write gives git(1) its standard input, and returns what it prints: the hash of what it made.

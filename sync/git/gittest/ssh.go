@@ -5,11 +5,15 @@ import (
 	"crypto/rand"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -23,21 +27,78 @@ type SSHOrigin struct {
 	URL, Host  string
 	Key, Known string // files
 	HostKey    ssh.PublicKey
+	Conns      atomic.Int64 // connections that were made
+	Sent       atomic.Int64 // bytes that the server sent
 	sshd       *exec.Cmd
+	cut        chan struct{} // closed to end the connections that there are
+	mu         sync.Mutex
 }
 
-// ServeSSH serves o by sshd until the test ends.
-func ServeSSH(t testing.TB, o *Origin) *SSHOrigin {
+// Cut ends all connections.
+func (s *SSHOrigin) Cut() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.cut)
+	s.cut = make(chan struct{})
+}
+
+// front passes connections on to sshd, and counts.
+func (s *SSHOrigin) front(l net.Listener, sshd string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		s.Conns.Add(1)
+		s.mu.Lock()
+		cut := s.cut
+		s.mu.Unlock()
+		go func() {
+			defer c.Close()
+			to, err := net.Dial("tcp", sshd)
+			if err != nil {
+				return
+			}
+			defer to.Close()
+			done := make(chan struct{}, 2)
+			go func() { _, _ = io.Copy(to, c); done <- struct{}{} }()
+			go func() { _, _ = io.Copy(&counted{c, &s.Sent}, to); done <- struct{}{} }()
+			select {
+			case <-done:
+			case <-cut:
+			}
+		}()
+	}
+}
+
+// counted counts what is written.
+type counted struct {
+	io.Writer
+	n *atomic.Int64
+}
+
+func (c *counted) Write(p []byte) (int, error) {
+	n, err := c.Writer.Write(p)
+	c.n.Add(int64(n))
+	return n, err
+}
+
+// ServeSSH serves o by sshd, as more lines of its configuration say, until the test ends. As sshd is
+// installed it speaks protocol v0 alone; hosts of repositories have AcceptEnv GIT_PROTOCOL.
+func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 	t.Helper()
 	path, err := exec.LookPath("sshd")
 	if err != nil {
 		path = "/usr/sbin/sshd"
 	}
 	if _, err := os.Stat(path); err != nil {
+		if testing.Short() {
+			t.Skip("sshd is not installed")
+		}
 		t.Fatalf("these tests need sshd (%v): .ci/tools installs it", err)
 	}
 	dir := t.TempDir()
-	s := &SSHOrigin{Origin: o, Key: filepath.Join(dir, "id"), Known: filepath.Join(dir, "known_hosts")}
+	s := &SSHOrigin{Origin: o, cut: make(chan struct{}), Key: filepath.Join(dir, "id"), Known: filepath.Join(dir, "known_hosts")}
 	s.HostKey = NewKey(t, filepath.Join(dir, "host"), "")
 	userKey := NewKey(t, s.Key, "")
 	WriteFile(t, filepath.Join(dir, "authorized_keys"), string(ssh.MarshalAuthorizedKey(userKey)))
@@ -56,7 +117,7 @@ UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
 SetEnv GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=*
-`, port, dir))
+`, port, dir)+strings.Join(more, "\n")+"\n")
 	log, err := os.Create(filepath.Join(dir, "log"))
 	if err != nil {
 		t.Fatal(err)
@@ -75,9 +136,9 @@ SetEnv GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.dire
 			t.Logf("sshd: %s", text)
 		}
 	})
-	s.Host = "127.0.0.1:" + port
+	sshd := "127.0.0.1:" + port
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
-		c, err := net.Dial("tcp", s.Host)
+		c, err := net.Dial("tcp", sshd)
 		if err == nil {
 			c.Close()
 			break
@@ -86,6 +147,13 @@ SetEnv GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.dire
 			t.Fatalf("sshd: %v", err)
 		}
 	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	s.Host = l.Addr().String()
+	go s.front(l, sshd)
 	me, err := user.Current()
 	if err != nil {
 		t.Fatal(err)

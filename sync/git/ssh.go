@@ -1,0 +1,346 @@
+package git
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
+	"github.com/go-git/go-git/v5/plumbing/transport"
+	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
+	"golang.org/x/crypto/ssh"
+	"golang.org/x/net/proxy"
+)
+
+// sessionTimeout bounds how long a connection that was kept may take to begin a session: its server
+// may be gone without a word.
+const sessionTimeout = 10 * time.Second
+
+// sshServer is a host of repositories behind ssh. Its connection stays open between polls.
+type sshServer struct {
+	endpoint transport.Endpoint
+	access   access
+
+	mu    sync.Mutex
+	conn  *ssh.Client
+	files string // what the key's and the hosts' files held when conn was made
+	v0    bool   // conn's server takes no GIT_PROTOCOL
+}
+
+// sshSession is one run of git-upload-pack. Its end, and that of its context, end what it waits for.
+type sshSession struct {
+	*ssh.Session
+	in     io.WriteCloser
+	out    *bufio.Reader
+	errors boundedBuffer
+	stop   func() bool
+	hello  *greeting // nil: it speaks protocol v0
+}
+
+func (s *sshServer) heads(ctx context.Context, prefix string) (map[string]string, error) {
+	session, err := s.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer session.end()
+	if session.hello != nil {
+		if err := session.send(lsRefs(prefix)); err != nil {
+			return nil, s.explain(session, err)
+		}
+		refs, err := readRefs(session.out, prefix)
+		return refs, s.explain(session, err)
+	}
+	refs, err := session.advertised()
+	if err != nil {
+		return nil, s.explain(session, err)
+	}
+	_ = session.send("0000") // nothing is wanted; it may be gone
+	return headsOf(refs, prefix), nil
+}
+
+// send sends all that the server is asked, and ends it.
+func (s *sshSession) send(request string) error {
+	_, err := io.WriteString(s.in, request)
+	_ = s.in.Close() // it may have answered, and ended
+	return err
+}
+
+func (s *sshServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+	session, err := s.begin(ctx)
+	if err != nil {
+		return nil, q.want, err
+	}
+	pack, want, err := session.fetch(q)
+	if err != nil {
+		defer session.end()
+		return nil, want, s.explain(session, err)
+	}
+	return &sshPack{pack, session}, want, nil
+}
+
+func (s *sshSession) fetch(q query) (io.Reader, plumbing.Hash, error) {
+	if s.hello != nil {
+		if err := s.send(s.hello.fetch(q)); err != nil {
+			return nil, q.want, err
+		}
+		pack, err := packSection(s.out)
+		return pack, q.want, err
+	}
+	refs, err := s.advertised()
+	if err != nil {
+		return nil, q.want, err
+	}
+	req, err := requestV0(refs, q)
+	if err != nil {
+		return nil, q.want, err
+	}
+	want := req.Wants[0]
+	var ask pkts
+	err = errors.Join(req.UploadRequest.Encode(&ask), req.UploadHaves.Encode(&ask, true))
+	if err != nil {
+		return nil, want, err
+	}
+	ask.line("done")
+	if err := s.send(ask.String()); err != nil {
+		return nil, want, err
+	}
+	resp := packp.NewUploadPackResponse(req)
+	if err := resp.Decode(io.NopCloser(s.out)); err != nil {
+		return nil, want, err
+	}
+	return demultiplexed(req, resp), want, nil
+}
+
+// advertised reads all references, as protocol v0 begins.
+func (s *sshSession) advertised() (*packp.AdvRefs, error) {
+	refs := packp.NewAdvRefs()
+	if err := refs.Decode(s.out); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
+		return nil, fmt.Errorf("list of references: %w", err)
+	}
+	transport.FilterUnsupportedCapabilities(refs.Capabilities) // thin packs
+	return refs, nil
+}
+
+// sshPack ends its session when it is closed.
+type sshPack struct {
+	io.Reader
+	session *sshSession
+}
+
+func (p *sshPack) Close() error {
+	p.session.end()
+	return nil
+}
+
+// begin starts git-upload-pack, and reads how it begins. What took a connection that was kept is
+// tried once more on a new one.
+func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
+	config, files, err := s.config()
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn != nil && s.files == files {
+		short, cancel := context.WithTimeout(ctx, sessionTimeout)
+		session, err := s.start(short, ctx)
+		cancel()
+		if err == nil || errors.As(err, new(*Refusal)) || ctx.Err() != nil {
+			return session, err
+		}
+	}
+	s.drop()
+	if err := s.dial(ctx, config); err != nil {
+		return nil, err
+	}
+	s.files = files
+	session, err := s.start(ctx, ctx)
+	if err != nil && !errors.As(err, new(*Refusal)) {
+		s.drop()
+	}
+	return session, err
+}
+
+// start begins a session within the time of starting; the session itself lives as long as running.
+func (s *sshServer) start(starting, running context.Context) (*sshSession, error) {
+	conn := s.conn
+	hang := context.AfterFunc(starting, func() { conn.Close() })
+	defer hang()
+	session := &sshSession{stop: func() bool { return true }}
+	err := session.start(conn, &s.v0, "git-upload-pack "+quoted(s.endpoint.Path))
+	if err != nil {
+		defer session.end()
+		if starting.Err() != nil {
+			err = fmt.Errorf("the server does not answer: %w", starting.Err())
+		}
+		return nil, s.explain(session, err)
+	}
+	session.stop = context.AfterFunc(running, func() { conn.Close() })
+	return session, nil
+}
+
+func (s *sshSession) start(conn *ssh.Client, v0 *bool, command string) (err error) {
+	if s.Session, err = conn.NewSession(); err != nil {
+		return err
+	}
+	if s.in, err = s.StdinPipe(); err != nil {
+		return err
+	}
+	out, err := s.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	s.out = bufio.NewReader(out)
+	s.Stderr = &s.errors
+	if !*v0 {
+		// A server that takes no variables speaks v0, and its connection goes on.
+		if err := s.Setenv("GIT_PROTOCOL", "version=2"); err != nil {
+			if *v0 = strings.Contains(err.Error(), "setenv failed"); !*v0 {
+				return err
+			}
+		}
+	}
+	if err := s.Start(command); err != nil {
+		return err
+	}
+	length, err := s.out.Peek(4)
+	if err != nil {
+		return noEOF(err)
+	}
+	n, err := strconv.ParseUint(string(length), 16, 16)
+	switch {
+	case err != nil:
+		return fmt.Errorf("it answers %q, which isn't Git's protocol", length)
+	case n < 4+uint64(len(version2)) || n > 4+uint64(len(version2))+1:
+		return nil
+	}
+	line, err := s.out.Peek(4 + len(version2))
+	if err != nil || string(line[4:]) != version2 {
+		return nil
+	}
+	if _, _, err := readPkt(s.out); err != nil {
+		return err
+	}
+	hello, err := readGreeting(s.out)
+	s.hello = &hello
+	return err
+}
+
+// end ends the session; its connection stays.
+func (s *sshSession) end() {
+	s.stop()
+	if s.Session != nil {
+		s.Close()
+	}
+}
+
+// config reads how the server is reached, and what of the files that say so.
+func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
+	auth, read, err := s.access.ssh(&s.endpoint)
+	if err != nil {
+		return nil, "", err
+	}
+	var held strings.Builder
+	for _, name := range read {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return nil, "", fmt.Errorf("ssh: %w", err)
+		}
+		fmt.Fprintf(&held, "%d:%s", len(data), data)
+	}
+	config, err := auth.ClientConfig()
+	return config, held.String(), err
+}
+
+// dial makes the connection, where ~/.ssh/config and the proxy of ALL_PROXY say.
+func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
+	host, port := s.endpoint.Host, s.endpoint.Port
+	if name := gitssh.DefaultSSHConfig.Get(host, "Hostname"); name != "" {
+		if n, err := strconv.Atoi(gitssh.DefaultSSHConfig.Get(host, "Port")); err == nil {
+			port = n
+		}
+		host = name
+	}
+	if port == 0 {
+		port = gitssh.DefaultPort
+	}
+	address := net.JoinHostPort(host, strconv.Itoa(port))
+	raw, err := proxy.Dial(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer stop()
+	conn, channels, requests, err := ssh.NewClientConn(raw, address, config)
+	if err != nil {
+		raw.Close()
+		if ctx.Err() != nil {
+			err = fmt.Errorf("the server does not answer: %w", ctx.Err())
+		}
+		return err
+	}
+	s.conn, s.v0 = ssh.NewClient(conn, channels, requests), false
+	return nil
+}
+
+// drop ends the connection.
+func (s *sshServer) drop() {
+	if s.conn != nil {
+		s.conn.Close()
+		s.conn = nil
+	}
+}
+
+func (s *sshServer) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drop()
+}
+
+// explain tells the server's own words where it ended instead of answering.
+func (s *sshServer) explain(session *sshSession, err error) error {
+	if err == nil || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) &&
+		!errors.Is(err, packp.ErrEmptyInput) || session.Session == nil {
+		return err
+	}
+	_ = session.Wait() // its output has ended; what it said beside may not have come yet
+	if words := session.errors.String(); words != "" {
+		return &Refusal{Host: s.endpoint.Host, Words: words}
+	}
+	return err
+}
+
+// boundedBuffer keeps the beginning of what is written to it.
+type boundedBuffer struct {
+	mu   sync.Mutex
+	data bytes.Buffer
+}
+
+func (b *boundedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.data.Write(p[:min(len(p), maxAnswer-b.data.Len())])
+	return len(p), nil
+}
+
+// String returns it on one line.
+func (b *boundedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return bound(strings.Join(strings.Fields(b.data.String()), " "), maxWords)
+}
+
+// quoted quotes a path for the server's shell, as git(1) does.
+func quoted(path string) string {
+	return "'" + strings.NewReplacer("'", `'\''`, "!", `'\!'`).Replace(path) + "'"
+}
