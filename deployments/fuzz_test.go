@@ -3,13 +3,12 @@ package deployments
 import (
 	"encoding/json"
 	"errors"
-	"fmt"
 	"reflect"
-	"runtime"
 	"strings"
 	"testing"
 	"testing/fstest"
-	"time"
+
+	"kedge/deployments/fuzzlimit"
 )
 
 func FuzzPointer(f *testing.F) {
@@ -17,7 +16,9 @@ func FuzzPointer(f *testing.F) {
 	f.Add("\ufeff file:///x@sha256:" + strings.ToUpper(hex64) + "\r\n")
 	f.Add("http://[::1]:9000/x@sha256:@sha256:" + hex64)
 	f.Fuzz(func(t *testing.T, text string) {
-		p, err := ParsePointer(text)
+		var p Pointer
+		var err error
+		fuzzlimit.Run(t, text, func() { p, err = ParsePointer(text) })
 		if err != nil {
 			return
 		}
@@ -34,9 +35,98 @@ func FuzzPin(f *testing.F) {
 	f.Add([]byte("hold"))
 	f.Add([]byte("release: s3://a/b@sha256:" + hex64 + "\nuntil: 2026-11-24T08:00:00Z"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		pin, err := ParsePin(data)
+		var pin Pin
+		var err error
+		fuzzlimit.Run(t, data, func() { pin, err = ParsePin(data) })
 		if err == nil && pin.Hold == !pin.Release.IsZero() {
 			t.Errorf("%q is the pin %+v", data, pin)
+		}
+	})
+}
+
+// What was read as an order is the same after it was written and read again.
+func FuzzOrder(f *testing.F) {
+	f.Add([]byte("abort\n"))
+	f.Add([]byte("order: retry\nby: ada\nreason: 'a: b'\n"))
+	f.Add([]byte(`{"order":"promote","by":"ada"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var o Order
+		var err error
+		fuzzlimit.Run(t, data, func() { o, err = ParseOrder(data) })
+		if err != nil {
+			return
+		}
+		if again, err := ParseOrder(o.Encode()); len(o.Encode()) <= MaxOrder && (err != nil || again != o) {
+			t.Errorf("%q is %+v, and read again %+v, %v", data, o, again, err)
+		}
+	})
+}
+
+// What programs write is read leniently: whatever is read stays the same when it is written and read again.
+func FuzzReport(f *testing.F) {
+	f.Add([]byte(`{"node":"web-1","agent":"1.4.2","started":"2026-11-24T08:00:00Z","joined":"17","ready":true,"units":{"app":{"state":"converged","running":"s3://a/b@sha256:` +
+		hex64 + `","facts":{"acted_on":"3"},"quarantined":["` + hex64 + `"],"since":"2026-11-24T08:00:00Z","compared":{"release":"` + hex64 + `","differs":1}}}}`))
+	fuzzWritten(f, ParseReport)
+}
+
+func FuzzHistory(f *testing.F) {
+	f.Add([]byte(`{"generation":3,"release":"s3://a/b@sha256:` + hex64 + `","commit":"c","author":"Ada","committed":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","pinned":{"claim":1}}`))
+	fuzzWritten(f, ParseHistory)
+}
+
+func FuzzMirrorState(f *testing.F) {
+	f.Add([]byte(`{"holder":"m","head":"c","past":"a b","applying":"d","rules":{"allow_rewind":true,"max_removed":20}}`))
+	fuzzWritten(f, ParseMirrorState)
+}
+
+// A snapshot's signature is looked at by who reads it: here every signature counts.
+func FuzzSnapshot(f *testing.F) {
+	sign := func([]byte) ([]byte, error) { return []byte("s"), nil }
+	good, err := Snapshot{URL: "s3://a/b", Records: map[string]string{"desired/prod/web/app": "x"}}.Encode(sign)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"format":1,"snapshot":"{\"records\":{\"\":null}}"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		fuzzlimit.Run(t, data, func() {
+			refused := errors.New("not signed")
+			if _, err := ParseSnapshot(data, func(_, _ []byte) error { return refused }); err == nil {
+				t.Errorf("%q is taken without a signature", data)
+			}
+			s, err := ParseSnapshot(data, func(_, _ []byte) error { return nil })
+			if err != nil {
+				return
+			}
+			for _, record := range s.Records {
+				_, _ = ParseRecord([]byte(record))
+			}
+		})
+	})
+}
+
+// fuzzWritten reads inputs by parse, and fails unless what was read is written, read and written again as it was.
+func fuzzWritten[T any](f *testing.F, parse func([]byte) (T, error)) {
+	f.Fuzz(func(t *testing.T, data []byte) {
+		var v T
+		var err error
+		fuzzlimit.Run(t, data, func() { v, err = parse(data) })
+		if err != nil {
+			return
+		}
+		written, err := json.Marshal(v)
+		if err != nil {
+			t.Fatalf("%q: %v", data, err)
+		}
+		again, err := parse(written)
+		if err != nil {
+			if len(written) > len(data) {
+				return // it has outgrown its bound
+			}
+			t.Fatalf("%q is written as %s, which doesn't parse: %v", data, written, err)
+		}
+		if twice, err := json.Marshal(again); err != nil || string(twice) != string(written) {
+			t.Errorf("%q is written as %s, and then as %s, %v", data, written, twice, err)
 		}
 	})
 }
@@ -49,7 +139,9 @@ func FuzzRecord(f *testing.F) {
 	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","stable":"s3://a/c@sha256:` + hex64 + `","generation":3,"retry":1,"commit":"c","after":["base"],"drift":"heal",` +
 		`"rollout":{"phase":"canary","cutoff":"17","since":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","over":[{"digest":"` + hex64 + `","cutoff":"3"}]}}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		r, err := ParseRecord(data)
+		var r Record
+		var err error
+		fuzzlimit.Run(t, data, func() { r, err = ParseRecord(data) })
 		if err != nil {
 			return
 		}
@@ -75,7 +167,11 @@ func FuzzUnit(f *testing.F) {
 	f.Add([]byte(good + "after: [base]\nrollout: {canary: 1}\n"))
 	f.Add([]byte("\ufeff" + good + "rollout:\r\n  max_unavailable: 10%\r\n  bake: 5m\r\n"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		tree, err := Load(fstest.MapFS{"prod/web/app.yaml": {Data: data}, "prod/web/base.yaml": {Data: []byte(good)}})
+		var tree *Tree
+		var err error
+		fuzzlimit.Run(t, data, func() {
+			tree, err = Load(fstest.MapFS{"prod/web/app.yaml": {Data: data}, "prod/web/base.yaml": {Data: []byte(good)}})
+		})
 		if err != nil {
 			isProblems(t, err)
 			return
@@ -96,7 +192,9 @@ func FuzzSettings(f *testing.F) {
 	}
 	f.Add(example)
 	f.Fuzz(func(t *testing.T, data []byte) {
-		tree, err := Load(fstest.MapFS{"kedge.yaml": {Data: data}})
+		var tree *Tree
+		var err error
+		fuzzlimit.Run(t, data, func() { tree, err = Load(fstest.MapFS{"kedge.yaml": {Data: data}}) })
 		if err != nil {
 			isProblems(t, err)
 			return
@@ -123,6 +221,21 @@ func isProblems(t *testing.T, err error) {
 	}
 }
 
+// Values of the node's variables are no part of a manifest's text, whatever they hold: none makes a field, or more than
+// its bounds of memory.
+func FuzzTemplate(f *testing.F) {
+	f.Add([]byte("keep: {{ env \"A\" `3` }}\ncommands: {pre: ['echo {{ must_env `A` }}']}\n"), "x\nname: evil")
+	f.Add([]byte("{{ if eq (env `A`) `b` }}keep: {{ printf `%03d` 3 }}{{ else }}keep: {{ env `A` }}{{ end }}\n"), "b")
+	f.Add([]byte("name: {{ printf `%1000s` (env `A`) }}\n"), "{{ env `A` }}")
+	f.Fuzz(func(t *testing.T, data []byte, value string) {
+		fuzzlimit.Run(t, []string{string(data), value}, func() {
+			_, _ = ParseManifest(data, manifestURL, func(string) (string, bool) { return value, true })
+			_, _ = ParseManifest(data, manifestURL, func(string) (string, bool) { return "", false })
+			_, _ = ParseTemplate(data, manifestURL)
+		})
+	})
+}
+
 func FuzzManifest(f *testing.F) {
 	f.Add([]byte(stretchers))
 	f.Add([]byte("{{ env \"A\" }}: [{[{"))
@@ -131,7 +244,7 @@ func FuzzManifest(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var m *Manifest
 		var err error
-		bounded(t, data, func() {
+		fuzzlimit.Run(t, data, func() {
 			m, err = ParseManifest(data, manifestURL, func(string) (string, bool) { return "x", true })
 			if _, open := ParseTemplate(data, manifestURL); err == nil && open != nil && !strings.Contains(string(data), "{{") {
 				t.Errorf("%q is valid, and no template: %v", data, open)
@@ -158,25 +271,4 @@ func FuzzManifest(f *testing.F) {
 			t.Errorf("%q\nis  %+v\nand, written as\n%s\nis  %+v, %v", data, m, written, again, err)
 		}
 	})
-}
-
-// bounded fails where parse takes longer, or more memory, than somebody may take who can have data parsed.
-func bounded(t *testing.T, data []byte, parse func()) {
-	t.Helper()
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		parse()
-	}()
-	select {
-	case <-done:
-	case <-time.After(10 * time.Second):
-		panic(fmt.Sprintf("it takes longer than 10 s: %q", data))
-	}
-	runtime.ReadMemStats(&after)
-	if took := after.TotalAlloc - before.TotalAlloc; took > 256<<20 {
-		t.Errorf("%q takes %d MiB", data, took>>20)
-	}
 }
