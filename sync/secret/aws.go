@@ -1,0 +1,76 @@
+package secret
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/aws/arn"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/service/secretsmanager"
+	"github.com/aws/aws-sdk-go-v2/service/ssm"
+)
+
+// awsClients read AWS's configuration at the first secret that needs it: most nodes have none.
+type awsClients struct {
+	mu     sync.Mutex
+	config *aws.Config
+}
+
+// configFor returns the configuration for a name, which may be an ARN of another region.
+func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.config == nil {
+		conf, err := config.LoadDefaultConfig(ctx, config.WithEC2IMDSRegion())
+		if err != nil {
+			return aws.Config{}, fmt.Errorf("reading AWS's configuration: %w", err)
+		}
+		c.config = &conf
+	}
+	conf := c.config.Copy()
+	if a, err := arn.Parse(name); err == nil && a.Region != "" {
+		conf.Region = a.Region
+	}
+	if conf.Region == "" {
+		c.config = nil // the instance's metadata may answer next time
+		return conf, errors.New("AWS's region is not known: set AWS_REGION")
+	}
+	return conf, nil
+}
+
+// parameter reads a parameter of Systems Manager, decrypted.
+func (c *awsClients) parameter(ctx context.Context, name string) (string, error) {
+	conf, err := c.configFor(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	out, err := ssm.NewFromConfig(conf).GetParameter(ctx, &ssm.GetParameterInput{
+		Name: &name, WithDecryption: aws.Bool(true),
+	})
+	if err != nil {
+		return "", err
+	}
+	if out.Parameter == nil || out.Parameter.Value == nil {
+		return "", errors.New("the answer has no value")
+	}
+	return *out.Parameter.Value, nil
+}
+
+// secret reads the current version of a secret of Secrets Manager.
+func (c *awsClients) secret(ctx context.Context, name string) (string, error) {
+	conf, err := c.configFor(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	out, err := secretsmanager.NewFromConfig(conf).GetSecretValue(ctx, &secretsmanager.GetSecretValueInput{SecretId: &name})
+	if err != nil {
+		return "", err
+	}
+	if out.SecretString == nil {
+		return string(out.SecretBinary), nil
+	}
+	return *out.SecretString, nil
+}

@@ -1,0 +1,57 @@
+package secret
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// readFile reads a file at or below what the node's configuration allows. Links are followed within that, and don't
+// lead out of it: who can write there can't have another file read.
+func readFile(name, allowed string) (string, error) {
+	dir := filepath.Clean(allowed)
+	if dir == name {
+		dir = filepath.Dir(name)
+	}
+	return readBelow(dir, name)
+}
+
+func readCredential(name string) (string, error) {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if dir == "" {
+		return "", errors.New("systemd passes no credentials: the agent's unit needs LoadCredential= or the like")
+	}
+	return readBelow(dir, filepath.Join(dir, name))
+}
+
+func readBelow(dir, name string) (string, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", err
+	}
+	defer root.Close()
+	rel, err := filepath.Rel(dir, name)
+	if err != nil {
+		return "", err
+	}
+	f, err := root.OpenFile(rel, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO would wait for its writer
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return "", errors.Join(err, errors.New("it is not a regular file"))
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxValue+2))
+	if err != nil {
+		return "", err
+	}
+	if len(data) > maxValue+1 {
+		return "", fmt.Errorf("it has more than %d bytes", maxValue)
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
+}

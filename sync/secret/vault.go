@@ -1,0 +1,148 @@
+package secret
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"kedge/deployments/wait"
+)
+
+const (
+	maxVaultAnswer = 1 << 20
+	// vaultTries are for a Vault that is sealed, elects a leader or bounds its rate for a moment.
+	vaultTries = 3
+	vaultPause = 200 * time.Millisecond
+)
+
+// readVault reads a path of Vault's API and returns its answer, JSON.
+func readVault(ctx context.Context, path string) (string, error) {
+	address := os.Getenv("VAULT_ADDR")
+	base, err := url.Parse(address)
+	if err != nil || base.Host == "" || base.Scheme != "https" && base.Scheme != "http" {
+		return "", errors.New("VAULT_ADDR is to be Vault's address, as in https://vault.example:8200")
+	}
+	client, err := vaultClient()
+	if err != nil {
+		return "", err
+	}
+	defer client.CloseIdleConnections()
+	for try := 1; ; try++ {
+		answer, again, err := askVault(ctx, client, base.JoinPath("v1", path))
+		if err == nil || !again || try == vaultTries {
+			return answer, err
+		}
+		if wait.For(ctx, vaultPause) != nil {
+			return "", err
+		}
+	}
+}
+
+// askVault asks once; again reports whether another try may succeed.
+func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer string, again bool, _ error) {
+	token, err := vaultToken()
+	if err != nil {
+		return "", false, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return "", false, err
+	}
+	req.Header.Set("X-Vault-Token", token)
+	req.Header.Set("X-Vault-Request", "true")
+	if namespace := os.Getenv("VAULT_NAMESPACE"); namespace != "" {
+		req.Header.Set("X-Vault-Namespace", namespace)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return "", true, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxVaultAnswer+1))
+	switch code := resp.StatusCode; {
+	case err != nil:
+		return "", true, fmt.Errorf("reading Vault's answer: %w", err)
+	case code == http.StatusOK && len(body) > maxVaultAnswer:
+		return "", false, fmt.Errorf("the answer of Vault has more than %d bytes", maxVaultAnswer)
+	case code == http.StatusOK:
+		return string(body), false, nil
+	case code == http.StatusForbidden:
+		return "", false, errors.New("denied by Vault (403): the token has no policy for this path, or has expired")
+	case code == http.StatusNotFound:
+		return "", false, errors.New("not found in Vault (404): in a KV mount of version 2 the path is MOUNT/data/NAME")
+	default:
+		return "", code >= 500 || code == http.StatusTooManyRequests, fmt.Errorf("the answer of Vault is %s", resp.Status)
+	}
+}
+
+// vaultToken finds the token as Vault's own command does, but for VAULT_TOKEN_FILE.
+func vaultToken() (string, error) {
+	if token := os.Getenv("VAULT_TOKEN"); token != "" {
+		return token, nil
+	}
+	file := os.Getenv("VAULT_TOKEN_FILE")
+	if file == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", errors.New("there is no token for Vault: set VAULT_TOKEN_FILE")
+		}
+		file = filepath.Join(home, ".vault-token")
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("reading the token for Vault, which VAULT_TOKEN_FILE names: %w", err)
+	}
+	token := strings.TrimSpace(string(data))
+	if token == "" || strings.ContainsAny(token, "\r\n") {
+		return "", fmt.Errorf("%s is to hold Vault's token, in one line", file)
+	}
+	return token, nil
+}
+
+// vaultClient follows one redirect, as from a standby to the active node, and none from https to http: the token goes
+// with it.
+func vaultClient() (*http.Client, error) {
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	if file := os.Getenv("VAULT_CACERT"); file != "" {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("reading VAULT_CACERT: %w", err)
+		}
+		roots := x509.NewCertPool()
+		if !roots.AppendCertsFromPEM(data) {
+			return nil, fmt.Errorf("VAULT_CACERT: %s holds no certificate in PEM", file)
+		}
+		transport.TLSClientConfig = &tls.Config{RootCAs: roots, ServerName: os.Getenv("VAULT_TLS_SERVER_NAME")}
+	}
+	return &http.Client{Transport: transport, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+		if len(via) > 1 || via[0].URL.Scheme == "https" && req.URL.Scheme != "https" {
+			return errors.New("redirected by Vault more than once, or away from https")
+		}
+		return nil
+	}}, nil
+}
+
+// vaultFields returns the fields of a KV entry, of which version 2 has more around it.
+func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage, error) {
+	var one, two map[string]json.RawMessage
+	if json.Unmarshal(answer["data"], &one) != nil || one == nil {
+		return nil, errors.New("the answer of Vault has no data")
+	}
+	if _, versioned := one["metadata"]; versioned && json.Unmarshal(one["data"], &two) == nil && len(one) == 2 {
+		if two == nil {
+			return nil, errors.New("its newest version was deleted")
+		}
+		return two, nil
+	}
+	return one, nil
+}
