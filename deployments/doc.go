@@ -31,6 +31,7 @@
 //	  post:
 //	    - run: systemctl restart app
 //	      timeout: 2m
+//	secrets: {DB_URL: ssm:/prod/db}
 //	health:
 //	  stable_for: 10s
 //	  checks:
@@ -56,6 +57,7 @@
 //	symlinks       inside (the default) or any: whether links of the archive may lead out of the tree
 //	immutable      true: nothing writes into the live tree, so that the next release may share its files (false)
 //	commands       what runs around the switch; see below
+//	secrets        variables for all commands, by name, whose values the node reads; see below
 //	health         what gates the switch, and goes on for as long as the release is live; see below
 //	drain          how long to wait, after /ready turns 503, before the switch (0s)
 //
@@ -74,6 +76,10 @@
 //	post     after the switch; one that fails goes back
 //	success  after the health checks passed
 //	failure  after something failed
+//
+// Of secrets, each value is a reference: file:/PATH, credential:NAME of systemd, ssm:NAME, secretsmanager:NAME or
+// secretsmanager:NAME#FIELD, or vault:PATH#FIELD. A node reads only what secrets in its agent.yaml allows. Values stand
+// in the commands' environment alone: logs, status and journals have *** for those of 4 bytes and more.
 //
 // A command is a text that sh -c runs, or has fields:
 //
@@ -206,6 +212,7 @@
 //	dests              directories in or below which releases may go live (any)
 //	users              users that commands run as and that own trees (any)
 //	no_commands        true: releases may have no commands (false)
+//	secrets            references, or their beginnings by whole path segments, that releases may have read here (none)
 //	signers            a file of SSH keys, of which one must have signed each release (none is asked for)
 //	allow_older_pins   true: a pin may name a release older than the one that the node settled on (false)
 //	allow_empty        true: a node without units is ready (false)

@@ -45,7 +45,9 @@ type Manifest struct {
 	Immutable bool
 
 	Commands Commands
-	Health   Health
+	// Secrets are variables for all commands, by name, whose values the node reads where the references say.
+	Secrets map[string]SecretRef `json:",omitempty"`
+	Health  Health
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
 

@@ -94,6 +94,11 @@ func (m *Manifest) Encode() ([]byte, error) {
 		add(&commands, list.name, items, len(items) > 0)
 	}
 	add(&out, "commands", commands, len(commands) > 0)
+	var secrets yaml.MapSlice
+	for _, name := range slices.Sorted(maps.Keys(m.Secrets)) {
+		secrets = append(secrets, yaml.MapItem{Key: name, Value: scalar(m.Secrets[name])})
+	}
+	add(&out, "secrets", secrets, len(secrets) > 0)
 
 	var health yaml.MapSlice
 	add(&health, "timeout", m.Health.Timeout.String(), m.Health.Timeout != 0 && m.Health.Timeout != defaultHealthTimeout)
@@ -136,7 +141,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 func (m *Manifest) own() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
-		m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep || len(m.Shared) > 0 ||
+		len(m.Secrets) > 0 || m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep || len(m.Shared) > 0 ||
 		m.Symlinks != "" &&
 			m.Symlinks != SymlinksInside || m.Immutable || m.Drain != 0 || len(h.Checks) > 0 || h.StableFor != 0 ||
 		h.Timeout != 0 && h.Timeout != defaultHealthTimeout || h.Every != 0 && h.Every != defaultHealthEvery ||

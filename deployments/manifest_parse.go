@@ -24,6 +24,7 @@ const (
 	defaultKeep = 3
 	maxKeep     = 1000
 	maxEnv      = 1000
+	maxSecrets  = 100
 
 	// DefaultCommandTimeout is that of kedge's own manifests, stretchersTimeout that of stretcher's.
 	DefaultCommandTimeout = 10 * time.Minute
@@ -196,6 +197,7 @@ func (r *manifestReader) read(root ast.Node) {
 		"symlinks":      into(&r.reader, &m.Symlinks, asOneOf(SymlinksInside, SymlinksAny)),
 		"immutable":     into(&r.reader, &m.Immutable, asBool),
 		"commands":      r.commands,
+		"secrets":       r.secrets,
 		"health":        r.health,
 		"drain":         into(&r.reader, &m.Drain, asDuration),
 	})
@@ -230,6 +232,11 @@ func (r *manifestReader) read(root ast.Node) {
 		r.at(place("shared"), "one shared path lies within another, or stands twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
 		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
+	}
+	for name := range m.Secrets {
+		if _, twice := m.Commands.Env[name]; twice {
+			r.at(place("secrets"), "variable %q stands in secrets and in commands.env", name)
+		}
 	}
 	r.setTimeouts(own, place("commands"))
 	r.findTraps(place)
@@ -341,40 +348,62 @@ func (r *manifestReader) commands(n ast.Node) {
 	})
 }
 
-// environment reads variables by name. Those that kedge or the shell gives a meaning to can't be set.
 func (r *manifestReader) environment(n ast.Node) {
+	env := map[string]string{}
+	r.variables(n, "env", "RAILS_ENV: production", maxEnv, func(name string, given ast.Node) {
+		env[name] = ""
+		if empty(given) {
+			return
+		}
+		if value, ok := r.text(given); ok {
+			env[name] = value
+		}
+		if strings.ContainsRune(env[name], 0) {
+			r.at(given, "variable %q contains a NUL", name)
+		}
+	})
+	if len(env) > 0 {
+		r.m.Commands.Env = env
+	}
+}
+
+func (r *manifestReader) secrets(n ast.Node) {
+	refs := map[string]SecretRef{}
+	r.variables(n, "secrets", "DB_URL: ssm:/prod/db", maxSecrets, func(name string, given ast.Node) {
+		var ref SecretRef
+		if into(&r.reader, &ref, ParseSecretRef)(given); ref == "" && empty(given) {
+			r.at(n, "secret %q has no reference, as in ssm:/prod/db", name)
+		}
+		refs[name] = ref
+	})
+	if len(refs) > 0 {
+		r.m.Secrets = refs
+	}
+}
+
+// variables reads what stands by the names of variables. Those that kedge gives a meaning to can't be set.
+func (r *manifestReader) variables(n ast.Node, what, example string, most int, read func(name string, given ast.Node)) {
 	values, ok := r.entries(n)
 	if !ok {
-		r.at(n, "env: want variables by name, as in RAILS_ENV: production")
+		r.at(n, "%s: want variables by name, as in %s", what, example)
 	}
-	env := map[string]string{}
+	names := map[string]bool{}
 	for _, v := range values {
-		name, given := keyOf(v), r.resolve(v.Value)
-		_, twice := env[name]
+		name := keyOf(v)
 		switch {
-		case twice:
-			r.at(v.Key, "variable %q stands twice in env", name)
+		case names[name]:
+			r.at(v.Key, "variable %q stands twice in %s", name, what)
 		case !variableName.MatchString(name) || len(name) > 128:
 			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
 		case strings.HasPrefix(name, "KEDGE_"):
 			r.at(v.Key, "variable %q: names that begin with KEDGE_ are kedge's own", clip(name))
-		case empty(given):
-			env[name] = ""
 		default:
-			env[name] = ""
-			if value, ok := r.text(given); ok {
-				env[name] = value
-			}
-			if strings.ContainsRune(env[name], 0) {
-				r.at(v.Value, "variable %q contains a NUL", name)
-			}
+			names[name] = true
+			read(name, r.resolve(v.Value))
 		}
 	}
-	if len(env) > maxEnv {
-		r.at(n, "env has %d variables, at most %d are allowed", len(env), maxEnv)
-	}
-	if len(env) > 0 {
-		r.m.Commands.Env = env
+	if len(names) > most {
+		r.at(n, "%s has %d variables, at most %d are allowed", what, len(names), most)
 	}
 }
 

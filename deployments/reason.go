@@ -92,6 +92,7 @@ const (
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
 	ReasonUnhealthy          Reason = "Unhealthy"          // check, error
 	ReasonStorageUnavailable Reason = "StorageUnavailable" // error
+	ReasonSecretUnavailable  Reason = "SecretUnavailable"  // error
 	ReasonDiskFull           Reason = "DiskFull"
 	ReasonObserving          Reason = "Observing"  // the node's configuration says so: differs
 	ReasonDependency         Reason = "Dependency" // waits for another unit: unit

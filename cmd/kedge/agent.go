@@ -24,6 +24,7 @@ import (
 	"kedge/policy"
 	"kedge/sync/agent"
 	"kedge/sync/ec2"
+	"kedge/sync/secret"
 )
 
 func (a *app) agentCommand() *cobra.Command {
@@ -91,6 +92,11 @@ finishes or takes back what it had begun.`,
 	f.String("dests", "", "`directories` that dest may lie in (default: any)")
 	f.String("users", "", "`users` that commands may run as (default: any)")
 	f.Bool("no-commands", false, "refuse releases with commands")
+	f.String(
+		"secrets",
+		"",
+		"`references` of secrets that releases may have read here, or their beginnings, as in ssm:/prod/ (default: none)",
+	)
 	f.String("signers", "", "allowed_signers `file`: with it, a release without a signature by one of them is refused")
 	f.Bool(
 		"allow-older-pins",
@@ -197,6 +203,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	strs("dests", &c.Dests)
 	strs("users", &c.Users)
 	boolean("no-commands", &c.NoCommands)
+	strs("secrets", &c.Secrets)
 	str("signers", &c.Signers)
 	boolean("allow-older-pins", &c.AllowOlderPins)
 	boolean("allow-empty", &c.AllowEmpty)
@@ -274,6 +281,10 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if err != nil {
 		return err
 	}
+	secrets, err := secret.New(conf.Secrets, log)
+	if err != nil {
+		return usageError{err}
+	}
 	snapshot, err := snapshotReader(
 		conf.Snapshot,
 		conf.SnapshotSigners,
@@ -299,6 +310,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Objects:        objects,
 		Bounds:         bounds,
 		Trust:          trust,
+		Secrets:        secrets,
 		AllowOlderPins: conf.AllowOlderPins,
 		AllowEmpty:     conf.AllowEmpty,
 		Observe:        conf.Observe,

@@ -33,10 +33,12 @@ type agentConfig struct {
 	// LocalSources lets releases come from file:// and, on this machine, http:// also where Sources doesn't name them.
 	LocalSources bool `yaml:"local_sources"`
 
-	Dests      words  `yaml:"dests"`
-	Users      words  `yaml:"users"`
-	NoCommands bool   `yaml:"no_commands"`
-	Signers    string `yaml:"signers"`
+	Dests      words `yaml:"dests"`
+	Users      words `yaml:"users"`
+	NoCommands bool  `yaml:"no_commands"`
+	// Secrets are references that releases may have read here; without any, none.
+	Secrets words  `yaml:"secrets"`
+	Signers string `yaml:"signers"`
 	// AllowOlderPins has effect with Signers only.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
 	// AllowEmpty lets a node be ready whose stage and roles have no unit.

@@ -21,6 +21,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
+	"kedge/sync/secret"
 )
 
 // stretcherName is what the program is called where a link puts it in stretcher's place.
@@ -54,6 +55,7 @@ func watchHandler() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
 	var signers, bandwidth, rsyncVerbose string
+	var allowedSecrets []string
 	var bounds policy.Bounds
 	var fetch deploy.FetchLimits
 	var randomDelay time.Duration
@@ -98,6 +100,10 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 			if err != nil {
 				return err
 			}
+			secrets, err := secret.New(allowedSecrets, log)
+			if err != nil {
+				return usageError{err}
+			}
 			host, _ := os.Hostname()
 			node, _, _ := strings.Cut(host, ".")
 			one := deploy.OneShot{
@@ -106,6 +112,7 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 				Bounds:       bounds,
 				Trust:        trust,
 				Fetch:        fetch,
+				Secrets:      secrets,
 				RsyncVerbose: strings.Fields(rsyncVerbose),
 				Log:          log,
 			}
@@ -128,6 +135,8 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 		"bound of the download, as in 20MB/s (default: none); stretcher's --max-band-width")
 	f.StringSliceVar(&bounds.Sources, "sources", nil, "URL `prefixes` that it may come from (default: any)")
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
+	f.StringSliceVar(&allowedSecrets, "secrets", nil,
+		"`references` of secrets that it may have read, or their beginnings, as in ssm:/prod/ (default: none)")
 	f.Var(
 		(*seconds)(&fetch.Timeout),
 		"timeout",

@@ -96,6 +96,8 @@ type Config struct {
 	Observe bool
 	// Adopt lets every unit take over a tree that lies at dest before its first release, as Record.Adopt does.
 	Adopt bool
+	// Secrets reads what manifests name by reference; nil: releases with secrets are refused.
+	Secrets deploy.SecretReader
 	// Listen serves /ready, /converged and /live, and, if it is a loopback address, what ListenStatus serves; empty:
 	// nowhere. ":0" is fine: see Agent.Addr.
 	Listen string

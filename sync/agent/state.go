@@ -98,6 +98,8 @@ func reasonOf(err error) deployments.Reason {
 		return deployments.ReasonDigestMismatch
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return deployments.ReasonDiskFull
+	case errors.Is(err, deploy.ErrSecretUnavailable):
+		return deployments.ReasonSecretUnavailable
 	case errors.Is(err, object.ErrUnavailable): // what isn't there, or may not be read, is no passing trouble
 		return deployments.ReasonStorageUnavailable
 	}

@@ -93,6 +93,9 @@ func (u *Unit) within(r *artifact.Release) error {
 	if err := bounded(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
 	}
+	if err := u.checkSecrets(r); err != nil {
+		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
+	}
 	if u.c.Claim != nil && r.Manifest.Src != "" {
 		if err := u.c.Claim(r.Manifest.Dest); err != nil {
 			return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
@@ -118,7 +121,7 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", deployments.ShownURL(p.URL), err)
 	}
-	u.secrets.add(m)
+	u.secrets.add(m.Masked...)
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 

@@ -101,6 +101,8 @@ type Config struct {
 	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust
 	// is set. nil: none may.
 	Older func(p deployments.Pointer) bool
+	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
+	Secrets SecretReader
 	// Drain is called with true before a switch that has a drain time (or, without one, at once before it), and with false
 	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
 	// value, after a crash. nil: nothing.
@@ -391,6 +393,9 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	}
 	if err := u.resume(ctx); err != nil {
 		return err
+	}
+	if _, err := u.readSecrets(ctx, r, 0); err != nil {
+		return err // nothing is touched for a release whose commands can't run
 	}
 	var compared *deployments.Compared
 	if asked.Adopt {

@@ -29,6 +29,12 @@ type probe func(ctx context.Context) (identity string, err error)
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
+	if slices.ContainsFunc(h.Checks, func(c deployments.Check) bool { return c.Exec != "" }) {
+		var err error
+		if env, err = u.withSecrets(ctx, env, r, duringDeployment); err != nil {
+			return err
+		}
+	}
 	live := func() error {
 		if !u.switcher(r).Live(r) {
 			return fmt.Errorf("%s no longer resolves to release %s", r.Manifest.Dest, r.Pointer.Digest.Short())

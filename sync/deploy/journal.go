@@ -250,7 +250,7 @@ func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 		return nil, fmt.Errorf("the manifest of %s is not kept on this node", p)
 	}
 	if err == nil {
-		u.secrets.add(r.Manifest)
+		u.secrets.add(r.Manifest.Masked...)
 	}
 	return r, err
 }

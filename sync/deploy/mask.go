@@ -15,7 +15,7 @@ import (
 // maxMasked bounds the values that a unit masks; the oldest go first.
 const maxMasked = 1000
 
-// secrets are the values of variables in the manifests that a unit has read, which nobody is to see in
+// secrets are the values of variables and of secrets in the manifests that a unit has read, which nobody is to see in
 // its log, journal, errors and state. Its methods may be called by any goroutine.
 type secrets struct {
 	mu     sync.Mutex
@@ -23,12 +23,12 @@ type secrets struct {
 	mask   atomic.Pointer[deployments.Mask]
 }
 
-// add masks a manifest's values from now on.
-func (s *secrets) add(m *deployments.Manifest) {
+// add masks values from now on.
+func (s *secrets) add(values ...string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := len(s.values)
-	for _, v := range m.Masked {
+	for _, v := range values {
 		if !slices.Contains(s.values, v) {
 			s.values = append(s.values, v)
 		}

@@ -90,12 +90,14 @@ func (u *Unit) Monitor() (*Monitor, error) {
 		if c.During == deployments.DuringDeploy {
 			continue
 		}
+		try := newProbe(c, u.env(d, r, nil))
+		if c.Exec != "" {
+			try = u.exec(c, u.env(d, r, nil), r)
+		}
 		m.checks = append(m.checks, watch{
-			name: u.secrets.text(
-				nameOf(c),
-			),
+			name:    u.secrets.text(nameOf(c)),
 			timeout: cmp.Or(c.Timeout, defaultTryTimeout),
-			try:     u.masked(newProbe(c, u.env(d, r, nil))),
+			try:     u.masked(try),
 		})
 	}
 	if len(m.checks) == 0 {

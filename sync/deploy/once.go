@@ -32,6 +32,8 @@ type OneShot struct {
 	// Trust see Config.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	Fetch FetchLimits
+	// Secrets see Config.
+	Secrets SecretReader
 	// RsyncVerbose are the options that say what rsync tells; nil: -v.
 	RsyncVerbose []string
 	Log          *slog.Logger // nil: discard
@@ -64,6 +66,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 			Objects:      o.Objects,
 			Bounds:       o.Bounds,
 			Trust:        o.Trust,
+			Secrets:      o.Secrets,
 			RsyncVerbose: o.RsyncVerbose,
 			Log:          o.Log,
 		},
@@ -96,6 +99,11 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	}
 	u.log.Error("the deployment failed", "error", err)
 	env := u.env(&deployment{Step: stepFailure, Fault: &fault{Reason: short(u.secrets.error(err))}}, r, nil)
+	if with, failed := u.withSecrets(context.WithoutCancel(ctx), env, r, duringDeployment); failed == nil {
+		env = with
+	} else if !errors.Is(err, ErrSecretUnavailable) {
+		u.log.Error("failure commands run without their secrets", "error", failed)
+	}
 	for _, c := range r.Manifest.Commands.Failure {
 		if _, failed := command.Run(context.WithoutCancel(ctx), u.log, c, env, u.text.bytes()); failed != nil {
 			u.log.Error("a failure command failed", "error", failed)

@@ -190,9 +190,10 @@ func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 	switch {
 	case (s == stepBackPost || s == stepBackHealth) && !stopped && !u.ending():
 		return u.stayUnserved(ctx, d, err)
-	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch():
+	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
+		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
 		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
-	case stopped, s == stepDrain, s == stepSwitch && transient(err):
+	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
 		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
 		if failed := u.save(func(j *journal) { j.Deployment.takeBack() }); failed != nil {
 			return errors.Join(err, failed)
@@ -438,6 +439,16 @@ func (u *Unit) commands(
 	r, other *artifact.Release,
 	list []deployments.Command,
 ) error {
+	if len(list) == 0 {
+		return nil
+	}
+	env, err := u.withSecrets(ctx, u.env(d, r, other), r, duringDeployment)
+	if err != nil && d.Step != stepFailure {
+		return err
+	}
+	if err != nil {
+		u.log.Error("failure commands run without their secrets", "error", err)
+	}
 	for i, c := range list {
 		if run, err := u.mayRun(d, i, c); err != nil {
 			return err
@@ -448,7 +459,7 @@ func (u *Unit) commands(
 		if d.Step == stepSuccess || d.Step == stepFailure {
 			stdin = u.text.bytes()
 		}
-		if _, err := command.Run(ctx, u.log, c, u.env(d, r, other), stdin); err != nil {
+		if _, err := command.Run(ctx, u.log, c, env, stdin); err != nil {
 			return err
 		}
 	}

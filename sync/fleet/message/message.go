@@ -72,6 +72,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonQuarantined:        "failed on this node[ at {step}][: {error}]",
 	deployments.ReasonUnhealthy:          "unhealthy[: {check}][: {error}]",
 	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",
+	deployments.ReasonSecretUnavailable:  "[node {node} ]can't read a secret, and tries again[: {error}]",
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
 	deployments.ReasonObserving:          "the agent only observes: it touches nothing[; {differs} files differ]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",

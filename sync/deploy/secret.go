@@ -1,0 +1,87 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"kedge/artifact"
+	"kedge/deployments"
+	"kedge/sync/command"
+)
+
+// SecretReader reads what manifests name under secrets.
+type SecretReader interface {
+	// Check reports why this node may not read one of the references.
+	Check(refs map[string]deployments.SecretRef) error
+	// Read returns their values, by the names of their variables. What was read within maxAge need not be read again,
+	// and if maxAge is above 0, an older value does where a new one can't be had.
+	Read(ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration) (map[string]string, error)
+}
+
+// ErrSecretUnavailable means that a secret can't be read now. It is no fault of the release: try again.
+var ErrSecretUnavailable = errors.New("a secret can't be read")
+
+const (
+	// duringDeployment lets all steps of a deployment use the values that it began with.
+	duringDeployment = 24 * time.Hour
+	// duringChecks is how soon the checks of a live release see a new value.
+	duringChecks = 5 * time.Minute
+)
+
+// checkSecrets reports which secret of r this node may not read.
+func (u *Unit) checkSecrets(r *artifact.Release) error {
+	if len(r.Manifest.Secrets) == 0 {
+		return nil
+	}
+	if u.c.Secrets == nil {
+		return errors.New("it has secrets, and this node reads none: secrets in agent.yaml says which it may")
+	}
+	return u.c.Secrets.Check(r.Manifest.Secrets)
+}
+
+// readSecrets reads r's secrets, and masks them from then on.
+func (u *Unit) readSecrets(ctx context.Context, r *artifact.Release, maxAge time.Duration) (map[string]string, error) {
+	if len(r.Manifest.Secrets) == 0 {
+		return nil, nil
+	}
+	if err := u.checkSecrets(r); err != nil {
+		return nil, fmt.Errorf("release %s: %w: %w", r.Pointer, ErrSecretUnavailable, err)
+	}
+	values, err := u.c.Secrets.Read(ctx, r.Manifest.Secrets, maxAge)
+	if err != nil {
+		return nil, fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrSecretUnavailable, err)
+	}
+	u.secrets.add(slices.Collect(maps.Values(values))...)
+	return values, nil
+}
+
+// withSecrets returns env with r's secrets among its variables.
+func (u *Unit) withSecrets(
+	ctx context.Context, env command.Env, r *artifact.Release, maxAge time.Duration,
+) (command.Env, error) {
+	values, err := u.readSecrets(ctx, r, maxAge)
+	if err != nil || len(values) == 0 {
+		return env, err
+	}
+	vars := maps.Clone(values)
+	maps.Copy(vars, env.Vars)
+	env.Vars, env.Mask = vars, u.secrets.now()
+	return env, nil
+}
+
+// exec is the probe of a live release's exec check. It runs with secrets as they are now. Where one was never read
+// since the agent started, and can't be, the check says nothing: an outage of their source makes no node unhealthy.
+func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) probe {
+	return func(ctx context.Context) (string, error) {
+		with, err := u.withSecrets(ctx, env, r, duringChecks)
+		if err != nil {
+			u.log.Warn("a check is left out", "check", nameOf(c), "error", err)
+			return "", nil
+		}
+		return newProbe(c, with)(ctx)
+	}
+}
