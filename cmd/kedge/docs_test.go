@@ -97,6 +97,7 @@ func TestDocs(t *testing.T) {
 		"install":     "deployments/docs/install.md",
 		"autoscaling": "deployments/docs/autoscaling.md",
 		"operations":  "deployments/docs/operations.md",
+		"hooks":       "deployments/docs/hooks.md",
 	} {
 		text, err := os.ReadFile(filepath.Join(root, page))
 		if err != nil {
