@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"syscall"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
@@ -271,46 +273,111 @@ func (w *window) append(out []byte, seek int64, n int) ([]byte, error) {
 	return out, nil
 }
 
-// openDelta fetches a delta, and checks its hash before it reads it.
-func (f *fetch) openDelta(
+// openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
+func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
+	f.meter.expect(blob.Size)
+	data, err := f.objects.ReadAll(ctx, blob.URL, blob.Size)
+	if err != nil {
+		return nil, nil, err
+	}
+	f.meter.add(int64(len(data)))
+	if digestOf(data) != blob.SHA256 {
+		return nil, nil, wrongDelta(blob)
+	}
+	return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
+}
+
+func wrongDelta(blob deployments.Delta) error {
+	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
+}
+
+// deltaSuffix and a part of its digest follow the name of the directory for which a large delta is fetched.
+const deltaSuffix = ".delta-"
+
+func deltaFile(dir string, blob deployments.Delta) string {
+	return dir + deltaSuffix + blob.SHA256.Short()
+}
+
+// dropDeltas removes the large deltas that were fetched for dir, but the one to keep.
+func dropDeltas(dir, keep string) error {
+	found, err := filepath.Glob(globLiteral.Replace(dir) + deltaSuffix + "*")
+	for _, file := range found {
+		if file != keep {
+			err = errors.Join(err, os.Remove(file))
+		}
+	}
+	return err
+}
+
+// openLarge fetches the large delta beside dir, if the disk holds it with the tree. What an earlier call fetched of
+// it isn't fetched again. Only the context's end is an error: the archive has everything.
+func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
+	file := deltaFile(dir, *f.large)
+	err := dropDeltas(dir, file)
+	if err == nil {
+		err = f.checkSpace(dir, f.large.Size-sizeOf(file))
+	}
+	var index []byte
+	if err == nil {
+		f.delta, index, err = f.fetchLarge(ctx, *f.large, base.index, file)
+	}
+	if err == nil {
+		if _, err = f.decode(index); err != nil {
+			f.delta.Close()
+			f.delta = nil
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return err
+	}
+	f.fallBack("the delta can't be used", "error", err)
+	for _, useless := range []error{ErrDigest, ErrDelta, ErrIndex, syscall.ENOSPC} {
+		if errors.Is(err, useless) {
+			return dropDeltas(dir, "")
+		}
+	}
+	return nil // if the archive can't be had either, the next call goes on with it
+}
+
+func sizeOf(file string) int64 {
+	info, err := os.Stat(file)
+	if err != nil {
+		return 0
+	}
+	return info.Size()
+}
+
+// fetchLarge goes on with a delta where an earlier call was cut off, and reads it once all of it has the right hash.
+func (f *fetch) fetchLarge(
 	ctx context.Context,
 	blob deployments.Delta,
 	oldIndex []byte,
-	dir string,
+	path string,
 ) (*delta, []byte, error) {
-	f.meter.expect(blob.Size)
-	if blob.Size <= deltaInMem {
-		data, err := f.objects.ReadAll(ctx, blob.URL, blob.Size)
-		if err != nil {
-			return nil, nil, err
-		}
-		f.meter.add(int64(len(data)))
-		if digestOf(data) != blob.SHA256 {
-			return nil, nil, fmt.Errorf(
-				"%w: the delta %s is not the one that the manifest names",
-				ErrDigest,
-				deployments.ShownURL(blob.URL),
-			)
-		}
-		return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
-	}
-	if err := checkFree(dir, blob.Size); err != nil {
-		return nil, nil, err
-	}
-	file, err := unnamedFile(dir)
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, nil, err
 	}
-	body, err := f.objects.Read(ctx, object.Object{URL: blob.URL, Size: blob.Size, Ranges: true}, 0)
-	if err != nil {
-		file.Close()
-		return nil, nil, err
-	}
-	defer body.Close()
 	sum := sha256.New()
-	n, err := io.Copy(io.MultiWriter(file, sum, f.meter), io.LimitReader(body, blob.Size+1))
-	if err == nil && (n != blob.Size || deployments.Digest(sum.Sum(nil)) != blob.SHA256) {
-		err = fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
+	had, err := io.Copy(sum, io.LimitReader(file, blob.Size))
+	if err == nil {
+		err = file.Truncate(had) // of a longer one
+	}
+	if err == nil {
+		f.meter.expect(blob.Size - had)
+		err = f.copyRest(ctx, blob, had, io.MultiWriter(file, sum, f.meter))
+	}
+	if err == nil && deployments.Digest(sum.Sum(nil)) != blob.SHA256 {
+		if err = wrongDelta(blob); had > 0 { // what was there may be another's, or spoiled by a loss of power
+			file.Close()
+			if err := os.Remove(path); err != nil {
+				return nil, nil, err
+			}
+			return f.fetchLarge(ctx, blob, oldIndex, path)
+		}
 	}
 	if err == nil {
 		_, err = file.Seek(0, io.SeekStart)
@@ -322,17 +389,21 @@ func (f *fetch) openDelta(
 	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
 }
 
-// unnamedFile makes a file in dir that is gone when it is closed, also by a crash.
-func unnamedFile(dir string) (*os.File, error) {
-	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err == nil {
-		return os.NewFile(uintptr(fd), dir+"/(unnamed)"), nil
+// copyRest copies a blob from an offset to its end.
+func (f *fetch) copyRest(ctx context.Context, blob deployments.Delta, from int64, to io.Writer) error {
+	if from == blob.Size {
+		return nil
 	}
-	f, err := os.CreateTemp("", "kedge-delta-")
+	body, err := f.objects.Read(ctx, object.Object{URL: blob.URL, Size: blob.Size, Ranges: true}, from)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return f, os.Remove(f.Name())
+	defer body.Close()
+	n, err := io.Copy(to, io.LimitReader(body, blob.Size-from+1))
+	if err == nil && from+n != blob.Size {
+		err = wrongDelta(blob)
+	}
+	return err
 }
 
 // applyDelta makes the files that the delta has a patch for. A patch that does not fit leaves its file to the

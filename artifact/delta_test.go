@@ -161,27 +161,14 @@ func TestPatchOfAShorterFile(t *testing.T) {
 	}
 }
 
-// A delta of more than a few MiB is kept in a file, which has no name. It is trusted no sooner than a small one.
+// A delta of more than a few MiB is kept in a file, and fetched after the index: then it is known whether there is
+// room. It is trusted no sooner than a small one.
 func TestALargeDelta(t *testing.T) {
 	t.Parallel()
-	one, two := t.TempDir(), t.TempDir()
-	writeVersion(t, one, "1")
-	writeVersion(t, two, "2")
-	if err := os.WriteFile(filepath.Join(two, "large"), random(1, deltaInMem+1), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for _, dir := range []string{one, two} { // so that the archive is larger than the delta
-		if err := os.WriteFile(filepath.Join(dir, "same"), random(2, deltaInMem), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	old := publishTree(t, one)
-	new := publishTree(t, two, old)
-	if new.manifest.Deltas[0].Size <= deltaInMem {
-		t.Fatalf("it has %d bytes", new.manifest.Deltas[0].Size)
-	}
+	old, new := largeDelta(t)
+	one, two := old.dir, new.dir
 	got := t.TempDir()
-	if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests != 1 {
+	if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests != 2 {
 		t.Errorf("it took %d requests", requests)
 	}
 	sameTree(t, got, two)
@@ -192,7 +179,7 @@ func TestALargeDelta(t *testing.T) {
 	} {
 		damage()
 		got := t.TempDir()
-		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests == 1 {
+		if requests, _ := mustFetch(t, new.manifest, old.asBase(one), got); requests == 2 {
 			t.Errorf("%s: it was used", name)
 		}
 		sameTree(t, got, two)

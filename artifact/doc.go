@@ -86,7 +86,8 @@
 // published for it; then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight
 // connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
 // straight into a private directory. There is no journal: a fetch that was cut finds what it has by hashing it,
-// files whole, large ones by frame.
+// files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is known that the
+// disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before it is read.
 //
 // A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing.
 // That this is the content whose hash the index gives the file is up to who packed it, since publish takes both

@@ -57,6 +57,9 @@ func fetchIndexed(
 		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
 	f.meter.done()
+	if err := dropDeltas(dir, ""); err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
+	}
 	return f.index.encode(), nil // as it was: there is one encoding of an index
 }
 
@@ -70,6 +73,8 @@ type fetch struct {
 	tree  *builder
 	old   *source // nil: none
 	delta *delta  // nil: none
+	// large is a delta that is fetched once it is known that the disk holds it and the tree; nil: none.
+	large *deployments.Delta
 	// only says which files are wanted; the tree is not finished then. nil: the whole of it.
 	only func(*index) []bool
 
@@ -123,8 +128,13 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 			f.tree.ready[i] = f.tree.ready[i] || !wanted
 		}
 	}
-	if err := f.checkSpace(dir); err != nil {
+	if err := f.checkSpace(dir, 0); err != nil {
 		return err
+	}
+	if f.large != nil && f.old != nil {
+		if err := f.openLarge(ctx, base, dir); err != nil {
+			return err
+		}
 	}
 	group, inner := errgroup.WithContext(ctx)
 	group.Go(func() error { return f.tree.makeDirs(inner) })
@@ -175,7 +185,11 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 				f.fallBack("the delta is as large as the archive", "size", d.Size)
 				break
 			}
-			delta, data, err := f.openDelta(ctx, d, base.index, dir)
+			if d.Size > deltaInMem {
+				f.large = &d
+				break
+			}
+			delta, data, err := f.openDelta(ctx, d, base.index)
 			if err != nil {
 				if ctx.Err() != nil {
 					return err
@@ -254,14 +268,14 @@ func spaceOf(e *entry) int64 {
 	return 0
 }
 
-// checkSpace refuses to begin what the disk can't hold.
-func (f *fetch) checkSpace(dir string) error {
+// checkSpace refuses to begin what the disk can't hold: the tree, and what else is kept meanwhile.
+func (f *fetch) checkSpace(dir string, beside int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	shares := f.manifest.Immutable || st.Type == unix.BTRFS_SUPER_MAGIC || st.Type == unix.XFS_SUPER_MAGIC
-	var bytes, inodes int64
+	bytes, inodes := beside, int64(0)
 	for i := range f.index.entries {
 		e := &f.index.entries[i]
 		if f.tree.ready[i] || e.kind == kindFile && shares && f.old.has(e) {

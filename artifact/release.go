@@ -620,6 +620,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	for _, e := range entries {
 		name := e.Name()
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
+		staging, _, _ = strings.Cut(staging, deltaSuffix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
 		case strings.HasSuffix(name, recordSuffix),

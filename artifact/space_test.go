@@ -24,7 +24,7 @@ func TestDirectoriesTakeSpace(t *testing.T) {
 		x.entries = append(x.entries, entry{kind: kindDir, path: fmt.Sprint(i), mode: 0o755})
 	}
 	f := &fetch{manifest: &deployments.Manifest{}, index: x, tree: &builder{ready: make([]bool, len(x.entries))}}
-	if err := f.checkSpace(disk); !errors.Is(err, syscall.ENOSPC) {
+	if err := f.checkSpace(disk, 0); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("200,000 directories on 64 MB: %v", err)
 	}
 	for want, e := range map[int64]*entry{

@@ -356,7 +356,7 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
 		slices.ContainsFunc([]error{syscall.ENOSPC, ErrDigest, ErrIndex, object.ErrNotFound, object.ErrChanged}, useless) {
-		return removeTree(staging)
+		return errors.Join(removeTree(staging), dropDeltas(staging, ""))
 	}
 	return nil
 }
