@@ -34,7 +34,7 @@ func aim(in *inputs, st state) state {
 // activePin is the unit pin that the mirror rolls out: a unit without a rollout has none, as its nodes follow pins
 // by themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
-	if in.Pin == nil || !in.Pin.Present || in.Unit.Rollout == nil {
+	if in.Pin == nil || !in.Pin.Present || in.Pin.Err != nil || in.Unit.Rollout == nil {
 		return deployments.Pin{}, false
 	}
 	p := in.Pin.Value

@@ -98,7 +98,7 @@ func Next(s Situation) Move {
 		in.Ranks = new(Ranks)
 	}
 	st := stateOf(s)
-	if s.Pin != nil && s.Pin.Err != nil {
+	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 { // else there is nothing yet that could stay as it is
 		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}

@@ -299,3 +299,16 @@ func TestFreezeHolds(t *testing.T) {
 	o.Push(map[string]string{"kedge.yaml": "prune: false\n"})
 	m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout == nil && r.Target == pointer("app/3") })
 }
+
+// A pin that doesn't parse keeps nodes where they are. The record of a new unit is written all the same, and parses.
+func TestInvalidPinOfANewUnit(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	store := dirStore(t)
+	put(t, store, "pins/prod/web/app", "hodl")
+	put(t, store, "pins/prod/web/base", "hodl")
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "prod/web/base.yaml": unitFile("base/1")}))
+	m.runs("prod/web/app", "app/1")
+	m.runs("prod/web/base", "base/1")
+}
