@@ -42,7 +42,11 @@ func (p *presence) keep() {
 		}
 		var err error
 		if session != "" && watched != "" {
-			err = p.watchEntry(session, watched, renew)
+			var holds bool
+			if holds, err = p.watchEntry(session, watched, renew); holds && p.holdsAll(session) {
+				trouble.Reset()
+				continue
+			}
 		} else if taken != "" { // another process has all of it
 			err = p.watchTaken(taken)
 		}
@@ -61,9 +65,9 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry returns when the entry or its holder isn't as put, or after presencePoll. Its reads are stale ones, which
-// repair confirms.
-func (p *presence) watchEntry(session, key string, renew bool) error {
+// watchEntry returns when the entry or its holder isn't as put, or after presencePoll: holds is set if they are. Its
+// reads are stale ones, which repair confirms.
+func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s, most := p.store, watchWait
 	if renew {
 		most = presenceTTL / 3
@@ -73,32 +77,58 @@ func (p *presence) watchEntry(session, key string, renew bool) error {
 	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
 		if renew {
 			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, kv.ErrNotFound) {
-				return nil
+				return false, nil
 			} else if err != nil {
-				return err
+				return false, err
 			}
 		}
-		asked, holds := time.Now(), false
+		asked := time.Now()
+		holds = false
 		err := s.do(p.ctx, "look at "+key, watchTimeout, func(q *api.QueryOptions) error {
 			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, most
 			pair, meta, err := s.client.KV().Get(s.prefix+key, q)
 			if err == nil {
-				holds = pair != nil && pair.Session == session && p.puts(key, pair.Value)
+				holds = trusted(meta) && pair != nil && pair.Session == session && p.puts(key, pair.Value)
 				index = nextIndex(index, meta.LastIndex, time.Since(asked), most)
 			}
 			return err
 		})
 		if err != nil || !holds {
-			return err
+			return false, err
 		}
 		if index == 0 {
-			return wait.For(p.ctx, time.Second) // a restore may have left the session and changed what it holds
+			return false, wait.For(p.ctx, time.Second) // a restore may have left the session and changed what it holds
 		}
 		if err := idle.Wait(p.ctx); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return holds, nil
+}
+
+// trusted reports whether a server that answered a stale read hears from its leader.
+func trusted(meta *api.QueryMeta) bool { return meta.KnownLeader && meta.LastContact <= maxLastContact }
+
+// holdsAll reports whether a server shows each entry as it was put, held by the session, which then lives: then there
+// is nothing that the leader has to be asked for.
+func (p *presence) holdsAll(session string) bool {
+	p.putting.Lock()
+	keys := slices.Collect(maps.Keys(p.held))
+	doubt := p.session != session || len(p.taken) > 0
+	p.putting.Unlock()
+	for _, key := range keys {
+		if doubt {
+			break
+		}
+		err := p.store.do(p.ctx, "look at "+key, requestTimeout, func(q *api.QueryOptions) error {
+			q.AllowStale = true
+			pair, meta, err := p.store.client.KV().Get(p.store.prefix+key, q)
+			doubt = err != nil || !trusted(meta) || pair == nil || pair.Session != session || !p.puts(key, pair.Value)
+			return err
+		})
+		doubt = doubt || err != nil
+	}
+	return !doubt
 }
 
 // watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll: else a

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http/httptrace"
 	"slices"
 	"time"
 
@@ -21,6 +22,10 @@ const (
 	watchTimeout = watchWait*17/16 + 10*time.Second
 	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
 	maxLastContact = 10 * time.Second
+	// largeAnswer is the size from which on a watch rests after an answer, in bytes, and longestRest how long at most: one
+	// report of 10,000 changes now and then, and each time all of them come, 9 MB.
+	largeAnswer = 512 << 10
+	longestRest = 5 * time.Second
 	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away. A pause is at most
 	// twice that: with dialTimeout a watch is back 11 s after its store at the latest.
 	unavailableLimit = 3 * time.Second
@@ -104,11 +109,14 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	for {
 		index := max(last.meta.LastIndex, 1)
 		asked := time.Now()
-		l, err := s.read(ctx, prefix, api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
+		answered := asked
+		l, err := s.read(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+			GotFirstResponseByte: func() { answered = time.Now() },
+		}), prefix, api.QueryOptions{AllowStale: true, WaitIndex: index, WaitTime: watchWait}, watchTimeout)
 		if err != nil {
 			return err
 		}
-		if !l.meta.KnownLeader || l.meta.LastContact > maxLastContact {
+		if !trusted(l.meta) {
 			return fmt.Errorf(
 				"list %s: the server knows no leader, last contact %v ago: %w",
 				prefix,
@@ -130,9 +138,22 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 		} else {
 			idle.Reset()
 			s.adopt(v, prefix, l)
+			if l.size() >= largeAnswer {
+				if err := wait.For(ctx, wait.Rest(time.Since(answered), longestRest)); err != nil {
+					return err
+				}
+			}
 		}
 		last = l
 	}
+}
+
+// size returns what the entries take, in bytes.
+func (l listing) size() (sum int) {
+	for _, e := range l.entries {
+		sum += len(e.Key) + len(e.Value)
+	}
+	return sum
 }
 
 // nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. An index

@@ -3,6 +3,7 @@ package consul_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
@@ -544,5 +545,54 @@ func TestNames(t *testing.T) {
 		if _, err := consul.Open(bad); err == nil {
 			t.Errorf("open took %+v", bad)
 		}
+	}
+}
+
+// Each change of one report brings all of a large fleet's. They are read now and then, and the last one is never missed.
+func TestLargeAnswersAreSpread(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/", "desired/prod/web/")
+	put(t, c, "desired/prod/web/app", "0")
+	large := strings.Repeat("x", 128<<10)
+	for i := range 8 {
+		put(t, c, "status/prod/web/node-"+strconv.Itoa(i), large)
+	}
+	s := open(t, consul.Config{Client: c.Servers[0].Config(c.RootToken)})
+	record := kvtest.Watch(t, s, "desired/prod/web/")
+	var answers atomic.Int64
+	var last atomic.Value // which is large, and nothing to print
+	go func() {
+		_ = s.Watch(t.Context(), "status/prod/web/", func(v kv.View) {
+			answers.Add(1)
+			last.Store(strings.TrimLeft(string(v.Entries[0].Value), "x"))
+		})
+	}()
+	shows := func(want string) {
+		t.Helper()
+		kvtest.Await(t, "the last report", func() error {
+			if got := last.Load(); got != want {
+				return fmt.Errorf("it is %v", got)
+			}
+			return nil
+		})
+	}
+	at := func(last string) func(kv.View) bool {
+		return func(v kv.View) bool { return v.Synced && string(v.Entries[0].Value) == last }
+	}
+	shows("")
+	record.Await(t, "the record", at("0"))
+	seen := answers.Load()
+	const changes = 200
+	for i := range changes {
+		put(t, c, "status/prod/web/node-0", large+strconv.Itoa(i))
+		if i%20 == 0 { // what is small comes at once
+			put(t, c, "desired/prod/web/app", strconv.Itoa(i))
+			record.Await(t, "the next record", at(strconv.Itoa(i)))
+		}
+	}
+	shows(strconv.Itoa(changes - 1))
+	if n := answers.Load() - seen; n > changes/4 {
+		t.Errorf("%d changes were read in %d answers", changes, n)
 	}
 }

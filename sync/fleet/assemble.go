@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -17,8 +18,22 @@ import (
 
 // Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business;
 // pure. Units that only a pin or a report knows of are there too.
-func Assemble(entries []kv.Entry, now time.Time) *Fleet {
+func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
+
+// assembler computes one Fleet after the other, and parses of the nodes' reports only those that changed.
+type assembler struct{ reports map[string]parsedReport }
+
+// parsedReport is a report, with the entry's value that it was parsed from.
+type parsedReport struct {
+	value  []byte
+	report deployments.Report
+	err    error
+}
+
+func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
+		known:     m.reports,
+		reports:   make(map[string]parsedReport, len(m.reports)),
 		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
 		units:     map[deployments.UnitID]*Unit{},
 		roles:     map[deployments.RoleID][]reporter{},
@@ -48,6 +63,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet {
 			a.histories[key.UnitID()] = append(a.histories[key.UnitID()], readHistory(e))
 		}
 	}
+	m.reports = a.reports
 	for id, e := range a.orders {
 		a.give(id, e)
 	}
@@ -81,6 +97,8 @@ type assembly struct {
 	// told are units that reports alone know of, each with a node that does.
 	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
+	// known are the reports of before, and reports those of now, by their keys.
+	known, reports map[string]parsedReport
 }
 
 // reporter is a node of a role.
@@ -185,10 +203,15 @@ func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 
 func (a *assembly) report(e kv.Entry, key kv.Key) {
 	r := reporter{name: key.Node, gone: e.Session == ""}
-	report, err := deployments.ParseReport(e.Value)
-	if err != nil {
-		a.bad(e.Key, err)
-		r.err = err
+	p, known := a.known[e.Key]
+	if !known || !bytes.Equal(p.value, e.Value) {
+		p.value = e.Value
+		p.report, p.err = deployments.ParseReport(e.Value)
+	}
+	a.reports[e.Key] = p
+	report := p.report
+	if r.err = p.err; r.err != nil {
+		a.bad(e.Key, r.err)
 	}
 	if report.Reason != "" {
 		a.bad(e.Key, errors.New(message.Text(report.Reason, report.Facts)))

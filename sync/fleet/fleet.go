@@ -199,11 +199,14 @@ func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 	return f
 }
 
-// watchPause is the time between two calls of Watch's f.
-const watchPause = 100 * time.Millisecond
+// watchPause is the time between two calls of Watch's f, and longestPause the same where each of them takes long.
+const (
+	watchPause   = 100 * time.Millisecond
+	longestPause = 5 * time.Second
+)
 
-// Watch calls f with the fleet now and after every change, at most ten times a second, until ctx ends; it returns
-// ctx's error. In an outage of the store the fleet stays as it was last known, with the trouble in Errors.
+// Watch calls f with the fleet now and after changes, at most ten times a second, until ctx ends; it returns ctx's
+// error. A fleet so large that this would take more than a twentieth of a core is shown less often. In an outage of the store the fleet stays as it was last known, with the trouble in Errors.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}
@@ -227,7 +230,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 		// Time alone changes what is wanted when a pin ends.
 		expiry := time.NewTimer(time.Hour)
 		defer expiry.Stop()
-		known := histories{}
+		known, assembler := histories{}, new(assembler)
 		for {
 			select {
 			case <-ctx.Done():
@@ -248,13 +251,14 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 				continue
 			}
 			entries = append(entries, known.of(ctx, store, filter, entries)...)
-			fleet := filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble))
+			began := time.Now()
+			fleet := filter.narrow(withTrouble(assembler.assemble(entries, began), trouble))
 			f(fleet)
 			expiry.Reset(untilExpiry(fleet))
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
-			case <-time.After(watchPause):
+			case <-time.After(max(watchPause, wait.Rest(time.Since(began), longestPause))):
 			}
 		}
 	})

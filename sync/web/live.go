@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"kedge/deployments/wait"
 )
 
 const (
@@ -133,6 +135,7 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	drawn := time.Time{}
 	for {
 		s, changed := w.now()
+		began := time.Now()
 		event := "event: beat\ndata:\n\n"
 		if page := w.render(r.Context(), s, path, query); page.tag != tag {
 			data, err := encodePatch(patchOf(known, page))
@@ -145,6 +148,7 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 			known = page
 		}
 		drawn = time.Now()
+		pause := max(pauseAfter(event), wait.Rest(drawn.Sub(began), longestPause))
 		if send(event) != nil {
 			return
 		}
@@ -164,7 +168,7 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 		select {
 		case <-r.Context().Done():
 			return
-		case <-time.After(time.Until(drawn.Add(pauseAfter(event)))):
+		case <-time.After(time.Until(drawn.Add(pause))):
 		}
 	}
 }
