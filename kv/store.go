@@ -186,8 +186,9 @@ type LeaseHolder struct {
 type Presence interface {
 	// Joined waits until the store knows the presence, and returns since when, as a number that grows from each
 	// time to the next: from a process to the one after it on the same node, and when what it holds was lost in between,
-	// as to a node that was cut off. It compares with the numbers of other presences of the same store: the larger joined
-	// later. changed is closed once the number is another.
+	// as to a node that was cut off, or put back to what it was earlier, as by the restore of a snapshot. It compares
+	// with the numbers of other presences of the same store: the larger joined later. changed is closed once the number
+	// is another.
 	Joined(ctx context.Context) (since uint64, changed <-chan struct{}, err error)
 	// Leave lets Close leave key as it is, held by nobody, as if its writer had died: for one that comes back soon.
 	Leave(key string)

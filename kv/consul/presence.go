@@ -60,7 +60,8 @@ type presence struct {
 	early   bool            // for want of a health check of the node
 	mine    map[string]bool // every session that this presence has had
 	held    map[string][]byte
-	taken   map[string]bool // of held, what another process has
+	tried   map[string][]byte // what was to be put last, whether the store said that it was or not
+	taken   map[string]bool   // of held, what another process has
 	closed  bool
 }
 
@@ -69,7 +70,8 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 		return nil, errors.New("presence: the name is empty")
 	}
 	p := &presence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
-		mine: map[string]bool{}, held: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
+		mine: map[string]bool{}, held: map[string][]byte{},
+		tried: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
@@ -109,6 +111,7 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 			p.store.log.Debug("this node's entries stay with a session that has a TTL", "name", p.name, "error", err)
 		}
 	}
+	p.tried[key] = bytes.Clone(value)
 	if err := p.put(ctx, key, value); err != nil {
 		return err
 	}

@@ -165,7 +165,8 @@ func (p *presence) puts(key string, value []byte) bool {
 
 // repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this
 // node has taken is left to that process for as long as it lives: else a node whose agent was started twice would
-// be gone once the second ends.
+// be gone once the second ends. What it put earlier is of a restored snapshot: it joins anew, as those that read the
+// entry take it for what it was then.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -182,13 +183,23 @@ func (p *presence) repair() error {
 			p.session = ""
 		}
 	}
+	before := "" // the session in whose place there is another; empty: it stays
+	defer func() {
+		if before != "" {
+			p.store.destroySession(before)
+		}
+	}()
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		e, err := p.store.Get(p.ctx, key)
 		switch {
 		case err != nil && !errors.Is(err, kv.ErrNotFound):
 			return err
 		case e.Session != "" && e.Session == p.session && bytes.Equal(e.Value, p.held[key]):
-			continue // a restored snapshot brings back what it held earlier, too
+			continue
+		case e.Session != "" && e.Session == p.session && !bytes.Equal(e.Value, p.tried[key]):
+			p.store.log.Warn("this node's entry is an earlier one, as after the restore of a snapshot: joining anew",
+				"name", p.name, "key", key)
+			before, p.session = p.session, ""
 		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
 			if !p.taken[key] {
 				p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)

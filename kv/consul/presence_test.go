@@ -197,6 +197,7 @@ func TestPresencePutsWithoutSession(t *testing.T) {
 }
 
 // A restore that leaves the session and brings back what it held earlier: the writer, which writes on change, wouldn't.
+// It joins anew, so that what is decided by the earlier report doesn't move it.
 func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
@@ -210,10 +211,19 @@ func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	}
 	v := views.Await(t, "the later report", kvtest.Held("server-1=later"))
 	awaitWaiting(t, f, v.Entries[0])
+	joined, changed, err := p.Joined(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	c.Restore(before)
 	views.Await(t, "the later report, again", func(now kv.View) bool {
-		return kvtest.Held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version
+		return kvtest.Held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version &&
+			now.Entries[0].Session != v.Entries[0].Session
 	})
+	<-changed
+	if again, _, err := p.Joined(t.Context()); err != nil || again <= joined {
+		t.Fatalf("it joined at %d, %v, and at %d before the restore", again, err, joined)
+	}
 	if err := p.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}
