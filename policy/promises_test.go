@@ -275,6 +275,43 @@ func TestAShortListIsNotTheFleet(t *testing.T) {
 	}
 }
 
+// Nodes whose keys in status/ were deleted act on the record as before: while they may not have put them back, whoever
+// is listed still is let go by the room that is left once all the others have theirs.
+func TestWhoIsNotListedTakesRoom(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		phase deployments.Phase
+		list  func(all []Node) []Node
+	}{
+		"none is listed":                 {deployments.PhaseRolling, func(all []Node) []Node { return nil }},
+		"the next one is":                {deployments.PhaseRolling, func(all []Node) []Node { return all[2:3] }},
+		"one that is there is":           {deployments.PhaseRolling, func(all []Node) []Node { return all[:1] }},
+		"the next one is, in the canary": {deployments.PhaseCanary, func(all []Node) []Node { return all[2:3] }},
+		"one that is yet to be told is": {deployments.PhaseRolling, func(all []Node) []Node {
+			all[9].Joined = 2
+			return all[9:]
+		}},
+		"all but those in flight are": {deployments.PhaseRolling, func(all []Node) []Node { return all[2:] }},
+	} {
+		s := step(2, c.phase) // both are in flight
+		all := s
+		s.Record.Nodes, s.Record.Joined = 10, 1
+		s.Unit.Rollout.Canary.N = 2
+		s.Nodes, s.Listed = c.list(all.Nodes), noon.Add(-time.Second)
+		m := Next(s)
+		if n := admitted(&all, m.Record); n > 2 || m.Record.Joined > 1 {
+			t.Errorf("%s: %d admitted, told up to %d: %s", name, n, m.Record.Joined, brief(m.Record))
+		}
+		if len(s.Nodes) > 0 && (m.Again.IsZero() || m.Again.After(s.Listed.Add(shortList))) {
+			t.Errorf("%s: it looks again at %v", name, m.Again)
+		}
+		s.Now = s.Listed.Add(shortList) // those that live are listed again by then
+		if m = Next(s); len(s.Nodes) == 8 && admitted(&all, m.Record) == 2 {
+			t.Errorf("%s: nobody goes any more: %s", name, brief(m.Record))
+		}
+	}
+}
+
 // A node that waits in mid-deployment is out of service, and takes room; one that waits and has nothing to change
 // doesn't.
 func TestWhoWaitsInMidDeploymentTakesRoom(t *testing.T) {

@@ -28,8 +28,11 @@ func (w *world) admitted(n *member, r deployments.Record) {
 func (w *world) check() {
 	live, switching := 0, 0
 	for _, n := range w.nodes {
-		if n.gone && !n.going.IsZero() && !w.now.Before(n.goneAt.Add(w.unit.Rollout.Deadline)) {
+		if n.gone && !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) {
 			n.free = true // it has had its time
+		}
+		if n.unknown() && !w.passed().Before(n.silent.Add(shortList)) {
+			n.free = true // its entry was removed
 		}
 		if n.left || n.gone && n.going.IsZero() {
 			continue

@@ -12,12 +12,14 @@ type member struct {
 	name    string
 	number  int
 	gone    bool
-	goneAt  time.Time
+	goneAt  time.Time // by the mirror's clock
+	away    time.Time // the same, by the time that has passed
 	left    bool
 	sick    bool      // its health checks fail
 	joined  uint64    // larger after each restart, and each time that it was cut off
 	told    entry     // as in the store
 	silent  time.Time // since when it isn't there
+	stale   bool      // it holds what the node put earlier, as a restored snapshot brings back
 	seen    int       // what it has read of world.records last
 	acts    int       // the one that it acts on; -1: none
 	floor   int64     // the highest generation that it has acted on
@@ -52,7 +54,7 @@ func (w *world) join() {
 	w.names++
 	w.joins++
 	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{},
-		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.now, acts: -1, joined: w.joins}
+		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.passed(), acts: -1, joined: w.joins}
 	n.read(w, len(w.records)-1)
 	w.nodes = append(w.nodes, n)
 }
@@ -64,13 +66,13 @@ func (w *world) leaveOrReturn(n *member) {
 		return
 	}
 	if n.gone = !n.gone; n.gone {
-		n.goneAt = w.now
+		n.goneAt, n.away = w.now, w.passed()
 		if u := n.told.report; u.State != deployments.StateSwitching || u.Want != n.going {
 			n.going = deployments.Pointer{}
 		}
 	} else {
 		w.joins++
-		over := !n.going.IsZero() && !w.now.Before(n.goneAt.Add(w.unit.Rollout.Deadline)) // it has had its time
+		over := !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) // it has had its time
 		n.joined, n.started, n.free = w.joins, w.now, n.free || n.running.IsZero() || over
 	}
 	w.say("%s gone: %v, joined as %d", n.name, n.gone, n.joined)
@@ -202,16 +204,27 @@ func (w *world) tell(n *member) {
 	default:
 		u.State = deployments.StateFetching
 	}
-	n.told = entry{true, n.joined, u}
+	n.told, n.stale = entry{true, n.joined, u}, false
 }
 
 // unsaid notes that a node's entry in status/ is gone.
-func (n *member) unsaid(w *world) { n.told, n.silent = entry{}, w.now }
+func (n *member) unsaid(w *world) { n.told, n.silent, n.stale = entry{}, w.passed(), false }
 
-// relist has the nodes put back what was removed, which takes them less than a minute.
+// unknown reports whether nothing in the store tells that a node left in mid-switch: no budget can count it.
+func (n *member) unknown() bool {
+	return n.gone && !n.going.IsZero() && n.told.report.State != deployments.StateSwitching
+}
+
+// relist has the nodes put back what was removed, which takes them less than a minute. Those whose entries are not as
+// they were put see it at once, and join anew.
 func (w *world) relist() {
 	for _, n := range w.nodes {
-		if !n.gone && !n.left && !n.told.listed && w.now.Sub(n.silent) >= time.Minute {
+		if n.stale && !n.gone && !n.left {
+			w.joins++
+			n.joined = w.joins
+			w.tell(n)
+		}
+		if !n.gone && !n.left && !n.told.listed && w.passed().Sub(n.silent) >= time.Minute {
 			w.tell(n)
 		}
 	}

@@ -41,6 +41,7 @@ type leader struct {
 	stables []deployments.Digest
 	listed  time.Time // since when no node has left the list
 	looked  time.Time
+	began   time.Time // when it took over
 	lostAt  time.Time // since when nodes are ahead of the store; zero: they are not
 	ranks   Ranks
 }
@@ -55,7 +56,7 @@ func (w *world) put(r deployments.Record) {
 
 // takeOver lets another mirror lead: it knows what the store's leader holds, and nothing else.
 func (w *world) takeOver() {
-	w.leader = leader{stables: stableIn(w.history), listed: w.now}
+	w.leader = leader{stables: stableIn(w.history), listed: w.now, began: w.now}
 	w.look()
 }
 
@@ -177,6 +178,9 @@ func (w *world) mirror(order string) (again time.Time) {
 			}
 		}
 	}
+	if until := w.began.Add(rebuildWait); m.Record.Generation > base.Record.Generation && w.now.Before(until) {
+		return until
+	}
 	w.asks(before, m.Record)
 	w.stepped(before, m, order)
 	plain := reflect.DeepEqual(before, stored)
@@ -244,7 +248,7 @@ func (w *world) lose() {
 	anew := w.chance(0.2)
 	if anew {
 		record, history, pins, status = true, true, true, true
-		w.joins = 0
+		w.joins = 10 // no session is the first thing that a store holds
 	}
 	w.say("lost: record %v history %v pins %v status %v, all anew %v", record, history, pins, status, anew)
 	for _, n := range w.nodes {
@@ -253,10 +257,14 @@ func (w *world) lose() {
 		}
 		if status {
 			n.unsaid(w)
+			n.free = n.free || record && n.unknown()
 		}
-		if anew && !n.gone {
-			w.joins++
-			n.joined = w.joins
+		if anew {
+			n.acts, n.seen = -1, len(w.records) // the numbers of the record of before are of another store
+			if !n.gone {
+				w.joins++
+				n.joined = w.joins
+			}
 		}
 	}
 	if pins {
@@ -293,14 +301,18 @@ func (w *world) save() {
 
 // restore puts back what was saved. Sessions end, so that the lease may pass to another mirror.
 func (w *world) restore() {
+	w.wished = w.wished || w.saved.unitPin.Present && w.saved.unitPin != w.unitPin
 	w.store = store{slices.Clone(w.saved.history), w.saved.unitPin}
 	for _, n := range w.nodes {
 		if pin := w.saved.pins[n]; pin != n.pin {
 			n.pin, n.free = pin, true
 		}
+		was := n.told
 		if n.told = w.saved.reports[n]; !n.told.listed {
 			n.unsaid(w)
 		}
+		n.stale = n.stale || !reflect.DeepEqual(n.told, was)
+		n.free = n.free || n.unknown()
 	}
 	w.joins = max(w.joins, w.saved.joins) // as Raft's index is
 	w.put(w.saved.record)

@@ -86,8 +86,9 @@ func TestSimulationAgain(t *testing.T) {
 
 type world struct {
 	rng     *rand.Rand
-	aside   *rand.Rand // for what is only looked at
-	now     time.Time
+	aside   *rand.Rand    // for what is only looked at
+	now     time.Time     // by the mirror's clock
+	back    time.Duration // by which that was put back
 	unit    deployments.Unit
 	freeze  Verdict
 	records []deployments.Record
@@ -123,6 +124,9 @@ func (w *world) say(format string, args ...any) {
 		w.log = append(w.log, w.now.Format("15:04:05 ")+fmt.Sprintf(format, args...))
 	}
 }
+
+// passed is a clock that is never put back.
+func (w *world) passed() time.Time { return w.now.Add(w.back) }
 
 func (w *world) count(kind string) { w.kinds[kind]++ }
 
@@ -302,7 +306,8 @@ func (w *world) event() {
 	case 7:
 		if w.chance(0.1) {
 			w.count("clocks put back")
-			w.now = w.now.Add(-time.Duration(w.rng.IntN(300)) * time.Minute)
+			back := time.Duration(w.rng.IntN(300)) * time.Minute
+			w.now, w.back = w.now.Add(-back), w.back+back
 			break
 		}
 		w.now = w.now.Add(time.Duration(w.rng.IntN(8)) * time.Minute)

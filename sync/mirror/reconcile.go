@@ -277,6 +277,11 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		Seen: in.seen(), Listed: in.listed(u.ID), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
+	// After a restore nodes join anew, before a record may take them for what they reported earlier.
+	if until := in.seen().Add(in.rebuildWait); step.Record.Generation > w.before.Generation && u.Rollout != nil &&
+		in.now.Before(until) {
+		return change{}, doWait, until
+	}
 	w.after, w.reason = worded(step.Record), reasonOf(o.Verb, step)
 	if turn := mine.at.Add(
 		pace(len(nodes)),
