@@ -31,6 +31,8 @@ type plan struct {
 	Die bool
 	// CutOff stands for maxCutOff.
 	CutOff int
+	// Settle has it settle on what runs, as a node with signers, after the recovery and after each release.
+	Settle bool
 }
 
 func TestMain(m *testing.M) {
@@ -59,9 +61,25 @@ func crashChild(file string) error {
 	if err := json.Unmarshal(data, &p); err != nil {
 		return err
 	}
-	u, err := Open(Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})})
+	c := Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})}
+	if p.Settle {
+		c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
+		if c.Floors, err = OpenFloors(filepath.Join(p.Root, "floors.json"), quiet()); err != nil {
+			return err
+		}
+	}
+	u, err := Open(c)
 	if err != nil {
 		return err
+	}
+	settle := func() error {
+		if !p.Settle {
+			return nil
+		}
+		if err := u.Settle(); err != nil && !errors.As(err, new(*FutureError)) {
+			return fmt.Errorf("settle: %w", err)
+		}
+		return nil
 	}
 	if p.CutOff > 0 {
 		u.maxCutOff = p.CutOff
@@ -87,12 +105,18 @@ func crashChild(file string) error {
 	if err := u.Recover(context.Background()); err != nil && !errors.As(err, &failed) {
 		return fmt.Errorf("recover: %w", err)
 	}
+	if err := settle(); err != nil {
+		return err
+	}
 	before, _ := os.ReadFile(done) // a byte for each release that is done with
 	for i, r := range p.Releases[len(before):] {
 		doing = fmt.Sprintf("release %d", len(before)+i+1)
 		err := u.Deploy(context.Background(), Request{Release: r})
 		if err != nil && !errors.As(err, &failed) && !errors.Is(err, ErrQuarantined) {
 			return fmt.Errorf("deploy: %w", err)
+		}
+		if err := settle(); err != nil {
+			return err
 		}
 		if err := os.WriteFile(done, make([]byte, len(before)+i+1), 0o600); err != nil {
 			return err
@@ -138,7 +162,13 @@ func newStory(w *world, strategy deployments.Strategy) story {
 // child begins a process that does the story.
 func (s story) child(die bool) *exec.Cmd {
 	s.t.Helper()
-	data, err := json.Marshal(plan{Root: s.root, Releases: s.releases, Die: die, CutOff: s.cutOff})
+	return s.start(s.planned(plan{Root: s.root, Releases: s.releases, Die: die, CutOff: s.cutOff}))
+}
+
+// planned writes a plan, and returns its file.
+func (s story) planned(p plan) string {
+	s.t.Helper()
+	data, err := json.Marshal(p)
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -146,6 +176,12 @@ func (s story) child(die bool) *exec.Cmd {
 	if err := os.WriteFile(file, data, 0o600); err != nil {
 		s.t.Fatal(err)
 	}
+	return file
+}
+
+// start begins a process that does a plan.
+func (s story) start(file string) *exec.Cmd {
+	s.t.Helper()
 	cmd := exec.Command(os.Args[0], "-test.run=^$")
 	cmd.Env = append(os.Environ(), crashEnv+"="+file)
 	cmd.Stderr = new(strings.Builder)

@@ -187,6 +187,7 @@ func (u *Unit) Settle() error {
 	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
 		return err
 	}
+	u.at("before settle")
 	created := r.Manifest.Created
 	floor := settledAt(created, time.Now())
 	if !floor.Equal(created) {
@@ -195,15 +196,18 @@ func (u *Unit) Settle() error {
 		} else if err := u.save(func(j *journal) { j.Ahead = &ahead{r.Pointer.Digest, floor} }); err != nil {
 			return err
 		}
+		u.at("ahead kept")
 	}
 	if err := u.c.Floors.raise(floorKeys(u.c.ID, r.Manifest), floor); err != nil {
 		return err
 	}
+	u.at("floors raised")
 	if floor.After(u.j.Newest) {
 		if err := u.save(func(j *journal) { j.Newest = floor }); err != nil {
 			return err
 		}
 	}
+	u.at("settled")
 	if !floor.Equal(created) {
 		return &FutureError{Created: created, Settled: floor}
 	}
