@@ -17,6 +17,7 @@ import (
 type gsStore struct {
 	http     *http.Client
 	endpoint string // empty: Google's
+	account  *gsAccount
 }
 
 const (
@@ -28,11 +29,17 @@ func (s *gsStore) address(u *url.URL) string {
 	return cmp.Or(s.endpoint, gsEndpoint) + "/" + u.Host + "/" + (&url.URL{Path: key(u)}).EscapedPath()
 }
 
-// header carries the token: GOOGLE_OAUTH_ACCESS_TOKEN, or the instance's own. Without either, objects must be public.
+// header carries the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS are exchanged for, or
+// the instance's own.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
+	var err error
+	if token == "" {
+		if token, err = s.account.get(ctx); err != nil {
+			return nil, err
+		}
+	}
 	if token == "" && s.endpoint == "" {
-		var err error
 		if token, err = s.instanceToken(ctx); err != nil {
 			return nil, err
 		}
@@ -92,7 +99,7 @@ func (s *gsStore) instanceToken(ctx context.Context) (string, error) {
 	defer cancel()
 	r, err := send(ctx, s.http, http.MethodGet, metadataToken, http.Header{"Metadata-Flavor": {"Google"}}, nil)
 	if err != nil {
-		return "", fmt.Errorf("gs:// needs GOOGLE_OAUTH_ACCESS_TOKEN, or an instance with a service account: %w", err)
+		return "", fmt.Errorf("gs:// needs GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_OAUTH_ACCESS_TOKEN, or an instance with a service account: %w", err)
 	}
 	defer r.Body.Close()
 	var answer struct {

@@ -21,10 +21,19 @@ type httpStore struct {
 
 // stat asks for the first byte: that also tells whether the server keeps to Range, and a presigned URL takes no HEAD.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
-	r, err := send(ctx, s.http, http.MethodGet, u.String(), http.Header{"Range": {firstByte}}, nil)
+	h, err := netrcHeader(u)
+	if err != nil {
+		return Object{}, err
+	}
+	ranged := h.Clone()
+	if ranged == nil {
+		ranged = http.Header{}
+	}
+	ranged.Set("Range", firstByte)
+	r, err := send(ctx, s.http, http.MethodGet, u.String(), ranged, nil)
 	var answer *statusCode
 	if errors.As(err, &answer) && answer.code == http.StatusRequestedRangeNotSatisfiable { // it is empty
-		r, err = send(ctx, s.http, http.MethodHead, u.String(), nil, nil)
+		r, err = send(ctx, s.http, http.MethodHead, u.String(), h, nil)
 	}
 	if err != nil {
 		return Object{}, err
@@ -87,7 +96,11 @@ func found(r *http.Response) (Object, error) {
 }
 
 func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
-	return readHTTP(ctx, s.http, u.String(), nil, o, offset, n)
+	h, err := netrcHeader(u)
+	if err != nil {
+		return nil, 0, err
+	}
+	return readHTTP(ctx, s.http, u.String(), h, o, offset, n)
 }
 
 func readHTTP(

@@ -72,6 +72,7 @@ type Client struct {
 	http     *http.Client
 	s3       s3Lazy
 	gs       string
+	account  gsAccount
 	requests atomic.Int64
 	bytes    atomic.Int64
 }
@@ -149,7 +150,7 @@ func New(c Config) *Client {
 		},
 	}
 	client.s3.config = c.S3
-	client.gs = c.GSEndpoint
+	client.gs, client.account.http = c.GSEndpoint, client.http
 	client.s3.unconditional = c.UnconditionalPut
 	client.s3.requests = &client.requests
 	client.s3.tune = client.tune
@@ -199,7 +200,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 		s, err := c.s3.get(ctx)
 		return s, u, err
 	case "gs":
-		return &gsStore{http: c.http, endpoint: c.gs}, u, nil
+		return &gsStore{http: c.http, endpoint: c.gs, account: &c.account}, u, nil
 	case "https":
 		return &httpStore{http: c.http, meter: c.meter}, u, nil
 	case "http":
@@ -230,11 +231,14 @@ type redirectError struct{ error }
 
 func (e redirectError) Unwrap() error { return e.error }
 
-// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes the token of gs:// along, and
+// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes a token or a password along, and
 // one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
 // carry a signature, and is not told.
 func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
 	r.Header.Del("Referer")
+	if r.URL.Host != via[0].URL.Host {
+		r.Header.Del("Authorization")
+	}
 	from, local := via[len(via)-1].URL, thisMachine(r.URL)
 	switch {
 	case local && !thisMachine(from):

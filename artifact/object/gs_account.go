@@ -1,0 +1,95 @@
+package object
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"sync"
+
+	"golang.org/x/oauth2"
+	"golang.org/x/oauth2/jwt"
+)
+
+const (
+	gsScope  = "https://www.googleapis.com/auth/devstorage.read_write"
+	gsTokens = "https://oauth2.googleapis.com/token"
+)
+
+// gsAccount gives the tokens of the service account whose key file GOOGLE_APPLICATION_CREDENTIALS names. A token is
+// used until it expires; the file is read again for the next.
+type gsAccount struct {
+	http *http.Client
+
+	mu    sync.Mutex
+	file  string // of token
+	token *oauth2.Token
+}
+
+// get returns a token; empty: no file is named.
+func (a *gsAccount) get(ctx context.Context) (string, error) {
+	file := os.Getenv("GOOGLE_APPLICATION_CREDENTIALS")
+	if file == "" {
+		return "", nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.file == file && a.token.Valid() {
+		return a.token.AccessToken, nil
+	}
+	token, err := exchange(context.WithValue(ctx, oauth2.HTTPClient, a.http), file)
+	if err != nil {
+		return "", fmt.Errorf("GOOGLE_APPLICATION_CREDENTIALS: %w", err)
+	}
+	a.file, a.token = file, token
+	return token.AccessToken, nil
+}
+
+// exchange signs a claim with the key of a service account's file, and exchanges it for a token.
+func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var key struct {
+		Type  string `json:"type"`
+		Email string `json:"client_email"`
+		ID    string `json:"private_key_id"`
+		Key   string `json:"private_key"`
+		URI   string `json:"token_uri"`
+	}
+	if err := json.Unmarshal(data, &key); err != nil {
+		return nil, fmt.Errorf("%s is no JSON: %w", file, errors.Unwrap(err)) // without a part of the key
+	}
+	if key.Type != "service_account" {
+		return nil, fmt.Errorf("%s holds credentials of type %q: want a service_account's key", file, key.Type)
+	}
+	if block, _ := pem.Decode([]byte(key.Key)); block == nil {
+		return nil, fmt.Errorf("%s holds no private key", file)
+	}
+	if key.URI == "" {
+		key.URI = gsTokens
+	}
+	c := jwt.Config{
+		Email: key.Email, PrivateKey: []byte(key.Key), PrivateKeyID: key.ID, TokenURL: key.URI, Scopes: []string{gsScope},
+	}
+	token, err := c.TokenSource(ctx).Token()
+	var refused *oauth2.RetrieveError
+	switch {
+	case errors.As(err, &refused) && refused.Response.StatusCode < 500:
+		var why struct {
+			Text string `json:"error_description"`
+		}
+		_ = json.Unmarshal(refused.Body, &why)
+		return nil, fmt.Errorf("%w: %s gives %s no token: %s %q", ErrDenied, key.URI, key.Email, refused.Response.Status,
+			why.Text)
+	case errors.As(err, &refused):
+		return nil, &transientError{err: fmt.Errorf("%s gives no token: %s", key.URI, refused.Response.Status)}
+	case err != nil:
+		return nil, &transientError{err: fmt.Errorf("asking %s for a token: %w", key.URI, err)}
+	}
+	return token, nil
+}

@@ -1,0 +1,94 @@
+package object
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// netrcHeader returns the header with which a server is asked: the user and password that NETRC, or ~/.netrc, has for
+// its host, as curl --netrc sends them. Nobody else is told: a redirect to another host doesn't take it along.
+func netrcHeader(u *url.URL) (http.Header, error) {
+	file := os.Getenv("NETRC")
+	if file == "" {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return nil, nil // as of a service without one
+		}
+		file = filepath.Join(home, ".netrc")
+	}
+	data, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) && os.Getenv("NETRC") == "" {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the password of %s: %w", u.Hostname(), err)
+	}
+	user, password, found := findMachine(string(data), u.Hostname())
+	if !found {
+		return nil, nil
+	}
+	r := http.Request{Header: http.Header{}}
+	r.SetBasicAuth(user, password)
+	return r.Header, nil
+}
+
+// findMachine finds a host's entry in a netrc, or the default one.
+func findMachine(text, host string) (user, password string, found bool) {
+	var words []string
+	macro := false
+	for line := range strings.Lines(text) {
+		if macro = macro && strings.TrimSpace(line) != ""; macro {
+			continue // a macro ends with an empty line
+		}
+		for _, word := range strings.Fields(line) {
+			if strings.HasPrefix(word, "#") && word != "#" && len(words) > 0 && words[len(words)-1] == "password" {
+				words = append(words, word) // a password may begin so
+				continue
+			}
+			if strings.HasPrefix(word, "#") {
+				break
+			}
+			if word == "macdef" {
+				macro = true
+				break
+			}
+			words = append(words, word)
+		}
+	}
+	ours := false
+	for i := 0; i < len(words); i++ {
+		value := ""
+		if i+1 < len(words) {
+			value = words[i+1]
+		}
+		switch words[i] {
+		case "machine":
+			if ours {
+				return user, password, true
+			}
+			ours, i = strings.EqualFold(value, host), i+1
+		case "default":
+			if ours {
+				return user, password, true
+			}
+			ours = true
+		case "login":
+			if i++; ours {
+				user = value
+			}
+		case "password":
+			if i++; ours {
+				password = value
+			}
+		case "account":
+			i++
+		}
+	}
+	return user, password, ours
+}
