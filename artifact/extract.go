@@ -85,6 +85,7 @@ func extract(
 		ctx:      ctx,
 		root:     root,
 		symlinks: m.Symlinks,
+		manifest: m,
 		links:    map[string]bool{},
 		dirs:     map[string]*attributes{},
 		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
@@ -151,6 +152,7 @@ type extractor struct {
 	allowed func(uid, gid int) error
 	// uids and gids are users and groups that were looked up; -1: there is none of that name here.
 	uids, gids map[string]int
+	manifest   *deployments.Manifest
 	// symlinks says where symbolic links may lead.
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
@@ -504,10 +506,39 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
+// meantAlone refuses a release of one file that rsync would put in the place of a directory of many: a page of an error,
+// say, in the place of an archive. Under strategy release the directory is kept.
+func meantAlone(m *deployments.Manifest, name string) error {
+	if m.Strategy != deployments.StrategyRsync {
+		return nil
+	}
+	entries, err := os.ReadDir(m.Dest)
+	if err != nil {
+		return nil // there is nothing to lose
+	}
+	others := 0
+	for _, e := range entries {
+		if e.Name() == name {
+			return nil
+		}
+		if e.IsDir() || e.Type().IsRegular() {
+			others++
+		}
+	}
+	if others < 2 {
+		return nil
+	}
+	return fmt.Errorf("it is no archive, and as a single file would replace the %d entries of %s: "+
+		"if that is meant, say sync_strategy: release, or move the directory away first", others, m.Dest)
+}
+
 // single writes what is no archive as one file under its own name, executable if it is a program.
 func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
 		return errors.New("it is no archive, and its URL gives it no name")
+	}
+	if err := meantAlone(x.manifest, name); err != nil {
+		return err
 	}
 	mode := fs.FileMode(0o644)
 	if bytes.HasPrefix(head, []byte("#!")) || bytes.HasPrefix(head, []byte("\x7fELF")) {

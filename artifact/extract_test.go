@@ -624,3 +624,33 @@ func FuzzExtract(f *testing.F) {
 		}
 	})
 }
+
+// A file that is no archive is a release of one file, but rsync doesn't empty a directory of many for it.
+func TestASingleFileInThePlaceOfMany(t *testing.T) {
+	t.Parallel()
+	store := t.TempDir()
+	page := []byte("<html>not found</html>\n")
+	src := filepath.Join(store, "app.tar.gz")
+	write(t, src, string(page))
+	for name, c := range map[string]struct {
+		there    []string
+		strategy deployments.Strategy
+		refused  bool
+	}{
+		"nothing":                  {nil, deployments.StrategyRsync, false},
+		"a directory of many":      {[]string{"a", "b"}, deployments.StrategyRsync, true},
+		"the release before":       {[]string{"app.tar.gz", "made", "other"}, deployments.StrategyRsync, false},
+		"one file":                 {[]string{"app-1.2"}, deployments.StrategyRsync, false},
+		"where the old tree stays": {[]string{"a", "b"}, deployments.StrategyRelease, false},
+	} {
+		dest := t.TempDir()
+		for _, file := range c.there {
+			write(t, filepath.Join(dest, file), "old")
+		}
+		m := &deployments.Manifest{Src: "file://" + src, Checksum: digestOf(page).String(), Dest: dest, Strategy: c.strategy, DestMode: 0o755}
+		err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{})
+		if (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "sync_strategy: release") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}

@@ -269,7 +269,7 @@ func archiveCases() []oldCase {
 		{name: "a sparse file", archive: archive{raw: "x", filter: []string{"sh", "-c", "d=$(mktemp -d); cd $d; truncate -s 1M s; printf end >> s; chmod 644 s; tar cSf - --owner=0 --group=0 s; rm -rf $d"}}},
 		{name: "zip", differs: "unpacked-first", archive: archive{raw: "PK\x03\x04" + strings.Repeat("\x00", 100), name: "app.zip"}, manifest: hooks, before: oldTree},
 		{name: "7z", differs: "unpacked-first", archive: archive{raw: "7z\xbc\xaf\x27\x1c" + strings.Repeat("\x00", 100), name: "app.7z"}, manifest: hooks, before: oldTree},
-		{name: "a text in place of an archive", differs: "single-file", archive: archive{raw: "a text\n", name: "app.txt"}, manifest: hooks, before: oldTree},
+		{name: "a text in place of an archive", differs: "unpacked-first", archive: archive{raw: "a text\n", name: "app.txt"}, manifest: hooks, before: oldTree},
 		{name: "a program in place of an archive", differs: "single-file", archive: archive{raw: "\x7fELF" + strings.Repeat("\x00", 100), name: "app"}, manifest: hooks},
 		{name: "a virtualenv", differs: "links-out", archive: with("d 755 bin", "l bin/python /usr/bin/python3", "l bin/python3 python", "f 755 bin/pip #!x", "d 755 lib", "l lib64 lib", "f 644 pyvenv.cfg x")},
 		{name: "npm's links", archive: with("d 755 node_modules", "d 755 node_modules/.bin", "l node_modules/.bin/tsc ../typescript/bin/tsc", "f 755 node_modules/typescript/bin/tsc x",
