@@ -276,14 +276,16 @@ func (w *window) append(out []byte, seek int64, n int) ([]byte, error) {
 // openDelta fetches a delta of a few MiB, and checks its hash before it reads it.
 func (f *fetch) openDelta(ctx context.Context, blob deployments.Delta, oldIndex []byte) (*delta, []byte, error) {
 	f.meter.expect(blob.Size)
-	data, err := f.objects.ReadAll(ctx, blob.URL, blob.Size)
+	data, err := f.objects.ReadPinned(ctx, blob.URL, blob.Size, func(data []byte) error {
+		if digestOf(data) != blob.SHA256 {
+			return wrongDelta(blob)
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, nil, err
 	}
 	f.meter.add(int64(len(data)))
-	if digestOf(data) != blob.SHA256 {
-		return nil, nil, wrongDelta(blob)
-	}
 	return readDelta(bytes.NewReader(data), io.NopCloser(nil), oldIndex)
 }
 
@@ -357,9 +359,28 @@ func (f *fetch) fetchLarge(
 	oldIndex []byte,
 	path string,
 ) (*delta, []byte, error) {
-	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	var file *os.File
+	err := f.objects.EachSource(ctx, blob.URL, func(s object.Source) (err error) {
+		file, err = f.fetchLargeFrom(ctx, s, blob, path)
+		return err
+	})
 	if err != nil {
 		return nil, nil, err
+	}
+	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
+}
+
+// fetchLargeFrom is fetchLarge from one source. What another one gave is gone on with, and fetched anew if it turns
+// out to be wrong.
+func (f *fetch) fetchLargeFrom(
+	ctx context.Context,
+	from object.Source,
+	blob deployments.Delta,
+	path string,
+) (*os.File, error) {
+	file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
 	}
 	sum := sha256.New()
 	had, err := io.Copy(sum, io.LimitReader(file, blob.Size))
@@ -368,15 +389,15 @@ func (f *fetch) fetchLarge(
 	}
 	if err == nil {
 		f.meter.expect(blob.Size - had)
-		err = f.copyRest(ctx, blob, had, io.MultiWriter(file, sum, f.meter))
+		err = f.copyRest(ctx, from, blob, had, io.MultiWriter(file, sum, f.meter))
 	}
 	if err == nil && deployments.Digest(sum.Sum(nil)) != blob.SHA256 {
 		if err = wrongDelta(blob); had > 0 { // what was there may be another's, or spoiled by a loss of power
 			file.Close()
 			if err := os.Remove(path); err != nil {
-				return nil, nil, err
+				return nil, err
 			}
-			return f.fetchLarge(ctx, blob, oldIndex, path)
+			return f.fetchLargeFrom(ctx, from, blob, path)
 		}
 	}
 	if err == nil {
@@ -384,17 +405,17 @@ func (f *fetch) fetchLarge(
 	}
 	if err != nil {
 		file.Close()
-		return nil, nil, err
+		return nil, err
 	}
-	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
+	return file, nil
 }
 
 // copyRest copies a blob from an offset to its end.
-func (f *fetch) copyRest(ctx context.Context, blob deployments.Delta, from int64, to io.Writer) error {
+func (f *fetch) copyRest(ctx context.Context, s object.Source, blob deployments.Delta, from int64, to io.Writer) error {
 	if from == blob.Size {
 		return nil
 	}
-	body, err := f.objects.Read(ctx, object.Object{URL: blob.URL, Size: blob.Size, Ranges: true}, from)
+	body, err := s.Read(ctx, object.Object{URL: s.URL, Size: blob.Size, Ranges: true}, from)
 	if err != nil {
 		return err
 	}

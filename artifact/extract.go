@@ -47,10 +47,9 @@ const (
 	maxWindow = 128 << 20
 )
 
-// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at
-// once, with no copy of the archive in between. The tree may only be used when it returns nil: the checksum is
-// known at the end.
-func extract(
+// extractFrom is extract from the first source that has the archive. Mirrors are asked only if the manifest has a hash
+// of it that nobody can forge. What is wrong with the archive itself, or with this machine, is no source's fault.
+func extractFrom(
 	ctx context.Context,
 	objects *object.Client,
 	m *deployments.Manifest,
@@ -58,8 +57,42 @@ func extract(
 	opt StageOptions,
 	owners func(uid, gid int) error,
 ) error {
-	src := deployments.ShownURL(m.Src)
-	o, err := objects.Stat(ctx, m.Src)
+	var own error
+	try := func(s object.Source) error {
+		if err := emptyDir(dir); err != nil { // a stream can't be resumed in the middle
+			own = err
+			return nil
+		}
+		err := extract(ctx, s, m, dir, opt, owners)
+		for _, fault := range []error{
+			ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
+		} {
+			if errors.Is(err, fault) {
+				return err
+			}
+		}
+		own = err
+		return nil
+	}
+	if len(m.Checksum) < len(emptyDigest.String()) {
+		return errors.Join(try(object.Source{Client: objects, URL: m.Src}), own)
+	}
+	return errors.Join(objects.EachSource(ctx, m.Src, try), own)
+}
+
+// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at
+// once, with no copy of the archive in between. The tree may only be used when it returns nil: the checksum is
+// known at the end.
+func extract(
+	ctx context.Context,
+	from object.Source,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	owners func(uid, gid int) error,
+) error {
+	src := deployments.ShownURL(from.URL)
+	o, err := from.Stat(ctx, from.URL)
 	if err != nil {
 		return fmt.Errorf("extract: %w", err)
 	}
@@ -69,7 +102,7 @@ func extract(
 	if err := checkFree(dir, o.Size); err != nil {
 		return fmt.Errorf("extract %s: %w", src, err)
 	}
-	stream, err := objects.Read(ctx, o, 0)
+	stream, err := from.Read(ctx, o, 0)
 	if err != nil {
 		return fmt.Errorf("extract: %w", err)
 	}

@@ -610,7 +610,8 @@ func FuzzExtract(f *testing.F) {
 			t.Fatal(err)
 		}
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
-		err := extract(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}, nil)
+		from := object.Source{Client: object.New(object.Config{}), URL: m.Src}
+		err := extract(t.Context(), from, m, dir, StageOptions{}, nil)
 		if outside := list(t, outer); len(outside) != 1 {
 			t.Fatalf("it wrote outside of the tree: %q", outside)
 		}

@@ -219,14 +219,16 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	}
 	f.meter.expect(m.Index.Size)
 	for try := 0; ; try++ {
-		data, err := f.objects.ReadAll(ctx, m.Index.URL, m.Index.Size)
-		if err != nil {
+		data, err := f.objects.ReadPinned(ctx, m.Index.URL, m.Index.Size, func(data []byte) (err error) {
+			f.index, err = f.decode(data)
 			return err
-		}
-		if f.index, err = f.decode(data); err != nil && try == 0 {
+		})
+		if errors.Is(err, ErrDigest) && try == 0 {
 			continue // as with a frame, it may have been spoiled on the way
 		}
-		f.meter.add(int64(len(data)))
+		if err == nil {
+			f.meter.add(int64(len(data)))
+		}
 		return err
 	}
 }
@@ -403,21 +405,12 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		last := f.index.frames[s.to-1]
 		f.meter.expect(last.offset + last.size - f.index.frames[s.from].offset)
 	}
-	o, err := f.objects.Stat(ctx, f.manifest.Src)
+	archive, err := f.openArchive(ctx)
 	if err != nil {
 		return err
 	}
-	if o.Size != f.index.archiveSize() {
-		return fmt.Errorf(
-			"%w: the archive %s has %d bytes, its index says %d",
-			ErrDigest,
-			deployments.ShownURL(o.URL),
-			o.Size,
-			f.index.archiveSize(),
-		)
-	}
 	readers := connections
-	if !o.Ranges { // one stream that passes over what isn't wanted
+	if o := archive.current(); !o.Ranges { // one stream that passes over what isn't wanted
 		f.fallBack("the server ignores Range", "url", deployments.ShownURL(o.URL))
 		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
 		readers = 1
@@ -455,7 +448,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		group.Go(func() error {
 			defer reading.Done()
 			for s := range todo {
-				if err := f.readSpan(ctx, o, s, wanted, buffers, frames); err != nil {
+				if err := f.readSpan(ctx, archive, s, wanted, buffers, frames); err != nil {
 					return err
 				}
 			}
@@ -513,7 +506,7 @@ func newDecoder() (*zstd.Decoder, error) {
 // readSpan reads a span's wanted frames and passes them on. Cut off, or given a wrong frame, it asks again from there.
 func (f *fetch) readSpan(
 	ctx context.Context,
-	o object.Object,
+	archive *archive,
 	s span,
 	wanted []bool,
 	buffers chan []byte,
@@ -521,20 +514,26 @@ func (f *fetch) readSpan(
 ) error {
 	pause := wait.NewBackoff(100*time.Millisecond, time.Minute)
 	for next, failed := s.from, 0; next < s.to; {
+		o := archive.current()
 		reached, err := f.tryReadSpan(ctx, o, span{next, s.to}, wanted, buffers, out)
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() != nil || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
-			errors.Is(err, object.ErrChanged) {
+		if ctx.Err() != nil {
 			return err
 		}
 		if reached > next {
 			failed = 0
 			pause.Reset()
 		}
-		if next, failed = reached, failed+1; failed == tries {
-			return err
+		next, failed = reached, failed+1
+		if o.Mirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
+			errors.Is(err, object.ErrChanged) {
+			if archive.passOver(ctx, o, err) != nil {
+				return err
+			}
+			failed = 0
+			continue
 		}
 		if err := pause.Wait(ctx); err != nil {
 			return err
@@ -546,20 +545,18 @@ func (f *fetch) readSpan(
 // tryReadSpan makes one request, and returns the first frame that it could not pass on.
 func (f *fetch) tryReadSpan(
 	ctx context.Context,
-	o object.Object,
+	o place,
 	s span,
 	wanted []bool,
 	buffers chan []byte,
 	out chan<- fetched,
 ) (int, error) {
 	first, last := f.index.frames[s.from], f.index.frames[s.to-1]
-	read := f.objects.Read
+	length := o.Size - first.offset
 	if o.Ranges {
-		read = func(ctx context.Context, o object.Object, offset int64) (io.ReadCloser, error) {
-			return f.objects.ReadRange(ctx, o, offset, last.offset+last.size-offset)
-		}
+		length = last.offset + last.size - first.offset
 	}
-	body, err := read(ctx, o, first.offset)
+	body, err := o.source.ReadRange(ctx, o.Object, first.offset, length)
 	if err != nil {
 		return s.from, err
 	}

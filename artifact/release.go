@@ -134,11 +134,11 @@ func FetchManifest(
 
 // ReadManifest reads the bytes of the manifest that p points to, and no others: a wrong digest is ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
-	raw, err := objects.ReadAll(ctx, p.URL, deployments.MaxManifest)
-	if err != nil {
+	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, isOf(p.Digest))
+	if err != nil && !errors.Is(err, ErrDigest) {
 		return nil, fmt.Errorf("fetch the manifest: %w", err)
 	}
-	if digestOf(raw) != p.Digest {
+	if err != nil {
 		if raw, err := olderVersion(ctx, objects, p); err == nil {
 			return raw, nil
 		}
@@ -150,6 +150,16 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 		)
 	}
 	return raw, nil
+}
+
+// isOf returns a check of bytes by their digest.
+func isOf(want deployments.Digest) func([]byte) error {
+	return func(data []byte) error {
+		if digestOf(data) != want {
+			return ErrDigest
+		}
+		return nil
+	}
 }
 
 // maxVersions bounds how many older versions of a manifest are read.

@@ -338,10 +338,7 @@ func fill(
 	if m.Index != nil {
 		index, err = fetchIndexed(ctx, objects, m, base, dir, opt)
 	} else {
-		if err := emptyDir(dir); err != nil { // a stream can't be resumed in the middle
-			return nil, err
-		}
-		if err = extract(ctx, objects, m, dir, opt, owners); err == nil {
+		if err = extractFrom(ctx, objects, m, dir, opt, owners); err == nil {
 			index, err = indexOfTree(ctx, dir)
 		}
 	}

@@ -209,6 +209,7 @@
 //	listen_status      the address of /status and /metrics for other machines (none)
 //	sources            URLs, or prefixes of whole path segments, that releases may come from (any)
 //	local_sources      true: releases may come from file:// and, on this machine, http:// (false)
+//	mirrors            prefixes of URLs, each with a list of prefixes to read releases from before their own place (none)
 //	dests              directories in or below which releases may go live (any)
 //	users              users that commands run as and that own trees (any)
 //	no_commands        true: releases may have no commands (false)

@@ -57,7 +57,9 @@ type Config struct {
 	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it
 	// leads to https alone, and from another machine never to this one.
 	Redirect func(url string) error
-	Log      *slog.Logger // nil: discard
+	// Mirrors are asked before an object's own place by those who know its digest.
+	Mirrors Mirrors
+	Log     *slog.Logger // nil: discard
 }
 
 // Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a
@@ -69,6 +71,8 @@ type Client struct {
 	limit    *rate.Limiter // nil: none
 	stall    time.Duration
 	least    int64
+	tries    int      // of a call, without progress
+	mirrors  *mirrors // nil: there are none
 	http     *http.Client
 	s3       s3Lazy
 	gs       string
@@ -131,7 +135,12 @@ const (
 
 // New makes a client; it does no I/O.
 func New(c Config) *Client {
-	client := &Client{log: c.Log, stall: cmp.Or(c.StallTimeout, stallTimeout), least: cmp.Or(c.LeastRate, leastRate)}
+	client := &Client{
+		log:   c.Log,
+		stall: cmp.Or(c.StallTimeout, stallTimeout),
+		least: cmp.Or(c.LeastRate, leastRate),
+		tries: maxTries,
+	}
 	if client.log == nil {
 		client.log = slog.New(slog.DiscardHandler)
 	}
@@ -155,6 +164,9 @@ func New(c Config) *Client {
 	client.s3.requests = &client.requests
 	client.s3.tune = client.tune
 	client.s3.retry = client.retry
+	if len(c.Mirrors) > 0 {
+		client.mirrors = newMirrors(c, client)
+	}
 	return client
 }
 
@@ -188,7 +200,14 @@ func (t countingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // Requests counts the requests sent and the bytes read since New: what a benchmark and a log line want to know.
-func (c *Client) Requests() (requests, bytes int64) { return c.requests.Load(), c.bytes.Load() }
+func (c *Client) Requests() (requests, bytes int64) {
+	requests, bytes = c.requests.Load(), c.bytes.Load()
+	if c.mirrors != nil {
+		r, b := c.mirrors.client.Requests()
+		requests, bytes = requests+r, bytes+b
+	}
+	return requests, bytes
+}
 
 func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error) {
 	u, err := url.Parse(text)
@@ -268,7 +287,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	for n := 1; ; n++ {
 		err := try()
 		var transient *transientError
-		if err == nil || !errors.As(err, &transient) || n == maxTries || ctx.Err() != nil {
+		if err == nil || !errors.As(err, &transient) || n == c.tries || ctx.Err() != nil {
 			return withoutTransient(err)
 		}
 		c.log.Debug("tries again", "what", what, "error", err)
@@ -475,7 +494,7 @@ func (r *resuming) read(p []byte) (int, error) {
 		if err := r.ctx.Err(); err != nil {
 			return n, err
 		}
-		if r.tries++; r.tries == maxTries {
+		if r.tries++; r.tries == r.client.tries {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}

@@ -89,6 +89,11 @@ finishes or takes back what it had begun.`,
 		false,
 		"let releases come from file:// and from http:// on this machine, without naming them in --sources",
 	)
+	f.String(
+		"mirrors",
+		"",
+		"`PREFIX=MIRROR`: URL prefixes to read releases from before their own place, separated by commas (default: none)",
+	)
 	f.String("dests", "", "`directories` that dest may lie in (default: any)")
 	f.String("users", "", "`users` that commands may run as (default: any)")
 	f.Bool("no-commands", false, "refuse releases with commands")
@@ -200,6 +205,12 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("listen-status", &c.ListenStatus)
 	strs("sources", &c.Sources)
 	boolean("local-sources", &c.LocalSources)
+	if v, ok := text("mirrors"); ok {
+		var err error
+		if c.Mirrors, err = readMirrors(v); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	strs("dests", &c.Dests)
 	strs("users", &c.Users)
 	boolean("no-commands", &c.NoCommands)
@@ -263,6 +274,10 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if conf.Verify != "" && conf.Verify != "always" {
 		return usagef("verify is %q: want always, or leave it out", conf.Verify)
 	}
+	mirrors, err := conf.Mirrors.mirrors()
+	if err != nil {
+		return usageError{err}
+	}
 	bandwidth, err := byteRate(conf.MaxBandwidth)
 	if err != nil {
 		return usageError{err}
@@ -276,7 +291,9 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	bounds := policy.Bounds{
 		Sources: conf.Sources, NoLocal: !conf.LocalSources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands,
 	}
-	objects := object.New(object.Config{MaxBandwidth: bandwidth, Redirect: bounds.CheckSource, Log: log})
+	objects := object.New(object.Config{
+		MaxBandwidth: bandwidth, Redirect: bounds.CheckSource, Mirrors: mirrors, Log: log,
+	})
 	trust, err := trustSigners(conf.Signers, objects, log)
 	if err != nil {
 		return err

@@ -15,6 +15,7 @@ import (
 	"github.com/goccy/go-yaml/parser"
 	"github.com/goccy/go-yaml/token"
 
+	"kedge/artifact/object"
 	"kedge/deployments"
 )
 
@@ -32,6 +33,8 @@ type agentConfig struct {
 	Sources words `yaml:"sources"`
 	// LocalSources lets releases come from file:// and, on this machine, http:// also where Sources doesn't name them.
 	LocalSources bool `yaml:"local_sources"`
+	// Mirrors are asked before the place that an object belongs to.
+	Mirrors mirrorLists `yaml:"mirrors"`
 
 	Dests      words `yaml:"dests"`
 	Users      words `yaml:"users"`
@@ -222,6 +225,31 @@ func configError(file string, err error, field ...*token.Position) error {
 // list splits what a flag or variable gives as a list.
 func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
+}
+
+// mirrorLists are object.Mirrors as they are typed.
+type mirrorLists map[string]words
+
+// readMirrors reads a list of PREFIX=MIRROR: a prefix may stand several times.
+func readMirrors(text string) (mirrorLists, error) {
+	m := mirrorLists{}
+	for _, one := range list(text) {
+		prefix, mirror, ok := strings.Cut(one, "=")
+		if !ok {
+			return nil, fmt.Errorf("mirrors %q: want PREFIX=MIRROR, as in s3://acme-releases/=s3://acme-releases-euw1/", one)
+		}
+		m[prefix] = append(m[prefix], mirror)
+	}
+	return m, nil
+}
+
+// mirrors returns what was typed, once it is seen to be URLs.
+func (m mirrorLists) mirrors() (object.Mirrors, error) {
+	out := object.Mirrors{}
+	for prefix, urls := range m {
+		out[prefix] = urls
+	}
+	return out, out.Check()
 }
 
 // byteRate reads a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000.

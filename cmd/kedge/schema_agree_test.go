@@ -118,6 +118,7 @@ listen: :7070
 listen_status: 10.0.0.7:7071
 sources: [s3://acme-releases]
 local_sources: false
+mirrors: {"s3://acme-releases/": ["s3://acme-releases-euw1/", "http://127.0.0.1:65001/acme/"]}
 dests: [/srv]
 users: [app]
 no_commands: false

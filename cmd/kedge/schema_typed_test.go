@@ -253,6 +253,9 @@ func agentSchema(t *testing.T) node {
 		switch f.kind {
 		case "words":
 			fields[f.name] = s.list(text(""))
+		case "mirrorLists":
+			lists := s.list(text(""))["anyOf"].([]node)
+			fields[f.name] = node{"type": "object", "additionalProperties": node{"anyOf": append(lists, node{"type": "null"})}}
 		case "bool":
 			fields[f.name] = node{"type": "boolean"}
 		case "duration":

@@ -84,16 +84,21 @@ func trustSigners(
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
-		signature, err := objects.ReadAll(ctx, deployments.BesideURL(p.URL, ".sig"), artifact.MaxSignature)
-		if errors.Is(err, object.ErrNotFound) {
+		var who string
+		var unsigned error // of the signature that was read last
+		url := deployments.BesideURL(p.URL, ".sig")
+		_, err := objects.ReadPinned(ctx, url, artifact.MaxSignature, func(signature []byte) error {
+			who, unsigned = signers.VerifyManifest(manifest, signature, time.Now())
+			return unsigned
+		})
+		switch {
+		case err == nil:
+		case errors.Is(err, object.ErrNotFound):
 			return fmt.Errorf("%s is not signed, and signers are configured here: publish it with --sign", p.URL)
-		}
-		if err != nil {
-			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)
-		}
-		who, err := signers.VerifyManifest(manifest, signature, time.Now())
-		if err != nil {
+		case unsigned != nil && errors.Is(err, unsigned):
 			return fmt.Errorf("the signature of %s: %w", p.URL, err)
+		default:
+			return fmt.Errorf("reading the signature of %s: %w", p.URL, err)
 		}
 		log.Debug("manifest is signed", "url", p.URL, "by", who)
 		return nil

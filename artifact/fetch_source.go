@@ -1,0 +1,84 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"kedge/artifact/object"
+	"kedge/deployments"
+)
+
+// archive is where a fetch reads its archive: at one place at a time, by several goroutines.
+type archive struct {
+	objects *object.Client
+	size    int64
+
+	mu   sync.Mutex
+	now  place
+	left []object.Source // to go to when now fails
+}
+
+// place is an archive as it lies at one source.
+type place struct {
+	object.Object
+	source object.Source
+}
+
+// Mirror reports whether it isn't the archive's own place.
+func (p place) Mirror() bool { return p.source.Mirror() }
+
+// openArchive looks for the archive at one source after the other.
+func (f *fetch) openArchive(ctx context.Context) (*archive, error) {
+	a := &archive{objects: f.objects, size: f.index.archiveSize(), left: f.objects.Sources(f.manifest.Src)}
+	if err := a.open(ctx); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+func (a *archive) current() place {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.now
+}
+
+// passOver goes on to the next source, unless another goroutine has left this one already.
+func (a *archive) passOver(ctx context.Context, from place, err error) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.now.source != from.source {
+		return nil
+	}
+	a.objects.PassOver(from.source, err)
+	return a.open(ctx)
+}
+
+// open goes to the next source that has the archive. If none has it, the error is that of its own place.
+func (a *archive) open(ctx context.Context) error {
+	err := errors.New("no place is left to read the archive from")
+	for len(a.left) > 0 {
+		s := a.left[0]
+		a.left = a.left[1:]
+		o, failed := s.Stat(ctx, s.URL)
+		switch {
+		case failed != nil:
+		case o.Size != a.size:
+			failed = fmt.Errorf(
+				"%w: the archive %s has %d bytes, its index says %d", ErrDigest, deployments.ShownURL(o.URL), o.Size, a.size)
+		case s.Mirror() && !o.Ranges:
+			failed = fmt.Errorf("%w: it ignores Range", object.ErrUnavailable)
+		default:
+			a.now = place{o, s}
+			return nil
+		}
+		if ctx.Err() != nil {
+			return failed
+		}
+		if a.objects.PassOver(s, failed); !s.Mirror() {
+			err = failed
+		}
+	}
+	return err
+}

@@ -1,0 +1,185 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"kedge/deployments"
+)
+
+// Mirrors are other places of what lies below a URL prefix: prefixes that are put in its stead, in the order in which
+// they are asked.
+type Mirrors map[string][]string
+
+const (
+	// A mirror is given up sooner than the place that an object belongs to.
+	mirrorTries     = 2
+	mirrorStall     = 3 * time.Second
+	mirrorLeastRate = 64 << 10 // bytes a second
+	// mirrorPause is how long one that failed is asked last.
+	mirrorPause = time.Minute
+)
+
+// Check refuses what is no prefix of URLs.
+func (m Mirrors) Check() error {
+	for _, prefix := range slices.Sorted(maps.Keys(m)) {
+		for _, p := range append([]string{prefix}, m[prefix]...) {
+			if err := deployments.CheckURL(strings.TrimSuffix(p, "/") + "/x"); err != nil {
+				return fmt.Errorf("mirrors of %s: %q: %w", deployments.ShownURL(prefix), deployments.ShownURL(p), err)
+			}
+		}
+		if len(m[prefix]) == 0 {
+			return fmt.Errorf("mirrors of %s: want a list of URL prefixes", deployments.ShownURL(prefix))
+		}
+	}
+	return nil
+}
+
+// of returns the mirrors' prefixes for a URL, and the URL below each of them: those of the longest prefix that covers
+// it.
+func (m Mirrors) of(url string) (prefixes, urls []string) {
+	longest := ""
+	for prefix := range m {
+		if deployments.UnderPrefix(url, prefix) && len(prefix) > len(longest) {
+			longest = prefix
+		}
+	}
+	if longest == "" {
+		return nil, nil
+	}
+	rest := strings.TrimPrefix(url, strings.TrimSuffix(longest, "/"))
+	for _, to := range m[longest] {
+		urls = append(urls, strings.TrimSuffix(to, "/")+rest)
+	}
+	return m[longest], urls
+}
+
+// allows reports whether a redirect may lead to a URL.
+func (m Mirrors) allows(url string) bool {
+	for _, prefixes := range m {
+		if deployments.FromSource(url, prefixes) {
+			return true
+		}
+	}
+	return false
+}
+
+// mirrors is what a client knows of them.
+type mirrors struct {
+	of Mirrors
+	// client is less patient than the one that these are the mirrors of.
+	client *Client
+
+	mu     sync.Mutex
+	failed map[string]time.Time // by prefix: when it failed last
+}
+
+// newMirrors makes the client of mirrors. They are allowed by being configured: a redirect may lead from one to
+// another.
+func newMirrors(c Config, origin *Client) *mirrors {
+	of, redirect := c.Mirrors, c.Redirect
+	c.Mirrors = nil
+	c.StallTimeout = min(origin.stall, mirrorStall)
+	c.LeastRate = max(origin.least, mirrorLeastRate)
+	c.Redirect = func(url string) error {
+		if redirect == nil || of.allows(url) {
+			return nil
+		}
+		return redirect(url)
+	}
+	client := New(c)
+	client.tries, client.limit = mirrorTries, origin.limit
+	return &mirrors{of: of, client: client, failed: map[string]time.Time{}}
+}
+
+// Source is one of the places that may have an object. Its Client reads it, at its URL.
+type Source struct {
+	*Client
+	URL string
+	// mirror is the prefix of a mirror; empty: the object's own place.
+	mirror string
+}
+
+// Mirror reports whether it isn't the object's own place.
+func (s Source) Mirror() bool { return s.mirror != "" }
+
+// Sources returns where to ask for an object: its mirrors in their order, then its own place, then the mirrors that
+// failed lately. What comes from a mirror may be anything: only who knows an object's digest may ask there.
+func (c *Client) Sources(url string) []Source {
+	own := Source{Client: c, URL: url}
+	if c.mirrors == nil {
+		return []Source{own}
+	}
+	prefixes, urls := c.mirrors.of.of(url)
+	var first, last []Source
+	c.mirrors.mu.Lock()
+	defer c.mirrors.mu.Unlock()
+	for i, prefix := range prefixes {
+		s := Source{Client: c.mirrors.client, URL: urls[i], mirror: prefix}
+		if at, ok := c.mirrors.failed[prefix]; ok && time.Since(at) < mirrorPause {
+			last = append(last, s)
+		} else {
+			first = append(first, s)
+		}
+	}
+	return slices.Concat(first, []Source{own}, last)
+}
+
+// PassOver says that a mirror did not give what it should, and asks it last for a while. That it lacks an object says
+// nothing of others.
+func (c *Client) PassOver(s Source, err error) {
+	if !s.Mirror() {
+		return
+	}
+	reason := deployments.ReasonDigestMismatch
+	switch {
+	case errors.Is(err, ErrNotFound):
+		c.log.Info("a mirror lacks an object", "url", deployments.ShownURL(s.URL))
+		return
+	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrDenied), errors.Is(err, context.DeadlineExceeded):
+		reason = deployments.ReasonStorageUnavailable
+	}
+	c.mirrors.mu.Lock()
+	c.mirrors.failed[s.mirror] = time.Now()
+	c.mirrors.mu.Unlock()
+	c.log.Warn("a mirror is passed over", "mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL),
+		"reason", reason, "error", err)
+}
+
+// EachSource calls try with one source of an object after the other, until it returns nil. If it never does, the
+// error is that of the object's own place.
+func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
+	var own error
+	for _, s := range c.Sources(url) {
+		err := try(s)
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if s.Mirror() {
+			c.PassOver(s, err)
+		} else {
+			own = err
+		}
+	}
+	return own
+}
+
+// ReadPinned is ReadAll of an object that its readers know when they see it: check returns an error for all other
+// bytes.
+func (c *Client) ReadPinned(ctx context.Context, url string, max int64, check func([]byte) error) (out []byte, err error) {
+	err = c.EachSource(ctx, url, func(s Source) error {
+		data, err := s.ReadAll(ctx, s.URL, max)
+		if err == nil {
+			err = check(data)
+		}
+		out = data
+		return err
+	})
+	return out, err
+}
