@@ -347,7 +347,7 @@
 //	version      its manifest's
 //	want         the pointer of what should run
 //	why          why it should, in words
-//	generation   the record's from which that was resolved
+//	generation   the record's from which that was resolved, or one before for which the node had to do something
 //	staged       the digest of a release that lies ready on disk
 //	quarantined  digests that failed on this node
 //	reason       why the state is what it is, as a code

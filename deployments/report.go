@@ -35,7 +35,8 @@ type UnitReport struct {
 	// Want is what policy.Resolve last answered, and Why its reason in words.
 	Want Pointer `json:"want,omitzero"`
 	Why  string  `json:"why,omitempty"`
-	// Generation is the record's that Want was resolved from.
+	// Generation is the record's that Want was resolved from. A node that has converged, and has nothing to do for a
+	// newer one, tells of that with its next report.
 	Generation int64 `json:"generation,omitempty"`
 	// Staged is the digest of a target that lies ready on disk, before the node is admitted.
 	Staged Digest `json:"staged,omitzero"`

@@ -16,8 +16,11 @@ import (
 )
 
 const (
-	// progressEvery is the time between two reports that differ in bytes fetched alone.
+	// progressEvery is the time between two reports that differ in bytes fetched, or in steps of a switch, alone.
 	progressEvery = 3 * time.Second
+	// switchWithin is how long a node whose release lies ready waits for its switch to begin, before it reports that it
+	// is on its way: until then nothing is out of service.
+	switchWithin = time.Second
 	// reportsPerSecond and reportBurst bound all reports.
 	reportsPerSecond = 4
 	reportBurst      = 16
@@ -128,22 +131,26 @@ func (a *Agent) report(ctx context.Context) {
 			if !a.settledIn(role) {
 				continue // what a node says in its first moments would only hide what it said before
 			}
-			data, coarse := encodeReport(r)
+			next := a.encode(role, r)
 			last := written[role]
-			if data == last.data {
+			if next.news == last.news {
 				continue
 			}
-			if coarse == last.coarse {
+			if next.coarse == last.coarse {
 				if wait := progressEvery - time.Since(last.at); wait > 0 {
 					later(wait)
 					continue
 				}
 			}
+			if wait := startsWithin(last.units, r.Units, time.Now()); wait > 0 {
+				later(wait)
+				continue
+			}
 			if !limit.Allow() { // no waiting with this one in hand: by then it is old, and the newest would wait for another turn
 				later(time.Second / reportsPerSecond)
 				continue
 			}
-			if err := presence.Put(ctx, kv.StatusKey(a.c.Stage, role, a.c.Node), []byte(data)); err != nil {
+			if err := presence.Put(ctx, kv.StatusKey(a.c.Stage, role, a.c.Node), next.data); err != nil {
 				if ctx.Err() != nil {
 					return
 				}
@@ -157,7 +164,8 @@ func (a *Agent) report(ctx context.Context) {
 			retry.Reset()
 			failed = false
 			a.metrics.reported()
-			written[role] = writtenReport{data, coarse, time.Now()}
+			next.at = time.Now()
+			written[role] = next
 		}
 		var due <-chan time.Time
 		if again > 0 {
@@ -216,23 +224,71 @@ func (a *Agent) rolesInMidSwitch() []string {
 	return roles
 }
 
+// writtenReport is a report as it is written, and what of it makes it worth that.
 type writtenReport struct {
-	data, coarse string
-	at           time.Time
+	data   []byte
+	news   string // without it nothing is written
+	coarse string // what is written at once
+	units  map[string]deployments.UnitReport
+	at     time.Time
 }
 
-// encodeReport gives a report's JSON, and what of it makes a report worth writing at once.
-func encodeReport(r deployments.Report) (data, coarse string) {
-	full, err := json.Marshal(r)
+// encode encodes a role's report. A node that runs what it should, and has nothing to do for a new generation, writes
+// nothing to say that it knows of it, or has the next release ready: that comes with its next report.
+func (a *Agent) encode(role string, r deployments.Report) writtenReport {
+	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
+	for name, u := range r.Units {
+		if u.State == deployments.StateConverged && !a.awaited(deployments.UnitID{Stage: a.c.Stage, Role: role, Unit: name}) {
+			u.Generation, u.Why, u.Staged = 0, "", deployments.Digest{}
+			r.Units[name] = u
+		}
+	}
+	w.news = string(encoded(r))
 	for name, u := range r.Units {
 		u.Fetched, u.Total = 0, 0
+		if u.State == deployments.StateSwitching { // the last of its steps are followed by another state soon
+			u.Running, u.Version, r.Ready = deployments.Pointer{}, "", false
+		}
 		r.Units[name] = u
 	}
-	rest, err2 := json.Marshal(r)
-	if err != nil || err2 != nil {
+	w.coarse = string(encoded(r))
+	return w
+}
+
+func encoded(r deployments.Report) []byte {
+	data, err := json.Marshal(r)
+	if err != nil {
 		panic("a report has no JSON") // it is plain data
 	}
-	return string(full), string(rest)
+	return data
+}
+
+// awaited reports whether the mirror waits for a node to say that it knows the record: one before may have admitted it.
+func (a *Agent) awaited(id deployments.UnitID) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	u := a.units[id]
+	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
+}
+
+// startsWithin returns how long a report can wait whose only news is that units go to what they have ready; 0: there is
+// other news, or none of that.
+func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
+	if len(last) != len(now) {
+		return 0
+	}
+	for name, u := range now {
+		was, known := last[name]
+		starts := known && was.State == deployments.StateConverged && u.State == deployments.StateFetching &&
+			u.Error == "" && u.Staged == u.Want.Digest && !u.Want.IsZero()
+		switch {
+		case starts:
+			wait = max(wait, switchWithin-at.Sub(u.Since))
+		case !known || was.State != u.State || was.Running != u.Running || was.Error != u.Error:
+			return 0
+		}
+	}
+	return max(wait, 0)
 }
 
 // settledIn reports whether the agent knows enough of a role to speak of it.

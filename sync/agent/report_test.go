@@ -3,7 +3,10 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -96,4 +99,62 @@ func TestReportsAreBounded(t *testing.T) {
 		cancel()
 		<-done
 	})
+}
+
+// A node writes two reports of a rollout: that it switches, and that it has. That it knows of a record for which it has
+// nothing to do, and has the next release ready, is no news.
+func TestReportsOfARollout(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one, two := w.publish("app", "1"), w.publish("app", "2")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	var mu sync.Mutex
+	var seen []string
+	go func() {
+		_ = w.store.Watch(t.Context(), kv.RolePrefix(kv.StatusPrefix, "prod", "web"), func(v kv.View) {
+			mu.Lock()
+			defer mu.Unlock()
+			for _, e := range v.Entries {
+				if n := len(seen); e.Session != "" && (n == 0 || seen[n-1] != string(e.Value)) {
+					seen = append(seen, string(e.Value))
+				}
+			}
+		})
+	}()
+	reports := func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(seen)
+	}
+	a := w.start()
+	a.awaitRunning(app, one)
+	await(t, "the report of that", func() (bool, string) {
+		r, _ := w.reported("web")
+		return r.Units["app"].State == deployments.StateConverged && r.Ready, fmt.Sprint(r)
+	})
+	time.Sleep(2 * progressEvery) // what it has left to say
+	before := len(reports())
+	record := deployments.Record{Target: two, Stable: one, Generation: 2,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Since: time.Now()}}
+	w.desire(app, record)
+	a.awaitUnit(app, "staged", func(u deployments.UnitReport) bool { return u.Staged == two.Digest && u.Generation == 2 })
+	time.Sleep(2 * progressEvery)
+	if all := reports(); len(all) != before {
+		t.Errorf("a node that waits for its turn writes %s", all[before:])
+	}
+	record.Rollout.Cutoff = 1<<64 - 1
+	w.desire(app, record)
+	a.awaitRunning(app, two)
+	record.Rollout = nil
+	record.Stable = deployments.Pointer{}
+	w.desire(app, record)
+	time.Sleep(2 * progressEvery)
+	all := reports()[before:]
+	if len(all) > 2 {
+		t.Errorf("%d reports: %s", len(all), strings.Join(all, "\n"))
+	}
+	r, err := deployments.ParseReport([]byte(all[len(all)-1]))
+	if u := r.Units["app"]; err != nil || u.State != deployments.StateConverged || u.Running != two || u.Generation != 2 || !r.Ready {
+		t.Errorf("the last one: %+v, %v", r, err)
+	}
 }

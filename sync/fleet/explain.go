@@ -249,7 +249,9 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
 		trouble = "" // told already
 	}
-	behind := u.Record != nil && !r.Pinned && r.Generation < u.Record.Generation &&
+	// A node that has nothing to do for a new generation doesn't report that it knows it.
+	idle := r.State == deployments.StateConverged && r.Want == d.Target
+	behind := u.Record != nil && !r.Pinned && !idle && r.Generation < u.Record.Generation &&
 		(d.Source == policy.FromTarget || d.Source == policy.FromStable || d.Source == policy.FromRunning)
 	switch {
 	case n.Gone:
@@ -335,7 +337,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
-		ready := " is to lie ready on its disk before its turn comes"
+		ready := " is to lie ready on its disk before its turn comes" // a node tells of that with its next report
 		if n.Report.Staged == d.Stage.Digest {
 			ready = " lies ready on its disk, for its turn"
 		}
