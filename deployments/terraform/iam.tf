@@ -1,7 +1,9 @@
-# What a node may do in AWS: read releases, and say of its own group's instances that they are ready. It can't list the bucket, let
+# What a node may do in AWS: read releases and its secrets, and say of its own group's instances that they are ready. It can't list the bucket, let
 # alone write to it.
 
 data "aws_partition" "current" {}
+
+data "aws_region" "current" {}
 
 data "aws_iam_policy_document" "assume" {
   statement {
@@ -24,6 +26,33 @@ data "aws_iam_policy_document" "releases" {
     sid       = "CompleteLifecycleHook"
     actions   = ["autoscaling:CompleteLifecycleAction", "autoscaling:RecordLifecycleActionHeartbeat"]
     resources = ["arn:${data.aws_partition.current.partition}:autoscaling:*:*:autoScalingGroup:*:autoScalingGroupName/${local.name}-*"]
+  }
+
+  dynamic "statement" {
+    for_each = length(var.secret_parameters) > 0 ? [var.secret_parameters] : []
+    content {
+      sid       = "ReadParameters"
+      actions   = ["ssm:GetParameter"]
+      resources = [for name in statement.value : "arn:${data.aws_partition.current.partition}:ssm:*:*:parameter/${trimprefix(name, "/")}"]
+    }
+  }
+
+  dynamic "statement" {
+    for_each = length(var.secret_names) > 0 ? [var.secret_names] : []
+    content {
+      sid       = "ReadSecrets"
+      actions   = ["secretsmanager:GetSecretValue"]
+      resources = [for name in statement.value : "arn:${data.aws_partition.current.partition}:secretsmanager:*:*:secret:${name}"]
+    }
+  }
+
+  dynamic "statement" {
+    for_each = var.secret_kms_key_arn == "" ? [] : [var.secret_kms_key_arn]
+    content {
+      sid       = "DecryptSecrets"
+      actions   = ["kms:Decrypt"]
+      resources = [statement.value]
+    }
   }
 
   dynamic "statement" {
