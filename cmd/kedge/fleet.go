@@ -90,7 +90,11 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 			}
 			switch {
 			case a.json:
-				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) { json.NewEncoder(a.stdout).Encode(f) })
+				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) {
+					if line, err := json.Marshal(f); err == nil {
+						a.stdout.Write(append(safetext.JSON(line), '\n'))
+					}
+				})
 			case opt.Width > 0:
 				err = a.watchOnScreen(cmd.Context(), store, filter, func(w io.Writer, f *fleet.Fleet, width int) {
 					opt.Width = width

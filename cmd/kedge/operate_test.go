@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unicode"
 )
 
 // operateStore is a store as a mirror and two nodes leave it: prod/web/app had 1.0.0, and has 1.1.0.
@@ -153,5 +154,54 @@ func TestCheckVariables(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "KEDGE_DEST_") || !strings.Contains(err.Error(), "KEDGE_SOURCE: did you mean KEDGE_SOURCES?") ||
 		strings.Contains(err.Error(), "STAGE") || strings.Contains(err.Error(), "TOKEN") {
 		t.Errorf("checkVariables says %v", err)
+	}
+}
+
+// Whatever nodes, operators and Git say: nothing that a terminal would obey, or that changes the order of what is read,
+// comes out of --json.
+func TestJSONShowsNoControlCharacters(t *testing.T) {
+	t.Parallel()
+	store, pointers := operateStore(t)
+	dir := strings.TrimPrefix(store, "--kv=file://")
+	evil := "\u202eevil\u2066 \u009b2J \u200b"
+	quoted, err := json.Marshal(evil + "\x1b[2J")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range map[string]string{
+		"pins/prod/web/app":         `{"release": "` + pointers["1.0.0"] + `", "by": "` + evil + `", "reason": "` + evil + `"}`,
+		"history/prod/web/app/0002": `{"generation": 2, "release": "` + pointers["1.1.0"] + `", "author": ` + string(quoted) + `, "note": ` + string(quoted) + `}`,
+		"status/prod/web/web-1": `{"node": "web-1", "ready": false, "units": {"app": {"state": ` + string(quoted) + `, "running": "` + pointers["1.1.0"] + `", "version": ` + string(quoted) +
+			`, "error": ` + string(quoted) + `, "why": ` + string(quoted) + `, "drift": [` + string(quoted) + `]}}}`,
+		"mirror/state": `{"holder": ` + string(quoted) + `, "head": "x", "error": ` + string(quoted) + `}`,
+	} {
+		path := filepath.Join(dir, key)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unseen := func(r rune) bool { return r != '\n' && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
+	said := 0
+	for _, args := range [][]string{{"status"}, {"status", "--nodes"}, {"history", "prod/web/app"}, {"explain", "prod/web/app", "web-1"}, {"node", "web-1"},
+		{"pin", "prod/web/app", "hold", "--reason", evil}} {
+		for _, flag := range []string{"--json", ""} {
+			given := append(args[:len(args):len(args)], store)
+			if flag != "" {
+				given = append(given, flag)
+			}
+			out, errs, _ := cli(t, "", given...)
+			if i := strings.IndexFunc(out+errs, unseen); i >= 0 {
+				t.Errorf("%q prints %.60q", given, (out + errs)[i:])
+			}
+			if strings.Contains(out, "evil") {
+				said++
+			}
+		}
+	}
+	if said < 6 {
+		t.Errorf("%d commands say what was written, too few to tell", said)
 	}
 }

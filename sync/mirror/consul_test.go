@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/consul/api"
+
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
@@ -119,5 +121,37 @@ func TestFloodOfReports(t *testing.T) {
 	}
 	if text := log.String(); strings.Count(text, "doesn't parse") != 1 || len(text) > 2*maxLogged {
 		t.Errorf("%d bytes were logged: %.300s", len(text), text)
+	}
+}
+
+// Keys in control/ that nobody can obey, however long and many, make short lines in the log, and stop no order beside
+// them.
+func TestJunkOrders(t *testing.T) {
+	t.Parallel()
+	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"git-1"}})
+	node := consul.Clients[0]
+	o := gittest.New(t)
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
+	m := start(t, Config{Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "git-1"}))), Repo: o.Bare})
+	m.store = consul.Open(consul.RootToken)
+	m.at(head)
+	operator := node.Client(consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{}))).KV()
+	put := func(key, value string) {
+		t.Helper()
+		if _, err := operator.Put(&api.KVPair{Key: kv.DefaultPrefix + key, Value: []byte(value)}, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 20 {
+		put(fmt.Sprintf("control/prod/web/junk-%d", i), strings.Repeat("x\x1b", 100_000))
+		put(fmt.Sprintf("control/prod/web/app/%d/%s", i, strings.Repeat("y", 1500)), "abort")
+	}
+	m.logs("can't be obeyed")
+	put("control/prod/web/app", "pause")
+	m.logs("order taken")
+	for line := range strings.Lines(m.log.String()) {
+		if len(line) > 2*maxLogged {
+			t.Errorf("a line of %d bytes: %.200s", len(line), line)
+		}
 	}
 }
