@@ -120,6 +120,9 @@ func (r *Releases) renew(
 	dir := filepath.Join(r.top(), name)
 	var made []madeThing
 	if heals {
+		if err := noMounts(dir); err != nil { // nothing is carried out of one
+			return nil, err
+		}
 		made = readMade(r.madeFiles(name).made)
 		if err := r.restoreMade(staging, dir, m, made); err != nil {
 			return nil, err

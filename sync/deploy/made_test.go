@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -23,7 +24,7 @@ mkdir -p tmp/cache; echo cached > tmp/cache/x
 echo secret > conf; chmod 600 conf
 echo more >> a
 rm -f gone
-chmod 700 z; chown 1:2 z
+chmod 700 z; [ "$(id -u)" != 0 ] || chown 1:2 z
 echo 1 > app.pid`
 
 // publishMade is a release whose post command is madeBy.
@@ -179,5 +180,66 @@ func TestDriftOfBeforeIsNotTheCommands(t *testing.T) {
 	ds, err := u.Verify(t.Context(), 0)
 	if err != nil || !slices.Contains(ds, artifact.Difference{Path: "z", What: "content"}) {
 		t.Errorf("drift: %v, %v; want that z was changed", ds, err)
+	}
+}
+
+// What is mounted in a tree, the same device's directories included, is never emptied, carried over or taken for
+// drift, in what commands made neither.
+func TestMountsInWhatCommandsMade(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		if testing.Short() {
+			t.Skip("needs root, to mount")
+		}
+		t.Fatal("needs root, to mount")
+	}
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			u := w.open(nil)
+			w.deploy(u, w.publishMade("1", strategy))
+			precious, mounted := w.path("data", "precious"), filepath.Join(w.dest(), "tmp", "cache")
+			if err := errors.Join(os.Mkdir(w.path("data"), 0o755), os.WriteFile(precious, []byte("data"), 0o600),
+				syscall.Mount(w.path("data"), mounted, "", syscall.MS_BIND, "")); err != nil {
+				t.Fatal(err)
+			}
+			real, err := filepath.EvalSymlinks(mounted)
+			if err != nil {
+				t.Fatal(err)
+			}
+			unmount := func() {
+				if err := syscall.Unmount(real, syscall.MNT_DETACH); err != nil {
+					t.Error(err)
+				}
+			}
+			intact := func(where string) {
+				t.Helper()
+				if data, err := os.ReadFile(where); err != nil || string(data) != "data" {
+					t.Errorf("what is mounted: %q, %v", data, err)
+				}
+			}
+			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) > 0 {
+				t.Errorf("a mount is no difference: %v, %v", ds, err)
+			}
+			if err := os.WriteFile(filepath.Join(w.dest(), "new"), nil, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			_, err = u.Heal(t.Context())
+			if refused := strategy == deployments.StrategyRelease; refused != (err != nil) || refused && !strings.Contains(err.Error(), "mount point") {
+				t.Errorf("healing: %v", err)
+			}
+			intact(precious)
+			intact(filepath.Join(mounted, "precious"))
+			w.deploy(u, w.publish("2", func(m *deployments.Manifest) { m.Strategy, m.Keep = strategy, 1 }))
+			w.deploy(u, w.publish("3", func(m *deployments.Manifest) { m.Strategy, m.Keep = strategy, 1 }))
+			intact(precious)
+			intact(filepath.Join(real, "precious"))
+			unmount()
+			if _, err := u.Heal(t.Context()); err != nil {
+				t.Error(err)
+			}
+			intact(precious)
+		})
 	}
 }
