@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -41,6 +42,29 @@ func compareDest(ctx context.Context, place *Place, rel *Release, tree string, l
 	}
 	owners, err := verifyOwner(ctx, dest, rel.Manifest.Owner, skip)
 	return append(differences, owners...), err
+}
+
+// Occupied reports whether something lies at dest: a file, or a directory that is not empty, also behind a link.
+func Occupied(dest string) (bool, error) {
+	info, err := os.Stat(dest)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("looking at %s: %w", dest, err)
+	case !info.IsDir():
+		return true, nil
+	}
+	dir, err := os.Open(dest)
+	if err != nil {
+		return false, fmt.Errorf("looking into %s: %w", dest, err)
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(1)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false, fmt.Errorf("looking into %s: %w", dest, err)
+	}
+	return len(names) > 0, nil
 }
 
 func (commandsOnly) Compare(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }

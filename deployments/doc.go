@@ -309,6 +309,7 @@
 //	cutoff              admits the nodes whose rank is not above it
 //	early               admits canaries that run a target that was replaced
 //	fast                true: it needs no gates, as it was stable before, or is a pin
+//	serving             true: a first release, and something else serves on a node, so that it goes by its gates
 //	unproven            true: stable never became good everywhere
 //	since               when the phase, or the last step within it, began
 //	reason              why it stands there, as a code
@@ -356,6 +357,7 @@
 //	error        the newest trouble, one line of at most 300 bytes
 //	since        when the state was entered, by the node's clock
 //	drift        up to five paths of the live tree that differ from the release
+//	serves       true where something that kedge did not deploy lies at dest, and no release of the unit runs
 //	compared     how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
 //	fetched      bytes so far, while it is fetching
 //	total        bytes in all

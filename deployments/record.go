@@ -71,6 +71,8 @@ type Progress struct {
 	// Unproven is set if Stable went out at once and never became good everywhere: nodes that it keeps out of service
 	// take no room.
 	Unproven bool `json:"unproven,omitempty"`
+	// Serving is set once a node of a first release has said that something else serves there: it ends by its gates.
+	Serving bool `json:"serving,omitempty"`
 	// Since is when this phase, or the last step within it, began; the mirror's clock.
 	Since time.Time `json:"since"`
 	// Reason is why the rollout stands where it does, with its Facts. Message says it in words, for readers of the

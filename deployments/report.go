@@ -45,6 +45,8 @@ type UnitReport struct {
 	// Reason is why State is what it is, with its Facts; empty if State says it all.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`
+	// Serves is set where something that kedge did not deploy lies at dest, while no release of the unit runs.
+	Serves bool `json:"serves,omitempty"`
 	// Pinned is set where a pin, not the record, decided.
 	Pinned bool `json:"pinned,omitempty"`
 	// Error is the newest trouble, one line, at most 300 bytes, without secrets; empty when all is well.

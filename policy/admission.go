@@ -16,14 +16,23 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		d.decide(deployments.Step{What: "admission", Reason: reason, Facts: facts})
 	}
 
-	told := told(&r, f.Joined, f.Running) && (f.Joined > 0 || r.Joined == 0 || f.Running.IsZero())
+	bare := f.bare(&r)
+	told := told(&r, f.Joined, bare) && (f.Joined > 0 || r.Joined == 0 || bare)
 	part := partOf(&r, f.Running.Digest)
 	if !told && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !part) {
 		run(ActRun, FromRunning, f.Running)
 		if p == nil || p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack {
 			d.Action, d.Stage = ActStage, r.Target
+		} else if f.Running.IsZero() && !r.Stable.IsZero() {
+			d.Action, d.Stage = ActStage, r.Stable
+		} else if f.Running.IsZero() {
+			d.Action = ActKeep
 		}
-		because(deployments.ReasonRejoined, facts)
+		reason := deployments.ReasonRejoined
+		if f.Running.IsZero() {
+			reason = deployments.ReasonNotAdmitted
+		}
+		because(reason, facts)
 		return
 	}
 	if p == nil {
@@ -50,7 +59,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many
 	// nodes at once.
-	refuses := !f.Running.IsZero() && f.Running.Digest != r.Stable.Digest &&
+	refuses := (!f.Running.IsZero() || !bare && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
 		slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	case back && admitted && part:
@@ -65,7 +74,11 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			d.Action = ActKeep
 		}
 		because(deployments.ReasonRolledBack, stable.With("phase", string(p.Phase)))
-	case admitted, r.Stable.IsZero() && f.Running.IsZero() && begun(p):
+	case !back && r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown: // admitted or not: the mirror has to know
+		run(ActStage, FromTarget, deployments.Pointer{})
+		d.Stage = r.Target
+		because(deployments.ReasonNotAdmitted, facts)
+	case admitted, r.Stable.IsZero() && bare && begun(p):
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonAdmitted, facts)
 	case f.Running.Digest == r.Target.Digest:
@@ -89,7 +102,16 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 }
 
-// begun reports whether a rollout lets nodes that run nothing, and have nothing stable to run, take its target.
+// bare reports whether nothing serves on the node that a release could replace. What lies at dest on a machine that
+// has just started has yet to serve, unless the unit's first release is still under way. While nobody has looked,
+// something may.
+func (f *Facts) bare(r *deployments.Record) bool {
+	first := r.Rollout != nil && r.Stable.IsZero()
+	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)
+}
+
+// begun reports whether a rollout lets nodes on which nothing serves, and that have nothing stable to run, take its
+// target at once.
 func begun(p *deployments.Progress) bool {
 	return p.Phase != deployments.PhaseFrozen && p.Phase != deployments.PhasePaused
 }

@@ -84,6 +84,9 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // which of them are used is not known yet
 			return st.wake(until), false
 		}
+		if st.p.Phase == deployments.PhasePaused && st.r.Stable.IsZero() {
+			return st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"stable": "none"}), false
+		}
 		if st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target {
 			return turnBack(in, st, cause{deployments.ReasonReplacedTooOften, nil}), false
 		}
@@ -122,20 +125,40 @@ func launch(in *inputs, st state) state {
 		return start(in, st)
 	case in.Unit.Rollout == nil:
 		return st.end().because(deployments.ReasonEveryNode, nil)
-	case st.r.Stable.IsZero() && !serves(in, st.r.Target):
-		return st.end().because(deployments.ReasonFirstRelease, nil)
 	default:
 		return start(in, st)
 	}
 }
 
-// serves reports whether a live node runs something else than a first release: what serves is not replaced on all
-// nodes at once.
-func serves(in *inputs, target deployments.Pointer) bool {
-	return in.Unit.Rollout != nil && slices.ContainsFunc(in.Nodes, func(n Node) bool {
-		running := n.Report.Running
-		return !n.Gone && !pinned(&n.Report) && !running.IsZero() && running.Digest != target.Digest
-	})
+// firstRelease ends the rollout of a first release once every live node has said that nothing else serves there: all
+// take it at once. It notes if one does: what serves is not replaced on all nodes at once.
+func firstRelease(in *inputs, st state) (next state, ended bool) {
+	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
+		return st, false
+	}
+	switch st.p.Phase {
+	case deployments.PhaseCanary, deployments.PhasePendingApproval, deployments.PhaseRolling:
+	default:
+		return st, false
+	}
+	told := 0
+	for i := range in.Nodes {
+		u := &in.Nodes[i].Report
+		switch {
+		case in.Nodes[i].Gone || pinned(u):
+		case u.Serves, !u.Running.IsZero() && u.Running.Digest != st.r.Target.Digest:
+			st.p.Serving = true
+			return st, false
+		case u.Generation == st.r.Generation && (u.Want.Digest == st.r.Target.Digest || u.State == deployments.StateInvalid):
+			told++
+		default:
+			told -= len(in.Nodes) // it has yet to look
+		}
+	}
+	if told <= 0 {
+		return st, false
+	}
+	return st.end().because(deployments.ReasonFirstRelease, nil), true
 }
 
 // stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't
@@ -281,13 +304,17 @@ func lastJoined(nodes []Node) (last uint64) {
 // and would go from what no part of the record names to stable: these wait for room.
 func tell(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
-	if st.r.Joined == 0 {
+	switch {
+	case st.r.Joined == 0 && st.r.Stable.IsZero():
+		return max(last, 1) // whoever comes, and has something that serves, waits for its turn
+	case st.r.Joined == 0:
 		return last
 	}
 	r := st.record()
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
-		if n.Joined > st.r.Joined && strays(&r, &n.Report) {
+		unlooked := n.Report.Running.IsZero() && n.Report.Want.IsZero() // something may serve there
+		if n.Joined > st.r.Joined && (unlooked || strays(&r, &n.Report)) {
 			last = min(last, n.Joined-1)
 		}
 	}

@@ -80,10 +80,10 @@ func (x *place) isAdmitted(st state) bool {
 }
 
 // readmit lets the record speak to nodes that came back, one after the other in the order in which they joined, as
-// far as there is room. taken are the places that this step has given away already.
-func readmit(in *inputs, st state, v summary, taken int) (next state, moved bool) {
+// far as there is room, and at most as many as most says.
+func readmit(in *inputs, st state, v summary, most int) (next state, moved bool) {
 	room, _ := room(in, v)
-	room -= taken
+	room = min(room, most)
 	for _, n := range v.waiting {
 		if room <= 0 {
 			break
@@ -138,7 +138,7 @@ func returned(in *inputs, st state) state {
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
 		u := &n.Report
-		if pinned(u) || u.Running.IsZero() {
+		if pinned(u) || bare(u) {
 			continue
 		}
 		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
@@ -154,7 +154,7 @@ func returned(in *inputs, st state) state {
 		v.live++
 		switch {
 		case there || failed && !busy(u):
-		case told(&r, n.Joined, u.Running), busy(u):
+		case told(&r, n.Joined, bare(u)), busy(u):
 			v.inflight++
 		default:
 			v.waiting = append(v.waiting, &place{node: n})
@@ -163,7 +163,7 @@ func returned(in *inputs, st state) state {
 	slices.SortFunc(v.waiting, byJoined)
 	if was := st.p; len(v.waiting) > 0 {
 		st = st.wake(v.relisted)
-		st, _ = readmit(in, st, v, 0)
+		st, _ = readmit(in, st, v, len(v.waiting))
 		st.p = was // it has ended: only Joined moves
 	}
 	return st

@@ -85,6 +85,15 @@ func each(s *Situation, set func(*deployments.UnitReport)) {
 	}
 }
 
+// nothingServes has the rollout of a first release begin, and every node say that nothing else serves there.
+func nothingServes(s *Situation) {
+	s.Record = Next(*s).Record
+	s.Order = ""
+	each(s, func(u *deployments.UnitReport) {
+		u.State, u.Want, u.Generation = deployments.StateFetching, s.Unit.Release, s.Record.Generation
+	})
+}
+
 // endedWithFailures says that half of the fleet bears a failure, and that the rollout has ended nevertheless.
 func endedWithFailures(s *Situation) {
 	s.Record.Stable, s.Record.Rollout = s.Unit.Release, nil
@@ -125,6 +134,7 @@ func TestNext(t *testing.T) {
 		{"the first release goes to all", 0, rolling, func(s *Situation) {
 			s.Record = deployments.Record{}
 			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
+			nothingServes(s)
 		}, done, 0, "first release"},
 		{"without rollout every node at once", 0, rolling, func(s *Situation) { settled(s); s.Unit.Rollout = nil }, done, 0, "every node at once"},
 		{"a new target starts, as many as the budget", 0, rolling, settled, rolling, 2, "2 of 10"},
@@ -317,6 +327,7 @@ func TestNext(t *testing.T) {
 			s.Record.Stable = deployments.Pointer{}
 			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
 			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "promote"
+			nothingServes(s)
 		}, done, 0, "first release"},
 		{"a bake begins anew where a canary was not well in between", 1, first, func(s *Situation) {
 			baking(s)

@@ -131,7 +131,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	}
 	for i := range in.Nodes {
 		u := &in.Nodes[i].Report
-		if !in.Nodes[i].Gone && !pinned(u) && !u.Running.IsZero() && u.Running.Digest != target {
+		if !in.Nodes[i].Gone && !pinned(u) && !bare(u) && u.Running.Digest != target {
 			nodes++
 		}
 	}

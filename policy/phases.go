@@ -103,9 +103,6 @@ func frozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
 		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()).wake(in.Freeze.Until), false
 	}
-	if st.r.Stable.IsZero() && !serves(in, st.r.Target) {
-		return st.end().because(deployments.ReasonFirstRelease, nil), false
-	}
 	return start(in, st), true
 }
 
@@ -126,7 +123,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	want := min(max(1, in.Unit.Rollout.Canary.Of(v.live)), v.live+v.missing)
 	st, admitted, moved := admit(in, st, v, want)
 	if admitted < want && !moved { // those that came back are all that is left
-		st, moved = readmit(in, st, v, 0)
+		st, moved = readmit(in, st, v, want-admitted)
 	}
 	if moved {
 		st = st.because(deployments.ReasonCanary, deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(want)})
@@ -182,7 +179,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		facts := deployments.Facts{"admitted": fmt.Sprint(admitted), "of": fmt.Sprint(v.live)}
 		st = st.because(deployments.ReasonRolling, facts)
 	} else {
-		st, moved = readmit(in, st, v, 0)
+		st, moved = readmit(in, st, v, len(v.waiting))
 	}
 	if !moved && v.stuck != nil {
 		st = st.because(v.waitsFor())
@@ -233,7 +230,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 	st, left, moved := letBack(in, st, v)
 	if !moved {
 		since := st.p.HealthySince
-		st, moved = readmit(in, st, v, 0)
+		st, moved = readmit(in, st, v, len(v.waiting))
 		st.p.HealthySince = since
 	}
 	if left || moved || v.inflight > v.hung || len(v.waiting) > 0 || v.unlisted > 0 {

@@ -20,7 +20,7 @@ func converge(s *Situation, r deployments.Record) (changed int) {
 		if n.Gone {
 			continue
 		}
-		d := Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin, Joined: n.Joined, Running: n.Report.Running,
+		d := Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Record: good(r), UnitPin: pin, Joined: n.Joined, Running: n.Report.Running, AtDest: FoundNothing,
 			Quarantined: n.Report.Quarantined})
 		if !d.Target.IsZero() && d.Target != n.Report.Running && !slices.Contains(n.Report.Quarantined, d.Target.Digest) {
 			changed++
@@ -62,10 +62,14 @@ func paced10() Situation {
 	there(&s, 10)
 	s.Pin = &Value[deployments.Pin]{}
 	s.Record = deployments.Record{Target: s.Unit.Release, Stable: s.Unit.Release, Generation: 2, Commit: "c2", Paced: true, Nodes: 10, Joined: 100}
+	joined(&s)
+	return s
+}
+
+func joined(s *Situation) {
 	for i := range s.Nodes {
 		s.Nodes[i].Joined = uint64(i + 1)
 	}
-	return s
 }
 
 func runs(t *testing.T, s *Situation, want deployments.Pointer) {
@@ -435,6 +439,7 @@ func TestTheFirstReleaseKeepsWhatServes(t *testing.T) {
 	s := step(0, deployments.PhaseRolling)
 	canary(&s)
 	s.Record = deployments.Record{}
+	joined(&s)
 	s.Nodes[9].Report = deployments.UnitReport{}
 	m := Next(s)
 	if p := m.Record.Rollout; p == nil || p.Phase != deployments.PhaseCanary || admitted(&s, m.Record) != 1 {
@@ -449,4 +454,101 @@ func TestTheFirstReleaseKeepsWhatServes(t *testing.T) {
 		t.Errorf("%d at a time", most)
 	}
 	runs(t, &s, s.Unit.Release)
+}
+
+// A first release onto nodes that run nothing of the unit, but where something else serves, goes by its gates. Who
+// has yet to look at dest waits, and those where nothing lies there go at once.
+func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
+	t.Parallel()
+	s := step(0, deployments.PhaseRolling)
+	canary(&s)
+	s.Record = deployments.Record{}
+	joined(&s)
+	each(&s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{State: deployments.StateWaiting} })
+	s.Record = Next(s).Record
+	decide := func(i int, found Found) Decision {
+		return Resolve(Facts{Unit: app, Node: s.Nodes[i].Name, Now: s.Now, Joined: s.Nodes[i].Joined, Record: good(s.Record),
+			AtDest: found})
+	}
+	for found, want := range map[Found]deployments.Pointer{FoundUnknown: {}, FoundOther: {}, FoundNothing: s.Unit.Release} {
+		if d := decide(9, found); d.Target != want || want.IsZero() && d.Stage != s.Unit.Release {
+			t.Errorf("found %q: it runs %q and stages %q", found, d.Target.URL, d.Stage.URL)
+		}
+	}
+	if d := decide(0, FoundOther); d.Target != s.Unit.Release {
+		t.Errorf("the canary runs %q", d.Target.URL)
+	}
+
+	serve := func(i int) { // in its turn, or waiting for it
+		u := &s.Nodes[i].Report
+		d := decide(i, FoundOther)
+		*u = deployments.UnitReport{State: deployments.StateWaiting, Want: d.Target, Generation: s.Record.Generation, Serves: true}
+		if !d.Target.IsZero() {
+			u.State = deployments.StateSwitching
+		}
+	}
+	for i := range s.Nodes {
+		serve(i)
+	}
+	s.Record = Next(s).Record
+	if p := s.Record.Rollout; p == nil || !p.Serving || p.Phase != deployments.PhaseCanary || admitted(&s, s.Record) != 1 {
+		t.Fatalf("where something serves it becomes %s", brief(s.Record))
+	}
+	there(&s, 1)
+	s.Nodes[0].Report.State, s.Nodes[0].Report.Serves = deployments.StateConverged, false
+	s.Record = Next(s).Record
+	s.Now = s.Now.Add(5 * time.Minute)
+	for s.Record.Rollout != nil {
+		before := s.Record
+		if s.Record = Next(s).Record; admitted(&s, s.Record) == admitted(&s, before) && s.Record.Rollout != nil {
+			t.Fatalf("it does not go on: %s", brief(s.Record))
+		}
+		changing := 0
+		for i := range s.Nodes {
+			if u := &s.Nodes[i].Report; u.Running.IsZero() {
+				if serve(i); u.State == deployments.StateSwitching {
+					changing++
+				}
+			}
+		}
+		if changing > 2 {
+			t.Errorf("%d change at a time", changing)
+		}
+		s.Record = Next(s).Record
+		for i := range s.Nodes {
+			if u := &s.Nodes[i].Report; u.State == deployments.StateSwitching {
+				u.State, u.Running, u.Serves = deployments.StateConverged, s.Unit.Release, false
+			}
+		}
+	}
+	if s.Record.Stable != s.Unit.Release {
+		t.Errorf("it ends as %s", brief(s.Record))
+	}
+}
+
+// A first release that fails on its canary, where something else serves, goes no further; and no node takes it.
+func TestTheFirstReleaseStopsWhereItFails(t *testing.T) {
+	t.Parallel()
+	s := step(0, deployments.PhaseRolling)
+	canary(&s)
+	s.Record = deployments.Record{}
+	each(&s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
+	s.Record = Next(s).Record
+	each(&s, func(u *deployments.UnitReport) {
+		u.State, u.Serves, u.Generation = deployments.StateWaiting, true, s.Record.Generation
+	})
+	s.Record = Next(s).Record
+	u := &s.Nodes[0].Report
+	u.State, u.Want, u.Quarantined = deployments.StateQuarantined, s.Unit.Release, []deployments.Digest{s.Unit.Release.Digest}
+	s.Record = Next(s).Record
+	if p := s.Record.Rollout; p == nil || p.Phase != deployments.PhasePaused || p.Reason != deployments.ReasonTooManyFailed {
+		t.Fatalf("it becomes %s", brief(s.Record))
+	}
+	for i := range s.Nodes[1:] {
+		for _, found := range []Found{FoundOther, FoundNothing} {
+			if d := Resolve(Facts{Unit: app, Node: s.Nodes[i+1].Name, Now: s.Now, Record: good(s.Record), AtDest: found}); !d.Target.IsZero() {
+				t.Errorf("%s, where %s is at dest, takes it: %s", s.Nodes[i+1].Name, found, d.Reason)
+			}
+		}
+	}
 }

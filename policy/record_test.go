@@ -321,7 +321,7 @@ func TestNextWrites(t *testing.T) {
 			*r = record{Target: v2, Stable: v1, Generation: 2, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas until 2026-11-24 13:00Z", time.Hour},
 		{"and a first release", 0, rolling, func(s *Situation) { s.Record, s.Freeze = record{}, frozen }, func(s *Situation, r *record) {
-			*r = record{Target: v2, Generation: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
+			*r = record{Target: v2, Generation: 1, Joined: 1, Commit: "c2", Rollout: &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(frozen)}}
 		}, "xmas", time.Hour},
 		{"while it lasts", 0, frozenPhase, func(s *Situation) { s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)
@@ -329,7 +329,8 @@ func TestNextWrites(t *testing.T) {
 		{"then a first release goes to all", 0, frozenPhase, func(s *Situation) {
 			s.Record.Stable = deployments.Pointer{}
 			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
-		}, func(s *Situation, r *record) { r.Rollout = nil }, "first release", 0},
+			nothingServes(s)
+		}, func(s *Situation, r *record) { r.Rollout, r.Nodes = nil, 10 }, "first release", 0},
 		{"a canary waits for its end, where running rollouts do, but not longer than its nodes may take", 1, first, func(s *Situation) { canary(s); s.Freeze = frozen }, func(s *Situation, r *record) {
 			r.Rollout.Reason, r.Rollout.Message = deployments.ReasonFrozen, frozenBy(frozen)
 		}, "xmas", 9 * time.Minute},

@@ -24,6 +24,10 @@ type Facts struct {
 	// Running is the release that is live; zero: none. Quarantined are digests that failed on this node.
 	Running     deployments.Pointer
 	Quarantined []deployments.Digest
+	// AtDest is what lies at the dest of the record's target, or of what is stable, while Running is zero.
+	AtDest Found
+	// Booted is set if the machine had just started when the agent did.
+	Booted bool
 	// Bounds are what this node's configuration allows.
 	Bounds Bounds
 }
@@ -34,6 +38,15 @@ type Value[T any] struct {
 	Value   T
 	Err     error
 }
+
+// Found is what lies at the dest of a unit of which no release runs.
+type Found string
+
+const (
+	FoundUnknown Found = ""        // nobody has looked yet
+	FoundNothing Found = "nothing" // nothing, or an empty directory
+	FoundOther   Found = "other"   // what kedge did not put there, and may serve
+)
 
 // Action is what an agent does with a unit.
 type Action string

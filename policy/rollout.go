@@ -238,6 +238,10 @@ func advance(in *inputs, st state) (next state, more bool) {
 	if !st.on {
 		return returned(in, st), false
 	}
+	st, ended := firstRelease(in, st)
+	if ended {
+		return st, false
+	}
 	switch st.p.Phase {
 	case deployments.PhaseFrozen:
 		return frozen(in, st)

@@ -18,7 +18,7 @@ func (w *world) admitted(n *member, r deployments.Record) {
 	case p != nil && to == r.Stable:
 	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack && Rank(n.name, to.Digest) <= p.Cutoff:
 	case p != nil && to == r.Target && p.Phase != deployments.PhaseRollingBack && partOf(&r, n.running.Digest) && Rank(n.name, to.Digest) <= p.Early:
-	case p != nil && to == r.Target && r.Stable.IsZero() && n.running.IsZero() && begun(p):
+	case p != nil && to == r.Target && r.Stable.IsZero() && n.running.IsZero() && !n.serves && begun(p):
 	default:
 		w.breaks("%s goes to %s, which is neither admitted nor stable nor pinned by %s", n.name, to.URL, brief(r))
 	}
@@ -40,7 +40,7 @@ func (w *world) check() {
 		if !n.gone && !n.pin.Present {
 			live++
 		}
-		if !n.going.IsZero() && !n.free && !n.running.IsZero() {
+		if !n.going.IsZero() && !n.free && (n.serves || !n.running.IsZero()) {
 			switching++
 		}
 	}

@@ -16,6 +16,8 @@ type member struct {
 	away    time.Time // the same, by the time that has passed
 	left    bool
 	sick    bool      // its health checks fail
+	looked  bool      // at what lies at dest
+	serves  bool      // something else does, until it runs a release
 	joined  uint64    // larger after each restart, and each time that it was cut off
 	told    entry     // as in the store
 	silent  time.Time // since when it isn't there
@@ -48,6 +50,7 @@ type question struct {
 	running deployments.Pointer
 	failed  int
 	joined  uint64
+	looked  bool
 }
 
 func (w *world) join() {
@@ -56,6 +59,9 @@ func (w *world) join() {
 	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{},
 		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.passed(), acts: -1, joined: w.joins}
 	n.read(w, len(w.records)-1)
+	if len(w.records) > 1 && w.adopt != nil && w.adopt.IntN(3) == 0 {
+		n.serves, n.free = true, false
+	}
 	w.nodes = append(w.nodes, n)
 }
 
@@ -102,7 +108,7 @@ func (w *world) unsettled(n *member) bool {
 }
 
 func (w *world) resolve(n *member, i int) Decision {
-	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined}
+	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined, n.looked}
 	if i >= 0 && n.asked == q {
 		return n.decision
 	}
@@ -113,7 +119,7 @@ func (w *world) resolve(n *member, i int) Decision {
 	n.asked, n.decision = q, Resolve(Facts{
 		Unit: app, Node: n.name, Now: w.now,
 		Record: record, NodePin: n.pin, UnitPin: w.unitPin,
-		Joined: n.joined, Running: n.running, Quarantined: keys(n.failed),
+		Joined: n.joined, Running: n.running, Quarantined: keys(n.failed), AtDest: n.atDest(),
 	})
 	return n.decision
 }
@@ -155,9 +161,13 @@ func (w *world) act(n *member, promptly bool) {
 		default:
 			w.count("switches")
 			w.say("%s runs %s", n.name, n.going.URL)
-			n.running, n.going, n.free = n.going, deployments.Pointer{}, false
+			n.running, n.going, n.free, n.serves = n.going, deployments.Pointer{}, false, false
 			delete(n.failed, n.running.Digest) // the success of another is none of it
 			delete(n.tried, n.running.Digest)
+		}
+	case d.Target.IsZero() && !d.Stage.IsZero() && !n.looked:
+		if n.looked = true; promptly {
+			w.act(n, true)
 		}
 	case d.Target.IsZero():
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
@@ -189,7 +199,7 @@ func (w *world) tell(n *member) {
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
-		Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
+		Serves: n.looked && n.serves, Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
 	switch {
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
@@ -262,4 +272,15 @@ func (w *world) key(n *member, r deployments.Record) string {
 func (w *world) isOut(n *member, p deployments.Pointer, key string) bool {
 	failed, ok := n.failed[p.Digest]
 	return ok && SameRequest(failed, key)
+}
+
+// atDest is what the node finds at dest, once it has looked: on some something else serves.
+func (n *member) atDest() Found {
+	switch {
+	case !n.looked:
+		return FoundUnknown
+	case n.serves:
+		return FoundOther
+	}
+	return FoundNothing
 }

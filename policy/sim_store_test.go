@@ -86,7 +86,8 @@ func (w *world) look() {
 		}
 	}()
 	for _, n := range w.nodes {
-		w.live[n.number] = !n.told.report.Pinned
+		u := &n.told.report
+		w.live[n.number] = !u.Pinned && (!n.serves || u.Serves)
 		if !n.left && n.told.listed {
 			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Joined: n.told.joined,
 				Report: n.told.report})

@@ -87,6 +87,7 @@ func TestSimulationAgain(t *testing.T) {
 type world struct {
 	rng     *rand.Rand
 	aside   *rand.Rand    // for what is only looked at
+	adopt   *rand.Rand    // for what serves besides; nil: nothing does
 	now     time.Time     // by the mirror's clock
 	back    time.Duration // by which that was put back
 	unit    deployments.Unit
@@ -142,7 +143,7 @@ func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
 func play(seed uint64, keep bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
 	w := &world{
-		rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), now: noon, keep: keep,
+		rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), adopt: rand.New(rand.NewPCG(seed, 44)), now: noon, keep: keep,
 		bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, asked: map[deployments.Digest]int{},
 		records: []deployments.Record{{}}, lived: [][]bool{nil},
 	}
@@ -185,6 +186,15 @@ func play(seed uint64, keep bool) *world {
 	w.unit = deployments.Unit{ID: app, Rollout: roll}
 	for range size {
 		w.join()
+	}
+	if w.adopt.IntN(4) > 0 {
+		w.adopt = nil
+	} else {
+		w.count("fleets where something else serves")
+		for _, n := range w.nodes {
+			n.serves = w.adopt.IntN(3) > 0
+			n.free = !n.serves
+		}
 	}
 	w.push(0)
 	w.mirror("")

@@ -97,11 +97,13 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	return nodes, until
 }
 
-// told reports whether a record speaks to a node: it was there when it was written, or runs nothing that it would
-// leave.
-func told(r *deployments.Record, joined uint64, running deployments.Pointer) bool {
-	return r.Joined == 0 || joined <= r.Joined || running.IsZero()
+// told reports whether a record speaks to a node: it was there when it was written, or it is bare.
+func told(r *deployments.Record, joined uint64, bare bool) bool {
+	return r.Joined == 0 || joined <= r.Joined || bare
 }
+
+// bare reports whether nothing serves on a node that a release could replace.
+func bare(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
 
 // summarize counts the live, in-flight, late and failed nodes of a rollout.
 func summarize(in *inputs, st state) summary {
@@ -129,7 +131,7 @@ func summarize(in *inputs, st state) summary {
 			continue
 		}
 		onTarget := u.Running.Digest == r.Target.Digest
-		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, u.Running)}
+		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, bare(u))}
 		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
 		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
 		aware := u.Generation == r.Generation
@@ -294,11 +296,11 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, is)
 }
 
-// busy reports whether a node that ran something is changing. One that waits in mid-deployment, to go on, is.
+// busy reports whether a node on which something served is changing. One that waits in mid-deployment, to go on, is.
 func busy(u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
-		return !u.Running.IsZero()
+		return !u.Running.IsZero() || u.Serves
 	case deployments.StateWaiting:
 		return !u.Running.IsZero() && !u.Want.IsZero() && u.Want.Digest != u.Running.Digest
 	}
@@ -335,10 +337,10 @@ func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][
 	return false
 }
 
-// strays reports whether a node runs what no part of the record names, so that it goes to stable when it gets
-// around to it.
+// strays reports whether a node runs what no part of the record names, or something else serves there, so that it
+// goes to stable when it gets around to it.
 func strays(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
-	return !u.Running.IsZero() && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
+	return !bare(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
 		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }

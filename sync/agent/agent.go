@@ -113,6 +113,8 @@ type Config struct {
 	Version    string
 	Metrics    *prometheus.Registry // nil: none
 	Log        *slog.Logger         // nil: none
+
+	uptime func() time.Duration // the machine's; tests have their own
 }
 
 // Agent converges one node. Make it with New, then Run it once.
@@ -121,6 +123,7 @@ type Agent struct {
 	naming  *naming // nil: the name was given
 	started time.Time
 	begun   time.Time // statedir.Dir.StartingSince
+	booted  bool      // the machine had just started when the agent did
 	dir     *statedir.Dir
 	// nil: none
 	listener, statusListener net.Listener
@@ -182,9 +185,13 @@ func New(c Config) (_ *Agent, err error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	if c.uptime == nil {
+		c.uptime = uptime
+	}
 	a := &Agent{
 		c:         c,
 		started:   time.Now().Truncate(time.Millisecond),
+		booted:    c.uptime() < bootWithin,
 		making:    map[*cache.Source]bool{},
 		units:     map[deployments.UnitID]*unit{},
 		onDisk:    map[deployments.UnitID]bool{},

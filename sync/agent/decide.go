@@ -75,6 +75,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 			Unit: id, Node: a.c.Node, Now: now,
 			Joined: a.joined, Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
+			AtDest: u.atDest(u.record.Value.Target, u.record.Value.Stable), Booted: a.booted,
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
 		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source ||

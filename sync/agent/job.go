@@ -48,6 +48,7 @@ const (
 	jobVerify  jobKind = "verify"
 	jobProve   jobKind = "prove" // await the health of what runs, after a reboot
 	jobObserve jobKind = "observe"
+	jobLook    jobKind = "look"   // at dest, before the first release
 	jobSettle  jobKind = "settle" // note that nothing older is gone back to
 )
 
@@ -99,6 +100,9 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if u.toHeal() {
 		return job{kind: jobHeal}, again
 	}
+	if u.toLook() {
+		return job{kind: jobLook, release: g.stage}, again
+	}
 	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) &&
 		u.refused[p].err == nil {
 		return job{kind: jobStage, release: p}, again
@@ -124,7 +128,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	j, again := u.choose(now, a.c.VerifyEvery > 0)
-	if (j.kind == jobDeploy || j.kind == jobStage) && a.opening() {
+	if (j.kind == jobDeploy || j.kind == jobStage || j.kind == jobLook) && a.opening() {
 		return job{}, nil, time.Time{}
 	}
 	if j.kind == jobNone {
@@ -161,6 +165,11 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return u.deploy.StageFailed(ctx, q, err)
 		}
+		if u.deploy.State().Running.IsZero() {
+			if err := a.look(ctx, u, j.release); err != nil {
+				return err
+			}
+		}
 		watch.stop()
 		return u.deploy.Deploy(ctx, q)
 	case jobStage:
@@ -173,6 +182,8 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		return a.heal(ctx, u)
 	case jobObserve:
 		return a.compare(ctx, u, j.release)
+	case jobLook:
+		return a.look(ctx, u, j.release)
 	case jobVerify:
 		return a.verify(ctx, u)
 	}

@@ -126,6 +126,10 @@ func (u *unit) standing() standing {
 		return at(deployments.StateHeld, u.decision.Invalid)
 	case target.IsZero() && u.decision.Invalid != nil:
 		return u.invalid()
+	case target.IsZero() && u.refused[u.goal.stage].err != nil:
+		return at(deployments.StateInvalid, u.refused[u.goal.stage].err)
+	case target.IsZero() && u.trouble != nil && !u.goal.stage.IsZero():
+		return at(deployments.StateRetrying, u.trouble)
 	case target.IsZero():
 		return at(deployments.StateWaiting, u.trouble)
 	case u.quarantined(target) && !u.reprieved(target):
@@ -198,7 +202,7 @@ func (u *unit) final() bool {
 		deployments.StateUnhealthy:
 		return true
 	case deployments.StateWaiting:
-		return u.decided && (u.blocked.stuck || u.decision.Target.IsZero())
+		return u.decided && (u.blocked.stuck || u.decision.Target.IsZero() && !u.toLook())
 	}
 	return false
 }
@@ -269,6 +273,7 @@ func (u *unit) report() deployments.UnitReport {
 		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
 		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
+	r.Serves = s.Running.IsZero() && u.looked.found == policy.FoundOther
 	if r.Compared = s.Compared; u.observes {
 		r.Compared = u.compared
 	}

@@ -77,9 +77,10 @@ type observed struct {
 	// unhealable is the drift that healing left.
 	unhealable []string
 	compared   *deployments.Compared // of a node that observes
-	again      *wait.Backoff         // until dest is looked at again there
-	health     deploy.Health         // of watched, as its checks say
-	watched    deployments.Pointer   // the release that was watched last
+	looked     lookedAt
+	again      *wait.Backoff       // until dest is looked at again there
+	health     deploy.Health       // of watched, as its checks say
+	watched    deployments.Pointer // the release that was watched last
 }
 
 // reported is the state in which the unit is, and since when.

@@ -45,6 +45,16 @@ func (u *Unit) Observe(
 	return u.compare(ctx, aside, limit)
 }
 
+// Look reports whether something lies at the dest of p, of whose unit nothing runs. It touches nothing.
+func (u *Unit) Look(ctx context.Context, p deployments.Pointer) (occupied bool, err error) {
+	defer func() { err = u.secrets.error(err) }()
+	r, err := u.admit(ctx, p)
+	if err != nil || r.Manifest.Src == "" {
+		return false, err
+	}
+	return artifact.Occupied(r.Manifest.Dest)
+}
+
 // compare compares a release that is staged with what lies at its dest.
 func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*deployments.Compared, error) {
 	found := &deployments.Compared{Release: r.Pointer.Digest, Dest: r.Manifest.Dest}

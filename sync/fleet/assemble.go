@@ -330,6 +330,12 @@ func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
 		Running:     n.Report.Running,
 		Quarantined: n.Report.Quarantined,
 	}
+	switch {
+	case n.Report.Serves:
+		facts.AtDest = policy.FoundOther
+	case !n.Report.Running.IsZero() || !n.Report.Want.IsZero():
+		facts.AtDest = policy.FoundNothing
+	}
 	facts.Record = value(f, kv.DesiredKey(u.ID), u.Record)
 	facts.UnitPin = value(f, kv.PinKey(u.ID), u.Pin)
 	var own *deployments.Pin

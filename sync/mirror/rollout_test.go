@@ -43,7 +43,7 @@ func (h *herd) turn(fails deployments.Digest) (moved []string) {
 	h.t.Helper()
 	r := h.m.record(h.id.String(), func(deployments.Record) bool { return true })
 	for name, presence := range h.nodes {
-		d := policy.Resolve(policy.Facts{Unit: h.id, Node: name, Record: policy.Value[deployments.Record]{Present: true, Value: r}, Running: h.runs[name]})
+		d := policy.Resolve(policy.Facts{Unit: h.id, Node: name, Record: policy.Value[deployments.Record]{Present: true, Value: r}, Running: h.runs[name], Joined: 1, AtDest: policy.FoundNothing})
 		u := deployments.UnitReport{State: deployments.StateConverged, Want: d.Target, Generation: r.Generation}
 		switch {
 		case d.Target == h.runs[name]:
