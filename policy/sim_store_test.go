@@ -339,6 +339,9 @@ func (w *world) asks(before, r deployments.Record) {
 	if asked {
 		w.asked[r.Target.Digest] = len(w.records)
 	}
+	if r.Retry > before.Retry && r.Pinned != nil { // it counts for what Git names as well, once the pin has ended
+		w.asked[w.unit.Release.Digest] = len(w.records)
+	}
 }
 
 func keys(failed map[deployments.Digest]string) []deployments.Digest {
