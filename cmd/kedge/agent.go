@@ -52,7 +52,7 @@ finishes or takes back what it had begun.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			conf, err := readAgentConfig(file)
-			if err := errors.Join(err, override(&conf, cmd.Flags()), checkVariables(os.Environ())); err != nil {
+			if err := errors.Join(err, override(&conf, cmd.Flags()), conf.check(), checkVariables(os.Environ())); err != nil {
 				return usageError{err}
 			}
 			return a.runAgent(cmd.Context(), cmp.Or(file, defaultAgentConfig), conf)
@@ -270,9 +270,6 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		return usagef("this node's stage is not set: give --stage, KEDGE_STAGE, or stage in %s", file)
 	case noRoles:
 		return usagef("this node's roles are not set: give --roles, KEDGE_ROLES, or roles in %s", file)
-	}
-	if conf.Verify != "" && conf.Verify != "always" {
-		return usagef("verify is %q: want always, or leave it out", conf.Verify)
 	}
 	mirrors, err := conf.Mirrors.mirrors()
 	if err != nil {

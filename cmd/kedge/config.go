@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"reflect"
 	"slices"
@@ -69,6 +70,23 @@ type agentConfig struct {
 	VerifyEvery  time.Duration `yaml:"verify_every"`
 	Verify       string        `yaml:"verify"`
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
+}
+
+// check says what values mean nothing, whichever way they came.
+func (c *agentConfig) check() error {
+	var errs []error
+	if c.Verify != "" && c.Verify != "always" {
+		errs = append(errs, fmt.Errorf("verify is %q: want always, or leave it out", c.Verify))
+	}
+	if _, err := byteRate(c.MaxBandwidth); err != nil {
+		errs = append(errs, fmt.Errorf("max_bandwidth: %w", err))
+	}
+	for _, address := range []struct{ name, value string }{{"listen", c.Listen}, {"listen_status", c.ListenStatus}} {
+		if _, _, err := net.SplitHostPort(address.value); err != nil && address.value != "" {
+			errs = append(errs, fmt.Errorf("%s is %q: want an address, as in 127.0.0.1:7070 or :7070", address.name, address.value))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // agentDefaults is what holds where nothing else is said. A zero says something: verify_every: 0s is never.
@@ -170,20 +188,26 @@ func agentFields(yield func(string) bool) {
 	}
 }
 
-// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, what
-// the mirror reads from the environment alone, and what commands of a release get.
+// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, and what
+// the mirror reads from the environment alone.
 var otherVariables = strings.Fields(
 	`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
 	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
 	github_app_key_file github_api webhook_secret webhook_secret_file publish_to
-	release version previous digest name dest unit role step run error
 	play tools`,
 )
+
+// commandVariables are what commands of a release get. Elsewhere each is a mistake: KEDGE_DEST bounds nothing, as
+// KEDGE_DESTS would.
+var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
 // checkVariables refuses variables that begin with KEDGE_ and mean nothing: a mistyped KEDGE_DEST would bound nothing.
 func checkVariables(environment []string) error {
 	known := slices.Collect(agentFields)
 	known = append(known, otherVariables...)
+	if slices.ContainsFunc(environment, func(v string) bool { return strings.HasPrefix(v, "KEDGE_RUN=") }) {
+		known = append(known, commandVariables...) // a command of a release started this
+	}
 	var errs []error
 	for _, variable := range environment {
 		name, _, _ := strings.Cut(variable, "=")

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -32,8 +33,8 @@ func (a *app) demoCommand() *cobra.Command {
 		Use:   "demo",
 		Short: "The whole system on this machine, with nothing installed",
 		Long: `Starts a deployments repo to push to, a mirror, and three agents as processes of their own, over a directory for the
-store and another for releases; shows the fleet live, and what to type next in a second terminal. Needs git. Ctrl-C ends it
-and removes what it made.
+store and another for releases. It shows the fleet live, and takes keys: push a release, promote it past its canary, pin,
+unpin. Needs git. Ctrl-C ends it and removes what it made.
 
 With --once it walks by itself through publish, push, a second release, a pin, an unpin, a node that boots late and a broken
 release, prints each step with its time, and leaves nothing behind.`,
@@ -82,6 +83,12 @@ type demo struct {
 	pointers map[string]deployments.Pointer
 	// shown is the last line printed of each node, where no terminal is.
 	shown map[string]string
+	// rollout is added to the unit's file.
+	rollout string
+
+	mu sync.Mutex
+	// said is what came of the key that was typed last.
+	said string
 }
 
 var demoUnit = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
@@ -145,7 +152,7 @@ func newDemo(ctx context.Context, dir string, out io.Writer) (_ *demo, err error
 	if err := d.serveSite(); err != nil {
 		return nil, err
 	}
-	if err := d.makeRepo(); err != nil {
+	if err := errors.Join(d.makeRepo(), d.writeEnv()); err != nil {
 		return nil, err
 	}
 	return d, nil
@@ -268,7 +275,7 @@ func (d *demo) push(version string) error {
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
 	}
-	if err := os.WriteFile(file, []byte("release: "+d.pointers[version].String()+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(file, []byte("release: "+d.pointers[version].String()+"\n"+d.rollout), 0o644); err != nil {
 		return err
 	}
 	if err := d.git(work, "add", "."); err != nil {

@@ -35,7 +35,9 @@ func (d *demo) live(a *app) error {
 		return err
 	}
 	var err error
-	if a.terminal() > 0 {
+	if restore, ok := typing(a.stdin); ok && a.terminal() > 0 {
+		defer restore()
+		go d.readKeys(a.stdin) // ends with the process, where nothing is typed
 		err = a.watchOnScreen(d.ctx, d.store, fleet.Filter{}, func(w io.Writer, f *fleet.Fleet, width int) {
 			d.draw(w, f, fleet.TableOptions{Width: width, Color: a.color(), Nodes: true})
 		})
@@ -48,17 +50,6 @@ func (d *demo) live(a *app) error {
 		return nil
 	}
 	return err
-}
-
-// draw shows the fleet, then what to type next.
-func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
-	fmt.Fprintf(w, "kedge demo: a mirror and %d agents, each a process of its own, in %s\n\n", len(d.nodes), d.dir)
-	fleet.WriteTable(w, f, opt)
-	fmt.Fprintf(w, "\nIn a browser:  http://%s/\nLive now:    ", d.web.Addr())
-	for _, name := range []string{"web-1", "web-2", "web-3"} {
-		fmt.Fprintf(w, "  %s/%s/", d.siteURL, name)
-	}
-	fmt.Fprint(w, "\n"+d.advice())
 }
 
 // printChanges is what a pipe gets: a line a node that changed.
@@ -79,22 +70,20 @@ func (d *demo) printChanges(f *fleet.Fleet) {
 // advice says what to type next, ready to copy.
 func (d *demo) advice() string {
 	return fmt.Sprintf(`
-In a second terminal:
+In another terminal:
 
-  cd %s
-
+  . %s
   # deploy %[2]s: change one line and push
-  echo "release: $(cat ../%[2]s)" > prod/web/app.yaml; git commit -qam %[2]s; git push -q
+  sed -i "s|^release:.*|release: $(cat ../%[2]s)|" prod/web/app.yaml; git commit -qam %[2]s; git push -q
 
   # deploy %[3]s, whose health check fails: every node goes back by itself
-  echo "release: $(cat ../%[3]s)" > prod/web/app.yaml; git commit -qam %[3]s; git push -q
+  sed -i "s|^release:.*|release: $(cat ../%[3]s)|" prod/web/app.yaml; git commit -qam %[3]s; git push -q
 
-  # pin %[4]s in a hurry, as consul kv put would; then see why, and unpin
-  mkdir -p ../kv/pins/prod/web; cat ../%[4]s > ../kv/pins/prod/web/app
-  export KEDGE_KV=%[5]s
-  ../kedge explain web-1/app
-  ../kedge unpin prod/web/app
+  # pin %[4]s in a hurry; then see why, and unpin
+  kedge pin prod/web/app %[4]s --reason demo
+  kedge explain web-1/app
+  kedge unpin prod/web/app
 
 Ctrl-C ends the demo.
-`, filepath.Join(d.dir, "deployments"), secondVersion, brokenVersion, firstVersion, d.kv())
+`, filepath.Join(d.dir, "env"), secondVersion, brokenVersion, firstVersion)
 }

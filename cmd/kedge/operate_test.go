@@ -155,6 +155,14 @@ func TestCheckVariables(t *testing.T) {
 		strings.Contains(err.Error(), "STAGE") || strings.Contains(err.Error(), "TOKEN") {
 		t.Errorf("checkVariables says %v", err)
 	}
+	// A command of a release may start an agent: what it was given is no mistake there.
+	if err := checkVariables([]string{"KEDGE_DEST=/srv", "KEDGE_RUN=1"}); err != nil {
+		t.Error(err)
+	}
+	if err := checkVariables([]string{"KEDGE_DEST=/srv"}); err == nil ||
+		!strings.Contains(err.Error(), "KEDGE_DEST: did you mean KEDGE_DESTS?") {
+		t.Errorf("a bound that was mistyped: %v", err)
+	}
 }
 
 // Whatever nodes, operators and Git say: nothing that a terminal would obey, or that changes the order of what is read,

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -61,6 +62,9 @@ takes another version.`,
 				name, value string
 				field       *string
 			}{{"name", name, &m.Name}, {"version", version, &m.Version}, {"dest", dest, &m.Dest}} {
+				if err := flagMistake(f.name, f.value); err != nil {
+					return err
+				}
 				switch {
 				case f.value == "":
 				case *f.field != "" && *f.field != f.value:
@@ -165,6 +169,18 @@ takes another version.`,
 	)
 	a.jsonFlag(c, "what was made")
 	return c
+}
+
+// flagMistake says of a flag what a manifest's field of that name may not be; "" is not given.
+func flagMistake(name, value string) error {
+	if value == "" {
+		return nil
+	}
+	_, err := deployments.ParseTemplate(fmt.Appendf(nil, "%s: %q\n", name, value), "file:///manifest.yaml")
+	if wrong := deployments.Problems(nil); errors.As(err, &wrong) {
+		return usagef("--%s: %s", name, strings.TrimPrefix(wrong[0].Message, name+" "))
+	}
+	return err
 }
 
 // publishedLines says what was made, and what it costs nodes to come to it.

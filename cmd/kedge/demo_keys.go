@@ -1,0 +1,154 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"kedge/sync/fleet"
+)
+
+// demoRollout is how the live demo's releases go out after the first: one node first, and the others when somebody
+// promotes.
+const demoRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unavailable: 1}\n"
+
+// demoKey is a key that may be typed while the demo is shown.
+type demoKey struct {
+	key   byte
+	about string
+	do    func() (shown string, err error) // shown is the command that it stands for, and what that said
+}
+
+func (d *demo) keys() []demoKey {
+	release := func(version string) func() (string, error) {
+		return func() (string, error) {
+			d.rollout = demoRollout
+			return "git commit -am 'app " + version + "' && git push", d.push(version)
+		}
+	}
+	unit := demoUnit.String()
+	kedge := func(args ...string) func() (string, error) {
+		return func() (string, error) { return d.kedge(args...) }
+	}
+	return []demoKey{
+		{'n', "push " + secondVersion + ": one node goes first", release(secondVersion)},
+		{'b', "push " + brokenVersion + ", whose check fails", release(brokenVersion)},
+		{'g', "go on: kedge promote", kedge("promote", unit)},
+		{'p', "kedge pin " + firstVersion, kedge("pin", unit, firstVersion, "--reason", "demo")},
+		{'u', "kedge unpin", kedge("unpin", unit)},
+		{'+', "a fourth node boots", func() (string, error) {
+			if d.nodes["web-4"] != nil {
+				return "web-4 runs already", nil
+			}
+			return "kedge agent --node web-4 --stage prod --roles web", d.startNode("web-4")
+		}},
+	}
+}
+
+// kedge runs this program against the demo's store, as its user could, and returns the command and what it said.
+func (d *demo) kedge(args ...string) (string, error) {
+	c := exec.CommandContext(d.ctx, d.program, append(args, "--kv", d.kv())...)
+	out, err := c.CombinedOutput()
+	shown := "kedge " + strings.Join(args, " ") + "\n" + strings.TrimSpace(string(out))
+	if _, failed := err.(*exec.ExitError); failed {
+		err = nil // what it said says it
+	}
+	return shown, err
+}
+
+// readKeys does what keys ask for, one after the other, until the demo ends. What came of the last one is shown.
+func (d *demo) readKeys(in io.Reader) {
+	keys := d.keys()
+	for typed := make([]byte, 1); d.ctx.Err() == nil; {
+		if _, err := in.Read(typed); err != nil {
+			return
+		}
+		if typed[0] == 'q' {
+			d.stop()
+			return
+		}
+		for _, k := range keys {
+			if k.key != typed[0] {
+				continue
+			}
+			d.say("… " + k.about)
+			shown, err := k.do()
+			if err != nil {
+				shown = strings.TrimSpace(shown + "\n" + err.Error())
+			}
+			d.say("$ " + shown)
+		}
+	}
+}
+
+func (d *demo) say(text string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.said = text
+}
+
+// typing has a terminal give each key as it is typed, without showing it; Ctrl-C stays what it is. restore ends that.
+// ok is false where in is no terminal.
+func typing(in io.Reader) (restore func(), ok bool) {
+	f, isFile := in.(*os.File)
+	if !isFile || !term.IsTerminal(int(f.Fd())) {
+		return nil, false
+	}
+	fd := int(f.Fd())
+	was, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, false
+	}
+	now := *was
+	now.Lflag &^= unix.ICANON | unix.ECHO
+	now.Cc[unix.VMIN], now.Cc[unix.VTIME] = 1, 0
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &now); err != nil {
+		return nil, false
+	}
+	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, was) }, true
+}
+
+// demoLines is how many lines a screen of 24 has for the demo.
+const demoLines = 22
+
+// draw shows the fleet, what may be typed, and what came of it last, as far as 24 lines of 80 columns hold it.
+func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents in %s\n\n", len(d.nodes), d.dir)
+	fleet.WriteTable(&b, f, opt)
+	b.WriteByte('\n')
+	for i, k := range d.keys() {
+		entry := fmt.Sprintf("%c  %s", k.key, k.about)
+		if i%2 == 0 {
+			entry = fmt.Sprintf("  %-38s", entry)
+		} else {
+			entry += "\n"
+		}
+		b.WriteString(entry)
+	}
+	fmt.Fprintf(&b, "\nBrowser  http://%s/    q ends the demo\n", d.web.Addr())
+	fmt.Fprintf(&b, "Shell    . %s   then: kedge explain web-1/app\n", filepath.Join(d.dir, "env"))
+	d.mu.Lock()
+	said := d.said
+	d.mu.Unlock()
+	if room := demoLines - 1 - strings.Count(b.String(), "\n"); said != "" && room > 0 {
+		lines := strings.Split(said, "\n")
+		b.WriteByte('\n')
+		for _, line := range lines[:min(len(lines), room)] {
+			b.WriteString(fleet.Clean(line, opt.Width) + "\n")
+		}
+	}
+	io.WriteString(w, b.String())
+}
+
+// writeEnv writes what a second shell sources to be in the demo.
+func (d *demo) writeEnv() error {
+	text := fmt.Sprintf("export KEDGE_KV=%s PATH=%s:$PATH\ncd %s\n", d.kv(), d.dir, filepath.Join(d.dir, "deployments"))
+	return os.WriteFile(filepath.Join(d.dir, "env"), []byte(text), 0o644)
+}
