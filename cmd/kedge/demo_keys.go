@@ -119,9 +119,15 @@ const demoLines = 22
 
 // draw shows the fleet, what may be typed, and what came of it last, as far as 24 lines of 80 columns hold it.
 func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
-	var b strings.Builder
+	var table, b strings.Builder
+	fleet.WriteTable(&table, f, opt)
+	if others := 9; strings.Count(table.String(), "\n") > demoLines-others { // nodes that are well can do without a line
+		opt.Nodes = false
+		table.Reset()
+		fleet.WriteTable(&table, f, opt)
+	}
 	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents in %s\n\n", len(d.nodes), d.dir)
-	fleet.WriteTable(&b, f, opt)
+	b.WriteString(table.String())
 	b.WriteByte('\n')
 	for i, k := range d.keys() {
 		entry := fmt.Sprintf("%c  %s", k.key, k.about)

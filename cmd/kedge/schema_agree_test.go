@@ -121,6 +121,7 @@ local_sources: false
 mirrors: {"s3://acme-releases/": ["s3://acme-releases-euw1/", "http://127.0.0.1:65001/acme/"]}
 dests: [/srv]
 users: [app]
+secrets: [ssm:/prod]
 no_commands: false
 signers: /etc/kedge/signers
 allow_older_pins: false
