@@ -490,6 +490,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 	err := errors.Join(out.err, out.file.Close())
 	if err == nil && broken == nil && deployments.Digest(sum.Sum(nil)) == e.sum {
 		w.ready[i] = true
+		w.back.wrote(e.size)
 		return true, nil
 	}
 	f.spoiled.add(e.path)

@@ -85,7 +85,8 @@
 // A node that runs a release takes what it has from there, hashed on the way; then from a delta, if one was
 // published for it; then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight
 // connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
-// straight into a private directory. There is no journal: a fetch that was cut finds what it has by hashing it,
+// straight into a private directory. Every 64 MiB the file system is synced in the background, so that the sync before
+// the switch, which alone counts, has little left to do. There is no journal: a fetch that was cut finds what it has by hashing it,
 // files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is known that the
 // disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before it is read.
 //

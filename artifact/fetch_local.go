@@ -269,6 +269,9 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		return errors.Join(err, w.dirs.remove(e.path))
 	}
 	w.ready[i] = true
+	if share.noClone.Load() { // a clone shares what is on the disk
+		w.back.wrote(e.size)
+	}
 	return nil
 }
 

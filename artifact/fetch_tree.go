@@ -36,6 +36,9 @@ type builder struct {
 	// made has a gate for each gateWidth entries; it opens when the directories among them, and all above, are there.
 	made []chan struct{}
 
+	// back is told of what is written.
+	back *writeback
+
 	mu   sync.Mutex
 	open map[int]*largeOpen
 }
@@ -59,7 +62,8 @@ func newBuilder(dir string, x *index) (*builder, error) {
 		return nil, err
 	}
 	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.entries)),
-		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{}}
+		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{},
+		back: newWriteback(int(top.Fd()))}
 	for i := range x.entries {
 		if x.entries[i].kind == kindFile && x.entries[i].size > 0 {
 			b.files = append(b.files, i)
@@ -75,7 +79,7 @@ func (b *builder) close() error {
 	for _, l := range b.open {
 		l.file.Close()
 	}
-	return errors.Join(b.top.Close(), b.root.Close())
+	return errors.Join(b.back.wait(), b.top.Close(), b.root.Close())
 }
 
 // prepare keeps what an earlier call made, and removes the rest. Directories that are kept can be written into
@@ -362,6 +366,7 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 		return err
 	}
 	w.ready[i] = true
+	w.back.wrote(e.size)
 	return nil
 }
 
@@ -406,6 +411,7 @@ func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	if _, err := l.file.WriteAt(content, at); err != nil {
 		return err
 	}
+	w.back.wrote(int64(len(content)))
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if l.left--; l.left > 0 {

@@ -1,0 +1,60 @@
+package artifact
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Files are written to the disk while others are fetched: every so many bytes, once at a time, and no error is lost.
+func TestWriteback(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		synced := 0
+		w := newWriteback(-1)
+		w.sync = func() error { time.Sleep(time.Second); synced++; return nil }
+		w.wrote(writebackStep - 1)
+		if synctest.Wait(); w.busy {
+			t.Error("it syncs before there is enough to write")
+		}
+		w.wrote(1)
+		w.wrote(2 * writebackStep)
+		if synctest.Wait(); !w.busy || synced != 0 {
+			t.Error("it does not sync, or those who write wait for it")
+		}
+		time.Sleep(time.Second)
+		if synctest.Wait(); w.busy || synced != 1 {
+			t.Errorf("it synced %d times, want once", synced)
+		}
+		w.wrote(1) // beside what was written meanwhile
+		if err := w.wait(); err != nil || synced != 2 {
+			t.Errorf("it synced %d times, %v", synced, err)
+		}
+		w.sync = func() error { return unix.EIO }
+		w.wrote(writebackStep)
+		if err := w.wait(); !errors.Is(err, unix.EIO) {
+			t.Errorf("a disk that fails: %v", err)
+		}
+	})
+}
+
+// A disk that fails while files are fetched fails the fetch.
+func TestWritebackFailsTheFetch(t *testing.T) {
+	t.Parallel()
+	b, err := newBuilder(t.TempDir(), &index{entries: []entry{{path: "a", mode: 0o644, size: 3}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.back.step, b.back.sync = 3, func() error { return unix.EIO }
+	w := b.worker()
+	if err := w.writeFile(0, []byte("abc")); err != nil {
+		t.Fatal(err)
+	}
+	w.close()
+	if err := b.close(); !errors.Is(err, unix.EIO) {
+		t.Errorf("%v", err)
+	}
+}
