@@ -21,9 +21,9 @@
 // how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for
 // small files. An agent of either kind reads both.
 //
-// Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs a few files
-// only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with the former
-// compression; one stream of zstd -3 has 159.4 MB.
+// Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs
+// a few files only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with
+// the former compression; one stream of zstd -3 has 159.4 MB.
 //
 // # The index
 //
@@ -86,8 +86,8 @@
 // published for it; then from the archive, in spans of up to 8 MiB, which bridge gaps of up to 128 KiB, on eight
 // connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
 // straight into a private directory. Every 64 MiB the file system is synced in the background, so that the sync before
-// the switch, which alone counts, has little left to do. There is no journal: a fetch that was cut finds what it has by hashing it,
-// files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is known that the
+// the switch, which alone counts, has little left to do. There is no journal: a fetch that was cut finds what it has
+// by hashing it, files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is known that the
 // disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before it is read.
 //
 // A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing.

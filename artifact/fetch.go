@@ -38,8 +38,8 @@ type base struct {
 }
 
 // fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier
-// call left in dir is kept where its hash is right, and removed where not. What is written may be synced or not. The base is only
-// read; where it is not what it should be, it is passed over, file by file.
+// call left in dir is kept where its hash is right, and removed where not. What is written may be synced or not. The
+// base is only read; where it is not what it should be, it is passed over, file by file.
 func fetchIndexed(
 	ctx context.Context,
 	objects *object.Client,
