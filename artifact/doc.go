@@ -10,16 +10,16 @@
 //     ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory, sticky.
 //     Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and symbolic links that leave the
 //     tree are refused when packing.
-//   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB that hold
-//     nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at least 768 KiB,
-//     which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders follow names, and so
-//     stay where they were when one file grows.
-//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the same
-//     compression, whatever the number of cores.
+//   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB that
+//     hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at least
+//     768 KiB, which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders follow
+//     names, and so stay where they were when one file grows.
+//   - No frame decodes to more than 4 MiB. The same tree gives the same bytes with the same version of kedge and the
+//     same compression, whatever the number of cores.
 //
 // A reader asks no more of frames than these 4 MiB, and that they lie in the index as below: how content is cut, and
-// how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for
-// small files. An agent of either kind reads both.
+// how hard it is compressed, is up to who packs. Archives of before have frames of 192 to 512 KiB for small files. An
+// agent of either kind reads both.
 //
 // Frames cost size, since what was seen before one is forgotten, and spare bytes where a node has no delta and needs
 // a few files only. 561 MB in 44,567 files make 159.1 MB in frames of these sizes, and 169.7 MB in the former ones with
@@ -87,8 +87,12 @@
 // connections. Frames are hashed before they are decoded, and files written by as many workers as there are cores,
 // straight into a private directory. Every 64 MiB the file system is synced in the background, so that the sync before
 // the switch, which alone counts, has little left to do. There is no journal: a fetch that was cut finds what it has
-// by hashing it, files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is known that the
-// disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before it is read.
+// by hashing it, files whole, large ones by frame. A delta of more than 4 MiB is fetched after the index, once it is
+// known that the disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before
+// it is read.
+//
+// Where the node's configuration names mirrors, each of these is asked for there first: what comes is used only if its
+// hash is right, so any place may give it.
 //
 // A file made of frames is not hashed a second time: the index names each frame, and a frame decodes to one thing.
 // That this is the content whose hash the index gives the file is up to who packed it, since publish takes both

@@ -658,7 +658,8 @@ func TestPackRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			var out bytes.Buffer
-			if _, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, &out, nil); err == nil || !strings.Contains(err.Error(), dir) {
+			_, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, &out, nil)
+			if err == nil || !strings.Contains(err.Error(), dir) {
 				t.Errorf("pack says %v", err)
 			}
 		})

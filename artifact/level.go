@@ -64,7 +64,12 @@ type compressor struct{ rich, poor *zstd.Encoder }
 
 func newCompressor(c Compression) (*compressor, error) {
 	encoder := func(level zstd.EncoderLevel) (*zstd.Encoder, error) {
-		return zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(level), zstd.WithWindowSize(packWindow))
+		return zstd.NewWriter(
+			nil,
+			zstd.WithEncoderConcurrency(1),
+			zstd.WithEncoderLevel(level),
+			zstd.WithWindowSize(packWindow),
+		)
 	}
 	rich, err := encoder(compressions[c].rich)
 	if err != nil {

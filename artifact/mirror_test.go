@@ -112,7 +112,8 @@ func TestMirrors(t *testing.T) {
 			return &peer{origin: origin, cache: map[string][]byte{}, spoil: flip}
 		}},
 		"fewer bytes": {reason: deployments.ReasonDigestMismatch, mirror: func(origin string) http.Handler {
-			return &peer{origin: origin, cache: map[string][]byte{}, spoil: func(data []byte) []byte { return data[:len(data)-1] }}
+			shorten := func(data []byte) []byte { return data[:len(data)-1] }
+			return &peer{origin: origin, cache: map[string][]byte{}, spoil: shorten}
 		}},
 		"it says nothing": {reason: deployments.ReasonStorageUnavailable, mirror: func(string) http.Handler {
 			return http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
@@ -180,7 +181,9 @@ func TestMirrorsWithoutTheirOrigin(t *testing.T) {
 	gone := httptest.NewServer(http.NotFoundHandler())
 	gone.Close()
 	mirror := serve(t, http.StripPrefix("/new/", http.FileServer(http.Dir(new.store))))
-	objects := object.New(object.Config{Mirrors: object.Mirrors{gone.URL + "/new": {gone.URL + "/other", mirror + "/new"}}})
+	objects := object.New(object.Config{
+		Mirrors: object.Mirrors{gone.URL + "/new": {gone.URL + "/other", mirror + "/new"}},
+	})
 	dir := t.TempDir()
 	if _, err := fetchIndexed(t.Context(), objects, new.at(gone.URL+"/new"), nil, dir, StageOptions{}); err != nil {
 		t.Fatal(err)

@@ -368,7 +368,7 @@ func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := false
-	_, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, writerFunc(func(data []byte) (int, error) {
+	change := writerFunc(func(data []byte) (int, error) {
 		if !done {
 			done = true
 			if err := os.WriteFile(path, random(2, 64<<20), 0o644); err != nil {
@@ -376,7 +376,8 @@ func TestPackRefusesAFileThatIsRewritten(t *testing.T) {
 			}
 		}
 		return len(data), nil
-	}), nil)
+	})
+	_, err := pack(t.Context(), dir, deployments.SymlinksInside, CompressionDefault, change, nil)
 	if !errors.Is(err, errChanging) {
 		t.Errorf("%v", err)
 	}

@@ -172,7 +172,12 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 
 // ReadPinned is ReadAll of an object that its readers know when they see it: check returns an error for all other
 // bytes.
-func (c *Client) ReadPinned(ctx context.Context, url string, max int64, check func([]byte) error) (out []byte, err error) {
+func (c *Client) ReadPinned(
+	ctx context.Context,
+	url string,
+	max int64,
+	check func([]byte) error,
+) (out []byte, err error) {
 	err = c.EachSource(ctx, url, func(s Source) error {
 		data, err := s.ReadAll(ctx, s.URL, max)
 		if err == nil {

@@ -49,14 +49,17 @@ func TestSources(t *testing.T) {
 func TestMirrorsCheck(t *testing.T) {
 	t.Parallel()
 	for _, good := range []Mirrors{
-		nil, {"s3://acme/": {"s3://euw1/", "https://x/y", "http://127.0.0.1:1/a/", "file:///mnt/releases"}}, {"s3://acme": {"gs://x"}},
+		nil,
+		{"s3://acme/": {"s3://euw1/", "https://x/y", "http://127.0.0.1:1/a/", "file:///mnt/releases"}},
+		{"s3://acme": {"gs://x"}},
 	} {
 		if err := good.Check(); err != nil {
 			t.Errorf("%v: %v", good, err)
 		}
 	}
 	for _, bad := range []Mirrors{
-		{"s3://acme": nil}, {"acme": {"s3://x"}}, {"s3://acme": {"http://10.0.0.1/x"}}, {"s3://acme": {"https://u:hunter2@x/"}},
+		{"s3://acme": nil}, {"acme": {"s3://x"}},
+		{"s3://acme": {"http://10.0.0.1/x"}}, {"s3://acme": {"https://u:hunter2@x/"}},
 		{"s3://acme": {"ftp://x/"}}, {"s3://acme": {""}},
 	} {
 		if err := bad.Check(); err == nil || strings.Contains(err.Error(), "hunter2") {

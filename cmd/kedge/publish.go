@@ -42,9 +42,9 @@ For nodes that run one of the last releases it makes deltas: the last three belo
 the right to list there (s3:ListBucket); without it, and for gs:// (which kedge doesn't list), name them: --since POINTER, once for each. A delta
 that would be larger than the parts of the archive that changed is dropped. What the release costs the nodes is printed.
 
---compression trades time here for bytes that every node fetches. The default is no larger than one stream of zstd -3. Of source code
-best makes 7 % less, and takes several times as long; fast makes 7 % more. A version that was published stays as it is: another level
-takes another version.`,
+--compression trades time here for bytes that every node fetches. The default is no larger than one stream of zstd -3. Of
+source code best makes 7 % less, and takes several times as long; fast makes 7 % more. A version that was published stays
+as it is: another level takes another version.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
