@@ -478,7 +478,14 @@ func newExtractor(t testing.TB) *extractor {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { root.Close() })
-	return &extractor{ctx: t.Context(), root: root, left: freeGrowth, links: map[string]bool{}, dirs: map[string]*attributes{}}
+	return &extractor{
+		ctx:      t.Context(),
+		root:     root,
+		manifest: &deployments.Manifest{},
+		left:     freeGrowth,
+		links:    map[string]bool{},
+		dirs:     map[string]*attributes{},
+	}
 }
 
 func (x *extractor) bytes(data []byte) error {
