@@ -31,8 +31,8 @@ type Store struct {
 	tokens *tokenSource
 	addr   string // for people
 	local  bool   // addr is this machine's own
-	// earlierAfter is a presence's.
-	earlierAfter time.Duration
+	// earlierAfter and presencePoll are a presence's.
+	earlierAfter, presencePoll time.Duration
 	// strayed counts beats that reached a Consul agent which did not know the service: see heartbeat.keep.
 	strayed atomic.Int32
 	prefix  string // ends in "/"
@@ -104,7 +104,7 @@ func Open(c Config) (*Store, error) {
 		addr = config.Scheme + "://" + addr
 	}
 	return &Store{
-		client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter,
+		client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter, presencePoll: presencePoll,
 		prefix: prefix, log: c.Log, http: config.HttpClient,
 	}, nil
 }

@@ -68,13 +68,14 @@ func (p *presence) keep() {
 // watchEntry returns when the entry or its holder isn't as put, or after presencePoll: holds is set if they are. Its
 // reads are stale ones, which repair confirms.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
-	s, most := p.store, watchWait
+	s := p.store
+	most := min(watchWait, s.presencePoll)
 	if renew {
-		most = presenceTTL / 3
+		most = min(most, presenceTTL/3)
 	}
 	var index uint64
 	idle := wait.NewBackoff(5*time.Millisecond, time.Second)
-	for end := time.Now().Add(presencePoll); time.Now().Before(end); {
+	for end := time.Now().Add(s.presencePoll); time.Now().Before(end); {
 		if renew {
 			if err := s.renewSession(p.ctx, session, requestTimeout); errors.Is(err, kv.ErrNotFound) {
 				return false, nil

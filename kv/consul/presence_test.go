@@ -3,6 +3,7 @@ package consul_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -344,4 +345,47 @@ func TestPresenceLeavesOthersSessions(t *testing.T) {
 	if info, _, err := c.Client().Session().Info(other, nil); err != nil || info == nil {
 		t.Fatalf("the other's session is %+v, %v", info, err)
 	}
+}
+
+// Of entries that stand as they were put any server is asked; the leader is where that server may be behind.
+func TestPresenceAsksTheLeaderInDoubt(t *testing.T) {
+	t.Parallel()
+	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})
+	folders(t, c, "status/prod/web/", "status/prod/db/")
+	f := newFront(t, c)
+	s := open(t, consul.Config{Client: f.config(c.RootToken)})
+	consul.SetPresencePoll(s, 200*time.Millisecond)
+	p := kvtest.Present(t, s, "web-1")
+	keys := []string{"status/prod/db/web-1", "status/prod/web/web-1"}
+	for _, key := range keys {
+		if err := p.Put(t.Context(), key, []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	stale, leader := 0, 0 // reads of the key that isn't watched, and of anything from the leader, so far
+	rounds := func(enough func() bool) {
+		t.Helper()
+		kvtest.Await(t, "more rounds", func() error {
+			for _, r := range f.requests() {
+				switch q := r.URL.Query(); {
+				case q.Has("consistent"):
+					leader++
+				case q.Has("stale") && strings.HasSuffix(r.URL.Path, keys[1]):
+					stale++
+				}
+			}
+			if !enough() {
+				return fmt.Errorf("%d stale reads, and %d of the leader", stale, leader)
+			}
+			return nil
+		})
+	}
+	rounds(func() bool { return stale >= 1 })
+	leader = 0
+	rounds(func() bool { return stale >= 4 })
+	if leader > 0 {
+		t.Errorf("the leader was asked %d times", leader)
+	}
+	f.setRewrite(func(r *http.Response) { r.Header.Set("X-Consul-LastContact", "60000") })
+	rounds(func() bool { return leader > 0 })
 }
