@@ -14,6 +14,12 @@
 //   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of its own, name
 //     the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one gives what was desired
 //     within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
+//   - A node's token, which anything that runs as root on the node has, writes that node's report and ends sessions of its Consul
+//     node. It chooses nothing that a node runs (TestThefts; TestDocs in cmd/kedge logs a node in by a JWT, and has the keys of others
+//     refused). What it writes is bounded before it is believed (TestFloodOfReports in sync/mirror, FuzzReport, FuzzNext).
+//   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as above. A mirror
+//     with signers that finds a commit named in mirror/ whose signature doesn't count takes no release, no setting of a record
+//     and no removal from it, and signs no snapshot (TestSignerIsTakenOutAndNothingIsRemembered in sync/mirror).
 //   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
 //     (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
 //     old signed commit brought back by force; TestMovedSignatures plays good ones in other places of a commit). With or without a key,
@@ -27,7 +33,8 @@
 //   - A signed manifest of an older release stays good, but a node with signers refuses what was made before the release that it has
 //     settled on, unless its own configuration lets a pin name it (TestNothingOlderThanWhatWasSettledOn in sync/deploy). That holds for
 //     the release's name and for its dest, under whatever unit (TestOldCodeUnderANewName). A release that claims to be made ahead of
-//     the node's clock counts as made when it was settled on (TestMadeAheadOfTheClock). Until a node has settled on a release that says when it was made, and after it lost its state, only a key's valid-before bounds that.
+//     the node's clock counts as made when it was settled on (TestMadeAheadOfTheClock). A kill in the middle loses no floor
+//     (TestKilledWhileItSettles). Until a node has settled on a release that says when it was made, and after it lost its state, only a key's valid-before bounds that.
 //   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old releases, objects that
 //     were overwritten, and a node's own token used on the keys of others.
 //   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are none.
