@@ -89,6 +89,7 @@ commands:
   post: [{run: systemctl restart app, timeout: 2m, user: app, once: true}]
   success: [true]
   failure: [logger failed]
+secrets: {DB_URL: ssm:/prod/db}
 health:
   timeout: 1m
   stable_for: 10s
@@ -123,6 +124,7 @@ dests: [/srv]
 users: [app]
 secrets: [ssm:/prod]
 no_commands: false
+secrets: [ssm:/prod/]
 signers: /etc/kedge/signers
 allow_older_pins: false
 allow_empty: false

@@ -230,6 +230,8 @@ func manifestSchema(t *testing.T) node {
 				"propertyNames": node{"pattern": `^[A-Za-z_][A-Za-z0-9_]{0,127}$`}},
 			"timeout": lasting, "pre": commands, "post": commands, "success": commands, "failure": commands,
 		}),
+		"secrets": node{"type": "object", "propertyNames": node{"pattern": `^[A-Za-z_][A-Za-z0-9_]{0,127}$`},
+			"additionalProperties": word(`^(file:/[^/]|credential:[^/]|ssm:.|secretsmanager:.|vault:.+#.)`)},
 		"health": s.object(4, nil, node{
 			"timeout": lasting, "stable_for": duration, "every": lasting, "failures": number(1, 1000), "checks": s.list(check),
 		}),
