@@ -119,12 +119,16 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"agent", "--start-delay", "1s", "--config", write("all.yaml", "stage: prod\nrole: web\nstage: x\nno_commands: maybe\nready_timeout: 5\ndests: {a: b}\n")}, exitUsage, []string{
 			`all.yaml:2:1: unknown field "role"`, `all.yaml:3:1: the field "stage" stands twice`, "all.yaml:4:14", "all.yaml:5:1", "all.yaml:6:",
 		}},
-		{[]string{"agent", "--config", write("values.yaml", "listen: 7070\nverify: often\nmax_bandwidth: fast\n")}, exitUsage, []string{
-			`listen is "7070"`, `verify is "often"`, `max_bandwidth: bandwidth "fast"`,
-		}},
-		{[]string{"publish", dir, "--to", "s3://b", "--name", "-app", "--version", "1", "--dest", "/srv/a"}, exitUsage, []string{`--name: "-app": want`}},
-		{[]string{"publish", dir, "--to", "s3://b", "--name", "app", "--version", "1/2", "--dest", "/srv/a"}, exitUsage, []string{`--version: "1/2": want`}},
-		{[]string{"publish", dir, "--to", "s3://b", "--name", "app", "--version", "1", "--dest", "srv/a"}, exitUsage, []string{`--dest: "srv/a": want an absolute path`}},
+		{
+			[]string{"agent", "--config", write("values.yaml", "listen: 7070\nverify: often\nmax_bandwidth: fast\n")},
+			exitUsage, []string{`listen is "7070"`, `verify is "often"`, `max_bandwidth: bandwidth "fast"`},
+		},
+		{[]string{"publish", dir, "--to", "s3://b", "--name", "-app", "--version", "1", "--dest", "/srv/a"}, exitUsage,
+			[]string{`--name: "-app": want`}},
+		{[]string{"publish", dir, "--to", "s3://b", "--name", "app", "--version", "1/2", "--dest", "/srv/a"}, exitUsage,
+			[]string{`--version: "1/2": want`}},
+		{[]string{"publish", dir, "--to", "s3://b", "--name", "app", "--version", "1", "--dest", "srv/a"}, exitUsage,
+			[]string{`--dest: "srv/a": want an absolute path`}},
 		{[]string{"agent", "--config", write("words.yaml", "roles: web, db\n")}, exitUsage, []string{"stage is not set", "words.yaml"}},
 		{[]string{"check", filepath.Join(dir, "bad")}, exitFailed, []string{"prod/web/app.yaml:1:10:", "prod/web/app.yaml:2:1:", "2 problems"}},
 		{[]string{"check", filepath.Join(dir, "good")}, exitDone, []string{"1 unit, all valid"}},

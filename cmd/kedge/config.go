@@ -83,7 +83,7 @@ func (c *agentConfig) check() error {
 	}
 	for _, address := range []struct{ name, value string }{{"listen", c.Listen}, {"listen_status", c.ListenStatus}} {
 		if _, _, err := net.SplitHostPort(address.value); err != nil && address.value != "" {
-			errs = append(errs, fmt.Errorf("%s is %q: want an address, as in 127.0.0.1:7070 or :7070", address.name, address.value))
+			errs = append(errs, fmt.Errorf("%s is %q: want an address, as in 127.0.0.1:7070", address.name, address.value))
 		}
 	}
 	return errors.Join(errs...)

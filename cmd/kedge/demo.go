@@ -33,8 +33,8 @@ func (a *app) demoCommand() *cobra.Command {
 		Use:   "demo",
 		Short: "The whole system on this machine, with nothing installed",
 		Long: `Starts a deployments repo to push to, a mirror, and three agents as processes of their own, over a directory for the
-store and another for releases. It shows the fleet live, and takes keys: push a release, promote it past its canary, pin,
-unpin. Needs git. Ctrl-C ends it and removes what it made.
+store and another for releases. It shows the fleet live, and takes keys: push a release, promote it past its canary,
+pin, unpin. Needs git. Ctrl-C ends it and removes what it made.
 
 With --once it walks by itself through publish, push, a second release, a pin, an unpin, a node that boots late and a broken
 release, prints each step with its time, and leaves nothing behind.`,

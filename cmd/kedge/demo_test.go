@@ -51,7 +51,8 @@ func startOnTerminal(t *testing.T, args ...string) *terminalFor {
 		t.Fatal(err)
 	}
 	s := &terminalFor{master: master, cmd: exec.Command(self, args...)}
-	s.cmd.Env = append(baseEnv(), "KEDGE_PLAY=1", "TERM=xterm", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
+	s.cmd.Env = append(baseEnv(), "KEDGE_PLAY=1", "TERM=xterm")
+	s.cmd.Env = append(s.cmd.Env, "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
 	s.cmd.Stdin, s.cmd.Stdout, s.cmd.Stderr = slave, slave, slave
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := s.cmd.Start(); err != nil {
@@ -175,7 +176,8 @@ func TestCompletionInBash(t *testing.T) {
 		c := exec.Command(bash, "--norc", "-c", lib+script+fmt.Sprintf(
 			"\nCOMP_WORDS=(%[1]s); COMP_CWORD=%[2]d; COMP_LINE='%[1]s'; COMP_POINT=${#COMP_LINE}; COMP_TYPE=9\n"+
 				"__start_kedge; echo ${COMPREPLY[@]}", strings.Join(words, " "), len(words)-1))
-		c.Env = append(baseEnv(), "KEDGE_PLAY=1", "PATH="+bin+":"+os.Getenv("PATH"), "KEDGE_KV="+strings.TrimPrefix(store, "--kv="))
+		c.Env = append(baseEnv(), "KEDGE_PLAY=1", "PATH="+bin+":"+os.Getenv("PATH"))
+		c.Env = append(c.Env, "KEDGE_KV="+strings.TrimPrefix(store, "--kv="))
 		out, err := c.Output()
 		if got := strings.TrimSpace(string(out)); err != nil || got != want {
 			t.Errorf("%q completes to %q, want %q: %v", line, got, want, err)

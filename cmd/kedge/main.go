@@ -210,9 +210,10 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		&cobra.Group{ID: "operate", Title: "Operate it"},
 	)
 	for group, commands := range map[string][]*cobra.Command{
-		"start":   {a.demoCommand(), a.versionCommand()},
-		"daemon":  {a.agentCommand(), a.mirrorCommand()},
-		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand(), a.schemaCommand(), a.importCommand(), a.bridgeCommand()},
+		"start":  {a.demoCommand(), a.versionCommand()},
+		"daemon": {a.agentCommand(), a.mirrorCommand()},
+		"release": {a.publishCommand(), a.runCommand(), a.verifyCommand(), a.checkCommand(), a.diffCommand(),
+			a.schemaCommand(), a.importCommand(), a.bridgeCommand()},
 		"fleet":   {a.statusCommand(), a.nodeCommand(), a.explainCommand(), a.historyCommand(), a.waitCommand(), a.webCommand()},
 		"operate": append(a.operateCommands(), a.aclCommand()),
 	} {
