@@ -29,7 +29,7 @@ import (
 var (
 	chaosSeed     = flag.Uint64("chaos.seed", 2, "play the episode of this seed; 0: another one each time")
 	chaosEvents   = flag.Int("chaos.events", 12, "how many faults and pushes an episode has")
-	chaosEpisodes = flag.Int("chaos.episodes", 0, "how many episodes to play, one after the other")
+	chaosEpisodes = flag.Int("chaos.episodes", 1, "how many episodes to play, one after the other")
 	chaosLogs     = flag.String("chaos.logs", "", "a directory that keeps what all processes of a failed episode logged, and the keys")
 )
 
@@ -39,10 +39,6 @@ var (
 func TestChaos(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs Consul, S3 and root, and takes two minutes")
-	}
-	if *chaosEpisodes == 0 {
-		t.Skip("not played by itself, as it fails: status keys that are deleted in mid-rollout make the mirror admit too many; " +
-			"go test ./cmd/kedge -run TestChaos -v -args -chaos.episodes=1")
 	}
 	t.Parallel()
 	for n := range *chaosEpisodes {
