@@ -124,7 +124,6 @@ dests: [/srv]
 users: [app]
 secrets: [ssm:/prod]
 no_commands: false
-secrets: [ssm:/prod/]
 signers: /etc/kedge/signers
 allow_older_pins: false
 allow_empty: false
