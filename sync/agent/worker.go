@@ -3,12 +3,14 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"runtime/debug"
 	"time"
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
 )
@@ -199,4 +201,248 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	u.phase, u.progress = s, p
 	u.stamp(time.Now())
 	a.kickReport()
+}
+
+// goal is what the loop wants of a unit's worker. The zero goal: leave it as it is, but finish what was begun.
+type goal struct {
+	run    deployments.Pointer // have it live; zero: whatever runs stays
+	stage  deployments.Pointer // have it ready on disk as well
+	commit string              // that asked for run
+	key    string              // what asks for run: the failure key
+	heal   bool                // put drift right
+	adopt  bool                // take over what lies at dest, if it is the first release's already
+	// observe has the agent touch nothing, and compare this release with what lies at dest. Then all else is zero.
+	observe deployments.Pointer
+	settle  bool // once it runs, nothing older is gone back to: see observed.toSettle
+}
+
+// job is what a worker is doing.
+type job struct {
+	kind    jobKind
+	release deployments.Pointer
+	commit  string
+	key     string
+	adopt   bool
+	cancel  context.CancelCauseFunc
+}
+
+type jobKind string
+
+const (
+	jobNone    jobKind = ""
+	jobRecover jobKind = "recover" // finish what a crash cut off
+	jobForget  jobKind = "forget"  // end quarantine
+	jobDeploy  jobKind = "deploy"
+	jobStage   jobKind = "stage"
+	jobHeal    jobKind = "heal"
+	jobVerify  jobKind = "verify"
+	jobProve   jobKind = "prove" // await the health of what runs, after a reboot
+	jobObserve jobKind = "observe"
+	jobLook    jobKind = "look"   // at dest, before the first release
+	jobSettle  jobKind = "settle" // note that nothing older is gone back to
+)
+
+// choose is the job that the goal asks for next.
+func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
+	if wait := u.retryAt; now.Before(wait) {
+		return job{}, wait
+	}
+	if u.observes {
+		return u.observeOnly(now)
+	}
+	s, g := u.state(), u.goal
+	if u.future != nil {
+		again = u.settleAt
+	}
+	run := g.run
+	if u.refused[run].err != nil {
+		run = deployments.Pointer{}
+	}
+	failed := !run.IsZero() && u.quarantined(run)
+	settles := s.Confirmed && !s.Unfinished && s.Running == u.toSettle && !u.toSettle.IsZero() &&
+		(u.settled != u.toSettle || u.future != nil && !now.Before(u.settleAt))
+	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
+	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which
+	// lies on disk.
+	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
+	switch {
+	case u.recover && !back || s.Unfinished && !deploys:
+		return job{kind: jobRecover}, again
+	case settles: // before anything else is deployed: what is wanted by now may be what nobody is to go back to
+		return job{kind: jobSettle, release: u.toSettle}, again
+	case u.forget:
+		return job{kind: jobForget}, again
+	case deploys:
+		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt}, again
+	case failed:
+		// Another claim than the one that it failed under lets it be tried once more.
+		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
+			return job{kind: jobForget, release: run, key: g.key}, again
+		}
+	}
+	if u.gone() {
+		return job{}, again
+	}
+	unproven := s.Confirmed && !s.Proven && !s.Running.IsZero()
+	if unproven && u.trouble == nil {
+		return job{kind: jobProve, release: s.Running}, again
+	}
+	if u.toHeal() {
+		return job{kind: jobHeal}, again
+	}
+	if u.toLook() {
+		return job{kind: jobLook, release: g.stage}, again
+	}
+	if p := g.stage; !p.IsZero() && s.Staged.Digest != p.Digest && s.Running.Digest != p.Digest && !u.quarantined(p) &&
+		u.refused[p].err == nil {
+		return job{kind: jobStage, release: p}, again
+	}
+	switch {
+	case unproven: // once more, after what else there was to do
+		return job{kind: jobProve, release: s.Running}, again
+	case !verifies || s.Running.IsZero():
+		return job{}, again
+	case now.Before(u.verifyAt):
+		if !again.IsZero() && again.Before(u.verifyAt) {
+			return job{}, again
+		}
+		return job{}, u.verifyAt
+	default:
+		return job{kind: jobVerify}, again
+	}
+}
+
+// begin chooses the next job, and notes that it is under way. Without one, it says when to look again; zero: when
+// woken.
+func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	j, again := u.choose(now, a.c.VerifyEvery > 0)
+	if (j.kind == jobDeploy || j.kind == jobStage || j.kind == jobLook) && a.opening() {
+		return job{}, nil, time.Time{}
+	}
+	if j.kind == jobNone {
+		return j, nil, again
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	j.cancel = cancel
+	u.busy, u.phase, u.progress = j, "", artifact.Progress{}
+	u.stamp(now)
+	return j, ctx, time.Time{}
+}
+
+// opening reports whether some unit's state has yet to be opened. Until then it isn't known where its tree lies,
+// and another could take its place. a.mu is held.
+func (a *Agent) opening() bool {
+	for _, u := range a.units {
+		if u.deploy == nil && u.trouble == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// do does a job.
+func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) error {
+	switch j.kind {
+	case jobRecover:
+		watch.stop()
+		return u.deploy.Recover(ctx)
+	case jobForget:
+		return a.forget(u, j)
+	case jobDeploy:
+		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt}
+		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
+			return u.deploy.StageFailed(ctx, q, err)
+		}
+		if u.deploy.State().Running.IsZero() {
+			if err := a.look(ctx, u, j.release); err != nil {
+				return err
+			}
+		}
+		watch.stop()
+		return u.deploy.Deploy(ctx, q)
+	case jobStage:
+		return a.fetch(ctx, u, j.release, a.ahead)
+	case jobProve:
+		return u.deploy.Prove(ctx)
+	case jobSettle:
+		return u.deploy.Settle()
+	case jobHeal:
+		return a.heal(ctx, u)
+	case jobObserve:
+		return a.compare(ctx, u, j.release)
+	case jobLook:
+		return a.look(ctx, u, j.release)
+	case jobVerify:
+		return a.verify(ctx, u)
+	}
+	return fmt.Errorf("no such job: %q", j.kind)
+}
+
+// fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, and in its turn.
+func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
+	s := u.deploy.State()
+	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
+		return nil
+	}
+	if p.Digest == s.LastGood.Digest { // it lies on disk
+		return u.deploy.Stage(ctx, p)
+	}
+	if a.c.StartDelay > 0 {
+		if err := wait.For(ctx, rand.N(a.c.StartDelay)); err != nil {
+			return err
+		}
+	}
+	select {
+	case turn <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	fetched := make(chan struct{})
+	defer close(fetched)
+	u.fetched.Store(0)
+	go u.holdTurn(turn, fetched)
+	return u.deploy.Stage(ctx, p)
+}
+
+const (
+	// A fetch that brings less than slowFetch bytes in slowAfter goes on without its turn: it costs the node little, and
+	// no other unit waits for its source.
+	slowAfter = 3 * time.Second
+	slowFetch = 1 << 20
+)
+
+// holdTurn gives a turn back once the fetch that has it is over, or slow.
+func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
+	defer func() { <-turn }()
+	look := time.NewTicker(slowAfter)
+	defer look.Stop()
+	before := u.fetched.Load()
+	for {
+		select {
+		case <-fetched:
+			return
+		case <-look.C:
+		}
+		now := u.fetched.Load()
+		if now-before < slowFetch {
+			u.log.Info("the fetch is slow: others don't wait for it", "bytes", now)
+			return
+		}
+		before = now
+	}
+}
+
+// forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one
+// instead.
+func (a *Agent) forget(u *unit, j job) error {
+	digest := j.release.Digest
+	if !digest.IsZero() {
+		if f, _ := u.failure(j.release); f.Key == "" {
+			return u.deploy.SetKey(digest, j.key)
+		}
+		u.log.Info("trying a release once more that failed here", "release", j.release.String(), "asked_by", j.key)
+	}
+	return u.deploy.Retry(digest)
 }

@@ -1,9 +1,12 @@
 package mirror
 
 import (
+	"time"
+
 	"github.com/prometheus/client_golang/prometheus"
 
 	"kedge/deployments"
+	"kedge/policy"
 )
 
 // metrics are what /metrics shows of a mirror.
@@ -78,4 +81,115 @@ func (m *metrics) applied(s deployments.MirrorState) {
 	if s.Refused != "" {
 		m.refused.Set(1)
 	}
+}
+
+// scene is what the mirror that leads saw last. Nothing in it is changed any more.
+type scene struct {
+	units []deployments.Unit
+	cells map[deployments.UnitID]cell
+	fleet map[deployments.RoleID][]reported
+	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they can't be read
+}
+
+// setScene keeps what is seen, for /metrics; nil: this mirror doesn't lead.
+func (m *Mirror) setScene(s *scene) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.scene = s
+}
+
+// unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over
+// all mirrors are right. It counts when it is asked.
+type unitMetrics struct {
+	mirror                                                *Mirror
+	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
+}
+
+func newUnitMetrics(m *Mirror) *unitMetrics {
+	unit := []string{"stage", "role", "unit"}
+	return &unitMetrics{
+		mirror: m,
+		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
+			unit, nil),
+		rollout: prometheus.NewDesc(
+			"kedge_unit_rollout_phase",
+			"1 for the phase in which a unit's rollout is, 0 for every other.",
+			append(unit, "phase"),
+			nil,
+		),
+		orphaned: prometheus.NewDesc("kedge_unit_orphaned", "1 while Git names the unit no longer, and its record stays.",
+			unit, nil),
+		pinned:  prometheus.NewDesc("kedge_unit_pinned", "1 while a pin of the whole unit decides.", unit, nil),
+		pinEnds: prometheus.NewDesc("kedge_unit_pin_end_timestamp_seconds", "When the unit's pin ends by itself.", unit, nil),
+		nodes: prometheus.NewDesc(
+			"kedge_unit_nodes",
+			"Nodes by what they say of a unit: converged, waiting, fetching, switching, retrying, quarantined, held or invalid; silent where they have said nothing of it, gone where they died, other where it is none of these.",
+			append(unit, "state"),
+			nil,
+		),
+	}
+}
+
+func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
+	to <- u.generation
+	to <- u.rollout
+	to <- u.orphaned
+	to <- u.pinned
+	to <- u.pinEnds
+	to <- u.nodes
+}
+
+func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
+	u.mirror.mu.Lock()
+	s := u.mirror.scene
+	u.mirror.mu.Unlock()
+	if s == nil {
+		return
+	}
+	gauge := func(d *prometheus.Desc, value float64, labels ...string) {
+		to <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
+	}
+	for id, c := range s.cells {
+		if c.present && c.err == nil && c.record.Orphaned {
+			gauge(u.orphaned, 1, id.Stage, id.Role, id.Unit)
+		}
+	}
+	for _, unit := range s.units {
+		id := unit.ID
+		if c := s.cells[id]; c.present && c.err == nil {
+			gauge(u.generation, float64(c.record.Generation), id.Stage, id.Role, id.Unit)
+			for _, phase := range deployments.Phases() {
+				is := c.record.Rollout != nil && c.record.Rollout.Phase == phase
+				gauge(u.rollout, oneIf(is), id.Stage, id.Role, id.Unit, string(phase))
+			}
+		}
+		pin := s.pins[id]
+		gauge(u.pinned, oneIf(pin.Present && !pin.Value.Expired(time.Now())), id.Stage, id.Role, id.Unit)
+		if !pin.Value.Until.IsZero() {
+			gauge(u.pinEnds, float64(pin.Value.Until.Unix()), id.Stage, id.Role, id.Unit)
+		}
+		count := map[string]int{}
+		for _, n := range s.fleet[id.RoleID()] {
+			switch report, spoke := n.report.Units[id.Unit]; {
+			case n.gone:
+				count["gone"]++
+			case !spoke:
+				count["silent"]++
+			case !report.State.Known(): // a node that lies must not make labels of its own
+				count["other"]++
+			default:
+				count[string(report.State)]++
+			}
+		}
+		for state, n := range count {
+			gauge(u.nodes, float64(n), id.Stage, id.Role, id.Unit, state)
+		}
+	}
+}
+
+func oneIf(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }
