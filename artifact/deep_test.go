@@ -31,7 +31,13 @@ func TestDeepTrees(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	child := exec.CommandContext(ctx, "sh", "-c", `ulimit -Sn 192; ulimit -Hn 192; exec "$0" -test.run '^TestDeepTrees$' -test.v`, self)
+	child := exec.CommandContext(
+		ctx,
+		"sh",
+		"-c",
+		`ulimit -Sn 192; ulimit -Hn 192; exec "$0" -test.run '^TestDeepTrees$' -test.v`,
+		self,
+	)
 	child.Env = append(os.Environ(), deepTree+"="+filepath.Join(t.TempDir(), "deep"))
 	out, err := child.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "--- PASS") {
@@ -39,7 +45,8 @@ func TestDeepTrees(t *testing.T) {
 	}
 }
 
-// walkDeepTree does to a deep tree all that is done to a live release. With 30,000 levels it takes 28 s, and no more memory.
+// walkDeepTree does to a deep tree all that is done to a live release. With 30,000 levels it takes 28 s, and no more
+// memory.
 func walkDeepTree(t *testing.T, top string) {
 	if err := os.Mkdir(top, 0o755); err != nil {
 		t.Fatal(err)

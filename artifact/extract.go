@@ -539,8 +539,8 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
-// meantAlone refuses a release of one file that rsync would put in the place of a directory of many: a page of an error,
-// say, in the place of an archive. Under strategy release the directory is kept.
+// meantAlone refuses a release of one file that rsync would put in the place of a directory of many: a page of an
+// error, say, in the place of an archive. Under strategy release the directory is kept.
 func meantAlone(m *deployments.Manifest, name string) error {
 	if m.Strategy != deployments.StrategyRsync {
 		return nil

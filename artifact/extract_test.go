@@ -234,7 +234,13 @@ func TestOwnersOfAnArchive(t *testing.T) {
 		{deployments.StrategyRelease, "", "4321:1234", daemon + ":1234"},
 	} {
 		dir := t.TempDir()
-		m := &deployments.Manifest{Src: "file://" + path, Checksum: strings.ToUpper(digestOf(data).String()), Size: int64(len(data)), Strategy: c.strategy, Owner: c.owner}
+		m := &deployments.Manifest{
+			Src:      "file://" + path,
+			Checksum: strings.ToUpper(digestOf(data).String()),
+			Size:     int64(len(data)),
+			Strategy: c.strategy,
+			Owner:    c.owner,
+		}
 		if err := Unpack(t.Context(), object.New(object.Config{}), m, dir, StageOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -267,12 +273,31 @@ func TestOwnersOfAnArchive(t *testing.T) {
 	}
 	for owner, want := range map[string]error{"": denied, "77": nil} {
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Owner: owner}
-		if err := unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}, allowed); !errors.Is(err, want) {
+		if err := unpack(
+			t.Context(),
+			object.New(object.Config{}),
+			m,
+			t.TempDir(),
+			StageOptions{},
+			allowed,
+		); !errors.Is(
+			err,
+			want,
+		) {
 			t.Errorf("with owner %q, where owners are bounded: %v", owner, err)
 		}
 	}
 	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String(), Size: int64(len(data)) - 1}
-	if err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{}); !errors.Is(err, ErrDigest) {
+	if err := Unpack(
+		t.Context(),
+		object.New(object.Config{}),
+		m,
+		t.TempDir(),
+		StageOptions{},
+	); !errors.Is(
+		err,
+		ErrDigest,
+	) {
 		t.Errorf("of another size than the manifest says: %v", err)
 	}
 }
@@ -333,12 +358,24 @@ func hostile(t testing.TB) map[string]struct {
 	add("link up by a detour", "leads out", dir, special(tar.TypeSymlink, "link", "dir/../../x"))
 	add("a line's end in a name", "control", file("a\nb", "x"))
 	add("through a link", "behind the symbolic link", dir, special(tar.TypeSymlink, "link", "dir"), file("link/evil", "x"))
-	add("directory over a link", "in the place", dir, special(tar.TypeSymlink, "link", "dir"), tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755})
+	add(
+		"directory over a link",
+		"in the place",
+		dir,
+		special(tar.TypeSymlink, "link", "dir"),
+		tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755},
+	)
 	add("link over a directory", "place of a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))
 	add("hard link out", "..", special(tar.TypeLink, "hard", "../../etc/passwd"))
 	add("absolute hard link", "absolute", special(tar.TypeLink, "hard", "/etc/passwd"))
 	add("hard link to nothing", "no file", special(tar.TypeLink, "hard", "nothing"))
-	add("hard link to a link", "no file", file("x", "x"), special(tar.TypeSymlink, "link", "x"), special(tar.TypeLink, "hard", "link"))
+	add(
+		"hard link to a link",
+		"no file",
+		file("x", "x"),
+		special(tar.TypeSymlink, "link", "x"),
+		special(tar.TypeLink, "hard", "link"),
+	)
 	add("hard link to itself", "", file("x", "x"), special(tar.TypeLink, "x", "x"))
 	add("device", "device", special(tar.TypeChar, "null", ""))
 	add("block device", "device", special(tar.TypeBlock, "disk", ""))
@@ -383,7 +420,11 @@ func TestNothingStaysOfACutStage(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(releases.private(), stagingPrefix+p.Digest.Short(), "stray"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(tarOf(t, file("file", "content"))).String(), DestMode: 0o755}
+	m := &deployments.Manifest{
+		Src:      "file://" + path,
+		Checksum: digestOf(tarOf(t, file("file", "content"))).String(),
+		DestMode: 0o755,
+	}
 	rel, err := releases.Stage(t.Context(), p, m, raw, StageOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -497,7 +538,12 @@ func TestWhatGrowsIsBounded(t *testing.T) {
 	t.Parallel()
 	const left = 1 << 20
 	deep := strings.Repeat("d/", 100)
-	record := tar.Header{Typeflag: tar.TypeReg, Name: "x", Mode: 0o644, PAXRecords: map[string]string{"KEDGE.x": strings.Repeat("x", 1<<19)}}
+	record := tar.Header{
+		Typeflag:   tar.TypeReg,
+		Name:       "x",
+		Mode:       0o644,
+		PAXRecords: map[string]string{"KEDGE.x": strings.Repeat("x", 1<<19)},
+	}
 	for name, c := range map[string]struct {
 		data []byte
 		set  func(x *extractor)
@@ -655,7 +701,13 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 		for _, file := range c.there {
 			write(t, filepath.Join(dest, file), "old")
 		}
-		m := &deployments.Manifest{Src: "file://" + src, Checksum: digestOf(page).String(), Dest: dest, Strategy: c.strategy, DestMode: 0o755}
+		m := &deployments.Manifest{
+			Src:      "file://" + src,
+			Checksum: digestOf(page).String(),
+			Dest:     dest,
+			Strategy: c.strategy,
+			DestMode: 0o755,
+		}
 		err := Unpack(t.Context(), object.New(object.Config{}), m, t.TempDir(), StageOptions{})
 		if (err != nil) != c.refused || err != nil && !strings.Contains(err.Error(), "sync_strategy: release") {
 			t.Errorf("%s: %v", name, err)

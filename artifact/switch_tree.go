@@ -348,7 +348,11 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	}
 	if exists(s.tree(r)) {
 		left, err := s.Verify(ctx, r, 0)
-		if gone := lost(made, left); err == nil && !slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
+		if gone := lost(
+			made,
+			left,
+		); err == nil &&
+			!slices.ContainsFunc(left, func(d Difference) bool { return !gone[d.Path] }) {
 			return left, nil
 		}
 	}

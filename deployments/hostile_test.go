@@ -24,7 +24,11 @@ func TestHostileManifests(t *testing.T) { // not beside others, whose memory wou
 	} {
 		fuzzlimit.Run(t, name, func() {
 			_, err := ParseTemplate([]byte(text), manifestURL)
-			if _, expanded := ParseManifest([]byte(text), manifestURL, func(string) (string, bool) { return "", false }); err == nil {
+			if _, expanded := ParseManifest(
+				[]byte(text),
+				manifestURL,
+				func(string) (string, bool) { return "", false },
+			); err == nil {
 				err = expanded
 			}
 			if name == "ifs in one another" && err == nil {

@@ -86,7 +86,10 @@ func CheckSecretPrefix(s string) error {
 	name, _, _ = strings.Cut(name, "#")
 	name = strings.TrimSuffix(name, "/")
 	if !ok || !slices.Contains(secretSources, source) || name == "" {
-		return fmt.Errorf("secrets: %q: want a reference, or its beginning, as in ssm:/prod/ or file:/etc/kedge/secrets/", clip(s))
+		return fmt.Errorf(
+			"secrets: %q: want a reference, or its beginning, as in ssm:/prod/ or file:/etc/kedge/secrets/",
+			clip(s),
+		)
 	}
 	if err := checkSecretName(source, name); err != nil {
 		return fmt.Errorf("secrets: %q: %w", clip(s), err)

@@ -15,7 +15,8 @@ func FuzzParseKey(f *testing.F) {
 	f.Fuzz(func(t *testing.T, key string) {
 		fuzzlimit.Run(t, key, func() {
 			k, err := ParseKey(key)
-			if err == nil && (k.Role.Check() != nil || strings.ContainsAny(key, "\x00\n\r\x1b ") || strings.Contains(key, "//")) {
+			if err == nil &&
+				(k.Role.Check() != nil || strings.ContainsAny(key, "\x00\n\r\x1b ") || strings.Contains(key, "//")) {
 				t.Errorf("%q is %+v", key, k)
 			}
 		})

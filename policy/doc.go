@@ -5,44 +5,53 @@
 //
 // Who holds what, and what its theft gives:
 //
-//   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what it runs where
-//     the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources; TestBounds in sync/deploy). A node
-//     with signers uses nothing of a manifest that none of them signed (TestVerifyManifest). Without either, such a token is the
-//     fleet's root.
-//   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest those of all
-//     the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds are what is left.
-//   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of its own, name
-//     the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one gives what was desired
-//     within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
-//   - A node's token, which anything that runs as root on the node has, writes that node's report and ends sessions of its Consul
-//     node. It chooses nothing that a node runs (TestThefts; TestDocs in cmd/kedge logs a node in by a JWT, and has the keys of others
-//     refused). What it writes is bounded before it is believed (TestFloodOfReports in sync/mirror, FuzzReport, FuzzNext).
-//   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as above. A mirror
-//     with signers that finds a commit named in mirror/ whose signature doesn't count takes no release, no setting of a record
-//     and no removal from it, and signs no snapshot (TestSignerIsTakenOutAndNothingIsRemembered in sync/mirror).
-//   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what stood stays
-//     (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which also plays a good signature on another commit, and an
-//     old signed commit brought back by force; TestMovedSignatures plays good ones in other places of a commit). With or without a key,
-//     what such a push holds is refused once and for all, in bounded time (TestCommitsThatAreAtFault). It can still hold the mirror up: a
-//     remote repo is fetched before its commit can be judged, and the largest object in it must fit the mirror's memory.
-//   - A Git push that the mirror takes names any release: of a stage that kedge.yaml bounds by dests, users or commands, only one whose
-//     manifest keeps to them, as far as the commit leaves them as they were; who reviews changes decides who may change kedge.yaml
-//     (TestReleasesBeyondTheirStagesBounds in sync/mirror, TestBoundsOnManifests). Pins don't come that way: only nodes bound those.
+//   - A token that writes desired/ or pins/ names any release to any node. A node whose Bounds name sources keeps what
+//     it runs where the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources;
+//     TestBounds in sync/deploy). A node with signers uses nothing of a manifest that none of them signed
+//     (TestVerifyManifest). Without either, such a token is the fleet's root.
+//   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest
+//     those of all the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds
+//     are what is left.
+//   - The same key replaces the snapshot that first boots use while Consul is away. It must be signed in a namespace of
+//     its own, name the URL that it lies at, and be young; the pointers in it are checked as any others are. An old one
+//     gives what was desired within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
+//   - A node's token, which anything that runs as root on the node has, writes that node's report and ends sessions of
+//     its Consul node. It chooses nothing that a node runs (TestThefts; TestDocs in cmd/kedge logs a node in by a JWT,
+//     and has the keys of others refused). What it writes is bounded before it is believed (TestFloodOfReports in
+//     sync/mirror, FuzzReport, FuzzNext).
+//   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as
+//     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
+//     no setting of a record and no removal from it, and signs no snapshot (TestSignerIsTakenOutAndNothingIsRemembered
+//     in sync/mirror).
+//   - A Git push without a signing key reaches no node where the mirror has signers: the commit is refused, and what
+//     stood stays (TestVerifyCommit; TestCommitsSignedByOpenPGP and TestOnlySignedCommitsAreTaken in sync/mirror, which
+//     also plays a good signature on another commit, and an old signed commit brought back by force;
+//     TestMovedSignatures plays good ones in other places of a commit). With or without a key, what such a push holds
+//     is refused once and for all, in bounded time (TestCommitsThatAreAtFault). It can still hold the mirror up: a
+//     remote repo is fetched before its commit can be judged, and the largest object in it must fit the mirror's
+//     memory.
+//   - A Git push that the mirror takes names any release: of a stage that kedge.yaml bounds by dests, users or
+//     commands, only one whose manifest keeps to them, as far as the commit leaves them as they were; who reviews
+//     changes decides who may change kedge.yaml (TestReleasesBeyondTheirStagesBounds in sync/mirror,
+//     TestBoundsOnManifests). Pins don't come that way: only nodes bound those.
 //   - A signing key for manifests signs no commits, and the other way around: the namespace is part of what is signed
 //     (TestVerifyManifest, TestVerifyCommit). An allowed_signers line can bind a key to one of them, and to a time.
-//   - A signed manifest of an older release stays good, but a node with signers refuses what was made before the release that it has
-//     settled on, unless its own configuration lets a pin name it (TestNothingOlderThanWhatWasSettledOn in sync/deploy). That holds for
-//     the release's name and for its dest, under whatever unit (TestOldCodeUnderANewName). A release that claims to be made ahead of
-//     the node's clock counts as made when it was settled on (TestMadeAheadOfTheClock). A kill in the middle loses no floor
-//     (TestKilledWhileItSettles). Until a node has settled on a release that says when it was made, and after it lost its state, only a key's valid-before bounds that.
-//   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old releases, objects that
-//     were overwritten, and a node's own token used on the keys of others.
-//   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are none.
-//   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let one go further
-//     than max_unavailable, counted by what the others say. Who can delete status keys makes the list of nodes short: a rollout
-//     doesn't end by it before it has stood for a deadline, and for an hour if most are missing (TestAShortListIsNotTheFleet).
-//     Until its nodes have put their keys back, though, within a minute, more of them than max_unavailable may be admitted: what
-//     a list lacks isn't counted.
+//   - A signed manifest of an older release stays good, but a node with signers refuses what was made before the
+//     release that it has settled on, unless its own configuration lets a pin name it
+//     (TestNothingOlderThanWhatWasSettledOn in sync/deploy). That holds for the release's name and for its dest, under
+//     whatever unit (TestOldCodeUnderANewName). A release that claims to be made ahead of the node's clock counts as
+//     made when it was settled on (TestMadeAheadOfTheClock). A kill in the middle loses no floor
+//     (TestKilledWhileItSettles). Until a node has settled on a release that says when it was made, and after it lost
+//     its state, only a key's valid-before bounds that.
+//   - TestThefts in cmd/kedge plays these with real parts: records and pins to unsigned, wrongly signed and old
+//     releases, objects that were overwritten, and a node's own token used on the keys of others.
+//   - A manifest, once admitted, runs its commands as the users that it names: Bounds say which, or that there are
+//     none.
+//   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let
+//     one go further than max_unavailable, counted by what the others say. Who can delete status keys makes the list of
+//     nodes short: a rollout doesn't end by it before it has stood for a deadline, and for an hour if most are missing
+//     (TestAShortListIsNotTheFleet). Until its nodes have put their keys back, though, within a minute, more of them
+//     than max_unavailable may be admitted: what a list lacks isn't counted.
 //
 // # Budget
 //

@@ -52,10 +52,30 @@ func FuzzPGPSignature(f *testing.F) {
 // every reader takes, and nodes decide something.
 func FuzzNext(f *testing.F) {
 	pointer := func(name string) string { return "s3://b/" + name + "/manifest.yaml@sha256:" + strings.Repeat("a", 64) }
-	f.Add([]byte(`{"target":"`+pointer("1")+`","stable":"`+pointer("2")+`","generation":3,"rollout":{"phase":"rolling","cutoff":"9","since":"2026-01-01T00:00:00Z"}}`),
-		[]byte(`{"node":"a","started":"2026-01-01T00:00:00Z","units":{"app":{"state":"converged","running":"`+pointer("1")+`","generation":3,"since":"2026-01-01T00:00:00Z"}}}`),
-		[]byte("hold"), "abort", true)
-	f.Add([]byte(pointer("1")), []byte(`{"units":{"app":{"state":"quarantined","quarantined":["`+strings.Repeat("a", 64)+`"]}}}`), []byte(pointer("3")), "retry", false)
+	f.Add(
+		[]byte(
+			`{"target":"`+pointer(
+				"1",
+			)+`","stable":"`+pointer(
+				"2",
+			)+`","generation":3,"rollout":{"phase":"rolling","cutoff":"9","since":"2026-01-01T00:00:00Z"}}`,
+		),
+		[]byte(
+			`{"node":"a","started":"2026-01-01T00:00:00Z","units":{"app":{"state":"converged","running":"`+pointer(
+				"1",
+			)+`","generation":3,"since":"2026-01-01T00:00:00Z"}}}`,
+		),
+		[]byte("hold"),
+		"abort",
+		true,
+	)
+	f.Add(
+		[]byte(pointer("1")),
+		[]byte(`{"units":{"app":{"state":"quarantined","quarantined":["`+strings.Repeat("a", 64)+`"]}}}`),
+		[]byte(pointer("3")),
+		"retry",
+		false,
+	)
 	f.Add([]byte("no record"), []byte("{}"), []byte("no pin"), "retry", true) // nothing parses
 	f.Fuzz(func(t *testing.T, record, report, pin []byte, order string, rollout bool) {
 		r, err := deployments.ParseRecord(record)
@@ -77,7 +97,17 @@ func FuzzNext(f *testing.F) {
 		}
 		nodes := []Node{{Name: "a", Report: said.Units["app"]}, {Name: "b", Gone: true}}
 		fuzzlimit.Run(t, []string{string(record), string(report), string(pin), order}, func() {
-			move := Next(Situation{Now: noon, Unit: unit, Commit: strings.Repeat("c", 40), Record: r, Nodes: nodes, Pin: value, Order: order})
+			move := Next(
+				Situation{
+					Now:    noon,
+					Unit:   unit,
+					Commit: strings.Repeat("c", 40),
+					Record: r,
+					Nodes:  nodes,
+					Pin:    value,
+					Order:  order,
+				},
+			)
 			next := Base{Record: r, Floor: r.Generation}.Number(move.Record, nil, nodes)
 			written, err := json.Marshal(next)
 			if err != nil {
@@ -87,7 +117,15 @@ func FuzzNext(f *testing.F) {
 				t.Errorf("%q leads to the record %s, which doesn't parse: %v", record, written, err)
 			}
 			for _, name := range []string{"a", "b"} {
-				decision := Resolve(Facts{Unit: id, Node: name, Record: Value[deployments.Record]{Present: true, Value: next}, UnitPin: *value, Running: said.Units["app"].Running})
+				decision := Resolve(
+					Facts{
+						Unit:    id,
+						Node:    name,
+						Record:  Value[deployments.Record]{Present: true, Value: next},
+						UnitPin: *value,
+						Running: said.Units["app"].Running,
+					},
+				)
 				if decision.Action == "" {
 					t.Errorf("%q leads to no decision: %+v", record, decision)
 				}

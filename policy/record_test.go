@@ -37,7 +37,14 @@ func TestNextWrites(t *testing.T) {
 	same := func(*Situation, *record) {}
 	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
-		s.Nodes[i].Report = deployments.UnitReport{State: quarantined, Running: v1, Want: v2, Quarantined: []deployments.Digest{v2.Digest}, Generation: 2, Error: why}
+		s.Nodes[i].Report = deployments.UnitReport{
+			State:       quarantined,
+			Running:     v1,
+			Want:        v2,
+			Quarantined: []deployments.Digest{v2.Digest},
+			Generation:  2,
+			Error:       why,
+		}
 	}
 	for _, c := range []struct {
 		name     string
@@ -528,7 +535,9 @@ func TestNextReplacedTooOften(t *testing.T) {
 	}
 	s = crowded(deployments.MaxSuperseded)
 	m := Next(s)
-	if r := m.Record; r.Target != s.Record.Target || r.Generation != 3 || r.Rollout.Phase != deployments.PhaseRollingBack || r.Rollout.Failed != s.Record.Target.Digest {
+	if r := m.Record; r.Target != s.Record.Target || r.Generation != 3 ||
+		r.Rollout.Phase != deployments.PhaseRollingBack ||
+		r.Rollout.Failed != s.Record.Target.Digest {
 		t.Fatalf("one more: %s", brief(r))
 	}
 	for i := range s.Nodes { // all know of it, and none has gone back yet

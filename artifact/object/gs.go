@@ -29,8 +29,8 @@ func (s *gsStore) address(u *url.URL) string {
 	return cmp.Or(s.endpoint, gsEndpoint) + "/" + u.Host + "/" + (&url.URL{Path: key(u)}).EscapedPath()
 }
 
-// header carries the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS are exchanged for, or
-// the instance's own.
+// header carries the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS are exchanged for,
+// or the instance's own.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
 	var err error
@@ -99,7 +99,10 @@ func (s *gsStore) instanceToken(ctx context.Context) (string, error) {
 	defer cancel()
 	r, err := send(ctx, s.http, http.MethodGet, metadataToken, http.Header{"Metadata-Flavor": {"Google"}}, nil)
 	if err != nil {
-		return "", fmt.Errorf("gs:// needs GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_OAUTH_ACCESS_TOKEN, or an instance with a service account: %w", err)
+		return "", fmt.Errorf(
+			"gs:// needs GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_OAUTH_ACCESS_TOKEN, or an instance with a service account: %w",
+			err,
+		)
 	}
 	defer r.Body.Close()
 	var answer struct {

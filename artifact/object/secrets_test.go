@@ -121,8 +121,13 @@ func TestServiceAccount(t *testing.T) {
 			t.Fatal(err)
 		}
 		data, err := json.Marshal(map[string]string{
-			"type": kind, "client_email": "kedge@acme.iam.gserviceaccount.com", "private_key_id": "k1",
-			"private_key": string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})), "token_uri": server.URL + "/token",
+			"type":           kind,
+			"client_email":   "kedge@acme.iam.gserviceaccount.com",
+			"private_key_id": "k1",
+			"private_key": string(
+				pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}),
+			),
+			"token_uri": server.URL + "/token",
 		})
 		if err == nil {
 			err = os.WriteFile(file, data, 0o600)
@@ -161,13 +166,19 @@ func TestServiceAccount(t *testing.T) {
 		}
 	}
 	write(key, "authorized_user")
-	if _, err := read(object.New(object.Config{GSEndpoint: server.URL})); err == nil || !strings.Contains(err.Error(), "service_account") {
+	if _, err := read(
+		object.New(object.Config{GSEndpoint: server.URL}),
+	); err == nil ||
+		!strings.Contains(err.Error(), "service_account") {
 		t.Errorf("another kind of credentials: %v", err)
 	}
 	if err := os.WriteFile(file, []byte(`{"private_key": "SECRET`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := read(object.New(object.Config{GSEndpoint: server.URL})); err == nil || strings.Contains(err.Error(), "SECRET") {
+	if _, err := read(
+		object.New(object.Config{GSEndpoint: server.URL}),
+	); err == nil ||
+		strings.Contains(err.Error(), "SECRET") {
 		t.Errorf("a damaged file: %v", err)
 	}
 }
@@ -198,7 +209,8 @@ func checkClaim(r *http.Request, key *rsa.PublicKey, audience string) error {
 	}
 	now := time.Now().Unix()
 	if header.Alg != "RS256" || header.Kid != "k1" || claims.Iss != "kedge@acme.iam.gserviceaccount.com" || claims.Aud != audience ||
-		!strings.Contains(claims.Scope, "devstorage") || claims.Iat > now || claims.Exp <= now || claims.Exp > claims.Iat+3600 {
+		!strings.Contains(claims.Scope, "devstorage") || claims.Iat > now || claims.Exp <= now ||
+		claims.Exp > claims.Iat+3600 {
 		return fmt.Errorf("the claims: %+v %+v", header, claims)
 	}
 	sum := sha256.Sum256([]byte(parts[0] + "." + parts[1]))

@@ -43,7 +43,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 	write("bad/prod/web/app.yaml", "release: x\nrelaese: y\n")
 	write("good/prod/web/app.yaml", "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
 	for i := range deployments.MaxRoleUnits + 1 {
-		write(fmt.Sprintf("crowded/prod/web/u%d.yaml", i), "release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n")
+		write(
+			fmt.Sprintf("crowded/prod/web/u%d.yaml", i),
+			"release: s3://b/app/1/manifest.yaml@sha256:"+strings.Repeat("0", 64)+"\n",
+		)
 	}
 	write("bounded/kedge.yaml", "dests: {prod: [/srv]}\n")
 	wrong := write("wrong.yml", "nmae: a\nverison: 1\n")
@@ -66,7 +69,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 			t.Fatalf("git %s: %v\n%s", args[0], err, out)
 		}
 	}
-	trapped := write("old.yml", "src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n")
+	trapped := write(
+		"old.yml",
+		"src: s3://b/a.tar.gz\nchecksum: "+strings.Repeat("a", 32)+"\ndest: /srv/a\ndest_mode: 755\n",
+	)
 	for _, c := range []struct {
 		args []string
 		code int
@@ -237,10 +243,27 @@ func TestPublishRunVerify(t *testing.T) {
 	tree, dest := filepath.Join(dir, "tree"), filepath.Join(dir, "srv", "app")
 	writeTree(t, tree, "1")
 	template := filepath.Join(dir, "manifest.yaml")
-	if err := os.WriteFile(template, []byte("# kept as it is\nowner: '{{ env `NOBODY_SETS_THIS` `0` }}'\n"), 0o644); err != nil {
+	if err := os.WriteFile(
+		template,
+		[]byte("# kept as it is\nowner: '{{ env `NOBODY_SETS_THIS` `0` }}'\n"),
+		0o644,
+	); err != nil {
 		t.Fatal(err)
 	}
-	publish := []string{"publish", tree, "--to", "file://" + dir + "/releases", "--name", "app", "--version", "1", "--dest", dest, "--manifest", template}
+	publish := []string{
+		"publish",
+		tree,
+		"--to",
+		"file://" + dir + "/releases",
+		"--name",
+		"app",
+		"--version",
+		"1",
+		"--dest",
+		dest,
+		"--manifest",
+		template,
+	}
 	out, errs, code := cli(t, "", publish...)
 	if code != exitDone {
 		t.Fatalf("publish: exit %d\n%s", code, errs)
@@ -266,7 +289,11 @@ func TestPublishRunVerify(t *testing.T) {
 	}
 	out, errs, code = cli(t, "", "verify", dest, "--json")
 	var differences []struct{ Path, What string }
-	if err := json.Unmarshal([]byte(out), &differences); err != nil || code != exitFailed || len(differences) != 1 || differences[0].Path != "d0/f0" {
+	if err := json.Unmarshal(
+		[]byte(out),
+		&differences,
+	); err != nil || code != exitFailed || len(differences) != 1 ||
+		differences[0].Path != "d0/f0" {
 		t.Errorf("verify: exit %d, %v\n%s%s", code, err, out, errs)
 	}
 	pointer.Digest[0]++

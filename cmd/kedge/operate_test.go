@@ -57,14 +57,23 @@ func TestPinByVersion(t *testing.T) {
 	if err := json.Unmarshal([]byte(out), &told); err != nil || code != exitDone {
 		t.Fatalf("exit %d, %v: %s%s", code, err, out, errs)
 	}
-	if told.Unit != "prod/web/app" || told.Pin.Release != pointers["1.0.0"] || told.Pin.Reason != "incident 812" || told.Outcome != "pinned" {
+	if told.Unit != "prod/web/app" || told.Pin.Release != pointers["1.0.0"] || told.Pin.Reason != "incident 812" ||
+		told.Outcome != "pinned" {
 		t.Errorf("told is %+v", told)
 	}
 	pin, err := os.ReadFile(filepath.Join(strings.TrimPrefix(store, "--kv=file://"), "pins/prod/web/app"))
 	if err != nil || !strings.Contains(string(pin), pointers["1.0.0"]) {
 		t.Errorf("the pin is %s, %v", pin, err)
 	}
-	if _, errs, code := cli(t, "", "pin", "prod/web/app", "9.9.9", store); code != exitFailed || !strings.Contains(errs, "1.1.0") || !strings.Contains(errs, "1.0.0") {
+	if _, errs, code := cli(
+		t,
+		"",
+		"pin",
+		"prod/web/app",
+		"9.9.9",
+		store,
+	); code != exitFailed || !strings.Contains(errs, "1.1.0") ||
+		!strings.Contains(errs, "1.0.0") {
 		t.Errorf("exit %d: %s", code, errs)
 	}
 	out, errs, code = cli(t, "", "unpin", "prod/web/app", "--json", store)
@@ -86,7 +95,8 @@ func TestNodeAndExplainWithoutNode(t *testing.T) {
 		t.Errorf("exit %d: %s", code, out)
 	}
 	out, errs, code = cli(t, "", "explain", "prod/web/app", store)
-	if code != exitDone || !strings.Contains(errs, "one of 2 nodes; another: kedge explain prod/web/app NODE") || !strings.Contains(out, "web-") {
+	if code != exitDone || !strings.Contains(errs, "one of 2 nodes; another: kedge explain prod/web/app NODE") ||
+		!strings.Contains(out, "web-") {
 		t.Errorf("exit %d: %s%s", code, out, errs)
 	}
 }
@@ -118,7 +128,11 @@ func TestCompletion(t *testing.T) {
 		out, _, code := cli(t, "", args...)
 		var got []string
 		for candidate := range strings.Lines(out) {
-			if name, _, _ := strings.Cut(strings.TrimSuffix(candidate, "\n"), "\t"); name != "" && !strings.HasPrefix(name, ":") {
+			if name, _, _ := strings.Cut(
+				strings.TrimSuffix(candidate, "\n"),
+				"\t",
+			); name != "" &&
+				!strings.HasPrefix(name, ":") {
 				got = append(got, name)
 			}
 		}
@@ -150,9 +164,12 @@ func TestEmptyListsInJSON(t *testing.T) {
 // A variable that begins with KEDGE_ and means nothing is told, with what was meant.
 func TestCheckVariables(t *testing.T) {
 	t.Parallel()
-	err := checkVariables([]string{"KEDGE_DEST_=/srv", "KEDGE_STAGE=prod", "KEDGE_SOURCE=s3://b", "KEDGE_GIT_TOKEN=x", "PATH=/bin"})
+	err := checkVariables(
+		[]string{"KEDGE_DEST_=/srv", "KEDGE_STAGE=prod", "KEDGE_SOURCE=s3://b", "KEDGE_GIT_TOKEN=x", "PATH=/bin"},
+	)
 	if err == nil || !strings.Contains(err.Error(), "KEDGE_DEST_") || !strings.Contains(err.Error(), "KEDGE_SOURCE: did you mean KEDGE_SOURCES?") ||
-		strings.Contains(err.Error(), "STAGE") || strings.Contains(err.Error(), "TOKEN") {
+		strings.Contains(err.Error(), "STAGE") ||
+		strings.Contains(err.Error(), "TOKEN") {
 		t.Errorf("checkVariables says %v", err)
 	}
 	// A command of a release may start an agent: what it was given is no mistake there.

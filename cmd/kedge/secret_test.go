@@ -29,7 +29,8 @@ func TestRunWithSecrets(t *testing.T) {
 		{"file:" + dir + "/", "***", exitDone},
 	} {
 		_, stderr, code := cli(t, "", "run", "--secrets", c.allowed, r.url())
-		if code != c.code || !strings.Contains(strings.Join(strings.Fields(stderr), " "), c.says) || strings.Contains(stderr, "hunter2") {
+		if code != c.code || !strings.Contains(strings.Join(strings.Fields(stderr), " "), c.says) ||
+			strings.Contains(stderr, "hunter2") {
 			t.Errorf("--secrets %q: exit code %d, want %d and %q\n%s", c.allowed, code, c.code, c.says, stderr)
 		}
 	}

@@ -104,8 +104,16 @@ func Open(c Config) (*Store, error) {
 		addr = config.Scheme + "://" + addr
 	}
 	return &Store{
-		client: client, config: *config, tokens: tokens, addr: addr, local: local, earlierAfter: earlierAfter, presencePoll: presencePoll,
-		prefix: prefix, log: c.Log, http: config.HttpClient,
+		client:       client,
+		config:       *config,
+		tokens:       tokens,
+		addr:         addr,
+		local:        local,
+		earlierAfter: earlierAfter,
+		presencePoll: presencePoll,
+		prefix:       prefix,
+		log:          c.Log,
+		http:         config.HttpClient,
 	}, nil
 }
 

@@ -66,10 +66,17 @@ func TestLostToken(t *testing.T) {
 		if _, err := s.List(t.Context(), "pins/prod/web/"); !errors.Is(err, kv.ErrDenied) {
 			t.Errorf("list with the token %s: %v", name, err)
 		}
-		if v := kvtest.Watch(t, s, "pins/prod/web/").Await(t, "a view", func(kv.View) bool { return true }); v.Synced || !errors.Is(v.Err, kv.ErrDenied) {
+		if v := kvtest.Watch(t, s, "pins/prod/web/").
+			Await(t, "a view", func(kv.View) bool { return true }); v.Synced ||
+			!errors.Is(v.Err, kv.ErrDenied) {
 			t.Errorf("watch with the token %s: %+v", name, v)
 		}
-		if err := s.Commit(t.Context(), nil, kv.Put("pins/prod/web/app", nil)); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrConflict) {
+		if err := s.Commit(
+			t.Context(),
+			nil,
+			kv.Put("pins/prod/web/app", nil),
+		); !errors.Is(err, kv.ErrDenied) ||
+			errors.Is(err, kv.ErrConflict) {
 			t.Errorf("commit with the token %s: %v", name, err)
 		}
 		if err := s.EnsureFolders(t.Context(), "pins/prod/db/"); !errors.Is(err, kv.ErrDenied) {
@@ -123,7 +130,9 @@ func TestTokenFile(t *testing.T) {
 			t.Fatalf("open with an empty token file: %v", err)
 		}
 	}
-	if _, err := consul.Open(consul.Config{Client: &api.Config{Address: c.Addr(), TokenFile: file + ".none"}}); err == nil {
+	if _, err := consul.Open(
+		consul.Config{Client: &api.Config{Address: c.Addr(), TokenFile: file + ".none"}},
+	); err == nil {
 		t.Fatal("open took a token file that isn't there")
 	}
 
@@ -425,7 +434,11 @@ func TestStaleAnswers(t *testing.T) {
 			put(t, c, "pins/prod/web/app", "v3")
 			views.Await(t, "a later change", kvtest.Healthy("app=v3"))
 			views.Never(t, "a refusal without the leader's word", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrDenied) })
-			views.Never(t, "a lie was believed", func(v kv.View) bool { return len(v.Entries) != 1 || string(v.Entries[0].Value) == "old" })
+			views.Never(
+				t,
+				"a lie was believed",
+				func(v kv.View) bool { return len(v.Entries) != 1 || string(v.Entries[0].Value) == "old" },
+			)
 			if said := slices.ContainsFunc(views.All(), kvtest.Troubled(kv.ErrUnavailable, "app=v1")); said != tt.trouble {
 				t.Errorf("the view told of trouble: %v", said)
 			}
@@ -548,7 +561,8 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// Each change of one report brings all of a large fleet's. They are read now and then, and the last one is never missed.
+// Each change of one report brings all of a large fleet's. They are read now and then, and the last one is never
+// missed.
 func TestLargeAnswersAreSpread(t *testing.T) {
 	t.Parallel()
 	c := kvtest.StartConsul(t, kvtest.ConsulOptions{})

@@ -20,7 +20,11 @@ const agentRules = `
 
 func (w *world) folders() {
 	w.t.Helper()
-	err := w.store.EnsureFolders(w.t.Context(), kv.RolePrefix(kv.DesiredPrefix, "prod", "web"), kv.RolePrefix(kv.PinsPrefix, "prod", "web"))
+	err := w.store.EnsureFolders(
+		w.t.Context(),
+		kv.RolePrefix(kv.DesiredPrefix, "prod", "web"),
+		kv.RolePrefix(kv.PinsPrefix, "prod", "web"),
+	)
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -43,7 +47,10 @@ func TestConsulTokenLost(t *testing.T) {
 		return r.Units["app"].State == deployments.StateConverged && e.Session != "", string(e.Value)
 	})
 	consul.RevokeToken(token)
-	w.put(kv.DesiredKey(app), `{"target":"file:///r/manifest.yaml@sha256:`+strings.Repeat("a", 64)+`","generation":2}`) // wakes it
+	w.put(
+		kv.DesiredKey(app),
+		`{"target":"file:///r/manifest.yaml@sha256:`+strings.Repeat("a", 64)+`","generation":2}`,
+	) // wakes it
 	await(t, "the agent to notice", func() (bool, string) {
 		trouble := ""
 		for _, s := range a.Status().Sources {
@@ -77,7 +84,10 @@ func TestConsulAwayAndRestored(t *testing.T) {
 	await(t, "the report after the restore", func() (bool, string) {
 		r, e := w.reported("web")
 		u := r.Units["app"]
-		return e.Session != "" && u.Running == two && u.Reason == deployments.ReasonOldGeneration && u.Generation == 2, string(e.Value)
+		return e.Session != "" && u.Running == two && u.Reason == deployments.ReasonOldGeneration &&
+				u.Generation == 2, string(
+				e.Value,
+			)
 	})
 	if v := w.live("app"); v != "2" {
 		t.Errorf("the restored record decides: %s is live", v)

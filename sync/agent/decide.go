@@ -90,7 +90,13 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 }
 
 // failureKey names what asks for a release: while it stays the same, a release that failed here isn't tried again.
-func failureKey(r *cache.Role, id deployments.UnitID, node string, from policy.Source, record deployments.Record) string {
+func failureKey(
+	r *cache.Role,
+	id deployments.UnitID,
+	node string,
+	from policy.Source,
+	record deployments.Record,
+) string {
 	key := ""
 	switch from {
 	case policy.FromNodePin:

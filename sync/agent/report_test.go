@@ -57,7 +57,11 @@ func TestReportsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store := &written{}
 		known, err := cache.Open(cache.Config{
-			Node: node, Stage: "prod", Roles: []string{"web"}, File: filepath.Join(t.TempDir(), statedir.LastKnownFile), Log: quiet(),
+			Node:  node,
+			Stage: "prod",
+			Roles: []string{"web"},
+			File:  filepath.Join(t.TempDir(), statedir.LastKnownFile),
+			Log:   quiet(),
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -66,8 +70,16 @@ func TestReportsAreBounded(t *testing.T) {
 			known.See(s, kv.View{Synced: true}, time.Now())
 		}
 		a := &Agent{
-			c: Config{Store: presenceStore{presence: store}, Node: node, Stage: "prod", Log: quiet()}, cache: known, metrics: newMetrics(nil),
-			drains: newDrains(nil, nil, quiet()), reportNow: wait.NewSignal(),
+			c: Config{
+				Store: presenceStore{presence: store},
+				Node:  node,
+				Stage: "prod",
+				Log:   quiet(),
+			},
+			cache:     known,
+			metrics:   newMetrics(nil),
+			drains:    newDrains(nil, nil, quiet()),
+			reportNow: wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -154,7 +166,8 @@ func TestReportsOfARollout(t *testing.T) {
 		t.Errorf("%d reports: %s", len(all), strings.Join(all, "\n"))
 	}
 	r, err := deployments.ParseReport([]byte(all[len(all)-1]))
-	if u := r.Units["app"]; err != nil || u.State != deployments.StateConverged || u.Running != two || u.Generation != 2 || !r.Ready {
+	if u := r.Units["app"]; err != nil || u.State != deployments.StateConverged || u.Running != two || u.Generation != 2 ||
+		!r.Ready {
 		t.Errorf("the last one: %+v, %v", r, err)
 	}
 }

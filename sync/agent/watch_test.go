@@ -100,7 +100,12 @@ func TestCycles(t *testing.T) {
 		"e": {"e"}, // itself
 		"f": {"g"}, "g": nil, "h": {"missing", "f"},
 	})
-	want := map[string]string{"a": "a after b after c after a", "b": "b after c after a after b", "c": "c after a after b after c", "e": "e after e"}
+	want := map[string]string{
+		"a": "a after b after c after a",
+		"b": "b after c after a after b",
+		"c": "c after a after b after c",
+		"e": "e after e",
+	}
 	for name, circle := range want {
 		if got[name] != circle {
 			t.Errorf("circle of %s is %q, want %q", name, got[name], circle)

@@ -61,7 +61,12 @@ func crashChild(file string) error {
 	if err := json.Unmarshal(data, &p); err != nil {
 		return err
 	}
-	c := Config{ID: unitID, Node: func() string { return "n1" }, Dir: filepath.Join(p.Root, "state"), Objects: object.New(object.Config{})}
+	c := Config{
+		ID:      unitID,
+		Node:    func() string { return "n1" },
+		Dir:     filepath.Join(p.Root, "state"),
+		Objects: object.New(object.Config{}),
+	}
 	if p.Settle {
 		c.Trust = func(context.Context, deployments.Pointer, []byte) error { return nil }
 		if c.Floors, err = OpenFloors(filepath.Join(p.Root, "floors.json"), quiet()); err != nil {
@@ -139,7 +144,8 @@ func newStory(w *world, strategy deployments.Strategy) story {
 		return func(m *deployments.Manifest) {
 			m.Strategy = strategy
 			m.Commands.Post = append(m.Commands.Post, deployments.Command{
-				Run: "ln -nfs ../log $KEDGE_DEST/log; mkdir -p $KEDGE_DEST/tmp; date > $KEDGE_DEST/tmp/made; date >> $KEDGE_DEST/conf"})
+				Run: "ln -nfs ../log $KEDGE_DEST/log; mkdir -p $KEDGE_DEST/tmp; date > $KEDGE_DEST/tmp/made; date >> $KEDGE_DEST/conf",
+			})
 			if strategy == deployments.StrategyMv {
 				m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}
 			}
@@ -153,7 +159,10 @@ func newStory(w *world, strategy deployments.Strategy) story {
 		w.publish("2", set(nil)),
 		w.publish("3", set(func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: "false"}} })),
 		w.publish("4", set(func(m *deployments.Manifest) {
-			m.Health = deployments.Health{Timeout: 10 * time.Millisecond, Checks: []deployments.Check{{Exec: "false", Interval: 5 * time.Millisecond}}}
+			m.Health = deployments.Health{
+				Timeout: 10 * time.Millisecond,
+				Checks:  []deployments.Check{{Exec: "false", Interval: 5 * time.Millisecond}},
+			}
 		})),
 		w.publish("5", set(nil)),
 	}, "5", 1000}
@@ -324,7 +333,12 @@ func TestKilledAnywhere(t *testing.T) {
 			})
 		}
 	})
-	t.Logf("survived %d cuts, with %d reads of dest meanwhile, in %s", cuts.Load(), reads.Load(), time.Since(begin).Round(time.Second))
+	t.Logf(
+		"survived %d cuts, with %d reads of dest meanwhile, in %s",
+		cuts.Load(),
+		reads.Load(),
+		time.Since(begin).Round(time.Second),
+	)
 }
 
 // TestCutOffCommandIsEndedAndRunAgain kills the agent in the middle of a command that goes on without it.
@@ -332,9 +346,16 @@ func TestCutOffCommandIsEndedAndRunAgain(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	p := w.publish("1", func(m *deployments.Manifest) {
-		m.Commands.Post = []deployments.Command{w.hook("first"), {
-			Run: fmt.Sprintf(`if mkdir %s; then kill -KILL $PPID; setsid sh -c 'echo $$ > %[2]s.new; mv %[2]s.new %[2]s; exec sleep 1000'; fi`, w.path("once"), w.path("pid")),
-		}}
+		m.Commands.Post = []deployments.Command{
+			w.hook("first"),
+			{
+				Run: fmt.Sprintf(
+					`if mkdir %s; then kill -KILL $PPID; setsid sh -c 'echo $$ > %[2]s.new; mv %[2]s.new %[2]s; exec sleep 1000'; fi`,
+					w.path("once"),
+					w.path("pid"),
+				),
+			},
+		}
 	})
 	s := story{world: w, releases: []deployments.Pointer{p}}
 	if cmd := s.child(false); cmd.Wait() == nil {
@@ -385,7 +406,8 @@ func TestReleaseThatEndsTheAgentFails(t *testing.T) {
 			}
 			w.wantVersion("1")
 			st := w.open(nil).State()
-			if st.Running != good || !st.Confirmed || st.Drained || st.Unfinished || len(st.Failures) != 1 || st.Failures[0].Step != step {
+			if st.Running != good || !st.Confirmed || st.Drained || st.Unfinished || len(st.Failures) != 1 ||
+				st.Failures[0].Step != step {
 				t.Errorf("state: %+v", st)
 			}
 			if hooks := w.hooks(); !slices.Contains(hooks, "failure 2") {

@@ -20,7 +20,16 @@ func TestKilledWhileItSettles(t *testing.T) {
 	made := func(version string, at time.Time) deployments.Pointer {
 		return w.publish(version, func(m *deployments.Manifest) { m.Created = at })
 	}
-	old, two, far := made("old", now.Add(-3*time.Hour)), made("2", now.Add(-2*time.Hour)), made("far", now.AddDate(5000, 0, 0))
+	old, two, far := made(
+		"old",
+		now.Add(-3*time.Hour),
+	), made(
+		"2",
+		now.Add(-2*time.Hour),
+	), made(
+		"far",
+		now.AddDate(5000, 0, 0),
+	)
 	s := story{world: w, releases: []deployments.Pointer{two, far}, cutOff: 1000}
 	data := s.planned(plan{Root: w.root, Releases: s.releases, Die: true, CutOff: s.cutOff, Settle: true})
 
@@ -45,7 +54,10 @@ func TestKilledWhileItSettles(t *testing.T) {
 		}
 		u := w.open(w.signed)
 		if settled := u.j.Newest; !settled.IsZero() && !refused(old) {
-			t.Errorf("the journal has settled on what was made at %v, and an older release is admitted under another name", settled)
+			t.Errorf(
+				"the journal has settled on what was made at %v, and an older release is admitted under another name",
+				settled,
+			)
 		}
 		if ahead := u.j.Ahead; ahead != nil {
 			if first.IsZero() {

@@ -226,7 +226,8 @@ func TestMountsInWhatCommandsMade(t *testing.T) {
 				t.Fatal(err)
 			}
 			_, err = u.Heal(t.Context())
-			if refused := strategy == deployments.StrategyRelease; refused != (err != nil) || refused && !strings.Contains(err.Error(), "mount point") {
+			if refused := strategy == deployments.StrategyRelease; refused != (err != nil) ||
+				refused && !strings.Contains(err.Error(), "mount point") {
 				t.Errorf("healing: %v", err)
 			}
 			intact(precious)

@@ -33,7 +33,10 @@ func newSecretWorld(t *testing.T) *secretWorld {
 func (w *secretWorld) set(value string) {
 	w.t.Helper()
 	path := w.path("secrets", "db")
-	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte(value+"\n"), 0o600)); err != nil {
+	if err := errors.Join(
+		os.MkdirAll(filepath.Dir(path), 0o700),
+		os.WriteFile(path, []byte(value+"\n"), 0o600),
+	); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -47,7 +50,9 @@ func (w *secretWorld) lose() {
 
 // configure gives an agent a reader that has read nothing yet.
 func (w *secretWorld) configure(c *Config) {
-	c.Log = slog.New(slog.NewTextHandler(io.MultiWriter(&w.log, w.t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	c.Log = slog.New(
+		slog.NewTextHandler(io.MultiWriter(&w.log, w.t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug}),
+	)
 	reader, err := secret.New([]string{"file:" + w.path("secrets") + "/"}, c.Log)
 	if err != nil {
 		w.t.Fatal(err)
@@ -144,7 +149,13 @@ func TestSecretsThatTheNodeDoesNotAllow(t *testing.T) {
 				t.Errorf("%+v", s)
 			}
 			c := w.config()
-			if err := Once(t.Context(), OneShot{URL: p.URL, Objects: object.New(object.Config{}), Log: c.Log}); !errors.Is(err, ErrRefused) {
+			if err := Once(
+				t.Context(),
+				OneShot{URL: p.URL, Objects: object.New(object.Config{}), Log: c.Log},
+			); !errors.Is(
+				err,
+				ErrRefused,
+			) {
 				t.Errorf("run: %v", err)
 			}
 			w.wantHooks()
@@ -246,7 +257,12 @@ func TestRunReadsSecrets(t *testing.T) {
 		t.Error(err)
 	}
 	w.wantHooks("pre "+hidden+" 1", "post "+hidden+" 1", "success "+hidden+" 1")
-	err := run(w.publish("2", func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: `echo "$DB"; exit 1`}} }))
+	err := run(
+		w.publish(
+			"2",
+			func(m *deployments.Manifest) { m.Commands.Post = []deployments.Command{{Run: `echo "$DB"; exit 1`}} },
+		),
+	)
 	if err == nil {
 		t.Error("it didn't fail")
 	}

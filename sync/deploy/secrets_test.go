@@ -47,7 +47,14 @@ func (r *recorder) String() string {
 func (w *world) secretManifest(version, more string) deployments.Pointer {
 	w.t.Helper()
 	src, sum := w.archive(version+".tar", entry{name: "a", data: version, mode: 0o644})
-	text := fmt.Sprintf("version: %q\nsrc: %s\nchecksum: %s\ndest: %s\nsync_strategy: release\n%s", version, src, sum, w.dest(), more)
+	text := fmt.Sprintf(
+		"version: %q\nsrc: %s\nchecksum: %s\ndest: %s\nsync_strategy: release\n%s",
+		version,
+		src,
+		sum,
+		w.dest(),
+		more,
+	)
 	file := w.path("objects", version+".yaml")
 	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		w.t.Fatal(err)
@@ -154,7 +161,10 @@ func TestVariablesOfARunShowNowhere(t *testing.T) {
 	var log recorder
 	logger := slog.New(slog.NewJSONHandler(io.MultiWriter(&log, t.Output()), nil))
 	stdin := w.path("stdin")
-	p := w.secretManifest("1", "commands:\n  pre: [\"echo {{ env `KINGDOM_TOKEN` }}; exit 1\"]\n  failure: ['cat > "+stdin+"; echo $KEDGE_ERROR >> "+stdin+"']\n")
+	p := w.secretManifest(
+		"1",
+		"commands:\n  pre: [\"echo {{ env `KINGDOM_TOKEN` }}; exit 1\"]\n  failure: ['cat > "+stdin+"; echo $KEDGE_ERROR >> "+stdin+"']\n",
+	)
 	for url, manifest := range map[string]string{
 		p.URL:               "",
 		p.URL + "-invalid":  "keep: {{ must_env `KINGDOM_TOKEN` }}\n",
@@ -197,7 +207,8 @@ func TestUnsignedManifestIsNotExpanded(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, err := range map[string]error{"deploy": u.Deploy(t.Context(), Request{Release: p}), "stage": u.Stage(t.Context(), p), "run": run(c, p.URL)} {
-		if !errors.Is(err, policy.ErrUntrusted) || strings.Contains(err.Error(), "keep") || strings.Contains(err.Error(), " 4:") {
+		if !errors.Is(err, policy.ErrUntrusted) || strings.Contains(err.Error(), "keep") ||
+			strings.Contains(err.Error(), " 4:") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -252,7 +263,11 @@ func TestSignedURLsShowNowhere(t *testing.T) {
 	const query = "?X-Amz-Credential=x&X-Amz-Signature=s3cret"
 	var log recorder
 	c := w.config()
-	c.Log = slog.New(safetext.NewHandler(slog.NewJSONHandler(io.MultiWriter(&log, t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug})))
+	c.Log = slog.New(
+		safetext.NewHandler(
+			slog.NewJSONHandler(io.MultiWriter(&log, t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug}),
+		),
+	)
 	c.Objects = object.New(object.Config{Log: c.Log})
 	u, err := Open(c)
 	if err != nil {

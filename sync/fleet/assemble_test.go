@@ -26,7 +26,9 @@ func reportsOf(tb testing.TB, nodes int) []kv.Entry {
 		}
 		return data
 	}
-	entries := []kv.Entry{{Key: kv.DesiredKey(id), Version: 1, Value: encode(deployments.Record{Target: p, Generation: 7})}}
+	entries := []kv.Entry{
+		{Key: kv.DesiredKey(id), Version: 1, Value: encode(deployments.Record{Target: p, Generation: 7})},
+	}
 	for i := range nodes {
 		report := deployments.Report{Node: fmt.Sprintf("node-%05d", i), Agent: "1", Ready: true,
 			Units: map[string]deployments.UnitReport{"app": {State: deployments.StateConverged, Running: p, Want: p,

@@ -206,7 +206,8 @@ const (
 )
 
 // Watch calls f with the fleet now and after changes, at most ten times a second, until ctx ends; it returns ctx's
-// error. A fleet so large that this would take more than a twentieth of a core is shown less often. In an outage of the store the fleet stays as it was last known, with the trouble in Errors.
+// error. A fleet so large that this would take more than a twentieth of a core is shown less often. In an outage of the
+// store the fleet stays as it was last known, with the trouble in Errors.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}

@@ -24,8 +24,19 @@ func FuzzPushedObjects(f *testing.F) {
 	outer := "100644 kedge.yaml\x00" + strings.Repeat("F", 20) + "40000 prod\x00" + strings.Repeat("D", 20)
 	people := "author Ada <a@example.com> 1764230000 +0000\ncommitter Ada <a@example.com> 1764230000 +0000\n"
 	f.Add([]byte(people+"\nDeploy\n"), []byte(outer), []byte(inner), []byte(unitFile("app/1")))
-	f.Add([]byte("parent "+strings.Repeat("0", 40)+"\n"+people+"gpgsig -----BEGIN SSH SIGNATURE-----\n a\n -----END SSH SIGNATURE-----\nmergetag x\n y\n\n\x1b"),
-		[]byte("40000 a\x00"+strings.Repeat("D", 20)+"160000 s\x00"+strings.Repeat("D", 20)), []byte("120000 l.yaml\x00"+strings.Repeat("F", 20)), []byte("../x"))
+	f.Add(
+		[]byte(
+			"parent "+strings.Repeat(
+				"0",
+				40,
+			)+"\n"+people+"gpgsig -----BEGIN SSH SIGNATURE-----\n a\n -----END SSH SIGNATURE-----\nmergetag x\n y\n\n\x1b",
+		),
+		[]byte(
+			"40000 a\x00"+strings.Repeat("D", 20)+"160000 s\x00"+strings.Repeat("D", 20),
+		),
+		[]byte("120000 l.yaml\x00"+strings.Repeat("F", 20)),
+		[]byte("../x"),
+	)
 	f.Fuzz(func(t *testing.T, commit, outer, inner, file []byte) {
 		store := filesystem.NewStorage(memfs.New(), cache.NewObjectLRU(1<<20))
 		put := func(kind plumbing.ObjectType, data []byte) plumbing.Hash {

@@ -115,8 +115,8 @@ func packSection(r io.Reader) (io.Reader, error) {
 	}
 }
 
-// requestV0 asks for the branch's pack, as the branch is now, as protocol v0 does. Every server knows multi_ack, and Azure
-// DevOps and AWS CodeCommit insist on it, though go-git takes it out of what servers offer.
+// requestV0 asks for the branch's pack, as the branch is now, as protocol v0 does. Every server knows multi_ack, and
+// Azure DevOps and AWS CodeCommit insist on it, though go-git takes it out of what servers offer.
 func requestV0(refs *packp.AdvRefs, q query) (*packp.UploadPackRequest, error) {
 	want, found := refs.References[q.branch]
 	if !found {

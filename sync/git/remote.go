@@ -103,8 +103,16 @@ func newRemoteRepo(address, branch string, every time.Duration, a access, cacheD
 		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address),
 			endpoint.Protocol)
 	}
-	r := &remoteRepo{host: *endpoint, address: address, branch: branch, every: every, log: log, stall: stallTimeout, room: maxCache,
-		app: a.env("KEDGE_GITHUB_APP_ID") != ""}
+	r := &remoteRepo{
+		host:    *endpoint,
+		address: address,
+		branch:  branch,
+		every:   every,
+		log:     log,
+		stall:   stallTimeout,
+		room:    maxCache,
+		app:     a.env("KEDGE_GITHUB_APP_ID") != "",
+	}
 	if endpoint.Protocol == "ssh" {
 		r.server = &sshServer{endpoint: *endpoint, access: a}
 	} else {

@@ -339,7 +339,11 @@ func TestLargeForeignObjects(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer in.Close()
-			if _, err := in.Load(head, nil); !errors.As(err, new(*BadCommit)) || !strings.Contains(err.Error(), "has more than") {
+			if _, err := in.Load(
+				head,
+				nil,
+			); !errors.As(err, new(*BadCommit)) ||
+				!strings.Contains(err.Error(), "has more than") {
 				t.Errorf("a unit's file that was left out: %v", err)
 			}
 		})

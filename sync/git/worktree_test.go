@@ -67,7 +67,8 @@ func TestWorkTreeLinksWithinTheRepository(t *testing.T) {
 	symlink(t, o, "../../../units/db.yaml", "deploy/prod/web/db.yaml")
 	for _, c := range [][2]string{{o.Work, "deploy"}, {filepath.Join(o.Work, "deploy"), ""}} {
 		tree, err := LoadDir(c[0], c[1])
-		if err != nil || len(tree.Units) != 2 || tree.Units[1].ID != (deployments.UnitID{Stage: "prod", Role: "web", Unit: "db"}) {
+		if err != nil || len(tree.Units) != 2 ||
+			tree.Units[1].ID != (deployments.UnitID{Stage: "prod", Role: "web", Unit: "db"}) {
 			t.Errorf("%v: %+v, %v", c, tree, err)
 		}
 	}

@@ -381,7 +381,11 @@ func (l *leader) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, v
 // recorded returns the commit with those units alone whose records are about the releases that it names, and with what
 // the records say in place of what their files say. So nobody's signature is needed for it: it gives nodes nothing that
 // the store doesn't say already, and tells only how rollouts go on. Pure.
-func recorded(commit *git.Commit, cells map[deployments.UnitID]cell, own map[deployments.UnitID]writtenRecord) *git.Commit {
+func recorded(
+	commit *git.Commit,
+	cells map[deployments.UnitID]cell,
+	own map[deployments.UnitID]writtenRecord,
+) *git.Commit {
 	kept := *commit
 	tree := *commit.Tree
 	kept.Tree, tree.Units = &tree, nil

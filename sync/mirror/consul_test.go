@@ -36,7 +36,10 @@ func TestConsulRightsAndOutage(t *testing.T) {
 	o := gittest.New(t)
 	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1")})
 
-	poor := start(t, Config{Store: consul.Open(consul.Token(`key_prefix "kedge/" { policy = "read" }`)), Repo: o.Bare, Name: "poor"})
+	poor := start(
+		t,
+		Config{Store: consul.Open(consul.Token(`key_prefix "kedge/" { policy = "read" }`)), Repo: o.Bare, Name: "poor"},
+	)
 	poor.logs("ermission denied")
 	poor.stop()
 	if _, err := all.Get(t.Context(), "desired/prod/web/app"); !errors.Is(err, kv.ErrNotFound) {
@@ -81,7 +84,9 @@ func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"web-1"}})
 	node := consul.Clients[0]
-	thief := consul.Token(deployments.ConsulRules("agent", deployments.RuleVars{Stage: "prod", Role: "web", Node: "web-1"}))
+	thief := consul.Token(
+		deployments.ConsulRules("agent", deployments.RuleVars{Stage: "prod", Role: "web", Node: "web-1"}),
+	)
 	presence, err := node.Open(thief).Presence(t.Context(), "web-1")
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +96,13 @@ func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 	}
 	o := gittest.New(t)
 	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	m := start(t, Config{Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "web-1"}))), Repo: o.Bare})
+	m := start(
+		t,
+		Config{
+			Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "web-1"}))),
+			Repo:  o.Bare,
+		},
+	)
 	m.store = consul.Open(consul.RootToken)
 	m.at(first)
 	m.logs("run mirrors on machines of their own")
@@ -101,7 +112,10 @@ func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 		t.Fatalf("the node's token can't end the session, and the warning is for nothing: %v", err)
 	}
 	m.await("another session", func() error {
-		if pair, _, err := consul.Client().KV().Get(kv.DefaultPrefix+kv.MirrorLease, nil); err != nil || pair == nil || pair.Session == "" || pair.Session == was {
+		if pair, _, err := consul.Client().
+			KV().
+			Get(kv.DefaultPrefix+kv.MirrorLease, nil); err != nil || pair == nil || pair.Session == "" ||
+			pair.Session == was {
 			return fmt.Errorf("%+v, %v", pair, err)
 		}
 		return nil
@@ -117,7 +131,12 @@ func TestFloodOfReports(t *testing.T) {
 	o := newObserver(slog.New(slog.NewTextHandler(log, nil)), func() {})
 	for i := range 1000 {
 		junk := []byte(strings.Repeat("x", 100_000) + strconv.Itoa(i))
-		o.fleet(kv.View{Synced: true, Entries: []kv.Entry{{Key: "status/prod/web/web-1", Value: junk, Version: uint64(i + 1), Session: "s"}}})
+		o.fleet(
+			kv.View{
+				Synced:  true,
+				Entries: []kv.Entry{{Key: "status/prod/web/web-1", Value: junk, Version: uint64(i + 1), Session: "s"}},
+			},
+		)
 	}
 	if text := log.String(); strings.Count(text, "doesn't parse") != 1 || len(text) > 2*maxLogged {
 		t.Errorf("%d bytes were logged: %.300s", len(text), text)
@@ -132,7 +151,13 @@ func TestJunkOrders(t *testing.T) {
 	node := consul.Clients[0]
 	o := gittest.New(t)
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
-	m := start(t, Config{Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "git-1"}))), Repo: o.Bare})
+	m := start(
+		t,
+		Config{
+			Store: node.Open(consul.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: "git-1"}))),
+			Repo:  o.Bare,
+		},
+	)
 	m.store = consul.Open(consul.RootToken)
 	m.at(head)
 	operator := node.Client(consul.Token(deployments.ConsulRules("operator", deployments.RuleVars{}))).KV()

@@ -315,7 +315,13 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 }
 
 // plan compares a commit with what the store shows; vouched is as in basis.
-func (l *leader) plan(ctx context.Context, commit *git.Commit, vouched bool, seen observed, now time.Time) (plan, error) {
+func (l *leader) plan(
+	ctx context.Context,
+	commit *git.Commit,
+	vouched bool,
+	seen observed,
+	now time.Time,
+) (plan, error) {
 	cells := seen.desired.cells
 	if err := l.ensureFolders(ctx, commit, seen, now); err != nil {
 		return plan{}, err

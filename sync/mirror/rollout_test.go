@@ -26,7 +26,13 @@ type herd struct {
 }
 
 func newHerd(t *testing.T, m *running, n int) *herd {
-	h := &herd{t: t, m: m, id: unitID(t, "prod/web/app"), nodes: map[string]kv.Presence{}, runs: map[string]deployments.Pointer{}}
+	h := &herd{
+		t:     t,
+		m:     m,
+		id:    unitID(t, "prod/web/app"),
+		nodes: map[string]kv.Presence{},
+		runs:  map[string]deployments.Pointer{},
+	}
 	for i := range n {
 		name := fmt.Sprint("web-", i)
 		p, err := m.store.Presence(t.Context(), name)
@@ -43,7 +49,16 @@ func (h *herd) turn(fails deployments.Digest) (moved []string) {
 	h.t.Helper()
 	r := h.m.record(h.id.String(), func(deployments.Record) bool { return true })
 	for name, presence := range h.nodes {
-		d := policy.Resolve(policy.Facts{Unit: h.id, Node: name, Record: policy.Value[deployments.Record]{Present: true, Value: r}, Running: h.runs[name], Joined: 1, AtDest: policy.FoundNothing})
+		d := policy.Resolve(
+			policy.Facts{
+				Unit:    h.id,
+				Node:    name,
+				Record:  policy.Value[deployments.Record]{Present: true, Value: r},
+				Running: h.runs[name],
+				Joined:  1,
+				AtDest:  policy.FoundNothing,
+			},
+		)
 		u := deployments.UnitReport{State: deployments.StateConverged, Want: d.Target, Generation: r.Generation}
 		switch {
 		case d.Target == h.runs[name]:
@@ -67,7 +82,11 @@ func (h *herd) turn(fails deployments.Digest) (moved []string) {
 }
 
 // until turns until the record satisfies ok, and fails where more than most nodes go in one turn.
-func (h *herd) until(fails deployments.Digest, most int, ok func(deployments.Record) bool) (rec deployments.Record, moved []string) {
+func (h *herd) until(
+	fails deployments.Digest,
+	most int,
+	ok func(deployments.Record) bool,
+) (rec deployments.Record, moved []string) {
 	h.t.Helper()
 	h.m.await("the rollout", func() error {
 		now := h.turn(fails)
@@ -228,7 +247,15 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 			t.Parallel()
 			o := gittest.New(t)
 			m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
-			m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "prune: true\nmax_removed: 50\n", "prod/web/base.yaml": unitFile("base/1")}))
+			m.at(
+				o.Push(
+					map[string]string{
+						"prod/web/app.yaml":  unitFile("app/1") + gradual,
+						"kedge.yaml":         "prune: true\nmax_removed: 50\n",
+						"prod/web/base.yaml": unitFile("base/1"),
+					},
+				),
+			)
 			h := newHerd(t, m, 6)
 			h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
@@ -240,7 +267,12 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 			h.m.runs("prod/web/app", "app/2")
 			h.until(bad, 0, halted)
 			lose(o, h)
-			if r, moved := h.until(bad, 0, halted); len(moved) > 0 || r.Rollout.Failed != bad || r.Stable != pointer("app/1") || !strings.Contains(r.Rollout.Message, "health check failed") {
+			if r, moved := h.until(
+				bad,
+				0,
+				halted,
+			); len(moved) > 0 || r.Rollout.Failed != bad || r.Stable != pointer("app/1") ||
+				!strings.Contains(r.Rollout.Message, "health check failed") {
 				t.Errorf("%v moved, %+v, %+v", moved, r, r.Rollout)
 			}
 
@@ -265,11 +297,18 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 	put(t, m.store, "control/prod/web/app", "pause")
-	was := m.record("prod/web/app", func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePaused })
+	was := m.record(
+		"prod/web/app",
+		func(r deployments.Record) bool { return r.Rollout != nil && r.Rollout.Phase == deployments.PhasePaused },
+	)
 
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": "", "prod/web/other.yaml": unitFile("app/2")}))
 	r := m.record("prod/web/app", func(r deployments.Record) bool { return policy.IsOrphaned(r) })
-	if next := message.RolloutHint(h.id, r); !strings.Contains(next, "put prod/web/app.yaml back") || !policy.IsOrphaned(r) {
+	if next := message.RolloutHint(
+		h.id,
+		r,
+	); !strings.Contains(next, "put prod/web/app.yaml back") ||
+		!policy.IsOrphaned(r) {
 		t.Errorf("%q, and it is orphaned: %v", next, policy.IsOrphaned(r))
 	}
 	m.at(o.Push(map[string]string{"README.md": "x"}))
@@ -288,7 +327,9 @@ func TestFreezeHolds(t *testing.T) {
 	frozen := "freeze:\n- name: always\n  deny: \"0 * * * *\"\n  duration: 2h\n  reason: audit\n"
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "kedge.yaml": frozen}))
 	r := m.runs("prod/web/app", "app/2")
-	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseFrozen || p.Cutoff != 0 || !strings.Contains(p.Message, "frozen by always") || !strings.Contains(p.Message, "audit") {
+	if p := r.Rollout; p == nil || p.Phase != deployments.PhaseFrozen || p.Cutoff != 0 ||
+		!strings.Contains(p.Message, "frozen by always") ||
+		!strings.Contains(p.Message, "audit") {
 		t.Fatalf("%+v, %+v", r, r.Rollout)
 	}
 	put(t, m.store, "control/prod/web/app", "promote")
@@ -308,7 +349,9 @@ func TestInvalidPinOfANewUnit(t *testing.T) {
 	put(t, store, "pins/prod/web/app", "hodl")
 	put(t, store, "pins/prod/web/base", "hodl")
 	m := start(t, Config{Store: store, Repo: o.Bare})
-	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "prod/web/base.yaml": unitFile("base/1")}))
+	m.at(
+		o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "prod/web/base.yaml": unitFile("base/1")}),
+	)
 	m.runs("prod/web/app", "app/1")
 	m.runs("prod/web/base", "base/1")
 }

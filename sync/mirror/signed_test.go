@@ -21,7 +21,11 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	dir := t.TempDir()
 	store := dirStore(t)
 	signers := filepath.Join(dir, "signers")
-	gittest.WriteFile(t, signers, "# who may deploy\nada@example.com namespaces=\"git\" "+o.SignBy(filepath.Join(dir, "ada")))
+	gittest.WriteFile(
+		t,
+		signers,
+		"# who may deploy\nada@example.com namespaces=\"git\" "+o.SignBy(filepath.Join(dir, "ada")),
+	)
 	root := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	m := start(t, Config{Store: store, Repo: o.Bare, SignedBy: signers})
 	m.at(root)
@@ -128,7 +132,9 @@ func TestSignerIsTakenOutAndNothingIsRemembered(t *testing.T) {
 	m.stop()
 
 	gittest.WriteFile(t, signers, "eve@example.com "+o.SignBy(filepath.Join(dir, "eve")))
-	byHand := encode(deployments.Record{Target: pointer("hand/1"), Generation: 9, Commit: head, Drift: deployments.DriftHeal})
+	byHand := encode(
+		deployments.Record{Target: pointer("hand/1"), Generation: 9, Commit: head, Drift: deployments.DriftHeal},
+	)
 	put(t, store, "desired/prod/db/pg", string(byHand))
 	put(t, store, "desired/prod/db/other", string(byHand))
 	c.Snapshot = func(context.Context, []kv.Entry) error { snapshots.Add(1); return nil }
@@ -183,7 +189,9 @@ func TestCommitsSignedByOpenPGP(t *testing.T) {
 	o.Env = append(o.Env, "GNUPGHOME="+dir)
 	gpg := func(args ...string) string {
 		t.Helper()
-		cmd := exec.Command("gpg", append([]string{"--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
+		cmd := exec.Command(
+			"gpg",
+			append([]string{"--batch", "--quiet", "--passphrase", "", "--pinentry-mode", "loopback"}, args...)...)
 		cmd.Env = append(os.Environ(), "GNUPGHOME="+dir)
 		out, err := cmd.Output()
 		if err != nil {
@@ -235,7 +243,10 @@ func TestCommitsSignedByOpenPGP(t *testing.T) {
 	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("old/1")}), "expired")
 	sameDesired(t, store, was)
 
-	if _, err := New(Config{Store: store, Repo: o.Bare, SignedByPGP: signers}); err == nil || !strings.Contains(err.Error(), "gpg --armor --export") {
+	if _, err := New(
+		Config{Store: store, Repo: o.Bare, SignedByPGP: signers},
+	); err == nil ||
+		!strings.Contains(err.Error(), "gpg --armor --export") {
 		t.Errorf("a file without keys: %v", err)
 	}
 }

@@ -7,8 +7,8 @@
 //	vault:PATH#FIELD            a field at a path of Vault's API: secret/data/app in a KV mount of version 2, kv/app in one
 //	                            of version 1
 //
-// AWS is reached as the agent reaches S3: environment, profile, instance role, AWS_ENDPOINT_URL_SSM. Vault is reached by
-// its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT and VAULT_TOKEN, or by VAULT_TOKEN_FILE, which is read
+// AWS is reached as the agent reaches S3: environment, profile, instance role, AWS_ENDPOINT_URL_SSM. Vault is reached
+// by its own variables VAULT_ADDR, VAULT_NAMESPACE, VAULT_CACERT and VAULT_TOKEN, or by VAULT_TOKEN_FILE, which is read
 // at each request, so that a Vault agent may renew it.
 //
 // Nothing is read that the node's own configuration doesn't allow. Values are kept in memory alone; errors name the

@@ -268,7 +268,12 @@ func TestVault(t *testing.T) {
 	write(t, dir+"/ca", certificate(loop))
 	t.Setenv("VAULT_CACERT", dir+"/ca")
 	t.Setenv("VAULT_ADDR", loop.URL)
-	if got, err := one(t, r, "vault:kv/prod/db#password"); err == nil || !strings.Contains(err.Error(), "away from https") {
+	if got, err := one(
+		t,
+		r,
+		"vault:kv/prod/db#password",
+	); err == nil ||
+		!strings.Contains(err.Error(), "away from https") {
 		t.Errorf("away from https: %q, %v", got, err)
 	}
 	t.Setenv("VAULT_CACERT", "")

@@ -46,7 +46,11 @@ func (r *Role) Unknown() error {
 		if s.from == fromNowhere || !s.answered() {
 			switch {
 			case errors.Is(s.trouble, kv.ErrNoFolder):
-				return fmt.Errorf("nothing is known of %s: see whether this agent's stage and role are right: %w", s.Prefix, s.trouble)
+				return fmt.Errorf(
+					"nothing is known of %s: see whether this agent's stage and role are right: %w",
+					s.Prefix,
+					s.trouble,
+				)
 			case s.trouble != nil:
 				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.trouble)
 			}

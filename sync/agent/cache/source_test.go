@@ -132,7 +132,9 @@ func TestPinsNeedASettledView(t *testing.T) {
 	t.Parallel()
 	s := newRole("prod", "web").Pins
 	for _, entries := range [][]kv.Entry{nil, {{Key: "pins/prod/web/app", Value: []byte("hold")}}} {
-		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.Prefix, "n1"), time.Now(), quiet()) || s.from != fromNowhere || len(s.entries) > 0 {
+		if s.accept(kv.View{Entries: entries, Err: kv.ErrDenied}, mine(s.Prefix, "n1"), time.Now(), quiet()) ||
+			s.from != fromNowhere ||
+			len(s.entries) > 0 {
 			t.Errorf("a refused read was taken for all pins that there are: %v", entries)
 		}
 	}

@@ -15,8 +15,8 @@ import (
 // ErrLocked means that another agent uses the state directory; the error names its process.
 var ErrLocked = errors.New("another agent uses this state directory")
 
-// lockPatience is how long the lock of a dead process is waited for: a process that was killed while it started a command
-// leaves its lock to that command until its exec.
+// lockPatience is how long the lock of a dead process is waited for: a process that was killed while it started a
+// command leaves its lock to that command until its exec.
 const lockPatience = 3 * time.Second
 
 // takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the

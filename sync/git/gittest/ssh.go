@@ -98,7 +98,12 @@ func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 		t.Fatalf("these tests need sshd (%v): .ci/tools installs it", err)
 	}
 	dir := t.TempDir()
-	s := &SSHOrigin{Origin: o, cut: make(chan struct{}), Key: filepath.Join(dir, "id"), Known: filepath.Join(dir, "known_hosts")}
+	s := &SSHOrigin{
+		Origin: o,
+		cut:    make(chan struct{}),
+		Key:    filepath.Join(dir, "id"),
+		Known:  filepath.Join(dir, "known_hosts"),
+	}
 	s.HostKey = NewKey(t, filepath.Join(dir, "host"), "")
 	userKey := NewKey(t, s.Key, "")
 	WriteFile(t, filepath.Join(dir, "authorized_keys"), string(ssh.MarshalAuthorizedKey(userKey)))
