@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 )
 
-// compareDest says how what lies at rel's dest, whoever put it there, differs from the release's tree, which is
+// compareDest returns how what lies at rel's dest, whoever put it there, differs from the release's tree, which is
 // unpacked at tree: by type, content, mode and link, and by owner if the manifest names one. Shared paths and
 // mounts are passed over.
 func compareDest(ctx context.Context, place *Place, rel *Release, tree string, limit int64) ([]Difference, error) {

@@ -147,7 +147,7 @@ func (m *deltaMaker) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf gives a path without what changes from build to build: runs of digits and of eight or more hexadecimal
+// shapeOf returns a path without what changes from build to build: runs of digits and of eight or more hexadecimal
 // digits.
 func shapeOf(p string) string {
 	var b strings.Builder
@@ -349,7 +349,7 @@ func (m *matcher) slot(data []byte) uint64 {
 	return (a ^ bits.RotateLeft64(b, 31)) * 0x9E3779B185EBCA87 >> m.shift
 }
 
-// find gives a place of the old file that begins with the same 16 bytes as data, and how many follow that are equal.
+// find returns a place of the old file that begins with the same 16 bytes as data, and how many follow that are equal.
 func (m *matcher) find(data []byte) (at, length int) {
 	slot := m.slots[m.slot(data)]
 	if slot == 0 {
@@ -450,7 +450,7 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 	return out
 }
 
-// follow gives how far the place at hand is good enough to look for no other: the next 32 bytes are mostly the same.
+// follow returns how far the place at hand is good enough to look for no other: the next 32 bytes are mostly the same.
 func (s *sectionMaker) follow(scan, to, shift int) int {
 	there := scan + shift
 	if there < 0 || there >= len(s.old) {
@@ -463,7 +463,7 @@ func (s *sectionMaker) follow(scan, to, shift int) int {
 	return max(1, n/2)
 }
 
-// reach gives how far new[begin:scan] is best taken as changed bytes of the old file: to where most bytes are equal.
+// reach returns how far new[begin:scan] is best taken as changed bytes of the old file: to where most bytes are equal.
 func (s *sectionMaker) reach(begin, scan, shift int) int {
 	cut := begin
 	score, best := 0, 0

@@ -26,7 +26,7 @@ type level struct {
 	fd  int
 }
 
-// at gives the directory that a path lies in, open until the next call, and the path's name there.
+// at returns the directory that a path lies in, open until the next call, and the path's name there.
 func (d *dirs) at(p string) (dir int, name string, err error) {
 	parent := parentOf(p)
 	if parent != d.path {

@@ -206,7 +206,7 @@ type attributes struct {
 	time     time.Time
 }
 
-// attributesOf gives what is kept of an entry. As with tar, names of owners count before numbers, where they are
+// attributesOf returns what is kept of an entry. As with tar, names of owners count before numbers, where they are
 // known here, and a directory keeps set-group-id and the sticky bit.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
@@ -232,7 +232,7 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	return a, nil
 }
 
-// idCached gives a name's number; -1 if it has none here. There may be as many names as entries, so that not all
+// idCached returns a name's number; -1 if it has none here. There may be as many names as entries, so that not all
 // are kept.
 func idCached(known map[string]int, name string, lookup func(string) (string, error)) int {
 	if name == "" {
@@ -273,7 +273,7 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// archive tells what raw is by its first bytes.
+// archive unpacks raw as what its first bytes say that it is.
 func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	content, name, free, err := decompress(raw, name, x.left)
 	if err != nil {
@@ -294,7 +294,7 @@ func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	return cutOff(err)
 }
 
-// cutOff says in words what the decoders say of an archive that ends too early.
+// cutOff returns in words what the decoders say of an archive that ends too early.
 func cutOff(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("the archive is cut off: %w", err)
@@ -358,7 +358,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 	return x.chown(".", x.top) // its mode is the manifest's dest_mode
 }
 
-// localName gives an entry's path in the tree, or why it can't have it. "" is the tree itself.
+// localName returns an entry's path in the tree, or why it can't have it. "" is the tree itself.
 func (x *extractor) localName(name string) (string, error) {
 	switch {
 	case strings.HasPrefix(name, "/"):

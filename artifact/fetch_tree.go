@@ -258,7 +258,7 @@ func hashesTo(f io.ReaderAt, at int64, want frame) bool {
 	return n == len(data) && digestOf(data) == want.content
 }
 
-// missing gives the frames that hold what is neither ready nor in old, and lets writeFrame make just that.
+// missing returns the frames that hold what is neither ready nor in old, and lets writeFrame make just that.
 func (b *builder) missing(old *source) []bool {
 	wanted := make([]bool, len(b.index.frames))
 	for _, i := range b.files {

@@ -94,7 +94,7 @@ func (x *index) archiveSize() int64 {
 	return last.offset + last.size
 }
 
-// framesOf gives the range of frames that hold a file's content.
+// framesOf returns the range of frames that hold a file's content.
 func (x *index) framesOf(e *entry) (from, to int) {
 	if e.size == 0 {
 		return 0, 0
@@ -125,7 +125,7 @@ func comparePaths(a, b string) int {
 	return cmp.Compare(len(a), len(b))
 }
 
-// find gives the number of the entry at p, or -1.
+// find returns the number of the entry at p, or -1.
 func (x *index) find(p string) int {
 	i, ok := slices.BinarySearchFunc(x.entries, p, func(e entry, p string) int { return comparePaths(e.path, p) })
 	if !ok {
@@ -200,7 +200,7 @@ func commonPrefix(a, b string) int {
 	return n
 }
 
-// unixMode gives the bits that chmod takes: the nine, and the sticky one.
+// unixMode returns the bits that chmod takes: the nine, and the sticky one.
 func unixMode(m fs.FileMode) uint32 {
 	bits := uint32(m.Perm())
 	if m&fs.ModeSticky != 0 {
@@ -485,7 +485,7 @@ func (r *cursor) number(max uint64) uint64 {
 	return n
 }
 
-// bytes gives the next n bytes, which alias the buffer.
+// bytes returns the next n bytes, which alias the buffer.
 func (r *cursor) bytes(n uint64) []byte {
 	if r.err == nil && n > uint64(len(r.rest)) {
 		r.err = errShort

@@ -167,7 +167,7 @@ func (f madeFiles) record(dir string, differences []Difference) (left int, err e
 	return left, nil
 }
 
-// describe says what lies at the paths of differences: of several at a path the first, and none below what is whole.
+// describe returns what lies at the paths of differences: of several at a path the first, and none below what is whole.
 func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -201,7 +201,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 	return found
 }
 
-// look says what lies at a path; without a Type nothing does.
+// look returns what lies at a path; without a Type nothing does.
 func look(root *os.Root, p string) madeThing {
 	m := madeThing{Path: p}
 	info, err := root.Lstat(p)
@@ -278,7 +278,7 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
-// differs says how a thing that commands made is not as they left it; empty: it is.
+// differs returns how a thing that commands made is not as they left it; empty: it is.
 func (m *madeThing) differs(root *os.Root) string {
 	now := look(root, m.Path)
 	switch {

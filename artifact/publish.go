@@ -239,7 +239,7 @@ func (p *publisher) sign(manifest []byte) error {
 // ownFields are those that Publish writes.
 var ownFields = regexp.MustCompile(`(?m)^(src|checksum|size|index|deltas)[ \t]*:`)
 
-// text gives the manifest's bytes: the template as it is, then what it lacks.
+// text returns the manifest's bytes: the template as it is, then what it lacks.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
 		text, err := m.Encode()

@@ -30,7 +30,7 @@ type earlier struct {
 	named    bool // by the caller: that it can't be used is an error
 }
 
-// earlier gives the releases to make deltas from, newest first.
+// earlier returns the releases to make deltas from, newest first.
 func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	if len(p.opt.Since) == 0 {
 		return p.findEarlier(index)
@@ -91,7 +91,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	return found, nil
 }
 
-// listManifests gives the manifests of this name's versions, those written last first. S3 tells when in whole
+// listManifests returns the manifests of this name's versions, those written last first. S3 tells when in whole
 // seconds: of those of one second the later version goes first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
 	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
@@ -292,7 +292,7 @@ func fetchPatched(
 	return f.index.encode(), nil
 }
 
-// costsOf gives what a node that runs an old release fetches to come to the new one, with a delta of so many bytes
+// costsOf returns what a node that runs an old release fetches to come to the new one, with a delta of so many bytes
 // and without. tree is a directory for the old one; the files in it are not looked at.
 func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byDelta PublishedDelta, err error) {
 	old, err := openSource(&base{dir: tree, index: oldIndex})
@@ -325,7 +325,7 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 	return byRanges, byDelta, nil
 }
 
-// costOf gives what it costs to fetch frames.
+// costOf returns what it costs to fetch frames.
 func (x *index) costOf(wanted []bool) (cost PublishedDelta) {
 	spans := x.spansOf(wanted)
 	if len(spans) == 0 {

@@ -305,7 +305,7 @@ func readRecord(path string, to any, rel *Release) error {
 	return nil
 }
 
-// load gives the release whose directory is name.
+// load returns the release whose directory is name.
 func (r *Releases) load(name string) (*Release, *record, error) {
 	rec, err := r.readRecord(name)
 	if err != nil {

@@ -273,7 +273,7 @@ func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, ma
 	return syncFS(staging)
 }
 
-// base gives the release to take files from: what it can't read is none.
+// base returns the release to take files from: what it can't read is none.
 func (r *Releases) base(p deployments.Pointer) *base {
 	var rel *Release
 	var rec *record
@@ -379,7 +379,7 @@ func checkFree(dir string, need int64) error {
 	return nil
 }
 
-// sizeText gives a size so that two that differ by little aren't both 0.
+// sizeText returns a size so that two that differ by little aren't both 0.
 func sizeText(n int64) string {
 	if n < 10_000_000 {
 		return fmt.Sprintf("%d kB", n/1000)

@@ -193,7 +193,7 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 	return nil
 }
 
-// unreadable tells what is wrong with the tree from what is wrong with the machine: the first differs, and is healed.
+// unreadable reports whether a tree can't be read because of the tree, not of the machine: that is healed.
 func unreadable(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }

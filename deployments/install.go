@@ -13,7 +13,7 @@ import (
 //go:embed consul systemd cloud-init terraform all:example
 var installed embed.FS
 
-// Example gives the example of a deployments repo: what Load reads, with comments for its readers.
+// Example returns the example of a deployments repo: what Load reads, with comments for its readers.
 func Example() fs.FS {
 	example, err := fs.Sub(installed, "example")
 	if err != nil {
@@ -32,7 +32,7 @@ type RuleVars struct {
 	Node string
 }
 
-// ConsulRules gives the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns
+// ConsulRules returns the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns
 // its node's maintenance mode), "mirror", "operator" or "web", in HCL. It panics for another party, and where a
 // variable that the rules need is missing or isn't a good part of a key: the rules would be about other keys than
 // meant.

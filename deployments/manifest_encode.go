@@ -12,7 +12,7 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-// Encode gives a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal
+// Encode returns a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal
 // Manifest. Fields that hold their default are left out.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice

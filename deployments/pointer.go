@@ -27,10 +27,10 @@ func ParseDigest(s string) (Digest, error) {
 	return d, nil
 }
 
-// String gives 64 lower-case hexadecimal digits.
+// String returns 64 lower-case hexadecimal digits.
 func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
-// Short gives the first 12 digits: enough to tell releases apart in a table or a directory's name.
+// Short returns the first 12 digits: enough to tell releases apart in a table or a directory's name.
 func (d Digest) Short() string { return d.String()[:12] }
 
 // IsZero reports whether d was never set.
@@ -143,7 +143,7 @@ func CheckURL(s string) error {
 // s3Version is the one query that an s3:// URL may have: which version of the object.
 var s3Version = regexp.MustCompile(`^versionId=[A-Za-z0-9._-]+$`)
 
-// BesideURL gives the URL of an object whose name is the given one's with more at its end. A query stays, but for
+// BesideURL returns the URL of an object whose name is the given one's with more at its end. A query stays, but for
 // the version of another object.
 func BesideURL(url, more string) string {
 	at, query, found := strings.Cut(url, "?")
@@ -172,7 +172,7 @@ func ShownURL(s string) string {
 	return s
 }
 
-// String gives the pointer's text; "" for the zero pointer.
+// String returns the pointer's text; "" for the zero pointer.
 func (p Pointer) String() string {
 	if p.IsZero() {
 		return ""

@@ -28,7 +28,7 @@ type signedSnapshot struct {
 	Signature string `json:"signature"`
 }
 
-// Encode gives the object, with the signature that sign makes.
+// Encode returns the object, with the signature that sign makes.
 func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) ([]byte, error) {
 	text, err := json.Marshal(s)
 	if err != nil {

@@ -20,8 +20,8 @@ type Tree struct {
 	Units []Unit
 }
 
-// Warnings says in words what of the tree no node would run, though it is valid: of a role with more than MaxRoleUnits
-// units the rest is left out on each node.
+// Warnings returns in words what of the tree no node would run, though it is valid: of a role with more than
+// MaxRoleUnits units the rest is left out on each node.
 func (t *Tree) Warnings() (words []string) {
 	units := map[RoleID]int{}
 	for _, u := range t.Units {
@@ -227,7 +227,7 @@ func (l *loader) hidesUnits(name string) (found bool) {
 	return found
 }
 
-// read gives a file's bytes, or notes that it is too large.
+// read returns a file's bytes, or notes that it is too large.
 func (l *loader) read(name string) ([]byte, error) {
 	info, err := fs.Stat(l.fsys, name)
 	if err != nil {

@@ -153,7 +153,7 @@ type Amount struct {
 	Percent bool
 }
 
-// Of gives the amount among n nodes: a percentage is rounded up, so that 10% of 3 is 1.
+// Of returns the amount among n nodes: a percentage is rounded up, so that 10% of 3 is 1.
 func (a Amount) Of(n int) int {
 	if !a.Percent {
 		return a.N

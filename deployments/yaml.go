@@ -31,7 +31,7 @@ type reader struct {
 	problems Problems
 }
 
-// parse gives the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax
+// parse returns the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax
 // reader, anchors, aliases and merge keys: a few lines of them can grow without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
@@ -199,7 +199,7 @@ func position(n ast.Node) (line, column int) {
 	return 0, 0
 }
 
-// err gives what was noted, in order; nil: nothing.
+// err returns what was noted, in order; nil: nothing.
 func (r *reader) err() error {
 	if len(r.problems) == 0 {
 		return nil
@@ -249,7 +249,7 @@ func isEmptyText(n ast.Node) bool {
 	return ok && s.Value == ""
 }
 
-// mapping gives the lines of a mapping, which is another node where it has one alone.
+// mapping returns the lines of a mapping, which is another node where it has one alone.
 func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	switch m := n.(type) {
 	case *ast.MappingNode:
@@ -329,7 +329,7 @@ func (r *reader) text(n ast.Node) (string, bool) {
 	return "", false
 }
 
-// into gives a function for fields that reads a scalar by parse; what parse says of it is noted at its place.
+// into returns a function for fields that reads a scalar by parse; what parse says of it is noted at its place.
 func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node) {
 	return func(n ast.Node) {
 		s, ok := r.text(n)

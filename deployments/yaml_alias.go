@@ -57,7 +57,7 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 // empty reports whether a resolved node is no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries gives the lines of a mapping, with those that its merge keys (<<) bring in and that it has not itself.
+// entries returns the lines of a mapping, with those that its merge keys (<<) bring in and that it has not itself.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {

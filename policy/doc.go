@@ -50,9 +50,9 @@
 //   - Status reports are a node's own word. A node that lies can hold up, or halt, a rollout of its unit; it can't let
 //     one go further than max_unavailable, counted by what the others say. Who can delete status keys makes the list of
 //     nodes short: a rollout doesn't end by it before it has stood for a deadline, and for an hour if most are missing
-//     (TestAShortListIsNotTheFleet). Nodes that the record knew of and that have left
-//     the list take room in the budget for as long as they may take to put their keys back, 2 minutes at most
-//     (TestSimulation loses keys at any time).
+//     (TestAShortListIsNotTheFleet). Nodes that the record knew of and that have left the list take room in the budget
+//     for as long as they may take to put their keys back, 2 minutes at most (TestWhoIsNotListedTakesRoom,
+//     TestSimulation).
 //
 // # Budget
 //

@@ -40,7 +40,7 @@ func (v Verdict) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen says whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else
+// Frozen reports whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else
 // allows; a unit that allow windows name is frozen outside of them all. Windows open by the wall clock of their
 // zone and stay open for their duration as it passes, so that one over a change of the clocks is neither longer nor
 // shorter. A window whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.

@@ -44,7 +44,7 @@ func failing(in *inputs, st state, v summary) (state, bool) {
 	return stop(in, st, cause{deployments.ReasonTooManyFailed, facts}), true
 }
 
-// waits tells why nothing may go on now, if so.
+// waits returns why nothing may go on now, if so.
 func waits(in *inputs, st state, v summary) (state, bool) {
 	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
 	if !frozen && st.p.HeldUp() {

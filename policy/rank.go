@@ -32,7 +32,7 @@ type ranking struct {
 	byRank []int32  // indices into names, lowest rank first
 }
 
-// of gives the order of the nodes for a target.
+// of returns the order of the nodes for a target.
 func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 	i := slices.IndexFunc(r.known, func(k *ranking) bool { return k.target == target })
 	if i < 0 {

@@ -91,7 +91,7 @@ type Decision struct {
 	Trace []deployments.Step `json:"trace"`
 }
 
-// MarshalJSON gives the decision with Invalid as text.
+// MarshalJSON returns the decision with Invalid as text.
 func (d Decision) MarshalJSON() ([]byte, error) {
 	type plain Decision
 	invalid := ""
@@ -257,7 +257,7 @@ func (d *Decision) record(f Facts, decided bool) {
 	}
 }
 
-// origin tells who wrote a record: a commit and its generation, or neither if it was written by hand.
+// origin returns who wrote a record: a commit and its generation, or neither if it was written by hand.
 func origin(r deployments.Record) deployments.Facts {
 	facts := deployments.Facts{}
 	if r.Commit != "" {

@@ -24,7 +24,7 @@ type Listed struct {
 	Modified time.Time
 }
 
-// List gives the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of
+// List returns the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of
 // them, and more is true where there are others. Nothing there is no error. gs:// and https:// give ErrNoList; S3
 // wants s3:ListBucket, and without it gives ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
@@ -95,7 +95,7 @@ func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most 
 	return page, aws.ToString(out.NextContinuationToken), nil
 }
 
-// list gives all in one page. Symbolic links are not followed; what a put has not finished is passed over.
+// list returns all in one page. Symbolic links are not followed; what a put has not finished is passed over.
 func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int) (page []Listed, _ string, err error) {
 	s.requests.Add(1)
 	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {

@@ -297,7 +297,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	}
 }
 
-// withoutTransient gives what is left of an error when nobody tries again: one that was transient to the end is
+// withoutTransient returns what is left of an error when nobody tries again: one that was transient to the end is
 // ErrUnavailable.
 func withoutTransient(err error) error {
 	var transient *transientError

@@ -119,7 +119,7 @@ func credentialSources(getenv func(string) string) string {
 	return strings.Join(tried, ", ")
 }
 
-// cause gives the innermost part of the SDK's wrapping that still says something.
+// cause returns the innermost part of the SDK's wrapping that still says something.
 func cause(err error) error {
 	var op *smithy.OperationError
 	if errors.As(err, &op) {

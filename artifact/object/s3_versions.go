@@ -20,7 +20,7 @@ func version(u *url.URL) *string {
 	return nil
 }
 
-// Versions gives the URLs of at most most older versions of an object, the newest first, where the bucket keeps
+// Versions returns the URLs of at most most older versions of an object, the newest first, where the bucket keeps
 // versions, and nothing where it does not or the storage knows none. It wants s3:ListBucketVersions.
 func (c *Client) Versions(ctx context.Context, url string, most int) (urls []string, err error) {
 	s, u, err := c.store(ctx, url)

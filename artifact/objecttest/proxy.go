@@ -111,7 +111,7 @@ func (p *Proxy) Play(choose func(Request) Fault) {
 	p.sent.Store(0)
 }
 
-// Counted gives the requests that came since Play, and the bytes of the bodies that were sent.
+// Counted returns the requests that came since Play, and the bytes of the bodies that were sent.
 func (p *Proxy) Counted() (requests, sent int64) { return p.requests.Load(), p.sent.Load() }
 
 // Endpoint is the proxy's URL; Client reads and writes through it.

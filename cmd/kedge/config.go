@@ -72,7 +72,7 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
-// check says what values mean nothing, whichever way they came.
+// check returns an error for values that mean nothing, whichever way they came.
 func (c *agentConfig) check() error {
 	var errs []error
 	if c.Verify != "" && c.Verify != "always" {
@@ -224,8 +224,8 @@ func checkVariables(environment []string) error {
 	return errors.Join(errs...)
 }
 
-// configError says where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN. An error without a place is
-// at the field's, if that is known.
+// configError returns where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN. An error without a place
+// is at the field's, if that is known.
 func configError(file string, err error, field ...*token.Position) error {
 	var at yaml.Error
 	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {

@@ -67,7 +67,7 @@ func (d *demo) printChanges(f *fleet.Fleet) {
 	}
 }
 
-// advice says what to type next, ready to copy.
+// advice returns what to type next, ready to copy.
 func (d *demo) advice() string {
 	return fmt.Sprintf(`
 In another terminal:

@@ -209,7 +209,7 @@ func (d *demo) checkLive(version string, nodes ...string) error {
 	return nil
 }
 
-// logs gives the end of every process's log, for an error.
+// logs returns the end of every process's log, for an error.
 func (d *demo) logs() string {
 	var b strings.Builder
 	files, _ := filepath.Glob(filepath.Join(d.dir, "logs", "*.log"))

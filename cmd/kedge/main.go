@@ -87,7 +87,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// storeHint says what to look at where the store is the trouble; empty: it isn't, or there is nothing to say.
+// storeHint returns what to look at where the store is the trouble; empty: it isn't, or there is nothing to say.
 func (a *app) storeHint(err error) string {
 	switch {
 	case !a.onConsul():
@@ -294,7 +294,7 @@ func terminalWidth(w io.Writer) (width int) {
 	return width
 }
 
-// terminalSize gives a terminal's size in characters, or what most have where it doesn't tell; 0, 0 where w is none.
+// terminalSize returns a terminal's size in characters, or what most have where it doesn't tell; 0, 0 where w is none.
 func terminalSize(w io.Writer) (width, height int) {
 	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {

@@ -183,7 +183,7 @@ func flagMistake(name, value string) error {
 	return err
 }
 
-// publishedLines says what was made, and what it costs nodes to come to it.
+// publishedLines returns what was made, and what it costs nodes to come to it.
 func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
 	if p.Again {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
@@ -224,7 +224,7 @@ func createdAt(s string, now time.Time) (time.Time, error) {
 	return t.UTC().Truncate(time.Second), nil
 }
 
-// bytesText gives a size as people read it: 734 MB, 0.8 MB, 312 B.
+// bytesText returns a size as people read it: 734 MB, 0.8 MB, 312 B.
 func bytesText(n int64) string {
 	switch {
 	case n < 1000:

@@ -19,7 +19,7 @@ import (
 	"kedge/policy"
 )
 
-// snapshotWriter gives what a mirror does with the records of desired/: it keeps them as one signed object.
+// snapshotWriter returns what a mirror does with the records of desired/: it keeps them as one signed object.
 func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.Context, []kv.Entry) error, error) {
 	if url == "" {
 		return nil, nil
@@ -57,7 +57,7 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 // snapshotAhead is how far a mirror's clock may be ahead of a node's.
 const snapshotAhead = 10 * time.Minute
 
-// snapshotReader gives an agent's way to the snapshot: signed by one of those in the file, made for this URL, and
+// snapshotReader returns an agent's way to the snapshot: signed by one of those in the file, made for this URL, and
 // no older than maxAge, which bounds what whoever can write the object gets from an old one.
 func snapshotReader(
 	url, signersFile string,

@@ -69,7 +69,7 @@ func tell(log *slog.Logger, lines ...string) {
 	}
 }
 
-// statusLine says in one line what a node runs, and what is wrong.
+// statusLine returns in one line what a node runs, and what is wrong.
 func statusLine(s policy.NodeStatus) string {
 	var units []string
 	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {

@@ -64,7 +64,7 @@ func readSigningKey(file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners gives the check that an agent makes of every manifest before it uses it, and a mirror before it
+// trustSigners returns the check that an agent makes of every manifest before it uses it, and a mirror before it
 // names it: its signature, which lies beside it as manifest.yaml.sig, is by one of those in file. Without a file
 // the pointer's digest is enough, and nil is returned.
 func trustSigners(

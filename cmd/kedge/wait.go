@@ -111,7 +111,7 @@ than --patience, 3 when the time is over.`,
 	return a.completeArgs(c, wantPart)
 }
 
-// waitError says why a wait that ran in ctx ended with err, and what to do about it.
+// waitError returns why a wait that ran in ctx ended with err, and what to do about it.
 func (a *app) waitError(
 	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
 ) error {

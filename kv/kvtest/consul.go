@@ -118,7 +118,7 @@ func StartConsul(tb testing.TB, o ConsulOptions) *Consul {
 	return c
 }
 
-// Nodes gives the servers, then the clients.
+// Nodes returns the servers, then the clients.
 func (c *Consul) Nodes() []*ConsulNode {
 	return append(append([]*ConsulNode{}, c.Servers...), c.Clients...)
 }
@@ -310,7 +310,7 @@ func newUUID() string {
 		rand.Uint32N(1<<12), rand.Uint64N(1<<48))
 }
 
-// Versions gives the ModifyIndex of every key below prefix, which here is all of a key's beginning: what changed
+// Versions returns the ModifyIndex of every key below prefix, which here is all of a key's beginning: what changed
 // between two calls was written or deleted.
 func (c *Consul) Versions(prefix string) map[string]uint64 {
 	c.tb.Helper()

@@ -142,7 +142,7 @@ func (n *ConsulNode) Suspend() { n.signal(syscall.SIGSTOP, false) }
 // Resume ends Suspend.
 func (n *ConsulNode) Resume() { n.signal(syscall.SIGCONT, false) }
 
-// Running is whether the node's process is there, suspended or not.
+// Running reports whether the node's process is there, suspended or not.
 func (n *ConsulNode) Running() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -180,7 +180,7 @@ func (n *ConsulNode) exited() error {
 	return n.proc.state
 }
 
-// logTail gives the end of what the node logged, without what it logs when all is well.
+// logTail returns the end of what the node logged, without what it logs when all is well.
 func (n *ConsulNode) logTail() string {
 	data, _ := os.ReadFile(filepath.Join(n.dir, "log"))
 	var lines []string

@@ -55,7 +55,7 @@ func (f *FaultyStore) SetDown(err error) {
 	f.changed = make(chan struct{})
 }
 
-// Writes gives how often each key was written or deleted, successes and failures After alike.
+// Writes returns how often each key was written or deleted, successes and failures After alike.
 func (f *FaultyStore) Writes() map[string]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -138,7 +138,7 @@ func Watch(t *testing.T, s kv.Store, prefix string) *Views {
 	return w
 }
 
-// All gives every view so far.
+// All returns every view so far.
 func (w *Views) All() []kv.View {
 	w.mu.Lock()
 	defer w.mu.Unlock()

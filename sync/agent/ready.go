@@ -94,7 +94,7 @@ func (a *Agent) empty() map[string]string {
 	return why
 }
 
-// unconverged says why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
+// unconverged returns why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
 func (a *Agent) unconverged() map[string]string {
 	why := a.unknown()
 	maps.Copy(why, a.empty())
@@ -106,7 +106,7 @@ func (a *Agent) unconverged() map[string]string {
 	return why
 }
 
-// unready says why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
+// unready returns why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
 	for id, u := range a.units {

@@ -177,7 +177,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	}
 }
 
-// mayBeOlder says whether a pin names p, and pins may name what is older here.
+// mayBeOlder reports whether a pin names p, and pins may name what is older here.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -142,7 +142,7 @@ func bounded(b policy.Bounds, r *artifact.Release) error {
 	})
 }
 
-// groupNames gives a group's name and number on this node, and those of users that are in it.
+// groupNames returns a group's name and number on this node, and those of users that are in it.
 func groupNames(name string, users []string) []string {
 	g, err := user.LookupGroup(name)
 	if err != nil {
@@ -160,7 +160,7 @@ func groupNames(name string, users []string) []string {
 	return names
 }
 
-// groupsOf gives the numbers of a user's groups; of one without an entry in the user database, the group of the
+// groupsOf returns the numbers of a user's groups; of one without an entry in the user database, the group of the
 // same number.
 func groupsOf(name string) []string {
 	u, err := user.Lookup(name)
@@ -174,7 +174,7 @@ func groupsOf(name string) []string {
 	return append(groups, u.Gid)
 }
 
-// ownersOf says whom a tree's files may belong to, by number, where the archive says it: the bounds' users and
+// ownersOf returns whom a tree's files may belong to, by number, where the archive says it: the bounds' users and
 // whoever the agent runs as; nil: anybody.
 func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	if len(b.Users) == 0 {
@@ -203,7 +203,7 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 }
 
-// userNames gives a user's name and number on this node, and what the manifest calls it; "" is the agent's own.
+// userNames returns a user's name and number on this node, and what the manifest calls it; "" is the agent's own.
 func userNames(name string) []string {
 	var u *user.User
 	var err error

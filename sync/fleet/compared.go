@@ -7,7 +7,7 @@ import (
 	"kedge/deployments"
 )
 
-// comparedText says how what lay at dest stood to a release, and what a node that observes would do; empty: there
+// comparedText returns how what lay at dest stood to a release, and what a node that observes would do; empty: there
 // is nothing to say.
 func comparedText(r deployments.UnitReport) string {
 	c := r.Compared

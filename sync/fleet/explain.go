@@ -96,7 +96,7 @@ func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	return &f.Units[i], nil
 }
 
-// find gives a unit, and what one of its nodes reports.
+// find returns a unit, and what one of its nodes reports.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	u, err := f.Unit(id)
 	if err != nil {
@@ -130,7 +130,7 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	return u, &u.Nodes[j], nil
 }
 
-// storeStep says what of the store could not be read, so that all else may be wrong.
+// storeStep returns what of the store could not be read, so that all else may be wrong.
 func storeStep(f *Fleet) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -157,7 +157,7 @@ func storeStep(f *Fleet) (Step, bool) {
 		) > 0
 }
 
-// gitStep says where the mirror is.
+// gitStep returns where the mirror is.
 func gitStep(f *Fleet) Step {
 	s := Step{What: "Git"}
 	m := f.Mirror
@@ -241,7 +241,7 @@ func ordinal(n int) string {
 	return fmt.Sprintf("%d%s", n, suffix)
 }
 
-// nodeStep says how the node itself takes it: it may be gone, or behind, or not allowed to do what the store says.
+// nodeStep returns how the node itself takes it: it may be gone, or behind, or not allowed to do what the store says.
 func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
 	s := Step{What: "node", Blocks: true}
@@ -409,7 +409,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	return err
 }
 
-// verdict says in a few words what should run, and whether it does.
+// verdict returns in a few words what should run, and whether it does.
 func verdict(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
@@ -479,7 +479,7 @@ func oneWord(text string) string {
 	return commands.ReplaceAllStringFunc(text, func(s string) string { return strings.ReplaceAll(s, " ", unbroken) })
 }
 
-// pastPin says how far Git has moved past the pin that decided over n; empty: none did.
+// pastPin returns how far Git has moved past the pin that decided over n; empty: none did.
 func pastPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {

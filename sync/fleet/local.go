@@ -68,7 +68,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	return f, id, d, nil
 }
 
-// sourceStep says how far a node's view of a prefix of the store can be believed.
+// sourceStep returns how far a node's view of a prefix of the store can be believed.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	step := Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
 	if s.Trouble == "" {

@@ -198,7 +198,7 @@ func Outcome(
 	}
 }
 
-// outcome says where a unit stands after an order was taken. was is its record before.
+// outcome returns where a unit stands after an order was taken. was is its record before.
 func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
@@ -224,7 +224,7 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	return "no rollout is under way any more: every node runs the target", nil
 }
 
-// History gives what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
+// History returns what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
 // doesn't parse is there with its generation, and says so in its Note.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
@@ -379,7 +379,7 @@ func some(names []string) string {
 	return strings.Join(names, ", ") + more
 }
 
-// Missing says what a filter asked for and the store doesn't know; nil: it knows some of it.
+// Missing returns what a filter asked for and the store doesn't know; nil: it knows some of it.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) {
 		return nil
@@ -391,7 +391,7 @@ func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error
 	return noUnit(all, strings.Trim(filter.Stage+"/"+filter.Role+"/"+filter.Unit, "/"))
 }
 
-// PinNotes says what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
+// PinNotes returns what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
 // atOnce is the new pin's.
 func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
@@ -434,7 +434,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	return notes
 }
 
-// Follows says what counts for a unit, or one node of it, once its pin is gone; empty: it can't be told.
+// Follows returns what counts for a unit, or one node of it, once its pin is gone; empty: it can't be told.
 func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 {

@@ -26,7 +26,7 @@ type versioned struct {
 // historyWithin bounds how long a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of gives the history of the units that are pinned in entries. One that can't be read now is left out, or given as
+// of returns the history of the units that are pinned in entries. One that can't be read now is left out, or given as
 // it was last: it adds to what is shown, and nothing is decided by it.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)

@@ -58,7 +58,7 @@ func (p *printer) raw(line string) {
 // unbroken is a blank at which wrap doesn't break a line.
 const unbroken = "\x1f"
 
-// align gives a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are
+// align returns a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are
 // clipped, those of the columns in firm last.
 func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	if len(rows) == 0 {
@@ -106,7 +106,7 @@ func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 // gap is between two columns.
 const gap = 2
 
-// columns gives the width of each column, and of all with what is between them.
+// columns returns the width of each column, and of all with what is between them.
 func columns(rows [][]Text) (wide []int, total int) {
 	wide = make([]int, len(rows[0]))
 	for _, row := range rows {

@@ -47,7 +47,7 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	) + ": " + why
 }
 
-// LastKnown says what of f may be out of date, as the store can't be read now, and why; empty: nothing.
+// LastKnown returns what of f may be out of date, as the store can't be read now, and why; empty: nothing.
 func (f *Fleet) LastKnown() string {
 	_, text := lastKnown(f)
 	return text
@@ -139,7 +139,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	return all
 }
 
-// agentVersions says how many live nodes run which version of the agent, the most first.
+// agentVersions returns how many live nodes run which version of the agent, the most first.
 func (f *Fleet) agentVersions() string {
 	all := 0
 	for _, n := range f.Agents {
@@ -342,7 +342,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	return all
 }
 
-// RolloutReason says why a unit's rollout stands where it does; empty: none is under way, or it says nothing.
+// RolloutReason returns why a unit's rollout stands where it does; empty: none is under way, or it says nothing.
 func (u *Unit) RolloutReason() string {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return ""
@@ -373,7 +373,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
 }
 
-// Next says what an operator can do about a unit that stands; empty: nothing.
+// Next returns what an operator can do about a unit that stands; empty: nothing.
 func (u *Unit) Next(now time.Time) string {
 	if u.Record == nil || u.Pinned(now) {
 		return ""
@@ -457,7 +457,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// gitStory says how far Git has moved past what a pin names, or holds on the nodes that it is for.
+// gitStory returns how far Git has moved past what a pin names, or holds on the nodes that it is for.
 func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	kept := []deployments.Pointer{pin.Release}
 	if pin.Hold {

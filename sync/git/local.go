@@ -26,7 +26,7 @@ import (
 // scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
 var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
 
-// localPath gives the path that a repository's address names on this machine, if it names one.
+// localPath returns the path that a repository's address names on this machine, if it names one.
 func localPath(address string) (path string, local bool) {
 	if path, ok := strings.CutPrefix(address, "file://"); ok {
 		return path, true

@@ -73,7 +73,7 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
-// lacking says why an object may be missing from a repository that is as its owner wants it; empty:
+// lacking returns why an object may be missing from a repository that is as its owner wants it; empty:
 // it should be there.
 func (o *Objects) lacking() string {
 	for _, dir := range o.dirs {
@@ -99,7 +99,7 @@ func (o *Objects) explain(err error) error {
 	return err
 }
 
-// gitDirAround gives a file system in which dir is "objects", whatever its name is: go-git only
+// gitDirAround returns a file system in which dir is "objects", whatever its name is: go-git only
 // opens whole Git directories.
 func gitDirAround(dir string) billy.Filesystem {
 	if filepath.Base(dir) == "objects" {

@@ -280,7 +280,7 @@ func (x *packIndexer) resolveFrom(ctx context.Context, root int32) error {
 	return nil
 }
 
-// make gives the content of the last object of a path.
+// make returns the content of the last object of a path.
 func (x *packIndexer) make(path []held) (content []byte, err error) {
 	from := len(path) - 1
 	for from > 0 && path[from].content == nil {

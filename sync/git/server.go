@@ -70,7 +70,7 @@ func (e *Refusal) Error() string {
 	return text
 }
 
-// hint says what to do about it, to who asked address.
+// hint returns what to do about it, to who asked address.
 func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
 		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+

@@ -56,7 +56,7 @@ func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable gives what to remove of entries, as many as go into one transaction, and when there is more; absent
+// forgettable returns what to remove of entries, as many as go into one transaction, and when there is more; absent
 // is kept from call to call. Roles that are busy keep theirs: there, a node that died may count as failed.
 func forgettable(
 	entries []kv.Entry,

@@ -220,7 +220,7 @@ func (l *leader) loop(ctx context.Context) error {
 // conflictsTold is how many conflicts in a row, a second apart, are more than a watch that is late.
 const conflictsTold = 5
 
-// tellConflict says where people look that the store and its watch disagree, which is so for the nth time in a row.
+// tellConflict shows where people look that the store and its watch disagree, which is so for the nth time in a row.
 func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsTold || nth%60 == 0 { // a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)

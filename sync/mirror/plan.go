@@ -55,7 +55,7 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 	return changes
 }
 
-// first gives the record with which a new target begins, and says how it goes out.
+// first returns the record with which a new target begins, and says how it goes out.
 func first(
 	tree *deployments.Tree,
 	u deployments.Unit,
@@ -95,7 +95,7 @@ func first(
 // ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow gives the record that a unit's file asks for, from the one that is there (zero: none). Where the file
+// follow returns the record that a unit's file asks for, from the one that is there (zero: none). Where the file
 // names another release than the record, it begins a new generation, open to every node; else only what the agents
 // read of the file changes.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {

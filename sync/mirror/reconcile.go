@@ -328,7 +328,7 @@ func worded(r deployments.Record) deployments.Record {
 	return r
 }
 
-// reasonOf says in words what policy decided; empty: there is nothing to say.
+// reasonOf returns in words what policy decided; empty: there is nothing to say.
 func reasonOf(order deployments.Verb, m policy.Move) string {
 	switch p := m.Record.Rollout; {
 	case m.Refused:
@@ -357,7 +357,7 @@ func onlyMoves(before, after deployments.Record) bool {
 	return bytes.Equal(encode(before), encode(after))
 }
 
-// encode gives a record's JSON: equal records have equal bytes.
+// encode returns a record's JSON: equal records have equal bytes.
 func encode(r deployments.Record) []byte {
 	value, err := json.Marshal(r)
 	if err != nil {

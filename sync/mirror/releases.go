@@ -53,7 +53,7 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// changed gives the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
+// changed returns the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
 // nil: all.
 func changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
@@ -77,7 +77,7 @@ func changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// bounded gives the units whose releases take a look at the manifest to tell whether they are allowed.
+// bounded returns the units whose releases take a look at the manifest to tell whether they are allowed.
 func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(
 		slices.Clone(units),

@@ -162,7 +162,7 @@ func entryOf(history []deployments.History, generation int64) *deployments.Histo
 	return nil
 }
 
-// suffix says who asked for a generation, and what else led to it.
+// suffix returns who asked for a generation, and what else led to it.
 func suffix(h deployments.History) string {
 	s := ""
 	if h.Author != "" {

@@ -169,7 +169,7 @@ type pager struct {
 	Previous, Next string // addresses; empty: there is none
 }
 
-// paged gives the rows of the filter's page.
+// paged returns the rows of the filter's page.
 func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	pages := max(1, (len(rows)+pageRows-1)/pageRows)
 	f.Page = min(f.Page, pages)

@@ -96,7 +96,7 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first gives the fleet, for which a server that has just been started may have to wait a moment.
+// first returns the fleet, for which a server that has just been started may have to wait a moment.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()

@@ -89,7 +89,7 @@ func paths(line []fleet.Node, class func(*fleet.Node) string) (all []mapPath) {
 	return all
 }
 
-// describe says what a map shows to whom it can't be shown.
+// describe returns what a map shows to whom it can't be shown.
 func (m nodeMap) describe() string {
 	var parts []string
 	for _, h := range m.Healths {

@@ -93,7 +93,7 @@ func (r *rendered) close() *rendered {
 // mostPages bounds the pages of one snapshot that are kept.
 const mostPages = 128
 
-// render gives the page at a path, as of a snapshot: nil before the store was read.
+// render returns the page at a path, as of a snapshot: nil before the store was read.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
@@ -191,7 +191,7 @@ func (s *snapshot) at(now time.Time) *snapshot {
 	return later
 }
 
-// stale says why what the snapshot shows may be out of date; empty: it isn't.
+// stale returns why what the snapshot shows may be out of date; empty: it isn't.
 func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.LastKnown(), s.away), 2*mostText) }
 
 // problems are those that are no unit's: of the store, of the mirror, of keys that are wrong.

@@ -171,7 +171,7 @@ func (s *snapshot) again() *snapshot {
 	return same
 }
 
-// now gives the fleet as it was read last, or nil before that, and what is closed at its next change.
+// now returns the fleet as it was read last, or nil before that, and what is closed at its next change.
 func (w *Web) now() (*snapshot, <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -90,7 +90,7 @@ func boxes(all []share) (rects []rect) {
 	return rects
 }
 
-// sayShares says what a bar of shares shows.
+// sayShares returns what a bar of shares shows.
 func sayShares(all []share) string {
 	text := "Runs"
 	for i, s := range all {

@@ -8,7 +8,7 @@ import (
 	"kedge/deployments"
 )
 
-// Decision says in one line why a node runs what it runs: the reason of a policy.Decision, with its facts.
+// Decision returns in one line why a node runs what it runs: the reason of a policy.Decision, with its facts.
 func Decision(reason deployments.Reason, f deployments.Facts) string {
 	from := origin(f)
 	switch reason {
@@ -60,8 +60,8 @@ func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deplo
 	return trace
 }
 
-// Step says what one step of a decision's chain came to, and what an operator can do about it; hint is empty if there
-// is nothing. id and node are those that the decision is about.
+// Step returns what one step of a decision's chain came to, and what an operator can do about it; hint is empty if
+// there is nothing. id and node are those that the decision is about.
 func Step(
 	id deployments.UnitID,
 	node, what string,
@@ -208,7 +208,7 @@ func pinStory(f deployments.Facts) string {
 	return story
 }
 
-// origin says who wrote a record.
+// origin returns who wrote a record.
 func origin(f deployments.Facts) string {
 	if f["commit"] == "" {
 		return "a record written by hand"

@@ -2,7 +2,7 @@ package message
 
 import "kedge/deployments"
 
-// Hint says what an operator can do about a reason, with the command to type; empty: it goes on by itself, or
+// Hint returns what an operator can do about a reason, with the command to type; empty: it goes on by itself, or
 // nothing can be done from here. node is empty if the reason is the whole unit's.
 func Hint(id deployments.UnitID, node string, reason deployments.Reason) string {
 	unit := id.String()

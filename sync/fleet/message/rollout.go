@@ -6,7 +6,7 @@ import (
 	"kedge/deployments"
 )
 
-// Transition says why a rollout moved, or stands where it does.
+// Transition returns why a rollout moved, or stands where it does.
 func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	switch reason { // mean a node's state elsewhere
 	case "":
@@ -27,7 +27,7 @@ func Phase(p deployments.Phase) string {
 	return OneLine(string(p))
 }
 
-// Rollout says why a rollout stands where it does; empty: nothing is known.
+// Rollout returns why a rollout stands where it does; empty: nothing is known.
 func Rollout(p *deployments.Progress) string {
 	reason, facts := p.Reason, p.Facts
 	prefix := ""
@@ -55,7 +55,7 @@ func Progress(p *deployments.Progress) string {
 	return strings.TrimSuffix(Phase(p.Phase)+": "+strings.TrimPrefix(Rollout(p), rolledBackPrefix), ": ")
 }
 
-// RolloutHint says what an operator can do about a unit's rollout, with the command to type; empty: it goes on by
+// RolloutHint returns what an operator can do about a unit's rollout, with the command to type; empty: it goes on by
 // itself, or there is none.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
