@@ -42,7 +42,7 @@ func (a *Agent) Status() policy.NodeStatus {
 		for _, src := range r.Sources() {
 			st := policy.SourceStatus{Prefix: src.Prefix}
 			st.From, st.Since = src.Origin()
-			if err, since := src.Trouble(); err != nil {
+			if since, err := src.Trouble(); err != nil {
 				st.Trouble, st.TroubleSince = oneLine(err), since
 			}
 			s.Sources = append(s.Sources, st)

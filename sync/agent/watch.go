@@ -72,7 +72,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	err, _ := s.Trouble()
+	_, err := s.Trouble()
 	a.making[s] = errors.Is(err, kv.ErrDenied)
 	return a.making[s]
 }

@@ -230,8 +230,8 @@ func (s *Source) answered() bool { return !s.since.IsZero() }
 // Origin returns where the entries come from, and since when they are as they are.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
 
-// Trouble returns why the store's view may be out of date, and since when; nil: it isn't.
-func (s *Source) Trouble() (err error, since time.Time) { return s.trouble, s.since }
+// Trouble returns since when, and why, the store's view may be out of date; a nil error: it isn't.
+func (s *Source) Trouble() (since time.Time, err error) { return s.since, s.trouble }
 
 // Value returns the value of a key as it stands in the store; empty if there is none.
 func (s *Source) Value(key string) string {
