@@ -115,7 +115,7 @@
 // # Unit file
 //
 // STAGE/ROLE/UNIT.yaml in the deployments repo is one unit. Its release is one line, for CI, sed and Renovate to
-// change. At most 1 MiB.
+// change. At most 64 KiB.
 //
 // Example of a unit file:
 //
@@ -236,7 +236,7 @@
 // # Pin
 //
 // A pin at pins/STAGE/ROLE/UNIT overrides the record on all nodes, one at pins/STAGE/ROLE/UNIT/NODE on one. It counts
-// only for a unit that has a record. It is a bare pointer, the word hold, or YAML or JSON with fields. At most 4 KiB.
+// only for a unit that has a record. It is a bare pointer, the word hold, or YAML or JSON with fields. At most 16 KiB.
 //
 // Example of a pin:
 //

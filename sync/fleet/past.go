@@ -73,11 +73,11 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	}
 	history = slices.Clone(history)
 	slices.SortFunc(history, newestFirst)
-	named := []deployments.Pointer{u.Record.Target}
+	named := []deployments.Pointer{namedByGit(u.Record.Target, u.Record.Pinned)}
 	for _, h := range history {
 		// A rollback and a retry begin generations too.
-		if !h.Release.IsZero() && h.Release != named[len(named)-1] {
-			named = append(named, h.Release)
+		if p := namedByGit(h.Release, h.Pinned); !p.IsZero() && p != named[len(named)-1] {
+			named = append(named, p)
 		}
 	}
 	counts := map[deployments.Pointer]int{}
@@ -87,6 +87,15 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 		}
 	}
 	return counts
+}
+
+// namedByGit returns what Git names of a unit whose record, or a past one, has a target: while a unit pin is rolled out,
+// the target is the pin's.
+func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployments.Pointer {
+	if pinned != nil {
+		return pinned.Target
+	}
+	return target
 }
 
 // keeps are the releases that u's pins name, and those that run where a pin says hold.

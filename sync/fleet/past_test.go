@@ -13,6 +13,9 @@ import (
 func TestGitAhead(t *testing.T) {
 	t.Parallel()
 	record := put(kv.DesiredKey(app), deployments.Record{Target: release("app", "4"), Stable: release("app", "3"), Generation: 6})
+	pinned := put(kv.DesiredKey(app), deployments.Record{
+		Target: release("app", "2"), Generation: 7, Pinned: &deployments.Pinned{Target: release("app", "4")},
+	})
 	history := []kv.Entry{past("4", 6, "3"), past("4", 5, "3"), past("3", 4, "2"), past("2", 3, "1"), past("3", 2, "1"), past("1", 1, "")}
 	pin := func(key, value string) kv.Entry { return put(key, value) }
 	at := func(version string) string { return release("app", version).String() }
@@ -25,6 +28,7 @@ func TestGitAhead(t *testing.T) {
 		"the one before":                    {[]kv.Entry{record, pin(kv.PinKey(app), at("3"))}, map[string]int{"3": 1}},
 		"a retry names nothing new":         {[]kv.Entry{record, pin(kv.PinKey(app), at("2"))}, map[string]int{"2": 2}},
 		"what came back counts from then":   {[]kv.Entry{record, pin(kv.PinKey(app), at("1"))}, map[string]int{"1": 4}},
+		"a pin that is rolled out":          {[]kv.Entry{pinned, pin(kv.PinKey(app), at("2"))}, map[string]int{"2": 2}},
 		"what Git never named":              {[]kv.Entry{record, pin(kv.PinKey(app), at("9"))}, nil},
 		"a pin of a node":                   {[]kv.Entry{record, pin(kv.NodePinKey(app, "web-1"), at("2"))}, map[string]int{"2": 2}},
 		"a hold keeps what runs":            {[]kv.Entry{record, pin(kv.PinKey(app), "hold"), node("web-1", "3"), node("web-2", "2")}, map[string]int{"3": 1, "2": 2}},
