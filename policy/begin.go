@@ -275,7 +275,7 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 			n := &in.Nodes[i]
 			u := &n.Report
 			used = u.Running.Digest == o.Digest ||
-				(!n.Gone || u.State == deployments.StateSwitching || in.left(n)) && ranks[i] <= o.Cutoff &&
+				(!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
 					(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
 		}
 		if !used {
@@ -290,12 +290,6 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 		over = append(over, o)
 	}
 	return over
-}
-
-// left reports whether a node that is gone has yet to have its time: it may have left in mid-switch, before it could
-// say so.
-func (in *inputs) left(n *Node) bool {
-	return n.Gone && !n.GoneSince.IsZero() && !n.GoneSince.After(in.Now) && in.Now.Before(n.GoneSince.Add(in.deadline()))
 }
 
 // lastJoined is the largest number of all known nodes.

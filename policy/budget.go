@@ -145,8 +145,7 @@ func returned(in *inputs, st state) state {
 		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy ||
 			u.State == deployments.StateInvalid
 		if n.Gone {
-			mayGo := u.State == deployments.StateSwitching || told(&r, n.Joined, bare(u)) && !there && !failed
-			if mayGo && in.Now.Before(n.GoneSince.Add(in.deadline())) {
+			if u.State == deployments.StateSwitching && in.Now.Before(n.GoneSince.Add(in.deadline())) {
 				v.inflight++
 				st = st.wake(n.GoneSince.Add(in.deadline()))
 			}

@@ -2,7 +2,6 @@ package policy
 
 import (
 	"fmt"
-	"math"
 	"slices"
 	"testing"
 	"time"
@@ -313,45 +312,6 @@ func TestWhoIsNotListedTakesRoom(t *testing.T) {
 		s.Now = s.Listed.Add(shortList) // those that live are listed again by then
 		if m = Next(s); len(s.Nodes) == 8 && admitted(&all, m.Record) == 2 {
 			t.Errorf("%s: nobody goes any more: %s", name, brief(m.Record))
-		}
-	}
-}
-
-// A node that was told to go and died before it could say that it began takes room until its deadline, whether it was
-// told by this record, by the one before, or to go back.
-func TestWhoDiesBeforeItSaysThatItBeganTakesRoom(t *testing.T) {
-	t.Parallel()
-	for name, told := range map[string]func(*Situation) *Node{
-		"by this record": func(s *Situation) *Node {
-			s.Record.Rollout.Cutoff = Rank(s.Nodes[0].Name, s.Unit.Release.Digest)
-			return &s.Nodes[0]
-		},
-		"by the one before": func(s *Situation) *Node {
-			s.Record.Generation = 3
-			each(s, func(u *deployments.UnitReport) { u.Generation = 3 })
-			v3 := release("v3").Digest
-			s.Record.Rollout.Superseded = []deployments.Superseded{{Digest: v3, Cutoff: math.MaxUint64, Generation: 2}}
-			s.Nodes[9].Report.Generation = 2
-			return &s.Nodes[9]
-		},
-		"to go back": func(s *Situation) *Node {
-			there(s, 10)
-			s.Record.Rollout.Phase, s.Record.Rollout.Failed = deployments.PhaseRollingBack, s.Unit.Release.Digest
-			s.Record.Rollout.Cutoff = Rank(s.Nodes[8].Name, s.Unit.Release.Digest)
-			return &s.Nodes[9]
-		},
-	} {
-		s := step(0, deployments.PhaseRolling)
-		s.Unit.Rollout.MaxUnavailable.N = 1
-		n := told(&s)
-		n.Gone, n.GoneSince = true, ago(time.Minute)
-		was := s.Record.Rollout.Cutoff
-		if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Cutoff != was || m.Again.IsZero() {
-			t.Errorf("%s: another goes: %s", name, brief(m.Record))
-		}
-		n.GoneSince = ago(time.Hour)
-		if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Cutoff == was {
-			t.Errorf("%s: it holds the rollout up for ever: %s", name, brief(m.Record))
 		}
 	}
 }

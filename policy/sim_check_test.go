@@ -31,7 +31,7 @@ func (w *world) check() {
 		if n.gone && !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) {
 			n.free = true // it has had its time
 		}
-		if n.unknown() && !n.told.listed && !w.passed().Before(n.silent.Add(shortList)) {
+		if n.unknown() && !w.passed().Before(n.silent.Add(shortList)) {
 			n.free = true // its entry was removed
 		}
 		if n.left || n.gone && n.going.IsZero() {

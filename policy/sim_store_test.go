@@ -42,7 +42,6 @@ type leader struct {
 	listed  time.Time // since when no node has left the list
 	looked  time.Time
 	began   time.Time // when it took over
-	waits   bool      // for nodes to report
 	lostAt  time.Time // since when nodes are ahead of the store; zero: they are not
 	ranks   Ranks
 }
@@ -152,7 +151,7 @@ func (w *world) commit() string { return fmt.Sprint("commit ", w.pushes) }
 func (w *world) mirror(order string) (again time.Time) {
 	stored := w.latest()
 	base, until := w.base(stored)
-	if w.waits = !until.IsZero(); w.waits {
+	if !until.IsZero() {
 		return until
 	}
 	before := base.Record
@@ -180,8 +179,7 @@ func (w *world) mirror(order string) (again time.Time) {
 			}
 		}
 	}
-	until = w.began.Add(rebuildWait)
-	if w.waits = m.Record.Generation > base.Record.Generation && w.now.Before(until); w.waits {
+	if until := w.began.Add(rebuildWait); m.Record.Generation > base.Record.Generation && w.now.Before(until) {
 		return until
 	}
 	w.asks(before, m.Record)

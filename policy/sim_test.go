@@ -386,7 +386,7 @@ func (w *world) settle(resume bool) bool {
 			continue
 		}
 		switch {
-		case w.waits: // nodes are given the time to report
+		case w.latest().Generation == 0: // nodes are given the time to report
 		case idle && (p == nil || p.Phase == deployments.PhaseRolledBack || !resume && again.IsZero()):
 			return true
 		case p != nil && p.Phase == deployments.PhasePaused:

@@ -137,8 +137,7 @@ func summarize(in *inputs, st state) summary {
 		aware := u.Generation == r.Generation
 		there := u.State == deployments.StateConverged && onTarget
 		if n.Gone {
-			began := u.State == deployments.StateSwitching || straggles(&r, u, int(i), over)
-			v.leaves(in, st, n, x, began, aware, there)
+			v.leaves(in, st, n, x, back, aware, there)
 			continue
 		}
 		v.live++
@@ -201,10 +200,9 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// leaves counts a node that is gone. One that was told, and may have left in mid-switch, is in flight until it is back
-// or has had its time: it may have died before it could say that it began. A canary that had converged is missed for
-// as long before there is another.
-func (v *summary) leaves(in *inputs, st state, n *Node, x place, began, aware, there bool) {
+// leaves counts a node that is gone. One that was told, and left in mid-switch, is in flight until it is back or
+// has had its time. A canary that had converged is missed for as long before there is another.
+func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
 	if !there {
@@ -213,16 +211,9 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, began, aware, t
 	}
 	hung := !in.Now.Before(in.due(st, n))
 	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
-	back := st.p.Phase == deployments.PhaseRollingBack
-	goes := x.admitted && !there // by the record, if it knew of it
-	if back {
-		goes = !x.admitted && (x.replaced || u.Running.Digest == st.r.Target.Digest)
-	}
-	final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
-	mayGo := began || x.told && goes && !final && !bare(u)
 	switch {
 	case back:
-		if mayGo && !hung {
+		if u.State == deployments.StateSwitching && !hung {
 			v.fly(in, st, n, false)
 		}
 	case toTarget && u.State == deployments.StateQuarantined:
@@ -231,7 +222,7 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, began, aware, t
 		v.fail(n, deployments.ReasonGone, u.Error)
 	case toTarget:
 		v.fly(in, st, n, true)
-	case mayGo && !hung:
+	case u.State == deployments.StateSwitching && !hung: // by an earlier record
 		v.fly(in, st, n, false)
 	case there && x.admitted && !hung && st.p.Phase != deployments.PhaseRolling:
 		v.missing++
