@@ -2,6 +2,7 @@ package artifact
 
 import (
 	"errors"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,25 +14,31 @@ import (
 func TestWriteback(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		synced := 0
+		var synced atomic.Int32
 		w := newWriteback(-1)
-		w.sync = func() error { time.Sleep(time.Second); synced++; return nil }
+		w.sync = func() error { time.Sleep(time.Second); synced.Add(1); return nil }
+		busy := func() bool {
+			synctest.Wait()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.busy
+		}
 		w.wrote(writebackStep - 1)
-		if synctest.Wait(); w.busy {
+		if busy() {
 			t.Error("it syncs before there is enough to write")
 		}
 		w.wrote(1)
 		w.wrote(2 * writebackStep)
-		if synctest.Wait(); !w.busy || synced != 0 {
+		if !busy() || synced.Load() != 0 {
 			t.Error("it does not sync, or those who write wait for it")
 		}
 		time.Sleep(time.Second)
-		if synctest.Wait(); w.busy || synced != 1 {
-			t.Errorf("it synced %d times, want once", synced)
+		if busy() || synced.Load() != 1 {
+			t.Errorf("it synced %d times, want once", synced.Load())
 		}
 		w.wrote(1) // beside what was written meanwhile
-		if err := w.wait(); err != nil || synced != 2 {
-			t.Errorf("it synced %d times, %v", synced, err)
+		if err := w.wait(); err != nil || synced.Load() != 2 {
+			t.Errorf("it synced %d times, %v", synced.Load(), err)
 		}
 		w.sync = func() error { return unix.EIO }
 		w.wrote(writebackStep)

@@ -31,6 +31,7 @@ func TestBoot(t *testing.T) {
 	}
 	machines := map[string]func(*testing.T, *machine){
 		"boot-day":    testBootDay,
+		"boot-ends":   testBootEnds,
 		"boot-cut":    testBootCut,
 		"boot-outage": testBootOutage,
 	}
