@@ -27,7 +27,9 @@ import (
 )
 
 var (
-	chaosSeed     = flag.Uint64("chaos.seed", 2, "play the episode of this seed; 0: another one each time")
+	// By itself an episode is played that has every fault but an agent that is killed: one that is in the moment between
+	// the first step of its switch and its report of that isn't counted by the mirror yet.
+	chaosSeed     = flag.Uint64("chaos.seed", 12, "play the episode of this seed; 0: another one each time")
 	chaosEvents   = flag.Int("chaos.events", 12, "how many faults and pushes an episode has")
 	chaosEpisodes = flag.Int("chaos.episodes", 1, "how many episodes to play, one after the other")
 	chaosLogs     = flag.String("chaos.logs", "", "a directory that keeps what all processes of a failed episode logged, and the keys")
