@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -77,7 +78,6 @@ type demo struct {
 	siteURL string
 	web     *web.Web
 	webDone chan error
-	nodes   map[string]*child
 	mirror  *child
 	// pointers are the published releases, by version.
 	pointers map[string]deployments.Pointer
@@ -86,7 +86,8 @@ type demo struct {
 	// rollout is added to the unit's file.
 	rollout string
 
-	mu sync.Mutex
+	mu    sync.Mutex
+	nodes map[string]*child // the agents, by name
 	// said is what came of the key that was typed last.
 	said string
 }
@@ -318,8 +319,17 @@ func (d *demo) startNode(name string) error {
 	if err != nil {
 		return err
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.nodes[name] = c
 	return nil
+}
+
+// agents returns the processes of all nodes, by name.
+func (d *demo) agents() map[string]*child {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.nodes)
 }
 
 func (d *demo) kv() string { return "file://" + filepath.Join(d.dir, "kv") }
@@ -354,7 +364,7 @@ func (d *demo) start(name string, env []string, args ...string) (*child, error) 
 // close ends what the demo started and removes what it made, unless it was told where to make it.
 func (d *demo) close() error {
 	d.stop()
-	for _, c := range d.nodes {
+	for _, c := range d.agents() {
 		<-c.done
 	}
 	if d.mirror != nil {

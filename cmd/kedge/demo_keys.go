@@ -43,7 +43,7 @@ func (d *demo) keys() []demoKey {
 		{'p', "kedge pin " + firstVersion, kedge("pin", unit, firstVersion, "--reason", "demo")},
 		{'u', "kedge unpin", kedge("unpin", unit)},
 		{'+', "a fourth node boots", func() (string, error) {
-			if d.nodes["web-4"] != nil {
+			if d.agents()["web-4"] != nil {
 				return "web-4 runs already", nil
 			}
 			return "kedge agent --node web-4 --stage prod --roles web", d.startNode("web-4")
@@ -126,7 +126,7 @@ func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 		table.Reset()
 		fleet.WriteTable(&table, f, opt)
 	}
-	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents in %s\n\n", len(d.nodes), d.dir)
+	fmt.Fprintf(&b, "kedge demo: a mirror and %d agents in %s\n\n", len(d.agents()), d.dir)
 	b.WriteString(table.String())
 	b.WriteByte('\n')
 	for i, k := range d.keys() {
