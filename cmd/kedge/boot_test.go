@@ -130,6 +130,8 @@ func us(n int64) time.Duration { return time.Duration(n) * time.Microsecond }
 // hang, a reboot.
 func testBootDay(t *testing.T, m *machine) {
 	m.release(m.publish("1", pre("touch /run/pre; while [ ! -e /run/go ]; do sleep 0.05; done")))
+	// A role that the mirror has yet to see has no folder keys, of which an agent would warn rightly.
+	await(t, "the record", func() error { _, err := m.w.store.Get(t.Context(), kv.DesiredKey(m.id())); return err })
 	m.boot()
 	m.appears("/run/pre")
 	if state := m.show("kedge-agent", "ActiveState"); state != "activating" {
