@@ -65,17 +65,14 @@ func (w *world) join() {
 	w.nodes = append(w.nodes, n)
 }
 
-// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that its report says to be
-// in mid-switch goes on when it is back; of another nothing is known, and it begins anew.
+// leaveOrReturn has a node die or be cut off, or come back as one that joined later. One that left in mid-switch goes
+// on when it is back.
 func (w *world) leaveOrReturn(n *member) {
 	if n.left {
 		return
 	}
 	if n.gone = !n.gone; n.gone {
 		n.goneAt, n.away = w.now, w.passed()
-		if u := n.told.report; u.State != deployments.StateSwitching || u.Want != n.going {
-			n.going = deployments.Pointer{}
-		}
 	} else {
 		w.joins++
 		over := !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) // it has had its time
@@ -185,6 +182,7 @@ func (w *world) act(n *member, promptly bool) {
 		}
 		w.say("%s begins to switch to %s, by generation %d", n.name, d.Target.URL, r.Generation)
 		w.admitted(n, r)
+		w.tell(n) // before it does anything
 		if promptly {
 			w.act(n, false)
 		}

@@ -181,7 +181,8 @@ func (u *unit) inTheWay() bool {
 	switch g := u.goal; u.busy.kind {
 	case jobDeploy:
 		// Nothing wanted any more isn't worth stopping what has begun to switch: it would have to be finished all the same.
-		return g.run != u.busy.release && (!g.run.IsZero() || u.phase != deployments.StateSwitching)
+		begun := u.phase == deployments.StateSwitching && u.announce.begins()
+		return g.run != u.busy.release && (!g.run.IsZero() || !begun)
 	case jobRecover:
 		s := u.state()
 		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends

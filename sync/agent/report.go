@@ -133,6 +133,7 @@ func (a *Agent) report(ctx context.Context) {
 			}
 			next := a.encode(role, r)
 			last := written[role]
+			a.announced(role, last)
 			if next.news == last.news {
 				continue
 			}
@@ -166,6 +167,7 @@ func (a *Agent) report(ctx context.Context) {
 			a.metrics.reported()
 			next.at = time.Now()
 			written[role] = next
+			a.announced(role, next)
 		}
 		var due <-chan time.Time
 		if again > 0 {

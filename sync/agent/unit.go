@@ -60,6 +60,7 @@ type desired struct {
 type observed struct {
 	busy     job
 	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
+	announce *announcement     // of the deployment under way; nil: none was made
 	progress artifact.Progress
 	done     deployments.Pointer             // converged to in this process
 	settled  deployments.Pointer             // noted as settled on in this process

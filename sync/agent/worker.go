@@ -100,7 +100,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	a.mu.Lock()
 	calledOff := ctx.Err() != nil
 	was := u.trouble
-	u.busy, u.phase, u.progress = job{}, "", artifact.Progress{}
+	u.busy, u.phase, u.progress, u.announce = job{}, "", artifact.Progress{}, nil
 	switch {
 	case failed != nil: // the unit's state says the rest
 		u.trouble = nil
@@ -196,6 +196,8 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	case s == deployments.StateFetching && u.trouble != nil && p.Done == 0:
 		return // the next try has brought nothing yet
 	case s != deployments.StateFetching && s != deployments.StateSwitching:
+		return
+	case s == deployments.StateFetching && u.announce != nil: // what the switch looks at lies ready
 		return
 	}
 	u.phase, u.progress = s, p
@@ -326,7 +328,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	j.cancel = cancel
-	u.busy, u.phase, u.progress = j, "", artifact.Progress{}
+	u.busy, u.phase, u.progress, u.announce = j, "", artifact.Progress{}, nil
 	u.stamp(now)
 	return j, ctx, time.Time{}
 }
@@ -359,6 +361,9 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 			if err := a.look(ctx, u, j.release); err != nil {
 				return err
 			}
+		}
+		if err := a.announce(ctx, u, j.release); err != nil {
+			return err
 		}
 		watch.stop()
 		return u.deploy.Deploy(ctx, q)

@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// silencedStore writes no report while silent is set.
+type silencedStore struct {
+	kv.Store
+	silent *atomic.Bool
+}
+
+func (s silencedStore) Presence(ctx context.Context, node string) (kv.Presence, error) {
+	p, err := s.Store.Presence(ctx, node)
+	return silencedPresence{p, s.silent}, err
+}
+
+type silencedPresence struct {
+	kv.Presence
+	silent *atomic.Bool
+}
+
+func (p silencedPresence) Put(ctx context.Context, key string, value []byte) error {
+	if p.silent.Load() {
+		return errors.New("the store takes no report")
+	}
+	return p.Presence.Put(ctx, key, value)
+}
+
+// Where a budget counts a node, the store holds that it is in mid-switch before anything of that begins: of one that
+// died in its first step nobody would know else that it is out of service. Until then it stays in service on what it
+// runs, and what is taken back meanwhile never begins.
+func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	silent := new(atomic.Bool)
+	status := w.path("kv", kv.StatusKey("prod", "web", node))
+	looks := func(m *deployments.Manifest) {
+		m.Commands.Pre = []deployments.Command{{Run: fmt.Sprintf("cat %s* >%s", status, w.path("seen")), Timeout: time.Minute}}
+	}
+	one, two, three := w.publish("app", "1"), w.publish("app", "2", looks), w.publish("app", "3", looks)
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(func(c *Config) { c.Store, c.Listen = silencedStore{w.store, silent}, "127.0.0.1:0" })
+	a.awaitReady()
+
+	rolls := func(generation int64, to deployments.Pointer) deployments.Record {
+		return deployments.Record{Target: to, Stable: one, Generation: generation,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}}
+	}
+	waits := func(generation int64) {
+		t.Helper()
+		silent.Store(true)
+		w.desire(app, rolls(generation, two))
+		a.awaitState(app, deployments.StateSwitching)
+		steadily(t, "while nobody can be told", func() (bool, string) {
+			_, err := os.Stat(w.path("seen"))
+			ready, body := a.get("/ready")
+			return w.live("app") == "1" && errors.Is(err, os.ErrNotExist) && ready == 200, fmt.Sprint(w.live("app"), err, body)
+		})
+	}
+
+	waits(2)
+	back := rolls(2, two)
+	back.Rollout.Phase, back.Rollout.Cutoff, back.Rollout.Failed = deployments.PhaseRollingBack, 0, two.Digest
+	w.desire(app, back)
+	a.awaitState(app, deployments.StateConverged)
+	silent.Store(false)
+	steadily(t, "what was taken back", func() (bool, string) { return w.live("app") == "1", w.live("app") })
+
+	waits(3)
+	silent.Store(false)
+	a.awaitRunning(app, two)
+	r, err := os.ReadFile(w.path("seen"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	said, err := deployments.ParseReport(r)
+	if u := said.Units["app"]; err != nil || u.State != deployments.StateSwitching || u.Want != two || u.Running != one {
+		t.Errorf("when its first command ran, the store held %s: %v", r, err)
+	}
+
+	silent.Store(true) // without a budget nobody counts
+	w.desire(app, deployments.Record{Target: three, Generation: 4})
+	a.awaitRunning(app, three)
+}
