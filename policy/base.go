@@ -50,13 +50,17 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	}
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
+		if next.Generation == b.Record.Generation { // it is put back: nobody asks for its target anew
+			next.Claim = ClaimOf(next)
+		}
 		next.Generation = stored.Generation
 		if b.Restored {
 			next.Generation++
 		}
 	}
-	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot.
-	if acted := actedOn(nodes); next.Generation < acted {
+	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot; and would
+	// take one of the same for the one that was lost.
+	if acted := actedOn(nodes); next.Generation < acted || next.Generation == acted && acted > b.Floor {
 		if next.Claim = ClaimOf(next); next.Target != b.Record.Target || next.Claim != ClaimOf(b.Record) {
 			next.Claim, next.Retry = -acted, 0 // the store may have lost that it was asked for before
 		}

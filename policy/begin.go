@@ -84,13 +84,12 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // which of them are used is not known yet
 			return st.wake(until), false
 		}
-		if st.p.Phase == deployments.PhasePaused && st.r.Stable.IsZero() {
+		switch {
+		case st.r.Stable.IsZero(): // nothing to come together on
 			return st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"stable": "none"}), false
-		}
-		if st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target {
+		case st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target:
 			return turnBack(in, st, cause{deployments.ReasonReplacedTooOften, nil}), false
-		}
-		if st.p.Phase == deployments.PhasePaused {
+		case st.p.Phase == deployments.PhasePaused:
 			st = st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"paused": "true"})
 		}
 		return st, false
@@ -229,8 +228,11 @@ func endPin(in *inputs, st state) state {
 	if !ok {
 		return next
 	}
-	if target == git.Target {
+	switch claim := ClaimOf(in.Record); {
+	case target == git.Target:
 		next.r.Claim = git.Claim
+	case target == in.Record.Target && claim < 0:
+		next.r.Claim = claim // the store may have lost that Git asked for it before the pin did
 	}
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
@@ -269,17 +271,21 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Superseded
 	}
 	unlisted, _ := in.unlisted(was.Nodes)
+	var acted []deployments.Digest // on which a node may yet act, not only run it
 	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
-		ranks, used := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0
+		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
 		for i := 0; i < len(in.Nodes) && !used; i++ {
 			n := &in.Nodes[i]
 			u := &n.Report
-			used = u.Running.Digest == o.Digest ||
-				(!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
-					(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
+			runs = runs || u.Running.Digest == o.Digest
+			used = (!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
+				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
 		}
-		if !used {
+		if !used && !runs {
 			continue
+		}
+		if used {
+			acted = append(acted, o.Digest)
 		}
 		o.Back = o.Back || back
 		if i := slices.IndexFunc(over, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
@@ -288,6 +294,12 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 			continue
 		}
 		over = append(over, o)
+	}
+	// Without a stable release nodes stay on what they run, whether the record names that or not.
+	for i := len(over) - 1; i >= 0 && len(over) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
+		if !slices.Contains(acted, over[i].Digest) {
+			over = slices.Delete(over, i, i+1)
+		}
 	}
 	return over
 }

@@ -67,9 +67,6 @@ func obey(in *inputs, st state) (next state, did, refused cause) {
 		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
 	}
 	if refused = refusal(in.Order, st.record()); refused.reason != "" {
-		if st.r.Generation == in.Record.Generation {
-			st.why = cause{} // is no reason for where the rollout stands
-		}
 		return st, cause{}, refused
 	}
 	switch in.Order {

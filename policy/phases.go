@@ -137,7 +137,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	st, done := baked(in, st, "the canaries")
 	switch {
 	case !done:
-		return st, false
+		return st.wake(v.relisted), false
 	case in.Unit.Rollout.Approval == deployments.Manual:
 		return st.enter(in, deployments.PhasePendingApproval).because(deployments.ReasonAwaitingApproval, nil), false
 	}
@@ -190,7 +190,7 @@ func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all of them bake
 		var done bool
 		if st, done = baked(in, st, "all nodes"); !done {
-			return st, false
+			return st.wake(v.relisted), false
 		}
 	}
 	if known := v.live + v.gone + v.pinned; v.away > 0 || known < st.r.Nodes {
@@ -206,7 +206,7 @@ func rolling(in *inputs, st state) (state, bool) {
 		}
 		until = later(until, v.relisted)
 		if in.Now.Before(until) {
-			return st.wake(until).because(deployments.ReasonNodesMissing,
+			return st.wake(v.relisted).wake(until).because(deployments.ReasonNodesMissing,
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}

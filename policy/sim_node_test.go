@@ -77,6 +77,7 @@ func (w *world) leaveOrReturn(n *member) {
 		w.joins++
 		over := !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) // it has had its time
 		n.joined, n.started, n.free = w.joins, w.now, n.free || n.running.IsZero() || over
+		n.told.joined = n.joined // its new session takes the entry up again
 	}
 	w.say("%s gone: %v, joined as %d", n.name, n.gone, n.joined)
 }

@@ -42,8 +42,19 @@ type leader struct {
 	listed  time.Time // since when no node has left the list
 	looked  time.Time
 	began   time.Time // when it took over
+	waits   bool      // for nodes to report
 	lostAt  time.Time // since when nodes are ahead of the store; zero: they are not
 	ranks   Ranks
+}
+
+// putBack puts the clock back. What a mirror remembers is told by elapsed time.
+func (w *world) putBack(by time.Duration) {
+	w.now, w.back = w.now.Add(-by), w.back+by
+	for _, at := range []*time.Time{&w.listed, &w.looked, &w.began, &w.lostAt} {
+		if !at.IsZero() {
+			*at = at.Add(-by)
+		}
+	}
 }
 
 // latest is the record that the store holds; generation 0: none.
@@ -151,7 +162,7 @@ func (w *world) commit() string { return fmt.Sprint("commit ", w.pushes) }
 func (w *world) mirror(order string) (again time.Time) {
 	stored := w.latest()
 	base, until := w.base(stored)
-	if !until.IsZero() {
+	if w.waits = !until.IsZero(); w.waits {
 		return until
 	}
 	before := base.Record
@@ -179,7 +190,8 @@ func (w *world) mirror(order string) (again time.Time) {
 			}
 		}
 	}
-	if until := w.began.Add(rebuildWait); m.Record.Generation > base.Record.Generation && w.now.Before(until) {
+	until = w.began.Add(rebuildWait)
+	if w.waits = m.Record.Generation > base.Record.Generation && w.now.Before(until); w.waits {
 		return until
 	}
 	w.asks(before, m.Record)
