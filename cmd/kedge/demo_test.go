@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -142,6 +143,35 @@ func TestDemoTakesKeys(t *testing.T) {
 				t.Errorf("a line of %d columns: %s", n, line)
 			}
 		}
+	}
+}
+
+// The demo walks through a day by itself, every step with its time, and keeps the directory that it was given.
+func TestDemoWalks(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "demo")
+	c := exec.Command(self, "demo", "--once", "--dir", dir)
+	c.Env = append(baseEnv(), "KEDGE_PLAY=1", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null")
+	out, err := c.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, step := range []string{"all three nodes are live", "all three switched", "unpin", "goes back to 1.1.0", "converged"} {
+		if !strings.Contains(string(out), step) {
+			t.Errorf("it doesn't say %q:\n%s", step, out)
+		}
+	}
+	live, err := os.ReadFile(filepath.Join(dir, "nodes/web-4/srv/app/VERSION"))
+	if err != nil || string(live) != "1.1.0\n" {
+		t.Errorf("the late node serves %q, %v", live, err)
+	}
+	_, says, code := cli(t, "", "demo", "--once", "--dir", dir)
+	if code != exitFailed || !strings.Contains(says, "is not empty") {
+		t.Errorf("a directory in use: exit %d, %s", code, says)
 	}
 }
 

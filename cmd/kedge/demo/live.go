@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"context"
@@ -12,9 +12,9 @@ import (
 	"kedge/sync/fleet"
 )
 
-// live starts the fleet and shows it until it is interrupted.
-func (d *demo) live(a *app) error {
-	fmt.Fprintf(d.out, "kedge demo: publishing three releases, starting a mirror and three agents in %s …\n", d.dir)
+// Live starts the fleet and shows it until it is interrupted.
+func (d *Demo) Live() error {
+	fmt.Fprintf(d.Out, "kedge demo: publishing three releases, starting a mirror and three agents in %s …\n", d.dir)
 	for _, version := range []string{firstVersion, secondVersion, brokenVersion} {
 		if _, err := d.publish(version); err != nil {
 			return err
@@ -35,25 +35,25 @@ func (d *demo) live(a *app) error {
 		return err
 	}
 	var err error
-	if restore, ok := typing(a.stdin); ok && a.terminal() > 0 {
+	if restore, ok := d.typing(); ok {
 		defer restore()
-		go d.readKeys(a.stdin) // ends with the process, where nothing is typed
-		err = a.watchOnScreen(d.ctx, d.store, fleet.Filter{}, func(w io.Writer, f *fleet.Fleet, width int) {
-			d.draw(w, f, fleet.TableOptions{Width: width, Color: a.color(), Nodes: true})
+		go d.readKeys(d.In) // ends with the process, where nothing is typed
+		err = d.Screen(d.ctx, d.store, func(w io.Writer, f *fleet.Fleet, width int) {
+			d.draw(w, f, fleet.TableOptions{Width: width, Color: d.Color, Nodes: true})
 		})
 	} else {
-		fmt.Fprintf(d.out, "\nIn a browser: http://%s/\n%s", d.web.Addr(), d.advice())
+		fmt.Fprintf(d.Out, "\nIn a browser: http://%s/\n%s", d.web.Addr(), d.advice())
 		err = fleet.Watch(d.ctx, d.store, fleet.Filter{}, d.printChanges)
 	}
 	if errors.Is(err, context.Canceled) {
-		fmt.Fprintln(d.out, "\nending the agents and the mirror …")
+		fmt.Fprintln(d.Out, "\nending the agents and the mirror …")
 		return nil
 	}
 	return err
 }
 
 // printChanges is what a pipe gets: a line a node that changed.
-func (d *demo) printChanges(f *fleet.Fleet) {
+func (d *Demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {
 			line := strings.TrimSpace(
@@ -61,14 +61,14 @@ func (d *demo) printChanges(f *fleet.Fleet) {
 			)
 			if d.shown[n.Name] != line {
 				d.shown[n.Name] = line
-				fmt.Fprintf(d.out, "%s  %s\n", time.Now().Format("15:04:05.000"), line)
+				fmt.Fprintf(d.Out, "%s  %s\n", time.Now().Format("15:04:05.000"), line)
 			}
 		}
 	}
 }
 
 // advice returns what to type next, ready to copy.
-func (d *demo) advice() string {
+func (d *Demo) advice() string {
 	return fmt.Sprintf(`
 In another terminal:
 

@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"context"
@@ -18,10 +18,13 @@ import (
 // silence.
 const stepTimeout = time.Minute
 
-// walk goes through a day of an operator's, and prints each step with its time.
-func (d *demo) walk() error {
+// ErrNotConverged ends a walk one of whose steps took too long.
+var ErrNotConverged = errors.New("not converged in time")
+
+// Walk goes through a day of an operator's, and prints each step with its time.
+func (d *Demo) Walk() error {
 	say := func(took time.Duration, format string, args ...any) {
-		fmt.Fprintf(d.out, "%9s  %s\n", took.Round(100*time.Microsecond), fmt.Sprintf(format, args...))
+		fmt.Fprintf(d.Out, "%9s  %s\n", took.Round(100*time.Microsecond), fmt.Sprintf(format, args...))
 	}
 	timed := func(what string, f func() error) error {
 		start := time.Now()
@@ -33,7 +36,7 @@ func (d *demo) walk() error {
 	}
 	all := []string{"web-1", "web-2", "web-3"}
 
-	fmt.Fprintf(d.out, "kedge demo in %s\n\n", d.dir)
+	fmt.Fprintf(d.Out, "kedge demo in %s\n\n", d.dir)
 	steps := []struct {
 		what string
 		do   func() error
@@ -106,11 +109,11 @@ func (d *demo) walk() error {
 			return fmt.Errorf("%w\n%s", err, d.logs())
 		}
 	}
-	fmt.Fprintln(d.out, "\nThe same with a fleet to look at, and for you to push to:  kedge demo")
+	fmt.Fprintln(d.Out, "\nThe same with a fleet to look at, and for you to push to:  kedge demo")
 	return nil
 }
 
-func (d *demo) publishAndSay(version string) error {
+func (d *Demo) publishAndSay(version string) error {
 	start := time.Now()
 	p, err := d.publish(version)
 	if err != nil {
@@ -120,12 +123,12 @@ func (d *demo) publishAndSay(version string) error {
 	for _, delta := range p.Deltas {
 		line += fmt.Sprintf(", delta from %s %d bytes", delta.From.Digest.Short(), delta.Bytes)
 	}
-	fmt.Fprintf(d.out, "%9s    %s\n", time.Since(start).Round(100*time.Microsecond), line)
+	fmt.Fprintf(d.Out, "%9s    %s\n", time.Since(start).Round(100*time.Microsecond), line)
 	return nil
 }
 
 // pushAndWait pushes a version and waits until nodes run it; the time from the push's return is printed on its own.
-func (d *demo) pushAndWait(version string, nodes ...string) error {
+func (d *Demo) pushAndWait(version string, nodes ...string) error {
 	if err := d.push(version); err != nil {
 		return err
 	}
@@ -134,7 +137,7 @@ func (d *demo) pushAndWait(version string, nodes ...string) error {
 		return err
 	}
 	fmt.Fprintf(
-		d.out,
+		d.Out,
 		"%9s    from the push's return to the last node's report\n",
 		time.Since(pushed).Round(100*time.Microsecond),
 	)
@@ -142,7 +145,7 @@ func (d *demo) pushAndWait(version string, nodes ...string) error {
 }
 
 // wait waits until nodes report that they run version, healthy, and looks at what they serve.
-func (d *demo) wait(version string, nodes ...string) error {
+func (d *Demo) wait(version string, nodes ...string) error {
 	want := d.pointers[version].Digest
 	if err := d.until(func(n fleet.Node) string {
 		if n.Report.State != deployments.StateConverged || n.Report.Running.Digest != want {
@@ -156,7 +159,7 @@ func (d *demo) wait(version string, nodes ...string) error {
 }
 
 // until waits until missing has nothing to say of each of nodes.
-func (d *demo) until(missing func(fleet.Node) string, nodes ...string) error {
+func (d *Demo) until(missing func(fleet.Node) string, nodes ...string) error {
 	ctx, cancel := context.WithTimeout(d.ctx, stepTimeout)
 	defer cancel()
 	why := "nothing was reported"
@@ -179,7 +182,7 @@ func (d *demo) until(missing func(fleet.Node) string, nodes ...string) error {
 	case d.ctx.Err() != nil:
 		return d.ctx.Err()
 	case ctx.Err() != nil:
-		return fmt.Errorf("%w: after %s, %s", errNotConverged, stepTimeout, why)
+		return fmt.Errorf("%w: after %s, %s", ErrNotConverged, stepTimeout, why)
 	}
 	return err
 }
@@ -196,7 +199,7 @@ func missingOn(f *fleet.Fleet, name string, missing func(fleet.Node) string) str
 }
 
 // checkLive looks at the files themselves: what a status says is not what is live.
-func (d *demo) checkLive(version string, nodes ...string) error {
+func (d *Demo) checkLive(version string, nodes ...string) error {
 	for _, name := range nodes {
 		got, err := os.ReadFile(filepath.Join(d.dir, "nodes", name, "srv", "app", "VERSION"))
 		if err != nil {
@@ -210,7 +213,7 @@ func (d *demo) checkLive(version string, nodes ...string) error {
 }
 
 // logs returns the end of every process's log, for an error.
-func (d *demo) logs() string {
+func (d *Demo) logs() string {
 	var b strings.Builder
 	files, _ := filepath.Glob(filepath.Join(d.dir, "logs", "*.log"))
 	for _, file := range files {

@@ -1,4 +1,4 @@
-package main
+package demo
 
 import (
 	"fmt"
@@ -14,21 +14,21 @@ import (
 	"kedge/sync/fleet"
 )
 
-// demoRollout is how the live demo's releases go out after the first: one node first, and the others when somebody
+// gatedRollout is how the live demo's releases go out after the first: one node first, and the others when somebody
 // promotes.
-const demoRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unavailable: 1}\n"
+const gatedRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unavailable: 1}\n"
 
-// demoKey is a key that may be typed while the demo is shown.
-type demoKey struct {
-	key   byte
+// key is a key that may be typed while the demo is shown.
+type key struct {
+	char  byte
 	about string
 	do    func() (shown string, err error) // shown is the command that it stands for, and what that said
 }
 
-func (d *demo) keys() []demoKey {
+func (d *Demo) keys() []key {
 	release := func(version string) func() (string, error) {
 		return func() (string, error) {
-			d.rollout = demoRollout
+			d.rollout = gatedRollout
 			return "git commit -am 'app " + version + "' && git push", d.push(version)
 		}
 	}
@@ -36,7 +36,7 @@ func (d *demo) keys() []demoKey {
 	kedge := func(args ...string) func() (string, error) {
 		return func() (string, error) { return d.kedge(args...) }
 	}
-	return []demoKey{
+	return []key{
 		{'n', "push " + secondVersion + ": one node goes first", release(secondVersion)},
 		{'b', "push " + brokenVersion + ", whose check fails", release(brokenVersion)},
 		{'g', "go on: kedge promote", kedge("promote", unit)},
@@ -52,7 +52,7 @@ func (d *demo) keys() []demoKey {
 }
 
 // kedge runs this program against the demo's store, as its user could, and returns the command and what it said.
-func (d *demo) kedge(args ...string) (string, error) {
+func (d *Demo) kedge(args ...string) (string, error) {
 	c := exec.CommandContext(d.ctx, d.program, append(args, "--kv", d.kv())...)
 	out, err := c.CombinedOutput()
 	shown := "kedge " + strings.Join(args, " ") + "\n" + strings.TrimSpace(string(out))
@@ -63,7 +63,7 @@ func (d *demo) kedge(args ...string) (string, error) {
 }
 
 // readKeys does what keys ask for, one after the other, until the demo ends. What came of the last one is shown.
-func (d *demo) readKeys(in io.Reader) {
+func (d *Demo) readKeys(in io.Reader) {
 	keys := d.keys()
 	for typed := make([]byte, 1); d.ctx.Err() == nil; {
 		if _, err := in.Read(typed); err != nil {
@@ -74,7 +74,7 @@ func (d *demo) readKeys(in io.Reader) {
 			return
 		}
 		for _, k := range keys {
-			if k.key != typed[0] {
+			if k.char != typed[0] {
 				continue
 			}
 			d.say("… " + k.about)
@@ -87,17 +87,17 @@ func (d *demo) readKeys(in io.Reader) {
 	}
 }
 
-func (d *demo) say(text string) {
+func (d *Demo) say(text string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.said = text
 }
 
-// typing has a terminal give each key as it is typed, without showing it; Ctrl-C stays what it is. restore ends that.
-// ok is false where in is no terminal.
-func typing(in io.Reader) (restore func(), ok bool) {
-	f, isFile := in.(*os.File)
-	if !isFile || !term.IsTerminal(int(f.Fd())) {
+// typing has the terminal give each key as it is typed, without showing it; Ctrl-C stays what it is. restore ends that.
+// ok is false if there is no terminal to type on, or none to show the fleet on.
+func (d *Demo) typing() (restore func(), ok bool) {
+	f, isFile := d.In.(*os.File)
+	if d.Screen == nil || !isFile || !term.IsTerminal(int(f.Fd())) {
 		return nil, false
 	}
 	fd := int(f.Fd())
@@ -114,14 +114,14 @@ func typing(in io.Reader) (restore func(), ok bool) {
 	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, was) }, true
 }
 
-// demoLines is how many lines a screen of 24 has for the demo.
-const demoLines = 22
+// screenLines is how many lines a screen of 24 has for the demo.
+const screenLines = 22
 
 // draw shows the fleet, what may be typed, and what came of it last, as far as 24 lines of 80 columns hold it.
-func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
+func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	var table, b strings.Builder
 	fleet.WriteTable(&table, f, opt)
-	if others := 9; strings.Count(table.String(), "\n") > demoLines-others { // nodes that are well can do without a line
+	if others := 9; strings.Count(table.String(), "\n") > screenLines-others { // nodes that are well can do without a line
 		opt.Nodes = false
 		table.Reset()
 		fleet.WriteTable(&table, f, opt)
@@ -130,7 +130,7 @@ func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	b.WriteString(table.String())
 	b.WriteByte('\n')
 	for i, k := range d.keys() {
-		entry := fmt.Sprintf("%c  %s", k.key, k.about)
+		entry := fmt.Sprintf("%c  %s", k.char, k.about)
 		if i%2 == 0 {
 			entry = fmt.Sprintf("  %-38s", entry)
 		} else {
@@ -143,7 +143,7 @@ func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	d.mu.Lock()
 	said := d.said
 	d.mu.Unlock()
-	if room := demoLines - 1 - strings.Count(b.String(), "\n"); said != "" && room > 0 {
+	if room := screenLines - 1 - strings.Count(b.String(), "\n"); said != "" && room > 0 {
 		lines := strings.Split(said, "\n")
 		b.WriteByte('\n')
 		for _, line := range lines[:min(len(lines), room)] {
@@ -154,7 +154,7 @@ func (d *demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 }
 
 // writeEnv writes what a second shell sources to be in the demo.
-func (d *demo) writeEnv() error {
+func (d *Demo) writeEnv() error {
 	text := fmt.Sprintf("export KEDGE_KV=%s PATH=%s:$PATH\ncd %s\n", d.kv(), d.dir, filepath.Join(d.dir, "deployments"))
 	return os.WriteFile(filepath.Join(d.dir, "env"), []byte(text), 0o644)
 }
