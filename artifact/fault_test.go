@@ -168,7 +168,7 @@ func (n *node) files() map[string]string {
 
 func (n *node) stage(t testing.TB, route string) (*Release, error) {
 	t.Helper()
-	m, raw, err := FetchManifest(t.Context(), n.routes.direct, n.routes.to[route], nil)
+	m, raw, err := fetchManifest(t.Context(), n.routes.direct, n.routes.to[route], nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -229,7 +229,7 @@ func TestOwnersOfDestsDirectoryLeadRootNowhere(t *testing.T) {
 // deployOnce does all that an agent does with a release's directories.
 func deployOnce(t *testing.T, dest string, p deployments.Pointer) error {
 	objects := object.New(object.Config{})
-	m, raw, err := FetchManifest(t.Context(), objects, p, nil)
+	m, raw, err := fetchManifest(t.Context(), objects, p, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -276,7 +276,7 @@ func TestCopyingStrategiesFollowNoLinkOfOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, raw, err := FetchManifest(t.Context(), object.New(object.Config{}), out.Pointer, nil)
+	m, raw, err := fetchManifest(t.Context(), object.New(object.Config{}), out.Pointer, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -227,7 +227,7 @@ func TestPublishFindsAnEarlierReleaseOfAnybody(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, _, err := FetchManifest(t.Context(), objects, first.Pointer, nil)
+		m, _, err := fetchManifest(t.Context(), objects, first.Pointer, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -309,7 +309,7 @@ func TestPublishDropsADelta(t *testing.T) {
 	if err != nil || len(out.Deltas) != 1 || out.Deltas[0].Bytes != out.Index || out.Deltas[0].Requests != 1 || out.Deltas[0].Dropped <= out.Index {
 		t.Fatalf("%+v, %v", out, err)
 	}
-	if m, _, err := FetchManifest(t.Context(), objects, out.Pointer, nil); err != nil || len(m.Deltas) > 0 {
+	if m, _, err := fetchManifest(t.Context(), objects, out.Pointer, nil); err != nil || len(m.Deltas) > 0 {
 		t.Errorf("its manifest has deltas %v, %v", m.Deltas, err)
 	}
 	if there := list(t, filepath.Join(store, "app/2")); !slices.Equal(there, []string{archiveName, indexName, manifestName}) {
@@ -347,7 +347,7 @@ func TestPublishSaysWhen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, _, err := FetchManifest(t.Context(), objects, out.Pointer, nil)
+	m, _, err := fetchManifest(t.Context(), objects, out.Pointer, nil)
 	if err != nil || m.Created.Year() != 2024 || m.Version != "2" {
 		t.Errorf("by a template: %v, %v", m, err)
 	}

@@ -114,24 +114,6 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 	return &bounded
 }
 
-// FetchManifest reads the manifest that p points to, checks its digest, and parses it. A wrong digest is ErrDigest.
-func FetchManifest(
-	ctx context.Context,
-	objects *object.Client,
-	p deployments.Pointer,
-	env func(string) (string, bool),
-) (*deployments.Manifest, []byte, error) {
-	raw, err := ReadManifest(ctx, objects, p)
-	if err != nil {
-		return nil, nil, err
-	}
-	m, err := deployments.ParseManifest(raw, p.URL, env)
-	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(p.URL), err)
-	}
-	return m, raw, nil
-}
-
 // ReadManifest reads the bytes of the manifest that p points to, and no others: a wrong digest is ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, isOf(p.Digest))

@@ -33,6 +33,21 @@ type killPlan struct {
 	UID      int  // to run as; 0: as the test
 }
 
+// fetchManifest reads and parses the manifest that p points to.
+func fetchManifest(
+	ctx context.Context,
+	objects *object.Client,
+	p deployments.Pointer,
+	env func(string) (string, bool),
+) (*deployments.Manifest, []byte, error) {
+	raw, err := ReadManifest(ctx, objects, p)
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err := deployments.ParseManifest(raw, p.URL, env)
+	return m, raw, err
+}
+
 const killEnv = "KEDGE_TEST_KILL_PLAN"
 
 func TestMain(m *testing.M) {
@@ -79,7 +94,7 @@ func deployAll(text string) error {
 	}
 	for {
 		for _, p := range plan.Pointers {
-			m, raw, err := FetchManifest(ctx, objects, p, nil)
+			m, raw, err := fetchManifest(ctx, objects, p, nil)
 			if err != nil {
 				return err
 			}
@@ -353,7 +368,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 
 func stageOne(t testing.TB, releases *Releases, p deployments.Pointer) *Release {
 	t.Helper()
-	m, raw, err := FetchManifest(t.Context(), releases.objects, p, nil)
+	m, raw, err := fetchManifest(t.Context(), releases.objects, p, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -548,12 +563,12 @@ func TestManifestWithAnotherDigest(t *testing.T) {
 	p := publishVersions(t, t.TempDir(), "1")[0]
 	p.Digest[0] ^= 1
 	objects := object.New(object.Config{})
-	if _, _, err := FetchManifest(t.Context(), objects, p, nil); !errors.Is(err, ErrDigest) {
+	if _, _, err := fetchManifest(t.Context(), objects, p, nil); !errors.Is(err, ErrDigest) {
 		t.Errorf("%v", err)
 	}
 	right := p
 	right.Digest[0] ^= 1
-	m, raw, err := FetchManifest(t.Context(), objects, right, nil)
+	m, raw, err := fetchManifest(t.Context(), objects, right, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -601,7 +616,7 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, raw, err := FetchManifest(t.Context(), objects, out.Pointer, nil)
+	m, raw, err := fetchManifest(t.Context(), objects, out.Pointer, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,24 +3,12 @@ package deployments
 import (
 	"embed"
 	"fmt"
-	"io/fs"
 	"os"
 	"strings"
 )
 
-// installed is what operators install, and the example of a deployments repo.
-//
-//go:embed consul systemd cloud-init terraform all:example
-var installed embed.FS
-
-// Example returns the example of a deployments repo: what Load reads, with comments for its readers.
-func Example() fs.FS {
-	example, err := fs.Sub(installed, "example")
-	if err != nil {
-		panic(err) // the name is a good one
-	}
-	return example
-}
+//go:embed consul
+var rules embed.FS
 
 // RuleVars fill in Consul ACL rules.
 type RuleVars struct {
@@ -37,7 +25,7 @@ type RuleVars struct {
 // variable that the rules need is missing or isn't a good part of a key: the rules would be about other keys than
 // meant.
 func ConsulRules(party string, v RuleVars) string {
-	rules, err := installed.ReadFile("consul/" + party + ".hcl")
+	file, err := rules.ReadFile("consul/" + party + ".hcl")
 	if err != nil {
 		panic(fmt.Sprintf("consul rules: no party %q: want agent, bridge, maintenance, mirror, operator or web", party))
 	}
@@ -51,7 +39,7 @@ func ConsulRules(party string, v RuleVars) string {
 		return s
 	}
 	var text strings.Builder
-	for line := range strings.Lines(string(rules)) {
+	for line := range strings.Lines(string(file)) {
 		if !strings.HasPrefix(line, "#") {
 			text.WriteString(line)
 		}

@@ -185,7 +185,7 @@ func TestConsulRulesRefuseBadVariables(t *testing.T) {
 // What the README shows a newcomer is taken as it stands.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	tree, err := deployments.Load(deployments.Example())
+	tree, err := deployments.Load(os.DirFS("example"))
 	if err != nil {
 		t.Fatal(err)
 	}

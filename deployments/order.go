@@ -1,7 +1,6 @@
 package deployments
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -67,18 +66,6 @@ func ParseOrder(value []byte) (Order, error) {
 		return Order{}, errors.New("the order has no order: want " + verbList())
 	}
 	return o, nil
-}
-
-// Encode returns what ParseOrder reads: the bare verb, or JSON if there is more to say.
-func (o Order) Encode() []byte {
-	if o.By == "" && o.Reason == "" {
-		return []byte(o.Verb)
-	}
-	data, err := json.Marshal(o)
-	if err != nil {
-		panic(err) // plain data
-	}
-	return data
 }
 
 func asVerb(s string) (Verb, error) {

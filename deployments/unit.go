@@ -76,16 +76,6 @@ type RoleID struct {
 	Stage, Role string
 }
 
-// ParseRoleID reads STAGE/ROLE.
-func ParseRoleID(s string) (RoleID, error) {
-	stage, role, ok := strings.Cut(s, "/")
-	if !ok || strings.Contains(role, "/") {
-		return RoleID{}, fmt.Errorf("role %q: want STAGE/ROLE, as in prod/web", clip(s))
-	}
-	id := RoleID{stage, role}
-	return id, id.Check()
-}
-
 // Check reports the first segment of id that CheckSegment refuses.
 func (id RoleID) Check() error {
 	if err := CheckSegment("stage", id.Stage); err != nil {

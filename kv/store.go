@@ -100,7 +100,6 @@ const (
 	OpReplace                // write, if the key has Version
 	OpDelete                 // delete, if it is there
 	OpDeleteIf               // delete, if the key has Version
-	OpCheck                  // change nothing; fail unless the key has Version
 )
 
 func Put(key string, value []byte) Op    { return Op{Kind: OpPut, Key: key, Value: value} }
@@ -110,7 +109,6 @@ func Replace(key string, value []byte, version uint64) Op {
 }
 func Delete(key string) Op                   { return Op{Kind: OpDelete, Key: key} }
 func DeleteIf(key string, version uint64) Op { return Op{Kind: OpDeleteIf, Key: key, Version: version} }
-func Check(key string, version uint64) Op    { return Op{Kind: OpCheck, Key: key, Version: version} }
 
 // Store is the contract that Consul and the watched directory both keep; the conformance suite is its text in
 // tests. Methods may be called from many goroutines.

@@ -16,9 +16,6 @@ import (
 // Keyring holds OpenPGP public keys: those whose signatures on commits count, beside Signers.
 type Keyring struct{ keys openpgp.EntityList }
 
-// Len is how many keys may sign.
-func (k Keyring) Len() int { return len(k.keys) }
-
 // ParseKeyring reads armoured blocks of public keys, as `gpg --armor --export` prints them, one
 // after the other.
 func ParseKeyring(data []byte) (Keyring, error) {

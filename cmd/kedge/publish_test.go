@@ -269,7 +269,7 @@ func TestPublishByFlagsAndTemplate(t *testing.T) {
 			if code != exitDone || err != nil || p.URL != "file://"+to+"/"+c.at+"/manifest.yaml" {
 				t.Fatalf("exit %d, %s\n%s", code, out, errs)
 			}
-			m, _, err := artifact.FetchManifest(t.Context(), object.New(object.Config{}), p, nil)
+			m, err := manifestOf(t, object.New(object.Config{}), p, nil)
 			if err != nil || m.Name+"/"+m.Version != c.at {
 				t.Errorf("%+v, %v", m, err)
 			}
@@ -292,4 +292,16 @@ func TestPublishToAURLThatIsNone(t *testing.T) {
 			t.Errorf("--to %s: exit %d\n%s", to, code, errs)
 		}
 	}
+}
+
+// manifestOf reads the manifest of a published release.
+func manifestOf(
+	t *testing.T, objects *object.Client, p deployments.Pointer, env func(string) (string, bool),
+) (*deployments.Manifest, error) {
+	t.Helper()
+	raw, err := artifact.ReadManifest(t.Context(), objects, p)
+	if err != nil {
+		return nil, err
+	}
+	return deployments.ParseManifest(raw, p.URL, env)
 }

@@ -230,7 +230,7 @@ func TestThefts(t *testing.T) {
 	// doesn't fit.
 	t.Run("S3 key: a delta is overwritten", func(t *testing.T) {
 		next := w.publish("app", "9", signed(key, 9), func(o *artifact.PublishOptions) { o.Since = []deployments.Pointer{two} })
-		m, _, err := artifact.FetchManifest(t.Context(), w.objects, next, func(string) (string, bool) { return w.srv("web-1"), true })
+		m, err := manifestOf(t, w.objects, next, func(string) (string, bool) { return w.srv("web-1"), true })
 		if err != nil || len(m.Deltas) != 1 {
 			t.Fatalf("%+v, %v; want one delta", m, err)
 		}

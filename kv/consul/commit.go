@@ -56,13 +56,11 @@ func (s *Store) txnOps(op kv.Op) api.TxnOps {
 		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCAS, Key: key, Value: op.Value, Index: op.Version})}
 	case kv.OpDelete:
 		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: key})}
-	case kv.OpDeleteIf: // delete-cas alone passes where the key is missing
+	default: // OpDeleteIf: delete-cas alone passes where the key is missing
 		return api.TxnOps{
 			kvOp(&api.KVTxnOp{Verb: api.KVCheckIndex, Key: key, Index: op.Version}),
 			kvOp(&api.KVTxnOp{Verb: api.KVDeleteCAS, Key: key, Index: op.Version}),
 		}
-	default:
-		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCheckIndex, Key: key, Index: op.Version})}
 	}
 }
 

@@ -84,7 +84,7 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 		if now != nil {
 			return nil, fmt.Errorf("%w: %s is there", kv.ErrConflict, op.Key)
 		}
-	case kv.OpReplace, kv.OpDeleteIf, kv.OpCheck:
+	case kv.OpReplace, kv.OpDeleteIf:
 		if now == nil {
 			return nil, fmt.Errorf("%w: %s is not there", kv.ErrConflict, op.Key)
 		}
@@ -93,8 +93,6 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 		}
 	}
 	switch {
-	case op.Kind == kv.OpCheck:
-		return nil, nil
 	case op.Kind == kv.OpDelete && now == nil:
 		return nil, nil
 	case op.Kind == kv.OpDelete || op.Kind == kv.OpDeleteIf:

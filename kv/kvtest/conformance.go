@@ -194,12 +194,9 @@ func testConditions(t *testing.T, b Backend) {
 	commit(kv.ErrConflict, kv.Replace("d/k", []byte("3"), first))
 	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), first))
 	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), 0)) // not a way to create
-	commit(kv.ErrConflict, kv.Check("d/k", first))
-	commit(kv.ErrConflict, kv.Check("d/none", first))
 	commit(kv.ErrConflict, kv.DeleteIf("d/k", first))
 	commit(kv.ErrConflict, kv.DeleteIf("d/none", first))
 	second := version(t, s, "d/k")
-	commit(nil, kv.Check("d/k", second))
 	commit(nil, kv.DeleteIf("d/k", second))
 	commit(nil, kv.Delete("d/k")) // gone already
 	if got := list(t, s, "d/"); got != "" {
@@ -334,7 +331,7 @@ func testModel(t *testing.T, b Backend) {
 				claimed += 1 + draw.Uint64N(1000)
 			}
 			current := there && claimed == was.version
-			switch kind := kv.OpKind(draw.IntN(6)); kind {
+			switch kind := kv.OpKind(draw.IntN(5)); kind {
 			case kv.OpPut:
 				ops, next[key] = append(ops, kv.Put(key, []byte(text))), value{text: text}
 			case kv.OpCreate:
@@ -349,9 +346,6 @@ func testModel(t *testing.T, b Backend) {
 			case kv.OpDeleteIf:
 				ops = append(ops, kv.DeleteIf(key, claimed))
 				delete(next, key)
-				conflict = conflict || !current
-			case kv.OpCheck:
-				ops = append(ops, kv.Check(key, claimed))
 				conflict = conflict || !current
 			}
 		}

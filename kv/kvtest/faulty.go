@@ -173,9 +173,7 @@ func cloneView(v kv.View) kv.View {
 func (f *FaultyStore) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
 	var keys []string
 	for _, op := range ops {
-		if op.Kind != kv.OpCheck {
-			keys = append(keys, op.Key)
-		}
+		keys = append(keys, op.Key)
 	}
 	return f.write(keys, func() error { return f.store.Commit(ctx, lease, ops...) })
 }

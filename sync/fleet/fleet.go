@@ -106,16 +106,6 @@ func (f Filter) takes(id deployments.UnitID) bool {
 		(f.Unit == "" || f.Unit == id.Unit)
 }
 
-// Units are those of f that pass the filter.
-func (f Filter) Units(of *Fleet) (some []*Unit) {
-	for i := range of.Units {
-		if u := &of.Units[i]; f.takes(u.ID) {
-			some = append(some, u)
-		}
-	}
-	return some
-}
-
 // prefix is the narrowest part of a kind's keys whose folder the mirror makes: only there can absence be told.
 func (f Filter) prefix(kind string) string {
 	if f.Stage == "" || f.Role == "" {

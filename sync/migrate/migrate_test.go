@@ -70,6 +70,15 @@ func (p place) manifest(name, content, link, more string) string {
 	return p.write(name, fmt.Sprintf("# %s\nsrc: %s\nchecksum: %x # md5\ndest: /srv/app\n%s", name, src, sum, more))
 }
 
+// published reads the manifest of a release that was published.
+func (p place) published(r deployments.Pointer) (*deployments.Manifest, error) {
+	raw, err := artifact.ReadManifest(p.t.Context(), p.objects, r)
+	if err != nil {
+		return nil, err
+	}
+	return deployments.ParseManifest(raw, r.URL, nil)
+}
+
 func (p place) inspect(url string, archives bool) Inspection {
 	p.t.Helper()
 	raw, err := p.objects.ReadAll(p.t.Context(), url, 1<<20)
@@ -259,7 +268,7 @@ func TestImport(t *testing.T) {
 			if u.Release != one.Pointer || !u.Adopt {
 				t.Errorf("%+v, want %s", u, one.Pointer)
 			}
-			m, _, err := artifact.FetchManifest(t.Context(), p.objects, u.Release, nil)
+			m, err := p.published(u.Release)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -305,7 +314,7 @@ func TestImport(t *testing.T) {
 		t.Errorf("%s\nwant\n%s", now, want)
 	}
 	// What was there before is there still: the way back.
-	if _, _, err := artifact.FetchManifest(t.Context(), p.objects, first["web"].Pointer, nil); err != nil {
+	if _, err := p.published(first["web"].Pointer); err != nil {
 		t.Error(err)
 	}
 }
@@ -362,7 +371,7 @@ func TestBridge(t *testing.T) {
 		t.Errorf("%+v, %v", two, err)
 	}
 	for _, r := range []deployments.Pointer{one.Pointer, two.Pointer} { // both can be fetched for ever
-		if _, _, err := artifact.FetchManifest(t.Context(), p.objects, r, nil); err != nil {
+		if _, err := p.published(r); err != nil {
 			t.Error(err)
 		}
 	}

@@ -52,7 +52,7 @@ func CheckCommit(ops []kv.Op) error {
 		seen[op.Key] = true
 		switch op.Kind {
 		case kv.OpPut, kv.OpCreate, kv.OpDelete:
-		case kv.OpReplace, kv.OpDeleteIf, kv.OpCheck:
+		case kv.OpReplace, kv.OpDeleteIf:
 			if op.Version == 0 {
 				// To Consul a version of 0 would mean "absent".
 				return fmt.Errorf("commit %s: the version is 0, which no key has: %w", op.Key, kv.ErrConflict)
