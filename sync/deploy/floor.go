@@ -47,26 +47,15 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	for _, aside := range left { // what a kill left of a write
 		os.Remove(aside)
 	}
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return f, nil
-	}
-	if err != nil {
+	file, err := durable.ReadState[floorsFile](path, nil)
+	var damaged *durable.DamagedError
+	switch {
+	case errors.As(err, &damaged):
+		log.Error("the version floors are damaged: putting them aside", "kept", damaged.Kept, "error", damaged.Err)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("reading the version floors: %w", err)
-	}
-	var file floorsFile
-	if err = json.Unmarshal(data, &file); err == nil && file.Format != 1 {
-		err = fmt.Errorf("it has format %d, this kedge reads format 1", file.Format)
-	}
-	if err == nil {
-		if file.Made != nil {
-			f.file = file
-		}
-		return f, nil
-	}
-	log.Error("the version floors are damaged: putting them aside", "kept", path+".bad", "error", err)
-	if err := os.Rename(path, path+".bad"); err != nil {
-		return nil, fmt.Errorf("putting the damaged version floors aside: %w", err)
+	case err == nil && file.Made != nil:
+		f.file = file
 	}
 	return f, nil
 }

@@ -169,30 +169,24 @@ func (u *Unit) load() error {
 			os.Remove(f)
 		}
 	}
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	j, err := durable.ReadState(path, func(j journal) error {
+		if j.Deployment != nil && !j.Deployment.Step.known() {
+			return fmt.Errorf("it has a deployment in step %q", j.Deployment.Step)
+		}
 		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("reading the journal of %s: %w", u.name(), err)
-	}
-	var j journal
-	dec := json.NewDecoder(bytes.NewReader(data))
-	if err = dec.Decode(&j); err == nil && j.Format != 1 {
-		err = fmt.Errorf("it has format %d, this kedge reads format 1", j.Format)
-	}
-	if err == nil && j.Deployment != nil && !j.Deployment.Step.known() {
-		err = fmt.Errorf("it has a deployment in step %q", j.Deployment.Step)
-	}
-	if err == nil {
+	})
+	var damaged *durable.DamagedError
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err == nil:
 		u.j = j
 		return nil
+	case !errors.As(err, &damaged):
+		return fmt.Errorf("reading the journal of %s: %w", u.name(), err)
 	}
-	aside := path + ".bad"
-	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest", "kept", aside, "error", err)
-	if err := os.Rename(path, aside); err != nil {
-		return fmt.Errorf("putting the damaged journal of %s aside: %w", u.name(), err)
-	}
+	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest",
+		"kept", damaged.Kept, "error", damaged.Err)
 	running, version := u.salvage()
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
-	"os"
 	"slices"
 	"time"
 
@@ -32,29 +31,19 @@ type knownEntries struct {
 // readLastKnown reads a file; the state is empty if there is none. A damaged file is put aside: a node that lost its
 // memory waits for the store, as at its first boot.
 func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
-	empty := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
-	data, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return empty, nil
+	k, err := durable.ReadState[lastKnown](path, nil)
+	var damaged *durable.DamagedError
+	switch {
+	case errors.As(err, &damaged):
+		log.Error("the last known state is damaged: putting it aside", "kept", damaged.Kept, "error", damaged.Err)
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return lastKnown{}, fmt.Errorf("reading the last known state: %w", err)
 	}
-	if err != nil {
-		return empty, fmt.Errorf("reading the last known state: %w", err)
+	k.Format = 1
+	if k.Prefixes == nil {
+		k.Prefixes = map[string]knownEntries{}
 	}
-	var k lastKnown
-	if err = json.Unmarshal(data, &k); err == nil && k.Format != 1 {
-		err = fmt.Errorf("it has format %d, this kedge reads format 1", k.Format)
-	}
-	if err == nil {
-		if k.Prefixes == nil {
-			k.Prefixes = empty.Prefixes
-		}
-		return k, nil
-	}
-	log.Error("the last known state is damaged: putting it aside", "kept", path+".bad", "error", err)
-	if err := os.Rename(path, path+".bad"); err != nil {
-		return empty, fmt.Errorf("putting the damaged last known state aside: %w", err)
-	}
-	return empty, nil
+	return k, nil
 }
 
 // set notes entries for prefix, and says whether that is news.
