@@ -226,6 +226,10 @@ func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
+		// rsync ends as it does when a disk fails, which is tried again for ever.
+		if !exists(filepath.Join(s.tree(r), from)) {
+			return nil, fmt.Errorf("exclude_from: the archive has no file %s", from)
+		}
 		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
 	}
 	for _, e := range r.Manifest.Excludes {

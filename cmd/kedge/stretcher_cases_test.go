@@ -87,7 +87,7 @@ func fieldCases() []oldCase {
 		{name: "src of no text", manifest: "src: \"\"\n" + hooks},
 		{name: "no excludes", manifest: "excludes:\n" + hooks},
 		{name: "no commands", manifest: "commands:\n"},
-		{name: "the same twice", manifest: hooks, then: &plain},
+		{name: "the same twice", agent: "once-live", manifest: hooks, then: &plain},
 		{name: "a newer release", differs: "by-content", manifest: hooks, then: &archive{entries: []string{"d 755 bin", "f 755 bin/run2 x", "f 600 conf x=2", "l current bin/run2"}}},
 		{name: "a newer release by mv", manifest: "sync_strategy: mv\ncommands:\n  pre: ['rm -rf DEST.old; if [ -e DEST ]; then mv DEST DEST.old; fi']\n",
 			then: &archive{entries: []string{"f 600 conf x=2"}}},
@@ -334,7 +334,7 @@ func capistranoCases() []oldCase {
 // eventCases are ways in which a deployment is asked for.
 func eventCases() []oldCase {
 	const fails = "commands:\n  post: ['false']\n  failure: [echo failure >> HOOKS]\n"
-	return withArchive([]oldCase{
+	cases := withArchive([]oldCase{
 		{name: "a URL without a line feed", input: "URL", manifest: hooks},
 		{name: "a URL and more lines", input: "URL\nmore\n", manifest: hooks},
 		{name: "an event", input: `[{"ID":"1","Name":"deploy","Payload":"URL64","NodeFilter":"","Version":1,"LTime":3}]`, manifest: hooks},
@@ -346,4 +346,8 @@ func eventCases() []oldCase {
 		{name: "no input", input: "\n", manifest: hooks},
 		{name: "Serf", env: []string{"SERF_EVENT=user", "SERF_USER_EVENT=deploy"}, manifest: hooks},
 	}, plain)
+	for i := range cases {
+		cases[i].byHand = true
+	}
+	return cases
 }

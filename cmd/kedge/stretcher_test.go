@@ -47,6 +47,10 @@ type oldCase struct {
 	input string
 	// twice has the second archive deployed after it.
 	then *archive
+	// byHand says that it is of how kedge run is asked, which agents aren't.
+	byHand bool
+	// agent names the entry of that file that says why an agent's result is another than kedge run's.
+	agent string
 	// differs names the entry of deployments/migrating/differences.md that says why kedge's result is another.
 	differs string
 }
@@ -164,17 +168,7 @@ type stretcherRun struct {
 // do runs the case, and tells what it left.
 func (r *stretcherRun) do(t *testing.T) outcome {
 	t.Helper()
-	srv := filepath.Join(r.dir, "srv")
-	if err := os.MkdirAll(srv, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if r.c.before != "" {
-		cmd := exec.Command("sh", "-ec", r.c.before)
-		cmd.Dir = r.dir
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("before: %v\n%s", err, out)
-		}
-	}
+	r.prepare(t)
 	var o outcome
 	for i, a := range []*archive{&r.c.archive, r.c.then} {
 		if a == nil {
@@ -184,9 +178,6 @@ func (r *stretcherRun) do(t *testing.T) outcome {
 		cmd := r.command(append([]string{
 			"PATH=" + os.Getenv("PATH"), "HOME=" + r.dir, "TMPDIR=" + filepath.Join(r.dir, "tmp"), "LC_ALL=C", "RUN=" + fmt.Sprint(i+1),
 		}, strings.Split(strings.ReplaceAll(strings.Join(r.c.env, "\x00"), "DIR", r.dir), "\x00")...))
-		if err := os.MkdirAll(filepath.Join(r.dir, "tmp"), 0o755); err != nil {
-			t.Fatal(err)
-		}
 		cmd.Dir = r.dir
 		input := r.c.input
 		if input == "" {
@@ -201,11 +192,35 @@ func (r *stretcherRun) do(t *testing.T) outcome {
 			t.Fatal(err)
 		}
 	}
-	o.Tree = describeTree(t, srv)
-	if data, err := os.ReadFile(filepath.Join(r.dir, "hooks")); err == nil {
-		o.Hooks = strings.Split(strings.TrimRight(strings.ReplaceAll(string(data), r.dir, "DIR"), "\n"), "\n")
-	}
+	o.Tree, o.Hooks = describeTree(t, r.srv()), r.hooks()
 	return o
+}
+
+func (r *stretcherRun) srv() string { return filepath.Join(r.dir, "srv") }
+
+// prepare makes what is there before.
+func (r *stretcherRun) prepare(t *testing.T) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(r.srv(), 0o755), os.MkdirAll(filepath.Join(r.dir, "tmp"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if r.c.before == "" {
+		return
+	}
+	cmd := exec.Command("sh", "-ec", r.c.before)
+	cmd.Dir = r.dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("before: %v\n%s", err, out)
+	}
+}
+
+// hooks returns what the case's commands have noted so far.
+func (r *stretcherRun) hooks() []string {
+	data, err := os.ReadFile(filepath.Join(r.dir, "hooks"))
+	if err != nil {
+		return nil
+	}
+	return strings.Split(strings.TrimRight(strings.ReplaceAll(string(data), r.dir, "DIR"), "\n"), "\n")
 }
 
 // publish puts archive and manifest where they belong, and returns the manifest's URL.
@@ -316,7 +331,7 @@ const differenceList = "../../deployments/migrating/differences.md"
 
 // TestStretchersTable runs manifests and archives of every kind that stretcher takes, and compares what kedge run
 // leaves with what stretcher's own program left: files by type, mode, owner, content and link, hooks by order and
-// environment, and the exit code.
+// environment, and the exit code. Then agents converge to the same manifests, and are compared with kedge run.
 //
 // What stretcher's program left was recorded, in testdata/stretcher.json. KEDGE_STRETCHER names a program of
 // stretcher's to run beside kedge: what it leaves is compared with what was recorded, or takes its place if
@@ -374,7 +389,7 @@ func TestStretchersTable(t *testing.T) {
 	}
 	var mu sync.Mutex
 	used := map[string]bool{}
-	now := map[string]outcome{}
+	now, ran := map[string]outcome{}, map[string]outcome{}
 	t.Run("cases", func(t *testing.T) {
 		for i, c := range cases {
 			used[c.differs] = true
@@ -406,7 +421,7 @@ func TestStretchersTable(t *testing.T) {
 					t.Fatalf("it isn't recorded what stretcher leaves: see KEDGE_STRETCHER and KEDGE_RECORD")
 				}
 				mu.Lock()
-				now[c.name] = want
+				now[c.name], ran[c.name] = want, got["kedge"]
 				mu.Unlock()
 				diff := compareOutcomes(got["kedge"], want)
 				switch {
@@ -419,6 +434,19 @@ func TestStretchersTable(t *testing.T) {
 				}
 			})
 		}
+	})
+	t.Run("agents", func(t *testing.T) {
+		runs := map[*stretcherRun]outcome{} // and what kedge run left
+		for i, c := range cases {
+			used[c.agent] = true
+			if want, ok := ran[c.name]; ok && !c.byHand {
+				key := fmt.Sprintf("agent-%d", i)
+				r := &stretcherRun{c: c, dir: filepath.Join(root, key), s3: s3, key: key, http: server.URL + "/" + key,
+					redirect: server.URL + "/redirect/" + key}
+				runs[r] = want
+			}
+		}
+		convergeStretchers(t, s3, runs, reasons)
 	})
 	for code := range reasons {
 		if !used[code] {
