@@ -142,6 +142,13 @@ func (n *ConsulNode) Suspend() { n.signal(syscall.SIGSTOP, false) }
 // Resume ends Suspend.
 func (n *ConsulNode) Resume() { n.signal(syscall.SIGCONT, false) }
 
+// PID returns the id of the node's process, for measuring it.
+func (n *ConsulNode) PID() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.proc.cmd.Process.Pid
+}
+
 // Running reports whether the node's process is there, suspended or not.
 func (n *ConsulNode) Running() bool {
 	n.mu.Lock()

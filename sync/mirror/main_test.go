@@ -18,6 +18,8 @@ func TestMain(m *testing.M) {
 	switch os.Getenv("KEDGE_TEST_AS") {
 	case "mirror":
 		err = mirrorProcess()
+	case "agents":
+		err = agentsProcess()
 	case "pre-receive":
 		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin, nil)
 	case "pre-receive-releases":
