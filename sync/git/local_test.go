@@ -36,7 +36,7 @@ func TestClonesThatLackObjects(t *testing.T) {
 	}
 }
 
-// Another object format is told as such, over HTTP by either protocol and on disk, and so is a
+// Another object format is told as such, over HTTP and ssh by either protocol and on disk, and so is a
 // branch that isn't there.
 func TestRepositoriesOfAnotherKind(t *testing.T) {
 	t.Parallel()
@@ -52,6 +52,9 @@ func TestRepositoriesOfAnotherKind(t *testing.T) {
 	fails(t, openBranch(t, Config{Repo: other.Bare, Branch: "main"}), "sha256 on disk", "object format sha256")
 	front(h, speaksV0)
 	fails(t, openHTTPS(t, h), "sha256 by protocol v0", "object format sha256")
+	for what, more := range map[string]string{"sha256 by ssh, v2": acceptsV2, "sha256 by ssh, v0": ""} {
+		fails(t, openSSH(t, gittest.ServeSSH(t, other, more)), what, "object format sha256")
+	}
 
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	o.Git(o.Work, "push", "-q", "origin", "HEAD:refs/heads/master", "HEAD:refs/heads/team/live")
@@ -63,5 +66,35 @@ func TestRepositoriesOfAnotherKind(t *testing.T) {
 			"no such branch: mian", "which has main, master, team/live")
 		reads(t, openBranch(t, Config{Repo: repo, Branch: "refs/heads/team/live", Env: variables}), o.Git(o.Work,
 			"rev-parse", "HEAD"))
+	}
+}
+
+// A slash at the end of a repository's address changes nothing, whether it is polled or fetched from.
+func TestSlashAfterTheAddress(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	first := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
+	branches := map[string]Branch{"on disk": openBranch(t, Config{Repo: o.Bare + "/", Branch: "main"})}
+	for what, old := range map[string]bool{"https, v2": false, "https, v0": true} {
+		h := gittest.ServeHTTPS(t, o)
+		if old {
+			front(h, speaksV0)
+		}
+		h.URL += "/"
+		branches[what] = openHTTPS(t, h)
+	}
+	for what, more := range map[string]string{"ssh, v2": acceptsV2, "ssh, v0": ""} {
+		s := gittest.ServeSSH(t, o, more)
+		s.URL += "/"
+		branches[what] = openSSH(t, s)
+	}
+	for what, b := range branches {
+		t.Log(what)
+		reads(t, b, first)
+	}
+	second := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")})
+	for what, b := range branches {
+		t.Log(what)
+		reads(t, b, second)
 	}
 }

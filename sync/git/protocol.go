@@ -1,6 +1,7 @@
 package git
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -53,6 +54,19 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 }
 
 var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
+
+// advertisedRefs reads all references, as protocol v0 begins; start is what r begins with, with the first reference.
+func advertisedRefs(start []byte, r io.Reader) (*packp.AdvRefs, error) {
+	_, offered, _ := bytes.Cut(start, []byte("\x00")) // by the first reference
+	if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
+		return nil, errSHA256
+	}
+	refs := packp.NewAdvRefs()
+	if err := refs.Decode(r); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
+		return nil, fmt.Errorf("list of references: %w", err)
+	}
+	return refs, nil
+}
 
 // lsRefs asks for the references whose names begin with prefix, by protocol v2.
 func lsRefs(prefix string) string {

@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
-	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
@@ -129,13 +128,9 @@ func (s *httpServer) discover(ctx context.Context, prefix string) (heads map[str
 	body := bufio.NewReader(resp.Body)
 	start, _ := body.Peek(2048)
 	if !bytes.Contains(start[:min(len(start), 64)], []byte(version2+"\n")) {
-		_, offered, _ := bytes.Cut(start, []byte("\x00")) // by the first reference
-		if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
-			return nil, "", hello, errSHA256
-		}
-		refs := packp.NewAdvRefs()
-		if err := refs.Decode(body); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
-			return nil, "", hello, fmt.Errorf("list of references: %w", err)
+		refs, err := advertisedRefs(start, body)
+		if err != nil {
+			return nil, "", hello, err
 		}
 		return headsOf(refs, prefix), "", hello, nil
 	}

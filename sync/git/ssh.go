@@ -123,9 +123,15 @@ func (s *sshSession) fetch(q query) (io.Reader, plumbing.Hash, error) {
 
 // advertised reads all references, as protocol v0 begins.
 func (s *sshSession) advertised() (*packp.AdvRefs, error) {
-	refs := packp.NewAdvRefs()
-	if err := refs.Decode(s.out); err != nil && !errors.Is(err, packp.ErrEmptyAdvRefs) {
-		return nil, fmt.Errorf("list of references: %w", err)
+	var first []byte // no more than the first packet: the server waits after the last
+	if length, err := s.out.Peek(4); err == nil {
+		if n, err := strconv.ParseUint(string(length), 16, 16); err == nil {
+			first, _ = s.out.Peek(min(int(n), s.out.Size()))
+		}
+	}
+	refs, err := advertisedRefs(first, s.out)
+	if err != nil {
+		return nil, err
 	}
 	transport.FilterUnsupportedCapabilities(refs.Capabilities) // thin packs
 	return refs, nil
