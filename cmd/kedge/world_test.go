@@ -215,14 +215,25 @@ func (w *world) startMirror(name string, more ...string) *process {
 // startAgent starts the agent of a node, with the node's own token, on the node's own Consul client agent.
 func (w *world) startAgent(node string, more ...string) *process {
 	w.t.Helper()
-	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == node })
-	client := w.consul.Clients[i]
+	return w.startAgentWith(node, nil, more...)
+}
+
+// startAgentWith starts it with variables that go before the world's.
+func (w *world) startAgentWith(node string, env []string, more ...string) *process {
+	w.t.Helper()
 	token := w.token("agent", deployments.RuleVars{Node: node, Stage: "prod", Role: "web"})
 	if err := os.MkdirAll(w.srv(node), 0o755); err != nil {
 		w.t.Fatal(err)
 	}
-	env := slices.Concat(client.Env(token), w.s3.Env(), []string{"SRV=" + w.srv(node)})
-	return w.start(node, env, slices.Concat([]string{"agent", "--node", node, "--stage", "prod", "--roles", "web", "--state-dir", filepath.Join(w.dir, node, "state")}, more)...)
+	env = slices.Concat(w.client(node).Env(token), w.s3.Env(), []string{"SRV=" + w.srv(node)}, env)
+	return w.start(node, env, slices.Concat([]string{"agent", "--node", node, "--stage", "prod", "--roles", "web",
+		"--state-dir", filepath.Join(w.dir, node, "state")}, more)...)
+}
+
+// client is a node's Consul client agent.
+func (w *world) client(node string) *kvtest.ConsulNode {
+	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == node })
+	return w.consul.Clients[i]
 }
 
 // srv is the directory that a node's releases go live in.
