@@ -297,22 +297,32 @@ func TestWhoIsNotListedTakesRoom(t *testing.T) {
 		}},
 		"all but those in flight are": {deployments.PhaseRolling, func(all []Node) []Node { return all[2:] }},
 	} {
-		s := step(2, c.phase) // both are in flight
-		all := s
-		s.Record.Nodes, s.Record.Joined = 10, 1
-		s.Unit.Rollout.Canary.N = 2
-		s.Nodes, s.Listed = c.list(all.Nodes), noon.Add(-time.Second)
-		m := Next(s)
-		if n := admitted(&all, m.Record); n > 2 || m.Record.Joined > 1 {
-			t.Errorf("%s: %d admitted, told up to %d: %s", name, n, m.Record.Joined, brief(m.Record))
+		for _, saw := range []bool{true, false} { // the mirror saw them leave, or leads since
+			notListed(t, fmt.Sprintf("%s, seen: %v", name, saw), c.phase, c.list, saw)
 		}
-		if len(s.Nodes) > 0 && (m.Again.IsZero() || m.Again.After(s.Listed.Add(shortList))) {
-			t.Errorf("%s: it looks again at %v", name, m.Again)
-		}
-		s.Now = s.Listed.Add(shortList) // those that live are listed again by then
-		if m = Next(s); len(s.Nodes) == 8 && admitted(&all, m.Record) == 2 {
-			t.Errorf("%s: nobody goes any more: %s", name, brief(m.Record))
-		}
+	}
+}
+
+func notListed(t *testing.T, name string, phase deployments.Phase, list func(all []Node) []Node, saw bool) {
+	s := step(2, phase) // both are in flight
+	all := s
+	s.Record.Nodes, s.Record.Joined = 10, 1
+	s.Unit.Rollout.Canary.N = 2
+	s.Nodes = list(all.Nodes)
+	left := noon.Add(-time.Second)
+	if s.Listed = left; saw {
+		s.Listed, s.Left = noon.Add(-time.Hour), slices.Repeat([]time.Time{left}, len(all.Nodes)-len(s.Nodes))
+	}
+	m := Next(s)
+	if n := admitted(&all, m.Record); n > 2 || m.Record.Joined > 1 {
+		t.Errorf("%s: %d admitted, told up to %d: %s", name, n, m.Record.Joined, brief(m.Record))
+	}
+	if len(s.Nodes) > 0 && (m.Again.IsZero() || m.Again.After(left.Add(shortList))) {
+		t.Errorf("%s: it looks again at %v", name, m.Again)
+	}
+	s.Now = left.Add(shortList) // those that live are listed again by then
+	if m = Next(s); len(s.Nodes) == 8 && admitted(&all, m.Record) == 2 {
+		t.Errorf("%s: nobody goes any more: %s", name, brief(m.Record))
 	}
 }
 

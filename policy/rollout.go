@@ -23,8 +23,9 @@ type Situation struct {
 	// they do is told. Zero: always. It is told by elapsed time, so that a clock that is put right counts for
 	// nothing.
 	Seen time.Time
-	// Listed is since when no node has left Nodes. Zero: always. A node whose key in status/ was removed may be as alive
-	// as ever, and act on the record.
+	// Left is when each node left Nodes that is not back, as far as this mirror saw that; Listed is since when it looks
+	// on, zero: always. A node whose key in status/ was removed may be as alive as ever, and act on the record.
+	Left   []time.Time
 	Listed time.Time
 	// Pin is what pins/ holds for the unit. Nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]

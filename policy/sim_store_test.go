@@ -39,7 +39,8 @@ type entry struct {
 type leader struct {
 	own     deployments.Record // what it wrote, or found; generation 0: nothing
 	stables []deployments.Digest
-	listed  time.Time // since when no node has left the list
+	listed  time.Time // since when it looks on
+	left    map[string]time.Time
 	looked  time.Time
 	began   time.Time // when it took over
 	waits   bool      // for nodes to report
@@ -55,6 +56,9 @@ func (w *world) putBack(by time.Duration) {
 			*at = at.Add(-by)
 		}
 	}
+	for name, at := range w.left {
+		w.left[name] = at.Add(-by)
+	}
 }
 
 // latest is the record that the store holds; generation 0: none.
@@ -67,7 +71,7 @@ func (w *world) put(r deployments.Record) {
 
 // takeOver lets another mirror lead: it knows what the store's leader holds, and nothing else.
 func (w *world) takeOver() {
-	w.leader = leader{stables: stableIn(w.history), listed: w.now, began: w.now}
+	w.leader = leader{stables: stableIn(w.history), listed: w.now, began: w.now, left: map[string]time.Time{}}
 	w.look()
 }
 
@@ -92,9 +96,12 @@ func (w *world) look() {
 		for _, n := range w.seenBy {
 			now[n.Name] = true
 		}
-		if slices.ContainsFunc(before, func(n Node) bool { return !now[n.Name] }) {
-			w.listed = w.now
+		for _, n := range before {
+			if !now[n.Name] {
+				w.left[n.Name] = w.now
+			}
 		}
+		maps.DeleteFunc(w.left, func(name string, _ time.Time) bool { return now[name] })
 	}()
 	for _, n := range w.nodes {
 		u := &n.told.report
@@ -123,7 +130,8 @@ func (w *world) base(stored deployments.Record) (b Base, until time.Time) {
 		b = Base{Record: FromHistory(h, w.seenBy, w.now), Floor: h.Generation}
 	}
 	if stored.Generation == 0 {
-		if until := w.listed.Add(rebuildWait); w.now.Before(until) {
+		settled := slices.MaxFunc(append(slices.Collect(maps.Values(w.left)), w.listed), time.Time.Compare)
+		if until := settled.Add(rebuildWait); w.now.Before(until) {
 			return b, until // it may be that all have yet to report
 		}
 		w.hear()
@@ -171,7 +179,7 @@ func (w *world) mirror(order string) (again time.Time) {
 		was = *before.Rollout
 		was.Superseded = slices.Clone(was.Superseded)
 	}
-	s := Situation{Now: w.now, Unit: w.unit, Commit: w.commit(), Record: before, Nodes: w.seenBy, Listed: w.listed,
+	s := Situation{Now: w.now, Unit: w.unit, Commit: w.commit(), Record: before, Nodes: w.seenBy, Listed: w.listed, Left: slices.SortedFunc(maps.Values(w.left), time.Time.Compare),
 		Order: order, Freeze: w.freeze, Ranks: &w.ranks, Pin: &w.unitPin, StableBefore: w.stables}
 	m := Next(s)
 	if s.Ranks = nil; len(w.nodes) < 100 && !reflect.DeepEqual(m, Next(s)) {

@@ -84,15 +84,22 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
-// unlisted returns how many of known nodes have no entry in status/, and until when they count: those that are there
-// put theirs back within a minute.
+// unlisted returns how many nodes that were there have no entry in status/, and until when they count: those that are
+// there put theirs back within a minute. Before the mirror looked on, known of them were there.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
-	until = in.Listed.Add(min(in.deadline(), shortList))
-	if in.Unit.Rollout == nil || in.Listed.IsZero() || !in.Now.Before(until) {
+	if in.Unit.Rollout == nil {
 		return 0, time.Time{}
 	}
-	if nodes = max(0, known-len(in.Nodes)); nodes == 0 {
-		return 0, time.Time{}
+	counts := min(in.deadline(), shortList)
+	for _, at := range in.Left {
+		if ends := at.Add(counts); in.Now.Before(ends) {
+			nodes++
+			until = earlier(until, ends)
+		}
+	}
+	ends := in.Listed.Add(counts)
+	if gone := known - len(in.Nodes); gone > nodes && !in.Listed.IsZero() && in.Now.Before(ends) {
+		return gone, earlier(until, ends)
 	}
 	return nodes, until
 }

@@ -132,16 +132,16 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// session creates a session that also ends with the heartbeat. It tries for half a TTL: the agent tells the servers of
-// a new check in its own time.
-func (h *heartbeat) session(ctx context.Context, e api.SessionEntry) (id string, err error) {
+// session creates a session that also ends with the heartbeat. It tries for a while: the Consul agent tells the servers
+// of a new check in its own time.
+func (h *heartbeat) session(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {
 		err := h.store.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 			id, _, err = h.store.client.Session().Create(&e, writeOptions(q))
 			return err
 		})
-		if err == nil || !strings.Contains(err.Error(), "heck") || time.Since(began) > h.ttl/2 {
+		if err == nil || !strings.Contains(err.Error(), "heck") || time.Since(began) > while {
 			return id, err
 		}
 		if err := wait.For(ctx, 20*time.Millisecond); err != nil {

@@ -106,7 +106,7 @@ func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *he
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
 	}
 	if err == nil {
-		if session, err = heart.session(ctx, e); err == nil {
+		if session, err = heart.session(ctx, e, heart.ttl/2); err == nil {
 			return heart, session, nil
 		}
 		heart.stop()

@@ -48,21 +48,22 @@ type presence struct {
 	wake   wait.Signal // a session was made that has to be looked after
 
 	// putting keeps Puts, the repair of what they wrote, and Close apart.
-	putting sync.Mutex
-	session string
-	node    string          // whose health the session is tied to, as Consul calls it
-	heart   *heartbeat      // tells that this process lives; nil: none
-	mute    bool            // there can't be one: said already
-	sweep   *time.Timer     // ends what an earlier process left; nil: no session yet
-	joined  uint64          // the store's index when the session was made
-	changed chan struct{}   // closed, and made anew, when joined changes
-	renew   bool            // the session has a TTL
-	early   bool            // for want of a health check of the node
-	mine    map[string]bool // every session that this presence has had
-	held    map[string][]byte
-	tried   map[string][]byte // what was to be put last, whether the store said that it was or not
-	taken   map[string]bool   // of held, what another process has
-	closed  bool
+	putting  sync.Mutex
+	session  string
+	node     string     // whose health the session is tied to, as Consul calls it
+	heart    *heartbeat // tells that this process lives; nil: none
+	endHeart context.CancelFunc
+	mute     bool            // there can't be one: said already
+	sweep    *time.Timer     // ends what an earlier process left; nil: no session yet
+	joined   uint64          // the store's index when the session was made
+	changed  chan struct{}   // closed, and made anew, when joined changes
+	renew    bool            // the session has a TTL
+	early    bool            // for want of a health check of the node
+	mine     map[string]bool // every session that this presence has had
+	held     map[string][]byte
+	tried    map[string][]byte // what was to be put last, whether the store said that it was or not
+	taken    map[string]bool   // of held, what another process has
+	closed   bool
 }
 
 func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) {
@@ -308,19 +309,23 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 // there can't be one it returns plain: a dead agent then shows only when its node is gone.
 func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	s := p.store
-	var err error
-	if p.heart == nil {
-		if p.mute {
-			return plain
-		}
-		var h *heartbeat
-		if h, err = s.startHeartbeat(ctx, presenceHeartbeat); err == nil {
-			p.heart = h
-			go h.keep(p.ctx)
-		}
+	if p.mute {
+		return plain
 	}
+	if p.heart != nil {
+		if id, err := p.heart.session(ctx, *p.newSession(), knownCheck); err == nil {
+			s.destroySession(plain)
+			return id
+		}
+		p.stopHeart()
+	}
+	h, err := s.startHeartbeat(ctx, presenceHeartbeat)
 	if err == nil {
-		if id, err = p.heart.session(ctx, *p.newSession()); err == nil {
+		p.heart = h
+		var beats context.Context
+		beats, p.endHeart = context.WithCancel(p.ctx)
+		go h.keep(beats)
+		if id, err = h.session(ctx, *p.newSession(), h.ttl/2); err == nil {
 			s.destroySession(plain)
 			return id
 		}
@@ -331,6 +336,19 @@ func (p *presence) beating(ctx context.Context, plain string) (id string) {
 			"service", PresenceService, "error", err)
 	}
 	return plain
+}
+
+// knownCheck is how long the servers are given to know of a check that they were told of before. After the restore of a
+// snapshot they don't, and the Consul agent notices in minutes only; of another check it tells them at once.
+const knownCheck = time.Second
+
+// stopHeart ends the heartbeat.
+func (p *presence) stopHeart() {
+	if p.heart != nil {
+		p.endHeart()
+		p.heart.stop()
+		p.heart = nil
+	}
 }
 
 func (p *presence) opened(id string, joined uint64, renew, early bool) {
@@ -353,9 +371,7 @@ func (p *presence) Close(ctx context.Context) error {
 		return nil
 	}
 	p.closed = true
-	if p.heart != nil {
-		defer p.heart.stop()
-	}
+	defer p.stopHeart()
 	if p.sweep != nil && p.sweep.Stop() {
 		p.endEarlier(ctx, p.node, p.mine, 0)
 	}

@@ -158,7 +158,12 @@ func TestPresenceRepairs(t *testing.T) {
 	// A restore is seen at once by a query that waits meanwhile; by one that comes later, at the end of its wait.
 	awaitWaiting(t, f, v.Entries[0])
 	c.Restore(before)
-	views.Await(t, "the entry after a restore", kvtest.Held("server-1=ready"))
+	v = views.Await(t, "the entry after a restore", kvtest.Held("server-1=ready"))
+	// The servers know of the process's check no more, and the Consul agent doesn't notice: it is made anew.
+	restored, _, err := c.Client().Session().Info(v.Entries[0].Session, nil)
+	if err != nil || restored == nil || len(restored.ServiceChecks) != 1 {
+		t.Fatalf("after a restore the session doesn't end with the process: %+v, %v", restored, err)
+	}
 	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("again")); err != nil {
 		t.Fatal(err)
 	}

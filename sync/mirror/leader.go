@@ -352,7 +352,7 @@ func (l *leader) plan(
 		fleet:       seen.fleet.roles,
 		blind:       !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
 		fleetSince:  since,
-		listedSince: seen.fleet.listedSince,
+		leftSince:   seen.fleet.leftSince,
 		ranks:       l.ranks,
 		lostSince:   l.lostSince,
 		rebuildWait: l.rebuildWait,

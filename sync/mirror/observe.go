@@ -31,6 +31,7 @@ type observer struct {
 	// Each watch calls its method one call at a time, so these belong to it alone.
 	cells    map[string]cell         // by key in desired/
 	reports  map[string]parsedReport // by key in status/
+	left     map[string]time.Time    // when keys in status/ vanished that are not back
 	hook     uint64                  // the version of kv.MirrorHook that was passed on last
 	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after the other
 }
@@ -64,17 +65,18 @@ type observedFleet struct {
 	since   time.Time // since when err is nil, or isn't
 	entries []kv.Entry
 	roles   map[deployments.RoleID][]reported
-	// listed is since when no entry of a role has vanished; began counts for the roles that it doesn't name.
-	listed map[deployments.RoleID]time.Time
-	began  time.Time
+	// left is when entries of a role vanished that have not come back since; began is when the first view came.
+	left  map[deployments.RoleID][]time.Time
+	began time.Time
 }
 
-// listedSince returns since when no node has left the list of a role's nodes; zero: nothing is known.
-func (f observedFleet) listedSince(role deployments.RoleID) time.Time {
-	if at, ok := f.listed[role]; ok {
-		return at
-	}
-	return f.began
+// leftFor is how long it is remembered that a node has left the list: longer than any decision asks.
+const leftFor = 10 * time.Minute
+
+// leftSince returns when each of a role's nodes vanished that is not back; following: since when that was looked for.
+// Zero: nothing is known.
+func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
+	return f.left[role], f.began
 }
 
 // observedPins is what pins/ shows of whole units.
@@ -125,6 +127,7 @@ func newObserver(log *slog.Logger, hooked func()) *observer {
 		log:      log,
 		cells:    map[string]cell{},
 		reports:  map[string]parsedReport{},
+		left:     map[string]time.Time{},
 		complain: rate.Sometimes{First: 1, Interval: time.Minute},
 	}
 }
@@ -204,17 +207,19 @@ func (o *observer) fleet(v kv.View) {
 		)
 	}
 	at := time.Now()
-	listed := maps.Clone(o.latest().fleet.listed)
 	for name := range o.reports {
-		if _, ok := reports[name]; ok {
+		if _, there := reports[name]; !there {
+			o.left[name] = at
+		}
+	}
+	left := map[deployments.RoleID][]time.Time{}
+	for name, since := range o.left {
+		key, err := kv.ParseKey(name)
+		if _, back := reports[name]; back || err != nil || at.Sub(since) >= leftFor {
+			delete(o.left, name)
 			continue
 		}
-		if key, err := kv.ParseKey(name); err == nil {
-			if listed == nil {
-				listed = map[deployments.RoleID]time.Time{}
-			}
-			listed[key.Role] = at
-		}
+		left[key.Role] = append(left[key.Role], since)
 	}
 	o.reports = reports
 	if bad > 0 {
@@ -227,7 +232,7 @@ func (o *observer) fleet(v kv.View) {
 		if began.IsZero() {
 			began = at
 		}
-		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles, listed, began}
+		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles, left, began}
 		now.sawFolders(kv.StatusPrefix, v)
 	})
 }

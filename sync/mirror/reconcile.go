@@ -63,8 +63,8 @@ type inputs struct {
 	blind bool
 	// fleetSince is since when fleet is up to date, without a gap.
 	fleetSince time.Time
-	// listedSince returns since when no node has left the list of a role's nodes; nil: always.
-	listedSince func(deployments.RoleID) time.Time
+	// leftSince returns when nodes left the list of a role's, and since when that is looked for; nil: always.
+	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
 	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to
 	// report.
 	lostSince   map[deployments.UnitID]time.Time
@@ -93,19 +93,25 @@ func (in inputs) seen() time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(in.fleetSince)))
 }
 
-// listed returns since when no node has left the list of a unit's nodes, counted as seen does.
-func (in inputs) listed(id deployments.UnitID) time.Time {
-	if in.listedSince == nil {
-		return time.Time{}
+// listed returns when each of a unit's nodes left their list, and since when that is looked for, counted as seen does.
+func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time.Time) {
+	if in.leftSince == nil {
+		return nil, time.Time{}
 	}
-	since := in.listedSince(id.RoleID())
-	if since.IsZero() {
-		return since
+	passed := func(at time.Time) time.Time {
+		return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 	}
-	if in.fleetSince.After(since) {
-		since = in.fleetSince // nobody saw who left before
+	seen, following := in.leftSince(id.RoleID())
+	for _, at := range seen {
+		left = append(left, passed(at))
 	}
-	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(since)))
+	if following.IsZero() {
+		return left, following
+	}
+	if in.fleetSince.After(following) {
+		following = in.fleetSince // nobody saw who left before
+	}
+	return left, passed(following)
 }
 
 // nodes returns the nodes of a unit's role, with what they report of the unit.
@@ -255,7 +261,9 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		}
 	}
 	// Where a record is missing, it may be that its nodes have yet to say what they know.
-	if until := in.listed(u.ID).Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
+	left, following := in.listed(u.ID)
+	settled := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
+	if until := settled.Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
 		return change{}, doWait, until
 	}
 	if !base.Restored {
@@ -274,7 +282,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
-		Seen: in.seen(), Listed: in.listed(u.ID), Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
+		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
 		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	// After a restore nodes join anew, before a record may take them for what they reported earlier.
