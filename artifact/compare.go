@@ -82,7 +82,7 @@ func (l linkSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([
 	return compareDest(ctx, place, rel, found.Dir, limit)
 }
 
-// Compare leaves to rsync what counts as different, as excludes are its own.
+// Compare asks rsync what differs, as the manifest's excludes are patterns of rsync's own.
 func (s rsyncSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	ds, err := s.Verify(ctx, rel, limit)
 	if errors.Is(err, fs.ErrNotExist) {

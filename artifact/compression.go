@@ -15,7 +15,7 @@ import (
 	"github.com/therootcompany/xz"
 )
 
-// maxDictionary bounds what an xz stream can make the decoder hold: xz -9 asks for as much. In bytes.
+// maxDictionary bounds, in bytes, the memory that an xz stream can make its decoder take. xz -9 needs 64 MiB.
 const maxDictionary = 64 << 20
 
 // foreign are the beginnings of archives that kedge does not read. Taken for a single file, such an archive would
@@ -32,7 +32,7 @@ var foreign = []struct{ magic, name string }{
 	{"xar!", "xar"},
 }
 
-// zipFiles are the endings of zip archives that are deployed as the file that they are.
+// zipFiles are the endings of zip archives that are deployed as files, without unpacking them.
 var zipFiles = []string{".jar", ".war", ".ear", ".whl", ".pex", ".pyz", ".apk"}
 
 // decompress tells by the first bytes of raw how they are compressed, and returns what they decode to, of which

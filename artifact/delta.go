@@ -151,7 +151,7 @@ type patchSection struct {
 	extra     cursor
 }
 
-// section reads the next section, which is to make n bytes.
+// section reads the next section, which must decode to n bytes.
 func (d *delta) section(n int) (*patchSection, error) {
 	// What kedge makes stays below: an op makes more bytes than it takes, a run at least one for two.
 	bounds := [4]int{n + 32, 2*n + 32, n, n}
@@ -497,7 +497,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 	return readOn, errors.Join(err, w.dirs.remove(e.path))
 }
 
-// patched takes what a patch makes, and remembers a failure to write apart from a failure of the patch.
+// patched is the writer of a patch's output. It remembers whether writing failed, rather than the patch.
 type patched struct {
 	file *os.File // nil: nobody wants it
 	err  error

@@ -147,8 +147,8 @@ func (m *deltaMaker) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf returns a path without what changes from build to build: runs of digits and of eight or more hexadecimal
-// digits.
+// shapeOf returns a path with runs of digits, and of eight or more hexadecimal digits, taken out: they change from
+// build to build.
 func shapeOf(p string) string {
 	var b strings.Builder
 	for len(p) > 0 {
@@ -363,7 +363,7 @@ func (m *matcher) find(data []byte) (at, length int) {
 	return at, length
 }
 
-// equal counts the leading bytes that are the same.
+// equal counts the leading bytes in which a and b agree.
 func equal(a, b []byte) int {
 	n := min(len(a), len(b))
 	i := 0
@@ -378,7 +378,7 @@ func equal(a, b []byte) int {
 	return i
 }
 
-// alike counts the bytes that are the same.
+// alike counts the positions at which a and b have the same byte.
 func alike(a, b []byte) (same int) {
 	for i := range min(len(a), len(b)) {
 		if a[i] == b[i] {
@@ -543,7 +543,7 @@ func (s *sectionMaker) op(begin, cut, end, shift int, aligned bool) {
 	s.extra = append(s.extra, s.new[cut:end]...)
 }
 
-// flush writes the run that was counted.
+// flush writes the run that was counted so far, and begins another.
 func (s *sectionMaker) flush() {
 	if s.same+s.unlike == 0 {
 		return

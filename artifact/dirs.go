@@ -103,7 +103,7 @@ func (d *dirs) mkdir(p string, mode uint32) error {
 	return failed("mkdir", p, unix.Mkdirat(dir, name, mode))
 }
 
-// chmod changes what is no symbolic link's mode; the caller made it.
+// chmod sets the mode of a path that is no symbolic link. The caller made it.
 func (d *dirs) chmod(p string, mode uint32) error {
 	dir, name, err := d.at(p)
 	if err != nil {
@@ -162,7 +162,7 @@ func writeAll(fd int, data []byte) error {
 	return nil
 }
 
-// readAll fills data with what a file has at at. The caller knows its size; a shorter one is errChanging.
+// readAll fills data from the file at an offset. The caller knows its size; a shorter one is errChanging.
 func readAll(fd int, data []byte, at int64) error {
 	for len(data) > 0 {
 		n, err := unix.Pread(fd, data, at)

@@ -155,7 +155,8 @@ func nameIn(src string) string {
 	return path.Base(u.Path)
 }
 
-// newHash is md5, sha1, sha256 or sha512, by the checksum's length, which the manifest's parser has checked.
+// newHash returns md5, sha1, sha256 or sha512, chosen by the checksum's length, which the manifest's parser has
+// checked.
 func newHash(checksum string) hash.Hash {
 	switch len(checksum) {
 	case 2 * md5.Size:
@@ -199,15 +200,16 @@ type extractor struct {
 	dirs map[string]*attributes
 }
 
-// attributes are what is kept of an entry until its end. Its header would keep all its PAX records, of up to 1 MiB.
+// attributes are the fields of an entry's header that are applied after its content. Its header would keep all its PAX
+// records, of up to 1 MiB.
 type attributes struct {
 	uid, gid int
 	mode     fs.FileMode
 	time     time.Time
 }
 
-// attributesOf returns what is kept of an entry. As with tar, names of owners count before numbers, where they are
-// known here, and a directory keeps set-group-id and the sticky bit.
+// attributesOf returns the owner, mode and time that an entry is to get. As with tar, names of owners count before
+// numbers, where they are known here, and a directory keeps set-group-id and the sticky bit.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -259,7 +261,7 @@ var (
 	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes", maxNames)
 )
 
-// bounded ends what decodes to more than it may.
+// bounded is a reader that fails once the decoded size exceeds its limit.
 type bounded struct {
 	r    io.Reader
 	left int64
@@ -273,7 +275,7 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// archive unpacks raw as what its first bytes say that it is.
+// archive unpacks raw, whose first bytes tell its format.
 func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	content, name, free, err := decompress(raw, name, x.left)
 	if err != nil {
@@ -294,7 +296,7 @@ func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	return cutOff(err)
 }
 
-// cutOff returns in words what the decoders say of an archive that ends too early.
+// cutOff rewords the decoders' errors for an archive that ends too early.
 func cutOff(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("the archive is cut off: %w", err)
@@ -302,7 +304,7 @@ func cutOff(err error) error {
 	return err
 }
 
-// oldTar tells a tar of before POSIX by its header's checksum.
+// oldTar reports whether a block is the header of a tar from before POSIX: it has no magic, but a right checksum.
 func oldTar(block []byte) bool {
 	_, err := tar.NewReader(bytes.NewReader(append(slices.Clone(block), make([]byte, 1024)...))).Next()
 	return err == nil
@@ -496,7 +498,7 @@ func (x *extractor) parents(dir string) error {
 	return err
 }
 
-// keep copies a name that is to be kept: as it is, it may be a part of a far longer PAX record.
+// keep copies a name that outlives its header: it may be a slice of a far longer PAX record.
 func (x *extractor) keep(name string) (string, error) {
 	if x.names += len(name); x.names > maxNames {
 		return name, errNames
@@ -518,7 +520,7 @@ func (x *extractor) write(name string, r io.Reader) (err error) {
 	return err
 }
 
-// finish sets what an entry says of owner, mode and time.
+// finish applies an entry's owner, mode and time.
 func (x *extractor) finish(name string, a *attributes) error {
 	if err := x.chown(name, a); err != nil {
 		return err
@@ -565,7 +567,7 @@ func meantAlone(m *deployments.Manifest, name string) error {
 		"if that is meant, say sync_strategy: release, or move the directory away first", others, m.Dest)
 }
 
-// single writes what is no archive as one file under its own name, executable if it is a program.
+// single writes input that is no archive as one file under its own name, executable if it is a program.
 func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
 		return errors.New("it is no archive, and its URL gives it no name")

@@ -14,7 +14,7 @@ func (f *fetch) fallBack(why string, args ...any) {
 	f.log.Warn(why+", so that more is fetched", args...)
 }
 
-// spoiled counts what an old release or a delta promised and did not hold.
+// spoiled counts what an old release or a delta should have provided and did not, as its content was wrong.
 type spoiled struct {
 	mu    sync.Mutex
 	n     int

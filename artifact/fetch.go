@@ -155,7 +155,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	return f.tree.finish()
 }
 
-// makeFiles makes the files out of all that there is.
+// makeFiles creates the tree's files: from an earlier call, the old release, a delta, and fetched frames.
 func (f *fetch) makeFiles(ctx context.Context) error {
 	if f.old != nil && f.delta == nil {
 		if err := f.takeChunks(ctx); err != nil {
@@ -258,8 +258,8 @@ func (f *fetch) decode(data []byte) (*index, error) {
 	return x, nil
 }
 
-// spaceOf is what an entry takes on a disk with blocks of 4 KiB: a directory one, a symbolic link one if it is too
-// long for its inode.
+// spaceOf returns the disk space that an entry takes, in blocks of 4 KiB: a directory one, a symbolic link one if it
+// is too long for its inode.
 func spaceOf(e *entry) int64 {
 	switch {
 	case e.kind == kindDir, e.kind == kindSymlink && len(e.target) >= 60:
@@ -270,7 +270,7 @@ func spaceOf(e *entry) int64 {
 	return 0
 }
 
-// checkSpace refuses to begin what the disk can't hold: the tree, and what else is kept meanwhile.
+// checkSpace returns an error if the disk has no room for the tree and the files that are kept beside it meanwhile.
 func (f *fetch) checkSpace(dir string, beside int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -297,8 +297,8 @@ func (f *fetch) checkSpace(dir string, beside int64) error {
 	return nil
 }
 
-// takeLocal makes on all cores what needs no fetching: what an earlier call left, empty files, and what the old
-// release has.
+// takeLocal makes, on all cores, the files that need no fetching: those an earlier call left, empty ones, and those of
+// the old release.
 func (f *fetch) takeLocal(ctx context.Context) error {
 	const batch = 64 // neighbours mostly lie in one directory, whose lock two workers would fight for
 	group, ctx := errgroup.WithContext(ctx)

@@ -112,7 +112,7 @@ func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	return fd, info, nil
 }
 
-// openFile is open for those who want an os.File.
+// openFile is open, but returns an os.File.
 func (r *sourceReader) openFile(i int) (*os.File, error) {
 	fd, _, err := r.open(i)
 	if err != nil {
@@ -121,7 +121,7 @@ func (r *sourceReader) openFile(i int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), r.index.entries[i].path), nil
 }
 
-// sharing is how a new file may share what an old one holds.
+// sharing says how a new file may share an old one's blocks: by a hard link, or by a clone.
 type sharing struct {
 	// link allows hard links to files of this owner.
 	link     bool
@@ -166,8 +166,7 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	return nil
 }
 
-// takeChunks puts into a large file that changed what the old release has of it, where a frame's content is there
-// unchanged.
+// takeChunks copies into a large file those frames whose content the old release has unchanged.
 func (w *treeWorker) takeChunks(i int, old *sourceReader) error {
 	e := &w.index.entries[i]
 	var to *os.File
@@ -304,7 +303,7 @@ func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) 
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.sum, failure
 }
 
-// link gives an open file, which was hashed, another name, that of e.
+// link gives an open file, whose content was hashed, the name of e.
 func (w *treeWorker) link(from int, e *entry) error {
 	dir, name, err := w.dirs.at(e.path)
 	if err != nil {
@@ -318,7 +317,7 @@ func (w *treeWorker) link(from int, e *entry) error {
 	return unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(from), dir, name, unix.AT_SYMLINK_FOLLOW)
 }
 
-// read passes on a file of known size, piece by piece, until each has none left or says no.
+// read passes a file of known size to each, piece by piece, until its end or until each returns false.
 func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
 	for at := int64(0); at < size; {
 		data := r.buffer[:min(size-at, int64(len(r.buffer)))]

@@ -20,7 +20,7 @@ type archive struct {
 	left []object.Source // to go to when now fails
 }
 
-// place is an archive as it lies at one source.
+// place is one source's copy of an archive.
 type place struct {
 	object.Object
 	source object.Source

@@ -150,7 +150,7 @@ func (b *builder) await(ctx context.Context, i int) error {
 	}
 }
 
-// there reports whether the directory of entry i is made.
+// there reports whether the directory of entry i has been made.
 func (b *builder) there(i int) bool {
 	select {
 	case <-b.made[i/gateWidth]:
@@ -160,8 +160,8 @@ func (b *builder) there(i int) bool {
 	}
 }
 
-// probe sees what mode a new file or directory gets here. Nearly always what is asked for: then a chmod of each is
-// saved.
+// probe finds out which modes new files and directories get here: nearly always those asked for, which saves a chmod
+// of each.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
 	b.withheld = 0o777
@@ -185,7 +185,7 @@ func (b *builder) probe() error {
 // gets reports whether a new file or directory has permission bits when it asks for them.
 func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
-// sweep removes what can't belong to the tree, and returns the files that may be right.
+// sweep removes files that can't belong to the tree, and returns those that may.
 func (b *builder) sweep() (kept []int, err error) {
 	err = fs.WalkDir(b.root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || p == "." {
@@ -210,7 +210,7 @@ func (b *builder) sweep() (kept []int, err error) {
 	return kept, err
 }
 
-// examine marks a file that is right, and the frames of a large one that are, and removes what is of no use.
+// examine keeps a file that is right, or the right frames of a large one, and removes the rest.
 func (b *builder) examine(i int) error {
 	e := &b.index.entries[i]
 	f, err := b.root.Open(e.path)
@@ -258,7 +258,7 @@ func hashesTo(f io.ReaderAt, at int64, want frame) bool {
 	return n == len(data) && digestOf(data) == want.content
 }
 
-// missing returns the frames that hold what is neither ready nor in old, and lets writeFrame make just that.
+// missing returns the frames that hold content which neither the tree nor old has, and has writeFrame write only that.
 func (b *builder) missing(old *source) []bool {
 	wanted := make([]bool, len(b.index.frames))
 	for _, i := range b.files {
@@ -315,7 +315,7 @@ func (b *builder) worker() *treeWorker { return &treeWorker{builder: b, dirs: di
 
 func (w *treeWorker) close() { w.dirs.close() }
 
-// writeFrame writes what a frame decodes to into the files that still miss it.
+// writeFrame decodes a frame, and writes the files that still lack its content.
 func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 	f := &w.index.frames[n]
 	first, _ := slices.BinarySearchFunc(w.files, f.start, func(i int, start int64) int {

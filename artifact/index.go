@@ -16,7 +16,7 @@ import (
 	"kedge/deployments"
 )
 
-// ErrIndex means that an index is not as the package comment says, or does not fit what it belongs to.
+// ErrIndex means that an index is malformed, or does not fit the archive or manifest that names it.
 var ErrIndex = errors.New("bad index")
 
 const (
@@ -403,7 +403,7 @@ func (x *index) checkTargets(allowed deployments.Symlinks) error {
 	return nil
 }
 
-// checkTargetText accepts what can be the target of a symbolic link.
+// checkTargetText returns an error unless a text can be a symbolic link's target.
 func checkTargetText(p, target string) error {
 	if target == "" || len(target) >= maxPath || strings.IndexByte(target, 0) >= 0 {
 		return fmt.Errorf("the target of the symbolic link %q is empty, too long or has a zero byte", clip(p))

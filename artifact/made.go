@@ -63,7 +63,8 @@ const (
 // whole reports whether what lies below the path is the commands', too.
 func (m *madeThing) whole() bool { return m.What == "extra" || m.What == "type" || m.What == "missing" }
 
-// comesAndGoes reports whether a program that runs makes and removes the thing.
+// comesAndGoes reports whether the thing is one that running programs make and remove: a
+// socket, a pipe, a pid or lock file.
 func (m *madeThing) comesAndGoes() bool {
 	if m.Type == typeOther {
 		return true
@@ -75,7 +76,7 @@ func (m *madeThing) comesAndGoes() bool {
 	return false
 }
 
-// madeFiles are where it is kept what a release's commands made.
+// madeFiles are the two files that keep what a release's commands made.
 type madeFiles struct {
 	made string
 	// before are the differences from before the commands ran, which are not theirs. It is there until they are done.
@@ -102,7 +103,7 @@ func (f madeFiles) forget() error {
 	return err
 }
 
-// readMade reads what writeMade wrote; nil if there is none, or none that can be read.
+// readMade reads a file of writeMade's; nil if there is none, or it can't be read.
 func readMade(file string) []madeThing {
 	var of struct {
 		Made []madeThing `json:"made"`
@@ -243,7 +244,7 @@ func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
 
 var errTooLarge = errors.New("it is too large")
 
-// openRegular opens a file and nothing else, whatever is put in its place meanwhile.
+// openRegular opens a regular file, and fails if something else is at the path by then.
 func openRegular(root *os.Root, p string) (*os.File, error) {
 	f, err := root.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -278,7 +279,7 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
-// differs returns how a thing that commands made is not as they left it; empty: it is.
+// differs returns how a thing differs from how the commands left it; empty: not at all.
 func (m *madeThing) differs(root *os.Root) string {
 	now := look(root, m.Path)
 	switch {
@@ -306,7 +307,8 @@ func (m *madeThing) differs(root *os.Root) string {
 	return ""
 }
 
-// withoutMade returns the differences of a tree that its release's commands didn't make, and those of what they made.
+// withoutMade splits the differences of a tree: those that its release's commands did not make, and changes of what
+// they made.
 func withoutMade(root *os.Root, made []madeThing, differences []Difference) []Difference {
 	if len(made) == 0 {
 		return differences

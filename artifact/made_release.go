@@ -18,7 +18,7 @@ func (r *Releases) heals(rel *Release, differences []Difference) bool {
 	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
 }
 
-// untold reports whether nothing can be told of a tree, as there is nothing to compare it with.
+// untold reports whether a tree could not be compared, as its index is missing or damaged.
 func untold(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
@@ -44,7 +44,7 @@ func (r *Releases) Survey(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// Record notes what the release's commands made of its tree: it is the release's from then on.
+// Record notes the files that the release's commands made in its tree: from then on they belong to the release.
 func (r *Releases) Record(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

@@ -42,7 +42,7 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreMade has made in dir as it was left. The first error ends it.
+// restoreMade puts the things that commands made into dir, as they were left. The first error ends it.
 func restoreMade(dir, live string, made []madeThing) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
@@ -75,7 +75,7 @@ func restoreLate(dir, old string, made []madeThing) error {
 	return nil
 }
 
-// canRestore reports whether a thing that is not as it was left can be brought back.
+// canRestore reports whether a thing that was changed or removed can be brought back.
 func (m *madeThing) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
@@ -86,7 +86,7 @@ func (m *madeThing) canRestore() bool {
 	return true
 }
 
-// lost returns the things that are not as they were left and can't be brought back, given the differences of a tree.
+// lost returns the paths of things that were changed or removed and can't be brought back, given a tree's differences.
 func lost(made []madeThing, differences []Difference) pathSet {
 	gone := pathSet{}
 	for i := range made {
@@ -137,7 +137,7 @@ func (r *restorer) restore(m *madeThing) error {
 	return r.attributes(m)
 }
 
-// asLeft reports whether the live tree has a thing as commands left it, as far as its kind and content go.
+// asLeft reports whether the live tree still has a thing as the commands left it: its kind and its content.
 func (r *restorer) asLeft(m *madeThing) bool {
 	if look(r.live, m.Path).Type != m.Type {
 		return false
@@ -172,7 +172,7 @@ func (r *restorer) remove(p string) error {
 	return errors.Join(rm.errs...)
 }
 
-// attributes gives a path the mode, and where it counts the owner, that it was left with.
+// attributes sets a path's mode, and its owner if that was noted, to what the commands left.
 func (r *restorer) attributes(m *madeThing) error {
 	if look(r.tree, m.Path).Type != m.Type {
 		return nil
@@ -204,8 +204,7 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry gives what lies in the live tree at p the same name in the new one: files and links by one more name,
-// directories anew.
+// carry puts the live tree's path p into the new tree: files and links by a hard link, directories made anew.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -248,7 +247,7 @@ func (r *restorer) carry(p string) error {
 	return r.tree.Chmod(p, info.Mode())
 }
 
-// share gives one file of the live tree a name in the new one.
+// share hard-links one file of the live tree into the new one.
 func (r *restorer) share(p string) error {
 	if err := r.clear(p); err != nil {
 		return err
@@ -270,8 +269,8 @@ func (r *restorer) share(p string) error {
 	return failed("link", p, err)
 }
 
-// keepOwners gives what both trees have, and is of one kind, the owner that it has in the live one: a release without
-// an owner of its own may have been given one by its commands.
+// keepOwners copies owners from the live tree to each path of the same kind in the new one: commands may have changed
+// them, in a release that names no owner of its own.
 func keepOwners(dir, live string) error {
 	tree, err := os.OpenRoot(dir)
 	if err != nil {

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// meter tells of progress, at most four times a second and once at the end. A nil report makes it silent.
+// meter reports progress, at most four times a second and once at the end. A nil report makes it silent.
 type meter struct {
 	phase  string
 	report func(Progress)

@@ -42,7 +42,7 @@ func lookupGroup(name string) (gid string, err error) {
 	return g.Gid, nil
 }
 
-// idOf gives a number as it is, and looks up what is none. No number at all is -1.
+// idOf parses a numeric id, or looks up a name. No number at all is -1.
 func idOf(name string, lookup func() (string, error)) (int, error) {
 	if name == "" {
 		return -1, nil
@@ -60,7 +60,8 @@ func idOf(name string, lookup func() (string, error)) (int, error) {
 	return int(id), err
 }
 
-// eachWrongOwner calls f for what belongs to somebody else, the top included as ".". It passes over the paths of skip.
+// eachWrongOwner calls f for each path that belongs to another owner, the top included as ".". It passes over the
+// paths of skip.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {

@@ -28,12 +28,12 @@ const (
 	packWindow = 2 << 20   // of the encoder: all of a frame
 )
 
-// emptyDigest is what a file has that nothing is read of.
+// emptyDigest is the SHA-256 of an empty file.
 var emptyDigest = digestOf(nil)
 
 var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// packed is what pack made.
+// packed is the result of pack.
 type packed struct {
 	Size   int64 // of the archive, in bytes
 	SHA256 deployments.Digest
@@ -88,7 +88,7 @@ func pack(
 	return result, nil
 }
 
-// section is what goes into one frame.
+// section is the list of file parts that go into one frame.
 type section struct {
 	parts []part
 	large bool // one part, all content of one file

@@ -91,7 +91,7 @@ func (p *Place) Close() error { return p.dir.Close() }
 // Path returns a path of name in the directory, which leads there for as long as the place is open, whoever moves what.
 func (p *Place) Path(name string) string { return p.path("self", name) }
 
-// PathForTool is Path for a program that this process starts.
+// PathForTool is Path for a child process, to which /proc/self means another directory.
 func (p *Place) PathForTool(name string) string { return p.path(strconv.Itoa(os.Getpid()), name) }
 
 func (p *Place) path(process, name string) string {
@@ -287,7 +287,7 @@ func (w *walk) step(name string) error {
 	return w.enter(name, path)
 }
 
-// enter goes into a directory, by its name in the one before.
+// enter opens a directory by its name in the one before.
 func (w *walk) enter(name, path string) error {
 	fd, err := openAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -313,7 +313,7 @@ func (w *walk) enter(name, path string) error {
 	return nil
 }
 
-// follow goes where a trusted link leads.
+// follow resolves a link that a trusted user made.
 func (w *walk) follow(name, path string) error {
 	if w.links++; w.links > maxLinks {
 		return failed("open", path, unix.ELOOP)

@@ -46,7 +46,7 @@ type PublishOptions struct {
 	Log      *slog.Logger // nil: discard
 }
 
-// Published is what Publish made.
+// Published is the result of Publish.
 type Published struct {
 	Pointer deployments.Pointer `json:"pointer"`
 	Files   int                 `json:"files"`
@@ -58,7 +58,7 @@ type Published struct {
 	Deltas []PublishedDelta `json:"deltas"`
 }
 
-// PublishedDelta says what the release costs a node that runs From, manifest and signature aside.
+// PublishedDelta says how much a node that runs From fetches, manifest and signature aside.
 type PublishedDelta struct {
 	From     deployments.Pointer `json:"from"`
 	Version  string              `json:"version,omitempty"` // of From
@@ -193,8 +193,9 @@ func (b before) created(now time.Time) time.Time {
 	return now
 }
 
-// deltas are those that this version has already, where they are for publish to find: other releases are there by
-// now, and a release is immutable. They can do no harm, whoever made them: what comes out is checked.
+// deltas returns the deltas that an earlier run published with this very tree, and ok is false if publish is to look
+// for its own: a release is immutable, and other releases may exist by now. They can do no harm, whoever made them: what comes out is
+// checked.
 func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {
@@ -285,7 +286,7 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	return text, nil
 }
 
-// put uploads what must be the same each time.
+// put uploads an object that must have the same bytes in every run.
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 	err := p.upload(name, body, size)
 	if errors.Is(err, object.ErrExists) {

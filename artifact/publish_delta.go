@@ -194,7 +194,7 @@ func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []Pub
 	return deltas, costs, nil
 }
 
-// errUpload marks what went wrong here, and not with an earlier release.
+// errUpload marks a failure to upload, as opposed to one of reading an earlier release.
 var errUpload = errors.New("upload")
 
 // delta makes and uploads what turns an earlier release, whose index it returns the digest of, into this one; nil
@@ -292,8 +292,8 @@ func fetchPatched(
 	return f.index.encode(), nil
 }
 
-// costsOf returns what a node that runs an old release fetches to come to the new one, with a delta of so many bytes
-// and without. tree is a directory for the old one; the files in it are not looked at.
+// costsOf returns what a node that runs the old release fetches for the new one, with a delta of so many bytes and
+// without. tree is a directory to name the old tree by; its files are not read.
 func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byDelta PublishedDelta, err error) {
 	old, err := openSource(&base{dir: tree, index: oldIndex})
 	if err != nil {
@@ -325,7 +325,7 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 	return byRanges, byDelta, nil
 }
 
-// costOf returns what it costs to fetch frames.
+// costOf returns the bytes and requests that fetching these frames takes.
 func (x *index) costOf(wanted []bool) (cost PublishedDelta) {
 	spans := x.spansOf(wanted)
 	if len(spans) == 0 {

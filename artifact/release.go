@@ -77,7 +77,7 @@ type Release struct {
 	Dir string `json:"-"`
 }
 
-// Progress is told while a release is staged or published. Bytes; Total is 0 while unknown.
+// Progress is reported while a release is staged or published. Bytes; Total is 0 while unknown.
 type Progress struct {
 	Phase       string // "fetch", "verify", "pack", "upload"
 	Done, Total int64
@@ -205,7 +205,7 @@ func (r *Releases) top() string {
 	return r.held.top.Path("")
 }
 
-// private is where kedge keeps what is nobody else's.
+// private returns the directory, closed to other users, in which kedge keeps its own files.
 func (r *Releases) private() string {
 	if r.held == nil {
 		return filepath.Join(r.shownTop(), privateName)
@@ -245,7 +245,7 @@ const (
 	privateName      = ".kedge"
 )
 
-// in returns rel as it lies, or would, among the releases of a dest.
+// in returns rel with the directory that it has, or would have, among the releases r.
 func (rel *Release) in(r *Releases) *Release {
 	at := *rel
 	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))

@@ -14,10 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errMounted is in the error of what isn't removed or moved because something is mounted there.
+// errMounted is wrapped by the error of a path that is left alone because something is mounted there.
 var errMounted = errors.New("it is a mount point, and is left alone with all that is in it: unmount it first")
 
-// maxOpenLevels bounds the descriptors that removing a deep tree takes: what lies deeper is moved to its top first.
+// maxOpenLevels bounds the descriptors that removing a deep tree takes: deeper directories are moved to its top first.
 const maxOpenLevels = 64
 
 // removeTree removes the tree at path, also if its owner may not write into its directories. It

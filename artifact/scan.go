@@ -109,7 +109,7 @@ func (s *scanner) entry(dir int, name, p string) (entry, error) {
 	return e, nil
 }
 
-// typeOf names what a release can't have, as ls shows it.
+// typeOf names the type of a file that a release can't have, as ls shows it.
 func typeOf(mode uint32) string {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFIFO:

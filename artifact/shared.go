@@ -124,7 +124,7 @@ func (s *sharer) makeAbove(dir string) error {
 	return s.tree.Lchown(dir, s.uid, s.gid)
 }
 
-// move moves what the archive has at p to the shared directory.
+// move moves the archive's content at p to the shared directory.
 func (s *sharer) move(p string) error {
 	if err := s.shared.MkdirAll(path.Dir(p), 0o755); err != nil {
 		return err

@@ -85,7 +85,7 @@ func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// renew stages a release, whether or not it is there. heals says to bring back what its commands made.
+// renew stages a release, whether or not it is there already; heals says to bring back what its commands made.
 func (r *Releases) renew(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -182,8 +182,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (
 	return stats, group.Wait()
 }
 
-// noteFiles notes what the files of a staged release are, and of the one before, whose files may have got more
-// names. That it can't is no error: they are hashed the next time.
+// noteFiles records the inodes of a staged release, and again of the one before, whose files may have got more links.
+// That it can't is no error: they are hashed the next time.
 func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
@@ -208,7 +208,7 @@ func (r *Releases) setMode(rel *Release) error {
 	return os.Chmod(dir, rel.Manifest.DestMode)
 }
 
-// prepare makes staging, and has it and the private directory closed to others.
+// prepare makes the staging directory, and closes it and the private directory to other users.
 func (r *Releases) prepare(staging string) error {
 	for _, dir := range []string{r.private(), staging} {
 		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -256,7 +256,7 @@ func (r *Releases) healed(staging string) string {
 	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 }
 
-// restoreMade brings what the release's commands made, and their owners, into a staged tree.
+// restoreMade brings the files that the release's commands made, and their owners, into a staged tree.
 func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, made []madeThing) error {
 	if !exists(live) && len(made) == 0 {
 		return nil
@@ -307,7 +307,7 @@ func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest
 	return unpack(ctx, objects, m, dir, opt, nil)
 }
 
-// unpack is Unpack with SwitcherConfig.Owners.
+// unpack is Unpack with the owners that SwitcherConfig allows.
 func unpack(
 	ctx context.Context,
 	objects *object.Client,
@@ -351,7 +351,7 @@ func fill(
 	return index, applyOwner(ctx, dir, m.Owner)
 }
 
-// abandon removes what can't be of use to the next try: all but the verified parts of a fetch that was cut off.
+// abandon removes what the next try can't use: all but the verified parts of a fetch that was cut off.
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
@@ -361,7 +361,7 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	return nil
 }
 
-// checkFree refuses to begin what the disk can't hold: a tree is hardly ever smaller than its archive.
+// checkFree returns an error if the disk has less than need free: a tree is hardly ever smaller than its archive.
 func checkFree(dir string, need int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {

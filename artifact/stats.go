@@ -43,14 +43,14 @@ type knownFiles struct {
 	changed bool
 }
 
-// has reports whether an entry's file is as it was.
+// has reports whether an entry's file is unchanged since it was last written or hashed.
 func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)
 }
 
-// linked notes that an open file, which was right, got another name.
+// linked notes that an open, verified file got another hard link, which changes its ctime.
 func (k *knownFiles) linked(entry, fd int, before *unix.Stat_t) {
 	var after unix.Stat_t
 	if unix.Fstat(fd, &after) != nil || !statOf(before).sameContent(statOf(&after)) {
@@ -201,7 +201,7 @@ func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	return k
 }
 
-// renew notes the files anew, after others were removed.
+// renew records the remaining files' ctimes after other links to them were removed.
 func (k *keptStats) renew() error {
 	if k == nil {
 		return nil

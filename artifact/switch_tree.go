@@ -108,7 +108,7 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 func (t treeSwitcher) Survey(context.Context, *Release) error { return nil }
 func (t treeSwitcher) Record(context.Context, *Release) error { return nil }
 
-// rsyncSwitcher is StrategyRsync.
+// rsyncSwitcher switches by StrategyRsync: rsync writes into dest itself.
 type rsyncSwitcher struct{ treeSwitcher }
 
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
@@ -438,7 +438,7 @@ func itemized(out string) []Difference {
 // moveSwitcher is StrategyMv: the tree is renamed to dest, which mustn't exist.
 type moveSwitcher struct{ treeSwitcher }
 
-// besideName is where a tree is copied that lies on another file system than dest.
+// besideName returns the name, beside dest, to which a tree is copied from another file system.
 func besideName(r *Release) string {
 	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
 }
@@ -555,7 +555,7 @@ func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, er
 	return nil, nil
 }
 
-// Heal brings back a tree that is gone, as it was published.
+// Heal unpacks a tree again that is gone, as it was published.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if exists(r.Manifest.Dest) {
 		return nil, nil

@@ -221,7 +221,7 @@ func asideName(rel *Release) string {
 	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
 }
 
-// removeAside removes what a way back left that was cut short: the next one would take it for a step of its own.
+// removeAside removes the remains of a restore that was cut short: the next one would take them for a step of its own.
 func removeAside(parent *Place, rel *Release) error {
 	if err := removeTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)
@@ -232,7 +232,7 @@ func removeAside(parent *Place, rel *Release) error {
 // PruneTrees removes all of SwitcherConfig.Trees but the trees of keep.
 func PruneTrees(dir string, keep []deployments.Digest) error { return removeBut(dir, "", keep) }
 
-// PruneMade removes all of SwitcherConfig.Made but what is of keep.
+// PruneMade removes the files of SwitcherConfig.Made but those of the releases in keep.
 func PruneMade(dir string, keep []deployments.Digest) error {
 	names := make([]string, 0, 2*len(keep))
 	for _, d := range keep {
@@ -241,7 +241,7 @@ func PruneMade(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// ReadRelease reads what WriteRelease wrote.
+// ReadRelease reads a file of WriteRelease's.
 func ReadRelease(path string) (*Release, error) {
 	var rel Release
 	return &rel, readRecord(path, &rel, &rel)
@@ -259,7 +259,7 @@ func WriteRelease(path string, rel *Release) error {
 	return durable.WriteFile(path, data, 0o600)
 }
 
-// PruneReleases removes all files that WriteRelease wrote as DIR/DIGEST.json, but those of keep.
+// PruneReleases removes all files that WriteRelease wrote as DIR/DIGEST.json, but those of the releases in keep.
 func PruneReleases(dir string, keep []deployments.Digest) error {
 	return removeBut(dir, recordSuffix, keep)
 }

@@ -155,7 +155,7 @@ func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
 }
 
-// dirBits are those of a directory's mode that must be right; set-group-id it has from the one above.
+// dirBits are the bits of a directory's mode that must be right: set-group-id may come from the directory above.
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
@@ -233,7 +233,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 	return sum, err
 }
 
-// hashSlowly hashes what it reads, as fast as limit allows (nil: at will).
+// hashSlowly hashes a reader, at the speed that limit allows (nil: any).
 func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []byte) (deployments.Digest, error) {
 	h := sha256.New()
 	for {

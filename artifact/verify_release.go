@@ -87,7 +87,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	return r.madeFiles(name).overlaid(dir, found)
 }
 
-// noteVerified keeps what the files were that were right, or ends the trust in all if the content of one wasn't.
+// noteVerified records the inodes of the files that were right, or drops all of them if one's content was wrong.
 func (r *Releases) noteVerified(name string, rec *record, v *verifier) {
 	var err error
 	if slices.ContainsFunc(v.found, func(d Difference) bool { return d.What == "content" }) {

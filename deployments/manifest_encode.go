@@ -150,10 +150,10 @@ func (m *Manifest) own() bool {
 		h.Failures != 0 && h.Failures != defaultHealthFailures
 }
 
-// scalar is text that is quoted wherever a reader could take it for something else.
+// scalar is text that is quoted in YAML unless every reader takes it for text.
 type scalar string
 
-// bare is text that no reader of YAML takes for anything else, after a letter or a slash.
+// bare matches text that every reader of YAML takes for text, unquoted.
 var bare = regexp.MustCompile(`^[A-Za-z/]([A-Za-z0-9._/@+=:-]*[A-Za-z0-9._/@+=-])?$`)
 
 func (s scalar) MarshalYAML() ([]byte, error) {

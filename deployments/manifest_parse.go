@@ -56,11 +56,11 @@ func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	return m, err
 }
 
-// variable stands for a variable's value in a template.
+// variable is the placeholder for a variable's value in a template whose variables are unknown.
 const variable = "kedge-variable"
 
-// ManifestTraps names what surprises people in a manifest that is valid: above all in old ones of stretcher's.
-// Variables are left open.
+// ManifestTraps lists what surprises people in a valid manifest, above all in old ones of stretcher's. Variables are
+// left open.
 func ManifestTraps(data []byte) ([]Problem, error) {
 	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
@@ -106,7 +106,7 @@ func readManifest(data []byte, url string, env func(string) (string, bool)) (*Ma
 	return nil, nil, err
 }
 
-// maxOutcomes bounds the outcomes of open conditions that are tried.
+// maxOutcomes bounds how many combinations of a template's conditions are tried.
 const maxOutcomes = 16
 
 func readExpanded(e expansion, url string, open bool) (*Manifest, []Problem, error) {
@@ -146,7 +146,7 @@ type manifestReader struct {
 	timeout time.Duration
 }
 
-// stretchersFields are those that stretcher reads. A manifest that has no others is one of stretcher's.
+// stretchersFields are the fields that stretcher reads. A manifest that has no others is one of stretcher's.
 var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
@@ -515,7 +515,7 @@ func (r *manifestReader) asURL(s string) (string, error) {
 	return s, CheckURL(s)
 }
 
-// parentOf is what of a path lies before its last part, with the slash.
+// parentOf returns a path up to its last slash, included.
 func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
 // asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
@@ -575,7 +575,7 @@ func asShared(s string) (string, error) {
 	return clean, nil
 }
 
-// nested reports whether one of the paths is another, or lies below it.
+// nested reports whether two of the paths are equal, or one lies below another.
 func nested(paths []string) bool {
 	for i, p := range paths {
 		for j, q := range paths {

@@ -244,7 +244,7 @@ func (e *expander) arg(n parse.Node, dot any) (any, error) {
 	return nil, fmt.Errorf("%s: a manifest's templates have no data but variables", clip(n.String()))
 }
 
-// functions are those that a manifest's actions may call, with how many arguments they take (-1: any).
+// functions are the functions of templates, with how many arguments each takes (-1: any).
 var functions = map[string]struct{ least, most int }{
 	"env": {1, -1}, "must_env": {1, 1}, "json_escape": {1, 1},
 	"printf": {1, -1}, "print": {0, -1}, "println": {0, -1},
@@ -343,7 +343,7 @@ func (e *expander) text(name string, words []string) (string, error) {
 	}
 }
 
-// read notes that a variable of the environment was read.
+// read records that the template read a variable.
 func (e *expander) read(name, value string) {
 	e.used = append(e.used, name)
 	if v := (variableValue{name, value}); !slices.Contains(e.result.values, v) {
@@ -366,7 +366,7 @@ func truth(value any) bool {
 	return false
 }
 
-// format is printf with the verbs s, v, d, q, t and f, whose result can be no longer than a manifest.
+// format is printf with the verbs s, v, d, q, t and f, and bounds its result to a manifest's size.
 func format(values []any) (string, error) {
 	layout, ok := values[0].(string)
 	if !ok {
@@ -441,8 +441,8 @@ func compare(name string, values []any) (bool, error) {
 	return false, nil
 }
 
-// hide takes out of problems what they could tell of values of the environment: nothing is quoted of a
-// line that such a value stands in, nor what looks like a part of one.
+// hide removes from problems whatever could tell a variable's value: they quote no line that has such a value in it,
+// nor text that looks like a part of one.
 func (e expansion) hide(problems Problems) {
 	if len(e.values) == 0 {
 		return
@@ -472,8 +472,7 @@ func (e expansion) hide(problems Problems) {
 	}
 }
 
-// gramsOf yields what each four letters or digits of a text in a row are, so that quoting, escapes and
-// cuts hide no part of it.
+// gramsOf yields each run of four letters or digits in a text, so that quoting, escapes and cuts hide no part of it.
 func gramsOf(s string) func(yield func(string) bool) {
 	const n = 4
 	plain := strings.Map(func(c rune) rune {

@@ -9,10 +9,10 @@ import (
 	"strings"
 )
 
-// minMasked is the least length of a value that is masked, in bytes: a shorter one stands everywhere.
+// minMasked is the least length, in bytes, of a value that is masked: shorter ones occur everywhere.
 const minMasked = 4
 
-// maskText stands where a value stood.
+// maskText replaces a masked value.
 const maskText = "***"
 
 // Mask hides the values of variables, as {{ must_env }} gives them to commands, from whoever reads logs,
@@ -92,7 +92,7 @@ func maskedValues(values []variableValue, m *Manifest) []string {
 	return masked
 }
 
-// wellKnown reports whether a value is a word or a number that stands everywhere, and is no secret.
+// wellKnown reports whether a value is a common word or number, and so no secret.
 func wellKnown(value string) bool {
 	if len(value) < 8 && strings.Trim(value, "0123456789.") == "" {
 		return true

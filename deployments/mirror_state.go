@@ -41,5 +41,5 @@ func ParseMirrorState(value []byte) (MirrorState, error) {
 	return s, err
 }
 
-// Taken is the commit that was taken last, written in full or not.
+// Taken returns the commit that the mirror took last, whether or not it is fully written.
 func (s MirrorState) Taken() string { return cmp.Or(s.Applying, s.Head) }

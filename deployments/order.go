@@ -28,7 +28,7 @@ const (
 	VerbRetry   Verb = "retry"   // try again what failed
 )
 
-// Verbs returns every verb, in the order in which people are told of them.
+// Verbs returns every verb, in the order in which help and errors list them.
 func Verbs() []Verb { return []Verb{VerbPromote, VerbPause, VerbResume, VerbAbort, VerbRetry} }
 
 // MaxOrder bounds an order, in bytes.

@@ -200,7 +200,7 @@ func Trim(s string) string {
 	return strings.TrimSpace(strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(s), "\ufeff"), "\r\n", "\n"))
 }
 
-// clip bounds what an error quotes of a value that somebody typed.
+// clip shortens a typed value that an error quotes.
 func clip(s string) string {
 	if len(s) > 80 {
 		return s[:77] + "..."

@@ -7,7 +7,7 @@ import "maps"
 // CamelCase, as the reasons of Kubernetes' conditions, and keep their meaning for ever.
 type Reason string
 
-// Facts are what a Reason is about, by name: unit, node, release, until, count. They are data, never sentences.
+// Facts are a Reason's parameters, by name: unit, node, release, until, count. They are data, never sentences.
 type Facts map[string]string
 
 // With returns the facts with one more; f stays as it is.

@@ -95,8 +95,8 @@ type Progress struct {
 	Superseded []Superseded `json:"superseded,omitempty"`
 }
 
-// HeldUp reports whether a rollout that had begun waits for a freeze to end, or did so when last something was said of
-// it.
+// HeldUp reports whether a rollout that had begun waits for a freeze to end, or waited for one when the record was
+// last written.
 func (p *Progress) HeldUp() bool {
 	return (p.Phase == PhaseCanary || p.Phase == PhaseRolling) && !p.Forced && p.Reason == ReasonFrozen
 }

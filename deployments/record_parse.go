@@ -139,7 +139,7 @@ func lenientJSON(data []byte, to any) error {
 	return err
 }
 
-// holdWord is the pin that keeps what runs.
+// holdWord is the text of a pin that keeps what runs.
 const holdWord = "hold"
 
 // ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold),

@@ -63,7 +63,7 @@ type UnitReport struct {
 	Total   int64 `json:"total,omitempty"`
 }
 
-// Compared is a tree at dest, whoever put it there, beside a release.
+// Compared is the result of comparing the tree at dest, whoever put it there, with a release.
 type Compared struct {
 	Release Digest `json:"release"`
 	Dest    string `json:"dest,omitempty"` // empty: the release has commands only

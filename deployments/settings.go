@@ -28,7 +28,7 @@ type Settings struct {
 	Drift   Drift
 }
 
-// OfStage returns what a setting by stage says for one: its own value, or else that of "*".
+// OfStage returns a setting's value for a stage: its own, or else that of "*".
 func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
 	if value, set = by[stage]; !set {
 		value, set = by["*"]

@@ -142,7 +142,7 @@ type afterPlace struct {
 	unit, on UnitID
 }
 
-// enough reports whether there is no use in finding more problems.
+// enough reports whether so many problems were found that more are of no use.
 func (l *loader) enough() bool { return len(l.problems) >= maxTreeProblems }
 
 func (l *loader) visit(name string, d fs.DirEntry, err error) error {
@@ -351,7 +351,7 @@ func (l *loader) readUnit(name string) error {
 	return nil
 }
 
-// checkAfter notes names in after that are no unit of the role, and cycles.
+// checkAfter reports names in after that are no unit of the role, and cycles.
 func (l *loader) checkAfter() {
 	on := map[UnitID][]afterPlace{}
 	for _, a := range l.afters {

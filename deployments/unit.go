@@ -111,7 +111,7 @@ type Unit struct {
 	Adopt bool
 }
 
-// Place is where something stands in a deployments repo. Line and Column count from 1.
+// Place is a position in a file of a deployments repo. Line and Column count from 1.
 type Place struct {
 	File         string
 	Line, Column int

@@ -106,8 +106,8 @@ const (
 	maxProblems = 100
 )
 
-// shape over-estimates how deep data is nested, by flow brackets and by indentation and dashes; how many keys and items
-// there are; and how many documents.
+// shape estimates, from above, how deep data is nested, by flow brackets, indentation and dashes; how many keys and
+// items there are; and how many documents.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
@@ -150,7 +150,7 @@ func controlAt(data []byte) int {
 	return 1 + bytes.Count(data[:i], []byte("\n"))
 }
 
-// refuser notes what of YAML is not read here.
+// refuser reports features of YAML that kedge doesn't read.
 type refuser struct{ r *reader }
 
 func (v refuser) Visit(n ast.Node) ast.Visitor {
@@ -199,7 +199,7 @@ func position(n ast.Node) (line, column int) {
 	return 0, 0
 }
 
-// err returns what was noted, in order; nil: nothing.
+// err returns the problems that were found, in order; nil: none.
 func (r *reader) err() error {
 	if len(r.problems) == 0 {
 		return nil
@@ -241,7 +241,7 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 	return seen
 }
 
-// leftOutEmpty are fields of a manifest that stretcher takes for left out where their text is empty.
+// leftOutEmpty are a manifest's fields that stretcher treats as absent if they are empty.
 var leftOutEmpty = []string{"src", "checksum", "dest", "sync_strategy", "exclude_from"}
 
 func isEmptyText(n ast.Node) bool {
@@ -249,7 +249,7 @@ func isEmptyText(n ast.Node) bool {
 	return ok && s.Value == ""
 }
 
-// mapping returns the lines of a mapping, which is another node where it has one alone.
+// mapping returns a mapping's entries. goccy has another node for a mapping of one entry.
 func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	switch m := n.(type) {
 	case *ast.MappingNode:
@@ -361,7 +361,7 @@ func intoList[T any](r *reader, to *[]T, parse func(string) (T, error)) func(ast
 	}
 }
 
-// each calls f with every item of a sequence, or with n itself where it is none. A lax reader passes over items
+// each calls f with every item of a sequence, or with n itself if it is no sequence. A lax reader passes over items
 // without a value.
 func (r *reader) each(n ast.Node, f func(ast.Node)) {
 	s, ok := n.(*ast.SequenceNode)

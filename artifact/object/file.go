@@ -65,7 +65,7 @@ func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64
 // putPrefix begins the name of a file that put has not finished.
 const putPrefix = ".kedge-"
 
-// putPiece is what put writes between two looks at its context, in bytes.
+// putPiece is how many bytes put writes before it checks its context again.
 const putPiece = 4 << 20
 
 // put writes aside, syncs, and links the file to its name, which fails where one is: never over another's, unless

@@ -19,8 +19,8 @@ const (
 	gsTokens = "https://oauth2.googleapis.com/token"
 )
 
-// gsAccount gives the tokens of the service account whose key file GOOGLE_APPLICATION_CREDENTIALS names. A token is
-// used until it expires; the file is read again for the next.
+// gsAccount makes tokens of the service account whose key file GOOGLE_APPLICATION_CREDENTIALS names. A token is used
+// until it expires; the file is read again for the next.
 type gsAccount struct {
 	http *http.Client
 

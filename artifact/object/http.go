@@ -64,7 +64,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	return found(r)
 }
 
-// maxUncounted bounds, in bytes, what is read to learn its size.
+// maxUncounted bounds, in bytes, how much is read of an object whose size the server doesn't tell.
 const maxUncounted = 16 << 30
 
 // firstByte is the Range of an object's first byte; sizeIn gives the object's size as the answer to that has it.
@@ -189,7 +189,7 @@ func send(
 	return nil, statusError(r.StatusCode, r.Status, retryAfter(r.Header))
 }
 
-// plain takes the URL out of an error of net/http: it may carry a signature, and callers name theirs.
+// plain strips the URL from an error of net/http: it may carry a signature, and callers name the object themselves.
 func plain(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {

@@ -68,7 +68,7 @@ type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }
 
-// s3Page is as many objects as S3 gives at once.
+// s3Page is how many objects S3 lists in one answer.
 const s3Page = 1000
 
 func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most int) ([]Listed, string, error) {

@@ -13,8 +13,7 @@ import (
 	"kedge/deployments"
 )
 
-// Mirrors are other places of what lies below a URL prefix: prefixes that are put in its stead, in the order in which
-// they are asked.
+// Mirrors maps a URL prefix to the prefixes that are tried in its place, in order.
 type Mirrors map[string][]string
 
 const (
@@ -26,7 +25,7 @@ const (
 	mirrorPause = time.Minute
 )
 
-// Check refuses what is no prefix of URLs.
+// Check returns an error for a prefix that no URL can have.
 func (m Mirrors) Check() error {
 	for _, prefix := range slices.Sorted(maps.Keys(m)) {
 		for _, p := range append([]string{prefix}, m[prefix]...) {
@@ -70,7 +69,7 @@ func (m Mirrors) allows(url string) bool {
 	return false
 }
 
-// mirrors is what a client knows of them.
+// mirrors is a client's list of mirrors, with which of them failed lately.
 type mirrors struct {
 	of Mirrors
 	// client is less patient than the one that these are the mirrors of.
@@ -170,8 +169,8 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 	return own
 }
 
-// ReadPinned is ReadAll of an object that its readers know when they see it: check returns an error for all other
-// bytes.
+// ReadPinned reads an object whose bytes are known by their digest or signature, from its mirrors too: check returns
+// an error for any other bytes.
 func (c *Client) ReadPinned(
 	ctx context.Context,
 	url string,

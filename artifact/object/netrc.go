@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// netrcHeader returns the header with which a server is asked: the user and password that NETRC, or ~/.netrc, has for
+// netrcHeader returns the Authorization header for a server: the user and password that NETRC, or ~/.netrc, has for
 // its host, as curl --netrc sends them. Nobody else is told: a redirect to another host doesn't take it along.
 func netrcHeader(u *url.URL) (http.Header, error) {
 	file := os.Getenv("NETRC")

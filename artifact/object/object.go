@@ -81,7 +81,7 @@ type Client struct {
 	bytes    atomic.Int64
 }
 
-// Object is an object that was found.
+// Object says where an existing object is, how large it is, and how it can be read.
 type Object struct {
 	URL  string
 	Size int64
@@ -108,7 +108,7 @@ type store interface {
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 
-// errOccupied is a put onto an object that is there.
+// errOccupied is the error of a put to a name that has an object already.
 var errOccupied = errors.New("an object is there already")
 
 // transientError is a fault that a later try may not meet; After is what the server asked for.
@@ -278,7 +278,7 @@ func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) er
 	return allowed(to.String())
 }
 
-// retry is Client.retry.
+// retry is the signature of Client.retry, for stores that call it.
 type retry func(ctx context.Context, what string, try func() error) error
 
 // retry calls try until it succeeds, fails for good, or has failed too often.
@@ -297,8 +297,7 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	}
 }
 
-// withoutTransient returns what is left of an error when nobody tries again: one that was transient to the end is
-// ErrUnavailable.
+// withoutTransient returns the error to report once no more tries are made: a transient one becomes ErrUnavailable.
 func withoutTransient(err error) error {
 	var transient *transientError
 	if !errors.As(err, &transient) {
@@ -310,7 +309,7 @@ func withoutTransient(err error) error {
 	return unavailableError{err}
 }
 
-// unavailableError is ErrUnavailable, and says what was met last.
+// unavailableError is ErrUnavailable with the cause of the last try.
 type unavailableError struct{ error }
 
 func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }
@@ -422,7 +421,7 @@ type resuming struct {
 	pace    pace
 }
 
-// pace is how fast a stream comes, whatever connections it took.
+// pace is how fast a stream's bytes arrive, over all its connections.
 type pace struct {
 	bytes int64
 	took  time.Duration // without what the bandwidth limit took
@@ -572,7 +571,7 @@ func (m *metered) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// body is what a put sends.
+// body is the content of a put.
 type body struct {
 	io.ReaderAt
 	size     int64
@@ -613,8 +612,8 @@ func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64,
 	return nil
 }
 
-// Replace writes a small object, of at most 16 MiB, over whatever is there. Readers see the old or the new one,
-// never a part.
+// Replace writes a small object, of at most 16 MiB, and overwrites an existing one. Readers see the old or the new
+// one, never a part.
 func (c *Client) Replace(ctx context.Context, url string, data []byte, contentType string) error {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -639,7 +638,7 @@ func (c *Client) Replace(ctx context.Context, url string, data []byte, contentTy
 	return nil
 }
 
-// same reads an object back, and compares it with what was to be written.
+// same returns ErrExists unless the stored object equals b.
 func (c *Client) same(ctx context.Context, url string, b *body) error {
 	o, err := c.Stat(ctx, url)
 	if err != nil {

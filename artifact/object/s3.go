@@ -97,7 +97,7 @@ type s3Store struct {
 	unconditional bool
 }
 
-// fail is s3Error, and says of a denied call whose it was.
+// fail is s3Error, and adds to a denied call whose credentials it used.
 func (s *s3Store) fail(ctx context.Context, err error) error {
 	err = s3Error(err)
 	if !errors.Is(err, ErrDenied) {
@@ -115,7 +115,7 @@ func (s *s3Store) fail(ctx context.Context, err error) error {
 	)
 }
 
-// ifNone is what a put asks for, so that it is never made over another's object.
+// ifNone returns the If-None-Match of a put, which keeps it from overwriting an object; nil: the storage knows none.
 func (s *s3Store) ifNone() *string {
 	if s.unconditional {
 		return nil

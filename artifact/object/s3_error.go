@@ -16,7 +16,7 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// maxMessage bounds what is told of a message of S3's, in bytes.
+// maxMessage bounds, in bytes, how much of S3's own message an error quotes.
 const maxMessage = 500
 
 // s3Error tells a fault's kind, and leaves out what the SDK adds: request ids, host names, and in places the request.
@@ -119,7 +119,7 @@ func credentialSources(getenv func(string) string) string {
 	return strings.Join(tried, ", ")
 }
 
-// cause returns the innermost part of the SDK's wrapping that still says something.
+// cause returns the innermost error of the SDK's wrapping that has a message.
 func cause(err error) error {
 	var op *smithy.OperationError
 	if errors.As(err, &op) {

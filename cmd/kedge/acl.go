@@ -10,7 +10,7 @@ import (
 	"kedge/deployments"
 )
 
-// aclParties are those that have Consul ACL rules of their own.
+// aclParties are the parties for which kedge acl prints Consul ACL rules.
 var aclParties = []string{"agent", "bridge", "maintenance", "mirror", "operator", "web"}
 
 func (a *app) aclCommand() *cobra.Command {

@@ -155,7 +155,7 @@ finishes or takes back what it had begun.`,
 	return c
 }
 
-// override lays environment and flags over what the file says.
+// override applies environment variables, then flags, over the file's settings.
 func override(c *agentConfig, flags *pflag.FlagSet) error {
 	var errs []error
 	text := func(name string) (string, bool) {
@@ -371,7 +371,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	return node.Run(ctx)
 }
 
-// completeHook tells AutoScaling of this instance. That it can't is no reason not to serve.
+// completeHook completes the instance's lifecycle action in AutoScaling. That it can't is no reason not to serve.
 func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {
@@ -395,8 +395,7 @@ func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct
 	}
 }
 
-// retryOnHangup lets every release that failed here be tried once more when SIGHUP comes (systemctl reload
-// kedge-agent).
+// retryOnHangup retries, at each SIGHUP (systemctl reload kedge-agent), the releases that failed on this node.
 func retryOnHangup(ctx context.Context, node *agent.Agent, log *slog.Logger) {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)

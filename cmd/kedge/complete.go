@@ -15,7 +15,7 @@ import (
 // completionTimeout bounds how long the shell waits for the store after a press of Tab.
 const completionTimeout = 2 * time.Second
 
-// wanted is what an argument of a command names, for its completion.
+// wanted is the kind of name that an argument takes, for its completion.
 type wanted int
 
 const (
@@ -25,7 +25,7 @@ const (
 	wantRelease        // a version of the unit that the first argument names, or hold
 )
 
-// completeArgs completes a command's arguments from what the store has: the first as the first of want says, and so on.
+// completeArgs completes a command's arguments from the store: the first as want[0] says, and so on.
 func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 	c.ValidArgsFunction = func(cmd *cobra.Command, args []string, typed string) ([]cobra.Completion, cobra.ShellCompDirective) {
 		if len(args) >= len(want) {

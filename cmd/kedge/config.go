@@ -89,7 +89,8 @@ func (c *agentConfig) check() error {
 	return errors.Join(errs...)
 }
 
-// agentDefaults is what holds where nothing else is said. A zero says something: verify_every: 0s is never.
+// agentDefaults are the settings that neither file, environment nor flags give. A zero says something: verify_every:
+// 0s is never.
 func agentDefaults() agentConfig {
 	return agentConfig{
 		SnapshotMaxAge:   72 * time.Hour,
@@ -99,7 +100,7 @@ func agentDefaults() agentConfig {
 	}
 }
 
-// durationOf reads a duration; what it says of a wrong one is all that is said of it, without its place.
+// durationOf reads a duration. Its error stands alone, without the line and column that goccy would add.
 func durationOf(d *time.Duration, text []byte) (err error) {
 	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
 	if *d, err = time.ParseDuration(s); err != nil || *d < 0 {
@@ -108,7 +109,7 @@ func durationOf(d *time.Duration, text []byte) (err error) {
 	return nil
 }
 
-// words is a list, or as flags and the environment have it: one text with commas.
+// words is a list: in YAML a sequence, in flags and the environment one text with commas.
 type words []string
 
 func (w *words) UnmarshalYAML(read func(any) error) error {
@@ -140,7 +141,7 @@ func readAgentConfig(file string) (agentConfig, error) {
 	return c, err
 }
 
-// decodeAgentConfig reads a file's fields one by one, so that all mistakes are told and not the first alone.
+// decodeAgentConfig reads a file's fields one by one, so that all mistakes are reported, not the first alone.
 func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
@@ -197,8 +198,8 @@ var otherVariables = strings.Fields(
 	play tools`,
 )
 
-// commandVariables are what commands of a release get. Elsewhere each is a mistake: KEDGE_DEST bounds nothing, as
-// KEDGE_DESTS would.
+// commandVariables are the variables that a release's commands get. Elsewhere each is a mistake: KEDGE_DEST bounds
+// nothing, as KEDGE_DESTS would.
 var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
 // checkVariables refuses variables that begin with KEDGE_ and mean nothing: a mistyped KEDGE_DEST would bound nothing.
@@ -246,7 +247,7 @@ func configError(file string, err error, field ...*token.Position) error {
 	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
-// list splits what a flag or variable gives as a list.
+// list splits a flag's or variable's text at commas.
 func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
@@ -267,7 +268,7 @@ func readMirrors(text string) (mirrorLists, error) {
 	return m, nil
 }
 
-// mirrors returns what was typed, once it is seen to be URLs.
+// mirrors returns the mirrors that were typed, or an error if one is no URL.
 func (m mirrorLists) mirrors() (object.Mirrors, error) {
 	out := object.Mirrors{}
 	for prefix, urls := range m {

@@ -58,7 +58,7 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain finds out what the arguments ask for.
+// explain answers the question that the arguments ask.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {

@@ -87,7 +87,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// storeHint returns what to look at where the store is the trouble; empty: it isn't, or there is nothing to say.
+// storeHint returns what to check if an error is the store's; empty: it isn't, or there is nothing to add.
 func (a *app) storeHint(err error) string {
 	switch {
 	case !a.onConsul():
@@ -109,7 +109,7 @@ func (a *app) storeHint(err error) string {
 	return ""
 }
 
-// tell writes lines for a person, broken between words where a terminal's are full.
+// tell prints a message for a person on stderr, wrapped at the terminal's width.
 func (a *app) tell(format string, args ...any) {
 	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
 }
@@ -280,13 +280,13 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop has a daemon say that it was told to stop, before it ends what it has begun, which may take a while. What
-// it returns calls that off.
+// logStop logs that a daemon was asked to stop, before it finishes what it has begun. calledOff stops
+// that.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
 }
 
-// terminal gives stdout's width where a person looks at it, else 0.
+// terminal returns the width of stdout's terminal, or 0 if it is none.
 func (a *app) terminal() (width int) { return terminalWidth(a.stdout) }
 
 func terminalWidth(w io.Writer) (width int) {
@@ -294,7 +294,7 @@ func terminalWidth(w io.Writer) (width int) {
 	return width
 }
 
-// terminalSize returns a terminal's size in characters, or what most have where it doesn't tell; 0, 0 where w is none.
+// terminalSize returns a terminal's size in characters, 80x24 if it doesn't tell, or 0, 0 if w is no terminal.
 func terminalSize(w io.Writer) (width, height int) {
 	f, ok := w.(*os.File)
 	if !ok || !term.IsTerminal(int(f.Fd())) {

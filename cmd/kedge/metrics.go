@@ -7,7 +7,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 )
 
-// registerProcess registers what every daemon shows of itself: its version, and what Go and the kernel count.
+// registerProcess registers the metrics of every daemon: its version, Go's runtime and the process.
 func registerProcess(r *prometheus.Registry) {
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_build_info", Help: "1, with the version that runs.",
 		ConstLabels: prometheus.Labels{"version": version(), "goversion": runtime.Version()}})

@@ -16,7 +16,7 @@ import (
 	"kedge/sync/migrate"
 )
 
-// checkManifests says of manifests what a node would do otherwise than stretcher.
+// checkManifests reports where a node would treat a manifest otherwise than stretcher does.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {
@@ -81,7 +81,7 @@ func archiveText(found *migrate.Archive) string {
 	return fmt.Sprintf("; its archive holds %s of %s", count(found.Files, "file"), bytesText(found.Bytes))
 }
 
-// fixManifest writes a manifest as kedge would have it: a file where it is, anything else, which has to be alone,
+// fixManifest rewrites a manifest for kedge: a file in place, a manifest from elsewhere, which has to be the only one,
 // to standard output.
 func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrate.Inspection, alone bool) error {
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")

@@ -19,7 +19,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// operateCommands are what an operator does; each is a plain write of one key.
+// operateCommands are the commands of operators; each is a plain write of one key.
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
@@ -76,7 +76,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	)
 }
 
-// OrderOutcome is what an order, a pin or its end came to; the JSON of the commands that operate.
+// OrderOutcome is the result of an order, of a pin or of its end, as JSON.
 type OrderOutcome struct {
 	Unit deployments.UnitID `json:"unit"`
 	// Node is set if a pin of one node was written or removed.
@@ -91,7 +91,7 @@ type OrderOutcome struct {
 	Notes []string `json:"notes"`
 }
 
-// done prints what an order came to: to a program as JSON, to a person as a line and notes below it.
+// done prints an outcome: as JSON, or for people as a line with notes below it.
 func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
 	if a.json {

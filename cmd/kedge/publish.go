@@ -183,7 +183,7 @@ func flagMistake(name, value string) error {
 	return err
 }
 
-// publishedLines returns what was made, and what it costs nodes to come to it.
+// publishedLines describes a published release, and what nodes will fetch of it.
 func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
 	if p.Again {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
@@ -269,7 +269,7 @@ func (l *progressLine) clear() {
 	}
 }
 
-// over lets a log write where the line is.
+// over returns a log handler that clears the progress line before it writes.
 func (l *progressLine) over(log slog.Handler) slog.Handler { return clearing{log, l} }
 
 type clearing struct {

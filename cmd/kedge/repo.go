@@ -137,7 +137,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	return c
 }
 
-// problems prints what was found, and fails.
+// problems prints the problems that were found, and returns an error if there are any.
 func (a *app) problems(found deployments.Problems, where string) error {
 	if a.json {
 		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
@@ -148,7 +148,7 @@ func (a *app) problems(found deployments.Problems, where string) error {
 	return fmt.Errorf("%s %s", count(len(found), "problem"), where)
 }
 
-// inFile says of a manifest's problems which file they are in.
+// inFile adds a file's name to a manifest's problems.
 func inFile(err error, file string) error {
 	problems := deployments.Problems(nil)
 	if !errors.As(err, &problems) {
@@ -232,7 +232,8 @@ What isn't committed isn't compared.`,
 	return c
 }
 
-// records reads what the store desires now. A record that doesn't parse counts as absent: the mirror would replace it.
+// records reads the store's present records. A record that doesn't parse counts as absent: the mirror would replace
+// it.
 func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
 	entries, err := store.List(ctx, kv.DesiredPrefix)
 	if err != nil {

@@ -24,7 +24,7 @@ import (
 	"kedge/sync/secret"
 )
 
-// stretcherName is what the program is called where a link puts it in stretcher's place.
+// stretcherName is the name of a link under which kedge stands in for stretcher.
 const stretcherName = "stretcher"
 
 // stretcherFlags are the long flags of stretcher's versions. Those before 2025 were read by Go's flag package,
@@ -33,7 +33,7 @@ var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
 
-// programArgs returns the arguments of the program that was called by a name: as stretcher it is kedge run.
+// programArgs returns a program's arguments: called as stretcher, it is kedge run.
 func programArgs(name string, args []string) []string {
 	if filepath.Base(name) != stretcherName {
 		return args
@@ -156,7 +156,7 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 	return c
 }
 
-// runOnce waits, finds out which manifest it is to be, and deploys it.
+// runOnce waits for the random delay, reads the manifest's URL, and deploys it.
 func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, randomDelay time.Duration) error {
 	if randomDelay > 0 {
 		delay := rand.N(randomDelay)
@@ -203,7 +203,7 @@ func readEvent(ctx context.Context, in io.Reader, log *slog.Logger) (url string,
 	return got, nil
 }
 
-// seconds is a duration, or a number of seconds as stretcher's versions before 2025 have it.
+// seconds is a duration, or a number of seconds as in stretcher's versions before 2025.
 type seconds time.Duration
 
 func (s *seconds) Set(text string) error {

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// screen shows a fleet on a terminal, in the place of what it showed before.
+// screen draws a fleet on a terminal, over its last drawing.
 type screen struct {
 	out  io.Writer
 	size func() (width, height int)
@@ -83,8 +83,8 @@ func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
 }
 
-// cut cuts what a screen doesn't hold: else its top would be out of sight. What is longer than a line takes more
-// than one.
+// cut drops the lines that don't fit on the screen: else its top would scroll out of sight. A line longer than the
+// screen's width counts as several.
 func cut(text string, width, most int) string {
 	lines := strings.SplitAfter(text, "\n")
 	lines = lines[:len(lines)-1]
@@ -104,5 +104,5 @@ func cut(text string, width, most int) string {
 	return text
 }
 
-// style is what colours text.
+// style matches escape sequences of colours.
 var style = regexp.MustCompile("\x1b\\[[0-9;]*m")

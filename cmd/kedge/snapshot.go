@@ -19,7 +19,7 @@ import (
 	"kedge/policy"
 )
 
-// snapshotWriter returns what a mirror does with the records of desired/: it keeps them as one signed object.
+// snapshotWriter returns the function by which a mirror saves the records of desired/ as one signed object.
 func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.Context, []kv.Entry) error, error) {
 	if url == "" {
 		return nil, nil

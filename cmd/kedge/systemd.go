@@ -69,7 +69,7 @@ func tell(log *slog.Logger, lines ...string) {
 	}
 }
 
-// statusLine returns in one line what a node runs, and what is wrong.
+// statusLine returns one line that says what a node runs and what is wrong.
 func statusLine(s policy.NodeStatus) string {
 	var units []string
 	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {
@@ -88,9 +88,8 @@ func statusLine(s policy.NodeStatus) string {
 	return line
 }
 
-// journalled is w for a log that systemd's journal takes: each line says by its prefix how grave it is
-// (sd-daemon(3)), so that journalctl --priority=warning finds what matters. Lines begin with their level, as the
-// time is the journal's to say.
+// journalled writes log lines for systemd's journal, each with its priority as a prefix (sd-daemon(3)), so that
+// journalctl --priority=warning works. Lines begin with their level, as the time is the journal's to say.
 type journalled struct{ w io.Writer }
 
 func (j journalled) Write(line []byte) (int, error) {
@@ -106,7 +105,7 @@ func (j journalled) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// forJournal fits a log's options and its writer to the journal, where stderr leads there.
+// forJournal adapts a log's writer and options to the journal if stderr is connected to it.
 func forJournal(stderr io.Writer, opt *slog.HandlerOptions) io.Writer {
 	if there, err := journal.StderrIsJournalStream(); err != nil || !there || stderr != os.Stderr {
 		return stderr

@@ -166,7 +166,7 @@ func (a *app) waited(commit string, began time.Time, err error) error {
 	return errors.Join(a.printJSON(o), err)
 }
 
-// withMissing adds to an error that the unit which was waited for isn't there, and which may have been meant.
+// withMissing adds to an error which unit doesn't exist, and which one may have been meant.
 func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()

@@ -7,7 +7,7 @@ import (
 	"os"
 )
 
-// DamagedError says that a state file could not be read as what it is, and was put aside as Kept.
+// DamagedError says that a state file could not be parsed, and was renamed to Kept.
 type DamagedError struct {
 	Kept string
 	Err  error

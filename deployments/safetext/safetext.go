@@ -13,7 +13,7 @@ import (
 // MaxValue bounds a value in a log line, in bytes.
 const MaxValue = 4 << 10
 
-// hiddenText stands where something secret stood.
+// hiddenText replaces a secret.
 const hiddenText = "…"
 
 // Clean returns s as one value of a log line: with URLs, Printable and Clip.
@@ -61,7 +61,7 @@ func unseen(r rune) bool {
 		r == '\u2029'
 }
 
-// JSON returns JSON whose strings hold such characters as escapes alone. It means the same.
+// JSON escapes such characters in the strings of a JSON text, which keeps its meaning.
 func JSON(data []byte) []byte {
 	s := string(data)
 	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }
@@ -107,7 +107,7 @@ func URLs(s string) string {
 	}
 }
 
-// redact is URLs for what follows "://" in one of them.
+// redact is URLs for the text after "://".
 func redact(rest string) string {
 	authority := len(rest)
 	if i := strings.IndexAny(rest, "/?#"); i >= 0 {

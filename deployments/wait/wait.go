@@ -81,6 +81,6 @@ func (s Signal) Set() {
 // C delivers once for all calls of Set since the last delivery.
 func (s Signal) C() <-chan struct{} { return s.c }
 
-// Rest returns how long to rest after work that took some time and comes again and again, so that it takes at most a
-// twentieth of a core; most at most.
+// Rest returns how long to pause after recurring work that took some time, so that it takes at most a twentieth of a
+// core; at most most.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }

@@ -26,7 +26,7 @@ const (
 	heartbeatMargin = time.Second
 )
 
-// heartbeatKind tells a lease's heartbeat from a presence's.
+// heartbeatKind distinguishes the heartbeat of a lease from that of a presence.
 type heartbeatKind struct {
 	service, check string
 	// ttl is how long the process may be silent; it beats every so often.

@@ -230,7 +230,8 @@ func (l *lease) keep() {
 	}
 }
 
-// check renews the session and looks whether the key is still its own: anyone who may write the key can unlock it.
+// check renews the session, and verifies that the key is still locked by it: anyone who may write the key can unlock
+// it.
 func (l *lease) check(timeout time.Duration) error {
 	err := l.store.renewSession(l.ctx, l.session, timeout)
 	if errors.Is(err, kv.ErrNotFound) {

@@ -125,7 +125,7 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
-// look wakes keep after a change of the session or of what is held.
+// look signals keep that the session, or an entry that it holds, changed.
 func (p *presence) look() {
 	p.wake.Set()
 }
@@ -305,7 +305,7 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 	return "", 0, err
 }
 
-// beating replaces a session that depends on the node's health by one that depends on this process, too. Where
+// beating replaces a session that depends on the node's health alone by one that depends on this process, too. Where
 // there can't be one it returns plain: a dead agent then shows only when its node is gone.
 func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	s := p.store

@@ -148,7 +148,7 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	}
 }
 
-// size returns what the entries take, in bytes.
+// size returns the entries' size in bytes.
 func (l listing) size() (sum int) {
 	for _, e := range l.entries {
 		sum += len(e.Key) + len(e.Value)

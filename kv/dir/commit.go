@@ -121,8 +121,8 @@ func (d *Store) commit(changes []change) error {
 	return d.apply(changes)
 }
 
-// finish completes what a killed process left: the commit that the journal holds. The caller holds the lock
-// exclusively, so temporary files are nobody's.
+// finish completes the journalled commit of a process that was killed. The caller holds the lock exclusively, so
+// temporary files are nobody's.
 func (d *Store) finish() error {
 	left, err := os.ReadDir(d.path(tempDir))
 	if err != nil {

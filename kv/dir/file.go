@@ -145,7 +145,7 @@ func moveAside(from, to string) error {
 // edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
-// there reports whether the store's directory is. It may be a link, which one below it may not.
+// there reports whether the store's directory exists. It may be a link, which one below it may not.
 func (d *Store) there() bool {
 	info, err := os.Stat(d.dir)
 	return err == nil && info.IsDir()

@@ -89,7 +89,7 @@ func (l *lease) valid() bool {
 	return ok
 }
 
-// keep watches that the lease is its own still.
+// keep ends the lease's context once the lease isn't its own any more, or the store is gone.
 func (l *lease) keep() {
 	defer close(l.done)
 	for wait.For(l.ctx, leasePoll) == nil {

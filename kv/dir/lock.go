@@ -15,7 +15,7 @@ import (
 	"kedge/kv"
 )
 
-// writing runs f while nobody reads or commits, after finishing what a killed process left.
+// writing runs f under the exclusive lock, after completing the commit of a process that was killed.
 func (d *Store) writing(ctx context.Context, f func() error) error {
 	unlock, err := d.lock(ctx, unix.LOCK_EX)
 	if err != nil {

@@ -46,7 +46,7 @@ func (n *notifier) ask() (*subscription, error) {
 	return c, nil
 }
 
-// tell passes events on until the watcher is closed.
+// tell passes file system events to the subscriptions until the watcher is closed.
 func (n *notifier) tell(w *fsnotify.Watcher) {
 	for {
 		select {
@@ -78,7 +78,8 @@ func (n *notifier) poke(which func(*subscription) bool) {
 	}
 }
 
-// in asks for the changes in a directory, also one that was made anew. An error is the kernel's.
+// in subscribes to the changes in a directory; it may be called again once the directory was made anew. An error is
+// the kernel's.
 func (c *subscription) in(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true

@@ -91,7 +91,7 @@ func (p *presence) Leave(key string) {
 	delete(p.held, key)
 }
 
-// open makes a session where there is none that counts. The caller holds the store's lock.
+// open makes a session if the present one, if any, has ended. The caller holds the store's lock.
 func (p *presence) open() error {
 	if p.session != nil && p.session.valid() {
 		return nil

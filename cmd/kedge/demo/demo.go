@@ -343,7 +343,7 @@ func (d *Demo) start(name string, env []string, args ...string) (*child, error) 
 	return running, nil
 }
 
-// Close ends what the demo started and removes what it made, unless it was told where to make it.
+// Close ends the demo's processes, and removes its directory unless Config.Dir named it.
 func (d *Demo) Close() error {
 	d.stop()
 	for _, c := range d.agents() {

@@ -51,7 +51,7 @@ func (d *Demo) keys() []key {
 	}
 }
 
-// kedge runs this program against the demo's store, as its user could, and returns the command and what it said.
+// kedge runs this program against the demo's store, and returns the command line with its output.
 func (d *Demo) kedge(args ...string) (string, error) {
 	c := exec.CommandContext(d.ctx, d.program, append(args, "--kv", d.kv())...)
 	out, err := c.CombinedOutput()
@@ -62,7 +62,8 @@ func (d *Demo) kedge(args ...string) (string, error) {
 	return shown, err
 }
 
-// readKeys does what keys ask for, one after the other, until the demo ends. What came of the last one is shown.
+// readKeys runs the command of each key that is typed, one after the other, until the demo ends. What came of the last
+// one is shown.
 func (d *Demo) readKeys(in io.Reader) {
 	keys := d.keys()
 	for typed := make([]byte, 1); d.ctx.Err() == nil; {
@@ -117,7 +118,7 @@ func (d *Demo) typing() (restore func(), ok bool) {
 // screenLines is how many lines a screen of 24 has for the demo.
 const screenLines = 22
 
-// draw shows the fleet, what may be typed, and what came of it last, as far as 24 lines of 80 columns hold it.
+// draw shows the fleet, the keys, and the last key's output, within 24 lines of 80 columns.
 func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	var table, b strings.Builder
 	fleet.WriteTable(&table, f, opt)
@@ -153,7 +154,7 @@ func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	io.WriteString(w, b.String())
 }
 
-// writeEnv writes what a second shell sources to be in the demo.
+// writeEnv writes the file that a second shell sources to use the demo.
 func (d *Demo) writeEnv() error {
 	text := fmt.Sprintf("export KEDGE_KV=%s PATH=%s:$PATH\ncd %s\n", d.kv(), d.dir, filepath.Join(d.dir, "deployments"))
 	return os.WriteFile(filepath.Join(d.dir, "env"), []byte(text), 0o644)

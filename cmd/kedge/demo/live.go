@@ -52,7 +52,7 @@ func (d *Demo) Live() error {
 	return err
 }
 
-// printChanges is what a pipe gets: a line a node that changed.
+// printChanges prints a line for each node that changed, where stdout is no terminal.
 func (d *Demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {
@@ -67,7 +67,7 @@ func (d *Demo) printChanges(f *fleet.Fleet) {
 	}
 }
 
-// advice returns what to type next, ready to copy.
+// advice returns commands for a second terminal, ready to copy.
 func (d *Demo) advice() string {
 	return fmt.Sprintf(`
 In another terminal:

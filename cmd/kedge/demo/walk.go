@@ -18,10 +18,10 @@ import (
 // silence.
 const stepTimeout = time.Minute
 
-// ErrNotConverged ends a walk one of whose steps took too long.
+// ErrNotConverged is wrapped by Walk if a step takes longer than stepTimeout.
 var ErrNotConverged = errors.New("not converged in time")
 
-// Walk goes through a day of an operator's, and prints each step with its time.
+// Walk plays an operator's day step by step, and prints each step with its duration.
 func (d *Demo) Walk() error {
 	say := func(took time.Duration, format string, args ...any) {
 		fmt.Fprintf(d.Out, "%9s  %s\n", took.Round(100*time.Microsecond), fmt.Sprintf(format, args...))
@@ -144,7 +144,7 @@ func (d *Demo) pushAndWait(version string, nodes ...string) error {
 	return nil
 }
 
-// wait waits until nodes report that they run version, healthy, and looks at what they serve.
+// wait waits until nodes report that they run version, healthy, and checks the files that they serve.
 func (d *Demo) wait(version string, nodes ...string) error {
 	want := d.pointers[version].Digest
 	if err := d.until(func(n fleet.Node) string {

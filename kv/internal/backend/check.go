@@ -16,7 +16,7 @@ import (
 // with the values in base64.
 const maxCommitBytes = 500 << 10
 
-// CheckKey accepts what names one key in both stores.
+// CheckKey returns an error unless a key is valid in both stores.
 func CheckKey(key string) error {
 	for s := range strings.SplitSeq(key, "/") {
 		if err := deployments.CheckSegment("a part of the key", s); err != nil {
@@ -26,7 +26,7 @@ func CheckKey(key string) error {
 	return nil
 }
 
-// CheckPrefix accepts "" and what ends in "/".
+// CheckPrefix returns an error unless a prefix is "" or ends in "/".
 func CheckPrefix(prefix string) error {
 	if prefix == "" {
 		return nil
@@ -38,7 +38,7 @@ func CheckPrefix(prefix string) error {
 	return CheckKey(folder)
 }
 
-// CheckCommit accepts what both stores can apply at once.
+// CheckCommit returns an error unless both stores can apply the operations in one commit.
 func CheckCommit(ops []kv.Op) error {
 	seen := make(map[string]bool, len(ops))
 	cost, size := 0, 0

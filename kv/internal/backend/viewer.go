@@ -10,7 +10,7 @@ import (
 	"kedge/kv"
 )
 
-// Viewer holds what a watch knows, and calls f when that changes.
+// Viewer holds a watch's present view, and calls f when it changes.
 type Viewer struct {
 	f      func(kv.View)
 	log    *slog.Logger
@@ -28,7 +28,7 @@ func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 	return &Viewer{f: f, log: log, prefix: prefix}
 }
 
-// View returns what is known.
+// View returns the present view.
 func (v *Viewer) View() kv.View { return v.view }
 
 // Set adopts entries that were read for certain. They are sorted.
