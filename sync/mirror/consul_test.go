@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -15,6 +16,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/git"
 	"kedge/sync/git/gittest"
 )
 
@@ -141,6 +143,34 @@ func TestFloodOfReports(t *testing.T) {
 	if text := log.String(); strings.Count(text, "doesn't parse") != 1 || len(text) > 2*maxLogged {
 		t.Errorf("%d bytes were logged: %.300s", len(text), text)
 	}
+}
+
+// Orders that can't be obeyed, and that change without end, fill nobody's disk either; what they are in the end is logged.
+func TestFloodOfOrders(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := &logBuffer{}
+		l := newLeader(&Mirror{c: Config{Log: slog.New(slog.NewTextHandler(log, nil))}}, nil)
+		commit := &git.Commit{Tree: &deployments.Tree{}}
+		const seconds = 100
+		var seen observedOrders
+		for i := range seconds * 100 {
+			seen.bad = []error{fmt.Errorf("control/prod/web/app: junk %d.", i)}
+			l.pendingOrders(commit, seen)
+			time.Sleep(10 * time.Millisecond)
+		}
+		const most = badOrderBurst + seconds*time.Second/badOrderEvery
+		if n := strings.Count(log.String(), "can't be obeyed"); n < badOrderBurst || n > int(most) {
+			t.Errorf("%d lines were logged, at most %d should be", n, most)
+		}
+		time.Sleep(badOrderEvery)
+		for range 10 {
+			l.pendingOrders(commit, seen)
+		}
+		if n := strings.Count(log.String(), seen.bad[0].Error()); n != 1 {
+			t.Errorf("what stands in the end was logged %d times", n)
+		}
+	})
 }
 
 // Keys in control/ that nobody can obey, however long and many, make short lines in the log, and stop no order beside

@@ -8,12 +8,20 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/git"
+)
+
+const (
+	// badOrderBurst lines about orders that can't be obeyed are logged at once, as an operator mistypes them; after those
+	// one each badOrderEvery.
+	badOrderBurst = 5
+	badOrderEvery = 10 * time.Second
 )
 
 // leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch,
@@ -36,6 +44,8 @@ type leader struct {
 	consulNode  string     // to which the lease's session belongs; empty: unknown, or warnShared is done
 	badOrders   string     // the orders that can't be obeyed, as they were last logged
 	offered     []kv.Entry // to keepSnapshot
+	// badOrderLines bounds the lines about them: whoever may write control/ can change one after the other.
+	badOrderLines *rate.Limiter
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
@@ -50,6 +60,8 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		ranks:      map[deployments.UnitID]*policy.Ranks{},
 		lostSince:  map[deployments.UnitID]time.Time{},
 		dead:       deadNodes{absent: map[string]absence{}},
+
+		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
 	}
 }
 

@@ -314,7 +314,8 @@ func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[depl
 			pending[id] = o
 		}
 	}
-	if words := text(errors.Join(bad...)); words != l.badOrders {
+	// Past the limit nothing is remembered either, so that the last state is logged by a later round.
+	if words := text(errors.Join(bad...)); words != l.badOrders && (words == "" || l.badOrderLines.Allow()) {
 		if l.badOrders = words; words != "" {
 			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))
 		}
