@@ -1,8 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -226,7 +228,36 @@ func TestJSONShowsNoControlCharacters(t *testing.T) {
 			}
 		}
 	}
+	line := firstLine(t, "status", "--json", "--watch", store)
+	if i := strings.IndexFunc(line, unseen); i >= 0 || !strings.Contains(line, "evil") {
+		t.Errorf("status --json --watch prints %.60q of %q", line[max(0, i):], line)
+	}
 	if said < 6 {
 		t.Errorf("%d commands say what was written, too few to tell", said)
 	}
+}
+
+// firstLine runs a command that goes on until it is ended, and returns the first line that it prints.
+func firstLine(t *testing.T, args ...string) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := exec.CommandContext(t.Context(), self, args...)
+	c.Env = append(baseEnv(), "KEDGE_PLAY=1")
+	out, err := c.StdoutPipe()
+	if err == nil {
+		err = c.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Errorf("%q prints no line: %v", args, err)
+	}
+	_ = c.Process.Kill()
+	_ = c.Wait()
+	return line
 }
