@@ -54,6 +54,9 @@ func pageText(page string, width int) string {
 			fenced = !fenced
 		case fenced:
 			b.WriteString(strings.TrimRight("    "+line, " ") + "\n")
+		case strings.HasPrefix(line, "    ") && text != "" && len(open) == 0: // indented code, whatever is in it
+			flush()
+			b.WriteString(line + "\n")
 		case text == "":
 			flush()
 			b.WriteString("\n")
@@ -72,8 +75,6 @@ func pageText(page string, width int) string {
 		case isItem(text):
 			flush()
 			open = []string{line}
-		case strings.HasPrefix(line, "    ") && len(open) == 0: // indented code
-			b.WriteString(line + "\n")
 		default:
 			open = append(open, text)
 		}
