@@ -98,6 +98,7 @@ func TestDocs(t *testing.T) {
 		"autoscaling": "deployments/docs/autoscaling.md",
 		"operations":  "deployments/docs/operations.md",
 		"hooks":       "deployments/docs/hooks.md",
+		"example":     "deployments/example/README.md",
 	} {
 		text, err := os.ReadFile(filepath.Join(root, page))
 		if err != nil {

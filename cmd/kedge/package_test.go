@@ -199,16 +199,20 @@ func TestPackagesAreReproducible(t *testing.T) {
 // The examples of /etc/kedge are taken as they stand.
 func TestConfigurationExamples(t *testing.T) {
 	t.Parallel()
-	c, err := readAgentConfig("../../deployments/etc/agent.yaml")
-	if err != nil || c.Stage == "" || len(c.Roles) == 0 || len(c.Sources) == 0 {
-		t.Errorf("agent.yaml is %+v, %v", c, err)
+	for _, file := range []string{"etc/agent.yaml", "example/agent.yaml"} {
+		c, err := readAgentConfig("../../deployments/" + file)
+		if err != nil || c.Stage == "" || len(c.Roles) == 0 || len(c.Sources) == 0 {
+			t.Errorf("%s is %+v, %v", file, c, err)
+		}
 	}
-	for file, units := range map[string]string{"agent.env": "kedge-agent", "mirror.env": "kedge-mirror", "web.env": "kedge-web"} {
+	for file, units := range map[string]string{
+		"etc/agent.env": "kedge-agent", "etc/mirror.env": "kedge-mirror", "etc/web.env": "kedge-web", "example/mirror.env": "kedge-mirror",
+	} {
 		unit, err := os.ReadFile("../../deployments/systemd/" + units + ".service")
-		if err != nil || !bytes.Contains(unit, []byte("/etc/kedge/"+file+"\n")) {
+		if err != nil || !bytes.Contains(unit, []byte("/etc/kedge/"+filepath.Base(file)+"\n")) {
 			t.Errorf("%s does not read %s: %v", units, file, err)
 		}
-		text, err := os.ReadFile("../../deployments/etc/" + file)
+		text, err := os.ReadFile("../../deployments/" + file)
 		if err != nil {
 			t.Fatal(err)
 		}

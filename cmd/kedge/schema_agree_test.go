@@ -313,9 +313,11 @@ func without(names, those []string) []string {
 func TestSchemasTakeExamples(t *testing.T) {
 	t.Parallel()
 	for pattern, kind := range map[string]string{
-		"../../deployments/example/kedge.yaml": "kedge.yaml",
-		"../../deployments/example/*/*/*.yaml": "unit",
-		"../../deployments/etc/agent.yaml":     "agent.yaml",
+		"../../deployments/example/repo/kedge.yaml": "kedge.yaml",
+		"../../deployments/example/repo/*/*/*.yaml": "unit",
+		"../../deployments/example/releases/*.yaml": "manifest",
+		"../../deployments/example/agent.yaml":      "agent.yaml",
+		"../../deployments/etc/agent.yaml":          "agent.yaml",
 	} {
 		files, err := filepath.Glob(pattern)
 		if err != nil || len(files) == 0 {
