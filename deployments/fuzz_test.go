@@ -203,7 +203,7 @@ func FuzzUnit(f *testing.F) {
 }
 
 func FuzzSettings(f *testing.F) {
-	example, err := os.ReadFile("example/kedge.yaml")
+	example, err := os.ReadFile("example/repo/kedge.yaml")
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -224,7 +224,7 @@ func TestConfigurationExamples(t *testing.T) {
 			}
 		}
 	}
-	if _, err := deployments.Load(os.DirFS("../../deployments/example")); err != nil {
+	if _, err := deployments.Load(os.DirFS("../../deployments/example/repo")); err != nil {
 		t.Errorf("the example is no deployments repo any more: %v", err)
 	}
 }
