@@ -194,8 +194,8 @@ func (b before) created(now time.Time) time.Time {
 }
 
 // deltas returns the deltas that an earlier run published with this very tree, and ok is false if publish is to look
-// for its own: a release is immutable, and other releases may exist by now. They can do no harm, whoever made them: what comes out is
-// checked.
+// for its own: a release is immutable, and other releases may exist by now. They can do no harm, whoever made them:
+// what comes out is checked.
 func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {
