@@ -160,7 +160,8 @@ func TestDemoWalks(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, step := range []string{"all three nodes are live", "all three switched", "unpin", "goes back to 1.1.0", "converged"} {
+	steps := []string{"all three nodes are live", "all three switched", "unpin", "goes back to 1.1.0", "converged"}
+	for _, step := range steps {
 		if !strings.Contains(string(out), step) {
 			t.Errorf("it doesn't say %q:\n%s", step, out)
 		}

@@ -57,7 +57,8 @@ func convergeStretchers(
 
 // relativeCommands reports whether a manifest's commands depend on where, and as whom, the agent runs.
 func relativeCommands(manifest string) bool {
-	return slices.ContainsFunc([]string{"pwd", "> srv/", "$HOME"}, func(s string) bool { return strings.Contains(manifest, s) })
+	uses := func(s string) bool { return strings.Contains(manifest, s) }
+	return slices.ContainsFunc([]string{"pwd", "> srv/", "$HOME"}, uses)
 }
 
 // converge starts an agent, gives it the units of runs one after the other, and compares.
@@ -94,7 +95,8 @@ func converge(
 	}
 	cmd := exec.Command(self, "agent", "--kv", "file://"+kvDir, "--node", "n1", "--stage", "prod", "--roles", "web",
 		"--state-dir", state, "--local-sources", "--verify-every", "0")
-	cmd.Env = slices.Concat([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + home, "LC_ALL=C", "RUN=1", "KEDGE_PLAY=1"},
+	cmd.Env = slices.Concat(
+		[]string{"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + home, "LC_ALL=C", "RUN=1", "KEDGE_PLAY=1"},
 		strings.Split(strings.ReplaceAll(strings.Join(runs[0].c.env, "\x00"), "DIR", home), "\x00"), s3.Env())
 	cmd.Dir = home
 	var log bytes.Buffer
@@ -122,7 +124,8 @@ func converge(
 	}
 	for _, r := range runs {
 		t.Run(r.c.name, func(t *testing.T) {
-			got := outcome{Failed: ended[r.key].State != deployments.StateConverged, Tree: describeTree(t, r.srv()), Hooks: r.hooks()}
+			failed := ended[r.key].State != deployments.StateConverged
+			got := outcome{Failed: failed, Tree: describeTree(t, r.srv()), Hooks: r.hooks()}
 			diff := compareOutcomes(got, wanted[r])
 			switch {
 			case r.c.agent != "" && reasons[r.c.agent] == "":

@@ -28,8 +28,8 @@ func (x *announcement) begins() bool {
 }
 
 // announce waits until the store holds that a unit is in mid-switch, where a rollout's budget counts it: of a node that
-// dies in its first steps the mirror would not know else that it is out of service, and would give its place away. While
-// the store is away it begins nothing, and stays in service.
+// dies in its first steps the mirror would not know else that it is out of service, and would give its place away.
+// While the store is away it begins nothing, and stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther

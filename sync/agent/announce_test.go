@@ -45,7 +45,8 @@ func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 	silent := new(atomic.Bool)
 	status := w.path("kv", kv.StatusKey("prod", "web", node))
 	looks := func(m *deployments.Manifest) {
-		m.Commands.Pre = []deployments.Command{{Run: fmt.Sprintf("cat %s* >%s", status, w.path("seen")), Timeout: time.Minute}}
+		look := fmt.Sprintf("cat %s* >%s", status, w.path("seen"))
+		m.Commands.Pre = []deployments.Command{{Run: look, Timeout: time.Minute}}
 	}
 	one, two, three := w.publish("app", "1"), w.publish("app", "2", looks), w.publish("app", "3", looks)
 	w.desire(app, deployments.Record{Target: one, Generation: 1})

@@ -282,8 +282,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	o, ordered := in.orders[u.ID]
 	step := policy.Next(policy.Situation{
 		Now: in.now.UTC().Truncate(time.Millisecond), Unit: u, Commit: in.commit.Hash, Record: w.before, Nodes: nodes,
-		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID], Order: string(o.Verb),
-		Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
+		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
+		Order: string(o.Verb), Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
 	// After a restore nodes join anew, before a record may take them for what they reported earlier.
 	if until := in.seen().Add(in.rebuildWait); step.Record.Generation > w.before.Generation && u.Rollout != nil &&
