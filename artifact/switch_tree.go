@@ -24,9 +24,6 @@ type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
 
-// Restore can't: these strategies write over what is at dest, or have it moved away by a command.
-func (t treeSwitcher) Restore() (bool, error) { return false, nil }
-
 func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }
@@ -228,7 +225,7 @@ func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 	if from := r.Manifest.ExcludeFrom; from != "" {
 		// rsync ends as it does when a disk fails, which is tried again for ever.
 		if !exists(filepath.Join(s.tree(r), from)) {
-			return nil, fmt.Errorf("exclude_from: the archive has no file %s", from)
+			return nil, fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
 		}
 		args = append(args, "--exclude-from", filepath.Join(s.tree(r), from))
 	}
@@ -530,7 +527,7 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 		return nil // the failed one was never moved to dest
 	}
 	if exists(aside) && exists(dest) && !staged {
-		return removeTree(aside) // it was cut off after the last rename
+		return m.discard(aside) // it was cut off after the last rename
 	}
 	if !staged {
 		if err := m.Stage(ctx, r, StageOptions{}); err != nil {
@@ -545,7 +542,7 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	if err := m.put(ctx, parent, r); err != nil {
 		return err
 	}
-	return removeTree(aside)
+	return m.discard(aside)
 }
 
 func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }

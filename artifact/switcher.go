@@ -29,8 +29,10 @@ type Switcher interface {
 	// SwitchBack makes rel live again after failed, or a part of it. It stages rel again if its tree is gone.
 	// dirty says that a release before failed may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
-	// Restore puts back what was at dest before the first release, and reports whether that is there now.
-	Restore() (bool, error)
+	// Keep is called before anything is done for a unit's first release: Restore can put back then what is at dest.
+	Keep(ctx context.Context, rel *Release) error
+	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
+	Restore(ctx context.Context, rel *Release) (bool, error)
 	// Live reports whether dest holds rel, as far as a few system calls can tell.
 	Live(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
@@ -58,6 +60,9 @@ type SwitcherConfig struct {
 	// Trees is a private directory for the unpacked trees of the strategies rsync and mv, and Made for what releases'
 	// commands made, where the strategy keeps no directory of its own.
 	Trees, Made string
+	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv; empty:
+	// they keep nothing of it.
+	Before string
 	// RsyncVerbose are the options that say what rsync tells; nil: -v.
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see PlaceOptions.
@@ -93,7 +98,8 @@ type commandsOnly struct{}
 func (commandsOnly) Stage(context.Context, *Release, StageOptions) error           { return nil }
 func (commandsOnly) Switch(context.Context, *Release) error                        { return nil }
 func (commandsOnly) SwitchBack(_ context.Context, _, _ *Release, _ bool) error     { return nil }
-func (commandsOnly) Restore() (bool, error)                                        { return false, nil }
+func (commandsOnly) Keep(context.Context, *Release) error                          { return nil }
+func (commandsOnly) Restore(context.Context, *Release) (bool, error)               { return false, nil }
 func (commandsOnly) Live(*Release) bool                                            { return true }
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
@@ -135,7 +141,10 @@ func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) e
 	return l.Switch(ctx, rel)
 }
 
-func (l linkSwitcher) Restore() (bool, error) { return l.releases.restore() }
+// Keep has nothing to do: the first switch moves what is at dest in among the releases.
+func (l linkSwitcher) Keep(context.Context, *Release) error { return nil }
+
+func (l linkSwitcher) Restore(context.Context, *Release) (bool, error) { return l.releases.restore() }
 
 func (l linkSwitcher) Live(rel *Release) bool {
 	dir := l.Dir(rel)

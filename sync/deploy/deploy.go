@@ -403,6 +403,9 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 			return err
 		}
 	}
+	if err := u.keepBefore(ctx, r); err != nil {
+		return err
+	}
 	if err := u.survey(ctx, r); err != nil {
 		return err
 	}
@@ -434,6 +437,16 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	}
 	u.at("begun")
 	return u.advance(ctx)
+}
+
+// keepBefore keeps what is at dest before the first release, for restore. What a deployment that is superseded has
+// begun to change is not that any more: it has been kept.
+func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release) error {
+	d := u.j.Deployment
+	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
+		return nil
+	}
+	return u.switcher(r).Keep(ctx, r)
 }
 
 // converged reports whether there is nothing to do for p.

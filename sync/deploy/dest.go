@@ -13,9 +13,14 @@ import (
 
 // switcher returns the Switcher of r's strategy and dest.
 func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
+	before := u.beforeDir()
+	if u.c.ID == (deployments.UnitID{}) {
+		before = "" // kedge run leaves what failed, as stretcher does
+	}
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
-		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Made: u.madeDir(), RsyncVerbose: u.c.RsyncVerbose,
-		Within: u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
+		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Made: u.madeDir(), Before: before,
+		RsyncVerbose: u.c.RsyncVerbose,
+		Within:       u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
 		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
 			log := u.log
 			if silent {
@@ -29,6 +34,7 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 
 func (u *Unit) treesDir() string     { return filepath.Join(u.c.Dir, treesDir) }
 func (u *Unit) madeDir() string      { return filepath.Join(u.c.Dir, madeDir) }
+func (u *Unit) beforeDir() string    { return filepath.Join(u.c.Dir, beforeDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 
 // Mark is what a deployment left at its dest, to tell by a look whether something else has deployed there since.

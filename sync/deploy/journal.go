@@ -22,6 +22,7 @@ const (
 	manifestsDir = "manifests"
 	treesDir     = "trees"
 	madeDir      = "made"
+	beforeDir    = "before"
 
 	// maxQuarantined bounds the list, which every report carries; the oldest go first.
 	maxQuarantined = 16

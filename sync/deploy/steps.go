@@ -274,7 +274,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case d.Step == stepBackUndrain && (old != nil || d.Restored || d.Fault == nil && u.j.Running.IsZero()):
 		return undrained, u.drain(ctx, false)
 	case d.Step == stepBack && old == nil && d.From.IsZero() && u.j.LastGood.IsZero():
-		return u.restore(d, r)
+		return u.restore(ctx, d, r)
 	case old == nil:
 		return nil, nil // nothing good to go back to: the node stays out of service
 	case d.Step == stepBack:
@@ -378,15 +378,17 @@ func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) err
 		d.target().Digest.Short(), u.name(), cause)
 }
 
-// restore puts back what was at dest before the first release, which has failed.
-func (u *Unit) restore(d *deployment, r *artifact.Release) (func(*journal), error) {
-	if d.Fault == nil {
-		return nil, nil // it was taken back before its switch
+// restore puts back what was at dest before the first release, which has failed or was stopped.
+func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
+	// This strategy's switch is one rename: what was stopped before it has changed nothing.
+	atomic := r.Manifest.Strategy == deployments.StrategyRelease
+	if d.Fault == nil && atomic {
+		return nil, nil
 	}
 	restored := !d.Touched && exists(r.Manifest.Dest)
-	if d.Touched {
+	if d.Touched || !restored && !atomic { // a pre command has moved it away
 		var err error
-		if restored, err = u.switcher(r).Restore(); err != nil {
+		if restored, err = u.switcher(r).Restore(ctx, r); err != nil {
 			return nil, err
 		}
 	}
@@ -491,6 +493,9 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 // for whoever looks at it, until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
+	if err := artifact.PruneTrees(u.beforeDir(), nil); err != nil {
+		return err
+	}
 	if d.Fault == nil {
 		return u.prune(r, r.Manifest.Keep, nil)
 	}

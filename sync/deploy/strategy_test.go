@@ -205,50 +205,126 @@ func TestVerifyAndHeal(t *testing.T) {
 }
 
 // What served before kedge, a tree or a link of another tool's, is kept, and is back in service when the first
-// release fails.
+// release fails, or a command has moved it away and fails then.
 func TestFirstReleaseGoesBackToWhatWasThere(t *testing.T) {
 	t.Parallel()
-	for name, prepare := range map[string]func(w *world) error{
-		"tree": func(w *world) error { return os.Rename(w.path("old"), w.dest()) },
-		"link": func(w *world) error { return os.Symlink("../old", w.dest()) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			w := newWorld(t)
-			if err := os.MkdirAll(w.path("old", "dir"), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			for _, f := range []string{"a", "dir/b", "z"} {
-				if err := os.WriteFile(w.path("old", f), []byte("foreign"), 0o644); err != nil {
-					t.Fatal(err)
+	all := []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv}
+	for _, strategy := range all {
+		for name, prepare := range map[string]func(w *world) error{
+			"tree": func(w *world) error { return os.Rename(w.path("old"), w.dest()) },
+			"link": func(w *world) error { return os.Symlink("../old", w.dest()) },
+		} {
+			t.Run(string(strategy)+" "+name, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				w.foreign(prepare)
+				inStrategy := func(m *deployments.Manifest) {
+					m.Strategy = strategy
+					if strategy == deployments.StrategyMv {
+						m.Commands.Pre = []deployments.Command{{Run: "rm -rf DEST.old; mv DEST DEST.old"}}
+						m.Commands.Pre[0].Run = strings.ReplaceAll(m.Commands.Pre[0].Run, "DEST", w.dest())
+					}
 				}
-			}
-			if err := prepare(w); err != nil {
-				t.Fatal(err)
-			}
-			var d drains
-			u := w.open(func(c *Config) { c.Drain = d.drain })
-			for _, version := range []string{"1", "2"} { // also the second time
-				bad := w.publish(version, fails)
-				w.wantFailed(u, bad, deployments.Pointer{})
-				w.wantVersion("foreign")
-				if s := u.State(); !s.Running.IsZero() || s.Drained || s.Unfinished || !slices.Contains(s.Quarantined, bad.Digest) {
-					t.Errorf("state: %+v", s)
+				var d drains
+				u := w.open(func(c *Config) { c.Drain = d.drain })
+				for version, change := range map[string]func(*deployments.Manifest){
+					"1": fails, // and another one, after it
+					"2": func(m *deployments.Manifest) {
+						fails(m)
+						if strategy != deployments.StrategyRelease {
+							m.Commands.Post[0].Run = "rm -rf " + w.dest() + "; false"
+						}
+					},
+					"3": func(m *deployments.Manifest) {
+						m.Commands.Pre = append(m.Commands.Pre, deployments.Command{Run: "false"})
+					},
+				} {
+					bad := w.publish(version, func(m *deployments.Manifest) { inStrategy(m); change(m) })
+					w.wantFailed(u, bad, deployments.Pointer{})
+					w.wantForeign()
+					w.wantRestored(u, bad)
+					if got := d.take(); !slices.Equal(got, []bool{true, false}) {
+						t.Errorf("drain: %v", got)
+					}
 				}
-				if got := d.take(); !slices.Equal(got, []bool{true, false}) {
-					t.Errorf("drain: %v", got)
+				good := w.publish("4", inStrategy)
+				w.deploy(u, good)
+				w.wantVersion("4")
+				// From now on a failure goes back to that one.
+				w.wantFailed(u, w.publish("5", func(m *deployments.Manifest) { inStrategy(m); fails(m) }), good)
+				w.wantVersion("4")
+				kept, err := filepath.Glob(w.dest() + ".releases/adopted-*")
+				if err != nil || len(kept) != 1 && strategy == deployments.StrategyRelease {
+					t.Errorf("kept: %q, %v", kept, err)
 				}
-			}
-			good := w.publish("3", nil)
-			w.deploy(u, good)
-			w.wantVersion("3")
-			// From now on a failure goes back to that one.
-			w.wantFailed(u, w.publish("4", fails), good)
-			w.wantVersion("3")
-			kept, err := filepath.Glob(w.dest() + ".releases/adopted-*")
-			if err != nil || len(kept) != 1 {
-				t.Errorf("kept: %q, %v", kept, err)
-			}
-		})
+				if left, _ := os.ReadDir(u.beforeDir()); len(left) > 0 {
+					t.Errorf("nobody needs %v any more", left)
+				}
+			})
+		}
+	}
+}
+
+// foreign makes a tree that kedge knows nothing of, as a release of another tool's.
+func (w *world) foreign(prepare func(w *world) error) {
+	w.t.Helper()
+	err := os.MkdirAll(w.path("old", "dir"), 0o755)
+	for _, f := range []string{"a", "dir/b", "z"} {
+		err = errors.Join(err, os.WriteFile(w.path("old", f), []byte("foreign"), 0o640))
+	}
+	if err := errors.Join(err, prepare(w)); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// wantRestored wants nothing to run, and bad to be in quarantine.
+func (w *world) wantRestored(u *Unit, bad deployments.Pointer) {
+	w.t.Helper()
+	s := u.State()
+	if !s.Running.IsZero() || s.Drained || s.Unfinished || !slices.Contains(s.Quarantined, bad.Digest) {
+		w.t.Errorf("state: %+v", s)
+	}
+}
+
+// wantForeign wants what foreign made to be at dest, with its modes.
+func (w *world) wantForeign() {
+	w.t.Helper()
+	w.wantVersion("foreign")
+	info, err := os.Stat(filepath.Join(w.dest(), "a"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if info.Mode() != 0o640 {
+		w.t.Errorf("a has mode %v", info.Mode())
+	}
+}
+
+// Wherever the first release is killed, it ends, and what served before is whole again.
+func TestFirstReleaseKilledAnywhere(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRsync, deployments.StrategyMv} {
+		for _, point := range []string{
+			"begun", "after pre", "before switch", "after switch", "after post", "before back", "after back", "before failure",
+		} {
+			t.Run(string(strategy)+" "+point, func(t *testing.T) {
+				t.Parallel()
+				w := newWorld(t)
+				w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+				bad := w.publish("1", func(m *deployments.Manifest) {
+					m.Strategy = strategy
+					if strategy == deployments.StrategyMv {
+						m.Commands.Pre = []deployments.Command{{Run: "mv " + w.dest() + " " + w.dest() + ".old"}}
+					}
+					fails(m)
+				})
+				w.cut(w.open(nil), bad, point)
+				u := w.open(nil)
+				if err := u.Recover(t.Context()); err == nil && w.version() == "foreign" {
+					w.wantFailed(u, bad, deployments.Pointer{}) // it was taken back, and is tried again
+				}
+				w.wantForeign()
+				w.wantRestored(u, bad)
+			})
+		}
 	}
 }

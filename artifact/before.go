@@ -1,0 +1,194 @@
+package artifact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/deployments/durable"
+)
+
+// forget removes what Keep remembered.
+func (t treeSwitcher) forget() error {
+	if t.c.Before == "" {
+		return nil
+	}
+	return removeTree(t.c.Before)
+}
+
+// keptTree is the copy of what was at dest before the strategy rsync wrote over it.
+func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
+
+// Keep copies what is at dest, but for what rsync will leave alone there: excluded files, and mounts.
+func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
+	if err := s.forget(); s.c.Before == "" || err != nil {
+		return err
+	}
+	dest, err := s.open(r)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		return nil // nothing served from there
+	}
+	if err != nil {
+		return err
+	}
+	defer dest.Close()
+	if found, err := os.ReadDir(dest.Path("")); err != nil || len(found) == 0 {
+		return err
+	}
+	args, err := s.args(r, dest)
+	if errors.Is(err, ErrUntouched) {
+		return nil // the switch will fail with that
+	}
+	if err != nil {
+		return err
+	}
+	mounts, err := mountsBelow(dest.Path(""))
+	if err != nil {
+		return fmt.Errorf("looking for mounts in dest: %w", err)
+	}
+	for _, m := range mounts {
+		if m != "." {
+			args = append(args, "--exclude", "/"+rsyncLiteral.Replace(m)+"/***")
+		}
+	}
+	part := filepath.Join(s.c.Before, "part")
+	if err := os.MkdirAll(part, 0o700); err != nil {
+		return err
+	}
+	if err := s.tool(ctx, "rsync", append(args, "-H", dest.PathForTool("")+"/", part+"/")...); err != nil {
+		return fmt.Errorf("keeping a copy of what is at %s before the first release: %w", r.Manifest.Dest, err)
+	}
+	if err := syncFS(part); err != nil {
+		return err
+	}
+	return moveDurably(part, s.keptTree())
+}
+
+// Restore has rsync make dest as it was before. What is excluded or mounted there was left alone.
+func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
+	if s.c.Before == "" || !exists(s.keptTree()) {
+		return false, nil
+	}
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // exclude_from lies in its tree
+		return false, err
+	}
+	parent, err := s.place(r)
+	if err != nil {
+		return false, err
+	}
+	defer parent.Close()
+	dest, err := s.dest(parent, r, true)
+	if err != nil {
+		return false, err
+	}
+	defer dest.Close()
+	args, err := s.args(r, dest)
+	if err != nil {
+		return false, err
+	}
+	if err := s.tool(ctx, "rsync", append(args, "-H", s.keptTree()+"/", dest.PathForTool("")+"/")...); err != nil {
+		return false, fmt.Errorf("putting back what was at %s before the first release: %w", r.Manifest.Dest, err)
+	}
+	return true, syncFS(dest.Path(""))
+}
+
+// identity tells a file from every other, also from one that got its inode after it.
+func identity(path string) (string, error) {
+	var st unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_BTIME, &st)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d:%d %d %d.%d\n", st.Dev_major, st.Dev_minor, st.Ino, st.Btime.Sec, st.Btime.Nsec), nil
+}
+
+func (m moveSwitcher) keptIdentity() string { return filepath.Join(m.c.Before, "identity") }
+
+// Keep notes which directory, or link, dest is: a pre command is about to move it away, or else the release can't be
+// moved there.
+func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
+	if err := m.forget(); m.c.Before == "" || err != nil {
+		return err
+	}
+	parent, err := m.place(r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	id, err := identity(parent.Path(filepath.Base(r.Manifest.Dest)))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(m.c.Before, 0o700); err != nil {
+		return err
+	}
+	return durable.WriteFile(m.keptIdentity(), []byte(id), 0o600)
+}
+
+// Restore moves back what Keep noted, if it still lies in dest's directory, under whatever name.
+func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
+	if m.c.Before == "" {
+		return false, nil
+	}
+	want, err := os.ReadFile(m.keptIdentity())
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	parent, err := m.place(r)
+	if err != nil {
+		return false, err
+	}
+	defer parent.Close()
+	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
+	if id, err := identity(dest); err == nil && id == string(want) {
+		return true, m.discard(aside) // it was cut off after the last rename
+	}
+	siblings, err := os.ReadDir(parent.Path(""))
+	if err != nil {
+		return false, err
+	}
+	for _, s := range siblings {
+		moved := parent.Path(s.Name())
+		if id, err := identity(moved); err != nil || id != string(want) {
+			continue
+		}
+		if exists(dest) {
+			if err := errors.Join(m.discard(aside), moveDurably(dest, aside)); err != nil {
+				return false, err
+			}
+		}
+		if err := moveDurably(moved, dest); err != nil {
+			return false, err
+		}
+		return true, m.discard(aside)
+	}
+	if m.c.Log != nil {
+		m.c.Log.Warn("what was at dest before the first release can't be put back: the pre commands removed it, or "+
+			"moved it out of dest's directory", "dest", r.Manifest.Dest)
+	}
+	return false, nil
+}
+
+// discard removes a release that failed. What is mounted in it doesn't hold up the way back.
+func (m moveSwitcher) discard(aside string) error {
+	err := removeTree(aside)
+	if errors.Is(err, errMounted) && m.c.Log != nil {
+		m.c.Log.Warn("a release that failed can't be removed", "error", err)
+		return nil
+	}
+	return err
+}
