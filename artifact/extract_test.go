@@ -26,6 +26,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/fuzzlimit"
 )
 
 // tarOf makes a tar; a regular entry's content is in its Linkname.
@@ -664,7 +665,8 @@ func FuzzExtract(f *testing.F) {
 		}
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
 		from := object.Source{Client: object.New(object.Config{}), URL: m.Src}
-		err := extract(t.Context(), from, m, dir, StageOptions{}, nil)
+		var err error
+		fuzzlimit.Run(t, data, func() { err = extract(t.Context(), from, m, dir, StageOptions{}, nil) })
 		if outside := list(t, outer); len(outside) != 1 {
 			t.Fatalf("it wrote outside of the tree: %q", outside)
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"kedge/deployments"
+	"kedge/deployments/fuzzlimit"
 )
 
 // goodIndex is small, and valid.
@@ -207,7 +208,9 @@ func FuzzIndex(f *testing.F) {
 	f.Add(goodIndex().encode())
 	f.Add((&index{}).encode())
 	f.Fuzz(func(t *testing.T, data []byte) {
-		x, err := decodeIndex(data)
+		var x *index
+		var err error
+		fuzzlimit.Run(t, data, func() { x, err = decodeIndex(data) })
 		if err != nil {
 			return
 		}
@@ -240,7 +243,9 @@ func FuzzDelta(f *testing.F) {
 			return
 		}
 		var out bytes.Buffer
-		if err := applyPatch(patch, old, &out, size); err == nil && out.Len() != size {
+		var err error
+		fuzzlimit.Run(t, patch, func() { err = applyPatch(patch, old, &out, size) })
+		if err == nil && out.Len() != size {
 			t.Errorf("a patch made %d bytes of %d", out.Len(), size)
 		}
 	})
@@ -252,7 +257,11 @@ func FuzzPatch(f *testing.F) {
 	f.Add([]byte(prose(1, 5000)), []byte(prose(1, 2000)+"x"+prose(1, 5000)))
 	f.Fuzz(func(t *testing.T, old, new []byte) {
 		var out bytes.Buffer
-		if err := applyPatch(appendPatch(nil, newMatcher(old), old, new), old, &out, len(new)); err != nil {
+		var err error
+		fuzzlimit.Run(t, new, func() {
+			err = applyPatch(appendPatch(nil, newMatcher(old), old, new), old, &out, len(new))
+		})
+		if err != nil {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(out.Bytes(), new) {

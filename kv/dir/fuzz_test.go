@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"kedge/deployments/fuzzlimit"
 	"kedge/kv"
 )
 
@@ -19,7 +20,9 @@ func FuzzKey(f *testing.F) {
 		root := t.TempDir()
 		dir := filepath.Join(root, "store")
 		s := open(t, dir)
-		if err := s.Commit(t.Context(), nil, kv.Put(key, []byte("v"))); err == nil {
+		var err error
+		fuzzlimit.Run(t, key, func() { err = s.Commit(t.Context(), nil, kv.Put(key, []byte("v"))) })
+		if err == nil {
 			e, err := s.Get(t.Context(), key)
 			if err != nil || e.Key != key || string(e.Value) != "v" {
 				t.Errorf("put %q, got %+v, %v", key, e, err)
@@ -31,7 +34,7 @@ func FuzzKey(f *testing.F) {
 		} else if entries, err := s.List(t.Context(), ""); err != nil || len(entries) != 0 {
 			t.Errorf("the refused key %q left %+v, %v", key, entries, err)
 		}
-		err := filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
+		err = filepath.WalkDir(root, func(path string, _ fs.DirEntry, err error) error {
 			if err == nil && path != root && path != dir && !strings.HasPrefix(path, dir+string(os.PathSeparator)) {
 				t.Errorf("the key %q made %s", key, path)
 			}

@@ -19,6 +19,7 @@ import (
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/fuzzlimit"
 )
 
 func TestParseInput(t *testing.T) {
@@ -58,7 +59,11 @@ func FuzzParseInput(f *testing.F) {
 	f.Add("s3://b/k\n", "")
 	f.Add(`[{"ID":"1","Payload":"Zm9v"}]`, "1")
 	f.Fuzz(func(t *testing.T, in, index string) {
-		url, err := ParseInput(strings.NewReader(in), func(string) string { return index })
+		var url string
+		var err error
+		fuzzlimit.Run(t, in, func() {
+			url, err = ParseInput(strings.NewReader(in), func(string) string { return index })
+		})
 		if err != nil && url != "" {
 			t.Errorf("%q and %v", url, err)
 		}

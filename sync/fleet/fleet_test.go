@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/fuzzlimit"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 )
@@ -113,13 +114,16 @@ func FuzzAssemble(f *testing.F) {
 	}
 	f.Add("status/prod/web\r/web-1", []byte(`{"units":{"app":{}}}`), "alive")
 	f.Fuzz(func(t *testing.T, key string, value []byte, session string) {
-		fleet := Assemble([]kv.Entry{{Key: key, Value: value, Session: session, Version: 1}, put(kv.DesiredKey(app), release("app", "1").String())}, noon)
 		var out strings.Builder
-		for _, width := range []int{0, 20, 80} {
-			if err := WriteTable(&out, fleet, TableOptions{Width: width, Nodes: true}); err != nil {
-				t.Fatal(err)
+		fuzzlimit.Run(t, value, func() {
+			fleet := Assemble([]kv.Entry{{Key: key, Value: value, Session: session, Version: 1},
+				put(kv.DesiredKey(app), release("app", "1").String())}, noon)
+			for _, width := range []int{0, 20, 80} {
+				if err := WriteTable(&out, fleet, TableOptions{Width: width, Nodes: true}); err != nil {
+					t.Fatal(err)
+				}
 			}
-		}
+		})
 		if strings.ContainsAny(out.String(), "\x1b\r\a") {
 			t.Errorf("control characters reach the terminal: %q", out.String())
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/go-git/go-git/v5/plumbing"
 
+	"kedge/deployments/fuzzlimit"
 	"kedge/sync/git/gittest"
 )
 
@@ -83,7 +84,8 @@ func FuzzSplitSignature(f *testing.F) {
 	f.Add([]byte("gpgsig \n \n\n"))
 	f.Add([]byte("\n"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		payload, signature := splitSignature(raw)
+		var payload, signature []byte
+		fuzzlimit.Run(t, raw, func() { payload, signature = splitSignature(raw) })
 		if signature == nil {
 			if !bytes.Equal(payload, raw) {
 				t.Fatalf("%q became %q", raw, payload)

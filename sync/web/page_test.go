@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"kedge/deployments"
+	"kedge/deployments/fuzzlimit"
 	"kedge/kv"
 )
 
@@ -244,10 +245,12 @@ func FuzzPages(f *testing.F) {
 		w := offline(t, troubledScene(text))
 		for _, address := range []string{"/", "/prod/web/app", "/prod/web/app/web-2", "/-/overrides",
 			"/?" + url.Values{"q": {text}, "state": {text}}.Encode()} {
-			_, html := page(t, w, address)
-			if _, err := parse(html); err != nil {
-				t.Fatalf("%s: %v\n%s", address, err, html)
-			}
+			fuzzlimit.Run(t, text, func() {
+				_, html := page(t, w, address)
+				if _, err := parse(html); err != nil {
+					t.Fatalf("%s: %v\n%s", address, err, html)
+				}
+			})
 		}
 	})
 }
