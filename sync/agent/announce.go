@@ -63,3 +63,15 @@ func (a *Agent) announced(role string, w writtenReport) {
 		}
 	}
 }
+
+// announces reports whether a switch of a role's units waits for the store to hold a report.
+func (a *Agent) announces(role string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id, u := range a.units {
+		if id.Role == role && !u.announce.begins() {
+			return true
+		}
+	}
+	return false
+}

@@ -62,6 +62,9 @@ func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 		silent.Store(true)
 		w.desire(app, rolls(generation, two))
 		a.awaitState(app, deployments.StateSwitching)
+		if !a.announces(app.Role) {
+			t.Error("the report that it waits for may be held back")
+		}
 		steadily(t, "while nobody can be told", func() (bool, string) {
 			_, err := os.Stat(w.path("seen"))
 			ready, body := a.get("/ready")
@@ -87,6 +90,10 @@ func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 	said, err := deployments.ParseReport(r)
 	if u := said.Units["app"]; err != nil || u.State != deployments.StateSwitching || u.Want != two || u.Running != one {
 		t.Errorf("when its first command ran, the store held %s: %v", r, err)
+	}
+
+	if a.announces(app.Role) {
+		t.Error("a switch that has begun still lets reports go unbounded")
 	}
 
 	silent.Store(true) // without a budget nobody counts

@@ -21,7 +21,7 @@ const (
 	// switchWithin is how long a node whose release lies ready waits for its switch to begin, before it reports that it
 	// is on its way: until then nothing is out of service.
 	switchWithin = time.Second
-	// reportsPerSecond and reportBurst bound all reports.
+	// reportsPerSecond and reportBurst bound all reports but those that a switch waits for.
 	reportsPerSecond = 4
 	reportBurst      = 16
 	leaveWithin      = 5 * time.Second
@@ -147,7 +147,9 @@ func (a *Agent) report(ctx context.Context) {
 				later(wait)
 				continue
 			}
-			if !limit.Allow() { // no waiting with this one in hand: by then it is old, and the newest would wait for another turn
+			// No waiting with this one in hand: by then it is old, and the newest would wait for another turn. What a
+			// switch waits for comes no more often than switches do.
+			if !limit.Allow() && !a.announces(role) {
 				later(time.Second / reportsPerSecond)
 				continue
 			}
