@@ -57,7 +57,7 @@ func ClaimOf(r deployments.Record) int64 {
 	return r.Generation
 }
 
-// successor is the record of a new target, as far as it doesn't depend on why there is one. ok is false if nodes
+// successor returns the record that a new target begins with, whatever the reason for the target. ok is false if nodes
 // have to come together first, as the record couldn't tell apart all the releases that they run.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
 	was := in.Record
@@ -107,7 +107,7 @@ func begin(in *inputs, st state, target deployments.Pointer) state {
 	return launch(in, next)
 }
 
-// launch lets a rollout that stands at its beginning go, or ends it if there is nothing to roll out.
+// launch starts a rollout that stands at its beginning, or ends it if there is nothing to roll out.
 func launch(in *inputs, st state) state {
 	revert := st.r.Stable == st.r.Target
 	was := in.Record
@@ -199,7 +199,7 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	return launch(in, next)
 }
 
-// gitsRecord is what is to be remembered of Git's record while a pin has its place.
+// gitsRecord returns the part of Git's record that is kept while a pin takes its place.
 func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned

@@ -9,8 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// Bounds are what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its
-// own kedge.yaml. The zero value allows everything.
+// Bounds limit what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own
+// kedge.yaml. The zero value allows everything.
 type Bounds struct {
 	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any.
 	Sources []string
@@ -25,7 +25,7 @@ type Bounds struct {
 	NoCommands bool
 }
 
-// BoundsOf are those of kedge.yaml for a stage.
+// BoundsOf returns the bounds that kedge.yaml sets for a stage.
 func BoundsOf(s deployments.Settings, stage string) Bounds {
 	commands, set := deployments.OfStage(s.Commands, stage)
 	b := Bounds{NoCommands: set && !commands}
@@ -35,7 +35,7 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 	return b
 }
 
-// OnManifests reports whether it takes a release's manifest to tell what is allowed: sources alone are in the pointer.
+// OnManifests reports whether these bounds need a release's manifest to be checked: sources need its pointer alone.
 func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
 // CheckSource reports why nothing may be fetched from a URL; nil: it may.

@@ -74,7 +74,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 	return st, admitted, moved
 }
 
-// isAdmitted reports whether a node goes to the target, or is there.
+// isAdmitted reports whether a node runs the target, or may go to it.
 func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.told || x.node.Report.Running.Digest == st.r.Target.Digest)
 }

@@ -25,7 +25,7 @@ type Verdict struct {
 	Never bool
 }
 
-// Facts tells of the window, for a reason.
+// Facts returns the window as the facts of a reason.
 func (v Verdict) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {

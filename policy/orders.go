@@ -6,7 +6,7 @@ import (
 	"kedge/deployments"
 )
 
-// Refusal is why an order would change nothing where a record stands; empty: it would change something.
+// Refusal returns why an order would change nothing about a record; empty: it would change something.
 func Refusal(order string, r deployments.Record) (deployments.Reason, deployments.Facts) {
 	c := refusal(order, r)
 	return c.reason, c.facts
@@ -61,7 +61,7 @@ func IsOrphaned(r deployments.Record) bool {
 	return r.Orphaned || r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
 }
 
-// obey does what an operator ordered. did is what that was, refused why it changes nothing.
+// obey applies an operator's order. did is what the order did, refused why it changes nothing.
 func obey(in *inputs, st state) (next state, did, refused cause) {
 	if st.r.Target != in.Record.Target && in.Order == "promote" {
 		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
@@ -138,7 +138,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 // pinned reports whether a pin, not the record, decides for a node.
 func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
 
-// stop is what failures lead to.
+// stop applies the unit's on_failure: it pauses the rollout, as always that of a pin, or rolls it back.
 func stop(in *inputs, st state, why cause) state {
 	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
 		st = st.enter(in, deployments.PhasePaused) // where to a pin is to go back only its operator can tell

@@ -66,7 +66,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 	return st, false
 }
 
-// baked notes since when all is well, and reports whether that is long enough. who is whom it waits for.
+// baked reports whether all has been well for long enough, and notes since when it is.
 func baked(in *inputs, st state, who string) (state, bool) {
 	u := in.Unit.Rollout
 	if st.p.HealthySince.IsZero() {
@@ -89,7 +89,7 @@ func baked(in *inputs, st state, who string) (state, bool) {
 // retell is how long nodes may take to say how they are once the store is back.
 const retell = 30 * time.Second
 
-// wakeLate asks to look again when what is in flight should have come.
+// wakeLate asks for another look when the deadline of what is in flight has passed.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
 	st = st.wake(v.relisted)
 	if moved { // they all have their time from now on
@@ -160,7 +160,8 @@ func pendingApproval(in *inputs, st state) (state, bool) {
 	return wakeLate(in, st, v, false), false
 }
 
-// rolling lets the rest go, as many at a time as the budget allows, and ends when every known node is there.
+// rolling admits the remaining nodes, as many at a time as the budget allows, and ends when every known node has
+// converged.
 func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false

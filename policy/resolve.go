@@ -10,7 +10,7 @@ import (
 	"kedge/deployments"
 )
 
-// Facts is all that decides what one node should run of one unit: plain data, read by the agent.
+// Facts are the inputs of Resolve for one unit on one node: plain data, read by the agent.
 type Facts struct {
 	Unit deployments.UnitID
 	Node string
@@ -48,7 +48,7 @@ const (
 	FoundOther   Found = "other"   // what kedge did not put there, and may serve
 )
 
-// Action is what an agent does with a unit.
+// Action is what an agent should do with a unit.
 type Action string
 
 const (
@@ -58,7 +58,7 @@ const (
 	ActStage Action = "stage" // converge to Target (zero: change nothing), and have Stage ready on disk for when this node is admitted
 )
 
-// Source is which key decided.
+// Source is the key that decided.
 type Source string
 
 const (
@@ -187,7 +187,8 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	return true
 }
 
-// pinFacts tells which pin it is, what it names, and its story. A pin that holds has no release.
+// pinFacts returns a pin's facts: which pin it is, what it names, who set it, when and why. A pin that holds has no
+// release.
 func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	facts := deployments.Facts{"pin": string(from)}
 	set := func(name, value string) {
@@ -211,7 +212,7 @@ func paced(record Value[deployments.Record], p deployments.Pin) bool {
 	return record.Present && record.Err == nil && record.Value.Paced && !p.AtOnce && !p.Hold
 }
 
-// decidedBy names the step that decided so far.
+// decidedBy returns the step that has decided so far.
 func (d *Decision) decidedBy() string {
 	for _, s := range d.Trace {
 		if s.Decides {

@@ -9,7 +9,7 @@ import (
 	"kedge/deployments"
 )
 
-// Situation is all that decides what becomes of a unit's record: plain data, read by the mirror.
+// Situation are the inputs of Next for one unit's record: plain data, read by the mirror.
 type Situation struct {
 	Now time.Time
 	// Unit is the unit's file in the commit that is mirrored; Commit is that one's hash.
@@ -40,7 +40,7 @@ type Situation struct {
 	Ranks *Ranks
 }
 
-// Node is what is known of one node.
+// Node is what the mirror knows of one node.
 type Node struct {
 	Name string
 	// Gone is set if the node's session has ended: it died, or is cut off. A node that deregistered isn't there at
@@ -152,7 +152,7 @@ func clipped(s string) string {
 // inputs are what a step reads, and never writes.
 type inputs struct{ Situation }
 
-// state is what a step takes and gives: a record in the making, and what there is to say of it.
+// state is a record in the making, with its reasons: what a step takes and returns.
 type state struct {
 	r deployments.Record // its Rollout is p, if on
 	p deployments.Progress
@@ -195,13 +195,13 @@ func (st state) record() deployments.Record {
 	return r
 }
 
-// because gives the state with the reason for it.
+// because returns the state with a reason.
 func (st state) because(reason deployments.Reason, facts deployments.Facts) state {
 	st.why = cause{reason, facts}
 	return st
 }
 
-// orBecause is because, unless there is a reason already.
+// orBecause is because, unless the state has a reason already.
 func (st state) orBecause(reason deployments.Reason, facts deployments.Facts) state {
 	if st.why.reason == "" {
 		st.why = cause{reason, facts}
@@ -227,7 +227,7 @@ func (st state) enter(in *inputs, phase deployments.Phase) state {
 	return st
 }
 
-// roll goes past the canaries.
+// roll moves the rollout on from its canaries to the other nodes.
 func (st state) roll(in *inputs) state {
 	st = st.enter(in, deployments.PhaseRolling)
 	st.p.Promoted, st.p.HealthySince = true, time.Time{}

@@ -180,7 +180,8 @@ func (w *world) mirror(order string) (again time.Time) {
 		was.Superseded = slices.Clone(was.Superseded)
 	}
 	s := Situation{Now: w.now, Unit: w.unit, Commit: w.commit(), Record: before, Nodes: w.seenBy, Listed: w.listed,
-		Left: slices.SortedFunc(maps.Values(w.left), time.Time.Compare), Order: order, Freeze: w.freeze, Ranks: &w.ranks, Pin: &w.unitPin, StableBefore: w.stables}
+		Left: slices.SortedFunc(maps.Values(w.left), time.Time.Compare), Order: order, Freeze: w.freeze,
+		Ranks: &w.ranks, Pin: &w.unitPin, StableBefore: w.stables}
 	m := Next(s)
 	if s.Ranks = nil; len(w.nodes) < 100 && !reflect.DeepEqual(m, Next(s)) {
 		w.breaks("what is remembered of ranks changed the answer")

@@ -22,7 +22,7 @@ type NodeStatus struct {
 	Decisions map[string]DecisionStatus `json:"decisions"`
 }
 
-// SourceStatus says what is known of one prefix of the store.
+// SourceStatus is the state of the agent's view of one prefix.
 type SourceStatus struct {
 	Prefix string    `json:"prefix"`
 	From   string    `json:"from"` // store, last known state, snapshot, nothing yet

@@ -8,7 +8,7 @@ import (
 	"kedge/deployments"
 )
 
-// summary is what the fleet's reports say about a record's rollout.
+// summary counts the nodes of a record's rollout by what they report.
 type summary struct {
 	live, gone, pinned int
 	// followers are the pinned nodes that go by themselves to what the record's own pin names; following those of them
@@ -239,7 +239,7 @@ func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, th
 	}
 }
 
-// fly counts a node that is in flight, and reports whether its time is over.
+// fly counts a node that is in flight, and reports whether its deadline has passed.
 func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
 	due := in.due(st, n)
 	hung = !in.Now.Before(due)
@@ -284,7 +284,7 @@ func unreached(u *deployments.UnitReport) bool {
 		(u.State == deployments.StateRetrying || u.State == deployments.StateFetching)
 }
 
-// waitsFor is the code of what a stuck node waits for, with its facts.
+// waitsFor returns the reason why a stuck node waits.
 func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
 	u := &v.stuck.Report
 	if unreached(u) {

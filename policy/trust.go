@@ -23,7 +23,7 @@ const (
 // ErrUntrusted is what signatures fail with that are missing, not good, or made by nobody who may.
 var ErrUntrusted = errors.New("not signed by an allowed signer")
 
-// Signers are those whose signatures count: an allowed_signers file.
+// Signers are the keys of an allowed_signers file, whose signatures count.
 type Signers struct{ all []signer }
 
 // signer is one line of it.

@@ -307,7 +307,7 @@ func (a *Agent) Idle() <-chan struct{} { return a.idle }
 // waits for.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
-// Alive reports whether the loop still turns: what a watchdog and /live ask. It takes up to 10 s to say no.
+// Alive reports whether the agent's loop still runs: the watchdog and /live ask it. It takes up to 10 s to say no.
 func (a *Agent) Alive() bool {
 	t := time.NewTimer(10 * time.Second)
 	defer t.Stop()
@@ -319,8 +319,8 @@ func (a *Agent) Alive() bool {
 	}
 }
 
-// Retry lets what failed on this node be tried once more, and what waits for its next try go on now: one unit, or
-// all for the zero UnitID. It says whether there is such a unit.
+// Retry tries again, now, what failed on this node and what waits for its next try: of one unit, or of all for the
+// zero UnitID. It says whether there is such a unit.
 func (a *Agent) Retry(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -388,5 +388,5 @@ func (a *Agent) loop(ctx context.Context) {
 // maxRetry is the longest pause between tries.
 const maxRetry = 30 * time.Second
 
-// newBackoff returns the pauses between tries of whatever failed on this node or at the store.
+// newBackoff returns the pauses between tries after any failure, of this node or of the store.
 func newBackoff() *wait.Backoff { return wait.NewBackoff(250*time.Millisecond, maxRetry/2) }

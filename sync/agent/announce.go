@@ -52,7 +52,7 @@ func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Point
 	}
 }
 
-// announced lets the switches begin that a report of a role, which the store holds, says to be under way.
+// announced lets begin the switches that the report in the store announces.
 func (a *Agent) announced(role string, w writtenReport) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -109,7 +109,7 @@ func failureKey(
 	return "pin " + deployments.Trim(r.Pins.Value(key))
 }
 
-// aim gives each worker of a role its goal.
+// aim sets the goals of a role's workers.
 func (a *Agent) aim(r *cache.Role) {
 	after := map[string][]string{}
 	for id, u := range a.units {
@@ -151,7 +151,7 @@ func (a *Agent) aim(r *cache.Role) {
 	}
 }
 
-// aim sets what the worker should bring about, and calls off what stands in its way.
+// aim sets the worker's goal, and cancels a job that conflicts with it.
 func (u *unit) aim(g goal) {
 	if g.settle && !g.run.IsZero() && (u.settled == u.toSettle || u.deploy != nil && u.state().Running != u.toSettle) {
 		u.toSettle = g.run

@@ -147,7 +147,7 @@ func (d *drains) run(ctx context.Context) {
 	}
 }
 
-// drain is what package deploy calls around a switch.
+// drain turns the drain of a unit on or off; package deploy calls it around a switch.
 func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
 	a.drains.mu.Lock()
 	was := slices.Contains(a.drains.units, u.id)

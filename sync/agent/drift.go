@@ -54,7 +54,7 @@ func (w *driftWatcher) open() {
 	close(w.opened)
 }
 
-// watch has changed called after something happened to dest itself, or kedge was run for it.
+// watch calls changed after an event at dest itself, or after kedge run deployed to it.
 func (w *driftWatcher) watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -114,7 +114,7 @@ func (w *driftWatcher) run(ctx context.Context) {
 	}
 }
 
-// observe notes where the unit's dest should lead now that a job is done, and has it watched.
+// observe records where dest should lead after a job, and watches it.
 func (a *Agent) observe(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()
@@ -129,7 +129,7 @@ func (a *Agent) observe(u *unit) {
 	}
 }
 
-// checkLink looks whether dest is still as the last deployment left it.
+// checkLink checks that dest is still as the last deployment left it.
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -214,7 +214,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// driftPaths are what a report names of differences.
+// driftPaths returns the paths that a report names of differences.
 func driftPaths(ds []artifact.Difference) []string {
 	var paths []string
 	for _, d := range ds[:min(len(ds), maxDrift)] {
@@ -223,7 +223,7 @@ func driftPaths(ds []artifact.Difference) []string {
 	return paths
 }
 
-// toHeal reports whether there is drift that healing would end.
+// toHeal reports whether there is drift that can be healed.
 func (u *unit) toHeal() bool {
 	return u.goal.heal && len(u.drift) > 0 && !slices.Equal(u.drift, u.unhealable)
 }
@@ -237,7 +237,7 @@ const (
 	observeAgainMost = 5 * time.Minute
 )
 
-// observeOnly has a unit's release compared with what lies at its dest, in the place of anything else.
+// observeOnly compares a unit's release with its dest, and does nothing else.
 func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	p := u.goal.observe
 	switch {
@@ -280,7 +280,7 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// observing returns where a unit stands on a node that only observes: to a rollout it is one that is held.
+// observing returns the standing of a unit on a node that only observes: a rollout sees it as held.
 func (u *unit) observing() standing {
 	s := at(deployments.StateHeld, u.trouble)
 	if refused := u.refused[u.goal.observe].err; refused != nil {

@@ -18,7 +18,8 @@ type healthWatch struct {
 	done chan struct{}
 }
 
-// start has the checks of what runs go on, where they don't yet. A release that didn't run before begins healthy.
+// start begins the checks of the running release, unless they run already. A release that didn't run before begins
+// healthy.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
@@ -50,7 +51,7 @@ func (w *healthWatch) start(ctx context.Context) {
 	}()
 }
 
-// stop ends the checks, before a deployment touches what runs.
+// stop ends the checks, before a deployment changes the running release.
 func (w *healthWatch) stop() {
 	w.of = deployments.Pointer{}
 	if w.end != nil {
@@ -60,7 +61,7 @@ func (w *healthWatch) stop() {
 	}
 }
 
-// noteHealth takes what a unit's checks say.
+// noteHealth records the result of a unit's checks.
 func (a *Agent) noteHealth(u *unit, h deploy.Health) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

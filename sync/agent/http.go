@@ -28,7 +28,7 @@ const maxSocketPath = 107
 // and for POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, statedir.SocketFile) }
 
-// Status returns all that the agent knows of itself.
+// Status returns the agent's whole state.
 func (a *Agent) Status() policy.NodeStatus {
 	roles := a.Report()
 	a.mu.Lock()

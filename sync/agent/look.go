@@ -12,7 +12,7 @@ import (
 	"kedge/policy"
 )
 
-// lookedAt is what lay at the dest of a release of whose unit nothing runs.
+// lookedAt is what was found at the dest of a release while its unit ran nothing.
 type lookedAt struct {
 	release deployments.Digest
 	found   policy.Found
@@ -55,7 +55,7 @@ func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error 
 	return nil
 }
 
-// bootWithin is how long after the start of the machine an agent starts that was started with it.
+// bootWithin is how long after the machine's start an agent may start and still count as started by the boot.
 const bootWithin = 5 * time.Minute
 
 // uptime returns for how long the machine has been up; where that can't be told, for long.

@@ -10,7 +10,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// metrics are what Prometheus sees. All methods may be called without a registry.
+// metrics are the series that the agent counts as it goes; see gauges for the others. All methods may be called
+// without a registry.
 type metrics struct {
 	jobs      *prometheus.CounterVec
 	duration  *prometheus.HistogramVec
@@ -69,7 +70,7 @@ func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOf
 	m.jobs.WithLabelValues(id.Role, id.Unit, string(kind), result).Inc()
 }
 
-// forget drops what is counted of a unit that is gone.
+// forget drops the series of a unit that is gone.
 func (m *metrics) forget(id deployments.UnitID) {
 	labels := prometheus.Labels{"role": id.Role, "unit": id.Unit}
 	m.jobs.DeletePartialMatch(labels)

@@ -9,7 +9,7 @@ import (
 	"kedge/kv"
 )
 
-// naming is how an agent that was given no name finds one.
+// naming is the state of the search for a name, in an agent that was given none.
 type naming struct {
 	host string // as the machine calls itself
 	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was
@@ -69,7 +69,7 @@ func passing(err error) bool {
 	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }
 
-// storeAnswers reports whether the store is there, for whatever reason it doesn't tell this node's name.
+// storeAnswers reports whether the store is reachable, whether or not it tells this node's name.
 func (a *Agent) storeAnswers(ctx context.Context) bool {
 	_, err := a.c.Store.List(ctx, a.cache.Roles()[0].Records.Prefix)
 	return err == nil
@@ -90,7 +90,7 @@ func (a *Agent) rename(name string) {
 	}
 }
 
-// Node is this node's name, which may change once where Config gave none.
+// Node returns this node's name, which may change once if Config gave none.
 func (a *Agent) Node() string {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -146,7 +146,7 @@ func (s standing) String() string {
 	return string(s.state) + ": " + oneLine(s.err)
 }
 
-// oneLine makes of an error what fits into a report: one line of at most 300 bytes.
+// oneLine shortens an error to one line of at most 300 bytes, for a report.
 func oneLine(err error) string {
 	return clipped(strings.Join(strings.Fields(err.Error()), " "), 300)
 }

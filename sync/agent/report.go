@@ -27,7 +27,7 @@ const (
 	leaveWithin      = 5 * time.Second
 )
 
-// Report returns what the agent says of itself now, a report for each role.
+// Report returns the agent's present reports, by role.
 func (a *Agent) Report() map[string]deployments.Report {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -59,7 +59,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 	return reports
 }
 
-// maxUnitsSize bounds what the units of a report take of deployments.MaxReport, in bytes.
+// maxUnitsSize bounds the size of a report's units, in bytes.
 const maxUnitsSize = deployments.MaxReport - 8<<10
 
 // fitReport makes a report no larger than it may be: details go first, then units, the last by name. It returns how
@@ -228,7 +228,7 @@ func (a *Agent) rolesInMidSwitch() []string {
 	return roles
 }
 
-// writtenReport is a report as it is written, and what of it makes it worth that.
+// writtenReport is a report with the parts whose change makes it worth writing.
 type writtenReport struct {
 	data   []byte
 	news   string // without it nothing is written
@@ -312,7 +312,7 @@ func (a *Agent) settledIn(role string) bool {
 	return true
 }
 
-// presence ties the reports to this node, as often as it takes; nil when ctx ends.
+// presence opens the presence that holds the reports, and tries until it succeeds; nil when ctx ends.
 func (a *Agent) presence(ctx context.Context) kv.Presence {
 	retry := newBackoff()
 	for {

@@ -154,7 +154,7 @@ func (a *Agent) free(u *unit, dest string) error {
 	return nil
 }
 
-// replaced reports whether the unit yields its place to another, which has it or kept the unit out of it.
+// replaced reports whether the unit yields its place to another unit, which has it or waits for it.
 func (a *Agent) replaced(u *unit) bool {
 	if u.changing() {
 		return false
@@ -180,7 +180,7 @@ func (a *Agent) contested(u *unit) bool {
 	return false
 }
 
-// displace notes, of other units with the dest of u, that what they deployed there is there no more. a.mu is held.
+// displace notes that what other units deployed to the dest of u is gone from there.
 func (a *Agent) displace(u *unit) {
 	for _, other := range a.units {
 		if other != u && u.dest != "" && other.dest == u.dest {

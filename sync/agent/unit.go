@@ -56,7 +56,7 @@ type desired struct {
 	goal     goal
 }
 
-// observed is what the unit's worker does, and what it found.
+// observed is the worker's present job, and what its jobs found.
 type observed struct {
 	busy     job
 	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
@@ -144,7 +144,7 @@ func (u *unit) nudge() {
 	u.wake.Set()
 }
 
-// state is what is on disk; zero until it could be read.
+// state returns the unit's state on disk; zero until it could be read.
 func (u *unit) state() deploy.State {
 	if u.deploy == nil {
 		return deploy.State{}
@@ -163,7 +163,7 @@ func (a *Agent) retire() {
 	}
 }
 
-// leave removes what is left of a unit whose worker has ended as it was retired.
+// leave removes the files of a unit that was retired, after its worker has ended.
 func (a *Agent) leave(u *unit) {
 	a.mu.Lock()
 	retired := u.retired
@@ -232,7 +232,7 @@ type standing struct {
 	err    error
 }
 
-// at returns the standing of a state in which err is wrong, if anything is.
+// at returns the standing of a state, with err as what is wrong; nil: nothing.
 func at(state deployments.State, err error) standing {
 	s := standing{state: state, err: err}
 	if err != nil {
@@ -241,7 +241,7 @@ func at(state deployments.State, err error) standing {
 	return s
 }
 
-// factsOf returns what an error is about.
+// factsOf returns the facts of an error's reason.
 func factsOf(err error) deployments.Facts {
 	facts := deployments.Facts{"error": oneLine(err)}
 	if older := new(deploy.OlderError); errors.As(err, &older) {
@@ -330,7 +330,7 @@ func (u *unit) standing() standing {
 	}
 }
 
-// converged returns where a unit stands that runs what it should.
+// converged returns the standing of a unit that runs what it should.
 func (u *unit) converged() standing {
 	switch {
 	case u.unhealthy():
@@ -347,7 +347,7 @@ func (u *unit) converged() standing {
 	return at(deployments.StateConverged, u.decision.Invalid)
 }
 
-// invalid returns where a unit stands whose record or pin can't be used.
+// invalid returns the standing of a unit whose record or pin can't be used.
 func (u *unit) invalid() standing {
 	s := at(deployments.StateInvalid, u.decision.Invalid)
 	switch {
@@ -361,10 +361,10 @@ func (u *unit) invalid() standing {
 	return s
 }
 
-// unhealthy reports whether the checks of what runs fail.
+// unhealthy reports whether the checks of the running release fail.
 func (u *unit) unhealthy() bool { return u.health.Unhealthy && u.watched == u.state().Running }
 
-// sick returns what the checks of the live release say against it; nil if it is healthy.
+// sick returns the failure of the live release's checks; nil if it is healthy.
 func (u *unit) sick() error {
 	if !u.unhealthy() {
 		return nil
@@ -384,7 +384,7 @@ func (u *unit) final() bool {
 	return false
 }
 
-// serves reports whether what runs is good and in service, whatever else is wanted.
+// serves reports whether the running release is good and in service, whatever should run.
 func (u *unit) serves() bool {
 	s := u.state()
 	return !s.Running.IsZero() && s.Confirmed && !s.Drained && !s.Unfinished && !u.unhealthy()
@@ -421,14 +421,14 @@ func (u *unit) reprieved(p deployments.Pointer) bool {
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }
 
-// stamp dates the state in which the unit is, where that is another than before.
+// stamp sets the time of the state if the state changed.
 func (u *unit) stamp(now time.Time) {
 	if state := u.standing().state; state != u.reported.state {
 		u.reported = reported{state, now}
 	}
 }
 
-// report is what the unit's node says of it.
+// report returns the unit's part of the node's report.
 func (u *unit) report() deployments.UnitReport {
 	s, now := u.state(), u.standing()
 	if sick := u.sick(); sick != nil && now.reason == "" {

@@ -27,7 +27,7 @@ func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// saw takes a view of the store, and helps itself where there is nothing to see.
+// saw adopts a view of the store, and makes a missing folder key.
 func (a *Agent) saw(ctx context.Context, s *cache.Source, v kv.View) {
 	a.see(s, v)
 	if v.Synced {
@@ -68,7 +68,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	}
 }
 
-// lacksFolder reports whether there is something left for makeFolder to do.
+// lacksFolder notes and reports whether a prefix can't be read for want of its folder key.
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -77,7 +77,7 @@ func (a *Agent) lacksFolder(s *cache.Source) bool {
 	return a.making[s]
 }
 
-// see takes a view of the store.
+// see adopts a view of the store.
 func (a *Agent) see(s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -45,7 +45,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	}
 }
 
-// open opens the unit's state, as often as it takes.
+// open opens the unit's state, and tries until it succeeds.
 func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
@@ -86,7 +86,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	}
 }
 
-// end notes what came of a job.
+// end records the result of a job.
 func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, err error, took time.Duration) {
 	now, after := time.Now(), u.deploy.State()
 	var failed *deploy.Failed
@@ -185,7 +185,7 @@ func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	return a.c.AllowOlderPins && (from == policy.FromNodePin || from == policy.FromUnitPin) && u.decision.Target == p
 }
 
-// progress takes what package deploy says of a deployment under way.
+// progress records a deployment's progress, which package deploy reports.
 func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	u.fetched.Store(p.Done)
 	a.mu.Lock()
@@ -205,7 +205,7 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	a.kickReport()
 }
 
-// goal is what the loop wants of a unit's worker. The zero goal: leave it as it is, but finish what was begun.
+// goal is what a unit's worker should bring about. The zero goal: leave it as it is, but finish what was begun.
 type goal struct {
 	run    deployments.Pointer // have it live; zero: whatever runs stays
 	stage  deployments.Pointer // have it ready on disk as well
@@ -385,7 +385,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// fetch has a release on disk before it is deployed, where that takes a fetch: after the start delay, and in its turn.
+// fetch puts a release on disk before its deployment, after the start delay and in the unit's turn.
 func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
 	s := u.deploy.State()
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
@@ -418,7 +418,7 @@ const (
 	slowFetch = 1 << 20
 )
 
-// holdTurn gives a turn back once the fetch that has it is over, or slow.
+// holdTurn gives the turn back once the fetch has ended, or proves to be slow.
 func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	defer func() { <-turn }()
 	look := time.NewTicker(slowAfter)

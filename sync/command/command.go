@@ -68,7 +68,7 @@ type Env struct {
 	Run string
 }
 
-// Result is what a command did.
+// Result is the outcome of a command.
 type Result struct {
 	// Output is the beginning and the end of what it wrote to both streams, at most MaxOutput bytes, with a line between
 	// them that says how much was left out.
@@ -249,7 +249,7 @@ func endGroup(leader int, exited <-chan error) {
 	}
 }
 
-// clip makes of a script what fits into a log line and an error.
+// clip shortens a script for a log line and an error.
 func clip(s string) string {
 	s = strings.TrimSpace(s)
 	if line, _, more := strings.Cut(s, "\n"); more {

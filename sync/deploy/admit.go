@@ -54,7 +54,7 @@ var errManifestLate = fmt.Errorf(
 	object.ErrUnavailable,
 )
 
-// admitBytes is admit for a manifest's bytes.
+// admitBytes is admit for a manifest that was already read.
 func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte) (*artifact.Release, error) {
 	if err := u.trust(ctx, p, raw); err != nil {
 		return nil, err
@@ -85,7 +85,7 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 	return nil
 }
 
-// within reports what r does that it may not do here.
+// within returns why this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid it.
 func (u *Unit) within(r *artifact.Release) error {
 	if err := u.order(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
@@ -125,7 +125,7 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
-// bounded reports the first thing of r that bounds don't allow.
+// bounded reports the first thing of r that the bounds forbid.
 func bounded(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {

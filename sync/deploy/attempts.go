@@ -27,7 +27,7 @@ type attempt struct {
 	Begun []int `json:"begun,omitempty"`
 }
 
-// attempt returns what j knows of a step of a release; for reading.
+// attempt returns the journal's entry for a step of a release, to read.
 func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	for _, a := range j.Attempts {
 		if a.Digest == digest && a.Step == s {
@@ -37,7 +37,7 @@ func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	return attempt{Digest: digest, Step: s}
 }
 
-// setAttempt replaces what j knows of a's step.
+// setAttempt replaces the journal's entry for a step.
 func (j *journal) setAttempt(a attempt) {
 	same := func(b attempt) bool { return a.Digest == b.Digest && a.Step == b.Step }
 	j.Attempts = append(slices.DeleteFunc(j.Attempts, same), a)
@@ -46,7 +46,7 @@ func (j *journal) setAttempt(a attempt) {
 	}
 }
 
-// forgetAttempts drops what j knows of the steps of a release.
+// forgetAttempts removes the journal's entries for a release.
 func (j *journal) forgetAttempts(digest deployments.Digest) {
 	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
 }

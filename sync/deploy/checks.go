@@ -149,7 +149,7 @@ func consulState(services []api.AgentServiceChecksInfo) error {
 	return nil
 }
 
-// cause prefers why a context ended to what a library makes of it.
+// cause returns why a context ended rather than the error that a library makes of it.
 func cause(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

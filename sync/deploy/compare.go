@@ -103,7 +103,7 @@ func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments
 	return found, nil
 }
 
-// keptDigests are the releases of which something stays on this node.
+// keptDigests returns the releases of which this node keeps files.
 func (u *Unit) keptDigests() []deployments.Digest {
 	keep := []deployments.Digest{u.j.Running.Digest, u.j.LastGood.Digest, u.j.Staged.Digest}
 	if d := u.j.Deployment; d != nil {

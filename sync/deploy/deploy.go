@@ -140,7 +140,7 @@ type Unit struct {
 	j  journal
 }
 
-// State is what is on disk, as the journal has it.
+// State is the unit's state on disk, from the journal.
 type State struct {
 	Running deployments.Pointer // what dest resolves to, or, without a release directory, what was deployed last
 	Version string
@@ -288,7 +288,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	return u.advance(ctx)
 }
 
-// Stage has the release of p ready on disk, without touching what runs.
+// Stage puts the release of p on disk, ready to switch to, without touching what runs.
 func (u *Unit) Stage(ctx context.Context, p deployments.Pointer) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
@@ -340,7 +340,7 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	return u.save(func(j *journal) { j.Staged = r.Pointer })
 }
 
-// Request is what asks for a deployment.
+// Request is the key and the conditions under which a deployment was asked for.
 type Request struct {
 	Release deployments.Pointer
 	// Commit is shown to commands.
@@ -465,7 +465,7 @@ func (u *Unit) Retry(d deployments.Digest) error {
 	})
 }
 
-// SetKey names what asked for a release that is in quarantine without a key.
+// SetKey sets the failure key of a quarantined release that has none.
 func (u *Unit) SetKey(d deployments.Digest, key string) error {
 	return u.save(func(j *journal) {
 		for i := range j.Quarantined {
@@ -528,7 +528,7 @@ func (u *Unit) record(ctx context.Context, r *artifact.Release) error {
 	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).Record(ctx, r))
 }
 
-// settled returns what runs; nil while a deployment is under way.
+// settled returns the running release; nil while a deployment is under way.
 func (u *Unit) settled() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
 		return nil, nil

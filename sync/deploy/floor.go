@@ -60,7 +60,7 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	return f, nil
 }
 
-// floorKeys returns what a release of a unit has floors by.
+// floorKeys returns the keys under which a release's floors are kept.
 func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	keys := []string{"unit " + id.String()}
 	if m != nil && m.Name != "" {
@@ -72,7 +72,7 @@ func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	return keys
 }
 
-// highest returns the newest floor of keys, and which of them has it; zero: there is none.
+// highest returns the newest floor of keys, and the key that has it; zero: there is none.
 func (f *Floors) highest(keys []string) (of string, made time.Time) {
 	if f == nil {
 		return "", time.Time{}
@@ -87,7 +87,7 @@ func (f *Floors) highest(keys []string) (of string, made time.Time) {
 	return of, made
 }
 
-// raise makes durable that nothing of keys that was made before a time is admitted; it never lowers a floor.
+// raise makes durable that keys admit nothing that was made before a time; it never lowers a floor.
 func (f *Floors) raise(keys []string, made time.Time) error {
 	if f == nil || made.IsZero() {
 		return nil

@@ -167,7 +167,7 @@ func newVigil(watched []watch, timeout, stable time.Duration, now time.Time) *vi
 	return v
 }
 
-// saw takes in what a try of a check said.
+// saw records the result of one try of a check.
 func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 	c := &v.checks[check]
 	if c.tried && c.err == nil && err == nil && c.identity != identity {
@@ -195,12 +195,12 @@ func (v *vigil) verdict(now time.Time) (done bool, _ error) {
 	return false, nil
 }
 
-// wasStable reports whether all checks, which pass, did so for stable.
+// wasStable reports whether all checks have passed for stable.
 func (v *vigil) wasStable() bool {
 	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c seen) bool { return c.at.Sub(v.since) < v.stable })
 }
 
-// failing is what the checks that don't pass say; nil where all do.
+// failing returns the errors of the checks that don't pass; nil if all do.
 func (v *vigil) failing() error {
 	var errs []error
 	for _, c := range v.checks {

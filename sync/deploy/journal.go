@@ -68,7 +68,7 @@ type Failure struct {
 	At     time.Time `json:"at"` // the node's clock; for people
 }
 
-// Err is what Deploy returned for the release p that failed.
+// Err returns the error that Deploy returned when the release p failed.
 func (f Failure) Err(p deployments.Pointer) *Failed {
 	return &Failed{
 		Release: p, Back: f.Back, Step: f.Step, Err: errors.New(f.Reason),
@@ -105,7 +105,7 @@ type deployment struct {
 	Unserved *unserved `json:"unserved,omitempty"`
 }
 
-// unserved is why the release that a deployment goes back to doesn't serve.
+// unserved says why the release that a deployment went back to doesn't serve.
 type unserved struct {
 	Step  step      `json:"step"`
 	Check string    `json:"check,omitempty"` // the one that failed
@@ -113,7 +113,7 @@ type unserved struct {
 	Since time.Time `json:"since"`
 }
 
-// fault is why a deployment goes back.
+// fault says why a deployment goes back.
 type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
@@ -235,7 +235,7 @@ func (u *Unit) remember(r *artifact.Release) error {
 	return nil
 }
 
-// recall returns a release that was remembered; nil for the zero pointer.
+// recall reads a release that was remembered; nil for the zero pointer.
 func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil

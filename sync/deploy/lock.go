@@ -115,7 +115,7 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	}, nil
 }
 
-// await takes the lock as soon as whoever holds it lets it go.
+// await waits for the lock, whoever holds it.
 func (u *Unit) await(ctx context.Context, l *destLock) error {
 	retry := wait.NewBackoff(20*time.Millisecond, time.Second)
 	for {

@@ -40,13 +40,13 @@ func (s *secrets) add(values ...string) {
 	s.mask.Store(deployments.NewMask(s.values))
 }
 
-// now is what masks at present; nil: there is nothing to mask.
+// now returns the present mask; nil: there is nothing to mask.
 func (s *secrets) now() *deployments.Mask { return s.mask.Load() }
 
-// text returns a text without them, and without what is secret in URLs.
+// text masks the values in a text, and what is secret in its URLs.
 func (s *secrets) text(t string) string { return safetext.URLs(s.now().Text(t)) }
 
-// error returns err with such a text. What it wraps can still be asked for.
+// error masks an error's text. What it wraps can still be asked for.
 func (s *secrets) error(err error) error {
 	if err == nil {
 		return nil

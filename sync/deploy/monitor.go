@@ -18,7 +18,7 @@ const (
 	defaultFailures = 3
 )
 
-// Health is how the live release stands with its checks. The zero Health is a healthy one.
+// Health is the result of the live release's checks. The zero Health is a healthy one.
 type Health struct {
 	Unhealthy bool
 	Reason    deployments.Reason // ReasonUnhealthy while Unhealthy
@@ -29,7 +29,7 @@ type Health struct {
 	passed time.Time // since when rounds pass, while Unhealthy; zero: the last one failed
 }
 
-// round is what one round of checks found: at most one failure, the first in the manifest's order.
+// round is the result of one round of checks: at most one failure, the first in the manifest's order.
 type round struct {
 	check string // the one that failed; empty: all passed
 	err   error

@@ -21,7 +21,7 @@ import (
 	"kedge/sync/command"
 )
 
-// OneShot is what Once deploys, and how.
+// OneShot is the configuration of Once.
 type OneShot struct {
 	// URL is a manifest's, or a pointer, whose digest is then checked. A URL alone may change under the node, as
 	// stretcher's do.

@@ -41,7 +41,7 @@ var (
 	backSteps    = []step{stepBack, stepBackPost, stepBackHealth, stepBackUndrain, stepFailure}
 )
 
-// takeBackWithin bounds what is done after the context's end, to leave everything as it was.
+// takeBackWithin bounds the work that is done after the context has ended, to restore what was.
 const takeBackWithin = 30 * time.Second
 
 func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
@@ -80,7 +80,7 @@ func (d *deployment) takeBack() {
 	}
 }
 
-// pass goes on to the step after d's; after the last the deployment is over.
+// pass moves on to the step after d's; after the last the deployment is over.
 func (j *journal) pass() {
 	d := j.Deployment
 	if next := d.Step.next(); next != "" {
@@ -94,7 +94,7 @@ func (j *journal) pass() {
 	j.forgetAttempts(d.target().Digest)
 }
 
-// fail turns the deployment round for good.
+// fail quarantines the deployment's release, and sends the deployment back for good.
 func (j *journal) fail(err error) {
 	d := j.Deployment
 	if len(j.Quarantined) >= maxQuarantined {
@@ -113,7 +113,7 @@ func (j *journal) fail(err error) {
 	d.enter(stepBack)
 }
 
-// failed is the error of a deployment that failed and is over.
+// failed returns the error of a deployment that failed and is over.
 func (d *deployment) failed() *Failed {
 	f := &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
 	f.Reason = deployments.ReasonQuarantined
@@ -183,7 +183,8 @@ func (u *Unit) advance(ctx context.Context) error {
 	}
 }
 
-// turn decides what a step's error means: nil where the deployment goes on, on its way back.
+// turn handles a step's error: nil if the deployment goes on, backwards; else it was taken back, or is to be finished
+// later.
 func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
@@ -508,7 +509,7 @@ func (u *Unit) tidy(r *artifact.Release) error {
 	return u.prune(r, r.Manifest.Keep, failed, d.Release.Digest, d.From.Digest)
 }
 
-// makeRoom removes all that can be done without on a full disk, so that r can be staged.
+// makeRoom removes everything that isn't needed from a full disk, so that r can be staged.
 func (u *Unit) makeRoom(r *artifact.Release) error {
 	keep := []deployments.Digest{r.Pointer.Digest}
 	if d := u.j.Deployment; d != nil {

@@ -36,7 +36,7 @@ const (
 	tagGroup = "aws:autoscaling:groupName"
 )
 
-// Instance is what the metadata service says of the machine.
+// Instance is the machine's identity, from the metadata service.
 type Instance struct {
 	ID, Region string
 	Tags       map[string]string

@@ -23,7 +23,7 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 // assembler computes one Fleet after the other, and parses of the nodes' reports only those that changed.
 type assembler struct{ reports map[string]parsedReport }
 
-// parsedReport is a report, with the entry's value that it was parsed from.
+// parsedReport is a report with the stored value that it was parsed from.
 type parsedReport struct {
 	value  []byte
 	report deployments.Report
@@ -123,7 +123,7 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 // token can make up any number.
 const maxTold = 20
 
-// named notes a unit of which a node reports.
+// named adds a unit that a node reports.
 func (a *assembly) named(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.told == nil {

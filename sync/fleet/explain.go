@@ -96,7 +96,7 @@ func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	return &f.Units[i], nil
 }
 
-// find returns a unit, and what one of its nodes reports.
+// find returns a unit, and one of its nodes.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	u, err := f.Unit(id)
 	if err != nil {
@@ -306,7 +306,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	return s
 }
 
-// Told is what a person is told about one unit on one node.
+// Told is the answer to explain, for one unit on one node.
 type Told struct {
 	Verdict string // what should run, and whether it does
 	// Notes say why, and what else bears on it.
@@ -409,7 +409,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	return err
 }
 
-// verdict returns in a few words what should run, and whether it does.
+// verdict returns in a few words what should run, and whether it runs.
 func verdict(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
@@ -441,7 +441,7 @@ func verdict(u *Unit, n *Node, d Decision) string {
 
 func anyStep(Step) bool { return true }
 
-// told reports whether one of some steps says a text already.
+// told reports whether a step that some selects has a text already.
 func told(d Decision, text string, some func(Step) bool) bool {
 	text = oneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step doesn't repeat what it is about
@@ -453,7 +453,7 @@ func told(d Decision, text string, some func(Step) bool) bool {
 
 var pointers = regexp.MustCompile(`[a-z0-9]+://[^\s"]+@sha256:[0-9a-f]{64}`)
 
-// Names puts what people call a release in the place of its pointer.
+// Names replaces pointers in a text by the releases' short names.
 func (u *Unit) Names(text string) string {
 	return pointers.ReplaceAllStringFunc(text, func(s string) string {
 		pointer, err := deployments.ParsePointer(s)
@@ -474,12 +474,12 @@ func (p *printer) names(u *Unit, text string) string {
 
 var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
 
-// oneWord makes one word of each command to type, which wrap doesn't break: it is to be copied.
+// oneWord joins the words of each command in a text, so that wrap doesn't break it: it is to be copied.
 func oneWord(text string) string {
 	return commands.ReplaceAllStringFunc(text, func(s string) string { return strings.ReplaceAll(s, " ", unbroken) })
 }
 
-// pastPin returns how far Git has moved past the pin that decided over n; empty: none did.
+// pastPin returns by how many releases Git is ahead of the pin that decided for n; empty: none.
 func pastPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {

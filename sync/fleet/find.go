@@ -96,7 +96,7 @@ func FindRelease(
 	)
 }
 
-// NodeUnits is all that one node runs; the JSON of kedge node.
+// NodeUnits are the units of one node; the JSON of kedge node.
 type NodeUnits struct {
 	Node  string     `json:"node"`
 	Units []NodeUnit `json:"units"`

@@ -114,7 +114,7 @@ func (f Filter) prefix(kind string) string {
 	return kv.RolePrefix(kind, f.Stage, f.Role)
 }
 
-// narrow leaves out what the filter doesn't take.
+// narrow removes from a fleet what the filter doesn't select.
 func (f Filter) narrow(all *Fleet) *Fleet {
 	all.Units = slices.DeleteFunc(all.Units, func(u Unit) bool { return !f.takes(u.ID) })
 	all.Unassigned = slices.DeleteFunc(all.Unassigned, func(n Unassigned) bool {

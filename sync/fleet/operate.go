@@ -107,7 +107,7 @@ func pinKey(id deployments.UnitID, node string) (string, error) {
 	return kv.NodePinKey(id, node), nil
 }
 
-// encodePin writes what ParsePin reads.
+// encodePin encodes a pin so that ParsePin reads it.
 func encodePin(pin deployments.Pin) ([]byte, error) {
 	release := "hold"
 	if !pin.Hold {
@@ -293,7 +293,7 @@ func Rollback(
 	return pin, Pin(ctx, store, id, "", pin)
 }
 
-// lastGood chooses what Rollback goes back to; pure. history is sorted, the newest first.
+// lastGood returns the release that Rollback goes back to; pure.
 func lastGood(u *Unit, history []deployments.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
@@ -434,7 +434,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	return notes
 }
 
-// Follows returns what counts for a unit, or one node of it, once its pin is gone; empty: it can't be told.
+// Follows returns what a unit, or one node of it, will run once its pin is gone; empty: unknown.
 func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 {

@@ -98,7 +98,7 @@ func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployme
 	return target
 }
 
-// keeps are the releases that u's pins name, and those that run where a pin says hold.
+// keeps returns the releases that u's pins name, and those that run on nodes whose pin says hold.
 func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	var all []deployments.Pointer
 	add := func(pin deployments.Pin, holds func(Node) bool) {

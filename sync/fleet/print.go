@@ -20,7 +20,7 @@ const (
 	Bad
 )
 
-// escapes are what terminals paint the tones with.
+// escapes are the terminal's escape sequences, by tone.
 var escapes = [...]string{
 	Plain: "",
 	Bold:  "\x1b[1m",
@@ -174,8 +174,8 @@ func clip(text string, n int) string {
 	return string([]rune(text)[:max(0, n-1)]) + "…"
 }
 
-// clean takes out what would move a terminal's cursor or change its colours: most of what is shown was written by
-// others.
+// clean removes characters that would move a terminal's cursor or change its colours: most of what is shown was
+// written by others.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
@@ -185,7 +185,7 @@ func clean(s string) string {
 	}, strings.ToValidUTF8(s, "?"))
 }
 
-// CleanLines takes control characters and what turns a line around out of a text, and leaves its lines as they are.
+// CleanLines removes control characters, and those that reverse a line, from a text, and keeps its lines.
 func CleanLines(s string) string {
 	lines := strings.Split(s, "\n")
 	for i := range lines {

@@ -96,7 +96,7 @@ func bar(n, all int) string {
 	return strings.Repeat("█", full) + strings.Repeat("░", long-full)
 }
 
-// unit writes what is to be said below a unit's row.
+// unit writes the notes below a unit's row.
 func (p *printer) unit(f *Fleet, u *Unit) {
 	for _, n := range f.Notes(u) {
 		p.wrap("  "+p.paint(n.About.Tone, n.About.Text)+" ", 4, oneWord(n.Says.Text), n.Says.Tone)

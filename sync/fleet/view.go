@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Note is one thing to be told of a fleet, a unit or a node, and what it is about.
+// Note is one remark about a fleet, a unit or a node.
 type Note struct {
 	About, Says Text
 }
@@ -53,7 +53,7 @@ func (f *Fleet) LastKnown() string {
 	return text
 }
 
-// Faults are the errors of f that are no unit's.
+// Faults returns the errors of f that belong to no unit.
 func (f *Fleet) Faults() (all []Note) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -154,13 +154,14 @@ func (f *Fleet) agentVersions() string {
 	return some(versions)
 }
 
-// Columns head what Row gives.
+// Columns are the headings of Row's cells.
 var Columns = []string{"UNIT", "TARGET", "RUNS", "PIN", "CONVERGED", "ROLLOUT"}
 
-// runsColumn and convergedColumn are where Row says what nodes run, and counts them.
+// runsColumn and convergedColumn are the indexes, in Row, of the releases that nodes run and of the count of converged
+// nodes.
 const runsColumn, convergedColumn = 2, 4
 
-// Row is one of f's units in one line, in Columns.
+// Row returns one unit's cells, under Columns.
 func (f *Fleet) Row(u *Unit) []Text {
 	target, pin, phase := Text{"-", Dim}, Text{"-", Dim}, Text{"-", Dim}
 	name := u.Versions()
@@ -263,7 +264,7 @@ const mostVersion = 24
 // mostReleases that run at a time are named in a row.
 const mostReleases = 3
 
-// runs says which release runs on how many live nodes, the most first.
+// runs returns the releases that live nodes run, with how many run each, the most first.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	counts := map[string]int{}
 	wanted := true
@@ -302,7 +303,7 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	return Text{strings.Join(names, ", ") + more, tone}
 }
 
-// Notes are what is to be told of one of f's units beside its Row.
+// Notes returns the remarks about one of f's units, beside its Row.
 func (f *Fleet) Notes(u *Unit) (all []Note) {
 	add := func(about string, t Tone, says string, st Tone) {
 		all = append(all, Note{Text{about, t}, Text{says, st}})
@@ -373,7 +374,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
 }
 
-// Next returns what an operator can do about a unit that stands; empty: nothing.
+// Next returns what an operator can do about a unit whose rollout has stopped; empty: nothing.
 func (u *Unit) Next(now time.Time) string {
 	if u.Record == nil || u.Pinned(now) {
 		return ""
@@ -390,7 +391,7 @@ func (u *Unit) Next(now time.Time) string {
 	return ""
 }
 
-// Shown is a node's state, as people are told it.
+// Shown returns a node's state, in words for people.
 func (n *Node) Shown() Text {
 	r := n.Report
 	switch {
@@ -478,7 +479,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	return "Git has named " + count(moved, "release") + " since"
 }
 
-// HistoryColumns head what HistoryRow gives.
+// HistoryColumns are the headings of HistoryRow's cells.
 var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
 
 // HistoryRow is one generation of a unit in one line.
@@ -500,7 +501,7 @@ func HistoryRow(h deployments.History) []Text {
 	}
 }
 
-// HistoryNote is what else led to a generation; mostly nothing.
+// HistoryNote returns what else led to a generation; mostly nothing.
 func HistoryNote(h deployments.History) Text { return Text{oneLine(h.Note), Warn} }
 
 // AuthorName is an author without the address.

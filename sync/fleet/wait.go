@@ -129,7 +129,7 @@ func CheckCommit(commit string) error {
 	return nil
 }
 
-// waitError says what was missing; that the time was over, its caller says.
+// waitError is an error that says what a wait still missed.
 type waitError struct {
 	missing string
 	err     error
@@ -183,7 +183,7 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 	}
 }
 
-// look returns what is missing, or what makes waiting useless.
+// look returns what is still missing, or an error if waiting longer is useless.
 func (w *waiter) look(f *Fleet) (missing string, err error) {
 	if missing, err := w.lookAtHead(f); missing != "" || err != nil {
 		return missing, err
@@ -227,7 +227,7 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 	return strings.Join(all, "; "), nil
 }
 
-// lookAtHead reports whether the commit was taken yet.
+// lookAtHead reports whether the mirror has taken the commit.
 func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil
@@ -342,7 +342,7 @@ func rollout(u *Unit, now time.Time) *deployments.Progress {
 	return u.Record.Rollout
 }
 
-// unfinished returns what a unit lacks; empty: nothing.
+// unfinished returns what a unit still lacks; empty: nothing.
 func unfinished(u *Unit, now time.Time) string {
 	if u.Error != "" {
 		return fmt.Sprintf("%s: %s", u.ID, oneLine(u.Error))

@@ -17,7 +17,7 @@ import (
 	"kedge/deployments"
 )
 
-// Commit is what history and people are told of a Git commit.
+// Commit is the part of a Git commit that history and people are shown.
 type Commit struct {
 	Hash    string // in full
 	Author  string
@@ -139,7 +139,7 @@ func prefix(below string, tree *deployments.Tree, err error) {
 	}
 }
 
-// bound cuts what others wrote to n bytes of printable text.
+// bound shortens others' text to n bytes, and makes it printable.
 func bound(s string, n int) string {
 	s = strings.Map(func(r rune) rune {
 		if r < ' ' || r == 0x7f {

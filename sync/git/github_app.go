@@ -26,7 +26,7 @@ const renewBefore = 5 * time.Minute
 // githubApp is how a GitHub App is configured: its private key makes tokens that read one installation's repositories.
 type githubApp struct{ id, installation, keyFile, api string }
 
-// installationToken is what GitHub makes for it.
+// installationToken is the token that GitHub issues to the app's installation.
 type installationToken struct {
 	Token   string    `json:"token"`
 	Expires time.Time `json:"expires_at"`
@@ -53,7 +53,7 @@ func (a access) app(host string) (*githubApp, error) {
 	return &app, nil
 }
 
-// jwt is what the app proves itself by, for nine minutes; a clock may be a minute fast.
+// jwt returns the token that authenticates the app for nine minutes, dated a minute back: clocks differ.
 func (a *githubApp) jwt(now time.Time) (string, error) {
 	data, err := os.ReadFile(a.keyFile)
 	if err != nil {

@@ -100,7 +100,7 @@ func branches(dir string) (names []string) {
 // maxBranches bounds the branches that an error names.
 const maxBranches = 5
 
-// missing is an ErrNoBranch that names the branches that are there.
+// missing returns an ErrNoBranch that names the branches that exist.
 func missing(branch, where string, there []string) error {
 	if len(there) == 0 {
 		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)

@@ -65,7 +65,7 @@ func readLines(r io.Reader, read func(line string) error) error {
 	}
 }
 
-// noEOF makes an error of the end of what should have gone on.
+// noEOF turns io.EOF into io.ErrUnexpectedEOF.
 func noEOF(err error) error {
 	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF

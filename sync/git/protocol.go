@@ -14,7 +14,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 )
 
-// query is what a fetch asks a server for.
+// query is a fetch's request.
 type query struct {
 	branch string // by its full name
 	want   plumbing.Hash
@@ -24,7 +24,7 @@ type query struct {
 // version2 is how a server of protocol v2 begins.
 const version2 = "version 2"
 
-// greeting is what a server of protocol v2 says of itself.
+// greeting is a server's capabilities in protocol v2.
 type greeting struct {
 	filter bool // it can leave large files out
 }

@@ -241,7 +241,7 @@ func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string
 	return r.server.heads(ctx, prefix)
 }
 
-// noBranch names the branches that are there.
+// noBranch returns an ErrNoBranch that names the branches that exist.
 func (r *remoteRepo) noBranch(ctx context.Context) error {
 	heads, err := r.list(ctx, "refs/heads/")
 	if err != nil {
@@ -400,7 +400,7 @@ func sizeOf(dir string) (sum int64) {
 
 var errStalled = errors.New("the server sends nothing")
 
-// explain adds what to do about it.
+// explain adds to an error what to do about it.
 func (r *remoteRepo) explain(doing string, err error) error {
 	hint := ""
 	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
@@ -424,7 +424,7 @@ func (r *remoteRepo) explain(doing string, err error) error {
 	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
 }
 
-// redact takes a password out of an address that is about to be shown.
+// redact removes the password from an address.
 func redact(address string) string {
 	if u, err := url.Parse(address); err == nil && u.User != nil {
 		u.User = url.User("...")

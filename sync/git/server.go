@@ -69,7 +69,7 @@ func (e *Refusal) Error() string {
 	return text
 }
 
-// hint returns what to do about it, to who asked address.
+// hint returns what to do about a refusal.
 func (e *Refusal) hint(address string, app bool) string {
 	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
 		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+
@@ -308,7 +308,7 @@ func (s *httpServer) httpClient() (*http.Client, error) {
 	return s.client, nil
 }
 
-// close ends the connections that are kept.
+// close closes idle connections.
 func (s *httpServer) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

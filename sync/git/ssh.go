@@ -68,7 +68,7 @@ func (s *sshServer) heads(ctx context.Context, prefix string) (map[string]string
 	return headsOf(refs, prefix), nil
 }
 
-// send sends all that the server is asked, and ends it.
+// send writes the whole request, and closes the session's input.
 func (s *sshSession) send(request string) error {
 	_, err := io.WriteString(s.in, request)
 	_ = s.in.Close() // it may have answered, and ended
@@ -326,7 +326,7 @@ func (s *sshServer) explain(session *sshSession, err error) error {
 	return err
 }
 
-// boundedBuffer keeps the beginning of what is written to it.
+// boundedBuffer keeps the first bytes that are written to it.
 type boundedBuffer struct {
 	mu   sync.Mutex
 	data bytes.Buffer

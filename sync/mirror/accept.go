@@ -30,7 +30,7 @@ type acceptance struct {
 	inspecting sync.WaitGroup
 }
 
-// outcome is what accept says of the branch's head.
+// outcome is the result of accept.
 type outcome struct {
 	refused error         // why it is not taken, for good
 	unsure  error         // why it is not taken yet

@@ -98,10 +98,10 @@ func forgettable(
 	return ops, next
 }
 
-// forgetMost is what one transaction takes.
+// forgetMost is how many entries one transaction can remove.
 var forgetMost = kv.MaxOps / kv.DeleteIf("", 0).Cost()
 
-// underWay are the roles in which a rollout is.
+// underWay returns the roles that have a rollout under way.
 func underWay(cells map[deployments.UnitID]cell) map[deployments.RoleID]bool {
 	busy := map[deployments.RoleID]bool{}
 	for id, c := range cells {

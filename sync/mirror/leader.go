@@ -92,7 +92,7 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin reads what the mirror before this one left.
+// begin reads the state that the last mirror left.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
 		return err
@@ -245,7 +245,7 @@ func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
 	)
 }
 
-// round does once what there is to do. again is when to look even if nothing changes; 0: never.
+// round does all that there is to do now. again is when to look even if nothing changes; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {
@@ -400,7 +400,7 @@ func (m *Mirror) lead(ctx context.Context) {
 	}
 }
 
-// work holds the lease until it is lost or ctx ends, and gives it back.
+// work runs as leader until the lease is lost or ctx ends, and gives the lease back.
 func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
 	m.setLeading(lease)

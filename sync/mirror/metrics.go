@@ -9,7 +9,7 @@ import (
 	"kedge/policy"
 )
 
-// metrics are what /metrics shows of a mirror.
+// metrics are the series that a mirror counts as it goes.
 type metrics struct {
 	leader  prometheus.Gauge
 	at      prometheus.Gauge
@@ -83,7 +83,7 @@ func (m *metrics) applied(s deployments.MirrorState) {
 	}
 }
 
-// scene is what the mirror that leads saw last. Nothing in it is changed any more.
+// scene is what the leading mirror saw last. It is never changed. Nothing in it is changed any more.
 type scene struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell

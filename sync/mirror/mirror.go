@@ -109,7 +109,7 @@ type Mirror struct {
 	complained time.Time
 }
 
-// gitState is what is known of the branch.
+// gitState is the branch as the mirror last read it.
 type gitState struct {
 	head string      // its newest commit; empty: not known yet
 	good *git.Commit // that commit, where it can be taken

@@ -19,7 +19,7 @@ import (
 	"kedge/sync/git"
 )
 
-// observer holds what the mirror's watches show of the store. Values are parsed once, when they come.
+// observer holds the views of the mirror's watches, parsed. Values are parsed once, when they come.
 type observer struct {
 	changed wait.Signal // set after every change
 	hooked  func()      // called when another mirror passed a webhook on
@@ -36,7 +36,7 @@ type observer struct {
 	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after the other
 }
 
-// observed is what the store shows. What it refers to is never changed again.
+// observed is the store as the watches show it. What it refers to is never changed again.
 type observed struct {
 	desired observedRecords
 	orders  observedOrders
@@ -92,7 +92,7 @@ type observedState struct {
 	value   []byte // of kv.MirrorKey; nil: it isn't there
 }
 
-// cell is what the store shows at a unit's key in desired/; the zero cell: nothing.
+// cell is the entry at a unit's key in desired/; the zero cell: none.
 type cell struct {
 	present bool
 	version uint64
@@ -132,7 +132,7 @@ func newObserver(log *slog.Logger, hooked func()) *observer {
 	}
 }
 
-// latest returns what the store shows now.
+// latest returns the present view of the store.
 func (o *observer) latest() observed {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -146,7 +146,7 @@ func (o *observer) update(f func(*observed)) {
 	o.changed.Set()
 }
 
-// records takes a view of desired/.
+// records adopts a view of desired/.
 func (o *observer) records(v kv.View) {
 	cells := make(map[string]cell, len(v.Entries))
 	byUnit := make(map[deployments.UnitID]cell, len(v.Entries))
@@ -170,7 +170,7 @@ func (o *observer) records(v kv.View) {
 	})
 }
 
-// orders takes a view of control/.
+// orders adopts a view of control/.
 func (o *observer) orders(v kv.View) {
 	good, bad := orders(v)
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/git"
 )
 
-// standing is where a unit's key stands.
+// standing says how a unit's key stands to what this mirror wrote there.
 type standing int
 
 const (
@@ -42,7 +42,7 @@ func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
 	}
 }
 
-// inputs are all that decides what to write.
+// inputs are the inputs of reconcile.
 type inputs struct {
 	commit *git.Commit
 	// unvouched is whether the commit isn't known to have been signed: then it takes nothing away.
@@ -134,7 +134,7 @@ func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 	return &pin
 }
 
-// change is what to write at one unit's key, or at mirror/state if status is set.
+// change is one write: at a unit's key, or at mirror/state if status is set.
 type change struct {
 	status  *deployments.MirrorState
 	unit    deployments.UnitID
@@ -150,7 +150,7 @@ type change struct {
 	ops     []kv.Op
 }
 
-// plan is what reconcile answers.
+// plan is the result of reconcile.
 type plan struct {
 	changes []change // sorted by unit
 	// agreed are units that Git names, whose records this mirror found there and would write as they are.
@@ -194,7 +194,7 @@ func reconcile(in inputs) plan {
 	return p
 }
 
-// action is what is to be done about a unit.
+// action says what to do about a unit.
 type action int
 
 const (
@@ -325,7 +325,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	return w, doWrite, step.Again
 }
 
-// worded returns a record whose rollout says in words where it stands, for readers of the version before.
+// worded fills in the words of a record's rollout, for readers of the version before.
 func worded(r deployments.Record) deployments.Record {
 	if r.Rollout == nil || r.Rollout.Reason == "" {
 		return r

@@ -38,7 +38,7 @@ func (l *leader) offerSnapshot() {
 	l.snapshot <- entries
 }
 
-// keepSnapshot hands the newest records to Config.Snapshot, until it takes them.
+// keepSnapshot passes the newest records to Config.Snapshot, and tries again until it succeeds.
 func (l *leader) keepSnapshot(ctx context.Context) error {
 	retry := wait.NewBackoff(time.Second, time.Minute)
 	var entries []kv.Entry

@@ -65,7 +65,7 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live says that the process runs, and what it does.
+// live answers that the process runs, with whether it leads and what it read of the branch.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads := m.leads()
 	m.mu.Lock()
@@ -97,7 +97,7 @@ func (m *Mirror) hook(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(code)
 }
 
-// heed does what a webhook asks for, whichever mirror it came to.
+// heed makes this mirror read the branch now, and look for missing releases.
 func (m *Mirror) heed() {
 	m.Trigger()
 	m.hurry.Set()

@@ -23,7 +23,7 @@ type written struct {
 	stateAt time.Time
 }
 
-// writtenRecord is what this mirror last wrote at a unit's key.
+// writtenRecord is what this mirror wrote last at a unit's key.
 type writtenRecord struct {
 	record deployments.Record
 	value  []byte // nil: it removed the key
@@ -35,7 +35,7 @@ type writtenRecord struct {
 	vouched bool
 }
 
-// confirm notes which writes the store shows.
+// confirm marks the writes that the store shows.
 func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	for id, own := range w.records {
 		c := cells[id]
@@ -168,7 +168,7 @@ func (l *leader) reportFailure(ctx context.Context, err error, now time.Time) {
 	l.tell(ctx, "the commit can't be written: "+err.Error(), now)
 }
 
-// tell writes to mirror/state what is wrong.
+// tell writes an error to mirror/state.
 func (l *leader) tell(ctx context.Context, words string, now time.Time) {
 	status := l.written.state
 	status.Holder, status.Error = l.c.Name, clip(words, maxError)

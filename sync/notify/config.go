@@ -23,7 +23,7 @@ type Config struct {
 	Link string `yaml:"link"`
 }
 
-// Receiver is told of events by HTTP POST.
+// Receiver is an HTTP endpoint that events are posted to.
 type Receiver struct {
 	// Name names it in logs, metrics and in the store, where its cursor is kept.
 	Name string `yaml:"name"`
@@ -42,7 +42,7 @@ type Receiver struct {
 	Units  []string `yaml:"units"`
 }
 
-// Format is the form of what a receiver is sent.
+// Format is the format of a receiver's messages.
 type Format string
 
 const (

@@ -19,7 +19,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// errRefused is wrapped by what a server said that a second try won't change.
+// errRefused is wrapped by an answer that a second try won't change.
 var errRefused = errors.New("refused")
 
 // retryAfterError asks to wait before the next try.
@@ -179,7 +179,7 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 // sendTimeout bounds one request.
 const sendTimeout = 10 * time.Second
 
-// secretOr returns a value, or what a file holds.
+// secretOr returns a value, or a file's content.
 func secretOr(value, file string) (string, error) {
 	if file == "" {
 		return value, nil

@@ -9,7 +9,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Kind is what an event tells.
+// Kind is the kind of an event.
 type Kind string
 
 const (
@@ -40,7 +40,7 @@ type Event struct {
 	Data Data
 }
 
-// Data is what an event is about. Fields that don't apply are left out.
+// Data are an event's details. Fields that don't apply are left out.
 type Data struct {
 	Unit       string              `json:"unit,omitempty"`
 	Release    deployments.Pointer `json:"release,omitzero"`

@@ -28,7 +28,7 @@ const (
 	statusFailure statusState = "failure"
 )
 
-// maxDescription is what GitHub takes, in characters; the others take more.
+// maxDescription is the longest description that GitHub takes, in characters; the others take more.
 const maxDescription = 140
 
 // statusOf returns what the commit of a unit's record shows; ok is false if no commit asked for it.
@@ -54,7 +54,7 @@ func statusOf(u unitNow) (s commitStatus, ok bool) {
 	return s, true
 }
 
-// clipped is a description that every server takes.
+// clipped shortens a description so that every server takes it.
 func clipped(text string) string {
 	runes := []rune(message.OneLine(text))
 	if len(runes) > maxDescription {

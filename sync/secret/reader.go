@@ -129,7 +129,7 @@ func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time
 	return value, nil
 }
 
-// fetch asks the source for all that it has by a name.
+// fetch reads from the source all that it has under a name.
 func (r *Reader) fetch(ctx context.Context, ref deployments.SecretRef, source, name string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, readWithin, fmt.Errorf("no answer within %s", readWithin))
 	defer cancel()

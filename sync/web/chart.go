@@ -20,7 +20,7 @@ type chart struct {
 // chartWidth and chartHeight are of its drawing.
 const chartWidth, chartHeight = 1000, 100
 
-// chartOf draws samples up to now, a minute sharp so that time alone seldom changes it.
+// chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone.
 func chartOf(u *unit, samples []sample, now time.Time) chart {
 	if len(samples) < 2 {
 		return chart{}

@@ -96,7 +96,7 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first returns the fleet, for which a server that has just been started may have to wait a moment.
+// first returns the fleet, and waits a moment for it if the server has just started.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
@@ -130,7 +130,7 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	_ = e.Encode(&f) // whoever asked has gone
 }
 
-// nodes lists what stands in the cells of a unit's map, for whom points at one.
+// nodes lists the nodes of a unit's map, cell by cell, for whoever points at one.
 func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 	s := w.first(r.Context())
 	var u *unit

@@ -29,7 +29,7 @@ const (
 	mostRecent = 64
 )
 
-// patch is what has changed of a page since the browser's.
+// patch is the difference between the browser's page and the present one.
 type patch struct {
 	// HTML is of the elements that are new or another, by id.
 	HTML map[string]string `json:"html,omitempty"`
@@ -104,7 +104,7 @@ func (w *Web) remembered(key, tag string) *rendered {
 	return nil
 }
 
-// live streams what changes of a page.
+// live streams a page's changes.
 func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	select {
 	case w.viewers <- struct{}{}:

@@ -37,7 +37,7 @@ type nodeUnit struct {
 	Here        bool
 }
 
-// traceStep is one thing that was looked at for a decision.
+// traceStep is one step of a decision.
 type traceStep struct {
 	What, Mark, Tone, Says, Next string
 }

@@ -89,7 +89,7 @@ func paths(line []fleet.Node, class func(*fleet.Node) string) (all []mapPath) {
 	return all
 }
 
-// describe returns what a map shows to whom it can't be shown.
+// describe returns a map in words, for readers who can't see it.
 func (m nodeMap) describe() string {
 	var parts []string
 	for _, h := range m.Healths {

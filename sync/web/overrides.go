@@ -99,10 +99,10 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	return r
 }
 
-// mostFaults bounds what is told of keys that are wrong.
+// mostFaults bounds how many wrong keys are listed.
 const mostFaults = 20
 
-// faults are the errors that are no unit's.
+// faults returns the errors that belong to no unit.
 func (s *snapshot) faults() []fleet.Note {
 	all := s.Faults()
 	all = all[:min(len(all), mostFaults)]

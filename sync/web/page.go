@@ -194,7 +194,7 @@ func (s *snapshot) at(now time.Time) *snapshot {
 // stale returns why what the snapshot shows may be out of date; empty: it isn't.
 func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.LastKnown(), s.away), 2*mostText) }
 
-// problems are those that are no unit's: of the store, of the mirror, of keys that are wrong.
+// problems returns those that belong to no unit: of the store, of the mirror, of wrong keys.
 func (s *snapshot) problems() (all []problem) {
 	for _, n := range s.faults() {
 		tone := "bad"
@@ -286,7 +286,7 @@ func (r *rendered) overrides(v overrides) {
 	r.add("mirror", mirrorSection(v))
 }
 
-// sentence makes an error one that stands alone.
+// sentence makes an error a sentence: a capital first, a full stop last.
 func sentence(err error) string {
 	text := fleet.Clean(err.Error(), 2*mostText)
 	return strings.ToUpper(text[:1]) + text[1:] + "."

@@ -51,7 +51,7 @@ func (s *snapshot) find(id deployments.UnitID) *unit {
 	return s.units[i]
 }
 
-// health is how a node does, in the few ways that a map tells apart.
+// health is how a node is, in the few kinds that a map distinguishes.
 type health int
 
 const (
@@ -200,7 +200,7 @@ func (u *unit) colour(counts map[deployments.Digest]*share) {
 	}
 }
 
-// class is the colour of what a node runs.
+// class returns the CSS class, and so the colour, of the release that a node runs.
 func (u *unit) class(n *fleet.Node) string {
 	if n.Gone {
 		return "vg"
@@ -287,7 +287,7 @@ func progressOf(u *unit, now time.Time) *progress {
 	return p
 }
 
-// problem is what is wrong with a unit, the worst of it.
+// problem is the worst fault of a unit.
 type problem struct {
 	ID   deployments.UnitID
 	Tone string // bad or warn
@@ -343,5 +343,5 @@ func failingStates(u *unit) string {
 	return strings.Join(names, ", ")
 }
 
-// mostText bounds, in characters, what others wrote, in a list.
+// mostText bounds, in characters, others' text in a list.
 const mostText = 240

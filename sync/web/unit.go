@@ -46,7 +46,7 @@ type releaseLine struct {
 	Pointer           string
 }
 
-// command is what somebody can type, and what it does.
+// command is a command line, and what it does.
 type command struct{ Does, Line string }
 
 // nodeRow is one of a unit's nodes in one line.
@@ -124,7 +124,7 @@ func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL 
 	return v
 }
 
-// urgency sorts what is wrong before what isn't.
+// urgency orders nodes: those with faults before the others.
 func urgency(n *fleet.Node) int {
 	switch healthOf(n) {
 	case failing:

@@ -135,7 +135,7 @@ func (w *Web) Run(ctx context.Context) error {
 	return nil
 }
 
-// show makes a fleet the one that pages show.
+// show makes a fleet the present one.
 func (w *Web) show(f *fleet.Fleet) {
 	s := &snapshot{Fleet: f}
 	w.trend.record(s.all(), f.At)
@@ -208,7 +208,7 @@ func (w *Web) asked() {
 	w.used = time.Now()
 }
 
-// probe asks the store whether it is there, while somebody looks.
+// probe checks that the store answers, while somebody looks.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {

@@ -90,7 +90,7 @@ func boxes(all []share) (rects []rect) {
 	return rects
 }
 
-// sayShares returns what a bar of shares shows.
+// sayShares puts a bar of shares into words.
 func sayShares(all []share) string {
 	text := "Runs"
 	for i, s := range all {

@@ -41,7 +41,7 @@ type Cache struct {
 	failing   bool // Save failed, and said so
 }
 
-// Open reads what the node knew last. A damaged file is put aside.
+// Open reads the last known state from disk. A damaged file is put aside.
 func Open(c Config) (*Cache, error) {
 	known, err := readLastKnown(c.File, c.Log)
 	if err != nil {
@@ -63,10 +63,10 @@ func Open(c Config) (*Cache, error) {
 	return cache, nil
 }
 
-// Roles returns what is known of each role, in the order of their names.
+// Roles returns the node's roles, ordered by name.
 func (c *Cache) Roles() []*Role { return c.roles }
 
-// Role returns what is known of one role; nil if the node hasn't got it.
+// Role returns one of the node's roles; nil if it has no such role.
 func (c *Cache) Role(name string) *Role {
 	for _, r := range c.roles {
 		if r.Name == name {
@@ -76,7 +76,7 @@ func (c *Cache) Role(name string) *Role {
 	return nil
 }
 
-// See takes a view of the store.
+// See adopts a view of the store.
 func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	counts := c.counts(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
@@ -88,7 +88,7 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	}
 }
 
-// Offer takes a snapshot, for those sources of which nothing is known.
+// Offer adopts a snapshot for the sources of which nothing is known.
 func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -112,7 +112,8 @@ func (c *Cache) Ignorant() bool {
 	})
 }
 
-// Review takes records that have stood for long enough. It returns when the next one may be taken; zero: never.
+// Review adopts the held records that have stood for long enough. It returns when the next one may be taken; zero:
+// never.
 func (c *Cache) Review(now time.Time) (next time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -174,7 +175,7 @@ func (c *Cache) Recount(role string, now time.Time) {
 	c.remember(r.Pins, now)
 }
 
-// changed remembers what a source holds now, and counts the pins of the records that came or went.
+// changed updates the last known state from a source, and counts the pins of the records that came or went.
 func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {

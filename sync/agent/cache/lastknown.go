@@ -46,7 +46,7 @@ func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	return k, nil
 }
 
-// set notes entries for prefix, and says whether that is news.
+// set replaces the entries of prefix, and reports whether they changed.
 func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int64, now time.Time) bool {
 	was, ok := k.Prefixes[prefix]
 	same := ok && len(was.Entries) == len(entries) && maps.Equal(was.Generations, floors)
@@ -65,7 +65,7 @@ func (k *lastKnown) set(prefix string, entries []kv.Entry, floors map[string]int
 	return true
 }
 
-// get returns what is known of prefix, sorted by key.
+// get returns the entries of prefix, sorted by key.
 func (k *lastKnown) get(prefix string) (entries []kv.Entry, at time.Time, ok bool) {
 	known, ok := k.Prefixes[prefix]
 	for key, value := range known.Entries {

@@ -11,7 +11,7 @@ import (
 	"kedge/policy"
 )
 
-// Role is what a node knows of one role.
+// Role is one role's records and pins, as this node knows them.
 type Role struct {
 	Name          string
 	Records, Pins *Source
@@ -40,7 +40,7 @@ func (r *Role) Known() bool {
 	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.answered() == r.Pins.answered()
 }
 
-// Unknown returns what is missing until Known; nil: nothing.
+// Unknown returns what is missing until Known; nil if nothing is.
 func (r *Role) Unknown() error {
 	for _, s := range r.Sources() {
 		if s.from == fromNowhere || !s.answered() {

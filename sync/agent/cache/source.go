@@ -49,7 +49,7 @@ type Source struct {
 	recheck   time.Time // when one of held may be taken; zero: never
 }
 
-// set replaces the entries, and parses those that changed.
+// set replaces the entries, and parses the changed ones.
 func (s *Source) set(entries []kv.Entry, at time.Time) {
 	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
 	for _, e := range entries {
@@ -166,7 +166,7 @@ func (s *Source) review(now time.Time, log *slog.Logger) bool {
 	return true
 }
 
-// heldRecord is a record that is there, and isn't acted on.
+// heldRecord is a record in the store that isn't acted on yet.
 type heldRecord struct {
 	value      string
 	generation int64
@@ -183,7 +183,7 @@ func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	return true
 }
 
-// newer adds to what is known those of entries that are new or of a higher generation.
+// newer adds those entries that are new or of a higher generation.
 func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
@@ -224,7 +224,7 @@ func (s *Source) find(key string) (kv.Entry, bool) {
 	return s.entries[i], true
 }
 
-// answered reports whether the store has been asked, whatever it said.
+// answered reports whether the store has answered, be it with an error.
 func (s *Source) answered() bool { return !s.since.IsZero() }
 
 // Origin returns where the entries come from, and since when they are as they are.

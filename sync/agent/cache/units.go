@@ -95,10 +95,10 @@ func (s *Source) only(entries []kv.Entry, counts func(key string) bool) []kv.Ent
 	return own
 }
 
-// maxFloors bounds the generations that a role remembers of records that are gone.
+// maxFloors bounds how many removed records' generations a role remembers.
 const maxFloors = 1000
 
-// trimFloors forgets the generations of records that are gone, where there are many.
+// trimFloors forgets the generations of removed records if there are too many.
 func (c *Cache) trimFloors(s *Source) {
 	if len(s.floors) <= maxFloors {
 		return

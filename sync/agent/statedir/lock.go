@@ -45,7 +45,7 @@ func takeLock(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// dropLock gives the lock up. Closing alone would not, while a child between fork and exec still has the file open.
+// dropLock releases the lock. Closing alone would not, while a child between fork and exec still has the file open.
 func dropLock(f *os.File) error {
 	return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 }

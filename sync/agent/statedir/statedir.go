@@ -25,7 +25,7 @@ const (
 	SocketFile    = "agent.sock"
 )
 
-// Dir is an agent's state directory, which one process has at a time.
+// Dir is an agent's state directory, which one process holds at a time.
 type Dir struct {
 	path string
 	lock *os.File
@@ -96,7 +96,7 @@ func (d *Dir) NodeName(host string) string {
 	return n.Node
 }
 
-// SetNodeName notes what the store's agent calls this host.
+// SetNodeName keeps the name that the store's agent has for this host.
 func (d *Dir) SetNodeName(host, name string) error {
 	return writeJSON(d.Path(nodeFile), node{host, name})
 }
@@ -109,7 +109,7 @@ func writeJSON(path string, v any) error {
 	return durable.WriteFile(path, data, 0o600)
 }
 
-// removeLeftovers removes what a kill left of files that were written aside.
+// removeLeftovers removes the temporary files of writes that a kill cut off.
 func (d *Dir) removeLeftovers() error {
 	for _, name := range []string{nodeFile, LastKnownFile, startingFile} {
 		left, err := filepath.Glob(d.Path("." + name + "*"))

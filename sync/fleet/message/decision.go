@@ -193,7 +193,7 @@ func quarantineStep(id deployments.UnitID, reason deployments.Reason, f deployme
 	return OneLine(f["release"] + ", which the record names, failed on this node"), hint
 }
 
-// pinStory is who pinned, until when and why, to follow what the pin names.
+// pinStory returns who pinned, until when and why, in words that follow the pin's release.
 func pinStory(f deployments.Facts) string {
 	story := ""
 	if f["by"] != "" {

@@ -125,7 +125,7 @@ func fill(part string, facts deployments.Facts) string {
 	return text
 }
 
-// minute shows a fact that is a time to the minute, in UTC, and any other as it is.
+// minute shows a time to the minute, in UTC, and any other fact as it is.
 func minute(fact string) string {
 	t, err := time.Parse(time.RFC3339, fact)
 	if err != nil {
