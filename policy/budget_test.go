@@ -296,6 +296,19 @@ func TestNextCountsFailures(t *testing.T) {
 		{"beside those that an operator bore", two(deployments.Amount{N: 1}, func(s *Situation) { s.Record.Rollout.Tolerated = 1 }), ""},
 		{"one that is late", late, "1 of 10 nodes failed (NODE1: not converged in time, fetching), at most 0 may"},
 		{"not one that says that it is well, and has yet to notice", func(s *Situation) { late(s); s.Nodes[1].Report.State = converged }, ""},
+		{"nor one that was waited for, and begins by now", func(s *Situation) {
+			late(s)
+			s.Record.Rollout.Reason, s.Record.Rollout.Facts = deployments.ReasonUnaware, deployments.Facts{"node": s.Nodes[1].Name}
+		}, ""},
+		{"nor one whose storage is back", func(s *Situation) {
+			late(s)
+			s.Record.Rollout.Reason = deployments.ReasonStorageUnavailable
+			s.Record.Rollout.Facts = deployments.Facts{"node": s.Nodes[1].Name}
+		}, ""},
+		{"but one beside it", func(s *Situation) {
+			late(s)
+			s.Record.Rollout.Reason, s.Record.Rollout.Facts = deployments.ReasonUnaware, deployments.Facts{"node": s.Nodes[2].Name}
+		}, "1 of 10 nodes failed (NODE1: not converged in time, fetching), at most 0 may"},
 		{"and says why", func(s *Situation) {
 			late(s)
 			s.Nodes[1].Report.State, s.Nodes[1].Report.Error = retrying, "no route to S3"

@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"kedge/deployments"
@@ -11,12 +12,27 @@ import (
 // from now on, and the bake begins anew.
 func watched(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
+	if begins(st, v) {
+		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
+		v = summarize(in, st)
+	}
 	if !st.p.HealthySince.IsZero() && (v.shaken || v.late > 0 && v.failed > limit(in, st, v)) {
 		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
 		st = st.because(deployments.ReasonBakingAgain, nil)
 		v = summarize(in, st)
 	}
 	return st, v
+}
+
+// begins reports whether the node that the rollout waited for, as it could not know better, has begun by now. It would
+// else be late at once.
+func begins(st state, v summary) bool {
+	if st.p.Reason != deployments.ReasonUnaware && st.p.Reason != deployments.ReasonStorageUnavailable {
+		return false
+	}
+	return slices.ContainsFunc(v.nodes, func(n place) bool {
+		return n.node.Name == st.p.Facts["node"] && n.hung && n.node.Report.State != deployments.StateConverged
+	})
 }
 
 // limit is how many nodes may have failed.

@@ -170,6 +170,7 @@ func (c *chaos) play() {
 	for _, node := range c.nodes {
 		c.startAgent(node)
 	}
+	c.token("operator", deployments.RuleVars{}) // also of any snapshot
 	c.deploy(true)
 	c.live("app", c.good[0], c.nodes...)
 	c.eventually("all report", func() error { return c.settled() })

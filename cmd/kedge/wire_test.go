@@ -12,7 +12,7 @@ type wire struct {
 
 	mu    sync.Mutex
 	fault wireFault
-	conns map[net.Conn]bool
+	conns map[net.Conn]*lostBytes
 	ended bool
 }
 
@@ -35,7 +35,7 @@ func newWire(t testing.TB, target string) *wire {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &wire{addr: l.Addr().String(), conns: map[net.Conn]bool{}}
+	w := &wire{addr: l.Addr().String(), conns: map[net.Conn]*lostBytes{}}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -59,12 +59,17 @@ func newWire(t testing.TB, target string) *wire {
 	return w
 }
 
-// set makes the wire fail, or, with wireWhole, connections that begin from now on whole again: those that lost bytes
-// stay as they are, as behind a router that has forgotten them.
+// set makes the wire fail, or, with wireWhole, whole again: connections that lost bytes end then, as behind a router that
+// has forgotten them.
 func (w *wire) set(f wireFault) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.fault = f
+	for c, lost := range w.conns {
+		if f == wireWhole && lost.is(false) {
+			c.Close()
+		}
+	}
 }
 
 func (w *wire) now() wireFault {
@@ -74,14 +79,14 @@ func (w *wire) now() wireFault {
 }
 
 // keep notes a connection, to be closed in the end.
-func (w *wire) keep(c net.Conn) bool {
+func (w *wire) keep(c net.Conn, lost *lostBytes) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.ended {
 		c.Close()
 		return false
 	}
-	w.conns[c] = true
+	w.conns[c] = lost
 	return true
 }
 
@@ -93,16 +98,16 @@ func (w *wire) drop(c net.Conn) {
 }
 
 func (w *wire) connect(near net.Conn, target string) {
-	if !w.keep(near) {
+	lost := new(lostBytes)
+	if !w.keep(near, lost) {
 		return
 	}
 	defer w.drop(near)
 	far, err := net.Dial("tcp", target)
-	if err != nil || !w.keep(far) {
+	if err != nil || !w.keep(far, lost) {
 		return
 	}
 	defer w.drop(far)
-	lost := new(lostBytes)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		w.carry(far, near, lost, func(f wireFault) bool { return f == wireSilent }, -1)
