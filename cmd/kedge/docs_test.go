@@ -1,13 +1,6 @@
 package main
 
 import (
-	"crypto"
-	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/base64"
-	"encoding/pem"
 	"fmt"
 	"os"
 	"os/exec"
@@ -133,7 +126,7 @@ func runDoc(t *testing.T, w *world, kedge, root, name, script string) {
 			t.Fatal(err)
 		}
 	}
-	identity(t, home)
+	writeIdentity(t, home)
 	// Directories that a reader would have, of this run's own. All ends with the first process of the namespace.
 	prefix := name + "/"
 	if name == "autoscaling" {
@@ -173,34 +166,4 @@ func goEnv(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return strings.TrimSpace(string(out))
-}
-
-// identity writes what a platform gives its instances: a signed JWT that names this one, and the key to check it by.
-func identity(t *testing.T, dir string) {
-	t.Helper()
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	public, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	part := base64.RawURLEncoding.EncodeToString
-	claims := fmt.Sprintf(`{"iss":"https://id.example.com","aud":"kedge","node":"web-1","stage":"prod","roles":["web"],"exp":%d,"nbf":%d}`,
-		time.Now().Add(time.Hour).Unix(), time.Now().Add(-time.Minute).Unix())
-	signed := part([]byte(`{"alg":"RS256","typ":"JWT"}`)) + "." + part([]byte(claims))
-	digest := sha256.Sum256([]byte(signed))
-	signature, err := rsa.SignPKCS1v15(rand.Reader, key, crypto.SHA256, digest[:])
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, data := range map[string][]byte{
-		"identity.jwt": []byte(signed + "." + part(signature)),
-		"identity.pem": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}),
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 }
