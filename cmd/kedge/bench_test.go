@@ -3,6 +3,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/kv"
 )
@@ -178,6 +180,52 @@ func BenchmarkIdle(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.ReportMetric(float64(info.Size())/1e6, "MB-binary")
+}
+
+// BenchmarkIdleWithChecks prints what an agent costs whose release has three checks that go on, beside one that has
+// none: its own processor time over a minute, and that of what it ran. It fails where that wrote to Consul.
+func BenchmarkIdleWithChecks(b *testing.B) {
+	w, _ := benchWorld(b)
+	addr := w.consul.Clients[0].Addr
+	pid := w.processes["web-1"].cmd.Process.Pid
+	status := func() map[string]uint64 { return w.consul.Versions("kedge/status/") }
+	measure := func(name string) {
+		time.Sleep(10 * time.Second) // what came of the switch is over
+		before, own, children := status(), cpuTime(b, pid), childrenTime(b, pid)
+		time.Sleep(time.Minute)
+		b.ReportMetric((cpuTime(b, pid)-own).Minutes()*100, "%-of-a-core-"+name)
+		b.ReportMetric((childrenTime(b, pid)-children).Minutes()*100, "%-by-commands-"+name)
+		if now := status(); !maps.Equal(now, before) {
+			b.Errorf("reports were written: %v, and %v before", now, before)
+		}
+	}
+	for b.Loop() {
+		measure("without")
+		w.release("with checks", w.publish("app", "3", func(o *artifact.PublishOptions) {
+			o.Manifest.Health = deployments.Health{Timeout: 10 * time.Second, Every: 10 * time.Second, Failures: 3,
+				Checks: []deployments.Check{
+					{HTTP: &deployments.HTTPCheck{URL: "http://" + addr + "/v1/status/leader", Status: 200}},
+					{TCP: addr},
+					{Exec: "true"},
+				}}
+		}))
+		w.live("app", "3", "web-1")
+		measure("with")
+	}
+	b.ReportMetric(0, "ns/op")
+}
+
+// childrenTime is the processor time of the commands that a process has run, in steps of 10 ms.
+func childrenTime(b *testing.B, pid int) time.Duration {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	// After the name, in parentheses, come fields 3 and on; 16 and 17 are cutime and cstime.
+	fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
+	user, _ := strconv.Atoi(fields[13])
+	system, _ := strconv.Atoi(fields[14])
+	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
 func residentKB(b *testing.B, pid int) int {
