@@ -150,8 +150,8 @@ func (b *builder) await(ctx context.Context, i int) error {
 	}
 }
 
-// there reports whether the directory of entry i has been made.
-func (b *builder) there(i int) bool {
+// dirMade reports whether the directory of entry i has been made.
+func (b *builder) dirMade(i int) bool {
 	select {
 	case <-b.made[i/gateWidth]:
 		return true
@@ -337,7 +337,7 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		// Where that can be written at once, ctx isn't asked: what was fetched is not to be fetched again because another
 		// request failed.
 		var err error
-		if !w.there(i) {
+		if !w.dirMade(i) {
 			err = w.await(ctx, i)
 		}
 		switch {

@@ -14,7 +14,7 @@ func (r *Releases) heals(rel *Release, differences []Difference) bool {
 		return true
 	}
 	defer leave()
-	gone := lost(readMade(r.madeFiles(filepath.Base(rel.Dir)).made), differences)
+	gone := unrestorable(readMade(r.madeFiles(filepath.Base(rel.Dir)).made), differences)
 	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
 }
 

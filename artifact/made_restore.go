@@ -86,8 +86,9 @@ func (m *madeThing) canRestore() bool {
 	return true
 }
 
-// lost returns the paths of things that were changed or removed and can't be brought back, given a tree's differences.
-func lost(made []madeThing, differences []Difference) pathSet {
+// unrestorable returns the paths of things that were changed or removed and can't be brought back, given a tree's
+// differences.
+func unrestorable(made []madeThing, differences []Difference) pathSet {
 	gone := pathSet{}
 	for i := range made {
 		if !made[i].canRestore() {

@@ -349,7 +349,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	}
 	if exists(s.tree(r)) {
 		left, err := s.Verify(ctx, r, 0)
-		if gone := lost(
+		if gone := unrestorable(
 			made,
 			left,
 		); err == nil &&

@@ -462,7 +462,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 	n, err := r.read(p)
 	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
 		err = unavailableError{
-			fmt.Errorf("%s: fewer than %d bytes a second come", deployments.ShownURL(r.object.URL), r.client.least),
+			fmt.Errorf("%s: it comes slower than %d bytes a second", deployments.ShownURL(r.object.URL), r.client.least),
 		}
 	}
 	return n, err

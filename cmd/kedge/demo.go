@@ -47,7 +47,7 @@ release, prints each step with its time, and leaves nothing behind.`,
 				err = d.Live()
 			}
 			if errors.Is(err, demo.ErrNotConverged) {
-				err = inTime{err}
+				err = notInTime{err}
 			}
 			return errors.Join(err, d.Close())
 		},

@@ -249,7 +249,7 @@ Exit code 0 when it is handed on, or when there is no event. Below consul watch 
 			}
 			err = a.bridge(cmd.Context(), o, args)
 			if err != nil && watchHandler() {
-				log.Error("the event is not handed on; exits 0 all the same, as consul watch would end", "error", err)
+				log.Error("the event is not handed on; the exit code is 0, so that consul watch goes on", "error", err)
 				return nil
 			}
 			return err

@@ -62,7 +62,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
 	if errors.Is(err, fleet.ErrNotTaken) {
 		return hintError{
-			inTime{err},
+			notInTime{err},
 			fmt.Sprintf("it waits at control/%s, and is done when a mirror runs that has the unit in Git: see kedge status", id),
 		}
 	}
@@ -104,10 +104,10 @@ func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	return nil
 }
 
-// inTime makes the exit code 3, as errNotConverged does.
-type inTime struct{ error }
+// notInTime makes the exit code 3, as errNotConverged does.
+type notInTime struct{ error }
 
-func (e inTime) Is(target error) bool { return target == errNotConverged }
+func (e notInTime) Is(target error) bool { return target == errNotConverged }
 
 // onUnit opens the store and reads the unit that the first argument names.
 func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error) func(*cobra.Command, []string) error {

@@ -118,7 +118,7 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 			}
 			err = a.runOnce(cmd.Context(), one, args, randomDelay)
 			if err != nil && watchHandler() {
-				log.Error("not deployed; exits 0 all the same, as consul watch would end", "error", err)
+				log.Error("not deployed; the exit code is 0, so that consul watch goes on", "error", err)
 				return nil
 			}
 			return err

@@ -9,7 +9,7 @@ import (
 // Handler is a slog.Handler that passes on lines whose texts are Clean.
 type Handler struct{ next slog.Handler }
 
-// NewHandler returns one in front of next.
+// NewHandler returns a Handler that passes records on to next.
 func NewHandler(next slog.Handler) Handler { return Handler{next} }
 
 // Enabled is next's.

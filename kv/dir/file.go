@@ -145,8 +145,8 @@ func moveAside(from, to string) error {
 // edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
-// there reports whether the store's directory exists. It may be a link, which one below it may not.
-func (d *Store) there() bool {
+// exists reports whether the store's directory exists. It may be a link, which one below it may not.
+func (d *Store) exists() bool {
 	info, err := os.Stat(d.dir)
 	return err == nil && info.IsDir()
 }

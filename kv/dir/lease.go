@@ -99,7 +99,7 @@ func (l *lease) keep() {
 			valid = l.valid()
 			return nil
 		})
-		if err == nil && !valid || errors.Is(err, kv.ErrUnavailable) && !l.store.there() {
+		if err == nil && !valid || errors.Is(err, kv.ErrUnavailable) && !l.store.exists() {
 			l.lose()
 		}
 	}

@@ -63,7 +63,7 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 			return nil, ctx.Err()
 		}
 		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
-		if errors.Is(err, fs.ErrNotExist) && d.there() {
+		if errors.Is(err, fs.ErrNotExist) && d.exists() {
 			// Somebody removed the directory of ours, not the store's.
 			if err := d.makeMeta(); err != nil {
 				return nil, err

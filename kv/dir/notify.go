@@ -55,19 +55,19 @@ func (n *notifier) tell(w *fsnotify.Watcher) {
 				return
 			}
 			if e.Op != fsnotify.Chmod && !n.ignored(e.Name) {
-				n.poke(func(c *subscription) bool { return c.dirs[filepath.Dir(e.Name)] || c.dirs[e.Name] })
+				n.signal(func(c *subscription) bool { return c.dirs[filepath.Dir(e.Name)] || c.dirs[e.Name] })
 			}
 		case err, ok := <-w.Errors:
 			if !ok {
 				return
 			}
-			n.log.Debug("changes of the store's directory were not notified", "error", err)
-			n.poke(func(*subscription) bool { return true })
+			n.log.Debug("missed events of the store's directory: reading it again", "error", err)
+			n.signal(func(*subscription) bool { return true })
 		}
 	}
 }
 
-func (n *notifier) poke(which func(*subscription) bool) {
+func (n *notifier) signal(which func(*subscription) bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for c := range n.asking {

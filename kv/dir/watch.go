@@ -33,7 +33,7 @@ func (d *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	visit := func(string) {}
 	changes, err := d.notifier.ask()
 	if err != nil {
-		d.log.Warn("polling the directory: its changes can't be notified", "dir", d.dir, "error", err)
+		d.log.Warn("polling the directory: the kernel can't report its changes", "dir", d.dir, "error", err)
 	} else {
 		defer changes.end()
 		changed = changes.signal.C()

@@ -301,8 +301,8 @@ func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) { j.Running, j.Version, j.Confirmed = r.Pointer, r.Manifest.Version, false }
 }
 
-// confirmed makes what runs the release to go back to. What failed before stays in quarantine: the same commit may ask
-// for it again once a pin has ended.
+// confirmed marks the running release as proven: the one to go back to. What failed before stays in quarantine: the
+// same commit may ask for it again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
 }

@@ -56,8 +56,9 @@ func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable returns what to remove of entries, as many as go into one transaction, and when there is more; absent
-// is kept from call to call. Roles that are busy keep theirs: there, a node that died may count as failed.
+// forgettable returns the entries of dead nodes to remove now, as many as go into one transaction, and when there is
+// more; absent is kept from call to call. Roles that are busy keep theirs: there, a node that died may count as
+// failed.
 func forgettable(
 	entries []kv.Entry,
 	absent map[string]absence,

@@ -94,9 +94,9 @@ type Mirror struct {
 	listener net.Listener // nil: none
 	secret   string       // of webhooks
 
-	poke   wait.Signal // asks for a poll
-	hooked wait.Signal // asks for a webhook to be passed on
-	hurry  wait.Signal // asks the leader to look for releases anew
+	pollNow wait.Signal // asks for a poll
+	hooked  wait.Signal // asks for a webhook to be passed on
+	hurry   wait.Signal // asks the leader to look for releases anew
 
 	hookPause, patience, forgetAfter, rebuildWait time.Duration // as the constants of these names
 
@@ -150,7 +150,7 @@ func New(c Config) (*Mirror, error) {
 	m := &Mirror{
 		c:           c,
 		metrics:     newMetrics(c.Metrics),
-		poke:        wait.NewSignal(),
+		pollNow:     wait.NewSignal(),
 		changed:     make(chan struct{}),
 		hooked:      wait.NewSignal(),
 		hurry:       wait.NewSignal(),
@@ -192,7 +192,7 @@ func (m *Mirror) Addr() string {
 }
 
 // Trigger asks for a poll at once.
-func (m *Mirror) Trigger() { m.poke.Set() }
+func (m *Mirror) Trigger() { m.pollNow.Set() }
 
 // Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
 func (m *Mirror) Run(ctx context.Context) error {
@@ -227,7 +227,7 @@ func (m *Mirror) follow(ctx context.Context) {
 		}
 		select {
 		case <-ctx.Done():
-		case <-m.poke.C():
+		case <-m.pollNow.C():
 			if err := wait.For(ctx, m.branch.Pause()-time.Since(began)); err != nil {
 				return
 			}

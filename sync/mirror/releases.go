@@ -183,7 +183,8 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	return nil
 }
 
-// asWritten is all that is known here of a node's users. Of its groups nothing is.
+// asWritten returns the names by which a user is checked in the mirror: its manifest's own, as the mirror knows no
+// node's users or groups. Of its groups nothing is.
 func asWritten(user string) []string {
 	if user == "" || strings.HasPrefix(user, ":") {
 		return nil

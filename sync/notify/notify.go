@@ -213,7 +213,7 @@ func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) e
 			break
 		}
 		if retry.Tries() == 0 {
-			n.log.Warn("how far a receiver was told can't be read", "receiver", name, "error", err)
+			n.log.Warn("could not read which events a receiver has had", "receiver", name, "error", err)
 		}
 		if err := retry.Wait(ctx); err != nil {
 			return err
@@ -256,7 +256,7 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 		return err
 	}
 	if err := json.Unmarshal(e.Value, c); err != nil {
-		n.log.Warn("how far a receiver was told doesn't parse, it begins anew", "key", c.key, "error", err)
+		n.log.Warn("the record of which events a receiver has had doesn't parse: beginning anew", "key", c.key, "error", err)
 		c.Units = nil
 	}
 	c.stored = e.Value
@@ -274,7 +274,7 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	}
 	if err := n.store.Commit(ctx, nil, kv.Put(c.key, value)); err != nil {
 		if ctx.Err() == nil {
-			n.log.Warn("how far a receiver was told can't be written: another mirror would tell it again",
+			n.log.Warn("could not write which events a receiver has had: another mirror would send them again",
 				"receiver", name, "error", err)
 		}
 		return

@@ -220,7 +220,7 @@ func (s *snapshot) problems() (all []problem) {
 	return all
 }
 
-// missing makes a page of a text, as nothing else can be shown.
+// missing makes the page of an error: a text, and an HTTP status.
 func (r *rendered) missing(code int, s *snapshot, text string) {
 	r.code = code
 	if s == nil {

@@ -161,7 +161,7 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// again shows the same fleet anew, as something beside it has changed.
+// again returns the snapshot's fleet as a new snapshot, after something beside the fleet has changed.
 func (s *snapshot) again() *snapshot {
 	if s == nil {
 		return nil
