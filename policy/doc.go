@@ -59,7 +59,8 @@
 // TestSimulation plays fleets through seeded histories, and checks after every event that no more nodes are in
 // flight than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target
 // that admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in
-// mid-switch count.
+// mid-switch count: an agent begins a switch once the store holds its report of it, so that none can die unnoticed in
+// its first steps (TestASwitchIsSaidBeforeItBegins in sync/agent).
 //
 // Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
 // rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell
