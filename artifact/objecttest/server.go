@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"kedge/artifact/object"
+	"kedge/deployments/tooltest"
 )
 
 const (
@@ -57,28 +58,6 @@ func Start(tb testing.TB, args ...string) *Server {
 	return s
 }
 
-// Program returns the path of one of the tools that .ci/tools builds. It skips the test with -short, and else fails
-// it if the tool is missing.
-func Program(tb testing.TB, name string) string {
-	tb.Helper()
-	if testing.Short() {
-		tb.Skipf("needs a real %s: left out with -short", name)
-	}
-	dir := os.Getenv("KEDGE_TOOLS")
-	if dir == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			tb.Fatal(err)
-		}
-		dir = filepath.Join(cache, "kedge-tools")
-	}
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err != nil {
-		tb.Fatalf("a tool to test with is missing: run .ci/tools (%v)", err)
-	}
-	return path
-}
-
 // Restart starts a stopped server again, at the same address and with the same data.
 func (s *Server) Restart() {
 	s.tb.Helper()
@@ -100,7 +79,7 @@ func (s *Server) Restart() {
 		s.args,
 		[]string{"posix", s.dir},
 	)
-	s.process = exec.Command(Program(s.tb, "versitygw"), args...)
+	s.process = exec.Command(tooltest.Path(s.tb, "versitygw"), args...)
 	s.process.Stdout, s.process.Stderr = &s.log, &s.log
 	s.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	s.done = make(chan struct{})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"kedge/deployments/tooltest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +11,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"kedge/kv/kvtest"
 )
 
 // block is a block of commands of a page: ```sh runs as it stands, ```sh daemon beside what follows it, and any other
@@ -79,7 +78,7 @@ func TestDocs(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", kedge, ".").CombinedOutput(); err != nil {
 		t.Fatalf("build kedge: %v\n%s", err, out)
 	}
-	bucket := exec.Command(kvtest.ToolPath(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb", "s3://acme-releases")
+	bucket := exec.Command(tooltest.Path(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb", "s3://acme-releases")
 	bucket.Env = slices.Concat(baseEnv(), w.s3.Env())
 	if out, err := bucket.CombinedOutput(); err != nil {
 		t.Fatalf("make a bucket: %v\n%s", err, out)
@@ -120,7 +119,7 @@ func runDoc(t *testing.T, w *world, kedge, root, name, script string) {
 		}
 	}
 	for name, target := range map[string]string{
-		"kedge": kedge, "consul": kvtest.ToolPath(t, "consul"), "s5cmd": kvtest.ToolPath(t, "s5cmd"),
+		"kedge": kedge, "consul": tooltest.Path(t, "consul"), "s5cmd": tooltest.Path(t, "s5cmd"),
 	} {
 		if err := os.Symlink(target, filepath.Join(tools, name)); err != nil {
 			t.Fatal(err)

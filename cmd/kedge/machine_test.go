@@ -19,6 +19,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv/kvtest"
 )
 
@@ -173,7 +174,7 @@ func (m *machine) boot() {
 	m.cmd = exec.Command("sh", "-c", bootScript)
 	m.cmd.Env = []string{
 		"PATH=" + os.Getenv("PATH"), "CGROUPS=" + strings.Join(m.groups(), " "),
-		"LOWER=" + kvtest.ToolPath(m.t, "boot-root"), "DIR=" + m.dir, "MACHINE=" + m.name,
+		"LOWER=" + tooltest.Path(m.t, "boot-root"), "DIR=" + m.dir, "MACHINE=" + m.name,
 	}
 	m.cmd.Stdout, m.cmd.Stderr = console, console
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"io/fs"
+	"kedge/deployments/tooltest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,8 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"kedge/artifact/objecttest"
 )
 
 var metricName = regexp.MustCompile(`\bkedge_(?:build|agent|mirror|unit|web)_[a-z0-9_]+`)
@@ -90,7 +89,7 @@ func TestMetricsAreKnown(t *testing.T) {
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
 	for _, args := range [][]string{{"check", "rules", "kedge.rules.yaml"}, {"test", "rules", "kedge.rules_test.yaml"}} {
-		cmd := exec.Command(objecttest.Program(t, "promtool"), args...)
+		cmd := exec.Command(tooltest.Path(t, "promtool"), args...)
 		cmd.Dir = "../../deployments/alerts"
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)

@@ -18,8 +18,8 @@ import (
 	"time"
 
 	"kedge/artifact"
-	"kedge/artifact/objecttest"
 	"kedge/deployments"
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 )
 
@@ -37,7 +37,7 @@ type oldFleet struct {
 // startWatch has consul watch call a program with each event, as old fleets do.
 func (f *oldFleet) startWatch(name string, env []string, handler ...string) {
 	f.t.Helper()
-	cmd := exec.Command(objecttest.Program(f.t, "consul"), slices.Concat([]string{"watch", "-type", "event", "-name", "deploy_web_prod"}, handler)...)
+	cmd := exec.Command(tooltest.Path(f.t, "consul"), slices.Concat([]string{"watch", "-type", "event", "-name", "deploy_web_prod"}, handler)...)
 	log := new(bytes.Buffer)
 	cmd.Env = slices.Concat(baseEnv(), f.s3.Env(), env, []string{"KEDGE_PLAY=1", "HOME=" + f.dir})
 	cmd.Dir = f.dir
@@ -107,7 +107,7 @@ mv "$BUCKET/manifests/.new" "$BUCKET/manifests/manifest_web_prod.yml"
 	cmd := exec.Command("sh", "-c", script)
 	cmd.Env = slices.Concat(baseEnv(), f.consul.Env(f.consul.RootToken), []string{
 		"ARCHIVE=" + archive, "TREE=" + tree, "BUCKET=" + f.s3.Dir(), "SRC=" + f.s3.URL("archives/app-"+version+".tar.gz"),
-		"VERSION=" + version, "CONSUL=" + objecttest.Program(f.t, "consul"),
+		"VERSION=" + version, "CONSUL=" + tooltest.Path(f.t, "consul"),
 	})
 	if out, err := cmd.CombinedOutput(); err != nil {
 		f.t.Fatalf("the deploy script: %v\n%s", err, out)

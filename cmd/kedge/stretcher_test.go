@@ -29,6 +29,7 @@ import (
 	"time"
 
 	"kedge/artifact/objecttest"
+	"kedge/deployments/tooltest"
 )
 
 // oldCase is a manifest and an archive as people have them for stretcher, and how the two are used.
@@ -338,7 +339,7 @@ const differenceList = "../../deployments/migrating/differences.md"
 // KEDGE_RECORD is set.
 func TestStretchersTable(t *testing.T) {
 	t.Parallel()
-	objecttest.Program(t, "versitygw")
+	tooltest.Path(t, "versitygw")
 	if os.Geteuid() != 0 {
 		t.Fatal("the archives' owners take root to compare")
 	}

@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 
+	"kedge/deployments/tooltest"
 	"kedge/kv"
 	"kedge/kv/consul"
 )
@@ -64,28 +64,6 @@ type ConsulNode struct {
 
 	mu   sync.Mutex
 	proc *process
-}
-
-// ToolPath returns the path of a program that `.ci/tools` builds. It skips the test with -short, and else fails it
-// if the program is missing.
-func ToolPath(tb testing.TB, name string) string {
-	tb.Helper()
-	if testing.Short() {
-		tb.Skipf("needs a real %s: left out with -short", name)
-	}
-	dir := os.Getenv("KEDGE_TOOLS")
-	if dir == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			tb.Fatalf("look for %s: %v; set KEDGE_TOOLS to the directory that .ci/tools built into", name, err)
-		}
-		dir = filepath.Join(cache, "kedge-tools")
-	}
-	path := filepath.Join(dir, name)
-	if _, err := os.Stat(path); err != nil {
-		tb.Fatalf("the tests need a real %s: %v; run .ci/tools, or set KEDGE_TOOLS", name, err)
-	}
-	return path
 }
 
 // StartConsul starts a Consul and returns once it has a leader and takes writes. It ends with the test, also when
@@ -201,7 +179,7 @@ func (c *Consul) RevokeToken(token string) {
 // CLI runs the consul program itself, as an operator would, and returns what it printed.
 func (c *Consul) CLI(token, stdin string, args ...string) string {
 	c.tb.Helper()
-	cmd := exec.Command(ToolPath(c.tb, "consul"), args...)
+	cmd := exec.Command(tooltest.Path(c.tb, "consul"), args...)
 	cmd.Env = append(os.Environ(), c.Env(token)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()

@@ -3,6 +3,7 @@ package kvtest
 import (
 	"encoding/json"
 	"fmt"
+	"kedge/deployments/tooltest"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -114,7 +115,7 @@ func (n *ConsulNode) start() {
 		tb.Fatalf("consul %s runs already", n.Name)
 	}
 	var err error
-	if n.proc, err = startProcess(filepath.Join(n.dir, "log"), ToolPath(tb, "consul"), args...); err != nil {
+	if n.proc, err = startProcess(filepath.Join(n.dir, "log"), tooltest.Path(tb, "consul"), args...); err != nil {
 		tb.Fatalf("start consul %s: %v", n.Name, err)
 	}
 }
