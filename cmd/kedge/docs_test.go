@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"kedge/deployments/tooltest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +10,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"kedge/deployments/tooltest"
 )
 
 // block is a block of commands of a page: ```sh runs as it stands, ```sh daemon beside what follows it, and any other

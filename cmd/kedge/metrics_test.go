@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"io/fs"
-	"kedge/deployments/tooltest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"kedge/deployments/tooltest"
 )
 
 var metricName = regexp.MustCompile(`\bkedge_(?:build|agent|mirror|unit|web)_[a-z0-9_]+`)

@@ -3,7 +3,6 @@ package kvtest
 import (
 	"encoding/json"
 	"fmt"
-	"kedge/deployments/tooltest"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -11,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"kedge/deployments/tooltest"
 )
 
 // newNode reserves an address of its own for a node, so that it can come back on the same ports.
