@@ -145,6 +145,10 @@ func TestPinsKeepTheBudgetAndTheQuarantine(t *testing.T) {
 	s.stable(one)
 	s.live("app", "1", s.nodes...)
 	s.keeps(1)
+	text, _, _ := s.kedge("history", "prod/web/app", "--json")
+	if strings.Count(text, "the pin ended") != 2 || !strings.Contains(text, ": incident") {
+		t.Errorf("the history doesn't say who pinned and why, and that both pins ended:\n%s", text)
+	}
 
 	s.deploy(two, rollout+", max_failures: 0")
 	s.rolledBack(two)
