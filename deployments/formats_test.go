@@ -429,3 +429,26 @@ func TestAmountOf(t *testing.T) {
 		}
 	}
 }
+
+// A node that makes up units has a report with as many as a role may have, or none.
+func TestReportsOfTooManyUnits(t *testing.T) {
+	t.Parallel()
+	units := map[string]UnitReport{}
+	for i := range MaxRoleUnits + 1 {
+		value, err := json.Marshal(Report{Units: units})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseReport(value); err != nil {
+			t.Errorf("%d units: %v", i, err)
+		}
+		units[fmt.Sprintf("u%d", i)] = UnitReport{State: StateConverged}
+	}
+	value, err := json.Marshal(Report{Units: units})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r, err := ParseReport(value); err == nil || len(r.Units) > 0 {
+		t.Errorf("%d units are read: %v", len(r.Units), err)
+	}
+}
