@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -33,18 +36,100 @@ func blocksOf(page string) (blocks []block) {
 		case ok:
 			open = false
 		case open:
-			blocks[len(blocks)-1].text += strings.TrimPrefix(line, "    ") + "\n"
+			blocks[len(blocks)-1].text += line + "\n"
 		}
 	}
 	return blocks
 }
 
+// A block that names a command of a shell is marked sh, so that it runs, or text where nothing here could run it: what
+// takes a package, a systemd or a load balancer of the reader's own.
+func TestDocsAreRun(t *testing.T) {
+	t.Parallel()
+	pages, err := filepath.Glob("../../deployments/docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("no pages: %v", err)
+	}
+	pages = append(pages, "../../README.md", "../../deployments/example/README.md")
+	programs := "kedge|git|consul|systemctl|systemd-creds|promtool|install|ln|curl|s5cmd|aws|dpkg"
+	command := regexp.MustCompile(`^ *(?:` + programs + `) [a-z-]`)
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fence, inFence := "", false
+		for i, line := range strings.Split(string(text), "\n") {
+			mark, ok := strings.CutPrefix(strings.TrimSpace(line), "```")
+			switch {
+			case ok:
+				fence, inFence = mark, !inFence
+			case !command.MatchString(line):
+			case inFence && fence != "sh" && fence != "sh daemon" && fence != "text":
+				t.Errorf("%s:%d: %q stands in a block that is neither sh nor text", page, i+1, line)
+			case !inFence && strings.HasPrefix(line, "    ") && !strings.Contains(line, "─"): // that is a drawing
+				t.Errorf("%s:%d: %q is in no block of commands: mark it ```sh", page, i+1, line)
+			}
+		}
+		for _, block := range blocksOf(string(text)) {
+			if !slices.Contains(slices.Collect(maps.Values(runPages)), strings.TrimPrefix(page, "../../")) {
+				t.Errorf("%s:%d: no test runs this block: add the page to runPages", page, block.line)
+			}
+		}
+	}
+}
+
+// runPages are the pages whose blocks TestDocs runs.
+var runPages = map[string]string{
+	"README":        "README.md",
+	"install":       "deployments/docs/install.md",
+	"autoscaling":   "deployments/docs/autoscaling.md",
+	"operations":    "deployments/docs/operations.md",
+	"hooks":         "deployments/docs/hooks.md",
+	"example":       "deployments/example/README.md",
+	"browser":       "deployments/docs/browser.md",
+	"git-servers":   "deployments/docs/git-servers.md",
+	"metrics":       "deployments/docs/metrics.md",
+	"migrating":     "deployments/docs/migrating.md",
+	"notifications": "deployments/docs/notifications.md",
+	"security":      "deployments/docs/security.md",
+}
+
+// readerHas is what the reader of a page has before the page begins.
+var readerHas = map[string]string{
+	"git-servers":   aRepo,
+	"migrating":     aRepo + stretchersManifest,
+	"notifications": aRepo + "cd /etc/kedge; echo https://hooks.slack.example/1 > slack.url; echo token > github.token",
+}
+
+const (
+	aRepo = `
+git init --quiet --bare -b main /srv/git/deployments.git
+git clone --quiet /srv/git/deployments.git ~/deployments
+echo 'prune: true' > ~/deployments/kedge.yaml
+git -C ~/deployments add .
+git -C ~/deployments commit --quiet -m 'settings'
+git -C ~/deployments push --quiet
+`
+	stretchersManifest = `
+mkdir ~/tree && echo 1 > ~/tree/version && tar czf ~/app-1.tar.gz -C ~/tree .
+cat > ~/manifest_web_prod.yml <<END
+src: s3://acme-deploy/archives/app-1.tar.gz
+checksum: $(sha256sum ~/app-1.tar.gz | cut -d' ' -f1)
+dest: /srv/app
+END
+s5cmd --endpoint-url $AWS_ENDPOINT_URL_S3 cp ~/app-1.tar.gz s3://acme-deploy/archives/
+s5cmd --endpoint-url $AWS_ENDPOINT_URL_S3 cp ~/manifest_web_prod.yml s3://acme-deploy/manifests/
+`
+)
+
 // docScript makes one script of a page's blocks. A daemon counts as started when it says so; it ends with the script.
-func docScript(name string, blocks []block) string {
+func docScript(name, has string, blocks []block) string {
 	var b strings.Builder
 	b.WriteString(`set -euo pipefail
 trap 'code=$?; [ $code = 0 ] || tail -n 30 $HOME/daemon.*.log >&2 || true; kill $(jobs -p) 2>/dev/null || true; wait || true; exit $code' EXIT
 `)
+	fmt.Fprintf(&b, "(%s\n)\n", cmp.Or(has, ":"))
 	for _, block := range blocks {
 		fmt.Fprintf(&b, "echo '== %s:%d' >&2\n", name, block.line)
 		if !block.daemon {
@@ -52,6 +137,10 @@ trap 'code=$?; [ $code = 0 ] || tail -n 30 $HOME/daemon.*.log >&2 || true; kill 
 			continue
 		}
 		log := fmt.Sprintf("$HOME/daemon.%d.log", block.line)
+		if strings.HasPrefix(block.text, "consul watch") { // it says nothing until an event comes
+			fmt.Fprintf(&b, "( exec %s\n) >%s 2>&1 &\n", strings.TrimSpace(block.text), log)
+			continue
+		}
 		fmt.Fprintf(&b, `( %s
 ) >%s 2>&1 &
 for i in $(seq 300); do grep -qE ' starts|is at http' %s && break; kill -0 $! || exit 1; sleep 0.1; done
@@ -79,20 +168,16 @@ func TestDocs(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", kedge, ".").CombinedOutput(); err != nil {
 		t.Fatalf("build kedge: %v\n%s", err, out)
 	}
-	bucket := exec.Command(tooltest.Path(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb", "s3://acme-releases")
-	bucket.Env = slices.Concat(baseEnv(), w.s3.Env())
-	if out, err := bucket.CombinedOutput(); err != nil {
-		t.Fatalf("make a bucket: %v\n%s", err, out)
+	bucket := exec.Command(tooltest.Path(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb")
+	for _, name := range []string{"s3://acme-releases", "s3://acme-deploy"} {
+		c := exec.Command(bucket.Path, append(bucket.Args[1:], name)...)
+		c.Env = slices.Concat(baseEnv(), w.s3.Env())
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("make a bucket: %v\n%s", err, out)
+		}
 	}
 	w.consul.CLI(w.consul.RootToken, "", "kv", "put", "kedge/pins/prod/db/main", "hold") // something to back up
-	for name, page := range map[string]string{
-		"README":      "README.md",
-		"install":     "deployments/docs/install.md",
-		"autoscaling": "deployments/docs/autoscaling.md",
-		"operations":  "deployments/docs/operations.md",
-		"hooks":       "deployments/docs/hooks.md",
-		"example":     "deployments/example/README.md",
-	} {
+	for name, page := range runPages {
 		text, err := os.ReadFile(filepath.Join(root, page))
 		if err != nil {
 			t.Fatal(err)
@@ -104,7 +189,7 @@ func TestDocs(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			runDoc(t, w, kedge, root, name, docScript(page, blocks))
+			runDoc(t, w, kedge, root, name, docScript(page, readerHas[name], blocks))
 		})
 	}
 }
@@ -121,6 +206,7 @@ func runDoc(t *testing.T, w *world, kedge, root, name, script string) {
 	}
 	for name, target := range map[string]string{
 		"kedge": kedge, "consul": tooltest.Path(t, "consul"), "s5cmd": tooltest.Path(t, "s5cmd"),
+		"promtool": tooltest.Path(t, "promtool"),
 	} {
 		if err := os.Symlink(target, filepath.Join(tools, name)); err != nil {
 			t.Fatal(err)

@@ -406,10 +406,10 @@ func TestManual(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, example, _ := strings.Cut(string(page), "Example of notify.yaml:\n\n")
-	example, _, _ = strings.Cut(example, "\n\n")
+	_, example, _ := strings.Cut(string(page), "cat > /etc/kedge/notify.yaml <<'END'\n")
+	example, _, _ = strings.Cut(example, "END\n")
 	file := filepath.Join(t.TempDir(), "notify.yaml")
-	if err := os.WriteFile(file, []byte(strings.ReplaceAll("\n"+example, "\n    ", "\n")), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(example), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c, err := ReadConfig(file)
