@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -60,14 +62,39 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := os.MkdirAll(part, 0o700); err != nil {
 		return err
 	}
-	if err := s.tool(ctx, "rsync", append(args, "-H", dest.PathForTool("")+"/", part+"/")...); err != nil {
-		return fmt.Errorf("keeping a copy of what is at %s before the first release: %w", r.Manifest.Dest, err)
+	args = append(args, "-H", dest.PathForTool("")+"/", part+"/")
+	err = s.checkCopy(ctx, part, args)
+	if err == nil {
+		err = s.tool(ctx, "rsync", args...)
+	}
+	if err != nil { // what serves from there may need the space
+		return errors.Join(
+			fmt.Errorf("keeping a copy of what is at %s before the first release: %w", r.Manifest.Dest, err), s.forget())
 	}
 	if err := syncFS(part); err != nil {
 		return err
 	}
 	return moveDurably(part, s.keptTree())
 }
+
+// checkCopy returns an error if dir's disk has no room for what rsync would copy with args.
+func (s rsyncSwitcher) checkCopy(ctx context.Context, dir string, args []string) error {
+	output, err := s.c.Tool(ctx, true, "rsync", append([]string{"--dry-run", "--stats", "--no-h"}, args...)...)
+	if err != nil {
+		return err
+	}
+	found := transferSize.FindSubmatch(output)
+	if found == nil {
+		return errors.New("rsync --stats does not say how much it would copy")
+	}
+	size, err := strconv.ParseInt(string(found[1]), 10, 64)
+	if err != nil {
+		return err
+	}
+	return checkFree(dir, "the copy", size)
+}
+
+var transferSize = regexp.MustCompile(`(?m)^Total transferred file size: ([0-9]+) bytes$`)
 
 // Restore has rsync make dest as it was before. What is excluded or mounted there was left alone.
 func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {

@@ -99,7 +99,7 @@ func extract(
 	if m.Size > 0 && o.Size != m.Size {
 		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, ErrDigest)
 	}
-	if err := checkFree(dir, o.Size); err != nil {
+	if err := checkFree(dir, "the archive alone", o.Size); err != nil {
 		return fmt.Errorf("extract %s: %w", src, err)
 	}
 	stream, err := from.Read(ctx, o, 0)

@@ -361,15 +361,16 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	return nil
 }
 
-// checkFree returns an error if the disk has less than need free: a tree is hardly ever smaller than its archive.
-func checkFree(dir string, need int64) error {
+// checkFree returns an error if the disk has less than need free for what is named.
+func checkFree(dir, what string, need int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("free space of %s: %w", dir, err)
 	}
 	if free := int64(st.Bavail) * st.Bsize; need > free {
 		return fmt.Errorf(
-			"what is to be fetched alone has %s, %s has %s left: %w",
+			"%s has %s, %s has %s left: %w",
+			what,
 			sizeText(need),
 			dir,
 			sizeText(free),

@@ -3,8 +3,10 @@ package deploy
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -104,4 +106,35 @@ func TestReadOnlyDestIsPutBackIntoService(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Where there is no room to keep what a first release by rsync would write over, the release waits, nothing is touched,
+// and the disk isn't filled.
+func TestNoRoomToKeepWhatServes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.mountSrv("size=400k,mode=755")
+	w.foreign(func(w *world) error { return os.Symlink("../old", w.dest()) })
+	ballast := filepath.Join(w.path("old"), "ballast")
+	if err := os.WriteFile(ballast, []byte(strings.Repeat("x", 1<<20)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	u := w.open(func(c *Config) { c.Dir = w.path("srv", "state") })
+	p := w.publish("1", func(m *deployments.Manifest) { m.Strategy = deployments.StrategyRsync })
+	if err := u.Deploy(t.Context(), Request{Release: p}); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	w.wantForeign()
+	w.wantHooks()
+	if s := u.State(); len(s.Quarantined) > 0 || s.Drained || s.Unfinished {
+		t.Errorf("state: %+v", s)
+	}
+	if _, err := os.Stat(u.beforeDir()); err == nil {
+		t.Error("what could be copied was left on the full disk")
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	w.deploy(u, p)
+	w.wantVersion("1")
 }
