@@ -288,6 +288,11 @@ func TestNextCountsFailures(t *testing.T) {
 		{"nor one that was yet to be told", gone(1, report{State: converged, Running: v1, Want: v1, Generation: 2}), ""},
 		{"nor one that went by an earlier record", gone(1, report{State: switching, Want: v2, Generation: 1}), ""},
 		{"nor one that is not admitted", gone(2, report{State: switching, Want: v2, Generation: 2}), ""},
+		{"all, whatever may", func(s *Situation) {
+			s.Unit.Rollout.MaxFailures = deployments.Amount{N: 100, Percent: true}
+			s.Record.Rollout.Cutoff = everyRank
+			each(s, func(u *deployments.UnitReport) { *u = failed })
+		}, "10 of 10 nodes failed (NODE0: health)"},
 		{"two where one may", two(deployments.Amount{N: 1}, func(*Situation) {}), "2 of 10 nodes failed (NODE3: health), at most 1 may"},
 		{"two where two may", two(deployments.Amount{N: 2}, func(*Situation) {}), ""},
 		{"two where a tenth may", two(deployments.Amount{N: 10, Percent: true}, func(*Situation) {}), "at most 1 may"},

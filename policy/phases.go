@@ -56,8 +56,12 @@ func failing(in *inputs, st state, v summary) (state, bool) {
 	if v.failed <= limit {
 		return st, false
 	}
+	return stop(in, st, tooManyFailed(v, limit)), true
+}
+
+func tooManyFailed(v summary, limit int) cause {
 	facts := v.failure.With("failed", fmt.Sprint(v.failed)).With("of", fmt.Sprint(v.live)).With("limit", fmt.Sprint(limit))
-	return stop(in, st, cause{deployments.ReasonTooManyFailed, facts}), true
+	return cause{deployments.ReasonTooManyFailed, facts}
 }
 
 // waits returns why nothing may go on now, if so.
@@ -227,8 +231,17 @@ func rolling(in *inputs, st state) (state, bool) {
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}
+	back := !st.r.Stable.IsZero() && st.r.Stable != st.r.Target
+	if v.failed > 0 && back && !runsSomewhere(in, st.r.Target.Digest) {
+		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true // tolerated or not: nobody could go back to it
+	}
 	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned
 	return st.end().because(deployments.ReasonConverged, nil), false
+}
+
+// runsSomewhere reports whether a node runs a release, or did when it was last heard of.
+func runsSomewhere(in *inputs, digest deployments.Digest) bool {
+	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
 // shortList is how long a list of nodes that is shorter than it was has to stand: agents of before put a status key
