@@ -104,6 +104,7 @@
 //	contains  of http: a text in the first 64 KiB of the body
 //	tcp       HOST:PORT that accepts a connection
 //	exec      a command that exits 0
+//	user      of exec: whom it runs as, by name or number (whoever the agent runs as)
 //	systemd   a unit that is active, and doesn't restart meanwhile
 //	consul    a service of this node whose checks all pass
 //	interval  the time between two tries (1s)

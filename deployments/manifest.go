@@ -131,6 +131,8 @@ type Check struct {
 	HTTP *HTTPCheck
 	TCP  string // HOST:PORT that accepts a connection
 	Exec string // sh -c that exits 0
+	// User is whom Exec runs as, by name or number; empty: as the agent runs.
+	User string
 	// Systemd is a unit that is active and does not restart meanwhile.
 	Systemd string
 	// Consul is the name of a service on this node whose checks all pass.

@@ -116,6 +116,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 		}
 		add(&item, "tcp", c.TCP, c.TCP != "")
 		add(&item, "exec", c.Exec, c.Exec != "")
+		add(&item, "user", c.User, c.User != "")
 		add(&item, "systemd", c.Systemd, c.Systemd != "")
 		add(&item, "consul", c.Consul, c.Consul != "")
 		add(&item, "interval", c.Interval.String(), c.Interval != 0 && c.Interval != defaultCheckInterval)

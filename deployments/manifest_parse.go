@@ -473,6 +473,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 		"interval": into(&r.reader, &c.Interval, asPositive),
 		"timeout":  into(&r.reader, &c.Timeout, asPositive),
 		"during":   into(&r.reader, &c.During, asOneOf(DuringDeploy)),
+		"user":     into(&r.reader, &c.User, asUser),
 	}
 	for name, f := range kinds {
 		known[name] = f
@@ -486,6 +487,9 @@ func (r *manifestReader) check(n ast.Node) Check {
 	}
 	if found != 1 {
 		r.at(n, "a check is exactly one of http, tcp, exec, systemd, consul; this has %d of them", found)
+	}
+	if user := seen["user"]; user != nil && seen["exec"] == nil {
+		r.at(user, "user is whom exec runs as, and this check has none")
 	}
 	return c
 }

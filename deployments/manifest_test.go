@@ -95,6 +95,7 @@ func TestManifestMistakes(t *testing.T) {
 			"commands: {<<: [" + strings.Repeat("*a,", 201) + "]}\n", "more than 200 times"},
 		{"a tag", base + "owner: !!str root\n", "tags"},
 		{"a check of two kinds", base + "health:\n  checks:\n  - tcp: localhost:80\n    exec: true\n", "manifest:6:5: a check is exactly one of"},
+		{"a user of what runs nothing", base + "health:\n  checks:\n  - tcp: localhost:80\n    user: app\n", "manifest:7:5: user is whom exec runs as"},
 		{"a check of no kind", base + "health:\n  checks:\n  - interval: 1s\n", "this has 0"},
 		{"an index without size", base + "index:\n  url: index\n  sha256: " + hex64 + "\n", "index has no size"},
 		{"a strategy", base + "sync_strategy: copy\n", "want rsync or mv or release"},
@@ -235,6 +236,7 @@ func TestManifestRoundTrip(t *testing.T) {
 			Commands: Commands{Env: map[string]string{"RAILS_ENV": "production", "_x": text.Draw(t, "variable")}, Pre: commands.Draw(t, "pre"), Post: commands.Draw(t, "post"), Success: commands.Draw(t, "success"), Failure: commands.Draw(t, "failure")},
 			Health: Health{Timeout: span.Draw(t, "health"), StableFor: span.Draw(t, "stable"), Every: span.Draw(t, "every"), Failures: rapid.IntRange(1, 9).Draw(t, "failures"), Checks: []Check{
 				{HTTP: &HTTPCheck{URL: "http://127.0.0.1/x", Status: 204, Contains: strings.TrimSpace(text.Draw(t, "contains"))}, Interval: span.Draw(t, "interval"), Timeout: time.Second},
+				{Exec: "true", User: "www-data", Interval: time.Second, Timeout: 5 * time.Second},
 				{TCP: "localhost:80", Interval: time.Second, Timeout: 5 * time.Second, During: DuringDeploy},
 			}},
 		}

@@ -93,7 +93,7 @@ func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func
 	commands := slices.Concat(m.Commands.Pre, m.Commands.Post, m.Commands.Success, m.Commands.Failure)
 	for _, c := range m.Health.Checks {
 		if c.Exec != "" {
-			commands = append(commands, deployments.Command{Run: c.Exec})
+			commands = append(commands, deployments.Command{Run: c.Exec, User: c.User})
 		}
 	}
 	for _, c := range commands {

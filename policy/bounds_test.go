@@ -59,6 +59,12 @@ func TestBoundsOnManifests(t *testing.T) {
 		{"a command without a user", web, func(m *deployments.Manifest) { m.Commands.Success = run(deployments.Command{Run: "x"}) }, "it runs as the agent's own user, which is not among app: set user"},
 		{"the agent's own user, by number", Bounds{Users: []string{"0", "app"}}, func(m *deployments.Manifest) { m.Commands.Post = run(deployments.Command{Run: "x"}) }, ""},
 		{"a check that runs something", web, func(m *deployments.Manifest) { m.Health.Checks = []deployments.Check{{Exec: "x"}} }, "agent's own user"},
+		{"a check that runs something as one of the users", web, func(m *deployments.Manifest) {
+			m.Health.Checks = []deployments.Check{{Exec: "x", User: "app"}}
+		}, ""},
+		{"a check that runs something as another", web, func(m *deployments.Manifest) {
+			m.Health.Checks = []deployments.Check{{Exec: "x", User: "root"}}
+		}, `command "x": user root is not among app`},
 		{"no commands", Bounds{NoCommands: true}, func(*deployments.Manifest) {}, `it has commands, and none are allowed: "true"`},
 		{"no commands, but a check", Bounds{NoCommands: true}, func(m *deployments.Manifest) {
 			m.Commands.Pre, m.Health.Checks = nil, []deployments.Check{{TCP: "h:1"}, {Exec: "y"}}

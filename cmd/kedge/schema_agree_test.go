@@ -99,7 +99,7 @@ health:
     - {http: {url: http://127.0.0.1/up, status: 200, contains: ok}, interval: 1s, timeout: 5s, during: deploy}
     - {http: http://127.0.0.1/up}
     - {tcp: 127.0.0.1:80}
-    - {exec: test -e /srv}
+    - {exec: test -e /srv, user: app}
     - {systemd: app.service}
     - {consul: app}
 drain: 5s

@@ -30,7 +30,7 @@ func newProbe(c deployments.Check, env command.Env) probe {
 	case c.Exec != "":
 		return func(ctx context.Context) (string, error) {
 			// Its output is not logged: a check is tried every second. The last line of a failure is in the error.
-			return "", command.Check(ctx, deployments.Command{Run: c.Exec, Timeout: c.Timeout}, env)
+			return "", command.Check(ctx, deployments.Command{Run: c.Exec, User: c.User, Timeout: c.Timeout}, env)
 		}
 	case c.Systemd != "":
 		return func(ctx context.Context) (string, error) { return checkSystemd(ctx, c.Systemd) }

@@ -241,6 +241,7 @@ func TestChecks(t *testing.T) {
 		{deployments.Check{Exec: `test "$KEDGE_VERSION" = 2`}, ""},
 		{deployments.Check{Exec: "echo not yet; false"}, "not yet"},
 		{deployments.Check{Exec: "sleep 1000"}, "slow"},
+		{deployments.Check{Exec: "true", User: "nobody-here"}, "nobody-here"},
 	} {
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("too slow"))
 		_, err := newProbe(test.check, command.Env{Version: "2"})(ctx)
