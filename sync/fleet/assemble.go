@@ -310,7 +310,7 @@ func (a *assembly) nodes(u *Unit) {
 // converged compares what a node reports with what it should run. Where nothing is desired, nothing is missing.
 func converged(d policy.Decision, r deployments.UnitReport) bool {
 	switch {
-	case d.Invalid != nil:
+	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration: // it doesn't follow the record that is there
 		return false
 	case d.Action == policy.ActHold:
 		return r.State == deployments.StateHeld

@@ -69,6 +69,20 @@ func TestConvergedIsSeenFromHere(t *testing.T) {
 }
 
 // Nothing in a store may go unseen: what can't be read is an error at its key.
+// A node that holds an older record, as after the restore of a snapshot, stays where it is: on what nothing there names.
+func TestWhoHoldsAnOldRecordHasNotConverged(t *testing.T) {
+	t.Parallel()
+	held := runs("app", "2")
+	held.Reason = deployments.ReasonOldGeneration
+	f := Assemble([]kv.Entry{
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 1, Joined: 1}),
+		says("web-1", map[string]deployments.UnitReport{"app": held}),
+	}, noon)
+	if u := unitOf(t, f, "prod/web/app"); u.Converged != 0 || u.Nodes[0].Converged {
+		t.Errorf("%d of %d converged", u.Converged, u.Live)
+	}
+}
+
 func TestAssembleNamesWhatDoesNotParse(t *testing.T) {
 	t.Parallel()
 	bad := map[string]string{
