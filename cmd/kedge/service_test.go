@@ -46,7 +46,8 @@ func (s *service) version(version, post string) deployments.Pointer {
 	}
 	return s.publish("app", version, func(o *artifact.PublishOptions) {
 		o.Manifest.Commands = deployments.Commands{
-			Pre: say("begin"), Post: []deployments.Command{{Run: post}}, Success: say("end"), Failure: say("end"),
+			Pre: say("begin"), Success: say("end"), Failure: say("end"),
+			Post: append([]deployments.Command{{Run: post}}, say("post")...),
 		}
 		o.Manifest.Health = deployments.Health{
 			Timeout: 2 * time.Second, Every: 200 * time.Millisecond, Failures: 2,
@@ -160,8 +161,10 @@ func (s *service) keeps(budget int) {
 		if len(fields) != 3 {
 			continue
 		}
-		if fields[0] == "end" {
+		if fields[0] == "end" || fields[0] == "post" && out[fields[1]] != fields[2] { // or it went back to that one
 			delete(out, fields[1])
+		}
+		if fields[0] != "begin" {
 			continue
 		}
 		out[fields[1]] = fields[2]
