@@ -34,7 +34,8 @@ func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Point
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
 	pinned := u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin
-	if u.record.Value.Rollout == nil || pinned || !serves {
+	// What is half done is out of service already, and its report says that: a way back that doesn't hold is unhealthy.
+	if u.record.Value.Rollout == nil || pinned || !serves || u.state().Unfinished {
 		a.mu.Unlock()
 		return nil
 	}
