@@ -100,3 +100,27 @@ func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 	w.desire(app, deployments.Record{Target: three, Generation: 4})
 	a.awaitRunning(app, three)
 }
+
+// A node whose way back does not hold, and which says that it is unhealthy, takes a fix under a rollout all the same.
+func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	one := w.publish("app", "1", func(m *deployments.Manifest) {
+		m.Health = deployments.Health{Timeout: time.Second, Checks: []deployments.Check{
+			{Exec: "! test -e " + w.path("sick"), Interval: 50 * time.Millisecond, Timeout: time.Second},
+		}}
+	})
+	two := w.publish("app", "2", post("touch "+w.path("sick")+"; exit 1"))
+	three := w.publish("app", "3")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	rolls := func(generation int64, to deployments.Pointer) {
+		w.desire(app, deployments.Record{Target: to, Stable: one, Generation: generation,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
+	}
+	rolls(2, two)
+	a.awaitState(app, deployments.StateUnhealthy)
+	rolls(3, three)
+	a.awaitRunning(app, three)
+}
