@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -12,6 +13,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/deploy"
 )
 
@@ -293,6 +295,30 @@ func TestStaysDrainedThroughARestart(t *testing.T) {
 			return code == 503 && maintenance.Load(), body
 		})
 		a.stop()
+	}
+}
+
+// A quarantined unit may be what drained the node before the agent's restart: it isn't settled, which would end
+// maintenance mode, before its state is read and it is drained again.
+func TestUnitIsNotFinalBeforeItsDrainIsTakenUp(t *testing.T) {
+	t.Parallel()
+	p := deployments.Pointer{URL: "file:///r", Digest: deployments.Digest{1}}
+	u := &unit{id: app}
+	u.decided, u.decision = true, policy.Decision{Target: p}
+	u.refused = map[deployments.Pointer]refusal{p: {err: errors.New("refused")}}
+	if u.final() {
+		t.Error("a unit is final before its state was read")
+	}
+	d, err := deploy.Open(deploy.Config{Dir: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.deploy, u.recover = d, true
+	if u.final() {
+		t.Error("a unit is final before it recovered")
+	}
+	if u.recover = false; !u.final() {
+		t.Error("a unit whose release is refused is not final")
 	}
 }
 

@@ -372,8 +372,13 @@ func (u *unit) sick() error {
 	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
-// final reports whether the unit stays as it is until somebody does something.
+// final reports whether the unit stays as it is until somebody does something. What a run before this one left
+// unfinished, or drained, has to be known and taken up first: else a node that is out of service with nothing good to
+// run would be in service between its start and its drain.
 func (u *unit) final() bool {
+	if u.deploy == nil || u.recover && !u.observes {
+		return false
+	}
 	switch u.standing().state {
 	case deployments.StateConverged, deployments.StateHeld, deployments.StateInvalid, deployments.StateQuarantined,
 		deployments.StateUnhealthy:

@@ -60,15 +60,17 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 		})
 		a.mu.Lock()
 		u.deploy, u.trouble = d, err
+		if err == nil {
+			s := d.State()
+			u.recover = s.Unfinished || s.Drained
+		}
 		for _, other := range a.units {
 			other.nudge() // see Agent.opening
 		}
 		a.mu.Unlock()
 		if err == nil {
-			s := d.State()
 			a.observe(u)
 			a.mu.Lock()
-			u.recover = s.Unfinished || s.Drained
 			if a.c.VerifyEvery > 0 {
 				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // not the whole fleet at once
 			}
