@@ -26,15 +26,21 @@ type service struct {
 func newService(t *testing.T, nodes ...string) *service {
 	t.Helper()
 	s := &service{world: newWorld(t, nodes...), nodes: nodes}
-	s.log = filepath.Join(s.dir, "commands.log")
-	if err := os.WriteFile(s.log, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	s.startMirror("mirror-1")
+	s.begin()
 	for _, node := range nodes {
 		s.startAgent(node)
 	}
 	return s
+}
+
+// begin starts the log of commands, and a mirror.
+func (s *service) begin() {
+	s.t.Helper()
+	s.log = filepath.Join(s.dir, "commands.log")
+	if err := os.WriteFile(s.log, nil, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	s.startMirror("mirror-1")
 }
 
 // version publishes a release of the app whose post command is post. It is healthy on a node unless sick has made
