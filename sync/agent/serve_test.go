@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -10,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -73,5 +76,76 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 	if reads.Wait(); open.Load() > maxConns {
 		t.Errorf("%d connections are held open, at most %d are allowed", open.Load(), maxConns)
+	}
+}
+
+// pipes is a listener whose connections are pipes: they hold nothing that their reader hasn't taken.
+type pipes struct {
+	conns chan net.Conn
+	ended chan struct{}
+}
+
+func (p pipes) Accept() (net.Conn, error) {
+	select {
+	case c := <-p.conns:
+		return c, nil
+	case <-p.ended:
+		return nil, net.ErrClosed
+	}
+}
+
+func (p pipes) Close() error   { close(p.ended); return nil }
+func (p pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
+// Whoever asks and never reads the answer, or never ends the question, holds a connection for a bounded time.
+func TestHeldConnectionsEnd(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		sent   string
+		within time.Duration
+	}{
+		"reads nothing":       {"GET / HTTP/1.1\r\nHost: a\r\n\r\n", writeTimeout},
+		"no end of a header":  {"GET / HTTP/1.1\r\nHost: a\r\n", headerTimeout},
+		"no end of a body":    {"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx", writeTimeout},
+		"asks nothing at all": {"", headerTimeout},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				p := pipes{make(chan net.Conn), make(chan struct{})}
+				ctx, cancel := context.WithCancel(t.Context())
+				var wg sync.WaitGroup
+				var handled atomic.Bool
+				wg.Go(func() {
+					err := serveOn(ctx, p, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						defer handled.Store(true)
+						_, _ = io.Copy(io.Discard, r.Body)
+						_, _ = w.Write(make([]byte, 1<<20))
+					}))
+					if err != nil {
+						t.Error(err)
+					}
+				})
+				near, far := net.Pipe()
+				p.conns <- far
+				began := time.Now()
+				if _, err := near.Write([]byte(c.sent)); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(c.within + time.Second)
+				synctest.Wait()
+				if asked := strings.HasPrefix(name, "no end of a body") || name == "reads nothing"; asked && !handled.Load() {
+					t.Errorf("the answer is under way still after %v", time.Since(began))
+				}
+				if _, err := io.Copy(io.Discard, near); err != nil { // until the other end is closed
+					t.Error(err)
+				}
+				if took := time.Since(began); took > c.within+time.Second {
+					t.Errorf("it was held for %v", took)
+				}
+				cancel()
+				wg.Wait()
+			})
+		})
 	}
 }
