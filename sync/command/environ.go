@@ -56,7 +56,11 @@ func isOwnUsers(name, value string) bool {
 	if slices.Contains(everyUsers, name) {
 		return false
 	}
-	begins := func(prefix string) bool { return strings.HasPrefix(strings.ToUpper(name), prefix) }
+	upper := strings.ToUpper(name)
+	begins := func(prefix string) bool { return strings.HasPrefix(upper, prefix) }
+	if strings.HasSuffix(upper, "_PROXY") && !strings.Contains(value, "://") {
+		value = "http://" + value // a proxy may stand without its scheme
+	}
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
