@@ -87,7 +87,7 @@ func (r *Receiver) encode(source string, e Event) (body []byte, contentType stri
 					"type":    "AdaptiveCard",
 					"version": "1.4",
 					"$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
-					"body":    []any{map[string]any{"type": "TextBlock", "text": r.text(e), "wrap": true}},
+					"body":    []any{map[string]any{"type": "TextBlock", "text": escapeTeams(r.text(e)), "wrap": true}},
 				},
 			},
 		}}
@@ -139,6 +139,9 @@ func (r *Receiver) text(e Event) string {
 func escapeSlack(s string) string {
 	return strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(s)
 }
+
+// escapeTeams breaks up what Teams would show as a link with another text than where it leads.
+func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
 // send makes one request. It follows no redirect: what is sent may be secret, and is for the one server.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {

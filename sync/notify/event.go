@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/sync/fleet/message"
 )
 
@@ -58,11 +59,29 @@ type Data struct {
 	Link    string `json:"link,omitempty"`
 }
 
+// maxShown bounds a text of an event, in bytes.
+const maxShown = 4 << 10
+
+// show makes what commits, operators and nodes wrote fit for receivers: without control characters, and without what
+// may be secret in URLs, as a release's may be signed.
+func (d *Data) show() {
+	shown := func(s string) string { return safetext.Clip(message.OneLine(safetext.URLs(s)), maxShown) }
+	d.Message, d.Author, d.Subject = shown(d.Message), shown(d.Author), shown(d.Subject)
+	d.Release.URL, d.Stable.URL = safetext.URLs(d.Release.URL), safetext.URLs(d.Stable.URL)
+	facts := make(deployments.Facts, len(d.Facts))
+	for name, value := range d.Facts {
+		facts[name] = shown(value)
+	}
+	d.Facts = facts
+}
+
 // told is how far one receiver has been told of a unit: the generation, and where its rollout stood and since when.
 type told struct {
 	Generation int64  `json:"generation"`
 	Standing   string `json:"standing,omitempty"`
 	Unhealthy  bool   `json:"unhealthy,omitempty"`
+	// HealthChanges counts what was told of the nodes' health, so that each time has an ID of its own.
+	HealthChanges int64 `json:"health_changes,omitempty"`
 	// Status tells the commit status that was last written from others.
 	Status string `json:"status,omitempty"`
 }
@@ -95,7 +114,8 @@ func standing(r deployments.Record) string {
 // after returns what a receiver that was told was has to be told of a unit, in order, and what it then was told.
 func after(was told, u unitNow) (events []Event, now told) {
 	r := u.record
-	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy}
+	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
+		HealthChanges: was.HealthChanges}
 	event := func(kind Kind, mark string, at time.Time, text string) {
 		e := Event{Kind: kind, At: at, ID: fmt.Sprintf("%s/%d/%s/%s", u.id, r.Generation, kind, mark)}
 		e.Data = Data{
@@ -140,11 +160,12 @@ func after(was told, u unitNow) (events []Event, now told) {
 
 	if u.known && len(u.unhealthy) > 0 != was.Unhealthy {
 		now.Unhealthy = len(u.unhealthy) > 0
+		now.HealthChanges++
 		kind, text := KindRecovered, fmt.Sprintf("%s is healthy on every live node again", u.id)
 		if now.Unhealthy {
 			kind, text = KindUnhealthy, fmt.Sprintf("%s fails its health checks on %s", u.id, few(u.unhealthy))
 		}
-		event(kind, "", time.Time{}, text)
+		event(kind, fmt.Sprint(now.HealthChanges), time.Time{}, text)
 		events[len(events)-1].Data.Nodes = u.unhealthy[:min(len(u.unhealthy), maxNodes)]
 	}
 	return events, now

@@ -37,8 +37,9 @@ type Notifier struct {
 	source string
 	sent   *prometheus.CounterVec
 	// giveUp is how long an event is tried, statusPause the least time between two writes of a status that is pending,
-	// healthPause that between two looks at the nodes' reports.
-	giveUp, statusPause, healthPause time.Duration
+	// healthPause that between two looks at the nodes' reports, healthHold that between two events of a unit's health:
+	// one node whose health comes and goes, or that says so, tells nobody all day.
+	giveUp, statusPause, healthPause, healthHold time.Duration
 
 	mu      sync.Mutex
 	units   map[deployments.UnitID]unitNow
@@ -53,6 +54,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 		c: c, store: store, log: log, source: "kedge",
 		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
+		healthHold: healthHold,
 		units: map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_mirror_notifications_total",
@@ -197,15 +199,23 @@ type cursor struct {
 
 	key    string
 	stored []byte
-	// statusAt is when each unit's status was last written; lost at a restart.
-	statusAt map[string]time.Time
+	// statusAt is when each unit's status was last written, healthAt when its health was last told; lost at a restart.
+	statusAt, healthAt map[string]time.Time
 	// again is when to look even if nothing changes; zero: never.
 	again time.Time
 }
 
+// wakeAt has the cursor's follower look at a time, even if nothing changes.
+func (c *cursor) wakeAt(at time.Time) {
+	if c.again.IsZero() || at.Before(c.again) {
+		c.again = at
+	}
+}
+
 // follow calls step whenever there may be something to tell.
 func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) error) error {
-	c := &cursor{key: kv.MirrorPrefix + "notified/" + name, statusAt: map[string]time.Time{}}
+	c := &cursor{key: kv.MirrorPrefix + "notified/" + name, statusAt: map[string]time.Time{},
+		healthAt: map[string]time.Time{}}
 	retry := wait.NewBackoff(time.Second, time.Minute)
 	for {
 		err := n.load(ctx, c)
@@ -315,6 +325,11 @@ func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
 			continue
 		}
 		was := c.Units[name]
+		if next := c.healthAt[name].Add(n.healthHold); u.known && time.Now().Before(next) &&
+			len(u.unhealthy) > 0 != was.Unhealthy {
+			u.known = false
+			c.wakeAt(next)
+		}
 		events, now := after(was, u)
 		if len(events) > 0 || now.Generation > was.Generation {
 			u.history = n.historyOf(ctx, u.id)
@@ -326,12 +341,16 @@ func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
 				return err
 			}
 		}
+		if now.HealthChanges != was.HealthChanges {
+			c.healthAt[name] = time.Now()
+		}
 		if c.Units[name] = now; len(events) > 0 {
 			n.save(ctx, r.Name, c)
 		}
 	}
 	for name := range gone {
 		delete(c.Units, name)
+		delete(c.healthAt, name)
 	}
 	if state.Refused != c.Refused {
 		if state.Refused != "" {
@@ -366,6 +385,8 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 }
 
 const (
+	// healthHold is how long after an event of a unit's health the next one is told.
+	healthHold = 5 * time.Minute
 	// maxPause is the longest pause between two tries.
 	maxPause = 5 * time.Minute
 	// maxRefusals is how often a server may refuse an event before it is dropped.
@@ -380,6 +401,7 @@ func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	if e.Data.Unit != "" && n.c.Link != "" {
 		e.Data.Link = strings.ReplaceAll(n.c.Link, "{unit}", e.Data.Unit)
 	}
+	e.Data.show()
 	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
 }
 
@@ -428,9 +450,7 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 			continue
 		}
 		if next := c.statusAt[name].Add(n.statusPause); status.state == statusPending && time.Now().Before(next) {
-			if c.again.IsZero() || next.Before(c.again) {
-				c.again = next
-			}
+			c.wakeAt(next)
 			continue
 		}
 		if n.c.Link != "" {

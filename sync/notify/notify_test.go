@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	webhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
@@ -129,7 +130,7 @@ func (w *world) run(c Config) (stop func()) {
 		w.t.Fatal(err)
 	}
 	n := New(c, w.store, nil, slog.New(slog.DiscardHandler))
-	n.statusPause, n.healthPause = 10*time.Millisecond, 10*time.Millisecond
+	n.statusPause, n.healthPause, n.healthHold = 10*time.Millisecond, 10*time.Millisecond, 0
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -349,6 +350,93 @@ func TestTroubleIsTold(t *testing.T) {
 }
 
 // Commit statuses are written as each server's API asks for, with the token of a file.
+// A node whose health comes and goes, or that says so, tells nobody all day; what is so in the end is told.
+func TestHealthThatComesAndGoes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	synctest.Test(t, func(t *testing.T) {
+		n := New(Config{}, w.store, nil, slog.New(slog.DiscardHandler))
+		r := &Receiver{Name: "ops", Events: []Kind{KindRefused}}
+		c := &cursor{Units: map[string]told{}, healthAt: map[string]time.Time{}}
+		at := func(sick ...string) told {
+			n.units[app] = unitNow{id: app, record: record(1, nil), unhealthy: sick, known: true}
+			c.again = time.Time{}
+			if err := n.tell(t.Context(), r, c); err != nil {
+				t.Fatal(err)
+			}
+			return c.Units[app.String()]
+		}
+		if now := at("web-1"); !now.Unhealthy {
+			t.Errorf("at first: %+v", now)
+		}
+		for range 2 * int(time.Hour/n.healthPause) {
+			at()
+			at("web-1")
+			time.Sleep(n.healthPause / 2)
+			at()
+			time.Sleep(n.healthPause / 2)
+		}
+		if now := c.Units[app.String()]; now.HealthChanges > int64(2*time.Hour/healthHold)+1 {
+			t.Errorf("%d events in two hours", now.HealthChanges)
+		}
+		time.Sleep(healthHold)
+		for range 2 { // once more than it may take
+			at("web-1")
+			if !c.again.IsZero() {
+				time.Sleep(time.Until(c.again))
+			}
+		}
+		if now := at("web-1"); !now.Unhealthy || !c.again.IsZero() {
+			t.Errorf("in the end: %+v, again at %v", now, c.again)
+		}
+	})
+}
+
+// What nodes, operators and commits write, and what may be secret in a release's URL, reaches receivers as plain text.
+func TestHostileTexts(t *testing.T) {
+	t.Parallel()
+	signed := release("1")
+	signed.URL += "?X-Amz-Credential=x&X-Amz-Signature=s3cret"
+	evil := "\u202eevil\x1b[2J " + signed.URL + " [click](https://evil.example)\n<!channel>" + strings.Repeat("x", 100_000)
+	r := record(1, &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: noon, Reason: deployments.ReasonTooManyFailed,
+		Facts: deployments.Facts{"failed": "1", "of": "3", "limit": "0", "node": "web-1", "error": evil}})
+	r.Target, r.Stable = signed, signed
+	h := entry(r)
+	h.Author, h.Subject, h.Note = evil, evil, evil
+	events, _ := after(told{}, unitNow{id: app, record: r, history: []deployments.History{*h}})
+	if len(events) != 2 {
+		t.Fatalf("%d events", len(events))
+	}
+	for _, format := range []Format{FormatCloudEvents, FormatSlack, FormatTeams} {
+		receiver := &Receiver{Format: format, Text: "{message} {author} {subject} {release}"}
+		for _, e := range events {
+			e.Data.show()
+			body, _, err := receiver.encode("kedge", e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var value any
+			if err := json.Unmarshal(body, &value); err != nil {
+				t.Fatal(err)
+			}
+			text := fmt.Sprint(value)
+			if strings.ContainsAny(text, "\u202e\x1b\n") || strings.Contains(text, "s3cret") || len(text) > 8*maxShown {
+				t.Errorf("%s, %s: %d bytes: %.300q", format, e.Kind, len(text), text)
+			}
+			if format == FormatSlack && strings.Contains(text, "<!") || format == FormatTeams && strings.Contains(text, "](") {
+				t.Errorf("%s, %s: a link or a mention: %.300q", format, e.Kind, text)
+			}
+			if !strings.Contains(text, "evil") {
+				t.Errorf("%s, %s: nothing of it is left: %.300q", format, e.Kind, text)
+			}
+		}
+	}
+	if s, ok := statusOf(unitNow{id: app, record: r}); !ok || strings.Contains(s.description, "s3cret") ||
+		strings.ContainsAny(s.description, "\u202e\x1b") {
+		t.Errorf("the commit's status: %+v", s)
+	}
+}
+
 func TestCommitStatuses(t *testing.T) {
 	t.Parallel()
 	for provider, c := range map[Provider]struct {

@@ -8,6 +8,7 @@ import (
 	"net/url"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/sync/fleet/message"
 )
 
@@ -56,7 +57,7 @@ func statusOf(u unitNow) (s commitStatus, ok bool) {
 
 // clipped shortens a description so that every server takes it.
 func clipped(text string) string {
-	runes := []rune(message.OneLine(text))
+	runes := []rune(message.OneLine(safetext.URLs(text)))
 	if len(runes) > maxDescription {
 		return string(runes[:maxDescription-3]) + "..."
 	}
