@@ -203,7 +203,10 @@ func hostileScene() scene {
 		all = append(all, kv.Entry{Key: kv.NodePinKey(app, fmt.Sprintf("n-%d", i)), Value: []byte("hold"), Version: 1})
 	}
 	all = append(all, reportIn(app.RoleID(), "web-1", units))
-	all = append(all, entry(kv.DesiredKey(app), deployments.Record{Target: release("2"), Generation: 1,
+	signed, stable := release("2"), release("1")
+	signed.URL += "?X-Amz-Signature=s3cret/s3cret.yaml"
+	stable.URL = strings.TrimSuffix(stable.URL, "manifest.yaml") + "?token=s3cret.s3cret"
+	all = append(all, entry(kv.DesiredKey(app), deployments.Record{Target: signed, Stable: stable, Generation: 1,
 		Commit: long[:9000], Rollout: &deployments.Progress{
 			Phase: deployments.PhaseFrozen, Message: long[:2000], Reason: deployments.ReasonFrozen,
 			Facts: deployments.Facts{"window": long[:900], "until": long[:900]},
@@ -227,7 +230,8 @@ func TestPagesOfHostileReports(t *testing.T) {
 		if len(html) > 400<<10 {
 			t.Errorf("%s has %d bytes", address, len(html))
 		}
-		if _, err := parse(html); err != nil || strings.ContainsAny(html, "\u202e\x1b") {
+		if _, err := parse(html); err != nil || strings.ContainsAny(html, "\u202e\x1b") ||
+			strings.Contains(html, "s3cret") {
 			t.Errorf("%s: %v", address, err)
 		}
 		t.Logf("%s: %d bytes", address, len(html))

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/sync/fleet"
 )
 
@@ -162,6 +163,7 @@ func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
 // releasesOf are the releases that a unit is about: where it goes, and where it goes back to.
 func releasesOf(u *unit) (lines []releaseLine) {
 	add := func(what string, p deployments.Pointer) {
+		p.URL = safetext.URLs(p.URL) // who may see the page need not be who may fetch a signed URL
 		if p.IsZero() || slices.ContainsFunc(lines, func(l releaseLine) bool { return l.Pointer == p.String() }) {
 			return
 		}

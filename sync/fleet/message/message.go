@@ -226,7 +226,8 @@ func OneLine(s string) string {
 
 // Version returns the version in the path of a manifest's URL.
 func Version(p deployments.Pointer) string {
-	dir, file := path.Split(p.URL)
+	url, _, _ := strings.Cut(p.URL, "?") // what follows may be a signature
+	dir, file := path.Split(url)
 	version := strings.TrimSuffix(file, path.Ext(file))
 	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
 		version = parent
