@@ -55,7 +55,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 		client: &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		giveUp: 24 * time.Hour, statusPause: 5 * time.Second, healthPause: 15 * time.Second,
 		healthHold: healthHold,
-		units: map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
+		units:      map[deployments.UnitID]unitNow{}, changed: make(chan struct{}),
 		sent: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "kedge_mirror_notifications_total",
 			Help: "Notifications by receiver and result: delivered, failed (tried again) or dropped.",
