@@ -163,3 +163,41 @@ func TestBackToATreeThatWasNotTouched(t *testing.T) {
 		})
 	}
 }
+
+// Nothing that a deployment does at dest, on its way there and back, is taken for somebody else's.
+func TestOwnSwitchesAreNotForeign(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			as := func(m *deployments.Manifest) {
+				if m.Strategy = strategy; strategy == deployments.StrategyMv {
+					w.moves(m)
+				}
+			}
+			u := w.open(nil)
+			looks := 0
+			u.at = func(point string) {
+				looks++
+				if found, changed := u.Mark().Changed(); changed {
+					t.Errorf("%s: dest has changed: %s", point, found)
+				}
+			}
+			good := w.publish("1", as)
+			w.deploy(u, good)
+			w.wantFailed(u, w.publish("2", func(m *deployments.Manifest) { as(m); fails(m) }), good)
+			w.deploy(u, w.publish("3", as))
+			mark := u.Mark()
+			if found, changed := mark.Changed(); changed || looks == 0 {
+				t.Errorf("after %d points dest has changed: %s", looks, found)
+			}
+			if err := os.Rename(w.dest(), w.dest()+".away"); err != nil {
+				t.Fatal(err)
+			}
+			if _, changed := mark.Changed(); !changed {
+				t.Error("a dest that is gone is not seen")
+			}
+		})
+	}
+}

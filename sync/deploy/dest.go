@@ -41,7 +41,7 @@ func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDi
 type Mark struct {
 	Dest string // empty: nothing runs, or it has no tree
 	// Live is the directory that dest should lead to: the release's own, or, under a strategy without one, wherever it
-	// led when the mark was taken.
+	// led when the mark was taken. Empty: it may lead elsewhere, as a deployment is half done.
 	Live string
 	// inode is of Live under a strategy that writes into it; 0: it isn't compared.
 	inode   uint64
@@ -55,6 +55,9 @@ func (u *Unit) Mark() Mark {
 		return Mark{}
 	}
 	m := Mark{Dest: r.Manifest.Dest, running: r.Pointer.Digest}
+	if u.State().Unfinished {
+		return m
+	}
 	if r.Manifest.Strategy == deployments.StrategyRelease {
 		// Not what dest leads to: somebody may have led it elsewhere meanwhile.
 		if dir := u.switcher(r).Dir(r); dir != "" {
