@@ -95,7 +95,9 @@ func (m *machine) report(what string, ok func(deployments.UnitReport) bool) {
 func (m *machine) runs(version string) {
 	m.t.Helper()
 	m.report(version, func(u deployments.UnitReport) bool {
-		return u.State == deployments.StateConverged && u.Version == version && u.Error == "" && len(u.Quarantined) == 0
+		other := func(d deployments.Digest) bool { return d != m.bad.Digest }
+		return u.State == deployments.StateConverged && u.Version == version && u.Error == "" &&
+			!slices.ContainsFunc(u.Quarantined, other)
 	})
 	m.answers(version)
 	if out := m.do("/usr/bin/kedge", "wait", "--ready", m.agent, "--timeout", "30s"); out != "" {
@@ -176,6 +178,7 @@ func testBootDay(t *testing.T, m *machine) {
 				t.Fatal(err)
 			}
 		}, func(_ string, m *deployments.Manifest) { m.Health.Timeout = time.Second })
+		m.bad = bad
 		m.release(bad)
 		m.report("the failure", func(u deployments.UnitReport) bool {
 			return u.State == deployments.StateQuarantined && u.Version == "3" && strings.Contains(u.Error, "app.service")

@@ -36,7 +36,8 @@ type machine struct {
 	client *kvtest.ConsulNode
 	cmd    *exec.Cmd
 	done   chan struct{}
-	init   int // the process id of its systemd
+	init   int                 // the process id of its systemd
+	bad    deployments.Pointer // what failed here last, which may be in quarantine
 }
 
 const (
