@@ -21,8 +21,8 @@ import (
 	"github.com/zclconf/go-cty/cty"
 )
 
-// terraformTypes are the attributes and blocks of a resource, by the path of their block: of the resource itself "", of a
-// block in it as "health_check". The type is as in "string", "list" or "blocks", and ends in "!" if it is required.
+// terraformTypes are the attributes and blocks of a resource, by the path of their block: of the resource itself "", of
+// a block in it as "health_check". The type is as in "string", "list" or "blocks", and ends in "!" if it is required.
 type terraformTypes map[string]map[string]string
 
 // metaArguments are Terraform's own, of any resource.
@@ -32,7 +32,15 @@ var metaArguments = map[string]string{
 
 const providerTypes = "testdata/terraform.json"
 
-var providerPackage = flag.String("provider", "", "write "+providerTypes+" from this `directory`, an unpacked @cdktf/provider-aws")
+var providerPackage = flag.String(
+	"provider", "", "write "+providerTypes+" from this `directory`, an unpacked @cdktf/provider-aws",
+)
+
+var (
+	providerInterface = regexp.MustCompile(`(?s)export interface (\w+)[^{]*\{(.*?)\n\}`)
+	providerVersion   = regexp.MustCompile(`hashicorp/aws/([0-9.]+)/`)
+	providerField     = regexp.MustCompile(`#\w+ \w+#(\w+)\}[^/]*\*/\s+readonly \w+(\??): (?s:(\{.*?\}|[^;]*));`)
+)
 
 // TestProviderTypes writes the provider's types anew from a package that publishes them.
 func TestProviderTypes(t *testing.T) {
@@ -48,7 +56,7 @@ func TestProviderTypes(t *testing.T) {
 			t.Fatal(err)
 		}
 		interfaces := map[string]string{}
-		for _, m := range regexp.MustCompile(`(?s)export interface (\w+)[^{]*\{(.*?)\n\}`).FindAllStringSubmatch(string(text), -1) {
+		for _, m := range providerInterface.FindAllStringSubmatch(string(text), -1) {
 			interfaces[m[1]] = m[2]
 		}
 		types := terraformTypes{}
@@ -58,7 +66,7 @@ func TestProviderTypes(t *testing.T) {
 			}
 		}
 		known.Resources[name] = types
-		versions = append(versions, regexp.MustCompile(`hashicorp/aws/([0-9.]+)/`).FindStringSubmatch(string(text))[1])
+		versions = append(versions, providerVersion.FindStringSubmatch(string(text))[1])
 	}
 	known.Source = "the types that @cdktf/provider-aws publishes of terraform-provider-aws " + versions[0]
 	if len(slices.Compact(versions)) != 1 {
@@ -72,8 +80,6 @@ func TestProviderTypes(t *testing.T) {
 		t.Fatal(err)
 	}
 }
-
-var providerField = regexp.MustCompile(`#\w+ \w+#(\w+)\}[^/]*\*/\s+readonly \w+(\??): (?s:(\{.*?\}|[^;]*));`)
 
 func addProviderTypes(types terraformTypes, interfaces map[string]string, body, path string) {
 	types[path] = map[string]string{}
