@@ -240,6 +240,12 @@ func (p *publisher) sign(manifest []byte) error {
 // ownFields are those that Publish writes.
 var ownFields = regexp.MustCompile(`(?m)^(src|checksum|size|index|deltas)[ \t]*:`)
 
+// TemplateSets reports whether a manifest's template gives one of its fields a value. What it doesn't set of name,
+// version, created, dest and sync_strategy Publish does: the strategy is release then.
+func TemplateSets(template []byte, field string) bool {
+	return regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(template)
+}
+
 // text returns the manifest's bytes: the template as it is, then what it lacks.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
@@ -253,9 +259,7 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 		return nil, fmt.Errorf("the manifest's template sets %s, which publishing writes: remove it", at[1])
 	}
 	generated := deployments.Manifest{Src: m.Src, Checksum: m.Checksum, Size: m.Size, Index: m.Index, Deltas: m.Deltas}
-	lacks := func(field string) bool { // also where it has no value
-		return !regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(p.opt.Template)
-	}
+	lacks := func(field string) bool { return !TemplateSets(p.opt.Template, field) }
 	if lacks("name") {
 		generated.Name = m.Name
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -284,7 +285,12 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 	if err != nil {
 		return fmt.Errorf("reading the manifest's template: %w", err)
 	}
-	m, err := deployments.ParseTemplate(data, "file:///manifest.yaml")
+	whole := data
+	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json && !artifact.TemplateSets(data, "sync_strategy") {
+		// Some fields are for this strategy alone: they are checked beside what publishing will add.
+		whole = append(bytes.TrimRight(bytes.Clone(data), "\n"), "\nsync_strategy: "+deployments.StrategyRelease+"\n"...)
+	}
+	m, err := deployments.ParseTemplate(whole, "file:///manifest.yaml")
 	if err != nil {
 		return inFile(err, file)
 	}

@@ -362,6 +362,9 @@ func noUnit(f *Fleet, name string) error {
 	if near := deployments.Nearest(name, slices.Values(known)); near != "" {
 		return fmt.Errorf("no unit %s: did you mean %s?", name, near)
 	}
+	if len(known) == 0 && !f.MirrorHasRun() {
+		return fmt.Errorf("no unit %s: the store has none yet, and no mirror has taken a commit yet", name)
+	}
 	if len(known) == 0 {
 		return fmt.Errorf("no unit %s: the store has none yet", name)
 	}

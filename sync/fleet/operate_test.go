@@ -156,7 +156,11 @@ func TestWrongNamesAreToldFromRightOnes(t *testing.T) {
 		}
 		return id
 	}
-	if err := NoUnit(t.Context(), s, app); !strings.Contains(err.Error(), "the store has none yet") {
+	if err := NoUnit(t.Context(), s, app); !strings.Contains(err.Error(), "no mirror has taken a commit yet") {
+		t.Error(err)
+	}
+	store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: first}))
+	if err := NoUnit(t.Context(), s, app); !strings.HasSuffix(err.Error(), "the store has none yet") {
 		t.Error(err)
 	}
 	store(t, s, put(kv.DesiredKey(app), release("app", "1").String()), put("desired/prod/web/base", release("base", "1").String()),

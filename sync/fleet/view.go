@@ -100,6 +100,9 @@ func (f *Fleet) Faults() (all []Note) {
 	return all
 }
 
+// MirrorHasRun reports whether a mirror has taken a commit, ever.
+func (f *Fleet) MirrorHasRun() bool { return f.Mirror != nil && f.Mirror.Head != "" }
+
 // MirrorNotes say where the mirror is, first of all, and what is wrong with it. A text may have several lines.
 func (f *Fleet) MirrorNotes() []Note {
 	about := Text{"mirror", Dim}

@@ -193,6 +193,8 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 			return why, nil
 		}
 		switch {
+		case w.commit == "" && !f.MirrorHasRun():
+			return "the store knows no such unit, and no mirror has taken a commit yet", nil
 		case w.commit == "":
 			return "the store knows no such unit", nil // it may come yet
 		case w.filter == Filter{}:

@@ -3,6 +3,7 @@ package git
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -37,6 +38,9 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 		return nil, fmt.Errorf("repository %s: %w", dir, err)
 	}
 	hash, err := r.ResolveRevision(plumbing.Revision(rev))
+	if errors.Is(err, plumbing.ErrReferenceNotFound) && rev == "HEAD" {
+		return nil, fmt.Errorf("%s has no commit yet: commit first", path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("revision %q in %s: %w", rev, dir, err)
 	}

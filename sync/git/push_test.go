@@ -48,6 +48,11 @@ func TestLoadAt(t *testing.T) {
 			t.Errorf("revision %q was found", rev)
 		}
 	}
+	empty := t.TempDir()
+	o.Git(empty, "init", "-q", "-b", "main")
+	if _, err := LoadAt(t.Context(), empty, "HEAD", ""); err == nil || !strings.Contains(err.Error(), "has no commit yet") {
+		t.Errorf("an empty repository: %v", err)
+	}
 	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD", ""); err == nil || !strings.Contains(err.Error(),
 		"not in a Git repository") {
 		t.Errorf("no repository: %v", err)
