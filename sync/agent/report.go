@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -62,8 +63,8 @@ func (a *Agent) Report() map[string]deployments.Report {
 // maxUnitsSize bounds the size of a report's units, in bytes.
 const maxUnitsSize = deployments.MaxReport - 8<<10
 
-// fitReport makes a report no larger than it may be: details go first, then units, the last by name. It returns how
-// many units it left out.
+// fitReport makes a report no larger than it may be: details go first, then units, the last by name; those in
+// mid-switch, which wait for the store to hold that, go last of all. It returns how many units it left out.
 func fitReport(r *deployments.Report) (left int) {
 	size := func(name string) int {
 		data, err := json.Marshal(r.Units[name])
@@ -73,6 +74,9 @@ func fitReport(r *deployments.Report) (left int) {
 		return len(data) + len(name) + len(`"":,`)
 	}
 	names, total, sizes := slices.Sorted(maps.Keys(r.Units)), 0, map[string]int{}
+	slices.SortStableFunc(names, func(a, b string) int {
+		return cmp.Compare(inService(r.Units[a]), inService(r.Units[b]))
+	})
 	for _, name := range names {
 		sizes[name] = size(name)
 		total += sizes[name]
@@ -91,6 +95,14 @@ func fitReport(r *deployments.Report) (left int) {
 		left++
 	}
 	return left
+}
+
+// inService is 0 for a unit in mid-switch, 1 for any other.
+func inService(u deployments.UnitReport) int {
+	if u.State == deployments.StateSwitching {
+		return 0
+	}
+	return 1
 }
 
 // report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node

@@ -171,3 +171,20 @@ func TestReportsOfARollout(t *testing.T) {
 		t.Errorf("the last one: %+v, %v", r, err)
 	}
 }
+
+// A report that has to leave units out names those in mid-switch, whose switches begin once the store holds them.
+func TestFullReportsNameWhatSwitches(t *testing.T) {
+	t.Parallel()
+	r := deployments.Report{Units: map[string]deployments.UnitReport{}}
+	for i := range deployments.MaxRoleUnits {
+		r.Units[fmt.Sprintf("u%03d", i)] = deployments.UnitReport{Error: strings.Repeat("x", deployments.MaxReport/50)}
+	}
+	r.Units["zz"] = deployments.UnitReport{State: deployments.StateSwitching}
+	left := fitReport(&r)
+	if u := r.Units["zz"]; u.State != deployments.StateSwitching || left < 50 || left+len(r.Units) != deployments.MaxRoleUnits+1 {
+		t.Errorf("%d units are left out, %d are in, zz is %+v", left, len(r.Units), u)
+	}
+	if n := len(encoded(r)); n > deployments.MaxReport {
+		t.Errorf("the report has %d bytes", n)
+	}
+}
