@@ -120,13 +120,24 @@ func redact(rest string) string {
 	if !found {
 		return rest
 	}
+	query, digest := query[:len(query)-len(pointersDigest(query))], pointersDigest(query)
 	parameters := strings.FieldsFunc(query, func(r rune) bool { return r == '&' || r == ';' })
 	for i, p := range parameters {
 		if name, _, _ := strings.Cut(p, "="); secretParameter(name) {
 			parameters[i] = name + "=" + hiddenText
 		}
 	}
-	return path + "?" + strings.Join(parameters, "&")
+	return path + "?" + strings.Join(parameters, "&") + digest
+}
+
+// pointersDigest returns the @sha256:HEX at the end of a pointer, which is no secret; empty: there is none.
+func pointersDigest(s string) string {
+	const mark, length = "@sha256:", 64
+	i := len(s) - len(mark) - length
+	if i < 0 || !strings.HasPrefix(s[i:], mark) || strings.Trim(s[i+len(mark):], "0123456789abcdef") != "" {
+		return ""
+	}
+	return s[i:]
 }
 
 func secretParameter(name string) bool {

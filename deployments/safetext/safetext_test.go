@@ -15,6 +15,7 @@ import (
 
 func TestURLs(t *testing.T) {
 	t.Parallel()
+	digest := strings.Repeat("0a", 32)
 	for text, want := range map[string]string{
 		"no URL: a@b?token=c":                                     "no URL: a@b?token=c",
 		"get https://user:pass@h.example/x: no":                   "get https://…@h.example/x: no",
@@ -22,6 +23,8 @@ func TestURLs(t *testing.T) {
 		"two: http://a/?page=2&access_token=x and s3://b/k?sig=y": "two: http://a/?page=2&access_token=… and s3://b/k?sig=…",
 		"https://h/x?X%2DAmz%2DSignature=ab":                      "https://h/x?X%2DAmz%2DSignature=…",
 		"https://h?token=a@b/c":                                   "https://h?token=…",
+		"s3://b/k?sig=y@sha256:" + digest:                         "s3://b/k?sig=…@sha256:" + digest,
+		"s3://b/k?sig=y@sha256:0" + digest:                        "s3://b/k?sig=…",
 		"ends in ://":                                             "ends in ://",
 	} {
 		if got := URLs(text); got != want {

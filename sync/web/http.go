@@ -1,6 +1,7 @@
 package web
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"embed"
@@ -18,6 +19,7 @@ import (
 	"github.com/klauspost/compress/gzhttp"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/sync/fleet"
 )
 
@@ -125,9 +127,15 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	f := *s.Fleet
 	f.At = time.Now()
 	rw.Header().Set("Content-Type", "application/json")
-	e := json.NewEncoder(rw)
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
 	e.SetIndent("", "  ")
-	_ = e.Encode(&f) // whoever asked has gone
+	e.SetEscapeHTML(false) // URLs are found as they are; nobody takes the answer for HTML
+	if err := e.Encode(&f); err != nil {
+		http.Error(rw, "The fleet can't be written as JSON.", http.StatusInternalServerError)
+		return
+	}
+	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // whoever asked may have gone
 }
 
 // nodes lists the nodes of a unit's map, cell by cell, for whoever points at one.

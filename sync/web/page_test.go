@@ -1,11 +1,13 @@
 package web
 
 import (
+	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
@@ -204,7 +206,7 @@ func hostileScene() scene {
 	}
 	all = append(all, reportIn(app.RoleID(), "web-1", units))
 	signed, stable := release("2"), release("1")
-	signed.URL += "?X-Amz-Signature=s3cret/s3cret.yaml"
+	signed.URL += "?X-Amz-Credential=x&X-Amz-Signature=s3cret/s3cret.yaml"
 	stable.URL = strings.TrimSuffix(stable.URL, "manifest.yaml") + "?token=s3cret.s3cret"
 	all = append(all, entry(kv.DesiredKey(app), deployments.Record{Target: signed, Stable: stable, Generation: 1,
 		Commit: long[:9000], Rollout: &deployments.Progress{
@@ -235,6 +237,12 @@ func TestPagesOfHostileReports(t *testing.T) {
 			t.Errorf("%s: %v", address, err)
 		}
 		t.Logf("%s: %d bytes", address, len(html))
+	}
+	fleet := httptest.NewRecorder()
+	w.json(fleet, httptest.NewRequest("GET", "/-/fleet.json", nil))
+	if text := fleet.Body.String(); !json.Valid(fleet.Body.Bytes()) || strings.ContainsAny(text, "\u202e\x1b") ||
+		strings.Contains(text, "s3cret") || !strings.Contains(text, release("2").Digest.String()) {
+		t.Errorf("the fleet as JSON, %d bytes: %.2000s", len(text), text)
 	}
 }
 
