@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -37,12 +36,7 @@ func TestBoot(t *testing.T) {
 	}
 	w := newWorld(t, slices.Sorted(maps.Keys(machines))...)
 	w.startMirror("mirror-1")
-	kedge := filepath.Join(t.TempDir(), "kedge")
-	build := exec.Command("go", "build", "-o", kedge, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as it is released
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build kedge: %v\n%s", err, out)
-	}
+	kedge := releasedProgram(t)
 	for name, test := range machines {
 		t.Run(strings.TrimPrefix(name, "boot-"), func(t *testing.T) {
 			t.Parallel()

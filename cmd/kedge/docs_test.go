@@ -164,10 +164,7 @@ func TestDocs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kedge := filepath.Join(w.dir, "kedge")
-	if out, err := exec.Command("go", "build", "-o", kedge, ".").CombinedOutput(); err != nil {
-		t.Fatalf("build kedge: %v\n%s", err, out)
-	}
+	kedge := releasedProgram(t)
 	bucket := exec.Command(tooltest.Path(t, "s5cmd"), "--endpoint-url", w.s3.Endpoint(), "mb")
 	for _, name := range []string{"s3://acme-releases", "s3://acme-deploy"} {
 		c := exec.Command(bucket.Path, append(bucket.Args[1:], name)...)

@@ -32,7 +32,38 @@ func TestMain(m *testing.M) {
 	if os.Getenv("KEDGE_PLAY") != "" {
 		os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if dir := released.dir; dir != "" {
+		os.RemoveAll(dir)
+	}
+	os.Exit(code)
+}
+
+// released is kedge's program as it is released, built once for all tests that start it.
+var released struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// releasedProgram returns the path of kedge's program as it is released: without the race detector, which takes most
+// of the time of a process that ends at once.
+func releasedProgram(t *testing.T) string {
+	t.Helper()
+	released.once.Do(func() {
+		if released.dir, released.err = os.MkdirTemp("", "kedge-released-"); released.err != nil {
+			return
+		}
+		build := exec.Command("go", "build", "-o", filepath.Join(released.dir, "kedge"), ".")
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			released.err = fmt.Errorf("%w\n%s", err, out)
+		}
+	})
+	if released.err != nil {
+		t.Fatalf("build kedge: %v", released.err)
+	}
+	return filepath.Join(released.dir, "kedge")
 }
 
 // world is a whole installation of real parts: a Consul server with default deny and a client agent a node, an S3
