@@ -390,6 +390,25 @@
 //	retry       the record's
 //	pinned      the record's, while a pin had its place
 //	note        what else led to it: an order, a pin, a change by hand that was put back, a rollout that was stopped
+//	pins        the pins that stood in this generation, at most 50, the oldest first; see below
+//	orders      the orders that the mirror took in it, at most 50, the oldest first; see below
+//	truncated   true where there were more pins or orders than the entry keeps
+//
+// The mirror rewrites the newest entry when it sees that a pin came or ended, and when it takes an order. A pin that
+// stands when the next generation begins stands in that entry, too, and ends there.
+//
+// Of a pin and of an order, the words are cut at 200 bytes. The time "at" is when the mirror saw it or took it:
+//
+//	ended    when a pin had been removed or replaced, or its until had come; missing while it stands
+//	node     the one node that a pin was for
+//	hold     true where a pin kept what ran
+//	reason   why, as the operator said
+//	by       who, as the operator said
+//	until    when a pin was to end by itself
+//	at_once  true where a pin did not wait for its turn
+//	error    why a pin could not be read: it changed nothing
+//	order    promote, pause, resume, abort or retry
+//	refused  why an order changed nothing, as a code
 //
 // # Mirror state
 //

@@ -81,7 +81,9 @@ func FuzzReport(f *testing.F) {
 func FuzzHistory(f *testing.F) {
 	f.Add(
 		[]byte(
-			`{"generation":3,"release":"s3://a/b@sha256:` + hex64 + `","commit":"c","author":"Ada","committed":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","pinned":{"claim":1}}`,
+			`{"generation":3,"release":"s3://a/b@sha256:` + hex64 + `","commit":"c","author":"Ada","committed":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","pinned":{"claim":1},
+				"pins":[{"at":"2026-11-24T08:00:00Z","ended":"2026-11-24T09:00:00Z","node":"web-1","hold":true,"by":"ada",
+				"until":"2026-11-24T10:00:00Z"}],"orders":[{"at":"2026-11-24T08:00:00Z","order":"pause","reason":"x"}]}`,
 		),
 	)
 	fuzzWritten(f, ParseHistory)

@@ -28,10 +28,53 @@ type History struct {
 	Pinned *Pinned `json:"pinned,omitempty"`
 	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
 	Note string `json:"note,omitempty"`
+	// Pins are the pins of the unit, and of its nodes, that stood in this generation, the oldest first: what still
+	// stands when the next generation begins stands in its entry, too. The mirror rewrites the newest entry when a
+	// pin comes or ends.
+	Pins []PastPin `json:"pins,omitempty"`
+	// Orders are the orders that the mirror took in this generation, the oldest first. One that began it is its first.
+	Orders []PastOrder `json:"orders,omitempty"`
+	// Truncated is set if there were more pins or orders than an entry keeps.
+	Truncated bool `json:"truncated,omitempty"`
 }
 
-// HistoryKept is how many generations of a unit stay in history/.
-const HistoryKept = 50
+// PastPin is a pin as the history keeps it. Its words are cut at MaxPastWords.
+type PastPin struct {
+	// At is when the mirror saw it. Ended is when it had been removed or replaced, or its Until had come; zero: it
+	// stands.
+	At    time.Time `json:"at"`
+	Ended time.Time `json:"ended,omitzero"`
+	// Node is the one node that it was for; empty: all nodes of the unit.
+	Node string `json:"node,omitempty"`
+	Pin
+	// Error is why its value could not be read: it changed nothing on any node.
+	Error string `json:"error,omitempty"`
+}
+
+// Same reports whether two pins say the same of the same nodes.
+func (p PastPin) Same(q PastPin) bool {
+	return p.Node == q.Node && p.Hold == q.Hold && p.Release == q.Release && p.By == q.By && p.Reason == q.Reason &&
+		p.Until.Equal(q.Until) && p.AtOnce == q.AtOnce && p.Error == q.Error
+}
+
+// PastOrder is an order as the history keeps it. Its words are cut at MaxPastWords.
+type PastOrder struct {
+	// At is when the mirror took it.
+	At time.Time `json:"at"`
+	Order
+	// Refused is why it changed nothing.
+	Refused Reason `json:"refused,omitempty"`
+}
+
+const (
+	// HistoryKept is how many generations of a unit stay in history/.
+	HistoryKept = 50
+	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords, in bytes, what one of
+	// them keeps of by, reason and error: whoever may write pins or orders must not make an entry grow.
+	MaxPastPins   = 50
+	MaxPastOrders = 50
+	MaxPastWords  = 200
+)
 
 // ParseHistory reads an entry of history/. Fields that it does not know are passed over.
 func ParseHistory(value []byte) (History, error) {
@@ -55,4 +98,33 @@ func (h *History) UnmarshalJSON(data []byte) error {
 		h.Failed = both.Bad
 	}
 	return nil
+}
+
+// MergePins tells of each pin once, in the entry of the generation in which it began, with its end as the newest
+// entry that has it knows it. history is the newest first, and is changed.
+func MergePins(history []History) {
+	began := map[pastPinKey]*PastPin{}
+	for i := len(history) - 1; i >= 0; i-- {
+		var own []PastPin
+		for _, p := range history[i].Pins {
+			key := pastPinKey{p.Node, p.At.UnixNano()}
+			if first := began[key]; first != nil {
+				first.Ended = p.Ended
+				continue
+			}
+			own = append(own, p)
+			began[key] = &own[len(own)-1]
+		}
+		// The list may have moved while it grew.
+		for j := range own {
+			began[pastPinKey{own[j].Node, own[j].At.UnixNano()}] = &own[j]
+		}
+		history[i].Pins = own
+	}
+}
+
+// pastPinKey tells one pin from another: a node has one at a time.
+type pastPinKey struct {
+	node string
+	at   int64
 }

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -18,25 +19,40 @@ import (
 type pastGenerations struct {
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // what was stable, and has not failed since
-	read   map[deployments.RoleID]bool
+	// pins are those of the newest entry, with what stood in earlier ones and is missing there: the mirror of a version
+	// that knows nothing of them may have written it. Units without any are left out.
+	pins map[deployments.UnitID][]deployments.PastPin
+	read map[deployments.RoleID]bool
 }
 
 func newPastGenerations() pastGenerations {
 	return pastGenerations{newest: map[deployments.UnitID]deployments.History{},
-		stable: map[deployments.UnitID][]deployments.Digest{}, read: map[deployments.RoleID]bool{}}
+		stable: map[deployments.UnitID][]deployments.Digest{}, pins: map[deployments.UnitID][]deployments.PastPin{},
+		read: map[deployments.RoleID]bool{}}
 }
 
 // forget makes a unit's role be read again when it is needed.
 func (p pastGenerations) forget(id deployments.UnitID) {
 	delete(p.newest, id)
 	delete(p.stable, id)
+	delete(p.pins, id)
 	delete(p.read, id.RoleID())
 }
 
-// add takes up the next generation of a unit.
+// add takes up the next generation of a unit, or what the newest one has become.
 func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
-	if h.Generation > p.newest[id].Generation && h.Generation < policy.AbsurdGeneration {
+	if newest := p.newest[id].Generation; h.Generation >= newest && h.Generation < policy.AbsurdGeneration {
+		pins := h.Pins
+		if h.Generation > newest {
+			missing := slices.DeleteFunc(openPins(p.pins[id]), func(open deployments.PastPin) bool {
+				return slices.ContainsFunc(h.Pins, func(q deployments.PastPin) bool { return q.Node == open.Node && q.At.Equal(open.At) })
+			})
+			pins = slices.Concat(missing, h.Pins)
+		}
 		p.newest[id] = h
+		if p.pins[id] = pins; len(pins) == 0 {
+			delete(p.pins, id)
+		}
 	}
 	stable := p.stable[id]
 	if !h.Stable.IsZero() && !slices.Contains(stable, h.Stable.Digest) {
@@ -45,10 +61,17 @@ func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
 	p.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == h.Failed })
 }
 
+// wrote takes up the entry that a change has put, where the rest of its role's was read.
+func (p pastGenerations) wrote(w change) {
+	if w.history != nil && p.read[w.unit.RoleID()] {
+		p.add(w.unit, *w.history)
+	}
+}
+
 // needsHistory reports whether what becomes of a unit hangs on its history: its record isn't there to go on from,
-// or its target is about to change, and may have been stable before.
-func needsHistory(u deployments.Unit, c cell, pinned bool, s standing) bool {
-	if s == unknown {
+// its target is about to change, and may have been stable before, or an order is to be noted there.
+func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) bool {
+	if s == unknown || ordered {
 		return true
 	}
 	return u.Rollout != nil && u.Rollout.FastBack && (c.record.Target != u.Release || pinned || c.record.Pinned != nil)
@@ -56,28 +79,38 @@ func needsHistory(u deployments.Unit, c cell, pinned bool, s standing) bool {
 
 // readHistory reads the history of the roles for which it is needed, once.
 func (l *leader) readHistory(ctx context.Context, commit *git.Commit, cells map[deployments.UnitID]cell,
-	pins map[deployments.UnitID]policy.Value[deployments.Pin], now time.Time) error {
+	seen observed, now time.Time) error {
 	for _, u := range commit.Tree.Units {
 		role := u.ID.RoleID()
 		own, known := l.written.records[u.ID]
 		c := cells[u.ID]
-		if l.history.read[role] || !needsHistory(u, c, pins[u.ID].Present, stand(c, own, known, now)) {
+		_, ordered := seen.orders.good[u.ID]
+		pinned := seen.pins.units[u.ID].Present
+		if l.history.read[role] || !needsHistory(u, c, pinned, ordered, stand(c, own, known, now)) {
 			continue
 		}
-		entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
-		if err != nil {
-			return fmt.Errorf("history of %s: %w", role, err)
+		if err := l.readRole(ctx, role); err != nil {
+			return err
 		}
-		l.history.read[role] = true
-		for _, e := range entries { // sorted by generation
-			name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
-			id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
-			if err != nil {
-				continue
-			}
-			if h, err := deployments.ParseHistory(e.Value); err == nil {
-				l.history.add(id, h)
-			}
+	}
+	return nil
+}
+
+// readRole reads the history of all units of a role.
+func (l *leader) readRole(ctx context.Context, role deployments.RoleID) error {
+	entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
+	if err != nil {
+		return fmt.Errorf("history of %s: %w", role, err)
+	}
+	l.history.read[role] = true
+	for _, e := range entries { // sorted by generation
+		name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
+		id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
+		if err != nil {
+			continue
+		}
+		if h, err := deployments.ParseHistory(e.Value); err == nil {
+			l.history.add(id, h)
 		}
 	}
 	return nil
@@ -85,7 +118,7 @@ func (l *leader) readHistory(ctx context.Context, commit *git.Commit, cells map[
 
 // record returns the entry that notes a new generation.
 func (in inputs) record(w change) *deployments.History {
-	return &deployments.History{
+	h := &deployments.History{
 		Generation: w.after.Generation,
 		Release:    w.after.Target,
 		Stable:     w.after.Stable,
@@ -100,15 +133,19 @@ func (in inputs) record(w change) *deployments.History {
 		Pinned:     w.after.Pinned,
 		Note:       in.accepted(w.note),
 	}
+	in.carryPins(w.unit, h)
+	return h
 }
 
 // writeHistory returns the operations that put an entry, and remove the one that is too old.
 func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
-	value, err := json.Marshal(h)
-	if err != nil {
+	var value bytes.Buffer
+	e := json.NewEncoder(&value)
+	e.SetEscapeHTML(false) // six bytes for one would let pins outgrow a transaction
+	if err := e.Encode(h); err != nil {
 		panic(err) // plain data
 	}
-	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), value)}
+	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), bytes.TrimSpace(value.Bytes()))}
 	if old := h.Generation - deployments.HistoryKept; old > 0 {
 		ops = append(ops, kv.Delete(historyKey(id, old)))
 	}

@@ -44,6 +44,9 @@ type leader struct {
 	consulNode  string     // to which the lease's session belongs; empty: unknown, or warnShared is done
 	badOrders   string     // the orders that can't be obeyed, as they were last logged
 	offered     []kv.Entry // to keepSnapshot
+	auditAfter  time.Time  // until then the history isn't tried again
+	// auditTrouble bounds the lines about it.
+	auditTrouble rate.Sometimes
 	// badOrderLines bounds the lines about them: whoever may write control/ can change one after the other.
 	badOrderLines *rate.Limiter
 }
@@ -61,6 +64,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 		lostSince:  map[deployments.UnitID]time.Time{},
 		dead:       deadNodes{absent: map[string]absence{}},
 
+		auditTrouble:  rate.Sometimes{First: 1, Interval: time.Minute},
 		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
 	}
 }
@@ -312,6 +316,11 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if vouched && todo.whole {
 		l.offerSnapshot()
 	}
+	noted, err := l.audit(ctx, seen, now)
+	if err != nil {
+		return 0, err
+	}
+	again = sooner(again, noted)
 	due, err := l.forgetDead(ctx, seen, now)
 	if err != nil {
 		return 0, err
@@ -338,12 +347,16 @@ func (l *leader) plan(
 	if err := l.ensureFolders(ctx, commit, seen, now); err != nil {
 		return plan{}, err
 	}
-	if err := l.readHistory(ctx, commit, cells, seen.pins.units, now); err != nil {
+	if err := l.readHistory(ctx, commit, cells, seen, now); err != nil {
 		return plan{}, err
 	}
 	pins := seen.pins.units
 	if !seen.pins.synced {
 		pins = nil
+	}
+	shown := seen.pins.shown
+	if !seen.pins.synced || seen.pins.err != nil {
+		shown = nil
 	}
 	since := seen.fleet.since
 	if seen.fleet.err != nil { // there may be a gap yet
@@ -360,7 +373,10 @@ func (l *leader) plan(
 		orders:      l.pendingOrders(commit, seen.orders),
 		history:     l.history.newest,
 		stable:      l.history.stable,
+		pastPins:    l.history.pins,
+		pastRead:    l.history.read,
 		pins:        pins,
+		shownPins:   shown,
 		fleet:       seen.fleet.roles,
 		blind:       !seen.fleet.synced || !seen.pins.synced && !errors.Is(seen.pins.err, kv.ErrDenied),
 		fleetSince:  since,

@@ -79,11 +79,12 @@ func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, fol
 	return f.left[role], f.began
 }
 
-// observedPins is what pins/ shows of whole units.
+// observedPins is what pins/ shows.
 type observedPins struct {
 	synced bool
-	err    error // why it may be out of date
-	units  map[deployments.UnitID]policy.Value[deployments.Pin]
+	err    error                                                // why it may be out of date
+	units  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
+	shown  map[deployments.UnitID][]deployments.PastPin         // all of them, as the history keeps them; At is zero
 }
 
 // observedState is what mirror/ shows.
@@ -255,19 +256,24 @@ func (o *observer) state(v kv.View) {
 	o.update(func(now *observed) { now.state = state; now.sawFolders(kv.MirrorPrefix, v) })
 }
 
-// pins takes a view of pins/, of which only pins of whole units are the mirror's business.
+// pins takes a view of pins/. Those of single nodes are the agents' business: here they go into the history alone.
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
+	shown := map[deployments.UnitID][]deployments.PastPin{}
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
-		if err != nil || key.Node != "" {
+		if err != nil {
 			continue
 		}
+		id := key.UnitID()
 		pin, err := deployments.ParsePin(e.Value)
-		units[key.UnitID()] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
+		if key.Node == "" {
+			units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
+		}
+		shown[id] = append(shown[id], pastPin(key.Node, pin, err))
 	}
 	o.update(func(now *observed) {
-		now.pins = observedPins{v.Synced, v.Err, units}
+		now.pins = observedPins{v.Synced, v.Err, units, shown}
 		now.sawFolders(kv.PinsPrefix, v)
 	})
 }

@@ -55,9 +55,14 @@ type inputs struct {
 	orders    map[deployments.UnitID]order
 	// pins are those of whole units. Nil: they can't be read, and nodes follow them by themselves.
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
-	// history has the newest generation of the units whose standing is unknown, stable what was stable in the last ones.
-	history map[deployments.UnitID]deployments.History
-	stable  map[deployments.UnitID][]deployments.Digest
+	// shownPins are all pins that the store shows, of single nodes, too. Nil: they aren't known for certain now.
+	shownPins map[deployments.UnitID][]deployments.PastPin
+	// history has the newest generation of the units whose standing is unknown, and of those that have an order; pastPins
+	// are its pins, and stable is what was stable in the last generations. pastRead has the roles of which all is known.
+	history  map[deployments.UnitID]deployments.History
+	pastPins map[deployments.UnitID][]deployments.PastPin
+	pastRead map[deployments.RoleID]bool
+	stable   map[deployments.UnitID][]deployments.Digest
 	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
@@ -144,7 +149,7 @@ type change struct {
 	value   []byte // nil: remove the key
 	base    uint64 // the version that it replaces; 0: none
 	note    string
-	history *deployments.History // the entry of a new generation; nil: none begins
+	history *deployments.History // the entry of a new generation, or what the newest becomes; nil: neither
 	reason  string               // policy.Next's
 	order   order                // what is consumed; its version is 0 if nothing is
 	ops     []kv.Op
@@ -320,6 +325,11 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	if w.after.Generation > base.Floor {
 		w.note = in.noteOf(w, cmp.Or(message.Transition(step.Did, step.DidFacts), w.reason))
 		w.history = in.record(w)
+	}
+	if ordered {
+		w.history = in.noteOrder(w, step)
+	}
+	if w.history != nil {
 		w.ops = append(w.ops, writeHistory(w.unit, w.history)...)
 	}
 	return w, doWrite, step.Again

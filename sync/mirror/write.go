@@ -143,16 +143,15 @@ func (l *leader) noteWritten(w change, now time.Time) {
 		)
 	}
 	if w.kind == "none" {
+		l.history.wrote(w)
 		return
 	}
 	l.written.records[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now,
 		vouched: !w.after.Orphaned || l.written.records[w.unit].vouched}
-	switch {
-	case w.value == nil:
+	if w.value == nil {
 		l.history.forget(w.unit)
-	case w.history != nil && l.history.read[w.unit.RoleID()]:
-		l.history.add(w.unit, *w.history)
 	}
+	l.history.wrote(w)
 	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target,
 		"generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
 }
