@@ -140,8 +140,9 @@ func TestPinsKeepTheBudgetAndTheQuarantine(t *testing.T) {
 	do("unpin", "prod/web/app")
 	s.stable(one)
 	s.live("app", "1", s.nodes...)
-	do("pin", "prod/web/app", zero.String(), "--reason", "incident", "--until", "4s")
+	do("pin", "prod/web/app", zero.String(), "--reason", "incident", "--until", "1h")
 	s.stable(zero)
+	do("pin", "prod/web/app", zero.String(), "--reason", "incident", "--until", "2s") // the same, and its end
 	s.stable(one)
 	s.live("app", "1", s.nodes...)
 	s.keeps(1)
