@@ -124,8 +124,8 @@ func withOrder(h deployments.History, o order, refused deployments.Reason, now t
 	return h
 }
 
-// carryPins gives the entry of a new generation the pins that stood in the one before, and what became of them. Where the
-// one before was not read, audit does so: when a pin began isn't known here.
+// carryPins gives the entry of a new generation the pins that stood in the one before, and what became of them. Where
+// the one before was not read, audit does so: when a pin began isn't known here.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return
