@@ -43,7 +43,8 @@ var (
 	ErrNotFound    = errors.New("no such key")
 	ErrConflict    = errors.New("the key was changed meanwhile")
 	ErrDenied      = errors.New("permission denied")
-	ErrNoFolder    = errors.New("no such folder") // an ErrDenied that may as well be a store without anything in it
+	ErrNoFolder    = errors.New("no such folder")    // an ErrDenied that may as well be a store without anything in it
+	ErrEmpty       = errors.New("nothing there yet") // an ErrNoFolder, by a token that may read the folder: for people
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")
 	ErrTooLarge    = errors.New("the value or transaction is too large")
@@ -118,7 +119,8 @@ type Store interface {
 	Get(ctx context.Context, key string) (Entry, error)
 
 	// List reads every key below prefix, which ends in "/" or is empty, from the leader, sorted, folder keys left
-	// out. An empty result without the prefix's folder key in it is ErrDenied: see EnsureFolders.
+	// out. An empty result without the prefix's folder key in it is ErrDenied: see EnsureFolders. It is ErrEmpty as
+	// well if the token may read that key.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
 	// Watch calls f, one call at a time, with a first view as soon as there is one (a failing store's first view

@@ -411,9 +411,10 @@ func leftovers(t *testing.T, dir string) []string {
 func TestTokenWithoutRights(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "web-1")
+	w.release("first", w.publish("app", "1"))
+	w.beforeAnyMirror()
 	w.startMirror("mirror-1")
 	w.startAgent("web-1")
-	w.release("first", w.publish("app", "1"))
 	w.live("app", "1", "web-1")
 	w.processes["web-1"].kill()
 	client := w.consul.Clients[0]
@@ -432,4 +433,33 @@ func TestTokenWithoutRights(t *testing.T) {
 	blind.kill()
 	w.startAgent("web-1")
 	w.live("app", "2", "web-1")
+}
+
+// beforeAnyMirror looks at a store in which nothing was ever written, with an operator's token and with none.
+func (w *world) beforeAnyMirror() {
+	w.t.Helper()
+	nobody := w.consul.Env(w.consul.Token(""))
+	for _, c := range []struct {
+		env  []string
+		args []string
+		code int
+		says []string
+	}{
+		{nil, []string{"diff", w.work}, exitDone, []string{"create", "prod/web/app", "no mirror has run yet"}},
+		{nil, []string{"status"}, exitDone, []string{"has taken no commit yet", "No units."}},
+		{nil, []string{"explain", "prod/web/app"}, exitFailed, []string{"no mirror has taken a commit yet"}},
+		{nobody, []string{"diff", w.work}, exitFailed, []string{"permission denied", "CONSUL_HTTP_TOKEN"}},
+		{nobody, []string{"status"}, exitFailed, []string{"permission denied", "CONSUL_HTTP_TOKEN"}},
+	} {
+		run := func() (string, string, int) { return w.kedge(c.args...) }
+		if c.env != nil {
+			run = func() (string, string, int) { return w.kedgeWith(c.env, c.args...) }
+		}
+		out, errs, code := run()
+		for _, says := range c.says {
+			if code != c.code || !strings.Contains(strings.Join(strings.Fields(out+errs), " "), says) {
+				w.t.Errorf("kedge %s: exit code %d, want %d and %q:\n%s%s", strings.Join(c.args, " "), code, c.code, says, out, errs)
+			}
+		}
+	}
 }

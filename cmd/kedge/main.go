@@ -97,6 +97,10 @@ func (a *app) storeHint(err error) string {
 			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",
 			envOr("CONSUL_HTTP_ADDR", "127.0.0.1:8500"),
 		)
+	case errors.Is(err, kv.ErrEmpty):
+		return fmt.Sprintf(
+			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix?", cmp.Or(a.prefix, kv.DefaultPrefix),
+		)
 	case errors.Is(err, kv.ErrNoFolder):
 		return fmt.Sprintf(
 			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+

@@ -211,7 +211,10 @@ What isn't committed isn't compared.`,
 			}
 			defer store.Close()
 			now, err := records(ctx, store)
-			if err != nil {
+			switch {
+			case errors.Is(err, kv.ErrEmpty):
+				a.tell("no mirror has run yet: this is what the first one would write")
+			case err != nil:
 				return err
 			}
 			changes := mirror.Plan(commit.Tree, commit.Hash, now, time.Now())

@@ -154,9 +154,19 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 		return nil, err
 	}
 	if l.filtered || !l.folder && len(l.entries) == 0 {
-		return nil, s.absenceError(prefix)
+		return nil, &absentError{prefix: prefix, folder: s.prefix + prefix, empty: !l.filtered && s.mayRead(ctx, prefix)}
 	}
 	return l.entries, nil
+}
+
+// mayRead reports whether the folder key of a prefix is known to be absent: Consul refuses a read of one key to a token
+// without the right, where it leaves the key out of a list. Servers before 1.4 answer both alike.
+func (s *Store) mayRead(ctx context.Context, prefix string) bool {
+	err := s.do(ctx, "get the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
+		_, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
+		return err
+	})
+	return err == nil
 }
 
 // listing is one answer to a read of a prefix.
@@ -207,10 +217,17 @@ func (s *Store) absenceError(prefix string) error {
 	return &absentError{prefix: prefix, folder: s.prefix + prefix}
 }
 
-// absentError wraps ErrDenied, and is ErrNoFolder: it may be that nothing was written yet.
-type absentError struct{ prefix, folder string }
+// absentError wraps ErrDenied, and is ErrNoFolder: it may be that nothing was written yet. It is ErrEmpty if the token
+// may read the folder key, so that it is nothing else.
+type absentError struct {
+	prefix, folder string
+	empty          bool
+}
 
 func (e *absentError) Error() string {
+	if e.empty {
+		return fmt.Sprintf("list %s: there is no %s: no mirror has created it yet", e.prefix, e.folder)
+	}
 	return fmt.Sprintf(
 		"list %s: the answer lacks the folder key %s: the token may not read it, or no mirror has created it yet: %v",
 		e.prefix,
@@ -220,7 +237,7 @@ func (e *absentError) Error() string {
 }
 
 func (e *absentError) Is(target error) bool {
-	return target == kv.ErrDenied || target == kv.ErrNoFolder
+	return target == kv.ErrDenied || target == kv.ErrNoFolder || target == kv.ErrEmpty && e.empty
 }
 
 func (s *Store) entry(p *api.KVPair) kv.Entry {

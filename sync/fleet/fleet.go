@@ -164,11 +164,23 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 		}
 		entries = append(entries, some...)
 	}
+	if len(trouble) == len(kinds) && everyIs(trouble, kv.ErrEmpty) {
+		trouble = nil // no mirror and no agent has ever run
+	}
 	if len(trouble) == len(kinds) {
 		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
 	}
 	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
 	return filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble)), nil
+}
+
+func everyIs(errs map[string]error, target error) bool {
+	for _, err := range errs {
+		if !errors.Is(err, target) {
+			return false
+		}
+	}
+	return true
 }
 
 // withTrouble notes why parts of the store can't be read, or may be out of date.
@@ -181,7 +193,10 @@ func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 			f.Errors = map[string]string{}
 		}
 		text := err.Error()
-		if errors.Is(err, kv.ErrDenied) {
+		switch {
+		case errors.Is(err, kv.ErrEmpty):
+			text = "nothing to be seen here: nothing was ever written"
+		case errors.Is(err, kv.ErrDenied):
 			text = "nothing to be seen here: nothing was ever written, or this token may not read it"
 		}
 		f.Errors[prefix] = text

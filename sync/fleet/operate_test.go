@@ -312,6 +312,12 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 	if was, err := Unpin(t.Context(), s, app, ""); err != nil || was {
 		t.Errorf("unpin of nothing: %v, %v", was, err)
 	}
+	if f, err := Read(t.Context(), s, Filter{}); err != nil || len(f.Units) > 0 || len(f.Errors) > 0 || f.MirrorHasRun() {
+		t.Errorf("status of nothing: %+v, %v", f, err)
+	}
+	if err := NoUnit(t.Context(), s, app); !strings.Contains(err.Error(), "no mirror has taken a commit yet") {
+		t.Error(err)
+	}
 	if err := Pin(t.Context(), s, app, "", deployments.Pin{Release: release("app", "1"), By: "alice"}); err != nil {
 		t.Fatal(err)
 	}
@@ -329,6 +335,9 @@ func TestOperateOnConsulWithoutAMirror(t *testing.T) {
 		t.Errorf("unpin: %v, %v", was, err)
 	}
 	nobody := consul.Open(consul.Token(""))
+	if _, err := Read(t.Context(), nobody, Filter{}); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrEmpty) {
+		t.Errorf("status without rights: %v", err)
+	}
 	if _, err := Unpin(t.Context(), nobody, app, ""); !errors.Is(err, kv.ErrDenied) || errors.Is(err, kv.ErrNoFolder) {
 		t.Errorf("unpin without rights: %v; want it denied, not that there is no pin", err)
 	}
