@@ -29,22 +29,25 @@ func (a *app) operateCommands() []*cobra.Command {
 		"abort":   {"Roll a rollout back, now", "to the stable release, as many nodes at a time as max_unavailable allows"},
 		"retry":   {"Try again a release that failed", "a rollout that was rolled back begins anew, nodes that went back try it once more"},
 	} {
+		order := deployments.Order{Verb: deployments.Verb(verb)}
 		c := &cobra.Command{
 			Use:   verb + " STAGE/ROLE/UNIT",
 			Short: what[0],
 			Long: fmt.Sprintf(`%s: %s.
 
 Writes the order, waits some seconds until the mirror has taken it, and says what came of it. An order that would change nothing is
-refused with the reason.
+refused with the reason. Who and why stand in kedge history.
 
 The same as: consul kv put %scontrol/STAGE/ROLE/UNIT %s
 
 Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has taken it yet: it stays, and is done when one comes.`, what[0], what[1], a.prefix, verb),
 			Args: cobra.ExactArgs(1),
 			RunE: a.onUnit(func(ctx context.Context, store kv.Store, id deployments.UnitID) error {
-				return a.order(ctx, store, id, verb)
+				return a.order(ctx, store, id, order)
 			}),
 		}
+		c.Flags().StringVar(&order.Reason, "reason", "", "why, for who looks at it later")
+		byFlag(c.Flags(), &order.By)
 		a.jsonFlag(c, "what came of it")
 		commands = append(commands, a.completeArgs(c, wantUnit))
 	}
@@ -54,12 +57,12 @@ Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has ta
 // orderWithin is how long the mirror gets to take an order while somebody waits for it.
 const orderWithin = 5 * time.Second
 
-func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) error {
-	was, err := fleet.Control(ctx, store, id, verb)
+func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, order deployments.Order) error {
+	was, err := fleet.Control(ctx, store, id, order)
 	if err != nil {
 		return err
 	}
-	outcome, err := fleet.Outcome(ctx, store, id, verb, was, orderWithin)
+	outcome, err := fleet.Outcome(ctx, store, id, order, was, orderWithin)
 	if errors.Is(err, fleet.ErrNotTaken) {
 		return hintError{
 			notInTime{err},
@@ -70,7 +73,7 @@ func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, 
 		return err
 	}
 	return a.done(
-		OrderOutcome{Unit: id, Order: verb, Outcome: outcome},
+		OrderOutcome{Unit: id, Order: string(order.Verb), Outcome: outcome},
 		fmt.Sprintf("%s: %s", id, outcome),
 		fleet.Pinned(ctx, store, id),
 	)

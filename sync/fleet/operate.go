@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -139,14 +140,22 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 
 // Control asks the mirror for promote, pause, resume, abort or retry of a unit, and gives the record that stood
 // before. An order that would change nothing isn't written, and the error says why it would. One that the mirror
-// has yet to take is replaced.
-func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb string) (was kv.Entry, err error) {
+// has yet to take is replaced. What it writes is what `consul kv put` would: a bare verb where nobody says who or why,
+// else JSON.
+func Control(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	order deployments.Order,
+) (was kv.Entry, err error) {
 	if err := id.Check(); err != nil {
 		return kv.Entry{}, err
 	}
-	if _, err := deployments.ParseOrder([]byte(verb)); err != nil {
+	value, err := encodeOrder(order)
+	if err != nil {
 		return kv.Entry{}, err
 	}
+	verb := string(order.Verb)
 	was, err = store.Get(ctx, kv.DesiredKey(id))
 	switch {
 	case errors.Is(err, kv.ErrNotFound):
@@ -159,10 +168,22 @@ func Control(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, message.Text(reason, facts))
 		}
 	}
-	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), []byte(verb))); err != nil {
+	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), value)); err != nil {
 		return was, fmt.Errorf("%s %s: %w", verb, id, err)
 	}
 	return was, nil
+}
+
+// encodeOrder encodes an order so that ParseOrder reads it.
+func encodeOrder(order deployments.Order) (value []byte, err error) {
+	value = []byte(order.Verb)
+	if order.By != "" || order.Reason != "" {
+		if value, err = json.Marshal(order); err != nil {
+			return nil, err
+		}
+	}
+	_, err = deployments.ParseOrder(value)
+	return value, err
 }
 
 // ErrNotTaken is wrapped by what Outcome returns where no mirror took the order in time. It stays where it is.
@@ -176,17 +197,22 @@ func Outcome(
 	ctx context.Context,
 	store kv.Store,
 	id deployments.UnitID,
-	verb string,
+	order deployments.Order,
 	was kv.Entry,
 	within time.Duration,
 ) (string, error) {
+	value, err := encodeOrder(order)
+	if err != nil {
+		return "", err
+	}
+	verb := string(order.Verb)
 	for end := time.Now().Add(within); ; {
-		order, err := store.Get(ctx, kv.ControlKey(id))
+		there, err := store.Get(ctx, kv.ControlKey(id))
 		switch {
 		case errors.Is(err, kv.ErrNotFound):
 			return outcome(ctx, store, id, verb, was)
-		case err == nil && string(order.Value) != verb:
-			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id, clip(oneLine(string(order.Value)), 40))
+		case err == nil && !bytes.Equal(there.Value, value):
+			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id, clip(oneLine(string(there.Value)), 40))
 		case time.Now().After(end):
 			return "", fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within)
 		}
@@ -225,7 +251,8 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 }
 
 // History returns what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
-// doesn't parse is there with its generation, and says so in its Note.
+// doesn't parse is there with its generation, and says so in its Note. A pin is told of once, in the generation in which
+// it began.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err
@@ -250,6 +277,7 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 		}
 	}
 	slices.SortFunc(history, newestFirst)
+	deployments.MergePins(history)
 	return history, nil
 }
 

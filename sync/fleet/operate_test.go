@@ -72,7 +72,7 @@ func TestPin(t *testing.T) {
 }
 
 func order(t *testing.T, s kv.Store, verb string) error {
-	_, err := Control(t.Context(), s, app, verb)
+	_, err := Control(t.Context(), s, app, deployments.Order{Verb: deployments.Verb(verb)})
 	return err
 }
 
@@ -123,25 +123,30 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	}
 
 	store(t, s, record(deployments.PhaseRolling))
-	was, err := Control(t.Context(), s, app, "pause")
+	pause := deployments.Order{Verb: deployments.VerbPause, By: "ada", Reason: "incident 1"}
+	was, err := Control(t.Context(), s, app, pause)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Outcome(t.Context(), s, app, "pause", was, 10*time.Millisecond); !errors.Is(err, ErrNotTaken) {
+	if _, err := Outcome(t.Context(), s, app, pause, was, 10*time.Millisecond); !errors.Is(err, ErrNotTaken) {
 		t.Errorf("without a mirror: %v", err)
+	}
+	e, err := s.Get(t.Context(), kv.ControlKey(app))
+	if o, bad := deployments.ParseOrder(e.Value); err != nil || bad != nil || o != pause {
+		t.Errorf("it is written as %s: %v, %v", e.Value, err, bad)
 	}
 	if err := s.Commit(t.Context(), nil, kv.Delete(kv.ControlKey(app))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err == nil || !strings.Contains(err.Error(), "changed nothing") {
+	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil || !strings.Contains(err.Error(), "changed nothing") {
 		t.Errorf("taken, and the record is as it was: %v", err)
 	}
 	store(t, s, record(deployments.PhasePaused))
-	if says, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err != nil || says != "paused: for the test" {
+	if says, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err != nil || says != "paused: for the test" {
 		t.Errorf("taken: %q, %v", says, err)
 	}
 	store(t, s, put(kv.ControlKey(app), "abort"))
-	if _, err := Outcome(t.Context(), s, app, "pause", was, time.Minute); err == nil || !strings.Contains(err.Error(), "another order took its place: abort") {
+	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil || !strings.Contains(err.Error(), "another order took its place: abort") {
 		t.Errorf("replaced by another: %v", err)
 	}
 }
@@ -268,7 +273,7 @@ func TestPinsNeedARecord(t *testing.T) {
 		t.Error(err)
 	}
 	store(t, s, put(kv.PinKey(typo), "hold"))
-	_, err := Control(t.Context(), s, typo, "promote")
+	_, err := Control(t.Context(), s, typo, deployments.Order{Verb: deployments.VerbPromote})
 	for _, err := range []error{err, CheckRecord(t.Context(), s, typo)} {
 		if err == nil || !strings.Contains(err.Error(), "has no record, only a pin") || !strings.Contains(err.Error(), "kedge unpin prod/web/ap") {
 			t.Error(err)

@@ -156,9 +156,11 @@ func WriteHistory(w io.Writer, history []deployments.History, opt TableOptions) 
 	}
 	for i, line := range p.align("", rows, 0, 1, 2, 3) {
 		p.raw(line)
-		if i > 0 && history[i-1].Note != "" {
-			note := HistoryNote(history[i-1])
-			p.wrap("     ", 5, note.Text, note.Tone)
+		if i == 0 {
+			continue
+		}
+		for _, note := range HistoryNotes(history[i-1]) {
+			p.wrap("     ", 7, note.Text, note.Tone)
 		}
 	}
 	_, err := io.WriteString(w, p.b.String())

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -481,31 +480,6 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	}
 	return "Git has named " + count(moved, "release") + " since"
 }
-
-// HistoryColumns are the headings of HistoryRow's cells.
-var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
-
-// HistoryRow is one generation of a unit in one line.
-func HistoryRow(h deployments.History) []Text {
-	at := "-"
-	if !h.At.IsZero() {
-		at = h.At.UTC().Format("2006-01-02 15:04Z")
-	}
-	return []Text{
-		{
-			strconv.FormatInt(h.Generation, 10),
-			Plain,
-		},
-		{at, Plain},
-		{new(Unit).Release(h.Release), Bold},
-		{clean(h.Commit[:min(8, len(h.Commit))]), Plain},
-		{AuthorName(h.Author), Plain},
-		{oneLine(h.Subject), Dim},
-	}
-}
-
-// HistoryNote returns what else led to a generation; mostly nothing.
-func HistoryNote(h deployments.History) Text { return Text{oneLine(h.Note), Warn} }
 
 // AuthorName is an author without the address.
 func AuthorName(author string) string {

@@ -70,7 +70,7 @@ type historyRow struct {
 	Commit     commitView
 	Author     string
 	Subject    string
-	Note       string
+	Notes      []string
 	Failed     bool
 }
 
@@ -152,10 +152,14 @@ func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
 }
 
 func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
+	var notes []string
+	for _, note := range fleet.HistoryNotes(h) {
+		notes = append(notes, fleet.Clean(u.Names(note.Text), 2*mostText))
+	}
 	return historyRow{
 		Generation: h.Generation, At: h.At, Release: u.name(h.Release), Digest: h.Release.Digest.Short()[:8],
 		Commit: commitOf(h.Commit, commitURL), Author: fleet.Clean(fleet.AuthorName(h.Author), 32),
-		Subject: fleet.Clean(h.Subject, mostText), Note: fleet.Clean(u.Names(h.Note), mostText),
+		Subject: fleet.Clean(h.Subject, mostText), Notes: notes,
 		Failed: !h.Failed.IsZero() && h.Failed == h.Release.Digest,
 	}
 }

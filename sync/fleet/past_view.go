@@ -1,0 +1,110 @@
+package fleet
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"kedge/deployments"
+)
+
+// HistoryColumns are the headings of HistoryRow's cells.
+var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
+
+// HistoryRow is one generation of a unit in one line.
+func HistoryRow(h deployments.History) []Text {
+	at := "-"
+	if !h.At.IsZero() {
+		at = h.At.UTC().Format("2006-01-02 15:04Z")
+	}
+	return []Text{
+		{
+			strconv.FormatInt(h.Generation, 10),
+			Plain,
+		},
+		{at, Plain},
+		{new(Unit).Release(h.Release), Bold},
+		{clean(h.Commit[:min(8, len(h.Commit))]), Plain},
+		{AuthorName(h.Author), Plain},
+		{oneLine(h.Subject), Dim},
+	}
+}
+
+// HistoryNotes returns what else led to a generation, and the pins and orders of its time, the oldest first.
+func HistoryNotes(h deployments.History) []Text {
+	type event struct {
+		at   time.Time
+		says Text
+	}
+	var events []event
+	for _, p := range h.Pins {
+		events = append(events, event{p.At, pinLine(p)})
+	}
+	for _, o := range h.Orders {
+		events = append(events, event{o.At, orderLine(o)})
+	}
+	slices.SortStableFunc(events, func(a, b event) int { return a.at.Compare(b.at) })
+	var notes []Text
+	if h.Note != "" {
+		notes = append(notes, Text{oneLine(h.Note), Warn})
+	}
+	for _, e := range events {
+		notes = append(notes, e.says)
+	}
+	if h.Truncated {
+		notes = append(notes, Text{"there were more pins or orders than the history keeps", Warn})
+	}
+	return notes
+}
+
+// pinLine says which pin stood, from when to when, who put it there and why.
+func pinLine(p deployments.PastPin) Text {
+	nodes := "all nodes"
+	if p.Node != "" {
+		nodes = clean(p.Node)
+	}
+	when, tone := pastTime(p.At)+" to "+pastTime(p.Ended), Plain
+	switch {
+	case p.Ended.IsZero():
+		when, tone = "since "+pastTime(p.At), Warn
+	case p.At.UTC().Format(time.DateOnly) == p.Ended.UTC().Format(time.DateOnly):
+		when = pastTime(p.At) + " to " + p.Ended.UTC().Format("15:04:05Z")
+	}
+	says := fmt.Sprintf("%s: pin of %s: ", when, nodes)
+	if p.Error != "" {
+		return Text{says + "it changes nothing, " + oneLine(p.Error), tone}
+	}
+	says += pinName(new(Unit), p.Pin) + pastReason(p.By, p.Reason)
+	if !p.Until.IsZero() {
+		says += ", until " + pastTime(p.Until)
+	}
+	if p.AtOnce {
+		says += ", at once"
+	}
+	return Text{says, tone}
+}
+
+// orderLine says which order the mirror took, who gave it and why.
+func orderLine(o deployments.PastOrder) Text {
+	says := pastTime(o.At) + ": order " + oneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
+	if o.Refused != "" {
+		says += "; it changed nothing"
+	}
+	return Text{says, Plain}
+}
+
+// pastReason says who did something and why, or that nobody said.
+func pastReason(by, reason string) string {
+	switch {
+	case by == "" && reason == "":
+		return ", nobody said who or why"
+	case by == "":
+		return ", nobody said who (" + oneLine(reason) + ")"
+	case reason == "":
+		return ", by " + oneLine(by)
+	}
+	return ", by " + oneLine(by) + " (" + oneLine(reason) + ")"
+}
+
+func pastTime(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") }
