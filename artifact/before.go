@@ -31,7 +31,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := s.forget(); s.c.Before == "" || err != nil {
 		return err
 	}
-	dest, err := s.open(r)
+	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil // nothing served from there
 	}
@@ -104,12 +104,7 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // exclude_from lies in its tree
 		return false, err
 	}
-	parent, err := s.place(r)
-	if err != nil {
-		return false, err
-	}
-	defer parent.Close()
-	dest, err := s.dest(parent, r, true)
+	dest, err := s.open(r, true)
 	if err != nil {
 		return false, err
 	}

@@ -266,7 +266,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if !exists(s.tree(r)) {
 		return nil, nil
 	}
-	dest, err := s.open(r)
+	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		return []Difference{{Path: ".", What: "missing"}}, nil
 	}
@@ -281,14 +281,14 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	return s.madeFiles(r).overlaid(dest.Path(""), found)
 }
 
-// open opens dest itself, which must be there.
-func (s rsyncSwitcher) open(r *Release) (*Place, error) {
+// open opens dest itself. It must be there, unless create is set.
+func (s rsyncSwitcher) open(r *Release, create bool) (*Place, error) {
 	parent, err := s.place(r)
 	if err != nil {
 		return nil, err
 	}
 	defer parent.Close()
-	return s.dest(parent, r, false)
+	return s.dest(parent, r, create)
 }
 
 func (s rsyncSwitcher) madeFiles(r *Release) madeFiles {
@@ -301,7 +301,7 @@ func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	if s.c.Made == "" || !exists(s.tree(r)) {
 		return nil
 	}
-	dest, err := s.open(r)
+	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -360,12 +360,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	if err := s.Stage(ctx, r, StageOptions{}); err != nil {
 		return nil, fmt.Errorf("unpacking again the release to heal: %w", err)
 	}
-	parent, err := s.place(r)
-	if err != nil {
-		return nil, err
-	}
-	defer parent.Close()
-	dest, err := s.dest(parent, r, true)
+	dest, err := s.open(r, true)
 	if err != nil {
 		return nil, err
 	}
