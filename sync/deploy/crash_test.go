@@ -33,6 +33,8 @@ type plan struct {
 	CutOff int
 	// Settle has it settle on what runs, as a node with signers, after the recovery and after each release.
 	Settle bool
+	// Leave has it leave what runs in the end for what was there before.
+	Leave bool
 }
 
 func TestMain(m *testing.M) {
@@ -91,6 +93,9 @@ func crashChild(file string) error {
 	}
 	points, done := filepath.Join(p.Root, "points"), filepath.Join(p.Root, "done")
 	doing := "recover"
+	if u.State().Leaving {
+		doing = "recover leave"
+	}
 	u.at = func(point string) {
 		if !p.Die {
 			return
@@ -116,7 +121,7 @@ func crashChild(file string) error {
 	before, _ := os.ReadFile(done) // a byte for each release that is done with
 	for i, r := range p.Releases[len(before):] {
 		doing = fmt.Sprintf("release %d", len(before)+i+1)
-		err := u.Deploy(context.Background(), Request{Release: r})
+		err := u.Deploy(context.Background(), Request{Release: r, MayLeave: p.Leave})
 		if err != nil && !errors.As(err, &failed) && !errors.Is(err, ErrQuarantined) {
 			return fmt.Errorf("deploy: %w", err)
 		}
@@ -125,6 +130,11 @@ func crashChild(file string) error {
 		}
 		if err := os.WriteFile(done, make([]byte, len(before)+i+1), 0o600); err != nil {
 			return err
+		}
+	}
+	for doing = "leave"; p.Leave && u.State().Leavable; {
+		if err := u.Leave(context.Background()); err != nil {
+			return fmt.Errorf("leave: %w", err)
 		}
 	}
 	return nil

@@ -47,6 +47,7 @@
 //	journal.json.bad           a journal that didn't parse; for people
 //	manifests/DIGEST.json      manifests of what runs, is good, is staged, so that going back needs no network
 //	trees/DIGEST/              unpacked trees of the rsync and mv strategies
+//	before/                    what was at dest before the first release, while its rollout may go back there
 //	made/DIGEST.made           what the commands of a release made of its tree, under strategy rsync
 //
 // What a release's pre and post commands made, changed or removed in its tree is recorded after post, and is the
@@ -161,6 +162,10 @@ type State struct {
 	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See
 	// Monitor for a release that runs undisturbed.
 	Health Health
+	// Leavable is true where Leave can put back what was at dest before the first release, and Leaving while that is
+	// under way. Restored is the release that was left for it, or failed, while dest holds it again.
+	Leavable, Leaving bool
+	Restored          deployments.Digest
 	// Compared is how what lay at dest stood to the first release, if that was asked for with Adopt; nil: it wasn't,
 	// or another runs by now.
 	Compared *deployments.Compared
@@ -216,7 +221,11 @@ func Open(c Config) (*Unit, error) {
 	if err := u.load(); err != nil {
 		return nil, err
 	}
-	u.cutOff = u.j.Deployment != nil
+	if u.cutOff = u.j.Deployment != nil; !u.cutOff {
+		if err := u.pruneBefore(); err != nil {
+			u.log.Warn("could not remove what a kill left of what was at dest before", "error", err)
+		}
+	}
 	if err := u.keepFloor(); err != nil {
 		return nil, err
 	}
@@ -237,8 +246,11 @@ func (u *Unit) State() State {
 		Unfinished: u.j.Deployment != nil,
 		Compared:   u.j.Compared,
 		Proven:     u.j.Confirmed && u.j.Proven == u.boot,
+		Leavable:   u.j.Before != nil && !u.j.Running.IsZero(),
+		Restored:   u.j.Restored,
 	}
 	if d := u.j.Deployment; d != nil {
+		s.Leaving = d.Leaves
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
 			s.Ends = d.From
 		}
@@ -351,6 +363,9 @@ type Request struct {
 	// Adopt lets a tree that lies at dest before the first release, and is the release's byte for byte, be taken over
 	// as it is: its health is checked, and none of its commands but those for a failure run.
 	Adopt bool
+	// MayLeave keeps what lies at dest before the first release for Leave, also after the deployment has succeeded, until
+	// ForgetBefore.
+	MayLeave bool
 }
 
 // Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does
@@ -403,7 +418,8 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 			return err
 		}
 	}
-	if err := u.keepBefore(ctx, r); err != nil {
+	kept, err := u.keepBefore(ctx, r, asked.MayLeave)
+	if err != nil {
 		return err
 	}
 	if err := u.survey(ctx, r); err != nil {
@@ -411,7 +427,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	}
 	err = u.save(func(j *journal) {
 		d := &deployment{Release: r.Pointer, Commit: asked.Commit, Key: asked.Key}
-		j.Compared = compared
+		j.Compared, j.Before = compared, kept
 		if other := j.Deployment; other != nil {
 			u.log.Warn("superseding a deployment under way", "release", other.Release.String(), "step", string(other.Step))
 			d.Touched, d.Over = other.Touched, other.Touched
@@ -437,16 +453,6 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	}
 	u.at("begun")
 	return u.advance(ctx)
-}
-
-// keepBefore keeps what is at dest before the first release, for restore. What a deployment that is superseded has
-// begun to change is not that any more: it has been kept.
-func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release) error {
-	d := u.j.Deployment
-	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
-		return nil
-	}
-	return u.switcher(r).Keep(ctx, r)
 }
 
 // converged reports whether there is nothing to do for p.

@@ -52,6 +52,10 @@ type journal struct {
 	Compared *deployments.Compared `json:"compared,omitempty"`
 	// Attempts are those of steps that were cut off, until their release is confirmed or in quarantine.
 	Attempts []attempt `json:"attempts,omitempty"`
+	// Before is what was at dest before the first release; nil: nothing was, or it is kept no more. Restored is the
+	// release that was left for it, or failed, while dest holds it again.
+	Before   *before            `json:"before,omitempty"`
+	Restored deployments.Digest `json:"restored,omitzero"`
 	// Told names the release and the key whose failure commands ran because it could not be staged.
 	Told string `json:"told,omitempty"`
 }
@@ -101,6 +105,9 @@ type deployment struct {
 	Fault *fault `json:"fault,omitempty"`
 	// Restored is set once what was at dest before the first release is back there.
 	Restored bool `json:"restored,omitempty"`
+	// Leaves is set if it goes from the release that runs to what was at dest before the first one: see Leave. Versions
+	// before this one take it for a deployment that was stopped, and stay on the release.
+	Leaves bool `json:"leaves,omitempty"`
 	// Unserved is set while what it goes back to doesn't serve yet.
 	Unserved *unserved `json:"unserved,omitempty"`
 }

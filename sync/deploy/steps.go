@@ -58,12 +58,29 @@ func (s step) next() step {
 	return ""
 }
 
+// next is the step after d's; "" after the last. Who leaves runs nothing of a release between the switch and its end.
+func (d *deployment) next() step {
+	switch {
+	case !d.Leaves:
+		return d.Step.next()
+	case d.Step == stepDrain:
+		return stepBack
+	case d.Step == stepBack:
+		return stepBackUndrain
+	case d.Step == stepBackUndrain && d.Restored:
+		return stepFailure
+	}
+	return ""
+}
+
 // target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is
-// good.
+// good. Zero: on no release.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
 		return d.Release
+	case d.Leaves && (d.Restored || d.Step == stepBack):
+		return deployments.Pointer{}
 	case d.Fault == nil:
 		return d.From
 	default:
@@ -83,13 +100,16 @@ func (d *deployment) takeBack() {
 // pass moves on to the step after d's; after the last the deployment is over.
 func (j *journal) pass() {
 	d := j.Deployment
-	if next := d.Step.next(); next != "" {
+	if next := d.next(); next != "" {
 		d.enter(next)
 		return
 	}
 	j.Deployment = nil
-	if d.Fault != nil || !d.Step.goesBack() { // else it was taken back, and may be tried again
+	if d.Fault != nil || d.Restored || !d.Step.goesBack() { // else it was taken back, and may be tried again
 		j.forgetAttempts(d.Release.Digest)
+	}
+	if j.Running.IsZero() {
+		j.Before = nil // it is at dest
 	}
 	j.forgetAttempts(d.target().Digest)
 }
@@ -272,6 +292,8 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	switch {
 	case d.Step == stepFailure:
 		return nil, u.failureCommands(ctx, d, r, old)
+	case d.Step == stepBack && d.Leaves:
+		return u.leave(ctx)
 	case d.Step == stepBackUndrain && (old != nil || d.Restored || d.Fault == nil && u.j.Running.IsZero()):
 		return undrained, u.drain(ctx, false)
 	case d.Step == stepBack && old == nil && d.From.IsZero() && u.j.LastGood.IsZero():
@@ -298,7 +320,12 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 }
 
 func running(r *artifact.Release) func(*journal) {
-	return func(j *journal) { j.Running, j.Version, j.Confirmed = r.Pointer, r.Manifest.Version, false }
+	return func(j *journal) {
+		j.Running, j.Version, j.Confirmed, j.Restored = r.Pointer, r.Manifest.Version, false, deployments.Digest{}
+		if j.Before != nil && !j.Before.under(r) {
+			j.Before = nil
+		}
+	}
 }
 
 // confirmed marks the running release as proven: the one to go back to. What failed before stays in quarantine: the
@@ -313,9 +340,9 @@ func (u *Unit) served(j *journal) {
 	j.Deployment.Unserved = nil
 }
 
-// failureCommands runs the failure commands of a deployment that failed, once.
+// failureCommands runs the failure commands of a deployment that failed, or of a release that is left, once.
 func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
-	if d.Fault == nil || d.Fault.Told {
+	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.Told {
 		return nil
 	}
 	at := *d
@@ -377,29 +404,6 @@ func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) err
 	}
 	return fmt.Errorf("release %s, which %s went back to, does not serve, and is tried again: %w",
 		d.target().Digest.Short(), u.name(), cause)
-}
-
-// restore puts back what was at dest before the first release, which has failed or was stopped.
-func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// This strategy's switch is one rename: what was stopped before it has changed nothing.
-	atomic := r.Manifest.Strategy == deployments.StrategyRelease
-	if d.Fault == nil && atomic {
-		return nil, nil
-	}
-	restored := !d.Touched && exists(r.Manifest.Dest)
-	if d.Touched || !restored && !atomic { // a pre command has moved it away
-		var err error
-		if restored, err = u.switcher(r).Restore(ctx, r); err != nil {
-			return nil, err
-		}
-	}
-	if !restored {
-		return nil, nil
-	}
-	return func(j *journal) {
-		j.Running, j.Version, j.Confirmed = deployments.Pointer{}, "", false
-		j.Deployment.Restored = true
-	}, nil
 }
 
 func exists(path string) bool {
@@ -486,6 +490,8 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	}
 	if d.Fault != nil {
 		env.Error = d.Fault.Reason
+	} else if d.Leaves {
+		env.Error = errLeft.Error()
 	}
 	return env
 }
@@ -494,7 +500,7 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 // for whoever looks at it, until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
-	if err := artifact.PruneTrees(u.beforeDir(), nil); err != nil {
+	if err := u.pruneBefore(); err != nil {
 		return err
 	}
 	if d.Fault == nil {
@@ -523,6 +529,9 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)
+	}
+	if u.j.Before != nil {
+		keep = append(keep, u.j.Before.First.Digest)
 	}
 	keep = slices.DeleteFunc(keep, deployments.Digest.IsZero)
 	trees := keep

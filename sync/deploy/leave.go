@@ -1,0 +1,157 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+
+	"kedge/artifact"
+	"kedge/deployments"
+)
+
+// before is what was at dest before the unit's first release. It is kept while the rollout of that may still go back
+// there: until ForgetBefore, also under the releases that replace the first one meanwhile.
+type before struct {
+	// First is the release that came first. Its manifest says how to put back what was there.
+	First    deployments.Pointer  `json:"first"`
+	Dest     string               `json:"dest"`
+	Strategy deployments.Strategy `json:"strategy"`
+}
+
+// under reports whether what was kept can be put back where r lies: at the same dest, by the same strategy.
+func (b *before) under(r *artifact.Release) bool {
+	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
+}
+
+// keepBefore keeps what is at dest before the first release, for restore, and for Leave if mayLeave is set. What a
+// deployment that is superseded has begun to change is not that any more: it has been kept.
+func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave bool) (*before, error) {
+	d := u.j.Deployment
+	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
+		return u.j.Before, nil
+	}
+	if err := u.switcher(r).Keep(ctx, r); err != nil || !mayLeave || r.Manifest.Src == "" {
+		return nil, err
+	}
+	if occupied, err := artifact.Occupied(r.Manifest.Dest); err != nil || !occupied {
+		return nil, err
+	}
+	return &before{First: r.Pointer, Dest: r.Manifest.Dest, Strategy: r.Manifest.Strategy}, nil
+}
+
+// Leave puts back what was at dest before the unit's first release, as the rollout of that has stopped elsewhere: drain,
+// the switch, undrain, and the failure commands of the release that is left. No other commands and no checks run, as
+// there is no manifest of what was there. What can't be put back any more stays away: the unit keeps what it runs, and
+// State says so. A cancelled ctx stops it before the switch; later Recover finishes it, as after a kill.
+func (u *Unit) Leave(ctx context.Context) (err error) {
+	defer func() { err = u.secrets.error(err) }()
+	if err := u.resume(ctx); err != nil || u.j.Before == nil {
+		return err
+	}
+	u.text.reset()
+	p := u.j.Running
+	if d := u.j.Deployment; d != nil {
+		p = d.Release
+	}
+	r, err := u.need(ctx, p)
+	if err != nil {
+		return err
+	}
+	release, err := u.hold(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer release()
+	switch d := u.j.Deployment; {
+	case d != nil && d.Step.beforeSwitch():
+		return u.Recover(ctx) // takes it back
+	case d != nil && (d.Step.goesBack() || !u.j.Before.under(r)):
+		return u.advance(ctx)
+	}
+	u.log.Info("leaving the release for what was there before kedge", "release", r.Pointer.String())
+	err = u.save(func(j *journal) {
+		if j.Deployment != nil {
+			j.Deployment.enter(stepBack) // it has been drained
+		} else {
+			j.Deployment = &deployment{Release: j.Running, From: j.Running}
+			j.Deployment.enter(stepDrain)
+			j.Drained = true
+		}
+		j.Deployment.Leaves = true
+	})
+	if err != nil {
+		return err
+	}
+	u.at("leaving")
+	return u.advance(ctx)
+}
+
+// leave does the switch of Leave.
+func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
+	if b := u.j.Before; b != nil {
+		first, err := u.need(ctx, b.First)
+		if err != nil {
+			return nil, err
+		}
+		if back, err := u.switcher(first).Restore(ctx, first); err != nil || back {
+			return restored, err
+		}
+	}
+	u.log.Error("what was at dest before the first release is gone: the unit stays on what it runs")
+	return func(j *journal) {
+		j.Before = nil
+		if !j.Confirmed { // a deployment that was turned round: it goes on from its switch
+			j.Deployment.Leaves, j.Deployment.Step = false, stepPre
+		}
+	}, nil
+}
+
+// ForgetBefore gives up what was at dest before the first release, and its space: the rollout goes back there no more.
+// Strategy release keeps it beside dest all the same, as it keeps a tree that nobody published.
+func (u *Unit) ForgetBefore() error {
+	if u.j.Before == nil {
+		return nil
+	}
+	if err := u.save(func(j *journal) { j.Before = nil }); err != nil {
+		return err
+	}
+	u.at("forgotten")
+	return u.pruneBefore()
+}
+
+// pruneBefore removes the copy of what was there before, unless it may be needed.
+func (u *Unit) pruneBefore() error {
+	if u.j.Before != nil {
+		return nil
+	}
+	return artifact.PruneTrees(u.beforeDir(), nil)
+}
+
+// errLeft is what the failure commands of a release that Leave left are told.
+var errLeft = errors.New("its rollout has stopped: what was there before kedge is back")
+
+// restore puts back what was at dest before the first release, which has failed or was stopped.
+func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
+	// This strategy's switch is one rename: what was stopped before it has changed nothing.
+	atomic := r.Manifest.Strategy == deployments.StrategyRelease
+	if d.Fault == nil && atomic {
+		return nil, nil
+	}
+	back := !d.Touched && exists(r.Manifest.Dest)
+	if d.Touched || !back && !atomic { // a pre command has moved it away
+		var err error
+		if back, err = u.switcher(r).Restore(ctx, r); err != nil {
+			return nil, err
+		}
+	}
+	if !back {
+		return func(j *journal) { j.Before = nil }, nil
+	}
+	return restored, nil
+}
+
+// restored notes that dest holds what was there before the first release.
+func restored(j *journal) {
+	j.Running, j.Version, j.Confirmed, j.LastGood = deployments.Pointer{}, "", false, deployments.Pointer{}
+	j.Before, j.Restored = nil, j.Deployment.Release.Digest
+	j.Deployment.Restored = true
+}

@@ -1,0 +1,224 @@
+package deploy
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+var leaveStrategies = []deployments.Strategy{
+	deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv,
+}
+
+// movesAway has a release of strategy mv keep what was at dest before kedge, as its pre commands have to.
+func (w *world) movesAway(strategy deployments.Strategy) func(*deployments.Manifest) {
+	return func(m *deployments.Manifest) {
+		if m.Strategy = strategy; strategy == deployments.StrategyMv {
+			run := "if test -e DEST.old; then rm -rf DEST; else mv DEST DEST.old; fi"
+			m.Commands.Pre = []deployments.Command{{Run: strings.ReplaceAll(run, "DEST", w.dest())}}
+		}
+	}
+}
+
+// wantLeft wants what was there before kedge to serve, and nothing to be left of what was kept of it.
+func (w *world) wantLeft(u *Unit) {
+	w.t.Helper()
+	w.wantForeign()
+	s := u.State()
+	if !s.Running.IsZero() || !s.LastGood.IsZero() || s.Restored.IsZero() || s.Leavable || s.Leaving || s.Drained ||
+		s.Unfinished || len(s.Quarantined) > 0 {
+		w.t.Errorf("state: %+v", s)
+	}
+	w.wantNothingKept(u)
+}
+
+func (w *world) wantNothingKept(u *Unit) {
+	w.t.Helper()
+	if left, _ := os.ReadDir(u.beforeDir()); len(left) > 0 {
+		w.t.Errorf("nobody needs %v any more", left)
+	}
+}
+
+// From a first release that runs well, and from one that replaced it, a unit goes back to what was there before: out of
+// service meanwhile, and with the failure commands of what it leaves. Then another first release can come, which goes
+// back by itself if it fails; once one stays, what was kept is given up.
+func TestLeave(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			var d drains
+			u := w.open(func(c *Config) { c.Drain = d.drain })
+			first := func(p deployments.Pointer) {
+				t.Helper()
+				if err := u.Deploy(t.Context(), Request{Release: p, MayLeave: true}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			one, two := w.publish("1", w.movesAway(strategy)), w.publish("2", w.movesAway(strategy))
+			first(one)
+			first(two)
+			w.wantVersion("2")
+			u = w.reopen(func(c *Config) { c.Drain = d.drain })
+			if s := u.State(); !s.Leavable || !s.Restored.IsZero() {
+				t.Errorf("state: %+v", s)
+			}
+			d.take()
+			w.hooks()
+			if err := u.Leave(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantLeft(u)
+			w.wantHooks("failure 2")
+			if got := d.take(); !slices.Equal(got, []bool{true, false}) {
+				t.Errorf("drain: %v", got)
+			}
+			w.wantFailed(u, w.publish("3", func(m *deployments.Manifest) {
+				w.movesAway(strategy)(m)
+				fails(m)
+			}), deployments.Pointer{})
+			w.wantForeign()
+			first(two)
+			if s := u.State(); !s.Leavable || !s.Restored.IsZero() {
+				t.Errorf("state: %+v", s)
+			}
+			if err := u.ForgetBefore(); err != nil {
+				t.Fatal(err)
+			}
+			w.wantNothingKept(u)
+			if err := u.Leave(t.Context()); err != nil || u.State().Leavable {
+				t.Errorf("there is nothing to go back to: %v, %+v", err, u.State())
+			}
+			w.wantVersion("2")
+		})
+	}
+}
+
+// A deployment that hangs in its checks is left for what was there before, without an end of it.
+func TestLeaveWhatHangs(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			u := w.open(nil)
+			p := w.publish("1", func(m *deployments.Manifest) {
+				w.movesAway(strategy)(m)
+				check := deployments.Check{Exec: "touch " + w.path("asked") + "; false"}
+				m.Health = deployments.Health{Timeout: time.Hour, Checks: []deployments.Check{check}}
+			})
+			ctx, cancel := context.WithCancel(t.Context())
+			ended := make(chan error)
+			go func() { ended <- u.Deploy(ctx, Request{Release: p, MayLeave: true}) }()
+			until(t, func() bool { return exists(w.path("asked")) })
+			cancel()
+			if err := <-ended; !errors.Is(err, context.Canceled) || !u.State().Leavable {
+				t.Fatalf("%v, %+v", err, u.State())
+			}
+			if err := u.Leave(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantLeft(u)
+		})
+	}
+}
+
+// What was there before, and was removed since, can't be gone back to: the unit stays on what it runs, in service.
+func TestLeaveForWhatIsGone(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			u := w.open(nil)
+			p := w.publish("1", w.movesAway(strategy))
+			if err := u.Deploy(t.Context(), Request{Release: p, MayLeave: true}); err != nil {
+				t.Fatal(err)
+			}
+			kept, err := filepath.Glob(w.dest() + ".releases/adopted-*")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range append(kept, w.dest()+".old", u.beforeDir()) {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := u.Leave(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantVersion("1")
+			if s := u.State(); s.Running != p || !s.Confirmed || s.Drained || s.Unfinished || s.Leavable || !s.Restored.IsZero() {
+				t.Errorf("state: %+v", s)
+			}
+		})
+	}
+}
+
+// Wherever the first release, its successor and the way back to what was there before are killed, it ends there.
+func TestLeaveKilledAnywhere(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			s := story{world: w}
+			releases := []deployments.Pointer{w.publish("2", w.movesAway(strategy))}
+			if strategy == deployments.StrategyRsync { // which has the most to keep
+				releases = slices.Insert(releases, 0, w.publish("1", w.movesAway(strategy)))
+			}
+			file := s.planned(plan{Root: w.root, Die: true, CutOff: 1000, Leave: true, Releases: releases})
+			stop, watched := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(watched)
+				if strategy == deployments.StrategyRelease { // the others aren't atomic
+					s.watch(stop, new(atomic.Int64))
+				}
+			}()
+			cuts := 0
+			for ; ; cuts++ {
+				cmd := s.start(file)
+				err := cmd.Wait()
+				exit := new(exec.ExitError)
+				if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+					continue
+				}
+				if err != nil {
+					t.Errorf("%v\n%s", err, cmd.Stderr)
+				}
+				break
+			}
+			close(stop)
+			<-watched
+			w.wantLeft(w.open(nil))
+			points, err := os.ReadFile(w.path("points"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, point := range []string{"leaving", "after drain", "before back", "after back", "after back undrain", "after failure"} {
+				if !strings.Contains(string(points), "leave "+point+"\n") {
+					t.Errorf("it was not killed at %q: %s", point, points)
+				}
+			}
+			if hooks := w.hooks(); !slices.Contains(hooks, "failure 2") {
+				t.Errorf("failure commands did not run: %q", hooks)
+			}
+			t.Logf("survived %d cuts", cuts)
+		})
+	}
+}
