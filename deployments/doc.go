@@ -359,6 +359,7 @@
 //	since        when the state was entered, by the node's clock
 //	drift        up to five paths of the live tree that differ from the release
 //	serves       true where something that kedge did not deploy lies at dest, and no release of the unit runs
+//	leavable     true while what was at dest before the first release can be put back
 //	compared     how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
 //	fetched      bytes so far, while it is fetching
 //	total        bytes in all

@@ -75,6 +75,8 @@ const (
 	ReasonRunsTarget         Reason = "RunsTarget"        // not admitted, and runs the target already
 	ReasonRejoined           Reason = "Rejoined"          // was away: stays on what it runs until its turn
 	ReasonAwaitingRollback   Reason = "AwaitingRollback"  // its turn to go back has yet to come
+	ReasonLeaving            Reason = "Leaving"           // goes to what was there before kedge
+	ReasonRestored           Reason = "Restored"          // what was there before kedge serves again
 	ReasonStableQuarantined  Reason = "StableQuarantined" // the stable release failed here: release, target
 	ReasonPinPaced           Reason = "PinPaced"          // the mirror rolls the pin out: release, by, until, reason
 	ReasonExpired            Reason = "Expired"           // the pin's until has passed

@@ -47,6 +47,8 @@ type UnitReport struct {
 	Facts  Facts  `json:"facts,omitempty"`
 	// Serves is set where something that kedge did not deploy lies at dest, while no release of the unit runs.
 	Serves bool `json:"serves,omitempty"`
+	// Leavable is set while what was at dest before the unit's first release can be put back.
+	Leavable bool `json:"leavable,omitempty"`
 	// Pinned is set where a pin, not the record, decided.
 	Pinned bool `json:"pinned,omitempty"`
 	// Error is the newest trouble, one line, at most 300 bytes, without secrets; empty when all is well.

@@ -65,6 +65,15 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	case back && admitted && part:
 		run(ActRun, FromRunning, f.Running)
 		because(deployments.ReasonAwaitingRollback, facts)
+	case back && r.Stable.IsZero() && part && f.Leavable:
+		run(ActLeave, FromStable, r.Stable)
+		because(deployments.ReasonLeaving, facts.With("phase", string(p.Phase)))
+	case back && r.Stable.IsZero() && !f.Running.IsZero():
+		run(ActRun, FromRunning, f.Running)
+		because(deployments.ReasonNothingToGoBack, facts.With("phase", string(p.Phase)))
+	case back && r.Stable.IsZero() && f.AtDest == FoundOther:
+		d.Source = FromStable
+		because(deployments.ReasonRestored, facts.With("phase", string(p.Phase)))
 	case back && refuses && !part:
 		d.Source = FromStable
 		because(deployments.ReasonStableQuarantined, stable.With("phase", string(p.Phase)))

@@ -141,10 +141,16 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 			slices.Compare(a.Digest[:], b.Digest[:]),
 		)
 	})
-	if len(others) == 0 {
+	// While nodes keep what they served before the first release, that has yet to become stable.
+	first := slices.ContainsFunc(nodes, func(n Node) bool { return n.Report.Leavable })
+	switch {
+	case len(others) > 0:
+		r.Stable = others[0]
+	case first:
+		r.Stable = deployments.Pointer{}
+	default:
 		return r
 	}
-	r.Stable = others[0]
 	if failed[u.Release.Digest] {
 		r.Rollout = &deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Failed: u.Release.Digest,
 			Since: now.UTC().Truncate(time.Millisecond), Reason: deployments.ReasonRolledBack,
@@ -163,10 +169,12 @@ func FromHistory(h deployments.History, nodes []Node, now time.Time) deployments
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(nodes), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
 	switch {
-	case h.Stable.IsZero() || h.Stable == h.Release:
+	case h.Stable == h.Release:
 		return r
-	case h.Failed == h.Release.Digest:
+	case h.Failed == h.Release.Digest: // also where it goes back to no release
 		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
+	case h.Stable.IsZero():
+		return r
 	default:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
 	}

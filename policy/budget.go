@@ -142,6 +142,9 @@ func returned(in *inputs, st state) state {
 			continue
 		}
 		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
+		if to.IsZero() {
+			there = !goesBack(&r, u) && !busy(u)
+		}
 		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy ||
 			u.State == deployments.StateInvalid
 		if n.Gone {

@@ -148,9 +148,15 @@ func stop(in *inputs, st state, why cause) state {
 	return turnBack(in, st, why)
 }
 
-// turnBack begins the way back to stable. The generation grows, so that reports tell who knows of it.
+// hasWayBack reports whether a rollout has something to go back to: a stable release or, of a first release, what
+// serves on nodes that it didn't replace yet, and can be put back on those that it did.
+func hasWayBack(st state) bool {
+	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
+}
+
+// turnBack begins the way back. The generation grows, so that reports tell who knows of it.
 func turnBack(in *inputs, st state, why cause) state {
-	if st.r.Stable.IsZero() || st.r.Stable == st.r.Target {
+	if !hasWayBack(st) {
 		why.facts = why.facts.With("stable", "none")
 		st = st.enter(in, deployments.PhasePaused)
 		st.why = why

@@ -231,8 +231,7 @@ func rolling(in *inputs, st state) (state, bool) {
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}
-	back := !st.r.Stable.IsZero() && st.r.Stable != st.r.Target
-	if v.failed > 0 && back && !runsSomewhere(in, st.r.Target.Digest) {
+	if v.failed > 0 && hasWayBack(st) && !runsSomewhere(in, st.r.Target.Digest) {
 		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true // tolerated or not: nobody could go back to it
 	}
 	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned

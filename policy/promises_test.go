@@ -539,26 +539,143 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 // A first release that fails on its canary, where something else serves, goes no further; and no node takes it.
 func TestTheFirstReleaseStopsWhereItFails(t *testing.T) {
 	t.Parallel()
+	s := firstRelease10(t)
+	u := &s.Nodes[0].Report
+	u.State, u.Want = deployments.StateQuarantined, s.Unit.Release
+	u.Quarantined = []deployments.Digest{s.Unit.Release.Digest}
+	s.Record = Next(s).Record
+	p := s.Record.Rollout
+	if p == nil || p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack ||
+		p.Reason != deployments.ReasonTooManyFailed || p.Failed != s.Unit.Release.Digest {
+		t.Fatalf("it becomes %s", brief(s.Record))
+	}
+	each(&s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
+	if s.Record = Next(s).Record; s.Record.Rollout.Phase != deployments.PhaseRolledBack {
+		t.Fatalf("it ends as %s", brief(s.Record))
+	}
+	for i := range s.Nodes[1:] {
+		for _, found := range []Found{FoundOther, FoundNothing} {
+			d := Resolve(Facts{Unit: app, Node: s.Nodes[i+1].Name, Now: s.Now, Record: good(s.Record), AtDest: found})
+			if !d.Target.IsZero() || d.Action != ActKeep {
+				t.Errorf("%s, where %s is at dest, takes it: %s", s.Nodes[i+1].Name, found, d.Reason)
+			}
+		}
+	}
+	s.Unit.Release = release("v3") // and the next one is a first release again
+	if s.Record = Next(s).Record; s.Record.Rollout.Phase != deployments.PhaseCanary || !s.Record.Stable.IsZero() {
+		t.Errorf("the next one begins as %s", brief(s.Record))
+	}
+}
+
+// firstRelease10 is a first release on ten nodes where something else serves, admitted to one.
+func firstRelease10(t *testing.T) Situation {
 	s := step(0, deployments.PhaseRolling)
 	canary(&s)
 	s.Record = deployments.Record{}
+	joined(&s)
 	each(&s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
 	s.Record = Next(s).Record
 	each(&s, func(u *deployments.UnitReport) {
 		u.State, u.Serves, u.Generation = deployments.StateWaiting, true, s.Record.Generation
 	})
-	s.Record = Next(s).Record
-	u := &s.Nodes[0].Report
-	u.State, u.Want, u.Quarantined = deployments.StateQuarantined, s.Unit.Release, []deployments.Digest{s.Unit.Release.Digest}
-	s.Record = Next(s).Record
-	if p := s.Record.Rollout; p == nil || p.Phase != deployments.PhasePaused || p.Reason != deployments.ReasonTooManyFailed {
-		t.Fatalf("it becomes %s", brief(s.Record))
+	if s.Record = Next(s).Record; !s.Record.Rollout.Serving || admitted(&s, s.Record) != 1 {
+		t.Fatalf("it begins as %s", brief(s.Record))
 	}
-	for i := range s.Nodes[1:] {
-		for _, found := range []Found{FoundOther, FoundNothing} {
-			if d := Resolve(Facts{Unit: app, Node: s.Nodes[i+1].Name, Now: s.Now, Record: good(s.Record), AtDest: found}); !d.Target.IsZero() {
-				t.Errorf("%s, where %s is at dest, takes it: %s", s.Nodes[i+1].Name, found, d.Reason)
+	return s
+}
+
+// A first release that stops late leaves the nodes that run it well, as many at a time as the budget allows, for what
+// was there before. Those that keep nothing of that, as old agents do, stay; so does who returns, until there is room.
+func TestTheFirstReleaseThatStopsLateIsLeft(t *testing.T) {
+	t.Parallel()
+	s := firstRelease10(t)
+	s.Record.Rollout.Phase, s.Record.Rollout.Cutoff = deployments.PhaseRolling, everyRank
+	each(&s, func(u *deployments.UnitReport) {
+		*u = deployments.UnitReport{State: deployments.StateConverged, Running: s.Unit.Release, Want: s.Unit.Release,
+			Generation: s.Record.Generation, Leavable: true}
+	})
+	s.Nodes[0].Report.State = deployments.StateUnhealthy
+	s.Nodes[1].Report.Leavable = false
+	s.Nodes[2].Gone, s.Nodes[2].GoneSince = true, s.Now
+	resolve := func(n *Node) Decision {
+		return Resolve(Facts{Unit: app, Node: n.Name, Now: s.Now, Joined: n.Joined, Record: good(s.Record),
+			Running: n.Report.Running, Leavable: n.Report.Leavable, AtDest: FoundOther})
+	}
+	most, turns := 0, 0
+	for ; turns < 20; turns++ {
+		m := Next(s)
+		if turns > 0 && m.Record.Generation == s.Record.Generation && m.Record.Rollout.Phase == deployments.PhaseRolledBack {
+			s.Record = m.Record
+			break
+		}
+		s.Record = m.Record
+		leaving := 0
+		for i := range s.Nodes {
+			n := &s.Nodes[i]
+			if n.Gone {
+				continue
+			}
+			d := resolve(n)
+			n.Report.Generation, n.Report.Want = s.Record.Generation, d.Target
+			switch {
+			case d.Action == ActLeave && n.Report.State == deployments.StateSwitching: // and is done
+				n.Report = deployments.UnitReport{State: deployments.StateWaiting, Serves: true,
+					Generation: s.Record.Generation}
+			case d.Action == ActLeave:
+				n.Report.State = deployments.StateSwitching
+				leaving++
+			case n.Report.State == deployments.StateUnhealthy: // in service or not: it takes no more room than it did
+			case d.Target != n.Report.Running:
+				t.Fatalf("%s runs %q, and is to run %q: %s", n.Name, n.Report.Running.URL, d.Target.URL, d.Reason)
 			}
 		}
+		most = max(most, leaving)
+	}
+	if p := s.Record.Rollout; p == nil || p.Phase != deployments.PhaseRolledBack || most > 2 || most == 0 {
+		t.Fatalf("after %d turns, at most %d at a time: %s", turns, most, brief(s.Record))
+	}
+	for i := range s.Nodes {
+		n := &s.Nodes[i]
+		want := ActKeep
+		if i == 1 || i == 2 {
+			want = ActRun
+		}
+		if d := resolve(n); i != 2 && (d.Action != want || d.Target != n.Report.Running) {
+			t.Errorf("%s is to %s %q: %s", n.Name, d.Action, d.Target.URL, d.Reason)
+		}
+	}
+	back := &s.Nodes[2] // returns, and is told in its turn
+	back.Gone, back.GoneSince, back.Joined = false, time.Time{}, s.Record.Joined+5
+	if d := resolve(back); s.Record.Joined > 0 && (d.Action != ActRun || d.Target != back.Report.Running) {
+		t.Errorf("who returns is to %s %q: %s", d.Action, d.Target.URL, d.Reason)
+	}
+	s.Record = Next(s).Record
+	if d := resolve(back); d.Action != ActLeave {
+		t.Errorf("who returned is to %s %q: %s, by %s", d.Action, d.Target.URL, d.Reason, brief(s.Record))
+	}
+}
+
+// A store that lost the record of a first release that was rolled back sends nobody there again; one that lost all
+// begins it anew by its gates, while nodes keep what was there before.
+func TestTheFirstReleaseThatWasRolledBackIsLost(t *testing.T) {
+	t.Parallel()
+	s := firstRelease10(t)
+	h := deployments.History{Generation: 3, Release: s.Unit.Release, Failed: s.Unit.Release.Digest}
+	s.Record = FromHistory(h, s.Nodes, s.Now)
+	if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Failed != s.Unit.Release.Digest {
+		t.Errorf("from its history it becomes %s", brief(m.Record))
+	}
+	for i := range s.Nodes[:6] {
+		s.Nodes[i].Report = deployments.UnitReport{State: deployments.StateConverged, Running: s.Unit.Release,
+			Want: s.Unit.Release, Generation: 2, Leavable: true}
+	}
+	s.Record = Rebuild(s.Unit, "c", s.Nodes, 0, s.Now)
+	if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Phase != deployments.PhaseCanary {
+		t.Errorf("from reports it becomes %s", brief(m.Record))
+	}
+	s.Nodes[9].Report.Quarantined = []deployments.Digest{s.Unit.Release.Digest}
+	s.Record = Rebuild(s.Unit, "c", s.Nodes, 0, s.Now)
+	if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Failed != s.Unit.Release.Digest {
+		t.Errorf("from reports of a failure it becomes %s", brief(m.Record))
 	}
 }

@@ -26,6 +26,8 @@ type Facts struct {
 	Quarantined []deployments.Digest
 	// AtDest is what lies at the dest of the record's target, or of what is stable, while Running is zero.
 	AtDest Found
+	// Leavable is set if what was at dest before the first release can be put back.
+	Leavable bool
 	// Booted is set if the machine had just started when the agent did.
 	Booted bool
 	// Bounds are what this node's configuration allows.
@@ -55,6 +57,7 @@ const (
 	ActRun   Action = "run"   // converge to Target
 	ActKeep  Action = "keep"  // change nothing: nothing is desired, or it can't be told, or it isn't allowed
 	ActHold  Action = "hold"  // change nothing: a pin says so
+	ActLeave Action = "leave" // go back to what was at dest before the unit's first release
 	ActStage Action = "stage" // converge to Target (zero: change nothing), and have Stage ready on disk for when this node is admitted
 )
 

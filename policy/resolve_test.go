@@ -40,6 +40,7 @@ func TestResolve(t *testing.T) {
 		r.Rollout = &p
 		return good(r)
 	}
+	firstBack := good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseRolledBack}})
 	rank := Rank("n1", v2.Digest)
 	failed := []deployments.Digest{v1.Digest}
 	replaced := []deployments.Superseded{{Digest: v3.Digest, Cutoff: 7}}
@@ -84,7 +85,12 @@ func TestResolve(t *testing.T) {
 		{"not admitted, and stable failed here, where nothing runs", Facts{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
 		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
 		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRollingBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
-		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseRolledBack}})}, ActKeep, none, none, FromStable, "none to go back to", "", time.Time{}},
+		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: firstBack}, ActRun, v2, none,
+			FromRunning, "none to go back to", "", time.Time{}},
+		{"rolled back, with what was there before kedge", Facts{Running: v2, Leavable: true, Record: firstBack},
+			ActLeave, none, none, FromStable, "goes back to what was there before kedge", "", time.Time{}},
+		{"rolled back, and back at what was there before", Facts{AtDest: FoundOther, Record: firstBack},
+			ActKeep, none, none, FromStable, "keeps what was there before kedge", "", time.Time{}},
 		{"stable from the right place, the target from elsewhere", Facts{Running: v1, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActRun, v1, none, FromStable, "until this node is admitted", "is not from", time.Time{}},
 		{"stable failed here, the target from elsewhere", Facts{Running: v3, Quarantined: failed, Bounds: Bounds{Sources: []string{v1.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "failed on this node", "is not from", time.Time{}},
 		{"stable from elsewhere, the target from the right place", Facts{Running: v3, Bounds: Bounds{Sources: []string{v2.URL}}, Record: in(progress{Phase: deployments.PhaseRolling})}, ActKeep, none, none, FromStable, "may not be used", "is not from", time.Time{}},

@@ -18,6 +18,7 @@ type member struct {
 	sick    bool      // its health checks fail
 	looked  bool      // at what lies at dest
 	serves  bool      // something else does, until it runs a release
+	kept    bool      // what did can be put back
 	joined  uint64    // larger after each restart, and each time that it was cut off
 	told    entry     // as in the store
 	silent  time.Time // since when it isn't there
@@ -51,7 +52,11 @@ type question struct {
 	failed  int
 	joined  uint64
 	looked  bool
+	kept    bool
 }
+
+// before stands for what serves on a node before its first release: a node that goes there leaves.
+var before = release("before")
 
 func (w *world) join() {
 	w.names++
@@ -98,7 +103,7 @@ func (w *world) unsettled(n *member) bool {
 		if i == n.seen {
 			at = n.acts
 		}
-		if d := w.resolve(n, at); !d.Target.IsZero() && d.Target != n.running {
+		if d := w.resolve(n, at); d.Action == ActLeave || !d.Target.IsZero() && d.Target != n.running {
 			return true
 		}
 	}
@@ -106,7 +111,7 @@ func (w *world) unsettled(n *member) bool {
 }
 
 func (w *world) resolve(n *member, i int) Decision {
-	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined, n.looked}
+	q := question{i, n.pin.Present, n.running, len(n.failed), n.joined, n.looked, n.kept}
 	if i >= 0 && n.asked == q {
 		return n.decision
 	}
@@ -118,6 +123,7 @@ func (w *world) resolve(n *member, i int) Decision {
 		Unit: app, Node: n.name, Now: w.now,
 		Record: record, NodePin: n.pin, UnitPin: w.unitPin,
 		Joined: n.joined, Running: n.running, Quarantined: keys(n.failed), AtDest: n.atDest(),
+		Leavable: n.leavable(),
 	})
 	return n.decision
 }
@@ -137,12 +143,14 @@ func (w *world) act(n *member, promptly bool) {
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	key := w.key(n, r)
-	if !n.going.IsZero() && !d.Target.IsZero() && d.Target != n.going {
+	if n.going != before && !n.going.IsZero() && !d.Target.IsZero() && d.Target != n.going {
 		w.count("switches given up")
 		w.say("%s gives up %s", n.name, n.going.URL)
 		n.going = deployments.Pointer{}
 		return
 	}
+	// The first rollout ended, or will go back to a release: the agent gives up what was there.
+	n.kept = n.kept && (n.acts < 0 || r.Rollout != nil && r.Stable.IsZero() || n.running.IsZero())
 	switch {
 	case !n.going.IsZero(): // also if nothing is wanted any more: it finishes what it began
 		switch {
@@ -156,9 +164,15 @@ func (w *world) act(n *member, promptly bool) {
 			// Who came back with what no part of the record names goes on to stable: no record can keep it where it is.
 			n.free = n.free && n.running.Digest != r.Stable.Digest &&
 				(r.Rollout == nil || !partOf(&r, n.running.Digest))
+		case n.going == before:
+			w.count("ways back to what was there before")
+			w.say("%s leaves %s", n.name, n.running.URL)
+			n.running, n.going, n.free, n.serves, n.kept, n.looked = deployments.Pointer{}, deployments.Pointer{}, false,
+				true, false, true
 		default:
 			w.count("switches")
 			w.say("%s runs %s", n.name, n.going.URL)
+			n.kept = n.kept || n.serves
 			n.running, n.going, n.free, n.serves = n.going, deployments.Pointer{}, false, false
 			delete(n.failed, n.running.Digest) // the success of another is none of it
 			delete(n.tried, n.running.Digest)
@@ -166,6 +180,19 @@ func (w *world) act(n *member, promptly bool) {
 	case d.Target.IsZero() && !d.Stage.IsZero() && !n.looked:
 		if n.looked = true; promptly {
 			w.act(n, true)
+		}
+	case d.Action == ActLeave:
+		n.going, n.hangs, n.sick = before, w.chance(0.05), false
+		if lived := w.lived[max(0, n.acts)]; n.number >= len(lived) || !lived[n.number] {
+			n.free = true
+		}
+		w.say("%s begins to leave %s, by generation %d", n.name, n.running.URL, r.Generation)
+		if p := r.Rollout; p == nil || p.Failed == (deployments.Digest{}) || !r.Stable.IsZero() {
+			w.breaks("%s leaves %s, which was not rolled back: %s", n.name, n.running.URL, brief(r))
+		}
+		w.tell(n)
+		if promptly {
+			w.act(n, false)
 		}
 	case d.Target.IsZero():
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
@@ -198,7 +225,7 @@ func (w *world) tell(n *member) {
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
-		Serves: n.looked && n.serves, Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
+		Serves: n.looked && n.serves, Leavable: n.leavable(), Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
 	switch {
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
@@ -272,6 +299,9 @@ func (w *world) isOut(n *member, p deployments.Pointer, key string) bool {
 	failed, ok := n.failed[p.Digest]
 	return ok && SameRequest(failed, key)
 }
+
+// leavable reports whether the node can go back to what it served before its first release.
+func (n *member) leavable() bool { return n.kept && !n.running.IsZero() }
 
 // atDest is what the node finds at dest, once it has looked: on some something else serves.
 func (n *member) atDest() Found {

@@ -200,6 +200,15 @@ func play(seed uint64, keep bool) *world {
 		}
 	}
 	w.push(0)
+	if w.adopt != nil && w.adopt.IntN(2) == 0 { // some first releases fail, and not at once
+		w.bad[w.unit.Release.Digest] = w.adopt.Float64() * 0.6
+		w.mirror("")
+		for range 20 + min(size*3, 200) {
+			if w.event(); w.broken != "" {
+				return w
+			}
+		}
+	}
 	w.mirror("")
 	w.settle(false)
 	pushes := 3 + rng.IntN(3)
@@ -438,6 +447,12 @@ func (w *world) end() {
 		want := r.Target
 		if r.Rollout != nil {
 			want = r.Stable
+		}
+		if want.IsZero() { // none is stable: who can go back to what was there has
+			if n.leavable() && r.Rollout.Phase == deployments.PhaseRolledBack && n.running == r.Target {
+				w.breaks("in the end %s runs %s, and could have left it: %s", n.name, n.running.URL, brief(r))
+			}
+			continue
 		}
 		if n.running != want && len(n.failed) == 0 {
 			w.breaks("in the end %s runs %s, want %s: %s", n.name, n.running.URL, want.URL, brief(r))

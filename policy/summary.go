@@ -154,7 +154,7 @@ func summarize(in *inputs, st state) summary {
 		case straggles(&r, u, int(i), over):
 			x.inflight = true
 		case back:
-			on := partOf(&r, u.Running.Digest)
+			on := goesBack(&r, u)
 			x.settled = !on || final && u.Want.Digest == r.Stable.Digest
 			x.inflight = !final && (busy(u) || x.told && (on && !x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && (on && !x.admitted || strays(&r, u)) {
@@ -301,6 +301,12 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 	}
 	is := func(o deployments.Superseded) bool { return o.Digest == d }
 	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, is)
+}
+
+// goesBack reports whether a node that is told to goes back: from what is part of the record to stable or, if there is
+// none, to what it served before the first release. Where nothing did, or it is kept no more, it stays.
+func goesBack(r *deployments.Record, u *deployments.UnitReport) bool {
+	return partOf(r, u.Running.Digest) && (!r.Stable.IsZero() || u.Leavable)
 }
 
 // busy reports whether a node on which something served is changing. One that waits in mid-deployment, to go on, is.

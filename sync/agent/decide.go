@@ -75,7 +75,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 			Unit: id, Node: a.c.Node, Now: now,
 			Joined: a.joined, Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
-			AtDest: u.atDest(u.record.Value.Target, u.record.Value.Stable), Booted: a.booted,
+			AtDest: u.atDest(u.record.Value.Target, u.record.Value.Stable), Booted: a.booted, Leavable: state.Leavable,
 		})
 		u.key = failureKey(r, id, a.c.Node, u.decision.Source, u.record.Value)
 		if d := u.decision; d.Action != was.Action || d.Target != was.Target || d.Source != was.Source ||
@@ -134,6 +134,11 @@ func (a *Agent) aim(r *cache.Role) {
 			if u.blocked.why != "" {
 				g.run, g.stage = deployments.Pointer{}, d.Target
 			}
+		case policy.ActLeave:
+			g.leave = true
+		}
+		if r := u.record; r.Present && r.Err == nil {
+			g.stays = r.Value.Rollout == nil || !r.Value.Stable.IsZero()
 		}
 		// A rollout may turn back until it has ended; a pin is for a while.
 		from := u.decision.Source
@@ -159,7 +164,7 @@ func (u *unit) aim(g goal) {
 	if g == u.goal {
 		return
 	}
-	if g.run != u.goal.run || g.key != u.goal.key {
+	if g.run != u.goal.run || g.key != u.goal.key || g.leave != u.goal.leave {
 		u.retry.Reset()
 		u.retryAt = time.Time{}
 		if u.deploy != nil && u.done == g.run {
@@ -182,16 +187,18 @@ func (u *unit) inTheWay() bool {
 	case jobDeploy:
 		// Nothing wanted any more isn't worth stopping what has begun to switch: it would have to be finished all the same.
 		begun := u.phase == deployments.StateSwitching && u.announce.begins()
-		return g.run != u.busy.release && (!g.run.IsZero() || !begun)
+		return g.leave || g.run != u.busy.release && (!g.run.IsZero() || !begun)
 	case jobRecover:
 		s := u.state()
-		return !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
+		return g.leave && !s.Leaving || !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
+	case jobLeave: // once it has begun it is soon over
+		return !g.leave && !u.state().Leaving
 	case jobStage:
 		return u.busy.release != g.run && u.busy.release != g.stage
 	case jobObserve:
 		return u.busy.release != g.observe
 	case jobHeal, jobVerify, jobProve:
-		return !g.run.IsZero() && g.run != u.done
+		return g.leave || !g.run.IsZero() && g.run != u.done
 	}
 	return false
 }

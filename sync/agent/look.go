@@ -28,9 +28,12 @@ func (u *unit) toLook() bool {
 // runs.
 func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
 	is := func(p deployments.Pointer) bool { return u.looked.release == p.Digest }
+	was := func(p deployments.Pointer) bool { return !p.IsZero() && u.state().Restored == p.Digest }
 	switch {
 	case !u.state().Running.IsZero():
 		return policy.FoundNothing
+	case slices.ContainsFunc(releases, was):
+		return policy.FoundOther
 	case !slices.ContainsFunc(releases, is):
 		return policy.FoundUnknown
 	}

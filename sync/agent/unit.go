@@ -221,7 +221,7 @@ func (u *unit) atRest() bool {
 // changing reports whether something of the unit's dest is under way, or half done.
 func (u *unit) changing() bool {
 	k := u.busy.kind
-	return k == jobDeploy || k == jobRecover || k == jobHeal || u.state().Unfinished
+	return k == jobDeploy || k == jobRecover || k == jobLeave || k == jobHeal || u.state().Unfinished
 }
 
 // standing is where a unit stands: its state, why that is so as a code, and what is wrong.
@@ -290,7 +290,7 @@ func (u *unit) standing() standing {
 	switch {
 	case u.observes && u.decided:
 		return u.observing()
-	case (u.busy.kind == jobDeploy || u.busy.kind == jobRecover) && u.phase != "" && !s.Unfinished:
+	case u.busy.switches() && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.trouble)
 	case s.Unfinished && s.Health.Unhealthy: // the way back doesn't hold yet
 		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts,
@@ -305,8 +305,12 @@ func (u *unit) standing() standing {
 		return u.invalid()
 	case target.IsZero() && u.refused[u.goal.stage].err != nil:
 		return at(deployments.StateInvalid, u.refused[u.goal.stage].err)
-	case target.IsZero() && u.trouble != nil && !u.goal.stage.IsZero():
+	case target.IsZero() && u.trouble != nil && (u.goal.leave || !u.goal.stage.IsZero()):
 		return at(deployments.StateRetrying, u.trouble)
+	case u.goal.leave:
+		return at(deployments.StateSwitching, nil)
+	case u.decision.Reason == deployments.ReasonRestored && !s.Restored.IsZero() && u.trouble == nil:
+		return standing{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
 	case target.IsZero():
 		return at(deployments.StateWaiting, u.trouble)
 	case u.quarantined(target) && !u.reprieved(target):
@@ -452,10 +456,11 @@ func (u *unit) report() deployments.UnitReport {
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: clipped(s.Version, 128),
 		Want: u.decision.Target, Why: clipped(message.Decision(u.decision.Reason, u.decision.Facts), 300),
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
-		Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
-		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
+		Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
+		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
-	r.Serves = s.Running.IsZero() && u.looked.found == policy.FoundOther
+	r.Serves = s.Running.IsZero() &&
+		(u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
 	if r.Compared = s.Compared; u.observes {
 		r.Compared = u.compared
 	}

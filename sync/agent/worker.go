@@ -95,7 +95,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	errors.As(err, &failed)
 	changed := before.Running != after.Running || before.Staged != after.Staged ||
 		len(before.Quarantined) != len(after.Quarantined)
-	if j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobHeal {
+	if j.switches() || j.kind == jobHeal {
 		a.observe(u)
 	}
 
@@ -193,7 +193,7 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
-	case u.busy.kind != jobDeploy && u.busy.kind != jobRecover:
+	case !u.busy.switches():
 		return // staging in the background changes nothing of what the unit is
 	case s == deployments.StateFetching && u.trouble != nil && p.Done == 0:
 		return // the next try has brought nothing yet
@@ -217,6 +217,8 @@ type goal struct {
 	adopt  bool                // take over what lies at dest, if it is the first release's already
 	// observe has the agent touch nothing, and compare this release with what lies at dest. Then all else is zero.
 	observe deployments.Pointer
+	leave   bool // go back to what was there before the first release
+	stays   bool // what was there before the first release is gone back to no more
 	settle  bool // once it runs, nothing older is gone back to: see observed.toSettle
 }
 
@@ -227,23 +229,31 @@ type job struct {
 	commit  string
 	key     string
 	adopt   bool
+	leaves  bool // it may be left: see goal.leave
 	cancel  context.CancelCauseFunc
+}
+
+// switches reports whether the job takes the unit out of service.
+func (j job) switches() bool {
+	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
 }
 
 type jobKind string
 
 const (
-	jobNone    jobKind = ""
-	jobRecover jobKind = "recover" // finish what a crash cut off
-	jobForget  jobKind = "forget"  // end quarantine
-	jobDeploy  jobKind = "deploy"
-	jobStage   jobKind = "stage"
-	jobHeal    jobKind = "heal"
-	jobVerify  jobKind = "verify"
-	jobProve   jobKind = "prove" // await the health of what runs, after a reboot
-	jobObserve jobKind = "observe"
-	jobLook    jobKind = "look"   // at dest, before the first release
-	jobSettle  jobKind = "settle" // note that nothing older is gone back to
+	jobNone         jobKind = ""
+	jobRecover      jobKind = "recover" // finish what a crash cut off
+	jobForget       jobKind = "forget"  // end quarantine
+	jobDeploy       jobKind = "deploy"
+	jobStage        jobKind = "stage"
+	jobHeal         jobKind = "heal"
+	jobVerify       jobKind = "verify"
+	jobProve        jobKind = "prove" // await the health of what runs, after a reboot
+	jobObserve      jobKind = "observe"
+	jobLook         jobKind = "look"          // at dest, before the first release
+	jobLeave        jobKind = "leave"         // go back to what was there before the first release
+	jobForgetBefore jobKind = "forget-before" // give up what was there, which nobody goes back to any more
+	jobSettle       jobKind = "settle"        // note that nothing older is gone back to
 )
 
 // choose is the job that the goal asks for next.
@@ -270,6 +280,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	// lies on disk.
 	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
 	switch {
+	case g.leave && s.Leavable && !s.Leaving:
+		return job{kind: jobLeave}, again
 	case u.recover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
 	case settles: // before anything else is deployed: what is wanted by now may be what nobody is to go back to
@@ -277,7 +289,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	case u.forget:
 		return job{kind: jobForget}, again
 	case deploys:
-		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt}, again
+		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt, leaves: !g.stays}, again
 	case failed:
 		// Another claim than the one that it failed under lets it be tried once more.
 		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
@@ -290,6 +302,9 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	unproven := s.Confirmed && !s.Proven && !s.Running.IsZero()
 	if unproven && u.trouble == nil {
 		return job{kind: jobProve, release: s.Running}, again
+	}
+	if s.Leavable && g.stays && s.Confirmed && !s.Unfinished {
+		return job{kind: jobForgetBefore}, again
 	}
 	if u.toHeal() {
 		return job{kind: jobHeal}, again
@@ -355,7 +370,7 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	case jobForget:
 		return a.forget(u, j)
 	case jobDeploy:
-		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt}
+		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.leaves}
 		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
 			return u.deploy.StageFailed(ctx, q, err)
 		}
@@ -369,6 +384,14 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		}
 		watch.stop()
 		return u.deploy.Deploy(ctx, q)
+	case jobLeave:
+		if err := a.announce(ctx, u, deployments.Pointer{}); err != nil {
+			return err
+		}
+		watch.stop()
+		return u.deploy.Leave(ctx)
+	case jobForgetBefore:
+		return u.deploy.ForgetBefore()
 	case jobStage:
 		return a.fetch(ctx, u, j.release, a.ahead)
 	case jobProve:

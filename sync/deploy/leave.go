@@ -38,10 +38,10 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 	return &before{First: r.Pointer, Dest: r.Manifest.Dest, Strategy: r.Manifest.Strategy}, nil
 }
 
-// Leave puts back what was at dest before the unit's first release, as the rollout of that has stopped elsewhere: drain,
-// the switch, undrain, and the failure commands of the release that is left. No other commands and no checks run, as
-// there is no manifest of what was there. What can't be put back any more stays away: the unit keeps what it runs, and
-// State says so. A cancelled ctx stops it before the switch; later Recover finishes it, as after a kill.
+// Leave puts back what was at dest before the unit's first release, as the rollout of that has stopped elsewhere:
+// drain, the switch, undrain, and the failure commands of the release that is left. No other commands and no checks
+// run, as there is no manifest of what was there. What can't be put back any more stays away: the unit keeps what it
+// runs, and State says so. A cancelled ctx stops it before the switch; later Recover finishes it, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -67,16 +67,20 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	case d != nil && (d.Step.goesBack() || !u.j.Before.under(r)):
 		return u.advance(ctx)
 	}
+	if u.j.Deployment != nil { // also after a restart
+		if err := u.drain(ctx, true); err != nil {
+			return err
+		}
+	}
 	u.log.Info("leaving the release for what was there before kedge", "release", r.Pointer.String())
 	err = u.save(func(j *journal) {
 		if j.Deployment != nil {
-			j.Deployment.enter(stepBack) // it has been drained
+			j.Deployment.enter(stepBack)
 		} else {
 			j.Deployment = &deployment{Release: j.Running, From: j.Running}
 			j.Deployment.enter(stepDrain)
-			j.Drained = true
 		}
-		j.Deployment.Leaves = true
+		j.Deployment.Leaves, j.Drained = true, true
 	})
 	if err != nil {
 		return err

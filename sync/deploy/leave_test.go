@@ -162,7 +162,8 @@ func TestLeaveForWhatIsGone(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.wantVersion("1")
-			if s := u.State(); s.Running != p || !s.Confirmed || s.Drained || s.Unfinished || s.Leavable || !s.Restored.IsZero() {
+			s := u.State()
+			if s.Running != p || !s.Confirmed || s.Drained || s.Unfinished || s.Leavable || !s.Restored.IsZero() {
 				t.Errorf("state: %+v", s)
 			}
 		})
@@ -210,7 +211,9 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, point := range []string{"leaving", "after drain", "before back", "after back", "after back undrain", "after failure"} {
+			for _, point := range []string{
+				"leaving", "after drain", "before back", "after back", "after back undrain", "after failure",
+			} {
 				if !strings.Contains(string(points), "leave "+point+"\n") {
 					t.Errorf("it was not killed at %q: %s", point, points)
 				}

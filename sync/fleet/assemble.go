@@ -329,6 +329,7 @@ func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
 		Now:         f.At,
 		Running:     n.Report.Running,
 		Quarantined: n.Report.Quarantined,
+		Leavable:    n.Report.Leavable,
 	}
 	switch {
 	case n.Report.Serves:

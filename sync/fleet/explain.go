@@ -413,7 +413,10 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 func verdict(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
-	if running.IsZero() {
+	switch {
+	case running.IsZero() && n.Report.Serves:
+		runs = "runs something else"
+	case running.IsZero():
 		runs = "runs nothing"
 	}
 	switch {
@@ -427,8 +430,10 @@ func verdict(u *Unit, n *Node, d Decision) string {
 		return "holds what it runs: " + u.Release(running)
 	case d.Action == policy.ActHold:
 		return "holds what it runs: nothing"
+	case d.Action == policy.ActLeave:
+		return "should go back to what was there before kedge, and " + runs
 	case d.Target.IsZero() && running.IsZero():
-		return "runs nothing"
+		return runs
 	case d.Target.IsZero():
 		return "keeps what it runs: " + u.Release(running)
 	case running.Digest == d.Target.Digest && n.Report.State == deployments.StateConverged:

@@ -280,6 +280,8 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 			what = name(r)
 		case n.Report.State == "": // has yet to report
 			what = "unknown"
+		case n.Report.Serves: // from before kedge
+			what = "something else"
 		}
 		counts[what]++
 		wanted = wanted && u.Record != nil && n.Report.Running.Digest == u.Record.Target.Digest
@@ -363,8 +365,13 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	}
 	beside = join(beside, comparedText(r))
 	runs := "runs nothing"
-	if r.State == "" {
+	switch {
+	case r.State == "":
 		runs = oneLine(n.Why)
+	case r.Reason == deployments.ReasonRestored:
+		runs = message.Text(r.Reason, r.Facts)
+	case r.Serves:
+		runs = "runs something else"
 	}
 	if !r.Running.IsZero() {
 		runs = "runs " + u.Release(r.Running)

@@ -39,6 +39,12 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 			return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
 		}
 		return "the stable release, as the one of " + from + rolledBack(f)
+	case deployments.ReasonNothingToGoBack:
+		return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
+	case deployments.ReasonLeaving:
+		return "goes back to what was there before kedge, as the release of " + from + rolledBack(f)
+	case deployments.ReasonRestored:
+		return "keeps what was there before kedge, as the release of " + from + rolledBack(f)
 	case deployments.ReasonStableQuarantined:
 		if f["phase"] == "" {
 			return "stays on what it runs, as the stable release failed on this node, until it is admitted to the release of " + from

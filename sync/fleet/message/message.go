@@ -56,6 +56,8 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonNotAdmitted:        "not admitted to the target yet",
 	deployments.ReasonRejoined:           "this node was away: it stays on what it runs until its turn",
 	deployments.ReasonAwaitingRollback:   "stays on what it runs until its turn to go back",
+	deployments.ReasonLeaving:            "goes back to what was there before kedge",
+	deployments.ReasonRestored:           "went back to what was there before kedge",
 	deployments.ReasonStableQuarantined:  "the stable release failed on this node: it stays on what it runs",
 	deployments.ReasonPinPaced:           "the mirror rolls the pin out, within max_unavailable",
 	deployments.ReasonExpired:            "the pin has ended",

@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"math"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"kedge/deployments"
+)
+
+// firstRelease is the record of a first release whose rollout stands in a phase.
+func firstRelease(p deployments.Pointer, generation int64, phase deployments.Phase, cutoff uint64) deployments.Record {
+	r := deployments.Record{Target: p, Generation: generation, Claim: 1, Rollout: &deployments.Progress{
+		Phase: phase, Cutoff: cutoff, Serving: true, Since: time.Now(),
+	}}
+	if phase == deployments.PhaseRollingBack || phase == deployments.PhaseRolledBack {
+		r.Rollout.Failed = p.Digest
+	}
+	return r
+}
+
+func (a *running) awaitRestored() {
+	a.t.Helper()
+	u := a.awaitUnit(app, "back at what was there before", func(u deployments.UnitReport) bool {
+		return u.Reason == deployments.ReasonRestored
+	})
+	if u.State != deployments.StateWaiting || !u.Serves || !u.Running.IsZero() || u.Leavable || u.Error != "" {
+		a.t.Errorf("the report: %+v", u)
+	}
+	if v := a.w.live("app"); v != "before" {
+		a.t.Errorf("dest holds %q", v)
+	}
+}
+
+// A node that runs a first release well leaves it for what was there before, in its turn, when the rollout is rolled
+// back. The next is a first release again; what was there is given up once one is stable.
+func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			write(t, w.path("srv", "app", "VERSION"), "before")
+			in := func(m *deployments.Manifest) { m.Strategy = strategy }
+			one, two := w.publish("app", "1", in), w.publish("app", "2", in)
+			w.desire(app, firstRelease(one, 1, deployments.PhaseRolling, math.MaxUint64))
+			a := w.start()
+			if u := a.awaitRunning(app, one); !u.Leavable {
+				t.Errorf("it keeps nothing of what was there before: %+v", u)
+			}
+			w.desire(app, firstRelease(one, 2, deployments.PhaseRollingBack, math.MaxUint64))
+			a.awaitUnit(app, "waiting for its turn", func(u deployments.UnitReport) bool { return u.Generation == 2 })
+			if u := a.awaitRunning(app, one); !u.Leavable {
+				t.Errorf("it went before its turn: %+v", u)
+			}
+			w.desire(app, firstRelease(one, 2, deployments.PhaseRollingBack, 0))
+			a.awaitRestored()
+			w.desire(app, firstRelease(one, 2, deployments.PhaseRolledBack, 0))
+			a.stop()
+			a = w.start()
+			a.awaitRestored()
+
+			w.desire(app, firstRelease(two, 3, deployments.PhaseRolling, 0))
+			a.awaitUnit(app, "ready", func(u deployments.UnitReport) bool {
+				return u.Staged == two.Digest && u.Serves && u.Running.IsZero()
+			})
+			w.desire(app, firstRelease(two, 3, deployments.PhaseRolling, math.MaxUint64))
+			if u := a.awaitRunning(app, two); !u.Leavable {
+				t.Errorf("it keeps nothing of what was there before: %+v", u)
+			}
+			w.desire(app, deployments.Record{Target: two, Stable: two, Generation: 3, Claim: 3})
+			a.awaitUnit(app, "settled", func(u deployments.UnitReport) bool { return !u.Leavable && u.Running == two })
+			await(t, "the space of what was there", func() (bool, string) {
+				left, _ := os.ReadDir(filepath.Join(a.dir.UnitDir(app), "before"))
+				return len(left) == 0, "it is there"
+			})
+		})
+	}
+}
+
+// A first release that hangs in its checks is left at once, also by an agent that finds that out at its start.
+func TestLeavesAFirstReleaseThatHangs(t *testing.T) {
+	t.Parallel()
+	for _, restarted := range []bool{false, true} {
+		t.Run(map[bool]string{false: "running", true: "restarted"}[restarted], func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			write(t, w.path("srv", "app", "VERSION"), "before")
+			one := w.publish("app", "1", func(m *deployments.Manifest) {
+				check := deployments.Check{Exec: "touch " + w.path("asked") + "; false"}
+				m.Health = deployments.Health{Timeout: time.Hour, Checks: []deployments.Check{check}}
+			})
+			w.desire(app, firstRelease(one, 1, deployments.PhaseCanary, math.MaxUint64))
+			a := w.start(withMetrics)
+			await(t, "the check", func() (bool, string) { _, err := os.Stat(w.path("asked")); return err == nil, "not yet" })
+			if restarted {
+				a.stop()
+			}
+			w.desire(app, firstRelease(one, 2, deployments.PhaseRollingBack, 0))
+			if restarted {
+				a = w.start(withMetrics)
+			}
+			a.awaitRestored()
+			await(t, "the end of the drain", func() (bool, string) { l := a.drains.list(); return len(l) == 0, "drained" })
+		})
+	}
+}
