@@ -8,8 +8,8 @@
 //
 //   - Entries are in the order of a walk: a directory, then what is in it, names compared byte by byte. Names too long
 //     for ustar are PAX records. Times are 1980-01-01, owners 0, modes the nine permission bits and, on a directory,
-//     sticky. Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and symbolic links
-//     that leave the tree are refused when packing.
+//     sticky and set-group-id. Extended attributes are not kept. Sockets, pipes, devices, setuid and setgid files, and
+//     symbolic links that leave the tree are refused when packing.
 //   - A file of 1 MiB or more is large: its header ends the frame before it, its content is cut into frames of 2 MiB
 //     that hold nothing else, and its padding begins the frame after it. Everything else is gathered into frames of at
 //     least 768 KiB, which end before an entry whose path's FNV-1a hash is divisible by four, or at 2 MiB: borders

@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/deployments"
 )
 
@@ -50,7 +52,7 @@ const (
 type entry struct {
 	path string
 	kind kind
-	mode fs.FileMode // permission bits, and fs.ModeSticky
+	mode fs.FileMode // permission bits, and those of dirOnly
 	size int64       // of a file
 	sum  deployments.Digest
 	// offset is where a file's content begins in the tar stream.
@@ -200,13 +202,31 @@ func commonPrefix(a, b string) int {
 	return n
 }
 
-// unixMode returns the bits that chmod takes: the nine, and the sticky one.
+// dirOnly are the bits of a mode that a release's directories may have, and its files may not.
+const dirOnly = fs.ModeSticky | fs.ModeSetgid
+
+// unixMode returns the bits that chmod takes: the nine, and those of dirOnly.
 func unixMode(m fs.FileMode) uint32 {
 	bits := uint32(m.Perm())
 	if m&fs.ModeSticky != 0 {
-		bits |= 0o1000
+		bits |= unix.S_ISVTX
+	}
+	if m&fs.ModeSetgid != 0 {
+		bits |= unix.S_ISGID
 	}
 	return bits
+}
+
+// modeOf is the reverse of unixMode.
+func modeOf(bits uint32) fs.FileMode {
+	m := fs.FileMode(bits & 0o777)
+	if bits&unix.S_ISVTX != 0 {
+		m |= fs.ModeSticky
+	}
+	if bits&unix.S_ISGID != 0 {
+		m |= fs.ModeSetgid
+	}
+	return m
 }
 
 // decodeIndex reads an index that nobody vouches for: whatever the bytes are, it neither panics nor takes more
@@ -258,7 +278,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		e.kind = kind(r.number(uint64(kindHardlink)))
 		shared := r.number(uint64(len(last)))
 		suffix := r.bytes(r.number(maxPath))
-		mode := r.number(0o1777)
+		mode := r.number(0o3777)
 		if r.err != nil {
 			return 0, fmt.Errorf("entry %d: %w", i, r.err)
 		}
@@ -272,12 +292,8 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		}
 		paths.Write(last)
 		e.path = paths.String()[paths.Len()-len(last):]
-		e.mode = fs.FileMode(mode & 0o777)
-		if mode&0o1000 != 0 {
-			if e.kind != kindDir {
-				return 0, fmt.Errorf("entry %d: %q is sticky, which only a directory may be", i, e.path)
-			}
-			e.mode |= fs.ModeSticky
+		if e.mode = modeOf(uint32(mode)); e.mode&dirOnly != 0 && e.kind != kindDir {
+			return 0, fmt.Errorf("entry %d: %q is sticky or setgid, which only a directory may be", i, e.path)
 		}
 		if err := checkPath(e.path); err != nil {
 			return 0, fmt.Errorf("entry %d: %w", i, err)

@@ -78,6 +78,7 @@ func TestHostileIndexes(t *testing.T) {
 		},
 		"a hard link to a directory":      func(x *index) { x.entries[3].original = 0 },
 		"a sticky file":                   func(x *index) { x.entries[1].mode |= fs.ModeSticky },
+		"a setgid file":                   func(x *index) { x.entries[1].mode |= fs.ModeSetgid },
 		"a hard link to itself":           func(x *index) { x.entries[3].original = 3 },
 		"an unknown kind":                 func(x *index) { x.entries[2].kind = kindHardlink + 1 },
 		"a hard link to a symbolic link":  func(x *index) { x.entries[3].original = 2 },

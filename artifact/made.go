@@ -214,7 +214,7 @@ func look(root *os.Root, p string) madeThing {
 	case 0:
 		m.Type = typeFile
 	case fs.ModeDir:
-		m.Type, m.Mode = typeDir, m.Mode&^fs.ModeSetgid
+		m.Type = typeDir
 	case fs.ModeSymlink:
 		m.Type, m.Mode = typeLink, 0
 		m.Target, _ = root.Readlink(p)
@@ -279,6 +279,12 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
+// inherited reports whether a mode differs from that of the thing by a directory's set-group-id bit alone, which it
+// may have from the directory above.
+func (m *madeThing) inherited(now fs.FileMode) bool {
+	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
+}
+
 // differs returns how a thing differs from how the commands left it; empty: not at all.
 func (m *madeThing) differs(root *os.Root) string {
 	now := look(root, m.Path)
@@ -295,7 +301,7 @@ func (m *madeThing) differs(root *os.Root) string {
 		return "type"
 	case now.Target != m.Target:
 		return "link"
-	case now.Mode != m.Mode:
+	case now.Mode != m.Mode && !m.inherited(now.Mode):
 		return "mode"
 	case m.What == "owner" && (now.UID != m.UID || now.GID != m.GID):
 		return "owner"

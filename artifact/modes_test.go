@@ -27,6 +27,9 @@ var manyModes = testTree{
 	"own/empty":     {mode: 0o666},
 	"shut":          {mode: fs.ModeDir | 0o555},
 	"sticky":        {mode: fs.ModeDir | fs.ModeSticky | 0o777},
+	"team":          {mode: fs.ModeDir | fs.ModeSetgid | 0o775},
+	"team/both":     {mode: fs.ModeDir | fs.ModeSetgid | fs.ModeSticky | 0o770},
+	"team/none":     {mode: fs.ModeDir | 0o755}, // though it is made in one that gives its bit on
 }
 
 // A tree has its modes whatever the umask of whoever makes it.
@@ -62,7 +65,8 @@ func TestModesWhateverTheUmask(t *testing.T) {
 	}
 }
 
-// A directory gives its set-group-id bit to those that are made in it. Releases have none.
+// A directory gives its set-group-id bit to those that are made in it: a release's have it only if they had it when
+// they were published.
 func TestModesInASetgidDirectory(t *testing.T) {
 	t.Parallel()
 	tree, got := t.TempDir(), t.TempDir()
@@ -70,8 +74,23 @@ func TestModesInASetgidDirectory(t *testing.T) {
 	if err := os.Chmod(got, 0o755|fs.ModeSetgid); err != nil {
 		t.Fatal(err)
 	}
-	mustFetch(t, publishTree(t, tree).manifest, nil, got)
+	p := publishTree(t, tree)
+	mustFetch(t, p.manifest, nil, got)
 	sameTree(t, got, tree)
+	untarred := t.TempDir()
+	untar(t, filepath.Join(p.store, "archive.tar.zst"), untarred)
+	sameTree(t, untarred, tree)
+
+	// What has the bit besides may have it from above; what lacks it differs.
+	for path, mode := range map[string]fs.FileMode{"own": fs.ModeSetgid | 0o700, "team": 0o775, "team/both": fs.ModeSetgid | 0o770} {
+		if err := os.Chmod(filepath.Join(got, path), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	found, _, err := verifyTree(t.Context(), got, p.index, 0)
+	if want := []Difference{{"team", "mode"}, {"team/both", "mode"}}; err != nil || !slices.Equal(found, want) {
+		t.Errorf("it finds %v, %v, want %v", found, err, want)
+	}
 }
 
 // withoutPrivileges runs f as root without a root's rights.

@@ -77,10 +77,7 @@ func (s *scanner) entry(dir int, name, p string) (entry, error) {
 	e := entry{path: p, mode: fs.FileMode(st.Mode & 0o777)}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFDIR:
-		e.kind = kindDir
-		if st.Mode&unix.S_ISVTX != 0 {
-			e.mode |= fs.ModeSticky
-		}
+		e.kind, e.mode = kindDir, modeOf(st.Mode)
 	case unix.S_IFLNK:
 		e.kind, e.mode = kindSymlink, fs.ModePerm
 		target := make([]byte, maxPath+1)

@@ -59,7 +59,7 @@ func (tree testTree) write(t testing.TB, dir string) {
 	}
 	for _, p := range paths {
 		if f := tree[p]; f.mode.IsDir() {
-			check(os.Chmod(filepath.Join(dir, p), f.mode.Perm()))
+			check(os.Chmod(filepath.Join(dir, p), f.mode))
 		}
 	}
 }
@@ -342,7 +342,8 @@ func drawTree(t *rapid.T) testTree {
 		mode := rapid.SampledFrom([]fs.FileMode{0o644, 0o755, 0o600, 0o444, 0o777, 0o400}).Draw(t, "mode")
 		switch rapid.IntRange(0, 5).Draw(t, "kind") {
 		case 0:
-			tree[p] = testFile{mode: fs.ModeDir | mode | 0o700}
+			special := rapid.SampledFrom([]fs.FileMode{0, 0, fs.ModeSetgid, fs.ModeSticky, dirOnly}).Draw(t, "special")
+			tree[p] = testFile{mode: fs.ModeDir | special | mode | 0o700}
 			dirs = append(dirs, p+"/")
 		case 1:
 			target := names.Draw(t, "target")

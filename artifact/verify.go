@@ -155,7 +155,8 @@ func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
 }
 
-// dirBits are the bits of a directory's mode that must be right: set-group-id may come from the directory above.
+// dirBits are the bits of a directory's mode that must be right, if its entry lacks set-group-id: that may come from
+// the directory above.
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
@@ -166,7 +167,7 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 		return nil
 	}
 	kept := dirBits | fs.ModeSetgid
-	if e.kind == kindDir {
+	if e.kind == kindDir && e.mode&fs.ModeSetgid == 0 {
 		kept = dirBits
 	}
 	if (e.kind == kindFile || e.kind == kindDir) && info.Mode()&kept != e.mode {

@@ -24,7 +24,7 @@ mkdir -p tmp/cache; echo cached > tmp/cache/x
 echo secret > conf; chmod 600 conf
 echo more >> a
 rm -f gone
-chmod 700 z; [ "$(id -u)" != 0 ] || chown 1:2 z
+[ "$(id -u)" != 0 ] || chown 1:2 z team; chmod 700 z; chmod 2770 team
 echo 1 > app.pid`
 
 // publishMade is a release whose post command is madeBy.
@@ -33,7 +33,8 @@ func (w *world) publishMade(version string, strategy deployments.Strategy) deplo
 	src, sum := w.archive(version+"-made.tar",
 		entry{name: "a", data: version, mode: 0o644}, entry{name: "dir", mode: fs.ModeDir | 0o755},
 		entry{name: "dir/b", data: version, mode: 0o600}, entry{name: "z", data: version, mode: 0o755},
-		entry{name: "gone", data: version, mode: 0o644})
+		entry{name: "gone", data: version, mode: 0o644}, entry{name: "team", mode: fs.ModeDir | fs.ModeSetgid | 0o775},
+		entry{name: "ours", mode: fs.ModeDir | fs.ModeSetgid | 0o775})
 	return w.publish(version, func(m *deployments.Manifest) {
 		m.Src, m.Checksum, m.Strategy = src, sum, strategy
 		m.Commands.Post = []deployments.Command{{Run: madeBy}}
@@ -128,9 +129,11 @@ func TestMadeByCommands(t *testing.T) {
 
 			// What is lost of it is drift, and comes back.
 			must(os.Remove(in("uploads")), os.Remove(in("conf")), os.WriteFile(in("a"), []byte("tampered"), 0o644),
-				os.WriteFile(in("gone"), []byte("back"), 0o644), os.Chmod(in("z"), 0o777), os.Remove(in("dir")))
+				os.WriteFile(in("gone"), []byte("back"), 0o644), os.Chmod(in("z"), 0o777), os.Remove(in("dir")),
+				os.Chmod(in("ours"), 0o775), os.Chmod(in("team"), 0o770))
 			drift(artifact.Difference{Path: "a", What: "content"}, artifact.Difference{Path: "conf", What: "missing"},
 				artifact.Difference{Path: "dir", What: "missing"}, artifact.Difference{Path: "gone", What: "extra"},
+				artifact.Difference{Path: "ours", What: "mode"}, artifact.Difference{Path: "team", What: "mode"},
 				artifact.Difference{Path: "uploads", What: "missing"}, artifact.Difference{Path: "z", What: "mode"})
 			heal()
 			drift()

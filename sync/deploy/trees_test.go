@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -24,6 +25,9 @@ type appTree struct {
 	needs  string // the program that build takes; the case is left out with -short
 	shared []string
 	links  deployments.Symlinks
+	// plain has it published as tar makes it, without an index.
+	plain    bool
+	strategy deployments.Strategy // by default release
 	// works is a shell script that runs the application from $DEST, and prints its version.
 	works string
 }
@@ -68,13 +72,18 @@ var appTrees = map[string]appTree{
 			ln -s ../acme/lib/bin/acme vendor/bin/acme; chmod 775 var var/cache
 			for i in $(seq 300); do echo "<?php class C$i {}" > src/C$i.php; done; chmod 600 src/C1.php`,
 	},
-	"sparse and odd files": {
-		works: "cat $DEST/version",
-		build: `echo $V > version; truncate -s 3M sparse; printf $V >> sparse; mkdir -m 1777 sticky; mkdir -m 700 private
-			mkdir -m 555 closed empty; : > none; printf x > 'a b'; printf x > ümläut; ln version hard; ln -s none dangling
-			chmod 444 none; mkdir -p "$(printf 'd%.0s' $(seq 200))/$(printf 'e%.0s' $(seq 200))"`,
-	},
+	"odd files":              {build: oddFiles, works: "cat $DEST/version"},
+	"odd files in a tar":     {build: oddFiles, works: "cat $DEST/version", plain: true},
+	"odd files by rsync":     {build: oddFiles, works: "cat $DEST/version", strategy: deployments.StrategyRsync},
+	"odd files in a tar, mv": {build: oddFiles, works: "cat $DEST/version", strategy: deployments.StrategyMv, plain: true},
 }
+
+// oddFiles are sparse, in directories that give on their group or bound who removes, and otherwise rare.
+const oddFiles = `echo $V > version; truncate -s 3M sparse; printf $V >> sparse; mkdir -m 1777 sticky; mkdir -m 700 private
+	mkdir -m 555 closed empty; : > none; printf x > 'a b'; printf x > ümläut; ln version hard; ln -s none dangling
+	chmod 444 none; mkdir -p "$(printf 'd%.0s' $(seq 200))/$(printf 'e%.0s' $(seq 200))"
+	mkdir team team/below team/closed; chmod 755 team/below; echo $V > team/file
+	chmod g-s team/*; chmod 2775 team; chmod 3770 team/closed`
 
 // Trees of every kind that people deploy are published, deployed, updated by a delta, gone back from, healed and
 // pruned; each time what is live is what its tools made, and works.
@@ -110,6 +119,9 @@ func TestRealTrees(t *testing.T) {
 			w.deploy(u, one)
 			w.wantTree(u, tree, "1")
 
+			if tree.strategy == deployments.StrategyMv {
+				return // nothing is verified, healed or kept of it
+			}
 			w.damage()
 			if ds, err := u.Verify(t.Context(), 0); err != nil || len(ds) < 3 {
 				t.Errorf("the damage was not seen: %v, %v", ds, err)
@@ -125,6 +137,9 @@ func TestRealTrees(t *testing.T) {
 			}
 			w.deploy(u, two)
 			w.wantTree(u, tree, "2")
+			if tree.strategy != "" {
+				return // no release is kept
+			}
 			if kept, err := filepath.Glob(w.dest() + ".releases/[0-9]*"); err != nil || len(kept) != 2 {
 				t.Errorf("kept %q, %v, want what runs and one more", kept, err)
 			}
@@ -146,11 +161,26 @@ func (w *world) publishTree(
 	}
 	w.shell(dir, "V="+version, tree.build)
 	m := deployments.Manifest{
-		Name: "app", Version: version, Dest: w.dest(), DestMode: 0o755, Strategy: deployments.StrategyRelease,
+		Name: "app", Version: version, Dest: w.dest(), DestMode: 0o755, Strategy: cmp.Or(tree.strategy, deployments.StrategyRelease),
 		Keep: 1, Shared: tree.shared, Symlinks: tree.links,
 	}
 	if change != nil {
 		change(&m)
+	}
+	if tree.plain {
+		w.shell(dir, "", `tar --sparse -cf "../../objects/tree-`+version+`.tar" .`)
+		data, err := os.ReadFile(w.path("objects", "tree-"+version+".tar"))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		return w.publish(version, func(to *deployments.Manifest) {
+			to.Src, to.Checksum = "file://"+w.path("objects", "tree-"+version+".tar"), fmt.Sprintf("%x", sha256.Sum256(data))
+			to.Strategy, to.Commands.Post = m.Strategy, m.Commands.Post
+			if to.Strategy == deployments.StrategyMv {
+				to.Commands.Pre = []deployments.Command{{Run: `rm -rf "$KEDGE_DEST".old; ! test -e "$KEDGE_DEST" ||
+					mv "$KEDGE_DEST" "$KEDGE_DEST".old`}}
+			}
+		})
 	}
 	published, err := artifact.Publish(w.t.Context(), w.config().Objects, artifact.PublishOptions{
 		Dir: dir, To: "file://" + w.path("objects"), Manifest: m, Since: since,

@@ -58,7 +58,13 @@ func (w *world) archive(name string, entries ...entry) (url, checksum string) {
 	var b bytes.Buffer
 	tw := tar.NewWriter(&b)
 	for _, e := range entries {
-		h := &tar.Header{Name: e.name, Mode: int64(e.mode.Perm()), Size: int64(len(e.data)), Typeflag: tar.TypeReg, ModTime: time.Unix(1700000000, 0)}
+		h := &tar.Header{
+			Name: e.name, Mode: int64(e.mode.Perm()), Size: int64(len(e.data)), Typeflag: tar.TypeReg,
+			ModTime: time.Unix(1700000000, 0),
+		}
+		if e.mode&fs.ModeSetgid != 0 {
+			h.Mode |= 0o2000
+		}
 		switch {
 		case e.mode.IsDir():
 			h.Typeflag = tar.TypeDir
