@@ -19,9 +19,11 @@
 // A command or check that fails sends the deployment back, whatever it had reached: the digest is quarantined, dest
 // is switched to the last good release, that one's post commands run so that it serves again, its health checks are
 // awaited, the node is back in service, and the failed release's failure commands run. While the good release's own
-// commands or checks fail, the unit stays out of service, and Recover tries them again. Without a good release, the
-// failed one stays where it is, out of service. Trouble with storage, network or disk is no fault of the release:
-// what was begun is taken back, and nothing is quarantined.
+// commands or checks fail, the unit stays out of service, and Recover tries them again. Where the first release fails,
+// and something else was at dest, that is put back, and the failure commands run before it is in service: no manifest
+// says how to start it. See Leave for a first release that fails elsewhere. With nothing to go back to, the failed one
+// stays where it is, out of service. Trouble with storage, network or disk is no fault of the release: what was begun
+// is taken back, and nothing is quarantined.
 //
 // # Cut off
 //

@@ -39,7 +39,7 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 }
 
 // Leave puts back what was at dest before the unit's first release, as the rollout of that has stopped elsewhere:
-// drain, the switch, undrain, and the failure commands of the release that is left. No other commands and no checks
+// drain, the switch, the failure commands of the release that is left, and undrain. No other commands and no checks
 // run, as there is no manifest of what was there. What can't be put back any more stays away: the unit keeps what it
 // runs, and State says so. A cancelled ctx stops it before the switch; later Recover finishes it, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {

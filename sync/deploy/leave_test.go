@@ -60,7 +60,14 @@ func TestLeave(t *testing.T) {
 			w := newWorld(t)
 			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
 			var d drains
-			u := w.open(func(c *Config) { c.Drain = d.drain })
+			var inService []string // the hooks that had run by then
+			drain := func(ctx context.Context, on bool) error {
+				if !on {
+					inService = w.hooks()
+				}
+				return d.drain(ctx, on)
+			}
+			u := w.open(func(c *Config) { c.Drain = drain })
 			first := func(p deployments.Pointer) {
 				t.Helper()
 				if err := u.Deploy(t.Context(), Request{Release: p, MayLeave: true}); err != nil {
@@ -71,7 +78,7 @@ func TestLeave(t *testing.T) {
 			first(one)
 			first(two)
 			w.wantVersion("2")
-			u = w.reopen(func(c *Config) { c.Drain = d.drain })
+			u = w.reopen(func(c *Config) { c.Drain = drain })
 			if s := u.State(); !s.Leavable || !s.Restored.IsZero() {
 				t.Errorf("state: %+v", s)
 			}
@@ -81,7 +88,10 @@ func TestLeave(t *testing.T) {
 				t.Fatal(err)
 			}
 			w.wantLeft(u)
-			w.wantHooks("failure 2")
+			w.wantHooks()
+			if want := []string{"failure 2"}; !slices.Equal(inService, want) {
+				t.Errorf("before it was in service it ran %q, want %q", inService, want)
+			}
 			if got := d.take(); !slices.Equal(got, []bool{true, false}) {
 				t.Errorf("drain: %v", got)
 			}
@@ -89,6 +99,9 @@ func TestLeave(t *testing.T) {
 				w.movesAway(strategy)(m)
 				fails(m)
 			}), deployments.Pointer{})
+			if !slices.Contains(inService, "failure 3") {
+				t.Errorf("before it was in service it ran %q", inService)
+			}
 			w.wantForeign()
 			first(two)
 			if s := u.State(); !s.Leavable || !s.Restored.IsZero() {

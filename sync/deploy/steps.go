@@ -58,19 +58,22 @@ func (s step) next() step {
 	return ""
 }
 
-// next is the step after d's; "" after the last. Who leaves runs nothing of a release between the switch and its end.
+// next is the step after d's; "" after the last. What was there before the first release has no commands and checks of
+// its own: the failure commands start it again, before it is in service.
 func (d *deployment) next() step {
 	switch {
-	case !d.Leaves:
-		return d.Step.next()
-	case d.Step == stepDrain:
-		return stepBack
-	case d.Step == stepBack:
-		return stepBackUndrain
-	case d.Step == stepBackUndrain && d.Restored:
+	case d.Step == stepBack && d.Restored:
 		return stepFailure
+	case d.Step == stepFailure && d.Restored:
+		return stepBackUndrain
+	case d.Step == stepBackUndrain && (d.Restored || d.Leaves):
+		return ""
+	case d.Step == stepBack && d.Leaves:
+		return stepBackUndrain
+	case d.Step == stepDrain && d.Leaves:
+		return stepBack
 	}
-	return ""
+	return d.Step.next()
 }
 
 // target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is
