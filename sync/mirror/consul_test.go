@@ -210,3 +210,47 @@ func TestJunkOrders(t *testing.T) {
 		}
 	}
 }
+
+// Of pins and orders by the ten thousand only those that change are parsed again, and those that are gone are forgotten.
+func TestFloodOfPins(t *testing.T) {
+	t.Parallel()
+	o := newObserver(slog.New(slog.DiscardHandler), func() {})
+	entries := make([]kv.Entry, 1000)
+	for i := range entries {
+		entries[i] = kv.Entry{Key: fmt.Sprintf("pins/prod/web/u%d", i), Value: []byte("{release: hold, by: ada}")}
+	}
+	view := func() int {
+		count := 0
+		parse := o.pinned.next(kv.View{Entries: entries}, func(value []byte) (deployments.Pin, error) {
+			count++
+			return deployments.ParsePin(value)
+		})
+		for _, e := range entries {
+			if pin, err := parse(e); err != nil || pin.By == "" {
+				t.Errorf("%s: %+v, %v", e.Key, pin, err)
+			}
+		}
+		return count
+	}
+	if first, second := view(), view(); first != len(entries) || second != 0 {
+		t.Errorf("at first %d are parsed, then %d", first, second)
+	}
+	entries[7].Value = []byte("{release: hold, by: bob}")
+	if n := view(); n != 1 {
+		t.Errorf("%d are parsed after one changed", n)
+	}
+	all := entries
+	entries = entries[:10]
+	if view(); len(o.pinned) != len(entries) {
+		t.Errorf("%d are kept of %d", len(o.pinned), len(entries))
+	}
+	entries = all
+	if n := view(); n != len(all)-10 {
+		t.Errorf("%d are parsed after they came back", n)
+	}
+	o.pins(kv.View{Synced: true, Entries: entries})
+	id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "u7"}
+	if pin := o.latest().pins.units[id]; !pin.Present || pin.Value.By != "bob" {
+		t.Errorf("its pin is %+v", pin)
+	}
+}

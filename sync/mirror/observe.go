@@ -29,7 +29,9 @@ type observer struct {
 	now observed
 
 	// Each watch calls its method one call at a time, so these belong to it alone.
-	cells    map[string]cell         // by key in desired/
+	cells    map[string]cell // by key in desired/
+	pinned   parsed[deployments.Pin]
+	ordered  parsed[deployments.Order]
 	reports  map[string]parsedReport // by key in status/
 	left     map[string]time.Time    // when keys in status/ vanished that are not back
 	hook     uint64                  // the version of kv.MirrorHook that was passed on last
@@ -121,6 +123,31 @@ type parsedReport struct {
 	goneSince time.Time
 }
 
+// parsed holds values of a watch, by key, with what they were parsed to.
+type parsed[T any] map[string]parsedValue[T]
+
+type parsedValue[T any] struct {
+	value  []byte
+	result T
+	err    error
+}
+
+// next returns a parser for the entries of the watch's next view, which parses what changed alone: an operator's token
+// can write keys by the ten thousand, and each change of one brings them all. What is not asked for is forgotten.
+func (p *parsed[T]) next(v kv.View, parse func([]byte) (T, error)) func(kv.Entry) (T, error) {
+	was := *p
+	*p = make(parsed[T], len(v.Entries))
+	return func(e kv.Entry) (T, error) {
+		now, known := was[e.Key]
+		if !known || !bytes.Equal(now.value, e.Value) {
+			now.value = e.Value
+			now.result, now.err = parse(e.Value)
+		}
+		(*p)[e.Key] = now
+		return now.result, now.err
+	}
+}
+
 func newObserver(log *slog.Logger, hooked func()) *observer {
 	return &observer{
 		changed:  wait.NewSignal(),
@@ -173,7 +200,7 @@ func (o *observer) records(v kv.View) {
 
 // orders adopts a view of control/.
 func (o *observer) orders(v kv.View) {
-	good, bad := orders(v)
+	good, bad := orders(v, o.ordered.next(v, deployments.ParseOrder))
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
@@ -260,13 +287,14 @@ func (o *observer) state(v kv.View) {
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	shown := map[deployments.UnitID][]deployments.PastPin{}
+	parse := o.pinned.next(v, deployments.ParsePin)
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
 			continue
 		}
 		id := key.UnitID()
-		pin, err := deployments.ParsePin(e.Value)
+		pin, err := parse(e)
 		if key.Node == "" {
 			units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
 		}
@@ -286,13 +314,16 @@ type order struct {
 }
 
 // orders reads a view of control/. What can't be obeyed is left where it is, and named in bad.
-func orders(view kv.View) (good map[deployments.UnitID]order, bad []error) {
+func orders(
+	view kv.View,
+	parse func(kv.Entry) (deployments.Order, error),
+) (good map[deployments.UnitID]order, bad []error) {
 	good = map[deployments.UnitID]order{}
 	for _, e := range view.Entries {
 		key, err := kv.ParseKey(e.Key)
 		var o deployments.Order
 		if err == nil {
-			o, err = deployments.ParseOrder(e.Value)
+			o, err = parse(e)
 		}
 		if err != nil {
 			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
