@@ -40,9 +40,10 @@ const (
 	maxOwners = 1000
 	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb
 	// to a thousandth. That holds for what it decodes to, whatever is in it, and for the files, which may be sparse
-	// there.
+	// there, with the directories.
 	maxGrowth  = 400
 	freeGrowth = 1 << 30
+	dirSize    = 4096 // bytes that a directory takes
 	// maxWindow bounds what a zstd frame can make the decoder hold: zstd --long=27.
 	maxWindow = 128 << 20
 )
@@ -432,9 +433,12 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		if info, err := x.root.Lstat(name); err != nil || !info.IsDir() {
 			return errors.Join(errors.New("a directory in the place of another entry"), err)
 		}
+		_, there := x.dirs[name]
 		name, err := x.keep(name)
-		x.dirs[name] = a
-		return err
+		if x.dirs[name] = a; err != nil || there {
+			return err
+		}
+		return x.takeDir()
 	}
 	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.
 	if info, err := x.root.Lstat(name); err == nil {
@@ -493,9 +497,19 @@ func (x *extractor) parents(dir string) error {
 		x.dirs[dir] = nil
 		if x.count++; x.count > maxTarEntries {
 			err = errEntries
+		} else {
+			err = x.takeDir()
 		}
 	}
 	return err
+}
+
+// takeDir counts a new directory, which takes a block of the disk though nothing of the archive.
+func (x *extractor) takeDir() error {
+	if x.left -= dirSize; x.left < 0 {
+		return errBomb
+	}
+	return nil
 }
 
 // keep copies a name that outlives its header: it may be a slice of a far longer PAX record.

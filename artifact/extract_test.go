@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -534,6 +535,14 @@ func (x *extractor) bytes(data []byte) error {
 	return x.archive(bufio.NewReader(bytes.NewReader(data)), "app.tar")
 }
 
+// manyDirs returns the headers of n directories.
+func manyDirs(n int) (all []tar.Header) {
+	for i := range n {
+		all = append(all, special(tar.TypeDir, fmt.Sprintf("d%d/", i), ""))
+	}
+	return all
+}
+
 // What a small archive makes grow is bounded, whatever it is.
 func TestWhatGrowsIsBounded(t *testing.T) {
 	t.Parallel()
@@ -560,6 +569,10 @@ func TestWhatGrowsIsBounded(t *testing.T) {
 		"the last entry":           {tarOf(t, file("x", "x")), func(x *extractor) { x.count = maxTarEntries - 1 }, nil},
 		"directories of a name":    {tarOf(t, file(deep+"x", "x")), func(x *extractor) { x.count = maxTarEntries - 100 }, errEntries},
 		"directories of two names": {tarOf(t, file(deep+"x", "x"), file(deep+"y", "x")), func(x *extractor) { x.count = maxTarEntries - 102 }, nil},
+		"directories of the disk":  {tarOf(t, manyDirs(left/dirSize+1)...), nil, errBomb},
+		"as many as there may be":  {tarOf(t, manyDirs(left/dirSize)...), nil, nil},
+		"one directory over again": {tarOf(t, slices.Repeat(manyDirs(1), left/dirSize+1)...), nil, nil},
+		"parents that have none":   {tarOf(t, file(deep+"x", "x")), func(x *extractor) { x.left = 99 * dirSize }, errBomb},
 		"names of directories":     {tarOf(t, special(tar.TypeDir, "dir/", "")), func(x *extractor) { x.names = maxNames - 2 }, errNames},
 		"names of links":           {tarOf(t, special(tar.TypeSymlink, "link", "x")), func(x *extractor) { x.names = maxNames - 3 }, errNames},
 		"names of parents":         {tarOf(t, file("dir/x", "")), func(x *extractor) { x.names = maxNames - 2 }, errNames},

@@ -263,7 +263,7 @@ func (f *fetch) decode(data []byte) (*index, error) {
 func spaceOf(e *entry) int64 {
 	switch {
 	case e.kind == kindDir, e.kind == kindSymlink && len(e.target) >= 60:
-		return 4096
+		return dirSize
 	case e.kind == kindFile:
 		return (e.size + 4095) &^ 4095
 	}
