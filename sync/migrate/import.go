@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -14,9 +15,10 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"kedge/artifact/object"
 	"kedge/deployments"
-	"kedge/deployments/durable"
 )
 
 // ImportOptions say what Import does.
@@ -124,8 +126,9 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 	if one.Pointer, err = Keep(ctx, o.Objects, to, id, url, raw); err != nil {
 		return one, err
 	}
-	one.File = filepath.Join(o.Repo, id.Stage, id.Role, id.Unit+".yaml")
-	one.Written, err = writeUnit(one.File, url, one.Pointer)
+	file := filepath.Join(id.Stage, id.Role, id.Unit+".yaml")
+	one.File = filepath.Join(o.Repo, file)
+	one.Written, err = writeUnit(o.Repo, file, url, one.Pointer)
 	return one, err
 }
 
@@ -167,9 +170,18 @@ func Keep(
 // releaseLine is where a unit's file names its release.
 var releaseLine = regexp.MustCompile(`(?m)^release:[^\n#]*?([ \t]*#[^\n]*)?$`)
 
-// writeUnit has a unit's file name a release, and reports whether it had to be changed.
-func writeUnit(file, from string, p deployments.Pointer) (bool, error) {
-	was, err := os.ReadFile(file)
+// writeUnit has a unit's file in a repo name a release, and reports whether it had to be changed. It follows no link
+// out of the repo, and reads and replaces regular files alone: the repo may be a stranger's.
+func writeUnit(repo, file, from string, p deployments.Pointer) (bool, error) {
+	if err := os.MkdirAll(repo, 0o755); err != nil {
+		return false, err
+	}
+	root, err := os.OpenRoot(repo)
+	if err != nil {
+		return false, err
+	}
+	defer root.Close()
+	was, err := readUnit(root, file)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
@@ -181,15 +193,40 @@ adopt: true # nodes that hold this release already take it over as it is
 		if len(releaseLine.FindAllIndex(was, -1)) != 1 {
 			return false, fmt.Errorf("%s has no line that begins with release: and could be replaced", file)
 		}
-		text = releaseLine.ReplaceAllString(string(was), "release: "+p.String()+"$1")
+		release := strings.ReplaceAll("release: "+p.String(), "$", "$$")
+		text = releaseLine.ReplaceAllString(string(was), release+"$1")
 	}
 	if text == string(was) {
 		return false, nil
 	}
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+	if err := root.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return false, err
 	}
-	return true, durable.WriteFile(file, []byte(text), 0o644)
+	aside := filepath.Join(filepath.Dir(file), ".kedge-"+filepath.Base(file))
+	if err := root.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	if err := root.WriteFile(aside, []byte(text), 0o644); err != nil {
+		return false, err
+	}
+	return true, root.Rename(aside, file)
+}
+
+// readUnit reads a unit's file.
+func readUnit(root *os.Root, file string) ([]byte, error) {
+	f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe would wait for its writer
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(err, fmt.Errorf("%s is no regular file", file))
+	}
+	text, err := io.ReadAll(io.LimitReader(f, deployments.MaxUnitFile+1))
+	if err == nil && len(text) > deployments.MaxUnitFile {
+		err = fmt.Errorf("%s has more than %d bytes", file, deployments.MaxUnitFile)
+	}
+	return text, err
 }
 
 // list returns the manifests below a prefix.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	neturl "net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -182,15 +183,12 @@ func Find(ctx context.Context, objects *object.Client, text string, in io.Reader
 		if err != nil {
 			return nil, err
 		}
-		if url = "file://" + path; info.IsDir() {
+		if url = (&neturl.URL{Scheme: "file", Path: path}).String(); info.IsDir() {
 			url += "/"
 		}
 	}
 	if !strings.HasSuffix(url, "/") {
 		raw, err := objects.ReadAll(ctx, url, deployments.MaxManifest)
-		if isFile {
-			raw, err = os.ReadFile(text)
-		}
 		return []Source{{Name: text, URL: url, Raw: raw}}, err
 	}
 	listed, err := list(ctx, objects, url)
