@@ -44,7 +44,7 @@ func (b Bounds) CheckSource(url string) error {
 	local := strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "http:")
 	if b.NoLocal && local && !named {
 		return fmt.Errorf(
-			"%s lies on this machine, and agents take nothing from there unless sources names it, or local_sources is set",
+			"%s lies on this machine, from which nothing is taken unless sources names it (or local_sources is set on an agent)",
 			deployments.ShownURL(url),
 		)
 	}

@@ -234,6 +234,9 @@ So old deploy scripts go on working while nodes change one by one. It runs on on
   consul watch -type event -name deploy_web_prod \
       kedge bridge --to s3://acme-deploy/kedge --stage prod --role web
 
+Whoever may fire such events chooses what the bridge copies and names. With --sources it copies manifests from these prefixes alone.
+Of files of its own machine, and of http:// there, events name only what --sources does.
+
 Which unit it is for is told by --stage, --role and --unit, or by the manifest's name: see kedge import.
 A pin that an operator has set is not replaced.
 
@@ -257,6 +260,7 @@ Exit code 0 when it is handed on, or when there is no event. Below consul watch 
 	}
 	f := c.Flags()
 	f.StringVar(&o.To, "to", "", "`prefix` to copy manifests below")
+	f.StringSliceVar(&o.Bounds.Sources, "sources", nil, "URL `prefixes` that events' manifests may come from (default: any)")
 	namingFlags(f, &o.Naming)
 	return c
 }
@@ -275,7 +279,8 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		log.Info("no event: nothing to do")
 		return nil
 	}
-	o.Objects = object.New(object.Config{Log: log})
+	o.Bounds.NoLocal = len(args) == 0 // else a person names it
+	o.Objects = object.New(object.Config{Log: log, Redirect: o.Bounds.CheckSource})
 	if o.Store, err = a.open(log); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/fleet"
 )
 
@@ -17,6 +18,8 @@ type BridgeOptions struct {
 	Store   kv.Store
 	// URL is the manifest that the event names.
 	URL string
+	// Bounds say by their sources which manifests an event may name.
+	Bounds policy.Bounds
 	// To is below which it is copied.
 	To string
 	// Naming finds the unit: with stage, role and unit given, whatever the manifest is called.
@@ -53,6 +56,9 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	b.Unit = id
 	if err := deployments.CheckURL(o.URL); err != nil {
 		return b, fmt.Errorf("manifest %q: %w", deployments.ShownURL(o.URL), err)
+	}
+	if err := o.Bounds.CheckSource(o.URL); err != nil {
+		return b, fmt.Errorf("the event's manifest: %w", err)
 	}
 	raw, err := o.Objects.ReadAll(ctx, o.URL, deployments.MaxManifest)
 	if err != nil {

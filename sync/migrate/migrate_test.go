@@ -18,6 +18,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/dir"
+	"kedge/policy"
 )
 
 // place is where manifests and archives lie: a directory, or a real S3 server.
@@ -398,6 +399,15 @@ func TestBridge(t *testing.T) {
 	if err := store.Commit(t.Context(), nil, kv.Put(kv.PinKey(app), []byte("release: hold\nby: alice\n"))); err != nil {
 		t.Fatal(err)
 	}
+	for text, bounds := range map[string]policy.Bounds{
+		"lies on this machine": {NoLocal: true}, "is not from s3://acme": {Sources: []string{"s3://acme"}},
+	} {
+		options.Bounds = bounds
+		if b, err := bridge("from elsewhere"); err == nil || !strings.Contains(err.Error(), text) || b.Changed {
+			t.Errorf("%+v: %+v, %v", bounds, b, err)
+		}
+	}
+	options.Bounds = policy.Bounds{NoLocal: true, Sources: []string{strings.TrimSuffix(p.url, "/")}}
 	if five, err := bridge("five"); err == nil || !strings.Contains(err.Error(), "somebody has pinned it") {
 		t.Errorf("%+v, %v", five, err)
 	}
