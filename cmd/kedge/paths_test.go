@@ -153,9 +153,25 @@ func TestPinsKeepTheBudgetAndTheQuarantine(t *testing.T) {
 
 	s.deploy(two, rollout+", max_failures: 0")
 	s.rolledBack(two)
+	says := func(words string, args ...string) error {
+		out, text, code := s.kedge(args...)
+		if code != exitDone || !strings.Contains(strings.Join(strings.Fields(out+text), " "), words) {
+			return fmt.Errorf("kedge %v doesn't say %q: %d:\n%s%s", args, words, code, out, text)
+		}
+		return nil
+	}
+	s.live("app", "1", s.nodes...)
+	s.eventually("status tells what runs", func() error { // once the nodes have reported
+		return says("prod/web/app 2 1 on 4 - 4/4 rolled-back", "status", "prod/web/app")
+	})
+	if err := says("all 4 live nodes run it already, as 2 ", "rollback", "prod/web/app"); err != nil {
+		t.Error(err)
+	}
 	do("pin", "prod/web/app", zero.String(), "--reason", "incident")
 	s.stable(zero)
-	do("unpin", "prod/web/app")
+	if err := says(", which was rolled back: nodes go to 1 ", "unpin", "prod/web/app"); err != nil {
+		t.Error(err)
+	}
 	s.rolledBack(two)
 	s.live("app", "1", s.nodes...)
 	if n := s.tries("2"); n != 1 {

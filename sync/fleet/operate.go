@@ -487,7 +487,9 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	case u.Record.Pinned != nil:
 		return says + ": nodes go there within max_unavailable"
 	case p == nil || u.Record.Stable.IsZero():
-	case p.Phase == deployments.PhaseRolledBack || p.Phase == deployments.PhaseRollingBack:
+	case p.Phase == deployments.PhaseRollingBack:
+		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Stable) + ", within max_unavailable"
+	case p.Phase == deployments.PhaseRolledBack:
 		return says + ", which was rolled back: nodes run " + u.Release(u.Record.Stable)
 	default:
 		return says + " on the nodes that its rollout has admitted, and " + u.Release(u.Record.Stable) + " on the others"
@@ -514,13 +516,25 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 	if u.Live == 1 {
 		says = "the one live node runs it already"
 	}
-	if r := u.Record; r != nil && r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack &&
-		r.Stable.Digest == release.Digest {
-		says += ", as " + u.Release(
-			r.Target,
-		) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
+	if failed, stable := rolledBack(u.Record); !failed.IsZero() && stable.Digest == release.Digest {
+		says += ", as " + u.Release(failed) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
 	}
 	return says
+}
+
+// rolledBack returns what Git names and was rolled back, and to what; zero: nothing was. The mirror may have taken up a
+// pin already.
+func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
+	switch {
+	case r == nil:
+	case r.Pinned != nil:
+		if r.Pinned.Failed == r.Pinned.Target.Digest {
+			return r.Pinned.Target, r.Pinned.Stable
+		}
+	case r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack:
+		return r.Target, r.Stable
+	}
+	return failed, stable
 }
 
 // Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.

@@ -304,6 +304,11 @@ func TestPinsSayWhatMoves(t *testing.T) {
 	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "the one live node runs it already, as 2 d5856351 was rolled back by itself") {
 		t.Errorf("%q", got)
 	}
+	store(t, s, put(kv.DesiredKey(app), deployments.Record{Target: one, Stable: one, Generation: 9,
+		Pinned: &deployments.Pinned{Target: two, Stable: one, Failed: two.Digest}}))
+	if got := RunsAlready(t.Context(), s, app, one); !strings.Contains(got, "as 2 d5856351 was rolled back by itself") {
+		t.Errorf("after the mirror has taken the pin up: %q", got)
+	}
 	if got := RunsAlready(t.Context(), s, app, two); got != "" {
 		t.Errorf("%q", got)
 	}
