@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"debug/buildinfo"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -64,6 +66,7 @@ func TestPackage(t *testing.T) {
 		t.Helper()
 		m.do("env", "DEBIAN_FRONTEND=noninteractive", "dpkg", "--install", "/var/log/"+version+".deb")
 	}
+	m.addMirror()
 	m.boot()
 	install("1.0.0")
 	if state := m.show("kedge-agent", "ActiveState"); state != "inactive" {
@@ -73,8 +76,18 @@ func TestPackage(t *testing.T) {
 		t.Errorf("installed differently: %s", listed)
 	}
 	m.do("sh", "-c", "bash -n /usr/share/bash-completion/completions/kedge; test -e /usr/share/man/man1/kedge-agent.1")
+	m.do("sh", "-ec", pageBlock(t, "install.md", "kedge-mirror.service.d"))
+	await(t, "the mirror that the page starts has its token, and reads the repo", func() error {
+		log := m.do("journalctl", "--no-pager", "--output=cat", "--unit=kedge-mirror")
+		if !strings.Contains(log, "commit read") {
+			return fmt.Errorf("it logs %s", log)
+		}
+		return nil
+	})
+	m.do("systemctl", "disable", "--now", "kedge-mirror") // its repo stays behind
+	m.do("sh", "-ec", pageBlock(t, "install.md", "--no-block kedge-agent"))
 	m.release(m.publish("1"))
-	m.do("systemctl", "enable", "--now", "kedge-agent.service", "app.service")
+	m.do("systemctl", "enable", "--now", "app.service")
 	m.runs("1")
 
 	for _, step := range []struct {
@@ -131,6 +144,38 @@ func TestPackage(t *testing.T) {
 	m.do("dpkg", "--purge", "kedge")
 	m.answers("5")
 	m.do("test", "-e", "/srv/app/version", "-a", "-e", "/etc/kedge/agent.yaml", "-a", "!", "-e", "/var/lib/kedge")
+}
+
+// addMirror gives a machine what a reader of the manual's page install has before the mirror's service starts.
+func (m *machine) addMirror() {
+	m.t.Helper()
+	if err := os.MkdirAll(m.path("/srv/git"), 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	m.w.push("Nothing yet", nil)
+	clone := exec.Command("git", "clone", "--quiet", "--bare", m.w.work, m.path("/srv/git/deployments.git"))
+	if out, err := clone.CombinedOutput(); err != nil {
+		m.t.Fatalf("%v: %s", err, out)
+	}
+	env := slices.Concat([]string{"KEDGE_REPO=/srv/git/deployments.git"}, m.client.Env(""), m.w.s3.Env())
+	m.write("/etc/kedge/mirror.env", strings.Join(env, "\n")+"\n")
+	m.write("/etc/kedge/mirror-token", m.w.token("mirror", deployments.RuleVars{Node: m.name}))
+}
+
+// pageBlock returns the block of commands of a page that has some text in it.
+func pageBlock(t *testing.T, page, has string) string {
+	t.Helper()
+	text, err := os.ReadFile("../../deployments/docs/" + page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, block := range strings.Split(string(text), "```") {
+		if _, commands, ok := strings.Cut(block, "\n"); i%2 == 1 && ok && strings.Contains(commands, has) {
+			return commands
+		}
+	}
+	t.Fatalf("%s has no block with %q", page, has)
+	return ""
 }
 
 // What .ci/package makes is the same each time, and says what is in it.
