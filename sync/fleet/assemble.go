@@ -20,8 +20,18 @@ import (
 // pure. Units that only a pin or a report knows of are there too.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
 
-// assembler computes one Fleet after the other, and parses of the nodes' reports only those that changed.
-type assembler struct{ reports map[string]parsedReport }
+// assembler computes one Fleet after the other, and parses of the nodes' reports and of pins only those that changed.
+type assembler struct {
+	reports map[string]parsedReport
+	pins    map[string]parsedPin
+}
+
+// parsedPin is a pin with the stored value that it was parsed from.
+type parsedPin struct {
+	value []byte
+	pin   deployments.Pin
+	err   error
+}
 
 // parsedReport is a report with the stored value that it was parsed from.
 type parsedReport struct {
@@ -34,6 +44,8 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
 		known:     m.reports,
 		reports:   make(map[string]parsedReport, len(m.reports)),
+		knownPins: m.pins,
+		parsed:    make(map[string]parsedPin, len(m.pins)),
 		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
 		units:     map[deployments.UnitID]*Unit{},
 		roles:     map[deployments.RoleID][]reporter{},
@@ -54,7 +66,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		case kv.DesiredPrefix:
 			a.desired(e, key)
 		case kv.PinsPrefix:
-			a.pin(e, key)
+			a.pins = append(a.pins, keyed{e, key})
 		case kv.StatusPrefix:
 			a.report(e, key)
 		case kv.ControlPrefix:
@@ -64,9 +76,6 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		}
 	}
 	m.reports = a.reports
-	for id, e := range a.orders {
-		a.give(id, e)
-	}
 	for role, reporters := range a.roles {
 		for _, r := range reporters {
 			for name := range r.units {
@@ -77,6 +86,11 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		}
 	}
 	a.overflow()
+	a.takePins()
+	m.pins = a.parsed
+	for id, e := range a.orders {
+		a.give(id, e)
+	}
 	a.assign()
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
@@ -92,13 +106,22 @@ type assembly struct {
 	fleet *Fleet
 	units map[deployments.UnitID]*Unit
 	roles map[deployments.RoleID][]reporter
-	// orders and histories are joined to their units at the end.
+	// pins, orders and histories are joined to their units at the end.
+	pins   []keyed
 	orders map[deployments.UnitID]kv.Entry
 	// told are units that reports alone know of, each with a node that does.
 	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
 	// known are the reports of before, and reports those of now, by their keys.
 	known, reports map[string]parsedReport
+	// knownPins and parsed are the same of pins.
+	knownPins, parsed map[string]parsedPin
+}
+
+// keyed is an entry with its key, parsed.
+type keyed struct {
+	kv.Entry
+	key kv.Key
 }
 
 // reporter is a node of a role.
@@ -154,6 +177,33 @@ func (a *assembly) overflow() {
 	}
 }
 
+// takePins joins pins to their units, with maxTold units a role that pins alone know of: an operator's token can make
+// up any number.
+func (a *assembly) takePins() {
+	shown, more := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}
+	slices.SortFunc(a.pins, func(x, y keyed) int { return cmp.Compare(x.Key, y.Key) })
+	for _, e := range a.pins {
+		id := e.key.UnitID()
+		role := id.RoleID()
+		if a.units[id] == nil {
+			if shown[role]++; shown[role] > maxTold {
+				more[role]++
+				continue
+			}
+		}
+		a.pin(e.Entry, e.key)
+	}
+	for role, n := range more {
+		a.bad(
+			kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role),
+			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n),
+		)
+	}
+}
+
+// maxUnitErrors bounds what of a unit's errors is kept beside it, in bytes; each stands with its key, too.
+const maxUnitErrors = 4 << 10
+
 func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
 
 func (a *assembly) desired(e kv.Entry, key kv.Key) {
@@ -169,11 +219,19 @@ func (a *assembly) desired(e kv.Entry, key kv.Key) {
 
 func (a *assembly) pin(e kv.Entry, key kv.Key) {
 	u, node := a.unit(key.UnitID()), key.Node
-	pin, err := deployments.ParsePin(e.Value)
+	p, known := a.knownPins[e.Key]
+	if !known || !bytes.Equal(p.value, e.Value) {
+		p.value = e.Value
+		p.pin, p.err = deployments.ParsePin(e.Value)
+	}
+	a.parsed[e.Key] = p
+	pin, err := p.pin, p.err
 	switch {
 	case err != nil && node != "":
 		a.bad(e.Key, err)
-		u.Error = join(u.Error, "pin of "+node+": "+err.Error())
+		if len(u.Error) < maxUnitErrors {
+			u.Error = join(u.Error, "pin of "+node+": "+err.Error())
+		}
 	case err != nil:
 		a.bad(e.Key, err)
 		u.Error = join(u.Error, "pin: "+err.Error())

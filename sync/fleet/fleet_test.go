@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -265,5 +266,50 @@ func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
 	}
 	if text := f.Errors["status/prod/web/"]; !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
 		t.Errorf("%v", f.Errors)
+	}
+}
+
+// Pins and orders by the ten thousand, which an operator's token can write, leave the table as long as people read, and
+// cost no more than their number.
+func TestAssembleBoundsPinsAndOrders(t *testing.T) {
+	t.Parallel()
+	const junk = 5000
+	broken := deployments.UnitID{Stage: "prod", Role: "web", Unit: "broken"}
+	entries := []kv.Entry{
+		put(kv.DesiredKey(app), deployments.Record{Target: release("app", "1"), Generation: 1}),
+		says("web-1", map[string]deployments.UnitReport{"app": runs("app", "1")}),
+		{Key: kv.NodePinKey(app, "web-1"), Value: []byte("hold")},
+		{Key: kv.DesiredKey(broken), Value: []byte("nonsense")},
+	}
+	for i := range junk {
+		add := func(key, value string) {
+			entries = append(entries, kv.Entry{Key: fmt.Sprintf(key, i), Value: []byte(value + fmt.Sprintf(" # %d", i))})
+		}
+		add("pins/prod/web/junk-%d", "{release: hold}")
+		add("pins/prod/web/odd-%d", "nonsense")
+		add("pins/prod/web/app/a-%d", "{release: hold}")
+		add("pins/prod/web/app/b-%d", "nonsense")
+		add("control/prod/web/junk-%d", "nonsense")
+		add("control/prod/web/app/%d", "nonsense")
+	}
+	f := Assemble(entries, noon)
+	if len(f.Units) > 2+maxTold {
+		t.Errorf("%d units", len(f.Units))
+	}
+	if text := f.Errors["pins/prod/web/"]; !strings.Contains(text, fmt.Sprint(2*junk-maxTold)) {
+		t.Errorf("of the pins that pin nothing is said %q", text)
+	}
+	var out bytes.Buffer
+	if err := WriteTable(&out, f, TableOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	text := out.String()
+	if n := strings.Count(text, "\n"); n > 200 || len(text) > 100<<10 {
+		t.Errorf("the table has %d lines, %d bytes", n, len(text))
+	}
+	for _, want := range []string{"web-1 pinned", "broken", fmt.Sprintf("and %d more", junk+1-mostNodes), "more keys are wrong"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the table does not say %q:\n%.4000s", want, text)
+		}
 	}
 }

@@ -113,10 +113,15 @@ func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	if u.Pin != nil {
 		add(*u.Pin, func(n Node) bool { _, own := u.Pins[n.Name]; return !own })
 	}
-	for node, pin := range u.Pins {
-		add(pin, func(n Node) bool { return n.Name == node })
+	for _, pin := range u.Pins {
+		if !pin.Hold {
+			add(pin, nil)
+		}
 	}
-	return all
+	return append(all, running(u, func(n Node) bool {
+		pin, own := u.Pins[n.Name]
+		return own && pin.Hold && !pin.Expired(now)
+	})...)
 }
 
 // running are the releases that live nodes run.

@@ -52,37 +52,50 @@ func (f *Fleet) LastKnown() string {
 	return text
 }
 
+// mostFaults is how many faults are told apart of the keys of one kind, and how many keys are named that share one.
+const mostFaults = 20
+
 // Faults returns the errors of f that belong to no unit.
 func (f *Fleet) Faults() (all []Note) {
 	away, text := lastKnown(f)
 	if text != "" {
 		all = append(all, Note{Text{"error", Bad}, Text{text, Plain}})
 	}
-	shown := map[string]bool{} // with its unit already
-	for _, key := range away {
-		shown[key] = true
-	}
+	units := map[deployments.UnitID]bool{}
 	for _, u := range f.Units {
-		shown[kv.DesiredKey(u.ID)], shown[kv.PinKey(u.ID)] = true, true
-		for key := range f.Errors {
-			node, below := strings.CutPrefix(key, kv.PinKey(u.ID)+"/")
-			shown[key] = shown[key] || below && deployments.CheckSegment("node", node) == nil
-		}
+		units[u.ID] = true
+	}
+	shown := func(name string) bool { // with its unit already
+		key, err := kv.ParseKey(name)
+		return slices.Contains(away, name) ||
+			err == nil && (key.Kind == kv.DesiredPrefix || key.Kind == kv.PinsPrefix) && units[key.UnitID()]
 	}
 	keys := map[string][]string{} // by what is wrong with them
 	var wrong []string
+	each, more := map[string]int{}, 0 // of a kind: one token can write any number of them
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
-		if shown[key] {
+		if shown(key) {
 			continue
 		}
 		what := oneLine(f.Errors[key])
-		if keys[what] == nil {
+		if kind, _, _ := strings.Cut(key, "/"); keys[what] == nil {
+			if each[kind]++; each[kind] > mostFaults {
+				more++
+				continue
+			}
 			wrong = append(wrong, what)
 		}
 		keys[what] = append(keys[what], clean(key))
 	}
 	for _, what := range wrong {
-		all = append(all, Note{Text{"error", Bad}, Text{strings.Join(keys[what], ", ") + ": " + what, Plain}})
+		named := strings.Join(keys[what][:min(len(keys[what]), mostFaults)], ", ")
+		if n := len(keys[what]) - mostFaults; n > 0 {
+			named += fmt.Sprintf(" and %d more", n)
+		}
+		all = append(all, Note{Text{"error", Bad}, Text{named + ": " + what, Plain}})
+	}
+	if more > 0 {
+		all = append(all, Note{Text{"error", Bad}, Text{fmt.Sprintf("%d more keys are wrong", more), Plain}})
 	}
 	nodes := map[string][]string{} // by their stage and role
 	for _, n := range f.Unassigned {
@@ -319,10 +332,29 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 			add("pinned", Plain, s, Plain)
 		}
 	}
-	for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
+	pinned := slices.Sorted(maps.Keys(u.Pins))
+	if len(pinned) > mostNodes { // those of nodes that there are come first
+		nodes := map[string]bool{}
+		for _, n := range u.Nodes {
+			nodes[n.Name] = true
+		}
+		slices.SortStableFunc(pinned, func(a, b string) int {
+			switch {
+			case nodes[a] == nodes[b]:
+				return 0
+			case nodes[a]:
+				return -1
+			}
+			return 1
+		})
+	}
+	for _, node := range pinned[:min(len(pinned), mostNodes)] {
 		pin := u.Pins[node]
 		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
 		add(clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), Plain)
+	}
+	if n := len(pinned) - mostNodes; n > 0 {
+		add(fmt.Sprintf("and %d more", n), Plain, "pins of single nodes: kedge status "+u.ID.String()+" --json", Plain)
 	}
 	if u.Order != "" {
 		add("order:", Plain, u.Order+", which the mirror has yet to take", Warn)
