@@ -9,6 +9,11 @@
 //     it runs where the release, or what its manifest fetches, lies elsewhere (TestResolve, TestBoundsOnSources;
 //     TestBounds in sync/deploy). A node with signers uses nothing of a manifest that none of them signed
 //     (TestVerifyManifest). Without either, such a token is the fleet's root.
+//   - A token that writes pins/ and control/ can fill them with junk. Nodes, the mirror and whoever looks at status
+//     spend on it what its number takes, and show a bounded part of it (TestJunkPins in sync/agent, TestFloodOfPins,
+//     TestFloodOfOrders and TestJunkOrders in sync/mirror, TestAssembleBoundsPinsAndOrders in sync/fleet).
+//   - Who may fire an event that kedge bridge follows chooses a manifest, of those that --sources allows, that becomes
+//     a record or a pin (TestBridge in sync/migrate).
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest
 //     those of all the rest, so that what was replaced is refused. Together with a token as above, Signers and Bounds
 //     are what is left.
