@@ -7,7 +7,7 @@ import (
 
 // Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy
 // unchanged, but for what stretcher passes over or should not have taken: unknown fields, loops in templates, a src
-// by plain http or without a checksum. Each is an error that says so. Written by kedge publish or by hand,
+// without a checksum. Each is an error that says so. Written by kedge publish or by hand,
 // immutable once a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown

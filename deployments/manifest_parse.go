@@ -516,7 +516,7 @@ func (r *manifestReader) asURL(s string) (string, error) {
 		}
 		s = scheme + "://" + host + "/" + dir + s
 	}
-	return s, CheckURL(s)
+	return s, CheckSourceURL(s)
 }
 
 // parentOf returns a path up to its last slash, included.

@@ -92,10 +92,32 @@ func PlainURL(s string) string {
 	return s
 }
 
-// CheckURL accepts what an agent can fetch: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH,
-// and http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in
-// logs and stored in KV.
+// CheckURL accepts what anybody may name: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH, and
+// http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in logs and
+// stored in KV.
 func CheckURL(s string) error {
+	if err := CheckSourceURL(s); err != nil {
+		return err
+	}
+	if IsPlainHTTP(s) {
+		return errors.New("plain http is accepted from this machine only: use https://")
+	}
+	return nil
+}
+
+// IsPlainHTTP reports whether a URL leads to another machine by http, where anybody on the way can change what comes.
+func IsPlainHTTP(s string) bool {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "http" {
+		return false
+	}
+	ip, err := netip.ParseAddr(u.Hostname())
+	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
+}
+
+// CheckSourceURL is CheckURL that accepts http:// to any machine: of what has a checksum beside it, or is a prefix that
+// sources name. Whether plain http is followed is up to whoever fetches.
+func CheckSourceURL(s string) error {
 	if !utf8.ValidString(s) {
 		return fmt.Errorf("the URL %q is not UTF-8", clip(ShownURL(s))) // JSON would write another URL
 	}
@@ -120,13 +142,9 @@ func CheckURL(s string) error {
 		return fmt.Errorf("the URL carries a query, which a %s:// URL has not: a ? in a path is written as %%3F", u.Scheme)
 	}
 	switch u.Scheme {
-	case "s3", "gs", "https":
+	case "s3", "gs", "https", "http":
 		if u.Host == "" || strings.Trim(u.Path, "/") == "" {
 			return fmt.Errorf("the URL needs a host or bucket and a path")
-		}
-	case "http":
-		if ip, err := netip.ParseAddr(u.Hostname()); u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback()) {
-			return fmt.Errorf("plain http is accepted from this machine only: use https://")
 		}
 	case "file":
 		if u.Host != "" || !strings.Contains(s, ":///") || u.Path == "/" {

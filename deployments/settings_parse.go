@@ -139,7 +139,7 @@ func oneOf[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, b
 
 func asPrefix(s string) (string, error) {
 	// A bucket alone is a fine prefix, and no URL of an object.
-	if err := CheckURL(strings.TrimSuffix(s, "/") + "/x"); err != nil {
+	if err := CheckSourceURL(strings.TrimSuffix(s, "/") + "/x"); err != nil {
 		return "", fmt.Errorf("source %q: %w", clip(s), err)
 	}
 	return s, nil

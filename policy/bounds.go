@@ -12,9 +12,10 @@ import (
 // Bounds limit what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own
 // kedge.yaml. The zero value allows everything.
 type Bounds struct {
-	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any.
+	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any, but for
+	// plain http:// of other machines, which must be named.
 	Sources []string
-	// NoLocal refuses file:// and plain http://, which lead to this machine, but where Sources name them: who can only
+	// NoLocal refuses file:// and http:// that lead to this machine, but where Sources name them: who can only
 	// pin could have files read, and requests sent, that the agent alone can read and send.
 	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
@@ -41,6 +42,12 @@ func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0
 // CheckSource reports why nothing may be fetched from a URL; nil: it may.
 func (b Bounds) CheckSource(url string) error {
 	named := deployments.FromSource(url, b.Sources)
+	if !named && deployments.IsPlainHTTP(url) {
+		return fmt.Errorf(
+			"%s is plain http of another machine, which anybody on the way can change: use https://, or name it in sources",
+			deployments.ShownURL(url),
+		)
+	}
 	local := strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "http:")
 	if b.NoLocal && local && !named {
 		return fmt.Errorf(

@@ -128,6 +128,12 @@ func TestLocalSources(t *testing.T) {
 		{"http://127.0.0.1:8500/releases/x", Bounds{NoLocal: true, Sources: named}, false},
 		{"file:///etc/shadow", Bounds{Sources: named}, false},
 		{"file:///etc/shadow", Bounds{}, true},
+		// Plain http of another machine is taken from no one but whom sources name.
+		{"http://artifacts.internal/app.tar", Bounds{}, false},
+		{"http://artifacts.internal/app.tar", Bounds{Sources: []string{"https://artifacts.internal/"}}, false},
+		{"http://artifacts.internal/app.tar", Bounds{Sources: []string{"http://artifacts.internal/"}}, true},
+		{"http://artifacts.internal/app.tar", Bounds{NoLocal: true, Sources: []string{"http://artifacts.internal/"}}, true},
+		{"http://artifacts.internal.evil/app.tar", Bounds{Sources: []string{"http://artifacts.internal/"}}, false},
 	} {
 		if err := c.bounds.CheckSource(c.url); (err == nil) != c.ok {
 			t.Errorf("%s within %+v: %v", c.url, c.bounds, err)

@@ -57,6 +57,9 @@ type Config struct {
 	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it
 	// leads to https alone, and from another machine never to this one.
 	Redirect func(url string) error
+	// Sources are URLs, or prefixes of them, as agents' sources: plain http is read from another machine only if it is
+	// below one of these.
+	Sources []string
 	// Mirrors are asked before an object's own place by those who know its digest.
 	Mirrors Mirrors
 	Log     *slog.Logger // nil: discard
@@ -76,6 +79,7 @@ type Client struct {
 	http     *http.Client
 	s3       s3Lazy
 	gs       string
+	sources  []string
 	account  gsAccount
 	requests atomic.Int64
 	bytes    atomic.Int64
@@ -152,13 +156,13 @@ func New(c Config) *Client {
 	client.http = &http.Client{
 		Transport: countingTransport{transport, &client.requests},
 		CheckRedirect: func(r *http.Request, via []*http.Request) error {
-			if err := checkRedirect(r, via, c.Redirect); err != nil {
+			if err := client.checkRedirect(r, via, c.Redirect); err != nil {
 				return redirectError{err}
 			}
 			return nil
 		},
 	}
-	client.s3.config = c.S3
+	client.s3.config, client.sources = c.S3, c.Sources
 	client.gs, client.account.http = c.GSEndpoint, client.http
 	client.s3.unconditional = c.UnconditionalPut
 	client.s3.requests = &client.requests
@@ -223,7 +227,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 	case "https":
 		return &httpStore{http: c.http, meter: c.meter}, u, nil
 	case "http":
-		if !thisMachine(u) {
+		if !c.mayRead(u) {
 			return nil, nil, fmt.Errorf("%s: %w", deployments.ShownURL(text), errPlainHTTP)
 		}
 		return &httpStore{http: c.http, meter: c.meter}, u, nil
@@ -234,7 +238,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 }
 
 var (
-	errPlainHTTP = errors.New("plain http is accepted from this machine only: use https://")
+	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
 	errToHere    = errors.New("another machine may not lead to this one")
 
 	errToPlainHTTP = errors.New("https may not lead to plain http")
@@ -245,6 +249,11 @@ func thisMachine(u *url.URL) bool {
 	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
+// mayRead reports whether a URL of plain http may be followed.
+func (c *Client) mayRead(u *url.URL) bool {
+	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
+}
+
 // redirectError is why a redirect isn't followed: trying again doesn't help.
 type redirectError struct{ error }
 
@@ -253,7 +262,7 @@ func (e redirectError) Unwrap() error { return e.error }
 // checkRedirect keeps to what is accepted of a URL. A redirect within a host takes a token or a password along, and
 // one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
 // carry a signature, and is not told.
-func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
+func (c *Client) checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
 	r.Header.Del("Referer")
 	if r.URL.Host != via[0].URL.Host {
 		r.Header.Del("Authorization")
@@ -264,7 +273,7 @@ func checkRedirect(r *http.Request, via []*http.Request, allowed func(string) er
 		return errToHere
 	case r.URL.Scheme != "https" && from.Scheme == "https":
 		return errToPlainHTTP
-	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !local):
+	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !c.mayRead(r.URL)):
 		return errPlainHTTP
 	}
 	if len(via) >= 10 {

@@ -14,6 +14,7 @@ var errElsewhere = errors.New("not from there")
 
 func TestWhereARedirectMayLead(t *testing.T) {
 	t.Parallel()
+	client := New(Config{Sources: []string{"http://named.example/"}})
 	for _, c := range []struct {
 		from, to string
 		want     error
@@ -30,6 +31,10 @@ func TestWhereARedirectMayLead(t *testing.T) {
 		{"http://localhost/x", "http://127.0.0.1:8500/x", nil},
 		{"http://localhost/x", "https://one.example/x", nil},
 		{"http://localhost/x", "http://one.example/x", errPlainHTTP},
+		{"http://named.example/x", "http://named.example/y", nil},
+		{"http://named.example/x", "http://one.example/x", errPlainHTTP},
+		{"http://named.example/x", "http://127.0.0.1/x", errToHere},
+		{"https://named.example/x", "http://named.example/x", errToPlainHTTP},
 	} {
 		from, err := http.NewRequest(http.MethodGet, c.from, nil)
 		if err != nil {
@@ -45,11 +50,11 @@ func TestWhereARedirectMayLead(t *testing.T) {
 			}
 			return nil
 		}
-		if err := checkRedirect(to, []*http.Request{from}, allowed); !errors.Is(err, c.want) {
+		if err := client.checkRedirect(to, []*http.Request{from}, allowed); !errors.Is(err, c.want) {
 			t.Errorf("from %s to %s: %v, want %v", c.from, c.to, err, c.want)
 		}
 		many := []*http.Request{from, from, from, from, from, from, from, from, from, from}
-		if err := checkRedirect(to, many, nil); err == nil {
+		if err := client.checkRedirect(to, many, nil); err == nil {
 			t.Errorf("from %s to %s in the end: no error", c.from, c.to)
 		}
 	}

@@ -289,7 +289,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Sources: conf.Sources, NoLocal: !conf.LocalSources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands,
 	}
 	objects := object.New(object.Config{
-		MaxBandwidth: bandwidth, Redirect: bounds.CheckSource, Mirrors: mirrors, Log: log,
+		MaxBandwidth: bandwidth, Sources: bounds.Sources, Redirect: bounds.CheckSource, Mirrors: mirrors, Log: log,
 	})
 	trust, err := trustSigners(conf.Signers, objects, log)
 	if err != nil {

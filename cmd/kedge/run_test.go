@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -212,6 +213,37 @@ func TestRunBoundsBandwidth(t *testing.T) {
 	// The first 256 KiB come at once.
 	if took := time.Since(begun); code != 0 || took < 700*time.Millisecond {
 		t.Errorf("600 kB at 400 kB/s took %s, exit code %d\n%s", took, code, stderr)
+	}
+}
+
+// An archive comes by plain http from another machine only if the sources name that: nobody else may lead there.
+func TestRunByPlainHTTP(t *testing.T) {
+	t.Parallel()
+	r := newOldRelease(t, 10, "")
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		asked.Add(1)
+		http.ServeFile(w, q, r.archive)
+	}))
+	t.Cleanup(server.Close)
+	_, port, err := net.SplitHostPort(server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := "http://0.0.0.0:" + port // leads here, and counts as another machine's address
+	r.write(t, host+"/releases/app.tar", "")
+	for _, sources := range []string{"", "file://,https://0.0.0.0:" + port + "/", "file:///,http://0.0.0.0/"} {
+		args := []string{"run", r.url()}
+		if sources != "" {
+			args = append(args, "--sources", sources)
+		}
+		_, stderr, code := cli(t, "", args...)
+		if code != 1 || !strings.Contains(stderr, "sources") || asked.Load() != 0 || r.deployed() {
+			t.Errorf("sources %q: exit code %d, %d requests\n%s", sources, code, asked.Load(), stderr)
+		}
+	}
+	if _, stderr, code := cli(t, "", "run", "--sources", "file:///,"+host+"/releases/", r.url()); code != 0 || !r.deployed() {
+		t.Errorf("named: exit code %d\n%s", code, stderr)
 	}
 }
 

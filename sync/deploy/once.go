@@ -152,7 +152,7 @@ func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, erro
 		return u.admit(ctx, p)
 	}
 	text = deployments.PlainURL(deployments.Trim(text))
-	if err := deployments.CheckURL(text); err != nil {
+	if err := deployments.CheckSourceURL(text); err != nil {
 		return nil, fmt.Errorf("manifest %q: %w", deployments.ShownURL(text), err)
 	}
 	if err := u.c.Bounds.CheckSource(text); err != nil {
