@@ -192,8 +192,12 @@ func TestRolloutIsTold(t *testing.T) {
 	w.write(r, entry(r))
 	w.await(1)
 	r.Rollout = &deployments.Progress{Phase: deployments.PhasePendingApproval, Since: noon, Reason: deployments.ReasonAwaitingApproval}
-	w.write(r, nil)
+	pinned := entry(r) // the mirror writes its entry anew for pins and orders: that is no news of the rollout
+	pinned.Pins = []deployments.PastPin{{At: noon, Pin: deployments.Pin{Hold: true}}}
+	w.write(r, pinned)
 	w.await(2)
+	pinned.Pins[0].Ended = noon.Add(time.Minute)
+	w.write(r, pinned)
 	stop()
 	r.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon}
 	w.write(r, nil)

@@ -1,0 +1,136 @@
+package fleet
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+	"kedge/kv"
+)
+
+// PinNotes returns what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
+// atOnce is the new pin's.
+func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil {
+		return nil // whether it may be written is another question
+	}
+	if len(f.Units) == 0 {
+		return []string{NoUnit(ctx, store, id).Error()}
+	}
+	u := &f.Units[0]
+	was, pinned := u.Pins[node]
+	if node == "" && u.Pin != nil {
+		was, pinned = *u.Pin, true
+	}
+	if pinned {
+		notes = append(notes, "before: "+strings.TrimSpace(pinName(u, was)+" "+pinStory(was, f.At)))
+	}
+	if node == "" && u.Record != nil && u.Record.Paced && !atOnce && !f.MirrorRunning {
+		notes = append(notes, "no mirror runs, and nodes wait until one admits them, within max_unavailable: "+
+			"start one, or let all nodes follow at once: --at-once")
+	}
+	if node == "" {
+		for _, other := range slices.Sorted(maps.Keys(u.Pins)) {
+			if !u.Pins[other].Expired(f.At) {
+				notes = append(
+					notes,
+					fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])),
+				)
+			}
+		}
+		return notes
+	}
+	if u.Pinned(f.At) {
+		notes = append(notes, "the unit is pinned as well: "+strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At)))
+	}
+	if !pinned && !slices.ContainsFunc(u.Nodes, func(n Node) bool { return n.Name == node }) {
+		_, _, err := f.find(id, node)
+		notes = append(notes, err.Error())
+	}
+	return notes
+}
+
+// Follows returns what a unit, or one node of it, will run once its pin is gone; empty: unknown.
+func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 {
+		return ""
+	}
+	u := &f.Units[0]
+	switch {
+	case node != "" && u.Pinned(f.At):
+		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
+	case u.Error != "":
+		return oneLine(u.Error)
+	case u.Record == nil:
+		return "there is no record: nodes keep what they run"
+	}
+	says := "the record counts now: " + u.Release(u.GitTarget())
+	switch p := u.Record.Rollout; {
+	case u.Record.Pinned != nil && u.Record.Pinned.Failed == u.Record.Pinned.Target.Digest && !u.Record.Pinned.Stable.IsZero():
+		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Pinned.Stable) + ", within max_unavailable"
+	case u.Record.Pinned != nil:
+		return says + ": nodes go there within max_unavailable"
+	case p == nil || u.Record.Stable.IsZero():
+	case p.Phase == deployments.PhaseRollingBack:
+		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Stable) + ", within max_unavailable"
+	case p.Phase == deployments.PhaseRolledBack:
+		return says + ", which was rolled back: nodes run " + u.Release(u.Record.Stable)
+	default:
+		return says + " on the nodes that its rollout has admitted, and " + u.Release(u.Record.Stable) + " on the others"
+	}
+	for _, n := range u.Nodes {
+		if slices.Contains(n.Report.Quarantined, u.Record.Target.Digest) && (node == "" || node == n.Name) {
+			return says + ", which failed on " + clean(n.Name) + " before"
+		}
+	}
+	return says
+}
+
+// RunsAlready says that every live node of a unit runs a release already; empty: one doesn't, or it can't be told.
+func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
+		return ""
+	}
+	u := &f.Units[0]
+	if slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.Running.Digest != release.Digest }) {
+		return ""
+	}
+	says := fmt.Sprintf("all %d live nodes run it already", u.Live)
+	if u.Live == 1 {
+		says = "the one live node runs it already"
+	}
+	if failed, stable := rolledBack(u.Record); !failed.IsZero() && stable.Digest == release.Digest {
+		says += ", as " + u.Release(failed) + " was rolled back by itself: the pin keeps them there, whatever Git names next"
+	}
+	return says
+}
+
+// rolledBack returns what Git names and was rolled back, and to what; zero: nothing was. The mirror may have taken up a
+// pin already.
+func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
+	switch {
+	case r == nil:
+	case r.Pinned != nil:
+		if r.Pinned.Failed == r.Pinned.Target.Digest {
+			return r.Pinned.Target, r.Pinned.Stable
+		}
+	case r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRolledBack:
+		return r.Target, r.Stable
+	}
+	return failed, stable
+}
+
+// Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.
+func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
+	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
+	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {
+		return ""
+	}
+	return "it is pinned, and its nodes follow the pin until: kedge unpin " + id.String()
+}
