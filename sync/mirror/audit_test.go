@@ -331,6 +331,52 @@ func TestOrdersAreNoted(t *testing.T) {
 	}
 }
 
+// cutOff is a store whose answer to the commits that take an order is lost once, after they were done.
+type cutOff struct {
+	kv.Store
+	lost atomic.Bool
+}
+
+func (c *cutOff) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
+	err := c.Store.Commit(ctx, lease, ops...)
+	takes := func(op kv.Op) bool { return op.Kind == kv.OpDeleteIf && strings.HasPrefix(op.Key, kv.ControlPrefix) }
+	if err == nil && slices.ContainsFunc(ops, takes) && !c.lost.Swap(true) {
+		return fmt.Errorf("%w: the answer is lost", kv.ErrUnavailable)
+	}
+	return err
+}
+
+// An order whose answer was lost stays in the history when a pin is noted there next.
+func TestOrderSurvivesALostAnswer(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	store := &cutOff{Store: dirStore(t)}
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")}))
+	put(t, store, "control/prod/web/app", "order: retry\nby: ada")
+	m.await("the order is taken", func() error {
+		if _, err := store.Get(t.Context(), "control/prod/web/app"); err == nil || !store.lost.Load() {
+			return fmt.Errorf("it is there: %v", err)
+		}
+		return nil
+	})
+	put(t, store, "pins/prod/web/app", `{"release":"hold","by":"bob"}`)
+	m.await("the pin in the history", func() error {
+		past := pastOf(t, store, "prod/web/app")
+		if len(past) == 0 || len(past[0].Pins) == 0 && (len(past) < 2 || len(past[1].Pins) == 0) {
+			return fmt.Errorf("it is %+v", past)
+		}
+		return nil
+	})
+	orders := 0
+	for _, h := range pastOf(t, store, "prod/web/app") {
+		orders += len(h.Orders)
+	}
+	if orders != 1 {
+		t.Errorf("%d orders stand in the history, want one", orders)
+	}
+}
+
 // reads counts what a mirror asks of the store.
 type reads struct {
 	kv.Store

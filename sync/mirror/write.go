@@ -106,7 +106,11 @@ func (l *leader) write(
 		if err := l.c.Store.Commit(ctx, l.lease, ops...); err != nil {
 			if !errors.Is(err, kv.ErrConflict) && !errors.Is(err, kv.ErrLeaseLost) {
 				for _, w := range batch {
-					delete(l.written.records, w.unit) // it may have been written all the same: take what the store shows
+					// It may have been written all the same: take what the store shows.
+					delete(l.written.records, w.unit)
+					if w.status == nil {
+						l.history.forget(w.unit)
+					}
 				}
 			}
 			return fmt.Errorf("write %d keys: %w", len(ops), err)
