@@ -35,6 +35,15 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		because(reason, facts)
 		return
 	}
+	if r.Orphaned && f.Running.Digest != r.Target.Digest && (part || f.Running == r.Stable && !r.Stable.IsZero()) {
+		// The unit may go on under another name, where its budget doesn't count what begins under this one.
+		if p != nil {
+			d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(p)})
+		}
+		run(ActRun, FromRunning, f.Running)
+		because(deployments.ReasonOrphaned, facts)
+		return
+	}
 	if p == nil {
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonTarget, facts)

@@ -40,8 +40,10 @@ func TestResolve(t *testing.T) {
 		r.Rollout = &p
 		return good(r)
 	}
-	firstBack := good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseRolledBack}})
 	rank := Rank("n1", v2.Digest)
+	rolling := progress{Phase: deployments.PhaseRolling, Cutoff: rank}
+	orphaned := func(p progress) Value[record] { r := in(p); r.Value.Orphaned = true; return r }
+	firstBack := good(record{Target: v2, Generation: 1, Rollout: &progress{Phase: deployments.PhaseRolledBack}})
 	failed := []deployments.Digest{v1.Digest}
 	replaced := []deployments.Superseded{{Digest: v3.Digest, Cutoff: 7}}
 	for _, c := range []struct {
@@ -85,6 +87,12 @@ func TestResolve(t *testing.T) {
 		{"not admitted, and stable failed here, where nothing runs", Facts{Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolling})}, ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
 		{"halted, and stable failed here", Facts{Running: v3, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRolledBack})}, ActKeep, none, none, FromStable, "failed on this node", "", time.Time{}},
 		{"rolled back, its turn, and stable failed here", Facts{Running: v2, Quarantined: failed, Record: in(progress{Phase: deployments.PhaseRollingBack})}, ActRun, v1, none, FromStable, "rolled back", "", time.Time{}},
+		{"admitted, and orphaned since", Facts{Running: v1, Record: orphaned(rolling)},
+			ActRun, v1, none, FromRunning, "no longer in Git", "", time.Time{}},
+		{"on its way, and orphaned since", Facts{Running: v2, Record: orphaned(rolling)},
+			ActRun, v2, none, FromTarget, "Git", "", time.Time{}},
+		{"orphaned, where nothing runs", Facts{Record: orphaned(progress{Phase: deployments.PhaseRolling})},
+			ActStage, v1, v2, FromStable, "until this node is admitted", "", time.Time{}},
 		{"rolled back, with nothing to go back to", Facts{Running: v2, Record: firstBack}, ActRun, v2, none,
 			FromRunning, "none to go back to", "", time.Time{}},
 		{"rolled back, with what was there before kedge", Facts{Running: v2, Leavable: true, Record: firstBack},

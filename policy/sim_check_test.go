@@ -34,13 +34,13 @@ func (w *world) check() {
 		if n.unknown() && !w.passed().Before(n.silent.Add(shortList)) {
 			n.free = true // its entry was removed
 		}
-		if n.left || n.gone && n.going.IsZero() {
+		if n.left || n.gone && n.going.IsZero() && !n.ends {
 			continue
 		}
 		if !n.gone && !n.pin.Present {
 			live++
 		}
-		if !n.going.IsZero() && !n.free && (n.serves || !n.running.IsZero()) {
+		if (n.ends || !n.going.IsZero()) && !n.free && (n.serves || !n.running.IsZero()) {
 			switching++
 		}
 	}
@@ -60,7 +60,7 @@ func (w *world) check() {
 	if switching > w.cap {
 		var names []string
 		for _, n := range w.nodes {
-			if !n.going.IsZero() && !n.free && !n.left {
+			if (n.ends || !n.going.IsZero()) && !n.free && !n.left {
 				names = append(names, n.name)
 			}
 		}

@@ -19,6 +19,8 @@ type member struct {
 	looked  bool      // at what lies at dest
 	serves  bool      // something else does, until it runs a release
 	kept    bool      // what did can be put back
+	epoch   int       // the unit that it looks after: see world.epoch
+	ends    bool      // it ends what it had begun under the unit's former name
 	joined  uint64    // larger after each restart, and each time that it was cut off
 	told    entry     // as in the store
 	silent  time.Time // since when it isn't there
@@ -92,7 +94,7 @@ func (w *world) unsettled(n *member) bool {
 	if n.left || n.gone {
 		return false
 	}
-	if !n.going.IsZero() {
+	if !n.going.IsZero() || n.ends {
 		return true
 	}
 	for i := n.seen; i < len(w.records); i++ {
@@ -139,6 +141,13 @@ func (w *world) act(n *member, promptly bool) {
 			next = last
 		}
 		n.read(w, next)
+	}
+	if n.ends {
+		if promptly || w.chance(0.3) {
+			w.say("%s has ended what it had begun under another name", n.name)
+			n.ends = false
+		}
+		return
 	}
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
@@ -222,11 +231,17 @@ func (w *world) tell(n *member) {
 	if n.gone || n.left {
 		return
 	}
+	if n.epoch < w.epoch { // what it says of the unit's former name is nothing of this one
+		n.told, n.stale = entry{true, n.joined, deployments.UnitReport{}}, false
+		return
+	}
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
 		Serves: n.looked && n.serves, Leavable: n.leavable(), Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
 	switch {
+	case n.ends:
+		u.State, u.Serves = deployments.StateSwitching, true
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
 	case d.Target.IsZero():
@@ -269,6 +284,9 @@ func (w *world) relist() {
 // read takes what the store holds, as an agent does: nothing takes the place of a record, and one of a lower
 // generation than it has acted on doesn't.
 func (n *member) read(w *world, i int) {
+	if n.epoch < w.epoch && i >= w.renamed {
+		n.rename(w)
+	}
 	switch r := w.records[i]; {
 	case r.Generation == 0:
 		n.acts = -1
@@ -276,6 +294,41 @@ func (n *member) read(w *world, i int) {
 		n.acts, n.floor = i, r.Generation
 	}
 	n.seen = i
+}
+
+// rename has Git name the unit otherwise, with the same dest: its keys are new, and those of before are removed or
+// orphaned, so that who has begun nothing by them stays on what it runs.
+func (w *world) rename() {
+	w.count("renames")
+	w.epoch++
+	w.renamed = len(w.records)
+	w.history, w.unitPin, w.saved, w.pushed, w.wished = nil, Value[deployments.Pin]{}, nil, true, false
+	w.asked = map[deployments.Digest]int{}
+	w.put(deployments.Record{})
+	left, looked := w.left, w.looked
+	w.takeOver()
+	w.left, w.looked = left, looked
+	for _, n := range w.nodes {
+		if n.told.listed {
+			n.told.report = deployments.UnitReport{}
+		}
+		if n.pin.Present {
+			n.pin, n.free = Value[deployments.Pin]{}, true
+		}
+	}
+	w.look()
+	w.say("the unit is renamed")
+}
+
+// rename has a node look after the unit under its new name: what it ran under the former one is what serves there.
+func (n *member) rename(w *world) {
+	n.epoch, n.acts, n.floor = w.epoch, -1, 0
+	n.serves, n.looked, n.kept, n.sick = n.serves || !n.running.IsZero(), false, false, false
+	if n.ends = !n.going.IsZero(); n.ends {
+		w.count("renames in mid-switch")
+	}
+	n.running, n.going = deployments.Pointer{}, deployments.Pointer{}
+	n.failed, n.tried = map[deployments.Digest]string{}, map[deployments.Digest]int{}
 }
 
 // acting is the record that a node acts on; zero: none.

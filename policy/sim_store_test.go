@@ -211,6 +211,11 @@ func (w *world) mirror(order string) (again time.Time) {
 		at = &stored
 	}
 	m.Record = base.Number(m.Record, at, w.seenBy)
+	if w.refused && !reflect.DeepEqual(m.Record, stored) { // the folder key that it compares is gone: it makes it again
+		w.refused, w.waits = false, true
+		w.count("writes refused")
+		return m.Again
+	}
 	if w.own = m.Record; reflect.DeepEqual(m.Record, stored) {
 		if plain {
 			w.sleeps(s, m)

@@ -91,6 +91,10 @@ type world struct {
 	rng     *rand.Rand
 	aside   *rand.Rand    // for what is only looked at
 	adopt   *rand.Rand    // for what serves besides; nil: nothing does
+	renames *rand.Rand    // for renames of the unit, and for writes that the store refuses
+	epoch   int           // how often it was renamed
+	renamed int           // the record with which it was, an index into records
+	refused bool          // the next write is, as a folder key is gone
 	now     time.Time     // by the mirror's clock
 	back    time.Duration // by which that was put back
 	unit    deployments.Unit
@@ -146,7 +150,8 @@ func (w *world) chance(p float64) bool { return w.rng.Float64() < p }
 func play(seed uint64, keep bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
 	w := &world{
-		rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), adopt: rand.New(rand.NewPCG(seed, 44)), now: noon, keep: keep,
+		rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), adopt: rand.New(rand.NewPCG(seed, 44)),
+		renames: rand.New(rand.NewPCG(seed, 45)), now: noon, keep: keep,
 		bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, asked: map[deployments.Digest]int{},
 		records: []deployments.Record{{}}, lived: [][]bool{nil}, leader: leader{left: map[string]time.Time{}},
 	}
@@ -246,6 +251,12 @@ func (w *world) push(fails float64) {
 func (w *world) event() {
 	w.now = w.now.Add(time.Duration(w.rng.IntN(20)) * time.Second)
 	w.relist()
+	switch w.renames.IntN(250) {
+	case 0:
+		w.rename()
+	case 1, 2:
+		w.refused = true
+	}
 	switch n := w.nodes[w.rng.IntN(len(w.nodes))]; w.rng.IntN(42) {
 	case 0:
 		w.join()

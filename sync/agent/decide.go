@@ -31,7 +31,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 		}
 	}
 	for _, u := range a.units {
-		u.replaced = a.replaced(u)
+		u.replaced, u.contends = a.replaced(u), a.contends(u)
 	}
 	for _, r := range a.cache.Roles() {
 		a.aim(r)

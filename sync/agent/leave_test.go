@@ -107,3 +107,34 @@ func TestLeavesAFirstReleaseThatHangs(t *testing.T) {
 		})
 	}
 }
+
+// A unit that is renamed while a node is in mid-switch under its former name is told under the new one as switching,
+// where the budget counts it; once that is over it waits for its turn.
+func TestRenamedInMidSwitch(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	renamed := unitID("frontend")
+	one := w.publish("app", "1")
+	two := w.publish("app", "2", post("touch "+w.path("begun")+"; until test -e "+w.path("go")+"; do sleep 0.01; done"))
+	three := w.publish("frontend", "3", func(m *deployments.Manifest) { m.Dest = w.path("srv", "app") })
+	w.desire(app, deployments.Record{Target: one, Stable: one, Generation: 1})
+	a := w.start()
+	a.awaitRunning(app, one)
+	r := deployments.Record{Target: two, Stable: one, Generation: 2,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: math.MaxUint64, Since: time.Now()}}
+	w.desire(app, r)
+	await(t, "the switch", func() (bool, string) { _, err := os.Stat(w.path("begun")); return err == nil, "not yet" })
+	r.Orphaned = true
+	w.desire(app, r)
+	w.desire(renamed, firstRelease(three, 1, deployments.PhaseCanary, 0))
+	a.awaitUnit(renamed, "counted", func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateSwitching && u.Serves && u.Generation == 1
+	})
+	write(t, w.path("go"), "")
+	a.awaitUnit(renamed, "waiting for its turn", func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateWaiting && u.Serves && u.Staged == three.Digest
+	})
+	if v := w.live("app"); v != "2" {
+		t.Errorf("dest holds %q", v)
+	}
+}

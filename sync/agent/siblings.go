@@ -170,6 +170,23 @@ func (a *Agent) replaced(u *unit) bool {
 	return false
 }
 
+// contends reports whether what serves at the dest of u is changing for a unit that gives the place up to it once that
+// is over: until then the node is out of service for the sake of u as well. a.mu is held.
+func (a *Agent) contends(u *unit) bool {
+	if !u.state().Running.IsZero() {
+		return false
+	}
+	for _, p := range []deployments.Pointer{u.decision.Target, u.decision.Stage} {
+		dest := u.refused[p].dest
+		for _, other := range a.units {
+			if other != u && dest != "" && dest == other.dest && other.yields(u) && other.changing() {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // contested reports whether a unit that Git names is about to take the place of u. a.mu is held.
 func (a *Agent) contested(u *unit) bool {
 	for _, other := range a.units {

@@ -53,6 +53,7 @@ type desired struct {
 	blocked  dependency
 	retired  bool // its worker ends, and what is left of it goes
 	replaced bool // another unit, which is wanted, has its dest
+	contends bool // one that isn't wanted any more is changing it
 	goal     goal
 }
 
@@ -299,6 +300,8 @@ func (u *unit) standing() standing {
 		return at(deployments.StateSwitching, u.trouble) // also while it is fetched what supersedes it: it is out of service
 	case !u.decided:
 		return at(deployments.StateWaiting, u.trouble)
+	case u.contends:
+		return at(deployments.StateSwitching, u.trouble)
 	case u.decision.Action == policy.ActHold:
 		return at(deployments.StateHeld, u.decision.Invalid)
 	case target.IsZero() && u.decision.Invalid != nil:
@@ -460,7 +463,7 @@ func (u *unit) report() deployments.UnitReport {
 		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
 	r.Serves = s.Running.IsZero() &&
-		(u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
+		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
 	if r.Compared = s.Compared; u.observes {
 		r.Compared = u.compared
 	}

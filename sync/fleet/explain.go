@@ -40,7 +40,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	}
 	d.Trace = append(d.Trace, gitStep(f))
 	for _, s := range message.Trace(id, node, resolved.Trace) {
-		if s.What == "admission" && s.Decides && u.Record.Rollout != nil {
+		if s.What == "admission" && s.Decides && u.Record.Rollout != nil && s.Reason != deployments.ReasonOrphaned {
 			s.Says = join(s.Says, turn(u, n))
 		}
 		d.Trace = append(d.Trace, s)

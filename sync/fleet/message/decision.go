@@ -39,6 +39,8 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 			return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
 		}
 		return "the stable release, as the one of " + from + rolledBack(f)
+	case deployments.ReasonOrphaned:
+		return "stays on what it runs, as the unit's file is no longer in Git"
 	case deployments.ReasonNothingToGoBack:
 		return "the release of " + from + rolledBack(f) + ", and there is none to go back to"
 	case deployments.ReasonLeaving:
