@@ -84,6 +84,12 @@ func TestPackage(t *testing.T) {
 		}
 		return nil
 	})
+	// Its notifications' secrets are files that only root can read.
+	m.do("sh", "-ec", "umask 077; for name in notify.secret slack.url github.token; do echo x > /etc/kedge/$name; done")
+	m.do("sh", "-ec", pageBlock(t, "notifications.md", "cat > /etc/kedge/notify.yaml"))
+	m.do("sh", "-ec", pageBlock(t, "notifications.md", "kedge-mirror.service.d"))
+	m.is("kedge-mirror", "active")
+	m.do("sh", "-ec", `for file in $(sed -n 's/.*_file: //p' /etc/kedge/notify.yaml); do test "$(cat $file)" = x; done`)
 	m.do("systemctl", "disable", "--now", "kedge-mirror") // its repo stays behind
 	m.do("sh", "-ec", pageBlock(t, "install.md", "--no-block kedge-agent"))
 	m.release(m.publish("1"))

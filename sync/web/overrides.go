@@ -45,7 +45,9 @@ type frozenRow struct {
 	ID             deployments.UnitID
 	Window, Reason string
 	Until          time.Time
-	Go             string
+	// Never is set if no window opens that would allow it.
+	Never bool
+	Go    string
 }
 
 // mostOverrides bounds each list.
@@ -67,8 +69,8 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 		if u.frozen() && len(v.Frozen) < mostOverrides {
 			f := u.Record.Rollout.Facts
 			v.Frozen = append(v.Frozen, frozenRow{
-				u.ID, fleet.Clean(f["window"], 80), fleet.Clean(f["reason"], mostText), u.progress.Until,
-				"kedge promote " + u.ID.String(),
+				ID: u.ID, Window: fleet.Clean(f["window"], 80), Reason: fleet.Clean(f["reason"], mostText),
+				Until: u.progress.Until, Never: f["opens"] == "never", Go: "kedge promote " + u.ID.String(),
 			})
 		}
 	}

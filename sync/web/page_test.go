@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
@@ -104,6 +105,29 @@ func page(t *testing.T, w *Web, address string) (int, string) {
 	s, _ := w.now()
 	r := w.render(t.Context(), s, strings.Trim(u.Path, "/"), u.Query())
 	return r.code, markup(document(r))
+}
+
+// A rollout in a freeze says when its window opens, or that none does.
+func TestFrozenRollouts(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		facts deployments.Facts
+		says  string
+	}{
+		"until a time": {deployments.Facts{"window": "weekend", "until": "2036-11-30T07:00:00Z"}, `datetime="2036-11-30T07:00:00Z"`},
+		"for ever":     {deployments.Facts{"window": "30 February", "opens": "never"}, "no window opens"},
+		"unknown":      {deployments.Facts{"window": "weekend"}, "no end known"},
+	} {
+		id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
+		w := offline(t, scene{entries: append(mirrorEntries(), entry(kv.DesiredKey(id), deployments.Record{
+			Target: release("2"), Stable: release("1"), Generation: 2, Rollout: &deployments.Progress{
+				Phase: deployments.PhaseFrozen, Since: time.Now(), Reason: deployments.ReasonFrozen, Facts: c.facts,
+			},
+		}))})
+		if _, html := page(t, w, "/-/overrides"); !strings.Contains(html, c.says) {
+			t.Errorf("%s: the page lacks %q:\n%s", name, c.says, html)
+		}
+	}
 }
 
 func TestPages(t *testing.T) {
