@@ -2,9 +2,11 @@ package agent
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -20,9 +22,16 @@ func TestForeignDeployments(t *testing.T) {
 	run := func(strategy deployments.Strategy) func(t *testing.T, w *world) {
 		return func(t *testing.T, w *world) {
 			other := w.publish("app", "9", func(m *deployments.Manifest) { m.Strategy = strategy })
-			one := deploy.OneShot{URL: other.String(), Node: node, Objects: object.New(object.Config{}), Log: w.config().Log}
+			var log strings.Builder
+			one := deploy.OneShot{
+				URL: other.String(), Node: node, Objects: object.New(object.Config{}),
+				Log: slog.New(slog.NewTextHandler(&log, nil)),
+			}
 			if err := deploy.Once(t.Context(), one); err != nil {
 				t.Error(err)
+			}
+			if !strings.Contains(log.String(), "kedge pin "+app.String()) {
+				t.Errorf("it isn't said that an agent deploys there:\n%s", log.String())
 			}
 		}
 	}

@@ -50,7 +50,8 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
 		d, err := deploy.Open(deploy.Config{
-			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
+			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Socket: SocketPath(a.c.StateDir),
+			Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Floors: a.floors, HashAlways: a.c.HashAlways, Secrets: a.c.Secrets,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },

@@ -92,7 +92,9 @@ type Config struct {
 	// Node is this node's name, as of now.
 	Node func() string
 	// Dir is this unit's own directory below the agent's state: STATE/units/STAGE/ROLE/UNIT. It holds the journal.
-	Dir     string
+	Dir string
+	// Socket is the agent's: by it kedge run sees that an agent looks after a dest; empty: there is no agent.
+	Socket  string
 	Objects *object.Client
 	Bounds  policy.Bounds
 	// HashAlways is as in artifact.SwitcherConfig.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,7 +22,8 @@ import (
 
 // destLock lets one process at a time deploy to a dest: agents, whatever their state directory, and
 // kedge run. It is a lock on the file .NAME.kedge-lock beside dest, which stays, as removing it
-// would let two hold it. The file holds the digest of the release that was deployed there last.
+// would let two hold it. Its first line is the digest of the release that was deployed there last; a second one, if it
+// has one, is agentLine's.
 type destLock struct {
 	dest  string
 	place *artifact.Place // nil, as file: there is nothing to lock, as nothing can be written beside dest
@@ -29,6 +31,44 @@ type destLock struct {
 	// waited says that another process held it first, and last what that one deployed; empty: it did not succeed.
 	waited bool
 	last   string
+	// agent is the agentLine of whichever agent deployed there last; empty: none did.
+	agent string
+}
+
+// agentMark begins the line of a lock's file that names an agent: its unit, and its socket, by which others see that it
+// lives.
+const agentMark = "agent "
+
+func (u *Unit) agentLine() string {
+	if u.c.Socket == "" {
+		return ""
+	}
+	return agentMark + u.c.ID.String() + " " + u.c.Socket
+}
+
+// read splits what is in the lock's file.
+func (l *destLock) read(text string) {
+	last, rest, _ := strings.Cut(text, "\n")
+	l.last, l.agent = strings.TrimSpace(last), ""
+	if line, _, _ := strings.Cut(rest, "\n"); strings.HasPrefix(line, agentMark) {
+		l.agent = line
+	}
+}
+
+// livingAgent returns the unit of the agent that deployed to dest last, if that agent lives.
+func (l *destLock) livingAgent(ctx context.Context) (unit string, lives bool) {
+	unit, socket, _ := strings.Cut(strings.TrimPrefix(l.agent, agentMark), " ")
+	if socket == "" {
+		return "", false
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return "", false
+	}
+	c.Close()
+	return unit, true
 }
 
 // LockFile is the path of dest's lock: see lastDeployed.
@@ -46,7 +86,9 @@ func lastDeployed(dest string) deployments.Digest {
 	if err != nil {
 		return deployments.Digest{}
 	}
-	d, _ := deployments.ParseDigest(strings.TrimSpace(string(text)))
+	var l destLock
+	l.read(string(text))
+	d, _ := deployments.ParseDigest(l.last)
 	return d
 }
 
@@ -107,6 +149,12 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 			l.close()
 			return nil, fmt.Errorf("waiting for another deployment to %s to end: %w", dest, err)
 		}
+		if own := u.agentLine(); own != "" {
+			l.agent = own
+		} else if unit, lives := l.livingAgent(ctx); lives {
+			u.log.Warn("an agent deploys to dest, too: it reports this as a foreign deployment, and undoes it where it heals drift",
+				"dest", dest, "unit", unit, "hint", "kedge pin "+unit+" POINTER has the agent deploy it")
+		}
 	}
 	u.lock = l
 	return func() {
@@ -125,7 +173,7 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 			continue
 		case err == nil:
 			text, err := io.ReadAll(io.LimitReader(l.file, 1<<10))
-			l.last = strings.TrimSpace(string(text))
+			l.read(string(text))
 			return err
 		case !errors.Is(err, unix.EWOULDBLOCK):
 			return err
@@ -143,10 +191,10 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 // begun and done note in the lock's file that dest is between releases, and what it holds.
 func (l *destLock) begun() { l.note("") }
 
-func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String() + "\n") }
+func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }
 
 // note is best effort: it saves a process that waited from deploying the same again.
-func (l *destLock) note(text string) {
+func (l *destLock) note(last string) {
 	if l == nil || l.file == nil {
 		return
 	}
@@ -156,6 +204,6 @@ func (l *destLock) note(text string) {
 		return
 	}
 	_ = f.Truncate(0)
-	_, _ = f.WriteString(text)
+	_, _ = f.WriteString(last + "\n" + l.agent + "\n")
 	_ = f.Close()
 }

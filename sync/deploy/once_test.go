@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -351,6 +352,36 @@ func TestRunBesideAnAgent(t *testing.T) {
 	}
 	w.wantVersion("2")
 	w.wantHooks("pre 1", "post 1", "success 1", "pre 2", "post 2", "success 2")
+}
+
+// A lock's file of this version, of the one before, and of one that was cut off are all read.
+func TestLockNamesItsAgent(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	socket := filepath.Join(dir, "agent.sock")
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	digest := deployments.Digest{1}.String()
+	for _, c := range []struct {
+		text, last, unit string
+	}{
+		{"", "", ""},
+		{digest + "\n", digest, ""},
+		{digest + "\n\n", digest, ""},
+		{digest + "\nagent prod/web/app " + socket + "\n", digest, "prod/web/app"},
+		{digest + "\nagent prod/web/app " + socket + ".none\n", digest, ""},
+		{digest + "\nagent prod/web/app", digest, ""},
+		{"\nagent prod/web/app " + socket + "\nmore of a later version\n", "", "prod/web/app"},
+	} {
+		var l destLock
+		l.read(c.text)
+		if unit, lives := l.livingAgent(t.Context()); l.last != c.last || unit != c.unit || lives != (c.unit != "") {
+			t.Errorf("%q: last %q, unit %q, %v", c.text, l.last, unit, lives)
+		}
+	}
 }
 
 // Whoever owns dest's directory can't have the lock wait for ever, or another's file emptied.
