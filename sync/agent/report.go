@@ -106,7 +106,9 @@ func inService(u deployments.UnitReport) int {
 }
 
 // report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node
-// that leaves in good order isn't a dead one.
+// that leaves in good order isn't a dead one. It doesn't say that it leaves for good, as in a scale-in, so that it
+// takes room in the budget for two minutes (policy's unlisted): a restart of the agent ends by the same signal, and a
+// rollout that didn't wait for such nodes would end without them.
 func (a *Agent) report(ctx context.Context) {
 	presence := a.presence(ctx)
 	if presence == nil {
