@@ -17,6 +17,7 @@ import (
 
 var (
 	oneSeed = flag.Uint64("seed", 0, "play the one history of this seed, and print its events")
+	renames = flag.Bool("renames", false, "rename the unit, and refuse writes, at times")
 	howMany = flag.Int("histories", histories, "how many seeded histories to play")
 )
 
@@ -251,10 +252,9 @@ func (w *world) push(fails float64) {
 func (w *world) event() {
 	w.now = w.now.Add(time.Duration(w.rng.IntN(20)) * time.Second)
 	w.relist()
-	switch w.renames.IntN(250) {
-	case 0:
+	if *renames && w.renames.IntN(250) == 0 {
 		w.rename()
-	case 1, 2:
+	} else if *renames && w.renames.IntN(125) == 0 {
 		w.refused = true
 	}
 	switch n := w.nodes[w.rng.IntN(len(w.nodes))]; w.rng.IntN(42) {

@@ -178,7 +178,7 @@ func summarize(in *inputs, st state) summary {
 			x.settled = true
 		default:
 			x.settled = there
-			x.inflight = !there && !final && (busy(u) || unheard(&r, u) || x.told && (x.admitted || strays(&r, u)))
+			x.inflight = !there && !final && (busy(u) || x.told && (x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && !there && (x.admitted || strays(&r, u)) {
 				waits := x // only these are worth an allocation
 				v.waiting = append(v.waiting, &waits)
@@ -307,12 +307,6 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 // none, to what it served before the first release. Where nothing did, or it is kept no more, it stays.
 func goesBack(r *deployments.Record, u *deployments.UnitReport) bool {
 	return partOf(r, u.Running.Digest) && (!r.Stable.IsZero() || u.Leavable)
-}
-
-// unheard reports whether a node has yet to say what serves at the dest of a first release: another unit, which Git
-// names no more, may be changing it there.
-func unheard(r *deployments.Record, u *deployments.UnitReport) bool {
-	return r.Stable.IsZero() && u.Running.IsZero() && u.Generation < r.Generation
 }
 
 // busy reports whether a node on which something served is changing. One that waits in mid-deployment, to go on, is.
