@@ -186,7 +186,8 @@ func (s *benchStore) measure(b *testing.B, m method, tree string, slow bool) tim
 	if m.shell != "" {
 		command := exec.Command("bash", "-c", "set -eo pipefail; get() { "+
 			`curl -sf --aws-sigv4 "aws:amz:$AWS_REGION:s3" --user "$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY" -H "x-amz-content-sha256: UNSIGNED-PAYLOAD" "$ENDPOINT/kedge/$1"; }; `+m.shell)
-		command.Env = append(append(os.Environ(), s.server.Env()...), "ENDPOINT="+endpoint, "DISK="+disk, "TREE="+tree, "S5CMD="+tooltest.Path(b, "s5cmd"))
+		command.Env = append(append(os.Environ(), s.server.Env()...),
+			"ENDPOINT="+endpoint, "DISK="+disk, "TREE="+tree, "S5CMD="+tooltest.Path(b, "s5cmd"))
 		start := time.Now()
 		if out, err := command.CombinedOutput(); err != nil {
 			b.Fatalf("%s: %v\n%s", m.name, err, out)

@@ -82,7 +82,9 @@ func TestModesInASetgidDirectory(t *testing.T) {
 	sameTree(t, untarred, tree)
 
 	// What has the bit besides may have it from above; what lacks it differs.
-	for path, mode := range map[string]fs.FileMode{"own": fs.ModeSetgid | 0o700, "team": 0o775, "team/both": fs.ModeSetgid | 0o770} {
+	for path, mode := range map[string]fs.FileMode{
+		"own": fs.ModeSetgid | 0o700, "team": 0o775, "team/both": fs.ModeSetgid | 0o770,
+	} {
 		if err := os.Chmod(filepath.Join(got, path), mode); err != nil {
 			t.Fatal(err)
 		}

@@ -208,7 +208,8 @@
 //	state_dir          where the agent keeps its journal and what it last knew (/var/lib/kedge)
 //	listen             the address of /ready, /converged and /live; of /status and /metrics too, if it is a loopback one (none)
 //	listen_status      the address of /status and /metrics for other machines (none)
-//	sources            URLs, or prefixes of whole path segments, that releases may come from; http:// of other machines must be named (any)
+//	sources            URLs, or prefixes of whole path segments, that releases may come from; http:// of other
+//	                   machines must be named (any)
 //	local_sources      true: releases may come from file:// and, on this machine, http:// (false)
 //	mirrors            prefixes of URLs, each with a list of prefixes to read releases from before their own place (none)
 //	dests              directories in or below which releases may go live (any)

@@ -71,8 +71,10 @@ func FuzzOrder(f *testing.F) {
 func FuzzReport(f *testing.F) {
 	f.Add(
 		[]byte(
-			`{"node":"web-1","agent":"1.4.2","started":"2026-11-24T08:00:00Z","joined":"17","ready":true,"units":{"app":{"state":"converged","running":"s3://a/b@sha256:` +
-				hex64 + `","facts":{"acted_on":"3"},"quarantined":["` + hex64 + `"],"since":"2026-11-24T08:00:00Z","compared":{"release":"` + hex64 + `","differs":1}}}}`,
+			`{"node":"web-1","agent":"1.4.2","started":"2026-11-24T08:00:00Z","joined":"17","ready":true,` +
+				`"units":{"app":{"state":"converged","running":"s3://a/b@sha256:` +
+				hex64 + `","facts":{"acted_on":"3"},"quarantined":["` + hex64 + `"],` +
+				`"since":"2026-11-24T08:00:00Z","compared":{"release":"` + hex64 + `","differs":1}}}}`,
 		),
 	)
 	fuzzWritten(f, ParseReport)
@@ -81,7 +83,8 @@ func FuzzReport(f *testing.F) {
 func FuzzHistory(f *testing.F) {
 	f.Add(
 		[]byte(
-			`{"generation":3,"release":"s3://a/b@sha256:` + hex64 + `","commit":"c","author":"Ada","committed":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","pinned":{"claim":1},
+			`{"generation":3,"release":"s3://a/b@sha256:` + hex64 + `","commit":"c","author":"Ada",` +
+				`"committed":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","pinned":{"claim":1},
 				"pins":[{"at":"2026-11-24T08:00:00Z","ended":"2026-11-24T09:00:00Z","node":"web-1","hold":true,"by":"ada",
 				"until":"2026-11-24T10:00:00Z"}],"orders":[{"at":"2026-11-24T08:00:00Z","order":"pause","reason":"x"}]}`,
 		),
@@ -153,8 +156,10 @@ func FuzzRecord(f *testing.F) {
 	f.Add([]byte(`{"target":"s3://a/b@sha256:` + hex64 + `","generation":3}`))
 	f.Add(
 		[]byte(
-			`{"target":"s3://a/b@sha256:` + hex64 + `","stable":"s3://a/c@sha256:` + hex64 + `","generation":3,"retry":1,"commit":"c","after":["base"],"drift":"heal",` +
-				`"rollout":{"phase":"canary","cutoff":"17","since":"2026-11-24T08:00:00Z","bad":"` + hex64 + `","over":[{"digest":"` + hex64 + `","cutoff":"3"}]}}`,
+			`{"target":"s3://a/b@sha256:` + hex64 + `","stable":"s3://a/c@sha256:` + hex64 + `",` +
+				`"generation":3,"retry":1,"commit":"c","after":["base"],"drift":"heal",` +
+				`"rollout":{"phase":"canary","cutoff":"17","since":"2026-11-24T08:00:00Z",` +
+				`"bad":"` + hex64 + `","over":[{"digest":"` + hex64 + `","cutoff":"3"}]}}`,
 		),
 	)
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -260,12 +265,15 @@ func FuzzManifest(f *testing.F) {
 	f.Add([]byte("{{ env \"A\" }}: [{[{"))
 	f.Add(
 		[]byte(
-			"x-a: &a {pre: [id]}\ncommands: {<<: *a, post: [*a], timeout: 1h}\n{{ if eq (env `A`) `b` }}keep: {{ printf `%03d` 3 }}{{ end }}\n",
+			"x-a: &a {pre: [id]}\ncommands: {<<: *a, post: [*a], timeout: 1h}\n" +
+				"{{ if eq (env `A`) `b` }}keep: {{ printf `%03d` 3 }}{{ end }}\n",
 		),
 	)
 	f.Add(
 		[]byte(
-			"src: a.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\nhealth:\n  checks:\n  - http: {url: http://127.0.0.1/, contains: 'a: b'}\ncommands:\n  pre: [{run: 'a # b', timeout: 1m30s}]\n",
+			"src: a.tar.zst\nchecksum: " + hex64 + "\ndest: /srv/app\n" +
+				"health:\n  checks:\n  - http: {url: http://127.0.0.1/, contains: 'a: b'}\n" +
+				"commands:\n  pre: [{run: 'a # b', timeout: 1m30s}]\n",
 		),
 	)
 	f.Fuzz(func(t *testing.T, data []byte) {

@@ -144,7 +144,8 @@ func (m *Manifest) own() bool {
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
 		len(
 			m.Secrets,
-		) > 0 || m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep || len(m.Shared) > 0 ||
+		) > 0 || m.Strategy == StrategyRelease || m.Owner != "" || m.Keep != 0 && m.Keep != defaultKeep ||
+		len(m.Shared) > 0 ||
 		m.Symlinks != "" &&
 			m.Symlinks != SymlinksInside || m.Immutable || m.Drain != 0 || len(h.Checks) > 0 || h.StableFor != 0 ||
 		h.Timeout != 0 && h.Timeout != defaultHealthTimeout || h.Every != 0 && h.Every != defaultHealthEvery ||

@@ -303,7 +303,8 @@ func TestNextCountsFailures(t *testing.T) {
 		{"not one that says that it is well, and has yet to notice", func(s *Situation) { late(s); s.Nodes[1].Report.State = converged }, ""},
 		{"nor one that was waited for, and begins by now", func(s *Situation) {
 			late(s)
-			s.Record.Rollout.Reason, s.Record.Rollout.Facts = deployments.ReasonUnaware, deployments.Facts{"node": s.Nodes[1].Name}
+			s.Record.Rollout.Reason = deployments.ReasonUnaware
+			s.Record.Rollout.Facts = deployments.Facts{"node": s.Nodes[1].Name}
 		}, ""},
 		{"nor one whose storage is back", func(s *Situation) {
 			late(s)
@@ -312,7 +313,8 @@ func TestNextCountsFailures(t *testing.T) {
 		}, ""},
 		{"but one beside it", func(s *Situation) {
 			late(s)
-			s.Record.Rollout.Reason, s.Record.Rollout.Facts = deployments.ReasonUnaware, deployments.Facts{"node": s.Nodes[2].Name}
+			s.Record.Rollout.Reason = deployments.ReasonUnaware
+			s.Record.Rollout.Facts = deployments.Facts{"node": s.Nodes[2].Name}
 		}, "1 of 10 nodes failed (NODE1: not converged in time, fetching), at most 0 may"},
 		{"and says why", func(s *Situation) {
 			late(s)

@@ -89,7 +89,8 @@ func TestPinsAndOrdersStandInTheHistory(t *testing.T) {
 	told(webApp, "web-1 bob disk", "ada incident 1", "ada incident 2")
 	w.consul.CLI(w.token("operator", deployments.RuleVars{}), "", "kv", "put", "kedge/"+kv.PinKey(webApp), "hold")
 	told(webApp, "web-1 bob disk", "ada incident 1", "ada incident 2", "*")
-	if text := do("history", "prod/web/app"); !strings.Contains(text, ": pin of all nodes: hold, nobody said who or why") ||
+	if text := do("history", "prod/web/app"); !strings.Contains(
+		text, ": pin of all nodes: hold, nobody said who or why") ||
 		!strings.Contains(text, "incident 2), until ") {
 		t.Errorf("for people it says\n%s", text)
 	}

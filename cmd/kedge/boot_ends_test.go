@@ -25,7 +25,8 @@ func testBootEnds(t *testing.T, m *machine) {
 		p := m.publish(version, bad...)
 		m.release(p)
 		m.report("the failure of "+version, func(u deployments.UnitReport) bool {
-			return u.Want == p && u.State == deployments.StateQuarantined && u.Version == "1" && strings.Contains(u.Error, "ended 3 times")
+			return u.Want == p && u.State == deployments.StateQuarantined && u.Version == "1" &&
+				strings.Contains(u.Error, "ended 3 times")
 		})
 		m.answers("1")
 		if n := m.do("sh", "-c", "wc -l <"+tries(version)); n != "3" {

@@ -458,7 +458,8 @@ func (w *world) beforeAnyMirror() {
 		out, errs, code := run()
 		for _, says := range c.says {
 			if code != c.code || !strings.Contains(strings.Join(strings.Fields(out+errs), " "), says) {
-				w.t.Errorf("kedge %s: exit code %d, want %d and %q:\n%s%s", strings.Join(c.args, " "), code, c.code, says, out, errs)
+				w.t.Errorf("kedge %s: exit code %d, want %d and %q:\n%s%s",
+					strings.Join(c.args, " "), code, c.code, says, out, errs)
 			}
 		}
 	}

@@ -119,8 +119,10 @@ func (a *app) historyCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "history STAGE/ROLE/UNIT",
 		Short: "What a unit's target was, by whom and since when",
-		Long: `Shows the generations of a unit, the newest first: what it was told to run, and what led to that. Below each stand
-the pins and orders of its time, with who and why: pins of the unit and of single nodes, with their ends. Times are when the
+		Long: `Shows the generations of a unit, the newest first: what it was told to run, and what led to that.` +
+			` Below each stand
+the pins and orders of its time, with who and why: pins of the unit and of single nodes, with their ends.` +
+			` Times are when the
 mirror saw it. A pin that came and went between two looks of the mirror, or while none ran, leaves no trace.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -234,7 +234,8 @@ So old deploy scripts go on working while nodes change one by one. It runs on on
   consul watch -type event -name deploy_web_prod \
       kedge bridge --to s3://acme-deploy/kedge --stage prod --role web
 
-Whoever may fire such events chooses what the bridge copies and names. With --sources it copies manifests from these prefixes alone.
+Whoever may fire such events chooses what the bridge copies and names.` +
+			` With --sources it copies manifests from these prefixes alone.
 Of files of its own machine, and of http:// there, events name only what --sources does.
 
 Which unit it is for is told by --stage, --role and --unit, or by the manifest's name: see kedge import.
@@ -260,7 +261,8 @@ Exit code 0 when it is handed on, or when there is no event. Below consul watch 
 	}
 	f := c.Flags()
 	f.StringVar(&o.To, "to", "", "`prefix` to copy manifests below")
-	f.StringSliceVar(&o.Bounds.Sources, "sources", nil, "URL `prefixes` that events' manifests may come from (default: any)")
+	f.StringSliceVar(&o.Bounds.Sources, "sources", nil,
+		"URL `prefixes` that events' manifests may come from (default: any)")
 	namingFlags(f, &o.Naming)
 	return c
 }

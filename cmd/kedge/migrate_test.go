@@ -37,7 +37,8 @@ type oldFleet struct {
 // startWatch has consul watch call a program with each event, as old fleets do.
 func (f *oldFleet) startWatch(name string, env []string, handler ...string) {
 	f.t.Helper()
-	cmd := exec.Command(tooltest.Path(f.t, "consul"), slices.Concat([]string{"watch", "-type", "event", "-name", "deploy_web_prod"}, handler)...)
+	cmd := exec.Command(tooltest.Path(f.t, "consul"),
+		slices.Concat([]string{"watch", "-type", "event", "-name", "deploy_web_prod"}, handler)...)
 	log := new(bytes.Buffer)
 	cmd.Env = slices.Concat(baseEnv(), f.s3.Env(), env, []string{"KEDGE_PLAY=1", "HOME=" + f.dir})
 	cmd.Dir = f.dir

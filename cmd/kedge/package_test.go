@@ -257,7 +257,8 @@ func TestConfigurationExamples(t *testing.T) {
 		}
 	}
 	for file, units := range map[string]string{
-		"etc/agent.env": "kedge-agent", "etc/mirror.env": "kedge-mirror", "etc/web.env": "kedge-web", "example/mirror.env": "kedge-mirror",
+		"etc/agent.env": "kedge-agent", "etc/mirror.env": "kedge-mirror",
+		"etc/web.env": "kedge-web", "example/mirror.env": "kedge-mirror",
 	} {
 		unit, err := os.ReadFile("../../deployments/systemd/" + units + ".service")
 		if err != nil || !bytes.Contains(unit, []byte("/etc/kedge/"+filepath.Base(file)+"\n")) {

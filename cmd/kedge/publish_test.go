@@ -245,12 +245,20 @@ func TestPublishByFlagsAndTemplate(t *testing.T) {
 		"another version":            {"name: a\nversion: 6\ndest: /srv/a\n", []string{"--version", "7"}, "", "--version 7"},
 		"another dest":               {"name: a\nversion: 6\ndest: /srv/a\n", []string{"--dest", "/srv/b"}, "", "--dest /srv/b"},
 		"a variable alone":           {"name: '{{ env `NOBODY` `a` }}'\nversion: 6\ndest: /srv/a\n", nil, "", "give --name"},
-		"for the default strategy":   {"dest: /srv/a\nshared: [log]\n", []string{"--name", "a", "--version", "6"}, "a/6", ""},
-		"for it, with a bare field":  {"dest: /srv/a\nshared: [log]\nsync_strategy:\n", []string{"--name", "a", "--version", "7"}, "a/7", ""},
-		"for another strategy":       {"dest: /srv/a\nshared: [log]\nsync_strategy: rsync\n", []string{"--name", "a", "--version", "6"}, "", "yaml:2:1: shared needs"},
-		"against the default":        {"dest: /srv/a\nexcludes: [a]\n", []string{"--name", "a", "--version", "6"}, "", "yaml:2:1: excludes are rsync's"},
 		"JSON":                       {`{"name": "a", "dest": "/srv/a"}`, []string{"--version", "6"}, "", "write it as plain lines"},
 		"mistakes, each in its file": {"name: a\nbad: 1\nworse: 2\n", []string{"--version", "6"}, "", "manifest.yaml:3:1: unknown field"},
+		"for the default strategy":   {"dest: /srv/a\nshared: [log]\n", []string{"--name", "a", "--version", "6"}, "a/6", ""},
+		"for it, with a bare field": {
+			"dest: /srv/a\nshared: [log]\nsync_strategy:\n", []string{"--name", "a", "--version", "7"}, "a/7", "",
+		},
+		"for another strategy": {
+			"dest: /srv/a\nshared: [log]\nsync_strategy: rsync\n",
+			[]string{"--name", "a", "--version", "6"}, "", "yaml:2:1: shared needs",
+		},
+		"against the default": {
+			"dest: /srv/a\nexcludes: [a]\n",
+			[]string{"--name", "a", "--version", "6"}, "", "yaml:2:1: excludes are rsync's",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			to := filepath.Join(t.TempDir(), "releases")

@@ -289,7 +289,8 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 		return fmt.Errorf("reading the manifest's template: %w", err)
 	}
 	whole := data
-	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json && !artifact.TemplateSets(data, "sync_strategy") {
+	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json &&
+		!artifact.TemplateSets(data, "sync_strategy") {
 		// Some fields are for this strategy alone: they are checked beside what publishing will add.
 		whole = append(bytes.TrimRight(bytes.Clone(data), "\n"), "\nsync_strategy: "+deployments.StrategyRelease+"\n"...)
 	}

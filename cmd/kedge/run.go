@@ -135,7 +135,8 @@ logged and exits 0, as with stretcher: the watch would end with it.`,
 	)
 	f.StringVar(&bandwidth, "max-bandwidth", os.Getenv("KEDGE_MAX_BANDWIDTH"),
 		"bound of the download, as in 20MB/s (default: none); stretcher's --max-band-width")
-	f.StringSliceVar(&bounds.Sources, "sources", nil, "URL `prefixes` that it may come from (default: any, but no http:// of other machines)")
+	f.StringSliceVar(&bounds.Sources, "sources", nil,
+		"URL `prefixes` that it may come from (default: any, but no http:// of other machines)")
 	f.StringSliceVar(&bounds.Dests, "dests", nil, "`directories` that dest may lie in (default: any)")
 	f.StringSliceVar(&allowedSecrets, "secrets", nil,
 		"`references` of secrets that it may have read, or their beginnings, as in ssm:/prod/ (default: none)")

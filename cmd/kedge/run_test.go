@@ -242,7 +242,8 @@ func TestRunByPlainHTTP(t *testing.T) {
 			t.Errorf("sources %q: exit code %d, %d requests\n%s", sources, code, asked.Load(), stderr)
 		}
 	}
-	if _, stderr, code := cli(t, "", "run", "--sources", "file:///,"+host+"/releases/", r.url()); code != 0 || !r.deployed() {
+	if _, stderr, code := cli(t, "", "run", "--sources", "file:///,"+host+"/releases/", r.url()); code != 0 ||
+		!r.deployed() {
 		t.Errorf("named: exit code %d\n%s", code, stderr)
 	}
 }

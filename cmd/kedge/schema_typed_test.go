@@ -29,6 +29,7 @@ func newTyped(t *testing.T, topic string, lax bool) *typed {
 	s := &typed{t: t, lax: lax}
 	line := regexp.MustCompile(`^    ([a-z0-9_]+(?:, [a-z0-9_]+)*)  +(\S.*)$`)
 	_, fields, _ := strings.Cut(page, "Its fields")
+	fields = regexp.MustCompile(`\n {12,}`).ReplaceAllString(fields, " ") // lines that go on
 	in := false
 	for l := range strings.SplitSeq(fields, "\n") {
 		m := line.FindStringSubmatch(l)

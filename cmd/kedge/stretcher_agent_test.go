@@ -89,8 +89,8 @@ func converge(
 		units[r.key] = r
 		putRecord(t, store, r, 1, r.c.archive)
 	}
-	cmd := exec.Command(releasedProgram(t), "agent", "--kv", "file://"+kvDir, "--node", "n1", "--stage", "prod", "--roles", "web",
-		"--state-dir", state, "--local-sources", "--verify-every", "0")
+	cmd := exec.Command(releasedProgram(t), "agent", "--kv", "file://"+kvDir, "--node", "n1", "--stage", "prod",
+		"--roles", "web", "--state-dir", state, "--local-sources", "--verify-every", "0")
 	cmd.Env = slices.Concat(
 		[]string{"PATH=" + os.Getenv("PATH"), "HOME=" + home, "TMPDIR=" + home, "LC_ALL=C", "RUN=1"},
 		strings.Split(strings.ReplaceAll(strings.Join(runs[0].c.env, "\x00"), "DIR", home), "\x00"), s3.Env())

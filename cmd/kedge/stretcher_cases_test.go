@@ -156,7 +156,8 @@ func commandCases() []oldCase {
 		{name: "commands only, with a dest", manifest: "SRCLESS\ndest: DEST\n" + hooks},
 		{name: "commands only that fail", manifest: "SRCLESS\ncommands:\n  pre: ['false', echo never >> HOOKS]\n  post: [echo never >> HOOKS]\n  failure: [echo failure >> HOOKS]\n"},
 		{name: "pre fails", manifest: "commands:\n  pre: [echo pre >> HOOKS; exit 3]\n  post: [echo never >> HOOKS]\n  failure: [echo failure >> HOOKS]\n", before: oldTree},
-		{name: "post fails", agent: "first-release", manifest: "commands:\n  post: [echo post >> HOOKS; exit 3]\n  success: [echo never >> HOOKS]\n  failure: [echo failure >> HOOKS]\n", before: oldTree},
+		{name: "post fails", agent: "first-release", manifest: "commands:\n  post: [echo post >> HOOKS; exit 3]\n" +
+			"  success: [echo never >> HOOKS]\n  failure: [echo failure >> HOOKS]\n", before: oldTree},
 		{name: "success fails", manifest: "commands:\n  success: [echo one >> HOOKS; exit 1, echo never >> HOOKS]\n  failure: [echo never >> HOOKS]\n"},
 		{name: "failure fails", manifest: "commands:\n  post: ['false']\n  failure: [echo one >> HOOKS; exit 1, echo never >> HOOKS]\n"},
 		{name: "several of each", manifest: "commands:\n  pre: [echo a >> HOOKS, echo b >> HOOKS]\n  post: [echo c >> HOOKS, echo d >> HOOKS]\n  success: [echo e >> HOOKS, echo f >> HOOKS]\n"},

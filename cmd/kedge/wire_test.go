@@ -59,8 +59,8 @@ func newWire(t testing.TB, target string) *wire {
 	return w
 }
 
-// set makes the wire fail, or, with wireWhole, whole again: connections that lost bytes end then, as behind a router that
-// has forgotten them.
+// set makes the wire fail, or, with wireWhole, whole again: connections that lost bytes end then, as behind a router
+// that has forgotten them.
 func (w *wire) set(f wireFault) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -181,7 +181,8 @@ func TestFullReportsNameWhatSwitches(t *testing.T) {
 	}
 	r.Units["zz"] = deployments.UnitReport{State: deployments.StateSwitching}
 	left := fitReport(&r)
-	if u := r.Units["zz"]; u.State != deployments.StateSwitching || left < 50 || left+len(r.Units) != deployments.MaxRoleUnits+1 {
+	if u := r.Units["zz"]; u.State != deployments.StateSwitching || left < 50 ||
+		left+len(r.Units) != deployments.MaxRoleUnits+1 {
 		t.Errorf("%d units are left out, %d are in, zz is %+v", left, len(r.Units), u)
 	}
 	if n := len(encoded(r)); n > deployments.MaxReport {

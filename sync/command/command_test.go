@@ -112,7 +112,10 @@ func TestSecretsStayWithTheAgent(t *testing.T) {
 			}
 		}
 	}
-	theirs := []string{"AWS_REGION=eu", "CONSUL_HTTP_ADDR=127.0.0.1:8500", "LANG=C", "NO_PROXY=10.0.0.0/8", "https_proxy=http://proxy:3128", "ftp_proxy=proxy:3128", "RAILS_ENV=production"}
+	theirs := []string{
+		"AWS_REGION=eu", "CONSUL_HTTP_ADDR=127.0.0.1:8500", "LANG=C", "NO_PROXY=10.0.0.0/8",
+		"https_proxy=http://proxy:3128", "ftp_proxy=proxy:3128", "RAILS_ENV=production",
+	}
 	ours := []string{
 		"AWS_SECRET_ACCESS_KEY=s", "AWS_PROFILE=admin", "AWS_CONFIG_FILE=/s", "CONSUL_CACERT=/s", "GOOGLE_OAUTH_ACCESS_TOKEN=s",
 		"GOOGLE_APPLICATION_CREDENTIALS=/s", "VAULT_ADDR=https://v", "HTTPS_PROXY=http://user:s@proxy:3128", "http_proxy=http://user:s@proxy",

@@ -167,7 +167,9 @@ func TestBackToATreeThatWasNotTouched(t *testing.T) {
 // Nothing that a deployment does at dest, on its way there and back, is taken for somebody else's.
 func TestOwnSwitchesAreNotForeign(t *testing.T) {
 	t.Parallel()
-	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv} {
+	for _, strategy := range []deployments.Strategy{
+		deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv,
+	} {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)

@@ -154,7 +154,8 @@ func newStory(w *world, strategy deployments.Strategy) story {
 		return func(m *deployments.Manifest) {
 			m.Strategy = strategy
 			m.Commands.Post = append(m.Commands.Post, deployments.Command{
-				Run: "ln -nfs ../log $KEDGE_DEST/log; mkdir -p $KEDGE_DEST/tmp; date > $KEDGE_DEST/tmp/made; date >> $KEDGE_DEST/conf",
+				Run: "ln -nfs ../log $KEDGE_DEST/log; mkdir -p $KEDGE_DEST/tmp; " +
+					"date > $KEDGE_DEST/tmp/made; date >> $KEDGE_DEST/conf",
 			})
 			if strategy == deployments.StrategyMv {
 				m.Commands.Pre = []deployments.Command{{Run: "rm -rf " + w.dest()}}

@@ -152,7 +152,8 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 		if own := u.agentLine(); own != "" {
 			l.agent = own
 		} else if unit, lives := l.livingAgent(ctx); lives {
-			u.log.Warn("an agent deploys to dest, too: it reports this as a foreign deployment, and undoes it where it heals drift",
+			u.log.Warn("an agent deploys to dest, too: it reports this as a foreign deployment, "+
+				"and undoes it where it heals drift",
 				"dest", dest, "unit", unit, "hint", "kedge pin "+unit+" POINTER has the agent deploy it")
 		}
 	}

@@ -163,7 +163,8 @@ func TestVariablesOfARunShowNowhere(t *testing.T) {
 	stdin := w.path("stdin")
 	p := w.secretManifest(
 		"1",
-		"commands:\n  pre: [\"echo {{ env `KINGDOM_TOKEN` }}; exit 1\"]\n  failure: ['cat > "+stdin+"; echo $KEDGE_ERROR >> "+stdin+"']\n",
+		"commands:\n  pre: [\"echo {{ env `KINGDOM_TOKEN` }}; exit 1\"]\n"+
+			"  failure: ['cat > "+stdin+"; echo $KEDGE_ERROR >> "+stdin+"']\n",
 	)
 	for url, manifest := range map[string]string{
 		p.URL:               "",

@@ -79,7 +79,8 @@ var appTrees = map[string]appTree{
 }
 
 // oddFiles are sparse, in directories that give on their group or bound who removes, and otherwise rare.
-const oddFiles = `echo $V > version; truncate -s 3M sparse; printf $V >> sparse; mkdir -m 1777 sticky; mkdir -m 700 private
+const oddFiles = `echo $V > version; truncate -s 3M sparse; printf $V >> sparse; ` +
+	`mkdir -m 1777 sticky; mkdir -m 700 private
 	mkdir -m 555 closed empty; : > none; printf x > 'a b'; printf x > ümläut; ln version hard; ln -s none dangling
 	chmod 444 none; mkdir -p "$(printf 'd%.0s' $(seq 200))/$(printf 'e%.0s' $(seq 200))"
 	mkdir team team/below team/closed; chmod 755 team/below; echo $V > team/file
@@ -161,8 +162,8 @@ func (w *world) publishTree(
 	}
 	w.shell(dir, "V="+version, tree.build)
 	m := deployments.Manifest{
-		Name: "app", Version: version, Dest: w.dest(), DestMode: 0o755, Strategy: cmp.Or(tree.strategy, deployments.StrategyRelease),
-		Keep: 1, Shared: tree.shared, Symlinks: tree.links,
+		Name: "app", Version: version, Dest: w.dest(), DestMode: 0o755,
+		Strategy: cmp.Or(tree.strategy, deployments.StrategyRelease), Keep: 1, Shared: tree.shared, Symlinks: tree.links,
 	}
 	if change != nil {
 		change(&m)

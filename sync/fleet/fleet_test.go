@@ -70,7 +70,8 @@ func TestConvergedIsSeenFromHere(t *testing.T) {
 }
 
 // Nothing in a store may go unseen: what can't be read is an error at its key.
-// A node that holds an older record, as after the restore of a snapshot, stays where it is: on what nothing there names.
+// A node that holds an older record, as after the restore of a snapshot, stays where it is: on what nothing there
+// names.
 func TestWhoHoldsAnOldRecordHasNotConverged(t *testing.T) {
 	t.Parallel()
 	held := runs("app", "2")
@@ -307,7 +308,9 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 	if n := strings.Count(text, "\n"); n > 200 || len(text) > 100<<10 {
 		t.Errorf("the table has %d lines, %d bytes", n, len(text))
 	}
-	for _, want := range []string{"web-1 pinned", "broken", fmt.Sprintf("and %d more", junk+1-mostNodes), "more keys are wrong"} {
+	for _, want := range []string{
+		"web-1 pinned", "broken", fmt.Sprintf("and %d more", junk+1-mostNodes), "more keys are wrong",
+	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the table does not say %q:\n%.4000s", want, text)
 		}

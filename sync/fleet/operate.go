@@ -250,8 +250,8 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 }
 
 // History returns what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
-// doesn't parse is there with its generation, and says so in its Note. A pin is told of once, in the generation in which
-// it began.
+// doesn't parse is there with its generation, and says so in its Note. A pin is told of once, in the generation in
+// which it began.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err

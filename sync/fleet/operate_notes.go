@@ -71,7 +71,8 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	}
 	says := "the record counts now: " + u.Release(u.GitTarget())
 	switch p := u.Record.Rollout; {
-	case u.Record.Pinned != nil && u.Record.Pinned.Failed == u.Record.Pinned.Target.Digest && !u.Record.Pinned.Stable.IsZero():
+	case u.Record.Pinned != nil && u.Record.Pinned.Failed == u.Record.Pinned.Target.Digest &&
+		!u.Record.Pinned.Stable.IsZero():
 		return says + ", which was rolled back: nodes go to " + u.Release(u.Record.Pinned.Stable) + ", within max_unavailable"
 	case u.Record.Pinned != nil:
 		return says + ": nodes go there within max_unavailable"

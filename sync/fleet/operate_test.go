@@ -138,7 +138,8 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 	if err := s.Commit(t.Context(), nil, kv.Delete(kv.ControlKey(app))); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil || !strings.Contains(err.Error(), "changed nothing") {
+	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
+		!strings.Contains(err.Error(), "changed nothing") {
 		t.Errorf("taken, and the record is as it was: %v", err)
 	}
 	store(t, s, record(deployments.PhasePaused))
@@ -146,7 +147,8 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 		t.Errorf("taken: %q, %v", says, err)
 	}
 	store(t, s, put(kv.ControlKey(app), "abort"))
-	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil || !strings.Contains(err.Error(), "another order took its place: abort") {
+	if _, err := Outcome(t.Context(), s, app, pause, was, time.Minute); err == nil ||
+		!strings.Contains(err.Error(), "another order took its place: abort") {
 		t.Errorf("replaced by another: %v", err)
 	}
 }

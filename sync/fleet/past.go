@@ -89,8 +89,8 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	return counts
 }
 
-// namedByGit returns what Git names of a unit whose record, or a past one, has a target: while a unit pin is rolled out,
-// the target is the pin's.
+// namedByGit returns what Git names of a unit whose record, or a past one, has a target: while a unit pin is rolled
+// out, the target is the pin's.
 func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployments.Pointer {
 	if pinned != nil {
 		return pinned.Target

@@ -298,16 +298,20 @@ func TestHistoryTable(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
 	err := WriteHistory(&out, []deployments.History{
-		{Generation: 3, Release: release("app", "1.4.1"), Commit: "9d8e7f6a5b4c3d2e", Author: "Bob <bob@example.com>", Subject: "Back to 1.4.1, which worked, unlike the newer one that did not", At: noon, Note: "a change by hand was put back", Truncated: true,
+		{Generation: 3, Release: release("app", "1.4.1"), Commit: "9d8e7f6a5b4c3d2e",
+			Author: "Bob <bob@example.com>", Subject: "Back to 1.4.1, which worked, unlike the newer one that did not",
+			At: noon, Note: "a change by hand was put back", Truncated: true,
 			Pins: []deployments.PastPin{
-				{At: noon.Add(time.Minute), Pin: deployments.Pin{Release: release("app", "1.4.0"), By: "ada", Reason: "incident 1", Until: noon.Add(time.Hour)},
+				{At: noon.Add(time.Minute), Pin: deployments.Pin{
+					Release: release("app", "1.4.0"), By: "ada", Reason: "incident 1", Until: noon.Add(time.Hour)},
 					Ended: noon.Add(time.Hour)},
 				{At: noon.Add(3 * time.Minute), Node: "web-1", Pin: deployments.Pin{Hold: true, AtOnce: true}},
 				{At: noon.Add(4 * time.Minute), Node: "web-2", Error: "the pin is neither a pointer nor hold"},
 			},
 			Orders: []deployments.PastOrder{
 				{At: noon.Add(2 * time.Minute), Order: deployments.Order{Verb: deployments.VerbPause, By: "bob"}},
-				{At: noon.Add(5 * time.Minute), Order: deployments.Order{Verb: deployments.VerbPause, Reason: "to be sure"}, Refused: deployments.ReasonPaused},
+				{At: noon.Add(5 * time.Minute), Order: deployments.Order{Verb: deployments.VerbPause, Reason: "to be sure"},
+					Refused: deployments.ReasonPaused},
 			}},
 		{Generation: 2, Release: release("app", "1.4.2"), Commit: "4f2c91ab77d0c0ff", Author: "Alice <alice@example.com>", Subject: "1.4.2", At: noon.Add(-26 * time.Hour)},
 		{Generation: 1, Note: "does not parse: unexpected end of JSON input"},

@@ -275,12 +275,20 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 		commit  string
 		says    string
 	}{
-		"a node":    {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
-		"the unit":  {[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first})}, "", "the store knows no such unit"},
+		"a node": {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
+		"the unit": {
+			[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first})}, "", "the store knows no such unit",
+		},
 		"all of it": {nil, "", "no such unit, and no mirror has taken a commit yet"},
-		"the head":  {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "Git is away"})}, second, "still at 111111111111: Git is away"},
-		"a leader":  {[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first})}, second, "still at 111111111111; no mirror runs now"},
-		"a mirror":  {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
+		"the head": {
+			[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "Git is away"})},
+			second, "still at 111111111111: Git is away",
+		},
+		"a leader": {
+			[]kv.Entry{recordOf("1", 3), put(kv.MirrorKey, deployments.MirrorState{Head: first})},
+			second, "still at 111111111111; no mirror runs now",
+		},
+		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
 		"why an order stands": {[]kv.Entry{recordOf("1", 3), reports("web-1", runs("app", "1")), put(kv.ControlKey(app), "retry"),
 			put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "the store refuses what the commit asks for"})}, "", "yet to take the order to retry; the mirror says: the store refuses"},
 		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},

@@ -50,7 +50,8 @@ func TestLoadAt(t *testing.T) {
 	}
 	empty := t.TempDir()
 	o.Git(empty, "init", "-q", "-b", "main")
-	if _, err := LoadAt(t.Context(), empty, "HEAD", ""); err == nil || !strings.Contains(err.Error(), "has no commit yet") {
+	if _, err := LoadAt(t.Context(), empty, "HEAD", ""); err == nil ||
+		!strings.Contains(err.Error(), "has no commit yet") {
 		t.Errorf("an empty repository: %v", err)
 	}
 	if _, err := LoadAt(t.Context(), t.TempDir(), "HEAD", ""); err == nil || !strings.Contains(err.Error(),

@@ -145,7 +145,8 @@ func TestFloodOfReports(t *testing.T) {
 	}
 }
 
-// Orders that can't be obeyed, and that change without end, fill nobody's disk either; what they are in the end is logged.
+// Orders that can't be obeyed, and that change without end, fill nobody's disk either; what they are in the end is
+// logged.
 func TestFloodOfOrders(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -211,7 +212,8 @@ func TestJunkOrders(t *testing.T) {
 	}
 }
 
-// Of pins and orders by the ten thousand only those that change are parsed again, and those that are gone are forgotten.
+// Of pins and orders by the ten thousand only those that change are parsed again, and those that are gone are
+// forgotten.
 func TestFloodOfPins(t *testing.T) {
 	t.Parallel()
 	o := newObserver(slog.New(slog.DiscardHandler), func() {})

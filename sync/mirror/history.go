@@ -45,7 +45,9 @@ func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
 		pins := h.Pins
 		if h.Generation > newest {
 			missing := slices.DeleteFunc(openPins(p.pins[id]), func(open deployments.PastPin) bool {
-				return slices.ContainsFunc(h.Pins, func(q deployments.PastPin) bool { return q.Node == open.Node && q.At.Equal(open.At) })
+				return slices.ContainsFunc(h.Pins, func(q deployments.PastPin) bool {
+					return q.Node == open.Node && q.At.Equal(open.At)
+				})
 			})
 			pins = slices.Concat(missing, h.Pins)
 		}

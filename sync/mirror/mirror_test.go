@@ -380,7 +380,9 @@ func TestHistory(t *testing.T) {
 	if len(entries) != 1 || entries[0].Key != "history/prod/web/app/0000000057" {
 		t.Fatalf("history %v", entries)
 	}
-	for _, want := range []string{`"author":"Ada <ada@example.com>"`, head, pointer("app/57").String(), `"stable":"` + pointer("app/56").String()} {
+	for _, want := range []string{
+		`"author":"Ada <ada@example.com>"`, head, pointer("app/57").String(), `"stable":"` + pointer("app/56").String(),
+	} {
 		if !strings.Contains(string(entries[0].Value), want) {
 			t.Errorf("history %s lacks %s", entries[0].Value, want)
 		}

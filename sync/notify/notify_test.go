@@ -402,8 +402,9 @@ func TestHostileTexts(t *testing.T) {
 	signed := release("1")
 	signed.URL += "?X-Amz-Credential=x&X-Amz-Signature=s3cret"
 	evil := "\u202eevil\x1b[2J " + signed.URL + " [click](https://evil.example)\n<!channel>" + strings.Repeat("x", 100_000)
-	r := record(1, &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: noon, Reason: deployments.ReasonTooManyFailed,
-		Facts: deployments.Facts{"failed": "1", "of": "3", "limit": "0", "node": "web-1", "error": evil}})
+	r := record(1, &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: noon,
+		Reason: deployments.ReasonTooManyFailed,
+		Facts:  deployments.Facts{"failed": "1", "of": "3", "limit": "0", "node": "web-1", "error": evil}})
 	r.Target, r.Stable = signed, signed
 	h := entry(r)
 	h.Author, h.Subject, h.Note = evil, evil, evil

@@ -114,9 +114,11 @@ func TestFrozenRollouts(t *testing.T) {
 		facts deployments.Facts
 		says  string
 	}{
-		"until a time": {deployments.Facts{"window": "weekend", "until": "2036-11-30T07:00:00Z"}, `datetime="2036-11-30T07:00:00Z"`},
-		"for ever":     {deployments.Facts{"window": "30 February", "opens": "never"}, "no window opens"},
-		"unknown":      {deployments.Facts{"window": "weekend"}, "no end known"},
+		"until a time": {
+			deployments.Facts{"window": "weekend", "until": "2036-11-30T07:00:00Z"}, `datetime="2036-11-30T07:00:00Z"`,
+		},
+		"for ever": {deployments.Facts{"window": "30 February", "opens": "never"}, "no window opens"},
+		"unknown":  {deployments.Facts{"window": "weekend"}, "no end known"},
 	} {
 		id := deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 		w := offline(t, scene{entries: append(mirrorEntries(), entry(kv.DesiredKey(id), deployments.Record{
