@@ -29,8 +29,14 @@ type Base struct {
 }
 
 // tellNone returns Record.Joined of a record that speaks to no node yet that it would move, as it isn't known how many
-// are on the way. Nodes that don't tell when they joined can't be held back.
-func tellNone(nodes []Node) uint64 { return min(1, lastJoined(nodes)) }
+// are on the way. Nodes that don't tell when they joined can't be held back; where no report is left, those that come
+// can.
+func tellNone(nodes []Node) uint64 {
+	if len(nodes) == 0 {
+		return 1
+	}
+	return min(1, lastJoined(nodes))
+}
 
 // Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored is
 // what the store holds at the unit's key; nil: nothing that parses. A generation must never go down: nodes would hold
@@ -173,8 +179,6 @@ func FromHistory(h deployments.History, nodes []Node, now time.Time) deployments
 		return r
 	case h.Failed == h.Release.Digest: // also where it goes back to no release
 		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
-	case h.Stable.IsZero():
-		return r
 	default:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
 	}

@@ -236,10 +236,10 @@ func endPin(in *inputs, st state) state {
 	}
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
-		if next.r.Stable = git.Stable; next.r.Stable.IsZero() {
+		if next.r.Stable = git.Stable; next.r.Stable.IsZero() && own.Digest != git.Failed {
 			next.r.Stable = in.Record.Target
 		}
-		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest {
+		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest && own.Digest != git.Failed {
 			next.p.Superseded = []deployments.Superseded{own}
 		}
 		next.p.Phase, next.p.Cutoff, next.p.Failed = deployments.PhaseRollingBack, everyRank, git.Failed

@@ -16,7 +16,8 @@ func FailureKey(r deployments.Record) string {
 }
 
 // SameRequest reports whether a release that failed under one key is asked for by the same commit, or pin, under
-// another. A key whose generation was lost with the store's data stands for all that it may have been.
+// another. A key whose generation was lost with the store's data stands for all that it may have been. Who asks later
+// does it under a higher generation, or a higher retry.
 func SameRequest(failed, asks string) bool {
 	if failed == asks {
 		return true
@@ -30,7 +31,7 @@ func SameRequest(failed, asks string) bool {
 	case f.lost:
 		return f.retry == 0 && a.generation <= f.generation
 	}
-	return false
+	return a.generation <= f.generation && a.retry <= f.retry // as of a record that came back with a snapshot
 }
 
 // failureKey is a key of FailureKey.

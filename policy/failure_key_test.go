@@ -19,6 +19,8 @@ func TestSameRequest(t *testing.T) {
 		"the same":                         {key(5, 0, 0), key(7, 5, 0), true},
 		"another commit":                   {key(5, 0, 0), key(7, 0, 0), false},
 		"a retry":                          {key(5, 0, 0), key(6, 5, 1), false},
+		"restored":                         {key(5, 0, 0), key(7, 4, 0), true},
+		"restored, and a retry since":      {key(5, 0, 0), key(7, 4, 1), false},
 		"lost":                             {key(5, 0, 0), key(10, -9, 0), true},
 		"lost, after a retry":              {key(5, 0, 2), key(10, -9, 0), true},
 		"lost, and a commit since":         {key(5, 0, 0), key(11, 0, 0), false},

@@ -50,6 +50,9 @@ type leader struct {
 
 // putBack puts the clock back. What a mirror remembers is told by elapsed time.
 func (w *world) putBack(by time.Duration) {
+	if until := w.unitPin.Value.Until; !until.IsZero() && !w.now.Before(until) && w.now.Add(-by).Before(until) {
+		w.wished = w.unitPin.Present // it had ended, and asks for its release anew
+	}
 	w.now, w.back = w.now.Add(-by), w.back+by
 	for _, at := range []*time.Time{&w.listed, &w.looked, &w.began, &w.lostAt} {
 		if !at.IsZero() {
@@ -193,7 +196,7 @@ func (w *world) mirror(order string) (again time.Time) {
 		// Those that hang have had their time: they give up their room.
 		if !w.now.Before(before.Rollout.Since.Add(w.unit.Rollout.Deadline)) {
 			for _, n := range w.nodes {
-				if w.unsettled(n) {
+				if w.unsettled(n) || busy(&n.told.report) { // or so the mirror thinks
 					n.free = true
 				}
 			}
