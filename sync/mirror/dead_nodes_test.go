@@ -98,10 +98,7 @@ func TestNodesThatDiedAreForgotten(t *testing.T) {
 			t.Parallel()
 			o, store := gittest.New(t), dirStore(t)
 			o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-			live, err := store.Presence(t.Context(), "web-1")
-			if err != nil {
-				t.Fatal(err)
-			}
+			live := newPresence(t, store, "web-1")
 			if err := live.Put(t.Context(), "status/prod/web/web-1", []byte(`{"node":"web-1"}`)); err != nil {
 				t.Fatal(err)
 			}

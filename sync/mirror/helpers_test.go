@@ -55,6 +55,17 @@ func openStore(tb testing.TB, url string) kv.Store {
 	return s
 }
 
+// newPresence opens a presence that ends with the test: one that goes on would put back what the end removes.
+func newPresence(tb testing.TB, s kv.Store, node string) kv.Presence {
+	tb.Helper()
+	p, err := s.Presence(tb.Context(), node)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = p.Close(context.Background()) })
+	return p
+}
+
 // recorder notes every transaction that a store took.
 type recorder struct {
 	kv.Store

@@ -35,11 +35,7 @@ func newHerd(t *testing.T, m *running, n int) *herd {
 	}
 	for i := range n {
 		name := fmt.Sprint("web-", i)
-		p, err := m.store.Presence(t.Context(), name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.nodes[name] = p
+		h.nodes[name] = newPresence(t, m.store, name)
 	}
 	return h
 }
