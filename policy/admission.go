@@ -71,6 +71,10 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	refuses := (!f.Running.IsZero() || !bare && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
 		slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
+	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown: // admitted or not: the mirror has to know
+		run(ActStage, FromTarget, deployments.Pointer{})
+		d.Stage = r.Target
+		because(deployments.ReasonNotAdmitted, facts)
 	case back && admitted && part:
 		run(ActRun, FromRunning, f.Running)
 		because(deployments.ReasonAwaitingRollback, facts)
@@ -92,10 +96,6 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			d.Action = ActKeep
 		}
 		because(deployments.ReasonRolledBack, stable.With("phase", string(p.Phase)))
-	case !back && r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown: // admitted or not: the mirror has to know
-		run(ActStage, FromTarget, deployments.Pointer{})
-		d.Stage = r.Target
-		because(deployments.ReasonNotAdmitted, facts)
 	case admitted, r.Stable.IsZero() && bare && begun(p):
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonAdmitted, facts)
