@@ -99,6 +99,7 @@ var runPages = map[string]string{
 var readerHas = map[string]string{
 	"git-servers":   aRepo,
 	"migrating":     aRepo + stretchersManifest,
+	"operations":    aRepo + aUnit,
 	"notifications": aRepo + "cd /etc/kedge; echo https://hooks.slack.example/1 > slack.url; echo token > github.token",
 }
 
@@ -110,6 +111,20 @@ echo 'prune: true' > ~/deployments/kedge.yaml
 git -C ~/deployments add .
 git -C ~/deployments commit --quiet -m 'settings'
 git -C ~/deployments push --quiet
+`
+	aUnit = `
+mkdir -p ~/deployments/prod/web
+digest=$(echo 1 | sha256sum | cut -d' ' -f1)
+cat > ~/deployments/prod/web/app.yaml <<END
+release: s3://acme-releases/app/1/manifest.yaml@sha256:$digest
+rollout: {canary: 1}
+END
+git -C ~/deployments add .
+git -C ~/deployments commit --quiet -m 'a unit'
+git -C ~/deployments push --quiet
+kedge mirror /srv/git/deployments.git >~/daemon.0.log 2>&1 &
+for i in $(seq 300); do kedge history prod/web/app >/dev/null 2>&1 && exit; sleep 0.1; done
+exit 1
 `
 	stretchersManifest = `
 mkdir ~/tree && echo 1 > ~/tree/version && tar czf ~/app-1.tar.gz -C ~/tree .
