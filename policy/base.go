@@ -167,10 +167,10 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 	return r
 }
 
-// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is lost:
-// what was rolled back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once if
-// every node is there.
-func FromHistory(h deployments.History, nodes []Node, now time.Time) deployments.Record {
+// FromHistory returns the record of a unit's generation that only the history knows. How far its rollout had come is
+// lost: what was rolled back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once
+// if every node is there.
+func FromHistory(u deployments.Unit, h deployments.History, nodes []Node, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(nodes), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
@@ -179,6 +179,8 @@ func FromHistory(h deployments.History, nodes []Node, now time.Time) deployments
 		return r
 	case h.Failed == h.Release.Digest: // also where it goes back to no release
 		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
+	case h.Stable.IsZero() && u.Rollout == nil: // nothing was rolled out
+		return r
 	default:
 		p.Phase, p.Promoted = deployments.PhaseRolling, true
 	}
