@@ -42,11 +42,10 @@ var (
 	providerField     = regexp.MustCompile(`#\w+ \w+#(\w+)\}[^/]*\*/\s+readonly \w+(\??): (?s:(\{.*?\}|[^;]*));`)
 )
 
-// TestProviderTypes writes the provider's types anew from a package that publishes them.
-func TestProviderTypes(t *testing.T) {
-	if *providerPackage == "" {
-		t.Skip("takes -args -provider=DIR")
-	}
+// writeProviderTypes writes the provider's types anew, of the resources that are known, from the package that publishes
+// them.
+func writeProviderTypes(t *testing.T) {
+	t.Helper()
 	known := readProviderTypes(t)
 	var versions []string
 	for name := range known.Resources {
@@ -129,6 +128,9 @@ func readProviderTypes(t *testing.T) (known publishedTypes) {
 // variable is used.
 func TestTerraform(t *testing.T) {
 	t.Parallel()
+	if *providerPackage != "" {
+		writeProviderTypes(t)
+	}
 	known := readProviderTypes(t)
 	files, err := filepath.Glob("terraform/*.tf")
 	if err != nil || len(files) < 5 {
