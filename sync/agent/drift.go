@@ -133,7 +133,7 @@ func (a *Agent) observe(u *unit) {
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if k := u.busy.kind; k == jobDeploy || k == jobRecover || k == jobHeal || !u.astray() {
+	if u.changing() || !u.astray() {
 		return
 	}
 	u.drift = []string{u.dest}

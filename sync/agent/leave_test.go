@@ -4,6 +4,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -43,7 +44,10 @@ func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
 			write(t, w.path("srv", "app", "VERSION"), "before")
-			in := func(m *deployments.Manifest) { m.Strategy = strategy }
+			in := func(m *deployments.Manifest) {
+				m.Strategy = strategy
+				m.Commands.Failure = []deployments.Command{{Run: "sleep 0.2"}} // for dest to be looked at before the end
+			}
 			one, two := w.publish("app", "1", in), w.publish("app", "2", in)
 			w.desire(app, firstRelease(one, 1, deployments.PhaseRolling, math.MaxUint64))
 			a := w.start()
@@ -76,6 +80,9 @@ func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
 				left, _ := os.ReadDir(filepath.Join(a.dir.UnitDir(app), "before"))
 				return len(left) == 0, "it is there"
 			})
+			if log := w.log.String(); strings.Contains(log, "something else has deployed") {
+				t.Errorf("its own way back is taken for somebody else's:\n%s", log)
+			}
 		})
 	}
 }

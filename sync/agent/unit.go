@@ -221,8 +221,7 @@ func (u *unit) atRest() bool {
 
 // changing reports whether something of the unit's dest is under way, or half done.
 func (u *unit) changing() bool {
-	k := u.busy.kind
-	return k == jobDeploy || k == jobRecover || k == jobLeave || k == jobHeal || u.state().Unfinished
+	return u.busy.switches() || u.busy.kind == jobHeal || u.state().Unfinished
 }
 
 // standing is where a unit stands: its state, why that is so as a code, and what is wrong.
