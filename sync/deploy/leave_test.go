@@ -58,7 +58,7 @@ func TestLeave(t *testing.T) {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			w.foreign((*world).tree)
 			var d drains
 			var inService []string // the hooks that had run by then
 			drain := func(ctx context.Context, on bool) error {
@@ -126,7 +126,7 @@ func TestLeaveWhatHangs(t *testing.T) {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			w.foreign((*world).tree)
 			u := w.open(nil)
 			p := w.publish("1", func(m *deployments.Manifest) {
 				w.movesAway(strategy)(m)
@@ -156,7 +156,7 @@ func TestLeaveForWhatIsGone(t *testing.T) {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			w.foreign((*world).tree)
 			u := w.open(nil)
 			p := w.publish("1", w.movesAway(strategy))
 			if err := u.Deploy(t.Context(), Request{Release: p, MayLeave: true}); err != nil {
@@ -190,7 +190,7 @@ func TestLeaveKilledAnywhere(t *testing.T) {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			w.foreign((*world).tree)
 			s := story{world: w}
 			releases := []deployments.Pointer{w.publish("2", w.movesAway(strategy))}
 			if strategy == deployments.StrategyRsync { // which has the most to keep

@@ -79,7 +79,7 @@ func TestFirstReleaseLeavesMountsAlone(t *testing.T) {
 		t.Run(string(strategy), func(t *testing.T) {
 			t.Parallel()
 			w := newWorld(t)
-			w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+			w.foreign((*world).tree)
 			intact := w.mounted(filepath.Join(w.dest(), "dir", "up loads"))
 			bad := w.publish("1", func(m *deployments.Manifest) {
 				m.Strategy = strategy

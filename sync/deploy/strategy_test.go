@@ -211,7 +211,7 @@ func TestFirstReleaseGoesBackToWhatWasThere(t *testing.T) {
 	all := []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync, deployments.StrategyMv}
 	for _, strategy := range all {
 		for name, prepare := range map[string]func(w *world) error{
-			"tree": func(w *world) error { return os.Rename(w.path("old"), w.dest()) },
+			"tree": (*world).tree,
 			"link": func(w *world) error { return os.Symlink("../old", w.dest()) },
 		} {
 			t.Run(string(strategy)+" "+name, func(t *testing.T) {
@@ -277,6 +277,9 @@ func (w *world) foreign(prepare func(w *world) error) {
 	}
 }
 
+// tree has what foreign made be a tree at dest.
+func (w *world) tree() error { return os.Rename(w.path("old"), w.dest()) }
+
 // wantRestored wants nothing to run, and bad to be in quarantine.
 func (w *world) wantRestored(u *Unit, bad deployments.Pointer) {
 	w.t.Helper()
@@ -309,7 +312,7 @@ func TestFirstReleaseKilledAnywhere(t *testing.T) {
 			t.Run(string(strategy)+" "+point, func(t *testing.T) {
 				t.Parallel()
 				w := newWorld(t)
-				w.foreign(func(w *world) error { return os.Rename(w.path("old"), w.dest()) })
+				w.foreign((*world).tree)
 				bad := w.publish("1", func(m *deployments.Manifest) {
 					m.Strategy = strategy
 					if strategy == deployments.StrategyMv {

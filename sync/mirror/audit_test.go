@@ -287,7 +287,6 @@ func TestOrdersAreNoted(t *testing.T) {
 	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 4)
-	h.until(deployments.Digest{}, 4, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 4 })
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 

@@ -25,7 +25,9 @@ type herd struct {
 	runs  map[string]deployments.Pointer
 }
 
+// newHerd makes a fleet of n nodes, all of which run the first release.
 func newHerd(t *testing.T, m *running, n int) *herd {
+	t.Helper()
 	h := &herd{
 		t:     t,
 		m:     m,
@@ -37,6 +39,7 @@ func newHerd(t *testing.T, m *running, n int) *herd {
 		name := fmt.Sprint("web-", i)
 		h.nodes[name] = newPresence(t, m.store, name)
 	}
+	h.until(deployments.Digest{}, n, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == n })
 	return h
 }
 
@@ -107,7 +110,6 @@ func TestRollout(t *testing.T) {
 	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 6)
-	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	r := m.runs("prod/web/app", "app/2")
@@ -151,7 +153,6 @@ func TestPinsAndReturnsKeepTheBudgetWithoutGates(t *testing.T) {
 			return done(release)(r)
 		}
 	}
-	h.until(deployments.Digest{}, 6, done("app/1"))
 	o.Push(file("app/2"))
 	h.until(deployments.Digest{}, 2, done("app/2"))
 
@@ -194,7 +195,6 @@ func TestFailureRollsBack(t *testing.T) {
 	m := start(t, Config{Store: store, Repo: o.Bare})
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 4)
-	h.until(deployments.Digest{}, 4, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 4 })
 
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
@@ -253,7 +253,6 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 				),
 			)
 			h := newHerd(t, m, 6)
-			h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 
 			bad := pointer("app/2").Digest
 			halted := func(r deployments.Record) bool {
@@ -289,7 +288,6 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual, "kedge.yaml": "max_removed: 100\n"}))
 	h := newHerd(t, m, 6)
-	h.until(deployments.Digest{}, 6, func(r deployments.Record) bool { return r.Rollout == nil && len(h.runs) == 6 })
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	m.runs("prod/web/app", "app/2")
 	put(t, m.store, "control/prod/web/app", "pause")
