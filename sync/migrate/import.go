@@ -206,10 +206,20 @@ adopt: true # nodes that hold this release already take it over as it is
 	if err := root.Remove(aside); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
-	if err := root.WriteFile(aside, []byte(text), 0o644); err != nil {
+	if err := writeSynced(root, aside, text); err != nil {
 		return false, err
 	}
 	return true, root.Rename(aside, file)
+}
+
+// writeSynced makes a file whose content a power cut leaves whole once it is renamed.
+func writeSynced(root *os.Root, name, text string) error {
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 // readUnit reads a unit's file.
