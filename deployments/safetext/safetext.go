@@ -50,6 +50,20 @@ func Printable(s string) string {
 	}, s)
 }
 
+// Line returns s on one line of at most most bytes: control characters are spaces in it.
+func Line(s string, most int) string {
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most-len("...")], "") + "..."
+}
+
 func hostile(r rune) bool {
 	return r != '\n' && r != '\t' && unseen(r)
 }

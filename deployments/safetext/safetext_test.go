@@ -45,6 +45,22 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
+func TestLine(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{
+		"as it is":              "as it is",
+		"two\nlines\x1b[1m\x7f": "two lines [1m ",
+		"caf\xe9":               "caf?",
+		strings.Repeat("é", 20): strings.Repeat("é", 8) + "...",
+		strings.Repeat("x", 20): strings.Repeat("x", 20),
+		strings.Repeat("x", 21): strings.Repeat("x", 17) + "...",
+	} {
+		if got := Line(s, 20); got != want {
+			t.Errorf("%q: %q, want %q", s, got, want)
+		}
+	}
+}
+
 func TestJSON(t *testing.T) {
 	t.Parallel()
 	in := map[string]string{"a\u202e": "b\u009b\U000E0041 ü 漢 \u2028 \x7f \x1b"}

@@ -1,5 +1,6 @@
 // Package git reads the deployments repo: a branch, local or remote, as commits whose trees and
-// signatures were checked.
+// signatures were checked. A remote branch is fetched through transport and pack into a cache; Objects reads that,
+// or a local repository in place, for Load, which checks a commit's tree and its signature.
 //
 // What was tried on what, by this package's tests and sync/mirror's:
 //
@@ -26,11 +27,8 @@ package git
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"path"
 	"strings"
 	"time"
 
@@ -56,10 +54,6 @@ type Branch interface {
 	Pause() time.Duration
 	Close() error
 }
-
-// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or
-// its name is another.
-var ErrNoBranch = errors.New("no such branch")
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
@@ -105,20 +99,9 @@ func Open(c Config) (Branch, error) {
 	if c.Every == 0 {
 		c.Every = 15 * time.Second
 	}
-	a := access{sshKey: c.SSHKey, knownHosts: c.KnownHosts, env: c.Env}
-	r, err := newRemoteRepo(c.Repo, c.Branch, c.Every, a, c.CacheDir, c.Log)
+	r, err := newRemoteRepo(c, below)
 	if err != nil {
 		return nil, err
 	}
-	r.below = below
 	return r, nil
-}
-
-// cleanPath reads the name of a directory in the repository.
-func cleanPath(name string) (string, error) {
-	clean := path.Clean(strings.Trim(name, "/"))
-	if !fs.ValidPath(clean) {
-		return "", fmt.Errorf("path %q: want a directory of the repository, such as deploy", name)
-	}
-	return clean, nil
 }

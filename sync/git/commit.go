@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"strings"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/storer"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Commit is the part of a Git commit that history and people are shown.
@@ -115,42 +115,11 @@ func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 	subject, _, _ := strings.Cut(strings.TrimSpace(c.Message), "\n")
 	return &Commit{
 		Hash:    c.Hash.String(),
-		Author:  bound(fmt.Sprintf("%s <%s>", c.Author.Name, c.Author.Email), 200),
+		Author:  safetext.Line(fmt.Sprintf("%s <%s>", c.Author.Name, c.Author.Email), 200),
 		When:    c.Committer.When.UTC(),
-		Subject: bound(subject, 200),
+		Subject: safetext.Line(subject, 200),
 		Tree:    tree,
 	}
-}
-
-// prefix names files of the tree, or of its problems, by their places in the repository.
-func prefix(below string, tree *deployments.Tree, err error) {
-	if below == "." {
-		return
-	}
-	if tree != nil {
-		for i := range tree.Units {
-			tree.Units[i].Place.File = path.Join(below, tree.Units[i].Place.File)
-		}
-	}
-	problems := deployments.Problems(nil)
-	_ = errors.As(err, &problems)
-	for i := range problems {
-		problems[i].File = path.Join(below, problems[i].File)
-	}
-}
-
-// bound shortens others' text to n bytes, and makes it printable.
-func bound(s string, n int) string {
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(s, "?"))
-	if len(s) <= n {
-		return s
-	}
-	return strings.ToValidUTF8(s[:n-3], "") + "..."
 }
 
 // signedPart splits a commit's own bytes into what was signed and the signature, as git

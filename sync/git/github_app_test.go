@@ -31,7 +31,7 @@ func TestGitHubApp(t *testing.T) {
 	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY",
 		Bytes: x509.MarshalPKCS1PrivateKey(key)})))
 	h := gittest.ServeHTTPS(t, gittest.New(t))
-	made, good := 0, ""
+	made, good, life := 0, "", time.Hour
 	front(h, func(w http.ResponseWriter, r *http.Request, asked []byte) bool {
 		if r.URL.Path != "/api/v3/app/installations/42/access_tokens" {
 			if user, password, _ := r.BasicAuth(); user == "x-access-token" && password == good {
@@ -49,7 +49,7 @@ func TestGitHubApp(t *testing.T) {
 		good = fmt.Sprint("ghs_", made)
 		w.WriteHeader(http.StatusCreated)
 		fmt.Fprintf(w, `{"token":%q,"expires_at":%q,"permissions":{"contents":"read"}}`, good,
-			time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+			time.Now().Add(life).UTC().Format(time.RFC3339))
 		return true
 	})
 	base, _, _ := strings.Cut(h.URL, "/deployments")
@@ -70,9 +70,14 @@ func TestGitHubApp(t *testing.T) {
 	fails(t, b, "a token that was revoked", "401")
 	reads(t, b, head)
 	tokens(2, "after it was revoked")
-	b.(*remoteRepo).server.(*httpServer).token.Expires = time.Now().Add(renewBefore - time.Second)
+	good, life = "revoked", 4*time.Minute
+	fails(t, b, "a token that was revoked", "401")
 	reads(t, b, head)
-	tokens(3, "a token that is about to end")
+	life = time.Hour
+	short := made
+	reads(t, b, head)
+	reads(t, b, head)
+	tokens(short+1, "a token that is about to end")
 
 	other, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
@@ -80,7 +85,8 @@ func TestGitHubApp(t *testing.T) {
 	}
 	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY",
 		Bytes: x509.MarshalPKCS1PrivateKey(other)})))
-	b.(*remoteRepo).server.(*httpServer).token = installationToken{}
+	good = "revoked"
+	fails(t, b, "a token that was revoked", "401")
 	fails(t, b, "another key", "token of GitHub App Iv1.app", "could not be decoded")
 	gittest.WriteFile(t, keyFile, "no key")
 	fails(t, b, "a file without a key", "KEDGE_GITHUB_APP_KEY_FILE")

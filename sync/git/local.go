@@ -6,39 +6,15 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
-	"github.com/go-git/go-git/v5/plumbing"
-	"github.com/go-git/go-git/v5/storage/filesystem/dotgit"
-
-	"github.com/go-git/go-billy/v5/osfs"
 
 	"kedge/deployments/wait"
 )
-
-// scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
-var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
-
-// localPath returns the path that a repository's address names on this machine, if it names one.
-func localPath(address string) (path string, local bool) {
-	if path, ok := strings.CutPrefix(address, "file://"); ok {
-		return path, true
-	}
-	if strings.Contains(address, "://") {
-		return "", false
-	}
-	if _, err := os.Stat(address); err != nil && scpLike.MatchString(address) {
-		return "", false
-	}
-	return address, true
-}
 
 // localRepo is a Git directory on this machine.
 type localRepo struct {
@@ -65,56 +41,6 @@ func (r *localRepo) Head(context.Context) (string, error) {
 		return "", err
 	}
 	return branchHead(dir, r.branch)
-}
-
-// branchHead reads a branch of the Git directory dir.
-func branchHead(dir, branch string) (string, error) {
-	refs := dotgit.New(osfs.New(dir))
-	name := plumbing.NewBranchReferenceName(branch)
-	for range 5 { // a branch may be a symbolic ref
-		ref, err := refs.Ref(name)
-		switch {
-		case errors.Is(err, plumbing.ErrReferenceNotFound) || errors.Is(err, fs.ErrNotExist):
-			return "", missing(branch, dir, branches(dir))
-		case err != nil:
-			return "", fmt.Errorf("branch %s of %s: %w", branch, dir, err)
-		case ref.Type() == plumbing.HashReference:
-			return ref.Hash().String(), nil
-		}
-		name = ref.Target()
-	}
-	return "", fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
-}
-
-// branches lists the branches of the Git directory dir, as far as they can be read.
-func branches(dir string) (names []string) {
-	refs, _ := dotgit.New(osfs.New(dir)).Refs()
-	for _, ref := range refs {
-		if ref.Name().IsBranch() {
-			names = append(names, ref.Name().String())
-		}
-	}
-	return names
-}
-
-// maxBranches bounds the branches that an error names.
-const maxBranches = 5
-
-// missing returns an ErrNoBranch that names the branches that exist.
-func missing(branch, where string, there []string) error {
-	if len(there) == 0 {
-		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)
-	}
-	slices.Sort(there)
-	for i, name := range there {
-		there[i] = strings.TrimPrefix(name, "refs/heads/")
-	}
-	more := ""
-	if n := len(there) - maxBranches; n > 0 {
-		more = fmt.Sprintf(" and %d more", n)
-	}
-	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, where,
-		bound(strings.Join(there[:min(len(there), maxBranches)], ", "), maxWords), more)
 }
 
 func (r *localRepo) Objects() (*Objects, error) {

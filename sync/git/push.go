@@ -11,6 +11,8 @@ import (
 
 	"github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/plumbing"
+
+	"kedge/sync/git/transport"
 )
 
 // LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's
@@ -20,7 +22,7 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file
 	} else {
-		return nil, fmt.Errorf("repository %s is not on this machine: clone it first", redact(path))
+		return nil, fmt.Errorf("repository %s is not on this machine: clone it first", transport.Redact(path))
 	}
 	dir, common, err := gitDir(path)
 	for up := path; err != nil; dir, common, err = gitDir(up) {

@@ -7,12 +7,9 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,10 +17,12 @@ import (
 	gogit "github.com/go-git/go-git/v5"
 	"github.com/go-git/go-git/v5/config"
 	"github.com/go-git/go-git/v5/plumbing"
-	"github.com/go-git/go-git/v5/plumbing/transport"
 	"github.com/go-git/go-git/v5/storage/filesystem"
+	"golang.org/x/sys/unix"
 
 	"kedge/deployments/wait"
+	"kedge/sync/git/pack"
+	"kedge/sync/git/transport"
 )
 
 const (
@@ -37,25 +36,16 @@ const (
 	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git
 	// does not repack.
 	maxPacks = 50
+	// maxObject bounds an object that is kept of a fetch, in bytes. What is read of a commit is no larger.
+	maxObject = maxTree
+	// maxCache bounds the packs of a remote repository that are kept on disk, in bytes.
+	maxCache = 4 << 30
 )
-
-// server is the host of a remote repository. A call ends with its context.
-type server interface {
-	// heads lists the branches whose names begin with prefix, by their full names.
-	heads(ctx context.Context, prefix string) (map[string]string, error)
-	// fetch begins to read the pack that q asks for, and names the commit that it was made for:
-	// another one than q wants if the branch has moved and the server gives what it has now.
-	fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error)
-	close()
-}
 
 // remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are
 // fetched when the branch has moved, into a bare cache on disk that can be thrown away at any time.
 type remoteRepo struct {
-	server  server
-	host    transport.Endpoint
-	app     bool // a GitHub App's tokens say who asks
-	address string
+	server  *transport.Repository
 	branch  string
 	below   string // Config.Path
 	every   time.Duration
@@ -73,66 +63,28 @@ type remoteRepo struct {
 	held      io.Closer // of a temporary dir
 }
 
-func newRemoteRepo(address, branch string, every time.Duration, a access, cacheDir string,
-	log *slog.Logger) (*remoteRepo, error) {
-	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
-		address = trimmed // with it go-git would ask for PATH//info/refs
-	}
-	endpoint, err := transport.NewEndpoint(address)
+func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
+	server, err := transport.Open(c.Repo, transport.Access{SSHKey: c.SSHKey, KnownHosts: c.KnownHosts, Env: c.Env})
 	if err != nil {
-		return nil, fmt.Errorf("repository %q: %w", redact(address), err)
+		return nil, err
 	}
-	switch endpoint.Protocol {
-	case "https":
-		if endpoint.User != "" || endpoint.Password != "" {
-			return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
-				"KEDGE_GIT_TOKEN", redact(address))
-		}
-	case "http":
-		if ip := net.ParseIP(endpoint.Host); endpoint.Host != "localhost" && (ip == nil || !ip.IsLoopback()) {
-			return nil, fmt.Errorf("repository %s: plain http is accepted from this machine only: use https://", redact(address))
-		}
-	case "ssh":
-		if endpoint.Password != "" {
-			return nil, fmt.Errorf("repository %s carries a password: use a key", redact(address))
-		}
-		if endpoint.User == "" {
-			endpoint.User = "git"
-		}
-	default:
-		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", redact(address),
-			endpoint.Protocol)
-	}
-	r := &remoteRepo{
-		host:    *endpoint,
-		address: address,
-		branch:  branch,
-		every:   every,
-		log:     log,
-		stall:   stallTimeout,
-		room:    maxCache,
-		app:     a.env("KEDGE_GITHUB_APP_ID") != "",
-	}
-	if endpoint.Protocol == "ssh" {
-		r.server = &sshServer{endpoint: *endpoint, access: a}
-	} else {
-		r.server = &httpServer{endpoint: *endpoint, access: a}
-	}
-	if cacheDir == "" {
+	r := &remoteRepo{server: server, branch: c.Branch, below: below, every: c.Every, log: c.Log, stall: stallTimeout,
+		room: maxCache}
+	if c.CacheDir == "" {
 		if r.dir, r.held, err = temporaryDir(os.TempDir()); err != nil {
 			return nil, fmt.Errorf("cache of the repository: %w", err)
 		}
 		r.temporary = true
 		return r, nil
 	}
-	if err := os.MkdirAll(cacheDir, 0o700); err != nil {
+	if err := os.MkdirAll(c.CacheDir, 0o700); err != nil {
 		return nil, fmt.Errorf("cache of the repository: %w", err)
 	}
-	r.dir = cacheDir
+	r.dir = c.CacheDir
 	r.cache = r.kept()
 	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} {
 		// A mirror that was killed while it fetched left them.
-		left, _ := filepath.Glob(filepath.Join(cacheDir, cut))
+		left, _ := filepath.Glob(filepath.Join(c.CacheDir, cut))
 		for _, name := range left {
 			if err := os.RemoveAll(name); err != nil {
 				return nil, fmt.Errorf("cache of the repository: %w", err)
@@ -151,7 +103,7 @@ func (r *remoteRepo) kept() string {
 	}
 	c, err := kept.Config()
 	if err != nil || c.Remotes["origin"] == nil || len(c.Remotes["origin"].URLs) != 1 ||
-		c.Remotes["origin"].URLs[0] != r.address {
+		c.Remotes["origin"].URLs[0] != r.server.Address() {
 		return ""
 	}
 	return name
@@ -162,6 +114,10 @@ const (
 	cacheName   = "repo.git"
 	fetchPrefix = "fetch-"
 	unfinished  = "objects/pack/tmp_*" // of a repository: what go-git has yet to finish
+
+	// A directory that goes with its mirror is made anew, and holds a lock.
+	temporaryPrefix = "kedge-mirror-"
+	lockFile        = "lock"
 )
 
 func (r *remoteRepo) Watch(ctx context.Context, _ func()) { <-ctx.Done() }
@@ -169,7 +125,7 @@ func (r *remoteRepo) Interval() time.Duration             { return r.every }
 func (r *remoteRepo) Pause() time.Duration                { return askPause }
 
 func (r *remoteRepo) Close() error {
-	r.server.close()
+	r.server.Close()
 	if r.temporary {
 		return errors.Join(os.RemoveAll(r.dir), r.held.Close())
 	}
@@ -180,7 +136,7 @@ func (r *remoteRepo) Objects() (*Objects, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.cache == "" {
-		return nil, fmt.Errorf("repository %s was not fetched yet", r.address)
+		return nil, fmt.Errorf("repository %s was not fetched yet", r.server.Address())
 	}
 	in, err := OpenObjects(filepath.Join(r.cache, "objects"))
 	if err != nil {
@@ -201,7 +157,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 		return "", r.busy
 	}
 	head, err := r.follow(ctx)
-	if refusal := (*Refusal)(nil); errors.As(err, &refusal) && refusal.After > 0 {
+	if refusal := (*transport.Refusal)(nil); errors.As(err, &refusal) && refusal.After > 0 {
 		r.putOff, r.busy = time.Now().Add(refusal.After), err
 	}
 	return head, err
@@ -212,7 +168,7 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
 	if err != nil {
-		return "", r.explain("list the branches of", err)
+		return "", r.server.Explain("list the branches of", err)
 	}
 	want := heads[name]
 	if want == "" {
@@ -225,8 +181,8 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 		return "", r.refused
 	}
 	if err := r.fetch(ctx, plumbing.NewHash(want)); err != nil {
-		err = r.explain("fetch from", err)
-		if errors.As(err, new(*objectTooLarge)) || errors.As(err, new(*packTooLarge)) {
+		err = r.server.Explain("fetch from", err)
+		if errors.As(err, new(*pack.ObjectTooLarge)) || errors.As(err, new(*pack.TooLarge)) {
 			r.refused = &BadCommit{want, err}
 			return "", r.refused
 		}
@@ -238,16 +194,16 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, listTimeout)
 	defer cancel()
-	return r.server.heads(ctx, prefix)
+	return r.server.Heads(ctx, prefix)
 }
 
 // noBranch returns an ErrNoBranch that names the branches that exist.
 func (r *remoteRepo) noBranch(ctx context.Context) error {
 	heads, err := r.list(ctx, "refs/heads/")
 	if err != nil {
-		return r.explain("list the branches of", err)
+		return r.server.Explain("list the branches of", err)
 	}
-	return missing(r.branch, r.address, slices.Collect(maps.Keys(heads)))
+	return missing(r.branch, r.server.Address(), slices.Collect(maps.Keys(heads)))
 }
 
 // cached names the branch's head in the cache.
@@ -271,7 +227,7 @@ func (r *remoteRepo) fetch(ctx context.Context, want plumbing.Hash) error {
 		packs, _ := filepath.Glob(filepath.Join(cache, "objects", "pack", "*.pack"))
 		if len(packs) < maxPacks {
 			err := r.fetchInto(ctx, cache, want)
-			if !errors.Is(err, errCache) && !errors.As(err, new(*packTooLarge)) || ctx.Err() != nil {
+			if !errors.Is(err, errCache) && !errors.As(err, new(*pack.TooLarge)) || ctx.Err() != nil {
 				return err
 			}
 			r.log.Warn("the cache of the repository is of no use, it is fetched anew", "cache", cache, "error", err)
@@ -318,24 +274,25 @@ var errCache = errors.New("the cache can't be used")
 // fetchOnce brings want into the bare repository at dir, which it makes where there is none, and
 // lets the branch there be at it.
 func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
-	store, err := openCache(dir, r.address)
+	store, err := openCache(dir, r.server.Address())
 	if err != nil {
 		return fmt.Errorf("%w: %w", errCache, err)
 	}
 	defer store.Close()
 	branch := plumbing.NewBranchReferenceName(r.branch)
 	if store.HasEncodedObject(want) != nil {
-		q := query{branch: branch.String(), want: want}
+		q := transport.Query{Branch: branch.String(), Want: want, MaxFile: maxFile}
 		if head, err := store.Reference(branch); err == nil {
-			q.haves = ancestors(store, head.Hash(), maxHaves)
+			q.Haves = ancestors(store, head.Hash(), maxHaves)
 		}
-		var pack io.ReadCloser
-		if pack, want, err = r.server.fetch(ctx, q); err != nil {
+		var sent io.ReadCloser
+		if sent, want, err = r.server.Fetch(ctx, q); err != nil {
 			return err
 		}
-		defer pack.Close()
+		defer sent.Close()
 		packs := filepath.Join(dir, "objects", "pack")
-		err = storePack(ctx, io.TeeReader(pack, progress), packs, r.room-sizeOf(packs), progress)
+		limits := pack.Limits{Object: maxObject, Pack: r.room - sizeOf(packs)}
+		err = pack.Store(ctx, io.TeeReader(sent, progress), packs, limits, progress)
 		if err != nil {
 			return err
 		}
@@ -400,35 +357,35 @@ func sizeOf(dir string) (sum int64) {
 
 var errStalled = errors.New("the server sends nothing")
 
-// explain adds to an error what to do about it.
-func (r *remoteRepo) explain(doing string, err error) error {
-	hint := ""
-	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
-		err = unexpected.Err
+// temporaryDir makes a directory in parent, which is ours until held is closed, and removes those
+// that mirrors left which were killed.
+func temporaryDir(parent string) (dir string, held io.Closer, err error) {
+	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
+	for _, name := range left {
+		removeAbandoned(name)
 	}
-	err = bare(err)
-	refusal := (*Refusal)(nil)
-	switch {
-	case errors.As(err, new(*hostKeyError)):
-	case errors.As(err, &refusal):
-		hint = refusal.hint(r.host.String(), r.app)
-	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
-		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
-	case errors.Is(err, transport.ErrRepositoryNotFound):
-		hint = " (or it may not be seen with these credentials)"
-	case strings.Contains(err.Error(), "unable to authenticate"):
-		hint = " (the server doesn't accept this key for " + r.host.User + ")"
-	case strings.Contains(err.Error(), "x509:"):
-		hint = " (GIT_SSL_CAINFO names a file of further authorities)"
+	if dir, err = os.MkdirTemp(parent, temporaryPrefix); err != nil {
+		return "", nil, err
 	}
-	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	return dir, f, err
 }
 
-// redact removes the password from an address.
-func redact(address string) string {
-	if u, err := url.Parse(address); err == nil && u.User != nil {
-		u.User = url.User("...")
-		return u.String()
+// removeAbandoned removes a temporary directory that nobody holds. What can't be looked at, such as
+// another user's, stays; so does a young one, which its mirror may be about to lock.
+func removeAbandoned(dir string) {
+	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || time.Since(info.ModTime()) < time.Minute {
+		return
 	}
-	return address
+	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		_ = os.RemoveAll(dir) // it may be another's all the same
+	}
 }

@@ -22,21 +22,23 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(cache, fetchPrefix+"cut-off"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	a := access{env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
-	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
+	c := Config{Repo: h.URL, Branch: "main", CacheDir: cache, Log: slog.New(slog.DiscardHandler),
+		Env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	r, err := newRemoteRepo(c, ".")
 	if err != nil {
 		t.Fatal(err)
 	}
 	if got, err := r.Head(t.Context()); err != nil || got != head {
 		t.Fatalf("head %v, %v", got, err)
 	}
-	if other, err := newRemoteRepo("https://git.example.com/other.git", "main", time.Minute, a, cache,
-		r.log); err != nil || other.cache != "" {
+	of := c
+	of.Repo = "https://git.example.com/other.git"
+	if other, err := newRemoteRepo(of, "."); err != nil || other.cache != "" {
 		t.Errorf("the cache of another repository is taken: %v, %v", other, err)
 	}
 	packs := filepath.Join(cache, cacheName, "objects", "pack")
 	gittest.WriteFile(t, filepath.Join(packs, "tmp_pack_1"), "half")
-	if r, err = newRemoteRepo(h.URL, "main", time.Minute, a, cache, r.log); err != nil {
+	if r, err = newRemoteRepo(c, "."); err != nil {
 		t.Fatal(err)
 	}
 	if left, _ := filepath.Glob(filepath.Join(packs, "tmp_*")); len(left) > 0 {
@@ -64,8 +66,9 @@ func TestHalfAPack(t *testing.T) {
 	h := gittest.ServeHTTPS(t, gittest.New(t))
 	head := h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	cache := t.TempDir()
-	a := access{env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
-	r, err := newRemoteRepo(h.URL, "main", time.Minute, a, cache, slog.New(slog.DiscardHandler))
+	c := Config{Repo: h.URL, Branch: "main", CacheDir: cache, Log: slog.New(slog.DiscardHandler),
+		Env: env("GIT_SSL_CAINFO", h.CAFile, "KEDGE_GIT_USER", "mirror", "KEDGE_GIT_TOKEN", "s3cret")}
+	r, err := newRemoteRepo(c, ".")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -171,6 +174,45 @@ func TestAddressesThatAreRefused(t *testing.T) {
 	} {
 		if _, got := localPath(address); got != local {
 			t.Errorf("%s: local %v, want %v", address, got, local)
+		}
+	}
+}
+
+// A mirror that is killed leaves its temporary cache, and the next removes it: not that of one that
+// runs, and nothing else.
+func TestTemporaryDirsOfTheDead(t *testing.T) {
+	t.Parallel()
+	parent := t.TempDir()
+	dead, held, err := temporaryDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := held.Close(); err != nil { // as its death does
+		t.Fatal(err)
+	}
+	alive, held, err := temporaryDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	foreign := filepath.Join(parent, temporaryPrefix+"foreign")
+	if err := os.Mkdir(foreign, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	hourAgo := time.Now().Add(-time.Hour)
+	for _, dir := range []string{dead, alive, foreign} {
+		if err := os.Chtimes(dir, hourAgo, hourAgo); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, held, err = temporaryDir(parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	for dir, stays := range map[string]bool{dead: false, alive: true, foreign: true} {
+		if _, err := os.Stat(dir); stays != (err == nil) {
+			t.Errorf("%s: %v, want it to stay: %v", dir, err, stays)
 		}
 	}
 }

@@ -34,6 +34,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/sync/git"
+	"kedge/sync/git/transport"
 )
 
 // Config configures a Mirror.
@@ -163,7 +164,7 @@ func New(c Config) (*Mirror, error) {
 		c.Metrics.MustRegister(newUnitMetrics(m))
 	}
 	var err error
-	if m.secret, err = git.Secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
+	if m.secret, err = transport.Secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
 		return nil, err
 	}
 	if m.signers, err = git.OpenSigners(c.SignedBy, c.SignedByPGP, c.CacheDir); err != nil {

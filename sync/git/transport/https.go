@@ -1,14 +1,13 @@
-package git
+package transport
 
 import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"kedge/deployments/safetext"
 	"mime"
 	"net/http"
 	"net/url"
@@ -27,9 +26,6 @@ import (
 const (
 	infoRefs   = "/info/refs"
 	uploadPack = "/git-upload-pack"
-	// maxWords bounds what is told of a server's own answer, in bytes; maxAnswer what is read of it.
-	maxWords  = 300
-	maxAnswer = 16 << 10
 	// maxRetryAfter bounds how long a server may put the mirror off.
 	maxRetryAfter = 15 * time.Minute
 )
@@ -37,7 +33,7 @@ const (
 // httpServer is a host of repositories behind https. Its connections stay open between polls.
 type httpServer struct {
 	endpoint transport.Endpoint
-	access   access
+	access   Access
 
 	mu     sync.Mutex
 	client *http.Client
@@ -47,53 +43,9 @@ type httpServer struct {
 	hello  greeting          // of direct
 }
 
-// Refusal is a server's answer that isn't Git's.
-type Refusal struct {
-	Status int           // of HTTP; 0: the server was asked by ssh
-	Words  string        // the server's own, on one line
-	Host   string        // who answered: another one than was asked, after a redirect
-	After  time.Duration // how long it asks to be left alone; 0: it doesn't say
-}
-
-func (e *Refusal) Error() string {
-	text := fmt.Sprintf("%s answers status code %d", e.Host, e.Status)
-	switch e.Status {
-	case 0:
-		text = e.Host + " answers"
-	case http.StatusOK:
-		text = e.Host + " answers with a page for people, not as a Git server"
-	}
-	if e.Words != "" {
-		text += ": " + e.Words
-	}
-	return text
-}
-
-// hint returns what to do about a refusal.
-func (e *Refusal) hint(address string, app bool) string {
-	if asked, err := url.Parse(address); err == nil && e.Status != 0 && asked.Host != e.Host {
-		return fmt.Sprintf(" (%s redirects to %s, where credentials don't follow: name the repository's address "+
-			"there)", asked.Host, e.Host)
-	}
-	switch e.Status {
-	case 0:
-		return " (is the repository's path right, and may this key read it?)"
-	case http.StatusUnauthorized, http.StatusForbidden:
-		if app {
-			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
-		}
-		return " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
-	case http.StatusNotFound:
-		return " (or it may not be seen with these credentials)"
-	case http.StatusOK:
-		return " (is it a login page? the address is the one that git clone takes)"
-	}
-	return ""
-}
-
-// heads asks for the branches alone where the server speaks protocol v2; otherwise the server names
+// Heads asks for the branches alone where the server speaks protocol v2; otherwise the server names
 // all references.
-func (s *httpServer) heads(ctx context.Context, prefix string) (map[string]string, error) {
+func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
 	s.mu.Lock()
 	direct := s.direct
 	s.mu.Unlock()
@@ -158,7 +110,7 @@ func (s *httpServer) lsRefs(ctx context.Context, at, prefix string) (map[string]
 	return refs, err
 }
 
-func (s *httpServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+func (s *httpServer) Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error) {
 	s.mu.Lock()
 	direct, hello := s.direct, s.hello
 	s.mu.Unlock()
@@ -167,32 +119,32 @@ func (s *httpServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbin
 	}
 	resp, err := s.do(ctx, http.MethodPost, direct+uploadPack, strings.NewReader(hello.fetch(q)))
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	pack, err := packSection(resp.Body)
 	if err != nil {
 		resp.Body.Close()
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
-	return readCloser{pack, resp.Body}, q.want, nil
+	return readCloser{pack, resp.Body}, q.Want, nil
 }
 
-func (s *httpServer) fetchV0(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+func (s *httpServer) fetchV0(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error) {
 	session, err := s.session(ctx)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	refs, err := session.AdvertisedReferencesContext(ctx)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	req, err := requestV0(refs, q)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	pack, err := session.UploadPack(ctx, req)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	return readCloser{demultiplexed(req, pack), pack}, req.Wants[0], nil
 }
@@ -233,14 +185,6 @@ func (s *httpServer) do(ctx context.Context, method, address string, body io.Rea
 		s.mu.Unlock()
 	}
 	return resp, err
-}
-
-// bare takes the method and the address off a Refusal: it names the host itself.
-func bare(err error) error {
-	if wrapped, ok := err.(*url.Error); ok && errors.As(err, new(*Refusal)) {
-		return wrapped.Err
-	}
-	return err
 }
 
 // credentials returns what the server is asked with; nil: nothing.
@@ -308,8 +252,8 @@ func (s *httpServer) httpClient() (*http.Client, error) {
 	return s.client, nil
 }
 
-// close closes idle connections.
-func (s *httpServer) close() {
+// Close closes idle connections.
+func (s *httpServer) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.closeIdle()
@@ -380,30 +324,5 @@ func words(req *http.Request, kind, text string) string {
 	if secret != "" {
 		text = strings.ReplaceAll(strings.ReplaceAll(text, secret, "..."), url.QueryEscape(secret), "...")
 	}
-	return bound(strings.Join(strings.Fields(text), " "), maxWords)
-}
-
-// tlsFiles is what the files of certificates hold.
-type tlsFiles struct{ authorities, certificate, key string }
-
-func (f tlsFiles) config() (*tls.Config, error) {
-	config := &tls.Config{}
-	if f.authorities != "" {
-		pool, err := x509.SystemCertPool()
-		if err != nil {
-			pool = x509.NewCertPool()
-		}
-		if !pool.AppendCertsFromPEM([]byte(f.authorities)) {
-			return nil, errors.New("GIT_SSL_CAINFO: the file has no certificate in PEM")
-		}
-		config.RootCAs = pool
-	}
-	if f.certificate != "" {
-		pair, err := tls.X509KeyPair([]byte(f.certificate), []byte(f.key))
-		if err != nil {
-			return nil, fmt.Errorf("GIT_SSL_CERT and GIT_SSL_KEY: %w", err)
-		}
-		config.Certificates = []tls.Certificate{pair}
-	}
-	return config, nil
+	return safetext.Line(strings.Join(strings.Fields(text), " "), maxWords)
 }

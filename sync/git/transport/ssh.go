@@ -1,4 +1,4 @@
-package git
+package transport
 
 import (
 	"bufio"
@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"kedge/deployments/safetext"
 	"net"
 	"os"
 	"strconv"
@@ -29,7 +30,7 @@ const sessionTimeout = 10 * time.Second
 // sshServer is a host of repositories behind ssh. Its connection stays open between polls.
 type sshServer struct {
 	endpoint transport.Endpoint
-	access   access
+	access   Access
 
 	mu    sync.Mutex
 	conn  *ssh.Client
@@ -47,7 +48,7 @@ type sshSession struct {
 	hello  *greeting // nil: it speaks protocol v0
 }
 
-func (s *sshServer) heads(ctx context.Context, prefix string) (map[string]string, error) {
+func (s *sshServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
 	session, err := s.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -75,10 +76,10 @@ func (s *sshSession) send(request string) error {
 	return err
 }
 
-func (s *sshServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbing.Hash, error) {
+func (s *sshServer) Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error) {
 	session, err := s.begin(ctx)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	pack, want, err := session.fetch(q)
 	if err != nil {
@@ -88,21 +89,21 @@ func (s *sshServer) fetch(ctx context.Context, q query) (io.ReadCloser, plumbing
 	return &sshPack{pack, session}, want, nil
 }
 
-func (s *sshSession) fetch(q query) (io.Reader, plumbing.Hash, error) {
+func (s *sshSession) fetch(q Query) (io.Reader, plumbing.Hash, error) {
 	if s.hello != nil {
 		if err := s.send(s.hello.fetch(q)); err != nil {
-			return nil, q.want, err
+			return nil, q.Want, err
 		}
 		pack, err := packSection(s.out)
-		return pack, q.want, err
+		return pack, q.Want, err
 	}
 	refs, err := s.advertised()
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	req, err := requestV0(refs, q)
 	if err != nil {
-		return nil, q.want, err
+		return nil, q.Want, err
 	}
 	want := req.Wants[0]
 	var ask pkts
@@ -307,7 +308,7 @@ func (s *sshServer) drop() {
 	}
 }
 
-func (s *sshServer) close() {
+func (s *sshServer) Close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.drop()
@@ -343,7 +344,7 @@ func (b *boundedBuffer) Write(p []byte) (int, error) {
 func (b *boundedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return bound(strings.Join(strings.Fields(b.data.String()), " "), maxWords)
+	return safetext.Line(strings.Join(strings.Fields(b.data.String()), " "), maxWords)
 }
 
 // quoted quotes a path for the server's shell, as git(1) does.

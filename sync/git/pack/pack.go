@@ -1,9 +1,11 @@
-package git
+// Package pack stores the packs that a server sends, with an index of its own making, within bounds of memory and disk.
+package pack
 
 import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -16,47 +18,39 @@ import (
 )
 
 const (
-	// maxObject bounds an object that is kept of a fetch, in bytes. What is read of a commit is no
-	// larger.
-	maxObject = maxTree
-	// maxCache bounds the packs of a remote repository that are kept on disk, in bytes.
-	maxCache = 4 << 30
 	// maxObjects bounds the objects of a pack: some 130 bytes of memory each, while it is read.
 	maxObjects = 16 << 20
-	// maxHeld bounds the objects that are held in memory to make others of, in bytes, beside those
-	// that are being made.
-	maxHeld = 4 * maxObject
 	// maxDeltas bounds the deltas on the way to an object, as git(1) does.
 	maxDeltas = 4095
 )
 
-// objectTooLarge says that the branch leads to a commit or a directory beyond maxObject.
-type objectTooLarge struct{ size int64 }
+// ObjectTooLarge says that the branch leads to a commit or a directory beyond Limits.Object.
+type ObjectTooLarge struct{ size, most int64 }
 
-func (e *objectTooLarge) Error() string {
+func (e *ObjectTooLarge) Error() string {
 	return fmt.Sprintf("the branch, or its history, has a directory's list or a commit of %d bytes, and at most %d "+
 		"are fetched: take the commit that brought it out of the branch "+
-		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, maxObject)
+		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, e.most)
 }
 
-// packTooLarge says that the branch's objects don't fit into the cache.
-type packTooLarge struct{ most int64 }
+// TooLarge says that the branch's objects don't fit into the cache.
+type TooLarge struct{ most int64 }
 
-func (e *packTooLarge) Error() string {
+func (e *TooLarge) Error() string {
 	return fmt.Sprintf("the branch's history has more than %d bytes, as the server sends it: make the server leave "+
 		"large files out (git config uploadpack.allowFilter true), or mirror a bare clone on the mirror's own "+
 		"machine, which is read in place", e.most)
 }
 
-// packIndexer reads a pack once from its sender, and makes the pack's index. It holds no large object
+// indexer reads a pack once from its sender, and makes the pack's index. It holds no large object
 // in memory: what is beyond most stays out of the index, and so does what is a delta to it, as if
 // the sender had left it out.
-type packIndexer struct {
-	memory   int // maxHeld
-	most     int64
+type indexer struct {
+	memory   int       // bounds the objects that are held to make others of, in bytes, beside those that are being made
+	most     int64     // Limits.Object
 	progress io.Writer // told of each step that takes time
 	file     *os.File
-	objects  []packObject              // by their offsets
+	objects  []indexed                 // by their offsets
 	refs     map[plumbing.Hash][]int32 // deltas to objects that are named by their hashes
 	wanting  int                       // deltas of refs that have found no base
 	dropped  bool                      // a delta whose hash nobody knows
@@ -64,8 +58,8 @@ type packIndexer struct {
 	checksum plumbing.Hash
 }
 
-// packObject is an object of a pack.
-type packObject struct {
+// indexed is an object of a pack.
+type indexed struct {
 	offset      int64
 	hash        plumbing.Hash
 	kind        plumbing.ObjectType // of a delta whose base is yet unknown: of the delta
@@ -74,20 +68,26 @@ type packObject struct {
 	first, next int32 // the first of the deltas to it, and the next delta to the same object; 0: none
 }
 
-// storePack reads a pack from r, and puts it with its index into dir: the packs of a repository, or
-// nothing of it. It takes no more than room bytes.
-func storePack(ctx context.Context, r io.Reader, dir string, room int64, progress io.Writer) error {
+// Limits bound a pack.
+type Limits struct {
+	Object int64 // bytes of an object that is kept; what is larger is left out if it is a file, else an ObjectTooLarge
+	Pack   int64 // bytes of the pack; what is larger is a TooLarge
+}
+
+// Store reads a pack from r, and puts it with its index into dir: the packs of a repository, or
+// nothing of it. It tells progress of each step that takes time.
+func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress io.Writer) error {
 	file, err := os.CreateTemp(dir, "tmp_pack_")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(file.Name())
 	defer file.Close()
-	x := &packIndexer{most: maxObject, memory: maxHeld, progress: progress, file: file}
-	bounded := &io.LimitedReader{R: r, N: room}
+	x := &indexer{most: limits.Object, memory: 4 * int(limits.Object), progress: progress, file: file}
+	bounded := &io.LimitedReader{R: r, N: limits.Pack}
 	err = x.read(ctx, bounded)
 	if bounded.N <= 0 {
-		return &packTooLarge{room}
+		return &TooLarge{limits.Pack}
 	}
 	if err != nil || len(x.objects) == 1 {
 		return err
@@ -96,7 +96,7 @@ func storePack(ctx context.Context, r io.Reader, dir string, room int64, progres
 }
 
 // read reads a pack, keeps it, and finds the hashes of its objects.
-func (x *packIndexer) read(ctx context.Context, r io.Reader) error {
+func (x *indexer) read(ctx context.Context, r io.Reader) error {
 	if err := x.scan(io.TeeReader(r, x.file)); err != nil {
 		return err
 	}
@@ -105,7 +105,7 @@ func (x *packIndexer) read(ctx context.Context, r io.Reader) error {
 
 // scan reads the pack to its end. An object's size comes before the object, and that of one that is
 // stored as a delta at the delta's beginning.
-func (x *packIndexer) scan(r io.Reader) error {
+func (x *indexer) scan(r io.Reader) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()
 	if err != nil {
@@ -114,7 +114,7 @@ func (x *packIndexer) scan(r io.Reader) error {
 	if count > maxObjects {
 		return fmt.Errorf("pack: it has %d objects, and at most %d are fetched", count, maxObjects)
 	}
-	x.objects = append(x.objects, packObject{}) // nobody's: an index of 0 is none
+	x.objects = append(x.objects, indexed{}) // nobody's: an index of 0 is none
 	x.refs = map[plumbing.Hash][]int32{}
 	for range count {
 		h, err := s.NextObjectHeader()
@@ -133,8 +133,8 @@ func (x *packIndexer) scan(r io.Reader) error {
 }
 
 // add reads the object behind h.
-func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
-	o := packObject{offset: h.Offset, kind: h.Type}
+func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
+	o := indexed{offset: h.Offset, kind: h.Type}
 	at := int32(len(x.objects))
 	size := h.Length
 	var into io.Writer = io.Discard
@@ -149,7 +149,7 @@ func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 		hasher = plumbing.NewHasher(h.Type, h.Length)
 		into = hasher
 	case h.Type != plumbing.BlobObject:
-		return &objectTooLarge{h.Length}
+		return &ObjectTooLarge{h.Length, x.most}
 	}
 	n, crc, err := s.NextObject(into)
 	switch {
@@ -172,7 +172,7 @@ func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	switch h.Type {
 	case plumbing.OFSDeltaObject:
 		base, found := slices.BinarySearchFunc(x.objects, h.OffsetReference,
-			func(o packObject, offset int64) int { return int(min(max(o.offset-offset, -1), 1)) })
+			func(o indexed, offset int64) int { return int(min(max(o.offset-offset, -1), 1)) })
 		if !found || base == 0 {
 			return fmt.Errorf("pack: a delta: %w", plumbing.ErrObjectNotFound)
 		}
@@ -188,7 +188,7 @@ func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	}
 	if o.left {
 		if size > x.most && o.kind != plumbing.BlobObject && !o.kind.IsDelta() {
-			return &objectTooLarge{size}
+			return &ObjectTooLarge{size, x.most}
 		}
 		x.dropped = x.dropped || h.Type.IsDelta()
 	}
@@ -197,7 +197,7 @@ func (x *packIndexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 }
 
 // resolve makes the hashes of all deltas.
-func (x *packIndexer) resolve(ctx context.Context) error {
+func (x *indexer) resolve(ctx context.Context) error {
 	x.scanner = packfile.NewScanner(x.file)
 	for i := 1; i < len(x.objects); i++ {
 		if o := &x.objects[i]; !o.left && o.hash != plumbing.ZeroHash {
@@ -214,7 +214,7 @@ func (x *packIndexer) resolve(ctx context.Context) error {
 }
 
 // link makes deltas to object i of those that name it by its hash.
-func (x *packIndexer) link(i int32) {
+func (x *indexer) link(i int32) {
 	o := &x.objects[i]
 	for _, child := range x.refs[o.hash] {
 		x.objects[child].next, o.first = o.first, child
@@ -230,7 +230,7 @@ type held struct {
 }
 
 // resolveFrom makes all that is a delta to object root, however indirectly.
-func (x *packIndexer) resolveFrom(ctx context.Context, root int32) error {
+func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 	kind := x.objects[root].kind
 	path := []held{{object: root}}
 	sum, kept := 0, 0 // bytes of the contents on the path, and the first of it that is still there
@@ -281,7 +281,7 @@ func (x *packIndexer) resolveFrom(ctx context.Context, root int32) error {
 }
 
 // make returns the content of the last object of a path.
-func (x *packIndexer) make(path []held) (content []byte, err error) {
+func (x *indexer) make(path []held) (content []byte, err error) {
 	from := len(path) - 1
 	for from > 0 && path[from].content == nil {
 		from--
@@ -300,7 +300,7 @@ func (x *packIndexer) make(path []held) (content []byte, err error) {
 }
 
 // patch makes an object of the one that it is a delta to.
-func (x *packIndexer) patch(base []byte, object int32) ([]byte, error) {
+func (x *indexer) patch(base []byte, object int32) ([]byte, error) {
 	delta, err := x.raw(object)
 	if err != nil {
 		return nil, err
@@ -316,7 +316,7 @@ func (x *packIndexer) patch(base []byte, object int32) ([]byte, error) {
 }
 
 // raw reads an object, or the delta that it is stored as.
-func (x *packIndexer) raw(object int32) ([]byte, error) {
+func (x *indexer) raw(object int32) ([]byte, error) {
 	h, err := x.scanner.SeekObjectHeader(x.objects[object].offset)
 	if err != nil {
 		return nil, fmt.Errorf("pack: %w", noEOF(err))
@@ -329,7 +329,7 @@ func (x *packIndexer) raw(object int32) ([]byte, error) {
 }
 
 // save puts the pack and its index into dir. A pack counts once its index is there.
-func (x *packIndexer) save(dir string) error {
+func (x *indexer) save(dir string) error {
 	w := &idxfile.Writer{}
 	for _, o := range x.objects {
 		if !o.left && o.hash != plumbing.ZeroHash {
@@ -381,4 +381,12 @@ func (p head) target() (int64, error) {
 		return 0, fmt.Errorf("pack: a delta: %w", packfile.ErrInvalidDelta)
 	}
 	return int64(min(size, 1<<63-1)), nil
+}
+
+// noEOF turns io.EOF into io.ErrUnexpectedEOF.
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }

@@ -1,4 +1,4 @@
-package git
+package transport
 
 import (
 	"bytes"
@@ -33,9 +33,9 @@ type installationToken struct {
 }
 
 // app reads the configuration; nil: there is none.
-func (a access) app(host string) (*githubApp, error) {
-	app := githubApp{a.env("KEDGE_GITHUB_APP_ID"), a.env("KEDGE_GITHUB_APP_INSTALLATION"),
-		a.env("KEDGE_GITHUB_APP_KEY_FILE"), a.env("KEDGE_GITHUB_API")}
+func (a Access) app(host string) (*githubApp, error) {
+	app := githubApp{a.Env("KEDGE_GITHUB_APP_ID"), a.Env("KEDGE_GITHUB_APP_INSTALLATION"),
+		a.Env("KEDGE_GITHUB_APP_KEY_FILE"), a.Env("KEDGE_GITHUB_API")}
 	if app == (githubApp{}) {
 		return nil, nil
 	}

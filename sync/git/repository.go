@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/go-git/go-billy/v5"
@@ -19,7 +21,20 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/cache"
 	"github.com/go-git/go-git/v5/plumbing/storer"
 	"github.com/go-git/go-git/v5/storage/filesystem"
+	"github.com/go-git/go-git/v5/storage/filesystem/dotgit"
+
+	"kedge/deployments/safetext"
+	"kedge/sync/git/transport"
 )
+
+// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
+var ErrNoBranch = transport.ErrNoBranch
+
+// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push must
+// not be able to fill the mirror's memory.
+const maxFile = 1 << 20
+
+var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
 
 // objectCache bounds what is kept of objects while a commit is read.
 const objectCache = 8 * cache.MiByte
@@ -230,4 +245,74 @@ func checkFormat(gitDir string) error {
 			"--ref-format=files)", gitDir, refs)
 	}
 	return nil
+}
+
+// branchHead reads a branch of the Git directory dir.
+func branchHead(dir, branch string) (string, error) {
+	refs := dotgit.New(osfs.New(dir))
+	name := plumbing.NewBranchReferenceName(branch)
+	for range 5 { // a branch may be a symbolic ref
+		ref, err := refs.Ref(name)
+		switch {
+		case errors.Is(err, plumbing.ErrReferenceNotFound) || errors.Is(err, fs.ErrNotExist):
+			return "", missing(branch, dir, branches(dir))
+		case err != nil:
+			return "", fmt.Errorf("branch %s of %s: %w", branch, dir, err)
+		case ref.Type() == plumbing.HashReference:
+			return ref.Hash().String(), nil
+		}
+		name = ref.Target()
+	}
+	return "", fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
+}
+
+// branches lists the branches of the Git directory dir, as far as they can be read.
+func branches(dir string) (names []string) {
+	refs, _ := dotgit.New(osfs.New(dir)).Refs()
+	for _, ref := range refs {
+		if ref.Name().IsBranch() {
+			names = append(names, ref.Name().String())
+		}
+	}
+	return names
+}
+
+// maxBranches and maxNames bound the branches that an error names.
+const (
+	maxBranches = 5
+	maxNames    = 300 // in bytes
+)
+
+// missing returns an ErrNoBranch that names the branches that exist.
+func missing(branch, where string, there []string) error {
+	if len(there) == 0 {
+		return fmt.Errorf("%w: %s in %s, which is empty: push to it", ErrNoBranch, branch, where)
+	}
+	slices.Sort(there)
+	for i, name := range there {
+		there[i] = strings.TrimPrefix(name, "refs/heads/")
+	}
+	more := ""
+	if n := len(there) - maxBranches; n > 0 {
+		more = fmt.Sprintf(" and %d more", n)
+	}
+	return fmt.Errorf("%w: %s in %s, which has %s%s (--branch names another)", ErrNoBranch, branch, where,
+		safetext.Line(strings.Join(there[:min(len(there), maxBranches)], ", "), maxNames), more)
+}
+
+// scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
+var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
+
+// localPath returns the path that a repository's address names on this machine, if it names one.
+func localPath(address string) (path string, local bool) {
+	if path, ok := strings.CutPrefix(address, "file://"); ok {
+		return path, true
+	}
+	if strings.Contains(address, "://") {
+		return "", false
+	}
+	if _, err := os.Stat(address); err != nil && scpLike.MatchString(address) {
+		return "", false
+	}
+	return address, true
 }

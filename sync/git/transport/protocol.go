@@ -1,11 +1,13 @@
-package git
+package transport
 
 import (
 	"bytes"
 	"errors"
 	"fmt"
 	"io"
+	"kedge/deployments/safetext"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/go-git/go-git/v5/plumbing"
@@ -14,12 +16,18 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/sideband"
 )
 
-// query is a fetch's request.
-type query struct {
-	branch string // by its full name
-	want   plumbing.Hash
-	haves  []plumbing.Hash // commits that are there, with all that they lead to
+// Query is a fetch's request.
+type Query struct {
+	Branch string // by its full name
+	Want   plumbing.Hash
+	Haves  []plumbing.Hash // commits that are there, with all that they lead to
+	// MaxFile bounds the files that the server sends, in bytes, if it can leave larger ones out.
+	MaxFile int64
 }
+
+// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or
+// its name is another.
+var ErrNoBranch = errors.New("no such branch")
 
 // version2 is how a server of protocol v2 begins.
 const version2 = "version 2"
@@ -97,17 +105,17 @@ func readRefs(r io.Reader, prefix string) (map[string]string, error) {
 
 // fetch asks for q's pack by protocol v2, in one round. Files that nobody would read stay away where
 // the server can leave them out.
-func (g greeting) fetch(q query) string {
+func (g greeting) fetch(q Query) string {
 	var ask pkts
 	ask.line("command=fetch")
 	ask.line("agent=%s", capability.DefaultAgent())
 	ask.delim()
 	ask.line("ofs-delta")
 	if g.filter {
-		ask.line("filter blob:limit=%d", maxFile+1)
+		ask.line("filter blob:limit=%d", q.MaxFile+1)
 	}
-	ask.line("want %s", q.want)
-	for _, have := range q.haves {
+	ask.line("want %s", q.Want)
+	for _, have := range q.Haves {
 		ask.line("have %s", have)
 	}
 	ask.line("done")
@@ -131,17 +139,17 @@ func packSection(r io.Reader) (io.Reader, error) {
 
 // requestV0 asks for the branch's pack, as the branch is now, as protocol v0 does. Every server knows multi_ack, and
 // Azure DevOps and AWS CodeCommit insist on it, though go-git takes it out of what servers offer.
-func requestV0(refs *packp.AdvRefs, q query) (*packp.UploadPackRequest, error) {
-	want, found := refs.References[q.branch]
+func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
+	want, found := refs.References[q.Branch]
 	if !found {
-		return nil, fmt.Errorf("%w any more: %s", ErrNoBranch, q.branch)
+		return nil, fmt.Errorf("%w any more: %s", ErrNoBranch, q.Branch)
 	}
 	req := packp.NewUploadPackRequestFromCapabilities(refs.Capabilities)
-	req.Wants, req.Haves = []plumbing.Hash{want}, q.haves
+	req.Wants, req.Haves = []plumbing.Hash{want}, q.Haves
 	_ = req.Capabilities.Set(capability.MultiACK) // it takes no argument that could be wrong
 	if refs.Capabilities.Supports(capability.Filter) {
 		_ = req.Capabilities.Set(capability.Filter)
-		req.Filter = packp.FilterBlobLimit(maxFile+1, packp.BlobLimitPrefixNone)
+		req.Filter = packp.FilterBlobLimit(uint64(q.MaxFile)+1, packp.BlobLimitPrefixNone)
 	}
 	return req, nil
 }
@@ -166,3 +174,79 @@ func headsOf(refs *packp.AdvRefs, prefix string) map[string]string {
 	}
 	return heads
 }
+
+// pkt is a packet of Git's protocols; see gitprotocol-common(5) and gitprotocol-v2(5).
+type pkt int
+
+const (
+	dataPkt  pkt = iota
+	flushPkt     // ends a message
+	delimPkt     // ends a section of a message
+	endPkt       // ends a response
+)
+
+// maxPkt bounds a packet, its length included.
+const maxPkt = 65520
+
+// readPkt reads one packet and nothing beyond it. A line's end is taken off; what a server says in
+// an ERR line is an error.
+func readPkt(r io.Reader) (kind pkt, line string, err error) {
+	var length [4]byte
+	if _, err := io.ReadFull(r, length[:]); err != nil {
+		return 0, "", err
+	}
+	n, err := strconv.ParseUint(string(length[:]), 16, 16)
+	switch {
+	case err != nil:
+		return 0, "", fmt.Errorf("it answers %q, which isn't Git's protocol", length[:])
+	case n <= uint64(endPkt-flushPkt):
+		return flushPkt + pkt(n), "", nil
+	case n < 4 || n > maxPkt:
+		return 0, "", fmt.Errorf("it sends a packet of %d bytes", n)
+	}
+	data := make([]byte, n-4)
+	if _, err := io.ReadFull(r, data); err != nil {
+		return 0, "", fmt.Errorf("a packet: %w", noEOF(err))
+	}
+	line = strings.TrimSuffix(string(data), "\n")
+	if words, failed := strings.CutPrefix(line, "ERR "); failed {
+		return 0, "", errors.New(safetext.Line(strings.TrimSpace(words), maxWords))
+	}
+	return dataPkt, line, nil
+}
+
+// readLines reads the lines of a message, up to the flush that ends it, and gives each to read.
+func readLines(r io.Reader, read func(line string) error) error {
+	for {
+		kind, line, err := readPkt(r)
+		switch {
+		case err != nil:
+			return noEOF(err)
+		case kind == flushPkt:
+			return nil
+		case kind == dataPkt:
+			if err := read(line); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// noEOF turns io.EOF into io.ErrUnexpectedEOF.
+func noEOF(err error) error {
+	if errors.Is(err, io.EOF) {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// pkts makes a request of lines.
+type pkts struct{ strings.Builder }
+
+func (p *pkts) line(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	fmt.Fprintf(p, "%04x%s\n", len(text)+5, text)
+}
+
+func (p *pkts) delim() { p.WriteString("0001") }
+func (p *pkts) flush() { p.WriteString("0000") }

@@ -1,6 +1,8 @@
-package git
+package transport
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -15,19 +17,22 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 )
 
-// access is how a remote repository is reached.
-type access struct {
-	sshKey, knownHosts string
-	env                func(string) string
+// Access says who asks a remote repository, and whom it trusts.
+type Access struct {
+	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default
+	// ~/.ssh/known_hosts).
+	SSHKey, KnownHosts string
+	// Env reads the variables that git.Config.Env lists.
+	Env func(string) string
 }
 
 // basic reads the token anew each time, so that it can be replaced while the mirror runs; nil: there is none.
-func (a access) basic() (*githttp.BasicAuth, error) {
-	token, err := Secret(a.env, "KEDGE_GIT_TOKEN")
+func (a Access) basic() (*githttp.BasicAuth, error) {
+	token, err := Secret(a.Env, "KEDGE_GIT_TOKEN")
 	if err != nil || token == "" {
 		return nil, err
 	}
-	user := a.env("KEDGE_GIT_USER")
+	user := a.Env("KEDGE_GIT_USER")
 	if user == "" {
 		user = "kedge" // hosts that take a token alone ignore the name, but want one
 	}
@@ -35,12 +40,12 @@ func (a access) basic() (*githttp.BasicAuth, error) {
 }
 
 // readTLS reads the files that git(1) has the same variables for.
-func (a access) readTLS() (files tlsFiles, err error) {
+func (a Access) readTLS() (files tlsFiles, err error) {
 	for _, v := range []struct {
 		name string
 		into *string
 	}{{"GIT_SSL_CAINFO", &files.authorities}, {"GIT_SSL_CERT", &files.certificate}, {"GIT_SSL_KEY", &files.key}} {
-		file := a.env(v.name)
+		file := a.Env(v.name)
 		if file == "" {
 			continue
 		}
@@ -78,9 +83,9 @@ func Secret(env func(string) string, name string) (string, error) {
 }
 
 // ssh returns how e is reached, and the files that it read for it.
-func (a access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
-	files := []string{a.knownHosts}
-	if a.knownHosts == "" {
+func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
+	files := []string{a.KnownHosts}
+	if a.KnownHosts == "" {
 		home, err := os.UserHomeDir()
 		if err != nil {
 			return nil, nil, fmt.Errorf("known hosts: %w", err)
@@ -109,7 +114,7 @@ func (a access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 		HostKeyCallback:   strict(known.HostKeyCallback(), files),
 		HostKeyAlgorithms: known.HostKeyAlgorithms(host),
 	}
-	if a.sshKey == "" {
+	if a.SSHKey == "" {
 		agent, err := gitssh.NewSSHAgentAuth(e.User)
 		if err != nil {
 			return nil, nil, fmt.Errorf("ssh: no key file is named and no SSH agent answers: name one with --ssh-key (%w)", err)
@@ -117,19 +122,19 @@ func (a access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 		agent.HostKeyCallbackHelper = check
 		return agent, files, nil
 	}
-	pem, err := os.ReadFile(a.sshKey)
+	pem, err := os.ReadFile(a.SSHKey)
 	if err != nil {
 		return nil, nil, fmt.Errorf("ssh key: %w", err)
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
 		return nil, nil, fmt.Errorf("ssh key %s has a passphrase, and nobody is here to type it: use a key of its own "+
-			"for the mirror, or an SSH agent", a.sshKey)
+			"for the mirror, or an SSH agent", a.SSHKey)
 	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("ssh key %s: %w", a.sshKey, err)
+		return nil, nil, fmt.Errorf("ssh key %s: %w", a.SSHKey, err)
 	}
-	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.sshKey), nil
+	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.SSHKey), nil
 }
 
 // hostKeyError says that a server isn't, or may not be, who it should be.
@@ -154,4 +159,29 @@ func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 				host, mismatch.Want[0].Filename, mismatch.Want[0].Line, ssh.FingerprintSHA256(key))}
 		}
 	}
+}
+
+// tlsFiles is what the files of certificates hold.
+type tlsFiles struct{ authorities, certificate, key string }
+
+func (f tlsFiles) config() (*tls.Config, error) {
+	config := &tls.Config{}
+	if f.authorities != "" {
+		pool, err := x509.SystemCertPool()
+		if err != nil {
+			pool = x509.NewCertPool()
+		}
+		if !pool.AppendCertsFromPEM([]byte(f.authorities)) {
+			return nil, errors.New("GIT_SSL_CAINFO: the file has no certificate in PEM")
+		}
+		config.RootCAs = pool
+	}
+	if f.certificate != "" {
+		pair, err := tls.X509KeyPair([]byte(f.certificate), []byte(f.key))
+		if err != nil {
+			return nil, fmt.Errorf("GIT_SSL_CERT and GIT_SSL_KEY: %w", err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
 }

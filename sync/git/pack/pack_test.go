@@ -1,4 +1,4 @@
-package git
+package pack
 
 import (
 	"bytes"
@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -54,17 +55,17 @@ func testPack(t *testing.T, count uint32, objects ...io.Reader) io.Reader {
 	return bytes.NewReader(append(raw, sum[:]...))
 }
 
-// indexed reads a pack with bounds of its own, and returns the objects of the index that it makes.
-func indexed(t *testing.T, r io.Reader, most int64, memory int) ([]packObject, error) {
+// objectsOf reads a pack with bounds of its own, and returns the objects of the index that it makes.
+func objectsOf(t *testing.T, r io.Reader, most int64, memory int) ([]indexed, error) {
 	t.Helper()
 	file, err := os.CreateTemp(t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	x := &packIndexer{most: most, memory: memory, progress: io.Discard, file: file}
+	x := &indexer{most: most, memory: memory, progress: io.Discard, file: file}
 	err = x.read(t.Context(), r)
-	return slices.DeleteFunc(x.objects, func(o packObject) bool { return o.hash.IsZero() || o.left }), err
+	return slices.DeleteFunc(x.objects, func(o indexed) bool { return o.hash.IsZero() || o.left }), err
 }
 
 // Large files, and what is made of them, are left out; a pack that isn't right is refused.
@@ -90,7 +91,7 @@ func TestPacks(t *testing.T) {
 	small, large := sizeOf(blob(10)), sizeOf(blob(most+1))
 	delta := func(target uint64, more int) io.Reader { return of(10, target, more, small) }
 	raw := func(d ...byte) io.Reader { return packed(6, uint64(len(d)), small, bytes.NewReader(d)) }
-	tooLarge := &objectTooLarge{}
+	tooLarge := &ObjectTooLarge{}
 	for name, c := range map[string]struct {
 		pack io.Reader
 		want int // objects of the index; -1: an error
@@ -122,7 +123,7 @@ func TestPacks(t *testing.T) {
 		"no pack":                         {strings.NewReader("hello, this is no pack at all"), -1},
 	} {
 		// A connection gives what it likes.
-		got, err := indexed(t, iotest.OneByteReader(c.pack), most, most)
+		got, err := objectsOf(t, iotest.OneByteReader(c.pack), most, most)
 		switch {
 		case c.want >= 0 && (err != nil || len(got) != c.want):
 			t.Errorf("%s: %d objects, %v; want %d", name, len(got), err, c.want)
@@ -157,8 +158,8 @@ func TestIndexIsGits(t *testing.T) {
 		base += "-" + o.Write("HEAD\n", append(args, base)...)
 		want := strings.Split(o.Write(readFile(t, base+".idx"), "show-index"), "\n")
 		slices.Sort(want)
-		for _, memory := range []int{0, 20_000, maxHeld} {
-			objects, err := indexed(t, strings.NewReader(readFile(t, base+".pack")), maxObject, memory)
+		for _, memory := range []int{0, 20_000, math.MaxInt} {
+			objects, err := objectsOf(t, strings.NewReader(readFile(t, base+".pack")), 1<<20, memory)
 			var got []string
 			for _, o := range objects {
 				got = append(got, fmt.Sprintf("%d %s (%08x)", o.offset, o.hash, o.crc))
@@ -168,4 +169,13 @@ func TestIndexIsGits(t *testing.T) {
 			}
 		}
 	}
+}
+
+func readFile(t *testing.T, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
 }

@@ -1,0 +1,109 @@
+// Package transport reaches a remote Git repository by https or ssh, asks it for its branches and reads packs from
+// it, by protocol v2 where the server speaks it, and by v0.
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"strings"
+
+	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/transport"
+)
+
+// server is the host of a remote repository. A call ends with its context.
+type server interface {
+	// Heads lists the branches whose names begin with prefix, by their full names.
+	Heads(ctx context.Context, prefix string) (map[string]string, error)
+	// Fetch begins to read the pack that q asks for, and names the commit that it was made for:
+	// another one than q wants if the branch has moved and the server gives what it has now.
+	Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error)
+	Close()
+}
+
+// Repository is a remote repository.
+type Repository struct {
+	server
+	endpoint transport.Endpoint
+	address  string
+	app      bool // a GitHub App's tokens say who asks
+}
+
+// Open checks the address of a repository: https://…, ssh://… or git@HOST:PATH. It does not wait for the server.
+func Open(address string, a Access) (*Repository, error) {
+	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
+		address = trimmed // with it go-git would ask for PATH//info/refs
+	}
+	endpoint, err := transport.NewEndpoint(address)
+	if err != nil {
+		return nil, fmt.Errorf("repository %q: %w", Redact(address), err)
+	}
+	switch endpoint.Protocol {
+	case "https":
+		if endpoint.User != "" || endpoint.Password != "" {
+			return nil, fmt.Errorf("repository %s carries a user name or password: give them as KEDGE_GIT_USER and "+
+				"KEDGE_GIT_TOKEN", Redact(address))
+		}
+	case "http":
+		if ip := net.ParseIP(endpoint.Host); endpoint.Host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+			return nil, fmt.Errorf("repository %s: plain http is accepted from this machine only: use https://", Redact(address))
+		}
+	case "ssh":
+		if endpoint.Password != "" {
+			return nil, fmt.Errorf("repository %s carries a password: use a key", Redact(address))
+		}
+		if endpoint.User == "" {
+			endpoint.User = "git"
+		}
+	default:
+		return nil, fmt.Errorf("repository %s: %s is not one of https, ssh, file or a path", Redact(address),
+			endpoint.Protocol)
+	}
+	r := &Repository{endpoint: *endpoint, address: address, app: a.Env("KEDGE_GITHUB_APP_ID") != ""}
+	if endpoint.Protocol == "ssh" {
+		r.server = &sshServer{endpoint: *endpoint, access: a}
+	} else {
+		r.server = &httpServer{endpoint: *endpoint, access: a}
+	}
+	return r, nil
+}
+
+// Address is the repository's address, without a slash at its end.
+func (r *Repository) Address() string { return r.address }
+
+// Explain adds to an error what to do about it.
+func (r *Repository) Explain(doing string, err error) error {
+	hint := ""
+	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
+		err = unexpected.Err
+	}
+	err = bare(err)
+	refusal := (*Refusal)(nil)
+	switch {
+	case errors.As(err, new(*hostKeyError)):
+	case errors.As(err, &refusal):
+		hint = refusal.hint(r.endpoint.String(), r.app)
+	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
+		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
+	case errors.Is(err, transport.ErrRepositoryNotFound):
+		hint = " (or it may not be seen with these credentials)"
+	case strings.Contains(err.Error(), "unable to authenticate"):
+		hint = " (the server doesn't accept this key for " + r.endpoint.User + ")"
+	case strings.Contains(err.Error(), "x509:"):
+		hint = " (GIT_SSL_CAINFO names a file of further authorities)"
+	}
+	return fmt.Errorf("%s %s: %w%s", doing, r.address, err, hint)
+}
+
+// Redact removes the password from an address.
+func Redact(address string) string {
+	if u, err := url.Parse(address); err == nil && u.User != nil {
+		u.User = url.User("...")
+		return u.String()
+	}
+	return address
+}
