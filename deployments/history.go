@@ -11,66 +11,70 @@ type History struct {
 	Generation int64   `json:"generation"`
 	Release    Pointer `json:"release"`
 	Stable     Pointer `json:"stable,omitzero"`
-	// Commit, Author and Subject are the Git commit's that was mirrored then; Committed is its time.
+	// Commit, Author and Subject describe the Git commit that was mirrored then. Committed is the commit's time.
 	Commit    string    `json:"commit"`
 	Author    string    `json:"author"`
 	Subject   string    `json:"subject,omitempty"`
 	Committed time.Time `json:"committed"`
 	// At is when the mirror wrote it.
 	At time.Time `json:"at"`
-	// Failed is the digest of the release that the generation rolled back, or of the one that it replaced while a
-	// node had that in quarantine: nodes forget this, and a rollback must not go back to it.
+	// Failed is the digest of a release that must not be rolled back to, though nodes may have forgotten that it
+	// failed: the one that this generation rolled back, or the one that it replaced while a node had it in
+	// quarantine.
 	Failed Digest `json:"failed,omitzero"`
-	// Claim and Retry are the record's: a release that failed on a node stays out there if the record is lost.
+	// Claim and Retry are copied from the record: they keep a failed release out of the nodes where it failed even
+	// if the record is lost.
 	Claim int64 `json:"claim,omitempty"`
 	Retry int64 `json:"retry,omitempty"`
-	// Pinned is the record's, while a pin has its place.
+	// Pinned is copied from the record while a pin overrides it.
 	Pinned *Pinned `json:"pinned,omitempty"`
-	// Note says what else led to it: a change by hand that was put back, an order, a rollout that was stopped.
+	// Note says what else led to the generation: a change by hand that was put back, an order, a rollout that was
+	// stopped.
 	Note string `json:"note,omitempty"`
-	// Pins are the pins of the unit, and of its nodes, that stood in this generation, the oldest first: what still
-	// stands when the next generation begins stands in its entry, too. The mirror rewrites the newest entry when a
-	// pin comes or ends.
+	// Pins are the pins of the unit, and of its nodes, that were in force in this generation, the oldest first. A
+	// pin that outlasts the generation is listed in the next entry, too. The mirror rewrites the newest entry when
+	// a pin comes or ends.
 	Pins []PastPin `json:"pins,omitempty"`
-	// Orders are the orders that the mirror took in this generation, the oldest first. One that began it is its first.
+	// Orders are the orders that the mirror took in this generation, the oldest first. If an order began the
+	// generation, it is the first.
 	Orders []PastOrder `json:"orders,omitempty"`
 	// Truncated is set if there were more pins or orders than an entry keeps.
 	Truncated bool `json:"truncated,omitempty"`
 }
 
-// PastPin is a pin as the history keeps it. Its words are cut at MaxPastWords.
+// PastPin is a pin as the history keeps it. By, Reason and Error are cut at MaxPastWords.
 type PastPin struct {
-	// At is when the mirror saw it. Ended is when it had been removed or replaced, or its Until had come; zero: it
-	// stands.
+	// At is when the mirror saw the pin. Ended is when it was removed or replaced, or when its Until came; zero:
+	// it is still in force.
 	At    time.Time `json:"at"`
 	Ended time.Time `json:"ended,omitzero"`
-	// Node is the one node that it was for; empty: all nodes of the unit.
+	// Node is the one node that the pin was for; empty: all nodes of the unit.
 	Node string `json:"node,omitempty"`
 	Pin
-	// Error is why its value could not be read: it changed nothing on any node.
+	// Error says why the pin's value could not be read. Such a pin changed nothing on any node.
 	Error string `json:"error,omitempty"`
 }
 
-// Same reports whether two pins say the same of the same nodes.
+// Same reports whether two pins are equal but for the times At and Ended.
 func (p PastPin) Same(q PastPin) bool {
 	return p.Node == q.Node && p.Hold == q.Hold && p.Release == q.Release && p.By == q.By && p.Reason == q.Reason &&
 		p.Until.Equal(q.Until) && p.AtOnce == q.AtOnce && p.Error == q.Error
 }
 
-// PastOrder is an order as the history keeps it. Its words are cut at MaxPastWords.
+// PastOrder is an order as the history keeps it. By and Reason are cut at MaxPastWords.
 type PastOrder struct {
 	// At is when the mirror took it.
 	At time.Time `json:"at"`
 	Order
-	// Refused is why it changed nothing.
+	// Refused is why the order changed nothing; empty: it was obeyed.
 	Refused Reason `json:"refused,omitempty"`
 }
 
 const (
 	// HistoryKept is how many generations of a unit stay in history/.
 	HistoryKept = 50
-	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords, in bytes, what one of
-	// them keeps of by, reason and error: whoever may write pins or orders must not make an entry grow.
+	// MaxPastPins bounds the pins of a history entry, MaxPastOrders its orders, and MaxPastWords the bytes of each
+	// By, Reason and Error: whoever may write pins or orders must not make an entry grow without bound.
 	MaxPastPins   = 50
 	MaxPastOrders = 50
 	MaxPastWords  = 200
@@ -83,7 +87,7 @@ func ParseHistory(value []byte) (History, error) {
 	return h, err
 }
 
-// UnmarshalJSON takes the name that the version before gave to Failed, too.
+// UnmarshalJSON also reads Failed under the JSON name that the previous version used.
 func (h *History) UnmarshalJSON(data []byte) error {
 	type plain History
 	var both struct {
@@ -100,8 +104,9 @@ func (h *History) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// MergePins tells of each pin once, in the entry of the generation in which it began, with its end as the newest
-// entry that has it knows it. history is the newest first, and is changed.
+// MergePins removes from history the repeated mentions of a pin: each pin stays only in the entry of the
+// generation in which it began, with the end that the newest mention has. history is sorted newest first, and is
+// changed in place.
 func MergePins(history []History) {
 	began := map[pastPinKey]*PastPin{}
 	for i := len(history) - 1; i >= 0; i-- {
@@ -115,7 +120,7 @@ func MergePins(history []History) {
 			own = append(own, p)
 			began[key] = &own[len(own)-1]
 		}
-		// The list may have moved while it grew.
+		// own may have moved when it was appended to.
 		for j := range own {
 			began[pastPinKey{own[j].Node, own[j].At.UnixNano()}] = &own[j]
 		}
@@ -123,7 +128,7 @@ func MergePins(history []History) {
 	}
 }
 
-// pastPinKey tells one pin from another: a node has one at a time.
+// pastPinKey identifies a pin: a node has one pin at a time.
 type pastPinKey struct {
 	node string
 	at   int64

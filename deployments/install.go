@@ -10,20 +10,20 @@ import (
 //go:embed consul
 var rules embed.FS
 
-// RuleVars fill in Consul ACL rules.
+// RuleVars are the variables of Consul ACL rules.
 type RuleVars struct {
-	// Prefix of all of kedge's keys; empty: kedge/.
+	// Prefix is the prefix of all of kedge's keys; empty: kedge/.
 	Prefix string
-	// Stage and Role are those of an agent. Other parties have none.
+	// Stage and Role are an agent's. Other parties have none.
 	Stage, Role string
 	// Node is the Consul node that the agent or the mirror talks to. Operators have none.
 	Node string
 }
 
-// ConsulRules returns the Consul ACL rules of "agent", "bridge", "maintenance" (beside those, for an agent that turns
-// its node's maintenance mode), "mirror", "operator" or "web", in HCL. It panics for another party, and where a
-// variable that the rules need is missing or isn't a good part of a key: the rules would be about other keys than
-// meant.
+// ConsulRules returns the Consul ACL rules of a party, in HCL. The party is "agent", "bridge", "mirror",
+// "operator", "web", or "maintenance": what an agent needs besides, to switch its node's maintenance mode.
+// ConsulRules panics for another party, and if a variable that the rules need is missing or isn't a valid part of
+// a key: the rules would then be about other keys than meant.
 func ConsulRules(party string, v RuleVars) string {
 	file, err := rules.ReadFile("consul/" + party + ".hcl")
 	if err != nil {

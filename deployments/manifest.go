@@ -6,34 +6,33 @@ import (
 )
 
 // Manifest says what a release is and how it goes live. It is a superset of stretcher's, whose manifests deploy
-// unchanged, but for what stretcher passes over or should not have taken: unknown fields, loops in templates, a src
-// without a checksum. Each is an error that says so. Written by kedge publish or by hand,
-// immutable once a pointer names its digest.
+// unchanged, with three exceptions that are errors here: unknown fields, loops in templates, and a src without a
+// checksum. kedge publish or a person writes it; it is immutable once a pointer names its digest.
 type Manifest struct {
 	Name, Version string // shown wherever the release is shown
-	// Created orders signed releases: a node with signers goes to none that is older than the newest it has settled
-	// on. Whole seconds, UTC; zero: the manifest does not say, and counts as older than any that does.
+	// Created orders signed releases: a node with signers refuses a release that is older than the newest one it
+	// has settled on. Whole seconds, UTC. Zero counts as older than any other time.
 	Created time.Time
 
 	// Src is the archive's URL, made absolute against the manifest's own; empty: commands only.
 	Src string
-	// Checksum is the archive's md5, sha1, sha256 or sha512, told apart by length; lower-case hexadecimal.
-	// Empty only where Index is set or Src is empty.
+	// Checksum is the archive's md5, sha1, sha256 or sha512, told apart by length, in lower-case hexadecimal. It
+	// may be empty only if Index is set or Src is empty.
 	Checksum string
-	// Size is the archive's, in bytes; 0 where the manifest does not say.
+	// Size is the archive's size in bytes; 0: the manifest does not say.
 	Size int64
-	// Index and Deltas let an agent fetch only what changed; nil: the archive is fetched whole.
+	// Index and Deltas let an agent fetch only what changed. Without Index the archive is fetched whole.
 	Index  *Blob
 	Deltas []Delta
 
-	// Dest is absolute and clean. DestMode is the tree's top directory's.
+	// Dest is an absolute, clean path. DestMode is the mode of the tree's top directory.
 	Dest     string
 	DestMode fs.FileMode
 	Strategy Strategy
-	// Excludes and ExcludeFrom are rsync's, for StrategyRsync alone.
+	// Excludes and ExcludeFrom are rsync's patterns, and a file of them; for StrategyRsync alone.
 	Excludes    []string
 	ExcludeFrom string
-	// Owner is USER, USER:GROUP or :GROUP, by name or number; empty: whoever the agent runs as.
+	// Owner is USER, USER:GROUP or :GROUP, by name or number; empty: the user that the agent runs as.
 	Owner string
 	// Keep is how many old releases stay beside the running and the last good one, at least 1. Default 3.
 	Keep int
@@ -41,18 +40,19 @@ type Manifest struct {
 	Shared []string
 	// Symlinks says whether links of the archive may lead out of the tree.
 	Symlinks Symlinks
-	// Immutable says that nothing writes into the live tree, so that the next release may share files by hard link.
+	// Immutable promises that nothing writes into the live tree, so that the next release may share files by hard
+	// link.
 	Immutable bool
 
 	Commands Commands
-	// Secrets are variables for all commands, by name, whose values the node reads where the references say.
+	// Secrets maps names of environment variables of all commands to references, whose values the node reads.
 	Secrets map[string]SecretRef `json:",omitempty"`
 	Health  Health
 	// Drain is how long to wait, after /ready turns 503, before the switch.
 	Drain time.Duration
 
-	// Masked are the values of variables that nobody is to see; see Mask. They stand in no manifest's
-	// text, but are kept with what was parsed of it.
+	// Masked are the values of variables that must not be shown; see Mask. No manifest's text contains them: they
+	// are kept with the parsed Manifest.
 	Masked []string `json:",omitempty"`
 }
 
@@ -64,7 +64,7 @@ const (
 	SymlinksAny    Symlinks = "any"    // anywhere, absolute targets included, as in a virtualenv
 )
 
-// Blob is an object that the manifest pins.
+// Blob is an object whose size and digest the manifest fixes.
 type Blob struct {
 	URL    string // made absolute against the manifest's
 	Size   int64  // bytes
@@ -90,9 +90,9 @@ const (
 	StrategyRelease Strategy = "release"
 )
 
-// Commands run around a switch, each list in order; the first that fails ends its list.
+// Commands run around a switch, each list in order. The first command that fails ends its list.
 type Commands struct {
-	// Env are variables for all of them, by name, beside those that kedge sets.
+	// Env are environment variables for all commands, beside those that kedge sets.
 	Env map[string]string
 
 	Pre, Post, Success, Failure []Command
@@ -103,12 +103,13 @@ func (c Commands) lists() [][]Command { return [][]Command{c.Pre, c.Post, c.Succ
 // Command is run by sh -c in a process group of its own.
 type Command struct {
 	Run string
-	// Timeout ends its whole process group. Default: the manifest's commands.timeout, or else 10 minutes; a day in a
-	// manifest that has no fields but stretcher's, which knows no timeouts.
+	// Timeout is when the command's whole process group is ended. Default: the manifest's commands.timeout, or
+	// else 10 minutes; a day in a manifest that has only stretcher's fields, as stretcher has no timeouts.
 	Timeout time.Duration
-	// User is whom it runs as, by name or number; empty: whoever the agent runs as.
+	// User is the user that the command runs as, by name or number; empty: the agent's.
 	User string
-	// Once says that it is not run again after it was cut off: for what restarts the agent or the machine.
+	// Once prevents a second run after the command was cut off: for commands that restart the agent or the
+	// machine.
 	Once bool
 }
 
@@ -116,8 +117,8 @@ type Command struct {
 type Health struct {
 	// Timeout is how long the checks may take to pass, from the end of post; default 60 s.
 	Timeout time.Duration
-	// StableFor is how long they must go on passing, until each has been tried once more at its end. Default 0: once
-	// is enough.
+	// StableFor is how long the checks must go on passing. At its end each is tried once more. Default 0: passing
+	// once is enough.
 	StableFor time.Duration
 	// Every is the time between two rounds of checks while the release is live; default 10 s. Failures is how many
 	// rounds in a row must fail before it counts as unhealthy; default 3.
@@ -131,16 +132,16 @@ type Check struct {
 	HTTP *HTTPCheck
 	TCP  string // HOST:PORT that accepts a connection
 	Exec string // sh -c that exits 0
-	// User is whom Exec runs as, by name or number; empty: as the agent runs.
+	// User is the user that Exec runs as, by name or number; empty: the agent's.
 	User string
-	// Systemd is a unit that is active and does not restart meanwhile.
+	// Systemd names a systemd unit that must be active and must not restart meanwhile.
 	Systemd string
-	// Consul is the name of a service on this node whose checks all pass.
+	// Consul names a service of this node whose Consul checks must all pass.
 	Consul string
-	// Interval is the time between two tries, but for Health.StableFor where that is shorter (and at least 1 s);
-	// default 1 s. Timeout bounds one try; default 5 s.
+	// Interval is the time between two tries; default 1 s. It is shortened to Health.StableFor, but not below 1 s.
+	// Timeout bounds one try; default 5 s.
 	Interval, Timeout time.Duration
-	// During limits when it is tried.
+	// During limits when the check is tried.
 	During During
 }
 
@@ -152,7 +153,8 @@ const (
 	DuringDeploy During = "deploy" // at the switch alone: for what all nodes share, such as a database
 )
 
-// HTTPCheck passes on status 2xx, or on Status where set, and where Contains is in the first 64 KiB of the body.
+// HTTPCheck passes on status 2xx, or on Status if that is set, provided that Contains is in the first 64 KiB of
+// the body.
 type HTTPCheck struct {
 	URL      string
 	Status   int

@@ -12,8 +12,8 @@ import (
 	"github.com/goccy/go-yaml"
 )
 
-// Encode returns a manifest's YAML, as kedge publish writes it: ParseManifest of it, at the same URL, gives an equal
-// Manifest. Fields that hold their default are left out.
+// Encode returns a manifest as YAML, as kedge publish writes it. ParseManifest of that text, at the same URL,
+// returns an equal Manifest. Fields that hold their default are left out.
 func (m *Manifest) Encode() ([]byte, error) {
 	var out yaml.MapSlice
 	add := func(to *yaml.MapSlice, key string, value any, when bool) {
@@ -64,7 +64,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	add(&out, "symlinks", string(m.Symlinks), m.Symlinks != "" && m.Symlinks != SymlinksInside)
 	add(&out, "immutable", true, m.Immutable)
 
-	// What a reader takes for the timeout of a command that has none.
+	// This is the timeout that ParseManifest gives a command without one.
 	timeout := DefaultCommandTimeout
 	if !m.own() {
 		timeout = stretchersTimeout
@@ -138,7 +138,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	return data, nil
 }
 
-// own reports whether Encode writes a field that stretcher doesn't know.
+// own reports whether Encode writes a field that stretcher doesn't know: such a manifest is one of kedge's own.
 func (m *Manifest) own() bool {
 	h := m.Health
 	return m.Name != "" || m.Version != "" || !m.Created.IsZero() || m.Size != 0 || m.Index != nil || len(m.Deltas) > 0 ||
@@ -152,7 +152,7 @@ func (m *Manifest) own() bool {
 		h.Failures != 0 && h.Failures != defaultHealthFailures
 }
 
-// scalar is text that is quoted in YAML unless every reader takes it for text.
+// scalar is text that is quoted in YAML, unless every YAML reader takes it for text unquoted.
 type scalar string
 
 // bare matches text that every reader of YAML takes for text, unquoted.

@@ -26,7 +26,8 @@ const (
 	maxEnv      = 1000
 	maxSecrets  = 100
 
-	// DefaultCommandTimeout is that of kedge's own manifests, stretchersTimeout that of stretcher's.
+	// DefaultCommandTimeout is the timeout of commands in kedge's own manifests, stretchersTimeout that in
+	// stretcher's.
 	DefaultCommandTimeout = 10 * time.Minute
 	stretchersTimeout     = 24 * time.Hour
 	defaultHealthTimeout  = 60 * time.Second
@@ -37,10 +38,11 @@ const (
 	defaultCheckTimeout   = 5 * time.Second
 )
 
-// ParseManifest reads a manifest's bytes, whose digest the caller has checked, found at url. {{ env "NAME"
-// "default" }} and {{ must_env "NAME" }} are replaced first, from env, as in stretcher's; nil: none are set.
-// Relative URLs are made absolute against url. Unknown fields, which stretcher passes over, doubles and bad values
-// are Problems with line and column; a field without a value counts as left out, as in stretcher.
+// ParseManifest parses the manifest found at url, whose digest the caller has checked. As in stretcher, {{ env
+// "NAME" "default" }} and {{ must_env "NAME" }} are first replaced by what env returns; a nil env has no
+// variables. Relative URLs are made absolute against url. Unknown fields (which stretcher ignores), fields given
+// twice and bad values are Problems with line and column. A field without a value counts as left out, as in
+// stretcher.
 func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, error) {
 	if env == nil {
 		env = func(string) (string, bool) { return "", false }
@@ -49,30 +51,30 @@ func ParseManifest(data []byte, url string, env func(string) (string, bool)) (*M
 	return m, err
 }
 
-// ParseTemplate reads a manifest where its variables aren't known: fields that hold one are not checked, and may be
-// left empty.
+// ParseTemplate parses a manifest whose variables aren't known: fields that contain one are not checked, and may
+// be empty in the result.
 func ParseTemplate(data []byte, url string) (*Manifest, error) {
 	m, _, err := readManifest(data, url, nil)
 	return m, err
 }
 
-// variable is the placeholder for a variable's value in a template whose variables are unknown.
+// variable is the placeholder for an unknown variable's value.
 const variable = "kedge-variable"
 
-// ManifestTraps lists what surprises people in a valid manifest, above all in old ones of stretcher's. Variables are
-// left open.
+// ManifestTraps lists what surprises people in a valid manifest, mostly in old ones of stretcher's. Variables are
+// treated as unknown.
 func ManifestTraps(data []byte) ([]Problem, error) {
 	_, traps, err := readManifest(data, "file:///manifest.yaml", nil)
 	return traps, err
 }
 
-// readManifest leaves variables open where env is nil. A condition that one decides may then turn out
-// either way: what is valid for one of the outcomes is valid.
+// readManifest treats variables as unknown if env is nil. A condition that depends on one may then turn out either
+// way: the manifest is valid if it is valid for one of the outcomes.
 func readManifest(data []byte, url string, env func(string) (string, bool)) (*Manifest, []Problem, error) {
 	if len(data) > MaxManifest {
 		return nil, nil, fmt.Errorf("the manifest has %d bytes, at most %d are allowed", len(data), MaxManifest)
 	}
-	data = bytes.TrimPrefix(data, []byte("\ufeff")) // editors leave it there
+	data = bytes.TrimPrefix(data, []byte("\ufeff")) // Editors leave a byte-order mark there.
 	if env != nil {
 		e, err := expand(string(data), env, nil)
 		if err != nil {
@@ -142,17 +144,17 @@ type manifestReader struct {
 	traps reader
 	url   string
 	m     *Manifest
-	// timeout is the commands' that have none of their own, where the manifest says it.
+	// timeout is the manifest's commands.timeout, for commands without one of their own; 0: not given.
 	timeout time.Duration
 }
 
-// stretchersFields are the fields that stretcher reads. A manifest that has no others is one of stretcher's.
+// stretchersFields are the fields that stretcher reads. A manifest with no other fields counts as stretcher's.
 var stretchersFields = []string{
 	"src", "checksum", "dest", "dest_mode", "commands", "excludes", "exclude_from", "sync_strategy",
 }
 
-// setTimeouts gives each command a timeout. stretcher has none, so that its manifests get one that no
-// command meets which ends at all; kedge's own get a default.
+// setTimeouts gives each command a timeout. stretcher has none, so its manifests get one so long that no command
+// that ends at all reaches it. kedge's own manifests get DefaultCommandTimeout.
 func (r *manifestReader) setTimeouts(own bool, place ast.Node) {
 	timeout, lists := cmp.Or(r.timeout, stretchersTimeout), r.m.Commands.lists()
 	open := false
@@ -207,7 +209,7 @@ func (r *manifestReader) read(root ast.Node) {
 	}
 	for _, s := range []*string{&m.Name, &m.Version} {
 		if r.open && strings.Contains(*s, variable) {
-			*s = "" // nobody is to see it, or to go by it
+			*s = "" // The value must be neither shown nor used.
 		}
 	}
 	place := func(field string) ast.Node {
@@ -282,7 +284,7 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 	}
 }
 
-// destMode reads an octal mode however it is written. stretcher read 755 as a decimal number, mode 01363.
+// destMode reads an octal mode in any notation. stretcher read 755 as a decimal number, which is mode 01363.
 func (r *manifestReader) destMode(n ast.Node) {
 	s, ok := r.text(n)
 	if !ok {
@@ -381,7 +383,8 @@ func (r *manifestReader) secrets(n ast.Node) {
 	}
 }
 
-// variables reads what stands by the names of variables. Those that kedge gives a meaning to can't be set.
+// variables reads a mapping whose keys are names of environment variables. Names that kedge itself sets are
+// refused.
 func (r *manifestReader) variables(n ast.Node, what, example string, most int, read func(name string, given ast.Node)) {
 	values, ok := r.entries(n)
 	if !ok {
@@ -424,7 +427,7 @@ func (r *manifestReader) commandList(to *[]Command) func(ast.Node) {
 				}
 			default:
 				if into(&r.reader, &c.Run, asText)(item); c.Run == "" {
-					return // stretcher has the shell run nothing
+					return // stretcher passes an empty command to the shell, which does nothing
 				}
 			}
 			*to = append(*to, c)
@@ -494,7 +497,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 	return c
 }
 
-// asURL makes a URL absolute against the manifest's own, without letting it leave the host or bucket.
+// asURL makes a URL absolute against the manifest's own URL. A relative URL can't lead out of the host or bucket.
 func (r *manifestReader) asURL(s string) (string, error) {
 	s = PlainURL(s)
 	if !strings.Contains(s, "://") {
@@ -507,7 +510,7 @@ func (r *manifestReader) asURL(s string) (string, error) {
 		}
 		rest, _, _ = strings.Cut(rest, "?")
 		host, at, _ := strings.Cut(rest, "/")
-		dir := parentOf(at) // as it is: in a bucket, a//b is not a/b
+		dir := parentOf(at) // not cleaned: in a bucket, a//b is not a/b
 		s = path.Clean(s)
 		for up := true; up; {
 			if s, up = strings.CutPrefix(s, "../"); up {
@@ -522,7 +525,7 @@ func (r *manifestReader) asURL(s string) (string, error) {
 // parentOf returns a path up to its last slash, included.
 func parentOf(at string) string { return at[:strings.LastIndexByte(at, '/')+1] }
 
-// asShown reads a name or version: it is shown, and becomes part of a directory's name and of a URL.
+// asShown reads a name or version. It is shown to people, and becomes part of a directory's name and of a URL.
 func asShown(s string) (string, error) {
 	if len(s) > 128 || !shown.MatchString(s) {
 		return "", fmt.Errorf(
@@ -533,7 +536,7 @@ func asShown(s string) (string, error) {
 	return s, nil
 }
 
-// Lengths are checked beside the expressions: a repetition with a bound is compiled to as many copies.
+// Lengths are checked outside of the expressions: Go compiles a bounded repetition to as many copies.
 var (
 	shown        = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]*$`)
 	variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
@@ -570,7 +573,7 @@ func asDest(s string) (string, error) {
 	return filepath.Clean(s), nil
 }
 
-// asShared reads a path of the tree that stays across releases.
+// asShared reads a path within the tree for Manifest.Shared.
 func asShared(s string) (string, error) {
 	clean := path.Clean(s)
 	if !filepath.IsLocal(s) || clean == "." || len(s) > 1024 || strings.ContainsAny(s, "\x00\n") {

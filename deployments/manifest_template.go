@@ -12,30 +12,30 @@ import (
 )
 
 const (
-	// maxActions bounds the {{ }} of a manifest, and maxBranch the time that each takes: the parser
-	// keeps some 2 kB of memory for an action, and nests by recursion.
+	// maxActions bounds the number of {{ }} in a manifest, and maxBranch the bytes of each: the parser keeps some
+	// 2 kB of memory for an action, and nests by recursion.
 	maxActions = 2000
-	// maxWidth bounds the numbers in a format: a few bytes could ask for megabytes.
+	// maxWidth bounds widths and precisions in a format: a few bytes could ask for megabytes.
 	maxWidth = 1000
 )
 
-// expansion is a manifest's text after its actions have been carried out.
+// expansion is a manifest's text after its template actions were executed.
 type expansion struct {
 	text string
-	// values are those of the environment that were read.
+	// values are the environment variables that were read, with their values.
 	values []variableValue
-	// names are the variables whose values stand in a line of text, counted from 1.
+	// names are, by line (from 1), the variables whose values are in that line.
 	names map[int][]string
-	// open counts the conditions that a variable decides whose value isn't known here.
+	// open counts the conditions that depend on a variable whose value isn't known here.
 	open int
 }
 
-// expand carries out the actions of a manifest's text: env, must_env and json_escape, as stretcher
-// has them, and of text/template what manifests need: if, with, printf, comparisons, variables. There
-// are no loops, calls or templates: what runs before anything was looked at must end soon.
+// expand executes the template actions of a manifest's text. It knows stretcher's env, must_env and json_escape,
+// and of text/template what manifests need: if, with, printf, comparisons, variables. There are no loops, calls or
+// nested templates, so that an unchecked text can't run for long.
 //
-// choose decides the conditions that depend on a variable, by their number; nil: the variables are
-// known, and decide themselves.
+// choose decides the conditions that depend on a variable, by their number. If choose is nil, the variables are
+// known and the conditions are evaluated.
 func expand(text string, env func(string) (string, bool), choose func(condition int) bool) (expansion, error) {
 	if !strings.Contains(text, "{{") {
 		return expansion{text: text}, nil
@@ -49,7 +49,7 @@ func expand(text string, env func(string) (string, bool), choose func(condition 
 	}
 	trees, err := parse.Parse("manifest", text, "", "", known)
 	if err != nil {
-		return expansion{}, err // it quotes the text alone
+		return expansion{}, err // its error quotes the text alone, no value
 	}
 	tree := trees["manifest"]
 	if tree == nil || tree.Root == nil || len(trees) > 1 {
@@ -64,22 +64,22 @@ func expand(text string, env func(string) (string, bool), choose func(condition 
 	return e.result, nil
 }
 
-// expander carries out a parsed text. Its errors name variables and types, and quote no value.
+// expander executes a parsed template. Its errors name variables and types, and quote no value.
 type expander struct {
 	tree   *parse.Tree
 	env    func(string) (string, bool)
 	choose func(int) bool
 	out    strings.Builder
-	line   int // that out is in
+	line   int // the line that out ends in
 	vars   []templateVariable
-	used   []string // the variables that the action under way has read
+	used   []string // the variables that the current action has read
 	result expansion
 }
 
-// variableValue is a variable of the environment.
+// variableValue is an environment variable.
 type variableValue struct{ name, value string }
 
-// templateVariable is a $name.
+// templateVariable is a variable of the template, such as $name.
 type templateVariable struct {
 	name  string
 	value any
@@ -128,12 +128,12 @@ func (e *expander) node(node parse.Node, dot any) error {
 	return &locatedError{fmt.Errorf("%s: %w", where, err)}
 }
 
-// locatedError says where it is.
+// locatedError is an error that already says on which line it is.
 type locatedError struct{ error }
 
 func (e *locatedError) Unwrap() error { return e.error }
 
-// write adds text that the variables named had a part in.
+// write appends text that depends on the named variables.
 func (e *expander) write(text string, names []string) {
 	e.out.WriteString(text)
 	for range strings.Count(text, "\n") + 1 {
@@ -144,7 +144,7 @@ func (e *expander) write(text string, names []string) {
 		}
 		e.line++
 	}
-	e.line-- // the last one goes on
+	e.line-- // the last line goes on
 }
 
 func (e *expander) branch(n *parse.BranchNode, dot any, with bool) error {
@@ -190,7 +190,7 @@ func (e *expander) pipe(p *parse.PipeNode, dot any) (value any, err error) {
 	return value, nil
 }
 
-// command carries out one part of a pipe; piped is what the part before gave.
+// command evaluates one command of a pipeline. piped is the result of the command before, if hasPiped.
 func (e *expander) command(c *parse.CommandNode, dot, piped any, hasPiped bool) (any, error) {
 	name, ok := c.Args[0].(*parse.IdentifierNode)
 	if !ok {
@@ -244,7 +244,7 @@ func (e *expander) arg(n parse.Node, dot any) (any, error) {
 	return nil, fmt.Errorf("%s: a manifest's templates have no data but variables", clip(n.String()))
 }
 
-// functions are the functions of templates, with how many arguments each takes (-1: any).
+// functions are the functions of templates, each with the least and the most arguments it takes (-1: no bound).
 var functions = map[string]struct{ least, most int }{
 	"env": {1, -1}, "must_env": {1, 1}, "json_escape": {1, 1},
 	"printf": {1, -1}, "print": {0, -1}, "println": {0, -1},
@@ -252,7 +252,7 @@ var functions = map[string]struct{ least, most int }{
 	"and": {1, -1}, "or": {1, -1}, "not": {1, 1}, "len": {1, 1},
 }
 
-// functionUsage says how each is called that people get wrong.
+// functionUsage has usage examples for functions that people often call wrongly.
 var functionUsage = map[string]string{
 	"env": `want {{ env "NAME" "otherwise" }}`, "must_env": `want {{ must_env "NAME" }}`,
 }
@@ -265,7 +265,7 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		}
 		return nil, fmt.Errorf("it has %d arguments", len(args))
 	}
-	if name == "and" || name == "or" { // they read no more than decides
+	if name == "and" || name == "or" { // and, or evaluate only as many arguments as they need
 		var value any
 		var err error
 		for _, a := range args {
@@ -311,8 +311,8 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 	}
 }
 
-// text calls a function of stretcher's. As there, env gives the first of its names that is set and not
-// empty, else its last word itself.
+// text calls one of stretcher's functions. As in stretcher, env returns the first variable of its words that is
+// set and not empty, else the last word itself.
 func (e *expander) text(name string, words []string) (string, error) {
 	switch name {
 	case "env":
@@ -343,7 +343,7 @@ func (e *expander) text(name string, words []string) (string, error) {
 	}
 }
 
-// read records that the template read a variable.
+// read records that the template has read a variable.
 func (e *expander) read(name, value string) {
 	e.used = append(e.used, name)
 	if v := (variableValue{name, value}); !slices.Contains(e.result.values, v) {
@@ -351,7 +351,7 @@ func (e *expander) read(name, value string) {
 	}
 }
 
-// truth is text/template's: what isn't empty or zero is true.
+// truth returns text/template's truth of a value: anything but empty and zero is true.
 func truth(value any) bool {
 	switch v := value.(type) {
 	case string:
@@ -366,7 +366,7 @@ func truth(value any) bool {
 	return false
 }
 
-// format is printf with the verbs s, v, d, q, t and f, and bounds its result to a manifest's size.
+// format is printf with the verbs s, v, d, q, t and f. Its result is bounded to the size of a manifest.
 func format(values []any) (string, error) {
 	layout, ok := values[0].(string)
 	if !ok {
@@ -406,7 +406,7 @@ func format(values []any) (string, error) {
 	return fmt.Sprintf(layout, values[1:]...), nil
 }
 
-// compare compares two values of one type; eq compares the first with each of the others.
+// compare compares values of one type. eq compares the first with each of the others.
 func compare(name string, values []any) (bool, error) {
 	order := func(a, b any) (int, error) {
 		switch x := a.(type) {
@@ -441,8 +441,8 @@ func compare(name string, values []any) (bool, error) {
 	return false, nil
 }
 
-// hide removes from problems whatever could tell a variable's value: they quote no line that has such a value in it,
-// nor text that looks like a part of one.
+// hide removes from problems whatever could reveal a variable's value: quotes of lines that contain such a value,
+// and text that looks like a part of one.
 func (e expansion) hide(problems Problems) {
 	if len(e.values) == 0 {
 		return
@@ -472,7 +472,8 @@ func (e expansion) hide(problems Problems) {
 	}
 }
 
-// gramsOf yields each run of four letters or digits in a text, so that quoting, escapes and cuts hide no part of it.
+// gramsOf yields each run of four letters or digits of a text. Comparing by these, quoting, escapes and cuts hide
+// no part of a value.
 func gramsOf(s string) func(yield func(string) bool) {
 	const n = 4
 	plain := strings.Map(func(c rune) rune {

@@ -9,17 +9,18 @@ import (
 	"strings"
 )
 
-// minMasked is the least length, in bytes, of a value that is masked: shorter ones occur everywhere.
+// minMasked is the least length, in bytes, of a value that is masked: shorter values occur everywhere.
 const minMasked = 4
 
 // maskText replaces a masked value.
 const maskText = "***"
 
-// Mask hides the values of variables, as {{ must_env }} gives them to commands, from whoever reads logs,
-// status, journals and errors. The zero Mask, and nil, hide nothing.
+// Mask hides the values of variables, as {{ must_env }} passes them to commands, in logs, status, journals and
+// errors. A nil Mask and the zero Mask hide nothing.
 type Mask struct{ replacer *strings.Replacer }
 
-// NewMask hides the values, also where they are quoted, escaped for a URL, or cut into lines.
+// NewMask returns a Mask of the values. It hides them also if they are quoted, escaped for a URL, or cut into
+// lines.
 func NewMask(values []string) *Mask {
 	var forms []string
 	add := func(s string) {
@@ -43,7 +44,7 @@ func NewMask(values []string) *Mask {
 	if len(forms) == 0 {
 		return nil
 	}
-	// Of two that begin alike the longer one goes first: the rest of it would be left.
+	// Of two forms that begin alike the longer one is replaced first, as else its rest would stay visible.
 	slices.SortFunc(forms, func(a, b string) int { return len(b) - len(a) })
 	pairs := make([]string, 0, 2*len(forms))
 	for _, f := range forms {
@@ -60,9 +61,9 @@ func (m *Mask) Text(s string) string {
 	return m.replacer.Replace(s)
 }
 
-// maskedValues returns which of the values of variables are to be masked once m has been made of them:
-// those of a variable whose name says that it is secret, and those that go into commands. A value that
-// dest, src or the like show anyway is no secret, nor is a word that stands everywhere.
+// maskedValues returns the values to mask in what was made of m: those of variables whose names say that they are
+// secret, and those that go into commands. A value that dest, src or the like show anyway is not masked, nor is a
+// common word.
 func maskedValues(values []variableValue, m *Manifest) []string {
 	var shown, run strings.Builder
 	fmt.Fprintln(&shown, m.Name, m.Version, m.Src, m.Dest, m.Owner, strings.Join(m.Shared, " "))

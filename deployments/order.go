@@ -12,7 +12,7 @@ import (
 // Order is what an operator tells the mirror about a rollout, at control/STAGE/ROLE/UNIT. The mirror consumes it.
 type Order struct {
 	Verb Verb `json:"order"`
-	// By and Reason stand in the history.
+	// By and Reason say who ordered it and why. They are kept in the history.
 	By     string `json:"by,omitempty"`
 	Reason string `json:"reason,omitempty"`
 }
@@ -21,9 +21,9 @@ type Order struct {
 type Verb string
 
 const (
-	VerbPromote Verb = "promote" // go past the canary, or a freeze
+	VerbPromote Verb = "promote" // go past the canary, or past a freeze
 	VerbPause   Verb = "pause"   // stop where it is
-	VerbResume  Verb = "resume"  // go on, with the failures that there are
+	VerbResume  Verb = "resume"  // go on, and tolerate the failures so far
 	VerbAbort   Verb = "abort"   // roll back
 	VerbRetry   Verb = "retry"   // try again what failed
 )
@@ -34,7 +34,8 @@ func Verbs() []Verb { return []Verb{VerbPromote, VerbPause, VerbResume, VerbAbor
 // MaxOrder bounds an order, in bytes.
 const MaxOrder = 4 << 10
 
-// ParseOrder reads what a person types at control/: a bare verb in any case, or YAML or JSON with order, by and reason.
+// ParseOrder parses what a person types at control/: a bare verb in any case, or YAML or JSON with order, by and
+// reason.
 func ParseOrder(value []byte) (Order, error) {
 	text := Trim(string(value))
 	switch {

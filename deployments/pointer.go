@@ -55,8 +55,8 @@ const MaxPointer = 2048
 
 const digestMark = "@sha256:"
 
-// ParsePointer reads URL@sha256:HEX. White space around it, a byte-order mark and carriage returns, which
-// `consul kv put` and editors leave behind, are passed over; anything else that is off is an error that names it.
+// ParsePointer parses URL@sha256:HEX. It ignores white space around it, a byte-order mark and carriage returns,
+// which `consul kv put` and editors leave behind. The error names anything else that is wrong.
 func ParsePointer(text string) (Pointer, error) {
 	s := Trim(text)
 	switch {
@@ -82,8 +82,8 @@ func ParsePointer(text string) (Pointer, error) {
 	return Pointer{URL: s[:i], Digest: digest}, nil
 }
 
-// PlainURL returns a URL as kedge writes it: people, and stretcher's manifests, have spaces in URLs, and name this
-// machine in file://.
+// PlainURL returns a URL as kedge writes it: spaces escaped, and no host in file://. People, and stretcher's
+// manifests, write both.
 func PlainURL(s string) string {
 	s = strings.ReplaceAll(s, " ", "%20")
 	if path, ok := strings.CutPrefix(s, "file://localhost/"); ok {
@@ -92,9 +92,9 @@ func PlainURL(s string) string {
 	return s
 }
 
-// CheckURL accepts what anybody may name: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH, file:///PATH, and
-// http:// to a loopback address. Credentials, fragments and white space in it are refused: it is shown in logs and
-// stored in KV.
+// CheckURL accepts the URLs that anybody may name: s3://BUCKET/KEY, gs://BUCKET/KEY, https://HOST/PATH,
+// file:///PATH, and http:// to a loopback address. It refuses credentials, fragments and white space, as URLs are
+// shown in logs and stored in KV.
 func CheckURL(s string) error {
 	if err := CheckSourceURL(s); err != nil {
 		return err
@@ -105,7 +105,8 @@ func CheckURL(s string) error {
 	return nil
 }
 
-// IsPlainHTTP reports whether a URL leads to another machine by http, where anybody on the way can change what comes.
+// IsPlainHTTP reports whether a URL leads to another machine by http, where anybody on the way can change the
+// answer.
 func IsPlainHTTP(s string) bool {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "http" {
@@ -115,11 +116,11 @@ func IsPlainHTTP(s string) bool {
 	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
 }
 
-// CheckSourceURL is CheckURL that accepts http:// to any machine: of what has a checksum beside it, or is a prefix that
-// sources name. Whether plain http is followed is up to whoever fetches.
+// CheckSourceURL is CheckURL, but accepts http:// to any machine. It is for URLs that have a checksum beside them,
+// and for the prefixes of sources. Whoever fetches decides whether plain http is followed.
 func CheckSourceURL(s string) error {
 	if !utf8.ValidString(s) {
-		return fmt.Errorf("the URL %q is not UTF-8", clip(ShownURL(s))) // JSON would write another URL
+		return fmt.Errorf("the URL %q is not UTF-8", clip(ShownURL(s))) // JSON would replace the invalid bytes
 	}
 	if strings.ContainsFunc(s, func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsGraphic(r) }) {
 		return fmt.Errorf("the URL contains white space or control characters")
@@ -129,7 +130,7 @@ func CheckSourceURL(s string) error {
 		return fmt.Errorf("the URL does not parse: %w: a %% is written as %%25", escape)
 	}
 	if err != nil {
-		return fmt.Errorf("the URL does not parse") // why would quote it, with a password
+		return fmt.Errorf("the URL does not parse") // err would quote the URL, with a password
 	}
 	if u.User != nil {
 		return fmt.Errorf("the URL carries a user name or password: use the environment or an instance role")
@@ -158,11 +159,11 @@ func CheckSourceURL(s string) error {
 	return nil
 }
 
-// s3Version is the one query that an s3:// URL may have: which version of the object.
+// s3Version matches the one query that an s3:// URL may have: the version of the object.
 var s3Version = regexp.MustCompile(`^versionId=[A-Za-z0-9._-]+$`)
 
-// BesideURL returns the URL of an object whose name is the given one's with more at its end. A query stays, but for
-// the version of another object.
+// BesideURL returns a URL with more appended to the object's name. A query is kept, but not a versionId, which
+// belongs to the first object.
 func BesideURL(url, more string) string {
 	at, query, found := strings.Cut(url, "?")
 	if !found || strings.HasPrefix(url, "s3:") {
@@ -171,8 +172,8 @@ func BesideURL(url, more string) string {
 	return at + more + "?" + query
 }
 
-// ShownURL is a URL, or a text that should have been one, without what may be secret: the user's name and password,
-// and the query, which may be a signature.
+// ShownURL returns a URL, or a text that should have been one, without what may be secret: the user name, the
+// password, and the query, which may be a signature.
 func ShownURL(s string) string {
 	s, _, query := strings.Cut(s, "?")
 	if scheme, rest, ok := strings.Cut(s, "://"); ok {
@@ -198,12 +199,12 @@ func (p Pointer) String() string {
 	return p.URL + digestMark + p.Digest.String()
 }
 
-// IsZero reports whether p names nothing.
+// IsZero reports whether p is the zero pointer.
 func (p Pointer) IsZero() bool { return p == Pointer{} }
 
 func (p Pointer) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
 
-// UnmarshalText reads a pointer; empty text gives the zero pointer.
+// UnmarshalText parses a pointer; empty text gives the zero pointer.
 func (p *Pointer) UnmarshalText(text []byte) (err error) {
 	if len(text) == 0 {
 		*p = Pointer{}
@@ -213,12 +214,13 @@ func (p *Pointer) UnmarshalText(text []byte) (err error) {
 	return err
 }
 
-// Trim removes what hands and tools leave around a value: white space, a byte-order mark, carriage returns.
+// Trim removes from a value what people and tools leave around it: white space, a byte-order mark, carriage
+// returns.
 func Trim(s string) string {
 	return strings.TrimSpace(strings.ReplaceAll(strings.TrimPrefix(strings.TrimSpace(s), "\ufeff"), "\r\n", "\n"))
 }
 
-// clip shortens a typed value that an error quotes.
+// clip shortens a typed value for an error message.
 func clip(s string) string {
 	if len(s) > 80 {
 		return s[:77] + "..."

@@ -2,15 +2,15 @@ package deployments
 
 import "maps"
 
-// Reason is why something stands where it does, as a code: a decision, a rollout, a report, a refusal. Code
-// branches on it; the words that people read are made from it and its Facts in package fleet. Codes are
-// CamelCase, as the reasons of Kubernetes' conditions, and keep their meaning for ever.
+// Reason is a code that says why a decision, a rollout, a report or a refusal is as it is. Code branches on it;
+// package fleet makes the words for people from it and its Facts. Codes are CamelCase, as the reasons of
+// Kubernetes' conditions, and never change their meaning.
 type Reason string
 
 // Facts are a Reason's parameters, by name: unit, node, release, until, count. They are data, never sentences.
 type Facts map[string]string
 
-// With returns the facts with one more; f stays as it is.
+// With returns a copy of the facts with one more.
 func (f Facts) With(name, value string) Facts {
 	all := maps.Clone(f)
 	if all == nil {
@@ -20,12 +20,12 @@ func (f Facts) With(name, value string) Facts {
 	return all
 }
 
-// Why a rollout stands where it does.
+// Reasons of a rollout.
 const (
 	ReasonFrozen           Reason = "Frozen"           // a freeze window holds it: window, until or opens (never), reason
 	ReasonOrphaned         Reason = "Orphaned"         // its unit was removed from Git
 	ReasonCanary           Reason = "Canary"           // canaries go first: admitted, of
-	ReasonBaking           Reason = "Baking"           // healthy, and watched until
+	ReasonBaking           Reason = "Baking"           // healthy, and watched until the bake ends: until
 	ReasonAwaitingApproval Reason = "AwaitingApproval" // baked, and waits for promote
 	ReasonRolling          Reason = "Rolling"          // admitted, of
 	ReasonPaused           Reason = "Paused"           // by an operator: by
@@ -40,9 +40,9 @@ const (
 	ReasonFreezeEnded      Reason = "FreezeEnded"     // goes on after a freeze
 	ReasonPromoted         Reason = "Promoted"        // by an operator
 	ReasonResumed          Reason = "Resumed"         // by an operator
-	ReasonBakingAgain      Reason = "BakingAgain"     // a node was not well: the bake begins anew
+	ReasonBakingAgain      Reason = "BakingAgain"     // a node was not healthy: the bake begins anew
 	ReasonAwaitingReports  Reason = "AwaitingReports" // baked; nodes have yet to report since the store was away
-	ReasonNodesMissing     Reason = "NodesMissing"    // known nodes are away, or the list is short: live, known
+	ReasonNodesMissing     Reason = "NodesMissing"    // known nodes are away, or the list of nodes is short: live, known
 	ReasonUnaware          Reason = "Unaware"         // a node has yet to notice that it was admitted: node
 	ReasonReplacedTooOften Reason = "ReplacedTooOften"
 	ReasonEveryNode        Reason = "EveryNode"    // no rollout: every node at once
@@ -50,7 +50,7 @@ const (
 	ReasonRunsAlready      Reason = "RunsAlready"  // every node runs it, or did so last
 )
 
-// Why an order changes nothing.
+// Reasons for which an order changes nothing.
 const (
 	ReasonUnknownOrder    Reason = "UnknownOrder"
 	ReasonNotSeenYet      Reason = "NotSeenYet" // the rollout that it was given for was replaced
@@ -61,7 +61,7 @@ const (
 	ReasonRollingAlready  Reason = "RollingAlready"
 )
 
-// Why a node runs, or does not run, a release.
+// Reasons for which a node runs, or does not run, a release.
 const (
 	ReasonNoRecord           Reason = "NoRecord"
 	ReasonInvalidRecord      Reason = "InvalidRecord" // error
@@ -73,22 +73,22 @@ const (
 	ReasonNotAdmitted        Reason = "NotAdmitted"
 	ReasonAdmitted           Reason = "Admitted"
 	ReasonRunsTarget         Reason = "RunsTarget"        // not admitted, and runs the target already
-	ReasonRejoined           Reason = "Rejoined"          // was away: stays on what it runs until its turn
+	ReasonRejoined           Reason = "Rejoined"          // was away: keeps what it runs until its turn
 	ReasonAwaitingRollback   Reason = "AwaitingRollback"  // its turn to go back has yet to come
 	ReasonLeaving            Reason = "Leaving"           // goes to what was there before kedge
 	ReasonRestored           Reason = "Restored"          // what was there before kedge serves again
 	ReasonStableQuarantined  Reason = "StableQuarantined" // the stable release failed here: release, target
 	ReasonPinPaced           Reason = "PinPaced"          // the mirror rolls the pin out: release, by, until, reason
 	ReasonExpired            Reason = "Expired"           // the pin's until has passed
-	ReasonOutranked          Reason = "Outranked"         // another key goes before it: outranked_by
+	ReasonOutranked          Reason = "Outranked"         // another key takes precedence: outranked_by
 	ReasonRolledBack         Reason = "RolledBack"
 	ReasonSuperseded         Reason = "Superseded"       // stays on a release whose rollout was replaced
 	ReasonSourceNotAllowed   Reason = "SourceNotAllowed" // url
 	ReasonUnsigned           Reason = "Unsigned"
 	ReasonDigestMismatch     Reason = "DigestMismatch"
 	ReasonOlderThanFloor     Reason = "OlderThanFloor"
-	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock says: created, settled
-	ReasonAgentTooOld        Reason = "AgentTooOld"        // needs
+	ReasonCreatedAhead       Reason = "CreatedAhead"       // made later than the node's clock shows: created, settled
+	ReasonAgentTooOld        Reason = "AgentTooOld"        // the record needs a newer agent: needs
 	ReasonOldGeneration      Reason = "OldGeneration"      // generation, acted_on
 	ReasonUnproven           Reason = "Unproven"           // a bare pointer beside a running mirror
 	ReasonQuarantined        Reason = "Quarantined"        // failed on this node: step, error
@@ -99,9 +99,9 @@ const (
 	ReasonObserving          Reason = "Observing"  // the node's configuration says so: differs
 	ReasonDependency         Reason = "Dependency" // waits for another unit: unit
 	ReasonDestInUse          Reason = "DestInUse"  // another unit has dest: unit, dest
-	// Something else, as stretcher or kedge run, deployed to the dest of what runs: dest, found.
+	// Something else, such as stretcher or kedge run, deployed to the dest of a unit: dest, found.
 	ReasonForeignDeployment Reason = "ForeignDeployment"
-	ReasonTooManyUnits      Reason = "TooManyUnits" // a node leaves units of its role out: limit, left_out
+	ReasonTooManyUnits      Reason = "TooManyUnits" // the node leaves out units of its role: limit, left_out
 	ReasonGone              Reason = "Gone"         // the node's agent is away
 	ReasonNotInTime         Reason = "NotInTime"    // no answer before the deadline
 )

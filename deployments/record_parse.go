@@ -10,11 +10,12 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// FormatLevel is the newest meaning of a record that this kedge understands. A change that an older
-// reader would get dangerously wrong raises it, and Record.MinAgent of the records that make use of it.
+// FormatLevel is the newest meaning of records that this kedge understands. It is raised by a change that an older
+// reader would get dangerously wrong, as is Record.MinAgent of the records that use the change.
 const FormatLevel = 1
 
-// ErrTooOld reports a record that was written for a newer kedge: keep what runs, and say so.
+// ErrTooOld means that a record was written for a newer kedge. The reader keeps what it runs, and reports the
+// error.
 var ErrTooOld = errors.New("this kedge is too old for the record")
 
 // MaxRecord bounds a record, and MaxPin a pin, in bytes.
@@ -23,9 +24,9 @@ const (
 	MaxPin    = 16 << 10
 )
 
-// ParseRecord reads a record: the JSON that a mirror writes, or a bare pointer that a person wrote.
-// Fields that it does not know are passed over, so that a newer mirror can add some. A record whose
-// min_agent is above FormatLevel is ErrTooOld. An error leaves nodes as they are.
+// ParseRecord parses a record: the JSON that a mirror writes, or a bare pointer that a person wrote. Unknown
+// fields are ignored, so that a newer mirror can add some. The error is ErrTooOld if min_agent is above
+// FormatLevel. On any error nodes stay as they are.
 func ParseRecord(value []byte) (Record, error) {
 	if len(value) > MaxRecord {
 		return Record{}, fmt.Errorf("the record has %d bytes, at most %d are allowed", len(value), MaxRecord)
@@ -79,7 +80,7 @@ func ParseRecord(value []byte) (Record, error) {
 	return rec, nil
 }
 
-// UnmarshalJSON takes the names of the version before beside today's.
+// UnmarshalJSON also reads the JSON names of the previous version.
 func (p *Progress) UnmarshalJSON(data []byte) error {
 	type plain Progress
 	var both struct {
@@ -127,13 +128,13 @@ func (p *Progress) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// lenientJSON reads one JSON value that a program wrote. Fields that to does not have are passed over.
+// lenientJSON parses one JSON value that a program wrote. Unknown fields are ignored.
 func lenientJSON(data []byte, to any) error {
 	err := json.Unmarshal(data, to)
 	if wrong := (*json.UnmarshalTypeError)(
 		nil,
 	); errors.As(err, &wrong) &&
-		wrong.Field != "" { // its text speaks of Go's types
+		wrong.Field != "" { // err's text names Go types
 		return fmt.Errorf("field %q can't be a %s", wrong.Field, wrong.Value)
 	}
 	return err
@@ -142,8 +143,9 @@ func lenientJSON(data []byte, to any) error {
 // holdWord is the text of a pin that keeps what runs.
 const holdWord = "hold"
 
-// ParsePin reads what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or hold),
-// reason, by, until (see ParseUntil) and at_once. Empty or unparsable text is an error, never "no pin".
+// ParsePin parses what a tired person types: a bare pointer; hold; or YAML or JSON with release (a pointer or
+// hold), reason, by, until (see ParseUntil) and at_once. Text that is empty or doesn't parse is an error, never
+// "no pin".
 func ParsePin(value []byte) (Pin, error) {
 	text := Trim(string(value))
 	switch {
@@ -199,9 +201,9 @@ func ParsePin(value []byte) (Pin, error) {
 	return pin, nil
 }
 
-// looksLikeFields tells YAML or JSON with fields from a bare value: its first line that is no comment begins with a
-// brace or with a name and a colon that is followed by a blank or the line's end. A URL's colon is followed by a
-// slash.
+// looksLikeFields reports whether a text is YAML or JSON with fields, not a bare value. Its first line that is no
+// comment then begins with a brace, or with a name and a colon before a blank or the line's end. A URL's colon is
+// followed by a slash.
 func looksLikeFields(text string) bool {
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
@@ -215,9 +217,9 @@ func looksLikeFields(text string) bool {
 	return false
 }
 
-// ParseUntil reads when a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a zone's name or
-// offset (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without zone is refused: nodes and
-// people differ in theirs.
+// ParseUntil parses the time at which a pin ends: RFC 3339 (2026-11-24T09:00:00Z), or a date and a time with a
+// zone's name or offset (2026-11-24 09:00 Europe/Berlin, 2026-11-24 09:00 +01:00). A time without a zone is
+// refused, as the zones of nodes and people differ.
 func ParseUntil(s string) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339, s); err == nil {
 		return t, nil

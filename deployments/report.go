@@ -7,85 +7,87 @@ import (
 	"time"
 )
 
-// Report is the JSON at status/STAGE/ROLE/NODE: what one node says of itself in one role. Written by that
-// node's agent alone, when something changed, never as a heartbeat; held by the node's session.
+// Report is the JSON at status/STAGE/ROLE/NODE: what one node reports of itself in one role. Only that node's
+// agent writes it, when something changed, never as a heartbeat. The node's Consul session holds it.
 type Report struct {
 	Node string `json:"node"`
-	// Agent is the agent's version, Started when it started; one that starts again before it had converged, without a
-	// boot in between, keeps the first time. The node's clock.
+	// Agent is the agent's version. Started is when the agent started, by the node's clock. An agent that restarts
+	// before it had converged keeps the first time, unless the machine was booted in between.
 	Agent   string    `json:"agent,omitempty"`
 	Started time.Time `json:"started"`
-	// Joined is since when the store has held the node's entries without a gap, as kv.Presence tells it: larger after each
-	// restart, and each time that it was cut off. 0: an agent that doesn't tell.
+	// Joined tells since when the store has held the node's entries without a gap (see kv.Presence): it is larger
+	// after each restart, and after each time that the node was cut off. 0: the agent doesn't report it.
 	Joined uint64 `json:"joined,omitempty,string"`
-	// Ready is what /ready says: every unit of every role converged and healthy.
+	// Ready is the answer of /ready: every unit of every role is converged and healthy.
 	Ready bool `json:"ready"`
-	// Reason is what is wrong with the node's role as a whole, with its Facts: ReasonTooManyUnits. Mostly empty.
+	// Reason says what is wrong with the node's role as a whole, with its Facts, as ReasonTooManyUnits. Mostly
+	// empty.
 	Reason Reason                `json:"reason,omitempty"`
 	Facts  Facts                 `json:"facts,omitempty"`
 	Units  map[string]UnitReport `json:"units"`
 }
 
-// UnitReport is where one unit stands on one node.
+// UnitReport is the state of one unit on one node.
 type UnitReport struct {
 	State State `json:"state"`
-	// Running is the release that dest resolves to; Version is its manifest's.
+	// Running is the release that dest leads to, and Version its manifest's version.
 	Running Pointer `json:"running,omitzero"`
 	Version string  `json:"version,omitempty"`
-	// Want is what policy.Resolve last answered, and Why its reason in words.
+	// Want is the release that policy.Resolve last answered, and Why its reason in words.
 	Want Pointer `json:"want,omitzero"`
 	Why  string  `json:"why,omitempty"`
-	// Generation is the record's that Want was resolved from. A node that has converged, and has nothing to do for a
-	// newer one, tells of that with its next report.
+	// Generation is the generation of the record that Want was resolved from. A converged node that has nothing to
+	// do for a newer record reports its generation only with its next change.
 	Generation int64 `json:"generation,omitempty"`
-	// Staged is the digest of a target that lies ready on disk, before the node is admitted.
+	// Staged is the digest of a target that was staged on disk before the node is admitted.
 	Staged Digest `json:"staged,omitzero"`
-	// Quarantined are digests that failed after the switch on this node, and stay out until retried.
+	// Quarantined are the digests that failed after the switch on this node, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
-	// Reason is why State is what it is, with its Facts; empty if State says it all.
+	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`
-	// Serves is set where something that kedge did not deploy lies at dest, while no release of the unit runs.
+	// Serves is set if something that kedge did not deploy lies at dest, while no release of the unit runs.
 	Serves bool `json:"serves,omitempty"`
-	// Leavable is set while what was at dest before the unit's first release can be put back.
+	// Leavable is set as long as what was at dest before the unit's first release can be put back.
 	Leavable bool `json:"leavable,omitempty"`
-	// Pinned is set where a pin, not the record, decided.
+	// Pinned is set if a pin decided, not the record.
 	Pinned bool `json:"pinned,omitempty"`
-	// Error is the newest trouble, one line, at most 300 bytes, without secrets; empty when all is well.
+	// Error is the newest error in one line of at most 300 bytes, without secrets; empty: there is none.
 	Error string `json:"error,omitempty"`
-	// Since is when State was entered; the node's clock.
+	// Since is when State was entered, by the node's clock.
 	Since time.Time `json:"since"`
-	// Drift lists paths of the live tree that differ from the index, at most five.
+	// Drift lists at most five paths of the live tree that differ from the release's index.
 	Drift []string `json:"drift,omitempty"`
-	// Compared is how something else's tree at dest stood to a release: when the first release came or, on a node that
-	// only observes, when it was looked at last.
+	// Compared is how a tree at dest that kedge did not deploy differs from a release. It was compared when the
+	// first release came; a node that only observes repeats it.
 	Compared *Compared `json:"compared,omitempty"`
-	// Fetched and Total are bytes, while State is StateFetching.
+	// Fetched and Total are bytes of a download, while State is StateFetching.
 	Fetched int64 `json:"fetched,omitempty"`
 	Total   int64 `json:"total,omitempty"`
 }
 
-// Compared is the result of comparing the tree at dest, whoever put it there, with a release.
+// Compared is the result of comparing a release with the tree at dest, whoever put it there.
 type Compared struct {
 	Release Digest `json:"release"`
 	Dest    string `json:"dest,omitempty"` // empty: the release has commands only
-	// Differs is how many paths differ, and Paths are the first of them. Missing: there is nothing at dest.
+	// Differs is how many paths differ, and Paths are the first of them. Missing is set if there is nothing at
+	// dest.
 	Differs int      `json:"differs"`
 	Paths   []string `json:"paths,omitempty"`
 	Missing bool     `json:"missing,omitempty"`
-	// Adopted is set if the tree was taken over as it was.
+	// Adopted is set if the tree was taken over unchanged.
 	Adopted bool `json:"adopted,omitempty"`
 }
 
-// State is where a unit stands on a node.
+// State is the state of a unit on a node.
 type State string
 
 const (
-	StateConverged   State = "converged"   // runs what it should, healthy
+	StateConverged   State = "converged"   // runs what it should, and is healthy
 	StateWaiting     State = "waiting"     // another unit of After first, or nothing desired yet
 	StateFetching    State = "fetching"    // fetching and verifying
 	StateSwitching   State = "switching"   // from drain to the end of the health checks
-	StateRetrying    State = "retrying"    // transient trouble (network, S3, disk): tries again by itself
+	StateRetrying    State = "retrying"    // a transient error (network, S3, disk): it tries again by itself
 	StateQuarantined State = "quarantined" // the target failed here, and the node went back
 	StateHeld        State = "held"        // a pin says hold, or the node only observes
 	StateUnhealthy   State = "unhealthy"   // runs what it should, and its health checks fail
@@ -98,17 +100,17 @@ func States() []State {
 		StateUnhealthy, StateInvalid}
 }
 
-// Known reports whether s is one of the states above: a report's is its node's own word.
+// Known reports whether s is one of States. A report may contain any text.
 func (s State) Known() bool { return slices.Contains(States(), s) }
 
 const (
-	// MaxReport bounds a report, in bytes: many units on one node.
+	// MaxReport bounds a report, in bytes. It has room for many units on one node.
 	MaxReport = 256 << 10
-	// MaxRoleUnits bounds the units of one role that a node looks after, and those of a report.
+	// MaxRoleUnits bounds the units of one role that a node manages, and so those of a report.
 	MaxRoleUnits = 100
 )
 
-// ParseReport reads a report. Fields that it doesn't know are passed over: agents of two versions run side by side.
+// ParseReport parses a report. Unknown fields are ignored, as agents of two versions run side by side.
 func ParseReport(value []byte) (Report, error) {
 	var r Report
 	if len(value) > MaxReport {

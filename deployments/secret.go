@@ -8,17 +8,17 @@ import (
 	"strings"
 )
 
-// SecretRef says where a node finds a secret's value, as SOURCE:NAME or SOURCE:NAME#FIELD. The value stands in no
-// manifest and in no key: the node reads it, if its own configuration allows the reference.
+// SecretRef says where a node finds a secret's value, as SOURCE:NAME or SOURCE:NAME#FIELD. No manifest and no key
+// contains the value: the node reads it, if its own configuration allows the reference.
 type SecretRef string
 
-// Sources of secrets.
+// The sources of secrets.
 const (
 	SecretFile       = "file"           // an absolute path on the node
 	SecretCredential = "credential"     // a credential that systemd passes to the agent
 	SecretSSM        = "ssm"            // a parameter of AWS Systems Manager
-	SecretManager    = "secretsmanager" // a secret of AWS Secrets Manager; FIELD of its JSON, or all of it
-	SecretVault      = "vault"          // a path of Vault's KV engine, as its API has it; FIELD is needed
+	SecretManager    = "secretsmanager" // a secret of AWS Secrets Manager: FIELD of its JSON, or all of it
+	SecretVault      = "vault"          // a path of Vault's KV engine, as in its API; FIELD is required
 )
 
 var secretSources = []string{SecretFile, SecretCredential, SecretSSM, SecretManager, SecretVault}
@@ -26,7 +26,7 @@ var secretSources = []string{SecretFile, SecretCredential, SecretSSM, SecretMana
 // maxSecretRef bounds a reference, in bytes.
 const maxSecretRef = 2048
 
-// Parts returns a valid reference's source, name and field; field is empty where there is none.
+// Parts returns a valid reference's source, name and field; field is empty if there is none.
 func (r SecretRef) Parts() (source, name, field string) {
 	source, name, _ = strings.Cut(string(r), ":")
 	if source == SecretManager || source == SecretVault {
@@ -35,13 +35,13 @@ func (r SecretRef) Parts() (source, name, field string) {
 	return source, name, field
 }
 
-// ParseSecretRef reads a reference.
+// ParseSecretRef parses a reference.
 func ParseSecretRef(s string) (SecretRef, error) {
 	r := SecretRef(s)
 	source, name, field := r.Parts()
 	switch {
 	case !slices.Contains(secretSources, source) || !strings.Contains(s, ":"):
-		// Without the text, which may be a secret itself.
+		// The error doesn't quote the text, which may be a secret itself.
 		return "", errors.New("want a reference, as in ssm:/prod/db, by file, credential, ssm, secretsmanager or vault")
 	case name == "" || len(s) > maxSecretRef || strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == 0x7f }):
 		return "", fmt.Errorf("secret %q: want a name after %s: without blanks", clip(s), source)
@@ -57,7 +57,8 @@ func ParseSecretRef(s string) (SecretRef, error) {
 	return r, nil
 }
 
-// checkSecretName reports why a name could be read as another one than it seems, or is none of its source's.
+// checkSecretName returns an error if a name is not valid for its source, or could be read as another name than it
+// seems.
 func checkSecretName(source, name string) error {
 	switch source {
 	case SecretFile:
@@ -79,8 +80,8 @@ func checkSecretName(source, name string) error {
 	return nil
 }
 
-// CheckSecretPrefix reports why an entry of a node's allow-list is none: a reference, or the beginning of
-// references by whole parts of their path, as in ssm:/prod/.
+// CheckSecretPrefix returns an error unless s is a valid entry of a node's allow-list: a reference, or the first
+// whole path segments of references, as in ssm:/prod/.
 func CheckSecretPrefix(s string) error {
 	source, name, ok := strings.Cut(s, ":")
 	name, _, _ = strings.Cut(name, "#")
@@ -97,7 +98,7 @@ func CheckSecretPrefix(s string) error {
 	return nil
 }
 
-// Within returns the entry of an allow-list that names the reference, or its beginning by whole parts of its path.
+// Within returns the entry of an allow-list that equals the reference or is its first whole path segments.
 func (r SecretRef) Within(allowed []string) (entry string, ok bool) {
 	for _, a := range allowed {
 		rest, begins := strings.CutPrefix(string(r), a)

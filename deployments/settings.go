@@ -5,30 +5,30 @@ import "time"
 // Settings is kedge.yaml: what holds for the whole deployments repo. The mirror reads it from the commit that it
 // mirrors.
 type Settings struct {
-	// Sources are URLs that releases may come from, or prefixes of such, by stage ("*": every stage); empty: any. A
-	// prefix matches whole path segments: s3://acme-releases/web matches s3://acme-releases/web/1/manifest.yaml, not
-	// s3://acme-releases/webx/….
+	// Sources are the URLs, or prefixes of URLs, that releases may come from, by stage ("*": every stage without
+	// its own); empty: any. A prefix matches whole path segments: s3://acme-releases/web matches
+	// s3://acme-releases/web/1/manifest.yaml, not s3://acme-releases/webx/….
 	Sources map[string][]string
-	// Dests are directories in or below which releases may go live, Users those that their commands may run as and
-	// that may own their trees, and Commands whether they may have any: by stage, as Sources; a stage without a value
-	// is not bounded. They are the mirror's to check: it reads the manifest of each release that a commit names anew.
-	// Pins are bounded by the agents' configuration.
+	// Dests are the directories in or below which releases may go live. Users are the users that their commands
+	// may run as and that may own their trees. Commands says whether they may have commands. All are by stage, as
+	// Sources; a stage without a value is not bounded. The mirror checks them in the manifest of each release that
+	// a commit newly names. Pins are bounded by the agents' configuration.
 	Dests    map[string][]string
 	Users    map[string][]string
 	Commands map[string]bool
-	// Prune lets a unit's removal from Git remove its record. Nodes never undeploy for it.
+	// Prune lets the removal of a unit from Git remove its record. Nodes never undeploy because of it.
 	Prune bool
-	// MaxRemoved is the share of units, in percent, that one commit may remove. Default 30; 100 switches the check off.
+	// MaxRemoved is the percentage of units that one commit may remove. Default 30; 100 switches the check off.
 	MaxRemoved int
-	// AllowRewind accepts a head that isn't a descendant of the last one (a force push).
+	// AllowRewind accepts a head that doesn't descend from the last one (a force push).
 	AllowRewind bool
 	Freeze      []Freeze
-	// Defaults apply to every unit file that does not say otherwise.
+	// Rollout holds the defaults for unit files that don't say otherwise.
 	Rollout *Rollout
 	Drift   Drift
 }
 
-// OfStage returns a setting's value for a stage: its own, or else that of "*".
+// OfStage returns the value of a setting for a stage: the stage's own, or else that of "*".
 func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
 	if value, set = by[stage]; !set {
 		value, set = by["*"]
@@ -39,9 +39,9 @@ func OfStage[T any](by map[string]T, stage string) (value T, set bool) {
 // Freeze is a window of time in which rollouts may, or may not, start.
 type Freeze struct {
 	Name string
-	// Kind is deny or allow. A unit under any allow window may start only inside one; deny wins.
+	// Kind is deny or allow. A unit that any allow window covers may start only inside one. Deny wins.
 	Kind FreezeKind
-	// Cron is the window's start, five fields, in Zone; Duration its length.
+	// Cron is when the window begins: five fields, in Zone. Duration is its length.
 	Cron     string
 	Zone     *time.Location
 	Duration time.Duration
@@ -49,7 +49,7 @@ type Freeze struct {
 	Units []string
 	// Running is what a rollout under way does when the window begins: finish (the default) or wait.
 	Running string
-	// Reason is shown to whom it stops.
+	// Reason is shown to those whose rollout the window stops.
 	Reason string
 }
 

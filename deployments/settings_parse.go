@@ -13,7 +13,7 @@ import (
 const (
 	defaultMaxRemoved = 30 // percent
 	defaultDeadline   = 10 * time.Minute
-	maxBounds         = 1000 // of one kind and stage
+	maxBounds         = 1000 // values of one kind and stage
 )
 
 func newRollout() *Rollout {
@@ -74,7 +74,7 @@ func asPercent(s string) (int, error) {
 	return int(n), nil
 }
 
-// byStage reads a mapping whose keys are stages, or "*" for every other one. like is an example of it.
+// byStage reads a mapping whose keys are stages, or "*" for every other stage. Errors show like as an example.
 func byStage[T any](
 	r *reader,
 	field string,
@@ -111,7 +111,7 @@ func byStage[T any](
 	}
 }
 
-// listOf reads a list that bounds something. An empty one could be read as all, or as nothing.
+// listOf reads a list of bounds. An empty list is an error, as it could mean everything or nothing.
 func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]string, bool) {
 	return func(n ast.Node) ([]string, bool) {
 		before := len(r.problems)
@@ -138,29 +138,28 @@ func oneOf[T any](r *reader, parse func(string) (T, error)) func(ast.Node) (T, b
 }
 
 func asPrefix(s string) (string, error) {
-	// A bucket alone is a fine prefix, and no URL of an object.
+	// A bucket alone is a valid prefix, but not the URL of an object.
 	if err := CheckSourceURL(strings.TrimSuffix(s, "/") + "/x"); err != nil {
 		return "", fmt.Errorf("source %q: %w", clip(s), err)
 	}
 	return s, nil
 }
 
-// allows reports whether a release at url may be named for a stage: by its own prefixes, or, where it has none, by
-// those of "*".
+// allows reports whether a stage may name a release at url: by the stage's own sources, or else by those of "*".
 func (s Settings) allows(stage, url string) bool {
 	prefixes, set := OfStage(s.Sources, stage)
 	return !set || FromSource(url, prefixes)
 }
 
-// FromSource reports whether a URL is one of the sources, or below one: the one rule of sources, of kedge.yaml and
-// of agents.
+// FromSource reports whether a URL is one of the sources, or lies below one. kedge.yaml and agents share this
+// rule.
 func FromSource(url string, sources []string) bool {
 	return slices.ContainsFunc(sources, func(s string) bool { return url == s || UnderPrefix(url, s) })
 }
 
 // UnderPrefix reports whether a URL lies below a prefix by whole path segments: s3://acme/web covers
 // s3://acme/web/1, not s3://acme/webx/1. A URL that could be read as another path (.., an escaped dot or slash, an
-// empty segment, a query) is under no prefix.
+// empty segment, a query) lies under no prefix.
 func UnderPrefix(url, prefix string) bool {
 	if at, version, found := strings.Cut(
 		url,

@@ -9,26 +9,26 @@ import (
 // MaxSnapshot bounds an encoded snapshot, in bytes.
 const MaxSnapshot = 16 << 20
 
-// Snapshot is what the store held below desired/ at a time: for nodes that boot while the store is away. The mirror
-// that holds the lease writes it, as one signed object.
+// Snapshot is a copy of desired/ at one time, for nodes that boot while the store is away. The mirror that holds
+// the lease writes it, as one signed object.
 type Snapshot struct {
-	// URL is where it was written: one that was copied elsewhere, as from another stage's mirror, is not what it was
-	// signed for.
+	// URL is where the snapshot was written. The signature covers it: a snapshot copied to another place, such as
+	// another stage's, is refused.
 	URL string `json:"url"`
-	// At is the mirror's clock when it wrote it.
+	// At is when it was written, by the mirror's clock.
 	At time.Time `json:"at"`
-	// Records are those of desired/, by key, without the store's prefix.
+	// Records are the values below desired/, by key without the store's prefix.
 	Records map[string]string `json:"records"`
 }
 
-// signedSnapshot is the object: the text that was signed, and its SSH signature.
+// signedSnapshot is the stored object: the signed text and its SSH signature.
 type signedSnapshot struct {
-	Format    int    `json:"format"` // 1
+	Format    int    `json:"format"` // always 1
 	Snapshot  string `json:"snapshot"`
 	Signature string `json:"signature"`
 }
 
-// Encode returns the object, with the signature that sign makes.
+// Encode returns the object to store. sign makes its signature.
 func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) ([]byte, error) {
 	text, err := json.Marshal(s)
 	if err != nil {
@@ -50,7 +50,7 @@ func (s Snapshot) Encode(sign func(text []byte) (signature []byte, err error)) (
 	return data, err
 }
 
-// ParseSnapshot reads an object. Nothing of the snapshot is looked at before verify has accepted its signature.
+// ParseSnapshot parses a stored object. It looks at the snapshot only after verify has accepted the signature.
 func ParseSnapshot(data []byte, verify func(text, signature []byte) error) (Snapshot, error) {
 	var outer signedSnapshot
 	var s Snapshot

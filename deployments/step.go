@@ -1,11 +1,11 @@
 package deployments
 
-// Step is one line of the chain of a decision: what was looked at, and what it said as a code.
+// Step is one step of a decision: what was looked at, and the result as a code.
 type Step struct {
 	What   string `json:"what"`             // "node pin", "record", "admission", "quarantine", …
-	Reason Reason `json:"reason,omitempty"` // empty: there is none of it
+	Reason Reason `json:"reason,omitempty"` // empty: nothing was found
 	Facts  Facts  `json:"facts,omitempty"`
-	// Decides marks the step that decided, Blocks one that stands in the way of what was decided.
+	// Decides marks the step that decided. Blocks marks one that stands in the way of the decision.
 	Decides bool `json:"decides,omitempty"`
 	Blocks  bool `json:"blocks,omitempty"`
 }
@@ -18,6 +18,6 @@ type StepStatus struct {
 	Facts   Facts  `json:"facts,omitempty"`
 	Decides bool   `json:"decides,omitempty"`
 	Blocks  bool   `json:"blocks,omitempty"`
-	// Hint says what an operator can do about it, where there is something.
+	// Hint says what an operator can do about it; may be empty.
 	Hint string `json:"hint,omitempty"`
 }

@@ -13,15 +13,15 @@ import (
 	"github.com/goccy/go-yaml/ast"
 )
 
-// Tree is a whole commit of a deployments repo: valid, or not a Tree.
+// Tree is a whole, valid commit of a deployments repo.
 type Tree struct {
 	Settings Settings
 	// Units are sorted by stage, role and unit.
 	Units []Unit
 }
 
-// Warnings returns in words what of the tree no node would run, though it is valid: of a role with more than
-// MaxRoleUnits units the rest is left out on each node.
+// Warnings returns, in words, the units that no node would run though they are valid: a node leaves out the units
+// of a role beyond MaxRoleUnits.
 func (t *Tree) Warnings() (words []string) {
 	units := map[RoleID]int{}
 	for _, u := range t.Units {
@@ -64,25 +64,25 @@ func (ps Problems) Error() string {
 }
 
 const (
-	// SettingsFile lies at the top of a deployments repo.
+	// SettingsFile is the name of the settings file, at the top of a deployments repo.
 	SettingsFile = "kedge.yaml"
 	// MaxUnitFile bounds a unit's file and kedge.yaml, in bytes; MaxUnits the units of a commit.
 	MaxUnitFile = 64 << 10
 	MaxUnits    = 20_000
-	// maxAfter bounds after, which every record of the unit holds: no node takes one that is larger than MaxRecord.
+	// maxAfter bounds the names in after. Every record of the unit contains them, and no node takes a record
+	// larger than MaxRecord.
 	maxAfter = 100
-	// MaxFiles bounds all that a commit holds, directories too, and maxNested how deep they lie in one another. A few
-	// objects of Git can name each other in so many places that nobody would come to their end.
+	// MaxFiles bounds the files and directories of a commit, and maxNested their depth. A few Git objects that
+	// name each other in many places could expand without end.
 	MaxFiles  = 200_000
 	maxNested = 50
-	// maxTreeProblems is how many problems are enough: some need half a second each to be found.
+	// maxTreeProblems is after how many problems reading ends: some take half a second each to find.
 	maxTreeProblems = 1000
 )
 
-// Load reads a commit's tree: kedge.yaml (all defaults where it is missing), and every STAGE/ROLE/UNIT.yaml.
-// Dot-files, and files that don't end in .yaml or .yml, are passed over; a .yaml file in a wrong place is a
-// problem. The error is Problems, every one that was found, each with its place; or what reading the tree failed
-// with.
+// Load reads a commit's tree: kedge.yaml (all defaults if it is missing), and every STAGE/ROLE/UNIT.yaml. It
+// ignores dot-files, and files that don't end in .yaml or .yml; a .yaml file in a wrong place is a problem. The
+// error is Problems, with every one that was found and its place, or an error of reading the tree.
 func Load(fsys fs.FS) (*Tree, error) {
 	l := &loader{
 		fsys:   fsys,
@@ -134,7 +134,7 @@ type loader struct {
 	problems Problems
 }
 
-// afterPlace is where a unit names another in after.
+// afterPlace is a place in a unit file where after names another unit.
 type afterPlace struct {
 	file     string
 	line     int
@@ -142,7 +142,7 @@ type afterPlace struct {
 	unit, on UnitID
 }
 
-// enough reports whether so many problems were found that more are of no use.
+// enough reports whether so many problems were found that reading can end.
 func (l *loader) enough() bool { return len(l.problems) >= maxTreeProblems }
 
 func (l *loader) visit(name string, d fs.DirEntry, err error) error {
@@ -171,7 +171,7 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 			},
 		)
 		return fs.SkipDir
-	case d.Name() == ".git" && name != ".git": // a submodule, of which a mirror sees nothing
+	case d.Name() == ".git" && name != ".git": // a submodule, whose content a mirror doesn't see
 		return fs.SkipDir
 	case strings.HasPrefix(d.Name(), "."):
 		if d.IsDir() {
@@ -208,7 +208,8 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 	return nil
 }
 
-// hidesUnits reports whether a symbolic link leads to a directory in which units would be looked for, if it were one.
+// hidesUnits reports whether a symbolic link leads to a directory in which kedge would look for units if the link
+// were a directory.
 func (l *loader) hidesUnits(name string) (found bool) {
 	_ = fs.WalkDir(l.fsys, name, func(below string, d fs.DirEntry, err error) error {
 		l.seen++
@@ -227,7 +228,7 @@ func (l *loader) hidesUnits(name string) (found bool) {
 	return found
 }
 
-// read returns a file's bytes, or notes that it is too large.
+// read returns a file's bytes. A file that is too large is a problem.
 func (l *loader) read(name string) ([]byte, error) {
 	info, err := fs.Stat(l.fsys, name)
 	if err != nil {
@@ -351,7 +352,7 @@ func (l *loader) readUnit(name string) error {
 	return nil
 }
 
-// checkAfter reports names in after that are no unit of the role, and cycles.
+// checkAfter notes names in after that are no unit of the role, and cycles.
 func (l *loader) checkAfter() {
 	on := map[UnitID][]afterPlace{}
 	for _, a := range l.afters {

@@ -14,13 +14,13 @@ type UnitID struct {
 	Stage, Role, Unit string
 }
 
-// Its length is checked beside it: a repetition with a bound is compiled to as many copies.
+// The length is checked outside of the expression: Go compiles a bounded repetition to as many copies.
 var segment = regexp.MustCompile(`^[a-z0-9A-Z][a-zA-Z0-9._-]*$`)
 
-// CheckSegment accepts what may stand between two slashes of a key, of a path and of a unit's name: 1 to 63 of
-// letters, digits, '.', '_' and '-', the first a letter or a digit. Consul's HTTP API cleans paths (t/../k becomes
-// k) but its transactions don't, so nothing else may reach a key. What editors name their temporary files is
-// refused, as a key may be a file that people edit.
+// CheckSegment accepts one segment of a key, a path or a unit's name: 1 to 63 letters, digits, '.', '_' and '-',
+// beginning with a letter or a digit. Nothing else may reach a key, as Consul's HTTP API cleans paths (t/../k
+// becomes k) but its transactions don't. The names of editors' temporary files are refused, as keys may be files
+// that people edit.
 func CheckSegment(what, s string) error {
 	if len(s) > 63 || !segment.MatchString(s) {
 		return fmt.Errorf(
@@ -46,7 +46,7 @@ func ParseUnitID(s string) (UnitID, error) {
 	return id, id.Check()
 }
 
-// Check reports the first segment of id that CheckSegment refuses.
+// Check returns an error if CheckSegment refuses a segment of id.
 func (id UnitID) Check() error {
 	if err := id.RoleID().Check(); err != nil {
 		return err
@@ -76,7 +76,7 @@ type RoleID struct {
 	Stage, Role string
 }
 
-// Check reports the first segment of id that CheckSegment refuses.
+// Check returns an error if CheckSegment refuses a segment of id.
 func (id RoleID) Check() error {
 	if err := CheckSegment("stage", id.Stage); err != nil {
 		return err
@@ -84,7 +84,7 @@ func (id RoleID) Check() error {
 	return CheckSegment("role", id.Role)
 }
 
-// Unit returns the role's unit of a name.
+// Unit returns the ID of the role's unit with a name.
 func (id RoleID) Unit(name string) UnitID { return UnitID{id.Stage, id.Role, name} }
 
 // Compare orders by stage and role.
@@ -100,13 +100,13 @@ type Unit struct {
 	Release Pointer
 	// Place is where Release stands in the commit.
 	Place Place
-	// After names units of the same role that converge before this one. There is no cycle.
+	// After names units of the same role that converge before this one. There are no cycles.
 	After []string
-	// Rollout is nil where every node goes at once.
+	// Rollout bounds how a new release reaches the nodes; nil: every node goes at once.
 	Rollout *Rollout
-	// Drift says what agents do about a live release that no longer matches its index.
+	// Drift says what agents do if the live tree no longer matches the release's index.
 	Drift Drift
-	// Adopt lets nodes take over a tree at dest that is the release's already, byte for byte, without running its
+	// Adopt lets nodes take over a tree at dest that equals the release, byte for byte, without running its
 	// commands.
 	Adopt bool
 }
@@ -119,19 +119,19 @@ type Place struct {
 
 // Rollout bounds how a new target reaches a unit's nodes.
 type Rollout struct {
-	// Canary go first and bake; zero: no canary.
+	// Canary is how many nodes go first and bake; zero: none.
 	Canary Amount
-	// Bake is how long the canary must stay healthy before the rest goes; without a canary, all nodes before the
-	// rollout ends.
+	// Bake is how long the canary must stay healthy before the rest goes. Without a canary it is how long all
+	// nodes must stay healthy before the rollout ends.
 	Bake time.Duration
-	// MaxUnavailable bounds the nodes in flight, at least one; zero value: all.
+	// MaxUnavailable bounds the nodes in flight; at least one. The zero value means all.
 	MaxUnavailable Amount
-	// MaxFailures is how many failed nodes are borne; one more stops the rollout.
+	// MaxFailures is how many failed nodes a rollout tolerates; one more stops it.
 	MaxFailures Amount
 	OnFailure   OnFailure
 	Approval    Approval
-	// Deadline is how long an admitted node may take, from the last step of the rollout or from when it booted, before
-	// it counts as failed. Default 10 minutes.
+	// Deadline is how long an admitted node may take before it counts as failed. It counts from the last step of
+	// the rollout, or from the node's boot. Default 10 minutes.
 	Deadline time.Duration
 	// FastBack lets a release that was stable lately go without gates. Default true.
 	FastBack bool
@@ -158,7 +158,7 @@ func (a Amount) String() string {
 	return fmt.Sprint(a.N)
 }
 
-// OnFailure is what a rollout does when its budget of failures is spent.
+// OnFailure is what a rollout does when more than MaxFailures nodes have failed.
 type OnFailure string
 
 const (

@@ -18,21 +18,22 @@ import (
 	"github.com/goccy/go-yaml/parser"
 )
 
-// reader reads one YAML document strictly, and notes every mistake with its place. JSON is YAML, so it reads that too.
+// reader parses one YAML document strictly, and notes every mistake with its place. It parses JSON too, which is
+// YAML.
 type reader struct {
 	file string
-	// open: variables stand for values that aren't known here, and what holds one isn't looked into.
+	// open: variables with unknown values may stand in the text; values that contain one aren't checked.
 	open bool
-	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x- are
-	// passed over: they are where people put what they give an anchor.
+	// lax: a field without a value counts as left out, anchors and aliases are read, and fields that begin with x-
+	// are ignored, as people keep anchors in them.
 	lax      bool
 	anchors  map[string]ast.Node
-	aliases  int // how many were followed
+	aliases  int // how many aliases were followed
 	problems Problems
 }
 
-// parse returns the document's root; nil where the text is empty or no YAML. Tags are refused, and, but in a lax
-// reader, anchors, aliases and merge keys: a few lines of them can grow without bound.
+// parse returns the document's root, or nil if the text is empty or no YAML. Tags are refused. So are, unless the
+// reader is lax, anchors, aliases and merge keys: a few lines of them can expand without bound.
 func (r *reader) parse(data []byte, max int) ast.Node {
 	switch {
 	case len(data) > max:
@@ -58,7 +59,7 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 		r.note(0, 0, "the file holds %d documents: want one", documents)
 		return nil
 	}
-	// Keys that stand twice are found by fields, which goes on after the first.
+	// fields reports duplicate keys, so that all of them are found.
 	f, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	var syntax yaml.Error
 	switch {
@@ -97,17 +98,17 @@ func (r *reader) parse(data []byte, max int) ast.Node {
 }
 
 const (
-	// maxDepth bounds nesting, which the parser follows by recursion, and maxKeys the keys and items, as its time
-	// grows with their square: this many take some 0.5 s. So it does with the square of documents.
+	// maxDepth bounds nesting, as the parser recurses. maxKeys bounds keys and items, and documents: the parser's
+	// time grows with their square, and is some 0.5 s at the bound.
 	maxDepth     = 40
 	maxKeys      = 10_000
 	maxDocuments = 100
-	// maxProblems bounds what is noted of one file.
+	// maxProblems bounds the problems noted for one file.
 	maxProblems = 100
 )
 
-// shape estimates, from above, how deep data is nested, by flow brackets, indentation and dashes; how many keys and
-// items there are; and how many documents.
+// shape estimates, from above, how deep data is nested (by flow brackets, indentation and dashes), how many keys
+// and items it has, and how many documents.
 func shape(data []byte) (deep, keys, documents int) {
 	flow, most := 0, 0
 	for line := range bytes.Lines(data) {
@@ -150,7 +151,7 @@ func controlAt(data []byte) int {
 	return 1 + bytes.Count(data[:i], []byte("\n"))
 }
 
-// refuser reports features of YAML that kedge doesn't read.
+// refuser reports YAML features that kedge doesn't support.
 type refuser struct{ r *reader }
 
 func (v refuser) Visit(n ast.Node) ast.Visitor {
@@ -185,7 +186,7 @@ func (r *reader) at(n ast.Node, format string, args ...any) {
 	r.note(line, column, format, args...)
 }
 
-// position is where a node begins; 0, 0 where it doesn't say.
+// position returns the line and column at which a node begins, or 0, 0 if unknown.
 func position(n ast.Node) (line, column int) {
 	if m, ok := n.(*ast.MappingNode); ok && len(m.Values) > 0 && !m.IsFlowStyle {
 		// A block mapping's own token is its first colon.
@@ -210,7 +211,8 @@ func (r *reader) err() error {
 	return r.problems
 }
 
-// fields reads a mapping: each key by its function. Unknown and double keys are noted, and keys without a value.
+// fields reads a mapping: it calls for each key the function of that name. Unknown and duplicate keys are noted,
+// and keys without a value.
 func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)) (seen map[string]ast.Node) {
 	seen = map[string]ast.Node{}
 	values, ok := r.entries(n)
@@ -241,7 +243,7 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 	return seen
 }
 
-// leftOutEmpty are a manifest's fields that stretcher treats as absent if they are empty.
+// leftOutEmpty are the manifest fields that stretcher treats as absent if they are empty.
 var leftOutEmpty = []string{"src", "checksum", "dest", "sync_strategy", "exclude_from"}
 
 func isEmptyText(n ast.Node) bool {
@@ -260,7 +262,7 @@ func mapping(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	return nil, false
 }
 
-// keyOf is a line's key, without its quotes.
+// keyOf returns an entry's key, without its quotes.
 func keyOf(v *ast.MappingValueNode) string {
 	if s, ok := v.Key.(*ast.StringNode); ok {
 		return s.Value
@@ -268,7 +270,7 @@ func keyOf(v *ast.MappingValueNode) string {
 	return v.Key.GetToken().Value
 }
 
-// didYouMean names the known field that a misspelt one is nearest to.
+// didYouMean returns a hint that names the known field nearest to a misspelt one.
 func didYouMean[T any](name string, known map[string]T) string {
 	if best := Nearest(name, maps.Keys(known)); best != "" {
 		return fmt.Sprintf(": did you mean %q?", best)
@@ -276,7 +278,7 @@ func didYouMean[T any](name string, known map[string]T) string {
 	return ""
 }
 
-// Nearest is the known name that a misspelt one is nearest to; empty: none is near.
+// Nearest returns the known name nearest to a misspelt one; empty: none is near.
 func Nearest(name string, known iter.Seq[string]) string {
 	best, least := "", 3
 	for k := range known {
@@ -287,7 +289,7 @@ func Nearest(name string, known iter.Seq[string]) string {
 	return best
 }
 
-// distance is Levenshtein's, with a swap of neighbours as one step.
+// distance returns the Levenshtein distance, with a swap of neighbours as one step.
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)
@@ -315,7 +317,7 @@ func distance(a, b string) int {
 	return rows[len(a)][len(b)]
 }
 
-// text reads a scalar as it was written, without its quotes.
+// text returns a scalar as it was written, without its quotes.
 func (r *reader) text(n ast.Node) (string, bool) {
 	switch s := n.(type) {
 	case *ast.StringNode:
@@ -329,7 +331,8 @@ func (r *reader) text(n ast.Node) (string, bool) {
 	return "", false
 }
 
-// into returns a function for fields that reads a scalar by parse; what parse says of it is noted at its place.
+// into returns a function for fields that parses a scalar into *to. The error of parse is noted at the scalar's
+// place.
 func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node) {
 	return func(n ast.Node) {
 		s, ok := r.text(n)
@@ -347,7 +350,7 @@ func into[T any](r *reader, to *T, parse func(string) (T, error)) func(ast.Node)
 	}
 }
 
-// intoList is into for a sequence; a lone scalar is a list of one.
+// intoList is into for a sequence; a single scalar is a list of one.
 func intoList[T any](r *reader, to *[]T, parse func(string) (T, error)) func(ast.Node) {
 	return func(n ast.Node) {
 		r.each(n, func(item ast.Node) {
@@ -392,7 +395,7 @@ func asBool(s string) (bool, error) {
 	return false, fmt.Errorf("%q: want true or false", clip(s))
 }
 
-// asNumber reads a whole number from least to most.
+// asNumber returns a parser of whole numbers from least to most.
 func asNumber(least, most int64) func(string) (int64, error) {
 	return func(s string) (int64, error) {
 		n, err := strconv.ParseInt(s, 10, 64)
@@ -434,7 +437,7 @@ func asAmount(s string) (Amount, error) {
 	return Amount{N: int(n), Percent: percent}, nil
 }
 
-// asOneOf accepts the words of a small type.
+// asOneOf returns a parser that accepts one of the given words.
 func asOneOf[T ~string](words ...T) func(string) (T, error) {
 	return func(s string) (T, error) {
 		if !slices.Contains(words, T(s)) {

@@ -7,7 +7,8 @@ import (
 // maxAliases bounds how often a document's aliases are followed: each may stand for the whole of it.
 const maxAliases = 200
 
-// anchors notes the document's anchors. An alias before its anchor, and one name for two, are mistakes.
+// anchorFinder collects the document's anchors. It notes an alias before its anchor, and a name used by two
+// anchors, as mistakes.
 type anchorFinder struct{ r *reader }
 
 func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
@@ -34,7 +35,8 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	return v
 }
 
-// resolve returns the node that n stands for. Who asks too often gets a node without a value.
+// resolve returns the node that an alias stands for, or n itself. Beyond maxAliases it returns a node without a
+// value.
 func (r *reader) resolve(n ast.Node) ast.Node {
 	for {
 		switch v := n.(type) {
@@ -54,10 +56,10 @@ func (r *reader) resolve(n ast.Node) ast.Node {
 	}
 }
 
-// empty reports whether a resolved node is no value.
+// empty reports whether a resolved node has no value.
 func empty(n ast.Node) bool { return n == nil || n.Type() == ast.NullType }
 
-// entries returns the lines of a mapping, with those that its merge keys (<<) bring in and that it has not itself.
+// entries returns the entries of a mapping, and those that its merge keys (<<) add to them.
 func (r *reader) entries(n ast.Node) ([]*ast.MappingValueNode, bool) {
 	values, ok := mapping(n)
 	if !ok || !r.lax {

@@ -6,18 +6,18 @@ import (
 	"log/slog"
 )
 
-// Handler is a slog.Handler that passes on lines whose texts are Clean.
+// Handler is a slog.Handler that passes on records after cleaning their texts.
 type Handler struct{ next slog.Handler }
 
 // NewHandler returns a Handler that passes records on to next.
 func NewHandler(next slog.Handler) Handler { return Handler{next} }
 
-// Enabled is next's.
+// Enabled returns what next's Enabled does.
 func (h Handler) Enabled(ctx context.Context, level slog.Level) bool {
 	return h.next.Enabled(ctx, level)
 }
 
-// Handle passes a line on.
+// Handle cleans a record and passes it on.
 func (h Handler) Handle(ctx context.Context, r slog.Record) error {
 	clean := slog.NewRecord(r.Time, r.Level, Clean(r.Message), r.PC)
 	r.Attrs(func(a slog.Attr) bool {
@@ -27,12 +27,12 @@ func (h Handler) Handle(ctx context.Context, r slog.Record) error {
 	return h.next.Handle(ctx, clean)
 }
 
-// WithAttrs cleans the attributes once.
+// WithAttrs cleans the attributes once, for all records.
 func (h Handler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	return Handler{h.next.WithAttrs(each(attrs))}
 }
 
-// WithGroup is next's.
+// WithGroup passes the group on to next.
 func (h Handler) WithGroup(name string) slog.Handler { return Handler{h.next.WithGroup(name)} }
 
 func each(attrs []slog.Attr) []slog.Attr {

@@ -1,5 +1,5 @@
-// Package safetext makes text that strangers had a hand in fit to be shown: in logs, errors and JSON. It
-// hides what of a URL may be secret, bounds lengths, and takes out what controls a terminal or reorders a line.
+// Package safetext makes text from untrusted sources fit to be shown in logs, errors and JSON. It hides what may
+// be secret in URLs, bounds lengths, and removes characters that control a terminal or reorder a line.
 package safetext
 
 import (
@@ -16,15 +16,15 @@ const MaxValue = 4 << 10
 // hiddenText replaces a secret.
 const hiddenText = "…"
 
-// Clean returns s as one value of a log line: with URLs, Printable and Clip.
+// Clean returns s as one value of a log line, after URLs, Printable and Clip.
 func Clean(s string) string {
 	if len(s) > 2*MaxValue {
-		s = s[:2*MaxValue] + fmt.Sprintf("… [%d more bytes]", len(s)-2*MaxValue) // the rest costs no more work
+		s = s[:2*MaxValue] + fmt.Sprintf("… [%d more bytes]", len(s)-2*MaxValue) // bounds the work below
 	}
 	return Clip(Printable(URLs(s)), MaxValue)
 }
 
-// Clip returns the first most bytes of s, and says how many were left out.
+// Clip returns the first most bytes of s, and says how many bytes were left out.
 func Clip(s string, most int) string {
 	if len(s) <= most {
 		return s
@@ -36,8 +36,8 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
-// Printable replaces control characters but tabs and line ends, characters that reorder or hide text, and
-// what is no UTF-8, with U+FFFD.
+// Printable replaces with U+FFFD what is not UTF-8, characters that reorder or hide text, and control characters
+// but tabs and line ends.
 func Printable(s string) string {
 	if strings.IndexFunc(s, hostile) < 0 && utf8.ValidString(s) {
 		return s
@@ -68,14 +68,14 @@ func hostile(r rune) bool {
 	return r != '\n' && r != '\t' && unseen(r)
 }
 
-// unseen reports whether a character has no picture of its own: controls, and formats such as those that
-// turn the direction of writing.
+// unseen reports whether a character has no glyph of its own: controls, and formats such as those that change the
+// direction of writing.
 func unseen(r rune) bool {
 	return unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) || r == '\u2028' ||
 		r == '\u2029'
 }
 
-// JSON escapes such characters in the strings of a JSON text, which keeps its meaning.
+// JSON escapes unseen characters in the strings of a JSON text, without changing its meaning.
 func JSON(data []byte) []byte {
 	s := string(data)
 	odd := func(r rune) bool { return r >= 0x7f && unseen(r) }
@@ -97,8 +97,8 @@ func JSON(data []byte) []byte {
 	return out
 }
 
-// URLs hides, in all URLs of a text, the user's name and password, and the values of those parameters of
-// the query that may be a signature, a token or a key.
+// URLs hides, in all URLs of a text, the user name and password, and the values of query parameters that may be a
+// signature, a token or a key.
 func URLs(s string) string {
 	if !strings.Contains(s, "://") {
 		return s
@@ -121,7 +121,7 @@ func URLs(s string) string {
 	}
 }
 
-// redact is URLs for the text after "://".
+// redact does the work of URLs for the text after "://".
 func redact(rest string) string {
 	authority := len(rest)
 	if i := strings.IndexAny(rest, "/?#"); i >= 0 {

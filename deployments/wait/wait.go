@@ -1,4 +1,4 @@
-// Package wait holds what every loop that waits needs: a pause that a context ends, backoff, jitter and a signal.
+// Package wait holds what loops need to wait: a pause that a context ends, backoff, jitter and a signal.
 package wait
 
 import (
@@ -9,7 +9,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 )
 
-// For pauses for d, by the monotonic clock, and returns nil, or the cause of ctx's end if that comes first.
+// For pauses for d, by the monotonic clock. It returns nil, or the cause of ctx's end if that comes first.
 func For(ctx context.Context, d time.Duration) error {
 	if d <= 0 {
 		return context.Cause(ctx)
@@ -30,14 +30,14 @@ func Jitter(d time.Duration, part float64) time.Duration {
 	return time.Duration(float64(d) * (1 - part + 2*part*rand.Float64()))
 }
 
-// Backoff gives the pauses between tries. The average doubles from first to limit, and each pause is anywhere between
+// Backoff computes the pauses between tries. Their average doubles from first to limit, and each is random between
 // nothing and twice the average, so that a fleet that failed together doesn't try again together.
 type Backoff struct {
 	pauses *backoff.ExponentialBackOff
 	tries  int
 }
 
-// NewBackoff returns a backoff whose pauses are first on average at first, and limit in the end.
+// NewBackoff returns a Backoff whose pauses average first in the beginning, and limit in the end.
 func NewBackoff(first, limit time.Duration) *Backoff {
 	b := backoff.NewExponentialBackOff()
 	b.InitialInterval, b.MaxInterval = first, limit
@@ -46,7 +46,7 @@ func NewBackoff(first, limit time.Duration) *Backoff {
 	return &Backoff{pauses: b}
 }
 
-// Next returns the next pause.
+// Next returns the length of the next pause.
 func (b *Backoff) Next() time.Duration {
 	b.tries++
 	return b.pauses.NextBackOff()
@@ -58,7 +58,7 @@ func (b *Backoff) Wait(ctx context.Context) error { return For(ctx, b.Next()) }
 // Tries returns the number of pauses since the last Reset.
 func (b *Backoff) Tries() int { return b.tries }
 
-// Reset begins anew, after a success.
+// Reset starts again at the shortest pauses, after a success.
 func (b *Backoff) Reset() {
 	b.tries = 0
 	b.pauses.Reset()
@@ -70,7 +70,7 @@ type Signal struct{ c chan struct{} }
 // NewSignal returns a signal that isn't set.
 func NewSignal() Signal { return Signal{make(chan struct{}, 1)} }
 
-// Set wakes the receiver, now or when it next receives. It never blocks.
+// Set wakes the receiver, now or when it next receives from C. It never blocks.
 func (s Signal) Set() {
 	select {
 	case s.c <- struct{}{}:
@@ -78,9 +78,9 @@ func (s Signal) Set() {
 	}
 }
 
-// C delivers once for all calls of Set since the last delivery.
+// C receives one value for all calls of Set since the last one received.
 func (s Signal) C() <-chan struct{} { return s.c }
 
-// Rest returns how long to pause after recurring work that took some time, so that it takes at most a twentieth of a
-// core; at most most.
+// Rest returns how long to pause after recurring work that took the given time, so that the work takes at most a
+// twentieth of a core; never more than most.
 func Rest(took, most time.Duration) time.Duration { return min(20*took, most) }
