@@ -2,7 +2,7 @@
 // reference of each. It imports nothing else of kedge.
 //
 // People type manifests, unit files, kedge.yaml, agent.yaml, pins and orders. These are parsed strictly: an unknown
-// field, a field that stands twice and a bad value are errors with line and column. Programs write records, reports,
+// field, a field that is given twice and a bad value are errors with line and column. Programs write records, reports,
 // history and mirror state. These are parsed leniently: an unknown field is passed over, so that two versions run side
 // by side. What an older reader would get dangerously wrong raises min_agent in the record.
 //

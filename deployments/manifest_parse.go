@@ -231,7 +231,7 @@ func (r *manifestReader) read(root ast.Node) {
 			"shared needs sync_strategy release: the others change dest in place, and excludes keep a path there",
 		)
 	case nested(m.Shared):
-		r.at(place("shared"), "one shared path lies within another, or stands twice: name the outer one once")
+		r.at(place("shared"), "one shared path lies within another, or is given twice: name the outer one once")
 	case m.Strategy == StrategyRelease && (len(m.Excludes) > 0 || m.ExcludeFrom != ""):
 		r.at(place("excludes"), "excludes are rsync's: with sync_strategy release, leave the files out of the archive")
 	}
@@ -257,8 +257,8 @@ func (r *manifestReader) findTraps(place func(string) ast.Node) {
 		if m.Src != "" && strings.HasPrefix(m.Dest, theirs) {
 			r.traps.at(
 				place("dest"),
-				"dest %s lies where others than root can move what leads to it: they can take it out of service, "+
-					"and what runs there with more rights than theirs is theirs; a directory of root's, as /srv, is safe",
+				"dest %s lies below a directory that users other than root can change: such users can take the release down, "+
+					"or have their own files run with more rights than they have; a directory of root's, such as /srv, is safe",
 				clip(m.Dest),
 			)
 		}
@@ -395,7 +395,7 @@ func (r *manifestReader) variables(n ast.Node, what, example string, most int, r
 		name := keyOf(v)
 		switch {
 		case names[name]:
-			r.at(v.Key, "variable %q stands twice in %s", name, what)
+			r.at(v.Key, "variable %q is given twice in %s", name, what)
 		case !variableName.MatchString(name) || len(name) > 128:
 			r.at(v.Key, "variable %q: want letters, digits and '_', beginning with a letter or '_'", clip(name))
 		case strings.HasPrefix(name, "KEDGE_"):
@@ -492,7 +492,7 @@ func (r *manifestReader) check(n ast.Node) Check {
 		r.at(n, "a check is exactly one of http, tcp, exec, systemd, consul; this has %d of them", found)
 	}
 	if user := seen["user"]; user != nil && seen["exec"] == nil {
-		r.at(user, "user is whom exec runs as, and this check has none")
+		r.at(user, "user is for exec alone, and this check has no exec")
 	}
 	return c
 }

@@ -119,7 +119,7 @@ func (e *expander) node(node parse.Node, dot any) error {
 	case *parse.WithNode:
 		err = e.branch(&n.BranchNode, dot, true)
 	default:
-		err = errors.New("of templates a manifest has {{ env }}, {{ must_env }}, {{ if }}, {{ with }} and {{ printf }} only")
+		err = errors.New("a manifest's templates know only {{ env }}, {{ must_env }}, {{ if }}, {{ with }} and {{ printf }}")
 	}
 	if located := new(locatedError); err == nil || errors.As(err, &located) {
 		return err
@@ -288,7 +288,7 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		for _, v := range values {
 			s, ok := v.(string)
 			if !ok {
-				return nil, errors.New("it takes text alone")
+				return nil, errors.New("it takes only text")
 			}
 			words = append(words, s)
 		}
@@ -305,7 +305,7 @@ func (e *expander) call(name string, args []func() (any, error)) (any, error) {
 		if s, ok := values[0].(string); ok {
 			return int64(len(s)), nil
 		}
-		return nil, errors.New("it takes text alone")
+		return nil, errors.New("it takes only text")
 	default:
 		return compare(name, values)
 	}
@@ -383,7 +383,7 @@ func format(values []any) (string, error) {
 		}
 		end := strings.IndexFunc(verb, func(c rune) bool { return !strings.ContainsRune("+- #0123456789.", c) })
 		if end < 0 || !strings.ContainsRune("svdqtf%", rune(verb[end])) {
-			return "", errors.New("of a format's verbs there are %s %v %d %q %t %f and %%")
+			return "", errors.New("a format's verbs are %s %v %d %q %t %f and %%")
 		}
 		for _, digits := range strings.FieldsFunc(verb[:end], func(c rune) bool { return c < '0' || c > '9' }) {
 			if len(digits) > 4 {
@@ -466,7 +466,7 @@ func (e expansion) hide(problems Problems) {
 		}
 		if len(names) > 0 {
 			slices.Sort(names)
-			p.Message = fmt.Sprintf("what stands here isn't valid with the value of %s, which isn't shown: "+
+			p.Message = fmt.Sprintf("the text here is not valid with the value of %s, which is not shown: "+
 				"try the manifest without the variable", clip(strings.Join(slices.Compact(names), ", ")))
 		}
 	}

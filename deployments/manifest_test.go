@@ -87,7 +87,7 @@ func TestManifestMistakes(t *testing.T) {
 		{"no text for dest", "src: app.tar\nchecksum: " + hex64 + "\ndest: \"\"\n", "dest is missing"},
 		{"no text for keep", base + "keep: ''\n", "whole number"},
 		{"an alias of nothing", base + "owner: *x\n", "there is no anchor &x"},
-		{"an anchor twice", base + "x-a: &a 1\nx-b: &a 2\n", "stands twice"},
+		{"an anchor twice", base + "x-a: &a 1\nx-b: &a 2\n", "is given twice"},
 		{"an alias within itself", base + "commands: &a {<<: *a}\n", "followed more than"},
 		{"an alias of a list in a list", base + "excludes: &a [*a]\n", "want a single value"},
 		{"merged from text", base + "commands: {<<: text}\n", "want an alias"},
@@ -96,14 +96,14 @@ func TestManifestMistakes(t *testing.T) {
 		{"a tag", base + "owner: !!str root\n", "tags"},
 		{"a check of two kinds", base + "health:\n  checks:\n  - tcp: localhost:80\n    exec: true\n", "manifest:6:5: a check is exactly one of"},
 		{"a user of what runs nothing", base + "health:\n  checks:\n  - tcp: localhost:80\n    user: app\n",
-			"manifest:7:5: user is whom exec runs as"},
+			"manifest:7:5: user is for exec alone"},
 		{"a check of no kind", base + "health:\n  checks:\n  - interval: 1s\n", "this has 0"},
 		{"an index without size", base + "index:\n  url: index\n  sha256: " + hex64 + "\n", "index has no size"},
 		{"a strategy", base + "sync_strategy: copy\n", "want rsync or mv or release"},
 		{"excludes of a release", base + "sync_strategy: release\nexcludes: [x]\n", "rsync's"},
 		{"a variable that isn't set", base + "owner: '{{ must_env \"NOBODY\" }}'\n", "NOBODY is not set on this node"},
 		{"two variables that must be set", base + "owner: '{{ must_env \"A\" \"B\" }}'\n", "want {{ must_env"},
-		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "{{ printf }} only"},
+		{"a template that loops", base + "{{ range 100 }}x{{ end }}", "templates know only {{ env }}"},
 		{"a template that calls", base + "{{ call 1 }}", "not defined"},
 		{"a template that defines", base + "{{ define `x` }}{{ end }}", "can't be defined"},
 		{"a format that grows", base + "{{ printf \"%9999d\" 1 }}", "width is at most"},
@@ -195,7 +195,7 @@ func TestManifestTraps(t *testing.T) {
 		}
 	}
 	traps, err = ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /home/app/current\nsync_strategy: release\n"))
-	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:1: dest /home/app/current lies where") {
+	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:1: dest /home/app/current lies below") {
 		t.Errorf("in a home: %v, %v", traps, err)
 	}
 	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /d\nsync_strategy: release\n")); err != nil || len(traps) > 0 {

@@ -140,7 +140,7 @@ func CheckSourceURL(s string) error {
 	}
 	version := u.Scheme == "s3" && s3Version.MatchString(u.RawQuery)
 	if (u.RawQuery != "" || u.ForceQuery) && u.Scheme != "https" && u.Scheme != "http" && !version {
-		return fmt.Errorf("the URL carries a query, which a %s:// URL has not: a ? in a path is written as %%3F", u.Scheme)
+		return fmt.Errorf("the URL carries a query, which a %s:// URL can't have: a ? in a path is written as %%3F", u.Scheme)
 	}
 	switch u.Scheme {
 	case "s3", "gs", "https", "http":

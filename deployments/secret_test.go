@@ -94,7 +94,7 @@ func TestManifestSecrets(t *testing.T) {
 		"secrets: {A: }":                                "has no reference",
 		"secrets: {A: null}":                            "has no reference",
 		"secrets: {A: hunter2}":                         "1:14: want a reference, as in ssm:/prod/db",
-		"secrets: {A: ssm:/x, A: ssm:/y}":               "stands twice",
+		"secrets: {A: ssm:/x, A: ssm:/y}":               "is given twice",
 		"secrets: [A]":                                  "want variables by name",
 		"secrets: {'a b': ssm:/x}":                      "want letters, digits",
 	} {

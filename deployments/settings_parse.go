@@ -97,7 +97,7 @@ func byStage[T any](
 				}
 			}
 			if _, twice := (*to)[stage]; twice {
-				r.at(v.Key, "stage %q stands twice in %s", stage, field)
+				r.at(v.Key, "stage %q is given twice in %s", stage, field)
 				continue
 			}
 			if v.Value == nil || v.Value.Type() == ast.NullType {
@@ -120,7 +120,7 @@ func listOf(r *reader, parse func(string) (string, error)) func(ast.Node) ([]str
 		switch {
 		case len(r.problems) > before:
 		case len(list) == 0:
-			r.at(n, "the list is empty: name what is allowed, or remove the line where all is")
+			r.at(n, "the list is empty: name what is allowed, or remove the line to allow all")
 		case len(list) > maxBounds:
 			r.at(n, "the list has %d items, at most %d are allowed", len(list), maxBounds)
 		}

@@ -152,11 +152,11 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 		return err
 	case l.seen > MaxFiles:
 		return Problems{
-			{File: ".", Message: fmt.Sprintf("more than %d files and directories: keep what is no unit elsewhere", MaxFiles)},
+			{File: ".", Message: fmt.Sprintf("more than %d files and directories: keep other files elsewhere", MaxFiles)},
 		}
 	case strings.Count(name, "/") >= maxNested:
 		return Problems{
-			{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep what is no unit elsewhere", maxNested)},
+			{File: name, Message: fmt.Sprintf("it lies deeper than %d directories: keep other files elsewhere", maxNested)},
 		}
 	case l.enough():
 		return fs.SkipAll
@@ -167,7 +167,7 @@ func (l *loader) visit(name string, d fs.DirEntry, err error) error {
 			l.problems,
 			Problem{
 				File:    path.Dir(name),
-				Message: "it is a submodule, which is not mirrored: keep units' files in the repo itself",
+				Message: "it is a submodule, which is not mirrored: keep the unit files in the repo itself",
 			},
 		)
 		return fs.SkipDir

@@ -229,7 +229,7 @@ func (r *reader) fields(n ast.Node, what string, known map[string]func(ast.Node)
 			r.at(v.Key, "unknown field %q in %s%s", clip(name), what, didYouMean(name, known))
 			continue
 		case seen[name] != nil:
-			r.at(v.Key, "field %q stands twice in %s", name, what)
+			r.at(v.Key, "field %q is given twice in %s", name, what)
 			continue
 		case empty(value), r.lax && slices.Contains(leftOutEmpty, name) && isEmptyText(value):
 			if !r.lax {

@@ -16,7 +16,7 @@ func (v anchorFinder) Visit(n ast.Node) ast.Visitor {
 	case *ast.AnchorNode:
 		name := n.Name.GetToken().Value
 		if v.r.anchors[name] != nil {
-			v.r.at(n, "the anchor &%s stands twice: give each a name of its own", clip(name))
+			v.r.at(n, "the anchor &%s is given twice: give each a name of its own", clip(name))
 			return nil
 		}
 		if v.r.anchors == nil {

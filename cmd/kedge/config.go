@@ -166,7 +166,7 @@ func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 			if seen[key.Value] {
 				errs = append(
 					errs,
-					fmt.Errorf("%s:%d:%d: the field %q stands twice", name, key.Position.Line, key.Position.Column, key.Value),
+					fmt.Errorf("%s:%d:%d: the field %q is given twice", name, key.Position.Line, key.Position.Column, key.Value),
 				)
 				continue
 			}

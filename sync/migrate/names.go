@@ -79,7 +79,7 @@ func compile(pattern string) (*regexp.Regexp, error) {
 		case part == "*":
 			b.WriteString("[^/]*")
 		case seen[name]:
-			return nil, fmt.Errorf("pattern %q: %s stands twice", pattern, part)
+			return nil, fmt.Errorf("pattern %q: %s is given twice", pattern, part)
 		case name == "stage" || name == "role" || name == "unit":
 			fmt.Fprintf(&b, "(?P<%s>[^/]+)", name)
 			seen[name] = true

@@ -104,7 +104,7 @@ func (c *Config) check() error {
 		case !receiverName.MatchString(s):
 			errs = append(errs, fmt.Errorf("%s %q: want a name of small letters, digits and dashes", what, s))
 		case names[s]:
-			errs = append(errs, fmt.Errorf("%s %q stands twice", what, s))
+			errs = append(errs, fmt.Errorf("%s %q is given twice", what, s))
 		}
 		names[s] = true
 	}
