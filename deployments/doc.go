@@ -422,14 +422,16 @@
 //
 // Its fields:
 //
-//	holder    the mirror's name
-//	head      the commit that KV holds
-//	author    its author
-//	at        when it was applied
-//	repo      the address of the repository that head is of
-//	past      commits that head descends from, in short and newest first
-//	refused   a newer commit that was not taken
-//	error     why, or what else is wrong
-//	applying  a commit that takes several transactions, while they are under way
-//	rules     settings of the last commit that bind the next: allow_rewind, max_removed
+//	holder       the mirror's name
+//	head         the commit that KV holds
+//	author       its author
+//	at           when it was applied
+//	repo         the address of the repository that head is of
+//	past         commits that head descends from, in short and newest first
+//	refused      a newer commit that was not taken
+//	error        why, or what else is wrong
+//	applying     a commit that takes several transactions, while they are under way
+//	freeze       the windows of kedge.yaml, whose fields they have: for who shows what is to come
+//	freeze_more  how many windows are left out, where there are many
+//	rules        settings of the last commit that bind the next: allow_rewind, max_removed
 package deployments

@@ -3,6 +3,7 @@ package deployments
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"reflect"
 	"strings"
@@ -94,7 +95,16 @@ func FuzzHistory(f *testing.F) {
 
 func FuzzMirrorState(f *testing.F) {
 	f.Add([]byte(`{"holder":"m","head":"c","past":"a b","applying":"d","rules":{"allow_rewind":true,"max_removed":20}}`))
-	fuzzWritten(f, ParseMirrorState)
+	f.Add([]byte(`{"freeze":[{"name":"weekend","deny":"0 16 * * FRI","duration":"64h","zone":"Europe/Berlin","units":["prod/*/*"]},
+		{"allow":"0 9 * * MON-FRI","duration":"8h0m0s","running":"wait","reason":"x"}],"freeze_more":2}`))
+	fuzzWritten(f, func(data []byte) (MirrorState, error) {
+		s, err := ParseMirrorState(data)
+		windows, more := s.Freezes()
+		if told, left := FreezeWindows(windows); len(told)+left != len(windows) || more < 0 {
+			panic(fmt.Sprintf("%d windows, told %d, %d left; %d more", len(windows), len(told), left, more))
+		}
+		return s, err
+	})
 }
 
 // A snapshot's signature is looked at by who reads it: here every signature counts.

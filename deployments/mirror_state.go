@@ -2,6 +2,7 @@ package deployments
 
 import (
 	"cmp"
+	"reflect"
 	"time"
 )
 
@@ -24,6 +25,10 @@ type MirrorState struct {
 	// Applying is a commit that is being written in several transactions. KV holds Head completely before the
 	// first, and Applying after the last of them. A mirror that takes over goes on with it.
 	Applying string `json:"applying,omitempty"`
+	// Freeze lists the freeze windows of Head's kedge.yaml, for pages and commands that show what is to come.
+	// FreezeMore counts the windows that it leaves out: see FreezeWindows.
+	Freeze     []FreezeWindow `json:"freeze,omitempty"`
+	FreezeMore int            `json:"freeze_more,omitempty"`
 	// Rules are the settings that bind the next commit: those of Applying, or else of Head.
 	Rules MirrorRules `json:"rules"`
 }
@@ -40,6 +45,9 @@ func ParseMirrorState(value []byte) (MirrorState, error) {
 	err := lenientJSON(value, &s)
 	return s, err
 }
+
+// Equal reports whether two states say the same.
+func (s MirrorState) Equal(other MirrorState) bool { return reflect.DeepEqual(s, other) }
 
 // Taken returns the commit that the mirror took last, whether or not it is fully written.
 func (s MirrorState) Taken() string { return cmp.Or(s.Applying, s.Head) }

@@ -88,6 +88,48 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	return v
 }
 
+// Opening is a time in which a window is open. From is zero if it was open already.
+type Opening struct{ From, To time.Time }
+
+// Openings returns when a window is open from a time on, in order; openings that overlap are one. It stops before what
+// begins at end or later, and after most of them. A window that can't be read has none.
+func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Opening) {
+	schedule, err := scheduleOf(w)
+	if err != nil {
+		return nil
+	}
+	closes, opens := span(schedule, w, from)
+	if !closes.IsZero() {
+		all = append(all, Opening{To: closes})
+	}
+	for !opens.IsZero() && opens.Before(end) && len(all) < most {
+		at := opens
+		closes, opens = span(schedule, w, at)
+		all = append(all, Opening{at, closes})
+	}
+	return all
+}
+
+// mostChanges bounds how many openings and ends of windows NextFreeze looks at.
+const mostChanges = 100
+
+// NextFreeze returns the first time from now on, and before end, at which a unit is frozen, and what says so. That is
+// now for a unit that is frozen already; zero: none is seen.
+func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, Verdict) {
+	at := now
+	for range mostChanges {
+		v := Frozen(windows, id, at)
+		if v.Frozen {
+			return at, v
+		}
+		if v.Until.IsZero() || !v.Until.Before(end) {
+			break
+		}
+		at = v.Until
+	}
+	return time.Time{}, Verdict{}
+}
+
 // earlier is the first of two times, where zero is never.
 func earlier(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {

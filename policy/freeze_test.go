@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -154,6 +155,84 @@ func TestVerdictInWords(t *testing.T) {
 	} {
 		if got := frozenBy(v); got != want {
 			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
+
+// A page that shows what is to come shows each time that a window is open once, whatever the clocks do.
+func TestOpenings(t *testing.T) {
+	t.Parallel()
+	berlin := zone(t, "Europe/Berlin")
+	type freeze = deployments.Freeze
+	const deny = deployments.FreezeDeny
+	for _, c := range []struct {
+		name   string
+		window freeze
+		from   string
+		most   int
+		want   string
+	}{
+		{"a weekend to come", freeze{Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour}, "2026-11-24T12:00:00Z", 9,
+			"27T15-30T07"},
+		{"that is open, and the next", freeze{Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour},
+			"2026-11-27T16:00:00Z", 9, "now-30T07 04T15-07T07"},
+		{"as it opens", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T16:00:00Z", 1, "now-27T17"},
+		{"as it closes", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T17:00:00Z", 9, "04T16-04T17"},
+		{"no more than asked for", freeze{Kind: deny, Cron: "0 * * * *", Duration: time.Minute}, "2026-11-24T12:30:00Z", 3,
+			"24T13-24T13 24T14-24T14 24T15-24T15"},
+		{"two that touch are one", freeze{Kind: deny, Cron: "0 12,13 * * FRI", Duration: time.Hour}, "2026-11-24T12:00:00Z", 9, "27T12-27T14"},
+		{"clocks put back", freeze{Kind: deny, Cron: "30 2 * * SUN", Zone: berlin, Duration: time.Hour}, "2026-10-24T00:00:00Z", 1, "25T00-25T01"},
+		{"it overlaps for ever: as far as is looked", freeze{Kind: deny, Cron: "0 * * * *", Duration: 2 * time.Hour}, "2026-11-24T12:00:00Z", 1, "now-15T01"},
+		{"none within the week", freeze{Kind: deny, Cron: "0 0 24 12 *", Duration: 72 * time.Hour}, "2026-11-24T12:00:00Z", 9, ""},
+		{"a line that doesn't parse", freeze{Kind: deny, Cron: "0 0"}, "2026-11-24T12:00:00Z", 9, ""},
+	} {
+		from, err := time.Parse(time.RFC3339, c.from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, o := range Openings(c.window, from, from.AddDate(0, 0, 10), c.most) {
+			begins := "now"
+			if !o.From.IsZero() {
+				begins = o.From.UTC().Format("02T15")
+			}
+			got = append(got, begins+"-"+o.To.UTC().Format("02T15"))
+		}
+		if text := strings.Join(got, " "); text != c.want {
+			t.Errorf("%s: %q, want %q", c.name, text, c.want)
+		}
+	}
+}
+
+func TestNextFreeze(t *testing.T) {
+	t.Parallel()
+	type freeze = deployments.Freeze
+	weekend := freeze{Name: "weekend", Kind: deployments.FreezeDeny, Cron: "0 16 * * FRI", Duration: 64 * time.Hour}
+	hours := freeze{Name: "hours", Kind: deployments.FreezeAllow, Cron: "0 9 * * *", Duration: 8 * time.Hour}
+	shift := freeze{Name: "shift", Kind: deployments.FreezeAllow, Cron: "0 16 * * *", Duration: 8 * time.Hour}
+	db := freeze{Name: "db", Kind: deployments.FreezeDeny, Cron: "0 14 * * *", Duration: time.Hour, Units: []string{"*/db/*"}}
+	tuesday := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		name    string
+		windows []freeze
+		days    int
+		at, by  string
+	}{
+		{"none", nil, 7, "", ""},
+		{"a window to come", []freeze{weekend}, 7, "27T16", "weekend"},
+		{"too far off", []freeze{weekend}, 3, "", ""},
+		{"the end of what allows it", []freeze{weekend, hours}, 7, "24T17", "hours, which is not open"},
+		{"another allows it still", []freeze{weekend, hours, shift}, 7, "25T00", "hours, which is not open"},
+		{"one that is not for it", []freeze{db, weekend}, 7, "27T16", "weekend"},
+		{"now", []freeze{shift}, 7, "24T12", "shift, which is not open"},
+	} {
+		at, v := NextFreeze(c.windows, app, tuesday, tuesday.AddDate(0, 0, c.days))
+		text := ""
+		if !at.IsZero() {
+			text = at.UTC().Format("02T15")
+		}
+		if text != c.at || v.By != c.by {
+			t.Errorf("%s: %q by %q, want %q by %q", c.name, text, v.By, c.at, c.by)
 		}
 	}
 }

@@ -285,6 +285,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			status.Head, status.Author, status.Past, status.Rules = commit.Hash, commit.Author, commit.Past, rulesOf(commit)
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
+		status.Freeze, status.FreezeMore = deployments.FreezeWindows(commit.Tree.Settings.Freeze)
 		if branch.head == commit.Hash { // else it was read of what an earlier mirror had fetched, maybe from elsewhere
 			status.Repo = l.c.Repo
 		}

@@ -263,7 +263,7 @@ func TestStateIsPutBack(t *testing.T) {
 	was := m.at(head)
 	store.taken()
 	put(t, store.Store, kv.MirrorKey, `{"head":"`+strings.Repeat("1", 40)+`"}`)
-	if got := m.at(head); got != was {
+	if got := m.at(head); !got.Equal(was) {
 		t.Errorf("state %+v, want %+v", got, was)
 	}
 	if err := store.Store.Commit(t.Context(), nil, kv.Delete(kv.MirrorKey)); err != nil {

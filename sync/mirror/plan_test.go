@@ -360,11 +360,15 @@ func TestWorthWriting(t *testing.T) {
 	away := deployments.MirrorState{Head: "a", Error: "dial 127.0.0.1:1: refused"}
 	awayToo := deployments.MirrorState{Head: "a", Error: "dial 127.0.0.1:2: refused"}
 	refused := deployments.MirrorState{Head: "a", Refused: "b", Error: "bad"}
+	freeze := func() deployments.MirrorState {
+		return deployments.MirrorState{Head: "a", Freeze: []deployments.FreezeWindow{{Deny: "0 0 * * *", Duration: "1h"}}}
+	}
 	for _, c := range []struct {
 		was, next deployments.MirrorState
 		ago       time.Duration
 		want      bool
 	}{
+		{fine, freeze(), 0, true}, {freeze(), freeze(), time.Hour, false},
 		{fine, fine, 0, false}, {fine, away, 0, true}, {away, fine, 0, true},
 		{away, awayToo, time.Second, false}, {away, awayToo, time.Hour, true},
 		{away, refused, time.Second, true}, {refused, fine, time.Second, true}, {away, deployments.MirrorState{Head: "b", Error: "x"}, time.Second, true},

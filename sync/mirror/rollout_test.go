@@ -313,6 +313,26 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	h.until(deployments.Digest{}, 2, func(r deployments.Record) bool { return r.Rollout == nil })
 }
 
+// Who reads KV alone is told which windows there are, also by a mirror that finds the state of a version before.
+func TestTellsFreezeWindows(t *testing.T) {
+	t.Parallel()
+	o := gittest.New(t)
+	store := dirStore(t)
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1"),
+		"kedge.yaml": "freeze: [{deny: 0 16 * * FRI, duration: 64h, zone: Europe/Berlin}]\n"})
+	put(t, store, kv.MirrorKey, `{"holder":"before","head":"`+head+`","rules":{"max_removed":30}}`)
+	m := start(t, Config{Store: store, Repo: o.Bare})
+	s := m.status(func(s deployments.MirrorState) bool { return len(s.Freeze) > 0 })
+	want := []deployments.FreezeWindow{{Deny: "0 16 * * FRI", Duration: "64h0m0s", Zone: "Europe/Berlin", Running: "finish"}}
+	if s.Head != head || !reflect.DeepEqual(s.Freeze, want) {
+		t.Errorf("%+v", s)
+	}
+	last := o.Push(map[string]string{"kedge.yaml": "prune: false\n"})
+	if s := m.at(last); len(s.Freeze) > 0 {
+		t.Errorf("%+v of a commit that has none", s.Freeze)
+	}
+}
+
 func TestFreezeHolds(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -26,7 +26,7 @@ func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
 	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
 		was.Error = next.Error
 	}
-	return was != next
+	return !was.Equal(next)
 }
 
 const sameTrouble = 5 * time.Minute

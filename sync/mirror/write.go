@@ -89,7 +89,7 @@ func (l *leader) write(
 	now time.Time,
 ) error {
 	all := changes
-	if lost || status != l.written.state {
+	if lost || !status.Equal(l.written.state) {
 		all = append(slices.Clone(changes), writeStatus(status))
 	}
 	todo := batches(all)

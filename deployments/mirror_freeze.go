@@ -1,0 +1,98 @@
+package deployments
+
+import (
+	"cmp"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// FreezeWindow is a Freeze as mirror/state tells it: the fields that it has in kedge.yaml.
+type FreezeWindow struct {
+	Name     string   `json:"name,omitempty"`
+	Deny     string   `json:"deny,omitempty"`
+	Allow    string   `json:"allow,omitempty"`
+	Duration string   `json:"duration"`
+	Zone     string   `json:"zone,omitempty"`
+	Units    []string `json:"units,omitempty"`
+	Running  string   `json:"running,omitempty"`
+	Reason   string   `json:"reason,omitempty"`
+}
+
+const (
+	// mostWindows and mostWindowBytes bound the windows that mirror/state tells: the value holds other things as well.
+	mostWindows     = 100
+	mostWindowBytes = 32 << 10
+	// mostWindowText bounds a window's name, and its reason, in bytes.
+	mostWindowText = 200
+)
+
+// FreezeWindows returns the windows of kedge.yaml for mirror/state, and how many more there are than it tells. A window
+// that is told is told with all of its units.
+func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
+	size := 0
+	for i, f := range all {
+		w := FreezeWindow{Name: head(f.Name), Duration: f.Duration.String(), Units: f.Units,
+			Running: f.Running, Reason: head(f.Reason)}
+		if f.Zone != nil && f.Zone != time.UTC {
+			w.Zone = f.Zone.String()
+		}
+		if f.Kind == FreezeAllow {
+			w.Allow = f.Cron
+		} else {
+			w.Deny = f.Cron
+		}
+		size += 200 + len(w.Name) + len(f.Cron) + len(w.Reason)
+		for _, pattern := range w.Units {
+			size += len(pattern) + 3
+		}
+		if i == mostWindows || size > mostWindowBytes {
+			return told, len(all) - i
+		}
+		told = append(told, w)
+	}
+	return told, 0
+}
+
+// Freeze returns the window as kedge.yaml would be read. The error says why this version can't: the window is one of a
+// newer mirror, or somebody else wrote it.
+func (w FreezeWindow) Freeze() (Freeze, error) {
+	f := Freeze{Name: w.Name, Kind: FreezeDeny, Zone: time.UTC, Units: w.Units, Running: w.Running, Reason: w.Reason}
+	if w.Allow != "" {
+		f.Kind = FreezeAllow
+	}
+	var err error
+	if f.Cron, err = asCron(cmp.Or(w.Allow, w.Deny)); err != nil {
+		return Freeze{}, fmt.Errorf("freeze window: %w", err)
+	}
+	if f.Duration, err = asPositive(w.Duration); err != nil {
+		return Freeze{}, fmt.Errorf("freeze window: duration %w", err)
+	}
+	if w.Zone != "" {
+		if f.Zone, err = asZone(w.Zone); err != nil {
+			return Freeze{}, fmt.Errorf("freeze window: %w", err)
+		}
+	}
+	for _, pattern := range w.Units {
+		if _, err := asPattern(pattern); err != nil {
+			return Freeze{}, fmt.Errorf("freeze window: units: %w", err)
+		}
+	}
+	return f, nil
+}
+
+// head returns a text's beginning, of at most mostWindowText bytes.
+func head(s string) string {
+	return strings.ToValidUTF8(s[:min(len(s), mostWindowText)], "")
+}
+
+// Freezes returns the windows that mirror/state tells, and how many more there are: those that it leaves out, and
+// those that this version can't read.
+func (s MirrorState) Freezes() (all []Freeze, more int) {
+	for _, w := range s.Freeze[:min(len(s.Freeze), mostWindows)] {
+		if f, err := w.Freeze(); err == nil {
+			all = append(all, f)
+		}
+	}
+	return all, max(0, len(s.Freeze)-len(all)+s.FreezeMore)
+}
