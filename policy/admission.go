@@ -6,7 +6,7 @@ import (
 	"kedge/deployments"
 )
 
-// admission decides between a record's target, its stable release, and what runs.
+// admission decides between a record's target, its stable release, and what the node runs now.
 func (d *Decision) admission(f Facts, r deployments.Record) {
 	p, facts := r.Rollout, origin(r)
 	run := func(action Action, from Source, target deployments.Pointer) {
@@ -36,7 +36,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		return
 	}
 	if r.Orphaned && f.Running.Digest != r.Target.Digest && (part || f.Running == r.Stable && !r.Stable.IsZero()) {
-		// The unit may go on under another name, where its budget doesn't count what begins under this one.
+		// The unit may go on under another name. Its budget then doesn't count nodes that begin under this name.
 		if p != nil {
 			d.note(deployments.Step{What: "rollout", Reason: p.Reason, Facts: progressFacts(p)})
 		}
@@ -55,7 +55,8 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	rank := Rank(f.Node, r.Target.Digest)
 	replaced := f.Running.Digest != r.Target.Digest && part
 	admitted := rank <= p.Cutoff ||
-		replaced && rank <= p.Early && !back // who is to go back stays, if it is admitted or not told
+		// a node that is to go back stays if it is admitted, or if the record doesn't apply to it
+		replaced && rank <= p.Early && !back
 	if back {
 		admitted = admitted || !told
 	} else {
@@ -66,12 +67,13 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	if !r.Stable.IsZero() {
 		stable = facts.With("release", r.Stable.String())
 	}
-	// What failed here before it became stable isn't tried again because a new rollout begins: that would be many
-	// nodes at once.
+	// A release that failed here before it became stable isn't tried again just because a new rollout begins: many
+	// nodes would try it at once.
 	refuses := (!f.Running.IsZero() || !bare && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
 		slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
-	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown: // admitted or not: the mirror has to know
+	// whether or not it is admitted: the mirror has to know first
+	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown:
 		run(ActStage, FromTarget, deployments.Pointer{})
 		d.Stage = r.Target
 		because(deployments.ReasonNotAdmitted, facts)
@@ -120,16 +122,16 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 }
 
-// bare reports whether nothing serves on the node that a release could replace. What lies at dest on a machine that
-// has just started has yet to serve, unless the unit's first release is still under way. While nobody has looked,
-// something may.
+// bare reports whether nothing serves on the node that a release could replace. On a machine that has just
+// started, what lies at dest doesn't serve yet, unless the unit's first release is still under way. Until somebody
+// has looked at dest, something may serve.
 func (f *Facts) bare(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)
 }
 
-// begun reports whether a rollout lets nodes on which nothing serves, and that have nothing stable to run, take its
-// target at once.
+// begun reports whether a rollout lets nodes take its target at once if nothing serves on them and they have no
+// stable release to run.
 func begun(p *deployments.Progress) bool {
 	return p.Phase != deployments.PhaseFrozen && p.Phase != deployments.PhasePaused
 }

@@ -14,23 +14,23 @@ import (
 	"kedge/deployments"
 )
 
-// AbsurdGeneration is the lowest generation that is not believed: one more at the end of the range would be negative,
-// which no node takes.
+// AbsurdGeneration is the lowest generation that is not believed. Near the end of the range, one more would be
+// negative, which no node takes.
 const AbsurdGeneration = 1 << 53
 
-// Base is the record from which a unit's next one is made.
+// Base is the record that a unit's next record is made from.
 type Base struct {
 	Record deployments.Record
 	// Floor is the highest generation that is known to have been used.
 	Floor int64
-	// Restored is set if a mirror puts its own record back over a change by hand, Rebuilt if Record is made from what
-	// the nodes report.
+	// Restored is set if the mirror undoes a change by hand with its own record. Rebuilt is set if Record was made
+	// from what the nodes report.
 	Restored, Rebuilt bool
 }
 
-// tellNone returns Record.Joined of a record that speaks to no node yet that it would move, as it isn't known how many
-// are on the way. Nodes that don't tell when they joined can't be held back; where no report is left, those that come
-// can.
+// tellNone returns a Record.Joined for a record that moves no node yet, as it isn't known how many nodes are
+// changing. Nodes that don't report when they joined can't be held back. If there are no reports at all, nodes
+// that come may move.
 func tellNone(nodes []Node) uint64 {
 	if len(nodes) == 0 {
 		return 1
@@ -38,9 +38,9 @@ func tellNone(nodes []Node) uint64 {
 	return min(1, lastJoined(nodes))
 }
 
-// Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored is
-// what the store holds at the unit's key; nil: nothing that parses. A generation must never go down: nodes would hold
-// the record for an old one.
+// Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored
+// is the valid record in the store, or nil. A generation must never go down: nodes would take the record for an
+// old one.
 func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes []Node) deployments.Record {
 	if more := next.Generation - b.Record.Generation; more > 0 {
 		next.Generation = b.Floor + more
@@ -56,7 +56,7 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	}
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
-		if next.Generation == b.Record.Generation { // it is put back: nobody asks for its target anew
+		if next.Generation == b.Record.Generation { // it is restored: nobody asks for its target anew
 			next.Claim = ClaimOf(next)
 		}
 		next.Generation = stored.Generation
@@ -64,11 +64,11 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 			next.Generation++
 		}
 	}
-	// Nodes hold a record of a lower generation than they have acted on, as after the restore of a snapshot; and would
-	// take one of the same for the one that was lost.
+	// A node ignores a record of a lower generation than it has acted on, as after the restore of a snapshot. It
+	// would take one of the same generation for the record that was lost.
 	if acted := actedOn(nodes); next.Generation < acted || next.Generation == acted && acted > b.Floor {
 		if next.Claim = ClaimOf(next); next.Target != b.Record.Target || next.Claim != ClaimOf(b.Record) {
-			next.Claim, next.Retry = -acted, 0 // the store may have lost that it was asked for before
+			next.Claim, next.Retry = -acted, 0 // the store may have lost an earlier request for it
 		}
 		next.Generation = acted + 1
 	}
@@ -81,7 +81,7 @@ func equal(a, b deployments.Record) bool {
 	return errX == nil && errY == nil && bytes.Equal(x, y)
 }
 
-// actedOn returns the highest generation that a node says it has acted on.
+// actedOn returns the highest generation that a node reports to have acted on.
 func actedOn(nodes []Node) (highest int64) {
 	for i := range nodes {
 		highest = max(highest, generationOf(&nodes[i].Report))
@@ -89,7 +89,7 @@ func actedOn(nodes []Node) (highest int64) {
 	return highest
 }
 
-// generationOf returns the newest generation that a node has acted on, as it reports.
+// generationOf returns the newest generation that a node reports to have acted on.
 func generationOf(u *deployments.UnitReport) int64 {
 	generation := u.Generation
 	if held, err := strconv.ParseInt(u.Facts["acted_on"], 10, 64); err == nil {
@@ -101,8 +101,9 @@ func generationOf(u *deployments.UnitReport) int64 {
 	return generation
 }
 
-// IsLost reports whether nodes have acted on newer generations of a unit than the store knows: its data was removed, or
-// restored from an older snapshot. It takes most of the nodes that run something, so that no single one can claim it.
+// IsLost reports whether nodes have acted on newer generations of a unit than the store knows, as its data was
+// removed or restored from an older snapshot. Most of the nodes that run something must say so, so that no single
+// node can claim it.
 func IsLost(nodes []Node, known int64) bool {
 	reports, ahead := 0, 0
 	for i := range nodes {
@@ -116,9 +117,9 @@ func IsLost(nodes []Node, known int64) bool {
 	return 2*ahead > reports
 }
 
-// Rebuild returns the record that the nodes' reports stand for: what they run is stable, what they have in quarantine
-// failed, and Git's release, unless all run it or it failed, is yet to be rolled out. Its generation is the highest
-// that is known.
+// Rebuild returns a record made from the nodes' reports: the release that they run is stable, those that they have
+// in quarantine failed, and Git's release has yet to be rolled out, unless all run it or it failed. The generation
+// is the highest that is known.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
 		Joined: tellNone(nodes)}
@@ -134,7 +135,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 			count[report.Running]++
 		}
 	}
-	var others []deployments.Pointer // that nodes run and that did not fail, the most common first
+	var others []deployments.Pointer // releases that nodes run and that did not fail, the most common first
 	for p := range count {
 		if p.Digest != u.Release.Digest && !failed[p.Digest] {
 			others = append(others, p)
@@ -147,7 +148,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 			slices.Compare(a.Digest[:], b.Digest[:]),
 		)
 	})
-	// While nodes keep what they served before the first release, that has yet to become stable.
+	// As long as nodes can go back to what served before the first release, that release is not stable yet.
 	first := slices.ContainsFunc(nodes, func(n Node) bool { return n.Report.Leavable })
 	switch {
 	case len(others) > 0:
@@ -163,13 +164,13 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 			Message: "it failed, as the nodes report, before the store lost its record"}
 		return r
 	}
-	r.Target = r.Stable // from which Git's release is rolled out, by its gates
+	r.Target = r.Stable // from there Git's release is rolled out, through its gates
 	return r
 }
 
-// FromHistory returns the record of a unit's generation that only the history knows. How far its rollout had come is
-// lost: what was rolled back stays so, and all else goes on by max_unavailable, past its canaries, which ends at once
-// if every node is there.
+// FromHistory returns the record of a generation that only the history knows. How far its rollout had come is
+// lost: what was rolled back stays so, and anything else continues past its canaries, by max_unavailable. If every
+// node is converged it ends at once.
 func FromHistory(u deployments.Unit, h deployments.History, nodes []Node, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
 		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(nodes), Pinned: h.Pinned}
@@ -177,7 +178,7 @@ func FromHistory(u deployments.Unit, h deployments.History, nodes []Node, now ti
 	switch {
 	case h.Stable == h.Release:
 		return r
-	case h.Failed == h.Release.Digest: // also where it goes back to no release
+	case h.Failed == h.Release.Digest: // even if there is no release to go back to
 		p.Phase, p.Cutoff, p.Failed, p.Message = deployments.PhaseRollingBack, math.MaxUint64, h.Failed, h.Note
 	case h.Stable.IsZero() && u.Rollout == nil: // nothing was rolled out
 		return r
@@ -188,7 +189,7 @@ func FromHistory(u deployments.Unit, h deployments.History, nodes []Node, now ti
 	return r
 }
 
-// RebuiltNote says in the history where a rebuilt record comes from.
+// RebuiltNote returns the history's note on a rebuilt record.
 func RebuiltNote(nodes []Node) string {
 	return fmt.Sprintf(
 		"the store had lost the record, or held an older one: rebuilt from what %d nodes report",

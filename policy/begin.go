@@ -8,17 +8,17 @@ import (
 	"kedge/deployments"
 )
 
-// everyRank is the cutoff that admits all.
+// everyRank is the cutoff that admits all nodes.
 const everyRank = math.MaxUint64
 
-// aim makes the record about what Git, or a unit pin, names now.
+// aim makes the release that Git, or a unit pin, names now the record's target.
 func aim(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
 	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
-		return st.wake(pin.Until) // every node runs it already
+		return st.wake(pin.Until) // every node runs the target already
 	case pinned && st.r.Pinned == nil && in.Record.Generation == 0:
-		return begin(in, st, in.Unit.Release) // a pin of a unit without a record waits for one
+		return begin(in, st, in.Unit.Release) // a pin of a unit without a record waits for a record
 	case pinned && (st.r.Pinned == nil || st.r.Target != pin.Release):
 		return beginPin(in, st, pin)
 	case pinned:
@@ -31,8 +31,8 @@ func aim(in *inputs, st state) state {
 	return st
 }
 
-// activePin is the unit pin that the mirror rolls out: a unit without a rollout has none, as its nodes follow pins
-// by themselves.
+// activePin returns the unit pin that the mirror rolls out. A unit without a rollout has none, as its nodes follow
+// pins by themselves.
 func activePin(in *inputs) (deployments.Pin, bool) {
 	if in.Pin == nil || !in.Pin.Present || in.Pin.Err != nil || in.Unit.Rollout == nil {
 		return deployments.Pin{}, false
@@ -41,7 +41,7 @@ func activePin(in *inputs) (deployments.Pin, bool) {
 	return p, !p.Hold && !p.Expired(in.Now)
 }
 
-// goal is the release that the record is about: also the one that was rolled back, if that is what Git still names.
+// goal returns the release that the record is for, even if that was rolled back and Git still names it.
 func goal(in *inputs) deployments.Pointer {
 	if p := in.Record.Rollout; p != nil && p.Failed == in.Unit.Release.Digest && !p.Failed.IsZero() {
 		return in.Unit.Release
@@ -49,7 +49,7 @@ func goal(in *inputs) deployments.Pointer {
 	return in.Record.Target
 }
 
-// ClaimOf is the generation that first asked for a record's target; see Record.Claim.
+// ClaimOf returns the generation that first asked for a record's target; see Record.Claim.
 func ClaimOf(r deployments.Record) int64 {
 	if r.Claim != 0 {
 		return r.Claim
@@ -57,8 +57,8 @@ func ClaimOf(r deployments.Record) int64 {
 	return r.Generation
 }
 
-// successor returns the record that a new target begins with, whatever the reason for the target. ok is false if nodes
-// have to come together first, as the record couldn't tell apart all the releases that they run.
+// successor returns the record that a new target begins with, from Git or from a pin. ok is false if nodes have to
+// converge first, as the record has no room for all the releases that they run.
 func successor(in *inputs, st state, target deployments.Pointer) (next state, ok bool) {
 	was := in.Record
 	next = state{on: true, again: st.again, p: deployments.Progress{Since: in.Now}}
@@ -81,11 +81,11 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		next.p.Unproven = !was.Stable.IsZero() && was.Stable != was.Target && was.Pinned == nil
 	}
 	if len(next.p.Superseded) > deployments.MaxSuperseded {
-		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // which of them are used is not known yet
+		if unlisted, until := in.unlisted(was.Nodes); unlisted > 0 { // it isn't known yet which of them run somewhere
 			return st.wake(until), false
 		}
 		switch {
-		case st.r.Stable.IsZero(): // nothing to come together on
+		case st.r.Stable.IsZero(): // nodes have nothing to converge on
 			return st.because(deployments.ReasonReplacedTooOften, deployments.Facts{"stable": "none"}), false
 		case st.p.Phase != deployments.PhaseRollingBack && st.r.Stable != st.r.Target:
 			return turnBack(in, st, cause{deployments.ReasonReplacedTooOften, nil}), false
@@ -98,7 +98,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 	return next, true
 }
 
-// begin makes the record of a target that Git names.
+// begin returns the record of a new target that Git names.
 func begin(in *inputs, st state, target deployments.Pointer) state {
 	next, ok := successor(in, st, target)
 	if !ok {
@@ -107,7 +107,7 @@ func begin(in *inputs, st state, target deployments.Pointer) state {
 	return launch(in, next)
 }
 
-// launch starts a rollout that stands at its beginning, or ends it if there is nothing to roll out.
+// launch starts a new rollout, or ends it at once if there is nothing to roll out.
 func launch(in *inputs, st state) state {
 	revert := st.r.Stable == st.r.Target
 	was := in.Record
@@ -129,8 +129,8 @@ func launch(in *inputs, st state) state {
 	}
 }
 
-// firstRelease ends the rollout of a first release once every live node has said that nothing else serves there: all
-// take it at once. It notes if one does: what serves is not replaced on all nodes at once.
+// firstRelease ends the rollout of a first release once every live node has reported that nothing else serves
+// there: all take it at once. If something serves, it sets Serving, so that not all nodes replace it at once.
 func firstRelease(in *inputs, st state) (next state, ended bool) {
 	if in.Unit.Rollout == nil || !st.r.Stable.IsZero() || st.p.Serving {
 		return st, false
@@ -151,7 +151,7 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 		case u.Generation == st.r.Generation && (u.Want.Digest == st.r.Target.Digest || u.State == deployments.StateInvalid):
 			told++
 		default:
-			told -= len(in.Nodes) // it has yet to look
+			told -= len(in.Nodes) // it has yet to look at dest
 		}
 	}
 	if told <= 0 {
@@ -160,16 +160,17 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 	return st.end().because(deployments.ReasonFirstRelease, nil), true
 }
 
-// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit's file doesn't
+// stableBefore reports whether a release takes the fast lane: it was stable lately, and the unit file doesn't
 // forbid it.
 func stableBefore(in *inputs, target deployments.Pointer) bool {
 	return in.Unit.Rollout != nil && in.Unit.Rollout.FastBack && slices.Contains(in.StableBefore, target.Digest)
 }
 
-// start sets the phase in which a rollout begins. What was paused was not watched: it bakes anew.
+// start sets the first phase of a rollout. If it was paused, the bake begins anew, as nobody watched it.
 func start(in *inputs, st state) state {
 	u := in.Unit.Rollout
-	revert := st.r.Stable == st.r.Target // Git went back while nodes were on the way: gates would only keep them there
+	// Git went back while nodes were on the way: gates would only keep them on the target
+	revert := st.r.Stable == st.r.Target
 	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
 	switch {
 	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.Fast:
@@ -183,7 +184,7 @@ func start(in *inputs, st state) state {
 	return st
 }
 
-// beginPin makes the record of what a unit pin names: no gates, within the budget.
+// beginPin returns the record of a release that a unit pin names: without gates, within the budget.
 func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	git := gitsRecord(st)
 	next, ok := successor(in, st, pin.Release)
@@ -192,19 +193,19 @@ func beginPin(in *inputs, st state, pin deployments.Pin) state {
 	}
 	next.r.Pinned, next.r.Commit = &git, in.Record.Commit
 	next = next.wake(pin.Until)
-	if pin.AtOnce { // nodes go by themselves; when it ends, this is what they stay on until it is their turn
+	if pin.AtOnce { // nodes go by themselves; when the pin ends, they stay on its release until their turn
 		next.p.Superseded = nil
 		return next.end().because(deployments.ReasonPinned, nil)
 	}
 	return launch(in, next)
 }
 
-// gitsRecord returns the part of Git's record that is kept while a pin takes its place.
+// gitsRecord returns what has to be kept of Git's record while a pin overrides it.
 func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned
 		if st.r.Target == git.Target {
-			git.Claim = ClaimOf(st.r) // the pin asked for it last: where it failed since, it stays out
+			git.Claim = ClaimOf(st.r) // the pin asked for it last: it stays out of nodes where it has failed since
 		}
 		return git
 	}
@@ -215,8 +216,8 @@ func gitsRecord(st state) deployments.Pinned {
 	return git
 }
 
-// endPin goes back to what Git names: without gates to what was stable, by all of them to what never was, and what
-// was rolled back stays out.
+// endPin goes back to the release that Git names: without gates if that was stable, through all gates if it never
+// was. What was rolled back stays out.
 func endPin(in *inputs, st state) state {
 	git := gitsRecord(st)
 	target := in.Unit.Release
@@ -261,17 +262,17 @@ func endPin(in *inputs, st state) state {
 	return launch(in, next)
 }
 
-// superseded lists the targets that nodes may run, or be on their way to, beside what a record's successor names:
-// its own, and those that it had replaced. What no node has to do with any more is forgotten.
+// superseded lists the targets that nodes may run, or be on their way to, besides those that the new record names:
+// the old record's target, and those that it had replaced. Targets that no node runs or may begin are dropped.
 func superseded(in *inputs, was deployments.Record) (over []deployments.Superseded) {
 	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
 		Generation: was.Generation}
 	back := was.Rollout.Phase == deployments.PhaseRollingBack
 	if back {
-		own.Cutoff, own.Generation = 0, 0 // what it had admitted stands in its Superseded
+		own.Cutoff, own.Generation = 0, 0 // the nodes that it admitted run one of its Superseded
 	}
 	unlisted, _ := in.unlisted(was.Nodes)
-	var acted []deployments.Digest // on which a node may yet act, not only run it
+	var acted []deployments.Digest // releases that a node may yet begin, not only run
 	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
 		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
 		for i := 0; i < len(in.Nodes) && !used; i++ {
@@ -295,7 +296,7 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 		}
 		over = append(over, o)
 	}
-	// Without a stable release nodes stay on what they run, whether the record names that or not.
+	// Without a stable release nodes keep what they run, whether the record names that or not.
 	for i := len(over) - 1; i >= 0 && len(over) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
 		if !slices.Contains(acted, over[i].Digest) {
 			over = slices.Delete(over, i, i+1)
@@ -304,7 +305,7 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 	return over
 }
 
-// lastJoined is the largest number of all known nodes.
+// lastJoined returns the largest Joined of all known nodes.
 func lastJoined(nodes []Node) (last uint64) {
 	for i := range nodes {
 		last = max(last, nodes[i].Joined)
@@ -312,13 +313,13 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// tell is how far a new record speaks to those that joined: to all known nodes, but not to those that were away,
-// and would go from what no part of the record names to stable: these wait for room.
+// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away and
+// would go to stable from a release that the record doesn't name: these wait for room in the budget.
 func tell(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {
 	case st.r.Joined == 0 && st.r.Stable.IsZero():
-		return max(last, 1) // whoever comes, and has something that serves, waits for its turn
+		return max(last, 1) // a node that comes with something that serves waits for its turn
 	case st.r.Joined == 0:
 		return last
 	}

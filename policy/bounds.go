@@ -9,19 +9,19 @@ import (
 	"kedge/deployments"
 )
 
-// Bounds limit what releases may do: on a node by its agent's configuration, whatever KV says; for a commit by its own
-// kedge.yaml. The zero value allows everything.
+// Bounds limit what releases may do. An agent's configuration sets them for its node, whatever KV says, and
+// kedge.yaml for the releases of a commit. The zero value allows everything.
 type Bounds struct {
-	// Sources are URLs, or prefixes of them by whole path segments, that a release may come from; empty: any, but for
-	// plain http:// of other machines, which must be named.
+	// Sources are URLs, or prefixes of URLs by whole path segments, that a release may come from; empty: any,
+	// except plain http:// of other machines, which must be named.
 	Sources []string
-	// NoLocal refuses file:// and http:// that lead to this machine, but where Sources name them: who can only
-	// pin could have files read, and requests sent, that the agent alone can read and send.
+	// NoLocal refuses file:// and http:// that lead to this machine, unless Sources name them. Otherwise whoever
+	// may only pin could make the agent read files and send requests with its own rights.
 	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
-	// Users that commands may run as, and that may own the tree, as the manifest names them; empty: any. A tree's
-	// group must be one of theirs. NoCommands forbids commands, the exec health checks with them.
+	// Users are the users, as manifests name them, that commands may run as and that may own the tree; empty: any.
+	// A tree's group must belong to one of them. NoCommands forbids commands, and with them exec health checks.
 	Users      []string
 	NoCommands bool
 }
@@ -36,10 +36,11 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 	return b
 }
 
-// OnManifests reports whether these bounds need a release's manifest to be checked: sources need its pointer alone.
+// OnManifests reports whether the bounds need a release's manifest to be checked. To check sources, its pointer is
+// enough.
 func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
-// CheckSource reports why nothing may be fetched from a URL; nil: it may.
+// CheckSource returns an error if nothing may be fetched from a URL.
 func (b Bounds) CheckSource(url string) error {
 	named := deployments.FromSource(url, b.Sources)
 	if !named && deployments.IsPlainHTTP(url) {
@@ -65,10 +66,10 @@ func (b Bounds) CheckSource(url string) error {
 	)
 }
 
-// Check reports the first thing that a release would do and may not; nil: there is none. names gives what a user is
-// called where the release would run, by name and number; "" is whoever the agent there runs as. Of ":GROUP" it
-// gives the group's name and number and its members among b.Users; nothing if that isn't known here, and is left to
-// the nodes.
+// Check returns an error for the first thing that a release would do and may not. names returns all names of a
+// user on the machine where the release would run: its name and number. "" is the user that the agent there runs
+// as. For ":GROUP" it returns the group's name and number, and its members among b.Users. It returns nothing if
+// that isn't known here: then the nodes check it.
 func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func(user string) []string) error {
 	sources := []string{p.URL}
 	if m.Src != "" {
@@ -114,7 +115,7 @@ func (b Bounds) Check(p deployments.Pointer, m *deployments.Manifest, names func
 	return nil
 }
 
-// checkUser reports why a user, given by name or number, is not allowed.
+// checkUser returns an error if a user, given by name or number, is not allowed.
 func (b Bounds) checkUser(name string, names func(string) []string) error {
 	if len(b.Users) == 0 || slices.ContainsFunc(names(name), func(n string) bool { return slices.Contains(b.Users, n) }) {
 		return nil
@@ -125,7 +126,7 @@ func (b Bounds) checkUser(name string, names func(string) []string) error {
 	return fmt.Errorf("user %s is not among %s", name, strings.Join(b.Users, ", "))
 }
 
-// checkGroup reports why a tree may not belong to a group, given by name or number.
+// checkGroup returns an error if a tree may not belong to a group, given by name or number.
 func (b Bounds) checkGroup(group string, names func(string) []string) error {
 	if group == "" || len(b.Users) == 0 {
 		return nil

@@ -7,9 +7,9 @@ import (
 	"kedge/deployments"
 )
 
-// room is how many more nodes may begin to change, those that are not listed taken for such that do. Below 0 more may
-// be changing than should, and none may be told to: also not one that seems to be, as it may only be about to. spent:
-// those that have had their time count no more, as so few failures are tolerated.
+// room returns how many more nodes may begin to change. Nodes that are not listed count as changing. If it is
+// below 0, more may be changing than allowed, and no node may be told to change, not even one that seems to be
+// changing already. spent: nodes whose deadline has passed no longer count, as max_failures tolerates fewer.
 func room(in *inputs, v summary) (room int, spent bool) {
 	budget := v.live
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
@@ -21,9 +21,8 @@ func room(in *inputs, v summary) (room int, spent bool) {
 	return room + v.hung, true
 }
 
-// admit raises the cutoff over the next nodes, to at most want admitted in all, as far as there is room. Canaries
-// are first looked for among the nodes that run a superseded target: canaries of that one, which better or worse
-// run what was replaced.
+// admit raises the cutoff over the next nodes, as far as there is room, to at most want admitted nodes in all. It
+// looks for canaries first among the nodes that run a superseded target: these were canaries before.
 func admit(in *inputs, st state, v summary, want int) (next state, admitted int, moved bool) {
 	room, spent := room(in, v)
 	admitted = v.missing
@@ -38,10 +37,10 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 			if n.admitted || early && !n.replaced {
 				continue
 			}
-			if admitted >= want || v.unlisted > 0 && room < 0 { // the cutoff admits those that are not listed, too
+			if admitted >= want || v.unlisted > 0 && room < 0 { // the cutoff admits nodes that are not listed, too
 				return
 			}
-			if !n.told { // it is told in its own turn: see readmit
+			if !n.told { // the record applies to it later: see readmit
 				if early {
 					continue
 				}
@@ -79,8 +78,8 @@ func (x *place) isAdmitted(st state) bool {
 	return x.admitted && (x.told || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
-// readmit lets the record speak to nodes that came back, one after the other in the order in which they joined, as
-// far as there is room, and at most as many as most says.
+// readmit raises Record.Joined over nodes that came back, in the order in which they joined, as far as there is
+// room, and over at most most of them.
 func readmit(in *inputs, st state, v summary, most int) (next state, moved bool) {
 	room, _ := room(in, v)
 	room = min(room, most)
@@ -88,7 +87,7 @@ func readmit(in *inputs, st state, v summary, most int) (next state, moved bool)
 		if room <= 0 {
 			break
 		}
-		if n.node.Joined > st.r.Joined { // else with one of the same number
+		if n.node.Joined > st.r.Joined { // unless another has the same Joined
 			room--
 			st.r.Joined, moved = n.node.Joined, true
 		}
@@ -99,7 +98,8 @@ func readmit(in *inputs, st state, v summary, most int) (next state, moved bool)
 	return st, moved
 }
 
-// letBack lowers the cutoff over the next nodes that run what was rolled back. left: some stay for now.
+// letBack lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
+// to stay for now.
 func letBack(in *inputs, st state, v summary) (next state, left, moved bool) {
 	room, spent := room(in, v)
 	stay := uint64(0) // the highest rank that stays for now
@@ -123,13 +123,14 @@ func letBack(in *inputs, st state, v summary) (next state, left, moved bool) {
 	return st, stay > 0, moved
 }
 
-// returned tells nodes that were away, after a rollout has ended, that they may go, as far as the budget has room.
+// returned raises Record.Joined, after a rollout has ended, over nodes that were away, as far as the budget has
+// room.
 func returned(in *inputs, st state) state {
 	if in.Unit.Rollout == nil || st.r.Joined == 0 {
 		return st
 	}
 	to := st.r.Target
-	if st.on { // it is rolled back
+	if st.on { // its rollout ended by being rolled back
 		to = st.r.Stable
 	}
 	var v summary
@@ -167,7 +168,7 @@ func returned(in *inputs, st state) state {
 	if was := st.p; len(v.waiting) > 0 {
 		st = st.wake(v.relisted)
 		st, _ = readmit(in, st, v, len(v.waiting))
-		st.p = was // it has ended: only Joined moves
+		st.p = was // the rollout has ended: only Joined changes
 	}
 	return st
 }

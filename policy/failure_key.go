@@ -6,8 +6,8 @@ import (
 	"kedge/deployments"
 )
 
-// FailureKey names what asks for a record's releases, as the key under which a failure on a node is kept: while it
-// stays the same (SameRequest), a release that failed on the node isn't tried again.
+// FailureKey returns the key under which the failure of a record's release on a node is kept. While records have
+// the same request (see SameRequest), a release that failed on the node isn't tried again.
 func FailureKey(r deployments.Record) string {
 	if claim := ClaimOf(r); claim < 0 {
 		return fmt.Sprintf("generation up to %d, retry %d", -claim, r.Retry)
@@ -15,9 +15,9 @@ func FailureKey(r deployments.Record) string {
 	return fmt.Sprintf("generation %d, retry %d", ClaimOf(r), r.Retry)
 }
 
-// SameRequest reports whether a release that failed under one key is asked for by the same commit, or pin, under
-// another. A key whose generation was lost with the store's data stands for all that it may have been. Who asks later
-// does it under a higher generation, or a higher retry.
+// SameRequest reports whether two failure keys belong to the same request: one commit, or one pin. A later request
+// has a higher generation or retry. A key whose generation was lost with the store's data equals every key that it
+// may have been.
 func SameRequest(failed, asks string) bool {
 	if failed == asks {
 		return true
@@ -26,15 +26,15 @@ func SameRequest(failed, asks string) bool {
 	switch {
 	case !f.known || !a.known:
 		return false
-	case a.lost: // its retries were lost, too: one that was ordered since is more than none
+	case a.lost: // the retries were lost, too: a retry ordered since then is more than none
 		return a.retry == 0 && f.generation <= a.generation
 	case f.lost:
 		return f.retry == 0 && a.generation <= f.generation
 	}
-	return a.generation <= f.generation && a.retry <= f.retry // as of a record that came back with a snapshot
+	return a.generation <= f.generation && a.retry <= f.retry // less: a record that came back with a snapshot
 }
 
-// failureKey is a key of FailureKey.
+// failureKey is a parsed key of FailureKey.
 type failureKey struct {
 	known, lost       bool
 	generation, retry int64

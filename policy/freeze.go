@@ -14,18 +14,18 @@ import (
 // Verdict is whether a unit's rollouts may start.
 type Verdict struct {
 	Frozen bool
-	// By names the window that says so, Reason is its own.
+	// By is the name of the window that decides, Reason that window's reason.
 	By, Reason string
-	// Until is when the verdict may change; zero: never, as far as a year ahead shows. Ends is when the window that
-	// says so is over, or, where none is open that allows it, when the next one opens.
+	// Until is when the verdict may change; zero: not within a year. Ends is when the deciding window closes or,
+	// if allow windows freeze the unit as none is open, when the next one opens.
 	Until, Ends time.Time
-	// Wait is set where a rollout under way waits as well.
+	// Wait is set if rollouts under way have to wait as well.
 	Wait bool
-	// Never is set where no window opens that would allow it.
+	// Never is set if allow windows freeze the unit and none will open.
 	Never bool
 }
 
-// Facts returns the window as the facts of a reason.
+// Facts returns the facts of a reason about the window.
 func (v Verdict) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {
@@ -40,10 +40,10 @@ func (v Verdict) Facts() deployments.Facts {
 	return f
 }
 
-// Frozen reports whether a unit's rollouts may start at a time. Any deny window that is open freezes, whatever else
-// allows; a unit that allow windows name is frozen outside of them all. Windows open by the wall clock of their
-// zone and stay open for their duration as it passes, so that one over a change of the clocks is neither longer nor
-// shorter. A window whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.
+// Frozen decides whether a unit's rollouts may start at a time. An open deny window freezes, whatever else allows.
+// A unit that allow windows name is frozen outside of all of them. Windows open by the wall clock of their zone,
+// and stay open for their duration in elapsed time: a change of the clocks makes none longer or shorter. A window
+// whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.
 func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) Verdict {
 	var v Verdict
 	allows, allowed := 0, false
@@ -83,7 +83,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 			v.Frozen, v.By, v.Reason, v.Ends = true, by+", which is not open", reason, allowedFrom
 			v.Never = allowedFrom.IsZero()
 		}
-		v.Wait = v.Wait || waits // a window that denies as well makes it no laxer
+		v.Wait = v.Wait || waits // an allow window must not soften a deny window's wait
 	}
 	return v
 }
@@ -130,7 +130,7 @@ func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end ti
 	return time.Time{}, Verdict{}
 }
 
-// earlier is the first of two times, where zero is never.
+// earlier returns the earlier of two times. The zero time means never.
 func earlier(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
 		return b
@@ -138,7 +138,7 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// later is the later of two times; the zero time is none.
+// later returns the later of two times. The zero time means none.
 func later(a, b time.Time) time.Time {
 	if b.After(a) {
 		return b
@@ -146,8 +146,8 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// scheduleOf reads the cron line. It counts wall clock time as if it were UTC: cron itself would skip a start that
-// falls into the hour that spring takes away, and a freeze would not happen.
+// scheduleOf parses a window's cron line. It counts wall clock time as if it were UTC: cron would skip a start
+// within the hour that is left out in spring, and the freeze would not happen.
 func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	s, err := cron.ParseStandard(w.Cron)
 	if err != nil {
@@ -159,17 +159,17 @@ func scheduleOf(w deployments.Freeze) (cron.Schedule, error) {
 	return s, nil
 }
 
-// maxStarts bounds how many starts of a window are looked at. What lies beyond is looked at when Until comes.
+// maxStarts bounds how many starts of a window are computed. Later ones are computed when Until comes.
 const maxStarts = 10000
 
-// span says when the window that is open now ends (zero: none is), overlapping ones taken together, and when the
+// span returns when the currently open window ends (zero: none is open), joining overlapping windows, and when the
 // next one opens.
 func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens time.Time) {
 	zone := w.Zone
 	if zone == nil {
 		zone = time.UTC
 	}
-	const change = 3 * time.Hour // no clock is put forward or back by as much
+	const change = 3 * time.Hour // no change of the clocks is longer
 	wall := now.Add(-w.Duration).In(zone)
 	wall = time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, time.UTC).Add(-change)
 	for range maxStarts {
@@ -179,7 +179,7 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens tim
 		start := instant(wall, zone)
 		end := start.Add(w.Duration)
 		switch {
-		case !end.After(now): // is over
+		case !end.After(now): // it is over
 		case ends.IsZero() && start.After(now), !ends.IsZero() && start.After(ends):
 			return ends, start
 		case end.After(ends):
@@ -189,8 +189,9 @@ func span(s cron.Schedule, w deployments.Freeze, now time.Time) (ends, opens tim
 	return ends, time.Time{}
 }
 
-// instant is when the clocks of a zone show a wall time, given as if it were UTC: the first time where they show it
-// twice, and as much after the change as it lies in the gap where they don't show it.
+// instant returns the time at which the clocks of a zone show a wall time, which is given as if it were UTC. If
+// they show it twice, it is the first time. If they skip it, it lies as much after the change as the wall time
+// does.
 func instant(wall time.Time, zone *time.Location) time.Time {
 	shows := func(t time.Time) bool { return t.Hour() == wall.Hour() && t.Minute() == wall.Minute() }
 	at := time.Date(wall.Year(), wall.Month(), wall.Day(), wall.Hour(), wall.Minute(), 0, 0, zone)
@@ -208,7 +209,7 @@ func nameOf(w deployments.Freeze) string {
 	return string(w.Kind) + " " + w.Cron
 }
 
-// covers reports whether one of the patterns matches a unit; none: all do.
+// covers reports whether one of the patterns matches a unit. No patterns match every unit.
 func covers(patterns []string, id deployments.UnitID) bool {
 	for _, p := range patterns {
 		parts := strings.Split(p, "/")

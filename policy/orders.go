@@ -42,8 +42,8 @@ func refusal(order string, r deployments.Record) cause {
 	return cause{}
 }
 
-// Orphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the file is back, and
-// pins are followed at once, as nothing tells its budget any more. Next takes it up again where it stood.
+// Orphaned marks a record whose unit was removed from Git. Its rollout stays where it is until the unit file is
+// back; then Next continues it. Meanwhile nodes follow pins at once, as the budget is unknown.
 func Orphaned(r deployments.Record) deployments.Record {
 	r.Orphaned, r.Paced = true, false
 	if r.Rollout == nil || r.Rollout.Reason == deployments.ReasonOrphaned {
@@ -55,13 +55,13 @@ func Orphaned(r deployments.Record) deployments.Record {
 	return r
 }
 
-// IsOrphaned reports whether a record's unit is gone from Git, so that no mirror goes on with its rollout. Mirrors of
-// the version before marked the rollout alone.
+// IsOrphaned reports whether a record's unit was removed from Git, so that no mirror continues its rollout.
+// Mirrors of the previous version marked only the rollout.
 func IsOrphaned(r deployments.Record) bool {
 	return r.Orphaned || r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
 }
 
-// obey applies an operator's order. did is what the order did, refused why it changes nothing.
+// obey applies an operator's order. did is what the order did; refused is why it changed nothing.
 func obey(in *inputs, st state) (next state, did, refused cause) {
 	if st.r.Target != in.Record.Target && in.Order == "promote" {
 		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
@@ -77,7 +77,7 @@ func obey(in *inputs, st state) (next state, did, refused cause) {
 		case st.p.Phase == deployments.PhaseFrozen: // the step that follows starts it
 			st = st.because(deployments.ReasonForced, deployments.Facts{"starts": "true"})
 			st.p.Forced = true
-		case st.p.HeldUp(): // the freeze alone: who lets it pass may want the canaries to bake
+		case st.p.HeldUp(): // only the freeze ends: whoever lifts it may still want the canaries to bake
 			st = st.because(deployments.ReasonForced, nil)
 			st.p.Forced = true
 		default:
@@ -99,7 +99,7 @@ func obey(in *inputs, st state) (next state, did, refused cause) {
 	return st, st.why, cause{}
 }
 
-// retry begins the rollout anew. Nodes on the target stay there; those on which it failed are admitted once more,
+// retry begins the rollout anew. Nodes on the target stay there. Nodes on which it failed are admitted once more,
 // in their turn.
 func retry(in *inputs, st state) state {
 	st.r.Retry++
@@ -120,8 +120,8 @@ func retry(in *inputs, st state) state {
 	return start(in, st).because(deployments.ReasonRetried, nil)
 }
 
-// unconverged counts the nodes that run something else and would go to a target once more, all at once, were there
-// no rollout. Their failures were tolerated before.
+// unconverged counts the nodes that run something else and would, without a rollout, all try the target again at
+// once. Their failures were tolerated before.
 func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	if in.Unit.Rollout == nil {
 		return 0
@@ -138,23 +138,24 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 // pinned reports whether a pin, not the record, decides for a node.
 func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
 
-// stop applies the unit's on_failure: it pauses the rollout, as always that of a pin, or rolls it back.
+// stop applies the unit's on_failure: it pauses the rollout, or rolls it back. The rollout of a pin is always
+// paused.
 func stop(in *inputs, st state, why cause) state {
 	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
-		st = st.enter(in, deployments.PhasePaused) // where to a pin is to go back only its operator can tell
+		st = st.enter(in, deployments.PhasePaused) // only the pin's operator can tell what to go back to
 		st.why = why
 		return st
 	}
 	return turnBack(in, st, why)
 }
 
-// hasWayBack reports whether a rollout has something to go back to: a stable release or, of a first release, what
-// serves on nodes that it didn't replace yet, and can be put back on those that it did.
+// hasWayBack reports whether a rollout has something to go back to: a stable release or, for a first release, what
+// served before, if it wasn't replaced yet or can be put back.
 func hasWayBack(st state) bool {
 	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
 }
 
-// turnBack begins the way back. The generation grows, so that reports tell who knows of it.
+// turnBack begins a rollback. It raises the generation, so that reports show which nodes know of it.
 func turnBack(in *inputs, st state, why cause) state {
 	if !hasWayBack(st) {
 		why.facts = why.facts.With("stable", "none")

@@ -13,11 +13,10 @@ import (
 	"github.com/ProtonMail/go-crypto/openpgp/packet"
 )
 
-// Keyring holds OpenPGP public keys: those whose signatures on commits count, beside Signers.
+// Keyring holds the OpenPGP public keys whose signatures on commits count, besides Signers.
 type Keyring struct{ keys openpgp.EntityList }
 
-// ParseKeyring reads armoured blocks of public keys, as `gpg --armor --export` prints them, one
-// after the other.
+// ParseKeyring parses armoured blocks of public keys, as `gpg --armor --export` prints them.
 func ParseKeyring(data []byte) (Keyring, error) {
 	const begin = "-----BEGIN PGP PUBLIC KEY BLOCK-----"
 	var k Keyring
@@ -35,9 +34,9 @@ func ParseKeyring(data []byte) (Keyring, error) {
 	return k, nil
 }
 
-// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the
-// name of who made it. A key must neither have expired nor be revoked now. SHA-1 and older digests
-// count for nothing, nor do RSA keys below minRSA.
+// VerifyCommit checks the OpenPGP signature that git made over a commit's payload, and returns the signer's name.
+// The key must be neither expired nor revoked now. Signatures by SHA-1 or older digests, or by RSA keys below
+// minRSA, are refused.
 func (k Keyring) VerifyCommit(payload, signature []byte, now time.Time) (who string, err error) {
 	signer, err := k.verify(payload, signature, now)
 	if err != nil {
@@ -62,7 +61,8 @@ func (k Keyring) verify(payload, signature []byte, now time.Time) (*openpgp.Enti
 	return signer, strong(made, signer)
 }
 
-// strong reports why a signature that fits proves nothing: somebody with enough machines could have made it.
+// strong returns an error if a valid signature proves nothing, as somebody with enough computing power could have
+// forged it.
 func strong(made *packet.Signature, signer *openpgp.Entity) error {
 	switch made.Hash {
 	case crypto.SHA256, crypto.SHA384, crypto.SHA512, crypto.SHA3_256, crypto.SHA3_512:

@@ -8,8 +8,8 @@ import (
 	"kedge/deployments"
 )
 
-// watched looks on while a rollout goes forward. If all was well until now, what has changed since has its time
-// from now on, and the bake begins anew.
+// watched checks the fleet while a rollout goes forward. If nodes changed that had been healthy, their deadline
+// counts from now, and the bake begins anew.
 func watched(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
 	if begins(st, v) {
@@ -24,8 +24,8 @@ func watched(in *inputs, st state) (state, summary) {
 	return st, v
 }
 
-// begins reports whether the node that the rollout waited for, as it could not know better, has begun by now. It would
-// else be late at once.
+// begins reports whether the node that the rollout waited for has begun by now. Its deadline must then count from
+// now, or it would be late at once.
 func begins(st state, v summary) bool {
 	if st.p.Reason != deployments.ReasonUnaware && st.p.Reason != deployments.ReasonStorageUnavailable {
 		return false
@@ -35,7 +35,7 @@ func begins(st state, v summary) bool {
 	})
 }
 
-// limit is how many nodes may have failed.
+// limit returns how many nodes may have failed.
 func limit(in *inputs, st state, v summary) int {
 	limit := st.p.Tolerated
 	if u := in.Unit.Rollout; u != nil {
@@ -47,10 +47,11 @@ func limit(in *inputs, st state, v summary) int {
 // failing stops the rollout if more nodes have failed than are tolerated.
 func failing(in *inputs, st state, v summary) (state, bool) {
 	if in.Unit.Rollout == nil {
-		return st, false // every node at once: each protects itself
+		return st, false // every node goes at once: each protects itself
 	}
 	if st.r.Stable == st.r.Target && len(st.p.Superseded) > 0 {
-		return st, false // Git went back: whoever fails on stable is to keep no other on what Git went back from
+		// Git went back: a node that fails on stable must not keep others on the release that Git left
+		return st, false
 	}
 	limit := limit(in, st, v)
 	if v.failed <= limit {
@@ -64,7 +65,7 @@ func tooManyFailed(v summary, limit int) cause {
 	return cause{deployments.ReasonTooManyFailed, facts}
 }
 
-// waits returns why nothing may go on now, if so.
+// waits reports whether the rollout has to wait now, and sets the reason.
 func waits(in *inputs, st state, v summary) (state, bool) {
 	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
 	if !frozen && st.p.HeldUp() {
@@ -74,11 +75,13 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 	case frozen:
 		st = st.wake(in.Freeze.Until)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
-			st.p.HealthySince = in.Now // what comes into flight before it ends is not late for the last step: see watched
+			// nodes that begin to change before it ends aren't late for the last step: see watched
+			st.p.HealthySince = in.Now
 		}
 		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()), true
-	case v.live == 0 && v.followers > 0: // nobody has to be told
-	case v.live == 0 && v.pinned > 0 && v.gone == 0: // the first to run it, once let go, would else be all of them
+	case v.live == 0 && v.followers > 0: // no node has to be admitted
+	// otherwise, once the pins end, all nodes would be the first to run it
+	case v.live == 0 && v.pinned > 0 && v.gone == 0:
 		return st.because(deployments.ReasonAllPinned, deployments.Facts{"nodes": fmt.Sprint(v.pinned)}), true
 	case v.live == 0:
 		return st.because(deployments.ReasonNoLiveNodes, deployments.Facts{"known": fmt.Sprint(v.gone)}), true
@@ -86,7 +89,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 	return st, false
 }
 
-// baked reports whether all has been well for long enough, and notes since when it is.
+// baked reports whether all nodes have been healthy for long enough, and sets HealthySince.
 func baked(in *inputs, st state, who string) (state, bool) {
 	u := in.Unit.Rollout
 	if st.p.HealthySince.IsZero() {
@@ -106,13 +109,13 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	return st, true
 }
 
-// retell is how long nodes may take to say how they are once the store is back.
+// retell is how long nodes may take to report after the store was away.
 const retell = 30 * time.Second
 
-// wakeLate asks for another look when the deadline of what is in flight has passed.
+// wakeLate schedules the next call for when the next deadline of a node in flight passes.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
 	st = st.wake(v.relisted)
-	if moved { // they all have their time from now on
+	if moved { // their deadlines all count from now
 		return st.wake(in.Now.Add(in.deadline()))
 	}
 	return st.wake(v.due)
@@ -126,7 +129,7 @@ func frozen(in *inputs, st state) (state, bool) {
 	return start(in, st), true
 }
 
-// canaries lets the first nodes go, and bakes them.
+// canaries admits the first nodes, and lets them bake.
 func canaries(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
@@ -142,7 +145,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	}
 	want := min(max(1, in.Unit.Rollout.Canary.Of(v.live)), v.live+v.missing)
 	st, admitted, moved := admit(in, st, v, want)
-	if admitted < want && !moved { // those that came back are all that is left
+	if admitted < want && !moved { // only nodes that came back are left
 		st, moved = readmit(in, st, v, want-admitted)
 	}
 	if moved {
@@ -164,7 +167,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	return st.roll(in).because(deployments.ReasonRolling, nil), true
 }
 
-// pendingApproval waits for promote, while the canaries stay well.
+// pendingApproval waits for promote, as long as the canaries stay healthy.
 func pendingApproval(in *inputs, st state) (state, bool) {
 	st, v := watched(in, st)
 	st, failed := failing(in, st, v)
@@ -208,7 +211,7 @@ func rolling(in *inputs, st state) (state, bool) {
 	if moved || admitted < v.live || v.inflight > v.hung || v.stuck != nil || v.following > 0 {
 		return wakeLate(in, st, v, moved), false
 	}
-	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all of them bake
+	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all nodes bake
 		var done bool
 		if st, done = baked(in, st, "all nodes"); !done {
 			return st.wake(v.relisted), false
@@ -232,19 +235,20 @@ func rolling(in *inputs, st state) (state, bool) {
 		}
 	}
 	if v.failed > 0 && hasWayBack(st) && !runsSomewhere(in, st.r.Target.Digest) {
-		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true // tolerated or not: nobody could go back to it
+		// whether or not that is tolerated: no node could go back to it
+		return stop(in, st, tooManyFailed(v, limit(in, st, v))), true
 	}
 	st.r.Stable, st.r.Nodes = st.r.Target, v.live+v.gone+v.pinned
 	return st.end().because(deployments.ReasonConverged, nil), false
 }
 
-// runsSomewhere reports whether a node runs a release, or did when it was last heard of.
+// runsSomewhere reports whether a node runs a release, or did when it last reported.
 func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// shortList is how long a list of nodes that is shorter than it was has to stand: agents of before put a status key
-// that was deleted again within a minute.
+// shortList is how long a list of nodes must have been shorter than before until it is believed: old agents write
+// a deleted status key again within a minute.
 const shortList = 2 * time.Minute
 
 // mostAway is how long a rollout waits before it ends without most of its nodes.
@@ -267,7 +271,7 @@ func rollingBack(in *inputs, st state) (state, bool) {
 	}
 	p := st.p
 	facts := p.Facts
-	if v.hung > 0 { // they go on trying, and count as in flight in whatever comes next
+	if v.hung > 0 { // they go on trying, and count as in flight in the next rollout
 		facts = facts.With("left", fmt.Sprint(v.hung))
 	}
 	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,

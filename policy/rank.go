@@ -9,22 +9,23 @@ import (
 	"kedge/deployments"
 )
 
-// Rank is a node's place in the order in which a target's rollout admits nodes: a hash of the node's name and the
-// target's digest, so that the canary is another node each time. It is never 0, so that a cutoff of 0 admits none.
+// Rank returns a node's place in the order in which a target's rollout admits nodes. It is a hash of the node's
+// name and the target's digest, so that each target has other canaries. It is never 0, so that a cutoff of 0
+// admits none.
 func Rank(node string, target deployments.Digest) uint64 {
-	var room [len(target) + 64]byte // most names fit
+	var room [len(target) + 64]byte // enough for most names
 	sum := sha256.Sum256(append(append(room[:0], target[:]...), node...))
 	return max(1, binary.BigEndian.Uint64(sum[:]))
 }
 
-// Ranks remembers the nodes' ranks for the targets of one unit's record, so that a step hashes only the names that
-// it hasn't seen, and sorts only a fleet that has changed. It forgets when no rollout is under way. The zero Ranks
-// is empty. It is not safe for concurrent use.
+// Ranks caches the nodes' ranks for the targets of one unit's record, so that a step hashes only new names, and
+// sorts only a fleet that has changed. It is emptied when no rollout is under way. The zero Ranks is empty and
+// ready to use. It is not safe for concurrent use.
 type Ranks struct {
-	known []*ranking // the one used last goes first
+	known []*ranking // most recently used first
 }
 
-// ranking is the order of a fleet for one target.
+// ranking is the order of a fleet's nodes for one target.
 type ranking struct {
 	target deployments.Digest
 	names  []string
@@ -37,7 +38,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 	i := slices.IndexFunc(r.known, func(k *ranking) bool { return k.target == target })
 	if i < 0 {
 		i = 0
-		if len(r.known) > deployments.MaxSuperseded+1 { // a target, what it replaces, and one more while a record changes
+		// a target, those that it supersedes, and one more while a record changes
+		if len(r.known) > deployments.MaxSuperseded+1 {
 			r.known = r.known[:deployments.MaxSuperseded+1]
 		}
 		r.known = slices.Insert(r.known, 0, &ranking{target: target})
@@ -53,8 +55,8 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 
 func (r *Ranks) forget() { r.known = nil }
 
-// learn ranks a fleet that has changed. Both the old names and the new ones are mostly sorted; where they are not,
-// a name that is known may be hashed once more.
+// learn recomputes the ranks after the list of nodes changed. Old and new names are mostly sorted; if not, a known
+// name may be hashed once more.
 func (k *ranking) learn(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0

@@ -15,16 +15,16 @@ type Facts struct {
 	Unit deployments.UnitID
 	Node string
 	Now  time.Time
-	// Record, UnitPin and NodePin are what the keys hold.
+	// Record, UnitPin and NodePin are the values of the three keys.
 	Record  Value[deployments.Record]
 	UnitPin Value[deployments.Pin]
 	NodePin Value[deployments.Pin]
-	// Joined is the node's number, as in Report.Joined; 0: it doesn't know it yet.
+	// Joined is the node's Report.Joined; 0: the agent doesn't know it yet.
 	Joined uint64
-	// Running is the release that is live; zero: none. Quarantined are digests that failed on this node.
+	// Running is the release that is live; zero: none. Quarantined are the digests that failed on this node.
 	Running     deployments.Pointer
 	Quarantined []deployments.Digest
-	// AtDest is what lies at the dest of the record's target, or of what is stable, while Running is zero.
+	// AtDest is what lies, while Running is zero, at the dest of the record's target or of its stable release.
 	AtDest Found
 	// Leavable is set if what was at dest before the first release can be put back.
 	Leavable bool
@@ -34,20 +34,20 @@ type Facts struct {
 	Bounds Bounds
 }
 
-// Value is a key's value after parsing: absent (the zero Value), good, or bad with Err.
+// Value is a key's parsed value: absent (the zero Value), valid, or invalid with Err.
 type Value[T any] struct {
 	Present bool
 	Value   T
 	Err     error
 }
 
-// Found is what lies at the dest of a unit of which no release runs.
+// Found is what lies at a unit's dest while no release of the unit runs.
 type Found string
 
 const (
 	FoundUnknown Found = ""        // nobody has looked yet
 	FoundNothing Found = "nothing" // nothing, or an empty directory
-	FoundOther   Found = "other"   // what kedge did not put there, and may serve
+	FoundOther   Found = "other"   // something that kedge did not put there, and that may serve
 )
 
 // Action is what an agent should do with a unit.
@@ -55,10 +55,11 @@ type Action string
 
 const (
 	ActRun   Action = "run"   // converge to Target
-	ActKeep  Action = "keep"  // change nothing: nothing is desired, or it can't be told, or it isn't allowed
+	ActKeep  Action = "keep"  // change nothing: nothing is desired, that is unknown, or it isn't allowed
 	ActHold  Action = "hold"  // change nothing: a pin says so
 	ActLeave Action = "leave" // go back to what was at dest before the unit's first release
-	ActStage Action = "stage" // converge to Target (zero: change nothing), and have Stage ready on disk for when this node is admitted
+	// converge to Target (zero: change nothing), and stage Stage for when this node is admitted
+	ActStage Action = "stage"
 )
 
 // Source is the key that decided.
@@ -70,7 +71,7 @@ const (
 	FromUnitPin Source = "unit pin"
 	FromTarget  Source = "target"
 	FromStable  Source = "stable"
-	// FromRunning is a node that stays on what it runs until it is its turn: its rollout was replaced, or is being
+	// FromRunning means that a node keeps what it runs until its turn: its rollout was replaced, or is being
 	// rolled back.
 	FromRunning Source = "running"
 )
@@ -78,19 +79,20 @@ const (
 // Decision is Resolve's answer, with its reason.
 type Decision struct {
 	Action Action `json:"action"`
-	// Target is what to run; zero for ActKeep and ActHold. Stage is what to have ready as well; mostly zero.
+	// Target is the release to run; zero for ActKeep and ActHold. Stage is a release to stage as well; mostly
+	// zero.
 	Target deployments.Pointer `json:"target,omitzero"`
 	Stage  deployments.Pointer `json:"stage,omitzero"`
 	Source Source              `json:"source"`
-	// Reason, with its Facts, is what decided.
+	// Reason, with its Facts, is why.
 	Reason deployments.Reason `json:"reason"`
 	Facts  deployments.Facts  `json:"facts,omitempty"`
-	// Invalid is set where a value didn't parse or isn't allowed: what status shows as an error. It may come with any
-	// Action: a bad node pin changes nothing on that node (ActKeep). In JSON it is its text.
+	// Invalid is set if a value didn't parse or isn't allowed; status shows it as an error. It may come with any
+	// Action: a bad node pin changes nothing on that node (ActKeep). In JSON it is the error's text.
 	Invalid error `json:"-"`
-	// Recheck is when time alone could change the answer (a pin's until); zero: never.
+	// Recheck is when time alone could change the answer, as a pin's until; zero: never.
 	Recheck time.Time `json:"recheck,omitzero"`
-	// Trace is the whole chain, for kedge explain: each step that was looked at, and what it said.
+	// Trace lists all steps, for kedge explain: what was looked at, and the result.
 	Trace []deployments.Step `json:"trace"`
 }
 
@@ -107,13 +109,14 @@ func (d Decision) MarshalJSON() ([]byte, error) {
 	}{plain(d), invalid})
 }
 
-// Resolve answers what a node should run of a unit: node pin, else unit pin, else the record: target if the node
-// is admitted, else stable. It has no side effects, and the same Facts give the same Decision.
+// Resolve decides what a node should run of a unit: the node pin's release, else the unit pin's, else the record's
+// (its target if the node is admitted, or else stable). It has no side effects, and the same Facts give the same
+// Decision.
 //
-// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even where a lower one is good:
-// a typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever a pin says: see
-// ErrNoRecord. A quarantined digest is still the Target, with its step in the Trace: the agent doesn't run it, and
-// says so.
+// A value that is present but doesn't parse changes nothing (ActKeep with Invalid), even if one of lower
+// precedence is valid: a typo in a pin must not silently mean "no pin". An absent record changes nothing, whatever
+// a pin says: see ErrNoRecord. A quarantined digest is still the Target, and the Trace says so: the agent doesn't
+// run it, and reports that.
 func Resolve(f Facts) Decision {
 	d := Decision{Action: ActKeep, Source: FromNothing}
 	decided := d.pin(f, FromNodePin, f.NodePin, f.Unit.String()+"/"+f.Node)
@@ -130,20 +133,21 @@ func Resolve(f Facts) Decision {
 	return d
 }
 
-// ErrNoRecord is Decision.Invalid of a pin that has no record beside it. Whoever may write pins alone can't bring a
-// node to run a unit that nobody desires.
+// ErrNoRecord is the Decision.Invalid of a pin without a record. Whoever may write only pins can't make a node run
+// a unit that nobody desires.
 var ErrNoRecord = errors.New("the unit has no record, and a pin counts only for a unit that has one")
 
 func (d *Decision) note(s deployments.Step) { d.Trace = append(d.Trace, s) }
 
-// decide notes the step that decides, and takes its reason for the decision's.
+// decide adds the deciding step, and makes its reason the decision's.
 func (d *Decision) decide(s deployments.Step) {
 	s.Decides = true
 	d.Reason, d.Facts = s.Reason, s.Facts
 	d.note(s)
 }
 
-// pin looks at one pin, and reports whether it decides. A lower pin than the one that decided is only shown.
+// pin evaluates one pin, and reports whether it decides. If a pin of higher precedence has decided, this one is
+// only added to the trace.
 func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key string) bool {
 	step := deployments.Step{What: string(from)}
 	above := d.decidedBy()
@@ -190,8 +194,8 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	return true
 }
 
-// pinFacts returns a pin's facts: which pin it is, what it names, who set it, when and why. A pin that holds has no
-// release.
+// pinFacts returns a pin's facts: what it is for, what it names, who set it, until when and why. A pin that holds
+// has no release.
 func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	facts := deployments.Facts{"pin": string(from)}
 	set := func(name, value string) {
@@ -210,7 +214,7 @@ func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	return facts
 }
 
-// paced reports whether a unit pin is the mirror's to roll out, as the record's target.
+// paced reports whether the mirror rolls out a unit pin, as the record's target.
 func paced(record Value[deployments.Record], p deployments.Pin) bool {
 	return record.Present && record.Err == nil && record.Value.Paced && !p.AtOnce && !p.Hold
 }
@@ -225,7 +229,7 @@ func (d *Decision) decidedBy() string {
 	return ""
 }
 
-// record looks at the record. decided: a pin went before it, and the record is only shown.
+// record evaluates the record. decided: a pin has decided, and the record is only added to the trace.
 func (d *Decision) record(f Facts, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
 	tell := d.decide
@@ -276,7 +280,8 @@ func origin(r deployments.Record) deployments.Facts {
 	return facts
 }
 
-// progressFacts are a rollout's own, with its phase. The message is of a record whose mirror gave no reason.
+// progressFacts returns a rollout's facts and its phase. They include Message only if the mirror that wrote it
+// gave no reason.
 func progressFacts(p *deployments.Progress) deployments.Facts {
 	facts := p.Facts.With("phase", string(p.Phase))
 	coded := p.Reason != "" && (p.Reason != deployments.ReasonOrphaned || p.Facts["was"] != "")
@@ -292,7 +297,7 @@ func progressFacts(p *deployments.Progress) deployments.Facts {
 	return facts
 }
 
-// allow checks the result against the bounds, and notes a quarantine.
+// allow checks the result against the bounds, and adds a quarantine to the trace.
 func (d *Decision) allow(f Facts) {
 	for _, p := range []*deployments.Pointer{&d.Target, &d.Stage} {
 		if p.IsZero() {
@@ -320,7 +325,8 @@ func (d *Decision) allow(f Facts) {
 	d.quarantine(f)
 }
 
-// quarantine notes what failed on this node of what it should run, have ready, or would run without its pin.
+// quarantine adds to the trace which of the releases that the node should run, stage, or run without its pin
+// failed on it.
 func (d *Decision) quarantine(f Facts) {
 	failed := func(p deployments.Pointer, named string) deployments.Step {
 		facts := deployments.Facts{"release": p.String()}

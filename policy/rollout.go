@@ -9,62 +9,61 @@ import (
 	"kedge/deployments"
 )
 
-// Situation are the inputs of Next for one unit's record: plain data, read by the mirror.
+// Situation holds the inputs of Next for one unit's record: plain data, read by the mirror.
 type Situation struct {
 	Now time.Time
-	// Unit is the unit's file in the commit that is mirrored; Commit is that one's hash.
+	// Unit is the unit file in the mirrored commit, and Commit that commit's hash.
 	Unit   deployments.Unit
 	Commit string
-	// Record is the one that stands; the zero Record: none.
+	// Record is the record in force; zero: none.
 	Record deployments.Record
-	// Nodes are those that have an entry in status/ for the unit's role.
+	// Nodes are the nodes that have an entry in status/ for the unit's role.
 	Nodes []Node
-	// Seen is since when Nodes are as they report themselves, without a gap: while the store is away nothing that
-	// they do is told. Zero: always. It is told by elapsed time, so that a clock that is put right counts for
-	// nothing.
+	// Seen is since when Nodes have been read without a gap: while the store is away, no node can report. Zero:
+	// always. It is derived from elapsed time, so that setting the clock doesn't change it.
 	Seen time.Time
-	// Left is when each node left Nodes that is not back, as far as this mirror saw that; Listed is since when it looks
-	// on, zero: always. A node whose key in status/ was removed may be as alive as ever, and act on the record.
+	// Left has a time for each node that left Nodes, as far as this mirror saw it, and is not back: when it left.
+	// Listed is since when this mirror has watched Nodes; zero: always. A node whose key in status/ was removed
+	// may still be alive, and act on the record.
 	Left   []time.Time
 	Listed time.Time
-	// Pin is what pins/ holds for the unit. Nil: this mirror does not read pins, and nodes follow them by themselves.
+	// Pin is the unit's value in pins/; nil: this mirror does not read pins, and nodes follow them by themselves.
 	Pin *Value[deployments.Pin]
-	// StableBefore are the digests that were stable in one of the last generations, as the history tells.
+	// StableBefore are the digests that were stable in one of the last generations, by the history.
 	StableBefore []deployments.Digest
-	// Order is what an operator put at control/: promote, pause, resume, abort, retry; empty: nothing.
+	// Order is an operator's order at control/: promote, pause, resume, abort or retry; empty: none.
 	Order string
-	// Freeze is Frozen's answer for the unit now.
+	// Freeze is the result of Frozen for the unit now.
 	Freeze Verdict
-	// Ranks, if it is kept from one call for a unit to the next, spares hashing and sorting a fleet that has not
-	// changed; it has no influence on the answer. Nil: all is computed anew.
+	// Ranks, if kept from one call to the next for a unit, saves hashing and sorting a fleet that has not changed.
+	// It doesn't influence the answer. Nil: everything is computed anew.
 	Ranks *Ranks
 }
 
 // Node is what the mirror knows of one node.
 type Node struct {
 	Name string
-	// Gone is set if the node's session has ended: it died, or is cut off. A node that deregistered isn't there at
-	// all.
+	// Gone is set if the node's session has ended: the node died, or is cut off. A node that deregistered isn't
+	// listed at all.
 	Gone bool
-	// GoneSince is when that was seen, by the mirror's clock; zero: unknown, or not gone.
+	// GoneSince is when the mirror saw that, by its own clock; zero: unknown, or not gone.
 	GoneSince time.Time
 	// Started is when its agent started, by the node's clock; zero: unknown.
 	Started time.Time
-	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: the agent
-	// doesn't tell.
+	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: not reported.
 	Joined uint64
-	// Report is the node's for the unit; zero: it has said nothing of it yet.
+	// Report is the node's report on the unit; zero: it has not reported on it yet.
 	Report deployments.UnitReport
 }
 
-// Move is Next's answer.
+// Move is the result of Next.
 type Move struct {
-	// Record is what the record becomes; the same as before if nothing is to be done.
+	// Record is the next record; equal to the old one if nothing is to be done.
 	Record deployments.Record
-	// Reason, with its Facts, is what was done, or why nothing is; empty if there is nothing to say.
+	// Reason, with its Facts, is what was done, or why nothing was; may be empty.
 	Reason deployments.Reason
 	Facts  deployments.Facts
-	// Refused is set if an order changes nothing, and Reason says why. Did is what an order has done, if it changed
+	// Refused is set if an order changes nothing; Reason then says why. Did is what an order did, if it changed
 	// something.
 	Refused  bool
 	Did      deployments.Reason
@@ -73,24 +72,24 @@ type Move struct {
 	Again time.Time
 }
 
-// Next is the step of a rollout: from the record, the unit's file, the fleet's reports, an order and the time to
-// the next record. It has no side effects, and the same Situation gives the same Move; once its record is written,
-// Next is asked again. An order is always consumed: one that makes no sense where the rollout stands changes
-// nothing, and Reason says so.
+// Next computes the next record of a unit from its record, its unit file, the fleet's reports, an order and the
+// time. It has no side effects, and the same Situation gives the same Move. Once the record is written, Next is
+// called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing, and
+// Reason says so.
 //
-// A new target goes to a canary, bakes, waits for approval if that is asked for, and then goes on by as many nodes
-// as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the gates and keep the
-// budget.
+// A new target goes to the canaries, bakes, waits for approval if that is configured, and then goes to as many
+// nodes at a time as max_unavailable leaves room for. A unit pin, and a target that was stable before, skip the
+// gates and keep the budget.
 //
-// In flight is every live node that was admitted and has yet to converge, every one that may still act on an
-// earlier record, as its report doesn't name the newest generation, and every one that left in mid-switch, until
-// its deadline. A node that comes back is not told before there is room for it: see Record.Joined. Pinned and held
-// nodes are no part of it, and if all are it waits.
+// In flight are, each until its deadline: live nodes that were admitted and have yet to converge; nodes that may
+// still act on an earlier record, as their reports don't name the newest generation; and nodes that left in the
+// middle of a switch. The record doesn't apply to a node that comes back before there is room for it: see
+// Record.Joined. Pinned and held nodes don't count; if all nodes are, the rollout waits.
 func Next(s Situation) Move {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now
 	}
-	s.Record.Orphaned = false // who asks for the next step has the unit's file
+	s.Record.Orphaned = false // whoever calls Next has the unit file
 	if s.Listed.After(s.Now) {
 		s.Listed = s.Now
 	}
@@ -99,7 +98,8 @@ func Next(s Situation) Move {
 		in.Ranks = new(Ranks)
 	}
 	st := stateOf(s)
-	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 { // else there is nothing yet that could stay as it is
+	// otherwise there is no record yet that could stay as it is
+	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 {
 		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}
@@ -113,7 +113,7 @@ func Next(s Situation) Move {
 	if s.Order != "" {
 		st, did, refused = obey(in, st)
 	}
-	for range 6 { // canary, waiting, rolling, rolling back, finished at most
+	for range 6 { // at most canary, waiting, rolling, rolling back, finished
 		next, more := advance(in, st)
 		if st = next; !more {
 			break
@@ -139,7 +139,7 @@ type cause struct {
 	facts  deployments.Facts
 }
 
-// maxQuoted bounds what nodes and settings say in a fact, in bytes: no node takes a record that is too large.
+// maxQuoted bounds text from nodes and settings in a fact, in bytes: no node takes a record that is too large.
 const maxQuoted = 300
 
 func clipped(s string) string {
@@ -149,12 +149,12 @@ func clipped(s string) string {
 	return strings.ToValidUTF8(s[:maxQuoted-3], "") + "..."
 }
 
-// inputs are what a step reads, and never writes.
+// inputs are what a step reads. Steps never change them.
 type inputs struct{ Situation }
 
-// state is a record in the making, with its reasons: what a step takes and returns.
+// state is a record being built, with its reasons: steps take one and return the next.
 type state struct {
-	r deployments.Record // its Rollout is p, if on
+	r deployments.Record // its Rollout is in p, if on
 	p deployments.Progress
 	// on is set while a rollout is under way.
 	on    bool
@@ -162,8 +162,8 @@ type state struct {
 	again time.Time
 }
 
-// stateOf takes up the record that stands. Times that are yet to come are of a clock that went back, or of another
-// mirror's: counted from them, a rollout would stand for as long.
+// stateOf returns the state of the record in force. Times in the future come from a clock that was set back, or
+// from another mirror's: the rollout would wait for them, so they are replaced by now.
 func stateOf(s Situation) state {
 	st := state{r: s.Record}
 	if st.r.Rollout == nil {
@@ -184,7 +184,7 @@ func stateOf(s Situation) state {
 	return st
 }
 
-// record is the record that a state stands for.
+// record returns the record of a state.
 func (st state) record() deployments.Record {
 	r := st.r
 	if st.on {
@@ -201,7 +201,7 @@ func (st state) because(reason deployments.Reason, facts deployments.Facts) stat
 	return st
 }
 
-// orBecause is because, unless the state has a reason already.
+// orBecause returns the state with a reason, unless it has one already.
 func (st state) orBecause(reason deployments.Reason, facts deployments.Facts) state {
 	if st.why.reason == "" {
 		st.why = cause{reason, facts}
@@ -209,7 +209,7 @@ func (st state) orBecause(reason deployments.Reason, facts deployments.Facts) st
 	return st
 }
 
-// wake asks to look again at a time; zero: never.
+// wake schedules another call of Next at a time; zero: never.
 func (st state) wake(at time.Time) state {
 	st.again = earlier(st.again, at)
 	return st
@@ -234,7 +234,8 @@ func (st state) roll(in *inputs) state {
 	return st
 }
 
-// advance is the table of transitions: what each phase leads to. more: another step may follow at once.
+// advance is the table of transitions: it runs the step of the current phase. more is set if another step may
+// follow at once.
 func advance(in *inputs, st state) (next state, more bool) {
 	if !st.on {
 		return returned(in, st), false

@@ -6,15 +6,15 @@ import (
 	"kedge/deployments"
 )
 
-// NodeStatus is the JSON of an agent's /status: all that it knows of itself. It lies here, beside Decision, so that
-// who shows it need not link the agent.
+// NodeStatus is the JSON of an agent's /status: all that the agent knows of its node. It lies here, beside
+// Decision, so that its readers need not link the agent.
 type NodeStatus struct {
 	Node    string    `json:"node"`
 	Stage   string    `json:"stage"`
 	Agent   string    `json:"agent"`
 	Started time.Time `json:"started"`
 	Ready   bool      `json:"ready"`
-	// Why says what keeps it from being ready, by ROLE/UNIT or ROLE.
+	// Why says what keeps the node from being ready, by ROLE/UNIT or ROLE.
 	Why     map[string]string             `json:"why,omitempty"`
 	Sources []SourceStatus                `json:"sources"`
 	Roles   map[string]deployments.Report `json:"roles"`
@@ -25,9 +25,9 @@ type NodeStatus struct {
 // SourceStatus is the state of the agent's view of one prefix.
 type SourceStatus struct {
 	Prefix string    `json:"prefix"`
-	From   string    `json:"from"` // store, last known state, snapshot, nothing yet
+	From   string    `json:"from"` // one of: store, last known state, snapshot, nothing yet
 	Since  time.Time `json:"since,omitzero"`
-	// Trouble is why the store's view may be out of date, and TroubleSince for how long.
+	// Trouble is why the view of the store may be out of date, and TroubleSince since when.
 	Trouble      string    `json:"trouble,omitempty"`
 	TroubleSince time.Time `json:"trouble_since,omitzero"`
 }
@@ -43,6 +43,6 @@ type DecisionStatus struct {
 	Why     string                   `json:"why"` // Reason and Facts in words
 	Invalid string                   `json:"invalid,omitempty"`
 	Recheck time.Time                `json:"recheck,omitzero"`
-	Waits   string                   `json:"waits,omitempty"` // for another unit
+	Waits   string                   `json:"waits,omitempty"` // the unit that it waits for
 	Trace   []deployments.StepStatus `json:"trace,omitempty"`
 }

@@ -11,38 +11,38 @@ import (
 // summary counts the nodes of a record's rollout by what they report.
 type summary struct {
 	live, gone, pinned int
-	// followers are the pinned nodes that go by themselves to what the record's own pin names; following those of them
-	// that have yet to be there.
+	// followers are pinned nodes that go by themselves to the release that the record's own pin names. following
+	// are those of them that are not there yet.
 	followers, following int
-	// away are the gone nodes that did not run the target when they left; missing those that did, are admitted,
-	// and have not been missed for long.
+	// away are gone nodes that did not run the target when they left. missing are gone nodes that did, are
+	// admitted, and have been gone for less than a deadline.
 	away, missing int
-	// awayUntil is when the last of those away has been so for a deadline: a node that died holds no rollout up
-	// for longer. Zero: none.
+	// awayUntil is when the last of the away nodes has been gone for a deadline: a dead node delays a rollout no
+	// longer than that. Zero: none.
 	awayUntil time.Time
-	// nodes are the live ones that take part, by rank.
+	// nodes are the live nodes that take part, by rank.
 	nodes []place
-	// inflight are nodes that are changing, or may begin to at any time; pending those among them that were told
-	// to: admitted, or on the way back no longer so.
+	// inflight are nodes that are changing, or may begin to at any time. pending are those of them that were told
+	// to change: they were admitted, or are no longer admitted on the way back.
 	inflight, pending int
-	// failed are nodes on which the target failed; failure tells of one of them.
+	// failed are nodes on which the target failed; failure is the cause on one of them.
 	failed  int
 	failure deployments.Facts
-	// hung are those in flight whose time is over, late the pending ones among them; due is when the next one's
-	// is; zero: never.
+	// hung are nodes in flight whose deadline has passed, and late the pending ones among them. due is when the
+	// next deadline passes; zero: never.
 	hung, late int
 	firstLate  *Node
 	due        time.Time
-	// stuck is a node that was told, has had its time, and serves what it ran before as well as ever: it says that it is
-	// well, or that it can't reach the storage. That is no failure of the release.
+	// stuck is a node that was told to change, is past its deadline, and still serves its old release: it reports
+	// that it is healthy, or that it can't reach the storage. That is no failure of the release.
 	stuck *Node
-	// shaken is set if a pending node whose time is not over had been well: one that boots had not.
+	// shaken is set if a pending node had been healthy, has its deadline still ahead, and does not boot.
 	shaken bool
-	// unlisted are nodes that were there, and have no entry: they may act on the record. relisted is when it is certain
-	// that they are none of the fleet any more.
+	// unlisted are nodes that had an entry and have none now: they may still act on the record. relisted is when
+	// they have certainly left the fleet.
 	unlisted int
 	relisted time.Time
-	// waiting are nodes that came back, and would change if they were told: see readmit.
+	// waiting are nodes that came back, and would change if the record applied to them: see readmit.
 	waiting []*place
 }
 
@@ -50,12 +50,13 @@ type summary struct {
 type place struct {
 	rank     uint64
 	node     *Node
-	told     bool // the record speaks to it
+	told     bool // the record applies to it
 	admitted bool // by its rank
 	replaced bool // it runs a target that was superseded
 	inflight bool
-	hung     bool // and its time is over
-	settled  bool // admitting it, or letting it go back, takes no room: it is there, or the release failed on it
+	hung     bool // and its deadline has passed
+	// admitting it, or letting it go back, takes no room: it is there already, or the release failed on it
+	settled bool
 }
 
 const defaultDeadline = 10 * time.Minute
@@ -67,25 +68,25 @@ func (in *inputs) deadline() time.Duration {
 	return defaultDeadline
 }
 
-// due is when a node in flight has had its time. Who booted, or left, since the last step has it from then on: it
-// would else be late at once if that was long ago, as in a bake. So do all after an outage of the store, in which
-// none could say that it had converged.
+// due returns the deadline of a node in flight. It counts from the last step, or from when the node booted or left
+// after that: otherwise a node that restarts late in a bake would be overdue at once. After an outage of the store
+// it counts from the outage's end, as no node could report that it had converged.
 func (in *inputs) due(st state, n *Node) time.Time {
 	from, deadline := st.p.Since, in.deadline()
 	if in.Seen.After(from) {
 		from = in.Seen
 	}
-	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // or the node's clock is off
+	if n.Started.After(from) && n.Started.Before(in.Now.Add(deadline)) { // otherwise the node's clock is wrong
 		from = n.Started
 	}
 	if n.Gone && !n.GoneSince.IsZero() && !n.GoneSince.After(in.Now) {
-		from = n.GoneSince // a later step of the others is none of it
+		from = n.GoneSince // a later step for other nodes doesn't prolong it
 	}
 	return from.Add(deadline)
 }
 
-// unlisted returns how many nodes that were there have no entry in status/, and until when they count: those that are
-// there put theirs back within a minute. Before the mirror looked on, known of them were there.
+// unlisted returns how many nodes have lost their entries in status/, and until when they count: a live node
+// writes its entry again within a minute. known is how many nodes there were before this mirror began to watch.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	if in.Unit.Rollout == nil {
 		return 0, time.Time{}
@@ -104,7 +105,7 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	return nodes, until
 }
 
-// told reports whether a record speaks to a node: it was there when it was written, or it is bare.
+// told reports whether a record applies to a node: the node had joined when it was written, or it is bare.
 func told(r *deployments.Record, joined uint64, bare bool) bool {
 	return r.Joined == 0 || joined <= r.Joined || bare
 }
@@ -117,7 +118,7 @@ func summarize(in *inputs, st state) summary {
 	r := st.record()
 	p := r.Rollout
 	order := in.Ranks.of(r.Target.Digest, in.Nodes)
-	over := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each
+	over := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each superseded target
 	for i, o := range p.Superseded {
 		over[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
 	}
@@ -159,10 +160,11 @@ func summarize(in *inputs, st state) summary {
 			x.inflight = !final && (busy(u) || x.told && (on && !x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && (on && !x.admitted || strays(&r, u)) {
 				x.settled = true // it goes in its own turn
-				waits := x       // only these are worth an allocation
+				waits := x       // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
-		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()): // or it may not run it
+		// otherwise the node may not run it
+		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()):
 			x.settled = true
 			if x.admitted {
 				cause := deployments.ReasonQuarantined
@@ -171,7 +173,8 @@ func summarize(in *inputs, st state) summary {
 				}
 				v.fail(n, cause, cmp.Or(u.Error, string(u.State)))
 			}
-		case u.State == deployments.StateUnhealthy && onTarget: // out of service until its deadline, and not waited for
+		// it is out of service until its deadline, and isn't waited for
+		case u.State == deployments.StateUnhealthy && onTarget:
 			x.settled, x.inflight = true, true
 			v.fail(n, deployments.ReasonUnhealthy, u.Error)
 		case broken:
@@ -180,7 +183,7 @@ func summarize(in *inputs, st state) summary {
 			x.settled = there
 			x.inflight = !there && !final && (busy(u) || x.told && (x.admitted || strays(&r, u)))
 			if !x.told && !x.inflight && !final && !there && (x.admitted || strays(&r, u)) {
-				waits := x // only these are worth an allocation
+				waits := x // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
 		}
@@ -199,16 +202,18 @@ func summarize(in *inputs, st state) summary {
 	return v
 }
 
-// followsPin reports whether a node goes by itself to what a unit pin names, which is the record's target as well: an
-// agent of before pins were rolled out, or one that a pin of its own sends there. The pin's rollout waits for it.
+// followsPin reports whether a pinned node goes by itself to the record's target, which a unit pin names: its
+// agent is too old to let the mirror roll pins out, or its node pin names the same release. The rollout waits for
+// it.
 func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 	return r.Pinned != nil && u.State != deployments.StateHeld && u.Want.Digest == r.Target.Digest
 }
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// leaves counts a node that is gone. One that was told, and left in mid-switch, is in flight until it is back or
-// has had its time. A canary that had converged is missed for as long before there is another.
+// leaves counts a node that is gone. A node that was told to change, and left in the middle of a switch, is in
+// flight until it is back or its deadline has passed. A converged canary is missed for as long before another is
+// admitted.
 func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
@@ -248,7 +253,7 @@ func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
 		v.pending++
 	}
 	switch {
-	case hung && pending && unreached(&n.Report): // it keeps its room: with the storage back it switches at once
+	case hung && pending && unreached(&n.Report): // it stays in flight: once the storage is back it switches at once
 		v.stuck = cmp.Or(v.stuck, n)
 		return false
 	case hung:
@@ -264,27 +269,27 @@ func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
 		v.firstLate = cmp.Or(v.firstLate, n)
 		v.late++
 	case st.p.Phase == deployments.PhaseRolling && n.Started.After(st.p.HealthySince):
-		// Of a whole fleet that bakes there is always one that restarts.
+		// In a large fleet some node always restarts during a bake: that is no setback.
 	case !u.Running.IsZero():
 		v.shaken = true
 	}
 	return hung
 }
 
-// fail counts a node on which the target failed, and keeps the first one's reason.
+// fail counts a node on which the target failed, and keeps the cause of the first one.
 func (v *summary) fail(n *Node, cause deployments.Reason, text string) {
 	if v.failed++; v.failed == 1 {
 		v.failure = deployments.Facts{"node": n.Name, "cause": string(cause), "error": clipped(text)}
 	}
 }
 
-// unreached reports whether a node has yet to fetch the release, as the storage or the network to it is in trouble.
+// unreached reports whether a node could not fetch the release yet, as the storage or the network failed.
 func unreached(u *deployments.UnitReport) bool {
 	return u.Reason == deployments.ReasonStorageUnavailable &&
 		(u.State == deployments.StateRetrying || u.State == deployments.StateFetching)
 }
 
-// waitsFor returns the reason why a stuck node waits.
+// waitsFor returns the reason for which the stuck node waits.
 func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
 	u := &v.stuck.Report
 	if unreached(u) {
@@ -293,8 +298,7 @@ func (v summary) waitsFor() (deployments.Reason, deployments.Facts) {
 	return deployments.ReasonUnaware, deployments.Facts{"node": v.stuck.Name}
 }
 
-// partOf reports whether a release is the record's target, or one whose rollout this one replaced, and not what is
-// stable.
+// partOf reports whether a release is the record's target, or one that the target superseded, and is not stable.
 func partOf(r *deployments.Record, d deployments.Digest) bool {
 	if d.IsZero() || d == r.Stable.Digest || r.Rollout == nil {
 		return false
@@ -303,13 +307,13 @@ func partOf(r *deployments.Record, d deployments.Digest) bool {
 	return d == r.Target.Digest || slices.ContainsFunc(r.Rollout.Superseded, is)
 }
 
-// goesBack reports whether a node that is told to goes back: from what is part of the record to stable or, if there is
-// none, to what it served before the first release. Where nothing did, or it is kept no more, it stays.
+// goesBack reports whether a node would leave its release if told to go back: for stable or, if there is none, for
+// what it served before the first release. It stays if nothing served before, or if that can't be put back.
 func goesBack(r *deployments.Record, u *deployments.UnitReport) bool {
 	return partOf(r, u.Running.Digest) && (!r.Stable.IsZero() || u.Leavable)
 }
 
-// busy reports whether a node on which something served is changing. One that waits in mid-deployment, to go on, is.
+// busy reports whether a node on which something served is changing, or waits in the middle of a deployment.
 func busy(u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateFetching, deployments.StateSwitching, deployments.StateRetrying:
@@ -320,7 +324,8 @@ func busy(u *deployments.UnitReport) bool {
 	return false
 }
 
-// brokenByStable reports whether what the record would have a node stay on is what keeps it out of service.
+// brokenByStable reports whether a node is out of service because of the release that the record would have it
+// keep.
 func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	switch u.State {
 	case deployments.StateSwitching, deployments.StateUnhealthy, deployments.StateQuarantined:
@@ -329,8 +334,8 @@ func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 	return false
 }
 
-// straggles reports whether a node may still act on an earlier record that admitted it: it has yet to say that it
-// knows this one. over holds the nodes' ranks for each target that was replaced; i is this node's index.
+// straggles reports whether a node may still act on an earlier record that admitted it: it hasn't reported that it
+// knows this one. over holds all nodes' ranks for each superseded target; i is this node's index.
 func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][]uint64) bool {
 	if u.Generation >= r.Generation {
 		return false
@@ -350,8 +355,8 @@ func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][
 	return false
 }
 
-// strays reports whether a node runs what no part of the record names, or something else serves there, so that it
-// goes to stable when it gets around to it.
+// strays reports whether a node runs something that the record doesn't name, so that it will go to stable by
+// itself.
 func strays(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
 	return !bare(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&

@@ -13,20 +13,20 @@ import (
 	"golang.org/x/crypto/ssh"
 )
 
-// Namespaces of SSH signatures: a signature made for one thing is worth nothing for another.
+// Namespaces of SSH signatures. A signature for one namespace is not valid in another.
 const (
 	ManifestNamespace = "kedge-manifest" // ssh-keygen -Y sign -n kedge-manifest
 	SnapshotNamespace = "kedge-snapshot"
-	commitNamespace   = "git" // what git itself uses
+	commitNamespace   = "git" // git's own
 )
 
-// ErrUntrusted is what signatures fail with that are missing, not good, or made by nobody who may.
+// ErrUntrusted means that a signature is missing, invalid, or not by an allowed signer.
 var ErrUntrusted = errors.New("not signed by an allowed signer")
 
-// Signers are the keys of an allowed_signers file, whose signatures count.
+// Signers are the keys of an allowed_signers file: only their signatures count.
 type Signers struct{ all []signer }
 
-// signer is one line of it.
+// signer is one line of an allowed_signers file.
 type signer struct {
 	line          int
 	principals    string
@@ -35,12 +35,12 @@ type signer struct {
 	after, before time.Time // zero: no bound
 }
 
-// Len is how many keys may sign.
+// Len returns the number of keys.
 func (s Signers) Len() int { return len(s.all) }
 
-// ParseSigners reads OpenSSH's allowed_signers format, as ssh-keygen(1) describes it: lines of PRINCIPALS [OPTIONS]
-// KEYTYPE KEY, with the options namespaces, valid-after and valid-before. Certificate authorities are not
-// supported. An error names the line.
+// ParseSigners parses OpenSSH's allowed_signers format, as ssh-keygen(1) describes it: lines of PRINCIPALS
+// [OPTIONS] KEYTYPE KEY, with the options namespaces, valid-after and valid-before. Certificate authorities are
+// not supported. An error names the line.
 func ParseSigners(data []byte) (Signers, error) {
 	var s Signers
 	for i, line := range strings.Split(string(bytes.TrimPrefix(data, []byte("\ufeff"))), "\n") {
@@ -104,7 +104,7 @@ func parseSigner(line string) (signer, error) {
 	return s, nil
 }
 
-// parseValid reads YYYYMMDD[HHMM[SS]][Z]; without Z in the local zone, as ssh-keygen does.
+// parseValid parses YYYYMMDD[HHMM[SS]][Z]. Without Z the time is in the local zone, as for ssh-keygen.
 func parseValid(s string) (time.Time, error) {
 	digits, zone := s, time.Local
 	if cut, ok := strings.CutSuffix(s, "Z"); ok {
@@ -118,9 +118,9 @@ func parseValid(s string) (time.Time, error) {
 	return time.Time{}, fmt.Errorf("%q: want YYYYMMDD[HHMM[SS]][Z]", s)
 }
 
-// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest makes
-// it, and returns the principals of who made it. Keys must be valid now: what a signature says of its own time is
-// its maker's word.
+// VerifyManifest checks a detached signature over a manifest's bytes, as ssh-keygen -Y sign -n kedge-manifest
+// makes it, and returns the signer's principals. The key must be valid now: the time in a signature proves
+// nothing, as the signer chooses it.
 func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (principal string, err error) {
 	if len(bytes.TrimSpace(signature)) == 0 {
 		return "", fmt.Errorf("%w: the manifest has no signature", ErrUntrusted)
@@ -128,7 +128,7 @@ func (s Signers) VerifyManifest(manifest, signature []byte, now time.Time) (prin
 	return s.verify(manifest, signature, ManifestNamespace, now)
 }
 
-// VerifySnapshot checks the signature of a snapshot of the desired state, as a mirror makes it.
+// VerifySnapshot checks a mirror's signature of a snapshot of the desired state.
 func (s Signers) VerifySnapshot(snapshot, signature []byte, now time.Time) (principal string, err error) {
 	return s.verify(snapshot, signature, SnapshotNamespace, now)
 }
@@ -200,7 +200,7 @@ func (s Signers) verify(message, signature []byte, namespace string, now time.Ti
 	return "", refused
 }
 
-// minRSA is the least size of an RSA key that counts, in bits.
+// minRSA is the least size of an accepted RSA key, in bits.
 const minRSA = 2048
 
 // rsaBits returns the size of an RSA key, and 0 for keys of other kinds.
