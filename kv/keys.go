@@ -9,11 +9,11 @@ import (
 	"kedge/deployments"
 )
 
-// DefaultPrefix begins all of kedge's keys in Consul KV.
+// DefaultPrefix is the prefix of all of kedge's keys in Consul KV.
 const DefaultPrefix = "kedge/"
 
-// The keys, relative to the store's prefix. DESIGN: one writer a key; kinds come first, so that an ACL can hold
-// each party to its own.
+// Prefixes of keys, relative to the store's prefix. Each key has one writer. The kind comes first, so that an ACL
+// can bound each party to its own keys.
 const (
 	DesiredPrefix = "desired/" // written by the mirror that holds the lease
 	PinsPrefix    = "pins/"    // by operators
@@ -37,35 +37,36 @@ func StatusKey(stage, role, node string) string {
 }
 func HistoryPrefixOf(id deployments.UnitID) string { return HistoryPrefix + id.String() + "/" }
 
-// RolePrefix returns the prefix of one role's keys of a kind: desired/prod/web/ for DesiredPrefix, prod and web.
+// RolePrefix returns the prefix of one role's keys of a kind: RolePrefix(DesiredPrefix, "prod", "web") is
+// desired/prod/web/.
 func RolePrefix(kind, stage, role string) string { return kind + stage + "/" + role + "/" }
 
-// HistoryKey is the key of one generation of a unit's history; keys sort as the generations do.
+// HistoryKey returns the key of one generation of a unit's history. These keys sort by generation.
 func HistoryKey(id deployments.UnitID, generation int64) string {
 	return fmt.Sprintf("%s%010d", HistoryPrefixOf(id), generation)
 }
 
-// Key is a key of the store, taken apart.
+// Key is a parsed key of the store.
 type Key struct {
 	Kind string // DesiredPrefix, PinsPrefix, ControlPrefix, StatusPrefix or HistoryPrefix
 	Role deployments.RoleID
 	// Unit is the unit's name; empty for a node's status.
 	Unit string
-	// Node is whose status or pin it is; empty for a pin of all nodes, and for the other kinds.
+	// Node is the node of a status or of a node's pin; empty for a pin of all nodes, and for other kinds.
 	Node string
-	// Generation is that of a history entry.
+	// Generation is the generation of a history entry.
 	Generation int64
 }
 
-// UnitID returns the unit that the key is about; not for a node's status.
+// UnitID returns the unit that the key is for. A status key has none.
 func (k Key) UnitID() deployments.UnitID { return k.Role.Unit(k.Unit) }
 
-// ParseKey takes apart a key of a unit or of a node, relative to the store's prefix. Folders' keys and those below
-// MirrorPrefix are none of these.
+// ParseKey parses a key of a unit or of a node, relative to the store's prefix. Folder keys and keys below
+// MirrorPrefix are errors.
 func ParseKey(key string) (Key, error) {
 	parts := strings.Split(key, "/")
 	k := Key{Kind: parts[0] + "/"}
-	var names string // of the parts after the kind
+	var names string // what follows the kind
 	least, most := 4, 4
 	switch k.Kind {
 	case DesiredPrefix, ControlPrefix:

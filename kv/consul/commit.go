@@ -26,7 +26,7 @@ func (s *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error 
 	if fence != nil {
 		var ok bool
 		if held, ok = fence.(*lease); !ok || held.session == "" {
-			return backend.ErrForeignLease // an empty session would pass the check on an unlocked key
+			return backend.ErrForeignLease // with an empty session the check would pass on an unlocked key
 		}
 		if held.expired() {
 			return fmt.Errorf("commit %s: %w", ops[0].Key, kv.ErrLeaseLost)
@@ -56,7 +56,7 @@ func (s *Store) txnOps(op kv.Op) api.TxnOps {
 		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVCAS, Key: key, Value: op.Value, Index: op.Version})}
 	case kv.OpDelete:
 		return api.TxnOps{kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: key})}
-	default: // OpDeleteIf: delete-cas alone passes where the key is missing
+	default: // OpDeleteIf: delete-cas alone would pass if the key is missing
 		return api.TxnOps{
 			kvOp(&api.KVTxnOp{Verb: api.KVCheckIndex, Key: key, Index: op.Version}),
 			kvOp(&api.KVTxnOp{Verb: api.KVDeleteCAS, Key: key, Index: op.Version}),
@@ -68,7 +68,7 @@ func kvOp(op *api.KVTxnOp) *api.TxnOp { return &api.TxnOp{KV: op} }
 
 // txn runs a transaction. The client's own call loses the status of an answer that is neither 200 nor 409.
 func (s *Store) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
-	// The answer is decoded so that a page which something else than Consul gives for a success isn't taken for one.
+	// Decoding the answer ensures that a page by something other than Consul isn't taken for a success.
 	var done api.TxnResponse
 	_, err := s.client.Raw().Write("/v1/txn", ops, &done, writeOptions(q))
 	var status api.StatusError
@@ -79,7 +79,7 @@ func (s *Store) txn(q *api.QueryOptions, ops api.TxnOps, fenced bool) error {
 	if err := json.Unmarshal([]byte(status.Body), &refused); err != nil || len(refused.Errors) == 0 {
 		return fmt.Errorf("%w: the refused transaction's answer can't be read: %.200s", kv.ErrUnavailable, status.Body)
 	}
-	// A transaction is refused with 409 for a missing permission as well as for a failed check.
+	// Consul refuses a transaction with 409 for a missing permission as well as for a failed check.
 	cause, why := kv.ErrConflict, refused.Errors[0].What
 	for _, e := range refused.Errors {
 		if strings.Contains(e.What, "Permission denied") || strings.Contains(e.What, "ACL not found") {

@@ -1,10 +1,10 @@
-// Package consul keeps kv's contract in Consul.
+// Package consul implements kv's contract by Consul.
 //
-// Reads that wait are stale ones, which any server answers; all that decide are consistent ones. The token is given
-// per request, and a token file is read again when it changes and after a refusal. A lease is a session with a TTL
-// that is renewed every third of it. A presence is a session on the health of the node that the local Consul agent
-// runs on and on a check of its process, if that node has the presence's name, so that a fleet's liveness costs no
-// writes; else it has a TTL of 30 s.
+// Blocking reads are stale ones, which any server answers. Reads that something is decided by are consistent ones.
+// Each request carries the current token: a token file is read again when it changes, and after a refusal. A lease
+// is a session that is renewed every third of its TTL. If the local Consul agent's node has the presence's name, a
+// presence is a session tied to that node's health and to a check of the process, so that a fleet's liveness costs
+// no writes. Otherwise it is a session with a TTL of 30 s.
 package consul
 
 import (
@@ -27,31 +27,30 @@ import (
 // Store is a kv.Store in Consul KV.
 type Store struct {
 	client *api.Client
-	config api.Config // the client's, with its HTTP client
+	config api.Config // the client's configuration, with its HTTP client
 	tokens *tokenSource
-	addr   string // for people
-	local  bool   // addr is this machine's own
-	// earlierAfter and presencePoll are a presence's.
+	addr   string // the address, for people
+	local  bool   // addr is on this machine
+	// earlierAfter and presencePoll are the constants of these names, which tests shorten.
 	earlierAfter, presencePoll time.Duration
-	// strayed counts beats that reached a Consul agent which did not know the service: see heartbeat.keep.
+	// strayed counts heartbeats that reached a Consul agent which did not know the service: see heartbeat.keep.
 	strayed atomic.Int32
 	prefix  string // ends in "/"
 	log     *slog.Logger
 	http    *http.Client
 }
 
-// Config opens a store. The zero value is Consul by its own environment variables, with kv.DefaultPrefix.
+// Config configures a store. The zero value means Consul by its own environment variables, with kv.DefaultPrefix.
 type Config struct {
-	// Prefix of all keys; empty: kv.DefaultPrefix.
+	// Prefix is the prefix of all keys; empty: kv.DefaultPrefix.
 	Prefix string
-	// Client is the client's configuration where the environment's isn't meant. Fields that are left out come from the
-	// environment.
+	// Client overrides the environment's configuration of the client. Zero fields come from the environment.
 	Client *api.Config
 	Log    *slog.Logger // nil: discard
 }
 
-// Open opens a store, without waiting for Consul to be reachable. kv.ConfigError means that the prefix can't be one. A
-// token file that is missing or empty is an error, as Consul would take the lack of a token for an anonymous one.
+// Open opens a store, without waiting for Consul. It returns a kv.ConfigError if the prefix is invalid. A token
+// file that is missing or empty is an error, as Consul would take a request without a token for an anonymous one.
 func Open(c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -68,7 +67,7 @@ func Open(c Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open consul: %w", err)
 	}
-	// Each request gives its token, so that it can change: the client reads a token file once.
+	// Each request carries its own token, as the client would read the token file only once.
 	config.TokenFile = ""
 	config.Token, _ = tokens.get()
 	local := isLocal(cmp.Or(config.Address, api.DefaultConfig().Address))
@@ -82,7 +81,7 @@ func Open(c Config) (*Store, error) {
 		return nil, fmt.Errorf("open consul: %w", err)
 	}
 	if transport != nil {
-		// NewClient took what was left out of the files' names from the environment.
+		// NewClient has filled in missing file names from the environment.
 		certificates := &certificates{files: config.TLSConfig, log: c.Log}
 		if err := certificates.follow(transport); err != nil {
 			return nil, fmt.Errorf("open consul: %w", err)
@@ -98,7 +97,7 @@ func Open(c Config) (*Store, error) {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return nil, kv.ConfigError{Err: fmt.Errorf("open consul: the prefix %q: %w", prefix, err)}
 	}
-	// NewClient filled in the address, the scheme and the HTTP client.
+	// NewClient has filled in the address, the scheme and the HTTP client.
 	addr := config.Address
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
@@ -159,8 +158,8 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	return l.entries, nil
 }
 
-// mayRead reports whether the folder key of a prefix is known to be absent: Consul refuses a read of one key to a token
-// without the right, where it leaves the key out of a list. Servers before 1.4 answer both alike.
+// mayRead reports whether the token may read the missing folder key of a prefix. Consul refuses a token without
+// the right when it reads one key, but leaves the key out of a list. Servers before 1.4 answer both alike.
 func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 	err := s.do(ctx, "get the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
 		_, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
@@ -173,15 +172,15 @@ func (s *Store) mayRead(ctx context.Context, prefix string) bool {
 type listing struct {
 	entries []kv.Entry // sorted
 	folders []string   // the folder keys below the prefix, sorted
-	// folder is whether the prefix's own key is among them. Without it a missing key may be one that the token
-	// can't see: Consul answers both alike.
+	// folder reports whether the prefix's own key is among them. If not, a missing key may be one that the token
+	// can't see, as Consul answers both alike.
 	folder bool
-	// filtered is whether Consul says that it left out what the token may not read.
+	// filtered reports whether Consul left out entries that the token may not read.
 	filtered bool
 	meta     *api.QueryMeta
 }
 
-// read lists a prefix once. Not even a folder key says nothing about absence.
+// read lists a prefix once. An answer without even a folder key is no proof of absence.
 func (s *Store) read(
 	ctx context.Context,
 	prefix string,
@@ -217,8 +216,8 @@ func (s *Store) absenceError(prefix string) error {
 	return &absentError{prefix: prefix, folder: s.prefix + prefix}
 }
 
-// absentError wraps ErrDenied, and is ErrNoFolder: it may be that nothing was written yet. It is ErrEmpty if the token
-// may read the folder key, so that it is nothing else.
+// absentError is the error of a read without the folder key. It is ErrNoFolder, and so ErrDenied; it is ErrEmpty
+// if the token may read the folder key, which then just doesn't exist.
 type absentError struct {
 	prefix, folder string
 	empty          bool
@@ -250,7 +249,7 @@ func (s *Store) EnsureFolders(ctx context.Context, prefixes ...string) error {
 			return err
 		}
 		err := s.do(ctx, "create the folder "+prefix, requestTimeout, func(q *api.QueryOptions) error {
-			// Looked up first: a write that changes nothing still costs the servers a round of consensus.
+			// Get comes first, as even a write that changes nothing costs the servers a round of consensus.
 			pair, _, err := s.client.KV().Get(s.prefix+prefix, consistent(q))
 			if err != nil || pair != nil {
 				return err

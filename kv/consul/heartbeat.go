@@ -16,42 +16,43 @@ import (
 )
 
 const (
-	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds it; the token
-	// needs service:write for it. It tells people where the holder runs, and its check ends a dead holder's lease.
+	// LeaseService is the service that a lease's holder registers at its Consul agent while it holds the lease. It
+	// shows people where the holder runs, and its check ends a dead holder's lease. The token needs service:write
+	// for it.
 	LeaseService = "kedge-mirror"
-	// PresenceService is the service of a presence's process, and its check tells that the process lives; the token needs
-	// service:write for it. A beat goes to the local agent alone: it costs the servers nothing.
+	// PresenceService is the service of a presence's process; its check shows that the process lives. The token
+	// needs service:write for it. Heartbeats go to the local agent alone, and cost the servers nothing.
 	PresenceService = "kedge-agent"
-	// heartbeatMargin is by how much a holder that is cut off ends before its check does.
+	// heartbeatMargin is how much earlier than its check's expiry a cut-off holder's lease ends.
 	heartbeatMargin = time.Second
 )
 
 // heartbeatKind distinguishes the heartbeat of a lease from that of a presence.
 type heartbeatKind struct {
 	service, check string
-	// ttl is how long the process may be silent; it beats every so often.
+	// ttl is how long the process may be silent before the check fails. It sends a heartbeat every every.
 	ttl, every time.Duration
 }
 
 var (
-	// A session's own TTL is 10 s at least, and Consul waits for up to twice that: too long without a mirror.
+	// A session's own TTL is at least 10 s, and Consul may wait for twice that: too long without a mirror.
 	leaseHeartbeat = heartbeatKind{LeaseService, "holds kedge's lease", 5 * time.Second, time.Second}
-	// An agent that restarts is back within this time, and isn't missed.
+	// An agent that restarts is back within this time, so that its restart goes unnoticed.
 	presenceHeartbeat = heartbeatKind{PresenceService, "kedge's agent lives", 30 * time.Second, 5 * time.Second}
 )
 
-// heartbeat is a service registered at the Consul agent, with a check that turns critical when it isn't beaten for its
+// heartbeat is a service at the Consul agent with a check that turns critical when it gets no heartbeat for its
 // TTL. The agent removes the service of a dead process after a minute.
 type heartbeat struct {
 	heartbeatKind
 	store *Store
-	id    string // of the service and of its check
+	id    string // the ID of the service and of its check
 
 	mu     sync.Mutex
-	beaten time.Time // when the last beat that was taken was sent
+	beaten time.Time // when the last heartbeat that succeeded was sent
 }
 
-// left returns how long the holder may rely on the check.
+// left returns how much longer the holder may rely on the check.
 func (h *heartbeat) left() time.Duration {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -64,13 +65,13 @@ func (h *heartbeat) beat(at time.Time) {
 	h.mu.Unlock()
 }
 
-// startHeartbeat registers a heartbeat's service. ErrDenied: the token may not.
+// startHeartbeat registers a heartbeat's service. The error is ErrDenied if the token may not.
 func (s *Store) startHeartbeat(ctx context.Context, kind heartbeatKind) (*heartbeat, error) {
 	h := &heartbeat{heartbeatKind: kind, store: s, id: kind.service + "-" + rand.Text()[:8]}
 	return h, h.register(ctx)
 }
 
-// register registers the service, its check passing.
+// register registers the service with its check passing.
 func (h *heartbeat) register(ctx context.Context) error {
 	asked := time.Now()
 	err := h.store.do(ctx, "register the service "+h.service, requestTimeout, func(q *api.QueryOptions) error {
@@ -86,16 +87,16 @@ func (h *heartbeat) register(ctx context.Context) error {
 	return err
 }
 
-// maxStrayed is the number of beats that reached an agent without the service, from which on the address counts as
-// that of several agents. One such beat is an agent that restarted without its data.
+// maxStrayed is how many heartbeats may reach an agent without the service. From then on the address counts as one
+// of several agents. A single one is an agent that restarted without its data.
 const maxStrayed = 2
 
-// errStrayed means that no session can depend on the check, as beats don't reach it.
+// errStrayed means that no session can depend on the check, as heartbeats don't reach it.
 var errStrayed = errors.New(
 	"heartbeats reach several Consul agents behind one address: point CONSUL_HTTP_ADDR at one agent",
 )
 
-// keep beats until ctx ends, and registers the service again where the agent doesn't know it.
+// keep sends heartbeats until ctx ends. It registers the service again if the agent doesn't know it.
 func (h *heartbeat) keep(ctx context.Context) {
 	var causes backend.Causes
 	for wait.For(ctx, h.every) == nil {
@@ -119,7 +120,7 @@ func (h *heartbeat) keep(ctx context.Context) {
 	}
 }
 
-// stop deregisters the service. If that fails, the agent does it after a minute.
+// stop deregisters the service. If that fails, the agent removes it after a minute.
 func (h *heartbeat) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -132,8 +133,8 @@ func (h *heartbeat) stop() {
 	}
 }
 
-// session creates a session that also ends with the heartbeat. It tries for a while: the Consul agent tells the servers
-// of a new check in its own time.
+// session creates a session that also ends with the heartbeat. It tries for some time, as the Consul agent delays
+// telling the servers of a new check.
 func (h *heartbeat) session(ctx context.Context, e api.SessionEntry, while time.Duration) (id string, err error) {
 	e.NodeChecks, e.ServiceChecks = []string{"serfHealth"}, []api.ServiceCheck{{ID: h.id}}
 	for began := time.Now(); ; {

@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds of a session
-	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: as good as not at all. Its default of
-	// 15 s protects what isn't fenced; kedge's writes are.
+	minTTL, maxTTL = 10 * time.Second, 24 * time.Hour // Consul's bounds for a session's TTL
+	// leaseLockDelay is how long Consul keeps a lost lease from the next holder: practically not at all. Consul's
+	// default of 15 s protects writes that aren't fenced; kedge's are.
 	leaseLockDelay = time.Millisecond
 )
 
@@ -41,7 +41,7 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 		case err == nil && lease != nil:
 			return lease, nil
 		case err == nil:
-			// Free, but not yet given away: the lock-delay.
+			// It is free, but Consul's lock-delay isn't over.
 			pause.Reset()
 			causes.New(nil)
 			err = wait.For(ctx, 50*time.Millisecond)
@@ -59,7 +59,8 @@ func (s *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration
 	}
 }
 
-// tryLease waits until nobody holds the lease, and tries to take it once. It returns nil where Consul didn't give it.
+// tryLease waits until nobody holds the lease, and tries once to take it. It returns nil if Consul didn't grant
+// it.
 func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, ttl time.Duration) (*lease, error) {
 	if err := s.awaitFree(ctx, key); err != nil {
 		return nil, err
@@ -99,8 +100,8 @@ func (s *Store) tryLease(ctx context.Context, key, holder string, value []byte, 
 	return l, nil
 }
 
-// leaseSession creates a session that ends soon after its holder's last heartbeat. Where the token may not register the
-// service for that, heart is nil, and the session ends by its TTL.
+// leaseSession creates a session that ends soon after its holder's last heartbeat. If the token may not register
+// the heartbeat's service, heart is nil, and the session ends by its TTL.
 func (s *Store) leaseSession(ctx context.Context, e api.SessionEntry) (heart *heartbeat, session string, err error) {
 	if err = errStrayed; s.strayed.Load() < maxStrayed {
 		heart, err = s.startHeartbeat(ctx, leaseHeartbeat)
@@ -144,12 +145,13 @@ func (s *Store) awaitFree(ctx context.Context, key string) error {
 	}
 }
 
-// lease is a held key, and the session that holds it. Consul's own Lock can miss the loss of its lock for minutes.
+// lease is a held key and the session that holds it. Consul's own Lock may take minutes to notice that its lock is
+// lost.
 type lease struct {
 	store   *Store
 	key     string // with the store's prefix
 	session string
-	heart   *heartbeat // nil: none
+	heart   *heartbeat // nil: no heartbeat
 	ttl     time.Duration
 
 	ctx    context.Context
@@ -162,8 +164,8 @@ type lease struct {
 
 func (l *lease) Context() context.Context { return l.ctx }
 
-// left returns how long the session lives for certain. Consul counts from the request's arrival, so this end comes
-// first.
+// left returns how long the session lives for certain. Consul counts from the request's arrival, so this returns
+// less.
 func (l *lease) left() time.Duration {
 	l.mu.Lock()
 	left := l.ttl - elapsed(l.renewed)
@@ -174,8 +176,8 @@ func (l *lease) left() time.Duration {
 	return left
 }
 
-// elapsed returns the time since then by the faster clock: the monotonic one stands still while the machine is
-// suspended.
+// elapsed returns the time since a moment by the faster of both clocks: the monotonic one stands still while the
+// machine is suspended.
 func elapsed(since time.Time) time.Duration {
 	now := time.Now()
 	return max(now.Sub(since), now.Round(0).Sub(since.Round(0)))
@@ -190,7 +192,7 @@ func (l *lease) expired() bool {
 
 func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
 
-// keep renews the session every third of its TTL until the lease ends, and ends the lease when it is lost or can't
+// keep renews the session every third of its TTL until the lease ends. It ends the lease if that is lost or can't
 // be renewed in time.
 func (l *lease) keep() {
 	defer close(l.done)
@@ -200,7 +202,7 @@ func (l *lease) keep() {
 	}
 	next := l.ttl / 3
 	for {
-		// At least once a second the clock is looked at, in case it jumped.
+		// The clock is checked at least once a second, in case it jumped.
 		if wait.For(l.ctx, min(next, l.left(), time.Second)) != nil {
 			break
 		}
@@ -252,7 +254,7 @@ func (l *lease) check(timeout time.Duration) error {
 func (l *lease) Release(ctx context.Context) error {
 	l.cancel(context.Canceled)
 	<-l.done
-	// Unlocked first: a session that is destroyed while it holds the key leaves the lock-delay behind.
+	// The key is unlocked first, as destroying a session that holds it would leave the lock-delay behind.
 	err := l.store.do(ctx, "release the lease", requestTimeout, func(q *api.QueryOptions) error {
 		pair, _, err := l.store.client.KV().Get(l.key, consistent(q))
 		if err != nil || pair == nil || pair.Session != l.session {

@@ -11,7 +11,7 @@ import (
 	"kedge/kv"
 )
 
-// nodeMaintenance is the ID of the check that holds a node in maintenance mode. Its notes are the reason.
+// nodeMaintenance is the ID of the check that keeps a node in maintenance mode. Its notes are the reason.
 const nodeMaintenance = "_node_maintenance"
 
 func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
@@ -19,7 +19,7 @@ func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
 		return fmt.Errorf("maintenance mode: the reason %q does not begin with %q", reason, kv.MaintenanceReason)
 	}
 	return s.do(ctx, "maintenance mode", requestTimeout, func(q *api.QueryOptions) error {
-		// These calls take no options of their own, so the client gets the token of now, and the time that is left.
+		// These calls take no options, so the client itself gets the current token and the remaining time.
 		config := s.config
 		config.Token = q.Token
 		config.HttpClient = &http.Client{Transport: within{q.Context(), s.http.Transport}}
@@ -42,7 +42,7 @@ func (s *Store) Maintain(ctx context.Context, on bool, reason string) error {
 	})
 }
 
-// within ends requests with a context of its own.
+// within is a transport that ends requests with a given context.
 type within struct {
 	ctx  context.Context
 	next http.RoundTripper

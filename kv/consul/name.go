@@ -28,7 +28,7 @@ func (s *Store) NodeName(ctx context.Context) (string, error) {
 	return self.Config.NodeName, err
 }
 
-// isLocal reports whether an address, as Consul's client takes it, is this machine's own.
+// isLocal reports whether an address, as Consul's client takes it, is on this machine.
 func isLocal(address string) bool {
 	if strings.HasPrefix(address, "unix://") {
 		return true
@@ -56,5 +56,5 @@ func (s *Store) Datacenter(ctx context.Context) (string, error) {
 	if err != nil || len(all) == 0 {
 		return "", err
 	}
-	return all[0], nil // the nearest first: the one that answers
+	return all[0], nil // nearest first: the datacenter that answers
 }

@@ -20,24 +20,26 @@ import (
 )
 
 const (
-	// presenceTTL is for a process whose Consul agent runs on another machine, where that machine's health says nothing.
+	// presenceTTL is the TTL if the Consul agent runs on another machine, whose health says nothing about this
+	// one.
 	presenceTTL = 30 * time.Second
-	// presenceLockDelay is as good as none: the next holder of an entry is its own writer.
+	// presenceLockDelay is practically none: the next holder of an entry is its own writer.
 	presenceLockDelay = time.Millisecond
-	// presencePoll is how often at least a presence looks after its session and entries.
+	// presencePoll is how often a presence checks its session and entries at least.
 	presencePoll = 60 * time.Second
-	// takenPoll is how often it looks whether another process still has what it took.
+	// takenPoll is how often a presence checks whether another process still holds an entry that it took.
 	takenPoll = 5 * time.Second
-	// earlierAfter is how long the session of a process that was killed is left, once its node has another: by then
-	// that has put all that it has to say in the place of what the old one holds, so that no entry has been without a
-	// holder, as if the node were gone.
+	// earlierAfter is how long a killed process's session is left alone once the node has a new one. By then the
+	// new process has replaced all entries that it will write, so that no entry was ever without a holder, as if
+	// the node were gone.
 	earlierAfter = 30 * time.Second
 )
 
-// presence holds entries by one session. Where the local Consul agent's node has the presence's name, that is tied
-// to the node's health and to a check of the process that is beaten at that agent, and costs the servers nothing
-// while it lives; else, as where the address is a distant server's or the node has no serfHealth check, it has a
-// TTL and is renewed. A node that boots may get its check only later, so each Put asks for it again.
+// presence holds entries by one session. If the local Consul agent's node has the presence's name, the session is
+// tied to that node's health and to a check of the process that gets heartbeats at that agent; it then costs the
+// servers nothing. Otherwise, as for a distant server's address or a node without a serfHealth check, the session
+// has a TTL and is renewed. A booting node may get its check only later, so each Put tries again to tie the
+// session to it.
 type presence struct {
 	store *Store
 	name  string
@@ -45,24 +47,24 @@ type presence struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	done   chan struct{}
-	wake   wait.Signal // a session was made that has to be looked after
+	wake   wait.Signal // set when a new session must be watched
 
-	// putting keeps Puts, the repair of what they wrote, and Close apart.
+	// putting serializes Put, repair and Close.
 	putting  sync.Mutex
 	session  string
-	node     string     // whose health the session is tied to, as Consul calls it
-	heart    *heartbeat // tells that this process lives; nil: none
+	node     string     // the Consul name of the node whose health the session is tied to
+	heart    *heartbeat // shows that this process lives; nil: none
 	endHeart context.CancelFunc
-	mute     bool            // there can't be one: said already
-	sweep    *time.Timer     // ends what an earlier process left; nil: no session yet
+	mute     bool            // no heartbeat is possible, and that was logged
+	sweep    *time.Timer     // ends the sessions of earlier processes; nil: no session yet
 	joined   uint64          // the store's index when the session was made
 	changed  chan struct{}   // closed, and made anew, when joined changes
 	renew    bool            // the session has a TTL
-	early    bool            // for want of a health check of the node
-	mine     map[string]bool // every session that this presence has had
+	early    bool            // it has a TTL because the node has no health check yet
+	mine     map[string]bool // all sessions that this presence has had
 	held     map[string][]byte
-	tried    map[string][]byte // what was to be put last, whether the store said that it was or not
-	taken    map[string]bool   // of held, what another process has
+	tried    map[string][]byte // the last values to put, whether or not the store confirmed them
+	taken    map[string]bool   // those of held that another process has taken
 	closed   bool
 }
 
@@ -125,17 +127,17 @@ func (p *presence) Put(ctx context.Context, key string, value []byte) error {
 	return nil
 }
 
-// look signals keep that the session, or an entry that it holds, changed.
+// look tells keep that the session, or a held entry, changed.
 func (p *presence) look() {
 	p.wake.Set()
 }
 
-// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error entries
-// may be with either session; repair moves the rest.
+// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error either
+// session may hold them; repair moves the rest.
 func (p *presence) tie(ctx context.Context) error {
 	old := p.session
 	if old == "" {
-		return nil // the next one is opened as it can be
+		return nil // the next session is opened by the usual choice
 	}
 	id, _, err := p.openTied(ctx)
 	if err != nil {
@@ -169,7 +171,7 @@ func (p *presence) put(ctx context.Context, key string, value []byte) error {
 		case held:
 			return nil
 		}
-		// Held by this node's process of before, whose session lives as long as the node.
+		// This node's earlier process holds it; its session lives as long as the node.
 		switch err := p.evict(ctx, key, value); {
 		case err == nil:
 			return nil
@@ -190,8 +192,8 @@ func (p *presence) acquire(ctx context.Context, key string, value []byte) (held 
 	return held, err
 }
 
-// evict takes the entry over from the session that holds it, so that it has a holder at every moment. ErrConflict: that
-// session doesn't hold it any more.
+// evict takes the entry over from the session that holds it, so that it always has a holder. The error is
+// ErrConflict if that session no longer holds it.
 func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 	s := p.store
 	old, err := s.Get(ctx, key)
@@ -202,7 +204,7 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 		return err
 	}
 	if old.Session == "" || old.Session == p.session {
-		// What an ended session held can be taken only after its delay.
+		// An entry of an ended session can be taken only after the lock-delay.
 		return cmp.Or(wait.For(ctx, 2*presenceLockDelay), kv.ErrConflict)
 	}
 	return p.swap(ctx, key, old.Value, value, old.Session)
@@ -210,7 +212,7 @@ func (p *presence) evict(ctx context.Context, key string, value []byte) error {
 
 func (p *presence) sessionName() string { return "kedge presence of " + p.name }
 
-// swap takes an entry from another session. ErrConflict: that session doesn't hold it any more.
+// swap takes an entry over from another session. The error is ErrConflict if that session no longer holds it.
 func (p *presence) swap(ctx context.Context, key string, old, value []byte, from string) error {
 	s := p.store
 	ops := api.TxnOps{
@@ -220,7 +222,7 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 	return s.do(ctx, "take over "+key, requestTimeout, func(q *api.QueryOptions) error { return s.txn(q, ops, false) })
 }
 
-// open makes the session.
+// open creates the session.
 func (p *presence) open(ctx context.Context) error {
 	id, joined, err := p.openTied(ctx)
 	if err == nil {
@@ -257,9 +259,9 @@ func (p *presence) open(ctx context.Context) error {
 	return nil
 }
 
-// endEarlier destroys the sessions that earlier, killed processes of this name left, but for the newest keep. They
-// live as long as the node, and so do entries that this process doesn't have, as of a role that the node had.
-// Another process of this name that lives makes itself a new session.
+// endEarlier destroys the sessions that earlier, killed processes of this name left, except the newest keep ones.
+// These sessions live as long as the node, and with them entries that this process doesn't write, such as those of
+// a role that the node had before. If another process of this name is alive, it creates itself a new session.
 func (p *presence) endEarlier(ctx context.Context, node string, mine map[string]bool, keep int) {
 	var all []*api.SessionEntry
 	err := p.store.do(ctx, "list this node's sessions", requestTimeout, func(q *api.QueryOptions) (err error) {
@@ -280,11 +282,12 @@ func (p *presence) newSession() *api.SessionEntry {
 	return &api.SessionEntry{Name: p.sessionName(), Behavior: api.SessionBehaviorRelease, LockDelay: presenceLockDelay}
 }
 
-// errOtherNode: the Consul agent that answers is another node's, whose health says nothing of this one.
+// errOtherNode means that the Consul agent that answers belongs to another node, whose health says nothing about
+// this one.
 var errOtherNode = errors.New("the Consul agent is another node's")
 
-// openTied creates a session that ends when this node is unhealthy. errNoHealthCheck and errOtherNode: there can't
-// be one.
+// openTied creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or errOtherNode if
+// there can't be one.
 func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
@@ -305,8 +308,8 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 	return "", 0, err
 }
 
-// beating replaces a session that depends on the node's health alone by one that depends on this process, too. Where
-// there can't be one it returns plain: a dead agent then shows only when its node is gone.
+// beating replaces a session that depends only on the node's health by one that also depends on this process. If
+// there can't be one, it returns plain: a dead agent is then noticed only when its node is gone.
 func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	s := p.store
 	if p.mute {
@@ -338,8 +341,9 @@ func (p *presence) beating(ctx context.Context, plain string) (id string) {
 	return plain
 }
 
-// knownCheck is how long the servers are given to know of a check that they were told of before. After the restore of a
-// snapshot they don't, and the Consul agent notices in minutes only; of another check it tells them at once.
+// knownCheck is how long the servers may take to know of a check that they were told of before. After the restore
+// of a snapshot they don't know it, and the Consul agent notices that only after minutes; it tells them of a new
+// check at once.
 const knownCheck = time.Second
 
 // stopHeart ends the heartbeat.
@@ -381,7 +385,8 @@ func (p *presence) Close(ctx context.Context) error {
 	s := p.store
 	var errs []error
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
-		// Only what is still its own: after a failure of the session the entry may be a later process's.
+		// Only entries that it still holds are deleted: after a failure of the session, an entry may belong to a
+		// later process.
 		ops := api.TxnOps{
 			kvOp(&api.KVTxnOp{Verb: api.KVCheckSession, Key: s.prefix + key, Session: p.session}),
 			kvOp(&api.KVTxnOp{Verb: api.KVDelete, Key: s.prefix + key}),

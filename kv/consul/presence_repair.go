@@ -13,8 +13,8 @@ import (
 	"kedge/kv"
 )
 
-// keep renews the session where it must be, and repairs what is held when the session or an entry went away: the node
-// was thought dead for a moment, or a snapshot was restored.
+// keep renews a session that has a TTL. It repairs what is held when the session or an entry is lost, as when the
+// node was thought dead for a moment, or a snapshot was restored.
 func (p *presence) keep() {
 	defer close(p.done)
 	trouble := wait.NewBackoff(100*time.Millisecond, unavailableLimit)
@@ -47,13 +47,13 @@ func (p *presence) keep() {
 				trouble.Reset()
 				continue
 			}
-		} else if taken != "" { // another process has all of it
+		} else if taken != "" { // another process has taken all entries
 			err = p.watchTaken(taken)
 		}
 		if err == nil {
 			err = p.repair()
 		}
-		pause := 50 * time.Millisecond // a session that comes and goes must not make a busy loop
+		pause := 50 * time.Millisecond // sessions that come and go must not cause a busy loop
 		if err == nil {
 			trouble.Reset()
 		} else {
@@ -65,8 +65,8 @@ func (p *presence) keep() {
 	}
 }
 
-// watchEntry returns when the entry or its holder isn't as put, or after presencePoll: holds is set if they are. Its
-// reads are stale ones, which repair confirms.
+// watchEntry returns when the entry or its holder is no longer as it was put, or after presencePoll; holds is set
+// if it still is. Its reads are stale ones, which repair confirms.
 func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err error) {
 	s := p.store
 	most := min(watchWait, s.presencePoll)
@@ -98,7 +98,7 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 			return false, err
 		}
 		if index == 0 {
-			return false, wait.For(p.ctx, time.Second) // a restore may have left the session and changed what it holds
+			return false, wait.For(p.ctx, time.Second) // a restore may have kept the session and changed its entries
 		}
 		if err := idle.Wait(p.ctx); err != nil {
 			return false, err
@@ -107,11 +107,11 @@ func (p *presence) watchEntry(session, key string, renew bool) (holds bool, err 
 	return holds, nil
 }
 
-// trusted reports whether a server that answered a stale read hears from its leader.
+// trusted reports whether a server that answered a stale read is in contact with its leader.
 func trusted(meta *api.QueryMeta) bool { return meta.KnownLeader && meta.LastContact <= maxLastContact }
 
-// holdsAll reports whether a server shows each entry as it was put, held by the session, which then lives: then there
-// is nothing that the leader has to be asked for.
+// holdsAll reports whether a server shows each entry as it was put, held by the session, which is then alive: the
+// leader need not be asked.
 func (p *presence) holdsAll(session string) bool {
 	p.putting.Lock()
 	keys := slices.Collect(maps.Keys(p.held))
@@ -132,11 +132,11 @@ func (p *presence) holdsAll(session string) bool {
 	return !doubt
 }
 
-// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll: else a
-// node whose agent was started twice would be gone for that long once the second ends.
+// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll.
+// Without it, a node whose agent was started twice would be gone for that long once the second one ends.
 func (p *presence) watchTaken(key string) error {
 	var index uint64
-	for range 2 { // what stands, and its next change
+	for range 2 { // the current state, and its next change
 		asked, free := time.Now(), false
 		err := p.store.do(p.ctx, "look at "+key, watchTimeout, func(q *api.QueryOptions) error {
 			q.AllowStale, q.WaitIndex, q.WaitTime = true, index, takenPoll
@@ -157,7 +157,7 @@ func (p *presence) watchTaken(key string) error {
 	return nil
 }
 
-// puts reports whether value is what was put at key last.
+// puts reports whether value was the last one put at key.
 func (p *presence) puts(key string, value []byte) bool {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -165,9 +165,9 @@ func (p *presence) puts(key string, value []byte) bool {
 }
 
 // repair puts each entry again that this presence's session doesn't hold. An entry that a later process of this
-// node has taken is left to that process for as long as it lives: else a node whose agent was started twice would
-// be gone once the second ends. What it put earlier is of a restored snapshot: it joins anew, as those that read the
-// entry take it for what it was then.
+// node has taken is left to that process as long as it lives: otherwise a node whose agent was started twice would
+// be gone once the second one ends. If an entry has an earlier value of this presence, a snapshot was restored,
+// and readers take the node for what it was then: the presence joins anew.
 func (p *presence) repair() error {
 	p.putting.Lock()
 	defer p.putting.Unlock()
@@ -184,7 +184,7 @@ func (p *presence) repair() error {
 			p.session = ""
 		}
 	}
-	before := "" // the session in whose place there is another; empty: it stays
+	before := "" // the session to replace; empty: the session stays
 	defer func() {
 		if before != "" {
 			p.store.destroySession(before)
@@ -201,7 +201,7 @@ func (p *presence) repair() error {
 			p.store.log.Warn("this node's entry is an earlier one, as after the restore of a snapshot: joining anew",
 				"name", p.name, "key", key)
 			before, p.session = p.session, ""
-		case e.Session != "" && !p.mine[e.Session]: // of its own, a restored snapshot may have brought one back
+		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back one of its own
 			if !p.taken[key] {
 				p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)
 			}

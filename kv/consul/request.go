@@ -12,18 +12,18 @@ import (
 	"kedge/kv"
 )
 
-// requestTimeout bounds a request that doesn't block. Consul itself holds one for up to 7 s while it has no leader.
+// requestTimeout bounds a request that doesn't block. Consul itself may hold one for 7 s while it has no leader.
 const requestTimeout = 15 * time.Second
 
-// consistent makes a read that something is decided by: the leader answers only after a majority has confirmed that it
-// leads, and after it has applied its log. A default read is no confirmation. A leader that was just elected answers
-// those while it replays the log, with values long replaced (Consul 1.22: 10 generations in one restart, keys deleted
-// long ago among them).
+// consistent makes a read consistent, as every read must be that something is decided by: the leader answers only
+// after a majority has confirmed that it leads, and after it has applied its log. A default read is no
+// confirmation: a leader that was just elected answers it while it replays the log, with values long replaced
+// (Consul 1.22: 10 generations in one restart, keys deleted long ago among them).
 //
-// It costs a fifth more than a default read, as readers that ask at the same time share one confirmation: three servers
-// and 64 readers on two cores gave 4,240 a second against 4,960, a stale read on a follower 8,330. The 20,000 reads by
-// which 10,000 agents begin anew after an outage take some 5 s of such servers; the backoff of their watches spreads
-// them over 6 s.
+// It costs a fifth more than a default read, as concurrent readers share one confirmation: three servers and 64
+// readers on two cores gave 4,240 a second against 4,960, a stale read on a follower 8,330. The 20,000 reads with
+// which 10,000 agents start again after an outage take some 5 s of such servers; the backoff of their watches
+// spreads them over 6 s.
 func consistent(q *api.QueryOptions) *api.QueryOptions {
 	q.RequireConsistent = true
 	return q
@@ -33,8 +33,8 @@ func writeOptions(q *api.QueryOptions) *api.WriteOptions {
 	return (&api.WriteOptions{Token: q.Token}).WithContext(q.Context())
 }
 
-// do makes one request with the current token. If that is refused and the token file holds another by now, it makes the
-// request once more: a refused request has changed nothing, so this is safe for writes too.
+// do makes one request with the current token. If that is refused and the token file now has another token, it
+// repeats the request. This is safe for writes too, as a refused request changes nothing.
 func (s *Store) do(
 	ctx context.Context,
 	what string,
@@ -62,7 +62,7 @@ func (s *Store) do(
 	}
 }
 
-// classify wraps an error of Consul's client in the sentinel that says what to do about it.
+// classify wraps an error of Consul's client in the kv error that callers branch on.
 func classify(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
@@ -72,7 +72,7 @@ func classify(ctx context.Context, err error) error {
 			return err
 		}
 	}
-	// The client calls a cancelled request retryable, so this comes first.
+	// The client counts a cancelled request as retryable, so this comes first.
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -89,7 +89,7 @@ func classify(ctx context.Context, err error) error {
 		return fmt.Errorf("%w: %w", kv.ErrTooLarge, err)
 	case http.StatusBadRequest, http.StatusMethodNotAllowed:
 		return err
-	default: // 429 and 503 limit rates; 500 is mostly a missing leader
+	default: // 429 and 503 are rate limits; 500 is mostly a missing leader
 		return fmt.Errorf("%w: %w", kv.ErrUnavailable, err)
 	}
 }

@@ -13,15 +13,17 @@ import (
 	"kedge/kv"
 )
 
-// errNoHealthCheck: the node of the local Consul agent has no serfHealth check that a session could be tied to.
+// errNoHealthCheck means that the local Consul agent's node has no serfHealth check to tie a session to.
 var errNoHealthCheck = errors.New("the node has no serfHealth check")
 
-// createSession makes a session with a TTL, which hangs on nothing else, or one without, which is tied to the health of
-// the answering Consul agent's node. errNoHealthCheck: that has none, so that the session would live for ever.
+// createSession creates a session with a TTL that depends on nothing else, or one without a TTL that is tied to
+// the health of the answering Consul agent's node. If that node has no health check, the session would live for
+// ever: the error is errNoHealthCheck.
 func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id string, err error) {
 	err = s.do(ctx, "create a session", requestTimeout, func(q *api.QueryOptions) error {
 		if e.TTL != "" {
-			// One that names no checks carries serfHealth of the server that it was made at, and ends with that server.
+			// A session without named checks would be tied to serfHealth of the server that created it, and end
+			// with that server.
 			id, _, err = s.client.Session().CreateNoChecks(e, writeOptions(q))
 			return err
 		}
@@ -37,7 +39,7 @@ func (s *Store) createSession(ctx context.Context, e *api.SessionEntry) (id stri
 	return id, err
 }
 
-// destroySession ends a session, as well as it can: what stays behind ends by itself.
+// destroySession ends a session. An error is only logged, as the session ends by itself.
 func (s *Store) destroySession(id string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
@@ -50,7 +52,7 @@ func (s *Store) destroySession(id string) {
 	}
 }
 
-// renewSession extends a session with a TTL. ErrNotFound: it is gone.
+// renewSession extends a session with a TTL. The error is ErrNotFound if it is gone.
 func (s *Store) renewSession(ctx context.Context, id string, timeout time.Duration) error {
 	return s.do(ctx, "renew a session", timeout, func(q *api.QueryOptions) error {
 		_, err := s.client.Raw().Write("/v1/session/renew/"+id, nil, nil, writeOptions(q))
@@ -62,7 +64,7 @@ func (s *Store) renewSession(ctx context.Context, id string, timeout time.Durati
 	})
 }
 
-// sessionInfo reads a session, nil if it is gone, and the index to wait on.
+// sessionInfo returns a session, or nil if it is gone, and the index to wait on.
 func (s *Store) sessionInfo(
 	ctx context.Context,
 	id string,

@@ -9,15 +9,15 @@ import (
 	"time"
 )
 
-// tokenSource follows the ACL token. Secrets managers replace its file while kedge runs.
+// tokenSource returns the current ACL token. Secrets managers replace its file while kedge runs.
 type tokenSource struct {
-	file string // empty: the token never changes
+	file string // empty: the token is fixed
 
 	mu      sync.Mutex
 	token   string
 	size    int64
 	modTime time.Time
-	failed  bool // the file was no good when it was last looked at; said once
+	failed  bool // the last read of the file failed, which was reported
 }
 
 func newTokenSource(token, file string) (*tokenSource, error) {
@@ -31,8 +31,8 @@ func newTokenSource(token, file string) (*tokenSource, error) {
 	return t, nil
 }
 
-// get returns the token, read again if its file changed. While the file is no good it returns the last token, and the
-// error once.
+// get returns the token, read again if its file changed. If the file is missing or invalid it returns the last
+// token, and the error once.
 func (t *tokenSource) get() (string, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -51,7 +51,7 @@ func (t *tokenSource) get() (string, error) {
 	return t.token, nil
 }
 
-// reread returns the token that is in the file now, even if the file doesn't look changed.
+// reread returns the token in the file even if the file seems unchanged.
 func (t *tokenSource) reread() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

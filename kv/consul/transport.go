@@ -18,16 +18,16 @@ import (
 const (
 	dialTimeout      = 5 * time.Second
 	handshakeTimeout = 5 * time.Second
-	// A peer that vanished without a word is noticed after keepAliveIdle + keepAliveCount × keepAliveEvery, 11 s. A query
-	// that waits sends nothing, so that nothing else would end it before watchTimeout.
+	// A peer that vanished is noticed after keepAliveIdle + keepAliveCount × keepAliveEvery, 11 s. A blocking
+	// query sends nothing, so nothing else would end it before watchTimeout.
 	keepAliveIdle  = 5 * time.Second
 	keepAliveEvery = 3 * time.Second
 	keepAliveCount = 2
-	// unackedTimeout is how long a request that was sent may go without the peer's acknowledgement.
+	// unackedTimeout is how long sent data may stay unacknowledged by the peer.
 	unackedTimeout = 10 * time.Second
 )
 
-// newTransport returns a transport that notices a vanished peer in seconds. HTTP/2 stays off: a query that waits
+// newTransport returns a transport that notices a vanished peer within seconds. HTTP/2 is off, as a blocking query
 // would share its connection with all others.
 func newTransport() *http.Transport {
 	d := net.Dialer{
@@ -54,19 +54,19 @@ func newTransport() *http.Transport {
 	}
 }
 
-// certificates reads the CA and the client's certificate from their files for every connection: secrets managers
-// replace the files while kedge runs.
+// certificates reads the CA and the client's certificate from their files for every connection, as secrets
+// managers replace the files while kedge runs.
 type certificates struct {
 	files api.TLSConfig
 	log   *slog.Logger
 
 	mu     sync.Mutex
-	last   *tls.Config // what the files held when they were last good
-	failed bool        // the files were no good when they were last read
+	last   *tls.Config // the last valid content of the files
+	failed bool        // the last read of the files failed
 }
 
-// follow makes every TLS connection of t's use the certificates of that moment. An error is that of the files now.
-// Through an HTTP proxy the transport dials by itself, with the certificates of the start.
+// follow makes every new TLS connection of t use the current certificates. It returns an error if they can't be
+// read now. Through an HTTP proxy the transport dials by itself, with the first certificates.
 func (c *certificates) follow(t *http.Transport) (err error) {
 	if c.last, err = api.SetupTLSConfig(&c.files); err != nil {
 		return err
@@ -96,7 +96,7 @@ func (c *certificates) follow(t *http.Transport) (err error) {
 	return nil
 }
 
-// read returns the configuration that the files give now or, while they are no good, gave last.
+// read returns the TLS configuration from the files or, while they can't be read, the last one.
 func (c *certificates) read() *tls.Config {
 	config, err := api.SetupTLSConfig(&c.files)
 	c.mu.Lock()

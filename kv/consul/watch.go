@@ -16,24 +16,26 @@ import (
 )
 
 const (
-	// watchWait is how long Consul holds a query when nothing changes. It adds up to a sixteenth, which stays under the
-	// 60 s after which most proxies cut, and the client must outwait that and a search for a leader.
+	// watchWait is how long Consul holds a query when nothing changes. Consul adds up to a sixteenth, which stays
+	// under the 60 s after which most proxies cut the connection. The client waits longer than that, and than the
+	// election of a leader.
 	watchWait    = 55 * time.Second
 	watchTimeout = watchWait*17/16 + 10*time.Second
-	// maxLastContact is how long a server may not have heard from the leader before its answers count for nothing.
+	// maxLastContact is how long a server may have had no contact with the leader before its answers are
+	// distrusted.
 	maxLastContact = 10 * time.Second
-	// largeAnswer is the size from which on a watch rests after an answer, in bytes, and longestRest how long at most: one
-	// report of 10,000 changes now and then, and each time all of them come, 9 MB.
+	// largeAnswer is the size, in bytes, from which on a watch pauses after an answer, and longestRest bounds the
+	// pause. One of 10,000 reports changes now and then, and each time all of them come, 9 MB.
 	largeAnswer = 512 << 10
 	longestRest = 5 * time.Second
-	// unavailableLimit is the longest pause, on average, between tries to reach a store that is away. A pause is at most
-	// twice that: with dialTimeout a watch is back 11 s after its store at the latest.
+	// unavailableLimit is the longest average pause between tries to reach a store that is away. A pause is at
+	// most twice that: with dialTimeout, a watch is back at most 11 s after its store.
 	unavailableLimit = 3 * time.Second
 )
 
-// Watch reads from the leader until it knows the prefix for certain, and then blocks on whichever server answers,
-// which costs the leader nothing and survives its loss. Whatever looks like a step back in such an answer is not
-// believed: it leads to the first read again, which is also how every trouble ends.
+// Watch reads from the leader until it knows the prefix for certain. Then it blocks on any server, which costs the
+// leader nothing and survives the leader's loss. An answer from there that looks like a step back is not believed:
+// Watch starts again with a read from the leader, as it does after every error.
 func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return fmt.Errorf("watch: %w", err)
@@ -41,7 +43,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	v := backend.NewViewer(s.prefix+prefix, s.log, f)
 	unavailable := wait.NewBackoff(50*time.Millisecond, unavailableLimit)
 	denied := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
-	// Answers that come at once and bring nothing must not make a busy loop.
+	// Answers that come at once without any change must not cause a busy loop.
 	idle := wait.NewBackoff(5*time.Millisecond, 250*time.Millisecond)
 	for {
 		l, err := s.certain(ctx, prefix)
@@ -51,7 +53,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 		pause := unavailable
 		switch {
 		case err == nil && l.blind():
-			// Blocking on it would wake at every write anywhere, so ask again now and then instead.
+			// Blocking would wake on every write anywhere, so poll now and then instead.
 			pause = denied
 			s.adopt(v, prefix, l)
 		case err == nil:
@@ -65,7 +67,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 			if ctx.Err() != nil {
 				return ctx.Err()
 			}
-			// A read in between doesn't end the trouble of queries that fail at once.
+			// A single successful read doesn't end an outage in which queries fail at once.
 			if err == nil || time.Since(began) > unavailableLimit {
 				unavailable.Reset()
 			}
@@ -85,7 +87,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	}
 }
 
-// adopt shows an answer in the view. Keys that are missing in it count as absent only if it has the folder key.
+// adopt puts an answer into the view. Keys that it lacks count as absent only if it has the folder key.
 func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 	v.SetFolders(l.folders)
 	if l.folder && !l.filtered {
@@ -103,8 +105,8 @@ func (s *Store) certain(ctx context.Context, prefix string) (listing, error) {
 	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 }
 
-// follow blocks for changes after an answer that was adopted, and adopts them, until an answer fails (its error) or
-// has to be confirmed by the leader (nil).
+// follow blocks for changes after an adopted answer, and adopts them. It returns the error of an answer that
+// failed, or nil if an answer has to be confirmed by the leader.
 func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, last listing, idle *wait.Backoff) error {
 	for {
 		index := max(last.meta.LastIndex, 1)
@@ -148,7 +150,7 @@ func (s *Store) follow(ctx context.Context, prefix string, v *backend.Viewer, la
 	}
 }
 
-// size returns the entries' size in bytes.
+// size returns the total size of the entries, in bytes.
 func (l listing) size() (sum int) {
 	for _, e := range l.entries {
 		sum += len(e.Key) + len(e.Value)
@@ -156,13 +158,13 @@ func (l listing) size() (sum int) {
 	return sum
 }
 
-// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful. An index
-// that went back, or that stands still though the wait wasn't over, is what a restored snapshot leaves behind.
+// nextIndex returns the index to wait on after an answer, or 0, which doesn't wait, if the answer is doubtful.
+// After the restore of a snapshot the index goes back, or stands still though the wait wasn't over.
 func nextIndex(sent, got uint64, took, asked time.Duration) uint64 {
 	if sent > 0 && (got < sent || got == sent && took < asked) {
 		return 0
 	}
-	return max(got, 1) // below 1 it wouldn't wait
+	return max(got, 1) // 0 wouldn't wait
 }
 
 // regressed reports whether a key of old is missing or older in now, both sorted.

@@ -18,12 +18,12 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// change is what a commit does to one key. It may be applied twice.
+// change is a commit's change of one key. Applying it twice is safe.
 type change struct {
 	Key    string
 	Value  []byte `json:",omitempty"`
 	Delete bool   `json:",omitempty"`
-	// Hold is the session that holds the key from now on; Unhold ends that. Neither: as it was.
+	// Hold is the session that holds the key from now on. Unhold ends that. With neither it stays as it was.
 	Hold   string `json:",omitempty"`
 	Unhold bool   `json:",omitempty"`
 	// Keep leaves the value alone.
@@ -67,7 +67,7 @@ func (d *Store) Commit(ctx context.Context, fence kv.Lease, ops ...kv.Op) error 
 	return nil
 }
 
-// decide checks an operation's condition, and gives what it changes, if anything.
+// decide checks an operation's condition, and returns its change; nil: it changes nothing.
 func (d *Store) decide(op kv.Op) (*change, error) {
 	var now *fileValue
 	if path, ok := d.find(op.Key); ok {
@@ -98,13 +98,13 @@ func (d *Store) decide(op kv.Op) (*change, error) {
 	case op.Kind == kv.OpDelete || op.Kind == kv.OpDeleteIf:
 		return &change{Key: op.Key, Delete: true}, nil
 	case now != nil && bytes.Equal(now.value, op.Value):
-		return nil, nil // as in Consul, it wakes nobody
+		return nil, nil // as in Consul, an unchanged value wakes nobody
 	}
 	return &change{Key: op.Key, Value: op.Value}, nil
 }
 
-// commit makes all of the changes or none. The caller holds the lock. Several are decided by the journal's rename; from
-// there on whoever takes the lock next finishes them. One alone needs no journal.
+// commit makes all of the changes or none. The caller holds the lock. Several changes are decided by the journal's
+// rename: from then on, whoever takes the lock next finishes them. A single change needs no journal.
 func (d *Store) commit(changes []change) error {
 	if len(changes) > 1 {
 		data, err := json.Marshal(changes)
@@ -122,7 +122,7 @@ func (d *Store) commit(changes []change) error {
 }
 
 // finish completes the journalled commit of a process that was killed. The caller holds the lock exclusively, so
-// temporary files are nobody's.
+// no temporary file is in use.
 func (d *Store) finish() error {
 	left, err := os.ReadDir(d.path(tempDir))
 	if err != nil {
@@ -142,7 +142,7 @@ func (d *Store) finish() error {
 	}
 	var changes []change
 	if err := json.Unmarshal(data, &changes); err != nil {
-		// It was renamed into place whole, so this is no crash's doing. Moving it away keeps the evidence.
+		// It was renamed into place whole, so no crash did this. Moving it away keeps the evidence.
 		d.log.Error("could not read the journal: setting it aside", "error", err)
 		return os.Rename(d.path(journalFile), d.path(fmt.Sprintf("%s.bad-%d", journalFile, time.Now().Unix())))
 	}
@@ -156,7 +156,7 @@ func (d *Store) finish() error {
 	return durable.SyncDir(d.path(metaDir))
 }
 
-// apply puts changes in place, one after the other, and is done when they are on disk.
+// apply puts changes in place, one after the other. When it returns, they are on disk.
 func (d *Store) apply(changes []change) error {
 	staged, err := d.stage(changes)
 	if err != nil {
@@ -194,8 +194,8 @@ func (d *Store) apply(changes []change) error {
 	return group.Wait()
 }
 
-// stage writes the values that differ from what is there to temporary files, side by side, since each waits for
-// the disk. It gives their names, empty where there is nothing to write.
+// stage writes the changed values to temporary files, in parallel, as each waits for the disk. It returns the
+// files' names; empty: the value is unchanged.
 func (d *Store) stage(changes []change) ([]string, error) {
 	staged := make([]string, len(changes))
 	var group errgroup.Group
@@ -228,7 +228,7 @@ func (d *Store) stage(changes []change) ([]string, error) {
 	return staged, group.Wait()
 }
 
-// applyHold records who holds the key. The record need not survive a power cut: no session does.
+// applyHold records which session holds the key. The record need not survive a power cut, as no session does.
 func (d *Store) applyHold(c change) error {
 	path := d.path(heldDir + "/" + heldName(c.Key))
 	if c.Unhold || c.Delete {

@@ -1,4 +1,4 @@
-// Package dir keeps kv's contract in a watched directory.
+// Package dir implements kv's contract by a watched directory.
 package dir
 
 import (
@@ -16,24 +16,24 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// Store is a kv.Store in a directory, for the processes of one machine. A key's value is a plain file of that path, so
-// that people can read and write it with what they know:
+// Store is a kv.Store in a directory, for the processes of one machine. A key's value is a plain file of that
+// path, so that people can read and write it with any tool:
 //
-//	DIR/pins/prod/web/app           the key pins/prod/web/app
-//	DIR/pins/prod/web/app@/web-1    the key pins/prod/web/app/web-1; see the package comment
-//	DIR/.kedge/lock                 flock'ed, exclusive by a commit and shared by a reader, who so never sees half of one
-//	DIR/.kedge/journal              a commit of several keys that is decided but may not be in place yet
-//	DIR/.kedge/sessions/ID          flock'ed as long as the process that made it lives
-//	DIR/.kedge/held/KEY             the session that holds a key, with @ for /
+// DIR/pins/prod/web/app the key pins/prod/web/app
+// DIR/pins/prod/web/app@/web-1 the key pins/prod/web/app/web-1; see the package comment
+// DIR/.kedge/lock flock'ed, exclusively by a commit and shared by a reader, who thus never sees half a commit
+// DIR/.kedge/journal a commit of several keys that is decided but may not be in place yet
+// DIR/.kedge/sessions/ID flock'ed as long as the process that made it lives
+// DIR/.kedge/held/KEY the session that holds a key, with @ for /
 //
-// Folders are directories. Their absence is certain as long as DIR is there. Temporary files of editors count for
-// nothing.
+// Folders are directories. As long as DIR exists, their absence is certain. Temporary files of editors are
+// ignored.
 type Store struct {
 	dir string
 	log *slog.Logger
 	// notifier serves all watches.
 	notifier *notifier
-	// step is called before each irreversible step; tests kill the process there.
+	// step is called before each irreversible step. Tests kill the process there.
 	step func(name string)
 }
 
@@ -45,10 +45,10 @@ const (
 	heldDir     = metaDir + "/held"
 	tempDir     = metaDir + "/tmp"
 
-	maxFileValue = 512 << 10 // what Consul takes for a value
+	maxFileValue = 512 << 10 // Consul's bound for a value
 )
 
-// Open opens the store in a directory, which is made if it is missing. A nil log discards.
+// Open opens the store in a directory, and creates it if it is missing. A nil log discards.
 func Open(dir string, log *slog.Logger) (*Store, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -140,18 +140,18 @@ func (d *Store) EnsureFolders(ctx context.Context, prefixes ...string) error {
 	return nil
 }
 
-// scanned is the content of the files below a prefix.
+// scanned is the result of scan.
 type scanned struct {
 	entries  []kv.Entry
-	unsteady bool // a file is empty and so new that somebody may be about to write it
+	unsteady bool // a file is empty and so new that somebody may be writing it
 }
 
-// steadyAfter is how old an empty file must be to count: `echo x > FILE` creates it empty first, and may be held up
-// on a busy machine.
+// steadyAfter is how old an empty file must be to count as a value: `echo x > FILE` first creates it empty, and
+// may be slow on a busy machine.
 const steadyAfter = 500 * time.Millisecond
 
-// scan reads every key below prefix at one moment. It calls visit, if there is one, with each directory before
-// reading it.
+// scan reads every key below prefix at one moment. If visit is not nil, it is called with each directory before
+// that is read.
 func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string)) (scanned, error) {
 	var s scanned
 	err := d.reading(ctx, func() error {

@@ -22,8 +22,8 @@ type fileValue struct {
 	modTime time.Time
 }
 
-// readValue reads a file, at most as much as Consul would take for a value. The version is made of what the file
-// holds and what the file system says about it, since people who edit it keep no count.
+// readValue reads a file, up to the size that Consul takes for a value. The version is computed from the content
+// and the file's metadata, as people who edit the file don't count versions.
 func readValue(path string) (fileValue, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -70,7 +70,7 @@ func (d *Store) find(key string) (string, bool) {
 	return in(d.dir, strings.Split(key, "/"))
 }
 
-// place returns the file that a key is to be written to, and makes room for it.
+// place returns the file to write a key to, and creates its directories.
 func (d *Store) place(key string) (string, error) {
 	if path, ok := d.find(key); ok {
 		return path, nil
@@ -92,8 +92,8 @@ func (d *Store) place(key string) (string, error) {
 	return path, nil
 }
 
-// enter returns the directory in dir for what lies below the key of these parts. It makes the directory if it is
-// missing.
+// enter returns the directory that holds the keys below the key made of parts. dir is the directory above it. It
+// creates the directory if it is missing.
 func (d *Store) enter(dir string, parts []string) (string, error) {
 	plain := filepath.Join(dir, parts[len(parts)-1])
 	marked := plain + "@"
@@ -113,12 +113,13 @@ func (d *Store) enter(dir string, parts []string) (string, error) {
 	return made, durable.SyncDir(dir)
 }
 
-// holdsValue reports whether a key may have a value and keys below it, as the pins of units and of their nodes.
+// holdsValue reports whether a key may have a value and also keys below it, like the pins of units and of their
+// nodes.
 func holdsValue(parts []string) bool {
 	return len(parts) == 4 && parts[0]+"/" == kv.PinsPrefix
 }
 
-// moveAside moves all of a directory into another, which may be there already.
+// moveAside moves all of a directory's content into another, which may exist.
 func moveAside(from, to string) error {
 	if !isDir(to) {
 		return os.Rename(from, to)
@@ -145,7 +146,7 @@ func moveAside(from, to string) error {
 // edit.
 func ignoredFile(name string) bool { return deployments.CheckSegment("file", name) != nil }
 
-// exists reports whether the store's directory exists. It may be a link, which one below it may not.
+// exists reports whether the store's directory exists. It may be a symbolic link, unlike the directories below it.
 func (d *Store) exists() bool {
 	info, err := os.Stat(d.dir)
 	return err == nil && info.IsDir()

@@ -13,11 +13,11 @@ import (
 	"kedge/kv/internal/backend"
 )
 
-// leasePoll is how often a holder checks its lease, and a waiting process whether the lease is free.
+// leasePoll is how often a holder checks its lease, and a waiting process checks whether the lease is free.
 const leasePoll = 200 * time.Millisecond
 
-// Lease is held for as long as its process lives and lets it: an end by the clock would protect from nothing here, as
-// a process that sleeps keeps its flock and every commit looks at it.
+// Lease is held until its process dies or releases it. A TTL would protect from nothing here, as a suspended
+// process keeps its flock and every commit checks that.
 func (d *Store) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	if err := backend.CheckKey(key); err != nil {
 		return nil, fmt.Errorf("lease: %w", err)
@@ -75,8 +75,8 @@ func (l *lease) Context() context.Context { return l.ctx }
 
 func (l *lease) lose() { l.cancel(kv.ErrLeaseLost) }
 
-// valid reports whether the lease holds its key. Anyone who may write the files can end that, as in Consul by
-// deleting the key.
+// valid reports whether the lease still holds its key. Anyone who may write the files can end that, as in Consul
+// by deleting the key.
 func (l *lease) valid() bool {
 	if l.ctx.Err() != nil || !l.session.valid() {
 		return false
@@ -89,12 +89,12 @@ func (l *lease) valid() bool {
 	return ok
 }
 
-// keep ends the lease's context once the lease isn't its own any more, or the store is gone.
+// keep ends the lease's context once the lease is lost, or the store is gone.
 func (l *lease) keep() {
 	defer close(l.done)
 	for wait.For(l.ctx, leasePoll) == nil {
 		valid := true
-		// Under the lock, so that a write in progress can't look like a loss.
+		// It is checked under the lock, so that a write in progress doesn't look like a loss.
 		err := l.store.reading(l.ctx, func() error {
 			valid = l.valid()
 			return nil

@@ -28,7 +28,7 @@ func (d *Store) writing(ctx context.Context, f func() error) error {
 	return d.classify(ctx, f())
 }
 
-// reading runs f while nobody commits.
+// reading runs f under the shared lock, so that no commit runs meanwhile.
 func (d *Store) reading(ctx context.Context, f func() error) error {
 	for {
 		unlock, err := d.lock(ctx, unix.LOCK_SH)
@@ -51,11 +51,11 @@ func (d *Store) reading(ctx context.Context, f func() error) error {
 	}
 }
 
-// lockTimeout is how long a Commit or read waits for a process that holds the lock.
+// lockTimeout is how long a commit or read waits for a process that holds the lock.
 const lockTimeout = 15 * time.Second
 
-// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when the process dies. A process that is
-// stopped while it holds the lock is waited for no longer than lockTimeout.
+// lock takes the store's lock; how is LOCK_SH or LOCK_EX. The kernel frees it when its process dies. lock waits at
+// most lockTimeout for a process that was stopped while it held the lock.
 func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 	pause := time.Millisecond
 	for began := time.Now(); ; {
@@ -64,7 +64,7 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 		}
 		f, err := os.OpenFile(d.path(lockFile), os.O_RDONLY|os.O_CREATE, 0o644)
 		if errors.Is(err, fs.ErrNotExist) && d.exists() {
-			// Somebody removed the directory of ours, not the store's.
+			// Somebody removed .kedge, not the store's directory.
 			if err := d.makeMeta(); err != nil {
 				return nil, err
 			}
@@ -75,7 +75,7 @@ func (d *Store) lock(ctx context.Context, how int) (unlock func(), err error) {
 		}
 		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err == nil && sameFile(f, d.path(lockFile)) {
-			// A cleaner of what is old and empty may have been here.
+			// A cleaner of old, empty files may have removed it.
 			if err := d.makeMeta(); err != nil {
 				f.Close()
 				return nil, err
@@ -111,7 +111,7 @@ func sameFile(f *os.File, path string) bool {
 	return err == nil && os.SameFile(a, b)
 }
 
-// classify wraps an error of the file system in the sentinel that says what to do about it.
+// classify wraps an error of the file system in the kv error that callers branch on.
 func (d *Store) classify(ctx context.Context, err error) error {
 	if err == nil || ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return err

@@ -10,14 +10,14 @@ import (
 	"kedge/deployments/wait"
 )
 
-// notifier passes changes of a directory store on to its watches by one inotify instance. The kernel gives a user
-// 128 of them, for all that they run.
+// notifier forwards changes of a directory store to its watches by one inotify instance. The kernel allows a user
+// 128 instances in all.
 type notifier struct {
 	log     *slog.Logger
 	ignored func(path string) bool
 
 	mu      sync.Mutex
-	watcher *fsnotify.Watcher // nil: nobody asks
+	watcher *fsnotify.Watcher // nil: no subscription
 	asking  map[*subscription]bool
 }
 
@@ -26,10 +26,10 @@ type subscription struct {
 	n *notifier
 	// signal is set when something changed, or events were lost.
 	signal wait.Signal
-	dirs   map[string]bool // n.mu's
+	dirs   map[string]bool // guarded by notifier.mu
 }
 
-// ask begins without a directory. An error means that nothing can be notified here.
+// ask returns a subscription without directories. An error means that the kernel can't notify changes here.
 func (n *notifier) ask() (*subscription, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -46,7 +46,7 @@ func (n *notifier) ask() (*subscription, error) {
 	return c, nil
 }
 
-// tell passes file system events to the subscriptions until the watcher is closed.
+// tell forwards file system events to the subscriptions until the watcher is closed.
 func (n *notifier) tell(w *fsnotify.Watcher) {
 	for {
 		select {
@@ -78,8 +78,8 @@ func (n *notifier) signal(which func(*subscription) bool) {
 	}
 }
 
-// in subscribes to the changes in a directory; it may be called again once the directory was made anew. An error is
-// the kernel's.
+// in subscribes to the changes in a directory. It may be called again once the directory was created anew. An
+// error is the kernel's.
 func (c *subscription) in(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true
@@ -88,7 +88,7 @@ func (c *subscription) in(dir string) error {
 	return w.Add(dir)
 }
 
-// end stops asking.
+// end cancels the subscription.
 func (c *subscription) end() {
 	n := c.n
 	n.mu.Lock()
@@ -105,7 +105,7 @@ func (c *subscription) end() {
 			wanted = wanted || other.dirs[dir]
 		}
 		if !wanted {
-			_ = n.watcher.Remove(dir) // it may be gone
+			_ = n.watcher.Remove(dir) // it may be gone already
 		}
 	}
 }

@@ -18,7 +18,7 @@ import (
 // presenceLook is how often a presence checks its entries.
 const presenceLook = time.Second
 
-// presence holds entries by the life of this process: all of a machine's kedge processes use one directory.
+// presence ties entries to the life of this process.
 type presence struct {
 	store *Store
 	name  string
@@ -91,7 +91,7 @@ func (p *presence) Leave(key string) {
 	delete(p.held, key)
 }
 
-// open makes a session if the present one, if any, has ended. The caller holds the store's lock.
+// open creates a session unless the current one is alive. The caller holds the store's lock.
 func (p *presence) open() error {
 	if p.session != nil && p.session.valid() {
 		return nil
@@ -122,8 +122,8 @@ func (p *presence) put(entries map[string][]byte) error {
 	return p.store.commit(changes)
 }
 
-// lost returns the entries whose stored value or holder changed since Put, and forgets those that another process has
-// taken.
+// lost returns the entries whose stored value or holder changed since Put, and forgets entries that another
+// process has taken.
 func (p *presence) lost() map[string][]byte {
 	lost := map[string][]byte{}
 	for key, value := range p.held {
@@ -143,7 +143,8 @@ func (p *presence) lost() map[string][]byte {
 	return lost
 }
 
-// keep puts lost entries again: a file, or the whole directory, was removed by hand or replaced by an older one.
+// keep puts lost entries again, as after a file or the whole directory was removed by hand or replaced by an older
+// copy.
 func (p *presence) keep() {
 	defer close(p.done)
 	for wait.For(p.ctx, presenceLook) == nil {

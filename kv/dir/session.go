@@ -10,14 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// session is a file that its process keeps flock'ed, so that the kernel tells when the process dies.
+// session is a file that its process keeps flock'ed. The kernel frees the lock when the process dies.
 type session struct {
 	store *Store
 	id    string
 	file  *os.File
 }
 
-// openSession makes a session, and removes those of dead processes. The caller holds the store's lock.
+// openSession creates a session, and removes those of dead processes. The caller holds the store's lock.
 func (d *Store) openSession(name string) (*session, error) {
 	old, err := os.ReadDir(d.path(sessionsDir))
 	if err != nil {
@@ -33,7 +33,7 @@ func (d *Store) openSession(name string) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Another process may be looking at it just now, for an instant.
+	// Another process may be testing the lock for an instant.
 	if err := unix.Flock(int(s.file.Fd()), unix.LOCK_EX); err != nil {
 		s.close()
 		return nil, fmt.Errorf("lock the session: %w", err)

@@ -13,13 +13,13 @@ import (
 )
 
 const (
-	// sessionPoll is how often a watch looks whether the processes that hold its entries live: a flock that ends tells
-	// nobody.
+	// sessionPoll is how often a watch checks whether the processes that hold its entries live, as the end of a
+	// flock isn't notified.
 	sessionPoll = 500 * time.Millisecond
-	// safetyPoll is for file systems whose changes aren't notified, like network ones.
+	// safetyPoll is how often a watch reads anyway, for file systems without notifications, like network ones.
 	safetyPoll = 5 * time.Second
-	// troublePoll is how often a watch tries again to read a store that it couldn't, and blindPoll how often it reads
-	// where it can't be notified at all.
+	// troublePoll is how often a watch tries again to read a store that failed. blindPoll is how often it reads if
+	// notifications don't work at all.
 	troublePoll = 250 * time.Millisecond
 	blindPoll   = 200 * time.Millisecond
 )

@@ -1,4 +1,4 @@
-// Package open opens the store that a URL names. It alone knows every implementation.
+// Package open opens the store that a URL names. It is the only package that knows every implementation.
 package open
 
 import (
@@ -13,26 +13,26 @@ import (
 	"kedge/kv/dir"
 )
 
-// Config names a store. The zero value is Consul by its own environment variables, with kv.DefaultPrefix.
+// Config names a store. The zero value means Consul by its own environment variables, with kv.DefaultPrefix.
 type Config struct {
-	// URL is empty or "consul" for Consul as its environment (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …) says, or
-	// file://DIR for a watched directory, which is made if it is missing, unless it has to be Existing.
+	// URL is empty or "consul" for Consul by its environment variables (CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …),
+	// or file://DIR for a watched directory, which is created if it is missing, unless Existing is set.
 	URL string
-	// Prefix of all keys in Consul; empty: kv.DefaultPrefix. A directory has none.
+	// Prefix is the prefix of all keys in Consul; empty: kv.DefaultPrefix. A directory has none.
 	Prefix string
-	// Existing refuses a directory that isn't there.
+	// Existing makes Store refuse a directory that doesn't exist.
 	Existing bool
 	Log      *slog.Logger // nil: discard
 }
 
-// Store opens the store that c names, without waiting for it to be reachable. kv.ConfigError means that c names none.
-// A token file that is missing or empty is an error: Consul would take the lack of a token for an anonymous one, to
-// whom everything looks deleted.
+// Store opens the store that c names, without waiting for it to be reachable. It returns a kv.ConfigError if c
+// names none. A token file that is missing or empty is an error: Consul would take a request without a token for
+// an anonymous one, to which everything looks deleted.
 func Store(c Config) (kv.Store, error) {
 	if c.URL == "" || c.URL == "consul" {
 		return consul.Open(consul.Config{Prefix: c.Prefix, Log: c.Log})
 	}
-	// Taken as it stands: to whoever types it, it is a path, in which % and # are themselves.
+	// The path is taken literally: % and # stand for themselves.
 	path, ok := strings.CutPrefix(c.URL, "file://")
 	if !ok {
 		return nil, kv.ConfigError{Err: fmt.Errorf("open the store %q: want consul or file:///DIR", c.URL)}
@@ -42,7 +42,7 @@ func Store(c Config) (kv.Store, error) {
 			Err: fmt.Errorf("open the store %q: the directory must be absolute, as in file:///var/lib/kedge-kv", c.URL),
 		}
 	}
-	if info, err := os.Stat(path); c.Existing && (err != nil || !info.IsDir()) { // it may be a link
+	if info, err := os.Stat(path); c.Existing && (err != nil || !info.IsDir()) { // a symbolic link is fine
 		return nil, fmt.Errorf("open the store %q: there is no such directory", c.URL)
 	}
 	return dir.Open(path, c.Log)

@@ -2,15 +2,16 @@ package backend
 
 import "strings"
 
-// maxCauses bounds how many causes of one outage are told apart.
+// maxCauses bounds how many causes of one outage are distinguished.
 const maxCauses = 8
 
-// Causes are the errors met since the last success, so that each is logged once: an outage that begins with a refused
-// connection may go on as an expired certificate, which nobody would look for otherwise. The zero value is ready.
+// Causes are the errors seen since the last success, so that each kind is logged once: an outage that begins with
+// a refused connection may go on as an expired certificate, which would otherwise go unnoticed. The zero value is
+// ready.
 type Causes map[string]bool
 
-// New reports whether err is the first of its kind since the last success, which a nil err is. Numbers in its text, as
-// of ports and times, don't count.
+// New reports whether err is the first of its kind since the last success. A nil err is a success. Numbers in its
+// text, such as ports and times, are ignored.
 func (c *Causes) New(err error) bool {
 	if err == nil {
 		*c = nil

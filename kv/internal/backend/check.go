@@ -1,4 +1,5 @@
-// Package backend holds what every implementation of kv.Store shares: the checks of arguments, and what a watch knows.
+// Package backend holds what all implementations of kv.Store share: the checks of arguments, and the view of a
+// watch.
 package backend
 
 import (
@@ -12,7 +13,7 @@ import (
 	"kedge/kv"
 )
 
-// maxCommitBytes bounds the keys and values of one Commit as Consul counts them: a transaction takes 512 KiB of JSON,
+// maxCommitBytes bounds the keys and values of one Commit by Consul's count: a transaction takes 512 KiB of JSON,
 // with the values in base64.
 const maxCommitBytes = 500 << 10
 
@@ -77,8 +78,8 @@ func SortEntries(entries []kv.Entry) {
 	slices.SortFunc(entries, func(a, b kv.Entry) int { return cmp.Compare(a.Key, b.Key) })
 }
 
-// ErrForeignLease is a programmer's mistake, caught before it makes an unfenced write.
+// ErrForeignLease means that a caller passed a lease of another store; the write would not be fenced.
 var ErrForeignLease = errors.New("commit: the lease belongs to another store")
 
-// ErrPresenceClosed is a programmer's mistake: the presence was asked for something after its Close.
+// ErrPresenceClosed means that a caller used a presence after Close.
 var ErrPresenceClosed = errors.New("the presence is closed")

@@ -10,7 +10,7 @@ import (
 	"kedge/kv"
 )
 
-// Viewer holds a watch's present view, and calls f when it changes.
+// Viewer holds a watch's current view, and calls f when that changes.
 type Viewer struct {
 	f      func(kv.View)
 	log    *slog.Logger
@@ -23,22 +23,22 @@ type Viewer struct {
 	refolded bool
 }
 
-// NewViewer returns a viewer that knows nothing yet. The prefix is for its log.
+// NewViewer returns a viewer with an empty view. The prefix is for its log.
 func NewViewer(prefix string, log *slog.Logger, f func(kv.View)) *Viewer {
 	return &Viewer{f: f, log: log, prefix: prefix}
 }
 
-// View returns the present view.
+// View returns the current view.
 func (v *Viewer) View() kv.View { return v.view }
 
-// Set adopts entries that were read for certain. They are sorted.
+// Set replaces the entries by ones that were read with certainty. They are sorted.
 func (v *Viewer) Set(entries []kv.Entry) {
 	changed := !v.view.Synced || !slices.EqualFunc(v.view.Entries, entries, SameEntry)
 	v.view.Synced = true
 	v.update(entries, changed, nil)
 }
 
-// Merge adopts entries of an answer that says nothing about those that are missing in it, and why.
+// Merge adds the entries of an answer that is no proof of absence for others. err says why.
 func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	known := make(map[string]bool, len(entries))
 	for _, e := range entries {
@@ -53,13 +53,13 @@ func (v *Viewer) Merge(entries []kv.Entry, err error) {
 	v.update(entries, !slices.EqualFunc(v.view.Entries, entries, SameEntry), err)
 }
 
-// SetFolders takes over the folder keys of an answer; Set or Merge shows them.
+// SetFolders sets the folder keys. The next Set or Merge shows them.
 func (v *Viewer) SetFolders(folders []string) {
 	v.refolded = v.refolded || !slices.Equal(v.view.Folders, folders)
 	v.view.Folders = folders
 }
 
-// Fail keeps the entries, and shows why they may be out of date.
+// Fail keeps the entries, and sets err as the reason why they may be out of date.
 func (v *Viewer) Fail(err error) { v.update(v.view.Entries, false, err) }
 
 func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
@@ -93,7 +93,7 @@ func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameTrouble reports whether two errors call for the same of a caller. Their texts may differ with every attempt.
+// sameTrouble reports whether a caller has to treat two errors alike. Their texts may differ with every attempt.
 func sameTrouble(a, b error) bool {
 	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
