@@ -333,6 +333,9 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 	if moved := pastPin(u, n, d.Source); moved != "" {
 		add("besides", moved)
 	}
+	if freeze := f.FreezeOf(id); freeze != "" {
+		add("freeze", freeze)
+	}
 	if u.Order != "" {
 		add("order", u.Order+", which the mirror has yet to take")
 	}

@@ -151,7 +151,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	case m.Error != "":
 		all = append(all, Note{Says: wrong})
 	}
-	return all
+	return append(all, f.freezeNotes()...)
 }
 
 // agentVersions returns how many live nodes run which version of the agent, the most first.

@@ -15,8 +15,11 @@ type overrides struct {
 	More   int
 	Orders []orderRow
 	Frozen []frozenRow
-	Mirror mirrorView
-	Faults []fleet.Note
+	// Windows are the freeze windows of kedge.yaml, MoreWindows how many are not listed.
+	Windows     []windowRow
+	MoreWindows int
+	Mirror      mirrorView
+	Faults      []fleet.Note
 }
 
 // pinRow is one pin.
@@ -74,6 +77,7 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 			})
 		}
 	}
+	v.Windows, v.MoreWindows = s.windowsOf()
 	never := func(t time.Time) time.Time {
 		if t.IsZero() {
 			return time.Unix(1<<40, 0)

@@ -141,7 +141,8 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 	r.add("away", away(s.stale()))
 	switch {
 	case r.tab == "overrides":
-		r.overrides(s.overridesOf(w.c.CommitURL))
+		r.overrides(s.at(time.Now()).overridesOf(w.c.CommitURL))
+		return false // windows open and close without a change of the store
 	case len(segments) < 3:
 		if len(segments) > 0 {
 			f.Stage = segments[0]
@@ -283,6 +284,7 @@ func (r *rendered) overrides(v overrides) {
 	r.layout = func(r *rendered) templ.Component { return overridesLayout(v, r) }
 	r.add("pins", pinsView(v))
 	r.add("frozen", frozenView(v))
+	r.add("windows", windowsView(v))
 	r.add("mirror", mirrorSection(v))
 }
 

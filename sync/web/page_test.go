@@ -17,6 +17,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/fuzzlimit"
 	"kedge/kv"
+	"kedge/sync/fleet"
 )
 
 // troubledScene has a node that runs the target, one on which it failed, one that is pinned, and one that is gone.
@@ -128,6 +129,48 @@ func TestFrozenRollouts(t *testing.T) {
 		}))})
 		if _, html := page(t, w, "/-/overrides"); !strings.Contains(html, c.says) {
 			t.Errorf("%s: the page lacks %q:\n%s", name, c.says, html)
+		}
+	}
+}
+
+// The windows of the week to come are listed, the open ones first, each with its times and units.
+func TestFreezeWindows(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 11, 24, 12, 20, 0, 0, time.UTC) // a Tuesday
+	f := fleet.Assemble([]kv.Entry{entry(kv.MirrorKey, deployments.MirrorState{Head: "a", Freeze: windows(at), FreezeMore: 2})}, at)
+	rows, more := (&snapshot{Fleet: f}).windowsOf()
+	if more != 2 {
+		t.Errorf("%d more, want 2", more)
+	}
+	day := func(d, h, m int) time.Time { return time.Date(2026, 11, d, h, m, 0, 0, time.UTC) }
+	for i, want := range []windowRow{
+		{Name: "audit", Waits: true, Units: "prod/db/*", Open: true, To: day(26, 0, 0), Zone: "UTC", Later: "Mon 00:00–Thu 00:00",
+			Path:   "M0 0h216v1H0ZM792 0h216v1H792Z",
+			Reason: "the auditors look at what runs, and it must be what they looked at last week"},
+		{Name: "backup", Units: "*/db/*", From: day(24, 12, 30), To: day(24, 12, 50), Zone: "UTC",
+			Later: "Tue 16:30–16:50; Tue 20:30–20:50; Wed 00:30–00:50"},
+		{Name: "office hours", Allow: true, Units: "prod/*/*, staging/*/*", From: day(24, 14, 0), To: day(24, 22, 0),
+			Zone: "America/New_York", Later: "Wed 09:00–17:00; Thu 09:00–17:00; Fri 09:00–17:00",
+			Path: "M12 0h48v1H12ZM156 0h48v1H156ZM300 0h48v1H300ZM444 0h48v1H444ZM876 0h48v1H876Z"},
+		{Name: "weekend", Units: "all", From: day(26, 15, 0), To: day(29, 7, 0), Zone: "Europe/Berlin", Reason: "nobody is there",
+			Path: "M306 0h384v1H306Z"},
+		{Name: "0 0 1 2 *", Units: "all", Zone: "UTC"},
+	} {
+		got := rows[i]
+		if want.Name == "backup" {
+			got.Path = ""
+		}
+		if got != want {
+			t.Errorf("%+v, want %+v", got, want)
+		}
+	}
+	w := offline(t, scene{entries: mirrorEntries()})
+	_, html := page(t, w, "/-/overrides")
+	text, err := parse(html)
+	for _, want := range []string{"weekend", "none starts within", "start only within", "those under way wait", "closes in",
+		"not within 7 days", "2 more are not listed"} {
+		if err != nil || !strings.Contains(text, want) {
+			t.Errorf("%v: the page lacks %q:\n%s", err, want, text)
 		}
 	}
 }

@@ -71,8 +71,22 @@ func mirrorEntries() []kv.Entry {
 	lease.Session = "session-of-mirror-1"
 	return []kv.Entry{lease, entry(kv.MirrorKey, deployments.MirrorState{
 		Holder: "mirror-1", Head: "4f2c91ab77d0c0ffee00c0ffee00c0ffee00c0ff", Author: "Ada Byron <ada@acme.example>",
-		At: time.Now().Add(-7 * time.Minute),
+		At: time.Now().Add(-7 * time.Minute), Freeze: windows(time.Now().UTC()), FreezeMore: 2,
 	})}
+}
+
+// windows are freeze windows that are open now, and not.
+func windows(now time.Time) []deployments.FreezeWindow {
+	weekday := func(days int) string { return now.AddDate(0, 0, days).Format("Mon") }
+	return []deployments.FreezeWindow{
+		{Name: "weekend", Deny: "0 16 * * " + weekday(2), Duration: "64h", Zone: "Europe/Berlin", Reason: "nobody is there"},
+		{Name: "office hours", Allow: "0 9 * * MON-FRI", Duration: "8h", Units: []string{"prod/*/*", "staging/*/*"},
+			Zone: "America/New_York"},
+		{Name: "audit", Deny: "0 0 * * " + weekday(-1), Duration: "72h", Running: "wait", Units: []string{"prod/db/*"},
+			Reason: "the auditors look at what runs, and it must be what they looked at last week"},
+		{Name: "backup", Deny: "30 */4 * * *", Duration: "20m", Units: []string{"*/db/*"}},
+		{Deny: "0 0 1 " + fmt.Sprint(int(now.AddDate(0, 3, 0).Month())) + " *", Duration: "24h"},
+	}
 }
 
 // recordOf is a record whose newest change is told in its history.

@@ -1,0 +1,99 @@
+package fleet
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/policy"
+)
+
+// FreezeAhead is how far people are told of freeze windows to come.
+const FreezeAhead = 7 * 24 * time.Hour
+
+// Freezes returns the freeze windows that the mirror tells, and how many more there are.
+func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
+	if f.Mirror == nil {
+		return nil, 0
+	}
+	return f.Mirror.Freezes()
+}
+
+// FreezeOf says that a unit's rollouts are frozen now, or when they will be next; empty: not within FreezeAhead, or the
+// unit's rollout is frozen already and says so.
+func (f *Fleet) FreezeOf(id deployments.UnitID) string {
+	if u, err := f.Unit(id); err == nil && u.Record != nil && u.Record.Rollout != nil &&
+		u.Record.Rollout.Phase == deployments.PhaseFrozen {
+		return "" // its rollout says so
+	}
+	windows, _ := f.Freezes()
+	from, v := policy.NextFreeze(windows, id, f.At, f.At.Add(FreezeAhead))
+	if from.IsZero() {
+		return ""
+	}
+	says := "no rollout starts now"
+	if from.After(f.At) {
+		says = "no rollout starts from " + timeAhead(from, f.At)
+	}
+	if v.Never {
+		return says + ", and no window opens: " + oneLine(v.By)
+	}
+	return join(says+" until "+timeAhead(v.Ends, f.At)+": "+oneLine(v.By), oneLine(v.Reason))
+}
+
+// statusAhead is how soon a freeze must begin to stand above the table of all units.
+const statusAhead = 24 * time.Hour
+
+// mostFreezeNotes bounds the lines about freezes above the table of all units.
+const mostFreezeNotes = 3
+
+// freezeNotes tell the windows that deny rollouts now, or soon, and those that must be open and aren't.
+func (f *Fleet) freezeNotes() (all []Note) {
+	type line struct {
+		at   time.Time
+		says string
+	}
+	var lines []line
+	windows, _ := f.Freezes()
+	for _, w := range windows {
+		next := policy.Openings(w, f.At, f.At.Add(FreezeAhead), 1)
+		if len(next) == 0 {
+			continue
+		}
+		o, says := next[0], cmp.Or(oneLine(w.Name), string(w.Kind)+" "+oneLine(w.Cron))+": "
+		switch soon := o.From.Before(f.At.Add(statusAhead)); {
+		case w.Kind == deployments.FreezeDeny && o.From.IsZero():
+			says += "no rollout starts until " + timeAhead(o.To, f.At)
+		case w.Kind == deployments.FreezeDeny && soon:
+			says += "no rollout starts from " + timeAhead(o.From, f.At)
+		case w.Kind == deployments.FreezeAllow && !o.From.IsZero():
+			says += "is not open until " + timeAhead(o.From, f.At)
+		default:
+			continue
+		}
+		if len(w.Units) > 0 {
+			says += ", for " + some(slices.Clone(w.Units))
+		}
+		lines = append(lines, line{o.From, says})
+	}
+	slices.SortStableFunc(lines, func(a, b line) int { return a.at.Compare(b.at) })
+	for i, l := range lines {
+		if i == mostFreezeNotes {
+			says := fmt.Sprintf("and %d more: kedge web lists them", len(lines)-i)
+			return append(all, Note{Says: Text{says, Plain}})
+		}
+		note := Note{Says: Text{clean(l.says), Plain}}
+		if i == 0 {
+			note.About = Text{"freeze", Dim}
+		}
+		all = append(all, note)
+	}
+	return all
+}
+
+// timeAhead is a time to come, with how long it takes.
+func timeAhead(t, now time.Time) string {
+	return t.UTC().Format("Mon 2006-01-02 15:04 UTC") + " (in " + brief(t.Sub(now)) + ")"
+}

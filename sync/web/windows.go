@@ -1,0 +1,120 @@
+package web
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/policy"
+	"kedge/sync/fleet"
+)
+
+// windowRow is one freeze window of kedge.yaml, with when it is open in the week to come.
+type windowRow struct {
+	Name, Reason string
+	// Allow is set if rollouts start within the window alone; else none starts within it.
+	Allow bool
+	// Waits is set if a rollout under way waits as well.
+	Waits bool
+	Units string
+	// Open is set while the window is open. From and To are its present opening, or its next; zero: none is near.
+	Open     bool
+	From, To time.Time
+	// Later are the openings after that, in words.
+	Later string
+	// Path draws the openings, from the hour that has begun on. Zone is whose clock the window goes by.
+	Path string
+	Zone string
+}
+
+const (
+	// mostWindows are listed, with mostOpenings drawn of each, and laterOpenings told.
+	mostWindows   = 40
+	mostOpenings  = 100
+	laterOpenings = 3
+	// weekWidth is of the drawing of a week: six parts an hour.
+	weekWidth = 7 * 24 * 6
+)
+
+// windowsOf lists the freeze windows: those that are open, then by when they open next.
+func (s *snapshot) windowsOf() (rows []windowRow, more int) {
+	windows, more := s.Freezes()
+	more += max(0, len(windows)-mostWindows)
+	for _, w := range windows[:min(len(windows), mostWindows)] {
+		rows = append(rows, windowOf(w, s.At))
+	}
+	far := s.At.Add(2 * fleet.FreezeAhead)
+	when := func(r windowRow) time.Time {
+		switch {
+		case r.Open:
+			return r.To.Add(-2 * fleet.FreezeAhead) // what closes soonest first
+		case r.From.IsZero():
+			return far
+		}
+		return r.From
+	}
+	slices.SortStableFunc(rows, func(a, b windowRow) int {
+		return cmp.Or(compareBool(b.Open, a.Open), when(a).Compare(when(b)))
+	})
+	return rows, more
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
+}
+
+func windowOf(w deployments.Freeze, now time.Time) windowRow {
+	r := windowRow{
+		Name: fleet.Clean(cmp.Or(w.Name, w.Cron), 80), Reason: fleet.Clean(w.Reason, mostText),
+		Allow: w.Kind == deployments.FreezeAllow, Waits: w.Running == "wait", Units: "all", Zone: w.Zone.String(),
+	}
+	if len(w.Units) > 0 {
+		r.Units = fleet.Clean(strings.Join(w.Units[:min(len(w.Units), 12)], ", "), mostText)
+		if n := len(w.Units) - 12; n > 0 {
+			r.Units += fmt.Sprintf(" and %d more", n)
+		}
+	}
+	begin := now.Truncate(time.Hour)
+	x := func(t time.Time) int { return min(max(0, int(t.Sub(begin)/(10*time.Minute))), weekWidth) }
+	var path strings.Builder
+	var later []string
+	for i, o := range policy.Openings(w, now, begin.Add(fleet.FreezeAhead), mostOpenings) {
+		from := x(o.From)
+		fmt.Fprintf(&path, "M%d 0h%dv1H%dZ", from, max(1, x(o.To)-from), from)
+		switch {
+		case i == 0:
+			r.Open, r.From, r.To = o.From.IsZero(), o.From.UTC(), o.To.UTC()
+		case len(later) < laterOpenings:
+			later = append(later, spanIn(o, w.Zone))
+		}
+	}
+	r.Path, r.Later = path.String(), strings.Join(later, "; ")
+	return r
+}
+
+// spanIn is an opening by the clock of its window's zone.
+func spanIn(o policy.Opening, zone *time.Location) string {
+	from, to := o.From.In(zone), o.To.In(zone)
+	end := to.Format("Mon 15:04")
+	if from.YearDay() == to.YearDay() && from.Year() == to.Year() {
+		end = to.Format("15:04")
+	}
+	return from.Format("Mon 15:04") + "–" + end
+}
+
+// say puts a window's drawing in words.
+func (r windowRow) say() string {
+	if r.Path == "" {
+		return "Not open within 7 days"
+	}
+	return fmt.Sprintf("Open %s within 7 days", plural2(strings.Count(r.Path, "M"), "time"))
+}
