@@ -210,7 +210,7 @@
 //	listen_status      the address of /status and /metrics for other machines (none)
 //	sources            URLs, or prefixes of whole path segments, that releases may come from; http:// of other
 //	                   machines must be named (any)
-//	local_sources      true: releases may come from file:// and, on this machine, http:// (false)
+//	local_sources      true: releases may come from this machine: file://, its own addresses, link-local ones (false)
 //	mirrors            prefixes of URLs, each with a list of prefixes to read releases from before their own place (none)
 //	dests              directories in or below which releases may go live (any)
 //	users              users that commands run as and that own trees (any)

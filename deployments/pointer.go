@@ -116,6 +116,27 @@ func IsPlainHTTP(s string) bool {
 	return u.Hostname() != "localhost" && (err != nil || !ip.IsLoopback())
 }
 
+// IsLocalURL reports whether a URL's host is this machine by name or by address; false for a name that may lead to it.
+func IsLocalURL(u *url.URL) bool {
+	host := strings.ToLower(strings.TrimSuffix(u.Hostname(), "."))
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && IsLocalAddress(ip)
+}
+
+// IsLocalAddress reports whether an address is this machine's own or on its link alone, where clouds serve an
+// instance's credentials: loopback, unspecified, link-local, and AWS's own in IPv6.
+func IsLocalAddress(ip netip.Addr) bool {
+	ip = ip.Unmap().WithZone("")
+	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsLinkLocalMulticast() ||
+		ip.Is6() && netip.PrefixFrom(awsLocal, 32).Contains(ip)
+}
+
+// awsLocal begins the addresses that an instance's own services have on AWS: metadata, time, credentials of pods.
+var awsLocal = netip.MustParseAddr("fd00:ec2::")
+
 // CheckSourceURL is CheckURL, but accepts http:// to any machine. It is for URLs that have a checksum beside them,
 // and for the prefixes of sources. Whoever fetches decides whether plain http is followed.
 func CheckSourceURL(s string) error {

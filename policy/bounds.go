@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,8 +16,8 @@ type Bounds struct {
 	// Sources are URLs, or prefixes of URLs by whole path segments, that a release may come from; empty: any,
 	// except plain http:// of other machines, which must be named.
 	Sources []string
-	// NoLocal refuses file:// and http:// that lead to this machine, unless Sources name them. Otherwise whoever
-	// may only pin could make the agent read files and send requests with its own rights.
+	// NoLocal refuses file://, http:// and https:// that lead to this machine or its link, unless Sources name them.
+	// Otherwise whoever may only pin could make the agent read files and send requests with its own rights.
 	NoLocal bool
 	// Dests are directories in or below which Dest may lie; empty: any.
 	Dests []string
@@ -41,19 +42,19 @@ func BoundsOf(s deployments.Settings, stage string) Bounds {
 func (b Bounds) OnManifests() bool { return len(b.Dests) > 0 || len(b.Users) > 0 || b.NoCommands }
 
 // CheckSource returns an error if nothing may be fetched from a URL.
-func (b Bounds) CheckSource(url string) error {
-	named := deployments.FromSource(url, b.Sources)
-	if !named && deployments.IsPlainHTTP(url) {
+func (b Bounds) CheckSource(source string) error {
+	named := deployments.FromSource(source, b.Sources)
+	if !named && deployments.IsPlainHTTP(source) {
 		return fmt.Errorf(
 			"%s is plain http of another machine, which anybody on the way can change: use https://, or name it in sources",
-			deployments.ShownURL(url),
+			deployments.ShownURL(source),
 		)
 	}
-	local := strings.HasPrefix(url, "file:") || strings.HasPrefix(url, "http:")
-	if b.NoLocal && local && !named {
+	if b.NoLocal && !named && isLocal(source) {
 		return fmt.Errorf(
-			"%s lies on this machine, from which nothing is taken unless sources names it (or local_sources is set on an agent)",
-			deployments.ShownURL(url),
+			"%s lies on this machine or its link, from which nothing is taken unless sources names it "+
+				"(or local_sources is set on an agent)",
+			deployments.ShownURL(source),
 		)
 	}
 	if len(b.Sources) == 0 || named {
@@ -61,9 +62,16 @@ func (b Bounds) CheckSource(url string) error {
 	}
 	return fmt.Errorf(
 		"%s is not from %s, which is all that is allowed",
-		deployments.ShownURL(url),
+		deployments.ShownURL(source),
 		strings.Join(b.Sources, ", "),
 	)
+}
+
+// isLocal reports whether a URL leads to this machine by what it says; that a name leads to it is seen when it is
+// connected to.
+func isLocal(text string) bool {
+	u, err := url.Parse(text)
+	return err != nil || u.Scheme == "file" || u.Scheme == "http" || u.Scheme == "https" && deployments.IsLocalURL(u)
 }
 
 // Check returns an error for the first thing that a release would do and may not. names returns all names of a

@@ -12,6 +12,10 @@
 //   - A token that writes pins/ and control/ can fill them with junk. Nodes, the mirror and whoever looks at status
 //     spend on it what its number takes, and show a bounded part of it (TestJunkPins in sync/agent, TestFloodOfPins,
 //     TestFloodOfOrders and TestJunkOrders in sync/mirror, TestAssembleBoundsPinsAndOrders in sync/fleet).
+//   - Such a token, the storage and a name server could have an agent ask services that trust this machine, its Consul
+//     or a cloud's metadata. An agent connects to its own and link-local addresses only by URLs that its sources name,
+//     whatever spells them or leads there (TestLocalSources; TestNothingIsFetchedFromThisMachine,
+//     TestRedirectsByNameStayOutside and TestRedirectsOfS3 in artifact/object).
 //   - Who may fire an event that kedge bridge follows chooses a manifest, of those that --sources allows, that becomes
 //     a record or a pin (TestBridge in sync/migrate).
 //   - A key that writes the object storage replaces objects. A pointer names the manifest's digest, and the manifest

@@ -177,6 +177,9 @@ func send(
 	if refused := (redirectError{}); errors.As(err, &refused) {
 		return nil, fmt.Errorf("redirected: %w", refused.error)
 	}
+	if isLocalAddress(err) {
+		return nil, unavailableError{plain(err)}
+	}
 	if err != nil {
 		return nil, &transientError{err: plain(err)}
 	}

@@ -83,7 +83,7 @@ type mirrors struct {
 // another.
 func newMirrors(c Config, origin *Client) *mirrors {
 	of, redirect := c.Mirrors, c.Redirect
-	c.Mirrors = nil
+	c.Mirrors, c.NoLocal = nil, false
 	c.StallTimeout = min(origin.stall, mirrorStall)
 	c.LeastRate = max(origin.least, mirrorLeastRate)
 	c.Redirect = func(url string) error {

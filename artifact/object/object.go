@@ -60,6 +60,9 @@ type Config struct {
 	// Sources are URLs, or prefixes of them, as agents' sources: plain http is read from another machine only if it is
 	// below one of these.
 	Sources []string
+	// NoLocal keeps http:// and https:// that Sources doesn't name from connecting to this machine or to its link,
+	// whatever name leads there.
+	NoLocal bool
 	// Mirrors are asked before an object's own place by those who know its digest.
 	Mirrors Mirrors
 	Log     *slog.Logger // nil: discard
@@ -74,12 +77,15 @@ type Client struct {
 	limit    *rate.Limiter // nil: none
 	stall    time.Duration
 	least    int64
-	tries    int      // of a call, without progress
-	mirrors  *mirrors // nil: there are none
-	http     *http.Client
+	tries    int          // of a call, without progress
+	mirrors  *mirrors     // nil: there are none
+	http     *http.Client // of http:// and https://
+	google   *http.Client
+	redirect func(url string) error // Config.Redirect
+	sources  []string
+	noLocal  bool
 	s3       s3Lazy
 	gs       string
-	sources  []string
 	account  gsAccount
 	requests atomic.Int64
 	bytes    atomic.Int64
@@ -148,26 +154,17 @@ func New(c Config) *Client {
 	if client.log == nil {
 		client.log = slog.New(slog.DiscardHandler)
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	client.tune(transport)
 	if c.MaxBandwidth > 0 {
 		client.limit = rate.NewLimiter(rate.Limit(c.MaxBandwidth), limitChunk)
 	}
-	client.http = &http.Client{
-		Transport: countingTransport{transport, &client.requests},
-		CheckRedirect: func(r *http.Request, via []*http.Request) error {
-			if err := client.checkRedirect(r, via, c.Redirect); err != nil {
-				return redirectError{err}
-			}
-			return nil
-		},
-	}
-	client.s3.config, client.sources = c.S3, c.Sources
-	client.gs, client.account.http = c.GSEndpoint, client.http
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	client.tune(transport)
+	client.redirect, client.sources, client.noLocal = c.Redirect, c.Sources, c.NoLocal
+	client.http = client.httpClient(transport, client.mayLeadHere)
+	client.s3.config, client.s3.client = c.S3, client
 	client.s3.unconditional = c.UnconditionalPut
-	client.s3.requests = &client.requests
-	client.s3.tune = client.tune
-	client.s3.retry = client.retry
+	client.google = client.httpClient(transport, configured)
+	client.gs, client.account.http = c.GSEndpoint, client.google
 	if len(c.Mirrors) > 0 {
 		client.mirrors = newMirrors(c, client)
 	}
@@ -177,10 +174,7 @@ func New(c Config) *Client {
 // tune sets a transport up for many large reads side by side. Connections that are kept for the next request are
 // probed: after a cut of the network that nobody tells of, each of them would cost a stallTimeout.
 func (c *Client) tune(t *http.Transport) {
-	dialer := &net.Dialer{Timeout: dialTimeout, KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 2,
-	}}
-	t.DialContext = dialer.DialContext
+	t.DialContext = dialer().DialContext
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
 	t.ResponseHeaderTimeout = c.stall
 	// HTTP/2 puts all of them on one connection, and what is tried again on the one that stalled.
@@ -192,15 +186,10 @@ func (c *Client) tune(t *http.Transport) {
 	t.ReadBufferSize = 64 << 10
 }
 
-// countingTransport counts requests.
-type countingTransport struct {
-	next     http.RoundTripper
-	requests *atomic.Int64
-}
-
-func (t countingTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	t.requests.Add(1)
-	return t.next.RoundTrip(r)
+func dialer() *net.Dialer {
+	return &net.Dialer{Timeout: dialTimeout, KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 2,
+	}}
 }
 
 // Requests counts the requests sent and the bytes read since New: what a benchmark and a log line want to know.
@@ -223,7 +212,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 		s, err := c.s3.get(ctx)
 		return s, u, err
 	case "gs":
-		return &gsStore{http: c.http, endpoint: c.gs, account: &c.account}, u, nil
+		return &gsStore{http: c.google, endpoint: c.gs, account: &c.account}, u, nil
 	case "https":
 		return &httpStore{http: c.http, meter: c.meter}, u, nil
 	case "http":
@@ -235,56 +224,6 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 		return fileStore{requests: &c.requests}, u, nil
 	}
 	return nil, nil, fmt.Errorf("%s: the scheme is not one of s3, gs, https, file", deployments.ShownURL(text))
-}
-
-var (
-	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
-	errToHere    = errors.New("another machine may not lead to this one")
-
-	errToPlainHTTP = errors.New("https may not lead to plain http")
-)
-
-func thisMachine(u *url.URL) bool {
-	ip := net.ParseIP(u.Hostname())
-	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
-}
-
-// mayRead reports whether a URL of plain http may be followed.
-func (c *Client) mayRead(u *url.URL) bool {
-	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
-}
-
-// redirectError is why a redirect isn't followed: trying again doesn't help.
-type redirectError struct{ error }
-
-func (e redirectError) Unwrap() error { return e.error }
-
-// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes a token or a password along, and
-// one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
-// carry a signature, and is not told.
-func (c *Client) checkRedirect(r *http.Request, via []*http.Request, allowed func(string) error) error {
-	r.Header.Del("Referer")
-	if r.URL.Host != via[0].URL.Host {
-		r.Header.Del("Authorization")
-	}
-	from, local := via[len(via)-1].URL, thisMachine(r.URL)
-	switch {
-	case local && !thisMachine(from):
-		return errToHere
-	case r.URL.Scheme != "https" && from.Scheme == "https":
-		return errToPlainHTTP
-	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !c.mayRead(r.URL)):
-		return errPlainHTTP
-	}
-	if len(via) >= 10 {
-		return errors.New("it is redirected more than ten times")
-	}
-	if allowed == nil {
-		return nil
-	}
-	to := *r.URL
-	to.User, to.RawQuery, to.ForceQuery, to.Fragment, to.RawFragment = nil, "", false, "", ""
-	return allowed(to.String())
 }
 
 // retry is the signature of Client.retry, for stores that call it.

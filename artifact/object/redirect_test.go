@@ -14,7 +14,12 @@ var errElsewhere = errors.New("not from there")
 
 func TestWhereARedirectMayLead(t *testing.T) {
 	t.Parallel()
-	client := New(Config{Sources: []string{"http://named.example/"}})
+	client := New(Config{Sources: []string{"http://named.example/"}, Redirect: func(url string) error {
+		if url == "https://elsewhere.example/x" {
+			return errElsewhere
+		}
+		return nil
+	}})
 	for _, c := range []struct {
 		from, to string
 		want     error
@@ -26,7 +31,17 @@ func TestWhereARedirectMayLead(t *testing.T) {
 		{"http://localhost/x", "gopher://localhost/x", errPlainHTTP},
 		{"https://one.example/x", "http://127.0.0.1:8500/x", errToHere},
 		{"https://one.example/x", "https://[::1]/x", errToHere},
-		{"https://one.example/x", "http://169.254.169.254/x", errToPlainHTTP},
+		{"https://one.example/x", "http://169.254.169.254/x", errToHere},
+		{"https://one.example/x", "https://169.254.169.254/x", errToHere},
+		{"https://one.example/x", "https://[fe80::1%25eth0]/x", errToHere},
+		{"https://one.example/x", "https://[fd00:ec2::254]/x", errToHere},
+		{"https://one.example/x", "https://0.0.0.0/x", errToHere},
+		{"https://one.example/x", "https://[::]/x", errToHere},
+		{"https://one.example/x", "https://[::ffff:127.0.0.1]/x", errToHere},
+		{"https://one.example/x", "https://LOCALHOST./x", errToHere},
+		{"https://one.example/x", "https://a.localhost/x", errToHere},
+		{"https://0.0.0.0/x", "https://127.0.0.1/x", errToHere},
+		{"https://169.254.1.1/x", "https://169.254.1.1/y", nil},
 		{"https://one.example/x", "file:///etc/passwd", errToPlainHTTP},
 		{"http://localhost/x", "http://127.0.0.1:8500/x", nil},
 		{"http://localhost/x", "https://one.example/x", nil},
@@ -44,17 +59,11 @@ func TestWhereARedirectMayLead(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		allowed := func(url string) error {
-			if url == "https://elsewhere.example/x" {
-				return errElsewhere
-			}
-			return nil
-		}
-		if err := client.checkRedirect(to, []*http.Request{from}, allowed); !errors.Is(err, c.want) {
+		if err := client.checkRedirect(to, []*http.Request{from}); !errors.Is(err, c.want) {
 			t.Errorf("from %s to %s: %v, want %v", c.from, c.to, err, c.want)
 		}
 		many := []*http.Request{from, from, from, from, from, from, from, from, from, from}
-		if err := client.checkRedirect(to, many, nil); err == nil {
+		if err := client.checkRedirect(to, many); err == nil {
 			t.Errorf("from %s to %s in the end: no error", c.from, c.to)
 		}
 	}

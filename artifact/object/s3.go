@@ -10,7 +10,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
@@ -30,27 +29,13 @@ type S3Config struct {
 
 // s3Lazy reads AWS's configuration when the first s3:// URL is used: an agent without one never does.
 type s3Lazy struct {
-	config   *S3Config
-	requests *atomic.Int64
-	tune     func(*http.Transport)
-	retry    retry
+	config *S3Config
+	client *Client
 	// unconditional is Config.UnconditionalPut.
 	unconditional bool
 
 	mu    sync.Mutex
 	store *s3Store
-}
-
-// countingClient counts requests. It goes around the client that AWS's configuration made, which knows of
-// AWS_CA_BUNDLE.
-type countingClient struct {
-	aws.HTTPClient
-	requests *atomic.Int64
-}
-
-func (c countingClient) Do(r *http.Request) (*http.Response, error) {
-	c.requests.Add(1)
-	return c.HTTPClient.Do(r)
 }
 
 func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
@@ -60,7 +45,7 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		return l.store, nil
 	}
 	options := []func(*config.LoadOptions) error{
-		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.tune)),
+		config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(l.client.tune)),
 	}
 	if c := l.config; c != nil {
 		options = append(options, config.WithRegion(c.Region),
@@ -77,7 +62,7 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		if l.config != nil {
 			o.BaseEndpoint = aws.String(l.config.Endpoint)
 		}
-		o.HTTPClient = countingClient{cfg.HTTPClient, l.requests}
+		o.HTTPClient = l.client.s3Client(cfg.HTTPClient)
 		// Anything that isn't AWS names buckets in the path.
 		o.UsePathStyle = o.BaseEndpoint != nil
 		// Retries are ours: one policy for all kinds of storage.
@@ -86,8 +71,28 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		o.ResponseChecksumValidation = aws.ResponseChecksumValidationWhenRequired
 		o.RequestChecksumCalculation = aws.RequestChecksumCalculationWhenRequired
 	})
-	l.store = &s3Store{client: client, retry: l.retry, unconditional: l.unconditional}
+	l.store = &s3Store{client: client, retry: l.client.retry, unconditional: l.unconditional}
 	return l.store, nil
+}
+
+// s3Client returns the client of S3's requests, with the transport that AWS's configuration made, which knows of
+// AWS_CA_BUNDLE. Where AWS's own client follows redirects to anywhere without end, this one holds them to bounds.
+// Credentials are fetched by AWS's own client: an instance's are at a link-local address.
+func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
+	buildable, ok := made.(*awshttp.BuildableClient)
+	if !ok {
+		return made
+	}
+	client := c.httpClient(buildable.GetTransport(), configured)
+	check := client.CheckRedirect
+	client.CheckRedirect = func(r *http.Request, via []*http.Request) error {
+		switch r.Response.StatusCode {
+		case http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+			return check(r, via)
+		}
+		return http.ErrUseLastResponse // S3Error tells what it says, such as the bucket's region
+	}
+	return client
 }
 
 type s3Store struct {

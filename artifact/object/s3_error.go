@@ -81,6 +81,12 @@ func s3Error(err error) error {
 			return fmt.Errorf("%w: %s could not use the object's key: %s", ErrDenied, call, message)
 		}
 	}
+	if refused := (redirectError{}); errors.As(err, &refused) {
+		return fmt.Errorf("redirected by S3: %w", refused.error)
+	}
+	if isLocalAddress(err) {
+		return unavailableError{plain(cause(err))}
+	}
 	if code == 0 {
 		// No answer: no connection, or a cut one.
 		return &transientError{err: plain(cause(err))}

@@ -87,7 +87,7 @@ finishes or takes back what it had begun.`,
 	f.Bool(
 		"local-sources",
 		false,
-		"let releases come from file:// and from http:// on this machine, without naming them in --sources",
+		"let releases come from this machine (file://, its own and link-local addresses), without naming it in --sources",
 	)
 	f.String(
 		"mirrors",
@@ -289,7 +289,8 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		Sources: conf.Sources, NoLocal: !conf.LocalSources, Dests: conf.Dests, Users: conf.Users, NoCommands: conf.NoCommands,
 	}
 	objects := object.New(object.Config{
-		MaxBandwidth: bandwidth, Sources: bounds.Sources, Redirect: bounds.CheckSource, Mirrors: mirrors, Log: log,
+		MaxBandwidth: bandwidth, Sources: bounds.Sources, NoLocal: bounds.NoLocal, Redirect: bounds.CheckSource,
+		Mirrors: mirrors, Log: log,
 	})
 	trust, err := trustSigners(conf.Signers, objects, log)
 	if err != nil {

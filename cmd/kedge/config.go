@@ -32,7 +32,7 @@ type agentConfig struct {
 	ListenStatus string `yaml:"listen_status"`
 
 	Sources words `yaml:"sources"`
-	// LocalSources lets releases come from file:// and, on this machine, http:// also where Sources doesn't name them.
+	// LocalSources lets releases come from this machine also where Sources does not name it.
 	LocalSources bool `yaml:"local_sources"`
 	// Mirrors are asked before the place that an object belongs to.
 	Mirrors mirrorLists `yaml:"mirrors"`

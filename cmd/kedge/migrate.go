@@ -282,7 +282,9 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		return nil
 	}
 	o.Bounds.NoLocal = len(args) == 0 // else a person names it
-	o.Objects = object.New(object.Config{Log: log, Redirect: o.Bounds.CheckSource})
+	o.Objects = object.New(object.Config{
+		Sources: o.Bounds.Sources, NoLocal: o.Bounds.NoLocal, Redirect: o.Bounds.CheckSource, Log: log,
+	})
 	if o.Store, err = a.open(log); err != nil {
 		return err
 	}

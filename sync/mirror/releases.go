@@ -117,7 +117,7 @@ func (r Releases) inspect(
 			break
 		}
 		g.Go(func() error {
-			raw, err := r.read(ctx, p)
+			raw, err := r.read(object.WithRedirect(ctx, sourcesOf(s, byRelease[p])), p)
 			mu.Lock()
 			defer mu.Unlock()
 			for _, u := range byRelease[p] {
@@ -134,6 +134,19 @@ func (r Releases) inspect(
 	slices.SortFunc(problems, byPlace)
 	slices.SortFunc(unread, byPlace)
 	return problems, unread
+}
+
+// sourcesOf returns why a redirect of what units share may not lead to a URL: each of their stages must allow it, as
+// its nodes will hold to it.
+func sourcesOf(s deployments.Settings, units []deployments.Unit) func(url string) error {
+	return func(url string) error {
+		for _, u := range units {
+			if err := policy.BoundsOf(s, u.ID.Stage).CheckSource(url); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 }
 
 func problemOf(u deployments.Unit, err error) deployments.Problem {

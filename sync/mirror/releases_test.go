@@ -4,13 +4,16 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/fstest"
 	"testing/synctest"
 	"time"
 
@@ -318,5 +321,43 @@ func TestCheckPushOfReleases(t *testing.T) {
 	o.Commit(map[string]string{"prod/web/app.yaml": m.line("nowhere", "")})
 	if out, err := o.Try(o.Work, "push", "origin", "HEAD:main"); err == nil || !strings.Contains(out, "prod/web/app.yaml:1:10: the release can't be checked") {
 		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// The mirror follows a redirect to a manifest only where kedge.yaml's sources let the unit's nodes follow it.
+func TestRedirectedManifestsKeepToSources(t *testing.T) {
+	t.Parallel()
+	const manifest = "commands: {pre: [id]}\n"
+	var elsewhere atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/in/near":
+			http.Redirect(w, r, "/in/home", http.StatusFound)
+		case "/in/far":
+			http.Redirect(w, r, "/out/home", http.StatusFound)
+		case "/out/home":
+			elsewhere.Add(1)
+			fallthrough
+		default:
+			_, _ = io.WriteString(w, manifest)
+		}
+	}))
+	t.Cleanup(server.Close)
+	for path, says := range map[string]string{"/in/near": "", "/in/far": server.URL + "/out/home is not from"} {
+		release := deployments.Pointer{URL: server.URL + path, Digest: sha256.Sum256([]byte(manifest))}
+		tree, err := deployments.Load(fstest.MapFS{
+			"kedge.yaml":        {Data: []byte("sources: {prod: ['" + server.URL + "/in']}\n")},
+			"prod/web/app.yaml": {Data: []byte("release: " + release.String() + "\n")},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	if elsewhere.Load() > 0 {
+		t.Error("the mirror asked elsewhere")
 	}
 }

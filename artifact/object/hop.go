@@ -1,0 +1,193 @@
+package object
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"sync"
+	"syscall"
+
+	"kedge/deployments"
+)
+
+var (
+	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
+	errToHere    = errors.New("another machine may not lead to this one")
+	// errLocalAddress is unavailability, not the release's fault: names lead to other addresses at other times.
+	errLocalAddress = errors.New("it is this machine's own address, or link-local: another machine may not lead there, " +
+		"and a URL only if sources names it")
+
+	errToPlainHTTP = errors.New("https may not lead to plain http")
+	errWithoutEnd  = errors.New("it is redirected more than ten times")
+)
+
+// maxRedirects bounds the redirects of one request.
+const maxRedirects = 10
+
+func thisMachine(u *url.URL) bool {
+	ip := net.ParseIP(u.Hostname())
+	return u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// mayRead reports whether a URL of plain http may be followed.
+func (c *Client) mayRead(u *url.URL) bool {
+	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
+}
+
+// redirectError is why a redirect isn't followed: trying again doesn't help.
+type redirectError struct{ error }
+
+func (e redirectError) Unwrap() error { return e.error }
+
+type boundsKey struct{}
+
+// WithRedirect returns a context whose reads hold each redirect to allowed, beside Config.Redirect: for those whose
+// bounds depend on what is read.
+func WithRedirect(ctx context.Context, allowed func(url string) error) context.Context {
+	return context.WithValue(ctx, boundsKey{}, allowed)
+}
+
+// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes a token or a password along, and
+// one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
+// carry a signature, and is not told.
+func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
+	r.Header.Del("Referer")
+	if r.URL.Host != via[0].URL.Host {
+		r.Header.Del("Authorization")
+		r.Header.Del("X-Amz-Security-Token")
+	}
+	from := via[len(via)-1].URL
+	switch {
+	case deployments.IsLocalURL(r.URL) && !thisMachine(from) && r.URL.Host != from.Host:
+		return errToHere
+	case r.URL.Scheme != "https" && from.Scheme == "https":
+		return errToPlainHTTP
+	case r.URL.Scheme != "https" && (r.URL.Scheme != "http" || !c.mayRead(r.URL)):
+		return errPlainHTTP
+	}
+	if len(via) >= maxRedirects {
+		return errWithoutEnd
+	}
+	to := *r.URL
+	to.User, to.RawQuery, to.ForceQuery, to.Fragment, to.RawFragment = nil, "", false, "", ""
+	if c.redirect != nil {
+		if err := c.redirect(to.String()); err != nil {
+			return err
+		}
+	}
+	if allowed, ok := r.Context().Value(boundsKey{}).(func(string) error); ok && allowed != nil {
+		return allowed(to.String())
+	}
+	return nil
+}
+
+// httpClient returns a client that counts requests and holds each hop of them to what may be connected to. The first
+// hop may lead to this machine where mayLeadHere says so.
+func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) *http.Client {
+	guarded, proxies := t.Clone(), &proxies{}
+	guarded.Proxy = proxies.of(t.Proxy)
+	dialer := dialer()
+	dialer.ControlContext = refuseLocal
+	guarded.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		if proxies.has(address) { // it is this node's configuration, and what it connects to is its own affair
+			return t.DialContext(ctx, network, address)
+		}
+		return dialer.DialContext(ctx, network, address)
+	}
+	return &http.Client{
+		Transport: hops{free: t, guarded: guarded, mayLeadHere: mayLeadHere, requests: &c.requests},
+		CheckRedirect: func(r *http.Request, via []*http.Request) error {
+			if err := c.checkRedirect(r, via); err != nil {
+				return redirectError{err}
+			}
+			return nil
+		},
+	}
+}
+
+// mayLeadHere reports whether an http URL that somebody named may have a name that leads to this machine.
+func (c *Client) mayLeadHere(u *url.URL) bool {
+	if !c.noLocal {
+		return true
+	}
+	to := *u
+	to.User, to.RawQuery, to.ForceQuery = nil, "", false
+	return deployments.FromSource(to.String(), c.sources)
+}
+
+// configured is mayLeadHere of services that this process's own configuration names.
+func configured(*url.URL) bool { return true }
+
+func refuseLocal(_ context.Context, _, address string, _ syscall.RawConn) error {
+	at, err := netip.ParseAddrPort(address)
+	if err == nil && deployments.IsLocalAddress(at.Addr()) {
+		err = errLocalAddress
+	}
+	return err
+}
+
+// isLocalAddress reports whether a request failed because each address of its host is this machine's. The error then
+// is final for this call.
+func isLocalAddress(err error) bool { return errors.Is(err, errLocalAddress) }
+
+// hops sends a request on connections to any address, or on those that never lead to this machine. Each kind has its
+// own connections, since what a host's name led to once must not serve a request that may not go there.
+type hops struct {
+	free, guarded *http.Transport
+	mayLeadHere   func(*url.URL) bool
+	requests      interface{ Add(int64) int64 }
+}
+
+func (h hops) RoundTrip(r *http.Request) (*http.Response, error) {
+	h.requests.Add(1)
+	first := r
+	for first.Response != nil && first.Response.Request != nil { // redirected
+		first = first.Response.Request
+	}
+	free := h.mayLeadHere(first.URL)
+	if first.URL.Host != r.URL.Host {
+		free = free && thisMachine(first.URL)
+	}
+	if free {
+		return h.free.RoundTrip(r)
+	}
+	return h.guarded.RoundTrip(r)
+}
+
+// CloseIdleConnections is for http.Client's method.
+func (h hops) CloseIdleConnections() {
+	h.free.CloseIdleConnections()
+	h.guarded.CloseIdleConnections()
+}
+
+// proxies are the addresses of proxies that requests were given.
+type proxies struct{ known sync.Map }
+
+// of is a Transport's Proxy, and remembers what it returns.
+func (p *proxies) of(next func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
+	if next == nil {
+		return nil
+	}
+	return func(r *http.Request) (*url.URL, error) {
+		u, err := next(r)
+		if err == nil && u != nil {
+			port := u.Port()
+			if port == "" {
+				port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+			}
+			if port == "" {
+				port = "1080" // SOCKS
+			}
+			p.known.Store(net.JoinHostPort(u.Hostname(), port), true)
+		}
+		return u, err
+	}
+}
+
+func (p *proxies) has(address string) bool {
+	_, ok := p.known.Load(address)
+	return ok
+}
