@@ -339,7 +339,7 @@
 //	node     the node's name
 //	agent    the agent's version
 //	started  when the agent started, by the node's clock
-//	joined   since when the store has held the node's entries without a gap: larger after each restart
+//	joined   since when the store has held the report without a gap: larger after each restart; absent in the first one
 //	ready    what /ready says
 //	units    by the unit's own name; see below
 //

@@ -186,11 +186,11 @@ type LeaseHolder struct {
 
 // Presence writes entries that show whether their writer lives: their Session is set as long as it does.
 type Presence interface {
-	// Joined waits until the store knows the presence. It returns a number that grows each time the presence joins
-	// the store: when a process follows another on the same node, and when held entries were lost or replaced
-	// meanwhile, as for a node that was cut off, or after the restore of a snapshot. Numbers of all presences of a
-	// store compare: the larger one joined later. changed is closed once the number is another.
-	Joined(ctx context.Context) (since uint64, changed <-chan struct{}, err error)
+	// Join is Put, and returns since when the store holds the entry, as a number that grows each time. Numbers of all
+	// entries of a store compare: a list that shows the one that joined later shows the other, too. lost is closed
+	// once entries that the presence holds were lost or replaced, as of a node that was cut off, or after the restore
+	// of a snapshot: then the number is void, and each entry has to join anew.
+	Join(ctx context.Context, key string, value []byte) (since uint64, lost <-chan struct{}, err error)
 	// Leave makes Close leave key in place, held by nobody, as if its writer had died: for a process that comes
 	// back soon.
 	Leave(key string)

@@ -29,14 +29,8 @@ type Base struct {
 }
 
 // tellNone returns a Record.Joined for a record that moves no node yet, as it isn't known how many nodes are
-// changing. Nodes that don't report when they joined can't be held back. If there are no reports at all, nodes
-// that come may move.
-func tellNone(nodes []Node) uint64 {
-	if len(nodes) == 0 {
-		return 1
-	}
-	return min(1, lastJoined(nodes))
-}
+// changing. Nodes that don't report when they joined can't be held back.
+func tellNone() uint64 { return 1 }
 
 // Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored
 // is the valid record in the store, or nil. A generation must never go down: nodes would take the record for an
@@ -122,7 +116,7 @@ func IsLost(nodes []Node, known int64) bool {
 // is the highest that is known.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
-		Joined: tellNone(nodes)}
+		Joined: tellNone()}
 	count := map[deployments.Pointer]int{}
 	failed := map[deployments.Digest]bool{}
 	for i := range nodes {
@@ -171,9 +165,9 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 // FromHistory returns the record of a generation that only the history knows. How far its rollout had come is
 // lost: what was rolled back stays so, and anything else continues past its canaries, by max_unavailable. If every
 // node is converged it ends at once.
-func FromHistory(u deployments.Unit, h deployments.History, nodes []Node, now time.Time) deployments.Record {
+func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
-		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(nodes), Pinned: h.Pinned}
+		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
 	switch {
 	case h.Stable == h.Release:

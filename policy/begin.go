@@ -313,8 +313,8 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away and
-// would go to stable from a release that the record doesn't name: these wait for room in the budget.
+// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or have no
+// number yet, and would go to stable from a release that the record doesn't name: these wait for room in the budget.
 func tell(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {
@@ -327,8 +327,8 @@ func tell(in *inputs, st state) uint64 {
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
 		unlooked := n.Report.Running.IsZero() && n.Report.Want.IsZero() // something may serve there
-		if n.Joined > st.r.Joined && (unlooked || strays(&r, &n.Report)) {
-			last = min(last, n.Joined-1)
+		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked || strays(&r, &n.Report)) {
+			last = min(last, max(n.Joined, 1)-1)
 		}
 	}
 	return max(last, st.r.Joined)

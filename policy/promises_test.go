@@ -661,7 +661,7 @@ func TestTheFirstReleaseThatWasRolledBackIsLost(t *testing.T) {
 	t.Parallel()
 	s := firstRelease10(t)
 	h := deployments.History{Generation: 3, Release: s.Unit.Release, Failed: s.Unit.Release.Digest}
-	s.Record = FromHistory(s.Unit, h, s.Nodes, s.Now)
+	s.Record = FromHistory(s.Unit, h, s.Now)
 	if m := Next(s); m.Record.Rollout == nil || m.Record.Rollout.Failed != s.Unit.Release.Digest {
 		t.Errorf("from its history it becomes %s", brief(m.Record))
 	}

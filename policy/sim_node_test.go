@@ -22,7 +22,7 @@ type member struct {
 	kept    bool      // what did can be put back
 	epoch   int       // the unit that it looks after: see world.epoch
 	ends    bool      // it ends what it had begun under the unit's former name
-	joined  uint64    // larger after each restart, and each time that it was cut off
+	joined  uint64    // of its first report since it started, or was cut off; 0: that has yet to be stored
 	told    entry     // as in the store
 	silent  time.Time // since when it isn't there
 	stale   bool      // it holds what the node put earlier, as a restored snapshot brings back
@@ -63,9 +63,8 @@ var before = release("before")
 
 func (w *world) join() {
 	w.names++
-	w.joins++
 	n := &member{name: fmt.Sprint("n", w.names), number: w.names, failed: map[deployments.Digest]string{},
-		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.passed(), acts: -1, joined: w.joins}
+		tried: map[deployments.Digest]int{}, free: true, started: w.now, silent: w.passed(), acts: -1}
 	n.read(w, len(w.records)-1)
 	if len(w.records) > 1 && w.adopt != nil && w.adopt.IntN(3) == 0 {
 		n.serves, n.free = true, false
@@ -82,12 +81,10 @@ func (w *world) leaveOrReturn(n *member) {
 	if n.gone = !n.gone; n.gone {
 		n.goneAt, n.away = w.now, w.passed()
 	} else {
-		w.joins++
 		over := !n.going.IsZero() && !w.passed().Before(n.away.Add(w.unit.Rollout.Deadline)) // it has had its time
-		n.joined, n.started, n.free = w.joins, w.now, n.free || n.running.IsZero() || over
-		n.told.joined = n.joined // its new session takes the entry up again
+		n.joined, n.started, n.free = 0, w.now, n.free || n.running.IsZero() || over
 	}
-	w.say("%s gone: %v, joined as %d", n.name, n.gone, n.joined)
+	w.say("%s gone: %v", n.name, n.gone)
 }
 
 // unsettled reports whether a node is switching, or would by the record that it acts on or one that it may yet read.
@@ -193,9 +190,6 @@ func (w *world) act(n *member, promptly bool) {
 		}
 	case d.Action == ActLeave:
 		n.going, n.hangs, n.sick = before, w.chance(0.05), false
-		if lived := w.lived[max(0, n.acts)]; n.number >= len(lived) || !lived[n.number] {
-			n.free = true
-		}
 		w.say("%s begins to leave %s, by generation %d", n.name, n.running.URL, r.Generation)
 		if p := r.Rollout; p == nil || p.Failed == (deployments.Digest{}) || !r.Stable.IsZero() {
 			w.breaks("%s leaves %s, which was not rolled back: %s", n.name, n.running.URL, brief(r))
@@ -207,9 +201,6 @@ func (w *world) act(n *member, promptly bool) {
 	case d.Target.IsZero():
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
 		n.going, n.begun, n.by, n.hangs, n.sick = d.Target, key, n.acts, w.chance(0.05), false
-		if lived := w.lived[max(0, n.acts)]; n.number >= len(lived) || !lived[n.number] {
-			n.free = true // no budget can count who wasn't known to take part
-		}
 		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit.
 		leaves := r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRollingBack && partOf(&r, n.running.Digest)
 		boots := n.going == r.Stable && (n.running.IsZero() || leaves)
@@ -234,7 +225,7 @@ func (w *world) tell(n *member) {
 		return
 	}
 	if n.epoch < w.epoch { // what it says of the unit's former name is nothing of this one
-		n.told, n.stale = entry{true, n.joined, deployments.UnitReport{}}, false
+		w.publish(n, deployments.UnitReport{})
 		return
 	}
 	r := w.acting(n)
@@ -257,7 +248,17 @@ func (w *world) tell(n *member) {
 	default:
 		u.State = deployments.StateFetching
 	}
+	w.publish(n, u)
+}
+
+// publish puts a node's report. The first one gives the node its number, which stands in the next.
+func (w *world) publish(n *member, u deployments.UnitReport) {
 	n.told, n.stale = entry{true, n.joined, u}, false
+	if n.joined == 0 {
+		w.joins++
+		n.joined = w.joins
+		w.say("%s joined as %d", n.name, n.joined)
+	}
 }
 
 // unsaid notes that a node's entry in status/ is gone.
@@ -273,8 +274,7 @@ func (n *member) unknown() bool {
 func (w *world) relist() {
 	for _, n := range w.nodes {
 		if n.stale && !n.gone && !n.left {
-			w.joins++
-			n.joined = w.joins
+			n.joined = 0
 			w.tell(n)
 		}
 		if !n.gone && !n.left && !n.told.listed && w.passed().Sub(n.silent) >= time.Minute {

@@ -130,7 +130,7 @@ func (w *world) base(stored deployments.Record) (b Base, until time.Time) {
 		b = Base{Record: stored, Floor: stored.Generation}
 	case len(w.history) > 0:
 		h := w.history[len(w.history)-1]
-		b = Base{Record: FromHistory(w.unit, h, w.seenBy, w.now), Floor: h.Generation}
+		b = Base{Record: FromHistory(w.unit, h, w.now), Floor: h.Generation}
 	}
 	if stored.Generation == 0 {
 		settled := slices.MaxFunc(append(slices.Collect(maps.Values(w.left)), w.listed), time.Time.Compare)
@@ -291,10 +291,7 @@ func (w *world) lose() {
 		}
 		if anew {
 			n.acts, n.seen = -1, len(w.records) // the numbers of the record of before are of another store
-			if !n.gone {
-				w.joins++
-				n.joined = w.joins
-			}
+			n.joined = 0
 		}
 	}
 	if pins {

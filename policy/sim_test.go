@@ -406,6 +406,7 @@ func (w *world) settle(resume bool) bool {
 				idle = false
 			}
 			w.tell(n)
+			idle = idle && (n.gone || n.left || n.told.joined == n.joined)
 		}
 		w.look()
 		again := w.mirror("")

@@ -51,8 +51,6 @@ func TestFirstReleaseWhereSomethingElseServes(t *testing.T) {
 	})
 	for _, node := range nodes {
 		w.startAgent(node)
-		// A node that the mirror has yet to hear of may be told with one that joined after it: then two begin.
-		w.held(true, node)
 	}
 	rolledBack := func(p deployments.Pointer) {
 		t.Helper()

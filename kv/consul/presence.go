@@ -57,8 +57,7 @@ type presence struct {
 	endHeart context.CancelFunc
 	mute     bool            // no heartbeat is possible, and that was logged
 	sweep    *time.Timer     // ends the sessions of earlier processes; nil: no session yet
-	joined   uint64          // the store's index when the session was made
-	changed  chan struct{}   // closed, and made anew, when joined changes
+	gone     chan struct{}   // closed, and made anew, when the session is lost
 	renew    bool            // the session has a TTL
 	early    bool            // it has a TTL because the node has no health check yet
 	mine     map[string]bool // all sessions that this presence has had
@@ -74,24 +73,10 @@ func (s *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 	}
 	p := &presence{store: s, name: name, done: make(chan struct{}), wake: wait.NewSignal(),
 		mine: map[string]bool{}, held: map[string][]byte{},
-		tried: map[string][]byte{}, taken: map[string]bool{}, changed: make(chan struct{})}
+		tried: map[string][]byte{}, taken: map[string]bool{}, gone: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
 	return p, nil
-}
-
-func (p *presence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
-	p.putting.Lock()
-	defer p.putting.Unlock()
-	if p.closed {
-		return 0, nil, backend.ErrPresenceClosed
-	}
-	if p.session == "" {
-		if err := p.open(ctx); err != nil {
-			return 0, nil, err
-		}
-	}
-	return p.joined, p.changed, nil
 }
 
 func (p *presence) Leave(key string) {
@@ -100,12 +85,38 @@ func (p *presence) Leave(key string) {
 	delete(p.held, key)
 }
 
+// Join returns the index of the write. A session's own would not do: other entries may come between it and this one.
+func (p *presence) Join(ctx context.Context, key string, value []byte) (
+	since uint64, lost <-chan struct{}, err error,
+) {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	for range 4 {
+		if err := p.hold(ctx, key, value); err != nil {
+			return 0, nil, err
+		}
+		e, err := p.store.Get(ctx, key)
+		switch {
+		case err != nil && !errors.Is(err, kv.ErrNotFound):
+			return 0, nil, err
+		case e.Session == p.session && bytes.Equal(e.Value, value):
+			return e.Version, p.gone, nil
+		}
+	}
+	return 0, nil, fmt.Errorf("put %s: another process keeps taking it: %w", key, kv.ErrConflict)
+}
+
 func (p *presence) Put(ctx context.Context, key string, value []byte) error {
+	p.putting.Lock()
+	defer p.putting.Unlock()
+	return p.hold(ctx, key, value)
+}
+
+// hold writes an entry, and keeps it from then on.
+func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 	if err := backend.CheckKey(key); err != nil {
 		return fmt.Errorf("put: %w", err)
 	}
-	p.putting.Lock()
-	defer p.putting.Unlock()
 	if p.closed {
 		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
 	}
@@ -139,11 +150,11 @@ func (p *presence) tie(ctx context.Context) error {
 	if old == "" {
 		return nil // the next session is opened by the usual choice
 	}
-	id, _, err := p.openTied(ctx)
+	id, err := p.openTied(ctx)
 	if err != nil {
 		return err
 	}
-	p.opened(id, p.joined, false, false)
+	p.opened(id, false, false)
 	for _, key := range slices.Sorted(maps.Keys(p.held)) {
 		if err := p.swap(ctx, key, p.held[key], p.held[key], old); err != nil && !errors.Is(err, kv.ErrConflict) {
 			return err
@@ -164,7 +175,7 @@ func (p *presence) put(ctx context.Context, key string, value []byte) error {
 		held, err := p.acquire(ctx, key, value)
 		switch {
 		case err != nil && strings.Contains(err.Error(), "invalid session"):
-			p.session = ""
+			p.lose()
 			continue
 		case err != nil:
 			return err
@@ -224,9 +235,9 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 
 // open creates the session.
 func (p *presence) open(ctx context.Context) error {
-	id, joined, err := p.openTied(ctx)
+	id, err := p.openTied(ctx)
 	if err == nil {
-		p.opened(id, joined, false, false)
+		p.opened(id, false, false)
 		if p.sweep == nil {
 			p.endEarlier(ctx, p.node, p.mine, 1)
 			p.sweep = time.AfterFunc(p.store.earlierAfter, func() {
@@ -247,15 +258,7 @@ func (p *presence) open(ctx context.Context) error {
 	if id, err = p.store.createSession(ctx, e); err != nil {
 		return err
 	}
-	info, _, err := p.store.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
-	if err == nil && info == nil {
-		err = fmt.Errorf("create a session: it is gone already: %w", kv.ErrUnavailable)
-	}
-	if err != nil {
-		p.store.destroySession(id)
-		return err
-	}
-	p.opened(id, info.CreateIndex, true, early)
+	p.opened(id, true, early)
 	return nil
 }
 
@@ -288,10 +291,10 @@ var errOtherNode = errors.New("the Consul agent is another node's")
 
 // openTied creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or errOtherNode if
 // there can't be one.
-func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err error) {
+func (p *presence) openTied(ctx context.Context) (id string, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
-		return "", 0, err
+		return "", err
 	}
 	info, _, err := s.sessionInfo(ctx, id, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 	switch {
@@ -302,10 +305,10 @@ func (p *presence) openTied(ctx context.Context) (id string, joined uint64, err 
 		err = errOtherNode
 	default:
 		p.node = info.Node
-		return p.beating(ctx, id), info.CreateIndex, nil
+		return p.beating(ctx, id), nil
 	}
 	s.destroySession(id)
-	return "", 0, err
+	return "", err
 }
 
 // beating replaces a session that depends only on the node's health by one that also depends on this process. If
@@ -355,15 +358,17 @@ func (p *presence) stopHeart() {
 	}
 }
 
-func (p *presence) opened(id string, joined uint64, renew, early bool) {
+func (p *presence) opened(id string, renew, early bool) {
 	p.session, p.renew, p.early = id, renew, early
 	p.mine[id] = true
-	if joined != p.joined {
-		p.joined = joined
-		close(p.changed)
-		p.changed = make(chan struct{})
-	}
 	p.look()
+}
+
+// lose notes that what the session held has no holder, or isn't what was put.
+func (p *presence) lose() {
+	p.session = ""
+	close(p.gone)
+	p.gone = make(chan struct{})
 }
 
 func (p *presence) Close(ctx context.Context) error {

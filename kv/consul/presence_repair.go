@@ -181,7 +181,7 @@ func (p *presence) repair() error {
 		}
 		if info == nil {
 			p.store.log.Warn("the session of this node's entries is gone: making another", "name", p.name)
-			p.session = ""
+			p.lose()
 		}
 	}
 	before := "" // the session to replace; empty: the session stays
@@ -200,7 +200,8 @@ func (p *presence) repair() error {
 		case e.Session != "" && e.Session == p.session && !bytes.Equal(e.Value, p.tried[key]):
 			p.store.log.Warn("this node's entry is an earlier one, as after the restore of a snapshot: joining anew",
 				"name", p.name, "key", key)
-			before, p.session = p.session, ""
+			before = p.session
+			p.lose()
 		case e.Session != "" && !p.mine[e.Session]: // a restored snapshot may have brought back one of its own
 			if !p.taken[key] {
 				p.store.log.Warn("another process has taken this node's entry: do two agents have this name?", "key", key)

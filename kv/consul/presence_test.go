@@ -212,22 +212,19 @@ func TestPresenceWritesAgainAfterRestore(t *testing.T) {
 	views := kvtest.Watch(t, c.Open(""), "status/prod/web/")
 	p := kvtest.Present(t, open(t, consul.Config{Client: f.config("")}), "server-1")
 	before := c.Snapshot()
-	if err := p.Put(t.Context(), "status/prod/web/server-1", []byte("later")); err != nil {
+	joined, lost, err := p.Join(t.Context(), "status/prod/web/server-1", []byte("later"))
+	if err != nil {
 		t.Fatal(err)
 	}
 	v := views.Await(t, "the later report", kvtest.Held("server-1=later"))
 	awaitWaiting(t, f, v.Entries[0])
-	joined, changed, err := p.Joined(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
 	c.Restore(before)
 	views.Await(t, "the later report, again", func(now kv.View) bool {
 		return kvtest.Held("server-1=later")(now) && now.Entries[0].Version != v.Entries[0].Version &&
 			now.Entries[0].Session != v.Entries[0].Session
 	})
-	<-changed
-	if again, _, err := p.Joined(t.Context()); err != nil || again <= joined {
+	<-lost
+	if again, _, err := p.Join(t.Context(), "status/prod/web/server-1", []byte("later")); err != nil || again <= joined {
 		t.Fatalf("it joined at %d, %v, and at %d before the restore", again, err, joined)
 	}
 	if err := p.Close(t.Context()); err != nil {

@@ -29,8 +29,7 @@ type presence struct {
 
 	mu      sync.Mutex
 	session *session
-	joined  uint64        // when the session was opened, in nanoseconds
-	changed chan struct{} // closed, and made anew, when joined changes
+	gone    chan struct{} // closed, and made anew, when another session is opened
 	held    map[string][]byte
 	closed  bool
 }
@@ -40,11 +39,11 @@ func (d *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 		return nil, errors.New("presence: the name is empty")
 	}
 	p := &presence{
-		store:   d,
-		name:    name,
-		held:    map[string][]byte{},
-		done:    make(chan struct{}),
-		changed: make(chan struct{}),
+		store: d,
+		name:  name,
+		held:  map[string][]byte{},
+		done:  make(chan struct{}),
+		gone:  make(chan struct{}),
 	}
 	p.ctx, p.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	go p.keep()
@@ -52,37 +51,33 @@ func (d *Store) Presence(ctx context.Context, name string) (kv.Presence, error) 
 }
 
 func (p *presence) Put(ctx context.Context, key string, value []byte) error {
+	_, _, err := p.Join(ctx, key, value)
+	return err
+}
+
+// Join returns the time in nanoseconds, told while no other process writes.
+func (p *presence) Join(ctx context.Context, key string, value []byte) (
+	since uint64, lost <-chan struct{}, err error,
+) {
 	if err := backend.CheckKey(key); err != nil {
-		return fmt.Errorf("put: %w", err)
+		return 0, nil, fmt.Errorf("put: %w", err)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
-		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
+		return 0, nil, fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
 	}
-	err := p.store.writing(ctx, func() error {
+	err = p.store.writing(ctx, func() error {
+		since = uint64(time.Now().UnixNano())
 		lost := p.lost()
 		lost[key] = value
 		return p.put(lost)
 	})
 	if err != nil {
-		return fmt.Errorf("put %s: %w", key, err)
+		return 0, nil, fmt.Errorf("put %s: %w", key, err)
 	}
 	p.held[key] = bytes.Clone(value)
-	return nil
-}
-
-func (p *presence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
-		return 0, nil, backend.ErrPresenceClosed
-	}
-	err := p.store.writing(ctx, p.open)
-	if err != nil {
-		return 0, nil, fmt.Errorf("join as %s: %w", p.name, err)
-	}
-	return p.joined, p.changed, nil
+	return since, p.gone, nil
 }
 
 func (p *presence) Leave(key string) {
@@ -104,9 +99,9 @@ func (p *presence) open() error {
 	if err != nil {
 		return err
 	}
-	p.session, p.joined = s, uint64(time.Now().UnixNano())
-	close(p.changed)
-	p.changed = make(chan struct{})
+	p.session = s
+	close(p.gone)
+	p.gone = make(chan struct{})
 	return nil
 }
 

@@ -219,11 +219,14 @@ func (p *faultyPresence) Put(ctx context.Context, key string, value []byte) erro
 	return p.f.write([]string{key}, func() error { return p.p.Put(ctx, key, value) })
 }
 
-func (p *faultyPresence) Joined(ctx context.Context) (uint64, <-chan struct{}, error) {
-	if _, err := p.f.trouble(); err != nil {
-		return 0, nil, err
-	}
-	return p.p.Joined(ctx)
+func (p *faultyPresence) Join(ctx context.Context, key string, value []byte) (
+	since uint64, lost <-chan struct{}, err error,
+) {
+	err = p.f.write([]string{key}, func() (err error) {
+		since, lost, err = p.p.Join(ctx, key, value)
+		return err
+	})
+	return since, lost, err
 }
 
 func (p *faultyPresence) Leave(key string) { p.p.Leave(key) }

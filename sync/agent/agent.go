@@ -149,7 +149,7 @@ type Agent struct {
 	units   map[deployments.UnitID]*unit
 	onDisk  map[deployments.UnitID]bool // of which something is kept since before the start
 	ready   bool                        // once it was ready
-	joined  uint64                      // the presence's number; 0: not known yet
+	joined  map[string]uint64           // by role, since when the store holds its report; absent: not known yet
 	ctx     context.Context
 	workers sync.WaitGroup
 }

@@ -29,6 +29,13 @@ type silencedPresence struct {
 	silent *atomic.Bool
 }
 
+func (p silencedPresence) Join(ctx context.Context, key string, value []byte) (uint64, <-chan struct{}, error) {
+	if p.silent.Load() {
+		return 0, nil, errors.New("the store takes no report")
+	}
+	return p.Presence.Join(ctx, key, value)
+}
+
 func (p silencedPresence) Put(ctx context.Context, key string, value []byte) error {
 	if p.silent.Load() {
 		return errors.New("the store takes no report")
@@ -122,5 +129,40 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	rolls(2, two)
 	a.awaitState(app, deployments.StateUnhealthy)
 	rolls(3, three)
+	a.awaitRunning(app, three)
+}
+
+// A record speaks to a node by the number of its first report, once the store holds that: a mirror that has yet to see
+// it counts another node, that joined later.
+func TestARecordSpeaksToWhoHasReported(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	silent := new(atomic.Bool)
+	silent.Store(true)
+	one, two, three := w.publish("app", "1"), w.publish("app", "2"), w.publish("app", "3")
+	w.desire(app, deployments.Record{Target: one, Generation: 1})
+	a := w.start(func(c *Config) { c.Store = silencedStore{w.store, silent} })
+	a.awaitRunning(app, one)
+	rolls := func(generation int64, stable, to deployments.Pointer, joined uint64) {
+		w.desire(app, deployments.Record{Target: to, Stable: stable, Generation: generation, Joined: joined,
+			Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
+	}
+	stays := func(generation int64, on deployments.Pointer) {
+		t.Helper()
+		u := a.awaitUnit(app, "knows the record", func(u deployments.UnitReport) bool { return u.Generation == generation })
+		if u.Want != on {
+			t.Errorf("it goes to %s by generation %d", u.Want, generation)
+		}
+	}
+
+	rolls(2, one, two, 1<<64-1)
+	stays(2, one)
+	silent.Store(false)
+	a.awaitRunning(app, two)
+
+	joined := a.Report()[app.Role].Joined
+	rolls(3, two, three, joined-1)
+	stays(3, two)
+	rolls(4, two, three, joined)
 	a.awaitRunning(app, three)
 }

@@ -73,7 +73,7 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 		u.decided = true
 		u.decision = policy.Resolve(policy.Facts{
 			Unit: id, Node: a.c.Node, Now: now,
-			Joined: a.joined, Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
+			Joined: a.joined[r.Name], Record: u.record, UnitPin: u.pins[0], NodePin: u.pins[1],
 			Running: state.Running, Quarantined: state.Quarantined, Bounds: a.c.Bounds,
 			AtDest: u.atDest(u.record.Value.Target, u.record.Value.Stable), Booted: a.booted, Leavable: state.Leavable,
 		})

@@ -37,7 +37,7 @@ func (a *Agent) Report() map[string]deployments.Report {
 	for _, r := range a.cache.Roles() {
 		reports[r.Name] = deployments.Report{
 			Node:    a.c.Node,
-			Joined:  a.joined,
+			Joined:  a.joined[r.Name],
 			Agent:   a.c.Version,
 			Started: a.begun.UTC(),
 			Ready:   ready,
@@ -114,10 +114,9 @@ func (a *Agent) report(ctx context.Context) {
 	if presence == nil {
 		return
 	}
-	var joining sync.WaitGroup
-	joining.Go(func() { a.followJoined(ctx, presence) })
+	var joined sync.WaitGroup
 	defer func() {
-		joining.Wait()
+		joined.Wait()
 		a.workers.Wait() // what they can still end needs no word
 		for _, role := range a.rolesInMidSwitch() {
 			presence.Leave(kv.StatusKey(a.c.Stage, role, a.c.Node))
@@ -148,10 +147,11 @@ func (a *Agent) report(ctx context.Context) {
 			next := a.encode(role, r)
 			last := written[role]
 			a.announced(role, last)
-			if next.news == last.news {
+			joins := r.Joined == 0
+			if next.news == last.news && !joins {
 				continue
 			}
-			if next.coarse == last.coarse {
+			if next.coarse == last.coarse && !joins {
 				if wait := progressEvery - time.Since(last.at); wait > 0 {
 					later(wait)
 					continue
@@ -167,7 +167,14 @@ func (a *Agent) report(ctx context.Context) {
 				later(time.Second / reportsPerSecond)
 				continue
 			}
-			if err := presence.Put(ctx, kv.StatusKey(a.c.Stage, role, a.c.Node), next.data); err != nil {
+			key := kv.StatusKey(a.c.Stage, role, a.c.Node)
+			var err error
+			if joins {
+				err = a.join(ctx, &joined, presence, role, key, next.data)
+			} else {
+				err = presence.Put(ctx, key, next.data)
+			}
+			if err != nil {
 				if ctx.Err() != nil {
 					return
 				}
@@ -198,34 +205,41 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// followJoined keeps the number of the node's presence, until ctx ends. While it isn't known, no rollout has told
-// the node anything.
-func (a *Agent) followJoined(ctx context.Context, presence kv.Presence) {
-	retry := newBackoff()
-	for ctx.Err() == nil {
-		joined, changed, err := presence.Joined(ctx)
-		if err != nil {
-			if retry.Wait(ctx) != nil {
-				return
-			}
-			continue
-		}
-		retry.Reset()
-		a.setJoined(joined)
+// join writes the first report of a role, and takes its number from that, until ctx ends or the presence is lost. A
+// record speaks to a node by a number that the mirror knows: one that is older than the report might be told together
+// with another node's, and not be counted.
+func (a *Agent) join(
+	ctx context.Context,
+	joined *sync.WaitGroup,
+	presence kv.Presence,
+	role, key string,
+	report []byte,
+) error {
+	since, lost, err := presence.Join(ctx, key, report)
+	if err != nil {
+		return err
+	}
+	a.setJoined(role, since)
+	joined.Go(func() {
 		select {
 		case <-ctx.Done():
-			return
-		case <-changed:
-			a.setJoined(0)
+		case <-lost:
+			a.setJoined(role, 0)
 		}
-	}
+	})
+	return nil
 }
 
-func (a *Agent) setJoined(joined uint64) {
+// setJoined notes the number of a role's report; 0: it has to join.
+func (a *Agent) setJoined(role string, since uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.joined = joined
+	if a.joined == nil {
+		a.joined = map[string]uint64{}
+	}
+	a.joined[role] = since
 	a.kick()
+	a.kickReport()
 }
 
 // rolesInMidSwitch are the roles with a unit whose deployment is half done: their reports stay when the agent ends,

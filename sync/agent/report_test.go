@@ -27,7 +27,10 @@ type written struct {
 
 func (*written) Close(context.Context) error                             { return nil }
 func (*written) Leave(string)                                            {}
-func (*written) Joined(context.Context) (uint64, <-chan struct{}, error) { return 1, nil, nil }
+func (w *written) Join(ctx context.Context, key string, value []byte) (uint64, <-chan struct{}, error) {
+	return 1, nil, w.Put(ctx, key, value)
+}
+
 func (w *written) Put(_ context.Context, _ string, value []byte) error {
 	var r deployments.Report
 	err := json.Unmarshal(value, &r)

@@ -259,7 +259,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		case c.present && c.err == nil: // a bare pointer: nodes run it
 			base.Record = deployments.Record{Target: c.record.Target}
 		case past.Generation > 0:
-			base.Record = policy.FromHistory(u, past, nodes, in.now)
+			base.Record = policy.FromHistory(u, past, in.now)
 		}
 		if !c.present {
 			w.kind = "create"
