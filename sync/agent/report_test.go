@@ -25,8 +25,8 @@ type written struct {
 	reports []deployments.Report
 }
 
-func (*written) Close(context.Context) error                             { return nil }
-func (*written) Leave(string)                                            {}
+func (*written) Close(context.Context) error { return nil }
+func (*written) Leave(string)                {}
 func (w *written) Join(ctx context.Context, key string, value []byte) (uint64, <-chan struct{}, error) {
 	return 1, nil, w.Put(ctx, key, value)
 }
