@@ -219,7 +219,8 @@
 //	signers            a file of SSH keys, of which one must have signed each release (none is asked for)
 //	allow_older_pins   true: a pin may name a release older than the one that the node settled on (false)
 //	allow_empty        true: a node without units is ready (false)
-//	observe            true: fetch and compare with what lies at dest, report that, and touch nothing (false)
+//	observe            true, or the units, as STAGE/ROLE/UNIT, each a name or *: fetch their releases, compare them
+//	                   with what lies at dest, report that, and touch nothing (false)
 //	adopt              true: take over what is a first release's already, as adopt in a unit file (false)
 //	maintenance        true: the node is in Consul's maintenance mode while it switches (false)
 //	snapshot           the URL of the mirror's copy of the desired state, for a first boot while Consul is away (none)

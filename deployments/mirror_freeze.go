@@ -74,7 +74,7 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 		}
 	}
 	for _, pattern := range w.Units {
-		if _, err := asPattern(pattern); err != nil {
+		if _, err := ParseUnitPattern(pattern); err != nil {
 			return Freeze{}, fmt.Errorf("freeze window: units: %w", err)
 		}
 	}

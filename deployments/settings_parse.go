@@ -199,7 +199,7 @@ func (r *reader) freeze(n ast.Node) (Freeze, bool) {
 		"allow":    window(FreezeAllow),
 		"duration": into(r, &f.Duration, asPositive),
 		"zone":     into(r, &f.Zone, asZone),
-		"units":    intoList(r, &f.Units, asPattern),
+		"units":    intoList(r, &f.Units, ParseUnitPattern),
 		"running":  into(r, &f.Running, asOneOf("finish", "wait")),
 		"reason":   into(r, &f.Reason, asText),
 	})
@@ -232,19 +232,4 @@ func asZone(s string) (*time.Location, error) {
 		return nil, fmt.Errorf("zone %q: want a name of the IANA database, as in Europe/Berlin", clip(s))
 	}
 	return zone, nil
-}
-
-func asPattern(s string) (string, error) {
-	parts := strings.Split(s, "/")
-	if len(parts) != 3 {
-		return "", fmt.Errorf("%q: want STAGE/ROLE/UNIT, each a name or *", clip(s))
-	}
-	for _, p := range parts {
-		if p != "*" {
-			if err := CheckSegment("name", p); err != nil {
-				return "", err
-			}
-		}
-	}
-	return s, nil
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -69,6 +70,31 @@ func (id UnitID) MarshalText() ([]byte, error) { return []byte(id.String()), nil
 func (id *UnitID) UnmarshalText(text []byte) (err error) {
 	*id, err = ParseUnitID(string(text))
 	return err
+}
+
+// ParseUnitPattern accepts STAGE/ROLE/UNIT, each a name or *.
+func ParseUnitPattern(s string) (string, error) {
+	parts := strings.Split(s, "/")
+	if len(parts) != 3 {
+		return "", fmt.Errorf("%q: want STAGE/ROLE/UNIT, each a name or *", clip(s))
+	}
+	for _, p := range parts {
+		if p != "*" {
+			if err := CheckSegment("name", p); err != nil {
+				return "", err
+			}
+		}
+	}
+	return s, nil
+}
+
+// MatchesUnit reports whether one of the patterns names a unit.
+func MatchesUnit(patterns []string, id UnitID) bool {
+	fits := func(pattern, name string) bool { return pattern == "*" || pattern == name }
+	return slices.ContainsFunc(patterns, func(p string) bool {
+		parts := strings.Split(p, "/")
+		return len(parts) == 3 && fits(parts[0], id.Stage) && fits(parts[1], id.Role) && fits(parts[2], id.Unit)
+	})
 }
 
 // RoleID names a kind of node: STAGE/ROLE, as in prod/web.

@@ -3,7 +3,6 @@ package policy
 import (
 	"cmp"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/robfig/cron/v3"
@@ -51,7 +50,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	var allowedFrom time.Time
 	waits := false
 	for _, w := range windows {
-		if !covers(w.Units, id) {
+		if len(w.Units) > 0 && !deployments.MatchesUnit(w.Units, id) {
 			continue
 		}
 		schedule, err := scheduleOf(w)
@@ -208,16 +207,3 @@ func nameOf(w deployments.Freeze) string {
 	}
 	return string(w.Kind) + " " + w.Cron
 }
-
-// covers reports whether one of the patterns matches a unit. No patterns match every unit.
-func covers(patterns []string, id deployments.UnitID) bool {
-	for _, p := range patterns {
-		parts := strings.Split(p, "/")
-		if len(parts) == 3 && fits(parts[0], id.Stage) && fits(parts[1], id.Role) && fits(parts[2], id.Unit) {
-			return true
-		}
-	}
-	return len(patterns) == 0
-}
-
-func fits(pattern, name string) bool { return pattern == "*" || pattern == name }

@@ -113,11 +113,13 @@ finishes or takes back what it had begun.`,
 		false,
 		"let a node be ready whose stage and roles have no unit (default: that is taken for a mistake)",
 	)
-	f.Bool(
+	f.String(
 		"observe",
-		false,
-		"fetch and verify releases, compare them with what lies at dest, report that, and touch nothing",
+		"",
+		"fetch and verify releases, compare them with what lies at dest, report that, and touch nothing; of all units, or "+
+			"with = of these `units`: STAGE/ROLE/UNIT, each a name or *, separated by commas",
 	)
+	f.Lookup("observe").NoOptDefVal = "true"
 	f.Bool(
 		"adopt",
 		false,
@@ -218,7 +220,11 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	str("signers", &c.Signers)
 	boolean("allow-older-pins", &c.AllowOlderPins)
 	boolean("allow-empty", &c.AllowEmpty)
-	boolean("observe", &c.Observe)
+	if v, ok := text("observe"); ok {
+		if err := c.Observe.Set(v); err != nil {
+			errs = append(errs, err)
+		}
+	}
 	boolean("adopt", &c.Adopt)
 	boolean("maintenance", &c.Maintenance)
 	str("snapshot", &c.Snapshot)

@@ -5,11 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -189,6 +191,49 @@ func TestAgentConfig(t *testing.T) {
 	want.ReadyTimeout, want.StartDelay, want.VerifyEvery, want.Verify = 40*time.Second, 5*time.Second, 0, "always"
 	if err != nil || !reflect.DeepEqual(c, want) {
 		t.Errorf("%+v, %v\nwant %+v", c, err, want)
+	}
+}
+
+// What observe names: all units, some, or none. A text that names none is a mistake, as nothing would be observed.
+func TestObservedUnits(t *testing.T) {
+	t.Parallel()
+	for flag, want := range map[string]unitPatterns{
+		"":                                  nil,
+		"--observe":                         {"*/*/*"},
+		"--observe=true":                    {"*/*/*"},
+		"--observe=false":                   nil,
+		"--observe=prod/web/app, */db/base": {"prod/web/app", "*/db/base"},
+	} {
+		var c agentConfig
+		flags := (&app{}).agentCommand().Flags()
+		err := errors.Join(flags.Parse([]string{flag}), override(&c, flags))
+		if err != nil || !slices.Equal(c.Observe, want) {
+			t.Errorf("%s: %q, %v", flag, c.Observe, err)
+		}
+	}
+	for _, flag := range []string{"--observe=", "--observe=app", "--observe=web/app", "--observe=prod/web/ap*"} {
+		var c agentConfig
+		flags := (&app{}).agentCommand().Flags()
+		if err := errors.Join(flags.Parse([]string{flag}), override(&c, flags)); err == nil {
+			t.Errorf("%s: %q", flag, c.Observe)
+		}
+	}
+	for text, want := range map[string]unitPatterns{
+		"true": {"*/*/*"}, "false": nil, "[]": nil, "": nil, "prod/web/app": {"prod/web/app"},
+		"[prod/web/app, '*/db/*']": {"prod/web/app", "*/db/*"},
+	} {
+		var c agentConfig
+		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c)
+		if err != nil || !slices.Equal(c.Observe, want) {
+			t.Errorf("observe: %s: %q, %v", text, c.Observe, err)
+		}
+	}
+	for _, text := range []string{"''", "app", "[app]", "[[prod/web/app]]", "{prod: web}"} {
+		var c agentConfig
+		err := decodeAgentConfig("agent.yaml", []byte("observe: "+text), &c)
+		if err == nil || !strings.Contains(err.Error(), "agent.yaml:1:") {
+			t.Errorf("observe: %s: %q, %v", text, c.Observe, err)
+		}
 	}
 }
 

@@ -48,8 +48,8 @@ type agentConfig struct {
 	// AllowEmpty lets a node be ready whose stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
 	// Observe touches nothing, and says what it would do. Adopt takes over what is a release's already.
-	Observe bool `yaml:"observe"`
-	Adopt   bool `yaml:"adopt"`
+	Observe unitPatterns `yaml:"observe"`
+	Adopt   bool         `yaml:"adopt"`
 
 	// Maintenance has the node's maintenance mode in Consul on while a unit is drained; it takes node:write.
 	Maintenance bool `yaml:"maintenance"`
@@ -119,6 +119,57 @@ func (w *words) UnmarshalYAML(read func(any) error) error {
 		return nil
 	}
 	return read((*[]string)(w))
+}
+
+// unitPatterns are typed as a list of STAGE/ROLE/UNIT, or as true or false for all or none.
+type unitPatterns []string
+
+func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
+	var all bool
+	if read(&all) == nil {
+		u.set(all)
+		return nil
+	}
+	var text string
+	if read(&text) == nil {
+		return u.Set(text)
+	}
+	var typed []string
+	if err := read(&typed); err != nil {
+		return err
+	}
+	return u.parse(typed)
+}
+
+// Set reads a flag or a variable.
+func (u *unitPatterns) Set(text string) error {
+	if all, err := strconv.ParseBool(text); err == nil {
+		u.set(all)
+		return nil
+	}
+	typed := list(text)
+	if len(typed) == 0 { // as where a script's variable is empty: nothing would be observed
+		return errors.New("observe: names no unit: want STAGE/ROLE/UNIT, each a name or *, or true or false")
+	}
+	return u.parse(typed)
+}
+
+func (u *unitPatterns) set(all bool) {
+	if *u = nil; all {
+		*u = unitPatterns{"*/*/*"}
+	}
+}
+
+func (u *unitPatterns) parse(typed []string) error {
+	*u = nil
+	for _, one := range typed {
+		p, err := deployments.ParseUnitPattern(one)
+		if err != nil {
+			return fmt.Errorf("observe: %w; or want true, for all of this node's units", err)
+		}
+		*u = append(*u, p)
+	}
+	return nil
 }
 
 const defaultAgentConfig = "/etc/kedge/agent.yaml"

@@ -142,6 +142,10 @@ start_delay: 5s
 verify_every: 24h
 verify: always
 ready_timeout: 15m
+`, `
+observe: [prod/web/app, "*/db/*"]
+`, `
+observe: prod/web/app, */db/*
 `},
 }
 

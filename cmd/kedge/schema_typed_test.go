@@ -256,6 +256,13 @@ func agentSchema(t *testing.T) node {
 		switch f.kind {
 		case "words":
 			fields[f.name] = s.list(text(""))
+		case "unitPatterns":
+			const one = `(\*|[A-Za-z0-9][A-Za-z0-9._-]*)(/(\*|[A-Za-z0-9][A-Za-z0-9._-]*)){2}`
+			fields[f.name] = node{"anyOf": []node{
+				{"enum": []any{true, false, "true", "false", 0, 1}},
+				word(`^[ ,]*` + one + `([ ,]+` + one + `)*[ ,]*$`),
+				{"type": "array", "items": word(`^` + one + `$`)},
+			}}
 		case "mirrorLists":
 			lists := s.list(text(""))["anyOf"].([]node)
 			fields[f.name] = node{"type": "object", "additionalProperties": node{"anyOf": append(lists, node{"type": "null"})}}

@@ -91,9 +91,9 @@ type Config struct {
 	Snapshot func(ctx context.Context) ([]kv.Entry, error)
 	// AllowEmpty lets a node without any unit be ready and converged. Else that is taken for a mistake.
 	AllowEmpty bool
-	// Observe has the agent fetch and verify what it should run, compare it with what lies at dest, and report that.
-	// It touches nothing.
-	Observe bool
+	// Observe names units of which the agent fetches and verifies what they should run, compares it with what lies at
+	// dest, and reports that. It touches nothing of theirs.
+	Observe []string
 	// Adopt lets every unit take over a tree that lies at dest before its first release, as Record.Adopt does.
 	Adopt bool
 	// Secrets reads what manifests name by reference; nil: releases with secrets are refused.

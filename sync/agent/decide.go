@@ -146,7 +146,7 @@ func (a *Agent) aim(r *cache.Role) {
 			(from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
 		g.heal = u.record.Value.Drift == deployments.DriftHeal && !a.contested(u)
 		g.adopt = a.c.Adopt || u.record.Value.Adopt
-		if a.c.Observe {
+		if u.observes {
 			g = goal{observe: u.decision.Target}
 		}
 		if u.replaced {

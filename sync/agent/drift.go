@@ -280,7 +280,7 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// observing returns the standing of a unit on a node that only observes: a rollout sees it as held.
+// observing returns the standing of a unit that the node only observes: a rollout sees it as held.
 func (u *unit) observing() standing {
 	s := at(deployments.StateHeld, u.trouble)
 	if refused := u.refused[u.goal.observe].err; refused != nil {

@@ -3,6 +3,7 @@ package agent
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"kedge/deployments"
@@ -31,7 +32,7 @@ func TestObserveThenAdopt(t *testing.T) {
 	w.desire(app, deployments.Record{Target: two, Generation: 1, Commit: "c1", Adopt: true})
 	w.desire(other, deployments.Record{Target: others, Generation: 1, Commit: "c1", Adopt: true})
 
-	a := w.start(func(c *Config) { c.Observe = true })
+	a := w.start(func(c *Config) { c.Observe = []string{"*/*/*"} })
 	observed := func(differs int) func(deployments.UnitReport) bool {
 		return func(u deployments.UnitReport) bool {
 			return u.State == deployments.StateHeld && u.Reason == deployments.ReasonObserving && u.Compared != nil && u.Compared.Differs == differs
@@ -73,5 +74,44 @@ func TestObserveThenAdopt(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(w.path("srv", "other"), "extra")); err == nil {
 		t.Error("what is not the release's is still there")
+	}
+}
+
+// A node that observes one unit touches nothing of it, and deploys the others. One that comes after it waits until what
+// somebody else deploys there is its release.
+func TestObserveOneUnit(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	base, tool := app.RoleID().Unit("base"), app.RoleID().Unit("tool")
+	releases := map[deployments.UnitID]deployments.Pointer{}
+	for _, id := range []deployments.UnitID{base, app, tool} {
+		releases[id] = w.publishTree(id.Unit, "1", nil, func(m *deployments.Manifest) {
+			post("echo " + id.Unit + " >> " + w.path("hooks"))(m)
+			m.Health.Checks = nil
+		})
+		r := deployments.Record{Target: releases[id], Generation: 1, Commit: "c1"}
+		if id == app {
+			r.After = []string{base.Unit}
+		}
+		w.desire(id, r)
+	}
+	write(t, w.path("srv", "base", "VERSION"), "0")
+
+	a := w.start(func(c *Config) { c.Observe = []string{"*/web/base"} })
+	a.awaitUnit(base, "observed to differ", func(u deployments.UnitReport) bool {
+		return u.Reason == deployments.ReasonObserving && u.Compared != nil && u.Compared.Differs == 1
+	})
+	a.awaitState(tool, deployments.StateConverged)
+	a.awaitUnit(app, "waiting for base", func(u deployments.UnitReport) bool {
+		return u.State == deployments.StateWaiting && strings.Contains(u.Why, "base, which is only observed here")
+	})
+	write(t, w.path("srv", "base", "VERSION"), "1") // somebody else deploys it
+	a.awaitState(app, deployments.StateConverged)
+	if r := a.Report()["web"]; r.Ready {
+		t.Error("the node is ready, though nothing of base is known to serve")
+	}
+	a.stop()
+	if data, err := os.ReadFile(w.path("hooks")); err != nil || string(data) != "tool\napp\n" {
+		t.Errorf("commands that ran: %q, %v", data, err)
 	}
 }

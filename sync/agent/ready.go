@@ -40,12 +40,26 @@ func (a *Agent) noteConvergence() {
 			"units",
 			len(a.units),
 		)
+		a.warnOfUnobserved()
 		if err := a.dir.Started(); err != nil {
 			a.c.Log.Debug("the note of this start stays", "error", err)
 		}
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
 		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+	}
+}
+
+// warnOfUnobserved logs what Config.Observe names and this node doesn't have: its name may be mistyped, and the unit
+// that was meant is deployed.
+func (a *Agent) warnOfUnobserved() {
+	for _, p := range a.c.Observe {
+		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {
+			return deployments.MatchesUnit([]string{p}, id)
+		})
+		if !named && p != "*/*/*" {
+			a.c.Log.Warn("observe names no unit that this node has", "observe", p)
+		}
 	}
 }
 

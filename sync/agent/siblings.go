@@ -43,6 +43,10 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		switch {
 		case dep == nil || !dep.decided || dep.decision.Source == policy.FromNothing && dep.state().Running.IsZero():
 			return dependency{name, "waits for " + name + ", which has no record", true}
+		case dep.observes: // it never converges: what somebody else deploys there has to be the release
+			if c := dep.compared; !settled && (c == nil || c.Differs > 0 || c.Release != dep.decision.Target.Digest) {
+				return dependency{name, "waits for " + name + ", which is only observed here, and differs from its release", true}
+			}
 		case settled && dep.serves():
 		case dep.decision.Target.IsZero(): // held, or kept as it is
 			if dep.state().Running.IsZero() {

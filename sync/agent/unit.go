@@ -27,7 +27,7 @@ type unit struct {
 	wake wait.Signal // asks the worker to look at its goal
 	// cancel ends the worker.
 	cancel context.CancelFunc
-	// observes is set if this node only observes.
+	// observes is set if this node only observes the unit.
 	observes bool
 
 	// fetched are the bytes of the fetch under way, as it tells of them.
@@ -127,7 +127,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 		id:       id,
 		log:      a.c.Log.With("unit", id.String()),
 		wake:     wait.NewSignal(),
-		observes: a.c.Observe,
+		observes: deployments.MatchesUnit(a.c.Observe, id),
 		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},
 	}
 	u.stamp(time.Now())

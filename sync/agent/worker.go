@@ -216,7 +216,8 @@ type goal struct {
 	key    string              // what asks for run: the failure key
 	heal   bool                // put drift right
 	adopt  bool                // take over what lies at dest, if it is the first release's already
-	// observe has the agent touch nothing, and compare this release with what lies at dest. Then all else is zero.
+	// observe has the agent touch nothing of the unit, and compare this release with what lies at dest. Then all else is
+	// zero.
 	observe deployments.Pointer
 	leave   bool // go back to what was there before the first release
 	stays   bool // what was there before the first release is gone back to no more

@@ -76,7 +76,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonStorageUnavailable: "[node {node} ]can't reach the object storage, and tries again[: {error}]",
 	deployments.ReasonSecretUnavailable:  "[node {node} ]can't read a secret, and tries again[: {error}]",
 	deployments.ReasonDiskFull:           "no space left on the disk[: {error}]",
-	deployments.ReasonObserving:          "the agent only observes: it touches nothing[; {differs} files differ]",
+	deployments.ReasonObserving:          "the node only observes it, and touches nothing[; {differs} files differ]",
 	deployments.ReasonDependency:         "waits for another unit of its role[: {unit}]",
 	deployments.ReasonDestInUse:          "another unit has its dest[: {unit} has {dest}]",
 	deployments.ReasonForeignDeployment:  "something else has deployed to its dest[ {dest}][: {found}]",
