@@ -15,7 +15,7 @@ import (
 	"kedge/deployments/durable"
 )
 
-// forget removes what Keep remembered.
+// forget removes what Keep stored.
 func (t treeSwitcher) forget() error {
 	if t.c.Before == "" {
 		return nil
@@ -26,14 +26,14 @@ func (t treeSwitcher) forget() error {
 // keptTree is the copy of what was at dest before the strategy rsync wrote over it.
 func (s rsyncSwitcher) keptTree() string { return filepath.Join(s.c.Before, "tree") }
 
-// Keep copies what is at dest, but for what rsync will leave alone there: excluded files, and mounts.
+// Keep copies what is at dest, except what rsync leaves alone there: excluded files and mounts.
 func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err := s.forget(); s.c.Before == "" || err != nil {
 		return err
 	}
 	dest, err := s.open(r, false)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil // nothing served from there
+		return nil // nothing can be served from there
 	}
 	if err != nil {
 		return err
@@ -44,7 +44,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	}
 	args, err := s.args(r, dest)
 	if errors.Is(err, ErrUntouched) {
-		return nil // the switch will fail with that
+		return nil // the switch will fail because of it
 	}
 	if err != nil {
 		return err
@@ -67,7 +67,7 @@ func (s rsyncSwitcher) Keep(ctx context.Context, r *Release) error {
 	if err == nil {
 		err = s.tool(ctx, "rsync", args...)
 	}
-	if err != nil { // what serves from there may need the space
+	if err != nil { // a copy that failed may take the space that the live tree needs
 		return errors.Join(
 			fmt.Errorf("keeping a copy of what is at %s before the first release: %w", r.Manifest.Dest, err), s.forget())
 	}
@@ -96,12 +96,13 @@ func (s rsyncSwitcher) checkCopy(ctx context.Context, dir string, args []string)
 
 var transferSize = regexp.MustCompile(`(?m)^Total transferred file size: ([0-9]+) bytes$`)
 
-// Restore has rsync make dest as it was before. What is excluded or mounted there was left alone.
+// Restore has rsync make dest as it was before the first release. What is excluded or mounted there was never
+// changed.
 func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	if s.c.Before == "" || !exists(s.keptTree()) {
 		return false, nil
 	}
-	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // exclude_from lies in its tree
+	if err := s.Stage(ctx, r, StageOptions{}); err != nil { // the file of exclude_from lies in its tree
 		return false, err
 	}
 	dest, err := s.open(r, true)
@@ -119,7 +120,7 @@ func (s rsyncSwitcher) Restore(ctx context.Context, r *Release) (bool, error) {
 	return true, syncFS(dest.Path(""))
 }
 
-// identity tells a file from every other, also from one that got its inode after it.
+// identity returns text that distinguishes a file from every other, including a later one with the same inode.
 func identity(path string) (string, error) {
 	var st unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_INO|unix.STATX_BTIME, &st)
@@ -131,8 +132,8 @@ func identity(path string) (string, error) {
 
 func (m moveSwitcher) keptIdentity() string { return filepath.Join(m.c.Before, "identity") }
 
-// Keep notes which directory, or link, dest is: a pre command is about to move it away, or else the release can't be
-// moved there.
+// Keep stores the identity of the directory, or link, at dest. A pre command is expected to move it away, as the
+// release can't be moved there otherwise.
 func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	if err := m.forget(); m.c.Before == "" || err != nil {
 		return err
@@ -158,7 +159,8 @@ func (m moveSwitcher) Keep(_ context.Context, r *Release) error {
 	return durable.WriteFile(m.keptIdentity(), []byte(id), 0o600)
 }
 
-// Restore moves back what Keep noted, if it still lies in dest's directory, under whatever name.
+// Restore moves back the directory that Keep identified, if it still lies in dest's parent directory, under any
+// name.
 func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	if m.c.Before == "" {
 		return false, nil
@@ -177,7 +179,7 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	defer parent.Close()
 	dest, aside := parent.Path(filepath.Base(r.Manifest.Dest)), parent.Path(asideName(r))
 	if id, err := identity(dest); err == nil && id == string(want) {
-		return true, m.discard(aside) // it was cut off after the last rename
+		return true, m.discard(aside) // an earlier call was cut off after the last rename
 	}
 	siblings, err := os.ReadDir(parent.Path(""))
 	if err != nil {
@@ -205,7 +207,7 @@ func (m moveSwitcher) Restore(_ context.Context, r *Release) (bool, error) {
 	return false, nil
 }
 
-// discard removes a release that failed. What is mounted in it doesn't hold up the way back.
+// discard removes a release that failed. Mounts in it remain, and don't prevent the restore.
 func (m moveSwitcher) discard(aside string) error {
 	err := removeTree(aside)
 	if errors.Is(err, errMounted) && m.c.Log != nil {

@@ -10,9 +10,9 @@ import (
 	"path/filepath"
 )
 
-// compareDest returns how what lies at rel's dest, whoever put it there, differs from the release's tree, which is
-// unpacked at tree: by type, content, mode and link, and by owner if the manifest names one. Shared paths and
-// mounts are passed over.
+// compareDest returns how the tree at rel's dest, whoever put it there, differs from the release's tree, which is
+// unpacked at tree. It compares type, content, mode and link, and the owner if the manifest names one. It skips
+// shared paths and mounts.
 func compareDest(ctx context.Context, place *Place, rel *Release, tree string, limit int64) ([]Difference, error) {
 	dest := place.Path(filepath.Base(rel.Manifest.Dest))
 	info, err := os.Stat(dest)
@@ -37,14 +37,15 @@ func compareDest(ctx context.Context, place *Place, rel *Release, tree string, l
 	if err != nil {
 		return nil, err
 	}
-	if info.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
+	if info.Mode()&dirBits != rel.Manifest.DestMode { // an index has no entry for the top directory
 		differences = append([]Difference{{Path: ".", What: "mode"}}, differences...)
 	}
 	owners, err := verifyOwner(ctx, dest, rel.Manifest.Owner, skip)
 	return append(differences, owners...), err
 }
 
-// Occupied reports whether something lies at dest: a file, or a directory that is not empty, also behind a link.
+// Occupied reports whether something lies at dest: a file, or a directory that is not empty. It follows a link at
+// dest.
 func Occupied(dest string) (bool, error) {
 	info, err := os.Stat(dest)
 	switch {
@@ -82,7 +83,7 @@ func (l linkSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([
 	return compareDest(ctx, place, rel, found.Dir, limit)
 }
 
-// Compare asks rsync what differs, as the manifest's excludes are patterns of rsync's own.
+// Compare asks rsync for the differences, as the manifest's excludes are rsync patterns.
 func (s rsyncSwitcher) Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	ds, err := s.Verify(ctx, rel, limit)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -20,18 +20,17 @@ import (
 	"kedge/deployments"
 )
 
-// ErrDelta means that a delta is not as the package comment says, or does not fit the release that it should start
-// from.
+// ErrDelta means that a delta is malformed (see the package comment), or does not start from the release at hand.
 var ErrDelta = errors.New("bad delta")
 
 const (
 	deltaMagic  = "kedgedl\x01"
 	deltaWindow = 8 << 20
-	deltaInMem  = 4 << 20 // a larger delta is kept in a file until its hash is known
-	sectionSize = 4 << 20 // bytes that one section of a patch makes
+	deltaInMem  = 4 << 20 // a larger delta is stored in a file until its hash is verified
+	sectionSize = 4 << 20 // bytes that one section of a patch produces
 )
 
-// delta is an open delta, read up to its first file. Its bytes have the hash that the manifest names.
+// delta is an open delta whose hash was verified, read up to its first file.
 type delta struct {
 	raw    io.Closer
 	zstd   *zstd.Decoder
@@ -45,7 +44,7 @@ func (d *delta) Close() error {
 	return d.raw.Close()
 }
 
-// readDelta opens a delta and applies its patch of the index. It closes raw when it fails.
+// readDelta opens a delta and applies its patch of the index. It closes raw on an error.
 func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex []byte, err error) {
 	d := &delta{raw: raw}
 	defer func() {
@@ -75,7 +74,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	if err != nil {
 		return nil, nil, err
 	}
-	var out bytes.Buffer // grows as the patch delivers, not as it promises
+	var out bytes.Buffer // grows with the bytes that come, not with the size that is announced
 	if err := d.apply(bytes.NewReader(oldIndex), int64(len(oldIndex)), &out, int64(size)); err != nil {
 		return nil, nil, err
 	}
@@ -104,8 +103,8 @@ func noEOF(err error) error {
 	return err
 }
 
-// next gives the numbers of the next file's entry in the new index and of the one in the old that it is a patch of,
-// or -1; both -1 at the end.
+// next returns the next file's entry in the new index, and the entry of the old index that it patches, or -1 for
+// none. Both are -1 at the end.
 func (d *delta) next(last, entries, old int) (entry, from int, err error) {
 	gap, err := d.number(uint64(entries - 1 - last))
 	if err != nil || gap == 0 {
@@ -115,8 +114,8 @@ func (d *delta) next(last, entries, old int) (entry, from int, err error) {
 	return last + int(gap), int(n) - 1, err
 }
 
-// apply makes size bytes of the next patch and old, one section at a time. Where the patch does not fit what old
-// is, the error wraps errMisfit, and the delta can be read on behind it.
+// apply writes size bytes made from old and the next patch, one section at a time. If the patch does not match
+// old, the error wraps errMisfit, and reading the delta can continue after the patch.
 func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) error {
 	src := &window{from: old, size: oldSize}
 	var out []byte
@@ -144,16 +143,17 @@ func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 
 var errMisfit = errors.New("the patch does not fit")
 
-// patchSection is a section's four parts.
+// patchSection is one section, split into its four parts.
 type patchSection struct {
 	ops, runs cursor
 	differ    []byte
 	extra     cursor
 }
 
-// section reads the next section, which must decode to n bytes.
+// section reads the next section, which must produce n bytes.
 func (d *delta) section(n int) (*patchSection, error) {
-	// What kedge makes stays below: an op makes more bytes than it takes, a run at least one for two.
+	// The sections that kedge makes stay below these bounds: an op produces more bytes than it takes, a run at
+	// least one byte for two.
 	bounds := [4]int{n + 32, 2*n + 32, n, n}
 	var lengths [4]uint64
 	for i, max := range bounds {
@@ -164,7 +164,7 @@ func (d *delta) section(n int) (*patchSection, error) {
 	}
 	var parts [4][]byte
 	for i, length := range lengths {
-		var buf bytes.Buffer // grows as the delta delivers, not as it promises
+		var buf bytes.Buffer // grows with the bytes that come, not with the size that is announced
 		if _, err := io.CopyN(&buf, d.stream, int64(length)); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrDelta, noEOF(err))
 		}
@@ -173,11 +173,11 @@ func (d *delta) section(n int) (*patchSection, error) {
 	return &patchSection{cursor{rest: parts[0]}, cursor{rest: parts[1]}, parts[2], cursor{rest: parts[3]}}, nil
 }
 
-// apply appends the n bytes that the section makes to out.
+// apply appends the section's n bytes to out.
 func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 	ops, runs, differ, extra := &s.ops, &s.runs, s.differ, &s.extra
 	src.at = 0
-	var same, other uint64 // what is left of the run
+	var same, other uint64 // what remains of the current run
 	for len(out) < n {
 		seek, size := binary.Varint(ops.rest)
 		if size <= 0 {
@@ -227,18 +227,18 @@ func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 			return nil, extra.err
 		}
 	}
-	// Nothing may be left over: one result has one patch per choice of ops.
+	// Nothing may remain: otherwise many patches would give the same result.
 	if len(ops.rest)+len(runs.rest)+len(differ)+len(extra.rest) > 0 || same+other > 0 {
 		return nil, errors.New("a section has more than it needs")
 	}
 	return out, nil
 }
 
-// window reads a file at the places that a patch seeks to, mostly one after the other.
+// window reads a file at the places that a patch seeks to, which are mostly consecutive.
 type window struct {
 	from  io.ReaderAt
 	size  int64
-	at    int64 // where the last op stopped; each section starts at 0
+	at    int64 // where the last op stopped; 0 at the start of a section
 	begin int64
 	data  []byte
 }
@@ -293,14 +293,15 @@ func wrongDelta(blob deployments.Delta) error {
 	return fmt.Errorf("%w: the delta %s is not the one that the manifest names", ErrDigest, deployments.ShownURL(blob.URL))
 }
 
-// deltaSuffix and a part of its digest follow the name of the directory for which a large delta is fetched.
+// deltaSuffix, followed by a part of the delta's digest, is appended to a directory's name to name the large delta
+// fetched for it.
 const deltaSuffix = ".delta-"
 
 func deltaFile(dir string, blob deployments.Delta) string {
 	return dir + deltaSuffix + blob.SHA256.Short()
 }
 
-// dropDeltas removes the large deltas that were fetched for dir, but the one to keep.
+// dropDeltas removes the large deltas that were fetched for dir, except keep.
 func dropDeltas(dir, keep string) error {
 	found, err := filepath.Glob(globLiteral.Replace(dir) + deltaSuffix + "*")
 	for _, file := range found {
@@ -311,8 +312,8 @@ func dropDeltas(dir, keep string) error {
 	return err
 }
 
-// openLarge fetches the large delta beside dir, if the disk holds it with the tree. What an earlier call fetched of
-// it isn't fetched again. Only the context's end is an error: the archive has everything.
+// openLarge fetches the large delta to a file beside dir, if the disk has room for it and the tree. It resumes
+// what an earlier call began. Its only error is the context's end: without a delta, the archive has everything.
 func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 	file := deltaFile(dir, *f.large)
 	err := dropDeltas(dir, file)
@@ -341,7 +342,7 @@ func (f *fetch) openLarge(ctx context.Context, base *base, dir string) error {
 			return dropDeltas(dir, "")
 		}
 	}
-	return nil // if the archive can't be had either, the next call goes on with it
+	return nil // if the archive can't be read either, the next call resumes the delta
 }
 
 func sizeOf(file string) int64 {
@@ -352,7 +353,7 @@ func sizeOf(file string) int64 {
 	return info.Size()
 }
 
-// fetchLarge goes on with a delta where an earlier call was cut off, and reads it once all of it has the right hash.
+// fetchLarge resumes the download of a delta, and opens it once its hash is verified.
 func (f *fetch) fetchLarge(
 	ctx context.Context,
 	blob deployments.Delta,
@@ -370,8 +371,8 @@ func (f *fetch) fetchLarge(
 	return readDelta(bufio.NewReaderSize(file, 64<<10), file, oldIndex)
 }
 
-// fetchLargeFrom is fetchLarge from one source. What another one gave is gone on with, and fetched anew if it turns
-// out to be wrong.
+// fetchLargeFrom is fetchLarge from one source. It resumes even what another source sent, and starts again if the
+// hash is wrong then.
 func (f *fetch) fetchLargeFrom(
 	ctx context.Context,
 	from object.Source,
@@ -385,14 +386,14 @@ func (f *fetch) fetchLargeFrom(
 	sum := sha256.New()
 	had, err := io.Copy(sum, io.LimitReader(file, blob.Size))
 	if err == nil {
-		err = file.Truncate(had) // of a longer one
+		err = file.Truncate(had) // it holds more than the delta's size
 	}
 	if err == nil {
 		f.meter.expect(blob.Size - had)
 		err = f.copyRest(ctx, from, blob, had, io.MultiWriter(file, sum, f.meter))
 	}
 	if err == nil && deployments.Digest(sum.Sum(nil)) != blob.SHA256 {
-		if err = wrongDelta(blob); had > 0 { // what was there may be another's, or spoiled by a loss of power
+		if err = wrongDelta(blob); had > 0 { // the earlier bytes may be another source's, or damaged by a power cut
 			file.Close()
 			if err := os.Remove(path); err != nil {
 				return nil, err
@@ -427,8 +428,8 @@ func (f *fetch) copyRest(ctx context.Context, s object.Source, blob deployments.
 	return err
 }
 
-// applyDelta makes the files that the delta has a patch for. A patch that does not fit leaves its file to the
-// archive; so does a broken delta with all that would follow.
+// applyDelta makes the files that the delta has patches for. If a patch does not match, its file comes from the
+// archive; if the delta is damaged, so do all later files.
 func (f *fetch) applyDelta(ctx context.Context) error {
 	w, old := f.tree.worker(), f.old.reader()
 	defer w.close()
@@ -449,7 +450,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 		e := &f.index.entries[i]
 		if e.kind != kindFile || e.size == 0 || f.old.has(e) {
 			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
-			return nil // no delta of ours: the rest comes from the archive
+			return nil // damaged: the rest comes from the archive
 		}
 		whole, err := f.patch(w, old, i, from)
 		if err != nil || !whole {
@@ -458,7 +459,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 	}
 }
 
-// patch makes one file. It reports whether the delta can be read on.
+// patch makes one file. It reports whether reading the delta can continue.
 func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, error) {
 	e := &f.index.entries[i]
 	var src io.ReaderAt = bytes.NewReader(nil)
@@ -468,7 +469,7 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 		if err == nil {
 			defer file.Close()
 			src, size = file, old.index.entries[from].size
-		} // else the patch reads outside of nothing, and is passed over below
+		} // otherwise nothing is read from the old file, and the patch is skipped below
 	}
 	out := &patched{}
 	if !w.ready[i] {
@@ -497,9 +498,9 @@ func (f *fetch) patch(w *treeWorker, old *sourceReader, i, from int) (bool, erro
 	return readOn, errors.Join(err, w.dirs.remove(e.path))
 }
 
-// patched is the writer of a patch's output. It remembers whether writing failed, rather than the patch.
+// patched is the writer of a patch's output. It records whether an error came from writing, not from the patch.
 type patched struct {
-	file *os.File // nil: nobody wants it
+	file *os.File // nil: the output is discarded
 	err  error
 }
 

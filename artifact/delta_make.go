@@ -17,12 +17,12 @@ import (
 	"kedge/deployments"
 )
 
-// patchMost bounds the files, old and new, that a patch is made of: both are in memory. Larger ones come from the
-// archive.
+// patchMost bounds the sizes of the old and the new file of a patch, as both are in memory. Larger files come from
+// the archive.
 const patchMost = 1 << 30
 
-// makeDelta writes a delta from one release to another, both unpacked. A tree that isn't what its index says is an
-// error.
+// makeDelta writes a delta from one release to another, both unpacked. It is an error if a tree doesn't match its
+// index.
 func makeDelta(
 	ctx context.Context,
 	oldTree string,
@@ -92,12 +92,12 @@ type deltaMaker struct {
 	meter            *meter
 }
 
-// deltaJob is a file to patch: entry of the new index, from of the old or -1.
+// deltaJob is a file to patch: an entry of the new index, and one of the old index, or -1.
 type deltaJob struct{ entry, from int }
 
-// choose picks the files whose content the old release hasn't got, and for each the old file that is most likely
-// like it: the one of the same path, else of the same path but for digits and hash-like parts (hashed assets,
-// versioned directories), else of the same name and the nearest size.
+// choose returns the files whose content the old release lacks. For each it picks the most similar old file: the
+// one at the same path, else at the same path but for digits and hash-like parts (hashed assets, versioned
+// directories), else the one with the same name and the nearest size.
 func (m *deltaMaker) choose() []deltaJob {
 	type key struct{ by, name string }
 	have := make(map[deployments.Digest]bool, len(m.old.entries))
@@ -137,7 +137,7 @@ func (m *deltaMaker) choose() []deltaJob {
 
 func (m *deltaMaker) nearest(entries []int, size int64) int {
 	best := -1
-	for _, i := range entries[:min(len(entries), 64)] { // names like index.js are everywhere
+	for _, i := range entries[:min(len(entries), 64)] { // names like index.js occur everywhere
 		if best < 0 || distance(m.old.entries[i].size, size) < distance(m.old.entries[best].size, size) {
 			best = i
 		}
@@ -147,7 +147,7 @@ func (m *deltaMaker) nearest(entries []int, size int64) int {
 
 func distance(a, b int64) int64 { return max(a-b, b-a) }
 
-// shapeOf returns a path with runs of digits, and of eight or more hexadecimal digits, taken out: they change from
+// shapeOf returns a path without runs of digits, and of eight or more hexadecimal digits, as these change from
 // build to build.
 func shapeOf(p string) string {
 	var b strings.Builder
@@ -177,7 +177,8 @@ func isHex(c byte) bool {
 	return '0' <= c && c <= '9' || 'a' <= c && c <= 'f' || 'A' <= c && c <= 'F'
 }
 
-// run patches small files side by side and large ones one after the other, each on all cores, and writes all in order.
+// run makes patches of small files in parallel, and of large ones one after the other, each on all cores. It
+// writes all in order.
 func (m *deltaMaker) run(ctx context.Context, jobs []deltaJob) error {
 	type result struct {
 		job   deltaJob
@@ -255,7 +256,7 @@ func (m *deltaMaker) run(ctx context.Context, jobs []deltaJob) error {
 	return group.Wait()
 }
 
-// load reads a job's two files; both must be what their indexes say.
+// load reads a job's old and new file, and verifies both against their indexes.
 func (m *deltaMaker) load(job deltaJob) (old, new []byte, err error) {
 	if job.from >= 0 {
 		if old, err = loadFile(m.oldRoot, &m.old.entries[job.from]); err != nil {
@@ -277,7 +278,7 @@ func loadFile(root *os.Root, e *entry) ([]byte, error) {
 	return data, nil
 }
 
-// writePatch makes the sections of a patch on all cores.
+// writePatch makes a patch's sections, on all cores.
 func (m *deltaMaker) writePatch(ctx context.Context, old, new []byte) error {
 	match := newMatcher(old)
 	cores := runtime.GOMAXPROCS(0)
@@ -316,12 +317,12 @@ func appendPatch(out []byte, match *matcher, old, new []byte) []byte {
 }
 
 const (
-	seedSize = 16 // bytes of the old file that one slot of the matcher stands for
-	better   = 8  // bytes that another place must match more than the present one
+	seedSize = 16 // bytes of the old file per slot of the matcher
+	better   = 8  // bytes by which another place must match longer than the current one
 )
 
-// matcher finds places of the old file by 16 bytes of it. It takes the place of bsdiff's suffix array: it needs a
-// tenth of the time and memory, and what it misses, the run of nearly equal bytes around it mostly covers.
+// matcher finds places in the old file by 16 bytes of content. It replaces bsdiff's suffix array, at a tenth of
+// the time and memory. Most of what it misses is covered by the nearly equal bytes around it.
 type matcher struct {
 	old   []byte
 	slots []uint32 // place + 1
@@ -336,7 +337,7 @@ func newMatcher(old []byte) *matcher {
 	size := bits.Len(uint(len(old) / stride * 3 / 2))
 	size = max(4, min(size, 26))
 	m := &matcher{old: old, slots: make([]uint32, 1<<size), shift: 64 - size}
-	// Backwards, so that the first of several equal places wins.
+	// It goes backwards, so that the first of several equal places wins.
 	for at := (len(old) - seedSize) / stride * stride; at >= 0 && len(old) >= seedSize; at -= stride {
 		m.slots[m.slot(old[at:])] = uint32(at) + 1
 	}
@@ -349,7 +350,8 @@ func (m *matcher) slot(data []byte) uint64 {
 	return (a ^ bits.RotateLeft64(b, 31)) * 0x9E3779B185EBCA87 >> m.shift
 }
 
-// find returns a place of the old file that begins with the same 16 bytes as data, and how many follow that are equal.
+// find returns a place in the old file that begins with the same 16 bytes as data, and how many bytes are equal
+// from there.
 func (m *matcher) find(data []byte) (at, length int) {
 	slot := m.slots[m.slot(data)]
 	if slot == 0 {
@@ -363,7 +365,7 @@ func (m *matcher) find(data []byte) (at, length int) {
 	return at, length
 }
 
-// equal counts the leading bytes in which a and b agree.
+// equal returns the length of the common prefix of a and b.
 func equal(a, b []byte) int {
 	n := min(len(a), len(b))
 	i := 0
@@ -378,7 +380,7 @@ func equal(a, b []byte) int {
 	return i
 }
 
-// alike counts the positions at which a and b have the same byte.
+// alike returns the number of positions at which a and b have the same byte.
 func alike(a, b []byte) (same int) {
 	for i := range min(len(a), len(b)) {
 		if a[i] == b[i] {
@@ -394,14 +396,14 @@ type sectionMaker struct {
 	ops, runs     []byte
 	differ, extra []byte
 	at            int // where the last op stopped in old
-	same, unlike  int // the run that is being counted
+	same, unlike  int // the current run
 }
 
-// appendSection makes the section for new[from:to]. It walks new along a place of old that is nearly equal, and
-// moves to another place where that matches clearly better, as bsdiff does.
+// appendSection makes the section for new[from:to]. As bsdiff does, it follows a place in old that is nearly
+// equal, and moves to another place if that matches clearly better.
 func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []byte {
 	s := &sectionMaker{old: old, new: new}
-	// new[begin:] is to be written; it is nearly old[begin+shift:].
+	// new[begin:] has yet to be written; it is nearly equal to old[begin+shift:].
 	begin, shift, aligned := from, 0, from < len(old)
 	scan := from
 	for scan < to {
@@ -450,7 +452,8 @@ func appendSection(out []byte, match *matcher, old, new []byte, from, to int) []
 	return out
 }
 
-// follow returns how far the place at hand is good enough to look for no other: the next 32 bytes are mostly the same.
+// follow returns how far the current place matches well enough, mostly the next 32 bytes, that no other is
+// searched for.
 func (s *sectionMaker) follow(scan, to, shift int) int {
 	there := scan + shift
 	if there < 0 || there >= len(s.old) {
@@ -463,7 +466,7 @@ func (s *sectionMaker) follow(scan, to, shift int) int {
 	return max(1, n/2)
 }
 
-// reach returns how far new[begin:scan] is best taken as changed bytes of the old file: to where most bytes are equal.
+// reach returns how far new[begin:scan] is best written as changed bytes of old: as long as most bytes are equal.
 func (s *sectionMaker) reach(begin, scan, shift int) int {
 	cut := begin
 	score, best := 0, 0
@@ -480,8 +483,8 @@ func (s *sectionMaker) reach(begin, scan, shift int) int {
 	return cut
 }
 
-// split ends the stretch new[begin:scan] that follows shift, where the next begins to follow another place: up to
-// cut it is added to old bytes, up to end it is extra, and from end on the next place is followed backwards.
+// split divides new[begin:scan] where the next place takes over. Up to cut it is old bytes at shift, changed; up
+// to end it is extra bytes; from end on it belongs to the next place, extended backwards.
 func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, end int) {
 	cut, end = begin, scan
 	if aligned {
@@ -498,7 +501,7 @@ func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, e
 			best, end = score, i
 		}
 	}
-	if cut > end { // both want what lies between: give each byte to one so that most are equal
+	if cut > end { // both places could cover these bytes: divide them so that most are equal
 		score, best, at := 0, 0, end
 		for i := end; i < cut; i++ {
 			if s.old[i+shift] == s.new[i] {
@@ -516,7 +519,7 @@ func (s *sectionMaker) split(begin, scan, shift, next int, aligned bool) (cut, e
 	return cut, end
 }
 
-// op writes new[begin:cut] as changed bytes of old, and new[cut:end] as they are.
+// op writes new[begin:cut] as changed bytes of old, and new[cut:end] as extra bytes.
 func (s *sectionMaker) op(begin, cut, end, shift int, aligned bool) {
 	if begin == end {
 		return
@@ -543,7 +546,7 @@ func (s *sectionMaker) op(begin, cut, end, shift int, aligned bool) {
 	s.extra = append(s.extra, s.new[cut:end]...)
 }
 
-// flush writes the run that was counted so far, and begins another.
+// flush writes the current run, and begins another.
 func (s *sectionMaker) flush() {
 	if s.same+s.unlike == 0 {
 		return

@@ -28,28 +28,29 @@ import (
 	"kedge/deployments"
 )
 
-// Bounds of an archive without an index, which says nothing of itself beforehand.
+// Bounds for an archive without an index, whose size isn't known beforehand.
 const (
 	maxTarEntries = 4 << 20
 	maxUnpacked   = 256 << 30 // bytes
 	maxEntryName  = 4096      // bytes
 	maxLevels     = 128
-	// maxNames bounds the names that are kept in memory, of directories and symbolic links: bytes.
+	// maxNames bounds the bytes of directory and link names that are kept in memory.
 	maxNames = 256 << 20
-	// maxOwners bounds the names of users and groups that are kept in memory.
+	// maxOwners bounds how many names of users and groups are kept in memory.
 	maxOwners = 1000
-	// An archive may grow to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a bomb
-	// to a thousandth. That holds for what it decodes to, whatever is in it, and for the files, which may be sparse
-	// there, with the directories.
+	// An archive may decode to this many times its size, and to freeGrowth in any case: text shrinks to a tenth, a
+	// decompression bomb to a thousandth. The same bound holds for the sum of files, which may be sparse, and
+	// directories.
 	maxGrowth  = 400
 	freeGrowth = 1 << 30
-	dirSize    = 4096 // bytes that a directory takes
-	// maxWindow bounds what a zstd frame can make the decoder hold: zstd --long=27.
+	dirSize    = 4096 // bytes counted for a directory
+	// maxWindow bounds the memory for a zstd frame's window: that of zstd --long=27.
 	maxWindow = 128 << 20
 )
 
-// extractFrom is extract from the first source that has the archive. Mirrors are asked only if the manifest has a hash
-// of it that nobody can forge. What is wrong with the archive itself, or with this machine, is no source's fault.
+// extractFrom is extract from the first source that has the archive. Mirrors are used only if the manifest has a
+// collision-resistant hash of the archive. After an error in the archive itself, or on this machine, no other
+// source is tried.
 func extractFrom(
 	ctx context.Context,
 	objects *object.Client,
@@ -81,9 +82,9 @@ func extractFrom(
 	return errors.Join(objects.EachSource(ctx, m.Src, try), own)
 }
 
-// extract streams an archive without an index into the empty directory dir: fetched, hashed, decoded and written at
-// once, with no copy of the archive in between. The tree may only be used when it returns nil: the checksum is
-// known at the end.
+// extract streams an archive without an index into the empty directory dir: it fetches, hashes, decodes and writes
+// at once, without a copy of the archive. The tree must only be used if extract returns nil, as the checksum is
+// known only at the end.
 func extract(
 	ctx context.Context,
 	from object.Source,
@@ -123,7 +124,7 @@ func extract(
 		links:    map[string]bool{},
 		dirs:     map[string]*attributes{},
 		left:     max(freeGrowth, min(o.Size, maxUnpacked/maxGrowth)*maxGrowth),
-		// As tar does for root, where nobody else is named: stretcher's users rely on it.
+		// Without a named owner, tar does the same for root, and stretcher's users rely on it.
 		owners:  os.Geteuid() == 0 && m.Owner == "",
 		allowed: owners,
 		uids:    map[string]int{},
@@ -131,7 +132,7 @@ func extract(
 	}
 	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {
-		// A wrong checksum explains whatever else is wrong, and is what the user has to know.
+		// A wrong checksum explains any other error, and is what the user has to know.
 		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
 			return fmt.Errorf("extract %s: %w", src, wrongChecksum(sum, m.Checksum))
 		}
@@ -147,7 +148,7 @@ func extract(
 	return nil
 }
 
-// nameIn is how a URL's path ends.
+// nameIn returns the last part of a URL's path.
 func nameIn(src string) string {
 	u, err := url.Parse(src)
 	if err != nil {
@@ -183,34 +184,34 @@ type extractor struct {
 	ctx    context.Context
 	root   *os.Root
 	owners bool
-	// allowed says why an entry may not belong to somebody; nil: it may to anybody.
+	// allowed returns an error if an entry may not belong to a user and group; nil: any owner is allowed.
 	allowed func(uid, gid int) error
-	// uids and gids are users and groups that were looked up; -1: there is none of that name here.
+	// uids and gids cache looked-up users and groups; -1: unknown here.
 	uids, gids map[string]int
 	manifest   *deployments.Manifest
 	// symlinks says where symbolic links may lead.
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
-	count    int             // entries, and directories that have none
-	names    int             // bytes of the keys below
-	links    map[string]bool // symbolic links so far
-	// top are the attributes of the tree itself; nil: it has no entry.
+	count    int             // entries, and directories without an entry
+	names    int             // bytes of the names kept in the maps below
+	links    map[string]bool // symbolic links made so far
+	// top has the attributes of the tree itself; nil: it has no entry.
 	top *attributes
-	// dirs are all directories so far. Their modes are set at the end, as a read-only one could not be filled; nil: it
-	// has no entry.
+	// dirs has the attributes of all directories so far; nil: no entry. Modes are set at the end, as a read-only
+	// directory could not be filled.
 	dirs map[string]*attributes
 }
 
-// attributes are the fields of an entry's header that are applied after its content. Its header would keep all its PAX
-// records, of up to 1 MiB.
+// attributes are the header fields that are applied after an entry's content. Keeping the whole header would keep
+// all its PAX records, of up to 1 MiB.
 type attributes struct {
 	uid, gid int
 	mode     fs.FileMode
 	time     time.Time
 }
 
-// attributesOf returns the owner, mode and time that an entry is to get. As with tar, names of owners count before
-// numbers, where they are known here, and a directory keeps set-group-id and the sticky bit.
+// attributesOf returns the owner, mode and time for an entry. As with tar, owners' names take precedence over
+// numbers if they are known here, and a directory keeps set-group-id and the sticky bit.
 func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	a := &attributes{h.Uid, h.Gid, fs.FileMode(h.Mode).Perm(), h.ModTime}
 	if h.Typeflag == tar.TypeDir {
@@ -235,8 +236,7 @@ func (x *extractor) attributesOf(h *tar.Header) (*attributes, error) {
 	return a, nil
 }
 
-// idCached returns a name's number; -1 if it has none here. There may be as many names as entries, so that not all
-// are kept.
+// idCached returns a name's number, or -1 if it has none here. It caches a bounded number of names.
 func idCached(known map[string]int, name string, lookup func(string) (string, error)) int {
 	if name == "" {
 		return -1
@@ -262,7 +262,7 @@ var (
 	errNames   = fmt.Errorf("the names of the archive's directories and symbolic links have more than %d bytes", maxNames)
 )
 
-// bounded is a reader that fails once the decoded size exceeds its limit.
+// bounded is a reader that fails once more than its limit was decoded.
 type bounded struct {
 	r    io.Reader
 	left int64
@@ -283,7 +283,7 @@ func (x *extractor) archive(raw *bufio.Reader, name string) error {
 		return cutOff(err)
 	}
 	defer free()
-	// An archive of nothing is two blocks of zeros, or none at all.
+	// An empty archive is two blocks of zeros, or nothing at all.
 	block, err := content.Peek(512)
 	switch {
 	case len(block) == 512 && (bytes.HasPrefix(block[257:], []byte("ustar")) || oldTar(block) || !slices.ContainsFunc(block, func(b byte) bool { return b != 0 })):
@@ -297,7 +297,7 @@ func (x *extractor) archive(raw *bufio.Reader, name string) error {
 	return cutOff(err)
 }
 
-// cutOff rewords the decoders' errors for an archive that ends too early.
+// cutOff rewords the decoders' errors for a truncated archive.
 func cutOff(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return fmt.Errorf("the archive is cut off: %w", err)
@@ -305,7 +305,8 @@ func cutOff(err error) error {
 	return err
 }
 
-// oldTar reports whether a block is the header of a tar from before POSIX: it has no magic, but a right checksum.
+// oldTar reports whether a block is the header of a tar from before POSIX: without a magic number, but with a
+// valid checksum.
 func oldTar(block []byte) bool {
 	_, err := tar.NewReader(bytes.NewReader(append(slices.Clone(block), make([]byte, 1024)...))).Next()
 	return err == nil
@@ -328,7 +329,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return fmt.Errorf("entry %q: %w", clip(h.Name), err)
 		}
 	}
-	// Behind the end there are zeros, up to a block's or a tape's border.
+	// After the end there are zeros, up to the block size of the tape.
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := r.Read(buf)
@@ -345,7 +346,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 	if x.count == 0 {
 		return errors.New("the archive is empty")
 	}
-	inner := slices.Sorted(maps.Keys(x.dirs)) // what is in a directory sorts behind it
+	inner := slices.Sorted(maps.Keys(x.dirs)) // sorted, a directory comes before its content
 	slices.Reverse(inner)
 	for _, name := range inner {
 		if x.dirs[name] == nil {
@@ -358,10 +359,10 @@ func (x *extractor) tar(r *bufio.Reader) error {
 	if x.top == nil {
 		return nil
 	}
-	return x.chown(".", x.top) // its mode is the manifest's dest_mode
+	return x.chown(".", x.top) // dest_mode of the manifest sets its mode
 }
 
-// localName returns an entry's path in the tree, or why it can't have it. "" is the tree itself.
+// localName returns an entry's path in the tree, or an error if it must not have that path. "" is the tree itself.
 func (x *extractor) localName(name string) (string, error) {
 	switch {
 	case strings.HasPrefix(name, "/"):
@@ -402,7 +403,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		return fmt.Errorf("an entry of type %q: refused", h.Typeflag)
 	}
 	if h.Mode&0o4000 != 0 ||
-		h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // set-group-id of a directory gives no rights
+		h.Mode&0o2000 != 0 && h.Typeflag != tar.TypeDir { // on a directory, set-group-id gives no rights
 		return errors.New("it is setuid or setgid: refused")
 	}
 	if h.Size < 0 || h.Size > x.left {
@@ -440,7 +441,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		}
 		return x.takeDir()
 	}
-	// As with tar, a later entry of the same name replaces an earlier one; never a directory, which may have been filled.
+	// As with tar, a later entry of the same name replaces an earlier one. Directories are not replaced, as they
+	// may have content.
 	if info, err := x.root.Lstat(name); err == nil {
 		if info.IsDir() {
 			return errors.New("it stands in the place of a directory")
@@ -481,7 +483,8 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	return x.finish(name, a)
 }
 
-// parents makes the directories above an entry that have none themselves, and counts them: one name may have many.
+// parents makes the directories above an entry that have no entry of their own, and counts them: one name may
+// imply many.
 func (x *extractor) parents(dir string) error {
 	if _, there := x.dirs[dir]; there || dir == "." {
 		return nil
@@ -504,7 +507,7 @@ func (x *extractor) parents(dir string) error {
 	return err
 }
 
-// takeDir counts a new directory, which takes a block of the disk though nothing of the archive.
+// takeDir counts a new directory, which takes space on the disk but none in the archive.
 func (x *extractor) takeDir() error {
 	if x.left -= dirSize; x.left < 0 {
 		return errBomb
@@ -512,7 +515,7 @@ func (x *extractor) takeDir() error {
 	return nil
 }
 
-// keep copies a name that outlives its header: it may be a slice of a far longer PAX record.
+// keep copies a name, which may be a slice of a far longer PAX record that would stay in memory.
 func (x *extractor) keep(name string) (string, error) {
 	if x.names += len(name); x.names > maxNames {
 		return name, errNames
@@ -520,7 +523,7 @@ func (x *extractor) keep(name string) (string, error) {
 	return strings.Clone(name), nil
 }
 
-// write writes a new file, and counts what it adds.
+// write writes a new file, and counts its size.
 func (x *extractor) write(name string, r io.Reader) (err error) {
 	f, err := x.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
@@ -534,7 +537,7 @@ func (x *extractor) write(name string, r io.Reader) (err error) {
 	return err
 }
 
-// finish applies an entry's owner, mode and time.
+// finish sets an entry's owner, mode and time.
 func (x *extractor) finish(name string, a *attributes) error {
 	if err := x.chown(name, a); err != nil {
 		return err
@@ -555,15 +558,15 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
-// meantAlone refuses a release of one file that rsync would put in the place of a directory of many: a page of an
-// error, say, in the place of an archive. Under strategy release the directory is kept.
+// meantAlone refuses a release of a single file that rsync would put in the place of a directory of many: it may
+// be an error page instead of an archive. Strategy release keeps that directory, and needs no such check.
 func meantAlone(m *deployments.Manifest, name string) error {
 	if m.Strategy != deployments.StrategyRsync {
 		return nil
 	}
 	entries, err := os.ReadDir(m.Dest)
 	if err != nil {
-		return nil // there is nothing to lose
+		return nil // dest has nothing to lose
 	}
 	others := 0
 	for _, e := range entries {
@@ -593,7 +596,7 @@ func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if bytes.HasPrefix(head, []byte("#!")) || bytes.HasPrefix(head, []byte("\x7fELF")) {
 		mode = 0o755
 	}
-	if err := x.write(name, r); err != nil { // from here on head holds other bytes: it is the reader's buffer
+	if err := x.write(name, r); err != nil { // head is the reader's buffer, and has other bytes from here on
 		return err
 	}
 	return x.root.Chmod(name, mode)

@@ -2,7 +2,8 @@ package artifact
 
 import "sync"
 
-// fallBack logs, once a fetch, why more is fetched than should be needed. It isn't called from two goroutines at once.
+// fallBack logs, once per fetch and message, why more is fetched than should be needed. Not safe for concurrent
+// use.
 func (f *fetch) fallBack(why string, args ...any) {
 	if f.log == nil || f.said[why] {
 		return
@@ -14,7 +15,7 @@ func (f *fetch) fallBack(why string, args ...any) {
 	f.log.Warn(why+", so that more is fetched", args...)
 }
 
-// spoiled counts what an old release or a delta should have provided and did not, as its content was wrong.
+// spoiled counts files that an old release or a delta should have provided but whose content was wrong.
 type spoiled struct {
 	mu    sync.Mutex
 	n     int

@@ -22,10 +22,10 @@ import (
 )
 
 const (
-	spanMost    = 8 << 20   // bytes of one ranged GET, at most, unless one frame has more
-	spanGap     = 128 << 10 // bytes not wanted that are cheaper to read than a second request
+	spanMost    = 8 << 20   // most bytes of one ranged GET, unless one frame is larger
+	spanGap     = 128 << 10 // so many unwanted bytes are cheaper to read than a second request
 	connections = 8
-	tries       = 4 // of a span, without a new frame between them
+	tries       = 4 // for a span, if no try gains a frame
 )
 
 // base is a release on disk to take unchanged files from; nil: none.
@@ -33,13 +33,13 @@ type base struct {
 	dir    string
 	index  []byte
 	digest deployments.Digest // SHA-256 of index
-	name   string             // of its directory, if it is one of a dest's releases
-	known  *knownFiles        // nil: each of its files is hashed before it is used
+	name   string             // of its directory, if it is one of this dest's releases
+	known  *knownFiles        // nil: each file is hashed before it is used
 }
 
-// fetchIndexed fills dir, which is private to it, with the tree of m, and returns the tree's index. What an earlier
-// call left in dir is kept where its hash is right, and removed where not. What is written may be synced or not. The
-// base is only read; where it is not what it should be, it is passed over, file by file.
+// fetchIndexed fills the private directory dir with the tree of m, and returns the tree's index. Content that an
+// earlier call left in dir is kept if its hash is right, and removed otherwise. Written files may not be synced
+// yet. The base is only read; files of it that don't match its index are not used.
 func fetchIndexed(
 	ctx context.Context,
 	objects *object.Client,
@@ -60,7 +60,7 @@ func fetchIndexed(
 	if err := dropDeltas(dir, ""); err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
-	return f.index.encode(), nil // as it was: there is one encoding of an index
+	return f.index.encode(), nil // identical to the original bytes: an index has one encoding
 }
 
 // fetch is one call of fetchIndexed.
@@ -73,13 +73,13 @@ type fetch struct {
 	tree  *builder
 	old   *source // nil: none
 	delta *delta  // nil: none
-	// large is a delta that is fetched once it is known that the disk holds it and the tree; nil: none.
+	// large is a delta to fetch once it is known that the disk has room for it and the tree; nil: none.
 	large *deployments.Delta
-	// only says which files are wanted; the tree is not finished then. nil: the whole of it.
+	// only returns which files to make; the tree is then left unfinished. nil: all files.
 	only func(*index) []bool
 
-	log     *slog.Logger    // nil: nobody
-	said    map[string]bool // what was logged
+	log     *slog.Logger    // nil: nothing is logged
+	said    map[string]bool // what was logged already
 	spoiled spoiled
 }
 
@@ -99,7 +99,7 @@ func (f *fetch) close() error {
 
 func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	opened := make(chan error, 1)
-	go func() { // beside the first request
+	go func() { // while the first request runs
 		var err error
 		if base != nil {
 			f.old, err = openSource(base)
@@ -107,7 +107,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 		opened <- err
 	}()
 	err := f.fetchIndex(ctx, base, dir)
-	if oldErr := <-opened; oldErr != nil { // one that can't be read is no base
+	if oldErr := <-opened; oldErr != nil { // a base that can't be read isn't used
 		f.fallBack("the old release can't be used", "dir", base.dir, "error", oldErr)
 		if f.delta != nil {
 			err = errors.Join(err, f.delta.Close())
@@ -142,7 +142,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	if err := group.Wait(); err != nil {
 		return err
 	}
-	// What the old release and the delta promised and did not hold.
+	// The old release and the delta had wrong content.
 	if n, first := f.spoiled.sum(); n > 0 {
 		f.fallBack("the old release isn't what it should be", "dir", base.dir, "files", n, "first", first)
 	}
@@ -155,14 +155,15 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	return f.tree.finish()
 }
 
-// makeFiles creates the tree's files: from an earlier call, the old release, a delta, and fetched frames.
+// makeFiles makes the tree's files from what an earlier call left, from the old release, a delta, and fetched
+// frames.
 func (f *fetch) makeFiles(ctx context.Context) error {
 	if f.old != nil && f.delta == nil {
 		if err := f.takeChunks(ctx); err != nil {
 			return err
 		}
 	}
-	missing := f.tree.missing(f.old) // before takeLocal writes what this reads
+	missing := f.tree.missing(f.old) // before takeLocal changes what this reads
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return f.takeLocal(ctx) })
 	if f.delta != nil {
@@ -173,7 +174,7 @@ func (f *fetch) makeFiles(ctx context.Context) error {
 	return group.Wait()
 }
 
-// fetchIndex gets the index out of a delta from the base, or whole.
+// fetchIndex gets the index from a delta against the base, or as a whole.
 func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	m := f.manifest
 	if base != nil {
@@ -181,7 +182,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			if d.From != base.digest {
 				continue
 			}
-			if m.Size > 0 && d.Size >= m.Size && d.Size > deltaInMem { // a small one saves requests
+			if m.Size > 0 && d.Size >= m.Size && d.Size > deltaInMem { // a small delta still saves requests
 				f.fallBack("the delta is as large as the archive", "size", d.Size)
 				break
 			}
@@ -224,7 +225,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 			return err
 		})
 		if errors.Is(err, ErrDigest) && try == 0 {
-			continue // as with a frame, it may have been spoiled on the way
+			continue // as with a frame, it may have been damaged on the way
 		}
 		if err == nil {
 			f.meter.add(int64(len(data)))
@@ -233,7 +234,7 @@ func (f *fetch) fetchIndex(ctx context.Context, base *base, dir string) error {
 	}
 }
 
-// decode checks an index against the manifest before it believes a byte of it.
+// decode verifies an index against the manifest, and then decodes it.
 func (f *fetch) decode(data []byte) (*index, error) {
 	if digestOf(data) != f.manifest.Index.SHA256 {
 		return nil, fmt.Errorf(
@@ -258,7 +259,7 @@ func (f *fetch) decode(data []byte) (*index, error) {
 	return x, nil
 }
 
-// spaceOf returns the disk space that an entry takes, in blocks of 4 KiB: a directory one, a symbolic link one if it
+// spaceOf returns the disk space of an entry in blocks of 4 KiB. A directory takes one; a symbolic link one if it
 // is too long for its inode.
 func spaceOf(e *entry) int64 {
 	switch {
@@ -270,7 +271,7 @@ func spaceOf(e *entry) int64 {
 	return 0
 }
 
-// checkSpace returns an error if the disk has no room for the tree and the files that are kept beside it meanwhile.
+// checkSpace returns an error if the disk has no room for the tree and for beside bytes of other files.
 func (f *fetch) checkSpace(dir string, beside int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -297,10 +298,10 @@ func (f *fetch) checkSpace(dir string, beside int64) error {
 	return nil
 }
 
-// takeLocal makes, on all cores, the files that need no fetching: those an earlier call left, empty ones, and those of
-// the old release.
+// takeLocal makes, on all cores, the files that need no fetching: those that an earlier call left, empty ones, and
+// those of the old release.
 func (f *fetch) takeLocal(ctx context.Context) error {
-	const batch = 64 // neighbours mostly lie in one directory, whose lock two workers would fight for
+	const batch = 64 // neighbours mostly lie in one directory; two workers would contend for its lock
 	group, ctx := errgroup.WithContext(ctx)
 	batches := make(chan int)
 	group.Go(func() error {
@@ -344,7 +345,7 @@ func (f *fetch) takeLocal(ctx context.Context) error {
 	return group.Wait()
 }
 
-// takeChunks looks in the old release for frames of the large files that it has not got whole.
+// takeChunks copies frames of large files from the old release, if that doesn't have the whole file.
 func (f *fetch) takeChunks(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(runtime.GOMAXPROCS(0))
@@ -365,10 +366,10 @@ func (f *fetch) takeChunks(ctx context.Context) error {
 	return group.Wait()
 }
 
-// span is a row of frames, fetched by one request; those not wanted are read over.
+// span is a range of frames that one request fetches. Unwanted frames in it are skipped.
 type span struct{ from, to int }
 
-// spansOf joins wanted frames to spans.
+// spansOf joins wanted frames into spans.
 func (x *index) spansOf(wanted []bool) []span {
 	var spans []span
 	for i, want := range wanted {
@@ -389,13 +390,13 @@ func (x *index) spansOf(wanted []bool) []span {
 	return spans
 }
 
-// fetched is a frame that has the right hash.
+// fetched is a frame whose hash was verified.
 type fetched struct {
 	frame int
 	data  []byte
 }
 
-// fetchFrames fetches frames and writes the files that are still missing out of them.
+// fetchFrames fetches frames, and writes the files that are still missing from them.
 func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	spans := f.index.spansOf(wanted)
 	if len(spans) == 0 {
@@ -410,7 +411,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 		return err
 	}
 	readers := connections
-	if o := archive.current(); !o.Ranges { // one stream that passes over what isn't wanted
+	if o := archive.current(); !o.Ranges { // one stream that skips what isn't wanted
 		f.fallBack("the server ignores Range", "url", deployments.ShownURL(o.URL))
 		spans = []span{{spans[0].from, spans[len(spans)-1].to}}
 		readers = 1
@@ -427,9 +428,9 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 			encoded, decoded = max(encoded, f.index.frames[i].size), max(decoded, f.index.frames[i].length)
 		}
 	}
-	buffers := make(chan []byte, readers+cores) // all that there ever are
+	buffers := make(chan []byte, readers+cores) // all buffers that will ever exist
 	for range cap(buffers) {
-		buffers <- nil // until it is needed
+		buffers <- nil // allocated when needed
 	}
 	group.Go(func() error {
 		defer close(todo)
@@ -493,7 +494,7 @@ func (f *fetch) fetchFrames(ctx context.Context, wanted []bool) error {
 	return group.Wait()
 }
 
-// newDecoder makes a decoder for frames whose hash was checked.
+// newDecoder returns a decoder for frames whose hash was verified.
 func newDecoder() (*zstd.Decoder, error) {
 	return zstd.NewReader(
 		nil,
@@ -503,7 +504,8 @@ func newDecoder() (*zstd.Decoder, error) {
 	)
 }
 
-// readSpan reads a span's wanted frames and passes them on. Cut off, or given a wrong frame, it asks again from there.
+// readSpan reads a span's wanted frames and passes them on. If the connection breaks, or a frame is wrong, it
+// makes another request from there.
 func (f *fetch) readSpan(
 	ctx context.Context,
 	archive *archive,

@@ -14,13 +14,14 @@ import (
 	"kedge/deployments"
 )
 
-// source is a release on disk that files are taken from. What it says is believed only after hashing.
+// source is a release on disk that files are taken from. Its index is not trusted: files are hashed before use.
 type source struct {
 	top   *os.File
 	index *index
 	// known are the files that need no hashing.
 	known *knownFiles
-	// files has the entry that holds some content, by its SHA-256, and chunks where a large file's frames lie.
+	// files maps the SHA-256 of a content to the entry that has it, and chunks that of a large file's frame to its
+	// place.
 	files  map[deployments.Digest]int
 	chunks map[deployments.Digest]chunk
 }
@@ -67,7 +68,7 @@ func openSource(b *base) (*source, error) {
 
 func (s *source) close() { s.top.Close() }
 
-// has reports whether the release should hold e's content; an empty file has none.
+// has reports whether the release should have e's content. An empty file has none.
 func (s *source) has(e *entry) bool {
 	if s == nil || e.size == 0 {
 		return false
@@ -76,7 +77,7 @@ func (s *source) has(e *entry) bool {
 	return ok && s.index.entries[i].size == e.size
 }
 
-// sourceReader opens files of a source; each goroutine has its own.
+// sourceReader opens files of a source. Each goroutine needs its own.
 type sourceReader struct {
 	*source
 	dirs   dirs
@@ -89,13 +90,13 @@ func (s *source) reader() *sourceReader {
 
 func (r *sourceReader) close() { r.dirs.close() }
 
-// open opens an entry's file, which must be a plain one of the right size.
+// open opens an entry's file, which must be a regular file of the right size.
 func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	e := &r.index.entries[i]
-	// Not blocking: were it a pipe by now, opening it would wait for ever. To note each time of access would be a
-	// write of each inode.
+	// O_NONBLOCK, as opening a pipe would block for ever. O_NOATIME, as noting each time of access would write
+	// each inode.
 	fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
-	if errors.Is(err, unix.EPERM) { // another's file
+	if errors.Is(err, unix.EPERM) { // the file belongs to another user
 		fd, err = r.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	}
 	if err != nil {
@@ -112,7 +113,7 @@ func (r *sourceReader) open(i int) (fd int, info unix.Stat_t, err error) {
 	return fd, info, nil
 }
 
-// openFile is open, but returns an os.File.
+// openFile is open with an os.File as result.
 func (r *sourceReader) openFile(i int) (*os.File, error) {
 	fd, _, err := r.open(i)
 	if err != nil {
@@ -121,7 +122,7 @@ func (r *sourceReader) openFile(i int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), r.index.entries[i].path), nil
 }
 
-// sharing says how a new file may share an old one's blocks: by a hard link, or by a clone.
+// sharing says how a new file may share an old file's blocks: by a hard link, or by a clone.
 type sharing struct {
 	// link allows hard links to files of this owner.
 	link     bool
@@ -130,8 +131,8 @@ type sharing struct {
 	noClone *atomic.Bool
 }
 
-// newSharing allows hard links where nothing writes into live trees. An inode has one owner, so that a file whose
-// owner will be changed must not be linked: the live release would follow.
+// newSharing allows hard links if nothing writes into live trees. An inode has one owner, so a file whose owner
+// will change must not be linked: the live release would change, too.
 func newSharing(m *deployments.Manifest) sharing {
 	uid, gid, err := ownerOf(m.Owner)
 	if uid == -1 {
@@ -145,7 +146,7 @@ func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {
 		info.Mode&0o7777 == unixMode(e.mode)
 }
 
-// takeLocal makes entry i if it can without fetching. That the old release fails to give what it should is no error.
+// takeLocal makes entry i if that needs no fetching. It is no error if the old release lacks what it should have.
 func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 	e := &w.index.entries[i]
 	switch {
@@ -154,7 +155,8 @@ func (w *treeWorker) takeLocal(i int, old *sourceReader, share sharing) error {
 		if !w.ready[i] && e.sum == emptyDigest {
 			return w.writeFile(i, nil)
 		}
-	case old != nil && old.has(e) && !w.ready[i]: // ready comes last: only what old has is this goroutine's
+	// ready is read last: if old has the content, no other goroutine uses it
+	case old != nil && old.has(e) && !w.ready[i]:
 		n := old.files[e.sum]
 		from, info, err := old.open(n)
 		if err != nil {
@@ -220,8 +222,8 @@ type oldFile struct {
 	info      unix.Stat_t
 }
 
-// holds reports whether an open file has e's content, which it hashes only if it isn't as it was when that was last
-// seen.
+// holds reports whether an open file has e's content. It hashes the file unless it is unchanged since it was last
+// hashed.
 func (r *sourceReader) holds(f oldFile, e *entry) bool {
 	if r.known.has(f.entry, &f.info) {
 		return true
@@ -230,11 +232,11 @@ func (r *sourceReader) holds(f oldFile, e *entry) bool {
 	return err == nil && sum == e.sum
 }
 
-// copyFrom makes entry i of a file that should have its content. It is not made if the content is another.
+// copyFrom makes entry i from a file that should have its content. If the content differs, it makes nothing.
 func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing) error {
 	e, from := &w.index.entries[i], f.fd
 	if w.partly(i) {
-		// Hashed beforehand, so that what a cut fetch left is only given up for the whole.
+		// It is hashed first, so that frames from an interrupted fetch are given up only for the complete file.
 		if !old.holds(f, e) {
 			return nil
 		}
@@ -268,7 +270,7 @@ func (w *treeWorker) copyFrom(i int, f oldFile, old *sourceReader, share sharing
 		return errors.Join(err, w.dirs.remove(e.path))
 	}
 	w.ready[i] = true
-	if share.noClone.Load() { // a clone shares what is on the disk
+	if share.noClone.Load() { // a clone shares blocks that are on the disk
 		w.back.wrote(e.size)
 	}
 	return nil
@@ -279,7 +281,7 @@ func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) 
 	from := f.fd
 	if !share.noClone.Load() {
 		if unix.IoctlFileClone(to, from) == nil {
-			// A service may have written behind its end since it was opened, and a clone has all of a file.
+			// A service may have appended to the file since it was opened, and a clone copies all of it.
 			var cloned unix.Stat_t
 			if err := unix.Fstat(to, &cloned); err != nil || cloned.Size != e.size {
 				return false, nil
@@ -303,21 +305,21 @@ func copyContent(to int, f oldFile, e *entry, old *sourceReader, share sharing) 
 	return err == nil && failure == nil && deployments.Digest(h.Sum(nil)) == e.sum, failure
 }
 
-// link gives an open file, whose content was hashed, the name of e.
+// link gives an open file, whose content was hashed, e's name.
 func (w *treeWorker) link(from int, e *entry) error {
 	dir, name, err := w.dirs.at(e.path)
 	if err != nil {
 		return err
 	}
-	// By the descriptor, not by the old name, where another file may lie by now. The short way is for those who may
-	// read any directory (CAP_DAC_READ_SEARCH) or, since Linux 6.10, opened the file; the long one for all.
+	// It links the descriptor, not the old name, where another file may lie by now. AT_EMPTY_PATH needs
+	// CAP_DAC_READ_SEARCH or, since Linux 6.10, that this process opened the file; the way by /proc always works.
 	if err := unix.Linkat(from, "", dir, name, unix.AT_EMPTY_PATH); err == nil {
 		return nil
 	}
 	return unix.Linkat(unix.AT_FDCWD, "/proc/self/fd/"+strconv.Itoa(from), dir, name, unix.AT_SYMLINK_FOLLOW)
 }
 
-// read passes a file of known size to each, piece by piece, until its end or until each returns false.
+// read passes a file of known size to each, piece by piece, until the end or until each returns false.
 func (r *sourceReader) read(fd int, size int64, each func([]byte) bool) error {
 	for at := int64(0); at < size; {
 		data := r.buffer[:min(size-at, int64(len(r.buffer)))]

@@ -10,14 +10,14 @@ import (
 	"kedge/deployments"
 )
 
-// archive is where a fetch reads its archive: at one place at a time, by several goroutines.
+// archive is the place that a fetch currently reads its archive from. Several goroutines use it.
 type archive struct {
 	objects *object.Client
 	size    int64
 
 	mu   sync.Mutex
 	now  place
-	left []object.Source // to go to when now fails
+	left []object.Source // sources to try when now fails
 }
 
 // place is one source's copy of an archive.
@@ -26,10 +26,10 @@ type place struct {
 	source object.Source
 }
 
-// Mirror reports whether it isn't the archive's own place.
+// Mirror reports whether it is a mirror, not the archive's own place.
 func (p place) Mirror() bool { return p.source.Mirror() }
 
-// openArchive looks for the archive at one source after the other.
+// openArchive opens the archive at the first source that has it.
 func (f *fetch) openArchive(ctx context.Context) (*archive, error) {
 	a := &archive{objects: f.objects, size: f.index.archiveSize(), left: f.objects.Sources(f.manifest.Src)}
 	if err := a.open(ctx); err != nil {
@@ -44,7 +44,7 @@ func (a *archive) current() place {
 	return a.now
 }
 
-// passOver goes on to the next source, unless another goroutine has left this one already.
+// passOver goes on to the next source, unless another goroutine has left from already.
 func (a *archive) passOver(ctx context.Context, from place, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -19,31 +19,31 @@ import (
 // builder makes an index's tree in a private directory.
 type builder struct {
 	root  *os.Root
-	top   *os.File // the same, for dirs
+	top   *os.File // root, as dirs needs it
 	index *index
 	files []int // entries with content, in the order of the tar stream
-	// withheld has the permission bits that a new file does not get when it asks for them: the umask's, or a default
-	// ACL's.
+	// withheld has the permission bits that a new file doesn't get, because of the umask or a default ACL.
 	withheld uint32
 
-	// ready says of each entry that it is made and right (a directory: that it has its mode); written by whoever made
-	// it, read when that has ended.
+	// ready says for each entry whether it is made and verified; for a directory, whether it has its mode. The
+	// goroutine that made it writes it; it is read once that has ended.
 	ready []bool
-	// fetching says which entries writeFrame is to make; set by missing.
+	// fetching says which entries writeFrame makes; missing sets it.
 	fetching []bool
-	// chunks says of each frame that its content is already in its file.
+	// chunks says for each frame whether its content is already in its file.
 	chunks []bool
-	// made has a gate for each gateWidth entries; it opens when the directories among them, and all above, are there.
+	// made has a gate for each gateWidth entries, which opens when the directories among them, and those above,
+	// exist.
 	made []chan struct{}
 
-	// back is told of what is written.
+	// back is told how much was written.
 	back *writeback
 
 	mu   sync.Mutex
 	open map[int]*largeOpen
 }
 
-// largeOpen is a file that is written frame by frame, by several workers.
+// largeOpen is a file that several workers write, frame by frame.
 type largeOpen struct {
 	file *os.File
 	left int // frames to write
@@ -82,8 +82,7 @@ func (b *builder) close() error {
 	return errors.Join(b.back.wait(), b.top.Close(), b.root.Close())
 }
 
-// prepare keeps what an earlier call made, and removes the rest. Directories that are kept can be written into
-// until finish.
+// prepare keeps what an earlier call made, and removes the rest. Kept directories are writable until finish.
 func (b *builder) prepare(ctx context.Context) error {
 	kept, err := b.sweep()
 	if err != nil {
@@ -108,8 +107,8 @@ func (b *builder) prepare(ctx context.Context) error {
 	return group.Wait()
 }
 
-// makeDirs makes the directories, which their owner can write into until finish. It is to run beside those who fill
-// them: alone it took a tenth of the time of a tree of links.
+// makeDirs makes the directories, which their owner can write into until finish. It runs in parallel with the
+// workers that fill them: alone it took a tenth of the time for a tree of links.
 func (b *builder) makeDirs(ctx context.Context) error {
 	dirs := &dirs{top: b.top}
 	defer dirs.close()
@@ -140,7 +139,7 @@ func (b *builder) makeDirs(ctx context.Context) error {
 	return nil
 }
 
-// await waits for the directory of entry i.
+// await waits until the directory of entry i exists.
 func (b *builder) await(ctx context.Context, i int) error {
 	select {
 	case <-b.made[i/gateWidth]:
@@ -160,13 +159,13 @@ func (b *builder) dirMade(i int) bool {
 	}
 }
 
-// probe finds out which modes new files and directories get here: nearly always those asked for, which saves a chmod
-// of each.
+// probe finds out which modes new files and directories get here: mostly those asked for, which saves a chmod of
+// each.
 func (b *builder) probe() error {
 	const name = ".kedge-mode"
 	b.withheld = 0o777
 	err := b.root.Mkdir(name, 0o777)
-	if errors.Is(err, fs.ErrExist) { // the release has a path of this name, and it was kept
+	if errors.Is(err, fs.ErrExist) { // the release has a path of this name, which was kept
 		return nil
 	}
 	if err != nil {
@@ -176,16 +175,16 @@ func (b *builder) probe() error {
 	if err = errors.Join(err, b.root.Remove(name)); err != nil {
 		return err
 	}
-	if info.Mode()&fs.ModeSetgid == 0 { // else the directories have it from the one above, and must not keep it
+	if info.Mode()&fs.ModeSetgid == 0 { // otherwise the directories inherit it, and must not keep it
 		b.withheld = 0o777 &^ uint32(info.Mode().Perm())
 	}
 	return nil
 }
 
-// gets reports whether a new file or directory has permission bits when it asks for them.
+// gets reports whether a new file or directory gets all permission bits of mode.
 func (b *builder) gets(mode fs.FileMode) bool { return uint32(mode)&b.withheld == 0 }
 
-// sweep removes files that can't belong to the tree, and returns those that may.
+// sweep removes files that can't belong to the tree, and returns the entries of the others.
 func (b *builder) sweep() (kept []int, err error) {
 	err = fs.WalkDir(b.root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil || p == "." {
@@ -214,7 +213,7 @@ func (b *builder) sweep() (kept []int, err error) {
 func (b *builder) examine(i int) error {
 	e := &b.index.entries[i]
 	f, err := b.root.Open(e.path)
-	if errors.Is(err, fs.ErrPermission) { // its mode is one that its owner can't read by
+	if errors.Is(err, fs.ErrPermission) { // its owner may not read it by its mode
 		return b.root.Remove(e.path)
 	}
 	if err != nil {
@@ -233,7 +232,7 @@ func (b *builder) examine(i int) error {
 	}
 	useful := false
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink == 1 &&
-		info.Size() <= e.size { // else it may be a live release's
+		info.Size() <= e.size { // otherwise it may be hard-linked to a live release's file
 		from, to := b.index.framesOf(e)
 		for n := from; n < to; n++ {
 			if hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
@@ -248,7 +247,8 @@ func (b *builder) examine(i int) error {
 	return b.root.Remove(e.path)
 }
 
-// hashesTo reports whether a file has a frame's content at at. A frame without a hash of that is not looked for.
+// hashesTo reports whether a file has a frame's content at offset at. It returns false if the index has no hash of
+// that content.
 func hashesTo(f io.ReaderAt, at int64, want frame) bool {
 	if want.content.IsZero() {
 		return false
@@ -258,7 +258,7 @@ func hashesTo(f io.ReaderAt, at int64, want frame) bool {
 	return n == len(data) && digestOf(data) == want.content
 }
 
-// missing returns the frames that hold content which neither the tree nor old has, and has writeFrame write only that.
+// missing returns the frames with content that neither the tree nor old has, and makes writeFrame write only that.
 func (b *builder) missing(old *source) []bool {
 	wanted := make([]bool, len(b.index.frames))
 	for _, i := range b.files {
@@ -274,7 +274,7 @@ func (b *builder) missing(old *source) []bool {
 	return wanted
 }
 
-// finish makes links and gives directories their modes, when all files are there.
+// finish makes links, and sets directories' modes, when all files are there.
 func (b *builder) finish() error {
 	dirs := &dirs{top: b.top}
 	defer dirs.close()
@@ -305,7 +305,7 @@ func (b *builder) finish() error {
 	return nil
 }
 
-// treeWorker writes files; each goroutine has its own.
+// treeWorker writes files. Each goroutine needs its own.
 type treeWorker struct {
 	*builder
 	dirs dirs
@@ -334,7 +334,7 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 		if !w.fetching[i] {
 			continue
 		}
-		// Where that can be written at once, ctx isn't asked: what was fetched is not to be fetched again because another
+		// If it can be written at once, ctx is ignored: what was fetched need not be fetched again because another
 		// request failed.
 		var err error
 		if !w.dirMade(i) {
@@ -354,7 +354,7 @@ func (w *treeWorker) writeFrame(ctx context.Context, n int, raw []byte) error {
 	return nil
 }
 
-// writeFile makes a whole file.
+// writeFile makes a file from its whole content.
 func (w *treeWorker) writeFile(i int, content []byte) error {
 	e := &w.index.entries[i]
 	fd, err := w.create(e)
@@ -370,7 +370,7 @@ func (w *treeWorker) writeFile(i int, content []byte) error {
 	return nil
 }
 
-// create makes a file that isn't there, with its mode whatever the umask.
+// create creates a file, with its mode whatever the umask.
 func (w *treeWorker) create(e *entry) (fd int, err error) {
 	fd, err = w.dirs.openFile(e.path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, uint32(e.mode.Perm()))
 	if err != nil || w.gets(e.mode) {
@@ -390,19 +390,19 @@ func (b *builder) partly(i int) bool {
 	return slices.Contains(b.chunks[from:to], true)
 }
 
-// discard takes back the frames of a large file that prepare kept.
+// discard removes the frames of a large file that prepare kept.
 func (w *treeWorker) discard(i int) error {
 	e := &w.index.entries[i]
 	from, to := w.index.framesOf(e)
 	for n := from; n < to; n++ {
-		if w.chunks[n] { // else it may be another file's too, and is only read
+		if w.chunks[n] { // otherwise it may be hard-linked elsewhere, and is only read
 			w.chunks[n] = false
 		}
 	}
 	return w.dirs.remove(e.path)
 }
 
-// writeChunk writes a part of a large file. The last one closes it.
+// writeChunk writes a part of a large file. The last part closes it.
 func (w *treeWorker) writeChunk(i int, at int64, content []byte) error {
 	l, err := w.openLarge(i)
 	if err != nil {

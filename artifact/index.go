@@ -18,7 +18,7 @@ import (
 	"kedge/deployments"
 )
 
-// ErrIndex means that an index is malformed, or does not fit the archive or manifest that names it.
+// ErrIndex means that an index is malformed, or does not match the archive or manifest that names it.
 var ErrIndex = errors.New("bad index")
 
 const (
@@ -28,15 +28,15 @@ const (
 	maxEntries = 4 << 20
 	maxPath    = 4096
 	maxName    = 255
-	// maxPaths and pathGrowth bound all paths together, in bytes and in lengths of the index: they share what is
-	// before them, so that an entry of six bytes can stand for a path of 4,096.
+	// maxPaths, in bytes, and pathGrowth, in lengths of the index, bound all paths together: paths share the
+	// beginning of the path before, so that an entry of six bytes can stand for a path of 4,096.
 	maxPaths   = 64 << 20
 	pathGrowth = 32
 	maxTree    = 1 << 46 // bytes of a tree; keeps sums of sizes far from overflow
 	maxFrame   = 4 << 20 // bytes that one frame decodes to
 )
 
-// maxEncoded bounds a frame in the archive by what it decodes to: zstd stores what it can't compress.
+// maxEncoded bounds a frame's size in the archive by what it decodes to: zstd stores what it can't compress.
 func maxEncoded(raw int64) int64 { return raw + raw>>7 + 1024 }
 
 type kind uint8
@@ -57,7 +57,8 @@ type entry struct {
 	sum  deployments.Digest
 	// offset is where a file's content begins in the tar stream.
 	offset int64
-	// target is a symbolic link's; original the number of the entry that a hard link is another name of.
+	// target is the target of a symbolic link. original is the number of the entry that a hard link is another
+	// name of.
 	target   string
 	original int
 }
@@ -67,11 +68,11 @@ type frame struct {
 	offset, size  int64 // in the archive
 	start, length int64 // in the tar stream
 	sum           deployments.Digest
-	// content is the SHA-256 of what the frame decodes to, where that is all one file's; else zero.
+	// content is the SHA-256 of what the frame decodes to if all of that is one file's content, else zero.
 	content deployments.Digest
 }
 
-// index is a tree, and where its bytes lie in an archive.
+// index describes a tree, and where its bytes lie in an archive.
 type index struct {
 	archive bool // false: a list of hashes, without frames
 	entries []entry
@@ -80,7 +81,7 @@ type index struct {
 
 func digestOf(data []byte) deployments.Digest { return sha256.Sum256(data) }
 
-// size is how many bytes of files the tree has, and archiveSize how many the archive.
+// size returns the total size of the tree's files, and archiveSize that of the archive.
 func (x *index) size() (n int64) {
 	for i := range x.entries {
 		n += x.entries[i].size
@@ -110,7 +111,7 @@ func (x *index) framesOf(e *entry) (from, to int) {
 	return from, to + 1
 }
 
-// comparePaths orders paths as a walk meets them: a directory, then what is in it, then its next neighbour.
+// comparePaths orders paths as a walk visits them: a directory, then its content, then its next sibling.
 func comparePaths(a, b string) int {
 	n := min(len(a), len(b))
 	for i := range n {
@@ -161,7 +162,7 @@ func (x *index) encode() []byte {
 			out = append(out, e.sum[:]...)
 			switch {
 			case !x.archive:
-			case e.size == 0: // it lies nowhere
+			case e.size == 0: // it has no place in the stream
 				out = binary.AppendUvarint(out, 0)
 			default:
 				out = binary.AppendUvarint(out, uint64(e.offset-end))
@@ -202,10 +203,10 @@ func commonPrefix(a, b string) int {
 	return n
 }
 
-// dirOnly are the bits of a mode that a release's directories may have, and its files may not.
+// dirOnly are mode bits that a release's directories may have, and its files may not.
 const dirOnly = fs.ModeSticky | fs.ModeSetgid
 
-// unixMode returns the bits that chmod takes: the nine, and those of dirOnly.
+// unixMode returns a mode's bits for chmod: the permission bits, and those of dirOnly.
 func unixMode(m fs.FileMode) uint32 {
 	bits := uint32(m.Perm())
 	if m&fs.ModeSticky != 0 {
@@ -229,8 +230,8 @@ func modeOf(bits uint32) fs.FileMode {
 	return m
 }
 
-// decodeIndex reads an index that nobody vouches for: whatever the bytes are, it neither panics nor takes more
-// memory than a small multiple of their length, and what it returns keeps every rule of the package comment.
+// decodeIndex decodes an untrusted index. Whatever the bytes are, it neither panics nor takes more memory than a
+// small multiple of their length, and its result keeps every rule of the package comment.
 func decodeIndex(data []byte) (*index, error) {
 	if len(data) > maxIndex {
 		return nil, fmt.Errorf("%w: it has %d bytes, at most %d are allowed", ErrIndex, len(data), maxIndex)
@@ -241,7 +242,7 @@ func decodeIndex(data []byte) (*index, error) {
 	}
 	r := &cursor{rest: rest}
 	flags := r.number(1)
-	// An entry has at least five bytes and a frame 34, which bounds both numbers before memory is given to them.
+	// An entry has at least 5 bytes and a frame 34. This bounds both numbers before memory is allocated.
 	entries := int(r.number(uint64(min(maxEntries, len(data)/5))))
 	frames := int(r.number(uint64(len(data) / 34)))
 	if r.err != nil {
@@ -269,7 +270,7 @@ const pathsAtOnce = 64 << 10
 // decodeEntries returns where the last file's content ends in the tar stream.
 func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 	var last []byte
-	var paths strings.Builder // of many entries in one piece of memory
+	var paths strings.Builder // holds the paths of many entries in one allocation
 	var tree int64
 	left := maxPaths + pathGrowth*len(r.rest)
 	dirs := []string{""} // the directories that the next entry may lie in
@@ -350,7 +351,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 
 func (x *index) decodeFrames(r *cursor, end int64) error {
 	var offset, start int64
-	within := 0 // the first entry that ends behind start
+	within := 0 // the first entry that ends after start
 	for i := range x.frames {
 		f := &x.frames[i]
 		f.offset, f.start = offset, start
@@ -387,7 +388,7 @@ func (x *index) decodeFrames(r *cursor, end int64) error {
 	return nil
 }
 
-// checkPath accepts a clean relative path that stays in the tree.
+// checkPath returns an error unless a path is clean, relative, and stays in the tree.
 func checkPath(p string) error {
 	if p == "" || len(p) > maxPath || strings.IndexByte(p, 0) >= 0 {
 		return fmt.Errorf("the path %q is empty, too long or has a zero byte", clip(p))
@@ -407,7 +408,7 @@ func checkPath(p string) error {
 	return nil
 }
 
-// checkTargets accepts an index whose symbolic links lead where they may.
+// checkTargets returns an error unless the symbolic links lead where they may.
 func (x *index) checkTargets(allowed deployments.Symlinks) error {
 	for i := range x.entries {
 		if e := &x.entries[i]; e.kind == kindSymlink {
@@ -427,8 +428,8 @@ func checkTargetText(p, target string) error {
 	return nil
 }
 
-// checkTarget accepts a symbolic link that stays in the tree, or any if the manifest says so, whatever other links
-// it passes: its ".." come first, where they climb real directories, and are no more than those.
+// checkTarget returns an error unless a symbolic link stays in the tree, or the manifest allows any. Other links
+// that it passes don't matter: its ".." come first, where they climb real directories, and are no more than those.
 func checkTarget(p, target string, allowed deployments.Symlinks) error {
 	if err := checkTargetText(p, target); err != nil || allowed == deployments.SymlinksAny {
 		return err
@@ -473,7 +474,7 @@ func clip(s string) string {
 	return s
 }
 
-// cursor reads numbers and bytes off a buffer; after the first error everything is zero.
+// cursor reads numbers and bytes from a buffer. After the first error it returns zeros.
 type cursor struct {
 	rest []byte
 	err  error

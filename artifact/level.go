@@ -8,8 +8,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Compression says how much time Publish spends on a smaller archive: an index into compressions. Whatever it is,
-// every agent reads the archive.
+// Compression is how hard Publish compresses an archive, as an index into compressions. Every agent reads all of
+// them.
 type Compression uint8
 
 // CompressionDefault makes an archive that is no larger than one stream of zstd -3.
@@ -18,13 +18,13 @@ const CompressionDefault Compression = 0
 // compression is one way to compress.
 type compression struct {
 	name string
-	// upTo is the highest of zstd's levels that it stands for.
+	// upTo is the highest of zstd's levels that maps to it.
 	upTo int
-	// rich is how frames are compressed, but for those in which little is to be found: these are compressed as poor.
+	// rich is the level for most frames, and poor the level for frames that hardly compress.
 	rich, poor zstd.EncoderLevel
 }
 
-// compressions were measured on 561 MB in 44,567 files, of which one stream of zstd -3 makes 159.4 MB.
+// compressions were measured on 561 MB in 44,567 files; one stream of zstd -3 makes 159.4 MB of these.
 var compressions = []compression{
 	{"default", 9, zstd.SpeedBetterCompression, zstd.SpeedDefault},
 	{"fastest", 2, zstd.SpeedFastest, zstd.SpeedFastest},
@@ -32,8 +32,8 @@ var compressions = []compression{
 	{"best", 22, zstd.SpeedBestCompression, zstd.SpeedDefault},
 }
 
-// ParseCompression reads a name (fastest, fast, default or best) or one of zstd's levels, from 1 to 22. Empty is the
-// default.
+// ParseCompression parses a name (fastest, fast, default or best) or one of zstd's levels, from 1 to 22. Empty is
+// the default.
 func ParseCompression(s string) (Compression, error) {
 	if s == "" {
 		return CompressionDefault, nil
@@ -58,8 +58,7 @@ func ParseCompression(s string) (Compression, error) {
 // String returns the name.
 func (c Compression) String() string { return compressions[c].name }
 
-// compressor compresses frames. What comes out depends on nothing but what goes in. Not for use by several
-// goroutines.
+// compressor compresses frames. Its output depends only on its input. Not safe for concurrent use.
 type compressor struct{ rich, poor *zstd.Encoder }
 
 func newCompressor(c Compression) (*compressor, error) {
@@ -87,7 +86,7 @@ func (c *compressor) close() {
 	c.poor.Close()
 }
 
-// compress appends the frame that decodes to raw to out.
+// compress appends to out the frame that decodes to raw.
 func (c *compressor) compress(raw, out []byte) []byte {
 	if evenlySpread(raw) {
 		return c.poor.EncodeAll(raw, out)
@@ -95,9 +94,9 @@ func (c *compressor) compress(raw, out []byte) []byte {
 	return c.rich.EncodeAll(raw, out)
 }
 
-// evenlySpread reports whether all values of a byte are about as frequent, as they are in images and in what was
-// compressed before. Of the probability that two bytes are the same, that has 1/256 (a PNG 1.03 times that, text 8, a
-// program 3 to 6). Zeros don't count: tar has them everywhere.
+// evenlySpread reports whether all byte values are about as frequent, as in images and compressed data. It
+// measures the probability that two bytes are the same: 1/256 if evenly spread (a PNG has 1.03 times that, text 8,
+// a program 3 to 6). Zeros don't count, as tar has them everywhere.
 func evenlySpread(raw []byte) bool {
 	const samples = 4096
 	var seen [256]int

@@ -22,18 +22,19 @@ import (
 )
 
 const (
-	// maxMade bounds how many paths are remembered of what a release's commands made.
+	// maxMade bounds how many paths made by a release's commands are recorded.
 	maxMade = 65_536
-	// A file that commands made is kept for healing up to maxMadeFile bytes, and all of them up to maxMadeContent.
+	// The content of a file that commands made is recorded for healing up to maxMadeFile bytes, and that of all
+	// files up to maxMadeContent.
 	maxMadeFile    = 64 << 10
 	maxMadeContent = 4 << 20
 )
 
-// madeThing is a path of a live tree that the release's own commands made, changed or removed. It belongs to the
-// release from then on: verify doesn't name it, healing brings it back.
+// madeThing is a path of a live tree that the release's own commands made, changed or removed. From then on it
+// belongs to the release: verify doesn't report it, and healing restores it.
 type madeThing struct {
 	Path string `json:"path"` // "." is the tree itself
-	// What it was against the archive: see Difference.
+	// What is the difference from the archive: see Difference.
 	What string   `json:"what"`
 	Type fileType `json:"type,omitempty"` // empty: it was removed
 
@@ -41,12 +42,12 @@ type madeThing struct {
 	UID    int         `json:"uid"`
 	GID    int         `json:"gid"`
 	Target string      `json:"target,omitempty"`
-	// Sum is set of a file of the archive whose content was changed.
+	// Sum is set if the path is a file of the archive whose content was changed.
 	Sum *deployments.Digest `json:"sum,omitempty"`
-	// Content is a small file's, and Kept says that it is there.
+	// Content is the content of a small file. Kept is set if it was recorded.
 	Content []byte `json:"content,omitempty"`
 	Kept    bool   `json:"kept,omitempty"`
-	// Inode and Changed, its mtime, tell whether something wrote to the path since.
+	// Inode and Changed, its mtime, tell whether something has written to the path since.
 	Inode   uint64 `json:"inode,omitempty"`
 	Changed int64  `json:"changed,omitempty"`
 }
@@ -60,11 +61,11 @@ const (
 	typeOther fileType = "other"
 )
 
-// whole reports whether what lies below the path is the commands', too.
+// whole reports whether everything below the path was made by the commands, too.
 func (m *madeThing) whole() bool { return m.What == "extra" || m.What == "type" || m.What == "missing" }
 
-// comesAndGoes reports whether the thing is one that running programs make and remove: a
-// socket, a pipe, a pid or lock file.
+// comesAndGoes reports whether running programs make and remove such a thing: a socket, a pipe, a pid or lock
+// file.
 func (m *madeThing) comesAndGoes() bool {
 	if m.Type == typeOther {
 		return true
@@ -76,10 +77,11 @@ func (m *madeThing) comesAndGoes() bool {
 	return false
 }
 
-// madeFiles are the two files that keep what a release's commands made.
+// madeFiles are the two files that record what a release's commands made.
 type madeFiles struct {
 	made string
-	// before are the differences from before the commands ran, which are not theirs. It is there until they are done.
+	// before records the differences from before the commands ran, which are not theirs. It exists until they are
+	// done.
 	before string
 }
 
@@ -103,7 +105,7 @@ func (f madeFiles) forget() error {
 	return err
 }
 
-// readMade reads a file of writeMade's; nil if there is none, or it can't be read.
+// readMade reads what writeMade wrote; nil if the file is missing or damaged.
 func readMade(file string) []madeThing {
 	var of struct {
 		Made []madeThing `json:"made"`
@@ -123,8 +125,8 @@ func writeMade(file string, made []madeThing) error {
 	return durable.WriteFile(file, data, 0o600)
 }
 
-// survey notes the differences of a tree from before its release's commands run. What is noted already was so
-// before commands that were cut off.
+// survey records the differences of a tree before its release's commands run. If there is a record already, the
+// commands ran before and were cut off: it is kept.
 func (f madeFiles) survey(dir string, differences []Difference) error {
 	if exists(f.before) {
 		return nil
@@ -138,8 +140,8 @@ func (f madeFiles) survey(dir string, differences []Difference) error {
 	return writeMade(f.before, describe(root, withoutMade(root, known, differences), false))
 }
 
-// record notes what commands made of a tree, which are its differences but those of before. It returns how many
-// things there were too many.
+// record records what commands made in a tree: its differences now, without those of before. It returns how many
+// things exceeded the bounds.
 func (f madeFiles) record(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -168,7 +170,8 @@ func (f madeFiles) record(dir string, differences []Difference) (left int, err e
 	return left, nil
 }
 
-// describe returns what lies at the paths of differences: of several at a path the first, and none below what is whole.
+// describe returns what lies at the paths of differences: one thing for a path, and none below a path that is
+// whole.
 func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
@@ -192,7 +195,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 			whole.add(p)
 		}
 		if m.Type == "" && what != "missing" {
-			continue // it went meanwhile
+			continue // it was removed meanwhile
 		}
 		if keep && m.Type == typeFile && (content || m.whole()) {
 			m.keepContent(root, &kept, content)
@@ -202,7 +205,7 @@ func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 	return found
 }
 
-// look returns what lies at a path; without a Type nothing does.
+// look returns what lies at a path; its Type is empty if nothing does.
 func look(root *os.Root, p string) madeThing {
 	m := madeThing{Path: p}
 	info, err := root.Lstat(p)
@@ -225,7 +228,8 @@ func look(root *os.Root, p string) madeThing {
 	return m
 }
 
-// keepContent notes a file's content if it is small, and its digest if changed says that the archive has another.
+// keepContent records a file's content if it is small. changed says that the archive has other content: then its
+// digest is recorded.
 func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
 	if changed {
 		sum, err := sumOf(root, m.Path)
@@ -244,7 +248,7 @@ func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
 
 var errTooLarge = errors.New("it is too large")
 
-// openRegular opens a regular file, and fails if something else is at the path by then.
+// openRegular opens a regular file. It fails if something else lies at the path by then.
 func openRegular(root *os.Root, p string) (*os.File, error) {
 	f, err := root.OpenFile(p, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -279,13 +283,13 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 	return hashSlowly(context.Background(), f, nil, make([]byte, 64<<10))
 }
 
-// inherited reports whether a mode differs from that of the thing by a directory's set-group-id bit alone, which it
-// may have from the directory above.
+// inherited reports whether a mode differs from the thing's only by a directory's set-group-id bit, which the
+// directory above may have given it.
 func (m *madeThing) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
-// differs returns how a thing differs from how the commands left it; empty: not at all.
+// differs returns how a thing differs from how the commands left it; empty: it doesn't.
 func (m *madeThing) differs(root *os.Root) string {
 	now := look(root, m.Path)
 	switch {
@@ -313,8 +317,8 @@ func (m *madeThing) differs(root *os.Root) string {
 	return ""
 }
 
-// withoutMade splits the differences of a tree: those that its release's commands did not make, and changes of what
-// they made.
+// withoutMade returns the differences of a tree that its release's commands did not make, and changes of what they
+// made.
 func withoutMade(root *os.Root, made []madeThing, differences []Difference) []Difference {
 	if len(made) == 0 {
 		return differences
@@ -345,7 +349,7 @@ func withoutMade(root *os.Root, made []madeThing, differences []Difference) []Di
 	return found
 }
 
-// pathSet are paths.
+// pathSet is a set of paths.
 type pathSet map[string]bool
 
 func (s pathSet) add(p string) { s[p] = true }
@@ -364,7 +368,8 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid is withoutMade of a directory, but where the difference is that nothing can be told.
+// overlaid returns withoutMade of a directory's differences, or the differences themselves if they only say that
+// the tree can't be compared.
 func (f madeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
 	made := readMade(f.made)
 	if len(made) == 0 {

@@ -7,7 +7,7 @@ import (
 	"slices"
 )
 
-// heals reports whether staging a release anew would end any of the differences of its tree.
+// heals reports whether staging a release anew would remove any of its tree's differences.
 func (r *Releases) heals(rel *Release, differences []Difference) bool {
 	r, leave, err := r.enter(false)
 	if err != nil {
@@ -23,7 +23,8 @@ func untold(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
 
-// Survey notes how a release's tree differs from it before its commands run: that isn't theirs.
+// Survey records how a release's tree differs from its index before its commands run: these differences aren't
+// theirs.
 func (r *Releases) Survey(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {
@@ -44,7 +45,7 @@ func (r *Releases) Survey(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// Record notes the files that the release's commands made in its tree: from then on they belong to the release.
+// Record records the files that the release's commands made in its tree. From then on they belong to the release.
 func (r *Releases) Record(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {

@@ -10,18 +10,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// restorer brings what a release's commands made into a tree that was unpacked anew. It takes it from the live tree,
-// by further names of the same files, and what isn't there from what was noted.
+// restorer restores what a release's commands made in a newly unpacked tree. It takes it from the live tree, by
+// hard links, and the rest from what was recorded.
 type restorer struct {
 	tree *os.Root
-	live *os.Root // nil: it is gone
-	// late has only that carried which isn't in the tree yet.
+	live *os.Root // nil: it is missing
+	// late makes it restore only what isn't in the tree yet.
 	late bool
-	// inPlace says that both are one: what is as it was left stays.
+	// inPlace says that both trees are the same: what is as it was left stays.
 	inPlace bool
 }
 
-// openRestorer opens both trees. There may be no live one.
+// openRestorer opens both trees. The live one may be missing.
 func openRestorer(dir, live string) (r *restorer, err error) {
 	r = &restorer{}
 	if r.tree, err = os.OpenRoot(dir); err != nil {
@@ -42,7 +42,7 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreMade puts the things that commands made into dir, as they were left. The first error ends it.
+// restoreMade restores in dir the things that commands made, as they were left. It ends at the first error.
 func restoreMade(dir, live string, made []madeThing) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
@@ -57,7 +57,8 @@ func restoreMade(dir, live string, made []madeThing) error {
 	return nil
 }
 
-// restoreLate brings what was written into directories of the commands' while the new tree was about to become live.
+// restoreLate restores what was written into the commands' directories while the new tree was about to become
+// live.
 func restoreLate(dir, old string, made []madeThing) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
@@ -75,18 +76,18 @@ func restoreLate(dir, old string, made []madeThing) error {
 	return nil
 }
 
-// canRestore reports whether a thing that was changed or removed can be brought back.
+// canRestore reports whether a thing that was changed or removed can be restored.
 func (m *madeThing) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
 		return m.Kept
 	case m.Type == typeDir && m.whole():
-		return false // what lay in it isn't known
+		return false // its content isn't known
 	}
 	return true
 }
 
-// unrestorable returns the paths of things that were changed or removed and can't be brought back, given a tree's
+// unrestorable returns the paths of things that were changed or removed and can't be restored, given a tree's
 // differences.
 func unrestorable(made []madeThing, differences []Difference) pathSet {
 	gone := pathSet{}
@@ -106,7 +107,7 @@ func unrestorable(made []madeThing, differences []Difference) pathSet {
 
 func (r *restorer) restore(m *madeThing) error {
 	if m.Path == "." {
-		return nil // the directory's own mode and owner: see Manifest.DestMode
+		return nil // the top directory keeps its own mode and owner: see Manifest.DestMode
 	}
 	switch {
 	case m.Type == "":
@@ -127,7 +128,7 @@ func (r *restorer) restore(m *madeThing) error {
 		return r.carry(m.Path)
 	}
 	if m.Type != typeFile || !m.Kept {
-		return nil // lost: verify tells
+		return nil // lost: verify reports it
 	}
 	if err := r.clear(m.Path); err != nil {
 		return err
@@ -138,7 +139,7 @@ func (r *restorer) restore(m *madeThing) error {
 	return r.attributes(m)
 }
 
-// asLeft reports whether the live tree still has a thing as the commands left it: its kind and its content.
+// asLeft reports whether the live tree still has a thing as the commands left it, by type and content.
 func (r *restorer) asLeft(m *madeThing) bool {
 	if look(r.live, m.Path).Type != m.Type {
 		return false
@@ -150,7 +151,7 @@ func (r *restorer) asLeft(m *madeThing) bool {
 	return err == nil && sum == *m.Sum
 }
 
-// clear makes room for a path, and the directories that lead there.
+// clear removes what lies at a path, and makes the directories above it.
 func (r *restorer) clear(p string) error {
 	if err := r.remove(p); err != nil {
 		return err
@@ -158,7 +159,7 @@ func (r *restorer) clear(p string) error {
 	return r.tree.MkdirAll(path.Dir(p), 0o755)
 }
 
-// remove removes a path of the tree, and no mount.
+// remove removes a path of the tree; it refuses a mount.
 func (r *restorer) remove(p string) error {
 	parent, err := r.tree.Open(path.Dir(p))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -173,7 +174,7 @@ func (r *restorer) remove(p string) error {
 	return errors.Join(rm.errs...)
 }
 
-// attributes sets a path's mode, and its owner if that was noted, to what the commands left.
+// attributes sets a path's mode, and its owner if that was recorded, to what the commands left.
 func (r *restorer) attributes(m *madeThing) error {
 	if look(r.tree, m.Path).Type != m.Type {
 		return nil
@@ -197,7 +198,7 @@ func (r *restorer) link(m *madeThing) error {
 	return r.chown(m.Path, m.UID, m.GID)
 }
 
-// chown asks for nothing that only root may do where nothing changes.
+// chown does nothing if the owner is right already, so that only a real change needs root's rights.
 func (r *restorer) chown(p string, uid, gid int) error {
 	if now := look(r.tree, p); now.UID == uid && now.GID == gid {
 		return nil
@@ -205,11 +206,11 @@ func (r *restorer) chown(p string, uid, gid int) error {
 	return r.tree.Lchown(p, uid, gid)
 }
 
-// carry puts the live tree's path p into the new tree: files and links by a hard link, directories made anew.
+// carry brings the live tree's path p into the new tree: files and links by hard links, directories as new ones.
 func (r *restorer) carry(p string) error {
 	info, err := r.live.Lstat(p)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil // it went meanwhile
+		return nil // it was removed meanwhile
 	}
 	if err != nil {
 		return err
@@ -270,8 +271,8 @@ func (r *restorer) share(p string) error {
 	return failed("link", p, err)
 }
 
-// keepOwners copies owners from the live tree to each path of the same kind in the new one: commands may have changed
-// them, in a release that names no owner of its own.
+// keepOwners copies owners from the live tree to each path of the same type in the new one. In a release that
+// names no owner, commands may have changed them.
 func keepOwners(dir, live string) error {
 	tree, err := os.OpenRoot(dir)
 	if err != nil {

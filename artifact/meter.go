@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// meter reports progress, at most four times a second and once at the end. A nil report makes it silent.
+// meter reports progress, at most four times a second and once at the end. With a nil report it does nothing.
 type meter struct {
 	phase  string
 	report func(Progress)
@@ -48,7 +48,7 @@ func (m *meter) done() {
 	m.report(Progress{Phase: m.phase, Done: m.sum, Total: m.total})
 }
 
-// Write counts bytes that pass by.
+// Write counts bytes; it writes nothing.
 func (m *meter) Write(data []byte) (int, error) {
 	m.add(int64(len(data)))
 	return len(data), nil

@@ -13,7 +13,7 @@ import (
 	"syscall"
 )
 
-// ownerOf resolves a manifest's owner; -1: leave it as it is.
+// ownerOf resolves a manifest's owner; -1: leave it unchanged.
 func ownerOf(owner string) (uid, gid int, err error) {
 	name, group, _ := strings.Cut(owner, ":")
 	uid, err = idOf(name, func() (string, error) { return lookupUser(name) })
@@ -42,7 +42,7 @@ func lookupGroup(name string) (gid string, err error) {
 	return g.Gid, nil
 }
 
-// idOf parses a numeric id, or looks up a name. No number at all is -1.
+// idOf parses a numeric ID, or looks up a name. An error comes with the ID -1.
 func idOf(name string, lookup func() (string, error)) (int, error) {
 	if name == "" {
 		return -1, nil
@@ -55,13 +55,14 @@ func idOf(name string, lookup func() (string, error)) (int, error) {
 	}
 	id, err := strconv.ParseUint(name, 10, 32)
 	if err == nil && id == math.MaxUint32 {
-		err = errors.New("it stands for no change") // as to the kernel; a larger number would be taken for what is left of it
+		// the kernel takes it for "no change", and larger numbers modulo 2^32
+		err = errors.New("it stands for no change")
 	}
 	return int(id), err
 }
 
-// eachWrongOwner calls f for each path that belongs to another owner, the top included as ".". It passes over the
-// paths of skip.
+// eachWrongOwner calls f for each path that has another owner, including the top as ".". It skips the paths of
+// skip.
 func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []string, f func(p string) error) error {
 	return fs.WalkDir(root.FS(), ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -77,7 +78,7 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 			return nil
 		}
 		if d.IsDir() && strings.Count(p, "/") >= maxLevels {
-			return fs.SkipDir // no release is so deep: its owner made it, of any depth
+			return fs.SkipDir // no release is so deep: its owner made it
 		}
 		info, err := d.Info()
 		if err != nil {
@@ -91,7 +92,7 @@ func eachWrongOwner(ctx context.Context, root *os.Root, uid, gid int, skip []str
 	})
 }
 
-// applyOwner gives a tree to its manifest's owner. What a hard link shares with a live release has that owner already.
+// applyOwner gives a tree to its manifest's owner. Files hard-linked to a live release have that owner already.
 func applyOwner(ctx context.Context, dir, owner string) error {
 	if owner == "" {
 		return nil

@@ -21,11 +21,11 @@ import (
 )
 
 const (
-	largeFile  = 1 << 20   // from here on a file has frames of its own
-	largeFrame = 2 << 20   // of a large file's content
-	groupLeast = 768 << 10 // small files are gathered at least to here,
-	groupMost  = 2 << 20   // and no further than here
-	packWindow = 2 << 20   // of the encoder: all of a frame
+	largeFile  = 1 << 20   // files from this size on have frames of their own
+	largeFrame = 2 << 20   // bytes of content in a large file's frame
+	groupLeast = 768 << 10 // least bytes in a frame of small files
+	groupMost  = 2 << 20   // most bytes in a frame of small files
+	packWindow = 2 << 20   // the encoder's window: a whole frame
 )
 
 // emptyDigest is the SHA-256 of an empty file.
@@ -42,8 +42,8 @@ type packed struct {
 	Tree   int64 // bytes of the tree
 }
 
-// pack writes the tree in dir as an archive. A file that changes meanwhile is an error, and a symbolic link that
-// leads elsewhere than symlinks allows.
+// pack writes the tree in dir as an archive. It is an error if a file changes meanwhile, or if a symbolic link
+// leads where symlinks doesn't allow.
 func pack(
 	ctx context.Context,
 	dir string,
@@ -82,7 +82,7 @@ func pack(
 			result.Files++
 		}
 	}
-	if _, err := decodeIndex(result.Index); err != nil { // what no node would read must not be published
+	if _, err := decodeIndex(result.Index); err != nil { // an index that no node would read must not be published
 		return packed{}, fmt.Errorf("pack %s: %w", dir, err)
 	}
 	return result, nil
@@ -91,7 +91,7 @@ func pack(
 // section is the list of file parts that go into one frame.
 type section struct {
 	parts []part
-	large bool // one part, all content of one file
+	large bool // its one part is a piece of a large file
 }
 
 // part is one piece of a section: an entry's header, or n bytes of its content, and the padding after it.
@@ -100,10 +100,10 @@ type part struct {
 	header  bool
 	from, n int64
 	pad     bool
-	end     bool // the archive's end
+	end     bool // it is the archive's end
 }
 
-// sections decides where frames begin and end, from names and sizes alone.
+// sections yields the sections, decided by names and sizes alone.
 func (x *index) sections(yield func(section) bool) {
 	var group section
 	var size int64
@@ -115,7 +115,7 @@ func (x *index) sections(yield func(section) bool) {
 	for i := range x.entries {
 		e := &x.entries[i]
 		header := int64(512)
-		if len(e.path) > 100 || len(e.target) > 100 { // PAX: a bound that is never too low
+		if len(e.path) > 100 || len(e.target) > 100 { // PAX: an estimate that is never too low
 			header += 2048 + 2*int64(len(e.path)+len(e.target))
 		}
 		content := header
@@ -156,7 +156,7 @@ func borders(path string) bool {
 	return h.Sum32()%4 == 0
 }
 
-// packer turns sections into frames on all cores, and writes them in order.
+// packer compresses sections into frames on all cores, and writes them in order.
 type packer struct {
 	top         *os.File
 	index       *index
@@ -164,15 +164,15 @@ type packer struct {
 	out         io.Writer
 	archive     hash.Hash
 	meter       *meter
-	stream      int64 // bytes of the tar stream written so far
-	// free has frames that were written, for the next ones.
+	stream      int64 // bytes of the tar stream so far
+	// free has buffers of frames that were written, for reuse.
 	free chan []byte
 }
 
-// packing is one section on its way.
+// packing is one section on its way through the packer.
 type packing struct {
 	section
-	// before and after pass the running hash of a large file from one of its sections to the next.
+	// before and after pass a large file's running hash from one of its sections to the next.
 	before, after chan running
 	done          chan struct{}
 
@@ -183,13 +183,13 @@ type packing struct {
 	offsets []offset
 }
 
-// running is the hash of a large file so far, and when the file was written last as its first part was read.
+// running is the hash of a large file so far, and the file's mtime when its first part was read.
 type running struct {
 	hash.Hash
 	written unix.Timespec
 }
 
-// offset is where, in a section, a file's content begins.
+// offset is where in a section a file's content begins.
 type offset struct {
 	entry int
 	at    int64
@@ -199,7 +199,7 @@ func (p *packer) run(ctx context.Context) error {
 	cores := runtime.GOMAXPROCS(0)
 	group, ctx := errgroup.WithContext(ctx)
 	todo := make(chan *packing)
-	order := make(chan *packing, 2*cores) // bounds what is in memory
+	order := make(chan *packing, 2*cores) // its capacity bounds what is in memory
 	p.free = make(chan []byte, 4*cores)
 	group.Go(func() error {
 		defer close(todo)
@@ -337,7 +337,7 @@ func (w *packWorker) header(i int) error {
 	return tar.NewWriter(&w.raw).WriteHeader(h)
 }
 
-// content reads a part of a file and hashes it; of a large file in the order of its parts, since the hash runs on.
+// content reads a part of a file and hashes it. Parts of a large file are hashed in order.
 func (w *packWorker) content(ctx context.Context, job *packing, part part) error {
 	if part.n == 0 {
 		return nil
@@ -378,7 +378,7 @@ func (w *packWorker) content(ctx context.Context, job *packing, part part) error
 
 var errChanging = errors.New("it changed while it was read")
 
-// read reads a part of a file, and returns when the file was written last: before it was read.
+// read reads a part of a file, and returns the file's mtime from before the read.
 func (w *packWorker) read(e *entry, part part) (written unix.Timespec, err error) {
 	fd, err := w.dirs.openFile(e.path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -403,6 +403,6 @@ func (w *packWorker) read(e *entry, part part) (written unix.Timespec, err error
 	if after.Size != before.Size || after.Mtim != before.Mtim {
 		return written, failed("read", e.path, errChanging)
 	}
-	w.raw.Write(data) // nothing is copied: it lies there
+	w.raw.Write(data) // no copy: it is the buffer's own memory
 	return before.Mtim, nil
 }

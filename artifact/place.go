@@ -13,45 +13,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnsafe is in the error of a dest that somebody else than root or this process could have led
-// elsewhere. Nothing is done there until its directories are put right.
+// ErrUnsafe means that users other than root and this process's could redirect dest. Nothing is done there until
+// its directories' owners and modes are put right.
 var ErrUnsafe = errors.New("dest is not safe to write to")
 
 // maxLinks bounds the symbolic links on the way to a directory, as the kernel does.
 const maxLinks = 40
 
-// Place is a directory that is held open, so that nobody can lead what is done in it elsewhere.
+// Place is a directory that is held open, so that nobody can redirect what is done in it.
 type Place struct {
 	dir  *os.File
-	real string // where it lay when it was opened; for comparing and for people
-	// shown is its path as it was asked for. That path is used if fixed says that only trusted users can change what
-	// lies there.
+	real string // where it lay when it was opened; for comparisons and messages
+	// shown is its path as it was given. It is used if fixed is set: then only trusted users can change what lies
+	// there.
 	shown string
 	fixed bool
 	trust trust
 }
 
-// trust says who may own the directories that lead to a place. Root, whoever runs this process, and
-// the owner of / may own all of them, and are the only ones whose symbolic links are followed.
+// trust says who may own the directories that lead to a place. Root, this process's user and the owner of / may
+// own all of them, and only their symbolic links are followed.
 type trust struct {
 	self, top int
 	owner     int
 }
 
-// PlaceOptions are the rules that OpenPlace holds.
+// PlaceOptions are the rules that OpenPlace checks.
 type PlaceOptions struct {
-	// Within are the directories in or below which dest must lie, wherever links lead; empty: anywhere.
-	// The directories below them must belong to root, to this process's user, or to Owner.
+	// Within are the directories in or below which dest must lie after resolving links; empty: anywhere. The
+	// directories below them must belong to root, to this process's user, or to Owner.
 	Within []string
-	// Owner is the manifest's: USER, USER:GROUP or :GROUP.
+	// Owner is the manifest's owner: USER, USER:GROUP or :GROUP.
 	Owner string
-	// Create makes the directories that are missing.
+	// Create makes missing directories.
 	Create bool
 }
 
-// OpenPlace opens the directory that dest lies in. It follows symbolic links only if nobody but root, the owner of
-// / and this process's user can have made them: an application that owns dest's directory can't lead an agent out
-// of it.
+// OpenPlace opens the directory that dest lies in. It follows a symbolic link only if nobody but root, the owner
+// of / and this process's user can have made it: an application that owns dest's directory can't make an agent
+// write outside of it.
 func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	t := trust{self: os.Geteuid(), owner: -1}
 	if len(opt.Within) > 0 {
@@ -85,13 +85,13 @@ func OpenPlace(dest string, opt PlaceOptions) (*Place, error) {
 	return p, nil
 }
 
-// Close ends the hold on the directory.
+// Close releases the directory.
 func (p *Place) Close() error { return p.dir.Close() }
 
-// Path returns a path of name in the directory, which leads there for as long as the place is open, whoever moves what.
+// Path returns a path of name in the directory. While the place is open it leads there, whatever is moved.
 func (p *Place) Path(name string) string { return p.path("self", name) }
 
-// PathForTool is Path for a child process, to which /proc/self means another directory.
+// PathForTool is Path for a child process, whose /proc/self is its own.
 func (p *Place) PathForTool(name string) string { return p.path(strconv.Itoa(os.Getpid()), name) }
 
 func (p *Place) path(process, name string) string {
@@ -101,8 +101,8 @@ func (p *Place) path(process, name string) string {
 	return filepath.Join("/proc", process, "fd", strconv.Itoa(int(p.dir.Fd())), name)
 }
 
-// open opens, or makes, the directory name in p, which must belong to a trusted user, and which nobody else may
-// write into: kedge keeps there what it believes.
+// open opens, or creates, the directory name in p. It must belong to a trusted user, and no one else may write
+// into it, as kedge relies on what it stores there.
 func (p *Place) open(name string, create bool) (*Place, error) {
 	below, err := p.walk(name, nil, create)
 	if err != nil {
@@ -115,7 +115,8 @@ func (p *Place) open(name string, create bool) (*Place, error) {
 	return below, nil
 }
 
-// private refuses a directory that others own, and takes the right to write into it from all but its owner.
+// private returns an error if others own the directory, and removes the right of all but its owner to write into
+// it.
 func (p *Place) private() error {
 	st, err := p.stat()
 	if err != nil {
@@ -151,8 +152,8 @@ func (t trust) has(uid uint32) bool {
 	return uid == 0 || int(uid) == t.self || int(uid) == t.top
 }
 
-// replaceable reports whether others than trusted users can put something else in the place of what lies in a
-// directory; plantable, whether they can put something new there.
+// replaceable reports whether untrusted users can replace what lies in a directory; plantable, whether they can
+// add something new there.
 func (t trust) replaceable(st *unix.Stat_t) bool {
 	return t.plantable(st) && (st.Mode&unix.S_ISVTX == 0 || !t.has(st.Uid))
 }
@@ -162,7 +163,7 @@ func (t trust) plantable(st *unix.Stat_t) bool {
 	return !t.has(st.Uid) || group || st.Mode&0o002 != 0
 }
 
-// realDirs returns where directories lie, after all trusted links; those that are missing, as they are given.
+// realDirs resolves all trusted links in directories' paths. Missing directories are returned as they are.
 func realDirs(dirs []string) (real []string, err error) {
 	for _, dir := range dirs {
 		dir = filepath.Clean(dir)
@@ -193,7 +194,8 @@ func isWithin(path string, dirs []string) bool {
 	})
 }
 
-// openPath opens a directory by its absolute path. Directories below bounds must belong to trusted users or to t.owner.
+// openPath opens a directory by its absolute path. Directories below bounds must belong to trusted users or to
+// t.owner.
 func openPath(path string, t trust, bounds []string, create bool) (*Place, error) {
 	root, err := openDir("/")
 	if err != nil {
@@ -240,12 +242,12 @@ func (p *Place) walk(path string, bounds []string, create bool) (*Place, error) 
 	return &Place{dir: os.NewFile(uintptr(w.fd), shown), real: w.real, shown: shown, fixed: w.fixed, trust: p.trust}, nil
 }
 
-// walk is the way to a directory.
+// walk is the state of resolving a directory's path.
 type walk struct {
 	fd     int
 	real   string
 	trust  trust
-	fixed  bool // so far, nobody but trusted users can replace a directory on the way
+	fixed  bool // so far, only trusted users can replace a directory on the way
 	bounds []string
 	create bool
 	links  int
@@ -261,7 +263,7 @@ func (w *walk) step(name string) error {
 	switch name {
 	case "", ".":
 		return nil
-	case "..": // of a trusted link, all above whose directory is trusted
+	case "..": // only in trusted links; all directories above are trusted
 		return w.enter(name, filepath.Dir(w.real))
 	}
 	path := filepath.Join(w.real, name)
@@ -287,7 +289,7 @@ func (w *walk) step(name string) error {
 	return w.enter(name, path)
 }
 
-// enter opens a directory by its name in the one before.
+// enter opens a directory by its name in the current one.
 func (w *walk) enter(name, path string) error {
 	fd, err := openAt(w.fd, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {

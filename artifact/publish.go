@@ -18,29 +18,31 @@ import (
 	"kedge/deployments"
 )
 
-// PublishOptions for Publish.
+// PublishOptions are the options of Publish.
 type PublishOptions struct {
-	// Dir is the tree to publish; To the URL prefix to publish below: To/NAME/VERSION/manifest.yaml and its objects.
+	// Dir is the tree to publish. To is a URL prefix: the manifest goes to To/NAME/VERSION/manifest.yaml, and its
+	// objects beside it.
 	Dir string
 	To  string
-	// Manifest is the template: everything but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and
-	// Version are required.
+	// Manifest has all fields but Src, Checksum, Size, Index and Deltas, which Publish sets. Name and Version are
+	// required.
 	Manifest deployments.Manifest
-	// Template, where set, is text to begin the manifest with, byte for byte, variables ({{ env }}) included. Of
-	// Manifest only the fields that Template doesn't set may be set then.
+	// Template, if not nil, is text that the manifest begins with, byte for byte, including variables ({{ env }}).
+	// Only fields that it doesn't set may be set in Manifest.
 	Template []byte
-	// Since are pointers of earlier releases to make deltas from; newest first.
+	// Since are pointers of earlier releases to make deltas from, newest first.
 	Since []deployments.Pointer
-	// Find is how many earlier releases to make deltas from are looked for where Since is empty: those published last
-	// below To/NAME/. One that can't be found or read gets none, and the log says why. 0: none.
+	// Find is how many earlier releases to look for and make deltas from if Since is empty: those published last
+	// below To/NAME/. A release that can't be found or read gets no delta, and the log says why. 0: none.
 	Find int
-	// Compression of the archive.
+	// Compression is the archive's compression.
 	Compression Compression
-	// Sign, if not nil, returns a signature of the manifest's bytes, which is put beside it as manifest.yaml.sig.
+	// Sign, if not nil, returns a signature of the manifest's bytes, which is stored beside it as
+	// manifest.yaml.sig.
 	Sign func(manifest []byte) ([]byte, error)
-	// Signed checks that a signature is of these bytes and by the key of Sign. It is asked where another one than
-	// Sign's is there already, as a cut publish leaves it with keys whose signatures differ each time (ECDSA); nil:
-	// only the same one will do.
+	// Signed checks that a signature is of these bytes and by the key of Sign. It is called if another signature
+	// is there already: one that an interrupted publish left, of a key whose signatures differ each time (ECDSA).
+	// Nil: only an equal signature is accepted.
 	Signed   func(manifest, signature []byte) error
 	Progress func(Progress)
 	Log      *slog.Logger // nil: discard
@@ -53,23 +55,23 @@ type Published struct {
 	Tree    int64               `json:"tree"`    // bytes of the tree
 	Archive int64               `json:"archive"` // bytes of the archive
 	Index   int64               `json:"index"`   // bytes of its index
-	// Again is true where this version was there already, with the same bytes.
+	// Again is set if this version was published already, with the same bytes.
 	Again  bool             `json:"again,omitempty"`
 	Deltas []PublishedDelta `json:"deltas"`
 }
 
-// PublishedDelta says how much a node that runs From fetches, manifest and signature aside.
+// PublishedDelta says how much a node that runs the release From fetches, without manifest and signature.
 type PublishedDelta struct {
 	From     deployments.Pointer `json:"from"`
-	Version  string              `json:"version,omitempty"` // of From
+	Version  string              `json:"version,omitempty"` // version of From
 	Bytes    int64               `json:"bytes"`
 	Requests int                 `json:"requests"`
-	// Dropped is what a delta would have cost, in bytes, where the changed parts of the archive cost less: it has none
-	// then.
+	// Dropped is the size of a delta, in bytes, that was not published because the changed parts of the archive
+	// cost less.
 	Dropped int64 `json:"dropped,omitempty"`
 }
 
-// The objects of a release, beside each other.
+// Names of a release's objects, which lie beside each other.
 const (
 	manifestName  = "manifest.yaml"
 	signatureName = "manifest.yaml.sig"
@@ -80,9 +82,9 @@ const (
 // MaxSignature bounds a manifest's signature, in bytes.
 const MaxSignature = 16 << 10
 
-// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same tree
-// and options give the same bytes. Nothing is overwritten with other bytes; cut off at any point, it can be run
-// again: that is why the signature comes last, as the manifest that is there says when it was made.
+// Publish packs Dir, uploads archive, index, deltas, manifest and signature, and returns the pointer. The same
+// tree and options give the same bytes. It overwrites nothing with other bytes. If it is interrupted, it can be
+// run again: the manifest keeps the time of the first run, so the signature comes last.
 func Publish(ctx context.Context, objects *object.Client, opt PublishOptions) (out Published, err error) {
 	m := opt.Manifest
 	if m.Name == "" || m.Version == "" {
@@ -111,9 +113,9 @@ type publisher struct {
 	objects *object.Client
 	opt     PublishOptions
 	log     *slog.Logger
-	beside  string // what all versions of this name lie below; with a slash behind
-	url     string // what this one does; with a slash behind
-	dir     string // temporary
+	beside  string // the prefix of all versions of this name, with a slash at the end
+	url     string // the prefix of this version, with a slash at the end
+	dir     string // a temporary directory
 }
 
 func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
@@ -122,7 +124,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 		return out, err
 	}
 	m.Created = there.created(m.Created)
-	// What no node would take is refused before anything is uploaded.
+	// A manifest that no node would take is refused before anything is uploaded.
 	draft := m
 	draft.Src, draft.Checksum = archiveName, emptyDigest.String()
 	if _, err := p.text(draft); err != nil {
@@ -166,7 +168,7 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	return out, nil
 }
 
-// before is what an earlier run published of this version: nothing, mostly. It may be anybody's.
+// before is what was published of this version already: mostly nothing. It is not trusted.
 type before struct {
 	raw      []byte
 	manifest *deployments.Manifest // nil: none that parses
@@ -184,8 +186,8 @@ func (p *publisher) published() (b before, err error) {
 	return b, nil
 }
 
-// created is when this version was published first, where it was: so that publishing it again gives the same bytes.
-// A later time than now's is not taken over.
+// created returns when this version was first published, or now: publishing it again must give the same bytes. A
+// time later than now is not used.
 func (b before) created(now time.Time) time.Time {
 	if m := b.manifest; m != nil && !now.IsZero() && !m.Created.IsZero() && m.Created.Before(now) {
 		return m.Created
@@ -193,22 +195,22 @@ func (b before) created(now time.Time) time.Time {
 	return now
 }
 
-// deltas returns the deltas that an earlier run published with this very tree, and ok is false if publish is to look
-// for its own: a release is immutable, and other releases may exist by now. They can do no harm, whoever made them:
-// what comes out is checked.
+// deltas returns the deltas that an earlier run published with this very tree; ok is false if there was none, and
+// publish has to make its own. A release is immutable, though other releases may exist by now. Deltas by anybody
+// are safe, as their results are verified.
 func (b before) deltas(p *publisher, index deployments.Digest) (deltas []deployments.Delta, ok bool) {
 	if b.manifest == nil || b.manifest.Index == nil || b.manifest.Index.SHA256 != index || len(p.opt.Since) > 0 ||
 		p.opt.Find <= 0 {
 		return nil, false
 	}
 	for _, d := range b.manifest.Deltas {
-		d.URL = deltaName(d.From) // where it is another, so is the manifest
+		d.URL = deltaName(d.From) // if it lies elsewhere, the manifest differs, and so its signature
 		deltas = append(deltas, d)
 	}
 	return deltas, true
 }
 
-// sign puts a signature beside the manifest, unless there is a good one.
+// sign stores a signature beside the manifest, unless a valid one is there.
 func (p *publisher) sign(manifest []byte) error {
 	if p.opt.Sign == nil {
 		return nil
@@ -237,16 +239,16 @@ func (p *publisher) sign(manifest []byte) error {
 	)
 }
 
-// ownFields are those that Publish writes.
+// ownFields matches the fields that only Publish writes.
 var ownFields = regexp.MustCompile(`(?m)^(src|checksum|size|index|deltas)[ \t]*:`)
 
-// TemplateSets reports whether a manifest's template gives one of its fields a value. What it doesn't set of name,
-// version, created, dest and sync_strategy Publish does: the strategy is release then.
+// TemplateSets reports whether a manifest's template sets a field. Publish sets name, version, created, dest and
+// sync_strategy if the template doesn't; the strategy is then release.
 func TemplateSets(template []byte, field string) bool {
 	return regexp.MustCompile(`(?m)^` + field + `[ \t]*:[ \t]*[^ \t\r\n#]`).Match(template)
 }
 
-// text returns the manifest's bytes: the template as it is, then what it lacks.
+// text returns the manifest's bytes: the template unchanged, then the fields that it lacks.
 func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	if p.opt.Template == nil {
 		text, err := m.Encode()
@@ -290,7 +292,7 @@ func (p *publisher) text(m deployments.Manifest) ([]byte, error) {
 	return text, nil
 }
 
-// put uploads an object that must have the same bytes in every run.
+// put uploads an object that has the same bytes in every run.
 func (p *publisher) put(name string, body io.ReaderAt, size int64) error {
 	err := p.upload(name, body, size)
 	if errors.Is(err, object.ErrExists) {

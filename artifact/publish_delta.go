@@ -16,10 +16,10 @@ import (
 )
 
 const (
-	// listMost bounds the objects that publish looks through for earlier releases: some thousands of releases, in
-	// twenty requests of S3.
+	// listMost bounds the objects that publish lists to find earlier releases: some thousands of releases, in
+	// twenty requests to S3.
 	listMost = 20_000
-	// readMore is how many manifests beyond those asked for publish reads, where some are of no use.
+	// readMore is how many manifests publish reads beyond the number that it needs, in case some can't be used.
 	readMore = 5
 )
 
@@ -27,7 +27,7 @@ const (
 type earlier struct {
 	pointer  deployments.Pointer
 	manifest *deployments.Manifest
-	named    bool // by the caller: that it can't be used is an error
+	named    bool // the caller named it: it is an error if it can't be used
 }
 
 // earlier returns the releases to make deltas from, newest first.
@@ -41,7 +41,7 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 		if err != nil {
 			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
 		}
-		m, err := deployments.ParseTemplate(raw, from.URL) // only its tree is wanted: variables may stay
+		m, err := deployments.ParseTemplate(raw, from.URL) // only its tree is needed, so variables may stay unknown
 		if err != nil {
 			return nil, fmt.Errorf("delta from %s: %w", from.URL, err)
 		}
@@ -50,8 +50,8 @@ func (p *publisher) earlier(index deployments.Digest) ([]earlier, error) {
 	return found, nil
 }
 
-// findEarlier looks for the releases that were published last below TO/NAME/, and have another tree. Without them
-// nodes fetch more, and that is all: so nothing here is an error but the caller's end.
+// findEarlier looks for the releases with another tree that were published last below TO/NAME/. Without them nodes
+// only fetch more, so its only error is the context's end.
 func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err error) {
 	if p.opt.Find <= 0 {
 		return nil, nil
@@ -91,8 +91,8 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	return found, nil
 }
 
-// listManifests returns the manifests of this name's versions, those written last first. S3 tells when in whole
-// seconds: of those of one second the later version goes first.
+// listManifests returns the manifests of this name's versions, last written first. S3 gives whole seconds: within
+// one second the later version comes first.
 func (p *publisher) listManifests() ([]object.Listed, error) {
 	objects, more, err := p.objects.List(p.ctx, p.beside, listMost)
 	if err != nil {
@@ -117,7 +117,7 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 	return objects, nil
 }
 
-// compareVersions compares texts as people count: runs of digits by their value, so that 1.10 comes after 1.9.
+// compareVersions compares texts with runs of digits by value, so that 1.10 comes after 1.9.
 func compareVersions(a, b string) int {
 	digits := func(s string) int {
 		return len(s) - len(strings.TrimLeft(s, "0123456789"))
@@ -140,8 +140,8 @@ func compareVersions(a, b string) int {
 	return cmp.Compare(len(a), len(b))
 }
 
-// readEarlier reads a manifest that was found. Whoever wrote it is unknown: it may lead to nothing but what lies
-// beside it.
+// readEarlier reads a manifest that was found in the storage. Anybody may have written it: it may only refer to
+// objects beside it.
 func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	raw, err := p.objects.ReadAll(p.ctx, l.URL, deployments.MaxManifest)
 	if err != nil {
@@ -162,15 +162,15 @@ func (p *publisher) readEarlier(l object.Listed) (earlier, error) {
 	return earlier{pointer: deployments.Pointer{URL: l.URL, Digest: sha256.Sum256(raw)}, manifest: m}, nil
 }
 
-// deltas makes and uploads a delta from each of the earlier releases, where that costs their nodes less than the
-// parts of the archive that changed. costs is what each release's nodes fetch.
+// deltas makes and uploads a delta from each earlier release, if that costs its nodes less than the changed parts
+// of the archive. costs is what each release's nodes fetch.
 func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []PublishedDelta, err error) {
 	index := digestOf(made.Index)
 	found, err := p.earlier(index)
 	if err != nil {
 		return nil, nil, err
 	}
-	done := map[deployments.Digest]bool{index: true} // the same tree: nothing to fetch
+	done := map[deployments.Digest]bool{index: true} // the same tree needs no fetching
 	for _, e := range found {
 		from, delta, cost, err := p.delta(e, made, done)
 		switch {
@@ -194,12 +194,12 @@ func (p *publisher) deltas(made packed) (deltas []deployments.Delta, costs []Pub
 	return deltas, costs, nil
 }
 
-// errUpload marks a failure to upload, as opposed to one of reading an earlier release.
+// errUpload marks a failure to upload, as opposed to a failure to read an earlier release.
 var errUpload = errors.New("upload")
 
-// delta makes and uploads what turns an earlier release, whose index it returns the digest of, into this one; nil
-// where that would be of no use. Of the earlier release only those files are fetched that files of this one are
-// patched from.
+// delta makes and uploads the delta from an earlier release; it returns nil if a delta is of no use, and the
+// digest of the earlier release's index. It fetches only those files of the earlier release that files of this one
+// are patched from.
 func (p *publisher) delta(
 	e earlier,
 	made packed,
@@ -257,8 +257,8 @@ func (p *publisher) delta(
 
 func deltaName(from deployments.Digest) string { return "delta-" + from.Short() }
 
-// fetchPatched fills dir with what makeDelta reads of m's tree, and returns the tree's index. Most of it is in new,
-// the tree that is being published.
+// fetchPatched fills dir with the files of m's tree that makeDelta reads, and returns the tree's index. It takes
+// most of them from new, the tree that is being published.
 func fetchPatched(
 	ctx context.Context,
 	objects *object.Client,
@@ -268,7 +268,7 @@ func fetchPatched(
 ) (data []byte, err error) {
 	if m.Index == nil {
 		plain := *m
-		plain.Owner, plain.Immutable = "", false // of no use here; the owner perhaps no user of this machine
+		plain.Owner, plain.Immutable = "", false // not needed, and the owner may not exist on this machine
 		return fill(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
 	}
 	newX, err := decodeIndex(new.index)
@@ -292,8 +292,8 @@ func fetchPatched(
 	return f.index.encode(), nil
 }
 
-// costsOf returns what a node that runs the old release fetches for the new one, with a delta of so many bytes and
-// without. tree is a directory to name the old tree by; its files are not read.
+// costsOf returns what a node that runs the old release fetches for the new one, without and with a delta of the
+// given size. tree names the old tree; its files are not read.
 func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byDelta PublishedDelta, err error) {
 	old, err := openSource(&base{dir: tree, index: oldIndex})
 	if err != nil {
@@ -325,13 +325,13 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 	return byRanges, byDelta, nil
 }
 
-// costOf returns the bytes and requests that fetching these frames takes.
+// costOf returns the bytes and requests for fetching the wanted frames.
 func (x *index) costOf(wanted []bool) (cost PublishedDelta) {
 	spans := x.spansOf(wanted)
 	if len(spans) == 0 {
 		return cost
 	}
-	cost.Requests = 1 + len(spans) // the archive is looked at first
+	cost.Requests = 1 + len(spans) // one request opens the archive
 	for _, s := range spans {
 		last := x.frames[s.to-1]
 		cost.Bytes += last.offset + last.size - x.frames[s.from].offset

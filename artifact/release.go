@@ -22,41 +22,42 @@ import (
 )
 
 var (
-	// ErrDigest means that bytes are not those that a pointer or a manifest names. Trying again does not help.
+	// ErrDigest means that bytes differ from those that a pointer or manifest names. Trying again does not help.
 	ErrDigest = errors.New("wrong digest")
-	// ErrNoRelease means that a release does not lie complete on this disk.
+	// ErrNoRelease means that a release is not complete on this disk.
 	ErrNoRelease = errors.New("no such release on this disk")
 )
 
-// Releases is where one dest's releases lie: DEST.releases/, beside dest, so that both are on one file system.
+// Releases manages one dest's releases in DEST.releases/, beside dest, so that both are on one file system.
 //
-//	/srv/app                                  symlink to app.releases/1.4.2-9f2c01ab34cd, relative
-//	/srv/app.releases/1.4.2-9f2c01ab34cd/     a complete, verified, synced tree
-//	/srv/app.releases/adopted-…/              what was at dest before kedge; never removed
-//	/srv/app.releases/.kedge/…                manifests, indexes, what commands made, trees being staged; private (0700)
-//	/srv/app.shared/…                         the manifest's shared paths, which releases link to; never removed
+//	/srv/app                               symlink to app.releases/1.4.2-9f2c01ab34cd, relative
+//	/srv/app.releases/1.4.2-9f2c01ab34cd/  a complete, verified, synced tree
+//	/srv/app.releases/adopted-…/           what was at dest before kedge; never removed
+//	/srv/app.releases/.kedge/…             manifests, indexes, what commands made, trees being staged; private (0700)
+//	/srv/app.shared/…                      the manifest's shared paths, which releases link to; never removed
 //
-// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: where the
-// name is, all of it is. One process at a time may change it (the agent's lock on its state directory sees to
-// that).
+// A release's directory gets its name by one rename, after its tree, manifest and index are on the disk: if the
+// name exists, the release is complete. One process at a time may change it, which the agent's lock on its state
+// directory ensures.
 type Releases struct {
 	dest    string
 	objects *object.Client
 	log     *slog.Logger
-	// within bounds where dest may lie, and owner is who else may own the directories that lead there: see PlaceOptions.
+	// within bounds where dest may lie. owner is who else may own the directories that lead there. See
+	// PlaceOptions.
 	within []string
 	owner  string
-	// owners is as in SwitcherConfig.
+	// owners is SwitcherConfig.Owners.
 	owners func(uid, gid int) error
-	// hashAlways has files hashed that are as they were when they were last seen: see SwitcherConfig.
+	// hashAlways is SwitcherConfig.HashAlways.
 	hashAlways bool
-	// step is told before and after each change on disk: where tests kill. nil: nobody.
+	// step is called before and after each change on disk. Tests kill the process there. May be nil.
 	step func(name string)
-	// held are the directories in use; nil: none are.
+	// held are the directories in use; nil: none are open.
 	held *heldPlaces
 }
 
-// heldPlaces are the directories of a dest's releases, open for one use.
+// heldPlaces are the directories of a dest's releases, open during one call.
 type heldPlaces struct{ parent, top, private *Place }
 
 func (h *heldPlaces) close() {
@@ -67,38 +68,39 @@ func (h *heldPlaces) close() {
 	}
 }
 
-// Release is a release as this node knows it.
+// Release is a release on this node.
 type Release struct {
 	Pointer deployments.Pointer `json:"pointer"`
-	// Manifest is as it was parsed when the release came here: the environment may have changed since.
+	// Manifest was parsed when the release came here: the environment may have changed since.
 	Manifest *deployments.Manifest `json:"manifest"`
 	Raw      []byte                `json:"raw"` // the manifest's bytes
-	// Dir is its complete tree, absolute; empty for one that Find, Current or Stage didn't return.
+	// Dir is the absolute path of its complete tree; empty unless Find, Current or Stage returned the release.
 	Dir string `json:"-"`
 }
 
-// Progress is reported while a release is staged or published. Bytes; Total is 0 while unknown.
+// Progress is the progress of staging or publishing, in bytes. Total is 0 while unknown.
 type Progress struct {
 	Phase       string // "fetch", "verify", "pack", "upload"
 	Done, Total int64
 }
 
-// StageOptions for Releases.Stage.
+// StageOptions are the options of Releases.Stage.
 type StageOptions struct {
-	Progress func(Progress) // nil: nobody; called at most a few times a second
+	Progress func(Progress) // called at most a few times a second; may be nil
 	// Base is the release to take unchanged files from; zero: the current one.
 	Base deployments.Pointer
-	// Log is told, once a fetch, why more is fetched than should be needed; nil: the log of the Releases, or nobody.
+	// Log gets, once per fetch, the reason why more is fetched than should be needed; nil: the log of the
+	// Releases.
 	Log *slog.Logger
 }
 
-// Difference is one path of a live tree that isn't as its release says.
+// Difference is one path of a live tree that differs from its release.
 type Difference struct {
 	Path string `json:"path"` // relative to the tree, which itself is "."
 	What string `json:"what"` // "missing", "extra", "content", "mode", "owner", "link", "type", "index"
 }
 
-// Open opens the releases of dest. It makes nothing on disk.
+// Open returns the releases of dest. It changes nothing on disk.
 func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -106,15 +108,16 @@ func Open(dest string, objects *object.Client, log *slog.Logger) *Releases {
 	return &Releases{dest: filepath.Clean(dest), objects: objects, log: log}
 }
 
-// Bounded returns the Releases with rules of where dest may lie, of who may own what leads there (see
-// PlaceOptions), and of whom files may belong to (see SwitcherConfig).
+// Bounded returns a copy of the Releases that checks where dest may lie, who may own the directories that lead
+// there (see PlaceOptions), and who files may belong to (see SwitcherConfig).
 func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid int) error) *Releases {
 	bounded := *r
 	bounded.within, bounded.owner, bounded.owners = within, owner, owners
 	return &bounded
 }
 
-// ReadManifest reads the bytes of the manifest that p points to, and no others: a wrong digest is ErrDigest.
+// ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
+// ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, isOf(p.Digest))
 	if err != nil && !errors.Is(err, ErrDigest) {
@@ -124,7 +127,7 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 		if raw, err := olderVersion(ctx, objects, p); err == nil {
 			return raw, nil
 		}
-		// What it has isn't told: who can pin could learn what lies in a file that only the agent can read.
+		// The actual digest is not shown: whoever can pin could probe files that only the agent can read.
 		return nil, fmt.Errorf(
 			"the manifest %s: %w: it was replaced, or the pointer is mistyped; each release needs a key of its own, or a bucket that keeps versions",
 			deployments.ShownURL(p.URL),
@@ -147,8 +150,8 @@ func isOf(want deployments.Digest) func([]byte) error {
 // maxVersions bounds how many older versions of a manifest are read.
 const maxVersions = 20
 
-// olderVersion finds the manifest that p points to among older versions of its object, for a key that is
-// overwritten by each release.
+// olderVersion finds the manifest that p points to among older versions of its object, for keys that each release
+// overwrites.
 func olderVersion(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
 	urls, err := objects.Versions(ctx, p.URL, maxVersions)
 	if err != nil {
@@ -166,8 +169,8 @@ func olderVersion(ctx context.Context, objects *object.Client, p deployments.Poi
 	return nil, ErrDigest
 }
 
-// enter opens the directories of dest for one use, and returns the Releases whose paths lead there, whoever moves
-// what. It is ErrNoRelease if there are none and create doesn't say to make them.
+// enter opens the directories of dest for one call, and returns Releases whose paths lead there, whatever is
+// moved. The error is ErrNoRelease if there are none and create is false.
 func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	if r.held != nil {
 		return r, func() {}, nil
@@ -195,7 +198,8 @@ func (r *Releases) enter(create bool) (in *Releases, leave func(), err error) {
 	return &held, h.close, nil
 }
 
-// shownTop is the directory of the releases as people and commands see it, and top is the one that is open, if one is.
+// shownTop returns the path of the releases' directory for people and commands. top returns the open directory's,
+// if one is open.
 func (r *Releases) shownTop() string { return r.dest + ".releases" }
 
 func (r *Releases) top() string {
@@ -205,7 +209,7 @@ func (r *Releases) top() string {
 	return r.held.top.Path("")
 }
 
-// private returns the directory, closed to other users, in which kedge keeps its own files.
+// private returns the directory, closed to other users, that holds kedge's own files.
 func (r *Releases) private() string {
 	if r.held == nil {
 		return filepath.Join(r.shownTop(), privateName)
@@ -213,7 +217,7 @@ func (r *Releases) private() string {
 	return r.held.private.Path("")
 }
 
-// link is dest, and parent the directory that it lies in.
+// link returns the path of dest, and parent that of its directory.
 func (r *Releases) link() string { return filepath.Join(r.parent(), filepath.Base(r.dest)) }
 
 func (r *Releases) parent() string {
@@ -223,10 +227,11 @@ func (r *Releases) parent() string {
 	return r.held.parent.Path("")
 }
 
-// dirOf is a release's directory, by the one that is open.
+// dirOf returns a release's directory below top.
 func (r *Releases) dirOf(rel *Release) string { return filepath.Join(r.top(), filepath.Base(rel.Dir)) }
 
-// record is what .kedge/NAME.json holds of the release whose directory is NAME. It exists before the directory does.
+// record is the content of .kedge/NAME.json for the release whose directory is NAME. It is written before the
+// directory gets its name.
 type record struct {
 	Release
 	Index deployments.Digest `json:"index"` // of .kedge/NAME.index
@@ -237,22 +242,22 @@ const (
 	indexSuffix   = ".index"
 	stagingPrefix = "staging-"
 	trashPrefix   = "trash-"
-	healPrefix    = "heal-" // what healing a tree exchanged it for
+	healPrefix    = "heal-" // trees that healing replaced
 	adoptedPrefix = "adopted-"
-	// unfinishedPrefix begins what a crash in durable.WriteFile leaves; no version begins so.
+	// unfinishedPrefix begins the names of what a crash in durable.WriteFile leaves; no version begins so.
 	unfinishedPrefix = "."
 	linkName         = "link"
 	privateName      = ".kedge"
 )
 
-// in returns rel with the directory that it has, or would have, among the releases r.
+// in returns rel with its directory among the releases r, whether or not that exists.
 func (rel *Release) in(r *Releases) *Release {
 	at := *rel
 	at.Dir = filepath.Join(r.shownTop(), nameOf(rel.Manifest.Version, rel.Pointer.Digest))
 	return &at
 }
 
-// nameOf is a release's directory.
+// nameOf returns the name of a release's directory.
 func nameOf(version string, digest deployments.Digest) string {
 	if version == "" {
 		return digest.Short()
@@ -272,7 +277,7 @@ func (r *Releases) readRecord(name string) (*record, error) {
 // errDamaged means that a release's file doesn't parse.
 var errDamaged = errors.New("it is damaged")
 
-// readRecord reads a release's file into to, which rel is a part of.
+// readRecord reads a release's file into to, which contains rel.
 func readRecord(path string, to any, rel *Release) error {
 	data, err := os.ReadFile(path)
 	if err != nil {
@@ -301,7 +306,7 @@ func (r *Releases) load(name string) (*Release, *record, error) {
 	return &rec.Release, rec, nil
 }
 
-// names lists the releases that have a record, the one last staged or switched to first.
+// names lists the releases that have a record, last staged or switched to first.
 func (r *Releases) names() ([]string, error) {
 	entries, err := os.ReadDir(r.private())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -332,7 +337,7 @@ func (r *Releases) names() ([]string, error) {
 	return names, nil
 }
 
-// Find returns a release that lies complete on disk, or ErrNoRelease.
+// Find returns a release that is complete on disk, or ErrNoRelease.
 func (r *Releases) Find(digest deployments.Digest) (*Release, error) {
 	rel, _, err := r.find(digest)
 	return rel, err
@@ -359,7 +364,7 @@ func (r *Releases) find(digest deployments.Digest) (*Release, *record, error) {
 	return nil, nil, fmt.Errorf("%s: %w", digest.Short(), ErrNoRelease)
 }
 
-// Current returns what dest resolves to, or ErrNoRelease where dest is absent, or not a link of ours.
+// Current returns the release that dest leads to, or ErrNoRelease if dest is absent or no link of kedge's.
 func (r *Releases) Current() (*Release, error) {
 	rel, _, err := r.current()
 	return rel, err
@@ -387,9 +392,8 @@ func (r *Releases) current() (*Release, *record, error) {
 	return r.load(filepath.Base(target))
 }
 
-// Switch makes dest resolve to rel by one rename, and syncs the directory. Where dest is a directory of before
-// kedge's time, the two are exchanged in one system call (renameat2 RENAME_EXCHANGE) and the old tree is kept in
-// DEST.releases/.
+// Switch makes dest lead to rel by one rename, and syncs the directory. If dest is a directory from before kedge,
+// both are exchanged in one system call (renameat2 RENAME_EXCHANGE), and the old tree is kept in DEST.releases/.
 func (r *Releases) Switch(rel *Release) error {
 	if err := r.switchTo(rel); err != nil {
 		return fmt.Errorf("switch %s to %s: %w", r.dest, filepath.Base(rel.Dir), err)
@@ -410,7 +414,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	target := filepath.Join(filepath.Base(r.shownTop()), name)
 	now := time.Now()
 	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
-		// Prune goes by it, and nothing else: the release may be pruned a little early.
+		// Only Prune uses this time: the release may be pruned a little early.
 		r.log.Warn("could not note when the release was switched to", "dir", rel.Dir, "error", err)
 	}
 	if there, err := os.Readlink(r.link()); err == nil && there == target {
@@ -454,7 +458,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	return r.adopt()
 }
 
-// leadsHere reports whether a path is a link to one of the releases, as dest is under kedge.
+// leadsHere reports whether a path is a link to one of the releases, like dest under kedge.
 func (r *Releases) leadsHere(path string) bool {
 	target, err := os.Readlink(path)
 	if err != nil {
@@ -466,8 +470,8 @@ func (r *Releases) leadsHere(path string) bool {
 	return filepath.Dir(target) == r.shownTop()
 }
 
-// adopt gives the tree or link that was at dest before kedge, and that an exchange left under the link's name, a
-// name to stay; a link of its own that was never used it removes.
+// adopt gives a permanent name to the tree or link that was at dest before kedge, which an exchange has left under
+// the link's temporary name. If that is a link of kedge's that was never used, adopt removes it.
 func (r *Releases) adopt() error {
 	link := filepath.Join(r.private(), linkName)
 	if _, err := os.Lstat(link); errors.Is(err, fs.ErrNotExist) {
@@ -492,11 +496,11 @@ func (r *Releases) adopt() error {
 	return errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// restore puts back what was at dest before kedge, by one exchange, and reports whether that is what dest holds now.
+// restore puts back what was at dest before kedge, by one exchange, and reports whether dest holds that now.
 func (r *Releases) restore() (bool, error) {
 	r, leave, err := r.enter(false)
 	if errors.Is(err, ErrNoRelease) {
-		return exists(r.dest), nil // nothing of it was moved away
+		return exists(r.dest), nil // nothing was moved away
 	}
 	if err != nil {
 		return false, err
@@ -511,7 +515,7 @@ func (r *Releases) restore() (bool, error) {
 	}
 	slices.Sort(kept)
 	if !r.leadsHere(r.link()) {
-		// It was put back, and a kill may have come before the end.
+		// It was put back already if a kill came before the end.
 		for _, k := range kept {
 			if r.leadsHere(k) {
 				err = errors.Join(err, os.Remove(k))
@@ -532,16 +536,16 @@ func (r *Releases) restore() (bool, error) {
 	return true, errors.Join(durable.SyncDir(r.parent()), os.Remove(last), durable.SyncDir(r.top()))
 }
 
-// globLiteral makes a path a pattern that matches it alone.
+// globLiteral escapes a path to a pattern that matches it alone.
 var globLiteral = strings.NewReplacer("*", "\\*", "?", "\\?", "[", "\\[", "\\", "\\\\")
 
-// Prune removes old releases but the keep newest, the current one and those in protect; also what was left half
-// staged. Where dest can't be read it removes nothing.
+// Prune removes old releases, except the keep newest, the current one and those in protect. It also removes
+// half-staged trees. If dest can't be read it removes nothing.
 func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
 	return r.pruneBut(keep, protect, nil)
 }
 
-// pruneBut is Prune, but that those in drop go first, whatever keep says.
+// pruneBut is Prune, but first removes the releases in drop, even those among the keep newest.
 func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
 	if err := r.prune(keep, protect, drop); err != nil {
 		return fmt.Errorf("prune %s: %w", r.shownTop(), err)
@@ -562,7 +566,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	if err != nil && !errors.Is(err, ErrNoRelease) {
 		return err
 	}
-	liveDir, _ := filepath.EvalSymlinks(r.link()) // also where its record is damaged
+	liveDir, _ := filepath.EvalSymlinks(r.link()) // even if its record is damaged
 	names, err := r.names()
 	if err != nil {
 		return err
@@ -618,7 +622,8 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		case strings.HasSuffix(name, recordSuffix),
 			strings.HasSuffix(name, indexSuffix),
 			strings.HasSuffix(name, madeSuffix), strings.HasSuffix(name, beforeSuffix),
-			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix): // of a version that may be called as these are
+			// a version's name may end like this
+			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix):
 		case strings.HasPrefix(name, trashPrefix),
 			isStaging && !protected(staging),
 			isHealed && !kept[healed],
@@ -632,7 +637,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 	return left
 }
 
-// remove takes a release's name away first, so that no half of it is ever found.
+// remove first renames a release's directory, so that no half-removed release is ever found.
 func (r *Releases) remove(name string) error {
 	dir := filepath.Join(r.top(), name)
 	if err := noMounts(dir); err != nil {

@@ -14,18 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errMounted is wrapped by the error of a path that is left alone because something is mounted there.
+// errMounted means that a path was not removed because something is mounted there.
 var errMounted = errors.New("it is a mount point, and is left alone with all that is in it: unmount it first")
 
-// maxOpenLevels bounds the descriptors that removing a deep tree takes: deeper directories are moved to its top first.
+// maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
 const maxOpenLevels = 64
 
-// removeTree removes the tree at path, also if its owner may not write into its directories. It
-// follows no symbolic link and never crosses a mount point, bind mounts of the same file system
-// included: those and the directories above them stay, and are in the error.
+// removeTree removes the tree at path, even if its owner may not write into its directories. It follows no
+// symbolic link, and never crosses a mount point, including bind mounts of the same file system: these and the
+// directories above them stay, and are in the error.
 func removeTree(path string) error {
 	if !exists(path) {
-		return nil // also on a read-only file system, which refuses to remove even that
+		return nil // this avoids an error on a read-only file system
 	}
 	parent, err := openDir(filepath.Dir(path))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -40,7 +40,7 @@ func removeTree(path string) error {
 	return errors.Join(r.errs...)
 }
 
-// emptyDir removes all that is in dir, as removeTree does.
+// emptyDir removes the content of dir, as removeTree does.
 func emptyDir(dir string) error {
 	d, err := openDir(dir)
 	if err != nil {
@@ -54,7 +54,7 @@ func emptyDir(dir string) error {
 
 // remover removes one tree.
 type remover struct {
-	top   int // of the tree's own directory; -1: not open yet
+	top   int // descriptor of the tree's top; -1: not open yet
 	moved int
 	errs  []error // the first few
 }
@@ -65,7 +65,7 @@ func (r *remover) failed(path string, err error) {
 	}
 }
 
-// remove removes the entry name of the directory dir; path is its own, for errors.
+// remove removes the entry name of the directory dir. path is for errors.
 func (r *remover) remove(dir int, name, path string, level int) {
 	err := unix.Unlinkat(dir, name, 0)
 	if errors.Is(err, unix.EACCES) && unix.Fchmod(dir, 0o700) == nil {
@@ -77,7 +77,8 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	case errors.Is(err, unix.EBUSY):
 		r.failed(path, errMounted)
 		return
-	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM): // EPERM: of a directory on some file systems
+	// some file systems return EPERM for a directory
+	case !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EPERM):
 		r.failed(path, err)
 		return
 	}
@@ -112,7 +113,7 @@ func (r *remover) remove(dir int, name, path string, level int) {
 	}
 }
 
-// empty removes what is in the directory d.
+// empty removes the content of the directory d.
 func (r *remover) empty(d *os.File, path string, level int) {
 	for {
 		if _, err := d.Seek(0, io.SeekStart); err != nil {
@@ -133,27 +134,27 @@ func (r *remover) empty(d *os.File, path string, level int) {
 	}
 }
 
-// openBelow opens the directory name in dir for reading, through no link, and not if something is
-// mounted on it. It gives itself the right to read and write it.
+// openBelow opens the directory name in dir for reading. It follows no link and crosses no mount. It gives itself
+// the right to read and write the directory.
 func openBelow(dir int, name string) (fd int, err error) {
 	path, err := openInMount(dir, name, unix.O_PATH|unix.O_DIRECTORY)
 	if err != nil {
 		return -1, err
 	}
 	defer unix.Close(path)
-	self := fmt.Sprintf("/proc/self/fd/%d", path) // the directory that was looked at, whatever has its name by now
+	self := fmt.Sprintf("/proc/self/fd/%d", path) // the directory that was checked, whatever has its name by now
 	var st unix.Stat_t
 	if err := unix.Fstat(path, &st); err != nil {
 		return -1, err
 	}
 	if st.Mode&0o700 != 0o700 {
-		_ = unix.Chmod(self, 0o700) // if it can't be, opening or emptying it says so
+		_ = unix.Chmod(self, 0o700) // if this fails, opening or emptying it returns the error
 	}
 	return openAt(unix.AT_FDCWD, self, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 }
 
-// openInMount opens name in dir if it lies in the same mount. Without openat2 (Linux 5.6, or a
-// filter that forbids it) the kernel's numbers of the mounts are compared.
+// openInMount opens name in dir if it lies in the same mount. Without openat2 (before Linux 5.6, or forbidden by a
+// seccomp filter) it compares the kernel's mount IDs.
 func openInMount(dir int, name string, flags int) (fd int, err error) {
 	how := unix.OpenHow{
 		Flags:   uint64(flags | unix.O_NOFOLLOW | unix.O_CLOEXEC),
@@ -186,7 +187,7 @@ func openInMount(dir int, name string, flags int) (fd int, err error) {
 	return fd, nil
 }
 
-// mountOf returns the number of the mount that an open file lies in. See proc(5), fdinfo.
+// mountOf returns the ID of the mount that an open file lies in: see fdinfo in proc(5).
 func mountOf(fd int) (string, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
 	if err != nil {
@@ -233,8 +234,8 @@ func mountsBelow(dir string) ([]string, error) {
 	return found, lines.Err()
 }
 
-// unescapeMount reads a path of mountinfo, in which a space, tab, newline and backslash stand as \
-// and three octal digits.
+// unescapeMount decodes a path of mountinfo, in which space, tab, newline and backslash are escaped as \ and three
+// octal digits.
 func unescapeMount(s string) string {
 	var out strings.Builder
 	for i := 0; i < len(s); i++ {
@@ -250,7 +251,7 @@ func unescapeMount(s string) string {
 	return out.String()
 }
 
-// noMounts is an error if something is mounted in dir: what would move or remove it is not done.
+// noMounts returns an error if something is mounted in dir: it must then be neither moved nor removed.
 func noMounts(dir string) error {
 	found, err := mountsBelow(dir)
 	if err == nil && len(found) > 0 {

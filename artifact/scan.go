@@ -15,7 +15,8 @@ import (
 // scan lists a tree in the order of the archive, without hashes and offsets.
 func scan(ctx context.Context, top *os.File) ([]entry, error) {
 	s := &scanner{ctx: ctx, seen: map[inode]int{}}
-	dir, err := openAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0) // its own, with a position of its own
+	// a descriptor with a read position of its own
+	dir, err := openAt(int(top.Fd()), ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return nil, failed("open", top.Name(), err)
 	}
@@ -28,10 +29,10 @@ type inode struct{ dev, ino uint64 }
 type scanner struct {
 	ctx     context.Context
 	entries []entry
-	seen    map[inode]int // the first entry of a file with several names
+	seen    map[inode]int // the first entry of a file that has several names
 }
 
-// walk adds what lies in dir, which it closes. The prefix is its path with a slash, or "" for the tree itself.
+// walk adds the content of dir, and closes dir. prefix is its path with a slash, or "" for the tree itself.
 func (s *scanner) walk(dir *os.File, prefix string) error {
 	defer dir.Close()
 	if err := s.ctx.Err(); err != nil {
@@ -106,7 +107,7 @@ func (s *scanner) entry(dir int, name, p string) (entry, error) {
 	return e, nil
 }
 
-// typeOf names the type of a file that a release can't have, as ls shows it.
+// typeOf names the type of a file that a release can't contain.
 func typeOf(mode uint32) string {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFIFO:

@@ -15,12 +15,12 @@ import (
 	"kedge/deployments/durable"
 )
 
-// sharedSuffix makes dest the directory where the manifest's shared paths lie: beside dest, and never removed.
+// sharedSuffix, appended to dest, names the directory of the manifest's shared paths. It is never removed.
 const sharedSuffix = ".shared"
 
-// linkShared puts links to DEST.shared/PATH in the place of m's shared paths in a tree that is to
-// lie in DEST.releases/NAME. What the archive has at such a path becomes the shared one if there is
-// none yet, and is dropped otherwise. DEST.shared may belong to anybody: nothing in it is followed out of it.
+// linkShared replaces m's shared paths in a staged tree by links to DEST.shared/PATH. What the archive has at such
+// a path becomes the shared one if there is none yet, and is dropped otherwise. DEST.shared may belong to anybody:
+// no link in it is followed.
 func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 	if len(m.Shared) == 0 {
 		return nil
@@ -62,19 +62,19 @@ func (r *Releases) linkShared(staging string, m *deployments.Manifest) error {
 
 // sharer moves the shared paths of one tree.
 type sharer struct {
-	staging      string // of tree
+	staging      string // staging is the directory of tree
 	tree, shared *os.Root
-	name         string // of the shared directory, beside dest
+	name         string // name of the shared directory, which lies beside dest
 	uid, gid     int
 }
 
 func (s *sharer) share(p string) error {
-	// As many steps up as lead from the link to the directory of DEST.releases and DEST.shared.
+	// It climbs from the link to the directory that holds DEST.releases and DEST.shared.
 	target := strings.Repeat("../", 2+strings.Count(p, "/")) + s.name + "/" + p
 	here, err := s.tree.Lstat(p)
 	if err == nil && here.Mode().Type() == fs.ModeSymlink {
 		if there, err := s.tree.Readlink(p); err == nil && there == target {
-			return nil // it was cut off after it
+			return nil // an earlier call was cut off after this step
 		}
 	}
 	inTree := err == nil
@@ -110,7 +110,7 @@ func (s *sharer) share(p string) error {
 	return s.tree.Lchown(p, s.uid, s.gid)
 }
 
-// makeAbove makes the directories above a shared path that the archive doesn't have.
+// makeAbove makes the directories above a shared path that the archive lacks.
 func (s *sharer) makeAbove(dir string) error {
 	if _, err := s.tree.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -142,7 +142,7 @@ func (s *sharer) move(p string) error {
 	return failed("rename", p, unix.Renameat(int(from.Fd()), path.Base(p), int(to.Fd()), path.Base(p)))
 }
 
-// make makes an empty shared directory, of the tree's owner.
+// make makes an empty shared directory that belongs to the tree's owner.
 func (s *sharer) make(p string) error {
 	if err := s.shared.MkdirAll(path.Dir(p), 0o755); err != nil {
 		return err
@@ -158,7 +158,7 @@ func (s *sharer) make(p string) error {
 	if s.uid < 0 && s.gid < 0 {
 		return nil
 	}
-	// By the directory itself: who owns the one above could put a link to any file in its place.
+	// It is opened first: the owner of the directory above could replace it by a link to any file.
 	dir, err := openAt(int(parent.Fd()), path.Base(p), unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return failed("open", p, err)

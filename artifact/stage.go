@@ -20,10 +20,10 @@ import (
 	"kedge/deployments/durable"
 )
 
-// Stage makes the release of p lie complete, verified and synced in its own directory, and returns it. It does
-// nothing where it does so already. Killed at any point, the next Stage finishes or starts again, and never takes a
-// half tree for a whole one. raw is the manifest's bytes, whose digest is p's. A full disk is reported before
-// anything is fetched, where sizes are known.
+// Stage makes the release of p complete, verified and synced in its own directory, and returns it. If it is
+// already, Stage does nothing. After a kill at any point the next Stage continues or starts again, and never takes
+// half a tree for a whole one. raw is the manifest's bytes, whose digest is p's. If sizes are known, a full disk
+// is reported before anything is fetched.
 func (r *Releases) Stage(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -64,15 +64,15 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.madeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // of a tree that is gone
+	if err := r.madeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // it belongs to a tree that was removed
 		return nil, err
 	}
 	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
 }
 
-// Heal stages a release anew, index included, and exchanges its directory for what comes of that, so that dest is
-// whole all the while. Nothing is taken from the old tree but what the release's own commands made: see madeThing. It
-// stays for processes that work in it until the release goes or is healed again.
+// Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the
+// time. It takes from the old tree only what the release's own commands made: see madeThing. Processes may still
+// work in the old tree: it stays until the release is removed or healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
 	if err != nil {
@@ -85,7 +85,8 @@ func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	return nil
 }
 
-// renew stages a release, whether or not it is there already; heals says to bring back what its commands made.
+// renew stages a release, even if it is there already. If heals is set, it restores what the release's commands
+// made.
 func (r *Releases) renew(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -109,7 +110,7 @@ func (r *Releases) renew(
 		return nil, err
 	}
 	name := nameOf(m.Version, p.Digest)
-	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory takes the right to write into it
+	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory needs write permission in it
 		return nil, err
 	}
 	stats, err := r.syncTree(ctx, staging, index)
@@ -120,7 +121,7 @@ func (r *Releases) renew(
 	dir := filepath.Join(r.top(), name)
 	var made []madeThing
 	if heals {
-		if err := noMounts(dir); err != nil { // nothing is carried out of one
+		if err := noMounts(dir); err != nil { // nothing can be taken from a tree with a mount
 			return nil, err
 		}
 		made = readMade(r.madeFiles(name).made)
@@ -166,7 +167,7 @@ func (r *Releases) renew(
 	return rel, nil
 }
 
-// syncTree writes a staged tree to the disk, and looks at its files meanwhile.
+// syncTree writes a staged tree to the disk, and collects its files' stats meanwhile.
 func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (stats []fileStat, err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return syncFS(staging) })
@@ -182,8 +183,8 @@ func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (
 	return stats, group.Wait()
 }
 
-// noteFiles records the inodes of a staged release, and again of the one before, whose files may have got more links.
-// That it can't is no error: they are hashed the next time.
+// noteFiles records the stats of a staged release, and again of the release before, whose files may have got more
+// links. A failure is no error: the files are hashed the next time.
 func (r *Releases) noteFiles(name string, index deployments.Digest, stats []fileStat, base *base) {
 	if r.hashAlways {
 		return
@@ -197,8 +198,8 @@ func (r *Releases) noteFiles(name string, index deployments.Digest, stats []file
 	}
 }
 
-// setMode gives a release's directory its mode: after the rename, which could not be made without the right to
-// write into it.
+// setMode sets the mode of a release's directory. It comes after the rename, which needs write permission in the
+// directory.
 func (r *Releases) setMode(rel *Release) error {
 	dir := r.dirOf(rel)
 	info, err := os.Stat(dir)
@@ -221,10 +222,10 @@ func (r *Releases) prepare(staging string) error {
 	return durable.SyncDir(r.parent())
 }
 
-// replace puts the staged tree in the place of a directory that has its name already, and reports whether there was
-// one. It is one to heal, or has no record and is not to be trusted: it must have gone for good when the record is
-// written. It goes by an exchange, since dest may lead to it, and stays as long as the release or until the next
-// exchange, for processes that work in it.
+// replace moves the staged tree to its name, and reports whether a directory had that name: one to heal, or one
+// without a record, which is not to be trusted and must be gone when the record is written. It uses an exchange,
+// as dest may lead there. The old directory stays as long as the release or until the next exchange, for processes
+// that work in it.
 func (r *Releases) replace(staging, dir string) (bool, error) {
 	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
 		return false, nil
@@ -251,12 +252,12 @@ func (r *Releases) replace(staging, dir string) (bool, error) {
 	return true, errors.Join(durable.SyncDir(r.top()), durable.SyncDir(r.private()))
 }
 
-// healed is where replace leaves the tree that it exchanged for the staged one.
+// healed returns where replace leaves the tree that it exchanged for the staged one.
 func (r *Releases) healed(staging string) string {
 	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 }
 
-// restoreMade brings the files that the release's commands made, and their owners, into a staged tree.
+// restoreMade restores in a staged tree the files that the release's commands made, and their owners.
 func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, made []madeThing) error {
 	if !exists(live) && len(made) == 0 {
 		return nil
@@ -273,7 +274,7 @@ func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, ma
 	return syncFS(staging)
 }
 
-// base returns the release to take files from: what it can't read is none.
+// base returns the release to take files from, or nil if it can't be read.
 func (r *Releases) base(p deployments.Pointer) *base {
 	var rel *Release
 	var rec *record
@@ -296,18 +297,19 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	if x, err := decodeIndex(index); err == nil && !r.hashAlways {
 		b.known = &knownFiles{stats: r.readStats(name, rec.Index, len(x.entries))}
 		if b.known.stats == nil {
-			b.known.stats = make([]fileStat, len(x.entries)) // to be filled by what is hashed
+			b.known.stats = make([]fileStat, len(x.entries)) // filled as files are hashed
 		}
 	}
 	return b
 }
 
-// Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the rsync and mv strategies.
+// Unpack puts a manifest's tree into the empty directory dir, verified and synced: for the strategies rsync and
+// mv.
 func Unpack(ctx context.Context, objects *object.Client, m *deployments.Manifest, dir string, opt StageOptions) error {
 	return unpack(ctx, objects, m, dir, opt, nil)
 }
 
-// unpack is Unpack with the owners that SwitcherConfig allows.
+// unpack is Unpack with a check of owners: see SwitcherConfig.Owners.
 func unpack(
 	ctx context.Context,
 	objects *object.Client,
@@ -325,7 +327,7 @@ func unpack(
 	return syncFS(dir)
 }
 
-// fill puts m's tree into dir, and gives it its owner. It returns the tree's index.
+// fill puts m's tree into dir, sets its owner, and returns the tree's index.
 func fill(
 	ctx context.Context,
 	objects *object.Client,
@@ -335,7 +337,7 @@ func fill(
 	opt StageOptions,
 	owners func(uid, gid int) error,
 ) (index []byte, err error) {
-	if _, _, err := ownerOf(m.Owner); err != nil { // before it fetches what it couldn't give to anybody
+	if _, _, err := ownerOf(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
 		return nil, err
 	}
 	if m.Index != nil {
@@ -351,7 +353,7 @@ func fill(
 	return index, applyOwner(ctx, dir, m.Owner)
 }
 
-// abandon removes what the next try can't use: all but the verified parts of a fetch that was cut off.
+// abandon removes what the next try can't use: everything but the verified parts of an interrupted fetch.
 func abandon(err error, m *deployments.Manifest, staging string) error {
 	useless := func(is error) bool { return errors.Is(err, is) }
 	if m.Index == nil ||
@@ -361,7 +363,7 @@ func abandon(err error, m *deployments.Manifest, staging string) error {
 	return nil
 }
 
-// checkFree returns an error if the disk has less than need free for what is named.
+// checkFree returns an error if the disk of dir has less than need bytes free.
 func checkFree(dir, what string, need int64) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -380,7 +382,7 @@ func checkFree(dir, what string, need int64) error {
 	return nil
 }
 
-// sizeText returns a size so that two that differ by little aren't both 0.
+// sizeText returns a size with a unit so small that the text isn't 0.
 func sizeText(n int64) string {
 	if n < 10_000_000 {
 		return fmt.Sprintf("%d kB", n/1000)
@@ -388,7 +390,8 @@ func sizeText(n int64) string {
 	return fmt.Sprintf("%d MB", n/1_000_000)
 }
 
-// movable lets a directory's owner write into it: who isn't root can't move it to another directory without that.
+// movable gives a directory's owner write permission in it, without which only root can move it to another
+// directory.
 func movable(dir string) error {
 	info, err := os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -16,10 +16,10 @@ import (
 	"kedge/deployments"
 )
 
-// fileStat is what tells that a file is as it was when its content was last written or hashed: whoever writes to it
-// changes its ctime, which only root can set. Zero: nothing is known.
+// fileStat identifies a state of a file in which its content was written or hashed. Whoever writes to the file
+// changes its ctime, which only root can set. Zero: unknown.
 //
-// The device is not among them: it has another number after a restart, and in each machine that boots from an image.
+// The device is not part of it, as it has another number after a reboot, and in each machine booted from an image.
 type fileStat struct {
 	inode        uint64
 	mtime, ctime int64 // nanoseconds
@@ -29,17 +29,17 @@ func statOf(st *unix.Stat_t) fileStat {
 	return fileStat{st.Ino, st.Mtim.Nano(), st.Ctim.Nano()}
 }
 
-// sameContent reports whether nothing but the number of a file's names can have changed between two looks at it
-// that lie close together: that changes its ctime, too.
+// sameContent reports whether, between two looks at a file that are close together, only the number of its names
+// can have changed, which changes its ctime, too.
 func (s fileStat) sameContent(later fileStat) bool {
 	return s.inode == later.inode && s.mtime == later.mtime
 }
 
-// knownFiles are the files of a release that need no hashing, by entry of its index. Its methods may be called by
-// several goroutines.
+// knownFiles are the files of a release that need no hashing, by entry of its index. It is safe for concurrent
+// use.
 type knownFiles struct {
 	mu      sync.Mutex
-	stats   []fileStat // nil: none is known, and none will be
+	stats   []fileStat // nil: none is known, and none is recorded
 	changed bool
 }
 
@@ -50,7 +50,7 @@ func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
 	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)
 }
 
-// linked notes that an open, verified file got another hard link, which changes its ctime.
+// linked records that an open, verified file got another hard link, which changed its ctime.
 func (k *knownFiles) linked(entry, fd int, before *unix.Stat_t) {
 	var after unix.Stat_t
 	if unix.Fstat(fd, &after) != nil || !statOf(before).sameContent(statOf(&after)) {
@@ -68,14 +68,13 @@ const (
 	statsSuffix = ".stat"
 	statsMagic  = "kedgest\x01"
 	statSize    = 24
-	// clockTick is more than the coarsest step of a file system's clock: what was written so shortly before it was
-	// read could be written to again without a change of its ctime. What only kedge can reach while it looks needs no
-	// such care.
+	// clockTick is more than the coarsest clock of a file system: if a file is hashed so shortly after a write,
+	// another write may leave its ctime the same. Files that only kedge can reach need no such care.
 	clockTick = 20 * time.Millisecond
 )
 
-// writeStats keeps a release's stats. They are a cache: lost, or in pieces, they cost a reading of the release, and
-// no more. So nothing is synced.
+// writeStats stores a release's stats. They are only a cache, so nothing is synced: if they are lost or damaged,
+// the release is read again.
 func (r *Releases) writeStats(name string, index deployments.Digest, stats []fileStat) error {
 	data := append([]byte(statsMagic), index[:]...)
 	for _, s := range stats {
@@ -92,7 +91,7 @@ func (r *Releases) writeStats(name string, index deployments.Digest, stats []fil
 	return os.Rename(aside, path)
 }
 
-// readStats returns the stats of a release whose index has so many entries; nil if there are none that can be used.
+// readStats returns the stats of a release whose index has the given number of entries; nil if none can be used.
 func (r *Releases) readStats(name string, index deployments.Digest, entries int) []fileStat {
 	data, err := os.ReadFile(filepath.Join(r.private(), name+statsSuffix))
 	end := len(data) - len(index)
@@ -116,7 +115,7 @@ func (r *Releases) readStats(name string, index deployments.Digest, entries int)
 	return stats
 }
 
-// forgetStats ends the trust in all releases of this dest: they may share a file that turned out to be another.
+// forgetStats removes the stats of all releases of this dest: they may share a file whose content was wrong.
 func (r *Releases) forgetStats() error {
 	found, err := filepath.Glob(globLiteral.Replace(r.private()) + "/*" + statsSuffix)
 	for _, f := range found {
@@ -125,8 +124,8 @@ func (r *Releases) forgetStats() error {
 	return err
 }
 
-// statTree looks at the files of a tree that have content. One that isn't as its index says, as far as that tells,
-// has no stat.
+// statTree returns the stats of a tree's files that have content. A file whose type, size or mode differs from its
+// index has none.
 func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 	top, err := openDir(dir)
 	if err != nil {
@@ -162,7 +161,7 @@ func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 	return stats, nil
 }
 
-// keptStats carries the trust in the live release over what removes other names of its files, which changes their
+// keptStats keeps the live release's stats valid while other names of its files are removed, which changes their
 // ctime.
 type keptStats struct {
 	r     *Releases
@@ -172,8 +171,8 @@ type keptStats struct {
 	stats []fileStat
 }
 
-// keepStats looks which files of the live release are as they were, before others are removed. It is nil if none is
-// known.
+// keepStats records which files of the live release are unchanged, before others are removed. It returns nil if
+// none is known.
 func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if live == nil {
 		return nil
@@ -201,7 +200,7 @@ func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	return k
 }
 
-// renew records the remaining files' ctimes after other links to them were removed.
+// renew records the files' new ctimes after other links to them were removed.
 func (k *keptStats) renew() error {
 	if k == nil {
 		return nil

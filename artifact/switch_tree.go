@@ -18,8 +18,8 @@ import (
 	"kedge/deployments/durable"
 )
 
-// treeSwitcher is what the strategies rsync and mv share: unpacked trees, TREES/DIGEST, complete once one has that
-// name.
+// treeSwitcher is what the strategies rsync and mv share: trees unpacked at TREES/DIGEST, complete if that name
+// exists.
 type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
@@ -34,7 +34,7 @@ func (t treeSwitcher) place(r *Release) (*Place, error) {
 }
 
 func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) error {
-	// Before anything is fetched that could not be put there. A directory that is missing may be made by a pre command.
+	// An unsafe place is reported before anything is fetched. A pre command may make a missing directory.
 	switch place, err := t.place(r); {
 	case err == nil:
 		place.Close()
@@ -52,7 +52,7 @@ func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) e
 	return moveDurably(part, tree)
 }
 
-// unpack puts r's tree into dir, which it makes anew, and syncs it.
+// unpack makes dir anew with r's tree, and syncs it.
 func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt StageOptions) error {
 	if err := removeTree(dir); err != nil {
 		return fmt.Errorf("removing what was left of an earlier tree: %w", err)
@@ -69,7 +69,7 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	return syncFS(dir)
 }
 
-// linked reports whether the release strategy left a link at dest: what is written through it would change a release.
+// linked reports whether the release strategy left a link at dest: writing through it would change a release.
 func (t treeSwitcher) linked(parent *Place, r *Release) bool {
 	target, err := os.Readlink(parent.Path(filepath.Base(r.Manifest.Dest)))
 	if err != nil {
@@ -101,11 +101,12 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 	return removeTree(parent.Path(besideName(r) + ".part"))
 }
 
-// Survey has nothing to note, and Record neither: verify can't compare a tree that was moved. See rsyncSwitcher.
+// Survey does nothing, and neither does Record: verify can't compare a tree that was moved. rsyncSwitcher has its
+// own.
 func (t treeSwitcher) Survey(context.Context, *Release) error { return nil }
 func (t treeSwitcher) Record(context.Context, *Release) error { return nil }
 
-// rsyncSwitcher switches by StrategyRsync: rsync writes into dest itself.
+// rsyncSwitcher implements StrategyRsync: rsync writes into dest itself.
 type rsyncSwitcher struct{ treeSwitcher }
 
 func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
@@ -127,7 +128,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
 	if s.c.Made != "" {
-		if err := s.madeFiles(r).forget(); err != nil { // rsync removes it
+		if err := s.madeFiles(r).forget(); err != nil { // rsync removes what they made
 			return err
 		}
 	}
@@ -139,7 +140,7 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	return s.copy(ctx, r, dest)
 }
 
-// copy has rsync make dest as r's tree. What is excluded stays as it is.
+// copy has rsync make dest equal to r's tree. Excluded files stay as they are.
 func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclude ...string) error {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -156,8 +157,8 @@ func (s rsyncSwitcher) copy(ctx context.Context, r *Release, dest *Place, exclud
 	return syncFS(dest.Path(""))
 }
 
-// replaceLink puts a whole tree in the place of a link that the release strategy left at dest, by one exchange:
-// something is served from there all the while.
+// replaceLink replaces a link that the release strategy left at dest by a whole tree, in one exchange, as
+// something is served from there.
 func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Release) error {
 	if !s.linked(parent, r) {
 		return nil
@@ -196,7 +197,7 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Releas
 	return errors.Join(durable.SyncDir(parent.Path("")), removeTree(parent.Path(part)))
 }
 
-// dest opens dest itself, which may be a link to a directory if only trusted users can have made it.
+// dest opens dest itself. A link to a directory is followed if only trusted users can have made it.
 func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, error) {
 	dest, err := parent.walk(filepath.Base(r.Manifest.Dest), nil, create)
 	if err != nil || len(s.c.Within) == 0 {
@@ -220,10 +221,10 @@ func (s rsyncSwitcher) dest(parent *Place, r *Release, create bool) (*Place, err
 }
 
 func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
-	// By content: archives with normalised times, as kedge publish makes them, look unchanged by size and time.
+	// By content, as archives with normalised times, like kedge publish's, look unchanged by size and time.
 	args := []string{"-a", "--delete", "--checksum"}
 	if from := r.Manifest.ExcludeFrom; from != "" {
-		// rsync ends as it does when a disk fails, which is tried again for ever.
+		// rsync's exit status would be that of a failing disk, which is tried again for ever.
 		if !exists(filepath.Join(s.tree(r), from)) {
 			return nil, fmt.Errorf("%w: exclude_from: the archive has no file %s", ErrUntouched, from)
 		}
@@ -244,7 +245,8 @@ func (s rsyncSwitcher) args(r *Release, dest *Place) ([]string, error) {
 	return args, nil
 }
 
-// rsyncLiteral makes a path a pattern of rsync's that matches it alone. A backslash counts only beside a wildcard.
+// rsyncLiteral escapes a path to an rsync pattern that matches it alone. A backslash is special only beside a
+// wildcard.
 var rsyncLiteral = strings.NewReplacer("*", "[*]", "?", "[?]", "[", "[[]")
 
 func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) error {
@@ -261,7 +263,7 @@ func (s rsyncSwitcher) SwitchBack(ctx context.Context, r, _ *Release, _ bool) er
 
 func (s rsyncSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
 
-// Verify asks rsync what it would change. It can't bound its own reading, so limit is not kept.
+// Verify asks rsync what it would change. rsync can't bound its reading speed, so limit is ignored.
 func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Difference, error) {
 	if !exists(s.tree(r)) {
 		return nil, nil
@@ -281,7 +283,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	return s.madeFiles(r).overlaid(dest.Path(""), found)
 }
 
-// open opens dest itself. It must be there, unless create is set.
+// open opens dest itself. It must exist, unless create is set.
 func (s rsyncSwitcher) open(r *Release, create bool) (*Place, error) {
 	parent, err := s.place(r)
 	if err != nil {
@@ -296,7 +298,8 @@ func (s rsyncSwitcher) madeFiles(r *Release) madeFiles {
 	return madeFiles{name + madeSuffix, name + beforeSuffix}
 }
 
-// Record asks rsync what the commands changed since it ran, by size and time. Before them there was no difference.
+// Record asks rsync what the commands changed since it ran, by size and time. Before they ran there was no
+// difference.
 func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	if s.c.Made == "" || !exists(s.tree(r)) {
 		return nil
@@ -324,7 +327,7 @@ func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	return err
 }
 
-// differences asks rsync what it would change; quick has it compare by size and time.
+// differences asks rsync what it would change. quick makes it compare by size and time.
 func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place, quick bool) ([]Difference, error) {
 	args, err := s.args(r, dest)
 	if err != nil {
@@ -341,7 +344,7 @@ func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place,
 	return itemized(string(output)), nil
 }
 
-// Heal leaves what r's commands made as it is, and brings back what can be of it.
+// Heal leaves alone what r's commands made, and restores what it can of that.
 func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
 	made := readMade(s.madeFiles(r).made)
 	if len(made) == 0 {
@@ -384,7 +387,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	return s.Verify(ctx, r, 0)
 }
 
-// excludeMade writes patterns of what commands made to a file for rsync.
+// excludeMade writes rsync patterns for what commands made to a file.
 func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
@@ -395,7 +398,7 @@ func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (f
 	for i := range made {
 		m := &made[i]
 		if !m.whole() && (m.Sum == nil || !m.Kept && !live.asLeft(m)) {
-			continue // rsync puts it right first
+			continue // rsync corrects it first
 		}
 		patterns.WriteString("/" + rsyncLiteral.Replace(m.Path) + "\n")
 	}
@@ -403,7 +406,7 @@ func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (f
 	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 
-// itemized reads rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
+// itemized parses rsync's --itemize-changes: YXcstpoguax PATH, or *deleting PATH.
 func itemized(out string) []Difference {
 	var ds []Difference
 	for line := range strings.Lines(out) {
@@ -427,10 +430,10 @@ func itemized(out string) []Difference {
 	return ds
 }
 
-// moveSwitcher is StrategyMv: the tree is renamed to dest, which mustn't exist.
+// moveSwitcher implements StrategyMv: the tree is renamed to dest, which must not exist.
 type moveSwitcher struct{ treeSwitcher }
 
-// besideName returns the name, beside dest, to which a tree is copied from another file system.
+// besideName returns the name, beside dest, under which a tree is copied from another file system.
 func besideName(r *Release) string {
 	return "." + filepath.Base(r.Manifest.Dest) + ".kedge-" + r.Pointer.Digest.Short()
 }
@@ -455,7 +458,7 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 	}
 	staged := exists(tree) || exists(beside)
 	if exists(dest) && !staged {
-		return nil // it was cut off after the rename
+		return nil // an earlier call was cut off after the rename
 	}
 	if exists(dest) {
 		return fmt.Errorf(
@@ -479,8 +482,8 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 	return moveDurably(beside, dest)
 }
 
-// copyBeside copies r's tree beside dest. Until it is whole, it lies in a private directory, which others may move
-// but not enter.
+// copyBeside copies r's tree beside dest. Until it is complete, it lies in a private directory, which others may
+// move but not enter.
 func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
 	part := besideName(r) + ".part"
 	if err := removeTree(parent.Path(part)); err != nil {
@@ -519,10 +522,10 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 		failed.Manifest.Strategy == deployments.StrategyMv &&
 			(exists(m.tree(failed)) || exists(parent.Path(besideName(failed))))
 	if unmoved && !dirty && exists(dest) && !exists(aside) {
-		return nil // the failed one was never moved to dest
+		return nil // the failed release was never moved to dest
 	}
 	if exists(aside) && exists(dest) && !staged {
-		return m.discard(aside) // it was cut off after the last rename
+		return m.discard(aside) // an earlier call was cut off after the last rename
 	}
 	if !staged {
 		if err := m.Stage(ctx, r, StageOptions{}); err != nil {
@@ -542,12 +545,12 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 
 func (m moveSwitcher) Live(r *Release) bool { return exists(r.Manifest.Dest) }
 
-// Verify has nothing to compare with: the tree was moved, and what runs may write into it.
+// Verify returns nothing: the tree was moved, and the running release may write into it.
 func (m moveSwitcher) Verify(context.Context, *Release, int64) ([]Difference, error) {
 	return nil, nil
 }
 
-// Heal unpacks a tree again that is gone, as it was published.
+// Heal unpacks a missing tree again, as it was published.
 func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error) {
 	if exists(r.Manifest.Dest) {
 		return nil, nil
@@ -558,11 +561,11 @@ func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error
 	return nil, m.Switch(ctx, r)
 }
 
-// tool runs a program that copies. Trouble with the disk is told from its output: its exit status doesn't say.
+// tool runs a program that copies. It detects disk errors by the output, as the exit status doesn't tell.
 func (t treeSwitcher) tool(ctx context.Context, name string, args ...string) error {
 	output, err := t.c.Tool(ctx, false, name, args...)
 	for _, trouble := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO} {
-		text := trouble.Error() // as the C library has it, but for the first letter
+		text := trouble.Error() // in the words of the C library, but for the first letter
 		if err != nil && bytes.Contains(output, []byte(text[1:])) {
 			return fmt.Errorf("%w: %w", trouble, err)
 		}
@@ -575,7 +578,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// moveDurably renames within one file system, durable once it returns.
+// moveDurably renames within one file system. The rename is durable when it returns.
 func moveDurably(from, to string) error {
 	if err := os.Rename(from, to); err != nil {
 		return err

@@ -16,20 +16,21 @@ import (
 	"kedge/deployments/durable"
 )
 
-// ErrUntouched is in an error of Switch that changed nothing at dest.
+// ErrUntouched is in an error of Switch if it changed nothing at dest.
 var ErrUntouched = errors.New("dest was not touched")
 
-// Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut
-// off at any point.
+// Switcher makes releases live at their dest by one strategy. Each method may be called again after it was cut off
+// at any point.
 type Switcher interface {
-	// Stage makes rel lie complete on this disk; nothing at dest changes.
+	// Stage makes rel complete on this disk; it changes nothing at dest.
 	Stage(ctx context.Context, rel *Release, opt StageOptions) error
 	// Switch makes rel live at dest.
 	Switch(ctx context.Context, rel *Release) error
-	// SwitchBack makes rel live again after failed, or a part of it. It stages rel again if its tree is gone.
-	// dirty says that a release before failed may have changed dest, too.
+	// SwitchBack makes rel live again after failed, or a part of failed, was live. It stages rel again if its tree
+	// is gone. dirty says that a release before failed may have changed dest, too.
 	SwitchBack(ctx context.Context, rel, failed *Release, dirty bool) error
-	// Keep is called before anything is done for a unit's first release: Restore can put back then what is at dest.
+	// Keep is called before the first deployment of a unit does anything, so that Restore can put back what is at
+	// dest then.
 	Keep(ctx context.Context, rel *Release) error
 	// Restore puts back what was at dest before the first release, rel, and reports whether that is there now.
 	Restore(ctx context.Context, rel *Release) (bool, error)
@@ -37,19 +38,20 @@ type Switcher interface {
 	Live(rel *Release) bool
 	// Dir returns rel's directory, which commands find in KEDGE_RELEASE; empty if there is none.
 	Dir(rel *Release) string
-	// Compare says how what lies at dest, whoever put it there, differs from rel, which is staged; limit as Verify's.
+	// Compare returns how the tree at dest, whoever put it there, differs from rel, which is staged. limit is
+	// Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Survey is called before rel's commands run, and Record after its post commands: what they made of the tree is the
-	// release's from then on.
+	// Survey is called before rel's commands run, and Record after its post commands. What the commands changed in
+	// the tree belongs to the release from then on.
 	Survey(ctx context.Context, rel *Release) error
 	Record(ctx context.Context, rel *Release) error
-	// Verify compares the live tree with rel; limit bounds what is read, in bytes a second (0: not).
+	// Verify compares the live tree with rel. limit bounds the bytes read in a second (0: unbounded).
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Heal makes the live tree as rel says. What is left of the differences is what rel's commands had made, and
-	// they alone can make again.
+	// Heal makes the live tree equal to rel. left are the remaining differences: those that only rel's commands
+	// can make again.
 	Heal(ctx context.Context, rel *Release) (left []Difference, err error)
-	// Prune removes what only releases need that are not protected, but the newest others, as many
-	// as others says. Those in drop go first, whatever others says.
+	// Prune removes the files of releases that are not protected, except the newest others. It removes those in
+	// drop first, even if they are among the newest.
 	Prune(rel *Release, others int, protect, drop []deployments.Digest) error
 }
 
@@ -57,22 +59,23 @@ type Switcher interface {
 type SwitcherConfig struct {
 	Objects *object.Client
 	Log     *slog.Logger // nil: discard
-	// Trees is a private directory for the unpacked trees of the strategies rsync and mv, and Made for what releases'
-	// commands made, where the strategy keeps no directory of its own.
+	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Made is one for records of
+	// what releases' commands made, if the strategy has no directory of its own.
 	Trees, Made string
-	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv; empty:
-	// they keep nothing of it.
+	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv;
+	// empty: it is not kept.
 	Before string
-	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	// RsyncVerbose are rsync's options for its output; nil: -v.
 	RsyncVerbose []string
 	// Within are the directories in which dest must lie: see PlaceOptions.
 	Within []string
-	// Owners says why an archive's file may not belong to whom the archive says; nil: it may to anybody.
+	// Owners returns an error if an archive's file may not belong to the owner in the archive; nil: any owner is
+	// allowed.
 	Owners func(uid, gid int) error
-	// HashAlways has each file of the old release hashed before it is used. Otherwise one is taken as it is whose
-	// inode, size, mtime and ctime are as when it was last written or hashed.
+	// HashAlways makes it hash each file of the old release before using it. Otherwise a file is trusted if its
+	// inode, size, mtime and ctime are the same as when it was last written or hashed.
 	HashAlways bool
-	// Tool runs a program of the system, such as rsync, and returns its output; quiet: its lines aren't logged.
+	// Tool runs a system program, such as rsync, and returns its output. If quiet is set, its lines aren't logged.
 	Tool func(ctx context.Context, quiet bool, name string, args ...string) (output []byte, err error)
 }
 
@@ -92,7 +95,7 @@ func NewSwitcher(m *deployments.Manifest, c SwitcherConfig) Switcher {
 	}
 }
 
-// commandsOnly is the Switcher of manifests without src.
+// commandsOnly is the Switcher for manifests without src.
 type commandsOnly struct{}
 
 func (commandsOnly) Stage(context.Context, *Release, StageOptions) error           { return nil }
@@ -108,7 +111,7 @@ func (commandsOnly) Record(context.Context, *Release) error                     
 func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
-// linkSwitcher is StrategyRelease: directories beside dest, and dest a link to one of them.
+// linkSwitcher implements StrategyRelease: directories beside dest, and dest a link to one of them.
 type linkSwitcher struct{ releases *Releases }
 
 func (l linkSwitcher) Stage(ctx context.Context, rel *Release, opt StageOptions) error {
@@ -141,7 +144,7 @@ func (l linkSwitcher) SwitchBack(ctx context.Context, rel, _ *Release, _ bool) e
 	return l.Switch(ctx, rel)
 }
 
-// Keep has nothing to do: the first switch moves what is at dest in among the releases.
+// Keep does nothing: the first switch moves what is at dest to a directory among the releases.
 func (l linkSwitcher) Keep(context.Context, *Release) error { return nil }
 
 func (l linkSwitcher) Restore(context.Context, *Release) (bool, error) { return l.releases.restore() }
@@ -178,8 +181,8 @@ func (l linkSwitcher) Verify(ctx context.Context, rel *Release, limit int64) ([]
 	return l.releases.Verify(ctx, found, limit)
 }
 
-// Heal exchanges the release's directory, if something in it differs or it is gone, for one that is staged again,
-// and leads dest back to it.
+// Heal stages the release again and exchanges the directories, if something in it differs or it is gone, and makes
+// dest lead to it.
 func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference, err error) {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if errors.Is(err, ErrNoRelease) {
@@ -225,12 +228,13 @@ func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.
 	return l.releases.pruneBut(others, protect, drop)
 }
 
-// asideName is where strategy mv puts a release that failed, beside dest, until the one before it is back.
+// asideName returns the name, beside dest, to which strategy mv moves a failed release until the one before it is
+// back.
 func asideName(rel *Release) string {
 	return "." + filepath.Base(rel.Manifest.Dest) + ".kedge-failed"
 }
 
-// removeAside removes the remains of a restore that was cut short: the next one would take them for a step of its own.
+// removeAside removes what an interrupted restore left: the next one would take it for a step of its own.
 func removeAside(parent *Place, rel *Release) error {
 	if err := removeTree(parent.Path(asideName(rel))); err != nil {
 		return fmt.Errorf("removing a release that failed before: %w", err)
@@ -238,10 +242,10 @@ func removeAside(parent *Place, rel *Release) error {
 	return nil
 }
 
-// PruneTrees removes all of SwitcherConfig.Trees but the trees of keep.
+// PruneTrees removes all trees in dir (SwitcherConfig.Trees) but those of the releases in keep.
 func PruneTrees(dir string, keep []deployments.Digest) error { return removeBut(dir, "", keep) }
 
-// PruneMade removes the files of SwitcherConfig.Made but those of the releases in keep.
+// PruneMade removes the files in dir (SwitcherConfig.Made) but those of the releases in keep.
 func PruneMade(dir string, keep []deployments.Digest) error {
 	names := make([]string, 0, 2*len(keep))
 	for _, d := range keep {
@@ -250,13 +254,13 @@ func PruneMade(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// ReadRelease reads a file of WriteRelease's.
+// ReadRelease reads a file that WriteRelease wrote.
 func ReadRelease(path string) (*Release, error) {
 	var rel Release
 	return &rel, readRecord(path, &rel, &rel)
 }
 
-// WriteRelease keeps rel in a private file, durable once it returns.
+// WriteRelease stores rel in a private file, which is durable when it returns.
 func WriteRelease(path string, rel *Release) error {
 	data, err := json.Marshal(rel)
 	if err != nil {
@@ -273,7 +277,7 @@ func PruneReleases(dir string, keep []deployments.Digest) error {
 	return removeBut(dir, recordSuffix, keep)
 }
 
-// removeBut removes all of dir but DIGEST+suffix of keep.
+// removeBut removes all entries of dir but DIGEST+suffix of keep.
 func removeBut(dir, suffix string, keep []deployments.Digest) error {
 	names := make([]string, 0, len(keep))
 	for _, d := range keep {
@@ -282,7 +286,7 @@ func removeBut(dir, suffix string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// removeOthers removes all of dir but the names to keep.
+// removeOthers removes all entries of dir but the names in keep.
 func removeOthers(dir string, keep []string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {

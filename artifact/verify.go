@@ -19,11 +19,9 @@ import (
 	"kedge/deployments"
 )
 
-// verifyTree compares a tree with its index, and names what differs, in order of path. Owners are not in an index.
-// It reads every file, at most limit bytes a second (0: as fast as one core can). What lies at the paths of skip
-// and below is passed over.
-//
-// stats has what each file was while it was read, if it was right.
+// verifyTree compares a tree with its index, and returns the differences, sorted by path. An index has no owners.
+// It reads every file, at most limit bytes a second (0: as fast as one core can). It skips the paths of skip and
+// what lies below them. stats has the stat of each file from when it was read, if its content was right.
 func verifyTree(
 	ctx context.Context,
 	dir string,
@@ -78,8 +76,8 @@ type verifier struct {
 	seen  []fs.FileInfo
 	stats []fileStat
 	found []Difference
-	limit *rate.Limiter // nil: none
-	// known are files that needn't be read if their inode and mtime are the same; nil: none are.
+	limit *rate.Limiter // nil: no bound
+	// known are stats of files that needn't be read if their inode and mtime are the same; nil: none.
 	known  []fileStat
 	buffer []byte
 }
@@ -90,10 +88,10 @@ func (v *verifier) run(ctx context.Context) error {
 			return err
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil // it went while the tree was read: missing, if it should be there
+			return nil // it was removed while the tree was read: missing, if it should be there
 		}
 		if unreadable(err) {
-			return nil // a directory: what should be in it is missing
+			return nil // it is a directory: what should be in it is missing
 		}
 		if err != nil {
 			return err
@@ -109,12 +107,12 @@ func (v *verifier) run(ctx context.Context) error {
 		}
 		i := v.index.find(p)
 		if i < 0 && d.IsDir() && isAbove(p, v.skip) {
-			return nil // it was made for what lies there
+			return nil // it leads to a shared path
 		}
 		if i < 0 {
 			v.differs(p, "extra")
 			if d.IsDir() {
-				return fs.SkipDir // its name says enough
+				return fs.SkipDir // the difference of the directory is enough
 			}
 			return nil
 		}
@@ -155,8 +153,8 @@ func (v *verifier) differs(path, what string) {
 	v.found = append(v.found, Difference{Path: path, What: what})
 }
 
-// dirBits are the bits of a directory's mode that must be right, if its entry lacks set-group-id: that may come from
-// the directory above.
+// dirBits are the bits of a directory's mode that must be right, unless its entry has set-group-id. That bit may
+// be inherited from the directory above.
 const dirBits = fs.ModePerm | fs.ModeSticky | fs.ModeSetuid
 
 func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
@@ -194,7 +192,8 @@ func (v *verifier) compare(ctx context.Context, i int, info fs.FileInfo) error {
 	return nil
 }
 
-// unreadable reports whether a tree can't be read because of the tree, not of the machine: that is healed.
+// unreadable reports whether a tree can't be read because of the tree itself, not of the machine. Healing mends
+// that.
 func unreadable(err error) bool {
 	return errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EIO) || errors.Is(err, unix.EUCLEAN)
 }
@@ -212,7 +211,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 		e.path,
 		os.O_RDONLY|unix.O_NONBLOCK,
 		0,
-	) // were it a pipe by now, opening it would wait for ever
+	) // opening a pipe would block for ever
 	if err != nil {
 		return deployments.Digest{}, err
 	}
@@ -226,7 +225,7 @@ func (v *verifier) hash(ctx context.Context, i int, info fs.FileInfo) (deploymen
 		io.LimitReader(f, e.size+1),
 		v.limit,
 		v.buffer,
-	) // else it might grow for as long as it is read
+	) // otherwise it might grow as long as it is read
 	if err == nil && sum == e.sum && unix.Fstat(int(f.Fd()), &after) == nil && statOf(&before) == statOf(&after) &&
 		time.Since(time.Unix(before.Ctim.Unix())) > clockTick {
 		v.stats[i] = statOf(&after)
@@ -254,7 +253,7 @@ func hashSlowly(ctx context.Context, r io.Reader, limit *rate.Limiter, buffer []
 	}
 }
 
-// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it by later
+// indexOfTree makes an index without an archive: the hashes of a tree that came without one, to verify it later
 // and to take unchanged files from.
 func indexOfTree(ctx context.Context, dir string) ([]byte, error) {
 	top, err := openDir(dir)

@@ -10,10 +10,10 @@ import (
 	"slices"
 )
 
-// Verify compares a release's tree with its index (or, without one, with the list of hashes that was taken when it
-// was staged), and names what differs: where that is damaged, it alone, as nothing else can be told. It reads every
-// byte; limit, in bytes a second, keeps it out of the way (0: none). What the release's own commands made is compared
-// with how they left it.
+// Verify compares a release's tree with its index, or with the hashes that were taken when it was staged if it
+// came without one, and returns the differences. If the index is damaged, that is the only difference, as no other
+// can be known. It reads every byte; limit bounds the bytes read in a second (0: no bound). What the release's own
+// commands made is compared with how they left it.
 func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error) {
 	found, err := r.differences(ctx, rel, verification{limit: limit})
 	if err != nil {
@@ -22,12 +22,12 @@ func (r *Releases) Verify(ctx context.Context, rel *Release, limit int64) ([]Dif
 	return found, nil
 }
 
-// verification says how a release's tree is compared with its index.
+// verification configures the comparison of a release's tree with its index.
 type verification struct {
 	limit int64 // bytes a second; 0: none
-	// quick takes a file's content for unchanged if its inode, size and mtime are.
+	// quick skips files whose inode, size and mtime are unchanged.
 	quick bool
-	// raw has what the release's commands made among the differences.
+	// raw includes in the differences what the release's commands made.
 	raw bool
 }
 
@@ -73,7 +73,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	if err != nil {
 		return nil, err
 	}
-	if top.Mode()&dirBits != rel.Manifest.DestMode { // it has no entry in an index
+	if top.Mode()&dirBits != rel.Manifest.DestMode { // an index has no entry for the top directory
 		found = append([]Difference{{Path: ".", What: "mode"}}, found...)
 	}
 	owners, err := verifyOwner(ctx, dir, rel.Manifest.Owner, v.skip)
@@ -87,7 +87,8 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	return r.madeFiles(name).overlaid(dir, found)
 }
 
-// noteVerified records the inodes of the files that were right, or drops all of them if one's content was wrong.
+// noteVerified records the stats of the files that were right. If one file's content was wrong, it drops all
+// stats.
 func (r *Releases) noteVerified(name string, rec *record, v *verifier) {
 	var err error
 	if slices.ContainsFunc(v.found, func(d Difference) bool { return d.What == "content" }) {

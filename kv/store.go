@@ -6,13 +6,13 @@
 // Each key has one writer, and kinds come first, so that Consul's ACLs can bound each party to its own keys. Keys
 // are relative to the store's prefix, by default kedge/.
 //
-// desired/STAGE/ROLE/UNIT the mirror that holds the lease; a person, where no mirror runs
-// pins/STAGE/ROLE/UNIT[/NODE] operators
-// control/STAGE/ROLE/UNIT operators; the mirror deletes what it has done
-// status/STAGE/ROLE/NODE that node's agent, held by its Presence
-// history/STAGE/ROLE/UNIT/GENERATION the mirror
-// mirror/lease, mirror/state the mirror that holds the lease
-// mirror/hook any other mirror, to which a webhook came
+//	desired/STAGE/ROLE/UNIT             the mirror that holds the lease; a person, where no mirror runs
+//	pins/STAGE/ROLE/UNIT[/NODE]         operators
+//	control/STAGE/ROLE/UNIT             operators; the mirror deletes what it has done
+//	status/STAGE/ROLE/NODE              that node's agent, held by its Presence
+//	history/STAGE/ROLE/UNIT/GENERATION  the mirror
+//	mirror/lease, mirror/state          the mirror that holds the lease
+//	mirror/hook                         any other mirror, to which a webhook came
 //
 // A part of a key is 1 to 63 letters, digits, '.', '_' and '-', beginning with a letter or digit. A value is what
 // its writer put, byte for byte; readers ignore the newlines and byte-order marks that people's tools add.

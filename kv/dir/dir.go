@@ -19,12 +19,12 @@ import (
 // Store is a kv.Store in a directory, for the processes of one machine. A key's value is a plain file of that
 // path, so that people can read and write it with any tool:
 //
-// DIR/pins/prod/web/app the key pins/prod/web/app
-// DIR/pins/prod/web/app@/web-1 the key pins/prod/web/app/web-1; see the package comment
-// DIR/.kedge/lock flock'ed, exclusively by a commit and shared by a reader, who thus never sees half a commit
-// DIR/.kedge/journal a commit of several keys that is decided but may not be in place yet
-// DIR/.kedge/sessions/ID flock'ed as long as the process that made it lives
-// DIR/.kedge/held/KEY the session that holds a key, with @ for /
+//	DIR/pins/prod/web/app         the key pins/prod/web/app
+//	DIR/pins/prod/web/app@/web-1  the key pins/prod/web/app/web-1; see the package comment
+//	DIR/.kedge/lock               flock'ed, exclusively by a commit and shared by a reader, who thus never sees half a commit
+//	DIR/.kedge/journal            a commit of several keys that is decided but may not be in place yet
+//	DIR/.kedge/sessions/ID        flock'ed as long as the process that made it lives
+//	DIR/.kedge/held/KEY           the session that holds a key, with @ for /
 //
 // Folders are directories. As long as DIR exists, their absence is certain. Temporary files of editors are
 // ignored.
