@@ -10,6 +10,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/sync/mirror"
+	"kedge/sync/mirror/inspect"
 	"kedge/sync/notify"
 )
 
@@ -57,7 +58,7 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 			if err != nil {
 				return err
 			}
-			c.Releases = mirror.Releases{Objects: objects, Trust: trust}
+			c.Releases = inspect.Releases{Objects: objects, Trust: trust}
 			if c.Snapshot, err = snapshotWriter(snapshot, snapshotKey, objects); err != nil {
 				return err
 			}

@@ -22,6 +22,7 @@ import (
 	"kedge/kv"
 	"kedge/sync/git"
 	"kedge/sync/mirror"
+	"kedge/sync/mirror/inspect"
 )
 
 func (a *app) checkCommand() *cobra.Command {
@@ -67,14 +68,14 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 			if len(args) == 1 {
 				dir = args[0]
 			}
-			var look *mirror.Releases
+			var look *inspect.Releases
 			if releases || signers != "" {
 				objects := object.New(object.Config{})
 				trust, err := trustSigners(signers, objects, slog.New(slog.DiscardHandler))
 				if err != nil {
 					return err
 				}
-				look = &mirror.Releases{Objects: objects, Trust: trust}
+				look = &inspect.Releases{Objects: objects, Trust: trust}
 			}
 			if preReceive {
 				return mirror.CheckPush(cmd.Context(), dir, path, a.stdin, look, strings.Fields(os.Getenv("KEDGE_BRANCH"))...)
@@ -107,7 +108,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 				fmt.Fprintln(a.stderr, "warning: "+warning)
 			}
 			fmt.Fprintf(a.stderr, "%s: %s, all valid\n", dir, count(len(tree.Units), "unit"))
-			if look == nil && mirror.BoundsReleases(tree) {
+			if look == nil && len(inspect.Bounded(tree.Settings, tree.Units)) > 0 {
 				fmt.Fprintln(
 					a.stderr,
 					"what the releases do was not held to kedge.yaml's dests, users and commands: that takes --releases",

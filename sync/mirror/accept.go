@@ -5,18 +5,34 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/sync/git"
+	"kedge/sync/mirror/inspect"
 )
 
-// acceptance is which commit the store holds, or is to hold, and what is known of the one that might follow it.
-type acceptance struct {
+// acceptor decides which commit the store is to hold: it knows which one it holds, and what is known of the one that
+// might follow it.
+type acceptor struct {
+	branch    *follower
+	own       *written
+	repo      string // Config.Repo
+	override  string // Config.Accept
+	releases  inspect.Releases
+	hookPause time.Duration
+	metrics   *metrics
+	log       *slog.Logger
+	inspected wait.Signal // set when an inspection has ended
+
 	commit *git.Commit // nil: it can't be read
 	// unvouched is the store's commit, where it can be read, and its signature counts no more; for basis alone.
 	unvouched *git.Commit
@@ -32,99 +48,117 @@ type acceptance struct {
 
 // outcome is the result of accept.
 type outcome struct {
+	taken   bool          // it was taken just now
 	refused error         // why it is not taken, for good
 	unsure  error         // why it is not taken yet
 	retry   time.Duration // when unsure is to be judged again
 }
 
 // accept decides whether the branch's head becomes the commit to write, and else why not.
-func (l *leader) accept(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) outcome {
-	l.recall(cmp.Or(branch.head, "none"))
-	a := &l.acceptance
+func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) outcome {
+	a.recall(cmp.Or(branch.head, "none"))
 	switch {
 	case branch.head == "" || a.commit != nil && branch.head == a.commit.Hash:
 		return outcome{}
 	case branch.bad != nil:
 		return outcome{refused: branch.bad}
 	}
-	c := l.candidate(branch.good, cells)
+	c := a.candidate(branch.good, cells)
 	if compared := c.from + ".." + branch.head; a.compared != compared {
-		if c.accepted = l.accepts(ctx, c); c.accepted {
+		if c.accepted = a.accepts(ctx, c); c.accepted {
 			a.overruled = branch.head
 		} else if c.from != "" {
 			var err error
-			if c.descends, err = l.descends(ctx, c.from, branch.head); err != nil {
+			if c.descends, err = a.branch.descends(ctx, c.from, branch.head); err != nil {
 				err = fmt.Errorf("history from %s to %s: %w", short(c.from), short(branch.head), err)
 				return outcome{unsure: err, retry: watchLag}
 			}
 		}
 		a.compared, a.refusal = compared, refuse(c)
-		l.logRefusal(branch.head)
+		a.logRefusal(branch.head)
 	}
 	if a.refusal != nil || a.commit == branch.good {
 		return outcome{refused: a.refusal}
 	}
-	done, err := l.inspect(ctx, branch.good)
+	done, err := a.inspect(ctx, branch.good)
 	switch {
 	case errors.As(err, new(deployments.Problems)):
 		a.refusal = err
-		l.logRefusal(branch.head)
+		a.logRefusal(branch.head)
 		return outcome{refused: err}
 	case err != nil:
 		err = fmt.Errorf("commit %s is not taken yet: %w", short(branch.head), err)
 		return outcome{unsure: err, retry: a.inspection.wait(time.Now())}
 	case done:
-		l.metrics.judged(nil)
-		l.c.Log.Info("the commit is taken", "commit", branch.head, "after", c.from)
+		a.metrics.judged(nil)
+		a.log.Info("the commit is taken", "commit", branch.head, "after", c.from)
 		a.commit = branch.good
-		clear(l.ranks) // of units that may be gone
+		return outcome{taken: true}
 	}
 	return outcome{}
 }
 
 // recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried
 // again with each new head, which may have brought it along.
-func (l *leader) recall(head string) {
-	a, taken := &l.acceptance, l.written.state.Taken()
+func (a *acceptor) recall(head string) {
+	taken := a.own.state.Taken()
 	if a.commit != nil || taken == "" || a.recalled == head {
 		return
 	}
 	a.recalled = head
-	commit, err := l.loadTaken(taken)
-	if err != nil && l.recallUnvouched(taken, err) {
+	commit, err := a.branch.loadTaken(taken)
+	if err != nil && a.recallUnvouched(taken, err) {
 		return
 	}
 	if err != nil {
-		l.c.Log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
+		a.log.Warn("the commit that was mirrored last can't be read: until there is another, changes by hand stay",
 			"commit", taken, "error", err)
 		return
 	}
 	a.commit = commit
 }
 
-// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before:
-// to take it again would bring back what is old, each time that somebody forces a push of it.
-func (l *leader) accepts(ctx context.Context, c candidate) bool {
-	if c.to.Hash != l.c.Accept || c.from == "" {
+// recallUnvouched reads the commit that the store holds, for orders, where refused is about its signature alone.
+func (a *acceptor) recallUnvouched(taken string, refused error) bool {
+	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
 	}
-	follows, err := l.descends(ctx, c.to.Hash, c.from)
+	commit, err := a.branch.loadUnvouched(taken)
+	if err != nil {
+		return false
+	}
+	if a.unvouched != nil {
+		return true
+	}
+	a.unvouched = commit
+	a.log.Warn("the commit that was mirrored last bears no signature that counts any more: orders, pins and rollouts "+
+		"go on, and changes by hand stay until a commit is taken", "commit", taken, "error", refused)
+	return true
+}
+
+// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before:
+// to take it again would bring back what is old, each time that somebody forces a push of it.
+func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
+	if c.to.Hash != a.override || c.from == "" {
+		return false
+	}
+	follows, err := a.branch.descends(ctx, c.to.Hash, c.from)
 	if follows { // an error says that the store's commit isn't in this repository
 		return false
 	}
-	l.c.Log.Warn("the commit is taken whatever its history, as --accept says: leave that out from now on",
+	a.log.Warn("the commit is taken whatever its history, as --accept says: leave that out from now on",
 		"commit", c.to.Hash, "instead_of", c.from, "history", err)
 	return true
 }
 
 // candidate compares a commit with what the store holds.
-func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
-	c := candidate{from: l.written.state.Taken(), rules: l.written.state.Rules, to: to}
-	if other := l.written.state.Repo; other != l.c.Repo {
+func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) candidate {
+	c := candidate{from: a.own.state.Taken(), rules: a.own.state.Rules, to: to}
+	if other := a.own.state.Repo; other != a.repo {
 		c.otherRepo = other
 	}
 	had := map[deployments.UnitID]bool{}
-	switch last := l.acceptance.commit; {
+	switch last := a.commit; {
 	case last != nil:
 		c.from, c.rules = last.Hash, rulesOf(last)
 		for _, u := range last.Tree.Units {
@@ -134,7 +168,7 @@ func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) ca
 		c.rules = rulesOf(to)
 	}
 	for id, cell := range cells {
-		own, known := l.written.records[id]
+		own, known := a.own.records[id]
 		removed := known && own.value == nil // which the watch has yet to show
 		if cell.err == nil && ours(cell.record) && !removed {
 			had[id] = true
@@ -145,20 +179,11 @@ func (l *leader) candidate(to *git.Commit, cells map[deployments.UnitID]cell) ca
 }
 
 // logRefusal notes that the commit is not taken, if it isn't.
-func (l *leader) logRefusal(commit string) {
-	if err := l.acceptance.refusal; err != nil {
-		l.metrics.judged(err)
-		l.c.Log.Error("the commit is refused", "commit", commit, "error", err)
+func (a *acceptor) logRefusal(commit string) {
+	if err := a.refusal; err != nil {
+		a.metrics.judged(err)
+		a.log.Error("the commit is refused", "commit", commit, "error", err)
 	}
-}
-
-func (l *leader) descends(ctx context.Context, from, to string) (bool, error) {
-	in, err := l.branch.Objects()
-	if err != nil {
-		return false, err
-	}
-	defer in.Close()
-	return in.Descends(ctx, from, to)
 }
 
 // candidate is a commit that might follow the one that the store holds.
@@ -186,7 +211,8 @@ func refuse(c candidate) error {
 	if c.from != "" && !c.descends && c.otherRepo != "" {
 		return fmt.Errorf(
 			"commit %s does not descend from %s, which was mirrored last, from %s: where two mirrors of two repositories share "+
-				"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror once with --accept %s",
+				"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror "+
+				"once with --accept %s",
 			short(c.to.Hash),
 			short(c.from),
 			c.otherRepo,
@@ -196,8 +222,8 @@ func refuse(c candidate) error {
 	if c.from != "" && !c.descends && !c.rules.AllowRewind {
 		return fmt.Errorf(
 			"commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
-				"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, start the mirror once "+
-				"with --accept %s",
+				"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, "+
+				"start the mirror once with --accept %s",
 			short(c.to.Hash),
 			short(c.from),
 			c.to.Hash,
@@ -229,8 +255,8 @@ func refuse(c candidate) error {
 		)
 	case len(removed)*100 > limit*len(c.had):
 		return fmt.Errorf(
-			"commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise it in "+
-				"kedge.yaml in a commit before this one",
+			"commit %s removes %d of %d units (%s), more than max_removed, which is %d %%: remove fewer at a time, or raise "+
+				"it in kedge.yaml in a commit before this one",
 			short(c.to.Hash),
 			len(removed),
 			len(c.had),
@@ -239,6 +265,21 @@ func refuse(c candidate) error {
 		)
 	}
 	return nil
+}
+
+func short(hash string) string { return hash[:min(12, len(hash))] }
+
+// few names the first of many.
+func few(names []string) string {
+	const shown = 5
+	if len(names) > shown {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:shown], ", "), len(names)-shown)
+	}
+	return strings.Join(names, ", ")
+}
+
+func rulesOf(l *git.Commit) deployments.MirrorRules {
+	return deployments.MirrorRules{AllowRewind: l.Tree.Settings.AllowRewind, MaxRemoved: l.Tree.Settings.MaxRemoved}
 }
 
 // inspection is a look at a commit's releases, under way or done.
@@ -250,14 +291,6 @@ type inspection struct {
 	next   time.Time  // where it failed: when it is tried again
 	err    error      // while it is under way: what the one before it failed with
 }
-
-// A release that isn't there, or can't be read, is looked for after patience, and then less and less often, up to
-// maxPatience on average: its upload may take long, or never have been meant. A new commit begins anew, and so does
-// a webhook.
-const (
-	patience    = 5 * time.Second
-	maxPatience = time.Minute
-)
 
 // failed: it ended, and told nothing.
 func (i *inspection) failed() bool {
@@ -273,10 +306,10 @@ func (i *inspection) wait(now time.Time) time.Duration {
 }
 
 // hurried looks for what wasn't there as if it had just been found missing for the first time.
-func (l *leader) hurried() {
-	l.acceptance.patience.Reset()
-	if i := l.acceptance.inspection; i != nil && i.failed() {
-		if soon := i.ended.Add(l.hookPause); soon.Before(i.next) {
+func (a *acceptor) hurried() {
+	a.patience.Reset()
+	if i := a.inspection; i != nil && i.failed() {
+		if soon := i.ended.Add(a.hookPause); soon.Before(i.next) {
 			i.next = soon
 		}
 	}
@@ -285,35 +318,35 @@ func (l *leader) hurried() {
 // inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are
 // under way. done: it was looked at. An error that isn't deployments.Problems may pass, and is looked for again:
 // see patience.
-func (l *leader) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
-	last := l.acceptance.inspection
-	if last != nil && last.of != l.acceptance.compared {
-		l.acceptance.patience.Reset()
+func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
+	last := a.inspection
+	if last != nil && last.of != a.compared {
+		a.patience.Reset()
 	}
-	if last != nil && (last.of != l.acceptance.compared || last.failed() && !time.Now().Before(last.next)) {
+	if last != nil && (last.of != a.compared || last.failed() && !time.Now().Before(last.next)) {
 		last.stop()
-		l.acceptance.inspection = nil
+		a.inspection = nil
 	}
-	if l.acceptance.inspection == nil {
+	if a.inspection == nil {
 		var before *deployments.Tree
-		if l.acceptance.commit != nil {
-			before = l.acceptance.commit.Tree
+		if a.commit != nil {
+			before = a.commit.Tree
 		}
-		units := changed(before, to.Tree)
-		if l.c.Releases.Trust == nil {
-			units = bounded(to.Tree.Settings, units)
+		units := inspect.Changed(before, to.Tree)
+		if a.releases.Trust == nil {
+			units = inspect.Bounded(to.Tree.Settings, units)
 		}
 		if len(units) == 0 {
 			return true, nil
 		}
 		ctx, cancel := context.WithCancel(ctx)
-		i := &inspection{of: l.acceptance.compared, stop: cancel, result: make(chan error, 1)}
+		i := &inspection{of: a.compared, stop: cancel, result: make(chan error, 1)}
 		if last != nil && last.of == i.of {
 			i.err = last.err
 		}
-		l.acceptance.inspection = i
-		l.acceptance.inspecting.Go(func() {
-			problems, unread := l.c.Releases.inspect(ctx, to.Tree.Settings, units)
+		a.inspection = i
+		a.inspecting.Go(func() {
+			problems, unread := a.releases.Inspect(ctx, to.Tree.Settings, units)
 			switch {
 			case len(problems) > 0:
 				i.result <- problems
@@ -322,58 +355,28 @@ func (l *leader) inspect(ctx context.Context, to *git.Commit) (done bool, err er
 			default:
 				i.result <- nil
 			}
-			l.observer.changed.Set()
+			a.inspected.Set()
 		})
 	}
-	i := l.acceptance.inspection
+	i := a.inspection
 	select {
 	case i.err = <-i.result:
 		i.ended = time.Now()
 		if i.failed() {
-			i.next = i.ended.Add(l.acceptance.patience.Next())
+			i.next = i.ended.Add(a.patience.Next())
 		}
 	default:
 	}
 	return !i.ended.IsZero(), i.err
 }
 
-// loadUnvouched reads the commit that was mirrored last though its signature doesn't count, and nothing remembers that
-// it once did: its signer was taken out, and this mirror has no cache from before. The store says which commit that
-// was, and is no proof: see recorded.
-func (m *Mirror) loadUnvouched(hash string) (*git.Commit, error) {
-	from, err := m.branch.Objects()
-	if err != nil {
-		return nil, err
-	}
-	defer from.Close()
-	return from.LoadTaken(hash, nil)
-}
-
-// recallUnvouched reads the commit that the store holds, for orders, where refused is about its signature alone.
-func (l *leader) recallUnvouched(taken string, refused error) bool {
-	if !errors.As(refused, new(*git.BadCommit)) {
-		return false
-	}
-	commit, err := l.loadUnvouched(taken)
-	if err != nil {
-		return false
-	}
-	if l.acceptance.unvouched != nil {
-		return true
-	}
-	l.acceptance.unvouched = commit
-	l.c.Log.Warn("the commit that was mirrored last bears no signature that counts any more: orders, pins and rollouts "+
-		"go on, and changes by hand stay until a commit is taken", "commit", taken, "error", refused)
-	return true
-}
-
 // basis returns the commit that the store is kept up by; vouched is whether its signature counted. Nil: none is known.
-func (l *leader) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
-	switch a := &l.acceptance; {
+func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
+	switch {
 	case a.commit != nil:
 		return a.commit, true
 	case a.unvouched != nil:
-		return recorded(a.unvouched, cells, l.written.records), false
+		return recorded(a.unvouched, cells, a.own.records), false
 	}
 	return nil, false
 }
@@ -411,4 +414,75 @@ func isAbout(r deployments.Record, release deployments.Pointer) bool {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
 	}
 	return goal(r, release) == release
+}
+
+// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses
+// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of
+// the branch. Only branches are looked at: those given, or else main and the one that HEAD names. path is as
+// Config.Path. With releases it refuses as well what their Check says of those that the push changes. It runs in
+// the receiving repository's environment, where pushed objects lie in a quarantine.
+func CheckPush(
+	ctx context.Context,
+	repoDir, path string,
+	stdin io.Reader,
+	releases *inspect.Releases,
+	branches ...string,
+) error {
+	from, likely, err := git.OpenReceiving(repoDir, path, os.Getenv)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	if len(branches) == 0 {
+		branches = likely
+	}
+	updates, err := git.ReadUpdates(stdin)
+	refusals := []error{err}
+	for _, u := range updates {
+		if !slices.Contains(branches, u.Branch) {
+			continue
+		}
+		if err := checkUpdate(ctx, from, releases, u); err != nil {
+			refusals = append(refusals, fmt.Errorf("branch %s is not updated:\n%w", u.Branch, err))
+		}
+	}
+	return errors.Join(refusals...)
+}
+
+// checkUpdate checks one branch's move.
+func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Releases, u git.Update) error {
+	if u.New == "" {
+		return errors.New("it is what the mirror follows, and can't be removed")
+	}
+	to, err := from.Load(u.New, nil)
+	if err != nil {
+		return err
+	}
+	var before *deployments.Tree // nil: there is none that sets rules, or has releases that were looked at
+	if u.Old != "" {
+		last, err := from.Load(u.Old, nil)
+		switch {
+		case errors.As(err, new(*git.BadCommit)): // it was not taken
+		case err != nil:
+			return err
+		default:
+			before = last.Tree
+			m := candidate{from: last.Hash, rules: rulesOf(last), to: to}
+			for _, u := range before.Units {
+				m.had = append(m.had, u.ID)
+			}
+			if m.descends, err = from.Descends(ctx, u.Old, u.New); err != nil {
+				return err
+			}
+			if err := refuse(m); err != nil {
+				return err
+			}
+		}
+	}
+	if releases == nil {
+		return nil
+	}
+	tree := *to.Tree
+	tree.Units = inspect.Changed(before, to.Tree)
+	return releases.Check(ctx, &tree)
 }

@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
 )
-
-// forgetAfter is how long a node that died stays in status/, for people to see: longer than a weekend.
-const forgetAfter = 72 * time.Hour
 
 // absence is since when this mirror has seen an entry of status/ without a session.
 type absence struct {
@@ -19,35 +17,38 @@ type absence struct {
 	since   time.Time
 }
 
-// deadNodes are the entries of status/ without a session, by key.
+// deadNodes removes the entries of status/ of nodes that died.
 type deadNodes struct {
-	absent map[string]absence
-	denied bool // this mirror may not remove what is there
+	commit func(context.Context, ...kv.Op) error // under the lease
+	after  time.Duration                         // forgetAfter
+	log    *slog.Logger
+
+	absent map[string]absence // by key
+	denied bool               // this mirror may not remove what is there
 }
 
-// forgetDead removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces
+// forget removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces
 // them, they would only become more. again is when to look even if nothing changes; 0: never.
-func (l *leader) forgetDead(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
-	if l.dead.denied || !seen.fleet.synced || seen.fleet.err != nil {
+func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
 	}
-	ops, next := forgettable(seen.fleet.entries, l.dead.absent, underWay(seen.desired.cells), now, l.forgetAfter)
+	ops, next := forgettable(seen.fleet.entries, d.absent, underWay(seen.desired.cells), now, d.after)
 	if len(ops) > 0 {
-		switch err := l.c.Store.Commit(ctx, l.lease, ops...); {
+		switch err := d.commit(ctx, ops...); {
 		case errors.Is(err, kv.ErrConflict): // one is back, as the watch will show
 			next = now.Add(watchLag)
 		case errors.Is(err, kv.ErrDenied):
-			l.c.Log.Info("nodes that died stay in status/: this mirror may not remove them", "error", err)
-			l.dead.denied = true
+			d.log.Info("nodes that died stay in status/: this mirror may not remove them", "error", err)
+			d.denied = true
 			return 0, nil
 		case err != nil:
 			return 0, fmt.Errorf("remove what %d nodes said that are gone: %w", len(ops), err)
 		default:
 			for _, op := range ops {
-				delete(l.dead.absent, op.Key)
-				l.c.Log.Info("a node that died is forgotten", "key", op.Key, "gone", l.forgetAfter)
+				delete(d.absent, op.Key)
+				d.log.Info("a node that died is forgotten", "key", op.Key, "gone", d.after)
 			}
-			l.metrics.wrote(len(ops))
 		}
 	}
 	if next.IsZero() {

@@ -2,8 +2,8 @@ package mirror
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -13,6 +13,9 @@ import (
 	"kedge/kv"
 	"kedge/sync/git"
 )
+
+// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
+// below, so they are made again whenever a watch lacks one.
 
 // Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
 // below, so they are made again whenever a watch lacks one.
@@ -33,20 +36,12 @@ var (
 // folderLag is how long a folder key may take to show in a watch before it is made again.
 const folderLag = time.Second
 
-// observedFolders are the folder keys that the watch of one kind shows.
-type observedFolders struct {
-	none bool     // not even the kind's own is there
-	keys []string // sorted; nil: the store has none that could be lost
-}
-
-// sawFolders notes the folder keys of a view.
-func (now *observed) sawFolders(kind string, v kv.View) {
-	folders := maps.Clone(now.folders)
-	if folders == nil {
-		folders = map[string]observedFolders{}
-	}
-	folders[kind] = observedFolders{errors.Is(v.Err, kv.ErrNoFolder), v.Folders}
-	now.folders = folders
+// folderKeeper makes the folder keys.
+type folderKeeper struct {
+	store kv.Store
+	log   *slog.Logger
+	made  map[string]time.Time // when each was made last
+	late  bool                 // one has yet to show
 }
 
 // missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those
@@ -86,21 +81,31 @@ func missingFolders(
 	return missing, late
 }
 
-// ensureFolders makes the folder keys that are missing.
-func (l *leader) ensureFolders(ctx context.Context, commit *git.Commit, seen observed, now time.Time) error {
-	missing, late := missingFolders(roles(commit.Tree), seen.folders, l.folders, now)
-	l.foldersLate = late
+// ensure makes the folder keys that are missing.
+func (f *folderKeeper) ensure(ctx context.Context, commit *git.Commit, seen map[string]observedFolders,
+	now time.Time) error {
+	missing, late := missingFolders(rolesOf(commit.Tree), seen, f.made, now)
+	f.late = late
 	if len(missing) == 0 {
 		return nil
 	}
-	if err := l.c.Store.EnsureFolders(ctx, missing...); err != nil {
+	if err := f.store.EnsureFolders(ctx, missing...); err != nil {
 		return fmt.Errorf("make %d folder keys: %w", len(missing), err)
 	}
 	for _, key := range missing {
-		if !l.folders[key].IsZero() {
-			l.c.Log.Warn("a folder key was lost, it is made again", "key", key)
+		if !f.made[key].IsZero() {
+			f.log.Warn("a folder key was lost, it is made again", "key", key)
 		}
-		l.folders[key] = now
+		f.made[key] = now
 	}
 	return nil
+}
+
+// rolesOf lists the roles of a tree, sorted.
+func rolesOf(tree *deployments.Tree) []deployments.RoleID {
+	seen := map[deployments.RoleID]bool{}
+	for _, u := range tree.Units {
+		seen[u.ID.RoleID()] = true
+	}
+	return slices.SortedFunc(maps.Keys(seen), deployments.RoleID.Compare)
 }

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"kedge/deployments/fuzzlimit"
+	"kedge/sync/mirror/webhook"
 )
 
 // Whoever reaches the mirror's port without the secret is refused, whatever the headers and the body are.
@@ -18,8 +19,8 @@ func FuzzWebhook(f *testing.F) {
 		h.Set(name, value)
 		h.Set(other, its)
 		fuzzlimit.Run(t, []string{string(body), name, value, other, its}, func() {
-			m := &Mirror{secret: "a secret that no input has: 4bf1c0d2"}
-			if code, why := m.checkHook(bytes.NewReader(body), h); code == http.StatusAccepted || why == "" {
+			const secret = "a secret that no input has: 4bf1c0d2"
+			if code, why := webhook.Check(secret, bytes.NewReader(body), h); code == http.StatusAccepted || why == "" {
 				t.Errorf("%q, %q: %q, %q: %d, %q", name, value, other, its, code, why)
 			}
 		})

@@ -1,13 +1,15 @@
 package mirror
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"kedge/deployments"
 	"kedge/kv"
@@ -15,8 +17,28 @@ import (
 	"kedge/sync/git"
 )
 
-// pastGenerations is what the history says of units, of the roles for which it was read.
-type pastGenerations struct {
+// Pins and orders stand in the history, in the newest entry of their unit. Pins are compared with what the store shows,
+// so that what came and went while no mirror ran, or another did, is found by the next round. Orders are written in
+// the transaction that consumes them.
+
+const (
+	// auditRoles is how many roles' histories one round reads at most: others wait for the next, so that pins and
+	// orders don't wait for them.
+	auditRoles = 20
+	// auditRetry is the time after which a history that could not be read or written is tried again. Rollouts go on
+	// meanwhile.
+	auditRetry = 10 * time.Second
+)
+
+// archive reads what was written below history/ of units, of the roles for which it is needed, and notes there which
+// pins come and end.
+type archive struct {
+	store  kv.Store
+	commit func(context.Context, ...kv.Op) error // under the lease
+	log    *slog.Logger
+	retry  time.Time      // until then pins aren't noted again
+	bound  rate.Sometimes // of lines about that
+
 	newest map[deployments.UnitID]deployments.History
 	stable map[deployments.UnitID][]deployments.Digest // what was stable, and has not failed since
 	// pins are those of the newest entry, with what stood in earlier ones and is missing there: the mirror of a version
@@ -25,48 +47,49 @@ type pastGenerations struct {
 	read map[deployments.RoleID]bool
 }
 
-func newPastGenerations() pastGenerations {
-	return pastGenerations{newest: map[deployments.UnitID]deployments.History{},
+func newArchive(store kv.Store, commit func(context.Context, ...kv.Op) error, log *slog.Logger) *archive {
+	return &archive{store: store, commit: commit, log: log, bound: rate.Sometimes{First: 1, Interval: time.Minute},
+		newest: map[deployments.UnitID]deployments.History{},
 		stable: map[deployments.UnitID][]deployments.Digest{}, pins: map[deployments.UnitID][]deployments.PastPin{},
 		read: map[deployments.RoleID]bool{}}
 }
 
 // forget makes a unit's role be read again when it is needed.
-func (p pastGenerations) forget(id deployments.UnitID) {
-	delete(p.newest, id)
-	delete(p.stable, id)
-	delete(p.pins, id)
-	delete(p.read, id.RoleID())
+func (a *archive) forget(id deployments.UnitID) {
+	delete(a.newest, id)
+	delete(a.stable, id)
+	delete(a.pins, id)
+	delete(a.read, id.RoleID())
 }
 
 // add takes up the next generation of a unit, or what the newest one has become.
-func (p pastGenerations) add(id deployments.UnitID, h deployments.History) {
-	if newest := p.newest[id].Generation; h.Generation >= newest && h.Generation < policy.AbsurdGeneration {
-		pins := h.Pins
-		if h.Generation > newest {
-			missing := slices.DeleteFunc(openPins(p.pins[id]), func(open deployments.PastPin) bool {
-				return slices.ContainsFunc(h.Pins, func(q deployments.PastPin) bool {
+func (a *archive) add(id deployments.UnitID, e deployments.History) {
+	if newest := a.newest[id].Generation; e.Generation >= newest && e.Generation < policy.AbsurdGeneration {
+		pins := e.Pins
+		if e.Generation > newest {
+			missing := slices.DeleteFunc(openPins(a.pins[id]), func(open deployments.PastPin) bool {
+				return slices.ContainsFunc(e.Pins, func(q deployments.PastPin) bool {
 					return q.Node == open.Node && q.At.Equal(open.At)
 				})
 			})
-			pins = slices.Concat(missing, h.Pins)
+			pins = slices.Concat(missing, e.Pins)
 		}
-		p.newest[id] = h
-		if p.pins[id] = pins; len(pins) == 0 {
-			delete(p.pins, id)
+		a.newest[id] = e
+		if a.pins[id] = pins; len(pins) == 0 {
+			delete(a.pins, id)
 		}
 	}
-	stable := p.stable[id]
-	if !h.Stable.IsZero() && !slices.Contains(stable, h.Stable.Digest) {
-		stable = append(stable, h.Stable.Digest)
+	stable := a.stable[id]
+	if !e.Stable.IsZero() && !slices.Contains(stable, e.Stable.Digest) {
+		stable = append(stable, e.Stable.Digest)
 	}
-	p.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == h.Failed })
+	a.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == e.Failed })
 }
 
 // wrote takes up the entry that a change has put, where the rest of its role's was read.
-func (p pastGenerations) wrote(w change) {
-	if w.history != nil && p.read[w.unit.RoleID()] {
-		p.add(w.unit, *w.history)
+func (a *archive) wrote(w change) {
+	if w.history != nil && a.read[w.unit.RoleID()] {
+		a.add(w.unit, *w.history)
 	}
 }
 
@@ -79,19 +102,19 @@ func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) 
 	return u.Rollout != nil && u.Rollout.FastBack && (c.record.Target != u.Release || pinned || c.record.Pinned != nil)
 }
 
-// readHistory reads the history of the roles for which it is needed, once.
-func (l *leader) readHistory(ctx context.Context, commit *git.Commit, cells map[deployments.UnitID]cell,
-	seen observed, now time.Time) error {
+// readNeeded reads the history of the roles for which it is needed, once.
+func (a *archive) readNeeded(ctx context.Context, commit *git.Commit, seen observed,
+	records map[deployments.UnitID]writtenRecord, now time.Time) error {
 	for _, u := range commit.Tree.Units {
 		role := u.ID.RoleID()
-		own, known := l.written.records[u.ID]
-		c := cells[u.ID]
+		own, known := records[u.ID]
+		c := seen.desired.cells[u.ID]
 		_, ordered := seen.orders.good[u.ID]
 		pinned := seen.pins.units[u.ID].Present
-		if l.history.read[role] || !needsHistory(u, c, pinned, ordered, stand(c, own, known, now)) {
+		if a.read[role] || !needsHistory(u, c, pinned, ordered, stand(c, own, known, now)) {
 			continue
 		}
-		if err := l.readRole(ctx, role); err != nil {
+		if err := a.readRole(ctx, role); err != nil {
 			return err
 		}
 	}
@@ -99,112 +122,107 @@ func (l *leader) readHistory(ctx context.Context, commit *git.Commit, cells map[
 }
 
 // readRole reads the history of all units of a role.
-func (l *leader) readRole(ctx context.Context, role deployments.RoleID) error {
-	entries, err := l.c.Store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
+func (a *archive) readRole(ctx context.Context, role deployments.RoleID) error {
+	entries, err := a.store.List(ctx, kv.RolePrefix(kv.HistoryPrefix, role.Stage, role.Role))
 	if err != nil {
 		return fmt.Errorf("history of %s: %w", role, err)
 	}
-	l.history.read[role] = true
+	a.read[role] = true
 	for _, e := range entries { // sorted by generation
 		name := strings.TrimPrefix(e.Key, kv.HistoryPrefix)
 		id, err := deployments.ParseUnitID(name[:max(0, strings.LastIndex(name, "/"))])
 		if err != nil {
 			continue
 		}
-		if h, err := deployments.ParseHistory(e.Value); err == nil {
-			l.history.add(id, h)
+		if past, err := deployments.ParseHistory(e.Value); err == nil {
+			a.add(id, past)
 		}
 	}
 	return nil
 }
 
-// record returns the entry that notes a new generation.
-func (in inputs) record(w change) *deployments.History {
-	h := &deployments.History{
-		Generation: w.after.Generation,
-		Release:    w.after.Target,
-		Stable:     w.after.Stable,
-		Commit:     in.commit.Hash,
-		Author:     in.commit.Author,
-		Subject:    in.commit.Subject,
-		Committed:  in.commit.When,
-		At:         in.now.UTC().Truncate(time.Millisecond),
-		Failed:     in.failedBy(w),
-		Claim:      policy.ClaimOf(w.after),
-		Retry:      w.after.Retry,
-		Pinned:     w.after.Pinned,
-		Note:       in.accepted(w.note),
+// audit writes into the newest entries of the history which pins came and ended. again is when to look even if
+// nothing changes; 0: never. Trouble with the history never holds up a rollout: only a lost lease is an error.
+func (a *archive) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+	if !seen.pins.synced || seen.pins.err != nil {
+		return 0, nil
 	}
-	in.carryPins(w.unit, h)
-	return h
+	if wait := a.retry.Sub(now); wait > 0 {
+		return wait, nil
+	}
+	again, err = a.auditPins(ctx, seen, now)
+	switch {
+	case err == nil, ctx.Err() != nil:
+		return again, nil
+	case errors.Is(err, kv.ErrLeaseLost):
+		return 0, err
+	}
+	a.bound.Do(func() {
+		a.log.Warn("pins can't be noted in the history, it is tried again", "store", a.store, "error", err)
+	})
+	a.retry = now.Add(auditRetry)
+	return auditRetry, nil
 }
 
-// writeHistory returns the operations that put an entry, and remove the one that is too old.
-func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
-	var value bytes.Buffer
-	e := json.NewEncoder(&value)
-	e.SetEscapeHTML(false) // six bytes for one would let pins outgrow a transaction
-	if err := e.Encode(h); err != nil {
-		panic(err) // plain data
-	}
-	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), bytes.TrimSpace(value.Bytes()))}
-	if old := h.Generation - deployments.HistoryKept; old > 0 {
-		ops = append(ops, kv.Delete(historyKey(id, old)))
-	}
-	return ops
-}
-
-// accepted adds to a note of the history that an operator accepted the commit.
-func (in inputs) accepted(note string) string {
-	if !in.overruled {
-		return note
-	}
-	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
-}
-
-// failedBy returns the release that a new generation knows to have failed; zero: none.
-func (in inputs) failedBy(w change) deployments.Digest {
-	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
-		return w.after.Rollout.Failed
-	}
-	was := w.before.Target.Digest
-	if was == w.after.Target.Digest ||
-		!slices.ContainsFunc(
-			in.nodes(w.unit),
-			func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) },
-		) {
-		return deployments.Digest{}
-	}
-	return was
-}
-
-// historyKey sorts as the generations do.
-func historyKey(id deployments.UnitID, generation int64) string {
-	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
-}
-
-// noteOf says in the history what led to a generation, beside the commit.
-func (in inputs) noteOf(w change, did string) string {
-	who := func(by, reason string) (words string) {
-		if by != "" {
-			words += " by " + clip(by, 100)
+func (a *archive) auditPins(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
+	cells := seen.desired.cells
+	unread := 0
+	for id := range cells {
+		role := id.RoleID()
+		if a.read[role] {
+			continue
 		}
-		if reason != "" {
-			words += ": " + clip(reason, 200)
+		if unread++; unread > auditRoles {
+			again = time.Millisecond
+			break
 		}
-		return words
+		if err := a.readRole(ctx, role); err != nil {
+			return 0, err
+		}
 	}
-	switch pin := in.pins[w.unit].Value; {
-	case w.note != "":
-		return w.note
-	case w.after.Pinned != nil && w.after.Target != w.before.Target:
-		return "pinned" + who(pin.By, pin.Reason)
-	case w.before.Pinned != nil && w.after.Pinned == nil:
-		return "the pin ended"
-	case w.after.Target != w.before.Target:
-		return ""
-	case w.order.version != 0:
-		return did + who(w.order.By, w.order.Reason)
+
+	units := map[deployments.UnitID]bool{}
+	for id := range a.pins {
+		units[id] = true
 	}
-	return did
+	for id := range seen.pins.shown {
+		units[id] = true
+	}
+	var todo []change
+	for id := range units {
+		entry, known := a.newest[id]
+		if c := cells[id]; !known && a.read[id.RoleID()] && c.err == nil && ours(c.record) {
+			entry, known = lostEntry(c.record, now), true
+		}
+		if !known {
+			continue // nothing runs by a pin of a unit that has no record
+		}
+		stored, truncated := entry, false
+		entry.Pins, truncated = followPins(a.pins[id], seen.pins.shown[id], now)
+		entry.Truncated = entry.Truncated || truncated
+		for _, p := range entry.Pins {
+			if p.Ended.IsZero() && !p.Until.IsZero() {
+				again = sooner(again, max(time.Millisecond, p.Until.Sub(now)))
+			}
+		}
+		if !sameEntry(stored, entry) {
+			todo = append(todo, change{unit: id, history: &entry, ops: writeHistory(id, &entry)})
+		}
+	}
+	slices.SortFunc(todo, func(a, b change) int { return a.unit.Compare(b.unit) })
+	for _, batch := range batches(todo) {
+		var ops []kv.Op
+		for _, w := range batch {
+			ops = append(ops, w.ops...)
+		}
+		if err := a.commit(ctx, ops...); err != nil {
+			return 0, fmt.Errorf("write %d entries of the history: %w", len(batch), err)
+		}
+		for _, w := range batch {
+			a.add(w.unit, *w.history)
+			a.log.Info("pins noted in the history", "unit", w.unit, "generation", w.history.Generation,
+				"pins", len(openPins(w.history.Pins)))
+		}
+	}
+	return again, nil
 }

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -30,43 +32,107 @@ type leader struct {
 	*Mirror
 	lease    kv.Lease
 	observer *observer
-	snapshot chan []kv.Entry // to keepSnapshot; holds one
+	snapshot *snapshots
 
 	// The rest belongs to loop.
-	acceptance  acceptance
-	written     written
-	history     pastGenerations
-	folders     map[string]time.Time // when each folder key was made last
-	foldersLate bool                 // one has yet to show
-	ranks       map[deployments.UnitID]*policy.Ranks
-	lostSince   map[deployments.UnitID]time.Time // since when nodes are ahead of the store
-	dead        deadNodes
-	consulNode  string     // to which the lease's session belongs; empty: unknown, or warnShared is done
-	badOrders   string     // the orders that can't be obeyed, as they were last logged
-	offered     []kv.Entry // to keepSnapshot
-	auditAfter  time.Time  // until then the history isn't tried again
-	// auditTrouble bounds the lines about it.
-	auditTrouble rate.Sometimes
+	acceptor  *acceptor
+	written   *writer
+	history   *archive
+	folders   *folderKeeper
+	dead      *deadNodes
+	ranks     map[deployments.UnitID]*policy.Ranks
+	lostSince map[deployments.UnitID]time.Time // since when nodes are ahead of the store
+	badOrders string                           // the orders that can't be obeyed, as they were last logged
+	// consulNode is to which the lease's session belongs; empty: unknown, or warnShared is done.
+	consulNode string
 	// badOrderLines bounds the lines about them: whoever may write control/ can change one after the other.
 	badOrderLines *rate.Limiter
 }
 
 func newLeader(m *Mirror, lease kv.Lease) *leader {
-	return &leader{
+	l := &leader{
 		Mirror: m, lease: lease,
-		observer:   newObserver(m.c.Log, m.heed),
-		snapshot:   make(chan []kv.Entry, 1),
-		acceptance: acceptance{patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience))},
-		written:    written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
-		history:    newPastGenerations(),
-		folders:    map[string]time.Time{},
-		ranks:      map[deployments.UnitID]*policy.Ranks{},
-		lostSince:  map[deployments.UnitID]time.Time{},
-		dead:       deadNodes{absent: map[string]absence{}},
-
-		auditTrouble:  rate.Sometimes{First: 1, Interval: time.Minute},
+		observer:      newObserver(m.c.Log, m.heed),
+		snapshot:      &snapshots{save: m.c.Snapshot, log: m.c.Log, offers: make(chan []kv.Entry, 1)},
+		folders:       &folderKeeper{store: m.c.Store, log: m.c.Log, made: map[string]time.Time{}},
+		ranks:         map[deployments.UnitID]*policy.Ranks{},
+		lostSince:     map[deployments.UnitID]time.Time{},
 		badOrderLines: rate.NewLimiter(rate.Every(badOrderEvery), badOrderBurst),
 	}
+	l.history = newArchive(m.c.Store, l.commit, m.c.Log)
+	l.written = &writer{
+		written: written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
+		name:    m.c.Name, commit: l.commit, history: l.history, metrics: m.metrics, log: m.c.Log,
+	}
+	l.acceptor = &acceptor{
+		branch: m.branch, own: &l.written.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
+		hookPause: m.hookPause, metrics: m.metrics, log: m.c.Log, inspected: l.observer.changed,
+		patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience)),
+	}
+	l.dead = &deadNodes{commit: l.commit, after: m.forgetAfter, log: m.c.Log, absent: map[string]absence{}}
+	return l
+}
+
+// commit writes under the lease.
+func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
+	err := l.c.Store.Commit(ctx, l.lease, ops...)
+	if err == nil {
+		l.metrics.wrote(len(ops))
+	}
+	return err
+}
+
+// lead waits for the lease, works while it holds, and waits again.
+func (m *Mirror) lead(ctx context.Context) {
+	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
+	for ctx.Err() == nil {
+		lease, err := m.c.Store.Lease(ctx, kv.MirrorLease, m.c.Name, m.c.LeaseTTL)
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			if retry.Tries() == 0 {
+				m.c.Log.Warn("cannot ask for the mirror's lease", "store", m.c.Store, "error", err)
+			}
+			_ = retry.Wait(ctx)
+			continue
+		}
+		retry.Reset()
+		m.work(ctx, lease)
+		_ = wait.For(ctx, wait.Jitter(time.Second, 0.2)) // whoever else waits goes first
+	}
+}
+
+// work runs as leader until the lease is lost or ctx ends, and gives the lease back.
+func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
+	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
+	m.setLeading(lease)
+	defer m.setLeading(nil)
+	m.Trigger() // a webhook may have come to the mirror before this one, or while none led
+	defer m.units.scene.Store(nil)
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+		defer cancel()
+		if err := lease.Release(ctx); err != nil && !errors.Is(err, kv.ErrLeaseLost) {
+			m.c.Log.Warn("cannot give back the mirror's lease, it will run out", "error", err)
+		}
+	}()
+	held, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(lease.Context(), func() { cancel(context.Cause(lease.Context())) })()
+
+	err := newLeader(m, lease).run(held)
+	if ctx.Err() == nil {
+		m.c.Log.Warn("this mirror lost the lease", "name", m.c.Name, "error", err)
+	}
+}
+
+// setLeading notes the lease that is held; nil: none.
+func (m *Mirror) setLeading(lease kv.Lease) {
+	m.mu.Lock()
+	m.holds = lease
+	m.mu.Unlock()
+	m.metrics.led(lease != nil)
 }
 
 // run works until ctx ends, or the lease is found to be lost.
@@ -74,7 +140,7 @@ func (l *leader) run(ctx context.Context) error {
 	if err := l.persist(ctx, "begin", l.begin); err != nil {
 		return err
 	}
-	defer l.acceptance.inspecting.Wait()
+	defer l.acceptor.inspecting.Wait()
 	l.consulNode = l.nodeName(ctx)
 	g, ctx := errgroup.WithContext(ctx)
 	for prefix, view := range map[string]func(kv.View){
@@ -87,7 +153,7 @@ func (l *leader) run(ctx context.Context) error {
 		g.Go(func() error { return l.c.Store.Watch(ctx, prefix, view) })
 	}
 	if l.c.Snapshot != nil {
-		g.Go(func() error { return l.keepSnapshot(ctx) })
+		g.Go(func() error { return l.snapshot.run(ctx) })
 	}
 	if l.c.Leading != nil {
 		g.Go(func() error { return l.c.Leading(ctx) })
@@ -182,7 +248,7 @@ func (l *leader) loop(ctx context.Context) error {
 	var trouble error
 	conflicts := 0 // in a row
 	for {
-		branch, gitChanged := l.gitChanged()
+		branch, gitChanged := l.branch.awaitChange()
 		began := time.Now()
 		again, err := l.round(ctx, branch)
 		l.metrics.rounds.Observe(time.Since(began).Seconds())
@@ -226,7 +292,7 @@ func (l *leader) loop(ctx context.Context) error {
 			return context.Cause(ctx)
 		case <-gitChanged:
 		case <-l.hurry.C():
-			l.hurried()
+			l.acceptor.hurried()
 		case <-l.observer.changed.C():
 		case <-clock:
 		}
@@ -241,7 +307,7 @@ func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsTold || nth%60 == 0 { // a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
-	l.tell(
+	l.written.tell(
 		ctx,
 		fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
 			"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err),
@@ -259,12 +325,15 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	cells := seen.desired.cells
 	l.written.confirm(cells)
 	l.warnShared(seen.fleet)
-	head := l.accept(ctx, branch, cells)
+	head := l.acceptor.accept(ctx, branch, cells)
+	if head.taken {
+		clear(l.ranks) // of units that may be gone
+	}
 
 	status := l.written.state
 	status.Holder, status.Refused, status.Error = l.c.Name, "", ""
 	var todo plan
-	commit, vouched := l.basis(cells)
+	commit, vouched := l.acceptor.basis(cells)
 	if commit != nil {
 		if todo, err = l.plan(ctx, commit, vouched, seen, now); err != nil {
 			return 0, err
@@ -276,7 +345,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if commit != nil && vouched {
 		if !todo.whole && commit.Hash != l.written.state.Head {
 			if !seen.fleet.synced && seen.fleet.err != nil {
-				l.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
+				l.written.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
 			}
 			return watchLag, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
 		}
@@ -307,27 +376,27 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if !lost && !at.IsZero() {
 		again = sooner(again, max(time.Millisecond, at.Sub(now)))
 	}
-	if err := l.write(ctx, todo.changes, status, lost, now); err != nil {
-		l.reportFailure(ctx, err, now)
+	if err := l.written.write(ctx, todo.changes, status, lost, now); err != nil {
+		l.written.reportFailure(ctx, err, now)
 		return 0, err
 	}
 	if vouched {
 		l.written.adopt(todo.agreed, cells)
 	}
 	if vouched && todo.whole {
-		l.offerSnapshot()
+		l.snapshot.offer(l.written.records)
 	}
-	noted, err := l.audit(ctx, seen, now)
+	noted, err := l.history.audit(ctx, seen, now)
 	if err != nil {
 		return 0, err
 	}
 	again = sooner(again, noted)
-	due, err := l.forgetDead(ctx, seen, now)
+	due, err := l.dead.forget(ctx, seen, now)
 	if err != nil {
 		return 0, err
 	}
 	again = sooner(again, due)
-	if l.foldersLate {
+	if l.folders.late {
 		again = sooner(again, folderLag)
 	}
 	if l.written.unconfirmed() {
@@ -345,10 +414,10 @@ func (l *leader) plan(
 	now time.Time,
 ) (plan, error) {
 	cells := seen.desired.cells
-	if err := l.ensureFolders(ctx, commit, seen, now); err != nil {
+	if err := l.folders.ensure(ctx, commit, seen.folders, now); err != nil {
 		return plan{}, err
 	}
-	if err := l.readHistory(ctx, commit, cells, seen, now); err != nil {
+	if err := l.history.readNeeded(ctx, commit, seen, l.written.records, now); err != nil {
 		return plan{}, err
 	}
 	pins := seen.pins.units
@@ -363,9 +432,9 @@ func (l *leader) plan(
 	if seen.fleet.err != nil { // there may be a gap yet
 		since = now
 	}
-	l.setScene(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
+	l.units.scene.Store(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
 	return reconcile(inputs{
-		overruled:   commit.Hash == l.acceptance.overruled,
+		overruled:   commit.Hash == l.acceptor.overruled,
 		commit:      commit,
 		unvouched:   !vouched,
 		now:         now,
@@ -388,63 +457,28 @@ func (l *leader) plan(
 	}), nil
 }
 
-// sooner is the shorter of two times to wait, where 0 is for ever.
-func sooner(a, b time.Duration) time.Duration {
-	if a == 0 || b > 0 && b < a {
-		return b
+// pendingOrders returns the orders that were not obeyed yet, and logs which can't be.
+func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[deployments.UnitID]order {
+	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
+	units := map[deployments.UnitID]bool{}
+	for _, u := range commit.Tree.Units {
+		units[u.ID] = true
 	}
-	return a
-}
-
-// lead waits for the lease, works while it holds, and waits again.
-func (m *Mirror) lead(ctx context.Context) {
-	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
-	for ctx.Err() == nil {
-		lease, err := m.c.Store.Lease(ctx, kv.MirrorLease, m.c.Name, m.c.LeaseTTL)
-		if err != nil {
-			if ctx.Err() != nil {
-				return
-			}
-			if retry.Tries() == 0 {
-				m.c.Log.Warn("cannot ask for the mirror's lease", "store", m.c.Store, "error", err)
-			}
-			_ = retry.Wait(ctx)
-			continue
+	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {
+		switch o := seen.good[id]; {
+		case l.written.orders[id] == o.version: // it has yet to vanish from the watch
+		case !units[id]:
+			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: "+
+				"remove the key", kv.ControlKey(id)))
+		default:
+			pending[id] = o
 		}
-		retry.Reset()
-		m.work(ctx, lease)
-		_ = wait.For(ctx, wait.Jitter(time.Second, 0.2)) // whoever else waits goes first
 	}
-}
-
-// work runs as leader until the lease is lost or ctx ends, and gives the lease back.
-func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
-	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
-	m.setLeading(lease)
-	defer m.setLeading(nil)
-	m.Trigger() // a webhook may have come to the mirror before this one, or while none led
-	defer m.setScene(nil)
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		if err := lease.Release(ctx); err != nil && !errors.Is(err, kv.ErrLeaseLost) {
-			m.c.Log.Warn("cannot give back the mirror's lease, it will run out", "error", err)
+	// Past the limit nothing is remembered either, so that the last state is logged by a later round.
+	if words := text(errors.Join(bad...)); words != l.badOrders && (words == "" || l.badOrderLines.Allow()) {
+		if l.badOrders = words; words != "" {
+			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))
 		}
-	}()
-	held, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(lease.Context(), func() { cancel(context.Cause(lease.Context())) })()
-
-	err := newLeader(m, lease).run(held)
-	if ctx.Err() == nil {
-		m.c.Log.Warn("this mirror lost the lease", "name", m.c.Name, "error", err)
 	}
-}
-
-// setLeading notes the lease that is held; nil: none.
-func (m *Mirror) setLeading(lease kv.Lease) {
-	m.mu.Lock()
-	m.holds = lease
-	m.mu.Unlock()
-	m.metrics.led(lease != nil)
+	return pending
 }

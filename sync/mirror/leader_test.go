@@ -41,7 +41,7 @@ func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	git := l.look(t.Context(), gitState{})
+	git := l.branch.look(t.Context(), gitState{})
 	for _, view := range []kv.View{{}, {Err: kv.ErrUnavailable}} {
 		l.observer.records(view)
 		if _, err := l.round(t.Context(), git); err != nil {
@@ -67,13 +67,13 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
 	l.observer.records(kv.View{Synced: true})
-	if _, err := l.round(t.Context(), l.look(t.Context(), gitState{})); err != nil {
+	if _, err := l.round(t.Context(), l.branch.look(t.Context(), gitState{})); err != nil {
 		t.Fatal(err)
 	}
 	store.taken()
 
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2"), "prod/web/base.yaml": unitFile("base/1")})
-	git := l.look(t.Context(), gitState{})
+	git := l.branch.look(t.Context(), gitState{})
 	// On a machine that is slow the write counts as lost by now, and the store refuses the next.
 	if again, err := l.round(t.Context(), git); err == nil && again == 0 || err != nil && !errors.Is(err, kv.ErrConflict) {
 		t.Errorf("it looks again after %v, %v", again, err)
@@ -100,7 +100,7 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	l.setState(l.look(t.Context(), gitState{}))
+	l.branch.set(l.branch.look(t.Context(), gitState{}))
 	l.observer.records(kv.View{Synced: true})
 	store.setFail(kv.ErrLeaseLost)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -117,7 +117,7 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	l, store := led(t, o)
-	git := l.look(t.Context(), gitState{})
+	git := l.branch.look(t.Context(), gitState{})
 	long := time.Now().Add(-time.Hour)
 	put(t, store.Store, "desired/prod/web/app", string(encode(deployments.Record{Target: pointer("app/2"), Stable: pointer("app/1"), Generation: 2,
 		Commit:  strings.Repeat("c", 40),
@@ -156,7 +156,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual})
 	l, _ := led(t, o)
 	l.rebuildWait = 0
-	git := l.look(t.Context(), gitState{})
+	git := l.branch.look(t.Context(), gitState{})
 	l.observer.records(kv.View{Synced: true})
 	l.observer.fleet(kv.View{Err: fmt.Errorf("list status/: %w", kv.ErrDenied)})
 	if _, err := l.round(t.Context(), git); err != nil {
@@ -180,7 +180,7 @@ func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	o := gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
 	l, store := led(t, o)
-	git := l.look(t.Context(), gitState{})
+	git := l.branch.look(t.Context(), gitState{})
 	l.observer.records(kv.View{Synced: true})
 	if _, err := l.round(t.Context(), git); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/kv/open"
+	"kedge/sync/mirror/inspect"
 )
 
 // TestMain lets the test's own binary stand for the programs that the tests start as processes of their own.
@@ -23,7 +24,8 @@ func TestMain(m *testing.M) {
 	case "pre-receive":
 		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin, nil)
 	case "pre-receive-releases":
-		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin, &Releases{Objects: object.New(object.Config{})})
+		err = CheckPush(context.Background(), ".", os.Getenv("KEDGE_PATH"), os.Stdin,
+			&inspect.Releases{Objects: object.New(object.Config{})})
 	default:
 		os.Exit(m.Run())
 	}

@@ -1,6 +1,8 @@
 package mirror
 
 import (
+	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -11,7 +13,7 @@ import (
 
 // metrics are the series that a mirror counts as it goes.
 type metrics struct {
-	leader  prometheus.Gauge
+	leading prometheus.Gauge
 	at      prometheus.Gauge
 	refused prometheus.Gauge
 	polls   *prometheus.CounterVec
@@ -25,7 +27,7 @@ type metrics struct {
 // newMetrics registers with r; nil: nowhere.
 func newMetrics(r *prometheus.Registry) *metrics {
 	m := &metrics{
-		leader: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_leader",
+		leading: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_leader",
 			Help: "1 while this mirror holds the lease."}),
 		at: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_head_applied_timestamp_seconds",
 			Help: "When the commit that the store holds was written there."}),
@@ -46,12 +48,12 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			Buckets: []float64{.001, .01, .1, 1, 10, 60}}),
 	}
 	if r != nil {
-		r.MustRegister(m.leader, m.at, m.refused, m.polls, m.commits, m.keys, m.hooks, m.read, m.rounds)
+		r.MustRegister(m.leading, m.at, m.refused, m.polls, m.commits, m.keys, m.hooks, m.read, m.rounds)
 	}
 	return m
 }
 
-func result(err error, good, bad string) string {
+func resultOf(err error, good, bad string) string {
 	if err != nil {
 		return bad
 	}
@@ -59,19 +61,22 @@ func result(err error, good, bad string) string {
 }
 
 func (m *metrics) polled(err error) {
-	m.polls.WithLabelValues(result(err, "ok", "error")).Inc()
+	m.polls.WithLabelValues(resultOf(err, "ok", "error")).Inc()
 	if err == nil {
 		m.read.SetToCurrentTime()
 	}
 }
 
-func (m *metrics) judged(err error) { m.commits.WithLabelValues(result(err, "taken", "refused")).Inc() }
-func (m *metrics) wrote(ops int)    { m.keys.Add(float64(ops)) }
+func (m *metrics) judged(err error) {
+	m.commits.WithLabelValues(resultOf(err, "taken", "refused")).Inc()
+}
+
+func (m *metrics) wrote(ops int) { m.keys.Add(float64(ops)) }
 
 func (m *metrics) led(leading bool) {
-	m.leader.Set(0)
+	m.leading.Set(0)
 	if leading {
-		m.leader.Set(1)
+		m.leading.Set(1)
 	}
 }
 
@@ -83,7 +88,10 @@ func (m *metrics) applied(s deployments.MirrorState) {
 	}
 }
 
-// scene is what the leading mirror saw last. It is never changed. Nothing in it is changed any more.
+// hooked counts a webhook, by how it was answered.
+func (m *metrics) hooked(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
+
+// scene is what the leading mirror saw last. Nothing in it is changed any more.
 type scene struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
@@ -91,24 +99,17 @@ type scene struct {
 	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they can't be read
 }
 
-// setScene keeps what is seen, for /metrics; nil: this mirror doesn't lead.
-func (m *Mirror) setScene(s *scene) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.scene = s
-}
-
 // unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over
 // all mirrors are right. It counts when it is asked.
 type unitMetrics struct {
-	mirror                                                *Mirror
+	scene                                                 atomic.Pointer[scene] // nil: this mirror doesn't lead
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
 }
 
-func newUnitMetrics(m *Mirror) *unitMetrics {
+// newUnitMetrics registers with r; nil: nowhere.
+func newUnitMetrics(r *prometheus.Registry) *unitMetrics {
 	unit := []string{"stage", "role", "unit"}
-	return &unitMetrics{
-		mirror: m,
+	u := &unitMetrics{
 		generation: prometheus.NewDesc("kedge_unit_generation", "The generation of a unit's record.",
 			unit, nil),
 		rollout: prometheus.NewDesc(
@@ -130,6 +131,10 @@ func newUnitMetrics(m *Mirror) *unitMetrics {
 			nil,
 		),
 	}
+	if r != nil {
+		r.MustRegister(u)
+	}
+	return u
 }
 
 func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
@@ -142,9 +147,7 @@ func (u *unitMetrics) Describe(to chan<- *prometheus.Desc) {
 }
 
 func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
-	u.mirror.mu.Lock()
-	s := u.mirror.scene
-	u.mirror.mu.Unlock()
+	s := u.scene.Load()
 	if s == nil {
 		return
 	}

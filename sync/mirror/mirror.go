@@ -19,15 +19,18 @@ package mirror
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sync/errgroup"
 
 	"kedge/artifact/object"
@@ -35,6 +38,8 @@ import (
 	"kedge/kv"
 	"kedge/sync/git"
 	"kedge/sync/git/transport"
+	"kedge/sync/mirror/inspect"
+	"kedge/sync/mirror/webhook"
 )
 
 // Config configures a Mirror.
@@ -72,7 +77,7 @@ type Config struct {
 	Listen string
 	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources;
 	// with Trust of all. Its Objects are by default what object.New gives.
-	Releases Releases
+	Releases inspect.Releases
 	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for
 	// nodes that boot while the store is away. One call at a time, the newest state; an error is logged, and it is
 	// tried again.
@@ -89,34 +94,32 @@ type Config struct {
 // Mirror copies a deployments repo to the store while it holds the lease. Make it with New, then Run it once.
 type Mirror struct {
 	c        Config
-	branch   git.Branch
-	signers  *git.Signers // nil: signatures are not asked for
+	branch   *follower
 	metrics  *metrics
-	listener net.Listener // nil: none
-	secret   string       // of webhooks
-
-	pollNow wait.Signal // asks for a poll
-	hooked  wait.Signal // asks for a webhook to be passed on
-	hurry   wait.Signal // asks the leader to look for releases anew
+	units    *unitMetrics
+	listener net.Listener      // nil: none
+	hooks    *webhook.Receiver // of webhooks
+	hurry    wait.Signal       // asks the leader to look for releases anew
 
 	hookPause, patience, forgetAfter, rebuildWait time.Duration // as the constants of these names
 
-	mu      sync.Mutex
-	git     gitState
-	changed chan struct{} // closed, and made anew, when git changes
-	holds   kv.Lease      // the lease that this mirror works under; nil: none
-	scene   *scene        // nil: this mirror doesn't lead
-	// complained is when a refused webhook was last logged.
-	complained time.Time
+	mu    sync.Mutex
+	holds kv.Lease // the lease that this mirror works under; nil: none
 }
 
-// gitState is the branch as the mirror last read it.
-type gitState struct {
-	head string      // its newest commit; empty: not known yet
-	good *git.Commit // that commit, where it can be taken
-	bad  error       // else why it can't
-	away error       // why head may be out of date; nil: it isn't
-}
+// The times of a mirror; tests have their own.
+const (
+	// A release that isn't there, or can't be read, is looked for after defaultPatience, and then less and less often,
+	// up to maxPatience on average: its upload may take long, or never have been meant. A new commit begins anew, and so
+	// does a webhook.
+	defaultPatience = 5 * time.Second
+	maxPatience     = time.Minute
+	// defaultForgetAfter is how long a node that died stays in status/, for people to see: longer than a weekend.
+	defaultForgetAfter = 72 * time.Hour
+	// defaultRebuildWait is how long nodes have to report before a record is made from what they say: after an outage
+	// of the store they come back one by one.
+	defaultRebuildWait = 5 * time.Second
+)
 
 // New checks c, and listens. It does not wait for Git or the store to be reachable.
 func New(c Config) (*Mirror, error) {
@@ -148,37 +151,38 @@ func New(c Config) (*Mirror, error) {
 	if c.Releases.Objects == nil {
 		c.Releases.Objects = object.New(object.Config{Log: c.Log})
 	}
+	secret, err := transport.Secret(c.Env, "KEDGE_WEBHOOK_SECRET")
+	if err != nil {
+		return nil, err
+	}
+	signers, err := git.OpenSigners(c.SignedBy, c.SignedByPGP, c.CacheDir)
+	if err != nil {
+		return nil, err
+	}
+	source, err := git.Open(
+		git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
+			CacheDir: c.CacheDir, Env: c.Env, Log: c.Log},
+	)
+	if err != nil {
+		return nil, err
+	}
 	m := &Mirror{
 		c:           c,
 		metrics:     newMetrics(c.Metrics),
-		pollNow:     wait.NewSignal(),
-		changed:     make(chan struct{}),
-		hooked:      wait.NewSignal(),
+		units:       newUnitMetrics(c.Metrics),
 		hurry:       wait.NewSignal(),
-		hookPause:   hookPause,
-		patience:    patience,
-		forgetAfter: forgetAfter,
-		rebuildWait: rebuildWait,
+		hookPause:   webhook.Pause,
+		patience:    defaultPatience,
+		forgetAfter: defaultForgetAfter,
+		rebuildWait: defaultRebuildWait,
 	}
-	if c.Metrics != nil {
-		c.Metrics.MustRegister(newUnitMetrics(m))
-	}
-	var err error
-	if m.secret, err = transport.Secret(c.Env, "KEDGE_WEBHOOK_SECRET"); err != nil {
-		return nil, err
-	}
-	if m.signers, err = git.OpenSigners(c.SignedBy, c.SignedByPGP, c.CacheDir); err != nil {
-		return nil, err
-	}
-	if m.branch, err = git.Open(
-		git.Config{Repo: c.Repo, Branch: c.Branch, Path: c.Path, Every: c.Every, SSHKey: c.SSHKey, KnownHosts: c.KnownHosts,
-			CacheDir: c.CacheDir, Env: c.Env, Log: c.Log},
-	); err != nil {
-		return nil, err
-	}
+	m.branch = &follower{source: source, repo: c.Repo, branch: c.Branch, signers: signers, metrics: m.metrics, log: c.Log,
+		pollNow: wait.NewSignal(), changed: make(chan struct{})}
+	m.hooks = webhook.New(webhook.Config{Secret: secret, Store: c.Store, Name: c.Name, Log: c.Log, Leads: m.leads,
+		Heed: m.heed, Count: m.metrics.hooked})
 	if c.Listen != "" {
 		if m.listener, err = net.Listen("tcp", c.Listen); err != nil {
-			return nil, errors.Join(fmt.Errorf("listen: %w", err), m.branch.Close())
+			return nil, errors.Join(fmt.Errorf("listen: %w", err), source.Close())
 		}
 	}
 	return m, nil
@@ -193,161 +197,80 @@ func (m *Mirror) Addr() string {
 }
 
 // Trigger asks for a poll at once.
-func (m *Mirror) Trigger() { m.pollNow.Set() }
+func (m *Mirror) Trigger() { m.branch.pollNow.Set() }
 
 // Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
 func (m *Mirror) Run(ctx context.Context) error {
-	defer m.branch.Close()
+	defer m.branch.source.Close()
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.serve(ctx) })
-	g.Go(func() error { m.branch.Watch(ctx, m.Trigger); return nil })
-	g.Go(func() error { m.follow(ctx); return nil })
-	g.Go(func() error { m.passOn(ctx); return nil })
+	g.Go(func() error { m.branch.source.Watch(ctx, m.Trigger); return nil })
+	g.Go(func() error { m.branch.run(ctx); return nil })
+	g.Go(func() error { m.hooks.PassOn(ctx); return nil })
 	g.Go(func() error { m.lead(ctx); return nil })
 	return g.Wait()
 }
 
-// follow keeps m.git up to date, whether this mirror holds the lease or waits for it.
-func (m *Mirror) follow(ctx context.Context) {
-	retry := wait.NewBackoff(100*time.Millisecond, 30*time.Second)
-	for ctx.Err() == nil {
-		before, began := m.state(), time.Now()
-		after := m.look(ctx, before)
-		if ctx.Err() != nil {
-			return
+// serve answers on the listener until ctx ends.
+func (m *Mirror) serve(ctx context.Context) error {
+	if m.listener == nil {
+		<-ctx.Done()
+		return nil
+	}
+	server := &http.Server{
+		Handler:           m.handler(),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(m.c.Log.Handler(), slog.LevelDebug),
+	}
+	defer context.AfterFunc(ctx, func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			server.Close()
 		}
-		m.setState(after)
-		m.logGit(before, after)
-		delay := wait.Jitter(m.branch.Interval(), 0.2)
-		switch {
-		case after.away == nil:
-			retry.Reset()
-		case errors.Is(after.away, git.ErrNoBranch): // somebody has to push: nothing to hurry for
-		default:
-			delay = retry.Next()
-		}
-		select {
-		case <-ctx.Done():
-		case <-m.pollNow.C():
-			if err := wait.For(ctx, m.branch.Pause()-time.Since(began)); err != nil {
-				return
-			}
-		case <-time.After(delay):
-		}
+	})()
+	if err := server.Serve(m.listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", m.Addr(), err)
 	}
+	return nil
 }
 
-// look asks Git for the branch's head, and reads it where it is new.
-func (m *Mirror) look(ctx context.Context, was gitState) gitState {
-	head, err := m.branch.Head(ctx)
-	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
-		m.metrics.polled(nil)
-		return gitState{head: bad.Hash, bad: err}
+func (m *Mirror) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("POST /hook", m.hooks)
+	mux.HandleFunc("GET /live", m.live)
+	if m.c.Metrics != nil {
+		mux.Handle("GET /metrics", promhttp.HandlerFor(m.c.Metrics, promhttp.HandlerOpts{}))
 	}
-	m.metrics.polled(err)
-	if err != nil {
-		was.away = err
-		return was
-	}
-	if was.head == head && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
-		was.away = nil
-		return was
-	}
-	commit, err := m.load(head)
-	switch {
-	case errors.As(err, new(*git.BadCommit)):
-		return gitState{head: head, bad: err}
-	case err != nil:
-		m.branch.Distrust()
-		was.away = err
-		return was
-	}
-	return gitState{head: head, good: commit}
+	return mux
 }
 
-func (m *Mirror) load(hash string) (*git.Commit, error) {
-	from, err := m.branch.Objects()
-	if err != nil {
-		return nil, err
-	}
-	defer from.Close()
-	return from.Load(hash, m.signers)
+// live answers that the process runs, with whether it leads and what it read of the branch.
+func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
+	leads, branch := m.leads(), m.branch.state()
+	answer := struct {
+		Leading bool   `json:"leading"`
+		Head    string `json:"head"`
+		Error   string `json:"error,omitempty"`
+		Version string `json:"version,omitempty"`
+	}{leads, branch.head, text(branch.away), m.c.Version}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// loadTaken reads a commit that a mirror took before, whatever became of its signer since.
-func (m *Mirror) loadTaken(hash string) (*git.Commit, error) {
-	from, err := m.branch.Objects()
-	if err != nil {
-		return nil, err
-	}
-	defer from.Close()
-	return from.LoadTaken(hash, m.signers)
+// heed makes this mirror read the branch now, and look for missing releases.
+func (m *Mirror) heed() {
+	m.Trigger()
+	m.hurry.Set()
 }
 
-func (m *Mirror) logGit(before, after gitState) {
-	switch {
-	case after.away != nil && before.away == nil:
-		m.c.Log.Warn(
-			"Git can't be read, what was mirrored stays",
-			"repo",
-			m.c.Repo,
-			"branch",
-			m.c.Branch,
-			"error",
-			after.away,
-		)
-	case after.away == nil && before.away != nil:
-		m.c.Log.Info("Git can be read again", "repo", m.c.Repo, "head", after.head)
-	}
-	if after.head == before.head {
-		return
-	}
-	if after.bad != nil {
-		m.c.Log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
-		return
-	}
-	m.c.Log.Info(
-		"commit read",
-		"commit",
-		after.head,
-		"author",
-		after.good.Author,
-		"subject",
-		after.good.Subject,
-		"units",
-		len(after.good.Tree.Units),
-	)
-}
-
-func (m *Mirror) state() gitState {
+// leads is false as soon as the lease has ended, though what it was held for may still be ending.
+func (m *Mirror) leads() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.git
-}
-
-func (m *Mirror) setState(s gitState) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	same := s.head == m.git.head && s.good == m.git.good && text(s.bad) == text(m.git.bad) &&
-		text(s.away) == text(m.git.away)
-	m.git = s
-	if !same {
-		close(m.changed)
-		m.changed = make(chan struct{})
-	}
-}
-
-// gitChanged is closed at the next change of state.
-func (m *Mirror) gitChanged() (gitState, <-chan struct{}) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.git, m.changed
-}
-
-// text is an error's, "" for nil: errors of some types can't be compared themselves.
-func text(err error) string {
-	if err == nil {
-		return ""
-	}
-	return err.Error()
+	return m.holds != nil && m.holds.Context().Err() == nil
 }

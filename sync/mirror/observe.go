@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -16,7 +15,6 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
-	"kedge/sync/git"
 )
 
 // observer holds the views of the mirror's watches, parsed. Values are parsed once, when they come.
@@ -35,82 +33,7 @@ type observer struct {
 	reports  map[string]parsedReport // by key in status/
 	left     map[string]time.Time    // when keys in status/ vanished that are not back
 	hook     uint64                  // the version of kv.MirrorHook that was passed on last
-	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after the other
-}
-
-// observed is the store as the watches show it. What it refers to is never changed again.
-type observed struct {
-	desired observedRecords
-	orders  observedOrders
-	fleet   observedFleet
-	state   observedState
-	pins    observedPins
-	folders map[string]observedFolders // by kind
-}
-
-// observedRecords is what desired/ shows. Until it is synced, nothing may be told from what is missing.
-type observedRecords struct {
-	synced bool
-	cells  map[deployments.UnitID]cell
-}
-
-// observedOrders is what control/ shows; bad tells which keys can't be obeyed, and why.
-type observedOrders struct {
-	good map[deployments.UnitID]order
-	bad  []error
-}
-
-// observedFleet is what status/ shows.
-type observedFleet struct {
-	synced  bool
-	err     error     // why it may be out of date
-	since   time.Time // since when err is nil, or isn't
-	entries []kv.Entry
-	roles   map[deployments.RoleID][]reported
-	// left is when entries of a role vanished that have not come back since; began is when the first view came.
-	left  map[deployments.RoleID][]time.Time
-	began time.Time
-}
-
-// leftFor is how long it is remembered that a node has left the list: longer than any decision asks.
-const leftFor = 10 * time.Minute
-
-// leftSince returns when each of a role's nodes vanished that is not back; following: since when that was looked for.
-// Zero: nothing is known.
-func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
-	return f.left[role], f.began
-}
-
-// observedPins is what pins/ shows.
-type observedPins struct {
-	synced bool
-	err    error                                                // why it may be out of date
-	units  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
-	shown  map[deployments.UnitID][]deployments.PastPin         // all of them, as the history keeps them; At is zero
-}
-
-// observedState is what mirror/ shows.
-type observedState struct {
-	current bool   // it is known for certain, and not out of date
-	value   []byte // of kv.MirrorKey; nil: it isn't there
-}
-
-// cell is the entry at a unit's key in desired/; the zero cell: none.
-type cell struct {
-	present bool
-	version uint64
-	value   []byte
-	record  deployments.Record
-	err     error // the value doesn't parse
-}
-
-// reported is a node's entry in status/.
-type reported struct {
-	node string
-	gone bool // its session has ended
-	// goneSince is when that was seen; zero: it is there.
-	goneSince time.Time
-	report    deployments.Report
+	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after another
 }
 
 // parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed
@@ -200,8 +123,29 @@ func (o *observer) records(v kv.View) {
 
 // orders adopts a view of control/.
 func (o *observer) orders(v kv.View) {
-	good, bad := orders(v, o.ordered.next(v, deployments.ParseOrder))
+	good, bad := parseOrders(v, o.ordered.next(v, deployments.ParseOrder))
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
+}
+
+// parseOrders reads a view of control/. What can't be obeyed is left where it is, and named in bad.
+func parseOrders(
+	view kv.View,
+	parse func(kv.Entry) (deployments.Order, error),
+) (good map[deployments.UnitID]order, bad []error) {
+	good = map[deployments.UnitID]order{}
+	for _, e := range view.Entries {
+		key, err := kv.ParseKey(e.Key)
+		var o deployments.Order
+		if err == nil {
+			o, err = parse(e)
+		}
+		if err != nil {
+			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
+			continue
+		}
+		good[key.UnitID()] = order{o, e.Version}
+	}
+	return good, bad
 }
 
 // fleet takes a view of status/. A node whose report doesn't parse has said nothing yet.
@@ -306,56 +250,12 @@ func (o *observer) pins(v kv.View) {
 	})
 }
 
-// order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the
-// transaction that does it.
-type order struct {
-	deployments.Order
-	version uint64
-}
-
-// orders reads a view of control/. What can't be obeyed is left where it is, and named in bad.
-func orders(
-	view kv.View,
-	parse func(kv.Entry) (deployments.Order, error),
-) (good map[deployments.UnitID]order, bad []error) {
-	good = map[deployments.UnitID]order{}
-	for _, e := range view.Entries {
-		key, err := kv.ParseKey(e.Key)
-		var o deployments.Order
-		if err == nil {
-			o, err = parse(e)
-		}
-		if err != nil {
-			bad = append(bad, fmt.Errorf("%s: %w", e.Key, err))
-			continue
-		}
-		good[key.UnitID()] = order{o, e.Version}
+// sawFolders notes the folder keys of a view.
+func (now *observed) sawFolders(kind string, v kv.View) {
+	folders := maps.Clone(now.folders)
+	if folders == nil {
+		folders = map[string]observedFolders{}
 	}
-	return good, bad
-}
-
-// pendingOrders returns the orders that were not obeyed yet, and logs which can't be.
-func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[deployments.UnitID]order {
-	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
-	units := map[deployments.UnitID]bool{}
-	for _, u := range commit.Tree.Units {
-		units[u.ID] = true
-	}
-	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {
-		switch o := seen.good[id]; {
-		case l.written.orders[id] == o.version: // it has yet to vanish from the watch
-		case !units[id]:
-			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: "+
-				"remove the key", kv.ControlKey(id)))
-		default:
-			pending[id] = o
-		}
-	}
-	// Past the limit nothing is remembered either, so that the last state is logged by a later round.
-	if words := text(errors.Join(bad...)); words != l.badOrders && (words == "" || l.badOrderLines.Allow()) {
-		if l.badOrders = words; words != "" {
-			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))
-		}
-	}
-	return pending
+	folders[kind] = observedFolders{errors.Is(v.Err, kv.ErrNoFolder), v.Folders}
+	now.folders = folders
 }

@@ -8,10 +8,9 @@ import (
 	"testing"
 	"time"
 
+	"kedge/deployments"
 	"kedge/kv/kvtest"
 	"kedge/sync/git/gittest"
-
-	"kedge/deployments"
 )
 
 // link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes

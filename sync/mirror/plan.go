@@ -3,9 +3,7 @@ package mirror
 import (
 	"bytes"
 	"fmt"
-	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -90,60 +88,4 @@ func first(
 		}
 	}
 	return r, how
-}
-
-// ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.
-func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
-
-// follow returns the record that a unit's file asks for, from the one that is there (zero: none). Where the file
-// names another release than the record, it begins a new generation, open to every node; else only what the agents
-// read of the file changes.
-func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
-	if r.Generation == 0 || goal(r, u.Release) != u.Release {
-		r = deployments.Record{
-			Target:     u.Release,
-			Stable:     lastGood(r),
-			Generation: r.Generation + 1,
-			Commit:     commit,
-		}
-	}
-	r.After, r.Drift, r.Adopt, r.Orphaned = u.After, u.Drift, u.Adopt, false
-	return r
-}
-
-// goal is the release that a record is about. One that was rolled back has another Target, but is still about the
-// release that Git names: want is that where the record says that it was tried.
-func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
-	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
-		return want
-	}
-	return r.Target
-}
-
-// lastGood is what nodes run that are not admitted to the next target.
-func lastGood(r deployments.Record) deployments.Pointer {
-	if r.Rollout == nil {
-		return r.Target
-	}
-	return r.Stable
-}
-
-func short(hash string) string { return hash[:min(12, len(hash))] }
-
-// few names the first of many.
-func few(names []string) string {
-	const shown = 5
-	if len(names) > shown {
-		return fmt.Sprintf("%s and %d more", strings.Join(names[:shown], ", "), len(names)-shown)
-	}
-	return strings.Join(names, ", ")
-}
-
-// roles lists the roles of a tree, sorted.
-func roles(tree *deployments.Tree) []deployments.RoleID {
-	seen := map[deployments.RoleID]bool{}
-	for _, u := range tree.Units {
-		seen[u.ID.RoleID()] = true
-	}
-	return slices.SortedFunc(maps.Keys(seen), deployments.RoleID.Compare)
 }

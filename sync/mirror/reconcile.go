@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
@@ -13,34 +14,6 @@ import (
 	"kedge/sync/fleet/message"
 	"kedge/sync/git"
 )
-
-// standing says how a unit's key stands to what this mirror wrote there.
-type standing int
-
-const (
-	inOrder  standing = iota // holds what this mirror wrote, or found at its start
-	inFlight                 // this mirror's write has yet to show
-	foreign                  // somebody else wrote, or removed, it
-	unknown                  // this mirror knows nothing of it, and there is no record that it could, or should, go on from
-)
-
-// stand compares what the store shows with what this mirror wrote.
-func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
-	if known && o.version == 0 && c.version == o.base && now.Sub(o.at) < watchLag {
-		return inFlight
-	}
-	known = known && o.value != nil // a key that it removed is as good as one that it never knew
-	switch {
-	case known && c.present && bytes.Equal(c.value, o.value):
-		return inOrder
-	case known:
-		return foreign
-	case c.present && c.err == nil && c.record.Generation > 0 && c.record.Generation < policy.AbsurdGeneration:
-		return inOrder
-	default:
-		return unknown
-	}
-}
 
 // inputs are the inputs of reconcile.
 type inputs struct {
@@ -137,22 +110,6 @@ func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 	}
 	pin := in.pins[id]
 	return &pin
-}
-
-// change is one write: at a unit's key, or at mirror/state if status is set.
-type change struct {
-	status  *deployments.MirrorState
-	unit    deployments.UnitID
-	kind    string // as Change.Kind, or "restore", or "none" if only an order is consumed
-	before  deployments.Record
-	after   deployments.Record
-	value   []byte // nil: remove the key
-	base    uint64 // the version that it replaces; 0: none
-	note    string
-	history *deployments.History // the entry of a new generation, or what the newest becomes; nil: neither
-	reason  string               // policy.Next's
-	order   order                // what is consumed; its version is 0 if nothing is
-	ops     []kv.Op
 }
 
 // plan is the result of reconcile.
@@ -335,6 +292,25 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	return w, doWrite, step.Again
 }
 
+// lost returns the record to go on from if the store lost a unit's, and whether it did. until is when the nodes
+// have had the time to report; known is the generation that the store knows.
+func (in inputs) lost(
+	u deployments.Unit,
+	nodes []policy.Node,
+	known int64,
+) (r deployments.Record, until time.Time, ok bool) {
+	if in.lostSince == nil || !policy.IsLost(nodes, known) {
+		delete(in.lostSince, u.ID)
+		return r, until, false
+	}
+	since, noted := in.lostSince[u.ID]
+	if !noted {
+		since = in.now
+		in.lostSince[u.ID] = since
+	}
+	return policy.Rebuild(u, in.commit.Hash, nodes, known, in.now), since.Add(in.rebuildWait), true
+}
+
 // worded fills in the words of a record's rollout, for readers of the version before.
 func worded(r deployments.Record) deployments.Record {
 	if r.Rollout == nil || r.Rollout.Reason == "" {
@@ -384,25 +360,106 @@ func encode(r deployments.Record) []byte {
 	return value
 }
 
-// rebuildWait is how long nodes have to report before a record is made from what they say: after an outage of the
-// store they come back one by one.
-const rebuildWait = 5 * time.Second
+// record returns the entry that notes a new generation.
+func (in inputs) record(w change) *deployments.History {
+	h := &deployments.History{
+		Generation: w.after.Generation,
+		Release:    w.after.Target,
+		Stable:     w.after.Stable,
+		Commit:     in.commit.Hash,
+		Author:     in.commit.Author,
+		Subject:    in.commit.Subject,
+		Committed:  in.commit.When,
+		At:         in.now.UTC().Truncate(time.Millisecond),
+		Failed:     in.failedBy(w),
+		Claim:      policy.ClaimOf(w.after),
+		Retry:      w.after.Retry,
+		Pinned:     w.after.Pinned,
+		Note:       in.accepted(w.note),
+	}
+	in.carryPins(w.unit, h)
+	return h
+}
 
-// lost returns the record to go on from if the store lost a unit's, and whether it did. until is when the nodes
-// have had the time to report; known is the generation that the store knows.
-func (in inputs) lost(
-	u deployments.Unit,
-	nodes []policy.Node,
-	known int64,
-) (r deployments.Record, until time.Time, ok bool) {
-	if in.lostSince == nil || !policy.IsLost(nodes, known) {
-		delete(in.lostSince, u.ID)
-		return r, until, false
+// accepted adds to a note of the history that an operator accepted the commit.
+func (in inputs) accepted(note string) string {
+	if !in.overruled {
+		return note
 	}
-	since, noted := in.lostSince[u.ID]
-	if !noted {
-		since = in.now
-		in.lostSince[u.ID] = since
+	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
+}
+
+// failedBy returns the release that a new generation knows to have failed; zero: none.
+func (in inputs) failedBy(w change) deployments.Digest {
+	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
+		return w.after.Rollout.Failed
 	}
-	return policy.Rebuild(u, in.commit.Hash, nodes, known, in.now), since.Add(in.rebuildWait), true
+	was := w.before.Target.Digest
+	if was == w.after.Target.Digest ||
+		!slices.ContainsFunc(
+			in.nodes(w.unit),
+			func(n policy.Node) bool { return slices.Contains(n.Report.Quarantined, was) },
+		) {
+		return deployments.Digest{}
+	}
+	return was
+}
+
+// noteOf says in the history what led to a generation, beside the commit.
+func (in inputs) noteOf(w change, did string) string {
+	who := func(by, reason string) (words string) {
+		if by != "" {
+			words += " by " + clip(by, 100)
+		}
+		if reason != "" {
+			words += ": " + clip(reason, 200)
+		}
+		return words
+	}
+	switch pin := in.pins[w.unit].Value; {
+	case w.note != "":
+		return w.note
+	case w.after.Pinned != nil && w.after.Target != w.before.Target:
+		return "pinned" + who(pin.By, pin.Reason)
+	case w.before.Pinned != nil && w.after.Pinned == nil:
+		return "the pin ended"
+	case w.after.Target != w.before.Target:
+		return ""
+	case w.order.version != 0:
+		return did + who(w.order.By, w.order.Reason)
+	}
+	return did
+}
+
+// carryPins gives the entry of a new generation the pins that stood in the one before, and what became of them. Where
+// the one before was not read, audit does so: when a pin began isn't known here.
+func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
+	if !in.pastRead[id.RoleID()] {
+		return
+	}
+	h.Pins = openPins(in.pastPins[id])
+	if in.shownPins != nil {
+		h.Pins, h.Truncated = followPins(h.Pins, in.shownPins[id], in.now)
+	}
+}
+
+// noteOrder returns the history entry that has the order which a change consumes: that of its new generation, else the
+// newest.
+func (in inputs) noteOrder(w change, step policy.Move) *deployments.History {
+	entry := w.history
+	if newest, known := in.history[w.unit]; entry == nil && known {
+		newest.Pins = in.pastPins[w.unit]
+		entry = &newest
+	}
+	if entry == nil {
+		lost := lostEntry(w.after, in.now)
+		in.carryPins(w.unit, &lost)
+		entry = &lost
+	}
+	var refused deployments.Reason
+	if step.Refused {
+		refused = step.Reason
+	}
+	noted := withOrder(*entry, w.order, refused, in.now)
+	return &noted
 }

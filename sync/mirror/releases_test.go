@@ -21,6 +21,7 @@ import (
 	"kedge/deployments"
 	"kedge/sync/git"
 	"kedge/sync/git/gittest"
+	"kedge/sync/mirror/inspect"
 )
 
 // manifests is a storage of releases.
@@ -136,7 +137,7 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	}
 	one, two := m.put("1", m.tree("/srv/app", "")), m.put("2", m.tree("/srv/app", "keep: 2\n"))
 	signed.Store("file://"+m.dir+"/1", true)
-	mirror := start(t, Config{Store: store, Repo: o.Bare, Releases: Releases{Trust: trust}})
+	mirror := start(t, Config{Store: store, Repo: o.Bare, Releases: inspect.Releases{Trust: trust}})
 	head := o.Push(map[string]string{"dev/web/app.yaml": one})
 	mirror.at(head)
 	was := desired(t, store)
@@ -170,16 +171,17 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 			asked = append(asked, time.Now())
 			return errors.New("is not signed")
 		}
-		mirror, err := New(Config{Store: dirStore(t), Repo: repo, Releases: Releases{Trust: trust}, Env: env()})
+		mirror, err := New(Config{Store: dirStore(t), Repo: repo, Releases: inspect.Releases{Trust: trust}, Env: env()})
 		if err != nil {
 			t.Fatal(err)
 		}
 		l := newLeader(mirror, nil)
 		looks := func(judged string, d time.Duration) int {
 			t.Helper()
-			l.acceptance.compared, asked = judged, nil
+			l.acceptor.compared, asked = judged, nil
 			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
-				if _, err := l.inspect(t.Context(), &git.Commit{Tree: tree}); err != nil && !strings.Contains(err.Error(), "is not signed") {
+				_, err := l.acceptor.inspect(t.Context(), &git.Commit{Tree: tree})
+				if err != nil && !strings.Contains(err.Error(), "is not signed") {
 					t.Fatal(err)
 				}
 				synctest.Wait()
@@ -281,7 +283,7 @@ func TestCheckReleases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
+		return inspect.Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
 	}
 	good := m.put("1", m.tree("/srv/app", ""))
 	write("prod/web/a.yaml", good)
@@ -352,7 +354,7 @@ func TestRedirectedManifestsKeepToSources(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
+		err = inspect.Releases{Objects: object.New(object.Config{})}.Check(t.Context(), tree)
 		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
 			t.Errorf("%s: %v", path, err)
 		}

@@ -13,9 +13,8 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
 
-	"kedge/sync/git/gittest"
-
 	"kedge/deployments"
+	"kedge/sync/git/gittest"
 )
 
 // env makes Config.Env of pairs.

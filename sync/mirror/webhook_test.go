@@ -18,6 +18,7 @@ import (
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/sync/git/gittest"
+	"kedge/sync/mirror/webhook"
 )
 
 func sign(secret, body string) string {
@@ -59,7 +60,7 @@ func TestSignedWebhookOfGitLab(t *testing.T) {
 		for i := 0; i < len(c.header); i += 2 {
 			h.Set(c.header[i], c.header[i+1])
 		}
-		if got, why := (&Mirror{secret: c.secret}).checkHook(strings.NewReader(c.body), h); got != c.want {
+		if got, why := webhook.Check(c.secret, strings.NewReader(c.body), h); got != c.want {
 			t.Errorf("%s: %d %s, want %d", c.name, got, why, c.want)
 		}
 	}
@@ -92,7 +93,7 @@ func TestWebhook(t *testing.T) {
 	m.runs("prod/web/app", "app/1")
 
 	post := m.post
-	big := strings.Repeat("x", maxHook+1)
+	big := strings.Repeat("x", 1<<20+1)
 	for _, c := range []struct {
 		name, body string
 		header     []string
@@ -196,7 +197,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	}
 
 	writes := &recorder{Store: consul.Open(rights)}
-	flooded := mirror("flooded", writes, func(m *Mirror) { m.hookPause = time.Hour })
+	flooded := mirror("flooded", writes, func(m *Mirror) { m.hooks.Pause = time.Hour })
 	if code := flooded.post("{}", "X-Gitlab-Token", "hushh"); code != http.StatusUnauthorized {
 		t.Errorf("a webhook with a wrong token: status %d", code)
 	}

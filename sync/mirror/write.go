@@ -3,36 +3,26 @@ package mirror
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
+	"strings"
 	"time"
 
 	"kedge/deployments"
 	"kedge/kv"
 )
 
-// watchLag is how long a write may take to show in a watch, before what the watch shows is taken for the truth.
-const watchLag = 5 * time.Second
-
-// written is what this mirror wrote to the store since it holds the lease, or found there and took over.
-type written struct {
-	records map[deployments.UnitID]writtenRecord
-	orders  map[deployments.UnitID]uint64 // versions of the orders that were consumed
-	state   deployments.MirrorState       // at mirror/state
-	stateAt time.Time
-}
-
-// writtenRecord is what this mirror wrote last at a unit's key.
-type writtenRecord struct {
-	record deployments.Record
-	value  []byte // nil: it removed the key
-	// base is the version that the write replaced (0: none). version is that of the write, 0 until the store has shown it.
-	base, version uint64
-	at            time.Time
-	// vouched is set if a commit named the unit: it goes into the snapshot, which is signed. A record whose unit Git never
-	// named was only marked as orphaned.
-	vouched bool
+// writer writes what reconcile found, and the mirror's state.
+type writer struct {
+	written
+	name    string                                // Config.Name
+	commit  func(context.Context, ...kv.Op) error // under the lease
+	history *archive
+	metrics *metrics
+	log     *slog.Logger
 }
 
 // confirm marks the writes that the store shows.
@@ -81,7 +71,7 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 // write commits the changes, and the state where it differs from what was written, or where lost says that it isn't
 // there. What takes several transactions is announced in the first and confirmed in the last, so that a mirror that
 // takes over in between knows which commit it finds half written.
-func (l *leader) write(
+func (w *writer) write(
 	ctx context.Context,
 	changes []change,
 	status deployments.MirrorState,
@@ -89,119 +79,129 @@ func (l *leader) write(
 	now time.Time,
 ) error {
 	all := changes
-	if lost || !status.Equal(l.written.state) {
+	if lost || !status.Equal(w.state) {
 		all = append(slices.Clone(changes), writeStatus(status))
 	}
 	todo := batches(all)
-	if len(todo) > 1 && status.Head != l.written.state.Head {
-		announced := l.written.state
+	if len(todo) > 1 && status.Head != w.state.Head {
+		announced := w.state
 		announced.Holder, announced.Applying, announced.Rules = status.Holder, status.Head, status.Rules
 		todo = batches(append([]change{writeStatus(announced)}, all...))
 	}
 	for _, batch := range todo {
 		var ops []kv.Op
-		for _, w := range batch {
-			ops = append(ops, w.ops...)
+		for _, c := range batch {
+			ops = append(ops, c.ops...)
 		}
-		if err := l.c.Store.Commit(ctx, l.lease, ops...); err != nil {
+		if err := w.commit(ctx, ops...); err != nil {
 			if !errors.Is(err, kv.ErrConflict) && !errors.Is(err, kv.ErrLeaseLost) {
-				for _, w := range batch {
+				for _, c := range batch {
 					// It may have been written all the same: take what the store shows.
-					delete(l.written.records, w.unit)
-					if w.status == nil {
-						l.history.forget(w.unit)
+					delete(w.records, c.unit)
+					if c.status == nil {
+						w.history.forget(c.unit)
 					}
 				}
 			}
 			return fmt.Errorf("write %d keys: %w", len(ops), err)
 		}
-		l.metrics.wrote(len(ops))
-		for _, w := range batch {
-			l.noteWritten(w, now)
+		for _, c := range batch {
+			w.noteWritten(c, now)
 		}
 	}
 	return nil
 }
 
 // noteWritten keeps a change that the store has taken.
-func (l *leader) noteWritten(w change, now time.Time) {
-	if w.status != nil {
-		l.written.state, l.written.stateAt = *w.status, now
-		l.metrics.applied(*w.status)
+func (w *writer) noteWritten(c change, now time.Time) {
+	if c.status != nil {
+		w.state, w.stateAt = *c.status, now
+		w.metrics.applied(*c.status)
 		return
 	}
-	if w.order.version != 0 {
-		l.written.orders[w.unit] = w.order.version
-		l.c.Log.Info(
+	if c.order.version != 0 {
+		w.orders[c.unit] = c.order.version
+		w.log.Info(
 			"order taken",
 			"unit",
-			w.unit,
+			c.unit,
 			"order",
-			w.order.Verb,
+			c.order.Verb,
 			"by",
-			w.order.By,
+			c.order.By,
 			"why",
-			w.order.Reason,
+			c.order.Reason,
 			"outcome",
-			w.reason,
+			c.reason,
 		)
 	}
-	if w.kind == "none" {
-		l.history.wrote(w)
+	if c.kind == "none" {
+		w.history.wrote(c)
 		return
 	}
-	l.written.records[w.unit] = writtenRecord{record: w.after, value: w.value, base: w.base, at: now,
-		vouched: !w.after.Orphaned || l.written.records[w.unit].vouched}
-	if w.value == nil {
-		l.history.forget(w.unit)
+	w.records[c.unit] = writtenRecord{record: c.after, value: c.value, base: c.base, at: now,
+		vouched: !c.after.Orphaned || w.records[c.unit].vouched}
+	if c.value == nil {
+		w.history.forget(c.unit)
 	}
-	l.history.wrote(w)
-	l.c.Log.Info("record written", "unit", w.unit, "kind", w.kind, "target", w.after.Target,
-		"generation", w.after.Generation, "commit", w.after.Commit, "reason", w.reason)
+	w.history.wrote(c)
+	w.log.Info("record written", "unit", c.unit, "kind", c.kind, "target", c.after.Target,
+		"generation", c.after.Generation, "commit", c.after.Commit, "reason", c.reason)
 }
 
 // reportFailure says in mirror/state why what the commit asks for can't be written, where the store takes at least
 // that.
-func (l *leader) reportFailure(ctx context.Context, err error, now time.Time) {
+func (w *writer) reportFailure(ctx context.Context, err error, now time.Time) {
 	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
 		if errors.Is(err, passes) {
 			return
 		}
 	}
-	l.tell(ctx, "the commit can't be written: "+err.Error(), now)
+	w.tell(ctx, "the commit can't be written: "+err.Error(), now)
 }
 
 // tell writes an error to mirror/state.
-func (l *leader) tell(ctx context.Context, words string, now time.Time) {
-	status := l.written.state
-	status.Holder, status.Error = l.c.Name, clip(words, maxError)
-	if ctx.Err() != nil || !worthWriting(l.written.state, status, l.written.stateAt, now) {
+func (w *writer) tell(ctx context.Context, words string, now time.Time) {
+	status := w.state
+	status.Holder, status.Error = w.name, clip(words, maxError)
+	if ctx.Err() != nil || !worthWriting(w.state, status, w.stateAt, now) {
 		return
 	}
-	w := writeStatus(status)
-	if err := l.c.Store.Commit(ctx, l.lease, w.ops...); err == nil {
-		l.noteWritten(w, now)
+	c := writeStatus(status)
+	if err := w.commit(ctx, c.ops...); err == nil {
+		w.noteWritten(c, now)
 	}
 }
 
-// batches packs the writes, each whole and in order, into as few transactions as fit.
-func batches(writes []change) [][]change {
-	var all [][]change
-	sum, size := 0, 0
-	for _, w := range writes {
-		cost, bytes := 0, 0
-		for _, op := range w.ops {
-			cost, bytes = cost+op.Cost(), bytes+len(op.Key)+len(op.Value)
-		}
-		if len(all) == 0 || sum+cost > kv.MaxOps || size+bytes > maxBatch {
-			all, sum, size = append(all, nil), 0, 0
-		}
-		last := len(all) - 1
-		all[last], sum, size = append(all[last], w), sum+cost, size+bytes
+// worthWriting reports whether next tells more than was: not where only numbers in the error differ (ports, counts,
+// times), for minutes on end. at is when was was written. Pure.
+func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
+	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
+		was.Error = next.Error
 	}
-	return all
+	return !was.Equal(next)
 }
 
-// maxBatch bounds a transaction's keys and values, in bytes: Consul takes 512 KiB of JSON, in which values grow by
-// a third.
-const maxBatch = 300 << 10
+const sameTrouble = 5 * time.Minute
+
+func withoutDigits(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, s)
+}
+
+// writeStatus puts s at mirror/state.
+func writeStatus(s deployments.MirrorState) change {
+	return change{status: &s, ops: []kv.Op{kv.Put(kv.MirrorKey, encodeStatus(s))}}
+}
+
+func encodeStatus(s deployments.MirrorState) []byte {
+	value, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // plain data
+	}
+	return value
+}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"kedge/deployments/safetext"
 	"mime"
 	"net/http"
 	"net/url"
@@ -21,6 +20,8 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp/capability"
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
+
+	"kedge/deployments/safetext"
 )
 
 const (

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"kedge/deployments/safetext"
 	"net"
 	"os"
 	"strconv"
@@ -21,6 +20,8 @@ import (
 	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/net/proxy"
+
+	"kedge/deployments/safetext"
 )
 
 // sessionTimeout bounds how long a connection that was kept may take to begin a session: its server

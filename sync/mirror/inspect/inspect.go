@@ -1,12 +1,10 @@
-package mirror
+// Package inspect reads the manifests of the releases that a commit names, and holds them to its settings.
+package inspect
 
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"reflect"
 	"slices"
 	"strings"
@@ -19,7 +17,6 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
-	"kedge/sync/git"
 )
 
 const (
@@ -41,7 +38,7 @@ type Releases struct {
 // to be trusted, and does only what kedge.yaml allows for its stage. The error is Problems, also of what can't be
 // read now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
-	problems, unread := r.inspect(ctx, tree.Settings, tree.Units)
+	problems, unread := r.Inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
 		return nil
 	}
@@ -53,9 +50,9 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// changed returns the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
+// Changed returns the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
 // nil: all.
-func changed(before, to *deployments.Tree) []deployments.Unit {
+func Changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
 		return to.Units
 	}
@@ -77,21 +74,18 @@ func changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// bounded returns the units whose releases take a look at the manifest to tell whether they are allowed.
-func bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
+// Bounded returns the units whose releases take a look at the manifest to tell whether they are allowed.
+func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(
 		slices.Clone(units),
 		func(u deployments.Unit) bool { return !policy.BoundsOf(s, u.ID.Stage).OnManifests() },
 	)
 }
 
-// BoundsReleases reports whether it takes a look at manifests to tell that a tree's releases are allowed.
-func BoundsReleases(tree *deployments.Tree) bool { return len(bounded(tree.Settings, tree.Units)) > 0 }
-
-// inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a
+// Inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a
 // digest names a manifest for ever. unread are those that could not be read, or whose signature doesn't count,
 // which may pass: they aren't there yet, or the storage is away. Both are sorted.
-func (r Releases) inspect(
+func (r Releases) Inspect(
 	ctx context.Context,
 	s deployments.Settings,
 	units []deployments.Unit,
@@ -203,75 +197,4 @@ func asWritten(user string) []string {
 		return nil
 	}
 	return []string{user}
-}
-
-// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses
-// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of
-// the branch. Only branches are looked at: those given, or else main and the one that HEAD names. path is as
-// Config.Path. With releases it refuses as well what Releases.Check says of those that the push changes. It runs in
-// the receiving repository's environment, where pushed objects lie in a quarantine.
-func CheckPush(
-	ctx context.Context,
-	repoDir, path string,
-	stdin io.Reader,
-	releases *Releases,
-	branches ...string,
-) error {
-	from, likely, err := git.OpenReceiving(repoDir, path, os.Getenv)
-	if err != nil {
-		return err
-	}
-	defer from.Close()
-	if len(branches) == 0 {
-		branches = likely
-	}
-	updates, err := git.ReadUpdates(stdin)
-	refusals := []error{err}
-	for _, u := range updates {
-		if !slices.Contains(branches, u.Branch) {
-			continue
-		}
-		if err := checkUpdate(ctx, from, releases, u); err != nil {
-			refusals = append(refusals, fmt.Errorf("branch %s is not updated:\n%w", u.Branch, err))
-		}
-	}
-	return errors.Join(refusals...)
-}
-
-// checkUpdate checks one branch's move.
-func checkUpdate(ctx context.Context, from *git.Objects, releases *Releases, u git.Update) error {
-	if u.New == "" {
-		return errors.New("it is what the mirror follows, and can't be removed")
-	}
-	to, err := from.Load(u.New, nil)
-	if err != nil {
-		return err
-	}
-	var before *deployments.Tree // nil: there is none that sets rules, or has releases that were looked at
-	if u.Old != "" {
-		last, err := from.Load(u.Old, nil)
-		switch {
-		case errors.As(err, new(*git.BadCommit)): // it was not taken
-		case err != nil:
-			return err
-		default:
-			before = last.Tree
-			m := candidate{from: last.Hash, rules: rulesOf(last), to: to}
-			for _, u := range before.Units {
-				m.had = append(m.had, u.ID)
-			}
-			if m.descends, err = from.Descends(ctx, u.Old, u.New); err != nil {
-				return err
-			}
-			if err := refuse(m); err != nil {
-				return err
-			}
-		}
-	}
-	if releases == nil {
-		return nil
-	}
-	tree := *to.Tree
-	tree.Units = changed(before, to.Tree)
-	return releases.Check(ctx, &tree)
 }

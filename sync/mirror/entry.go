@@ -1,0 +1,141 @@
+package mirror
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"kedge/deployments"
+	"kedge/deployments/safetext"
+	"kedge/kv"
+	"kedge/policy"
+)
+
+// An entry of the history has the pins and the orders of its generation.
+
+// pastPin returns a pin of a unit, or of one node of it, as the history keeps it.
+func pastPin(node string, pin deployments.Pin, err error) deployments.PastPin {
+	pin.By, pin.Reason = pastWords(pin.By), pastWords(pin.Reason)
+	if err != nil {
+		return deployments.PastPin{Node: node, Error: pastWords(err.Error())}
+	}
+	return deployments.PastPin{Node: node, Pin: pin}
+}
+
+// pastWords cuts what a person, or a stranger, wrote for the history.
+func pastWords(s string) string {
+	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), deployments.MaxPastWords)
+}
+
+// openPins returns the pins that had not ended.
+func openPins(pins []deployments.PastPin) []deployments.PastPin {
+	return slices.DeleteFunc(slices.Clone(pins), func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
+}
+
+// followPins returns what the pins of a history entry become: what the store shows no longer, or shows otherwise, has
+// ended, and what it shows anew is added. shown are the pins that it shows of the unit, at most one a node. truncated
+// reports whether there were more than an entry keeps.
+func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deployments.PastPin, truncated bool) {
+	now = now.UTC().Truncate(time.Millisecond)
+	byNode := make(map[string]deployments.PastPin, len(shown))
+	for _, p := range shown {
+		byNode[p.Node] = p
+	}
+	next = slices.Clone(pins)
+	last := map[string]time.Time{} // when the newest pin of a node began
+	stands := map[string]bool{}
+	for i := range next {
+		p := &next[i]
+		last[p.Node] = p.At
+		seen, there := byNode[p.Node]
+		switch {
+		case !p.Ended.IsZero():
+		case p.Expired(now):
+			p.Ended = p.Until
+		case !there || !p.Same(seen):
+			p.Ended = latest(now, p.At)
+		default:
+			stands[p.Node] = true
+		}
+	}
+	for _, p := range shown {
+		if stands[p.Node] || p.Expired(now) { // one that had expired before it was seen never stood
+			continue
+		}
+		p.At = now
+		if began, ok := last[p.Node]; ok && !now.After(began) { // a pin is told from others of its node by its time
+			p.At = began.Add(time.Millisecond)
+		}
+		next = append(next, p)
+	}
+	return boundPins(next)
+}
+
+// boundPins leaves out what is more than an entry keeps: the oldest that have ended, then the newest of single nodes.
+func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncated bool) {
+	for len(pins) > deployments.MaxPastPins {
+		i := slices.IndexFunc(pins, func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
+		for j := len(pins) - 1; i < 0; j-- {
+			if pins[j].Node != "" || j == 0 {
+				i = j
+			}
+		}
+		pins, truncated = slices.Delete(pins, i, i+1), true
+	}
+	return pins, truncated
+}
+
+// sameEntry reports whether two versions of a history entry have the same pins.
+func sameEntry(a, b deployments.History) bool {
+	return a.Truncated == b.Truncated && slices.EqualFunc(a.Pins, b.Pins, func(p, q deployments.PastPin) bool {
+		return p.Same(q) && p.At.Equal(q.At) && p.Ended.Equal(q.Ended)
+	})
+}
+
+// withOrder adds an order that is consumed to a history entry.
+func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
+	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
+	past.By, past.Reason = pastWords(o.By), pastWords(o.Reason)
+	h.Orders = append(slices.Clone(h.Orders), past)
+	if more := len(h.Orders) - deployments.MaxPastOrders; more > 0 {
+		h.Orders, h.Truncated = h.Orders[more:], true
+	}
+	return h
+}
+
+// lostEntry returns the history entry of a record whose own is not there any more.
+func lostEntry(r deployments.Record, now time.Time) deployments.History {
+	return deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Commit: r.Commit,
+		At: now.UTC().Truncate(time.Millisecond), Claim: policy.ClaimOf(r), Retry: r.Retry, Pinned: r.Pinned,
+		Note: "the entry of this generation was lost, and made again from the record"}
+}
+
+// writeHistory returns the operations that put an entry, and remove the one that is too old.
+func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
+	var value bytes.Buffer
+	e := json.NewEncoder(&value)
+	e.SetEscapeHTML(false) // six bytes for one would let pins outgrow a transaction
+	if err := e.Encode(h); err != nil {
+		panic(err) // plain data
+	}
+	ops := []kv.Op{kv.Put(historyKey(id, h.Generation), bytes.TrimSpace(value.Bytes()))}
+	if old := h.Generation - deployments.HistoryKept; old > 0 {
+		ops = append(ops, kv.Delete(historyKey(id, old)))
+	}
+	return ops
+}
+
+// historyKey sorts as the generations do.
+func historyKey(id deployments.UnitID, generation int64) string {
+	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
+}
+
+func latest(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}

@@ -1,0 +1,179 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"kedge/deployments/wait"
+	"kedge/sync/git"
+)
+
+// follower keeps up with the branch in Git, whether its mirror holds the lease or waits for it.
+type follower struct {
+	source       git.Branch
+	repo, branch string       // as Config's, for the log
+	signers      *git.Signers // nil: signatures are not asked for
+	metrics      *metrics
+	log          *slog.Logger
+	pollNow      wait.Signal // asks for a poll
+
+	mu      sync.Mutex
+	now     gitState
+	changed chan struct{} // closed, and made anew, when now changes
+}
+
+// run follows the branch until ctx ends.
+func (f *follower) run(ctx context.Context) {
+	retry := wait.NewBackoff(100*time.Millisecond, 30*time.Second)
+	for ctx.Err() == nil {
+		before, began := f.state(), time.Now()
+		after := f.look(ctx, before)
+		if ctx.Err() != nil {
+			return
+		}
+		f.set(after)
+		f.logChange(before, after)
+		delay := wait.Jitter(f.source.Interval(), 0.2)
+		switch {
+		case after.away == nil:
+			retry.Reset()
+		case errors.Is(after.away, git.ErrNoBranch): // somebody has to push: nothing to hurry for
+		default:
+			delay = retry.Next()
+		}
+		select {
+		case <-ctx.Done():
+		case <-f.pollNow.C():
+			if err := wait.For(ctx, f.source.Pause()-time.Since(began)); err != nil {
+				return
+			}
+		case <-time.After(delay):
+		}
+	}
+}
+
+// look asks Git for the branch's head, and reads it where it is new.
+func (f *follower) look(ctx context.Context, was gitState) gitState {
+	head, err := f.source.Head(ctx)
+	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
+		f.metrics.polled(nil)
+		return gitState{head: bad.Hash, bad: err}
+	}
+	f.metrics.polled(err)
+	if err != nil {
+		was.away = err
+		return was
+	}
+	if was.head == head && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
+		was.away = nil
+		return was
+	}
+	commit, err := f.load(head)
+	switch {
+	case errors.As(err, new(*git.BadCommit)):
+		return gitState{head: head, bad: err}
+	case err != nil:
+		f.source.Distrust()
+		was.away = err
+		return was
+	}
+	return gitState{head: head, good: commit}
+}
+
+func (f *follower) load(hash string) (*git.Commit, error) {
+	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.Load(hash, f.signers) })
+}
+
+// loadTaken reads a commit that a mirror took before, whatever became of its signer since.
+func (f *follower) loadTaken(hash string) (*git.Commit, error) {
+	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, f.signers) })
+}
+
+// loadUnvouched reads the commit that was mirrored last though its signature doesn't count, and nothing remembers that
+// it once did: its signer was taken out, and this mirror has no cache from before. The store says which commit that
+// was, and is no proof: see recorded.
+func (f *follower) loadUnvouched(hash string) (*git.Commit, error) {
+	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, nil) })
+}
+
+func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Commit, error) {
+	from, err := f.source.Objects()
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	return load(from)
+}
+
+// descends reports whether commit to follows from.
+func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
+	in, err := f.source.Objects()
+	if err != nil {
+		return false, err
+	}
+	defer in.Close()
+	return in.Descends(ctx, from, to)
+}
+
+func (f *follower) logChange(before, after gitState) {
+	switch {
+	case after.away != nil && before.away == nil:
+		f.log.Warn(
+			"Git can't be read, what was mirrored stays",
+			"repo",
+			f.repo,
+			"branch",
+			f.branch,
+			"error",
+			after.away,
+		)
+	case after.away == nil && before.away != nil:
+		f.log.Info("Git can be read again", "repo", f.repo, "head", after.head)
+	}
+	if after.head == before.head {
+		return
+	}
+	if after.bad != nil {
+		f.log.Error("the commit is not taken", "commit", after.head, "error", after.bad)
+		return
+	}
+	f.log.Info(
+		"commit read",
+		"commit",
+		after.head,
+		"author",
+		after.good.Author,
+		"subject",
+		after.good.Subject,
+		"units",
+		len(after.good.Tree.Units),
+	)
+}
+
+func (f *follower) state() gitState {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.now
+}
+
+func (f *follower) set(s gitState) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	same := s.head == f.now.head && s.good == f.now.good && text(s.bad) == text(f.now.bad) &&
+		text(s.away) == text(f.now.away)
+	f.now = s
+	if !same {
+		close(f.changed)
+		f.changed = make(chan struct{})
+	}
+}
+
+// awaitChange returns the state, and what is closed at its next change.
+func (f *follower) awaitChange() (gitState, <-chan struct{}) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.now, f.changed
+}
