@@ -58,7 +58,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 	}
 	from := digestOf(oldIndex)
 	if string(header[:len(deltaMagic)]) != deltaMagic || !bytes.Equal(header[len(deltaMagic):][:32], from[:]) {
-		return nil, nil, fmt.Errorf("%w: it does not begin as one from the release that is here", ErrDelta)
+		return nil, nil, fmt.Errorf("%w: it starts from another release than the one here", ErrDelta)
 	}
 	d.zstd, err = zstd.NewReader(
 		r,
@@ -79,7 +79,7 @@ func readDelta(r io.Reader, raw io.Closer, oldIndex []byte) (_ *delta, newIndex 
 		return nil, nil, err
 	}
 	if sum := digestOf(out.Bytes()); !bytes.Equal(sum[:], header[len(deltaMagic)+32:]) {
-		return nil, nil, fmt.Errorf("%w: it makes another index than it says", ErrDelta)
+		return nil, nil, fmt.Errorf("%w: its index has another hash than it says", ErrDelta)
 	}
 	return d, out.Bytes(), nil
 }
@@ -141,7 +141,7 @@ func (d *delta) apply(old io.ReaderAt, oldSize int64, w io.Writer, size int64) e
 	return misfit
 }
 
-var errMisfit = errors.New("the patch does not fit")
+var errMisfit = errors.New("the patch does not match the old file")
 
 // patchSection is one section, split into its four parts.
 type patchSection struct {
@@ -229,7 +229,7 @@ func (s *patchSection) apply(src *window, out []byte, n int) ([]byte, error) {
 	}
 	// Nothing may remain: otherwise many patches would give the same result.
 	if len(ops.rest)+len(runs.rest)+len(differ)+len(extra.rest) > 0 || same+other > 0 {
-		return nil, errors.New("a section has more than it needs")
+		return nil, errors.New("a section has unused bytes")
 	}
 	return out, nil
 }

@@ -334,7 +334,7 @@ func (x *extractor) tar(r *bufio.Reader) error {
 	for {
 		n, err := r.Read(buf)
 		if slices.ContainsFunc(buf[:n], func(b byte) bool { return b != 0 }) {
-			return errors.New("there is more behind the archive's end")
+			return errors.New("data follows the end of the archive")
 		}
 		if errors.Is(err, io.EOF) {
 			break
@@ -419,7 +419,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	}
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
-			return errors.New("the release itself as something else than a directory")
+			return errors.New("the release's top is no directory")
 		}
 		x.top = a
 		return nil
@@ -445,7 +445,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 	// may have content.
 	if info, err := x.root.Lstat(name); err == nil {
 		if info.IsDir() {
-			return errors.New("it stands in the place of a directory")
+			return errors.New("it would replace a directory")
 		}
 		if err := x.root.Remove(name); err != nil {
 			return err

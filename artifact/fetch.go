@@ -144,7 +144,7 @@ func (f *fetch) run(ctx context.Context, base *base, dir string) error {
 	}
 	// The old release and the delta had wrong content.
 	if n, first := f.spoiled.sum(); n > 0 {
-		f.fallBack("the old release isn't what it should be", "dir", base.dir, "files", n, "first", first)
+		f.fallBack("the old release has wrong content", "dir", base.dir, "files", n, "first", first)
 	}
 	if err := f.fetchFrames(ctx, f.tree.missing(nil)); err != nil {
 		return err
@@ -248,7 +248,7 @@ func (f *fetch) decode(data []byte) (*index, error) {
 		return nil, err
 	}
 	if !x.archive {
-		return nil, fmt.Errorf("%w: it says nothing of an archive", ErrIndex)
+		return nil, fmt.Errorf("%w: it describes no archive", ErrIndex)
 	}
 	if err := x.checkTargets(f.manifest.Symlinks); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrIndex, err)

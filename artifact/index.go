@@ -303,7 +303,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
 		}
 		if i > 0 && uint64(commonPrefix(x.entries[i-1].path, e.path)) != shared {
-			return 0, fmt.Errorf("entry %d: %q shares more with the path before it than is said", i, e.path)
+			return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.path)
 		}
 		parent := parentOf(e.path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
@@ -321,7 +321,7 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 			if x.archive {
 				gap := int64(r.number(maxTree))
 				if e.size == 0 && gap > 0 {
-					return 0, fmt.Errorf("entry %d: %q is empty and yet lies somewhere", i, e.path)
+					return 0, fmt.Errorf("entry %d: %q is empty and yet has an offset", i, e.path)
 				}
 				e.offset = end + gap
 				end = e.offset + e.size

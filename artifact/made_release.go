@@ -57,7 +57,7 @@ func (r *Releases) Record(ctx context.Context, rel *Release) error {
 		var left int
 		left, err = r.madeFiles(filepath.Base(rel.Dir)).record(r.dirOf(rel), found)
 		if left > 0 {
-			r.log.Warn("the release's commands made more paths than are remembered: the rest counts as drift",
+			r.log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
 				"remembered", maxMade, "left_out", left)
 		}
 	}

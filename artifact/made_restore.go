@@ -51,7 +51,7 @@ func restoreMade(dir, live string, made []madeThing) error {
 	defer r.close()
 	for i := range made {
 		if err := r.restore(&made[i]); err != nil {
-			return fmt.Errorf("bringing back %q, which the release's commands made: %w", made[i].Path, err)
+			return fmt.Errorf("restoring %q, which the release's commands made: %w", made[i].Path, err)
 		}
 	}
 	return nil

@@ -135,7 +135,7 @@ func (p *Place) private() error {
 	}
 	if err := unix.Chmod(fmt.Sprintf("/proc/self/fd/%d", p.dir.Fd()), st.Mode&0o7755); err != nil {
 		return fmt.Errorf(
-			"%s can be written into by others than its owner, which can't be changed (%w): %w",
+			"users other than its owner can write into %s, and its mode can't be changed (%w): %w",
 			p.shown,
 			err,
 			ErrUnsafe,

@@ -62,7 +62,7 @@ func (p *publisher) findEarlier(index deployments.Digest) (found []earlier, err 
 	}
 	if err != nil {
 		p.log.Warn(
-			"earlier releases can't be looked for, and get no deltas: name them with --since",
+			"can't look for earlier releases, which get no deltas: name them with --since",
 			"below",
 			p.beside,
 			"error",
@@ -100,7 +100,7 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 	}
 	if more {
 		p.log.Warn(
-			"there are too many releases to look at all: some that were published last may get no deltas; name them with --since",
+			"there are too many releases to look at all of them: some that were published last may get no deltas; name them with --since",
 			"below",
 			p.beside,
 			"objects",

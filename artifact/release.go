@@ -415,7 +415,7 @@ func (r *Releases) switchTo(rel *Release) error {
 	now := time.Now()
 	if err := os.Chtimes(filepath.Join(r.private(), name+recordSuffix), now, now); err != nil {
 		// Only Prune uses this time: the release may be pruned a little early.
-		r.log.Warn("could not note when the release was switched to", "dir", rel.Dir, "error", err)
+		r.log.Warn("could not record when the release was switched to", "dir", rel.Dir, "error", err)
 	}
 	if there, err := os.Readlink(r.link()); err == nil && there == target {
 		if err := r.adopt(); err != nil {
@@ -632,7 +632,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		}
 	}
 	if err := files.renew(); err != nil {
-		r.log.Warn("could not note the files of the live release, which will be read once more", "dest", r.dest, "error", err)
+		r.log.Warn("could not record the files of the live release, which will be read once more", "dest", r.dest, "error", err)
 	}
 	return left
 }

@@ -15,7 +15,7 @@ import (
 )
 
 // errMounted means that a path was not removed because something is mounted there.
-var errMounted = errors.New("it is a mount point, and is left alone with all that is in it: unmount it first")
+var errMounted = errors.New("it is a mount point, which is left alone with its content: unmount it first")
 
 // maxOpenLevels bounds the descriptors for removing a deep tree: deeper directories are first moved to its top.
 const maxOpenLevels = 64

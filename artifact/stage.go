@@ -194,7 +194,7 @@ func (r *Releases) noteFiles(name string, index deployments.Digest, stats []file
 		err = errors.Join(err, r.writeStats(base.name, base.digest, base.known.stats))
 	}
 	if err != nil {
-		r.log.Warn("could not note the files of a release, which will be read once more", "release", name, "error", err)
+		r.log.Warn("could not record the files of a release, which will be read once more", "release", name, "error", err)
 	}
 }
 

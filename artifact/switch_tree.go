@@ -321,7 +321,7 @@ func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	}
 	left, err := s.madeFiles(r).record(dest.Path(""), found)
 	if left > 0 && s.c.Log != nil {
-		s.c.Log.Warn("the release's commands made more paths than are remembered: the rest counts as drift",
+		s.c.Log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
 			"remembered", maxMade, "left_out", left)
 	}
 	return err

@@ -97,6 +97,6 @@ func (r *Releases) noteVerified(name string, rec *record, v *verifier) {
 		err = r.writeStats(name, rec.Index, v.stats)
 	}
 	if err != nil {
-		r.log.Warn("could not note what the files of a release are", "release", name, "error", err)
+		r.log.Warn("could not record the files of a release", "release", name, "error", err)
 	}
 }

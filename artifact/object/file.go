@@ -37,7 +37,7 @@ func etag(info fs.FileInfo) string {
 
 func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
 	s.requests.Add(1)
-	f, err := os.OpenFile(u.Path, os.O_RDONLY|unix.O_NONBLOCK, 0) // were it a pipe by now, opening it would wait for ever
+	f, err := os.OpenFile(u.Path, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {
 		return nil, 0, fileError(err)
 	}
@@ -62,14 +62,14 @@ func (s fileStore) read(_ context.Context, u *url.URL, o Object, offset, n int64
 	}{io.NewSectionReader(f, offset, n), f}, 0, nil
 }
 
-// putPrefix begins the name of a file that put has not finished.
+// putPrefix begins the name of a file that put has not finished yet.
 const putPrefix = ".kedge-"
 
-// putPiece is how many bytes put writes before it checks its context again.
+// putPiece is how many bytes put writes between two checks of its context.
 const putPiece = 4 << 20
 
-// put writes aside, syncs, and links the file to its name, which fails where one is: never over another's, unless
-// it replaces it.
+// put writes to a temporary file, syncs it, and links it to its name. The link fails if the name exists, unless
+// the put is to replace it.
 func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err error) {
 	s.requests.Add(1)
 	dir := filepath.Dir(u.Path)
@@ -83,7 +83,7 @@ func (s fileStore) put(ctx context.Context, u *url.URL, b *body, _ string) (err 
 	defer os.Remove(f.Name())
 	defer f.Close()
 	var sent int64
-	for left := b.reader(); ; { // in pieces, between which it can be told to end
+	for left := b.reader(); ; { // in pieces, to notice when ctx ends
 		if err := ctx.Err(); err != nil {
 			return err
 		}

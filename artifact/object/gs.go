@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// gsStore is gs://, by the XML API with a bearer token.
+// gsStore implements gs://, by the XML API with a bearer token.
 type gsStore struct {
 	http     *http.Client
 	endpoint string // empty: Google's
@@ -29,8 +29,8 @@ func (s *gsStore) address(u *url.URL) string {
 	return cmp.Or(s.endpoint, gsEndpoint) + "/" + u.Host + "/" + (&url.URL{Path: key(u)}).EscapedPath()
 }
 
-// header carries the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS are exchanged for,
-// or the instance's own.
+// header returns a header with the token: GOOGLE_OAUTH_ACCESS_TOKEN, the one that GOOGLE_APPLICATION_CREDENTIALS
+// is exchanged for, or the instance's own.
 func (s *gsStore) header(ctx context.Context) (http.Header, error) {
 	token := os.Getenv("GOOGLE_OAUTH_ACCESS_TOKEN")
 	var err error
@@ -110,7 +110,7 @@ func (s *gsStore) instanceToken(ctx context.Context) (string, error) {
 	}
 	err = json.NewDecoder(io.LimitReader(r.Body, 64<<10)).Decode(&answer)
 	if err == nil && answer.Token == "" {
-		err = errors.New("there is none in its answer")
+		err = errors.New("its answer has no token")
 	}
 	if err != nil {
 		return "", fmt.Errorf("the metadata server gave no token: %w", err)

@@ -19,17 +19,17 @@ const (
 	gsTokens = "https://oauth2.googleapis.com/token"
 )
 
-// gsAccount makes tokens of the service account whose key file GOOGLE_APPLICATION_CREDENTIALS names. A token is used
-// until it expires; the file is read again for the next.
+// gsAccount gets tokens for the service account whose key file GOOGLE_APPLICATION_CREDENTIALS names. It uses a
+// token until that expires, and reads the file again for the next.
 type gsAccount struct {
 	http *http.Client
 
 	mu    sync.Mutex
-	file  string // of token
+	file  string // the file that token was got with
 	token *oauth2.Token
 }
 
-// get returns a token; empty: no file is named.
+// get returns a token; empty: the environment names no file.
 func (a *gsAccount) get(ctx context.Context) (string, error) {
 	file := os.Getenv("GOOGLE_APPLICATION_CREDENTIALS")
 	if file == "" {
@@ -48,7 +48,7 @@ func (a *gsAccount) get(ctx context.Context) (string, error) {
 	return token.AccessToken, nil
 }
 
-// exchange signs a claim with the key of a service account's file, and exchanges it for a token.
+// exchange exchanges a claim, signed with the key in a service account's file, for a token.
 func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 	data, err := os.ReadFile(file)
 	if err != nil {
@@ -62,7 +62,8 @@ func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
 		URI   string `json:"token_uri"`
 	}
 	if err := json.Unmarshal(data, &key); err != nil {
-		return nil, fmt.Errorf("%s is no JSON: %w", file, errors.Unwrap(err)) // without a part of the key
+		// the inner error quotes no part of the key
+		return nil, fmt.Errorf("%s is no JSON: %w", file, errors.Unwrap(err))
 	}
 	if key.Type != "service_account" {
 		return nil, fmt.Errorf("%s holds credentials of type %q: want a service_account's key", file, key.Type)

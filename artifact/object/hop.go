@@ -15,12 +15,12 @@ import (
 
 var (
 	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
-	errToHere    = errors.New("another machine may not lead to this one")
+	errToHere    = errors.New("a redirect from another machine may not lead to this one")
 	// errLocalAddress is unavailability, not the release's fault: names lead to other addresses at other times.
 	errLocalAddress = errors.New("it is this machine's own address, or link-local: another machine may not lead there, " +
 		"and a URL only if sources names it")
 
-	errToPlainHTTP = errors.New("https may not lead to plain http")
+	errToPlainHTTP = errors.New("a redirect from https may not lead to plain http")
 	errWithoutEnd  = errors.New("it is redirected more than ten times")
 )
 

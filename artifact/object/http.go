@@ -12,14 +12,15 @@ import (
 	"time"
 )
 
-// httpStore is https://, read only, and http:// on this machine.
+// httpStore implements https://, read only, and plain http://.
 type httpStore struct {
 	http *http.Client
-	// meter keeps a read to the client's bandwidth and patience.
+	// meter bounds a read by the client's bandwidth and timeouts.
 	meter func(context.Context, io.ReadCloser) *metered
 }
 
-// stat asks for the first byte: that also tells whether the server keeps to Range, and a presigned URL takes no HEAD.
+// stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and works with presigned
+// URLs.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	h, err := netrcHeader(u)
 	if err != nil {
@@ -32,7 +33,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	ranged.Set("Range", firstByte)
 	r, err := send(ctx, s.http, http.MethodGet, u.String(), ranged, nil)
 	var answer *statusCode
-	if errors.As(err, &answer) && answer.code == http.StatusRequestedRangeNotSatisfiable { // it is empty
+	if errors.As(err, &answer) && answer.code == http.StatusRequestedRangeNotSatisfiable { // the object is empty
 		r, err = send(ctx, s.http, http.MethodHead, u.String(), h, nil)
 	}
 	if err != nil {
@@ -41,7 +42,7 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusPartialContent {
 		if r.ContentLength < 0 {
-			// It doesn't say how large it is, as where it makes its answers as it goes: it is read once to know.
+			// The server doesn't announce the size, as for generated answers: the object is read once to learn it.
 			if r.ContentLength, err = io.Copy(io.Discard, io.LimitReader(s.meter(ctx, r.Body), maxUncounted+1)); err != nil {
 				return Object{}, &transientError{err: err}
 			}
@@ -57,17 +58,18 @@ func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
 		o.Ranges = err == nil && o.Size <= 1
 		return o, err
 	}
-	io.CopyN(io.Discard, r.Body, 1) // so that the connection is used again
+	io.CopyN(io.Discard, r.Body, 1) // so that the connection is reused
 	if r.ContentLength, err = sizeIn(r.Header.Get("Content-Range")); err != nil {
 		return Object{}, err
 	}
 	return found(r)
 }
 
-// maxUncounted bounds, in bytes, how much is read of an object whose size the server doesn't tell.
+// maxUncounted bounds how much is read, in bytes, of an object whose size the server doesn't announce.
 const maxUncounted = 16 << 30
 
-// firstByte is the Range of an object's first byte; sizeIn gives the object's size as the answer to that has it.
+// firstByte is the Range of an object's first byte. sizeIn returns the object's size from the Content-Range of
+// that answer.
 const firstByte = "bytes=0-0"
 
 func sizeIn(contentRange string) (int64, error) {
@@ -82,13 +84,13 @@ func sizeIn(contentRange string) (int64, error) {
 	return n, nil
 }
 
-// found reads an answer's headers.
+// found returns the Object that an answer's headers describe.
 func found(r *http.Response) (Object, error) {
 	if r.ContentLength < 0 {
 		return Object{}, errors.New("the server doesn't say how large it is")
 	}
 	o := Object{Size: r.ContentLength, Ranges: r.Header.Get("Accept-Ranges") != "none"}
-	// A weak one promises nothing about bytes, and no server takes it in If-Match.
+	// A weak ETag guarantees nothing about bytes, and isn't valid in If-Match.
 	if tag := r.Header.Get("ETag"); !strings.HasPrefix(tag, "W/") {
 		o.ETag = tag
 	}
@@ -142,7 +144,7 @@ func readHTTP(
 			r.Body.Close()
 			return nil, 0, ErrChanged
 		}
-		before = offset // it ignores Range
+		before = offset // the server ignores Range
 	default:
 		r.Body.Close()
 		return nil, 0, fmt.Errorf("the server answered %s", r.Status)
@@ -154,7 +156,7 @@ func (s *httpStore) put(context.Context, *url.URL, *body, string) error {
 	return errors.New("https:// can't be written to: publish to s3://, gs:// or file://")
 }
 
-// send sends one request, and makes an error of every answer but 200, 201 and 206.
+// send sends one request. Every status but 200, 201 and 206 is an error.
 func send(
 	ctx context.Context,
 	client *http.Client,
@@ -192,7 +194,8 @@ func send(
 	return nil, statusError(r.StatusCode, r.Status, retryAfter(r.Header))
 }
 
-// plain strips the URL from an error of net/http: it may carry a signature, and callers name the object themselves.
+// plain removes the URL from an error of net/http: it may contain a signature, and callers name the object
+// themselves.
 func plain(err error) error {
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -218,7 +221,7 @@ func statusError(code int, status string, after time.Duration) error {
 	return &statusCode{code, status}
 }
 
-// statusCode is an answer that means nothing in particular.
+// statusCode is the error of an answer whose status has no special meaning.
 type statusCode struct {
 	code   int
 	status string

@@ -14,7 +14,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 )
 
-// ErrNoList means that this kind of storage can't be listed by kedge.
+// ErrNoList means that kedge can't list this kind of storage.
 var ErrNoList = errors.New("gs:// and https:// can't be listed")
 
 // Listed is an object that List found.
@@ -24,9 +24,9 @@ type Listed struct {
 	Modified time.Time
 }
 
-// List returns the objects whose URL begins with prefix, which ends in a slash, in no certain order: at most most of
-// them, and more is true where there are others. Nothing there is no error. gs:// and https:// give ErrNoList; S3
-// wants s3:ListBucket, and without it gives ErrDenied.
+// List returns at most most objects whose URL begins with prefix, which ends in a slash, in any order. more is set
+// if there are others. No objects are no error. For gs:// and https:// the error is ErrNoList. S3 needs
+// s3:ListBucket, without which the error is ErrDenied.
 func (c *Client) List(ctx context.Context, prefix string, most int) (found []Listed, more bool, err error) {
 	if !strings.HasSuffix(prefix, "/") {
 		return nil, false, fmt.Errorf("list %s: the prefix must end in a slash", prefix)
@@ -49,7 +49,7 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 		if err != nil {
 			return nil, false, fmt.Errorf("list %s: %w", prefix, err)
 		}
-		for i := range page { // as the prefix is spelt, which need not be as it would be here
+		for i := range page { // with the caller's spelling of the prefix, which may differ from the canonical one
 			page[i].URL = prefix + (&url.URL{Path: page[i].URL}).EscapedPath()
 		}
 		if found = append(found, page...); len(found) > most {
@@ -62,8 +62,8 @@ func (c *Client) List(ctx context.Context, prefix string, most int) (found []Lis
 	}
 }
 
-// lister is a store that can be listed, a page at a time. A page has at most most objects, with their paths behind
-// the prefix in place of URLs; next is where the one after it begins, empty at the end.
+// lister is a store that can be listed, page by page. A page has at most most objects, whose URLs are their paths
+// after the prefix. next is where the next page begins; empty at the end.
 type lister interface {
 	list(ctx context.Context, prefix *url.URL, after string, most int) (page []Listed, next string, err error)
 }
@@ -95,12 +95,12 @@ func (s *s3Store) list(ctx context.Context, prefix *url.URL, after string, most 
 	return page, aws.ToString(out.NextContinuationToken), nil
 }
 
-// list returns all in one page. Symbolic links are not followed; what a put has not finished is passed over.
+// list returns everything in one page. It doesn't follow symbolic links, and skips unfinished puts.
 func (s fileStore) list(ctx context.Context, prefix *url.URL, _ string, most int) (page []Listed, _ string, err error) {
 	s.requests.Add(1)
 	err = filepath.WalkDir(prefix.Path, func(p string, d fs.DirEntry, err error) error {
 		switch {
-		case errors.Is(err, fs.ErrNotExist): // none, or gone meanwhile
+		case errors.Is(err, fs.ErrNotExist): // there are none, or it was removed meanwhile
 			return nil
 		case err != nil:
 			return err

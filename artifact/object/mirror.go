@@ -13,15 +13,15 @@ import (
 	"kedge/deployments"
 )
 
-// Mirrors maps a URL prefix to the prefixes that are tried in its place, in order.
+// Mirrors maps a URL prefix to the prefixes that are tried before it, in order.
 type Mirrors map[string][]string
 
 const (
-	// A mirror is given up sooner than the place that an object belongs to.
+	// A mirror is given up sooner than an object's own place.
 	mirrorTries     = 2
 	mirrorStall     = 3 * time.Second
 	mirrorLeastRate = 64 << 10 // bytes a second
-	// mirrorPause is how long one that failed is asked last.
+	// mirrorPause is how long a mirror that failed is tried last.
 	mirrorPause = time.Minute
 )
 
@@ -40,8 +40,8 @@ func (m Mirrors) Check() error {
 	return nil
 }
 
-// of returns the mirrors' prefixes for a URL, and the URL below each of them: those of the longest prefix that covers
-// it.
+// of returns the mirrors' prefixes for a URL, and the URL below each of them. It uses the longest prefix that
+// covers the URL.
 func (m Mirrors) of(url string) (prefixes, urls []string) {
 	longest := ""
 	for prefix := range m {
@@ -59,7 +59,7 @@ func (m Mirrors) of(url string) (prefixes, urls []string) {
 	return m[longest], urls
 }
 
-// allows reports whether a redirect may lead to a URL.
+// allows reports whether a redirect may lead to a URL: one below a mirror.
 func (m Mirrors) allows(url string) bool {
 	for _, prefixes := range m {
 		if deployments.FromSource(url, prefixes) {
@@ -69,18 +69,17 @@ func (m Mirrors) allows(url string) bool {
 	return false
 }
 
-// mirrors is a client's list of mirrors, with which of them failed lately.
+// mirrors are a client's mirrors, and which of them failed lately.
 type mirrors struct {
 	of Mirrors
-	// client is less patient than the one that these are the mirrors of.
+	// client reads from mirrors, with shorter timeouts than the client that they belong to.
 	client *Client
 
 	mu     sync.Mutex
-	failed map[string]time.Time // by prefix: when it failed last
+	failed map[string]time.Time // when a mirror failed last, by prefix
 }
 
-// newMirrors makes the client of mirrors. They are allowed by being configured: a redirect may lead from one to
-// another.
+// newMirrors returns the mirrors of a client. Redirects from one mirror to another are allowed.
 func newMirrors(c Config, origin *Client) *mirrors {
 	of, redirect := c.Mirrors, c.Redirect
 	c.Mirrors, c.NoLocal = nil, false
@@ -97,19 +96,19 @@ func newMirrors(c Config, origin *Client) *mirrors {
 	return &mirrors{of: of, client: client, failed: map[string]time.Time{}}
 }
 
-// Source is one of the places that may have an object. Its Client reads it, at its URL.
+// Source is one of the places that may have an object. Client reads it at URL.
 type Source struct {
 	*Client
 	URL string
-	// mirror is the prefix of a mirror; empty: the object's own place.
+	// mirror is a mirror's prefix; empty: the object's own place.
 	mirror string
 }
 
-// Mirror reports whether it isn't the object's own place.
+// Mirror reports whether it is a mirror, not the object's own place.
 func (s Source) Mirror() bool { return s.mirror != "" }
 
-// Sources returns where to ask for an object: its mirrors in their order, then its own place, then the mirrors that
-// failed lately. What comes from a mirror may be anything: only who knows an object's digest may ask there.
+// Sources returns the places of an object in the order to try them: its mirrors, its own place, then mirrors that
+// failed lately. A mirror may return any bytes: use it only with the object's digest.
 func (c *Client) Sources(url string) []Source {
 	own := Source{Client: c, URL: url}
 	if c.mirrors == nil {
@@ -130,8 +129,8 @@ func (c *Client) Sources(url string) []Source {
 	return slices.Concat(first, []Source{own}, last)
 }
 
-// PassOver says that a mirror did not give what it should, and asks it last for a while. That it lacks an object says
-// nothing of others.
+// PassOver records that a mirror failed, so that it is tried last for a while. A missing object is no such
+// failure.
 func (c *Client) PassOver(s Source, err error) {
 	if !s.Mirror() {
 		return
@@ -147,11 +146,11 @@ func (c *Client) PassOver(s Source, err error) {
 	c.mirrors.mu.Lock()
 	c.mirrors.failed[s.mirror] = time.Now()
 	c.mirrors.mu.Unlock()
-	c.log.Warn("a mirror is passed over", "mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL),
+	c.log.Warn("a mirror failed: asking it last for a while", "mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL),
 		"reason", reason, "error", err)
 }
 
-// EachSource calls try with one source of an object after the other, until it returns nil. If it never does, the
+// EachSource calls try with one source of an object after the other, until try returns nil. If it never does, the
 // error is that of the object's own place.
 func (c *Client) EachSource(ctx context.Context, url string, try func(Source) error) error {
 	var own error
@@ -169,8 +168,8 @@ func (c *Client) EachSource(ctx context.Context, url string, try func(Source) er
 	return own
 }
 
-// ReadPinned reads an object whose bytes are known by their digest or signature, from its mirrors too: check returns
-// an error for any other bytes.
+// ReadPinned reads an object that has a known digest or signature, also from mirrors. check returns an error for
+// any other bytes.
 func (c *Client) ReadPinned(
 	ctx context.Context,
 	url string,

@@ -11,8 +11,8 @@ import (
 	"strings"
 )
 
-// netrcHeader returns the Authorization header for a server: the user and password that NETRC, or ~/.netrc, has for
-// its host, as curl --netrc sends them. Nobody else is told: a redirect to another host doesn't take it along.
+// netrcHeader returns the Authorization header with the user and password that NETRC, or ~/.netrc, has for a URL's
+// host, as curl --netrc sends it. A redirect to another host doesn't carry it.
 func netrcHeader(u *url.URL) (http.Header, error) {
 	file := os.Getenv("NETRC")
 	if file == "" {
@@ -44,11 +44,11 @@ func findMachine(text, host string) (user, password string, found bool) {
 	macro := false
 	for line := range strings.Lines(text) {
 		if macro = macro && strings.TrimSpace(line) != ""; macro {
-			continue // a macro ends with an empty line
+			continue // an empty line ends a macro
 		}
 		for _, word := range strings.Fields(line) {
 			if strings.HasPrefix(word, "#") && word != "#" && len(words) > 0 && words[len(words)-1] == "password" {
-				words = append(words, word) // a password may begin so
+				words = append(words, word) // a password may begin with #
 				continue
 			}
 			if strings.HasPrefix(word, "#") {

@@ -24,12 +24,12 @@ import (
 )
 
 var (
-	// ErrUnavailable means that the storage, or the network to it, is in trouble: the same call may succeed later, and the
+	// ErrUnavailable means that the storage, or the network to it, fails: the same call may succeed later, and the
 	// release is not to blame.
 	ErrUnavailable = errors.New("the storage is unavailable")
 	ErrNotFound    = errors.New("no such object")
 	ErrDenied      = errors.New("access to the object is denied")
-	// ErrExists means that other bytes are there already: a release is immutable.
+	// ErrExists means that the object exists with other bytes: a release is immutable.
 	ErrExists = errors.New("the object exists with other bytes")
 	// ErrTooLarge means that the object is larger than the caller's bound.
 	ErrTooLarge = errors.New("the object is larger than allowed")
@@ -41,37 +41,36 @@ var (
 type Config struct {
 	// MaxBandwidth bounds all reads of this client together, in bytes a second; 0: unbounded.
 	MaxBandwidth int64
-	// S3 overrides what AWS's own environment says; nil: that.
+	// S3 overrides AWS's own configuration from the environment; nil: nothing is overridden.
 	S3 *S3Config
-	// UnconditionalPut is for an S3 that has no conditional PUT: two who publish one object at once may write over
-	// each other's.
+	// UnconditionalPut is for an S3 without conditional PUT: two processes that publish one object at once may
+	// then overwrite each other's.
 	UnconditionalPut bool
-	// GSEndpoint is where gs:// lies; empty: Google's own.
+	// GSEndpoint is the endpoint of gs://; empty: Google's own.
 	GSEndpoint string
-	// StallTimeout is how long a server may leave a request without an answer, or a read without stallLeast bytes,
-	// before it is tried again on another connection; default 10 s.
+	// StallTimeout is how long a server may take to answer a request, or to send stallLeast bytes of it, before
+	// another connection is tried; default 10 s.
 	StallTimeout time.Duration
-	// LeastRate is how many bytes a second a read must bring, over six StallTimeouts, or else it ends with ErrUnavailable;
-	// default 1 KiB/s. Waiting for MaxBandwidth doesn't count.
+	// LeastRate is the least rate of a read, in bytes a second over six StallTimeouts: a slower one ends with
+	// ErrUnavailable. Default 1 KiB/s. Time spent waiting for MaxBandwidth doesn't count.
 	LeastRate int64
 	// Redirect reports why a redirect may not lead to a URL, which comes without its query; nil: it may. From https it
 	// leads to https alone, and from another machine never to this one.
 	Redirect func(url string) error
-	// Sources are URLs, or prefixes of them, as agents' sources: plain http is read from another machine only if it is
-	// below one of these.
+	// Sources are URLs, or prefixes of URLs: plain http is read from another machine only if the URL is one of
+	// these or lies below one.
 	Sources []string
 	// NoLocal keeps http:// and https:// that Sources doesn't name from connecting to this machine or to its link,
 	// whatever name leads there.
 	NoLocal bool
-	// Mirrors are asked before an object's own place by those who know its digest.
+	// Mirrors are tried before an object's own place by callers that know its digest.
 	Mirrors Mirrors
 	Log     *slog.Logger // nil: discard
 }
 
-// Client reads and writes objects. Transient faults (cut connections, 5xx, S3's 503 SlowDown) are retried within a
-// call with back-off, for some 15 seconds without progress; what is left is an error that wraps a sentinel of this
-// package where one fits. AWS is configured by its own environment, profile or instance role, when the first s3://
-// URL is used.
+// Client reads and writes objects. A call retries transient errors (broken connections, 5xx, S3's 503 SlowDown)
+// with backoff, for some 15 seconds without progress; then the error wraps a sentinel of this package if one fits.
+// AWS is configured by its own environment, profile or instance role, when the first s3:// URL is used.
 type Client struct {
 	log      *slog.Logger
 	limit    *rate.Limiter // nil: none
@@ -91,37 +90,38 @@ type Client struct {
 	bytes    atomic.Int64
 }
 
-// Object says where an existing object is, how large it is, and how it can be read.
+// Object describes an existing object: where it is, its size, and how it can be read.
 type Object struct {
 	URL  string
 	Size int64
-	// ETag guards ranged reads against a replaced object; empty where the server has none.
+	// ETag makes a ranged read fail if the object was replaced; empty: the server has none.
 	ETag string
-	// Ranges is false where the server is known to ignore Range.
+	// Ranges is false if the server is known to ignore Range.
 	Ranges bool
 }
 
-// PutOptions for Client.Put.
+// PutOptions are the options of Client.Put.
 type PutOptions struct {
 	ContentType string
-	// Progress is told of bytes sent so far; nil: nobody.
+	// Progress is called with the bytes sent so far; may be nil.
 	Progress func(sent int64)
 }
 
-// store is one kind of storage: each call is one try.
+// store is one kind of storage. Each method makes one try.
 type store interface {
 	stat(ctx context.Context, u *url.URL) (Object, error)
-	// read gives n bytes from offset on (n < 0: all), guarded by the object's ETag, and how many the server sends
-	// before them, as it does where it ignores Range.
+	// read returns n bytes from offset on (n < 0: all), guarded by the object's ETag. before is how many bytes the
+	// server sends before these, as it does if it ignores Range.
 	read(ctx context.Context, u *url.URL, o Object, offset, n int64) (r io.ReadCloser, before int64, err error)
-	// put writes where nothing is, else errOccupied; or, where the body says so, over what is there, in one step.
+	// put writes an object. If one exists, the error is errOccupied or, if the body says so, it is replaced
+	// atomically.
 	put(ctx context.Context, u *url.URL, body *body, contentType string) error
 }
 
-// errOccupied is the error of a put to a name that has an object already.
+// errOccupied means that a put found an existing object.
 var errOccupied = errors.New("an object is there already")
 
-// transientError is a fault that a later try may not meet; After is what the server asked for.
+// transientError is an error that a later try may not meet. After is the pause that the server asked for.
 type transientError struct {
 	err   error
 	after time.Duration
@@ -135,7 +135,7 @@ const (
 	maxTries        = 7
 	firstPause      = 100 * time.Millisecond
 	maxPause        = 5 * time.Second
-	// stallTimeout is Config.StallTimeout's default: a dead connection is otherwise noticed after hours.
+	// stallTimeout is the default of Config.StallTimeout. Without it a dead connection goes unnoticed for hours.
 	stallTimeout = 10 * time.Second
 	dialTimeout  = 10 * time.Second
 	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
@@ -143,7 +143,7 @@ const (
 	leastStalls  = 6       // stallTimeouts over which it is measured
 )
 
-// New makes a client; it does no I/O.
+// New returns a client; it does no I/O.
 func New(c Config) *Client {
 	client := &Client{
 		log:   c.Log,
@@ -171,8 +171,8 @@ func New(c Config) *Client {
 	return client
 }
 
-// tune sets a transport up for many large reads side by side. Connections that are kept for the next request are
-// probed: after a cut of the network that nobody tells of, each of them would cost a stallTimeout.
+// tune sets a transport up for many large parallel reads. Idle connections are probed: after an unnoticed cut of
+// the network, each of them would cost a stallTimeout.
 func (c *Client) tune(t *http.Transport) {
 	t.DialContext = dialer().DialContext
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = idleConnections, idleConnections
@@ -192,7 +192,7 @@ func dialer() *net.Dialer {
 	}}
 }
 
-// Requests counts the requests sent and the bytes read since New: what a benchmark and a log line want to know.
+// Requests returns the requests sent and the bytes read since New, for benchmarks and logs.
 func (c *Client) Requests() (requests, bytes int64) {
 	requests, bytes = c.requests.Load(), c.bytes.Load()
 	if c.mirrors != nil {
@@ -229,7 +229,7 @@ func (c *Client) store(ctx context.Context, text string) (store, *url.URL, error
 // retry is the signature of Client.retry, for stores that call it.
 type retry func(ctx context.Context, what string, try func() error) error
 
-// retry calls try until it succeeds, fails for good, or has failed too often.
+// retry calls try until it succeeds, fails permanently, or has failed too often.
 func (c *Client) retry(ctx context.Context, what string, try func() error) error {
 	pause := wait.NewBackoff(firstPause, maxPause)
 	for n := 1; ; n++ {
@@ -245,7 +245,8 @@ func (c *Client) retry(ctx context.Context, what string, try func() error) error
 	}
 }
 
-// withoutTransient returns the error to report once no more tries are made: a transient one becomes ErrUnavailable.
+// withoutTransient returns the error to report when no more tries are made: a transient one becomes
+// ErrUnavailable.
 func withoutTransient(err error) error {
 	var transient *transientError
 	if !errors.As(err, &transient) {
@@ -257,13 +258,13 @@ func withoutTransient(err error) error {
 	return unavailableError{err}
 }
 
-// unavailableError is ErrUnavailable with the cause of the last try.
+// unavailableError is ErrUnavailable with the error of the last try.
 type unavailableError struct{ error }
 
 func (e unavailableError) Is(target error) bool { return target == ErrUnavailable }
 func (e unavailableError) Unwrap() error        { return e.error }
 
-// Stat finds an object.
+// Stat returns an object's description.
 func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -277,7 +278,7 @@ func (c *Client) Stat(ctx context.Context, url string) (o Object, err error) {
 	return o, nil
 }
 
-// ReadAll reads a whole small object, in one request; ErrTooLarge if it has more than max bytes.
+// ReadAll reads a whole small object in one request. If it has more than max bytes, the error is ErrTooLarge.
 func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -312,14 +313,13 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	return data, nil
 }
 
-// Read opens a stream of the whole object from offset on. A cut connection is resumed where it was cut, guarded by
-// ETag.
+// Read opens a stream of the object from offset on. A broken connection is resumed there, guarded by the ETag.
 func (c *Client) Read(ctx context.Context, o Object, offset int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, o.Size-offset)
 }
 
-// ReadRange reads n bytes at offset in one request, If-Match its ETag; where the server ignores Range it reads and
-// discards what lies before. A cut connection is resumed.
+// ReadRange reads n bytes at offset in one request with If-Match. If the server ignores Range, it discards the
+// bytes before. A broken connection is resumed.
 func (c *Client) ReadRange(ctx context.Context, o Object, offset, n int64) (io.ReadCloser, error) {
 	return c.stream(ctx, o, offset, n)
 }
@@ -351,7 +351,8 @@ func (c *Client) stream(ctx context.Context, o Object, offset, n int64) (io.Read
 	return r, nil
 }
 
-// resuming is a stream that opens a new request where the last one was cut. Progress renews its patience.
+// resuming is a stream that makes a new request where the last one broke. Its retries start anew with every
+// progress.
 type resuming struct {
 	client *Client
 	ctx    context.Context
@@ -361,7 +362,7 @@ type resuming struct {
 	offset int64
 	left   int64
 	body   *metered
-	// limited is how long the bandwidth limit has held it up.
+	// limited is how long the bandwidth limit has delayed it.
 	limited time.Duration
 	tries   int
 	since   int // bytes since tries began
@@ -369,13 +370,13 @@ type resuming struct {
 	pace    pace
 }
 
-// pace is how fast a stream's bytes arrive, over all its connections.
+// pace measures how fast a stream's bytes arrive, over all its connections.
 type pace struct {
 	bytes int64
 	took  time.Duration // without what the bandwidth limit took
 }
 
-// slow counts a read, and reports whether those of the last leastStalls stallTimeouts brought too little.
+// slow counts a read, and reports whether the last leastStalls stallTimeouts brought too little.
 func (c *Client) slow(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)
 	if p.took += took; p.took < leastStalls*c.stall {
@@ -410,13 +411,13 @@ func (r *resuming) Read(p []byte) (int, error) {
 	n, err := r.read(p)
 	if err == nil && r.left > 0 && r.client.slow(&r.pace, n, time.Since(began)-(r.limited-limited)) {
 		err = unavailableError{
-			fmt.Errorf("%s: it comes slower than %d bytes a second", deployments.ShownURL(r.object.URL), r.client.least),
+			fmt.Errorf("%s: the answer comes slower than %d bytes a second", deployments.ShownURL(r.object.URL), r.client.least),
 		}
 	}
 	return n, err
 }
 
-// read is Read, however slow it is.
+// read is Read without the check of the rate.
 func (r *resuming) read(p []byte) (int, error) {
 	for {
 		if r.body == nil {
@@ -466,10 +467,10 @@ func (r *resuming) Close() error {
 	return r.body.Close()
 }
 
-// limitChunk is how much is read between two looks at the bandwidth limit, in bytes.
+// limitChunk is how many bytes are read between two checks of the bandwidth limit.
 const limitChunk = 256 << 10
 
-// meter counts what is read, keeps to the bandwidth limit, and ends a read that stalls.
+// meter counts what is read, enforces the bandwidth limit, and ends a read that stalls.
 func (c *Client) meter(ctx context.Context, r io.ReadCloser) *metered {
 	return &metered{client: c, ctx: ctx, r: r}
 }
@@ -529,8 +530,8 @@ type body struct {
 
 func (b *body) reader() *io.SectionReader { return io.NewSectionReader(b.ReaderAt, 0, b.size) }
 
-// Put writes an object (S3: multipart above 16 MiB), never over other bytes: if one exists with the same bytes it
-// is left and Put succeeds; with others, ErrExists. body is read from its start, perhaps more than once.
+// Put writes an object (S3: multipart above 16 MiB). If it exists with the same bytes, Put succeeds; with others,
+// the error is ErrExists. r is read from its start, perhaps more than once.
 func (c *Client) Put(ctx context.Context, url string, r io.ReaderAt, size int64, opt PutOptions) error {
 	s, u, err := c.store(ctx, url)
 	if err != nil {
@@ -613,5 +614,5 @@ func (c *Client) same(ctx context.Context, url string, b *body) error {
 	return nil
 }
 
-// key is an object's path in its bucket.
+// key returns an object's path in its bucket.
 func key(u *url.URL) string { return strings.TrimPrefix(u.Path, "/") }

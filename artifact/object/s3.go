@@ -21,13 +21,13 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// S3Config overrides AWS's environment: for tests, and programs with more than one S3.
+// S3Config overrides AWS's environment, for tests and for programs that use more than one S3.
 type S3Config struct {
 	Endpoint, Region     string
 	AccessKey, SecretKey string
 }
 
-// s3Lazy reads AWS's configuration when the first s3:// URL is used: an agent without one never does.
+// s3Lazy loads AWS's configuration when the first s3:// URL is used.
 type s3Lazy struct {
 	config *S3Config
 	client *Client
@@ -98,11 +98,11 @@ func (c *Client) s3Client(made aws.HTTPClient) aws.HTTPClient {
 type s3Store struct {
 	client *s3.Client
 	retry  retry
-	// unconditional puts don't ask the store to keep what is there.
+	// unconditional is set if a put doesn't ask the storage to keep an existing object.
 	unconditional bool
 }
 
-// fail is s3Error, and adds to a denied call whose credentials it used.
+// fail is s3Error; for a denied call it adds which credentials were used.
 func (s *s3Store) fail(ctx context.Context, err error) error {
 	err = s3Error(err)
 	if !errors.Is(err, ErrDenied) {
@@ -120,7 +120,8 @@ func (s *s3Store) fail(ctx context.Context, err error) error {
 	)
 }
 
-// ifNone returns the If-None-Match of a put, which keeps it from overwriting an object; nil: the storage knows none.
+// ifNone returns the If-None-Match header of a put, which keeps it from overwriting; nil: the storage doesn't
+// support it.
 func (s *s3Store) ifNone() *string {
 	if s.unconditional {
 		return nil
@@ -128,8 +129,8 @@ func (s *s3Store) ifNone() *string {
 	return aws.String("*")
 }
 
-// stat asks for the first byte: that also tells whether what answers keeps to Range, and unlike HEAD it says what
-// is wrong.
+// stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and its errors have a
+// message.
 func (s *s3Store) stat(ctx context.Context, u *url.URL) (Object, error) {
 	out, err := s.client.GetObject(
 		ctx,
@@ -221,7 +222,8 @@ func (s *s3Store) put(ctx context.Context, u *url.URL, b *body, contentType stri
 	return occupied(s.fail(ctx, err))
 }
 
-// putParts uploads in parts side by side. What fails is aborted, or its parts would be kept, and paid for, unseen.
+// putParts uploads parts in parallel. A failed upload is aborted, as its parts would otherwise be kept and paid
+// for.
 func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType string) (err error) {
 	size := max(int64(partSize), (b.size+maxParts-1)/maxParts)
 	in := &s3.CreateMultipartUploadInput{Bucket: &u.Host, Key: aws.String(key(u))}
@@ -251,7 +253,8 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 			n := min(size, b.size-offset)
 			number := int32(i + 1)
 			var out *s3.UploadPartOutput
-			err := s.retry(groupCtx, "put a part of "+u.String(), func() (err error) { // alone: else all others were sent again
+			// alone: else all others were sent again
+			err := s.retry(groupCtx, "put a part of "+u.String(), func() (err error) {
 				out, err = s.client.UploadPart(groupCtx, &s3.UploadPartInput{
 					Bucket: &u.Host, Key: in.Key, UploadId: created.UploadId, PartNumber: &number,
 					Body: io.NewSectionReader(b.ReaderAt, offset, n), ContentLength: &n,
@@ -279,18 +282,18 @@ func (s *s3Store) putParts(ctx context.Context, u *url.URL, b *body, contentType
 	return occupied(s.fail(ctx, err))
 }
 
-// errVersion is a put to a version of an object.
+// errVersion means that a URL to write names a version of an object.
 var errVersion = errors.New("a version of an object can't be written: leave ?versionId out")
 
-// occupied reads a failed If-None-Match.
+// occupied returns errOccupied for a failed If-None-Match, or the error unchanged.
 func occupied(err error) error {
 	var answer *statusCode
 	switch {
 	case errors.Is(err, ErrChanged):
 		return errOccupied
 	case errors.As(err, &answer) && answer.code == http.StatusNotImplemented:
-		return fmt.Errorf("%w: the store has no conditional PUT (If-None-Match), by which nobody's object is written over: "+
-			"if only one publishes at a time, go on with --unconditional-put, which looks first and then writes", err)
+		return fmt.Errorf("%w: the store has no conditional PUT (If-None-Match), which keeps objects from being overwritten: "+
+			"if only one publishes at a time, use --unconditional-put, which checks first and then writes", err)
 	}
 	return err
 }

@@ -19,7 +19,7 @@ import (
 // maxMessage bounds, in bytes, how much of S3's own message an error quotes.
 const maxMessage = 500
 
-// s3Error tells a fault's kind, and leaves out what the SDK adds: request ids, host names, and in places the request.
+// s3Error classifies an error, and removes what the SDK adds: request IDs, host names, and parts of the request.
 func s3Error(err error) error {
 	if err == nil {
 		return nil
@@ -94,7 +94,7 @@ func s3Error(err error) error {
 	return statusError(code, message, after)
 }
 
-// credentialSources names where AWS credentials were looked for, in the SDK's order, and what stands there.
+// credentialSources describes where AWS credentials were looked for, in the SDK's order, and what was found.
 func credentialSources(getenv func(string) string) string {
 	var tried []string
 	add := func(name string, there bool, what string) {

@@ -12,7 +12,7 @@ import (
 	"kedge/deployments"
 )
 
-// version is the one that a URL asks for by ?versionId; nil: the newest.
+// version returns the version in a URL's ?versionId; nil: the newest.
 func version(u *url.URL) *string {
 	if v := u.Query().Get("versionId"); v != "" {
 		return &v
@@ -20,8 +20,8 @@ func version(u *url.URL) *string {
 	return nil
 }
 
-// Versions returns the URLs of at most most older versions of an object, the newest first, where the bucket keeps
-// versions, and nothing where it does not or the storage knows none. It wants s3:ListBucketVersions.
+// Versions returns the URLs of at most most older versions of an object, newest first; none if the bucket or the
+// storage keeps no versions. It needs s3:ListBucketVersions.
 func (c *Client) Versions(ctx context.Context, url string, most int) (urls []string, err error) {
 	s, u, err := c.store(ctx, url)
 	if err != nil {

@@ -47,22 +47,22 @@ import (
 	"kedge/deployments"
 )
 
-// Env is given to every command, as KEDGE_… variables beside the agent's own environment.
+// Env is what every command gets, as KEDGE_… variables beside the agent's own environment.
 type Env struct {
 	Unit     deployments.UnitID
 	Node     string
 	Step     string // pre, post, success, failure, health
 	Release  string // directory of the new release
-	Previous string // directory of the one before; empty at the first
+	Previous string // directory of the release before; empty for the first
 	Dest     string
 	Digest   deployments.Digest
 	Version  string
 	Commit   string
 	Name     string
 	Error    string // why the deployment failed, for failure commands
-	// Vars are the manifest's own variables, by name: commands.env.
+	// Vars are the manifest's own variables (commands.env), by name.
 	Vars map[string]string
-	// Mask hides values in the log and in errors, as in what the command wrote; nil: none.
+	// Mask hides values in the log, in errors, and in the output; nil: it hides nothing.
 	Mask *deployments.Mask
 	// Run marks the command's processes, so that EndLeftovers finds them after a crash; empty: they aren't marked.
 	Run string
@@ -70,20 +70,20 @@ type Env struct {
 
 // Result is the outcome of a command.
 type Result struct {
-	// Output is the beginning and the end of what it wrote to both streams, at most MaxOutput bytes, with a line between
-	// them that says how much was left out.
+	// Output is the beginning and the end of what the command wrote to both streams, at most MaxOutput bytes, with
+	// a line between them that says how much was left out.
 	Output []byte
-	// Exit is its exit status; -1 where it was ended by a signal or never ran.
+	// Exit is the command's exit status; -1 if a signal ended it or it never ran.
 	Exit int
 }
 
 const (
-	// MaxOutput bounds what is kept of one command's output, in bytes.
+	// MaxOutput bounds the output that is kept of one command, in bytes.
 	MaxOutput = 64 << 10
-	// MaxLines bounds the lines of one command's output that are logged, MaxLine the bytes of each.
+	// MaxLines bounds the logged lines of one command's output, MaxLine the bytes of each.
 	MaxLines = 500
 	MaxLine  = 1 << 10
-	// LineKey is the attribute that holds a line of output in the log.
+	// LineKey is the log attribute that contains a line of output.
 	LineKey = "line"
 
 	defaultTimeout = 10 * time.Minute
@@ -94,15 +94,15 @@ const (
 // ErrTimeout means that the command ran longer than its timeout, and was ended.
 var ErrTimeout = errors.New("it ran longer than its timeout and was ended")
 
-// Run runs c with stdin (may be nil). When ctx ends or c.Timeout is over its process group gets SIGTERM, and 5 s
-// later SIGKILL. The error names the command and says how it ended; it wraps ErrTimeout or ctx's cause where that
-// ended it.
+// Run runs c with stdin, which may be nil. When ctx ends or c.Timeout is over, its process group gets SIGTERM, and
+// 5 s later SIGKILL. The error names the command and says how it ended. It wraps ErrTimeout, or ctx's cause, if
+// that ended the command.
 func Run(ctx context.Context, log *slog.Logger, c deployments.Command, env Env, stdin []byte) (Result, error) {
 	return runAs(ctx, log, c, env, stdin, false)
 }
 
-// Check runs c as Run does, without a log, and kills what it left running, sessions of its own included: a check is
-// tried again and again.
+// Check runs c as Run does, without a log. It kills what the command left running, including processes in sessions
+// of their own, as a check is tried again and again.
 func Check(ctx context.Context, c deployments.Command, env Env) error {
 	env.Run = "check-" + rand.Text()
 	_, err := runAs(ctx, slog.New(slog.DiscardHandler), c, env, nil, true)
@@ -138,17 +138,17 @@ func runAs(
 	return execute(ctx, log, cmd, what, mark, env.Mask)
 }
 
-// Tool runs a program of the system's, such as rsync, with the same bounds as Run but for time, as the agent's
-// user, speaking English.
+// Tool runs a system program, such as rsync, as the agent's user and in English. It has the bounds of Run, except
+// a timeout.
 func Tool(ctx context.Context, log *slog.Logger, name string, args ...string) (Result, error) {
 	cmd := exec.Command(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
-	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // its messages may be read
+	cmd.Env = append(environ(os.Environ(), nil, Env{}), "LC_ALL=C") // callers parse its messages
 	return execute(ctx, log, cmd, clip(strings.Join(cmd.Args, " ")), "", nil)
 }
 
-// execute runs cmd until it exits or ctx ends; what is its name in the log and in errors. Where mark is not empty,
-// nothing of its process group outlives it, nor what bears the mark, which its environment has.
+// execute runs cmd until it exits or ctx ends. what names it in the log and in errors. If mark is not empty, no
+// process of its group survives it, and none that has the mark in its environment.
 func execute(
 	ctx context.Context, log *slog.Logger, cmd *exec.Cmd, what, mark string, mask *deployments.Mask,
 ) (Result, error) {
@@ -156,7 +156,7 @@ func execute(
 		return Result{Exit: -1}, fmt.Errorf("command %q was not run: %w", what, context.Cause(ctx))
 	}
 	cmd.SysProcAttr.Setpgid = true
-	cmd.WaitDelay = pipeWait // a daemon that inherited stdin and doesn't read it
+	cmd.WaitDelay = pipeWait // a daemon may have inherited stdin without reading it
 	pr, pw, err := os.Pipe()
 	if err != nil {
 		return Result{Exit: -1}, fmt.Errorf("command %q: making its pipe: %w", what, err)
@@ -173,7 +173,7 @@ func execute(
 	}
 	var began uint64
 	if mark != "" {
-		began = beganAt(cmd.Process.Pid) // before it can be reaped
+		began = beganAt(cmd.Process.Pid) // before the process can be reaped
 	}
 	out := &output{log: log, mask: mask}
 	read := make(chan error, 1)
@@ -190,10 +190,11 @@ func execute(
 	}
 
 	if mark != "" {
-		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // if it has no members left, its number is nobody's yet
+		unix.Kill(-cmd.Process.Pid, unix.SIGKILL) // an empty group's number is not reused yet
 		killMarked(mark, began)
 	}
-	// What the command wrote is in the pipe by now. Whoever still holds its other end is a daemon: it keeps a reader.
+	// What the command wrote is in the pipe by now. A process that still holds the other end is a daemon, and
+	// keeps a reader.
 	pr.SetReadDeadline(time.Now().Add(pipeWait))
 	if errors.Is(<-read, os.ErrDeadlineExceeded) {
 		log.Info("the command left processes behind that hold its output", "command", what)
@@ -221,8 +222,9 @@ func execute(
 	return result, fmt.Errorf("command %q: %w", what, err)
 }
 
-// endGroup ends the process group of leader and returns when the leader is reaped. A member may ignore SIGTERM, or
-// outlive the leader: the group is asked until nobody answers, and killed when the grace is over.
+// endGroup ends the process group of leader, and returns when the leader is reaped. As a member may ignore
+// SIGTERM, or outlive the leader, it sends signals until the group is empty, and SIGKILL when the grace period is
+// over.
 func endGroup(leader int, exited <-chan error) {
 	unix.Kill(-leader, unix.SIGTERM)
 	deadline := time.NewTimer(grace)
@@ -235,7 +237,7 @@ func endGroup(leader int, exited <-chan error) {
 		case <-exited:
 			reaped, exited = true, nil
 		case <-poll.C:
-			// The number can't belong to another group while this one has members.
+			// While this group has members, no other group can have its number.
 			if reaped && errors.Is(unix.Kill(-leader, 0), unix.ESRCH) {
 				return
 			}
@@ -249,7 +251,7 @@ func endGroup(leader int, exited <-chan error) {
 	}
 }
 
-// clip shortens a script for a log line and an error.
+// clip shortens a script for a log line or an error.
 func clip(s string) string {
 	s = strings.TrimSpace(s)
 	if line, _, more := strings.Cut(s, "\n"); more {

@@ -16,16 +16,16 @@ import (
 
 const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// private are variables of the agent that no command gets: credentials, and what systemd meant for the agent alone.
+// private are the agent's variables that no command gets: credentials, and what systemd passed to the agent alone.
 var private = []string{
 	"CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE", "CONSUL_HTTP_AUTH", "CONSUL_CLIENT_KEY",
 	"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
 	"CREDENTIALS_DIRECTORY", "INVOCATION_ID", "JOURNAL_STREAM",
 }
 
-// ownUsers begin the names of variables that only commands of the agent's own user get: what may open a door that
-// the agent alone has the key to. Beside these are variables whose name says that they are secret
-// (deployments.SecretName), and those whose value is a URL with a password, as a proxy's may be.
+// ownUsers are beginnings of variables that only commands of the agent's own user get, as they may give access to
+// something. So are variables whose names say that they are secret (deployments.SecretName), and those whose value
+// is a URL with a password, such as a proxy.
 var ownUsers = []string{
 	"AWS_",
 	"CONSUL_",
@@ -48,7 +48,7 @@ var ownUsers = []string{
 	"XDG_RUNTIME_DIR",
 }
 
-// everyUsers are variables that begin so, and are no secrets.
+// everyUsers are beginnings of variables that would match ownUsers but are no secrets.
 var everyUsers = []string{"AWS_REGION", "AWS_DEFAULT_REGION", "CONSUL_HTTP_ADDR"}
 
 // isOwnUsers reports whether only commands of the agent's own user get a variable.
@@ -59,13 +59,13 @@ func isOwnUsers(name, value string) bool {
 	upper := strings.ToUpper(name)
 	begins := func(prefix string) bool { return strings.HasPrefix(upper, prefix) }
 	if strings.HasSuffix(upper, "_PROXY") && !strings.Contains(value, "://") {
-		value = "http://" + value // a proxy may stand without its scheme
+		value = "http://" + value // a proxy may be given without a scheme
 	}
 	return slices.ContainsFunc(ownUsers, begins) || deployments.SecretName(name) || safetext.URLs(value) != value
 }
 
-// environ makes a command's environment of the agent's, of another user's variables (nil: it runs as the agent
-// does) and of env.
+// environ returns a command's environment, made of the agent's, another user's variables (nil: the command runs as
+// the agent does), and env.
 func environ(agent []string, userVars []string, env Env) []string {
 	out := make([]string, 0, len(agent)+20)
 	path := false
@@ -84,7 +84,7 @@ func environ(agent []string, userVars []string, env Env) []string {
 	if !env.Digest.IsZero() {
 		digest = env.Digest.String()
 	}
-	out = append(out, userVars...) // of two with one name os/exec takes the last
+	out = append(out, userVars...) // if a name occurs twice, os/exec uses the last
 	for name, value := range env.Vars {
 		out = append(out, name+"="+value)
 	}
@@ -110,7 +110,7 @@ func environ(agent []string, userVars []string, env Env) []string {
 	return out
 }
 
-// LookupEnv is os.LookupEnv without what no command gets: the environment that a manifest may ask for.
+// LookupEnv is os.LookupEnv without the variables that no command gets. Manifests may use these variables.
 func LookupEnv(name string) (string, bool) {
 	if isPrivate(name) {
 		return "", false
@@ -122,9 +122,9 @@ func isPrivate(name string) bool {
 	return slices.Contains(private, name) || strings.HasPrefix(name, "KEDGE_")
 }
 
-// asUser has cmd run as a user, by name or number, with all of the user's groups, and returns the user's variables;
-// nil where the agent is that user already. A number without an entry in the user database gets the group of the
-// same number and no other.
+// asUser makes cmd run as a user, by name or number, with all of the user's groups. It returns the user's
+// variables; nil if the agent is that user already. A number without an entry in the user database gets only the
+// group of the same number.
 func asUser(cmd *exec.Cmd, name string) ([]string, error) {
 	if name == "" {
 		return nil, nil

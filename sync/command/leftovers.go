@@ -14,10 +14,10 @@ import (
 
 const runMark = "KEDGE_RUN="
 
-// EndLeftovers ends what a crashed agent's command left running, so that it can be run again: every process that
-// has run's mark in its environment, process groups and sessions of its own included, gets SIGTERM, and from 5 s
-// later on SIGKILL. It reports how many there were, and an error where some may still be there: ctx ended, or they
-// can't be killed.
+// EndLeftovers ends processes that a crashed agent's command left running, so that the command can run again.
+// Every process with run's mark in its environment gets SIGTERM, and from 5 s later on SIGKILL, whatever its
+// process group and session. It returns how many there were, and an error if some may still run: ctx ended, or
+// they can't be killed.
 func EndLeftovers(ctx context.Context, run string) (int, error) {
 	pids, err := marked(run, 0)
 	found := len(pids)
@@ -36,7 +36,7 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 		switch waited := time.Since(begin); {
 		case waited > 2*grace:
 			return found, fmt.Errorf("%d processes of a command that was cut off can't be ended, such as %d", len(pids), pids[0])
-		case waited > grace: // also what they started since
+		case waited > grace: // including those that they have started since
 			for _, pid := range pids {
 				unix.Kill(pid, unix.SIGKILL)
 			}
@@ -49,8 +49,8 @@ func EndLeftovers(ctx context.Context, run string) (int, error) {
 	}
 }
 
-// killMarked kills what bears run's mark and began no earlier than since, sessions of its own included. What they start
-// meanwhile is found in the next round: there are a few, as something that forks faster than it is killed is no check.
+// killMarked kills processes with run's mark that began no earlier than since, whatever their session. It finds
+// what they start meanwhile in the next of a few rounds; a check doesn't fork faster than it is killed.
 func killMarked(run string, since uint64) {
 	for range 5 {
 		pids, err := marked(run, since)
@@ -63,10 +63,9 @@ func killMarked(run string, since uint64) {
 	}
 }
 
-// marked lists the processes whose environment has run's mark, of those that began no earlier than since, as beganAt
-// gives it: to read an environment waits for its process, which may hang, and few have begun since a moment ago.
-// Processes that end meanwhile, and those of other users where the agent isn't root, are passed over: the agent
-// couldn't end them either.
+// marked returns the processes with run's mark in their environment that began no earlier than since, a time of
+// beganAt. Reading the environment of a process waits for it, and it may hang; since excludes most. Processes that
+// end meanwhile are skipped, and, if the agent isn't root, those of other users, which it couldn't end either.
 func marked(run string, since uint64) ([]int, error) {
 	if run == "" {
 		return nil, nil
@@ -93,9 +92,10 @@ func marked(run string, since uint64) ([]int, error) {
 	return pids, nil
 }
 
-// beganAt returns when a process began, in clock ticks since the machine did; 0: it is gone. See proc(5), stat.
+// beganAt returns when a process began, in clock ticks since the machine's boot; 0: it has ended. See proc(5),
+// stat.
 func beganAt(pid int) uint64 {
-	const startTime = 22 - 3 // the name, which may hold anything, ends at the last parenthesis
+	const startTime = 22 - 3 // the name, which may contain anything, ends at the last parenthesis
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0

@@ -14,29 +14,30 @@ import (
 
 const (
 	keepHead = 16 << 10
-	// maskReach is what is kept of a line beyond MaxLine, so that a value that is masked isn't cut in two there.
+	// maskReach is how many bytes of a line are kept beyond MaxLine, so that a masked value isn't cut in two
+	// there.
 	maskReach = 4 << 10
-	// lastLines of MaxLines are the last ones of a long output, which say why it failed.
+	// lastLines is how many of MaxLines are kept for the end of a long output, which says why a command failed.
 	lastLines = 100
-	keepTail  = MaxOutput - keepHead - 256 // the note between them has its place
+	keepTail  = MaxOutput - keepHead - 256 // leaves room for the note between them
 )
 
 // output keeps the beginning and the end of a stream, and logs its lines, in bounded memory.
 type output struct {
 	log  *slog.Logger
-	mask *deployments.Mask // of what is logged and told, not of bytes
+	mask *deployments.Mask // masks log lines and errors, not the bytes kept
 
 	mu     sync.Mutex
 	closed bool
 	head   []byte
-	tail   []byte // a ring, once it is full
-	next   int    // where in tail the next byte goes
+	tail   []byte // a ring buffer, once it is full
+	next   int    // index of the next byte in tail
 	total  int64
 
-	line    []byte // the line under way, at most MaxLine and maskReach bytes
-	clipped int    // bytes of it that were dropped
+	line    []byte // the current line, at most MaxLine and maskReach bytes
+	clipped int    // bytes dropped from it
 	lines   int
-	last    []string // the last lines beyond those that were logged at once; a ring, once it is full
+	last    []string // the last lines beyond those that were logged at once; a ring buffer, once it is full
 }
 
 func (o *output) Write(p []byte) (int, error) {
@@ -106,7 +107,7 @@ func (o *output) endLine() {
 	o.log.Info("output", LineKey, text)
 }
 
-// close ends the last line; what is written from then on is dropped.
+// close ends the last line. What is written from then on is dropped.
 func (o *output) close() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -135,8 +136,8 @@ func (o *output) bytes() []byte {
 	return append(b, o.tail[:o.next]...)
 }
 
-// lastLine is the last line that says something: mostly the reason of a failure. It is shown on terminals and
-// handed on in environments, so nothing in it is left that controls the one or ends the other.
+// lastLine returns the last line that isn't empty, mostly the reason of a failure. It is shown on terminals and
+// passed on in environments, so control characters and NULs are removed.
 func (o *output) lastLine() string {
 	b := bytes.TrimSpace(o.bytes())
 	if i := bytes.LastIndexAny(b, "\r\n"); i >= 0 {

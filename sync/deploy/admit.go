@@ -21,16 +21,16 @@ import (
 )
 
 var (
-	// ErrRefused means that this node may not use the release: for its bounds, for its age, or for another unit's
-	// dest. Trying again doesn't help.
+	// ErrRefused means that this node may not use the release, because of its bounds, the release's age, or
+	// another unit's dest. Trying again doesn't help.
 	ErrRefused = errors.New("refused by this node")
-	// ErrQuarantined means that the release failed on this node, and wasn't tried again.
+	// ErrQuarantined means that the release failed on this node before, and wasn't tried again.
 	ErrQuarantined = errors.New("the release failed on this node before: name another, or retry it")
 )
 
-// admit fetches p's manifest, and lets it in where its digest, its signature and this node's bounds allow. Where it
-// comes from and who signed it is checked on its bytes: nothing of an environment gets into what somebody else
-// wrote.
+// admit fetches p's manifest, and returns its release if the digest, the signature and this node's bounds allow
+// it. Source and signature are checked on the manifest's raw bytes, before variables of the environment are put
+// into it.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, manifestWithin, errManifestLate)
 	defer cancel()
@@ -45,7 +45,7 @@ func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Rele
 	return r, err
 }
 
-// manifestWithin bounds the reading of a manifest and of its signature.
+// manifestWithin bounds the time for reading a manifest and its signature.
 const manifestWithin = time.Minute
 
 var errManifestLate = fmt.Errorf(
@@ -66,7 +66,7 @@ func (u *Unit) admitBytes(ctx context.Context, p deployments.Pointer, raw []byte
 	return r, u.within(r)
 }
 
-// allow reports why r may not be used here.
+// allow returns an error if r may not be used here.
 func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	if err := u.trust(ctx, r.Pointer, r.Raw); err != nil {
 		return err
@@ -74,7 +74,7 @@ func (u *Unit) allow(ctx context.Context, r *artifact.Release) error {
 	return u.within(r)
 }
 
-// trust reports why a manifest's bytes may not be looked into.
+// trust returns an error if a manifest's bytes may not be parsed.
 func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) error {
 	if u.c.Trust == nil {
 		return nil
@@ -85,7 +85,8 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 	return nil
 }
 
-// within returns why this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid it.
+// within returns an error if this node refuses r: it is too old, or bounds, secrets or another unit's dest forbid
+// it.
 func (u *Unit) within(r *artifact.Release) error {
 	if err := u.order(r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
@@ -104,7 +105,7 @@ func (u *Unit) within(r *artifact.Release) error {
 	return nil
 }
 
-// read returns the bytes of p's manifest, from this unit's own copy if there is one.
+// read returns the bytes of p's manifest, from the unit's own copy if there is one.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Digest.Short(), ErrRefused, err)
@@ -115,7 +116,7 @@ func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) 
 	return artifact.ReadManifest(ctx, u.c.Objects, p)
 }
 
-// parse reads a manifest's bytes, with this node's variables.
+// parse parses a manifest's bytes, with this node's variables.
 func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, error) {
 	m, err := deployments.ParseManifest(raw, p.URL, command.LookupEnv)
 	if err != nil {
@@ -125,7 +126,7 @@ func (u *Unit) parse(p deployments.Pointer, raw []byte) (*artifact.Release, erro
 	return &artifact.Release{Pointer: p, Manifest: m, Raw: raw}, nil
 }
 
-// bounded reports the first thing of r that the bounds forbid.
+// bounded returns an error for the first thing of r that the bounds forbid.
 func bounded(b policy.Bounds, r *artifact.Release) error {
 	m := r.Manifest
 	if m.Src != "" && (!filepath.IsAbs(m.Dest) || filepath.Clean(m.Dest) != m.Dest || m.Dest == "/") {
@@ -160,8 +161,8 @@ func groupNames(name string, users []string) []string {
 	return names
 }
 
-// groupsOf returns the numbers of a user's groups; of one without an entry in the user database, the group of the
-// same number.
+// groupsOf returns the numbers of a user's groups. A user without an entry in the user database has the group of
+// the same number.
 func groupsOf(name string) []string {
 	u, err := user.Lookup(name)
 	if err != nil {
@@ -170,12 +171,12 @@ func groupsOf(name string) []string {
 	if err != nil {
 		return []string{name}
 	}
-	groups, _ := u.GroupIds() // without them its own group is left
+	groups, _ := u.GroupIds() // on an error only its own group is left
 	return append(groups, u.Gid)
 }
 
-// ownersOf returns whom a tree's files may belong to, by number, where the archive says it: the bounds' users and
-// whoever the agent runs as; nil: anybody.
+// ownersOf returns a check of the owners, by number, that an archive gives its files: the bounds' users and the
+// agent's own are allowed. Nil: anybody is.
 func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	if len(b.Users) == 0 {
 		return nil
@@ -203,7 +204,8 @@ func ownersOf(b policy.Bounds) func(uid, gid int) error {
 	}
 }
 
-// userNames returns a user's name and number on this node, and what the manifest calls it; "" is the agent's own.
+// userNames returns a user's name and number on this node, and the name in the manifest. "" is the agent's own
+// user.
 func userNames(name string) []string {
 	var u *user.User
 	var err error

@@ -11,23 +11,23 @@ import (
 )
 
 const (
-	// maxCutOff is how often a step of a release may be cut off by the end of the agent or the
-	// machine until it counts as failed.
+	// maxCutOff is how often the end of the agent or the machine may cut off a step of a release before the
+	// release counts as failed.
 	maxCutOff = 3
-	// maxAttempts bounds the list; the oldest go first.
+	// maxAttempts bounds the list; the oldest entries are dropped.
 	maxAttempts = 32
 )
 
-// attempt is what a unit knows of a step of a release that was cut off.
+// attempt records that a step of a release was cut off.
 type attempt struct {
 	Digest deployments.Digest `json:"digest"`
 	Step   step               `json:"step"`
 	CutOff int                `json:"cut_off,omitempty"` // how often
-	// Begun are the places in the step's list of the commands that are not begun again.
+	// Begun are the indexes of commands in the step's list that must not be run again.
 	Begun []int `json:"begun,omitempty"`
 }
 
-// attempt returns the journal's entry for a step of a release, to read.
+// attempt returns the journal's entry for a step of a release.
 func (j *journal) attempt(digest deployments.Digest, s step) attempt {
 	for _, a := range j.Attempts {
 		if a.Digest == digest && a.Step == s {
@@ -51,7 +51,7 @@ func (j *journal) forgetAttempts(digest deployments.Digest) {
 	j.Attempts = slices.DeleteFunc(j.Attempts, func(a attempt) bool { return a.Digest == digest })
 }
 
-// owner is the release whose commands or checks the deployment's step runs; zero: the step runs none.
+// owner returns the release whose commands or checks the current step runs; zero: the step runs none.
 func (d *deployment) owner() deployments.Digest {
 	switch d.Step {
 	case stepPre, stepSwitch, stepPost, stepHealth, stepSuccess, stepFailure:
@@ -62,10 +62,9 @@ func (d *deployment) owner() deployments.Digest {
 	return deployments.Digest{}
 }
 
-// resume prepares a deployment that was cut off for going on, once after Open. It ends what its
-// command left running, counts the attempt, lets the deployment fail if the release ended the agent
-// or the machine too often, and goes back to the post commands if a restart of the machine ended
-// what they had started.
+// resume prepares an interrupted deployment to continue; it runs once after Open. It ends processes that the
+// deployment's command left running, and counts the attempt. It fails the deployment if the release ended the
+// agent or the machine too often. It goes back to the post commands if a reboot ended what they had started.
 func (u *Unit) resume(ctx context.Context) error {
 	d := u.j.Deployment
 	if !u.cutOff || d == nil {
@@ -107,8 +106,8 @@ func (u *Unit) resume(ctx context.Context) error {
 	return err
 }
 
-// mayRun reports whether the command at a place in the list of d's step is to run, and journals it first if it must not
-// run twice.
+// mayRun reports whether to run the command at a place in the step's list. If the command must not run twice, it
+// is journalled first.
 func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, error) {
 	a := u.j.attempt(d.owner(), d.Step)
 	switch {
@@ -127,9 +126,9 @@ func (u *Unit) mayRun(d *deployment, place int, c deployments.Command) (bool, er
 	return true, u.save(func(j *journal) { j.setAttempt(a) })
 }
 
-// StageFailed runs the failure commands of a release that could not be made ready to deploy,
-// because of cause: once for each request, as it is tried again and again. It returns cause.
-// Nothing runs of a manifest that wasn't admitted, or when ctx has ended.
+// StageFailed runs the failure commands of a release that could not be staged because of cause: once per request,
+// though staging is tried again and again. It returns cause. It runs nothing if the manifest wasn't admitted, or
+// if ctx has ended.
 func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	told := q.Release.Digest.String() + " " + q.Key
 	if ctx.Err() != nil || u.j.Told == told {

@@ -9,38 +9,39 @@ import (
 	"time"
 )
 
-// BootID names this boot of the machine; empty where the kernel doesn't say. In a container the kernel's boot is
-// the host's, also where nspawn covers it with another, which a service with mounts of its own does not see: so the
-// first process's start counts, too.
+// BootID identifies this boot of the machine; empty if the kernel doesn't say. In a container the kernel's boot ID
+// is the host's. nspawn's replacement is invisible to a service with mounts of its own, so the ID includes the
+// start time of process 1.
 func BootID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
 	}
 	boot := strings.TrimSpace(string(id))
-	stat, _ := os.ReadFile("/proc/1/stat") // where it can't be read, the kernel's boot has to do
-	// Behind the name, which may hold anything, the start is the 20th field: clock ticks since the kernel's boot. See
-	// proc(5).
+	stat, _ := os.ReadFile("/proc/1/stat") // if it can't be read, the kernel's boot ID has to do
+	// After the name, which may contain anything, the start time is the 20th field: clock ticks since the kernel's
+	// boot. See proc(5).
 	if fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])); len(fields) >= 20 {
 		boot += "/" + fields[19]
 	}
 	return boot
 }
 
-// shuttingDown reports whether systemd stops this machine. It ends services and takes no starts then, before the
-// agent itself is told to end: what a command or a check makes of that is no fault of a release.
+// shuttingDown reports whether systemd is shutting this machine down. It then ends services and refuses new ones
+// before it ends the agent: a command or check that fails meanwhile is no fault of the release.
 func shuttingDown() bool {
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		return false // it isn't systemd that runs here
+		return false // it exits non-zero unless all is well
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	state, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output() // exits non-zero unless all is well
+	// exits non-zero unless all is well
+	state, _ := exec.CommandContext(ctx, "systemctl", "is-system-running").Output()
 	return strings.TrimSpace(string(state)) == "stopping"
 }
 
-// Prove waits until the checks of what runs pass, where this boot hasn't seen that yet; it changes nothing but
-// State.Proven. It does nothing where nothing runs, or a deployment is under way.
+// Prove waits until the checks of the running release pass, if they haven't in this boot. It changes only
+// State.Proven. It does nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Prove(ctx context.Context) error {
 	r, err := u.settled()
 	if err != nil || r == nil || !u.j.Confirmed || u.j.Proven == u.boot {

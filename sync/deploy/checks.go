@@ -18,9 +18,9 @@ import (
 	"kedge/sync/command"
 )
 
-const maxBody = 64 << 10 // what of an answer is searched for HTTPCheck.Contains
+const maxBody = 64 << 10 // bytes of an answer that are searched for HTTPCheck.Contains
 
-// newProbe makes a check's probe; env is for exec.
+// newProbe returns a check's probe. env is for exec.
 func newProbe(c deployments.Check, env command.Env) probe {
 	switch {
 	case c.HTTP != nil:
@@ -29,7 +29,7 @@ func newProbe(c deployments.Check, env command.Env) probe {
 		return func(ctx context.Context) (string, error) { return "", checkTCP(ctx, c.TCP) }
 	case c.Exec != "":
 		return func(ctx context.Context) (string, error) {
-			// Its output is not logged: a check is tried every second. The last line of a failure is in the error.
+			// Its output is not logged, as a check is tried every second. The error contains the last line.
 			return "", command.Check(ctx, deployments.Command{Run: c.Exec, User: c.User, Timeout: c.Timeout}, env)
 		}
 	case c.Systemd != "":
@@ -39,8 +39,8 @@ func newProbe(c deployments.Check, env command.Env) probe {
 	}
 }
 
-// checkHTTP asks once, on a connection of its own, through no proxy. A redirect is an answer, not followed: what it
-// leads to may be another service.
+// checkHTTP makes one request on a new connection, without a proxy. It doesn't follow a redirect, which may lead
+// to another service: the redirect itself is the answer.
 func checkHTTP(ctx context.Context, c *deployments.HTTPCheck) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
 	if err != nil {
@@ -83,7 +83,7 @@ func checkTCP(ctx context.Context, address string) error {
 	return conn.Close()
 }
 
-// checkSystemd passes while a unit is active; the identity is its invocation, which is another after a restart.
+// checkSystemd passes while a unit is active. The identity is its invocation ID, which changes with a restart.
 func checkSystemd(ctx context.Context, unit string) (string, error) {
 	out, err := exec.CommandContext(ctx, "systemctl", "show", "--property=LoadState,ActiveState,SubState,InvocationID", "--", unit).
 		Output()
@@ -97,7 +97,7 @@ func checkSystemd(ctx context.Context, unit string) (string, error) {
 	return systemdState(string(out))
 }
 
-// systemdState reads systemctl show's NAME=VALUE lines.
+// systemdState parses the NAME=VALUE lines of systemctl show.
 func systemdState(out string) (invocation string, _ error) {
 	p := make(map[string]string)
 	for line := range strings.Lines(out) {
@@ -113,9 +113,9 @@ func systemdState(out string) (invocation string, _ error) {
 	return p["InvocationID"], nil
 }
 
-// checkConsul asks the local agent, by Consul's own environment, for the service's checks. The client is made for
-// each try, so that a token file is read again. Maintenance mode, which the drain turned on, would be a failing
-// check of the node: it and the service's own don't count here.
+// checkConsul asks the local agent, by Consul's environment variables, for the service's checks. The client is new
+// for each try, so that a token file is read again. Maintenance mode, which the drain may have turned on, is
+// ignored.
 func checkConsul(ctx context.Context, service string) error {
 	client, err := api.NewClient(api.DefaultNonPooledConfig())
 	if err != nil {
@@ -124,7 +124,7 @@ func checkConsul(ctx context.Context, service string) error {
 	q := (&api.QueryOptions{}).WithContext(ctx)
 	_, services, err := client.Agent().AgentHealthServiceByNameOpts(service, q)
 	if syntax := new(json.SyntaxError); errors.As(err, &syntax) {
-		// The client doesn't look at the status of this answer: what it can't parse is a refusal's text.
+		// The client ignores this answer's status: an answer that doesn't parse is the text of a refusal.
 		return errors.New("the local Consul agent refuses to tell: the token needs service read")
 	}
 	if err != nil {
@@ -149,7 +149,7 @@ func consulState(services []api.AgentServiceChecksInfo) error {
 	return nil
 }
 
-// cause returns why a context ended rather than the error that a library makes of it.
+// cause returns the cause of ctx's end instead of a library's error about it.
 func cause(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -10,11 +10,11 @@ import (
 	"kedge/deployments"
 )
 
-// maxCompared bounds the paths that a comparison names.
+// maxCompared bounds the paths that a comparison lists.
 const maxCompared = 5
 
-// Observe has the release of p unpacked in the unit's own directory, and compares it with what lies at its dest,
-// whoever put that there. It touches nothing else. limit bounds what is read, in bytes a second (0: not).
+// Observe unpacks the release of p in the unit's own directory, and compares it with the tree at its dest, whoever
+// put that there. It changes nothing else. limit bounds the bytes read in a second (0: unbounded).
 func (u *Unit) Observe(
 	ctx context.Context,
 	p deployments.Pointer,
@@ -28,7 +28,7 @@ func (u *Unit) Observe(
 	m := *r.Manifest
 	aside := &artifact.Release{Pointer: r.Pointer, Manifest: &m, Raw: r.Raw}
 	switch m.Strategy {
-	case deployments.StrategyRelease: // which would lay it beside dest
+	case deployments.StrategyRelease: // which would stage it beside dest
 		m.Strategy = deployments.StrategyMv
 	case deployments.StrategyRsync:
 		if _, err := exec.LookPath("rsync"); err != nil && m.Src != "" {
@@ -45,7 +45,7 @@ func (u *Unit) Observe(
 	return u.compare(ctx, aside, limit)
 }
 
-// Look reports whether something lies at the dest of p, of whose unit nothing runs. It touches nothing.
+// Look reports whether something lies at the dest of p while none of the unit's releases runs. It changes nothing.
 func (u *Unit) Look(ctx context.Context, p deployments.Pointer) (occupied bool, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.admit(ctx, p)
@@ -55,7 +55,7 @@ func (u *Unit) Look(ctx context.Context, p deployments.Pointer) (occupied bool, 
 	return artifact.Occupied(r.Manifest.Dest)
 }
 
-// compare compares a release that is staged with what lies at its dest.
+// compare compares a staged release with the tree at its dest.
 func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*deployments.Compared, error) {
 	found := &deployments.Compared{Release: r.Pointer.Digest, Dest: r.Manifest.Dest}
 	if r.Manifest.Src == "" {
@@ -73,8 +73,8 @@ func (u *Unit) compare(ctx context.Context, r *artifact.Release, limit int64) (*
 	return found, nil
 }
 
-// adoptable compares what lies at dest, where nothing of this unit's runs yet, with the release, which is staged.
-// nil: it can't be taken over.
+// adoptable compares a staged release with the tree at dest, while none of the unit's releases runs. nil: the tree
+// can't be taken over.
 func (u *Unit) adoptable(ctx context.Context, r *artifact.Release) (*deployments.Compared, error) {
 	if u.j.Deployment != nil || !u.j.Running.IsZero() || r.Manifest.Src == "" {
 		return nil, nil

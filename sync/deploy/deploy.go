@@ -89,106 +89,110 @@ import (
 // Config configures a Unit.
 type Config struct {
 	ID deployments.UnitID
-	// Node is this node's name, as of now.
+	// Node returns this node's current name.
 	Node func() string
-	// Dir is this unit's own directory below the agent's state: STATE/units/STAGE/ROLE/UNIT. It holds the journal.
+	// Dir is the unit's own directory in the agent's state: STATE/units/STAGE/ROLE/UNIT. It contains the journal.
 	Dir string
-	// Socket is the agent's: by it kedge run sees that an agent looks after a dest; empty: there is no agent.
+	// Socket is the agent's socket, by which kedge run detects that an agent manages a dest; empty: there is no
+	// agent.
 	Socket  string
 	Objects *object.Client
 	Bounds  policy.Bounds
-	// HashAlways is as in artifact.SwitcherConfig.
+	// HashAlways is artifact.SwitcherConfig.HashAlways.
 	HashAlways bool
-	// Trust checks a manifest's bytes before anything of it is used; nil: the pointer's digest is enough.
+	// Trust checks a manifest's bytes before they are used; nil: the pointer's digest is enough.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
-	// Floors are the node's; nil: the unit's journal alone has one.
+	// Floors are the node's version floors; nil: only the unit's journal has one.
 	Floors *Floors
-	// Older says whether a pointer may name a release that is older than the newest that was settled on, where Trust
-	// is set. nil: none may.
+	// Older reports whether a pointer may name a release older than the newest that the node settled on; it is
+	// used if Trust is set. Nil: none may.
 	Older func(p deployments.Pointer) bool
 	// Secrets reads what manifests name by reference; nil: a release with secrets is refused.
 	Secrets SecretReader
-	// Drain is called with true before a switch that has a drain time (or, without one, at once before it), and with false
-	// when the unit is healthy again: it turns /ready and Consul's maintenance mode. It may be called again with the same
-	// value, after a crash. nil: nothing.
+	// Drain is called with true before a switch (at once, or a drain time before it), and with false when the unit
+	// is healthy again: it switches /ready and Consul's maintenance mode. After a crash it may be called again
+	// with the same value. May be nil.
 	Drain func(ctx context.Context, on bool) error
-	// Claim asks whether a release may have its tree at dest, and takes the place for this unit. nil: it may.
+	// Claim returns an error if a release may not have its tree at dest; otherwise it reserves dest for this unit.
+	// Nil: every dest is allowed.
 	Claim func(dest string) error
-	// Progress is told where a deployment is. nil: nobody.
+	// Progress is called when a deployment's state or progress changes; may be nil.
 	Progress func(deployments.State, artifact.Progress)
-	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	// RsyncVerbose are rsync's options for its output; nil: -v.
 	RsyncVerbose []string
-	Log          *slog.Logger // nil: discard; its lines are to name the unit where there are several
+	Log          *slog.Logger // nil: discard; if there are several units, its attributes should name the unit
 }
 
-// Unit deploys releases of one unit on this node, one at a time. Its methods are called by one goroutine, State by any.
+// Unit deploys releases of one unit on this node, one at a time. One goroutine calls its methods; any may call
+// State.
 type Unit struct {
 	c    Config
-	log  *slog.Logger // c.Log, and text, without secrets
+	log  *slog.Logger // Config.Log, also writing to text, with secrets masked
 	text *deploymentLog
-	// secrets are what the errors of the exported methods don't show either.
+	// secrets are values that errors of the exported methods must not show.
 	secrets *secrets
 
-	// lock is held while this unit writes to a dest; nil: none is.
+	// lock is held while this unit writes to a dest; else nil.
 	lock *destLock
-	// cutOff is set from Open on while commands of the unfinished deployment may still run.
+	// cutOff is set by Open if commands of the unfinished deployment may still run.
 	cutOff bool
-	// at is told every point at which a test may kill the process.
+	// at is called at every point where a test may kill the process.
 	at func(point string)
-	// boot names this boot, and ending says whether the machine shuts down; tests have their own.
+	// boot is the ID of this boot. ending reports whether the machine shuts down. Tests replace both.
 	boot   string
 	ending func() bool
-	// maxCutOff is the constant of that name, but in tests.
+	// maxCutOff is the constant of that name; tests replace it.
 	maxCutOff int
 
-	mu sync.Mutex // guards j against State; the methods' one goroutine alone writes it
+	mu sync.Mutex // guards j against State; only the methods' goroutine writes j
 	j  journal
 }
 
 // State is the unit's state on disk, from the journal.
 type State struct {
-	Running deployments.Pointer // what dest resolves to, or, without a release directory, what was deployed last
+	Running deployments.Pointer // what dest leads to or, without a release directory, what was deployed last
 	Version string
-	// LastGood is the newest release that passed its health checks; what a failed one goes back to.
+	// LastGood is the newest release that passed its health checks. A failed one goes back to it.
 	LastGood deployments.Pointer
 	Staged   deployments.Pointer
-	// Confirmed is true where Running passed its health checks.
+	// Confirmed is set if Running passed its health checks.
 	Confirmed bool
-	// Proven is true where it passed them in this boot of the machine: see Unit.Prove.
+	// Proven is set if it passed them in this boot of the machine: see Unit.Prove.
 	Proven      bool
 	Quarantined []deployments.Digest
-	// Failures are why, and under which key, each of Quarantined failed.
+	// Failures say why, and under which key, each of Quarantined failed.
 	Failures []Failure
-	// Drained is true from Drain(true) to Drain(false).
+	// Drained is set from Drain(true) to Drain(false).
 	Drained bool
-	// Unfinished is set while a journalled deployment waits to be finished by Recover.
+	// Unfinished is set while a journalled deployment waits for Recover to finish it.
 	Unfinished bool
-	// Health is unhealthy while the release that a deployment went back to doesn't serve: Recover tries it again. See
-	// Monitor for a release that runs undisturbed.
+	// Health is unhealthy while the release that a deployment went back to isn't healthy: Recover tries it again.
+	// For a release in normal operation see Monitor.
 	Health Health
-	// Leavable is true where Leave can put back what was at dest before the first release, and Leaving while that is
-	// under way. Restored is the release that was left for it, or failed, while dest holds it again.
+	// Leavable is set if Leave can put back what was at dest before the first release, and Leaving while it does
+	// so. Restored is the release that was left or failed, while dest holds again what was there before it.
 	Leavable, Leaving bool
 	Restored          deployments.Digest
-	// Compared is how what lay at dest stood to the first release, if that was asked for with Adopt; nil: it wasn't,
-	// or another runs by now.
+	// Compared is how the tree at dest differed from the first release, if Adopt asked for a comparison; nil: it
+	// didn't, or another release runs by now.
 	Compared *deployments.Compared
-	// Ends is what Recover ends on, where that one doesn't fail; zero: nothing, or none is unfinished.
+	// Ends is the release that Recover ends on if that doesn't fail; zero: none, or no deployment is unfinished.
 	Ends deployments.Pointer
 }
 
-// Empty reports whether nothing of the unit runs, is good, is under way or has failed on this node.
+// Empty reports whether no release of the unit runs, is good, is under way or has failed on this node.
 func (s State) Empty() bool {
 	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
 }
 
 // Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the
-// health checks. The unit is back on Back (zero: there was nothing to go back to), and Digest is quarantined.
+// health checks. The unit went back to Back (zero: there was nothing to go back to), and Digest is quarantined.
 type Failed struct {
 	Release deployments.Pointer
 	Back    deployments.Pointer
 	Step    string // "pre", "switch", "post", "health", …
-	// Reason is ReasonUnhealthy if a check failed, with check among the Facts, else ReasonQuarantined. Facts: step, error.
+	// Reason is ReasonUnhealthy if a check failed, with the fact check, else ReasonQuarantined. Facts: step,
+	// error.
 	Reason deployments.Reason
 	Facts  deployments.Facts
 	Err    error
@@ -273,14 +277,13 @@ func (u *Unit) State() State {
 	return s
 }
 
-// Recover finishes, or takes back, what a kill or power cut left half done, through the same code as Deploy.
-// *Failed means that what it finished failed and went back; any other error that it is still unfinished: call it
-// again.
+// Recover finishes, or takes back, what a kill or power cut interrupted, by the same code as Deploy. *Failed means
+// that the deployment failed and went back. After any other error it is still unfinished: call Recover again.
 func (u *Unit) Recover(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	d := u.j.Deployment
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
-		// Whoever drains doesn't know it any more.
+		// A process that drained before has ended.
 		if err := u.drain(ctx, true); err != nil {
 			u.log.Warn("could not drain again", "error", err)
 		}
@@ -291,7 +294,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	u.text.reset()
 	u.log.Warn("found a deployment that was cut off", "release", d.Release.String(), "step", string(d.Step))
 	if d.Step.beforeSwitch() {
-		// Before the step is another: its commands are found by their mark.
+		// It comes before the step changes, as it finds the step's commands by their mark.
 		if err := u.resume(ctx); err != nil {
 			return err
 		}
@@ -356,28 +359,28 @@ func (u *Unit) stage(ctx context.Context, r *artifact.Release) error {
 	return u.save(func(j *journal) { j.Staged = r.Pointer })
 }
 
-// Request is the key and the conditions under which a deployment was asked for.
+// Request says on whose behalf, and under which conditions, to deploy.
 type Request struct {
 	Release deployments.Pointer
-	// Commit is shown to commands.
+	// Commit is the Git commit; commands see it.
 	Commit string
-	// Key names what asks: a record's generation, say, or a pin. It is journalled with a failure, so that whoever asks
-	// can tell whether the same asked before.
+	// Key identifies the request: a generation of a record, or a pin. It is journalled with a failure, so that the
+	// caller can tell whether the same request failed before.
 	Key string
-	// Adopt lets a tree that lies at dest before the first release, and is the release's byte for byte, be taken over
-	// as it is: its health is checked, and none of its commands but those for a failure run.
+	// Adopt allows to take over a tree that lies at dest before the first release and equals the release, byte for
+	// byte: its health is checked, and no commands run except failure commands.
 	Adopt bool
-	// MayLeave keeps what lies at dest before the first release for Leave, also after the deployment has succeeded, until
-	// ForgetBefore.
+	// MayLeave keeps what lies at dest before the first release for Leave, even after the deployment has
+	// succeeded, until ForgetBefore.
 	MayLeave bool
 }
 
-// Deploy converges to a release p: stage, drain, pre, switch, post, health, success, each journalled first. It does
-// nothing where p runs already and is confirmed. *Failed means that it went back and p is quarantined; any other
-// error is transient (network, storage, disk): nothing was changed, try again. But ErrRefused, ErrQuarantined,
-// artifact.ErrDigest and Trust's stay until p, or this node's configuration, changes. A cancelled ctx stops it as
-// soon as that is safe: before the switch it leaves everything as it was; after it the deployment is finished by
-// the next Recover or Deploy.
+// Deploy converges to a release p by the steps stage, drain, pre, switch, post, health and success, each
+// journalled first. It does nothing if p runs already and is confirmed. *Failed means that it went back and p is
+// quarantined. ErrRefused, ErrQuarantined, artifact.ErrDigest and Trust's errors stay until p, or this node's
+// configuration, changes. Any other error is transient (network, storage, disk): nothing was changed, try again. A
+// cancelled ctx stops Deploy as soon as that is safe: before the switch everything is left as it was; after it the
+// next Recover or Deploy finishes the deployment.
 func (u *Unit) Deploy(ctx context.Context, asked Request) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	p := asked.Release
@@ -414,7 +417,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 		return err
 	}
 	if _, err := u.readSecrets(ctx, r, 0); err != nil {
-		return err // nothing is touched for a release whose commands can't run
+		return err // nothing is changed for a release whose commands can't run
 	}
 	var compared *deployments.Compared
 	if asked.Adopt {
@@ -437,7 +440,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 			d.Touched, d.Over = other.Touched, other.Touched
 		}
 		if d.From = j.Running; j.failed(j.Running) {
-			d.From = j.LastGood // what failed here is nothing to take back to, though dest may hold it
+			d.From = j.LastGood // a release that failed here is nothing to go back to, even if dest holds it
 		}
 		if j.LastGood.Digest != r.Pointer.Digest {
 			d.Back = j.LastGood
@@ -468,7 +471,7 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	return err == nil && u.switcher(r).Live(r)
 }
 
-// Retry lets a quarantined digest be tried once more; the zero digest means all.
+// Retry takes a digest out of quarantine; the zero digest means all.
 func (u *Unit) Retry(d deployments.Digest) error {
 	return u.save(func(j *journal) {
 		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(f Failure) bool { return d.IsZero() || f.Digest == d })
@@ -486,9 +489,8 @@ func (u *Unit) SetKey(d deployments.Digest, key string) error {
 	})
 }
 
-// Verify compares the live tree with its release; Heal stages it anew beside, and switches to it without commands.
-// limit bounds what is read, in bytes a second (0: not). Both do nothing where nothing runs, or a deployment is
-// under way.
+// Verify compares the live tree with its release. limit bounds the bytes read in a second (0: unbounded). It does
+// nothing if nothing runs, or a deployment is under way.
 func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()
@@ -502,8 +504,9 @@ func (u *Unit) Verify(ctx context.Context, limit int64) (found []artifact.Differ
 	return ds, nil
 }
 
-// Heal makes the live tree as its release says; see Verify. What is left of the differences is what the release's
-// commands had made, and they alone can make again.
+// Heal makes the live tree equal to its release, without running commands. left are the remaining differences:
+// those that only the release's commands can make again. It does nothing if nothing runs, or a deployment is under
+// way.
 func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error) {
 	defer func() { err = u.secrets.error(err) }()
 	r, err := u.settled()
@@ -522,8 +525,8 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	return left, nil
 }
 
-// survey notes how a release's tree differs from it before its commands run, and record what they made of it.
-// Neither is worth a deployment: what can't be noted is told as drift.
+// survey records how a release's tree differs before its commands run, and record what they changed. An error in
+// them fails no deployment: what isn't recorded is reported as drift.
 func (u *Unit) survey(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil
@@ -546,7 +549,7 @@ func (u *Unit) settled() (*artifact.Release, error) {
 	return u.recall(u.j.Running)
 }
 
-// name is the unit's, for people.
+// name returns the unit's name for people.
 func (u *Unit) name() string {
 	if u.c.ID == (deployments.UnitID{}) {
 		return "kedge run"

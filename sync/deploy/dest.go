@@ -15,7 +15,7 @@ import (
 func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 	before := u.beforeDir()
 	if u.c.ID == (deployments.UnitID{}) {
-		before = "" // kedge run leaves what failed, as stretcher does
+		before = "" // kedge run leaves what failed in place, as stretcher does
 	}
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
 		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Made: u.madeDir(), Before: before,
@@ -37,18 +37,18 @@ func (u *Unit) madeDir() string      { return filepath.Join(u.c.Dir, madeDir) }
 func (u *Unit) beforeDir() string    { return filepath.Join(u.c.Dir, beforeDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 
-// Mark is what a deployment left at its dest, to tell by a look whether something else has deployed there since.
+// Mark describes what a deployment left at its dest, to detect whether something else has deployed there since.
 type Mark struct {
 	Dest string // empty: nothing runs, or it has no tree
-	// Live is the directory that dest should lead to: the release's own, or, under a strategy without one, wherever it
-	// led when the mark was taken. Empty: it may lead elsewhere, as a deployment is half done.
+	// Live is the directory that dest should lead to: the release's own or, if the strategy has none, where dest
+	// led when the mark was taken. Empty: it may lead anywhere, as a deployment is half done.
 	Live string
-	// inode is of Live under a strategy that writes into it; 0: it isn't compared.
+	// inode is Live's inode if the strategy writes into it; 0: it isn't compared.
 	inode   uint64
 	running deployments.Digest
 }
 
-// Mark returns the mark of what runs.
+// Mark returns the mark of the running release.
 func (u *Unit) Mark() Mark {
 	r, err := u.recall(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {
@@ -59,7 +59,7 @@ func (u *Unit) Mark() Mark {
 		return m
 	}
 	if r.Manifest.Strategy == deployments.StrategyRelease {
-		// Not what dest leads to: somebody may have led it elsewhere meanwhile.
+		// It isn't read from dest, which somebody may have changed meanwhile.
 		if dir := u.switcher(r).Dir(r); dir != "" {
 			m.Live, _ = filepath.EvalSymlinks(dir)
 		}
@@ -70,8 +70,8 @@ func (u *Unit) Mark() Mark {
 	return m
 }
 
-// Changed reports whether dest is no longer as the deployment left it, and found what something else has deployed
-// there; empty: it is gone, or nothing is known of it.
+// Changed reports whether dest is no longer as the deployment left it. found describes what something else
+// deployed there; empty: nothing is there, or that is unknown.
 func (m Mark) Changed() (found string, changed bool) {
 	if m.Live == "" {
 		return "", false

@@ -18,12 +18,12 @@ import (
 	"kedge/deployments/durable"
 )
 
-// createdTolerance is how far ahead of the node's clock a signed release may say that it was made.
+// createdTolerance is how far ahead of the node's clock a signed release's Created may be.
 const createdTolerance = time.Hour
 
-// Floors are a node's version floors: when the newest signed release was made that was settled on, by unit, by the
-// release's name and by its dest. A unit that is renamed, removed or has lost its journal doesn't lose them. The agent
-// alone writes their file; a nil *Floors keeps none.
+// Floors are a node's version floors: the newest Created of releases that it settled on, by unit, by the release's
+// name and by its dest. They survive when a unit is renamed, removed or loses its journal. Only the agent writes
+// their file. A nil *Floors stores none.
 type Floors struct {
 	path string
 
@@ -31,20 +31,21 @@ type Floors struct {
 	file floorsFile
 }
 
-// floorsFile is STATE/floors.json.
+// floorsFile is the content of STATE/floors.json.
 type floorsFile struct {
-	Format int                  `json:"format"` // 1
-	Made   map[string]time.Time `json:"made"`   // by what it is of, as "name app" or "dest /srv/app"
+	Format int                  `json:"format"` // always 1
+	Made   map[string]time.Time `json:"made"`   // by key, as "name app" or "dest /srv/app"
 }
 
-// OpenFloors reads the floors that are kept at path. A damaged file is put aside: the units' journals make up for it.
+// OpenFloors reads the floors stored at path. A damaged file is set aside: the units' journals have their floors,
+// too.
 func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	f := &Floors{path: path, file: floorsFile{Format: 1, Made: map[string]time.Time{}}}
 	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+"*"))
 	if err != nil {
 		return nil, err
 	}
-	for _, aside := range left { // what a kill left of a write
+	for _, aside := range left { // temporary files of a write that was killed
 		os.Remove(aside)
 	}
 	file, err := durable.ReadState[floorsFile](path, nil)
@@ -60,7 +61,7 @@ func OpenFloors(path string, log *slog.Logger) (*Floors, error) {
 	return f, nil
 }
 
-// floorKeys returns the keys under which a release's floors are kept.
+// floorKeys returns the keys under which a release's floors are stored.
 func floorKeys(id deployments.UnitID, m *deployments.Manifest) []string {
 	keys := []string{"unit " + id.String()}
 	if m != nil && m.Name != "" {
@@ -87,7 +88,7 @@ func (f *Floors) highest(keys []string) (of string, made time.Time) {
 	return of, made
 }
 
-// raise makes durable that keys admit nothing that was made before a time; it never lowers a floor.
+// raise raises the floors of keys to a time, durably. It never lowers one.
 func (f *Floors) raise(keys []string, made time.Time) error {
 	if f == nil || made.IsZero() {
 		return nil
@@ -114,7 +115,8 @@ func (f *Floors) raise(keys []string, made time.Time) error {
 	return nil
 }
 
-// OlderError is why a node with signers refuses a release: it was made before one that the node has settled on.
+// OlderError means that a node with signers refuses a release that was made before one that the node has settled
+// on.
 type OlderError struct {
 	Created, Floor time.Time
 	Of             string // what has the floor: "name app", "dest /srv/app", "unit prod/web/app"
@@ -125,14 +127,14 @@ func (e *OlderError) Error() string {
 	if !e.Created.IsZero() {
 		made = "made at " + e.Created.Format(time.RFC3339)
 	}
-	// Short: a report has 300 bytes.
+	// The text is short, as an error in a report has 300 bytes.
 	return fmt.Sprintf("%s, older than that of %s on which this node has settled for %s: "+
 		"publish it anew as a new version, or pin it where the agent has allow_older_pins",
 		made, e.Floor.Format(time.RFC3339), e.Of)
 }
 
-// FutureError says that a release that was settled on claims to be made later than the node's clock: what counts as
-// older than it are releases made before Settled.
+// FutureError means that a release that was settled on claims to be made later than the node's clock. Releases
+// made before Settled count as older than it.
 type FutureError struct{ Created, Settled time.Time }
 
 func (e *FutureError) Error() string {
@@ -141,8 +143,8 @@ func (e *FutureError) Error() string {
 		e.Created.Format(time.RFC3339), e.Settled.Format(time.RFC3339))
 }
 
-// settledAt returns the floor that a release made at created leaves, at a node's time: its own, but never one
-// ahead of the clock, which would refuse all that is published from then on.
+// settledAt returns the floor for a release made at created, at a node's time: created, but never a time ahead of
+// the clock, which would refuse everything that is published from then on.
 func settledAt(created, now time.Time) time.Time {
 	if created.After(now.Add(createdTolerance)) {
 		return now.UTC().Truncate(time.Second)
@@ -150,8 +152,9 @@ func settledAt(created, now time.Time) time.Time {
 	return created
 }
 
-// order refuses a release that is older than the newest that was settled on: an old signature stays good, and whoever
-// writes the store must not bring back what was replaced for a hole in it, under whatever name.
+// order returns an error if a release is older than the newest that was settled on. An old signature stays valid,
+// so without this check whoever writes the store could bring back a release that was replaced because of a
+// vulnerability, under any name.
 func (u *Unit) order(r *artifact.Release) error {
 	if u.c.Trust == nil {
 		return nil
@@ -168,9 +171,9 @@ func (u *Unit) order(r *artifact.Release) error {
 	return &OlderError{Created: created, Floor: floor, Of: of}
 }
 
-// Settle notes what runs, and has passed its health checks, as settled on: where Trust is set, no older release is
-// admitted from now on, also after a restart. A release whose rollout may still turn back is not to be settled on. A
-// *FutureError says that it is noted, and that the release's own time was not believed.
+// Settle settles on the running release, if it has passed its health checks: if Trust is set, no older release is
+// admitted from now on, even after a restart. Call it only once the release's rollout can no longer turn back. A
+// *FutureError means that it is settled, but under the node's time, not under its own.
 func (u *Unit) Settle() error {
 	r, err := u.settled()
 	if err != nil || r == nil || u.c.Trust == nil || !u.j.Confirmed {
@@ -203,17 +206,18 @@ func (u *Unit) Settle() error {
 	return nil
 }
 
-// ahead is a release that was settled on though it says that it was made later than the node's clock.
+// ahead is a release that was settled on although its Created is ahead of the node's clock.
 type ahead struct {
-	Digest  deployments.Digest `json:"digest"`
-	Settled time.Time          `json:"settled"` // the node's clock; what counts as its time
+	Digest deployments.Digest `json:"digest"`
+	// the node's time at which it was settled o// the floor's key: "name app", "dest /srv/app", "unit prod/web/app"
+	Settled time.Time `json:"settled"`
 }
 
-// newestFile is where versions before this one kept Newest beside the journal.
+// newestFile is where earlier versions stored Newest beside the journal.
 const newestFile = "newest"
 
-// keepFloor brings the floor that the unit's journal has, or an earlier version kept beside it, to the node's: for
-// what runs, where that is known. A time ahead of the clock is not believed.
+// keepFloor adds to the node's floors the one in the unit's journal, or in the file of an earlier version: for the
+// running release, if that is known. A time ahead of the clock is not believed.
 func (u *Unit) keepFloor() error {
 	newest := u.j.Newest
 	file := filepath.Join(u.c.Dir, newestFile)
@@ -224,7 +228,7 @@ func (u *Unit) keepFloor() error {
 	}
 	now := time.Now()
 	if info, err := os.Stat(filepath.Join(u.c.Dir, journalFile)); err == nil && info.ModTime().After(now) {
-		now = info.ModTime() // a machine without a clock of its own has yet to learn the time
+		now = info.ModTime() // a machine without a battery-backed clock may not know the time yet
 	}
 	if newest = settledAt(newest, now); newest.Before(u.j.Newest) {
 		u.log.Warn("the version floor is ahead of this node's clock: lowering it", "was", u.j.Newest, "floor", newest)

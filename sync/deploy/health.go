@@ -20,12 +20,11 @@ const (
 	defaultTryTimeout    = 5 * time.Second
 )
 
-// probe tries one check once. Identity is what must not change while a release is watched (a service's invocation);
-// empty where there is none.
+// probe tries one check once. identity must not change while a release is watched, as a service's invocation;
+// empty: there is none.
 type probe func(ctx context.Context) (identity string, err error)
 
-// healthy waits until the checks of r pass and have gone on passing for stable_for, and r is what is live all the
-// while.
+// healthy waits until the checks of r pass and go on passing for stable_for, while r is live all the time.
 func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Release) error {
 	h := r.Manifest.Health
 	env := u.env(d, r, other)
@@ -73,8 +72,8 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// often is the time between two tries of a check: its interval, but that a release isn't watched for a time in
-// which it isn't looked at.
+// often returns the time between two tries of a check: its interval, shortened so that there are tries within
+// stable_for.
 func often(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
@@ -89,7 +88,7 @@ type watch struct {
 	try               probe
 }
 
-// observe tries all checks side by side, each at its own interval, until they decide.
+// observe tries all checks in parallel, each at its own interval, until the result is certain.
 func observe(ctx context.Context, watched []watch, timeout, stable time.Duration) error {
 	if len(watched) == 0 {
 		return ctx.Err()
@@ -139,22 +138,22 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 	}
 }
 
-// vigil decides from what checks say whether a release is healthy: all must pass by the timeout, and then go on
-// passing until each has been tried once more when they did for stable. Until the timeout a check that fails again
-// only starts the count anew; after it, it is the end. It has no clock: its times come from the monotonic one, so
-// that a wall clock that jumps changes nothing.
+// vigil decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
+// then go on passing for stable, until each has been tried once more after that. Before the timeout, a check that
+// fails again only restarts the wait; after it, that is a failure. It has no clock: its times are monotonic, so
+// that a jump of the wall clock changes nothing.
 type vigil struct {
 	begin   time.Time
 	timeout time.Duration
 	stable  time.Duration
-	since   time.Time // when all passed; zero: not all do
+	since   time.Time // since when all pass; zero: not all do
 	checks  []seen
 }
 
 type seen struct {
 	name     string
 	tried    bool
-	at       time.Time // when it was tried last
+	at       time.Time // time of the last try
 	identity string
 	err      error
 }
@@ -171,7 +170,7 @@ func newVigil(watched []watch, timeout, stable time.Duration, now time.Time) *vi
 func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 	c := &v.checks[check]
 	if c.tried && c.err == nil && err == nil && c.identity != identity {
-		v.since = time.Time{} // it passes, but it isn't the one that passed before
+		v.since = time.Time{} // it passes, but with another identity than before
 	}
 	c.tried, c.at, c.identity, c.err = true, now, identity, err
 	if v.failing() != nil {
@@ -181,7 +180,7 @@ func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 	}
 }
 
-// verdict is done with nil where the release is healthy, with an error where it had its time.
+// verdict returns done with nil if the release is healthy, and with an error if the time for it is over.
 func (v *vigil) verdict(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {
@@ -214,7 +213,7 @@ func (v *vigil) failing() error {
 	return errors.Join(errs...)
 }
 
-// checkError is why a check failed.
+// checkError says which check failed, and why.
 type checkError struct {
 	check string
 	err   error

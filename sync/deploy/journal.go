@@ -24,46 +24,47 @@ const (
 	madeDir      = "made"
 	beforeDir    = "before"
 
-	// maxQuarantined bounds the list, which every report carries; the oldest go first.
+	// maxQuarantined bounds the list, which every report contains; the oldest entries are dropped.
 	maxQuarantined = 16
 )
 
-// journal is what a unit knows across a crash. It is replaced as a whole, so that it is never half written. Only
-// the goroutine that calls the unit's methods writes it.
+// journal is a unit's durable state. It is replaced as a whole, so that it is never half written. Only the
+// goroutine that calls the unit's methods writes it.
 type journal struct {
-	Format int `json:"format"` // 1
-	// Running is what was switched to last, Confirmed whether it passed its health checks.
+	Format int `json:"format"` // always 1
+	// Running is what was switched to last. Confirmed is set if it passed its health checks.
 	Running   deployments.Pointer `json:"running,omitzero"`
 	Version   string              `json:"version,omitempty"`
 	Confirmed bool                `json:"confirmed,omitempty"`
-	// Proven is the boot in which Running passed them last.
+	// Proven is the ID of the boot in which Running passed them last.
 	Proven   string              `json:"proven,omitempty"`
 	LastGood deployments.Pointer `json:"last_good,omitzero"`
 	Staged   deployments.Pointer `json:"staged,omitzero"`
-	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. Floors has it as well.
+	// Newest is the newest Created of a signed release that was settled on: see Unit.Settle. Floors has it as
+	// well.
 	Newest time.Time `json:"newest,omitzero"`
 	Ahead  *ahead    `json:"ahead,omitempty"`
 
 	Quarantined []Failure `json:"quarantined,omitempty"`
 	Drained     bool      `json:"drained,omitempty"`
-	// Deployment is the one under way; nil: none.
+	// Deployment is the deployment under way; nil: none.
 	Deployment *deployment `json:"deployment,omitempty"`
-	// Compared is of the deployment under way, or of what runs.
+	// Compared belongs to the deployment under way, or to the running release.
 	Compared *deployments.Compared `json:"compared,omitempty"`
-	// Attempts are those of steps that were cut off, until their release is confirmed or in quarantine.
+	// Attempts are the steps that were cut off; kept until their release is confirmed or in quarantine.
 	Attempts []attempt `json:"attempts,omitempty"`
-	// Before is what was at dest before the first release; nil: nothing was, or it is kept no more. Restored is the
-	// release that was left for it, or failed, while dest holds it again.
+	// Before is what was at dest before the first release; nil: nothing was, or it is no longer kept. Restored is
+	// the release that was left or failed, while dest holds again what was there before it.
 	Before   *before            `json:"before,omitempty"`
 	Restored deployments.Digest `json:"restored,omitzero"`
-	// Told names the release and the key whose failure commands ran because it could not be staged.
+	// Told names the release and key whose failure commands ran because it could not be staged.
 	Told string `json:"told,omitempty"`
 }
 
-// Failure is a release that failed on this node, and stays in quarantine until Retry.
+// Failure is a release that failed on this node. It stays in quarantine until Retry.
 type Failure struct {
 	Digest deployments.Digest `json:"digest"`
-	// Key names what asked for the release: see Request. Empty: a version that didn't keep it wrote the journal.
+	// Key identifies the request that failed: see Request. Empty: an earlier version wrote the journal.
 	Key  string              `json:"key,omitempty"`
 	Step string              `json:"step"`
 	Back deployments.Pointer `json:"back,omitzero"` // what the unit went back to
@@ -83,39 +84,39 @@ func (f Failure) Err(p deployments.Pointer) *Failed {
 // deployment is a deployment under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
-	// From ran when it began, and is what it is taken back to before the switch. Back is the last good release, which
-	// a failure goes back to. Zero: there is none.
+	// From ran when the deployment began; before the switch, a deployment is taken back to it. Back is the last
+	// good release, which a failure goes back to. Zero: there is none.
 	From   deployments.Pointer `json:"from,omitzero"`
 	Back   deployments.Pointer `json:"back,omitzero"`
 	Commit string              `json:"commit,omitempty"`
 	Key    string              `json:"key,omitempty"`
-	// Step is being done: all before it are done, and it may be half done, or done. Doing it again is safe.
+	// Step is the current step: all before it are done. It may be half done, or done; doing it again is safe.
 	Step step `json:"step"`
 	// Run marks the processes of Step's commands.
 	Run string `json:"run"`
-	// Boot is the one in which Step was begun.
+	// Boot is the ID of the boot in which Step began.
 	Boot string `json:"boot,omitempty"`
-	// Touched is set from when dest may have changed.
+	// Touched is set as soon as dest may have changed.
 	Touched bool `json:"touched,omitempty"`
-	// Adopted is set where dest was the release's before, so that no command runs.
+	// Adopted is set if the tree at dest equalled the release, so that no commands run.
 	Adopted bool `json:"adopted,omitempty"`
-	// Over is set where another one, which this one superseded, may have changed dest before.
+	// Over is set if another deployment, which this one superseded, may have changed dest.
 	Over bool `json:"over,omitempty"`
 	// Fault is set once the deployment failed, and goes back.
 	Fault *fault `json:"fault,omitempty"`
 	// Restored is set once what was at dest before the first release is back there.
 	Restored bool `json:"restored,omitempty"`
-	// Leaves is set if it goes from the release that runs to what was at dest before the first one: see Leave. Versions
-	// before this one take it for a deployment that was stopped, and stay on the release.
+	// Leaves is set if the deployment goes from the running release to what was at dest before the first one: see
+	// Leave. Earlier versions take it for a deployment that was stopped, and stay on the release.
 	Leaves bool `json:"leaves,omitempty"`
-	// Unserved is set while what it goes back to doesn't serve yet.
+	// Unserved is set as long as the release that it goes back to isn't healthy.
 	Unserved *unserved `json:"unserved,omitempty"`
 }
 
-// unserved says why the release that a deployment went back to doesn't serve.
+// unserved says why the release that a deployment went back to isn't healthy.
 type unserved struct {
 	Step  step      `json:"step"`
-	Check string    `json:"check,omitempty"` // the one that failed
+	Check string    `json:"check,omitempty"` // the check that failed
 	Error string    `json:"error"`
 	Since time.Time `json:"since"`
 }
@@ -124,14 +125,14 @@ type unserved struct {
 type fault struct {
 	Step   step   `json:"step"`
 	Reason string `json:"reason"`
-	Check  string `json:"check,omitempty"` // the one that failed in step health
-	Told   bool   `json:"told,omitempty"`  // its failure commands ran before their turn
+	Check  string `json:"check,omitempty"` // the error of Reason, in the process in which it happened
+	Told   bool   `json:"told,omitempty"`  // its failure commands ran early
 
 	err error // Reason's, in the process in which it happened
 }
 
-// save makes change durable in the journal, and only then visible. A change that can't be written leaves the unit
-// as it was.
+// save makes a change durable in the journal, and only then visible. If it can't be written, the unit stays as it
+// was.
 func (u *Unit) save(change func(*journal)) error {
 	next := u.j
 	next.Quarantined, next.Attempts = slices.Clone(u.j.Quarantined), slices.Clone(u.j.Attempts)
@@ -162,16 +163,16 @@ func (j *journal) failed(p deployments.Pointer) bool {
 	return slices.ContainsFunc(j.Quarantined, func(f Failure) bool { return f.Digest == p.Digest })
 }
 
-// enter says that s begins.
+// enter begins step s.
 func (d *deployment) enter(s step) {
 	d.Step, d.Run = s, rand.Text()
 	d.Touched = d.Touched || s == stepSwitch
 }
 
-// load reads the journal. One that doesn't parse is put aside, and what runs is told from dest.
+// load reads the journal. If it doesn't parse, it is set aside, and the running release is derived from dest.
 func (u *Unit) load() error {
 	path := filepath.Join(u.c.Dir, journalFile)
-	// What a kill left of a file that was being written aside.
+	// Temporary files of a write that was killed.
 	if aside, err := filepath.Glob(filepath.Join(u.c.Dir, "."+journalFile+"*")); err == nil {
 		for _, f := range aside {
 			os.Remove(f)
@@ -199,9 +200,9 @@ func (u *Unit) load() error {
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// salvage finds what runs without a journal: what the newest manifest's dest links to. It is the best there is to
-// go back to, but not taken for confirmed, so that deploying it again proves it. Without a link of ours it isn't
-// known at all.
+// salvage finds the running release without a journal: where the dest of the newest manifest leads. It can be gone
+// back to, but counts as unconfirmed, so that deploying it again checks it. If dest is no link of kedge's, the
+// running release is unknown.
 func (u *Unit) salvage() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {
@@ -230,7 +231,7 @@ func (u *Unit) manifestFile(d deployments.Digest) string {
 	return filepath.Join(u.manifestsDir(), d.String()+".json")
 }
 
-// remember keeps r's manifest, so that going back to it needs neither network nor environment.
+// remember stores r's manifest, so that going back to it needs neither network nor environment.
 func (u *Unit) remember(r *artifact.Release) error {
 	path := u.manifestFile(r.Pointer.Digest)
 	if old, err := artifact.ReadRelease(path); err == nil && bytes.Equal(old.Raw, r.Raw) && old.Pointer == r.Pointer {
@@ -242,7 +243,7 @@ func (u *Unit) remember(r *artifact.Release) error {
 	return nil
 }
 
-// recall reads a release that was remembered; nil for the zero pointer.
+// recall returns a release that was remembered; nil for the zero pointer.
 func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil

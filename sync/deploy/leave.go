@@ -8,22 +8,22 @@ import (
 	"kedge/deployments"
 )
 
-// before is what was at dest before the unit's first release. It is kept while the rollout of that may still go back
-// there: until ForgetBefore, also under the releases that replace the first one meanwhile.
+// before is what was at dest before the unit's first release. It is kept until ForgetBefore, as long as the
+// rollout may go back to it, even when other releases replace the first one meanwhile.
 type before struct {
-	// First is the release that came first. Its manifest says how to put back what was there.
+	// First is the first release. Its manifest says how to put back what was there.
 	First    deployments.Pointer  `json:"first"`
 	Dest     string               `json:"dest"`
 	Strategy deployments.Strategy `json:"strategy"`
 }
 
-// under reports whether what was kept can be put back where r lies: at the same dest, by the same strategy.
+// under reports whether it can be put back while r is deployed: r has the same dest and strategy.
 func (b *before) under(r *artifact.Release) bool {
 	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
 }
 
-// keepBefore keeps what is at dest before the first release, for restore, and for Leave if mayLeave is set. What a
-// deployment that is superseded has begun to change is not that any more: it has been kept.
+// keepBefore keeps what is at dest before the first release, for restore and, if mayLeave is set, for Leave. If a
+// superseded deployment has begun to change it, it was kept already.
 func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave bool) (*before, error) {
 	d := u.j.Deployment
 	if !u.j.Running.IsZero() || !u.j.LastGood.IsZero() || d != nil && d.Step != stepDrain {
@@ -38,10 +38,10 @@ func (u *Unit) keepBefore(ctx context.Context, r *artifact.Release, mayLeave boo
 	return &before{First: r.Pointer, Dest: r.Manifest.Dest, Strategy: r.Manifest.Strategy}, nil
 }
 
-// Leave puts back what was at dest before the unit's first release, as the rollout of that has stopped elsewhere:
-// drain, the switch, the failure commands of the release that is left, and undrain. No other commands and no checks
-// run, as there is no manifest of what was there. What can't be put back any more stays away: the unit keeps what it
-// runs, and State says so. A cancelled ctx stops it before the switch; later Recover finishes it, as after a kill.
+// Leave puts back what was at dest before the unit's first release, after its rollout has stopped elsewhere:
+// drain, the switch, the failure commands of the release that is left, and undrain. No other commands and no
+// checks run, as what was there has no manifest. If it can't be put back any more, the unit keeps what it runs,
+// and State says so. Before the switch a cancelled ctx stops Leave; after it Recover finishes, as after a kill.
 func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer func() { err = u.secrets.error(err) }()
 	if err := u.resume(ctx); err != nil || u.j.Before == nil {
@@ -63,11 +63,11 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	defer release()
 	switch d := u.j.Deployment; {
 	case d != nil && d.Step.beforeSwitch():
-		return u.Recover(ctx) // takes it back
+		return u.Recover(ctx) // it takes the deployment back
 	case d != nil && (d.Step.goesBack() || !u.j.Before.under(r)):
 		return u.advance(ctx)
 	}
-	if u.j.Deployment != nil { // also after a restart
+	if u.j.Deployment != nil { // even after a restart
 		if err := u.drain(ctx, true); err != nil {
 			return err
 		}
@@ -103,14 +103,14 @@ func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 	u.log.Error("what was at dest before the first release is gone: the unit stays on what it runs")
 	return func(j *journal) {
 		j.Before = nil
-		if !j.Confirmed { // a deployment that was turned round: it goes on from its switch
+		if !j.Confirmed { // a deployment that was turned back: it continues from its switch
 			j.Deployment.Leaves, j.Deployment.Step = false, stepPre
 		}
 	}, nil
 }
 
-// ForgetBefore gives up what was at dest before the first release, and its space: the rollout goes back there no more.
-// Strategy release keeps it beside dest all the same, as it keeps a tree that nobody published.
+// ForgetBefore removes what was kept from before the first release: the rollout no longer goes back there.
+// Strategy release keeps it beside dest nevertheless, as nobody published that tree.
 func (u *Unit) ForgetBefore() error {
 	if u.j.Before == nil {
 		return nil
@@ -122,7 +122,7 @@ func (u *Unit) ForgetBefore() error {
 	return u.pruneBefore()
 }
 
-// pruneBefore removes the copy of what was there before, unless it may be needed.
+// pruneBefore removes the copy of what was at dest before, unless it may be needed.
 func (u *Unit) pruneBefore() error {
 	if u.j.Before != nil {
 		return nil
@@ -130,12 +130,12 @@ func (u *Unit) pruneBefore() error {
 	return artifact.PruneTrees(u.beforeDir(), nil)
 }
 
-// errLeft is what the failure commands of a release that Leave left are told.
+// errLeft is the error that the failure commands of a release see when Leave left it.
 var errLeft = errors.New("its rollout has stopped: what was there before kedge is back")
 
 // restore puts back what was at dest before the first release, which has failed or was stopped.
 func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) (func(*journal), error) {
-	// This strategy's switch is one rename: what was stopped before it has changed nothing.
+	// This strategy switches by one rename: a deployment that was stopped before it has changed nothing.
 	atomic := r.Manifest.Strategy == deployments.StrategyRelease
 	if d.Fault == nil && atomic {
 		return nil, nil
@@ -153,7 +153,7 @@ func (u *Unit) restore(ctx context.Context, d *deployment, r *artifact.Release) 
 	return restored, nil
 }
 
-// restored notes that dest holds what was there before the first release.
+// restored records that dest holds what was there before the first release.
 func restored(j *journal) {
 	j.Running, j.Version, j.Confirmed, j.LastGood = deployments.Pointer{}, "", false, deployments.Pointer{}
 	j.Before, j.Restored = nil, j.Deployment.Release.Digest

@@ -20,23 +20,23 @@ import (
 	"kedge/deployments/wait"
 )
 
-// destLock lets one process at a time deploy to a dest: agents, whatever their state directory, and
-// kedge run. It is a lock on the file .NAME.kedge-lock beside dest, which stays, as removing it
-// would let two hold it. Its first line is the digest of the release that was deployed there last; a second one, if it
-// has one, is agentLine's.
+// destLock lets one process at a time deploy to a dest: agents with any state directory, and kedge run. It locks
+// the file .NAME.kedge-lock beside dest. The file is never removed, as two processes could then hold the lock. Its
+// first line is the digest of the release deployed there last; an optional second line is agentLine's.
 type destLock struct {
 	dest  string
-	place *artifact.Place // nil, as file: there is nothing to lock, as nothing can be written beside dest
+	place *artifact.Place // nil, like file: nothing can be written beside dest, so nothing needs the lock
 	file  *os.File
-	// waited says that another process held it first, and last what that one deployed; empty: it did not succeed.
+	// waited is set if another process held the lock first, and last is what that process deployed; empty: it did
+	// not succeed.
 	waited bool
 	last   string
-	// agent is the agentLine of whichever agent deployed there last; empty: none did.
+	// agent is the agentLine of the agent that deployed there last; empty: none did.
 	agent string
 }
 
-// agentMark begins the line of a lock's file that names an agent: its unit, and its socket, by which others see that it
-// lives.
+// agentMark begins the line of a lock file that names an agent: its unit, and its socket, by which others see
+// whether it lives.
 const agentMark = "agent "
 
 func (u *Unit) agentLine() string {
@@ -46,7 +46,7 @@ func (u *Unit) agentLine() string {
 	return agentMark + u.c.ID.String() + " " + u.c.Socket
 }
 
-// read splits what is in the lock's file.
+// read parses a lock file's content.
 func (l *destLock) read(text string) {
 	last, rest, _ := strings.Cut(text, "\n")
 	l.last, l.agent = strings.TrimSpace(last), ""
@@ -71,11 +71,11 @@ func (l *destLock) livingAgent(ctx context.Context) (unit string, lives bool) {
 	return unit, true
 }
 
-// LockFile is the path of dest's lock: see lastDeployed.
+// LockFile returns the path of dest's lock file: see lastDeployed.
 func LockFile(dest string) string { return filepath.Join(filepath.Dir(dest), lockName(dest)) }
 
-// lastDeployed returns the release that kedge deployed to dest last, whichever process did; zero: one is under way, or
-// it isn't known.
+// lastDeployed returns the release that any kedge process deployed to dest last; zero: a deployment is under way,
+// or it is unknown.
 func lastDeployed(dest string) deployments.Digest {
 	f, err := os.OpenFile(LockFile(dest), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -94,8 +94,8 @@ func lastDeployed(dest string) deployments.Digest {
 
 func lockName(dest string) string { return "." + filepath.Base(dest) + ".kedge-lock" }
 
-// open opens the lock's file. It must be a file that has no other name: whoever owns the directory could put there
-// another's.
+// open opens the lock file. It must be a file with no other name, as the directory's owner could put a link to
+// another file there.
 func (l *destLock) open(flags int) (*os.File, error) {
 	f, err := os.OpenFile(l.place.Path(lockName(l.dest)), flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
@@ -114,7 +114,7 @@ func (l *destLock) open(flags int) (*os.File, error) {
 
 func (l *destLock) close() {
 	if l.file != nil {
-		// A child that another goroutine is about to start may still have the file.
+		// A child process that is just being started may still have the file.
 		_ = unix.Flock(int(l.file.Fd()), unix.LOCK_UN)
 		l.file.Close()
 	}
@@ -123,7 +123,7 @@ func (l *destLock) close() {
 	}
 }
 
-// hold takes the lock of r's dest until release is called; it does nothing if this unit holds it already.
+// hold takes the lock of r's dest until release is called. It does nothing if this unit holds it already.
 func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), err error) {
 	dest := r.Manifest.Dest
 	if r.Manifest.Src == "" || u.lock != nil {
@@ -135,7 +135,7 @@ func (u *Unit) hold(ctx context.Context, r *artifact.Release) (release func(), e
 	}
 	l.place, err = artifact.OpenPlace(dest, artifact.PlaceOptions{
 		Within: u.c.Bounds.Dests, Owner: r.Manifest.Owner,
-		Create: r.Manifest.Strategy == deployments.StrategyRelease, // which makes it anyway
+		Create: r.Manifest.Strategy == deployments.StrategyRelease, // this strategy creates the directory anyway
 	})
 	if err == nil {
 		l.file, err = l.open(os.O_RDONLY | os.O_CREATE)
@@ -189,17 +189,17 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 	}
 }
 
-// begun and done note in the lock's file that dest is between releases, and what it holds.
+// begun records in the lock file that dest is between releases, and done what it holds.
 func (l *destLock) begun() { l.note("") }
 
 func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }
 
-// note is best effort: it saves a process that waited from deploying the same again.
+// note ignores errors: it only saves a waiting process from deploying the same release again.
 func (l *destLock) note(last string) {
 	if l == nil || l.file == nil {
 		return
 	}
-	// The lock itself is open for reading, so that the file system can be made read-only meanwhile.
+	// The lock itself is open for reading, so that the file system can be remounted read-only meanwhile.
 	f, err := l.open(os.O_WRONLY)
 	if err != nil {
 		return

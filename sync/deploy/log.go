@@ -15,12 +15,12 @@ const (
 	logHead = 64 << 10
 )
 
-// deploymentLog keeps the text of one deployment's log, which success and failure commands get on stdin, in the
-// shape of stretcher's: date, time, message. At most maxLog bytes; the middle goes.
+// deploymentLog stores the log of one deployment, at most maxLog bytes, without its middle if it is longer.
+// Success and failure commands get it on stdin in stretcher's format: date, time, message.
 type deploymentLog struct {
 	mu   sync.Mutex
 	buf  []byte
-	left int // bytes that were dropped after logHead
+	left int // bytes dropped after logHead
 }
 
 func (l *deploymentLog) reset() {
@@ -45,13 +45,13 @@ func (l *deploymentLog) write(line []byte) {
 	defer l.mu.Unlock()
 	l.buf = append(l.buf, line...)
 	if over := len(l.buf) - maxLog; over > 0 {
-		drop := over + maxLog/4 // so that not every line moves the buffer
+		drop := over + maxLog/4 // more than needed, so that not every line moves the buffer
 		l.buf = append(l.buf[:logHead], l.buf[logHead+drop:]...)
 		l.left += drop
 	}
 }
 
-// tee is a slog.Handler that also writes to a deploymentLog, from info on, whatever level next wants.
+// tee is a slog.Handler that also writes records from level info on to a deploymentLog, whatever next's level.
 type tee struct {
 	next  slog.Handler
 	text  *deploymentLog

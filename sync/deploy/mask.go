@@ -12,11 +12,11 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// maxMasked bounds the values that a unit masks; the oldest go first.
+// maxMasked bounds the values that a unit masks; the oldest are dropped.
 const maxMasked = 1000
 
-// secrets are the values of variables and of secrets in the manifests that a unit has read, which nobody is to see in
-// its log, journal, errors and state. Its methods may be called by any goroutine.
+// secrets are the values of variables and secrets in the manifests that a unit has read. Its log, journal, errors
+// and state must not show them. Safe for concurrent use.
 type secrets struct {
 	mu     sync.Mutex
 	values []string
@@ -40,13 +40,13 @@ func (s *secrets) add(values ...string) {
 	s.mask.Store(deployments.NewMask(s.values))
 }
 
-// now returns the present mask; nil: there is nothing to mask.
+// now returns the current mask; nil: there is nothing to mask.
 func (s *secrets) now() *deployments.Mask { return s.mask.Load() }
 
-// text masks the values in a text, and what is secret in its URLs.
+// text masks the values in a text, and secrets in its URLs.
 func (s *secrets) text(t string) string { return safetext.URLs(s.now().Text(t)) }
 
-// error masks an error's text. What it wraps can still be asked for.
+// error masks an error's text. errors.Is and errors.As still find what it wraps.
 func (s *secrets) error(err error) error {
 	if err == nil {
 		return nil
@@ -66,7 +66,7 @@ type shownError struct {
 func (e *shownError) Error() string { return e.text }
 func (e *shownError) Unwrap() error { return e.err }
 
-// masking is a slog.Handler whose lines show no secrets.
+// masking is a slog.Handler that masks secrets.
 type masking struct {
 	next    slog.Handler
 	secrets *secrets
@@ -121,7 +121,7 @@ func maskAttr(mask *deployments.Mask, a slog.Attr) slog.Attr {
 	return a
 }
 
-// masked is a probe whose errors show no secrets.
+// masked returns a probe whose errors show no secrets.
 func (u *Unit) masked(p probe) probe {
 	return func(ctx context.Context) (string, error) {
 		identity, err := p(ctx)

@@ -18,26 +18,25 @@ const (
 	defaultFailures = 3
 )
 
-// Health is the result of the live release's checks. The zero Health is a healthy one.
+// Health is the result of the live release's checks. The zero Health is healthy.
 type Health struct {
 	Unhealthy bool
 	Reason    deployments.Reason // ReasonUnhealthy while Unhealthy
 	Facts     deployments.Facts  // check, error
-	Since     time.Time          // of the last change of Unhealthy
+	Since     time.Time          // when Unhealthy changed last
 
-	failed int       // rounds that failed in a row
-	passed time.Time // since when rounds pass, while Unhealthy; zero: the last one failed
+	failed int       // failed rounds in a row
+	passed time.Time // while Unhealthy, since when rounds pass; zero: the last one failed
 }
 
 // round is the result of one round of checks: at most one failure, the first in the manifest's order.
 type round struct {
-	check string // the one that failed; empty: all passed
+	check string // the check that failed; empty: all passed
 	err   error
 }
 
-// next returns the health after one more round at now. It becomes unhealthy after so many rounds in
-// a row that fail, and healthy again once rounds have passed for the time stable without a failure
-// between them.
+// next returns the health after one more round at now. It becomes unhealthy after the given number of failed
+// rounds in a row, and healthy again once rounds have passed without a failure for the time stable.
 func (h Health) next(r round, failures int, stable time.Duration, now time.Time) Health {
 	if r.check != "" {
 		h.failed, h.passed = h.failed+1, time.Time{}
@@ -64,19 +63,19 @@ func (h Health) next(r round, failures int, stable time.Duration, now time.Time)
 	return Health{Since: now}
 }
 
-// Monitor tries the checks of the live release for as long as it runs. A unit's monitor belongs to
-// one deployment: it ends before the next one begins, and another is made after it.
+// Monitor tries the checks of the live release as long as that runs. A Monitor belongs to one deployment: it ends
+// before the next deployment begins, and another one is made after it.
 type Monitor struct {
 	checks   []watch
 	every    time.Duration
 	failures int
 	stable   time.Duration
-	// identities are what the checks passed with last; see probe.
+	// identities are those with which the checks passed last; see probe.
 	identities []string
 }
 
-// Monitor returns a monitor of what runs; nil if nothing runs that is confirmed, if a deployment is
-// under way, or if the manifest has no checks that go on.
+// Monitor returns a monitor of the running release; nil if none is confirmed, if a deployment is under way, or if
+// the manifest has no checks that go on.
 func (u *Unit) Monitor() (*Monitor, error) {
 	r, err := u.settled()
 	if err != nil || r == nil || !u.j.Confirmed {
@@ -107,10 +106,9 @@ func (u *Unit) Monitor() (*Monitor, error) {
 	return m, nil
 }
 
-// Run tries all checks side by side, a round every health.every, until ctx ends, and calls changed
-// when the release became unhealthy, when another check fails than before, and when it is healthy
-// again. It begins with h, which an earlier Run ended with, and with its first round at a random
-// time, so that a fleet's checks are spread.
+// Run tries all checks in parallel, a round every health.every, until ctx ends. It calls changed when the release
+// becomes unhealthy, when another check fails than before, and when it is healthy again. h is the health with
+// which an earlier Run ended. The first round is at a random time, so that a fleet's checks are spread.
 func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	if wait.For(ctx, rand.N(m.every)) != nil {
 		return
@@ -120,7 +118,7 @@ func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	for {
 		r := m.round(ctx)
 		if ctx.Err() != nil {
-			return // what it cut off says nothing
+			return // an interrupted round has no result
 		}
 		was := h
 		h = h.next(r, m.failures, m.stable, time.Now())
@@ -135,8 +133,8 @@ func (m *Monitor) Run(ctx context.Context, h Health, changed func(Health)) {
 	}
 }
 
-// round tries each check once. One that passes with another identity than before counts as failed: what passes now is
-// not what passed then, as with a service that ends and is started again all the time.
+// round tries each check once. A check that passes with another identity than before counts as failed, as the
+// service is not the same: it may be restarted again and again.
 func (m *Monitor) round(ctx context.Context) round {
 	errs := make([]error, len(m.checks))
 	var tries sync.WaitGroup

@@ -21,38 +21,38 @@ import (
 	"kedge/sync/command"
 )
 
-// OneShot is the configuration of Once.
+// OneShot configures Once.
 type OneShot struct {
-	// URL is a manifest's, or a pointer, whose digest is then checked. A URL alone may change under the node, as
-	// stretcher's do.
+	// URL is a manifest's URL, or a pointer, whose digest is then checked. As with stretcher, what a bare URL
+	// leads to may change under the node.
 	URL     string
 	Node    string
 	Objects *object.Client
 	Bounds  policy.Bounds
-	// Trust see Config.
+	// Trust is Config.Trust.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 	Fetch FetchLimits
-	// Secrets see Config.
+	// Secrets is Config.Secrets.
 	Secrets SecretReader
-	// RsyncVerbose are the options that say what rsync tells; nil: -v.
+	// RsyncVerbose is Config.RsyncVerbose.
 	RsyncVerbose []string
 	Log          *slog.Logger // nil: discard
 }
 
-// FetchLimits say how long Once tries to have a release's archive on disk.
+// FetchLimits bound how long Once tries to fetch a release's archive.
 type FetchLimits struct {
-	Timeout   time.Duration // of all tries; 0: none
+	Timeout   time.Duration // for all tries; 0: no bound
 	Retry     int           // tries after the first
 	RetryWait time.Duration // before each of them
 }
 
-// Once converges this machine once on a manifest, whatever was deployed before, and leaves no state but what the
-// release strategy keeps beside dest: what kedge run does. nil means that the release is live, healthy and its
-// success commands ran (their failure is only logged); any error, that it isn't.
+// Once converges this machine once on a manifest, whatever was deployed before: it is what kedge run does. It
+// leaves no state except what the release strategy keeps beside dest. nil means that the release is live and
+// healthy and its success commands ran; failures of these are only logged.
 //
-// As with stretcher, the failure commands run when anything fails from the manifest on, trouble with the network
-// included. A release that fails goes back only where the release strategy has another one to go back to. It waits
-// for what deploys to the same dest already, and does nothing if that has made the same release live.
+// As with stretcher, the failure commands run when anything fails after the manifest was read, including the
+// network. A failed release goes back only if the release strategy has another one to go back to. Once waits for
+// another process that deploys to the same dest, and does nothing if that has made the same release live.
 func Once(ctx context.Context, o OneShot) (err error) {
 	dir, err := os.MkdirTemp("", "kedge-run-")
 	if err != nil {
@@ -113,7 +113,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 	return err
 }
 
-// stageWithin stages r, as often and as long as limits say. What no other try would mend is not tried again.
+// stageWithin stages r, trying as often and as long as limits allow. An error that another try can't cure ends it.
 func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits FetchLimits) error {
 	if limits.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -165,7 +165,7 @@ func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, erro
 	return u.admitBytes(ctx, deployments.Pointer{URL: text, Digest: sha256.Sum256(raw)}, raw)
 }
 
-// adopt takes what r's dest links to, if it is one of ours, for the release that runs.
+// adopt records the release that r's dest leads to, if it is one of kedge's, as the running one.
 func (u *Unit) adopt(r *artifact.Release) error {
 	if r.Manifest.Src == "" || r.Manifest.Strategy != deployments.StrategyRelease {
 		return nil

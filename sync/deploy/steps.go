@@ -16,7 +16,7 @@ import (
 	"kedge/sync/command"
 )
 
-// step is where a deployment is. The journal holds its text.
+// step is a step of a deployment. The journal contains its text.
 type step string
 
 const (
@@ -41,14 +41,14 @@ var (
 	backSteps    = []step{stepBack, stepBackPost, stepBackHealth, stepBackUndrain, stepFailure}
 )
 
-// takeBackWithin bounds the work that is done after the context has ended, to restore what was.
+// takeBackWithin bounds the work of taking a deployment back after its context has ended.
 const takeBackWithin = 30 * time.Second
 
 func (s step) known() bool        { return slices.Contains(forwardSteps, s) || s.goesBack() }
 func (s step) goesBack() bool     { return slices.Contains(backSteps, s) }
 func (s step) beforeSwitch() bool { return s == stepDrain || s == stepPre }
 
-// next is the step after s; "" after the last.
+// next returns the step after s; "" after the last.
 func (s step) next() step {
 	for _, steps := range [][]step{forwardSteps, backSteps} {
 		if i := slices.Index(steps, s); i >= 0 && i+1 < len(steps) {
@@ -58,8 +58,8 @@ func (s step) next() step {
 	return ""
 }
 
-// next is the step after d's; "" after the last. What was there before the first release has no commands and checks of
-// its own: the failure commands start it again, before it is in service.
+// next returns the step after d's; "" after the last. When what was there before the first release is put back, it
+// has no commands and checks: the failure commands start it, before it is in service.
 func (d *deployment) next() step {
 	switch {
 	case d.Step == stepBack && d.Restored:
@@ -76,8 +76,8 @@ func (d *deployment) next() step {
 	return d.Step.next()
 }
 
-// target is what the deployment ends on: before the switch it is taken back to what ran, after a failure to what is
-// good. Zero: on no release.
+// target returns the release that the deployment ends on: before the switch, what ran when it is taken back; after
+// a failure, the good one. Zero: no release.
 func (d *deployment) target() deployments.Pointer {
 	switch {
 	case !d.Step.goesBack():
@@ -91,7 +91,7 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// takeBack turns d round before its switch. Without pre commands begun there is nothing to take back but the drain.
+// takeBack turns d around before its switch. If no pre commands were begun, only the drain has to be taken back.
 func (d *deployment) takeBack() {
 	if d.Step == stepDrain {
 		d.enter(stepBackUndrain)
@@ -100,7 +100,7 @@ func (d *deployment) takeBack() {
 	}
 }
 
-// pass moves on to the step after d's; after the last the deployment is over.
+// pass moves on to the step after d's. After the last one the deployment is over.
 func (j *journal) pass() {
 	d := j.Deployment
 	if next := d.next(); next != "" {
@@ -108,16 +108,16 @@ func (j *journal) pass() {
 		return
 	}
 	j.Deployment = nil
-	if d.Fault != nil || d.Restored || !d.Step.goesBack() { // else it was taken back, and may be tried again
+	if d.Fault != nil || d.Restored || !d.Step.goesBack() { // otherwise it was taken back, and may be tried again
 		j.forgetAttempts(d.Release.Digest)
 	}
 	if j.Running.IsZero() {
-		j.Before = nil // it is at dest
+		j.Before = nil // it is at dest again
 	}
 	j.forgetAttempts(d.target().Digest)
 }
 
-// fail quarantines the deployment's release, and sends the deployment back for good.
+// fail quarantines the deployment's release, and turns the deployment back for good.
 func (j *journal) fail(err error) {
 	d := j.Deployment
 	if len(j.Quarantined) >= maxQuarantined {
@@ -136,7 +136,7 @@ func (j *journal) fail(err error) {
 	d.enter(stepBack)
 }
 
-// failed returns the error of a deployment that failed and is over.
+// failed returns the error of a finished deployment that failed.
 func (d *deployment) failed() *Failed {
 	f := &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
 	f.Reason = deployments.ReasonQuarantined
@@ -155,8 +155,8 @@ func (f *fault) cause() error {
 	return errors.New(f.Reason)
 }
 
-// advance does the steps of the deployment under way until it is over, one way or the other. It is the only code
-// that does, for deployments that were just begun and for those that a crash cut off.
+// advance runs the steps of the deployment under way until it is over. It is the only code that does, for new
+// deployments and for interrupted ones.
 func (u *Unit) advance(ctx context.Context) error {
 	if err := u.resume(ctx); err != nil {
 		return err
@@ -206,8 +206,8 @@ func (u *Unit) advance(ctx context.Context) error {
 	}
 }
 
-// turn handles a step's error: nil if the deployment goes on, backwards; else it was taken back, or is to be finished
-// later.
+// turn handles a step's error. It returns nil if the deployment goes on, backwards; otherwise it was taken back,
+// or is to be finished later.
 func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
@@ -240,7 +240,7 @@ func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
 	}
 }
 
-// do does d's step. The change that it returns is what the journal says of the unit once the step is done.
+// do runs d's step. change is how the journal changes once the step is done.
 func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ error) {
 	r, err := u.need(ctx, d.Release)
 	if err != nil {
@@ -259,7 +259,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	switch d.Step {
 	case stepDrain:
 		if err := u.drain(ctx, true); err != nil || from == nil {
-			return nil, err // where nothing runs there is nobody to wait for
+			return nil, err // while nothing runs there is nobody to wait for
 		}
 		return nil, wait.For(ctx, r.Manifest.Drain)
 	case stepPre:
@@ -302,7 +302,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 	case d.Step == stepBack && old == nil && d.From.IsZero() && u.j.LastGood.IsZero():
 		return u.restore(ctx, d, r)
 	case old == nil:
-		return nil, nil // nothing good to go back to: the node stays out of service
+		return nil, nil // there is no good release to go back to: the node stays out of service
 	case d.Step == stepBack:
 		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).Live(old) {
 			return nil, u.survey(ctx, old)
@@ -331,25 +331,25 @@ func running(r *artifact.Release) func(*journal) {
 	}
 }
 
-// confirmed marks the running release as proven: the one to go back to. What failed before stays in quarantine: the
-// same commit may ask for it again once a pin has ended.
+// confirmed marks the running release as the one to go back to. Earlier failures stay in quarantine, as the same
+// commit may ask for them again once a pin has ended.
 func (u *Unit) confirmed(j *journal) {
 	j.Confirmed, j.LastGood, j.Proven = true, j.Running, u.boot
 }
 
-// served is confirmed at the end of the way back.
+// served is confirmed for the end of the way back.
 func (u *Unit) served(j *journal) {
 	u.confirmed(j)
 	j.Deployment.Unserved = nil
 }
 
-// failureCommands runs the failure commands of a deployment that failed, or of a release that is left, once.
+// failureCommands runs, once, the failure commands of a deployment that failed, or of a release that is left.
 func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
 	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.Told {
 		return nil
 	}
 	at := *d
-	at.Step = stepFailure // also if they run before their turn
+	at.Step = stepFailure // even if they run early
 	if err := u.note(
 		ctx,
 		"a failure command failed",
@@ -360,8 +360,9 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	return u.note(ctx, "could not remove old releases", u.tidy(r))
 }
 
-// stayUnserved notes that the release that the deployment goes back to doesn't serve: its post commands and checks
-// are to be tried again, and the unit stays out of service until they pass. People are told at the first time.
+// stayUnserved records that the release that the deployment goes back to isn't healthy. Its post commands and
+// checks are tried again, and the unit stays out of service until they pass. It logs the first failure at a level
+// that people see.
 func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)
@@ -416,7 +417,8 @@ func exists(path string) bool {
 
 func undrained(j *journal) { j.Drained = false }
 
-// note logs an error that doesn't stop a deployment, and passes on only the context's or the machine's end.
+// note logs an error that doesn't stop a deployment. It returns only the error of an ended context, or of a
+// machine that shuts down.
 func (u *Unit) note(ctx context.Context, what string, err error) error {
 	if err == nil || ctx.Err() != nil || u.ending() {
 		return err
@@ -425,7 +427,7 @@ func (u *Unit) note(ctx context.Context, what string, err error) error {
 	return nil
 }
 
-// need returns a release's manifest, from this node or, after a damaged journal, from storage; nil for the zero
+// need returns a release's manifest from this node or, after a damaged journal, from storage; nil for the zero
 // pointer.
 func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
@@ -441,8 +443,8 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	return u.parse(p, raw)
 }
 
-// commands runs a list of r's; the first that fails ends it. other is the release before or, on the way back, the
-// failed one.
+// commands runs one list of r's commands; the first that fails ends it. other is the release before or, on the way
+// back, the failed one.
 func (u *Unit) commands(
 	ctx context.Context,
 	d *deployment,
@@ -499,8 +501,8 @@ func (u *Unit) env(d *deployment, r, other *artifact.Release) command.Env {
 	return env
 }
 
-// tidy removes what nothing needs any more, after a success and after a failure. The release that failed last stays
-// for whoever looks at it, until another one succeeds.
+// tidy removes files that are no longer needed, after a success and after a failure. The release that failed last
+// stays for inspection until another one succeeds.
 func (u *Unit) tidy(r *artifact.Release) error {
 	d := u.j.Deployment
 	if err := u.pruneBefore(); err != nil {
@@ -527,8 +529,8 @@ func (u *Unit) makeRoom(r *artifact.Release) error {
 	return u.prune(r, 0, nil, keep...)
 }
 
-// prune removes releases: those of drop, and all but the newest others, what runs, is good or is staged, and those
-// to keep.
+// prune removes the releases in drop, and all others except the newest others, the running, good and staged ones,
+// and those in keep.
 func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest, keep ...deployments.Digest) error {
 	for _, p := range []deployments.Pointer{u.j.Running, u.j.LastGood, u.j.Staged} {
 		keep = append(keep, p.Digest)
@@ -538,7 +540,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 	}
 	keep = slices.DeleteFunc(keep, deployments.Digest.IsZero)
 	trees := keep
-	if r.Manifest.Strategy == deployments.StrategyRelease { // whose tree lies beside dest; see Observe
+	if r.Manifest.Strategy == deployments.StrategyRelease { // its tree lies beside dest; see Observe
 		trees = slices.DeleteFunc(slices.Clone(keep), func(d deployments.Digest) bool { return d == r.Pointer.Digest })
 	}
 	return errors.Join(
@@ -553,19 +555,19 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 func transient(err error) bool {
 	for _, e := range []error{
 		syscall.ENOSPC, syscall.EDQUOT, syscall.EROFS, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.EAGAIN, exec.ErrNotFound,
-		artifact.ErrUnsafe, // until somebody puts its directories right
+		artifact.ErrUnsafe, // until an administrator corrects its directories
 	} {
 		if errors.Is(err, e) {
 			return true
 		}
 	}
-	// rsync(1), EXIT VALUES: file and socket I/O, its protocol stream and its children, memory, signals, time-outs. 23
-	// and 24, partial transfers, are left: they say that files can't be written.
+	// rsync(1), EXIT VALUES: file and socket I/O, its protocol stream and child processes, memory, signals,
+	// timeouts. 23 and 24, partial transfers, are not among them: they mean that files can't be written.
 	var exit *exec.ExitError
 	return errors.As(err, &exit) && slices.Contains([]int{10, 11, 12, 14, 20, 22, 30, 35}, exit.ExitCode())
 }
 
-// short is an error's text, for the journal and for KEDGE_ERROR.
+// short returns an error's text, shortened for the journal and for KEDGE_ERROR.
 func short(err error) string {
 	const most = 2000
 	s := err.Error()
