@@ -43,6 +43,7 @@ const (
 	ReasonBakingAgain      Reason = "BakingAgain"     // a node was not healthy: the bake begins anew
 	ReasonAwaitingReports  Reason = "AwaitingReports" // baked; nodes have yet to report since the store was away
 	ReasonNodesMissing     Reason = "NodesMissing"    // known nodes are away, or the list of nodes is short: live, known
+	ReasonUnheard          Reason = "Unheard"         // a node has yet to report on a first release: node
 	ReasonUnaware          Reason = "Unaware"         // a node has yet to notice that it was admitted: node
 	ReasonReplacedTooOften Reason = "ReplacedTooOften"
 	ReasonEveryNode        Reason = "EveryNode"    // no rollout: every node at once

@@ -109,6 +109,23 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	return st, true
 }
 
+// hears lets the nodes report on a first release before it begins: one of them may be out of service for another unit,
+// which had the same dest and isn't in Git any more. unheard: a node hasn't reported yet, and may still do.
+func hears(in *inputs, st state) (next state, unheard bool) {
+	until := st.p.Since.Add(retell)
+	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
+		return st, false
+	}
+	for i := range in.Nodes {
+		n := &in.Nodes[i]
+		u := &n.Report
+		if !n.Gone && !pinned(u) && u.Running.IsZero() && u.Generation < st.r.Generation {
+			return st.wake(until).because(deployments.ReasonUnheard, deployments.Facts{"node": n.Name}), true
+		}
+	}
+	return st, false
+}
+
 // retell is how long nodes may take to report after the store was away.
 const retell = 30 * time.Second
 
@@ -142,6 +159,10 @@ func canaries(in *inputs, st state) (state, bool) {
 	st, waiting := waits(in, st, v)
 	if waiting {
 		return wakeLate(in, st, v, false), false
+	}
+	st, unheard := hears(in, st)
+	if unheard {
+		return st, false
 	}
 	want := min(max(1, in.Unit.Rollout.Canary.Of(v.live)), v.live+v.missing)
 	st, admitted, moved := admit(in, st, v, want)
@@ -197,6 +218,10 @@ func rolling(in *inputs, st state) (state, bool) {
 	st, waiting := waits(in, st, v)
 	if waiting {
 		return wakeLate(in, st, v, false), false
+	}
+	st, unheard := hears(in, st)
+	if unheard {
+		return st, false
 	}
 	st, admitted, moved := admit(in, st, v, v.live)
 	if moved {

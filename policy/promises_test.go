@@ -451,6 +451,9 @@ func TestTheFirstReleaseKeepsWhatServes(t *testing.T) {
 	s.Record = deployments.Record{}
 	joined(&s)
 	s.Nodes[9].Report = deployments.UnitReport{}
+	s.Record = Next(s).Record
+	heardFirst(t, s, func(u *deployments.UnitReport) bool { return u.Running.IsZero() })
+	s.Nodes[9].Report = deployments.UnitReport{Generation: s.Record.Generation}
 	m := Next(s)
 	if p := m.Record.Rollout; p == nil || p.Phase != deployments.PhaseCanary || admitted(&s, m.Record) != 1 {
 		t.Fatalf("it begins as %s", brief(m.Record))
@@ -475,6 +478,15 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	s.Record = deployments.Record{}
 	joined(&s)
 	each(&s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{State: deployments.StateWaiting} })
+	s.Record = Next(s).Record
+	heardFirst(t, s, func(*deployments.UnitReport) bool { return true })
+	each(&s, func(u *deployments.UnitReport) { u.Generation = s.Record.Generation })
+	s.Nodes[9].Report.State, s.Nodes[9].Report.Serves = deployments.StateSwitching, true // by the unit's former name
+	if s.Unit.Rollout.MaxUnavailable = (deployments.Amount{N: 1}); admitted(&s, Next(s).Record) > 0 {
+		t.Errorf("while one node is out of service it becomes %s", brief(Next(s).Record))
+	}
+	s.Unit.Rollout.MaxUnavailable = deployments.Amount{N: 2}
+	s.Nodes[9].Report.State = deployments.StateWaiting
 	s.Record = Next(s).Record
 	decide := func(i int, found Found) Decision {
 		return Resolve(Facts{Unit: app, Node: s.Nodes[i].Name, Now: s.Now, Joined: s.Nodes[i].Joined, Record: good(s.Record),
@@ -533,6 +545,31 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	}
 	if s.Record.Stable != s.Unit.Release {
 		t.Errorf("it ends as %s", brief(s.Record))
+	}
+}
+
+// heardFirst checks that the rollout of a first release admits no node before those that have not reported have, or had the
+// time to.
+func heardFirst(t *testing.T, s Situation, silent func(*deployments.UnitReport) bool) {
+	t.Helper()
+	m := Next(s)
+	if p := m.Record.Rollout; m.Reason != deployments.ReasonUnheard || admitted(&s, m.Record) > 0 || m.Again.IsZero() {
+		t.Errorf("before all nodes have reported: %s, %s, again at %v", m.Reason, brief(m.Record), m.Again)
+	} else if !m.Again.Equal(p.Since.Add(retell)) {
+		t.Errorf("it waits until %v, %s after it began", m.Again, m.Again.Sub(p.Since))
+	}
+	s.Now = m.Again
+	if m := Next(s); admitted(&s, m.Record) != 1 {
+		t.Errorf("once they have had the time: %s", brief(m.Record))
+	}
+	s.Nodes = slices.Clone(s.Nodes)
+	for i := range s.Nodes {
+		s.Nodes[i].Gone = silent(&s.Nodes[i].Report) && i > 0
+	}
+	s.Now = s.Now.Add(-retell)
+	s.Nodes[0].Report.Generation = s.Record.Generation
+	if m := Next(s); m.Reason == deployments.ReasonUnheard {
+		t.Errorf("it waits for nodes that are gone: %s", brief(m.Record))
 	}
 }
 

@@ -34,6 +34,10 @@ func (w *world) check() {
 		if n.unknown() && !w.passed().Before(n.silent.Add(shortList)) {
 			n.free = true // its entry was removed
 		}
+		ends := n.ends || n.epoch < w.epoch && !n.going.IsZero() // by the unit's former name
+		if ends && n.told.report.State != deployments.StateSwitching && !w.passed().Before(w.named.Add(retell)) {
+			n.free = true // it has yet to say so
+		}
 		if n.left || n.gone && n.going.IsZero() && !n.ends {
 			continue
 		}

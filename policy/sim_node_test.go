@@ -201,6 +201,7 @@ func (w *world) act(n *member, promptly bool) {
 	case d.Target.IsZero():
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
 		n.going, n.begun, n.by, n.hangs, n.sick = d.Target, key, n.acts, w.chance(0.05), false
+		n.free = n.free || n.pin.Present
 		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit.
 		leaves := r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRollingBack && partOf(&r, n.running.Digest)
 		boots := n.going == r.Stable && (n.running.IsZero() || leaves)
@@ -286,7 +287,7 @@ func (w *world) relist() {
 // read takes what the store holds, as an agent does: nothing takes the place of a record, and one of a lower
 // generation than it has acted on doesn't.
 func (n *member) read(w *world, i int) {
-	if n.epoch < w.epoch && i >= w.renamed {
+	if n.epoch < w.epoch && i >= w.renamed && w.records[i].Generation > 0 {
 		n.rename(w)
 	}
 	switch r := w.records[i]; {
@@ -303,13 +304,11 @@ func (n *member) read(w *world, i int) {
 func (w *world) rename() {
 	w.count("renames")
 	w.epoch++
-	w.renamed = len(w.records)
 	w.history, w.unitPin, w.saved, w.pushed, w.wished = nil, Value[deployments.Pin]{}, nil, true, false
 	w.asked = map[deployments.Digest]int{}
 	w.put(deployments.Record{})
-	left, looked := w.left, w.looked
-	w.takeOver()
-	w.left, w.looked = left, looked
+	w.renamed, w.named = len(w.records), time.Time{}
+	w.own, w.stables, w.lostAt, w.ranks = deployments.Record{}, nil, time.Time{}, Ranks{}
 	for _, n := range w.nodes {
 		if n.told.listed {
 			n.told.report = deployments.UnitReport{}

@@ -228,7 +228,9 @@ func (w *world) mirror(order string) (again time.Time) {
 	if m.Record.Generation > base.Floor {
 		w.remember(before, m.Record)
 	}
-	w.put(m.Record)
+	if w.put(m.Record); w.named.IsZero() {
+		w.named = w.passed()
+	}
 	if m.Record.Rollout == nil || m.Record.Rollout.Phase == deployments.PhaseRolledBack {
 		w.ended++
 	}

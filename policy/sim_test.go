@@ -103,7 +103,8 @@ type world struct {
 	adopt   *rand.Rand    // for what serves besides; nil: nothing does
 	renames *rand.Rand    // for renames of the unit, and for writes that the store refuses
 	epoch   int           // how often it was renamed
-	renamed int           // the record with which it was, an index into records
+	renamed int           // the first record since, an index into records
+	named   time.Time     // when that was written
 	refused bool          // the next write is, as a folder key is gone
 	now     time.Time     // by the mirror's clock
 	back    time.Duration // by which that was put back

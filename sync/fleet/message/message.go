@@ -32,6 +32,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonRunsAlready:      "every node runs it, or did so last",
 	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
 	deployments.ReasonNodesMissing:     "[{live} of {known} ]known nodes are there: waits for the others",
+	deployments.ReasonUnheard:          "[node {node} ]has yet to report what serves there",
 	deployments.ReasonUnaware:          "[node {node} ]is well, and has yet to notice that it was admitted",
 	deployments.ReasonNothingToGoBack:  "there is nothing to go back to",
 	deployments.ReasonOrphaned:         "its file is no longer in Git, so it stands where it is",
