@@ -361,8 +361,8 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 }
 
 // stayUnserved records that the release that the deployment goes back to isn't healthy. Its post commands and
-// checks are tried again, and the unit stays out of service until they pass. It logs the first failure at a level
-// that people see.
+// checks are tried again, and the unit stays out of service until they pass. The first time, the failed release's
+// failure commands run, so that people learn of it.
 func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)

@@ -1,9 +1,9 @@
-// Package ec2 is what an agent has to do with Amazon EC2: it reads what the instance is for from its tags, and
-// tells AutoScaling when the instance is ready, or will not be.
+// Package ec2 connects an agent to Amazon EC2: it reads an instance's stage and roles from its tags, and tells
+// AutoScaling when the instance is ready, or that it won't be.
 //
-// Instance metadata is asked by IMDSv2 alone. Tags are there only where the instance was launched with
-// InstanceMetadataTags enabled, so that no node needs ec2:DescribeTags. A lifecycle hook needs
-// autoscaling:CompleteLifecycleAction and autoscaling:RecordLifecycleActionHeartbeat on the instance's own group.
+// Instance metadata is read only by IMDSv2. Tags are in it only if the instance was launched with
+// InstanceMetadataTags enabled; so no node needs ec2:DescribeTags. A lifecycle hook needs
+// autoscaling:CompleteLifecycleAction and autoscaling:RecordLifecycleActionHeartbeat for the instance's own group.
 package ec2
 
 import (
@@ -28,7 +28,7 @@ import (
 	"kedge/deployments/wait"
 )
 
-// Tags of an instance that say what it is for.
+// The tags that give an instance its stage and roles.
 const (
 	TagStage = "kedge:stage"
 	TagRoles = "kedge:roles" // separated by commas or spaces
@@ -42,7 +42,8 @@ type Instance struct {
 	Tags       map[string]string
 }
 
-// Describe asks the metadata service, for 10 s at most. AWS_EC2_METADATA_SERVICE_ENDPOINT says where another one is.
+// Describe reads the instance's identity from the metadata service, within 10 s. AWS_EC2_METADATA_SERVICE_ENDPOINT
+// overrides the service's address.
 func Describe(ctx context.Context) (Instance, error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -89,28 +90,29 @@ func get(ctx context.Context, client *imds.Client, path string) (string, error) 
 	return string(data), err
 }
 
-// Hook is a lifecycle hook that holds new instances back until it is completed: autoscaling:EC2_INSTANCE_LAUNCHING.
+// Hook is a lifecycle hook that holds back new instances until it is completed:
+// autoscaling:EC2_INSTANCE_LAUNCHING.
 type Hook struct {
 	Name     string
 	Instance Instance
-	// Group is the AutoScaling group; empty: the one that the instance's tags name.
+	// Group is the AutoScaling group; empty: the one in the instance's tags.
 	Group string
-	// Timeout is after how long an instance that has not converged is given up.
+	// Timeout is after how long an instance that has not converged is abandoned.
 	Timeout time.Duration
-	// Beat is the time between heartbeats, by which AutoScaling's own timeout begins anew; 0: a minute.
+	// Beat is the time between heartbeats, which restart AutoScaling's own timeout; 0: a minute.
 	Beat time.Duration
 	Log  *slog.Logger
 
-	answer time.Duration // bounds a call, which Amazon's client doesn't; 0: 30 s
-	// patience is for how long an action that AutoScaling doesn't know of may yet come: an instance can be ready
-	// sooner than noted. 0: 2 min.
+	answer time.Duration // bounds a call, as Amazon's client has no timeout; 0: 30 s
+	// patience is how long to wait for an action that AutoScaling doesn't know yet, as an instance can be ready
+	// before the action begins. 0: 2 min.
 	patience time.Duration
 }
 
-// Run completes the hook's action with CONTINUE once converged is closed, and with ABANDON when the timeout is over
-// before that, so that AutoScaling replaces the instance; one that converges while AutoScaling can't be told that
-// is kept. An agent that only restarted, on an instance long in service, has no action to complete, which is no
-// error. It tries for as long as ctx lives.
+// Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the timeout passes
+// first, so that AutoScaling replaces the instance. An instance that converges while AutoScaling can't be reached
+// is kept. An agent that restarts on an instance in service finds no action to complete, which is no error. Run
+// tries until ctx ends.
 func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	if h.Group == "" {
 		h.Group = h.Instance.Tags[tagGroup]
@@ -157,7 +159,7 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 	return nil
 }
 
-// beat records heartbeats until ctx ends. They go on while the action can't be completed.
+// beat sends heartbeats until ctx ends, even while the action can't be completed.
 func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 	beat := time.NewTicker(h.Beat)
 	defer beat.Stop()
@@ -177,7 +179,7 @@ func (h Hook) beat(ctx context.Context, client *autoscaling.Client) {
 	}
 }
 
-// complete completes the action: with CONTINUE where the instance has converged by then, else with ABANDON.
+// complete completes the action: with CONTINUE if the instance has converged by then, else with ABANDON.
 func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converged <-chan struct{}) error {
 	pause := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for began, tries := time.Now(), 0; ; tries++ {
@@ -232,8 +234,8 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 	}
 }
 
-// noAction reports whether AutoScaling says that the instance isn't held back by the hook: it is past that, or yet
-// to come.
+// noAction reports whether AutoScaling answered that the hook doesn't hold the instance back: no longer, or not
+// yet.
 func noAction(err error) bool {
 	var api smithy.APIError
 	return errors.As(err, &api) && api.ErrorCode() == "ValidationError" &&

@@ -16,11 +16,11 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Assemble computes a Fleet from a store's entries, of which it passes over those that are none of its business;
-// pure. Units that only a pin or a report knows of are there too.
+// Assemble computes a Fleet from a store's entries; it ignores entries of other kinds. It is pure. Units that only
+// a pin or a report names are included.
 func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).assemble(entries, now) }
 
-// assembler computes one Fleet after the other, and parses of the nodes' reports and of pins only those that changed.
+// assembler computes one Fleet after the other. It parses only those reports and pins that changed.
 type assembler struct {
 	reports map[string]parsedReport
 	pins    map[string]parsedPin
@@ -109,16 +109,16 @@ type assembly struct {
 	// pins, orders and histories are joined to their units at the end.
 	pins   []keyed
 	orders map[deployments.UnitID]kv.Entry
-	// told are units that reports alone know of, each with a node that does.
+	// told maps each unit that only reports name to a node that names it.
 	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
-	// known are the reports of before, and reports those of now, by their keys.
+	// known are the parsed reports of the Fleet before, and reports those of this one, by key.
 	known, reports map[string]parsedReport
-	// knownPins and parsed are the same of pins.
+	// knownPins and parsed are the same for pins.
 	knownPins, parsed map[string]parsedPin
 }
 
-// keyed is an entry with its key, parsed.
+// keyed is an entry with its parsed key.
 type keyed struct {
 	kv.Entry
 	key kv.Key
@@ -142,11 +142,11 @@ func (a *assembly) unit(id deployments.UnitID) *Unit {
 	return u
 }
 
-// maxTold is how many units of a role are shown that reports alone know of: what was removed from Git. A node's
-// token can make up any number.
+// maxTold bounds the units of a role that are shown though only reports name them, as they were removed from Git:
+// a node's token can invent any number.
 const maxTold = 20
 
-// named adds a unit that a node reports.
+// named adds a unit that a node's report names.
 func (a *assembly) named(id deployments.UnitID, node string) {
 	if a.units[id] == nil {
 		if a.told == nil {
@@ -156,7 +156,8 @@ func (a *assembly) named(id deployments.UnitID, node string) {
 	}
 }
 
-// overflow takes the units in that reports alone know of, maxTold a role, and says which nodes report more.
+// overflow adds the units that only reports name, at most maxTold a role, and an error for the nodes that report
+// more.
 func (a *assembly) overflow() {
 	shown, more, nodes := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}, map[deployments.RoleID]string{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.told), deployments.UnitID.Compare) {
@@ -177,8 +178,8 @@ func (a *assembly) overflow() {
 	}
 }
 
-// takePins joins pins to their units, with maxTold units a role that pins alone know of: an operator's token can make
-// up any number.
+// takePins adds pins to their units, and at most maxTold units a role that only pins name: an operator's token can
+// invent any number.
 func (a *assembly) takePins() {
 	shown, more := map[deployments.RoleID]int{}, map[deployments.RoleID]int{}
 	slices.SortFunc(a.pins, func(x, y keyed) int { return cmp.Compare(x.Key, y.Key) })
@@ -201,7 +202,7 @@ func (a *assembly) takePins() {
 	}
 }
 
-// maxUnitErrors bounds what of a unit's errors is kept beside it, in bytes; each stands with its key, too.
+// maxUnitErrors bounds the error text kept with a unit, in bytes. Each error is listed under its key, too.
 const maxUnitErrors = 4 << 10
 
 func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
@@ -245,7 +246,7 @@ func (a *assembly) pin(e kv.Entry, key kv.Key) {
 	}
 }
 
-// give notes an order at its unit. What the mirror will never take is an error: it would wait there for ever.
+// give adds an order to its unit. An order that the mirror will never take is an error, as it would wait for ever.
 func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 	order, err := deployments.ParseOrder(e.Value)
 	u := a.units[id]
@@ -293,7 +294,7 @@ func (a *assembly) mirror(e kv.Entry) {
 	a.fleet.Mirror = &s
 }
 
-// assign counts the live nodes by their agent's version, and finds those that no unit is meant for.
+// assign counts the live nodes by their agent's version, and finds those that no unit is for.
 func (a *assembly) assign() {
 	used := map[deployments.RoleID]bool{}
 	for id, u := range a.units {
@@ -303,7 +304,7 @@ func (a *assembly) assign() {
 			used[id.RoleID()] = true
 		}
 	}
-	versions := map[string]string{} // by node: one of several roles is one node
+	versions := map[string]string{} // by node: a node of several roles counts once
 	for role, reporters := range a.roles {
 		for _, r := range reporters {
 			if r.gone {
@@ -328,13 +329,13 @@ func (a *assembly) assign() {
 	}
 }
 
-// nodes fills in a unit's nodes, and counts them.
+// nodes adds a unit's nodes, and counts them.
 func (a *assembly) nodes(u *Unit) {
 	for _, r := range a.roles[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
 		n := Node{Name: r.name, Gone: r.gone, Report: report}
 		facts := a.fleet.facts(u, n)
-		// Of nodes that say nothing, those count that should run the unit and live.
+		// A node without a report on the unit counts if it lives and should run the unit.
 		desired := facts.Record.Present && !facts.Record.Value.Orphaned
 		if !reports && (r.gone || !desired && !facts.UnitPin.Present && !facts.NodePin.Present) {
 			continue
@@ -345,7 +346,7 @@ func (a *assembly) nodes(u *Unit) {
 		case r.err != nil:
 			n.Why = "its report does not parse"
 			n.Report.Error = r.err.Error()
-		case !reports && facts.Record.Present: // without a record nothing is said of it, and Why tells that
+		case !reports && facts.Record.Present: // without a record the node reports nothing, and Why says so
 			n.Why = "has yet to report on it"
 		case !reports:
 		default:
@@ -365,21 +366,21 @@ func (a *assembly) nodes(u *Unit) {
 	slices.SortFunc(u.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 }
 
-// converged compares what a node reports with what it should run. Where nothing is desired, nothing is missing.
+// converged reports whether a node reports what it should run. If nothing is desired, it is converged.
 func converged(d policy.Decision, r deployments.UnitReport) bool {
 	switch {
-	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration: // it doesn't follow the record that is there
+	case d.Invalid != nil, r.Reason == deployments.ReasonOldGeneration: // it doesn't follow the current record
 		return false
 	case d.Action == policy.ActHold:
 		return r.State == deployments.StateHeld
 	case d.Action == policy.ActKeep:
 		return r.State == deployments.StateWaiting || r.State == deployments.StateConverged
 	}
-	return r.State == deployments.StateConverged && r.Running.Digest == d.Target.Digest // whichever URL it came from
+	return r.State == deployments.StateConverged && r.Running.Digest == d.Target.Digest // whatever URL it came from
 }
 
-// facts are what decides over a unit on a node, as the store shows it. What the node's own configuration forbids
-// isn't known here.
+// facts returns the inputs of a decision about a unit on a node, as far as the store shows them. The node's own
+// configuration is unknown here.
 func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
 	facts := policy.Facts{
 		Unit:        u.ID,
@@ -415,7 +416,7 @@ func value[T any](f *Fleet, key string, v *T) policy.Value[T] {
 	return policy.Value[T]{Present: true, Value: *v}
 }
 
-// join joins two parts, of which either may be empty.
+// join joins two texts, either of which may be empty.
 func join(a, b string) string {
 	if a == "" || b == "" {
 		return a + b

@@ -7,8 +7,8 @@ import (
 	"kedge/deployments"
 )
 
-// comparedText returns how what lay at dest stood to a release, and what a node that observes would do; empty: there
-// is nothing to say.
+// comparedText returns how the tree at dest differed from a release, and what an observing node would do; empty:
+// no comparison was made.
 func comparedText(r deployments.UnitReport) string {
 	c := r.Compared
 	if c == nil {

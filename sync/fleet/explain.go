@@ -16,8 +16,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Decision is a policy.Decision in words, with the steps that only the fleet shows around its own: the store, Git, the
-// node's turn, and what the node itself says against it.
+// Decision is a policy.Decision in words, with steps that only the fleet knows: the store, Git, the node's place
+// in the rollout, and what the node reports.
 type Decision struct {
 	policy.Decision
 	Why   string
@@ -27,7 +27,7 @@ type Decision struct {
 // Step is one line of a Decision's chain.
 type Step = deployments.StepStatus
 
-// Explain answers why a node runs what it runs of a unit.
+// Explain returns why a node runs what it runs of a unit.
 func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
@@ -49,7 +49,7 @@ func Explain(f *Fleet, id deployments.UnitID, node string) (Decision, error) {
 	return d, nil
 }
 
-// Named finds the unit that a node's name and a unit's own name mean, as in web-1/app, where that is one alone.
+// Named returns the unit for a node's name and a unit's own name, as in web-1/app, if that is unambiguous.
 func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	var found, others []string
 	var id deployments.UnitID
@@ -87,7 +87,7 @@ func Named(f *Fleet, node, unit string) (deployments.UnitID, error) {
 	return id, fmt.Errorf("no node %s has reported: there are %s", node, some(names))
 }
 
-// Unit finds a unit. The error says which may have been meant.
+// Unit returns a unit. The error names units with similar names.
 func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	i := slices.IndexFunc(f.Units, func(u Unit) bool { return u.ID == id })
 	if i < 0 {
@@ -96,7 +96,7 @@ func (f *Fleet) Unit(id deployments.UnitID) (*Unit, error) {
 	return &f.Units[i], nil
 }
 
-// find returns a unit, and one of its nodes.
+// find returns the unit id, and its node of the given name.
 func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	u, err := f.Unit(id)
 	if err != nil {
@@ -130,7 +130,7 @@ func (f *Fleet) find(id deployments.UnitID, node string) (*Unit, *Node, error) {
 	return u, &u.Nodes[j], nil
 }
 
-// storeStep returns what of the store could not be read, so that all else may be wrong.
+// storeStep returns which parts of the store could not be read, so that everything else may be wrong.
 func storeStep(f *Fleet) (Step, bool) {
 	away, text := lastKnown(f)
 	if text != "" {
@@ -157,7 +157,7 @@ func storeStep(f *Fleet) (Step, bool) {
 		) > 0
 }
 
-// gitStep returns where the mirror is.
+// gitStep returns the mirror's state.
 func gitStep(f *Fleet) Step {
 	s := Step{What: "Git"}
 	m := f.Mirror
@@ -188,8 +188,7 @@ func gitStep(f *Fleet) Step {
 	return s
 }
 
-// turn is a node's place in a rollout: those that are live and follow the record go one after the other, by their
-// ranks.
+// turn returns a node's place in a rollout: the live nodes that follow the record go by rank.
 func turn(u *Unit, n *Node) string {
 	p := u.Record.Rollout
 	if p.Phase == deployments.PhaseRolledBack {
@@ -241,13 +240,13 @@ func ordinal(n int) string {
 	return fmt.Sprintf("%d%s", n, suffix)
 }
 
-// nodeStep returns how the node itself takes it: it may be gone, or behind, or not allowed to do what the store says.
+// nodeStep returns what the node reports about the decision: it may be gone, behind, or not allowed to follow.
 func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
 	s := Step{What: "node", Blocks: true}
 	trouble := oneLine(r.Error)
 	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
-		trouble = "" // told already
+		trouble = "" // another step says it already
 	}
 	// A node that has nothing to do for a new generation doesn't report that it knows it.
 	idle := r.State == deployments.StateConverged && r.Want == d.Target
@@ -306,19 +305,19 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	return s
 }
 
-// Told is the answer to explain, for one unit on one node.
+// Told is the answer of kedge explain in words, for one unit on one node.
 type Told struct {
 	Verdict string // what should run, and whether it does
-	// Notes say why, and what else bears on it.
+	// Notes are the reasons, and other facts about it.
 	Notes []Note
-	// Trace is what was looked at, in order.
+	// Trace lists the steps of the decision, in order.
 	Trace []Step
-	// Report is what the node reports; of one that is Gone, what it reported last.
+	// Report is what the node reports or, if it is gone, reported last.
 	Report []Note
 	Gone   bool
 }
 
-// Tell puts a decision of Explain's, or Local's, in words. Pointers stand in it as they are: see Unit.Names.
+// Tell puts a decision of Explain or Local in words. Pointers in it are written in full: see Unit.Names.
 func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
@@ -340,7 +339,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
-		ready := " is to lie ready on its disk before its turn comes" // a node tells of that with its next report
+		ready := " is to lie ready on its disk before its turn comes" // a node reports that with its next report
 		if n.Report.Staged == d.Stage.Digest {
 			ready = " lies ready on its disk, for its turn"
 		}
@@ -352,7 +351,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 	return t, nil
 }
 
-// WriteExplain writes a decision's whole chain, and what the node says of itself.
+// WriteExplain writes all steps of a decision, and what the node reports.
 func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d Decision, opt TableOptions) error {
 	t, err := Tell(f, id, node, d)
 	if err != nil {
@@ -449,10 +448,10 @@ func verdict(u *Unit, n *Node, d Decision) string {
 
 func anyStep(Step) bool { return true }
 
-// told reports whether a step that some selects has a text already.
+// told reports whether a step that some selects contains a text already.
 func told(d Decision, text string, some func(Step) bool) bool {
 	text = oneLine(text)
-	_, tail, _ := strings.Cut(text, ": ") // a step doesn't repeat what it is about
+	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix
 	return slices.ContainsFunc(d.Trace, func(s Step) bool {
 		says := oneLine(s.Says)
 		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))
@@ -461,7 +460,7 @@ func told(d Decision, text string, some func(Step) bool) bool {
 
 var pointers = regexp.MustCompile(`[a-z0-9]+://[^\s"]+@sha256:[0-9a-f]{64}`)
 
-// Names replaces pointers in a text by the releases' short names.
+// Names replaces the pointers in a text by the releases' short names.
 func (u *Unit) Names(text string) string {
 	return pointers.ReplaceAllStringFunc(text, func(s string) string {
 		pointer, err := deployments.ParsePointer(s)
@@ -472,7 +471,7 @@ func (u *Unit) Names(text string) string {
 	})
 }
 
-// names is Names where there is a terminal: a pointer would take lines of it. What is piped keeps it.
+// names is Unit.Names if the output is a terminal, where a pointer would fill lines. Piped output keeps pointers.
 func (p *printer) names(u *Unit, text string) string {
 	if p.opt.Width == 0 {
 		return text
@@ -482,12 +481,12 @@ func (p *printer) names(u *Unit, text string) string {
 
 var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
 
-// oneWord joins the words of each command in a text, so that wrap doesn't break it: it is to be copied.
+// oneWord joins the words of each command in a text, so that wrap doesn't break a command that people copy.
 func oneWord(text string) string {
 	return commands.ReplaceAllStringFunc(text, func(s string) string { return strings.ReplaceAll(s, " ", unbroken) })
 }
 
-// pastPin returns by how many releases Git is ahead of the pin that decided for n; empty: none.
+// pastPin returns how many releases Git is ahead of the pin that decided for n, in words; empty: none.
 func pastPin(u *Unit, n *Node, from policy.Source) string {
 	this := func(other Node) bool { return other.Name == n.Name }
 	switch pin, own := u.Pins[n.Name]; {
@@ -499,11 +498,11 @@ func pastPin(u *Unit, n *Node, from policy.Source) string {
 	return ""
 }
 
-// reported is what a node says of itself, unless d's trace tells it already.
+// reported returns what a node reports, without what d's trace says already.
 func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	r := n.Report
 	state := n.Shown()
-	if n.Gone { // that is told above
+	if n.Gone { // the trace says that already
 		state = Text{cmp.Or(clean(string(r.State)), "unknown"), Dim}
 	}
 	all = []Note{{Text{"state", Plain}, state}}
@@ -547,7 +546,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	return all
 }
 
-// Explanation is the JSON of kedge explain: a decision, and the node that it is about.
+// Explanation is the JSON of kedge explain: a decision, and the report of its node.
 type Explanation struct {
 	Unit      deployments.UnitID     `json:"unit"`
 	Node      string                 `json:"node"`
@@ -567,7 +566,7 @@ type Explanation struct {
 	Report    deployments.UnitReport `json:"report"`
 }
 
-// ExplanationOf puts a decision of Explain's, or Local's, beside what its node reports.
+// ExplanationOf returns the Explanation for a decision of Explain or Local.
 func ExplanationOf(f *Fleet, id deployments.UnitID, node string, d Decision) (Explanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {

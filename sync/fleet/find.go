@@ -12,14 +12,14 @@ import (
 	"kedge/kv"
 )
 
-// Release is a release that a unit had or has, with the version that people know it by.
+// Release is a release that a unit has or had, with the version that people know it by.
 type Release struct {
 	Version string
 	Pointer deployments.Pointer
 }
 
-// Releases returns the releases of a unit that the store knows, the newest first, each once: Git's, the pin's, the
-// history's, and those that nodes run. A history that may not be read is passed over.
+// Releases returns the releases of a unit that the store knows, newest first, without duplicates: Git's, the
+// pin's, the history's, and those that nodes run. It skips a history that may not be read.
 func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Release, error) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
@@ -56,7 +56,7 @@ func Releases(ctx context.Context, store kv.Store, id deployments.UnitID) ([]Rel
 	return releases, nil
 }
 
-// FindRelease returns the one release of a unit that has a version, among those that Releases knows.
+// FindRelease returns the one release of a unit, among those of Releases, that has a given version.
 func FindRelease(
 	ctx context.Context,
 	store kv.Store,
@@ -96,7 +96,7 @@ func FindRelease(
 	)
 }
 
-// NodeUnits are the units of one node; the JSON of kedge node.
+// NodeUnits are the units of one node, as the JSON of kedge node.
 type NodeUnits struct {
 	Node  string     `json:"node"`
 	Units []NodeUnit `json:"units"`
@@ -108,7 +108,8 @@ type NodeUnit struct {
 	Node
 }
 
-// UnitsOf returns the units of a node, in the fleet's order. A node that no report and no unit names is an error.
+// UnitsOf returns the units of a node, in the fleet's order. It is an error if no report and no unit names the
+// node.
 func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 	of := NodeUnits{Node: node, Units: []NodeUnit{}}
 	for i := range f.Units {
@@ -125,7 +126,7 @@ func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 	return of, err
 }
 
-// WriteNode writes what a node runs: a line for each unit, and below it what is wrong.
+// WriteNode writes what a node runs: a line for each unit, followed by what is wrong with it.
 func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(of.Units) == 0 {
@@ -154,8 +155,8 @@ func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	return err
 }
 
-// WorstNode returns the node of a unit that is most worth a look: the first live one that hasn't converged, else the
-// first live one, else the first. A unit without nodes is an error.
+// WorstNode returns the node of a unit that is most likely of interest: the first live one that hasn't converged,
+// else the first live one, else the first. A unit without nodes is an error.
 func WorstNode(f *Fleet, id deployments.UnitID) (string, error) {
 	worst, rank := "", 0
 	for _, u := range f.Units {

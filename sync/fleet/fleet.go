@@ -1,5 +1,4 @@
-// Package fleet reads the whole of a store for people: status, explain, history, wait; and writes what operators
-// ask for.
+// Package fleet reads a whole store for people (status, explain, history, wait), and writes what operators order.
 package fleet
 
 import (
@@ -20,60 +19,62 @@ import (
 	"kedge/policy"
 )
 
-// Fleet is the state of every unit, sorted; the JSON of kedge status.
+// Fleet is the state of all units, sorted, as the JSON of kedge status.
 type Fleet struct {
 	At     time.Time                `json:"at"`
 	Mirror *deployments.MirrorState `json:"mirror,omitempty"`
-	// MirrorRunning is set while a mirror holds the lease. Without one, what is pushed and what operators order
-	// waits.
+	// MirrorRunning is set while a mirror holds the lease. Without one, pushed commits and orders have to wait.
 	MirrorRunning bool   `json:"mirror_running"`
 	Units         []Unit `json:"units"`
 	// Agents counts the live nodes by the version of their agent.
 	Agents map[string]int `json:"agents,omitempty"`
-	// Unassigned are live nodes of a stage and role that have no unit.
+	// Unassigned are live nodes of a stage and role that has no unit.
 	Unassigned []Unassigned `json:"unassigned"`
-	// Errors are values that don't parse, by key; and, by prefix, why a part of the store could not be read.
+	// Errors says, by key, why a value doesn't parse and, by prefix, why a part of the store could not be read.
 	Errors map[string]string `json:"errors,omitempty"`
 }
 
-// Unit is one unit over all its nodes.
+// Unit is one unit on all its nodes.
 type Unit struct {
 	ID     deployments.UnitID         `json:"unit"`
 	Record *deployments.Record        `json:"record,omitempty"`
 	Pin    *deployments.Pin           `json:"pin,omitempty"`
 	Pins   map[string]deployments.Pin `json:"node_pins,omitempty"`
-	// Order is what an operator asked for, as in retry, and the mirror has yet to take.
+	// Order is an operator's order, such as retry, that the mirror has yet to take.
 	Order string `json:"order,omitempty"`
 	// GitAhead counts, for each release that a pin names or holds, the releases that Git has named since it last
-	// named that one; 0: it names it still. A release that the history doesn't know isn't there.
+	// named that one; 0: Git still names it. It has no entry for a release that the history doesn't know.
 	GitAhead map[deployments.Pointer]int `json:"git_ahead,omitempty"`
-	// Nodes are sorted by name: those that report on the unit, and live ones of its role that have yet to.
+	// Nodes are sorted by name: the nodes that report on the unit, and live nodes of its role that have yet to
+	// report on it.
 	Nodes []Node `json:"nodes"`
-	// Converged of Live nodes run what they should; Gone are nodes whose session has ended.
+	// Converged counts the live nodes that run what they should, Live the live nodes, and Gone those whose session
+	// has ended.
 	Converged int `json:"converged"`
 	Live      int `json:"live"`
 	Gone      int `json:"gone"`
-	// Error is why the record or a pin doesn't parse.
+	// Error says why the record or a pin doesn't parse.
 	Error string `json:"error,omitempty"`
 }
 
-// Unassigned is a node that no unit is meant for: its agent's stage or role may be mistyped.
+// Unassigned is a node that no unit is for: its agent's stage or role may be mistyped.
 type Unassigned struct {
 	Stage string `json:"stage"`
 	Role  string `json:"role"`
 	Node  string `json:"node"`
 }
 
-// mirrorStopped reports whether a mirror ran once, and none does now.
+// mirrorStopped reports whether a mirror has run, and none runs now.
 func (f *Fleet) mirrorStopped() bool { return f.Mirror != nil && !f.MirrorRunning }
 
-// Pinned reports whether a pin decides for a unit, on nodes without one of their own.
+// Pinned reports whether a pin is in force for the unit. Nodes may have pins of their own.
 func (u *Unit) Pinned(now time.Time) bool { return u.Pin != nil && !u.Pin.Expired(now) }
 
-// orphaned reports whether Git names the unit no longer, though its record stays.
+// orphaned reports whether the unit was removed from Git, though its record stays.
 func (u *Unit) orphaned() bool { return u.Record != nil && policy.IsOrphaned(*u.Record) }
 
-// GitTarget is the release that Git names: while a pin is rolled out, the record's target is the pin's.
+// GitTarget returns the release that Git names. While a pin is rolled out, the record's target is the pin's
+// release.
 func (u *Unit) GitTarget() deployments.Pointer {
 	switch {
 	case u.Record == nil:
@@ -87,26 +88,26 @@ func (u *Unit) GitTarget() deployments.Pointer {
 // Node is one unit on one node.
 type Node struct {
 	Name string `json:"node"`
-	// Gone is a node whose session has ended. What it reported last stays.
+	// Gone is set if the node's session has ended. Its last report is kept.
 	Gone bool `json:"gone,omitempty"`
-	// Report has no State where the node has yet to report on the unit.
+	// Report has no State if the node has yet to report on the unit.
 	Report deployments.UnitReport `json:"report"`
-	// Converged is whether it runs what policy.Resolve says it should, as seen from here.
+	// Converged is set if the node runs what it should by policy.Resolve, as far as the store shows.
 	Converged bool                `json:"converged"`
 	Want      deployments.Pointer `json:"want,omitzero"`
 	Why       string              `json:"why"`
 }
 
-// Filter narrows down what is read; empty fields: all.
+// Filter selects units; an empty field selects all.
 type Filter struct{ Stage, Role, Unit string }
 
-// takes reports whether id passes the filter.
+// takes reports whether the filter selects id.
 func (f Filter) takes(id deployments.UnitID) bool {
 	return (f.Stage == "" || f.Stage == id.Stage) && (f.Role == "" || f.Role == id.Role) &&
 		(f.Unit == "" || f.Unit == id.Unit)
 }
 
-// prefix is the narrowest part of a kind's keys whose folder the mirror makes: only there can absence be told.
+// prefix returns the narrowest prefix of a kind's keys that has a folder key: only there is absence certain.
 func (f Filter) prefix(kind string) string {
 	if f.Stage == "" || f.Role == "" {
 		return kind
@@ -134,15 +135,15 @@ func (f Filter) narrow(all *Fleet) *Fleet {
 	return all
 }
 
-// kinds are what a Fleet is made of, in an order that lets a reader trust it: a mirror takes an order in the
-// transaction that does it, it writes its state with, or after, the records that it speaks of, and a node reports
-// after it has read its record. The history of units that are pinned comes on top.
+// kinds are the prefixes that a Fleet is read from, in an order that keeps it consistent: a mirror takes an order
+// in the transaction that obeys it, it writes its state with, or after, the records that the state is about, and a
+// node reports after it has read its record. The history of pinned units is read in addition.
 var kinds = []string{kv.ControlPrefix, kv.MirrorPrefix, kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix}
 
 // Read reads the fleet once, from the leader.
 //
-// A part that can't be read, or whose folder is missing, as where no mirror ever ran, is named in Errors. Where all
-// of them can't, that is an error.
+// If a part can't be read, or its folder is missing, as before any mirror has run, Errors says so. It is an error
+// if no part can be read.
 func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 	var entries []kv.Entry
 	trouble := map[string]error{}
@@ -165,7 +166,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 		entries = append(entries, some...)
 	}
 	if len(trouble) == len(kinds) && everyIs(trouble, kv.ErrEmpty) {
-		trouble = nil // no mirror and no agent has ever run
+		trouble = nil // no mirror and no agent has run yet
 	}
 	if len(trouble) == len(kinds) {
 		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
@@ -183,7 +184,7 @@ func everyIs(errs map[string]error, target error) bool {
 	return true
 }
 
-// withTrouble notes why parts of the store can't be read, or may be out of date.
+// withTrouble records why parts of the store can't be read, or may be out of date.
 func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 	for prefix, err := range trouble {
 		if err == nil {
@@ -204,15 +205,15 @@ func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 	return f
 }
 
-// watchPause is the time between two calls of Watch's f, and longestPause the same where each of them takes long.
+// watchPause is the least time between two calls of Watch's f. longestPause bounds it if calls take long.
 const (
 	watchPause   = 100 * time.Millisecond
 	longestPause = 5 * time.Second
 )
 
-// Watch calls f with the fleet now and after changes, at most ten times a second, until ctx ends; it returns ctx's
-// error. A fleet so large that this would take more than a twentieth of a core is shown less often. In an outage of the
-// store the fleet stays as it was last known, with the trouble in Errors.
+// Watch calls f with the fleet now and after changes, at most ten times a second, until ctx ends, and returns
+// ctx's error. If the fleet is so large that this would take more than a twentieth of a core, it calls f less
+// often. While the store is away, the fleet stays as it was last known, and Errors says why.
 func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) error {
 	var mu sync.Mutex
 	views := map[string]kv.View{}
@@ -233,7 +234,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 		})
 	}
 	g.Go(func() error {
-		// Time alone changes what is wanted when a pin ends.
+		// The end of a pin changes the fleet without a change in the store.
 		expiry := time.NewTimer(time.Hour)
 		defer expiry.Stop()
 		known, assembler := histories{}, new(assembler)
@@ -271,7 +272,7 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 	return g.Wait()
 }
 
-// untilExpiry is how long no pin of the fleet ends by itself.
+// untilExpiry returns how long no pin of the fleet ends by itself.
 func untilExpiry(f *Fleet) time.Duration {
 	next := time.Hour
 	look := func(p deployments.Pin) {

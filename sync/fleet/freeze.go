@@ -10,10 +10,10 @@ import (
 	"kedge/policy"
 )
 
-// FreezeAhead is how far people are told of freeze windows to come.
+// FreezeAhead is how far ahead freeze windows are announced.
 const FreezeAhead = 7 * 24 * time.Hour
 
-// Freezes returns the freeze windows that the mirror tells, and how many more there are.
+// Freezes returns the freeze windows that the mirror has written to its state, and how many more there are.
 func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 	if f.Mirror == nil {
 		return nil, 0
@@ -21,8 +21,8 @@ func (f *Fleet) Freezes() ([]deployments.Freeze, int) {
 	return f.Mirror.Freezes()
 }
 
-// FreezeOf says that a unit's rollouts are frozen now, or when they will be next; empty: not within FreezeAhead, or the
-// unit's rollout is frozen already and says so.
+// FreezeOf says that a unit's rollouts are frozen now, or when they will be next. Empty: not within FreezeAhead,
+// or the rollout is frozen and its reason says so.
 func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	if u, err := f.Unit(id); err == nil && u.Record != nil && u.Record.Rollout != nil &&
 		u.Record.Rollout.Phase == deployments.PhaseFrozen {
@@ -43,13 +43,13 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 	return join(says+" until "+timeAhead(v.Ends, f.At)+": "+oneLine(v.By), oneLine(v.Reason))
 }
 
-// statusAhead is how soon a freeze must begin to stand above the table of all units.
+// statusAhead is how soon a freeze must begin to be announced above the table of all units.
 const statusAhead = 24 * time.Hour
 
 // mostFreezeNotes bounds the lines about freezes above the table of all units.
 const mostFreezeNotes = 3
 
-// freezeNotes tell the windows that deny rollouts now, or soon, and those that must be open and aren't.
+// freezeNotes returns notes on the windows that deny rollouts now or soon, and on allow windows that are closed.
 func (f *Fleet) freezeNotes() (all []Note) {
 	type line struct {
 		at   time.Time
@@ -93,7 +93,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 	return all
 }
 
-// timeAhead is a time to come, with how long it takes.
+// timeAhead formats a future time, with the time until then.
 func timeAhead(t, now time.Time) string {
 	return t.UTC().Format("Mon 2006-01-02 15:04 UTC") + " (in " + brief(t.Sub(now)) + ")"
 }

@@ -11,9 +11,8 @@ import (
 	"kedge/policy"
 )
 
-// Local is what Explain gives, from what a node's own agent knows at a time, so that it needs no store: the agent
-// decided so, by what the trace's steps named store say of its views. unit is UNIT, or ROLE/UNIT where several
-// roles have one of that name.
+// Local is Explain without the store, from the status of a node's own agent at a time. The steps named store say
+// how current the agent's view was. unit is UNIT, or ROLE/UNIT if several roles have one of that name.
 func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.UnitID, Decision, error) {
 	var found, all []deployments.UnitID
 	for role, r := range s.Roles {
@@ -68,7 +67,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 	return f, id, d, nil
 }
 
-// sourceStep returns how far a node's view of a prefix of the store can be believed.
+// sourceStep returns how reliable a node's view of a prefix of the store is.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	step := Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
 	if s.Trouble == "" {

@@ -16,8 +16,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Pin writes a pin for a unit, or for one node of it where node isn't empty, over whatever pin was there. What it
-// writes is what `consul kv put` would: a bare pointer or hold where there is no more to say, else JSON.
+// Pin writes a pin for a unit or, if node isn't empty, for one of its nodes. It replaces an existing pin. It
+// writes what one would type with `consul kv put`: a bare pointer or hold if that says everything, else JSON.
 func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string, pin deployments.Pin) error {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -27,8 +27,8 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	if err != nil {
 		return fmt.Errorf("pin %s: %w", id, err)
 	}
-	// Where no mirror ever ran, the agents of this role can't tell a missing key from a lost permission yet. An
-	// operator may not write in all of these places, nor needs to.
+	// Before a mirror has run, the agents of this role can't tell a missing key from a lost permission. An
+	// operator may lack the right to create some of these folders, and doesn't need it.
 	for _, kind := range []string{kv.PinsPrefix, kv.DesiredPrefix} {
 		err := store.EnsureFolders(ctx, kind, kv.RolePrefix(kind, id.Stage, id.Role))
 		if err != nil && !errors.Is(err, kv.ErrDenied) {
@@ -41,20 +41,20 @@ func Pin(ctx context.Context, store kv.Store, id deployments.UnitID, node string
 	return nil
 }
 
-// CheckRecord returns an error if a unit has no record, which nodes take for a typo: nothing runs by its pin. The
-// error names the unit that may have been meant. Where the record can't be read, it returns nil.
+// CheckRecord returns an error if a unit has no record, probably because of a typo: a pin then has no effect. The
+// error names a unit with a similar name. If the record can't be read, it returns nil.
 func CheckRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	if err := id.Check(); err != nil {
 		return err
 	}
 	_, err := store.Get(ctx, kv.DesiredKey(id))
 	if !errors.Is(err, kv.ErrNotFound) {
-		return nil // whoever writes the pin finds out
+		return nil // writing the pin will return the error
 	}
 	return noRecord(ctx, store, id)
 }
 
-// noRecord is the error that a unit has no record.
+// noRecord returns the error for a unit without a record.
 func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	f, err := Read(ctx, store, Filter{})
 	if err != nil {
@@ -70,7 +70,7 @@ func noRecord(ctx context.Context, store kv.Store, id deployments.UnitID) error 
 	return fmt.Errorf("%s has no record, only nodes' reports: add %[1]s.yaml to Git", id)
 }
 
-// Unpin removes a unit's pin, or that of one node of it, and says whether there was one.
+// Unpin removes the pin of a unit, or of one of its nodes, and reports whether there was one.
 func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node string) (bool, error) {
 	key, err := pinKey(id, node)
 	if err != nil {
@@ -80,7 +80,7 @@ func Unpin(ctx context.Context, store kv.Store, id deployments.UnitID, node stri
 	op := kv.Delete(key)
 	i := slices.IndexFunc(entries, func(e kv.Entry) bool { return e.Key == key })
 	switch {
-	case errors.Is(err, kv.ErrDenied): // or there is no folder: whoever may delete it finds out
+	case errors.Is(err, kv.ErrDenied): // or there is no folder: deleting will return the error
 	case err != nil:
 		return false, fmt.Errorf("unpin %s: %w", id, err)
 	case i < 0:
@@ -107,7 +107,7 @@ func pinKey(id deployments.UnitID, node string) (string, error) {
 	return kv.NodePinKey(id, node), nil
 }
 
-// encodePin encodes a pin so that ParsePin reads it.
+// encodePin encodes a pin as ParsePin reads it.
 func encodePin(pin deployments.Pin) ([]byte, error) {
 	release := "hold"
 	if !pin.Hold {
@@ -137,10 +137,10 @@ func encodePin(pin deployments.Pin) ([]byte, error) {
 	return value, nil
 }
 
-// Control asks the mirror for promote, pause, resume, abort or retry of a unit, and gives the record that stood
-// before. An order that would change nothing isn't written, and the error says why it would. One that the mirror
-// has yet to take is replaced. What it writes is what `consul kv put` would: a bare verb where nobody says who or why,
-// else JSON.
+// Control writes an order (promote, pause, resume, abort or retry) for the mirror, and returns the record from
+// before. It doesn't write an order that would change nothing; the error says why. It replaces an order that the
+// mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb if nobody says who or
+// why, else JSON.
 func Control(
 	ctx context.Context,
 	store kv.Store,
@@ -173,7 +173,7 @@ func Control(
 	return was, nil
 }
 
-// encodeOrder encodes an order so that ParseOrder reads it.
+// encodeOrder encodes an order as ParseOrder reads it.
 func encodeOrder(order deployments.Order) (value []byte, err error) {
 	value = []byte(order.Verb)
 	if order.By != "" || order.Reason != "" {
@@ -185,13 +185,14 @@ func encodeOrder(order deployments.Order) (value []byte, err error) {
 	return value, err
 }
 
-// ErrNotTaken is wrapped by what Outcome returns where no mirror took the order in time. It stays where it is.
+// ErrNotTaken means that no mirror took an order in time. The order stays in the store.
 var ErrNotTaken = errors.New("no mirror has taken the order")
 
-// orderPoll is how often Outcome looks whether an order was taken.
+// orderPoll is how often Outcome checks whether an order was taken.
 const orderPoll = 50 * time.Millisecond
 
-// Outcome waits until the mirror has taken an order, and says in words what came of it. was is what Control gave.
+// Outcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
+// Control.
 func Outcome(
 	ctx context.Context,
 	store kv.Store,
@@ -223,7 +224,7 @@ func Outcome(
 	}
 }
 
-// outcome returns where a unit stands after an order was taken. was is its record before.
+// outcome returns the unit's state after an order was taken. was is its record from before.
 func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
 	e, err := store.Get(ctx, kv.DesiredKey(id))
 	if err != nil {
@@ -249,9 +250,8 @@ func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb st
 	return "no rollout is under way any more: every node runs the target", nil
 }
 
-// History returns what a unit was told to run, the newest first: the generations that the mirror keeps. An entry that
-// doesn't parse is there with its generation, and says so in its Note. A pin is told of once, in the generation in
-// which it began.
+// History returns the unit's generations that the mirror keeps, newest first. An entry that doesn't parse has only
+// its generation, and a Note that says so. A pin is listed once, in the generation in which it began.
 func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]deployments.History, error) {
 	if err := id.Check(); err != nil {
 		return nil, err
@@ -259,7 +259,7 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 	prefix := kv.HistoryPrefixOf(id)
 	entries, err := store.List(ctx, prefix)
 	if errors.Is(err, kv.ErrDenied) {
-		// A unit without history has no folder, its role has, and else the whole.
+		// A unit without history has no folder of its own; its role has one, or else the whole history.
 		for _, wider := range []string{kv.RolePrefix(kv.HistoryPrefix, id.Stage, id.Role), kv.HistoryPrefix} {
 			if entries, err = store.List(ctx, wider); !errors.Is(err, kv.ErrDenied) {
 				break
@@ -280,15 +280,15 @@ func History(ctx context.Context, store kv.Store, id deployments.UnitID) ([]depl
 	return history, nil
 }
 
-// RollbackOptions are what the pin of a Rollback says beside its release.
+// RollbackOptions are the other fields of a Rollback's pin.
 type RollbackOptions struct {
 	Reason, By string
 	AtOnce     bool
 }
 
-// Rollback pins a unit to the last good release before the one that it is told to run, by its pin or else its
-// record, and gives that pin. Of the releases that the record and the history know, one that a node has in
-// quarantine, or that was rolled back, isn't good.
+// Rollback pins a unit to the last good release before the one that its pin, or else its record, names, and
+// returns the pin. It knows the releases of the record and the history. A release that a node has in quarantine,
+// or that was rolled back, isn't good.
 func Rollback(
 	ctx context.Context,
 	store kv.Store,
@@ -320,13 +320,13 @@ func Rollback(
 	return pin, Pin(ctx, store, id, "", pin)
 }
 
-// lastGood returns the release that Rollback goes back to; pure.
+// lastGood returns the release for Rollback; it is pure.
 func lastGood(u *Unit, history []deployments.History, now time.Time) (deployments.Pointer, error) {
 	bad := map[deployments.Digest]bool{}
 	if p := u.Record.Rollout; p != nil {
 		bad[p.Failed] = true
 	}
-	again := map[deployments.Digest]bool{} // what was tried once more later on, and may have done well then
+	again := map[deployments.Digest]bool{} // releases that were tried again later, and may have become good
 	for _, h := range history {
 		if !again[h.Failed] {
 			bad[h.Failed] = true
@@ -338,7 +338,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 			bad[d] = true
 		}
 	}
-	// What was told, the newest first; of each time also what was good then.
+	// Releases that nodes were told to run, newest first, each followed by the one that was stable then.
 	told := []deployments.Pointer{u.Record.Target, u.Record.Stable}
 	for _, h := range history {
 		told = append(told, h.Release, h.Stable)
@@ -347,8 +347,8 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	if u.Pinned(now) && !u.Pin.Hold {
 		from = u.Pin.Release
 	}
-	// Only what is older counts. A release that came back later lies behind its first place: this is where one
-	// rollback after another goes on.
+	// Only older releases count, so that repeated rollbacks go further back: a release that came back later lies
+	// behind its first place.
 	i := max(0, slices.Index(told, from))
 	seen := map[deployments.Pointer]bool{{}: true, from: true}
 	for _, p := range told[:i] {
@@ -366,7 +366,7 @@ func lastGood(u *Unit, history []deployments.History, now time.Time) (deployment
 	)
 }
 
-// NoUnit is the error that nothing in the store speaks of a unit. It names the one that may have been meant.
+// NoUnit returns the error that the store knows no such unit. It names a unit with a similar name.
 func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 	f, err := Read(ctx, store, Filter{})
 	if err != nil {
@@ -378,7 +378,7 @@ func NoUnit(ctx context.Context, store kv.Store, id deployments.UnitID) error {
 func noUnit(f *Fleet, name string) error {
 	var known []string
 	for _, u := range f.Units {
-		if strings.Count(name, "/") < 2 { // of a stage or a role alone
+		if strings.Count(name, "/") < 2 { // the name of a stage or role
 			known = append(known, strings.Join(strings.Split(u.ID.String(), "/")[:strings.Count(name, "/")+1], "/"))
 			continue
 		}
@@ -398,7 +398,7 @@ func noUnit(f *Fleet, name string) error {
 	return fmt.Errorf("no unit %s: there are %s", name, some(known))
 }
 
-// some names a few of many.
+// some formats the first few of many names.
 func some(names []string) string {
 	const shown = 10
 	more := ""
@@ -409,14 +409,14 @@ func some(names []string) string {
 	return strings.Join(names, ", ") + more
 }
 
-// Missing returns what a filter asked for and the store doesn't know; nil: it knows some of it.
+// Missing returns an error for what a filter names and the store doesn't know; nil: something matches.
 func Missing(ctx context.Context, store kv.Store, f *Fleet, filter Filter) error {
 	if len(f.Units) > 0 || filter == (Filter{}) {
 		return nil
 	}
 	all, err := Read(ctx, store, Filter{})
 	if err != nil {
-		return nil // what could be read was read
+		return nil // whatever could be read was read
 	}
 	return noUnit(all, strings.Trim(filter.Stage+"/"+filter.Role+"/"+filter.Unit, "/"))
 }

@@ -11,12 +11,12 @@ import (
 	"kedge/kv"
 )
 
-// PinNotes returns what an operator who is about to pin a unit, or one node of it, or to unpin it, should know.
-// atOnce is the new pin's.
+// PinNotes returns what an operator should know before pinning or unpinning a unit, or one of its nodes. atOnce is
+// the new pin's.
 func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node string, atOnce bool) (notes []string) {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil {
-		return nil // whether it may be written is another question
+		return nil // writing the pin will return the error
 	}
 	if len(f.Units) == 0 {
 		return []string{NoUnit(ctx, store, id).Error()}
@@ -54,7 +54,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 	return notes
 }
 
-// Follows returns what a unit, or one node of it, will run once its pin is gone; empty: unknown.
+// Follows returns what a unit, or one of its nodes, will run once its pin is removed; empty: unknown.
 func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node string) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 {
@@ -92,7 +92,8 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	return says
 }
 
-// RunsAlready says that every live node of a unit runs a release already; empty: one doesn't, or it can't be told.
+// RunsAlready says that every live node of a unit runs a release already; empty: not every node does, or that is
+// unknown.
 func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, release deployments.Pointer) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || f.Units[0].Live == 0 {
@@ -112,8 +113,8 @@ func RunsAlready(ctx context.Context, store kv.Store, id deployments.UnitID, rel
 	return says
 }
 
-// rolledBack returns what Git names and was rolled back, and to what; zero: nothing was. The mirror may have taken up a
-// pin already.
+// rolledBack returns the release of Git that was rolled back, and the one that it was rolled back to; zero: none
+// was. A pin may be in force by now.
 func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
 	switch {
 	case r == nil:
@@ -127,7 +128,7 @@ func rolledBack(r *deployments.Record) (failed, stable deployments.Pointer) {
 	return failed, stable
 }
 
-// Pinned says that orders move no node of a unit, as it is pinned; empty: it isn't.
+// Pinned says that orders have no effect on a unit because it is pinned; empty: it isn't.
 func Pinned(ctx context.Context, store kv.Store, id deployments.UnitID) string {
 	f, err := Read(ctx, store, Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit})
 	if err != nil || len(f.Units) == 0 || !f.Units[0].Pinned(f.At) {

@@ -14,20 +14,20 @@ import (
 	"kedge/kv"
 )
 
-// histories are histories that were read, by unit. All other units' stay unread: only of what is pinned it counts
-// how far Git has moved.
+// histories caches histories, by unit. Only pinned units' histories are read, to count how many releases Git is
+// ahead.
 type histories map[deployments.UnitID]versioned
 
 type versioned struct {
-	record  uint64 // the version of the record that it was read for: a generation and its record are written in one
+	record  uint64 // version of the record when it was read: a generation is written together with its record
 	entries []kv.Entry
 }
 
-// historyWithin bounds how long a fleet waits for histories.
+// historyWithin bounds how long reading a fleet waits for histories.
 const historyWithin = 2 * time.Second
 
-// of returns the history of the units that are pinned in entries. One that can't be read now is left out, or given as
-// it was last: it adds to what is shown, and nothing is decided by it.
+// of returns the histories of the units that are pinned in entries. If one can't be read now, it returns the last
+// known one, if any: histories are only shown, and decide nothing.
 func (h histories) of(ctx context.Context, store kv.Store, filter Filter, entries []kv.Entry) []kv.Entry {
 	ctx, cancel := context.WithTimeout(ctx, historyWithin)
 	defer cancel()
@@ -75,7 +75,7 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	slices.SortFunc(history, newestFirst)
 	named := []deployments.Pointer{namedByGit(u.Record.Target, u.Record.Pinned)}
 	for _, h := range history {
-		// A rollback and a retry begin generations too.
+		// Rollbacks and retries begin generations, too.
 		if p := namedByGit(h.Release, h.Pinned); !p.IsZero() && p != named[len(named)-1] {
 			named = append(named, p)
 		}
@@ -89,8 +89,8 @@ func gitAhead(u *Unit, history []deployments.History, now time.Time) map[deploym
 	return counts
 }
 
-// namedByGit returns what Git names of a unit whose record, or a past one, has a target: while a unit pin is rolled
-// out, the target is the pin's.
+// namedByGit returns the release that Git names, from the target of a record, or of a past one: while a unit pin
+// is rolled out, the target is the pin's.
 func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployments.Pointer {
 	if pinned != nil {
 		return pinned.Target
@@ -98,7 +98,7 @@ func namedByGit(target deployments.Pointer, pinned *deployments.Pinned) deployme
 	return target
 }
 
-// keeps returns the releases that u's pins name, and those that run on nodes whose pin says hold.
+// keeps returns the releases that u's pins name, and those that nodes with a hold pin run.
 func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	var all []deployments.Pointer
 	add := func(pin deployments.Pin, holds func(Node) bool) {
@@ -124,7 +124,7 @@ func keeps(u *Unit, now time.Time) []deployments.Pointer {
 	})...)
 }
 
-// running are the releases that live nodes run.
+// running returns the releases that live nodes run.
 func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 	var all []deployments.Pointer
 	for _, n := range u.Nodes {
@@ -135,7 +135,8 @@ func running(u *Unit, which func(Node) bool) []deployments.Pointer {
 	return all
 }
 
-// readHistory reads an entry of a unit's history. One that doesn't parse keeps its generation, and says so in its Note.
+// readHistory parses an entry of a unit's history. If it doesn't parse, the result has only its generation, and a
+// Note that says so.
 func readHistory(e kv.Entry) deployments.History {
 	h, err := deployments.ParseHistory(e.Value)
 	if err != nil {

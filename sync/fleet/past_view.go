@@ -12,7 +12,7 @@ import (
 // HistoryColumns are the headings of HistoryRow's cells.
 var HistoryColumns = []string{"GEN", "SINCE", "RELEASE", "COMMIT", "AUTHOR", "SUBJECT"}
 
-// HistoryRow is one generation of a unit in one line.
+// HistoryRow formats one generation of a unit as a line.
 func HistoryRow(h deployments.History) []Text {
 	at := "-"
 	if !h.At.IsZero() {
@@ -31,7 +31,7 @@ func HistoryRow(h deployments.History) []Text {
 	}
 }
 
-// HistoryNotes returns what else led to a generation, and the pins and orders of its time, the oldest first.
+// HistoryNotes returns what else led to a generation, and its pins and orders, oldest first.
 func HistoryNotes(h deployments.History) []Text {
 	type event struct {
 		at   time.Time
@@ -58,7 +58,7 @@ func HistoryNotes(h deployments.History) []Text {
 	return notes
 }
 
-// pinLine says which pin stood, from when to when, who put it there and why.
+// pinLine formats a past pin: what it named, from when to when, by whom and why.
 func pinLine(p deployments.PastPin) Text {
 	nodes := "all nodes"
 	if p.Node != "" {
@@ -85,7 +85,7 @@ func pinLine(p deployments.PastPin) Text {
 	return Text{says, tone}
 }
 
-// orderLine says which order the mirror took, who gave it and why.
+// orderLine formats a past order: what it was, by whom and why.
 func orderLine(o deployments.PastOrder) Text {
 	says := pastTime(o.At) + ": order " + oneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
 	if o.Refused != "" {
@@ -94,7 +94,7 @@ func orderLine(o deployments.PastOrder) Text {
 	return Text{says, Plain}
 }
 
-// pastReason says who did something and why, or that nobody said.
+// pastReason says who did something and why, or that it is unknown.
 func pastReason(by, reason string) string {
 	switch {
 	case by == "" && reason == "":

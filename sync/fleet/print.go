@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// Tone is how a text is to be taken.
+// Tone is the meaning of a text, shown as a colour.
 type Tone uint8
 
 // The tones.
@@ -32,7 +32,7 @@ var escapes = [...]string{
 
 const reset = "\x1b[0m"
 
-// Text is a text with its tone. It holds no control characters, whoever wrote what it quotes.
+// Text is a text with its tone. It contains no control characters, wherever it came from.
 type Text struct {
 	Text string
 	Tone Tone
@@ -58,7 +58,7 @@ func (p *printer) raw(line string) {
 // unbroken is a blank at which wrap doesn't break a line.
 const unbroken = "\x1f"
 
-// align returns a line a row, its cells in columns. Where a line is too wide for the terminal, its widest cells are
+// align formats rows as lines with aligned columns. If a line is wider than the terminal, its widest cells are
 // clipped, those of the columns in firm last.
 func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	if len(rows) == 0 {
@@ -103,10 +103,10 @@ func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	return lines
 }
 
-// gap is between two columns.
+// gap is the space between two columns.
 const gap = 2
 
-// columns returns the width of each column, and of all with what is between them.
+// columns returns the width of each column, and the total width including gaps.
 func columns(rows [][]Text) (wide []int, total int) {
 	wide = make([]int, len(rows[0]))
 	for _, row := range rows {
@@ -121,7 +121,7 @@ func columns(rows [][]Text) (wide []int, total int) {
 	return wide, total
 }
 
-// wrap writes head and text, broken between words where a line is full; further lines are indented.
+// wrap writes head and text, and breaks full lines between words; further lines are indented.
 func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	column := width(head)
 	line, empty := head, true
@@ -150,7 +150,7 @@ func (p *printer) wrap(head string, indent int, text string, s Tone) {
 	p.raw(strings.TrimRight(line, " "))
 }
 
-// width counts columns, escape sequences left out.
+// width returns a text's width in columns, without escape sequences.
 func width(s string) (n int) {
 	escape := false
 	for _, r := range s {
@@ -174,8 +174,8 @@ func clip(text string, n int) string {
 	return string([]rune(text)[:max(0, n-1)]) + "…"
 }
 
-// clean removes characters that would move a terminal's cursor or change its colours: most of what is shown was
-// written by others.
+// clean removes characters that would move a terminal's cursor or change its colours, as most of the text comes
+// from others.
 func clean(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
@@ -185,7 +185,8 @@ func clean(s string) string {
 	}, strings.ToValidUTF8(s, "?"))
 }
 
-// CleanLines removes control characters, and those that reverse a line, from a text, and keeps its lines.
+// CleanLines removes control characters, and those that change a line's direction, from a text, but keeps line
+// breaks.
 func CleanLines(s string) string {
 	lines := strings.Split(s, "\n")
 	for i := range lines {
@@ -194,14 +195,14 @@ func CleanLines(s string) string {
 	return strings.Join(lines, "\n")
 }
 
-// oneLine makes one clean line of a text.
+// oneLine returns a text as one clean line.
 func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
 
-// Clean makes one line of a text that others wrote, without control characters, of at most n characters.
+// Clean returns a text from an untrusted source as one line without control characters, of at most n columns.
 func Clean(s string, n int) string { return clip(oneLine(s), n) }
 
-// Wrap breaks each line of a text between words where it is full; the rest of it is indented by two more than its
-// beginning. Commands to type stay in one piece. Width 0: as it is.
+// Wrap breaks each line of a text between words where it is full, and indents the rest by two more than the line.
+// Commands stay in one piece. A width of 0 changes nothing.
 func Wrap(text string, width int) string {
 	if width == 0 {
 		return text

@@ -11,15 +11,15 @@ import (
 
 // TableOptions say how a fleet is shown to a person.
 type TableOptions struct {
-	// Width is the terminal's, in columns; 0: no terminal, so no line is cut or wrapped.
+	// Width is the terminal's width in columns; 0: no terminal, so no line is cut or wrapped.
 	Width int
 	Color bool
-	// Nodes shows every node; else those that are not converged or have something to say.
+	// Nodes shows every node; otherwise only those that are not converged, or have a note.
 	Nodes bool
 }
 
-// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, and below
-// it the nodes that need a look.
+// WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, followed
+// by the nodes that need attention.
 func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 	p := &printer{opt: opt}
 	for _, n := range f.MirrorNotes() {
@@ -64,7 +64,7 @@ func header(columns []string) (row []Text) {
 	return row
 }
 
-// withBars puts a bar before each count of nodes, on terminals where there is room.
+// withBars adds a bar before each count of nodes, if the terminal has room.
 func (p *printer) withBars(rows [][]Text, units []Unit) [][]Text {
 	if p.opt.Width == 0 {
 		return rows
@@ -83,7 +83,7 @@ func (p *printer) withBars(rows [][]Text, units []Unit) [][]Text {
 	return barred
 }
 
-// bar shows n of all. It is full only where n is all, and empty only where n is 0.
+// bar draws n of all. It is full only if n is all, and empty only if n is 0.
 func bar(n, all int) string {
 	const long = 8
 	full := 0
@@ -117,14 +117,15 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 		rows = append(rows, row)
 		notes = append(notes, p.names(u, beside))
 	}
-	same := 1 // nodes in a row that say the same
+	same := 1 // consecutive nodes with the same note
 	for i, line := range p.align("  ", rows) {
 		p.raw(line)
 		switch _, tail, _ := strings.Cut(notes[i], ": "); {
 		case i+1 < len(notes) && notes[i+1] == notes[i] && notes[i] != "":
 			same++
 			continue
-		case notes[i] == "" || tail != "" && strings.Contains(oneLine(u.Error), tail): // told already, of the pin or the record
+		// the note on the pin or the record says it already
+		case notes[i] == "" || tail != "" && strings.Contains(oneLine(u.Error), tail):
 		case same == 2:
 			p.wrap("    ", 4, "both: "+notes[i], Warn)
 		case same > 2:
@@ -139,10 +140,10 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	}
 }
 
-// mostNodes of a unit are shown where not all are asked for.
+// mostNodes is how many nodes of a unit are shown, unless all are asked for.
 const mostNodes = 20
 
-// WriteHistory writes a unit's generations, one a line.
+// WriteHistory writes a unit's generations, one per line.
 func WriteHistory(w io.Writer, history []deployments.History, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(history) == 0 {

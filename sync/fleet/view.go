@@ -18,7 +18,8 @@ type Note struct {
 	About, Says Text
 }
 
-// unavailable returns which parts of the store can't be read now, and why: mostly it is all of them, for one reason.
+// unavailable returns which parts of the store can't be read now, and why. Mostly it is all of them, for one
+// reason.
 func unavailable(f *Fleet) (parts []string, why string) {
 	for _, kind := range slices.Sorted(maps.Keys(f.Errors)) {
 		_, after, is := strings.Cut(f.Errors[kind], kv.ErrUnavailable.Error()+": ")
@@ -27,14 +28,14 @@ func unavailable(f *Fleet) (parts []string, why string) {
 		}
 		parts = append(parts, kind)
 		if i := strings.Index(after, `": `); strings.HasPrefix(after, "Get ") && i > 0 {
-			after = after[i+len(`": `):] // which of its URLs it was says nothing here
+			after = after[i+len(`": `):] // without the URL, which differs by part
 		}
 		why = cmp.Or(why, oneLine(after))
 	}
 	return parts, why
 }
 
-// lastKnown says in one text what of a fleet may be out of date; empty: nothing.
+// lastKnown says which parts of a fleet may be out of date; empty: none.
 func lastKnown(f *Fleet) (parts []string, text string) {
 	parts, why := unavailable(f)
 	if len(parts) == 0 {
@@ -46,13 +47,13 @@ func lastKnown(f *Fleet) (parts []string, text string) {
 	) + ": " + why
 }
 
-// LastKnown returns what of f may be out of date, as the store can't be read now, and why; empty: nothing.
+// LastKnown says which parts of f may be out of date because the store can't be read now, and why; empty: none.
 func (f *Fleet) LastKnown() string {
 	_, text := lastKnown(f)
 	return text
 }
 
-// mostFaults is how many faults are told apart of the keys of one kind, and how many keys are named that share one.
+// mostFaults bounds the different errors listed for one kind of key, and the keys listed for one error.
 const mostFaults = 20
 
 // Faults returns the errors of f that belong to no unit.
@@ -65,14 +66,14 @@ func (f *Fleet) Faults() (all []Note) {
 	for _, u := range f.Units {
 		units[u.ID] = true
 	}
-	shown := func(name string) bool { // with its unit already
+	shown := func(name string) bool { // its unit shows it already
 		key, err := kv.ParseKey(name)
 		return slices.Contains(away, name) ||
 			err == nil && (key.Kind == kv.DesiredPrefix || key.Kind == kv.PinsPrefix) && units[key.UnitID()]
 	}
-	keys := map[string][]string{} // by what is wrong with them
+	keys := map[string][]string{} // keys by error
 	var wrong []string
-	each, more := map[string]int{}, 0 // of a kind: one token can write any number of them
+	each, more := map[string]int{}, 0 // errors by kind, bounded, as one token can write any number
 	for _, key := range slices.Sorted(maps.Keys(f.Errors)) {
 		if shown(key) {
 			continue
@@ -97,7 +98,7 @@ func (f *Fleet) Faults() (all []Note) {
 	if more > 0 {
 		all = append(all, Note{Text{"error", Bad}, Text{fmt.Sprintf("%d more keys are wrong", more), Plain}})
 	}
-	nodes := map[string][]string{} // by their stage and role
+	nodes := map[string][]string{} // nodes by stage and role
 	for _, n := range f.Unassigned {
 		role := n.Stage + "/" + n.Role
 		nodes[role] = append(nodes[role], clean(n.Node))
@@ -112,10 +113,10 @@ func (f *Fleet) Faults() (all []Note) {
 	return all
 }
 
-// MirrorHasRun reports whether a mirror has taken a commit, ever.
+// MirrorHasRun reports whether a mirror has ever taken a commit.
 func (f *Fleet) MirrorHasRun() bool { return f.Mirror != nil && f.Mirror.Head != "" }
 
-// MirrorNotes say where the mirror is, first of all, and what is wrong with it. A text may have several lines.
+// MirrorNotes return the mirror's state, and then what is wrong with it. A text may have several lines.
 func (f *Fleet) MirrorNotes() []Note {
 	about := Text{"mirror", Dim}
 	m := f.Mirror
@@ -154,7 +155,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	return append(all, f.freezeNotes()...)
 }
 
-// agentVersions returns how many live nodes run which version of the agent, the most first.
+// agentVersions returns how many live nodes run which version of the agent, most common first.
 func (f *Fleet) agentVersions() string {
 	all := 0
 	for _, n := range f.Agents {
@@ -172,7 +173,7 @@ func (f *Fleet) agentVersions() string {
 // Columns are the headings of Row's cells.
 var Columns = []string{"UNIT", "TARGET", "RUNS", "PIN", "CONVERGED", "ROLLOUT"}
 
-// runsColumn and convergedColumn are the indexes, in Row, of the releases that nodes run and of the count of converged
+// runsColumn is the index in Row of the releases that nodes run, convergedColumn that of the count of converged
 // nodes.
 const runsColumn, convergedColumn = 2, 4
 
@@ -219,8 +220,8 @@ func (f *Fleet) Row(u *Unit) []Text {
 	return []Text{{u.ID.String(), Bold}, target, u.runs(name), pin, state, phase}
 }
 
-// Versions returns what names the unit's releases as shortly as possible: by the version, with the beginning of
-// the digest if another release of the unit has the same.
+// Versions returns a function that names the unit's releases as shortly as possible: by version, with the
+// beginning of the digest if another release of the unit has the same version.
 func (u *Unit) Versions() func(deployments.Pointer) string {
 	named := map[deployments.Digest]string{}
 	taken := map[string]deployments.Digest{}
@@ -261,7 +262,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 	}
 }
 
-// reportedVersions returns the version of each running release, as the first node that runs it reports it.
+// reportedVersions returns the version of each running release, as reported by the first node that runs it.
 func (u *Unit) reportedVersions() map[deployments.Digest]string {
 	versions := map[deployments.Digest]string{}
 	for i := range u.Nodes {
@@ -276,10 +277,10 @@ func (u *Unit) reportedVersions() map[deployments.Digest]string {
 // mostVersion is how many characters of a version are shown.
 const mostVersion = 24
 
-// mostReleases that run at a time are named in a row.
+// mostReleases is how many running releases a row names.
 const mostReleases = 3
 
-// runs returns the releases that live nodes run, with how many run each, the most first.
+// runs returns the releases that live nodes run, with the number of nodes, most common first.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	counts := map[string]int{}
 	wanted := true
@@ -291,9 +292,9 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 		switch r := n.Report.Running; {
 		case !r.IsZero():
 			what = name(r)
-		case n.Report.State == "": // has yet to report
+		case n.Report.State == "": // it has yet to report
 			what = "unknown"
-		case n.Report.Serves: // from before kedge
+		case n.Report.Serves: // something from before kedge
 			what = "something else"
 		}
 		counts[what]++
@@ -320,7 +321,7 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	return Text{strings.Join(names, ", ") + more, tone}
 }
 
-// Notes returns the remarks about one of f's units, beside its Row.
+// Notes returns the remarks on one of f's units, in addition to its Row.
 func (f *Fleet) Notes(u *Unit) (all []Note) {
 	add := func(about string, t Tone, says string, st Tone) {
 		all = append(all, Note{Text{about, t}, Text{says, st}})
@@ -333,7 +334,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		}
 	}
 	pinned := slices.Sorted(maps.Keys(u.Pins))
-	if len(pinned) > mostNodes { // those of nodes that there are come first
+	if len(pinned) > mostNodes { // pins of existing nodes come first
 		nodes := map[string]bool{}
 		for _, n := range u.Nodes {
 			nodes[n.Name] = true
@@ -379,7 +380,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	return all
 }
 
-// RolloutReason returns why a unit's rollout stands where it does; empty: none is under way, or it says nothing.
+// RolloutReason returns why a unit's rollout stands where it does; empty: none is under way, or it has no reason.
 func (u *Unit) RolloutReason() string {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return ""
@@ -387,8 +388,8 @@ func (u *Unit) RolloutReason() string {
 	return oneLine(message.Rollout(u.Record.Rollout))
 }
 
-// NodeRow is one of a unit's nodes in one line: its name, its state, what it runs, and for how long it has been in
-// that state. beside is what is wrong with it.
+// NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been
+// in that state. beside is what is wrong with it.
 func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	r := n.Report
 	beside = oneLine(r.Error)
@@ -432,7 +433,7 @@ func (u *Unit) Next(now time.Time) string {
 	return ""
 }
 
-// Shown returns a node's state, in words for people.
+// Shown returns a node's state in words.
 func (n *Node) Shown() Text {
 	r := n.Report
 	switch {
@@ -443,9 +444,9 @@ func (n *Node) Shown() Text {
 	case n.Converged:
 		return Text{string(r.State), Good}
 	case r.State == deployments.StateConverged && r.Running.Digest == n.Want.Digest:
-		return Text{"converged", Warn} // a value that nothing follows doesn't parse
+		return Text{"converged", Warn} // a value that has no effect doesn't parse
 	case r.State == deployments.StateConverged:
-		return Text{"outdated", Warn} // it has yet to see what it should run
+		return Text{"outdated", Warn} // it has yet to learn what it should run
 	case r.State == deployments.StateFetching && r.Total > 0:
 		return Text{fmt.Sprintf("fetching %d%%", min(100, r.Fetched*100/r.Total)), Warn}
 	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid || r.State == deployments.StateUnhealthy:
@@ -454,7 +455,7 @@ func (n *Node) Shown() Text {
 	return Text{clean(string(r.State)), Warn}
 }
 
-// Release names a release for people: its version and the beginning of its digest.
+// Release returns a release's name for people: its version and the beginning of its digest.
 func (u *Unit) Release(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
@@ -462,7 +463,7 @@ func (u *Unit) Release(p deployments.Pointer) string {
 	return u.version(p) + " " + p.Digest.Short()[:8]
 }
 
-// version returns a release's version, as a node that runs it reports it, else as its URL's path has it.
+// version returns a release's version, as reported by a node that runs it, or else as in its URL's path.
 func (u *Unit) version(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
@@ -499,7 +500,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 	return strings.Join(s, " ")
 }
 
-// gitStory returns how far Git has moved past what a pin names, or holds on the nodes that it is for.
+// gitStory returns how many releases Git is ahead of what a pin names, or holds on its nodes, in words.
 func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	kept := []deployments.Pointer{pin.Release}
 	if pin.Hold {
@@ -520,7 +521,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 	return "Git has named " + count(moved, "release") + " since"
 }
 
-// AuthorName is an author without the address.
+// AuthorName returns an author's name without the address.
 func AuthorName(author string) string {
 	name, _, _ := strings.Cut(oneLine(author), " <")
 	return name
@@ -533,7 +534,7 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// brief is a duration in its largest unit.
+// brief formats a duration in its largest unit.
 func brief(d time.Duration) string {
 	switch d = max(0, d); {
 	case d < time.Minute:

@@ -14,26 +14,27 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// ErrRefused is wrapped by what Wait returns where waiting longer would not help: the mirror refused the commit, a
-// node its release, or a rollout was rolled back.
+// ErrRefused means that waiting longer would not help: the mirror refused the commit, a node refused its release,
+// or a rollout was rolled back.
 var ErrRefused = errors.New("refused")
 
-// Waiting is what Wait waits for, beside a filter.
+// Waiting says what Wait waits for, besides a filter.
 type Waiting struct {
-	// Commit, of which seven digits will do: the mirror has to have taken it, or one after it; empty: none.
+	// Commit is a hash, of which seven digits are enough: the mirror must have taken this commit, or one after it.
+	// Empty: any.
 	Commit string
-	// Push leaves out units that Commit left as they were, whatever is wrong with them.
+	// Push leaves out units that Commit didn't change, even if they aren't converged.
 	Push bool
-	// Patience is how long the store may be out of reach without a break; 0: for ever.
+	// Patience is how long the store may be unreachable without a break; 0: for ever.
 	Patience time.Duration
-	// Tell, if it isn't nil, is told what is missing, whenever that changes.
+	// Tell, if not nil, is called with what is missing whenever that changes.
 	Tell func(missing string)
 }
 
-// Wait waits until all live nodes of the units that filter takes run what they should, and no rollout is under way.
+// Wait waits until all live nodes of the selected units run what they should, and no rollout is under way.
 //
-// ErrRefused says what won't mend itself, kv.ErrUnavailable that the store was out of reach for longer than
-// Patience. When ctx ends, the error says what was still missing, and wraps ctx's.
+// ErrRefused means that it can't succeed any more; kv.ErrUnavailable that the store was unreachable for longer
+// than Patience. When ctx ends, the error says what was still missing, and wraps ctx's.
 func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) error {
 	w := waiter{filter: filter, commit: strings.ToLower(what.Commit), push: what.Push, before: map[nodeUnit]time.Time{}}
 	if w.commit != "" {
@@ -71,8 +72,8 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) erro
 		}
 		missing, result = w.look(f)
 		if missing == "" || result != nil {
-			// The parts of a watched fleet come each at its time: what a new head or an order brought might not be there
-			// yet. So once more, in order.
+			// The parts of a watched fleet arrive separately, so that changes by a new head or an order may not be
+			// there yet. So the fleet is read once more, in order.
 			missing, result = w.confirm(watching, store, filter)
 		}
 		if missing == "" || result != nil {
@@ -92,7 +93,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) erro
 	return err
 }
 
-// outage ends a wait once the store has been out of reach for a while. It begins at once: nothing was read yet.
+// outage ends a wait once the store has been unreachable for some time, counted from the start.
 type outage struct {
 	timer   *time.Timer // nil: it may last for ever
 	limit   time.Duration
@@ -121,7 +122,7 @@ func (o *outage) end() {
 	}
 }
 
-// CheckCommit reports why a text can't be a commit's hash, or the beginning of one.
+// CheckCommit returns an error unless a text can be a commit's hash, or the beginning of one.
 func CheckCommit(commit string) error {
 	if len(commit) < 7 || strings.Trim(strings.ToLower(commit), "0123456789abcdef") != "" {
 		return fmt.Errorf("commit %q: want its hash, at least seven digits of it", commit)
@@ -129,7 +130,7 @@ func CheckCommit(commit string) error {
 	return nil
 }
 
-// waitError is an error that says what a wait still missed.
+// waitError is an error that says what was still missing.
 type waitError struct {
 	missing string
 	err     error
@@ -138,16 +139,16 @@ type waitError struct {
 func (e waitError) Error() string { return e.missing }
 func (e waitError) Unwrap() error { return e.err }
 
-// waiter looks at one fleet after another.
+// waiter examines one fleet after another.
 type waiter struct {
 	filter Filter
 	commit string
-	push   bool // look at what the commit changed alone
+	push   bool // check only what the commit changed
 	taken  bool
-	head   *string // the first that was seen
+	head   *string // the first head that was seen
 	outage *outage
-	// before is since when nodes were in the state that they were in when a retry was under way: it says nothing of
-	// the new try.
+	// before has the time at which nodes entered their state before a retry: such a state says nothing about the
+	// new try.
 	before map[nodeUnit]time.Time
 }
 
@@ -159,14 +160,14 @@ type nodeUnit struct {
 // readAgain is the time between two tries of a read that failed.
 const readAgain = 500 * time.Millisecond
 
-// confirm looks at a fleet that is read now. While the store is away, it tries again: no change may come that would
-// be told.
+// confirm examines a fleet that is read now. While the store is away it tries again, as no change may come that
+// would cause another try.
 func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
 	for {
 		f, err := Read(ctx, store, filter)
 		if err == nil {
 			w.outage.end()
-			// What can't be seen might be a node that isn't converged, or a pin.
+			// An unreadable part may hide a node that isn't converged, or a pin.
 			for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 				if why := f.Errors[kind]; why != "" {
 					return kind + ": " + why, nil
@@ -183,7 +184,7 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 	}
 }
 
-// look returns what is still missing, or an error if waiting longer is useless.
+// look returns what is still missing, or an error if waiting longer can't help.
 func (w *waiter) look(f *Fleet) (missing string, err error) {
 	if missing, err := w.lookAtHead(f); missing != "" || err != nil {
 		return missing, err
@@ -196,14 +197,14 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		case w.commit == "" && !f.MirrorHasRun():
 			return "the store knows no such unit, and no mirror has taken a commit yet", nil
 		case w.commit == "":
-			return "the store knows no such unit", nil // it may come yet
+			return "the store knows no such unit", nil // it may still come
 		case w.filter == Filter{}:
-			return "", nil // the commit is taken, and a repo without units has no node to wait for
+			return "", nil // the commit is taken, and a repo without units has no nodes to wait for
 		}
 		return "", fmt.Errorf("commit %s is taken, and brought no such unit", short(w.commit))
 	}
 	units := f.Units
-	if w.filter.Unit == "" { // nobody who waits for a fleet means what Git names no longer
+	if w.filter.Unit == "" { // waiting for a fleet doesn't include units that were removed from Git
 		units = slices.DeleteFunc(
 			slices.Clone(units),
 			func(u Unit) bool { return u.orphaned() && u.Order == "" && !u.Pinned(f.At) },
@@ -229,7 +230,7 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 	return strings.Join(all, "; "), nil
 }
 
-// lookAtHead reports whether the mirror has taken the commit.
+// lookAtHead returns what is missing until the mirror has taken the commit.
 func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil
@@ -266,18 +267,18 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	return missing, nil
 }
 
-// older reports whether a unit's record was written before the commit. Where the past doesn't reach back to that,
-// nobody can tell.
+// older reports whether a unit's record was written before the commit. If Past doesn't reach back that far, that
+// is unknown.
 func (w *waiter) older(f *Fleet, u Unit) bool {
 	if u.Record == nil {
-		return true // what a commit removes goes on as it is
+		return true // a removed unit goes on as it is
 	}
 	if f.Mirror == nil {
 		return false
 	}
 	for _, name := range append([]string{f.Mirror.Head}, strings.Fields(f.Mirror.Past)...) {
 		if name != "" && strings.HasPrefix(u.Record.Commit, name) {
-			return false // this one, or one after it
+			return false // this may be the reason
 		}
 		if strings.HasPrefix(name, w.commit) || name != "" && strings.HasPrefix(w.commit, name) {
 			return true
@@ -286,26 +287,26 @@ func (w *waiter) older(f *Fleet, u Unit) bool {
 	return false
 }
 
-// among reports whether a head with this past brought the commit along.
+// among reports whether a head with this Past descends from the commit.
 func (w *waiter) among(past string) bool {
 	return slices.ContainsFunc(strings.Fields(past), func(name string) bool {
 		return strings.HasPrefix(name, w.commit) || strings.HasPrefix(w.commit, name)
 	})
 }
 
-// leapt reports whether the head came here while this waits, and from further away than its past reaches: nobody
-// can tell what lies in between. A head that came by a short way can be one that was pushed before the commit.
+// leapt reports whether the head changed during this wait to one whose Past doesn't reach back to the first head:
+// the commits between them are unknown. A head with a known way may have been pushed before the commit.
 func (w *waiter) leapt(m deployments.MirrorState) bool {
 	return w.head != nil && *w.head != "" && m.Head != *w.head && !strings.Contains(m.Past, short(*w.head))
 }
 
-// useless is why waiting for a unit would be.
+// useless returns an error if waiting for a unit can't help.
 func (w *waiter) useless(u *Unit, now time.Time) error {
 	if u.Order != "" {
 		for _, n := range u.Nodes {
 			w.before[nodeUnit{u.ID, n.Name}] = n.Report.Since
 		}
-		return nil // whatever stands there now, it is about to change
+		return nil // its state is about to change
 	}
 	for _, n := range u.Nodes {
 		r := n.Report
@@ -316,7 +317,7 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 		case n.Gone || n.Converged || n.Want.IsZero() || r.Want != n.Want:
 			continue
 		case !r.Pinned && u.Record != nil && r.Generation != u.Record.Generation:
-			continue // of an earlier time
+			continue // from before the retry
 		case r.State == deployments.StateQuarantined && slices.Contains(r.Quarantined, n.Want.Digest):
 			return fmt.Errorf(
 				"%s: %s %w %s after it failed there: %s",
@@ -336,7 +337,8 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 	return nil
 }
 
-// rollout is the progress that counts: a pin of the unit overrides it, and one that stands for good is not waited for.
+// rollout returns the rollout to wait for: a pin of the unit overrides it, and a permanently stopped one is not
+// waited for.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
 	if u.Record == nil || u.Pinned(now) || u.orphaned() {
 		return nil
@@ -374,7 +376,8 @@ func unfinished(u *Unit, now time.Time) string {
 	return ""
 }
 
-// wasTaken looks for the commit among what the mirror wrote. It tries until the store answers, or ctx ends: !read.
+// wasTaken looks for the commit in what the mirror wrote. It tries until the store answers; read is false if ctx
+// ended first.
 func (w *waiter) wasTaken(ctx context.Context, store kv.Store) (taken, read bool) {
 	for {
 		entries, err := store.List(ctx, w.filter.prefix(kv.HistoryPrefix))

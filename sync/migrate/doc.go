@@ -1,10 +1,10 @@
-// Package migrate brings a fleet over from stretcher, node by node.
+// Package migrate moves a fleet from stretcher to kedge, node by node.
 //
-//   - Inspect says of one of stretcher's manifests, and of its archive, what a kedge node would do otherwise, and Fix writes
-//     the manifest as kedge would have it.
+//   - Inspect returns what a kedge node would do differently with one of stretcher's manifests and its archive, and
+//     Fix returns the manifest adapted to kedge.
 //   - Import copies manifests to keys that don't change, and writes a deployments repo that names them.
-//   - Bridge makes of an event, as old deploy scripts send it, what agents follow: a unit's record, or a pin.
+//   - Bridge turns an event, as old deploy scripts send it, into a unit's record or a pin, which agents follow.
 //
-// Nothing here changes what stretcher reads: its manifests and archives stay as they are, so that every step can be
-// taken back.
+// Nothing here changes what stretcher reads: its manifests and archives stay as they are, so that every step can
+// be undone.
 package migrate

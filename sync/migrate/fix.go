@@ -15,7 +15,7 @@ import (
 	"kedge/deployments"
 )
 
-// decimalMode is a dest_mode that stretcher reads as a decimal number.
+// decimalMode matches a dest_mode that stretcher reads as a decimal number.
 var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
 
 // Fix returns the manifest's text as kedge would have it, and what it changed, in words; nothing: it is good as it
@@ -66,7 +66,7 @@ func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byt
 	return []byte(t), changed, nil
 }
 
-// add puts a field at a manifest's end.
+// add appends a field to a manifest's text.
 func add(text, field string) string {
 	if !strings.HasSuffix(text, "\n") {
 		text += "\n"

@@ -21,44 +21,43 @@ import (
 	"kedge/deployments"
 )
 
-// ImportOptions say what Import does.
+// ImportOptions are the options of Import.
 type ImportOptions struct {
 	Objects *object.Client
-	// Prefix is where stretcher's manifests lie; it ends in a slash.
+	// Prefix is the URL below which stretcher's manifests lie; it ends in a slash.
 	Prefix string
-	// To is below which they are copied. Empty: kedge/ below Prefix.
+	// To is the URL below which they are copied. Empty: kedge/ below Prefix.
 	To string
 	// Repo is the deployments repo's directory.
 	Repo   string
 	Naming Naming
 	// Fix copies the manifests as Fix would have them.
 	Fix bool
-	// Archives has the archives looked at, too.
+	// Archives makes Import inspect the archives, too.
 	Archives bool
 }
 
-// Imported is what became of one unit.
+// Imported is the result for one unit.
 type Imported struct {
 	Unit deployments.UnitID `json:"unit"`
-	// From is the newest of stretcher's manifests of the unit; Older is how many others there are.
+	// From is the newest of stretcher's manifests for the unit. Older is how many older ones there are.
 	From  string `json:"from"`
 	Older int    `json:"older"`
-	// Pointer names its copy. File is the unit's file, and Written whether it was changed.
+	// Pointer names its copy. File is the unit file. Written is set if the file was changed.
 	Pointer deployments.Pointer `json:"pointer"`
 	File    string              `json:"file"`
 	Written bool                `json:"written"`
-	// Fixed says in words what the copy has otherwise.
+	// Fixed says in words what differs in the copy.
 	Fixed []string `json:"fixed,omitempty"`
-	// Notes are traps of the manifest.
+	// Notes are surprises in the manifest: see deployments.ManifestTraps.
 	Notes []deployments.Problem `json:"notes,omitempty"`
-	// Refused is why no node would take it: nothing was copied or written.
+	// Refused says why no node would take the manifest: nothing was copied or written.
 	Refused deployments.Problems `json:"refused,omitempty"`
 }
 
-// Import copies the newest manifest of each unit to a key that names its digest, and writes the unit's file, which
-// names the copy. In a file that is there already it changes the release alone. It does nothing that is done
-// already, so it can be run again after each deployment, until the fleet has gone over. Manifests that stand for no
-// unit are returned as strange.
+// Import copies the newest manifest of each unit to a key that contains its digest, and writes the unit file,
+// which names the copy. In an existing file it changes only the release. It skips what is done already, so that it
+// can run after each deployment until all nodes use kedge. strange are manifests that belong to no unit.
 func Import(ctx context.Context, o ImportOptions) (done []Imported, strange []string, err error) {
 	if !strings.HasSuffix(o.Prefix, "/") {
 		o.Prefix += "/"
@@ -132,8 +131,9 @@ func importOne(ctx context.Context, o ImportOptions, to string, id deployments.U
 	return one, err
 }
 
-// Keep copies a manifest's bytes to a key below a prefix that holds their digest, and so never changes, and returns
-// its pointer. from is where the bytes were found: a src that is relative to it can't move.
+// Keep copies a manifest's bytes to a key that contains their digest, and so never changes, below a prefix. It
+// returns the copy's pointer. from is where the bytes were found: a manifest with a src relative to it can't be
+// copied.
 func Keep(
 	ctx context.Context,
 	objects *object.Client,
@@ -167,11 +167,11 @@ func Keep(
 	return p, nil
 }
 
-// releaseLine is where a unit's file names its release.
+// releaseLine matches the release line of a unit file.
 var releaseLine = regexp.MustCompile(`(?m)^release:[^\n#]*?([ \t]*#[^\n]*)?$`)
 
-// writeUnit has a unit's file in a repo name a release, and reports whether it had to be changed. It follows no link
-// out of the repo, and reads and replaces regular files alone: the repo may be a stranger's.
+// writeUnit sets the release in a unit file of a repo, and reports whether it had to be changed. As the repo may
+// not be trusted, it follows no link out of the repo, and only reads and replaces regular files.
 func writeUnit(repo, file, from string, p deployments.Pointer) (bool, error) {
 	if err := os.MkdirAll(repo, 0o755); err != nil {
 		return false, err
@@ -212,7 +212,7 @@ adopt: true # nodes that hold this release already take it over as it is
 	return true, root.Rename(aside, file)
 }
 
-// writeSynced makes a file whose content a power cut leaves whole once it is renamed.
+// writeSynced writes a file whose content is complete after a power cut once it is renamed.
 func writeSynced(root *os.Root, name, text string) error {
 	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
@@ -222,9 +222,9 @@ func writeSynced(root *os.Root, name, text string) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
-// readUnit reads a unit's file.
+// readUnit reads a unit file.
 func readUnit(root *os.Root, file string) ([]byte, error) {
-	f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe would wait for its writer
+	f, err := root.OpenFile(file, os.O_RDONLY|unix.O_NONBLOCK, 0) // opening a pipe would block for ever
 	if err != nil {
 		return nil, err
 	}

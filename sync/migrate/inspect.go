@@ -17,31 +17,31 @@ import (
 	"kedge/deployments"
 )
 
-// maxPrefix bounds the objects below a prefix that are looked at.
+// maxPrefix bounds the objects below a prefix that are listed.
 const maxPrefix = 100_000
 
 // Source is a manifest that was read.
 type Source struct {
-	// Name is what people call it: a URL, or a file's path.
+	// Name is its name for people: a URL, or a file's path.
 	Name string
-	// URL is where it lies; a file's is file://.
+	// URL is its URL; a file has a file:// URL.
 	URL string
 	Raw []byte
 }
 
-// Inspection is what a kedge node would do otherwise than stretcher.
+// Inspection says what a kedge node would do differently from stretcher.
 type Inspection struct {
 	Source Source
-	// Manifest has its variables left open; nil: no node would take it, for Refused.
+	// Manifest was parsed with unknown variables; nil: no node would take it, because of Refused.
 	Manifest *deployments.Manifest
 	Refused  deployments.Problems
-	// Notes are what surprises people, in the manifest or in its archive.
+	// Notes are surprises in the manifest or in its archive.
 	Notes []deployments.Problem
-	// Archive is what the archive holds; nil: it wasn't looked at.
+	// Archive describes the archive; nil: it wasn't inspected.
 	Archive *Archive
 }
 
-// Archive is what was found in an archive.
+// Archive describes an archive's content.
 type Archive struct {
 	Files, Links int
 	Bytes        int64
@@ -49,8 +49,8 @@ type Archive struct {
 	Outside []string
 }
 
-// Inspect parses a manifest as a node would and, where objects isn't nil, fetches and unpacks its archive into a
-// temporary directory. Its error is of the looking, not of what it found.
+// Inspect parses a manifest as a node would. If objects isn't nil, it fetches the archive and unpacks it into a
+// temporary directory. The error is of the inspection itself, not of what it found.
 func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection, error) {
 	in := Inspection{Source: s}
 	m, err := deployments.ParseTemplate(s.Raw, s.URL)
@@ -78,14 +78,14 @@ func Inspect(ctx context.Context, objects *object.Client, s Source) (Inspection,
 	return in, in.unpack(ctx, objects)
 }
 
-// variableSrc is a src that hangs on the node's environment.
+// variableSrc matches a src that depends on the node's environment.
 var variableSrc = regexp.MustCompile(`(?m)^[ \t]*["']?src["']?[ \t]*:.*\{\{`)
 
 func (in *Inspection) note(format string, args ...any) {
 	in.Notes = append(in.Notes, deployments.Problem{File: in.Source.Name, Message: fmt.Sprintf(format, args...)})
 }
 
-// refuse notes why no node would take the manifest.
+// refuse records why no node would take the manifest.
 func (in *Inspection) refuse(err error) {
 	in.Manifest = nil
 	found := deployments.Problems(nil)
@@ -98,8 +98,7 @@ func (in *Inspection) refuse(err error) {
 	}
 }
 
-// unpack has the archive unpacked by the code that nodes run, with links of any kind let in, and looks at what
-// comes of it.
+// unpack unpacks the archive as nodes do, but with all kinds of links allowed, and inspects the result.
 func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error {
 	dir, err := os.MkdirTemp("", "kedge-inspect-")
 	if err != nil {
@@ -133,7 +132,7 @@ func (in *Inspection) unpack(ctx context.Context, objects *object.Client) error 
 	return nil
 }
 
-// lookInto counts what lies in a tree.
+// lookInto describes the files of a tree.
 func lookInto(tree string) (*Archive, error) {
 	a := new(Archive)
 	err := filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
@@ -166,8 +165,8 @@ func lookInto(tree string) (*Archive, error) {
 	return a, err
 }
 
-// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all that is
-// called .yml or .yaml below it), a URL, or - for in.
+// Find reads the manifests that a text names: a file, a directory or a prefix that ends in a slash (all .yml and
+// .yaml files below it), a URL, or - for in.
 func Find(ctx context.Context, objects *object.Client, text string, in io.Reader) ([]Source, error) {
 	if text == "-" {
 		raw, err := io.ReadAll(io.LimitReader(in, deployments.MaxManifest+1))

@@ -9,20 +9,21 @@ import (
 	"kedge/deployments"
 )
 
-// Naming finds the unit that a manifest's key stands for.
+// Naming derives a unit from a manifest's key.
 type Naming struct {
-	// Patterns are tried in their order. {stage}, {role} and {unit} stand for a part of a path's segment, * for
-	// anything in it, and .yml for .yaml, too. A pattern matches the end of a path, from a segment's beginning on.
+	// Patterns are tried in order. {stage}, {role} and {unit} match a part of a path segment, * matches any text
+	// in one, and .yml also matches .yaml. A pattern matches the end of a path, from the beginning of a segment.
 	// Empty: DefaultPatterns.
 	Patterns []string
-	// Stage, Role and Unit are what a pattern doesn't say; where both do, a manifest that says otherwise has no unit.
+	// Stage, Role and Unit are the parts that a pattern lacks. If a pattern yields another value, the manifest has
+	// no unit.
 	Stage, Role, Unit string
 }
 
-// DefaultPatterns are the names that capistrano-stretcher gives.
+// DefaultPatterns match the names that capistrano-stretcher gives.
 var DefaultPatterns = []string{"manifest_{role}_{stage}.yml"}
 
-// DefaultUnit is a unit's name where nothing gives it.
+// DefaultUnit is a unit's name if nothing else gives one.
 const DefaultUnit = "app"
 
 // UnitOf returns the unit of the manifest at a path.
@@ -64,7 +65,7 @@ func (n Naming) UnitOf(path string) (deployments.UnitID, error) {
 
 var patternPart = regexp.MustCompile(`\{[^}]*\}|\*`)
 
-// compile makes a regular expression of a pattern.
+// compile converts a pattern to a regular expression.
 func compile(pattern string) (*regexp.Regexp, error) {
 	var b strings.Builder
 	b.WriteString("(?:^|/)")

@@ -15,29 +15,32 @@ import (
 	"kedge/deployments"
 )
 
-// Config is the file of kedge mirror --notify: who is told of what.
+// Config is the content of kedge mirror's --notify file: who is notified of what.
 type Config struct {
 	Receivers []Receiver `yaml:"receivers"`
 	Statuses  []Statuses `yaml:"statuses"`
-	// Link leads to where a unit is shown, with {unit} in it, as in https://kedge.acme.example/unit/{unit}.
+	// Link is a template for the URL of a unit's page, with {unit} in it, as in
+	// https://kedge.acme.example/unit/{unit}.
 	Link string `yaml:"link"`
 }
 
 // Receiver is an HTTP endpoint that events are posted to.
 type Receiver struct {
-	// Name names it in logs, metrics and in the store, where its cursor is kept.
+	// Name identifies the receiver in logs, metrics and the store, where its cursor is kept.
 	Name string `yaml:"name"`
-	// URL is where it listens; URLFile a file with the URL, if that is a secret. One of them is set.
+	// URL is the endpoint. URLFile is a file with the URL, if that is a secret. One of them is set.
 	URL     string `yaml:"url"`
 	URLFile string `yaml:"url_file"`
-	// SecretFile holds the secret, whsec_… or plain, that signs what is sent, as Standard Webhooks says. Empty: unsigned.
+	// SecretFile is a file with the secret, whsec_… or plain, that signs messages according to Standard
+	// Webhooks. Empty: unsigned.
 	SecretFile string `yaml:"secret_file"`
 	// Format is cloudevents (default), slack or teams.
 	Format Format `yaml:"format"`
-	// Text is what slack and teams show, with {message}, {kind}, {unit}, {link} and facts by their names in it.
-	// Default: {message}, and the link.
+	// Text is the template of the text for slack and teams: {message}, {kind}, {unit}, {link} and facts by name
+	// are replaced. Default: {message}, and the link.
 	Text string `yaml:"text"`
-	// Events are the kinds that it is told of; empty: all. Units are patterns STAGE/ROLE/UNIT; empty: all.
+	// Events are the kinds of events that the receiver gets; empty: all. Units are patterns STAGE/ROLE/UNIT;
+	// empty: all.
 	Events []Kind   `yaml:"events"`
 	Units  []string `yaml:"units"`
 }
@@ -51,17 +54,17 @@ const (
 	FormatTeams       Format = "teams"       // a Teams workflow's webhook, with an adaptive card
 )
 
-// Statuses writes commit statuses of the deployments repo.
+// Statuses configures commit statuses on the deployments repo.
 type Statuses struct {
 	Name string `yaml:"name"`
 	// Provider is github, gitlab or gitea.
 	Provider Provider `yaml:"provider"`
-	// API is the server's API: https://api.github.com by default for github; https://HOST/api/v4 for gitlab and
-	// https://HOST/api/v1 for gitea.
+	// API is the URL of the server's API: https://HOST/api/v4 for gitlab and https://HOST/api/v1 for gitea.
+	// Default for github: https://api.github.com.
 	API string `yaml:"api"`
-	// Project is OWNER/NAME of the deployments repo.
+	// Project is the deployments repo as OWNER/NAME.
 	Project string `yaml:"project"`
-	// TokenFile holds a token that may write commit statuses.
+	// TokenFile is a file with a token that may write commit statuses.
 	TokenFile string   `yaml:"token_file"`
 	Units     []string `yaml:"units"`
 }
@@ -75,12 +78,12 @@ const (
 	Gitea  Provider = "gitea"
 )
 
-// maxReceivers bounds receivers and statuses of a configuration, each.
+// maxReceivers bounds the receivers, and the statuses, of a configuration.
 const maxReceivers = 20
 
 var receiverName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 
-// ReadConfig reads a configuration, strictly.
+// ReadConfig parses a configuration file strictly.
 func ReadConfig(file string) (Config, error) {
 	var c Config
 	data, err := os.ReadFile(file)
@@ -174,7 +177,8 @@ func kindList() string {
 	return strings.Join(names, ", ")
 }
 
-// checkURL accepts https, and http on this machine. The error doesn't repeat the URL, which may be a secret.
+// checkURL returns an error unless a URL is https, or http on this machine. The error doesn't contain the URL,
+// which may be a secret.
 func checkURL(s string) error {
 	u, err := url.Parse(s)
 	switch {
@@ -188,7 +192,7 @@ func checkURL(s string) error {
 	return errors.New("want https://; http:// is for this machine alone")
 }
 
-// matches reports whether one of the patterns matches a unit; none: all do.
+// matches reports whether one of the patterns matches a unit. No patterns match every unit.
 func matches(patterns []string, id deployments.UnitID) bool {
 	for _, p := range patterns {
 		if ok, err := path.Match(p, id.String()); ok && err == nil {

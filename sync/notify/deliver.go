@@ -19,10 +19,10 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// errRefused is wrapped by an answer that a second try won't change.
+// errRefused is wrapped by errors that a second try won't change.
 var errRefused = errors.New("refused")
 
-// retryAfterError asks to wait before the next try.
+// retryAfterError means that the receiver asked to wait before the next try.
 type retryAfterError struct {
 	after time.Duration
 	err   error
@@ -57,7 +57,7 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 // sign adds the headers of Standard Webhooks.
 func sign(header http.Header, secret, id string, at time.Time, body []byte) error {
 	signer, err := webhooks.NewWebhook(secret)
-	if err != nil { // not in base64: the bytes themselves are the secret
+	if err != nil { // it isn't base64: the text itself is the secret
 		if signer, err = webhooks.NewWebhookRaw([]byte(secret)); err != nil {
 			return errors.New("the secret of the receiver is empty")
 		}
@@ -109,7 +109,7 @@ func (r *Receiver) encode(source string, e Event) (body []byte, contentType stri
 	return body, contentType, err
 }
 
-// text fills the receiver's template.
+// text fills in the receiver's template.
 func (r *Receiver) text(e Event) string {
 	template := r.Text
 	if template == "" {
@@ -135,15 +135,15 @@ func (r *Receiver) text(e Event) string {
 	return strings.TrimSpace(strings.NewReplacer(pairs...).Replace(template))
 }
 
-// escapeSlack escapes what Slack gives a meaning to, so that no author's name mentions a channel.
+// escapeSlack escapes Slack's markup, so that an author's name can't mention a channel.
 func escapeSlack(s string) string {
 	return strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;").Replace(s)
 }
 
-// escapeTeams breaks up what Teams would show as a link with another text than where it leads.
+// escapeTeams breaks up Markdown links, whose text can hide where they lead.
 func escapeTeams(s string) string { return strings.ReplaceAll(s, "](", "] (") }
 
-// send makes one request. It follows no redirect: what is sent may be secret, and is for the one server.
+// send makes one request. It follows no redirect, as the request may contain a secret for this server alone.
 func send(ctx context.Context, client *http.Client, method, to string, header http.Header, body []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, sendTimeout)
 	defer cancel()
@@ -156,14 +156,14 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 	resp, err := client.Do(req)
 	if err != nil {
 		var wrapped *url.Error
-		if errors.As(err, &wrapped) { // says the URL
+		if errors.As(err, &wrapped) { // the outer error contains the URL
 			err = wrapped.Err
 		}
 		return err
 	}
 	defer resp.Body.Close()
 	answer, _ := io.ReadAll(io.LimitReader(resp.Body, 300))
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection can be used again
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10)) // so that the connection is reused
 	if resp.StatusCode/100 == 2 {
 		return nil
 	}

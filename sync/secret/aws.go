@@ -13,13 +13,13 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ssm"
 )
 
-// awsClients read AWS's configuration at the first secret that needs it: most nodes have none.
+// awsClients load AWS's configuration at the first secret that needs it, as most nodes need none.
 type awsClients struct {
 	mu     sync.Mutex
 	config *aws.Config
 }
 
-// configFor returns the configuration for a name, which may be an ARN of another region.
+// configFor returns the configuration for a name, which may be an ARN in another region.
 func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -35,7 +35,7 @@ func (c *awsClients) configFor(ctx context.Context, name string) (aws.Config, er
 		conf.Region = a.Region
 	}
 	if conf.Region == "" {
-		c.config = nil // the instance's metadata may answer next time
+		c.config = nil // the instance's metadata service may answer next time
 		return conf, errors.New("AWS's region is not known: set AWS_REGION")
 	}
 	return conf, nil

@@ -8,7 +8,7 @@ import (
 	"kedge/deployments"
 )
 
-// pick returns a field of what a source gave, or all of it where there is no field. Its errors show nothing of raw.
+// pick returns a field of a source's answer, or all of it if field is empty. Its errors contain nothing of raw.
 func pick(source, raw, field string) (string, error) {
 	if field == "" {
 		return raw, nil

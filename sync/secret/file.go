@@ -10,8 +10,8 @@ import (
 	"syscall"
 )
 
-// readFile reads a file at or below what the node's configuration allows. Links are followed within that, and don't
-// lead out of it: who can write there can't have another file read.
+// readFile reads a file at or below a path that the node's configuration allows. It follows links only within that
+// path, so that whoever can write there can't have other files read.
 func readFile(name, allowed string) (string, error) {
 	dir := filepath.Clean(allowed)
 	if dir == name {
@@ -38,7 +38,7 @@ func readBelow(dir, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	f, err := root.OpenFile(rel, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO would wait for its writer
+	f, err := root.OpenFile(rel, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a FIFO would block for ever
 	if err != nil {
 		return "", err
 	}

@@ -30,7 +30,7 @@ import (
 )
 
 const (
-	// maxValue bounds a value, in bytes: Linux takes 128 KiB as one variable.
+	// maxValue bounds a value, in bytes. Linux allows 128 KiB for one variable.
 	maxValue = 64 << 10
 	// readWithin bounds the reading of one secret, retries included.
 	readWithin = 20 * time.Second
@@ -39,23 +39,24 @@ const (
 // ErrNotAllowed means that the node's configuration doesn't allow a reference. Trying again doesn't help.
 var ErrNotAllowed = errors.New("the node's configuration doesn't allow it")
 
-// Reader reads secrets for one node. Its methods may be called by any goroutine.
+// Reader reads secrets for one node. It is safe for concurrent use.
 type Reader struct {
 	allowed []string
 	log     *slog.Logger
 	aws     awsClients
 
-	mu    sync.Mutex // one reading at a time: those that share a name share its request
+	mu    sync.Mutex // held while reading, so that references with one name share a request
 	known map[string]known
 }
 
-// known is what a source gave for a name, whatever field of it is asked for.
+// known is a source's answer for a name, with all fields.
 type known struct {
 	raw string
 	at  time.Time
 }
 
-// New returns a reader that allows references, and those that begin with such by whole parts of their path.
+// New returns a Reader that allows the given references, and those that begin with one of them by whole path
+// segments.
 func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	for _, a := range allowed {
 		if err := deployments.CheckSecretPrefix(a); err != nil {
@@ -65,7 +66,8 @@ func New(allowed []string, log *slog.Logger) (*Reader, error) {
 	return &Reader{allowed: allowed, log: log, known: map[string]known{}}, nil
 }
 
-// Check returns ErrNotAllowed for the first reference, by name, that the node's configuration doesn't allow.
+// Check returns ErrNotAllowed for the first reference, sorted by variable, that the node's configuration doesn't
+// allow.
 func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	for _, name := range slices.Sorted(maps.Keys(refs)) {
 		if _, ok := refs[name].Within(r.allowed); !ok {
@@ -75,8 +77,8 @@ func (r *Reader) Check(refs map[string]deployments.SecretRef) error {
 	return nil
 }
 
-// Read returns the values of references by the names of their variables. One that was read within maxAge is not read
-// again; with a maxAge above 0, one that can't be read again keeps the value that it had.
+// Read returns the values of references, by the names of their variables. A value younger than maxAge is not read
+// again. If maxAge is above 0, a value that can't be read again keeps its last known value.
 func (r *Reader) Read(
 	ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration,
 ) (map[string]string, error) {
@@ -97,7 +99,7 @@ func (r *Reader) Read(
 	return values, nil
 }
 
-// read returns one value, of a reading not before since where that succeeds. stale lets an older one do.
+// read returns one value that was read at since or later. If reading it fails, stale allows an older value.
 func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time.Time, stale bool) (string, error) {
 	source, name, field := ref.Parts()
 	key := source + ":" + name
@@ -129,7 +131,7 @@ func (r *Reader) read(ctx context.Context, ref deployments.SecretRef, since time
 	return value, nil
 }
 
-// fetch reads from the source all that it has under a name.
+// fetch reads everything that the source has under a name.
 func (r *Reader) fetch(ctx context.Context, ref deployments.SecretRef, source, name string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, readWithin, fmt.Errorf("no answer within %s", readWithin))
 	defer cancel()

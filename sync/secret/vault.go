@@ -20,12 +20,12 @@ import (
 
 const (
 	maxVaultAnswer = 1 << 20
-	// vaultTries are for a Vault that is sealed, elects a leader or bounds its rate for a moment.
+	// vaultTries bounds tries while Vault is briefly sealed, elects a leader or limits its rate.
 	vaultTries = 3
 	vaultPause = 200 * time.Millisecond
 )
 
-// readVault reads a path of Vault's API and returns its answer, JSON.
+// readVault reads a path of Vault's API and returns its JSON answer.
 func readVault(ctx context.Context, path string) (string, error) {
 	address := os.Getenv("VAULT_ADDR")
 	base, err := url.Parse(address)
@@ -48,7 +48,7 @@ func readVault(ctx context.Context, path string) (string, error) {
 	}
 }
 
-// askVault asks once; again reports whether another try may succeed.
+// askVault makes one request; again reports whether another try may succeed.
 func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer string, again bool, _ error) {
 	token, err := vaultToken()
 	if err != nil {
@@ -85,7 +85,7 @@ func askVault(ctx context.Context, client *http.Client, u *url.URL) (answer stri
 	}
 }
 
-// vaultToken finds the token as Vault's own command does, but for VAULT_TOKEN_FILE.
+// vaultToken returns the token from VAULT_TOKEN_FILE, or from where Vault's own command looks for it.
 func vaultToken() (string, error) {
 	if token := os.Getenv("VAULT_TOKEN"); token != "" {
 		return token, nil
@@ -109,8 +109,8 @@ func vaultToken() (string, error) {
 	return token, nil
 }
 
-// vaultClient follows one redirect, as from a standby to the active node, and none from https to http: the token goes
-// with it.
+// vaultClient returns a client that follows one redirect, as from a standby to the active node, but none from
+// https to http, as the token goes with it.
 func vaultClient() (*http.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	if file := os.Getenv("VAULT_CACERT"); file != "" {
@@ -132,7 +132,7 @@ func vaultClient() (*http.Client, error) {
 	}}, nil
 }
 
-// vaultFields returns the fields of a KV entry, of which version 2 has more around it.
+// vaultFields returns the fields of a KV entry, which version 2 wraps in another object.
 func vaultFields(answer map[string]json.RawMessage) (map[string]json.RawMessage, error) {
 	var one, two map[string]json.RawMessage
 	if json.Unmarshal(answer["data"], &one) != nil || one == nil {

@@ -8,7 +8,7 @@ import (
 	"kedge/deployments"
 )
 
-// Decision returns in one line why a node runs what it runs: the reason of a policy.Decision, with its facts.
+// Decision returns one line that says why a node runs what it runs, for the reason and facts of a policy.Decision.
 func Decision(reason deployments.Reason, f deployments.Facts) string {
 	from := origin(f)
 	switch reason {
@@ -57,7 +57,7 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 	return Text(reason, f)
 }
 
-// Trace puts the chain of a decision about a unit on a node in words.
+// Trace puts the steps of a decision about a unit on a node in words.
 func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deployments.StepStatus {
 	trace := make([]deployments.StepStatus, len(steps))
 	for i, s := range steps {
@@ -68,8 +68,8 @@ func Trace(id deployments.UnitID, node string, steps []deployments.Step) []deplo
 	return trace
 }
 
-// Step returns what one step of a decision's chain came to, and what an operator can do about it; hint is empty if
-// there is nothing. id and node are those that the decision is about.
+// Step returns the result of one step of a decision in words, and what an operator can do about it; hint may be
+// empty. id and node are what the decision is about.
 func Step(
 	id deployments.UnitID,
 	node, what string,
@@ -150,7 +150,7 @@ func rolloutStep(id deployments.UnitID, reason deployments.Reason, f deployments
 	p := &deployments.Progress{Phase: deployments.Phase(f["phase"]), Reason: reason, Facts: f, Message: f["message"],
 		Forced: f["forced"] != ""}
 	if f["baking"] != "" {
-		p.HealthySince = time.Unix(0, 0) // any will do
+		p.HealthySince = time.Unix(0, 0) // any time will do
 	}
 	if f["outranked_by"] == "" {
 		hint = RolloutHint(id, deployments.Record{Rollout: p})
@@ -201,7 +201,7 @@ func quarantineStep(id deployments.UnitID, reason deployments.Reason, f deployme
 	return OneLine(f["release"] + ", which the record names, failed on this node"), hint
 }
 
-// pinStory returns who pinned, until when and why, in words that follow the pin's release.
+// pinStory returns who pinned, until when and why, as words to follow the pin's release.
 func pinStory(f deployments.Facts) string {
 	story := ""
 	if f["by"] != "" {
@@ -216,7 +216,7 @@ func pinStory(f deployments.Facts) string {
 	return story
 }
 
-// origin returns who wrote a record.
+// origin returns who wrote a record, in words.
 func origin(f deployments.Facts) string {
 	if f["commit"] == "" {
 		return "a record written by hand"

@@ -2,8 +2,8 @@ package message
 
 import "kedge/deployments"
 
-// Hint returns what an operator can do about a reason, with the command to type; empty: it goes on by itself, or
-// nothing can be done from here. node is empty if the reason is the whole unit's.
+// Hint returns what an operator can do about a reason, with the command to type; empty: nothing, or it goes on by
+// itself. node is empty if the reason is about the whole unit.
 func Hint(id deployments.UnitID, node string, reason deployments.Reason) string {
 	unit := id.String()
 	switch reason {
@@ -52,7 +52,7 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 	return ""
 }
 
-// scopeArgs are the arguments that name a unit, or one node of it, to a command.
+// scopeArgs returns the arguments that name a unit, or one of its nodes, to a command.
 func scopeArgs(id deployments.UnitID, node string) string {
 	if node == "" {
 		return id.String()

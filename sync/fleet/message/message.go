@@ -1,5 +1,5 @@
-// Package message puts reasons, rollouts and decisions in words for people, with the command lines that they may
-// type. It is the one place where that is done: what decides knows codes and facts alone.
+// Package message puts reasons, rollouts and decisions in words for people, with commands to type. It is the only
+// place that does so: deciding code knows only codes and facts.
 package message
 
 import (
@@ -13,8 +13,8 @@ import (
 	"kedge/deployments"
 )
 
-// texts are what people read for each reason. {name} stands for a fact; what stands in brackets is left out if one
-// of its facts is missing.
+// texts has the words for each reason. {name} stands for a fact. A part in brackets is left out if one of its
+// facts is missing.
 var texts = map[deployments.Reason]string{
 	// of a rollout
 	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][, and {opens} opens][ ({reason})]",
@@ -86,8 +86,8 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonNotInTime:          "not converged in time[: {error}]",
 }
 
-// Text puts a reason and its facts in words, in one line. A reason that a newer kedge wrote, and that has no words
-// here, is shown as its code with its error.
+// Text returns a reason and its facts in words, in one line. A reason from a newer kedge that has no words here is
+// shown as its code with its error.
 func Text(reason deployments.Reason, facts deployments.Facts) string {
 	text := ""
 	if pattern, known := texts[reason]; known {
@@ -114,7 +114,7 @@ var (
 	placeholder = regexp.MustCompile(`\{([a-z_]+)\}`)
 )
 
-// fill puts facts in their places; empty: one is missing. A time is shown in minutes, in UTC.
+// fill replaces the facts in a part of a text; empty: one is missing. A time is shown in minutes, in UTC.
 func fill(part string, facts deployments.Facts) string {
 	complete := true
 	text := placeholder.ReplaceAllStringFunc(part, func(name string) string {
@@ -128,7 +128,7 @@ func fill(part string, facts deployments.Facts) string {
 	return text
 }
 
-// minute shows a time to the minute, in UTC, and any other fact as it is.
+// minute formats a time in minutes, in UTC, and returns any other fact unchanged.
 func minute(fact string) string {
 	t, err := time.Parse(time.RFC3339, fact)
 	if err != nil {
@@ -137,8 +137,8 @@ func minute(fact string) string {
 	return t.UTC().Format("2006-01-02 15:04Z")
 }
 
-// rolloutText has the reasons of rollouts and orders whose words depend on what a fact says; empty: it is none of
-// these.
+// rolloutText returns the words for reasons of rollouts and orders that depend on a fact's value; empty: it is
+// another reason.
 func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 	switch reason {
 	case deployments.ReasonCanary:
@@ -195,7 +195,7 @@ func rolloutText(reason deployments.Reason, f deployments.Facts) string {
 	return ""
 }
 
-// failure is why one node failed.
+// failure returns why a node failed, in words.
 func failure(f deployments.Facts) string {
 	switch cause, text := deployments.Reason(f["cause"]), f["error"]; {
 	case cause == deployments.ReasonGone:
@@ -216,7 +216,7 @@ func plural(n, one, many string) string {
 	return n + " " + many
 }
 
-// OneLine is a text without line breaks, control characters and runs of blanks: a terminal or a page shows it as it is.
+// OneLine returns a text without line breaks, control characters and runs of blanks, fit for a terminal or a page.
 func OneLine(s string) string {
 	clean := strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
@@ -229,7 +229,7 @@ func OneLine(s string) string {
 
 // Version returns the version in the path of a manifest's URL.
 func Version(p deployments.Pointer) string {
-	url, _, _ := strings.Cut(p.URL, "?") // what follows may be a signature
+	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
 	dir, file := path.Split(url)
 	version := strings.TrimSuffix(file, path.Ext(file))
 	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {

@@ -6,9 +6,9 @@ import (
 	"kedge/deployments"
 )
 
-// Transition returns why a rollout moved, or stands where it does.
+// Transition returns why a rollout moved, or stands where it does, in words.
 func Transition(reason deployments.Reason, facts deployments.Facts) string {
-	switch reason { // mean a node's state elsewhere
+	switch reason { // these also name a node's state, with other words
 	case "":
 		return ""
 	case deployments.ReasonUnhealthy:
@@ -19,7 +19,7 @@ func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	return Text(reason, facts)
 }
 
-// Phase is a phase in a word or two.
+// Phase returns a phase in a word or two.
 func Phase(p deployments.Phase) string {
 	if p == deployments.PhaseRollingBack {
 		return "going back"
@@ -27,7 +27,7 @@ func Phase(p deployments.Phase) string {
 	return OneLine(string(p))
 }
 
-// Rollout returns why a rollout stands where it does; empty: nothing is known.
+// Rollout returns why a rollout stands where it does; empty: unknown.
 func Rollout(p *deployments.Progress) string {
 	reason, facts := p.Reason, p.Facts
 	prefix := ""
@@ -37,7 +37,7 @@ func Rollout(p *deployments.Progress) string {
 	}
 	text := Transition(reason, facts)
 	if reason == "" {
-		text = OneLine(p.Message) // of a mirror that gave no code
+		text = OneLine(p.Message) // the record's mirror gave no code
 	}
 	if p.Phase == deployments.PhaseRolledBack {
 		text = strings.TrimSuffix(rolledBackPrefix+strings.TrimPrefix(text, rolledBackPrefix), ": ")
@@ -50,13 +50,13 @@ func Rollout(p *deployments.Progress) string {
 
 const rolledBackPrefix = "rolled back: "
 
-// Progress is a rollout's phase, and why it stands there.
+// Progress returns a rollout's phase, and why it stands there.
 func Progress(p *deployments.Progress) string {
 	return strings.TrimSuffix(Phase(p.Phase)+": "+strings.TrimPrefix(Rollout(p), rolledBackPrefix), ": ")
 }
 
-// RolloutHint returns what an operator can do about a unit's rollout, with the command to type; empty: it goes on by
-// itself, or there is none.
+// RolloutHint returns what an operator can do about a unit's rollout, with the command to type; empty: it goes on
+// by itself, or there is none.
 func RolloutHint(id deployments.UnitID, r deployments.Record) string {
 	p := r.Rollout
 	switch {
