@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/oauth2"
 	"golang.org/x/oauth2/jwt"
+
+	"kedge/deployments/inputfile"
 )
 
 const (
@@ -50,7 +52,7 @@ func (a *gsAccount) get(ctx context.Context) (string, error) {
 
 // exchange exchanges a claim, signed with the key in a service account's file, for a token.
 func exchange(ctx context.Context, file string) (*oauth2.Token, error) {
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("the service account's key", file)
 	if err != nil {
 		return nil, err
 	}

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"kedge/deployments/inputfile"
 )
 
 // netrcHeader returns the Authorization header with the user and password that NETRC, or ~/.netrc, has for a URL's
@@ -22,7 +24,7 @@ func netrcHeader(u *url.URL) (http.Header, error) {
 		}
 		file = filepath.Join(home, ".netrc")
 	}
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("NETRC", file)
 	if errors.Is(err, fs.ErrNotExist) && os.Getenv("NETRC") == "" {
 		return nil, nil
 	}

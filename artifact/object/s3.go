@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 
@@ -19,6 +21,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
 	"github.com/aws/smithy-go"
 	"golang.org/x/sync/errgroup"
+
+	"kedge/deployments/inputfile"
 )
 
 // S3Config overrides AWS's environment, for tests and for programs that use more than one S3.
@@ -51,6 +55,9 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 		options = append(options, config.WithRegion(c.Region),
 			config.WithCredentialsProvider(credentials.NewStaticCredentialsProvider(c.AccessKey, c.SecretKey, "")))
 	}
+	if err := checkAWSFiles(); err != nil {
+		return nil, err
+	}
 	cfg, err := config.LoadDefaultConfig(ctx, options...)
 	if err != nil {
 		return nil, fmt.Errorf("reading AWS's configuration: %w", err)
@@ -73,6 +80,23 @@ func (l *s3Lazy) get(ctx context.Context) (*s3Store, error) {
 	})
 	l.store = &s3Store{client: client, retry: l.client.retry, unconditional: l.unconditional}
 	return l.store, nil
+}
+
+// checkAWSFiles returns an error for a file that AWS's environment names and that can't be read within bounds. AWS's
+// own code reads them by their names, and knows what to do without one.
+func checkAWSFiles() error {
+	for _, name := range []string{"AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+		"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"} {
+		file := os.Getenv(name)
+		if file == "" {
+			continue
+		}
+		if err := inputfile.Check(name, file); err != nil && !errors.Is(err, fs.ErrNotExist) &&
+			!errors.Is(err, fs.ErrPermission) {
+			return err
+		}
+	}
+	return nil
 }
 
 // s3Client returns the client of S3's requests, with the transport that AWS's configuration made, which knows of

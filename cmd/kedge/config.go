@@ -18,6 +18,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/inputfile"
 )
 
 // agentConfig is /etc/kedge/agent.yaml. Each field is also a flag (dashes for underscores) and an environment variable
@@ -181,12 +182,12 @@ func readAgentConfig(file string) (agentConfig, error) {
 	if name == "" {
 		name = defaultAgentConfig
 	}
-	data, err := os.ReadFile(name)
+	data, err := inputfile.ReadOnce("--config", name)
 	if errors.Is(err, os.ErrNotExist) && file == "" {
 		return c, nil
 	}
 	if err != nil {
-		return c, fmt.Errorf("reading the agent's configuration: %w", err)
+		return c, err
 	}
 	err = decodeAgentConfig(name, data, &c)
 	return c, err

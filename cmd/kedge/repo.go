@@ -19,6 +19,7 @@ import (
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/inputfile"
 	"kedge/kv"
 	"kedge/sync/git"
 	"kedge/sync/mirror"
@@ -285,9 +286,9 @@ func count(n int, what string) string {
 // readTemplate fills opt from a manifest's file. Its text is kept as it is, with {{ env }} and {{ must_env }} for
 // the nodes to fill in.
 func readTemplate(file string, opt *artifact.PublishOptions) error {
-	data, err := os.ReadFile(file)
+	data, err := inputfile.ReadOnce("--manifest", file)
 	if err != nil {
-		return fmt.Errorf("reading the manifest's template: %w", err)
+		return err
 	}
 	whole := data
 	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json &&

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -15,6 +14,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/inputfile"
 	"kedge/kv"
 	"kedge/policy"
 )
@@ -30,7 +30,7 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 			"ssh-keygen -t ed25519 -N '' -f snapshot.key",
 		}
 	}
-	key, err := readSigningKey(keyFile)
+	key, err := readSigningKey("--snapshot-key", keyFile)
 	if err != nil {
 		return nil, err
 	}
@@ -73,9 +73,9 @@ func snapshotReader(
 			"snapshot needs snapshot_signers: whoever can write the object would decide what this node runs",
 		)
 	}
-	text, err := os.ReadFile(signersFile)
+	text, err := inputfile.ReadOnce("--snapshot-signers", signersFile)
 	if err != nil {
-		return nil, fmt.Errorf("reading the snapshot's signers: %w", err)
+		return nil, err
 	}
 	signers, err := policy.ParseSigners(text)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"github.com/hiddeco/sshsig"
@@ -15,6 +14,7 @@ import (
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/inputfile"
 	"kedge/policy"
 )
 
@@ -23,7 +23,7 @@ import (
 func manifestSigner(
 	keyFile string,
 ) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
-	key, err := readSigningKey(keyFile)
+	key, err := readSigningKey("--sign", keyFile)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -45,11 +45,11 @@ func manifestSigner(
 	return sign, signed, nil
 }
 
-// readSigningKey reads an SSH private key without a passphrase.
-func readSigningKey(file string) (ssh.Signer, error) {
-	pem, err := os.ReadFile(file)
+// readSigningKey reads the SSH private key that a setting names, which has no passphrase.
+func readSigningKey(setting, file string) (ssh.Signer, error) {
+	pem, err := inputfile.ReadOnce(setting, file)
 	if err != nil {
-		return nil, fmt.Errorf("reading the signing key: %w", err)
+		return nil, err
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {
@@ -75,9 +75,9 @@ func trustSigners(
 	if file == "" {
 		return nil, nil
 	}
-	data, err := os.ReadFile(file)
+	data, err := inputfile.ReadOnce("--signers", file)
 	if err != nil {
-		return nil, fmt.Errorf("reading the allowed signers: %w", err)
+		return nil, err
 	}
 	signers, err := policy.ParseSigners(data)
 	if err != nil {

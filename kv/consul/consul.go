@@ -70,6 +70,9 @@ func Open(c Config) (*Store, error) {
 	// Each request carries its own token, as the client would read the token file only once.
 	config.TokenFile = ""
 	config.Token, _ = tokens.get()
+	if err := checkFiles(config.TLSConfig); err != nil {
+		return nil, fmt.Errorf("open consul: %w", err)
+	}
 	local := isLocal(cmp.Or(config.Address, api.DefaultConfig().Address))
 	var transport *http.Transport
 	if config.HttpClient == nil {

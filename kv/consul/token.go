@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"kedge/deployments/inputfile"
 )
 
 // tokenSource returns the current ACL token. Secrets managers replace its file while kedge runs.
@@ -62,9 +64,9 @@ func (t *tokenSource) reread() string {
 }
 
 func (t *tokenSource) load() error {
-	data, err := os.ReadFile(t.file)
+	data, err := inputfile.Read("CONSUL_HTTP_TOKEN_FILE", t.file)
 	if err != nil {
-		return fmt.Errorf("read the token file: %w", err)
+		return err
 	}
 	token := strings.TrimSpace(string(data))
 	if token == "" {

@@ -1,18 +1,22 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/hashicorp/consul/api"
 	"golang.org/x/sys/unix"
+
+	"kedge/deployments/inputfile"
 )
 
 const (
@@ -65,6 +69,21 @@ type certificates struct {
 	failed bool        // the last read of the files failed
 }
 
+// checkFiles returns an error for a file that the configuration or the environment names for TLS and that can't be
+// read within bounds. The client reads them by their names.
+func checkFiles(c api.TLSConfig) error {
+	for _, f := range []struct{ variable, file string }{
+		{api.HTTPCAFile, c.CAFile}, {api.HTTPClientCert, c.CertFile}, {api.HTTPClientKey, c.KeyFile},
+	} {
+		if file := cmp.Or(f.file, os.Getenv(f.variable)); file != "" {
+			if err := inputfile.Check(f.variable, file); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // follow makes every new TLS connection of t use the current certificates. It returns an error if they can't be
 // read now. Through an HTTP proxy the transport dials by itself, with the first certificates.
 func (c *certificates) follow(t *http.Transport) (err error) {
@@ -98,7 +117,11 @@ func (c *certificates) follow(t *http.Transport) (err error) {
 
 // read returns the TLS configuration from the files or, while they can't be read, the last one.
 func (c *certificates) read() *tls.Config {
-	config, err := api.SetupTLSConfig(&c.files)
+	var config *tls.Config
+	err := checkFiles(c.files)
+	if err == nil {
+		config, err = api.SetupTLSConfig(&c.files)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {

@@ -1,7 +1,7 @@
 package git
 
 import (
-	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -23,6 +23,7 @@ import (
 	"github.com/go-git/go-git/v5/storage/filesystem"
 	"github.com/go-git/go-git/v5/storage/filesystem/dotgit"
 
+	"kedge/deployments/inputfile"
 	"kedge/deployments/safetext"
 	"kedge/sync/git/transport"
 )
@@ -125,18 +126,16 @@ func gitDirAround(dir string) billy.Filesystem {
 
 // alternates reads DIR/info/alternates; see gitrepository-layout(5).
 func alternates(dir string) ([]string, error) {
-	f, err := os.Open(filepath.Join(dir, "info", "alternates"))
+	text, err := inputfile.Read("alternates of an object directory", filepath.Join(dir, "info", "alternates"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("alternates of an object directory: %w", err)
+		return nil, err
 	}
-	defer f.Close()
 	var more []string
-	lines := bufio.NewScanner(f)
-	for lines.Scan() {
-		line := strings.TrimSpace(lines.Text())
+	for line := range strings.Lines(string(text)) {
+		line = strings.TrimSpace(line)
 		switch {
 		case line == "" || strings.HasPrefix(line, "#"):
 		case filepath.IsAbs(line):
@@ -145,7 +144,7 @@ func alternates(dir string) ([]string, error) {
 			more = append(more, filepath.Join(dir, line))
 		}
 	}
-	return more, lines.Err()
+	return more, nil
 }
 
 func (o *Objects) EncodedObject(kind plumbing.ObjectType, h plumbing.Hash) (found plumbing.EncodedObject, err error) {
@@ -193,7 +192,7 @@ func gitDir(path string) (dir, common string, err error) {
 			return dir, dir, nil
 		}
 	}
-	text, err := os.ReadFile(filepath.Join(path, ".git"))
+	text, err := inputfile.Read("repository", filepath.Join(path, ".git"))
 	if err != nil {
 		if _, statErr := os.Stat(path); statErr != nil {
 			return "", "", fmt.Errorf("repository: %w", statErr)
@@ -205,12 +204,12 @@ func gitDir(path string) (dir, common string, err error) {
 		return "", "", fmt.Errorf("%s is not a Git repository", path)
 	}
 	dir = within(path, dir)
-	text, err = os.ReadFile(filepath.Join(dir, "commondir"))
+	text, err = inputfile.Read("linked work tree", filepath.Join(dir, "commondir"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return dir, dir, nil
 	}
 	if err != nil {
-		return "", "", fmt.Errorf("linked work tree: %w", err)
+		return "", "", err
 	}
 	return dir, within(dir, strings.TrimSpace(string(text))), nil
 }
@@ -224,15 +223,14 @@ func within(dir, path string) string {
 
 // checkFormat refuses what go-git would misread: see extensions in git-config(1).
 func checkFormat(gitDir string) error {
-	f, err := os.Open(filepath.Join(gitDir, "config"))
+	text, err := inputfile.Read("repository", filepath.Join(gitDir, "config"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("repository: %w", err)
+		return err
 	}
-	defer f.Close()
-	c, err := config.ReadConfig(f)
+	c, err := config.ReadConfig(bytes.NewReader(text))
 	if err != nil {
 		return fmt.Errorf("repository: %s/config: %w", gitDir, err)
 	}

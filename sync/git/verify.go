@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"kedge/deployments/durable"
+	"kedge/deployments/inputfile"
 	"kedge/policy"
 )
 
@@ -146,9 +147,9 @@ func (s *Signers) remember(hash string) error {
 }
 
 func readKeyring(file string) (policy.Keyring, error) {
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("--signed-by-pgp", file)
 	if err != nil {
-		return policy.Keyring{}, fmt.Errorf("OpenPGP keys: %w", err)
+		return policy.Keyring{}, err
 	}
 	keys, err := policy.ParseKeyring(data)
 	if err != nil {
@@ -158,9 +159,9 @@ func readKeyring(file string) (policy.Keyring, error) {
 }
 
 func readSigners(file string) (policy.Signers, error) {
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("--signed-by", file)
 	if err != nil {
-		return policy.Signers{}, fmt.Errorf("allowed signers: %w", err)
+		return policy.Signers{}, err
 	}
 	signers, err := policy.ParseSigners(data)
 	if err != nil {

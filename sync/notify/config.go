@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"path"
 	"regexp"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"github.com/goccy/go-yaml"
 
 	"kedge/deployments"
+	"kedge/deployments/inputfile"
 )
 
 // Config is the content of kedge mirror's --notify file: who is notified of what.
@@ -86,9 +86,9 @@ var receiverName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 // ReadConfig parses a configuration file strictly.
 func ReadConfig(file string) (Config, error) {
 	var c Config
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("--notify", file)
 	if err != nil {
-		return c, fmt.Errorf("reading the notifications' configuration: %w", err)
+		return c, err
 	}
 	if err := yaml.UnmarshalWithOptions(data, &c, yaml.Strict()); err != nil {
 		return c, fmt.Errorf("%s: %s", file, yaml.FormatError(err, false, false))

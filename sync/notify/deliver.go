@@ -9,13 +9,13 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"time"
 
 	webhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
+	"kedge/deployments/inputfile"
 	"kedge/sync/fleet/message"
 )
 
@@ -33,7 +33,7 @@ func (e *retryAfterError) Unwrap() error { return e.err }
 
 // deliver sends an event once.
 func (r *Receiver) deliver(ctx context.Context, client *http.Client, source string, e Event) error {
-	to, err := secretOr(r.URL, r.URLFile)
+	to, err := secretOr("url_file", r.URL, r.URLFile)
 	if err != nil {
 		return err
 	}
@@ -43,7 +43,7 @@ func (r *Receiver) deliver(ctx context.Context, client *http.Client, source stri
 	}
 	header := http.Header{"Content-Type": {kind}}
 	if r.SecretFile != "" {
-		secret, err := secretOr("", r.SecretFile)
+		secret, err := secretOr("secret_file", "", r.SecretFile)
 		if err != nil {
 			return err
 		}
@@ -182,14 +182,14 @@ func send(ctx context.Context, client *http.Client, method, to string, header ht
 // sendTimeout bounds one request.
 const sendTimeout = 10 * time.Second
 
-// secretOr returns a value, or a file's content.
-func secretOr(value, file string) (string, error) {
+// secretOr returns a value, or the content of the file that a field names.
+func secretOr(field, value, file string) (string, error) {
 	if file == "" {
 		return value, nil
 	}
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read(field, file)
 	if err != nil {
-		return "", fmt.Errorf("reading a secret: %w", err)
+		return "", err
 	}
 	text := strings.TrimSpace(string(data))
 	if text == "" {

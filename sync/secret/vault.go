@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"kedge/deployments/inputfile"
 	"kedge/deployments/wait"
 )
 
@@ -98,9 +99,9 @@ func vaultToken() (string, error) {
 		}
 		file = filepath.Join(home, ".vault-token")
 	}
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read("VAULT_TOKEN_FILE", file)
 	if err != nil {
-		return "", fmt.Errorf("reading the token for Vault, which VAULT_TOKEN_FILE names: %w", err)
+		return "", fmt.Errorf("reading the token for Vault: %w", err)
 	}
 	token := strings.TrimSpace(string(data))
 	if token == "" || strings.ContainsAny(token, "\r\n") {
@@ -114,9 +115,9 @@ func vaultToken() (string, error) {
 func vaultClient() (*http.Client, error) {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	if file := os.Getenv("VAULT_CACERT"); file != "" {
-		data, err := os.ReadFile(file)
+		data, err := inputfile.Read("VAULT_CACERT", file)
 		if err != nil {
-			return nil, fmt.Errorf("reading VAULT_CACERT: %w", err)
+			return nil, err
 		}
 		roots := x509.NewCertPool()
 		if !roots.AppendCertsFromPEM(data) {

@@ -15,6 +15,8 @@ import (
 	gitssh "github.com/go-git/go-git/v5/plumbing/transport/ssh"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
+
+	"kedge/deployments/inputfile"
 )
 
 // Access says who asks a remote repository, and whom it trusts.
@@ -49,9 +51,9 @@ func (a Access) readTLS() (files tlsFiles, err error) {
 		if file == "" {
 			continue
 		}
-		data, err := os.ReadFile(file)
+		data, err := inputfile.Read(v.name, file)
 		if err != nil {
-			return files, fmt.Errorf("%s: %w", v.name, err)
+			return files, err
 		}
 		*v.into = string(data)
 	}
@@ -71,9 +73,9 @@ func Secret(env func(string) string, name string) (string, error) {
 	if file == "" {
 		return "", nil
 	}
-	data, err := os.ReadFile(file)
+	data, err := inputfile.Read(name+"_FILE", file)
 	if err != nil {
-		return "", fmt.Errorf("%s_FILE: %w", name, err)
+		return "", err
 	}
 	value := strings.TrimSpace(string(data))
 	if value == "" {
@@ -101,6 +103,11 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 				"a file with --known-hosts", e.Host)
 		}
 	}
+	for _, file := range files {
+		if err := inputfile.Check("--known-hosts", file); err != nil {
+			return nil, nil, err
+		}
+	}
 	known, err := gitssh.NewKnownHostsDb(files...)
 	if err != nil {
 		return nil, nil, fmt.Errorf("known hosts: %w", err)
@@ -122,9 +129,9 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 		agent.HostKeyCallbackHelper = check
 		return agent, files, nil
 	}
-	pem, err := os.ReadFile(a.SSHKey)
+	pem, err := inputfile.Read("--ssh-key", a.SSHKey)
 	if err != nil {
-		return nil, nil, fmt.Errorf("ssh key: %w", err)
+		return nil, nil, err
 	}
 	key, err := ssh.ParsePrivateKey(pem)
 	if errors.As(err, new(*ssh.PassphraseMissingError)) {

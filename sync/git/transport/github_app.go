@@ -15,9 +15,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"strings"
 	"time"
+
+	"kedge/deployments/inputfile"
 )
 
 // renewBefore is how long before its end an installation token is replaced. GitHub's live for an hour.
@@ -55,9 +56,9 @@ func (a Access) app(host string) (*githubApp, error) {
 
 // jwt returns the token that authenticates the app for nine minutes, dated a minute back: clocks differ.
 func (a *githubApp) jwt(now time.Time) (string, error) {
-	data, err := os.ReadFile(a.keyFile)
+	data, err := inputfile.Read("KEDGE_GITHUB_APP_KEY_FILE", a.keyFile)
 	if err != nil {
-		return "", fmt.Errorf("KEDGE_GITHUB_APP_KEY_FILE: %w", err)
+		return "", err
 	}
 	key, err := parseRSA(data)
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,6 +20,7 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/net/proxy"
 
+	"kedge/deployments/inputfile"
 	"kedge/deployments/safetext"
 )
 
@@ -260,9 +260,9 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	}
 	var held strings.Builder
 	for _, name := range read {
-		data, err := os.ReadFile(name)
+		data, err := inputfile.Read("ssh", name)
 		if err != nil {
-			return nil, "", fmt.Errorf("ssh: %w", err)
+			return nil, "", err
 		}
 		fmt.Fprintf(&held, "%d:%s", len(data), data)
 	}

@@ -1,0 +1,89 @@
+// Package inputfile reads the files that settings name: keys, tokens, certificates, configurations. Whatever lies
+// there, it returns within bounds of time and memory.
+package inputfile
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"syscall"
+	"time"
+)
+
+const (
+	// Max is the most bytes that a file may have.
+	Max = 4 << 20
+	// pipeWithin is how long the writer of a pipe may take.
+	pipeWithin = 10 * time.Second
+)
+
+// Read returns the content of a regular file of at most Max bytes. An error begins with the setting, such as a flag
+// or a variable, and names the file.
+func Read(setting, path string) ([]byte, error) { return read(setting, path, false) }
+
+// ReadOnce is Read for what is read a single time: it also takes a pipe, as a shell's <(command) names one.
+func ReadOnce(setting, path string) ([]byte, error) { return read(setting, path, true) }
+
+// Check returns the error that Read would return. It is for files that a library reads by their names.
+func Check(setting, path string) error {
+	_, err := read(setting, path, false)
+	return err
+}
+
+func read(setting, path string, pipes bool) ([]byte, error) {
+	if path == os.DevNull {
+		return nil, nil // the usual way to say that there is nothing
+	}
+	data, err := bounded(path, pipes)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", setting, err)
+	}
+	return data, nil
+}
+
+func bounded(path string, pipes bool) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a pipe would wait for its writer
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	pipe := pipes && info.Mode()&fs.ModeNamedPipe != 0
+	if !pipe && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is %s: name a regular file", path, kind(info.Mode()))
+	}
+	if pipe {
+		if err := f.SetReadDeadline(time.Now().Add(pipeWithin)); err != nil {
+			return nil, err
+		}
+	}
+	data, err := io.ReadAll(io.LimitReader(f, Max+1))
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, fmt.Errorf("%s is a pipe whose writer did not end within %v", path, pipeWithin)
+	case err != nil:
+		return nil, err
+	case pipe && len(data) == 0:
+		return nil, fmt.Errorf("%s is a pipe that nobody writes to", path)
+	case len(data) > Max:
+		return nil, fmt.Errorf("%s has more than %d MiB", path, Max>>20)
+	}
+	return data, nil
+}
+
+func kind(m fs.FileMode) string {
+	switch {
+	case m.IsDir():
+		return "a directory"
+	case m&fs.ModeNamedPipe != 0:
+		return "a pipe"
+	case m&fs.ModeDevice != 0:
+		return "a device"
+	}
+	return "a socket"
+}
