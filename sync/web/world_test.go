@@ -131,7 +131,8 @@ func appScene(nodes int, phase deployments.Phase) scene {
 	switch phase {
 	case deployments.PhaseRollingBack:
 		p.Reason, p.Facts = deployments.ReasonTooManyFailed, deployments.Facts{"failed": "12",
-			"of": fmt.Sprint(nodes), "node": "web-00007", "cause": "Quarantined"}
+			"of": fmt.Sprint(nodes), "node": "web-00007", "limit": "0",
+			"error": "health: GET /health: 503 Service Unavailable"}
 		p.Message, p.Failed = "12 nodes failed: web-00007: health: GET /health: 503 Service Unavailable", target.Digest
 	default:
 		p.Reason, p.Facts = deployments.ReasonRolling, deployments.Facts{"admitted": fmt.Sprint(nodes / 2),
@@ -217,8 +218,9 @@ func bigScene() scene {
 				record.Stable = release(stable)
 				record.Rollout = &deployments.Progress{
 					Phase: deployments.PhaseRolledBack, Since: since, Reason: deployments.ReasonTooManyFailed,
-					Failed:  release(target).Digest,
-					Facts:   deployments.Facts{"failed": "2", "of": "100", "node": nodeName(role, 7)},
+					Failed: release(target).Digest,
+					Facts: deployments.Facts{"failed": "2", "of": "100", "node": nodeName(role, 7), "limit": "0",
+						"error": "health: GET /health: connection refused"},
 					Message: "2 of 100 nodes failed: " + nodeName(role, 7) + ": health: GET /health: connection refused",
 				}
 				state = func(n int) deployments.UnitReport { return runs(stable) }
