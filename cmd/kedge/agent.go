@@ -324,6 +324,11 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		}
 		maintenance = maintainer.Maintain
 	}
+	traces, stopTraces, err := startTraces("kedge-agent", log)
+	if err != nil {
+		return usageError{err}
+	}
+	defer stopTraces()
 	metrics := prometheus.NewRegistry()
 	registerProcess(metrics)
 	node, err := agent.New(agent.Config{
@@ -345,6 +350,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 		HashAlways:     conf.Verify == "always",
 		Version:        version(),
 		Metrics:        metrics,
+		Trace:          traces,
 		Log:            log,
 	})
 	if err != nil {

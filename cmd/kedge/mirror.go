@@ -72,6 +72,12 @@ token, whsec_..., or a secret token), Gitea, Bitbucket and Azure DevOps (as the 
 				}
 				c.Leading = notify.New(conf, store, c.Metrics, log).Run
 			}
+			traces, stopTraces, err := startTraces("kedge-mirror", log)
+			if err != nil {
+				return usageError{err}
+			}
+			defer stopTraces()
+			c.Trace = traces
 			m, err := mirror.New(c)
 			if err != nil {
 				return err

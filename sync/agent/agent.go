@@ -59,6 +59,7 @@ import (
 	"kedge/sync/agent/cache"
 	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
+	"kedge/sync/trace"
 )
 
 // DefaultStateDir is where an agent keeps its state.
@@ -112,7 +113,9 @@ type Config struct {
 	HashAlways bool
 	Version    string
 	Metrics    *prometheus.Registry // nil: none
-	Log        *slog.Logger         // nil: none
+	// Trace takes the spans of deployments; nil: nothing is traced. Its owner runs it.
+	Trace *trace.Sender
+	Log   *slog.Logger // nil: none
 
 	uptime func() time.Duration // the machine's; tests have their own
 }

@@ -16,13 +16,16 @@ import (
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/sync/agent/statedir"
+	"kedge/sync/trace"
+	"kedge/sync/trace/tracetest"
 )
 
 func TestConvergesAndReports(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	one, two := w.publish("app", "1"), w.publish("app", "2")
-	a := w.start(withMetrics, allowEmpty)
+	collector := tracetest.New(t)
+	a := w.start(withMetrics, allowEmpty, func(c *Config) { c.Trace = collector.Sender(t) })
 	select {
 	case <-a.Converged():
 	case <-time.After(patience):
@@ -30,8 +33,9 @@ func TestConvergesAndReports(t *testing.T) {
 	}
 	w.desire(app, deployments.Record{Target: one, Generation: 1})
 	a.awaitRunning(app, one)
-	w.desire(app, deployments.Record{Target: two, Generation: 2})
+	w.desire(app, deployments.Record{Target: two, Generation: 2, Commit: "c2"})
 	a.awaitRunning(app, two)
+	traced(t, collector, trace.Of(app, "c2", deployments.Digest{}), two)
 
 	await(t, "the report", func() (bool, string) {
 		r, e := w.reported("web")
@@ -53,6 +57,36 @@ func TestConvergesAndReports(t *testing.T) {
 	a.stop()
 	if _, e := w.reported("web"); e.Value != nil {
 		t.Errorf("a node that left in good order still reports %s", e.Value)
+	}
+}
+
+// traced holds the spans of a deployment against the trace of its push.
+func traced(t *testing.T, collector *tracetest.Collector, push trace.Context, release deployments.Pointer) {
+	t.Helper()
+	var deploy tracetest.Span
+	spans := collector.Await(t, func(all []tracetest.Span) bool {
+		for _, s := range tracetest.Named(all, "deploy") {
+			if s.Trace == fmt.Sprintf("%x", push.Trace) {
+				deploy = s
+			}
+		}
+		return deploy.ID != ""
+	})
+	if deploy.Parent != fmt.Sprintf("%x", push.Span) || deploy.Attributes["kedge.release"] != release.String() ||
+		deploy.Attributes["kedge.node"] != node || deploy.Attributes["kedge.unit"] != app.String() || deploy.Err != "" {
+		t.Errorf("the deployment's span is %+v", deploy)
+	}
+	steps := map[string]bool{}
+	for _, s := range spans {
+		if s.Parent == deploy.ID {
+			steps[s.Name] = true
+			if s.Trace != deploy.Trace || s.Start.Before(deploy.Start) || s.End.After(deploy.End) {
+				t.Errorf("%+v isn't within %+v", s, deploy)
+			}
+		}
+	}
+	if !steps["fetch"] || !steps["switch"] || !steps["health"] {
+		t.Errorf("its steps are %v", steps)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
+	"kedge/sync/trace"
 )
 
 // work is a unit's worker: it does what the goal asks for, one job after another, until ctx ends.
@@ -40,6 +41,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 		began := time.Now()
 		before := u.deploy.State()
 		err := a.do(jobCtx, u, j, watch)
+		a.traceJob(u, j, began, err)
 		a.end(jobCtx, u, j, before, err, time.Since(began))
 		j.cancel(nil)
 	}
@@ -57,6 +59,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			Drain:    func(ctx context.Context, on bool) error { return a.drain(ctx, u, on) },
 			Claim:    func(dest string) error { return a.claim(u, dest) },
 			Progress: func(s deployments.State, p artifact.Progress) { a.progress(u, s, p) },
+			Stepped:  func(step string, began time.Time, err error) { a.traceStep(u, step, began, err) },
 			Log:      u.log,
 		})
 		a.mu.Lock()
@@ -233,6 +236,8 @@ type job struct {
 	adopt   bool
 	leaves  bool // it may be left: see goal.leave
 	cancel  context.CancelCauseFunc
+	span    trace.Context // zero: it isn't traced
+	root    trace.SpanID  // of span's trace
 }
 
 // switches reports whether the job takes the unit out of service.
@@ -347,6 +352,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	j.cancel = cancel
+	j.span, j.root = a.traced(u, j)
 	u.busy, u.phase, u.progress, u.announce = j, "", artifact.Progress{}, nil
 	u.stamp(now)
 	return j, ctx, time.Time{}
@@ -373,7 +379,10 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 		return a.forget(u, j)
 	case jobDeploy:
 		q := deploy.Request{Release: j.release, Commit: j.commit, Key: j.key, Adopt: j.adopt, MayLeave: j.leaves}
-		if err := a.fetch(ctx, u, j.release, a.fetching); err != nil {
+		began := time.Now()
+		err := a.fetch(ctx, u, j.release, a.fetching)
+		a.traceStep(u, "fetch", began, err)
+		if err != nil {
 			return u.deploy.StageFailed(ctx, q, err)
 		}
 		if u.deploy.State().Running.IsZero() {
@@ -381,7 +390,10 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 				return err
 			}
 		}
-		if err := a.announce(ctx, u, j.release); err != nil {
+		began = time.Now()
+		err = a.announce(ctx, u, j.release)
+		a.traceStep(u, "announce", began, err)
+		if err != nil {
 			return err
 		}
 		watch.stop()

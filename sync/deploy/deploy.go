@@ -79,6 +79,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
@@ -118,6 +119,8 @@ type Config struct {
 	Claim func(dest string) error
 	// Progress is called when a deployment's state or progress changes; may be nil.
 	Progress func(deployments.State, artifact.Progress)
+	// Stepped is called after each step of a deployment, with the step's error; may be nil.
+	Stepped func(step string, began time.Time, err error)
 	// RsyncVerbose are rsync's options for its output; nil: -v.
 	RsyncVerbose []string
 	Log          *slog.Logger // nil: discard; if there are several units, its attributes should name the unit

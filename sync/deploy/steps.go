@@ -175,8 +175,12 @@ func (u *Unit) advance(ctx context.Context) error {
 	for {
 		d := u.j.Deployment
 		u.at("before " + string(d.Step))
+		began := time.Now()
 		change, err := u.do(ctx, d)
 		err = u.secrets.error(err)
+		if u.c.Stepped != nil {
+			u.c.Stepped(string(d.Step), began, err)
+		}
 		u.at("after " + string(d.Step))
 		if err != nil {
 			if err := u.turn(ctx, d, err); err != nil {

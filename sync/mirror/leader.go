@@ -62,7 +62,8 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 	l.history = newArchive(m.c.Store, l.commit, m.c.Log)
 	l.written = &writer{
 		written: written{records: map[deployments.UnitID]writtenRecord{}, orders: map[deployments.UnitID]uint64{}},
-		name:    m.c.Name, commit: l.commit, history: l.history, metrics: m.metrics, log: m.c.Log,
+		name:    m.c.Name, commit: l.commit, history: l.history, metrics: m.metrics, trace: m.c.Trace,
+		log: m.c.Log,
 	}
 	l.acceptor = &acceptor{
 		branch: m.branch, own: &l.written.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,

@@ -40,6 +40,7 @@ import (
 	"kedge/sync/git/transport"
 	"kedge/sync/mirror/inspect"
 	"kedge/sync/mirror/webhook"
+	"kedge/sync/trace"
 )
 
 // Config configures a Mirror.
@@ -88,7 +89,9 @@ type Config struct {
 	// Env reads an environment variable; default os.Getenv.
 	Env     func(string) string
 	Metrics *prometheus.Registry // nil: none
-	Log     *slog.Logger         // nil: none
+	// Trace takes the spans of pushes and rollouts; nil: nothing is traced. Its owner runs it.
+	Trace *trace.Sender
+	Log   *slog.Logger // nil: none
 }
 
 // Mirror copies a deployments repo to the store while it holds the lease. Make it with New, then Run it once.

@@ -14,6 +14,8 @@ import (
 	"kedge/policy"
 	"kedge/sync/fleet/message"
 	"kedge/sync/git/gittest"
+	"kedge/sync/trace"
+	"kedge/sync/trace/tracetest"
 )
 
 // herd is a fleet of agents that the test plays: each does what policy.Resolve says, and reports it.
@@ -107,11 +109,12 @@ const gradual = "rollout:\n  canary: 1\n  bake: 200ms\n  max_unavailable: 2\n"
 func TestRollout(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
-	m := start(t, Config{Store: dirStore(t), Repo: o.Bare})
+	collector := tracetest.New(t)
+	m := start(t, Config{Store: dirStore(t), Repo: o.Bare, Trace: collector.Sender(t)})
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1") + gradual}))
 	h := newHerd(t, m, 6)
 
-	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
+	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2") + gradual})
 	r := m.runs("prod/web/app", "app/2")
 	if r.Rollout == nil || r.Rollout.Phase != deployments.PhaseCanary || r.Stable != pointer("app/1") {
 		t.Fatalf("%+v", r)
@@ -127,6 +130,21 @@ func TestRollout(t *testing.T) {
 		if p != pointer("app/2") {
 			t.Errorf("%s runs %v", name, p)
 		}
+	}
+	push := trace.Of(h.id, head, deployments.Digest{})
+	id := fmt.Sprintf("%x", push.Trace)
+	of := func(all []tracetest.Span, name string) (spans []tracetest.Span) {
+		return slices.DeleteFunc(tracetest.Named(all, name), func(s tracetest.Span) bool { return s.Trace != id })
+	}
+	spans := collector.Await(t, func(all []tracetest.Span) bool { return len(of(all, "rollout")) > 0 })
+	roots, rollouts := of(spans, "push"), of(spans, "rollout")
+	if len(roots) != 1 || roots[0].ID != fmt.Sprintf("%x", push.Span) || roots[0].Parent != "" ||
+		roots[0].Attributes["kedge.commit"] != head {
+		t.Errorf("the push has the root spans %+v", roots)
+	}
+	if len(rollouts) != 1 || rollouts[0].Parent != roots[0].ID || rollouts[0].Err != "" ||
+		!rollouts[0].End.After(rollouts[0].Start) {
+		t.Errorf("its rollouts are %+v", rollouts)
 	}
 }
 

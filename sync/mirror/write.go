@@ -13,6 +13,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/trace"
 )
 
 // writer writes what reconcile found, and the mirror's state.
@@ -22,6 +23,7 @@ type writer struct {
 	commit  func(context.Context, ...kv.Op) error // under the lease
 	history *archive
 	metrics *metrics
+	trace   *trace.Sender
 	log     *slog.Logger
 }
 
@@ -139,6 +141,7 @@ func (w *writer) noteWritten(c change, now time.Time) {
 		w.history.wrote(c)
 		return
 	}
+	w.traceWritten(c, now)
 	w.records[c.unit] = writtenRecord{record: c.after, value: c.value, base: c.base, at: now,
 		vouched: !c.after.Orphaned || w.records[c.unit].vouched}
 	if c.value == nil {
