@@ -91,6 +91,12 @@
 // known that the disk holds it beside the tree; one that was cut goes on where it was, and is hashed as a whole before
 // it is read.
 //
+// An archive without an index is unpacked as it comes, and nothing is kept of the stream. If that was cut off (killed,
+// or the storage went away), the next try fetches an archive of 16 MiB or more into a file beside the tree, and each
+// further one goes on where that ended. The object must have the ETag of before, its server keep to Range, and the
+// disk have room for archive and tree; else it is streamed again. The file is unpacked once all of it has the
+// manifest's checksum. It goes when the release is whole or refused, or another one is fetched.
+//
 // Where the node's configuration names mirrors, each of these is asked for there first: what comes is used only if its
 // hash is right, so any place may give it.
 //

@@ -61,11 +61,19 @@ func extractFrom(
 ) error {
 	var own error
 	try := func(s object.Source) error {
-		if err := emptyDir(dir); err != nil { // a stream can't be resumed in the middle
+		if err := emptyDir(dir); err != nil { // a tree can't be gone on with
 			own = err
 			return nil
 		}
 		err := extract(ctx, s, m, dir, opt, owners)
+		if opt.resumes && full(err) && ctx.Err() == nil && spooled(dir) { // the tree alone may have room
+			if own = errors.Join(dropSpools(dir, ""), emptyDir(dir)); own != nil {
+				return nil
+			}
+			streams := opt
+			streams.resumes = false
+			err = extract(ctx, s, m, dir, streams, owners)
+		}
 		for _, fault := range []error{
 			ErrDigest, object.ErrUnavailable, object.ErrNotFound, object.ErrDenied, object.ErrChanged,
 		} {
@@ -76,15 +84,21 @@ func extractFrom(
 		own = err
 		return nil
 	}
+	var err error
 	if len(m.Checksum) < len(emptyDigest.String()) {
-		return errors.Join(try(object.Source{Client: objects, URL: m.Src}), own)
+		err = try(object.Source{Client: objects, URL: m.Src})
+	} else {
+		err = objects.EachSource(ctx, m.Src, try)
 	}
-	return errors.Join(objects.EachSource(ctx, m.Src, try), own)
+	if err = errors.Join(err, own); opt.resumes && (err == nil || !resumable(ctx, err)) {
+		err = errors.Join(err, dropSpools(dir, ""))
+	}
+	return err
 }
 
 // extract streams an archive without an index into the empty directory dir: it fetches, hashes, decodes and writes
-// at once, without a copy of the archive. The tree must only be used if extract returns nil, as the checksum is
-// known only at the end.
+// at once, without a copy of the archive, unless an earlier try was cut off: see spool. The tree must only be used if
+// extract returns nil, as the checksum is known only at the end.
 func extract(
 	ctx context.Context,
 	from object.Source,
@@ -101,12 +115,10 @@ func extract(
 	if m.Size > 0 && o.Size != m.Size {
 		return fmt.Errorf("extract %s: it has %d bytes, the manifest says %d: %w", src, o.Size, m.Size, ErrDigest)
 	}
-	if err := checkFree(dir, "the archive alone", o.Size); err != nil {
-		return fmt.Errorf("extract %s: %w", src, err)
-	}
-	stream, err := from.Read(ctx, o, 0)
+	meter := newMeter("fetch", o.Size, opt.Progress)
+	stream, err := openPlain(ctx, from, o, m, dir, opt, meter)
 	if err != nil {
-		return fmt.Errorf("extract: %w", err)
+		return fmt.Errorf("extract %s: %w", src, err)
 	}
 	defer stream.Close()
 	root, err := os.OpenRoot(dir)
@@ -115,7 +127,6 @@ func extract(
 	}
 	defer root.Close()
 	sum := newHash(m.Checksum)
-	meter := newMeter("fetch", o.Size, opt.Progress)
 	x := &extractor{
 		ctx:      ctx,
 		root:     root,
@@ -130,7 +141,7 @@ func extract(
 		uids:    map[string]int{},
 		gids:    map[string]int{},
 	}
-	raw := bufio.NewReaderSize(io.TeeReader(stream, io.MultiWriter(sum, meter)), 256<<10)
+	raw := bufio.NewReaderSize(io.TeeReader(stream, sum), 256<<10)
 	if err := x.archive(raw, nameIn(m.Src)); err != nil {
 		// A wrong checksum explains any other error, and is what the user has to know.
 		if _, cut := io.Copy(io.Discard, raw); cut == nil && !matches(sum, m.Checksum) {
@@ -146,6 +157,43 @@ func extract(
 	}
 	meter.done()
 	return nil
+}
+
+// openPlain opens an archive without an index: its stream, or its spool, if an earlier try was cut off and the disk has
+// room for both.
+func openPlain(
+	ctx context.Context,
+	from object.Source,
+	o object.Object,
+	m *deployments.Manifest,
+	dir string,
+	opt StageOptions,
+	meter *meter,
+) (io.ReadCloser, error) {
+	var s spool
+	if opt.resumes {
+		var err error
+		if s, err = openSpool(dir, o, m.Checksum); err != nil {
+			return nil, err
+		}
+		if s.found && s.fits(dir) {
+			return s.fetch(ctx, from, o, m.Checksum, meter)
+		}
+		if err := s.mark(); err != nil {
+			return nil, err
+		}
+	}
+	if err := checkFree(dir, "the archive alone", o.Size); err != nil {
+		return nil, err
+	}
+	stream, err := from.Read(ctx, o, 0)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.TeeReader(stream, meter), stream}, nil
 }
 
 // nameIn returns the last part of a URL's path.

@@ -92,6 +92,8 @@ type StageOptions struct {
 	// Log gets, once per fetch, the reason why more is fetched than should be needed; nil: the log of the
 	// Releases.
 	Log *slog.Logger
+	// resumes lets a fetch that was cut off leave a spool beside the directory, which whoever has that cleans up.
+	resumes bool
 }
 
 // Difference is one path of a live tree that differs from its release.
@@ -617,6 +619,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		name := e.Name()
 		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
 		staging, _, _ = strings.Cut(staging, deltaSuffix)
+		staging, _, _ = strings.Cut(staging, archiveSuffix)
 		healed, isHealed := strings.CutPrefix(name, healPrefix)
 		switch {
 		case strings.HasSuffix(name, recordSuffix),

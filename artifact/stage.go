@@ -101,6 +101,7 @@ func (r *Releases) renew(
 		return nil, err
 	}
 	r.at("fetch")
+	opt.resumes = true
 	index, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
 	if err != nil {
 		return nil, errors.Join(err, abandon(err, m, staging))

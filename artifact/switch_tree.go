@@ -24,6 +24,9 @@ type treeSwitcher struct{ c SwitcherConfig }
 
 func (t treeSwitcher) Dir(r *Release) string { return r.Manifest.Dest }
 
+// partSuffix follows the name of a tree that isn't whole yet.
+const partSuffix = ".part"
+
 func (t treeSwitcher) tree(r *Release) string {
 	return filepath.Join(t.c.Trees, r.Pointer.Digest.String())
 }
@@ -45,7 +48,7 @@ func (t treeSwitcher) Stage(ctx context.Context, r *Release, opt StageOptions) e
 	if exists(tree) {
 		return nil
 	}
-	part := tree + ".part"
+	part := tree + partSuffix
 	if err := t.unpack(ctx, r, part, opt); err != nil {
 		return err
 	}
@@ -60,6 +63,7 @@ func (t treeSwitcher) unpack(ctx context.Context, r *Release, dir string, opt St
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("making a directory to unpack into: %w", err)
 	}
+	opt.resumes = true
 	if err := unpack(ctx, t.c.Objects, r.Manifest, dir, opt, t.c.Owners); err != nil {
 		return errors.Join(fmt.Errorf("unpacking %s: %w", r.Pointer.URL, err), removeTree(dir))
 	}

@@ -242,8 +242,22 @@ func removeAside(parent *Place, rel *Release) error {
 	return nil
 }
 
-// PruneTrees removes all trees in dir (SwitcherConfig.Trees) but those of the releases in keep.
-func PruneTrees(dir string, keep []deployments.Digest) error { return removeBut(dir, "", keep) }
+// PruneTrees removes all trees in dir (SwitcherConfig.Trees) but those of the releases in keep, and what was fetched of
+// those.
+func PruneTrees(dir string, keep []deployments.Digest) error {
+	var names []string
+	for _, d := range keep {
+		names = append(names, d.String())
+		spools, err := filepath.Glob(globLiteral.Replace(filepath.Join(dir, d.String()+partSuffix+archiveSuffix)) + "*")
+		if err != nil {
+			return err
+		}
+		for _, s := range spools {
+			names = append(names, filepath.Base(s))
+		}
+	}
+	return removeOthers(dir, names)
+}
 
 // PruneMade removes the files in dir (SwitcherConfig.Made) but those of the releases in keep.
 func PruneMade(dir string, keep []deployments.Digest) error {

@@ -1,0 +1,159 @@
+package artifact
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"kedge/artifact/object"
+)
+
+const (
+	// archiveSuffix, and what tells one archive from another, follow the name of the directory that it is unpacked into.
+	archiveSuffix = ".archive-"
+	// spoolLeast is the size, in bytes, below which an archive is streamed again rather than spooled.
+	spoolLeast = 16 << 20
+)
+
+// spool is the file, beside the directory that an archive is unpacked into, which lets the fetch of an archive without
+// an index go on. The first try streams, and leaves it empty. A try that finds it fetches into it, from where the last
+// one ended, and unpacks it once all of it has the right checksum.
+type spool struct {
+	path string // empty: there is none
+	size int64  // of the archive
+	had  int64  // bytes that are there
+	// found is set if an earlier try was cut off.
+	found bool
+}
+
+// openSpool returns the spool for an object that is unpacked into dir, and removes those of other objects. There is
+// none for an object that is small, whose server ignores Range, or that nothing tells from the next of its name.
+func openSpool(dir string, o object.Object, checksum string) (spool, error) {
+	s := spool{size: o.Size}
+	if o.Size >= spoolLeast && o.ETag != "" && o.Ranges {
+		id := sha256.Sum256(fmt.Appendf(nil, "%s %s %d", checksum, o.ETag, o.Size))
+		s.path = dir + archiveSuffix + hex.EncodeToString(id[:6])
+	}
+	if err := dropSpools(dir, s.path); err != nil || s.path == "" {
+		return s, err
+	}
+	info, err := os.Lstat(s.path)
+	if s.found = err == nil && info.Mode().IsRegular(); s.found {
+		s.had = min(info.Size(), s.size)
+	}
+	return s, nil
+}
+
+// spoolName is how the name of a spool ends. That of no other file beside it does, whatever a version is called.
+var spoolName = regexp.MustCompile(regexp.QuoteMeta(archiveSuffix) + `[0-9a-f]{12}$`)
+
+// dropSpools removes the spools beside dir, also those of releases that were superseded before they were whole, but the
+// one to keep.
+func dropSpools(dir, keep string) error {
+	beside := filepath.Dir(dir)
+	entries, err := os.ReadDir(beside)
+	for _, e := range entries {
+		if file := filepath.Join(beside, e.Name()); file != keep && spoolName.MatchString(e.Name()) {
+			err = errors.Join(err, os.Remove(file))
+		}
+	}
+	return err
+}
+
+// spooled reports whether something of an archive is kept for dir.
+func spooled(dir string) bool {
+	found, _ := filepath.Glob(globLiteral.Replace(dir) + archiveSuffix + "*")
+	return slices.ContainsFunc(found, func(file string) bool { return sizeOf(file) > 0 })
+}
+
+// fits reports whether dir's disk has room for the rest of the archive and for a tree of its size.
+func (s spool) fits(dir string) bool {
+	var st unix.Statfs_t
+	err := unix.Statfs(dir, &st)
+	return err == nil && 2*s.size-s.had <= int64(st.Bavail)*st.Bsize
+}
+
+// mark leaves the spool empty, so that the next try fetches into it.
+func (s spool) mark() error {
+	if s.path == "" {
+		return nil
+	}
+	file, err := s.create(os.O_TRUNC)
+	if err != nil {
+		return err
+	}
+	return file.Close()
+}
+
+func (s spool) create(flags int) (*os.File, error) {
+	return os.OpenFile(s.path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|flags, 0o600)
+}
+
+// fetch fetches the rest of the archive, and opens it. If the whole has another checksum, it is all fetched anew, once.
+func (s spool) fetch(
+	ctx context.Context,
+	from object.Source,
+	o object.Object,
+	checksum string,
+	meter *meter,
+) (*os.File, error) {
+	file, err := s.create(0)
+	if err != nil {
+		return nil, err
+	}
+	sum := newHash(checksum)
+	had, err := io.Copy(sum, io.LimitReader(file, s.size))
+	if err == nil {
+		err = file.Truncate(had) // of a longer one
+	}
+	if err == nil {
+		meter.add(had)
+		err = copyFrom(ctx, from, o, had, io.MultiWriter(file, sum, meter))
+	}
+	if err == nil && !matches(sum, checksum) {
+		if err = wrongChecksum(sum, checksum); had > 0 { // what was there may have been spoiled by a loss of power
+			meter.add(-s.size)
+			if err := errors.Join(file.Close(), s.mark()); err != nil {
+				return nil, err
+			}
+			return s.fetch(ctx, from, o, checksum, meter)
+		}
+	}
+	if err == nil {
+		_, err = file.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+// copyFrom copies an object from an offset to its end.
+func copyFrom(ctx context.Context, from object.Source, o object.Object, offset int64, to io.Writer) error {
+	body, err := from.Read(ctx, o, offset)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	_, err = io.Copy(to, body)
+	return err
+}
+
+// resumable reports whether a fetch that ended with err may go on later. What a full disk, or the archive itself, is
+// to blame for may not.
+func resumable(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || errors.Is(err, object.ErrUnavailable)
+}
+
+// full reports whether the disk, or a quota, is full.
+func full(err error) bool { return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) }
