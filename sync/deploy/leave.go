@@ -49,7 +49,10 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.text.reset()
 	p := u.j.Running
-	if d := u.j.Deployment; d != nil {
+	var failed *unserved // why the release that a deployment went back to isn't healthy: that is left then
+	if d := u.j.Deployment; d != nil && d.Unserved != nil && !d.Leaves {
+		failed = d.Unserved
+	} else if d != nil {
 		p = d.Release
 	}
 	r, err := u.need(ctx, p)
@@ -62,6 +65,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	defer release()
 	switch d := u.j.Deployment; {
+	case failed != nil:
 	case d != nil && d.Step.beforeSwitch():
 		return u.Recover(ctx) // it takes the deployment back
 	case d != nil && (d.Step.goesBack() || !u.j.Before.under(r)):
@@ -74,10 +78,10 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	}
 	u.log.Info("leaving the release for what was there before kedge", "release", r.Pointer.String())
 	err = u.save(func(j *journal) {
-		if j.Deployment != nil {
+		if j.Deployment != nil && failed == nil {
 			j.Deployment.enter(stepBack)
 		} else {
-			j.Deployment = &deployment{Release: j.Running, From: j.Running}
+			j.Deployment = &deployment{Release: j.Running, From: j.Running, Unserved: failed}
 			j.Deployment.enter(stepDrain)
 		}
 		j.Deployment.Leaves, j.Drained = true, true
@@ -103,8 +107,12 @@ func (u *Unit) leave(ctx context.Context) (func(*journal), error) {
 	u.log.Error("what was at dest before the first release is gone: the unit stays on what it runs")
 	return func(j *journal) {
 		j.Before = nil
-		if !j.Confirmed { // a deployment that was turned back: it continues from its switch
-			j.Deployment.Leaves, j.Deployment.Step = false, stepPre
+		switch d := j.Deployment; {
+		case j.Confirmed:
+		case d.Unserved != nil: // it is tried again
+			d.Leaves = false
+		default: // a deployment that was turned back: it continues from its switch
+			d.Leaves, d.Step = false, stepPre
 		}
 	}, nil
 }

@@ -149,6 +149,78 @@ func TestLeaveWhatHangs(t *testing.T) {
 	}
 }
 
+// A release that replaced the first one, and fails, goes back to that. If the first one isn't healthy any more, it is
+// left, too, for what was there before; if that is gone, the first one is tried until it is healthy.
+func TestLeaveFromAWayBackThatDoesNotHold(t *testing.T) {
+	t.Parallel()
+	for _, strategy := range leaveStrategies {
+		t.Run(string(strategy), func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			w.foreign((*world).tree)
+			u := w.open(nil)
+			sick := w.path("sick")
+			one := w.publish("1", func(m *deployments.Manifest) {
+				w.movesAway(strategy)(m)
+				m.Commands.Post = []deployments.Command{{Run: "! test -e " + sick}}
+			})
+			two := w.publish("2", func(m *deployments.Manifest) {
+				w.movesAway(strategy)(m)
+				m.Commands.Post = []deployments.Command{{Run: "touch " + sick + "; false"}}
+			})
+			unserved := func() {
+				t.Helper()
+				if err := u.Deploy(t.Context(), Request{Release: one, MayLeave: true}); err != nil {
+					t.Fatal(err)
+				}
+				err := u.Deploy(t.Context(), Request{Release: two, MayLeave: true})
+				if s := u.State(); err == nil || !s.Health.Unhealthy || s.Running != one || !s.Leavable {
+					t.Fatalf("%v, %+v", err, s)
+				}
+				w.hooks()
+			}
+			unserved()
+			if err := u.Leave(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			w.wantForeign()
+			s := u.State()
+			if !s.Running.IsZero() || s.Restored != one.Digest || s.Unfinished || s.Drained || s.Health.Unhealthy ||
+				!slices.Equal(s.Quarantined, []deployments.Digest{two.Digest}) {
+				t.Errorf("state: %+v", s)
+			}
+			if hooks := w.hooks(); !slices.Contains(hooks, "failure 1") {
+				t.Errorf("what was there before is started by the commands %q", hooks)
+			}
+			w.wantNothingKept(u)
+
+			if err := errors.Join(os.Remove(sick), u.Retry(two.Digest)); err != nil {
+				t.Fatal(err)
+			}
+			unserved()
+			kept, err := filepath.Glob(w.dest() + ".releases/adopted-*")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range append(kept, w.dest()+".old", u.beforeDir()) {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := u.Leave(t.Context()); err == nil || !u.State().Health.Unhealthy || u.State().Leavable {
+				t.Errorf("%v, %+v", err, u.State())
+			}
+			w.wantVersion("1")
+			if err := errors.Join(os.Remove(sick), u.Recover(t.Context())); err != nil {
+				t.Fatal(err)
+			}
+			if s := u.State(); s.Running != one || !s.Confirmed || s.Drained || s.Unfinished || s.Health.Unhealthy {
+				t.Errorf("state: %+v", s)
+			}
+		})
+	}
+}
+
 // What was there before, and was removed since, can't be gone back to: the unit stays on what it runs, in service.
 func TestLeaveForWhatIsGone(t *testing.T) {
 	t.Parallel()
