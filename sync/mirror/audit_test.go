@@ -118,6 +118,26 @@ func TestFollowPinsEnds(t *testing.T) {
 	})
 }
 
+// Pins of a great many nodes, which a token of pins/ can write, take the mirror no more than a pass over them. What
+// looks at all for each that is left out takes a minute here.
+func TestFollowPinsOfManyNodes(t *testing.T) {
+	t.Parallel()
+	hold := deployments.Pin{Hold: true}
+	shown := []deployments.PastPin{}
+	for n := range 100_000 {
+		shown = append(shown, pastPin(fmt.Sprint("web-", n), hold, nil))
+	}
+	shown = append(shown, pastPin("", hold, nil))
+	began := time.Now()
+	pins, truncated := followPins(nil, shown, time.Now())
+	if took := time.Since(began); took > 15*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	if n := len(pins); n != deployments.MaxPastPins || !truncated || pins[n-1].Node != "" || pins[n-2].Node != "web-48" {
+		t.Errorf("%d pins, truncated %v, at the end %+v", n, truncated, pins[n-2:])
+	}
+}
+
 // The largest entry fits into a transaction, whatever stands in pins and orders.
 func TestHistoryEntryFits(t *testing.T) {
 	t.Parallel()

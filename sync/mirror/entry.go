@@ -76,16 +76,32 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 
 // boundPins leaves out what is more than an entry keeps: the oldest that have ended, then the newest of single nodes.
 func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncated bool) {
-	for len(pins) > deployments.MaxPastPins {
-		i := slices.IndexFunc(pins, func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
-		for j := len(pins) - 1; i < 0; j-- {
-			if pins[j].Node != "" || j == 0 {
-				i = j
-			}
-		}
-		pins, truncated = slices.Delete(pins, i, i+1), true
+	more := len(pins) - deployments.MaxPastPins
+	if more <= 0 {
+		return pins, false
 	}
-	return pins, truncated
+	// In one pass each: a token of pins/ may have written tens of thousands for a unit.
+	kept = slices.DeleteFunc(pins, func(p deployments.PastPin) bool {
+		drop := more > 0 && !p.Ended.IsZero()
+		if drop {
+			more--
+		}
+		return drop
+	})
+	nodes := -more // how many pins of single nodes stay
+	for _, p := range kept {
+		if p.Node != "" {
+			nodes++
+		}
+	}
+	kept = slices.DeleteFunc(kept, func(p deployments.PastPin) bool {
+		if p.Node == "" {
+			return false
+		}
+		nodes--
+		return nodes < 0
+	})
+	return kept[max(0, len(kept)-deployments.MaxPastPins):], true
 }
 
 // sameEntry reports whether two versions of a history entry have the same pins.
