@@ -199,7 +199,7 @@ func TestEarlierNames(t *testing.T) {
 		want         Phase
 		reason       Reason
 	}{
-		{"waiting", "the canaries are well: waits for promote", PhasePendingApproval, ""},
+		{"waiting", "the canaries are healthy: waits for promote", PhasePendingApproval, ""},
 		{"rolling", "frozen by xmas until 2026-12-27 08:00Z", PhaseRolling, ReasonFrozen},
 		{"back", "its file is no longer in Git, so it stands where it is", PhaseRollingBack, ReasonOrphaned},
 		{"halted", "rolled back: aborted by an operator", PhaseRolledBack, ""},

@@ -349,7 +349,7 @@ func TestNext(t *testing.T) {
 			baking(s)
 			s.Unit.Rollout.Approval = deployments.Manual
 			s.Nodes[0].Report.State = deployments.StateWaiting
-		}, first, 1, "no longer well"},
+		}, first, 1, "no longer healthy"},
 		{"one whose failure is borne does not hold up the bake", 2, first, func(s *Situation) {
 			baking(s)
 			s.Unit.Rollout.MaxFailures.N = 1
@@ -393,7 +393,7 @@ func TestNext(t *testing.T) {
 			canary(s)
 			there(s, 1)
 			s.Record.Rollout.HealthySince, s.Seen = ago(time.Hour), ago(10*time.Second)
-		}, first, 1, "have yet to say how they are"},
+		}, first, 1, "have yet to report how they are"},
 		{"which takes them a moment", 1, first, func(s *Situation) {
 			canary(s)
 			there(s, 1)

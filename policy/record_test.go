@@ -128,7 +128,7 @@ func TestNextWrites(t *testing.T) {
 			baking(s)
 			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are well again"
+			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are healthy again"
 		}, "begins anew", 10 * time.Minute},
 		{"one that boots, and is canary by its rank, is waited for", 2, first, func(s *Situation) {
 			baking(s)
@@ -151,7 +151,7 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
 			s.Record.Rollout.Since, s.Record.Rollout.HealthySince = ago(5*time.Minute), ago(4*time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are well again"
+			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are healthy again"
 		}, "begins anew", 10 * time.Minute},
 		{"what should come first is looked for first", 2, rolling, func(s *Situation) {
 			s.Nodes[0].Report, s.Nodes[0].Started = deployments.UnitReport{}, noon
@@ -167,7 +167,7 @@ func TestNextWrites(t *testing.T) {
 			baking(s)
 			s.Unit.Rollout.Approval, s.Record.Rollout.HealthySince = deployments.Manual, ago(time.Hour)
 		}, func(s *Situation, r *record) {
-			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = waiting, noon, "the canaries are well: waits for promote"
+			r.Rollout.Phase, r.Rollout.Since, r.Rollout.Message = waiting, noon, "the canaries are healthy: waits for promote"
 		}, "waits for promote", 0},
 		{"and go on waiting", 1, waiting, func(s *Situation) { baking(s); s.Unit.Rollout.Approval = deployments.Manual }, same, "", 0},
 		{"also for one that boots, and is canary by its rank, but not longer than it may take", 2, waiting, func(s *Situation) {

@@ -16,7 +16,8 @@ import (
 var (
 	errPlainHTTP = errors.New("plain http is accepted from this machine only, and from what sources name: use https://")
 	errToHere    = errors.New("a redirect from another machine may not lead to this one")
-	// errLocalAddress is unavailability, not the release's fault: names lead to other addresses at other times.
+	// errLocalAddress counts as ErrUnavailable, not as the release's fault, as a name may lead to another address
+	// later.
 	errLocalAddress = errors.New("it is this machine's own address, or link-local: another machine may not lead there, " +
 		"and a URL only if sources names it")
 
@@ -37,22 +38,22 @@ func (c *Client) mayRead(u *url.URL) bool {
 	return thisMachine(u) || deployments.FromSource(u.String(), c.sources)
 }
 
-// redirectError is why a redirect isn't followed: trying again doesn't help.
+// redirectError says why a redirect isn't followed. It isn't transient.
 type redirectError struct{ error }
 
 func (e redirectError) Unwrap() error { return e.error }
 
 type boundsKey struct{}
 
-// WithRedirect returns a context whose reads hold each redirect to allowed, beside Config.Redirect: for those whose
-// bounds depend on what is read.
+// WithRedirect returns a context whose reads check each redirect by allowed, in addition to Config.Redirect: for
+// callers whose bounds depend on what is read.
 func WithRedirect(ctx context.Context, allowed func(url string) error) context.Context {
 	return context.WithValue(ctx, boundsKey{}, allowed)
 }
 
-// checkRedirect keeps to what is accepted of a URL. A redirect within a host takes a token or a password along, and
-// one from elsewhere could have a request sent to what listens on this machine alone. The URL that led there may
-// carry a signature, and is not told.
+// checkRedirect returns an error if a redirect leads where the URL itself would be refused. A redirect within a
+// host carries a token or password along, and one from elsewhere could send a request to a service that listens on
+// this machine only. The error doesn't show the URL that led there, which may contain a signature.
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")
 	if r.URL.Host != via[0].URL.Host {
@@ -84,15 +85,15 @@ func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// httpClient returns a client that counts requests and holds each hop of them to what may be connected to. The first
-// hop may lead to this machine where mayLeadHere says so.
+// httpClient returns a client that counts requests and checks each hop's address. The first hop may lead to this
+// machine if mayLeadHere allows it.
 func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) *http.Client {
 	guarded, proxies := t.Clone(), &proxies{}
 	guarded.Proxy = proxies.of(t.Proxy)
 	dialer := dialer()
 	dialer.ControlContext = refuseLocal
 	guarded.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-		if proxies.has(address) { // it is this node's configuration, and what it connects to is its own affair
+		if proxies.has(address) { // this node's configuration names the proxy, which decides what it connects to
 			return t.DialContext(ctx, network, address)
 		}
 		return dialer.DialContext(ctx, network, address)
@@ -108,7 +109,7 @@ func (c *Client) httpClient(t *http.Transport, mayLeadHere func(*url.URL) bool) 
 	}
 }
 
-// mayLeadHere reports whether an http URL that somebody named may have a name that leads to this machine.
+// mayLeadHere reports whether the name in an http URL may resolve to this machine.
 func (c *Client) mayLeadHere(u *url.URL) bool {
 	if !c.noLocal {
 		return true
@@ -118,7 +119,7 @@ func (c *Client) mayLeadHere(u *url.URL) bool {
 	return deployments.FromSource(to.String(), c.sources)
 }
 
-// configured is mayLeadHere of services that this process's own configuration names.
+// configured is the mayLeadHere for services that this process's own configuration names.
 func configured(*url.URL) bool { return true }
 
 func refuseLocal(_ context.Context, _, address string, _ syscall.RawConn) error {
@@ -129,12 +130,12 @@ func refuseLocal(_ context.Context, _, address string, _ syscall.RawConn) error 
 	return err
 }
 
-// isLocalAddress reports whether a request failed because each address of its host is this machine's. The error then
-// is final for this call.
+// isLocalAddress reports whether a request failed because each address of its host is this machine's. Trying again
+// in the same call doesn't help.
 func isLocalAddress(err error) bool { return errors.Is(err, errLocalAddress) }
 
-// hops sends a request on connections to any address, or on those that never lead to this machine. Each kind has its
-// own connections, since what a host's name led to once must not serve a request that may not go there.
+// hops sends requests on connections to any address, or on connections that never lead to this machine. The two
+// kinds don't share connections, as a host's name may have led to this machine for an earlier request.
 type hops struct {
 	free, guarded *http.Transport
 	mayLeadHere   func(*url.URL) bool
@@ -157,16 +158,16 @@ func (h hops) RoundTrip(r *http.Request) (*http.Response, error) {
 	return h.guarded.RoundTrip(r)
 }
 
-// CloseIdleConnections is for http.Client's method.
+// CloseIdleConnections implements http.Client's method of that name.
 func (h hops) CloseIdleConnections() {
 	h.free.CloseIdleConnections()
 	h.guarded.CloseIdleConnections()
 }
 
-// proxies are the addresses of proxies that requests were given.
+// proxies records the addresses of the proxies that requests used.
 type proxies struct{ known sync.Map }
 
-// of is a Transport's Proxy, and remembers what it returns.
+// of returns a Transport's Proxy function that records what next returns.
 func (p *proxies) of(next func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
 	if next == nil {
 		return nil

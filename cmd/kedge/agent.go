@@ -242,7 +242,7 @@ func override(c *agentConfig, flags *pflag.FlagSet) error {
 	return errors.Join(errs...)
 }
 
-// runAgent is the agent; file is where conf may have come from.
+// runAgent runs the agent; file is the file that conf may have come from.
 func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error {
 	log, err := a.logger()
 	if err != nil {
@@ -356,7 +356,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	if err != nil {
 		return err
 	}
-	// An idle agent is small: what a deployment allocated is given back sooner than Go would by itself.
+	// An idle agent needs little memory: what a deployment allocated is returned sooner than by Go's default.
 	debug.SetGCPercent(50)
 	log.Info(
 		"agent starts",
@@ -384,7 +384,7 @@ func (a *app) runAgent(ctx context.Context, file string, conf agentConfig) error
 	return node.Run(ctx)
 }
 
-// completeHook completes the instance's lifecycle action in AutoScaling. That it can't is no reason not to serve.
+// completeHook completes the instance's lifecycle action in AutoScaling. If it can't, the agent runs nevertheless.
 func completeHook(ctx context.Context, conf agentConfig, converged <-chan struct{}, log *slog.Logger) {
 	hook := ec2.Hook{Name: conf.LifecycleHook, Group: conf.AutoScalingGroup, Timeout: conf.LifecycleTimeout, Log: log}
 	for began := time.Now(); ; {

@@ -12,7 +12,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// completionTimeout bounds how long the shell waits for the store after a press of Tab.
+// completionTimeout bounds how long completion waits for the store.
 const completionTimeout = 2 * time.Second
 
 // wanted is the kind of name that an argument takes, for its completion.
@@ -44,7 +44,7 @@ func (a *app) completeArgs(c *cobra.Command, want ...wanted) *cobra.Command {
 	return c
 }
 
-// complete returns the names that begin with what is typed; none if the store can't be asked in time.
+// complete returns the names that begin with what was typed; none if the store doesn't answer in time.
 func (a *app) complete(ctx context.Context, want wanted, args []string, typed string) []string {
 	if ctx == nil {
 		ctx = context.Background()

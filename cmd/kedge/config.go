@@ -29,38 +29,40 @@ type agentConfig struct {
 	Node     string `yaml:"node"`
 	StateDir string `yaml:"state_dir"`
 	Listen   string `yaml:"listen"`
-	// ListenStatus serves what Listen doesn't tell those who ask from other machines.
+	// ListenStatus is the address that serves to other machines what Listen serves to this one only.
 	ListenStatus string `yaml:"listen_status"`
 
 	Sources words `yaml:"sources"`
-	// LocalSources lets releases come from this machine also where Sources does not name it.
+	// LocalSources allows releases from this machine even if Sources does not name it.
 	LocalSources bool `yaml:"local_sources"`
-	// Mirrors are asked before the place that an object belongs to.
+	// Mirrors are tried before an object's own place.
 	Mirrors mirrorLists `yaml:"mirrors"`
 
 	Dests      words `yaml:"dests"`
 	Users      words `yaml:"users"`
 	NoCommands bool  `yaml:"no_commands"`
-	// Secrets are references that releases may have read here; without any, none.
+	// Secrets are the references that releases may use here; empty: none.
 	Secrets words  `yaml:"secrets"`
 	Signers string `yaml:"signers"`
-	// AllowOlderPins has effect with Signers only.
+	// AllowOlderPins has an effect only with Signers.
 	AllowOlderPins bool `yaml:"allow_older_pins"`
-	// AllowEmpty lets a node be ready whose stage and roles have no unit.
+	// AllowEmpty lets a node be ready though its stage and roles have no unit.
 	AllowEmpty bool `yaml:"allow_empty"`
-	// Observe touches nothing, and says what it would do. Adopt takes over what is a release's already.
+	// Observe makes the agent compare and report, without changing anything. Adopt takes over a tree that equals
+	// its release.
 	Observe unitPatterns `yaml:"observe"`
 	Adopt   bool         `yaml:"adopt"`
 
-	// Maintenance has the node's maintenance mode in Consul on while a unit is drained; it takes node:write.
+	// Maintenance switches the node's maintenance mode in Consul on while a unit is drained. The token needs
+	// node:write.
 	Maintenance bool `yaml:"maintenance"`
 
-	// Snapshot is the object that the mirror keeps, for a first boot while the store is away.
+	// Snapshot is the URL of the mirror's signed snapshot, for a first boot while the store is away.
 	Snapshot        string        `yaml:"snapshot"`
 	SnapshotSigners string        `yaml:"snapshot_signers"`
 	SnapshotMaxAge  time.Duration `yaml:"snapshot_max_age"`
 
-	// EC2 takes stage and roles, where nothing else gives them, from the instance's tags.
+	// EC2 reads stage and roles from the instance's tags, if they aren't configured.
 	EC2              bool          `yaml:"ec2"`
 	LifecycleHook    string        `yaml:"lifecycle_hook"`
 	LifecycleTimeout time.Duration `yaml:"lifecycle_timeout"`
@@ -73,7 +75,7 @@ type agentConfig struct {
 	ReadyTimeout time.Duration `yaml:"ready_timeout"`
 }
 
-// check returns an error for values that mean nothing, whichever way they came.
+// check returns an error for invalid values, wherever they came from.
 func (c *agentConfig) check() error {
 	var errs []error
 	if c.Verify != "" && c.Verify != "always" {
@@ -90,8 +92,8 @@ func (c *agentConfig) check() error {
 	return errors.Join(errs...)
 }
 
-// agentDefaults are the settings that neither file, environment nor flags give. A zero says something: verify_every:
-// 0s is never.
+// agentDefaults returns the settings that hold if neither file, environment nor flags set them. A zero has a
+// meaning: verify_every: 0s is never.
 func agentDefaults() agentConfig {
 	return agentConfig{
 		SnapshotMaxAge:   72 * time.Hour,
@@ -101,7 +103,7 @@ func agentDefaults() agentConfig {
 	}
 }
 
-// durationOf reads a duration. Its error stands alone, without the line and column that goccy would add.
+// durationOf parses a duration. Its error has no position, as goccy would add.
 func durationOf(d *time.Duration, text []byte) (err error) {
 	s := strings.Trim(strings.TrimSpace(string(text)), `"'`)
 	if *d, err = time.ParseDuration(s); err != nil || *d < 0 {
@@ -122,7 +124,7 @@ func (w *words) UnmarshalYAML(read func(any) error) error {
 	return read((*[]string)(w))
 }
 
-// unitPatterns are typed as a list of STAGE/ROLE/UNIT, or as true or false for all or none.
+// unitPatterns is a list of STAGE/ROLE/UNIT patterns, or true or false for all or none.
 type unitPatterns []string
 
 func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
@@ -142,14 +144,14 @@ func (u *unitPatterns) UnmarshalYAML(read func(any) error) error {
 	return u.parse(typed)
 }
 
-// Set reads a flag or a variable.
+// Set parses a flag or a variable.
 func (u *unitPatterns) Set(text string) error {
 	if all, err := strconv.ParseBool(text); err == nil {
 		u.set(all)
 		return nil
 	}
 	typed := list(text)
-	if len(typed) == 0 { // as where a script's variable is empty: nothing would be observed
+	if len(typed) == 0 { // as from an empty variable in a script: nothing would be observed
 		return errors.New("observe: names no unit: want STAGE/ROLE/UNIT, each a name or *, or true or false")
 	}
 	return u.parse(typed)
@@ -193,7 +195,7 @@ func readAgentConfig(file string) (agentConfig, error) {
 	return c, err
 }
 
-// decodeAgentConfig reads a file's fields one by one, so that all mistakes are reported, not the first alone.
+// decodeAgentConfig reads a file's fields one by one, so that all mistakes are reported, not only the first.
 func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
@@ -232,7 +234,7 @@ func decodeAgentConfig(name string, data []byte, c *agentConfig) error {
 	return errors.Join(errs...)
 }
 
-// agentFields are the names of agent.yaml's fields.
+// agentFields yields the names of agent.yaml's fields.
 func agentFields(yield func(string) bool) {
 	for _, f := range reflect.VisibleFields(reflect.TypeFor[agentConfig]()) {
 		if !yield(f.Tag.Get("yaml")) {
@@ -241,8 +243,8 @@ func agentFields(yield func(string) bool) {
 	}
 }
 
-// otherVariables begin with KEDGE_ and are no field of agent.yaml: flags of all commands and of the mirror, and what
-// the mirror reads from the environment alone.
+// otherVariables are the names beginning with KEDGE_ that are no field of agent.yaml: flags of all commands and of
+// the mirror, and variables that only the mirror reads.
 var otherVariables = strings.Fields(
 	`kv prefix log_format log_level config repo branch path ssh_key known_hosts signed_by
 	signed_by_pgp snapshot_key notify git_user git_token git_token_file github_app_id github_app_installation
@@ -250,16 +252,16 @@ var otherVariables = strings.Fields(
 	play tools`,
 )
 
-// commandVariables are the variables that a release's commands get. Elsewhere each is a mistake: KEDGE_DEST bounds
-// nothing, as KEDGE_DESTS would.
+// commandVariables are the variables that a release's commands get. Elsewhere they are a mistake: KEDGE_DEST has
+// no effect, unlike KEDGE_DESTS.
 var commandVariables = strings.Fields("release version previous digest name dest unit role step run error commit")
 
-// checkVariables refuses variables that begin with KEDGE_ and mean nothing: a mistyped KEDGE_DEST would bound nothing.
+// checkVariables refuses unknown variables that begin with KEDGE_: a mistyped KEDGE_DEST would have no effect.
 func checkVariables(environment []string) error {
 	known := slices.Collect(agentFields)
 	known = append(known, otherVariables...)
 	if slices.ContainsFunc(environment, func(v string) bool { return strings.HasPrefix(v, "KEDGE_RUN=") }) {
-		known = append(known, commandVariables...) // a command of a release started this
+		known = append(known, commandVariables...) // a release's command started this process
 	}
 	var errs []error
 	for _, variable := range environment {
@@ -277,8 +279,8 @@ func checkVariables(environment []string) error {
 	return errors.Join(errs...)
 }
 
-// configError returns where in a file a mistake is, as everywhere in kedge: FILE:LINE:COLUMN. An error without a place
-// is at the field's, if that is known.
+// configError adds to a mistake its place in a file, as FILE:LINE:COLUMN. An error without a place gets the
+// field's, if that is known.
 func configError(file string, err error, field ...*token.Position) error {
 	var at yaml.Error
 	if !errors.As(err, &at) || at.GetToken() == nil || at.GetToken().Position == nil {
@@ -299,15 +301,15 @@ func configError(file string, err error, field ...*token.Position) error {
 	return fmt.Errorf("%s:%d:%d: %s", file, found.Position.Line, found.Position.Column, says)
 }
 
-// list splits a flag's or variable's text at commas.
+// list splits the text of a flag or variable at commas.
 func list(s string) []string {
 	return strings.FieldsFunc(s, func(r rune) bool { return r == ',' || r == ' ' })
 }
 
-// mirrorLists are object.Mirrors as they are typed.
+// mirrorLists are object.Mirrors as a person types them.
 type mirrorLists map[string]words
 
-// readMirrors reads a list of PREFIX=MIRROR: a prefix may stand several times.
+// readMirrors parses a list of PREFIX=MIRROR, in which a prefix may occur several times.
 func readMirrors(text string) (mirrorLists, error) {
 	m := mirrorLists{}
 	for _, one := range list(text) {
@@ -320,7 +322,7 @@ func readMirrors(text string) (mirrorLists, error) {
 	return m, nil
 }
 
-// mirrors returns the mirrors that were typed, or an error if one is no URL.
+// mirrors returns the typed mirrors, or an error if one is no URL.
 func (m mirrorLists) mirrors() (object.Mirrors, error) {
 	out := object.Mirrors{}
 	for prefix, urls := range m {
@@ -329,7 +331,7 @@ func (m mirrorLists) mirrors() (object.Mirrors, error) {
 	return out, out.Check()
 }
 
-// byteRate reads a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000.
+// byteRate parses a number of bytes a second: 20000000, 20M, 20MB/s, 20 MiB, 20mb, 20,000.
 func byteRate(s string) (int64, error) {
 	t := strings.ToLower(strings.ReplaceAll(strings.TrimSuffix(strings.TrimSpace(s), "/s"), ",", ""))
 	if t == "" || t == "0" {

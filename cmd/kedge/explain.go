@@ -58,7 +58,7 @@ With --json a program reads the same: "decides", "blocks" and "hint" of every st
 	return a.completeArgs(c, wantUnit, wantNode)
 }
 
-// explain answers the question that the arguments ask.
+// explain computes the answer for the arguments.
 func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	f *fleet.Fleet, id deployments.UnitID, node string, d fleet.Decision, err error,
 ) {
@@ -105,7 +105,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	return f, id, node, d, err
 }
 
-// readToExplain reads a part of the fleet, and says where a node's own word can be had while the store is away.
+// readToExplain reads a part of the fleet. If the store is away, the error says how to ask the node itself.
 func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fleet, error) {
 	store, err := a.quiet()
 	if err != nil {

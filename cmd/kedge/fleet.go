@@ -35,7 +35,7 @@ func (a *app) printJSON(v any) error {
 	return err
 }
 
-// filterOf reads STAGE, STAGE/ROLE or STAGE/ROLE/UNIT.
+// filterOf parses STAGE, STAGE/ROLE or STAGE/ROLE/UNIT.
 func filterOf(args []string) (fleet.Filter, error) {
 	if len(args) == 0 {
 		return fleet.Filter{}, nil

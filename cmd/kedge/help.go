@@ -11,7 +11,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// usage writes how a command is called: its line, the commands below it by group, and its flags.
+// usage writes a command's usage: its line, its subcommands by group, and its flags.
 func usage(w io.Writer, cmd *cobra.Command, width int) error {
 	var b strings.Builder
 	b.WriteString("Usage:\n")
@@ -47,10 +47,10 @@ func usage(w io.Writer, cmd *cobra.Command, width int) error {
 	return err
 }
 
-// reflow breaks the paragraphs of a text anew; lines that are indented stay as they are.
+// reflow wraps the paragraphs of a text to a width; indented lines stay as they are.
 func reflow(text string, width int) string {
 	var lines []string
-	open := false // the last line may go on
+	open := false // the last line may be continued
 	for line := range strings.SplitSeq(text, "\n") {
 		verbatim := line == "" || strings.HasPrefix(line, " ")
 		if open && !verbatim {

@@ -15,7 +15,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
-	_ "time/tzdata" // freeze windows name zones, and a minimal host has no database of them
+	_ "time/tzdata" // freeze windows name time zones, and a minimal host has no database of them
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -35,10 +35,10 @@ const (
 	exitNotConverged = 3
 )
 
-// errNotConverged makes the exit code 3: a wait that ran out of time.
+// errNotConverged leads to exit code 3: a wait timed out.
 var errNotConverged = errors.New("not converged in time")
 
-// usageError makes the exit code 2, and says where the manual is.
+// usageError leads to exit code 2, and names the manual.
 type usageError struct{ err error }
 
 func (e usageError) Error() string { return e.err.Error() }
@@ -56,7 +56,7 @@ func (e hintError) Unwrap() error { return e.error }
 
 func main() { os.Exit(run(programArgs(os.Args[0], os.Args[1:]), os.Stdin, os.Stdout, os.Stderr)) }
 
-// run is main without the process: what the tests of the command line call.
+// run is main without the process. Tests of the command line call it.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -87,7 +87,8 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return exitFailed
 }
 
-// storeHint returns what to check if an error is the store's; empty: it isn't, or there is nothing to add.
+// storeHint returns what to check about an error of the store; empty: it is another error, or there is nothing to
+// add.
 func (a *app) storeHint(err error) string {
 	switch {
 	case !a.onConsul():
@@ -118,7 +119,7 @@ func (a *app) tell(format string, args ...any) {
 	fmt.Fprintln(a.stderr, fleet.Wrap(fmt.Sprintf(format, args...), terminalWidth(a.stderr)))
 }
 
-// app is what the commands share: the streams, and the flags that all of them take.
+// app is the state that all commands share: the streams, and the global flags.
 type app struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
@@ -155,7 +156,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	const most = 100 // columns of a text that is easy to read
+	const most = 100 // columns, so that text is easy to read
 	width := cmp.Or(min(a.terminal(), most), 80)
 	root.SuggestionsMinimumDistance = 2
 	root.SetHelpCommand(&cobra.Command{
@@ -181,7 +182,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		},
 	})
 	// No template is set, of version, usage (see usage) or help: text/template calls methods by name, so that the
-	// linker would keep every exported method of every type, most of S3's client among them. That is 9 MB of the
+	// linker would keep every exported method of every type, including most of S3's client. That is 9 MB of the
 	// binary, and 3 MB of an idle agent's memory.
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
@@ -191,7 +192,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 		os.Getenv("KEDGE_KV"),
 		"`URL` of the store: consul (by CONSUL_HTTP_ADDR, CONSUL_HTTP_TOKEN, …), or file://DIR; also KEDGE_KV (default consul)",
 	)
-	f.Lookup("kv").DefValue = "" // KEDGE_KV's value is no default to speak of
+	f.Lookup("kv").DefValue = "" // the value of KEDGE_KV is not shown as the default
 	f.StringVar(
 		&a.prefix,
 		"prefix",
@@ -262,8 +263,8 @@ func (a *app) openStore(c open.Config) (kv.Store, error) {
 	return store, err
 }
 
-// quiet opens the store for a command that a person waits for: it has no log, errors are enough. It makes no
-// directory: one that isn't there was mistyped, and would look like a fleet without units.
+// quiet opens the store for a command that a person waits for, without a log, as errors are enough. It creates no
+// directory: a missing one was mistyped, and would look like a fleet without units.
 func (a *app) quiet() (kv.Store, error) {
 	return a.openStore(open.Config{Existing: true})
 }
@@ -284,8 +285,7 @@ func (a *app) logger() (*slog.Logger, error) {
 	return nil, usagef("--log-format %q: want text or json", a.logFormat)
 }
 
-// logStop logs that a daemon was asked to stop, before it finishes what it has begun. calledOff stops
-// that.
+// logStop logs that a daemon was asked to stop, and finishes its current work first. calledOff cancels that.
 func logStop(ctx context.Context, log *slog.Logger, message string) (calledOff func() bool) {
 	return context.AfterFunc(ctx, func() { log.Info(message, "why", context.Cause(ctx).Error()) })
 }
@@ -352,7 +352,7 @@ func (a *app) versionCommand() *cobra.Command {
 	return c
 }
 
-// version is the build's: a tag, or the commit, as the Go tool stamps it.
+// version returns the build's version: a tag, or the commit, as the Go tool stamps it.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
 	if !ok {

@@ -16,7 +16,7 @@ import (
 	"kedge/sync/migrate"
 )
 
-// checkManifests reports where a node would treat a manifest otherwise than stretcher does.
+// checkManifests reports where a node would treat a manifest differently from stretcher.
 func (a *app) checkManifests(ctx context.Context, names []string, archives, fix bool) error {
 	log, err := a.logger()
 	if err != nil {
@@ -36,7 +36,7 @@ func (a *app) checkManifests(ctx context.Context, names []string, archives, fix 
 		look = nil
 	}
 	notes, refused := []deployments.Problem{}, deployments.Problems{}
-	var only *migrate.Inspection // where there is no other
+	var only *migrate.Inspection // nil if there are several
 	for _, s := range sources {
 		in, err := migrate.Inspect(ctx, look, s)
 		if err != nil {
@@ -81,8 +81,8 @@ func archiveText(found *migrate.Archive) string {
 	return fmt.Sprintf("; its archive holds %s of %s", count(found.Files, "file"), bytesText(found.Bytes))
 }
 
-// fixManifest rewrites a manifest for kedge: a file in place, a manifest from elsewhere, which has to be the only one,
-// to standard output.
+// fixManifest adapts a manifest to kedge: a file in place; any other manifest, of which there must be only one, to
+// standard output.
 func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrate.Inspection, alone bool) error {
 	isFile := in.Source.Name != "-" && !strings.Contains(in.Source.Name, "://")
 	if !isFile && !alone {
@@ -112,7 +112,7 @@ func (a *app) fixManifest(ctx context.Context, objects *object.Client, in migrat
 	return durable.WriteFile(in.Source.Name, text, info.Mode().Perm())
 }
 
-// namingFlags are how a manifest's key is read.
+// namingFlags adds the flags that say how to derive a unit from a manifest's key.
 func namingFlags(f *pflag.FlagSet, n *migrate.Naming) {
 	f.StringArrayVar(
 		&n.Patterns,
@@ -200,7 +200,7 @@ Exit code 1 where a manifest is one that no node would take.`,
 // Imports is the JSON of kedge import.
 type Imports struct {
 	Units []migrate.Imported `json:"units"`
-	// PassedOver are the URLs of manifests whose names stand for no unit.
+	// PassedOver are the URLs of manifests whose names belong to no unit.
 	PassedOver []string `json:"passed_over"`
 }
 
@@ -281,7 +281,7 @@ func (a *app) bridge(ctx context.Context, o migrate.BridgeOptions, args []string
 		log.Info("no event: nothing to do")
 		return nil
 	}
-	o.Bounds.NoLocal = len(args) == 0 // else a person names it
+	o.Bounds.NoLocal = len(args) == 0 // otherwise a person names the URL
 	o.Objects = object.New(object.Config{
 		Sources: o.Bounds.Sources, NoLocal: o.Bounds.NoLocal, Redirect: o.Bounds.CheckSource, Log: log,
 	})

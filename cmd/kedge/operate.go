@@ -19,7 +19,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// operateCommands are the commands of operators; each is a plain write of one key.
+// operateCommands returns the commands of operators. Each writes one key.
 func (a *app) operateCommands() []*cobra.Command {
 	commands := []*cobra.Command{a.pinCommand(), a.unpinCommand(), a.rollbackCommand()}
 	for verb, what := range map[string][2]string{
@@ -54,7 +54,7 @@ Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has ta
 	return commands
 }
 
-// orderWithin is how long the mirror gets to take an order while somebody waits for it.
+// orderWithin is how long a command waits for the mirror to take an order.
 const orderWithin = 5 * time.Second
 
 func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, order deployments.Order) error {
@@ -86,15 +86,15 @@ type OrderOutcome struct {
 	Node string `json:"node,omitempty"`
 	// Order is promote, pause, resume, abort, retry, pin, unpin or rollback.
 	Order string `json:"order"`
-	// Outcome says in words what came of it.
+	// Outcome describes the result in words.
 	Outcome string `json:"outcome"`
 	// Pin is the pin that was written.
 	Pin *deployments.Pin `json:"pin,omitempty"`
-	// Notes say in words what to know about it, and what to do next.
+	// Notes say in words what else to know, and what to do next.
 	Notes []string `json:"notes"`
 }
 
-// done prints an outcome: as JSON, or for people as a line with notes below it.
+// done prints an outcome: as JSON, or for people as a line followed by notes.
 func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	t.Notes = slices.DeleteFunc(append([]string{}, notes...), func(note string) bool { return note == "" })
 	if a.json {
@@ -107,12 +107,12 @@ func (a *app) done(t OrderOutcome, line string, notes ...string) error {
 	return nil
 }
 
-// notInTime makes the exit code 3, as errNotConverged does.
+// notInTime leads to exit code 3, like errNotConverged.
 type notInTime struct{ error }
 
 func (e notInTime) Is(target error) bool { return target == errNotConverged }
 
-// onUnit opens the store and reads the unit that the first argument names.
+// onUnit opens the store and parses the first argument as a unit.
 func (a *app) onUnit(f func(context.Context, kv.Store, deployments.UnitID) error) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
 		id, err := deployments.ParseUnitID(args[0])
@@ -210,10 +210,10 @@ The same as: consul kv put kedge/pins/STAGE/ROLE/UNIT POINTER`,
 
 func byFlag(f *pflag.FlagSet, by *string) {
 	f.StringVar(by, "by", person(), "who (default: you)")
-	f.Lookup("by").DefValue = "" // the manual is the same for everyone
+	f.Lookup("by").DefValue = "" // so that the manual is the same for everyone
 }
 
-// person is who types, for people who look at it later.
+// person returns who runs the command, for the history.
 func person() string {
 	for _, name := range []string{"SUDO_USER", "USER", "LOGNAME"} {
 		if v := os.Getenv(name); v != "" {
@@ -226,7 +226,7 @@ func person() string {
 	return ""
 }
 
-// untilOf reads a duration from now, also in days, or a time with its zone.
+// untilOf parses a duration from now, which may be in days, or a time with its zone.
 func untilOf(s string, now time.Time) (time.Time, error) {
 	d, err := time.ParseDuration(s)
 	if days, ok := strings.CutSuffix(s, "d"); ok && err != nil {

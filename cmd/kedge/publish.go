@@ -171,7 +171,7 @@ as it is: another level takes another version.`,
 	return c
 }
 
-// flagMistake says of a flag what a manifest's field of that name may not be; "" is not given.
+// flagMistake returns an error if a flag's value is invalid for the manifest field of that name; "" is not set.
 func flagMistake(name, value string) error {
 	if value == "" {
 		return nil
@@ -183,7 +183,7 @@ func flagMistake(name, value string) error {
 	return err
 }
 
-// publishedLines describes a published release, and what nodes will fetch of it.
+// publishedLines describes a published release, and what nodes will fetch for it.
 func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Duration) []string {
 	if p.Again {
 		return []string{fmt.Sprintf("%s %s was published before, with the same bytes", m.Name, m.Version)}
@@ -209,7 +209,7 @@ func publishedLines(m *deployments.Manifest, p artifact.Published, took time.Dur
 	)
 }
 
-// createdAt reads when a release was made; empty: now. Whole seconds, as a manifest has them.
+// createdAt parses the time at which a release was made, in whole seconds as in a manifest; empty: now.
 func createdAt(s string, now time.Time) (time.Time, error) {
 	if s == "" {
 		return now.UTC().Truncate(time.Second), nil
@@ -224,7 +224,7 @@ func createdAt(s string, now time.Time) (time.Time, error) {
 	return t.UTC().Truncate(time.Second), nil
 }
 
-// bytesText returns a size as people read it: 734 MB, 0.8 MB, 312 B.
+// bytesText formats a size: 734 MB, 0.8 MB, 312 B.
 func bytesText(n int64) string {
 	switch {
 	case n < 1000:
@@ -237,11 +237,11 @@ func bytesText(n int64) string {
 	return fmt.Sprintf("%d MB", n/1e6)
 }
 
-// progressLine shows progress on one line of a terminal, and nothing elsewhere.
+// progressLine shows progress on one line of a terminal, and nothing otherwise.
 type progressLine struct {
 	a    *app
 	mu   sync.Mutex
-	last time.Time // when it was written; zero: it is empty
+	last time.Time // when it was last written; zero: it is empty
 }
 
 func (a *app) progressLine() *progressLine { return &progressLine{a: a} }

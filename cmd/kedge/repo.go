@@ -140,7 +140,7 @@ With --fix it writes files as kedge would have them, and what comes of one URL o
 	return c
 }
 
-// problems prints the problems that were found, and returns an error if there are any.
+// problems prints problems, and returns an error if there are any.
 func (a *app) problems(found deployments.Problems, where string) error {
 	if a.json {
 		return errors.Join(a.printJSON(found), errors.New(count(len(found), "problem")))
@@ -163,9 +163,9 @@ func inFile(err error, file string) error {
 	return problems
 }
 
-// loadTree reads a work tree, or HEAD of a repo that has none: as a directory that has no unit's file it would
-// always be valid. A work tree that holds files as a bare repo has them is still a work tree: else whoever may push
-// could have another tree checked than the mirror reads.
+// loadTree reads a work tree, or HEAD of a bare repo: as a directory without unit files that would always be
+// valid. A work tree that contains the files of a bare repo is still a work tree: otherwise whoever may push could
+// have another tree checked than the mirror reads.
 func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) {
 	if _, err := os.Lstat(filepath.Join(dir, ".git")); err == nil {
 		return git.LoadDir(dir, path)
@@ -182,7 +182,7 @@ func loadTree(ctx context.Context, dir, path string) (*deployments.Tree, error) 
 	return commit.Tree, nil
 }
 
-// pathFlag is for repos that hold more than deployments.
+// pathFlag adds the flag for repos that hold more than deployments.
 func pathFlag(f *pflag.FlagSet, path *string) {
 	f.StringVar(
 		path,
@@ -238,8 +238,8 @@ What isn't committed isn't compared.`,
 	return c
 }
 
-// records reads the store's present records. A record that doesn't parse counts as absent: the mirror would replace
-// it.
+// records reads the store's current records. A record that doesn't parse counts as absent, as the mirror would
+// replace it.
 func records(ctx context.Context, store kv.Store) (map[deployments.UnitID]deployments.Record, error) {
 	entries, err := store.List(ctx, kv.DesiredPrefix)
 	if err != nil {
@@ -283,7 +283,7 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// readTemplate fills opt from a manifest's file. Its text is kept as it is, with {{ env }} and {{ must_env }} for
+// readTemplate sets opt's manifest from a file. The text is kept unchanged, with {{ env }} and {{ must_env }} for
 // the nodes to fill in.
 func readTemplate(file string, opt *artifact.PublishOptions) error {
 	data, err := inputfile.ReadOnce("--manifest", file)
@@ -293,7 +293,7 @@ func readTemplate(file string, opt *artifact.PublishOptions) error {
 	whole := data
 	if json := bytes.HasPrefix(bytes.TrimSpace(data), []byte("{")); !json &&
 		!artifact.TemplateSets(data, "sync_strategy") {
-		// Some fields are for this strategy alone: they are checked beside what publishing will add.
+		// Some fields are only for this strategy: they are checked together with what publishing will add.
 		whole = append(bytes.TrimRight(bytes.Clone(data), "\n"), "\nsync_strategy: "+deployments.StrategyRelease+"\n"...)
 	}
 	m, err := deployments.ParseTemplate(whole, "file:///manifest.yaml")

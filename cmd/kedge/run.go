@@ -24,16 +24,16 @@ import (
 	"kedge/sync/secret"
 )
 
-// stretcherName is the name of a link under which kedge stands in for stretcher.
+// stretcherName is the name of a link through which kedge acts as stretcher.
 const stretcherName = "stretcher"
 
-// stretcherFlags are the long flags of stretcher's versions. Those before 2025 were read by Go's flag package,
-// which takes one dash.
+// stretcherFlags are the long flags of stretcher's versions. Versions before 2025 used Go's flag package, which
+// takes one dash.
 var stretcherFlags = []string{
 	"max-band-width", "max-bandwidth", "timeout", "random-delay", "retry", "retry-wait", "rsync-verbose", "version",
 }
 
-// programArgs returns a program's arguments: called as stretcher, it is kedge run.
+// programArgs returns a program's arguments; called as stretcher, it is kedge run.
 func programArgs(name string, args []string) []string {
 	if filepath.Base(name) != stretcherName {
 		return args
@@ -49,8 +49,8 @@ func programArgs(name string, args []string) []string {
 	return out
 }
 
-// watchHandler reports whether consul watch started this process: it ends once its handler fails, and the next
-// event is lost.
+// watchHandler reports whether consul watch started this process. consul watch ends when its handler fails, and
+// the next event is lost.
 func watchHandler() bool { return os.Getenv("CONSUL_INDEX") != "" }
 
 func (a *app) runCommand() *cobra.Command {
@@ -184,14 +184,14 @@ func (a *app) runOnce(ctx context.Context, one deploy.OneShot, args []string, ra
 	return deploy.Once(ctx, one)
 }
 
-// readEvent reads the manifest's URL from standard input; empty: there is no event. It doesn't wait for more than
-// it needs, and ctx ends it.
+// readEvent reads the manifest's URL from standard input; empty: there is no event. It reads no more than it
+// needs, and returns when ctx ends.
 func readEvent(ctx context.Context, in io.Reader, log *slog.Logger) (url string, err error) {
 	read := make(chan struct{})
 	log.Debug("reads a manifest's URL or Consul's events from standard input")
 	var got string
 	var failed error
-	go func() { // it stays where nothing comes, until the process ends
+	go func() { // if nothing comes, it runs until the process ends
 		got, failed = deploy.ParseInput(in, os.Getenv)
 		close(read)
 	}()

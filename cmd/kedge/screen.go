@@ -21,13 +21,13 @@ type screen struct {
 	draw func(w io.Writer, f *fleet.Fleet, width int)
 
 	mu            sync.Mutex
-	fleet         *fleet.Fleet // as it was seen last
-	text          string       // what is there
-	width, height int          // and how large the terminal was
+	fleet         *fleet.Fleet // as last seen
+	text          string       // what is drawn
+	width, height int          // the terminal's size then
 }
 
-// watchOnScreen shows the fleet until ctx ends, anew after every change, and once a second: ages go on, and windows
-// change their size.
+// watchOnScreen shows the fleet until ctx ends. It draws after every change, and once a second, for ages and the
+// window's size.
 func (a *app) watchOnScreen(
 	ctx context.Context,
 	store kv.Store,
@@ -54,7 +54,7 @@ func (a *app) watchOnScreen(
 	return fleet.Watch(ctx, store, filter, func(f *fleet.Fleet) { s.show(f, f.At) })
 }
 
-// show draws a fleet as it is now; nil: the one that was seen last.
+// show draws a fleet; nil: the one that was last seen.
 func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -76,15 +76,15 @@ func (s *screen) show(f *fleet.Fleet, now time.Time) {
 	}
 	s.text, s.width, s.height = text, width, height
 	clear := ""
-	if resized { // what was there lies in other places now
+	if resized { // the old drawing has moved
 		clear = "\x1b[2J"
 	}
-	// Over what is there rather than cleared first, which would flicker.
+	// It overwrites the old drawing, as clearing first would flicker.
 	fmt.Fprint(s.out, "\x1b[H"+clear+strings.ReplaceAll(text, "\n", "\x1b[K\n")+"\x1b[J")
 }
 
-// cut drops the lines that don't fit on the screen: else its top would scroll out of sight. A line longer than the
-// screen's width counts as several.
+// cut drops the lines that don't fit on the screen, as its top would otherwise scroll away. A line wider than the
+// screen counts as several.
 func cut(text string, width, most int) string {
 	lines := strings.SplitAfter(text, "\n")
 	lines = lines[:len(lines)-1]

@@ -57,8 +57,8 @@ func snapshotWriter(url, keyFile string, objects *object.Client) (func(context.C
 // snapshotAhead is how far a mirror's clock may be ahead of a node's.
 const snapshotAhead = 10 * time.Minute
 
-// snapshotReader returns an agent's way to the snapshot: signed by one of those in the file, made for this URL, and
-// no older than maxAge, which bounds what whoever can write the object gets from an old one.
+// snapshotReader returns the function by which an agent reads the snapshot. It must be signed by a key in the
+// file, made for this URL, and no older than maxAge, as whoever can write the object may put back an old one.
 func snapshotReader(
 	url, signersFile string,
 	maxAge time.Duration,
@@ -116,7 +116,7 @@ func snapshotReader(
 			if strings.HasPrefix(
 				key,
 				kv.DesiredPrefix,
-			) { // it speaks of nothing else: pins and orders are for those who are there
+			) { // it contains no pins and orders, which are for the present
 				entries = append(entries, kv.Entry{Key: key, Value: []byte(record)})
 			}
 		}

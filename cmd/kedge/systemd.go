@@ -20,9 +20,10 @@ import (
 	"kedge/sync/agent"
 )
 
-// supervised talks to systemd for an agent: READY, once, when node has converged or timeout is over; until then
-// that starting takes longer, and afterwards the watchdog's food, both only while the agent's loop turns; and a
-// line for systemctl status. It returns when ctx ends, and at once where systemd doesn't ask for it.
+// supervised notifies systemd about an agent: READY, once, when node has converged or timeout has passed; before
+// that, that the start takes longer; afterwards, the watchdog's keep-alives. The latter two are sent only while
+// the agent's loop runs. It also sends a line for systemctl status. It returns when ctx ends, and at once if
+// systemd expects no notifications.
 func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, log *slog.Logger) {
 	if os.Getenv("NOTIFY_SOCKET") == "" {
 		return
@@ -38,7 +39,7 @@ func supervised(ctx context.Context, node *agent.Agent, timeout time.Duration, l
 	converged, late := node.Idle(), time.After(timeout)
 	starting := true
 	for {
-		// A loop that is stuck says nothing, neither that it needs longer nor that it lives: systemd starts it again.
+		// A stuck loop sends nothing, so that systemd restarts the agent.
 		if node.Alive() {
 			lines := []string{"STATUS=" + statusLine(node.Status())}
 			if starting {
@@ -69,7 +70,7 @@ func tell(log *slog.Logger, lines ...string) {
 	}
 }
 
-// statusLine returns one line that says what a node runs and what is wrong.
+// statusLine returns a line with what a node runs, and what is wrong.
 func statusLine(s policy.NodeStatus) string {
 	var units []string
 	for _, role := range slices.Sorted(maps.Keys(s.Roles)) {
@@ -88,8 +89,8 @@ func statusLine(s policy.NodeStatus) string {
 	return line
 }
 
-// journalled writes log lines for systemd's journal, each with its priority as a prefix (sd-daemon(3)), so that
-// journalctl --priority=warning works. Lines begin with their level, as the time is the journal's to say.
+// journalled writes log lines for systemd's journal, each prefixed with its priority (sd-daemon(3)), so that
+// journalctl --priority=warning works. Lines begin with their level, as the journal adds the time.
 type journalled struct{ w io.Writer }
 
 func (j journalled) Write(line []byte) (int, error) {

@@ -22,7 +22,7 @@ func helpTopics() string {
 var pageLink = regexp.MustCompile(`\[([^\]]+)\]\(([^)]+)\)`)
 
 // pageText renders a page of the manual, which is Markdown, for a terminal: headings without marks, paragraphs and
-// items broken at width, blocks of commands indented, and tables of two columns as a list if they are too wide.
+// items wrapped at width, blocks of commands indented, and tables of two columns as a list if they are too wide.
 func pageText(page string, width int) string {
 	page = strings.ReplaceAll(page, "**", "")
 	page = pageLink.ReplaceAllStringFunc(page, func(link string) string {
@@ -33,7 +33,7 @@ func pageText(page string, width int) string {
 		return m[1] + " (" + m[2] + ")"
 	})
 	var b strings.Builder
-	var open []string // lines of the paragraph or item that goes on
+	var open []string // lines of the current paragraph or item
 	var table [][]string
 	flush := func() {
 		if len(open) > 0 {
@@ -54,7 +54,7 @@ func pageText(page string, width int) string {
 			fenced = !fenced
 		case fenced:
 			b.WriteString(strings.TrimRight("    "+line, " ") + "\n")
-		case strings.HasPrefix(line, "    ") && text != "" && len(open) == 0: // indented code, whatever is in it
+		case strings.HasPrefix(line, "    ") && text != "" && len(open) == 0: // indented code, whatever it contains
 			flush()
 			b.WriteString(line + "\n")
 		case text == "":
@@ -87,7 +87,7 @@ var itemMark = regexp.MustCompile(`^([-*]|[0-9]+\.) `)
 
 func isItem(text string) bool { return itemMark.MatchString(text) }
 
-// wrapItem breaks a paragraph or an item between words at width, with its further lines below where its text begins.
+// wrapItem wraps a paragraph or an item at width. Further lines are indented to where its text begins.
 func wrapItem(text string, width int) string {
 	rest := strings.TrimLeft(text, " ")
 	indent := len(text) - len(rest)
@@ -95,7 +95,7 @@ func wrapItem(text string, width int) string {
 	return wrapWords(strings.Repeat(" ", indent)+mark, strings.TrimPrefix(rest, mark), width)
 }
 
-// wrapWords breaks text between words at width; first stands before its first line, as many blanks before the others.
+// wrapWords wraps text at width. Its first line begins with first, and the others with as many blanks.
 func wrapWords(first, text string, width int) string {
 	var b strings.Builder
 	b.WriteString(first)
@@ -126,7 +126,7 @@ func cells(row string) []string {
 	return cells
 }
 
-// tableText aligns a table's columns, or, if they don't fit, writes each row as its first cell with the others below.
+// tableText aligns a table's columns. If they don't fit, each row becomes its first cell with the others below.
 func tableText(rows [][]string, width int) string {
 	var widths []int
 	body := rows[:0:0]

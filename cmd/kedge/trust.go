@@ -18,8 +18,8 @@ import (
 	"kedge/policy"
 )
 
-// manifestSigner signs as `ssh-keygen -Y sign -n kedge-manifest` does; signed checks that the same key made a
-// signature.
+// manifestSigner returns sign, which signs as `ssh-keygen -Y sign -n kedge-manifest` does, and signed, which
+// checks that the same key made a signature.
 func manifestSigner(
 	keyFile string,
 ) (sign func(manifest []byte) ([]byte, error), signed func(manifest, signature []byte) error, err error) {
@@ -64,9 +64,9 @@ func readSigningKey(setting, file string) (ssh.Signer, error) {
 	return key, nil
 }
 
-// trustSigners returns the check that an agent makes of every manifest before it uses it, and a mirror before it
-// names it: its signature, which lies beside it as manifest.yaml.sig, is by one of those in file. Without a file
-// the pointer's digest is enough, and nil is returned.
+// trustSigners returns the check of a manifest that an agent makes before it uses it, and a mirror before it names
+// it: a key in file must have made its signature, manifest.yaml.sig beside it. Without a file it returns nil, as
+// the pointer's digest is enough.
 func trustSigners(
 	file string,
 	objects *object.Client,
@@ -85,7 +85,7 @@ func trustSigners(
 	}
 	return func(ctx context.Context, p deployments.Pointer, manifest []byte) error {
 		var who string
-		var unsigned error // of the signature that was read last
+		var unsigned error // the error of the signature that was read last
 		url := deployments.BesideURL(p.URL, ".sig")
 		_, err := objects.ReadPinned(ctx, url, artifact.MaxSignature, func(signature []byte) error {
 			who, unsigned = signers.VerifyManifest(manifest, signature, time.Now())

@@ -111,7 +111,7 @@ than --patience, 3 when the time is over.`,
 	return a.completeArgs(c, wantPart)
 }
 
-// waitError returns why a wait that ran in ctx ended with err, and what to do about it.
+// waitError returns the error of a wait in ctx that ended with err, and a hint.
 func (a *app) waitError(
 	outer, ctx context.Context, store kv.Store, filter fleet.Filter, timeout time.Duration, err error,
 ) error {
@@ -141,7 +141,7 @@ type WaitOutcome struct {
 	Message string `json:"message,omitempty"`
 }
 
-// waited prints how a wait ended, for a program that asked for it, and returns its error.
+// waited prints how a wait ended, as JSON if asked for, and returns its error.
 func (a *app) waited(commit string, began time.Time, err error) error {
 	if !a.json {
 		return err
@@ -166,7 +166,7 @@ func (a *app) waited(commit string, began time.Time, err error) error {
 	return errors.Join(a.printJSON(o), err)
 }
 
-// withMissing adds to an error which unit doesn't exist, and which one may have been meant.
+// withMissing adds to an error which unit doesn't exist, and the name of a similar one.
 func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
@@ -180,7 +180,7 @@ func withMissing(ctx context.Context, store kv.Store, filter fleet.Filter, err e
 	return err
 }
 
-// waitReady asks an agent's /ready until it says 200.
+// waitReady requests an agent's /ready until it answers 200.
 func waitReady(ctx context.Context, address string) error {
 	last := "the agent was not asked"
 	for {

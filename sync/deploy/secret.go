@@ -15,24 +15,24 @@ import (
 
 // SecretReader reads what manifests name under secrets.
 type SecretReader interface {
-	// Check reports why this node may not read one of the references.
+	// Check returns an error if this node may not read one of the references.
 	Check(refs map[string]deployments.SecretRef) error
-	// Read returns their values, by the names of their variables. What was read within maxAge need not be read again,
-	// and if maxAge is above 0, an older value does where a new one can't be had.
+	// Read returns the references' values, by the names of their variables. A value younger than maxAge need not
+	// be read again. If maxAge is above 0, an older value is returned if reading fails.
 	Read(ctx context.Context, refs map[string]deployments.SecretRef, maxAge time.Duration) (map[string]string, error)
 }
 
-// ErrSecretUnavailable means that a secret can't be read now. It is no fault of the release: try again.
+// ErrSecretUnavailable means that a secret can't be read now. The release is not to blame: try again.
 var ErrSecretUnavailable = errors.New("a secret can't be read")
 
 const (
-	// duringDeployment lets all steps of a deployment use the values that it began with.
+	// duringDeployment is a maximal age that lets all steps of a deployment use the values that it began with.
 	duringDeployment = 24 * time.Hour
-	// duringChecks is how soon the checks of a live release see a new value.
+	// duringChecks is the maximal age of values for the checks of a live release.
 	duringChecks = 5 * time.Minute
 )
 
-// checkSecrets reports which secret of r this node may not read.
+// checkSecrets returns an error for a secret of r that this node may not read.
 func (u *Unit) checkSecrets(r *artifact.Release) error {
 	if len(r.Manifest.Secrets) == 0 {
 		return nil
@@ -73,8 +73,8 @@ func (u *Unit) withSecrets(
 	return env, nil
 }
 
-// exec is the probe of a live release's exec check. It runs with secrets as they are now. Where one was never read
-// since the agent started, and can't be, the check says nothing: an outage of their source makes no node unhealthy.
+// exec returns the probe of a live release's exec check. It runs with current secrets. If a secret couldn't be
+// read since the agent started, the check is skipped: an outage of the secrets' source makes no node unhealthy.
 func (u *Unit) exec(c deployments.Check, env command.Env, r *artifact.Release) probe {
 	return func(ctx context.Context) (string, error) {
 		with, err := u.withSecrets(ctx, env, r, duringChecks)

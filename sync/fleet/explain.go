@@ -339,9 +339,9 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 		add("order", u.Order+", which the mirror has yet to take")
 	}
 	if !d.Stage.IsZero() {
-		ready := " is to lie ready on its disk before its turn comes" // a node reports that with its next report
+		ready := " is to be staged on its disk before its turn comes" // a node reports that with its next report
 		if n.Report.Staged == d.Stage.Digest {
-			ready = " lies ready on its disk, for its turn"
+			ready = " is staged on its disk, for its turn"
 		}
 		add("staged", u.Release(d.Stage)+ready)
 	}

@@ -196,9 +196,9 @@ func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
 		text := err.Error()
 		switch {
 		case errors.Is(err, kv.ErrEmpty):
-			text = "nothing to be seen here: nothing was ever written"
+			text = "nothing to show: nothing was ever written"
 		case errors.Is(err, kv.ErrDenied):
-			text = "nothing to be seen here: nothing was ever written, or this token may not read it"
+			text = "nothing to show: nothing was ever written, or this token may not read it"
 		}
 		f.Errors[prefix] = text
 	}

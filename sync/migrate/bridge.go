@@ -12,37 +12,36 @@ import (
 	"kedge/sync/fleet"
 )
 
-// BridgeOptions say what Bridge does.
+// BridgeOptions are the options of Bridge.
 type BridgeOptions struct {
 	Objects *object.Client
 	Store   kv.Store
 	// URL is the manifest that the event names.
 	URL string
-	// Bounds say by their sources which manifests an event may name.
+	// Bounds say, by their sources, which manifests an event may name.
 	Bounds policy.Bounds
-	// To is below which it is copied.
+	// To is the URL below which the manifest is copied.
 	To string
-	// Naming finds the unit: with stage, role and unit given, whatever the manifest is called.
+	// Naming derives the unit. If stage, role and unit are given, the manifest's name doesn't matter.
 	Naming Naming
 }
 
-// bridgeName is in the pins that Bridge writes: it replaces no other.
+// bridgeName is the author of pins that Bridge writes. It replaces no other author's pin.
 const bridgeName = "kedge bridge"
 
-// Bridged is what became of an event.
+// Bridged is the result of an event.
 type Bridged struct {
 	Unit    deployments.UnitID
 	Pointer deployments.Pointer
-	// Pinned is true where a mirror runs, whose record it would be: the event became a pin then.
+	// Pinned is set if the event became a pin, as a running mirror owns the record.
 	Pinned bool
-	// Changed is false where that stood there already.
+	// Changed is set unless the record or pin had that value already.
 	Changed bool
 }
 
-// Bridge does for a unit's agents what stretcher does on nodes that have not gone over yet: they follow an event.
-// The manifest, whose key old scripts write over, is copied to one that doesn't change. Its pointer becomes the
-// unit's record or, where a mirror runs, its pin. An event that comes again changes nothing, and of two at once the
-// later one stands.
+// Bridge makes a unit's agents follow an event, like the nodes that still run stretcher. It copies the manifest,
+// which old scripts overwrite, to a key that doesn't change. The copy's pointer becomes the unit's record or, if a
+// mirror runs, its pin. A repeated event changes nothing; of two concurrent ones the later wins.
 func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	var b Bridged
 	id, err := o.Naming.UnitOf(o.URL)
@@ -91,8 +90,8 @@ func Bridge(ctx context.Context, o BridgeOptions) (Bridged, error) {
 	return b, nil
 }
 
-// mirrorRuns reports whether a mirror holds the lease. Without the right to know, none is taken to run where none
-// has ever written.
+// mirrorRuns reports whether a mirror holds the lease. If the token may not read that, and no mirror has ever
+// written, it returns false.
 func mirrorRuns(ctx context.Context, store kv.Store) (bool, error) {
 	e, err := store.Get(ctx, kv.MirrorLease)
 	if errors.Is(err, kv.ErrNotFound) {
@@ -124,7 +123,7 @@ func pin(ctx context.Context, store kv.Store, id deployments.UnitID, pin deploym
 	return true, fleet.Pin(ctx, store, id, "", pin)
 }
 
-// record writes the record that a person would: a bare pointer.
+// record writes a bare pointer as the record, as a person would.
 func record(
 	ctx context.Context,
 	store kv.Store,
@@ -145,7 +144,7 @@ func record(
 			}
 			op = kv.Replace(e.Key, []byte(p.String()), e.Version)
 		}
-		// Agents tell a key that is missing from one that they may not read by these.
+		// Agents need these folder keys to tell absence from a lost permission.
 		for _, kind := range []string{kv.DesiredPrefix, kv.PinsPrefix} {
 			err := store.EnsureFolders(ctx, kind, kv.RolePrefix(kind, id.Stage, id.Role))
 			if err != nil && !errors.Is(err, kv.ErrDenied) {

@@ -18,12 +18,12 @@ const (
 	KindCompleted       Kind = "completed"        // its rollout ended: every node runs the target
 	KindPendingApproval Kind = "pending-approval" // it waits for kedge promote
 	KindFrozen          Kind = "frozen"           // it waits for a freeze window to end
-	KindPaused          Kind = "paused"           // it stopped: too many nodes failed, or an operator said so
+	KindPaused          Kind = "paused"           // it stopped: too many nodes failed, or by an operator's order
 	KindRollingBack     Kind = "rolling-back"     // it goes back to the stable release
 	KindRolledBack      Kind = "rolled-back"      // it has gone back
-	KindOrphaned        Kind = "orphaned"         // Git names the unit no longer, and its record stays
+	KindOrphaned        Kind = "orphaned"         // Git no longer names the unit, and its record stays
 	KindUnhealthy       Kind = "unhealthy"        // a node's live release fails its health checks
-	KindRecovered       Kind = "recovered"        // no node's does any more
+	KindRecovered       Kind = "recovered"        // no node's live release fails its checks any more
 	KindRefused         Kind = "refused"          // the mirror doesn't take a commit
 )
 
@@ -33,7 +33,7 @@ func Kinds() []Kind {
 		KindOrphaned, KindUnhealthy, KindRecovered, KindRefused}
 }
 
-// Event is one thing to tell. ID is the same whenever the same thing is told again.
+// Event is one notification. A repeated notification has the same ID.
 type Event struct {
 	ID   string
 	Kind Kind
@@ -41,7 +41,7 @@ type Event struct {
 	Data Data
 }
 
-// Data are an event's details. Fields that don't apply are left out.
+// Data has an event's details. Fields that don't apply are left out.
 type Data struct {
 	Unit       string              `json:"unit,omitempty"`
 	Release    deployments.Pointer `json:"release,omitzero"`
@@ -54,16 +54,16 @@ type Data struct {
 	Author     string              `json:"author,omitempty"`
 	Subject    string              `json:"subject,omitempty"`
 	Nodes      []string            `json:"nodes,omitempty"`
-	// Message says it all in one line, for people. Link leads to where more is shown.
+	// Message is the event in one line, for people. Link leads to the unit's page.
 	Message string `json:"message"`
 	Link    string `json:"link,omitempty"`
 }
 
-// maxShown bounds a text of an event, in bytes.
+// maxShown bounds each text of an event, in bytes.
 const maxShown = 4 << 10
 
-// show makes what commits, operators and nodes wrote fit for receivers: without control characters, and without what
-// may be secret in URLs, as a release's may be signed.
+// show cleans texts by commits, operators and nodes: it removes control characters, and what may be secret in
+// URLs, such as a signature.
 func (d *Data) show() {
 	shown := func(s string) string { return safetext.Clip(message.OneLine(safetext.URLs(s)), maxShown) }
 	d.Message, d.Author, d.Subject = shown(d.Message), shown(d.Author), shown(d.Subject)
@@ -75,29 +75,31 @@ func (d *Data) show() {
 	d.Facts = facts
 }
 
-// told is how far one receiver has been told of a unit: the generation, and where its rollout stood and since when.
+// told is the last state of a unit that a receiver was notified of: the generation, and the rollout's state and
+// its time.
 type told struct {
 	Generation int64  `json:"generation"`
 	Standing   string `json:"standing,omitempty"`
 	Unhealthy  bool   `json:"unhealthy,omitempty"`
-	// HealthChanges counts what was told of the nodes' health, so that each time has an ID of its own.
+	// HealthChanges counts the notifications about the nodes' health, so that each has an ID of its own.
 	HealthChanges int64 `json:"health_changes,omitempty"`
-	// Status tells the commit status that was last written from others.
+	// Status identifies the commit status that was last written.
 	Status string `json:"status,omitempty"`
 }
 
-// unitNow is where a unit stands.
+// unitNow is the current state of a unit.
 type unitNow struct {
 	id     deployments.UnitID
 	record deployments.Record
-	// history has the entries of the last generations, the oldest first.
+	// history has the entries of the last generations, oldest first.
 	history []deployments.History
-	// unhealthy are the live nodes whose release fails its checks, sorted; known is false while nobody knows.
+	// unhealthy are the live nodes whose release fails its checks, sorted; known is false while that is unknown.
 	unhealthy []string
 	known     bool
 }
 
-// standing names where a record's rollout stands, and since when: it differs whenever there may be something to tell.
+// standing identifies a rollout's state and the time of its last change: if it differs, there may be something to
+// notify of.
 func standing(r deployments.Record) string {
 	switch p := r.Rollout; {
 	case r.Orphaned:
@@ -111,7 +113,8 @@ func standing(r deployments.Record) string {
 	}
 }
 
-// after returns what a receiver that was told was has to be told of a unit, in order, and what it then was told.
+// after returns the events that lead a receiver from the state was to u, in order, and the state that it then
+// knows.
 func after(was told, u unitNow) (events []Event, now told) {
 	r := u.record
 	now = told{Generation: r.Generation, Standing: standing(r), Unhealthy: was.Unhealthy,
@@ -198,7 +201,7 @@ func suffix(h deployments.History) string {
 	return s
 }
 
-// nameOf is what people call a release: the version in its URL, and the digest's beginning.
+// nameOf returns a release's name for people: the version in its URL, and the beginning of its digest.
 func nameOf(p deployments.Pointer) string { return message.Version(p) + " " + p.Digest.Short()[:8] }
 
 func few(names []string) string {

@@ -1,8 +1,8 @@
-// Package notify tells people and programs what becomes of releases: events over HTTP, and commit statuses at the Git
-// server. It follows the store's state, run by the mirror that holds the lease. For each receiver it keeps, at
-// mirror/notified/NAME, how far that one has been told: what was not taken is told again, by the next mirror too, so
-// that each event arrives at least once, with one ID. A receiver that is slow or dead holds up nobody but itself, and
-// learns when it is back what became of each unit, not each step on the way.
+// Package notify sends notifications about rollouts: events over HTTP, and commit statuses at the Git server. The
+// mirror that holds the lease runs it, and it follows the store's state. For each receiver it stores, at
+// mirror/notified/NAME, the last state that the receiver was notified of. What a receiver didn't take is sent
+// again, even by the next mirror, so that each event arrives at least once, always with the same ID. A slow or
+// dead receiver delays no other; when it is back it gets the latest state of each unit, not each step on the way.
 package notify
 
 import (
@@ -28,7 +28,7 @@ import (
 	"kedge/kv"
 )
 
-// Notifier tells the receivers of a Config. Make it with New, then Run it while this process is the one to tell.
+// Notifier notifies the receivers of a Config. Make it with New, then Run it while this process holds the lease.
 type Notifier struct {
 	c      Config
 	store  kv.Store
@@ -36,14 +36,14 @@ type Notifier struct {
 	client *http.Client
 	source string
 	sent   *prometheus.CounterVec
-	// giveUp is how long an event is tried, statusPause the least time between two writes of a status that is pending,
-	// healthPause that between two looks at the nodes' reports, healthHold that between two events of a unit's health:
-	// one node whose health comes and goes, or that says so, tells nobody all day.
+	// giveUp is how long an event is tried. statusPause is the least time between two writes of a pending status,
+	// healthPause that between two reads of the nodes' reports, and healthHold that between two events about a
+	// unit's health: a node whose health keeps changing doesn't send events all day.
 	giveUp, statusPause, healthPause, healthHold time.Duration
 
 	mu      sync.Mutex
 	units   map[deployments.UnitID]unitNow
-	synced  bool // desired/ has been read for certain
+	synced  bool // desired/ has been read with certainty
 	refused deployments.MirrorState
 	changed chan struct{} // closed, and made anew, when any of these change
 }
@@ -67,7 +67,7 @@ func New(c Config, store kv.Store, metrics *prometheus.Registry, log *slog.Logge
 	return n
 }
 
-// Run tells until ctx ends, and returns its cause.
+// Run sends notifications until ctx ends, and returns its cause.
 func (n *Notifier) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return n.store.Watch(ctx, kv.DesiredPrefix, n.seeRecords) })
@@ -90,7 +90,7 @@ func (n *Notifier) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// change updates what is known, and wakes all who follow it.
+// change updates the known state, and wakes all followers.
 func (n *Notifier) change(f func()) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -131,14 +131,14 @@ func (n *Notifier) seeMirror(v kv.View) {
 			n.mu.Lock()
 			same := s.Refused == n.refused.Refused && s.Error == n.refused.Error
 			n.mu.Unlock()
-			if !same { // the cursors lie beside it
+			if !same { // the mirror replaces a record that doesn't parse
 				n.change(func() { n.refused = s })
 			}
 		}
 	}
 }
 
-// followHealth looks which nodes are unhealthy, at a pace that costs at most a fiftieth of its time.
+// followHealth watches which nodes are unhealthy, at a pace that costs at most a fiftieth of a core.
 func (n *Notifier) followHealth(ctx context.Context) error {
 	for {
 		began := time.Now()
@@ -191,28 +191,29 @@ func unhealthyNodes(entries []kv.Entry) map[deployments.UnitID][]string {
 	return sick
 }
 
-// cursor is how far one receiver has been told.
+// cursor is the state that one receiver was notified of.
 type cursor struct {
 	Units map[string]told `json:"units"`
-	// Refused is the refused commit that it was told of.
+	// Refused is the last refused commit that it was notified of.
 	Refused string `json:"refused,omitempty"`
 
 	key    string
 	stored []byte
-	// statusAt is when each unit's status was last written, healthAt when its health was last told; lost at a restart.
+	// statusAt is when each unit's status was last written, and healthAt when its health was last notified; a
+	// restart loses both.
 	statusAt, healthAt map[string]time.Time
-	// again is when to look even if nothing changes; zero: never.
+	// again is when to check even if nothing changes; zero: never.
 	again time.Time
 }
 
-// wakeAt has the cursor's follower look at a time, even if nothing changes.
+// wakeAt makes the cursor's follower check at a time, even if nothing changes.
 func (c *cursor) wakeAt(at time.Time) {
 	if c.again.IsZero() || at.Before(c.again) {
 		c.again = at
 	}
 }
 
-// follow calls step whenever there may be something to tell.
+// follow calls step whenever there may be something to send.
 func (n *Notifier) follow(ctx context.Context, name string, step func(*cursor) error) error {
 	c := &cursor{key: kv.MirrorPrefix + "notified/" + name, statusAt: map[string]time.Time{},
 		healthAt: map[string]time.Time{}}
@@ -273,11 +274,11 @@ func (n *Notifier) load(ctx context.Context, c *cursor) error {
 	return nil
 }
 
-// save writes a cursor if it changed. If that fails, the next mirror tells once more.
+// save writes a cursor if it changed. If that fails, the next mirror sends its events again.
 func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	value, err := json.Marshal(c)
 	if err != nil {
-		panic(err) // plain data
+		panic(err) // plain data always encodes
 	}
 	if string(value) == string(c.stored) {
 		return
@@ -292,7 +293,7 @@ func (n *Notifier) save(ctx context.Context, name string, c *cursor) {
 	c.stored = value
 }
 
-// takeForTold begins a cursor with what is so already: who is told for the first time isn't told of the past.
+// takeForTold begins a cursor at the current state: a new receiver isn't notified of the past.
 func (n *Notifier) takeForTold(c *cursor) {
 	units, refused := n.now()
 	c.Units, c.Refused = map[string]told{}, refused.Refused
@@ -314,7 +315,7 @@ func (n *Notifier) now() ([]unitNow, deployments.MirrorState) {
 	return units, n.refused
 }
 
-// tell sends a receiver what it has yet to be told. It returns an error only when ctx has ended.
+// tell sends a receiver the events that it lacks. It returns an error only when ctx has ended.
 func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
 	units, state := n.now()
 	gone := maps.Clone(c.Units)
@@ -365,10 +366,10 @@ func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
 	return nil
 }
 
-// mostPast bounds how many generations of one unit a receiver is told of that was away.
+// mostPast bounds the generations of one unit that a receiver is notified of after it was away.
 const mostPast = 5
 
-// historyOf returns the newest entries of a unit's history, the oldest first.
+// historyOf returns the newest entries of a unit's history, oldest first.
 func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
 	entries, err := n.store.List(ctx, kv.HistoryPrefixOf(id))
 	if err != nil {
@@ -385,7 +386,7 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 }
 
 const (
-	// healthHold is how long after an event of a unit's health the next one is told.
+	// healthHold is the least time between two events about a unit's health.
 	healthHold = 5 * time.Minute
 	// maxPause is the longest pause between two tries.
 	maxPause = 5 * time.Minute
@@ -393,7 +394,7 @@ const (
 	maxRefusals = 3
 )
 
-// send delivers an event, however often it takes. What is refused, or too old, is dropped.
+// send delivers an event, with as many tries as needed. An event that is refused, or too old, is dropped.
 func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	if len(r.Events) > 0 && !slices.Contains(r.Events, e.Kind) {
 		return nil
@@ -405,8 +406,8 @@ func (n *Notifier) send(ctx context.Context, r *Receiver, e Event) error {
 	return n.try(ctx, r.Name, "event", e.ID, func() error { return r.deliver(ctx, n.client, n.source, e) })
 }
 
-// try calls f until it succeeds, is refused for good, or giveUp has passed. It returns an error only when ctx has
-// ended.
+// try calls f until it succeeds, is refused permanently, or giveUp has passed. It returns an error only when ctx
+// has ended.
 func (n *Notifier) try(ctx context.Context, receiver, what, id string, f func() error) error {
 	retry, began, refusals := wait.NewBackoff(time.Second, maxPause), time.Now(), 0
 	for {
@@ -486,7 +487,7 @@ func (n *Notifier) writeStatuses(ctx context.Context, s *Statuses, c *cursor) er
 	return nil
 }
 
-// hashOf tells one status from another.
+// hashOf identifies a status.
 func hashOf(s commitStatus) string {
 	h := fnv.New64a()
 	fmt.Fprintf(h, "%s\n%s\n%s\n%s", s.commit, s.name, s.state, s.description)

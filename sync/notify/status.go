@@ -12,7 +12,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// commitStatus is what a commit of the deployments repo shows for one unit.
+// commitStatus is the status that a commit of the deployments repo shows for one unit.
 type commitStatus struct {
 	commit      string
 	name        string // "kedge/prod/web/app", or "kedge" for the whole commit
@@ -29,10 +29,10 @@ const (
 	statusFailure statusState = "failure"
 )
 
-// maxDescription is the longest description that GitHub takes, in characters; the others take more.
+// maxDescription is the longest description that GitHub takes, in characters; others take more.
 const maxDescription = 140
 
-// statusOf returns what the commit of a unit's record shows; ok is false if no commit asked for it.
+// statusOf returns the status of the commit of a unit's record; ok is false if no commit asked for it.
 func statusOf(u unitNow) (s commitStatus, ok bool) {
 	r := u.record
 	s = commitStatus{commit: r.Commit, name: "kedge/" + u.id.String()}
@@ -64,7 +64,7 @@ func clipped(text string) string {
 	return string(runes)
 }
 
-// write puts a status at the server.
+// write sends a status to the server.
 func (c *Statuses) write(ctx context.Context, client *http.Client, s commitStatus) error {
 	token, err := secretOr("token_file", "", c.TokenFile)
 	if err != nil {

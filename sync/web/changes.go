@@ -13,13 +13,13 @@ import (
 	"kedge/sync/fleet"
 )
 
-// changes are who changed each unit last, and when: the newest entry of each history, read once a generation.
+// changes caches who changed each unit last, and when: the newest entry of each history, read once per generation.
 type changes struct {
 	mu    sync.Mutex
 	known map[deployments.UnitID]change
 }
 
-// change is what began a unit's generation. Commit is empty where the history doesn't tell.
+// change describes the start of a unit's generation. Commit is empty if the history doesn't have it.
 type change struct {
 	generation int64
 	Commit     string
@@ -29,14 +29,14 @@ type change struct {
 }
 
 const (
-	// mostChanges units have their last change shown.
+	// mostChanges is for how many units the last change is shown.
 	mostChanges = 2000
-	// changesWithin bounds one reading of histories, changesAtOnce how many are asked for side by side.
+	// changesWithin bounds one reading of histories, changesAtOnce how many are read in parallel.
 	changesWithin = 20 * time.Second
 	changesAtOnce = 4
 )
 
-// of returns what began the generation that u is in, as far as it was read.
+// of returns what began the unit's current generation, if that was read.
 func (c *changes) of(u *fleet.Unit) change {
 	if u.Record == nil {
 		return change{}
@@ -83,7 +83,7 @@ func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool
 			switch {
 			case errors.Is(err, kv.ErrNotFound), errors.Is(err, kv.ErrDenied):
 			case err != nil:
-				return err // of the store: the next change asks again
+				return err // the store's error: the next change tries again
 			default:
 				h, err := deployments.ParseHistory(e.Value)
 				if err == nil {
@@ -99,7 +99,7 @@ func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool
 	return g.Wait() == nil && len(missing) > 0
 }
 
-// changeOf is what an entry of a history tells of its change.
+// changeOf returns the change that an entry of a history describes.
 func changeOf(h deployments.History) change {
 	return change{generation: h.Generation, Commit: h.Commit, Author: fleet.AuthorName(h.Author),
 		Subject: fleet.Clean(h.Subject, mostText), At: h.At}

@@ -9,15 +9,15 @@ import (
 	"kedge/deployments"
 )
 
-// chart is the shares of a unit's releases over time, as areas.
+// chart shows a unit's releases over time, as areas in proportion to their live nodes.
 type chart struct {
 	Areas    []mapPath
 	From, To time.Time
-	// Changes is how often the shares changed meanwhile.
+	// Changes is how often the proportions changed in that time.
 	Changes int
 }
 
-// chartWidth and chartHeight are of its drawing.
+// chartWidth and chartHeight are the size of its drawing.
 const chartWidth, chartHeight = 1000, 100
 
 // chartOf draws samples up to now, rounded to the minute so that the chart seldom changes by time alone.
@@ -47,7 +47,7 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 		}
 		return "vx"
 	}
-	// Each area reaches down to the ground; the next one is drawn over it.
+	// Each area reaches down to the base line; the next one is drawn over it.
 	tops := make([]int, len(samples))
 	for _, class := range classes {
 		drawn := false
@@ -67,7 +67,7 @@ func chartOf(u *unit, samples []sample, now time.Time) chart {
 	return c
 }
 
-// area is the path below a line of steps, each in shares of its sample's total.
+// area returns the SVG path of the area below a stepped line; tops are shares of each sample's total.
 func area(samples []sample, tops []int, x func(time.Time) int) string {
 	var b strings.Builder
 	y := func(i int) int {

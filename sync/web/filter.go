@@ -11,15 +11,15 @@ import (
 	"kedge/sync/fleet"
 )
 
-// filter narrows a list of units, or of a unit's nodes: what stands in a page's address.
+// filter selects units, or a unit's nodes. It is the query of a page's URL.
 type filter struct {
 	Stage, Role, State string
-	// Query is what somebody typed: words that all must match, such as web-1, stage:prod, version:1.4.
+	// Query is a search: words that must all match, such as web-1, stage:prod, version:1.4.
 	Query string
 	Page  int // from 1
 }
 
-// mostQuery bounds what is searched for, in characters.
+// mostQuery bounds a search, in characters.
 const mostQuery = 200
 
 func filterOf(q url.Values) filter {
@@ -30,7 +30,7 @@ func filterOf(q url.Values) filter {
 	}
 }
 
-// values are the filter as an address has it.
+// values returns the filter as URL parameters.
 func (f filter) values() url.Values {
 	v := url.Values{}
 	for name, value := range map[string]string{"stage": f.Stage, "role": f.Role, "state": f.State, "q": f.Query} {
@@ -44,7 +44,7 @@ func (f filter) values() url.Values {
 	return v
 }
 
-// address is a page's path with the filter.
+// address returns a page's URL with the filter.
 func (f filter) address(path string) string {
 	if v := f.values().Encode(); v != "" {
 		return path + "?" + v
@@ -55,7 +55,7 @@ func (f filter) address(path string) string {
 // active reports whether the filter leaves anything out.
 func (f filter) active() bool { return f.Stage+f.Role+f.State+f.Query != "" }
 
-// The states of units that can be asked for, beside those of nodes.
+// The states of units that can be selected, besides those of nodes.
 const (
 	stateWrong     = "wrong"
 	stateRollout   = "rollout"
@@ -86,7 +86,7 @@ func (u *unit) is(state string) bool {
 	return u.states[state] > 0
 }
 
-// frozen reports whether a freeze window holds a unit's rollout up.
+// frozen reports whether a freeze window delays a unit's rollout.
 func (u *unit) frozen() bool {
 	return u.progress != nil && (u.progress.Phase == deployments.PhaseFrozen ||
 		u.Record.Rollout.Reason == deployments.ReasonFrozen)
@@ -105,7 +105,7 @@ func (f filter) takes(u *unit) bool {
 	return true
 }
 
-// matches reports whether a unit has to do with a word that somebody typed.
+// matches reports whether a unit matches a word of the search.
 func (u *unit) matches(word string) bool {
 	kind, value, qualified := strings.Cut(word, ":")
 	if !qualified || value == "" {
@@ -158,12 +158,11 @@ func (f filter) takesNode(u *unit, n *fleet.Node) bool {
 	return true
 }
 
-// pageRows is how many rows a page lists: each has two links at most, and a page is to have no more than 200 stops
-// of the
-// Tab key.
+// pageRows is how many rows a page lists: each has at most two links, and a page should have at most 200 stops of
+// the Tab key.
 const pageRows = 75
 
-// pager is where a page stands among those of a list.
+// pager says which page of a list is shown.
 type pager struct {
 	From, To, All  int
 	Previous, Next string // addresses; empty: there is none
@@ -190,10 +189,10 @@ func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	return rows[from:to], p
 }
 
-// mostOptions bounds a list to choose from.
+// mostOptions bounds the options of a selection.
 const mostOptions = 100
 
-// options are the distinct values of a field, sorted, with the chosen one among them.
+// options returns the distinct values of a field, sorted, including the chosen one.
 func options(units []*unit, chosen string, field func(deployments.UnitID) string) []string {
 	seen := map[string]bool{}
 	var all []string

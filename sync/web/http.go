@@ -24,9 +24,9 @@ import (
 )
 
 const (
-	// writeWithin is how long a browser may take for one answer, or one event of a stream.
+	// writeWithin bounds sending one answer, or one event of a stream, to a browser.
 	writeWithin = 30 * time.Second
-	// firstRead is how long a page waits for the first look at the store.
+	// firstRead is how long a page waits for the first read of the store.
 	firstRead = 5 * time.Second
 )
 
@@ -37,7 +37,8 @@ var assetTypes = map[string]string{
 	"kedge.css": "text/css; charset=utf-8", "kedge.js": "text/javascript; charset=utf-8", "kedge.svg": "image/svg+xml",
 }
 
-// asset is the address of a file of the dashboard's own, which names what is in it: browsers keep it for ever.
+// asset returns the URL of one of the dashboard's files. It contains a hash of the content, so browsers cache it
+// for ever.
 func asset(name string) templ.SafeURL {
 	data, _ := static.ReadFile("static/" + name)
 	sum := sha256.Sum256(data)
@@ -60,11 +61,11 @@ func (w *Web) handler() http.Handler {
 	mux.HandleFunc("GET /{path...}", w.page)
 	streams := http.NewServeMux()
 	streams.HandleFunc("GET /-/live/{path...}", w.live)
-	streams.Handle("/", gzhttp.GzipHandler(mux)) // streams are patches of a few hundred bytes
+	streams.Handle("/", gzhttp.GzipHandler(mux)) // the events of streams are patches of a few hundred bytes
 	return w.guarded(streams)
 }
 
-// guarded refuses strange hosts, and tells browsers to do no more with a page than it needs.
+// guarded refuses unknown hosts, and sets headers that restrict what a page may do.
 func (w *Web) guarded(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		h := rw.Header()
@@ -98,7 +99,7 @@ func (w *Web) knownHost(hostport string) bool {
 		slices.ContainsFunc(w.c.Hosts, func(name string) bool { return strings.EqualFold(name, host) })
 }
 
-// first returns the fleet, and waits a moment for it if the server has just started.
+// first returns the fleet. Right after the start it waits a moment for it.
 func (w *Web) first(ctx context.Context) *snapshot {
 	ctx, cancel := context.WithTimeout(ctx, firstRead)
 	defer cancel()
@@ -130,15 +131,15 @@ func (w *Web) json(rw http.ResponseWriter, r *http.Request) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetIndent("", "  ")
-	e.SetEscapeHTML(false) // URLs are found as they are; nobody takes the answer for HTML
+	e.SetEscapeHTML(false) // URLs stay readable; the answer isn't HTML
 	if err := e.Encode(&f); err != nil {
 		http.Error(rw, "The fleet can't be written as JSON.", http.StatusInternalServerError)
 		return
 	}
-	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // whoever asked may have gone
+	_, _ = rw.Write(safetext.JSON([]byte(safetext.URLs(b.String())))) // the client may be gone
 }
 
-// nodes lists the nodes of a unit's map, cell by cell, for whoever points at one.
+// nodes lists the nodes of a unit's map, cell by cell, for the tooltips.
 func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 	s := w.first(r.Context())
 	var u *unit
@@ -159,7 +160,7 @@ func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 		cells[i] = [3]string{fleet.Clean(nodes[i].Name, 63), stateOf(&nodes[i]), runs}
 	}
 	rw.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(rw).Encode(cells) // whoever asked has gone
+	_ = json.NewEncoder(rw).Encode(cells) // the client is gone
 }
 
 func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
@@ -174,7 +175,7 @@ func (w *Web) page(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	rw.WriteHeader(page.code)
-	_ = document(page).Render(r.Context(), rw) // whoever asked has gone
+	_ = document(page).Render(r.Context(), rw) // the client is gone
 }
 
 // past is a unit's history, newest first.
@@ -184,10 +185,10 @@ type past struct {
 	err               string
 }
 
-// mostPasts bounds the histories that are kept.
+// mostPasts bounds the cached histories.
 const mostPasts = 64
 
-// history reads a unit's history where it can have changed.
+// history returns a unit's history, and reads it if it may have changed.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	if u.Record == nil {
 		return &past{}
@@ -215,7 +216,7 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	return read
 }
 
-// checkCommitURL refuses an address that no browser should follow.
+// checkCommitURL returns an error for a URL that no browser should follow.
 func checkCommitURL(address string) error {
 	if address == "" {
 		return nil

@@ -15,28 +15,29 @@ import (
 )
 
 const (
-	// eventPause is the least time between two patches of a stream: people read no faster, and a rollout's changes come
-	// together.
+	// eventPause is the least time between two patches of a stream: people read no faster, and a rollout's changes
+	// come in bursts.
 	eventPause = time.Second
-	// mostRate is how many bytes a second a stream takes in the long run, unless that makes it wait for longestPause.
+	// mostRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
 	mostRate     = 4500
 	longestPause = 4 * time.Second
-	// beat is how often a stream says that it lives. A page that misses two of them shows that it may be old.
+	// beat is how often a stream sends a heartbeat. A page that misses two of them shows that it may be out of
+	// date.
 	beat = 2 * time.Second
-	// refresh is how often a page that tells of time is drawn anew without a change.
+	// refresh is how often a page that shows elapsed times is rendered again without a change.
 	refresh = 10 * time.Second
-	// mostRecent renderings are kept, so that a page that connects is told what it lacks, not all.
+	// mostRecent is how many renderings are kept, so that a page that reconnects gets only what it lacks.
 	mostRecent = 64
 )
 
-// patch is the difference between the browser's page and the present one.
+// patch is the difference between the browser's page and the current one.
 type patch struct {
-	// HTML is of the elements that are new or another, by id.
+	// HTML has the elements that are new or changed, by ID.
 	HTML map[string]string `json:"html,omitempty"`
-	// Lists are the ids in a list that isn't the same any more, in order.
+	// Lists has the IDs of each list that changed, in order.
 	Lists map[string][]string `json:"lists,omitempty"`
 	Title string              `json:"title,omitempty"`
-	// Reload is set if the page is another one now.
+	// Reload is set if the browser has to load the page again.
 	Reload bool `json:"reload,omitempty"`
 }
 
@@ -65,7 +66,7 @@ func patchOf(before, after *rendered) patch {
 	return p
 }
 
-// encodePatch is a patch as JSON, which nobody takes for HTML: nothing in it needs to be escaped for that.
+// encodePatch encodes a patch as JSON without escaping HTML, as it isn't embedded in HTML.
 func encodePatch(p patch) ([]byte, error) {
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
@@ -74,12 +75,13 @@ func encodePatch(p patch) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), err
 }
 
-// pauseAfter is how long a stream rests after an event, so that one node that keeps changing costs less than 5 kB/s.
+// pauseAfter returns how long a stream pauses after an event, so that one node that keeps changing costs less than
+// 5 kB/s.
 func pauseAfter(event string) time.Duration {
 	return min(max(eventPause, time.Duration(len(event))*time.Second/mostRate), longestPause)
 }
 
-// remember keeps a rendering for browsers that have it.
+// remember keeps a rendering for browsers that show it.
 func (w *Web) remember(r *rendered) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -92,7 +94,7 @@ func (w *Web) remember(r *rendered) {
 	w.recent = w.recent[max(0, len(w.recent)-mostRecent):]
 }
 
-// remembered returns a rendering that a browser has; nil: it is forgotten.
+// remembered returns a rendering that a browser shows; nil: it is no longer kept.
 func (w *Web) remembered(key, tag string) *rendered {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -115,9 +117,9 @@ func (w *Web) live(rw http.ResponseWriter, r *http.Request) {
 	}
 	rw.Header().Set("Content-Type", "text/event-stream")
 	rw.Header().Set("Cache-Control", "no-store")
-	rw.Header().Set("X-Accel-Buffering", "no") // nginx holds answers back otherwise
+	rw.Header().Set("X-Accel-Buffering", "no") // otherwise nginx would buffer the stream
 	out := http.NewResponseController(rw)
-	_ = out.SetReadDeadline(time.Time{}) // the server's would end the stream
+	_ = out.SetReadDeadline(time.Time{}) // the server's deadline would end the stream
 	send := func(event string) error {
 		err := out.SetWriteDeadline(time.Now().Add(writeWithin))
 		if err == nil {

@@ -25,11 +25,11 @@ type nodePage struct {
 	Steps   []traceStep
 	Report  []fleet.Note
 	Health  healthView
-	// Commands would change something for this node alone.
+	// Commands are commands that would change something for this node alone.
 	Commands []command
 }
 
-// nodeUnit is one of the units that a node has.
+// nodeUnit is one of a node's units.
 type nodeUnit struct {
 	ID          deployments.UnitID
 	Tone, State string
@@ -42,7 +42,7 @@ type traceStep struct {
 	What, Mark, Tone, Says, Next string
 }
 
-// healthView is what a node's health checks say.
+// healthView is the result of a node's health checks.
 type healthView struct {
 	Failing bool
 	Check   string
@@ -50,10 +50,10 @@ type healthView struct {
 	Since   time.Time
 }
 
-// mostNodeUnits of a node are listed.
+// mostNodeUnits bounds the listed units of a node.
 const mostNodeUnits = 60
 
-// nodeOf makes the page of a unit on a node. The error says which node may have been meant.
+// nodeOf returns the page of a unit on a node. The error names a node with a similar name.
 func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	d, err := fleet.Explain(s.Fleet, u.ID, name)
 	if err != nil {
@@ -102,7 +102,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	return v, nil
 }
 
-// unitsOn lists the units that a node has.
+// unitsOn returns the units of a node.
 func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUnit, more int) {
 	for _, u := range s.all() {
 		i, found := slices.BinarySearchFunc(u.Nodes, name, func(n fleet.Node,
@@ -122,7 +122,7 @@ func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUn
 	return units, more
 }
 
-// notesOf are notes with releases by their names, bounded.
+// notesOf returns notes with releases by their names, bounded.
 func notesOf(u *unit, notes []fleet.Note) (all []fleet.Note) {
 	for _, n := range notes {
 		n.About.Text = fleet.Clean(strings.TrimSuffix(n.About.Text, ":"), 80)

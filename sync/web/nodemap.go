@@ -8,14 +8,14 @@ import (
 	"kedge/sync/fleet"
 )
 
-// nodeMap draws each node of a unit as a cell, in the order of their names.
+// nodeMap draws each node of a unit as a cell, sorted by name.
 type nodeMap struct {
 	ID      deployments.UnitID
 	Columns int
 	Rows    []mapRow
 	Healths []counted
 	Shares  []share
-	// Left is how many nodes there is no room for.
+	// Left is how many nodes are left out.
 	Left int
 }
 
@@ -30,10 +30,10 @@ type mapRow struct {
 // mapPath is the cells of one colour, as an SVG path.
 type mapPath struct{ Class, Path string }
 
-// mostCells bounds a map.
+// mostCells bounds the cells of a map.
 const mostCells = 20_000
 
-// mapOf draws a unit's nodes.
+// mapOf returns the map of a unit's nodes.
 func mapOf(u *unit) nodeMap {
 	n := len(u.Nodes)
 	m := nodeMap{ID: u.ID, Columns: columnsOf(n), Left: max(0, n-mostCells), Shares: u.shares}
@@ -55,7 +55,7 @@ func mapOf(u *unit) nodeMap {
 	return m
 }
 
-// columnsOf is how many cells stand in a line of a map of n.
+// columnsOf returns how many cells a line has in a map of n.
 func columnsOf(n int) int {
 	for _, columns := range []int{25, 50, 75, 100, 125} {
 		if n <= columns*columns/5 {
@@ -65,7 +65,7 @@ func columnsOf(n int) int {
 	return 200
 }
 
-// paths draws the cells of a line, one path a colour.
+// paths returns the cells of a line as one path per colour.
 func paths(line []fleet.Node, class func(*fleet.Node) string) (all []mapPath) {
 	byClass := map[string]*strings.Builder{}
 	var order []string
@@ -104,7 +104,7 @@ func (m nodeMap) describe() string {
 	return "Nodes: " + strings.Join(parts, ", ")
 }
 
-// healthLabel names a health by its class.
+// healthLabel returns the label of a health's class.
 func healthLabel(class string) string {
 	for h := range healths {
 		if h.String() == class {

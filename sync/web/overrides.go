@@ -9,13 +9,13 @@ import (
 	"kedge/sync/fleet"
 )
 
-// overrides is the page of what stands against Git: pins, orders, freezes; and who writes.
+// overrides is the page of what overrides Git: pins, orders and freezes, with their authors.
 type overrides struct {
 	Pins   []pinRow
 	More   int
 	Orders []orderRow
 	Frozen []frozenRow
-	// Windows are the freeze windows of kedge.yaml, MoreWindows how many are not listed.
+	// Windows are the freeze windows of kedge.yaml. MoreWindows is how many are not listed.
 	Windows     []windowRow
 	MoreWindows int
 	Mirror      mirrorView
@@ -43,12 +43,12 @@ type orderRow struct {
 	Order string
 }
 
-// frozenRow is a rollout that a freeze window holds up.
+// frozenRow is a rollout that a freeze window delays.
 type frozenRow struct {
 	ID             deployments.UnitID
 	Window, Reason string
 	Until          time.Time
-	// Never is set if no window opens that would allow it.
+	// Never is set if no window will open that allows it.
 	Never bool
 	Go    string
 }
@@ -56,7 +56,7 @@ type frozenRow struct {
 // mostOverrides bounds each list.
 const mostOverrides = 80
 
-// overridesOf lists what stands against Git, what ends first first.
+// overridesOf lists what overrides Git; what ends first comes first.
 func (s *snapshot) overridesOf(commitURL string) overrides {
 	v := overrides{Mirror: s.mirror(commitURL), Faults: s.faults()}
 	for _, u := range s.all() {
@@ -105,7 +105,7 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	return r
 }
 
-// mostFaults bounds how many wrong keys are listed.
+// mostFaults bounds the listed faulty keys.
 const mostFaults = 20
 
 // faults returns the errors that belong to no unit.

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// overview is the page of all units, or of some.
+// overview is the page of all units, or of those that a filter selects.
 type overview struct {
 	Path     string
 	Filter   filter
@@ -22,14 +22,14 @@ type overview struct {
 	Roles    []string
 	Totals   totals
 	Problems []problem
-	// More is how many problems there are beside the Problems.
+	// More is how many problems are not in Problems.
 	More  int
 	Nodes []foundNode
 	Rows  []unitRow
 	Pager pager
 }
 
-// totals are the fleet in numbers.
+// totals are counts over the whole fleet.
 type totals struct {
 	Units, Wrong, Rollouts, Pinned int
 	Live, Converged, Gone          int
@@ -37,13 +37,13 @@ type totals struct {
 	Mirror                         mirrorView
 }
 
-// counted is how many there are of something.
+// counted is a label with a count.
 type counted struct {
 	Name  string
 	Count int
 }
 
-// mirrorView is where the mirror stands.
+// mirrorView is the mirror's state.
 type mirrorView struct {
 	Holder  string
 	Running bool
@@ -55,13 +55,13 @@ type mirrorView struct {
 	Error   string
 }
 
-// commitView is a commit, with a link where the dashboard knows the repository's address.
+// commitView is a commit, with a link if the dashboard knows the URL of commits.
 type commitView struct {
 	Short, Hash string
 	URL         templ.SafeURL
 }
 
-// foundNode is a node that a search has found.
+// foundNode is a node that a search found.
 type foundNode struct {
 	Name  string
 	ID    deployments.UnitID
@@ -88,13 +88,14 @@ type unitRow struct {
 	Commit    commitView
 }
 
-// mostProblems and mostFound are listed above the units.
+// mostProblems and mostFound bound what is listed above the units.
 const (
 	mostProblems = 12
 	mostFound    = 12
 )
 
-// overviewOf makes the page of the units that pass a filter. None for a stage or role in the path: false.
+// overviewOf returns the page of the units that pass a filter; false: the path names a stage or role without
+// units.
 func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview, bool) {
 	v := overview{Path: path, Filter: f, Totals: s.totals(commitURL)}
 	v.Stages = options(s.all(), f.Stage, func(id deployments.UnitID) string { return id.Stage })
@@ -117,7 +118,7 @@ func (s *snapshot) overviewOf(path string, f filter, commitURL string) (overview
 	return v, known
 }
 
-// problems are the worst of some units' problems, and how many more there are.
+// problems returns the worst problems of some units, and how many more there are.
 func problems(units []*unit) (worst []problem, more int) {
 	for _, tone := range []string{"bad", "warn"} {
 		for _, u := range units {
@@ -133,7 +134,7 @@ func problems(units []*unit) (worst []problem, more int) {
 	return worst, more
 }
 
-// found are the nodes whose names hold the words of a query.
+// found returns the nodes whose names contain the words of a query.
 func found(units []*unit, query string) (nodes []foundNode) {
 	var words []string
 	for word := range strings.FieldsSeq(strings.ToLower(query)) {
@@ -146,7 +147,7 @@ func found(units []*unit, query string) (nodes []foundNode) {
 	}
 	for _, u := range units {
 		if slices.ContainsFunc(words, func(w string) bool { return strings.Contains(strings.ToLower(u.ID.String()), w) }) {
-			continue // the unit itself was meant
+			continue // the search meant the unit itself
 		}
 		for i := range u.Nodes {
 			n := &u.Nodes[i]
@@ -202,7 +203,7 @@ func (s *snapshot) mirror(commitURL string) mirrorView {
 	}
 }
 
-// commitOf makes a link of a commit where its hash is one: what stands in the store is not believed.
+// commitOf returns a commit's view, with a link if its hash is valid: the store's content isn't trusted.
 func commitOf(hash, commitURL string) commitView {
 	c := commitView{Short: fleet.Clean(hash[:min(8, len(hash))], 8), Hash: fleet.Clean(hash, 64)}
 	if commitURL == "" || len(hash) < 7 || strings.Trim(hash, "0123456789abcdef") != "" {
@@ -256,7 +257,7 @@ func (s *snapshot) row(u *unit, commitURL string) unitRow {
 	return r
 }
 
-// percent is a share of all, as people read it: 100 is all, and 0 none.
+// percent formats a share of all. It is 100 only for all, and 0 only for none.
 func percent(n, all int) string {
 	switch p := 0; {
 	case all == 0:

@@ -18,7 +18,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// rendered is a page in HTML, in blocks: what changes alone is sent alone.
+// rendered is a page in HTML, in blocks, so that only changed blocks are sent.
 type rendered struct {
 	code   int
 	key    string // path and query
@@ -27,10 +27,10 @@ type rendered struct {
 	tab    string
 	live   string
 	crumbs []crumb
-	// tag tells two renderings of a page apart.
+	// tag distinguishes renderings of a page.
 	tag string
-	// html is by the id of its element. lists are the ids of elements that come and go, in order, by that of the element
-	// around them; fixed are all others.
+	// html has the HTML of each element, by ID. lists has the IDs of elements that come and go, in order, by the
+	// ID of their parent. fixed are the IDs of all others.
 	html   map[string]string
 	fixed  []string
 	lists  map[string][]string
@@ -43,7 +43,7 @@ type crumb struct {
 	last bool
 }
 
-// add renders an element that is always there.
+// add renders an element that always exists.
 func (r *rendered) add(id string, c templ.Component) {
 	r.fixed = append(r.fixed, id)
 	r.html[id] = markup(c)
@@ -55,10 +55,10 @@ func (r *rendered) addTo(list, id string, c templ.Component) {
 	r.html[id] = markup(c)
 }
 
-// markup is a component's HTML, without what would turn a line of it around, whoever wrote that.
+// markup returns a component's HTML, without characters that change a line's direction.
 func markup(c templ.Component) string {
 	var b strings.Builder
-	if err := c.Render(context.Background(), &b); err != nil { // a strings.Builder takes all
+	if err := c.Render(context.Background(), &b); err != nil { // a strings.Builder never fails
 		return ""
 	}
 	return fleet.CleanLines(b.String())
@@ -90,10 +90,10 @@ func (r *rendered) close() *rendered {
 	return r
 }
 
-// mostPages bounds the pages of one snapshot that are kept.
+// mostPages bounds the cached pages of one snapshot.
 const mostPages = 128
 
-// render returns the page at a path, as of a snapshot: nil before the store was read.
+// render returns the page at a path for a snapshot; nil if the store wasn't read yet.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
 	f := filterOf(query)
 	key := f.address("/" + path)
@@ -121,7 +121,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 	return r
 }
 
-// draw fills a page in. It reports whether the page stays the same for as long as the snapshot does.
+// draw renders a page. It reports whether the page stays the same as long as the snapshot does.
 func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f filter) bool {
 	segments := strings.FieldsFunc(path, func(c rune) bool { return c == '/' })
 	if path == "-/overrides" {
@@ -142,7 +142,7 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 	switch {
 	case r.tab == "overrides":
 		r.overrides(s.at(time.Now()).overridesOf(w.c.CommitURL))
-		return false // windows open and close without a change of the store
+		return false // windows open and close without a change in the store
 	case len(segments) < 3:
 		if len(segments) > 0 {
 			f.Stage = segments[0]
@@ -176,14 +176,14 @@ func (w *Web) draw(ctx context.Context, s *snapshot, r *rendered, path string, f
 		}
 		r.layout = func(r *rendered) templ.Component { return nodeLayout(v, r) }
 		r.add("node", nodeView(v))
-		return false // it tells how long something takes
+		return false // it shows elapsed times
 	default:
 		r.missing(http.StatusNotFound, s, "There is no page here: want /STAGE/ROLE/UNIT/NODE, or the beginning of that.")
 	}
 	return true
 }
 
-// at is the snapshot as seen at a later time.
+// at returns the snapshot as seen at a later time.
 func (s *snapshot) at(now time.Time) *snapshot {
 	f := *s.Fleet
 	f.At = now
@@ -192,10 +192,10 @@ func (s *snapshot) at(now time.Time) *snapshot {
 	return later
 }
 
-// stale returns why what the snapshot shows may be out of date; empty: it isn't.
+// stale returns why the snapshot may be out of date; empty: it isn't.
 func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.LastKnown(), s.away), 2*mostText) }
 
-// problems returns those that belong to no unit: of the store, of the mirror, of wrong keys.
+// problems returns the problems that belong to no unit: of the store, of the mirror, of faulty keys.
 func (s *snapshot) problems() (all []problem) {
 	for _, n := range s.faults() {
 		tone := "bad"
@@ -221,7 +221,7 @@ func (s *snapshot) problems() (all []problem) {
 	return all
 }
 
-// missing makes the page of an error: a text, and an HTTP status.
+// missing makes the page of an error: a text and an HTTP status.
 func (r *rendered) missing(code int, s *snapshot, text string) {
 	r.code = code
 	if s == nil {
@@ -229,7 +229,7 @@ func (r *rendered) missing(code int, s *snapshot, text string) {
 	}
 	var faults []fleet.Note
 	if s != nil {
-		faults = s.faults() // which may be the reason
+		faults = s.faults() // they may be the reason
 	}
 	r.layout = func(r *rendered) templ.Component { return r.slot("message") }
 	r.add("message", nothing(text, faults))
@@ -288,13 +288,13 @@ func (r *rendered) overrides(v overrides) {
 	r.add("mirror", mirrorSection(v))
 }
 
-// sentence makes an error a sentence: a capital first, a full stop last.
+// sentence returns an error's text as a sentence, with a capital and a full stop.
 func sentence(err error) string {
 	text := fleet.Clean(err.Error(), 2*mostText)
 	return strings.ToUpper(text[:1]) + text[1:] + "."
 }
 
-// address is the path of a page.
+// address returns the path of a page.
 func address(segments ...string) string {
 	path := "/"
 	for i, s := range segments {

@@ -14,12 +14,11 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// snapshot is a fleet as it was read at a time, with what pages count of it. It doesn't change: what it shows of
-// time is
-// told as times, from which browsers count.
+// snapshot is a fleet as read at one time, with the counts that pages show. It doesn't change: it contains points
+// in time, from which browsers compute elapsed times.
 type snapshot struct {
 	*fleet.Fleet
-	// away is why the store can't be read now; empty: it can, or nobody asked yet.
+	// away is why the store can't be read now; empty: it can, or that wasn't checked yet.
 	away  string
 	trend *trends
 	log   *changes
@@ -31,7 +30,7 @@ type snapshot struct {
 	pages map[string]*rendered
 }
 
-// all returns the snapshot's units with their counts, which are made when they are first asked for.
+// all returns the snapshot's units with their counts, which are computed on first use.
 func (s *snapshot) all() []*unit {
 	s.once.Do(func() {
 		s.units = make([]*unit, len(s.Units))
@@ -42,7 +41,7 @@ func (s *snapshot) all() []*unit {
 	return s.units
 }
 
-// find returns a unit; nil: there is none.
+// find returns a unit, or nil.
 func (s *snapshot) find(id deployments.UnitID) *unit {
 	i, found := slices.BinarySearchFunc(s.all(), id, func(u *unit, id deployments.UnitID) int { return u.ID.Compare(id) })
 	if !found {
@@ -51,21 +50,21 @@ func (s *snapshot) find(id deployments.UnitID) *unit {
 	return s.units[i]
 }
 
-// health is how a node is, in the few kinds that a map distinguishes.
+// health is a node's condition, in the few kinds that a map distinguishes.
 type health int
 
 const (
 	healthy health = iota
-	busy           // on its way, or waiting
+	busy           // changing, or waiting
 	failing
 	gone
-	healths // how many there are
+	healths // the number of kinds
 )
 
-// String names a health in the style sheet.
+// String returns the health's class in the style sheet.
 func (h health) String() string { return [...]string{"ok", "busy", "bad", "gone"}[h] }
 
-// Label names a health for people.
+// Label returns the health's name for people.
 func (h health) Label() string { return [...]string{"converged", "on its way", "failing", "gone"}[h] }
 
 func healthOf(n *fleet.Node) health {
@@ -89,29 +88,29 @@ type share struct {
 	Class string
 }
 
-// mostShares is how many releases of a unit have a colour of their own; the rest share one.
+// mostShares is how many releases of a unit have a colour of their own; all others share one.
 const mostShares = 5
 
-// unit is a unit with what is counted of it.
+// unit is a unit with the counts that pages show.
 type unit struct {
 	*fleet.Unit
 	name func(deployments.Pointer) string
 	// target is what most of the unit should run: a pin's release, or the record's target.
 	target deployments.Pointer
-	// shares are sorted by count; the first mostShares releases, then the others in one.
+	// shares are sorted by count: the first mostShares releases, then all others in one.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int
-	// states counts live nodes that aren't converged by their state in words.
+	// states counts live nodes that aren't converged, by their state in words.
 	states map[string]int
-	// trouble is the error of the first node that has one.
+	// trouble is the error of the first node that has one, and troubled that node.
 	trouble, troubled string
 	pinned            bool
 	progress          *progress
 	problem           *problem
 }
 
-// summarize counts what pages show of a unit.
+// summarize computes the counts of a unit.
 func summarize(u *fleet.Unit, now time.Time) *unit {
 	s := &unit{Unit: u, name: u.Versions(), states: map[string]int{}, classes: map[deployments.Digest]string{},
 		pinned: u.Pinned(now)}
@@ -152,13 +151,13 @@ func summarize(u *fleet.Unit, now time.Time) *unit {
 	return s
 }
 
-// stateOf is a node's state in words that many nodes share.
+// stateOf returns a node's state in words, without details that differ by node.
 func stateOf(n *fleet.Node) string {
 	text, _, _ := strings.Cut(n.Shown().Text, " ")
 	return fleet.Clean(text, 24)
 }
 
-// colour sorts the shares, and gives each release its colour: v0 the target, v1 the stable one, v2 and on the others.
+// colour sorts the shares, and assigns colours: v0 to the target, v1 to the stable release, v2 and on to others.
 func (u *unit) colour(counts map[deployments.Digest]*share) {
 	all := make([]*share, 0, len(counts))
 	for _, c := range counts {
@@ -208,23 +207,23 @@ func (u *unit) class(n *fleet.Node) string {
 	return cmp.Or(u.classes[n.Report.Running.Digest], "vx")
 }
 
-// progress is how far a rollout is.
+// progress is the progress of a rollout, in numbers.
 type progress struct {
 	Phase deployments.Phase
 	Label string
-	// Admitted and Converged of Of live nodes that follow the record; Failed of them.
+	// Of is the number of live nodes that follow the record. Admitted, Converged and Failed are parts of them.
 	Admitted, Converged, Failed, Of int
 	Since                           time.Time
-	// Until is when the phase is expected to end: what the mirror says, or what the trend promises. Zero: unknown.
+	// Until is when the phase is expected to end, by the mirror or by the trend. Zero: unknown.
 	Until time.Time
 }
 
-// back is set while nodes go back to the stable release.
+// back reports whether nodes go back to the stable release.
 func (p *progress) back() bool {
 	return p.Phase == deployments.PhaseRollingBack || p.Phase == deployments.PhaseRolledBack
 }
 
-// tone is the style of a phase.
+// tone returns the style of a phase.
 func (p *progress) tone() string {
 	switch p.Phase {
 	case deployments.PhaseRollingBack, deployments.PhaseRolledBack:
@@ -287,7 +286,7 @@ func progressOf(u *unit, now time.Time) *progress {
 	return p
 }
 
-// problem is the worst fault of a unit.
+// problem is the worst problem of a unit.
 type problem struct {
 	ID   deployments.UnitID
 	Tone string // bad or warn
@@ -296,7 +295,7 @@ type problem struct {
 	Next string
 }
 
-// problemOf finds what is wrong with a unit; nil: nothing that needs somebody.
+// problemOf returns what is wrong with a unit; nil: nothing that needs attention.
 func problemOf(u *unit, now time.Time) *problem {
 	p := &problem{ID: u.ID, Tone: "bad", Next: fleet.Clean(u.Next(now), mostText)}
 	live := 0
@@ -331,7 +330,7 @@ func problemOf(u *unit, now time.Time) *problem {
 	return p
 }
 
-// failingStates names the states that make nodes count as failing.
+// failingStates lists the states in which nodes count as failing.
 func failingStates(u *unit) string {
 	var names []string
 	for _, state := range []deployments.State{deployments.StateUnhealthy, deployments.StateQuarantined,
@@ -343,5 +342,5 @@ func failingStates(u *unit) string {
 	return strings.Join(names, ", ")
 }
 
-// mostText bounds, in characters, others' text in a list.
+// mostText bounds untrusted text in a list, in characters.
 const mostText = 240

@@ -9,9 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// trends keep what share of each unit's nodes ran which release, for as long as the dashboard runs: the store
-// tells only
-// what is now.
+// trends record what share of each unit's nodes ran which release, since the dashboard was started: the store has
+// only the current state.
 type trends struct {
 	mu    sync.Mutex
 	units map[deployments.UnitID][]sample
@@ -24,15 +23,16 @@ type sample struct {
 }
 
 const (
-	// mostSamples of a unit are kept; of more, every other is dropped, so that the chart grows coarser, not longer.
+	// mostSamples bounds the samples of a unit. Beyond it every other one is dropped, so that the chart grows
+	// coarser, not longer.
 	mostSamples = 60
-	// mostTrends units have a trend.
+	// mostTrends bounds the units that have a trend.
 	mostTrends = 2000
 	// sampleEvery is the least time between two samples of a unit.
 	sampleEvery = 2 * time.Second
 )
 
-// record notes what units run now. A unit whose shares are as they were needs no sample.
+// record adds a sample for each unit whose shares changed.
 func (t *trends) record(units []*unit, now time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -82,10 +82,10 @@ func (t *trends) of(id deployments.UnitID) []sample {
 	return slices.Clone(t.units[id])
 }
 
-// leastTrend is how long nodes have to move before their pace promises anything.
+// leastTrend is how long nodes must have been changing before their pace is used for an estimate.
 const leastTrend = 15 * time.Second
 
-// ends tells when all nodes run the release at the pace of its samples; zero: they promise nothing.
+// ends estimates when all nodes run the release, by the pace of its samples; zero: there is no estimate.
 func ends(samples []sample, release deployments.Digest, of int) time.Time {
 	if len(samples) < 3 {
 		return time.Time{}
@@ -96,7 +96,7 @@ func ends(samples []sample, release deployments.Digest, of int) time.Time {
 		first--
 	}
 	for first < len(samples)-1 && samples[first+1].counts[release] == samples[first].counts[release] {
-		first++ // the pace counts from where the first of them moved
+		first++ // the pace counts from when the first of them changed
 	}
 	moved, took := last.counts[release]-samples[first].counts[release], last.at.Sub(samples[first].at)
 	missing := of - last.counts[release]

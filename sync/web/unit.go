@@ -41,13 +41,13 @@ type step struct {
 	Until time.Time
 }
 
-// releaseLine is one release that a unit is about.
+// releaseLine is a release that a unit goes to, or may go back to.
 type releaseLine struct {
 	What, Name, Class string
 	Pointer           string
 }
 
-// command is a command line, and what it does.
+// command is a command line and what it does.
 type command struct{ Does, Line string }
 
 // nodeRow is one of a unit's nodes in one line.
@@ -74,15 +74,15 @@ type historyRow struct {
 	Failed     bool
 }
 
-// mostNotes bounds the notes of a unit: each pinned node has one.
+// mostNotes bounds the notes of a unit, as each pinned node has one.
 const mostNotes = 30
 
-// unitOf makes the page of one unit.
+// unitOf returns the page of one unit.
 func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL string) unitPage {
 	v := unitPage{Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem}
 	for _, n := range s.Notes(u.Unit) {
 		if n.About.Text == "next:" && u.problem != nil {
-			continue // it stands with the problem
+			continue // the problem shows it already
 		}
 		n.About.Text = strings.TrimSuffix(n.About.Text, ":")
 		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), mostLines)
@@ -125,7 +125,7 @@ func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL 
 	return v
 }
 
-// urgency orders nodes: those with faults before the others.
+// urgency ranks nodes: those with faults come first.
 func urgency(n *fleet.Node) int {
 	switch healthOf(n) {
 	case failing:
@@ -164,10 +164,10 @@ func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
 	}
 }
 
-// releasesOf are the releases that a unit is about: where it goes, and where it goes back to.
+// releasesOf returns the releases that a unit goes to, or may go back to.
 func releasesOf(u *unit) (lines []releaseLine) {
 	add := func(what string, p deployments.Pointer) {
-		p.URL = safetext.URLs(p.URL) // who may see the page need not be who may fetch a signed URL
+		p.URL = safetext.URLs(p.URL) // whoever may see the page may not be allowed to fetch a signed URL
 		if p.IsZero() || slices.ContainsFunc(lines, func(l releaseLine) bool { return l.Pointer == p.String() }) {
 			return
 		}
@@ -187,7 +187,7 @@ func releasesOf(u *unit) (lines []releaseLine) {
 	return lines
 }
 
-// stepsOf are the phases of a unit's rollout; none: it has none under way.
+// stepsOf returns the phases of a unit's rollout; none: no rollout is under way.
 func stepsOf(u *unit, p *progress) []step {
 	if p == nil {
 		return nil
@@ -241,7 +241,7 @@ func stepsOf(u *unit, p *progress) []step {
 	return []step{passed("Canary"), passed("Bake"), now("Rolling", admitted), todo("Everywhere")}
 }
 
-// commandsOf are the commands that would change something about a unit now.
+// commandsOf returns the commands that would change something about a unit now.
 func commandsOf(u *unit) (all []command) {
 	id := u.ID.String()
 	add := func(does, line string) { all = append(all, command{does, line}) }
@@ -277,7 +277,7 @@ func commandsOf(u *unit) (all []command) {
 	return all
 }
 
-// pinnedNodes are the nodes with pins of their own, sorted.
+// pinnedNodes returns the nodes that have pins of their own, sorted.
 func (u *unit) pinnedNodes() []string {
 	var names []string
 	for node := range u.Pins {

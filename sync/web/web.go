@@ -32,42 +32,42 @@ import (
 
 //go:generate go tool -modfile=../../.tools/templ/go.mod templ generate
 
-// Config is what a dashboard needs.
+// Config configures a dashboard.
 type Config struct {
 	Store kv.Store
-	// Listen is HOST:PORT; port 0: one of the system's choosing, see Addr.
+	// Listen is HOST:PORT; with port 0 the system chooses one, see Addr.
 	Listen string
-	// Hosts are the names by which browsers reach it, beside localhost and every IP address. Others are refused: a
-	// web site whose name
-	// its owner points at this server could else be made to read it by its visitors' browsers (DNS rebinding).
+	// Hosts are the host names that browsers use for it, besides localhost and IP addresses. Others are refused:
+	// otherwise a web site could point its own name at this server, and read the dashboard through its visitors'
+	// browsers (DNS rebinding).
 	Hosts []string
-	// CommitURL is where a commit can be looked at, with {commit} in the place of its hash; empty: commits are no links.
+	// CommitURL is the URL of a commit's page, with {commit} for its hash; empty: commits are no links.
 	CommitURL string
-	Log       *slog.Logger // nil: none
+	Log       *slog.Logger // nil: discard
 }
 
 // Web is a dashboard.
 type Web struct {
 	c        Config
 	listener net.Listener
-	// viewers bounds how many browsers are told of changes.
+	// viewers bounds how many browsers receive changes.
 	viewers chan struct{}
 	log     *changes
 	trend   *trends
 
 	mu      sync.Mutex
-	place   string        // of the store: see source
-	current *snapshot     // nil: not yet read
-	changed chan struct{} // closed when current was replaced
+	place   string        // the store's name: see source
+	current *snapshot     // nil: not read yet
+	changed chan struct{} // closed when current is replaced
 	recent  []*rendered
 	pasts   map[deployments.UnitID]*past
-	used    time.Time // when somebody asked for a page
+	used    time.Time // when a page was last requested
 }
 
-// maxViewers hold a connection each.
+// maxViewers bounds the browsers with an open stream.
 const maxViewers = 200
 
-// New listens. An error is the listener's, or the configuration's.
+// New listens. The error is the listener's, or the configuration's.
 func New(c Config) (*Web, error) {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if err := checkCommitURL(c.CommitURL); err != nil {
@@ -85,11 +85,11 @@ func New(c Config) (*Web, error) {
 	}, nil
 }
 
-// Addr is where it listens.
+// Addr returns the address that it listens on.
 func (w *Web) Addr() string { return w.listener.Addr().String() }
 
-// Run watches the store and answers until ctx ends; it returns nil then. An outage of the store does not end it:
-// it is shown.
+// Run watches the store and answers requests until ctx ends; then it returns nil. During an outage of the store
+// pages show that.
 func (w *Web) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -135,7 +135,7 @@ func (w *Web) Run(ctx context.Context) error {
 	return nil
 }
 
-// show makes a fleet the present one.
+// show makes a fleet the current one.
 func (w *Web) show(f *fleet.Fleet) {
 	s := &snapshot{Fleet: f}
 	w.trend.record(s.all(), f.At)
@@ -147,7 +147,8 @@ func (w *Web) show(f *fleet.Fleet) {
 	})
 }
 
-// replace puts another snapshot in the place of the last, nil if there is none. A change that returns nil is none.
+// replace replaces the current snapshot, which change gets, or nil if there is none. If change returns nil,
+// nothing is replaced.
 func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -161,7 +162,7 @@ func (w *Web) replace(change func(old *snapshot) *snapshot) {
 	w.changed = make(chan struct{})
 }
 
-// again returns the snapshot's fleet as a new snapshot, after something beside the fleet has changed.
+// again returns a new snapshot of the same fleet, for changes outside of the fleet.
 func (s *snapshot) again() *snapshot {
 	if s == nil {
 		return nil
@@ -171,14 +172,14 @@ func (s *snapshot) again() *snapshot {
 	return same
 }
 
-// now returns the fleet as it was read last, or nil before that, and what is closed at its next change.
+// now returns the current snapshot, or nil before the first read, and a channel that is closed at its next change.
 func (w *Web) now() (*snapshot, <-chan struct{}) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.current, w.changed
 }
 
-// readChanges reads who changed what after each change of the fleet.
+// readChanges reads, after each change of the fleet, who made the latest change of each unit.
 func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 	for {
 		select {
@@ -193,22 +194,22 @@ func (w *Web) readChanges(ctx context.Context, news wait.Signal) {
 }
 
 const (
-	// probeEvery and probeWithin bound how long a store that no longer answers goes unnoticed. A watch notices after a
-	// minute: until then it may just have nothing to tell.
+	// probeEvery and probeWithin bound how long an unresponsive store goes unnoticed. A watch would notice only
+	// after a minute, as it may just have no news.
 	probeEvery  = 1500 * time.Millisecond
 	probeWithin = 2 * time.Second
-	// probeFor is how long after the last look at a page the store is asked.
+	// probeFor is how long after the last request for a page the store is probed.
 	probeFor = time.Minute
 )
 
-// asked notes that somebody looks.
+// asked records that a page was requested.
 func (w *Web) asked() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.used = time.Now()
 }
 
-// probe checks that the store answers, while somebody looks.
+// probe checks that the store answers, while pages are requested.
 func (w *Web) probe(ctx context.Context) {
 	var since time.Time
 	for {
@@ -245,7 +246,7 @@ func (w *Web) probe(ctx context.Context) {
 	}
 }
 
-// ask reads a key, and asks for the store's place until it is known.
+// ask reads a key, and the store's datacenter until that is known.
 func (w *Web) ask(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeWithin)
 	defer cancel()
@@ -271,7 +272,7 @@ func (w *Web) ask(ctx context.Context) error {
 	return nil
 }
 
-// source names the store for people: its datacenter and prefix.
+// source returns the store's name for people: its datacenter and prefix.
 func (w *Web) source() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -12,34 +12,36 @@ import (
 	"kedge/sync/fleet"
 )
 
-// windowRow is one freeze window of kedge.yaml, with when it is open in the week to come.
+// windowRow is one freeze window of kedge.yaml, with its openings in the next week.
 type windowRow struct {
 	Name, Reason string
-	// Allow is set if rollouts start within the window alone; else none starts within it.
+	// Allow is set if rollouts may start only within the window, not only outside of it.
 	Allow bool
-	// Waits is set if a rollout under way waits as well.
+	// Waits is set if rollouts under way have to wait as well.
 	Waits bool
 	Units string
-	// Open is set while the window is open. From and To are its present opening, or its next; zero: none is near.
+	// Open is set while the window is open. From and To are the current opening, or the next one; zero: none in
+	// the next week.
 	Open     bool
 	From, To time.Time
-	// Later are the openings after that, in words.
+	// Later lists the openings after that, in words.
 	Later string
-	// Path draws the openings, from the hour that has begun on. Zone is whose clock the window goes by.
+	// Path draws the openings, beginning with the current hour. Zone is the time zone of the window.
 	Path string
 	Zone string
 }
 
 const (
-	// mostWindows are listed, with mostOpenings drawn of each, and laterOpenings told.
+	// mostWindows bounds the listed windows, mostOpenings the openings drawn of each, and laterOpenings those in
+	// words.
 	mostWindows   = 40
 	mostOpenings  = 100
 	laterOpenings = 3
-	// weekWidth is of the drawing of a week: six parts an hour.
+	// weekWidth is the width of the drawing of a week: six units an hour.
 	weekWidth = 7 * 24 * 6
 )
 
-// windowsOf lists the freeze windows: those that are open, then by when they open next.
+// windowsOf lists the freeze windows: open ones first, then by their next opening.
 func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	windows, more := s.Freezes()
 	more += max(0, len(windows)-mostWindows)
@@ -101,7 +103,7 @@ func windowOf(w deployments.Freeze, now time.Time) windowRow {
 	return r
 }
 
-// spanIn is an opening by the clock of its window's zone.
+// spanIn formats an opening by its window's time zone.
 func spanIn(o policy.Opening, zone *time.Location) string {
 	from, to := o.From.In(zone), o.To.In(zone)
 	end := to.Format("Mon 15:04")
@@ -111,7 +113,7 @@ func spanIn(o policy.Opening, zone *time.Location) string {
 	return from.Format("Mon 15:04") + "–" + end
 }
 
-// say puts a window's drawing in words.
+// say describes a window's drawing in words.
 func (r windowRow) say() string {
 	if r.Path == "" {
 		return "Not open within 7 days"

@@ -12,7 +12,7 @@ import (
 
 func itoa(n int) string { return strconv.Itoa(n) }
 
-// plural is a noun for n, plural2 with the number before it.
+// plural returns a noun in the number of n; plural2 puts the number before it.
 func plural(n int, noun string) string {
 	if n == 1 {
 		return noun
@@ -33,7 +33,7 @@ func names(all []counted) (names []string) {
 	return names
 }
 
-// when is a class where a condition holds.
+// when returns a class if a condition holds.
 func when(condition bool, class string) string {
 	if condition {
 		return class
@@ -41,7 +41,7 @@ func when(condition bool, class string) string {
 	return ""
 }
 
-// current marks a link to the page that is shown.
+// current returns the attribute that marks the link to the current page.
 func current(is bool) templ.Attributes {
 	if is {
 		return templ.Attributes{"aria-current": "page"}
@@ -56,7 +56,7 @@ func currentStep(is bool) templ.Attributes {
 	return nil
 }
 
-// toneClass is a tone's name in the style sheet.
+// toneClass returns a tone's class in the style sheet.
 func toneClass(t fleet.Tone) string {
 	return [...]string{fleet.Plain: "plain", fleet.Bold: "bold", fleet.Dim: "dim", fleet.Good: "good",
 		fleet.Warn: "warn", fleet.Bad: "bad"}[t]
@@ -65,10 +65,10 @@ func toneClass(t fleet.Tone) string {
 // rect is a part of a bar.
 type rect struct{ class, x, width string }
 
-// box is the coordinates of a bar or a line of n parts.
+// box returns the SVG view box of a bar or line with n parts.
 func box(n int) string { return fmt.Sprintf("0 0 %d 1", max(1, n)) }
 
-// boxes are the parts of a bar of shares, the target first, so that it grows from the left.
+// boxes returns the parts of a bar of shares, the target first, so that it grows from the left.
 func boxes(all []share) (rects []rect) {
 	all = slices.Clone(all)
 	slices.SortStableFunc(all, func(a, b share) int {
@@ -90,7 +90,7 @@ func boxes(all []share) (rects []rect) {
 	return rects
 }
 
-// sayShares puts a bar of shares into words.
+// sayShares describes a bar of shares in words.
 func sayShares(all []share) string {
 	text := "Runs"
 	for i, s := range all {
@@ -102,7 +102,7 @@ func sayShares(all []share) string {
 	return text
 }
 
-// boxes are the parts of a rollout's bar: converged, admitted and on their way, failed.
+// boxes returns the parts of a rollout's bar: converged, admitted and changing, failed.
 func (p *progress) boxes() []rect {
 	moving := max(0, p.Admitted-p.Converged-p.Failed)
 	if p.back() {
@@ -114,7 +114,7 @@ func (p *progress) boxes() []rect {
 	}
 }
 
-// short is the rollout in numbers.
+// short returns the rollout in numbers.
 func (p *progress) short() string {
 	if p.back() {
 		return fmt.Sprintf("%d of %d back on stable", p.Converged, p.Of)
@@ -125,7 +125,7 @@ func (p *progress) short() string {
 	return fmt.Sprintf("%d of %d", p.Converged, p.Of)
 }
 
-// say is the rollout's bar in words.
+// say describes the rollout's bar in words.
 func (p *progress) say() string {
 	if p.back() {
 		return p.short()

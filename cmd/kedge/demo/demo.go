@@ -1,6 +1,6 @@
-// Package demo runs the whole system on one machine with nothing installed: a repo to push to, a mirror and agents as
-// processes of their own, over a directory for the store and another for releases. It shows the fleet and takes keys,
-// or walks through a day of an operator's by itself.
+// Package demo runs the whole system on one machine with nothing installed: a repo to push to, and a mirror and
+// agents as processes of their own. One directory stands in for the store and another for object storage. It shows
+// the fleet and takes keys, or plays an operator's day by itself.
 package demo
 
 import (
@@ -29,19 +29,20 @@ import (
 	"kedge/sync/web"
 )
 
-// ErrNoGit says that git isn't installed: the demo pushes with it.
+// ErrNoGit means that git isn't installed, which the demo pushes with.
 var ErrNoGit = errors.New("the demo pushes with git, which isn't installed")
 
-// Config says where the demo runs, and what shows it.
+// Config configures a Demo.
 type Config struct {
 	// Dir is an empty or missing directory to use and keep; empty: a temporary one, which Close removes.
 	Dir string
 	Out io.Writer
-	// In is where keys are typed. They are read only if it is a terminal and there is a Screen.
+	// In is the input for keys. It is read only if it is a terminal and there is a Screen.
 	In io.Reader
-	// Screen shows the fleet on a terminal until ctx ends, drawn anew after every change; nil: Out is no terminal.
+	// Screen shows the fleet on a terminal until ctx ends, and draws it again after every change; nil: Out is no
+	// terminal.
 	Screen func(ctx context.Context, store kv.Store, draw func(w io.Writer, f *fleet.Fleet, width int)) error
-	// Color is whether the screen wants colours.
+	// Color is set if the screen wants colours.
 	Color bool
 }
 
@@ -66,14 +67,14 @@ type Demo struct {
 	mirror  *child
 	// pointers are the published releases, by version.
 	pointers map[string]deployments.Pointer
-	// shown is the last line printed of each node, where no terminal is.
+	// shown is the last line printed for each node, if there is no terminal.
 	shown map[string]string
-	// rollout is added to the unit's file.
+	// rollout is appended to the unit file.
 	rollout string
 
 	mu    sync.Mutex
 	nodes map[string]*child // the agents, by name
-	// said is what came of the key that was typed last.
+	// said is the result of the last key.
 	said string
 }
 
@@ -140,8 +141,8 @@ func New(ctx context.Context, c Config) (_ *Demo, err error) {
 	return d, nil
 }
 
-// serveSite plays the web servers of all nodes: /NAME/ is what is live on node NAME, and what its health check asks
-// for.
+// serveSite stands in for the web servers of all nodes: /NAME/ serves the live release of node NAME. The nodes'
+// health checks request it.
 func (d *Demo) serveSite() error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -201,7 +202,7 @@ func (d *Demo) git(dir string, args ...string) error {
 	return nil
 }
 
-// publish packs and publishes a version of the demo's application: a small web site whose health check asks for its
+// publish packs and publishes a version of the demo's application: a small web site whose health check expects its
 // version.
 func (d *Demo) publish(version string) (artifact.Published, error) {
 	src := filepath.Join(d.dir, "src", version)
@@ -251,7 +252,7 @@ func (d *Demo) publish(version string) (artifact.Published, error) {
 	return published, os.WriteFile(filepath.Join(d.dir, version), []byte(published.Pointer.String()+"\n"), 0o644)
 }
 
-// push names a version in the deployments repo, and pushes that.
+// push sets the version in the deployments repo, and pushes.
 func (d *Demo) push(version string) error {
 	work := filepath.Join(d.dir, "deployments")
 	file := filepath.Join(work, demoUnit.Stage, demoUnit.Role, demoUnit.Unit+".yaml")
@@ -316,7 +317,7 @@ func (d *Demo) agents() map[string]*child {
 
 func (d *Demo) kv() string { return "file://" + filepath.Join(d.dir, "kv") }
 
-// child is a process of the demo's own.
+// child is a process of the demo.
 type child struct {
 	cmd  *exec.Cmd
 	done chan error
@@ -333,7 +334,8 @@ func (d *Demo) start(name string, env []string, args ...string) (*child, error) 
 	c.Stdout, c.Stderr = log, log
 	c.Cancel = func() error { return c.Process.Signal(syscall.SIGTERM) }
 	c.WaitDelay = 10 * time.Second
-	// Its own group: Ctrl-C reaches it through us, once. It dies with us, even if we are killed.
+	// A process group of its own, as the demo passes Ctrl-C on, once. Pdeathsig ends it with the demo, even after
+	// a kill.
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := c.Start(); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", name, err)

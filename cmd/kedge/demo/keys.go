@@ -14,15 +14,14 @@ import (
 	"kedge/sync/fleet"
 )
 
-// gatedRollout is how the live demo's releases go out after the first: one node first, and the others when somebody
-// promotes.
+// gatedRollout is the rollout of the live demo after the first release: one node first, the others after promote.
 const gatedRollout = "rollout: {canary: 1, bake: 3s, approval: manual, max_unavailable: 1}\n"
 
 // key is a key that may be typed while the demo is shown.
 type key struct {
 	char  byte
 	about string
-	do    func() (shown string, err error) // shown is the command that it stands for, and what that said
+	do    func() (shown string, err error) // shown is the command that it runs, and its output
 }
 
 func (d *Demo) keys() []key {
@@ -51,19 +50,19 @@ func (d *Demo) keys() []key {
 	}
 }
 
-// kedge runs this program against the demo's store, and returns the command line with its output.
+// kedge runs this program with the demo's store, and returns the command line and its output.
 func (d *Demo) kedge(args ...string) (string, error) {
 	c := exec.CommandContext(d.ctx, d.program, append(args, "--kv", d.kv())...)
 	out, err := c.CombinedOutput()
 	shown := "kedge " + strings.Join(args, " ") + "\n" + strings.TrimSpace(string(out))
 	if _, failed := err.(*exec.ExitError); failed {
-		err = nil // what it said says it
+		err = nil // its output says why
 	}
 	return shown, err
 }
 
-// readKeys runs the command of each key that is typed, one after the other, until the demo ends. What came of the last
-// one is shown.
+// readKeys runs the command for each key that is typed, one after the other, until the demo ends. The result of
+// the last one is shown.
 func (d *Demo) readKeys(in io.Reader) {
 	keys := d.keys()
 	for typed := make([]byte, 1); d.ctx.Err() == nil; {
@@ -94,8 +93,8 @@ func (d *Demo) say(text string) {
 	d.said = text
 }
 
-// typing has the terminal give each key as it is typed, without showing it; Ctrl-C stays what it is. restore ends that.
-// ok is false if there is no terminal to type on, or none to show the fleet on.
+// typing makes the terminal deliver each key at once and without echo; Ctrl-C still works. restore undoes that. ok
+// is false if there is no terminal to type on, or none to show the fleet on.
 func (d *Demo) typing() (restore func(), ok bool) {
 	f, isFile := d.In.(*os.File)
 	if d.Screen == nil || !isFile || !term.IsTerminal(int(f.Fd())) {
@@ -115,14 +114,14 @@ func (d *Demo) typing() (restore func(), ok bool) {
 	return func() { unix.IoctlSetTermios(fd, unix.TCSETS, was) }, true
 }
 
-// screenLines is how many lines a screen of 24 has for the demo.
+// screenLines is how many of a screen's 24 lines the demo uses.
 const screenLines = 22
 
-// draw shows the fleet, the keys, and the last key's output, within 24 lines of 80 columns.
+// draw shows the fleet, the keys, and the last command's output, within 24 lines of 80 columns.
 func (d *Demo) draw(w io.Writer, f *fleet.Fleet, opt fleet.TableOptions) {
 	var table, b strings.Builder
 	fleet.WriteTable(&table, f, opt)
-	if others := 9; strings.Count(table.String(), "\n") > screenLines-others { // nodes that are well can do without a line
+	if others := 9; strings.Count(table.String(), "\n") > screenLines-others { // converged nodes are left out then
 		opt.Nodes = false
 		table.Reset()
 		fleet.WriteTable(&table, f, opt)

@@ -37,7 +37,7 @@ func (d *Demo) Live() error {
 	var err error
 	if restore, ok := d.typing(); ok {
 		defer restore()
-		go d.readKeys(d.In) // ends with the process, where nothing is typed
+		go d.readKeys(d.In) // without input it ends with the process
 		err = d.Screen(d.ctx, d.store, func(w io.Writer, f *fleet.Fleet, width int) {
 			d.draw(w, f, fleet.TableOptions{Width: width, Color: d.Color, Nodes: true})
 		})
@@ -52,7 +52,7 @@ func (d *Demo) Live() error {
 	return err
 }
 
-// printChanges prints a line for each node that changed, where stdout is no terminal.
+// printChanges prints a line for each node that changed, if stdout is no terminal.
 func (d *Demo) printChanges(f *fleet.Fleet) {
 	for _, u := range f.Units {
 		for _, n := range u.Nodes {

@@ -14,8 +14,7 @@ import (
 	"kedge/sync/fleet"
 )
 
-// stepTimeout bounds one step of the walk: far more than any takes, so that a fault ends in an error and not in
-// silence.
+// stepTimeout bounds one step of the walk. It is far longer than any step takes, so that a fault ends in an error.
 const stepTimeout = time.Minute
 
 // ErrNotConverged is wrapped by Walk if a step takes longer than stepTimeout.
@@ -158,7 +157,7 @@ func (d *Demo) wait(version string, nodes ...string) error {
 	return d.checkLive(version, nodes...)
 }
 
-// until waits until missing has nothing to say of each of nodes.
+// until waits until missing returns nothing for each of nodes.
 func (d *Demo) until(missing func(fleet.Node) string, nodes ...string) error {
 	ctx, cancel := context.WithTimeout(d.ctx, stepTimeout)
 	defer cancel()
@@ -198,7 +197,7 @@ func missingOn(f *fleet.Fleet, name string, missing func(fleet.Node) string) str
 	return "has not reported"
 }
 
-// checkLive looks at the files themselves: what a status says is not what is live.
+// checkLive checks the live files themselves, as a report may be wrong.
 func (d *Demo) checkLive(version string, nodes ...string) error {
 	for _, name := range nodes {
 		got, err := os.ReadFile(filepath.Join(d.dir, "nodes", name, "srv", "app", "VERSION"))

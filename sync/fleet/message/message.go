@@ -19,9 +19,9 @@ var texts = map[deployments.Reason]string{
 	// of a rollout
 	deployments.ReasonFrozen:           "frozen[ by {window}][ until {until}][, and {opens} opens][ ({reason})]",
 	deployments.ReasonBaking:           "[{who} ]bake[ until {until}]",
-	deployments.ReasonAwaitingReports:  "[{who} ]have baked, and have yet to say how they are now",
-	deployments.ReasonBakingAgain:      "the bake begins anew when all are well again",
-	deployments.ReasonAwaitingApproval: "the canaries are well: waits for promote",
+	deployments.ReasonAwaitingReports:  "[{who} ]have baked, and have yet to report how they are now",
+	deployments.ReasonBakingAgain:      "the bake begins anew when all are healthy again",
+	deployments.ReasonAwaitingApproval: "the canaries are healthy: waits for promote",
 	deployments.ReasonAborted:          "aborted by an operator",
 	deployments.ReasonPromoted:         "promoted by an operator",
 	deployments.ReasonResumed:          "resumed by an operator",
@@ -33,7 +33,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonAllPinned:        "all of its[ {nodes}] nodes are pinned",
 	deployments.ReasonNodesMissing:     "[{live} of {known} ]known nodes are there: waits for the others",
 	deployments.ReasonUnheard:          "[node {node} ]has yet to report what serves there",
-	deployments.ReasonUnaware:          "[node {node} ]is well, and has yet to notice that it was admitted",
+	deployments.ReasonUnaware:          "[node {node} ]is healthy, and has yet to notice that it was admitted",
 	deployments.ReasonNothingToGoBack:  "there is nothing to go back to",
 	deployments.ReasonOrphaned:         "its file is no longer in Git, so it stands where it is",
 

@@ -12,7 +12,7 @@ func Transition(reason deployments.Reason, facts deployments.Facts) string {
 	case "":
 		return ""
 	case deployments.ReasonUnhealthy:
-		return "a canary is no longer well"
+		return "a canary is no longer healthy"
 	case deployments.ReasonPinned:
 		return "a pin goes to its nodes"
 	}
