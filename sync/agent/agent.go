@@ -36,27 +36,25 @@
 package agent
 
 import (
-	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
-	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/sync/errgroup"
 
+	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/agent/cache"
+	"kedge/sync/agent/destwatch"
 	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
 	"kedge/sync/trace"
@@ -133,7 +131,7 @@ type Agent struct {
 	metrics                  *metrics
 	floors                   *deploy.Floors
 	drains                   *drains
-	drift                    *driftWatcher
+	drift                    *destwatch.Watcher
 	// Each holds one: units fetch one after another, which bounds memory and load, and what is wanted now doesn't wait
 	// for what is fetched ahead. Who is slow gives its turn back: see holdTurn.
 	fetching, ahead chan struct{}
@@ -157,189 +155,205 @@ type Agent struct {
 	workers sync.WaitGroup
 }
 
-// New checks c and locks the state directory: statedir.ErrLocked if another agent has it. An Agent that was
-// made must be Run.
-func New(c Config) (_ *Agent, err error) {
-	if c.Store == nil || c.Objects == nil {
-		return nil, errors.New("an agent needs a store and a client for objects")
-	}
-	for _, s := range append([]string{c.Stage}, c.Roles...) {
-		if err := deployments.CheckSegment("stage or role", s); err != nil {
-			return nil, err
-		}
-	}
-	c.Roles = slices.Compact(slices.Sorted(slices.Values(c.Roles)))
-	if len(c.Roles) == 0 {
-		return nil, errors.New("an agent needs at least one role")
-	}
-	if c.StateDir == "" {
-		c.StateDir = DefaultStateDir
-	}
-	var host string
-	if c.Node == "" {
-		if host, err = os.Hostname(); err != nil {
-			return nil, fmt.Errorf("this host's name: %w", err)
-		}
-		c.Node, _, _ = strings.Cut(host, ".")
-	}
-	if err := deployments.CheckSegment("node", c.Node); err != nil {
-		return nil, err
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
-	if c.uptime == nil {
-		c.uptime = uptime
-	}
-	a := &Agent{
-		c:         c,
-		started:   time.Now().Truncate(time.Millisecond),
-		booted:    c.uptime() < bootWithin,
-		making:    map[*cache.Source]bool{},
-		units:     map[deployments.UnitID]*unit{},
-		onDisk:    map[deployments.UnitID]bool{},
-		fetching:  make(chan struct{}, 1),
-		ahead:     make(chan struct{}, 1),
-		kicked:    wait.NewSignal(),
-		reportNow: wait.NewSignal(),
-		pulse:     make(chan struct{}),
-		idle:      make(chan struct{}),
-		converged: make(chan struct{}),
-	}
-	if a.dir, err = statedir.Open(c.StateDir, c.Log); err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, a.dir.Close())
-		}
-	}()
-	if host != "" {
-		a.naming = &naming{host: host, saved: a.dir.NodeName(host)}
-		a.c.Node = cmp.Or(a.naming.saved, c.Node)
-	}
-	a.findUnitsOnDisk()
-	if a.cache, err = cache.Open(cache.Config{
-		Node: a.c.Node, Stage: c.Stage, Roles: c.Roles, File: a.dir.Path(statedir.LastKnownFile), Kept: a.kept, Log: c.Log,
-	}); err != nil {
-		return nil, err
-	}
-	if a.floors, err = deploy.OpenFloors(a.dir.Path(statedir.FloorsFile), c.Log); err != nil {
-		return nil, err
-	}
-	a.begun = a.dir.StartingSince(a.started)
-	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
-	if c.Listen != "" {
-		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
-			return nil, fmt.Errorf("listening for /ready: %w", err)
-		}
-	}
-	if c.ListenStatus != "" {
-		if a.statusListener, err = net.Listen("tcp", c.ListenStatus); err != nil {
-			if a.listener != nil {
-				err = errors.Join(err, a.listener.Close())
-			}
-			return nil, fmt.Errorf("listening for /status and /metrics: %w", err)
-		}
-	}
-	a.metrics = newMetrics(c.Metrics)
-	if c.Metrics != nil {
-		c.Metrics.MustRegister(gauges{a})
-	}
-	a.drift = newDriftWatcher(c.Log)
-	return a, nil
+// naming is the state of the search for a name, in an agent that was given none.
+type naming struct {
+	host string // as the machine calls itself
+	// saved is what the store's agent called it at a start before this one; empty: not known. What another host was
+	// called doesn't count: the disk may have been in its image.
+	saved string
 }
 
-// Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with
-// commands under way ended. Trouble with the store, storage or a release doesn't end it.
-func (a *Agent) Run(ctx context.Context) error {
-	defer a.dir.Close()
-	g, ctx := errgroup.WithContext(ctx)
-	a.mu.Lock()
-	a.ctx = ctx
-	a.mu.Unlock()
-	a.mu.Lock()
-	for id := range a.onDisk {
-		a.addUnit(id)
-	}
-	a.mu.Unlock()
-	// What is known from before is decided before there is news: what was to be settled on isn't forgotten by a restart.
-	a.reconcile(time.Now())
-	g.Go(func() error { return a.serve(ctx) })
-	g.Go(func() error { return a.serveStatus(ctx) })
-	g.Go(func() error { return a.serveSocket(ctx) })
-	g.Go(func() error { a.drains.run(ctx); return nil })
-	g.Go(func() error { a.drift.run(ctx); return nil })
-	g.Go(func() error { a.loop(ctx); return nil })
-	g.Go(func() error {
-		a.findName(ctx)
-		g.Go(func() error { a.report(ctx); return nil })
-		for _, r := range a.cache.Roles() {
-			for _, s := range r.Sources() {
-				g.Go(func() error { a.watch(ctx, s); return nil })
-			}
-		}
-		return nil
-	})
-	err := g.Wait()
-	a.workers.Wait()
-	return err
+// unit is one unit on this node. All fields but the first six are guarded by Agent.mu.
+type unit struct {
+	id   deployments.UnitID
+	log  *slog.Logger
+	wake wait.Signal // asks the worker to look at its goal
+	// cancel ends the worker.
+	cancel context.CancelFunc
+	// observes is set if this node only observes the unit.
+	observes bool
+
+	// fetched are the bytes of the fetch under way, as it tells of them.
+	fetched atomic.Int64
+
+	deploy *deploy.Unit // nil until its state could be opened
+
+	desired
+	observed
+	reported
 }
 
-// Addr is the address of Listen; empty without one.
-func (a *Agent) Addr() string {
-	if a.listener == nil {
-		return ""
-	}
-	return a.listener.Addr().String()
+// desired is what the loop decided about a unit. The loop alone writes it.
+type desired struct {
+	decided  bool
+	record   policy.Value[deployments.Record]
+	pins     [2]policy.Value[deployments.Pin] // for the unit, for this node
+	floor    int64                            // the highest generation that was acted on
+	held     int64                            // the generation of a record that is there, and isn't acted on; 0: none
+	decision policy.Decision
+	key      string // the failure key: names what asks for the decision's target
+	cycle    string // the circle of units that it lies on
+	blocked  dependency
+	retired  bool // its worker ends, and what is left of it goes
+	replaced bool // another unit, which is wanted, has its dest
+	contends bool // one that isn't wanted any more is changing it
+	goal     goal
 }
 
-// StatusAddr is the address of ListenStatus; empty without one.
-func (a *Agent) StatusAddr() string {
-	if a.statusListener == nil {
-		return ""
-	}
-	return a.statusListener.Addr().String()
+// observed is the worker's present job, and what its jobs found.
+type observed struct {
+	busy     job
+	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
+	announce *announcement     // of the deployment under way; nil: none was made
+	progress artifact.Progress
+	done     deployments.Pointer             // converged to in this process
+	settled  deployments.Pointer             // noted as settled on in this process
+	toSettle deployments.Pointer             // to be noted once it runs, before anything else is deployed
+	settleAt time.Time                       // when what claims a time ahead of the clock is noted again
+	future   *deploy.FutureError             // what settled claims
+	ran      []deployments.Digest            // what converged in this process, the newest last: see dependencyOf
+	recover  bool                            // whether something has to be recovered first
+	forget   bool                            // everything that failed may be tried again
+	trouble  error                           // why the last job failed; nil again when it succeeds
+	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node
+	retry    *wait.Backoff
+	retryAt  time.Time   // no job that can fail is begun before
+	verifyAt time.Time   // zero: never
+	dest     string      // of what runs
+	claimed  string      // dest of what was let in last
+	mark     deploy.Mark // what the last deployment left at dest
+	foreign  string      // what something else has deployed there; empty: nothing
+	drift    []string
+	// unhealable is the drift that healing left.
+	unhealable []string
+	compared   *deployments.Compared // of a node that observes
+	looked     lookedAt
+	again      *wait.Backoff       // until dest is looked at again there
+	health     deploy.Health       // of watched, as its checks say
+	watched    deployments.Pointer // the release that was watched last
 }
 
-// Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself:
-// systemd's READY.
-func (a *Agent) Idle() <-chan struct{} { return a.idle }
+// goal is what a unit's worker should bring about. The zero goal: leave it as it is, but finish what was begun.
+type goal struct {
+	run    deployments.Pointer // have it live; zero: whatever runs stays
+	stage  deployments.Pointer // have it ready on disk as well
+	commit string              // that asked for run
+	key    string              // what asks for run: the failure key
+	heal   bool                // put drift right
+	adopt  bool                // take over what lies at dest, if it is the first release's already
+	// observe has the agent touch nothing of the unit, and compare this release with what lies at dest. Then all else is
+	// zero.
+	observe deployments.Pointer
+	leave   bool // go back to what was there before the first release
+	stays   bool // what was there before the first release is gone back to no more
+	settle  bool // once it runs, nothing older is gone back to: see observed.toSettle
+}
 
-// Converged is closed when, for the first time since the start, every unit runs what it should: what AutoScaling
-// waits for.
-func (a *Agent) Converged() <-chan struct{} { return a.converged }
+// job is what a worker is doing.
+type job struct {
+	kind    jobKind
+	release deployments.Pointer
+	commit  string
+	key     string
+	adopt   bool
+	leaves  bool // it may be left: see goal.leave
+	cancel  context.CancelCauseFunc
+	span    trace.Context // zero: it isn't traced
+	root    trace.SpanID  // of span's trace
+}
 
-// Alive reports whether the agent's loop still runs: the watchdog and /live ask it. It takes up to 10 s to say no.
-func (a *Agent) Alive() bool {
-	t := time.NewTimer(10 * time.Second)
-	defer t.Stop()
-	select {
-	case a.pulse <- struct{}{}:
+// switches reports whether the job takes the unit out of service.
+func (j job) switches() bool {
+	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
+}
+
+type jobKind string
+
+const (
+	jobNone         jobKind = ""
+	jobRecover      jobKind = "recover" // finish what a crash cut off
+	jobForget       jobKind = "forget"  // end quarantine
+	jobDeploy       jobKind = "deploy"
+	jobStage        jobKind = "stage"
+	jobHeal         jobKind = "heal"
+	jobVerify       jobKind = "verify"
+	jobProve        jobKind = "prove" // await the health of what runs, after a reboot
+	jobObserve      jobKind = "observe"
+	jobLook         jobKind = "look"          // at dest, before the first release
+	jobLeave        jobKind = "leave"         // go back to what was there before the first release
+	jobForgetBefore jobKind = "forget-before" // give up what was there, which nobody goes back to any more
+	jobSettle       jobKind = "settle"        // note that nothing older is gone back to
+)
+
+// reported is the state in which the unit is, and since when.
+type reported struct {
+	state deployments.State
+	since time.Time
+}
+
+// announcement is a switch that begins once the store holds a report that says so.
+type announcement struct {
+	release deployments.Pointer
+	made    chan struct{} // closed when it does
+}
+
+// begins reports whether what is announced, if anything is, may begin.
+func (x *announcement) begins() bool {
+	if x == nil {
 		return true
-	case <-t.C:
+	}
+	select {
+	case <-x.made:
+		return true
+	default:
 		return false
 	}
 }
 
-// Retry tries again, now, what failed on this node and what waits for its next try: of one unit, or of all for the
-// zero UnitID. It says whether there is such a unit.
-func (a *Agent) Retry(id deployments.UnitID) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	found := false
-	for _, u := range a.units {
-		if id == (deployments.UnitID{}) || u.id == id {
-			found = true
-			u.log.Info("retry asked for on this node")
-			u.forget, u.refused = true, nil
-			u.retry.Reset()
-			u.retryAt = time.Time{}
-			u.nudge()
-		}
+// lookedAt is what was found at the dest of a release while its unit ran nothing.
+type lookedAt struct {
+	release deployments.Digest
+	found   policy.Found
+}
+
+// dependency is a unit that another one waits for. The zero dependency: it waits for none.
+type dependency struct {
+	unit  string
+	why   string
+	stuck bool // it can't move by itself
+}
+
+// refusal is an error that trying again doesn't mend.
+type refusal struct {
+	err  error
+	dest string // which another unit has; empty: that isn't why
+}
+
+// takenError says that another unit has a place.
+type takenError struct {
+	dest string
+	why  string
+}
+
+func (e *takenError) Error() string { return e.why }
+
+// foreignError says that something else has deployed to a unit's dest.
+type foreignError struct{ dest, found string }
+
+func (e *foreignError) Error() string {
+	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
+}
+
+func (u *unit) nudge() {
+	u.wake.Set()
+}
+
+// state returns the unit's state on disk; zero until it could be read.
+func (u *unit) state() deploy.State {
+	if u.deploy == nil {
+		return deploy.State{}
 	}
-	a.kick()
-	return found
+	return u.deploy.State()
 }
 
 // kick asks the loop to decide anew.
@@ -351,41 +365,11 @@ func (a *Agent) kickReport() {
 	a.reportNow.Set()
 }
 
-// findUnitsOnDisk notes the units of this node's roles that it has ever deployed: one that was cut off is recovered,
-// whatever the store says.
-func (a *Agent) findUnitsOnDisk() {
-	for _, r := range a.c.Roles {
-		ids, err := a.dir.Units(a.c.Stage, r)
-		if err != nil {
-			a.c.Log.Error("units on disk can't be listed", "role", r, "error", err)
-		}
-		for _, id := range ids {
-			a.onDisk[id] = true
-		}
-	}
-}
-
-// loop decides whenever something changed, until ctx ends.
-func (a *Agent) loop(ctx context.Context) {
-	for {
-		next := a.reconcile(time.Now())
-		var timer <-chan time.Time
-		if !next.IsZero() {
-			// The wall clock may jump, and timers stand still while the machine sleeps: look again now and then.
-			timer = time.After(min(max(time.Until(next), 10*time.Millisecond), time.Minute))
-		}
-		for again := false; !again; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-a.pulse:
-			case <-a.kicked.C():
-				again = true
-			case <-timer:
-				again = true
-			}
-		}
-	}
+// Node returns this node's name, which may change once if Config gave none.
+func (a *Agent) Node() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.c.Node
 }
 
 // maxRetry is the longest pause between tries.
@@ -393,3 +377,34 @@ const maxRetry = 30 * time.Second
 
 // newBackoff returns the pauses between tries after any failure, of this node or of the store.
 func newBackoff() *wait.Backoff { return wait.NewBackoff(250*time.Millisecond, maxRetry/2) }
+
+// closeOnce closes c, and reports whether it was open.
+func closeOnce(c chan struct{}) bool {
+	select {
+	case <-c:
+		return false
+	default:
+		close(c)
+		return true
+	}
+}
+
+// oneLine shortens an error to one line of at most 300 bytes, for a report.
+func oneLine(err error) string {
+	return clipped(strings.Join(strings.Fields(err.Error()), " "), 300)
+}
+
+// clipped cuts a text to limit bytes.
+func clipped(s string, limit int) string {
+	if len(s) <= limit {
+		return s
+	}
+	return strings.ToValidUTF8(s[:limit-len("…")], "") + "…"
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

@@ -204,3 +204,14 @@ func (u *unit) inTheWay() bool {
 }
 
 var errSuperseded = errors.New("something else is wanted by now")
+
+// retire lets units go that nobody desires, and that nothing is kept of: their workers end, and then their directories
+// go. a.mu is held.
+func (a *Agent) retire() {
+	for _, u := range a.units {
+		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
+			u.retired = true
+			u.cancel()
+		}
+	}
+}

@@ -146,16 +146,3 @@ func (d *drains) run(ctx context.Context) {
 		}
 	}
 }
-
-// drain turns the drain of a unit on or off; package deploy calls it around a switch.
-func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
-	a.drains.mu.Lock()
-	was := slices.Contains(a.drains.units, u.id)
-	a.drains.mu.Unlock()
-	if was != on {
-		u.log.Info("drain", "on", on)
-	}
-	err := a.drains.set(ctx, u.id, on)
-	a.kick()
-	return err
-}

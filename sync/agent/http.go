@@ -21,6 +21,38 @@ import (
 	"kedge/sync/fleet/message"
 )
 
+// Alive reports whether the agent's loop still runs: the watchdog and /live ask it. It takes up to 10 s to say no.
+func (a *Agent) Alive() bool {
+	t := time.NewTimer(10 * time.Second)
+	defer t.Stop()
+	select {
+	case a.pulse <- struct{}{}:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// Retry tries again, now, what failed on this node and what waits for its next try: of one unit, or of all for the
+// zero UnitID. It says whether there is such a unit.
+func (a *Agent) Retry(id deployments.UnitID) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	found := false
+	for _, u := range a.units {
+		if id == (deployments.UnitID{}) || u.id == id {
+			found = true
+			u.log.Info("retry asked for on this node")
+			u.forget, u.refused = true, nil
+			u.retry.Reset()
+			u.retryAt = time.Time{}
+			u.nudge()
+		}
+	}
+	a.kick()
+	return found
+}
+
 // maxSocketPath is the longest path of a socket, by the kernel's rule.
 const maxSocketPath = 107
 

@@ -51,10 +51,11 @@ func newMetrics(r *prometheus.Registry) *metrics {
 	return m
 }
 
-func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOff bool, took time.Duration) {
+func (m *metrics) ended(id deployments.UnitID, kind string, deploys bool, err error, calledOff bool,
+	took time.Duration) {
 	result := "ok"
 	switch {
-	case err == nil && kind == jobDeploy:
+	case err == nil && deploys:
 		m.duration.WithLabelValues(id.Role, id.Unit).Observe(took.Seconds())
 		m.deployed.WithLabelValues(id.Role, id.Unit).SetToCurrentTime()
 	case err == nil:
@@ -67,18 +68,18 @@ func (m *metrics) ended(id deployments.UnitID, kind jobKind, err error, calledOf
 	default:
 		result = "retried"
 	}
-	m.jobs.WithLabelValues(id.Role, id.Unit, string(kind), result).Inc()
+	m.jobs.WithLabelValues(id.Role, id.Unit, kind, result).Inc()
 }
 
-// forget drops the series of a unit that is gone.
-func (m *metrics) forget(id deployments.UnitID) {
+// drop removes the series of a unit that is gone.
+func (m *metrics) drop(id deployments.UnitID) {
 	labels := prometheus.Labels{"role": id.Role, "unit": id.Unit}
 	m.jobs.DeletePartialMatch(labels)
 	m.duration.DeletePartialMatch(labels)
 	m.deployed.DeletePartialMatch(labels)
 }
 
-func (m *metrics) reported() { m.reports.Inc() }
+func (m *metrics) wroteReport() { m.reports.Inc() }
 
 func (m *metrics) seen(prefix string, up bool) {
 	v := 0.0
@@ -89,7 +90,10 @@ func (m *metrics) seen(prefix string, up bool) {
 }
 
 // gauges are computed when Prometheus asks.
-type gauges struct{ a *Agent }
+type gauges struct {
+	reports func() map[string]deployments.Report
+	fetched func() (requests int64, bytes int64)
+}
 
 var (
 	readyGauge = prometheus.NewDesc("kedge_agent_ready", "1 where /ready answers 200.", nil, nil)
@@ -115,10 +119,10 @@ func (g gauges) Describe(c chan<- *prometheus.Desc) {
 }
 
 func (g gauges) Collect(c chan<- prometheus.Metric) {
-	_, bytes := g.a.c.Objects.Requests()
+	_, bytes := g.fetched()
 	c <- prometheus.MustNewConstMetric(fetchedGauge, prometheus.CounterValue, float64(bytes))
 	ready := 0.0
-	for role, r := range g.a.Report() {
+	for role, r := range g.reports() {
 		if r.Ready {
 			ready = 1
 		}

@@ -11,13 +11,6 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// dependency is a unit that another one waits for. The zero dependency: it waits for none.
-type dependency struct {
-	unit  string
-	why   string
-	stuck bool // it can't move by itself
-}
-
 // dependencyOf returns the unit of its role that a unit has to wait for.
 func (a *Agent) dependencyOf(u *unit) dependency {
 	want := u.decision.Target
@@ -113,14 +106,6 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 	}
 	return nil
 }
-
-// takenError says that another unit has a place.
-type takenError struct {
-	dest string
-	why  string
-}
-
-func (e *takenError) Error() string { return e.why }
 
 // claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that
 // moves has both places until it has moved; one that nothing names any more, or Git no longer, has none, once it

@@ -5,16 +5,61 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/policy"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
-	"kedge/sync/trace"
 )
+
+// addUnit begins to look after a unit, where the agent doesn't yet. a.mu is held.
+func (a *Agent) addUnit(id deployments.UnitID) {
+	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
+		return
+	}
+	u := &unit{
+		id:       id,
+		log:      a.c.Log.With("unit", id.String()),
+		wake:     wait.NewSignal(),
+		observes: deployments.MatchesUnit(a.c.Observe, id),
+		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},
+	}
+	u.stamp(time.Now())
+	a.units[id] = u
+	var ctx context.Context
+	ctx, u.cancel = context.WithCancel(a.ctx)
+	a.workers.Go(func() {
+		defer u.cancel()
+		a.work(ctx, u)
+		a.leave(u)
+	})
+}
+
+// leave removes the files of a unit that was retired, after its worker has ended.
+func (a *Agent) leave(u *unit) {
+	a.mu.Lock()
+	retired := u.retired
+	a.mu.Unlock()
+	if !retired {
+		return
+	}
+	if err := os.RemoveAll(a.dir.UnitDir(u.id)); err != nil {
+		u.log.Warn("the directory of a unit that is gone can't be removed", "error", err)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.units, u.id)
+	delete(a.onDisk, u.id)
+	a.metrics.drop(u.id)
+	a.cache.Recount(u.id.Role, time.Now())
+	a.kick()
+}
 
 // work is a unit's worker: it does what the goal asks for, one job after another, until ctx ends.
 func (a *Agent) work(ctx context.Context, u *unit) {
@@ -52,7 +97,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
 		d, err := deploy.Open(deploy.Config{
-			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Socket: SocketPath(a.c.StateDir),
+			ID: u.id, Node: a.Node, Dir: a.dir.UnitDir(u.id), Socket: a.dir.Path(statedir.SocketFile),
 			Objects: a.c.Objects, Bounds: a.c.Bounds, Trust: a.c.Trust,
 			Floors: a.floors, HashAlways: a.c.HashAlways, Secrets: a.c.Secrets,
 			Older:    func(p deployments.Pointer) bool { return a.mayBeOlder(u, p) },
@@ -90,6 +135,16 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			return false
 		}
 	}
+}
+
+// drain turns the drain of a unit on or off; package deploy calls it around a switch.
+func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
+	if slices.Contains(a.drains.list(), u.id) != on {
+		u.log.Info("drain", "on", on)
+	}
+	err := a.drains.set(ctx, u.id, on)
+	a.kick()
+	return err
 }
 
 // end records the result of a job.
@@ -176,7 +231,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 			took.Round(time.Millisecond),
 		)
 	}
-	a.metrics.ended(u.id, j.kind, err, calledOff, took)
+	a.metrics.ended(u.id, string(j.kind), j.kind == jobDeploy, err, calledOff, took)
 	a.kick()
 	if changed {
 		debug.FreeOSMemory() // what a deployment needed an idle agent doesn't
@@ -210,58 +265,6 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	u.stamp(time.Now())
 	a.kickReport()
 }
-
-// goal is what a unit's worker should bring about. The zero goal: leave it as it is, but finish what was begun.
-type goal struct {
-	run    deployments.Pointer // have it live; zero: whatever runs stays
-	stage  deployments.Pointer // have it ready on disk as well
-	commit string              // that asked for run
-	key    string              // what asks for run: the failure key
-	heal   bool                // put drift right
-	adopt  bool                // take over what lies at dest, if it is the first release's already
-	// observe has the agent touch nothing of the unit, and compare this release with what lies at dest. Then all else is
-	// zero.
-	observe deployments.Pointer
-	leave   bool // go back to what was there before the first release
-	stays   bool // what was there before the first release is gone back to no more
-	settle  bool // once it runs, nothing older is gone back to: see observed.toSettle
-}
-
-// job is what a worker is doing.
-type job struct {
-	kind    jobKind
-	release deployments.Pointer
-	commit  string
-	key     string
-	adopt   bool
-	leaves  bool // it may be left: see goal.leave
-	cancel  context.CancelCauseFunc
-	span    trace.Context // zero: it isn't traced
-	root    trace.SpanID  // of span's trace
-}
-
-// switches reports whether the job takes the unit out of service.
-func (j job) switches() bool {
-	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
-}
-
-type jobKind string
-
-const (
-	jobNone         jobKind = ""
-	jobRecover      jobKind = "recover" // finish what a crash cut off
-	jobForget       jobKind = "forget"  // end quarantine
-	jobDeploy       jobKind = "deploy"
-	jobStage        jobKind = "stage"
-	jobHeal         jobKind = "heal"
-	jobVerify       jobKind = "verify"
-	jobProve        jobKind = "prove" // await the health of what runs, after a reboot
-	jobObserve      jobKind = "observe"
-	jobLook         jobKind = "look"          // at dest, before the first release
-	jobLeave        jobKind = "leave"         // go back to what was there before the first release
-	jobForgetBefore jobKind = "forget-before" // give up what was there, which nobody goes back to any more
-	jobSettle       jobKind = "settle"        // note that nothing older is gone back to
-)
 
 // choose is the job that the goal asks for next.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
@@ -490,3 +493,7 @@ func (a *Agent) forget(u *unit, j job) error {
 	}
 	return u.deploy.Retry(digest)
 }
+
+// settleAgain is how long after a release was settled on that claims to be made ahead of the clock, which may have been
+// behind, it is settled on again.
+const settleAgain = 10 * time.Minute

@@ -1,228 +1,21 @@
 package agent
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"os"
+	"maps"
 	"slices"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
-	"kedge/deployments/wait"
 	"kedge/policy"
+	"kedge/sync/agent/cache"
 	"kedge/sync/deploy"
 	"kedge/sync/fleet/message"
 )
-
-// unit is one unit on this node. All fields but the first six are guarded by Agent.mu.
-type unit struct {
-	id   deployments.UnitID
-	log  *slog.Logger
-	wake wait.Signal // asks the worker to look at its goal
-	// cancel ends the worker.
-	cancel context.CancelFunc
-	// observes is set if this node only observes the unit.
-	observes bool
-
-	// fetched are the bytes of the fetch under way, as it tells of them.
-	fetched atomic.Int64
-
-	deploy *deploy.Unit // nil until its state could be opened
-
-	desired
-	observed
-	reported
-}
-
-// desired is what the loop decided about a unit. The loop alone writes it.
-type desired struct {
-	decided  bool
-	record   policy.Value[deployments.Record]
-	pins     [2]policy.Value[deployments.Pin] // for the unit, for this node
-	floor    int64                            // the highest generation that was acted on
-	held     int64                            // the generation of a record that is there, and isn't acted on; 0: none
-	decision policy.Decision
-	key      string // the failure key: names what asks for the decision's target
-	cycle    string // the circle of units that it lies on
-	blocked  dependency
-	retired  bool // its worker ends, and what is left of it goes
-	replaced bool // another unit, which is wanted, has its dest
-	contends bool // one that isn't wanted any more is changing it
-	goal     goal
-}
-
-// observed is the worker's present job, and what its jobs found.
-type observed struct {
-	busy     job
-	phase    deployments.State // of a deployment under way: StateFetching or StateSwitching
-	announce *announcement     // of the deployment under way; nil: none was made
-	progress artifact.Progress
-	done     deployments.Pointer             // converged to in this process
-	settled  deployments.Pointer             // noted as settled on in this process
-	toSettle deployments.Pointer             // to be noted once it runs, before anything else is deployed
-	settleAt time.Time                       // when what claims a time ahead of the clock is noted again
-	future   *deploy.FutureError             // what settled claims
-	ran      []deployments.Digest            // what converged in this process, the newest last: see dependencyOf
-	recover  bool                            // whether something has to be recovered first
-	forget   bool                            // everything that failed may be tried again
-	trouble  error                           // why the last job failed; nil again when it succeeds
-	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node: what to run, and what to have ready
-	retry    *wait.Backoff
-	retryAt  time.Time   // no job that can fail is begun before
-	verifyAt time.Time   // zero: never
-	dest     string      // of what runs
-	claimed  string      // dest of what was let in last
-	mark     deploy.Mark // what the last deployment left at dest
-	foreign  string      // what something else has deployed there; empty: nothing
-	drift    []string
-	// unhealable is the drift that healing left.
-	unhealable []string
-	compared   *deployments.Compared // of a node that observes
-	looked     lookedAt
-	again      *wait.Backoff       // until dest is looked at again there
-	health     deploy.Health       // of watched, as its checks say
-	watched    deployments.Pointer // the release that was watched last
-}
-
-// reported is the state in which the unit is, and since when.
-type reported struct {
-	state deployments.State
-	since time.Time
-}
-
-// settleAgain is how long after a release was settled on that claims to be made ahead of the clock, which may have been
-// behind, it is settled on again.
-const settleAgain = 10 * time.Minute
-
-// maxRan bounds observed.ran.
-const maxRan = 16
-
-// reached notes a release that the unit has converged to.
-func (o *observed) reached(p deployments.Pointer) {
-	o.done = p
-	if !slices.Contains(o.ran, p.Digest) {
-		o.ran = append(o.ran, p.Digest)
-		o.ran = o.ran[max(0, len(o.ran)-maxRan):]
-	}
-}
-
-// refusal is an error that trying again doesn't mend.
-type refusal struct {
-	err  error
-	dest string // which another unit has; empty: that isn't why
-}
-
-// addUnit begins to look after a unit, where the agent doesn't yet. a.mu is held.
-func (a *Agent) addUnit(id deployments.UnitID) {
-	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
-		return
-	}
-	u := &unit{
-		id:       id,
-		log:      a.c.Log.With("unit", id.String()),
-		wake:     wait.NewSignal(),
-		observes: deployments.MatchesUnit(a.c.Observe, id),
-		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},
-	}
-	u.stamp(time.Now())
-	a.units[id] = u
-	var ctx context.Context
-	ctx, u.cancel = context.WithCancel(a.ctx)
-	a.workers.Go(func() {
-		defer u.cancel()
-		a.work(ctx, u)
-		a.leave(u)
-	})
-}
-
-func (u *unit) nudge() {
-	u.wake.Set()
-}
-
-// state returns the unit's state on disk; zero until it could be read.
-func (u *unit) state() deploy.State {
-	if u.deploy == nil {
-		return deploy.State{}
-	}
-	return u.deploy.State()
-}
-
-// retire lets units go that nobody desires, and that nothing is kept of: their workers end, and then their directories
-// go. a.mu is held.
-func (a *Agent) retire() {
-	for _, u := range a.units {
-		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
-			u.retired = true
-			u.cancel()
-		}
-	}
-}
-
-// leave removes the files of a unit that was retired, after its worker has ended.
-func (a *Agent) leave(u *unit) {
-	a.mu.Lock()
-	retired := u.retired
-	a.mu.Unlock()
-	if !retired {
-		return
-	}
-	if err := os.RemoveAll(a.dir.UnitDir(u.id)); err != nil {
-		u.log.Warn("the directory of a unit that is gone can't be removed", "error", err)
-	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	delete(a.units, u.id)
-	delete(a.onDisk, u.id)
-	a.metrics.forget(u.id)
-	a.cache.Recount(u.id.Role, time.Now())
-	a.kick()
-}
-
-// kept reports whether something of a unit is kept on this node's disk. a.mu is held.
-func (a *Agent) kept(id deployments.UnitID) bool {
-	if u := a.units[id]; u != nil {
-		return !u.state().Empty()
-	}
-	return a.onDisk[id]
-}
-
-// unwanted reports whether no key asks for the unit.
-func (u *unit) unwanted() bool {
-	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
-}
-
-// orphaned reports whether Git names the unit no longer, though its record stays, and no pin asks for it.
-func (u *unit) orphaned() bool {
-	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
-}
-
-// yields reports whether the unit gives its place up to another: nothing asks for it, or Git asks for the other alone.
-func (u *unit) yields(other *unit) bool {
-	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
-}
-
-// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it
-// runs, or nothing good ever did.
-func (u *unit) gone() bool {
-	s := u.state()
-	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
-}
-
-// atRest reports whether the unit has converged, and nothing else of it is to be ready.
-func (u *unit) atRest() bool {
-	return u.busy.kind == jobNone && !u.goal.run.IsZero() && u.done == u.goal.run && u.goal.stage.IsZero()
-}
-
-// changing reports whether something of the unit's dest is under way, or half done.
-func (u *unit) changing() bool {
-	return u.busy.switches() || u.busy.kind == jobHeal || u.state().Unfinished
-}
 
 // standing is where a unit stands: its state, why that is so as a code, and what is wrong.
 type standing struct {
@@ -230,6 +23,14 @@ type standing struct {
 	reason deployments.Reason
 	facts  deployments.Facts
 	err    error
+}
+
+// String is the standing in words.
+func (s standing) String() string {
+	if s.err == nil {
+		return string(s.state)
+	}
+	return string(s.state) + ": " + oneLine(s.err)
 }
 
 // at returns the standing of a state, with err as what is wrong; nil: nothing.
@@ -367,6 +168,85 @@ func (u *unit) invalid() standing {
 	return s
 }
 
+// observing returns the standing of a unit that the node only observes: a rollout sees it as held.
+func (u *unit) observing() standing {
+	s := at(deployments.StateHeld, u.trouble)
+	if refused := u.refused[u.goal.observe].err; refused != nil {
+		s = at(deployments.StateHeld, refused)
+	}
+	s.reason = deployments.ReasonObserving
+	if c := u.compared; c != nil {
+		s.facts = s.facts.With("differs", fmt.Sprint(c.Differs))
+	}
+	return s
+}
+
+// toLook reports whether the unit waits for a look at dest: what serves there is not replaced on all nodes at once.
+func (u *unit) toLook() bool {
+	p := u.goal.stage
+	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil
+}
+
+// atDest returns what lies at the dest of one of the releases, as far as that is known. It has no meaning once one
+// runs.
+func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
+	is := func(p deployments.Pointer) bool { return u.looked.release == p.Digest }
+	was := func(p deployments.Pointer) bool { return !p.IsZero() && u.state().Restored == p.Digest }
+	switch {
+	case !u.state().Running.IsZero():
+		return policy.FoundNothing
+	case slices.ContainsFunc(releases, was):
+		return policy.FoundOther
+	case !slices.ContainsFunc(releases, is):
+		return policy.FoundUnknown
+	}
+	return u.looked.found
+}
+
+// maxRan bounds observed.ran.
+const maxRan = 16
+
+// reached notes a release that the unit has converged to.
+func (o *observed) reached(p deployments.Pointer) {
+	o.done = p
+	if !slices.Contains(o.ran, p.Digest) {
+		o.ran = append(o.ran, p.Digest)
+		o.ran = o.ran[max(0, len(o.ran)-maxRan):]
+	}
+}
+
+// unwanted reports whether no key asks for the unit.
+func (u *unit) unwanted() bool {
+	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
+}
+
+// orphaned reports whether Git names the unit no longer, though its record stays, and no pin asks for it.
+func (u *unit) orphaned() bool {
+	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
+}
+
+// yields reports whether the unit gives its place up to another: nothing asks for it, or Git asks for the other alone.
+func (u *unit) yields(other *unit) bool {
+	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
+}
+
+// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it
+// runs, or nothing good ever did.
+func (u *unit) gone() bool {
+	s := u.state()
+	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
+}
+
+// atRest reports whether the unit has converged, and nothing else of it is to be ready.
+func (u *unit) atRest() bool {
+	return u.busy.kind == jobNone && !u.goal.run.IsZero() && u.done == u.goal.run && u.goal.stage.IsZero()
+}
+
+// changing reports whether something of the unit's dest is under way, or half done.
+func (u *unit) changing() bool {
+	return u.busy.switches() || u.busy.kind == jobHeal || u.state().Unfinished
+}
+
 // unhealthy reports whether the checks of the running release fail.
 func (u *unit) unhealthy() bool { return u.health.Unhealthy && u.watched == u.state().Running }
 
@@ -476,4 +356,134 @@ func (u *unit) report() deployments.UnitReport {
 		r.Fetched, r.Total = u.progress.Done, u.progress.Total
 	}
 	return r
+}
+
+// noteConvergence closes Idle and Converged, and notes that the node was ready, when the time has come.
+func (a *Agent) noteConvergence() {
+	idle, serving := true, true
+	for _, u := range a.units {
+		if u.gone() {
+			if !u.state().Unfinished {
+				a.drains.forget(u.id) // nobody asks for what it waits for, and nothing of it could serve
+			}
+			continue
+		}
+		if u.decided {
+			idle = idle && u.final()
+			serving = serving && u.serving()
+		}
+	}
+	if slices.ContainsFunc(a.cache.Roles(), func(r *cache.Role) bool { return !r.Known() }) {
+		return
+	}
+	if serving && len(a.empty()) == 0 {
+		a.ready = true
+	}
+	if idle && closeOnce(a.idle) {
+		a.c.Log.Info(
+			"every unit has converged, or can't go on by itself",
+			"after",
+			time.Since(a.started).Round(time.Millisecond),
+			"units",
+			len(a.units),
+		)
+		a.warnOfUnobserved()
+		if err := a.dir.Started(); err != nil {
+			a.c.Log.Debug("the note of this start stays", "error", err)
+		}
+	}
+	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
+		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+	}
+}
+
+// warnOfUnobserved logs what Config.Observe names and this node doesn't have: its name may be mistyped, and the unit
+// that was meant is deployed.
+func (a *Agent) warnOfUnobserved() {
+	for _, p := range a.c.Observe {
+		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {
+			return deployments.MatchesUnit([]string{p}, id)
+		})
+		if !named && p != "*/*/*" {
+			a.c.Log.Warn("observe names no unit that this node has", "observe", p)
+		}
+	}
+}
+
+// unknown says, by role, why not all of its records and pins are looked after.
+func (a *Agent) unknown() map[string]string {
+	why := map[string]string{}
+	for _, r := range a.cache.Roles() {
+		if !r.Known() {
+			why[r.Name] = oneLine(r.Unknown())
+		} else if r.LeftOut > 0 {
+			why[r.Name] = fmt.Sprintf(
+				"%d units are left out, as a node takes %d of one role",
+				r.LeftOut,
+				deployments.MaxRoleUnits,
+			)
+		}
+	}
+	return why
+}
+
+// empty says, by role, that the node has no unit at all: mostly the names of its roles, or of the stage, are mistyped.
+func (a *Agent) empty() map[string]string {
+	for _, u := range a.units {
+		if !u.gone() {
+			return nil
+		}
+	}
+	if a.c.AllowEmpty || len(a.unknown()) > 0 {
+		return nil
+	}
+	why := map[string]string{}
+	for _, r := range a.cache.Roles() {
+		why[r.Name] = "no unit is desired in " + a.c.Stage + "/" + r.Name + ": correct the stage or role, or set allow_empty"
+	}
+	return why
+}
+
+// unconverged returns why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
+func (a *Agent) unconverged() map[string]string {
+	why := a.unknown()
+	maps.Copy(why, a.empty())
+	for id, u := range a.units {
+		if u.decided && !u.gone() && !u.asDesired() {
+			why[id.Role+"/"+id.Unit] = u.standing().String()
+		}
+	}
+	return why
+}
+
+// unready returns why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
+func (a *Agent) unready() map[string]string {
+	why := map[string]string{}
+	for id, u := range a.units {
+		if err := u.sick(); err != nil && !u.gone() {
+			why[id.Role+"/"+id.Unit] = oneLine(err)
+		}
+	}
+	for _, id := range a.drains.list() {
+		why[id.Role+"/"+id.Unit] = "drained"
+	}
+	if a.ready {
+		return why
+	}
+	maps.Copy(why, a.unknown())
+	maps.Copy(why, a.empty())
+	for id, u := range a.units {
+		if !u.decided || u.gone() || u.serving() {
+			continue
+		}
+		s := u.standing().String()
+		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
+			s += ", and not seen healthy since the machine started"
+		}
+		why[id.Role+"/"+id.Unit] = s
+	}
+	if len(why) == 0 {
+		why["agent"] = "starting"
+	}
+	return why
 }

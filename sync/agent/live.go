@@ -2,117 +2,21 @@ package agent
 
 import (
 	"context"
-	"fmt"
-	"log/slog"
-	"path/filepath"
 	"slices"
-	"sync"
 	"time"
-
-	"github.com/fsnotify/fsnotify"
 
 	"kedge/artifact"
 	"kedge/deployments"
 	"kedge/deployments/wait"
+	"kedge/policy"
 	"kedge/sync/deploy"
 )
 
 const (
 	// verifyRate bounds what a check of a live tree reads, in bytes a second.
 	verifyRate = 16 << 20
-	// linkSettle is waited after a change beside dest, so that a rename that replaces it isn't seen half done.
-	linkSettle = 50 * time.Millisecond
 	maxDrift   = 5
 )
-
-// driftWatcher is told by the kernel of changes beside the dests of all units, where a link is removed or led
-// elsewhere.
-type driftWatcher struct {
-	log *slog.Logger
-
-	mu      sync.Mutex
-	watcher *fsnotify.Watcher // nil: not yet, or not to be had
-	opened  chan struct{}     // closed once it is clear whether there is one
-	changed map[string]func() // by dest
-}
-
-func newDriftWatcher(log *slog.Logger) *driftWatcher {
-	return &driftWatcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
-}
-
-// open makes the watcher when it is first needed: the kernel gives a user 128 of them, for all that they run.
-func (w *driftWatcher) open() {
-	select {
-	case <-w.opened:
-		return
-	default:
-	}
-	var err error
-	if w.watcher, err = fsnotify.NewWatcher(); err != nil {
-		w.log.Warn("changes of dest will be seen by the periodic check only", "error", err)
-	}
-	close(w.opened)
-}
-
-// watch calls changed after an event at dest itself, or after kedge run deployed to it.
-func (w *driftWatcher) watch(dest string, changed func()) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.changed[dest], w.changed[deploy.LockFile(dest)] = changed, changed
-	if w.open(); w.watcher == nil {
-		return
-	}
-	if err := w.watcher.Add(filepath.Dir(dest)); err != nil {
-		w.log.Warn("changes of dest will be seen by the periodic check only", "dest", dest, "error", err)
-	}
-}
-
-func (w *driftWatcher) forget(dest string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	delete(w.changed, dest)
-	delete(w.changed, deploy.LockFile(dest))
-	for other := range w.changed {
-		if filepath.Dir(other) == filepath.Dir(dest) {
-			return
-		}
-	}
-	if w.watcher != nil {
-		_ = w.watcher.Remove(filepath.Dir(dest)) // its directory may be gone
-	}
-}
-
-func (w *driftWatcher) run(ctx context.Context) {
-	select {
-	case <-ctx.Done():
-		return
-	case <-w.opened:
-	}
-	if w.watcher == nil {
-		return
-	}
-	defer w.watcher.Close()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case e := <-w.watcher.Events:
-			w.mu.Lock()
-			changed := w.changed[e.Name]
-			w.mu.Unlock()
-			if changed != nil {
-				time.AfterFunc(linkSettle, changed)
-			}
-		case err := <-w.watcher.Errors:
-			w.log.Warn("watching dests", "error", err)
-			w.mu.Lock()
-			for _, changed := range w.changed { // some may have been missed
-				time.AfterFunc(linkSettle, changed)
-			}
-			w.mu.Unlock()
-		}
-	}
-}
 
 // observe records where dest should lead after a job, and watches it.
 func (a *Agent) observe(u *unit) {
@@ -122,10 +26,10 @@ func (a *Agent) observe(u *unit) {
 	u.dest, u.mark = dest, mark
 	a.mu.Unlock()
 	if was != "" && was != dest {
-		a.drift.forget(was)
+		a.drift.Forget(was)
 	}
 	if dest != "" {
-		a.drift.watch(dest, func() { a.checkLink(u) })
+		a.drift.Watch(dest, func() { a.checkLink(u) })
 	}
 }
 
@@ -154,13 +58,6 @@ func (u *unit) astray() bool {
 	}
 	u.foreign = found
 	return changed
-}
-
-// foreignError says that something else has deployed to a unit's dest.
-type foreignError struct{ dest, found string }
-
-func (e *foreignError) Error() string {
-	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
 }
 
 // verify compares dest, and the live tree, with the release.
@@ -280,15 +177,88 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	return nil
 }
 
-// observing returns the standing of a unit that the node only observes: a rollout sees it as held.
-func (u *unit) observing() standing {
-	s := at(deployments.StateHeld, u.trouble)
-	if refused := u.refused[u.goal.observe].err; refused != nil {
-		s = at(deployments.StateHeld, refused)
+// look does jobLook.
+func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error {
+	occupied, err := u.deploy.Look(ctx, p)
+	if err != nil {
+		return err
 	}
-	s.reason = deployments.ReasonObserving
-	if c := u.compared; c != nil {
-		s.facts = s.facts.With("differs", fmt.Sprint(c.Differs))
+	found := policy.FoundNothing
+	if occupied {
+		found = policy.FoundOther
 	}
-	return s
+	u.log.Debug("looked at what lies at dest", "release", p.String(), "found", string(found))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	u.looked = lookedAt{p.Digest, found}
+	a.kickReport()
+	return nil
+}
+
+// healthWatch runs the monitor of what a unit runs, between two deployments. The unit's worker alone calls its methods.
+type healthWatch struct {
+	a *Agent
+	u *unit
+
+	of   deployments.Pointer // what is watched, or has nothing to watch; zero: nothing yet
+	end  context.CancelFunc  // nil: no monitor runs
+	done chan struct{}
+}
+
+// start begins the checks of the running release, unless they run already. A release that didn't run before begins
+// healthy.
+func (w *healthWatch) start(ctx context.Context) {
+	s := w.u.deploy.State()
+	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
+		return
+	}
+	w.stop()
+	monitor, err := w.u.deploy.Monitor()
+	if err != nil {
+		w.u.log.Error("the checks of what runs can't go on", "release", s.Running.String(), "error", err)
+	}
+	w.of = s.Running
+	w.a.mu.Lock()
+	if w.u.watched != s.Running {
+		w.u.watched, w.u.health = s.Running, deploy.Health{}
+	}
+	if monitor == nil {
+		w.u.health = deploy.Health{}
+	}
+	health := w.u.health
+	w.a.mu.Unlock()
+	if monitor == nil {
+		return
+	}
+	ctx, w.end = context.WithCancel(ctx)
+	w.done = make(chan struct{})
+	go func() {
+		defer close(w.done)
+		monitor.Run(ctx, health, func(h deploy.Health) { w.a.noteHealth(w.u, h) })
+	}()
+}
+
+// stop ends the checks, before a deployment changes the running release.
+func (w *healthWatch) stop() {
+	w.of = deployments.Pointer{}
+	if w.end != nil {
+		w.end()
+		<-w.done
+		w.end = nil
+	}
+}
+
+// noteHealth records the result of a unit's checks.
+func (a *Agent) noteHealth(u *unit, h deploy.Health) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch was := u.health.Unhealthy; {
+	case h.Unhealthy && !was:
+		u.log.Error("the live release is unhealthy", "check", h.Facts["check"], "error", h.Facts["error"])
+	case was && !h.Unhealthy:
+		u.log.Info("the live release is healthy again", "after", time.Since(u.health.Since).Round(time.Second))
+	}
+	u.health = h
+	u.stamp(time.Now())
+	a.kick()
 }
