@@ -70,6 +70,12 @@ WantedBy=multi-user.target
 	startScript = "#!/bin/sh\nexec /bin/busybox httpd -f -p $LISTEN -h \"${0%/*}/..\"\n"
 )
 
+// credential gives the agent its token as systemd does.
+const credential = `[Service]
+LoadCredential=consul-token:/etc/kedge/consul-token
+Environment=CONSUL_HTTP_TOKEN_FILE=%d/consul-token
+`
+
 // newMachine installs a machine; w has a Consul client agent of its name. more are lines of agent.yaml. With an empty
 // kedge, program and units are left for the test to install.
 func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *machine {
@@ -78,7 +84,8 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == name })
 	m.client = w.consul.Clients[i]
 	m.agent, m.app = freePort(t, m.client.IP), freePort(t, m.client.IP)
-	for _, dir := range []string{"root", "work", "upper/usr/bin", "upper/usr/lib/systemd/system", "upper/etc/kedge", "upper/var/log/journal"} {
+	for _, dir := range []string{"root", "work", "upper/usr/bin", "upper/usr/lib/systemd/system", "upper/etc/kedge",
+		"upper/etc/systemd/system/kedge-agent.service.d", "upper/var/log/journal"} {
 		if err := os.MkdirAll(filepath.Join(m.dir, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -91,10 +98,14 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 		"sources: [" + w.s3.URL("") + "]", "dests: [/srv]",
 	}, more...), "\n")+"\n")
 	m.write("/etc/kedge/consul-token", w.token("agent", deployments.RuleVars{Node: name, Stage: "prod", Role: name}))
-	m.write("/etc/kedge/agent.env", strings.Join(slices.Concat(m.client.Env(""), w.s3.Env(), []string{"CONSUL_HTTP_TOKEN_FILE=/etc/kedge/consul-token"}), "\n")+"\n")
+	env := slices.Concat(m.client.Env(""), w.s3.Env())
 	if kedge == "" {
+		env = append(env, "CONSUL_HTTP_TOKEN_FILE=/etc/kedge/consul-token")
+		m.write("/etc/kedge/agent.env", strings.Join(env, "\n")+"\n")
 		return m
 	}
+	m.write("/etc/kedge/agent.env", strings.Join(env, "\n")+"\n")
+	m.write("/etc/systemd/system/kedge-agent.service.d/token.conf", credential) // as the unit's comment says
 	m.copy(kedge, "/usr/bin/kedge")
 	units, err := filepath.Glob("../../deployments/systemd/*")
 	if err != nil || len(units) == 0 {
