@@ -3,10 +3,12 @@ package object
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -57,8 +59,7 @@ func WithRedirect(ctx context.Context, allowed func(url string) error) context.C
 func (c *Client) checkRedirect(r *http.Request, via []*http.Request) error {
 	r.Header.Del("Referer")
 	if r.URL.Host != via[0].URL.Host {
-		r.Header.Del("Authorization")
-		r.Header.Del("X-Amz-Security-Token")
+		maps.DeleteFunc(r.Header, func(name string, _ []string) bool { return !slices.Contains(ownHeaders, name) })
 	}
 	from := via[len(via)-1].URL
 	switch {

@@ -22,7 +22,7 @@ type httpStore struct {
 // stat requests the first byte. Unlike HEAD, this shows whether the server honours Range, and works with presigned
 // URLs.
 func (s *httpStore) stat(ctx context.Context, u *url.URL) (Object, error) {
-	h, err := netrcHeader(u)
+	h, err := requestHeaders(u)
 	if err != nil {
 		return Object{}, err
 	}
@@ -98,7 +98,7 @@ func found(r *http.Response) (Object, error) {
 }
 
 func (s *httpStore) read(ctx context.Context, u *url.URL, o Object, offset, n int64) (io.ReadCloser, int64, error) {
-	h, err := netrcHeader(u)
+	h, err := requestHeaders(u)
 	if err != nil {
 		return nil, 0, err
 	}
