@@ -66,7 +66,8 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 			continue
 		}
 		p.At = now
-		if began, ok := last[p.Node]; ok && !now.After(began) { // a pin is told from others of its node by its time
+		// A pin is told from others of its node by its time. No JSON has a time after the year 9999, which an entry may name.
+		if began, ok := last[p.Node]; ok && !now.After(began) && began.Year() < 9999 {
 			p.At = began.Add(time.Millisecond)
 		}
 		next = append(next, p)
