@@ -326,8 +326,7 @@ func tell(in *inputs, st state) uint64 {
 	r := st.record()
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
-		unlooked := n.Report.Running.IsZero() && n.Report.Want.IsZero() // something may serve there
-		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked || strays(&r, &n.Report)) {
+		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked(&n.Report) || strays(&r, &n.Report)) {
 			last = min(last, max(n.Joined, 1)-1)
 		}
 	}

@@ -139,7 +139,7 @@ func returned(in *inputs, st state) state {
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
 		u := &n.Report
-		if pinned(u) || bare(u) {
+		if pinned(u) || bare(u) && !unlooked(u) {
 			continue
 		}
 		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
@@ -158,7 +158,7 @@ func returned(in *inputs, st state) state {
 		v.live++
 		switch {
 		case there || failed && !busy(u):
-		case told(&r, n.Joined, bare(u)), busy(u):
+		case told(&r, n.Joined, false), busy(u):
 			v.inflight++
 		default:
 			v.waiting = append(v.waiting, &place{node: n})

@@ -207,7 +207,7 @@ func (w *world) act(n *member, promptly bool) {
 		boots := n.going == r.Stable && (n.running.IsZero() || leaves)
 		by, failed := n.tried[n.going.Digest]
 		failed = failed && !strings.HasPrefix(n.failed[n.going.Digest], "pin ") // Git's request is another one
-		if failed && !boots && !n.pin.Present && w.asked[n.going.Digest] <= by {
+		if failed && !boots && !n.pin.Present && n.epoch == w.epoch && w.asked[n.going.Digest] <= by {
 			w.breaks("%s tries %s again, which failed there, and nobody has asked for it since: %s, not %s",
 				n.name, n.going.URL, key, n.failed[n.going.Digest])
 		}

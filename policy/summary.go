@@ -113,6 +113,9 @@ func told(r *deployments.Record, joined uint64, bare bool) bool {
 // bare reports whether nothing serves on a node that a release could replace.
 func bare(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
 
+// unlooked reports whether something may serve on a node, as it hasn't looked yet.
+func unlooked(u *deployments.UnitReport) bool { return bare(u) && u.Want.IsZero() }
+
 // summarize counts the live, in-flight, late and failed nodes of a rollout.
 func summarize(in *inputs, st state) summary {
 	r := st.record()
@@ -139,7 +142,7 @@ func summarize(in *inputs, st state) summary {
 			continue
 		}
 		onTarget := u.Running.Digest == r.Target.Digest
-		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, bare(u))}
+		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, bare(u) && !unlooked(u))}
 		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
 		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
 		aware := u.Generation == r.Generation
