@@ -24,7 +24,9 @@ const headersVariable = "KEDGE_HTTP_HEADERS_FILE"
 var ownHeaders = []string{"Range", "If-Match", "User-Agent", "Accept-Encoding"}
 
 // connectionHeaders are about the connection, and no file may set them.
-var connectionHeaders = []string{"Host", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Te", "Trailer"}
+var connectionHeaders = []string{
+	"Host", "Content-Length", "Transfer-Encoding", "Connection", "Upgrade", "Te", "Trailer",
+}
 
 // requestHeaders returns the headers that identify this node to a URL's server: those of the file of headers, and the
 // password of netrc, unless the file gives an Authorization. A redirect to another host carries neither.

@@ -105,7 +105,8 @@ func TestHeadersFromAFile(t *testing.T) {
 	if err := os.Chmod(file, 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := read("/x"); err == nil || errors.Is(err, object.ErrDenied) || !strings.Contains(err.Error(), "chmod 600") {
+	_, err = read("/x")
+	if err == nil || errors.Is(err, object.ErrDenied) || !strings.Contains(err.Error(), "chmod 600") {
 		t.Errorf("others may read the file: %v", err)
 	}
 }
