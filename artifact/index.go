@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // ErrIndex means that an index is malformed, or does not match the archive or manifest that names it.
@@ -467,12 +468,7 @@ func parentOf(p string) string {
 	return ""
 }
 
-func clip(s string) string {
-	if len(s) > 120 {
-		return s[:117] + "..."
-	}
-	return s
-}
+func clip(s string) string { return safetext.Cut(s, 120) }
 
 // cursor reads numbers and bytes from a buffer. After the first error it returns zeros.
 type cursor struct {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"unicode"
 	"unicode/utf8"
+
+	"kedge/deployments/safetext"
 )
 
 // Digest is a SHA-256.
@@ -242,9 +244,4 @@ func Trim(s string) string {
 }
 
 // clip shortens a typed value for an error message.
-func clip(s string) string {
-	if len(s) > 80 {
-		return s[:77] + "..."
-	}
-	return s
-}
+func clip(s string) string { return safetext.Cut(s, 80) }

@@ -3,10 +3,10 @@ package policy
 import (
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Situation holds the inputs of Next for one unit's record: plain data, read by the mirror.
@@ -143,12 +143,7 @@ type cause struct {
 // maxQuoted bounds text from nodes and settings in a fact, in bytes: no node takes a record that is too large.
 const maxQuoted = 300
 
-func clipped(s string) string {
-	if len(s) <= maxQuoted {
-		return s
-	}
-	return strings.ToValidUTF8(s[:maxQuoted-3], "") + "..."
-}
+func clipped(s string) string { return safetext.Cut(s, maxQuoted) }
 
 // inputs are what a step reads. Steps never change them.
 type inputs struct{ Situation }

@@ -36,6 +36,14 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
+// Cut returns s if it has at most most bytes, and else its beginning and "...", within as many bytes.
+func Cut(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most-len("...")], "") + "..."
+}
+
 // Printable replaces with U+FFFD what is not UTF-8, characters that reorder or hide text, and control characters
 // but tabs and line ends.
 func Printable(s string) string {
@@ -58,10 +66,7 @@ func Line(s string, most int) string {
 		}
 		return r
 	}, strings.ToValidUTF8(s, "?"))
-	if len(s) <= most {
-		return s
-	}
-	return strings.ToValidUTF8(s[:most-len("...")], "") + "..."
+	return Cut(s, most)
 }
 
 func hostile(r rune) bool {

@@ -61,6 +61,19 @@ func TestLine(t *testing.T) {
 	}
 }
 
+func TestCut(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{
+		strings.Repeat("é", 10):        strings.Repeat("é", 10),
+		strings.Repeat("é", 11):        strings.Repeat("é", 8) + "...",
+		"\n" + strings.Repeat("x", 20): "\n" + strings.Repeat("x", 16) + "...",
+	} {
+		if got := Cut(s, 20); got != want || len(got) > 20 {
+			t.Errorf("%q: %q, want %q", s, got, want)
+		}
+	}
+}
+
 func TestJSON(t *testing.T) {
 	t.Parallel()
 	in := map[string]string{"a\u202e": "b\u009b\U000E0041 ü 漢 \u2028 \x7f \x1b"}

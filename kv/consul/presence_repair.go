@@ -132,8 +132,8 @@ func (p *presence) holdsAll(session string) bool {
 	return !doubt
 }
 
-// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll.
-// Without it, a node whose agent was started twice would be gone for that long once the second one ends.
+// watchTaken returns when nobody holds an entry any more that another process had taken, or after takenPoll. Once a
+// second agent of this name ends, its entries are gone, and the first has to put them again soon.
 func (p *presence) watchTaken(key string) error {
 	var index uint64
 	for range 2 { // the current state, and its next change

@@ -45,6 +45,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Env is what every command gets, as KEDGE_… variables beside the agent's own environment.
@@ -257,8 +258,5 @@ func clip(s string) string {
 	if line, _, more := strings.Cut(s, "\n"); more {
 		s = line + " …"
 	}
-	if len(s) > 200 {
-		s = strings.ToValidUTF8(s[:200], "") + "…"
-	}
-	return s
+	return safetext.Cut(s, 200)
 }

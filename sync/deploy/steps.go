@@ -12,6 +12,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/deployments/wait"
 	"kedge/sync/command"
 )
@@ -572,11 +573,4 @@ func transient(err error) bool {
 }
 
 // short returns an error's text, shortened for the journal and for KEDGE_ERROR.
-func short(err error) string {
-	const most = 2000
-	s := err.Error()
-	if len(s) > most {
-		s = s[:most] + "…"
-	}
-	return s
-}
+func short(err error) string { return safetext.Cut(err.Error(), 2000) }

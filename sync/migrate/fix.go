@@ -18,13 +18,13 @@ import (
 // decimalMode matches a dest_mode that stretcher reads as a decimal number.
 var decimalMode = regexp.MustCompile(`(?m)^dest_mode:[ \t]*([1-9][0-9]*)[ \t]*(#.*)?\r?$`)
 
-// Fix returns the manifest's text as kedge would have it, and what it changed, in words; nothing: it is good as it
-// is. What is there otherwise stays, comments and templates included. It leaves the strategy alone: whether dest
-// may become a link is for people to say.
+// Fix returns the text of in's manifest adapted to kedge, and in words what it changed; no words: nothing. Everything
+// else stays, including comments and templates. It doesn't change the strategy, as people have to decide whether dest
+// may become a link. It changes
 //
-//   - dest_mode is written in octal: what nobody means, a decimal number, otherwise
-//   - symlinks: any, if the archive has links that lead out of its tree
-//   - a checksum that can be forged is replaced by SHA-256, if the archive was looked at
+//   - dest_mode to octal: kedge would read stretcher's decimal number as octal
+//   - symlinks to any, if the archive has links that lead out of its tree
+//   - a checksum by MD5 or SHA-1 to SHA-256, if the archive was inspected
 func Fix(ctx context.Context, objects *object.Client, in Inspection) (text []byte, changed []string, err error) {
 	t := string(in.Source.Raw)
 	t = decimalMode.ReplaceAllStringFunc(t, func(line string) string {
