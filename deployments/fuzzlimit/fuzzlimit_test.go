@@ -1,0 +1,79 @@
+package fuzzlimit_test
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"kedge/deployments/fuzzlimit"
+)
+
+// failures counts failures in place of a test's.
+type failures struct {
+	testing.TB
+	n int
+}
+
+func (f *failures) Errorf(string, ...any) { f.n++ }
+
+// It isn't parallel: what others allocate meanwhile would count.
+func TestRunBoundsMemory(t *testing.T) {
+	f, kept := &failures{TB: t}, 0
+	fuzzlimit.Run(f, "little", func() { kept += len(make([]byte, 1<<20)) })
+	if f.n > 0 {
+		t.Error("a mebibyte is too much")
+	}
+	fuzzlimit.Run(f, "much", func() {
+		for range 64 {
+			part := make([]byte, fuzzlimit.Memory/32)
+			kept += len(part)
+		}
+	})
+	if f.n != 1 {
+		t.Errorf("%d failures of one that takes twice the bound, %d bytes", f.n, kept)
+	}
+}
+
+// Each fuzz target bounds what an input may cost, by itself or by the function that it hands its f to.
+func TestEachTargetIsBounded(t *testing.T) {
+	t.Parallel()
+	targets := 0
+	err := filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		if err != nil {
+			return err
+		}
+		for _, decl := range file.Decls {
+			f, ok := decl.(*ast.FuncDecl)
+			if !ok || !strings.HasPrefix(f.Name.Name, "Fuzz") {
+				continue
+			}
+			targets++
+			bounded := false
+			ast.Inspect(f.Body, func(n ast.Node) bool {
+				switch n := n.(type) {
+				case *ast.SelectorExpr:
+					of, ok := n.X.(*ast.Ident)
+					bounded = bounded || ok && of.Name == "fuzzlimit"
+				case *ast.Ident:
+					bounded = bounded || n.Name == "fuzzWritten"
+				}
+				return true
+			})
+			if !bounded {
+				t.Errorf("%s: %s doesn't call fuzzlimit.Run", path, f.Name.Name)
+			}
+		}
+		return nil
+	})
+	if err != nil || targets < 29 {
+		t.Errorf("%d targets, %v", targets, err)
+	}
+}
