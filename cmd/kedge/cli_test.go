@@ -111,6 +111,10 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"check", "--fix"}, exitUsage, []string{"are for --manifest"}},
 		{[]string{"check", "a", "b"}, exitUsage, []string{"2 arguments given"}},
 		{[]string{"check", "--fix", "--manifest", write("fix.yml", "dest: /srv/a\ndest_mode: 755\n")}, exitDone, []string{"dest_mode: 755 is written 0755"}},
+		{ // the default timeout is told
+			[]string{"check", "--manifest", write("own.yml", "name: app\ndest: /srv/a\ncommands: {post: [bin/migrate]}\n")},
+			exitDone, []string{"commands without a timeout of their own are ended after 10m"},
+		},
 		{[]string{"import", "s3://b/x/"}, exitUsage, []string{"--repo is missing"}},
 		{[]string{"import", "file://" + empty, "--repo", empty}, exitFailed, []string{"is no manifest whose name stands for a unit"}},
 		{[]string{"bridge", "s3://b/x.yml"}, exitUsage, []string{"--to is missing"}},
