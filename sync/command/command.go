@@ -256,7 +256,7 @@ func endGroup(leader int, exited <-chan error) {
 func clip(s string) string {
 	s = strings.TrimSpace(s)
 	if line, _, more := strings.Cut(s, "\n"); more {
-		s = line + " …"
+		s = line + " ..."
 	}
 	return safetext.Cut(s, 200)
 }
