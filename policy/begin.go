@@ -237,14 +237,15 @@ func endPin(in *inputs, st state) state {
 	}
 	if target.Digest == git.Failed && !git.Failed.IsZero() {
 		own := deployments.Superseded{Digest: in.Record.Target.Digest, Cutoff: everyRank, Generation: in.Record.Generation}
-		if next.r.Stable = git.Stable; next.r.Stable.IsZero() && own.Digest != git.Failed {
-			next.r.Stable = in.Record.Target
+		if next.r.Stable = git.Stable; next.r.Stable.IsZero() && own.Digest != git.Failed && !st.on {
+			next.r.Stable = in.Record.Target // every node runs it: while the pin was rolled out, most may serve what was before
 		}
 		if len(next.p.Superseded) == 0 && own.Digest != next.r.Stable.Digest && own.Digest != git.Failed {
 			next.p.Superseded = []deployments.Superseded{own}
 		}
 		next.p.Phase, next.p.Cutoff, next.p.Failed = deployments.PhaseRollingBack, everyRank, git.Failed
 		next.p.Unproven = false
+		next.r.Joined = in.Record.Joined // what successor returned is for another stable release
 		next.r.Joined = tell(in, next)
 		next = next.because(deployments.ReasonRolledBack, deployments.Facts{"pin": "ended"})
 		next.p.Reason, next.p.Facts = next.why.reason, next.why.facts

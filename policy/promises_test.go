@@ -716,3 +716,30 @@ func TestTheFirstReleaseThatWasRolledBackIsLost(t *testing.T) {
 		t.Errorf("from reports of a failure it becomes %s", brief(m.Record))
 	}
 }
+
+// Where a first release was rolled back, a pin's release becomes stable for all only once it has been rolled out: if the
+// pin ends earlier, nodes go on serving what was there before.
+func TestAPinThatEndsEarlyOverAFailedFirstReleaseIsNotStable(t *testing.T) {
+	t.Parallel()
+	for _, ended := range []bool{false, true} {
+		s := paced10()
+		joined(&s)
+		failed, pin := s.Unit.Release, release("v7")
+		s.Record = deployments.Record{Target: pin, Generation: 4, Commit: "c2", Paced: true, Nodes: 10, Joined: 100,
+			Pinned: &deployments.Pinned{Target: failed, Claim: 1, Failed: failed.Digest}}
+		if !ended {
+			s.Record.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, Fast: true, Since: noon}
+		}
+		s.Pin = new(Value[deployments.Pin])
+		each(&s, func(u *deployments.UnitReport) {
+			*u = deployments.UnitReport{State: deployments.StateWaiting, Serves: true, Generation: 4}
+			if ended {
+				*u = deployments.UnitReport{State: deployments.StateConverged, Running: pin, Want: pin, Generation: 4}
+			}
+		})
+		r := Next(s).Record
+		if r.Rollout == nil || r.Rollout.Failed != failed.Digest || r.Stable.IsZero() == ended {
+			t.Errorf("ended %v: it becomes %s", ended, brief(r))
+		}
+	}
+}
