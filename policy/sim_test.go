@@ -17,7 +17,7 @@ import (
 
 var (
 	oneSeed = flag.Uint64("seed", 0, "play the one history of this seed, and print its events")
-	renames = flag.Bool("renames", false, "rename the unit, and refuse writes, at times")
+	renames = flag.Bool("renames", true, "rename the unit, and refuse writes, at times")
 	late    = flag.Bool("late", false, "let half of the first releases where something else serves fail, at any time")
 	howMany = flag.Int("histories", histories, "how many seeded histories to play")
 )
