@@ -30,6 +30,10 @@ var foreign = []struct{ magic, name string }{
 	{"LZIP", "lzip"},
 	{"\x89LZO\x00", "lzop"},
 	{"xar!", "xar"},
+	{"\x5d\x00\x00", "lzma"},
+	{"070701", "cpio"},
+	{"070702", "cpio"},
+	{"070707", "cpio"},
 }
 
 // zipFiles are the endings of zip archives that are deployed as files, without unpacking them.
