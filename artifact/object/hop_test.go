@@ -79,10 +79,12 @@ func TestNothingIsFetchedFromThisMachine(t *testing.T) {
 func TestAddressesOfThisMachine(t *testing.T) {
 	t.Parallel()
 	for address, local := range map[string]bool{
-		"127.0.0.1:80": true, "127.255.1.2:80": true, "0.0.0.0:80": true, "169.254.169.254:80": true, "169.254.170.2:80": true,
-		"[::1]:80": true, "[::]:80": true, "[::ffff:127.0.0.1]:80": true, "[::ffff:169.254.169.254]:80": true,
+		"127.0.0.1:80": true, "127.255.1.2:80": true, "0.0.0.0:80": true, "169.254.169.254:80": true,
+		"169.254.170.2:80": true,
+		"[::1]:80":         true, "[::]:80": true, "[::ffff:127.0.0.1]:80": true, "[::ffff:169.254.169.254]:80": true,
 		"[fe80::1%lo]:80": true, "[ff02::1%lo]:80": true, "[fd00:ec2::254]:80": true, "[fd00:ec2::23]:80": true,
-		"10.0.0.7:80": false, "192.168.1.1:80": false, "8.8.8.8:53": false, "[2001:db8::1]:80": false, "[fd00:ec3::1]:80": false,
+		"10.0.0.7:80": false, "192.168.1.1:80": false, "8.8.8.8:53": false, "[2001:db8::1]:80": false,
+		"[fd00:ec3::1]:80": false,
 	} {
 		if err := refuseLocal(t.Context(), "tcp", address, nil); errors.Is(err, errLocalAddress) != local {
 			t.Errorf("%s: %v", address, err)
@@ -131,7 +133,9 @@ func TestRedirectsByNameStayOutside(t *testing.T) {
 // A proxy may be at this machine.
 func TestAProxyHere(t *testing.T) {
 	t.Parallel()
-	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, "of ", r.Host) }))
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, "of ", r.Host)
+	}))
 	t.Cleanup(proxy.Close)
 	at, err := url.Parse(proxy.URL)
 	if err != nil {
@@ -155,7 +159,9 @@ func TestAProxyHere(t *testing.T) {
 func TestRedirectsOfS3(t *testing.T) {
 	t.Parallel()
 	var seen []string
-	target := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { seen = append(seen, r.Host) }))
+	target := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		seen = append(seen, r.Host)
+	}))
 	t.Cleanup(target.Close)
 	var leads string
 	var asked atomic.Int32

@@ -27,7 +27,8 @@ func TestSettingsThatNameNoFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	store, repo := "--kv=file://"+filepath.Join(dir, "kv"), gittest.New(t).Work
-	agent := []string{"agent", store, "--stage=prod", "--roles=web", "--node=n", "--state-dir=" + filepath.Join(dir, "state")}
+	agent := []string{"agent", store, "--stage=prod", "--roles=web", "--node=n",
+		"--state-dir=" + filepath.Join(dir, "state")}
 	mirror := []string{"mirror", store, repo}
 	publish := []string{"publish", repo, "--to=file://" + dir, "--name=a", "--version=1", "--dest=/srv/a"}
 	with := func(args []string, more ...string) []string { return append(args[:len(args):len(args)], more...) }
