@@ -78,7 +78,8 @@ func BenchmarkPeers(b *testing.B) {
 	}
 }
 
-// BenchmarkPack times publish's packing against tar | zstd -T0 -3 on the same tree, by turns, neither onto a disk, and compares their sizes.
+// BenchmarkPack times publish's packing against tar | zstd -T0 -3 on the same tree, by turns, neither onto a disk. It
+// compares their sizes, too.
 func BenchmarkPack(b *testing.B) {
 	tree := filepath.Join(benchTrees(b), "r1")
 	var ours, theirs []float64
@@ -86,7 +87,8 @@ func BenchmarkPack(b *testing.B) {
 	var stream int64
 	for range b.N {
 		start := time.Now()
-		out, err := exec.CommandContext(b.Context(), "sh", "-c", `tar -C "$1" -cf - . | zstd -q -T0 -3 | wc -c`, "sh", tree).Output()
+		out, err := exec.CommandContext(b.Context(), "sh", "-c",
+			`tar -C "$1" -cf - . | zstd -q -T0 -3 | wc -c`, "sh", tree).Output()
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -103,8 +105,8 @@ func BenchmarkPack(b *testing.B) {
 	}
 	slices.Sort(ours)
 	slices.Sort(theirs)
-	b.Logf("kedge %.2f s, %.1f MB and an index of %.1f MB; tar | zstd %.2f s, %.1f MB", ours[len(ours)/2], float64(archive.Size)/1e6,
-		float64(len(archive.Index))/1e6, theirs[len(theirs)/2], float64(stream)/1e6)
+	b.Logf("kedge %.2f s, %.1f MB and an index of %.1f MB; tar | zstd %.2f s, %.1f MB", ours[len(ours)/2],
+		float64(archive.Size)/1e6, float64(len(archive.Index))/1e6, theirs[len(theirs)/2], float64(stream)/1e6)
 	b.ReportMetric(ours[len(ours)/2]/theirs[len(theirs)/2], "pack/tar-zstd")
 	b.ReportMetric(float64(archive.Size)/float64(stream), "bytes/tar-zstd")
 }

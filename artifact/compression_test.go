@@ -40,6 +40,16 @@ func TestForeignArchives(t *testing.T) {
 			t.Errorf("a single file in gzip that begins as %s does: %v", f.name, err)
 		}
 	}
+	for _, name := range []string{"app.tar", "app.tar.br", "app.tar.foo", "app.tgz"} {
+		if _, err := unpackBytes(t, name, []byte("no tar")); err == nil || !strings.Contains(err.Error(), "named as a tar") {
+			t.Errorf("what is no tar, named %s: %v", name, err)
+		}
+	}
+	for _, name := range []string{"app", "tar", "app.tarball", "app.tar.d.conf"} {
+		if _, err := unpackBytes(t, name, []byte("a file")); err != nil {
+			t.Errorf("a single file named %s: %v", name, err)
+		}
+	}
 	jar := []byte("PK\x03\x04" + strings.Repeat("x", 600))
 	dir, err := unpackBytes(t, "app.jar", jar)
 	if err != nil {

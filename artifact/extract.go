@@ -241,6 +241,7 @@ type extractor struct {
 	symlinks deployments.Symlinks
 	left     int64           // bytes that the tree may still grow by
 	count    int             // entries, and directories without an entry
+	holds    bool            // something but the tree's top directory
 	names    int             // bytes of the names kept in the maps below
 	links    map[string]bool // symbolic links made so far
 	// top has the attributes of the tree itself; nil: it has no entry.
@@ -391,8 +392,8 @@ func (x *extractor) tar(r *bufio.Reader) error {
 			return err
 		}
 	}
-	if x.count == 0 {
-		return errors.New("the archive is empty")
+	if !x.holds {
+		return errors.New("the archive is empty: nothing would be left at dest")
 	}
 	inner := slices.Sorted(maps.Keys(x.dirs)) // sorted, a directory comes before its content
 	slices.Reverse(inner)
@@ -472,6 +473,7 @@ func (x *extractor) entry(r io.Reader, h *tar.Header) error {
 		x.top = a
 		return nil
 	}
+	x.holds = true
 	if err := x.parents(path.Dir(name)); err != nil {
 		return err
 	}
@@ -632,10 +634,22 @@ func meantAlone(m *deployments.Manifest, name string) error {
 		"if that is meant, say sync_strategy: release, or move the directory away first", others, m.Dest)
 }
 
+// namedAsTar reports whether a file is named as a tar archive, in any compression: as a single file it would replace a
+// whole tree. Some compressions, such as brotli's, have no magic number.
+func namedAsTar(name string) bool {
+	ending := path.Ext(name)
+	return ending == ".tar" || path.Ext(strings.TrimSuffix(name, ending)) == ".tar" ||
+		slices.Contains([]string{".tgz", ".tzst", ".tbz", ".tbz2", ".txz", ".tlz", ".tbr"}, ending)
+}
+
 // single writes input that is no archive as one file under its own name, executable if it is a program.
 func (x *extractor) single(r io.Reader, name string, head []byte) error {
 	if name == "" || name == "." || name == "/" {
 		return errors.New("it is no archive, and its URL gives it no name")
+	}
+	if namedAsTar(name) {
+		return errors.New("it is named as a tar archive, and isn't one in a compression that kedge reads: " +
+			"want .tar, .tar.gz, .tar.zst, .tar.bz2 or .tar.xz")
 	}
 	if err := meantAlone(x.manifest, name); err != nil {
 		return err

@@ -367,7 +367,7 @@ func hostile(t testing.TB) map[string]struct {
 		special(tar.TypeSymlink, "link", "dir"),
 		tar.Header{Typeflag: tar.TypeDir, Name: "link", Mode: 0o755},
 	)
-	add("link over a directory", "place of a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))
+	add("link over a directory", "replace a directory", dir, file("dir/x", "x"), special(tar.TypeSymlink, "dir", "."))
 	add("hard link out", "..", special(tar.TypeLink, "hard", "../../etc/passwd"))
 	add("absolute hard link", "absolute", special(tar.TypeLink, "hard", "/etc/passwd"))
 	add("hard link to nothing", "no file", special(tar.TypeLink, "hard", "nothing"))
@@ -699,7 +699,7 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 	t.Parallel()
 	store := t.TempDir()
 	page := []byte("<html>not found</html>\n")
-	src := filepath.Join(store, "app.tar.gz")
+	src := filepath.Join(store, "page.html")
 	write(t, src, string(page))
 	for name, c := range map[string]struct {
 		there    []string
@@ -708,7 +708,7 @@ func TestASingleFileInThePlaceOfMany(t *testing.T) {
 	}{
 		"nothing":                  {nil, deployments.StrategyRsync, false},
 		"a directory of many":      {[]string{"a", "b"}, deployments.StrategyRsync, true},
-		"the release before":       {[]string{"app.tar.gz", "made", "other"}, deployments.StrategyRsync, false},
+		"the release before":       {[]string{"page.html", "made", "other"}, deployments.StrategyRsync, false},
 		"one file":                 {[]string{"app-1.2"}, deployments.StrategyRsync, false},
 		"where the old tree stays": {[]string{"a", "b"}, deployments.StrategyRelease, false},
 	} {

@@ -35,11 +35,12 @@ var packedTime = time.Date(1980, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // packed is the result of pack.
 type packed struct {
-	Size   int64 // of the archive, in bytes
-	SHA256 deployments.Digest
-	Index  []byte
-	Files  int
-	Tree   int64 // bytes of the tree
+	Size    int64 // of the archive, in bytes
+	SHA256  deployments.Digest
+	Index   []byte
+	Entries int // files, directories and links
+	Files   int
+	Tree    int64 // bytes of the tree
 }
 
 // pack writes the tree in dir as an archive. It is an error if a file changes meanwhile, or if a symbolic link
@@ -72,10 +73,11 @@ func pack(
 	}
 	p.meter.done()
 	result := packed{
-		Size:   x.archiveSize(),
-		SHA256: deployments.Digest(p.archive.Sum(nil)),
-		Index:  x.encode(),
-		Tree:   x.size(),
+		Size:    x.archiveSize(),
+		SHA256:  deployments.Digest(p.archive.Sum(nil)),
+		Index:   x.encode(),
+		Entries: len(entries),
+		Tree:    x.size(),
 	}
 	for i := range entries {
 		if entries[i].kind == kindFile {

@@ -139,6 +139,9 @@ func (p *publisher) run(m deployments.Manifest) (out Published, err error) {
 	if err != nil {
 		return out, err
 	}
+	if made.Entries == 0 {
+		return out, fmt.Errorf("publish %s: it is empty: nothing would be left at dest", p.opt.Dir)
+	}
 	out = Published{Files: made.Files, Tree: made.Tree, Archive: made.Size, Index: int64(len(made.Index))}
 	m.Src, m.Checksum, m.Size = archiveName, made.SHA256.String(), made.Size
 	m.Index = &deployments.Blob{URL: indexName, Size: int64(len(made.Index)), SHA256: digestOf(made.Index)}
