@@ -100,7 +100,8 @@ func (p *publisher) listManifests() ([]object.Listed, error) {
 	}
 	if more {
 		p.log.Warn(
-			"there are too many releases to look at all of them: some that were published last may get no deltas; name them with --since",
+			"there are too many releases to look at all of them: some that were published last may get no deltas; "+
+				"name them with --since",
 			"below",
 			p.beside,
 			"objects",

@@ -143,12 +143,14 @@ func TestTheLogSaysWhyMoreIsFetched(t *testing.T) {
 		before func(t *testing.T, n *node)
 		says   []string // that it says, and nothing else; nil: nothing at all
 	}{
-		"all is well":                          {route: routeDelta},
-		"no delta was made":                    {route: routeWarm},
-		"files of the old release are damaged": {routeWarm, damage("lib/03.txt", "lib/05.txt"), []string{"old release has wrong content", "files=2", "first=lib/03.txt"}},
-		"what a delta starts from is damaged":  {routeDelta, damage("bin/server"), []string{"old release has wrong content", "files=1", "first=bin/server"}},
-		"the old release's index is missing":   {routeDelta, func(t *testing.T, n *node) { os.Remove(index(n)) }, []string{"old release can't be used", "no such file"}},
-		"the old release's index is damaged":   {routeDelta, func(t *testing.T, n *node) { flip(t, index(n), 100) }, []string{"old release can't be used", "digest"}},
+		"all is well":       {route: routeDelta},
+		"no delta was made": {route: routeWarm},
+		"files of the old release are damaged": {routeWarm, damage("lib/03.txt", "lib/05.txt"),
+			[]string{"old release has wrong content", "files=2", "first=lib/03.txt"}},
+		"what a delta starts from is damaged": {routeDelta, damage("bin/server"),
+			[]string{"old release has wrong content", "files=1", "first=bin/server"}},
+		"the old release's index is missing": {routeDelta, func(t *testing.T, n *node) { os.Remove(index(n)) }, []string{"old release can't be used", "no such file"}},
+		"the old release's index is damaged": {routeDelta, func(t *testing.T, n *node) { flip(t, index(n), 100) }, []string{"old release can't be used", "digest"}},
 		"the delta is missing": {routeDelta, func(_ *testing.T, n *node) {
 			n.proxy.Play(func(r objecttest.Request) objecttest.Fault {
 				if strings.HasPrefix(r.Name, "delta-") {

@@ -95,7 +95,8 @@ func FuzzHistory(f *testing.F) {
 
 func FuzzMirrorState(f *testing.F) {
 	f.Add([]byte(`{"holder":"m","head":"c","past":"a b","applying":"d","rules":{"allow_rewind":true,"max_removed":20}}`))
-	f.Add([]byte(`{"freeze":[{"name":"weekend","deny":"0 16 * * FRI","duration":"64h","zone":"Europe/Berlin","units":["prod/*/*"]},
+	f.Add([]byte(`{"freeze":[{"name":"weekend","deny":"0 16 * * FRI","duration":"64h","zone":"Europe/Berlin",
+		"units":["prod/*/*"]},
 		{"allow":"0 9 * * MON-FRI","duration":"8h0m0s","running":"wait","reason":"x"}],"freeze_more":2}`))
 	fuzzWritten(f, func(data []byte) (MirrorState, error) {
 		s, err := ParseMirrorState(data)

@@ -195,7 +195,8 @@ func TestManifestTraps(t *testing.T) {
 		}
 	}
 	traps, err = ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /home/app/current\nsync_strategy: release\n"))
-	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(), "manifest:3:1: dest /home/app/current lies below") {
+	if err != nil || len(traps) != 1 || !strings.Contains(traps[0].Error(),
+		"manifest:3:1: dest /home/app/current lies below") {
 		t.Errorf("in a home: %v, %v", traps, err)
 	}
 	if traps, err := ManifestTraps([]byte("src: a.tar\nchecksum: " + hex64 + "\ndest: /d\nsync_strategy: release\n")); err != nil || len(traps) > 0 {

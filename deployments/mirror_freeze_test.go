@@ -47,7 +47,8 @@ freeze:
 // mirror/state stays small, and says how much it leaves out.
 func TestFreezeWindowsAreBounded(t *testing.T) {
 	t.Parallel()
-	window := Freeze{Name: strings.Repeat("ä", 1000), Kind: FreezeDeny, Cron: "0 0 * * *", Zone: time.UTC, Duration: time.Hour}
+	window := Freeze{Name: strings.Repeat("ä", 1000), Kind: FreezeDeny, Cron: "0 0 * * *", Zone: time.UTC,
+		Duration: time.Hour}
 	units := window
 	units.Units = slices.Repeat([]string{"prod/" + strings.Repeat("r", 60) + "/" + strings.Repeat("u", 60)}, 100)
 	for _, c := range []struct {
@@ -60,7 +61,8 @@ func TestFreezeWindowsAreBounded(t *testing.T) {
 		told, more := FreezeWindows(c.all)
 		value, err := json.Marshal(told)
 		if len(told) != c.told || more != len(c.all)-c.told || err != nil || len(value) > mostWindowBytes {
-			t.Errorf("of %d windows %d are told in %d bytes, %d more, %v; want %d", len(c.all), len(told), len(value), more, err, c.told)
+			t.Errorf("of %d windows %d are told in %d bytes, %d more, %v; want %d", len(c.all), len(told), len(value),
+				more, err, c.told)
 		}
 	}
 }

@@ -172,18 +172,25 @@ func TestOpenings(t *testing.T) {
 		most   int
 		want   string
 	}{
-		{"a weekend to come", freeze{Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour}, "2026-11-24T12:00:00Z", 9,
+		{"a weekend to come", freeze{Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour},
+			"2026-11-24T12:00:00Z", 9,
 			"27T15-30T07"},
 		{"that is open, and the next", freeze{Kind: deny, Cron: "0 16 * * FRI", Zone: berlin, Duration: 64 * time.Hour},
 			"2026-11-27T16:00:00Z", 9, "now-30T07 04T15-07T07"},
-		{"as it opens", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T16:00:00Z", 1, "now-27T17"},
-		{"as it closes", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T17:00:00Z", 9, "04T16-04T17"},
+		{"as it opens", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T16:00:00Z", 1,
+			"now-27T17"},
+		{"as it closes", freeze{Kind: deny, Cron: "0 16 * * FRI", Duration: time.Hour}, "2026-11-27T17:00:00Z", 9,
+			"04T16-04T17"},
 		{"no more than asked for", freeze{Kind: deny, Cron: "0 * * * *", Duration: time.Minute}, "2026-11-24T12:30:00Z", 3,
 			"24T13-24T13 24T14-24T14 24T15-24T15"},
-		{"two that touch are one", freeze{Kind: deny, Cron: "0 12,13 * * FRI", Duration: time.Hour}, "2026-11-24T12:00:00Z", 9, "27T12-27T14"},
-		{"clocks put back", freeze{Kind: deny, Cron: "30 2 * * SUN", Zone: berlin, Duration: time.Hour}, "2026-10-24T00:00:00Z", 1, "25T00-25T01"},
-		{"it overlaps for ever: as far as is looked", freeze{Kind: deny, Cron: "0 * * * *", Duration: 2 * time.Hour}, "2026-11-24T12:00:00Z", 1, "now-15T01"},
-		{"none within the week", freeze{Kind: deny, Cron: "0 0 24 12 *", Duration: 72 * time.Hour}, "2026-11-24T12:00:00Z", 9, ""},
+		{"two that touch are one", freeze{Kind: deny, Cron: "0 12,13 * * FRI", Duration: time.Hour},
+			"2026-11-24T12:00:00Z", 9, "27T12-27T14"},
+		{"clocks put back", freeze{Kind: deny, Cron: "30 2 * * SUN", Zone: berlin, Duration: time.Hour},
+			"2026-10-24T00:00:00Z", 1, "25T00-25T01"},
+		{"it overlaps for ever: as far as is looked", freeze{Kind: deny, Cron: "0 * * * *", Duration: 2 * time.Hour},
+			"2026-11-24T12:00:00Z", 1, "now-15T01"},
+		{"none within the week", freeze{Kind: deny, Cron: "0 0 24 12 *", Duration: 72 * time.Hour},
+			"2026-11-24T12:00:00Z", 9, ""},
 		{"a line that doesn't parse", freeze{Kind: deny, Cron: "0 0"}, "2026-11-24T12:00:00Z", 9, ""},
 	} {
 		from, err := time.Parse(time.RFC3339, c.from)
@@ -210,7 +217,8 @@ func TestNextFreeze(t *testing.T) {
 	weekend := freeze{Name: "weekend", Kind: deployments.FreezeDeny, Cron: "0 16 * * FRI", Duration: 64 * time.Hour}
 	hours := freeze{Name: "hours", Kind: deployments.FreezeAllow, Cron: "0 9 * * *", Duration: 8 * time.Hour}
 	shift := freeze{Name: "shift", Kind: deployments.FreezeAllow, Cron: "0 16 * * *", Duration: 8 * time.Hour}
-	db := freeze{Name: "db", Kind: deployments.FreezeDeny, Cron: "0 14 * * *", Duration: time.Hour, Units: []string{"*/db/*"}}
+	db := freeze{Name: "db", Kind: deployments.FreezeDeny, Cron: "0 14 * * *", Duration: time.Hour,
+		Units: []string{"*/db/*"}}
 	tuesday := time.Date(2026, 11, 24, 12, 0, 0, 0, time.UTC)
 	for _, c := range []struct {
 		name    string

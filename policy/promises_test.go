@@ -548,8 +548,8 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 	}
 }
 
-// heardFirst checks that the rollout of a first release admits no node before those that have not reported have, or had the
-// time to.
+// heardFirst checks that the rollout of a first release admits no node before those that have not reported have, or
+// had the time to.
 func heardFirst(t *testing.T, s Situation, silent func(*deployments.UnitReport) bool) {
 	t.Helper()
 	m := Next(s)
@@ -717,8 +717,8 @@ func TestTheFirstReleaseThatWasRolledBackIsLost(t *testing.T) {
 	}
 }
 
-// Where a first release was rolled back, a pin's release becomes stable for all only once it has been rolled out: if the
-// pin ends earlier, nodes go on serving what was there before.
+// Where a first release was rolled back, a pin's release becomes stable for all only once it has been rolled out:
+// if the pin ends earlier, nodes go on serving what was there before.
 func TestAPinThatEndsEarlyOverAFailedFirstReleaseIsNotStable(t *testing.T) {
 	t.Parallel()
 	for _, ended := range []bool{false, true} {

@@ -128,7 +128,8 @@ func TestNextWrites(t *testing.T) {
 			baking(s)
 			s.Nodes[0].Report.State, s.Nodes[0].Started = deployments.StateWaiting, ago(time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are healthy again"
+			r.Rollout.HealthySince, r.Rollout.Since = time.Time{}, noon
+			r.Rollout.Message = "the bake begins anew when all are healthy again"
 		}, "begins anew", 10 * time.Minute},
 		{"one that boots, and is canary by its rank, is waited for", 2, first, func(s *Situation) {
 			baking(s)
@@ -151,7 +152,8 @@ func TestNextWrites(t *testing.T) {
 			s.Unit.Rollout.Canary.N, s.Record.Rollout.Cutoff = 0, math.MaxUint64
 			s.Record.Rollout.Since, s.Record.Rollout.HealthySince = ago(5*time.Minute), ago(4*time.Minute)
 		}, func(s *Situation, r *record) {
-			r.Rollout.HealthySince, r.Rollout.Since, r.Rollout.Message = time.Time{}, noon, "the bake begins anew when all are healthy again"
+			r.Rollout.HealthySince, r.Rollout.Since = time.Time{}, noon
+			r.Rollout.Message = "the bake begins anew when all are healthy again"
 		}, "begins anew", 10 * time.Minute},
 		{"what should come first is looked for first", 2, rolling, func(s *Situation) {
 			s.Nodes[0].Report, s.Nodes[0].Started = deployments.UnitReport{}, noon

@@ -146,7 +146,8 @@ func (c *Client) PassOver(s Source, err error) {
 	c.mirrors.mu.Lock()
 	c.mirrors.failed[s.mirror] = time.Now()
 	c.mirrors.mu.Unlock()
-	c.log.Warn("a mirror failed: asking it last for a while", "mirror", deployments.ShownURL(s.mirror), "url", deployments.ShownURL(s.URL),
+	c.log.Warn("a mirror failed: asking it last for a while", "mirror", deployments.ShownURL(s.mirror),
+		"url", deployments.ShownURL(s.URL),
 		"reason", reason, "error", err)
 }
 

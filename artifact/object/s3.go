@@ -316,8 +316,8 @@ func occupied(err error) error {
 	case errors.Is(err, ErrChanged):
 		return errOccupied
 	case errors.As(err, &answer) && answer.code == http.StatusNotImplemented:
-		return fmt.Errorf("%w: the store has no conditional PUT (If-None-Match), which keeps objects from being overwritten: "+
-			"if only one publishes at a time, use --unconditional-put, which checks first and then writes", err)
+		return fmt.Errorf("%w: the store has no conditional PUT (If-None-Match), which keeps objects from being "+
+			"overwritten: if only one publishes at a time, use --unconditional-put, which checks first and then writes", err)
 	}
 	return err
 }

@@ -129,7 +129,8 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"agent", "--config", write("bool.yaml", "stage: prod\nno_commands: maybe\n")}, exitUsage, []string{`bool.yaml:2:14: "maybe": want true or false`}},
 		{[]string{"agent", "--config", write("time.yaml", "ready_timeout: 5\n")}, exitUsage, []string{`time.yaml:1:1: "5": want a duration, as in 30s`}},
 		{[]string{"agent", "--start-delay", "1s", "--config", write("all.yaml", "stage: prod\nrole: web\nstage: x\nno_commands: maybe\nready_timeout: 5\ndests: {a: b}\n")}, exitUsage, []string{
-			`all.yaml:2:1: unknown field "role"`, `all.yaml:3:1: the field "stage" is given twice`, "all.yaml:4:14", "all.yaml:5:1", "all.yaml:6:",
+			`all.yaml:2:1: unknown field "role"`, `all.yaml:3:1: the field "stage" is given twice`, "all.yaml:4:14",
+			"all.yaml:5:1", "all.yaml:6:",
 		}},
 		{
 			[]string{"agent", "--config", write("values.yaml", "listen: 7070\nverify: often\nmax_bandwidth: fast\n")},

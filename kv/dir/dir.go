@@ -21,7 +21,7 @@ import (
 //
 //	DIR/pins/prod/web/app         the key pins/prod/web/app
 //	DIR/pins/prod/web/app@/web-1  the key pins/prod/web/app/web-1; see the package comment
-//	DIR/.kedge/lock               flock'ed, exclusively by a commit and shared by a reader, who thus never sees half a commit
+//	DIR/.kedge/lock               flock'ed, exclusively by a commit and shared by a reader: none sees half a commit
 //	DIR/.kedge/journal            a commit of several keys that is decided but may not be in place yet
 //	DIR/.kedge/sessions/ID        flock'ed as long as the process that made it lives
 //	DIR/.kedge/held/KEY           the session that holds a key, with @ for /

@@ -456,7 +456,8 @@ func TestErrorsAreShort(t *testing.T) {
 	t.Parallel()
 	for _, script := range []string{"\nfirst\nexit 3\n# " + strings.Repeat("x", 1000), "first; exit 3; #" + strings.Repeat("ü", 1000)} {
 		_, err := run(t, deployments.Command{Run: script}, Env{}, nil)
-		if err == nil || len(err.Error()) > 600 || strings.Contains(err.Error(), "\\n") || !strings.Contains(err.Error(), `command "first`) || !strings.Contains(err.Error(), "...") {
+		if err == nil || len(err.Error()) > 600 || strings.Contains(err.Error(), "\\n") ||
+			!strings.Contains(err.Error(), `command "first`) || !strings.Contains(err.Error(), "...") {
 			t.Errorf("%q", err)
 		}
 	}

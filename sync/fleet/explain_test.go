@@ -54,7 +54,8 @@ func TestExplainStates(t *testing.T) {
 	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
 	pinned := func(r *report) { r.Pinned = true }
 	xmas := deployments.Facts{"window": "xmas", "until": "2026-12-27T08:00:00Z", "reason": "nobody is here"}
-	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon, Message: "the canaries are healthy: waits for promote"}
+	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon,
+		Message: "the canaries are healthy: waits for promote"}
 	for name, c := range map[string]struct {
 		node    report
 		entries []kv.Entry

@@ -29,7 +29,8 @@ func TestFreezesToComeInWords(t *testing.T) {
 	}{
 		"none": {},
 		"in some days": {windows: []window{weekend},
-			explain: "no rollout starts from Fri 2026-11-27 16:00 UTC (in 3d) until Mon 2026-11-30 08:00 UTC (in 5d): weekend; nobody is there"},
+			explain: "no rollout starts from Fri 2026-11-27 16:00 UTC (in 3d) until " +
+				"Mon 2026-11-30 08:00 UTC (in 5d): weekend; nobody is there"},
 		"soon": {windows: []window{weekend, soon},
 			explain: "no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h) until Tue 2026-11-24 16:00 UTC (in 4h): audit",
 			status:  "freeze  audit: no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h), for prod/*/*\n"},
@@ -39,14 +40,16 @@ func TestFreezesToComeInWords(t *testing.T) {
 		"of another unit": {windows: []window{other},
 			status: "freeze  db: no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h), for prod/db/*\n"},
 		"within what allows it": {windows: []window{hours},
-			explain: "no rollout starts from Tue 2026-11-24 17:00 UTC (in 5h) until Wed 2026-11-25 09:00 UTC (in 21h): hours, which is not open"},
+			explain: "no rollout starts from Tue 2026-11-24 17:00 UTC (in 5h) until " +
+				"Wed 2026-11-25 09:00 UTC (in 21h): hours, which is not open"},
 		"outside of what allows it": {windows: []window{hours}, at: 6 * time.Hour,
 			explain: "no rollout starts now until Wed 2026-11-25 09:00 UTC (in 15h): hours, which is not open",
 			status:  "freeze  hours: is not open until Wed 2026-11-25 09:00 UTC (in 15h)\n"},
 		"its rollout says so": {windows: []window{soon}, at: 190 * time.Minute, rollout: frozen,
 			status: "freeze  audit: no rollout starts until Tue 2026-11-24 16:00 UTC (in 50m), for prod/*/*\n"},
-		"many": {windows: []window{soon, soon, soon, soon, soon}, explain: "no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h)",
-			status: "        and 2 more: kedge web lists them\n"},
+		"many": {windows: []window{soon, soon, soon, soon, soon},
+			explain: "no rollout starts from Tue 2026-11-24 15:00 UTC (in 3h)",
+			status:  "        and 2 more: kedge web lists them\n"},
 		"hostile": {windows: []window{{Name: "a\x1b[2J\nb", Deny: soon.Deny, Duration: "1h"}, never},
 			status: "freeze  a [2J b: no rollout starts from"},
 	} {

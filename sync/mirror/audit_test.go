@@ -123,7 +123,8 @@ func TestFollowPinsAfterTheEndOfTime(t *testing.T) {
 	t.Parallel()
 	end := time.Date(9999, 12, 31, 23, 59, 59, 999_999_999, time.FixedZone("", -86340))
 	was := deployments.PastPin{At: end, Pin: deployments.Pin{Hold: true, By: "ada", Until: end}}
-	pins, _ := followPins([]deployments.PastPin{was}, []deployments.PastPin{{Pin: deployments.Pin{Hold: true}}}, time.Now())
+	pins, _ := followPins([]deployments.PastPin{was}, []deployments.PastPin{{Pin: deployments.Pin{Hold: true}}},
+		time.Now())
 	ops := writeHistory(unitID(t, "prod/web/app"), &deployments.History{Generation: 1, Pins: pins})
 	if h, err := deployments.ParseHistory(ops[0].Value); err != nil || len(h.Pins) != 2 || h.Pins[0].Ended.IsZero() {
 		t.Errorf("%+v, %v", h, err)

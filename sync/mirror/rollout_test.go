@@ -341,7 +341,8 @@ func TestTellsFreezeWindows(t *testing.T) {
 	put(t, store, kv.MirrorKey, `{"holder":"before","head":"`+head+`","rules":{"max_removed":30}}`)
 	m := start(t, Config{Store: store, Repo: o.Bare})
 	s := m.status(func(s deployments.MirrorState) bool { return len(s.Freeze) > 0 })
-	want := []deployments.FreezeWindow{{Deny: "0 16 * * FRI", Duration: "64h0m0s", Zone: "Europe/Berlin", Running: "finish"}}
+	want := []deployments.FreezeWindow{{Deny: "0 16 * * FRI", Duration: "64h0m0s", Zone: "Europe/Berlin",
+		Running: "finish"}}
 	if s.Head != head || !reflect.DeepEqual(s.Freeze, want) {
 		t.Errorf("%+v", s)
 	}

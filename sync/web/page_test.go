@@ -137,14 +137,16 @@ func TestFrozenRollouts(t *testing.T) {
 func TestFreezeWindows(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 11, 24, 12, 20, 0, 0, time.UTC) // a Tuesday
-	f := fleet.Assemble([]kv.Entry{entry(kv.MirrorKey, deployments.MirrorState{Head: "a", Freeze: windows(at), FreezeMore: 2})}, at)
+	f := fleet.Assemble([]kv.Entry{entry(kv.MirrorKey,
+		deployments.MirrorState{Head: "a", Freeze: windows(at), FreezeMore: 2})}, at)
 	rows, more := (&snapshot{Fleet: f}).windowsOf()
 	if more != 2 {
 		t.Errorf("%d more, want 2", more)
 	}
 	day := func(d, h, m int) time.Time { return time.Date(2026, 11, d, h, m, 0, 0, time.UTC) }
 	for i, want := range []windowRow{
-		{Name: "audit", Waits: true, Units: "prod/db/*", Open: true, To: day(26, 0, 0), Zone: "UTC", Later: "Mon 00:00–Thu 00:00",
+		{Name: "audit", Waits: true, Units: "prod/db/*", Open: true, To: day(26, 0, 0), Zone: "UTC",
+			Later:  "Mon 00:00–Thu 00:00",
 			Path:   "M0 0h216v1H0ZM792 0h216v1H792Z",
 			Reason: "the auditors look at what runs, and it must be what they looked at last week"},
 		{Name: "backup", Units: "*/db/*", From: day(24, 12, 30), To: day(24, 12, 50), Zone: "UTC",
@@ -152,8 +154,9 @@ func TestFreezeWindows(t *testing.T) {
 		{Name: "office hours", Allow: true, Units: "prod/*/*, staging/*/*", From: day(24, 14, 0), To: day(24, 22, 0),
 			Zone: "America/New_York", Later: "Wed 09:00–17:00; Thu 09:00–17:00; Fri 09:00–17:00",
 			Path: "M12 0h48v1H12ZM156 0h48v1H156ZM300 0h48v1H300ZM444 0h48v1H444ZM876 0h48v1H876Z"},
-		{Name: "weekend", Units: "all", From: day(26, 15, 0), To: day(29, 7, 0), Zone: "Europe/Berlin", Reason: "nobody is there",
-			Path: "M306 0h384v1H306Z"},
+		{Name: "weekend", Units: "all", From: day(26, 15, 0), To: day(29, 7, 0), Zone: "Europe/Berlin",
+			Reason: "nobody is there",
+			Path:   "M306 0h384v1H306Z"},
 		{Name: "0 0 1 2 *", Units: "all", Zone: "UTC"},
 	} {
 		got := rows[i]
@@ -167,7 +170,8 @@ func TestFreezeWindows(t *testing.T) {
 	w := offline(t, scene{entries: mirrorEntries()})
 	_, html := page(t, w, "/-/overrides")
 	text, err := parse(html)
-	for _, want := range []string{"weekend", "none starts within", "start only within", "those under way wait", "closes in",
+	for _, want := range []string{"weekend", "none starts within", "start only within", "those under way wait",
+		"closes in",
 		"not within 7 days", "2 more are not listed"} {
 		if err != nil || !strings.Contains(text, want) {
 			t.Errorf("%v: the page lacks %q:\n%s", err, want, text)

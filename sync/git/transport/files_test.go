@@ -19,13 +19,24 @@ func TestSettingsThatNameNoFile(t *testing.T) {
 	}
 	endpoint := &transport.Endpoint{Protocol: "ssh", User: "git", Host: "127.0.0.1"}
 	for setting, read := range map[string]func(Access, string) error{
-		"KEDGE_GIT_TOKEN_FILE":      func(a Access, _ string) error { _, err := a.basic(); return err },
-		"GIT_SSL_CAINFO":            func(a Access, _ string) error { _, err := a.readTLS(); return err },
-		"GIT_SSL_CERT":              func(a Access, _ string) error { _, err := a.readTLS(); return err },
-		"GIT_SSL_KEY":               func(a Access, _ string) error { _, err := a.readTLS(); return err },
-		"KEDGE_GITHUB_APP_KEY_FILE": func(_ Access, f string) error { _, err := (&githubApp{keyFile: f}).jwt(time.Now()); return err },
-		"--known-hosts":             func(a Access, f string) error { a.KnownHosts = f; _, _, err := a.ssh(endpoint); return err },
-		"--ssh-key":                 func(a Access, f string) error { a.SSHKey = f; _, _, err := a.ssh(endpoint); return err },
+		"KEDGE_GIT_TOKEN_FILE": func(a Access, _ string) error { _, err := a.basic(); return err },
+		"GIT_SSL_CAINFO":       func(a Access, _ string) error { _, err := a.readTLS(); return err },
+		"GIT_SSL_CERT":         func(a Access, _ string) error { _, err := a.readTLS(); return err },
+		"GIT_SSL_KEY":          func(a Access, _ string) error { _, err := a.readTLS(); return err },
+		"KEDGE_GITHUB_APP_KEY_FILE": func(_ Access, f string) error {
+			_, err := (&githubApp{keyFile: f}).jwt(time.Now())
+			return err
+		},
+		"--known-hosts": func(a Access, f string) error {
+			a.KnownHosts = f
+			_, _, err := a.ssh(endpoint)
+			return err
+		},
+		"--ssh-key": func(a Access, f string) error {
+			a.SSHKey = f
+			_, _, err := a.ssh(endpoint)
+			return err
+		},
 	} {
 		for _, file := range []string{pipe, "/dev/zero"} {
 			a := Access{KnownHosts: "/dev/null", Env: func(name string) string {
