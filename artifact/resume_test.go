@@ -149,8 +149,10 @@ func TestTheLogSaysWhyMoreIsFetched(t *testing.T) {
 			[]string{"old release has wrong content", "files=2", "first=lib/03.txt"}},
 		"what a delta starts from is damaged": {routeDelta, damage("bin/server"),
 			[]string{"old release has wrong content", "files=1", "first=bin/server"}},
-		"the old release's index is missing": {routeDelta, func(t *testing.T, n *node) { os.Remove(index(n)) }, []string{"old release can't be used", "no such file"}},
-		"the old release's index is damaged": {routeDelta, func(t *testing.T, n *node) { flip(t, index(n), 100) }, []string{"old release can't be used", "digest"}},
+		"the old release's index is missing": {routeDelta, func(t *testing.T, n *node) { os.Remove(index(n)) },
+			[]string{"old release can't be used", "no such file"}},
+		"the old release's index is damaged": {routeDelta, func(t *testing.T, n *node) { flip(t, index(n), 100) },
+			[]string{"old release can't be used", "digest"}},
 		"the delta is missing": {routeDelta, func(_ *testing.T, n *node) {
 			n.proxy.Play(func(r objecttest.Request) objecttest.Fault {
 				if strings.HasPrefix(r.Name, "delta-") {
