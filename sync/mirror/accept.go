@@ -20,8 +20,7 @@ import (
 	"kedge/sync/mirror/inspect"
 )
 
-// acceptor decides which commit the store is to hold: it knows which one it holds, and what is known of the one that
-// might follow it.
+// acceptor decides which commit the store is to hold. It knows the present one and the candidate to follow it.
 type acceptor struct {
 	branch    *follower
 	own       *written
@@ -31,30 +30,30 @@ type acceptor struct {
 	hookPause time.Duration
 	metrics   *metrics
 	log       *slog.Logger
-	inspected wait.Signal // set when an inspection has ended
+	inspected wait.Signal // set when an inspection ends
 
 	commit *git.Commit // nil: it can't be read
-	// unvouched is the store's commit, where it can be read, and its signature counts no more; for basis alone.
+	// unvouched is the store's commit if it can be read but its signature no longer counts; only basis uses it.
 	unvouched *git.Commit
-	recalled  string // the branch's head when commit was last looked for
-	compared  string // FROM..TO of the candidate that was last judged
-	refusal   error  // why that one isn't taken; nil: it is
+	recalled  string // the branch's head when commit was last searched
+	compared  string // FROM..TO of the last candidate that was checked
+	refusal   error  // why that candidate isn't taken; nil: it is
 
-	overruled  string      // the commit that is taken because Config.Accept names it
-	inspection *inspection // of the candidate's releases; nil: none was needed yet
+	overruled  string      // the commit that was taken because Config.Accept names it
+	inspection *inspection // of the candidate's releases; nil: not begun
 	patience   *wait.Backoff
 	inspecting sync.WaitGroup
 }
 
 // outcome is the result of accept.
 type outcome struct {
-	taken   bool          // it was taken just now
-	refused error         // why it is not taken, for good
+	taken   bool          // the branch's head was taken now
+	refused error         // why it is not taken, finally
 	unsure  error         // why it is not taken yet
-	retry   time.Duration // when unsure is to be judged again
+	retry   time.Duration // after how long to check again, if unsure is set
 }
 
-// accept decides whether the branch's head becomes the commit to write, and else why not.
+// accept decides whether the branch's head becomes the commit to write, and returns why not.
 func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) outcome {
 	a.recall(cmp.Or(branch.head, "none"))
 	switch {
@@ -98,8 +97,8 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	return outcome{}
 }
 
-// recall reads the commit that the store holds, so that it can be kept up while a newer one is not taken. It is tried
-// again with each new head, which may have brought it along.
+// recall reads the commit that the store holds, so that it can be reconciled while a newer one is not taken. It
+// tries again with each new head, as a fetch may have brought the commit.
 func (a *acceptor) recall(head string) {
 	taken := a.own.state.Taken()
 	if a.commit != nil || taken == "" || a.recalled == head {
@@ -118,7 +117,7 @@ func (a *acceptor) recall(head string) {
 	a.commit = commit
 }
 
-// recallUnvouched reads the commit that the store holds, for orders, where refused is about its signature alone.
+// recallUnvouched reads the commit that the store holds, for orders, if it was refused only for its signature.
 func (a *acceptor) recallUnvouched(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
@@ -131,22 +130,22 @@ func (a *acceptor) recallUnvouched(taken string, refused error) bool {
 		return true
 	}
 	a.unvouched = commit
-	a.log.Warn("the commit that was mirrored last bears no signature that counts any more: orders, pins and rollouts "+
+	a.log.Warn("the signature of the commit that was mirrored last no longer counts: orders, pins and rollouts "+
 		"go on, and changes by hand stay until a commit is taken", "commit", taken, "error", refused)
 	return true
 }
 
-// accepts reports whether an operator said to take the commit. One that the store's own follows was taken before:
-// to take it again would bring back what is old, each time that somebody forces a push of it.
+// accepts reports whether Config.Accept names the commit. A commit from which the store's own descends was taken
+// before: taking it again would bring back the old state each time that somebody force-pushes it.
 func (a *acceptor) accepts(ctx context.Context, c candidate) bool {
 	if c.to.Hash != a.override || c.from == "" {
 		return false
 	}
 	follows, err := a.branch.descends(ctx, c.to.Hash, c.from)
-	if follows { // an error says that the store's commit isn't in this repository
+	if follows { // an error means that the store's commit isn't in this repository
 		return false
 	}
-	a.log.Warn("the commit is taken whatever its history, as --accept says: leave that out from now on",
+	a.log.Warn("the commit is taken whatever its history, as --accept names it: remove that flag now",
 		"commit", c.to.Hash, "instead_of", c.from, "history", err)
 	return true
 }
@@ -169,7 +168,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 	}
 	for id, cell := range cells {
 		own, known := a.own.records[id]
-		removed := known && own.value == nil // which the watch has yet to show
+		removed := known && own.value == nil // even if the watch has yet to show it
 		if cell.err == nil && ours(cell.record) && !removed {
 			had[id] = true
 		}
@@ -178,7 +177,7 @@ func (a *acceptor) candidate(to *git.Commit, cells map[deployments.UnitID]cell) 
 	return c
 }
 
-// logRefusal notes that the commit is not taken, if it isn't.
+// logRefusal logs the refusal of the commit, if it was refused.
 func (a *acceptor) logRefusal(commit string) {
 	if err := a.refusal; err != nil {
 		a.metrics.judged(err)
@@ -188,30 +187,30 @@ func (a *acceptor) logRefusal(commit string) {
 
 // candidate is a commit that might follow the one that the store holds.
 type candidate struct {
-	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units, and those
-	// that it names no longer and whose records are there.
+	// from is the hash of the commit that the store holds; empty: nothing was mirrored yet. had are its units, and
+	// units that from no longer names but that still have records.
 	from string
 	had  []deployments.UnitID
-	// otherRepo is the address of the repository that from was mirrored from, if it is another than to's.
+	// otherRepo is the address of the repository that from came from, if it differs from to's.
 	otherRepo string
-	// rules are those of from, where there is one: a commit must not lift the rules that it breaks.
+	// rules are the rules in from, if there is one: a commit must not lift the rules that it breaks.
 	rules deployments.MirrorRules
 	to    *git.Commit
-	// descends is whether from is among to's ancestors.
+	// descends is set if from is among to's ancestors.
 	descends bool
-	// accepted is whether an operator said to take it.
+	// accepted is set if Config.Accept names to.
 	accepted bool
 }
 
-// refuse returns why a valid commit isn't taken all the same; nil: it is. Pure.
+// refuse returns why a valid commit isn't taken nevertheless; nil: it is. Pure.
 func refuse(c candidate) error {
 	if c.accepted {
 		return nil
 	}
 	if c.from != "" && !c.descends && c.otherRepo != "" {
 		return fmt.Errorf(
-			"commit %s does not descend from %s, which was mirrored last, from %s: where two mirrors of two repositories share "+
-				"the store's prefix, give each its own --prefix; where that repository was replaced by this one, start the mirror "+
+			"commit %s does not descend from %s, which was mirrored last, from %s: if two mirrors of two repositories share "+
+				"the store's prefix, give each its own --prefix; if this repository replaced that one, start the mirror "+
 				"once with --accept %s",
 			short(c.to.Hash),
 			short(c.from),
@@ -222,7 +221,7 @@ func refuse(c candidate) error {
 	if c.from != "" && !c.descends && !c.rules.AllowRewind {
 		return fmt.Errorf(
 			"commit %s does not descend from %s, which was mirrored last (a force push?): push a commit on top of that one, "+
-				"or set allow_rewind in kedge.yaml before the history is rewritten; or, where the repository was replaced, "+
+				"or set allow_rewind in kedge.yaml before the history is rewritten; or, if the repository was replaced, "+
 				"start the mirror once with --accept %s",
 			short(c.to.Hash),
 			short(c.from),
@@ -230,7 +229,7 @@ func refuse(c candidate) error {
 		)
 	}
 	if !c.to.Tree.Settings.Prune {
-		return nil // no record goes
+		return nil // no record is removed
 	}
 	stays := map[deployments.UnitID]bool{}
 	for _, u := range c.to.Tree.Units {
@@ -244,7 +243,7 @@ func refuse(c candidate) error {
 	}
 	slices.Sort(removed)
 	switch limit := c.rules.MaxRemoved; {
-	case len(removed) <= 1 || limit >= 100: // one is what people mean, and there is no smaller step
+	case len(removed) <= 1 || limit >= 100: // removing one unit is always allowed
 		return nil
 	case len(stays) == 0:
 		return fmt.Errorf(
@@ -269,7 +268,7 @@ func refuse(c candidate) error {
 
 func short(hash string) string { return hash[:min(12, len(hash))] }
 
-// few names the first of many.
+// few joins the first names of a list, and says how many more there are.
 func few(names []string) string {
 	const shown = 5
 	if len(names) > shown {
@@ -282,22 +281,22 @@ func rulesOf(l *git.Commit) deployments.MirrorRules {
 	return deployments.MirrorRules{AllowRewind: l.Tree.Settings.AllowRewind, MaxRemoved: l.Tree.Settings.MaxRemoved}
 }
 
-// inspection is a look at a commit's releases, under way or done.
+// inspection is a check of a commit's releases, running or ended.
 type inspection struct {
-	of     string // as acceptance.compared
+	of     string // as acceptor.compared
 	stop   context.CancelFunc
-	result chan error // holds one
-	ended  time.Time  // zero: it is under way
-	next   time.Time  // where it failed: when it is tried again
-	err    error      // while it is under way: what the one before it failed with
+	result chan error // has room for one
+	ended  time.Time  // zero: it is running
+	next   time.Time  // if it failed: when it is retried
+	err    error      // while it is running: the error of the one before
 }
 
-// failed: it ended, and told nothing.
+// failed reports whether the inspection ended without a result.
 func (i *inspection) failed() bool {
 	return !i.ended.IsZero() && i.err != nil && !errors.As(i.err, new(deployments.Problems))
 }
 
-// wait is how long a look that failed is left alone; 0: another is under way.
+// wait returns after how long a failed inspection is retried; 0: it didn't fail.
 func (i *inspection) wait(now time.Time) time.Duration {
 	if !i.failed() {
 		return 0
@@ -305,7 +304,7 @@ func (i *inspection) wait(now time.Time) time.Duration {
 	return max(time.Millisecond, i.next.Sub(now))
 }
 
-// hurried looks for what wasn't there as if it had just been found missing for the first time.
+// hurried makes the acceptor look for missing releases soon, as if they had just been found missing.
 func (a *acceptor) hurried() {
 	a.patience.Reset()
 	if i := a.inspection; i != nil && i.failed() {
@@ -315,9 +314,9 @@ func (a *acceptor) hurried() {
 	}
 }
 
-// inspect looks at what a commit brings, beside the rounds: storage that is slow must not hold up rollouts that are
-// under way. done: it was looked at. An error that isn't deployments.Problems may pass, and is looked for again:
-// see patience.
+// inspect checks the releases that a commit introduces. It runs beside the rounds, as slow storage must not hold up
+// rollouts under way. done reports whether the check has ended. An error other than deployments.Problems may pass,
+// and the check is retried: see patience.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.compared {
@@ -370,7 +369,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 	return !i.ended.IsZero(), i.err
 }
 
-// basis returns the commit that the store is kept up by; vouched is whether its signature counted. Nil: none is known.
+// basis returns the commit that the store is reconciled with, and whether its signature counts. Nil: none is known.
 func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit, vouched bool) {
 	switch {
 	case a.commit != nil:
@@ -381,9 +380,9 @@ func (a *acceptor) basis(cells map[deployments.UnitID]cell) (commit *git.Commit,
 	return nil, false
 }
 
-// recorded returns the commit with those units alone whose records are about the releases that it names, and with what
-// the records say in place of what their files say. So nobody's signature is needed for it: it gives nodes nothing that
-// the store doesn't say already, and tells only how rollouts go on. Pure.
+// recorded returns the commit reduced to the units whose records are about the releases that it names, with the
+// records' contents in place of the files'. It needs no valid signature: it tells nodes nothing that the store
+// doesn't hold already, and only says how rollouts go on. Pure.
 func recorded(
 	commit *git.Commit,
 	cells map[deployments.UnitID]cell,
@@ -407,8 +406,8 @@ func recorded(
 	return &kept
 }
 
-// isAbout reports whether a record stands for a release that Git names: as its target, as what was rolled back, or as
-// what its pin took the place of.
+// isAbout reports whether a record is about a release that Git names: as its target, as the release that was rolled
+// back, or as the one that its pin replaced.
 func isAbout(r deployments.Record, release deployments.Pointer) bool {
 	if r.Pinned != nil {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
@@ -416,11 +415,11 @@ func isAbout(r deployments.Record, release deployments.Pointer) bool {
 	return goal(r, release) == release
 }
 
-// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as githooks(5) gives them, and refuses
-// what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the removal of
-// the branch. Only branches are looked at: those given, or else main and the one that HEAD names. path is as
-// Config.Path. With releases it refuses as well what their Check says of those that the push changes. It runs in
-// the receiving repository's environment, where pushed objects lie in a quarantine.
+// CheckPush is a pre-receive hook: it reads "OLD NEW REF" lines from stdin, as described in githooks(5), and
+// refuses what the mirror would not take: an invalid tree, a rewritten history, a removal of too many units, the
+// removal of the branch. It checks only the given branches, by default main and the one that HEAD names. path is as
+// Config.Path. If releases is set, it also refuses a push if releases.Check finds problems with the releases that
+// the push changes. It runs in the receiving repository's environment, where pushed objects are in a quarantine.
 func CheckPush(
 	ctx context.Context,
 	repoDir, path string,
@@ -449,7 +448,7 @@ func CheckPush(
 	return errors.Join(refusals...)
 }
 
-// checkUpdate checks one branch's move.
+// checkUpdate checks one branch's update.
 func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Releases, u git.Update) error {
 	if u.New == "" {
 		return errors.New("it is what the mirror follows, and can't be removed")
@@ -458,7 +457,7 @@ func checkUpdate(ctx context.Context, from *git.Objects, releases *inspect.Relea
 	if err != nil {
 		return err
 	}
-	var before *deployments.Tree // nil: there is none that sets rules, or has releases that were looked at
+	var before *deployments.Tree // nil: no earlier tree sets rules or has checked releases
 	if u.Old != "" {
 		last, err := from.Load(u.Old, nil)
 		switch {

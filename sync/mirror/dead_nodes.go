@@ -11,24 +11,24 @@ import (
 	"kedge/kv"
 )
 
-// absence is since when this mirror has seen an entry of status/ without a session.
+// absence is since when an entry of status/ has been without a session, as this mirror saw it.
 type absence struct {
 	version uint64
 	since   time.Time
 }
 
-// deadNodes removes the entries of status/ of nodes that died.
+// deadNodes removes the entries of nodes that died from status/.
 type deadNodes struct {
 	commit func(context.Context, ...kv.Op) error // under the lease
-	after  time.Duration                         // forgetAfter
+	after  time.Duration                         // as Mirror.forgetAfter
 	log    *slog.Logger
 
 	absent map[string]absence // by key
-	denied bool               // this mirror may not remove what is there
+	denied bool               // this mirror's token may not remove entries
 }
 
-// forget removes the entries of nodes that died, and that nobody replaced by name: where AutoScaling replaces
-// them, they would only become more. again is when to look even if nothing changes; 0: never.
+// forget removes the entries of nodes that died and were not replaced under the same name: with AutoScaling they
+// would only get more. again is after how long to call it again though nothing changed; 0: never.
 func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if d.denied || !seen.fleet.synced || seen.fleet.err != nil {
 		return 0, nil
@@ -36,18 +36,18 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 	ops, next := forgettable(seen.fleet.entries, d.absent, underWay(seen.desired.cells), now, d.after)
 	if len(ops) > 0 {
 		switch err := d.commit(ctx, ops...); {
-		case errors.Is(err, kv.ErrConflict): // one is back, as the watch will show
+		case errors.Is(err, kv.ErrConflict): // a node is back, as the watch will show
 			next = now.Add(watchLag)
 		case errors.Is(err, kv.ErrDenied):
 			d.log.Info("nodes that died stay in status/: this mirror may not remove them", "error", err)
 			d.denied = true
 			return 0, nil
 		case err != nil:
-			return 0, fmt.Errorf("remove what %d nodes said that are gone: %w", len(ops), err)
+			return 0, fmt.Errorf("remove the reports of %d nodes that died: %w", len(ops), err)
 		default:
 			for _, op := range ops {
 				delete(d.absent, op.Key)
-				d.log.Info("a node that died is forgotten", "key", op.Key, "gone", d.after)
+				d.log.Info("removed the report of a node that died", "key", op.Key, "gone", d.after)
 			}
 		}
 	}
@@ -57,8 +57,8 @@ func (d *deadNodes) forget(ctx context.Context, seen observed, now time.Time) (a
 	return max(time.Millisecond, next.Sub(now)), nil
 }
 
-// forgettable returns the entries of dead nodes to remove now, as many as go into one transaction, and when there is
-// more; absent is kept from call to call. Roles that are busy keep theirs: there, a node that died may count as
+// forgettable returns the operations that remove entries of dead nodes now, at most one transaction's, and when
+// more are due; absent is kept between calls. Entries of busy roles stay: there, a node that died may count as
 // failed.
 func forgettable(
 	entries []kv.Entry,
@@ -81,7 +81,7 @@ func forgettable(
 		}
 		due := a.since.Add(after)
 		switch {
-		case busy[key.Role]: // its end will be seen
+		case busy[key.Role]: // the end of its rollout will wake the mirror
 		case due.After(now):
 			if next.IsZero() || due.Before(next) {
 				next = due

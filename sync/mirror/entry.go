@@ -14,9 +14,9 @@ import (
 	"kedge/policy"
 )
 
-// An entry of the history has the pins and the orders of its generation.
+// This file builds entries of the history, which record the pins and the orders of a generation.
 
-// pastPin returns a pin of a unit, or of one node of it, as the history keeps it.
+// pastPin returns the history's form of a pin of a unit, or of one of its nodes.
 func pastPin(node string, pin deployments.Pin, err error) deployments.PastPin {
 	pin.By, pin.Reason = pastWords(pin.By), pastWords(pin.Reason)
 	if err != nil {
@@ -25,19 +25,19 @@ func pastPin(node string, pin deployments.Pin, err error) deployments.PastPin {
 	return deployments.PastPin{Node: node, Pin: pin}
 }
 
-// pastWords cuts what a person, or a stranger, wrote for the history.
+// pastWords clips text that a person or a stranger wrote, for the history.
 func pastWords(s string) string {
 	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), deployments.MaxPastWords)
 }
 
-// openPins returns the pins that had not ended.
+// openPins returns the pins that have not ended.
 func openPins(pins []deployments.PastPin) []deployments.PastPin {
 	return slices.DeleteFunc(slices.Clone(pins), func(p deployments.PastPin) bool { return !p.Ended.IsZero() })
 }
 
-// followPins returns what the pins of a history entry become: what the store shows no longer, or shows otherwise, has
-// ended, and what it shows anew is added. shown are the pins that it shows of the unit, at most one a node. truncated
-// reports whether there were more than an entry keeps.
+// followPins returns the updated pins of a history entry: pins that the store no longer shows, or shows changed,
+// have ended, and new ones are added. shown are the unit's pins in the store, at most one for each node. truncated
+// reports whether there are more than an entry keeps.
 func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deployments.PastPin, truncated bool) {
 	now = now.UTC().Truncate(time.Millisecond)
 	byNode := make(map[string]deployments.PastPin, len(shown))
@@ -45,7 +45,7 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 		byNode[p.Node] = p
 	}
 	next = slices.Clone(pins)
-	last := map[string]time.Time{} // when the newest pin of a node began
+	last := map[string]time.Time{} // when each node's newest pin began
 	stands := map[string]bool{}
 	for i := range next {
 		p := &next[i]
@@ -62,11 +62,12 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 		}
 	}
 	for _, p := range shown {
-		if stands[p.Node] || p.Expired(now) { // one that had expired before it was seen never stood
+		if stands[p.Node] || p.Expired(now) { // a pin that had expired before it was seen never had effect
 			continue
 		}
 		p.At = now
-		// A pin is told from others of its node by its time. No JSON has a time after the year 9999, which an entry may name.
+		// A pin's time distinguishes it from others of its node. JSON has no time after the year 9999, which an
+		// entry may name.
 		if began, ok := last[p.Node]; ok && !now.After(began) && began.Year() < 9999 {
 			p.At = began.Add(time.Millisecond)
 		}
@@ -75,13 +76,13 @@ func followPins(pins, shown []deployments.PastPin, now time.Time) (next []deploy
 	return boundPins(next)
 }
 
-// boundPins leaves out what is more than an entry keeps: the oldest that have ended, then the newest of single nodes.
+// boundPins drops the pins beyond what an entry keeps: the oldest that have ended, then the newest of single nodes.
 func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncated bool) {
 	more := len(pins) - deployments.MaxPastPins
 	if more <= 0 {
 		return pins, false
 	}
-	// In one pass each: a token of pins/ may have written tens of thousands for a unit.
+	// In one pass each: a token for pins/ may have written tens of thousands for a unit.
 	kept = slices.DeleteFunc(pins, func(p deployments.PastPin) bool {
 		drop := more > 0 && !p.Ended.IsZero()
 		if drop {
@@ -89,7 +90,7 @@ func boundPins(pins []deployments.PastPin) (kept []deployments.PastPin, truncate
 		}
 		return drop
 	})
-	nodes := -more // how many pins of single nodes stay
+	nodes := -more // how many pins of single nodes are kept
 	for _, p := range kept {
 		if p.Node != "" {
 			nodes++
@@ -112,7 +113,7 @@ func sameEntry(a, b deployments.History) bool {
 	})
 }
 
-// withOrder adds an order that is consumed to a history entry.
+// withOrder returns the entry h with an order that is consumed.
 func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
 	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
 	past.By, past.Reason = pastWords(o.By), pastWords(o.Reason)
@@ -123,18 +124,18 @@ func withOrder(h deployments.History, o order, refused deployments.Reason, now t
 	return h
 }
 
-// lostEntry returns the history entry of a record whose own is not there any more.
+// lostEntry returns a history entry for a record whose own entry is missing.
 func lostEntry(r deployments.Record, now time.Time) deployments.History {
 	return deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Commit: r.Commit,
 		At: now.UTC().Truncate(time.Millisecond), Claim: policy.ClaimOf(r), Retry: r.Retry, Pinned: r.Pinned,
 		Note: "the entry of this generation was lost, and made again from the record"}
 }
 
-// writeHistory returns the operations that put an entry, and remove the one that is too old.
+// writeHistory returns the operations that put an entry and remove the one that is too old.
 func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
 	var value bytes.Buffer
 	e := json.NewEncoder(&value)
-	e.SetEscapeHTML(false) // six bytes for one would let pins outgrow a transaction
+	e.SetEscapeHTML(false) // an escape has six bytes, with which pins could outgrow a transaction
 	if err := e.Encode(h); err != nil {
 		panic(err) // plain data
 	}
@@ -145,7 +146,7 @@ func writeHistory(id deployments.UnitID, h *deployments.History) []kv.Op {
 	return ops
 }
 
-// historyKey sorts as the generations do.
+// historyKey returns an entry's key. Keys sort by generation.
 func historyKey(id deployments.UnitID, generation int64) string {
 	return fmt.Sprintf("%s%010d", kv.HistoryPrefixOf(id), generation)
 }

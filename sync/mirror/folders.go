@@ -17,10 +17,10 @@ import (
 // Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
 // below, so they are made again whenever a watch lacks one.
 
-// Agents, and this mirror, tell absence from a lost permission by folder keys. People delete those with the keys
-// below, so they are made again whenever a watch lacks one.
+// Agents, and this mirror, tell a missing key from a lost permission by folder keys. People delete these with the
+// keys below them, so they are made again if a watch lacks one.
 
-// topFolders are the folder keys that any fleet needs, roleFolders the kinds that each role has one of.
+// topFolders are the folder keys that any fleet needs, roleFolders the kinds of folder key that each role needs.
 var (
 	topFolders = []string{
 		kv.DesiredPrefix,
@@ -40,13 +40,13 @@ const folderLag = time.Second
 type folderKeeper struct {
 	store kv.Store
 	log   *slog.Logger
-	made  map[string]time.Time // when each was made last
-	late  bool                 // one has yet to show
+	made  map[string]time.Time // when each key was last made
+	late  bool                 // a key that was made has yet to show
 }
 
-// missingFolders returns the folder keys that are to be made: those of roles that were never made, and of those
-// that a watch lacks, together with what nobody watches. made tells when each was made last: late reports whether
-// one has yet to show, and is to be made again if it doesn't.
+// missingFolders returns the folder keys to make: those of roles that were never made, and those that a watch
+// lacks, together with the ones that nobody watches. made says when each was last made. late reports whether a key
+// has yet to show, so that the caller has to look again.
 func missingFolders(
 	roles []deployments.RoleID,
 	seen map[string]observedFolders,
@@ -94,7 +94,7 @@ func (f *folderKeeper) ensure(ctx context.Context, commit *git.Commit, seen map[
 	}
 	for _, key := range missing {
 		if !f.made[key].IsZero() {
-			f.log.Warn("a folder key was lost, it is made again", "key", key)
+			f.log.Warn("a folder key was lost: making it again", "key", key)
 		}
 		f.made[key] = now
 	}

@@ -11,18 +11,18 @@ import (
 	"kedge/sync/git"
 )
 
-// follower keeps up with the branch in Git, whether its mirror holds the lease or waits for it.
+// follower follows the branch in Git, whether or not its mirror holds the lease.
 type follower struct {
 	source       git.Branch
-	repo, branch string       // as Config's, for the log
-	signers      *git.Signers // nil: signatures are not asked for
+	repo, branch string       // as in Config, for the log
+	signers      *git.Signers // nil: signatures are not required
 	metrics      *metrics
 	log          *slog.Logger
-	pollNow      wait.Signal // asks for a poll
+	pollNow      wait.Signal // makes run poll now
 
 	mu      sync.Mutex
 	now     gitState
-	changed chan struct{} // closed, and made anew, when now changes
+	changed chan struct{} // closed and replaced when now changes
 }
 
 // run follows the branch until ctx ends.
@@ -40,7 +40,7 @@ func (f *follower) run(ctx context.Context) {
 		switch {
 		case after.away == nil:
 			retry.Reset()
-		case errors.Is(after.away, git.ErrNoBranch): // somebody has to push: nothing to hurry for
+		case errors.Is(after.away, git.ErrNoBranch): // nothing changes until somebody pushes
 		default:
 			delay = retry.Next()
 		}
@@ -55,7 +55,7 @@ func (f *follower) run(ctx context.Context) {
 	}
 }
 
-// look asks Git for the branch's head, and reads it where it is new.
+// look reads the hash of the branch's head, and loads the commit if it is new.
 func (f *follower) look(ctx context.Context, was gitState) gitState {
 	head, err := f.source.Head(ctx)
 	if bad := (*git.BadCommit)(nil); errors.As(err, &bad) {
@@ -67,7 +67,7 @@ func (f *follower) look(ctx context.Context, was gitState) gitState {
 		was.away = err
 		return was
 	}
-	if was.head == head && was.bad == nil { // a bad one is looked at again: the signers' file may have changed
+	if was.head == head && was.bad == nil { // a bad commit is loaded again: the signers' file may have changed
 		was.away = nil
 		return was
 	}
@@ -87,14 +87,14 @@ func (f *follower) load(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.Load(hash, f.signers) })
 }
 
-// loadTaken reads a commit that a mirror took before, whatever became of its signer since.
+// loadTaken reads a commit that a mirror took before, even if its signer was removed since.
 func (f *follower) loadTaken(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, f.signers) })
 }
 
-// loadUnvouched reads the commit that was mirrored last though its signature doesn't count, and nothing remembers that
-// it once did: its signer was taken out, and this mirror has no cache from before. The store says which commit that
-// was, and is no proof: see recorded.
+// loadUnvouched reads the commit that was mirrored last though its signature doesn't count: its signer was removed,
+// and this mirror has no cache that remembers the signature as valid. That the store names the commit is no proof:
+// see recorded.
 func (f *follower) loadUnvouched(hash string) (*git.Commit, error) {
 	return f.read(func(from *git.Objects) (*git.Commit, error) { return from.LoadTaken(hash, nil) })
 }
@@ -108,7 +108,7 @@ func (f *follower) read(load func(*git.Objects) (*git.Commit, error)) (*git.Comm
 	return load(from)
 }
 
-// descends reports whether commit to follows from.
+// descends reports whether commit to descends from commit from.
 func (f *follower) descends(ctx context.Context, from, to string) (bool, error) {
 	in, err := f.source.Objects()
 	if err != nil {
@@ -122,7 +122,7 @@ func (f *follower) logChange(before, after gitState) {
 	switch {
 	case after.away != nil && before.away == nil:
 		f.log.Warn(
-			"Git can't be read, what was mirrored stays",
+			"could not read Git, what was mirrored stays",
 			"repo",
 			f.repo,
 			"branch",
@@ -171,7 +171,7 @@ func (f *follower) set(s gitState) {
 	}
 }
 
-// awaitChange returns the state, and what is closed at its next change.
+// awaitChange returns the state, and a channel that is closed at its next change.
 func (f *follower) awaitChange() (gitState, <-chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -17,32 +17,31 @@ import (
 	"kedge/sync/git"
 )
 
-// Pins and orders stand in the history, in the newest entry of their unit. Pins are compared with what the store shows,
-// so that what came and went while no mirror ran, or another did, is found by the next round. Orders are written in
-// the transaction that consumes them.
+// The history records pins and orders in the newest entry of their unit. Pins are compared with what the store
+// shows, so that the next round also finds pins that came and went while no mirror or another one ran. Orders are
+// recorded in the transaction that consumes them.
 
 const (
-	// auditRoles is how many roles' histories one round reads at most: others wait for the next, so that pins and
-	// orders don't wait for them.
+	// auditRoles is how many roles' histories one round reads at most. The others wait for the next round, so that
+	// pins and orders don't have to wait for all of them.
 	auditRoles = 20
-	// auditRetry is the time after which a history that could not be read or written is tried again. Rollouts go on
+	// auditRetry is after how long a history that could not be read or written is retried. Rollouts go on
 	// meanwhile.
 	auditRetry = 10 * time.Second
 )
 
-// archive reads what was written below history/ of units, of the roles for which it is needed, and notes there which
-// pins come and end.
+// archive reads the history of the units of each role that needs it, and records in it which pins begin and end.
 type archive struct {
 	store  kv.Store
 	commit func(context.Context, ...kv.Op) error // under the lease
 	log    *slog.Logger
-	retry  time.Time      // until then pins aren't noted again
-	bound  rate.Sometimes // of lines about that
+	retry  time.Time      // pins aren't recorded before this time
+	bound  rate.Sometimes // bounds the lines about failures
 
 	newest map[deployments.UnitID]deployments.History
-	stable map[deployments.UnitID][]deployments.Digest // what was stable, and has not failed since
-	// pins are those of the newest entry, with what stood in earlier ones and is missing there: the mirror of a version
-	// that knows nothing of them may have written it. Units without any are left out.
+	stable map[deployments.UnitID][]deployments.Digest // releases that were stable and have not failed since
+	// pins has the pins of the newest entry, and open ones of earlier entries that it lacks: a mirror of a version
+	// without pins in the history may have written it. Units without pins have no key.
 	pins map[deployments.UnitID][]deployments.PastPin
 	read map[deployments.RoleID]bool
 }
@@ -54,7 +53,7 @@ func newArchive(store kv.Store, commit func(context.Context, ...kv.Op) error, lo
 		read: map[deployments.RoleID]bool{}}
 }
 
-// forget makes a unit's role be read again when it is needed.
+// forget drops what is known of a unit, so that its role's history is read again when it is needed.
 func (a *archive) forget(id deployments.UnitID) {
 	delete(a.newest, id)
 	delete(a.stable, id)
@@ -62,7 +61,7 @@ func (a *archive) forget(id deployments.UnitID) {
 	delete(a.read, id.RoleID())
 }
 
-// add takes up the next generation of a unit, or what the newest one has become.
+// add takes the entry of a unit's next generation, or a new version of the newest entry.
 func (a *archive) add(id deployments.UnitID, e deployments.History) {
 	if newest := a.newest[id].Generation; e.Generation >= newest && e.Generation < policy.AbsurdGeneration {
 		pins := e.Pins
@@ -86,15 +85,15 @@ func (a *archive) add(id deployments.UnitID, e deployments.History) {
 	a.stable[id] = slices.DeleteFunc(stable, func(d deployments.Digest) bool { return d == e.Failed })
 }
 
-// wrote takes up the entry that a change has put, where the rest of its role's was read.
+// wrote takes the entry that a change has put, if the history of its role was read.
 func (a *archive) wrote(w change) {
 	if w.history != nil && a.read[w.unit.RoleID()] {
 		a.add(w.unit, *w.history)
 	}
 }
 
-// needsHistory reports whether what becomes of a unit hangs on its history: its record isn't there to go on from,
-// its target is about to change, and may have been stable before, or an order is to be noted there.
+// needsHistory reports whether the decision about a unit needs its history: if there is no record to go on from, if
+// the target is about to change and may have been stable before, or if an order is to be recorded.
 func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) bool {
 	if s == unknown || ordered {
 		return true
@@ -102,7 +101,7 @@ func needsHistory(u deployments.Unit, c cell, pinned, ordered bool, s standing) 
 	return u.Rollout != nil && u.Rollout.FastBack && (c.record.Target != u.Release || pinned || c.record.Pinned != nil)
 }
 
-// readNeeded reads the history of the roles for which it is needed, once.
+// readNeeded reads the history of the roles that need it, each once.
 func (a *archive) readNeeded(ctx context.Context, commit *git.Commit, seen observed,
 	records map[deployments.UnitID]writtenRecord, now time.Time) error {
 	for _, u := range commit.Tree.Units {
@@ -141,8 +140,9 @@ func (a *archive) readRole(ctx context.Context, role deployments.RoleID) error {
 	return nil
 }
 
-// audit writes into the newest entries of the history which pins came and ended. again is when to look even if
-// nothing changes; 0: never. Trouble with the history never holds up a rollout: only a lost lease is an error.
+// audit records in the newest entries of the history which pins began and ended. again is after how long to call it
+// again though nothing changed; 0: never. Errors of the history don't hold up rollouts: only a lost lease is
+// returned.
 func (a *archive) audit(ctx context.Context, seen observed, now time.Time) (again time.Duration, err error) {
 	if !seen.pins.synced || seen.pins.err != nil {
 		return 0, nil
@@ -158,7 +158,7 @@ func (a *archive) audit(ctx context.Context, seen observed, now time.Time) (agai
 		return 0, err
 	}
 	a.bound.Do(func() {
-		a.log.Warn("pins can't be noted in the history, it is tried again", "store", a.store, "error", err)
+		a.log.Warn("could not record pins in the history: trying again", "store", a.store, "error", err)
 	})
 	a.retry = now.Add(auditRetry)
 	return auditRetry, nil
@@ -195,7 +195,7 @@ func (a *archive) auditPins(ctx context.Context, seen observed, now time.Time) (
 			entry, known = lostEntry(c.record, now), true
 		}
 		if !known {
-			continue // nothing runs by a pin of a unit that has no record
+			continue // a pin of a unit without a record has no effect
 		}
 		stored, truncated := entry, false
 		entry.Pins, truncated = followPins(a.pins[id], seen.pins.shown[id], now)
@@ -220,7 +220,7 @@ func (a *archive) auditPins(ctx context.Context, seen observed, now time.Time) (
 		}
 		for _, w := range batch {
 			a.add(w.unit, *w.history)
-			a.log.Info("pins noted in the history", "unit", w.unit, "generation", w.history.Generation,
+			a.log.Info("pins recorded in the history", "unit", w.unit, "generation", w.history.Generation,
 				"pins", len(openPins(w.history.Pins)))
 		}
 	}

@@ -20,21 +20,21 @@ import (
 )
 
 const (
-	// badOrderBurst lines about orders that can't be obeyed are logged at once, as an operator mistypes them; after those
-	// one each badOrderEvery.
+	// badOrderBurst lines about orders that can't be obeyed are logged at once, as operators mistype; then one each
+	// badOrderEvery.
 	badOrderBurst = 5
 	badOrderEvery = 10 * time.Second
 )
 
 // leader is a Mirror while it holds the lease. Its loop observes the store, accepts a commit of the branch,
-// reconciles the one with the other, and writes the difference.
+// reconciles the store with it, and writes the difference.
 type leader struct {
 	*Mirror
 	lease    kv.Lease
 	observer *observer
 	snapshot *snapshots
 
-	// The rest belongs to loop.
+	// Only loop uses the fields below.
 	acceptor  *acceptor
 	written   *writer
 	history   *archive
@@ -42,10 +42,11 @@ type leader struct {
 	dead      *deadNodes
 	ranks     map[deployments.UnitID]*policy.Ranks
 	lostSince map[deployments.UnitID]time.Time // since when nodes are ahead of the store
-	badOrders string                           // the orders that can't be obeyed, as they were last logged
-	// consulNode is to which the lease's session belongs; empty: unknown, or warnShared is done.
+	badOrders string                           // the orders that can't be obeyed, as last logged
+	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
-	// badOrderLines bounds the lines about them: whoever may write control/ can change one after the other.
+	// badOrderLines bounds the lines about orders that can't be obeyed: whoever may write control/ can change one
+	// after another.
 	badOrderLines *rate.Limiter
 }
 
@@ -83,7 +84,7 @@ func (l *leader) commit(ctx context.Context, ops ...kv.Op) error {
 	return err
 }
 
-// lead waits for the lease, works while it holds, and waits again.
+// lead waits for the lease, runs the leader while it holds, and starts over.
 func (m *Mirror) lead(ctx context.Context) {
 	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for ctx.Err() == nil {
@@ -93,29 +94,29 @@ func (m *Mirror) lead(ctx context.Context) {
 				return
 			}
 			if retry.Tries() == 0 {
-				m.c.Log.Warn("cannot ask for the mirror's lease", "store", m.c.Store, "error", err)
+				m.c.Log.Warn("could not ask for the mirror's lease: trying again", "store", m.c.Store, "error", err)
 			}
 			_ = retry.Wait(ctx)
 			continue
 		}
 		retry.Reset()
 		m.work(ctx, lease)
-		_ = wait.For(ctx, wait.Jitter(time.Second, 0.2)) // whoever else waits goes first
+		_ = wait.For(ctx, wait.Jitter(time.Second, 0.2)) // lets another mirror that waits go first
 	}
 }
 
-// work runs as leader until the lease is lost or ctx ends, and gives the lease back.
+// work runs the leader until the lease is lost or ctx ends, and releases the lease.
 func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	m.c.Log.Info("this mirror holds the lease", "name", m.c.Name)
 	m.setLeading(lease)
 	defer m.setLeading(nil)
-	m.Trigger() // a webhook may have come to the mirror before this one, or while none led
+	m.Trigger() // a webhook may have reached the last leader, or come while none led
 	defer m.units.scene.Store(nil)
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		if err := lease.Release(ctx); err != nil && !errors.Is(err, kv.ErrLeaseLost) {
-			m.c.Log.Warn("cannot give back the mirror's lease, it will run out", "error", err)
+			m.c.Log.Warn("could not release the mirror's lease, it will expire", "error", err)
 		}
 	}()
 	held, cancel := context.WithCancelCause(ctx)
@@ -128,7 +129,7 @@ func (m *Mirror) work(ctx context.Context, lease kv.Lease) {
 	}
 }
 
-// setLeading notes the lease that is held; nil: none.
+// setLeading records the lease that this mirror holds; nil: none.
 func (m *Mirror) setLeading(lease kv.Lease) {
 	m.mu.Lock()
 	m.holds = lease
@@ -136,7 +137,7 @@ func (m *Mirror) setLeading(lease kv.Lease) {
 	m.metrics.led(lease != nil)
 }
 
-// run works until ctx ends, or the lease is found to be lost.
+// run leads until ctx ends or the lease turns out to be lost.
 func (l *leader) run(ctx context.Context) error {
 	if err := l.persist(ctx, "begin", l.begin); err != nil {
 		return err
@@ -163,7 +164,7 @@ func (l *leader) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// begin reads the state that the last mirror left.
+// begin reads the state that the last leader left.
 func (l *leader) begin(ctx context.Context) error {
 	if err := l.c.Store.EnsureFolders(ctx, topFolders...); err != nil {
 		return err
@@ -177,14 +178,14 @@ func (l *leader) begin(ctx context.Context) error {
 			continue
 		}
 		if err := json.Unmarshal(e.Value, &l.written.state); err != nil {
-			l.c.Log.Warn("the mirror's own state doesn't parse, it is written anew", "key", e.Key, "error", err)
+			l.c.Log.Warn("the mirror's own state doesn't parse: writing it again", "key", e.Key, "error", err)
 			l.written.state = deployments.MirrorState{}
 		}
 	}
 	return nil
 }
 
-// nodeName returns the name of the node whose agent this mirror talks to; empty: it can't be known.
+// nodeName returns the name of the node whose Consul agent this mirror uses; empty: unknown.
 func (l *leader) nodeName(ctx context.Context) string {
 	namer, has := l.c.Store.(kv.Namer)
 	if !has {
@@ -192,14 +193,14 @@ func (l *leader) nodeName(ctx context.Context) string {
 	}
 	name, err := namer.NodeName(ctx)
 	if err != nil {
-		l.c.Log.Debug("the name of this node can't be asked for", "error", err)
+		l.c.Log.Debug("could not read the name of this node", "error", err)
 		return ""
 	}
 	return name
 }
 
-// warnShared says once that a node's agent has a token for the Consul node of this mirror, with which its lease can
-// be ended.
+// warnShared logs once if a node's kedge agent uses the Consul node of this mirror, as its token can end the
+// mirror's lease.
 func (l *leader) warnShared(fleet observedFleet) {
 	if l.consulNode == "" || !fleet.synced {
 		return
@@ -220,10 +221,10 @@ func (l *leader) warnShared(fleet observedFleet) {
 			}
 		}
 	}
-	l.consulNode = "" // asked of the fleet that was there
+	l.consulNode = "" // the check is done once
 }
 
-// persist does f until it succeeds, the lease is lost or ctx ends.
+// persist calls f until it succeeds, the lease is lost or ctx ends.
 func (l *leader) persist(ctx context.Context, what string, f func(context.Context) error) error {
 	retry := wait.NewBackoff(500*time.Millisecond, 30*time.Second)
 	for {
@@ -235,7 +236,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 			return context.Cause(ctx)
 		}
 		if retry.Tries() == 0 {
-			l.c.Log.Warn("the store is in trouble", "doing", what, "store", l.c.Store, "error", err)
+			l.c.Log.Warn("a request to the store failed: trying again", "doing", what, "store", l.c.Store, "error", err)
 		}
 		if err := retry.Wait(ctx); err != nil {
 			return err
@@ -243,7 +244,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 	}
 }
 
-// loop makes a round whenever something changed.
+// loop runs a round whenever something changed.
 func (l *leader) loop(ctx context.Context) error {
 	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
 	var trouble error
@@ -265,19 +266,19 @@ func (l *leader) loop(ctx context.Context) error {
 			trouble = nil
 			conflicts = 0
 			retry.Reset()
-		case errors.Is(err, kv.ErrConflict): // somebody else wrote, and the watch will show it
+		case errors.Is(err, kv.ErrConflict): // somebody else wrote; the watch will show it
 			again = wait.Jitter(time.Second, 0.2)
 			if conflicts++; conflicts >= conflictsTold {
 				l.tellConflict(ctx, err, conflicts)
 			}
 		default:
 			if trouble == nil {
-				l.c.Log.Warn("the store takes no writes", "store", l.c.Store, "error", err)
+				l.c.Log.Warn("the store refuses writes: trying again", "store", l.c.Store, "error", err)
 			}
 			trouble = err
 			again = retry.Next()
 			gitChanged = nil
-			// Wakes that come one after the other, as from a fleet that reports, must not hurry it.
+			// Wake-ups in quick succession, as from a fleet that reports, must not shorten the backoff.
 			pause := min(again, wait.Jitter(time.Second, 0.2))
 			if err := wait.For(ctx, pause); err != nil {
 				return err
@@ -300,12 +301,12 @@ func (l *leader) loop(ctx context.Context) error {
 	}
 }
 
-// conflictsTold is how many conflicts in a row, a second apart, are more than a watch that is late.
+// conflictsTold is the number of conflicts in a row, a second apart, that a late watch doesn't explain.
 const conflictsTold = 5
 
-// tellConflict shows where people look that the store and its watch disagree, which is so for the nth time in a row.
+// tellConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
 func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
-	if nth == conflictsTold || nth%60 == 0 { // a minute
+	if nth == conflictsTold || nth%60 == 0 { // once a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
 	l.written.tell(
@@ -316,7 +317,7 @@ func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
 	)
 }
 
-// round does all that there is to do now. again is when to look even if nothing changes; 0: never.
+// round does all that is due now. again is after how long to run another though nothing changed; 0: never.
 func (l *leader) round(ctx context.Context, branch gitState) (again time.Duration, err error) {
 	seen := l.observer.latest()
 	if !seen.desired.synced {
@@ -328,7 +329,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	l.warnShared(seen.fleet)
 	head := l.acceptor.accept(ctx, branch, cells)
 	if head.taken {
-		clear(l.ranks) // of units that may be gone
+		clear(l.ranks) // their units may be gone
 	}
 
 	status := l.written.state
@@ -348,7 +349,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			if !seen.fleet.synced && seen.fleet.err != nil {
 				l.written.reportFailure(ctx, fmt.Errorf("the nodes' reports can't be read: %w", seen.fleet.err), now)
 			}
-			return watchLag, nil // a commit is taken whole: it waits until the watch shows the writes of the last one
+			return watchLag, nil // a commit is taken as a whole: it waits until the watch shows the last one's writes
 		}
 		status.Applying = ""
 		if commit.Hash != status.Head {
@@ -356,7 +357,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 			status.At = now.UTC().Truncate(time.Millisecond)
 		}
 		status.Freeze, status.FreezeMore = deployments.FreezeWindows(commit.Tree.Settings.Freeze)
-		if branch.head == commit.Hash { // else it was read of what an earlier mirror had fetched, maybe from elsewhere
+		if branch.head == commit.Hash { // else an earlier mirror fetched it, maybe from another repository
 			status.Repo = l.c.Repo
 		}
 	}
@@ -401,12 +402,12 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		again = sooner(again, folderLag)
 	}
 	if l.written.unconfirmed() {
-		again = sooner(again, watchLag) // should a write not show by then, it is looked for again
+		again = sooner(again, watchLag) // a write that does not show by then counts as lost
 	}
 	return again, nil
 }
 
-// plan compares a commit with what the store shows; vouched is as in basis.
+// plan compares a commit with what the store shows; vouched is as basis returns it.
 func (l *leader) plan(
 	ctx context.Context,
 	commit *git.Commit,
@@ -430,7 +431,7 @@ func (l *leader) plan(
 		shown = nil
 	}
 	since := seen.fleet.since
-	if seen.fleet.err != nil { // there may be a gap yet
+	if seen.fleet.err != nil { // changes may be missed
 		since = now
 	}
 	l.units.scene.Store(&scene{units: commit.Tree.Units, cells: cells, fleet: seen.fleet.roles, pins: pins})
@@ -458,7 +459,7 @@ func (l *leader) plan(
 	}), nil
 }
 
-// pendingOrders returns the orders that were not obeyed yet, and logs which can't be.
+// pendingOrders returns the orders that were not carried out yet, and logs those that can't be obeyed.
 func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[deployments.UnitID]order {
 	pending, bad := map[deployments.UnitID]order{}, slices.Clone(seen.bad)
 	units := map[deployments.UnitID]bool{}
@@ -467,15 +468,15 @@ func (l *leader) pendingOrders(commit *git.Commit, seen observedOrders) map[depl
 	}
 	for _, id := range slices.SortedFunc(maps.Keys(seen.good), deployments.UnitID.Compare) {
 		switch o := seen.good[id]; {
-		case l.written.orders[id] == o.version: // it has yet to vanish from the watch
+		case l.written.orders[id] == o.version: // consumed; the watch has yet to show it
 		case !units[id]:
-			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and one that comes later would be met by it: "+
+			bad = append(bad, fmt.Errorf("%s: the commit has no such unit, and the order would apply to one added later: "+
 				"remove the key", kv.ControlKey(id)))
 		default:
 			pending[id] = o
 		}
 	}
-	// Past the limit nothing is remembered either, so that the last state is logged by a later round.
+	// Beyond the limit badOrders stays as it is, so that a later round logs the last state.
 	if words := text(errors.Join(bad...)); words != l.badOrders && (words == "" || l.badOrderLines.Allow()) {
 		if l.badOrders = words; words != "" {
 			l.c.Log.Warn("an operator's order can't be obeyed", "orders", len(bad), "error", clip(words, maxLogged))

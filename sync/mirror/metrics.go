@@ -11,7 +11,7 @@ import (
 	"kedge/policy"
 )
 
-// metrics are the series that a mirror counts as it goes.
+// metrics are the metrics that a mirror updates as it works.
 type metrics struct {
 	leading prometheus.Gauge
 	at      prometheus.Gauge
@@ -24,7 +24,7 @@ type metrics struct {
 	rounds  prometheus.Histogram
 }
 
-// newMetrics registers with r; nil: nowhere.
+// newMetrics registers the metrics with r; nil: nowhere.
 func newMetrics(r *prometheus.Registry) *metrics {
 	m := &metrics{
 		leading: prometheus.NewGauge(prometheus.GaugeOpts{Name: "kedge_mirror_leader",
@@ -88,10 +88,10 @@ func (m *metrics) applied(s deployments.MirrorState) {
 	}
 }
 
-// hooked counts a webhook, by how it was answered.
+// hooked counts a webhook by the HTTP status that answered it.
 func (m *metrics) hooked(status int) { m.hooks.WithLabelValues(strconv.Itoa(status)).Inc() }
 
-// scene is what the leading mirror saw last. Nothing in it is changed any more.
+// scene is what the leading mirror last saw. It is immutable.
 type scene struct {
 	units []deployments.Unit
 	cells map[deployments.UnitID]cell
@@ -99,14 +99,14 @@ type scene struct {
 	pins  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units; nil: they can't be read
 }
 
-// unitMetrics shows where rollouts stand and what nodes report, of the mirror that leads alone, so that sums over
-// all mirrors are right. It counts when it is asked.
+// unitMetrics exports the state of rollouts and what nodes report. Only the mirror that leads does, so that sums
+// over all mirrors are right. It counts at each scrape.
 type unitMetrics struct {
 	scene                                                 atomic.Pointer[scene] // nil: this mirror doesn't lead
 	generation, rollout, orphaned, pinned, pinEnds, nodes *prometheus.Desc
 }
 
-// newUnitMetrics registers with r; nil: nowhere.
+// newUnitMetrics registers the metrics with r; nil: nowhere.
 func newUnitMetrics(r *prometheus.Registry) *unitMetrics {
 	unit := []string{"stage", "role", "unit"}
 	u := &unitMetrics{
@@ -180,7 +180,7 @@ func (u *unitMetrics) Collect(to chan<- prometheus.Metric) {
 				count["gone"]++
 			case !spoke:
 				count["silent"]++
-			case !report.State.Known(): // a node that lies must not make labels of its own
+			case !report.State.Known(): // a node must not choose labels
 				count["other"]++
 			default:
 				count[string(report.State)]++

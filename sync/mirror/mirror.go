@@ -1,20 +1,21 @@
-// Package mirror copies a deployments repo from Git to the store. A commit is taken whole or not at all; what
-// differs is written in transactions that are fenced by a lease, so that of several mirrors one works, and one that
-// lost its lease can't change a key, whatever it believes. The one thing that a mirror writes without it is
-// mirror/hook, which passes a webhook on to the mirror that has it.
+// Package mirror copies a deployments repo from Git to the store. A commit is taken as a whole or not at all.
+// Differences are written in transactions that are fenced by a lease: of several mirrors one works, and a mirror
+// that lost its lease can't change a key. The one key that a mirror writes without the lease is mirror/hook, which
+// passes a webhook on to the mirror that holds it.
 //
-// It is driven by state, not by events: whatever wakes it (a push, a poll, a change of the store, the clock), it
-// looks at the newest commit and at what the store holds, and writes the difference. A transaction that was cut
-// short is finished by the next look, a record changed by hand is put back, and a mirror that takes over begins in
-// the same way.
+// The mirror is driven by state, not by events: after each wake-up (a push, a poll, a change of the store, the
+// clock) it compares the newest commit with what the store holds, and writes the difference. So the next round
+// finishes a transaction that was interrupted, restores a record that was changed by hand, and is also how a mirror
+// begins that takes over.
 //
-// What is not taken: a commit with any mistake in it; one that bears no signature of Config.SignedBy, where that is
-// set; one that does not descend from the last (allow_rewind), or that removes too many units at once
-// (max_removed), both as the commit says that was taken last; one that names a release that does more than the
-// commit's own kedge.yaml allows for its stage (dests, users, commands), for which the mirror reads the manifests
-// of what the commit changes, and waits while it can't; with Releases.Trust, one whose releases bear no signature
-// that counts waits as well. The signature asked for is the newest commit's: it vouches for the whole tree. Git
-// binds no signature to a branch: any signed commit that descends from the last can be pushed by whoever may push.
+// A commit is not taken if it contains any mistake; if Config.SignedBy is set and it has no signature of one of
+// these signers; if it does not descend from the last commit taken (allow_rewind); or if it removes too many units
+// at once (max_removed). Both settings are read from the last commit taken. Nor is it taken if it names a release
+// that does more than its own kedge.yaml allows for the stage (dests, users, commands): the mirror reads the
+// manifests of the units that the commit changes, and the commit waits while they can't be read. With
+// Releases.Trust, a commit also waits while one of its releases has no valid signature. Only the newest commit's
+// signature is checked, as it covers the whole tree. Git binds no signature to a branch: whoever may push can push
+// any signed commit that descends from the last.
 package mirror
 
 import (
@@ -47,84 +48,87 @@ import (
 type Config struct {
 	Store kv.Store
 	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the path of a local
-	// bare repo, which is watched. Branch: default main.
+	// bare repo, which is watched. Branch is main by default.
 	Repo, Branch string
-	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo; default:
-	// all of it.
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml, for a monorepo;
+	// default: the root.
 	Path string
 	// Every is the time between polls, ±20 %; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
-	// Accept is the full hash of a commit that is taken, once it is the branch's head, whatever its history and the
-	// units that it removes: the way in for a repository that was replaced. Where the store holds a commit that
-	// follows it, it counts for nothing.
+	// Accept is the full hash of a commit that is taken if it is the branch's head, whatever its history and the
+	// units that it removes: for a repository that was replaced. It has no effect once the store holds a commit
+	// that descends from it.
 	Accept string
 	// Name is shown as the lease's holder; default the host's name.
 	Name string
-	// LeaseTTL default 15 s.
+	// LeaseTTL is the lease's time to live; default 15 s.
 	LeaseTTL time.Duration
-	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default
-	// ~/.ssh/known_hosts). HTTPS takes KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or a file named by
-	// KEDGE_GIT_TOKEN_FILE, and trusts the authorities of the file named by GIT_SSL_CAINFO beside the system's.
+	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
+	// ~/.ssh/known_hosts). HTTPS takes KEDGE_GIT_USER and KEDGE_GIT_TOKEN from the environment, or the token from
+	// the file named by KEDGE_GIT_TOKEN_FILE. It trusts the authorities of the file named by GIT_SSL_CAINFO in
+	// addition to the system's.
 	SSHKey, KnownHosts string
-	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on; one mirror a
-	// directory. Default: a temporary one, which goes with Run.
+	// CacheDir keeps a remote repo's objects, so that a mirror that starts while Git is away can go on. Each mirror
+	// needs its own. Default: a temporary directory, which Run removes.
 	CacheDir string
-	// SignedBy is an allowed_signers file; with one, a commit that bears none of its signatures is refused.
+	// SignedBy is an allowed_signers file; if set, a commit without a signature of one of them is refused.
 	SignedBy string
 	// SignedByPGP is a file of armoured OpenPGP public keys, whose signatures count as well.
 	SignedByPGP string
-	// Listen serves webhooks (/hook), /live and /metrics; empty: nowhere. ":0" is fine: see Addr. Webhooks need a
-	// secret, in KEDGE_WEBHOOK_SECRET or the file named by KEDGE_WEBHOOK_SECRET_FILE.
+	// Listen is the address that serves webhooks (/hook), /live and /metrics; empty: none. ":0" chooses a free
+	// port: see Addr. Webhooks need a secret, in KEDGE_WEBHOOK_SECRET or the file named by
+	// KEDGE_WEBHOOK_SECRET_FILE.
 	Listen string
-	// Releases reads the manifests of what a commit names anew, of stages that kedge.yaml bounds by more than sources;
-	// with Trust of all. Its Objects are by default what object.New gives.
+	// Releases reads the manifests of the releases that a commit introduces: with Trust all of them, else those of
+	// stages that kedge.yaml bounds by more than sources. Its Objects default to object.New.
 	Releases inspect.Releases
-	// Snapshot, where set, is given the records that the mirror that holds the lease wrote, after they changed: for
-	// nodes that boot while the store is away. One call at a time, the newest state; an error is logged, and it is
-	// tried again.
+	// Snapshot, if set, is called with the records that the leading mirror wrote, after they changed: for nodes
+	// that boot while the store is away. Calls don't overlap, and get the newest state. An error is logged and the
+	// call is retried.
 	Snapshot func(ctx context.Context, desired []kv.Entry) error
-	// Leading, where set, is run while this mirror holds the lease; it returns when its context ends.
+	// Leading, if set, runs while this mirror holds the lease; it must return when its context ends.
 	Leading func(ctx context.Context) error
 	Version string
 	// Env reads an environment variable; default os.Getenv.
 	Env     func(string) string
 	Metrics *prometheus.Registry // nil: none
-	// Trace takes the spans of pushes and rollouts; nil: nothing is traced. Its owner runs it.
+	// Trace sends the spans of pushes and rollouts; nil: nothing is traced. The caller runs it.
 	Trace *trace.Sender
 	Log   *slog.Logger // nil: none
 }
 
-// Mirror copies a deployments repo to the store while it holds the lease. Make it with New, then Run it once.
+// Mirror copies a deployments repo to the store while it holds the lease. Create it with New and call Run once.
 type Mirror struct {
 	c        Config
 	branch   *follower
 	metrics  *metrics
 	units    *unitMetrics
-	listener net.Listener      // nil: none
-	hooks    *webhook.Receiver // of webhooks
-	hurry    wait.Signal       // asks the leader to look for releases anew
+	listener net.Listener // nil: none
+	hooks    *webhook.Receiver
+	hurry    wait.Signal // makes the leader look for missing releases now
 
-	hookPause, patience, forgetAfter, rebuildWait time.Duration // as the constants of these names
+	hookPause, patience, forgetAfter, rebuildWait time.Duration // default to the constants of these names
 
 	mu    sync.Mutex
-	holds kv.Lease // the lease that this mirror works under; nil: none
+	holds kv.Lease // the lease that this mirror holds; nil: none
 }
 
-// The times of a mirror; tests have their own.
+// Default durations; tests have their own.
 const (
-	// A release that isn't there, or can't be read, is looked for after defaultPatience, and then less and less often,
-	// up to maxPatience on average: its upload may take long, or never have been meant. A new commit begins anew, and so
-	// does a webhook.
+	// A release that is missing or can't be read is looked for again after defaultPatience, and then less and less
+	// often, up to every maxPatience on average: its upload may take long or may never come. A new commit or a
+	// webhook starts over.
 	defaultPatience = 5 * time.Second
 	maxPatience     = time.Minute
-	// defaultForgetAfter is how long a node that died stays in status/, for people to see: longer than a weekend.
+	// defaultForgetAfter is how long the entry of a node that died stays in status/, for people to see: longer than
+	// a weekend.
 	defaultForgetAfter = 72 * time.Hour
-	// defaultRebuildWait is how long nodes have to report before a record is made from what they say: after an outage
-	// of the store they come back one by one.
+	// defaultRebuildWait is how long nodes have to report before a lost record is rebuilt from their reports: after
+	// an outage of the store they come back one by one.
 	defaultRebuildWait = 5 * time.Second
 )
 
-// New checks c, and listens. It does not wait for Git or the store to be reachable.
+// New checks c and opens the listener. It does not wait for Git or the store.
 func New(c Config) (*Mirror, error) {
 	if c.Store == nil || c.Repo == "" {
 		return nil, errors.New("a mirror needs a store and a repository")
@@ -191,7 +195,7 @@ func New(c Config) (*Mirror, error) {
 	return m, nil
 }
 
-// Addr is the address of Listen; empty without one.
+// Addr returns the address of Listen; empty without one.
 func (m *Mirror) Addr() string {
 	if m.listener == nil {
 		return ""
@@ -199,10 +203,10 @@ func (m *Mirror) Addr() string {
 	return m.listener.Addr().String()
 }
 
-// Trigger asks for a poll at once.
+// Trigger makes the mirror poll the branch now.
 func (m *Mirror) Trigger() { m.branch.pollNow.Set() }
 
-// Run mirrors until ctx ends, and returns nil then. Trouble with Git or the store doesn't end it.
+// Run mirrors until ctx ends, and then returns nil. Errors of Git or the store don't end it.
 func (m *Mirror) Run(ctx context.Context) error {
 	defer m.branch.source.Close()
 	g, ctx := errgroup.WithContext(ctx)
@@ -214,7 +218,7 @@ func (m *Mirror) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// serve answers on the listener until ctx ends.
+// serve serves HTTP on the listener until ctx ends.
 func (m *Mirror) serve(ctx context.Context) error {
 	if m.listener == nil {
 		<-ctx.Done()
@@ -252,7 +256,7 @@ func (m *Mirror) handler() http.Handler {
 	return mux
 }
 
-// live answers that the process runs, with whether it leads and what it read of the branch.
+// live answers that the process runs, whether it leads, and what it read of the branch.
 func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	leads, branch := m.leads(), m.branch.state()
 	answer := struct {
@@ -265,13 +269,14 @@ func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// heed makes this mirror read the branch now, and look for missing releases.
+// heed makes this mirror read the branch and look for missing releases now.
 func (m *Mirror) heed() {
 	m.Trigger()
 	m.hurry.Set()
 }
 
-// leads is false as soon as the lease has ended, though what it was held for may still be ending.
+// leads reports whether this mirror holds the lease. It is false as soon as the lease has ended, even if its work
+// is still ending.
 func (m *Mirror) leads() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

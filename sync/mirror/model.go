@@ -10,27 +10,27 @@ import (
 	"kedge/sync/git"
 )
 
-// What one step of a round hands to the next: the store as the watches show it, what this mirror wrote there, and what
-// it is about to write.
+// This file has the types that the steps of a round share: the store as the watches show it, what this mirror wrote
+// to it, and what it will write.
 
-// watchLag is how long a write may take to show in a watch, before what the watch shows is taken for the truth.
+// watchLag is how long a write may take to show in a watch. After that the mirror believes what the watch shows.
 const watchLag = 5 * time.Second
 
-// maxError bounds MirrorState.Error, in bytes: a commit may have any number of mistakes.
+// maxError bounds MirrorState.Error, in bytes: a commit may contain any number of mistakes.
 const maxError = 4 << 10
 
-// maxLogged bounds what a line of the log says of keys that others may write, in bytes.
+// maxLogged bounds text from keys that others may write in a line of the log, in bytes.
 const maxLogged = 1 << 10
 
 // gitState is the branch as the mirror last read it.
 type gitState struct {
-	head string      // its newest commit; empty: not known yet
-	good *git.Commit // that commit, where it can be taken
-	bad  error       // else why it can't
-	away error       // why head may be out of date; nil: it isn't
+	head string      // the newest commit's hash; empty: not known yet
+	good *git.Commit // the commit head, if it is valid
+	bad  error       // why head can't be taken
+	away error       // why head may be out of date; nil: it is current
 }
 
-// observed is the store as the watches show it. What it refers to is never changed again.
+// observed is the store as the watches show it. What it refers to is immutable.
 type observed struct {
 	desired observedRecords
 	orders  observedOrders
@@ -40,85 +40,85 @@ type observed struct {
 	folders map[string]observedFolders // by kind
 }
 
-// observedRecords is what desired/ shows. Until it is synced, nothing may be told from what is missing.
+// observedRecords is the view of desired/. Until synced is set, a missing key doesn't mean that there is no record.
 type observedRecords struct {
 	synced bool
 	cells  map[deployments.UnitID]cell
 }
 
-// observedOrders is what control/ shows; bad tells which keys can't be obeyed, and why.
+// observedOrders is the view of control/; bad says which keys can't be obeyed, and why.
 type observedOrders struct {
 	good map[deployments.UnitID]order
 	bad  []error
 }
 
-// observedFleet is what status/ shows.
+// observedFleet is the view of status/.
 type observedFleet struct {
 	synced  bool
-	err     error     // why it may be out of date
-	since   time.Time // since when err is nil, or isn't
+	err     error     // why the view may be out of date
+	since   time.Time // when err last became nil or non-nil
 	entries []kv.Entry
 	roles   map[deployments.RoleID][]reported
-	// left is when entries of a role vanished that have not come back since; began is when the first view came.
+	// left has the times at which entries of a role vanished that have not come back; began is when the first view
+	// came.
 	left  map[deployments.RoleID][]time.Time
 	began time.Time
 }
 
-// leftFor is how long it is remembered that a node has left the list: longer than any decision asks.
+// leftFor is how long the mirror remembers that a node's entry vanished: longer than any decision needs.
 const leftFor = 10 * time.Minute
 
-// leftSince returns when each of a role's nodes vanished that is not back; following: since when that was looked for.
-// Zero: nothing is known.
+// leftSince returns when the entries of a role's nodes vanished that are not back, and since when this has been
+// watched. Zero: unknown.
 func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {
 	return f.left[role], f.began
 }
 
-// observedPins is what pins/ shows.
+// observedPins is the view of pins/.
 type observedPins struct {
 	synced bool
-	err    error                                                // why it may be out of date
+	err    error                                                // why the view may be out of date
 	units  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
-	shown  map[deployments.UnitID][]deployments.PastPin         // all of them, as the history keeps them; At is zero
+	shown  map[deployments.UnitID][]deployments.PastPin         // of units and nodes, in the history's form, with a zero At
 }
 
-// observedState is what mirror/ shows.
+// observedState is the view of mirror/.
 type observedState struct {
-	current bool   // it is known for certain, and not out of date
-	value   []byte // of kv.MirrorKey; nil: it isn't there
+	current bool   // the view is synced and up to date
+	value   []byte // the value of kv.MirrorKey; nil: it isn't there
 }
 
-// observedFolders are the folder keys that the watch of one kind shows.
+// observedFolders has the folder keys that the watch of one kind shows.
 type observedFolders struct {
-	none bool     // not even the kind's own is there
-	keys []string // sorted; nil: the store has none that could be lost
+	none bool     // even the kind's own key is missing
+	keys []string // sorted; nil: the store needs no folder keys
 }
 
-// cell is the entry at a unit's key in desired/; the zero cell: none.
+// cell is the entry at a unit's key in desired/; zero: there is none.
 type cell struct {
 	present bool
 	version uint64
 	value   []byte
 	record  deployments.Record
-	err     error // the value doesn't parse
+	err     error // why the value doesn't parse
 }
 
 // reported is a node's entry in status/.
 type reported struct {
 	node string
-	gone bool // its session has ended
-	// goneSince is when that was seen; zero: it is there.
+	gone bool // the node's session has ended
+	// goneSince is when the end of the session was seen; zero: the session lives.
 	goneSince time.Time
 	report    deployments.Report
 }
 
-// order is what an operator wrote at control/STAGE/ROLE/UNIT. It is consumed, which is to say removed, in the
-// transaction that does it.
+// order is an operator's order at control/STAGE/ROLE/UNIT. The transaction that carries it out removes the key.
 type order struct {
 	deployments.Order
 	version uint64
 }
 
-// written is what this mirror wrote to the store since it holds the lease, or found there and took over.
+// written is what this mirror wrote to the store since it got the lease, or found there and took over.
 type written struct {
 	records map[deployments.UnitID]writtenRecord
 	orders  map[deployments.UnitID]uint64 // versions of the orders that were consumed
@@ -126,34 +126,35 @@ type written struct {
 	stateAt time.Time
 }
 
-// writtenRecord is what this mirror wrote last at a unit's key.
+// writtenRecord is what this mirror last wrote at a unit's key.
 type writtenRecord struct {
 	record deployments.Record
-	value  []byte // nil: it removed the key
-	// base is the version that the write replaced (0: none). version is that of the write, 0 until the store has shown it.
+	value  []byte // nil: the key was removed
+	// base is the version that the write replaced (0: none). version is the write's own, 0 until the store has
+	// shown it.
 	base, version uint64
 	at            time.Time
-	// vouched is set if a commit named the unit: it goes into the snapshot, which is signed. A record whose unit Git never
-	// named was only marked as orphaned.
+	// vouched is set if a commit named the unit, so that the record goes into the signed snapshot. A record whose
+	// unit Git never named was only marked as orphaned.
 	vouched bool
 }
 
-// standing says how a unit's key stands to what this mirror wrote there.
+// standing says how the entry at a unit's key relates to what this mirror wrote there.
 type standing int
 
 const (
-	inOrder  standing = iota // holds what this mirror wrote, or found at its start
-	inFlight                 // this mirror's write has yet to show
-	foreign                  // somebody else wrote, or removed, it
-	unknown                  // this mirror knows nothing of it, and there is no record that it should go on from
+	inOrder  standing = iota // the key holds what this mirror wrote, or found at its start
+	inFlight                 // the watch has yet to show this mirror's write
+	foreign                  // somebody else wrote or removed the key
+	unknown                  // this mirror wrote nothing there, and there is no record to go on from
 )
 
-// stand compares what the store shows with what this mirror wrote.
+// stand compares what the store shows at a unit's key with what this mirror wrote there.
 func stand(c cell, o writtenRecord, known bool, now time.Time) standing {
 	if known && o.version == 0 && c.version == o.base && now.Sub(o.at) < watchLag {
 		return inFlight
 	}
-	known = known && o.value != nil // a key that it removed is as good as one that it never knew
+	known = known && o.value != nil // a key that this mirror removed counts as unknown
 	switch {
 	case known && c.present && bytes.Equal(c.value, o.value):
 		return inOrder
@@ -173,16 +174,16 @@ type change struct {
 	kind    string // as Change.Kind, or "restore", or "none" if only an order is consumed
 	before  deployments.Record
 	after   deployments.Record
-	value   []byte // nil: remove the key
-	base    uint64 // the version that it replaces; 0: none
+	value   []byte // nil: the key is removed
+	base    uint64 // the version that the write replaces; 0: none
 	note    string
-	history *deployments.History // the entry of a new generation, or what the newest becomes; nil: neither
-	reason  string               // policy.Next's
-	order   order                // what is consumed; its version is 0 if nothing is
+	history *deployments.History // the entry of a new generation, or the changed newest one; nil: neither
+	reason  string               // as policy.Next returns it
+	order   order                // the order that is consumed; version 0: none
 	ops     []kv.Op
 }
 
-// batches packs the writes, each whole and in order, into as few transactions as fit.
+// batches packs the changes into as few transactions as possible, in order and without splitting a change.
 func batches(writes []change) [][]change {
 	var all [][]change
 	sum, size := 0, 0
@@ -204,12 +205,12 @@ func batches(writes []change) [][]change {
 // a third.
 const maxBatch = 300 << 10
 
-// ours reports whether a mirror wrote a record: a person's bare pointer is not a mirror's to remove.
+// ours reports whether a mirror wrote a record. A mirror doesn't remove a bare pointer that a person wrote.
 func ours(r deployments.Record) bool { return r.Generation > 0 && r.Commit != "" }
 
-// follow returns the record that a unit's file asks for, from the one that is there (zero: none). Where the file
-// names another release than the record, it begins a new generation, open to every node; else only what the agents
-// read of the file changes.
+// follow returns the record that a unit's file asks for, given the present record r (zero: none). If the file names
+// another release than the record, the result is a new generation, open to every node. Otherwise only the fields
+// change that agents read.
 func follow(u deployments.Unit, commit string, r deployments.Record) deployments.Record {
 	if r.Generation == 0 || goal(r, u.Release) != u.Release {
 		r = deployments.Record{
@@ -223,8 +224,8 @@ func follow(u deployments.Unit, commit string, r deployments.Record) deployments
 	return r
 }
 
-// goal is the release that a record is about. One that was rolled back has another Target, but is still about the
-// release that Git names: want is that where the record says that it was tried.
+// goal returns the release that a record is about. A record that was rolled back has another Target, but is still
+// about want if want is the release that failed.
 func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	if r.Rollout != nil && !r.Rollout.Failed.IsZero() && r.Rollout.Failed == want.Digest {
 		return want
@@ -232,7 +233,7 @@ func goal(r deployments.Record, want deployments.Pointer) deployments.Pointer {
 	return r.Target
 }
 
-// lastGood is what nodes run that are not admitted to the next target.
+// lastGood returns the release that nodes run that are not admitted to the next target.
 func lastGood(r deployments.Record) deployments.Pointer {
 	if r.Rollout == nil {
 		return r.Target
@@ -240,7 +241,7 @@ func lastGood(r deployments.Record) deployments.Pointer {
 	return r.Stable
 }
 
-// sooner is the shorter of two times to wait, where 0 is for ever.
+// sooner returns the shorter of two times to wait, of which 0 is for ever.
 func sooner(a, b time.Duration) time.Duration {
 	if a == 0 || b > 0 && b < a {
 		return b
@@ -248,7 +249,7 @@ func sooner(a, b time.Duration) time.Duration {
 	return a
 }
 
-// text is an error's, "" for nil: errors of some types can't be compared themselves.
+// text returns an error's text, "" for nil. Callers compare texts, as errors of some types can't be compared.
 func text(err error) string {
 	if err == nil {
 		return ""
@@ -256,7 +257,7 @@ func text(err error) string {
 	return err.Error()
 }
 
-// clip cuts an error's text at a line's end.
+// clip cuts an error's text to n bytes, at the end of a line.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s

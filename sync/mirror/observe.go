@@ -17,36 +17,36 @@ import (
 	"kedge/policy"
 )
 
-// observer holds the views of the mirror's watches, parsed. Values are parsed once, when they come.
+// observer holds the latest views of the mirror's watches. Each value is parsed once, when it changes.
 type observer struct {
-	changed wait.Signal // set after every change
-	hooked  func()      // called when another mirror passed a webhook on
+	changed wait.Signal // set after each change
+	hooked  func()      // called when another mirror passes a webhook on
 	log     *slog.Logger
 
 	mu  sync.Mutex
 	now observed
 
-	// Each watch calls its method one call at a time, so these belong to it alone.
+	// Each watch calls its method one call at a time: only that method uses these fields.
 	cells    map[string]cell // by key in desired/
 	pinned   parsed[deployments.Pin]
 	ordered  parsed[deployments.Order]
 	reports  map[string]parsedReport // by key in status/
-	left     map[string]time.Time    // when keys in status/ vanished that are not back
-	hook     uint64                  // the version of kv.MirrorHook that was passed on last
-	complain rate.Sometimes          // bounds the lines about reports that don't parse: a node can write one after another
+	left     map[string]time.Time    // when each key in status/ vanished that is not back
+	hook     uint64                  // the last version of kv.MirrorHook that was passed on
+	complain rate.Sometimes          // bounds the lines about reports that don't parse, as a node can write many
 }
 
-// parsedReport is a report with the entry that it was parsed from: of a fleet's reports only what changed is parsed
+// parsedReport is a report with the entry that it was parsed from, so that only reports that changed are parsed
 // again.
 type parsedReport struct {
 	version uint64
-	value   []byte // a restored store gives versions out again
+	value   []byte // compared too, as a restored store reuses versions
 	report  deployments.Report
-	// goneSince is when its entry was first seen without a session; zero: it has one.
+	// goneSince is when the entry was first seen without a session; zero: it has one.
 	goneSince time.Time
 }
 
-// parsed holds values of a watch, by key, with what they were parsed to.
+// parsed holds a watch's values by key, with what they were parsed to.
 type parsed[T any] map[string]parsedValue[T]
 
 type parsedValue[T any] struct {
@@ -55,8 +55,9 @@ type parsedValue[T any] struct {
 	err    error
 }
 
-// next returns a parser for the entries of the watch's next view, which parses what changed alone: an operator's token
-// can write keys by the ten thousand, and each change of one brings them all. What is not asked for is forgotten.
+// next returns a parser for the entries of the watch's next view. It parses only values that changed: an operator's
+// token can write keys by the ten thousand, and each change of one brings them all. Keys that the parser isn't
+// called for are dropped.
 func (p *parsed[T]) next(v kv.View, parse func([]byte) (T, error)) func(kv.Entry) (T, error) {
 	was := *p
 	*p = make(parsed[T], len(v.Entries))
@@ -97,14 +98,14 @@ func (o *observer) update(f func(*observed)) {
 	o.changed.Set()
 }
 
-// records adopts a view of desired/.
+// records takes a view of desired/.
 func (o *observer) records(v kv.View) {
 	cells := make(map[string]cell, len(v.Entries))
 	byUnit := make(map[deployments.UnitID]cell, len(v.Entries))
 	for _, e := range v.Entries {
 		key, err := kv.ParseKey(e.Key)
 		if err != nil {
-			continue // not a record's key
+			continue // not the key of a record
 		}
 		c, known := o.cells[e.Key]
 		if !known || !bytes.Equal(c.value, e.Value) {
@@ -121,13 +122,13 @@ func (o *observer) records(v kv.View) {
 	})
 }
 
-// orders adopts a view of control/.
+// orders takes a view of control/.
 func (o *observer) orders(v kv.View) {
 	good, bad := parseOrders(v, o.ordered.next(v, deployments.ParseOrder))
 	o.update(func(now *observed) { now.orders = observedOrders{good, bad}; now.sawFolders(kv.ControlPrefix, v) })
 }
 
-// parseOrders reads a view of control/. What can't be obeyed is left where it is, and named in bad.
+// parseOrders parses a view of control/. Orders that can't be obeyed stay in the store, and bad names them.
 func parseOrders(
 	view kv.View,
 	parse func(kv.Entry) (deployments.Order, error),
@@ -148,7 +149,7 @@ func parseOrders(
 	return good, bad
 }
 
-// fleet takes a view of status/. A node whose report doesn't parse has said nothing yet.
+// fleet takes a view of status/. A node whose report doesn't parse counts as one that has not reported.
 func (o *observer) fleet(v kv.View) {
 	roles := map[deployments.RoleID][]reported{}
 	reports := make(map[string]parsedReport, len(v.Entries))
@@ -209,7 +210,7 @@ func (o *observer) fleet(v kv.View) {
 	})
 }
 
-// state takes a view of mirror/, where another mirror may have passed on a webhook.
+// state takes a view of mirror/, to which another mirror may have written a webhook.
 func (o *observer) state(v kv.View) {
 	hook, state := o.hook, observedState{current: v.Synced && v.Err == nil}
 	for _, e := range v.Entries {
@@ -227,7 +228,7 @@ func (o *observer) state(v kv.View) {
 	o.update(func(now *observed) { now.state = state; now.sawFolders(kv.MirrorPrefix, v) })
 }
 
-// pins takes a view of pins/. Those of single nodes are the agents' business: here they go into the history alone.
+// pins takes a view of pins/. Pins of single nodes are applied by the agents: here they only go into the history.
 func (o *observer) pins(v kv.View) {
 	units := map[deployments.UnitID]policy.Value[deployments.Pin]{}
 	shown := map[deployments.UnitID][]deployments.PastPin{}
@@ -250,7 +251,7 @@ func (o *observer) pins(v kv.View) {
 	})
 }
 
-// sawFolders notes the folder keys of a view.
+// sawFolders records the folder keys of a view.
 func (now *observed) sawFolders(kind string, v kv.View) {
 	folders := maps.Clone(now.folders)
 	if folders == nil {

@@ -10,19 +10,20 @@ import (
 	"kedge/policy"
 )
 
-// Change is one write that a commit leads to.
+// Change is one write that results from a commit.
 type Change struct {
 	Unit deployments.UnitID `json:"unit"`
-	// Kind is "create", "update", "remove", or "keep": removed from Git, and the record stays, as pruning is off.
+	// Kind is "create", "update", "remove", or "keep" if the unit was removed from Git but pruning is off, so that
+	// its record stays.
 	Kind   string              `json:"kind"`
 	Before *deployments.Record `json:"before,omitempty"`
 	After  *deployments.Record `json:"after,omitempty"`
-	// How says in words how a new target goes to its nodes.
+	// How says how a new target is rolled out to the nodes.
 	How string `json:"how,omitempty"`
 }
 
-// Plan says which records a tree would change at a time, given those that are there, sorted by unit; pure. A unit
-// with a rollout is shown as its rollout begins, before any node is admitted.
+// Plan returns the records that a tree would change at a time, given the present ones, sorted by unit; pure. A unit
+// with a rollout is shown as the rollout begins, before any node is admitted.
 func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]deployments.Record, at time.Time) []Change {
 	var changes []Change
 	units := map[deployments.UnitID]bool{}
@@ -53,7 +54,7 @@ func Plan(tree *deployments.Tree, commit string, now map[deployments.UnitID]depl
 	return changes
 }
 
-// first returns the record with which a new target begins, and says how it goes out.
+// first returns the record with which a new target begins, and how the target is rolled out, in words.
 func first(
 	tree *deployments.Tree,
 	u deployments.Unit,
@@ -61,8 +62,7 @@ func first(
 	before deployments.Record,
 	at time.Time,
 ) (deployments.Record, string) {
-	// What the fleet says isn't known here; one node that has said nothing is enough for a rollout to begin, and none
-	// to end.
+	// The fleet is unknown here: with one node that has not reported, a rollout begins and doesn't end.
 	move := policy.Next(
 		policy.Situation{Now: at, Unit: u, Commit: commit, Record: before, Nodes: []policy.Node{{Name: "any"}},
 			Freeze: policy.Frozen(tree.Settings.Freeze, u.ID, at)},

@@ -15,39 +15,39 @@ import (
 	"kedge/sync/git"
 )
 
-// inputs are the inputs of reconcile.
+// inputs has all that reconcile decides by.
 type inputs struct {
 	commit *git.Commit
-	// unvouched is whether the commit isn't known to have been signed: then it takes nothing away.
+	// unvouched is set if the commit isn't known to have been signed: then no record is removed.
 	unvouched bool
-	// overruled is whether the commit was taken because an operator said so.
+	// overruled is set if the commit was taken because Config.Accept names it.
 	overruled bool
 	now       time.Time
 	cells     map[deployments.UnitID]cell
 	own       map[deployments.UnitID]writtenRecord
 	orders    map[deployments.UnitID]order
-	// pins are those of whole units. Nil: they can't be read, and nodes follow them by themselves.
+	// pins has the pins of whole units. Nil: they can't be read, and nodes follow them on their own.
 	pins map[deployments.UnitID]policy.Value[deployments.Pin]
-	// shownPins are all pins that the store shows, of single nodes, too. Nil: they aren't known for certain now.
+	// shownPins has all pins that the store shows, also those of single nodes. Nil: they may be out of date.
 	shownPins map[deployments.UnitID][]deployments.PastPin
-	// history has the newest generation of the units whose standing is unknown, and of those that have an order; pastPins
-	// are its pins, and stable is what was stable in the last generations. pastRead has the roles of which all is known.
+	// history has the newest generation of the units whose standing is unknown and of those with an order; pastPins
+	// its pins; stable what was stable in the last generations. pastRead has the roles whose history was read.
 	history  map[deployments.UnitID]deployments.History
 	pastPins map[deployments.UnitID][]deployments.PastPin
 	pastRead map[deployments.RoleID]bool
 	stable   map[deployments.UnitID][]deployments.Digest
-	// fleet is what each role's nodes report. blind: that is not known yet, and rollouts stay as they are.
+	// fleet has what each role's nodes report. blind is set until that is known: rollouts stay as they are.
 	fleet map[deployments.RoleID][]reported
 	blind bool
-	// fleetSince is since when fleet is up to date, without a gap.
+	// fleetSince is since when fleet has been up to date, without a gap.
 	fleetSince time.Time
-	// leftSince returns when nodes left the list of a role's, and since when that is looked for; nil: always.
+	// leftSince returns when entries of a role's nodes vanished, and since when this has been watched; nil: always.
 	leftSince func(deployments.RoleID) ([]time.Time, time.Time)
-	// lostSince is since when nodes are ahead of the store, kept from one call to the next; they have rebuildWait to
+	// lostSince says since when nodes are ahead of the store; it is kept between calls. Nodes have rebuildWait to
 	// report.
 	lostSince   map[deployments.UnitID]time.Time
 	rebuildWait time.Duration
-	// ranks are kept from one call to the next, for speed alone; nil: nowhere.
+	// ranks is kept between calls, only for speed; nil: it isn't.
 	ranks map[deployments.UnitID]*policy.Ranks
 }
 
@@ -62,8 +62,8 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns since when the fleet is up to date, counted back from now by the time that has passed: a clock that
-// was ahead then, and was put right since, must not count.
+// seen returns since when the fleet has been up to date: now minus the time that has passed since, so that a clock
+// that was ahead then and was corrected doesn't matter.
 func (in inputs) seen() time.Time {
 	if in.fleetSince.IsZero() {
 		return in.fleetSince
@@ -71,7 +71,8 @@ func (in inputs) seen() time.Time {
 	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(in.fleetSince)))
 }
 
-// listed returns when each of a unit's nodes left their list, and since when that is looked for, counted as seen does.
+// listed returns when entries of a unit's nodes vanished, and since when this has been watched, on the clock of
+// seen.
 func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time.Time) {
 	if in.leftSince == nil {
 		return nil, time.Time{}
@@ -87,12 +88,12 @@ func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time
 		return left, following
 	}
 	if in.fleetSince.After(following) {
-		following = in.fleetSince // nobody saw who left before
+		following = in.fleetSince // nobody saw what vanished before
 	}
 	return left, passed(following)
 }
 
-// nodes returns the nodes of a unit's role, with what they report of the unit.
+// nodes returns the nodes of a unit's role, with their reports on the unit.
 func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	role := in.fleet[id.RoleID()]
 	nodes := make([]policy.Node, len(role))
@@ -103,7 +104,7 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	return nodes
 }
 
-// pin returns what pins/ holds for a unit; nil: that can't be read.
+// pin returns what pins/ holds for a unit; nil: pins can't be read.
 func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 	if in.pins == nil {
 		return nil
@@ -115,16 +116,16 @@ func (in inputs) pin(id deployments.UnitID) *policy.Value[deployments.Pin] {
 // plan is the result of reconcile.
 type plan struct {
 	changes []change // sorted by unit
-	// agreed are units that Git names, whose records this mirror found there and would write as they are.
+	// agreed are units that Git names and whose records, written by another mirror, need no change.
 	agreed []deployments.UnitID
-	// whole is false if a unit has to wait, as this mirror's last write of it has yet to show, or the fleet isn't
-	// known yet.
+	// whole is false if a unit has to wait, because the watch has yet to show this mirror's last write of it or the
+	// fleet isn't known yet.
 	whole bool
-	// again is when time alone could change the answer; zero: never.
+	// again is when to reconcile again though nothing changed; zero: never.
 	again time.Time
 }
 
-// reconcile returns what to write so that the store holds what the commit asks for; pure.
+// reconcile returns what to write to make the store hold what the commit asks for; pure.
 func reconcile(in inputs) plan {
 	p := plan{whole: true}
 	inGit := map[deployments.UnitID]bool{}
@@ -156,7 +157,7 @@ func reconcile(in inputs) plan {
 	return p
 }
 
-// action says what to do about a unit.
+// action says what to do for a unit.
 type action int
 
 const (
@@ -165,7 +166,7 @@ const (
 	doWait
 )
 
-// removed returns what becomes of a record whose unit Git doesn't name.
+// removed returns the change of a record whose unit Git doesn't name.
 func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	own, known := in.own[id]
 	if !c.present || c.err != nil || !ours(c.record) || stand(c, own, known, in.now) == inFlight {
@@ -189,7 +190,7 @@ func (in inputs) removed(id deployments.UnitID, c cell) (change, action) {
 	return w, doWrite
 }
 
-// unit returns what to write for a unit that Git names, and when time alone could change the answer.
+// unit returns the change for a unit that Git names, and when to reconcile it again though nothing changed.
 func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	c := in.cells[u.ID]
 	mine, known := in.own[u.ID]
@@ -222,7 +223,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 			w.kind = "create"
 		}
 	}
-	// Where a record is missing, it may be that its nodes have yet to say what they know.
+	// If a record is missing, its nodes may have yet to report what they know of it.
 	left, following := in.listed(u.ID)
 	settled := slices.MaxFunc(append([]time.Time{following}, left...), time.Time.Compare)
 	if until := settled.Add(in.rebuildWait); unheard && u.Rollout != nil && !in.blind && in.now.Before(until) {
@@ -247,7 +248,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 		Seen: in.seen(), Left: left, Listed: following, Pin: in.pin(u.ID), StableBefore: in.stable[u.ID],
 		Order: string(o.Verb), Freeze: policy.Frozen(in.commit.Tree.Settings.Freeze, u.ID, in.now), Ranks: in.ranksOf(u.ID),
 	})
-	// After a restore nodes join anew, before a record may take them for what they reported earlier.
+	// After the store was restored, nodes join anew before a record may rely on their earlier reports.
 	if until := in.seen().Add(in.rebuildWait); step.Record.Generation > w.before.Generation && u.Rollout != nil &&
 		in.now.Before(until) {
 		return change{}, doWait, until
@@ -292,8 +293,8 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	return w, doWrite, step.Again
 }
 
-// lost returns the record to go on from if the store lost a unit's, and whether it did. until is when the nodes
-// have had the time to report; known is the generation that the store knows.
+// lost returns the record to go on from if the store lost a unit's record; ok reports whether it did. until is when
+// the nodes have had the time to report; known is the generation in the store.
 func (in inputs) lost(
 	u deployments.Unit,
 	nodes []policy.Node,
@@ -311,7 +312,7 @@ func (in inputs) lost(
 	return policy.Rebuild(u, in.commit.Hash, nodes, known, in.now), since.Add(in.rebuildWait), true
 }
 
-// worded fills in the words of a record's rollout, for readers of the version before.
+// worded fills in the text of a record's rollout, for readers of the version before.
 func worded(r deployments.Record) deployments.Record {
 	if r.Rollout == nil || r.Rollout.Reason == "" {
 		return r
@@ -322,7 +323,7 @@ func worded(r deployments.Record) deployments.Record {
 	return r
 }
 
-// reasonOf returns in words what policy decided; empty: there is nothing to say.
+// reasonOf returns what policy decided, in words; empty: there is nothing to say.
 func reasonOf(order deployments.Verb, m policy.Move) string {
 	switch p := m.Record.Rollout; {
 	case m.Refused:
@@ -333,12 +334,12 @@ func reasonOf(order deployments.Verb, m policy.Move) string {
 	return message.Transition(m.Reason, m.Facts)
 }
 
-// pace is the least time between two writes that only tell more nodes that it is their turn. Each wakes all nodes
-// of the role, which come ready one by one: with a write for each, a fleet's wakes would be the square of its
-// nodes.
+// pace returns the least time between two writes that only admit more nodes. Each write wakes all nodes of the
+// role, which get ready one by one: with one write for each node, the number of wake-ups would be the square of the
+// number of nodes.
 func pace(nodes int) time.Duration { return time.Duration(nodes) * 100 * time.Microsecond }
 
-// onlyMoves reports whether a record differs from the one before in nothing but how far its rollout is within a phase.
+// onlyMoves reports whether two records differ only in how far the rollout got within a phase.
 func onlyMoves(before, after deployments.Record) bool {
 	if before.Rollout == nil || after.Rollout == nil || before.Rollout.Cutoff == after.Rollout.Cutoff {
 		return false
@@ -351,7 +352,7 @@ func onlyMoves(before, after deployments.Record) bool {
 	return bytes.Equal(encode(before), encode(after))
 }
 
-// encode returns a record's JSON: equal records have equal bytes.
+// encode returns a record's JSON. Equal records have equal bytes.
 func encode(r deployments.Record) []byte {
 	value, err := json.Marshal(r)
 	if err != nil {
@@ -360,7 +361,7 @@ func encode(r deployments.Record) []byte {
 	return value
 }
 
-// record returns the entry that notes a new generation.
+// record returns the history entry of a new generation.
 func (in inputs) record(w change) *deployments.History {
 	h := &deployments.History{
 		Generation: w.after.Generation,
@@ -381,7 +382,7 @@ func (in inputs) record(w change) *deployments.History {
 	return h
 }
 
-// accepted adds to a note of the history that an operator accepted the commit.
+// accepted appends to a note of the history that an operator accepted the commit.
 func (in inputs) accepted(note string) string {
 	if !in.overruled {
 		return note
@@ -389,7 +390,7 @@ func (in inputs) accepted(note string) string {
 	return strings.TrimPrefix(note+"; an operator accepted the commit, whatever its history (--accept)", "; ")
 }
 
-// failedBy returns the release that a new generation knows to have failed; zero: none.
+// failedBy returns the release that failed before a new generation; zero: none.
 func (in inputs) failedBy(w change) deployments.Digest {
 	if w.after.Rollout != nil && !w.after.Rollout.Failed.IsZero() {
 		return w.after.Rollout.Failed
@@ -405,7 +406,7 @@ func (in inputs) failedBy(w change) deployments.Digest {
 	return was
 }
 
-// noteOf says in the history what led to a generation, beside the commit.
+// noteOf returns the note of a history entry: what led to the generation, apart from the commit.
 func (in inputs) noteOf(w change, did string) string {
 	who := func(by, reason string) (words string) {
 		if by != "" {
@@ -431,8 +432,8 @@ func (in inputs) noteOf(w change, did string) string {
 	return did
 }
 
-// carryPins gives the entry of a new generation the pins that stood in the one before, and what became of them. Where
-// the one before was not read, audit does so: when a pin began isn't known here.
+// carryPins copies the pins of the generation before into the entry of a new one, and updates them. If the entry
+// before was not read, audit does it, as it isn't known here when a pin began.
 func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	if !in.pastRead[id.RoleID()] {
 		return
@@ -443,8 +444,8 @@ func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 	}
 }
 
-// noteOrder returns the history entry that has the order which a change consumes: that of its new generation, else the
-// newest.
+// noteOrder returns the history entry that records the order consumed by a change: the entry of its new generation,
+// or else the newest one.
 func (in inputs) noteOrder(w change, step policy.Move) *deployments.History {
 	entry := w.history
 	if newest, known := in.history[w.unit]; entry == nil && known {

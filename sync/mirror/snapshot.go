@@ -12,19 +12,19 @@ import (
 	"kedge/kv"
 )
 
-// snapshotEvery is how often a snapshot is written anew though nothing changed: readers bound its age.
+// snapshotEvery is how often a snapshot is written though nothing changed, as readers bound its age.
 const snapshotEvery = time.Hour
 
-// snapshots passes what this mirror wrote on to Config.Snapshot.
+// snapshots passes what this mirror wrote to Config.Snapshot.
 type snapshots struct {
-	save    func(ctx context.Context, desired []kv.Entry) error // nil: there is nothing to do
+	save    func(ctx context.Context, desired []kv.Entry) error // nil: no snapshots are kept
 	log     *slog.Logger
-	offers  chan []kv.Entry // to run; holds one
+	offers  chan []kv.Entry // to run; has room for one
 	offered []kv.Entry
 }
 
-// offer hands the records that this mirror wrote, or agreed with, to run, if there is something
-// new. What somebody else wrote to desired/ is not to be vouched for by a signature.
+// offer passes the records that this mirror wrote, or agreed with, to run, if they changed. The snapshot's
+// signature must not vouch for what somebody else wrote to desired/.
 func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	if s.save == nil {
 		return
@@ -42,13 +42,13 @@ func (s *snapshots) offer(own map[deployments.UnitID]writtenRecord) {
 	}
 	s.offered = entries
 	select {
-	case <-s.offers: // the one before was not taken yet
+	case <-s.offers: // run has yet to take the one before
 	default:
 	}
 	s.offers <- entries
 }
 
-// run passes the newest records to Config.Snapshot, and tries again until it succeeds.
+// run passes the newest records to Config.Snapshot, and retries until it succeeds.
 func (s *snapshots) run(ctx context.Context) error {
 	retry := wait.NewBackoff(time.Second, time.Minute)
 	var entries []kv.Entry
@@ -65,13 +65,13 @@ func (s *snapshots) run(ctx context.Context) error {
 		switch {
 		case err == nil:
 			if retry.Tries() > 0 {
-				s.log.Info("the snapshot of the desired state is written again")
+				s.log.Info("the snapshot of the desired state can be written again")
 			}
 			retry.Reset()
 			again = time.After(snapshotEvery)
 		case ctx.Err() == nil:
 			if retry.Tries() == 0 {
-				s.log.Warn("the snapshot of the desired state can't be written", "error", err)
+				s.log.Warn("could not write the snapshot of the desired state: trying again", "error", err)
 			}
 			again = time.After(retry.Next())
 		}

@@ -17,7 +17,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// writer writes what reconcile found, and the mirror's state.
+// writer writes the changes that reconcile returns, and the mirror's state.
 type writer struct {
 	written
 	name    string                                // Config.Name
@@ -42,8 +42,8 @@ func (w *written) confirm(cells map[deployments.UnitID]cell) {
 	}
 }
 
-// adopt takes records that another mirror wrote for this one's own: who changes them by hand is put right, and they
-// go into the snapshot.
+// adopt treats records that another mirror wrote as this mirror's own: a change by hand is undone, and they go into
+// the snapshot.
 func (w *written) adopt(units []deployments.UnitID, cells map[deployments.UnitID]cell) {
 	for _, id := range units {
 		c := cells[id]
@@ -61,8 +61,8 @@ func (w *written) unconfirmed() bool {
 	return false
 }
 
-// lostState reports whether mirror/state isn't what this mirror wrote there: somebody removed or changed it by
-// hand. While the write may have yet to show, at is when that can be told.
+// lostState reports whether somebody removed or changed what this mirror wrote to mirror/state. While a watch may
+// have yet to show the write, at is when that will be known.
 func (w *written) lostState(state observedState, now time.Time) (lost bool, at time.Time) {
 	if !state.current || w.stateAt.IsZero() || bytes.Equal(state.value, encodeStatus(w.state)) {
 		return false, at
@@ -71,9 +71,9 @@ func (w *written) lostState(state observedState, now time.Time) (lost bool, at t
 	return !now.Before(at), at
 }
 
-// write commits the changes, and the state where it differs from what was written, or where lost says that it isn't
-// there. What takes several transactions is announced in the first and confirmed in the last, so that a mirror that
-// takes over in between knows which commit it finds half written.
+// write commits the changes, and the state if it changed or is lost. If several transactions are needed, the first
+// announces the commit and the last confirms it, so that a mirror that takes over in between knows which commit is
+// half written.
 func (w *writer) write(
 	ctx context.Context,
 	changes []change,
@@ -99,7 +99,7 @@ func (w *writer) write(
 		if err := w.commit(ctx, ops...); err != nil {
 			if !errors.Is(err, kv.ErrConflict) && !errors.Is(err, kv.ErrLeaseLost) {
 				for _, c := range batch {
-					// It may have been written all the same: take what the store shows.
+					// The write may have happened all the same: rely on what the store shows.
 					delete(w.records, c.unit)
 					if c.status == nil {
 						w.history.forget(c.unit)
@@ -115,7 +115,7 @@ func (w *writer) write(
 	return nil
 }
 
-// noteWritten keeps a change that the store has taken.
+// noteWritten records a change that the store has taken.
 func (w *writer) noteWritten(c change, now time.Time) {
 	if c.status != nil {
 		w.state, w.stateAt = *c.status, now
@@ -153,8 +153,7 @@ func (w *writer) noteWritten(c change, now time.Time) {
 		"generation", c.after.Generation, "commit", c.after.Commit, "reason", c.reason)
 }
 
-// traceWritten sends the spans that a written record completes: that of the push itself, and that of a rollout that
-// has ended.
+// traceWritten sends the spans that end with a written record: the push's, and a rollout's that has ended.
 func (w *writer) traceWritten(c change, now time.Time) {
 	if w.trace == nil || c.value == nil {
 		return
@@ -182,7 +181,7 @@ func (w *writer) traceWritten(c change, now time.Time) {
 	w.trace.Add(s)
 }
 
-// pinOf returns the release of a pin that a record rolls out; zero: none.
+// pinOf returns the release of the pin that a record rolls out; zero: none.
 func pinOf(r deployments.Record) deployments.Digest {
 	if r.Pinned == nil {
 		return deployments.Digest{}
@@ -195,8 +194,7 @@ func inRollout(r deployments.Record) bool {
 	return r.Rollout != nil && r.Rollout.Phase != deployments.PhaseRolledBack
 }
 
-// reportFailure says in mirror/state why what the commit asks for can't be written, where the store takes at least
-// that.
+// reportFailure writes to mirror/state why the commit's changes can't be written, if the store takes that write.
 func (w *writer) reportFailure(ctx context.Context, err error, now time.Time) {
 	for _, passes := range []error{kv.ErrConflict, kv.ErrLeaseLost, kv.ErrUnavailable} {
 		if errors.Is(err, passes) {
@@ -219,8 +217,8 @@ func (w *writer) tell(ctx context.Context, words string, now time.Time) {
 	}
 }
 
-// worthWriting reports whether next tells more than was: not where only numbers in the error differ (ports, counts,
-// times), for minutes on end. at is when was was written. Pure.
+// worthWriting reports whether next says more than was. It doesn't if only digits in the error differ (ports,
+// counts, times), until sameTrouble has passed. at is when was was written. Pure.
 func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
 	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
 		was.Error = next.Error
@@ -239,7 +237,7 @@ func withoutDigits(s string) string {
 	}, s)
 }
 
-// writeStatus puts s at mirror/state.
+// writeStatus returns the change that puts s at mirror/state.
 func writeStatus(s deployments.MirrorState) change {
 	return change{status: &s, ops: []kv.Op{kv.Put(kv.MirrorKey, encodeStatus(s))}}
 }

@@ -1,4 +1,5 @@
-// Package inspect reads the manifests of the releases that a commit names, and holds them to its settings.
+// Package inspect reads the manifests of the releases that a commit names, and checks them by the commit's
+// settings.
 package inspect
 
 import (
@@ -21,22 +22,22 @@ import (
 
 const (
 	manifestsAtOnce = 8
-	manifestTime    = time.Minute // for one to be read
-	unreadMost      = 10          // manifests that can't be read, before the rest isn't asked for
+	manifestTime    = time.Minute // to read one manifest
+	unreadMost      = 10          // failures after which the remaining manifests aren't read
 )
 
-// Releases is how the releases that a commit names are looked at.
+// Releases configures how the releases that a commit names are checked.
 type Releases struct {
-	// Objects reads their manifests.
+	// Objects reads the manifests.
 	Objects *object.Client
-	// Trust, where set, reports why a manifest's bytes must not be used: it bears no signature that counts. Without
-	// it, signatures are the nodes' to check.
+	// Trust, if set, returns why a manifest must not be used: it has no valid signature. Without it, only nodes
+	// check signatures.
 	Trust func(ctx context.Context, p deployments.Pointer, manifest []byte) error
 }
 
-// Check reads the manifest of every release that a tree names: whether it is there, has its digest and parses, is
-// to be trusted, and does only what kedge.yaml allows for its stage. The error is Problems, also of what can't be
-// read now.
+// Check reads the manifest of every release that a tree names. It checks that the manifest exists, has the right
+// digest, parses, is trusted, and does only what kedge.yaml allows for its stage. The error is
+// deployments.Problems, also for manifests that can't be read now.
 func (r Releases) Check(ctx context.Context, tree *deployments.Tree) error {
 	problems, unread := r.Inspect(ctx, tree.Settings, tree.Units)
 	if problems = append(problems, unread...); len(problems) == 0 {
@@ -50,8 +51,8 @@ func byPlace(a, b deployments.Problem) int {
 	return cmp.Or(strings.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
 }
 
-// Changed returns the units of a tree whose release, or what releases of its stage may do, isn't as it was; before
-// nil: all.
+// Changed returns the units of a tree whose release differs from before, or whose stage's bounds do; before nil:
+// all.
 func Changed(before, to *deployments.Tree) []deployments.Unit {
 	if before == nil {
 		return to.Units
@@ -74,7 +75,7 @@ func Changed(before, to *deployments.Tree) []deployments.Unit {
 	return units
 }
 
-// Bounded returns the units whose releases take a look at the manifest to tell whether they are allowed.
+// Bounded returns the units whose releases can only be checked by their manifests.
 func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Unit {
 	return slices.DeleteFunc(
 		slices.Clone(units),
@@ -82,9 +83,9 @@ func Bounded(s deployments.Settings, units []deployments.Unit) []deployments.Uni
 	)
 }
 
-// Inspect reads the manifests of the units' releases, and holds them to the settings. problems are for good: a
-// digest names a manifest for ever. unread are those that could not be read, or whose signature doesn't count,
-// which may pass: they aren't there yet, or the storage is away. Both are sorted.
+// Inspect reads the manifests of the units' releases, and checks them by the settings. problems are final, as a
+// digest names the same manifest for ever. unread are manifests that could not be read or have no valid signature;
+// these may pass: the release isn't there yet, or the storage is away. Both are sorted.
 func (r Releases) Inspect(
 	ctx context.Context,
 	s deployments.Settings,
@@ -124,14 +125,14 @@ func (r Releases) Inspect(
 			return nil
 		})
 	}
-	_ = g.Wait() // its functions give none
+	_ = g.Wait() // the functions return no errors
 	slices.SortFunc(problems, byPlace)
 	slices.SortFunc(unread, byPlace)
 	return problems, unread
 }
 
-// sourcesOf returns why a redirect of what units share may not lead to a URL: each of their stages must allow it, as
-// its nodes will hold to it.
+// sourcesOf returns a check of the URLs that a release of these units may be redirected to: each unit's stage must
+// allow the URL, as its nodes check the same.
 func sourcesOf(s deployments.Settings, units []deployments.Unit) func(url string) error {
 	return func(url string) error {
 		for _, u := range units {
@@ -157,8 +158,8 @@ func (r Releases) read(ctx context.Context, p deployments.Pointer) ([]byte, erro
 	return raw, err
 }
 
-// checkRelease reports why a unit's release must not be used, by its manifest's bytes; pure. What a variable in it
-// would become is known on the unit's nodes only, and may be any text, more fields among them.
+// checkRelease returns why a unit's release must not be used, by the bytes of its manifest; pure. The value of a
+// variable in it is known only on the unit's nodes, and may be any text, even further fields.
 func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error {
 	bounds, variable := policy.BoundsOf(s, u.ID.Stage), ""
 	m, err := deployments.ParseManifest(raw, u.Release.URL, func(name string) (string, bool) {
@@ -190,8 +191,8 @@ func checkRelease(s deployments.Settings, u deployments.Unit, raw []byte) error 
 	return nil
 }
 
-// asWritten returns the names by which a user is checked in the mirror: its manifest's own, as the mirror knows no
-// node's users or groups. Of its groups nothing is.
+// asWritten returns the names by which a user is checked in the mirror: only the manifest's own name, as the mirror
+// doesn't know the nodes' users and groups. A group without a user has no name.
 func asWritten(user string) []string {
 	if user == "" || strings.HasPrefix(user, ":") {
 		return nil

@@ -1,4 +1,4 @@
-// Package webhook takes the webhooks of forges, and passes them on to the mirror that holds the lease.
+// Package webhook receives the webhooks of forges, and passes them on to the mirror that holds the lease.
 package webhook
 
 import (
@@ -25,26 +25,26 @@ import (
 // maxBody bounds a webhook's body, in bytes: a push of many commits has some ten KiB.
 const maxBody = 1 << 20
 
-// Pause is from one webhook that is passed on to the next: however many come, the store gets a small write now
-// and then.
+// Pause is the least time between two webhooks that are passed on, so that any number of them costs the store one
+// small write now and then.
 const Pause = 2 * time.Second
 
 // Config configures a Receiver.
 type Config struct {
 	Secret string // empty: webhooks are refused
 	Store  kv.Store
-	Name   string           // of this mirror
+	Name   string           // the name of this mirror
 	Leads  func() bool      // reports whether this mirror holds the lease
-	Heed   func()           // is called for each webhook that is taken
-	Count  func(status int) // is told how each was answered
+	Heed   func()           // is called for each valid webhook
+	Count  func(status int) // is called with the status of each answer
 	Log    *slog.Logger
 }
 
-// Receiver takes webhooks. Make it with New.
+// Receiver receives webhooks. Create it with New.
 type Receiver struct {
-	Pause  time.Duration // as the constant
+	Pause  time.Duration // defaults to the constant
 	c      Config
-	hooked wait.Signal // asks for a webhook to be passed on
+	hooked wait.Signal // makes PassOn pass a webhook on
 
 	mu         sync.Mutex
 	complained time.Time // when a refused webhook was last logged
@@ -53,8 +53,8 @@ type Receiver struct {
 // New returns a Receiver.
 func New(c Config) *Receiver { return &Receiver{Pause: Pause, c: c, hooked: wait.NewSignal()} }
 
-// ServeHTTP takes a webhook if the caller knows the secret. Nothing in the body is believed, or even read, beyond
-// its signature: every event will do, and one that is sent again only asks once more.
+// ServeHTTP accepts a webhook if the caller knows the secret. The body is only read to check its signature: any
+// event triggers a poll, and a replayed one only triggers another.
 func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	code, why := Check(r.c.Secret, http.MaxBytesReader(w, req.Body, maxBody), req.Header)
 	r.c.Count(code)
@@ -70,9 +70,9 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	w.WriteHeader(code)
 }
 
-// PassOn tells the mirror that holds the lease of webhooks that came here: neither a forge nor a load balancer
-// knows which one that is, and they don't try another. One that came to a mirror which is about to lose the lease
-// is not lost: whoever takes it polls.
+// PassOn passes webhooks that came here on to the mirror that holds the lease: neither a forge nor a load balancer
+// knows which one that is, and they don't try another. A webhook that reaches a mirror which is about to lose the
+// lease is not lost: the next leader polls.
 func (r *Receiver) PassOn(ctx context.Context) {
 	retry := wait.NewBackoff(time.Second, 30*time.Second)
 	for failed := false; ; {
@@ -89,14 +89,14 @@ func (r *Receiver) PassOn(ctx context.Context) {
 			"%s %s\n",
 			time.Now().UTC().Format(time.RFC3339Nano),
 			r.c.Name,
-		) // one that is the same would wake nobody
+		) // a value that doesn't change would wake nobody
 		if err := r.c.Store.Commit(ctx, nil, kv.Put(kv.MirrorHook, []byte(value))); err == nil {
 			failed = false
 			retry.Reset()
 		} else {
 			if !failed && ctx.Err() == nil {
 				r.c.Log.Warn(
-					"a webhook can't be passed on to the mirror that holds the lease, it is tried again",
+					"could not pass a webhook on to the mirror that holds the lease: trying again",
 					"store",
 					r.c.Store,
 					"error",
@@ -111,8 +111,8 @@ func (r *Receiver) PassOn(ctx context.Context) {
 	}
 }
 
-// mayComplain reports whether a refusal is worth a line in the log: whoever reaches the port must not be able to
-// fill a disk.
+// mayComplain reports whether a refusal may be logged now: whoever reaches the port must not be able to fill a
+// disk.
 func (r *Receiver) mayComplain(now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -123,14 +123,14 @@ func (r *Receiver) mayComplain(now time.Time) bool {
 	return true
 }
 
-// Check returns 202 if one of a webhook's signatures, or its token, is right by the secret; else why not. body is at
-// most maxBody bytes long.
+// Check returns 202 if one of a webhook's signatures, or its token, is valid for the secret; else another status
+// and why. body is at most maxBody bytes long.
 func Check(secret string, body io.Reader, h http.Header) (code int, why string) {
 	if secret == "" {
 		return http.StatusForbidden, "webhooks are off: the mirror has no KEDGE_WEBHOOK_SECRET"
 	}
 	key, signed := []byte(secret), ""
-	var given [][]byte // signatures, of which one must fit
+	var given [][]byte // signatures, of which one must be valid
 	if standard := h.Get("Webhook-Signature"); standard != "" {
 		key, signed, given = standardKey(
 			secret,
@@ -142,7 +142,7 @@ func Check(secret string, body io.Reader, h http.Header) (code int, why string) 
 			standard,
 		)
 	} else if token := sharedSecret(h); token != "" {
-		// Digests have one length, so that not even the secret's length can be timed.
+		// The digests have the same length, so that timing does not even reveal the secret's length.
 		got, want := sha256.Sum256([]byte(token)), sha256.Sum256([]byte(secret))
 		if subtle.ConstantTimeCompare(got[:], want[:]) != 1 {
 			return http.StatusUnauthorized, "the token is wrong"
@@ -180,7 +180,7 @@ func Check(secret string, body io.Reader, h http.Header) (code int, why string) 
 	return http.StatusAccepted, ""
 }
 
-// sharedSecret is the secret itself, as forges that don't sign send it; empty: none is sent.
+// sharedSecret returns the secret that forges without signatures send; empty: none was sent.
 func sharedSecret(h http.Header) string {
 	if token := h.Get("X-Gitlab-Token"); token != "" {
 		return token
@@ -189,7 +189,7 @@ func sharedSecret(h http.Header) string {
 	return password
 }
 
-// standardKey is the key of a secret as Standard Webhooks, and GitLab's signing tokens, have it.
+// standardKey returns the key that Standard Webhooks, and GitLab's signing tokens, derive from a secret.
 func standardKey(secret string) []byte {
 	if text, found := strings.CutPrefix(secret, "whsec_"); found {
 		if key, err := base64.StdEncoding.DecodeString(text); err == nil && len(key) > 0 {
@@ -199,9 +199,8 @@ func standardKey(secret string) []byte {
 	return []byte(secret)
 }
 
-// standardSignatures reads "v1,BASE64 v1,BASE64", of which there are several while a secret is replaced. The time
-// that is signed with them is not looked at: a clock that is wrong would do more harm than a hook that is sent
-// again.
+// standardSignatures parses "v1,BASE64 v1,BASE64": there are several while a secret is replaced. The signed time is
+// not checked, as a wrong clock would do more harm than a replayed webhook.
 func standardSignatures(header string) (all [][]byte) {
 	for _, one := range strings.Fields(header) {
 		text, found := strings.CutPrefix(one, "v1,")
