@@ -79,7 +79,7 @@ type observedPins struct {
 	synced bool
 	err    error                                                // why the view may be out of date
 	units  map[deployments.UnitID]policy.Value[deployments.Pin] // of whole units
-	shown  map[deployments.UnitID][]deployments.PastPin         // of units and nodes, in the history's form, with a zero At
+	shown  map[deployments.UnitID][]deployments.PastPin         // of units and nodes, as the history has them; At is zero
 }
 
 // observedState is the view of mirror/.
