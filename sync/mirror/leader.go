@@ -43,6 +43,7 @@ type leader struct {
 	ranks     map[deployments.UnitID]*policy.Ranks
 	lostSince map[deployments.UnitID]time.Time // since when nodes are ahead of the store
 	badOrders string                           // the orders that can't be obeyed, as last logged
+	hearing   bool                             // units wait for their nodes' reports, as last logged
 	// consulNode is the Consul node that the lease's session belongs to; empty: unknown, or warnShared is done.
 	consulNode string
 	// badOrderLines bounds the lines about orders that can't be obeyed: whoever may write control/ can change one
@@ -340,6 +341,11 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		if todo, err = l.plan(ctx, commit, vouched, seen, now); err != nil {
 			return 0, err
 		}
+		if todo.hearing > 0 && !l.hearing {
+			l.c.Log.Info("nodes may report before their records change, as their reports were just read",
+				"units", todo.hearing, "until", todo.again)
+		}
+		l.hearing = todo.hearing > 0
 		if !todo.again.IsZero() {
 			again = max(time.Millisecond, todo.again.Sub(now))
 		}

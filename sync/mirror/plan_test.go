@@ -312,6 +312,25 @@ func TestReconcileEnds(t *testing.T) {
 	})
 }
 
+// A mirror that has just read the fleet lets nodes report before it moves them, and counts what waits for that.
+func TestRecordsWaitForReports(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	paced, plain := unit(t, "prod/web/app", "1"), unit(t, "prod/web/base", "1")
+	paced.Rollout = &deployments.Rollout{MaxUnavailable: deployments.Amount{N: 1}, Deadline: time.Minute}
+	in := inputs{commit: commitOf(tree(paced, plain)), now: now, fleetSince: now, rebuildWait: 5 * time.Second,
+		cells: map[deployments.UnitID]cell{}, own: map[deployments.UnitID]writtenRecord{}}
+	p := reconcile(in)
+	if len(p.changes) != 1 || p.changes[0].unit != plain.ID || p.hearing != 1 || p.whole ||
+		p.again.Sub(now).Round(time.Second) != in.rebuildWait {
+		t.Errorf("at first it writes %+v, %d units wait, until %v", p.changes, p.hearing, p.again)
+	}
+	in.now = now.Add(in.rebuildWait)
+	if p := reconcile(in); len(p.changes) != 2 || p.hearing != 0 || !p.whole {
+		t.Errorf("then it writes %+v, %d units wait", p.changes, p.hearing)
+	}
+}
+
 func TestBatches(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {

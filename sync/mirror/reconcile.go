@@ -123,6 +123,8 @@ type plan struct {
 	whole bool
 	// again is when to reconcile again though nothing changed; zero: never.
 	again time.Time
+	// hearing is how many units wait until their nodes have had the time to report.
+	hearing int
 }
 
 // reconcile returns what to write to make the store hold what the commit asks for; pure.
@@ -140,6 +142,9 @@ func reconcile(in inputs) plan {
 			p.changes = append(p.changes, w)
 		case doWait:
 			p.whole = false
+			if !at.IsZero() {
+				p.hearing++
+			}
 		case doNothing:
 			if _, known := in.own[u.ID]; !known && ours(in.cells[u.ID].record) {
 				p.agreed = append(p.agreed, u.ID)
