@@ -11,8 +11,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// reconcile decides for every unit what its worker should bring about, from what is known now. It returns when time
-// alone could change the answer, or what couldn't be written is to be tried again; zero: never.
+// reconcile decides for every unit what its worker should reach, from what is known now. It returns when to decide
+// again though nothing changed; zero: never.
 func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	began := time.Now()
 	defer func() { a.metrics.reconcile.Observe(time.Since(began).Seconds()) }()
@@ -38,7 +38,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	}
 	for _, u := range a.units {
 		if u.atRest() {
-			u.claimed = "" // dest says where it is
+			u.claimed = "" // dest says where the tree is
 		}
 	}
 	for _, u := range a.units {
@@ -89,7 +89,8 @@ func (a *Agent) decide(r *cache.Role, now time.Time) {
 	}
 }
 
-// failureKey names what asks for a release: while it stays the same, a release that failed here isn't tried again.
+// failureKey identifies the request for a release. A release that failed here isn't retried while the key stays the
+// same.
 func failureKey(
 	r *cache.Role,
 	id deployments.UnitID,
@@ -140,7 +141,7 @@ func (a *Agent) aim(r *cache.Role) {
 		if r := u.record; r.Present && r.Err == nil {
 			g.stays = r.Value.Rollout == nil || !r.Value.Stable.IsZero()
 		}
-		// A rollout may turn back until it has ended; a pin is for a while.
+		// A rollout may turn back until it has ended; a pin is temporary.
 		from := u.decision.Source
 		g.settle = a.c.Trust != nil &&
 			(from == policy.FromStable || from == policy.FromTarget && u.record.Value.Rollout == nil)
@@ -168,7 +169,7 @@ func (u *unit) aim(g goal) {
 		u.retry.Reset()
 		u.retryAt = time.Time{}
 		if u.deploy != nil && u.done == g.run {
-			u.trouble = nil // it was with what isn't wanted any more
+			u.trouble = nil // the error was about what isn't wanted any more
 		}
 	}
 	if g.key != u.goal.key {
@@ -181,17 +182,18 @@ func (u *unit) aim(g goal) {
 	u.nudge()
 }
 
-// inTheWay reports whether the job under way has to make room for the goal.
+// inTheWay reports whether the job under way has to be cancelled for the goal.
 func (u *unit) inTheWay() bool {
 	switch g := u.goal; u.busy.kind {
 	case jobDeploy:
-		// Nothing wanted any more isn't worth stopping what has begun to switch: it would have to be finished all the same.
+		// If nothing is wanted any more, a switch that has begun isn't cancelled: it would have to be finished
+		// anyway.
 		begun := u.phase == deployments.StateSwitching && u.announce.begins()
 		return g.leave || g.run != u.busy.release && (!g.run.IsZero() || !begun)
 	case jobRecover:
 		s := u.state()
 		return g.leave && !s.Leaving || !g.run.IsZero() && g.run != s.Staged && g.run != s.Ends
-	case jobLeave: // once it has begun it is soon over
+	case jobLeave: // it ends soon once it has begun
 		return !g.leave && !u.state().Leaving
 	case jobStage:
 		return u.busy.release != g.run && u.busy.release != g.stage
@@ -203,10 +205,10 @@ func (u *unit) inTheWay() bool {
 	return false
 }
 
-var errSuperseded = errors.New("something else is wanted by now")
+var errSuperseded = errors.New("superseded by another goal")
 
-// retire lets units go that nobody desires, and that nothing is kept of: their workers end, and then their directories
-// go. a.mu is held.
+// retire ends the workers of units that nobody desires and that have no files on this node; then their directories
+// are removed. a.mu is held.
 func (a *Agent) retire() {
 	for _, u := range a.units {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {

@@ -15,19 +15,19 @@ import (
 // drainWait is how long a switch waits for maintenance mode to be on.
 const drainWait = 5 * time.Second
 
-// drains knows which units are drained, and keeps the node's maintenance mode in step with that.
+// drains knows which units are drained, and sets the node's maintenance mode accordingly.
 type drains struct {
 	maintenance func(ctx context.Context, on bool, reason string) error
-	converged   <-chan struct{} // from then on a node that isn't drained is in service
+	converged   <-chan struct{} // once closed, a node that isn't drained is in service
 	log         *slog.Logger
 	changed     wait.Signal
 
 	mu    sync.Mutex
 	units []deployments.UnitID
-	on    bool          // maintenance mode, as it was turned last
-	known bool          // false at the start: a run before this one may have been killed while it was on
-	lost  bool          // it is being turned, or that failed, which may have been but its answer
-	done  chan struct{} // closed, and made anew, when on changes
+	on    bool          // maintenance mode as it was last set
+	known bool          // false at the start: an earlier run may have been killed while it was on
+	lost  bool          // it is being set, or setting it failed, maybe only in its answer
+	done  chan struct{} // closed and replaced when on changes
 }
 
 func newDrains(
@@ -44,8 +44,8 @@ func newDrains(
 	}
 }
 
-// set notes that a unit is drained, or no longer. Where maintenance mode has to go on, it waits for that, but not
-// for long.
+// set records that a unit is drained or no longer is. If maintenance mode has to be switched on, it waits for that
+// for up to drainWait.
 func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error {
 	d.mu.Lock()
 	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })
@@ -79,7 +79,7 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	}
 }
 
-// forget is set with false, which never waits.
+// forget ends the drain of a unit without waiting.
 func (d *drains) forget(id deployments.UnitID) {
 	if slices.Contains(d.list(), id) {
 		_ = d.set(context.Background(), id, false)
@@ -92,8 +92,8 @@ func (d *drains) list() []deployments.UnitID {
 	return slices.Clone(d.units)
 }
 
-// run turns maintenance mode on and off until ctx ends. A node that stops while it is drained stays in maintenance
-// mode: it has not become healthy. The next run ends that.
+// run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in
+// maintenance mode, as it has not become healthy. The next run ends that.
 func (d *drains) run(ctx context.Context) {
 	if d.maintenance == nil {
 		return
@@ -109,7 +109,7 @@ func (d *drains) run(ctx context.Context) {
 		d.mu.Unlock()
 		var again <-chan time.Time
 		var converged <-chan struct{}
-		if !known && !lost && !want { // what a run before this one left on ends when the node is well, not before
+		if !known && !lost && !want { // if an earlier run left it on, it stays on until the node is healthy
 			select {
 			case <-d.converged:
 			default:
@@ -133,7 +133,7 @@ func (d *drains) run(ctx context.Context) {
 			case ctx.Err() != nil:
 				return
 			case retry.Tries() == 0:
-				d.log.Warn("maintenance mode can't be turned: trying again", "on", want, "error", err)
+				d.log.Warn("could not switch maintenance mode: trying again", "on", want, "error", err)
 			}
 			again = time.After(retry.Next())
 		}

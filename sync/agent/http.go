@@ -21,7 +21,8 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// Alive reports whether the agent's loop still runs: the watchdog and /live ask it. It takes up to 10 s to say no.
+// Alive reports whether the agent's loop still runs, for the watchdog and /live. It takes up to 10 s to return
+// false.
 func (a *Agent) Alive() bool {
 	t := time.NewTimer(10 * time.Second)
 	defer t.Stop()
@@ -33,8 +34,8 @@ func (a *Agent) Alive() bool {
 	}
 }
 
-// Retry tries again, now, what failed on this node and what waits for its next try: of one unit, or of all for the
-// zero UnitID. It says whether there is such a unit.
+// Retry retries at once what failed on this node or waits for its next try: of one unit, or of all units for the
+// zero UnitID. It reports whether there is such a unit.
 func (a *Agent) Retry(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -53,11 +54,11 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 	return found
 }
 
-// maxSocketPath is the longest path of a socket, by the kernel's rule.
+// maxSocketPath is the kernel's limit for the path of a socket.
 const maxSocketPath = 107
 
-// SocketPath is where the agent of a state directory listens on this machine, for GET /status, /ready and /live,
-// and for POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
+// SocketPath returns the path of the socket at which the agent of a state directory serves GET /status, /ready and
+// /live, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
 func SocketPath(stateDir string) string { return filepath.Join(stateDir, statedir.SocketFile) }
 
 // Status returns the agent's whole state.
@@ -94,7 +95,7 @@ func (a *Agent) Status() policy.NodeStatus {
 	return s
 }
 
-// handler answers for the node: whether it serves, and, if open, what it runs and why.
+// handler serves the node's health and, if open, what it runs and why.
 func (a *Agent) handler(open bool) *http.ServeMux {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
@@ -119,7 +120,7 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 	})
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {
-			http.Error(w, "the agent's loop does not turn", http.StatusServiceUnavailable)
+			http.Error(w, "the agent's loop does not run", http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")
@@ -145,18 +146,18 @@ func answer(w http.ResponseWriter, code int, v any) {
 	w.WriteHeader(code)
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")
-	_ = e.Encode(v) // whoever asked has gone
+	_ = e.Encode(v) // an error means that the client has gone
 }
 
-// serveSocket answers at agent.sock, which only the agent's own user can open, until ctx ends. An agent goes
-// without where the path is too long.
+// serveSocket serves agent.sock, which only the agent's own user can open, until ctx ends. If the path is too long,
+// the agent runs without it.
 func (a *Agent) serveSocket(ctx context.Context) error {
 	path := SocketPath(a.c.StateDir)
 	if len(path) > maxSocketPath {
 		a.c.Log.Warn("no socket for kedge retry on this node: the state directory's path is too long", "path", path)
 		return nil
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // what a kill left; the lock is ours
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) { // left by a kill; this process has the lock
 		a.c.Log.Warn("no socket for kedge retry on this node", "error", err)
 		return nil
 	}
@@ -184,16 +185,16 @@ func (a *Agent) serveSocket(ctx context.Context) error {
 }
 
 const (
-	// maxConns bounds the connections of each address: the oldest makes room for a new one.
+	// maxConns bounds the connections of each address: a new one replaces the oldest.
 	maxConns = 100
-	// An answer takes milliseconds, but that of /live, which waits up to 10 s for a loop that hangs.
+	// An answer takes milliseconds, except that of /live, which waits up to 10 s for a loop that hangs.
 	headerTimeout = 5 * time.Second
 	readTimeout   = 10 * time.Second
 	writeTimeout  = 20 * time.Second
 	idleTimeout   = time.Minute
 )
 
-// onlyThisMachine reports whether an address can be reached from this machine alone.
+// onlyThisMachine reports whether an address can only be reached from this machine.
 func onlyThisMachine(addr net.Addr) bool {
 	if tcp, ok := addr.(*net.TCPAddr); ok {
 		return tcp.IP.IsLoopback()
@@ -201,8 +202,8 @@ func onlyThisMachine(addr net.Addr) bool {
 	return addr.Network() == "unix"
 }
 
-// serve answers at Listen and ListenStatus until ctx ends. What the node runs and why is told at Listen only if it can
-// be reached from this machine alone: whoever asks for the node's health need not know.
+// serve serves Listen and ListenStatus until ctx ends. Listen serves what the node runs and why only if it can only
+// be reached from this machine: whoever asks for the node's health need not know.
 func (a *Agent) serve(ctx context.Context) error {
 	if a.listener == nil {
 		return nil
@@ -239,11 +240,11 @@ func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
-// connections bounds a server's connections. Those that are held open for nothing are the oldest: closing one of
-// them lets a load balancer in whatever others do.
+// connections bounds a server's connections. Idle ones are the oldest: closing the oldest lets a load balancer in
+// whatever other clients do.
 type connections struct {
 	mu   sync.Mutex
-	open []net.Conn // the oldest first
+	open []net.Conn // oldest first
 }
 
 func (c *connections) note(conn net.Conn, state http.ConnState) {

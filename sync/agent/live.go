@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	// verifyRate bounds what a check of a live tree reads, in bytes a second.
+	// verifyRate bounds how fast a check reads a live tree, in bytes a second.
 	verifyRate = 16 << 20
 	maxDrift   = 5
 )
@@ -45,7 +45,7 @@ func (a *Agent) checkLink(u *unit) {
 	a.kickReport()
 }
 
-// astray reports whether dest is no longer as the last deployment left it, and notes what something else has deployed
+// astray reports whether dest is no longer as the last deployment left it, and records what another tool deployed
 // there.
 func (u *unit) astray() bool {
 	found, changed := u.mark.Changed()
@@ -60,14 +60,14 @@ func (u *unit) astray() bool {
 	return changed
 }
 
-// verify compares dest, and the live tree, with the release.
+// verify compares dest and the live tree with the release.
 func (a *Agent) verify(ctx context.Context, u *unit) error {
 	ds, err := u.deploy.Verify(ctx, verifyRate)
 	if err != nil {
 		if ctx.Err() == nil {
-			u.log.Warn("the live release can't be checked", "error", err)
+			u.log.Warn("could not verify the live release", "error", err)
 		}
-		return nil // it is looked at again in its time, and nothing of the unit is worse for it
+		return nil // the next check retries, and the unit is none the worse
 	}
 	paths := driftPaths(ds)
 	a.mu.Lock()
@@ -92,7 +92,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// heal puts drift right. What only the release's commands could make again stays in the report.
+// heal repairs drift. What only the release's commands could restore stays in the report.
 func (a *Agent) heal(ctx context.Context, u *unit) error {
 	left, err := u.deploy.Heal(ctx)
 	if err != nil {
@@ -103,7 +103,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	u.drift, u.unhealable, u.foreign = paths, paths, ""
 	a.mu.Unlock()
 	if len(left) > 0 {
-		u.log.Warn("drift is healed but for what the release's commands had made: deploy it again to have it made anew",
+		u.log.Warn("drift is healed, except what the release's commands made: deploy it again to restore that",
 			"paths", len(left), "first", left[0].Path, "what", left[0].What)
 		return nil
 	}
@@ -111,7 +111,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 	return nil
 }
 
-// driftPaths returns the paths that a report names of differences.
+// driftPaths returns the paths of differences for a report.
 func driftPaths(ds []artifact.Difference) []string {
 	var paths []string
 	for _, d := range ds[:min(len(ds), maxDrift)] {
@@ -125,16 +125,16 @@ func (u *unit) toHeal() bool {
 	return u.goal.heal && len(u.drift) > 0 && !slices.Equal(u.drift, u.unhealable)
 }
 
-// verifyDelay is the time from one check to the next, so spread that a fleet doesn't check at once.
+// verifyDelay returns the time to the next check, spread so that the fleet doesn't check at once.
 func verifyDelay(every time.Duration) time.Duration { return wait.Jitter(every, 0.5) }
 
-// While dest differs from the release, a node that observes looks again after these times.
+// A node that observes compares again after observeAgain, and then less and less often, while dest differs.
 const (
 	observeAgain     = time.Second
 	observeAgainMost = 5 * time.Minute
 )
 
-// observeOnly compares a unit's release with its dest, and does nothing else.
+// observeOnly chooses the next job of a unit that is only observed.
 func (u *unit) observeOnly(now time.Time) (_ job, again time.Time) {
 	p := u.goal.observe
 	switch {
@@ -167,7 +167,7 @@ func (a *Agent) compare(ctx context.Context, u *unit, p deployments.Pointer) err
 	}
 	u.compared = found
 	switch {
-	case found.Differs > 0: // what deploys here besides may be about to change that
+	case found.Differs > 0: // another tool may be about to change that
 		u.verifyAt = time.Now().Add(u.again.Next())
 	case a.c.VerifyEvery > 0:
 		u.verifyAt = time.Now().Add(verifyDelay(a.c.VerifyEvery))
@@ -187,7 +187,7 @@ func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error 
 	if occupied {
 		found = policy.FoundOther
 	}
-	u.log.Debug("looked at what lies at dest", "release", p.String(), "found", string(found))
+	u.log.Debug("looked at what is at dest", "release", p.String(), "found", string(found))
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	u.looked = lookedAt{p.Digest, found}
@@ -195,18 +195,19 @@ func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error 
 	return nil
 }
 
-// healthWatch runs the monitor of what a unit runs, between two deployments. The unit's worker alone calls its methods.
+// healthWatch runs the health monitor of a unit's release between two deployments. Only the unit's worker calls its
+// methods.
 type healthWatch struct {
 	a *Agent
 	u *unit
 
-	of   deployments.Pointer // what is watched, or has nothing to watch; zero: nothing yet
+	of   deployments.Pointer // the release that is watched, or has no checks; zero: none yet
 	end  context.CancelFunc  // nil: no monitor runs
 	done chan struct{}
 }
 
-// start begins the checks of the running release, unless they run already. A release that didn't run before begins
-// healthy.
+// start begins the checks of the running release, unless they run already. A release that has just been deployed
+// begins as healthy.
 func (w *healthWatch) start(ctx context.Context) {
 	s := w.u.deploy.State()
 	if s.Unfinished || !s.Proven || s.Running.IsZero() || w.of == s.Running {
@@ -215,7 +216,7 @@ func (w *healthWatch) start(ctx context.Context) {
 	w.stop()
 	monitor, err := w.u.deploy.Monitor()
 	if err != nil {
-		w.u.log.Error("the checks of what runs can't go on", "release", s.Running.String(), "error", err)
+		w.u.log.Error("could not continue the checks of the running release", "release", s.Running.String(), "error", err)
 	}
 	w.of = s.Running
 	w.a.mu.Lock()

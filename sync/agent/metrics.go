@@ -10,8 +10,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// metrics are the series that the agent counts as it goes; see gauges for the others. All methods may be called
-// without a registry.
+// metrics are the metrics that the agent updates as it works; see gauges for the others. All methods work without a
+// registry.
 type metrics struct {
 	jobs      *prometheus.CounterVec
 	duration  *prometheus.HistogramVec
@@ -42,7 +42,7 @@ func newMetrics(r *prometheus.Registry) *metrics {
 			prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."},
 		),
 		store: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "kedge_agent_store_up", Help: "1 where the view of a prefix is up to date.",
+			Name: "kedge_agent_store_up", Help: "1 while the view of a prefix is up to date.",
 		}, []string{"prefix"}),
 	}
 	if r != nil {
@@ -89,14 +89,14 @@ func (m *metrics) seen(prefix string, up bool) {
 	m.store.WithLabelValues(prefix).Set(v)
 }
 
-// gauges are computed when Prometheus asks.
+// gauges are the metrics that are computed at each scrape.
 type gauges struct {
 	reports func() map[string]deployments.Report
 	fetched func() (requests int64, bytes int64)
 }
 
 var (
-	readyGauge = prometheus.NewDesc("kedge_agent_ready", "1 where /ready answers 200.", nil, nil)
+	readyGauge = prometheus.NewDesc("kedge_agent_ready", "1 while /ready answers 200.", nil, nil)
 	stateGauge = prometheus.NewDesc("kedge_agent_unit_state", "1 for the state that a unit is in, 0 for every other.",
 		[]string{"role", "unit", "state"}, nil)
 	infoGauge = prometheus.NewDesc("kedge_agent_unit_info", "1, with the release that a unit runs.",

@@ -11,7 +11,7 @@ import (
 	"kedge/sync/agent/cache"
 )
 
-// watch follows one prefix of the store until ctx ends.
+// watch watches one prefix of the store until ctx ends.
 func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for ctx.Err() == nil {
@@ -22,14 +22,14 @@ func (a *Agent) watch(ctx context.Context, s *cache.Source) {
 		if ctx.Err() != nil {
 			return
 		}
-		a.c.Log.Error("watching the store ended, and begins again", "prefix", s.Prefix, "error", err)
+		a.c.Log.Error("the watch of the store ended: watching again", "prefix", s.Prefix, "error", err)
 		if retry.Wait(ctx) != nil {
 			return
 		}
 	}
 }
 
-// saw adopts a view of the store, and makes a missing folder key.
+// saw takes a view of the store, and starts makeFolder if a folder key is missing.
 func (a *Agent) saw(ctx context.Context, s *cache.Source, v kv.View) {
 	a.see(s, v)
 	if v.Synced {
@@ -49,28 +49,28 @@ func (a *Agent) saw(ctx context.Context, s *cache.Source, v kv.View) {
 	}
 }
 
-// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. That is the
-// mirror's job; where there is none, and the agent's token may, it helps itself. It tries until the prefix can be
-// read: the token may be new, or the store away.
+// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. The mirror
+// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until the
+// prefix can be read: the token may be new, or the store away.
 func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 	retry := newBackoff()
 	for a.lacksFolder(s) {
 		err := a.c.Store.EnsureFolders(ctx, s.Prefix)
 		if err == nil {
-			a.c.Log.Info("made the folder key, where there may be no mirror", "prefix", s.Prefix)
+			a.c.Log.Info("made the folder key, as there may be no mirror", "prefix", s.Prefix)
 			a.mu.Lock()
 			a.making[s] = false
 			a.mu.Unlock()
 			return
 		}
-		a.c.Log.Debug("the folder key can't be made by this agent", "prefix", s.Prefix, "error", err)
+		a.c.Log.Debug("could not make the folder key", "prefix", s.Prefix, "error", err)
 		if retry.Wait(ctx) != nil {
 			return
 		}
 	}
 }
 
-// lacksFolder notes and reports whether a prefix can't be read for want of its folder key.
+// lacksFolder records and reports whether a prefix can't be read because its folder key is missing.
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -79,7 +79,7 @@ func (a *Agent) lacksFolder(s *cache.Source) bool {
 	return a.making[s]
 }
 
-// see adopts a view of the store.
+// see takes a view of the store.
 func (a *Agent) see(s *cache.Source, v kv.View) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -88,7 +88,7 @@ func (a *Agent) see(s *cache.Source, v kv.View) {
 	a.kick()
 }
 
-// useSnapshot offers a snapshot to the sources that know nothing, as long as there are any.
+// useSnapshot offers a snapshot to the sources that know nothing, until there are none.
 func (a *Agent) useSnapshot(ctx context.Context) {
 	if a.c.Snapshot == nil {
 		return
@@ -126,10 +126,10 @@ func (a *Agent) offerSnapshot(entries []kv.Entry) {
 	a.kick()
 }
 
-// findName settles the node's name, where none was given: what the store's agent on this machine calls it, as all
-// other tools do, and so that its death is seen at once. It returns once the name is settled; before that nothing
-// is reported, and no view of the store is taken, as pins and turns go by the name. That costs nothing: who can't
-// be asked has nothing else to say either.
+// findName finds the node's name if none was given: the name that the store's agent on this machine has for it, as
+// other tools do, and so that the node's death is seen at once. It returns once the name is known. Before that
+// nothing is reported and no view of the store is taken, as pins and turns depend on the name. That costs nothing:
+// a store that doesn't tell the name has no records to give either.
 func (a *Agent) findName(ctx context.Context) {
 	namer, ok := a.c.Store.(kv.Namer)
 	if a.naming == nil || !ok {
@@ -142,7 +142,7 @@ func (a *Agent) findName(ctx context.Context) {
 			err = deployments.CheckSegment("node", name)
 		}
 		switch {
-		case err == nil && name == "": // the store is asked through another machine
+		case err == nil && name == "": // the store's agent is on another machine
 			return
 		case err == nil:
 			a.rename(name)
@@ -150,14 +150,14 @@ func (a *Agent) findName(ctx context.Context) {
 		case ctx.Err() != nil:
 			return
 		case a.naming.saved != "":
-			a.c.Log.Debug("this node's name is the one that it had", "node", a.naming.saved, "error", err)
+			a.c.Log.Debug("this node keeps its last known name", "node", a.naming.saved, "error", err)
 			return
 		case !passing(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
-			a.c.Log.Info("this node goes by its host's name", "node", a.Node(), "error", err)
+			a.c.Log.Info("this node takes its host's name", "node", a.Node(), "error", err)
 			return
 		}
 		if answers = a.storeAnswers(ctx); answers && !errors.Is(err, kv.ErrTokenUnknown) {
-			continue // once more: it may have come up only now
+			continue // once more: the store may have come up just now
 		}
 		if retry.Tries() == 0 {
 			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
@@ -173,12 +173,12 @@ func (a *Agent) findName(ctx context.Context) {
 	}
 }
 
-// passing reports whether the same call may succeed later: a token that is new is denied until all of Consul knows it.
+// passing reports whether the same call may succeed later: a new token is denied until all of Consul knows it.
 func passing(err error) bool {
 	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }
 
-// storeAnswers reports whether the store is reachable, whether or not it tells this node's name.
+// storeAnswers reports whether the store is reachable, even if it doesn't tell this node's name.
 func (a *Agent) storeAnswers(ctx context.Context) bool {
 	_, err := a.c.Store.List(ctx, a.cache.Roles()[0].Records.Prefix)
 	return err == nil
@@ -193,8 +193,8 @@ func (a *Agent) rename(name string) {
 	if name == a.naming.saved {
 		return
 	}
-	a.c.Log.Info("this node's name, as the store's agent has it", "node", name, "was", was)
+	a.c.Log.Info("this node takes the name that the store's agent has for it", "node", name, "was", was)
 	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
-		a.c.Log.Warn("this node's name can't be kept for a start without the store", "node", name, "error", err)
+		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)
 	}
 }

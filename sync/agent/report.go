@@ -17,14 +17,14 @@ import (
 	"kedge/policy"
 )
 
-// announce waits until the store holds that a unit is in mid-switch, where a rollout's budget counts it: of a node that
-// dies in its first steps the mirror would not know else that it is out of service, and would give its place away.
-// While the store is away it begins nothing, and stays in service.
+// announce waits until the store holds a report that the unit is in mid-switch, if a rollout's budget counts the
+// unit: if a node died in its first steps, the mirror would otherwise not know that it is out of service, and would
+// give its turn away. While the store is away the switch doesn't begin, and the unit stays in service.
 func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
 	a.mu.Lock()
 	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
 	pinned := u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin
-	// What is half done is out of service already, and its report says that: a way back that doesn't hold is unhealthy.
+	// A half-done deployment is out of service already, and its report says so.
 	if u.record.Value.Rollout == nil || pinned || !serves || u.state().Unfinished {
 		a.mu.Unlock()
 		return nil
@@ -43,7 +43,7 @@ func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Point
 	}
 }
 
-// announced lets begin the switches that the report in the store announces.
+// announced releases the switches that the report in the store announces.
 func (a *Agent) announced(role string, w writtenReport) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -68,10 +68,10 @@ func (a *Agent) announces(role string) bool {
 }
 
 const (
-	// progressEvery is the time between two reports that differ in bytes fetched, or in steps of a switch, alone.
+	// progressEvery is the time between two reports that differ only in bytes fetched or in steps of a switch.
 	progressEvery = 3 * time.Second
-	// switchWithin is how long a node whose release lies ready waits for its switch to begin, before it reports that it
-	// is on its way: until then nothing is out of service.
+	// switchWithin is how long a node whose release is staged waits for its switch to begin before it reports the
+	// new goal: until then nothing is out of service.
 	switchWithin = time.Second
 	// reportsPerSecond and reportBurst bound all reports but those that a switch waits for.
 	reportsPerSecond = 4
@@ -114,8 +114,9 @@ func (a *Agent) Report() map[string]deployments.Report {
 // maxUnitsSize bounds the size of a report's units, in bytes.
 const maxUnitsSize = deployments.MaxReport - 8<<10
 
-// fitReport makes a report no larger than it may be: details go first, then units, the last by name; those in
-// mid-switch, which wait for the store to hold that, go last of all. It returns how many units it left out.
+// fitReport reduces a report to its size limit: it drops details first, then units, the last by name first, and
+// units in mid-switch, which wait for the store to hold the report, last of all. It returns how many units it
+// dropped.
 func fitReport(r *deployments.Report) (left int) {
 	size := func(name string) int {
 		data, err := json.Marshal(r.Units[name])
@@ -148,7 +149,7 @@ func fitReport(r *deployments.Report) (left int) {
 	return left
 }
 
-// inService is 0 for a unit in mid-switch, 1 for any other.
+// inService returns 0 for a unit in mid-switch, 1 for any other.
 func inService(u deployments.UnitReport) int {
 	if u.State == deployments.StateSwitching {
 		return 0
@@ -156,10 +157,10 @@ func inService(u deployments.UnitReport) int {
 	return 1
 }
 
-// report writes the reports into the store whenever they change, until ctx ends; then it takes them back: a node
-// that leaves in good order isn't a dead one. It doesn't say that it leaves for good, as in a scale-in, so that it
-// takes room in the budget for two minutes (policy's unlisted): a restart of the agent ends by the same signal, and a
-// rollout that didn't wait for such nodes would end without them.
+// report writes the reports to the store whenever they change, until ctx ends. Then it removes them, as a node that
+// stops in order isn't a dead one. It can't tell whether the node stops for good, as in a scale-in: a restart of
+// the agent ends by the same signal. So the node still counts in the budget for two minutes (unlisted in package
+// policy); otherwise a rollout would end without nodes that restart.
 func (a *Agent) report(ctx context.Context) {
 	presence := a.presence(ctx)
 	if presence == nil {
@@ -168,14 +169,14 @@ func (a *Agent) report(ctx context.Context) {
 	var joined sync.WaitGroup
 	defer func() {
 		joined.Wait()
-		a.workers.Wait() // what they can still end needs no word
+		a.workers.Wait() // what they still finish isn't reported
 		for _, role := range a.rolesInMidSwitch() {
 			presence.Leave(kv.StatusKey(a.c.Stage, role, a.c.Node))
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveWithin)
 		defer cancel()
 		if err := presence.Close(ctx); err != nil {
-			a.c.Log.Warn("the node's status could not be taken back", "error", err)
+			a.c.Log.Warn("could not remove the node's status", "error", err)
 		}
 	}()
 	written := map[string]writtenReport{}
@@ -185,7 +186,7 @@ func (a *Agent) report(ctx context.Context) {
 		if failed && retry.Wait(ctx) != nil {
 			return
 		}
-		var again time.Duration // until one of the reports that had to wait may be written; 0: none had to
+		var again time.Duration // until a delayed report may be written; 0: none is delayed
 		later := func(d time.Duration) {
 			if again == 0 || d < again {
 				again = d
@@ -193,7 +194,7 @@ func (a *Agent) report(ctx context.Context) {
 		}
 		for role, r := range a.Report() {
 			if !a.settledIn(role) {
-				continue // what a node says in its first moments would only hide what it said before
+				continue // a report in the first moments would only replace a better one
 			}
 			next := a.encode(role, r)
 			last := written[role]
@@ -212,8 +213,8 @@ func (a *Agent) report(ctx context.Context) {
 				later(wait)
 				continue
 			}
-			// No waiting with this one in hand: by then it is old, and the newest would wait for another turn. What a
-			// switch waits for comes no more often than switches do.
+			// Don't wait with this report in hand: it would be old by then, and the newest would have to wait
+			// again. Reports that a switch waits for are no more frequent than switches.
 			if !limit.Allow() && !a.announces(role) {
 				later(time.Second / reportsPerSecond)
 				continue
@@ -230,7 +231,7 @@ func (a *Agent) report(ctx context.Context) {
 					return
 				}
 				if retry.Tries() == 0 {
-					a.c.Log.Warn("the node's status can't be written: trying again", "role", role, "error", err)
+					a.c.Log.Warn("could not write the node's status: trying again", "role", role, "error", err)
 				}
 				failed = true
 				a.kickReport()
@@ -256,9 +257,9 @@ func (a *Agent) report(ctx context.Context) {
 	}
 }
 
-// join writes the first report of a role, and takes its number from that, until ctx ends or the presence is lost. A
-// record speaks to a node by a number that the mirror knows: one that is older than the report might be told together
-// with another node's, and not be counted.
+// join writes the first report of a role, and takes its number from that write, until ctx ends or the presence is
+// lost. A record admits a node by a number that the mirror knows: a number older than the report might admit the
+// node together with another one, and not count it.
 func (a *Agent) join(
 	ctx context.Context,
 	joined *sync.WaitGroup,
@@ -281,7 +282,7 @@ func (a *Agent) join(
 	return nil
 }
 
-// setJoined notes the number of a role's report; 0: it has to join.
+// setJoined records the number of a role's report; 0: it has to join.
 func (a *Agent) setJoined(role string, since uint64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -293,8 +294,8 @@ func (a *Agent) setJoined(role string, since uint64) {
 	a.kickReport()
 }
 
-// rolesInMidSwitch are the roles with a unit whose deployment is half done: their reports stay when the agent ends,
-// as those of a node that comes back.
+// rolesInMidSwitch returns the roles with a unit whose deployment is half done. Their reports stay when the agent
+// ends, as the node is expected back.
 func (a *Agent) rolesInMidSwitch() []string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -307,17 +308,17 @@ func (a *Agent) rolesInMidSwitch() []string {
 	return roles
 }
 
-// writtenReport is a report with the parts whose change makes it worth writing.
+// writtenReport is an encoded report, with the parts whose change is a reason to write it.
 type writtenReport struct {
 	data   []byte
-	news   string // without it nothing is written
-	coarse string // what is written at once
+	news   string // a report is written if this changed
+	coarse string // a report is written at once if this changed
 	units  map[string]deployments.UnitReport
 	at     time.Time
 }
 
-// encode encodes a role's report. A node that runs what it should, and has nothing to do for a new generation, writes
-// nothing to say that it knows of it, or has the next release ready: that comes with its next report.
+// encode encodes a role's report. That a node knows a new generation without having to act, or has staged the next
+// release, is no reason to write: it goes into the next report.
 func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
 	for name, u := range r.Units {
@@ -329,7 +330,7 @@ func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w.news = string(encoded(r))
 	for name, u := range r.Units {
 		u.Fetched, u.Total = 0, 0
-		if u.State == deployments.StateSwitching { // the last of its steps are followed by another state soon
+		if u.State == deployments.StateSwitching { // another state soon follows the last of its steps
 			u.Running, u.Version, r.Ready = deployments.Pointer{}, "", false
 		}
 		r.Units[name] = u
@@ -346,7 +347,8 @@ func encoded(r deployments.Report) []byte {
 	return data
 }
 
-// awaited reports whether the mirror waits for a node to say that it knows the record: one before may have admitted it.
+// awaited reports whether the mirror waits for a node to say that it knows the record, as an earlier record may
+// have admitted it.
 func (a *Agent) awaited(id deployments.UnitID) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -354,8 +356,8 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report can wait whose only news is that units go to what they have ready; 0: there is
-// other news, or none of that.
+// startsWithin returns how long a report can wait whose only news is that units begin to switch to what they have
+// staged; 0: it has other news, or none of this.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0
@@ -374,12 +376,12 @@ func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wa
 	return max(wait, 0)
 }
 
-// settledIn reports whether the agent knows enough of a role to speak of it.
+// settledIn reports whether the agent knows enough of a role to report on it.
 func (a *Agent) settledIn(role string) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, r := range a.cache.Roles() {
-		if r.Name == role && !r.Known() && !r.Missing() { // who looks for a node with a mistyped role has to find it
+		if r.Name == role && !r.Known() && !r.Missing() { // a node with a mistyped role must be found in the reports
 			return false
 		}
 	}
@@ -391,7 +393,7 @@ func (a *Agent) settledIn(role string) bool {
 	return true
 }
 
-// presence opens the presence that holds the reports, and tries until it succeeds; nil when ctx ends.
+// presence opens the presence that holds the reports, and retries until it succeeds; nil if ctx ends.
 func (a *Agent) presence(ctx context.Context) kv.Presence {
 	retry := newBackoff()
 	for {
@@ -403,7 +405,7 @@ func (a *Agent) presence(ctx context.Context) kv.Presence {
 			return nil
 		}
 		if retry.Tries() == 0 {
-			a.c.Log.Warn("the node's status can't be written: trying again", "error", err)
+			a.c.Log.Warn("could not write the node's status: trying again", "error", err)
 		}
 		if retry.Wait(ctx) != nil {
 			return nil

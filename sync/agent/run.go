@@ -24,8 +24,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// New checks c and locks the state directory: statedir.ErrLocked if another agent has it. An Agent that was
-// made must be Run.
+// New checks c and locks the state directory; it returns statedir.ErrLocked if another agent holds it. Run must be
+// called on the Agent.
 func New(c Config) (_ *Agent, err error) {
 	if c.Store == nil || c.Objects == nil {
 		return nil, errors.New("an agent needs a store and a client for objects")
@@ -117,8 +117,8 @@ func New(c Config) (_ *Agent, err error) {
 	return a, nil
 }
 
-// Run converges, reports and waits for changes until ctx ends, and returns nil then; it stops in order, with
-// commands under way ended. Trouble with the store, storage or a release doesn't end it.
+// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It stops in order: commands
+// under way end first. Errors of the store, storage or a release don't end it.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.dir.Close()
 	g, ctx := errgroup.WithContext(ctx)
@@ -130,7 +130,8 @@ func (a *Agent) Run(ctx context.Context) error {
 		a.addUnit(id)
 	}
 	a.mu.Unlock()
-	// What is known from before is decided before there is news: what was to be settled on isn't forgotten by a restart.
+	// Decide by what is known from before, before there is news: so a restart doesn't forget what was to be settled
+	// on.
 	a.reconcile(time.Now())
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveStatus(ctx) })
@@ -153,7 +154,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
-// Addr is the address of Listen; empty without one.
+// Addr returns the address of Listen; empty without one.
 func (a *Agent) Addr() string {
 	if a.listener == nil {
 		return ""
@@ -161,7 +162,7 @@ func (a *Agent) Addr() string {
 	return a.listener.Addr().String()
 }
 
-// StatusAddr is the address of ListenStatus; empty without one.
+// StatusAddr returns the address of ListenStatus; empty without one.
 func (a *Agent) StatusAddr() string {
 	if a.statusListener == nil {
 		return ""
@@ -169,21 +170,21 @@ func (a *Agent) StatusAddr() string {
 	return a.statusListener.Addr().String()
 }
 
-// Idle is closed when, for the first time since the start, every unit has converged, or can't go on by itself:
-// systemd's READY.
+// Idle returns a channel that is closed when every unit has, for the first time since the start, converged or can't
+// continue without a person: systemd's READY.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }
 
-// Converged is closed when, for the first time since the start, every unit runs what it should: what AutoScaling
-// waits for.
+// Converged returns a channel that is closed when, for the first time since the start, every unit runs what it
+// should, for AutoScaling.
 func (a *Agent) Converged() <-chan struct{} { return a.converged }
 
-// findUnitsOnDisk notes the units of this node's roles that it has ever deployed: one that was cut off is recovered,
-// whatever the store says.
+// findUnitsOnDisk records the units of this node's roles that it has ever deployed: an interrupted deployment is
+// recovered, whatever the store says.
 func (a *Agent) findUnitsOnDisk() {
 	for _, r := range a.c.Roles {
 		ids, err := a.dir.Units(a.c.Stage, r)
 		if err != nil {
-			a.c.Log.Error("units on disk can't be listed", "role", r, "error", err)
+			a.c.Log.Error("could not list the units on disk", "role", r, "error", err)
 		}
 		for _, id := range ids {
 			a.onDisk[id] = true
@@ -197,7 +198,7 @@ func (a *Agent) loop(ctx context.Context) {
 		next := a.reconcile(time.Now())
 		var timer <-chan time.Time
 		if !next.IsZero() {
-			// The wall clock may jump, and timers stand still while the machine sleeps: look again now and then.
+			// The wall clock may jump, and timers stop while the machine sleeps: so decide at least once a minute.
 			timer = time.After(min(max(time.Until(next), 10*time.Millisecond), time.Minute))
 		}
 		for again := false; !again; {
@@ -214,10 +215,10 @@ func (a *Agent) loop(ctx context.Context) {
 	}
 }
 
-// bootWithin is how long after the machine's start an agent may start and still count as started by the boot.
+// bootWithin is how long after the machine's boot an agent may start and still count as started by the boot.
 const bootWithin = 5 * time.Minute
 
-// sinceBoot returns for how long the machine has been up; where that can't be told, for long.
+// sinceBoot returns how long the machine has been up; the maximum if unknown.
 func sinceBoot() time.Duration {
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -226,7 +227,7 @@ func sinceBoot() time.Duration {
 	return time.Duration(info.Uptime) * time.Second
 }
 
-// kept reports whether something of a unit is kept on this node's disk. a.mu is held.
+// kept reports whether this node's disk has files of a unit. a.mu is held.
 func (a *Agent) kept(id deployments.UnitID) bool {
 	if u := a.units[id]; u != nil {
 		return !u.state().Empty()

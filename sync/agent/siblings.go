@@ -26,7 +26,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	if name := a.before(u); name != "" {
 		return dependency{name, "its file is no longer in Git: waits for " + name + ", which may take its dest", false}
 	}
-	// What runs already elsewhere, or ran before, needs nothing that is yet to come.
+	// A release that already runs elsewhere, or ran before, needs nothing that is yet to come.
 	r := u.record.Value
 	settled := u.decision.Source != policy.FromTarget || r.Target == r.Stable || slices.Contains(u.ran, want.Digest)
 	for _, name := range r.After {
@@ -36,12 +36,12 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 		switch {
 		case dep == nil || !dep.decided || dep.decision.Source == policy.FromNothing && dep.state().Running.IsZero():
 			return dependency{name, "waits for " + name + ", which has no record", true}
-		case dep.observes: // it never converges: what somebody else deploys there has to be the release
+		case dep.observes: // it never converges: what another tool deploys there has to be the release
 			if c := dep.compared; !settled && (c == nil || c.Differs > 0 || c.Release != dep.decision.Target.Digest) {
 				return dependency{name, "waits for " + name + ", which is only observed here, and differs from its release", true}
 			}
 		case settled && dep.serves():
-		case dep.decision.Target.IsZero(): // held, or kept as it is
+		case dep.decision.Target.IsZero(): // held, or left as it is
 			if dep.state().Running.IsZero() {
 				return dependency{
 					name,
@@ -63,8 +63,8 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	return dependency{}
 }
 
-// before returns a unit that Git names, and that an orphaned one has to let go first on a node where nothing of it
-// runs: it may be the same under a new name. Empty: none.
+// before returns a unit that Git names and that an orphaned unit, of which nothing runs here, has to wait for: it
+// may be the same unit under a new name. Empty: none.
 func (a *Agent) before(u *unit) string {
 	if !u.orphaned() || !u.state().Running.IsZero() {
 		return ""
@@ -77,8 +77,8 @@ func (a *Agent) before(u *unit) string {
 	return ""
 }
 
-// cycles finds, among units that name those they come after, each one that lies on a cycle, and gives it that cycle
-// in words: "a after b after a". The mirror never writes one; a person may.
+// cycles returns, for each unit on a cycle of "after", the cycle in words: "a after b after a". The mirror never
+// writes a cycle, but a person may.
 func cycles(after map[string][]string) map[string]string {
 	found := map[string]string{}
 	for start := range after {
@@ -89,7 +89,7 @@ func cycles(after map[string][]string) map[string]string {
 	return found
 }
 
-// pathTo is the units that lead from one to another, the last included; nil where there is no way.
+// pathTo returns the units that lead from one to another, including the last; nil if there is no path.
 func pathTo(after map[string][]string, from, to string, seen map[string]bool) []string {
 	if seen[from] {
 		return nil
@@ -107,9 +107,9 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 	return nil
 }
 
-// claim takes a place for a unit's tree, where no other unit has its own there, in it or around it. A unit that
-// moves has both places until it has moved; one that nothing names any more, or Git no longer, has none, once it
-// has ended what it began, so that it can go on under another name.
+// claim reserves a dest for a unit's tree, if no other unit has its tree at, in or around it. A unit that moves
+// holds both dests until it has moved. A unit that nothing names, or that Git no longer names, holds none once it
+// has finished what it began, so that it can continue under another name.
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -120,7 +120,7 @@ func (a *Agent) claim(u *unit, dest string) error {
 	return nil
 }
 
-// free reports why a unit may not have its tree at dest. a.mu is held.
+// free returns why a unit may not have its tree at dest; nil: it may. a.mu is held.
 func (a *Agent) free(u *unit, dest string) error {
 	for _, other := range a.units {
 		if other == u || other.yields(u) && !other.changing() {
@@ -143,7 +143,7 @@ func (a *Agent) free(u *unit, dest string) error {
 	return nil
 }
 
-// replaced reports whether the unit yields its place to another unit, which has it or waits for it.
+// replaced reports whether the unit yields its dest to another unit, which has it or waits for it.
 func (a *Agent) replaced(u *unit) bool {
 	if u.changing() {
 		return false
@@ -159,8 +159,8 @@ func (a *Agent) replaced(u *unit) bool {
 	return false
 }
 
-// contends reports whether what serves at the dest of u is changing for a unit that gives the place up to it once that
-// is over: until then the node is out of service for the sake of u as well. a.mu is held.
+// contends reports whether a unit that will yield its dest to u is still changing what serves there: until it ends,
+// the node is out of service on behalf of u as well. a.mu is held.
 func (a *Agent) contends(u *unit) bool {
 	if !u.state().Running.IsZero() {
 		return false
@@ -176,7 +176,7 @@ func (a *Agent) contends(u *unit) bool {
 	return false
 }
 
-// contested reports whether a unit that Git names is about to take the place of u. a.mu is held.
+// contested reports whether a unit that Git names is about to take the dest of u. a.mu is held.
 func (a *Agent) contested(u *unit) bool {
 	for _, other := range a.units {
 		if other != u && other.claimed != "" && other.claimed == u.dest && u.yields(other) {
@@ -186,7 +186,7 @@ func (a *Agent) contested(u *unit) bool {
 	return false
 }
 
-// displace notes that what other units deployed to the dest of u is gone from there.
+// displace records that what other units deployed to the dest of u is gone.
 func (a *Agent) displace(u *unit) {
 	for _, other := range a.units {
 		if other != u && u.dest != "" && other.dest == u.dest {
@@ -196,7 +196,7 @@ func (a *Agent) displace(u *unit) {
 	}
 }
 
-// refuse notes that a release can't succeed on this node.
+// refuse records that a release can't succeed on this node.
 func (u *unit) refuse(p deployments.Pointer, err error) {
 	why := refusal{err: err}
 	if taken := new(takenError); errors.As(err, &taken) {
@@ -208,7 +208,7 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 	u.refused[p] = why
 }
 
-// readmit ends refusals for a place that has become free meanwhile. a.mu is held.
+// readmit ends refusals whose dest has become free. a.mu is held.
 func (a *Agent) readmit(u *unit) {
 	for p, why := range u.refused {
 		if why.dest != "" && a.free(u, why.dest) == nil {
@@ -219,7 +219,7 @@ func (a *Agent) readmit(u *unit) {
 	}
 }
 
-// within reports whether a clean path is dir, or below it or the directory of its releases.
+// within reports whether a clean path is dir, or is below dir or the directory of its releases.
 func within(path, dir string) bool {
 	return path == dir || strings.HasPrefix(path, dir+"/") || path == dir+".releases" ||
 		strings.HasPrefix(path, dir+".releases/")

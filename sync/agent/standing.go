@@ -17,7 +17,7 @@ import (
 	"kedge/sync/fleet/message"
 )
 
-// standing is where a unit stands: its state, why that is so as a code, and what is wrong.
+// standing is a unit's state, the code of its reason, and the error, if any.
 type standing struct {
 	state  deployments.State
 	reason deployments.Reason
@@ -25,7 +25,7 @@ type standing struct {
 	err    error
 }
 
-// String is the standing in words.
+// String returns the standing in words.
 func (s standing) String() string {
 	if s.err == nil {
 		return string(s.state)
@@ -33,7 +33,7 @@ func (s standing) String() string {
 	return string(s.state) + ": " + oneLine(s.err)
 }
 
-// at returns the standing of a state, with err as what is wrong; nil: nothing.
+// at returns the standing of a state with an error; nil: none.
 func at(state deployments.State, err error) standing {
 	s := standing{state: state, err: err}
 	if err != nil {
@@ -59,7 +59,7 @@ func factsOf(err error) deployments.Facts {
 	return facts
 }
 
-// reasonOf returns the code of an error that has one.
+// reasonOf returns the code of an error's reason; empty: it has none.
 func reasonOf(err error) deployments.Reason {
 	switch {
 	case errors.As(err, new(*takenError)):
@@ -78,13 +78,13 @@ func reasonOf(err error) deployments.Reason {
 		return deployments.ReasonDiskFull
 	case errors.Is(err, deploy.ErrSecretUnavailable):
 		return deployments.ReasonSecretUnavailable
-	case errors.Is(err, object.ErrUnavailable): // what isn't there, or may not be read, is no passing trouble
+	case errors.Is(err, object.ErrUnavailable): // an object that is missing or denied doesn't count as unavailable
 		return deployments.ReasonStorageUnavailable
 	}
 	return ""
 }
 
-// standing returns where the unit stands.
+// standing returns the unit's standing.
 func (u *unit) standing() standing {
 	s := u.state()
 	target := u.decision.Target
@@ -93,11 +93,11 @@ func (u *unit) standing() standing {
 		return u.observing()
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.trouble)
-	case s.Unfinished && s.Health.Unhealthy: // the way back doesn't hold yet
+	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
 		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts,
 			fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])}
 	case s.Unfinished:
-		return at(deployments.StateSwitching, u.trouble) // also while it is fetched what supersedes it: it is out of service
+		return at(deployments.StateSwitching, u.trouble) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
 		return at(deployments.StateWaiting, u.trouble)
 	case u.contends:
@@ -142,7 +142,7 @@ func (u *unit) converged() standing {
 	switch {
 	case u.unhealthy():
 		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.sick()}
-	case u.trouble != nil: // with what is fetched ahead
+	case u.trouble != nil: // an error with what is fetched ahead
 		return at(deployments.StateConverged, u.trouble)
 	case u.foreign != "":
 		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
@@ -168,7 +168,7 @@ func (u *unit) invalid() standing {
 	return s
 }
 
-// observing returns the standing of a unit that the node only observes: a rollout sees it as held.
+// observing returns the standing of a unit that the node only observes: a rollout counts it as held.
 func (u *unit) observing() standing {
 	s := at(deployments.StateHeld, u.trouble)
 	if refused := u.refused[u.goal.observe].err; refused != nil {
@@ -181,14 +181,15 @@ func (u *unit) observing() standing {
 	return s
 }
 
-// toLook reports whether the unit waits for a look at dest: what serves there is not replaced on all nodes at once.
+// toLook reports whether the unit waits for a look at dest, as what serves there must not be replaced on all nodes
+// at once.
 func (u *unit) toLook() bool {
 	p := u.goal.stage
 	return !p.IsZero() && u.goal.run.IsZero() && u.atDest(p) == policy.FoundUnknown && u.refused[p].err == nil
 }
 
-// atDest returns what lies at the dest of one of the releases, as far as that is known. It has no meaning once one
-// runs.
+// atDest returns what is at the dest of one of the releases, as far as that is known. It has no meaning once a
+// release runs.
 func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
 	is := func(p deployments.Pointer) bool { return u.looked.release == p.Digest }
 	was := func(p deployments.Pointer) bool { return !p.IsZero() && u.state().Restored == p.Digest }
@@ -206,7 +207,7 @@ func (u *unit) atDest(releases ...deployments.Pointer) policy.Found {
 // maxRan bounds observed.ran.
 const maxRan = 16
 
-// reached notes a release that the unit has converged to.
+// reached records a release that the unit has converged to.
 func (o *observed) reached(p deployments.Pointer) {
 	o.done = p
 	if !slices.Contains(o.ran, p.Digest) {
@@ -215,34 +216,34 @@ func (o *observed) reached(p deployments.Pointer) {
 	}
 }
 
-// unwanted reports whether no key asks for the unit.
+// unwanted reports whether neither a record nor a pin asks for the unit.
 func (u *unit) unwanted() bool {
 	return u.decided && !u.record.Present && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// orphaned reports whether Git names the unit no longer, though its record stays, and no pin asks for it.
+// orphaned reports whether the unit's record stays though Git no longer names it, and no pin asks for it.
 func (u *unit) orphaned() bool {
 	return u.decided && u.record.Err == nil && u.record.Value.Orphaned && !u.pins[0].Present && !u.pins[1].Present
 }
 
-// yields reports whether the unit gives its place up to another: nothing asks for it, or Git asks for the other alone.
+// yields reports whether the unit gives its dest up to another: nothing asks for it, or Git names only the other.
 func (u *unit) yields(other *unit) bool {
 	return u.unwanted() || u.orphaned() && other.decided && !other.unwanted() && !other.orphaned()
 }
 
-// gone reports whether the unit is only remembered: another has its place; or no key asks for it, and nothing of it
-// runs, or nothing good ever did.
+// gone reports whether the unit is only remembered: another unit has its dest; or nothing asks for it, and none of
+// its releases runs, or none was ever good.
 func (u *unit) gone() bool {
 	s := u.state()
 	return u.replaced || u.unwanted() && (s.Running.IsZero() || s.LastGood.IsZero() && !s.Unfinished)
 }
 
-// atRest reports whether the unit has converged, and nothing else of it is to be ready.
+// atRest reports whether the unit has converged, with nothing to stage.
 func (u *unit) atRest() bool {
 	return u.busy.kind == jobNone && !u.goal.run.IsZero() && u.done == u.goal.run && u.goal.stage.IsZero()
 }
 
-// changing reports whether something of the unit's dest is under way, or half done.
+// changing reports whether a change of the unit's dest is under way or half done.
 func (u *unit) changing() bool {
 	return u.busy.switches() || u.busy.kind == jobHeal || u.state().Unfinished
 }
@@ -250,7 +251,7 @@ func (u *unit) changing() bool {
 // unhealthy reports whether the checks of the running release fail.
 func (u *unit) unhealthy() bool { return u.health.Unhealthy && u.watched == u.state().Running }
 
-// sick returns the failure of the live release's checks; nil if it is healthy.
+// sick returns why the running release's checks fail; nil if it is healthy.
 func (u *unit) sick() error {
 	if !u.unhealthy() {
 		return nil
@@ -258,9 +259,9 @@ func (u *unit) sick() error {
 	return fmt.Errorf("unhealthy: %s: %s", u.health.Facts["check"], u.health.Facts["error"])
 }
 
-// final reports whether the unit stays as it is until somebody does something. What a run before this one left
-// unfinished, or drained, has to be known and taken up first: else a node that is out of service with nothing good to
-// run would be in service between its start and its drain.
+// final reports whether the unit stays as it is until a person acts. A deployment that an earlier run left
+// unfinished or drained has to be recovered first: otherwise a node that is out of service, with nothing good to
+// run, would be in service between its start and its drain.
 func (u *unit) final() bool {
 	if u.deploy == nil || u.recover && !u.observes {
 		return false
@@ -284,7 +285,7 @@ func (u *unit) serves() bool {
 // serving reports whether the unit stays as it is, with a release that passed its health checks in this boot.
 func (u *unit) serving() bool { return u.final() && u.serves() && u.state().Proven }
 
-// asDesired reports whether the unit runs what it should: the release that is decided, or what a pin holds.
+// asDesired reports whether the unit runs what it should: the decided release, or what a pin holds.
 func (u *unit) asDesired() bool {
 	state := u.standing().state
 	return state == deployments.StateConverged || state == deployments.StateHeld && u.serves()
@@ -295,7 +296,7 @@ func (u *unit) quarantined(p deployments.Pointer) bool {
 	return failed
 }
 
-// failure is how a release failed on this node.
+// failure returns how a release failed on this node.
 func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	for _, f := range u.state().Failures {
 		if f.Digest == p.Digest {
@@ -305,8 +306,8 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	return deploy.Failure{}, false
 }
 
-// reprieved reports whether a release that failed here is about to be tried once more, as something else asks for
-// it now. Else a rollout that was begun anew would take the failure of before for one of its own.
+// reprieved reports whether a release that failed here is about to be retried, as there is a new request for it.
+// Otherwise a rollout that was restarted would count the earlier failure as its own.
 func (u *unit) reprieved(p deployments.Pointer) bool {
 	f, _ := u.failure(p)
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
@@ -323,13 +324,13 @@ func (u *unit) stamp(now time.Time) {
 func (u *unit) report() deployments.UnitReport {
 	s, now := u.state(), u.standing()
 	if sick := u.sick(); sick != nil && now.reason == "" {
-		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // held, say
+		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // for example, a held unit
 	}
 	if held := u.held; held > 0 && now.reason == "" {
 		now.reason = deployments.ReasonOldGeneration
 		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.floor)}
 		now.err = fmt.Errorf(
-			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows of that",
+			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows the newer one",
 			held,
 			u.floor,
 		)
@@ -358,13 +359,13 @@ func (u *unit) report() deployments.UnitReport {
 	return r
 }
 
-// noteConvergence closes Idle and Converged, and notes that the node was ready, when the time has come.
+// noteConvergence closes Idle and Converged, and records that the node was ready, when that is so.
 func (a *Agent) noteConvergence() {
 	idle, serving := true, true
 	for _, u := range a.units {
 		if u.gone() {
 			if !u.state().Unfinished {
-				a.drains.forget(u.id) // nobody asks for what it waits for, and nothing of it could serve
+				a.drains.forget(u.id) // nobody asks for the unit, and it has nothing to serve
 			}
 			continue
 		}
@@ -389,7 +390,7 @@ func (a *Agent) noteConvergence() {
 		)
 		a.warnOfUnobserved()
 		if err := a.dir.Started(); err != nil {
-			a.c.Log.Debug("the note of this start stays", "error", err)
+			a.c.Log.Debug("could not remove the note of this start", "error", err)
 		}
 	}
 	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
@@ -397,8 +398,8 @@ func (a *Agent) noteConvergence() {
 	}
 }
 
-// warnOfUnobserved logs what Config.Observe names and this node doesn't have: its name may be mistyped, and the unit
-// that was meant is deployed.
+// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node: one may be mistyped, and the
+// unit that was meant is deployed.
 func (a *Agent) warnOfUnobserved() {
 	for _, p := range a.c.Observe {
 		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {
@@ -410,7 +411,7 @@ func (a *Agent) warnOfUnobserved() {
 	}
 }
 
-// unknown says, by role, why not all of its records and pins are looked after.
+// unknown returns, by role, why not all of its records and pins are known or followed.
 func (a *Agent) unknown() map[string]string {
 	why := map[string]string{}
 	for _, r := range a.cache.Roles() {
@@ -427,7 +428,7 @@ func (a *Agent) unknown() map[string]string {
 	return why
 }
 
-// empty says, by role, that the node has no unit at all: mostly the names of its roles, or of the stage, are mistyped.
+// empty returns, by role, that the node has no unit at all: usually the name of a role or the stage is mistyped.
 func (a *Agent) empty() map[string]string {
 	for _, u := range a.units {
 		if !u.gone() {

@@ -8,7 +8,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// traced returns the context of a job's span, and the root span of its trace; zero if the job isn't traced. a.mu is
+// traced returns the context of a job's span and the root span of its trace; zero if the job isn't traced. a.mu is
 // held.
 func (a *Agent) traced(u *unit, j job) (span trace.Context, root trace.SpanID) {
 	if a.c.Trace == nil || j.kind != jobDeploy && j.kind != jobStage && j.kind != jobLeave {

@@ -18,7 +18,7 @@ import (
 	"kedge/sync/deploy"
 )
 
-// addUnit begins to look after a unit, where the agent doesn't yet. a.mu is held.
+// addUnit starts a unit's worker if there is none. a.mu is held.
 func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
@@ -41,7 +41,7 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	})
 }
 
-// leave removes the files of a unit that was retired, after its worker has ended.
+// leave removes the files of a retired unit, after its worker has ended.
 func (a *Agent) leave(u *unit) {
 	a.mu.Lock()
 	retired := u.retired
@@ -50,7 +50,7 @@ func (a *Agent) leave(u *unit) {
 		return
 	}
 	if err := os.RemoveAll(a.dir.UnitDir(u.id)); err != nil {
-		u.log.Warn("the directory of a unit that is gone can't be removed", "error", err)
+		u.log.Warn("could not remove the directory of a unit that is gone", "error", err)
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -61,7 +61,7 @@ func (a *Agent) leave(u *unit) {
 	a.kick()
 }
 
-// work is a unit's worker: it does what the goal asks for, one job after another, until ctx ends.
+// work is a unit's worker: it does the jobs that the goal needs, one after another, until ctx ends.
 func (a *Agent) work(ctx context.Context, u *unit) {
 	if !a.open(ctx, u) {
 		return
@@ -92,7 +92,7 @@ func (a *Agent) work(ctx context.Context, u *unit) {
 	}
 }
 
-// open opens the unit's state, and tries until it succeeds.
+// open opens the unit's state, and retries until it succeeds.
 func (a *Agent) open(ctx context.Context, u *unit) bool {
 	retry := newBackoff()
 	for {
@@ -121,14 +121,14 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			a.observe(u)
 			a.mu.Lock()
 			if a.c.VerifyEvery > 0 {
-				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // not the whole fleet at once
+				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // spreads the fleet
 			}
 			a.mu.Unlock()
 			a.kick()
 			return true
 		}
 		if retry.Tries() == 0 {
-			u.log.Error("the unit's state can't be opened: trying again", "error", err)
+			u.log.Error("could not open the unit's state: trying again", "error", err)
 		}
 		a.kickReport()
 		if retry.Wait(ctx) != nil {
@@ -137,7 +137,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 	}
 }
 
-// drain turns the drain of a unit on or off; package deploy calls it around a switch.
+// drain sets or ends the drain of a unit; package deploy calls it around a switch.
 func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
 	if slices.Contains(a.drains.list(), u.id) != on {
 		u.log.Info("drain", "on", on)
@@ -163,14 +163,14 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	was := u.trouble
 	u.busy, u.phase, u.progress, u.announce = job{}, "", artifact.Progress{}, nil
 	switch {
-	case failed != nil: // the unit's state says the rest
+	case failed != nil: // the unit's state has the details
 		u.trouble = nil
 	case errors.Is(err, deploy.ErrQuarantined):
 	case errors.Is(err, deploy.ErrRefused) && !j.release.IsZero():
 		u.refuse(j.release, err)
 		u.trouble = nil
 		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
-	case err != nil && calledOff: // no trouble
+	case err != nil && calledOff: // not an error
 	case errors.As(err, new(*deploy.FutureError)):
 	case err != nil:
 		u.trouble = err
@@ -188,7 +188,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	}
 	switch j.kind {
 	case jobRecover:
-		u.recover = false // later on state tells whether there is more to recover
+		u.recover = false // from now on the state says whether there is more to recover
 	case jobForget:
 		u.forget = u.forget && (err != nil || !j.release.IsZero())
 	case jobDeploy:
@@ -216,9 +216,9 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 
 	switch {
 	case trouble != nil && was == nil:
-		u.log.Warn("trouble: trying again by itself", "job", string(j.kind), "release", j.release.String(), "error", trouble)
+		u.log.Warn("the job failed: trying again", "job", string(j.kind), "release", j.release.String(), "error", trouble)
 	case trouble == nil && was != nil && err == nil:
-		u.log.Info("the trouble is over", "job", string(j.kind))
+		u.log.Info("the job succeeds again", "job", string(j.kind))
 	}
 	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
 		u.log.Info(
@@ -234,11 +234,11 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	a.metrics.ended(u.id, string(j.kind), j.kind == jobDeploy, err, calledOff, took)
 	a.kick()
 	if changed {
-		debug.FreeOSMemory() // what a deployment needed an idle agent doesn't
+		debug.FreeOSMemory() // an idle agent doesn't need what the deployment allocated
 	}
 }
 
-// mayBeOlder reports whether a pin names p, and pins may name what is older here.
+// mayBeOlder reports whether a pin names p, and pins may name releases older than the settled one.
 func (a *Agent) mayBeOlder(u *unit, p deployments.Pointer) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -253,12 +253,12 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	defer a.mu.Unlock()
 	switch {
 	case !u.busy.switches():
-		return // staging in the background changes nothing of what the unit is
+		return // staging in the background doesn't change the unit's state
 	case s == deployments.StateFetching && u.trouble != nil && p.Done == 0:
-		return // the next try has brought nothing yet
+		return // the retry has fetched nothing yet
 	case s != deployments.StateFetching && s != deployments.StateSwitching:
 		return
-	case s == deployments.StateFetching && u.announce != nil: // what the switch looks at lies ready
+	case s == deployments.StateFetching && u.announce != nil: // the switch reads what is on disk
 		return
 	}
 	u.phase, u.progress = s, p
@@ -266,7 +266,7 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	a.kickReport()
 }
 
-// choose is the job that the goal asks for next.
+// choose returns the next job for the goal, and when to choose again if there is none.
 func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	if wait := u.retryAt; now.Before(wait) {
 		return job{}, wait
@@ -286,22 +286,22 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	settles := s.Confirmed && !s.Unfinished && s.Running == u.toSettle && !u.toSettle.IsZero() &&
 		(u.settled != u.toSettle || u.future != nil && !now.Before(u.settleAt))
 	deploys := !run.IsZero() && !failed && (u.done != run || s.Unfinished)
-	// What was cut off is finished first, as storage may be away: but not where the release before it is wanted, which
-	// lies on disk.
+	// An interrupted deployment is finished first, as storage may be away; but not if the release before it is
+	// wanted, which is on disk.
 	back := deploys && run == s.LastGood && s.Unfinished && run != s.Ends
 	switch {
 	case g.leave && s.Leavable && !s.Leaving:
 		return job{kind: jobLeave}, again
 	case u.recover && !back || s.Unfinished && !deploys:
 		return job{kind: jobRecover}, again
-	case settles: // before anything else is deployed: what is wanted by now may be what nobody is to go back to
+	case settles: // before any other deployment, which may be of an older release
 		return job{kind: jobSettle, release: u.toSettle}, again
 	case u.forget:
 		return job{kind: jobForget}, again
 	case deploys:
 		return job{kind: jobDeploy, release: run, commit: g.commit, key: g.key, adopt: g.adopt, leaves: !g.stays}, again
 	case failed:
-		// Another claim than the one that it failed under lets it be tried once more.
+		// A request other than the one that the release failed under allows another try.
 		if f, _ := u.failure(run); !policy.SameRequest(f.Key, g.key) {
 			return job{kind: jobForget, release: run, key: g.key}, again
 		}
@@ -327,7 +327,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{kind: jobStage, release: p}, again
 	}
 	switch {
-	case unproven: // once more, after what else there was to do
+	case unproven: // once more, after all other jobs
 		return job{kind: jobProve, release: s.Running}, again
 	case !verifies || s.Running.IsZero():
 		return job{}, again
@@ -341,8 +341,8 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 	}
 }
 
-// begin chooses the next job, and notes that it is under way. Without one, it says when to look again; zero: when
-// woken.
+// begin chooses the next job and records that it is under way. Without a job, it returns when to choose again;
+// zero: when woken.
 func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context.Context, time.Time) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -361,8 +361,8 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 	return j, ctx, time.Time{}
 }
 
-// opening reports whether some unit's state has yet to be opened. Until then it isn't known where its tree lies,
-// and another could take its place. a.mu is held.
+// opening reports whether some unit's state has yet to be opened. Until then it isn't known where the unit's tree
+// is, and another unit could take its dest. a.mu is held.
 func (a *Agent) opening() bool {
 	for _, u := range a.units {
 		if u.deploy == nil && u.trouble == nil {
@@ -433,7 +433,7 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
 		return nil
 	}
-	if p.Digest == s.LastGood.Digest { // it lies on disk
+	if p.Digest == s.LastGood.Digest { // it is on disk
 		return u.deploy.Stage(ctx, p)
 	}
 	if a.c.StartDelay > 0 {
@@ -454,13 +454,13 @@ func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn 
 }
 
 const (
-	// A fetch that brings less than slowFetch bytes in slowAfter goes on without its turn: it costs the node little, and
-	// no other unit waits for its source.
+	// A fetch of less than slowFetch bytes in slowAfter continues without its turn: it costs the node little, and
+	// other units don't have to wait for its source.
 	slowAfter = 3 * time.Second
 	slowFetch = 1 << 20
 )
 
-// holdTurn gives the turn back once the fetch has ended, or proves to be slow.
+// holdTurn returns the turn once the fetch has ended, or turns out to be slow.
 func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 	defer func() { <-turn }()
 	look := time.NewTicker(slowAfter)
@@ -474,26 +474,26 @@ func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
 		}
 		now := u.fetched.Load()
 		if now-before < slowFetch {
-			u.log.Info("the fetch is slow: others don't wait for it", "bytes", now)
+			u.log.Info("the fetch is slow: other units don't wait for it", "bytes", now)
 			return
 		}
 		before = now
 	}
 }
 
-// forget ends the quarantine of one release, or of all. One whose failure key isn't known is given the present one
-// instead.
+// forget ends the quarantine of one release, or of all. If a failed release has no failure key, it gets the present
+// one instead.
 func (a *Agent) forget(u *unit, j job) error {
 	digest := j.release.Digest
 	if !digest.IsZero() {
 		if f, _ := u.failure(j.release); f.Key == "" {
 			return u.deploy.SetKey(digest, j.key)
 		}
-		u.log.Info("trying a release once more that failed here", "release", j.release.String(), "asked_by", j.key)
+		u.log.Info("trying a release again that failed here", "release", j.release.String(), "asked_by", j.key)
 	}
 	return u.deploy.Retry(digest)
 }
 
-// settleAgain is how long after a release was settled on that claims to be made ahead of the clock, which may have been
-// behind, it is settled on again.
+// settleAgain is how long after a release with a time ahead of the clock was settled on it is settled on again, as
+// the clock may have been behind.
 const settleAgain = 10 * time.Minute

@@ -1,8 +1,8 @@
-// Package cache is what a node knows of the records and pins of its roles: as the store has them, or, while the store
-// is away, as this node saw them last, or as a snapshot has them.
+// Package cache keeps what a node knows of the records and pins of its roles: from the store or, while the store is
+// away, from the node's last known state or a snapshot.
 //
-// Trouble with the store takes nothing away from what is known. Before a record or pin decides anything, Save has it
-// on disk: a node never goes back to something older by restarting.
+// An error of the store removes nothing from what is known. Save writes a record or pin to disk before anything is
+// decided by it, so that a restart never goes back to something older.
 //
 // A Cache isn't safe for concurrent use: the agent guards it with its mutex.
 package cache
@@ -25,23 +25,23 @@ const retrySave = 30 * time.Second
 type Config struct {
 	Node, Stage string
 	Roles       []string
-	File        string // the last known state: see package statedir
-	// Kept reports whether something of a unit is kept on this node's disk. Such units have a place before others, and
-	// their pins count though they have no record.
+	File        string // of the last known state: see package statedir
+	// Kept reports whether this node's disk has files of a unit. Such units have a place before others, and their
+	// pins count though they have no record.
 	Kept func(id deployments.UnitID) bool
 	Log  *slog.Logger
 }
 
-// Cache is what a node knows. Make it with Open.
+// Cache keeps what a node knows. Create it with Open.
 type Cache struct {
 	c         Config
 	roles     []*Role
 	lastKnown lastKnown
 	unsaved   bool
-	failing   bool // Save failed, and said so
+	failing   bool // Save failed, and logged it
 }
 
-// Open reads the last known state from disk. A damaged file is put aside.
+// Open reads the last known state from disk. A damaged file is moved aside.
 func Open(c Config) (*Cache, error) {
 	known, err := readLastKnown(c.File, c.Log)
 	if err != nil {
@@ -63,7 +63,7 @@ func Open(c Config) (*Cache, error) {
 	return cache, nil
 }
 
-// Roles returns the node's roles, ordered by name.
+// Roles returns the node's roles, sorted by name.
 func (c *Cache) Roles() []*Role { return c.roles }
 
 // Role returns one of the node's roles; nil if it has no such role.
@@ -76,7 +76,7 @@ func (c *Cache) Role(name string) *Role {
 	return nil
 }
 
-// See adopts a view of the store.
+// See takes a view of the store.
 func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	counts := c.counts(s, v.Entries, v.Synced)
 	if !s.desired && v.Synced {
@@ -88,7 +88,7 @@ func (c *Cache) See(s *Source, v kv.View, now time.Time) {
 	}
 }
 
-// Offer adopts a snapshot for the sources of which nothing is known.
+// Offer takes a snapshot for the sources of which nothing is known.
 func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	for _, r := range c.roles {
 		for _, s := range r.Sources() {
@@ -112,7 +112,7 @@ func (c *Cache) Ignorant() bool {
 	})
 }
 
-// Review adopts the held records that have stood for long enough. It returns when the next one may be taken; zero:
+// Review takes the held records that have stood for long enough. It returns when the next one may be taken; zero:
 // never.
 func (c *Cache) Review(now time.Time) (next time.Time) {
 	for _, r := range c.roles {
@@ -128,8 +128,8 @@ func (c *Cache) Review(now time.Time) (next time.Time) {
 	return next
 }
 
-// Save writes what changed to disk. If that fails, it returns when to try again; else zero. The caller acts on what is
-// known all the same: if the disk refuses, running what is wanted still comes first.
+// Save writes what changed to disk. If that fails, it returns when to retry; else zero. The caller acts on what is
+// known all the same: running what is wanted matters more than a disk that refuses.
 func (c *Cache) Save(now time.Time) (retry time.Time) {
 	if !c.unsaved {
 		return time.Time{}
@@ -137,9 +137,9 @@ func (c *Cache) Save(now time.Time) (retry time.Time) {
 	err := c.lastKnown.write(c.c.File)
 	switch {
 	case err == nil && c.failing:
-		c.c.Log.Info("the last known state is written again")
+		c.c.Log.Info("the last known state can be saved again")
 	case err != nil && !c.failing:
-		c.c.Log.Error("a restart without the store would go back to an older state", "error", err)
+		c.c.Log.Error("could not save the last known state: a restart without the store would use an older one", "error", err)
 	}
 	if c.unsaved, c.failing = err != nil, err != nil; err != nil {
 		return now.Add(retrySave)
@@ -147,7 +147,7 @@ func (c *Cache) Save(now time.Time) (retry time.Time) {
 	return time.Time{}
 }
 
-// Rename changes the node's name. Pins that are remembered are those of the name before: they are forgotten.
+// Rename changes the node's name, and drops the remembered pins, which are those of the old name.
 func (c *Cache) Rename(node string) {
 	if node == c.c.Node {
 		return
@@ -161,7 +161,7 @@ func (c *Cache) Rename(node string) {
 	}
 }
 
-// Recount counts the pins of a role anew, after what is kept on disk has changed.
+// Recount recounts the pins of a role after what is kept on disk has changed.
 func (c *Cache) Recount(role string, now time.Time) {
 	r := c.Role(role)
 	if r == nil || r.Pins.seen == nil {
@@ -175,7 +175,7 @@ func (c *Cache) Recount(role string, now time.Time) {
 	c.remember(r.Pins, now)
 }
 
-// changed updates the last known state from a source, and counts the pins of the records that came or went.
+// changed updates the last known state from a source, and recounts the pins of records that came or went.
 func (c *Cache) changed(s *Source, now time.Time) {
 	c.remember(s, now)
 	if s.desired {

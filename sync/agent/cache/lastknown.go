@@ -14,22 +14,22 @@ import (
 	"kedge/kv"
 )
 
-// lastKnown is last-known.json: what the store held last for this node, for a boot while it is away.
+// lastKnown is last-known.json: what the store last held for this node, for a boot while the store is away.
 type lastKnown struct {
 	Format   int                     `json:"format"` // 1
 	Prefixes map[string]knownEntries `json:"prefixes"`
 }
 
-// knownEntries are the keys below one prefix that concern this node, their values byte by byte.
+// knownEntries has the keys below one prefix that concern this node, with their exact values.
 type knownEntries struct {
-	At      time.Time         `json:"at"` // when they were first seen to be so; the node's clock
+	At      time.Time         `json:"at"` // when the node first saw them, by its own clock
 	Entries map[string][]byte `json:"entries"`
-	// Generations are the highest that the node has acted on, by key; also of records that are gone.
+	// Generations are the highest that the node has acted on, by key, also of records that are gone.
 	Generations map[string]int64 `json:"generations,omitempty"`
 }
 
-// readLastKnown reads a file; the state is empty if there is none. A damaged file is put aside: a node that lost its
-// memory waits for the store, as at its first boot.
+// readLastKnown reads a file; the state is empty if there is none. A damaged file is moved aside: the node then
+// waits for the store, as at its first boot.
 func readLastKnown(path string, log *slog.Logger) (lastKnown, error) {
 	k, err := durable.ReadState[lastKnown](path, nil)
 	var damaged *durable.DamagedError

@@ -11,13 +11,13 @@ import (
 	"kedge/policy"
 )
 
-// Role is one role's records and pins, as this node knows them.
+// Role has one role's records and pins, as this node knows them.
 type Role struct {
 	Name          string
 	Records, Pins *Source
-	// LeftOut counts the units beyond deployments.MaxRoleUnits, which the node doesn't look after.
+	// LeftOut counts the units beyond deployments.MaxRoleUnits, which the node ignores.
 	LeftOut int
-	// PassedOver counts the pins that nothing comes of, as their units have no record.
+	// PassedOver counts the pins that are ignored, as their units have no record.
 	PassedOver int
 
 	stage string
@@ -33,9 +33,9 @@ func newRole(stage, name string) *Role {
 // Sources returns the role's records and its pins.
 func (r *Role) Sources() []*Source { return []*Source{r.Records, r.Pins} }
 
-// Known reports whether enough is known to decide: that a pin is missing counts only if it would have been seen. After
-// a start, what the store says first isn't combined with what is remembered of the other source: a pin may have come
-// or gone meanwhile.
+// Known reports whether enough is known to decide: a missing pin counts only if it would have been seen. After a
+// start, the store's first answer for one source isn't combined with what is remembered of the other: a pin may
+// have come or gone meanwhile.
 func (r *Role) Known() bool {
 	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.answered() == r.Pins.answered()
 }
@@ -60,7 +60,7 @@ func (r *Role) Unknown() error {
 	return nil
 }
 
-// Missing reports whether the store has no place for the role's records: its name may be mistyped.
+// Missing reports whether the store has no folder for the role's records: the role's name may be mistyped.
 func (r *Role) Missing() bool {
 	return r.Records.from == fromNowhere && errors.Is(r.Records.trouble, kv.ErrNoFolder)
 }
@@ -91,8 +91,8 @@ func (r *Role) UnitPins(id deployments.UnitID, node string) (unitPin, nodePin po
 	return r.Pins.pins[kv.PinKey(id)], r.Pins.pins[kv.NodePinKey(id, node)]
 }
 
-// Generation returns the highest generation of a unit's record that the node has acted on. held is that of a record
-// which is there and isn't acted on; 0: there is none.
+// Generation returns the highest generation of a unit's record that the node has acted on, and the generation of a
+// record that it doesn't act on (held); 0: there is none.
 func (r *Role) Generation(id deployments.UnitID) (actedOn, held int64) {
 	key := kv.DesiredKey(id)
 	return r.Records.floors[key], r.Records.held[key].generation

@@ -12,7 +12,7 @@ import (
 	"kedge/policy"
 )
 
-// origin is where a source's entries come from, the best one last.
+// origin says where a source's entries come from, in ascending order of trust.
 type origin int
 
 const (
@@ -26,30 +26,30 @@ func (o origin) String() string {
 	return [...]string{"nothing yet", "snapshot", "last known state", "store"}[o]
 }
 
-// Source is what a node knows of the keys below one watched prefix: the records of a role, or its pins. Only a settled
-// view, the last known state or a snapshot can show that a key is missing.
+// Source is what a node knows of the keys below one watched prefix: the records of a role, or its pins. Only a
+// synced view, the last known state or a snapshot can show that a key is missing.
 type Source struct {
 	Prefix  string
 	role    *Role
 	desired bool // records, not pins
 	entries []kv.Entry
-	seen    []kv.Entry // of pins: all that the last confirmed view had; see Cache.Recount
+	seen    []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
 	from    origin
-	at      time.Time // since when entries are as they are
+	at      time.Time // since when entries are unchanged
 	trouble error     // why the store's view may be out of date
-	since   time.Time // since when trouble is as it is
+	since   time.Time // when trouble last became nil or non-nil
 
-	// What the entries hold, by key, parsed when they came.
+	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]
 	pins    map[string]policy.Value[deployments.Pin]
-	// floors are the highest generations that were acted on; held are records that are not, as confirmed has them.
+	// floors has the highest generations that were acted on; held the records of confirmed that are not acted on.
 	floors    map[string]int64
 	held      map[string]heldRecord
 	confirmed []kv.Entry
 	recheck   time.Time // when one of held may be taken; zero: never
 }
 
-// set replaces the entries, and parses the changed ones.
+// set replaces the entries, and parses those that changed.
 func (s *Source) set(entries []kv.Entry, at time.Time) {
 	records, pins := map[string]policy.Value[deployments.Record]{}, map[string]policy.Value[deployments.Pin]{}
 	for _, e := range entries {
@@ -76,13 +76,13 @@ func (s *Source) set(entries []kv.Entry, at time.Time) {
 	}
 }
 
-// bareWait is how long a record without a generation has to stand before a node takes it that knows a mirror's: a
-// mirror that runs puts its own back within milliseconds.
+// bareWait is how long a record without a generation must stand before a node that knows a mirror's record takes
+// it: a running mirror restores its own within milliseconds.
 const bareWait = 5 * time.Second
 
-// accept takes a view of the store, and reports whether the entries that decide have changed. Of a view that isn't
-// settled it takes records alone, and only new ones and those of a higher generation. If nothing is known at all,
-// they are enough to begin with: that a record is missing never decides anything.
+// accept takes a view of the store, and reports whether the entries that decide have changed. From a view that
+// isn't synced it takes only records, and of these only new ones and those of a higher generation. If nothing is
+// known at all, they are enough to begin with: that a record is missing never decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
 	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
@@ -115,9 +115,9 @@ func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, lo
 	return changed
 }
 
-// hold returns the entries of a confirmed view that may be acted on. A record of a lower generation than one that
-// was acted on is that of a snapshot that was restored: what is known stays until a mirror that knows of the higher
-// one has written. A record without a generation, beside one that a mirror wrote, has to stand for bareWait.
+// hold returns the entries of a synced view that may be acted on. A record of a lower generation than one that was
+// acted on comes from a restored backup of the store: what is known stays until a mirror that knows the higher
+// generation has written. A record without a generation, beside one that a mirror wrote, has to stand for bareWait.
 func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.Entry {
 	held := map[string]heldRecord{}
 	s.recheck = time.Time{}
@@ -138,7 +138,7 @@ func (s *Source) hold(entries []kv.Entry, now time.Time, log *slog.Logger) []kv.
 			}
 			if bare || g > 0 && g < floor {
 				if held[e.Key] = h; !seen && g > 0 {
-					log.Error("a record is older than the one that this node has acted on: it waits for a mirror that knows of that",
+					log.Error("a record is older than the one that this node has acted on: it waits for a mirror that knows the newer one",
 						"key", e.Key, "generation", g, "acted_on", floor)
 				}
 				if ok {
@@ -173,7 +173,7 @@ type heldRecord struct {
 	since      time.Time
 }
 
-// offer takes what the disk or a snapshot has if nothing better is known, and reports whether it did.
+// offer takes entries from the disk or a snapshot if nothing better is known, and reports whether it did.
 func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	if s.from >= from {
 		return false
@@ -183,7 +183,7 @@ func (s *Source) offer(entries []kv.Entry, from origin, at time.Time) bool {
 	return true
 }
 
-// newer adds those entries that are new or of a higher generation.
+// newer adds the entries that are new or of a higher generation.
 func (s *Source) newer(entries []kv.Entry, log *slog.Logger) []kv.Entry {
 	merged := slices.Clone(s.entries)
 	for _, e := range entries {
@@ -224,22 +224,22 @@ func (s *Source) find(key string) (kv.Entry, bool) {
 	return s.entries[i], true
 }
 
-// answered reports whether the store has answered, be it with an error.
+// answered reports whether the store has answered, even with an error.
 func (s *Source) answered() bool { return !s.since.IsZero() }
 
-// Origin returns where the entries come from, and since when they are as they are.
+// Origin returns where the entries come from, and since when they are unchanged.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
 
-// Trouble returns since when, and why, the store's view may be out of date; a nil error: it isn't.
+// Trouble returns since when and why the store's view may be out of date; a nil error: it is up to date.
 func (s *Source) Trouble() (since time.Time, err error) { return s.since, s.trouble }
 
-// Value returns the value of a key as it stands in the store; empty if there is none.
+// Value returns the known value of a key; empty if there is none.
 func (s *Source) Value(key string) string {
 	e, _ := s.find(key)
 	return string(e.Value)
 }
 
-// mine returns which keys below a prefix concern a node: units, and pins for that node.
+// mine returns a function that reports whether a key below a prefix concerns a node: units, and pins for that node.
 func mine(prefix, node string) func(key string) bool {
 	return func(key string) bool {
 		rest, ok := strings.CutPrefix(key, prefix)

@@ -9,8 +9,8 @@ import (
 	"kedge/kv"
 )
 
-// takeUnits returns those of a role's units that a node looks after, and how many it leaves out: at most limit. Units
-// that something is kept of on this node go first, then those that it has looked after so far, then by name.
+// takeUnits returns at most limit units of a role, for the node to look after, and how many it leaves out. Units
+// with files on this node go first, then those that it has looked after so far, then by name.
 func takeUnits(names []string, kept, before func(name string) bool, limit int) (taken map[string]bool, left int) {
 	rank := func(name string) int {
 		switch {
@@ -39,7 +39,8 @@ func (s *Source) unitOf(key string) string {
 	return name
 }
 
-// counts returns which keys of a view of a source count. all is set if what the view lacks is gone.
+// counts returns a function that reports whether a key of a source's view counts. all is set if keys that the view
+// lacks are gone.
 func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	if s.desired {
 		return c.countRecords(s, view, all)
@@ -55,7 +56,7 @@ func (c *Cache) counts(s *Source, view []kv.Entry, all bool) func(key string) bo
 	}
 }
 
-// countRecords returns which records of a view the node takes, and notes how many it leaves out.
+// countRecords returns which records of a view the node takes, and records how many it leaves out.
 func (c *Cache) countRecords(s *Source, view []kv.Entry, all bool) func(key string) bool {
 	r := s.role
 	var names []string
@@ -64,7 +65,7 @@ func (c *Cache) countRecords(s *Source, view []kv.Entry, all bool) func(key stri
 			names = append(names, name)
 		}
 	}
-	if !all { // what it has goes on beside what the view shows
+	if !all { // what the node has stays beside what the view shows
 		for _, e := range s.entries {
 			if name := s.unitOf(e.Key); !slices.Contains(names, name) {
 				names = append(names, name)
@@ -98,7 +99,7 @@ func (s *Source) only(entries []kv.Entry, counts func(key string) bool) []kv.Ent
 // maxFloors bounds how many removed records' generations a role remembers.
 const maxFloors = 1000
 
-// trimFloors forgets the generations of removed records if there are too many.
+// trimFloors drops generations of removed records if there are too many.
 func (c *Cache) trimFloors(s *Source) {
 	if len(s.floors) <= maxFloors {
 		return
@@ -110,7 +111,7 @@ func (c *Cache) trimFloors(s *Source) {
 	}
 }
 
-// notePassedOver counts the pins of units that have no record, and logs once that there are some.
+// notePassedOver counts the pins of units that have no record, and logs the first time that there are any.
 func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
 	was, first := r.PassedOver, ""
 	r.PassedOver = 0
@@ -123,6 +124,6 @@ func (c *Cache) notePassedOver(r *Role, counts func(key string) bool) {
 		}
 	}
 	if was == 0 && r.PassedOver > 0 {
-		c.c.Log.Warn("pins are passed over, as their units have no record", "pins", r.PassedOver, "first", first)
+		c.c.Log.Warn("pins are ignored, as their units have no record", "pins", r.PassedOver, "first", first)
 	}
 }

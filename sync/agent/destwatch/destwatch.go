@@ -1,4 +1,4 @@
-// Package destwatch watches the places where releases are live.
+// Package destwatch watches the dests of releases for changes.
 package destwatch
 
 import (
@@ -13,26 +13,25 @@ import (
 	"kedge/sync/deploy"
 )
 
-// linkSettle is waited after a change beside dest, so that a rename that replaces it isn't seen half done.
+// linkSettle is the delay after a change beside dest, so that a rename that replaces dest isn't seen half done.
 const linkSettle = 50 * time.Millisecond
 
-// Watcher is told by the kernel of changes beside the dests of all units, where a link is removed or led
-// elsewhere.
+// Watcher receives file system events beside the dests of all units: a link is removed or replaced.
 type Watcher struct {
 	log *slog.Logger
 
 	mu      sync.Mutex
-	watcher *fsnotify.Watcher // nil: not yet, or not to be had
-	opened  chan struct{}     // closed once it is clear whether there is one
+	watcher *fsnotify.Watcher // nil: not opened yet, or unavailable
+	opened  chan struct{}     // closed once opening has been tried
 	changed map[string]func() // by dest
 }
 
-// New returns a Watcher; Run has it work.
+// New returns a Watcher. Events are handled by Run.
 func New(log *slog.Logger) *Watcher {
 	return &Watcher{log: log, opened: make(chan struct{}), changed: map[string]func(){}}
 }
 
-// open makes the watcher when it is first needed: the kernel gives a user 128 of them, for all that they run.
+// open opens the watcher when it is first needed, as the kernel allows each user 128.
 func (w *Watcher) open() {
 	select {
 	case <-w.opened:
@@ -46,7 +45,7 @@ func (w *Watcher) open() {
 	close(w.opened)
 }
 
-// Watch calls changed after an event at dest itself, or after kedge run deployed to it.
+// Watch calls changed after an event at dest itself, or after kedge run deployed to dest.
 func (w *Watcher) Watch(dest string, changed func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -71,11 +70,11 @@ func (w *Watcher) Forget(dest string) {
 		}
 	}
 	if w.watcher != nil {
-		_ = w.watcher.Remove(filepath.Dir(dest)) // its directory may be gone
+		_ = w.watcher.Remove(filepath.Dir(dest)) // the directory may be gone
 	}
 }
 
-// Run waits for changes until ctx ends.
+// Run handles events until ctx ends.
 func (w *Watcher) Run(ctx context.Context) {
 	select {
 	case <-ctx.Done():
@@ -100,7 +99,7 @@ func (w *Watcher) Run(ctx context.Context) {
 		case err := <-w.watcher.Errors:
 			w.log.Warn("watching dests", "error", err)
 			w.mu.Lock()
-			for _, changed := range w.changed { // some may have been missed
+			for _, changed := range w.changed { // events may have been missed
 				time.AfterFunc(linkSettle, changed)
 			}
 			w.mu.Unlock()

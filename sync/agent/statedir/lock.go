@@ -15,12 +15,12 @@ import (
 // ErrLocked means that another agent uses the state directory; the error names its process.
 var ErrLocked = errors.New("another agent uses this state directory")
 
-// lockPatience is how long the lock of a dead process is waited for: a process that was killed while it started a
-// command leaves its lock to that command until its exec.
+// lockPatience is how long to wait for the lock of a dead process: a process that was killed while it started a
+// command leaves its lock to the command until exec.
 const lockPatience = 3 * time.Second
 
-// takeLock locks dir for this process, and writes its id into the lock's file, for people. The kernel gives the
-// lock up when the process ends, however it ends, so nothing is ever left locked.
+// takeLock locks dir for this process, and writes the process id to the lock's file, for people. The kernel
+// releases the lock however the process ends.
 func takeLock(dir string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -39,13 +39,13 @@ func takeLock(dir string) (*os.File, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("locking the state directory: %w", err), f.Close())
 	}
-	if f.Truncate(0) == nil { // where the disk is full the lock has no id in it, and holds as well
+	if f.Truncate(0) == nil { // on a full disk the lock has no id, but holds
 		_, _ = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
 	return f, nil
 }
 
-// dropLock releases the lock. Closing alone would not, while a child between fork and exec still has the file open.
+// dropLock releases the lock. Closing the file isn't enough while a child between fork and exec has it open.
 func dropLock(f *os.File) error {
 	return errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 }

@@ -12,11 +12,11 @@ import (
 	"kedge/sync/deploy"
 )
 
-// oldFailuresFile is where versions before this one kept the failure keys that stand in each unit's journal now.
+// oldFailuresFile is where earlier versions kept the failure keys that are now in each unit's journal.
 const oldFailuresFile = "failures.json"
 
-// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes its file. A
-// release whose key is lost counts as failed under what asks for it next.
+// moveOldFailures moves the failure keys of an earlier version into the units' journals, and removes the file. A
+// release whose key is lost counts as failed under the next request for it.
 func (d *Dir) moveOldFailures(log *slog.Logger) error {
 	path := d.Path(oldFailuresFile)
 	data, err := os.ReadFile(path)
@@ -32,7 +32,7 @@ func (d *Dir) moveOldFailures(log *slog.Logger) error {
 		} `json:"units"`
 	}
 	if err := json.Unmarshal(data, &old); err != nil {
-		log.Warn("the old list of failures is damaged and goes", "file", path, "error", err)
+		log.Warn("the old list of failures is damaged: removing it", "file", path, "error", err)
 	}
 	for name, failures := range old.Units {
 		var id deployments.UnitID

@@ -10,16 +10,16 @@ import (
 	"kedge/sync/deploy"
 )
 
-// starting is starting.json: since when this node tries to converge, in this boot of the machine. The file is there
-// from a start to the first convergence after it.
+// starting is starting.json: since when this node has tried to converge, in this boot of the machine. The file
+// exists from a start to the first convergence after it.
 type starting struct {
 	Boot  string    `json:"boot"`
 	Since time.Time `json:"since"`
 }
 
-// StartingSince returns the time of the first start since the node converged last, in this boot of the machine: a
-// node whose agent ends again and again runs out of the time that a rollout gives it. It is now if there was none, or
-// if nothing can be read or written, as on a full disk.
+// StartingSince returns the time of the first start since the node last converged, in this boot of the machine: a
+// node whose agent keeps restarting runs out of the time that a rollout gives it. It returns now if there was none,
+// or if the file can't be read or written, as on a full disk.
 func (d *Dir) StartingSince(now time.Time) time.Time {
 	var s starting
 	data, err := os.ReadFile(d.Path(startingFile))
@@ -31,7 +31,7 @@ func (d *Dir) StartingSince(now time.Time) time.Time {
 	return now
 }
 
-// Started notes that the node has converged.
+// Started records that the node has converged.
 func (d *Dir) Started() error {
 	if err := os.Remove(d.Path(startingFile)); !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -1,5 +1,5 @@
-// Package statedir is what an agent keeps about its node on disk, one file a fact. Each file is replaced in one durable
-// step, so that a kill leaves the old one or the new one.
+// Package statedir keeps an agent's facts about its node on disk, each in its own file. A file is replaced in one
+// durable step, so that a kill leaves either the old or the new one.
 package statedir
 
 import (
@@ -19,7 +19,7 @@ const (
 	lockFile     = "lock"
 	nodeFile     = "node.json"
 	startingFile = "starting.json"
-	// LastKnownFile and FloorsFile belong to packages cache and deploy, SocketFile to the agent.
+	// LastKnownFile belongs to package cache, FloorsFile to package deploy, SocketFile to the agent.
 	LastKnownFile = "last-known.json"
 	FloorsFile    = "floors.json"
 	SocketFile    = "agent.sock"
@@ -31,8 +31,8 @@ type Dir struct {
 	lock *os.File
 }
 
-// Open makes the directory at path if there is none, and locks it: ErrLocked if another agent has it. It removes what
-// a kill left of files that were being written. Close it.
+// Open creates the directory at path if there is none, and locks it; it returns ErrLocked if another agent holds
+// it. It removes temporary files that a kill left. Close unlocks it.
 func Open(path string, log *slog.Logger) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("making the state directory: %w", err)
@@ -62,8 +62,8 @@ func (d *Dir) UnitDir(id deployments.UnitID) string {
 	return d.Path(filepath.Join("units", id.Stage, id.Role, id.Unit))
 }
 
-// Units returns the units of a role that have a directory with something in it. It removes empty ones, whose unit
-// never had a release.
+// Units returns the units of a role whose directories aren't empty. It removes empty ones, whose unit never had a
+// release.
 func (d *Dir) Units(stage, role string) ([]deployments.UnitID, error) {
 	entries, err := os.ReadDir(d.Path(filepath.Join("units", stage, role)))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -79,14 +79,14 @@ func (d *Dir) Units(stage, role string) ([]deployments.UnitID, error) {
 	return ids, nil
 }
 
-// node is node.json: what the store's agent called a host.
+// node is node.json: the name that the store's agent had for a host.
 type node struct {
 	Host string `json:"host"`
 	Node string `json:"node"`
 }
 
-// NodeName returns what the store's agent called this host last; empty if that isn't known. What another host was
-// called doesn't count: the disk may have been part of its image.
+// NodeName returns the name that the store's agent last had for this host; empty: unknown. A name saved by another
+// host doesn't count: the disk may have been part of its image.
 func (d *Dir) NodeName(host string) string {
 	var n node
 	data, err := os.ReadFile(d.Path(nodeFile))
@@ -96,7 +96,7 @@ func (d *Dir) NodeName(host string) string {
 	return n.Node
 }
 
-// SetNodeName keeps the name that the store's agent has for this host.
+// SetNodeName saves the name that the store's agent has for this host.
 func (d *Dir) SetNodeName(host, name string) error {
 	return writeJSON(d.Path(nodeFile), node{host, name})
 }
@@ -109,7 +109,7 @@ func writeJSON(path string, v any) error {
 	return durable.WriteFile(path, data, 0o600)
 }
 
-// removeLeftovers removes the temporary files of writes that a kill cut off.
+// removeLeftovers removes the temporary files of writes that a kill interrupted.
 func (d *Dir) removeLeftovers() error {
 	for _, name := range []string{nodeFile, LastKnownFile, startingFile} {
 		left, err := filepath.Glob(d.Path("." + name + "*"))
