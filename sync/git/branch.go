@@ -1,10 +1,10 @@
-// Package git reads the deployments repo: a branch, local or remote, as commits whose trees and
-// signatures were checked. A remote branch is fetched through transport and pack into a cache; Objects reads that,
-// or a local repository in place, for Load, which checks a commit's tree and its signature.
+// Package git reads the deployments repo: a branch, local or remote, as commits whose trees and signatures are
+// checked. A remote branch is fetched by packages transport and pack into a cache. Objects reads the cache, or a
+// local repository in place; its method Load checks a commit's tree and signature.
 //
-// What was tried on what, by this package's tests and sync/mirror's:
+// What was tested, by the tests of this package and sync/mirror, and with what:
 //
-//	feature                               played on
+//	feature                               tested with
 //	https, token, further authorities     git http-backend behind TLS and basic authentication
 //	client certificates, replaced         the same, with TLS that asks for one
 //	ssh, keys, known_hosts                OpenSSH's sshd
@@ -21,8 +21,8 @@
 //	  redirects
 //	SSH and OpenPGP signatures            git and ssh-keygen; gpg
 //
-// Not supported: repositories of sha256 objects, reftable, partial clones as a local repo, the
-// git:// protocol, and plain http to other machines.
+// Not supported: repositories with sha256 objects, reftable, partial clones as a local repo, the git:// protocol,
+// and plain http to other machines.
 package git
 
 import (
@@ -35,45 +35,44 @@ import (
 	"github.com/go-git/go-git/v5/plumbing"
 )
 
-// Branch is where commits come from: a branch of a Git directory on this machine, read in place, or
-// of a remote one, read through a cache.
+// Branch is a source of commits: a branch of a Git directory on this machine, read in place, or of a remote
+// repository, read through a cache.
 type Branch interface {
-	// Head brings the branch's newest commit within reach of Objects, and names it. A *BadCommit
-	// says that it can't be had, for good.
+	// Head makes the branch's newest commit available to Objects, and returns its hash. A *BadCommit means that the
+	// commit can never be fetched.
 	Head(ctx context.Context) (string, error)
 	// Objects opens the repository for one reading.
 	Objects() (*Objects, error)
-	// Distrust says that what Objects gave could not be read: a cache is made anew at the next Head.
+	// Distrust reports that what Objects returned could not be read: the next Head rebuilds a cache.
 	Distrust()
-	// Watch calls changed whenever the branch may have moved, until ctx ends; where nothing can be
-	// watched it only waits.
+	// Watch calls changed whenever the branch may have moved, until ctx ends. If nothing can be watched, it only
+	// waits.
 	Watch(ctx context.Context, changed func())
-	// Interval is the time between two calls of Head where nothing changes.
+	// Interval returns the time between two calls of Head if nothing changes.
 	Interval() time.Duration
-	// Pause is the least time between two calls of Head, however often they are asked for.
+	// Pause returns the least time between two calls of Head, however often they are triggered.
 	Pause() time.Duration
 	Close() error
 }
 
 // Config says which branch is read, and how its repository is reached.
 type Config struct {
-	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the
-	// path of a local repository.
+	// Repo is https://…, ssh://… or git@HOST:PATH, of which no object beyond 16 MiB is kept, or the path of a local
+	// repository.
 	Repo, Branch string
-	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml;
-	// default: all of it.
+	// Path is the directory of the repository that holds STAGE/ROLE/UNIT.yaml and kedge.yaml; default: the root.
 	Path string
 	// Every is the time between polls; default 15 s (a watched local repo: 60 s, as a safety net).
 	Every time.Duration
-	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file
-	// (default ~/.ssh/known_hosts).
+	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
+	// ~/.ssh/known_hosts).
 	SSHKey, KnownHosts string
 	// CacheDir keeps a remote repository's objects; default: a temporary directory, which Close removes.
 	CacheDir string
-	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that
-	// GIT_SSL_CAINFO, GIT_SSL_CERT and GIT_SSL_KEY name, as git(1) does. A GitHub App is named by
-	// KEDGE_GITHUB_APP_ID, KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE, and
-	// KEDGE_GITHUB_API where that isn't https://api.github.com or https://HOST/api/v3.
+	// Env reads KEDGE_GIT_USER, KEDGE_GIT_TOKEN, KEDGE_GIT_TOKEN_FILE, and the files that GIT_SSL_CAINFO,
+	// GIT_SSL_CERT and GIT_SSL_KEY name, as in git(1). A GitHub App is configured by KEDGE_GITHUB_APP_ID,
+	// KEDGE_GITHUB_APP_INSTALLATION and KEDGE_GITHUB_APP_KEY_FILE, and by KEDGE_GITHUB_API if that isn't
+	// https://api.github.com or https://HOST/api/v3.
 	Env func(string) string
 	Log *slog.Logger
 }

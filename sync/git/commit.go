@@ -17,20 +17,18 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Commit is the part of a Git commit that history and people are shown.
+// Commit is the part of a Git commit that the history and people see.
 type Commit struct {
-	Hash    string // in full
+	Hash    string // the full hash
 	Author  string
-	When    time.Time // when it was committed; the committer's clock
+	When    time.Time // when it was committed, by the committer's clock
 	Subject string
 	Tree    *deployments.Tree
-	// Past names the newest commits that it descends from, abbreviated, with spaces between, as far
-	// as they can be read.
+	// Past has the abbreviated hashes of the newest ancestors, separated by spaces, as far as they can be read.
 	Past string
 }
 
-// BadCommit says that a commit can't be taken, whenever it is looked at: its content is at fault,
-// not the way to it.
+// BadCommit means that a commit's content is wrong, so that a retry doesn't help.
 type BadCommit struct {
 	Hash string
 	Err  error
@@ -39,8 +37,8 @@ type BadCommit struct {
 func (e *BadCommit) Error() string { return e.Err.Error() }
 func (e *BadCommit) Unwrap() error { return e.Err }
 
-// Load reads and checks a commit as a whole: its tree is valid, and its signature, where signers is
-// not nil, counts now. A *BadCommit is for good; any other error may pass.
+// Load reads a commit and checks it as a whole: its tree must be valid and, if signers is not nil, its signature
+// must count now. A *BadCommit is final; any other error may pass.
 func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -48,7 +46,7 @@ func (o *Objects) Load(name string, signers *Signers) (*Commit, error) {
 	return o.loadWith(name, signers.verify)
 }
 
-// LoadTaken reads a commit that was taken before, to go on with it: see Signers.verifyTaken.
+// LoadTaken reads a commit that was taken before, so that the mirror can go on with it: see Signers.verifyTaken.
 func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
 	if signers == nil {
 		return o.loadWith(name, nil)
@@ -56,7 +54,7 @@ func (o *Objects) LoadTaken(name string, signers *Signers) (*Commit, error) {
 	return o.loadWith(name, signers.verifyTaken)
 }
 
-// verifier checks a commit's signature: payload is the commit without it, when the time that it says.
+// verifier checks a commit's signature: payload is the commit without the signature, when its commit time.
 type verifier func(hash string, payload, signature []byte, when time.Time) error
 
 func (o *Objects) loadWith(name string, verify verifier) (*Commit, error) {
@@ -105,7 +103,7 @@ func (o *Objects) load(hash plumbing.Hash, verify verifier) (*Commit, error) {
 		return nil, fmt.Errorf("commit %s: %w", hash, fsys.fault)
 	case errors.As(err, new(deployments.Problems)):
 		return bad(err)
-	case err != nil: // the repository gave what it was asked for: a link that leads nowhere, a broken tree
+	case err != nil: // the repository could be read: a dangling link, a broken tree
 		return bad(fmt.Errorf("commit %s: %w", hash, err))
 	}
 	return describe(commit, tree), nil
@@ -122,9 +120,8 @@ func describe(c *object.Commit, tree *deployments.Tree) *Commit {
 	}
 }
 
-// signedPart splits a commit's own bytes into what was signed and the signature, as git
-// verify-commit does: they must not be put together again from parsed fields, which need not be all
-// that is there. signature is empty where there is none.
+// signedPart splits a commit's own bytes into what was signed and the signature, as git verify-commit does.
+// Rebuilding them from parsed fields could miss other content. signature is empty if there is none.
 func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err error) {
 	r, err := commit.Reader()
 	if err != nil {
@@ -139,7 +136,7 @@ func signedPart(commit plumbing.EncodedObject) (payload, signature []byte, err e
 	return payload, signature, nil
 }
 
-// splitSignature takes the gpgsig header, and its continuation lines, out of a commit's bytes.
+// splitSignature removes the gpgsig header, with its continuation lines, from a commit's bytes.
 func splitSignature(raw []byte) (payload, signature []byte) {
 	inside := false
 	for len(raw) > 0 {
@@ -151,7 +148,7 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 		case bytes.HasPrefix(line, []byte("gpgsig ")) && signature == nil:
 			inside = true
 			signature = append(append(signature, line[len("gpgsig "):]...), '\n')
-		case len(line) == 0: // the message follows, whose lines may look like anything
+		case len(line) == 0: // the message follows, whose lines may look like headers
 			return append(payload, raw...), signature
 		default:
 			inside = false
@@ -165,7 +162,7 @@ func splitSignature(raw []byte) (payload, signature []byte) {
 // maxPast bounds Commit.Past: more commits than are pushed while somebody waits for one.
 const maxPast = 30
 
-// past names the newest commits that hash descends from, as far as they can be read.
+// past returns the abbreviated hashes of hash's newest ancestors, as far as they can be read.
 func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	var names []string
 	for _, h := range ancestors(in, hash, maxPast+1) {
@@ -176,8 +173,7 @@ func past(in storer.EncodedObjectStorer, hash plumbing.Hash) string {
 	return strings.Join(names, " ")
 }
 
-// ancestors returns a commit and the newest that it descends from, n in all at most, as far as they
-// can be read.
+// ancestors returns a commit and its newest ancestors, at most n in all, as far as they can be read.
 func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []plumbing.Hash) {
 	head, err := object.GetCommit(in, hash)
 	if err != nil {
@@ -195,10 +191,10 @@ func ancestors(in storer.EncodedObjectStorer, hash plumbing.Hash, n int) (all []
 	return all
 }
 
-// Descends reports whether from is to, or an ancestor of it. It looks at the newest commits first,
-// so that the usual answer costs a few reads, however long the history is. Two commits that differ
-// in their signatures alone are one: whoever may push can change a signature's text, and must not
-// make the signer's own commit look like another history.
+// Descends reports whether from is to, or an ancestor of to. It visits the newest commits first, so that the usual
+// answer needs few reads, however long the history is. Commits that differ only in their signatures count as one:
+// whoever may push can change a signature's text, and must not make the signer's own commit look like another
+// history.
 func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	if from == to {
 		return true, nil
@@ -228,11 +224,11 @@ func (o *Objects) Descends(ctx context.Context, from, to string) (bool, error) {
 	}
 }
 
-// signedContent is what a commit says beside its signature.
+// signedContent is a commit's content without its signature.
 type signedContent struct {
 	hash    plumbing.Hash
 	tree    plumbing.Hash
-	payload []byte // nil: the commit isn't there any more, and is known by its hash alone
+	payload []byte // nil: the commit is missing, and only its hash is known
 }
 
 func (o *Objects) signedOf(name string) (signedContent, error) {
@@ -258,7 +254,7 @@ func (o *Objects) signedOf(name string) (signedContent, error) {
 	return s, nil
 }
 
-// is reports whether c, of o, is the commit, whatever signature it bears.
+// is reports whether c, of o, is the same commit, whatever its signature.
 func (s signedContent) is(o *Objects, c *object.Commit) bool {
 	if c.Hash == s.hash || s.payload == nil || c.TreeHash != s.tree {
 		return c.Hash == s.hash

@@ -79,7 +79,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 			"100644 caf\xe9.yml\x00"+string(rawOf(file))), "prod", "web")), "in UTF-8"},
 		"a name that is there twice": {commit(under(o, literally(o, "tree",
 			"100644 app.yaml\x00"+string(rawOf(blob(o,
-				unitFile("x"))))+"100644 app.yaml\x00"+string(rawOf(file))), "prod", "web")), "stands in"},
+				unitFile("x"))))+"100644 app.yaml\x00"+string(rawOf(file))), "prod", "web")), "occurs twice"},
 		"settings that are a directory": {commit(under(o, empty, "kedge.yaml")), "it is a directory"},
 	} {
 		began := time.Now()

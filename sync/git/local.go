@@ -22,8 +22,8 @@ type localRepo struct {
 	below        string // Config.Path
 	every        time.Duration
 	log          *slog.Logger
-	// blind is set while the directory can't be watched (no inotify left, a network file system,
-	// not there yet).
+	// blind is set while the directory can't be watched: no inotify watch is left, it is on a network file system,
+	// or it doesn't exist yet.
 	blind atomic.Bool
 }
 
@@ -58,7 +58,7 @@ func (r *localRepo) Objects() (*Objects, error) {
 
 func (r *localRepo) Interval() time.Duration {
 	if r.blind.Load() {
-		return min(r.every, time.Second) // to read one small file
+		return min(r.every, time.Second) // cheap: it reads one small file
 	}
 	return r.every
 }
@@ -74,7 +74,7 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 			return
 		}
 		if !r.blind.Swap(true) {
-			r.log.Warn("cannot watch the repository, it is polled instead", "repo", r.path, "error", err)
+			r.log.Warn("could not watch the repository: polling it instead", "repo", r.path, "error", err)
 		}
 		changed()
 		if wait.For(ctx, time.Second) != nil {
@@ -83,9 +83,8 @@ func (r *localRepo) Watch(ctx context.Context, changed func()) {
 	}
 }
 
-// watchOnce watches the directories in which Git renames a new ref into place: that of the branch,
-// its parents (Git removes and makes directories of branches like a/b as it needs them), and the
-// Git directory itself for packed-refs.
+// watchOnce watches the directories in which Git renames a new ref into place: the branch's, its parents (Git
+// removes and makes directories of branches like a/b as needed), and the Git directory itself for packed-refs.
 func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 	dir, err := r.common()
 	if err != nil {
@@ -115,7 +114,7 @@ func (r *localRepo) watchOnce(ctx context.Context, changed func()) error {
 	if r.blind.Swap(false) {
 		r.log.Info("the repository is watched again", "repo", r.path)
 	}
-	changed() // what happened before the watch stood
+	changed() // for changes before the watch began
 	for {
 		select {
 		case <-ctx.Done():

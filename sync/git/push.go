@@ -15,9 +15,9 @@ import (
 	"kedge/sync/git/transport"
 )
 
-// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's
-// work tree. rev is a hash, a branch, a tag, or what else gitrevisions(7) calls a commit-ish; below
-// is as Config.Path. An invalid tree is a deployments.Problems.
+// LoadAt reads a commit of the repository at path: a bare one, a clone, or a directory in a clone's work tree. rev
+// is a hash, a branch, a tag, or any other commit-ish of gitrevisions(7); below is as Config.Path. The error of an
+// invalid tree is a deployments.Problems.
 func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	if file, local := localPath(path); local {
 		path = file
@@ -61,9 +61,9 @@ func LoadAt(ctx context.Context, path, rev, below string) (*Commit, error) {
 	return c, ctx.Err()
 }
 
-// OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine in which
-// pushed objects lie, and names the branches that a mirror is likely to follow: main, and the one
-// that HEAD names. below is as Config.Path.
+// OpenReceiving opens the repository in which a pre-receive hook runs, with the quarantine that holds the pushed
+// objects. It also returns the branches that a mirror is likely to follow: main, and the one that HEAD names. below
+// is as Config.Path.
 func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects, branches []string, err error) {
 	if dir := env("GIT_DIR"); dir != "" {
 		repoDir = within(repoDir, dir)
@@ -95,11 +95,11 @@ func OpenReceiving(repoDir, below string, env func(string) string) (in *Objects,
 	return in, branches, nil
 }
 
-// Update is a branch's move, as a push asks for it. Old and New are hashes, empty for none.
+// Update is a branch's update in a push. Old and New are hashes; empty: the branch doesn't exist.
 type Update struct{ Branch, Old, New string }
 
-// ReadUpdates reads "OLD NEW REF" lines, as githooks(5) gives them to pre-receive and post-receive.
-// Other references than branches are passed over.
+// ReadUpdates reads "OLD NEW REF" lines, as githooks(5) describes for pre-receive and post-receive. It ignores
+// references that aren't branches.
 func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	lines := bufio.NewScanner(stdin)
 	for lines.Scan() {
@@ -114,8 +114,8 @@ func ReadUpdates(stdin io.Reader) (all []Update, err error) {
 	return all, lines.Err()
 }
 
-// Pushed returns the commit that a push made a branch's head, of a post-receive hook's lines;
-// empty: it moved other references only, or removed the branch.
+// Pushed reads a post-receive hook's lines and returns the commit that the push made the branch's head; empty: the
+// push only moved other references, or removed the branch.
 func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 	updates, err := ReadUpdates(stdin)
 	for _, u := range updates {
@@ -129,7 +129,7 @@ func Pushed(stdin io.Reader, branch string) (commit string, err error) {
 // IsHash reports whether a text is a commit's full hash.
 func IsHash(text string) bool { return plumbing.IsHash(text) }
 
-// unlessZero returns a hash, or nothing where it is Git's hash of nothing.
+// unlessZero returns a hash, or "" for Git's zero hash.
 func unlessZero(hash string) string {
 	if plumbing.NewHash(hash).IsZero() {
 		return ""

@@ -28,39 +28,39 @@ import (
 const (
 	listTimeout  = 30 * time.Second
 	fetchTimeout = 10 * time.Minute
-	// stallTimeout is how long a server may send nothing of what it is asked for, before it is asked again.
+	// stallTimeout is how long a server may send nothing in a fetch before the fetch is cancelled and retried.
 	stallTimeout = 2 * time.Minute
-	// askPause is from one question to a server to the next. The first webhook is heeded at once,
-	// and one that somebody sends again and again doesn't use up what the server grants.
+	// askPause is the least time between two requests to a server. The first webhook is followed at once, and
+	// repeated ones don't use up the server's rate limit.
 	askPause = 500 * time.Millisecond
-	// maxPacks is how many packs the cache may hold, one a fetch, before it is made anew: go-git
-	// does not repack.
+	// maxPacks is how many packs, one for each fetch, the cache may hold before it is rebuilt: go-git does not
+	// repack.
 	maxPacks = 50
 	// maxObject bounds an object that is kept of a fetch, in bytes. What is read of a commit is no larger.
 	maxObject = maxTree
-	// maxCache bounds the packs of a remote repository that are kept on disk, in bytes.
+	// maxCache bounds the packs of a remote repository on disk, in bytes.
 	maxCache = 4 << 30
 )
 
-// remoteRepo is a repository behind https or ssh. Asking for its branches is cheap; objects are
-// fetched when the branch has moved, into a bare cache on disk that can be thrown away at any time.
+// remoteRepo is a repository behind https or ssh. Listing its branches is cheap; objects are fetched when the
+// branch has moved, into a bare cache on disk that can be removed at any time.
 type remoteRepo struct {
 	server  *transport.Repository
 	branch  string
 	below   string // Config.Path
 	every   time.Duration
 	log     *slog.Logger
-	stall   time.Duration // stallTimeout
-	room    int64         // maxCache
-	refused *BadCommit    // the branch's head, where that can't be fetched whenever it is tried; Head's alone
-	putOff  time.Time     // until when the server asks not to be asked, and busy what it answered; Head's alone
+	stall   time.Duration // as stallTimeout
+	room    int64         // as maxCache
+	refused *BadCommit    // the branch's head, if it can never be fetched; only Head uses it
+	putOff  time.Time     // when requests may resume, as the server asked (see busy); only Head uses it
 	busy    error
 
 	mu        sync.Mutex
 	dir       string    // holds the cache
-	cache     string    // the bare repository in dir; empty: none yet
-	temporary bool      // dir goes with Close
-	held      io.Closer // of a temporary dir
+	cache     string    // the bare repository in dir; empty: not made yet
+	temporary bool      // Close removes dir
+	held      io.Closer // the lock of a temporary dir
 }
 
 func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
@@ -83,7 +83,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	r.dir = c.CacheDir
 	r.cache = r.kept()
 	for _, cut := range []string{fetchPrefix + "*", filepath.Join(cacheName, unfinished)} {
-		// A mirror that was killed while it fetched left them.
+		// A mirror that was killed during a fetch left these files.
 		left, _ := filepath.Glob(filepath.Join(c.CacheDir, cut))
 		for _, name := range left {
 			if err := os.RemoveAll(name); err != nil {
@@ -94,7 +94,7 @@ func newRemoteRepo(c Config, below string) (*remoteRepo, error) {
 	return r, nil
 }
 
-// kept finds the cache that an earlier mirror of the same repository and branch left, if it is whole.
+// kept returns the cache that an earlier mirror of the same repository and branch left, if it is whole.
 func (r *remoteRepo) kept() string {
 	name := filepath.Join(r.dir, cacheName)
 	kept, err := gogit.PlainOpen(name)
@@ -109,13 +109,13 @@ func (r *remoteRepo) kept() string {
 	return name
 }
 
-// What lies in the cache's directory: the cache, and what is being fetched to take its place.
+// Names in the cache's directory: the cache, and the fetch that is to replace it.
 const (
 	cacheName   = "repo.git"
 	fetchPrefix = "fetch-"
-	unfinished  = "objects/pack/tmp_*" // of a repository: what go-git has yet to finish
+	unfinished  = "objects/pack/tmp_*" // go-git's unfinished files, below a repository
 
-	// A directory that goes with its mirror is made anew, and holds a lock.
+	// A temporary directory is made by each mirror that has no CacheDir, and contains a lock.
 	temporaryPrefix = "kedge-mirror-"
 	lockFile        = "lock"
 )
@@ -163,7 +163,7 @@ func (r *remoteRepo) Head(ctx context.Context) (string, error) {
 	return head, err
 }
 
-// follow asks for the branch's head, and fetches it where it is new.
+// follow reads the hash of the branch's head, and fetches the head if it is new.
 func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 	name := plumbing.NewBranchReferenceName(r.branch).String()
 	heads, err := r.list(ctx, name)
@@ -188,7 +188,7 @@ func (r *remoteRepo) follow(ctx context.Context) (string, error) {
 		}
 		return "", err
 	}
-	return r.cached() // which may be newer than want
+	return r.cached() // may be newer than want
 }
 
 func (r *remoteRepo) list(ctx context.Context, prefix string) (map[string]string, error) {
@@ -206,7 +206,7 @@ func (r *remoteRepo) noBranch(ctx context.Context) error {
 	return missing(r.branch, r.server.Address(), slices.Collect(maps.Keys(heads)))
 }
 
-// cached names the branch's head in the cache.
+// cached returns the branch's head in the cache.
 func (r *remoteRepo) cached() (string, error) {
 	r.mu.Lock()
 	cache := r.cache
@@ -217,8 +217,7 @@ func (r *remoteRepo) cached() (string, error) {
 	return branchHead(cache, r.branch)
 }
 
-// fetch brings the cache up to date, or makes it anew where it is missing, broken or has grown too
-// many packs.
+// fetch updates the cache, or rebuilds it if it is missing, broken or has too many packs.
 func (r *remoteRepo) fetch(ctx context.Context, want plumbing.Hash) error {
 	r.mu.Lock()
 	cache := r.cache
@@ -230,7 +229,7 @@ func (r *remoteRepo) fetch(ctx context.Context, want plumbing.Hash) error {
 			if !errors.Is(err, errCache) && !errors.As(err, new(*pack.TooLarge)) || ctx.Err() != nil {
 				return err
 			}
-			r.log.Warn("the cache of the repository is of no use, it is fetched anew", "cache", cache, "error", err)
+			r.log.Warn("the cache of the repository can't be used: fetching it again", "cache", cache, "error", err)
 		}
 	}
 	fresh, err := os.MkdirTemp(r.dir, fetchPrefix)
@@ -268,11 +267,11 @@ func (r *remoteRepo) fetchInto(ctx context.Context, dir string, want plumbing.Ha
 	return err
 }
 
-// errCache says that the cache can't be used, though the server may be well.
+// errCache means that the cache can't be used, even if the server works.
 var errCache = errors.New("the cache can't be used")
 
-// fetchOnce brings want into the bare repository at dir, which it makes where there is none, and
-// lets the branch there be at it.
+// fetchOnce fetches want into the bare repository at dir, which it makes if there is none, and sets the branch to
+// it.
 func (r *remoteRepo) fetchOnce(ctx context.Context, dir string, want plumbing.Hash, progress *counter) error {
 	store, err := openCache(dir, r.server.Address())
 	if err != nil {
@@ -320,10 +319,10 @@ func openCache(dir, address string) (*filesystem.Storage, error) {
 	return bare.Storer.(*filesystem.Storage), os.MkdirAll(filepath.Join(dir, "objects", "pack"), 0o755)
 }
 
-// maxHaves bounds the commits that a server is told of: after a force push it finds a common one among them.
+// maxHaves bounds the commits that a fetch offers: after a force push the server finds a common one among them.
 const maxHaves = 64
 
-// counter counts what is written to it.
+// counter counts the bytes that are written to it.
 type counter struct{ n atomic.Int64 }
 
 func (c *counter) Write(p []byte) (int, error) {
@@ -331,7 +330,7 @@ func (c *counter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// endStalled cancels once progress gives the same for as long as stall.
+// endStalled calls cancel once progress hasn't changed for as long as stall.
 func endStalled(ctx context.Context, stall time.Duration, cancel context.CancelCauseFunc, progress func() int64) {
 	last, since := progress(), time.Now()
 	for wait.For(ctx, stall/8) == nil {
@@ -344,7 +343,7 @@ func endStalled(ctx context.Context, stall time.Duration, cancel context.CancelC
 	}
 }
 
-// sizeOf adds up the files of a directory.
+// sizeOf returns the total size of the files in a directory.
 func sizeOf(dir string) (sum int64) {
 	files, _ := os.ReadDir(dir)
 	for _, f := range files {
@@ -357,8 +356,8 @@ func sizeOf(dir string) (sum int64) {
 
 var errStalled = errors.New("the server sends nothing")
 
-// temporaryDir makes a directory in parent, which is ours until held is closed, and removes those
-// that mirrors left which were killed.
+// temporaryDir makes a directory in parent, which this process owns until held is closed, and removes those that
+// killed mirrors left.
 func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	left, _ := filepath.Glob(filepath.Join(parent, temporaryPrefix+"*"))
 	for _, name := range left {
@@ -374,8 +373,8 @@ func temporaryDir(parent string) (dir string, held io.Closer, err error) {
 	return dir, f, err
 }
 
-// removeAbandoned removes a temporary directory that nobody holds. What can't be looked at, such as
-// another user's, stays; so does a young one, which its mirror may be about to lock.
+// removeAbandoned removes a temporary directory that nobody holds. It keeps one that can't be read, such as another
+// user's, and a young one, whose mirror may be about to lock it.
 func removeAbandoned(dir string) {
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || time.Since(info.ModTime()) < time.Minute {
 		return
@@ -386,6 +385,6 @@ func removeAbandoned(dir string) {
 	}
 	defer f.Close()
 	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-		_ = os.RemoveAll(dir) // it may be another's all the same
+		_ = os.RemoveAll(dir) // fails if it is another user's
 	}
 }

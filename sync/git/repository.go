@@ -28,28 +28,29 @@ import (
 	"kedge/sync/git/transport"
 )
 
-// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or its name is another.
+// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or its name is
+// another.
 var ErrNoBranch = transport.ErrNoBranch
 
-// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push must
-// not be able to fill the mirror's memory.
+// maxFile bounds a file that is read from a commit, in bytes: unit files have a few hundred, and whoever may push
+// must not be able to exhaust the mirror's memory.
 const maxFile = 1 << 20
 
 var errTooLarge = fmt.Errorf("the file has more than %d bytes", maxFile)
 
-// objectCache bounds what is kept of objects while a commit is read.
+// objectCache bounds the objects that are cached while a commit is read.
 const objectCache = 8 * cache.MiByte
 
-// Objects reads a repository's objects in place, from several object directories: the repository's
-// own, those that objects/info/alternates names, and in a pre-receive hook the quarantine. It never
-// writes. go-git's own handling of alternates parses their indexes anew for each object. An Objects
-// is opened for one reading, and closed: Git may repack at any time.
+// Objects reads a repository's objects in place, from several object directories: the repository's own, those that
+// objects/info/alternates names, and in a pre-receive hook the quarantine. It never writes. (go-git's own support
+// of alternates parses their indexes again for each object.) An Objects is opened for one reading and then closed,
+// as Git may repack at any time.
 type Objects struct {
 	storer.EncodedObjectStorer // the first directory's; its writing methods are not called
 	dirs                       []*filesystem.Storage
 
-	below    string // the directory of a commit that holds the deployments repo; "." is the commit's own
-	filtered bool   // files beyond maxFile were left out of it
+	below    string // the directory of a commit that holds the deployments repo; ".": the root
+	filtered bool   // the repository lacks files beyond maxFile
 }
 
 func OpenObjects(dirs ...string) (*Objects, error) {
@@ -89,8 +90,7 @@ func (o *Objects) Close() error {
 	return errors.Join(errs...)
 }
 
-// lacking returns why an object may be missing from a repository that is as its owner wants it; empty:
-// it should be there.
+// lacking returns why the repository may lack objects on purpose; empty: it should have all.
 func (o *Objects) lacking() string {
 	for _, dir := range o.dirs {
 		root := dir.Filesystem().Root()
@@ -105,7 +105,7 @@ func (o *Objects) lacking() string {
 	return ""
 }
 
-// explain adds to an error that an object is missing why that may be.
+// explain adds to the error of a missing object why it may be missing.
 func (o *Objects) explain(err error) error {
 	if errors.Is(err, plumbing.ErrObjectNotFound) {
 		if why := o.lacking(); why != "" {
@@ -115,8 +115,7 @@ func (o *Objects) explain(err error) error {
 	return err
 }
 
-// gitDirAround returns a file system in which dir is "objects", whatever its name is: go-git only
-// opens whole Git directories.
+// gitDirAround returns a file system in which dir is named "objects", as go-git only opens whole Git directories.
 func gitDirAround(dir string) billy.Filesystem {
 	if filepath.Base(dir) == "objects" {
 		return osfs.New(filepath.Dir(dir))
@@ -167,7 +166,7 @@ func (o *Objects) HasEncodedObject(h plumbing.Hash) error {
 	return o.first(func(dir *filesystem.Storage) error { return dir.HasEncodedObject(h) })
 }
 
-// first asks one directory after the other, until one has the object.
+// first calls ask for one directory after another, until one has the object.
 func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	for _, dir := range o.dirs {
 		if err := ask(dir); !errors.Is(err, plumbing.ErrObjectNotFound) {
@@ -177,14 +176,14 @@ func (o *Objects) first(ask func(*filesystem.Storage) error) error {
 	return plumbing.ErrObjectNotFound
 }
 
-// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree.
-// common is where its objects and branches lie: the same, but for a linked work tree.
+// gitDir finds the Git directory at or in path: a bare repository, a clone, or a linked work tree. common is the
+// directory of its objects and branches: the same, except for a linked work tree.
 func gitDir(path string) (dir, common string, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return "", "", err
 	}
 	dirs := []string{path}
-	if _, err := os.Lstat(filepath.Join(path, ".git")); err == nil { // a work tree, in which objects may be a stage
+	if _, err := os.Lstat(filepath.Join(path, ".git")); err == nil { // a work tree, where "objects" may be the name of a stage
 		dirs = []string{filepath.Join(path, ".git")}
 	}
 	for _, dir = range dirs {
@@ -221,7 +220,7 @@ func within(dir, path string) string {
 	return filepath.Join(dir, path)
 }
 
-// checkFormat refuses what go-git would misread: see extensions in git-config(1).
+// checkFormat refuses repositories that go-git would misread: see extensions in git-config(1).
 func checkFormat(gitDir string) error {
 	text, err := inputfile.Read("repository", filepath.Join(gitDir, "config"))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -261,7 +260,7 @@ func branchHead(dir, branch string) (string, error) {
 		}
 		name = ref.Target()
 	}
-	return "", fmt.Errorf("branch %s of %s: symbolic refs without an end", branch, dir)
+	return "", fmt.Errorf("branch %s of %s: too many symbolic refs", branch, dir)
 }
 
 // branches lists the branches of the Git directory dir, as far as they can be read.
@@ -298,10 +297,10 @@ func missing(branch, where string, there []string) error {
 		safetext.Line(strings.Join(there[:min(len(there), maxBranches)], ", "), maxNames), more)
 }
 
-// scpLike is [USER@]HOST:PATH, as git takes it where there is no such file.
+// scpLike matches [USER@]HOST:PATH, as git accepts it if there is no file of that name.
 var scpLike = regexp.MustCompile(`^([A-Za-z0-9._-]+@)?[A-Za-z0-9.-]+:.+$`)
 
-// localPath returns the path that a repository's address names on this machine, if it names one.
+// localPath returns the path on this machine that a repository's address names, if it names one.
 func localPath(address string) (path string, local bool) {
 	if path, ok := strings.CutPrefix(address, "file://"); ok {
 		return path, true

@@ -23,8 +23,8 @@ import (
 const (
 	// maxTree bounds one directory's object, in bytes: some 300,000 entries.
 	maxTree = 16 << 20
-	// maxLinks bounds the symbolic links on the way to a file, and maxTarget where one leads to, in
-	// bytes: Linux makes no longer ones.
+	// maxLinks bounds the symbolic links on the way to a file, and maxTarget a link's target, in bytes: Linux makes
+	// no longer ones.
 	maxLinks  = 20
 	maxTarget = 4095
 )
@@ -35,17 +35,16 @@ var (
 	errNotFile      = errors.New("want the whole file: it is read by fs.ReadFile")
 )
 
-// tree is a directory of a commit, as deployments.Load walks and reads it: every object is read
-// when it is asked for. Symbolic links are followed within the commit. A submodule is a directory
-// that has no more than .git, as in a clone.
+// tree is a directory of a commit for deployments.Load. Each object is read when it is needed. Symbolic links are
+// followed within the commit. A submodule is a directory that contains only .git, as in a clone.
 type tree struct {
 	objects *Objects
-	top     plumbing.Hash // of the commit
-	below   string        // the directory in it that is the root; "." is the commit's own
+	top     plumbing.Hash // the commit's tree
+	below   string        // the directory in top that is the root; ".": top itself
 
-	// known are directories by hash: one that stands in a million places has a million paths.
+	// known caches directories by hash: one that occurs in a million places has a million paths.
 	known map[plumbing.Hash]map[string]object.TreeEntry
-	// fault is the first object that could not be read: the repository's trouble, not the commit's.
+	// fault is the error of the first object that could not be read: the repository is at fault, not the commit.
 	fault error
 }
 
@@ -60,7 +59,7 @@ func newTree(objects *Objects, commit *object.Commit, below string) *tree {
 		known: map[plumbing.Hash]map[string]object.TreeEntry{}}
 }
 
-// Open is there for fs.FS: whoever reads the tree asks for whole directories and files.
+// Open implements fs.FS. It always fails, as callers only read whole directories and files.
 func (t *tree) Open(name string) (fs.File, error) {
 	return nil, &fs.PathError{Op: "open", Path: name, Err: errNotFile}
 }
@@ -88,8 +87,7 @@ func (t *tree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// ReadDir lists a directory, sorted by name. Git's own order is that of names which end in "/"
-// where they are directories.
+// ReadDir lists a directory, sorted by name. Git sorts directories as if their names ended in "/".
 func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	fail := func(err error) ([]fs.DirEntry, error) {
 		return nil, &fs.PathError{Op: "readdir", Path: name, Err: err}
@@ -109,26 +107,26 @@ func (t *tree) ReadDir(name string) ([]fs.DirEntry, error) {
 	}
 	entries := make([]fs.DirEntry, 0, len(found))
 	for name, e := range found {
-		// A hostile tree may hold any bytes as a name. What fs.FS can't name, nothing can open
-		// either: it is passed over, but not where somebody might take it for a unit.
+		// A hostile tree may contain any bytes as a name. Names that are invalid in fs.FS can't be opened either:
+		// they are ignored, unless somebody might take one for a unit.
 		switch ext := path.Ext(name); {
 		case fs.ValidPath(name) && !strings.Contains(name, "/") && name != ".":
 			entries = append(entries, t.entry(name, e))
 		case ext == ".yaml", ext == ".yml":
-			return fail(fmt.Errorf("%q is no name of a file, in UTF-8", name))
+			return fail(fmt.Errorf("%q is not a file name in UTF-8", name))
 		}
 	}
 	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
 	return entries, nil
 }
 
-// find walks down to name, through symbolic links, and returns what is there, by name's last element.
+// find walks to name, following symbolic links, and returns the entry there, under name's last element.
 func (t *tree) find(name string) (*entry, error) {
 	if !fs.ValidPath(name) {
 		return nil, fs.ErrInvalid
 	}
 	at, parts := t.root(), split(path.Join(t.below, name))
-	var above []string // the way to what parts are below, without links
+	var above []string // the path to the directory that parts start from, without links
 	for links := 0; len(parts) > 0; {
 		if at.git != filemode.Dir {
 			return nil, fs.ErrNotExist
@@ -161,7 +159,7 @@ func (t *tree) find(name string) (*entry, error) {
 
 func (t *tree) root() *entry { return &entry{tree: t, name: ".", hash: t.top, git: filemode.Dir} }
 
-// target reads where a symbolic link in the directory above leads to, within the commit.
+// target returns the target of a symbolic link in the directory above, within the commit.
 func (t *tree) target(link plumbing.Hash, above []string) (string, error) {
 	to, err := t.blob(link)
 	switch {
@@ -187,8 +185,7 @@ func split(name string) []string {
 	return strings.Split(name, "/")
 }
 
-// directory reads a tree object. Of two entries with one name the first counts; Git itself makes no
-// such tree.
+// directory reads a tree object. It fails if a name occurs twice; Git itself makes no such tree.
 func (t *tree) directory(hash plumbing.Hash) (map[string]object.TreeEntry, error) {
 	if known := t.known[hash]; known != nil {
 		return known, nil
@@ -210,7 +207,7 @@ func (t *tree) directory(hash plumbing.Hash) (map[string]object.TreeEntry, error
 	entries := make(map[string]object.TreeEntry, len(raw.Entries))
 	for _, e := range raw.Entries {
 		if _, twice := entries[e.Name]; twice {
-			return nil, fmt.Errorf("tree %s: %q stands in it twice", hash, e.Name)
+			return nil, fmt.Errorf("tree %s: %q occurs twice", hash, e.Name)
 		}
 		entries[e.Name] = e
 	}
@@ -223,7 +220,7 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if o.Size() > maxFile { // what is larger was not read into memory: see OpenObjects
+	if o.Size() > maxFile { // larger objects were not read into memory: see OpenObjects
 		return nil, errTooLarge
 	}
 	r, err := o.Reader()
@@ -241,8 +238,8 @@ func (t *tree) blob(hash plumbing.Hash) ([]byte, error) {
 	return data, nil
 }
 
-// object finds one. That it is missing is the repository's trouble; that it is of another kind, the
-// commit's own. A file that the server left out of a fetch is too large.
+// object reads an object. If it is missing, the repository is at fault; if it is of another kind, the commit is. A
+// file that the server left out of a fetch is too large.
 func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.EncodedObject, error) {
 	o, err := t.objects.EncodedObject(kind, hash)
 	missing := errors.Is(err, plumbing.ErrObjectNotFound)
@@ -257,7 +254,7 @@ func (t *tree) object(kind plumbing.ObjectType, hash plumbing.Hash) (plumbing.En
 	return nil, t.failed(fmt.Errorf("%s %s: %w", kind, hash, err))
 }
 
-// failed notes that the repository itself could not be read.
+// failed records that the repository itself could not be read.
 func (t *tree) failed(err error) error {
 	if t.fault == nil {
 		t.fault = err
@@ -297,14 +294,14 @@ func (e *entry) Mode() fs.FileMode {
 func (e *entry) Size() int64 {
 	size, err := e.tree.objects.EncodedObjectSize(e.hash)
 	if err != nil {
-		return 0 // whoever reads the file sees the error
+		return 0 // reading the file will return the error
 	}
 	return size
 }
 
 // LoadDir reads a work tree as it is, committed or not; below is as Config.Path. As in a commit, symbolic links are
-// followed within the repository alone, and nothing but a regular file is read: the tree may be a stranger's, with
-// links to devices in it.
+// followed only within the repository. Only regular files are read, as the tree may be a stranger's, with links to
+// devices.
 func LoadDir(dir, below string) (*deployments.Tree, error) {
 	below, err := cleanPath(below)
 	if err != nil {
@@ -324,8 +321,8 @@ func LoadDir(dir, below string) (*deployments.Tree, error) {
 	return tree, err
 }
 
-// workTreeOf returns the top of the work tree that a directory lies in, and the way down to it; outside of one, the
-// directory itself.
+// workTreeOf returns the top of the work tree that contains a directory, and the path from there to the directory;
+// outside of a work tree, the directory itself.
 func workTreeOf(dir string) (top, inside string, err error) {
 	if dir, err = filepath.Abs(dir); err == nil {
 		dir, err = filepath.EvalSymlinks(dir)
@@ -344,9 +341,9 @@ func workTreeOf(dir string) (top, inside string, err error) {
 	}
 }
 
-// workTree is a directory of a work tree, as deployments.Load walks and reads it.
+// workTree is a directory of a work tree for deployments.Load.
 type workTree struct {
-	root  *os.Root // of the whole work tree
+	root  *os.Root // the whole work tree
 	below string
 }
 
@@ -356,7 +353,7 @@ var (
 	_ fs.StatFS     = (*workTree)(nil)
 )
 
-// Open is there for fs.FS: whoever reads the tree asks for whole directories and files.
+// Open implements fs.FS. It always fails, as callers only read whole directories and files.
 func (t *workTree) Open(name string) (fs.File, error) {
 	return nil, &fs.PathError{Op: "open", Path: name, Err: errNotFile}
 }
@@ -385,7 +382,7 @@ func (t *workTree) ReadFile(name string) ([]byte, error) {
 	return data, nil
 }
 
-// read reads a regular file: opening a pipe would wait for its writer, and a device may have no end.
+// read reads a regular file: opening a pipe would wait for its writer, and a device may never end.
 func (t *workTree) read(name string) ([]byte, error) {
 	f, err := t.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -396,7 +393,7 @@ func (t *workTree) read(name string) ([]byte, error) {
 	case err != nil:
 		return nil, err
 	case !info.Mode().IsRegular():
-		return nil, errors.New("it is no regular file")
+		return nil, errors.New("it is not a regular file")
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
 	if err == nil && len(data) > maxFile {
@@ -405,7 +402,7 @@ func (t *workTree) read(name string) ([]byte, error) {
 	return data, err
 }
 
-// prefix names files of the tree, or of its problems, by their places in the repository.
+// prefix changes the file names of a tree, or of its problems, to paths in the repository.
 func prefix(below string, tree *deployments.Tree, err error) {
 	if below == "." {
 		return
@@ -422,7 +419,7 @@ func prefix(below string, tree *deployments.Tree, err error) {
 	}
 }
 
-// cleanPath reads the name of a directory in the repository.
+// cleanPath parses the name of a directory in the repository.
 func cleanPath(name string) (string, error) {
 	clean := path.Clean(strings.Trim(name, "/"))
 	if !fs.ValidPath(clean) {

@@ -16,26 +16,24 @@ import (
 	"kedge/policy"
 )
 
-// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP
-// keys. They are read anew for each commit, so that a signer can be added, or taken out, while the
-// mirror runs.
+// Signers checks the signatures of commits against an allowed_signers file and a file of OpenPGP keys. It reads
+// them again for each commit, so that a signer can be added or removed while the mirror runs.
 type Signers struct {
 	signersFile, keyringFile string
-	memory                   string // a file of the commits whose signatures counted once; empty: none
+	memory                   string // the file of the commits whose signatures once counted; empty: none
 
-	mu sync.Mutex // of memory
+	mu sync.Mutex // guards the file memory
 }
 
 const (
-	// memoryFile lies in the cache's directory.
+	// memoryFile is the name of Signers.memory in the cache's directory.
 	memoryFile = "verified"
-	// maxRemembered bounds it, in commits.
+	// maxRemembered bounds the commits in memoryFile.
 	maxRemembered = 100
 )
 
-// OpenSigners reads both files once, to tell early that one is wrong. In dir it remembers the
-// commits whose signatures counted; empty: nowhere. Without either file it returns nil: no
-// signature is asked for.
+// OpenSigners reads both files once, to report early if one is wrong. It remembers in dir the commits whose
+// signatures counted; empty: nowhere. Without either file it returns nil: signatures are not required.
 func OpenSigners(signersFile, keyringFile, dir string) (*Signers, error) {
 	if signersFile == "" && keyringFile == "" {
 		return nil, nil
@@ -58,18 +56,18 @@ func (s *Signers) read() (signers policy.Signers, keys policy.Keyring, err error
 	return signers, keys, err
 }
 
-// verify asks for a signature that counts now, and remembers the commit.
+// verify requires a signature that counts now, and remembers the commit.
 func (s *Signers) verify(hash string, payload, signature []byte, _ time.Time) error {
 	if err := s.check(payload, signature, time.Now()); err != nil {
 		return err
 	}
-	_ = s.remember(hash) // for the day that the signer's key is gone; a full disk must not keep a good commit out today
+	_ = s.remember(hash) // for when the signer is removed; a full disk must not refuse a good commit
 	return nil
 }
 
-// verifyTaken takes a commit that a signer vouched for once, also after the signer's key has
-// expired or was taken out: its signature counted when it was committed, or this machine remembers
-// that it did. A new commit never passes by this.
+// verifyTaken accepts a commit that a signer vouched for, even after the signer's key has expired or was removed:
+// its signature counted when it was committed, or this machine remembers that it did. New commits are never checked
+// by it.
 func (s *Signers) verifyTaken(hash string, payload, signature []byte, when time.Time) error {
 	err := s.check(payload, signature, time.Now())
 	if err == nil || s.check(payload, signature, when) == nil {
@@ -97,12 +95,12 @@ func (s *Signers) check(payload, signature []byte, now time.Time) error {
 	return err
 }
 
-// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and
-// with either anybody could make further commits that bear the same signature.
+// checkForm refuses text around a signature, and carriage returns in it. Git writes neither, and with either
+// anybody could make further commits that have the same signature.
 func checkForm(signature []byte) error {
 	text := string(bytes.TrimSuffix(signature, []byte("\n")))
 	if text == "" {
-		return nil // there is none: the signers' own words tell that
+		return nil // there is none: the signers' check returns that error
 	}
 	if strings.Contains(text, "\r") {
 		return fmt.Errorf("%w: the signature has carriage returns, which Git doesn't write", policy.ErrUntrusted)

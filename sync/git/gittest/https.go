@@ -16,21 +16,21 @@ import (
 	"testing"
 )
 
-// HTTPSOrigin serves a repository as Git hosts do: git-http-backend behind TLS and basic auth.
+// HTTPSOrigin serves a repository as Git hosts do: by git-http-backend behind TLS and basic authentication.
 type HTTPSOrigin struct {
 	*Origin
 	URL, CAFile string
-	Lists       atomic.Int64 // ls-refs answered
+	Lists       atomic.Int64 // answers to ls-refs
 	Fetches     atomic.Int64
 	Away        atomic.Bool
-	// Half makes it send half of a pack, and then end the connection, or with Hang say no more.
+	// Half makes the server send half of a pack and then close the connection or, with Hang, send nothing more.
 	Half, Hang atomic.Bool
-	// Front, while it is set, is asked first, with the request's body, and reports whether it has answered.
+	// Front, if set, is called first, with the request's body, and reports whether it has answered.
 	Front atomic.Pointer[func(w http.ResponseWriter, r *http.Request, asked []byte) bool]
-	Conns atomic.Int64 // connections that were made
+	Conns atomic.Int64 // connections that were opened
 }
 
-// halfWriter passes on the first bytes alone.
+// halfWriter passes on only the first bytes.
 type halfWriter struct {
 	http.ResponseWriter
 	left int
@@ -45,8 +45,7 @@ func (w *halfWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// ServeHTTPS serves o until the test ends, as tune changes the server, to user mirror with the
-// password s3cret.
+// ServeHTTPS serves o until the test ends, to user mirror with the password s3cret. tune may change the server.
 func ServeHTTPS(t testing.TB, o *Origin, tune ...func(*httptest.Server)) *HTTPSOrigin {
 	t.Helper()
 	execPath := o.Git("", "--exec-path")

@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// Env keeps the user's own configuration out of the tests' commits.
+// Env returns variables that keep the user's own configuration out of the tests' commits.
 func Env() []string {
 	return []string{
 		"GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
@@ -23,10 +23,10 @@ func Env() []string {
 type Origin struct {
 	TB         testing.TB
 	Bare, Work string
-	Env        []string // more variables of git's
+	Env        []string // further variables for git
 }
 
-// New makes an empty repository and an empty clone of it, both on branch main.
+// New makes an empty repository and an empty clone, both on branch main.
 func New(tb testing.TB) *Origin {
 	tb.Helper()
 	dir := tb.TempDir()
@@ -37,7 +37,7 @@ func New(tb testing.TB) *Origin {
 	return o
 }
 
-// Git runs git(1), and ends the test where it fails.
+// Git runs git(1), and ends the test if it fails.
 func (o *Origin) Git(dir string, args ...string) string {
 	o.TB.Helper()
 	out, err := o.Try(dir, args...)
@@ -47,7 +47,7 @@ func (o *Origin) Git(dir string, args ...string) string {
 	return strings.TrimSpace(out)
 }
 
-// Try runs git(1), and returns all that it printed.
+// Try runs git(1), and returns its output.
 func (o *Origin) Try(dir string, args ...string) (string, error) {
 	cmd := exec.Command("git", append([]string{"-c", "gc.auto=0", "-c", "core.fsync=none"}, args...)...)
 	cmd.Dir = dir
@@ -95,7 +95,7 @@ func (o *Origin) ForcePush(files map[string]string) string {
 	return hash
 }
 
-// Refer makes n further references to a commit, beside the branches, as a host of reviews has them.
+// Refer makes n further references to a commit, besides the branches, as code review hosts do.
 func (o *Origin) Refer(n int, hash string) {
 	o.TB.Helper()
 	var refs strings.Builder
@@ -106,7 +106,7 @@ func (o *Origin) Refer(n int, hash string) {
 	WriteFile(o.TB, filepath.Join(o.Bare, "packed-refs"), refs.String())
 }
 
-// Write gives git(1) its standard input, and returns what it prints: the hash of what it made.
+// Write runs git(1) with in as its standard input, and returns its output: the hash of a new object.
 func (o *Origin) Write(in string, args ...string) string {
 	o.TB.Helper()
 	cmd := exec.Command("git", args...)

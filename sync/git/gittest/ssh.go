@@ -21,20 +21,20 @@ import (
 	"golang.org/x/crypto/ssh/knownhosts"
 )
 
-// SSHOrigin is a repository behind a real sshd on a port of its own.
+// SSHOrigin is a repository behind a real sshd on its own port.
 type SSHOrigin struct {
 	*Origin
 	URL, Host  string
 	Key, Known string // files
 	HostKey    ssh.PublicKey
-	Conns      atomic.Int64 // connections that were made
+	Conns      atomic.Int64 // connections that were opened
 	Sent       atomic.Int64 // bytes that the server sent
 	sshd       *exec.Cmd
-	cut        chan struct{} // closed to end the connections that there are
+	cut        chan struct{} // closed to end the present connections
 	mu         sync.Mutex
 }
 
-// Cut ends all connections.
+// Cut ends all present connections.
 func (s *SSHOrigin) Cut() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -42,7 +42,7 @@ func (s *SSHOrigin) Cut() {
 	s.cut = make(chan struct{})
 }
 
-// front passes connections on to sshd, and counts.
+// front passes connections on to sshd, and counts them and the bytes sent.
 func (s *SSHOrigin) front(l net.Listener, sshd string) {
 	for {
 		c, err := l.Accept()
@@ -71,7 +71,7 @@ func (s *SSHOrigin) front(l net.Listener, sshd string) {
 	}
 }
 
-// counted counts what is written.
+// counted counts the bytes that are written.
 type counted struct {
 	io.Writer
 	n *atomic.Int64
@@ -83,8 +83,8 @@ func (c *counted) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// ServeSSH serves o by sshd, as more lines of its configuration say, until the test ends. As sshd is
-// installed it speaks protocol v0 alone; hosts of repositories have AcceptEnv GIT_PROTOCOL.
+// ServeSSH serves o by sshd until the test ends. more are further lines of sshd's configuration. By default sshd
+// only speaks protocol v0; Git hosts set AcceptEnv GIT_PROTOCOL.
 func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 	t.Helper()
 	path, err := exec.LookPath("sshd")
@@ -108,7 +108,7 @@ func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 	userKey := NewKey(t, s.Key, "")
 	WriteFile(t, filepath.Join(dir, "authorized_keys"), string(ssh.MarshalAuthorizedKey(userKey)))
 	port := freePort(t)
-	if os.Getuid() == 0 { // sshd wants it, and its package makes it only with the service
+	if os.Getuid() == 0 { // sshd needs the directory, which its package only makes with the service
 		if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -168,12 +168,12 @@ SetEnv GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.dire
 	return s
 }
 
-// Know makes known_hosts name key as the server's.
+// Know sets the server's key in known_hosts to key.
 func (s *SSHOrigin) Know(t testing.TB, key ssh.PublicKey) {
 	WriteFile(t, s.Known, knownhosts.Line([]string{knownhosts.Normalize(s.Host)}, key)+"\n")
 }
 
-// NewKey writes a private key to file, and returns its public one.
+// NewKey writes a private key to file, and returns the public key.
 func NewKey(t testing.TB, file, passphrase string) ssh.PublicKey {
 	t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)

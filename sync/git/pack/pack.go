@@ -1,4 +1,5 @@
-// Package pack stores the packs that a server sends, with an index of its own making, within bounds of memory and disk.
+// Package pack stores the packs that a server sends, with an index that it computes, within bounds of memory and
+// disk.
 package pack
 
 import (
@@ -18,13 +19,13 @@ import (
 )
 
 const (
-	// maxObjects bounds the objects of a pack: some 130 bytes of memory each, while it is read.
+	// maxObjects bounds the objects of a pack, each of which takes some 130 bytes of memory while the pack is read.
 	maxObjects = 16 << 20
-	// maxDeltas bounds the deltas on the way to an object, as git(1) does.
+	// maxDeltas bounds the chain of deltas that leads to an object, as git(1) does.
 	maxDeltas = 4095
 )
 
-// ObjectTooLarge says that the branch leads to a commit or a directory beyond Limits.Object.
+// ObjectTooLarge means that the branch refers to a commit or a directory beyond Limits.Object.
 type ObjectTooLarge struct{ size, most int64 }
 
 func (e *ObjectTooLarge) Error() string {
@@ -33,7 +34,7 @@ func (e *ObjectTooLarge) Error() string {
 		"(git push --force), or mirror a bare clone on the mirror's own machine, which is read in place", e.size, e.most)
 }
 
-// TooLarge says that the branch's objects don't fit into the cache.
+// TooLarge means that the branch's objects don't fit into the cache.
 type TooLarge struct{ most int64 }
 
 func (e *TooLarge) Error() string {
@@ -42,19 +43,18 @@ func (e *TooLarge) Error() string {
 		"machine, which is read in place", e.most)
 }
 
-// indexer reads a pack once from its sender, and makes the pack's index. It holds no large object
-// in memory: what is beyond most stays out of the index, and so does what is a delta to it, as if
-// the sender had left it out.
+// indexer reads a pack once from its sender, and computes the pack's index. It holds no large object in memory: an
+// object beyond most is left out of the index, with all deltas to it, as if the sender had left it out.
 type indexer struct {
-	memory   int       // bounds the objects that are held to make others of, in bytes, beside those that are being made
-	most     int64     // Limits.Object
-	progress io.Writer // told of each step that takes time
+	memory   int       // bounds the base objects held in memory, in bytes
+	most     int64     // as Limits.Object
+	progress io.Writer // written to at each slow step
 	file     *os.File
-	objects  []indexed                 // by their offsets
-	refs     map[plumbing.Hash][]int32 // deltas to objects that are named by their hashes
-	wanting  int                       // deltas of refs that have found no base
-	dropped  bool                      // a delta whose hash nobody knows
-	scanner  *packfile.Scanner         // of file
+	objects  []indexed                 // sorted by offset
+	refs     map[plumbing.Hash][]int32 // deltas, by the hash of their base
+	wanting  int                       // deltas of refs whose base was not found yet
+	dropped  bool                      // a delta whose hash is unknown was left out
+	scanner  *packfile.Scanner         // reads file
 	checksum plumbing.Hash
 }
 
@@ -62,20 +62,20 @@ type indexer struct {
 type indexed struct {
 	offset      int64
 	hash        plumbing.Hash
-	kind        plumbing.ObjectType // of a delta whose base is yet unknown: of the delta
+	kind        plumbing.ObjectType // the delta's own kind until its base is known
 	crc         uint32
-	left        bool  // out of the index
-	first, next int32 // the first of the deltas to it, and the next delta to the same object; 0: none
+	left        bool  // left out of the index
+	first, next int32 // the first delta to it, and the next delta to the same base; 0: none
 }
 
-// Limits bound a pack.
+// Limits bounds a pack.
 type Limits struct {
-	Object int64 // bytes of an object that is kept; what is larger is left out if it is a file, else an ObjectTooLarge
-	Pack   int64 // bytes of the pack; what is larger is a TooLarge
+	Object int64 // bytes of an object; a larger file is left out, anything else is an ObjectTooLarge
+	Pack   int64 // bytes of the pack; a larger pack is a TooLarge
 }
 
-// Store reads a pack from r, and puts it with its index into dir: the packs of a repository, or
-// nothing of it. It tells progress of each step that takes time.
+// Store reads a pack from r, and puts it with its index into dir, a repository's directory of packs; if it fails,
+// dir stays unchanged. It writes to progress at each slow step.
 func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress io.Writer) error {
 	file, err := os.CreateTemp(dir, "tmp_pack_")
 	if err != nil {
@@ -95,7 +95,7 @@ func Store(ctx context.Context, r io.Reader, dir string, limits Limits, progress
 	return x.save(dir)
 }
 
-// read reads a pack, keeps it, and finds the hashes of its objects.
+// read reads a pack, stores it, and computes the hashes of its objects.
 func (x *indexer) read(ctx context.Context, r io.Reader) error {
 	if err := x.scan(io.TeeReader(r, x.file)); err != nil {
 		return err
@@ -103,8 +103,8 @@ func (x *indexer) read(ctx context.Context, r io.Reader) error {
 	return x.resolve(ctx)
 }
 
-// scan reads the pack to its end. An object's size comes before the object, and that of one that is
-// stored as a delta at the delta's beginning.
+// scan reads the pack to its end. An object's size precedes the object; if it is stored as a delta, the size is at
+// the beginning of the delta.
 func (x *indexer) scan(r io.Reader) error {
 	s := packfile.NewScanner(r)
 	_, count, err := s.Header()
@@ -114,7 +114,7 @@ func (x *indexer) scan(r io.Reader) error {
 	if count > maxObjects {
 		return fmt.Errorf("pack: it has %d objects, and at most %d are fetched", count, maxObjects)
 	}
-	x.objects = append(x.objects, indexed{}) // nobody's: an index of 0 is none
+	x.objects = append(x.objects, indexed{}) // unused: index 0 means none
 	x.refs = map[plumbing.Hash][]int32{}
 	for range count {
 		h, err := s.NextObjectHeader()
@@ -132,7 +132,7 @@ func (x *indexer) scan(r io.Reader) error {
 	return err
 }
 
-// add reads the object behind h.
+// add reads the object after h.
 func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	o := indexed{offset: h.Offset, kind: h.Type}
 	at := int32(len(x.objects))
@@ -196,7 +196,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	return nil
 }
 
-// resolve makes the hashes of all deltas.
+// resolve computes the hashes of all deltas.
 func (x *indexer) resolve(ctx context.Context) error {
 	x.scanner = packfile.NewScanner(x.file)
 	for i := 1; i < len(x.objects); i++ {
@@ -213,7 +213,7 @@ func (x *indexer) resolve(ctx context.Context) error {
 	return nil
 }
 
-// link makes deltas to object i of those that name it by its hash.
+// link attaches deltas that name object i by its hash to it.
 func (x *indexer) link(i int32) {
 	o := &x.objects[i]
 	for _, child := range x.refs[o.hash] {
@@ -223,17 +223,17 @@ func (x *indexer) link(i int32) {
 	delete(x.refs, o.hash)
 }
 
-// held is an object that others are made of, and its content; nil: it is made anew.
+// held is a base object, and its content; nil: the content is computed again.
 type held struct {
 	object  int32
 	content []byte
 }
 
-// resolveFrom makes all that is a delta to object root, however indirectly.
+// resolveFrom computes all direct and indirect deltas to object root.
 func (x *indexer) resolveFrom(ctx context.Context, root int32) error {
 	kind := x.objects[root].kind
 	path := []held{{object: root}}
-	sum, kept := 0, 0 // bytes of the contents on the path, and the first of it that is still there
+	sum, kept := 0, 0 // bytes of the contents on the path, and the first element that is still held
 	for len(path) > 0 {
 		last := len(path) - 1
 		child := x.objects[path[last].object].first
@@ -299,7 +299,7 @@ func (x *indexer) make(path []held) (content []byte, err error) {
 	return content, nil
 }
 
-// patch makes an object of the one that it is a delta to.
+// patch computes an object from its base.
 func (x *indexer) patch(base []byte, object int32) ([]byte, error) {
 	delta, err := x.raw(object)
 	if err != nil {
@@ -309,7 +309,7 @@ func (x *indexer) patch(base []byte, object int32) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pack: a delta: %w", err)
 	}
-	if content == nil { // which would say that it isn't there
+	if content == nil { // nil would mean that it isn't held
 		content = []byte{}
 	}
 	return content, nil
@@ -328,7 +328,7 @@ func (x *indexer) raw(object int32) ([]byte, error) {
 	return content.Bytes(), nil
 }
 
-// save puts the pack and its index into dir. A pack counts once its index is there.
+// save puts the pack and its index into dir. Git uses a pack once its index is there.
 func (x *indexer) save(dir string) error {
 	w := &idxfile.Writer{}
 	for _, o := range x.objects {
@@ -370,7 +370,7 @@ func (p *head) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// target reads the size of what a delta makes, behind that of what it is a delta to.
+// target returns the size of a delta's result, which follows the size of its base.
 func (p head) target() (int64, error) {
 	_, n := binary.Uvarint(p)
 	if n <= 0 {

@@ -19,16 +19,17 @@ import (
 	"kedge/deployments/inputfile"
 )
 
-// Access says who asks a remote repository, and whom it trusts.
+// Access has the credentials for a remote repository, and says whom to trust.
 type Access struct {
-	// SSHKey is a private key's file (default: the SSH agent), KnownHosts a known_hosts file (default
+	// SSHKey is the file of a private key (default: the SSH agent), KnownHosts a known_hosts file (default
 	// ~/.ssh/known_hosts).
 	SSHKey, KnownHosts string
 	// Env reads the variables that git.Config.Env lists.
 	Env func(string) string
 }
 
-// basic reads the token anew each time, so that it can be replaced while the mirror runs; nil: there is none.
+// basic returns the credentials of the environment; nil: none. It reads the token each time, so that it can be
+// replaced while the mirror runs.
 func (a Access) basic() (*githttp.BasicAuth, error) {
 	token, err := Secret(a.Env, "KEDGE_GIT_TOKEN")
 	if err != nil || token == "" {
@@ -36,12 +37,12 @@ func (a Access) basic() (*githttp.BasicAuth, error) {
 	}
 	user := a.Env("KEDGE_GIT_USER")
 	if user == "" {
-		user = "kedge" // hosts that take a token alone ignore the name, but want one
+		user = "kedge" // hosts that only check the token ignore the name, but need one
 	}
 	return &githttp.BasicAuth{Username: user, Password: token}, nil
 }
 
-// readTLS reads the files that git(1) has the same variables for.
+// readTLS reads the files that these variables name, as in git(1).
 func (a Access) readTLS() (files tlsFiles, err error) {
 	for _, v := range []struct {
 		name string
@@ -57,14 +58,14 @@ func (a Access) readTLS() (files tlsFiles, err error) {
 		}
 		*v.into = string(data)
 	}
-	if files.certificate != "" && files.key == "" { // one file may hold both
+	if files.certificate != "" && files.key == "" { // one file may contain both
 		files.key = files.certificate
 	}
 	return files, nil
 }
 
-// Secret reads the variable name, or else the file that NAME_FILE names. A file that is named but
-// empty is an error: it is more likely to be half written than to mean that there is no secret.
+// Secret reads the variable name, or else the file that NAME_FILE names. An empty file is an error: it is more
+// likely to be half written than to mean that there is no secret.
 func Secret(env func(string) string, name string) (string, error) {
 	if value := env(name); value != "" {
 		return value, nil
@@ -84,7 +85,7 @@ func Secret(env func(string) string, name string) (string, error) {
 	return value, nil
 }
 
-// ssh returns how e is reached, and the files that it read for it.
+// ssh returns the authentication for e, and the files that it was read from.
 func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) {
 	files := []string{a.KnownHosts}
 	if a.KnownHosts == "" {
@@ -144,12 +145,12 @@ func (a Access) ssh(e *transport.Endpoint) (gitssh.AuthMethod, []string, error) 
 	return &gitssh.PublicKeys{User: e.User, Signer: key, HostKeyCallbackHelper: check}, append(files, a.SSHKey), nil
 }
 
-// hostKeyError says that a server isn't, or may not be, who it should be.
+// hostKeyError means that a server isn't, or may not be, the one that it should be.
 type hostKeyError struct{ text string }
 
 func (e *hostKeyError) Error() string { return e.text }
 
-// strict refuses hosts that the files don't name, and says what to do about it.
+// strict refuses hosts that the files don't name, with an error that says what to do.
 func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 	return func(host string, remote net.Addr, key ssh.PublicKey) error {
 		err := check(host, remote, key)
@@ -168,7 +169,7 @@ func strict(check ssh.HostKeyCallback, files []string) ssh.HostKeyCallback {
 	}
 }
 
-// tlsFiles is what the files of certificates hold.
+// tlsFiles has the contents of the files of certificates.
 type tlsFiles struct{ authorities, certificate, key string }
 
 func (f tlsFiles) config() (*tls.Config, error) {

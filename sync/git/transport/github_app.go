@@ -21,10 +21,11 @@ import (
 	"kedge/deployments/inputfile"
 )
 
-// renewBefore is how long before its end an installation token is replaced. GitHub's live for an hour.
+// renewBefore is how long before its expiry an installation token is replaced. GitHub's expire after an hour.
 const renewBefore = 5 * time.Minute
 
-// githubApp is how a GitHub App is configured: its private key makes tokens that read one installation's repositories.
+// githubApp is the configuration of a GitHub App: its private key creates tokens that read one installation's
+// repositories.
 type githubApp struct{ id, installation, keyFile, api string }
 
 // installationToken is the token that GitHub issues to the app's installation.
@@ -54,7 +55,7 @@ func (a Access) app(host string) (*githubApp, error) {
 	return &app, nil
 }
 
-// jwt returns the token that authenticates the app for nine minutes, dated a minute back: clocks differ.
+// jwt returns the token that authenticates the app for nine minutes. It is dated a minute back, as clocks differ.
 func (a *githubApp) jwt(now time.Time) (string, error) {
 	data, err := inputfile.Read("KEDGE_GITHUB_APP_KEY_FILE", a.keyFile)
 	if err != nil {
@@ -84,7 +85,7 @@ func parseRSA(data []byte) (*rsa.PrivateKey, error) {
 	if block == nil {
 		return nil, errors.New("it has no private key in PEM")
 	}
-	if key, err := x509.ParsePKCS1PrivateKey(block.Bytes); err == nil { // as GitHub makes them
+	if key, err := x509.ParsePKCS1PrivateKey(block.Bytes); err == nil { // GitHub's format
 		return key, nil
 	}
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
@@ -97,7 +98,7 @@ func parseRSA(data []byte) (*rsa.PrivateKey, error) {
 	return nil, errors.New("it isn't an RSA key")
 }
 
-// makeToken asks GitHub for a token that may read.
+// makeToken requests a token from GitHub that may read.
 func (a *githubApp) makeToken(ctx context.Context, client *http.Client, now time.Time) (installationToken, error) {
 	var token installationToken
 	jwt, err := a.jwt(now)

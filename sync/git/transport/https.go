@@ -27,25 +27,24 @@ import (
 const (
 	infoRefs   = "/info/refs"
 	uploadPack = "/git-upload-pack"
-	// maxRetryAfter bounds how long a server may put the mirror off.
+	// maxRetryAfter bounds how long a server may make the mirror wait.
 	maxRetryAfter = 15 * time.Minute
 )
 
-// httpServer is a host of repositories behind https. Its connections stay open between polls.
+// httpServer is a Git host behind https. Its connections stay open between polls.
 type httpServer struct {
 	endpoint transport.Endpoint
 	access   Access
 
 	mu     sync.Mutex
 	client *http.Client
-	tls    tlsFiles          // what client was made with
-	token  installationToken // of a GitHub App
-	direct string            // the URL at which protocol v2 answered, after redirects; empty: to be found out
-	hello  greeting          // of direct
+	tls    tlsFiles          // the files that client was made with
+	token  installationToken // the token of a GitHub App
+	direct string            // the URL that answers protocol v2, after redirects; empty: unknown
+	hello  greeting          // of the server at direct
 }
 
-// Heads asks for the branches alone where the server speaks protocol v2; otherwise the server names
-// all references.
+// Heads only requests the branches if the server speaks protocol v2; otherwise the server lists all references.
 func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
 	s.mu.Lock()
 	direct := s.direct
@@ -69,8 +68,8 @@ func (s *httpServer) Heads(ctx context.Context, prefix string) (map[string]strin
 	return heads, err
 }
 
-// discover asks which protocol the server speaks: v2 is the URL where it speaks v2; else the answer
-// has the branches.
+// discover finds out which protocol the server speaks. v2 is the URL if it speaks v2; else the answer has the
+// branches.
 func (s *httpServer) discover(ctx context.Context, prefix string) (heads map[string]string, v2 string,
 	hello greeting, err error) {
 	resp, err := s.do(ctx, http.MethodGet, s.endpoint.String()+infoRefs+"?service=git-upload-pack", nil)
@@ -87,7 +86,7 @@ func (s *httpServer) discover(ctx context.Context, prefix string) (heads map[str
 		}
 		return headsOf(refs, prefix), "", hello, nil
 	}
-	for line := ""; line != version2; { // the name of the service, and a flush, may come before
+	for line := ""; line != version2; { // the service's name and a flush may come first
 		if _, line, err = readPkt(body); err != nil {
 			return nil, "", hello, noEOF(err)
 		}
@@ -107,7 +106,7 @@ func (s *httpServer) lsRefs(ctx context.Context, at, prefix string) (map[string]
 	}
 	defer resp.Body.Close()
 	refs, err := readRefs(resp.Body, prefix)
-	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer)) // or the connection isn't used again
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, maxAnswer)) // so that the connection is reused
 	return refs, err
 }
 
@@ -150,7 +149,7 @@ func (s *httpServer) fetchV0(ctx context.Context, q Query) (io.ReadCloser, plumb
 	return readCloser{demultiplexed(req, pack), pack}, req.Wants[0], nil
 }
 
-// readCloser reads from one thing, and closes another below it.
+// readCloser reads from one stream, and closes another below it.
 type readCloser struct {
 	io.Reader
 	io.Closer
@@ -182,13 +181,13 @@ func (s *httpServer) do(ctx context.Context, method, address string, body io.Rea
 	err = bare(err)
 	if refusal := (*Refusal)(nil); errors.As(err, &refusal) && refusal.Status == http.StatusUnauthorized {
 		s.mu.Lock()
-		s.token = installationToken{} // it may have been revoked
+		s.token = installationToken{} // the token may have been revoked
 		s.mu.Unlock()
 	}
 	return resp, err
 }
 
-// credentials returns what the server is asked with; nil: nothing.
+// credentials returns the credentials for a request; nil: none.
 func (s *httpServer) credentials(ctx context.Context, client *http.Client) (*githttp.BasicAuth, error) {
 	app, err := s.access.app(s.endpoint.Host)
 	if err != nil {
@@ -211,7 +210,7 @@ func (s *httpServer) credentials(ctx context.Context, client *http.Client) (*git
 	return &githttp.BasicAuth{Username: "x-access-token", Password: token.Token}, nil
 }
 
-// session begins a fetch, by protocol v0.
+// session begins a fetch by protocol v0.
 func (s *httpServer) session(ctx context.Context) (transport.UploadPackSession, error) {
 	endpoint := s.endpoint // go-git changes it after a redirect
 	client, err := s.httpClient()
@@ -228,7 +227,7 @@ func (s *httpServer) session(ctx context.Context) (transport.UploadPackSession, 
 	return githttp.NewClient(client).NewUploadPackSession(&endpoint, auth)
 }
 
-// httpClient returns a client that trusts, and shows, the certificates that lie in the files now.
+// httpClient returns a client with the certificates that are in the files now.
 func (s *httpServer) httpClient() (*http.Client, error) {
 	files, err := s.access.readTLS()
 	if err != nil {
@@ -247,7 +246,7 @@ func (s *httpServer) httpClient() (*http.Client, error) {
 	base := http.DefaultTransport.(*http.Transport).Clone()
 	base.TLSClientConfig = config
 	base.MaxIdleConnsPerHost = 1
-	base.IdleConnTimeout = 5 * time.Minute // more than from one poll to the next
+	base.IdleConnTimeout = 5 * time.Minute // longer than between two polls
 	s.client = &http.Client{Transport: answers{base}, CheckRedirect: s.redirect}
 	s.tls = files
 	return s.client, nil
@@ -266,14 +265,14 @@ func (s *httpServer) closeIdle() {
 	}
 }
 
-// redirect follows to other hosts without credentials, and never from https to http.
+// redirect follows redirects to other hosts without credentials, and never from https to http.
 func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	from := via[0].URL
 	if from.Scheme == "https" && to.URL.Scheme != "https" {
 		return fmt.Errorf("it redirects to plain http, at %s", to.URL.Host)
 	}
 	if len(via) >= 10 {
-		return errors.New("it redirects without an end")
+		return errors.New("it redirects too often")
 	}
 	if from.Host != to.URL.Host {
 		to.Header.Del("Authorization")
@@ -281,7 +280,7 @@ func (s *httpServer) redirect(to *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// answers passes on what a Git server says as such, and gives anything else as a Refusal.
+// answers passes on a Git server's answers, and turns anything else into a Refusal.
 type answers struct{ base *http.Transport }
 
 func (a answers) CloseIdleConnections() { a.base.CloseIdleConnections() }
@@ -309,7 +308,7 @@ func (a answers) RoundTrip(req *http.Request) (*http.Response, error) {
 
 var pageTitle = regexp.MustCompile(`(?is)<title[^>]*>(.*?)</title>`)
 
-// words is what a server says in an answer to req: of a page its title, and no secret that it was sent.
+// words returns the text of an answer to req: of a page only the title, and without any secret of the request.
 func words(req *http.Request, kind, text string) string {
 	if strings.Contains(kind, "html") {
 		title := pageTitle.FindStringSubmatch(text)

@@ -19,26 +19,26 @@ import (
 
 // Query is a fetch's request.
 type Query struct {
-	Branch string // by its full name
+	Branch string // the full name
 	Want   plumbing.Hash
-	Haves  []plumbing.Hash // commits that are there, with all that they lead to
-	// MaxFile bounds the files that the server sends, in bytes, if it can leave larger ones out.
+	Haves  []plumbing.Hash // commits that the client has, with all that they refer to
+	// MaxFile bounds the files that the server sends, in bytes, if it can leave out larger ones.
 	MaxFile int64
 }
 
-// ErrNoBranch says that the repository is there, and the branch isn't: nothing was pushed yet, or
-// its name is another.
+// ErrNoBranch means that the repository exists but the branch doesn't: nothing was pushed yet, or its name is
+// another.
 var ErrNoBranch = errors.New("no such branch")
 
-// version2 is how a server of protocol v2 begins.
+// version2 is the first line of a server of protocol v2.
 const version2 = "version 2"
 
-// greeting is a server's capabilities in protocol v2.
+// greeting has a server's capabilities in protocol v2.
 type greeting struct {
-	filter bool // it can leave large files out
+	filter bool // the server can leave out large files
 }
 
-// readGreeting reads it up to its flush, from behind the line "version 2".
+// readGreeting reads a greeting up to its flush, after the line "version 2".
 func readGreeting(r io.Reader) (g greeting, err error) {
 	lsRefs, fetch := false, false
 	err = readLines(r, func(line string) error {
@@ -64,9 +64,10 @@ func readGreeting(r io.Reader) (g greeting, err error) {
 
 var errSHA256 = errors.New("the repository has the object format sha256: only sha1 can be mirrored")
 
-// advertisedRefs reads all references, as protocol v0 begins; start is what r begins with, with the first reference.
+// advertisedRefs reads all references, as protocol v0 begins. start is the beginning of r, with the first
+// reference.
 func advertisedRefs(start []byte, r io.Reader) (*packp.AdvRefs, error) {
-	_, offered, _ := bytes.Cut(start, []byte("\x00")) // by the first reference
+	_, offered, _ := bytes.Cut(start, []byte("\x00")) // after the first reference
 	if offered, _, _ = bytes.Cut(offered, []byte("\n")); bytes.Contains(offered, []byte("object-format=sha256")) {
 		return nil, errSHA256
 	}
@@ -77,7 +78,7 @@ func advertisedRefs(start []byte, r io.Reader) (*packp.AdvRefs, error) {
 	return refs, nil
 }
 
-// lsRefs asks for the references whose names begin with prefix, by protocol v2.
+// lsRefs returns protocol v2's request for the references whose names begin with prefix.
 func lsRefs(prefix string) string {
 	var ask pkts
 	ask.line("command=ls-refs")
@@ -104,8 +105,8 @@ func readRefs(r io.Reader, prefix string) (map[string]string, error) {
 	return refs, nil
 }
 
-// fetch asks for q's pack by protocol v2, in one round. Files that nobody would read stay away where
-// the server can leave them out.
+// fetch returns protocol v2's request for q's pack, in one round. It leaves out files beyond q.MaxFile if the
+// server can.
 func (g greeting) fetch(q Query) string {
 	var ask pkts
 	ask.line("command=fetch")
@@ -124,7 +125,7 @@ func (g greeting) fetch(q Query) string {
 	return ask.String()
 }
 
-// packSection reads the answer to fetch up to where its pack begins.
+// packSection reads the answer to fetch up to the beginning of its pack.
 func packSection(r io.Reader) (io.Reader, error) {
 	for {
 		switch kind, line, err := readPkt(r); {
@@ -138,8 +139,8 @@ func packSection(r io.Reader) (io.Reader, error) {
 	}
 }
 
-// requestV0 asks for the branch's pack, as the branch is now, as protocol v0 does. Every server knows multi_ack, and
-// Azure DevOps and AWS CodeCommit insist on it, though go-git takes it out of what servers offer.
+// requestV0 requests the pack of the branch's present head by protocol v0. Every server knows multi_ack, and Azure
+// DevOps and AWS CodeCommit require it, though go-git removes it from a server's capabilities.
 func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	want, found := refs.References[q.Branch]
 	if !found {
@@ -147,7 +148,7 @@ func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	}
 	req := packp.NewUploadPackRequestFromCapabilities(refs.Capabilities)
 	req.Wants, req.Haves = []plumbing.Hash{want}, q.Haves
-	_ = req.Capabilities.Set(capability.MultiACK) // it takes no argument that could be wrong
+	_ = req.Capabilities.Set(capability.MultiACK) // can't fail, as it takes no argument
 	if refs.Capabilities.Supports(capability.Filter) {
 		_ = req.Capabilities.Set(capability.Filter)
 		req.Filter = packp.FilterBlobLimit(uint64(q.MaxFile)+1, packp.BlobLimitPrefixNone)
@@ -155,7 +156,7 @@ func requestV0(refs *packp.AdvRefs, q Query) (*packp.UploadPackRequest, error) {
 	return req, nil
 }
 
-// demultiplexed takes a server's progress out of what it sends.
+// demultiplexed removes the server's progress messages from its answer.
 func demultiplexed(req *packp.UploadPackRequest, pack io.Reader) io.Reader {
 	switch {
 	case req.Capabilities.Supports(capability.Sideband64k):
@@ -186,11 +187,10 @@ const (
 	endPkt       // ends a response
 )
 
-// maxPkt bounds a packet, its length included.
+// maxPkt bounds a packet, including its length.
 const maxPkt = 65520
 
-// readPkt reads one packet and nothing beyond it. A line's end is taken off; what a server says in
-// an ERR line is an error.
+// readPkt reads exactly one packet. It removes a line's end, and returns the text of an ERR line as an error.
 func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	var length [4]byte
 	if _, err := io.ReadFull(r, length[:]); err != nil {
@@ -216,7 +216,7 @@ func readPkt(r io.Reader) (kind pkt, line string, err error) {
 	return dataPkt, line, nil
 }
 
-// readLines reads the lines of a message, up to the flush that ends it, and gives each to read.
+// readLines calls read for each line of a message, up to the flush that ends it.
 func readLines(r io.Reader, read func(line string) error) error {
 	for {
 		kind, line, err := readPkt(r)
@@ -241,7 +241,7 @@ func noEOF(err error) error {
 	return err
 }
 
-// pkts makes a request of lines.
+// pkts builds a request from lines.
 type pkts struct{ strings.Builder }
 
 func (p *pkts) line(format string, args ...any) {

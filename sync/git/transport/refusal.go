@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// maxWords bounds what is told of a server's own answer, in bytes; maxAnswer what is read of it.
+// maxWords bounds how much of a server's own answer is shown, in bytes; maxAnswer how much is read.
 const (
 	maxWords  = 300
 	maxAnswer = 16 << 10
@@ -16,10 +16,10 @@ const (
 
 // Refusal is a server's answer that isn't Git's.
 type Refusal struct {
-	Status int           // of HTTP; 0: the server was asked by ssh
-	Words  string        // the server's own, on one line
-	Host   string        // who answered: another one than was asked, after a redirect
-	After  time.Duration // how long it asks to be left alone; 0: it doesn't say
+	Status int           // of HTTP; 0: ssh
+	Words  string        // the server's text, on one line
+	Host   string        // the host that answered: after a redirect another one
+	After  time.Duration // how long to wait, as the server asked; 0: it didn't
 }
 
 func (e *Refusal) Error() string {
@@ -49,16 +49,16 @@ func (e *Refusal) hint(address string, app bool) string {
 		if app {
 			return " (the key must be the GitHub App's, and its installation cover the repository and read contents)"
 		}
-		return " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
+		return " (set KEDGE_GIT_USER and KEDGE_GIT_TOKEN)"
 	case http.StatusNotFound:
-		return " (or it may not be seen with these credentials)"
+		return " (or these credentials may not read it)"
 	case http.StatusOK:
 		return " (is it a login page? the address is the one that git clone takes)"
 	}
 	return ""
 }
 
-// bare takes the method and the address off a Refusal: it names the host itself.
+// bare removes the method and the address from a Refusal's error, as it names the host itself.
 func bare(err error) error {
 	if wrapped, ok := err.(*url.Error); ok && errors.As(err, new(*Refusal)) {
 		return wrapped.Err

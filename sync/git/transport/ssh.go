@@ -24,29 +24,29 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// sessionTimeout bounds how long a connection that was kept may take to begin a session: its server
-// may be gone without a word.
+// sessionTimeout bounds how long a connection that was kept open may take to begin a session: the server may have
+// gone silently.
 const sessionTimeout = 10 * time.Second
 
-// sshServer is a host of repositories behind ssh. Its connection stays open between polls.
+// sshServer is a Git host behind ssh. Its connection stays open between polls.
 type sshServer struct {
 	endpoint transport.Endpoint
 	access   Access
 
 	mu    sync.Mutex
 	conn  *ssh.Client
-	files string // what the key's and the hosts' files held when conn was made
-	v0    bool   // conn's server takes no GIT_PROTOCOL
+	files string // the contents of the key and known_hosts files when conn was opened
+	v0    bool   // conn's server refuses GIT_PROTOCOL
 }
 
-// sshSession is one run of git-upload-pack. Its end, and that of its context, end what it waits for.
+// sshSession is one run of git-upload-pack. Reads and writes end when the session or its context does.
 type sshSession struct {
 	*ssh.Session
 	in     io.WriteCloser
 	out    *bufio.Reader
 	errors boundedBuffer
 	stop   func() bool
-	hello  *greeting // nil: it speaks protocol v0
+	hello  *greeting // nil: the server speaks protocol v0
 }
 
 func (s *sshServer) Heads(ctx context.Context, prefix string) (map[string]string, error) {
@@ -66,14 +66,14 @@ func (s *sshServer) Heads(ctx context.Context, prefix string) (map[string]string
 	if err != nil {
 		return nil, s.explain(session, err)
 	}
-	_ = session.send("0000") // nothing is wanted; it may be gone
+	_ = session.send("0000") // requests nothing; the server may be gone
 	return headsOf(refs, prefix), nil
 }
 
 // send writes the whole request, and closes the session's input.
 func (s *sshSession) send(request string) error {
 	_, err := io.WriteString(s.in, request)
-	_ = s.in.Close() // it may have answered, and ended
+	_ = s.in.Close() // the server may have answered and ended
 	return err
 }
 
@@ -125,7 +125,7 @@ func (s *sshSession) fetch(q Query) (io.Reader, plumbing.Hash, error) {
 
 // advertised reads all references, as protocol v0 begins.
 func (s *sshSession) advertised() (*packp.AdvRefs, error) {
-	var first []byte // no more than the first packet: the server waits after the last
+	var first []byte // only the first packet, as the server waits after the last
 	if length, err := s.out.Peek(4); err == nil {
 		if n, err := strconv.ParseUint(string(length), 16, 16); err == nil {
 			first, _ = s.out.Peek(min(int(n), s.out.Size()))
@@ -135,7 +135,7 @@ func (s *sshSession) advertised() (*packp.AdvRefs, error) {
 	if err != nil {
 		return nil, err
 	}
-	transport.FilterUnsupportedCapabilities(refs.Capabilities) // thin packs
+	transport.FilterUnsupportedCapabilities(refs.Capabilities) // such as thin packs
 	return refs, nil
 }
 
@@ -150,8 +150,8 @@ func (p *sshPack) Close() error {
 	return nil
 }
 
-// begin starts git-upload-pack, and reads how it begins. What took a connection that was kept is
-// tried once more on a new one.
+// begin starts git-upload-pack, and reads how it begins. If that fails on a connection that was kept open, it
+// retries once on a new one.
 func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	config, files, err := s.config()
 	if err != nil {
@@ -179,7 +179,7 @@ func (s *sshServer) begin(ctx context.Context) (*sshSession, error) {
 	return session, err
 }
 
-// start begins a session within the time of starting; the session itself lives as long as running.
+// start begins a session before starting ends; the session itself lives as long as running.
 func (s *sshServer) start(starting, running context.Context) (*sshSession, error) {
 	conn := s.conn
 	hang := context.AfterFunc(starting, func() { conn.Close() })
@@ -211,7 +211,7 @@ func (s *sshSession) start(conn *ssh.Client, v0 *bool, command string) (err erro
 	s.out = bufio.NewReader(out)
 	s.Stderr = &s.errors
 	if !*v0 {
-		// A server that takes no variables speaks v0, and its connection goes on.
+		// A server that refuses variables speaks v0, and its connection stays usable.
 		if err := s.Setenv("GIT_PROTOCOL", "version=2"); err != nil {
 			if *v0 = strings.Contains(err.Error(), "setenv failed"); !*v0 {
 				return err
@@ -244,7 +244,7 @@ func (s *sshSession) start(conn *ssh.Client, v0 *bool, command string) (err erro
 	return err
 }
 
-// end ends the session; its connection stays.
+// end ends the session; its connection stays open.
 func (s *sshSession) end() {
 	s.stop()
 	if s.Session != nil {
@@ -252,7 +252,7 @@ func (s *sshSession) end() {
 	}
 }
 
-// config reads how the server is reached, and what of the files that say so.
+// config reads the configuration of the connection, and returns the contents of the files that it comes from.
 func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	auth, read, err := s.access.ssh(&s.endpoint)
 	if err != nil {
@@ -270,7 +270,7 @@ func (s *sshServer) config() (*ssh.ClientConfig, string, error) {
 	return config, held.String(), err
 }
 
-// dial makes the connection, where ~/.ssh/config and the proxy of ALL_PROXY say.
+// dial opens the connection, by ~/.ssh/config and the proxy in ALL_PROXY.
 func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	host, port := s.endpoint.Host, s.endpoint.Port
 	if name := gitssh.DefaultSSHConfig.Get(host, "Hostname"); name != "" {
@@ -301,7 +301,7 @@ func (s *sshServer) dial(ctx context.Context, config *ssh.ClientConfig) error {
 	return nil
 }
 
-// drop ends the connection.
+// drop closes the connection.
 func (s *sshServer) drop() {
 	if s.conn != nil {
 		s.conn.Close()
@@ -315,13 +315,13 @@ func (s *sshServer) Close() {
 	s.drop()
 }
 
-// explain tells the server's own words where it ended instead of answering.
+// explain replaces the error by the server's own words if the server ended instead of answering.
 func (s *sshServer) explain(session *sshSession, err error) error {
 	if err == nil || !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) &&
 		!errors.Is(err, packp.ErrEmptyInput) || session.Session == nil {
 		return err
 	}
-	_ = session.Wait() // its output has ended; what it said beside may not have come yet
+	_ = session.Wait() // the output has ended, but the server's errors may not have come yet
 	if words := session.errors.String(); words != "" {
 		return &Refusal{Host: s.endpoint.Host, Words: words}
 	}
@@ -341,7 +341,7 @@ func (b *boundedBuffer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String returns it on one line.
+// String returns the buffer's text on one line.
 func (b *boundedBuffer) String() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()

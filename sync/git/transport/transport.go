@@ -1,5 +1,5 @@
-// Package transport reaches a remote Git repository by https or ssh, asks it for its branches and reads packs from
-// it, by protocol v2 where the server speaks it, and by v0.
+// Package transport reads branches and packs from a remote Git repository by https or ssh. It speaks protocol v2 if
+// the server does, else v0.
 package transport
 
 import (
@@ -19,8 +19,8 @@ import (
 type server interface {
 	// Heads lists the branches whose names begin with prefix, by their full names.
 	Heads(ctx context.Context, prefix string) (map[string]string, error)
-	// Fetch begins to read the pack that q asks for, and names the commit that it was made for:
-	// another one than q wants if the branch has moved and the server gives what it has now.
+	// Fetch begins to read the pack that q requests, and returns the commit that the pack is for: not q.Want if the
+	// branch has moved and the server sends what it has now.
 	Fetch(ctx context.Context, q Query) (io.ReadCloser, plumbing.Hash, error)
 	Close()
 }
@@ -30,13 +30,13 @@ type Repository struct {
 	server
 	endpoint transport.Endpoint
 	address  string
-	app      bool // a GitHub App's tokens say who asks
+	app      bool // requests are authenticated as a GitHub App
 }
 
 // Open checks the address of a repository: https://…, ssh://… or git@HOST:PATH. It does not wait for the server.
 func Open(address string, a Access) (*Repository, error) {
 	if trimmed := strings.TrimRight(address, "/"); strings.Contains(address, "://") {
-		address = trimmed // with it go-git would ask for PATH//info/refs
+		address = trimmed // with a slash go-git would request PATH//info/refs
 	}
 	endpoint, err := transport.NewEndpoint(address)
 	if err != nil {
@@ -72,13 +72,13 @@ func Open(address string, a Access) (*Repository, error) {
 	return r, nil
 }
 
-// Address is the repository's address, without a slash at its end.
+// Address returns the repository's address, without a slash at its end.
 func (r *Repository) Address() string { return r.address }
 
 // Explain adds to an error what to do about it.
 func (r *Repository) Explain(doing string, err error) error {
 	hint := ""
-	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // which doesn't unwrap
+	if unexpected := (*plumbing.UnexpectedError)(nil); errors.As(err, &unexpected) { // the type doesn't implement Unwrap
 		err = unexpected.Err
 	}
 	err = bare(err)
@@ -88,9 +88,9 @@ func (r *Repository) Explain(doing string, err error) error {
 	case errors.As(err, &refusal):
 		hint = refusal.hint(r.endpoint.String(), r.app)
 	case errors.Is(err, transport.ErrAuthenticationRequired), errors.Is(err, transport.ErrAuthorizationFailed):
-		hint = " (KEDGE_GIT_USER and KEDGE_GIT_TOKEN say who asks)"
+		hint = " (set KEDGE_GIT_USER and KEDGE_GIT_TOKEN)"
 	case errors.Is(err, transport.ErrRepositoryNotFound):
-		hint = " (or it may not be seen with these credentials)"
+		hint = " (or these credentials may not read it)"
 	case strings.Contains(err.Error(), "unable to authenticate"):
 		hint = " (the server doesn't accept this key for " + r.endpoint.User + ")"
 	case strings.Contains(err.Error(), "x509:"):
