@@ -5,6 +5,7 @@ import (
 	"debug/buildinfo"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -208,6 +209,7 @@ func TestPackagesAreReproducible(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 
+	sameFiles(t, first)
 	tree := t.TempDir()
 	archive := filepath.Join(first, "kedge_1.2.3_linux_"+runtime.GOARCH+".tar.gz")
 	if out, err := exec.Command("tar", "-xf", archive, "-C", tree, "--strip-components=1").CombinedOutput(); err != nil {
@@ -243,6 +245,42 @@ func TestPackagesAreReproducible(t *testing.T) {
 	for _, name := range []string{"man/man1/kedge.1", "man/man7/kedge-security.7", "systemd/kedge-agent.service", "docs/security.md"} {
 		if _, err := os.Stat(filepath.Join(tree, name)); err != nil {
 			t.Error(err)
+		}
+	}
+}
+
+// sameFiles checks that the rpm of each architecture installs what its deb does.
+func sameFiles(t *testing.T, dir string) {
+	t.Helper()
+	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	if err != nil || len(debs) != 2 {
+		t.Fatalf("%q, %v: want a deb of each architecture", debs, err)
+	}
+	for _, deb := range debs {
+		arch := map[bool]string{true: "x86_64", false: "aarch64"}[strings.HasSuffix(deb, "amd64.deb")]
+		rpms, err := filepath.Glob(filepath.Join(dir, "*"+arch+".rpm"))
+		if err != nil || len(rpms) != 1 {
+			t.Fatalf("%q, %v: want one rpm for %s", rpms, err, arch)
+		}
+		want, got := debFiles(t, deb), rpmFiles(t, rpms[0])
+		// Each has its own place for zsh's completions.
+		const debian, fedora = "/usr/share/zsh/vendor-completions/_kedge", "/usr/share/zsh/site-functions/_kedge"
+		want[fedora] = want[debian]
+		delete(want, debian)
+		if len(want) < 50 || want["/usr/bin/kedge"].mode != 0o755 {
+			t.Errorf("the deb holds %d files, kedge as %+v", len(want), want["/usr/bin/kedge"])
+		}
+		if !maps.Equal(want, got) {
+			for name := range maps.Keys(want) {
+				if want[name] != got[name] {
+					t.Errorf("%s is %+v in the rpm, %+v in the deb", name, got[name], want[name])
+				}
+			}
+			for name := range maps.Keys(got) {
+				if _, ok := want[name]; !ok {
+					t.Errorf("only the rpm holds %s", name)
+				}
+			}
 		}
 	}
 }
