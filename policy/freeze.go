@@ -10,7 +10,7 @@ import (
 	"kedge/deployments"
 )
 
-// Verdict is whether a unit's rollouts may start.
+// Verdict says whether a unit's rollouts may start.
 type Verdict struct {
 	Frozen bool
 	// By is the name of the window that decides, Reason that window's reason.
@@ -87,11 +87,11 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 	return v
 }
 
-// Opening is a time in which a window is open. From is zero if it was open already.
+// Opening is a time in which a window is open. A zero From means that it was open already.
 type Opening struct{ From, To time.Time }
 
-// Openings returns when a window is open from a time on, in order; openings that overlap are one. It stops before what
-// begins at end or later, and after most of them. A window that can't be read has none.
+// Openings returns when a window is open from a time on, in order, with overlapping openings joined. It leaves out
+// openings that begin at end or later, and returns at most most of them. An invalid window has none.
 func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Opening) {
 	schedule, err := scheduleOf(w)
 	if err != nil {
@@ -109,11 +109,11 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 	return all
 }
 
-// mostChanges bounds how many openings and ends of windows NextFreeze looks at.
+// mostChanges bounds how many changes of the verdict NextFreeze examines.
 const mostChanges = 100
 
-// NextFreeze returns the first time from now on, and before end, at which a unit is frozen, and what says so. That is
-// now for a unit that is frozen already; zero: none is seen.
+// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the verdict at that
+// time. It returns now for a unit that is already frozen, and zero if it finds none.
 func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, Verdict) {
 	at := now
 	for range mostChanges {

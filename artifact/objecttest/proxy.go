@@ -18,8 +18,8 @@ import (
 	"kedge/artifact/object"
 )
 
-// Proxy stands before a Server, counts what passes, and plays faults that no real server can be asked for. It ends
-// with the test.
+// Proxy is a proxy before a Server that counts requests, and injects faults that no real server produces on demand.
+// It ends with the test.
 type Proxy struct {
 	server   *Server
 	direct   *object.Client
@@ -33,17 +33,17 @@ type Proxy struct {
 	seen  map[string]int
 }
 
-// Request is what a Proxy's fault is chosen by.
+// Request has what a Proxy's fault is chosen by.
 type Request struct {
 	Method string
-	Key    string // of the object; "" for a list
-	Name   string // what follows the key's last slash
-	N      int    // how many requests of this method for this key came before
-	From   int64  // the first byte that is asked for
-	Probe  bool   // for the first byte alone, to see whether the object is there
+	Key    string // the object's key; "" for a list
+	Name   string // the part after the key's last slash
+	N      int    // the number of earlier requests of this method for this key
+	From   int64  // the first requested byte
+	Probe  bool   // only the first byte is requested, to see whether the object exists
 }
 
-// Fault handles a request in its own way; next hands it on to the server. nil: as if there were no proxy.
+// Fault handles a request in place of the server; next passes it on to the server. nil: no fault.
 type Fault func(w http.ResponseWriter, r *http.Request, next http.Handler)
 
 // NewProxy starts a proxy without faults.
@@ -55,7 +55,7 @@ func NewProxy(tb testing.TB, server *Server) *Proxy {
 	}
 	p := &Proxy{server: server, direct: server.Client(), ended: make(chan struct{}), seen: map[string]int{}}
 	next := &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) { // the host stays as it is: it is signed
+		Rewrite: func(r *httputil.ProxyRequest) { // the host stays, as it is signed
 			r.Out.URL.Scheme, r.Out.URL.Host = upstream.Scheme, upstream.Host
 		},
 		FlushInterval: -1,
@@ -100,8 +100,7 @@ func (p *Proxy) choose(r *http.Request) Fault {
 	return p.fault(request)
 }
 
-// Play chooses a fault for each request from now on, counts requests from zero, and forgets what was counted. nil:
-// none.
+// Play sets the function that chooses a fault for each request, and resets all counts. nil: no faults.
 func (p *Proxy) Play(choose func(Request) Fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -111,10 +110,10 @@ func (p *Proxy) Play(choose func(Request) Fault) {
 	p.sent.Store(0)
 }
 
-// Counted returns the requests that came since Play, and the bytes of the bodies that were sent.
+// Counted returns the number of requests since Play, and the bytes of the bodies sent.
 func (p *Proxy) Counted() (requests, sent int64) { return p.requests.Load(), p.sent.Load() }
 
-// Endpoint is the proxy's URL; Client reads and writes through it.
+// Endpoint returns the proxy's URL; Client reads and writes through the proxy.
 func (p *Proxy) Endpoint() string { return p.proxy.URL }
 
 func (p *Proxy) Client(change ...func(*object.Config)) *object.Client {
@@ -139,7 +138,7 @@ func (w *counted) Write(data []byte) (int, error) {
 
 func (w *counted) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Status answers as S3 does: an XML error of this code.
+// Status answers as S3 does: with an XML error of this code.
 func Status(status int, code string) Fault {
 	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
 		w.Header().Set("Content-Type", "application/xml")
@@ -154,20 +153,21 @@ func Status(status int, code string) Fault {
 	}
 }
 
-// SlowDown is how S3 throttles.
+// SlowDown answers as S3 does when it throttles.
 func SlowDown() Fault { return Status(http.StatusServiceUnavailable, "SlowDown") }
 
-// Denied is how S3 answers to who has no right.
+// Denied answers as S3 does when access is denied.
 func Denied() Fault { return Status(http.StatusForbidden, "AccessDenied") }
 
-// Cut ends the connection after so many bytes of the body.
+// Cut closes the connection after this many bytes of the body.
 func Cut(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&limited{w, after, func() { panic(http.ErrAbortHandler) }}, r)
 	}
 }
 
-// Stall sends nothing after so many bytes of the body, and does not hang up; below zero, it never answers.
+// Stall sends nothing after this many bytes of the body, and keeps the connection open; if negative, it never
+// answers.
 func (p *Proxy) Stall(after int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		wait := func() {
@@ -189,7 +189,7 @@ func (p *Proxy) Stall(after int64) Fault {
 	}
 }
 
-// Trickle sends a byte of the body, again and again, this far apart.
+// Trickle sends the body one byte at a time, at this interval.
 func (p *Proxy) Trickle(every time.Duration) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&trickling{w, r, p, every}, r)
@@ -220,7 +220,7 @@ func (w *trickling) Write(data []byte) (int, error) {
 	return len(data), nil
 }
 
-// limited passes a part of a body on, and then does something else.
+// limited passes on the first bytes of a body, and then calls end.
 type limited struct {
 	http.ResponseWriter
 	left int64
@@ -241,8 +241,8 @@ func (w *limited) Write(data []byte) (int, error) {
 
 func (w *limited) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// Flip changes the byte of the object at this place, wherever a range that is asked for has it; below zero it
-// counts from the end of what is sent.
+// Flip changes the byte at this position of the object, in every range that contains it; if negative, it counts
+// from the end of what is sent.
 func Flip(at int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		next.ServeHTTP(&flipping{ResponseWriter: w, at: at}, r)
@@ -282,12 +282,12 @@ func (w *flipping) Write(data []byte) (int, error) {
 
 func (w *flipping) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// WithoutRange answers with the whole object whatever part was asked for, as a server does that knows of no Range.
+// WithoutRange answers every range with the whole object, as a server without support of Range does.
 func (p *Proxy) WithoutRange() Fault {
 	return p.instead(func(data []byte) []byte { return data })
 }
 
-// Truncated answers as if the object had ended so many bytes earlier; below zero, as if there were more.
+// Truncated answers as if the object were this many bytes shorter; if negative, longer.
 func (p *Proxy) Truncated(by int) Fault {
 	return p.instead(func(data []byte) []byte {
 		if by < 0 {
@@ -297,7 +297,7 @@ func (p *Proxy) Truncated(by int) Fault {
 	})
 }
 
-// instead answers with the whole of an object, changed.
+// instead answers with the whole object, after change.
 func (p *Proxy) instead(change func([]byte) []byte) Fault {
 	return func(w http.ResponseWriter, r *http.Request, next http.Handler) {
 		data, err := os.ReadFile(

@@ -27,7 +27,7 @@ const (
 	startTimeout         = 30 * time.Second
 )
 
-// Server is an S3 server over a directory of the test's own: versitygw, as .ci/tools builds it. It ends with the test.
+// Server is an S3 server over the test's own directory: versitygw, as .ci/tools builds it. It ends with the test.
 type Server struct {
 	tb      testing.TB
 	dir     string
@@ -39,7 +39,7 @@ type Server struct {
 	log     bytes.Buffer
 }
 
-// Start starts a server with one empty bucket, and with more of versitygw's arguments. It fails the test where the
+// Start starts a server with one empty bucket, and with further arguments for versitygw. It fails the test if the
 // program is missing.
 func Start(tb testing.TB, args ...string) *Server {
 	tb.Helper()
@@ -58,7 +58,7 @@ func Start(tb testing.TB, args ...string) *Server {
 	return s
 }
 
-// Restart starts a stopped server again, at the same address and with the same data.
+// Restart restarts a stopped server, at the same address and with the same data.
 func (s *Server) Restart() {
 	s.tb.Helper()
 	s.mu.Lock()
@@ -85,8 +85,8 @@ func (s *Server) Restart() {
 	s.done = make(chan struct{})
 	started := make(chan error)
 	go func(p *exec.Cmd, done chan struct{}) {
-		// The death signal is sent when the thread that forked ends, which another goroutine's may: this one stays as
-		// long as the child.
+		// The death signal is sent when the thread that forked ends, and another goroutine's thread may end: so
+		// this one lives as long as the child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := p.Start()
@@ -125,17 +125,17 @@ func (s *Server) Stop() {
 	<-s.done
 }
 
-// Endpoint is the server's URL; Dir holds its objects, as files below the bucket's name.
+// Endpoint returns the server's URL; Dir returns the directory of its objects.
 func (s *Server) Endpoint() string { return "http://" + s.address }
 func (s *Server) Dir() string      { return filepath.Join(s.dir, bucket) }
 
-// URL names an object, or a prefix, in the bucket.
+// URL returns the URL of an object, or of a prefix, in the bucket.
 func (s *Server) URL(path string) string { return "s3://" + bucket + "/" + path }
 
-// Client reads and writes on this server, whatever the environment says.
+// Client returns a client for this server, whatever the environment says.
 func (s *Server) Client() *object.Client { return s.ClientAt(s.Endpoint()) }
 
-// ClientAt is Client through another endpoint, such as a proxy's.
+// ClientAt is Client with another endpoint, such as a proxy's.
 func (s *Server) ClientAt(endpoint string) *object.Client {
 	return object.New(s.config(endpoint))
 }
@@ -146,7 +146,7 @@ func (s *Server) config(endpoint string) object.Config {
 	}
 }
 
-// Env points a process at this server.
+// Env returns the environment in which a process uses this server.
 func (s *Server) Env() []string {
 	return []string{
 		"AWS_ENDPOINT_URL_S3=" + s.Endpoint(), "AWS_REGION=" + region, "AWS_EC2_METADATA_DISABLED=true",

@@ -1,5 +1,5 @@
-// Package inputfile reads the files that settings name: keys, tokens, certificates, configurations. Whatever lies
-// there, it returns within bounds of time and memory.
+// Package inputfile reads the files that settings name: keys, tokens, certificates, configurations. It bounds time
+// and memory, whatever kind of file it is given.
 package inputfile
 
 import (
@@ -13,9 +13,9 @@ import (
 )
 
 const (
-	// Max is the most bytes that a file may have.
+	// Max is the largest size of a file, in bytes.
 	Max = 4 << 20
-	// pipeWithin is how long the writer of a pipe may take.
+	// pipeWithin bounds how long the writer of a pipe may take.
 	pipeWithin = 10 * time.Second
 )
 
@@ -23,10 +23,10 @@ const (
 // or a variable, and names the file.
 func Read(setting, path string) ([]byte, error) { return read(setting, path, false) }
 
-// ReadOnce is Read for what is read a single time: it also takes a pipe, as a shell's <(command) names one.
+// ReadOnce is Read for a file that is read only once: it also accepts a pipe, such as a shell's <(command).
 func ReadOnce(setting, path string) ([]byte, error) { return read(setting, path, true) }
 
-// Check returns the error that Read would return. It is for files that a library reads by their names.
+// Check returns the error that Read would return, for files that a library reads by name.
 func Check(setting, path string) error {
 	_, err := read(setting, path, false)
 	return err
@@ -34,7 +34,7 @@ func Check(setting, path string) error {
 
 func read(setting, path string, pipes bool) ([]byte, error) {
 	if path == os.DevNull {
-		return nil, nil // the usual way to say that there is nothing
+		return nil, nil // the usual name for no content
 	}
 	data, err := bounded(path, pipes)
 	if err != nil {

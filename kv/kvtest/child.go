@@ -17,13 +17,13 @@ import (
 	"kedge/kv"
 )
 
-// childEnv makes the test's program a process of its own, which tests stop and kill.
+// childEnv is the variable that makes the test's program run a job, in a process that tests can stop and kill.
 const childEnv = "KEDGE_KV_TEST_CHILD"
 
 // Job is what a child process does.
 type Job func(ctx context.Context, args []string) error
 
-// Main is a package's TestMain. It runs its tests or, in a process that StartChild began, a job.
+// Main is a package's TestMain. It runs the tests or, in a process that StartChild started, a job.
 func Main(m *testing.M, jobs map[string]Job) {
 	if name := os.Getenv(childEnv); name != "" {
 		job := jobs[name]
@@ -38,7 +38,7 @@ func Main(m *testing.M, jobs map[string]Job) {
 		}
 		return
 	}
-	// Most of these tests wait for a Consul's clock and not for a processor.
+	// Most of these tests wait for Consul's timers, not for a processor.
 	flag.Parse()
 	if err := flag.Set("test.parallel", "8"); err != nil {
 		panic(err)
@@ -46,7 +46,7 @@ func Main(m *testing.M, jobs map[string]Job) {
 	os.Exit(m.Run())
 }
 
-// LeaseJob takes the lease of the store that open opens, and writes under it until that fails for good.
+// LeaseJob acquires the lease of the store that open returns, and writes under it until that fails for good.
 func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])
@@ -74,7 +74,7 @@ func LeaseJob(open func(where string) (kv.Store, error)) Job {
 	}
 }
 
-// PresenceJob holds an entry in the store that open opens, by the name of the second argument or "child".
+// PresenceJob holds an entry in the store that open returns, by the name in the second argument or "child".
 func PresenceJob(open func(where string) (kv.Store, error)) Job {
 	return func(ctx context.Context, args []string) error {
 		s, err := open(args[0])
@@ -104,7 +104,7 @@ type Child struct {
 	out *bufio.Reader
 }
 
-// StartChild starts a process that does a job of Main's.
+// StartChild starts a process that does one of Main's jobs.
 func StartChild(t *testing.T, job string, args ...string) *Child {
 	t.Helper()
 	self, err := os.Executable()
@@ -118,7 +118,7 @@ func StartChild(t *testing.T, job string, args ...string) *Child {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stdin, err := c.cmd.StdinPipe() // not this process's
+	stdin, err := c.cmd.StdinPipe() // not this process's own
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,10 +142,10 @@ func (c *Child) Signal(t *testing.T, s syscall.Signal) {
 	}
 }
 
-// Wait waits for the child's end; an error is how it ended.
+// Wait waits until the child has ended, and returns how it failed.
 func (c *Child) Wait() error { return c.cmd.Wait() }
 
-// Expect waits for a line of the child's.
+// Expect waits for a line of the child's output.
 func (c *Child) Expect(t *testing.T, want string) {
 	t.Helper()
 	line, err := c.out.ReadString('\n')

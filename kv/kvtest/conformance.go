@@ -18,9 +18,9 @@ import (
 
 // Backend is one store's state, fresh and empty, for one test.
 type Backend struct {
-	// Open gives another handle on the same state, as another process would have it. The test closes it.
+	// Open returns another handle on the same state, as another process would have. The test closes it.
 	Open func(tb testing.TB) kv.Store
-	// PutByHand and DeleteByHand do what a person does without kedge.
+	// PutByHand and DeleteByHand write as a person would, without kedge.
 	PutByHand    func(tb testing.TB, key, value string)
 	DeleteByHand func(tb testing.TB, key string)
 }
@@ -28,7 +28,7 @@ type Backend struct {
 // patience bounds how long a test waits for what should happen at once, on a busy machine.
 const patience = 30 * time.Second
 
-// Run is the contract of kv.Store as tests. fresh gives each its own state.
+// Run tests the contract of kv.Store. fresh returns a new state for each test.
 func Run(t *testing.T, fresh func(t *testing.T) Backend) {
 	tests := []struct {
 		name string
@@ -95,7 +95,7 @@ func testGetList(t *testing.T, b Backend) {
 	if err != nil || keysOf(entries) != "pins/prod/web/a-first= pins/prod/web/app=1" {
 		t.Fatalf("list: %s, %v", keysOf(entries), err)
 	}
-	// What Get and List say of a key is the same.
+	// Get and List must agree about a key.
 	if entries[1].Version != e.Version {
 		t.Fatalf("get gives version %d and list %d", e.Version, entries[1].Version)
 	}
@@ -154,7 +154,7 @@ func testNested(t *testing.T, b Backend) {
 	if got := list(t, s, "pins/prod/web/"); got != want {
 		t.Fatalf("list: %s", got)
 	}
-	// The same where the layout doesn't say which keys have keys below them.
+	// The same if the layout doesn't say which keys have keys below them.
 	mustCommit(t, s, nil, kv.Put("other/a/b/c", []byte("1")), kv.Put("other/a/b/d", []byte("2")))
 	mustCommit(
 		t,
@@ -193,12 +193,12 @@ func testConditions(t *testing.T, b Backend) {
 	commit(nil, kv.Replace("d/k", []byte("2"), first))
 	commit(kv.ErrConflict, kv.Replace("d/k", []byte("3"), first))
 	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), first))
-	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), 0)) // not a way to create
+	commit(kv.ErrConflict, kv.Replace("d/none", []byte("3"), 0)) // can't create a key
 	commit(kv.ErrConflict, kv.DeleteIf("d/k", first))
 	commit(kv.ErrConflict, kv.DeleteIf("d/none", first))
 	second := version(t, s, "d/k")
 	commit(nil, kv.DeleteIf("d/k", second))
-	commit(nil, kv.Delete("d/k")) // gone already
+	commit(nil, kv.Delete("d/k")) // already gone
 	if got := list(t, s, "d/"); got != "" {
 		t.Fatalf("left: %s", got)
 	}
@@ -296,7 +296,7 @@ func testVersions(t *testing.T, b Backend) {
 	}
 }
 
-// testModel drives the store and a map through the same random commits, on keys that lie below one another.
+// testModel applies the same random commits to the store and a map, with keys below one another.
 func testModel(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "")

@@ -107,7 +107,7 @@ func testLeaseTaken(t *testing.T, b Backend) {
 	if got := list(t, s, "desired/"); got != "" {
 		t.Fatalf("written under a lost lease: %s", got)
 	}
-	mustLease(t, s, "mirror/lease") // can be had again
+	mustLease(t, s, "mirror/lease") // can be acquired again
 }
 
 func testLeaseCancelled(t *testing.T, b Backend) {
@@ -167,7 +167,7 @@ func testPresence(t *testing.T, b Backend) {
 	if v.Entries[0].Session == "" {
 		t.Fatal("the entry of a process that lives has no session")
 	}
-	// Removed by hand, it is there again, and the node was not away.
+	// After it is removed by hand, it is there again, and the node counts as present all the time.
 	if err := s.Commit(t.Context(), nil, kv.Delete("status/prod/web/node-1")); err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +203,7 @@ func testPresence(t *testing.T, b Backend) {
 	}
 }
 
-// What is left behind looks like the entry of a process that died.
+// An entry that is left behind looks like that of a process that died.
 func testPresenceLeaves(t *testing.T, b Backend) {
 	s := b.Open(t)
 	mustFolders(t, s, "status/prod/web/")
@@ -255,7 +255,7 @@ func testPresenceTakeover(t *testing.T, b Backend) {
 	if v.Entries[0].Session == "" {
 		t.Fatal("the entry that was taken over has no session")
 	}
-	time.Sleep(500 * time.Millisecond) // in which the earlier one must not take it back
+	time.Sleep(500 * time.Millisecond) // the earlier process must not take it back meanwhile
 	if got := list(t, s, "status/prod/web/"); got != "status/prod/web/node-1=after" {
 		t.Fatalf("after the take-over: %s", got)
 	}

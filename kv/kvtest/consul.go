@@ -1,5 +1,5 @@
-// Package kvtest is what tests of kedge's store need: real Consul servers, alone or as a cluster, with or without
-// ACLs; the conformance suite that every store passes; and a store that fails when it is told to.
+// Package kvtest helps tests of kedge's store: it has real Consul servers, alone or as a cluster, with or without
+// ACLs; the conformance suite that every store passes; and a store that fails on demand.
 package kvtest
 
 import (
@@ -21,25 +21,25 @@ import (
 	"kedge/kv/consul"
 )
 
-// startTimeout bounds how long a Consul may take until it has a leader, on a busy machine.
+// startTimeout bounds how long a Consul may take to elect a leader, on a busy machine.
 const startTimeout = 60 * time.Second
 
 // ConsulOptions describes a Consul to start. The zero value is one server without ACLs, in memory.
 type ConsulOptions struct {
-	// Servers is how many servers form the cluster; 0: 1.
+	// Servers is the number of servers in the cluster; 0: 1.
 	Servers int
 	// Clients are the names of nodes that run a client agent, as a fleet's machines do.
 	Clients []string
-	// ACL turns on default deny; Consul.RootToken may do everything, and Consul.Token makes others.
+	// ACL turns on default deny; Consul.RootToken may do everything, and Consul.Token creates other tokens.
 	ACL bool
-	// Persistent keeps the data of a lone server on disk, so that it can be started again after Stop or Kill. It
-	// takes some 2 s longer to start. Servers of a cluster and clients always can be.
+	// Persistent keeps the data of a lone server on disk, so that it can be restarted after Stop or Kill. The first
+	// start then takes some 2 s longer. Servers of a cluster, and clients, can always be restarted.
 	Persistent bool
-	// Config is more configuration for every node, in HCL.
+	// Config is additional configuration for every node, in HCL.
 	Config string
 }
 
-// Consul is a running Consul that ends with the test.
+// Consul is a running Consul, which ends with the test.
 type Consul struct {
 	// RootToken is the bootstrap token, empty without ACLs.
 	RootToken string
@@ -49,12 +49,12 @@ type Consul struct {
 	tb testing.TB
 }
 
-// ConsulNode is one Consul process, a server or a client, on a loopback address of its own.
+// ConsulNode is one Consul process, a server or a client, on its own loopback address.
 type ConsulNode struct {
 	Name string
 	// IP is the node's own address in 127.0.0.0/8.
 	IP string
-	// Addr is the HTTP API's address, IP:PORT, what CONSUL_HTTP_ADDR takes. It stays over restarts.
+	// Addr is the HTTP API's address, IP:PORT, as in CONSUL_HTTP_ADDR. It stays the same after a restart.
 	Addr string
 
 	consul               *Consul
@@ -66,7 +66,7 @@ type ConsulNode struct {
 	proc *process
 }
 
-// StartConsul starts a Consul and returns once it has a leader and takes writes. It ends with the test, also when
+// StartConsul starts a Consul and returns once it has a leader and accepts writes. It ends with the test, even if
 // the test's process is killed.
 func StartConsul(tb testing.TB, o ConsulOptions) *Consul {
 	tb.Helper()
@@ -101,21 +101,21 @@ func (c *Consul) Nodes() []*ConsulNode {
 	return append(append([]*ConsulNode{}, c.Servers...), c.Clients...)
 }
 
-// Addr is the HTTP address of the first server.
+// Addr returns the HTTP address of the first server.
 func (c *Consul) Addr() string { return c.Servers[0].Addr }
 
-// Env is the environment that points a kedge or consul process with this token at the first server.
+// Env returns the environment in which a kedge or consul process with this token uses the first server.
 func (c *Consul) Env(token string) []string { return c.Servers[0].Env(token) }
 
-// Env is the environment that points a kedge or consul process with this token at the node.
+// Env returns the environment in which a kedge or consul process with this token uses the node.
 func (n *ConsulNode) Env(token string) []string {
 	return []string{"CONSUL_HTTP_ADDR=" + n.Addr, "CONSUL_HTTP_TOKEN=" + token}
 }
 
-// Client is Consul's own client on the first server, with the root token.
+// Client returns Consul's own client for the first server, with the root token.
 func (c *Consul) Client() *api.Client { return c.Servers[0].Client(c.RootToken) }
 
-// Client is Consul's own client on the node.
+// Client returns Consul's own client for the node.
 func (n *ConsulNode) Client(token string) *api.Client {
 	client, err := api.NewClient(n.Config(token))
 	if err != nil {
@@ -124,15 +124,15 @@ func (n *ConsulNode) Client(token string) *api.Client {
 	return client
 }
 
-// Config is the client configuration for the node and a token, for consul.Config.Client.
+// Config returns the client configuration for the node and a token, for consul.Config.Client.
 func (n *ConsulNode) Config(token string) *api.Config {
 	return &api.Config{Address: n.Addr, Token: token}
 }
 
-// Open opens a store on the first server, with the default prefix; the test closes it at its end.
+// Open opens a store on the first server, with the default prefix. It is closed when the test ends.
 func (c *Consul) Open(token string) kv.Store { return c.Servers[0].Open(token) }
 
-// Open opens a store on the node, with the default prefix; the test closes it at its end.
+// Open opens a store on the node, with the default prefix. It is closed when the test ends.
 func (n *ConsulNode) Open(token string) kv.Store {
 	tb := n.consul.tb
 	tb.Helper()
@@ -144,8 +144,8 @@ func (n *ConsulNode) Open(token string) kv.Store {
 	return s
 }
 
-// Token makes a token that has these ACL rules and no others. On a busy machine servers may elect another leader
-// meanwhile, so it is tried again, with another name: the one before may have been taken all the same.
+// Token creates a token with only these ACL rules. On a busy machine the servers may elect another leader
+// meanwhile, so creation is retried with another name, as the first try may have succeeded.
 func (c *Consul) Token(rules string) (secret string) {
 	c.tb.Helper()
 	acl := c.Client().ACL()
@@ -164,7 +164,7 @@ func (c *Consul) Token(rules string) (secret string) {
 	return secret
 }
 
-// RevokeToken deletes a token that Token made.
+// RevokeToken deletes a token that Token created.
 func (c *Consul) RevokeToken(token string) {
 	c.tb.Helper()
 	self, _, err := c.Client().ACL().TokenReadSelf(&api.QueryOptions{Token: token})
@@ -176,7 +176,7 @@ func (c *Consul) RevokeToken(token string) {
 	}
 }
 
-// CLI runs the consul program itself, as an operator would, and returns what it printed.
+// CLI runs the consul program itself, as an operator would, and returns its output.
 func (c *Consul) CLI(token, stdin string, args ...string) string {
 	c.tb.Helper()
 	cmd := exec.Command(tooltest.Path(c.tb, "consul"), args...)
@@ -229,7 +229,7 @@ func (c *Consul) Snapshot() []byte {
 	return b.Bytes()
 }
 
-// Restore puts the state back to what it was at the snapshot.
+// Restore restores the state of a snapshot.
 func (c *Consul) Restore(snapshot []byte) {
 	c.tb.Helper()
 	if err := c.Client().Snapshot().Restore(nil, bytes.NewReader(snapshot)); err != nil {
@@ -237,7 +237,7 @@ func (c *Consul) Restore(snapshot []byte) {
 	}
 }
 
-// WaitReady returns once every running node answers, knows the leader and takes a write.
+// WaitReady returns once every running node answers, knows the leader and accepts a write.
 func (c *Consul) WaitReady() {
 	c.tb.Helper()
 	for _, n := range c.Nodes() {
@@ -253,7 +253,8 @@ func (c *Consul) WaitReady() {
 			if _, err := client.KV().Delete(key, nil); err != nil {
 				return err
 			}
-			// Sessions are tied to the node's serfHealth check, which the leader makes when it sees the node join.
+			// Sessions are tied to the node's serfHealth check, which the leader creates when it sees the node
+			// join.
 			checks, _, err := client.Health().Node(n.Name, nil)
 			if err == nil && len(checks) == 0 {
 				err = errors.New("not in the catalog yet")
@@ -288,8 +289,8 @@ func newUUID() string {
 		rand.Uint32N(1<<12), rand.Uint64N(1<<48))
 }
 
-// Versions returns the ModifyIndex of every key below prefix, which here is all of a key's beginning: what changed
-// between two calls was written or deleted.
+// Versions returns the ModifyIndex of every key that begins with prefix: a key that changed between two calls was
+// written or deleted.
 func (c *Consul) Versions(prefix string) map[string]uint64 {
 	c.tb.Helper()
 	pairs, _, err := c.Client().KV().List(prefix, nil)

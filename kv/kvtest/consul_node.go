@@ -14,7 +14,7 @@ import (
 	"kedge/deployments/tooltest"
 )
 
-// newNode reserves an address of its own for a node, so that it can come back on the same ports.
+// newNode reserves a node's own address, so that the node can restart on the same ports.
 func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	n := &ConsulNode{Name: name, consul: c, dir: c.tb.TempDir(), memory: memory}
 	n.IP = fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
@@ -55,7 +55,7 @@ func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join [
 		"performance":          map[string]any{"raft_multiplier": 1},
 		"limits":               map[string]any{"http_max_conns_per_client": 0, "rpc_max_conns_per_client": 0},
 		"disable_update_check": true, "leave_on_terminate": false, "skip_leave_on_interrupt": true,
-		// A node that dies is noticed within a second or two, as it is in Consul's own tests.
+		// The death of a node is noticed within a second or two, as in Consul's own tests.
 		"gossip_lan": map[string]any{
 			"gossip_interval": "100ms", "probe_interval": "200ms", "probe_timeout": "150ms", "suspicion_mult": 3,
 		},
@@ -86,8 +86,8 @@ func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join [
 	}
 }
 
-// Start starts a node again that Stop or Kill ended, with its data and ports, and returns without waiting for it;
-// Consul.WaitReady waits.
+// Start restarts a node that Stop or Kill ended, with its data and ports. It doesn't wait for the node: see
+// Consul.WaitReady.
 func (n *ConsulNode) Start() {
 	n.consul.tb.Helper()
 	if n.memory {
@@ -132,26 +132,26 @@ func (n *ConsulNode) SetConfig(hcl string) {
 // Reload makes the node read its configuration again.
 func (n *ConsulNode) Reload() { n.signal(syscall.SIGHUP, false) }
 
-// Stop ends the node in good order, without leaving the cluster, as a reboot does.
+// Stop ends the node in order, without leaving the cluster, as a reboot does.
 func (n *ConsulNode) Stop() { n.signal(syscall.SIGTERM, true) }
 
 // Kill ends the node as a power cut does.
 func (n *ConsulNode) Kill() { n.signal(syscall.SIGKILL, true) }
 
-// Suspend stops the node's process where it is: it neither answers nor refuses, as behind a cut network.
+// Suspend stops the node's process: it neither answers nor refuses, as after a network cut.
 func (n *ConsulNode) Suspend() { n.signal(syscall.SIGSTOP, false) }
 
 // Resume ends Suspend.
 func (n *ConsulNode) Resume() { n.signal(syscall.SIGCONT, false) }
 
-// PID returns the id of the node's process, for measuring it.
+// PID returns the id of the node's process, for measurements.
 func (n *ConsulNode) PID() int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.proc.cmd.Process.Pid
 }
 
-// Running reports whether the node's process is there, suspended or not.
+// Running reports whether the node's process exists, suspended or not.
 func (n *ConsulNode) Running() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -179,7 +179,7 @@ func (n *ConsulNode) signal(s syscall.Signal, wait bool) {
 	}
 }
 
-// exited is why the node's process ended by itself, nil where it didn't.
+// exited returns why the node's process ended by itself, nil if it didn't.
 func (n *ConsulNode) exited() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -189,7 +189,7 @@ func (n *ConsulNode) exited() error {
 	return n.proc.state
 }
 
-// logTail returns the end of what the node logged, without what it logs when all is well.
+// logTail returns the end of the node's log, without lines at level INFO.
 func (n *ConsulNode) logTail() string {
 	data, _ := os.ReadFile(filepath.Join(n.dir, "log"))
 	var lines []string

@@ -11,17 +11,17 @@ import (
 	"kedge/kv"
 )
 
-// When says on which side of its effect a write fails.
+// When says whether a write fails before or after its effect.
 type When int
 
 const (
 	// Before: nothing was written.
 	Before When = iota + 1
-	// After: all was written, and the writer isn't told.
+	// After: all was written, but the writer gets an error.
 	After
 )
 
-// FaultyStore is a store that fails when it is told to, and counts what is written.
+// FaultyStore is a store that fails on demand, and counts the writes.
 type FaultyStore struct {
 	store kv.Store
 
@@ -33,20 +33,20 @@ type FaultyStore struct {
 	counts  map[string]int
 }
 
-// Faulty wraps a store. Its leases are those of the store itself.
+// Faulty wraps a store. Its leases are those of the wrapped store.
 func Faulty(s kv.Store) *FaultyStore {
 	return &FaultyStore{store: s, changed: make(chan struct{}), counts: map[string]int{}}
 }
 
-// FailWrites asks hook before each Commit and Put, which it numbers from 0, whether it is to fail, with
-// ErrUnavailable; 0 lets it pass, and a nil hook all of them.
+// FailWrites calls hook before each Commit and Put, which it numbers from 0, to ask when the write fails, with
+// ErrUnavailable; 0 lets the write pass. A nil hook lets all pass.
 func (f *FaultyStore) FailWrites(hook func(write int, keys []string) When) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook, f.n = hook, 0
 }
 
-// SetDown makes everything fail with err, views included, until it is called with nil. A lease that is held stays.
+// SetDown makes everything fail with err, including views, until it is called with nil. A lease that is held stays.
 func (f *FaultyStore) SetDown(err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -55,14 +55,14 @@ func (f *FaultyStore) SetDown(err error) {
 	f.changed = make(chan struct{})
 }
 
-// Writes returns how often each key was written or deleted, successes and failures After alike.
+// Writes returns how often each key was written or deleted, including writes that failed After.
 func (f *FaultyStore) Writes() map[string]int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return maps.Clone(f.counts)
 }
 
-// ResetWrites starts counting anew.
+// ResetWrites resets the counts.
 func (f *FaultyStore) ResetWrites() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -120,7 +120,8 @@ func (f *FaultyStore) List(ctx context.Context, prefix string) ([]kv.Entry, erro
 	return f.store.List(ctx, prefix)
 }
 
-// Watch shows the store's views, and while it is down the last one with the error; changes meanwhile come afterwards.
+// Watch shows the store's views. While the store is down it shows the last view with the error, and the changes
+// afterwards.
 func (f *FaultyStore) Watch(ctx context.Context, prefix string, show func(kv.View)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

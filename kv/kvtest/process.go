@@ -8,11 +8,11 @@ import (
 	"syscall"
 )
 
-// process is a child that dies with this one.
+// process is a child process that dies with this one.
 type process struct {
 	cmd   *exec.Cmd
-	done  chan struct{} // closed once it was waited for
-	state error         // why it ended; read it after done
+	done  chan struct{} // closed once the process has ended
+	state error         // why the process ended; valid after done
 }
 
 func startProcess(logFile, program string, args ...string) (*process, error) {
@@ -26,7 +26,7 @@ func startProcess(logFile, program string, args ...string) (*process, error) {
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	started := make(chan error)
 	go func() {
-		// The death signal is sent when the thread that forked ends, so this one must stay as long as the child.
+		// The death signal is sent when the thread that forked ends, so this thread must live as long as the child.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := p.cmd.Start()

@@ -75,7 +75,7 @@ func Values(v kv.View) string {
 	return strings.Join(all, " ")
 }
 
-// Healthy reports whether a view is known for certain, is up to date and has these Values.
+// Healthy reports whether a view is synced, is up to date and has these Values.
 func Healthy(values string) func(kv.View) bool {
 	return func(v kv.View) bool { return v.Synced && v.Err == nil && Values(v) == values }
 }
@@ -108,14 +108,14 @@ func Await(t *testing.T, what string, try func() error) {
 	}
 }
 
-// Views collects what a watch says.
+// Views collects the views of a watch.
 type Views struct {
 	mu    sync.Mutex
 	views []kv.View
 	more  wait.Signal
 }
 
-// Watch watches until the test ends.
+// Watch watches a prefix until the test ends.
 func Watch(t *testing.T, s kv.Store, prefix string) *Views {
 	t.Helper()
 	w := &Views{more: wait.NewSignal()}
@@ -145,7 +145,7 @@ func (w *Views) All() []kv.View {
 	return slices.Clone(w.views)
 }
 
-// Await waits until the last view is as wanted, and returns it.
+// Await waits until the last view satisfies ok, and returns it.
 func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View {
 	t.Helper()
 	deadline := time.After(patience)
@@ -162,7 +162,7 @@ func (w *Views) Await(t *testing.T, what string, ok func(kv.View) bool) kv.View 
 	}
 }
 
-// Never fails if a view so far was bad.
+// Never fails the test if a view so far was bad.
 func (w *Views) Never(t *testing.T, what string, bad func(kv.View) bool) {
 	t.Helper()
 	if i := slices.IndexFunc(w.All(), bad); i >= 0 {

@@ -18,17 +18,18 @@ import (
 )
 
 const (
-	// mostWaiting spans wait for the collector, the newest; mostSent go out in one request.
+	// mostWaiting bounds the spans that wait for the collector, mostSent those of one request.
 	mostWaiting = 2048
 	mostSent    = 256
-	// sendEvery is how long spans wait for others, and lastWithin how long the last ones may take as the program ends.
+	// sendEvery is how long spans wait for others, and lastWithin how long sending the last ones may take at the
+	// program's end.
 	sendEvery  = time.Second
 	lastWithin = 2 * time.Second
 	// patience is the longest pause between tries to send.
 	patience = 30 * time.Second
 )
 
-// Sender sends spans. A nil Sender takes them and does nothing.
+// Sender sends spans. A nil Sender accepts spans and drops them.
 type Sender struct {
 	c      Config
 	client *http.Client
@@ -39,31 +40,31 @@ type Sender struct {
 	waiting []Span
 	dropped int
 
-	trouble rate.Sometimes // bounds the lines about a collector that is away
+	trouble rate.Sometimes // bounds the lines about an unavailable collector
 }
 
-// New returns a sender for what Run sends; nil if the configuration names no collector.
+// New returns a sender, whose Run sends the spans; nil if the configuration names no collector.
 func New(c Config, log *slog.Logger) *Sender {
 	if c.URL == "" {
 		return nil
 	}
 	return &Sender{
 		c: c, log: log, some: wait.NewSignal(), trouble: rate.Sometimes{First: 1, Interval: 10 * time.Minute},
-		// A redirect would take the headers, and so a token, elsewhere.
+		// A redirect would send the headers, which may contain a token, elsewhere.
 		client: &http.Client{Timeout: c.Within, CheckRedirect: func(*http.Request, []*http.Request) error {
 			return http.ErrUseLastResponse
 		}},
 	}
 }
 
-// Add takes spans. It never waits; beyond mostWaiting the oldest quarter is dropped.
+// Add queues spans. It never blocks; beyond mostWaiting it drops the oldest quarter.
 func (s *Sender) Add(spans ...Span) {
 	if s == nil {
 		return
 	}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, spans...)
-	if len(s.waiting) > mostWaiting { // many at a time: each drop copies the rest
+	if len(s.waiting) > mostWaiting { // many at a time, as each drop copies the rest
 		over := len(s.waiting) - mostWaiting*3/4
 		s.waiting = append([]Span(nil), s.waiting[over:]...)
 		s.dropped += over
@@ -72,7 +73,7 @@ func (s *Sender) Add(spans ...Span) {
 	s.some.Set()
 }
 
-// Run sends until ctx ends, and then what is left, for as long as lastWithin.
+// Run sends until ctx ends, and then sends the remaining spans, for at most lastWithin.
 func (s *Sender) Run(ctx context.Context) {
 	if s == nil {
 		return
@@ -97,7 +98,7 @@ func (s *Sender) Run(ctx context.Context) {
 			}
 			if ctx.Err() == nil {
 				s.trouble.Do(func() {
-					s.log.Warn("the collector takes no spans: the oldest are dropped", "url", safetext.URLs(s.c.URL), "error", err)
+					s.log.Warn("could not send spans, the oldest are dropped: trying again", "url", safetext.URLs(s.c.URL), "error", err)
 				})
 			}
 			_ = retry.Wait(ctx)
@@ -111,8 +112,8 @@ func (s *Sender) left() int {
 	return len(s.waiting)
 }
 
-// send sends some of the spans that wait. An error means that they wait on; what the collector refuses for good is
-// dropped.
+// send sends one batch of the queued spans. If it returns an error, they stay queued; spans that the collector
+// refuses for good are dropped.
 func (s *Sender) send(ctx context.Context) error {
 	s.mu.Lock()
 	batch := append([]Span(nil), s.waiting[:min(len(s.waiting), mostSent)]...)
@@ -142,7 +143,7 @@ func (s *Sender) send(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be used again
+	_, _ = io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection is reused
 	answer.Body.Close()
 	switch code := answer.StatusCode; {
 	case code == http.StatusTooManyRequests, code == http.StatusBadGateway, code == http.StatusServiceUnavailable,
@@ -154,7 +155,7 @@ func (s *Sender) send(ctx context.Context) error {
 		})
 	}
 	s.mu.Lock()
-	// Those that were dropped meanwhile were the oldest, so of this batch.
+	// Spans that were dropped meanwhile were the oldest, and so part of this batch.
 	s.waiting = s.waiting[max(0, len(batch)-(s.dropped-dropped)):]
 	s.mu.Unlock()
 	return nil

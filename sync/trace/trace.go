@@ -1,8 +1,8 @@
-// Package trace sends spans to an OpenTelemetry collector: the way of a push from the mirror to its last node.
+// Package trace sends spans to an OpenTelemetry collector: they show a push's way from the mirror to its last node.
 //
-// Nothing of a trace stands in KV. The ids of a push's trace and of its root span follow from the unit and the commit,
-// so the mirror and every agent know them without a word. Spans go out as OTLP over HTTP, in JSON, which every
-// collector takes at its port 4318. What can't be sent is dropped: a collector never holds up a deployment.
+// KV contains nothing of a trace. The ids of a push's trace and of its root span are derived from the unit and the
+// commit, so the mirror and every agent know them. Spans are sent as OTLP over HTTP, in JSON, which every collector
+// accepts at port 4318. What can't be sent is dropped: a collector never holds up a deployment.
 package trace
 
 import (
@@ -19,23 +19,23 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// ID names a trace, SpanID a span.
+// ID is the id of a trace, SpanID that of a span.
 type (
 	ID     [16]byte
 	SpanID [8]byte
 )
 
-// Context is where a span belongs.
+// Context identifies a trace and a span in it.
 type Context struct {
 	Trace ID
-	Span  SpanID // the parent of spans that are made within
+	Span  SpanID // the parent of spans made from this context
 }
 
 // IsZero reports whether nothing is traced.
 func (c Context) IsZero() bool { return c == Context{} }
 
-// Of returns the trace of a record's commit, and its root span. A pin's release has a trace of its own, also where
-// commits stay the same; it is zero for a push.
+// Of returns the context of the root span of a commit's trace. The release of a pin has its own trace, even if the
+// commit is the same; pin is zero for a push.
 func Of(id deployments.UnitID, commit string, pin deployments.Digest) Context {
 	text := "kedge trace\x00" + id.String() + "\x00" + commit
 	if !pin.IsZero() {
@@ -45,20 +45,20 @@ func Of(id deployments.UnitID, commit string, pin deployments.Digest) Context {
 	return Context{ID(sum[:16]), SpanID(sum[16:24])}
 }
 
-// New returns the context of a span within c, with an id of its own.
+// New returns the context of a new span in c's trace.
 func (c Context) New() Context {
-	_, _ = rand.Read(c.Span[:]) // it never fails
+	_, _ = rand.Read(c.Span[:]) // never fails
 	return c
 }
 
-// Span is something that took time.
+// Span is a timed operation.
 type Span struct {
 	Context
 	Parent     SpanID // zero: the span is its trace's root
 	Name       string
 	Start, End time.Time
 	Attributes []Attribute
-	// Err is why it failed. It is shown as in logs: without the secrets of URLs.
+	// Err is why the operation failed. It is sent as it would be logged: without the secrets of URLs.
 	Err error
 }
 
@@ -71,18 +71,19 @@ const (
 	defaultWithin = 10 * time.Second
 )
 
-// Config says where spans go.
+// Config says where spans are sent.
 type Config struct {
-	// URL is the collector's for traces; empty: nothing is traced.
+	// URL is the collector's endpoint for traces; empty: nothing is traced.
 	URL     string
 	Headers map[string]string
-	// Within is how long one request may take.
+	// Within bounds one request.
 	Within time.Duration
-	// Resource are the attributes of who sends: service.name and what the environment adds.
+	// Resource has the attributes of the sender: service.name and those in the environment.
 	Resource []Attribute
 }
 
-// FromEnvironment reads OpenTelemetry's own variables. service names the program unless OTEL_SERVICE_NAME does.
+// FromEnvironment reads OpenTelemetry's own variables. service is the program's name unless OTEL_SERVICE_NAME is
+// set.
 func FromEnvironment(getenv func(string) string, service string) (Config, error) {
 	first := func(names ...string) string {
 		for _, name := range names {
@@ -110,7 +111,7 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 	}
 	headers, err := pairs(first("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"))
 	if err != nil {
-		return c, errors.New("OTEL_EXPORTER_OTLP_HEADERS: want NAME=VALUE,…") // its values may be secrets
+		return c, errors.New("OTEL_EXPORTER_OTLP_HEADERS: want NAME=VALUE,…") // not shown, as the values may be secrets
 	}
 	for _, h := range headers {
 		c.Headers[h.Key] = h.Value
@@ -131,7 +132,7 @@ func FromEnvironment(getenv func(string) string, service string) (Config, error)
 	return c, nil
 }
 
-// pairs reads NAME=VALUE,NAME=VALUE, whose values are percent-encoded.
+// pairs parses NAME=VALUE,NAME=VALUE with percent-encoded values.
 func pairs(text string) (all []Attribute, err error) {
 	for pair := range strings.SplitSeq(text, ",") {
 		if pair = strings.TrimSpace(pair); pair == "" {
@@ -149,7 +150,7 @@ func pairs(text string) (all []Attribute, err error) {
 	return all, nil
 }
 
-// The JSON of OTLP: opentelemetry-proto's ExportTraceServiceRequest. Ids are in hex, and 64-bit numbers are strings.
+// OTLP's JSON: opentelemetry-proto's ExportTraceServiceRequest. Ids are in hex, and 64-bit numbers are strings.
 type (
 	jsonRequest struct {
 		ResourceSpans []jsonResource `json:"resourceSpans"`

@@ -1,4 +1,4 @@
-// Package tracetest is an OpenTelemetry collector for tests: it takes OTLP over HTTP in JSON, and nothing that isn't.
+// Package tracetest is an OpenTelemetry collector for tests: it accepts only OTLP over HTTP in JSON.
 package tracetest
 
 import (
@@ -18,7 +18,7 @@ import (
 	"kedge/sync/trace"
 )
 
-// Span is a span as the collector got it. Service is its resource's name.
+// Span is a span as the collector received it. Service is the name of its resource.
 type Span struct {
 	Trace, ID, Parent, Name, Service, Err string
 	Start, End                            time.Time
@@ -27,21 +27,21 @@ type Span struct {
 
 // Collector is a collector's HTTP server.
 type Collector struct {
-	// URL is where it takes traces.
+	// URL is the endpoint for traces.
 	URL string
 
 	mu    sync.Mutex
 	spans []Span
 }
 
-// New starts a collector until the test ends.
+// New starts a collector, which runs until the test ends.
 func New(t testing.TB) *Collector {
 	t.Helper()
 	c := new(Collector)
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		spans, err := decode(r)
 		if err != nil {
-			t.Errorf("the collector gets what is no OTLP: %v", err)
+			t.Errorf("the collector got a request that isn't OTLP: %v", err)
 			w.WriteHeader(http.StatusBadRequest)
 			return
 		}
@@ -56,7 +56,7 @@ func New(t testing.TB) *Collector {
 	return c
 }
 
-// Sender returns a sender to the collector that runs until the test ends.
+// Sender returns a sender to the collector, which runs until the test ends.
 func (c *Collector) Sender(t testing.TB) *trace.Sender {
 	s := trace.New(trace.Config{URL: c.URL, Within: time.Minute,
 		Resource: []trace.Attribute{{Key: "service.name", Value: "test"}}}, slog.New(slog.DiscardHandler))
@@ -86,7 +86,7 @@ func (c *Collector) Await(t testing.TB, enough func([]Span) bool) []Span {
 	}
 }
 
-// Named returns the spans of a name.
+// Named returns the spans with a name.
 func Named(spans []Span, name string) []Span {
 	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
 }
@@ -150,7 +150,7 @@ func decode(r *http.Request) (spans []Span, err error) {
 	return spans, nil
 }
 
-// check holds a span against the specification's rules.
+// check checks a span by the specification's rules.
 func check(s span) (Span, error) {
 	one := Span{Trace: s.TraceID, ID: s.SpanID, Parent: s.ParentSpanID, Name: s.Name, Attributes: map[string]string{}}
 	for _, id := range []struct {
