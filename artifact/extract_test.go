@@ -532,7 +532,7 @@ func newExtractor(t testing.TB) *extractor {
 }
 
 func (x *extractor) bytes(data []byte) error {
-	return x.archive(bufio.NewReader(bytes.NewReader(data)), "app.tar")
+	return x.archive(bufio.NewReader(bytes.NewReader(data)), "app")
 }
 
 // manyDirs returns the headers of n directories.

@@ -96,7 +96,8 @@ func rpmHeader(t *testing.T, data []byte) (tags rpmTags, size int) {
 	tags = rpmTags{data[16+16*n : 16+16*n+length], map[uint32][2]uint32{}}
 	for i := range n {
 		entry := data[16+16*i:]
-		tags.where[binary.BigEndian.Uint32(entry)] = [2]uint32{binary.BigEndian.Uint32(entry[8:]), binary.BigEndian.Uint32(entry[12:])}
+		number := func(at int) uint32 { return binary.BigEndian.Uint32(entry[at:]) }
+		tags.where[number(0)] = [2]uint32{number(8), number(12)}
 	}
 	return tags, 16 + 16*n + length
 }
