@@ -11,8 +11,8 @@ import (
 // everyRank is the cutoff that admits all nodes.
 const everyRank = math.MaxUint64
 
-// aim makes the release that Git, or a unit pin, names now the record's target.
-func aim(in *inputs, st state) state {
+// setTarget sets the record's target to the release that Git or a unit pin names.
+func setTarget(in *inputs, st state) state {
 	pin, pinned := activePin(in)
 	switch {
 	case pinned && st.r.Pinned == nil && in.Record.Generation > 0 && !st.on && st.r.Target == pin.Release:
@@ -263,9 +263,9 @@ func endPin(in *inputs, st state) state {
 	return launch(in, next)
 }
 
-// superseded lists the targets that nodes may run, or be on their way to, besides those that the new record names:
+// superseded returns the targets that nodes may run, or be on their way to, besides those that the new record names:
 // the old record's target, and those that it had replaced. Targets that no node runs or may begin are dropped.
-func superseded(in *inputs, was deployments.Record) (over []deployments.Superseded) {
+func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
 	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
 		Generation: was.Generation}
 	back := was.Rollout.Phase == deployments.PhaseRollingBack
@@ -290,20 +290,20 @@ func superseded(in *inputs, was deployments.Record) (over []deployments.Supersed
 			acted = append(acted, o.Digest)
 		}
 		o.Back = o.Back || back
-		if i := slices.IndexFunc(over, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
-			x := &over[i]
+		if i := slices.IndexFunc(list, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
+			x := &list[i]
 			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
 			continue
 		}
-		over = append(over, o)
+		list = append(list, o)
 	}
 	// Without a stable release nodes keep what they run, whether the record names that or not.
-	for i := len(over) - 1; i >= 0 && len(over) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
-		if !slices.Contains(acted, over[i].Digest) {
-			over = slices.Delete(over, i, i+1)
+	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
+		if !slices.Contains(acted, list[i].Digest) {
+			list = slices.Delete(list, i, i+1)
 		}
 	}
-	return over
+	return list
 }
 
 // lastJoined returns the largest Joined of all known nodes.

@@ -15,10 +15,10 @@ func room(in *inputs, v summary) (room int, spent bool) {
 	if u := in.Unit.Rollout; u != nil && (u.MaxUnavailable != deployments.Amount{}) {
 		budget = max(1, u.MaxUnavailable.Of(v.live))
 	}
-	if room = budget - v.inflight - v.unlisted; room > 0 || v.hung == 0 {
+	if room = budget - v.inflight - v.unlisted; room > 0 || v.overdue == 0 {
 		return room, false
 	}
-	return room + v.hung, true
+	return room + v.overdue, true
 }
 
 // admit raises the cutoff over the next nodes, as far as there is room, to at most want admitted nodes in all. It
@@ -47,7 +47,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 				st.p.Cutoff, moved = n.rank, true
 				continue
 			}
-			counted := n.inflight && !(spent && n.hung)
+			counted := n.inflight && !(spent && n.overdue)
 			if counted && room < 0 || !counted && !n.settled && room <= 0 {
 				return
 			}
@@ -98,16 +98,16 @@ func readmit(in *inputs, st state, v summary, most int) (next state, moved bool)
 	return st, moved
 }
 
-// letBack lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
+// lowerCutoff lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
 // to stay for now.
-func letBack(in *inputs, st state, v summary) (next state, left, moved bool) {
+func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool) {
 	room, spent := room(in, v)
 	stay := uint64(0) // the highest rank that stays for now
 	for _, n := range slices.Backward(v.nodes) {
 		if n.rank > st.p.Cutoff || n.settled {
 			continue
 		}
-		counted := n.inflight && !(spent && n.hung)
+		counted := n.inflight && !(spent && n.overdue)
 		if counted && room < 0 || !counted && room <= 0 {
 			stay = n.rank
 			break

@@ -496,7 +496,7 @@ func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
 	s.Record = Next(s).Record
 	s.Now = noon.Add(time.Second)
 	s.Seen = s.Now
-	if m := Next(s); !reflect.DeepEqual(m.Record, s.Record) || !m.Again.Equal(s.Now.Add(retell)) {
+	if m := Next(s); !reflect.DeepEqual(m.Record, s.Record) || !m.Again.Equal(s.Now.Add(reportWithin)) {
 		t.Errorf("%s, once more after %v", brief(m.Record), m.Again.Sub(s.Now))
 	}
 }

@@ -113,9 +113,9 @@ func retry(in *inputs, st state) state {
 		}
 		return st
 	}
-	over := superseded(in, st.record())
+	list := superseded(in, st.record())
 	st.r.Generation++
-	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: over}
+	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: list}
 	st.r.Joined = tell(in, st)
 	return start(in, st).because(deployments.ReasonRetried, nil)
 }
@@ -163,11 +163,11 @@ func turnBack(in *inputs, st state, why cause) state {
 		st.why = why
 		return st
 	}
-	over := superseded(in, st.record())
+	list := superseded(in, st.record())
 	st.r.Claim = ClaimOf(st.r)
 	st.r.Generation++
 	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
-		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: over, Forced: st.p.Forced}
+		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: list, Forced: st.p.Forced}
 	st.r.Joined = tell(in, st)
 	st.why = why
 	return st

@@ -16,7 +16,7 @@ func watched(in *inputs, st state) (state, summary) {
 		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
 		v = summarize(in, st)
 	}
-	if !st.p.HealthySince.IsZero() && (v.shaken || v.late > 0 && v.failed > limit(in, st, v)) {
+	if !st.p.HealthySince.IsZero() && (v.setback || v.late > 0 && v.failed > limit(in, st, v)) {
 		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
 		st = st.because(deployments.ReasonBakingAgain, nil)
 		v = summarize(in, st)
@@ -31,7 +31,7 @@ func begins(st state, v summary) bool {
 		return false
 	}
 	return slices.ContainsFunc(v.nodes, func(n place) bool {
-		return n.node.Name == st.p.Facts["node"] && n.hung && n.node.Report.State != deployments.StateConverged
+		return n.node.Name == st.p.Facts["node"] && n.overdue && n.node.Report.State != deployments.StateConverged
 	})
 }
 
@@ -98,7 +98,7 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	if u == nil {
 		return st, true
 	}
-	ends, told := st.p.HealthySince.Add(u.Bake), in.Seen.Add(min(u.Bake, retell))
+	ends, told := st.p.HealthySince.Add(u.Bake), in.Seen.Add(min(u.Bake, reportWithin))
 	switch {
 	case in.Now.Before(ends):
 		until := ends.UTC().Format("2006-01-02 15:04:05Z")
@@ -112,7 +112,7 @@ func baked(in *inputs, st state, who string) (state, bool) {
 // hears lets the nodes report on a first release before it begins: one of them may be out of service for another unit,
 // which had the same dest and isn't in Git any more. unheard: a node hasn't reported yet, and may still do.
 func hears(in *inputs, st state) (next state, unheard bool) {
-	until := st.p.Since.Add(retell)
+	until := st.p.Since.Add(reportWithin)
 	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
 		return st, false
 	}
@@ -126,8 +126,8 @@ func hears(in *inputs, st state) (next state, unheard bool) {
 	return st, false
 }
 
-// retell is how long nodes may take to report after the store was away.
-const retell = 30 * time.Second
+// reportWithin is how long nodes may take to report after the store was away.
+const reportWithin = 30 * time.Second
 
 // wakeLate schedules the next call for when the next deadline of a node in flight passes.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
@@ -233,7 +233,7 @@ func rolling(in *inputs, st state) (state, bool) {
 	if !moved && v.stuck != nil {
 		st = st.because(v.waitsFor())
 	}
-	if moved || admitted < v.live || v.inflight > v.hung || v.stuck != nil || v.following > 0 {
+	if moved || admitted < v.live || v.inflight > v.overdue || v.stuck != nil || v.following > 0 {
 		return wakeLate(in, st, v, moved), false
 	}
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all nodes bake
@@ -285,19 +285,19 @@ func rollingBack(in *inputs, st state) (state, bool) {
 	if v.live == 0 && v.gone+v.pinned > 0 {
 		return st, false
 	}
-	st, left, moved := letBack(in, st, v)
+	st, left, moved := lowerCutoff(in, st, v)
 	if !moved {
 		since := st.p.HealthySince
 		st, moved = readmit(in, st, v, len(v.waiting))
 		st.p.HealthySince = since
 	}
-	if left || moved || v.inflight > v.hung || len(v.waiting) > 0 || v.unlisted > 0 {
+	if left || moved || v.inflight > v.overdue || len(v.waiting) > 0 || v.unlisted > 0 {
 		return wakeLate(in, st, v, moved), false
 	}
 	p := st.p
 	facts := p.Facts
-	if v.hung > 0 { // they go on trying, and count as in flight in the next rollout
-		facts = facts.With("left", fmt.Sprint(v.hung))
+	if v.overdue > 0 { // they go on trying, and count as in flight in the next rollout
+		facts = facts.With("left", fmt.Sprint(v.overdue))
 	}
 	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
 		Reason: p.Reason, Facts: facts, Message: p.Message}

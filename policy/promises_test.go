@@ -555,7 +555,7 @@ func heardFirst(t *testing.T, s Situation, silent func(*deployments.UnitReport) 
 	m := Next(s)
 	if p := m.Record.Rollout; m.Reason != deployments.ReasonUnheard || admitted(&s, m.Record) > 0 || m.Again.IsZero() {
 		t.Errorf("before all nodes have reported: %s, %s, again at %v", m.Reason, brief(m.Record), m.Again)
-	} else if !m.Again.Equal(p.Since.Add(retell)) {
+	} else if !m.Again.Equal(p.Since.Add(reportWithin)) {
 		t.Errorf("it waits until %v, %s after it began", m.Again, m.Again.Sub(p.Since))
 	}
 	s.Now = m.Again
@@ -566,7 +566,7 @@ func heardFirst(t *testing.T, s Situation, silent func(*deployments.UnitReport) 
 	for i := range s.Nodes {
 		s.Nodes[i].Gone = silent(&s.Nodes[i].Report) && i > 0
 	}
-	s.Now = s.Now.Add(-retell)
+	s.Now = s.Now.Add(-reportWithin)
 	s.Nodes[0].Report.Generation = s.Record.Generation
 	if m := Next(s); m.Reason == deployments.ReasonUnheard {
 		t.Errorf("it waits for nodes that are gone: %s", brief(m.Record))

@@ -48,16 +48,16 @@ func (r *Ranks) of(target deployments.Digest, nodes []Node) *ranking {
 	copy(r.known[1:i+1], r.known[:i])
 	r.known[0] = k
 	if !slices.EqualFunc(k.names, nodes, func(name string, n Node) bool { return name == n.Name }) {
-		k.learn(nodes)
+		k.update(nodes)
 	}
 	return k
 }
 
 func (r *Ranks) forget() { r.known = nil }
 
-// learn recomputes the ranks after the list of nodes changed. Old and new names are mostly sorted; if not, a known
+// update recomputes the ranks after the list of nodes changed. Old and new names are mostly sorted; if not, a known
 // name may be hashed once more.
-func (k *ranking) learn(nodes []Node) {
+func (k *ranking) update(nodes []Node) {
 	names, ranks := make([]string, len(nodes)), make([]uint64, len(nodes))
 	old := 0
 	for i := range nodes {

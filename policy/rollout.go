@@ -104,7 +104,7 @@ func Next(s Situation) Move {
 		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}
-	st = aim(in, st)
+	st = setTarget(in, st)
 	st.r.After, st.r.Drift, st.r.Adopt = s.Unit.After, s.Unit.Drift, s.Unit.Adopt
 	st.r.Paced = s.Unit.Rollout != nil && s.Pin != nil
 	if s.Unit.Rollout == nil {

@@ -35,7 +35,7 @@ func (w *world) check() {
 			n.free = true // its entry was removed
 		}
 		ends := n.ends || n.epoch < w.epoch && !n.going.IsZero() // by the unit's former name
-		if ends && n.told.report.State != deployments.StateSwitching && !w.passed().Before(w.named.Add(retell)) {
+		if ends && n.told.report.State != deployments.StateSwitching && !w.passed().Before(w.named.Add(reportWithin)) {
 			n.free = true // it has yet to say so
 		}
 		if n.left || n.gone && n.going.IsZero() && !n.ends {

@@ -28,16 +28,16 @@ type summary struct {
 	// failed are nodes on which the target failed; failure is the cause on one of them.
 	failed  int
 	failure deployments.Facts
-	// hung are nodes in flight whose deadline has passed, and late the pending ones among them. due is when the
+	// overdue are nodes in flight whose deadline has passed, and late the pending ones among them. due is when the
 	// next deadline passes; zero: never.
-	hung, late int
-	firstLate  *Node
-	due        time.Time
+	overdue, late int
+	firstLate     *Node
+	due           time.Time
 	// stuck is a node that was told to change, is past its deadline, and still serves its old release: it reports
 	// that it is healthy, or that it can't reach the storage. That is no failure of the release.
 	stuck *Node
-	// shaken is set if a pending node had been healthy, has its deadline still ahead, and does not boot.
-	shaken bool
+	// setback is set if a pending node had been healthy, has its deadline still ahead, and does not boot.
+	setback bool
 	// unlisted are nodes that had an entry and have none now: they may still act on the record. relisted is when
 	// they have certainly left the fleet.
 	unlisted int
@@ -54,7 +54,7 @@ type place struct {
 	admitted bool // by its rank
 	replaced bool // it runs a target that was superseded
 	inflight bool
-	hung     bool // and its deadline has passed
+	overdue  bool // it is in flight, and its deadline has passed
 	// admitting it, or letting it go back, takes no room: it is there already, or the release failed on it
 	settled bool
 }
@@ -148,7 +148,7 @@ func summarize(in *inputs, st state) summary {
 		aware := u.Generation == r.Generation
 		there := u.State == deployments.StateConverged && onTarget
 		if n.Gone {
-			v.leaves(in, st, n, x, back, aware, there)
+			v.countGone(in, st, n, x, back, aware, there)
 			continue
 		}
 		v.live++
@@ -174,12 +174,12 @@ func summarize(in *inputs, st state) summary {
 				if u.State == deployments.StateInvalid {
 					cause = deployments.ReasonInvalidRecord
 				}
-				v.fail(n, cause, cmp.Or(u.Error, string(u.State)))
+				v.countFailed(n, cause, cmp.Or(u.Error, string(u.State)))
 			}
 		// it is out of service until its deadline, and isn't waited for
 		case u.State == deployments.StateUnhealthy && onTarget:
 			x.settled, x.inflight = true, true
-			v.fail(n, deployments.ReasonUnhealthy, u.Error)
+			v.countFailed(n, deployments.ReasonUnhealthy, u.Error)
 		case broken:
 			x.settled = true
 		default:
@@ -192,13 +192,13 @@ func summarize(in *inputs, st state) summary {
 		}
 		if x.inflight {
 			sick := !back && u.State == deployments.StateUnhealthy && onTarget
-			x.hung = v.fly(in, st, n, x.told && x.admitted != back && !sick)
+			x.overdue = v.countInFlight(in, st, n, x.told && x.admitted != back && !sick)
 		}
 		v.nodes = append(v.nodes, x)
 	}
 	if !back && v.late > 0 {
 		u := &v.firstLate.Report
-		v.fail(v.firstLate, deployments.ReasonNotInTime, cmp.Or(u.Error, string(u.State), "and silent"))
+		v.countFailed(v.firstLate, deployments.ReasonNotInTime, cmp.Or(u.Error, string(u.State), "and silent"))
 		v.failed += v.late - 1
 	}
 	slices.SortFunc(v.waiting, byJoined)
@@ -214,73 +214,73 @@ func followsPin(r *deployments.Record, u *deployments.UnitReport) bool {
 
 func byJoined(a, b *place) int { return cmp.Compare(a.node.Joined, b.node.Joined) }
 
-// leaves counts a node that is gone. A node that was told to change, and left in the middle of a switch, is in
+// countGone counts a node that is gone. A node that was told to change, and left in the middle of a switch, is in
 // flight until it is back or its deadline has passed. A converged canary is missed for as long before another is
 // admitted.
-func (v *summary) leaves(in *inputs, st state, n *Node, x place, back, aware, there bool) {
+func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware, there bool) {
 	u := &n.Report
 	v.gone++
 	if !there {
 		v.away++
 		v.awayUntil = later(v.awayUntil, in.due(st, n))
 	}
-	hung := !in.Now.Before(in.due(st, n))
+	overdue := !in.Now.Before(in.due(st, n))
 	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
 	switch {
 	case back:
-		if u.State == deployments.StateSwitching && !hung {
-			v.fly(in, st, n, false)
+		if u.State == deployments.StateSwitching && !overdue {
+			v.countInFlight(in, st, n, false)
 		}
 	case toTarget && u.State == deployments.StateQuarantined:
-		v.fail(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
-	case toTarget && hung:
-		v.fail(n, deployments.ReasonGone, u.Error)
+		v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
+	case toTarget && overdue:
+		v.countFailed(n, deployments.ReasonGone, u.Error)
 	case toTarget:
-		v.fly(in, st, n, true)
-	case u.State == deployments.StateSwitching && !hung: // by an earlier record
-		v.fly(in, st, n, false)
-	case there && x.admitted && !hung && st.p.Phase != deployments.PhaseRolling:
+		v.countInFlight(in, st, n, true)
+	case u.State == deployments.StateSwitching && !overdue: // by an earlier record
+		v.countInFlight(in, st, n, false)
+	case there && x.admitted && !overdue && st.p.Phase != deployments.PhaseRolling:
 		v.missing++
 		v.pending++
-		v.shaken = true
+		v.setback = true
 		v.due = earlier(v.due, in.due(st, n))
 	}
 }
 
-// fly counts a node that is in flight, and reports whether its deadline has passed.
-func (v *summary) fly(in *inputs, st state, n *Node, pending bool) (hung bool) {
+// countInFlight counts a node that is in flight, and reports whether its deadline has passed.
+func (v *summary) countInFlight(in *inputs, st state, n *Node, pending bool) (overdue bool) {
 	due := in.due(st, n)
-	hung = !in.Now.Before(due)
+	overdue = !in.Now.Before(due)
 	v.inflight++
 	if pending {
 		v.pending++
 	}
 	switch {
-	case hung && pending && unreached(&n.Report): // it stays in flight: once the storage is back it switches at once
+	case overdue && pending && unreached(&n.Report): // it stays in flight: once the storage is back it switches at once
 		v.stuck = cmp.Or(v.stuck, n)
 		return false
-	case hung:
-		v.hung++
+	case overdue:
+		v.overdue++
 	default:
 		v.due = earlier(v.due, due)
 	}
 	switch u := &n.Report; {
 	case !pending:
-	case hung && u.State == deployments.StateConverged && st.p.Phase != deployments.PhaseRollingBack:
+	case overdue && u.State == deployments.StateConverged && st.p.Phase != deployments.PhaseRollingBack:
 		v.stuck = cmp.Or(v.stuck, n)
-	case hung:
+	case overdue:
 		v.firstLate = cmp.Or(v.firstLate, n)
 		v.late++
 	case st.p.Phase == deployments.PhaseRolling && n.Started.After(st.p.HealthySince):
 		// In a large fleet some node always restarts during a bake: that is no setback.
 	case !u.Running.IsZero():
-		v.shaken = true
+		v.setback = true
 	}
-	return hung
+	return overdue
 }
 
-// fail counts a node on which the target failed, and keeps the cause of the first one.
-func (v *summary) fail(n *Node, cause deployments.Reason, text string) {
+// countFailed counts a node on which the target failed, and keeps the cause of the first one.
+func (v *summary) countFailed(n *Node, cause deployments.Reason, text string) {
 	if v.failed++; v.failed == 1 {
 		v.failure = deployments.Facts{"node": n.Name, "cause": string(cause), "error": clipped(text)}
 	}
