@@ -468,7 +468,8 @@ func TestReadOnlyState(t *testing.T) {
 	unmount()
 	a.awaitRunning(app, two)
 	await(t, "lines that say so once", func() (bool, string) {
-		began, ended := w.log.count("could not save the last known state"), w.log.count("the last known state can be saved again")
+		began := w.log.count("could not save the last known state")
+		ended := w.log.count("the last known state can be saved again")
 		return began == 1 && ended == 1, fmt.Sprintf("it was logged %d times, and %d times that it is over", began, ended)
 	})
 }

@@ -183,7 +183,7 @@ func gitDir(path string) (dir, common string, err error) {
 		return "", "", err
 	}
 	dirs := []string{path}
-	if _, err := os.Lstat(filepath.Join(path, ".git")); err == nil { // a work tree, where "objects" may be the name of a stage
+	if _, err := os.Lstat(filepath.Join(path, ".git")); err == nil { // a work tree, where "objects" may be a stage
 		dirs = []string{filepath.Join(path, ".git")}
 	}
 	for _, dir = range dirs {

@@ -229,7 +229,7 @@ func TestLargeObjectsInTheHistory(t *testing.T) {
 	if s := m.at(h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")})); s.Refused != "" {
 		t.Errorf("the status is %+v", s)
 	}
-	if log := m.log.String(); strings.Contains(log, "fetched anew") {
-		t.Error("the cache was made anew")
+	if log := m.log.String(); strings.Contains(log, "fetching it again") {
+		t.Error("the cache was fetched again")
 	}
 }

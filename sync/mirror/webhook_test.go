@@ -215,7 +215,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	unlucky := mirror("unlucky", failing)
 	head = h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/4")})
 	unlucky.post("{}", "X-Gitlab-Token", "hush")
-	unlucky.logs("can't be passed on")
+	unlucky.logs("could not pass a webhook on")
 	failing.setFail(nil)
 	leader.at(head)
 	for _, ops := range own.taken() {

@@ -98,7 +98,7 @@ func (s *Sender) Run(ctx context.Context) {
 			}
 			if ctx.Err() == nil {
 				s.trouble.Do(func() {
-					s.log.Warn("could not send spans, the oldest are dropped: trying again", "url", safetext.URLs(s.c.URL), "error", err)
+					s.log.Warn("could not send spans: the oldest are dropped", "url", safetext.URLs(s.c.URL), "error", err)
 				})
 			}
 			_ = retry.Wait(ctx)
