@@ -10,8 +10,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// A repository that was replaced, its history lost, is taken by --accept, once: its history says
-// so, and no force push to that commit is taken later.
+// --accept takes a repository that was replaced, with another history, once: a later force push to that commit is
+// not taken.
 func TestRepositoryThatWasReplaced(t *testing.T) {
 	t.Parallel()
 	store := dirStore(t)

@@ -18,7 +18,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// What a history entry says of pins follows from what the store shows, whenever it is looked at.
+// The pins of a history entry follow from what the store shows, whenever a mirror compares them.
 func TestFollowPins(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -72,7 +72,7 @@ func TestFollowPins(t *testing.T) {
 	}
 }
 
-// Whatever comes and goes: an entry stays small, is written once for each change, and tells what stands.
+// However pins come and go, an entry stays small, is written once for each change, and has the present pins.
 func TestFollowPinsEnds(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -118,7 +118,7 @@ func TestFollowPinsEnds(t *testing.T) {
 	})
 }
 
-// An entry whose times are past all reason is followed, and can be written.
+// An entry with absurd times is updated, and can be written.
 func TestFollowPinsAfterTheEndOfTime(t *testing.T) {
 	t.Parallel()
 	end := time.Date(9999, 12, 31, 23, 59, 59, 999_999_999, time.FixedZone("", -86340))
@@ -131,8 +131,8 @@ func TestFollowPinsAfterTheEndOfTime(t *testing.T) {
 	}
 }
 
-// Pins of a great many nodes, which a token of pins/ can write, take the mirror no more than a pass over them. What
-// looks at all for each that is left out takes a minute here.
+// Pins of very many nodes, which a token of pins/ can write, cost the mirror one pass. Comparing all for each pin
+// that is dropped would take a minute here.
 func TestFollowPinsOfManyNodes(t *testing.T) {
 	t.Parallel()
 	hold := deployments.Pin{Hold: true}
@@ -151,7 +151,7 @@ func TestFollowPinsOfManyNodes(t *testing.T) {
 	}
 }
 
-// The largest entry fits into a transaction, whatever stands in pins and orders.
+// The largest entry fits into a transaction, whatever its pins and orders contain.
 func TestHistoryEntryFits(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 5, 1, 12, 0, 0, 0, time.UTC)
@@ -178,7 +178,7 @@ func TestHistoryEntryFits(t *testing.T) {
 	}
 }
 
-// pastOf reads a unit's history as people are shown it, the newest first.
+// pastOf reads a unit's history as people see it, newest first.
 func pastOf(t testing.TB, store kv.Store, unit string) (past []deployments.History) {
 	t.Helper()
 	entries, err := store.List(context.Background(), "history/"+unit+"/")
@@ -196,7 +196,8 @@ func pastOf(t testing.TB, store kv.Store, unit string) (past []deployments.Histo
 	return past
 }
 
-// noted waits until the history of a unit has these pins: generation, node, by or what is wrong, and + while it stands.
+// noted waits until the history of a unit has these pins: generation, node, who or the error, and + if the pin is
+// open.
 func (r *running) noted(unit string, want ...string) {
 	r.tb.Helper()
 	r.await("the pins in the history", func() error {
@@ -223,7 +224,8 @@ func (r *running) noted(unit string, want ...string) {
 	})
 }
 
-// Pins of a unit without a rollout, and of single nodes, stand in the history with their ends, whoever looks when.
+// Pins of a unit without a rollout, and of single nodes, are in the history with their ends, even if no mirror ran
+// then.
 func TestPinsAreNoted(t *testing.T) {
 	t.Parallel()
 	const app = "prod/web/app"
@@ -248,7 +250,7 @@ func TestPinsAreNoted(t *testing.T) {
 	remove(app)
 	m.noted(app, "1 ada", "1 web-1bob+")
 
-	// A new generation carries over what stands.
+	// A new generation carries over open pins.
 	m.at(o.Push(file("app/2")))
 	hold(app, "eve")
 	m.noted(app, "1 ada", "1 web-1bob+", "2 eve+")
@@ -256,7 +258,7 @@ func TestPinsAreNoted(t *testing.T) {
 		t.Errorf("a pin began generation %d", newest.Generation)
 	}
 
-	// While no mirror runs, one goes, one is replaced by a bare hold, and one comes.
+	// While no mirror runs, one pin is removed, one is replaced by a bare hold, and one is added.
 	m.stop()
 	remove(app + "/web-1")
 	put(t, store, "pins/"+app, "hold")
@@ -264,7 +266,7 @@ func TestPinsAreNoted(t *testing.T) {
 	m = start(t, Config{Store: store, Repo: o.Bare, Name: "mirror-2"})
 	m.noted(app, "1 ada", "1 web-1bob", "2 eve", "2 +", "2 web-2kim+")
 
-	// A mirror of the version before begins a generation, and knows nothing of pins.
+	// A mirror of an earlier version, without pins in the history, begins a generation.
 	m.stop()
 	record := m.runs(app, "app/2")
 	record.Generation, record.Target, record.Claim = 3, pointer("app/3"), 0
@@ -283,7 +285,7 @@ func TestPinsAreNoted(t *testing.T) {
 	m.noted(app, "1 ada", "1 web-1bob", "2 eve", "2 +", "2 web-2kim")
 	now := fmt.Sprintf("%d ", pastOf(t, store, app)[0].Generation) // it may have gone by the last commit for a moment
 
-	// Junk ends what stood there; its text goes no further than the bound. So does a pin whose time has come.
+	// Junk ends the pin at that key; its text is clipped. A pin that expires ends too.
 	put(t, store, "pins/"+app, "{release: nonsense "+strings.Repeat("x", 5000))
 	m.noted(app, "1 ada", "1 web-1bob", "2 eve", "2 ", "2 web-2kim", now+"?+")
 	for within := time.Second; ; within *= 2 { // the mirror has to see it before its time has come
@@ -299,7 +301,7 @@ func TestPinsAreNoted(t *testing.T) {
 	}
 	m.noted(app, "1 ada", "1 web-1bob", "2 eve", "2 ", "2 web-2kim", now+"?", now+"zoe")
 
-	// What a person deletes is made again for the next pin.
+	// An entry that a person deletes is made again for the next pin.
 	if err := store.Commit(t.Context(), nil, kv.Delete("history/prod/web/base/0000000001")); err != nil {
 		t.Fatal(err)
 	}
@@ -312,7 +314,7 @@ func TestPinsAreNoted(t *testing.T) {
 	}
 }
 
-// Every order stands in the history, with who and why, also one that changes nothing or begins a generation.
+// Every order is in the history, with who and why, even if it changes nothing or begins a generation.
 func TestOrdersAreNoted(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -363,7 +365,7 @@ func TestOrdersAreNoted(t *testing.T) {
 	}
 }
 
-// cutOff is a store whose answer to the commits that take an order is lost once, after they were done.
+// cutOff is a store that loses the answer to the commits that consume an order once, after they succeeded.
 type cutOff struct {
 	kv.Store
 	lost atomic.Bool
@@ -378,7 +380,7 @@ func (c *cutOff) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error
 	return err
 }
 
-// An order whose answer was lost stays in the history when a pin is noted there next.
+// An order whose answer was lost stays in the history when a pin is recorded there next.
 func TestOrderSurvivesALostAnswer(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -409,7 +411,7 @@ func TestOrderSurvivesALostAnswer(t *testing.T) {
 	}
 }
 
-// reads counts what a mirror asks of the store.
+// reads counts a mirror's reads of the store.
 type reads struct {
 	kv.Store
 	lists, gets atomic.Int64
@@ -425,7 +427,7 @@ func (r *reads) Get(ctx context.Context, key string) (kv.Entry, error) {
 	return r.Store.Get(ctx, key)
 }
 
-// A mirror of many units reads each role's history once, and then nothing more, however often it is woken.
+// A mirror of many units reads each role's history once, however often it is woken.
 func TestNotingPinsCostsNoReads(t *testing.T) {
 	t.Parallel()
 	const roles, rounds = 30, 20
@@ -463,7 +465,7 @@ func TestNotingPinsCostsNoReads(t *testing.T) {
 	pin("ada")
 	quiet("the first mirror")
 
-	// The next one reads them after its first round, a few each time, whatever happens meanwhile.
+	// The next mirror reads them after its first round, a few in each round, whatever happens meanwhile.
 	m.stop()
 	before := store.lists.Load()
 	m = start(t, Config{Store: store, Repo: o.Bare})
@@ -476,7 +478,8 @@ func TestNotingPinsCostsNoReads(t *testing.T) {
 	quiet("the next mirror")
 }
 
-// An order on a unit whose entry is gone makes it again; with a new generation it stands in that one's.
+// An order on a unit whose entry is missing makes the entry again; with a new generation the order is in the new
+// entry.
 func TestNoteOrder(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")

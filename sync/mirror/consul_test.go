@@ -80,7 +80,7 @@ func TestConsulRightsAndOutage(t *testing.T) {
 	m.runs("prod/web/base", "base/1")
 }
 
-// A node's token on the mirror's own Consul node can end the mirror's session. The mirror says so, and has its
+// A node's token on the mirror's own Consul node can end the mirror's session. The mirror warns of it, and gets its
 // lease back at once.
 func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 	t.Parallel()
@@ -126,7 +126,7 @@ func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 	m.runs("prod/web/app", "app/2")
 }
 
-// A node that writes one report after the other that doesn't parse fills nobody's disk.
+// A node that writes many reports that don't parse can't fill a disk.
 func TestFloodOfReports(t *testing.T) {
 	t.Parallel()
 	log := &logBuffer{}
@@ -145,8 +145,7 @@ func TestFloodOfReports(t *testing.T) {
 	}
 }
 
-// Orders that can't be obeyed, and that change without end, fill nobody's disk either; what they are in the end is
-// logged.
+// Orders that can't be obeyed, and that change without end, can't fill a disk either; their last state is logged.
 func TestFloodOfOrders(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -174,8 +173,8 @@ func TestFloodOfOrders(t *testing.T) {
 	})
 }
 
-// Keys in control/ that nobody can obey, however long and many, make short lines in the log, and stop no order beside
-// them.
+// Keys in control/ that nobody can obey, however long and many, make short lines in the log, and stop no valid
+// order.
 func TestJunkOrders(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true, Clients: []string{"git-1"}})
@@ -212,8 +211,7 @@ func TestJunkOrders(t *testing.T) {
 	}
 }
 
-// Of pins and orders by the ten thousand only those that change are parsed again, and those that are gone are
-// forgotten.
+// Of tens of thousands of pins and orders only those that change are parsed again, and removed ones are dropped.
 func TestFloodOfPins(t *testing.T) {
 	t.Parallel()
 	o := newObserver(slog.New(slog.DiscardHandler), func() {})

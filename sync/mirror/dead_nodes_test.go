@@ -78,7 +78,7 @@ func TestUnderWay(t *testing.T) {
 	}
 }
 
-// keeping is a store in which this process may not remove what nodes said.
+// keeping is a store in which this process may not remove reports.
 type keeping struct {
 	kv.Store
 	refuse bool

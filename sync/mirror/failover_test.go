@@ -21,14 +21,14 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// process is a mirror in a process of its own.
+// process is a mirror in its own process.
 type process struct {
 	*exec.Cmd
 	name string
 	log  *logBuffer
 }
 
-// startProcess starts one, which finds Consul by env.
+// startProcess starts a mirror in its own process, which finds Consul by env.
 func startProcess(t *testing.T, name, repo string, env []string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(os.Args[0]), name: name, log: &logBuffer{}}
@@ -56,7 +56,7 @@ func (p *process) signal(t *testing.T, s syscall.Signal) {
 	}
 }
 
-// pair is two mirrors, in processes of their own, on a Consul and a repository of their own; a holds the lease.
+// pair is two mirrors in their own processes, with their own Consul and repository; a holds the lease.
 type pair struct {
 	*running // reads the store
 	*gittest.Origin
@@ -115,7 +115,7 @@ func TestDeadAndFrozenLeadersAreReplaced(t *testing.T) {
 	}
 }
 
-// holder is the session that has the lease.
+// holder returns the session that holds the lease.
 func holder(t *testing.T, c *kvtest.Consul) string {
 	t.Helper()
 	pair, _, err := c.Client().KV().Get(kv.DefaultPrefix+kv.MirrorLease, nil)
@@ -125,7 +125,7 @@ func holder(t *testing.T, c *kvtest.Consul) string {
 	return pair.Session
 }
 
-// versions reads the last write of every key that a mirror may write, but for the lease's own.
+// versions returns the version of every key that a mirror may write, except the lease's own.
 func versions(t *testing.T, c *kvtest.Consul) map[string]uint64 {
 	t.Helper()
 	pairs, _, err := c.Client().KV().List(kv.DefaultPrefix, nil)
@@ -158,7 +158,7 @@ func TestHandover(t *testing.T) {
 	t.Logf("the other mirror wrote %v after the first had stopped", time.Since(stopped).Round(time.Millisecond))
 }
 
-// cut is a store whose user dies at its n-th transaction: before it took effect, or after.
+// cut is a store whose user dies at its n-th transaction: before or after the transaction took effect.
 type cut struct {
 	kv.Store
 	mu    sync.Mutex
@@ -183,7 +183,7 @@ func (c *cut) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) error {
 	return err
 }
 
-// Lease gives no second lease to the dead.
+// Lease returns no second lease to a dead user.
 func (c *cut) Lease(ctx context.Context, key, holder string, ttl time.Duration) (kv.Lease, error) {
 	c.mu.Lock()
 	dead := c.left < 0
@@ -253,7 +253,7 @@ func done(t *testing.T, s kv.Store, head string) bool {
 	return err == nil && json.Unmarshal(e.Value, &st) == nil && st.Head == head
 }
 
-// BenchmarkPush measures from git push's return to the record's write being through, which may be before that.
+// BenchmarkPush measures the time from git push's return until the record is written, which may be negative.
 func BenchmarkPush(b *testing.B) {
 	for _, where := range []string{"directory", "consul"} {
 		b.Run(where, func(b *testing.B) {
@@ -282,7 +282,7 @@ func BenchmarkPush(b *testing.B) {
 	}
 }
 
-// timed notes when each transaction was through.
+// timed records when each transaction has succeeded.
 type timed struct {
 	kv.Store
 	at chan time.Time

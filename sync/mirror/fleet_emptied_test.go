@@ -11,8 +11,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// Consul loses all that kedge keeps in it, under a hundred agents that run what Git says: none of them switches, and
-// the release after that goes out by its rollout.
+// Consul loses all of kedge's keys, under a hundred agents that run what Git names: none of them switches, and the
+// next release is rolled out as usual.
 func TestConsulEmptiedUnderAHundredAgents(t *testing.T) {
 	t.Parallel()
 	const size, budget = 100, 20

@@ -35,7 +35,7 @@ import (
 
 var nodesOfFleet = flag.Int("nodes", 20, "how many agents TestFleetAtSize starts")
 
-// agentsOrder is what a process of many agents is started with, as JSON in KEDGE_TEST_AGENTS.
+// agentsOrder configures a process of many agents, as JSON in KEDGE_TEST_AGENTS.
 type agentsOrder struct {
 	Consul []string // addresses of client agents, which the agents take by turns
 	Root   string   // the token that makes theirs
@@ -45,7 +45,7 @@ type agentsOrder struct {
 	To     int
 }
 
-// agentsCount is what such a process has seen so far; it prints it for every line on its stdin.
+// agentsCount has the counters of such a process, which prints them for every line on its stdin.
 type agentsCount struct {
 	Started int
 	Live    map[string]int         // agents that run a release, by its pointer
@@ -55,7 +55,7 @@ type agentsCount struct {
 	Views   int64                  // of a watched prefix: what woke an agent
 }
 
-// agentsProcess runs real agents, each with a store, a token and a state directory of its own, until stdin ends.
+// agentsProcess runs real agents, each with its own store, token and state directory, until stdin ends.
 func agentsProcess() error {
 	var order agentsOrder
 	if err := json.Unmarshal([]byte(os.Getenv("KEDGE_TEST_AGENTS")), &order); err != nil {
@@ -137,7 +137,7 @@ func agentsProcess() error {
 	return <-made
 }
 
-// agentsMetrics sums the reports and the decisions of agents' metrics.
+// agentsMetrics returns the sums of the agents' metrics for reports and decisions.
 func agentsMetrics(registries []*prometheus.Registry) (reports, turns float64) {
 	for _, r := range registries {
 		families, _ := r.Gather()
@@ -153,7 +153,7 @@ func agentsMetrics(registries []*prometheus.Registry) (reports, turns float64) {
 	return reports, turns
 }
 
-// countedStore counts the views that its watches give.
+// countedStore counts the views of its watches.
 type countedStore struct {
 	kv.Store
 	views *atomic.Int64
@@ -163,7 +163,7 @@ func (s countedStore) Watch(ctx context.Context, prefix string, f func(kv.View))
 	return s.Store.Watch(ctx, prefix, func(v kv.View) { s.views.Add(1); f(v) })
 }
 
-// agentsLog is what all agents of a process have logged of decisions and releases.
+// agentsLog has what all agents of a process have logged of decisions and releases.
 type agentsLog struct {
 	mu      sync.Mutex
 	live    map[string]int
@@ -213,21 +213,21 @@ func (l *agentLog) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// agentsChild is a process of many agents, as its parent sees it.
+// agentsChild is a process of many agents.
 type agentsChild struct {
 	*exec.Cmd
 	in  io.WriteCloser
 	out *json.Decoder
 }
 
-// startAgents starts size agents, in as many processes as the limit of open files asks for.
+// startAgents starts size agents, in as many processes as the limit of open files requires.
 func startAgents(t *testing.T, cluster *kvtest.Consul, id deployments.UnitID, size int) (children []*agentsChild) {
 	t.Helper()
 	states := filepath.Join(t.TempDir(), "states")
 	if err := os.Mkdir(states, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	// A journal that is synced costs nothing here.
+	// On tmpfs, syncing a journal costs nothing.
 	if err := syscall.Mount("tmpfs", states, "tmpfs", 0, fmt.Sprintf("size=%dm", 256+size/4)); err != nil {
 		t.Fatal(err)
 	}
@@ -276,7 +276,7 @@ func startAgents(t *testing.T, cluster *kvtest.Consul, id deployments.UnitID, si
 	return children
 }
 
-// counted asks all processes what they have seen.
+// counted returns the sum of all processes' counters.
 func counted(t *testing.T, children []*agentsChild) agentsCount {
 	t.Helper()
 	sum := agentsCount{Live: map[string]int{}, Decided: map[string][]time.Time{}}
@@ -301,7 +301,7 @@ func counted(t *testing.T, children []*agentsChild) agentsCount {
 	return sum
 }
 
-// usage is what a group of processes has taken so far.
+// usage is what a group of processes has used so far.
 type usage struct {
 	cpu time.Duration
 	rss int // MB
@@ -357,7 +357,7 @@ func (m *fleetMeter) usage() map[string]usage {
 	}
 }
 
-// raftIndex is how many entries the servers' log has had: every write of any kind is one.
+// raftIndex returns the number of entries in the servers' log: every write of any kind is one.
 func (m *fleetMeter) raftIndex() uint64 {
 	self, err := m.cluster.Leader().Client(m.cluster.RootToken).Agent().Self()
 	if err != nil {
@@ -377,7 +377,7 @@ func (m *fleetMeter) start() {
 	m.began = time.Now()
 }
 
-// phase is what one phase took.
+// phase is what one phase used.
 type phase struct {
 	took                  time.Duration
 	writes                uint64  // in the servers' log
@@ -385,7 +385,7 @@ type phase struct {
 	cpu                   map[string]time.Duration
 }
 
-// stop logs what the phase took.
+// stop logs what the phase used.
 func (m *fleetMeter) stop(what string) phase {
 	m.t.Helper()
 	p := phase{took: time.Since(m.began), writes: m.raftIndex() - m.raft, cpu: map[string]time.Duration{}}

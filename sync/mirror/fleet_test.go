@@ -23,15 +23,15 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// fleet is many real agents in this process, each with a store and a token of its own. Their releases are commands
-// alone, so that a switch is cheap.
+// fleet is many real agents in this process, each with its own store and token. Their releases only run commands,
+// so that a switch is cheap.
 type fleet struct {
 	t      *testing.T
 	id     deployments.UnitID
 	dir    string
 	agents []*agent.Agent
 
-	// As the agents drain around a switch, and with all of them that switch at the same time at most.
+	// switching counts the agents that switch now, as their drains show; most is its maximum.
 	switching, most atomic.Int64
 }
 
@@ -50,7 +50,7 @@ func (f *fleet) release(version string) deployments.Pointer {
 	return deployments.Pointer{URL: "file://" + path, Digest: sha256.Sum256(data)}
 }
 
-// start starts n agents, by turns on the Consul's client agents, and returns when they run.
+// start starts n agents, spread over Consul's client agents, and returns a function that waits for their end.
 func (f *fleet) start(ctx context.Context, cluster *kvtest.Consul, n int) (wait func()) {
 	f.t.Helper()
 	states := filepath.Join(f.dir, "states")
@@ -107,8 +107,8 @@ func (f *fleet) start(ctx context.Context, cluster *kvtest.Consul, n int) (wait 
 	return running.Wait
 }
 
-// maintain counts who switches. What is called once more, because a run before might have left maintenance on,
-// counts for nothing.
+// maintain counts the agents that switch. Repeated calls, because an earlier run might have left maintenance on, don't
+// count.
 func (f *fleet) maintain(_ context.Context, on bool, reason string) error {
 	if on {
 		now := f.switching.Add(1)
@@ -130,7 +130,7 @@ func (f *fleet) on(p deployments.Pointer) (n int) {
 	return n
 }
 
-// await waits for longer than most tests do: all of the fleet shares this machine.
+// await waits for longer than most tests do, as the whole fleet shares this machine.
 func (f *fleet) await(p deployments.Pointer, least int) {
 	f.t.Helper()
 	await(f.t, 3*time.Minute, fmt.Sprintf("%d nodes run %s", least, p.URL), func() error {
@@ -142,8 +142,8 @@ func (f *fleet) await(p deployments.Pointer, least int) {
 	})
 }
 
-// A fleet on three servers that deny by default: in the middle of a rollout the mirror that leads is killed, and
-// then the server that leads. Never do more nodes switch than may, and the rollout ends.
+// A fleet on three servers with default deny: in the middle of a rollout the leading mirror is killed, and then the
+// leading server. Never do more nodes switch than allowed, and the rollout ends.
 func TestFleetWithLostLeaders(t *testing.T) {
 	t.Parallel()
 	const size, budget = fleetSize, fleetSize / 5

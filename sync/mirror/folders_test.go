@@ -45,7 +45,8 @@ func TestMissingFolders(t *testing.T) {
 	}
 }
 
-// Folder keys go with the obvious commands. Without them nothing is taken any more, and agents see no pin's end.
+// People delete folder keys with the obvious commands. Without them no write succeeds, and agents don't see a pin's
+// end.
 func TestFoldersThatAreDeletedComeBack(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})
@@ -68,7 +69,7 @@ func TestFoldersThatAreDeletedComeBack(t *testing.T) {
 	}
 }
 
-// Who writes beside the mirror what its watch doesn't show is told of where people look.
+// If another writer makes commits conflict again and again, mirror/state and the log say so.
 func TestConflictsThatRepeatAreTold(t *testing.T) {
 	t.Parallel()
 	store := &recorder{Store: dirStore(t)}

@@ -19,7 +19,7 @@ import (
 	"kedge/kv/open"
 )
 
-// pointer makes up a release.
+// pointer returns an invented release.
 func pointer(name string) deployments.Pointer {
 	return deployments.Pointer{
 		URL:    "s3://acme-releases/" + name + "/manifest.yaml",
@@ -27,7 +27,7 @@ func pointer(name string) deployments.Pointer {
 	}
 }
 
-// unitFile is a unit's file with no more than its release.
+// unitFile returns a unit's file with only a release.
 func unitFile(release string) string { return "release: " + pointer(release).String() + "\n" }
 
 func unitID(tb testing.TB, s string) deployments.UnitID {
@@ -39,7 +39,7 @@ func unitID(tb testing.TB, s string) deployments.UnitID {
 	return id
 }
 
-// dirStore opens a store in a directory of the test's own.
+// dirStore opens a store in the test's own directory.
 func dirStore(tb testing.TB) kv.Store {
 	tb.Helper()
 	return openStore(tb, "file://"+tb.TempDir())
@@ -55,7 +55,8 @@ func openStore(tb testing.TB, url string) kv.Store {
 	return s
 }
 
-// newPresence opens a presence that ends with the test: one that goes on would put back what the end removes.
+// newPresence opens a presence that ends with the test: otherwise it would restore what the end of the test
+// removes.
 func newPresence(tb testing.TB, s kv.Store, node string) kv.Presence {
 	tb.Helper()
 	p, err := s.Presence(tb.Context(), node)
@@ -66,7 +67,7 @@ func newPresence(tb testing.TB, s kv.Store, node string) kv.Presence {
 	return p
 }
 
-// recorder notes every transaction that a store took.
+// recorder records every transaction that a store accepted.
 type recorder struct {
 	kv.Store
 	mu      sync.Mutex

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// led is a leader whose rounds, and what its watches show, are the test's to call.
+// led returns a leader whose rounds and views the test controls.
 func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
 	t.Helper()
 	store := &recorder{Store: dirStore(t)}
@@ -35,7 +35,7 @@ func led(t *testing.T, o *gittest.Origin) (*leader, *recorder) {
 	return l, store
 }
 
-// What a watch shows before it knows the prefix for certain is no ground to write anything.
+// Nothing is written on a view that isn't synced.
 func TestNothingIsWrittenOnAnUnsettledView(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -94,7 +94,7 @@ func TestACommitWaitsForTheWritesOfTheLast(t *testing.T) {
 	}
 }
 
-// A write that is refused for the lease's sake is the end of it, whatever the lease's clock says.
+// A write that is refused for a lost lease ends the loop, whatever the lease's clock says.
 func TestALostLeaseEndsTheLoop(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -110,8 +110,8 @@ func TestALostLeaseEndsTheLoop(t *testing.T) {
 	}
 }
 
-// While the store is away nodes can't say that they have converged: none is late for that once it is back, nor
-// while it may still be away.
+// While the store is away nodes can't report that they have converged: this makes no node late, neither during the
+// outage nor after it.
 func TestAnOutageMakesNobodyLate(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -149,7 +149,7 @@ func TestAnOutageMakesNobodyLate(t *testing.T) {
 	}
 }
 
-// A commit that waits for the nodes' reports, as they can't be read, says so where people look.
+// If a commit waits because the nodes' reports can't be read, mirror/state says so.
 func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -174,7 +174,7 @@ func TestACommitThatWaitsForReportsSaysWhy(t *testing.T) {
 	}
 }
 
-// An order that was replaced between the look at it and the write is not the one that is obeyed, nor is it taken away.
+// An order that was replaced between the mirror's read and its write is neither carried out nor removed.
 func TestAnOrderThatIsReplacedMeanwhile(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -13,7 +13,7 @@ import (
 	"kedge/sync/mirror/inspect"
 )
 
-// TestMain lets the test's own binary stand for the programs that the tests start as processes of their own.
+// TestMain lets the test's own binary run the programs that tests start as processes.
 func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv("KEDGE_TEST_AS") {

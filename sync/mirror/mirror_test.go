@@ -105,14 +105,14 @@ func TestForcePush(t *testing.T) {
 	m.at(head)
 	was := desired(t, store)
 
-	// What allows it comes with the very push that needs it: it doesn't count.
+	// A rule that allows a push doesn't count if it comes with the same push.
 	o.Git(o.Work, "reset", "-q", "--hard", base)
 	forced := o.Commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1"), "kedge.yaml": "allow_rewind: true\n"})
 	o.Git(o.Work, "push", "-q", "-f", "origin", "HEAD:main")
 	m.refuses(forced, "does not descend from "+head[:12])
 	sameDesired(t, store, was)
 
-	// Nor does a mirror that starts anew forget what was there before.
+	// Nor does a mirror that restarts forget the commit before.
 	m.stop()
 	m = start(t, Config{Store: store, Repo: o.Bare, Name: "mirror-2"})
 	m.status(func(s deployments.MirrorState) bool {
@@ -169,7 +169,7 @@ func TestMassRemoval(t *testing.T) {
 	}
 }
 
-// What goes takes more room in a transaction than what is written.
+// A removal takes more room in a transaction than a write.
 func TestManyRemovalsNeedManyTransactions(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -210,7 +210,7 @@ func TestRemovedUnitKeepsItsRecordWithoutPrune(t *testing.T) {
 		}
 		return nil
 	})
-	// It comes back where its history ended.
+	// The unit's generation continues where its history ended.
 	m.at(o.Push(map[string]string{"prod/web/base.yaml": unitFile("base/2")}))
 	if got := m.runs("prod/web/base", "base/2"); got.Generation != 2 {
 		t.Errorf("record %+v", got)
@@ -240,7 +240,7 @@ func TestChangeByHandIsPutBack(t *testing.T) {
 	if got := m.runs("prod/web/app", "app/1"); got.Generation != 2 {
 		t.Errorf("generation %d: only the change to a record of the same generation needs a new one", got.Generation)
 	}
-	// What Git doesn't have is not the mirror's business.
+	// The mirror ignores what Git doesn't have.
 	put(t, store, "desired/prod/web/other", pointer("hand/4").String())
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
 	m.runs("prod/web/other", "hand/4")
@@ -253,7 +253,7 @@ func put(t *testing.T, s kv.Store, key, value string) {
 	}
 }
 
-// So is what the mirror says of itself: kedge wait and the next mirror go by it.
+// A change of the mirror's own state by hand is undone too: kedge wait and the next mirror rely on it.
 func TestStateIsPutBack(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -335,7 +335,7 @@ func TestRestartWritesNothing(t *testing.T) {
 	}
 }
 
-// Pushes that come faster than the store shows the last one's write.
+// Pushes can come faster than the store shows the last one's write.
 func TestPushAfterPush(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -368,7 +368,7 @@ func TestHistory(t *testing.T) {
 	o := gittest.New(t)
 	store := dirStore(t)
 	put(t, store, "history/prod/web/app/0000000007", "an old one")
-	// What 56 pushes would leave.
+	// The state after 56 pushes.
 	put(t, store, "desired/prod/web/app", `{"target":"`+pointer("app/56").String()+`","generation":56,"commit":"`+strings.Repeat("0", 40)+`"}`)
 	head := o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/57")})
 	m := start(t, Config{Store: store, Repo: o.Bare})
@@ -450,7 +450,7 @@ func TestLocalRepoHoweverItIsKept(t *testing.T) {
 		}
 		return nil
 	})
-	// The branch goes: nothing changes.
+	// The branch is removed: nothing changes.
 	was := desired(t, store)
 	o.Git(o.Bare, "branch", "-q", "-D", "live/fleet")
 	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "no such branch") })
@@ -500,7 +500,7 @@ func TestStoreOutage(t *testing.T) {
 	}
 }
 
-// refusing takes nothing that touches a unit's keys, and counts how often it is asked to.
+// refusing refuses every write to a unit's keys, and counts the tries.
 type refusing struct {
 	kv.Store
 	with  atomic.Pointer[error]
@@ -515,7 +515,7 @@ func (r *refusing) Commit(ctx context.Context, lease kv.Lease, ops ...kv.Op) err
 	return r.Store.Commit(ctx, lease, ops...)
 }
 
-// What the store refuses is named where people look, and is not tried again at every report of a fleet.
+// What the store refuses is shown in mirror/state, and is not retried at every report of a fleet.
 func TestStoreThatRefuses(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -9,8 +9,8 @@ import (
 	"kedge/policy"
 )
 
-// Each write of a record wakes all nodes of its role. The nodes of a large fleet come ready one by one, and a write
-// for each would wake them with the square of their number.
+// Each write of a record wakes all nodes of its role. The nodes of a large fleet get ready one by one, and with one
+// write for each, the number of wake-ups would be the square of the number of nodes.
 func TestWritesOfALargeRollout(t *testing.T) {
 	t.Parallel()
 	const size, tick = 1000, 10 * time.Millisecond

@@ -13,8 +13,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// link carries TCP connections to one address, until it is cut: then, as where packets are dropped, nothing passes
-// any more in either direction, and nobody is told.
+// link forwards TCP connections to one address until it is cut: then nothing passes in either direction, as if
+// packets were dropped, and neither side is notified.
 type link struct {
 	addr string
 
@@ -102,9 +102,8 @@ func (l *link) mend() {
 	}
 }
 
-// The leader is cut off from Consul, but alive, and sees Git: the other takes over within seconds, the first knows
-// by its own clock that it leads no more, and when the link is mended it stands by, and takes over when it is asked
-// to.
+// The leader is cut off from Consul, but runs, and sees Git. The other mirror takes over within seconds; the first
+// knows by its own clock that it no longer leads, and when the link is restored it stands by, and can take over.
 func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	t.Parallel()
 	consul, o := kvtest.StartConsul(t, kvtest.ConsulOptions{}), gittest.New(t)

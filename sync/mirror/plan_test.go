@@ -237,7 +237,7 @@ func TestReconcile(t *testing.T) {
 	}
 }
 
-// All that is known of a node goes into what is decided about each of its role's units.
+// All that is known of a node is part of the decision about each of its role's units.
 func TestInputsOfNodes(t *testing.T) {
 	t.Parallel()
 	id := unitID(t, "prod/web/app")
@@ -253,7 +253,7 @@ func TestInputsOfNodes(t *testing.T) {
 	}
 }
 
-// Whatever the store shows, what is decided is what Git asks for; and once it shows, there is nothing left to do.
+// Whatever the store shows, reconcile returns what Git asks for; once the store shows that, it returns nothing.
 func TestReconcileEnds(t *testing.T) {
 	t.Parallel()
 	ids := []deployments.UnitID{unitID(t, "prod/web/a"), unitID(t, "prod/web/b"), unitID(t, "prod/db/a")}
@@ -312,7 +312,7 @@ func TestReconcileEnds(t *testing.T) {
 	})
 }
 
-// A mirror that has just read the fleet lets nodes report before it moves them, and counts what waits for that.
+// A mirror that has just read the fleet gives nodes time to report before it moves them.
 func TestRecordsWaitForReports(t *testing.T) {
 	t.Parallel()
 	now := time.Now()

@@ -10,7 +10,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// Whoever removes all that kedge keeps in Consul moves no node, and what had failed stays out.
+// Removing all of kedge's keys from Consul moves no node, and what had failed stays out.
 func TestConsulEmptiedUnderAFleet(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{})

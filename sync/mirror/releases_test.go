@@ -30,7 +30,7 @@ type manifests struct {
 	dir string
 }
 
-// put stores a manifest, and gives the line of a unit's file that names it.
+// put stores a manifest, and returns the line of a unit's file that names it.
 func (m manifests) put(name, text string) string {
 	m.t.Helper()
 	gittest.WriteFile(m.t, filepath.Join(m.dir, name), text)
@@ -41,15 +41,15 @@ func (m manifests) line(name, text string) string {
 	return "release: " + deployments.Pointer{URL: "file://" + filepath.Join(m.dir, name), Digest: sha256.Sum256([]byte(text))}.String() + "\n"
 }
 
-// tree is a manifest that puts a tree at dest, with more lines after it.
+// tree returns a manifest that puts a tree at dest, with more lines after it.
 func (m manifests) tree(dest, more string) string {
 	return "src: file://" + m.dir + "/a.tar\nchecksum: " + strings.Repeat("ab", 32) + "\ndest: " + dest + "\n" + more
 }
 
 const bounds = "dests: {prod: [/srv]}\nusers: {prod: [app]}\n"
 
-// A commit whose releases do more than its own kedge.yaml allows for their stage is refused with the lines that
-// name them.
+// A commit whose releases do more than its own kedge.yaml allows for their stage is refused; the error has the
+// lines that name them.
 func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -78,14 +78,14 @@ func TestReleasesBeyondTheirStagesBounds(t *testing.T) {
 	}
 	mirror.at(o.Push(map[string]string{"prod/web/app.yaml": m.put("2", m.tree("/srv/other", ""))}))
 
-	// Who bounds a stage more tightly hears what stands in the way.
+	// Bounding a stage more tightly shows which releases are in the way.
 	mirror.refuses(o.Push(map[string]string{"kedge.yaml": bounds + "commands: {\"*\": false, prod: true}\n"}), "dev/web/app.yaml:1:10:", `none are allowed: "id"`)
 	mirror.at(o.Push(map[string]string{"kedge.yaml": bounds + "sources: {prod: [file://" + m.dir + "]}\n"}))
 	mirror.refuses(o.Push(map[string]string{"prod/web/app.yaml": m.put("3", strings.Replace(m.tree("/srv/app", ""), "a.tar", "../a.tar", 1))}), "is not from file://")
 }
 
-// A release that isn't there yet, or can't be read, holds up its commit, and nothing else; what was taken is not
-// looked at again.
+// A release that is missing or can't be read holds up its commit, and nothing else. Releases that were taken are
+// not read again.
 func TestReleasesThatCannotBeRead(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -124,7 +124,7 @@ func TestReleasesThatCannotBeRead(t *testing.T) {
 	mirror.at(next)
 }
 
-// With signers, a commit waits until each release that it names anew is signed, whatever its stage.
+// With signers, a commit waits until each release that it introduces is signed, whatever its stage.
 func TestReleasesMustBeSigned(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -152,7 +152,7 @@ func TestReleasesMustBeSigned(t *testing.T) {
 	mirror.at(next)
 }
 
-// A release that isn't there is asked for less and less often, and anew from the start once the commit is another.
+// A missing release is looked for less and less often; a new commit starts over.
 func TestReleasesAreLookedForWithPatience(t *testing.T) {
 	t.Parallel()
 	m := manifests{t, t.TempDir()}
@@ -203,8 +203,7 @@ func TestReleasesAreLookedForWithPatience(t *testing.T) {
 	})
 }
 
-// A webhook says that something is new, and so a release is looked for that was not there: at once, but not as
-// often as somebody likes.
+// A webhook makes the mirror look for a missing release at once, but many webhooks don't make it look more often.
 func TestWebhookLooksForReleases(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -229,8 +228,7 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	leader.at(head)
 }
 
-// Storage that hangs holds up neither what was taken, nor the end of the mirror, and a newer commit is not made to
-// wait for it.
+// Storage that hangs holds up neither taken releases nor the mirror's end, and a newer commit doesn't wait for it.
 func TestReleasesOnStorageThatHangs(t *testing.T) {
 	t.Parallel()
 	o, store, m := gittest.New(t), dirStore(t), manifests{t, t.TempDir()}
@@ -306,7 +304,7 @@ func TestCheckReleases(t *testing.T) {
 	}
 }
 
-// As a pre-receive hook, it is the releases that the push changes which are looked at.
+// A pre-receive hook checks the releases that the push changes.
 func TestCheckPushOfReleases(t *testing.T) {
 	t.Parallel()
 	o, m := hooked(t, "100", "pre-receive-releases"), manifests{t, t.TempDir()}
@@ -326,7 +324,7 @@ func TestCheckPushOfReleases(t *testing.T) {
 	}
 }
 
-// The mirror follows a redirect to a manifest only where kedge.yaml's sources let the unit's nodes follow it.
+// The mirror follows a redirect to a manifest only if kedge.yaml's sources let the unit's nodes follow it.
 func TestRedirectedManifestsKeepToSources(t *testing.T) {
 	t.Parallel()
 	const manifest = "commands: {pre: [id]}\n"

@@ -17,7 +17,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// env makes Config.Env of pairs.
+// env returns a Config.Env with these pairs.
 func env(pairs ...string) func(string) string {
 	return func(name string) string {
 		for i := 0; i < len(pairs); i += 2 {
@@ -29,7 +29,7 @@ func env(pairs ...string) func(string) string {
 	}
 }
 
-// pollsInVain waits for some polls of m's, none of which may fetch.
+// pollsInVain waits for some polls, none of which may fetch.
 func pollsInVain(h *gittest.HTTPSOrigin, m *running) {
 	h.TB.Helper()
 	listed, fetched := h.Lists.Load(), h.Fetches.Load()
@@ -68,7 +68,7 @@ func TestHTTPS(t *testing.T) {
 	}
 	pollsInVain(h, m)
 
-	// Git goes away: what is there stays, and a mirror that starts now goes on from its cache.
+	// Git goes away: what is mirrored stays, and a mirror that starts now goes on from its cache.
 	h.Away.Store(true)
 	m.status(func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "502") })
 	m.stop()
@@ -83,7 +83,7 @@ func TestHTTPS(t *testing.T) {
 		t.Error("the token is in the log")
 	}
 
-	// A force push is judged against what was taken, though the host has forgotten it.
+	// A force push is compared with what was taken, even if the host has forgotten that commit.
 	h.Git(h.Work, "reset", "-q", "--hard", "HEAD~2")
 	forced := h.Commit(map[string]string{"prod/web/app.yaml": unitFile("evil/1"), "kedge.yaml": "allow_rewind: true\n"})
 	h.Git(h.Work, "push", "-q", "-f", "origin", "HEAD:main")
@@ -169,7 +169,7 @@ func TestSSH(t *testing.T) {
 	m.runs("prod/web/app", "app/1")
 	m.at(s.Push(map[string]string{"prod/web/app.yaml": unitFile("app/2")}))
 
-	// Another key than the one that is known: somebody may be in between.
+	// Another key than the known one: somebody may be in between.
 	s.Know(t, other)
 	m.status(func(st deployments.MirrorState) bool {
 		return strings.Contains(st.Error, "is not the one in") && strings.Contains(st.Error, "listening in")
@@ -180,7 +180,7 @@ func TestSSH(t *testing.T) {
 	m.runs("prod/web/app", "app/3")
 }
 
-// A server that takes connections and never says a word must not hang the mirror for ever, nor keep it from ending.
+// A server that accepts connections and never answers must not hang the mirror for ever, nor keep it from ending.
 func TestSilentServer(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -203,8 +203,8 @@ func TestSilentServer(t *testing.T) {
 	}
 }
 
-// A large object in the history is passed over; a unit's file that is one is refused, is not fetched again and again,
-// and nothing else is the worse for it.
+// A large object in the history is ignored. A unit's file that is too large is refused, is not fetched again and
+// again, and does no other harm.
 func TestLargeObjectsInTheHistory(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))

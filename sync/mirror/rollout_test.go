@@ -18,7 +18,7 @@ import (
 	"kedge/sync/trace/tracetest"
 )
 
-// herd is a fleet of agents that the test plays: each does what policy.Resolve says, and reports it.
+// herd is a simulated fleet: each agent does what policy.Resolve returns, and reports it.
 type herd struct {
 	t     *testing.T
 	m     *running
@@ -45,7 +45,8 @@ func newHerd(t *testing.T, m *running, n int) *herd {
 	return h
 }
 
-// turn lets each node go where the record sends it, and returns who moved. On a release that fails nodes go back.
+// turn moves each node to the release that the record gives it, and returns who moved. Nodes go back from a release
+// that fails.
 func (h *herd) turn(fails deployments.Digest) (moved []string) {
 	h.t.Helper()
 	r := h.m.record(h.id.String(), func(deployments.Record) bool { return true })
@@ -82,7 +83,7 @@ func (h *herd) turn(fails deployments.Digest) (moved []string) {
 	return moved
 }
 
-// until turns until the record satisfies ok, and fails where more than most nodes go in one turn.
+// until calls turn until the record satisfies ok, and fails if more than most nodes move in one turn.
 func (h *herd) until(
 	fails deployments.Digest,
 	most int,
@@ -148,7 +149,7 @@ func TestRollout(t *testing.T) {
 	}
 }
 
-// A unit pin, its end, and the way back to what was stable before go by the budget, and wait for no canary.
+// A unit pin, its end, and the return to an earlier stable release keep the budget, and wait for no canary.
 func TestPinsAndReturnsKeepTheBudgetWithoutGates(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -225,21 +226,21 @@ func TestFailureRollsBack(t *testing.T) {
 		t.Errorf("%v moved, %+v", moved, r.Rollout)
 	}
 
-	// It stays out, whichever mirror looks at it.
+	// The release stays out, also for another mirror.
 	m.stop()
 	h.m = start(t, Config{Store: store, Repo: o.Bare})
 	head := o.Push(map[string]string{"README.md": "x"})
 	h.m.at(head)
 	h.m.record("prod/web/app", halted)
 
-	// The next release is another matter.
+	// The next release is not affected.
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3") + gradual})
 	h.m.runs("prod/web/app", "app/3")
 	h.until(bad, 2, func(r deployments.Record) bool { return r.Rollout == nil && r.Stable == pointer("app/3") })
 }
 
-// A unit that is removed, and put back by a revert, goes on where it stood: what was rolled back stays out, and
-// what was under way keeps its budget. So does one whose record is lost while no mirror runs.
+// A unit that is removed, and restored by a revert, continues where it was: what was rolled back stays out, and
+// what was under way keeps its budget. So does a unit whose record is lost while no mirror runs.
 func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	t.Parallel()
 	for name, lose := range map[string]func(o *gittest.Origin, h *herd){
@@ -298,8 +299,8 @@ func TestRolloutsOutliveTheirRecords(t *testing.T) {
 	}
 }
 
-// A unit that is taken out of Git, or renamed, while its rollout is under way: without prune its record stays, and
-// says why nothing moves.
+// A unit is removed from Git, or renamed, while its rollout is under way: without prune its record stays, and says
+// why nothing moves.
 func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -331,7 +332,7 @@ func TestRolloutOfAUnitThatIsRemoved(t *testing.T) {
 	h.until(deployments.Digest{}, 2, func(r deployments.Record) bool { return r.Rollout == nil })
 }
 
-// Who reads KV alone is told which windows there are, also by a mirror that finds the state of a version before.
+// KV shows which freeze windows there are, also after a mirror takes over the state of an earlier version.
 func TestTellsFreezeWindows(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -13,7 +13,7 @@ import (
 	"kedge/sync/git"
 )
 
-// BenchmarkRound is what one report of a node costs the mirror, with no write that follows.
+// BenchmarkRound measures what one report of a node costs the mirror, if no write follows.
 func BenchmarkRound(b *testing.B) {
 	for _, size := range []struct{ roles, nodes, units int }{{1, 1000, 5}, {1, 10_000, 5}, {1, 10_000, 20}, {100, 100, 20}, {100, 1, 200}} {
 		b.Run(fmt.Sprintf("%d roles of %d nodes and %d units", size.roles, size.nodes, size.units), func(b *testing.B) {

@@ -41,7 +41,7 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.refuses(o.Push(map[string]string{"prod/web/app.yaml": unitFile("evil/2")}), "not among the allowed signers")
 	sameDesired(t, store, was)
 
-	// A signature that was good, on another commit.
+	// A good signature, moved to another commit.
 	raw := o.Git(o.Work, "cat-file", "commit", head)
 	forged := strings.Replace(raw, "\n\nDeploy", "\n\nDeploy this", 1)
 	gittest.WriteFile(t, filepath.Join(dir, "forged"), forged+"\n")
@@ -50,12 +50,12 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.refuses(hash, "by the key of ada@example.com")
 	sameDesired(t, store, was)
 
-	// An old commit, whose signature is good, brought back by force, without the key.
+	// An old commit with a good signature, force-pushed by somebody without the key.
 	o.Git(o.Work, "push", "-q", "-f", "origin", root+":refs/heads/main")
 	m.refuses(root, "does not descend")
 	sameDesired(t, store, was)
 
-	// The state that the mirror left is no way around it either.
+	// The state that the mirror left doesn't allow it either.
 	m.stop()
 	evil := o.Git(o.Work, "rev-parse", "HEAD")
 	o.Git(o.Work, "push", "-q", "-f", "origin", evil+":refs/heads/main")
@@ -64,7 +64,7 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.status(func(s deployments.MirrorState) bool { return s.Refused == evil })
 	sameDesired(t, store, was)
 
-	// Whoever is added to the file may sign from then on.
+	// A signer that is added to the file may sign from then on.
 	o.Git(o.Work, "reset", "-q", "--hard", head)
 	next := o.ForcePush(map[string]string{"prod/web/app.yaml": unitFile("app/3")})
 	m.refuses(next, "not among the allowed signers")
@@ -80,7 +80,7 @@ func TestOnlySignedCommitsAreTaken(t *testing.T) {
 	m.runs("prod/web/app", "app/3")
 }
 
-// A mirror that starts after the signer was taken out goes on with what was taken: it keeps records up, and obeys
+// A mirror that starts after the signer was removed goes on with the taken commit: it restores records, and obeys
 // orders.
 func TestSignerIsTakenOut(t *testing.T) {
 	t.Parallel()
@@ -105,8 +105,8 @@ func TestSignerIsTakenOut(t *testing.T) {
 	m.at(o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
 }
 
-// A mirror without a cache that starts after the signer was taken out, while a rollout is under way, obeys orders and
-// pins, and goes on with rollouts. What it can't vouch for it doesn't take from Git: another release at the same
+// A mirror without a cache that starts after the signer was removed, while a rollout is under way, obeys orders and
+// pins, and continues rollouts. It takes nothing from Git that it can't vouch for: another release under the same
 // commit's name, the unit's own settings of the record, a removal; nor does it sign a snapshot.
 func TestSignerIsTakenOutAndNothingIsRemembered(t *testing.T) {
 	t.Parallel()

@@ -45,8 +45,8 @@ func TestSnapshot(t *testing.T) {
 	}
 }
 
-// Only what the mirror wrote goes into the signed snapshot, also for the mirror that takes over: no record of
-// somebody else, whatever it looks like, and no change by hand that is yet to be put back.
+// Only what the mirror wrote goes into the signed snapshot, also for a mirror that takes over: no record of
+// somebody else, and no change by hand that is yet to be undone.
 func TestSnapshotVouchesForNoOther(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -12,7 +12,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// gathered gives the series of metrics whose names begin with a prefix, one a line, sorted.
+// gathered returns the series of metrics whose names begin with a prefix, one on each line, sorted.
 func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
 	t.Helper()
 	families, err := r.Gather()
@@ -36,8 +36,8 @@ func gathered(t *testing.T, r *prometheus.Registry, prefix string) string {
 	return strings.Join(lines, "\n")
 }
 
-// The mirror that leads shows where each rollout stands and how many nodes say what; one that waits shows nothing
-// of it.
+// The leading mirror exports the state of each rollout and the numbers of nodes by state; one that waits exports
+// none.
 func TestUnitMetrics(t *testing.T) {
 	t.Parallel()
 	o, store, metrics, others := gittest.New(t), dirStore(t), prometheus.NewRegistry(), prometheus.NewRegistry()

@@ -66,7 +66,7 @@ func TestSignedWebhookOfGitLab(t *testing.T) {
 	}
 }
 
-// post sends a webhook, and gives the answer's status.
+// post sends a webhook, and returns the answer's status.
 func (r *running) post(body string, header ...string) int {
 	r.tb.Helper()
 	request, err := http.NewRequestWithContext(r.tb.Context(), http.MethodPost, "http://"+r.Addr()+"/hook", strings.NewReader(body))
@@ -168,9 +168,8 @@ func TestWebhook(t *testing.T) {
 	}
 }
 
-// A forge knows one address, and a load balancer any mirror: a webhook that meets a mirror without the lease wakes
-// the one that has it, with the rights that operators are told to give, and a flood of them is a write now and
-// then.
+// A forge knows one address, and a load balancer any mirror: a webhook that reaches a mirror without the lease
+// wakes the one that has it, with the rights that operators are told to give, and many webhooks cost few writes.
 func TestWebhookOfAStandby(t *testing.T) {
 	t.Parallel()
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
@@ -210,7 +209,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 		t.Errorf("200 webhooks led to the writes %v", got)
 	}
 
-	// A store that is in trouble gets it later.
+	// An unavailable store gets the webhook later.
 	failing := &recorder{Store: consul.Open(rights), fail: kv.ErrUnavailable}
 	unlucky := mirror("unlucky", failing)
 	head = h.Push(map[string]string{"prod/web/app.yaml": unitFile("app/4")})
@@ -225,7 +224,7 @@ func TestWebhookOfAStandby(t *testing.T) {
 	}
 }
 
-// A push whose webhook came to a mirror that died of it is not left for the next poll.
+// A push whose webhook reached a mirror that then died does not wait for the next poll.
 func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
@@ -244,7 +243,7 @@ func TestWhoeverTakesTheLeasePolls(t *testing.T) {
 	}
 }
 
-// A mirror leads no longer than its lease holds: one that is still about to notice, or to give it back, passes a
+// A mirror leads only while its lease holds: one that has yet to notice the loss, or to release the lease, passes a
 // webhook on.
 func TestLeadsAsLongAsTheLease(t *testing.T) {
 	t.Parallel()
