@@ -60,7 +60,7 @@ func TestConvergesAndReports(t *testing.T) {
 	}
 }
 
-// traced holds the spans of a deployment against the trace of its push.
+// traced checks the spans of a deployment against the trace of its push.
 func traced(t *testing.T, collector *tracetest.Collector, push trace.Context, release deployments.Pointer) {
 	t.Helper()
 	var deploy tracetest.Span
@@ -102,7 +102,7 @@ func TestReportsOnlyChanges(t *testing.T) {
 		return r.Units["app"].State == deployments.StateConverged, string(e.Value)
 	})
 	faulty.ResetWrites()
-	// Wake-ups that bring nothing, and other nodes' pins, are no news.
+	// Wake-ups without changes, and other nodes' pins, cause no report.
 	for i := range 10 {
 		w.put(kv.NodePinKey(app, "web-9"), w.publish("app", fmt.Sprint("other-", i)).String())
 		a.kick()
@@ -111,7 +111,7 @@ func TestReportsOnlyChanges(t *testing.T) {
 		return faulty.Writes()[key] == 0, fmt.Sprint(faulty.Writes())
 	})
 
-	// A report that failed is made up for.
+	// A report that failed is written later.
 	faulty.FailWrites(func(write int, _ []string) kvtest.When {
 		if write < 2 {
 			return kvtest.Before
@@ -139,7 +139,7 @@ func TestNewRefuses(t *testing.T) {
 			t.Errorf("%s was accepted", name)
 		}
 	}
-	// What was refused has left no lock behind.
+	// The refused New has left no lock behind.
 	a := w.start()
 	_, err := New(w.config())
 	if !errors.Is(err, statedir.ErrLocked) || !strings.Contains(err.Error(), strconv.Itoa(os.Getpid())) {
@@ -213,7 +213,7 @@ func TestWhatDoesNotParseChangesNothing(t *testing.T) {
 	if u := a.awaitState(app, deployments.StateInvalid); u.Error == "" || u.Running != one || w.live("app") != "1" {
 		t.Errorf("with a broken record: %+v", u)
 	}
-	// A pin helps all the same.
+	// A pin works all the same.
 	w.put(kv.PinKey(app), two.String()+"\r\n")
 	a.awaitRunning(app, two)
 }
@@ -239,7 +239,7 @@ func TestPins(t *testing.T) {
 	w.delete(kv.NodePinKey(app, node))
 	a.awaitRunning(app, one)
 
-	// A pin that ends by itself: it gets its end once it is followed, however long that takes.
+	// A pin that expires: it ends once it has been followed, however long that takes.
 	w.put(kv.PinKey(app), two.String())
 	a.awaitRunning(app, two)
 	until := time.Now().Add(700 * time.Millisecond)
@@ -262,7 +262,7 @@ func TestBootsWithoutTheStore(t *testing.T) {
 	a.awaitRunning(app, two)
 	a.stop()
 
-	// What it last knew, the pin included, though dest was lost meanwhile.
+	// The agent runs what it last knew, including the pin, though dest was lost meanwhile.
 	if err := os.Remove(w.path("srv", "app")); err != nil {
 		t.Fatal(err)
 	}
@@ -344,7 +344,8 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 	})
 }
 
-// Two units can't have their trees in one place, or one in the other's: what came first stays, and the other is told.
+// Two units can't have their trees in one place, or one inside the other's: the first stays, and the other reports
+// why.
 func TestUnitsInEachOthersWay(t *testing.T) {
 	t.Parallel()
 	for name, dest := range map[string]string{"the same": "app", "below it": "app/plugins", "around it": ".", "among its releases": "app.releases/x"} {
@@ -368,7 +369,7 @@ func TestUnitsInEachOthersWay(t *testing.T) {
 	}
 }
 
-// A unit that is renamed goes on where it was, once nothing names it by its old name.
+// A renamed unit continues where it was, once nothing names its old name.
 func TestRenamedUnit(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -389,7 +390,7 @@ func TestRenamedUnit(t *testing.T) {
 	}
 }
 
-// What a renamed unit was is no part of the node any more: after a reboot nobody waits for its health.
+// A renamed unit's old name is no longer part of the node: after a reboot nobody waits for its health.
 func TestRenamedUnitAndAReboot(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -411,7 +412,7 @@ func TestRenamedUnitAndAReboot(t *testing.T) {
 	}
 }
 
-// A unit that is renamed in the midst of a deployment ends that before the other begins: they have one place.
+// A unit that is renamed during a deployment finishes it before the new name's begins, as both have one dest.
 func TestRenamedUnitEndsWhatItBegan(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -432,7 +433,7 @@ func TestRenamedUnitEndsWhatItBegan(t *testing.T) {
 	steadily(t, "it stays", func() (bool, string) { return w.live("app") == "3", w.live("app") })
 }
 
-// While the state can't be written nothing is deployed, and the node says why; then it goes on by itself.
+// While the state can't be written nothing is deployed, and the node reports why; then it continues by itself.
 func TestReadOnlyState(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -474,7 +475,7 @@ func TestReadOnlyState(t *testing.T) {
 	})
 }
 
-// On a full disk an agent starts all the same: what runs is reported, and what is wrong.
+// On a full disk an agent starts all the same, and reports what runs and what is wrong.
 func TestStartsOnAFullDisk(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -13,7 +13,7 @@ import (
 	"kedge/kv"
 )
 
-// silencedStore writes no report while silent is set.
+// silencedStore drops reports while silent is set.
 type silencedStore struct {
 	kv.Store
 	silent *atomic.Bool
@@ -43,9 +43,9 @@ func (p silencedPresence) Put(ctx context.Context, key string, value []byte) err
 	return p.Presence.Put(ctx, key, value)
 }
 
-// Where a budget counts a node, the store holds that it is in mid-switch before anything of that begins: of one that
-// died in its first step nobody would know else that it is out of service. Until then it stays in service on what it
-// runs, and what is taken back meanwhile never begins.
+// If a budget counts a node, the store holds a report that it is in mid-switch before the switch begins: if the
+// node died in its first step, nobody would know otherwise that it is out of service. Until then it stays in
+// service on what it runs, and a switch that is cancelled meanwhile never begins.
 func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -108,7 +108,7 @@ func TestASwitchIsSaidBeforeItBegins(t *testing.T) {
 	a.awaitRunning(app, three)
 }
 
-// A node whose way back does not hold, and which says that it is unhealthy, takes a fix under a rollout all the same.
+// A node whose way back fails, and which is unhealthy, takes a fix under a rollout all the same.
 func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -132,8 +132,8 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	a.awaitRunning(app, three)
 }
 
-// A record speaks to a node by the number of its first report, once the store holds that: a mirror that has yet to see
-// it counts another node, that joined later.
+// A record admits a node by the number of its first report, once the store holds that report: a mirror that has yet
+// to see it counts another node, which joined later.
 func TestARecordSpeaksToWhoHasReported(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -8,8 +8,8 @@ import (
 	"kedge/kv"
 )
 
-// BenchmarkPutToSwitch is the time from a record that was written to the release that is live, for a small release
-// that lies on disk already.
+// BenchmarkPutToSwitch measures the time from a written record until the release is live, for a small release that
+// is already on disk.
 func BenchmarkPutToSwitch(b *testing.B) {
 	w := newWorld(b)
 	releases := []deployments.Pointer{w.publish("app", "0"), w.publish("app", "1")}

@@ -10,7 +10,7 @@ import (
 	"kedge/deployments"
 )
 
-// reboot has a unit's journal be one of an earlier boot of the machine.
+// reboot makes a unit's journal one of an earlier boot of the machine.
 func (w *world) reboot(id deployments.UnitID) {
 	w.t.Helper()
 	path := w.path("state", "units", id.Stage, id.Role, id.Unit, "journal.json")
@@ -27,8 +27,8 @@ func (w *world) reboot(id deployments.UnitID) {
 	}
 }
 
-// After a reboot the agent has converged at once where the release is the right one, as services wait for that;
-// /ready waits until they are healthy.
+// After a reboot the agent has converged at once if the release is the right one, as services wait for that; /ready
+// waits until they are healthy.
 func TestReadyWaitsForHealthAfterAReboot(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -148,7 +148,7 @@ func TestQuarantineEndsWithAnotherClaim(t *testing.T) {
 		a.awaitReady() // it went back, and serves
 	}
 	failedTimes(1)
-	// What asks for it in the same way doesn't get another try: not a new commit, not a restart.
+	// The same request doesn't get another try: neither by a new commit nor by a restart.
 	w.desire(app, deployments.Record{Target: bad, Generation: 2, Commit: strings.Repeat("0", 40)})
 	steadily(t, "one try", func() (bool, string) { return tries() == 1, fmt.Sprint(tries()) })
 	a.stop()
@@ -193,7 +193,7 @@ func TestStagesBeforeItIsAdmitted(t *testing.T) {
 	a.awaitUnit(app, "staged", func(u deployments.UnitReport) bool {
 		return u.State == deployments.StateConverged && u.Staged == two.Digest && u.Running == one
 	})
-	// Admitted, it needs storage no more.
+	// Once admitted, the unit doesn't need storage.
 	if err := os.RemoveAll(w.path("releases")); err != nil {
 		t.Fatal(err)
 	}
@@ -216,7 +216,7 @@ func TestReadyFollowsTheSwitch(t *testing.T) {
 	if code, body := a.get("/ready"); code != 503 || !strings.Contains(body, "drained") {
 		t.Errorf("between switch and health, /ready says %d %s", code, body)
 	}
-	// A kill now is remembered as drained.
+	// After a kill now, the unit is still drained.
 	a.stop()
 	a = w.start(withMetrics)
 	if code, _ := a.get("/ready"); code != 503 {
@@ -258,7 +258,7 @@ func TestDriftIsSeenAndHealed(t *testing.T) {
 		t.Fatal(err)
 	}
 	healed()
-	// Inside the tree, the periodic check sees it.
+	// The periodic check sees a change inside the tree.
 	w.desire(app, deployments.Record{Target: p})
 	if err := os.Remove(w.path("srv", "app", "bin", "run")); err != nil {
 		t.Fatal(err)
@@ -271,8 +271,8 @@ func TestDriftIsSeenAndHealed(t *testing.T) {
 	}
 }
 
-// What a release's commands made is neither reported nor healed away; what they alone can make again stays in the
-// report once it is lost, and the rest is healed.
+// What a release's commands made is neither reported as drift nor removed by healing. If it is lost, it stays in
+// the report, as only the commands can restore it, and the rest is healed.
 func TestMadeByCommandsIsNoDrift(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -79,7 +79,8 @@ func TestConsulAwayAndRestored(t *testing.T) {
 	w.desire(app, deployments.Record{Target: two, Generation: 2})
 	a.awaitRunning(app, two)
 
-	// A restore brings an older record back: the node stays where it is, and says so, until a newer one is written.
+	// A restore brings an older record back: the node stays where it is, and reports that, until a newer one is
+	// written.
 	consul.Restore(snapshot)
 	await(t, "the report after the restore", func() (bool, string) {
 		r, e := w.reported("web")

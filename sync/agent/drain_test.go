@@ -59,7 +59,7 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 			t.Fatalf("maintenance was turned %v", calls)
 		}
 
-		// An outage delays a switch by a bounded time, and what could not be told is told later.
+		// An outage delays a switch for a bounded time, and maintenance mode is set later.
 		away.Store(true)
 		if took := set(app, true); took != drainWait {
 			t.Errorf("a switch waited %v for maintenance mode", took)
@@ -83,8 +83,7 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 	})
 }
 
-// Where there is no maintenance mode, no switch waits for it; and neither what is called off nor what is back in
-// service does.
+// Without maintenance mode no switch waits for it; nor does a cancelled switch, or a unit that is back in service.
 func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -111,7 +110,8 @@ func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
 	})
 }
 
-// Killed while the node was in maintenance mode, the next run ends that: when the node has converged, and not before.
+// If an agent is killed while the node is in maintenance mode, the next run ends that mode once the node has
+// converged.
 func TestMaintenanceOfARunBefore(t *testing.T) {
 	t.Parallel()
 	for _, drained := range []bool{false, true} { // whether what was cut off is gone through again
@@ -148,8 +148,7 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 	}
 }
 
-// A maintenance mode that went on although the answer was lost is turned off as well, also where nothing was turned
-// before.
+// If the answer to switching maintenance mode on was lost, it is switched off as well, even at the start.
 func TestMaintenanceThatMayBeOn(t *testing.T) {
 	t.Parallel()
 	for _, loses := range [][]bool{{true}, {false, true}} {
@@ -186,8 +185,8 @@ func TestMaintenanceThatMayBeOn(t *testing.T) {
 	}
 }
 
-// What turns maintenance mode off may come late, or its answer be lost: a unit that is drained meanwhile waits
-// until it is on again, as else it would be switched in service.
+// Switching maintenance mode off may come late, or its answer may be lost: a unit that is drained meanwhile waits
+// until the mode is on again, as it would otherwise be switched while in service.
 func TestSwitchWaitsForMaintenanceThatIsBeingTurned(t *testing.T) {
 	t.Parallel()
 	for name, lost := range map[string]bool{"slow": false, "the answer is lost": true} {

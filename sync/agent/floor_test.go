@@ -16,7 +16,7 @@ func made(at time.Time) func(*deployments.Manifest) {
 	return func(m *deployments.Manifest) { m.Created = at.UTC().Truncate(time.Second) }
 }
 
-// What was to be settled on when the agent was killed is settled on before anything else that is wanted by then.
+// A release that was to be settled on when the agent was killed is settled on before any other deployment.
 func TestSettlesBeforeItGoesOn(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -33,7 +33,7 @@ func TestSettlesBeforeItGoesOn(t *testing.T) {
 	}
 }
 
-// A release from the future is said to be one, and doesn't lock out what follows it.
+// A release from the future is reported as such, and doesn't lock out its successors.
 func TestReleaseFromTheFuture(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -49,7 +49,7 @@ func TestReleaseFromTheFuture(t *testing.T) {
 	}
 }
 
-// A pin brings no unit to life that has no record: it is shown as an error where the unit is known, and nothing runs.
+// A pin deploys no unit without a record: the known unit reports an error, and nothing runs.
 func TestPinWithoutARecord(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -15,8 +15,8 @@ import (
 	"kedge/sync/deploy"
 )
 
-// What something else deploys to the dest of an agent's unit is told at once, without a check of the whole tree, and
-// put right where drift is healed.
+// What another tool deploys to the dest of an agent's unit is reported at once, without a check of the whole tree,
+// and undone if drift is healed.
 func TestForeignDeployments(t *testing.T) {
 	t.Parallel()
 	run := func(strategy deployments.Strategy) func(t *testing.T, w *world) {
@@ -73,7 +73,7 @@ func TestForeignDeployments(t *testing.T) {
 	}
 }
 
-// link leads dest to a tree of another tool's.
+// link links dest to another tool's tree.
 func link(t *testing.T, w *world) {
 	write(t, w.path("other", "VERSION"), "9")
 	dest := w.path("srv", "app")
@@ -85,7 +85,7 @@ func link(t *testing.T, w *world) {
 	}
 }
 
-// move puts another tree in dest's place.
+// move puts another tree in place of dest.
 func move(t *testing.T, w *world) {
 	write(t, w.path("other", "VERSION"), "9")
 	dest := w.path("srv", "app")

@@ -13,7 +13,7 @@ import (
 
 func allowEmpty(c *Config) { c.AllowEmpty = true }
 
-// checked has a release that is healthy while the file at path isn't there, as far as during says.
+// checked gives a release a check that passes while the file at path doesn't exist, and runs as during says.
 func checked(path string, during deployments.During) func(*deployments.Manifest) {
 	return func(m *deployments.Manifest) {
 		m.Health = deployments.Health{
@@ -63,7 +63,7 @@ func TestHealthGoesOnWhileLive(t *testing.T) {
 		return r.Units["app"].State == deployments.StateUnhealthy && !r.Ready, string(r.Units["app"].State)
 	})
 
-	// It is what a deployment that follows replaces.
+	// A following deployment replaces the unhealthy release.
 	two := w.publish("app", "2")
 	w.desire(app, deployments.Record{Target: two, Generation: 2})
 	a.awaitRunning(app, two)
@@ -83,7 +83,7 @@ func TestHealthGoesOnWhileLive(t *testing.T) {
 	a.awaitReady()
 }
 
-// A check that gates the switch alone takes nothing out of service later.
+// A check that only gates the switch takes nothing out of service later.
 func TestCheckDuringDeployEndsWithIt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -97,7 +97,7 @@ func TestCheckDuringDeployEndsWithIt(t *testing.T) {
 	steadily(t, "in service", func() (bool, string) { code, body := a.get("/ready"); return code == 200, body })
 }
 
-// A mistyped stage or role is an agent without units: it must not pass for a node that serves.
+// An agent with a mistyped stage or role has no units: it must not count as a node that serves.
 func TestAgentWithoutUnitsIsNotReady(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -114,7 +114,7 @@ func TestAgentWithoutUnitsIsNotReady(t *testing.T) {
 	a.awaitCode("/converged", http.StatusOK)
 }
 
-// A dependency that went back, and serves, is enough for what doesn't need the newer one.
+// A dependency that went back, and serves, is enough for a unit that doesn't need the newer release.
 func TestDependencyThatServesIsEnoughForAPin(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -17,7 +17,7 @@ import (
 	"kedge/sync/agent/statedir"
 )
 
-// fill writes n values, side by side.
+// fill writes n values next to each other.
 func (w *world) fill(n int, key func(i int) string, value string) {
 	w.t.Helper()
 	var g errgroup.Group
@@ -49,8 +49,8 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// Pins of units that have no record cost a node neither directories, workers, reports nor much memory, and a
-// restart among them is quick. It isn't parallel: it measures memory.
+// Pins of units without a record cost a node no directories, workers or reports and little memory, and a restart
+// with them is quick. The test isn't parallel, as it measures memory.
 func TestJunkPins(t *testing.T) {
 	w := newWorld(t)
 	consul := kvtest.StartConsul(t, kvtest.ConsulOptions{ACL: true})
@@ -106,7 +106,7 @@ func TestJunkPins(t *testing.T) {
 	if entries, err := os.ReadDir(w.path("state", "units", "prod", "web")); err != nil || len(entries) != 1 {
 		t.Errorf("%d directories after a restart, %v", len(entries), err)
 	}
-	// A unit that gets its record then has its pin.
+	// A unit that gets a record later follows its pin.
 	late := unitID("junk-7")
 	w.put(kv.PinKey(late), w.publish("junk-7", "pinned").String())
 	w.desire(late, deployments.Record{Target: w.publish("junk-7", "git"), Generation: 1})
@@ -115,8 +115,8 @@ func TestJunkPins(t *testing.T) {
 	})
 }
 
-// A node takes a bounded number of units of a role, those first that it has, and says how many it leaves out. What
-// is gone leaves nothing.
+// A node takes a bounded number of a role's units, first those that it has, and reports how many it leaves out.
+// Units that are gone leave nothing behind.
 func TestTooManyUnits(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -18,7 +18,7 @@ import (
 	"kedge/kv/open"
 )
 
-// TestMain lets the test's program play an agent of its own process, which can be killed.
+// TestMain lets the test's program run an agent in its own process, which can be killed.
 func TestMain(m *testing.M) {
 	if dir := os.Getenv("AGENT_TEST_DIR"); dir != "" {
 		if err := play(dir); err != nil {
@@ -47,8 +47,8 @@ func play(dir string) error {
 }
 
 // TestKilledAgentsEndWhereOthersAre kills agents at random moments while records and pins change: in their first
-// deployment, in updates, in those that fail and are taken back. dest never is anything but a complete release, and
-// the next agent ends where it should.
+// deployment, in updates, and in those that fail and go back. dest is always a complete release, and the next agent
+// converges.
 func TestKilledAgentsEndWhereOthersAre(t *testing.T) {
 	t.Parallel()
 	const worlds, kills = 4, 80
@@ -118,7 +118,7 @@ func TestKilledAgentsEndWhereOthersAre(t *testing.T) {
 	}
 }
 
-// watchDest looks until ctx ends whether unit's dest, once it is there, is a complete release at every moment.
+// watchDest checks until ctx ends that unit's dest, once it exists, is a complete release at every moment.
 func (w *world) watchDest(ctx context.Context, unit string) error {
 	for seen := false; ctx.Err() == nil; {
 		dir, err := os.Readlink(w.path("srv", unit))

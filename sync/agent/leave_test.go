@@ -11,7 +11,7 @@ import (
 	"kedge/deployments"
 )
 
-// firstRelease is the record of a first release whose rollout stands in a phase.
+// firstRelease returns the record of a first release whose rollout is in a phase.
 func firstRelease(p deployments.Pointer, generation int64, phase deployments.Phase, cutoff uint64) deployments.Record {
 	r := deployments.Record{Target: p, Generation: generation, Claim: 1, Rollout: &deployments.Progress{
 		Phase: phase, Cutoff: cutoff, Serving: true, Since: time.Now(),
@@ -35,8 +35,8 @@ func (a *running) awaitRestored() {
 	}
 }
 
-// A node that runs a first release well leaves it for what was there before, in its turn, when the rollout is rolled
-// back. The next is a first release again; what was there is given up once one is stable.
+// A node that runs a first release restores what was there before, in its turn, when the rollout is rolled back.
+// The next release is a first one again; what was there before is discarded once a release is stable.
 func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
 	t.Parallel()
 	for _, strategy := range []deployments.Strategy{deployments.StrategyRelease, deployments.StrategyRsync} {
@@ -87,7 +87,7 @@ func TestLeavesAFirstReleaseThatIsRolledBack(t *testing.T) {
 	}
 }
 
-// A first release that hangs in its checks is left at once, also by an agent that finds that out at its start.
+// A first release whose checks hang is left at once, also by an agent that learns of the rollback at its start.
 func TestLeavesAFirstReleaseThatHangs(t *testing.T) {
 	t.Parallel()
 	for _, restarted := range []bool{false, true} {
@@ -115,8 +115,8 @@ func TestLeavesAFirstReleaseThatHangs(t *testing.T) {
 	}
 }
 
-// A unit that is renamed while a node is in mid-switch under its former name is told under the new one as switching,
-// where the budget counts it; once that is over it waits for its turn.
+// A unit that is renamed while a node is in mid-switch under the old name is reported as switching under the new
+// one, where the budget counts it; after the switch it waits for its turn.
 func TestRenamedInMidSwitch(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -17,7 +17,7 @@ import (
 	"kedge/sync/deploy"
 )
 
-// What was cut off and hangs makes room for the release before it, as it would have without the restart.
+// An interrupted deployment that hangs gives way to the release before it, as it would have without the restart.
 func TestSupersedesWhatARestartFoundHanging(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -50,7 +50,7 @@ func TestSupersedesWhatARestartFoundHanging(t *testing.T) {
 	}
 }
 
-// A node that may use neither the stable release nor the target asks for each once, not for ever.
+// A node that may use neither the stable release nor the target tries each once, not for ever.
 func TestTwoReleasesRefused(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -64,7 +64,7 @@ func TestTwoReleasesRefused(t *testing.T) {
 	steadily(t, "refused once each", func() (bool, string) { n := w.log.count("the release is refused"); return n == 2, fmt.Sprint(n) })
 }
 
-// A unit whose place was taken gets it once the other is named no more: in whichever order the keys are written.
+// A unit whose dest was taken gets it once nothing names the other unit, in whichever order the keys are written.
 func TestPlaceThatBecomesFree(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -82,7 +82,7 @@ func TestPlaceThatBecomesFree(t *testing.T) {
 	}
 }
 
-// A unit that was to move, and isn't to any more, has no claim to where it would have gone.
+// A unit that was to move, and no longer is, has no claim to the other dest.
 func TestPlaceThatNobodyWantsAnyMore(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -105,7 +105,8 @@ func TestPlaceThatNobodyWantsAnyMore(t *testing.T) {
 	}
 }
 
-// The success of a pin says nothing of what failed under Git's commit: its end brings nobody back there.
+// The success of a pin doesn't affect what failed under Git's commit: the pin's end doesn't bring the node back
+// there.
 func TestQuarantineOutlivesAPin(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -126,7 +127,7 @@ func TestQuarantineOutlivesAPin(t *testing.T) {
 	})
 }
 
-// The failure keys of the version before move into the journals.
+// The failure keys of an earlier version move into the journals.
 func TestOldFailureKeysMove(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -157,7 +158,7 @@ func TestOldFailureKeysMove(t *testing.T) {
 	}
 }
 
-// A unit of which nothing good ever ran doesn't keep the node out of service once nothing names it any more.
+// A unit without a good release doesn't keep the node out of service once nothing names the unit.
 func TestForgottenUnitIsNotDrained(t *testing.T) {
 	t.Parallel()
 	for name, list := range map[string]func(*deployments.Commands) *[]deployments.Command{
@@ -184,7 +185,8 @@ func TestForgottenUnitIsNotDrained(t *testing.T) {
 	}
 }
 
-// A node is through with its start when what is left can't move by itself: systemd's READY must not wait for a person.
+// A node's start is complete when the remaining units can't continue by themselves: systemd's READY must not wait
+// for a person.
 func TestConvergedDoesNotWaitForAPerson(t *testing.T) {
 	t.Parallel()
 	base := unitID("base")
@@ -214,7 +216,7 @@ func TestConvergedDoesNotWaitForAPerson(t *testing.T) {
 	}
 }
 
-// A rollout may turn back until it has ended; from then on nothing older is taken, but by a pin where pins may.
+// A rollout may turn back until it has ended; from then on no older release is taken, except by a pin if pins may.
 func TestOlderReleases(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -252,7 +254,7 @@ func TestOlderReleases(t *testing.T) {
 	a.awaitRunning(app, one)
 }
 
-// A hold lets what has begun to switch come to its end, one way or the other.
+// A hold lets a switch that has begun finish, in success or failure.
 func TestHoldInMidSwitch(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -278,7 +280,7 @@ func TestHoldInMidSwitch(t *testing.T) {
 	a.awaitReady()
 }
 
-// A node that is out of service with nothing good to run is so after a restart of the agent.
+// A node that is out of service with nothing good to run stays so after a restart of the agent.
 func TestStaysDrainedThroughARestart(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -298,7 +300,7 @@ func TestStaysDrainedThroughARestart(t *testing.T) {
 	}
 }
 
-// A quarantined unit may be what drained the node before the agent's restart: it isn't settled, which would end
+// A quarantined unit may have drained the node before the agent's restart: it isn't final, which would end
 // maintenance mode, before its state is read and it is drained again.
 func TestUnitIsNotFinalBeforeItsDrainIsTakenUp(t *testing.T) {
 	t.Parallel()
@@ -322,7 +324,7 @@ func TestUnitIsNotFinalBeforeItsDrainIsTakenUp(t *testing.T) {
 	}
 }
 
-// Until it is known where each unit's tree lies, after a start, none takes a place.
+// After a start, no unit takes a dest until it is known where each unit's tree is.
 func TestNoPlaceIsTakenBeforeAllAreKnown(t *testing.T) {
 	t.Parallel()
 	d, err := deploy.Open(deploy.Config{Dir: t.TempDir()})

@@ -7,7 +7,7 @@ import (
 	"kedge/deployments"
 )
 
-// TestLinesNameTheirUnitOnce: the agent's lines about a unit, and those of the deployment that it starts.
+// TestLinesNameTheirUnitOnce checks the agent's lines about a unit, and those of the deployment that it starts.
 func TestLinesNameTheirUnitOnce(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -9,8 +9,8 @@ import (
 	"kedge/deployments"
 )
 
-// A node that comes after a release has been rolled out, and where something else serves, keeps that until the mirror
-// has room for it. One that just booted does not: nobody is served there yet.
+// A node that joins after a release was rolled out, and where something else serves, keeps that until the mirror
+// has room for it. A node that just booted doesn't: it serves nobody yet.
 func TestNodeWhereSomethingElseServesWaitsForItsTurn(t *testing.T) {
 	t.Parallel()
 	for name, up := range map[string]time.Duration{"up for long": time.Hour, "just booted": time.Minute} {

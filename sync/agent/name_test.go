@@ -15,7 +15,7 @@ import (
 	"kedge/policy"
 )
 
-// namer is a store whose agent answers one after the other, and then as it did last.
+// namer is a store whose agent gives these answers in order, and then repeats the last.
 type namer struct {
 	kv.Store
 	mu      sync.Mutex
@@ -35,7 +35,7 @@ func (n *namer) NodeName(context.Context) (string, error) {
 	return answer.(string), nil
 }
 
-// away is a store that can't be read where down is set.
+// away is a store that can't be read while down is set.
 type away struct {
 	kv.Store
 	down error
@@ -121,7 +121,7 @@ func TestFindName(t *testing.T) {
 	}
 }
 
-// While nobody says what this node is called, the rest of its state is shown as what it is: not known.
+// While this node's name is unknown, its status says that the rest of its state is unknown.
 func TestUnnamedNodeSaysWhy(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -147,7 +147,7 @@ func TestUnnamedNodeSaysWhy(t *testing.T) {
 	}
 }
 
-// gated is a store whose agent says at last what it calls the node.
+// gated is a store whose agent tells the node's name late.
 type gated struct {
 	kv.Store
 	name string
@@ -163,8 +163,8 @@ func (g gated) NodeName(ctx context.Context) (string, error) {
 	}
 }
 
-// A node that learns its name after it has begun to work from memory goes by it in all that it does from then on,
-// and doesn't take what it remembers of its pins under another for all that there are.
+// A node that learns its name after it began with its last known state uses that name from then on, and doesn't
+// take the pins remembered under another name for its own.
 func TestNameThatComesLate(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

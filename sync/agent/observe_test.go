@@ -10,8 +10,8 @@ import (
 	"kedge/kv"
 )
 
-// A node that observes says how dest stands to what it should run, follows what it should run, and touches nothing.
-// Once it doesn't any more it adopts what is the release's already, and deploys the rest.
+// A node that observes reports how dest compares to what it should run, follows that, and changes nothing. When it
+// stops observing, it adopts what equals the release, and deploys the rest.
 func TestObserveThenAdopt(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -77,8 +77,8 @@ func TestObserveThenAdopt(t *testing.T) {
 	}
 }
 
-// A node that observes one unit touches nothing of it, and deploys the others. One that comes after it waits until what
-// somebody else deploys there is its release.
+// A node that observes one unit changes nothing of it, and deploys the others. A unit that comes after the observed
+// one waits until what another tool deploys there is its release.
 func TestObserveOneUnit(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

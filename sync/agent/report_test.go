@@ -19,7 +19,7 @@ import (
 	"kedge/sync/agent/statedir"
 )
 
-// written is a store's presence that keeps what it is given.
+// written is a store's presence that keeps the values written to it.
 type written struct {
 	mu      sync.Mutex
 	reports []deployments.Report
@@ -54,7 +54,7 @@ type presenceStore struct {
 
 func (s presenceStore) Presence(context.Context, string) (kv.Presence, error) { return s.presence, nil }
 
-// Whoever waits for its turn writes what holds when it comes: a row of changes ends in one report more, of the last.
+// A report that has to wait is replaced by newer ones: many changes result in one more report, with the last state.
 func TestReportsAreBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -116,8 +116,8 @@ func TestReportsAreBounded(t *testing.T) {
 	})
 }
 
-// A node writes two reports of a rollout: that it switches, and that it has. That it knows of a record for which it has
-// nothing to do, and has the next release ready, is no news.
+// A node writes two reports in a rollout: that it switches, and that it has. That it knows a record without having
+// to act, or has staged the next release, is no reason to write.
 func TestReportsOfARollout(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -175,7 +175,7 @@ func TestReportsOfARollout(t *testing.T) {
 	}
 }
 
-// A report that has to leave units out names those in mid-switch, whose switches begin once the store holds them.
+// A report that has to drop units keeps those in mid-switch, whose switches begin once the store holds them.
 func TestFullReportsNameWhatSwitches(t *testing.T) {
 	t.Parallel()
 	r := deployments.Report{Units: map[string]deployments.UnitReport{}}

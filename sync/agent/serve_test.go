@@ -18,7 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Whoever may ask from elsewhere whether the node serves isn't told what it runs, nor its metrics.
+// Clients on other machines may read whether the node serves, but not what it runs, nor its metrics.
 func TestStatusIsNotForEveryone(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -48,7 +48,7 @@ func TestStatusIsNotForEveryone(t *testing.T) {
 	}
 }
 
-// Connections that are held open for nothing don't keep a load balancer out, and are bounded.
+// Idle connections don't keep a load balancer out, and are bounded.
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -79,7 +79,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	}
 }
 
-// pipes is a listener whose connections are pipes: they hold nothing that their reader hasn't taken.
+// pipes is a listener whose connections are pipes: they buffer nothing.
 type pipes struct {
 	conns chan net.Conn
 	ended chan struct{}
@@ -97,7 +97,7 @@ func (p pipes) Accept() (net.Conn, error) {
 func (p pipes) Close() error   { close(p.ended); return nil }
 func (p pipes) Addr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
 
-// Whoever asks and never reads the answer, or never ends the question, holds a connection for a bounded time.
+// A client that never reads the answer, or never ends the request, holds a connection for a bounded time.
 func TestHeldConnectionsEnd(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {

@@ -10,7 +10,7 @@ import (
 	"kedge/deployments"
 )
 
-// dripping answers with the first byte of a body, and then no more until whoever asked goes away.
+// dripping answers with the first byte of a body, and then nothing more until the client goes away.
 type dripping struct {
 	http.ResponseWriter
 	r     *http.Request
@@ -28,7 +28,7 @@ func (d *dripping) Write(p []byte) (int, error) {
 	return n, errors.Join(err, d.r.Context().Err())
 }
 
-// Units whose source says next to nothing, of a manifest or of an archive, hold no other unit up.
+// Units whose source sends almost nothing, of a manifest or of an archive, hold up no other unit.
 func TestSlowSourceHoldsNobodyUp(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

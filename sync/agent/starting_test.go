@@ -10,8 +10,8 @@ import (
 	"kedge/deployments"
 )
 
-// An agent that starts again before it has converged tells of its first start; one that had converged, or whose
-// machine was restarted, of the newest. What the file holds can be anything.
+// An agent that restarts before it has converged reports its first start; one that had converged, or whose machine
+// was rebooted, its latest. The file may contain anything.
 func TestStartedIsWhenItBeganToConverge(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -15,7 +15,7 @@ import (
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-// slowPins is a store that tells of pins later than of records.
+// slowPins is a store that shows pins later than records.
 type slowPins struct {
 	kv.Store
 	kv.Namer
@@ -33,8 +33,8 @@ func (s slowPins) Watch(ctx context.Context, prefix string, f func(kv.View)) err
 	return s.Store.Watch(ctx, prefix, f)
 }
 
-// What the store says of records isn't put together with what a node remembers of pins: one may have come while it
-// was down.
+// The store's records aren't combined with the pins that a node remembers: a pin may have come while the node was
+// down.
 func TestPinThatCameWhileTheNodeWasDown(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -56,7 +56,7 @@ func TestPinThatCameWhileTheNodeWasDown(t *testing.T) {
 	}
 }
 
-// unmade is a store without folder keys, where the first try to make one fails.
+// unmade is a store without folder keys, in which the first try to make one fails.
 type unmade struct {
 	kv.Store
 	tries atomic.Int32

@@ -26,14 +26,14 @@ import (
 	"kedge/kv/open"
 )
 
-// patience is how long a test waits for what must come, on a busy machine.
+// patience is how long a test waits for an event, on a busy machine.
 const patience = 40 * time.Second
 
 const node = "web-1"
 
 var app = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 
-// world is one node with its store and storage, in a directory of its own.
+// world is one node with its store and storage, in its own directory.
 type world struct {
 	t     testing.TB
 	dir   string
@@ -110,7 +110,7 @@ func (w *world) start(change ...func(*Config)) *running {
 	return &running{a, w.t, w, stop}
 }
 
-// publish makes a release of unit whose file VERSION holds version, live in srv/UNIT.
+// publish makes a release of unit whose file VERSION contains version, live at srv/UNIT.
 func (w *world) publish(unit, version string, change ...func(*deployments.Manifest)) deployments.Pointer {
 	w.t.Helper()
 	return w.publishTree(unit, version, map[string]string{"bin/run": "#!/bin/sh\necho " + version + "\n"}, change...)
@@ -170,7 +170,7 @@ func (w *world) desire(id deployments.UnitID, r deployments.Record) {
 	w.put(kv.DesiredKey(id), string(data))
 }
 
-// live is the version that unit's dest resolves to.
+// live returns the version that unit's dest resolves to.
 func (w *world) live(unit string) string {
 	data, err := os.ReadFile(w.path("srv", unit, "VERSION"))
 	if err != nil {
@@ -183,7 +183,7 @@ func (a *running) unit(id deployments.UnitID) deployments.UnitReport {
 	return a.Report()[id.Role].Units[id.Unit]
 }
 
-// awaitUnit waits until ok holds of a unit's report.
+// awaitUnit waits until a unit's report satisfies ok.
 func (a *running) awaitUnit(id deployments.UnitID, what string, ok func(deployments.UnitReport) bool) deployments.UnitReport {
 	a.t.Helper()
 	await(a.t, fmt.Sprintf("%s to be %s", id, what), func() (bool, string) {
@@ -198,7 +198,7 @@ func (a *running) awaitState(id deployments.UnitID, state deployments.State) dep
 	return a.awaitUnit(id, string(state), func(u deployments.UnitReport) bool { return u.State == state })
 }
 
-// awaitRunning waits until a unit is converged on p, and looks at what is live.
+// awaitRunning waits until a unit has converged to p, and checks what is live.
 func (a *running) awaitRunning(id deployments.UnitID, p deployments.Pointer) deployments.UnitReport {
 	a.t.Helper()
 	u := a.awaitUnit(id, "converged on "+p.String(), func(u deployments.UnitReport) bool {
@@ -210,13 +210,13 @@ func (a *running) awaitRunning(id deployments.UnitID, p deployments.Pointer) dep
 	return u
 }
 
-// awaitReady waits until /ready says 200. The loop takes a moment to say so after the first convergence.
+// awaitReady waits until /ready answers 200, which takes a moment after the first convergence.
 func (a *running) awaitReady() {
 	a.t.Helper()
 	await(a.t, "/ready", func() (bool, string) { code, body := a.get("/ready"); return code == 200, body })
 }
 
-// get asks the agent's address.
+// get reads a path at the agent's address.
 func (a *running) get(path string) (int, string) {
 	a.t.Helper()
 	resp, err := http.Get("http://" + a.Addr() + path)
@@ -231,7 +231,7 @@ func (a *running) get(path string) (int, string) {
 	return resp.StatusCode, string(body)
 }
 
-// post asks the agent's socket.
+// post posts to the agent's socket.
 func (a *running) post(path string) int {
 	a.t.Helper()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -245,7 +245,7 @@ func (a *running) post(path string) int {
 	return resp.StatusCode
 }
 
-// reported is the status entry of a role, as others see it; zero where there is none.
+// reported returns the status entry of a role, as others see it; zero if there is none.
 func (w *world) reported(role string) (deployments.Report, kv.Entry) {
 	e, err := w.store.Get(w.t.Context(), kv.StatusKey("prod", role, node))
 	if err != nil {
@@ -273,7 +273,8 @@ func await(t testing.TB, what string, ok func() (bool, string)) {
 	}
 }
 
-// steadily checks that something holds, and goes on holding for a while: what must not happen has no event to wait for.
+// steadily checks that something holds for a while, as there is no event to wait for when something must not
+// happen.
 func steadily(t testing.TB, what string, ok func() (bool, string)) {
 	t.Helper()
 	for end := time.Now().Add(150 * time.Millisecond); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
@@ -293,7 +294,7 @@ func write(t testing.TB, path, data string) {
 	}
 }
 
-// noise is text that doesn't compress.
+// noise returns text that doesn't compress.
 func noise(n int) string {
 	r := rand.NewChaCha8([32]byte{1})
 	b := make([]byte, n)
@@ -305,7 +306,7 @@ func withMetrics(c *Config) {
 	c.Listen, c.Metrics = "127.0.0.1:0", prometheus.NewRegistry()
 }
 
-// logBuffer keeps a log for a test that fails, and for questions about it.
+// logBuffer keeps a log, for failed tests and for checks.
 type logBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

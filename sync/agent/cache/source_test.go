@@ -78,8 +78,8 @@ func TestSourceKeepsWhatItKnows(t *testing.T) {
 	}
 }
 
-// What a node has acted on outlives the record: one that comes back from a snapshot waits for a mirror, and a bare
-// pointer that a mirror would put back has to stand.
+// The highest generation that a node has acted on outlives the record: a record from a restored backup waits for a
+// mirror, and a bare pointer that a mirror would undo has to stand.
 func TestRecordsThatHaveToWait(t *testing.T) {
 	t.Parallel()
 	const key = "desired/prod/web/app"
@@ -120,7 +120,7 @@ func TestRecordsThatHaveToWait(t *testing.T) {
 		t.Errorf("after it, %q decides", got)
 	}
 
-	// A restart knows as much.
+	// A restart knows the same.
 	k := lastKnown{Format: 1, Prefixes: map[string]knownEntries{}}
 	k.set(s.Prefix, nil, s.floors, now)
 	if k.Prefixes[s.Prefix].Generations[key] != 8 {
@@ -141,7 +141,7 @@ func TestPinsNeedASettledView(t *testing.T) {
 	if s.offer(nil, fromSnapshot, time.Now()); s.from != fromSnapshot {
 		t.Error("a snapshot was not taken where nothing is known")
 	}
-	// That there are none is news, which the last known state has to have.
+	// That there are none has to be in the last known state too.
 	if !s.accept(kv.View{Synced: true}, mine(s.Prefix, "n1"), time.Now(), quiet()) {
 		t.Error("that the store has no pins is no news")
 	}
@@ -153,8 +153,7 @@ func TestPinsNeedASettledView(t *testing.T) {
 	}
 }
 
-// New records find their place among those that are known, and nothing is decided before both records and pins are
-// known.
+// New records are sorted in among the known ones, and nothing is decided before both records and pins are known.
 func TestNothingIsDecidedWithoutPins(t *testing.T) {
 	t.Parallel()
 	r := newRole("prod", "web")
@@ -256,7 +255,7 @@ func TestLastKnownSurvives(t *testing.T) {
 	}
 }
 
-// What couldn't be written is tried again by itself: nothing else may happen until the restart that needs it.
+// A failed save is retried by itself, as nothing else may happen before the restart that needs it.
 func TestLastKnownIsTriedAgain(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "state")
@@ -306,7 +305,7 @@ func TestDamagedFilesArePutAside(t *testing.T) {
 	}
 }
 
-// A change that isn't taken for news isn't on disk when the store is away: a pin that was taken back would come back.
+// Every change is saved, even if it isn't logged: otherwise a removed pin would come back while the store is away.
 func TestLastKnownTakesEveryChange(t *testing.T) {
 	t.Parallel()
 	const prefix = "pins/prod/web/"
@@ -332,7 +331,7 @@ func TestLastKnownTakesEveryChange(t *testing.T) {
 	}
 }
 
-// What the format allows to be left out is no damage.
+// Fields that the format allows to be missing are no damage.
 func TestFilesWithNothingInThem(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

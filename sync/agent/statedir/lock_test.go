@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A process that was killed has given its lock up only once a command that it was starting has begun.
+// A killed process releases its lock only once a command that it was starting has begun.
 func TestLockOfTheDead(t *testing.T) {
 	t.Parallel()
 	dead := exec.Command("true")

@@ -7,7 +7,7 @@ import (
 	"github.com/google/renameio/v2"
 )
 
-// A kill while a file is written aside leaves that: it goes, and nothing else does.
+// A kill during a write leaves a temporary file: it is removed, and nothing else.
 func TestLeftoversAreRemoved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -36,7 +36,7 @@ func TestLeftoversAreRemoved(t *testing.T) {
 	}
 }
 
-// A name that was written for another host, or that can't be one, is none.
+// A name that was saved by another host, or that is invalid, is ignored.
 func TestNodeName(t *testing.T) {
 	t.Parallel()
 	const host = "web-1.example"
