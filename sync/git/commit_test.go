@@ -33,7 +33,7 @@ func TestSplitSignature(t *testing.T) {
 	}
 }
 
-// What is split off is what git(1) and ssh-keygen(1) agree on.
+// The split of a commit is the one that git(1) and ssh-keygen(1) accept.
 func TestSplitSignatureAsGitSigns(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -78,7 +78,7 @@ func TestSplitSignatureAsGitSigns(t *testing.T) {
 	}
 }
 
-// Whatever the bytes are, what is split off is neither lost nor made up.
+// Whatever the bytes are, no byte is lost or added by the split.
 func FuzzSplitSignature(f *testing.F) {
 	f.Add([]byte("tree 1\ngpgsig A\n B\n\nmessage\n"))
 	f.Add([]byte("gpgsig \n \n\n"))

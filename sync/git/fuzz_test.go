@@ -17,8 +17,8 @@ import (
 	"kedge/policy"
 )
 
-// Whatever a push brings as a commit, as its directories and as a file, it is taken or is at fault for good, within
-// bounds. In directories twenty bytes of one letter stand for the hash of a directory (D) or the file (F).
+// Whatever a push brings as a commit, as its directories and as a file, it is either taken or finally refused,
+// within bounds. In directories, twenty bytes of one letter stand for the hash of a directory (D) or the file (F).
 func FuzzPushedObjects(f *testing.F) {
 	inner := "100644 app.yaml\x00" + strings.Repeat("F", 20)
 	outer := "100644 kedge.yaml\x00" + strings.Repeat("F", 20) + "40000 prod\x00" + strings.Repeat("D", 20)

@@ -19,8 +19,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// The mirror makes an installation token by the app's key, fetches with it, makes the next before
-// it ends, and a new one when it is refused.
+// The mirror makes an installation token by the app's key, fetches with it, makes the next one before it expires,
+// and a new one if it is refused.
 func TestGitHubApp(t *testing.T) {
 	t.Parallel()
 	key, err := rsa.GenerateKey(rand.Reader, 2048)

@@ -11,7 +11,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// pointer makes up a release.
+// pointer returns an invented release.
 func pointer(name string) deployments.Pointer {
 	return deployments.Pointer{
 		URL:    "s3://acme-releases/" + name + "/manifest.yaml",
@@ -19,10 +19,10 @@ func pointer(name string) deployments.Pointer {
 	}
 }
 
-// unitFile is a unit's file with no more than its release.
+// unitFile returns a unit's file with only a release.
 func unitFile(release string) string { return "release: " + pointer(release).String() + "\n" }
 
-// env makes Config.Env of pairs.
+// env returns a Config.Env with these pairs.
 func env(pairs ...string) func(string) string {
 	return func(name string) string {
 		for i := 0; i < len(pairs); i += 2 {
@@ -44,12 +44,12 @@ func literally(o *gittest.Origin, kind, raw string) string {
 	return o.Write(raw, "hash-object", "-t", kind, "-w", "--literally", "--stdin")
 }
 
-// mktree makes a directory's object of lines as git ls-tree prints them.
+// mktree makes a directory's object from lines in the format of git ls-tree.
 func mktree(o *gittest.Origin, lines ...string) string {
 	return o.Write(strings.Join(lines, "\n")+"\n", "mktree")
 }
 
-// under puts a tree into directories.
+// under puts a tree into nested directories.
 func under(o *gittest.Origin, dir string, names ...string) string {
 	for i := len(names) - 1; i >= 0; i-- {
 		dir = mktree(o, "040000 tree "+dir+"\t"+names[i])

@@ -13,8 +13,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// What a commit itself is at fault for is refused for good: as trouble of the repository it would
-// be fetched anew for ever, and a pre-receive hook would let nothing on top of it.
+// A commit that is itself at fault is refused finally: as an error of the repository it would be fetched again for
+// ever, and a pre-receive hook would let nothing on top of it.
 func TestCommitsThatAreAtFault(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -91,7 +91,7 @@ func TestCommitsThatAreAtFault(t *testing.T) {
 			t.Errorf("%s: it took %v", name, took)
 		}
 	}
-	// What is missing may yet come, and what looks odd may be good.
+	// A missing object may yet come, and what looks odd may be valid.
 	if err := loads(o, literally(o, "commit", "tree "+strings.Repeat("1", 40)+"\n"+who+"\nx")); err == nil ||
 		errors.As(err, new(*BadCommit)) {
 		t.Errorf("a missing tree: %v", err)
@@ -118,7 +118,7 @@ func rawOf(hash string) []byte {
 	return h[:]
 }
 
-// A repo holds what its owners like beside units, and units by the ten thousand.
+// A repo may contain other files besides units, and units by the ten thousand.
 func TestLargeTrees(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -8,7 +8,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// A clone that lacks what a mirror needs is told as what it is, and what to do.
+// The error of a clone that lacks objects says what it is, and what to do.
 func TestClonesThatLackObjects(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -36,8 +36,8 @@ func TestClonesThatLackObjects(t *testing.T) {
 	}
 }
 
-// Another object format is told as such, over HTTP and ssh by either protocol and on disk, and so is a
-// branch that isn't there.
+// The error of another object format says so, over HTTP and ssh by either protocol and on disk; and so does that of
+// a missing branch.
 func TestRepositoriesOfAnotherKind(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -69,7 +69,7 @@ func TestRepositoriesOfAnotherKind(t *testing.T) {
 	}
 }
 
-// A slash at the end of a repository's address changes nothing, whether it is polled or fetched from.
+// A slash at the end of a repository's address makes no difference to polls and fetches.
 func TestSlashAfterTheAddress(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

@@ -59,8 +59,8 @@ func TestCacheDoesNotGrowForEver(t *testing.T) {
 	}
 }
 
-// A pack that comes in part leaves nothing behind that further tries would add to, and a server
-// that stops in its middle is given up.
+// An incomplete pack leaves no files that further tries would add to, and a fetch is cancelled if the server
+// stalls.
 func TestHalfAPack(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
@@ -90,7 +90,7 @@ func TestHalfAPack(t *testing.T) {
 		r.stall = time.Second
 		for range 2 {
 			began := time.Now()
-			// Without hang a machine that is busy may stall as well.
+			// Even without hang a busy machine may stall.
 			if _, err := r.Head(t.Context()); err == nil || hang && !errors.Is(err, errStalled) {
 				t.Errorf("half a pack, hangs %v: %v", hang, err)
 			}
@@ -110,7 +110,7 @@ func TestHalfAPack(t *testing.T) {
 	is(next)
 }
 
-// The cache has a bound on disk. What only an older history fills is made anew; a history beyond it is
+// The cache is bounded on disk. It is rebuilt if only an older history fills it; a history beyond the bound is
 // refused, and not fetched again and again.
 func TestCacheIsBounded(t *testing.T) {
 	t.Parallel()
@@ -178,8 +178,8 @@ func TestAddressesThatAreRefused(t *testing.T) {
 	}
 }
 
-// A mirror that is killed leaves its temporary cache, and the next removes it: not that of one that
-// runs, and nothing else.
+// A killed mirror leaves its temporary cache, and the next one removes it, but not that of a running mirror, and
+// nothing else.
 func TestTemporaryDirsOfTheDead(t *testing.T) {
 	t.Parallel()
 	parent := t.TempDir()

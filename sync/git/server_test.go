@@ -23,7 +23,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// openHTTPS opens branch main of h, with more variables.
+// openHTTPS opens branch main of h, with further variables.
 func openHTTPS(t *testing.T, h *gittest.HTTPSOrigin, more ...string) Branch {
 	t.Helper()
 	return openBranch(t, Config{Repo: h.URL, Branch: "main",
@@ -65,7 +65,7 @@ func reads(t *testing.T, b Branch, want string) *Commit {
 	return c
 }
 
-// fails asks for the branch's head, and wants an error with all of words.
+// fails reads the branch's head, and wants an error with all of words.
 func fails(t *testing.T, b Branch, what string, words ...string) error {
 	t.Helper()
 	_, err := b.Head(t.Context())
@@ -89,14 +89,13 @@ func front(h *gittest.HTTPSOrigin, f func(w http.ResponseWriter, r *http.Request
 	h.Front.Store(&f)
 }
 
-// speaksV0 makes a server know protocol v0 alone.
+// speaksV0 makes a server speak only protocol v0.
 func speaksV0(_ http.ResponseWriter, r *http.Request, _ []byte) bool {
 	r.Header.Del("Git-Protocol")
 	return false
 }
 
-// Azure DevOps and AWS CodeCommit speak protocol v0, and refuse to send anything to who doesn't ask
-// for multi_ack.
+// Azure DevOps and AWS CodeCommit speak protocol v0, and refuse clients that don't request multi_ack.
 func TestServerThatInsistsOnMultiAck(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
@@ -158,7 +157,7 @@ func TestServersOwnWords(t *testing.T) {
 		front(h, answer(c.status, c.kind, c.text))
 		fails(t, b, what, c.words...)
 	}
-	// The same where only the fetch fails.
+	// The same if only the fetch fails.
 	front(h, func(w http.ResponseWriter, r *http.Request, asked []byte) bool {
 		return bytes.Contains(asked, []byte("want ")) && answer(400, "text/plain", "quota exceeded")(w, r, asked)
 	})
@@ -167,7 +166,7 @@ func TestServersOwnWords(t *testing.T) {
 	reads(t, b, head)
 }
 
-// A server that is busy is left alone for as long as it asks.
+// A busy server is left alone for as long as it asks.
 func TestRetryAfter(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
@@ -196,7 +195,7 @@ func TestRetryAfter(t *testing.T) {
 	reads(t, b, head)
 }
 
-// Polls use one connection, ask for the one branch, and fetch nothing.
+// Polls use one connection, request only the one branch, and fetch nothing.
 func TestPollsAreCheap(t *testing.T) {
 	t.Parallel()
 	h := gittest.ServeHTTPS(t, gittest.New(t))
@@ -221,7 +220,7 @@ func TestPollsAreCheap(t *testing.T) {
 	}
 }
 
-// Credentials stay with the host that they are for, whatever it answers.
+// Credentials stay with their host, whatever it answers.
 func TestRedirects(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -242,7 +241,7 @@ func TestRedirects(t *testing.T) {
 	fails(t, b, "to plain http", "plain http")
 	front(h, to(strings.TrimSuffix(other.URL, "/"+filepath.Base(o.Bare))))
 	fails(t, b, "to another host", "redirects to "+strings.Split(other.URL, "/")[2], "name the repository's address there")
-	// On the same host they are followed.
+	// Redirects within the host are followed.
 	front(h, func(w http.ResponseWriter, r *http.Request, _ []byte) bool {
 		if path, moved := strings.CutPrefix(r.URL.RequestURI(), "/old"); moved {
 			http.Redirect(w, r, path, http.StatusMovedPermanently)
@@ -257,7 +256,7 @@ func TestRedirects(t *testing.T) {
 	reads(t, moved, head)
 }
 
-// A server that asks for a client's certificate gets that of GIT_SSL_CERT, also after it was replaced.
+// A server that requests a client certificate gets that of GIT_SSL_CERT, also after it was replaced.
 func TestClientCertificates(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -302,8 +301,7 @@ func clientCertificate(t *testing.T, certFile, keyFile string, serial int64) {
 	gittest.WriteFile(t, keyFile, string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: raw})))
 }
 
-// A large file beside the units is nobody's business: neither where the server can leave it out, nor
-// where it can't.
+// A large file besides the units does no harm, whether or not the server can leave it out.
 func TestLargeForeignObjects(t *testing.T) {
 	t.Parallel()
 	for what, serve := range map[string]func(o *gittest.Origin) Branch{
@@ -318,7 +316,8 @@ func TestLargeForeignObjects(t *testing.T) {
 			t.Parallel()
 			o := gittest.New(t)
 			b := serve(o)
-			// A file that grows beyond what is kept, and shrinks again: large and small ones are deltas to one another.
+			// A file that grows beyond the bound, and shrinks again: large and small versions are deltas to one
+			// another.
 			for i, size := range []int{maxObject - 10, maxObject + 10, maxFile / 2} {
 				o.Commit(map[string]string{"docs/film.mov": strings.Repeat("x", size) + fmt.Sprint(i)})
 			}

@@ -7,7 +7,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// acceptsV2 is the line of sshd_config by which hosts of repositories speak protocol v2.
+// acceptsV2 is the line of sshd_config with which Git hosts speak protocol v2.
 const acceptsV2 = "AcceptEnv GIT_PROTOCOL"
 
 // openSSH opens branch main of s.
@@ -16,7 +16,7 @@ func openSSH(t *testing.T, s *gittest.SSHOrigin) Branch {
 	return openBranch(t, Config{Repo: s.URL, Branch: "main", SSHKey: s.Key, KnownHosts: s.Known})
 }
 
-// Polls by ssh use one connection, and ask for the one branch where the server can be asked for it.
+// Polls by ssh use one connection, and request only the one branch if the server supports it.
 func TestSSHPollsAreCheap(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -43,7 +43,7 @@ func TestSSHPollsAreCheap(t *testing.T) {
 			t.Errorf("%s: %d connections", c.what, n)
 		}
 	}
-	// A fetch doesn't ask for all references either.
+	// A fetch doesn't request all references either.
 	b := openSSH(t, v2)
 	reads(t, b, head)
 	sent := v2.Sent.Load()
@@ -53,7 +53,7 @@ func TestSSHPollsAreCheap(t *testing.T) {
 	}
 }
 
-// A connection that ended is made anew, and other files than it was made with end it.
+// A connection that ended is opened again, and a change of its key or known_hosts file ends it.
 func TestSSHConnections(t *testing.T) {
 	t.Parallel()
 	s := gittest.ServeSSH(t, gittest.New(t), acceptsV2)
@@ -77,7 +77,7 @@ func TestSSHConnections(t *testing.T) {
 	reads(t, b, s.Push(map[string]string{"prod/web/app.yaml": unitFile("app/3")}))
 }
 
-// What the server says where it doesn't answer is told.
+// If the server ends instead of answering, the error has the server's own words.
 func TestSSHServersOwnWords(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -96,7 +96,7 @@ func TestSSHServersOwnWords(t *testing.T) {
 			SSHKey: s.Key, KnownHosts: s.Known})
 		fails(t, b, what, "no such branch", "main")
 	}
-	// Those that let people have a shell speak of it, and end.
+	// Hosts that give people a shell print a greeting, and end.
 	s := gittest.ServeSSH(t, o, "ForceCommand echo 'this account is for people' >&2; exit 1")
 	fails(t, openSSH(t, s), "a forced command", "this account is for people")
 	s = gittest.ServeSSH(t, o, "ForceCommand echo Welcome")

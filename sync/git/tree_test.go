@@ -20,7 +20,7 @@ func TestTree(t *testing.T) {
 	o.Commit(map[string]string{
 		"kedge.yaml": "prune: true\n", "README.md": "read me",
 		"prod/web/app.yaml": unitFile("app/1"), "prod/web/base.yaml": unitFile("base/1"),
-		// Git sorts "web/" behind "web-2", and fs.FS before it.
+		// Git sorts "web/" after "web-2", and fs.FS before it.
 		"prod/web-2/app.yaml": unitFile("app/1"), "prod/web.txt": "text",
 	})
 	link := func(to, name string) {
@@ -128,7 +128,8 @@ func openTree(t *testing.T, o *gittest.Origin, below string) *tree {
 	return newTree(from, commit, below)
 }
 
-// Units that would pass unseen are told, by the mirror and by kedge check on the work tree alike.
+// Files that look like units but would be ignored are refused, both by the mirror and by kedge check on the work
+// tree.
 func TestUnitsThatWouldPassUnseen(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -170,7 +171,7 @@ func symlink(t *testing.T, o *gittest.Origin, to, name string) {
 	o.Git(o.Work, "add", name)
 }
 
-// submodule adds one as git submodule add does, without another repository.
+// submodule adds a submodule as git submodule add does, without another repository.
 func submodule(t *testing.T, o *gittest.Origin, name string) {
 	t.Helper()
 	dir := filepath.Join(o.Work, name)
@@ -182,7 +183,7 @@ func submodule(t *testing.T, o *gittest.Origin, name string) {
 	o.Git(o.Work, "update-index", "--add", "--cacheinfo", "160000,"+strings.Repeat("1", 40)+","+name)
 }
 
-// Of a monorepo the mirror reads what lies at Config.Path, and names files by their places in the repo.
+// In a monorepo the mirror reads what is below Config.Path, and names files by their paths in the repository.
 func TestPath(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

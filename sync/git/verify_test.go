@@ -14,8 +14,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// A good signature, moved to where somebody might look for it: none of it makes another tree, or
-// other parents, of a signed commit.
+// A good signature, moved to another place in the commit: it never makes another tree, or other parents, signed.
 func TestMovedSignatures(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -88,8 +87,8 @@ func TestMovedSignatures(t *testing.T) {
 	}
 }
 
-// Who may push can wrap a signature in other text. The sibling that this makes is refused, and
-// where one was taken all the same, the signer's own commit follows it.
+// Whoever may push can wrap a signature in other text. The commit that results is refused; if one was taken all the
+// same, the signer's own commit can follow it.
 func TestSiblingsOfASignedCommit(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)
@@ -137,8 +136,8 @@ func TestSiblingsOfASignedCommit(t *testing.T) {
 	}
 }
 
-// What was taken stays taken: a mirror that starts after a signer's key expired or was removed goes
-// on with it, and takes nothing new.
+// A taken commit stays taken: a mirror that starts after a signer's key expired or was removed goes on with it, and
+// takes nothing new.
 func TestSignersThatAreGone(t *testing.T) {
 	t.Parallel()
 	for _, gone := range []string{"expired", "removed", "removed, and nothing is remembered"} {

@@ -14,7 +14,7 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// A work tree may be a stranger's: what lies beside regular files in it is told, and neither read nor waited for.
+// A work tree may be a stranger's: other files than regular ones are reported, and neither read nor waited for.
 func TestHostileWorkTrees(t *testing.T) {
 	t.Parallel()
 	outside := filepath.Join(t.TempDir(), "secret.yaml")
@@ -58,8 +58,8 @@ func TestHostileWorkTrees(t *testing.T) {
 	}
 }
 
-// Links of a directory in a repository lead to the rest of it, as the mirror follows them, also where a part of the
-// work tree is checked alone.
+// Links of a directory in a repository may lead to the rest of it, as the mirror follows them, even if only a part
+// of the work tree is checked.
 func TestWorkTreeLinksWithinTheRepository(t *testing.T) {
 	t.Parallel()
 	o := gittest.New(t)

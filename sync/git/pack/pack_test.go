@@ -19,8 +19,8 @@ import (
 	"kedge/sync/git/gittest"
 )
 
-// packed is an object as a pack has it: kind 3 is a blob, 6 a delta to the object that lies back
-// bytes before it.
+// packed returns an object as stored in a pack: kind 3 is a blob, 6 a delta to the object that begins back bytes
+// before it.
 func packed(kind byte, size, back uint64, content io.Reader) io.Reader {
 	var head []byte
 	first := kind<<4 | byte(size&15)
@@ -55,7 +55,7 @@ func testPack(t *testing.T, count uint32, objects ...io.Reader) io.Reader {
 	return bytes.NewReader(append(raw, sum[:]...))
 }
 
-// objectsOf reads a pack with bounds of its own, and returns the objects of the index that it makes.
+// objectsOf reads a pack with its own bounds, and returns the objects of the index.
 func objectsOf(t *testing.T, r io.Reader, most int64, memory int) ([]indexed, error) {
 	t.Helper()
 	file, err := os.CreateTemp(t.TempDir(), "")
@@ -68,7 +68,7 @@ func objectsOf(t *testing.T, r io.Reader, most int64, memory int) ([]indexed, er
 	return slices.DeleteFunc(x.objects, func(o indexed) bool { return o.hash.IsZero() || o.left }), err
 }
 
-// Large files, and what is made of them, are left out; a pack that isn't right is refused.
+// Large files, and deltas to them, are left out; an invalid pack is refused.
 func TestPacks(t *testing.T) {
 	t.Parallel()
 	const most = 1000
@@ -82,7 +82,7 @@ func TestPacks(t *testing.T) {
 		}
 		return uint64(len(data))
 	}
-	// of copies the first ten bytes of a base, more times, to something of target bytes.
+	// of returns a delta that copies the first ten bytes of a base, more times, into an object of target bytes.
 	of := func(base, target uint64, more int, back uint64) io.Reader {
 		d := binary.AppendUvarint(binary.AppendUvarint(nil, base), target)
 		d = append(d, bytes.Repeat([]byte{0x90, 10}, more)...)
@@ -122,7 +122,7 @@ func TestPacks(t *testing.T) {
 		"more objects than anybody would": {strings.NewReader("PACK\x00\x00\x00\x02\xff\xff\xff\xff"), -1},
 		"no pack":                         {strings.NewReader("hello, this is no pack at all"), -1},
 	} {
-		// A connection gives what it likes.
+		// A connection may deliver any number of bytes at a time.
 		got, err := objectsOf(t, iotest.OneByteReader(c.pack), most, most)
 		switch {
 		case c.want >= 0 && (err != nil || len(got) != c.want):

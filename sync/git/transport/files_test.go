@@ -10,7 +10,7 @@ import (
 	"github.com/go-git/go-git/v5/plumbing/transport"
 )
 
-// A pipe or a device in place of a file that says how a server is reached holds nothing up, and is told by its setting.
+// A pipe or a device in place of a file of the configuration holds up nothing, and the error names the setting.
 func TestSettingsThatNameNoFile(t *testing.T) {
 	t.Parallel()
 	pipe := filepath.Join(t.TempDir(), "pipe")
