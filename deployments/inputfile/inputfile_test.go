@@ -47,7 +47,7 @@ func TestRead(t *testing.T) {
 	}
 }
 
-// A shell's <(command) is read once, and may say no more than a file.
+// A shell's <(command) is read once, and may be no larger than a file.
 func TestReadPipe(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{"secret\n": "", strings.Repeat("x", Max+1): "has more than"} {

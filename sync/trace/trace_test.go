@@ -22,10 +22,10 @@ import (
 
 var app = deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"}
 
-// The mirror and each agent find the same ids by themselves, and none that another push has.
+// The mirror and each agent derive the same ids on their own, and no other push has them.
 func TestIDsFollowFromThePush(t *testing.T) {
 	t.Parallel()
-	// Mirrors and agents of different versions find the same, so it must stay as it is.
+	// Mirrors and agents of different versions must derive the same id, so it must not change.
 	push := trace.Of(app, "c1", deployments.Digest{})
 	if fmt.Sprintf("%x %x", push.Trace, push.Span) != "d2aa2bb95241c3e31aac5943879b3ae6 8fc139db1378f702" {
 		t.Errorf("the trace of a push is %x, its root %x", push.Trace, push.Span)
@@ -120,7 +120,7 @@ func TestSends(t *testing.T) {
 	}
 }
 
-// A collector that is away, slow or wrong costs its spans alone: Add never waits, and what waits is bounded.
+// A collector that is unavailable, slow or wrong costs only its spans: Add never blocks, and the queue is bounded.
 func TestSurvivesItsCollector(t *testing.T) {
 	t.Parallel()
 	at := time.Unix(1764000000, 0)
@@ -162,7 +162,7 @@ func TestSurvivesItsCollector(t *testing.T) {
 	none.Run(t.Context())
 }
 
-// Spans wait for a collector that is away for a while.
+// Spans wait for a collector that is unavailable for a while.
 func TestSendsAgain(t *testing.T) {
 	t.Parallel()
 	var tries atomic.Int64
