@@ -3,8 +3,9 @@ package deployments
 import (
 	"cmp"
 	"fmt"
-	"strings"
 	"time"
+
+	"kedge/deployments/safetext"
 )
 
 // FreezeWindow is a Freeze as mirror/state tells it: the fields that it has in kedge.yaml.
@@ -32,8 +33,8 @@ const (
 func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 	size := 0
 	for i, f := range all {
-		w := FreezeWindow{Name: head(f.Name), Duration: f.Duration.String(), Units: f.Units,
-			Running: f.Running, Reason: head(f.Reason)}
+		w := FreezeWindow{Name: safetext.Cut(f.Name, mostWindowText), Duration: f.Duration.String(), Units: f.Units,
+			Running: f.Running, Reason: safetext.Cut(f.Reason, mostWindowText)}
 		if f.Zone != nil && f.Zone != time.UTC {
 			w.Zone = f.Zone.String()
 		}
@@ -79,11 +80,6 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 		}
 	}
 	return f, nil
-}
-
-// head returns a text's beginning, of at most mostWindowText bytes.
-func head(s string) string {
-	return strings.ToValidUTF8(s[:min(len(s), mostWindowText)], "")
 }
 
 // Freezes returns the windows that mirror/state tells, and how many more there are: those that it leaves out, and

@@ -12,7 +12,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"syscall"
 
 	"kedge/deployments/inputfile"
 )
@@ -53,19 +52,9 @@ func fileHeaders(u *url.URL) (http.Header, error) {
 	if file == "" || u.Scheme != "https" && !thisMachine(u) {
 		return nil, nil
 	}
-	data, err := inputfile.Read(headersVariable, file)
+	data, err := inputfile.ReadPrivate(headersVariable, file)
 	if err != nil {
 		return nil, err
-	}
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("%s: %s belongs to somebody else: have it belong to root", headersVariable, file)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, fmt.Errorf("%s: others may read or change %s: chmod 600 it", headersVariable, file)
 	}
 	port := u.Port()
 	if port == "" {

@@ -21,29 +21,60 @@ const (
 
 // Read returns the content of a regular file of at most Max bytes. An error begins with the setting, such as a flag
 // or a variable, and names the file.
-func Read(setting, path string) ([]byte, error) { return read(setting, path, false) }
+func Read(setting, path string) ([]byte, error) { return read(setting, path, regular) }
 
 // ReadOnce is Read for a file that is read only once: it also accepts a pipe, such as a shell's <(command).
-func ReadOnce(setting, path string) ([]byte, error) { return read(setting, path, true) }
+func ReadOnce(setting, path string) ([]byte, error) {
+	return read(setting, path, func(path string, info fs.FileInfo) error {
+		if info.Mode()&fs.ModeNamedPipe != 0 {
+			return nil
+		}
+		return regular(path, info)
+	})
+}
+
+// ReadPrivate is Read for a file that only root, or this process's user, may read and change.
+func ReadPrivate(setting, path string) ([]byte, error) { return read(setting, path, private) }
 
 // Check returns the error that Read would return, for files that a library reads by name.
 func Check(setting, path string) error {
-	_, err := read(setting, path, false)
+	_, err := Read(setting, path)
 	return err
 }
 
-func read(setting, path string, pipes bool) ([]byte, error) {
+// read reads a file if accept returns nil for what was opened.
+func read(setting, path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
 	if path == os.DevNull {
 		return nil, nil // the usual name for no content
 	}
-	data, err := bounded(path, pipes)
+	data, err := bounded(path, accept)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", setting, err)
 	}
 	return data, nil
 }
 
-func bounded(path string, pipes bool) ([]byte, error) {
+func regular(path string, info fs.FileInfo) error {
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is %s: name a regular file", path, kind(info.Mode()))
+	}
+	return nil
+}
+
+func private(path string, info fs.FileInfo) error {
+	if err := regular(path, info); err != nil {
+		return err
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s belongs to somebody else: have it belong to root", path)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("others may read or change %s: chmod 600 it", path)
+	}
+	return nil
+}
+
+func bounded(path string, accept func(path string, info fs.FileInfo) error) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // opening a pipe would wait for its writer
 	if err != nil {
 		return nil, err
@@ -53,10 +84,10 @@ func bounded(path string, pipes bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	pipe := pipes && info.Mode()&fs.ModeNamedPipe != 0
-	if !pipe && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is %s: name a regular file", path, kind(info.Mode()))
+	if err := accept(path, info); err != nil {
+		return nil, err
 	}
+	pipe := info.Mode()&fs.ModeNamedPipe != 0
 	if pipe {
 		if err := f.SetReadDeadline(time.Now().Add(pipeWithin)); err != nil {
 			return nil, err

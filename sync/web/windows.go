@@ -48,30 +48,20 @@ func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	for _, w := range windows[:min(len(windows), mostWindows)] {
 		rows = append(rows, windowOf(w, s.At))
 	}
-	far := s.At.Add(2 * fleet.FreezeAhead)
-	when := func(r windowRow) time.Time {
-		switch {
-		case r.Open:
-			return r.To.Add(-2 * fleet.FreezeAhead) // what closes soonest first
-		case r.From.IsZero():
-			return far
-		}
-		return r.From
-	}
 	slices.SortStableFunc(rows, func(a, b windowRow) int {
-		return cmp.Or(compareBool(b.Open, a.Open), when(a).Compare(when(b)))
+		switch {
+		case a.Open && b.Open:
+			return a.To.Compare(b.To) // what closes soonest first
+		case a.Open:
+			return -1
+		case b.Open:
+			return 1
+		case a.From.IsZero() != b.From.IsZero():
+			return b.From.Compare(a.From) // what doesn't open last
+		}
+		return a.From.Compare(b.From)
 	})
 	return rows, more
-}
-
-func compareBool(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case a:
-		return 1
-	}
-	return -1
 }
 
 func windowOf(w deployments.Freeze, now time.Time) windowRow {
