@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -94,6 +95,9 @@ var runPages = map[string]string{
 	"notifications": "deployments/docs/notifications.md",
 	"security":      "deployments/docs/security.md",
 }
+
+// portPages are the pages whose agent listens where the page says, at a port of this machine: they take turns.
+var portPages = []string{"install", "example"}
 
 // readerHas is what the reader of a page has before the page begins.
 var readerHas = map[string]string{
@@ -189,6 +193,7 @@ func TestDocs(t *testing.T) {
 		}
 	}
 	w.consul.CLI(w.consul.RootToken, "", "kv", "put", "kedge/pins/prod/db/main", "hold") // something to back up
+	var port sync.Mutex
 	for name, page := range runPages {
 		text, err := os.ReadFile(filepath.Join(root, page))
 		if err != nil {
@@ -201,6 +206,10 @@ func TestDocs(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			if slices.Contains(portPages, name) {
+				port.Lock()
+				defer port.Unlock()
+			}
 			runDoc(t, w, kedge, root, name, docScript(page, readerHas[name], blocks))
 		})
 	}
