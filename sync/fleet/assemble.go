@@ -131,6 +131,8 @@ type reporter struct {
 	gone  bool
 	units map[string]deployments.UnitReport
 	err   error // its report doesn't parse
+	// joined is Report.Joined
+	joined uint64
 }
 
 func (a *assembly) unit(id deployments.UnitID) *Unit {
@@ -275,7 +277,7 @@ func (a *assembly) report(e kv.Entry, key kv.Key) {
 	if report.Reason != "" {
 		a.bad(e.Key, errors.New(message.Text(report.Reason, report.Facts)))
 	}
-	r.units, r.agent = report.Units, report.Agent
+	r.units, r.agent, r.joined = report.Units, report.Agent, report.Joined
 	a.roles[key.Role] = append(a.roles[key.Role], r)
 }
 
@@ -333,7 +335,7 @@ func (a *assembly) assign() {
 func (a *assembly) nodes(u *Unit) {
 	for _, r := range a.roles[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
-		n := Node{Name: r.name, Gone: r.gone, Report: report}
+		n := Node{Name: r.name, Gone: r.gone, Report: report, joined: r.joined}
 		facts := a.fleet.facts(u, n)
 		// A node without a report on the unit counts if it lives and should run the unit.
 		desired := facts.Record.Present && !facts.Record.Value.Orphaned
@@ -386,6 +388,7 @@ func (f *Fleet) facts(u *Unit, n Node) policy.Facts {
 		Unit:        u.ID,
 		Node:        n.Name,
 		Now:         f.At,
+		Joined:      n.joined,
 		Running:     n.Report.Running,
 		Quarantined: n.Report.Quarantined,
 		Leavable:    n.Report.Leavable,

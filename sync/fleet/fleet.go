@@ -96,6 +96,7 @@ type Node struct {
 	Converged bool                `json:"converged"`
 	Want      deployments.Pointer `json:"want,omitzero"`
 	Why       string              `json:"why"`
+	joined    uint64              // Report.Joined of the whole report
 }
 
 // Filter selects units; an empty field selects all.

@@ -69,7 +69,34 @@ func TestConvergedIsSeenFromHere(t *testing.T) {
 	}
 }
 
-// Nothing in a store may go unseen: what can't be read is an error at its key.
+// A record applies to the nodes that had joined when it was written: of those, status tells what their agents decide.
+func TestJoinedNodesAreSeenAsAdmitted(t *testing.T) {
+	t.Parallel()
+	record := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3, Joined: 7,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: ^uint64(0)}}
+	plain := deployments.Record{Target: release("app", "2"), Generation: 3, Joined: 7}
+	for name, c := range map[string]struct {
+		record deployments.Record
+		joined uint64
+		want   deployments.Pointer
+	}{
+		"admitted":            {record, 7, release("app", "2")},
+		"joined later":        {record, 8, release("app", "1")},
+		"without a rollout":   {plain, 7, release("app", "2")},
+		"later, without one":  {plain, 8, release("app", "1")},
+		"not known to itself": {record, 0, release("app", "1")},
+	} {
+		report := deployments.Report{Node: "web-1", Joined: c.joined,
+			Units: map[string]deployments.UnitReport{"app": runs("app", "1")}}
+		e := put(kv.StatusKey("prod", "web", "web-1"), report)
+		e.Session = "alive"
+		n := unitOf(t, Assemble([]kv.Entry{put(kv.DesiredKey(app), c.record), e}, noon), "prod/web/app").Nodes[0]
+		if n.Want != c.want || n.Converged != (c.want == release("app", "1")) {
+			t.Errorf("%s: it wants %s (%s), converged %v", name, n.Want, n.Why, n.Converged)
+		}
+	}
+}
+
 // A node that holds an older record, as after the restore of a snapshot, stays where it is: on what nothing there
 // names.
 func TestWhoHoldsAnOldRecordHasNotConverged(t *testing.T) {
@@ -85,6 +112,7 @@ func TestWhoHoldsAnOldRecordHasNotConverged(t *testing.T) {
 	}
 }
 
+// Nothing in a store may go unseen: what can't be read is an error at its key.
 func TestAssembleNamesWhatDoesNotParse(t *testing.T) {
 	t.Parallel()
 	bad := map[string]string{
