@@ -56,6 +56,7 @@ import (
 	"kedge/policy"
 	"kedge/sync/agent/cache"
 	"kedge/sync/agent/destwatch"
+	"kedge/sync/agent/drain"
 	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
 	"kedge/sync/trace"
@@ -131,7 +132,7 @@ type Agent struct {
 	listener, statusListener net.Listener
 	metrics                  *metrics
 	floors                   *deploy.Floors
-	drains                   *drains
+	drained                  *drain.Tracker
 	drift                    *destwatch.Watcher
 	// fetching and ahead have room for one token each: units fetch one after another, which bounds memory and load,
 	// and what is wanted now doesn't wait for what is fetched ahead. A slow fetch returns its token: see holdTurn.

@@ -16,6 +16,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/sync/agent/cache"
+	"kedge/sync/agent/drain"
 	"kedge/sync/agent/statedir"
 )
 
@@ -81,7 +82,7 @@ func TestReportsAreBounded(t *testing.T) {
 			},
 			cache:     known,
 			metrics:   newMetrics(nil),
-			drains:    newDrains(nil, nil, quiet()),
+			drained:   drain.New(nil, nil, quiet()),
 			reportNow: wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())

@@ -20,6 +20,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/sync/agent/cache"
 	"kedge/sync/agent/destwatch"
+	"kedge/sync/agent/drain"
 	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
 )
@@ -95,7 +96,7 @@ func New(c Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a.begun = a.dir.StartingSince(a.started)
-	a.drains = newDrains(c.Maintenance, a.idle, c.Log)
+	a.drained = drain.New(c.Maintenance, a.idle, c.Log)
 	if c.Listen != "" {
 		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, fmt.Errorf("listening for /ready: %w", err)
@@ -136,7 +137,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.serve(ctx) })
 	g.Go(func() error { return a.serveStatus(ctx) })
 	g.Go(func() error { return a.serveSocket(ctx) })
-	g.Go(func() error { a.drains.run(ctx); return nil })
+	g.Go(func() error { a.drained.Run(ctx); return nil })
 	g.Go(func() error { a.drift.Run(ctx); return nil })
 	g.Go(func() error { a.loop(ctx); return nil })
 	g.Go(func() error {

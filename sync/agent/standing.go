@@ -365,7 +365,7 @@ func (a *Agent) noteConvergence() {
 	for _, u := range a.units {
 		if u.gone() {
 			if !u.state().Unfinished {
-				a.drains.forget(u.id) // nobody asks for the unit, and it has nothing to serve
+				a.drained.End(u.id) // nobody asks for the unit, and it has nothing to serve
 			}
 			continue
 		}
@@ -465,7 +465,7 @@ func (a *Agent) unready() map[string]string {
 			why[id.Role+"/"+id.Unit] = oneLine(err)
 		}
 	}
-	for _, id := range a.drains.list() {
+	for _, id := range a.drained.Units() {
 		why[id.Role+"/"+id.Unit] = "drained"
 	}
 	if a.ready {

@@ -139,10 +139,10 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 
 // drain sets or ends the drain of a unit; package deploy calls it around a switch.
 func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
-	if slices.Contains(a.drains.list(), u.id) != on {
+	if slices.Contains(a.drained.Units(), u.id) != on {
 		u.log.Info("drain", "on", on)
 	}
-	err := a.drains.set(ctx, u.id, on)
+	err := a.drained.Set(ctx, u.id, on)
 	a.kick()
 	return err
 }

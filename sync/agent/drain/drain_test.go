@@ -1,8 +1,9 @@
-package agent
+package drain
 
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -21,7 +22,7 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 		var calls []bool
 		var away atomic.Bool
 		converged := make(chan struct{})
-		d := newDrains(func(_ context.Context, on bool, reason string) error {
+		d := New(func(_ context.Context, on bool, reason string) error {
 			if on && (!strings.HasPrefix(reason, kv.MaintenanceReason) || !strings.HasSuffix(reason, " //app")) {
 				t.Errorf("the reason is %q", reason) // of another the node isn't taken back
 			}
@@ -30,12 +31,12 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 			}
 			calls = append(calls, on)
 			return nil
-		}, converged, quiet())
-		go d.run(ctx)
+		}, converged, slog.New(slog.DiscardHandler))
+		go d.Run(ctx)
 		app, base := deployments.UnitID{Unit: "app"}, deployments.UnitID{Unit: "base"}
 		set := func(id deployments.UnitID, on bool) time.Duration {
 			began := time.Now()
-			if err := d.set(ctx, id, on); err != nil {
+			if err := d.Set(ctx, id, on); err != nil {
 				t.Fatal(err)
 			}
 			took := time.Since(began)
@@ -61,7 +62,7 @@ func TestMaintenanceFollowsDrain(t *testing.T) {
 
 		// An outage delays a switch for a bounded time, and maintenance mode is set later.
 		away.Store(true)
-		if took := set(app, true); took != drainWait {
+		if took := set(app, true); took != maxWait {
 			t.Errorf("a switch waited %v for maintenance mode", took)
 		}
 		away.Store(false)
@@ -89,20 +90,20 @@ func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		app := deployments.UnitID{Unit: "app"}
 		began := time.Now()
-		d := newDrains(nil, make(chan struct{}), quiet())
-		if err := d.set(t.Context(), app, true); err != nil || !slices.Equal(d.list(), []deployments.UnitID{app}) {
-			t.Errorf("drained are %v, %v", d.list(), err)
+		d := New(nil, make(chan struct{}), slog.New(slog.DiscardHandler))
+		if err := d.Set(t.Context(), app, true); err != nil || !slices.Equal(d.Units(), []deployments.UnitID{app}) {
+			t.Errorf("drained are %v, %v", d.Units(), err)
 		}
-		d.run(t.Context()) // returns
+		d.Run(t.Context()) // returns
 		superseded := errors.New("superseded")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		cancel(superseded)
-		d = newDrains(func(context.Context, bool, string) error { return errors.New("consul is away") }, make(chan struct{}), quiet())
-		if err := d.set(ctx, app, true); !errors.Is(err, superseded) {
+		d = New(func(context.Context, bool, string) error { return errors.New("consul is away") }, make(chan struct{}), slog.New(slog.DiscardHandler))
+		if err := d.Set(ctx, app, true); !errors.Is(err, superseded) {
 			t.Errorf("got %v", err)
 		}
-		if err := d.set(t.Context(), app, false); err != nil || len(d.list()) > 0 {
-			t.Errorf("drained are %v, %v", d.list(), err)
+		if err := d.Set(t.Context(), app, false); err != nil || len(d.Units()) > 0 {
+			t.Errorf("drained are %v, %v", d.Units(), err)
 		}
 		if took := time.Since(began); took > 0 {
 			t.Errorf("it waited %v", took)
@@ -119,8 +120,8 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			var calls []bool
 			converged := make(chan struct{})
-			d := newDrains(func(_ context.Context, on bool, _ string) error { calls = append(calls, on); return nil }, converged, quiet())
-			go d.run(ctx)
+			d := New(func(_ context.Context, on bool, _ string) error { calls = append(calls, on); return nil }, converged, slog.New(slog.DiscardHandler))
+			go d.Run(ctx)
 			time.Sleep(time.Hour)
 			if len(calls) > 0 {
 				t.Fatalf("before the node was well, maintenance was turned %v", calls)
@@ -128,7 +129,7 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 			var want []bool
 			if drained {
 				for _, on := range []bool{true, false} {
-					if err := d.set(ctx, deployments.UnitID{Unit: "app"}, on); err != nil {
+					if err := d.Set(ctx, deployments.UnitID{Unit: "app"}, on); err != nil {
 						t.Fatal(err)
 					}
 					synctest.Wait()
@@ -155,22 +156,22 @@ func TestMaintenanceThatMayBeOn(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			var on, lost atomic.Bool
-			d := newDrains(func(_ context.Context, to bool, _ string) error {
+			d := New(func(_ context.Context, to bool, _ string) error {
 				on.Store(to)
 				if lost.Load() {
 					return errors.New("no answer")
 				}
 				return nil
-			}, make(chan struct{}), quiet())
-			go d.run(ctx)
+			}, make(chan struct{}), slog.New(slog.DiscardHandler))
+			go d.Run(ctx)
 			app := deployments.UnitID{Unit: "app"}
 			for _, lose := range loses {
 				lost.Store(lose)
-				if err := d.set(ctx, app, true); err != nil {
+				if err := d.Set(ctx, app, true); err != nil {
 					t.Fatal(err)
 				}
 				lost.Store(false)
-				if err := d.set(ctx, app, false); err != nil {
+				if err := d.Set(ctx, app, false); err != nil {
 					t.Fatal(err)
 				}
 				time.Sleep(2 * maxRetry)
@@ -195,32 +196,32 @@ func TestSwitchWaitsForMaintenanceThatIsBeingTurned(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithCancel(t.Context())
 				var on, slow, switching atomic.Bool
-				d := newDrains(func(_ context.Context, to bool, _ string) error {
+				d := New(func(_ context.Context, to bool, _ string) error {
 					if !slow.Load() {
 						on.Store(to)
 						return nil
 					}
 					slow.Store(false)
 					var err error
-					if time.Sleep(drainWait / 2); lost {
+					if time.Sleep(maxWait / 2); lost {
 						err = errors.New("no answer")
 					}
 					if on.Store(to); switching.Load() {
 						t.Error("maintenance mode went off after the switch had begun")
 					}
 					return err
-				}, make(chan struct{}), quiet())
-				go d.run(ctx)
+				}, make(chan struct{}), slog.New(slog.DiscardHandler))
+				go d.Run(ctx)
 				app, base := deployments.UnitID{Unit: "app"}, deployments.UnitID{Unit: "base"}
-				if err := d.set(ctx, app, true); err != nil {
+				if err := d.Set(ctx, app, true); err != nil {
 					t.Fatal(err)
 				}
 				slow.Store(true)
-				if err := d.set(ctx, app, false); err != nil {
+				if err := d.Set(ctx, app, false); err != nil {
 					t.Fatal(err)
 				}
 				synctest.Wait()
-				if err := d.set(ctx, base, true); err != nil {
+				if err := d.Set(ctx, base, true); err != nil {
 					t.Fatal(err)
 				}
 				if switching.Store(true); !on.Load() {

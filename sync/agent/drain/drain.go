@@ -1,4 +1,5 @@
-package agent
+// Package drain knows which units of a node are drained, and sets the node's maintenance mode accordingly.
+package drain
 
 import (
 	"context"
@@ -12,11 +13,15 @@ import (
 	"kedge/deployments/wait"
 )
 
-// drainWait is how long a switch waits for maintenance mode to be on.
-const drainWait = 5 * time.Second
+const (
+	// maxWait is how long a switch waits for maintenance mode to be on.
+	maxWait = 5 * time.Second
+	// maxRetry is the longest pause between two tries to set maintenance mode.
+	maxRetry = 30 * time.Second
+)
 
-// drains knows which units are drained, and sets the node's maintenance mode accordingly.
-type drains struct {
+// Tracker knows which units are drained. Create it with New.
+type Tracker struct {
 	maintenance func(ctx context.Context, on bool, reason string) error
 	converged   <-chan struct{} // once closed, a node that isn't drained is in service
 	log         *slog.Logger
@@ -30,12 +35,14 @@ type drains struct {
 	done  chan struct{} // closed and replaced when on changes
 }
 
-func newDrains(
+// New returns a Tracker of a node without drained units. maintenance sets the node's maintenance mode; nil: the node
+// has none. converged is closed once the node may leave a maintenance mode that an earlier run left on.
+func New(
 	maintenance func(ctx context.Context, on bool, reason string) error,
 	converged <-chan struct{},
 	log *slog.Logger,
-) *drains {
-	return &drains{
+) *Tracker {
+	return &Tracker{
 		maintenance: maintenance,
 		converged:   converged,
 		log:         log,
@@ -44,9 +51,9 @@ func newDrains(
 	}
 }
 
-// set records that a unit is drained or no longer is. If maintenance mode has to be switched on, it waits for that
-// for up to drainWait.
-func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error {
+// Set records that a unit is drained or no longer is. If maintenance mode has to be switched on, it waits for that
+// for up to maxWait.
+func (d *Tracker) Set(ctx context.Context, id deployments.UnitID, on bool) error {
 	d.mu.Lock()
 	d.units = slices.DeleteFunc(d.units, func(u deployments.UnitID) bool { return u == id })
 	if on {
@@ -60,7 +67,7 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	if !on {
 		return nil
 	}
-	timeout := time.NewTimer(drainWait)
+	timeout := time.NewTimer(maxWait)
 	defer timeout.Stop()
 	for {
 		d.mu.Lock()
@@ -79,26 +86,27 @@ func (d *drains) set(ctx context.Context, id deployments.UnitID, on bool) error 
 	}
 }
 
-// forget ends the drain of a unit without waiting.
-func (d *drains) forget(id deployments.UnitID) {
-	if slices.Contains(d.list(), id) {
-		_ = d.set(context.Background(), id, false)
+// End ends the drain of a unit without waiting.
+func (d *Tracker) End(id deployments.UnitID) {
+	if slices.Contains(d.Units(), id) {
+		_ = d.Set(context.Background(), id, false)
 	}
 }
 
-func (d *drains) list() []deployments.UnitID {
+// Units returns the drained units.
+func (d *Tracker) Units() []deployments.UnitID {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Clone(d.units)
 }
 
-// run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in
+// Run switches maintenance mode on and off until ctx ends. A node that stops while it is drained stays in
 // maintenance mode, as it has not become healthy. The next run ends that.
-func (d *drains) run(ctx context.Context) {
+func (d *Tracker) Run(ctx context.Context) {
 	if d.maintenance == nil {
 		return
 	}
-	retry := newBackoff()
+	retry := wait.NewBackoff(250*time.Millisecond, maxRetry/2)
 	for {
 		d.mu.Lock()
 		want, on, known, lost := len(d.units) > 0, d.on, d.known, d.lost
