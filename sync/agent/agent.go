@@ -138,8 +138,8 @@ type Agent struct {
 	// and what is wanted now doesn't wait for what is fetched ahead. A slow fetch returns its token: see holdTurn.
 	fetching, ahead chan struct{}
 
-	kicked    wait.Signal   // wakes the loop
-	reportNow wait.Signal   // wakes report
+	changed   wait.Signal   // wakes the loop
+	reportDue wait.Signal   // wakes report
 	pulse     chan struct{} // answers Alive
 	idle      chan struct{} // closed once
 	converged chan struct{} // closed once
@@ -346,25 +346,12 @@ func (e *foreignError) Error() string {
 	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
 }
 
-func (u *unit) nudge() {
-	u.wake.Set()
-}
-
 // state returns the unit's state on disk; zero until it was opened.
 func (u *unit) state() deploy.State {
 	if u.deploy == nil {
 		return deploy.State{}
 	}
 	return u.deploy.State()
-}
-
-// kick wakes the loop.
-func (a *Agent) kick() {
-	a.kicked.Set()
-}
-
-func (a *Agent) kickReport() {
-	a.reportNow.Set()
 }
 
 // Node returns this node's name. It may change once if Config gave none.

@@ -105,7 +105,7 @@ func TestReportsOnlyChanges(t *testing.T) {
 	// Wake-ups without changes, and other nodes' pins, cause no report.
 	for i := range 10 {
 		w.put(kv.NodePinKey(app, "web-9"), w.publish("app", fmt.Sprint("other-", i)).String())
-		a.kick()
+		a.changed.Set()
 	}
 	steadily(t, "nothing happened", func() (bool, string) {
 		return faulty.Writes()[key] == 0, fmt.Sprint(faulty.Writes())

@@ -49,7 +49,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 	for _, u := range a.units {
 		u.stamp(now)
 	}
-	a.kickReport()
+	a.reportDue.Set()
 	return next
 }
 
@@ -179,7 +179,7 @@ func (u *unit) aim(g goal) {
 	if u.busy.kind != jobNone && u.inTheWay() {
 		u.busy.cancel(errSuperseded)
 	}
-	u.nudge()
+	u.wake.Set()
 }
 
 // inTheWay reports whether the job under way has to be cancelled for the goal.

@@ -47,10 +47,10 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 			u.forget, u.refused = true, nil
 			u.retry.Reset()
 			u.retryAt = time.Time{}
-			u.nudge()
+			u.wake.Set()
 		}
 	}
-	a.kick()
+	a.changed.Set()
 	return found
 }
 

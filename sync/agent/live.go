@@ -41,8 +41,8 @@ func (a *Agent) checkLink(u *unit) {
 		return
 	}
 	u.drift = []string{u.dest}
-	u.nudge()
-	a.kickReport()
+	u.wake.Set()
+	a.reportDue.Set()
 }
 
 // astray reports whether dest is no longer as the last deployment left it, and records what another tool deployed
@@ -191,7 +191,7 @@ func (a *Agent) look(ctx context.Context, u *unit, p deployments.Pointer) error 
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	u.looked = lookedAt{p.Digest, found}
-	a.kickReport()
+	a.reportDue.Set()
 	return nil
 }
 
@@ -261,5 +261,5 @@ func (a *Agent) noteHealth(u *unit, h deploy.Health) {
 	}
 	u.health = h
 	u.stamp(time.Now())
-	a.kick()
+	a.changed.Set()
 }

@@ -85,7 +85,7 @@ func (a *Agent) see(s *cache.Source, v kv.View) {
 	defer a.mu.Unlock()
 	a.cache.See(s, v, time.Now())
 	a.metrics.seen(s.Prefix, v.Err == nil)
-	a.kick()
+	a.changed.Set()
 }
 
 // useSnapshot offers a snapshot to the sources that know nothing, until there are none.
@@ -123,7 +123,7 @@ func (a *Agent) offerSnapshot(entries []kv.Entry) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.cache.Offer(entries, time.Now())
-	a.kick()
+	a.changed.Set()
 }
 
 // findName finds the node's name if none was given: the name that the store's agent on this machine has for it, as

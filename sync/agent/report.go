@@ -34,7 +34,7 @@ func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Point
 	u.phase = deployments.StateSwitching
 	u.stamp(time.Now())
 	a.mu.Unlock()
-	a.kickReport()
+	a.reportDue.Set()
 	select {
 	case <-made:
 		return nil
@@ -234,7 +234,7 @@ func (a *Agent) report(ctx context.Context) {
 					a.c.Log.Warn("could not write the node's status: trying again", "role", role, "error", err)
 				}
 				failed = true
-				a.kickReport()
+				a.reportDue.Set()
 				break
 			}
 			retry.Reset()
@@ -251,7 +251,7 @@ func (a *Agent) report(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-a.reportNow.C():
+		case <-a.reportDue.C():
 		case <-due:
 		}
 	}
@@ -290,8 +290,8 @@ func (a *Agent) setJoined(role string, since uint64) {
 		a.joined = map[string]uint64{}
 	}
 	a.joined[role] = since
-	a.kick()
-	a.kickReport()
+	a.changed.Set()
+	a.reportDue.Set()
 }
 
 // rolesInMidSwitch returns the roles with a unit whose deployment is half done. Their reports stay when the agent

@@ -83,7 +83,7 @@ func TestReportsAreBounded(t *testing.T) {
 			cache:     known,
 			metrics:   newMetrics(nil),
 			drained:   drain.New(nil, nil, quiet()),
-			reportNow: wait.NewSignal(),
+			reportDue: wait.NewSignal(),
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
@@ -96,7 +96,7 @@ func TestReportsAreBounded(t *testing.T) {
 			a.mu.Lock()
 			a.begun = a.begun.Add(time.Second)
 			a.mu.Unlock()
-			a.kickReport()
+			a.reportDue.Set()
 			synctest.Wait()
 		}
 		if n, _ := store.read(); n != reportBurst {

@@ -68,8 +68,8 @@ func New(c Config) (_ *Agent, err error) {
 		onDisk:    map[deployments.UnitID]bool{},
 		fetching:  make(chan struct{}, 1),
 		ahead:     make(chan struct{}, 1),
-		kicked:    wait.NewSignal(),
-		reportNow: wait.NewSignal(),
+		changed:   wait.NewSignal(),
+		reportDue: wait.NewSignal(),
 		pulse:     make(chan struct{}),
 		idle:      make(chan struct{}),
 		converged: make(chan struct{}),
@@ -207,7 +207,7 @@ func (a *Agent) loop(ctx context.Context) {
 			case <-ctx.Done():
 				return
 			case <-a.pulse:
-			case <-a.kicked.C():
+			case <-a.changed.C():
 				again = true
 			case <-timer:
 				again = true

@@ -191,7 +191,7 @@ func (a *Agent) displace(u *unit) {
 	for _, other := range a.units {
 		if other != u && u.dest != "" && other.dest == u.dest {
 			other.done, other.drift = deployments.Pointer{}, nil
-			other.nudge()
+			other.wake.Set()
 		}
 	}
 }
@@ -214,7 +214,7 @@ func (a *Agent) readmit(u *unit) {
 		if why.dest != "" && a.free(u, why.dest) == nil {
 			u.log.Info("the place that another unit had is free", "release", p.String(), "dest", why.dest)
 			delete(u.refused, p)
-			u.nudge()
+			u.wake.Set()
 		}
 	}
 }

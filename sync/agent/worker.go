@@ -58,7 +58,7 @@ func (a *Agent) leave(u *unit) {
 	delete(a.onDisk, u.id)
 	a.metrics.drop(u.id)
 	a.cache.Recount(u.id.Role, time.Now())
-	a.kick()
+	a.changed.Set()
 }
 
 // work is a unit's worker: it does the jobs that the goal needs, one after another, until ctx ends.
@@ -114,7 +114,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			u.recover = s.Unfinished || s.Drained
 		}
 		for _, other := range a.units {
-			other.nudge() // see Agent.opening
+			other.wake.Set() // see Agent.opening
 		}
 		a.mu.Unlock()
 		if err == nil {
@@ -124,13 +124,13 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // spreads the fleet
 			}
 			a.mu.Unlock()
-			a.kick()
+			a.changed.Set()
 			return true
 		}
 		if retry.Tries() == 0 {
 			u.log.Error("could not open the unit's state: trying again", "error", err)
 		}
-		a.kickReport()
+		a.reportDue.Set()
 		if retry.Wait(ctx) != nil {
 			return false
 		}
@@ -143,7 +143,7 @@ func (a *Agent) drain(ctx context.Context, u *unit, on bool) error {
 		u.log.Info("drain", "on", on)
 	}
 	err := a.drained.Set(ctx, u.id, on)
-	a.kick()
+	a.changed.Set()
 	return err
 }
 
@@ -232,7 +232,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		)
 	}
 	a.metrics.ended(u.id, string(j.kind), j.kind == jobDeploy, err, calledOff, took)
-	a.kick()
+	a.changed.Set()
 	if changed {
 		debug.FreeOSMemory() // an idle agent doesn't need what the deployment allocated
 	}
@@ -263,7 +263,7 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	}
 	u.phase, u.progress = s, p
 	u.stamp(time.Now())
-	a.kickReport()
+	a.reportDue.Set()
 }
 
 // choose returns the next job for the goal, and when to choose again if there is none.
