@@ -18,6 +18,7 @@ import (
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/agent"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/fleet"
 )
 
@@ -132,7 +133,7 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fl
 func localStatus(ctx context.Context, stateDir string) (s policy.NodeStatus, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	socket := agent.SocketPath(stateDir)
+	socket := statedir.SocketPath(stateDir)
 	client := http.Client{
 		Transport: &http.Transport{
 			DisableKeepAlives: true,

@@ -15,7 +15,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/sync/agent"
+	"kedge/sync/agent/statedir"
 )
 
 // rolledBack waits until the app's rollout has been rolled back.
@@ -54,7 +54,7 @@ func (s *service) inPhase(p deployments.Pointer, phase deployments.Phase) {
 // answers waits until a node's agent answers a question with a status.
 func (s *service) answers(node, question string, status int) {
 	s.t.Helper()
-	socket := agent.SocketPath(filepath.Join(s.dir, node, "state"))
+	socket := statedir.SocketPath(filepath.Join(s.dir, node, "state"))
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}

@@ -13,7 +13,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
-	"kedge/sync/agent"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/fleet"
 )
 
@@ -56,7 +56,7 @@ func TestRenamedUnitAndItsRevert(t *testing.T) {
 // ready waits until a node's agent answers /ready with 200.
 func (w *world) ready(node string) {
 	w.t.Helper()
-	socket := agent.SocketPath(filepath.Join(w.dir, node, "state"))
+	socket := statedir.SocketPath(filepath.Join(w.dir, node, "state"))
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}

@@ -34,21 +34,32 @@
 //	node.json                 what the store's agent called this node last
 //	agent.sock                /status, /ready and POST /retry for this machine's root
 //	units/STAGE/ROLE/UNIT/    package deploy's
+//
+// # Reading order
+//
+// agent.go has Config and New, reconcile.go Run and the loop, siblings.go what units of one node need of each other.
+// unit.go says what is known of a unit and what state that is. worker.go chooses and runs a unit's jobs, which are in
+// jobs.go. watch.go reads the store, report.go writes to it, status.go makes what a node says of itself, and http.go
+// serves that.
 package agent
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
+	"os"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 
-	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/deployments/wait"
@@ -157,6 +168,164 @@ type Agent struct {
 	workers sync.WaitGroup
 }
 
+// New checks c and locks the state directory; it returns statedir.ErrLocked if another agent holds it. Run must be
+// called on the Agent.
+func New(c Config) (_ *Agent, err error) {
+	if c.Store == nil || c.Objects == nil {
+		return nil, errors.New("an agent needs a store and a client for objects")
+	}
+	for _, s := range append([]string{c.Stage}, c.Roles...) {
+		if err := deployments.CheckSegment("stage or role", s); err != nil {
+			return nil, err
+		}
+	}
+	c.Roles = slices.Compact(slices.Sorted(slices.Values(c.Roles)))
+	if len(c.Roles) == 0 {
+		return nil, errors.New("an agent needs at least one role")
+	}
+	if c.StateDir == "" {
+		c.StateDir = DefaultStateDir
+	}
+	var host string
+	if c.Node == "" {
+		if host, err = os.Hostname(); err != nil {
+			return nil, fmt.Errorf("this host's name: %w", err)
+		}
+		c.Node, _, _ = strings.Cut(host, ".")
+	}
+	if err := deployments.CheckSegment("node", c.Node); err != nil {
+		return nil, err
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.uptime == nil {
+		c.uptime = sinceBoot
+	}
+	a := &Agent{
+		c:         c,
+		started:   time.Now().Truncate(time.Millisecond),
+		booted:    c.uptime() < bootWithin,
+		making:    map[*cache.Source]bool{},
+		units:     map[deployments.UnitID]*unit{},
+		onDisk:    map[deployments.UnitID]bool{},
+		fetching:  make(chan struct{}, 1),
+		ahead:     make(chan struct{}, 1),
+		changed:   wait.NewSignal(),
+		reportDue: wait.NewSignal(),
+		pulse:     make(chan struct{}),
+		idle:      make(chan struct{}),
+		converged: make(chan struct{}),
+	}
+	if a.dir, err = statedir.Open(c.StateDir, c.Log); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, a.dir.Close())
+		}
+	}()
+	if host != "" {
+		a.naming = &naming{host: host, saved: a.dir.NodeName(host)}
+		a.c.Node = cmp.Or(a.naming.saved, c.Node)
+	}
+	a.findUnitsOnDisk()
+	if a.cache, err = cache.Open(cache.Config{
+		Node: a.c.Node, Stage: c.Stage, Roles: c.Roles, File: a.dir.Path(statedir.LastKnownFile), Kept: a.kept, Log: c.Log,
+	}); err != nil {
+		return nil, err
+	}
+	if a.floors, err = deploy.OpenFloors(a.dir.Path(statedir.FloorsFile), c.Log); err != nil {
+		return nil, err
+	}
+	a.begun = a.dir.StartingSince(a.started)
+	a.drained = drain.New(c.Maintenance, a.idle, c.Log)
+	if c.Listen != "" {
+		if a.listener, err = net.Listen("tcp", c.Listen); err != nil {
+			return nil, fmt.Errorf("listening for /ready: %w", err)
+		}
+	}
+	if c.ListenStatus != "" {
+		if a.statusListener, err = net.Listen("tcp", c.ListenStatus); err != nil {
+			if a.listener != nil {
+				err = errors.Join(err, a.listener.Close())
+			}
+			return nil, fmt.Errorf("listening for /status and /metrics: %w", err)
+		}
+	}
+	a.metrics = newMetrics(c.Metrics)
+	if c.Metrics != nil {
+		c.Metrics.MustRegister(gauges{reports: a.Report, fetched: c.Objects.Requests, storeUp: a.storeUp})
+	}
+	a.drift = destwatch.New(c.Log)
+	return a, nil
+}
+
+// bootWithin is how long after the machine's boot an agent may start and still count as started by the boot.
+const bootWithin = 5 * time.Minute
+
+// sinceBoot returns how long the machine has been up; the maximum if unknown.
+func sinceBoot() time.Duration {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return math.MaxInt64
+	}
+	return time.Duration(info.Uptime) * time.Second
+}
+
+// findUnitsOnDisk records the units of this node's roles that it has ever deployed: an interrupted deployment is
+// recovered, whatever the store says.
+func (a *Agent) findUnitsOnDisk() {
+	for _, r := range a.c.Roles {
+		ids, err := a.dir.Units(a.c.Stage, r)
+		if err != nil {
+			a.c.Log.Error("could not list the units on disk", "role", r, "error", err)
+		}
+		for _, id := range ids {
+			a.onDisk[id] = true
+		}
+	}
+}
+
+// kept reports whether this node's disk has files of a unit. a.mu is held.
+func (a *Agent) kept(id deployments.UnitID) bool {
+	if u := a.units[id]; u != nil {
+		return !u.state().Empty()
+	}
+	return a.onDisk[id]
+}
+
+// Addr returns the address of Listen; empty without one.
+func (a *Agent) Addr() string {
+	if a.listener == nil {
+		return ""
+	}
+	return a.listener.Addr().String()
+}
+
+// StatusAddr returns the address of ListenStatus; empty without one.
+func (a *Agent) StatusAddr() string {
+	if a.statusListener == nil {
+		return ""
+	}
+	return a.statusListener.Addr().String()
+}
+
+// Idle returns a channel that is closed when every unit has, for the first time since the start, converged or can't
+// continue without a person: systemd's READY.
+func (a *Agent) Idle() <-chan struct{} { return a.idle }
+
+// Converged returns a channel that is closed when, for the first time since the start, every unit runs what it
+// should, for AutoScaling.
+func (a *Agent) Converged() <-chan struct{} { return a.converged }
+
+// Node returns this node's name. It may change once if Config gave none.
+func (a *Agent) Node() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.c.Node
+}
+
 // naming is the state of the search for the name of a node whose configuration has none.
 type naming struct {
 	host string // the host's own name
@@ -165,200 +334,73 @@ type naming struct {
 	saved string
 }
 
-// unit is one unit on this node. Agent.mu guards all fields but the first six.
-type unit struct {
-	id   deployments.UnitID
-	log  *slog.Logger
-	wake wait.Signal // makes the worker look at its goal
-	// cancel ends the worker.
-	cancel context.CancelFunc
-	// observes is set if this node only observes the unit.
-	observes bool
-
-	// fetched is the number of bytes of the fetch under way.
-	fetched atomic.Int64
-
-	deploy *deploy.Unit // nil until the unit's state was opened
-
-	desired
-	observed
-	reported
-}
-
-// desired is what the loop decided about a unit. Only the loop writes it.
-type desired struct {
-	decided  bool
-	record   policy.Value[deployments.Record]
-	pins     [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
-	floor    int64                            // the highest generation that was acted on
-	held     int64                            // the generation of a record that is not acted on; 0: none
-	decision policy.Decision
-	key      string // the failure key: identifies the request for the target
-	cycle    string // the cycle of units that it is on; empty: none
-	blocked  dependency
-	retired  bool // its worker ends, and its files are removed
-	replaced bool // another unit, which is desired, has its dest
-	contends bool // a unit that is no longer desired is changing its dest
-	goal     goal
-}
-
-// observed is the worker's present job, and what its jobs found.
-type observed struct {
-	busy     job
-	phase    deployments.State // StateFetching or StateSwitching during a deployment
-	announce *announcement     // of the deployment under way; nil: none was made
-	progress artifact.Progress
-	done     deployments.Pointer             // what the unit converged to in this process
-	settled  deployments.Pointer             // what was recorded as settled on in this process
-	toSettle deployments.Pointer             // to record as settled on once it runs, before any other deployment
-	settleAt time.Time                       // when a release with a time ahead of the clock is recorded again
-	future   *deploy.FutureError             // the time that settled claims
-	ran      []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
-	recover  bool                            // a deployment has to be recovered first
-	forget   bool                            // all releases that failed may be retried
-	trouble  error                           // why the last job failed; nil if it succeeded
-	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node
-	retry    *wait.Backoff
-	retryAt  time.Time   // before that no job is begun that can fail
-	verifyAt time.Time   // zero: never
-	dest     string      // dest of the running release
-	claimed  string      // dest that was claimed last
-	mark     deploy.Mark // what the last deployment left at dest
-	foreign  string      // what another tool deployed to dest; empty: nothing
-	drift    []string
-	// unhealable is the drift that healing could not repair.
-	unhealable []string
-	compared   *deployments.Compared // on a node that observes
-	looked     lookedAt
-	again      *wait.Backoff       // until dest is compared again, on a node that observes
-	health     deploy.Health       // health of watched
-	watched    deployments.Pointer // the release whose health was watched last
-}
-
-// goal is what a unit's worker should reach. With the zero goal it only finishes what was begun.
-type goal struct {
-	run    deployments.Pointer // the release to deploy; zero: whatever runs stays
-	stage  deployments.Pointer // the release to have ready on disk as well
-	commit string              // the commit that asked for run
-	key    string              // the failure key of run
-	heal   bool                // repair drift
-	adopt  bool                // take over the tree at dest if it equals the first release
-	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
-	// fields are zero then.
-	observe deployments.Pointer
-	leave   bool // restore what was there before the first release
-	stays   bool // what was there before the first release isn't restored any more
-	settle  bool // once run is live, nothing older may follow: see observed.toSettle
-}
-
-// job is what a worker does at present.
-type job struct {
-	kind    jobKind
-	release deployments.Pointer
-	commit  string
-	key     string
-	adopt   bool
-	leaves  bool // it may give way to goal.leave
-	cancel  context.CancelCauseFunc
-	span    trace.Context // zero: not traced
-	root    trace.SpanID  // the root span of span's trace
-}
-
-// switches reports whether the job takes the unit out of service.
-func (j job) switches() bool {
-	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
-}
-
-type jobKind string
-
-const (
-	jobNone         jobKind = ""
-	jobRecover      jobKind = "recover" // finish what a crash interrupted
-	jobForget       jobKind = "forget"  // end quarantine
-	jobDeploy       jobKind = "deploy"
-	jobStage        jobKind = "stage"
-	jobHeal         jobKind = "heal"
-	jobVerify       jobKind = "verify"
-	jobProve        jobKind = "prove" // await the health of the running release, after a reboot
-	jobObserve      jobKind = "observe"
-	jobLook         jobKind = "look"          // look at dest before the first release
-	jobLeave        jobKind = "leave"         // restore what was there before the first release
-	jobForgetBefore jobKind = "forget-before" // discard what was there before the first release
-	jobSettle       jobKind = "settle"        // record that nothing older may follow
-)
-
-// reported is the unit's last state, and since when it has been in that state.
-type reported struct {
-	state deployments.State
-	since time.Time
-}
-
-// announcement is a switch that begins once the store holds a report that announces it.
-type announcement struct {
-	release deployments.Pointer
-	made    chan struct{} // closed once the store holds the report
-}
-
-// begins reports whether the announced switch may begin, or nothing is announced.
-func (x *announcement) begins() bool {
-	if x == nil {
-		return true
+// findName finds the node's name if none was given: the name that the store's agent on this machine has for it, as
+// other tools do, and so that the node's death is seen at once. It returns once the name is known. Before that
+// nothing is reported and no view of the store is taken, as pins and turns depend on the name. That costs nothing:
+// a store that doesn't tell the name has no records to give either. It calls unknown after each try that failed.
+func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
+	namer, ok := a.c.Store.(kv.Namer)
+	if a.naming == nil || !ok {
+		return
 	}
-	select {
-	case <-x.made:
-		return true
-	default:
-		return false
+	retry := newBackoff()
+	for answers := false; ; {
+		name, err := namer.NodeName(ctx)
+		if err == nil && name != "" {
+			err = deployments.CheckSegment("node", name)
+		}
+		switch {
+		case err == nil && name == "": // the store's agent is on another machine
+			return
+		case err == nil:
+			a.rename(name)
+			return
+		case ctx.Err() != nil:
+			return
+		case a.naming.saved != "":
+			a.c.Log.Debug("this node keeps its last known name", "node", a.naming.saved, "error", err)
+			return
+		case !passing(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
+			a.c.Log.Info("this node takes its host's name", "node", a.Node(), "error", err)
+			return
+		}
+		if answers = a.storeAnswers(ctx); answers && !errors.Is(err, kv.ErrTokenUnknown) {
+			continue // once more: the store may have come up just now
+		}
+		if retry.Tries() == 0 {
+			a.c.Log.Warn("the store is away, and this node's name isn't known yet: asking again", "error", err)
+		}
+		unknown(fmt.Errorf("this node's name isn't known yet: %w", err))
+		if retry.Wait(ctx) != nil {
+			return
+		}
 	}
 }
 
-// lookedAt is what was found at a release's dest while its unit ran nothing.
-type lookedAt struct {
-	release deployments.Digest
-	found   policy.Found
+// passing reports whether the same call may succeed later: a new token is denied until all of Consul knows it.
+func passing(err error) bool {
+	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }
 
-// dependency is a unit that another one waits for; zero: none.
-type dependency struct {
-	unit  string
-	why   string
-	stuck bool // the wait doesn't end without a person
+// storeAnswers reports whether the store is reachable, even if it doesn't tell this node's name.
+func (a *Agent) storeAnswers(ctx context.Context) bool {
+	_, err := a.c.Store.List(ctx, a.cache.Roles()[0].Records.Prefix)
+	return err == nil
 }
 
-// refusal is an error that a retry doesn't cure.
-type refusal struct {
-	err  error
-	dest string // the dest that another unit has; empty: there is another cause
-}
-
-// takenError means that another unit has the dest.
-type takenError struct {
-	dest string
-	why  string
-}
-
-func (e *takenError) Error() string { return e.why }
-
-// foreignError means that another tool has deployed to a unit's dest.
-type foreignError struct{ dest, found string }
-
-func (e *foreignError) Error() string {
-	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
-}
-
-// state returns the unit's state on disk; zero until it was opened.
-func (u *unit) state() deploy.State {
-	if u.deploy == nil {
-		return deploy.State{}
-	}
-	return u.deploy.State()
-}
-
-// Node returns this node's name. It may change once if Config gave none.
-func (a *Agent) Node() string {
+func (a *Agent) rename(name string) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.c.Node
+	was := a.c.Node
+	a.c.Node = name
+	a.cache.Rename(name)
+	a.mu.Unlock()
+	if name == a.naming.saved {
+		return
+	}
+	a.c.Log.Info("this node takes the name that the store's agent has for it", "node", name, "was", was)
+	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
+		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)
+	}
 }
 
 // maxRetry is the longest pause between two tries.
@@ -376,24 +418,4 @@ func closeOnce(c chan struct{}) bool {
 		close(c)
 		return true
 	}
-}
-
-// oneLine returns an error's text on one line of at most 300 bytes, for a report.
-func oneLine(err error) string {
-	return clipped(strings.Join(strings.Fields(err.Error()), " "), 300)
-}
-
-// clipped cuts a text to limit bytes.
-func clipped(s string, limit int) string {
-	if len(s) <= limit {
-		return s
-	}
-	return strings.ToValidUTF8(s[:limit-len("…")], "") + "…"
-}
-
-func text(err error) string {
-	if err == nil {
-		return ""
-	}
-	return err.Error()
 }

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -16,9 +15,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"kedge/deployments"
-	"kedge/policy"
-	"kedge/sync/agent/statedir"
-	"kedge/sync/fleet/message"
 )
 
 // Alive reports whether the agent's loop still runs, for the watchdog and /live. It takes up to 10 s to return
@@ -56,44 +52,6 @@ func (a *Agent) Retry(id deployments.UnitID) bool {
 
 // maxSocketPath is the kernel's limit for the path of a socket.
 const maxSocketPath = 107
-
-// SocketPath returns the path of the socket at which the agent of a state directory serves GET /status, /ready and
-// /live, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all).
-func SocketPath(stateDir string) string { return filepath.Join(stateDir, statedir.SocketFile) }
-
-// Status returns the agent's whole state.
-func (a *Agent) Status() policy.NodeStatus {
-	roles := a.Report()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	s := policy.NodeStatus{
-		Node: a.c.Node, Stage: a.c.Stage, Agent: a.c.Version, Started: a.started.UTC(), Roles: roles,
-		Decisions: map[string]policy.DecisionStatus{}, Why: a.unready(),
-	}
-	s.Ready = len(s.Why) == 0
-	for _, r := range a.cache.Roles() {
-		for _, src := range r.Sources() {
-			st := policy.SourceStatus{Prefix: src.Prefix}
-			st.From, st.Since = src.Origin()
-			if since, err := src.Trouble(); err != nil {
-				st.Trouble, st.TroubleSince = oneLine(err), since
-			}
-			s.Sources = append(s.Sources, st)
-		}
-	}
-	for id, u := range a.units {
-		if !u.decided || u.gone() {
-			continue
-		}
-		d := u.decision
-		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
-			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
-			Why: message.Decision(d.Reason, d.Facts), Invalid: text(d.Invalid),
-			Recheck: d.Recheck, Waits: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
-		}
-	}
-	return s
-}
 
 // handler serves the node's health and, if open, what it runs and why.
 func (a *Agent) handler(open bool) *http.ServeMux {
@@ -149,10 +107,9 @@ func answer(w http.ResponseWriter, code int, v any) {
 	_ = e.Encode(v) // an error means that the client has gone
 }
 
-// serveSocket serves agent.sock, which only the agent's own user can open, until ctx ends. If the path is too long,
-// the agent runs without it.
-func (a *Agent) serveSocket(ctx context.Context) error {
-	path := SocketPath(a.c.StateDir)
+// serveSocket serves GET /status, /ready and /live, and POST /retry?unit=STAGE/ROLE/UNIT (without unit: all), until
+// ctx ends: at a socket that only the agent's own user can open. If the path is too long, the agent runs without it.
+func (a *Agent) serveSocket(ctx context.Context, path string) error {
 	if len(path) > maxSocketPath {
 		a.c.Log.Warn("no socket for kedge retry on this node: the state directory's path is too long", "path", path)
 		return nil

@@ -18,7 +18,6 @@ type metrics struct {
 	deployed  *prometheus.GaugeVec
 	reconcile prometheus.Histogram
 	reports   prometheus.Counter
-	store     *prometheus.GaugeVec
 }
 
 func newMetrics(r *prometheus.Registry) *metrics {
@@ -41,12 +40,9 @@ func newMetrics(r *prometheus.Registry) *metrics {
 		reports: prometheus.NewCounter(
 			prometheus.CounterOpts{Name: "kedge_agent_reports_total", Help: "Reports written into the store."},
 		),
-		store: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "kedge_agent_store_up", Help: "1 while the view of a prefix is up to date.",
-		}, []string{"prefix"}),
 	}
 	if r != nil {
-		r.MustRegister(m.jobs, m.duration, m.deployed, m.reconcile, m.reports, m.store)
+		r.MustRegister(m.jobs, m.duration, m.deployed, m.reconcile, m.reports)
 	}
 	return m
 }
@@ -81,18 +77,11 @@ func (m *metrics) drop(id deployments.UnitID) {
 
 func (m *metrics) wroteReport() { m.reports.Inc() }
 
-func (m *metrics) seen(prefix string, up bool) {
-	v := 0.0
-	if up {
-		v = 1
-	}
-	m.store.WithLabelValues(prefix).Set(v)
-}
-
 // gauges are the metrics that are computed at each scrape.
 type gauges struct {
 	reports func() map[string]deployments.Report
 	fetched func() (requests int64, bytes int64)
+	storeUp func() map[string]bool
 }
 
 var (
@@ -107,6 +96,8 @@ var (
 		[]string{"role", "unit"},
 		nil,
 	)
+	storeGauge = prometheus.NewDesc("kedge_agent_store_up", "1 while the view of a prefix is up to date.",
+		[]string{"prefix"}, nil)
 	fetchedGauge = prometheus.NewDesc("kedge_agent_fetched_bytes_total", "Bytes read from storage.", nil, nil)
 )
 
@@ -115,17 +106,19 @@ func (g gauges) Describe(c chan<- *prometheus.Desc) {
 	c <- stateGauge
 	c <- infoGauge
 	c <- driftGauge
+	c <- storeGauge
 	c <- fetchedGauge
 }
 
 func (g gauges) Collect(c chan<- prometheus.Metric) {
 	_, bytes := g.fetched()
 	c <- prometheus.MustNewConstMetric(fetchedGauge, prometheus.CounterValue, float64(bytes))
-	ready := 0.0
+	for prefix, up := range g.storeUp() {
+		c <- prometheus.MustNewConstMetric(storeGauge, prometheus.GaugeValue, value(up), prefix)
+	}
+	ready := false
 	for role, r := range g.reports() {
-		if r.Ready {
-			ready = 1
-		}
+		ready = ready || r.Ready
 		for name, u := range r.Units {
 			digest := ""
 			if !u.Running.IsZero() {
@@ -134,13 +127,18 @@ func (g gauges) Collect(c chan<- prometheus.Metric) {
 			c <- prometheus.MustNewConstMetric(infoGauge, prometheus.GaugeValue, 1, role, name, u.Version, digest)
 			c <- prometheus.MustNewConstMetric(driftGauge, prometheus.GaugeValue, float64(len(u.Drift)), role, name)
 			for _, state := range deployments.States() {
-				is := 0.0
-				if state == u.State {
-					is = 1
-				}
+				is := value(state == u.State)
 				c <- prometheus.MustNewConstMetric(stateGauge, prometheus.GaugeValue, is, role, name, string(state))
 			}
 		}
 	}
-	c <- prometheus.MustNewConstMetric(readyGauge, prometheus.GaugeValue, ready)
+	c <- prometheus.MustNewConstMetric(readyGauge, prometheus.GaugeValue, value(ready))
+}
+
+// value returns the value of a gauge that tells whether something holds.
+func value(holds bool) float64 {
+	if holds {
+		return 1
+	}
+	return 0
 }

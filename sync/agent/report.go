@@ -1,10 +1,8 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -14,34 +12,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
-	"kedge/policy"
 )
-
-// announce waits until the store holds a report that the unit is in mid-switch, if a rollout's budget counts the
-// unit: if a node died in its first steps, the mirror would otherwise not know that it is out of service, and would
-// give its turn away. While the store is away the switch doesn't begin, and the unit stays in service.
-func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
-	a.mu.Lock()
-	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
-	pinned := u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin
-	// A half-done deployment is out of service already, and its report says so.
-	if u.record.Value.Rollout == nil || pinned || !serves || u.state().Unfinished {
-		a.mu.Unlock()
-		return nil
-	}
-	made := make(chan struct{})
-	u.announce = &announcement{release, made}
-	u.phase = deployments.StateSwitching
-	u.stamp(time.Now())
-	a.mu.Unlock()
-	a.reportDue.Set()
-	select {
-	case <-made:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
 
 // announced releases the switches that the report in the store announces.
 func (a *Agent) announced(role string, w writtenReport) {
@@ -78,84 +49,6 @@ const (
 	reportBurst      = 16
 	leaveWithin      = 5 * time.Second
 )
-
-// Report returns the agent's present reports, by role.
-func (a *Agent) Report() map[string]deployments.Report {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	reports := map[string]deployments.Report{}
-	ready := len(a.unready()) == 0
-	for _, r := range a.cache.Roles() {
-		reports[r.Name] = deployments.Report{
-			Node:    a.c.Node,
-			Joined:  a.joined[r.Name],
-			Agent:   a.c.Version,
-			Started: a.begun.UTC(),
-			Ready:   ready,
-			Units:   map[string]deployments.UnitReport{},
-		}
-	}
-	for id, u := range a.units {
-		if !u.gone() {
-			reports[id.Role].Units[id.Unit] = u.report()
-		}
-	}
-	for _, r := range a.cache.Roles() {
-		report := reports[r.Name]
-		if left := r.LeftOut + fitReport(&report); left > 0 {
-			report.Reason = deployments.ReasonTooManyUnits
-			report.Facts = deployments.Facts{"limit": fmt.Sprint(deployments.MaxRoleUnits), "left_out": fmt.Sprint(left)}
-		}
-		reports[r.Name] = report
-	}
-	return reports
-}
-
-// maxUnitsSize bounds the size of a report's units, in bytes.
-const maxUnitsSize = deployments.MaxReport - 8<<10
-
-// fitReport reduces a report to its size limit: it drops details first, then units, the last by name first, and
-// units in mid-switch, which wait for the store to hold the report, last of all. It returns how many units it
-// dropped.
-func fitReport(r *deployments.Report) (left int) {
-	size := func(name string) int {
-		data, err := json.Marshal(r.Units[name])
-		if err != nil {
-			panic("a report has no JSON") // it is plain data
-		}
-		return len(data) + len(name) + len(`"":,`)
-	}
-	names, total, sizes := slices.Sorted(maps.Keys(r.Units)), 0, map[string]int{}
-	slices.SortStableFunc(names, func(a, b string) int {
-		return cmp.Compare(inService(r.Units[a]), inService(r.Units[b]))
-	})
-	for _, name := range names {
-		sizes[name] = size(name)
-		total += sizes[name]
-	}
-	for i := len(names) - 1; i >= 0 && total > maxUnitsSize; i-- {
-		u := r.Units[names[i]]
-		u.Drift, u.Facts, u.Why = nil, nil, ""
-		r.Units[names[i]] = u
-		was := sizes[names[i]]
-		sizes[names[i]] = size(names[i])
-		total -= was - sizes[names[i]]
-	}
-	for i := len(names) - 1; i >= 0 && (total > maxUnitsSize || i >= deployments.MaxRoleUnits); i-- {
-		delete(r.Units, names[i])
-		total -= sizes[names[i]]
-		left++
-	}
-	return left
-}
-
-// inService returns 0 for a unit in mid-switch, 1 for any other.
-func inService(u deployments.UnitReport) int {
-	if u.State == deployments.StateSwitching {
-		return 0
-	}
-	return 1
-}
 
 // report writes the reports to the store whenever they change, until ctx ends. Then it removes them, as a node that
 // stops in order isn't a dead one. It can't tell whether the node stops for good, as in a scale-in: a restart of
@@ -374,23 +267,6 @@ func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wa
 		}
 	}
 	return max(wait, 0)
-}
-
-// settledIn reports whether the agent knows enough of a role to report on it.
-func (a *Agent) settledIn(role string) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, r := range a.cache.Roles() {
-		if r.Name == role && !r.Known() && !r.Missing() { // a node with a mistyped role must be found in the reports
-			return false
-		}
-	}
-	for id, u := range a.units {
-		if id.Role == role && (!u.decided || u.deploy == nil && u.trouble == nil) {
-			return false
-		}
-	}
-	return true
 }
 
 // presence opens the presence that holds the reports, and retries until it succeeds; nil if ctx ends.

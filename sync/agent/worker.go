@@ -16,6 +16,7 @@ import (
 	"kedge/policy"
 	"kedge/sync/agent/statedir"
 	"kedge/sync/deploy"
+	"kedge/sync/trace"
 )
 
 // addUnit starts a unit's worker if there is none. a.mu is held.
@@ -118,7 +119,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 		}
 		a.mu.Unlock()
 		if err == nil {
-			a.observe(u)
+			a.watchDest(u)
 			a.mu.Lock()
 			if a.c.VerifyEvery > 0 {
 				u.verifyAt = time.Now().Add(rand.N(a.c.VerifyEvery)) // spreads the fleet
@@ -155,7 +156,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	changed := before.Running != after.Running || before.Staged != after.Staged ||
 		len(before.Quarantined) != len(after.Quarantined)
 	if j.switches() || j.kind == jobHeal {
-		a.observe(u)
+		a.watchDest(u)
 	}
 
 	a.mu.Lock()
@@ -427,73 +428,54 @@ func (a *Agent) do(ctx context.Context, u *unit, j job, watch *healthWatch) erro
 	return fmt.Errorf("no such job: %q", j.kind)
 }
 
-// fetch puts a release on disk before its deployment, after the start delay and in the unit's turn.
-func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
-	s := u.deploy.State()
-	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
-		return nil
-	}
-	if p.Digest == s.LastGood.Digest { // it is on disk
-		return u.deploy.Stage(ctx, p)
-	}
-	if a.c.StartDelay > 0 {
-		if err := wait.For(ctx, rand.N(a.c.StartDelay)); err != nil {
-			return err
-		}
-	}
-	select {
-	case turn <- struct{}{}:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	fetched := make(chan struct{})
-	defer close(fetched)
-	u.fetched.Store(0)
-	go u.holdTurn(turn, fetched)
-	return u.deploy.Stage(ctx, p)
-}
-
-const (
-	// A fetch of less than slowFetch bytes in slowAfter continues without its turn: it costs the node little, and
-	// other units don't have to wait for its source.
-	slowAfter = 3 * time.Second
-	slowFetch = 1 << 20
-)
-
-// holdTurn returns the turn once the fetch has ended, or turns out to be slow.
-func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
-	defer func() { <-turn }()
-	look := time.NewTicker(slowAfter)
-	defer look.Stop()
-	before := u.fetched.Load()
-	for {
-		select {
-		case <-fetched:
-			return
-		case <-look.C:
-		}
-		now := u.fetched.Load()
-		if now-before < slowFetch {
-			u.log.Info("the fetch is slow: other units don't wait for it", "bytes", now)
-			return
-		}
-		before = now
-	}
-}
-
-// forget ends the quarantine of one release, or of all. If a failed release has no failure key, it gets the present
-// one instead.
-func (a *Agent) forget(u *unit, j job) error {
-	digest := j.release.Digest
-	if !digest.IsZero() {
-		if f, _ := u.failure(j.release); f.Key == "" {
-			return u.deploy.SetKey(digest, j.key)
-		}
-		u.log.Info("trying a release again that failed here", "release", j.release.String(), "asked_by", j.key)
-	}
-	return u.deploy.Retry(digest)
-}
-
 // settleAgain is how long after a release with a time ahead of the clock was settled on it is settled on again, as
 // the clock may have been behind.
 const settleAgain = 10 * time.Minute
+
+// traced returns the context of a job's span and the root span of its trace; zero if the job isn't traced. a.mu is
+// held.
+func (a *Agent) traced(u *unit, j job) (span trace.Context, root trace.SpanID) {
+	if a.c.Trace == nil || j.kind != jobDeploy && j.kind != jobStage && j.kind != jobLeave {
+		return span, root
+	}
+	r := u.record.Value
+	var pin deployments.Digest
+	if d := u.decision; d.Source == policy.FromNodePin || d.Source == policy.FromUnitPin {
+		pin = d.Target.Digest
+	} else if r.Pinned != nil {
+		pin = r.Target.Digest
+	}
+	push := trace.Of(u.id, r.Commit, pin)
+	return push.New(), push.Span
+}
+
+// traceJob sends the span of a job that has ended.
+func (a *Agent) traceJob(u *unit, j job, began time.Time, err error) {
+	if j.span.IsZero() {
+		return
+	}
+	facts := []trace.Attribute{
+		{Key: "kedge.unit", Value: u.id.String()}, {Key: "kedge.node", Value: a.Node()},
+		{Key: "kedge.release", Value: j.release.String()},
+	}
+	if s := u.deploy.State(); s.Running == j.release {
+		facts = append(facts, trace.Attribute{Key: "kedge.version", Value: s.Version})
+	}
+	a.c.Trace.Add(trace.Span{Context: j.span, Parent: j.root, Name: string(j.kind), Start: began, End: time.Now(),
+		Attributes: facts, Err: err})
+}
+
+// traceStep sends the span of a part of the unit's present job.
+func (a *Agent) traceStep(u *unit, step string, began time.Time, err error) {
+	if a.c.Trace == nil {
+		return
+	}
+	a.mu.Lock()
+	within := u.busy.span
+	a.mu.Unlock()
+	if within.IsZero() {
+		return
+	}
+	a.c.Trace.Add(trace.Span{Context: within.New(), Parent: within.Span, Name: step, Start: began, End: time.Now(),
+		Err: err})
+}

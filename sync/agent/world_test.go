@@ -24,6 +24,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/open"
+	"kedge/sync/agent/statedir"
 )
 
 // patience is how long a test waits for an event, on a busy machine.
@@ -235,7 +236,8 @@ func (a *running) get(path string) (int, string) {
 func (a *running) post(path string) int {
 	a.t.Helper()
 	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", SocketPath(a.c.StateDir))
+		socket := statedir.SocketPath(a.c.StateDir)
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
 	resp, err := client.Post("http://agent"+path, "", nil)
 	if err != nil {

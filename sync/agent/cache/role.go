@@ -37,13 +37,13 @@ func (r *Role) Sources() []*Source { return []*Source{r.Records, r.Pins} }
 // start, the store's first answer for one source isn't combined with what is remembered of the other: a pin may
 // have come or gone meanwhile.
 func (r *Role) Known() bool {
-	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.answered() == r.Pins.answered()
+	return r.Records.from != fromNowhere && r.Pins.from != fromNowhere && r.Records.Answered() == r.Pins.Answered()
 }
 
 // Unknown returns what is missing until Known; nil if nothing is.
 func (r *Role) Unknown() error {
 	for _, s := range r.Sources() {
-		if s.from == fromNowhere || !s.answered() {
+		if s.from == fromNowhere || !s.Answered() {
 			switch {
 			case errors.Is(s.trouble, kv.ErrNoFolder):
 				return fmt.Errorf(

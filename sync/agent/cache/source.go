@@ -225,8 +225,8 @@ func (s *Source) find(key string) (kv.Entry, bool) {
 	return s.entries[i], true
 }
 
-// answered reports whether the store has answered, even with an error.
-func (s *Source) answered() bool { return !s.since.IsZero() }
+// Answered reports whether the store has answered, even with an error.
+func (s *Source) Answered() bool { return !s.since.IsZero() }
 
 // Origin returns where the entries come from, and since when they are unchanged.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }

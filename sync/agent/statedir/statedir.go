@@ -25,6 +25,10 @@ const (
 	SocketFile    = "agent.sock"
 )
 
+// SocketPath returns the path of the socket at which the agent of the state directory at path answers this machine's
+// root.
+func SocketPath(path string) string { return filepath.Join(path, SocketFile) }
+
 // Dir is an agent's state directory, which one process holds at a time.
 type Dir struct {
 	path string

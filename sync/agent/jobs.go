@@ -2,15 +2,110 @@ package agent
 
 import (
 	"context"
+	"math/rand/v2"
 	"slices"
 	"time"
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/deployments/wait"
 	"kedge/policy"
 	"kedge/sync/deploy"
 )
+
+// fetch puts a release on disk before its deployment, after the start delay and in the unit's turn.
+func (a *Agent) fetch(ctx context.Context, u *unit, p deployments.Pointer, turn chan struct{}) error {
+	s := u.deploy.State()
+	if p.Digest == s.Running.Digest || p.Digest == s.Staged.Digest {
+		return nil
+	}
+	if p.Digest == s.LastGood.Digest { // it is on disk
+		return u.deploy.Stage(ctx, p)
+	}
+	if a.c.StartDelay > 0 {
+		if err := wait.For(ctx, rand.N(a.c.StartDelay)); err != nil {
+			return err
+		}
+	}
+	select {
+	case turn <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	fetched := make(chan struct{})
+	defer close(fetched)
+	u.fetched.Store(0)
+	go u.holdTurn(turn, fetched)
+	return u.deploy.Stage(ctx, p)
+}
+
+const (
+	// A fetch of less than slowFetch bytes in slowAfter continues without its turn: it costs the node little, and
+	// other units don't have to wait for its source.
+	slowAfter = 3 * time.Second
+	slowFetch = 1 << 20
+)
+
+// holdTurn returns the turn once the fetch has ended, or turns out to be slow.
+func (u *unit) holdTurn(turn, fetched <-chan struct{}) {
+	defer func() { <-turn }()
+	look := time.NewTicker(slowAfter)
+	defer look.Stop()
+	before := u.fetched.Load()
+	for {
+		select {
+		case <-fetched:
+			return
+		case <-look.C:
+		}
+		now := u.fetched.Load()
+		if now-before < slowFetch {
+			u.log.Info("the fetch is slow: other units don't wait for it", "bytes", now)
+			return
+		}
+		before = now
+	}
+}
+
+// announce waits until the store holds a report that the unit is in mid-switch, if a rollout's budget counts the
+// unit: if a node died in its first steps, the mirror would otherwise not know that it is out of service, and would
+// give its turn away. While the store is away the switch doesn't begin, and the unit stays in service.
+func (a *Agent) announce(ctx context.Context, u *unit, release deployments.Pointer) error {
+	a.mu.Lock()
+	serves := !u.state().Running.IsZero() || u.looked.found == policy.FoundOther
+	pinned := u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin
+	// A half-done deployment is out of service already, and its report says so.
+	if u.record.Value.Rollout == nil || pinned || !serves || u.state().Unfinished {
+		a.mu.Unlock()
+		return nil
+	}
+	made := make(chan struct{})
+	u.announce = &announcement{release, made}
+	u.phase = deployments.StateSwitching
+	u.stamp(time.Now())
+	a.mu.Unlock()
+	a.reportDue.Set()
+	select {
+	case <-made:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// forget ends the quarantine of one release, or of all. If a failed release has no failure key, it gets the present
+// one instead.
+func (a *Agent) forget(u *unit, j job) error {
+	digest := j.release.Digest
+	if !digest.IsZero() {
+		if f, _ := u.failure(j.release); f.Key == "" {
+			return u.deploy.SetKey(digest, j.key)
+		}
+		u.log.Info("trying a release again that failed here", "release", j.release.String(), "asked_by", j.key)
+	}
+	return u.deploy.Retry(digest)
+}
 
 const (
 	// verifyRate bounds how fast a check reads a live tree, in bytes a second.
@@ -18,8 +113,8 @@ const (
 	maxDrift   = 5
 )
 
-// observe records where dest should lead after a job, and watches it.
-func (a *Agent) observe(u *unit) {
+// watchDest records where dest should lead after a job, and watches it.
+func (a *Agent) watchDest(u *unit) {
 	mark := u.deploy.Mark()
 	a.mu.Lock()
 	was, dest := u.dest, mark.Dest
@@ -115,7 +210,7 @@ func (a *Agent) heal(ctx context.Context, u *unit) error {
 func driftPaths(ds []artifact.Difference) []string {
 	var paths []string
 	for _, d := range ds[:min(len(ds), maxDrift)] {
-		paths = append(paths, clipped(d.Path, 200))
+		paths = append(paths, safetext.Cut(d.Path, 200))
 	}
 	return paths
 }

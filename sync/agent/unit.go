@@ -1,21 +1,214 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"log/slog"
 	"slices"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
+	"kedge/deployments/wait"
 	"kedge/policy"
-	"kedge/sync/agent/cache"
 	"kedge/sync/deploy"
-	"kedge/sync/fleet/message"
+	"kedge/sync/trace"
 )
+
+// unit is one unit on this node. Agent.mu guards all fields but the first six.
+type unit struct {
+	id   deployments.UnitID
+	log  *slog.Logger
+	wake wait.Signal // makes the worker look at its goal
+	// cancel ends the worker.
+	cancel context.CancelFunc
+	// observes is set if this node only observes the unit.
+	observes bool
+
+	// fetched is the number of bytes of the fetch under way.
+	fetched atomic.Int64
+
+	deploy *deploy.Unit // nil until the unit's state was opened
+
+	desired
+	observed
+	reported
+}
+
+// desired is what the loop decided about a unit. Only the loop writes it.
+type desired struct {
+	decided  bool
+	record   policy.Value[deployments.Record]
+	pins     [2]policy.Value[deployments.Pin] // the unit's pin, this node's pin
+	floor    int64                            // the highest generation that was acted on
+	held     int64                            // the generation of a record that is not acted on; 0: none
+	decision policy.Decision
+	key      string // the failure key: identifies the request for the target
+	cycle    string // the cycle of units that it is on; empty: none
+	blocked  dependency
+	retired  bool // its worker ends, and its files are removed
+	replaced bool // another unit, which is desired, has its dest
+	contends bool // a unit that is no longer desired is changing its dest
+	goal     goal
+}
+
+// observed is the worker's present job, and what its jobs found.
+type observed struct {
+	busy     job
+	phase    deployments.State // StateFetching or StateSwitching during a deployment
+	announce *announcement     // of the deployment under way; nil: none was made
+	progress artifact.Progress
+	done     deployments.Pointer             // what the unit converged to in this process
+	settled  deployments.Pointer             // what was recorded as settled on in this process
+	toSettle deployments.Pointer             // to record as settled on once it runs, before any other deployment
+	settleAt time.Time                       // when a release with a time ahead of the clock is recorded again
+	future   *deploy.FutureError             // the time that settled claims
+	ran      []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
+	recover  bool                            // a deployment has to be recovered first
+	forget   bool                            // all releases that failed may be retried
+	trouble  error                           // why the last job failed; nil if it succeeded
+	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node
+	retry    *wait.Backoff
+	retryAt  time.Time   // before that no job is begun that can fail
+	verifyAt time.Time   // zero: never
+	dest     string      // dest of the running release
+	claimed  string      // dest that was claimed last
+	mark     deploy.Mark // what the last deployment left at dest
+	foreign  string      // what another tool deployed to dest; empty: nothing
+	drift    []string
+	// unhealable is the drift that healing could not repair.
+	unhealable []string
+	compared   *deployments.Compared // on a node that observes
+	looked     lookedAt
+	again      *wait.Backoff       // until dest is compared again, on a node that observes
+	health     deploy.Health       // health of watched
+	watched    deployments.Pointer // the release whose health was watched last
+}
+
+// goal is what a unit's worker should reach. With the zero goal it only finishes what was begun.
+type goal struct {
+	run    deployments.Pointer // the release to deploy; zero: whatever runs stays
+	stage  deployments.Pointer // the release to have ready on disk as well
+	commit string              // the commit that asked for run
+	key    string              // the failure key of run
+	heal   bool                // repair drift
+	adopt  bool                // take over the tree at dest if it equals the first release
+	// observe is the release to compare with what is at dest, without changing anything of the unit. All other
+	// fields are zero then.
+	observe deployments.Pointer
+	leave   bool // restore what was there before the first release
+	stays   bool // what was there before the first release isn't restored any more
+	settle  bool // once run is live, nothing older may follow: see observed.toSettle
+}
+
+// job is what a worker does at present.
+type job struct {
+	kind    jobKind
+	release deployments.Pointer
+	commit  string
+	key     string
+	adopt   bool
+	leaves  bool // it may give way to goal.leave
+	cancel  context.CancelCauseFunc
+	span    trace.Context // zero: not traced
+	root    trace.SpanID  // the root span of span's trace
+}
+
+type jobKind string
+
+// switches reports whether the job takes the unit out of service.
+func (j job) switches() bool {
+	return j.kind == jobDeploy || j.kind == jobRecover || j.kind == jobLeave
+}
+
+const (
+	jobNone         jobKind = ""
+	jobRecover      jobKind = "recover" // finish what a crash interrupted
+	jobForget       jobKind = "forget"  // end quarantine
+	jobDeploy       jobKind = "deploy"
+	jobStage        jobKind = "stage"
+	jobHeal         jobKind = "heal"
+	jobVerify       jobKind = "verify"
+	jobProve        jobKind = "prove" // await the health of the running release, after a reboot
+	jobObserve      jobKind = "observe"
+	jobLook         jobKind = "look"          // look at dest before the first release
+	jobLeave        jobKind = "leave"         // restore what was there before the first release
+	jobForgetBefore jobKind = "forget-before" // discard what was there before the first release
+	jobSettle       jobKind = "settle"        // record that nothing older may follow
+)
+
+// reported is the unit's last state, and since when it has been in that state.
+type reported struct {
+	state deployments.State
+	since time.Time
+}
+
+// announcement is a switch that begins once the store holds a report that announces it.
+type announcement struct {
+	release deployments.Pointer
+	made    chan struct{} // closed once the store holds the report
+}
+
+// begins reports whether the announced switch may begin, or nothing is announced.
+func (x *announcement) begins() bool {
+	if x == nil {
+		return true
+	}
+	select {
+	case <-x.made:
+		return true
+	default:
+		return false
+	}
+}
+
+// lookedAt is what was found at a release's dest while its unit ran nothing.
+type lookedAt struct {
+	release deployments.Digest
+	found   policy.Found
+}
+
+// dependency is a unit that another one waits for; zero: none.
+type dependency struct {
+	unit  string
+	why   string
+	stuck bool // the wait doesn't end without a person
+}
+
+// refusal is an error that a retry doesn't cure.
+type refusal struct {
+	err  error
+	dest string // the dest that another unit has; empty: there is another cause
+}
+
+// takenError means that another unit has the dest.
+type takenError struct {
+	dest string
+	why  string
+}
+
+func (e *takenError) Error() string { return e.why }
+
+// foreignError means that another tool has deployed to a unit's dest.
+type foreignError struct{ dest, found string }
+
+func (e *foreignError) Error() string {
+	return fmt.Sprintf("something else has deployed to %s: %s", e.dest, e.found)
+}
+
+// state returns the unit's state on disk; zero until it was opened.
+func (u *unit) state() deploy.State {
+	if u.deploy == nil {
+		return deploy.State{}
+	}
+	return u.deploy.State()
+}
 
 // standing is a unit's state, the code of its reason, and the error, if any.
 type standing struct {
@@ -320,171 +513,14 @@ func (u *unit) stamp(now time.Time) {
 	}
 }
 
-// report returns the unit's part of the node's report.
-func (u *unit) report() deployments.UnitReport {
-	s, now := u.state(), u.standing()
-	if sick := u.sick(); sick != nil && now.reason == "" {
-		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // for example, a held unit
-	}
-	if held := u.held; held > 0 && now.reason == "" {
-		now.reason = deployments.ReasonOldGeneration
-		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.floor)}
-		now.err = fmt.Errorf(
-			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows the newer one",
-			held,
-			u.floor,
-		)
-	}
-	r := deployments.UnitReport{
-		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: clipped(s.Version, 128),
-		Want: u.decision.Target, Why: clipped(message.Decision(u.decision.Reason, u.decision.Facts), 300),
-		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
-		Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
-		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
-	}
-	r.Serves = s.Running.IsZero() &&
-		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
-	if r.Compared = s.Compared; u.observes {
-		r.Compared = u.compared
-	}
-	if now.reason == deployments.ReasonDependency {
-		r.Why = u.blocked.why
-	}
-	if now.err != nil {
-		r.Error = oneLine(now.err)
-	}
-	if now.state == deployments.StateFetching {
-		r.Fetched, r.Total = u.progress.Done, u.progress.Total
-	}
-	return r
+// oneLine returns an error's text on one line of at most 300 bytes, for a report.
+func oneLine(err error) string {
+	return safetext.Cut(strings.Join(strings.Fields(err.Error()), " "), 300)
 }
 
-// noteConvergence closes Idle and Converged, and records that the node was ready, when that is so.
-func (a *Agent) noteConvergence() {
-	idle, serving := true, true
-	for _, u := range a.units {
-		if u.gone() {
-			if !u.state().Unfinished {
-				a.drained.End(u.id) // nobody asks for the unit, and it has nothing to serve
-			}
-			continue
-		}
-		if u.decided {
-			idle = idle && u.final()
-			serving = serving && u.serving()
-		}
+func text(err error) string {
+	if err == nil {
+		return ""
 	}
-	if slices.ContainsFunc(a.cache.Roles(), func(r *cache.Role) bool { return !r.Known() }) {
-		return
-	}
-	if serving && len(a.empty()) == 0 {
-		a.ready = true
-	}
-	if idle && closeOnce(a.idle) {
-		a.c.Log.Info(
-			"every unit has converged, or can't go on by itself",
-			"after",
-			time.Since(a.started).Round(time.Millisecond),
-			"units",
-			len(a.units),
-		)
-		a.warnOfUnobserved()
-		if err := a.dir.Started(); err != nil {
-			a.c.Log.Debug("could not remove the note of this start", "error", err)
-		}
-	}
-	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
-		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
-	}
-}
-
-// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node: one may be mistyped, and the
-// unit that was meant is deployed.
-func (a *Agent) warnOfUnobserved() {
-	for _, p := range a.c.Observe {
-		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {
-			return deployments.MatchesUnit([]string{p}, id)
-		})
-		if !named && p != "*/*/*" {
-			a.c.Log.Warn("observe names no unit that this node has", "observe", p)
-		}
-	}
-}
-
-// unknown returns, by role, why not all of its records and pins are known or followed.
-func (a *Agent) unknown() map[string]string {
-	why := map[string]string{}
-	for _, r := range a.cache.Roles() {
-		if !r.Known() {
-			why[r.Name] = oneLine(r.Unknown())
-		} else if r.LeftOut > 0 {
-			why[r.Name] = fmt.Sprintf(
-				"%d units are left out, as a node takes %d of one role",
-				r.LeftOut,
-				deployments.MaxRoleUnits,
-			)
-		}
-	}
-	return why
-}
-
-// empty returns, by role, that the node has no unit at all: usually the name of a role or the stage is mistyped.
-func (a *Agent) empty() map[string]string {
-	for _, u := range a.units {
-		if !u.gone() {
-			return nil
-		}
-	}
-	if a.c.AllowEmpty || len(a.unknown()) > 0 {
-		return nil
-	}
-	why := map[string]string{}
-	for _, r := range a.cache.Roles() {
-		why[r.Name] = "no unit is desired in " + a.c.Stage + "/" + r.Name + ": correct the stage or role, or set allow_empty"
-	}
-	return why
-}
-
-// unconverged returns why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
-func (a *Agent) unconverged() map[string]string {
-	why := a.unknown()
-	maps.Copy(why, a.empty())
-	for id, u := range a.units {
-		if u.decided && !u.gone() && !u.asDesired() {
-			why[id.Role+"/"+id.Unit] = u.standing().String()
-		}
-	}
-	return why
-}
-
-// unready returns why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
-func (a *Agent) unready() map[string]string {
-	why := map[string]string{}
-	for id, u := range a.units {
-		if err := u.sick(); err != nil && !u.gone() {
-			why[id.Role+"/"+id.Unit] = oneLine(err)
-		}
-	}
-	for _, id := range a.drained.Units() {
-		why[id.Role+"/"+id.Unit] = "drained"
-	}
-	if a.ready {
-		return why
-	}
-	maps.Copy(why, a.unknown())
-	maps.Copy(why, a.empty())
-	for id, u := range a.units {
-		if !u.decided || u.gone() || u.serving() {
-			continue
-		}
-		s := u.standing().String()
-		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
-			s += ", and not seen healthy since the machine started"
-		}
-		why[id.Role+"/"+id.Unit] = s
-	}
-	if len(why) == 0 {
-		why["agent"] = "starting"
-	}
-	return why
+	return err.Error()
 }

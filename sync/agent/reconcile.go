@@ -1,15 +1,87 @@
 package agent
 
 import (
+	"context"
 	"errors"
+	"maps"
+	"slices"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/agent/cache"
+	"kedge/sync/agent/statedir"
 	"kedge/sync/fleet/message"
 )
+
+// Run deploys, reports and waits for changes until ctx ends, and then returns nil. It stops in order: commands
+// under way end first. Errors of the store, storage or a release don't end it.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.dir.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	a.mu.Lock()
+	a.ctx = ctx
+	a.mu.Unlock()
+	a.mu.Lock()
+	for id := range a.onDisk {
+		a.addUnit(id)
+	}
+	a.mu.Unlock()
+	// Decide by what is known from before, before there is news: so a restart doesn't forget what was to be settled
+	// on.
+	a.reconcile(time.Now())
+	g.Go(func() error { return a.serve(ctx) })
+	g.Go(func() error { return a.serveStatus(ctx) })
+	g.Go(func() error { return a.serveSocket(ctx, a.dir.Path(statedir.SocketFile)) })
+	g.Go(func() error { a.drained.Run(ctx); return nil })
+	g.Go(func() error { a.drift.Run(ctx); return nil })
+	g.Go(func() error { a.loop(ctx); return nil })
+	g.Go(func() error {
+		a.findName(ctx, func(why error) {
+			for _, r := range a.cache.Roles() {
+				for _, s := range r.Sources() {
+					a.takeView(ctx, s, kv.View{Err: why})
+				}
+			}
+		})
+		g.Go(func() error { a.report(ctx); return nil })
+		for _, r := range a.cache.Roles() {
+			for _, s := range r.Sources() {
+				g.Go(func() error { a.watch(ctx, s); return nil })
+			}
+		}
+		return nil
+	})
+	err := g.Wait()
+	a.workers.Wait()
+	return err
+}
+
+// loop decides whenever something changed, until ctx ends.
+func (a *Agent) loop(ctx context.Context) {
+	for {
+		next := a.reconcile(time.Now())
+		var timer <-chan time.Time
+		if !next.IsZero() {
+			// The wall clock may jump, and timers stop while the machine sleeps: so decide at least once a minute.
+			timer = time.After(min(max(time.Until(next), 10*time.Millisecond), time.Minute))
+		}
+		for again := false; !again; {
+			select {
+			case <-ctx.Done():
+				return
+			case <-a.pulse:
+			case <-a.changed.C():
+				again = true
+			case <-timer:
+				again = true
+			}
+		}
+	}
+}
 
 // reconcile decides for every unit what its worker should reach, from what is known now. It returns when to decide
 // again though nothing changed; zero: never.
@@ -214,6 +286,58 @@ func (a *Agent) retire() {
 		if u.decided && !u.record.Present && u.deploy != nil && u.busy.kind == jobNone && u.state().Empty() && !u.retired {
 			u.retired = true
 			u.cancel()
+		}
+	}
+}
+
+// noteConvergence closes Idle and Converged, and records that the node was ready, when that is so.
+func (a *Agent) noteConvergence() {
+	idle, serving := true, true
+	for _, u := range a.units {
+		if u.gone() {
+			if !u.state().Unfinished {
+				a.drained.End(u.id) // nobody asks for the unit, and it has nothing to serve
+			}
+			continue
+		}
+		if u.decided {
+			idle = idle && u.final()
+			serving = serving && u.serving()
+		}
+	}
+	if slices.ContainsFunc(a.cache.Roles(), func(r *cache.Role) bool { return !r.Known() }) {
+		return
+	}
+	if serving && len(a.empty()) == 0 {
+		a.ready = true
+	}
+	if idle && closeOnce(a.idle) {
+		a.c.Log.Info(
+			"every unit has converged, or can't go on by itself",
+			"after",
+			time.Since(a.started).Round(time.Millisecond),
+			"units",
+			len(a.units),
+		)
+		a.warnOfUnobserved()
+		if err := a.dir.Started(); err != nil {
+			a.c.Log.Debug("could not remove the note of this start", "error", err)
+		}
+	}
+	if len(a.unconverged()) == 0 && closeOnce(a.converged) {
+		a.c.Log.Info("first convergence", "after", time.Since(a.started).Round(time.Millisecond), "units", len(a.units))
+	}
+}
+
+// warnOfUnobserved logs patterns in Config.Observe that match no unit of this node: one may be mistyped, and the
+// unit that was meant is deployed.
+func (a *Agent) warnOfUnobserved() {
+	for _, p := range a.c.Observe {
+		named := slices.ContainsFunc(slices.Collect(maps.Keys(a.units)), func(id deployments.UnitID) bool {
+			return deployments.MatchesUnit([]string{p}, id)
+		})
+		if !named && p != "*/*/*" {
+			a.c.Log.Warn("observe names no unit that this node has", "observe", p)
 		}
 	}
 }

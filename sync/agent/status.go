@@ -1,0 +1,277 @@
+package agent
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+	"kedge/deployments/safetext"
+	"kedge/policy"
+	"kedge/sync/fleet/message"
+)
+
+// Status returns the agent's whole state.
+func (a *Agent) Status() policy.NodeStatus {
+	roles := a.Report()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	s := policy.NodeStatus{
+		Node: a.c.Node, Stage: a.c.Stage, Agent: a.c.Version, Started: a.started.UTC(), Roles: roles,
+		Decisions: map[string]policy.DecisionStatus{}, Why: a.unready(),
+	}
+	s.Ready = len(s.Why) == 0
+	for _, r := range a.cache.Roles() {
+		for _, src := range r.Sources() {
+			st := policy.SourceStatus{Prefix: src.Prefix}
+			st.From, st.Since = src.Origin()
+			if since, err := src.Trouble(); err != nil {
+				st.Trouble, st.TroubleSince = oneLine(err), since
+			}
+			s.Sources = append(s.Sources, st)
+		}
+	}
+	for id, u := range a.units {
+		if !u.decided || u.gone() {
+			continue
+		}
+		d := u.decision
+		s.Decisions[id.Role+"/"+id.Unit] = policy.DecisionStatus{
+			Action: d.Action, Target: d.Target, Stage: d.Stage, Source: d.Source, Reason: d.Reason, Facts: d.Facts,
+			Why: message.Decision(d.Reason, d.Facts), Invalid: text(d.Invalid),
+			Recheck: d.Recheck, Waits: u.blocked.why, Trace: message.Trace(id, a.c.Node, d.Trace),
+		}
+	}
+	return s
+}
+
+// Report returns the agent's present reports, by role.
+func (a *Agent) Report() map[string]deployments.Report {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	reports := map[string]deployments.Report{}
+	ready := len(a.unready()) == 0
+	for _, r := range a.cache.Roles() {
+		reports[r.Name] = deployments.Report{
+			Node:    a.c.Node,
+			Joined:  a.joined[r.Name],
+			Agent:   a.c.Version,
+			Started: a.begun.UTC(),
+			Ready:   ready,
+			Units:   map[string]deployments.UnitReport{},
+		}
+	}
+	for id, u := range a.units {
+		if !u.gone() {
+			reports[id.Role].Units[id.Unit] = u.report()
+		}
+	}
+	for _, r := range a.cache.Roles() {
+		report := reports[r.Name]
+		if left := r.LeftOut + fitReport(&report); left > 0 {
+			report.Reason = deployments.ReasonTooManyUnits
+			report.Facts = deployments.Facts{"limit": fmt.Sprint(deployments.MaxRoleUnits), "left_out": fmt.Sprint(left)}
+		}
+		reports[r.Name] = report
+	}
+	return reports
+}
+
+// report returns the unit's part of the node's report.
+func (u *unit) report() deployments.UnitReport {
+	s, now := u.state(), u.standing()
+	if sick := u.sick(); sick != nil && now.reason == "" {
+		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // for example, a held unit
+	}
+	if held := u.held; held > 0 && now.reason == "" {
+		now.reason = deployments.ReasonOldGeneration
+		now.facts = deployments.Facts{"generation": fmt.Sprint(held), "acted_on": fmt.Sprint(u.floor)}
+		now.err = fmt.Errorf(
+			"the record has generation %d, and this node has acted on %d: it waits for a mirror that knows the newer one",
+			held,
+			u.floor,
+		)
+	}
+	r := deployments.UnitReport{
+		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: safetext.Cut(s.Version, 128),
+		Want: u.decision.Target, Why: safetext.Cut(message.Decision(u.decision.Reason, u.decision.Facts), 300),
+		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
+		Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
+		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
+	}
+	r.Serves = s.Running.IsZero() &&
+		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
+	if r.Compared = s.Compared; u.observes {
+		r.Compared = u.compared
+	}
+	if now.reason == deployments.ReasonDependency {
+		r.Why = u.blocked.why
+	}
+	if now.err != nil {
+		r.Error = oneLine(now.err)
+	}
+	if now.state == deployments.StateFetching {
+		r.Fetched, r.Total = u.progress.Done, u.progress.Total
+	}
+	return r
+}
+
+// maxUnitsSize bounds the size of a report's units, in bytes.
+const maxUnitsSize = deployments.MaxReport - 8<<10
+
+// fitReport reduces a report to its size limit: it drops details first, then units, the last by name first, and
+// units in mid-switch, which wait for the store to hold the report, last of all. It returns how many units it
+// dropped.
+func fitReport(r *deployments.Report) (left int) {
+	size := func(name string) int {
+		data, err := json.Marshal(r.Units[name])
+		if err != nil {
+			panic("a report has no JSON") // it is plain data
+		}
+		return len(data) + len(name) + len(`"":,`)
+	}
+	names, total, sizes := slices.Sorted(maps.Keys(r.Units)), 0, map[string]int{}
+	slices.SortStableFunc(names, func(a, b string) int {
+		return cmp.Compare(inService(r.Units[a]), inService(r.Units[b]))
+	})
+	for _, name := range names {
+		sizes[name] = size(name)
+		total += sizes[name]
+	}
+	for i := len(names) - 1; i >= 0 && total > maxUnitsSize; i-- {
+		u := r.Units[names[i]]
+		u.Drift, u.Facts, u.Why = nil, nil, ""
+		r.Units[names[i]] = u
+		was := sizes[names[i]]
+		sizes[names[i]] = size(names[i])
+		total -= was - sizes[names[i]]
+	}
+	for i := len(names) - 1; i >= 0 && (total > maxUnitsSize || i >= deployments.MaxRoleUnits); i-- {
+		delete(r.Units, names[i])
+		total -= sizes[names[i]]
+		left++
+	}
+	return left
+}
+
+// inService returns 0 for a unit in mid-switch, 1 for any other.
+func inService(u deployments.UnitReport) int {
+	if u.State == deployments.StateSwitching {
+		return 0
+	}
+	return 1
+}
+
+// storeUp returns, by watched prefix, whether the view of it is up to date; without those that have no view yet.
+func (a *Agent) storeUp() map[string]bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	up := map[string]bool{}
+	for _, r := range a.cache.Roles() {
+		for _, s := range r.Sources() {
+			if s.Answered() {
+				_, err := s.Trouble()
+				up[s.Prefix] = err == nil
+			}
+		}
+	}
+	return up
+}
+
+// settledIn reports whether the agent knows enough of a role to report on it.
+func (a *Agent) settledIn(role string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, r := range a.cache.Roles() {
+		if r.Name == role && !r.Known() && !r.Missing() { // a node with a mistyped role must be found in the reports
+			return false
+		}
+	}
+	for id, u := range a.units {
+		if id.Role == role && (!u.decided || u.deploy == nil && u.trouble == nil) {
+			return false
+		}
+	}
+	return true
+}
+
+// unready returns why /ready is 503, by unit or role; empty: it is 200. a.mu is held.
+func (a *Agent) unready() map[string]string {
+	why := map[string]string{}
+	for id, u := range a.units {
+		if err := u.sick(); err != nil && !u.gone() {
+			why[id.Role+"/"+id.Unit] = oneLine(err)
+		}
+	}
+	for _, id := range a.drained.Units() {
+		why[id.Role+"/"+id.Unit] = "drained"
+	}
+	if a.ready {
+		return why
+	}
+	maps.Copy(why, a.unknown())
+	maps.Copy(why, a.empty())
+	for id, u := range a.units {
+		if !u.decided || u.gone() || u.serving() {
+			continue
+		}
+		s := u.standing().String()
+		if d := u.state(); d.Confirmed && !d.Proven && u.final() {
+			s += ", and not seen healthy since the machine started"
+		}
+		why[id.Role+"/"+id.Unit] = s
+	}
+	if len(why) == 0 {
+		why["agent"] = "starting"
+	}
+	return why
+}
+
+// unconverged returns why /converged is 503, by unit or role; empty: it is 200. a.mu is held.
+func (a *Agent) unconverged() map[string]string {
+	why := a.unknown()
+	maps.Copy(why, a.empty())
+	for id, u := range a.units {
+		if u.decided && !u.gone() && !u.asDesired() {
+			why[id.Role+"/"+id.Unit] = u.standing().String()
+		}
+	}
+	return why
+}
+
+// unknown returns, by role, why not all of its records and pins are known or followed.
+func (a *Agent) unknown() map[string]string {
+	why := map[string]string{}
+	for _, r := range a.cache.Roles() {
+		if !r.Known() {
+			why[r.Name] = oneLine(r.Unknown())
+		} else if r.LeftOut > 0 {
+			why[r.Name] = fmt.Sprintf(
+				"%d units are left out, as a node takes %d of one role",
+				r.LeftOut,
+				deployments.MaxRoleUnits,
+			)
+		}
+	}
+	return why
+}
+
+// empty returns, by role, that the node has no unit at all: usually the name of a role or the stage is mistyped.
+func (a *Agent) empty() map[string]string {
+	for _, u := range a.units {
+		if !u.gone() {
+			return nil
+		}
+	}
+	if a.c.AllowEmpty || len(a.unknown()) > 0 {
+		return nil
+	}
+	why := map[string]string{}
+	for _, r := range a.cache.Roles() {
+		why[r.Name] = "no unit is desired in " + a.c.Stage + "/" + r.Name + ": correct the stage or role, or set allow_empty"
+	}
+	return why
+}

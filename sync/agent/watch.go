@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"kedge/kv"
+	"kedge/sync/agent/cache"
+)
+
+// watch watches one prefix of the store until ctx ends.
+func (a *Agent) watch(ctx context.Context, s *cache.Source) {
+	retry := newBackoff()
+	for ctx.Err() == nil {
+		err := a.c.Store.Watch(ctx, s.Prefix, func(v kv.View) {
+			retry.Reset()
+			a.takeView(ctx, s, v)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		a.c.Log.Error("the watch of the store ended: watching again", "prefix", s.Prefix, "error", err)
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// takeView takes a view of the store, and starts makeFolder if a folder key is missing.
+func (a *Agent) takeView(ctx context.Context, s *cache.Source, v kv.View) {
+	a.mu.Lock()
+	a.cache.See(s, v, time.Now())
+	a.mu.Unlock()
+	a.changed.Set()
+	if v.Synced {
+		return
+	}
+	if errors.Is(v.Err, kv.ErrDenied) {
+		a.mu.Lock()
+		making := a.making[s]
+		a.making[s] = true
+		a.mu.Unlock()
+		if !making {
+			a.workers.Go(func() { a.makeFolder(ctx, s) })
+		}
+	}
+	if v.Err != nil {
+		a.snapshot.Do(func() { a.workers.Go(func() { a.useSnapshot(ctx) }) })
+	}
+}
+
+// makeFolder makes the folder key without which nobody can tell a missing key from a lost permission. The mirror
+// usually makes it; if there is no mirror, and the agent's token allows it, the agent does. It tries until the
+// prefix can be read: the token may be new, or the store away.
+func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
+	retry := newBackoff()
+	for a.lacksFolder(s) {
+		err := a.c.Store.EnsureFolders(ctx, s.Prefix)
+		if err == nil {
+			a.c.Log.Info("made the folder key, as there may be no mirror", "prefix", s.Prefix)
+			a.mu.Lock()
+			a.making[s] = false
+			a.mu.Unlock()
+			return
+		}
+		a.c.Log.Debug("could not make the folder key", "prefix", s.Prefix, "error", err)
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+// lacksFolder records and reports whether a prefix can't be read because its folder key is missing.
+func (a *Agent) lacksFolder(s *cache.Source) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	_, err := s.Trouble()
+	a.making[s] = errors.Is(err, kv.ErrDenied)
+	return a.making[s]
+}
+
+// useSnapshot offers a snapshot to the sources that know nothing, until there are none.
+func (a *Agent) useSnapshot(ctx context.Context) {
+	if a.c.Snapshot == nil {
+		return
+	}
+	retry := newBackoff()
+	for a.ignorant() {
+		entries, err := a.c.Snapshot(ctx)
+		if err == nil {
+			a.offerSnapshot(entries)
+			return
+		}
+		if retry.Tries() == 0 && ctx.Err() == nil {
+			a.c.Log.Warn(
+				"the store is away, nothing is known from before, and the snapshot can't be read: trying again",
+				"error",
+				err,
+			)
+		}
+		if retry.Wait(ctx) != nil {
+			return
+		}
+	}
+}
+
+func (a *Agent) ignorant() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.cache.Ignorant()
+}
+
+func (a *Agent) offerSnapshot(entries []kv.Entry) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cache.Offer(entries, time.Now())
+	a.changed.Set()
+}
