@@ -61,20 +61,20 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 		why := a.unready()
 		a.mu.Unlock()
 		if len(why) > 0 {
-			answer(w, http.StatusServiceUnavailable, map[string]any{"ready": false, "why": why})
+			writeJSON(w, http.StatusServiceUnavailable, map[string]any{"ready": false, "why": why})
 			return
 		}
-		answer(w, http.StatusOK, map[string]any{"ready": true})
+		writeJSON(w, http.StatusOK, map[string]any{"ready": true})
 	})
 	mux.HandleFunc("GET /converged", func(w http.ResponseWriter, _ *http.Request) {
 		a.mu.Lock()
 		why := a.unconverged()
 		a.mu.Unlock()
 		if len(why) > 0 {
-			answer(w, http.StatusServiceUnavailable, map[string]any{"converged": false, "why": why})
+			writeJSON(w, http.StatusServiceUnavailable, map[string]any{"converged": false, "why": why})
 			return
 		}
-		answer(w, http.StatusOK, map[string]any{"converged": true})
+		writeJSON(w, http.StatusOK, map[string]any{"converged": true})
 	})
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {
@@ -91,14 +91,14 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 		mux.HandleFunc("GET /metrics", refuse)
 		return mux
 	}
-	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, a.Status()) })
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, http.StatusOK, a.Status()) })
 	if a.c.Metrics != nil {
 		mux.Handle("GET /metrics", promhttp.HandlerFor(a.c.Metrics, promhttp.HandlerOpts{}))
 	}
 	return mux
 }
 
-func answer(w http.ResponseWriter, code int, v any) {
+func writeJSON(w http.ResponseWriter, code int, v any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(code)

@@ -132,7 +132,7 @@ func (a *Agent) watchDest(u *unit) {
 func (a *Agent) checkLink(u *unit) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.changing() || !u.astray() {
+	if u.changing() || !u.destChanged() {
 		return
 	}
 	u.drift = []string{u.dest}
@@ -140,9 +140,9 @@ func (a *Agent) checkLink(u *unit) {
 	a.reportDue.Set()
 }
 
-// astray reports whether dest is no longer as the last deployment left it, and records what another tool deployed
+// destChanged reports whether dest is no longer as the last deployment left it, and records what another tool deployed
 // there.
-func (u *unit) astray() bool {
+func (u *unit) destChanged() bool {
 	found, changed := u.mark.Changed()
 	switch {
 	case found != "" && found != u.foreign:
@@ -167,7 +167,7 @@ func (a *Agent) verify(ctx context.Context, u *unit) error {
 	paths := driftPaths(ds)
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if u.astray() {
+	if u.destChanged() {
 		paths = append([]string{u.dest}, paths[:min(len(paths), maxDrift-1)]...)
 	}
 	if len(ds) > 0 && !slices.Equal(paths, u.drift) {

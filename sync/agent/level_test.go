@@ -338,7 +338,7 @@ func TestNoPlaceIsTakenBeforeAllAreKnown(t *testing.T) {
 	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobNone {
 		t.Errorf("while another is being opened, it begins to %s", j.kind)
 	}
-	other.trouble = os.ErrPermission // one that can't be opened holds up nobody
+	other.lastErr = os.ErrPermission // one that can't be opened holds up nobody
 	if j, _, _ := a.begin(t.Context(), u, time.Now()); j.kind != jobDeploy {
 		t.Errorf("it begins to %q", j.kind)
 	}

@@ -106,7 +106,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 		u.replaced, u.contends = a.replaced(u), a.contends(u)
 	}
 	for _, r := range a.cache.Roles() {
-		a.aim(r)
+		a.setGoals(r)
 	}
 	for _, u := range a.units {
 		if u.atRest() {
@@ -114,7 +114,7 @@ func (a *Agent) reconcile(now time.Time) (next time.Time) {
 		}
 	}
 	for _, u := range a.units {
-		a.readmit(u)
+		a.endRefusals(u)
 	}
 	a.retire()
 	a.noteConvergence()
@@ -182,8 +182,8 @@ func failureKey(
 	return "pin " + deployments.Trim(r.Pins.Value(key))
 }
 
-// aim sets the goals of a role's workers.
-func (a *Agent) aim(r *cache.Role) {
+// setGoals sets the goals of a role's workers.
+func (a *Agent) setGoals(r *cache.Role) {
 	after := map[string][]string{}
 	for id, u := range a.units {
 		if id.Role == r.Name && u.decided && u.record.Err == nil {
@@ -225,12 +225,12 @@ func (a *Agent) aim(r *cache.Role) {
 		if u.replaced {
 			g = goal{}
 		}
-		u.aim(g)
+		u.setGoal(g)
 	}
 }
 
-// aim sets the worker's goal, and cancels a job that conflicts with it.
-func (u *unit) aim(g goal) {
+// setGoal sets the worker's goal, and cancels a job that conflicts with it.
+func (u *unit) setGoal(g goal) {
 	if g.settle && !g.run.IsZero() && (u.settled == u.toSettle || u.deploy != nil && u.state().Running != u.toSettle) {
 		u.toSettle = g.run
 	}
@@ -241,21 +241,21 @@ func (u *unit) aim(g goal) {
 		u.retry.Reset()
 		u.retryAt = time.Time{}
 		if u.deploy != nil && u.done == g.run {
-			u.trouble = nil // the error was about what isn't wanted any more
+			u.lastErr = nil // the error was about what isn't wanted any more
 		}
 	}
 	if g.key != u.goal.key {
 		u.refused = nil
 	}
 	u.goal = g
-	if u.busy.kind != jobNone && u.inTheWay() {
+	if u.busy.kind != jobNone && u.conflicts() {
 		u.busy.cancel(errSuperseded)
 	}
 	u.wake.Set()
 }
 
-// inTheWay reports whether the job under way has to be cancelled for the goal.
-func (u *unit) inTheWay() bool {
+// conflicts reports whether the job under way has to be cancelled for the goal.
+func (u *unit) conflicts() bool {
 	switch g := u.goal; u.busy.kind {
 	case jobDeploy:
 		// If nothing is wanted any more, a switch that has begun isn't cancelled: it would have to be finished

@@ -23,7 +23,7 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	if u.cycle != "" {
 		return dependency{u.id.Unit, "its record makes a circle: " + u.cycle, true}
 	}
-	if name := a.before(u); name != "" {
+	if name := a.successor(u); name != "" {
 		return dependency{name, "its file is no longer in Git: waits for " + name + ", which may take its dest", false}
 	}
 	// A release that already runs elsewhere, or ran before, needs nothing that is yet to come.
@@ -63,9 +63,9 @@ func (a *Agent) dependencyOf(u *unit) dependency {
 	return dependency{}
 }
 
-// before returns a unit that Git names and that an orphaned unit, of which nothing runs here, has to wait for: it
+// successor returns a unit that Git names and that an orphaned unit, of which nothing runs here, has to wait for: it
 // may be the same unit under a new name. Empty: none.
-func (a *Agent) before(u *unit) string {
+func (a *Agent) successor(u *unit) string {
 	if !u.orphaned() || !u.state().Running.IsZero() {
 		return ""
 	}
@@ -113,22 +113,22 @@ func pathTo(after map[string][]string, from, to string, seen map[string]bool) []
 func (a *Agent) claim(u *unit, dest string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if err := a.free(u, dest); err != nil {
+	if err := a.checkDest(u, dest); err != nil {
 		return err
 	}
 	u.claimed = dest
 	return nil
 }
 
-// free returns why a unit may not have its tree at dest; nil: it may. a.mu is held.
-func (a *Agent) free(u *unit, dest string) error {
+// checkDest returns why a unit may not have its tree at dest; nil: it may. a.mu is held.
+func (a *Agent) checkDest(u *unit, dest string) error {
 	for _, other := range a.units {
 		if other == u || other.yields(u) && !other.changing() {
 			continue
 		}
 		for _, taken := range []string{other.dest, other.claimed} {
 			if taken != "" && (within(dest, taken) || within(taken, dest)) {
-				return &takenError{
+				return &destInUseError{
 					dest,
 					fmt.Sprintf(
 						"dest %s is in the way of %s, which has %s: give each unit a directory of its own",
@@ -149,7 +149,7 @@ func (a *Agent) replaced(u *unit) bool {
 		return false
 	}
 	if u.dest == "" {
-		return u.orphaned() && errors.As(u.refused[u.decision.Target].err, new(*takenError))
+		return u.orphaned() && errors.As(u.refused[u.decision.Target].err, new(*destInUseError))
 	}
 	for _, other := range a.units {
 		if other != u && other.dest == u.dest && !other.unwanted() && u.yields(other) {
@@ -199,7 +199,7 @@ func (a *Agent) displace(u *unit) {
 // refuse records that a release can't succeed on this node.
 func (u *unit) refuse(p deployments.Pointer, err error) {
 	why := refusal{err: err}
-	if taken := new(takenError); errors.As(err, &taken) {
+	if taken := new(destInUseError); errors.As(err, &taken) {
 		why.dest = taken.dest
 	}
 	if u.refused == nil {
@@ -208,10 +208,10 @@ func (u *unit) refuse(p deployments.Pointer, err error) {
 	u.refused[p] = why
 }
 
-// readmit ends refusals whose dest has become free. a.mu is held.
-func (a *Agent) readmit(u *unit) {
+// endRefusals ends refusals whose dest has become free. a.mu is held.
+func (a *Agent) endRefusals(u *unit) {
 	for p, why := range u.refused {
-		if why.dest != "" && a.free(u, why.dest) == nil {
+		if why.dest != "" && a.checkDest(u, why.dest) == nil {
 			u.log.Info("the place that another unit had is free", "release", p.String(), "dest", why.dest)
 			delete(u.refused, p)
 			u.wake.Set()

@@ -28,7 +28,7 @@ func (a *Agent) Status() policy.NodeStatus {
 		for _, src := range r.Sources() {
 			st := policy.SourceStatus{Prefix: src.Prefix}
 			st.From, st.Since = src.Origin()
-			if since, err := src.Trouble(); err != nil {
+			if since, err := src.Error(); err != nil {
 				st.Trouble, st.TroubleSince = oneLine(err), since
 			}
 			s.Sources = append(s.Sources, st)
@@ -83,8 +83,8 @@ func (a *Agent) Report() map[string]deployments.Report {
 // report returns the unit's part of the node's report.
 func (u *unit) report() deployments.UnitReport {
 	s, now := u.state(), u.standing()
-	if sick := u.sick(); sick != nil && now.reason == "" {
-		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, sick // for example, a held unit
+	if unhealthy := u.healthError(); unhealthy != nil && now.reason == "" {
+		now.reason, now.facts, now.err = u.health.Reason, u.health.Facts, unhealthy // for example, a held unit
 	}
 	if held := u.held; held > 0 && now.reason == "" {
 		now.reason = deployments.ReasonOldGeneration
@@ -173,7 +173,7 @@ func (a *Agent) storeUp() map[string]bool {
 	for _, r := range a.cache.Roles() {
 		for _, s := range r.Sources() {
 			if s.Answered() {
-				_, err := s.Trouble()
+				_, err := s.Error()
 				up[s.Prefix] = err == nil
 			}
 		}
@@ -191,7 +191,7 @@ func (a *Agent) settledIn(role string) bool {
 		}
 	}
 	for id, u := range a.units {
-		if id.Role == role && (!u.decided || u.deploy == nil && u.trouble == nil) {
+		if id.Role == role && (!u.decided || u.deploy == nil && u.lastErr == nil) {
 			return false
 		}
 	}
@@ -202,7 +202,7 @@ func (a *Agent) settledIn(role string) bool {
 func (a *Agent) unready() map[string]string {
 	why := map[string]string{}
 	for id, u := range a.units {
-		if err := u.sick(); err != nil && !u.gone() {
+		if err := u.healthError(); err != nil && !u.gone() {
 			why[id.Role+"/"+id.Unit] = oneLine(err)
 		}
 	}

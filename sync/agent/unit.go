@@ -72,7 +72,7 @@ type observed struct {
 	ran      []deployments.Digest            // what it converged to in this process, newest last: see dependencyOf
 	recover  bool                            // a deployment has to be recovered first
 	forget   bool                            // all releases that failed may be retried
-	trouble  error                           // why the last job failed; nil if it succeeded
+	lastErr  error                           // why the last job failed; nil if it succeeded
 	refused  map[deployments.Pointer]refusal // releases that can't succeed on this node
 	retry    *wait.Backoff
 	retryAt  time.Time   // before that no job is begun that can fail
@@ -187,13 +187,13 @@ type refusal struct {
 	dest string // the dest that another unit has; empty: there is another cause
 }
 
-// takenError means that another unit has the dest.
-type takenError struct {
+// destInUseError means that another unit has the dest.
+type destInUseError struct {
 	dest string
 	why  string
 }
 
-func (e *takenError) Error() string { return e.why }
+func (e *destInUseError) Error() string { return e.why }
 
 // foreignError means that another tool has deployed to a unit's dest.
 type foreignError struct{ dest, found string }
@@ -255,7 +255,7 @@ func factsOf(err error) deployments.Facts {
 // reasonOf returns the code of an error's reason; empty: it has none.
 func reasonOf(err error) deployments.Reason {
 	switch {
-	case errors.As(err, new(*takenError)):
+	case errors.As(err, new(*destInUseError)):
 		return deployments.ReasonDestInUse
 	case errors.As(err, new(*foreignError)):
 		return deployments.ReasonForeignDeployment
@@ -285,31 +285,31 @@ func (u *unit) standing() standing {
 	case u.observes && u.decided:
 		return u.observing()
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
-		return at(u.phase, u.trouble)
+		return at(u.phase, u.lastErr)
 	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
 		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts,
 			fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])}
 	case s.Unfinished:
-		return at(deployments.StateSwitching, u.trouble) // also while its successor is fetched: the unit is out of service
+		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
-		return at(deployments.StateWaiting, u.trouble)
+		return at(deployments.StateWaiting, u.lastErr)
 	case u.contends:
-		return at(deployments.StateSwitching, u.trouble)
+		return at(deployments.StateSwitching, u.lastErr)
 	case u.decision.Action == policy.ActHold:
 		return at(deployments.StateHeld, u.decision.Invalid)
 	case target.IsZero() && u.decision.Invalid != nil:
 		return u.invalid()
 	case target.IsZero() && u.refused[u.goal.stage].err != nil:
 		return at(deployments.StateInvalid, u.refused[u.goal.stage].err)
-	case target.IsZero() && u.trouble != nil && (u.goal.leave || !u.goal.stage.IsZero()):
-		return at(deployments.StateRetrying, u.trouble)
+	case target.IsZero() && u.lastErr != nil && (u.goal.leave || !u.goal.stage.IsZero()):
+		return at(deployments.StateRetrying, u.lastErr)
 	case u.goal.leave:
 		return at(deployments.StateSwitching, nil)
-	case u.decision.Reason == deployments.ReasonRestored && !s.Restored.IsZero() && u.trouble == nil:
+	case u.decision.Reason == deployments.ReasonRestored && !s.Restored.IsZero() && u.lastErr == nil:
 		return standing{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
 	case target.IsZero():
-		return at(deployments.StateWaiting, u.trouble)
-	case u.quarantined(target) && !u.reprieved(target):
+		return at(deployments.StateWaiting, u.lastErr)
+	case u.quarantined(target) && !u.toRetry(target):
 		f, _ := u.failure(target)
 		failed := f.Err(target)
 		return standing{deployments.StateQuarantined, failed.Reason, failed.Facts, failed}
@@ -322,9 +322,9 @@ func (u *unit) standing() standing {
 		if u.cycle != "" {
 			return standing{deployments.StateInvalid, deployments.ReasonDependency, facts, errors.New(u.blocked.why)}
 		}
-		return standing{deployments.StateWaiting, deployments.ReasonDependency, facts, u.trouble}
-	case u.trouble != nil:
-		return at(deployments.StateRetrying, u.trouble)
+		return standing{deployments.StateWaiting, deployments.ReasonDependency, facts, u.lastErr}
+	case u.lastErr != nil:
+		return at(deployments.StateRetrying, u.lastErr)
 	default:
 		return at(deployments.StateFetching, u.decision.Invalid)
 	}
@@ -334,9 +334,9 @@ func (u *unit) standing() standing {
 func (u *unit) converged() standing {
 	switch {
 	case u.unhealthy():
-		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.sick()}
-	case u.trouble != nil: // an error with what is fetched ahead
-		return at(deployments.StateConverged, u.trouble)
+		return standing{deployments.StateUnhealthy, u.health.Reason, u.health.Facts, u.healthError()}
+	case u.lastErr != nil: // an error with what is fetched ahead
+		return at(deployments.StateConverged, u.lastErr)
 	case u.foreign != "":
 		return at(deployments.StateConverged, &foreignError{u.dest, u.foreign})
 	case u.refused[u.goal.stage].err != nil:
@@ -363,7 +363,7 @@ func (u *unit) invalid() standing {
 
 // observing returns the standing of a unit that the node only observes: a rollout counts it as held.
 func (u *unit) observing() standing {
-	s := at(deployments.StateHeld, u.trouble)
+	s := at(deployments.StateHeld, u.lastErr)
 	if refused := u.refused[u.goal.observe].err; refused != nil {
 		s = at(deployments.StateHeld, refused)
 	}
@@ -444,8 +444,8 @@ func (u *unit) changing() bool {
 // unhealthy reports whether the checks of the running release fail.
 func (u *unit) unhealthy() bool { return u.health.Unhealthy && u.watched == u.state().Running }
 
-// sick returns why the running release's checks fail; nil if it is healthy.
-func (u *unit) sick() error {
+// healthError returns why the running release's checks fail; nil if it is healthy.
+func (u *unit) healthError() error {
 	if !u.unhealthy() {
 		return nil
 	}
@@ -499,9 +499,9 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	return deploy.Failure{}, false
 }
 
-// reprieved reports whether a release that failed here is about to be retried, as there is a new request for it.
+// toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
 // Otherwise a rollout that was restarted would count the earlier failure as its own.
-func (u *unit) reprieved(p deployments.Pointer) bool {
+func (u *unit) toRetry(p deployments.Pointer) bool {
 	f, _ := u.failure(p)
 	return f.Key != "" && !policy.SameRequest(f.Key, u.key)
 }

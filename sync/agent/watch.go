@@ -75,7 +75,7 @@ func (a *Agent) makeFolder(ctx context.Context, s *cache.Source) {
 func (a *Agent) lacksFolder(s *cache.Source) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	_, err := s.Trouble()
+	_, err := s.Error()
 	a.making[s] = errors.Is(err, kv.ErrDenied)
 	return a.making[s]
 }
@@ -86,7 +86,7 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 		return
 	}
 	retry := newBackoff()
-	for a.ignorant() {
+	for a.needsSnapshot() {
 		entries, err := a.c.Snapshot(ctx)
 		if err == nil {
 			a.offerSnapshot(entries)
@@ -105,10 +105,10 @@ func (a *Agent) useSnapshot(ctx context.Context) {
 	}
 }
 
-func (a *Agent) ignorant() bool {
+func (a *Agent) needsSnapshot() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.cache.Ignorant()
+	return a.cache.NeedsSnapshot()
 }
 
 func (a *Agent) offerSnapshot(entries []kv.Entry) {

@@ -109,7 +109,7 @@ func (a *Agent) open(ctx context.Context, u *unit) bool {
 			Log:      u.log,
 		})
 		a.mu.Lock()
-		u.deploy, u.trouble = d, err
+		u.deploy, u.lastErr = d, err
 		if err == nil {
 			s := d.State()
 			u.recover = s.Unfinished || s.Drained
@@ -161,26 +161,26 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 
 	a.mu.Lock()
 	calledOff := ctx.Err() != nil
-	was := u.trouble
+	was := u.lastErr
 	u.busy, u.phase, u.progress, u.announce = job{}, "", artifact.Progress{}, nil
 	switch {
 	case failed != nil: // the unit's state has the details
-		u.trouble = nil
+		u.lastErr = nil
 	case errors.Is(err, deploy.ErrQuarantined):
 	case errors.Is(err, deploy.ErrRefused) && !j.release.IsZero():
 		u.refuse(j.release, err)
-		u.trouble = nil
+		u.lastErr = nil
 		u.log.Error("the release is refused", "release", j.release.String(), "error", err)
 	case err != nil && calledOff: // not an error
 	case errors.As(err, new(*deploy.FutureError)):
 	case err != nil:
-		u.trouble = err
+		u.lastErr = err
 		u.retryAt = now.Add(u.retry.Next())
 	default:
-		u.trouble = nil
+		u.lastErr = nil
 		u.retry.Reset()
 	}
-	trouble := u.trouble
+	lastErr := u.lastErr
 	if before.Running != after.Running || !after.Confirmed || after.Unfinished {
 		u.done = deployments.Pointer{}
 	}
@@ -199,7 +199,7 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 		}
 	case jobSettle:
 		if settled := new(deploy.FutureError); errors.As(err, &settled) {
-			u.future, u.settleAt, u.trouble = settled, now.Add(settleAgain), nil
+			u.future, u.settleAt, u.lastErr = settled, now.Add(settleAgain), nil
 		} else if err == nil {
 			u.future = nil
 		} else {
@@ -216,9 +216,9 @@ func (a *Agent) end(ctx context.Context, u *unit, j job, before deploy.State, er
 	a.mu.Unlock()
 
 	switch {
-	case trouble != nil && was == nil:
-		u.log.Warn("the job failed: trying again", "job", string(j.kind), "release", j.release.String(), "error", trouble)
-	case trouble == nil && was != nil && err == nil:
+	case lastErr != nil && was == nil:
+		u.log.Warn("the job failed: trying again", "job", string(j.kind), "release", j.release.String(), "error", lastErr)
+	case lastErr == nil && was != nil && err == nil:
 		u.log.Info("the job succeeds again", "job", string(j.kind))
 	}
 	if r := after.Running; err == nil && !r.IsZero() && after.Confirmed && (before.Running != r || !before.Confirmed) {
@@ -255,7 +255,7 @@ func (a *Agent) progress(u *unit, s deployments.State, p artifact.Progress) {
 	switch {
 	case !u.busy.switches():
 		return // staging in the background doesn't change the unit's state
-	case s == deployments.StateFetching && u.trouble != nil && p.Done == 0:
+	case s == deployments.StateFetching && u.lastErr != nil && p.Done == 0:
 		return // the retry has fetched nothing yet
 	case s != deployments.StateFetching && s != deployments.StateSwitching:
 		return
@@ -311,7 +311,7 @@ func (u *unit) choose(now time.Time, verifies bool) (_ job, again time.Time) {
 		return job{}, again
 	}
 	unproven := s.Confirmed && !s.Proven && !s.Running.IsZero()
-	if unproven && u.trouble == nil {
+	if unproven && u.lastErr == nil {
 		return job{kind: jobProve, release: s.Running}, again
 	}
 	if s.Leavable && g.stays && s.Confirmed && !s.Unfinished {
@@ -366,7 +366,7 @@ func (a *Agent) begin(ctx context.Context, u *unit, now time.Time) (job, context
 // is, and another unit could take its dest. a.mu is held.
 func (a *Agent) opening() bool {
 	for _, u := range a.units {
-		if u.deploy == nil && u.trouble == nil {
+		if u.deploy == nil && u.lastErr == nil {
 			return true
 		}
 	}

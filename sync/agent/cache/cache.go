@@ -105,8 +105,8 @@ func (c *Cache) Offer(entries []kv.Entry, now time.Time) {
 	}
 }
 
-// Ignorant reports whether nothing at all is known of some source.
-func (c *Cache) Ignorant() bool {
+// NeedsSnapshot reports whether nothing at all is known of some source.
+func (c *Cache) NeedsSnapshot() bool {
 	return slices.ContainsFunc(c.roles, func(r *Role) bool {
 		return r.Records.from == fromNowhere || r.Pins.from == fromNowhere
 	})

@@ -45,14 +45,14 @@ func (r *Role) Unknown() error {
 	for _, s := range r.Sources() {
 		if s.from == fromNowhere || !s.Answered() {
 			switch {
-			case errors.Is(s.trouble, kv.ErrNoFolder):
+			case errors.Is(s.err, kv.ErrNoFolder):
 				return fmt.Errorf(
 					"nothing is known of %s: see whether this agent's stage and role are right: %w",
 					s.Prefix,
-					s.trouble,
+					s.err,
 				)
-			case s.trouble != nil:
-				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.trouble)
+			case s.err != nil:
+				return fmt.Errorf("nothing is known of %s yet: %w", s.Prefix, s.err)
 			}
 			return errors.New("reading " + s.Prefix)
 		}
@@ -62,7 +62,7 @@ func (r *Role) Unknown() error {
 
 // Missing reports whether the store has no folder for the role's records: the role's name may be mistyped.
 func (r *Role) Missing() bool {
-	return r.Records.from == fromNowhere && errors.Is(r.Records.trouble, kv.ErrNoFolder)
+	return r.Records.from == fromNowhere && errors.Is(r.Records.err, kv.ErrNoFolder)
 }
 
 // Units returns the units that have a record, sorted.

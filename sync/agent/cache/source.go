@@ -36,8 +36,8 @@ type Source struct {
 	seen    []kv.Entry // of pins: all entries of the last synced view; see Cache.Recount
 	from    origin
 	at      time.Time // since when entries are unchanged
-	trouble error     // why the store's view may be out of date
-	since   time.Time // when trouble last became nil or non-nil
+	err     error     // why the store's view may be out of date
+	since   time.Time // when err last became nil or non-nil
 
 	// The parsed entries, by key.
 	records map[string]policy.Value[deployments.Record]
@@ -84,10 +84,10 @@ const bareWait = 5 * time.Second
 // isn't synced it takes only records, and of these only new ones and those of a higher generation. If nothing is
 // known at all, they are enough to begin with: that a record is missing never decides anything.
 func (s *Source) accept(v kv.View, mine func(key string) bool, now time.Time, log *slog.Logger) bool {
-	if (v.Err == nil) != (s.trouble == nil) || s.since.IsZero() {
+	if (v.Err == nil) != (s.err == nil) || s.since.IsZero() {
 		s.since = cmp.Or(v.Since, now)
 	}
-	s.trouble = v.Err
+	s.err = v.Err
 	var entries []kv.Entry
 	for _, e := range v.Entries {
 		if mine(e.Key) {
@@ -231,8 +231,8 @@ func (s *Source) Answered() bool { return !s.since.IsZero() }
 // Origin returns where the entries come from, and since when they are unchanged.
 func (s *Source) Origin() (from string, since time.Time) { return s.from.String(), s.at }
 
-// Trouble returns since when and why the store's view may be out of date; a nil error: it is up to date.
-func (s *Source) Trouble() (since time.Time, err error) { return s.since, s.trouble }
+// Error returns since when and why the store's view may be out of date; a nil error: it is up to date.
+func (s *Source) Error() (since time.Time, err error) { return s.since, s.err }
 
 // Value returns the known value of a key; empty if there is none.
 func (s *Source) Value(key string) string {
