@@ -104,9 +104,9 @@ type Hook struct {
 	Log  *slog.Logger
 
 	answer time.Duration // bounds a call, as Amazon's client has no timeout; 0: 30 s
-	// patience is how long to wait for an action that AutoScaling doesn't know yet, as an instance can be ready
+	// actionWait is how long to wait for an action that AutoScaling doesn't know yet, as an instance can be ready
 	// before the action begins. 0: 2 min.
-	patience time.Duration
+	actionWait time.Duration
 }
 
 // Run completes the hook's action with CONTINUE once converged is closed, or with ABANDON if the timeout passes
@@ -125,14 +125,14 @@ func (h Hook) Run(ctx context.Context, converged <-chan struct{}) error {
 			tagGroup,
 		)
 	}
-	h.Beat, h.answer, h.patience = cmp.Or(
+	h.Beat, h.answer, h.actionWait = cmp.Or(
 		h.Beat,
 		time.Minute,
 	), cmp.Or(
 		h.answer,
 		30*time.Second,
 	), cmp.Or(
-		h.patience,
+		h.actionWait,
 		2*time.Minute,
 	)
 	cfg, err := config.LoadDefaultConfig(ctx, config.WithRegion(h.Instance.Region))
@@ -203,7 +203,7 @@ func (h Hook) complete(ctx context.Context, client *autoscaling.Client, converge
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case noAction(err):
-			if time.Since(began) > h.patience {
+			if time.Since(began) > h.actionWait {
 				h.Log.Info(
 					"AutoScaling waits for no word of this instance",
 					"hook",

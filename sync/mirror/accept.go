@@ -39,10 +39,10 @@ type acceptor struct {
 	compared  string // FROM..TO of the last candidate that was checked
 	refusal   error  // why that candidate isn't taken; nil: it is
 
-	overruled  string      // the commit that was taken because Config.Accept names it
-	inspection *inspection // of the candidate's releases; nil: not begun
-	patience   *wait.Backoff
-	inspecting sync.WaitGroup
+	overruled    string      // the commit that was taken because Config.Accept names it
+	inspection   *inspection // of the candidate's releases; nil: not begun
+	releaseRetry *wait.Backoff
+	inspecting   sync.WaitGroup
 }
 
 // outcome is the result of accept.
@@ -304,9 +304,9 @@ func (i *inspection) wait(now time.Time) time.Duration {
 	return max(time.Millisecond, i.next.Sub(now))
 }
 
-// hurried makes the acceptor look for missing releases soon, as if they had just been found missing.
-func (a *acceptor) hurried() {
-	a.patience.Reset()
+// recheckSoon makes the acceptor look for missing releases soon, as if they had just been found missing.
+func (a *acceptor) recheckSoon() {
+	a.releaseRetry.Reset()
 	if i := a.inspection; i != nil && i.failed() {
 		if soon := i.ended.Add(a.hookPause); soon.Before(i.next) {
 			i.next = soon
@@ -316,11 +316,11 @@ func (a *acceptor) hurried() {
 
 // inspect checks the releases that a commit introduces. It runs beside the rounds, as slow storage must not hold up
 // rollouts under way. done reports whether the check has ended. An error other than deployments.Problems may pass,
-// and the check is retried: see patience.
+// and the check is retried: see releaseRetry.
 func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err error) {
 	last := a.inspection
 	if last != nil && last.of != a.compared {
-		a.patience.Reset()
+		a.releaseRetry.Reset()
 	}
 	if last != nil && (last.of != a.compared || last.failed() && !time.Now().Before(last.next)) {
 		last.stop()
@@ -362,7 +362,7 @@ func (a *acceptor) inspect(ctx context.Context, to *git.Commit) (done bool, err 
 	case i.err = <-i.result:
 		i.ended = time.Now()
 		if i.failed() {
-			i.next = i.ended.Add(a.patience.Next())
+			i.next = i.ended.Add(a.releaseRetry.Next())
 		}
 	default:
 	}

@@ -54,7 +54,7 @@ type leader struct {
 func newLeader(m *Mirror, lease kv.Lease) *leader {
 	l := &leader{
 		Mirror: m, lease: lease,
-		observer:      newObserver(m.c.Log, m.heed),
+		observer:      newObserver(m.c.Log, m.refresh),
 		snapshot:      &snapshots{save: m.c.Snapshot, log: m.c.Log, offers: make(chan []kv.Entry, 1)},
 		folders:       &folderKeeper{store: m.c.Store, log: m.c.Log, made: map[string]time.Time{}},
 		ranks:         map[deployments.UnitID]*policy.Ranks{},
@@ -70,7 +70,7 @@ func newLeader(m *Mirror, lease kv.Lease) *leader {
 	l.acceptor = &acceptor{
 		branch: m.branch, own: &l.written.written, repo: m.c.Repo, override: m.c.Accept, releases: m.c.Releases,
 		hookPause: m.hookPause, metrics: m.metrics, log: m.c.Log, inspected: l.observer.changed,
-		patience: wait.NewBackoff(m.patience, max(m.patience, maxPatience)),
+		releaseRetry: wait.NewBackoff(m.releaseRetry, max(m.releaseRetry, maxReleaseRetry)),
 	}
 	l.dead = &deadNodes{commit: l.commit, after: m.forgetAfter, log: m.c.Log, absent: map[string]absence{}}
 	return l
@@ -248,7 +248,7 @@ func (l *leader) persist(ctx context.Context, what string, f func(context.Contex
 // loop runs a round whenever something changed.
 func (l *leader) loop(ctx context.Context) error {
 	retry := wait.NewBackoff(200*time.Millisecond, 30*time.Second)
-	var trouble error
+	var lastErr error
 	conflicts := 0 // in a row
 	for {
 		branch, gitChanged := l.branch.awaitChange()
@@ -261,22 +261,22 @@ func (l *leader) loop(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case err == nil:
-			if trouble != nil {
+			if lastErr != nil {
 				l.c.Log.Info("the store takes writes again", "store", l.c.Store)
 			}
-			trouble = nil
+			lastErr = nil
 			conflicts = 0
 			retry.Reset()
 		case errors.Is(err, kv.ErrConflict): // somebody else wrote; the watch will show it
 			again = wait.Jitter(time.Second, 0.2)
-			if conflicts++; conflicts >= conflictsTold {
-				l.tellConflict(ctx, err, conflicts)
+			if conflicts++; conflicts >= conflictsLogged {
+				l.reportConflict(ctx, err, conflicts)
 			}
 		default:
-			if trouble == nil {
+			if lastErr == nil {
 				l.c.Log.Warn("the store refuses writes: trying again", "store", l.c.Store, "error", err)
 			}
-			trouble = err
+			lastErr = err
 			again = retry.Next()
 			gitChanged = nil
 			// Wake-ups in quick succession, as from a fleet that reports, must not shorten the backoff.
@@ -294,20 +294,20 @@ func (l *leader) loop(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-gitChanged:
-		case <-l.hurry.C():
-			l.acceptor.hurried()
+		case <-l.recheck.C():
+			l.acceptor.recheckSoon()
 		case <-l.observer.changed.C():
 		case <-clock:
 		}
 	}
 }
 
-// conflictsTold is the number of conflicts in a row, a second apart, that a late watch doesn't explain.
-const conflictsTold = 5
+// conflictsLogged is the number of conflicts in a row, a second apart, that a late watch doesn't explain.
+const conflictsLogged = 5
 
-// tellConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
-func (l *leader) tellConflict(ctx context.Context, err error, nth int) {
-	if nth == conflictsTold || nth%60 == 0 { // once a minute
+// reportConflict logs, and writes to mirror/state, that the store and its watch disagree for the nth time in a row.
+func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
+	if nth == conflictsLogged || nth%60 == 0 { // once a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
 	l.written.tell(

@@ -105,9 +105,9 @@ type Mirror struct {
 	units    *unitMetrics
 	listener net.Listener // nil: none
 	hooks    *webhook.Receiver
-	hurry    wait.Signal // makes the leader look for missing releases now
+	recheck  wait.Signal // makes the leader look for missing releases now
 
-	hookPause, patience, forgetAfter, rebuildWait time.Duration // default to the constants of these names
+	hookPause, releaseRetry, forgetAfter, rebuildWait time.Duration // default to the constants of these names
 
 	mu    sync.Mutex
 	holds kv.Lease // the lease that this mirror holds; nil: none
@@ -115,11 +115,11 @@ type Mirror struct {
 
 // Default durations; tests have their own.
 const (
-	// A release that is missing or can't be read is looked for again after defaultPatience, and then less and less
-	// often, up to every maxPatience on average: its upload may take long or may never come. A new commit or a
+	// A release that is missing or can't be read is looked for again after defaultReleaseRetry, and then less and less
+	// often, up to every maxReleaseRetry on average: its upload may take long or may never come. A new commit or a
 	// webhook starts over.
-	defaultPatience = 5 * time.Second
-	maxPatience     = time.Minute
+	defaultReleaseRetry = 5 * time.Second
+	maxReleaseRetry     = time.Minute
 	// defaultForgetAfter is how long the entry of a node that died stays in status/, for people to see: longer than
 	// a weekend.
 	defaultForgetAfter = 72 * time.Hour
@@ -174,19 +174,19 @@ func New(c Config) (*Mirror, error) {
 		return nil, err
 	}
 	m := &Mirror{
-		c:           c,
-		metrics:     newMetrics(c.Metrics),
-		units:       newUnitMetrics(c.Metrics),
-		hurry:       wait.NewSignal(),
-		hookPause:   webhook.Pause,
-		patience:    defaultPatience,
-		forgetAfter: defaultForgetAfter,
-		rebuildWait: defaultRebuildWait,
+		c:            c,
+		metrics:      newMetrics(c.Metrics),
+		units:        newUnitMetrics(c.Metrics),
+		recheck:      wait.NewSignal(),
+		hookPause:    webhook.Pause,
+		releaseRetry: defaultReleaseRetry,
+		forgetAfter:  defaultForgetAfter,
+		rebuildWait:  defaultRebuildWait,
 	}
 	m.branch = &follower{source: source, repo: c.Repo, branch: c.Branch, signers: signers, metrics: m.metrics, log: c.Log,
 		pollNow: wait.NewSignal(), changed: make(chan struct{})}
 	m.hooks = webhook.New(webhook.Config{Secret: secret, Store: c.Store, Name: c.Name, Log: c.Log, Leads: m.leads,
-		Heed: m.heed, Count: m.metrics.hooked})
+		Received: m.refresh, Count: m.metrics.hooked})
 	if c.Listen != "" {
 		if m.listener, err = net.Listen("tcp", c.Listen); err != nil {
 			return nil, errors.Join(fmt.Errorf("listen: %w", err), source.Close())
@@ -269,10 +269,10 @@ func (m *Mirror) live(w http.ResponseWriter, _ *http.Request) {
 	_ = json.NewEncoder(w).Encode(answer)
 }
 
-// heed makes this mirror read the branch and look for missing releases now.
-func (m *Mirror) heed() {
+// refresh makes this mirror read the branch and look for missing releases now.
+func (m *Mirror) refresh() {
 	m.Trigger()
-	m.hurry.Set()
+	m.recheck.Set()
 }
 
 // leads reports whether this mirror holds the lease. It is false as soon as the lease has ended, even if its work

@@ -210,7 +210,7 @@ func TestWebhookLooksForReleases(t *testing.T) {
 	text := m.tree("/srv/app", "")
 	head := o.Push(map[string]string{"kedge.yaml": bounds, "prod/web/app.yaml": m.line("1", text)})
 	c := Config{Store: store, Repo: o.Bare, Listen: "127.0.0.1:0", Env: env("KEDGE_WEBHOOK_SECRET", "hush")}
-	patient := func(m *Mirror) { m.patience, m.hookPause = time.Hour, time.Millisecond }
+	patient := func(m *Mirror) { m.releaseRetry, m.hookPause = time.Hour, time.Millisecond }
 	leader := start(t, c, patient)
 	c.Name = "standby"
 	waits := func(s deployments.MirrorState) bool { return strings.Contains(s.Error, "the release can't be checked") }

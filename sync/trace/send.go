@@ -25,8 +25,8 @@ const (
 	// program's end.
 	sendEvery  = time.Second
 	lastWithin = 2 * time.Second
-	// patience is the longest pause between tries to send.
-	patience = 30 * time.Second
+	// maxRetry is the longest pause between tries to send.
+	maxRetry = 30 * time.Second
 )
 
 // Sender sends spans. A nil Sender accepts spans and drops them.
@@ -40,7 +40,7 @@ type Sender struct {
 	waiting []Span
 	dropped int
 
-	trouble rate.Sometimes // bounds the lines about an unavailable collector
+	warnings rate.Sometimes // bounds the lines about an unavailable collector
 }
 
 // New returns a sender, whose Run sends the spans; nil if the configuration names no collector.
@@ -49,7 +49,7 @@ func New(c Config, log *slog.Logger) *Sender {
 		return nil
 	}
 	return &Sender{
-		c: c, log: log, some: wait.NewSignal(), trouble: rate.Sometimes{First: 1, Interval: 10 * time.Minute},
+		c: c, log: log, some: wait.NewSignal(), warnings: rate.Sometimes{First: 1, Interval: 10 * time.Minute},
 		// A redirect would send the headers, which may contain a token, elsewhere.
 		client: &http.Client{Timeout: c.Within, CheckRedirect: func(*http.Request, []*http.Request) error {
 			return http.ErrUseLastResponse
@@ -78,7 +78,7 @@ func (s *Sender) Run(ctx context.Context) {
 	if s == nil {
 		return
 	}
-	retry := wait.NewBackoff(sendEvery, patience)
+	retry := wait.NewBackoff(sendEvery, maxRetry)
 	for {
 		select {
 		case <-ctx.Done():
@@ -97,7 +97,7 @@ func (s *Sender) Run(ctx context.Context) {
 				continue
 			}
 			if ctx.Err() == nil {
-				s.trouble.Do(func() {
+				s.warnings.Do(func() {
 					s.log.Warn("could not send spans: the oldest are dropped", "url", safetext.URLs(s.c.URL), "error", err)
 				})
 			}
@@ -150,7 +150,7 @@ func (s *Sender) send(ctx context.Context) error {
 		code == http.StatusGatewayTimeout:
 		return fmt.Errorf("it answers %s", answer.Status)
 	case code/100 != 2:
-		s.trouble.Do(func() {
+		s.warnings.Do(func() {
 			s.log.Warn("the collector refuses spans", "url", safetext.URLs(s.c.URL), "answer", answer.Status)
 		})
 	}

@@ -31,13 +31,13 @@ const Pause = 2 * time.Second
 
 // Config configures a Receiver.
 type Config struct {
-	Secret string // empty: webhooks are refused
-	Store  kv.Store
-	Name   string           // the name of this mirror
-	Leads  func() bool      // reports whether this mirror holds the lease
-	Heed   func()           // is called for each valid webhook
-	Count  func(status int) // is called with the status of each answer
-	Log    *slog.Logger
+	Secret   string // empty: webhooks are refused
+	Store    kv.Store
+	Name     string           // the name of this mirror
+	Leads    func() bool      // reports whether this mirror holds the lease
+	Received func()           // is called for each valid webhook
+	Count    func(status int) // is called with the status of each answer
+	Log      *slog.Logger
 }
 
 // Receiver receives webhooks. Create it with New.
@@ -65,7 +65,7 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		http.Error(w, why, code)
 		return
 	}
-	r.c.Heed()
+	r.c.Received()
 	r.hooked.Set()
 	w.WriteHeader(code)
 }
