@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	"path"
 	"regexp"
 	"strings"
 	"unicode"
@@ -220,6 +221,28 @@ func (p Pointer) String() string {
 		return ""
 	}
 	return p.URL + digestMark + p.Digest.String()
+}
+
+// Version returns the version in the path of the manifest's URL.
+func (p Pointer) Version() string {
+	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
+	dir, file := path.Split(url)
+	version := strings.TrimSuffix(file, path.Ext(file))
+	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
+		version = parent
+	}
+	return safetext.Line(safetext.Printable(version), mostVersion)
+}
+
+// mostVersion is how many bytes of a URL's version are shown.
+const mostVersion = 200
+
+// Short returns the pointer's name for people: its version and the beginning of its digest.
+func (p Pointer) Short() string {
+	if p.IsZero() {
+		return "-"
+	}
+	return p.Version() + " " + p.Digest.Short()[:8]
 }
 
 // IsZero reports whether p is the zero pointer.

@@ -81,7 +81,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		if err = errors.Join(deployments.CheckSegment("node", node), deployments.CheckSegment("unit", unit)); err != nil {
 			return f, id, node, d, usageError{err}
 		}
-		if f, err = a.readToExplain(ctx, fleet.Filter{}); err != nil {
+		if f, err = a.readToExplain(ctx, fleet.Filter{}, unit); err != nil {
 			return f, id, node, d, err
 		}
 		if id, err = fleet.Named(f, node, unit); err != nil {
@@ -91,7 +91,7 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 		if id, err = deployments.ParseUnitID(args[0]); err != nil {
 			return f, id, node, d, usageError{err}
 		}
-		if f, err = a.readToExplain(ctx, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit}); err != nil {
+		if f, err = a.readToExplain(ctx, fleet.Filter{Stage: id.Stage, Role: id.Role, Unit: id.Unit}, id.Unit); err != nil {
 			return f, id, node, d, err
 		}
 		if len(args) == 2 {
@@ -106,8 +106,8 @@ func (a *app) explain(ctx context.Context, args []string, stateDir string) (
 	return f, id, node, d, err
 }
 
-// readToExplain reads a part of the fleet. If the store is away, the error says how to ask the node itself.
-func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fleet, error) {
+// readToExplain reads a part of the fleet. If the store is away, the error says how to ask the node itself about unit.
+func (a *app) readToExplain(ctx context.Context, filter fleet.Filter, unit string) (*fleet.Fleet, error) {
 	store, err := a.quiet()
 	if err != nil {
 		return nil, err
@@ -116,13 +116,8 @@ func (a *app) readToExplain(ctx context.Context, filter fleet.Filter) (*fleet.Fl
 	f, err := fleet.Read(ctx, store, filter)
 	switch {
 	case errors.Is(err, kv.ErrUnavailable):
-		return nil, hintError{
-			err,
-			strings.TrimPrefix(
-				a.storeHint(err)+"\n",
-				"\n",
-			) + "on the node, as root, its agent says what it goes by: kedge explain UNIT",
-		}
+		local := "on the node, as root, its agent says what it goes by: kedge explain " + unit
+		return nil, hintError{err, strings.TrimPrefix(a.storeHint(err)+"\n", "\n") + local}
 	case err == nil && len(f.Units) == 0 && filter.Unit != "":
 		return nil, fleet.NoUnit(ctx, store, deployments.UnitID{Stage: filter.Stage, Role: filter.Role, Unit: filter.Unit})
 	}

@@ -105,11 +105,11 @@ func (a *app) storeHint(err error) string {
 	case errors.Is(err, kv.ErrNoFolder):
 		return fmt.Sprintf(
 			"has a mirror run yet (kedge mirror REPO), and is %s its --prefix? Else CONSUL_HTTP_TOKEN has to name a token that may do this: "+
-				"for operators, one of deployments/consul/operator.hcl",
+				"for operators, one with the rules of kedge acl operator",
 			cmp.Or(a.prefix, kv.DefaultPrefix),
 		)
 	case errors.Is(err, kv.ErrDenied):
-		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one of deployments/consul/operator.hcl"
+		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one with the rules of kedge acl operator"
 	}
 	return ""
 }

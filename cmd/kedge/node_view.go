@@ -18,7 +18,7 @@ kedge explain NAME/UNIT says.`,
 			if err := deployments.CheckSegment("node", args[0]); err != nil {
 				return usageError{err}
 			}
-			f, err := a.readToExplain(cmd.Context(), fleet.Filter{})
+			f, err := a.readToExplain(cmd.Context(), fleet.Filter{}, "UNIT")
 			if err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 func (a *app) publishCommand() *cobra.Command {
@@ -121,6 +123,9 @@ as it is: another level takes another version.`,
 				opt,
 			)
 			progress.clear()
+			if errors.Is(err, object.ErrUnavailable) {
+				err = hintError{err, "run it again when the storage answers: it takes up what is there already" + endpointHint(opt.To)}
+			}
 			if err != nil {
 				return err
 			}
@@ -169,6 +174,15 @@ as it is: another level takes another version.`,
 	)
 	a.jsonFlag(c, "what was made")
 	return c
+}
+
+// endpointHint says which S3 was asked, if it is another than AWS's.
+func endpointHint(to string) string {
+	endpoint := cmp.Or(os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
+	if endpoint == "" || !strings.HasPrefix(to, "s3://") {
+		return ""
+	}
+	return "; AWS_ENDPOINT_URL_S3 names " + safetext.URLs(endpoint)
 }
 
 // flagMistake returns an error if a flag's value is invalid for the manifest field of that name; "" is not set.

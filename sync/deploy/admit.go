@@ -89,7 +89,7 @@ func (u *Unit) trust(ctx context.Context, p deployments.Pointer, raw []byte) err
 // it.
 func (u *Unit) within(r *artifact.Release) error {
 	if err := u.order(r); err != nil {
-		return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
+		return fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrRefused, err)
 	}
 	if err := bounded(u.c.Bounds, r); err != nil {
 		return fmt.Errorf("release %s: %w: %w", r.Pointer, ErrRefused, err)
@@ -99,7 +99,7 @@ func (u *Unit) within(r *artifact.Release) error {
 	}
 	if u.c.Claim != nil && r.Manifest.Src != "" {
 		if err := u.c.Claim(r.Manifest.Dest); err != nil {
-			return fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrRefused, err)
+			return fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrRefused, err)
 		}
 	}
 	return nil
@@ -108,7 +108,7 @@ func (u *Unit) within(r *artifact.Release) error {
 // read returns the bytes of p's manifest, from the unit's own copy if there is one.
 func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) {
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
-		return nil, fmt.Errorf("release %s: %w: %w", p.Digest.Short(), ErrRefused, err)
+		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
 	}
 	if r, err := u.recall(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
 		return r.Raw, nil

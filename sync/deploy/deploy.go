@@ -203,15 +203,9 @@ type Failed struct {
 
 func (f *Failed) Error() string {
 	if f.Back.IsZero() {
-		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Digest.Short(), f.Step, f.Err)
+		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Short(), f.Step, f.Err)
 	}
-	return fmt.Sprintf(
-		"release %s failed in %s, went back to %s: %v",
-		f.Release.Digest.Short(),
-		f.Step,
-		f.Back.Digest.Short(),
-		f.Err,
-	)
+	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Short(), f.Step, f.Back.Short(), f.Err)
 }
 
 func (f *Failed) Unwrap() error { return f.Err }

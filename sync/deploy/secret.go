@@ -53,7 +53,7 @@ func (u *Unit) readSecrets(ctx context.Context, r *artifact.Release, maxAge time
 	}
 	values, err := u.c.Secrets.Read(ctx, r.Manifest.Secrets, maxAge)
 	if err != nil {
-		return nil, fmt.Errorf("release %s: %w: %w", r.Pointer.Digest.Short(), ErrSecretUnavailable, err)
+		return nil, fmt.Errorf("release %s: %w: %w", r.Pointer.Short(), ErrSecretUnavailable, err)
 	}
 	u.secrets.add(slices.Collect(maps.Values(values))...)
 	return values, nil

@@ -412,7 +412,7 @@ func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) err
 		return errors.Join(cause, err)
 	}
 	return fmt.Errorf("release %s, which %s went back to, does not serve, and is tried again: %w",
-		d.target().Digest.Short(), u.name(), cause)
+		d.target().Short(), u.name(), cause)
 }
 
 func exists(path string) bool {

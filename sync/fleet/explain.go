@@ -274,6 +274,7 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 		)
 	case r.State == deployments.StateUnhealthy:
 		s.Says = join("runs it, and its health checks fail", cmp.Or(trouble, message.Text(r.Reason, r.Facts)))
+		s.Hint = message.Hint(u.ID, n.Name, deployments.ReasonUnhealthy)
 	case r.State == deployments.StateInvalid && trouble != "":
 		s.Says, s.Hint = "refuses it: "+trouble, "publish what this node takes, or change its configuration"
 	case r.State == deployments.StateRetrying:
@@ -525,6 +526,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
 		add("reason", oneLine(r.Why))
 	}
+	var quarantined []string
 	for _, q := range r.Quarantined {
 		if slices.ContainsFunc(
 			d.Trace,
@@ -532,11 +534,14 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		) {
 			continue
 		}
-		failed := q.Short()
+		failed := q.Short()[:8]
 		if u.Record != nil && u.Record.Target.Digest == q {
 			failed = u.Release(u.Record.Target)
 		}
-		add("failed", failed+", which stays out until another is named, or "+"kedge retry "+u.ID.String())
+		quarantined = append(quarantined, failed)
+	}
+	if len(quarantined) > 0 {
+		add("failed", strings.Join(quarantined, ", ")+": not tried again here until Git names it anew, or kedge retry "+u.ID.String())
 	}
 	if !told(d, r.Error, anyStep) {
 		add("error", oneLine(r.Error))

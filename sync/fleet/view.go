@@ -234,7 +234,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 		if name, ok := named[p.Digest]; ok {
 			return name
 		}
-		name := cmp.Or(reported[p.Digest], Clean(message.Version(p), mostVersion))
+		name := cmp.Or(reported[p.Digest], Clean(p.Version(), mostVersion))
 		named[p.Digest] = name
 		if other, ok := taken[name]; ok && other != p.Digest {
 			twice[name] = true
@@ -416,7 +416,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
 }
 
-// Next returns what an operator can do about a unit whose rollout has stopped; empty: nothing.
+// Next returns what an operator can do about a unit whose rollout has stopped, or whose nodes fail; empty: nothing.
 func (u *Unit) Next(now time.Time) string {
 	if u.Record == nil || u.Pinned(now) {
 		return ""
@@ -424,11 +424,14 @@ func (u *Unit) Next(now time.Time) string {
 	if next := message.RolloutHint(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {
 		return next
 	}
-	if slices.ContainsFunc(
-		u.Nodes,
-		func(n Node) bool { return !n.Gone && n.Report.State == deployments.StateQuarantined },
-	) {
-		return "push a better release, or try this one again: kedge retry " + u.ID.String()
+	some := func(state deployments.State) bool {
+		return slices.ContainsFunc(u.Nodes, func(n Node) bool { return !n.Gone && n.Report.State == state })
+	}
+	switch {
+	case some(deployments.StateQuarantined):
+		return message.Hint(u.ID, "", deployments.ReasonTooManyFailed)
+	case some(deployments.StateUnhealthy):
+		return message.Hint(u.ID, "", deployments.ReasonUnhealthy)
 	}
 	return ""
 }
@@ -473,7 +476,7 @@ func (u *Unit) version(p deployments.Pointer) string {
 			return Clean(r.Version, mostVersion)
 		}
 	}
-	return Clean(message.Version(p), mostVersion)
+	return Clean(p.Version(), mostVersion)
 }
 
 func pinName(u *Unit, p deployments.Pin) string {

@@ -202,7 +202,7 @@ func suffix(h deployments.History) string {
 }
 
 // nameOf returns a release's name for people: the version in its URL, and the beginning of its digest.
-func nameOf(p deployments.Pointer) string { return message.Version(p) + " " + p.Digest.Short()[:8] }
+func nameOf(p deployments.Pointer) string { return p.Short() }
 
 func few(names []string) string {
 	const shown = 5

@@ -46,6 +46,8 @@ func Hint(id deployments.UnitID, node string, reason deployments.Reason) string 
 		return "change the release in Git, or pin it: kedge pin " + unit + " POINTER"
 	case deployments.ReasonOlderThanFloor:
 		return "publish the old tree anew, as a new version; or start the agent with --allow-older-pins"
+	case deployments.ReasonUnhealthy:
+		return "mend what the check finds, or go back: kedge rollback " + unit
 	case deployments.ReasonDiskFull:
 		return "make room on the node: it tries again by itself"
 	}

@@ -4,7 +4,6 @@ package message
 
 import (
 	"fmt"
-	"path"
 	"regexp"
 	"strings"
 	"time"
@@ -225,15 +224,4 @@ func OneLine(s string) string {
 		return r
 	}, strings.ToValidUTF8(s, "?"))
 	return strings.Join(strings.Fields(clean), " ")
-}
-
-// Version returns the version in the path of a manifest's URL.
-func Version(p deployments.Pointer) string {
-	url, _, _ := strings.Cut(p.URL, "?") // a query may be a signature
-	dir, file := path.Split(url)
-	version := strings.TrimSuffix(file, path.Ext(file))
-	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
-		version = parent
-	}
-	return OneLine(version)
 }

@@ -94,6 +94,7 @@ func TestHint(t *testing.T) {
 		deployments.ReasonPaused:           "kedge resume prod/web/app",
 		deployments.ReasonTooManyFailed:    "kedge retry prod/web/app",
 		deployments.ReasonFrozen:           "kedge promote prod/web/app",
+		deployments.ReasonUnhealthy:        "kedge rollback prod/web/app",
 		deployments.ReasonPinned:           "kedge unpin prod/web/app --node web-1",
 	} {
 		if got := Hint(id, "web-1", reason); !strings.Contains(got, want) {
