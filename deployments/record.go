@@ -1,6 +1,9 @@
 package deployments
 
-import "time"
+import (
+	"cmp"
+	"time"
+)
 
 // Record is the JSON at desired/STAGE/ROLE/UNIT: what a unit should run, and how far the fleet may have gone
 // there. The mirror that holds the lease writes it. Where no mirror runs, a person may write a bare pointer
@@ -48,6 +51,9 @@ type Record struct {
 	// Rollout is how far the rollout to Target is; nil: every node is admitted.
 	Rollout *Progress `json:"rollout,omitempty"`
 }
+
+// RequestGeneration returns the generation that first asked for the record's target; see Claim.
+func (r Record) RequestGeneration() int64 { return cmp.Or(r.Claim, r.Generation) }
 
 // Pinned is the record that Git asked for before a unit pin took its place. The record goes back to it when the
 // pin ends.

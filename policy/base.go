@@ -51,7 +51,7 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	if stored != nil && stored.Generation >= next.Generation && stored.Generation < AbsurdGeneration &&
 		!equal(*stored, next) {
 		if next.Generation == b.Record.Generation { // it is restored: nobody asks for its target anew
-			next.Claim = ClaimOf(next)
+			next.Claim = next.RequestGeneration()
 		}
 		next.Generation = stored.Generation
 		if b.Restored {
@@ -61,7 +61,8 @@ func (b Base) Number(next deployments.Record, stored *deployments.Record, nodes 
 	// A node ignores a record of a lower generation than it has acted on, as after the restore of a snapshot. It
 	// would take one of the same generation for the record that was lost.
 	if acted := actedOn(nodes); next.Generation < acted || next.Generation == acted && acted > b.Floor {
-		if next.Claim = ClaimOf(next); next.Target != b.Record.Target || next.Claim != ClaimOf(b.Record) {
+		was := b.Record
+		if next.Claim = next.RequestGeneration(); next.Target != was.Target || next.Claim != was.RequestGeneration() {
 			next.Claim, next.Retry = -acted, 0 // the store may have lost an earlier request for it
 		}
 		next.Generation = acted + 1

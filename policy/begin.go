@@ -1,15 +1,11 @@
 package policy
 
 import (
-	"math"
 	"slices"
 	"time"
 
 	"kedge/deployments"
 )
-
-// everyRank is the cutoff that admits all nodes.
-const everyRank = math.MaxUint64
 
 // setTarget sets the record's target to the release that Git or a unit pin names.
 func setTarget(in *inputs, st state) state {
@@ -47,14 +43,6 @@ func goal(in *inputs) deployments.Pointer {
 		return in.Unit.Release
 	}
 	return in.Record.Target
-}
-
-// ClaimOf returns the generation that first asked for a record's target; see Record.Claim.
-func ClaimOf(r deployments.Record) int64 {
-	if r.Claim != 0 {
-		return r.Claim
-	}
-	return r.Generation
 }
 
 // successor returns the record that a new target begins with, from Git or from a pin. ok is false if nodes have to
@@ -174,7 +162,7 @@ func start(in *inputs, st state) state {
 	st.p.Fast = stableBefore(in, st.r.Target) || st.r.Pinned != nil
 	switch {
 	case in.Freeze.Frozen && !st.p.Forced && !revert && !st.p.Fast:
-		st = st.enter(in, deployments.PhaseFrozen).because(deployments.ReasonFrozen, in.Freeze.Facts())
+		st = st.enter(in, deployments.PhaseFrozen).frozen(in)
 	case u == nil || revert || u.Canary.N == 0 || st.p.Fast:
 		st = st.roll(in).because(deployments.ReasonRolling, nil)
 	default:
@@ -205,11 +193,13 @@ func gitsRecord(st state) deployments.Pinned {
 	if st.r.Pinned != nil {
 		git := *st.r.Pinned
 		if st.r.Target == git.Target {
-			git.Claim = ClaimOf(st.r) // the pin asked for it last: it stays out of nodes where it has failed since
+			// The pin asked for it last: it stays out of nodes where it has failed since.
+			git.Claim = st.r.RequestGeneration()
 		}
 		return git
 	}
-	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: ClaimOf(st.r), Failed: st.p.Failed}
+	git := deployments.Pinned{Target: st.r.Target, Stable: st.r.Stable, Claim: st.r.RequestGeneration(),
+		Failed: st.p.Failed}
 	if !st.on {
 		git.Stable = st.r.Target
 	}
@@ -229,7 +219,7 @@ func endPin(in *inputs, st state) state {
 	if !ok {
 		return next
 	}
-	switch claim := ClaimOf(in.Record); {
+	switch claim := in.Record.RequestGeneration(); {
 	case target == git.Target:
 		next.r.Claim = git.Claim
 	case target == in.Record.Target && claim < 0:
@@ -261,75 +251,4 @@ func endPin(in *inputs, st state) state {
 		return next
 	}
 	return launch(in, next)
-}
-
-// superseded returns the targets that nodes may run, or be on their way to, besides those that the new record names:
-// the old record's target, and those that it had replaced. Targets that no node runs or may begin are dropped.
-func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
-	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
-		Generation: was.Generation}
-	back := was.Rollout.Phase == deployments.PhaseRollingBack
-	if back {
-		own.Cutoff, own.Generation = 0, 0 // the nodes that it admitted run one of its Superseded
-	}
-	unlisted, _ := in.unlisted(was.Nodes)
-	var acted []deployments.Digest // releases that a node may yet begin, not only run
-	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
-		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
-		for i := 0; i < len(in.Nodes) && !used; i++ {
-			n := &in.Nodes[i]
-			u := &n.Report
-			runs = runs || u.Running.Digest == o.Digest
-			used = (!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
-				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
-		}
-		if !used && !runs {
-			continue
-		}
-		if used {
-			acted = append(acted, o.Digest)
-		}
-		o.Back = o.Back || back
-		if i := slices.IndexFunc(list, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
-			x := &list[i]
-			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
-			continue
-		}
-		list = append(list, o)
-	}
-	// Without a stable release nodes keep what they run, whether the record names that or not.
-	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
-		if !slices.Contains(acted, list[i].Digest) {
-			list = slices.Delete(list, i, i+1)
-		}
-	}
-	return list
-}
-
-// lastJoined returns the largest Joined of all known nodes.
-func lastJoined(nodes []Node) (last uint64) {
-	for i := range nodes {
-		last = max(last, nodes[i].Joined)
-	}
-	return last
-}
-
-// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or have no
-// number yet, and would go to stable from a release that the record doesn't name: these wait for room in the budget.
-func tell(in *inputs, st state) uint64 {
-	last := lastJoined(in.Nodes)
-	switch {
-	case st.r.Joined == 0 && st.r.Stable.IsZero():
-		return max(last, 1) // a node that comes with something that serves waits for its turn
-	case st.r.Joined == 0:
-		return last
-	}
-	r := st.record()
-	for i := range in.Nodes {
-		n := &in.Nodes[i]
-		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked(&n.Report) || strays(&r, &n.Report)) {
-			last = min(last, max(n.Joined, 1)-1)
-		}
-	}
-	return max(last, st.r.Joined)
 }

@@ -98,31 +98,6 @@ func readmit(in *inputs, st state, v summary, most int) (next state, moved bool)
 	return st, moved
 }
 
-// lowerCutoff lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
-// to stay for now.
-func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool) {
-	room, spent := room(in, v)
-	stay := uint64(0) // the highest rank that stays for now
-	for _, n := range slices.Backward(v.nodes) {
-		if n.rank > st.p.Cutoff || n.settled {
-			continue
-		}
-		counted := n.inflight && !(spent && n.overdue)
-		if counted && room < 0 || !counted && room <= 0 {
-			stay = n.rank
-			break
-		}
-		if !counted {
-			room--
-		}
-		moved = true
-	}
-	if moved {
-		st.p.Cutoff, st.p.Since = stay, in.Now
-	}
-	return st, stay > 0, moved
-}
-
 // returned raises Record.Joined, after a rollout has ended, over nodes that were away, as far as the budget has
 // room.
 func returned(in *inputs, st state) state {
@@ -171,4 +146,75 @@ func returned(in *inputs, st state) state {
 		st.p = was // the rollout has ended: only Joined changes
 	}
 	return st
+}
+
+// superseded returns the targets that nodes may run, or be on their way to, besides those that the new record names:
+// the old record's target, and those that it had replaced. Targets that no node runs or may begin are dropped.
+func superseded(in *inputs, was deployments.Record) (list []deployments.Superseded) {
+	own := deployments.Superseded{Digest: was.Target.Digest, Cutoff: max(was.Rollout.Cutoff, was.Rollout.Early),
+		Generation: was.Generation}
+	back := was.Rollout.Phase == deployments.PhaseRollingBack
+	if back {
+		own.Cutoff, own.Generation = 0, 0 // the nodes that it admitted run one of its Superseded
+	}
+	unlisted, _ := in.unlisted(was.Nodes)
+	var acted []deployments.Digest // releases that a node may yet begin, not only run
+	for _, o := range append([]deployments.Superseded{own}, was.Rollout.Superseded...) {
+		ranks, used, runs := in.Ranks.of(o.Digest, in.Nodes).ranks, unlisted > 0, false
+		for i := 0; i < len(in.Nodes) && !used; i++ {
+			n := &in.Nodes[i]
+			u := &n.Report
+			runs = runs || u.Running.Digest == o.Digest
+			used = (!n.Gone || u.State == deployments.StateSwitching) && ranks[i] <= o.Cutoff &&
+				(u.Generation < was.Generation || u.Want.Digest == o.Digest || o == own)
+		}
+		if !used && !runs {
+			continue
+		}
+		if used {
+			acted = append(acted, o.Digest)
+		}
+		o.Back = o.Back || back
+		if i := slices.IndexFunc(list, func(x deployments.Superseded) bool { return x.Digest == o.Digest }); i >= 0 {
+			x := &list[i]
+			x.Cutoff, x.Generation, x.Back = max(x.Cutoff, o.Cutoff), max(x.Generation, o.Generation), x.Back || o.Back
+			continue
+		}
+		list = append(list, o)
+	}
+	// Without a stable release nodes keep what they run, whether the record names that or not.
+	for i := len(list) - 1; i >= 0 && len(list) > deployments.MaxSuperseded && was.Stable.IsZero(); i-- {
+		if !slices.Contains(acted, list[i].Digest) {
+			list = slices.Delete(list, i, i+1)
+		}
+	}
+	return list
+}
+
+// lastJoined returns the largest Joined of all known nodes.
+func lastJoined(nodes []Node) (last uint64) {
+	for i := range nodes {
+		last = max(last, nodes[i].Joined)
+	}
+	return last
+}
+
+// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or have no
+// number yet, and would go to stable from a release that the record doesn't name: these wait for room in the budget.
+func tell(in *inputs, st state) uint64 {
+	last := lastJoined(in.Nodes)
+	switch {
+	case st.r.Joined == 0 && st.r.Stable.IsZero():
+		return max(last, 1) // a node that comes with something that serves waits for its turn
+	case st.r.Joined == 0:
+		return last
+	}
+	r := st.record()
+	for i := range in.Nodes {
+		n := &in.Nodes[i]
+		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked(&n.Report) || strays(&r, &n.Report)) {
+			last = min(last, max(n.Joined, 1)-1)
+		}
+	}
+	return max(last, st.r.Joined)
 }

@@ -9,10 +9,10 @@ import (
 // FailureKey returns the key under which the failure of a record's release on a node is kept. While records have
 // the same request (see SameRequest), a release that failed on the node isn't tried again.
 func FailureKey(r deployments.Record) string {
-	if claim := ClaimOf(r); claim < 0 {
+	if claim := r.RequestGeneration(); claim < 0 {
 		return fmt.Sprintf("generation up to %d, retry %d", -claim, r.Retry)
 	}
-	return fmt.Sprintf("generation %d, retry %d", ClaimOf(r), r.Retry)
+	return fmt.Sprintf("generation %d, retry %d", r.RequestGeneration(), r.Retry)
 }
 
 // SameRequest reports whether two failure keys belong to the same request: one commit, or one pin. A later request

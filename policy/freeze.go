@@ -8,6 +8,7 @@ import (
 	"github.com/robfig/cron/v3"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Verdict says whether a unit's rollouts may start.
@@ -207,3 +208,8 @@ func nameOf(w deployments.Freeze) string {
 	}
 	return string(w.Kind) + " " + w.Cron
 }
+
+// maxQuoted bounds text from nodes and settings in a fact, in bytes: no node takes a record that is too large.
+const maxQuoted = 300
+
+func clipped(s string) string { return safetext.Cut(s, maxQuoted) }

@@ -78,7 +78,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 			// nodes that begin to change before it ends aren't late for the last step: see watched
 			st.p.HealthySince = in.Now
 		}
-		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()), true
+		return st.frozen(in), true
 	case v.live == 0 && v.followers > 0: // no node has to be admitted
 	// otherwise, once the pins end, all nodes would be the first to run it
 	case v.live == 0 && v.pinned > 0 && v.gone == 0:
@@ -129,19 +129,10 @@ func hears(in *inputs, st state) (next state, unheard bool) {
 // reportWithin is how long nodes may take to report after the store was away.
 const reportWithin = 30 * time.Second
 
-// wakeLate schedules the next call for when the next deadline of a node in flight passes.
-func wakeLate(in *inputs, st state, v summary, moved bool) state {
-	st = st.wake(v.relisted)
-	if moved { // their deadlines all count from now
-		return st.wake(in.Now.Add(in.deadline()))
-	}
-	return st.wake(v.due)
-}
-
 // frozen waits for a freeze window to end.
 func frozen(in *inputs, st state) (state, bool) {
 	if in.Freeze.Frozen && !st.p.Forced && !st.p.Fast {
-		return st.because(deployments.ReasonFrozen, in.Freeze.Facts()).wake(in.Freeze.Until), false
+		return st.frozen(in).wake(in.Freeze.Until), false
 	}
 	return start(in, st), true
 }
@@ -272,35 +263,5 @@ func runsSomewhere(in *inputs, digest deployments.Digest) bool {
 	return slices.ContainsFunc(in.Nodes, func(n Node) bool { return n.Report.Running.Digest == digest })
 }
 
-// shortList is how long a list of nodes must have been shorter than before until it is believed: old agents write
-// a deleted status key again within a minute.
-const shortList = 2 * time.Minute
-
 // mostAway is how long a rollout waits before it ends without most of its nodes.
 const mostAway = time.Hour
-
-// rollingBack lets nodes go back to stable, as many at a time as the budget allows.
-func rollingBack(in *inputs, st state) (state, bool) {
-	v := summarize(in, st)
-	if v.live == 0 && v.gone+v.pinned > 0 {
-		return st, false
-	}
-	st, left, moved := lowerCutoff(in, st, v)
-	if !moved {
-		since := st.p.HealthySince
-		st, moved = readmit(in, st, v, len(v.waiting))
-		st.p.HealthySince = since
-	}
-	if left || moved || v.inflight > v.overdue || len(v.waiting) > 0 || v.unlisted > 0 {
-		return wakeLate(in, st, v, moved), false
-	}
-	p := st.p
-	facts := p.Facts
-	if v.overdue > 0 { // they go on trying, and count as in flight in the next rollout
-		facts = facts.With("left", fmt.Sprint(v.overdue))
-	}
-	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
-		Reason: p.Reason, Facts: facts, Message: p.Message}
-	st.r.Nodes = v.live + v.gone + v.pinned
-	return st.because(p.Reason, facts), false
-}

@@ -247,7 +247,7 @@ func (w *world) mirror(order string) (again time.Time) {
 
 // remember notes a generation in the history.
 func (w *world) remember(before, r deployments.Record) {
-	h := deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Claim: ClaimOf(r),
+	h := deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Claim: r.RequestGeneration(),
 		Retry: r.Retry, Pinned: r.Pinned}
 	failed := before.Target.Digest
 	quarantines := func(n Node) bool { return slices.Contains(n.Report.Quarantined, failed) }

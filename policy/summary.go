@@ -85,6 +85,10 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
+// shortList is how long a list of nodes must have been shorter than before until it is believed: old agents write
+// a deleted status key again within a minute.
+const shortList = 2 * time.Minute
+
 // unlisted returns how many nodes have lost their entries in status/, and until when they count: a live node
 // writes its entry again within a minute. known is how many nodes there were before this mirror began to watch.
 func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
@@ -115,6 +119,9 @@ func bare(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serv
 
 // unlooked reports whether something may serve on a node, as it hasn't looked yet.
 func unlooked(u *deployments.UnitReport) bool { return bare(u) && u.Want.IsZero() }
+
+// pinned reports whether a pin, not the record, decides for a node.
+func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
 
 // summarize counts the live, in-flight, late and failed nodes of a rollout.
 func summarize(in *inputs, st state) summary {
@@ -364,4 +371,28 @@ func strays(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
 	return !bare(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
 		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
+}
+
+// unconverged counts the nodes that run something else and would, without a rollout, all try the target again at
+// once. Their failures were tolerated before.
+func unconverged(in *inputs, target deployments.Digest) (nodes int) {
+	if in.Unit.Rollout == nil {
+		return 0
+	}
+	for i := range in.Nodes {
+		u := &in.Nodes[i].Report
+		if !in.Nodes[i].Gone && !pinned(u) && !bare(u) && u.Running.Digest != target {
+			nodes++
+		}
+	}
+	return nodes
+}
+
+// wakeLate schedules the next call for when the next deadline of a node in flight passes.
+func wakeLate(in *inputs, st state, v summary, moved bool) state {
+	st = st.wake(v.relisted)
+	if moved { // their deadlines all count from now
+		return st.wake(in.Now.Add(in.deadline()))
+	}
+	return st.wake(v.due)
 }

@@ -141,7 +141,8 @@ func (s Signers) VerifyCommit(payload, signature []byte, now time.Time) (princip
 		return "", fmt.Errorf("%w: it has none, and signed commits only are taken", ErrUntrusted)
 	case bytes.Contains(signature, []byte("BEGIN PGP")):
 		return "", fmt.Errorf(
-			"%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); or sign by SSH: git config gpg.format ssh",
+			"%w: it is an OpenPGP signature, and the mirror was given no OpenPGP keys (--signed-by-pgp); "+
+				"or sign by SSH: git config gpg.format ssh",
 			ErrUntrusted,
 		)
 	}

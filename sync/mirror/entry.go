@@ -11,7 +11,6 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/safetext"
 	"kedge/kv"
-	"kedge/policy"
 )
 
 // This file builds entries of the history, which record the pins and the orders of a generation.
@@ -127,7 +126,7 @@ func withOrder(h deployments.History, o order, refused deployments.Reason, now t
 // lostEntry returns a history entry for a record whose own entry is missing.
 func lostEntry(r deployments.Record, now time.Time) deployments.History {
 	return deployments.History{Generation: r.Generation, Release: r.Target, Stable: r.Stable, Commit: r.Commit,
-		At: now.UTC().Truncate(time.Millisecond), Claim: policy.ClaimOf(r), Retry: r.Retry, Pinned: r.Pinned,
+		At: now.UTC().Truncate(time.Millisecond), Claim: r.RequestGeneration(), Retry: r.Retry, Pinned: r.Pinned,
 		Note: "the entry of this generation was lost, and made again from the record"}
 }
 

@@ -378,7 +378,7 @@ func (in inputs) record(w change) *deployments.History {
 		Committed:  in.commit.When,
 		At:         in.now.UTC().Truncate(time.Millisecond),
 		Failed:     in.failedBy(w),
-		Claim:      policy.ClaimOf(w.after),
+		Claim:      w.after.RequestGeneration(),
 		Retry:      w.after.Retry,
 		Pinned:     w.after.Pinned,
 		Note:       in.accepted(w.note),

@@ -1,0 +1,94 @@
+package policy
+
+import (
+	"fmt"
+	"slices"
+
+	"kedge/deployments"
+)
+
+// stop applies the unit's on_failure: it pauses the rollout, or rolls it back. The rollout of a pin is always
+// paused.
+func stop(in *inputs, st state, why cause) state {
+	if u := in.Unit.Rollout; u != nil && u.OnFailure == deployments.Pause || st.r.Pinned != nil {
+		st = st.enter(in, deployments.PhasePaused) // only the pin's operator can tell what to go back to
+		st.why = why
+		return st
+	}
+	return turnBack(in, st, why)
+}
+
+// hasWayBack reports whether a rollout has something to go back to: a stable release or, for a first release, what
+// served before, if it wasn't replaced yet or can be put back.
+func hasWayBack(st state) bool {
+	return !st.r.Stable.IsZero() && st.r.Stable != st.r.Target || st.r.Stable.IsZero() && st.p.Serving
+}
+
+// turnBack begins a rollback. It raises the generation, so that reports show which nodes know of it.
+func turnBack(in *inputs, st state, why cause) state {
+	if !hasWayBack(st) {
+		why.facts = why.facts.With("stable", "none")
+		st = st.enter(in, deployments.PhasePaused)
+		st.why = why
+		return st
+	}
+	list := superseded(in, st.record())
+	st.r.Claim = st.r.RequestGeneration()
+	st.r.Generation++
+	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
+		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: list, Forced: st.p.Forced}
+	st.r.Joined = tell(in, st)
+	st.why = why
+	return st
+}
+
+// rollingBack lets nodes go back to stable, as many at a time as the budget allows.
+func rollingBack(in *inputs, st state) (state, bool) {
+	v := summarize(in, st)
+	if v.live == 0 && v.gone+v.pinned > 0 {
+		return st, false
+	}
+	st, left, moved := lowerCutoff(in, st, v)
+	if !moved {
+		since := st.p.HealthySince
+		st, moved = readmit(in, st, v, len(v.waiting))
+		st.p.HealthySince = since
+	}
+	if left || moved || v.inflight > v.overdue || len(v.waiting) > 0 || v.unlisted > 0 {
+		return wakeLate(in, st, v, moved), false
+	}
+	p := st.p
+	facts := p.Facts
+	if v.overdue > 0 { // they go on trying, and count as in flight in the next rollout
+		facts = facts.With("left", fmt.Sprint(v.overdue))
+	}
+	st.p = deployments.Progress{Phase: deployments.PhaseRolledBack, Since: in.Now, Failed: p.Failed,
+		Reason: p.Reason, Facts: facts, Message: p.Message}
+	st.r.Nodes = v.live + v.gone + v.pinned
+	return st.because(p.Reason, facts), false
+}
+
+// lowerCutoff lowers the cutoff, so that the next nodes that run the failed release go back. left is set if some have
+// to stay for now.
+func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool) {
+	room, spent := room(in, v)
+	stay := uint64(0) // the highest rank that stays for now
+	for _, n := range slices.Backward(v.nodes) {
+		if n.rank > st.p.Cutoff || n.settled {
+			continue
+		}
+		counted := n.inflight && !(spent && n.overdue)
+		if counted && room < 0 || !counted && room <= 0 {
+			stay = n.rank
+			break
+		}
+		if !counted {
+			room--
+		}
+		moved = true
+	}
+	if moved {
+		st.p.Cutoff, st.p.Since = stay, in.Now
+	}
+	return st, stay > 0, moved
+}
