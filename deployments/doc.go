@@ -354,6 +354,7 @@
 //	generation   the record's from which that was resolved, or one before for which the node had to do something
 //	staged       the digest of a release that lies ready on disk
 //	quarantined  digests that failed on this node
+//	failed       the digest of want, if it failed on this node and what the node went back to does not serve yet
 //	reason       why the state is what it is, as a code
 //	facts        what the reason is about
 //	pinned       true: a pin decided, not the record

@@ -43,6 +43,9 @@ type UnitReport struct {
 	Staged Digest `json:"staged,omitzero"`
 	// Quarantined are the digests that failed after the switch on this node, and stay out until retried.
 	Quarantined []Digest `json:"quarantined,omitempty"`
+	// Failed is the release of Want if it failed here, isn't tried again, and what the node went back to does not
+	// serve yet: State is StateSwitching or StateUnhealthy.
+	Failed Digest `json:"failed,omitzero"`
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`

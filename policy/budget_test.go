@@ -245,6 +245,9 @@ func TestNextCountsFailures(t *testing.T) {
 		return func(s *Situation) { s.Nodes[i].Gone, s.Nodes[i].Report = true, u }
 	}
 	failed := report{State: quarantined, Running: v1, Want: v2, Generation: 2, Error: "health"}
+	sickBack := report{State: deployments.StateUnhealthy, Running: v1, Want: v2, Failed: v2.Digest, Generation: 2,
+		Error: "health, and 503"}
+	with := func(u report, more func(*report)) report { more(&u); return u }
 	// All but the first two are admitted, too, and two of them have failed.
 	two := func(limit deployments.Amount, more func(*Situation)) func(*Situation) {
 		return func(s *Situation) {
@@ -283,6 +286,11 @@ func TestNextCountsFailures(t *testing.T) {
 		{"one that was there, and became so", is(0, report{State: deployments.StateUnhealthy, Running: v2, Want: v2, Generation: 2, Error: "http: 503"}),
 			"1 of 10 nodes failed (NODE0: http: 503)"},
 		{"not one that is unhealthy on what it ran before", is(5, report{State: deployments.StateUnhealthy, Running: v1, Want: v1, Generation: 2}), ""},
+		{"one that went back, and serves nothing yet", is(1, sickBack), "1 of 10 nodes failed (NODE1: health, and 503)"},
+		{"not by an earlier record's target", is(1, with(sickBack, func(u *report) { u.Failed = v1.Digest })), ""},
+		{"nor before it knows of the retry", is(1, with(sickBack, func(u *report) { u.Generation = 1 })), ""},
+		{"nor where it is not admitted any more", is(2, sickBack), ""},
+		{"or dies then", gone(1, sickBack), "1 of 9 nodes failed (NODE1: health, and 503)"},
 		{"or after it failed", gone(1, failed), "1 of 9 nodes failed (NODE1: health)"},
 		{"not one that was there", gone(1, report{State: converged, Running: v2, Want: v2, Generation: 2}), ""},
 		{"nor one that was yet to be told", gone(1, report{State: converged, Running: v1, Want: v1, Generation: 2}), ""},

@@ -244,6 +244,8 @@ func (w *world) tell(n *member) {
 		u.State = deployments.StateUnhealthy
 	case d.Target == n.running:
 		u.State = deployments.StateConverged
+	case w.isOut(n, d.Target, w.key(n, r)) && n.sick:
+		u.State, u.Failed = deployments.StateUnhealthy, d.Target.Digest
 	case w.isOut(n, d.Target, w.key(n, r)):
 		u.State = deployments.StateQuarantined
 	default:

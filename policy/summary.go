@@ -160,6 +160,7 @@ func summarize(in *inputs, st state) summary {
 		}
 		v.live++
 		final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
+		sick := false // the target failed on it, and it is out of service
 		broken := p.Unproven && !x.admitted && brokenByStable(&r, u)
 		switch {
 		case straggles(&r, u, int(i), over):
@@ -185,8 +186,11 @@ func summarize(in *inputs, st state) summary {
 			}
 		// it is out of service until its deadline, and isn't waited for
 		case u.State == deployments.StateUnhealthy && onTarget:
-			x.settled, x.inflight = true, true
+			x.settled, x.inflight, sick = true, true, true
 			v.countFailed(n, deployments.ReasonUnhealthy, u.Error)
+		case x.admitted && failedThere(&r, u):
+			x.settled, x.inflight, sick = true, true, true
+			v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
 		case broken:
 			x.settled = true
 		default:
@@ -198,7 +202,6 @@ func summarize(in *inputs, st state) summary {
 			}
 		}
 		if x.inflight {
-			sick := !back && u.State == deployments.StateUnhealthy && onTarget
 			x.overdue = v.countInFlight(in, st, n, x.told && x.admitted != back && !sick)
 		}
 		v.nodes = append(v.nodes, x)
@@ -238,7 +241,7 @@ func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware,
 		if u.State == deployments.StateSwitching && !overdue {
 			v.countInFlight(in, st, n, false)
 		}
-	case toTarget && u.State == deployments.StateQuarantined:
+	case toTarget && (u.State == deployments.StateQuarantined || failedThere(&st.r, u)):
 		v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
 	case toTarget && overdue:
 		v.countFailed(n, deployments.ReasonGone, u.Error)
@@ -342,6 +345,11 @@ func brokenByStable(r *deployments.Record, u *deployments.UnitReport) bool {
 		return u.Want.Digest == r.Stable.Digest
 	}
 	return false
+}
+
+// failedThere reports whether the target failed on a node that is not yet in service again.
+func failedThere(r *deployments.Record, u *deployments.UnitReport) bool {
+	return u.Generation == r.Generation && !u.Failed.IsZero() && u.Failed == r.Target.Digest
 }
 
 // straggles reports whether a node may still act on an earlier record that admitted it: it hasn't reported that it

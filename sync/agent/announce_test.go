@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -127,9 +128,15 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 			Rollout: &deployments.Progress{Phase: deployments.PhaseRolling, Cutoff: 1<<64 - 1, Since: time.Now()}})
 	}
 	rolls(2, two)
-	a.awaitState(app, deployments.StateUnhealthy)
+	u := a.awaitState(app, deployments.StateUnhealthy)
+	if u.Failed != two.Digest || u.Running != one || !strings.Contains(u.Error, "failed in post") || !strings.Contains(u.Error, "exec") {
+		t.Errorf("the rollout isn't told what failed: %+v", u)
+	}
 	rolls(3, three)
 	a.awaitRunning(app, three)
+	if u := a.unit(app); !u.Failed.IsZero() {
+		t.Errorf("%s still counts as failed", u.Failed)
+	}
 }
 
 // A record admits a node by the number of its first report, once the store holds that report: a mirror that has yet

@@ -110,6 +110,9 @@ func (u *unit) report() deployments.UnitReport {
 	if now.reason == deployments.ReasonDependency {
 		r.Why = u.blocked.why
 	}
+	if want := u.decision.Target; s.Unfinished && want.Digest != s.Running.Digest && u.failedHere(want) {
+		r.Failed = want.Digest
+	}
 	if now.err != nil {
 		r.Error = oneLine(now.err)
 	}

@@ -287,8 +287,11 @@ func (u *unit) standing() standing {
 	case u.busy.switches() && u.phase != "" && !s.Unfinished:
 		return at(u.phase, u.lastErr)
 	case s.Unfinished && s.Health.Unhealthy: // the release that it went back to isn't healthy yet
-		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts,
-			fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])}
+		err := fmt.Errorf("what it went back to is unhealthy: %s: %s", s.Health.Facts["check"], s.Health.Facts["error"])
+		if f, _ := u.failure(target); u.failedHere(target) {
+			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
+		}
+		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts, err}
 	case s.Unfinished:
 		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
@@ -309,7 +312,7 @@ func (u *unit) standing() standing {
 		return standing{state: deployments.StateWaiting, reason: deployments.ReasonRestored}
 	case target.IsZero():
 		return at(deployments.StateWaiting, u.lastErr)
-	case u.quarantined(target) && !u.toRetry(target):
+	case u.failedHere(target):
 		f, _ := u.failure(target)
 		failed := f.Err(target)
 		return standing{deployments.StateQuarantined, failed.Reason, failed.Facts, failed}
@@ -498,6 +501,9 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 	}
 	return deploy.Failure{}, false
 }
+
+// failedHere reports whether a release failed here, and isn't tried again.
+func (u *unit) failedHere(p deployments.Pointer) bool { return u.quarantined(p) && !u.toRetry(p) }
 
 // toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
 // Otherwise a rollout that was restarted would count the earlier failure as its own.
