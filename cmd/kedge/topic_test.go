@@ -1,8 +1,11 @@
 package main
 
 import (
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -64,5 +67,40 @@ func TestPageText(t *testing.T) {
 		"  name  meaning\n  a     short | b\n\nNEXT\n\n  n\n    m\n  key\n    what does not fit into a line at\n    all\n"
 	if got := pageText(page, 36); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
+	}
+}
+
+// What the page on troubleshooting quotes as a symptom is what kedge says: a message that is reworded is found here.
+func TestSymptomsAreSaid(t *testing.T) {
+	t.Parallel()
+	others := []string{"ACL not found", "lacks permission", "permission denied", "no space left on device"} // Consul's, Linux'
+	var said strings.Builder
+	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		said.Write(text)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, _ := deployments.Page("troubleshooting")
+	quoted := 0
+	for line := range strings.Lines(page) {
+		symptom, _, ok := strings.Cut(strings.TrimPrefix(line, "| "), " | ")
+		if !ok || !strings.HasPrefix(line, "| ") {
+			continue
+		}
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(symptom, -1) {
+			quoted++
+			if !strings.HasPrefix(m[1], "kedge ") && !slices.Contains(others, m[1]) && !strings.Contains(said.String(), m[1]) {
+				t.Errorf("the page on troubleshooting quotes %q, which kedge doesn't say", m[1])
+			}
+		}
+	}
+	if quoted < 20 {
+		t.Errorf("the page on troubleshooting quotes %d messages", quoted)
 	}
 }

@@ -16,7 +16,7 @@ wrong first, /STAGE/ROLE those of a role, /STAGE/ROLE/UNIT one, with a map of it
 /STAGE/ROLE/UNIT/NODE why a node runs what it runs, and
 /-/overrides pins, orders and freezes. /-/fleet.json is what kedge status --json prints.
 
-It changes nothing, and its token needs no more than the first rule of deployments/consul/operator.hcl. It asks nobody who they are:
+It changes nothing, and its token needs no more than the rules of kedge acl web. It asks nobody who they are:
 to show it to more than this machine, put a proxy that does in front of it, and name it with --host as browsers do.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

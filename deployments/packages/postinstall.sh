@@ -5,7 +5,10 @@ set -e
 systemctl daemon-reload || true
 case "$1:$2" in
 configure:?* | 2:*) ;;
-*) exit 0 ;; # nothing ran before; which daemon this machine needs is the operator's to say
+*) # nothing ran before; which daemon this machine needs is the operator's to say
+	echo 'kedge: nothing runs yet. What to do next: kedge help install'
+	exit 0
+	;;
 esac
 if grep -qs /kedge-agent.service /proc/self/cgroup; then
 	# The upgrade is a release's command. The agent's end would cut it off, so it restarts when the release is done.
