@@ -16,10 +16,10 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		d.decide(deployments.Step{What: "admission", Reason: reason, Facts: facts})
 	}
 
-	bare := f.bare(&r)
-	told := told(&r, f.Joined, bare) && (f.Joined > 0 || r.Joined == 0 || bare)
+	idle := f.servesNothing(&r)
+	applies := applies(&r, f.Joined, idle) && (f.Joined > 0 || r.Joined == 0 || idle)
 	part := partOf(&r, f.Running.Digest)
-	if !told && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !part) {
+	if !applies && f.Running.Digest != r.Target.Digest && (p == nil || f.Running.Digest != r.Stable.Digest && !part) {
 		run(ActRun, FromRunning, f.Running)
 		if p == nil || p.Phase != deployments.PhaseRollingBack && p.Phase != deployments.PhaseRolledBack {
 			d.Action, d.Stage = ActStage, r.Target
@@ -58,9 +58,9 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 		// a node that is to go back stays if it is admitted, or if the record doesn't apply to it
 		replaced && rank <= p.Early && !back
 	if back {
-		admitted = admitted || !told
+		admitted = admitted || !applies
 	} else {
-		admitted = admitted && told
+		admitted = admitted && applies
 	}
 	facts = facts.With("target", r.Target.String())
 	stable := facts
@@ -69,7 +69,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 	// A release that failed here before it became stable isn't tried again just because a new rollout begins: many
 	// nodes would try it at once.
-	refuses := (!f.Running.IsZero() || !bare && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
+	refuses := (!f.Running.IsZero() || !idle && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
 		slices.Contains(f.Quarantined, r.Stable.Digest)
 	switch {
 	// whether or not it is admitted: the mirror has to know first
@@ -98,7 +98,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			d.Action = ActKeep
 		}
 		because(deployments.ReasonRolledBack, stable.With("phase", string(p.Phase)))
-	case admitted, r.Stable.IsZero() && bare && begun(p):
+	case admitted, r.Stable.IsZero() && idle && admitsIdle(p):
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonAdmitted, facts)
 	case f.Running.Digest == r.Target.Digest:
@@ -122,16 +122,16 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	}
 }
 
-// bare reports whether nothing serves on the node that a release could replace. On a machine that has just
+// servesNothing reports whether nothing serves on the node that a release could replace. On a machine that has just
 // started, what lies at dest doesn't serve yet, unless the unit's first release is still under way. Until somebody
 // has looked at dest, something may serve.
-func (f *Facts) bare(r *deployments.Record) bool {
+func (f *Facts) servesNothing(r *deployments.Record) bool {
 	first := r.Rollout != nil && r.Stable.IsZero()
 	return f.Running.IsZero() && (f.AtDest == FoundNothing || f.Booted && !first)
 }
 
-// begun reports whether a rollout lets nodes take its target at once if nothing serves on them and they have no
+// admitsIdle reports whether a rollout lets nodes take its target at once if nothing serves on them and they have no
 // stable release to run.
-func begun(p *deployments.Progress) bool {
+func admitsIdle(p *deployments.Progress) bool {
 	return p.Phase != deployments.PhaseFrozen && p.Phase != deployments.PhasePaused
 }

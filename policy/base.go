@@ -28,9 +28,9 @@ type Base struct {
 	Restored, Rebuilt bool
 }
 
-// tellNone returns a Record.Joined for a record that moves no node yet, as it isn't known how many nodes are
+// joinedNone returns a Record.Joined for a record that moves no node yet, as it isn't known how many nodes are
 // changing. Nodes that don't report when they joined can't be held back.
-func tellNone() uint64 { return 1 }
+func joinedNone() uint64 { return 1 }
 
 // Number returns next, the record that follows the base, with a generation that nodes take for a newer one. stored
 // is the valid record in the store, or nil. A generation must never go down: nodes would take the record for an
@@ -117,7 +117,7 @@ func IsLost(nodes []Node, known int64) bool {
 // is the highest that is known.
 func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now time.Time) deployments.Record {
 	r := deployments.Record{Target: u.Release, Stable: u.Release, Generation: known, Commit: commit,
-		Joined: tellNone()}
+		Joined: joinedNone()}
 	count := map[deployments.Pointer]int{}
 	failed := map[deployments.Digest]bool{}
 	for i := range nodes {
@@ -168,7 +168,7 @@ func Rebuild(u deployments.Unit, commit string, nodes []Node, known int64, now t
 // node is converged it ends at once.
 func FromHistory(u deployments.Unit, h deployments.History, now time.Time) deployments.Record {
 	r := deployments.Record{Target: h.Release, Stable: h.Stable, Generation: h.Generation, Commit: h.Commit,
-		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: tellNone(), Pinned: h.Pinned}
+		Retry: h.Retry, Claim: cmp.Or(h.Claim, -h.Generation), Joined: joinedNone(), Pinned: h.Pinned}
 	p := &deployments.Progress{Since: now.UTC().Truncate(time.Millisecond)}
 	switch {
 	case h.Stable == h.Release:

@@ -82,7 +82,7 @@ func successor(in *inputs, st state, target deployments.Pointer) (next state, ok
 		}
 		return st, false
 	}
-	next.r.Joined = tell(in, next)
+	next.r.Joined = nextJoined(in, next)
 	return next, true
 }
 
@@ -128,7 +128,7 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 	default:
 		return st, false
 	}
-	told := 0
+	reported := 0
 	for i := range in.Nodes {
 		u := &in.Nodes[i].Report
 		switch {
@@ -137,12 +137,12 @@ func firstRelease(in *inputs, st state) (next state, ended bool) {
 			st.p.Serving = true
 			return st, false
 		case u.Generation == st.r.Generation && (u.Want.Digest == st.r.Target.Digest || u.State == deployments.StateInvalid):
-			told++
+			reported++
 		default:
-			told -= len(in.Nodes) // it has yet to look at dest
+			reported -= len(in.Nodes) // it has yet to look at dest
 		}
 	}
-	if told <= 0 {
+	if reported <= 0 {
 		return st, false
 	}
 	return st.end().because(deployments.ReasonFirstRelease, nil), true
@@ -236,7 +236,7 @@ func endPin(in *inputs, st state) state {
 		next.p.Phase, next.p.Cutoff, next.p.Failed = deployments.PhaseRollingBack, everyRank, git.Failed
 		next.p.Unproven = false
 		next.r.Joined = in.Record.Joined // what successor returned is for another stable release
-		next.r.Joined = tell(in, next)
+		next.r.Joined = nextJoined(in, next)
 		next = next.because(deployments.ReasonRolledBack, deployments.Facts{"pin": "ended"})
 		next.p.Reason, next.p.Facts = next.why.reason, next.why.facts
 		return next

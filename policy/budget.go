@@ -40,7 +40,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 			if admitted >= want || v.unlisted > 0 && room < 0 { // the cutoff admits nodes that are not listed, too
 				return
 			}
-			if !n.told { // the record applies to it later: see readmit
+			if !n.applies { // the record applies to it later: see readmit
 				if early {
 					continue
 				}
@@ -48,10 +48,10 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 				continue
 			}
 			counted := n.inflight && !(spent && n.overdue)
-			if counted && room < 0 || !counted && !n.settled && room <= 0 {
+			if counted && room < 0 || !counted && !n.needsNoRoom && room <= 0 {
 				return
 			}
-			if !counted && !n.settled {
+			if !counted && !n.needsNoRoom {
 				room--
 			}
 			admitted++
@@ -75,7 +75,7 @@ func admit(in *inputs, st state, v summary, want int) (next state, admitted int,
 
 // isAdmitted reports whether a node runs the target, or may go to it.
 func (x *place) isAdmitted(st state) bool {
-	return x.admitted && (x.told || x.node.Report.Running.Digest == st.r.Target.Digest)
+	return x.admitted && (x.applies || x.node.Report.Running.Digest == st.r.Target.Digest)
 }
 
 // readmit raises Record.Joined over nodes that came back, in the order in which they joined, as far as there is
@@ -110,11 +110,11 @@ func returned(in *inputs, st state) state {
 	}
 	var v summary
 	r := st.record()
-	v.unlisted, v.relisted = in.unlisted(r.Nodes)
+	v.unlisted, v.unlistedUntil = in.unlisted(r.Nodes)
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
 		u := &n.Report
-		if pinned(u) || bare(u) && !unlooked(u) {
+		if pinned(u) || servesNothing(u) && !destUnknown(u) {
 			continue
 		}
 		there := u.Running.Digest == to.Digest && u.State == deployments.StateConverged
@@ -133,7 +133,7 @@ func returned(in *inputs, st state) state {
 		v.live++
 		switch {
 		case there || failed && !busy(u):
-		case told(&r, n.Joined, false), busy(u):
+		case applies(&r, n.Joined, false), busy(u):
 			v.inflight++
 		default:
 			v.waiting = append(v.waiting, &place{node: n})
@@ -141,7 +141,7 @@ func returned(in *inputs, st state) state {
 	}
 	slices.SortFunc(v.waiting, byJoined)
 	if was := st.p; len(v.waiting) > 0 {
-		st = st.wake(v.relisted)
+		st = st.wake(v.unlistedUntil)
 		st, _ = readmit(in, st, v, len(v.waiting))
 		st.p = was // the rollout has ended: only Joined changes
 	}
@@ -199,9 +199,10 @@ func lastJoined(nodes []Node) (last uint64) {
 	return last
 }
 
-// tell returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or have no
-// number yet, and would go to stable from a release that the record doesn't name: these wait for room in the budget.
-func tell(in *inputs, st state) uint64 {
+// nextJoined returns Record.Joined for a new record. It applies to all known nodes, except those that were away, or
+// have no number yet, and would go to stable from a release that the record doesn't name: these wait for room in the
+// budget.
+func nextJoined(in *inputs, st state) uint64 {
 	last := lastJoined(in.Nodes)
 	switch {
 	case st.r.Joined == 0 && st.r.Stable.IsZero():
@@ -212,7 +213,7 @@ func tell(in *inputs, st state) uint64 {
 	r := st.record()
 	for i := range in.Nodes {
 		n := &in.Nodes[i]
-		if (n.Joined == 0 || n.Joined > st.r.Joined) && (unlooked(&n.Report) || strays(&r, &n.Report)) {
+		if (n.Joined == 0 || n.Joined > st.r.Joined) && (destUnknown(&n.Report) || runsUnnamed(&r, &n.Report)) {
 			last = min(last, max(n.Joined, 1)-1)
 		}
 	}

@@ -61,8 +61,8 @@ func IsOrphaned(r deployments.Record) bool {
 	return r.Orphaned || r.Rollout != nil && r.Rollout.Reason == deployments.ReasonOrphaned
 }
 
-// obey applies an operator's order. did is what the order did; refused is why it changed nothing.
-func obey(in *inputs, st state) (next state, did, refused cause) {
+// applyOrder applies an operator's order. did is what the order did; refused is why it changed nothing.
+func applyOrder(in *inputs, st state) (next state, did, refused cause) {
 	if st.r.Target != in.Record.Target && in.Order == "promote" {
 		return st, cause{}, cause{deployments.ReasonNotSeenYet, nil}
 	}
@@ -109,13 +109,13 @@ func retry(in *inputs, st state) state {
 			st.r.Generation++
 			st.on, st.p = true, deployments.Progress{Tolerated: tolerated}
 			st = st.roll(in)
-			st.r.Joined = tell(in, st)
+			st.r.Joined = nextJoined(in, st)
 		}
 		return st
 	}
 	list := superseded(in, st.record())
 	st.r.Generation++
 	st.p = deployments.Progress{Forced: st.p.Forced, Superseded: list}
-	st.r.Joined = tell(in, st)
+	st.r.Joined = nextJoined(in, st)
 	return start(in, st).because(deployments.ReasonRetried, nil)
 }

@@ -8,11 +8,11 @@ import (
 	"kedge/deployments"
 )
 
-// watched checks the fleet while a rollout goes forward. If nodes changed that had been healthy, their deadline
+// checkFleet checks the fleet while a rollout goes forward. If nodes changed that had been healthy, their deadline
 // counts from now, and the bake begins anew.
-func watched(in *inputs, st state) (state, summary) {
+func checkFleet(in *inputs, st state) (state, summary) {
 	v := summarize(in, st)
-	if begins(st, v) {
+	if awaitedBegan(st, v) {
 		st.p.Since, st.p.HealthySince = in.Now, time.Time{}
 		v = summarize(in, st)
 	}
@@ -24,9 +24,9 @@ func watched(in *inputs, st state) (state, summary) {
 	return st, v
 }
 
-// begins reports whether the node that the rollout waited for has begun by now. Its deadline must then count from
+// awaitedBegan reports whether the node that the rollout waited for has begun by now. Its deadline must then count from
 // now, or it would be late at once.
-func begins(st state, v summary) bool {
+func awaitedBegan(st state, v summary) bool {
 	if st.p.Reason != deployments.ReasonUnaware && st.p.Reason != deployments.ReasonStorageUnavailable {
 		return false
 	}
@@ -44,8 +44,8 @@ func limit(in *inputs, st state, v summary) int {
 	return limit
 }
 
-// failing stops the rollout if more nodes have failed than are tolerated.
-func failing(in *inputs, st state, v summary) (state, bool) {
+// stopIfFailing stops the rollout if more nodes have failed than are tolerated.
+func stopIfFailing(in *inputs, st state, v summary) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st, false // every node goes at once: each protects itself
 	}
@@ -65,8 +65,8 @@ func tooManyFailed(v summary, limit int) cause {
 	return cause{deployments.ReasonTooManyFailed, facts}
 }
 
-// waits reports whether the rollout has to wait now, and sets the reason.
-func waits(in *inputs, st state, v summary) (state, bool) {
+// mustWait reports whether the rollout has to wait now, and sets the reason.
+func mustWait(in *inputs, st state, v summary) (state, bool) {
 	frozen := in.Freeze.Frozen && in.Freeze.Wait && !st.p.Forced && !st.p.Fast && st.r.Stable != st.r.Target
 	if !frozen && st.p.HeldUp() {
 		st = st.orBecause(deployments.ReasonFreezeEnded, nil)
@@ -75,7 +75,7 @@ func waits(in *inputs, st state, v summary) (state, bool) {
 	case frozen:
 		st = st.wake(in.Freeze.Until)
 		if v.pending == 0 && st.p.HealthySince.IsZero() {
-			// nodes that begin to change before it ends aren't late for the last step: see watched
+			// nodes that begin to change before it ends aren't late for the last step: see checkFleet
 			st.p.HealthySince = in.Now
 		}
 		return st.frozen(in), true
@@ -98,20 +98,21 @@ func baked(in *inputs, st state, who string) (state, bool) {
 	if u == nil {
 		return st, true
 	}
-	ends, told := st.p.HealthySince.Add(u.Bake), in.Seen.Add(min(u.Bake, reportWithin))
+	ends, reportsDue := st.p.HealthySince.Add(u.Bake), in.Seen.Add(min(u.Bake, reportWithin))
 	switch {
 	case in.Now.Before(ends):
 		until := ends.UTC().Format("2006-01-02 15:04:05Z")
 		return st.wake(ends).orBecause(deployments.ReasonBaking, deployments.Facts{"who": who, "until": until}), false
-	case in.Now.Before(told):
-		return st.wake(told).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
+	case in.Now.Before(reportsDue):
+		return st.wake(reportsDue).orBecause(deployments.ReasonAwaitingReports, deployments.Facts{"who": who}), false
 	}
 	return st, true
 }
 
-// hears lets the nodes report on a first release before it begins: one of them may be out of service for another unit,
-// which had the same dest and isn't in Git any more. unheard: a node hasn't reported yet, and may still do.
-func hears(in *inputs, st state) (next state, unheard bool) {
+// awaitReports lets the nodes report on a first release before it begins: one of them may be out of service for
+// another unit, which had the same dest and isn't in Git any more. unheard: a node hasn't reported yet, and may still
+// do.
+func awaitReports(in *inputs, st state) (next state, unheard bool) {
 	until := st.p.Since.Add(reportWithin)
 	if !st.r.Stable.IsZero() || st.p.Cutoff > 0 || !in.Now.Before(until) {
 		return st, false
@@ -142,16 +143,16 @@ func canaries(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
 	}
-	st, v := watched(in, st)
-	st, failed := failing(in, st, v)
+	st, v := checkFleet(in, st)
+	st, failed := stopIfFailing(in, st, v)
 	if failed {
 		return st, true
 	}
-	st, waiting := waits(in, st, v)
+	st, waiting := mustWait(in, st, v)
 	if waiting {
 		return wakeLate(in, st, v, false), false
 	}
-	st, unheard := hears(in, st)
+	st, unheard := awaitReports(in, st)
 	if unheard {
 		return st, false
 	}
@@ -172,7 +173,7 @@ func canaries(in *inputs, st state) (state, bool) {
 	st, done := baked(in, st, "the canaries")
 	switch {
 	case !done:
-		return st.wake(v.relisted), false
+		return st.wake(v.unlistedUntil), false
 	case in.Unit.Rollout.Approval == deployments.Manual:
 		return st.enter(in, deployments.PhasePendingApproval).because(deployments.ReasonAwaitingApproval, nil), false
 	}
@@ -181,8 +182,8 @@ func canaries(in *inputs, st state) (state, bool) {
 
 // pendingApproval waits for promote, as long as the canaries stay healthy.
 func pendingApproval(in *inputs, st state) (state, bool) {
-	st, v := watched(in, st)
-	st, failed := failing(in, st, v)
+	st, v := checkFleet(in, st)
+	st, failed := stopIfFailing(in, st, v)
 	switch {
 	case failed:
 		return st, true
@@ -201,16 +202,16 @@ func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
 	}
-	st, v := watched(in, st)
-	st, failed := failing(in, st, v)
+	st, v := checkFleet(in, st)
+	st, failed := stopIfFailing(in, st, v)
 	if failed {
 		return st, true
 	}
-	st, waiting := waits(in, st, v)
+	st, waiting := mustWait(in, st, v)
 	if waiting {
 		return wakeLate(in, st, v, false), false
 	}
-	st, unheard := hears(in, st)
+	st, unheard := awaitReports(in, st)
 	if unheard {
 		return st, false
 	}
@@ -230,7 +231,7 @@ func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout.Canary.N == 0 && !st.p.Fast { // without canaries all nodes bake
 		var done bool
 		if st, done = baked(in, st, "all nodes"); !done {
-			return st.wake(v.relisted), false
+			return st.wake(v.unlistedUntil), false
 		}
 	}
 	if known := v.live + v.gone + v.pinned; v.away > 0 || known < st.r.Nodes {
@@ -244,9 +245,9 @@ func rolling(in *inputs, st state) (state, bool) {
 		case known < st.r.Nodes:
 			until = later(until, st.p.HealthySince.Add(min(in.deadline(), shortList)))
 		}
-		until = later(until, v.relisted)
+		until = later(until, v.unlistedUntil)
 		if in.Now.Before(until) {
-			return st.wake(v.relisted).wake(until).because(deployments.ReasonNodesMissing,
+			return st.wake(v.unlistedUntil).wake(until).because(deployments.ReasonNodesMissing,
 				deployments.Facts{"live": fmt.Sprint(v.live), "known": fmt.Sprint(max(known, st.r.Nodes))}), false
 		}
 	}

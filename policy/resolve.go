@@ -232,21 +232,21 @@ func (d *Decision) decidedBy() string {
 // record evaluates the record. decided: a pin has decided, and the record is only added to the trace.
 func (d *Decision) record(f Facts, decided bool) {
 	v, step := f.Record, deployments.Step{What: "record"}
-	tell := d.decide
+	add := d.decide
 	if decided {
-		tell = d.note
+		add = d.note
 	}
 	switch {
 	case !v.Present:
 		step.Reason = deployments.ReasonNoRecord
 		step.Blocks = decided
-		tell(step)
+		add(step)
 		return
 	case v.Err != nil:
 		d.Invalid = first(d.Invalid, fmt.Errorf("record: %w", v.Err))
 		step.Reason = deployments.ReasonInvalidRecord
 		step.Facts = deployments.Facts{"key": "desired/" + f.Unit.String(), "error": v.Err.Error()}
-		tell(step)
+		add(step)
 		return
 	}
 

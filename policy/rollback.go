@@ -37,7 +37,7 @@ func turnBack(in *inputs, st state, why cause) state {
 	st.r.Generation++
 	st.p = deployments.Progress{Phase: deployments.PhaseRollingBack, Cutoff: everyRank, Since: in.Now,
 		Reason: why.reason, Facts: why.facts, Failed: st.r.Target.Digest, Superseded: list, Forced: st.p.Forced}
-	st.r.Joined = tell(in, st)
+	st.r.Joined = nextJoined(in, st)
 	st.why = why
 	return st
 }
@@ -74,7 +74,7 @@ func lowerCutoff(in *inputs, st state, v summary) (next state, left, moved bool)
 	room, spent := room(in, v)
 	stay := uint64(0) // the highest rank that stays for now
 	for _, n := range slices.Backward(v.nodes) {
-		if n.rank > st.p.Cutoff || n.settled {
+		if n.rank > st.p.Cutoff || n.needsNoRoom {
 			continue
 		}
 		counted := n.inflight && !(spent && n.overdue)

@@ -61,7 +61,7 @@ func Next(s Situation) Move {
 	}
 	var did, refused cause
 	if s.Order != "" {
-		st, did, refused = obey(in, st)
+		st, did, refused = applyOrder(in, st)
 	}
 	for range 6 { // at most canary, waiting, rolling, rolling back, finished
 		next, more := advance(in, st)

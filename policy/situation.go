@@ -54,7 +54,7 @@ type Node struct {
 	// Started is when its agent started, by the node's clock; zero: unknown.
 	Started time.Time
 	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: it has no number
-	// yet, or doesn't report it. Such a node counts as told.
+	// yet, or doesn't report it. A record applies to such a node.
 	Joined uint64
 	// Report is the node's report on the unit; zero: it has not reported on it yet.
 	Report deployments.UnitReport

@@ -38,10 +38,10 @@ type summary struct {
 	stuck *Node
 	// setback is set if a pending node had been healthy, has its deadline still ahead, and does not boot.
 	setback bool
-	// unlisted are nodes that had an entry and have none now: they may still act on the record. relisted is when
+	// unlisted are nodes that had an entry and have none now: they may still act on the record. unlistedUntil is when
 	// they have certainly left the fleet.
-	unlisted int
-	relisted time.Time
+	unlisted      int
+	unlistedUntil time.Time
 	// waiting are nodes that came back, and would change if the record applied to them: see readmit.
 	waiting []*place
 }
@@ -50,13 +50,13 @@ type summary struct {
 type place struct {
 	rank     uint64
 	node     *Node
-	told     bool // the record applies to it
+	applies  bool // the record applies to it
 	admitted bool // by its rank
 	replaced bool // it runs a target that was superseded
 	inflight bool
 	overdue  bool // it is in flight, and its deadline has passed
 	// admitting it, or letting it go back, takes no room: it is there already, or the release failed on it
-	settled bool
+	needsNoRoom bool
 }
 
 const defaultDeadline = 10 * time.Minute
@@ -109,16 +109,16 @@ func (in *inputs) unlisted(known int) (nodes int, until time.Time) {
 	return nodes, until
 }
 
-// told reports whether a record applies to a node: the node had joined when it was written, or it is bare.
-func told(r *deployments.Record, joined uint64, bare bool) bool {
-	return r.Joined == 0 || joined <= r.Joined || bare
+// applies reports whether a record applies to a node: the node had joined when it was written, or nothing serves on it.
+func applies(r *deployments.Record, joined uint64, idle bool) bool {
+	return r.Joined == 0 || joined <= r.Joined || idle
 }
 
-// bare reports whether nothing serves on a node that a release could replace.
-func bare(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
+// servesNothing reports whether nothing serves on a node that a release could replace.
+func servesNothing(u *deployments.UnitReport) bool { return u.Running.IsZero() && !u.Serves }
 
-// unlooked reports whether something may serve on a node, as it hasn't looked yet.
-func unlooked(u *deployments.UnitReport) bool { return bare(u) && u.Want.IsZero() }
+// destUnknown reports whether something may serve on a node, as it hasn't looked yet.
+func destUnknown(u *deployments.UnitReport) bool { return servesNothing(u) && u.Want.IsZero() }
 
 // pinned reports whether a pin, not the record, decides for a node.
 func pinned(u *deployments.UnitReport) bool { return u.Pinned || u.State == deployments.StateHeld }
@@ -128,12 +128,12 @@ func summarize(in *inputs, st state) summary {
 	r := st.record()
 	p := r.Rollout
 	order := in.Ranks.of(r.Target.Digest, in.Nodes)
-	over := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each superseded target
+	ranks := make([][]uint64, len(p.Superseded)) // the nodes' ranks for each superseded target
 	for i, o := range p.Superseded {
-		over[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
+		ranks[i] = in.Ranks.of(o.Digest, in.Nodes).ranks
 	}
 	v := summary{nodes: make([]place, 0, len(in.Nodes))}
-	v.unlisted, v.relisted = in.unlisted(r.Nodes)
+	v.unlisted, v.unlistedUntil = in.unlisted(r.Nodes)
 	back := p.Phase == deployments.PhaseRollingBack
 	for _, i := range order.byRank {
 		n := &in.Nodes[i]
@@ -149,7 +149,7 @@ func summarize(in *inputs, st state) summary {
 			continue
 		}
 		onTarget := u.Running.Digest == r.Target.Digest
-		x := place{rank: order.ranks[i], node: n, told: told(&r, n.Joined, bare(u) && !unlooked(u))}
+		x := place{rank: order.ranks[i], node: n, applies: applies(&r, n.Joined, servesNothing(u) && !destUnknown(u))}
 		x.replaced = !onTarget && partOf(&r, u.Running.Digest)
 		x.admitted = x.rank <= p.Cutoff || x.rank <= p.Early && (x.replaced || onTarget)
 		aware := u.Generation == r.Generation
@@ -163,20 +163,20 @@ func summarize(in *inputs, st state) summary {
 		sick := false // the target failed on it, and it is out of service
 		broken := p.Unproven && !x.admitted && brokenByStable(&r, u)
 		switch {
-		case straggles(&r, u, int(i), over):
+		case actsOnOlder(&r, u, int(i), ranks):
 			x.inflight = true
 		case back:
 			on := goesBack(&r, u)
-			x.settled = !on || final && u.Want.Digest == r.Stable.Digest
-			x.inflight = !final && (busy(u) || x.told && (on && !x.admitted || strays(&r, u)))
-			if !x.told && !x.inflight && !final && (on && !x.admitted || strays(&r, u)) {
-				x.settled = true // it goes in its own turn
-				waits := x       // copied only here, as it costs an allocation
+			x.needsNoRoom = !on || final && u.Want.Digest == r.Stable.Digest
+			x.inflight = !final && (busy(u) || x.applies && (on && !x.admitted || runsUnnamed(&r, u)))
+			if !x.applies && !x.inflight && !final && (on && !x.admitted || runsUnnamed(&r, u)) {
+				x.needsNoRoom = true // it goes in its own turn
+				waits := x           // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
 		// otherwise the node may not run it
 		case final && (u.Want.Digest == r.Target.Digest || x.admitted && u.Want.IsZero()):
-			x.settled = true
+			x.needsNoRoom = true
 			if x.admitted {
 				cause := deployments.ReasonQuarantined
 				if u.State == deployments.StateInvalid {
@@ -186,23 +186,23 @@ func summarize(in *inputs, st state) summary {
 			}
 		// it is out of service until its deadline, and isn't waited for
 		case u.State == deployments.StateUnhealthy && onTarget:
-			x.settled, x.inflight, sick = true, true, true
+			x.needsNoRoom, x.inflight, sick = true, true, true
 			v.countFailed(n, deployments.ReasonUnhealthy, u.Error)
 		case x.admitted && failedThere(&r, u):
-			x.settled, x.inflight, sick = true, true, true
+			x.needsNoRoom, x.inflight, sick = true, true, true
 			v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
 		case broken:
-			x.settled = true
+			x.needsNoRoom = true
 		default:
-			x.settled = there
-			x.inflight = !there && !final && (busy(u) || x.told && (x.admitted || strays(&r, u)))
-			if !x.told && !x.inflight && !final && !there && (x.admitted || strays(&r, u)) {
+			x.needsNoRoom = there
+			x.inflight = !there && !final && (busy(u) || x.applies && (x.admitted || runsUnnamed(&r, u)))
+			if !x.applies && !x.inflight && !final && !there && (x.admitted || runsUnnamed(&r, u)) {
 				waits := x // copied only here, as it costs an allocation
 				v.waiting = append(v.waiting, &waits)
 			}
 		}
 		if x.inflight {
-			x.overdue = v.countInFlight(in, st, n, x.told && x.admitted != back && !sick)
+			x.overdue = v.countInFlight(in, st, n, x.applies && x.admitted != back && !sick)
 		}
 		v.nodes = append(v.nodes, x)
 	}
@@ -352,14 +352,14 @@ func failedThere(r *deployments.Record, u *deployments.UnitReport) bool {
 	return u.Generation == r.Generation && !u.Failed.IsZero() && u.Failed == r.Target.Digest
 }
 
-// straggles reports whether a node may still act on an earlier record that admitted it: it hasn't reported that it
-// knows this one. over holds all nodes' ranks for each superseded target; i is this node's index.
-func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][]uint64) bool {
+// actsOnOlder reports whether a node may still act on an earlier record that admitted it: it hasn't reported that it
+// knows this one. ranks holds all nodes' ranks for each superseded target; i is this node's index.
+func actsOnOlder(r *deployments.Record, u *deployments.UnitReport, i int, ranks [][]uint64) bool {
 	if u.Generation >= r.Generation {
 		return false
 	}
 	for k, o := range r.Rollout.Superseded {
-		if over[k][i] > o.Cutoff {
+		if ranks[k][i] > o.Cutoff {
 			continue
 		}
 		switch {
@@ -373,11 +373,11 @@ func straggles(r *deployments.Record, u *deployments.UnitReport, i int, over [][
 	return false
 }
 
-// strays reports whether a node runs something that the record doesn't name, so that it will go to stable by
+// runsUnnamed reports whether a node runs something that the record doesn't name, so that it will go to stable by
 // itself.
-func strays(r *deployments.Record, u *deployments.UnitReport) bool {
+func runsUnnamed(r *deployments.Record, u *deployments.UnitReport) bool {
 	stable := r.Stable.Digest
-	return !bare(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
+	return !servesNothing(u) && u.Running.Digest != stable && !partOf(r, u.Running.Digest) &&
 		!stable.IsZero() && !slices.Contains(u.Quarantined, stable)
 }
 
@@ -389,7 +389,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 	}
 	for i := range in.Nodes {
 		u := &in.Nodes[i].Report
-		if !in.Nodes[i].Gone && !pinned(u) && !bare(u) && u.Running.Digest != target {
+		if !in.Nodes[i].Gone && !pinned(u) && !servesNothing(u) && u.Running.Digest != target {
 			nodes++
 		}
 	}
@@ -398,7 +398,7 @@ func unconverged(in *inputs, target deployments.Digest) (nodes int) {
 
 // wakeLate schedules the next call for when the next deadline of a node in flight passes.
 func wakeLate(in *inputs, st state, v summary, moved bool) state {
-	st = st.wake(v.relisted)
+	st = st.wake(v.unlistedUntil)
 	if moved { // their deadlines all count from now
 		return st.wake(in.Now.Add(in.deadline()))
 	}
