@@ -11,12 +11,12 @@ import (
 	"kedge/deployments/safetext"
 )
 
-// Verdict says whether a unit's rollouts may start.
-type Verdict struct {
+// FreezeState says whether a unit's rollouts may start.
+type FreezeState struct {
 	Frozen bool
 	// By is the name of the window that decides, Reason that window's reason.
 	By, Reason string
-	// Until is when the verdict may change; zero: not within a year. Ends is when the deciding window closes or,
+	// Until is when that may change; zero: not within a year. Ends is when the deciding window closes or,
 	// if allow windows freeze the unit as none is open, when the next one opens.
 	Until, Ends time.Time
 	// Wait is set if rollouts under way have to wait as well.
@@ -26,7 +26,7 @@ type Verdict struct {
 }
 
 // Facts returns the facts of a reason about the window.
-func (v Verdict) Facts() deployments.Facts {
+func (v FreezeState) Facts() deployments.Facts {
 	f := deployments.Facts{"window": clipped(v.By)}
 	if !v.Ends.IsZero() {
 		f["until"] = v.Ends.UTC().Format(time.RFC3339)
@@ -44,8 +44,8 @@ func (v Verdict) Facts() deployments.Facts {
 // A unit that allow windows name is frozen outside of all of them. Windows open by the wall clock of their zone,
 // and stay open for their duration in elapsed time: a change of the clocks makes none longer or shorter. A window
 // whose cron line doesn't parse, which Load refuses, freezes: better late than at the wrong time.
-func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) Verdict {
-	var v Verdict
+func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) FreezeState {
+	var v FreezeState
 	allows, allowed := 0, false
 	var reason, by string
 	var allowedFrom time.Time
@@ -56,7 +56,7 @@ func Frozen(windows []deployments.Freeze, id deployments.UnitID, now time.Time) 
 		}
 		schedule, err := scheduleOf(w)
 		if err != nil {
-			return Verdict{Frozen: true, By: nameOf(w), Reason: err.Error(), Wait: true}
+			return FreezeState{Frozen: true, By: nameOf(w), Reason: err.Error(), Wait: true}
 		}
 		ends, opens := span(schedule, w, now)
 		next := opens
@@ -110,12 +110,12 @@ func Openings(w deployments.Freeze, from, end time.Time, most int) (all []Openin
 	return all
 }
 
-// mostChanges bounds how many changes of the verdict NextFreeze examines.
+// mostChanges bounds how many changes that NextFreeze examines.
 const mostChanges = 100
 
-// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the verdict at that
+// NextFreeze returns the first time, from now and before end, at which a unit is frozen, and the state at that
 // time. It returns now for a unit that is already frozen, and zero if it finds none.
-func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, Verdict) {
+func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end time.Time) (time.Time, FreezeState) {
 	at := now
 	for range mostChanges {
 		v := Frozen(windows, id, at)
@@ -127,7 +127,7 @@ func NextFreeze(windows []deployments.Freeze, id deployments.UnitID, now, end ti
 		}
 		at = v.Until
 	}
-	return time.Time{}, Verdict{}
+	return time.Time{}, FreezeState{}
 }
 
 // earlier returns the earlier of two times. The zero time means never.

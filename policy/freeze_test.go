@@ -148,7 +148,7 @@ func TestVerdictSaysWhenItsWindowEnds(t *testing.T) {
 
 func TestVerdictInWords(t *testing.T) {
 	t.Parallel()
-	for want, v := range map[string]Verdict{
+	for want, v := range map[string]FreezeState{
 		"frozen by 30 February, which is not open, and never opens": Frozen([]deployments.Freeze{
 			{Name: "30 February", Kind: deployments.FreezeAllow, Cron: "0 9 30 2 *", Duration: time.Hour}}, app, noon),
 		"frozen by xmas until 2026-11-24 12:00Z (nobody is there)": {Frozen: true, By: "xmas", Ends: noon, Reason: "nobody is there"},

@@ -49,7 +49,7 @@ func canary(s *Situation) {
 
 // held says that a freeze has stopped the rollout.
 func held(s *Situation) {
-	s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true}
+	s.Freeze = FreezeState{Frozen: true, By: "xmas", Wait: true}
 	s.Record = Next(*s).Record
 }
 
@@ -222,13 +222,13 @@ func TestNext(t *testing.T) {
 		{"nor is the end held up for it", 0, back, hangsOnTheWayBack, halted, 0, "2 nodes have yet to come back"},
 		{"resume in a freeze waits for it to end", 1, paused, func(s *Situation) {
 			baking(s)
-			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
+			s.Freeze, s.Order = FreezeState{Frozen: true, By: "xmas"}, "resume"
 		}, frozenPhase, 1, "xmas"},
 		{"and bakes then", 1, paused, func(s *Situation) {
 			baking(s)
 			s.Record.Rollout.HealthySince = ago(2 * time.Hour)
-			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "resume"
-			s.Record, s.Freeze, s.Order = Next(*s).Record, Verdict{}, ""
+			s.Freeze, s.Order = FreezeState{Frozen: true, By: "xmas"}, "resume"
+			s.Record, s.Freeze, s.Order = Next(*s).Record, FreezeState{}, ""
 		}, first, 1, "canaries"},
 		{"abort", 2, rolling, func(s *Situation) { s.Order = "abort" }, back, 10, "aborted"},
 		{"an unknown order changes nothing", 2, rolling, func(s *Situation) { s.Order = "hurry" }, rolling, 2, "changes nothing"},
@@ -290,10 +290,10 @@ func TestNext(t *testing.T) {
 		{"back to stable, which all run", 0, halted, func(s *Situation) {
 			s.Unit.Release = s.Record.Stable
 		}, done, 0, "every node runs it"},
-		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, frozenPhase, 0, "xmas"},
-		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
-		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = Verdict{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
-		{"promote passes a freeze", 0, frozenPhase, func(s *Situation) { s.Freeze = Verdict{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = FreezeState{Frozen: true, By: "xmas"} }, frozenPhase, 0, "xmas"},
+		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = FreezeState{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
+		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = FreezeState{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
+		{"promote passes a freeze", 0, frozenPhase, func(s *Situation) { s.Freeze = FreezeState{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
 		{"promote passes a freeze for one that is under way", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			held(s)
@@ -320,13 +320,13 @@ func TestNext(t *testing.T) {
 		}, rolling, 1, "xmas"},
 		{"one that is under way says when its freeze is over", 2, rolling, func(s *Situation) {
 			held(s)
-			s.Freeze = Verdict{}
+			s.Freeze = FreezeState{}
 		}, rolling, 2, "goes on after a freeze"},
 		{"the first release goes to all, also where promote lets it pass a freeze", 0, frozenPhase, func(s *Situation) {
 			canary(s)
 			s.Record.Stable = deployments.Pointer{}
 			each(s, func(u *deployments.UnitReport) { *u = deployments.UnitReport{} })
-			s.Freeze, s.Order = Verdict{Frozen: true, By: "xmas"}, "promote"
+			s.Freeze, s.Order = FreezeState{Frozen: true, By: "xmas"}, "promote"
 			nothingServes(s)
 		}, done, 0, "first release"},
 		{"a bake begins anew where a canary was not well in between", 1, first, func(s *Situation) {
@@ -542,7 +542,7 @@ func TestReasonsAreBounded(t *testing.T) {
 		"a node's state": func(s *Situation) {
 			s.Nodes[1].Report.State, s.Record.Rollout.Since = deployments.State(long), ago(time.Hour)
 		},
-		"a window": func(s *Situation) { s.Freeze = Verdict{Frozen: true, Wait: true, By: long, Reason: long} },
+		"a window": func(s *Situation) { s.Freeze = FreezeState{Frozen: true, Wait: true, By: long, Reason: long} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

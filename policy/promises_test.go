@@ -216,7 +216,7 @@ func TestFastLaneBack(t *testing.T) {
 		s.Unit.Release, s.Unit.Rollout.FastBack, s.StableBefore = release("v1"), fast, []deployments.Digest{release("v1").Digest}
 		s.Unit.Rollout.Approval = deployments.Auto
 		if fast {
-			s.Freeze, s.Unit.Rollout.Approval = Verdict{Frozen: true, Wait: true, By: "xmas"}, deployments.Manual
+			s.Freeze, s.Unit.Rollout.Approval = FreezeState{Frozen: true, Wait: true, By: "xmas"}, deployments.Manual
 		}
 		most, phases := drive(t, &s)
 		if runs(t, &s, release("v1")); most > 2 || slices.Contains(phases, deployments.PhaseCanary) == fast {

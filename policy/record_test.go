@@ -35,7 +35,7 @@ func TestNextWrites(t *testing.T) {
 		return rank
 	}
 	same := func(*Situation, *record) {}
-	frozen := Verdict{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
+	frozen := FreezeState{Frozen: true, By: "xmas", Until: noon.Add(time.Hour), Ends: noon.Add(time.Hour), Wait: true}
 	fails := func(s *Situation, i int, why string) {
 		s.Nodes[i].Report = deployments.UnitReport{
 			State:       quarantined,
@@ -229,9 +229,9 @@ func TestNextWrites(t *testing.T) {
 		{"and what is left behind by it is no part of the next", 0, halted, func(s *Situation) {
 			s.Record.Rollout.Failed, s.Unit.Release = v2.Digest, v3
 			s.Nodes[9].Report.Running = v2
-			s.Freeze = Verdict{Frozen: true, By: "xmas"}
+			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
 		}, func(s *Situation, r *record) {
-			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(Verdict{Frozen: true, By: "xmas"})}
+			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(FreezeState{Frozen: true, By: "xmas"})}
 		}, "xmas", 0},
 
 		{"pause", 1, first, func(s *Situation) { canary(s); s.Order = "pause" }, func(s *Situation, r *record) {
@@ -507,7 +507,7 @@ func TestNextRemembersWhatItReplaced(t *testing.T) {
 				set(&s)
 			}
 			s.Unit.Release = release("v9")
-			s.Freeze = Verdict{Frozen: true} // so that the next goes no further
+			s.Freeze = FreezeState{Frozen: true} // so that the next goes no further
 			m := Next(s)
 			if got, want := m.Record.Rollout.Superseded, c.want(own); !reflect.DeepEqual(got, want) {
 				t.Errorf("over\n%+v, want\n%+v", got, want)

@@ -109,7 +109,7 @@ type world struct {
 	now     time.Time     // by the mirror's clock
 	back    time.Duration // by which that was put back
 	unit    deployments.Unit
-	freeze  Verdict
+	freeze  FreezeState
 	records []deployments.Record
 	// lived tells who took part as far as the mirror knew when it wrote a record, by number: who was neither unknown,
 	// gone nor pinned. live tells who does now.
@@ -345,7 +345,7 @@ func (w *world) event() {
 		w.say("unit pin %v", w.unitPin)
 	case 6:
 		w.count("freezes begun or ended")
-		w.freeze = Verdict{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
+		w.freeze = FreezeState{Frozen: !w.freeze.Frozen && w.chance(0.3), By: "test", Wait: w.chance(0.5)}
 	case 7:
 		if w.chance(0.1) {
 			w.count("clocks put back")
@@ -436,7 +436,7 @@ func (w *world) settle(resume bool) bool {
 
 // end brings a history to its end, and looks at what is left.
 func (w *world) end() {
-	w.freeze, w.unitPin = Verdict{}, Value[deployments.Pin]{}
+	w.freeze, w.unitPin = FreezeState{}, Value[deployments.Pin]{}
 	for _, n := range w.nodes { // nobody who is gone comes back: it is deregistered
 		n.left, n.sick = n.left || n.gone, false
 		if n.pin.Present {

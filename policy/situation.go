@@ -37,7 +37,7 @@ type Situation struct {
 	// Order is an operator's order at control/: promote, pause, resume, abort or retry; empty: none.
 	Order string
 	// Freeze is the result of Frozen for the unit now.
-	Freeze Verdict
+	Freeze FreezeState
 	// Ranks, if kept from one call to the next for a unit, saves hashing and sorting a fleet that has not changed.
 	// It doesn't influence the answer. Nil: everything is computed anew.
 	Ranks *Ranks

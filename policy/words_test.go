@@ -17,7 +17,7 @@ func says(m Move) string {
 }
 
 // frozenBy puts a freeze in words.
-func frozenBy(v Verdict) string { return message.Text(deployments.ReasonFrozen, v.Facts()) }
+func frozenBy(v FreezeState) string { return message.Text(deployments.ReasonFrozen, v.Facts()) }
 
 // saysRollout is where a rollout stands, in words; empty: there is none.
 func saysRollout(r deployments.Record) string {
