@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -20,6 +22,8 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/tooltest"
 )
+
+var methodsOfBench = flag.String("methods", "", "a regular expression of the methods that BenchmarkPeers measures")
 
 // BenchmarkPeers times ways to get a release onto a disk, side by side, as .ci/bench prepares and calls it: over
 // loopback, and over a link of 20 ms round trip and 50 MB/s. It prints medians: seconds without the final sync
@@ -54,6 +58,8 @@ func BenchmarkPeers(b *testing.B) {
 		{name: "kedge, the same without a delta", from: linked, to: alone},
 		{name: "kedge, booted with r1, 71 edits", from: linked, to: e1Linked, booted: true},
 	}
+	chosen := regexp.MustCompile(*methodsOfBench)
+	methods = slices.DeleteFunc(methods, func(m method) bool { return !chosen.MatchString(m.name) })
 	for _, link := range []struct {
 		name string
 		slow bool

@@ -448,7 +448,7 @@ func (f *fetch) applyDelta(ctx context.Context) error {
 			return err
 		}
 		e := &f.index.entries[i]
-		if e.kind != kindFile || e.size == 0 || f.old.has(e) {
+		if e.kind != kindFile || e.size == 0 || f.old.has(i) {
 			f.fallBack("the delta can't be used to its end", "error", "it has what the old release has")
 			return nil // damaged: the rest comes from the archive
 		}

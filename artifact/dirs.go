@@ -4,7 +4,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"path"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +33,7 @@ func (d *dirs) at(p string) (dir int, name string, err error) {
 			return -1, "", err
 		}
 	}
-	return d.innermost(), path.Base(p), nil
+	return d.innermost(), p[strings.LastIndexByte(p, '/')+1:], nil
 }
 
 func (d *dirs) innermost() int {

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sync/errgroup"
@@ -30,8 +31,11 @@ type builder struct {
 	ready []bool
 	// fetching says which entries writeFrame makes; missing sets it.
 	fetching []bool
-	// chunks says for each frame whether its content is already in its file.
-	chunks []bool
+	// chunks says for each frame whether its content is already in its file. partial is set if any is.
+	chunks  []bool
+	partial atomic.Bool
+	// stats has the files that were linked to verified ones, as they were then.
+	stats []fileStat
 	// made has a gate for each gateWidth entries, which opens when the directories among them, and those above,
 	// exist.
 	made []chan struct{}
@@ -63,7 +67,8 @@ func newBuilder(dir string, x *index) (*builder, error) {
 	}
 	b := &builder{root: root, top: top, index: x, ready: make([]bool, len(x.entries)),
 		fetching: make([]bool, len(x.entries)), chunks: make([]bool, len(x.frames)), open: map[int]*largeOpen{},
-		back: newWriteback(int(top.Fd()))}
+		stats: make([]fileStat, len(x.entries)),
+		back:  newWriteback(int(top.Fd()))}
 	for i := range x.entries {
 		if x.entries[i].kind == kindFile && x.entries[i].size > 0 {
 			b.files = append(b.files, i)
@@ -237,6 +242,7 @@ func (b *builder) examine(i int) error {
 		for n := from; n < to; n++ {
 			if hashesTo(f, b.index.frames[n].start-e.offset, b.index.frames[n]) {
 				b.chunks[n] = true
+				b.partial.Store(true)
 				useful = true
 			}
 		}
@@ -263,7 +269,7 @@ func (b *builder) missing(old *source) []bool {
 	wanted := make([]bool, len(b.index.frames))
 	for _, i := range b.files {
 		e := &b.index.entries[i]
-		if b.fetching[i] = !b.ready[i] && !old.has(e); !b.fetching[i] {
+		if b.fetching[i] = !b.ready[i] && !old.has(i); !b.fetching[i] {
 			continue
 		}
 		from, to := b.index.framesOf(e)
@@ -290,6 +296,7 @@ func (b *builder) finish() error {
 			err = dirs.symlink(e.target, e.path)
 		case kindHardlink:
 			err = b.root.Link(b.index.entries[e.original].path, e.path)
+			b.stats[e.original] = fileStat{} // its ctime has changed
 		}
 		if err != nil {
 			return err
@@ -385,6 +392,9 @@ func (w *treeWorker) create(e *entry) (fd int, err error) {
 
 // partly reports whether prepare kept frames of a large file.
 func (b *builder) partly(i int) bool {
+	if !b.partial.Load() {
+		return false
+	}
 	e := &b.index.entries[i]
 	from, to := b.index.framesOf(e)
 	return slices.Contains(b.chunks[from:to], true)

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math"
-	"path"
 	"slices"
 	"strings"
 
@@ -297,18 +296,26 @@ func (x *index) decodeEntries(r *cursor) (end int64, err error) {
 		if e.mode = modeOf(uint32(mode)); e.mode&dirOnly != 0 && e.kind != kindDir {
 			return 0, fmt.Errorf("entry %d: %q is sticky or setgid, which only a directory may be", i, e.path)
 		}
-		if err := checkPath(e.path); err != nil {
-			return 0, fmt.Errorf("entry %d: %w", i, err)
-		}
-		if i > 0 && comparePaths(x.entries[i-1].path, e.path) >= 0 {
-			return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
-		}
-		if i > 0 && uint64(commonPrefix(x.entries[i-1].path, e.path)) != shared {
-			return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.path)
-		}
 		parent := parentOf(e.path)
 		for len(dirs) > 0 && dirs[len(dirs)-1] != parent {
 			dirs = dirs[:len(dirs)-1]
+		}
+		// Of most paths the directory has been checked, and only the name is new.
+		if parent == "" || len(dirs) == 0 || len(dirs) > maxLevels || len(e.path) > maxPath ||
+			!isName(e.path[len(parent)+1:]) {
+			if err := checkPath(e.path); err != nil {
+				return 0, fmt.Errorf("entry %d: %w", i, err)
+			}
+		}
+		if i > 0 {
+			before := x.entries[i-1].path
+			same := commonPrefix(before, e.path)
+			if comparePaths(before[same:], e.path[same:]) >= 0 {
+				return 0, fmt.Errorf("entry %d: %q is not in order", i, e.path)
+			}
+			if uint64(same) != shared {
+				return 0, fmt.Errorf("entry %d: %q shares more with the path before it than it says", i, e.path)
+			}
 		}
 		if len(dirs) == 0 {
 			return 0, fmt.Errorf("entry %d: %q does not lie in a directory of the tree", i, e.path)
@@ -398,7 +405,7 @@ func checkPath(p string) error {
 		return fmt.Errorf("the path %q lies more than %d directories deep", clip(p), maxLevels)
 	}
 	for part := range strings.SplitSeq(p, "/") {
-		if part == "" || part == "." || part == ".." || len(part) > maxName {
+		if !isName(part) {
 			return fmt.Errorf(
 				"the path %q is absolute, leaves the tree, is not clean, or has a name over %d bytes",
 				clip(p),
@@ -407,6 +414,11 @@ func checkPath(p string) error {
 		}
 	}
 	return nil
+}
+
+// isName reports whether a part of a path is a name that a file can have.
+func isName(part string) bool {
+	return part != "" && part != "." && part != ".." && len(part) <= maxName && strings.IndexByte(part, 0) < 0
 }
 
 // checkTargets returns an error unless the symbolic links lead where they may.
@@ -461,12 +473,8 @@ func checkTarget(p, target string, allowed deployments.Symlinks) error {
 	return nil
 }
 
-func parentOf(p string) string {
-	if dir := path.Dir(p); dir != "." {
-		return dir
-	}
-	return ""
-}
+// parentOf returns the directory of a path that checkPath allows; empty: the tree itself.
+func parentOf(p string) string { return p[:max(strings.LastIndexByte(p, '/'), 0)] }
 
 func clip(s string) string { return safetext.Cut(s, 120) }
 

@@ -279,3 +279,36 @@ func applyPatch(patch, old []byte, w io.Writer, size int) error {
 func newPlainDelta(patch []byte) *delta {
 	return &delta{stream: bufio.NewReader(bytes.NewReader(patch))}
 }
+
+// Where the directory of a path has been checked, its name is checked as checkPath does the whole path.
+func TestPathsBelowDirectories(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("d", 200)
+	var parents []string
+	for n := range maxLevels + 1 {
+		parents = append(parents, strings.Repeat("d/", n)+"d")
+	}
+	for n := range maxPath / len(long) {
+		parents = append(parents, strings.Repeat(long+"/", n)+long)
+	}
+	names := []string{"f", ".f", "...", ".", "..", "", "/f", "f/", "f\x00", "g/f", strings.Repeat("f", maxName),
+		strings.Repeat("f", maxName+1)}
+	for _, parent := range parents {
+		var entries []entry
+		for i, c := range parent {
+			if c == '/' {
+				entries = append(entries, entry{path: parent[:i], kind: kindDir, mode: 0o755})
+			}
+		}
+		entries = append(entries, entry{path: parent, kind: kindDir, mode: 0o755})
+		for _, name := range names {
+			p := parent + "/" + name
+			x := &index{entries: append(slices.Clone(entries), entry{path: p, sum: emptyDigest, mode: 0o644})}
+			want := checkPath(p) == nil && checkPath(parent) == nil && name != "g/f"
+			if _, err := decodeIndex(x.encode()); (err == nil) != want {
+				t.Errorf("%q in a directory %d levels and %d bytes deep: %v, want it allowed: %v", clip(name),
+					strings.Count(p, "/"), len(parent), err, want)
+			}
+		}
+	}
+}

@@ -270,9 +270,10 @@ func fetchPatched(
 	if m.Index == nil {
 		plain := *m
 		plain.Owner, plain.Immutable = "", false // not needed, and the owner may not exist on this machine
-		return fill(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
+		filled, err := fill(ctx, objects, &plain, nil, dir, StageOptions{}, nil)
+		return filled.index, err
 	}
-	newX, err := decodeIndex(new.index)
+	newX, err := new.decode()
 	if err != nil {
 		return nil, err
 	}
@@ -290,7 +291,7 @@ func fetchPatched(
 	if err := f.run(ctx, new, dir); err != nil {
 		return nil, fmt.Errorf("fetch %s: %w", deployments.ShownURL(m.Src), err)
 	}
-	return f.index.encode(), nil
+	return f.encoded, nil
 }
 
 // costsOf returns what a node that runs the old release fetches for the new one, without and with a delta of the
@@ -313,6 +314,7 @@ func costsOf(tree string, oldIndex, newIndex []byte, delta int64) (byRanges, byD
 	for _, job := range (&deltaMaker{old: old.index, new: x}).choose() {
 		b.ready[job.entry] = true
 	}
+	old.match(x)
 	byDelta = x.costOf(b.missing(old))
 	byDelta.Bytes += delta
 	byDelta.Requests++

@@ -102,7 +102,7 @@ func (r *Releases) renew(
 	}
 	r.at("fetch")
 	opt.resumes = true
-	index, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
+	tree, err := fill(ctx, r.objects, m, base, staging, opt, r.owners)
 	if err != nil {
 		return nil, errors.Join(err, abandon(err, m, staging))
 	}
@@ -114,7 +114,7 @@ func (r *Releases) renew(
 	if err := os.Chmod(staging, m.DestMode|0o200); err != nil { // moving a directory needs write permission in it
 		return nil, err
 	}
-	stats, err := r.syncTree(ctx, staging, index)
+	stats, err := r.syncTree(ctx, staging, tree)
 	if err != nil {
 		return nil, err
 	}
@@ -139,11 +139,12 @@ func (r *Releases) renew(
 			r.log.Warn("could not carry over what was written while the release was healed", "dir", dir, "error", err)
 		}
 	}
-	rec, err := json.Marshal(record{Release: Release{Pointer: p, Manifest: m, Raw: raw}, Index: digestOf(index)})
+	sum := digestOf(tree.index)
+	rec, err := json.Marshal(record{Release: Release{Pointer: p, Manifest: m, Raw: raw}, Index: sum})
 	if err != nil {
 		return nil, err
 	}
-	if err := durable.WriteFile(filepath.Join(r.private(), name+indexSuffix), index, 0o600); err != nil {
+	if err := durable.WriteFile(filepath.Join(r.private(), name+indexSuffix), tree.index, 0o600); err != nil {
 		return nil, err
 	}
 	r.at("index")
@@ -151,7 +152,7 @@ func (r *Releases) renew(
 		return nil, err
 	}
 	r.at("record")
-	r.noteFiles(name, digestOf(index), stats, base)
+	r.noteFiles(name, sum, stats, base)
 	if !replaced {
 		if err := os.Rename(staging, dir); err != nil {
 			return nil, err
@@ -169,16 +170,22 @@ func (r *Releases) renew(
 }
 
 // syncTree writes a staged tree to the disk, and collects its files' stats meanwhile.
-func (r *Releases) syncTree(ctx context.Context, staging string, index []byte) (stats []fileStat, err error) {
+func (r *Releases) syncTree(ctx context.Context, staging string, tree filled) (stats []fileStat, err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return syncFS(staging) })
 	if !r.hashAlways {
 		group.Go(func() error {
-			x, err := decodeIndex(index)
-			if err == nil {
-				stats, err = statTree(ctx, staging, x)
+			x := tree.decoded
+			if x == nil {
+				var err error
+				if x, err = decodeIndex(tree.index); err != nil {
+					return err
+				}
 			}
-			return err
+			if stats = tree.stats; stats == nil {
+				stats = make([]fileStat, len(x.entries))
+			}
+			return addStats(ctx, staging, x, stats)
 		})
 	}
 	return stats, group.Wait()
@@ -295,11 +302,8 @@ func (r *Releases) base(p deployments.Pointer) *base {
 	}
 	name := filepath.Base(rel.Dir)
 	b := &base{dir: r.dirOf(rel), index: index, digest: rec.Index, name: name}
-	if x, err := decodeIndex(index); err == nil && !r.hashAlways {
-		b.known = &knownFiles{stats: r.readStats(name, rec.Index, len(x.entries))}
-		if b.known.stats == nil {
-			b.known.stats = make([]fileStat, len(x.entries)) // filled as files are hashed
-		}
+	if !r.hashAlways {
+		b.known = &knownFiles{stats: r.readStats(name, rec.Index)}
 	}
 	return b
 }
@@ -328,7 +332,7 @@ func unpack(
 	return syncFS(dir)
 }
 
-// fill puts m's tree into dir, sets its owner, and returns the tree's index.
+// fill puts m's tree into dir, and sets its owner.
 func fill(
 	ctx context.Context,
 	objects *object.Client,
@@ -337,21 +341,21 @@ func fill(
 	dir string,
 	opt StageOptions,
 	owners func(uid, gid int) error,
-) (index []byte, err error) {
+) (tree filled, err error) {
 	if _, _, err := ownerOf(m.Owner); err != nil { // checked before fetching, as an unknown owner is an error
-		return nil, err
+		return tree, err
 	}
 	if m.Index != nil {
-		index, err = fetchIndexed(ctx, objects, m, base, dir, opt)
+		tree, err = fetchIndexed(ctx, objects, m, base, dir, opt)
 	} else {
 		if err = extractFrom(ctx, objects, m, dir, opt, owners); err == nil {
-			index, err = indexOfTree(ctx, dir)
+			tree.index, err = indexOfTree(ctx, dir)
 		}
 	}
 	if err != nil {
-		return nil, err
+		return tree, err
 	}
-	return index, applyOwner(ctx, dir, m.Owner)
+	return tree, applyOwner(ctx, dir, m.Owner) // which changes no linked file: each has that owner already
 }
 
 // abandon removes what the next try can't use: everything but the verified parts of an interrupted fetch.

@@ -50,16 +50,12 @@ func (k *knownFiles) has(entry int, now *unix.Stat_t) bool {
 	return k.stats != nil && k.stats[entry] != fileStat{} && k.stats[entry] == statOf(now)
 }
 
-// linked records that an open, verified file got another hard link, which changed its ctime.
-func (k *knownFiles) linked(entry, fd int, before *unix.Stat_t) {
-	var after unix.Stat_t
-	if unix.Fstat(fd, &after) != nil || !statOf(before).sameContent(statOf(&after)) {
-		return
-	}
+// linked records that a verified file got another hard link, which changed its ctime.
+func (k *knownFiles) linked(entry int, after *unix.Stat_t) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.stats != nil {
-		k.stats[entry] = statOf(&after)
+		k.stats[entry] = statOf(after)
 		k.changed = true
 	}
 }
@@ -91,11 +87,12 @@ func (r *Releases) writeStats(name string, index deployments.Digest, stats []fil
 	return os.Rename(aside, path)
 }
 
-// readStats returns the stats of a release whose index has the given number of entries; nil if none can be used.
-func (r *Releases) readStats(name string, index deployments.Digest, entries int) []fileStat {
+// readStats returns the stats that writeStats stored for a release with this index; nil if none can be used.
+func (r *Releases) readStats(name string, index deployments.Digest) []fileStat {
 	data, err := os.ReadFile(filepath.Join(r.private(), name+statsSuffix))
 	end := len(data) - len(index)
-	if err != nil || end != len(statsMagic)+len(index)+entries*statSize {
+	entries := (end - len(statsMagic) - len(index)) / statSize
+	if err != nil || entries < 0 || end != len(statsMagic)+len(index)+entries*statSize {
 		return nil
 	}
 	sum := digestOf(data[:end])
@@ -127,21 +124,26 @@ func (r *Releases) forgetStats() error {
 // statTree returns the stats of a tree's files that have content. A file whose type, size or mode differs from its
 // index has none.
 func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
+	stats := make([]fileStat, len(x.entries))
+	return stats, addStats(ctx, dir, x, stats)
+}
+
+// addStats is statTree for those files whose stats are still zero.
+func addStats(ctx context.Context, dir string, x *index, stats []fileStat) error {
 	top, err := openDir(dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer top.Close()
-	stats := make([]fileStat, len(x.entries))
 	dirs := &dirs{top: top}
 	defer dirs.close()
 	for i := range x.entries {
 		e := &x.entries[i]
-		if e.kind != kindFile || e.size == 0 {
+		if e.kind != kindFile || e.size == 0 || stats[i] != (fileStat{}) {
 			continue
 		}
 		if i%1024 == 0 && ctx.Err() != nil {
-			return nil, ctx.Err()
+			return ctx.Err()
 		}
 		var st unix.Stat_t
 		at, name, err := dirs.at(e.path)
@@ -152,13 +154,13 @@ func statTree(ctx context.Context, dir string, x *index) ([]fileStat, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Size == e.size {
 			stats[i] = statOf(&st)
 		}
 	}
-	return stats, nil
+	return nil
 }
 
 // keptStats keeps the live release's stats valid while other names of its files are removed, which changes their
@@ -185,7 +187,7 @@ func (r *Releases) keepStats(live *Release, rec *record) *keptStats {
 	if err != nil {
 		return nil
 	}
-	if k.stats = r.readStats(k.name, rec.Index, len(k.index.entries)); k.stats == nil {
+	if k.stats = r.readStats(k.name, rec.Index); len(k.stats) != len(k.index.entries) {
 		return nil
 	}
 	now, err := statTree(context.Background(), filepath.Join(r.top(), k.name), k.index)

@@ -1,11 +1,16 @@
 package artifact
 
 import (
+	"errors"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
@@ -84,7 +89,7 @@ func (w *statsWorld) known(t *testing.T) map[string]bool {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept := r.readStats(name, rec.Index, len(x.entries))
+	kept := r.readStats(name, rec.Index)
 	known := map[string]bool{}
 	for i := range x.entries {
 		if e := &x.entries[i]; e.kind == kindFile && e.size > 0 {
@@ -220,5 +225,98 @@ func TestKnownFilesAreNotRead(t *testing.T) {
 	}
 	if !strings.Contains(w.log.String(), sharedFile) {
 		t.Errorf("nothing is said of the file that was changed: %s", w.log.String())
+	}
+}
+
+// A known file is linked by its name. If another file has that name by then, or the file was written to, nothing is
+// linked.
+func TestLinkByNameTakesNothingElse(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		change func(file string) error
+		linked bool
+	}{
+		"as it was": {func(string) error { return nil }, true},
+		"another file": {func(file string) error {
+			info, err := os.Stat(file)
+			if err == nil {
+				err = os.WriteFile(file+"-", []byte("another"), 0o644)
+			}
+			if err == nil {
+				err = os.Chtimes(file+"-", info.ModTime(), info.ModTime())
+			}
+			return errors.Join(err, os.Rename(file+"-", file))
+		}, false},
+		"a symbolic link": {func(file string) error {
+			return errors.Join(os.Rename(file, file+"-"), os.Symlink("file-", file))
+		}, false},
+		"a write": {func(file string) error { return os.WriteFile(file, []byte("written"), 0o644) }, false},
+		"a mode":  {func(file string) error { return os.Chmod(file, 0o755|os.ModeSetuid) }, false},
+		"nothing": {os.Remove, false},
+	} {
+		old, dir := t.TempDir(), t.TempDir()
+		file := filepath.Join(old, "file")
+		write(t, file, "content")
+		past := time.Now().Add(-time.Hour) // so that a write is seen however coarse the clock is
+		if err := errors.Join(os.Chmod(file, 0o644), os.Chtimes(file, past, past)); err != nil {
+			t.Fatal(err)
+		}
+		from, err := openDir(old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer from.Close()
+		to, err := openDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer to.Close()
+		var before unix.Stat_t
+		if err := unix.Fstatat(int(from.Fd()), "file", &before, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.change(file); err != nil {
+			t.Fatal(err)
+		}
+		w := &treeWorker{dirs: dirs{top: to}}
+		e := &entry{path: "new", kind: kindFile, mode: 0o644, size: before.Size}
+		after, err := w.linkNamed(e, int(from.Fd()), "file", &before, newSharing(&deployments.Manifest{Immutable: true}))
+		if err != nil || (after != nil) != c.linked {
+			t.Errorf("%s: linked %v, %v, want %v", name, after != nil, err, c.linked)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "new")); (err == nil) != c.linked {
+			t.Errorf("%s: what was linked: %v", name, err)
+		}
+	}
+}
+
+// Files of equal content are each linked to the file at the same path, so that they stay as many as they are. What
+// has moved is linked to any that has its content.
+func TestFilesAreLinkedPathByPath(t *testing.T) {
+	t.Parallel()
+	dir := testFile{mode: fs.ModeDir | 0o755}
+	old := testTree{
+		"a": dir, "a/same": {mode: 0o644, data: "equal"}, "b": dir, "b/same": {mode: 0o644, data: "equal"},
+		"c": dir, "c/moves": {mode: 0o644, data: "moved"},
+	}
+	next := testTree{
+		"a": dir, "a/same": {mode: 0o644, data: "equal"}, "b": dir, "b/same": {mode: 0o644, data: "equal"},
+		"d": dir, "d/moved": {mode: 0o644, data: "moved"}, "d/new": {mode: 0o644, data: "new"},
+	}
+	one, two, got := t.TempDir(), t.TempDir(), t.TempDir()
+	old.write(t, one)
+	next.write(t, two)
+	from, to := publishTree(t, one), publishTree(t, two)
+	to.manifest.Immutable = true
+	mustFetch(t, to.manifest, from.asBase(one), got)
+	sameTree(t, got, two)
+	for new, old := range map[string]string{"a/same": "a/same", "b/same": "b/same", "d/moved": "c/moves"} {
+		was, err := os.Stat(filepath.Join(one, old))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if is, err := os.Stat(filepath.Join(got, new)); err != nil || !os.SameFile(was, is) {
+			t.Errorf("%s isn't linked to %s: %v", new, old, err)
+		}
 	}
 }

@@ -180,9 +180,9 @@ func (p *published) asBase(dir string) *base {
 func fetchTree(t testing.TB, ctx context.Context, m *deployments.Manifest, base *base, dir string) (requests, read int64, err error) {
 	t.Helper()
 	objects := object.New(object.Config{})
-	index, err := fetchIndexed(ctx, objects, m, base, dir, StageOptions{})
+	tree, err := fetchIndexed(ctx, objects, m, base, dir, StageOptions{})
 	requests, read = objects.Requests()
-	if err == nil && digestOf(index) != m.Index.SHA256 {
+	if err == nil && digestOf(tree.index) != m.Index.SHA256 {
 		t.Fatal("fetchIndexed returned another index than the manifest's")
 	}
 	return requests, read, err

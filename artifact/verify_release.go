@@ -60,7 +60,9 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	}
 	v := newVerifier(x, how.limit, append(skip, rel.Manifest.Shared...))
 	if how.quick {
-		v.known = r.readStats(name, rec.Index, len(x.entries))
+		if known := r.readStats(name, rec.Index); len(known) == len(x.entries) {
+			v.known = known
+		}
 	}
 	if err := v.verify(ctx, dir); err != nil {
 		return nil, err
