@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -124,19 +125,8 @@ func (w *writer) noteWritten(c change, now time.Time) {
 	}
 	if c.order.version != 0 {
 		w.orders[c.unit] = c.order.version
-		w.log.Info(
-			"order taken",
-			"unit",
-			c.unit,
-			"order",
-			c.order.Verb,
-			"by",
-			c.order.By,
-			"why",
-			c.order.Reason,
-			"outcome",
-			c.reason,
-		)
+		w.log.Info("order taken", "unit", c.unit, "order", c.order.Verb, "by", c.order.By, "why", c.order.Reason,
+			"outcome", c.reason)
 	}
 	if c.kind == "none" {
 		w.history.wrote(c)
@@ -149,8 +139,12 @@ func (w *writer) noteWritten(c change, now time.Time) {
 		w.history.forget(c.unit)
 	}
 	w.history.wrote(c)
+	phase, reason := deployments.Phase(""), c.reason
+	if p := c.after.Rollout; p != nil {
+		phase, reason = p.Phase, cmp.Or(reason, p.Message)
+	}
 	w.log.Info("record written", "unit", c.unit, "kind", c.kind, "target", c.after.Target,
-		"generation", c.after.Generation, "commit", c.after.Commit, "reason", c.reason)
+		"generation", c.after.Generation, "commit", c.after.Commit, "phase", phase, "reason", reason)
 }
 
 // traceWritten sends the spans that end with a written record: the push's, and a rollout's that has ended.
