@@ -4,13 +4,17 @@ package fuzzlimit
 import (
 	"fmt"
 	"runtime/metrics"
+	"syscall"
 	"testing"
 	"time"
 )
 
 const (
-	// Time is how long one input may take; on a machine that is busy a parser stands still for seconds.
+	// Time is how much of the processors one input may take.
 	Time = 10 * time.Second
+	// Waiting is how long one input may take by the clock: it is long, as on a busy machine a parser stands still for
+	// most of it.
+	Waiting = 5 * time.Minute
 	// Memory is how much may be allocated for one input, in bytes, freed meanwhile or not.
 	Memory = 256 << 20
 )
@@ -20,12 +24,45 @@ const (
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()
-	stuck := time.AfterFunc(Time, func() { panic(fmt.Sprintf("it takes longer than %v: %q", Time, input)) })
+	stop := guard(Time, Waiting, func(most time.Duration) { panic(fmt.Sprintf("it takes longer than %v: %q", most, input)) })
 	parse()
-	stuck.Stop()
+	stop()
 	if took := allocated() - before; took > Memory {
 		t.Errorf("%q takes %d MiB", input, took>>20)
 	}
+}
+
+// guard calls late, with the bound, once the process has taken busy of the processors or waiting has passed, unless the
+// returned function is called before. What the process does beside counts as well.
+func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop func()) {
+	begun, used := time.Now(), processorTime()
+	done := make(chan struct{})
+	timer := time.AfterFunc(min(busy, waiting), func() {
+		for {
+			spent := processorTime() - used
+			switch {
+			case spent >= busy:
+				late(busy)
+				return
+			case time.Since(begun) >= waiting:
+				late(waiting)
+				return
+			}
+			select {
+			case <-done:
+				return
+			case <-time.After(busy / 10):
+			}
+		}
+	})
+	return func() { timer.Stop(); close(done) }
+}
+
+// processorTime returns how much of the processors this process has taken.
+func processorTime() time.Duration {
+	var usage syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &usage) // never fails
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 // allocated returns how many bytes were ever allocated. Unlike runtime.ReadMemStats it stops nothing.

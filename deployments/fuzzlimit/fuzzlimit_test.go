@@ -6,8 +6,10 @@ import (
 	"go/token"
 	"io/fs"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"kedge/deployments/fuzzlimit"
 )
@@ -35,6 +37,36 @@ func TestRunBoundsMemory(t *testing.T) {
 	})
 	if f.n != 1 {
 		t.Errorf("%d failures of one that takes twice the bound, %d bytes", f.n, kept)
+	}
+}
+
+// An input that stands still on a busy machine isn't slow; one that takes the processor is, and one that never ends.
+func TestGuard(t *testing.T) {
+	for name, c := range map[string]struct {
+		busy, waiting, want time.Duration
+		run                 func(late <-chan time.Duration)
+	}{
+		"waits":      {100 * time.Millisecond, time.Hour, 0, func(<-chan time.Duration) { time.Sleep(150 * time.Millisecond) }},
+		"never ends": {time.Hour, 10 * time.Millisecond, 10 * time.Millisecond, func(<-chan time.Duration) {}},
+		"is busy": {50 * time.Millisecond, time.Hour, 50 * time.Millisecond, func(late <-chan time.Duration) {
+			for len(late) == 0 {
+				runtime.Gosched()
+			}
+		}},
+	} {
+		late := make(chan time.Duration, 1)
+		stop := fuzzlimit.Guard(c.busy, c.waiting, func(most time.Duration) { late <- most })
+		c.run(late)
+		if c.want == 0 {
+			stop()
+			late <- 0
+		}
+		if got := <-late; got != c.want {
+			t.Errorf("what %s is late after %v, want %v", name, got, c.want)
+		}
+		if c.want > 0 {
+			stop()
+		}
 	}
 }
 

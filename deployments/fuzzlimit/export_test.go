@@ -1,0 +1,4 @@
+package fuzzlimit
+
+// Guard is guard, for tests.
+var Guard = guard
