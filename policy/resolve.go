@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // Facts are the inputs of Resolve for one unit on one node: plain data, read by the agent.
@@ -269,7 +270,7 @@ func (d *Decision) record(f Facts, decided bool) {
 func origin(r deployments.Record) deployments.Facts {
 	facts := deployments.Facts{}
 	if r.Commit != "" {
-		facts["commit"] = r.Commit[:min(7, len(r.Commit))]
+		facts["commit"] = safetext.Prefix(r.Commit, 7)
 	}
 	if r.Generation > 0 {
 		facts["generation"] = fmt.Sprint(r.Generation)

@@ -36,12 +36,20 @@ func Clip(s string, most int) string {
 	return s[:cut] + fmt.Sprintf("… [%d more bytes]", len(s)-cut)
 }
 
+// Prefix returns the beginning of s, of at most most bytes and of whole characters.
+func Prefix(s string, most int) string {
+	if len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most], "")
+}
+
 // Cut returns s if it has at most most bytes, and else its beginning and "...", within as many bytes.
 func Cut(s string, most int) string {
 	if len(s) <= most {
 		return s
 	}
-	return strings.ToValidUTF8(s[:most-len("...")], "") + "..."
+	return Prefix(s, most-len("...")) + "..."
 }
 
 // Printable replaces with U+FFFD what is not UTF-8, characters that reorder or hide text, and control characters

@@ -74,6 +74,15 @@ func TestCut(t *testing.T) {
 	}
 }
 
+func TestPrefix(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{"é": "é", "éé": "éé", "ééé": "éé", "xéé": "xé", "xy\xffz!": "xyz"} {
+		if got := Prefix(s, 4); got != want {
+			t.Errorf("%q: %q, want %q", s, got, want)
+		}
+	}
+}
+
 func TestJSON(t *testing.T) {
 	t.Parallel()
 	in := map[string]string{"a\u202e": "b\u009b\U000E0041 ü 漢 \u2028 \x7f \x1b"}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 )
 
 // HistoryColumns are the headings of HistoryRow's cells.
@@ -25,7 +26,7 @@ func HistoryRow(h deployments.History) []Text {
 		},
 		{at, Plain},
 		{new(Unit).Release(h.Release), Bold},
-		{clean(h.Commit[:min(8, len(h.Commit))]), Plain},
+		{clean(safetext.Prefix(h.Commit, 8)), Plain},
 		{AuthorName(h.Author), Plain},
 		{oneLine(h.Subject), Dim},
 	}

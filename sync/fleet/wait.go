@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/kv"
 	"kedge/sync/fleet/message"
 )
@@ -396,4 +397,4 @@ func (w *waiter) wasTaken(ctx context.Context, store kv.Store) (taken, read bool
 	}
 }
 
-func short(hash string) string { return hash[:min(12, len(hash))] }
+func short(hash string) string { return safetext.Prefix(hash, 12) }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/deployments/wait"
 	"kedge/sync/git"
 	"kedge/sync/mirror/inspect"
@@ -266,7 +267,7 @@ func refuse(c candidate) error {
 	return nil
 }
 
-func short(hash string) string { return hash[:min(12, len(hash))] }
+func short(hash string) string { return safetext.Prefix(hash, 12) }
 
 // few joins the first names of a list, and says how many more there are.
 func few(names []string) string {

@@ -2,9 +2,11 @@ package mirror
 
 import (
 	"bytes"
+	"strings"
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/git"
@@ -257,16 +259,14 @@ func text(err error) string {
 	return err.Error()
 }
 
-// clip cuts an error's text to n bytes, at the end of a line.
+// clip cuts an error's text to n bytes and "...", at the end of a line, or else of a character.
 func clip(s string, n int) string {
 	if len(s) <= n {
 		return s
 	}
-	s = s[:n]
-	for i := len(s) - 1; i > n/2; i-- {
-		if s[i] == '\n' {
-			return s[:i] + "\n..."
-		}
+	s = safetext.Prefix(s, n)
+	if i := strings.LastIndexByte(s, '\n'); i > n/2 {
+		return s[:i] + "\n..."
 	}
 	return s + "..."
 }

@@ -397,3 +397,17 @@ func TestWorthWriting(t *testing.T) {
 		}
 	}
 }
+
+func TestClip(t *testing.T) {
+	t.Parallel()
+	for s, want := range map[string]string{
+		"ééééé":          "ééééé",
+		"xéééééé":        "xéééé...", // the tenth byte is half of a character
+		"123456\nébcdef": "123456\n...",
+		"12\n4567890123": "12\n4567890...",
+	} {
+		if got := clip(s, 10); got != want {
+			t.Errorf("%q: %q, want %q", s, got, want)
+		}
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"github.com/a-h/templ"
 
 	"kedge/deployments"
+	"kedge/deployments/safetext"
 	"kedge/sync/fleet"
 )
 
@@ -205,7 +206,7 @@ func (s *snapshot) mirror(commitURL string) mirrorView {
 
 // commitOf returns a commit's view, with a link if its hash is valid: the store's content isn't trusted.
 func commitOf(hash, commitURL string) commitView {
-	c := commitView{Short: fleet.Clean(hash[:min(8, len(hash))], 8), Hash: fleet.Clean(hash, 64)}
+	c := commitView{Short: fleet.Clean(safetext.Prefix(hash, 8), 8), Hash: fleet.Clean(hash, 64)}
 	if commitURL == "" || len(hash) < 7 || strings.Trim(hash, "0123456789abcdef") != "" {
 		return c
 	}
@@ -217,7 +218,7 @@ func commitOf(hash, commitURL string) commitView {
 const mostLines = 2000
 
 func clipLines(s string) string {
-	s = strings.TrimSpace(fleet.CleanLines(s[:min(len(s), mostLines)]))
+	s = strings.TrimSpace(fleet.CleanLines(safetext.Prefix(s, mostLines)))
 	return s
 }
 
