@@ -127,6 +127,14 @@ func TestExitCodesAndErrors(t *testing.T) {
 		{[]string{"agent", "--config", filepath.Join(dir, "nowhere.yaml")}, exitUsage, []string{"nowhere.yaml"}},
 		{[]string{"agent", "--config", write("field.yaml", "stage: prod\nrole: web\n")}, exitUsage, []string{`field.yaml:2:1: unknown field "role": did you mean "roles"?`}},
 		{[]string{"agent", "--config", write("bool.yaml", "stage: prod\nno_commands: maybe\n")}, exitUsage, []string{`bool.yaml:2:14: "maybe": want true or false`}},
+		{
+			[]string{"agent", "--config", write("flow.yaml", "stage: prod\nmirrors: {s3://b/: [http://h:80/]}\n")},
+			exitUsage, []string{"flow.yaml:2:", `want a text here, not fields: put texts that contain a colon`},
+		},
+		{
+			[]string{"agent", "--config", write("ipv6.yaml", "stage: prod\nsources: [http://[::1]:80/]\n")},
+			exitUsage, []string{"ipv6.yaml:2:", "must be specified: put texts that contain a colon or a bracket in quotes"},
+		},
 		{[]string{"agent", "--config", write("time.yaml", "ready_timeout: 5\n")}, exitUsage, []string{`time.yaml:1:1: "5": want a duration, as in 30s`}},
 		{[]string{"agent", "--start-delay", "1s", "--config", write("all.yaml", "stage: prod\nrole: web\nstage: x\nno_commands: maybe\nready_timeout: 5\ndests: {a: b}\n")}, exitUsage, []string{
 			`all.yaml:2:1: unknown field "role"`, `all.yaml:3:1: the field "stage" is given twice`, "all.yaml:4:14",

@@ -279,6 +279,9 @@ func checkVariables(environment []string) error {
 	return errors.Join(errs...)
 }
 
+// quoteHint says how to write texts that the parser can't tell from YAML.
+const quoteHint = `: put texts that contain a colon or a bracket in quotes, as in ["http://host:8080/"]`
+
 // configError adds to a mistake its place in a file, as FILE:LINE:COLUMN. An error without a place gets the
 // field's, if that is known.
 func configError(file string, err error, field ...*token.Position) error {
@@ -290,8 +293,16 @@ func configError(file string, err error, field ...*token.Position) error {
 		return fmt.Errorf("%s: %w", file, err)
 	}
 	found, says := at.GetToken(), at.GetMessage()
-	if wrong := new(yaml.TypeError); errors.As(err, &wrong) && wrong.DstType.Kind() == reflect.Bool {
+	wrong := new(yaml.TypeError)
+	switch {
+	case errors.As(err, new(*yaml.SyntaxError)) && strings.HasSuffix(says, "must be specified"): // a ',' or bracket
+		says += quoteHint
+	case !errors.As(err, &wrong):
+	case wrong.DstType.Kind() == reflect.Bool:
 		says = fmt.Sprintf("%q: want true or false", found.Value)
+	case wrong.DstType.Kind() == reflect.String && wrong.SrcType != nil && wrong.SrcType.Kind() == reflect.Map:
+		// The parser takes the colon of a URL for a field's if a list stands in braces.
+		says = "want a text here, not fields" + quoteHint
 	}
 	if errors.As(err, new(*yaml.UnknownFieldError)) {
 		if near := deployments.Nearest(found.Value, agentFields); near != "" {
