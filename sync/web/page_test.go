@@ -218,6 +218,23 @@ func TestPages(t *testing.T) {
 	}
 }
 
+// A unit's page says when its rollouts are frozen next: a freeze of other units is not its own.
+func TestUnitSaysItsFreeze(t *testing.T) {
+	t.Parallel()
+	scene := troubledScene("what they say")
+	scene.entries = append(scene.entries, entry(kv.MirrorKey, deployments.MirrorState{Head: "a", Freeze: []deployments.FreezeWindow{
+		{Name: "stocktaking", Deny: "0 0 * * *", Duration: "23h", Units: []string{"prod/web/app"}},
+	}}))
+	w := offline(t, scene)
+	for address, want := range map[string]bool{"/prod/web/app": true, "/prod/web/other": false} {
+		_, html := page(t, w, address)
+		text, err := parse(html)
+		if err != nil || strings.Contains(text, "no rollout starts") != want {
+			t.Errorf("%s: %v, want a freeze: %t\n%s", address, err, want, text)
+		}
+	}
+}
+
 // What the filter names, and nothing else, is listed.
 func TestFilters(t *testing.T) {
 	t.Parallel()

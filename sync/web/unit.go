@@ -13,9 +13,11 @@ import (
 
 // unitPage is the page of one unit.
 type unitPage struct {
-	Path     string
-	Row      unitRow
-	Problem  *problem
+	Path    string
+	Row     unitRow
+	Problem *problem
+	// Freeze is when the unit's rollouts are frozen next; "": not within a week.
+	Freeze   string
 	Notes    []fleet.Note
 	Steps    []step
 	Releases []releaseLine
@@ -79,7 +81,9 @@ const mostNotes = 30
 
 // unitOf returns the page of one unit.
 func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL string) unitPage {
-	v := unitPage{Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem}
+	v := unitPage{
+		Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem, Freeze: fleet.Clean(s.FreezeOf(u.ID), mostText),
+	}
 	for _, n := range s.Notes(u.Unit) {
 		if n.About.Text == "next:" && u.problem != nil {
 			continue // the problem shows it already

@@ -120,7 +120,7 @@ func (p *progress) short() string {
 		return fmt.Sprintf("%d of %d back on stable", p.Converged, p.Of)
 	}
 	if moving := p.Admitted - p.Converged - p.Failed; moving > 0 {
-		return fmt.Sprintf("%d+%d of %d", p.Converged, moving, p.Of)
+		return fmt.Sprintf("%d of %d, %d on the way", p.Converged, p.Of, moving)
 	}
 	return fmt.Sprintf("%d of %d", p.Converged, p.Of)
 }

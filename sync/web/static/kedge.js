@@ -124,9 +124,10 @@ const quiet = 4500;
 let heard = Date.now(), tag = main.dataset.tag, events;
 function lives() {
   heard = Date.now();
-  if (state.className === "on") return;
+  const word = document.querySelector("#away .banner") ? "not up to date" : "live";
+  if (state.className === "on" && state.textContent === word) return;
   state.className = "on";
-  state.textContent = "live";
+  state.textContent = word;
   stale.hidden = true;
   document.body.classList.remove("old");
   document.title = title;
@@ -149,6 +150,7 @@ function connect() {
     lives();
     tag = e.lastEventId;
     apply(JSON.parse(e.data));
+    lives();
   };
 }
 setInterval(() => {
