@@ -666,21 +666,26 @@ func FuzzExtract(f *testing.F) {
 		f.Add(h.data)
 		f.Add(gz(h.data))
 	}
+	client := object.New(object.Config{})
 	f.Fuzz(func(t *testing.T, data []byte) {
-		outer := t.TempDir()
-		path := filepath.Join(t.TempDir(), "app")
+		root := fuzzlimit.Dir(t)
+		path := filepath.Join(root, "app")
 		if err := os.WriteFile(path, data, 0o644); err != nil {
 			t.Fatal(err)
 		}
+		outer := filepath.Join(root, "outer")
 		dir := filepath.Join(outer, "tree")
+		if err := os.Mkdir(outer, 0o700); err != nil {
+			t.Fatal(err)
+		}
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
 		m := &deployments.Manifest{Src: "file://" + path, Checksum: digestOf(data).String()}
-		from := object.Source{Client: object.New(object.Config{}), URL: m.Src}
+		from := object.Source{Client: client, URL: m.Src}
 		var err error
 		fuzzlimit.Run(t, data, func() { err = extract(t.Context(), from, m, dir, StageOptions{}, nil) })
-		if outside := list(t, outer); len(outside) != 1 {
+		if outside := append(list(t, root), list(t, outer)...); len(outside) != 3 {
 			t.Fatalf("it wrote outside of the tree: %q", outside)
 		}
 		if err == nil {

@@ -3,6 +3,7 @@ package fuzzlimit
 
 import (
 	"fmt"
+	"os"
 	"runtime/metrics"
 	"syscall"
 	"testing"
@@ -70,4 +71,20 @@ func allocated() uint64 {
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(sample)
 	return sample[0].Value.Uint64()
+}
+
+// Dir returns an empty directory that is removed after the test: in memory if the machine has a file system for that.
+// A target that writes files syncs them as the agent does, and on a disk takes a hundred times as long.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "kedge-fuzz-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("remove the test's directory: %v", err)
+		}
+	})
+	return dir
 }

@@ -17,7 +17,7 @@ func FuzzKey(f *testing.F) {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
-		root := t.TempDir()
+		root := fuzzlimit.Dir(t)
 		dir := filepath.Join(root, "store")
 		s := open(t, dir)
 		var err error

@@ -11,11 +11,22 @@ import (
 // offline is a dashboard of a scene, with a store that holds its histories.
 func offline(t *testing.T, s scene) *Web {
 	t.Helper()
+	return offlineWith(t, s, emptyStore(t))
+}
+
+func emptyStore(t testing.TB) kv.Store {
+	t.Helper()
 	store, err := open.Store(open.Config{URL: "file://" + t.TempDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { store.Close() })
+	return store
+}
+
+// offlineWith is offline with a store that several scenes share.
+func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
+	t.Helper()
 	w := &Web{
 		c:       Config{Store: store, CommitURL: "https://git.example.org/acme/deployments/commit/{commit}"},
 		viewers: make(chan struct{}, maxViewers), changed: make(chan struct{}), pasts: map[deployments.UnitID]*past{},

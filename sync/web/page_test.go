@@ -345,8 +345,9 @@ func FuzzPages(f *testing.F) {
 		"\xff\ufffe"} {
 		f.Add(s)
 	}
+	store := emptyStore(f)
 	f.Fuzz(func(t *testing.T, text string) {
-		w := offline(t, troubledScene(text))
+		w := offlineWith(t, troubledScene(text), store)
 		for _, address := range []string{"/", "/prod/web/app", "/prod/web/app/web-2", "/-/overrides",
 			"/?" + url.Values{"q": {text}, "state": {text}}.Encode()} {
 			fuzzlimit.Run(t, text, func() {
