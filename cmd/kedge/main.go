@@ -240,11 +240,26 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			}
 		}
 	}
-	root.SetUsageFunc(func(cmd *cobra.Command) error { return usage(cmd.OutOrStderr(), cmd, width) })
+	root.SetUsageFunc(func(cmd *cobra.Command) error {
+		describeCompletion(root)
+		return usage(cmd.OutOrStderr(), cmd, width)
+	})
 	root.SetHelpFunc(func(cmd *cobra.Command, _ []string) {
+		describeCompletion(root)
 		fmt.Fprintf(a.stdout, "%s\n\n%s", reflow(cmp.Or(cmd.Long, cmd.Short), width), cmd.UsageString())
 	})
 	return root
+}
+
+// describeCompletion says what the command that cobra adds, once it runs, is for.
+func describeCompletion(root *cobra.Command) {
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" {
+			c.Short = "Completion of commands, units, nodes and releases, for your shell"
+			c.Long = "Prints the script that completes commands, flags, and the fleet's units, nodes and releases. " +
+				"The packages bring it.\n\n  source <(kedge completion bash)"
+		}
+	}
 }
 
 func (a *app) onConsul() bool { return a.kv == "" || a.kv == "consul" }

@@ -56,6 +56,9 @@ func pageText(page string, width int) string {
 			b.WriteString(strings.TrimRight("    "+line, " ") + "\n")
 		case strings.HasPrefix(line, "    ") && text != "" && len(open) == 0: // indented code, whatever it contains
 			flush()
+			if m := definition.FindStringSubmatch(line); m != nil && utf8.RuneCountInString(line) > width {
+				line = wrapWords(m[1], m[2], width)
+			}
 			b.WriteString(line + "\n")
 		case text == "":
 			flush()
@@ -82,6 +85,9 @@ func pageText(page string, width int) string {
 	flush()
 	return strings.TrimRight(b.String(), "\n") + "\n"
 }
+
+// definition is a line of a table of fields: a name, at least two blanks, and what it means.
+var definition = regexp.MustCompile(`^( +[^ #].*?  +)([^ #].*)$`)
 
 var itemMark = regexp.MustCompile(`^([-*]|[0-9]+\.) `)
 

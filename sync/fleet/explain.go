@@ -484,7 +484,14 @@ var commands = regexp.MustCompile(`kedge [a-z]+ [^,;]+`)
 
 // oneWord joins the words of each command in a text, so that wrap doesn't break a command that people copy.
 func oneWord(text string) string {
-	return commands.ReplaceAllStringFunc(text, func(s string) string { return strings.ReplaceAll(s, " ", unbroken) })
+	return commands.ReplaceAllStringFunc(text, func(s string) string {
+		command, next, ends := strings.Cut(s, ". ")
+		command = strings.ReplaceAll(command, " ", unbroken)
+		if !ends {
+			return command
+		}
+		return command + ". " + oneWord(next)
+	})
 }
 
 // pastPin returns how many releases Git is ahead of the pin that decided for n, in words; empty: none.

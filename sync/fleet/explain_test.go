@@ -225,4 +225,8 @@ func TestWrapKeepsCommandsWhole(t *testing.T) {
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
+	got = Wrap("its rules are those of kedge acl web. It asks nobody who they are", 30) // a sentence ends a command
+	if want := "its rules are those of\n  kedge acl web. It asks nobody\n  who they are"; got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
 }
