@@ -1,7 +1,6 @@
 package consul_test
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,14 +15,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/consul/api"
 	"golang.org/x/sys/unix"
 
+	"kedge/deployments/logtest"
 	"kedge/kv"
 	"kedge/kv/consul"
 	"kedge/kv/kvtest"
@@ -68,23 +66,10 @@ func writeCertificates(t *testing.T, dir, ip string) {
 	make("client", x509.ExtKeyUsageClientAuth, ca, key)
 }
 
-// logText is a log that tests read.
-type logText struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logText) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logText) has(text string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !strings.Contains(l.b.String(), text) {
-		return fmt.Errorf("no %q in the log:\n%s", text, l.b.String())
+// has returns an error unless a log has a text.
+func has(log *logtest.Buffer, text string) error {
+	if log.Count(text) == 0 {
+		return fmt.Errorf("no %q in the log:\n%s", text, log)
 	}
 	return nil
 }
@@ -121,7 +106,7 @@ tls { https { verify_incoming = true  ca_file = %q  cert_file = %q  key_file = %
 	folders(t, c, "pins/prod/web/")
 	put(t, c, "pins/prod/web/app", "v1")
 
-	var log logText
+	var log logtest.Buffer
 	s := open(t, consul.Config{Log: slog.New(slog.NewTextHandler(&log, nil)), Client: &api.Config{
 		Address: "https://" + server.IP + ":8501",
 		TLSConfig: api.TLSConfig{CAFile: filepath.Join(ours, "ca.pem"),
@@ -132,15 +117,15 @@ tls { https { verify_incoming = true  ca_file = %q  cert_file = %q  key_file = %
 
 	server.Kill()
 	views.Await(t, "the outage", kvtest.Troubled(kv.ErrUnavailable, "app=v1"))
-	kvtest.Await(t, "the refused connection", func() error { return log.has("connection refused") })
+	kvtest.Await(t, "the refused connection", func() error { return has(&log, "connection refused") })
 	rotate()
 	server.Start()
 	c.WaitReady()
-	kvtest.Await(t, "the other cause", func() error { return log.has("x509: ") })
+	kvtest.Await(t, "the other cause", func() error { return has(&log, "x509: ") })
 	if err := os.WriteFile(filepath.Join(ours, "client.pem"), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	kvtest.Await(t, "word of the damaged file", func() error { return log.has("could not read the certificates for Consul") })
+	kvtest.Await(t, "word of the damaged file", func() error { return has(&log, "could not read the certificates for Consul") })
 	put(t, c, "pins/prod/web/app", "v2")
 	take()
 	began := time.Now()

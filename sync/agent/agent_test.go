@@ -331,7 +331,7 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 		_, body := a.get("/metrics")
 		return regexp.MustCompile(`kedge_agent_jobs_total{kind="deploy",result="retried",role="web",unit="app"} ([3-9]|\d\d)`).MatchString(body), body
 	})
-	if n := w.log.count("the job failed: trying again"); n != 1 {
+	if n := w.log.Count("the job failed: trying again"); n != 1 {
 		t.Errorf("the failure was logged %d times", n)
 	}
 	if err := os.Rename(w.path("away"), w.path("releases")); err != nil {
@@ -339,7 +339,7 @@ func TestTransientTroubleIsTriedAgain(t *testing.T) {
 	}
 	a.awaitRunning(app, two)
 	await(t, "the recovery's line", func() (bool, string) { // after the report
-		n := w.log.count("the job succeeds again")
+		n := w.log.Count("the job succeeds again")
 		return n == 1, fmt.Sprintf("logged %d times", n)
 	})
 }
@@ -469,8 +469,8 @@ func TestReadOnlyState(t *testing.T) {
 	unmount()
 	a.awaitRunning(app, two)
 	await(t, "lines that say so once", func() (bool, string) {
-		began := w.log.count("could not save the last known state")
-		ended := w.log.count("the last known state can be saved again")
+		began := w.log.Count("could not save the last known state")
+		ended := w.log.Count("the last known state can be saved again")
 		return began == 1 && ended == 1, fmt.Sprintf("it was logged %d times, and %d times that it is over", began, ended)
 	})
 }

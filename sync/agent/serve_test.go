@@ -29,7 +29,7 @@ func TestStatusIsNotForEveryone(t *testing.T) {
 		a.awaitReady()
 		elsewhere := httptest.NewRecorder()
 		a.handler(false).ServeHTTP(elsewhere, httptest.NewRequest("GET", path, nil))
-		resp, err := http.Get("http://" + a.StatusAddr() + path)
+		resp, err := http.Get("http://" + a.statusListener.Addr().String() + path)
 		if err != nil {
 			t.Fatal(err)
 		}

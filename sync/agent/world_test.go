@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +20,7 @@ import (
 	"kedge/artifact"
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv"
 	"kedge/kv/open"
 	"kedge/sync/agent/statedir"
@@ -39,7 +38,7 @@ type world struct {
 	t     testing.TB
 	dir   string
 	store kv.Store
-	log   *logBuffer
+	log   *logtest.Buffer
 }
 
 func newWorld(t testing.TB) *world {
@@ -60,7 +59,7 @@ func newWorldAt(t testing.TB, dir string) *world {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { store.Close() })
-	return &world{t: t, dir: dir, store: store, log: new(logBuffer)}
+	return &world{t: t, dir: dir, store: store, log: new(logtest.Buffer)}
 }
 
 func (w *world) path(elem ...string) string {
@@ -307,23 +306,3 @@ func noise(n int) string {
 func withMetrics(c *Config) {
 	c.Listen, c.Metrics = "127.0.0.1:0", prometheus.NewRegistry()
 }
-
-// logBuffer keeps a log, for failed tests and for checks.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
-}
-
-func (l *logBuffer) count(s string) int { return strings.Count(l.String(), s) }

@@ -13,6 +13,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/sync/secret"
 )
 
@@ -21,7 +22,7 @@ const hidden = "hunter2-is-no-password"
 // secretWorld is a world whose releases may read files below one directory.
 type secretWorld struct {
 	*world
-	log recorder
+	log logtest.Buffer
 }
 
 func newSecretWorld(t *testing.T) *secretWorld {

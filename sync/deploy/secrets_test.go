@@ -1,7 +1,6 @@
 package deploy
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -14,34 +13,16 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/deployments/safetext"
 	"kedge/policy"
 )
-
-// recorder keeps a log's bytes.
-type recorder struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (r *recorder) Write(p []byte) (int, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.b.Write(p)
-}
-
-func (r *recorder) String() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.b.String()
-}
 
 // secretManifest writes a release whose commands have a variable's value in them, with more text.
 func (w *world) secretManifest(version, more string) deployments.Pointer {
@@ -68,7 +49,7 @@ func TestVariablesOfCommandsShowNowhere(t *testing.T) {
 	const secret = "hunter2-is'no\"password"
 	t.Setenv("KINGDOM_TOKEN", secret)
 	w := newWorld(t)
-	var log recorder
+	var log logtest.Buffer
 	change := func(c *Config) {
 		c.Log = slog.New(slog.NewTextHandler(io.MultiWriter(&log, t.Output()), &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
@@ -158,7 +139,7 @@ func TestVariablesOfARunShowNowhere(t *testing.T) {
 	const secret = "hunter2-is-no-password"
 	t.Setenv("KINGDOM_TOKEN", secret)
 	w := newWorld(t)
-	var log recorder
+	var log logtest.Buffer
 	logger := slog.New(slog.NewJSONHandler(io.MultiWriter(&log, t.Output()), nil))
 	stdin := w.path("stdin")
 	p := w.secretManifest(
@@ -262,7 +243,7 @@ func TestSignedURLsShowNowhere(t *testing.T) {
 	}))
 	defer server.Close()
 	const query = "?X-Amz-Credential=x&X-Amz-Signature=s3cret"
-	var log recorder
+	var log logtest.Buffer
 	c := w.config()
 	c.Log = slog.New(
 		safetext.NewHandler(

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/consul/api"
 
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/kv/kvtest"
@@ -129,7 +130,7 @@ func TestAgentOnTheMirrorsConsulNode(t *testing.T) {
 // A node that writes many reports that don't parse can't fill a disk.
 func TestFloodOfReports(t *testing.T) {
 	t.Parallel()
-	log := &logBuffer{}
+	log := &logtest.Buffer{}
 	o := newObserver(slog.New(slog.NewTextHandler(log, nil)), func() {})
 	for i := range 1000 {
 		junk := []byte(strings.Repeat("x", 100_000) + strconv.Itoa(i))
@@ -149,7 +150,7 @@ func TestFloodOfReports(t *testing.T) {
 func TestFloodOfOrders(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		log := &logBuffer{}
+		log := &logtest.Buffer{}
 		l := newLeader(&Mirror{c: Config{Log: slog.New(slog.NewTextHandler(log, nil))}}, nil)
 		commit := &git.Commit{Tree: &deployments.Tree{}}
 		const seconds = 100

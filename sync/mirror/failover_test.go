@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/sync/git/gittest"
@@ -25,13 +26,13 @@ import (
 type process struct {
 	*exec.Cmd
 	name string
-	log  *logBuffer
+	log  *logtest.Buffer
 }
 
 // startProcess starts a mirror in its own process, which finds Consul by env.
 func startProcess(t *testing.T, name, repo string, env []string) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(os.Args[0]), name: name, log: &logBuffer{}}
+	p := &process{Cmd: exec.Command(os.Args[0]), name: name, log: &logtest.Buffer{}}
 	p.Env = append(os.Environ(), env...)
 	p.Env = append(p.Env, "KEDGE_TEST_AS=mirror", "KEDGE_TEST_REPO="+repo, "KEDGE_TEST_NAME="+name)
 	p.Stdout, p.Stderr = p.log, p.log
@@ -67,7 +68,7 @@ type pair struct {
 func startPair(t *testing.T) *pair {
 	p := &pair{consul: kvtest.StartConsul(t, kvtest.ConsulOptions{}), Origin: gittest.New(t)}
 	p.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	p.running = &running{tb: t, store: p.consul.Open(p.consul.RootToken), log: &logBuffer{}}
+	p.running = &running{tb: t, store: p.consul.Open(p.consul.RootToken), log: &logtest.Buffer{}}
 	env := p.consul.Env(p.consul.RootToken)
 	p.a = startProcess(t, "a", p.Bare, env)
 	p.runs("prod/web/app", "app/1")

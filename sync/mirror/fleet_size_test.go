@@ -26,6 +26,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv"
 	"kedge/kv/consul"
 	"kedge/kv/kvtest"
@@ -438,7 +439,7 @@ func TestFleetAtSize(t *testing.T) {
 	token := cluster.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
 	m := &fleetMeter{t: t, size: size, cluster: cluster, mirror: startProcess(t, "a", o.Bare, node.Env(token))}
 	store := cluster.Open(cluster.RootToken)
-	r := &running{tb: t, store: store, log: &logBuffer{}}
+	r := &running{tb: t, store: store, log: &logtest.Buffer{}}
 	r.record(id.String(), func(r deployments.Record) bool { return r.Target == one })
 
 	began := time.Now()

@@ -17,6 +17,7 @@ import (
 
 	"kedge/artifact/object"
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv/consul"
 	"kedge/kv/kvtest"
 	"kedge/sync/agent"
@@ -161,7 +162,7 @@ func TestFleetWithLostLeaders(t *testing.T) {
 		token := cluster.Token(deployments.ConsulRules("mirror", deployments.RuleVars{Node: node.Name}))
 		mirrors[name] = startProcess(t, name, o.Bare, node.Env(token))
 	}
-	m := &running{tb: t, store: cluster.Clients[2].Open(cluster.RootToken), log: &logBuffer{}}
+	m := &running{tb: t, store: cluster.Clients[2].Open(cluster.RootToken), log: &logtest.Buffer{}}
 
 	began := time.Now()
 	ctx, cancel := context.WithCancel(t.Context())

@@ -1,7 +1,6 @@
 package mirror
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv"
 	"kedge/kv/open"
 )
@@ -124,14 +124,14 @@ type running struct {
 	*Mirror
 	tb    testing.TB
 	store kv.Store
-	log   *logBuffer
+	log   *logtest.Buffer
 	stop  func()
 }
 
 // start runs a mirror, as tune changed it, until the test ends, or stop is called.
 func start(tb testing.TB, c Config, tune ...func(*Mirror)) *running {
 	tb.Helper()
-	log := &logBuffer{}
+	log := &logtest.Buffer{}
 	if c.Log == nil {
 		c.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	}
@@ -275,21 +275,4 @@ func sameDesired(tb testing.TB, s kv.Store, want map[string]string) {
 	if got := desired(tb, s); !maps.Equal(got, want) {
 		tb.Errorf("desired/ changed: %v, want %v", got, want)
 	}
-}
-
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

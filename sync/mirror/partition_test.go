@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"kedge/deployments"
+	"kedge/deployments/logtest"
 	"kedge/kv/kvtest"
 	"kedge/sync/git/gittest"
 )
@@ -108,7 +109,7 @@ func TestPartitionedLeaderIsReplaced(t *testing.T) {
 	t.Parallel()
 	consul, o := kvtest.StartConsul(t, kvtest.ConsulOptions{}), gittest.New(t)
 	o.Push(map[string]string{"prod/web/app.yaml": unitFile("app/1")})
-	seen := &running{tb: t, store: consul.Open(consul.RootToken), log: &logBuffer{}}
+	seen := &running{tb: t, store: consul.Open(consul.RootToken), log: &logtest.Buffer{}}
 	l := newLink(t, consul.Addr())
 	env := consul.Env(consul.RootToken)
 	a := startProcess(t, "a", o.Bare, append(env, "CONSUL_HTTP_ADDR="+l.addr))
