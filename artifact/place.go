@@ -115,6 +115,18 @@ func (p *Place) open(name string, create bool) (*Place, error) {
 	return below, nil
 }
 
+// makePrivate makes an empty directory that others may move but not enter, and opens it. What an earlier run left
+// under its name is removed.
+func (p *Place) makePrivate(name string) (*Place, error) {
+	if err := removeTree(p.Path(name)); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(p.Path(name), 0o700); err != nil {
+		return nil, err
+	}
+	return p.open(name, false)
+}
+
 // private returns an error if others own the directory, and removes the right of all but its owner to write into
 // it.
 func (p *Place) private() error {

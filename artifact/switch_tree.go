@@ -168,13 +168,7 @@ func (s rsyncSwitcher) replaceLink(ctx context.Context, parent *Place, r *Releas
 		return nil
 	}
 	part := besideName(r) + ".part"
-	if err := removeTree(parent.Path(part)); err != nil {
-		return err
-	}
-	if err := os.Mkdir(parent.Path(part), 0o700); err != nil {
-		return err
-	}
-	private, err := parent.open(part, false)
+	private, err := parent.makePrivate(part)
 	if err != nil {
 		return err
 	}
@@ -490,13 +484,7 @@ func (m moveSwitcher) put(ctx context.Context, parent *Place, r *Release) error 
 // move but not enter.
 func (m moveSwitcher) copyBeside(ctx context.Context, parent *Place, r *Release) error {
 	part := besideName(r) + ".part"
-	if err := removeTree(parent.Path(part)); err != nil {
-		return err
-	}
-	if err := os.Mkdir(parent.Path(part), 0o700); err != nil {
-		return err
-	}
-	private, err := parent.open(part, false)
+	private, err := parent.makePrivate(part)
 	if err != nil {
 		return err
 	}
