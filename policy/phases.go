@@ -89,6 +89,22 @@ func mustWait(in *inputs, st state, v summary) (state, bool) {
 	return st, false
 }
 
+// mayAdmit reports whether the rollout goes on to its next nodes (goesOn): too many have failed, it has to wait, or
+// nodes have yet to report otherwise. more is as advance returns it.
+func mayAdmit(in *inputs, st state) (_ state, v summary, goesOn, more bool) {
+	st, v = checkFleet(in, st)
+	st, failed := stopIfFailing(in, st, v)
+	if failed {
+		return st, v, false, true
+	}
+	st, waiting := mustWait(in, st, v)
+	if waiting {
+		return wakeLate(in, st, v, false), v, false, false
+	}
+	st, unheard := awaitReports(in, st)
+	return st, v, !unheard, false
+}
+
 // baked reports whether all nodes have been healthy for long enough, and sets HealthySince.
 func baked(in *inputs, st state, who string) (state, bool) {
 	u := in.Unit.Rollout
@@ -143,18 +159,9 @@ func canaries(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.roll(in).because(deployments.ReasonRolling, nil), true
 	}
-	st, v := checkFleet(in, st)
-	st, failed := stopIfFailing(in, st, v)
-	if failed {
-		return st, true
-	}
-	st, waiting := mustWait(in, st, v)
-	if waiting {
-		return wakeLate(in, st, v, false), false
-	}
-	st, unheard := awaitReports(in, st)
-	if unheard {
-		return st, false
+	st, v, goesOn, more := mayAdmit(in, st)
+	if !goesOn {
+		return st, more
 	}
 	want := min(max(1, in.Unit.Rollout.Canary.Of(v.live)), v.live+v.missing)
 	st, admitted, moved := admit(in, st, v, want)
@@ -202,18 +209,9 @@ func rolling(in *inputs, st state) (state, bool) {
 	if in.Unit.Rollout == nil {
 		return st.end().because(deployments.ReasonEveryNode, nil), false
 	}
-	st, v := checkFleet(in, st)
-	st, failed := stopIfFailing(in, st, v)
-	if failed {
-		return st, true
-	}
-	st, waiting := mustWait(in, st, v)
-	if waiting {
-		return wakeLate(in, st, v, false), false
-	}
-	st, unheard := awaitReports(in, st)
-	if unheard {
-		return st, false
+	st, v, goesOn, more := mayAdmit(in, st)
+	if !goesOn {
+		return st, more
 	}
 	st, admitted, moved := admit(in, st, v, v.live)
 	if moved {
