@@ -303,14 +303,6 @@ func (a *Agent) Addr() string {
 	return a.listener.Addr().String()
 }
 
-// StatusAddr returns the address of ListenStatus; empty without one.
-func (a *Agent) StatusAddr() string {
-	if a.statusListener == nil {
-		return ""
-	}
-	return a.statusListener.Addr().String()
-}
-
 // Idle returns a channel that is closed when every unit has, for the first time since the start, converged or can't
 // continue without a person: systemd's READY.
 func (a *Agent) Idle() <-chan struct{} { return a.idle }

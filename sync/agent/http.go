@@ -56,26 +56,8 @@ const maxSocketPath = 107
 // handler serves the node's health and, if open, what it runs and why.
 func (a *Agent) handler(open bool) *http.ServeMux {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /ready", func(w http.ResponseWriter, _ *http.Request) {
-		a.mu.Lock()
-		why := a.unready()
-		a.mu.Unlock()
-		if len(why) > 0 {
-			writeJSON(w, http.StatusServiceUnavailable, map[string]any{"ready": false, "why": why})
-			return
-		}
-		writeJSON(w, http.StatusOK, map[string]any{"ready": true})
-	})
-	mux.HandleFunc("GET /converged", func(w http.ResponseWriter, _ *http.Request) {
-		a.mu.Lock()
-		why := a.unconverged()
-		a.mu.Unlock()
-		if len(why) > 0 {
-			writeJSON(w, http.StatusServiceUnavailable, map[string]any{"converged": false, "why": why})
-			return
-		}
-		writeJSON(w, http.StatusOK, map[string]any{"converged": true})
-	})
+	mux.HandleFunc("GET /ready", a.condition("ready", a.unready))
+	mux.HandleFunc("GET /converged", a.condition("converged", a.unconverged))
 	mux.HandleFunc("GET /live", func(w http.ResponseWriter, _ *http.Request) {
 		if !a.Alive() {
 			http.Error(w, "the agent's loop does not run", http.StatusServiceUnavailable)
@@ -96,6 +78,20 @@ func (a *Agent) handler(open bool) *http.ServeMux {
 		mux.Handle("GET /metrics", promhttp.HandlerFor(a.c.Metrics, promhttp.HandlerOpts{}))
 	}
 	return mux
+}
+
+// condition answers 200 if a condition of the node holds, as nothing speaks against it, and else 503 with what does.
+func (a *Agent) condition(name string, against func() map[string]string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		a.mu.Lock()
+		why := against()
+		a.mu.Unlock()
+		if len(why) > 0 {
+			writeJSON(w, http.StatusServiceUnavailable, map[string]any{name: false, "why": why})
+			return
+		}
+		writeJSON(w, http.StatusOK, map[string]any{name: true})
+	}
 }
 
 func writeJSON(w http.ResponseWriter, code int, v any) {

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"kedge/deployments"
+	"kedge/sync/fleet/message"
 )
 
 // comparedText returns how the tree at dest differed from a release, and what an observing node would do; empty:
@@ -26,7 +27,7 @@ func comparedText(r deployments.UnitReport) string {
 		if c.Differs > len(c.Paths) {
 			more = ", …"
 		}
-		differs += " (" + clean(strings.Join(c.Paths, ", ")) + more + ")"
+		differs += " (" + message.Clean(strings.Join(c.Paths, ", ")) + more + ")"
 	}
 	switch {
 	case c.Adopted:

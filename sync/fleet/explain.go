@@ -164,11 +164,11 @@ func gitStep(f *Fleet) Step {
 	if m == nil || m.Head == "" {
 		s.Says = "no mirror has taken a commit"
 		if m != nil && m.Error != "" {
-			s.Says, s.Blocks = s.Says+": "+oneLine(m.Error), true
+			s.Says, s.Blocks = s.Says+": "+message.OneLine(m.Error), true
 		}
 		return s
 	}
-	s.Says = "the mirror is at " + clean(short(m.Head))
+	s.Says = "the mirror is at " + message.Clean(short(m.Head))
 	if m.Author != "" {
 		s.Says += " by " + AuthorName(m.Author)
 	}
@@ -180,10 +180,10 @@ func gitStep(f *Fleet) Step {
 		s.Says, s.Blocks = s.Says+"; none runs now, so nothing newer comes, and orders wait", true
 		s.Hint = "start kedge mirror; pins are obeyed without one"
 	case m.Refused != "":
-		s.Says, s.Blocks = s.Says+"; it refused "+clean(short(m.Refused))+": "+oneLine(m.Error), true
+		s.Says, s.Blocks = s.Says+"; it refused "+message.Clean(short(m.Refused))+": "+message.OneLine(m.Error), true
 		s.Hint = "correct it and push again; in a clone, kedge check --releases says the same"
 	case m.Error != "":
-		s.Says, s.Blocks = s.Says+"; "+oneLine(m.Error), true
+		s.Says, s.Blocks = s.Says+"; "+message.OneLine(m.Error), true
 	}
 	return s
 }
@@ -244,8 +244,8 @@ func ordinal(n int) string {
 func nodeStep(u *Unit, n *Node, d Decision) Step {
 	r := n.Report
 	s := Step{What: "node", Blocks: true}
-	trouble := oneLine(r.Error)
-	if d.Invalid != nil && trouble == oneLine(d.Invalid.Error()) {
+	trouble := message.OneLine(r.Error)
+	if d.Invalid != nil && trouble == message.OneLine(d.Invalid.Error()) {
 		trouble = "" // another step says it already
 	}
 	// A node that has nothing to do for a new generation doesn't report that it knows it.
@@ -283,9 +283,9 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	case r.State == deployments.StateQuarantined:
 		s.Says = cmp.Or(trouble, "quarantined")
 	case r.State == deployments.StateWaiting && !d.Target.IsZero():
-		s.Says = join("waits: "+cmp.Or(oneLine(r.Why), "for another unit"), trouble)
+		s.Says = join("waits: "+cmp.Or(message.OneLine(r.Why), "for another unit"), trouble)
 		if r.Reason == deployments.ReasonDependency {
-			s.Says = join(cmp.Or(oneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), trouble)
+			s.Says = join(cmp.Or(message.OneLine(r.Facts["error"]), message.Text(r.Reason, r.Facts)), trouble)
 		}
 	case r.State == deployments.StateConverged && trouble != "":
 		s.Says = "runs it, but: " + trouble
@@ -326,9 +326,9 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 	}
 	t := Told{Verdict: verdict(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
 	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
-	add("because", oneLine(d.Why))
+	add("because", message.OneLine(d.Why))
 	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
-		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{oneLine(d.Invalid.Error()), Bad}})
+		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{message.OneLine(d.Invalid.Error()), Bad}})
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
 		add("besides", moved)
@@ -375,7 +375,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 			p.wrap(head, 11, p.names(u, oneWord(n.Says.Text)), n.Says.Tone)
 		}
 	}
-	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, clean(node))+" ", 2, t.Verdict, Plain)
+	p.wrap(p.paint(Bold, id.String())+" on "+p.paint(Bold, message.Clean(node))+" ", 2, t.Verdict, Plain)
 	notes(t.Notes)
 	p.raw("")
 	legend := "What was looked at, in order; > decided"
@@ -385,7 +385,7 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	p.raw(p.paint(Dim, legend))
 	wide := 0
 	for _, s := range t.Trace {
-		wide = max(wide, utf8.RuneCountInString(clean(s.What)))
+		wide = max(wide, utf8.RuneCountInString(message.Clean(s.What)))
 	}
 	for _, s := range t.Trace {
 		mark := "  "
@@ -395,10 +395,10 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 		case s.Blocks:
 			mark = p.paint(Bad, "!") + " "
 		}
-		what := clean(s.What)
-		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, oneLine(s.Says)), Plain)
+		what := message.Clean(s.What)
+		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, message.OneLine(s.Says)), Plain)
 		if s.Hint != "" {
-			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(oneLine(s.Hint)), Plain)
+			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(message.OneLine(s.Hint)), Plain)
 		}
 	}
 	p.raw("")
@@ -451,10 +451,10 @@ func anyStep(Step) bool { return true }
 
 // told reports whether a step that some selects contains a text already.
 func told(d Decision, text string, some func(Step) bool) bool {
-	text = oneLine(text)
+	text = message.OneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix
 	return slices.ContainsFunc(d.Trace, func(s Step) bool {
-		says := oneLine(s.Says)
+		says := message.OneLine(s.Says)
 		return some(s) && (strings.Contains(says, text) || tail != "" && strings.Contains(says, tail))
 	})
 }
@@ -511,7 +511,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	r := n.Report
 	state := n.Shown()
 	if n.Gone { // the trace says that already
-		state = Text{cmp.Or(clean(string(r.State)), "unknown"), Dim}
+		state = Text{cmp.Or(message.Clean(string(r.State)), "unknown"), Dim}
 	}
 	all = []Note{{Text{"state", Plain}, state}}
 	add := func(what, says string) {
@@ -531,7 +531,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		add("wants", u.Release(r.Want))
 	}
 	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
-		add("reason", oneLine(r.Why))
+		add("reason", message.OneLine(r.Why))
 	}
 	var quarantined []string
 	for _, q := range r.Quarantined {
@@ -551,9 +551,9 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		add("failed", strings.Join(quarantined, ", ")+": not tried again here until Git names it anew, or kedge retry "+u.ID.String())
 	}
 	if !told(d, r.Error, anyStep) {
-		add("error", oneLine(r.Error))
+		add("error", message.OneLine(r.Error))
 	}
-	add("differs", clean(strings.Join(r.Drift, ", ")))
+	add("differs", message.Clean(strings.Join(r.Drift, ", ")))
 	add("dest", comparedText(r))
 	return all
 }

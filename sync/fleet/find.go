@@ -10,6 +10,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/fleet/message"
 )
 
 // Release is a release that a unit has or had, with the version that people know it by.
@@ -130,7 +131,7 @@ func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(of.Units) == 0 {
-		p.raw("No unit is meant for " + clean(of.Node) + ": its stage or its roles may be mistyped. See kedge status.")
+		p.raw("No unit is meant for " + message.Clean(of.Node) + ": its stage or its roles may be mistyped. See kedge status.")
 	}
 	rows := [][]Text{header([]string{"UNIT", "STATE", "RUNS", "FOR"})}
 	var notes []string

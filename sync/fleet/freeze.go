@@ -8,6 +8,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // FreezeAhead is how far ahead freeze windows are announced.
@@ -38,9 +39,9 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 		says = "no rollout starts from " + timeAhead(from, f.At)
 	}
 	if v.Never {
-		return says + ", and no window opens: " + oneLine(v.By)
+		return says + ", and no window opens: " + message.OneLine(v.By)
 	}
-	return join(says+" until "+timeAhead(v.Ends, f.At)+": "+oneLine(v.By), oneLine(v.Reason))
+	return join(says+" until "+timeAhead(v.Ends, f.At)+": "+message.OneLine(v.By), message.OneLine(v.Reason))
 }
 
 // statusAhead is how soon a freeze must begin to be announced above the table of all units.
@@ -62,7 +63,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 		if len(next) == 0 {
 			continue
 		}
-		o, says := next[0], cmp.Or(oneLine(w.Name), string(w.Kind)+" "+oneLine(w.Cron))+": "
+		o, says := next[0], cmp.Or(message.OneLine(w.Name), string(w.Kind)+" "+message.OneLine(w.Cron))+": "
 		switch soon := o.From.Before(f.At.Add(statusAhead)); {
 		case w.Kind == deployments.FreezeDeny && o.From.IsZero():
 			says += "no rollout starts until " + timeAhead(o.To, f.At)
@@ -84,7 +85,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 			says := fmt.Sprintf("and %d more: kedge web lists them", len(lines)-i)
 			return append(all, Note{Says: Text{says, Plain}})
 		}
-		note := Note{Says: Text{clean(l.says), Plain}}
+		note := Note{Says: Text{message.Clean(l.says), Plain}}
 		if i == 0 {
 			note.About = Text{"freeze", Dim}
 		}

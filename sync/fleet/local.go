@@ -9,6 +9,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/policy"
+	"kedge/sync/fleet/message"
 )
 
 // Local is Explain without the store, from the status of a node's own agent at a time. The steps named store say
@@ -69,18 +70,18 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 
 // sourceStep returns how reliable a node's view of a prefix of the store is.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
-	step := Step{What: "store", Says: clean(s.Prefix) + " by " + clean(s.From) + ", up to date"}
+	step := Step{What: "store", Says: message.Clean(s.Prefix) + " by " + message.Clean(s.From) + ", up to date"}
 	if s.Trouble == "" {
 		return step
 	}
 	step.Blocks, step.Hint = true, "see to the store; until then the node goes on with what it knows"
-	step.Says = clean(s.Prefix) + " by " + clean(s.From)
+	step.Says = message.Clean(s.Prefix) + " by " + message.Clean(s.From)
 	if !s.Since.IsZero() {
 		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
 	}
 	if !s.TroubleSince.IsZero() {
 		step.Says += ", which may be out of date for " + brief(at.Sub(s.TroubleSince))
 	}
-	step.Says += ": " + oneLine(s.Trouble)
+	step.Says += ": " + message.OneLine(s.Trouble)
 	return step
 }

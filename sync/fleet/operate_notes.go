@@ -9,6 +9,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/sync/fleet/message"
 )
 
 // PinNotes returns what an operator should know before pinning or unpinning a unit, or one of its nodes. atOnce is
@@ -38,7 +39,7 @@ func PinNotes(ctx context.Context, store kv.Store, id deployments.UnitID, node s
 			if !u.Pins[other].Expired(f.At) {
 				notes = append(
 					notes,
-					fmt.Sprintf("%s has a pin of its own, which goes before: %s", clean(other), pinName(u, u.Pins[other])),
+					fmt.Sprintf("%s has a pin of its own, which goes before: %s", message.Clean(other), pinName(u, u.Pins[other])),
 				)
 			}
 		}
@@ -65,7 +66,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	case node != "" && u.Pinned(f.At):
 		return "the unit's pin counts now: " + strings.TrimSpace(pinName(u, *u.Pin)+" "+pinStory(*u.Pin, f.At))
 	case u.Error != "":
-		return oneLine(u.Error)
+		return message.OneLine(u.Error)
 	case u.Record == nil:
 		return "there is no record: nodes keep what they run"
 	}
@@ -86,7 +87,7 @@ func Follows(ctx context.Context, store kv.Store, id deployments.UnitID, node st
 	}
 	for _, n := range u.Nodes {
 		if slices.Contains(n.Report.Quarantined, u.Record.Target.Digest) && (node == "" || node == n.Name) {
-			return says + ", which failed on " + clean(n.Name) + " before"
+			return says + ", which failed on " + message.Clean(n.Name) + " before"
 		}
 	}
 	return says

@@ -8,6 +8,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/deployments/safetext"
+	"kedge/sync/fleet/message"
 )
 
 // HistoryColumns are the headings of HistoryRow's cells.
@@ -26,9 +27,9 @@ func HistoryRow(h deployments.History) []Text {
 		},
 		{at, Plain},
 		{new(Unit).Release(h.Release), Bold},
-		{clean(safetext.Prefix(h.Commit, 8)), Plain},
+		{message.Clean(safetext.Prefix(h.Commit, 8)), Plain},
 		{AuthorName(h.Author), Plain},
-		{oneLine(h.Subject), Dim},
+		{message.OneLine(h.Subject), Dim},
 	}
 }
 
@@ -48,7 +49,7 @@ func HistoryNotes(h deployments.History) []Text {
 	slices.SortStableFunc(events, func(a, b event) int { return a.at.Compare(b.at) })
 	var notes []Text
 	if h.Note != "" {
-		notes = append(notes, Text{oneLine(h.Note), Warn})
+		notes = append(notes, Text{message.OneLine(h.Note), Warn})
 	}
 	for _, e := range events {
 		notes = append(notes, e.says)
@@ -63,7 +64,7 @@ func HistoryNotes(h deployments.History) []Text {
 func pinLine(p deployments.PastPin) Text {
 	nodes := "all nodes"
 	if p.Node != "" {
-		nodes = clean(p.Node)
+		nodes = message.Clean(p.Node)
 	}
 	when, tone := pastTime(p.At)+" to "+pastTime(p.Ended), Plain
 	switch {
@@ -74,7 +75,7 @@ func pinLine(p deployments.PastPin) Text {
 	}
 	says := fmt.Sprintf("%s: pin of %s: ", when, nodes)
 	if p.Error != "" {
-		return Text{says + "it changes nothing, " + oneLine(p.Error), tone}
+		return Text{says + "it changes nothing, " + message.OneLine(p.Error), tone}
 	}
 	says += pinName(new(Unit), p.Pin) + pastReason(p.By, p.Reason)
 	if !p.Until.IsZero() {
@@ -88,7 +89,7 @@ func pinLine(p deployments.PastPin) Text {
 
 // orderLine formats a past order: what it was, by whom and why.
 func orderLine(o deployments.PastOrder) Text {
-	says := pastTime(o.At) + ": order " + oneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
+	says := pastTime(o.At) + ": order " + message.OneLine(string(o.Verb)) + pastReason(o.By, o.Order.Reason)
 	if o.Refused != "" {
 		says += "; it changed nothing"
 	}
@@ -101,11 +102,11 @@ func pastReason(by, reason string) string {
 	case by == "" && reason == "":
 		return ", nobody said who or why"
 	case by == "":
-		return ", nobody said who (" + oneLine(reason) + ")"
+		return ", nobody said who (" + message.OneLine(reason) + ")"
 	case reason == "":
-		return ", by " + oneLine(by)
+		return ", by " + message.OneLine(by)
 	}
-	return ", by " + oneLine(by) + " (" + oneLine(reason) + ")"
+	return ", by " + message.OneLine(by) + " (" + message.OneLine(reason) + ")"
 }
 
 func pastTime(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05Z") }

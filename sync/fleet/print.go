@@ -3,8 +3,9 @@ package fleet
 import (
 	"slices"
 	"strings"
-	"unicode"
 	"unicode/utf8"
+
+	"kedge/sync/fleet/message"
 )
 
 // Tone is the meaning of a text, shown as a colour.
@@ -174,32 +175,18 @@ func clip(text string, n int) string {
 	return string([]rune(text)[:max(0, n-1)]) + "…"
 }
 
-// clean removes characters that would move a terminal's cursor or change its colours, as most of the text comes
-// from others.
-func clean(s string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(s, "?"))
-}
-
 // CleanLines removes control characters, and those that change a line's direction, from a text, but keeps line
 // breaks.
 func CleanLines(s string) string {
 	lines := strings.Split(s, "\n")
 	for i := range lines {
-		lines[i] = clean(lines[i])
+		lines[i] = message.Clean(lines[i])
 	}
 	return strings.Join(lines, "\n")
 }
 
-// oneLine returns a text as one clean line.
-func oneLine(s string) string { return strings.Join(strings.Fields(clean(s)), " ") }
-
 // Clean returns a text from an untrusted source as one line without control characters, of at most n columns.
-func Clean(s string, n int) string { return clip(oneLine(s), n) }
+func Clean(s string, n int) string { return clip(message.OneLine(s), n) }
 
 // Wrap breaks each line of a text between words where it is full, and indents the rest by two more than the line.
 // Commands stay in one piece. A width of 0 changes nothing.

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"kedge/deployments"
+	"kedge/sync/fleet/message"
 )
 
 // TableOptions say how a fleet is shown to a person.
@@ -125,7 +126,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 			same++
 			continue
 		// the note on the pin or the record says it already
-		case notes[i] == "" || tail != "" && strings.Contains(oneLine(u.Error), tail):
+		case notes[i] == "" || tail != "" && strings.Contains(message.OneLine(u.Error), tail):
 		case same == 2:
 			p.wrap("    ", 4, "both: "+notes[i], Warn)
 		case same > 2:

@@ -30,7 +30,7 @@ func unavailable(f *Fleet) (parts []string, why string) {
 		if i := strings.Index(after, `": `); strings.HasPrefix(after, "Get ") && i > 0 {
 			after = after[i+len(`": `):] // without the URL, which differs by part
 		}
-		why = cmp.Or(why, oneLine(after))
+		why = cmp.Or(why, message.OneLine(after))
 	}
 	return parts, why
 }
@@ -78,7 +78,7 @@ func (f *Fleet) Faults() (all []Note) {
 		if shown(key) {
 			continue
 		}
-		what := oneLine(f.Errors[key])
+		what := message.OneLine(f.Errors[key])
 		if kind, _, _ := strings.Cut(key, "/"); keys[what] == nil {
 			if each[kind]++; each[kind] > mostFaults {
 				more++
@@ -86,7 +86,7 @@ func (f *Fleet) Faults() (all []Note) {
 			}
 			wrong = append(wrong, what)
 		}
-		keys[what] = append(keys[what], clean(key))
+		keys[what] = append(keys[what], message.Clean(key))
 	}
 	for _, what := range wrong {
 		named := strings.Join(keys[what][:min(len(keys[what]), mostFaults)], ", ")
@@ -101,7 +101,7 @@ func (f *Fleet) Faults() (all []Note) {
 	nodes := map[string][]string{} // nodes by stage and role
 	for _, n := range f.Unassigned {
 		role := n.Stage + "/" + n.Role
-		nodes[role] = append(nodes[role], clean(n.Node))
+		nodes[role] = append(nodes[role], message.Clean(n.Node))
 	}
 	for _, role := range slices.Sorted(maps.Keys(nodes)) {
 		says := fmt.Sprintf(
@@ -125,7 +125,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	}
 	head := "has taken no commit yet"
 	if m.Head != "" {
-		head = "at " + clean(short(m.Head))
+		head = "at " + message.Clean(short(m.Head))
 		if m.Author != "" {
 			head += " by " + AuthorName(m.Author)
 		}
@@ -134,7 +134,7 @@ func (f *Fleet) MirrorNotes() []Note {
 		}
 	}
 	if m.Holder != "" {
-		head += " (" + clean(m.Holder) + ")"
+		head += " (" + message.Clean(m.Holder) + ")"
 	}
 	all := []Note{{about, Text{head, Plain}}}
 	if f.mirrorStopped() {
@@ -148,7 +148,7 @@ func (f *Fleet) MirrorNotes() []Note {
 	}
 	switch wrong := (Text{strings.TrimSpace(CleanLines(m.Error)), Bad}); {
 	case m.Refused != "":
-		all = append(all, Note{Text{"refused " + clean(short(m.Refused)) + ":", Bad}, wrong})
+		all = append(all, Note{Text{"refused " + message.Clean(short(m.Refused)) + ":", Bad}, wrong})
 	case m.Error != "":
 		all = append(all, Note{Says: wrong})
 	}
@@ -165,7 +165,7 @@ func (f *Fleet) agentVersions() string {
 		return cmp.Or(cmp.Compare(f.Agents[b], f.Agents[a]), cmp.Compare(a, b))
 	})
 	for i, version := range versions {
-		versions[i] = fmt.Sprintf("%d of %s run %s", f.Agents[version], count(all, "node"), clean(version))
+		versions[i] = fmt.Sprintf("%d of %s run %s", f.Agents[version], count(all, "node"), message.Clean(version))
 	}
 	return some(versions)
 }
@@ -352,7 +352,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	for _, node := range pinned[:min(len(pinned), mostNodes)] {
 		pin := u.Pins[node]
 		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
-		add(clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), Plain)
+		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), Plain)
 	}
 	if n := len(pinned) - mostNodes; n > 0 {
 		add(fmt.Sprintf("and %d more", n), Plain, "pins of single nodes: kedge status "+u.ID.String()+" --json", Plain)
@@ -375,7 +375,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		add("next:", Warn, next, Plain)
 	}
 	if u.Error != "" {
-		add("error", Bad, oneLine(u.Error), Plain)
+		add("error", Bad, message.OneLine(u.Error), Plain)
 	}
 	return all
 }
@@ -385,22 +385,22 @@ func (u *Unit) RolloutReason() string {
 	if u.Record == nil || u.Record.Rollout == nil {
 		return ""
 	}
-	return oneLine(message.Rollout(u.Record.Rollout))
+	return message.OneLine(message.Rollout(u.Record.Rollout))
 }
 
 // NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been
 // in that state. beside is what is wrong with it.
 func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	r := n.Report
-	beside = oneLine(r.Error)
+	beside = message.OneLine(r.Error)
 	if len(r.Drift) > 0 {
-		beside = join(beside, "differs from its release: "+clean(strings.Join(r.Drift, ", ")))
+		beside = join(beside, "differs from its release: "+message.Clean(strings.Join(r.Drift, ", ")))
 	}
 	beside = join(beside, comparedText(r))
 	runs := "runs nothing"
 	switch {
 	case r.State == "":
-		runs = oneLine(n.Why)
+		runs = message.OneLine(n.Why)
 	case r.Reason == deployments.ReasonRestored:
 		runs = message.Text(r.Reason, r.Facts)
 	case r.Serves:
@@ -413,7 +413,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	if !r.Since.IsZero() {
 		since = brief(f.At.Sub(r.Since))
 	}
-	return []Text{{clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
+	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
 }
 
 // Next returns what an operator can do about a unit whose rollout has stopped, or whose nodes fail; empty: nothing.
@@ -453,9 +453,9 @@ func (n *Node) Shown() Text {
 	case r.State == deployments.StateFetching && r.Total > 0:
 		return Text{fmt.Sprintf("fetching %d%%", min(100, r.Fetched*100/r.Total)), Warn}
 	case r.State == deployments.StateQuarantined || r.State == deployments.StateInvalid || r.State == deployments.StateUnhealthy:
-		return Text{clean(string(r.State)), Bad}
+		return Text{message.Clean(string(r.State)), Bad}
 	}
-	return Text{clean(string(r.State)), Warn}
+	return Text{message.Clean(string(r.State)), Warn}
 }
 
 // Release returns a release's name for people: its version and the beginning of its digest.
@@ -489,7 +489,7 @@ func pinName(u *Unit, p deployments.Pin) string {
 func pinStory(p deployments.Pin, now time.Time) string {
 	var s []string
 	if p.By != "" {
-		s = append(s, "by "+oneLine(p.By))
+		s = append(s, "by "+message.OneLine(p.By))
 	}
 	if !p.Until.IsZero() {
 		s = append(s, "until "+p.Until.UTC().Format("2006-01-02 15:04 UTC"))
@@ -498,7 +498,7 @@ func pinStory(p deployments.Pin, now time.Time) string {
 		s[len(s)-1] += ", which is over"
 	}
 	if p.Reason != "" {
-		s = append(s, "("+oneLine(p.Reason)+")")
+		s = append(s, "("+message.OneLine(p.Reason)+")")
 	}
 	return strings.Join(s, " ")
 }
@@ -526,7 +526,7 @@ func gitStory(u *Unit, pin deployments.Pin, holds func(Node) bool) string {
 
 // AuthorName returns an author's name without the address.
 func AuthorName(author string) string {
-	name, _, _ := strings.Cut(oneLine(author), " <")
+	name, _, _ := strings.Cut(message.OneLine(author), " <")
 	return name
 }
 

@@ -226,7 +226,7 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		}
 	}
 	if m := f.Mirror; m != nil && len(all) > 0 && m.Error != "" && m.Refused == "" {
-		all = append(all, "the mirror says: "+oneLine(m.Error)) // which may be why
+		all = append(all, "the mirror says: "+message.OneLine(m.Error)) // which may be why
 	}
 	return strings.Join(all, "; "), nil
 }
@@ -260,7 +260,7 @@ func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
 	}
 	missing = "the mirror is still at " + cmp.Or(short(m.Head), "no commit")
 	if m.Error != "" {
-		missing += ": " + oneLine(m.Error)
+		missing += ": " + message.OneLine(m.Error)
 	}
 	if f.mirrorStopped() {
 		missing += "; no mirror runs now"
@@ -326,10 +326,10 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 				n.Name,
 				ErrRefused,
 				u.Release(n.Want),
-				oneLine(r.Error),
+				message.OneLine(r.Error),
 			)
 		case r.State == deployments.StateInvalid:
-			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), oneLine(r.Error))
+			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), message.OneLine(r.Error))
 		}
 	}
 	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack {
@@ -350,7 +350,7 @@ func rollout(u *Unit, now time.Time) *deployments.Progress {
 // unfinished returns what a unit still lacks; empty: nothing.
 func unfinished(u *Unit, now time.Time) string {
 	if u.Error != "" {
-		return fmt.Sprintf("%s: %s", u.ID, oneLine(u.Error))
+		return fmt.Sprintf("%s: %s", u.ID, message.OneLine(u.Error))
 	}
 	if u.Order != "" {
 		return fmt.Sprintf("%s: the mirror has yet to take the order to %s", u.ID, u.Order)
@@ -367,7 +367,7 @@ func unfinished(u *Unit, now time.Time) string {
 			what = "has yet to see what it should run"
 		}
 		if n.Report.Error != "" {
-			what += " (" + oneLine(n.Report.Error) + ")"
+			what += " (" + message.OneLine(n.Report.Error) + ")"
 		}
 		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
 	}

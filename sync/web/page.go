@@ -235,6 +235,17 @@ func (r *rendered) missing(code int, s *snapshot, text string) {
 	r.add("message", nothing(text, faults))
 }
 
+// addIfEmpty says in a list without rows why it has none: there are none, or none passes the filter.
+func (r *rendered) addIfEmpty(list string, f filter, none, filtered string) {
+	switch {
+	case len(r.lists[list]) > 0:
+	case f.active():
+		r.addTo(list, "none", noRows(filtered))
+	default:
+		r.addTo(list, "none", noRows(none))
+	}
+}
+
 func (r *rendered) overview(v overview, faults []problem) {
 	r.layout = func(r *rendered) templ.Component { return overviewLayout(v, r) }
 	r.add("totals", totalsView(v.Totals))
@@ -245,13 +256,7 @@ func (r *rendered) overview(v overview, faults []problem) {
 	for _, row := range v.Rows {
 		r.addTo("rows", row.Key, unitRowView(row))
 	}
-	if len(v.Rows) == 0 {
-		text := "No units."
-		if v.Filter.active() {
-			text = "No unit passes the filter."
-		}
-		r.addTo("rows", "none", noRows(text))
-	}
+	r.addIfEmpty("rows", v.Filter, "No units.", "No unit passes the filter.")
 }
 
 func (r *rendered) unit(v unitPage) {
@@ -271,13 +276,7 @@ func (r *rendered) unit(v unitPage) {
 	for _, n := range v.Nodes {
 		r.addTo("rows", n.Key, nodeRowView(n))
 	}
-	if len(v.Nodes) == 0 {
-		text := "None has reported."
-		if v.Filter.active() {
-			text = "No node passes the filter."
-		}
-		r.addTo("rows", "none", noRows(text))
-	}
+	r.addIfEmpty("rows", v.Filter, "None has reported.", "No node passes the filter.")
 }
 
 func (r *rendered) overrides(v overrides) {

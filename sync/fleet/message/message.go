@@ -217,11 +217,15 @@ func plural(n, one, many string) string {
 
 // OneLine returns a text without line breaks, control characters and runs of blanks, fit for a terminal or a page.
 func OneLine(s string) string {
-	clean := strings.Map(func(r rune) rune {
+	return strings.Join(strings.Fields(Clean(s)), " ")
+}
+
+// Clean replaces by a blank each character that would move a terminal's cursor, change its colours or reorder a line.
+func Clean(s string) string {
+	return strings.Map(func(r rune) rune {
 		if unicode.IsControl(r) || unicode.In(r, unicode.Cf, unicode.Noncharacter_Code_Point) {
 			return ' '
 		}
 		return r
 	}, strings.ToValidUTF8(s, "?"))
-	return strings.Join(strings.Fields(clean), " ")
 }
