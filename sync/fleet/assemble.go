@@ -173,12 +173,16 @@ func (a *assembly) overflow() {
 	}
 	for role, n := range more {
 		a.bad(
-			kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role),
+			kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role)+someKeys,
 			fmt.Errorf("%d more units have no record, and are named by reports alone, "+
 				"as of %s: see whether that node's agent is yours", n, nodes[role]),
 		)
 	}
 }
+
+// someKeys ends the key of an error that is about keys of a role. The error of the role's prefix itself says that the
+// prefix can't be read.
+const someKeys = "*"
 
 // takePins adds pins to their units, and at most maxTold units a role that only pins name: an operator's token can
 // invent any number.
@@ -198,7 +202,7 @@ func (a *assembly) takePins() {
 	}
 	for role, n := range more {
 		a.bad(
-			kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role),
+			kv.RolePrefix(kv.PinsPrefix, role.Stage, role.Role)+someKeys,
 			fmt.Errorf("%d more pins are of units that have no record, and pin nothing: delete their keys", n),
 		)
 	}

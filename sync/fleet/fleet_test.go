@@ -293,7 +293,7 @@ func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
 	if n := len(f.Units); n != 1+maxTold {
 		t.Errorf("%d units are shown", n)
 	}
-	if text := f.Errors["status/prod/web/"]; !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
+	if text := f.Errors["status/prod/web/*"]; !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
 		t.Errorf("%v", f.Errors)
 	}
 }
@@ -325,8 +325,11 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 	if len(f.Units) > 2+maxTold {
 		t.Errorf("%d units", len(f.Units))
 	}
-	if text := f.Errors["pins/prod/web/"]; !strings.Contains(text, fmt.Sprint(2*junk-maxTold)) {
+	if text := f.Errors["pins/prod/web/*"]; !strings.Contains(text, fmt.Sprint(2*junk-maxTold)) {
 		t.Errorf("of the pins that pin nothing is said %q", text)
+	}
+	if step, blocks := storeStep(f); blocks {
+		t.Errorf("junk is explained as a store that can't be read: %+v", step)
 	}
 	var out bytes.Buffer
 	if err := WriteTable(&out, f, TableOptions{}); err != nil {
