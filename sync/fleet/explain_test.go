@@ -226,7 +226,7 @@ func TestWrapKeepsCommandsWhole(t *testing.T) {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 	got = Wrap("its rules are those of kedge acl web. It asks nobody who they are", 30) // a sentence ends a command
-	if want := "its rules are those of\n  kedge acl web. It asks nobody\n  who they are"; got != want {
+	if want := "its rules are those of\n  kedge acl web. It asks\n  nobody who they are"; got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
