@@ -210,6 +210,9 @@ func nextJoined(in *inputs, st state) uint64 {
 	case st.r.Joined == 0:
 		return last
 	}
+	if unlisted, _ := in.unlisted(in.Record.Nodes); unlisted > 0 { // any of them may be such a node
+		return st.r.Joined
+	}
 	r := st.record()
 	for i := range in.Nodes {
 		n := &in.Nodes[i]

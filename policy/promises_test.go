@@ -326,6 +326,29 @@ func notListed(t *testing.T, name string, phase deployments.Phase, list func(all
 	}
 }
 
+// A record that begins while nodes are not listed applies to none that it didn't apply to before: they may have come
+// back with releases that it doesn't name, and would go from these to stable at once.
+func TestANewRecordIsNotForWhoIsNotListed(t *testing.T) {
+	t.Parallel()
+	s := step(2, deployments.PhaseRolling)
+	s.Record.Nodes, s.Record.Joined = 10, 12
+	s.Unit.Release = release("next")
+	for i := range s.Nodes {
+		s.Nodes[i].Joined = uint64(i + 10)
+	}
+	left := noon.Add(-time.Second)
+	s.Nodes, s.Listed, s.Left = s.Nodes[9:], noon.Add(-time.Hour), slices.Repeat([]time.Time{left}, 9)
+	m := Next(s)
+	if r := m.Record; r.Target != s.Unit.Release || r.Joined != 12 {
+		t.Errorf("while nodes are not listed: told up to %d: %s", r.Joined, brief(r))
+	}
+	s.Now = left.Add(shortList)
+	m = Next(s)
+	if r := m.Record; r.Target != s.Unit.Release || r.Joined != 19 {
+		t.Errorf("once they have left: told up to %d: %s", r.Joined, brief(r))
+	}
+}
+
 // A node that waits in mid-deployment is out of service, and takes room; one that waits and has nothing to change
 // doesn't.
 func TestWhoWaitsInMidDeploymentTakesRoom(t *testing.T) {

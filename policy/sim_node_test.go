@@ -202,8 +202,10 @@ func (w *world) act(n *member, promptly bool) {
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
 		n.going, n.begun, n.by, n.hangs, n.sick = d.Target, key, n.acts, w.chance(0.05), false
 		n.free = n.free || n.pin.Present
-		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit.
-		leaves := r.Rollout != nil && r.Rollout.Phase == deployments.PhaseRollingBack && partOf(&r, n.running.Digest)
+		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit. It may have hung
+		// until after the others were back.
+		leaves := r.Rollout != nil && partOf(&r, n.running.Digest) &&
+			(r.Rollout.Phase == deployments.PhaseRollingBack || r.Rollout.Phase == deployments.PhaseRolledBack)
 		boots := n.going == r.Stable && (n.running.IsZero() || leaves)
 		by, failed := n.tried[n.going.Digest]
 		failed = failed && !strings.HasPrefix(n.failed[n.going.Digest], "pin ") // Git's request is another one

@@ -119,6 +119,13 @@ func (w *world) look() {
 	}
 }
 
+// refresh brings the mirror's view up to date if it is older than a watch may be: one that is later says so.
+func (w *world) refresh() {
+	if w.now.Sub(w.looked) > time.Minute {
+		w.look()
+	}
+}
+
 // base is what the mirror goes on from, as the mirror's reconcile finds it. until is when it may: nodes have to report
 // first.
 func (w *world) base(stored deployments.Record) (b Base, until time.Time) {

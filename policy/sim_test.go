@@ -285,6 +285,7 @@ func (w *world) event() {
 		order := []string{"promote", "promote", "pause", "resume", "resume", "abort", "retry"}[w.rng.IntN(7)]
 		if w.chance(0.4) {
 			w.count("orders")
+			w.refresh()
 			w.mirror(order)
 		}
 	case 4:
@@ -360,9 +361,7 @@ func (w *world) event() {
 	// The record is the newest, as it is written by compare and swap; what is known of the fleet need not be.
 	case 15:
 		w.count("turns by a stale read")
-		if w.now.Sub(w.looked) > time.Minute { // a watch that is later says so
-			w.look()
-		}
+		w.refresh()
 		w.mirror("")
 	// A leader that was cut off decides as well, by what stood then; that its write is refused is the store's part.
 	case 16:
