@@ -20,17 +20,31 @@ func HistoryRow(h deployments.History) []Text {
 	if !h.At.IsZero() {
 		at = h.At.UTC().Format("2006-01-02 15:04Z")
 	}
+	commit, author, subject := message.Clean(safetext.Prefix(h.Commit, 8)), AuthorName(h.Author), message.OneLine(h.Subject)
+	if pin, ok := PinOf(h); ok {
+		commit, author, subject = "-", message.OneLine(pin.By), "pinned"
+	}
 	return []Text{
-		{
-			strconv.FormatInt(h.Generation, 10),
-			Plain,
-		},
+		{strconv.FormatInt(h.Generation, 10), Plain},
 		{at, Plain},
 		{new(Unit).Release(h.Release), Bold},
-		{message.Clean(safetext.Prefix(h.Commit, 8)), Plain},
-		{AuthorName(h.Author), Plain},
-		{message.OneLine(h.Subject), Dim},
+		{commit, Plain},
+		{author, Plain},
+		{subject, Dim},
 	}
+}
+
+// PinOf returns the pin of all nodes that led to a generation, if one did: no commit asked for its release.
+func PinOf(h deployments.History) (pin deployments.PastPin, ok bool) {
+	if h.Pinned == nil {
+		return pin, false
+	}
+	for _, p := range h.Pins {
+		if p.Node == "" && p.Release == h.Release {
+			pin, ok = p, true
+		}
+	}
+	return pin, ok
 }
 
 // HistoryNotes returns what else led to a generation, and its pins and orders, oldest first.
@@ -48,7 +62,7 @@ func HistoryNotes(h deployments.History) []Text {
 	}
 	slices.SortStableFunc(events, func(a, b event) int { return a.at.Compare(b.at) })
 	var notes []Text
-	if h.Note != "" {
+	if _, pinned := PinOf(h); h.Note != "" && !pinned { // the pin's own line says more
 		notes = append(notes, Text{message.OneLine(h.Note), Warn})
 	}
 	for _, e := range events {

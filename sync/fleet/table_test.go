@@ -298,6 +298,10 @@ func TestHistoryTable(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
 	err := WriteHistory(&out, []deployments.History{
+		{Generation: 4, Release: release("app", "1.4.0"), Commit: "9d8e7f6a5b4c3d2e", Subject: "Back to 1.4.1", At: noon,
+			Author: "Bob <bob@example.com>", Note: "pinned by ada: incident 2", Pinned: &deployments.Pinned{},
+			Pins: []deployments.PastPin{{At: noon, Pin: deployments.Pin{
+				Release: release("app", "1.4.0"), By: "ada", Reason: "incident 2"}}}},
 		{Generation: 3, Release: release("app", "1.4.1"), Commit: "9d8e7f6a5b4c3d2e",
 			Author: "Bob <bob@example.com>", Subject: "Back to 1.4.1, which worked, unlike the newer one that did not",
 			At: noon, Note: "a change by hand was put back", Truncated: true,

@@ -160,12 +160,16 @@ func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
 	for _, note := range fleet.HistoryNotes(h) {
 		notes = append(notes, fleet.Clean(u.Names(note.Text), 2*mostText))
 	}
-	return historyRow{
+	row := historyRow{
 		Generation: h.Generation, At: h.At, Release: u.name(h.Release), Digest: h.Release.Digest.Short()[:8],
 		Commit: commitOf(h.Commit, commitURL), Author: fleet.Clean(fleet.AuthorName(h.Author), 32),
 		Subject: fleet.Clean(h.Subject, mostText), Notes: notes,
 		Failed: !h.Failed.IsZero() && h.Failed == h.Release.Digest,
 	}
+	if pin, ok := fleet.PinOf(h); ok {
+		row.Commit, row.Author, row.Subject = commitView{}, fleet.Clean(pin.By, 32), "pinned"
+	}
+	return row
 }
 
 // releasesOf returns the releases that a unit goes to, or may go back to.
