@@ -608,9 +608,9 @@ func (x *extractor) chown(name string, a *attributes) error {
 	return x.root.Lchown(name, a.uid, a.gid)
 }
 
-// meantAlone refuses a release of a single file that rsync would put in the place of a directory of many: it may
+// checkSingleFile refuses a release of a single file that rsync would put in the place of a directory of many: it may
 // be an error page instead of an archive. Strategy release keeps that directory, and needs no such check.
-func meantAlone(m *deployments.Manifest, name string) error {
+func checkSingleFile(m *deployments.Manifest, name string) error {
 	if m.Strategy != deployments.StrategyRsync {
 		return nil
 	}
@@ -651,7 +651,7 @@ func (x *extractor) single(r io.Reader, name string, head []byte) error {
 		return errors.New("it is named as a tar archive, and isn't one in a compression that kedge reads: " +
 			"want .tar, .tar.gz, .tar.zst, .tar.bz2 or .tar.xz")
 	}
-	if err := meantAlone(x.manifest, name); err != nil {
+	if err := checkSingleFile(x.manifest, name); err != nil {
 		return err
 	}
 	mode := fs.FileMode(0o644)

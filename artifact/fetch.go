@@ -556,7 +556,7 @@ func (f *fetch) readSpan(
 		next, failed = reached, failed+1
 		if o.Mirror() || failed == tries || errors.Is(err, object.ErrNotFound) || errors.Is(err, object.ErrDenied) ||
 			errors.Is(err, object.ErrChanged) {
-			if archive.passOver(ctx, o, err) != nil {
+			if archive.nextSource(ctx, o, err) != nil {
 				return err
 			}
 			failed = 0

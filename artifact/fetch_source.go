@@ -44,8 +44,8 @@ func (a *archive) current() place {
 	return a.now
 }
 
-// passOver goes on to the next source, unless another goroutine has left from already.
-func (a *archive) passOver(ctx context.Context, from place, err error) error {
+// nextSource goes on to the next source, unless another goroutine has left from already.
+func (a *archive) nextSource(ctx context.Context, from place, err error) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.now.source != from.source {

@@ -18,8 +18,8 @@ func (r *Releases) heals(rel *Release, differences []Difference) bool {
 	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
 }
 
-// untold reports whether a tree could not be compared, as its index is missing or damaged.
-func untold(found []Difference) bool {
+// uncompared reports whether a tree could not be compared, as its index is missing or damaged.
+func uncompared(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
 
@@ -36,7 +36,7 @@ func (r *Releases) Survey(ctx context.Context, rel *Release) error {
 		return nil
 	}
 	found, err := r.differences(ctx, rel, verification{quick: true})
-	if err == nil && !untold(found) {
+	if err == nil && !uncompared(found) {
 		err = files.survey(r.dirOf(rel), found)
 	}
 	if err != nil {
@@ -53,7 +53,7 @@ func (r *Releases) Record(ctx context.Context, rel *Release) error {
 	}
 	defer leave()
 	found, err := r.differences(ctx, rel, verification{quick: true, raw: true})
-	if err == nil && !untold(found) {
+	if err == nil && !uncompared(found) {
 		var left int
 		left, err = r.madeFiles(filepath.Base(rel.Dir)).record(r.dirOf(rel), found)
 		if left > 0 {

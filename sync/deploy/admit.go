@@ -110,7 +110,7 @@ func (u *Unit) read(ctx context.Context, p deployments.Pointer) ([]byte, error) 
 	if err := u.c.Bounds.CheckSource(p.URL); err != nil {
 		return nil, fmt.Errorf("release %s: %w: %w", p.Short(), ErrRefused, err)
 	}
-	if r, err := u.recall(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
+	if r, err := u.remembered(p); err == nil && r != nil && sha256.Sum256(r.Raw) == p.Digest {
 		return r.Raw, nil
 	}
 	return artifact.ReadManifest(ctx, u.c.Objects, p)

@@ -134,7 +134,7 @@ func (u *Unit) StageFailed(ctx context.Context, q Request, cause error) error {
 	if ctx.Err() != nil || u.j.Told == told {
 		return cause
 	}
-	r, err := u.recall(q.Release)
+	r, err := u.remembered(q.Release)
 	if err != nil || r == nil || len(r.Manifest.Commands.Failure) == 0 || u.allow(ctx, r) != nil {
 		return cause
 	}

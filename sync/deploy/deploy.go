@@ -297,7 +297,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 		}
 	}
 	if d := u.j.Deployment; d.Step.beforeSwitch() {
-		if err := u.save(func(j *journal) { j.Deployment.takeBack() }); err != nil {
+		if err := u.save(func(j *journal) { j.Deployment.reverse() }); err != nil {
 			return err
 		}
 	}
@@ -464,7 +464,7 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	if u.j.Running.Digest != p.Digest || !u.j.Confirmed || u.j.Deployment != nil {
 		return false
 	}
-	r, err := u.recall(u.j.Running)
+	r, err := u.remembered(u.j.Running)
 	return err == nil && u.switcher(r).Live(r)
 }
 
@@ -543,7 +543,7 @@ func (u *Unit) settled() (*artifact.Release, error) {
 	if u.j.Deployment != nil {
 		return nil, nil
 	}
-	return u.recall(u.j.Running)
+	return u.remembered(u.j.Running)
 }
 
 // name returns the unit's name for people.

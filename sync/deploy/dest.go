@@ -50,7 +50,7 @@ type Mark struct {
 
 // Mark returns the mark of the running release.
 func (u *Unit) Mark() Mark {
-	r, err := u.recall(u.State().Running)
+	r, err := u.remembered(u.State().Running)
 	if err != nil || r == nil || r.Manifest.Src == "" {
 		return Mark{}
 	}

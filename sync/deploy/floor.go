@@ -240,7 +240,7 @@ func (u *Unit) keepFloor() error {
 		return nil
 	}
 	var m *deployments.Manifest
-	if r, err := u.recall(u.j.Running); err == nil && r != nil {
+	if r, err := u.remembered(u.j.Running); err == nil && r != nil {
 		m = r.Manifest
 	}
 	if err := u.c.Floors.raise(floorKeys(u.c.ID, m), newest); err != nil {

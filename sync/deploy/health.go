@@ -93,7 +93,7 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 	if len(watched) == 0 {
 		return ctx.Err()
 	}
-	v := newVigil(watched, timeout, stable, time.Now())
+	v := newHealthGate(watched, timeout, stable, time.Now())
 	type outcome struct {
 		check    int
 		identity string
@@ -127,30 +127,30 @@ func observe(ctx context.Context, watched []watch, timeout, stable time.Duration
 	for {
 		select {
 		case o := <-outcomes:
-			v.saw(o.check, o.identity, o.err, o.at)
+			v.record(o.check, o.identity, o.err, o.at)
 		case <-late.C:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		if done, err := v.verdict(time.Now()); done {
+		if done, err := v.result(time.Now()); done {
 			return err
 		}
 	}
 }
 
-// vigil decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
+// healthGate decides from the checks' results whether a release is healthy. All checks must pass by the timeout, and
 // then go on passing for stable, until each has been tried once more after that. Before the timeout, a check that
 // fails again only restarts the wait; after it, that is a failure. It has no clock: its times are monotonic, so
 // that a jump of the wall clock changes nothing.
-type vigil struct {
+type healthGate struct {
 	begin   time.Time
 	timeout time.Duration
 	stable  time.Duration
 	since   time.Time // since when all pass; zero: not all do
-	checks  []seen
+	checks  []checkState
 }
 
-type seen struct {
+type checkState struct {
 	name     string
 	tried    bool
 	at       time.Time // time of the last try
@@ -158,16 +158,16 @@ type seen struct {
 	err      error
 }
 
-func newVigil(watched []watch, timeout, stable time.Duration, now time.Time) *vigil {
-	v := &vigil{begin: now, timeout: timeout, stable: stable}
+func newHealthGate(watched []watch, timeout, stable time.Duration, now time.Time) *healthGate {
+	v := &healthGate{begin: now, timeout: timeout, stable: stable}
 	for _, w := range watched {
-		v.checks = append(v.checks, seen{name: w.name})
+		v.checks = append(v.checks, checkState{name: w.name})
 	}
 	return v
 }
 
-// saw records the result of one try of a check.
-func (v *vigil) saw(check int, identity string, err error, now time.Time) {
+// record records the result of one try of a check.
+func (v *healthGate) record(check int, identity string, err error, now time.Time) {
 	c := &v.checks[check]
 	if c.tried && c.err == nil && err == nil && c.identity != identity {
 		v.since = time.Time{} // it passes, but with another identity than before
@@ -180,8 +180,8 @@ func (v *vigil) saw(check int, identity string, err error, now time.Time) {
 	}
 }
 
-// verdict returns done with nil if the release is healthy, and with an error if the time for it is over.
-func (v *vigil) verdict(now time.Time) (done bool, _ error) {
+// result returns done with nil if the release is healthy, and with an error if the time for it is over.
+func (v *healthGate) result(now time.Time) (done bool, _ error) {
 	err := v.failing()
 	switch {
 	case err == nil && v.wasStable():
@@ -195,12 +195,12 @@ func (v *vigil) verdict(now time.Time) (done bool, _ error) {
 }
 
 // wasStable reports whether all checks have passed for stable.
-func (v *vigil) wasStable() bool {
-	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c seen) bool { return c.at.Sub(v.since) < v.stable })
+func (v *healthGate) wasStable() bool {
+	return v.stable == 0 || !slices.ContainsFunc(v.checks, func(c checkState) bool { return c.at.Sub(v.since) < v.stable })
 }
 
 // failing returns the errors of the checks that don't pass; nil if all do.
-func (v *vigil) failing() error {
+func (v *healthGate) failing() error {
 	var errs []error
 	for _, c := range v.checks {
 		switch {

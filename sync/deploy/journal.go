@@ -196,14 +196,14 @@ func (u *Unit) load() error {
 	}
 	u.log.Error("the journal is damaged: putting it aside and reading what runs from dest",
 		"kept", damaged.Kept, "error", damaged.Err)
-	running, version := u.salvage()
+	running, version := u.runningFromDest()
 	return u.save(func(j *journal) { j.Running, j.LastGood, j.Version = running, running, version })
 }
 
-// salvage finds the running release without a journal: where the dest of the newest manifest leads. It can be gone
-// back to, but counts as unconfirmed, so that deploying it again checks it. If dest is no link of kedge's, the
+// runningFromDest finds the running release without a journal: where the dest of the newest manifest leads. It can be
+// gone back to, but counts as unconfirmed, so that deploying it again checks it. If dest is no link of kedge's, the
 // running release is unknown.
-func (u *Unit) salvage() (running deployments.Pointer, version string) {
+func (u *Unit) runningFromDest() (running deployments.Pointer, version string) {
 	entries, err := os.ReadDir(filepath.Join(u.c.Dir, manifestsDir))
 	if err != nil {
 		return running, ""
@@ -243,8 +243,8 @@ func (u *Unit) remember(r *artifact.Release) error {
 	return nil
 }
 
-// recall returns a release that was remembered; nil for the zero pointer.
-func (u *Unit) recall(p deployments.Pointer) (*artifact.Release, error) {
+// remembered returns a release that was remembered; nil for the zero pointer.
+func (u *Unit) remembered(p deployments.Pointer) (*artifact.Release, error) {
 	if p.IsZero() {
 		return nil, nil
 	}

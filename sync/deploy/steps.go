@@ -92,8 +92,8 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// takeBack turns d around before its switch. If no pre commands were begun, only the drain has to be taken back.
-func (d *deployment) takeBack() {
+// reverse turns d around before its switch. If no pre commands were begun, only the drain has to be taken back.
+func (d *deployment) reverse() {
 	if d.Step == stepDrain {
 		d.enter(stepBackUndrain)
 	} else {
@@ -184,7 +184,7 @@ func (u *Unit) advance(ctx context.Context) error {
 		}
 		u.at("after " + string(d.Step))
 		if err != nil {
-			if err := u.turn(ctx, d, err); err != nil {
+			if err := u.handleStepError(ctx, d, err); err != nil {
 				return err
 			}
 			continue
@@ -211,20 +211,20 @@ func (u *Unit) advance(ctx context.Context) error {
 	}
 }
 
-// turn handles a step's error. It returns nil if the deployment goes on, backwards; otherwise it was taken back,
-// or is to be finished later.
-func (u *Unit) turn(ctx context.Context, d *deployment, err error) error {
+// handleStepError handles a step's error. It returns nil if the deployment goes on, backwards; otherwise it was taken
+// back, or is to be finished later.
+func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) error {
 	s := d.Step
 	stopped := ctx.Err() != nil
 	switch {
 	case (s == stepBackPost || s == stepBackHealth) && !stopped && !u.ending():
-		return u.stayUnserved(ctx, d, err)
+		return u.stayOutOfService(ctx, d, err)
 	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
 		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
 		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
 	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
 		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
-		if failed := u.save(func(j *journal) { j.Deployment.takeBack() }); failed != nil {
+		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
 			return errors.Join(err, failed)
 		}
 		ctx, cancel := context.WithTimeoutCause(
@@ -365,10 +365,10 @@ func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artif
 	return u.note(ctx, "could not remove old releases", u.tidy(r))
 }
 
-// stayUnserved records that the release that the deployment goes back to isn't healthy. Its post commands and
+// stayOutOfService records that the release that the deployment goes back to isn't healthy. Its post commands and
 // checks are tried again, and the unit stays out of service until they pass. The first time, the failed release's
 // failure commands run, so that people learn of it.
-func (u *Unit) stayUnserved(ctx context.Context, d *deployment, cause error) error {
+func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error) error {
 	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
 		"release", d.target().String(), "step", string(d.Step), "error", cause)
 	r, err := u.need(ctx, d.Release)
@@ -438,7 +438,7 @@ func (u *Unit) need(ctx context.Context, p deployments.Pointer) (*artifact.Relea
 	if p.IsZero() {
 		return nil, nil
 	}
-	if r, err := u.recall(p); err == nil {
+	if r, err := u.remembered(p); err == nil {
 		return r, nil
 	}
 	raw, err := artifact.ReadManifest(ctx, u.c.Objects, p)
