@@ -151,7 +151,7 @@ func (s *Store) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return nil, err
 	}
-	l, err := s.certain(ctx, prefix)
+	l, err := s.listConsistent(ctx, prefix)
 	if err != nil {
 		return nil, err
 	}

@@ -121,7 +121,7 @@ func (p *presence) hold(ctx context.Context, key string, value []byte) error {
 		return fmt.Errorf("put %s: %w", key, backend.ErrPresenceClosed)
 	}
 	if p.early {
-		if err := p.tie(ctx); err != nil {
+		if err := p.moveToNodeSession(ctx); err != nil {
 			p.store.log.Debug("this node's entries stay with a session that has a TTL", "name", p.name, "error", err)
 		}
 	}
@@ -143,14 +143,14 @@ func (p *presence) look() {
 	p.wake.Set()
 }
 
-// tie moves the entries from a session with a TTL to one that depends on the node's health. After an error either
-// session may hold them; repair moves the rest.
-func (p *presence) tie(ctx context.Context) error {
+// moveToNodeSession moves the entries from a session with a TTL to one that depends on the node's health. After an
+// error either session may hold them; repair moves the rest.
+func (p *presence) moveToNodeSession(ctx context.Context) error {
 	old := p.session
 	if old == "" {
 		return nil // the next session is opened by the usual choice
 	}
-	id, err := p.openTied(ctx)
+	id, err := p.openNodeSession(ctx)
 	if err != nil {
 		return err
 	}
@@ -235,7 +235,7 @@ func (p *presence) swap(ctx context.Context, key string, old, value []byte, from
 
 // open creates the session.
 func (p *presence) open(ctx context.Context) error {
-	id, err := p.openTied(ctx)
+	id, err := p.openNodeSession(ctx)
 	if err == nil {
 		p.opened(id, false, false)
 		if p.sweep == nil {
@@ -289,9 +289,9 @@ func (p *presence) newSession() *api.SessionEntry {
 // this one.
 var errOtherNode = errors.New("the Consul agent is another node's")
 
-// openTied creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or errOtherNode if
-// there can't be one.
-func (p *presence) openTied(ctx context.Context) (id string, err error) {
+// openNodeSession creates a session that ends when this node is unhealthy. It returns errNoHealthCheck or
+// errOtherNode if there can't be one.
+func (p *presence) openNodeSession(ctx context.Context) (id string, err error) {
 	s := p.store
 	if id, err = s.createSession(ctx, p.newSession()); err != nil {
 		return "", err
@@ -305,15 +305,15 @@ func (p *presence) openTied(ctx context.Context) (id string, err error) {
 		err = errOtherNode
 	default:
 		p.node = info.Node
-		return p.beating(ctx, id), nil
+		return p.withHeartbeat(ctx, id), nil
 	}
 	s.destroySession(id)
 	return "", err
 }
 
-// beating replaces a session that depends only on the node's health by one that also depends on this process. If
+// withHeartbeat replaces a session that depends only on the node's health by one that also depends on this process. If
 // there can't be one, it returns plain: a dead agent is then noticed only when its node is gone.
-func (p *presence) beating(ctx context.Context, plain string) (id string) {
+func (p *presence) withHeartbeat(ctx context.Context, plain string) (id string) {
 	s := p.store
 	if p.mute {
 		return plain

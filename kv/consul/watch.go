@@ -46,7 +46,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	// Answers that come at once without any change must not cause a busy loop.
 	idle := wait.NewBackoff(5*time.Millisecond, 250*time.Millisecond)
 	for {
-		l, err := s.certain(ctx, prefix)
+		l, err := s.listConsistent(ctx, prefix)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -100,8 +100,8 @@ func (s *Store) adopt(v *backend.Viewer, prefix string, l listing) {
 // blind reports whether the answer shows nothing that a blocking query could wait on.
 func (l listing) blind() bool { return !l.folder && len(l.entries) == 0 }
 
-// certain reads from the leader, without blocking: see consistent.
-func (s *Store) certain(ctx context.Context, prefix string) (listing, error) {
+// listConsistent reads from the leader, without blocking: see consistent.
+func (s *Store) listConsistent(ctx context.Context, prefix string) (listing, error) {
 	return s.read(ctx, prefix, api.QueryOptions{RequireConsistent: true}, requestTimeout)
 }
 
