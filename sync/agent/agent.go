@@ -352,7 +352,7 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 		case a.naming.saved != "":
 			a.c.Log.Debug("this node keeps its last known name", "node", a.naming.saved, "error", err)
 			return
-		case !passing(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
+		case !retryable(err) || answers && !errors.Is(err, kv.ErrTokenUnknown):
 			a.c.Log.Info("this node takes its host's name", "node", a.Node(), "error", err)
 			return
 		}
@@ -369,8 +369,8 @@ func (a *Agent) findName(ctx context.Context, unknown func(why error)) {
 	}
 }
 
-// passing reports whether the same call may succeed later: a new token is denied until all of Consul knows it.
-func passing(err error) bool {
+// retryable reports whether the same call may succeed later: a new token is denied until all of Consul knows it.
+func retryable(err error) bool {
 	return errors.Is(err, kv.ErrUnavailable) || errors.Is(err, kv.ErrDenied)
 }
 

@@ -306,8 +306,8 @@ func nodeStep(u *Unit, n *Node, d Decision) Step {
 	return s
 }
 
-// Told is the answer of kedge explain in words, for one unit on one node.
-type Told struct {
+// NodeExplanation is the answer of kedge explain in words, for one unit on one node.
+type NodeExplanation struct {
 	Verdict string // what should run, and whether it does
 	// Notes are the reasons, and other facts about it.
 	Notes []Note
@@ -318,16 +318,16 @@ type Told struct {
 	Gone   bool
 }
 
-// Tell puts a decision of Explain or Local in words. Pointers in it are written in full: see Unit.Names.
-func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error) {
+// ExplainNode puts a decision of Explain or Local in words. Pointers in it are written in full: see Unit.Names.
+func ExplainNode(f *Fleet, id deployments.UnitID, node string, d Decision) (NodeExplanation, error) {
 	u, n, err := f.find(id, node)
 	if err != nil {
-		return Told{}, err
+		return NodeExplanation{}, err
 	}
-	t := Told{Verdict: verdict(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
+	t := NodeExplanation{Verdict: summarize(u, n, d), Trace: d.Trace, Report: reported(f, u, n, d), Gone: n.Gone}
 	add := func(about, says string) { t.Notes = append(t.Notes, Note{Text{about, Plain}, Text{says, Plain}}) }
 	add("because", message.OneLine(d.Why))
-	if d.Invalid != nil && !told(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
+	if d.Invalid != nil && !mentions(d, d.Invalid.Error(), func(s Step) bool { return s.Decides || s.Blocks }) {
 		t.Notes = append(t.Notes, Note{Text{"but", Bad}, Text{message.OneLine(d.Invalid.Error()), Bad}})
 	}
 	if moved := pastPin(u, n, d.Source); moved != "" {
@@ -354,7 +354,7 @@ func Tell(f *Fleet, id deployments.UnitID, node string, d Decision) (Told, error
 
 // WriteExplain writes all steps of a decision, and what the node reports.
 func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d Decision, opt TableOptions) error {
-	t, err := Tell(f, id, node, d)
+	t, err := ExplainNode(f, id, node, d)
 	if err != nil {
 		return err
 	}
@@ -412,8 +412,8 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 	return err
 }
 
-// verdict returns in a few words what should run, and whether it runs.
-func verdict(u *Unit, n *Node, d Decision) string {
+// summarize returns in a few words what should run, and whether it runs.
+func summarize(u *Unit, n *Node, d Decision) string {
 	running := n.Report.Running
 	runs := "runs " + u.Release(running)
 	switch {
@@ -449,8 +449,8 @@ func verdict(u *Unit, n *Node, d Decision) string {
 
 func anyStep(Step) bool { return true }
 
-// told reports whether a step that some selects contains a text already.
-func told(d Decision, text string, some func(Step) bool) bool {
+// mentions reports whether a step that some selects contains a text already.
+func mentions(d Decision, text string, some func(Step) bool) bool {
 	text = message.OneLine(text)
 	_, tail, _ := strings.Cut(text, ": ") // a step leaves out the prefix
 	return slices.ContainsFunc(d.Trace, func(s Step) bool {
@@ -527,10 +527,10 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	} else {
 		add("runs", u.Release(r.Running))
 	}
-	if r.Want != n.Want && !r.Want.IsZero() && !told(d, r.Want.String(), anyStep) {
+	if r.Want != n.Want && !r.Want.IsZero() && !mentions(d, r.Want.String(), anyStep) {
 		add("wants", u.Release(r.Want))
 	}
-	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !told(d, r.Why, anyStep) {
+	if r.Why != n.Why && r.State == deployments.StateWaiting && !n.Gone && !mentions(d, r.Why, anyStep) {
 		add("reason", message.OneLine(r.Why))
 	}
 	var quarantined []string
@@ -550,7 +550,7 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	if len(quarantined) > 0 {
 		add("failed", strings.Join(quarantined, ", ")+": not tried again here until Git names it anew, or kedge retry "+u.ID.String())
 	}
-	if !told(d, r.Error, anyStep) {
+	if !mentions(d, r.Error, anyStep) {
 		add("error", message.OneLine(r.Error))
 	}
 	add("differs", message.Clean(strings.Join(r.Drift, ", ")))

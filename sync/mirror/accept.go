@@ -56,7 +56,7 @@ type outcome struct {
 
 // accept decides whether the branch's head becomes the commit to write, and returns why not.
 func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deployments.UnitID]cell) outcome {
-	a.recall(cmp.Or(branch.head, "none"))
+	a.readAccepted(cmp.Or(branch.head, "none"))
 	switch {
 	case branch.head == "" || a.commit != nil && branch.head == a.commit.Hash:
 		return outcome{}
@@ -98,16 +98,16 @@ func (a *acceptor) accept(ctx context.Context, branch gitState, cells map[deploy
 	return outcome{}
 }
 
-// recall reads the commit that the store holds, so that it can be reconciled while a newer one is not taken. It
+// readAccepted reads the commit that the store holds, so that it can be reconciled while a newer one is not taken. It
 // tries again with each new head, as a fetch may have brought the commit.
-func (a *acceptor) recall(head string) {
+func (a *acceptor) readAccepted(head string) {
 	taken := a.own.state.Taken()
 	if a.commit != nil || taken == "" || a.recalled == head {
 		return
 	}
 	a.recalled = head
 	commit, err := a.branch.loadTaken(taken)
-	if err != nil && a.recallUnvouched(taken, err) {
+	if err != nil && a.readAcceptedUnsigned(taken, err) {
 		return
 	}
 	if err != nil {
@@ -118,12 +118,12 @@ func (a *acceptor) recall(head string) {
 	a.commit = commit
 }
 
-// recallUnvouched reads the commit that the store holds, for orders, if it was refused only for its signature.
-func (a *acceptor) recallUnvouched(taken string, refused error) bool {
+// readAcceptedUnsigned reads the commit that the store holds, for orders, if it was refused only for its signature.
+func (a *acceptor) readAcceptedUnsigned(taken string, refused error) bool {
 	if !errors.As(refused, new(*git.BadCommit)) {
 		return false
 	}
-	commit, err := a.branch.loadUnvouched(taken)
+	commit, err := a.branch.loadUnsigned(taken)
 	if err != nil {
 		return false
 	}
@@ -398,7 +398,7 @@ func recorded(
 		if mine.value != nil {
 			record, present = mine.record, true
 		}
-		if !present || !ours(record) || record.Orphaned || !isAbout(record, u.Release) {
+		if !present || !ours(record) || record.Orphaned || !concerns(record, u.Release) {
 			continue
 		}
 		u.After, u.Drift, u.Adopt = record.After, record.Drift, record.Adopt
@@ -407,9 +407,9 @@ func recorded(
 	return &kept
 }
 
-// isAbout reports whether a record is about a release that Git names: as its target, as the release that was rolled
+// concerns reports whether a record is about a release that Git names: as its target, as the release that was rolled
 // back, or as the one that its pin replaced.
-func isAbout(r deployments.Record, release deployments.Pointer) bool {
+func concerns(r deployments.Record, release deployments.Pointer) bool {
 	if r.Pinned != nil {
 		return r.Pinned.Target == release || !r.Pinned.Failed.IsZero() && r.Pinned.Failed == release.Digest
 	}

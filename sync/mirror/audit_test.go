@@ -138,9 +138,9 @@ func TestFollowPinsOfManyNodes(t *testing.T) {
 	hold := deployments.Pin{Hold: true}
 	shown := []deployments.PastPin{}
 	for n := range 100_000 {
-		shown = append(shown, pastPin(fmt.Sprint("web-", n), hold, nil))
+		shown = append(shown, historyPin(fmt.Sprint("web-", n), hold, nil))
 	}
-	shown = append(shown, pastPin("", hold, nil))
+	shown = append(shown, historyPin("", hold, nil))
 	began := time.Now()
 	pins, truncated := followPins(nil, shown, time.Now())
 	if took := time.Since(began); took > 15*time.Second {
@@ -161,7 +161,7 @@ func TestHistoryEntryFits(t *testing.T) {
 	h := deployments.History{Generation: 1}
 	for n := range 2 * deployments.MaxPastPins {
 		pin := deployments.Pin{Release: deployments.Pointer{URL: url}, By: nasty, Reason: nasty}
-		shown = append(shown, pastPin(fmt.Sprintf("%060d", n), pin, nil))
+		shown = append(shown, historyPin(fmt.Sprintf("%060d", n), pin, nil))
 		h = withOrder(h, order{Order: deployments.Order{Verb: deployments.VerbPause, By: nasty, Reason: nasty}}, "", now)
 	}
 	h.Pins, _ = followPins(nil, shown, now)

@@ -15,17 +15,17 @@ import (
 
 // This file builds entries of the history, which record the pins and the orders of a generation.
 
-// pastPin returns the history's form of a pin of a unit, or of one of its nodes.
-func pastPin(node string, pin deployments.Pin, err error) deployments.PastPin {
-	pin.By, pin.Reason = pastWords(pin.By), pastWords(pin.Reason)
+// historyPin returns the history's form of a pin of a unit, or of one of its nodes.
+func historyPin(node string, pin deployments.Pin, err error) deployments.PastPin {
+	pin.By, pin.Reason = historyText(pin.By), historyText(pin.Reason)
 	if err != nil {
-		return deployments.PastPin{Node: node, Error: pastWords(err.Error())}
+		return deployments.PastPin{Node: node, Error: historyText(err.Error())}
 	}
 	return deployments.PastPin{Node: node, Pin: pin}
 }
 
-// pastWords clips text that a person or a stranger wrote, for the history.
-func pastWords(s string) string {
+// historyText clips text that a person or a stranger wrote, for the history.
+func historyText(s string) string {
 	return safetext.Clip(safetext.Printable(strings.TrimSpace(s)), deployments.MaxPastWords)
 }
 
@@ -115,7 +115,7 @@ func sameEntry(a, b deployments.History) bool {
 // withOrder returns the entry h with an order that is consumed.
 func withOrder(h deployments.History, o order, refused deployments.Reason, now time.Time) deployments.History {
 	past := deployments.PastOrder{At: now.UTC().Truncate(time.Millisecond), Order: o.Order, Refused: refused}
-	past.By, past.Reason = pastWords(o.By), pastWords(o.Reason)
+	past.By, past.Reason = historyText(o.By), historyText(o.Reason)
 	h.Orders = append(slices.Clone(h.Orders), past)
 	if more := len(h.Orders) - deployments.MaxPastOrders; more > 0 {
 		h.Orders, h.Truncated = h.Orders[more:], true

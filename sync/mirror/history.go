@@ -202,7 +202,7 @@ func (a *archive) auditPins(ctx context.Context, seen observed, now time.Time) (
 		entry.Truncated = entry.Truncated || truncated
 		for _, p := range entry.Pins {
 			if p.Ended.IsZero() && !p.Until.IsZero() {
-				again = sooner(again, max(time.Millisecond, p.Until.Sub(now)))
+				again = minWait(again, max(time.Millisecond, p.Until.Sub(now)))
 			}
 		}
 		if !sameEntry(stored, entry) {

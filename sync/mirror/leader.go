@@ -372,7 +372,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 		status.Refused, status.Error = branch.head, clip(head.refused.Error(), maxError)
 	case head.unsure != nil:
 		status.Error = clip(head.unsure.Error(), maxError)
-		again = sooner(again, head.retry)
+		again = minWait(again, head.retry)
 	case branch.away != nil:
 		status.Error = clip(branch.away.Error(), maxError)
 	}
@@ -382,7 +382,7 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	}
 	lost, at := l.written.lostState(seen.state, now)
 	if !lost && !at.IsZero() {
-		again = sooner(again, max(time.Millisecond, at.Sub(now)))
+		again = minWait(again, max(time.Millisecond, at.Sub(now)))
 	}
 	if err := l.written.write(ctx, todo.changes, status, lost, now); err != nil {
 		l.written.reportFailure(ctx, err, now)
@@ -398,17 +398,17 @@ func (l *leader) round(ctx context.Context, branch gitState) (again time.Duratio
 	if err != nil {
 		return 0, err
 	}
-	again = sooner(again, noted)
+	again = minWait(again, noted)
 	due, err := l.dead.forget(ctx, seen, now)
 	if err != nil {
 		return 0, err
 	}
-	again = sooner(again, due)
+	again = minWait(again, due)
 	if l.folders.late {
-		again = sooner(again, folderLag)
+		again = minWait(again, folderLag)
 	}
 	if l.written.unconfirmed() {
-		again = sooner(again, watchLag) // a write that does not show by then counts as lost
+		again = minWait(again, watchLag) // a write that does not show by then counts as lost
 	}
 	return again, nil
 }

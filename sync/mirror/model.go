@@ -243,8 +243,8 @@ func lastGood(r deployments.Record) deployments.Pointer {
 	return r.Stable
 }
 
-// sooner returns the shorter of two times to wait, of which 0 is for ever.
-func sooner(a, b time.Duration) time.Duration {
+// minWait returns the shorter of two times to wait, of which 0 is for ever.
+func minWait(a, b time.Duration) time.Duration {
 	if a == 0 || b > 0 && b < a {
 		return b
 	}

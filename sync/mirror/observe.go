@@ -243,7 +243,7 @@ func (o *observer) pins(v kv.View) {
 		if key.Node == "" {
 			units[id] = policy.Value[deployments.Pin]{Present: true, Value: pin, Err: err}
 		}
-		shown[id] = append(shown[id], pastPin(key.Node, pin, err))
+		shown[id] = append(shown[id], historyPin(key.Node, pin, err))
 	}
 	o.update(func(now *observed) {
 		now.pins = observedPins{v.Synced, v.Err, units, shown}

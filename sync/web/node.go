@@ -59,7 +59,7 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	if err != nil {
 		return nodePage{}, err
 	}
-	told, err := fleet.Tell(s.Fleet, u.ID, name, d)
+	told, err := fleet.ExplainNode(s.Fleet, u.ID, name, d)
 	if err != nil {
 		return nodePage{}, err
 	}

@@ -90,8 +90,8 @@ func boxes(all []share) (rects []rect) {
 	return rects
 }
 
-// sayShares describes a bar of shares in words.
-func sayShares(all []share) string {
+// describeShares describes a bar of shares in words.
+func describeShares(all []share) string {
 	text := "Runs"
 	for i, s := range all {
 		if i > 0 {
