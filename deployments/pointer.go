@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"path"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -129,16 +130,29 @@ func IsLocalURL(u *url.URL) bool {
 	return err == nil && IsLocalAddress(ip)
 }
 
-// IsLocalAddress reports whether an address is this machine's own or on its link alone, where clouds serve an
-// instance's credentials: loopback, unspecified, link-local, and AWS's own in IPv6.
+// IsLocalAddress reports whether an address is this machine's own, or serves this machine alone, as clouds serve an
+// instance's credentials: loopback, unspecified, link-local, and those of cloudLocal. An IPv4 address counts in each
+// form that IPv6 has for it.
 func IsLocalAddress(ip netip.Addr) bool {
 	ip = ip.Unmap().WithZone("")
+	if b := ip.As16(); nat64.Contains(ip) {
+		ip = netip.AddrFrom4([4]byte(b[12:]))
+	}
 	return ip.IsLoopback() || ip.IsUnspecified() || ip.IsLinkLocalUnicast() || ip.IsLinkLocalMulticast() ||
-		ip.Is6() && netip.PrefixFrom(awsLocal, 32).Contains(ip)
+		slices.ContainsFunc(cloudLocal, func(p netip.Prefix) bool { return p.Contains(ip) })
 }
 
-// awsLocal begins the addresses that an instance's own services have on AWS: metadata, time, credentials of pods.
-var awsLocal = netip.MustParseAddr("fd00:ec2::")
+// nat64 has the IPv6 addresses that gateways translate to the IPv4 address in their last bytes (RFC 6052).
+var nat64 = netip.MustParsePrefix("64:ff9b::/96")
+
+// cloudLocal has the addresses, beside the link-local ones, at which clouds serve an instance its metadata,
+// credentials and certificates.
+var cloudLocal = []netip.Prefix{
+	netip.MustParsePrefix("fd00:ec2::/32"),      // AWS, in IPv6
+	netip.MustParsePrefix("fd20:ce::254/128"),   // Google Cloud, in IPv6
+	netip.MustParsePrefix("168.63.129.16/32"),   // Azure
+	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba Cloud
+}
 
 // CheckSourceURL is CheckURL, but accepts http:// to any machine. It is for URLs that have a checksum beside them,
 // and for the prefixes of sources. Whoever fetches decides whether plain http is followed.

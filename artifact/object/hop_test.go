@@ -83,6 +83,8 @@ func TestAddressesOfThisMachine(t *testing.T) {
 		"169.254.170.2:80": true,
 		"[::1]:80":         true, "[::]:80": true, "[::ffff:127.0.0.1]:80": true, "[::ffff:169.254.169.254]:80": true,
 		"[fe80::1%lo]:80": true, "[ff02::1%lo]:80": true, "[fd00:ec2::254]:80": true, "[fd00:ec2::23]:80": true,
+		"[64:ff9b::7f00:1]:80": true, "[64:ff9b::a9fe:a9fe]:80": true, "[64:ff9b::a00:7]:80": false,
+		"[fd20:ce::254]:80": true, "168.63.129.16:80": true, "[::ffff:100.100.100.200]:80": true,
 		"10.0.0.7:80": false, "192.168.1.1:80": false, "8.8.8.8:53": false, "[2001:db8::1]:80": false,
 		"[fd00:ec3::1]:80": false,
 	} {
