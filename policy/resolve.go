@@ -173,7 +173,7 @@ func (d *Decision) pin(f Facts, from Source, v Value[deployments.Pin], key strin
 	p := v.Value
 	step.Facts = pinFacts(from, p)
 	switch {
-	case from == FromUnitPin && above == "" && paced(f.Record, p) && !p.Expired(f.Now):
+	case from == FromUnitPin && above == "" && f.Record.Err == nil && Paced(f.Record.Value, p) && !p.Expired(f.Now):
 		step.Reason = deployments.ReasonPinPaced
 		d.note(step)
 		return false
@@ -215,10 +215,9 @@ func pinFacts(from Source, p deployments.Pin) deployments.Facts {
 	return facts
 }
 
-// paced reports whether the mirror rolls out a unit pin, as the record's target.
-func paced(record Value[deployments.Record], p deployments.Pin) bool {
-	return record.Present && record.Err == nil && record.Value.Paced && !p.AtOnce && !p.Hold
-}
+// Paced reports whether the mirror rolls out a unit pin, as the record's target. Otherwise nodes follow it by
+// themselves.
+func Paced(r deployments.Record, p deployments.Pin) bool { return r.Paced && !p.AtOnce && !p.Hold }
 
 // decidedBy returns the step that has decided so far.
 func (d *Decision) decidedBy() string {

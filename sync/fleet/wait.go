@@ -12,6 +12,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/safetext"
 	"kedge/kv"
+	"kedge/policy"
 	"kedge/sync/fleet/message"
 )
 
@@ -220,10 +221,15 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 		}
 	}
 	var all []string
+	byMirror := false
 	for _, u := range units {
 		if s := unfinished(&u, f.At); s != "" {
 			all = append(all, s)
+			byMirror = byMirror || rollout(&u, f.At) != nil || pending(&u, f.At) != ""
 		}
+	}
+	if byMirror && f.mirrorStopped() {
+		all = append(all, "no mirror runs now")
 	}
 	if m := f.Mirror; m != nil && len(all) > 0 && m.Error != "" && m.Refused == "" {
 		all = append(all, "the mirror says: "+message.OneLine(m.Error)) // which may be why
@@ -332,19 +338,32 @@ func (w *waiter) useless(u *Unit, now time.Time) error {
 			return fmt.Errorf("%s: %s %w %s: %s", u.ID, n.Name, ErrRefused, u.Release(n.Want), message.OneLine(r.Error))
 		}
 	}
-	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack {
+	if p := rollout(u, now); p != nil && p.Phase == deployments.PhaseRolledBack && pending(u, now) == "" {
 		return fmt.Errorf("%s: the fleet %w %s: %s", u.ID, ErrRefused, u.Release(u.Record.Target), message.Rollout(p))
 	}
 	return nil
 }
 
-// rollout returns the rollout to wait for: a pin of the unit overrides it, and a permanently stopped one is not
-// waited for.
+// rollout returns the rollout to wait for: a pin that nodes follow by themselves overrides it, and a permanently
+// stopped one is not waited for.
 func rollout(u *Unit, now time.Time) *deployments.Progress {
-	if u.Record == nil || u.Pinned(now) || u.orphaned() {
+	if u.Record == nil || u.Pinned(now) && !policy.Paced(*u.Record, *u.Pin) || u.orphaned() {
 		return nil
 	}
 	return u.Record.Rollout
+}
+
+// pending says that the mirror has yet to take a pin that it rolls out, or a pin's end; empty: it has. Until then
+// nodes run what they should by a record that is about to change.
+func pending(u *Unit, now time.Time) string {
+	switch {
+	case u.Record == nil || u.orphaned():
+	case !u.Pinned(now) && u.Record.Pinned != nil:
+		return "the mirror has yet to take the end of the pin"
+	case u.Pinned(now) && policy.Paced(*u.Record, *u.Pin) && u.Record.Target != u.Pin.Release:
+		return "the mirror has yet to take the pin to " + u.Release(u.Pin.Release)
+	}
+	return ""
 }
 
 // unfinished returns what a unit still lacks; empty: nothing.
@@ -354,6 +373,9 @@ func unfinished(u *Unit, now time.Time) string {
 	}
 	if u.Order != "" {
 		return fmt.Sprintf("%s: the mirror has yet to take the order to %s", u.ID, u.Order)
+	}
+	if s := pending(u, now); s != "" {
+		return fmt.Sprintf("%s: %s", u.ID, s)
 	}
 	for _, n := range u.Nodes {
 		if n.Gone || n.Converged {

@@ -253,6 +253,52 @@ func TestWaitForARollout(t *testing.T) {
 	}
 }
 
+// A pin that the mirror rolls out is waited for from when it is written until its rollout has ended, and so is its end.
+func TestWaitForAPin(t *testing.T) {
+	t.Parallel()
+	s := openDir(t)
+	git := deployments.Record{Target: release("app", "1"), Generation: 3, Paced: true}
+	rolledBack := &deployments.Progress{Phase: deployments.PhaseRolledBack, Failed: release("app", "3").Digest}
+	pinned := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 4, Paced: true,
+		Pinned: &deployments.Pinned{Target: release("app", "1")}}
+	rolling := pinned
+	rolling.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon}
+	was := git
+	was.Target, was.Stable, was.Rollout = release("app", "3"), release("app", "1"), rolledBack
+	store(t, s, put(kv.DesiredKey(app), was), reports("web-1", runs("app", "1")))
+	store(t, s, put(kv.PinKey(app), release("app", "2").String()))
+	ended := waiting(t, s, "")
+	goesOn(t, s, ended) // what the record says of an earlier release doesn't count
+	store(t, s, put(kv.DesiredKey(app), rolling))
+	goesOn(t, s, ended) // its only node isn't admitted yet, and runs stable
+	store(t, s, put(kv.DesiredKey(app), pinned), reports("web-1", runs("app", "2")))
+	if err := ends(t, ended); err != nil {
+		t.Error(err)
+	}
+
+	store(t, s, put(kv.PinKey(app), expired(release("app", "2").String())))
+	ended = waiting(t, s, "")
+	goesOn(t, s, ended)
+	store(t, s, put(kv.DesiredKey(app), git), reports("web-1", runs("app", "1")))
+	if err := ends(t, ended); err != nil {
+		t.Error(err)
+	}
+
+	// nodes follow these by themselves, whatever the record's rollout does
+	store(t, s, put(kv.DesiredKey(app), was))
+	for _, pin := range []string{"hold", "{release: " + release("app", "2").String() + ", at_once: true}"} {
+		held := runs("app", "2")
+		held.Pinned = true
+		if pin == "hold" {
+			held.State = deployments.StateHeld
+		}
+		store(t, s, put(kv.PinKey(app), pin), reports("web-1", held))
+		if err := ends(t, waiting(t, s, "")); err != nil {
+			t.Errorf("%s: %v", pin, err)
+		}
+	}
+}
+
 // A rollout that stands as its unit is gone from Git never ends: whoever pushes next must not wait for it, nor fail
 // for it.
 func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
