@@ -292,6 +292,8 @@ func (u *unit) standing() standing {
 			err = fmt.Errorf("release %s failed in %s: %s; %w", f.Digest.Short(), f.Step, safetext.Cut(f.Reason, 120), err)
 		}
 		return standing{deployments.StateUnhealthy, s.Health.Reason, s.Health.Facts, err}
+	case s.Unfinished && u.failedHere(target):
+		return u.failed(deployments.StateSwitching, target)
 	case s.Unfinished:
 		return at(deployments.StateSwitching, u.lastErr) // also while its successor is fetched: the unit is out of service
 	case !u.decided:
@@ -313,9 +315,7 @@ func (u *unit) standing() standing {
 	case target.IsZero():
 		return at(deployments.StateWaiting, u.lastErr)
 	case u.failedHere(target):
-		f, _ := u.failure(target)
-		failed := f.Err(target)
-		return standing{deployments.StateQuarantined, failed.Reason, failed.Facts, failed}
+		return u.failed(deployments.StateQuarantined, target)
 	case u.refused[target].err != nil:
 		return at(deployments.StateInvalid, u.refused[target].err)
 	case u.done == target:
@@ -504,6 +504,13 @@ func (u *unit) failure(p deployments.Pointer) (deploy.Failure, bool) {
 
 // failedHere reports whether a release failed here, and isn't tried again.
 func (u *unit) failedHere(p deployments.Pointer) bool { return u.quarantined(p) && !u.toRetry(p) }
+
+// failed returns the standing of a unit whose target failed here.
+func (u *unit) failed(state deployments.State, target deployments.Pointer) standing {
+	f, _ := u.failure(target)
+	err := f.Err(target)
+	return standing{state, err.Reason, err.Facts, err}
+}
 
 // toRetry reports whether a release that failed here is about to be retried, as there is a new request for it.
 // Otherwise a rollout that was restarted would count the earlier failure as its own.

@@ -418,7 +418,12 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 
 // Next returns what an operator can do about a unit whose rollout has stopped, or whose nodes fail; empty: nothing.
 func (u *Unit) Next(now time.Time) string {
-	if u.Record == nil || u.Pinned(now) {
+	switch p := rollout(u, now); {
+	case u.Record == nil:
+		return ""
+	case u.Pinned(now) && p != nil && (p.Phase == deployments.PhasePaused || p.Phase == deployments.PhaseRolledBack):
+		return "kedge unpin " + u.ID.String() + ", or pin another release"
+	case u.Pinned(now):
 		return ""
 	}
 	if next := message.RolloutHint(u.ID, *u.Record); next != "" || u.Record.Rollout != nil {

@@ -263,6 +263,8 @@ func TestWaitForAPin(t *testing.T) {
 		Pinned: &deployments.Pinned{Target: release("app", "1")}}
 	rolling := pinned
 	rolling.Rollout = &deployments.Progress{Phase: deployments.PhaseRolling, Since: noon}
+	stopped := pinned
+	stopped.Rollout = &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonTooManyFailed}
 	was := git
 	was.Target, was.Stable, was.Rollout = release("app", "3"), release("app", "1"), rolledBack
 	store(t, s, put(kv.DesiredKey(app), was), reports("web-1", runs("app", "1")))
@@ -271,6 +273,16 @@ func TestWaitForAPin(t *testing.T) {
 	goesOn(t, s, ended) // what the record says of an earlier release doesn't count
 	store(t, s, put(kv.DesiredKey(app), rolling))
 	goesOn(t, s, ended) // its only node isn't admitted yet, and runs stable
+	store(t, s, put(kv.DesiredKey(app), stopped))
+	goesOn(t, s, ended)
+	f, err := Read(t.Context(), s, Filter{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := unitOf(t, f, app.String())
+	if next := u.Next(noon); !strings.Contains(next, "kedge unpin prod/web/app") {
+		t.Errorf("an operator is told: %q", next)
+	}
 	store(t, s, put(kv.DesiredKey(app), pinned), reports("web-1", runs("app", "2")))
 	if err := ends(t, ended); err != nil {
 		t.Error(err)
