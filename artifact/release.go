@@ -121,7 +121,7 @@ func (r *Releases) Bounded(within []string, owner string, owners func(uid, gid i
 // ReadManifest returns the bytes of the manifest that p points to. If their digest is wrong, the error is
 // ErrDigest.
 func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Pointer) ([]byte, error) {
-	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, isOf(p.Digest))
+	raw, err := objects.ReadPinned(ctx, p.URL, deployments.MaxManifest, hasDigest(p.Digest))
 	if err != nil && !errors.Is(err, ErrDigest) {
 		return nil, fmt.Errorf("fetch the manifest: %w", err)
 	}
@@ -139,8 +139,8 @@ func ReadManifest(ctx context.Context, objects *object.Client, p deployments.Poi
 	return raw, nil
 }
 
-// isOf returns a check of bytes by their digest.
-func isOf(want deployments.Digest) func([]byte) error {
+// hasDigest returns a check that bytes have a digest.
+func hasDigest(want deployments.Digest) func([]byte) error {
 	return func(data []byte) error {
 		if digestOf(data) != want {
 			return ErrDigest

@@ -296,8 +296,8 @@ func (s rsyncSwitcher) madeFiles(r *Release) madeFiles {
 	return madeFiles{name + madeSuffix, name + beforeSuffix}
 }
 
-// Record asks rsync what the commands changed since it ran, by size and time. Before they ran there was no
-// difference.
+// Record lists what the release's commands changed in dest: rsync compares it with the tree that it copied there, by
+// size and time.
 func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	if s.c.Made == "" || !exists(s.tree(r)) {
 		return nil

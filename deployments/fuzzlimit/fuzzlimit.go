@@ -34,7 +34,7 @@ func Run(t testing.TB, input any, parse func()) {
 }
 
 // guard calls late, with the bound, once the process has taken busy of the processors or waiting has passed, unless the
-// returned function is called before. What the process does beside counts as well.
+// returned function is called before. What else the process does counts as well.
 func guard(busy, waiting time.Duration, late func(most time.Duration)) (stop func()) {
 	begun, used := time.Now(), processorTime()
 	done := make(chan struct{})

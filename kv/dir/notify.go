@@ -78,9 +78,9 @@ func (n *notifier) signal(which func(*subscription) bool) {
 	}
 }
 
-// in subscribes to the changes in a directory. It may be called again once the directory was created anew. An
+// subscribe subscribes to the changes in a directory. It may be called again once the directory was created anew. An
 // error is the kernel's.
-func (c *subscription) in(dir string) error {
+func (c *subscription) subscribe(dir string) error {
 	c.n.mu.Lock()
 	c.dirs[dir] = true
 	w := c.n.watcher

@@ -30,7 +30,7 @@ func TestNotifier(t *testing.T) {
 			if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			if err := c.in(filepath.Join(dir, d)); err != nil {
+			if err := c.subscribe(filepath.Join(dir, d)); err != nil {
 				t.Fatal(err)
 			}
 		}

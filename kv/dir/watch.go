@@ -38,7 +38,7 @@ func (d *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 		defer changes.end()
 		changed = changes.signal.C()
 		visit = func(dir string) {
-			if err := changes.in(dir); err != nil {
+			if err := changes.subscribe(dir); err != nil {
 				d.log.Debug("could not watch a directory", "dir", dir, "error", err)
 			}
 		}

@@ -17,8 +17,9 @@ type before struct {
 	Strategy deployments.Strategy `json:"strategy"`
 }
 
-// under reports whether it can be put back while r is deployed: r has the same dest and strategy.
-func (b *before) under(r *artifact.Release) bool {
+// restorableUnder reports whether what was there before can be put back while r is deployed: r has the same dest and
+// strategy.
+func (b *before) restorableUnder(r *artifact.Release) bool {
 	return r.Manifest.Src != "" && r.Manifest.Dest == b.Dest && r.Manifest.Strategy == b.Strategy
 }
 
@@ -68,7 +69,7 @@ func (u *Unit) Leave(ctx context.Context) (err error) {
 	case failed != nil:
 	case d != nil && d.Step.beforeSwitch():
 		return u.Recover(ctx) // it takes the deployment back
-	case d != nil && (d.Step.goesBack() || !u.j.Before.under(r)):
+	case d != nil && (d.Step.goesBack() || !u.j.Before.restorableUnder(r)):
 		return u.advance(ctx)
 	}
 	if u.j.Deployment != nil { // even after a restart

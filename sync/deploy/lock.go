@@ -189,7 +189,7 @@ func (u *Unit) await(ctx context.Context, l *destLock) error {
 	}
 }
 
-// begun records in the lock file that dest is between releases, and done what it holds.
+// begun records in the lock file that dest is between releases; done records which release it holds.
 func (l *destLock) begun() { l.note("") }
 
 func (l *destLock) done(p deployments.Pointer) { l.note(p.Digest.String()) }

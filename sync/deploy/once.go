@@ -75,7 +75,7 @@ func Once(ctx context.Context, o OneShot) (err error) {
 		return err
 	}
 	defer func() { err = u.secrets.error(err) }()
-	r, err := u.locate(ctx, o.URL)
+	r, err := u.admitAt(ctx, o.URL)
 	if err != nil {
 		return err
 	}
@@ -146,8 +146,8 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 	}
 }
 
-// locate admits the manifest at a URL or pointer.
-func (u *Unit) locate(ctx context.Context, text string) (*artifact.Release, error) {
+// admitAt admits the manifest at a URL or pointer.
+func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, error) {
 	if p, err := deployments.ParsePointer(text); err == nil {
 		return u.admit(ctx, p)
 	}

@@ -330,7 +330,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 func running(r *artifact.Release) func(*journal) {
 	return func(j *journal) {
 		j.Running, j.Version, j.Confirmed, j.Restored = r.Pointer, r.Manifest.Version, false, deployments.Digest{}
-		if j.Before != nil && !j.Before.under(r) {
+		if j.Before != nil && !j.Before.restorableUnder(r) {
 			j.Before = nil
 		}
 	}
