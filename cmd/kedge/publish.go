@@ -83,7 +83,7 @@ as it is: another level takes another version.`,
 			}
 			if err := deployments.CheckURL(strings.TrimSuffix(opt.To, "/") + "/x"); err != nil {
 				return usagef(
-					"--to %q: %w; want s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///DIR",
+					"--to %q: %w, as in s3://BUCKET/PREFIX or file:///DIR",
 					deployments.ShownURL(opt.To),
 					err,
 				)

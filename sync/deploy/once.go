@@ -148,8 +148,12 @@ func (u *Unit) stageWithin(ctx context.Context, r *artifact.Release, limits Fetc
 
 // admitAt admits the manifest at a URL or pointer.
 func (u *Unit) admitAt(ctx context.Context, text string) (*artifact.Release, error) {
-	if p, err := deployments.ParsePointer(text); err == nil {
+	p, err := deployments.ParsePointer(text)
+	switch {
+	case err == nil:
 		return u.admit(ctx, p)
+	case strings.Contains(text, "@sha256:"): // no object's name: a pointer that was cut off while it was copied
+		return nil, err
 	}
 	text = deployments.PlainURL(deployments.Trim(text))
 	if err := deployments.CheckSourceURL(text); err != nil {
