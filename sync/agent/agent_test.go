@@ -51,7 +51,8 @@ func TestConvergesAndReports(t *testing.T) {
 		t.Errorf("/status: %d %s", code, body)
 	}
 	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_unit_info{digest="`+two.Digest.Short()+`",role="web",unit="app",version="2"} 1`) ||
-		!strings.Contains(body, "kedge_agent_ready 1") {
+		!strings.Contains(body, "kedge_agent_ready 1") ||
+		!strings.Contains(body, `kedge_agent_store_up{prefix="desired/prod/web/"} 1`) {
 		t.Errorf("/metrics: %s", body)
 	}
 	a.stop()
@@ -271,6 +272,9 @@ func TestBootsWithoutTheStore(t *testing.T) {
 	a.awaitRunning(app, two)
 	if _, body := a.get("/status"); !strings.Contains(body, "last known state") || !strings.Contains(body, "trouble") {
 		t.Errorf("/status doesn't say that the store is away: %s", body)
+	}
+	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_store_up{prefix="desired/prod/web/"} 0`) {
+		t.Errorf("/metrics doesn't say that the store is away: %s", body)
 	}
 	a.awaitReady()
 
