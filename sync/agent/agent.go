@@ -389,7 +389,9 @@ func (a *Agent) rename(name string) {
 	if name == a.naming.saved {
 		return
 	}
-	a.c.Log.Info("this node takes the name that the store's agent has for it", "node", name, "was", was)
+	if name != was {
+		a.c.Log.Info("this node takes the name that the store's agent has for it", "node", name, "was", was)
+	}
 	if err := a.dir.SetNodeName(a.naming.host, name); err != nil {
 		a.c.Log.Warn("could not save this node's name for a start without the store", "node", name, "error", err)
 	}
