@@ -370,6 +370,7 @@ func (a *assembly) nodes(u *Unit) {
 		}
 	}
 	slices.SortFunc(u.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
+	u.versions = reportedVersions(u.Nodes)
 }
 
 // converged reports whether a node reports what it should run. If nothing is desired, it is converged.

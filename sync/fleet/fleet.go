@@ -55,6 +55,8 @@ type Unit struct {
 	Gone      int `json:"gone"`
 	// Error says why the record or a pin doesn't parse.
 	Error string `json:"error,omitempty"`
+	// versions are those that nodes report of their releases; nil: see Nodes.
+	versions map[deployments.Digest]string
 }
 
 // Unassigned is a node that no unit is for: its agent's stage or role may be mistyped.

@@ -107,8 +107,11 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	more := 0
 	for i := range u.Nodes {
 		n := &u.Nodes[i]
+		if n.Gone && !p.opt.Nodes {
+			continue
+		}
 		row, beside := f.NodeRow(u, n)
-		if !p.opt.Nodes && (n.Gone || n.Converged && beside == "") {
+		if !p.opt.Nodes && n.Converged && beside == "" {
 			continue
 		}
 		if len(rows) == mostNodes && !p.opt.Nodes {

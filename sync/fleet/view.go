@@ -476,12 +476,23 @@ func (u *Unit) version(p deployments.Pointer) string {
 	if p.IsZero() {
 		return "-"
 	}
-	for i := range u.Nodes {
-		if r := &u.Nodes[i].Report; r.Running.Digest == p.Digest && r.Version != "" {
-			return Clean(r.Version, mostVersion)
+	versions := u.versions
+	if versions == nil {
+		versions = reportedVersions(u.Nodes)
+	}
+	return Clean(cmp.Or(versions[p.Digest], p.Version()), mostVersion)
+}
+
+// reportedVersions returns the versions of the releases that nodes run, each as its first node reports it.
+func reportedVersions(nodes []Node) map[deployments.Digest]string {
+	versions := map[deployments.Digest]string{}
+	for i := range nodes {
+		r := &nodes[i].Report
+		if r.Version != "" && versions[r.Running.Digest] == "" {
+			versions[r.Running.Digest] = r.Version
 		}
 	}
-	return Clean(p.Version(), mostVersion)
+	return versions
 }
 
 func pinName(u *Unit, p deployments.Pin) string {
