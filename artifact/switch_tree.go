@@ -521,7 +521,7 @@ func (m moveSwitcher) SwitchBack(ctx context.Context, r, failed *Release, dirty 
 	}
 	if !staged {
 		if err := m.Stage(ctx, r, StageOptions{}); err != nil {
-			return fmt.Errorf("unpacking anew the release to go back to: %w", err)
+			return fmt.Errorf("unpacking again the release to go back to: %w", err)
 		}
 	}
 	if exists(dest) && !exists(aside) {
@@ -548,7 +548,7 @@ func (m moveSwitcher) Heal(ctx context.Context, r *Release) ([]Difference, error
 		return nil, nil
 	}
 	if err := m.Stage(ctx, r, StageOptions{}); err != nil {
-		return nil, fmt.Errorf("unpacking anew the release that is gone: %w", err)
+		return nil, fmt.Errorf("unpacking again the release that is gone: %w", err)
 	}
 	return nil, m.Switch(ctx, r)
 }

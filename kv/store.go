@@ -45,7 +45,7 @@ var (
 	ErrDenied   = errors.New("permission denied")
 	ErrNoFolder = errors.New("no such folder") // an ErrDenied, or perhaps a store that is still empty
 	// an ErrNoFolder, but the token may read the folder: for messages
-	ErrEmpty       = errors.New("nothing there yet")
+	ErrEmpty       = errors.New("the folder holds no key yet")
 	ErrUnavailable = errors.New("the store is unavailable")
 	ErrLeaseLost   = errors.New("the lease is lost")
 	ErrTooLarge    = errors.New("the value or transaction is too large")

@@ -144,7 +144,7 @@ func (x *indexer) add(s *packfile.Scanner, h *packfile.ObjectHeader) error {
 	case h.Type.IsDelta():
 		into = &start
 	case h.Type < plumbing.CommitObject || h.Type > plumbing.TagObject:
-		return fmt.Errorf("pack: an object of kind %d", h.Type)
+		return fmt.Errorf("pack: unknown kind of object: %d", h.Type)
 	case h.Length <= x.most:
 		hasher = plumbing.NewHasher(h.Type, h.Length)
 		into = hasher
