@@ -76,7 +76,6 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -187,28 +186,6 @@ type State struct {
 func (s State) Empty() bool {
 	return s.Running.IsZero() && s.LastGood.IsZero() && !s.Unfinished && !s.Drained && len(s.Failures) == 0
 }
-
-// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the
-// health checks. The unit went back to Back (zero: there was nothing to go back to), and Digest is quarantined.
-type Failed struct {
-	Release deployments.Pointer
-	Back    deployments.Pointer
-	Step    string // "pre", "switch", "post", "health", …
-	// Reason is ReasonUnhealthy if a check failed, with the fact check, else ReasonQuarantined. Facts: step,
-	// error.
-	Reason deployments.Reason
-	Facts  deployments.Facts
-	Err    error
-}
-
-func (f *Failed) Error() string {
-	if f.Back.IsZero() {
-		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Short(), f.Step, f.Err)
-	}
-	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Short(), f.Step, f.Back.Short(), f.Err)
-}
-
-func (f *Failed) Unwrap() error { return f.Err }
 
 // Open opens a unit's state. It runs nothing; call Recover next.
 func Open(c Config) (*Unit, error) {
@@ -466,24 +443,6 @@ func (u *Unit) converged(p deployments.Pointer) bool {
 	}
 	r, err := u.remembered(u.j.Running)
 	return err == nil && u.switcher(r).Live(r)
-}
-
-// Retry takes a digest out of quarantine; the zero digest means all.
-func (u *Unit) Retry(d deployments.Digest) error {
-	return u.save(func(j *journal) {
-		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(f Failure) bool { return d.IsZero() || f.Digest == d })
-	})
-}
-
-// SetKey sets the failure key of a quarantined release that has none.
-func (u *Unit) SetKey(d deployments.Digest, key string) error {
-	return u.save(func(j *journal) {
-		for i := range j.Quarantined {
-			if f := &j.Quarantined[i]; f.Digest == d && f.Key == "" {
-				f.Key = key
-			}
-		}
-	})
 }
 
 // Verify compares the live tree with its release. limit bounds the bytes read in a second (0: unbounded). It does

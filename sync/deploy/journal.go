@@ -61,26 +61,6 @@ type journal struct {
 	Told string `json:"told,omitempty"`
 }
 
-// Failure is a release that failed on this node. It stays in quarantine until Retry.
-type Failure struct {
-	Digest deployments.Digest `json:"digest"`
-	// Key identifies the request that failed: see Request. Empty: an earlier version wrote the journal.
-	Key  string              `json:"key,omitempty"`
-	Step string              `json:"step"`
-	Back deployments.Pointer `json:"back,omitzero"` // what the unit went back to
-	// Reason is the error's text.
-	Reason string    `json:"reason"`
-	At     time.Time `json:"at"` // the node's clock; for people
-}
-
-// Err returns the error that Deploy returned when the release p failed.
-func (f Failure) Err(p deployments.Pointer) *Failed {
-	return &Failed{
-		Release: p, Back: f.Back, Step: f.Step, Err: errors.New(f.Reason),
-		Reason: deployments.ReasonQuarantined, Facts: deployments.Facts{"step": f.Step, "error": f.Reason},
-	}
-}
-
 // deployment is a deployment under way.
 type deployment struct {
 	Release deployments.Pointer `json:"release"`
@@ -113,24 +93,6 @@ type deployment struct {
 	Unserved *unserved `json:"unserved,omitempty"`
 }
 
-// unserved says why the release that a deployment went back to isn't healthy.
-type unserved struct {
-	Step  step      `json:"step"`
-	Check string    `json:"check,omitempty"` // the check that failed
-	Error string    `json:"error"`
-	Since time.Time `json:"since"`
-}
-
-// fault says why a deployment goes back.
-type fault struct {
-	Step   step   `json:"step"`
-	Reason string `json:"reason"`
-	Check  string `json:"check,omitempty"` // the error of Reason, in the process in which it happened
-	Told   bool   `json:"told,omitempty"`  // its failure commands ran early
-
-	err error // Reason's, in the process in which it happened
-}
-
 // save makes a change durable in the journal, and only then visible. If it can't be written, the unit stays as it
 // was.
 func (u *Unit) save(change func(*journal)) error {
@@ -156,11 +118,6 @@ func (u *Unit) save(change func(*journal)) error {
 	u.j = next
 	u.mu.Unlock()
 	return nil
-}
-
-// failed reports whether p is in quarantine.
-func (j *journal) failed(p deployments.Pointer) bool {
-	return slices.ContainsFunc(j.Quarantined, func(f Failure) bool { return f.Digest == p.Digest })
 }
 
 // enter begins step s.

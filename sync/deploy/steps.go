@@ -3,7 +3,6 @@ package deploy
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"slices"
@@ -92,15 +91,6 @@ func (d *deployment) target() deployments.Pointer {
 	}
 }
 
-// reverse turns d around before its switch. If no pre commands were begun, only the drain has to be taken back.
-func (d *deployment) reverse() {
-	if d.Step == stepDrain {
-		d.enter(stepBackUndrain)
-	} else {
-		d.enter(stepBack)
-	}
-}
-
 // pass moves on to the step after d's. After the last one the deployment is over.
 func (j *journal) pass() {
 	d := j.Deployment
@@ -116,44 +106,6 @@ func (j *journal) pass() {
 		j.Before = nil // it is at dest again
 	}
 	j.forgetAttempts(d.target().Digest)
-}
-
-// fail quarantines the deployment's release, and turns the deployment back for good.
-func (j *journal) fail(err error) {
-	d := j.Deployment
-	if len(j.Quarantined) >= maxQuarantined {
-		j.Quarantined = slices.Delete(j.Quarantined, 0, 1)
-	}
-	j.Quarantined = append(j.Quarantined, Failure{
-		Digest: d.Release.Digest, Key: d.Key, Step: string(d.Step), Back: d.Back, Reason: short(err), At: time.Now().UTC(),
-	})
-	d.Fault = &fault{Step: d.Step, Reason: short(err), err: err}
-	if failed := new(checkError); errors.As(err, &failed) {
-		d.Fault.Check = failed.check
-	}
-	if errors.Is(err, artifact.ErrUntouched) {
-		d.Touched = d.Over
-	}
-	d.enter(stepBack)
-}
-
-// failed returns the error of a finished deployment that failed.
-func (d *deployment) failed() *Failed {
-	f := &Failed{Release: d.Release, Back: d.Back, Step: string(d.Fault.Step), Err: d.Fault.cause()}
-	f.Reason = deployments.ReasonQuarantined
-	f.Facts = deployments.Facts{"step": f.Step, "error": d.Fault.Reason}
-	if d.Fault.Check != "" {
-		f.Reason = deployments.ReasonUnhealthy
-		f.Facts["check"] = d.Fault.Check
-	}
-	return f
-}
-
-func (f *fault) cause() error {
-	if f.err != nil {
-		return f.err
-	}
-	return errors.New(f.Reason)
 }
 
 // advance runs the steps of the deployment under way until it is over. It is the only code that does, for new
@@ -208,40 +160,6 @@ func (u *Unit) advance(ctx context.Context) error {
 			u.lock.done(d.Release)
 		}
 		return nil
-	}
-}
-
-// handleStepError handles a step's error. It returns nil if the deployment goes on, backwards; otherwise it was taken
-// back, or is to be finished later.
-func (u *Unit) handleStepError(ctx context.Context, d *deployment, err error) error {
-	s := d.Step
-	stopped := ctx.Err() != nil
-	switch {
-	case (s == stepBackPost || s == stepBackHealth) && !stopped && !u.ending():
-		return u.stayOutOfService(ctx, d, err)
-	case s.goesBack(), s == stepUndrain, s == stepSuccess, s == stepTidy, stopped && !s.beforeSwitch(),
-		errors.Is(err, ErrSecretUnavailable) && !s.beforeSwitch():
-		return fmt.Errorf("deploying %s was stopped in %s, and is to be finished: %w", d.Release, s, err)
-	case stopped, s == stepDrain, s == stepSwitch && transient(err), errors.Is(err, ErrSecretUnavailable):
-		u.log.Warn("taking the deployment back", "release", d.Release.String(), "step", string(s), "error", err)
-		if failed := u.save(func(j *journal) { j.Deployment.reverse() }); failed != nil {
-			return errors.Join(err, failed)
-		}
-		ctx, cancel := context.WithTimeoutCause(
-			context.WithoutCancel(ctx),
-			takeBackWithin,
-			fmt.Errorf("it took longer than %s", takeBackWithin),
-		)
-		defer cancel()
-		if failed := u.advance(ctx); failed != nil {
-			return fmt.Errorf("deploying %s was stopped in %s: %w; taking it back: %w", d.Release, s, err, failed)
-		}
-		return fmt.Errorf("deploying %s was stopped in %s, and taken back: %w", d.Release, s, err)
-	case u.ending():
-		return fmt.Errorf("deploying %s in %s: the machine is shutting down: %w", d.Release, s, err)
-	default:
-		u.log.Error("the deployment failed", "release", d.Release.String(), "step", string(s), "error", err)
-		return u.save(func(j *journal) { j.fail(err) })
 	}
 }
 
@@ -346,73 +264,6 @@ func (u *Unit) confirmed(j *journal) {
 func (u *Unit) served(j *journal) {
 	u.confirmed(j)
 	j.Deployment.Unserved = nil
-}
-
-// failureCommands runs, once, the failure commands of a deployment that failed, or of a release that is left.
-func (u *Unit) failureCommands(ctx context.Context, d *deployment, r, old *artifact.Release) error {
-	if d.Fault == nil && !d.Leaves || d.Fault != nil && d.Fault.Told {
-		return nil
-	}
-	at := *d
-	at.Step = stepFailure // even if they run early
-	if err := u.note(
-		ctx,
-		"a failure command failed",
-		u.commands(ctx, &at, r, old, r.Manifest.Commands.Failure),
-	); err != nil {
-		return err
-	}
-	return u.note(ctx, "could not remove old releases", u.tidy(r))
-}
-
-// stayOutOfService records that the release that the deployment goes back to isn't healthy. Its post commands and
-// checks are tried again, and the unit stays out of service until they pass. The first time, the failed release's
-// failure commands run, so that people learn of it.
-func (u *Unit) stayOutOfService(ctx context.Context, d *deployment, cause error) error {
-	u.log.Error("the release that it went back to does not serve: its commands and checks will be tried again",
-		"release", d.target().String(), "step", string(d.Step), "error", cause)
-	r, err := u.need(ctx, d.Release)
-	if err != nil {
-		return errors.Join(cause, err)
-	}
-	old, err := u.need(ctx, d.target())
-	if err != nil {
-		return errors.Join(cause, err)
-	}
-	if err := u.failureCommands(ctx, d, r, old); err != nil {
-		return errors.Join(cause, err)
-	}
-	err = u.save(func(j *journal) {
-		d := j.Deployment
-		now := &unserved{Step: d.Step, Error: short(cause), Since: time.Now().UTC()}
-		if d.Unserved != nil {
-			now.Since = d.Unserved.Since
-		}
-		if failed := new(checkError); errors.As(cause, &failed) {
-			now.Check = failed.check
-		}
-		d.Unserved, j.Confirmed = now, false
-		a := j.attempt(d.owner(), stepBackPost)
-		if a.Begun != nil { // they were not cut off
-			a.Begun = nil
-			j.setAttempt(a)
-		}
-		if d.Fault != nil {
-			told := *d.Fault
-			told.Told = true
-			d.Fault = &told
-		}
-		if u.switcher(old).Live(old) {
-			d.enter(stepBackPost)
-		} else {
-			d.enter(stepBack)
-		}
-	})
-	if err != nil {
-		return errors.Join(cause, err)
-	}
-	return fmt.Errorf("release %s, which %s went back to, does not serve, and is tried again: %w",
-		d.target().Short(), u.name(), cause)
 }
 
 func exists(path string) bool {

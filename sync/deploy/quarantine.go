@@ -1,0 +1,75 @@
+package deploy
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"kedge/deployments"
+)
+
+// Failure is a release that failed on this node. It stays in quarantine until Retry.
+type Failure struct {
+	Digest deployments.Digest `json:"digest"`
+	// Key identifies the request that failed: see Request. Empty: an earlier version wrote the journal.
+	Key  string              `json:"key,omitempty"`
+	Step string              `json:"step"`
+	Back deployments.Pointer `json:"back,omitzero"` // what the unit went back to
+	// Reason is the error's text.
+	Reason string    `json:"reason"`
+	At     time.Time `json:"at"` // the node's clock; for people
+}
+
+// Err returns the error that Deploy returned when the release p failed.
+func (f Failure) Err(p deployments.Pointer) *Failed {
+	return &Failed{
+		Release: p, Back: f.Back, Step: f.Step, Err: errors.New(f.Reason),
+		Reason: deployments.ReasonQuarantined, Facts: deployments.Facts{"step": f.Step, "error": f.Reason},
+	}
+}
+
+// Failed is the error of a deployment that failed after its release was staged: by a command, the switch or the
+// health checks. The unit went back to Back (zero: there was nothing to go back to), and Digest is quarantined.
+type Failed struct {
+	Release deployments.Pointer
+	Back    deployments.Pointer
+	Step    string // "pre", "switch", "post", "health", …
+	// Reason is ReasonUnhealthy if a check failed, with the fact check, else ReasonQuarantined. Facts: step,
+	// error.
+	Reason deployments.Reason
+	Facts  deployments.Facts
+	Err    error
+}
+
+func (f *Failed) Error() string {
+	if f.Back.IsZero() {
+		return fmt.Sprintf("release %s failed in %s, with nothing to go back to: %v", f.Release.Short(), f.Step, f.Err)
+	}
+	return fmt.Sprintf("release %s failed in %s, went back to %s: %v", f.Release.Short(), f.Step, f.Back.Short(), f.Err)
+}
+
+func (f *Failed) Unwrap() error { return f.Err }
+
+// failed reports whether p is in quarantine.
+func (j *journal) failed(p deployments.Pointer) bool {
+	return slices.ContainsFunc(j.Quarantined, func(f Failure) bool { return f.Digest == p.Digest })
+}
+
+// Retry takes a digest out of quarantine; the zero digest means all.
+func (u *Unit) Retry(d deployments.Digest) error {
+	return u.save(func(j *journal) {
+		j.Quarantined = slices.DeleteFunc(j.Quarantined, func(f Failure) bool { return d.IsZero() || f.Digest == d })
+	})
+}
+
+// SetKey sets the failure key of a quarantined release that has none.
+func (u *Unit) SetKey(d deployments.Digest, key string) error {
+	return u.save(func(j *journal) {
+		for i := range j.Quarantined {
+			if f := &j.Quarantined[i]; f.Digest == d && f.Key == "" {
+				f.Key = key
+			}
+		}
+	})
+}
