@@ -14,7 +14,8 @@ const (
 	// Time is how much of the processors one input may take.
 	Time = 10 * time.Second
 	// Waiting is how long one input may take by the clock: it is long, as on a busy machine a parser stands still for
-	// most of it.
+	// most of it. While go test -fuzz runs, its engine ends a worker after ten seconds by the clock, and says that it
+	// hung or terminated with exit status 2: on such a machine that is no finding.
 	Waiting = 5 * time.Minute
 	// Memory is how much may be allocated for one input, in bytes, freed meanwhile or not.
 	Memory = 256 << 20
