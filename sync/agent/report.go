@@ -41,8 +41,8 @@ func (a *Agent) announces(role string) bool {
 const (
 	// progressEvery is the time between two reports that differ only in bytes fetched or in steps of a switch.
 	progressEvery = 3 * time.Second
-	// switchWithin is how long a node whose release is staged waits for its switch to begin before it reports the
-	// new goal: until then nothing is out of service.
+	// switchWithin is how long a node waits for its switch to begin before it reports the new goal and that it
+	// fetches: until then nothing is out of service. Most switches begin sooner, and are reported in its stead.
 	switchWithin = time.Second
 	// reportsPerSecond and reportBurst bound all reports but those that a switch waits for.
 	reportsPerSecond = 4
@@ -249,8 +249,8 @@ func (a *Agent) awaited(id deployments.UnitID) bool {
 	return u != nil && u.record.Value.Rollout != nil && len(u.record.Value.Rollout.Superseded) > 0
 }
 
-// startsWithin returns how long a report can wait whose only news is that units begin to switch to what they have
-// staged; 0: it has other news, or none of this.
+// startsWithin returns how long a report can wait whose only news is that units begin to fetch what they will switch
+// to, or have it; 0: it has other news, or none of this.
 func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wait time.Duration) {
 	if len(last) != len(now) {
 		return 0
@@ -258,7 +258,7 @@ func startsWithin(last, now map[string]deployments.UnitReport, at time.Time) (wa
 	for name, u := range now {
 		was, known := last[name]
 		starts := known && was.State == deployments.StateConverged && u.State == deployments.StateFetching &&
-			u.Error == "" && u.Staged == u.Want.Digest && !u.Want.IsZero()
+			u.Error == "" && !u.Want.IsZero()
 		switch {
 		case starts:
 			wait = max(wait, switchWithin-at.Sub(u.Since))

@@ -159,15 +159,21 @@ func TestReportsOfARollout(t *testing.T) {
 		t.Errorf("a node that waits for its turn writes %s", all[before:])
 	}
 	record.Rollout.Cutoff = 1<<64 - 1
+	began := time.Now()
 	w.desire(app, record)
 	a.awaitRunning(app, two)
+	await(t, "the report of that", func() (bool, string) {
+		r, _ := w.reported("web")
+		return r.Units["app"].State == deployments.StateConverged && r.Units["app"].Running == two, fmt.Sprint(r)
+	})
+	allowed := 2 + int(time.Since(began)/progressEvery) // a slow switch tells how it goes
 	record.Rollout = nil
 	record.Stable = deployments.Pointer{}
 	w.desire(app, record)
 	time.Sleep(2 * progressEvery)
 	all := reports()[before:]
-	if len(all) > 2 {
-		t.Errorf("%d reports: %s", len(all), strings.Join(all, "\n"))
+	if len(all) > allowed {
+		t.Errorf("%d reports, want at most %d: %s", len(all), allowed, strings.Join(all, "\n"))
 	}
 	r, err := deployments.ParseReport([]byte(all[len(all)-1]))
 	if u := r.Units["app"]; err != nil || u.State != deployments.StateConverged || u.Running != two || u.Generation != 2 ||
@@ -191,5 +197,40 @@ func TestFullReportsNameWhatSwitches(t *testing.T) {
 	}
 	if n := len(encoded(r)); n > deployments.MaxReport {
 		t.Errorf("the report has %d bytes", n)
+	}
+}
+
+// That a node fetches what it will switch to can wait for a second, as most switches have begun by then. What else a
+// report says can't.
+func TestFetchingIsReportedWithinASecond(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	want := deployments.Pointer{URL: "s3://releases/2.yaml", Digest: deployments.Digest{2}}
+	was := deployments.UnitReport{State: deployments.StateConverged}
+	was.Running.Digest = deployments.Digest{1}
+	fetching := was
+	fetching.State, fetching.Want, fetching.Since = deployments.StateFetching, want, now.Add(-switchWithin/4)
+	for name, c := range map[string]struct {
+		change func(u *deployments.UnitReport)
+		first  bool
+		wait   time.Duration
+	}{
+		"it fetches":         {func(*deployments.UnitReport) {}, false, switchWithin * 3 / 4},
+		"it has fetched":     {func(u *deployments.UnitReport) { u.Staged = want.Digest }, false, switchWithin * 3 / 4},
+		"a second ago":       {func(u *deployments.UnitReport) { u.Since = now.Add(-switchWithin) }, false, 0},
+		"it switches":        {func(u *deployments.UnitReport) { u.State = deployments.StateSwitching }, false, 0},
+		"it can't be had":    {func(u *deployments.UnitReport) { u.Error = "denied" }, false, 0},
+		"nothing is wanted":  {func(u *deployments.UnitReport) { u.Want = deployments.Pointer{} }, false, 0},
+		"the unit is new":    {func(*deployments.UnitReport) {}, true, 0},
+		"it is no longer up": {func(u *deployments.UnitReport) { u.State = deployments.StateUnhealthy }, false, 0},
+	} {
+		last, u := map[string]deployments.UnitReport{"other": was, "app": was}, fetching
+		if c.first {
+			delete(last, "app")
+		}
+		c.change(&u)
+		if wait := startsWithin(last, map[string]deployments.UnitReport{"other": was, "app": u}, now); wait != c.wait {
+			t.Errorf("%s: it waits for %v, want %v", name, wait, c.wait)
+		}
 	}
 }

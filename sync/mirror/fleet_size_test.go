@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -52,6 +53,7 @@ type agentsCount struct {
 	Live    map[string]int         // agents that run a release, by its pointer
 	Decided map[string][]time.Time // when each agent first decided on a release, by its pointer
 	Reports float64                // written
+	Said    map[string]int         // the reports by what they say
 	Turns   float64                // decisions made anew, of all units
 	Views   int64                  // of a watched prefix: what woke an agent
 }
@@ -70,6 +72,7 @@ func agentsProcess() error {
 	defer cancel()
 	seen := &agentsLog{live: map[string]int{}, decided: map[string][]time.Time{}}
 	metrics := make([]*prometheus.Registry, order.To-order.From)
+	said := &reportsSaid{counts: map[string]int{}}
 	var views, started atomic.Int64
 	var agents sync.WaitGroup
 	var making errgroup.Group
@@ -104,7 +107,7 @@ func agentsProcess() error {
 			}
 			metrics[i] = prometheus.NewRegistry()
 			a, err := agent.New(agent.Config{
-				Store: countedStore{store, &views}, Node: name, Stage: order.Unit.Stage, Roles: []string{order.Unit.Role},
+				Store: countedStore{store, &views, said}, Node: name, Stage: order.Unit.Stage, Roles: []string{order.Unit.Role},
 				StateDir: filepath.Join(order.States, name), Objects: objects, Metrics: metrics[i],
 				Log: slog.New(&agentLog{all: seen, decided: map[string]bool{}}),
 			})
@@ -125,7 +128,7 @@ func agentsProcess() error {
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
 		count := seen.count()
-		count.Started, count.Views = int(started.Load()), views.Load()
+		count.Started, count.Views, count.Said = int(started.Load()), views.Load(), said.read()
 		if count.Started == len(metrics) {
 			count.Reports, count.Turns = agentsMetrics(metrics)
 		}
@@ -154,10 +157,76 @@ func agentsMetrics(registries []*prometheus.Registry) (reports, turns float64) {
 	return reports, turns
 }
 
-// countedStore counts the views of its watches.
+// countedStore counts the views of its watches, and the reports that are written to it.
 type countedStore struct {
 	kv.Store
 	views *atomic.Int64
+	said  *reportsSaid
+}
+
+func (s countedStore) Presence(ctx context.Context, name string) (kv.Presence, error) {
+	p, err := s.Store.Presence(ctx, name)
+	return countedPresence{p, s.said}, err
+}
+
+// countedPresence counts the reports that it writes.
+type countedPresence struct {
+	kv.Presence
+	said *reportsSaid
+}
+
+func (p countedPresence) Put(ctx context.Context, key string, value []byte) error {
+	err := p.Presence.Put(ctx, key, value)
+	if err == nil {
+		p.said.add(value)
+	}
+	return err
+}
+
+func (p countedPresence) Join(ctx context.Context, key string, value []byte) (uint64, <-chan struct{}, error) {
+	since, lost, err := p.Presence.Join(ctx, key, value)
+	if err == nil {
+		p.said.add(value)
+	}
+	return since, lost, err
+}
+
+// reportsSaid counts reports by what they say.
+type reportsSaid struct {
+	mu     sync.Mutex
+	counts map[string]int
+}
+
+func (s *reportsSaid) add(value []byte) {
+	r, err := deployments.ParseReport(value)
+	if err != nil {
+		return
+	}
+	what := "no unit"
+	for _, u := range r.Units { // the fleet has one
+		what = string(u.State)
+		if u.Pinned {
+			what += ", pinned"
+		}
+		if u.Running.Digest != u.Want.Digest {
+			what += ", to switch"
+		}
+	}
+	if !r.Ready {
+		what += ", not ready"
+	}
+	if r.Joined == 0 {
+		what += ", joining"
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.counts[what]++
+}
+
+func (s *reportsSaid) read() map[string]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.counts)
 }
 
 func (s countedStore) Watch(ctx context.Context, prefix string, f func(kv.View)) error {
@@ -280,7 +349,7 @@ func startAgents(t *testing.T, cluster *kvtest.Consul, id deployments.UnitID, si
 // counted returns the sum of all processes' counters.
 func counted(t *testing.T, children []*agentsChild) agentsCount {
 	t.Helper()
-	sum := agentsCount{Live: map[string]int{}, Decided: map[string][]time.Time{}}
+	sum := agentsCount{Live: map[string]int{}, Decided: map[string][]time.Time{}, Said: map[string]int{}}
 	for _, c := range children {
 		var one agentsCount
 		_, err := io.WriteString(c.in, "\n")
@@ -294,6 +363,9 @@ func counted(t *testing.T, children []*agentsChild) agentsCount {
 		sum.Reports, sum.Turns = sum.Reports+one.Reports, sum.Turns+one.Turns
 		for p, n := range one.Live {
 			sum.Live[p] += n
+		}
+		for what, n := range one.Said {
+			sum.Said[what] += n
 		}
 		for p, times := range one.Decided {
 			sum.Decided[p] = append(sum.Decided[p], times...)
@@ -402,18 +474,38 @@ func (m *fleetMeter) stop(what string) phase {
 			used[who].rss)
 	}
 	m.t.Log(text)
+	m.said(m.before, after)
 	return p
+}
+
+// said logs what the reports between two counts said.
+func (m *fleetMeter) said(before, after agentsCount) {
+	m.t.Helper()
+	for _, what := range slices.Sorted(maps.Keys(after.Said)) {
+		if n := after.Said[what] - before.Said[what]; n > 0 {
+			m.t.Logf("  %.2f reports a node: %s", float64(n)/float64(m.size), what)
+		}
+	}
 }
 
 // live waits until all agents run a release.
 func (m *fleetMeter) live(p deployments.Pointer) {
 	m.t.Helper()
-	await(m.t, 2*time.Minute+time.Duration(m.size)*100*time.Millisecond, "all run "+p.URL, func() error {
-		if n := counted(m.t, m.children).Live[p.String()]; n < m.size {
-			time.Sleep(100 * time.Millisecond) // to count takes time that the agents need
-			return fmt.Errorf("%d of %d do", n, m.size)
+	const progressEvery = 10 * time.Second
+	began, said := time.Now(), time.Now()
+	await(m.t, 2*time.Minute+time.Duration(m.size)*200*time.Millisecond, "all run "+p.URL, func() error {
+		now := counted(m.t, m.children)
+		n := now.Live[p.String()]
+		if n == m.size {
+			return nil
 		}
-		return nil
+		if time.Since(said) > progressEvery {
+			said = time.Now()
+			m.t.Logf("  after %v: %d agents started, %d run %s, %d reports", time.Since(began).Round(time.Second),
+				now.Started, n, p.URL, int(now.Reports))
+		}
+		time.Sleep(100 * time.Millisecond) // to count takes time that the agents need
+		return fmt.Errorf("%d of %d do", n, m.size)
 	})
 }
 
@@ -442,12 +534,14 @@ func TestFleetAtSize(t *testing.T) {
 	r := &running{tb: t, store: store, log: &logtest.Buffer{}}
 	r.record(id.String(), func(r deployments.Record) bool { return r.Target == one })
 
-	began := time.Now()
+	began, entries := time.Now(), m.raftIndex()
 	m.children = startAgents(t, cluster, id, size)
 	m.live(one)
 	boot := counted(t, m.children)
-	t.Logf("%d agents in %d processes: all run their first release after %v; %.2f reports a node", size, len(m.children),
-		time.Since(began).Round(time.Millisecond), boot.Reports/float64(size))
+	t.Logf("%d agents in %d processes: all run their first release after %v; a node: %.2f reports, %.2f writes, of which "+
+		"2 make its policy and token", size, len(m.children), time.Since(began).Round(time.Millisecond),
+		boot.Reports/float64(size), float64(m.raftIndex()-entries)/float64(size))
+	m.said(agentsCount{}, boot)
 
 	pin := func(p deployments.Pointer) {
 		t.Helper()
