@@ -290,10 +290,22 @@ func TestNext(t *testing.T) {
 		{"back to stable, which all run", 0, halted, func(s *Situation) {
 			s.Unit.Release = s.Record.Stable
 		}, done, 0, "every node runs it"},
-		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) { settled(s); s.Freeze = FreezeState{Frozen: true, By: "xmas"} }, frozenPhase, 0, "xmas"},
-		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = FreezeState{Frozen: true, By: "xmas"} }, rolling, 4, "4 of 10"},
-		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) { there(s, 2); s.Freeze = FreezeState{Frozen: true, By: "xmas", Wait: true} }, rolling, 2, "xmas"},
-		{"promote passes a freeze", 0, frozenPhase, func(s *Situation) { s.Freeze = FreezeState{Frozen: true, By: "xmas"}; s.Order = "promote" }, rolling, 2, "2 of 10"},
+		{"a freeze keeps a new target from starting", 0, rolling, func(s *Situation) {
+			settled(s)
+			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
+		}, frozenPhase, 0, "xmas"},
+		{"a freeze lets a running rollout finish", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
+		}, rolling, 4, "4 of 10"},
+		{"a freeze makes a running rollout wait, as set", 2, rolling, func(s *Situation) {
+			there(s, 2)
+			s.Freeze = FreezeState{Frozen: true, By: "xmas", Wait: true}
+		}, rolling, 2, "xmas"},
+		{"promote passes a freeze", 0, frozenPhase, func(s *Situation) {
+			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
+			s.Order = "promote"
+		}, rolling, 2, "2 of 10"},
 		{"promote passes a freeze for one that is under way", 2, rolling, func(s *Situation) {
 			there(s, 2)
 			held(s)

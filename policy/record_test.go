@@ -231,7 +231,8 @@ func TestNextWrites(t *testing.T) {
 			s.Nodes[9].Report.Running = v2
 			s.Freeze = FreezeState{Frozen: true, By: "xmas"}
 		}, func(s *Situation, r *record) {
-			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon, Reason: deployments.ReasonFrozen, Message: frozenBy(FreezeState{Frozen: true, By: "xmas"})}
+			r.Target, r.Generation, r.Rollout = v3, 3, &progress{Phase: frozenPhase, Since: noon,
+				Reason: deployments.ReasonFrozen, Message: frozenBy(FreezeState{Frozen: true, By: "xmas"})}
 		}, "xmas", 0},
 
 		{"pause", 1, first, func(s *Situation) { canary(s); s.Order = "pause" }, func(s *Situation, r *record) {

@@ -125,7 +125,9 @@ tls { https { verify_incoming = true  ca_file = %q  cert_file = %q  key_file = %
 	if err := os.WriteFile(filepath.Join(ours, "client.pem"), []byte("half"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	kvtest.Await(t, "word of the damaged file", func() error { return has(&log, "could not read the certificates for Consul") })
+	kvtest.Await(t, "word of the damaged file", func() error {
+		return has(&log, "could not read the certificates for Consul")
+	})
 	put(t, c, "pins/prod/web/app", "v2")
 	take()
 	began := time.Now()

@@ -60,8 +60,14 @@ func TestTwoReleasesRefused(t *testing.T) {
 	})
 	a := w.start(func(c *Config) { c.Bounds.NoCommands = true })
 	a.awaitState(app, deployments.StateInvalid)
-	await(t, "both to be refused", func() (bool, string) { n := w.log.Count("the release is refused"); return n >= 2, fmt.Sprint(n) })
-	steadily(t, "refused once each", func() (bool, string) { n := w.log.Count("the release is refused"); return n == 2, fmt.Sprint(n) })
+	await(t, "both to be refused", func() (bool, string) {
+		n := w.log.Count("the release is refused")
+		return n >= 2, fmt.Sprint(n)
+	})
+	steadily(t, "refused once each", func() (bool, string) {
+		n := w.log.Count("the release is refused")
+		return n == 2, fmt.Sprint(n)
+	})
 }
 
 // A unit whose dest was taken gets it once nothing names the other unit, in whichever order the keys are written.

@@ -186,7 +186,10 @@ func TestNameThatComesLate(t *testing.T) {
 	a.awaitRunning(app, one)
 	close(store.open)
 	await(t, "its name", func() (bool, string) { return a.Node() == "i-0abc", a.Node() })
-	steadily(t, "its pins aren't known", func() (bool, string) { a.changed.Set(); return w.live("app") == "1", w.live("app") })
+	steadily(t, "its pins aren't known", func() (bool, string) {
+		a.changed.Set()
+		return w.live("app") == "1", w.live("app")
+	})
 	close(pins)
 	await(t, "its pins", func() (bool, string) {
 		return a.Status().Decisions["web/app"].Source == policy.FromNodePin, w.log.String()

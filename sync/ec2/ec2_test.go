@@ -336,7 +336,8 @@ func TestHookWithoutAction(t *testing.T) {
 	}
 	converged := make(chan struct{})
 	close(converged)
-	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler), actionWait: time.Millisecond}
+	h := Hook{Name: "ready", Instance: i, Timeout: time.Hour, Log: slog.New(slog.DiscardHandler),
+		actionWait: time.Millisecond}
 	if err := h.Run(t.Context(), converged); err != nil {
 		t.Fatal(err)
 	}

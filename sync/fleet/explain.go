@@ -396,7 +396,8 @@ func WriteExplain(w io.Writer, f *Fleet, id deployments.UnitID, node string, d D
 			mark = p.paint(Bad, "!") + " "
 		}
 		what := message.Clean(s.What)
-		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4, p.names(u, message.OneLine(s.Says)), Plain)
+		p.wrap(mark+what+strings.Repeat(" ", wide-utf8.RuneCountInString(what)+2), wide+4,
+			p.names(u, message.OneLine(s.Says)), Plain)
 		if s.Hint != "" {
 			p.wrap(strings.Repeat(" ", wide+4)+p.paint(Warn, "to change it: "), wide+6, oneWord(message.OneLine(s.Hint)), Plain)
 		}

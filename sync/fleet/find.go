@@ -131,7 +131,8 @@ func UnitsOf(f *Fleet, node string) (NodeUnits, error) {
 func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	p := &printer{opt: opt}
 	if len(of.Units) == 0 {
-		p.raw("No unit is meant for " + message.Clean(of.Node) + ": its stage or its roles may be mistyped. See kedge status.")
+		p.raw("No unit is meant for " + message.Clean(of.Node) +
+			": its stage or its roles may be mistyped. See kedge status.")
 	}
 	rows := [][]Text{header([]string{"UNIT", "STATE", "RUNS", "FOR"})}
 	var notes []string

@@ -212,7 +212,8 @@ func Outcome(
 		case errors.Is(err, kv.ErrNotFound):
 			return outcome(ctx, store, id, verb, was)
 		case err == nil && !bytes.Equal(there.Value, value):
-			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id, clip(message.OneLine(string(there.Value)), 40))
+			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id,
+				clip(message.OneLine(string(there.Value)), 40))
 		case time.Now().After(end):
 			return "", fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within)
 		}

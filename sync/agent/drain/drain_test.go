@@ -98,7 +98,8 @@ func TestSwitchThatHasNothingToWaitFor(t *testing.T) {
 		superseded := errors.New("superseded")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		cancel(superseded)
-		d = New(func(context.Context, bool, string) error { return errors.New("consul is away") }, make(chan struct{}), slog.New(slog.DiscardHandler))
+		away := func(context.Context, bool, string) error { return errors.New("consul is away") }
+		d = New(away, make(chan struct{}), slog.New(slog.DiscardHandler))
 		if err := d.Set(ctx, app, true); !errors.Is(err, superseded) {
 			t.Errorf("got %v", err)
 		}
@@ -120,7 +121,8 @@ func TestMaintenanceOfARunBefore(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			var calls []bool
 			converged := make(chan struct{})
-			d := New(func(_ context.Context, on bool, _ string) error { calls = append(calls, on); return nil }, converged, slog.New(slog.DiscardHandler))
+			record := func(_ context.Context, on bool, _ string) error { calls = append(calls, on); return nil }
+			d := New(record, converged, slog.New(slog.DiscardHandler))
 			go d.Run(ctx)
 			time.Sleep(time.Hour)
 			if len(calls) > 0 {
