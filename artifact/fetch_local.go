@@ -165,7 +165,8 @@ func newSharing(m *deployments.Manifest) sharing {
 }
 
 func (s sharing) mayLink(info unix.Stat_t, e *entry) bool {
-	return s.link && info.Mode&unix.S_IFMT == unix.S_IFREG && int(info.Uid) == s.uid && (s.gid == -1 || int(info.Gid) == s.gid) &&
+	return s.link && info.Mode&unix.S_IFMT == unix.S_IFREG && int(info.Uid) == s.uid &&
+		(s.gid == -1 || int(info.Gid) == s.gid) &&
 		info.Mode&0o7777 == unixMode(e.mode)
 }
 
@@ -364,7 +365,8 @@ func (w *treeWorker) linkKnown(i, n int, old *sourceReader, share sharing) (bool
 
 // linkNamed gives the file at a name e's name, and returns its state after that. If another file has the old name by
 // then, or the file has changed, it makes nothing.
-func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.Stat_t, share sharing) (*unix.Stat_t, error) {
+func (w *treeWorker) linkNamed(e *entry, from int, oldName string, before *unix.Stat_t,
+	share sharing) (*unix.Stat_t, error) {
 	dir, name, err := w.dirs.at(e.path)
 	if err != nil {
 		return nil, err

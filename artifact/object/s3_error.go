@@ -70,7 +70,10 @@ func s3Error(err error) error {
 		case "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired":
 			return fmt.Errorf("%w: %s answered %s", ErrDenied, call, message)
 		case "NoSuchBucket":
-			return fmt.Errorf("%w: there is no such bucket (its name, AWS_REGION and AWS_ENDPOINT_URL_S3 say which is asked for)", ErrNotFound)
+			return fmt.Errorf(
+				"%w: there is no such bucket (its name, AWS_REGION and AWS_ENDPOINT_URL_S3 say which is asked for)",
+				ErrNotFound,
+			)
 		case "NoSuchVersion":
 			return fmt.Errorf("%w: there is no such version of it", ErrNotFound)
 		case "RequestTimeout", "SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeTooSkewed", "OperationAborted",

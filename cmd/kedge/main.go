@@ -109,7 +109,8 @@ func (a *app) storeHint(err error) string {
 			cmp.Or(a.prefix, kv.DefaultPrefix),
 		)
 	case errors.Is(err, kv.ErrDenied):
-		return "CONSUL_HTTP_TOKEN has to name a token that may do this: for operators, one with the rules of kedge acl operator"
+		return "CONSUL_HTTP_TOKEN has to name a token that may do this: " +
+			"for operators, one with the rules of kedge acl operator"
 	}
 	return ""
 }

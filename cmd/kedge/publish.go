@@ -124,7 +124,8 @@ as it is: another level takes another version.`,
 			)
 			progress.clear()
 			if errors.Is(err, object.ErrUnavailable) {
-				err = hintError{err, "run it again when the storage answers: it takes up what is there already" + endpointHint(opt.To)}
+				hint := "run it again when the storage answers: it takes up what is there already"
+				err = hintError{err, hint + endpointHint(opt.To)}
 			}
 			if err != nil {
 				return err

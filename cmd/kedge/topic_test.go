@@ -47,7 +47,8 @@ func TestTopics(t *testing.T) {
 		}
 		for line := range strings.Lines(out) {
 			n := utf8.RuneCountInString(strings.TrimSuffix(line, "\n"))
-			if n > 80 && (!strings.HasPrefix(line, "    ") || definition.MatchString(line) && topic.Reference) && strings.Contains(strings.TrimSpace(line), " ") {
+			if n > 80 && (!strings.HasPrefix(line, "    ") || definition.MatchString(line) && topic.Reference) &&
+				strings.Contains(strings.TrimSpace(line), " ") {
 				t.Errorf("kedge help %s: a line of %d columns: %s", topic.Name, n, line)
 			}
 		}
@@ -63,7 +64,8 @@ func TestPageText(t *testing.T) {
 		"| name | meaning |\n| --- | --- |\n| a | short \\| b |\n\n## Next\n\n| n | m |\n|---|---|\n| key | what does not fit into a line at all |\n"
 	want := "A PAGE\n\nSome words that go on and on, see\nlimits (kedge help limits) and Git\n(https://git-scm.com).\n\n" +
 		"- an item that is longer than a line\n- another\n\n    kedge status   # as it is\n\n" +
-		"    # a comment\n    list:\n      - one\n        more: | text\n\n    name  what is too long for one\n          line\n\n" +
+		"    # a comment\n    list:\n      - one\n        more: | text\n\n" +
+		"    name  what is too long for one\n          line\n\n" +
 		"  name  meaning\n  a     short | b\n\nNEXT\n\n  n\n    m\n  key\n    what does not fit into a line at\n    all\n"
 	if got := pageText(page, 36); got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
@@ -73,7 +75,8 @@ func TestPageText(t *testing.T) {
 // What the page on troubleshooting quotes as a symptom is what kedge says: a message that is reworded is found here.
 func TestSymptomsAreSaid(t *testing.T) {
 	t.Parallel()
-	others := []string{"ACL not found", "lacks permission", "permission denied", "no space left on device"} // Consul's, Linux'
+	// Consul's, and Linux'
+	others := []string{"ACL not found", "lacks permission", "permission denied", "no space left on device"}
 	var said strings.Builder
 	err := filepath.WalkDir("../..", func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {

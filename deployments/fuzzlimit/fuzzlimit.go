@@ -26,7 +26,9 @@ const (
 func Run(t testing.TB, input any, parse func()) {
 	t.Helper()
 	before := allocated()
-	stop := guard(Time, Waiting, func(most time.Duration) { panic(fmt.Sprintf("it takes longer than %v: %q", most, input)) })
+	stop := guard(Time, Waiting, func(most time.Duration) {
+		panic(fmt.Sprintf("it takes longer than %v: %q", most, input))
+	})
 	parse()
 	stop()
 	if took := allocated() - before; took > Memory {

@@ -46,7 +46,8 @@ func TestGuard(t *testing.T) {
 		busy, waiting, want time.Duration
 		run                 func(late <-chan time.Duration)
 	}{
-		"waits":      {100 * time.Millisecond, time.Hour, 0, func(<-chan time.Duration) { time.Sleep(150 * time.Millisecond) }},
+		"waits": {100 * time.Millisecond, time.Hour, 0,
+			func(<-chan time.Duration) { time.Sleep(150 * time.Millisecond) }},
 		"never ends": {time.Hour, 10 * time.Millisecond, 10 * time.Millisecond, func(<-chan time.Duration) {}},
 		"is busy": {50 * time.Millisecond, time.Hour, 50 * time.Millisecond, func(late <-chan time.Duration) {
 			for len(late) == 0 {

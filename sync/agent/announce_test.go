@@ -129,7 +129,8 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 	}
 	rolls(2, two)
 	u := a.awaitState(app, deployments.StateUnhealthy)
-	if u.Failed != two.Digest || u.Running != one || !strings.Contains(u.Error, "failed in post") || !strings.Contains(u.Error, "exec") {
+	if u.Failed != two.Digest || u.Running != one || !strings.Contains(u.Error, "failed in post") ||
+		!strings.Contains(u.Error, "exec") {
 		t.Errorf("the rollout isn't told what failed: %+v", u)
 	}
 	rolls(3, three)

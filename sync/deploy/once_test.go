@@ -284,7 +284,8 @@ func TestOnceGoesBackAndTakesPointers(t *testing.T) {
 		t.Errorf("a wrong digest: %v", err)
 	}
 	cut := one.String()
-	if err := w.once(cut[:len(cut)-1]); err == nil || !strings.Contains(err.Error(), "64 hexadecimal digits, this has 63") {
+	err := w.once(cut[:len(cut)-1])
+	if err == nil || !strings.Contains(err.Error(), "64 hexadecimal digits, this has 63") {
 		t.Errorf("a pointer that was cut off: %v", err)
 	}
 	if err := w.once("ftp://host/manifest"); err == nil || !strings.Contains(err.Error(), "scheme") {

@@ -549,7 +549,8 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 		quarantined = append(quarantined, failed)
 	}
 	if len(quarantined) > 0 {
-		add("failed", strings.Join(quarantined, ", ")+": not tried again here until Git names it anew, or kedge retry "+u.ID.String())
+		again := "not tried again here until Git names it anew, or kedge retry " + u.ID.String()
+		add("failed", strings.Join(quarantined, ", ")+": "+again)
 	}
 	if !mentions(d, r.Error, anyStep) {
 		add("error", message.OneLine(r.Error))

@@ -293,7 +293,8 @@ func TestAssembleBoundsUnitsWithoutARecord(t *testing.T) {
 	if n := len(f.Units); n != 1+maxTold {
 		t.Errorf("%d units are shown", n)
 	}
-	if text := f.Errors["status/prod/web/*"]; !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
+	text := f.Errors["status/prod/web/*"]
+	if !strings.Contains(text, "80 more units") || !strings.Contains(text, "evil-1") {
 		t.Errorf("%v", f.Errors)
 	}
 }
@@ -348,8 +349,8 @@ func TestAssembleBoundsPinsAndOrders(t *testing.T) {
 	}
 }
 
-// An assembled unit has the versions of its releases in an index: a scan of all nodes for each node took 40 s of a table
-// of 50,000.
+// An assembled unit has the versions of its releases in an index: a scan of all nodes for each node took 40 s of a
+// table of 50,000.
 func TestVersionsAreIndexed(t *testing.T) {
 	t.Parallel()
 	var entries []kv.Entry

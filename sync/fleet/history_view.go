@@ -20,7 +20,8 @@ func HistoryRow(h deployments.History) []Text {
 	if !h.At.IsZero() {
 		at = h.At.UTC().Format("2006-01-02 15:04Z")
 	}
-	commit, author, subject := message.Clean(safetext.Prefix(h.Commit, 8)), AuthorName(h.Author), message.OneLine(h.Subject)
+	commit := message.Clean(safetext.Prefix(h.Commit, 8))
+	author, subject := AuthorName(h.Author), message.OneLine(h.Subject)
 	if pin, ok := PinOf(h); ok {
 		commit, author, subject = "-", message.OneLine(pin.By), "pinned"
 	}

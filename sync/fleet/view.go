@@ -352,7 +352,8 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 	for _, node := range pinned[:min(len(pinned), mostNodes)] {
 		pin := u.Pins[node]
 		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
-		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)), moved), Plain)
+		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)),
+			moved), Plain)
 	}
 	if n := len(pinned) - mostNodes; n > 0 {
 		add(fmt.Sprintf("and %d more", n), Plain, "pins of single nodes: kedge status "+u.ID.String()+" --json", Plain)

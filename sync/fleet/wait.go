@@ -127,7 +127,8 @@ func (o *outage) end() {
 // CheckCommit returns an error unless a text can be a commit's hash, or the beginning of one.
 func CheckCommit(commit string) error {
 	if len(commit) < 7 || strings.Trim(strings.ToLower(commit), "0123456789abcdef") != "" {
-		return fmt.Errorf("commit %q: want its hash, at least seven digits of it: in a clone, $(git rev-parse %s)", commit, commit)
+		return fmt.Errorf("commit %q: want its hash, at least seven digits of it: in a clone, $(git rev-parse %s)",
+			commit, commit)
 	}
 	return nil
 }

@@ -222,9 +222,10 @@ func TestPages(t *testing.T) {
 func TestUnitSaysItsFreeze(t *testing.T) {
 	t.Parallel()
 	scene := troubledScene("what they say")
-	scene.entries = append(scene.entries, entry(kv.MirrorKey, deployments.MirrorState{Head: "a", Freeze: []deployments.FreezeWindow{
-		{Name: "stocktaking", Deny: "0 0 * * *", Duration: "23h", Units: []string{"prod/web/app"}},
-	}}))
+	scene.entries = append(scene.entries, entry(kv.MirrorKey,
+		deployments.MirrorState{Head: "a", Freeze: []deployments.FreezeWindow{
+			{Name: "stocktaking", Deny: "0 0 * * *", Duration: "23h", Units: []string{"prod/web/app"}},
+		}}))
 	w := offline(t, scene)
 	for address, want := range map[string]bool{"/prod/web/app": true, "/prod/web/other": false} {
 		_, html := page(t, w, address)
