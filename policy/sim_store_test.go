@@ -203,7 +203,8 @@ func (w *world) mirror(order string) (again time.Time) {
 		// Those that hang have had their time: they give up their room.
 		if !w.now.Before(before.Rollout.Since.Add(w.unit.Rollout.Deadline)) {
 			for _, n := range w.nodes {
-				if w.unsettled(n) || busy(&n.told.report) { // or so the mirror thinks
+				// or so the mirror thinks; and a node that has yet to see its unit's new name begins anew
+				if w.unsettled(n) || busy(&n.told.report) || n.epoch < w.epoch {
 					n.free = true
 				}
 			}
