@@ -21,7 +21,7 @@ func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	ports := make([]int, 3)
 	var held []*net.TCPListener
 	for i := range ports {
-		l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.ParseIP(n.IP)})
+		l, err := listenBelow(n.IP)
 		if err != nil {
 			c.tb.Fatalf("find a free port on %s: %v", n.IP, err)
 		}
@@ -40,6 +40,18 @@ func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 		}
 	})
 	return n
+}
+
+// listenBelow listens at a free port of an address, below those that the system gives to whoever asks for any port:
+// such a listener of all addresses would have the port too, while Consul starts.
+func listenBelow(ip string) (l *net.TCPListener, err error) {
+	for range 20 {
+		port := 10_000 + rand.IntN(20_000)
+		if l, err = net.ListenTCP("tcp", &net.TCPAddr{IP: net.ParseIP(ip), Port: port}); err == nil {
+			return l, nil
+		}
+	}
+	return nil, err
 }
 
 func (n *ConsulNode) configure(o ConsulOptions, server bool, servers int, join []string) {

@@ -459,9 +459,10 @@ func TestReadOnlyState(t *testing.T) {
 		}
 	}
 	t.Cleanup(unmount)
-	if err := syscall.Mount("", state, "", syscall.MS_REMOUNT|syscall.MS_BIND|syscall.MS_RDONLY, ""); err != nil {
-		t.Fatal(err)
-	}
+	await(t, "no file there to be open for writing", func() (bool, string) {
+		err := syscall.Mount("", state, "", syscall.MS_REMOUNT|syscall.MS_BIND|syscall.MS_RDONLY, "")
+		return err == nil, fmt.Sprint(err)
+	})
 	w.put(kv.DesiredKey(app), two.String())
 	await(t, "a report that says why", func() (bool, string) {
 		u := a.Report()["web"].Units["app"]
