@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"os"
 	"reflect"
@@ -264,19 +265,47 @@ func checkVariables(environment []string) error {
 		known = append(known, commandVariables...) // a release's command started this process
 	}
 	var errs []error
-	for _, variable := range environment {
-		name, _, _ := strings.Cut(variable, "=")
-		field, ours := strings.CutPrefix(name, "KEDGE_")
-		if field = strings.ToLower(field); !ours || slices.Contains(known, field) || strings.HasPrefix(field, "test_") {
+	for name, near := range unknownVariables(environment, known) {
+		if near == "" {
+			errs = append(errs, fmt.Errorf("unknown variable %s", name))
 			continue
 		}
-		err := fmt.Errorf("unknown variable %s", name)
-		if near := deployments.Nearest(field, slices.Values(known)); near != "" {
-			err = fmt.Errorf("unknown variable %s: did you mean KEDGE_%s?", name, strings.ToUpper(near))
-		}
-		errs = append(errs, err)
+		errs = append(errs, fmt.Errorf("unknown variable %s: did you mean %s?", name, near))
 	}
 	return errors.Join(errs...)
+}
+
+// warnOfVariables tells of variables that are nearly the name of a setting. Unlike a daemon's, the environment that
+// a person or a script runs other commands in has variables of its own, so that no other name is told of.
+func (a *app) warnOfVariables(environment []string) {
+	known := slices.Concat(slices.Collect(agentFields), otherVariables, commandVariables)
+	for name, near := range unknownVariables(environment, known) {
+		if near != "" {
+			a.tell("kedge: warning: %s has no effect: did you mean %s?", name, near)
+		}
+	}
+}
+
+// unknownVariables yields the variables that begin with KEDGE_ and aren't known, and the known one that is meant, or
+// "".
+func unknownVariables(environment, known []string) iter.Seq2[string, string] {
+	return func(yield func(name, near string) bool) {
+		for _, variable := range environment {
+			name, _, _ := strings.Cut(variable, "=")
+			field, ours := strings.CutPrefix(name, "KEDGE_")
+			field = strings.ToLower(field)
+			if !ours || slices.Contains(known, field) || strings.HasPrefix(field, "test_") {
+				continue
+			}
+			near := deployments.Nearest(field, slices.Values(known))
+			if near != "" {
+				near = "KEDGE_" + strings.ToUpper(near)
+			}
+			if !yield(name, near) {
+				return
+			}
+		}
+	}
 }
 
 // quoteHint says how to write texts that the parser can't tell from YAML.

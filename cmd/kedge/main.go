@@ -155,6 +155,11 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not converged in time.`,
 			}
 			return usagef("unknown command %q", args[0])
 		},
+		PersistentPreRun: func(cmd *cobra.Command, _ []string) {
+			if cmd.GroupID != "daemon" && !strings.HasPrefix(cmd.Name(), "__") { // daemons refuse, completion is silent
+				a.warnOfVariables(os.Environ())
+			}
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	const most = 100 // columns, so that text is easy to read

@@ -184,6 +184,31 @@ func TestCheckVariables(t *testing.T) {
 	}
 }
 
+// Every command but the daemons, which refuse it, warns of a mistyped variable, and only of that: scripts have their own.
+func TestMistypedVariablesAreToldOf(t *testing.T) {
+	t.Parallel()
+	store, _ := operateStore(t)
+	for _, test := range []struct{ variable, want string }{
+		{"KEDGE_PREFX=other/", "KEDGE_PREFX has no effect: did you mean KEDGE_PREFIX?"},
+		{"KEDGE_DASHBOARD=https://kedge.acme.example", ""},
+		{"KEDGE_VERSION=1.4.2", ""},
+	} {
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := exec.CommandContext(t.Context(), self, "status", "--json", store)
+		c.Env = append(baseEnv(), "KEDGE_PLAY=1", test.variable)
+		var errs strings.Builder
+		c.Stderr = &errs
+		out, err := c.Output()
+		told := strings.Join(strings.Fields(errs.String()), " ")
+		if err != nil || !json.Valid(out) || !strings.Contains(told, test.want) || (told == "") != (test.want == "") {
+			t.Errorf("with %s: %v, says %q", test.variable, err, told)
+		}
+	}
+}
+
 // Whatever nodes, operators and Git say: nothing that a terminal would obey, or that changes the order of what is read,
 // comes out of --json.
 func TestJSONShowsNoControlCharacters(t *testing.T) {
