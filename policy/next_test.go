@@ -422,8 +422,8 @@ func TestNext(t *testing.T) {
 			s := step(c.admitted, c.phase)
 			c.set(&s)
 			m := Next(s)
-			if !m.Again.IsZero() && !m.Again.After(s.Now) {
-				t.Errorf("looks again at %v, which has been", m.Again)
+			if !m.Recheck.IsZero() && !m.Recheck.After(s.Now) {
+				t.Errorf("looks again at %v, which has been", m.Recheck)
 			}
 			phase, admitted := done, 0
 			if p := m.Record.Rollout; p != nil {
@@ -473,10 +473,10 @@ func TestNextAfterTheClockWentBack(t *testing.T) {
 	there(&s, 1)
 	s.Record.Rollout.Since, s.Record.Rollout.HealthySince = noon.Add(24*time.Hour), noon.Add(24*time.Hour)
 	m := Next(s)
-	if m.Record.Rollout.Phase != deployments.PhaseCanary || !m.Again.Equal(noon.Add(5*time.Minute)) {
-		t.Fatalf("it is %s, and looks again at %v", brief(m.Record), m.Again)
+	if m.Record.Rollout.Phase != deployments.PhaseCanary || !m.Recheck.Equal(noon.Add(5*time.Minute)) {
+		t.Fatalf("it is %s, and looks again at %v", brief(m.Record), m.Recheck)
 	}
-	s.Record, s.Now = m.Record, m.Again
+	s.Record, s.Now = m.Record, m.Recheck
 	if m = Next(s); m.Record.Rollout.Phase != deployments.PhaseRolling {
 		t.Errorf("after the bake it is %s", brief(m.Record))
 	}
@@ -508,8 +508,8 @@ func TestNextWritesOnceWhileTheStoreMayBeAway(t *testing.T) {
 	s.Record = Next(s).Record
 	s.Now = noon.Add(time.Second)
 	s.Seen = s.Now
-	if m := Next(s); !reflect.DeepEqual(m.Record, s.Record) || !m.Again.Equal(s.Now.Add(reportWithin)) {
-		t.Errorf("%s, once more after %v", brief(m.Record), m.Again.Sub(s.Now))
+	if m := Next(s); !reflect.DeepEqual(m.Record, s.Record) || !m.Recheck.Equal(s.Now.Add(reportWithin)) {
+		t.Errorf("%s, once more after %v", brief(m.Record), m.Recheck.Sub(s.Now))
 	}
 }
 

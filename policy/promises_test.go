@@ -47,8 +47,8 @@ func drive(t *testing.T, s *Situation) (most int, phases []deployments.Phase) {
 		if again := Next(*s); changed == 0 && again.Record.Rollout == nil && s.Record.Rollout == nil && again.Record.Joined == s.Record.Joined ||
 			changed == 0 && s.Record.Rollout != nil && s.Record.Rollout.Phase == deployments.PhaseRolledBack {
 			return most, phases
-		} else if !again.Again.IsZero() && changed == 0 {
-			s.Now = again.Again
+		} else if !again.Recheck.IsZero() && changed == 0 {
+			s.Now = again.Recheck
 		}
 	}
 	t.Fatalf("it does not end: %s", brief(s.Record))
@@ -268,11 +268,11 @@ func TestAShortListIsNotTheFleet(t *testing.T) {
 		s.Record.Nodes = 10
 		shorten(&s)
 		m := Next(s)
-		if p := m.Record.Rollout; p == nil || p.Cutoff == everyRank || m.Reason != deployments.ReasonNodesMissing || m.Again.IsZero() {
+		if p := m.Record.Rollout; p == nil || p.Cutoff == everyRank || m.Reason != deployments.ReasonNodesMissing || m.Recheck.IsZero() {
 			t.Errorf("%s: %s %v", name, m.Reason, brief(m.Record))
 			continue
 		}
-		s.Record, s.Now = m.Record, m.Again
+		s.Record, s.Now = m.Record, m.Recheck
 		if m = Next(s); m.Record.Rollout != nil {
 			t.Errorf("%s: once it has stood: %s", name, brief(m.Record))
 		}
@@ -317,8 +317,8 @@ func notListed(t *testing.T, name string, phase deployments.Phase, list func(all
 	if n := admitted(&all, m.Record); n > 2 || m.Record.Joined > 1 {
 		t.Errorf("%s: %d admitted, told up to %d: %s", name, n, m.Record.Joined, brief(m.Record))
 	}
-	if len(s.Nodes) > 0 && (m.Again.IsZero() || m.Again.After(left.Add(shortList))) {
-		t.Errorf("%s: it looks again at %v", name, m.Again)
+	if len(s.Nodes) > 0 && (m.Recheck.IsZero() || m.Recheck.After(left.Add(shortList))) {
+		t.Errorf("%s: it looks again at %v", name, m.Recheck)
 	}
 	s.Now = left.Add(shortList) // those that live are listed again by then
 	if m = Next(s); len(s.Nodes) == 8 && admitted(&all, m.Record) == 2 {
@@ -389,8 +389,8 @@ func TestTheDeadHoldNoRolloutUp(t *testing.T) {
 		s.Record.Nodes = 10
 		c.lose(&s)
 		m := Next(s)
-		if ended := m.Record.Rollout == nil; ended != (c.want == 0) || !ended && !m.Again.Equal(s.Now.Add(c.want)) {
-			t.Errorf("%s: ended %v, looks again at %v, want after %v: %s", name, ended, m.Again, c.want, brief(m.Record))
+		if ended := m.Record.Rollout == nil; ended != (c.want == 0) || !ended && !m.Recheck.Equal(s.Now.Add(c.want)) {
+			t.Errorf("%s: ended %v, looks again at %v, want after %v: %s", name, ended, m.Recheck, c.want, brief(m.Record))
 		}
 	}
 }
@@ -576,12 +576,12 @@ func TestTheFirstReleaseKeepsWhatSomethingElseServes(t *testing.T) {
 func heardFirst(t *testing.T, s Situation, silent func(*deployments.UnitReport) bool) {
 	t.Helper()
 	m := Next(s)
-	if p := m.Record.Rollout; m.Reason != deployments.ReasonUnheard || admitted(&s, m.Record) > 0 || m.Again.IsZero() {
-		t.Errorf("before all nodes have reported: %s, %s, again at %v", m.Reason, brief(m.Record), m.Again)
-	} else if !m.Again.Equal(p.Since.Add(reportWithin)) {
-		t.Errorf("it waits until %v, %s after it began", m.Again, m.Again.Sub(p.Since))
+	if p := m.Record.Rollout; m.Reason != deployments.ReasonUnheard || admitted(&s, m.Record) > 0 || m.Recheck.IsZero() {
+		t.Errorf("before all nodes have reported: %s, %s, again at %v", m.Reason, brief(m.Record), m.Recheck)
+	} else if !m.Recheck.Equal(p.Since.Add(reportWithin)) {
+		t.Errorf("it waits until %v, %s after it began", m.Recheck, m.Recheck.Sub(p.Since))
 	}
-	s.Now = m.Again
+	s.Now = m.Recheck
 	if m := Next(s); admitted(&s, m.Record) != 1 {
 		t.Errorf("once they have had the time: %s", brief(m.Record))
 	}

@@ -424,8 +424,8 @@ func TestNextWrites(t *testing.T) {
 				t.Errorf("says %q, want %q", says(m), c.says)
 			}
 			again := time.Duration(0)
-			if !m.Again.IsZero() {
-				again = m.Again.Sub(noon)
+			if !m.Recheck.IsZero() {
+				again = m.Recheck.Sub(noon)
 			}
 			if again != c.again {
 				t.Errorf("looks again in %v, want %v", again, c.again)

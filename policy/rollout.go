@@ -6,8 +6,8 @@ import (
 	"kedge/deployments"
 )
 
-// Move is the result of Next.
-type Move struct {
+// Transition is the result of Next.
+type Transition struct {
 	// Record is the next record; equal to the old one if nothing is to be done.
 	Record deployments.Record
 	// Reason, with its Facts, is what was done, or why nothing was; may be empty.
@@ -18,12 +18,12 @@ type Move struct {
 	Refused  bool
 	Did      deployments.Reason
 	DidFacts deployments.Facts
-	// Again is when time alone could change the answer; zero: never.
-	Again time.Time
+	// Recheck is when time alone could change the answer; zero: never.
+	Recheck time.Time
 }
 
 // Next computes the next record of a unit from its record, its unit file, the fleet's reports, an order and the
-// time. It has no side effects, and the same Situation gives the same Move. Once the record is written, Next is
+// time. It has no side effects, and the same Situation gives the same Transition. Once the record is written, Next is
 // called again. An order is always consumed: one that makes no sense in the rollout's phase changes nothing, and
 // Reason says so.
 //
@@ -35,7 +35,7 @@ type Move struct {
 // still act on an earlier record, as their reports don't name the newest generation; and nodes that left in the
 // middle of a switch. The record doesn't apply to a node that comes back before there is room for it: see
 // Record.Joined. Pinned and held nodes don't count; if all nodes are, the rollout waits.
-func Next(s Situation) Move {
+func Next(s Situation) Transition {
 	if s.Seen.After(s.Now) {
 		s.Seen = s.Now
 	}
@@ -50,7 +50,7 @@ func Next(s Situation) Move {
 	st := stateOf(s)
 	// otherwise there is no record yet that could stay as it is
 	if s.Pin != nil && s.Pin.Err != nil && s.Record.Generation > 0 {
-		return Move{Record: s.Record, Reason: deployments.ReasonInvalidPin,
+		return Transition{Record: s.Record, Reason: deployments.ReasonInvalidPin,
 			Facts: deployments.Facts{"error": clipped(s.Pin.Err.Error())}}
 	}
 	st = setTarget(in, st)
@@ -75,7 +75,7 @@ func Next(s Situation) Move {
 	if !st.on {
 		in.Ranks.forget()
 	}
-	m := Move{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Again: st.again,
+	m := Transition{Record: st.record(), Reason: st.why.reason, Facts: st.why.facts, Recheck: st.again,
 		Did: did.reason, DidFacts: did.facts}
 	if refused.reason != "" {
 		m.Reason, m.Facts, m.Refused = refused.reason, refused.facts, true

@@ -73,15 +73,15 @@ func (w *world) check() {
 }
 
 // stepped checks a step against the record before it.
-func (w *world) stepped(before deployments.Record, m Move, order string) {
+func (w *world) stepped(before deployments.Record, m Transition, order string) {
 	r, was, p := m.Record, before.Rollout, m.Record.Rollout
 	switch {
 	case r.Generation < before.Generation || r.Retry < before.Retry:
 		w.breaks("the generation went back from %d to %d", before.Generation, r.Generation)
 	case p != nil && len(p.Superseded) > deployments.MaxSuperseded+1:
 		w.breaks("%d targets replaced", len(p.Superseded))
-	case !m.Again.IsZero() && !m.Again.After(w.now):
-		w.breaks("it looks again at %v, which has been: %s", m.Again, brief(r))
+	case !m.Recheck.IsZero() && !m.Recheck.After(w.now):
+		w.breaks("it looks again at %v, which has been: %s", m.Recheck, brief(r))
 	case was != nil && p == nil && r.Target == before.Target && !before.Stable.IsZero() && r.Stable != r.Target:
 		w.breaks("it ended, and its target is not stable: %s", brief(r))
 	case before.Pinned != nil && r.Stable == before.Pinned.Stable:
@@ -96,13 +96,13 @@ func (w *world) stepped(before deployments.Record, m Move, order string) {
 }
 
 // sleeps checks that where a step changed nothing, time alone changes nothing before the time that it asked for.
-func (w *world) sleeps(s Situation, m Move) {
+func (w *world) sleeps(s Situation, m Transition) {
 	if slices.ContainsFunc(s.Nodes, func(n Node) bool { return n.Started.After(w.now) }) {
 		return // clocks were put back since: when they are where they were, such nodes are believed
 	}
 	later := w.now.Add(time.Duration(w.aside.IntN(240)) * time.Minute)
-	if !m.Again.IsZero() && !later.Before(m.Again) {
-		later = m.Again.Add(-1)
+	if !m.Recheck.IsZero() && !later.Before(m.Recheck) {
+		later = m.Recheck.Add(-1)
 	}
 	s.Now, s.Order, s.Ranks = later, "", &w.ranks
 	if then := Next(s); !reflect.DeepEqual(then.Record, m.Record) {

@@ -225,13 +225,13 @@ func (w *world) mirror(order string) (again time.Time) {
 	if w.refused && !reflect.DeepEqual(m.Record, stored) { // the folder key that it compares is gone: it makes it again
 		w.refused, w.waits = false, true
 		w.count("writes refused")
-		return m.Again
+		return m.Recheck
 	}
 	if w.own = m.Record; reflect.DeepEqual(m.Record, stored) {
 		if plain {
 			w.sleeps(s, m)
 		}
-		return m.Again
+		return m.Recheck
 	}
 	if m.Record.Generation > base.Floor {
 		w.remember(before, m.Record)
@@ -250,7 +250,7 @@ func (w *world) mirror(order string) (again time.Time) {
 	if w.keep {
 		w.say("mirror %q: %s", order, brief(m.Record))
 	}
-	return m.Again
+	return m.Recheck
 }
 
 // remember notes a generation in the history.

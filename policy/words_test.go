@@ -6,7 +6,7 @@ import (
 )
 
 // says puts a move in words, as the mirror does.
-func says(m Move) string {
+func says(m Transition) string {
 	switch p := m.Record.Rollout; {
 	case m.Refused:
 		return "changes nothing: " + message.Text(m.Reason, m.Facts)

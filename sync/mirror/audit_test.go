@@ -487,17 +487,17 @@ func TestNoteOrder(t *testing.T) {
 	o := order{Order: deployments.Order{Verb: deployments.VerbRetry, By: "ada"}, version: 3}
 	w := change{unit: id, order: o, after: deployments.Record{Generation: 7, Target: pointer("1"), Commit: "c"}}
 	in := inputs{now: now}
-	if h := in.noteOrder(w, policy.Move{}); h.Generation != 7 || h.Release != pointer("1") || len(h.Orders) != 1 {
+	if h := in.noteOrder(w, policy.Transition{}); h.Generation != 7 || h.Release != pointer("1") || len(h.Orders) != 1 {
 		t.Errorf("without an entry: %+v", h)
 	}
 	in.history = map[deployments.UnitID]deployments.History{id: {Generation: 7, Orders: []deployments.PastOrder{{}}}}
 	in.pastPins = map[deployments.UnitID][]deployments.PastPin{id: {{Node: "web-1"}}}
-	h := in.noteOrder(w, policy.Move{Refused: true, Reason: deployments.ReasonPaused})
+	h := in.noteOrder(w, policy.Transition{Refused: true, Reason: deployments.ReasonPaused})
 	if h.Generation != 7 || len(h.Orders) != 2 || len(h.Pins) != 1 || h.Orders[1].Refused != deployments.ReasonPaused {
 		t.Errorf("with the newest: %+v", h)
 	}
 	w.history = &deployments.History{Generation: 8}
-	if h := in.noteOrder(w, policy.Move{}); h.Generation != 8 || len(h.Orders) != 1 {
+	if h := in.noteOrder(w, policy.Transition{}); h.Generation != 8 || len(h.Orders) != 1 {
 		t.Errorf("with a new one: %+v", h)
 	}
 }

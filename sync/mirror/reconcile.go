@@ -283,7 +283,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	case ordered:
 		w.kind, w.value = "none", c.value
 	default:
-		return change{}, doNothing, step.Again
+		return change{}, doNothing, step.Recheck
 	}
 	if w.after.Generation > base.Floor {
 		w.note = in.noteOf(w, cmp.Or(message.Transition(step.Did, step.DidFacts), w.reason))
@@ -295,7 +295,7 @@ func (in inputs) unit(u deployments.Unit) (change, action, time.Time) {
 	if w.history != nil {
 		w.ops = append(w.ops, writeHistory(w.unit, w.history)...)
 	}
-	return w, doWrite, step.Again
+	return w, doWrite, step.Recheck
 }
 
 // lost returns the record to go on from if the store lost a unit's record; ok reports whether it did. until is when
@@ -329,7 +329,7 @@ func worded(r deployments.Record) deployments.Record {
 }
 
 // reasonOf returns what policy decided, in words; empty: there is nothing to say.
-func reasonOf(order deployments.Verb, m policy.Move) string {
+func reasonOf(order deployments.Verb, m policy.Transition) string {
 	switch p := m.Record.Rollout; {
 	case m.Refused:
 		return string(order) + " changes nothing: " + message.Text(m.Reason, m.Facts)
@@ -451,7 +451,7 @@ func (in inputs) carryPins(id deployments.UnitID, h *deployments.History) {
 
 // noteOrder returns the history entry that records the order consumed by a change: the entry of its new generation,
 // or else the newest one.
-func (in inputs) noteOrder(w change, step policy.Move) *deployments.History {
+func (in inputs) noteOrder(w change, step policy.Transition) *deployments.History {
 	entry := w.history
 	if newest, known := in.history[w.unit]; entry == nil && known {
 		newest.Pins = in.pastPins[w.unit]
