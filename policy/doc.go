@@ -26,8 +26,9 @@
 //     gives what was desired within snapshot_max_age (TestSnapshot, TestFirstBootWithoutConsul in cmd/kedge).
 //   - A node's token, which anything that runs as root on the node has, writes that node's report and ends sessions of
 //     its Consul node. It chooses nothing that a node runs (TestThefts; TestDocs in cmd/kedge logs a node in by a JWT,
-//     and has the keys of others refused). What it writes is bounded before it is believed (TestFloodOfReports in
-//     sync/mirror, FuzzReport, FuzzNext), and before people are told of it (TestHealthThatComesAndGoes and
+//     and has the keys of others refused). What it writes is bounded before it is believed (TestFloodOfReports,
+//     TestFloodOfNodesThatLeft and TestReportsBeyondTheRolesBound in sync/mirror, TestJunkReports in
+//     sync/fleet/reports, FuzzReport, FuzzNext), and before people are told of it (TestHealthThatComesAndGoes and
 //     TestHostileTexts in sync/notify, TestPagesOfHostileReports in sync/web).
 //   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as
 //     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,

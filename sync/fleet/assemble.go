@@ -14,6 +14,7 @@ import (
 	"kedge/kv"
 	"kedge/policy"
 	"kedge/sync/fleet/message"
+	"kedge/sync/fleet/reports"
 )
 
 // Assemble computes a Fleet from a store's entries; it ignores entries of other kinds. It is pure. Units that only
@@ -22,8 +23,9 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 
 // assembler computes one Fleet after the other. It parses only those reports and pins that changed.
 type assembler struct {
-	reports map[string]parsedReport
-	pins    map[string]parsedPin
+	reports    reports.Reader
+	pins       map[string]parsedPin
+	mostListed int // nodes that the units of a role list together; 0: reports.MaxRole
 }
 
 // parsedPin is a pin with the stored value that it was parsed from.
@@ -33,17 +35,8 @@ type parsedPin struct {
 	err   error
 }
 
-// parsedReport is a report with the stored value that it was parsed from.
-type parsedReport struct {
-	value  []byte
-	report deployments.Report
-	err    error
-}
-
 func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 	a := assembly{
-		known:     m.reports,
-		reports:   make(map[string]parsedReport, len(m.reports)),
 		knownPins: m.pins,
 		parsed:    make(map[string]parsedPin, len(m.pins)),
 		fleet:     &Fleet{At: now, Units: []Unit{}, Unassigned: []Unassigned{}, Errors: map[string]string{}},
@@ -67,15 +60,15 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 			a.desired(e, key)
 		case kv.PinsPrefix:
 			a.pins = append(a.pins, keyed{e, key})
-		case kv.StatusPrefix:
-			a.report(e, key)
 		case kv.ControlPrefix:
 			a.orders[key.UnitID()] = e
 		case kv.HistoryPrefix:
 			a.histories[key.UnitID()] = append(a.histories[key.UnitID()], readHistory(e))
 		}
 	}
-	m.reports = a.reports
+	for _, r := range m.reports.Read(entries) {
+		a.report(r)
+	}
 	for role, reporters := range a.roles {
 		for _, r := range reporters {
 			for name := range r.units {
@@ -92,6 +85,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		a.give(id, e)
 	}
 	a.assign()
+	a.hide(cmp.Or(m.mostListed, reports.MaxRole))
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
 		u := a.units[id]
@@ -112,9 +106,9 @@ type assembly struct {
 	// told maps each unit that only reports name to a node that names it.
 	told      map[deployments.UnitID]string
 	histories map[deployments.UnitID][]deployments.History
-	// known are the parsed reports of the Fleet before, and reports those of this one, by key.
-	known, reports map[string]parsedReport
-	// knownPins and parsed are the same for pins.
+	// hidden counts the live nodes of each role that aren't listed.
+	hidden map[deployments.RoleID]int
+	// knownPins are the parsed pins of the Fleet before, and parsed those of this one, by key.
 	knownPins, parsed map[string]parsedPin
 }
 
@@ -130,7 +124,7 @@ type reporter struct {
 	agent string
 	gone  bool
 	units map[string]deployments.UnitReport
-	err   error // its report doesn't parse
+	err   error // its report can't be used
 	// joined is Report.Joined
 	joined uint64
 }
@@ -172,11 +166,8 @@ func (a *assembly) overflow() {
 		nodes[role] = max(nodes[role], a.told[id])
 	}
 	for role, n := range more {
-		a.bad(
-			kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role)+someKeys,
-			fmt.Errorf("%d more units have no record, and are named by reports alone, "+
-				"as of %s: see whether that node's agent is yours", n, nodes[role]),
-		)
+		a.badRole(role, fmt.Errorf("%d more units have no record, and are named by reports alone, "+
+			"as of %s: see whether that node's agent is yours", n, nodes[role]))
 	}
 }
 
@@ -210,6 +201,14 @@ func (a *assembly) takePins() {
 
 // maxUnitErrors bounds the error text kept with a unit, in bytes. Each error is listed under its key, too.
 const maxUnitErrors = 4 << 10
+
+// badRole adds an error of a role's reports; the first of a kind stays.
+func (a *assembly) badRole(role deployments.RoleID, err error) {
+	key := kv.RolePrefix(kv.StatusPrefix, role.Stage, role.Role) + someKeys
+	if was := a.fleet.Errors[key]; !strings.Contains(was, err.Error()) {
+		a.fleet.Errors[key] = join(was, err.Error())
+	}
+}
 
 func (a *assembly) bad(key string, err error) { a.fleet.Errors[key] = err.Error() }
 
@@ -266,23 +265,20 @@ func (a *assembly) give(id deployments.UnitID, e kv.Entry) {
 	}
 }
 
-func (a *assembly) report(e kv.Entry, key kv.Key) {
-	r := reporter{name: key.Node, gone: e.Session == ""}
-	p, known := a.known[e.Key]
-	if !known || !bytes.Equal(p.value, e.Value) {
-		p.value = e.Value
-		p.report, p.err = deployments.ParseReport(e.Value)
+func (a *assembly) report(r reports.Report) {
+	n := reporter{
+		name: r.Key.Node, agent: r.Report.Agent, gone: r.Entry.Session == "", units: r.Report.Units, err: r.Err,
+		joined: r.Report.Joined,
 	}
-	a.reports[e.Key] = p
-	report := p.report
-	if r.err = p.err; r.err != nil {
-		a.bad(e.Key, r.err)
+	switch {
+	case errors.Is(n.err, reports.ErrTooMuch):
+		a.badRole(r.Key.Role, fmt.Errorf("%w: see which nodes report, and whether their agents are yours", n.err))
+	case n.err != nil:
+		a.bad(r.Entry.Key, n.err)
+	case r.Report.Reason != "":
+		a.bad(r.Entry.Key, errors.New(message.Text(r.Report.Reason, r.Report.Facts)))
 	}
-	if report.Reason != "" {
-		a.bad(e.Key, errors.New(message.Text(report.Reason, report.Facts)))
-	}
-	r.units, r.agent, r.joined = report.Units, report.Agent, report.Joined
-	a.roles[key.Role] = append(a.roles[key.Role], r)
+	a.roles[r.Key.Role] = append(a.roles[r.Key.Role], n)
 }
 
 func (a *assembly) mirror(e kv.Entry) {
@@ -335,7 +331,41 @@ func (a *assembly) assign() {
 	}
 }
 
-// nodes adds a unit's nodes, and counts them.
+// hide removes from each role the nodes that would make its units list more than mostListed nodes together. Those
+// stay that report on units, before those that report on none, and the live ones before the dead.
+func (a *assembly) hide(mostListed int) {
+	units := map[deployments.RoleID]int{}
+	for id := range a.units {
+		units[id.RoleID()]++
+	}
+	a.hidden = map[deployments.RoleID]int{}
+	for role, all := range a.roles {
+		most := mostListed / max(1, units[role])
+		if len(all) <= most {
+			continue
+		}
+		rank := func(r reporter) (rank int) {
+			if len(r.units) == 0 {
+				rank += 2
+			}
+			if r.gone {
+				rank++
+			}
+			return rank
+		}
+		slices.SortStableFunc(all, func(x, y reporter) int { return rank(x) - rank(y) })
+		for _, r := range all[most:] {
+			if !r.gone {
+				a.hidden[role]++
+			}
+		}
+		a.roles[role] = all[:most]
+		a.badRole(role, fmt.Errorf("%d of %d nodes aren't listed: delete the keys of those that aren't yours",
+			len(all)-most, len(all)))
+	}
+}
+
+// nodes adds a unit's nodes, and counts them. Live nodes of its role that aren't listed count as not converged.
 func (a *assembly) nodes(u *Unit) {
 	for _, r := range a.roles[u.ID.RoleID()] {
 		report, reports := r.units[u.ID.Unit]
@@ -350,7 +380,7 @@ func (a *assembly) nodes(u *Unit) {
 		n.Want, n.Why = decision.Target, message.Decision(decision.Reason, decision.Facts)
 		switch {
 		case r.err != nil:
-			n.Why = "its report does not parse"
+			n.Why = "its report can't be used"
 			n.Report.Error = r.err.Error()
 		case !reports && facts.Record.Present: // without a record the node reports nothing, and Why says so
 			n.Why = "has yet to report on it"
@@ -368,6 +398,9 @@ func (a *assembly) nodes(u *Unit) {
 		default:
 			u.Live++
 		}
+	}
+	if u.Record != nil && !u.Record.Orphaned {
+		u.Live += a.hidden[u.ID.RoleID()]
 	}
 	slices.SortFunc(u.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
 	u.versions = reportedVersions(u.Nodes)

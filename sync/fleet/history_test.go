@@ -19,7 +19,7 @@ func TestGitAhead(t *testing.T) {
 	history := []kv.Entry{past("4", 6, "3"), past("4", 5, "3"), past("3", 4, "2"), past("2", 3, "1"), past("3", 2, "1"), past("1", 1, "")}
 	pin := func(key, value string) kv.Entry { return put(key, value) }
 	at := func(version string) string { return release("app", version).String() }
-	node := func(name, version string) kv.Entry { return reports(name, runs("app", version)) }
+	node := func(name, version string) kv.Entry { return reportOf(name, runs("app", version)) }
 	for name, c := range map[string]struct {
 		entries []kv.Entry
 		want    map[string]int // by version
@@ -113,7 +113,7 @@ func TestWaitAfterARetry(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := openDir(t)
-			store(t, s, put(kv.DesiredKey(app), record), reports("web-1", failed))
+			store(t, s, put(kv.DesiredKey(app), record), reportOf("web-1", failed))
 			if err := order(t, s, "retry"); err != nil {
 				t.Fatal(err)
 			}
@@ -130,7 +130,7 @@ func TestWaitAfterARetry(t *testing.T) {
 				t.Fatalf("Wait ended by what was before the retry: %v", err)
 			case <-time.After(3 * watchPause):
 			}
-			store(t, s, reports("web-1", c.then))
+			store(t, s, reportOf("web-1", c.then))
 			if err := ends(t, ended); (err == nil) != c.good {
 				t.Error(err)
 			}

@@ -62,7 +62,7 @@ func recordOf(version string, generation int64) kv.Entry {
 	return put(kv.DesiredKey(app), deployments.Record{Target: release("app", version), Generation: generation})
 }
 
-func reports(node string, r deployments.UnitReport) kv.Entry {
+func reportOf(node string, r deployments.UnitReport) kv.Entry {
 	return says(node, map[string]deployments.UnitReport{"app": r})
 }
 
@@ -71,14 +71,14 @@ func TestWait(t *testing.T) {
 	s := openDir(t)
 	fetching := runs("app", "1")
 	fetching.State = deployments.StateFetching
-	store(t, s, recordOf("1", 2), reports("web-1", fetching), gone(reports("web-9", fetching)))
+	store(t, s, recordOf("1", 2), reportOf("web-1", fetching), gone(reportOf("web-9", fetching)))
 	ended := waiting(t, s, "")
 	goesOn(t, s, ended)
-	unreadable := reports("web-1", fetching)
+	unreadable := reportOf("web-1", fetching)
 	unreadable.Value = []byte("{")
 	store(t, s, unreadable)
 	goesOn(t, s, ended)
-	store(t, s, reports("web-1", runs("app", "1")))
+	store(t, s, reportOf("web-1", runs("app", "1")))
 	if err := ends(t, ended); err != nil {
 		t.Error(err)
 	}
@@ -99,7 +99,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := openDir(t)
-			store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reports("web-1", runs("app", "1")))
+			store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reportOf("web-1", runs("app", "1")))
 			ended := waiting(t, s, second[:8])
 			goesOn(t, s, ended) // all is converged, on the commit before
 			store(t, s, c.then...)
@@ -113,7 +113,7 @@ func TestWaitForACommit(t *testing.T) {
 				goesOn(t, s, ended) // taken, and not converged yet
 				next := runs("app", "2")
 				next.Generation = 3
-				store(t, s, reports("web-1", next))
+				store(t, s, reportOf("web-1", next))
 			}
 			if err := ends(t, ended); err != nil {
 				t.Error(err)
@@ -123,7 +123,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}), reports("web-1", runs("app", "1")),
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}), reportOf("web-1", runs("app", "1")),
 			put("history/prod/web/app/0000000001", deployments.History{Generation: 1, Commit: second}))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
@@ -132,7 +132,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}), reportOf("web-1", runs("app", "1")))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
 		}
@@ -140,7 +140,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("the mirror takes the one before it first", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reportOf("web-1", runs("app", "1")))
 		ended := waiting(t, s, third)
 		goesOn(t, s, ended)
 		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12]}))
@@ -153,7 +153,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it is half written", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first, Applying: second}), reports("web-1", runs("app", "1")),
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first, Applying: second}), reportOf("web-1", runs("app", "1")),
 			put("history/prod/web/base/0000000001", deployments.History{Generation: 1, Commit: second}))
 		ended := waiting(t, s, second)
 		goesOn(t, s, ended)
@@ -173,7 +173,7 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it has no such unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reports("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reportOf("web-1", runs("app", "1")))
 		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, Waiting{Commit: second}); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
@@ -187,7 +187,7 @@ func TestWaitForACommit(t *testing.T) {
 		late := runs("app", "2")
 		late.Generation, late.State = 3, deployments.StateFetching
 		s := openDir(t)
-		store(t, s, put(kv.DesiredKey(other), halted), put(kv.DesiredKey(app), ours), reports("web-1", late),
+		store(t, s, put(kv.DesiredKey(other), halted), put(kv.DesiredKey(app), ours), reportOf("web-1", late),
 			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -221,10 +221,10 @@ func TestWaitEndsWhereANodeRefuses(t *testing.T) {
 		s := openDir(t)
 		earlier := r
 		earlier.Generation = 2
-		store(t, s, recordOf("2", 3), reports("web-1", earlier))
+		store(t, s, recordOf("2", 3), reportOf("web-1", earlier))
 		ended := waiting(t, s, "")
 		goesOn(t, s, ended) // it may try again under the new generation
-		store(t, s, reports("web-1", r))
+		store(t, s, reportOf("web-1", r))
 		err := ends(t, ended)
 		if !errors.Is(err, ErrRefused) {
 			t.Errorf("%s: %v", name, err)
@@ -242,7 +242,7 @@ func TestWaitForARollout(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
 	r := deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3, Rollout: &deployments.Progress{Phase: deployments.PhaseCanary, Since: noon}}
-	store(t, s, put(kv.DesiredKey(app), r), reports("web-1", runs("app", "1")))
+	store(t, s, put(kv.DesiredKey(app), r), reportOf("web-1", runs("app", "1")))
 	store(t, s, put(kv.PinKey(app), expired("hold")))
 	ended := waiting(t, s, "")
 	goesOn(t, s, ended) // the node runs what it should, but the rollout isn't over, and a pin that is says nothing of it
@@ -267,7 +267,7 @@ func TestWaitForAPin(t *testing.T) {
 	stopped.Rollout = &deployments.Progress{Phase: deployments.PhasePaused, Reason: deployments.ReasonTooManyFailed}
 	was := git
 	was.Target, was.Stable, was.Rollout = release("app", "3"), release("app", "1"), rolledBack
-	store(t, s, put(kv.DesiredKey(app), was), reports("web-1", runs("app", "1")))
+	store(t, s, put(kv.DesiredKey(app), was), reportOf("web-1", runs("app", "1")))
 	store(t, s, put(kv.PinKey(app), release("app", "2").String()))
 	ended := waiting(t, s, "")
 	goesOn(t, s, ended) // what the record says of an earlier release doesn't count
@@ -283,7 +283,7 @@ func TestWaitForAPin(t *testing.T) {
 	if next := u.Next(noon); !strings.Contains(next, "kedge unpin prod/web/app") {
 		t.Errorf("an operator is told: %q", next)
 	}
-	store(t, s, put(kv.DesiredKey(app), pinned), reports("web-1", runs("app", "2")))
+	store(t, s, put(kv.DesiredKey(app), pinned), reportOf("web-1", runs("app", "2")))
 	if err := ends(t, ended); err != nil {
 		t.Error(err)
 	}
@@ -291,7 +291,7 @@ func TestWaitForAPin(t *testing.T) {
 	store(t, s, put(kv.PinKey(app), expired(release("app", "2").String())))
 	ended = waiting(t, s, "")
 	goesOn(t, s, ended)
-	store(t, s, put(kv.DesiredKey(app), git), reports("web-1", runs("app", "1")))
+	store(t, s, put(kv.DesiredKey(app), git), reportOf("web-1", runs("app", "1")))
 	if err := ends(t, ended); err != nil {
 		t.Error(err)
 	}
@@ -304,7 +304,7 @@ func TestWaitForAPin(t *testing.T) {
 		if pin == "hold" {
 			held.State = deployments.StateHeld
 		}
-		store(t, s, put(kv.PinKey(app), pin), reports("web-1", held))
+		store(t, s, put(kv.PinKey(app), pin), reportOf("web-1", held))
 		if err := ends(t, waiting(t, s, "")); err != nil {
 			t.Errorf("%s: %v", pin, err)
 		}
@@ -316,7 +316,7 @@ func TestWaitForAPin(t *testing.T) {
 func TestWaitPassesOverWhatIsGoneFromGit(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
-	store(t, s, reports("web-1", runs("app", "1")))
+	store(t, s, reportOf("web-1", runs("app", "1")))
 	for _, phase := range []deployments.Phase{deployments.PhaseRolling, deployments.PhaseRolledBack} {
 		store(t, s, put(kv.DesiredKey(app), policy.Orphaned(deployments.Record{Target: release("app", "2"), Stable: release("app", "1"), Generation: 3,
 			Rollout: &deployments.Progress{Phase: phase, Since: noon}})))
@@ -333,7 +333,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 		commit  string
 		says    string
 	}{
-		"a node": {[]kv.Entry{recordOf("2", 3), reports("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
+		"a node": {[]kv.Entry{recordOf("2", 3), reportOf("web-1", runs("app", "1"))}, "", "0 of 1 nodes converged, web-1"},
 		"the unit": {
 			[]kv.Entry{put(kv.MirrorKey, deployments.MirrorState{Head: first})}, "", "the store knows no such unit",
 		},
@@ -347,7 +347,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 			second, "still at 111111111111; no mirror runs now",
 		},
 		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
-		"why an order stands": {[]kv.Entry{recordOf("1", 3), reports("web-1", runs("app", "1")), put(kv.ControlKey(app), "retry"),
+		"why an order stands": {[]kv.Entry{recordOf("1", 3), reportOf("web-1", runs("app", "1")), put(kv.ControlKey(app), "retry"),
 			put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "the store refuses what the commit asks for"})}, "", "yet to take the order to retry; the mirror says: the store refuses"},
 		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},
 	} {
@@ -386,7 +386,7 @@ func (b *blind) List(ctx context.Context, prefix string) ([]kv.Entry, error) {
 func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
-	store(t, s, recordOf("1", 2), reports("web-1", runs("app", "1")))
+	store(t, s, recordOf("1", 2), reportOf("web-1", runs("app", "1")))
 	for _, prefix := range []string{kv.DesiredPrefix, kv.PinsPrefix, kv.StatusPrefix} {
 		t.Run(prefix, func(t *testing.T) {
 			t.Parallel()
@@ -426,10 +426,10 @@ func (a *away) Watch(ctx context.Context, prefix string, f func(kv.View)) error 
 func TestWaitEndsWhenTheStoreStaysAway(t *testing.T) {
 	t.Parallel()
 	s := openDir(t)
-	store(t, s, recordOf("1", 2), reports("web-1", runs("app", "1")))
+	store(t, s, recordOf("1", 2), reportOf("web-1", runs("app", "1")))
 	told := ""
 	tell := func(missing string) { told += missing + "\n" }
-	err := Wait(t.Context(), &away{Store: s}, Filter{}, Waiting{Patience: 50 * time.Millisecond, Tell: tell})
+	err := Wait(t.Context(), &away{Store: s}, Filter{}, Waiting{Patience: 2 * time.Second, Tell: tell})
 	if !errors.Is(err, kv.ErrUnavailable) || !strings.Contains(err.Error(), "connection refused") || !strings.Contains(told, "connection refused") {
 		t.Errorf("%v, told %q", err, told)
 	}

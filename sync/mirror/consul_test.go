@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -141,8 +142,55 @@ func TestFloodOfReports(t *testing.T) {
 			},
 		)
 	}
-	if text := log.String(); strings.Count(text, "doesn't parse") != 1 || len(text) > 2*maxLogged {
+	if text := log.String(); strings.Count(text, "can't be used") != 1 || len(text) > 2*maxLogged {
 		t.Errorf("%d bytes were logged: %.300s", len(text), text)
+	}
+}
+
+// Entries that come and go without end are remembered in bounded number, the latest of them.
+func TestFloodOfNodesThatLeft(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := newObserver(slog.New(slog.DiscardHandler), func() {})
+		for round := range 3 {
+			entries := make([]kv.Entry, maxLeft)
+			for i := range entries {
+				entries[i] = kv.Entry{Key: fmt.Sprintf("status/prod/web/r%d-%d", round, i), Value: []byte("{}")}
+			}
+			o.fleet(kv.View{Synced: true, Entries: entries})
+			time.Sleep(time.Second)
+		}
+		o.fleet(kv.View{Synced: true})
+		left, _ := o.latest().fleet.leftSince(deployments.RoleID{Stage: "prod", Role: "web"})
+		if len(left) != maxLeft || len(o.left) != maxLeft || time.Since(slices.MinFunc(left, time.Time.Compare)) != 0 {
+			t.Errorf("%d of %d entries are remembered, the oldest from %v", len(left), 3*maxLeft, left[0])
+		}
+	})
+}
+
+// A node whose report isn't read, as others fill the role, is one that has not reported: it takes room in the budget.
+func TestReportsBeyondTheRolesBound(t *testing.T) {
+	t.Parallel()
+	log := &logtest.Buffer{}
+	o := newObserver(slog.New(slog.NewTextHandler(log, nil)), func() {})
+	junk := []byte(`{"units":{"app":{"state":"converged","drift":[""` + strings.Repeat(`,""`, 49_999) + `]}}}`)
+	var entries []kv.Entry
+	for i := range 15 {
+		entries = append(entries, kv.Entry{Key: fmt.Sprintf("status/prod/web/n%02d", i), Value: junk, Session: "s"})
+	}
+	o.fleet(kv.View{Synced: true, Entries: entries})
+	nodes := inputs{fleet: o.latest().fleet.roles}.nodes(deployments.UnitID{Stage: "prod", Role: "web", Unit: "app"})
+	heard := 0
+	for _, n := range nodes {
+		if n.Report.State != "" {
+			heard++
+		}
+	}
+	if len(nodes) != len(entries) || heard != 9 {
+		t.Errorf("of %d nodes %d are listed, and %d have reported", len(entries), len(nodes), heard)
+	}
+	if text := log.String(); !strings.Contains(text, "such=6") || !strings.Contains(text, "500000 units") {
+		t.Errorf("it is logged: %s", text)
 	}
 }
 

@@ -70,6 +70,10 @@ type observedFleet struct {
 // leftFor is how long the mirror remembers that a node's entry vanished: longer than any decision needs.
 const leftFor = 10 * time.Minute
 
+// maxLeft bounds the entries that the mirror remembers so, of all roles: a thief's token can write and remove any
+// number. Those that vanished first are forgotten.
+const maxLeft = 10_000
+
 // leftSince returns when the entries of a role's nodes vanished that are not back, and since when this has been
 // watched. Zero: unknown.
 func (f observedFleet) leftSince(role deployments.RoleID) (left []time.Time, following time.Time) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"kedge/deployments/wait"
 	"kedge/kv"
 	"kedge/policy"
+	"kedge/sync/fleet/reports"
 )
 
 // observer holds the latest views of the mirror's watches. Each value is parsed once, when it changes.
@@ -30,20 +32,11 @@ type observer struct {
 	cells    map[string]cell // by key in desired/
 	pinned   parsed[deployments.Pin]
 	ordered  parsed[deployments.Order]
-	reports  map[string]parsedReport // by key in status/
-	left     map[string]time.Time    // when each key in status/ vanished that is not back
-	hook     uint64                  // the last version of kv.MirrorHook that was passed on
-	complain rate.Sometimes          // bounds the lines about reports that don't parse, as a node can write many
-}
-
-// parsedReport is a report with the entry that it was parsed from, so that only reports that changed are parsed
-// again.
-type parsedReport struct {
-	version uint64
-	value   []byte // compared too, as a restored store reuses versions
-	report  deployments.Report
-	// goneSince is when the entry was first seen without a session; zero: it has one.
-	goneSince time.Time
+	reports  reports.Reader
+	listed   map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
+	left     map[string]time.Time // when each key in status/ vanished that is not back
+	hook     uint64               // the last version of kv.MirrorHook that was passed on
+	complain rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
 }
 
 // parsed holds a watch's values by key, with what they were parsed to.
@@ -78,7 +71,7 @@ func newObserver(log *slog.Logger, hooked func()) *observer {
 		hooked:   hooked,
 		log:      log,
 		cells:    map[string]cell{},
-		reports:  map[string]parsedReport{},
+		listed:   map[string]time.Time{},
 		left:     map[string]time.Time{},
 		complain: rate.Sometimes{First: 1, Interval: time.Minute},
 	}
@@ -149,55 +142,29 @@ func parseOrders(
 	return good, bad
 }
 
-// fleet takes a view of status/. A node whose report doesn't parse counts as one that has not reported.
+// fleet takes a view of status/. A node whose report can't be used counts as one that has not reported.
 func (o *observer) fleet(v kv.View) {
-	roles := map[deployments.RoleID][]reported{}
-	reports := make(map[string]parsedReport, len(v.Entries))
-	bad, worst, why := 0, "", error(nil)
-	for _, e := range v.Entries {
-		key, err := kv.ParseKey(e.Key)
-		if err != nil {
-			continue
-		}
-		known, ok := o.reports[e.Key]
-		if !ok || known.version != e.Version || !bytes.Equal(known.value, e.Value) {
-			report, err := deployments.ParseReport(e.Value)
-			if err != nil {
-				bad, worst, why = bad+1, e.Key, err
-			}
-			known = parsedReport{e.Version, e.Value, report, known.goneSince}
-		}
-		switch {
-		case e.Session != "":
-			known.goneSince = time.Time{}
-		case known.goneSince.IsZero():
-			known.goneSince = time.Now()
-		}
-		reports[e.Key] = known
-		roles[key.Role] = append(
-			roles[key.Role],
-			reported{node: key.Node, gone: e.Session == "", goneSince: known.goneSince, report: known.report},
-		)
-	}
 	at := time.Now()
-	for name := range o.reports {
-		if _, there := reports[name]; !there {
-			o.left[name] = at
+	roles := map[deployments.RoleID][]reported{}
+	listed := make(map[string]time.Time, len(v.Entries))
+	bad, worst, why := 0, "", error(nil)
+	for _, r := range o.reports.Read(v.Entries) {
+		if r.Err != nil {
+			bad, worst, why = bad+1, r.Entry.Key, r.Err
 		}
-	}
-	left := map[deployments.RoleID][]time.Time{}
-	for name, since := range o.left {
-		key, err := kv.ParseKey(name)
-		if _, back := reports[name]; back || err != nil || at.Sub(since) >= leftFor {
-			delete(o.left, name)
-			continue
+		gone, goneSince := r.Entry.Session == "", time.Time{}
+		if gone {
+			if goneSince = o.listed[r.Entry.Key]; goneSince.IsZero() {
+				goneSince = at
+			}
 		}
-		left[key.Role] = append(left[key.Role], since)
+		listed[r.Entry.Key] = goneSince
+		roles[r.Key.Role] = append(roles[r.Key.Role], reported{r.Key.Node, gone, goneSince, r.Report})
 	}
-	o.reports = reports
+	left := o.follow(listed, at)
 	if bad > 0 {
 		o.complain.Do(func() {
-			o.log.Warn("a node's report doesn't parse", "key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
+			o.log.Warn("a node's report can't be used", "key", worst, "such", bad, "error", clip(why.Error(), maxLogged))
 		})
 	}
 	o.update(func(now *observed) {
@@ -208,6 +175,38 @@ func (o *observer) fleet(v kv.View) {
 		now.fleet = observedFleet{v.Synced, v.Err, v.Since, v.Entries, roles, left, began}
 		now.sawFolders(kv.StatusPrefix, v)
 	})
+}
+
+// follow notes which keys of status/ vanished, and returns when by role.
+func (o *observer) follow(listed map[string]time.Time, at time.Time) map[deployments.RoleID][]time.Time {
+	for name := range o.listed {
+		if _, there := listed[name]; !there {
+			o.left[name] = at
+		}
+	}
+	o.listed = listed
+	left := map[deployments.RoleID][]time.Time{}
+	for name, since := range o.left {
+		key, err := kv.ParseKey(name)
+		if _, back := listed[name]; back || err != nil || at.Sub(since) >= leftFor {
+			delete(o.left, name)
+			continue
+		}
+		left[key.Role] = append(left[key.Role], since)
+	}
+	if len(o.left) > maxLeft {
+		o.forgetOldest()
+		return o.follow(listed, at)
+	}
+	return left
+}
+
+// forgetOldest forgets the keys that vanished first, so that maxLeft stay.
+func (o *observer) forgetOldest() {
+	names := slices.SortedFunc(maps.Keys(o.left), func(a, b string) int { return o.left[a].Compare(o.left[b]) })
+	for _, name := range names[:len(names)-maxLeft] {
+		delete(o.left, name)
+	}
 }
 
 // state takes a view of mirror/, to which another mirror may have written a webhook.
