@@ -32,7 +32,7 @@ var (
 // it. Source and signature are checked on the manifest's raw bytes, before variables of the environment are put
 // into it.
 func (u *Unit) admit(ctx context.Context, p deployments.Pointer) (*artifact.Release, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, manifestWithin, errManifestLate)
+	ctx, cancel := context.WithTimeoutCause(ctx, u.manifestWithin, errManifestLate)
 	defer cancel()
 	raw, err := u.read(ctx, p)
 	var r *artifact.Release

@@ -143,8 +143,9 @@ type Unit struct {
 	// boot is the ID of this boot. ending reports whether the machine shuts down. Tests replace both.
 	boot   string
 	ending func() bool
-	// maxCutOff is the constant of that name; tests replace it.
-	maxCutOff int
+	// maxCutOff and manifestWithin are the constants of those names; tests replace them.
+	maxCutOff      int
+	manifestWithin time.Duration
 
 	mu sync.Mutex // guards j against State; only the methods' goroutine writes j
 	j  journal
@@ -196,6 +197,7 @@ func Open(c Config) (*Unit, error) {
 	u := &Unit{
 		c: c, log: slog.New(masking{tee{next: c.Log.Handler(), text: text}, hidden}), text: text, secrets: hidden,
 		at: func(string) {}, boot: BootID(), ending: shuttingDown, maxCutOff: maxCutOff,
+		manifestWithin: manifestWithin,
 	}
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("opening the state of %s: %w", u.name(), err)

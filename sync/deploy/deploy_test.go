@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"slices"
 	"strings"
@@ -13,6 +15,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"kedge/artifact"
+	"kedge/artifact/object"
 	"kedge/deployments"
 	"kedge/policy"
 )
@@ -571,5 +574,41 @@ func TestBoundedUsersOwnTheTree(t *testing.T) {
 	}
 	if ownersOf(policy.Bounds{}) != nil {
 		t.Error("nothing is bounded, and owners are")
+	}
+}
+
+// A manifest or a signature that comes without end ends as an outage of its storage, by its deadline.
+func TestManifestsHaveADeadline(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		for r.Context().Err() == nil {
+			if _, err := rw.Write([]byte("#\n")); err != nil {
+				return
+			}
+			rw.(http.Flusher).Flush()
+			time.Sleep(time.Millisecond)
+		}
+	}))
+	t.Cleanup(server.Close)
+	for what, trust := range map[string]func(context.Context, deployments.Pointer, []byte) error{
+		"the manifest": nil,
+		"the signature": func(ctx context.Context, _ deployments.Pointer, _ []byte) error {
+			<-ctx.Done()
+			return ctx.Err()
+		},
+	} {
+		p := deployments.Pointer{URL: server.URL + "/manifest.yaml"}
+		if trust != nil {
+			p = w.publish("1", nil)
+		}
+		u := w.open(func(c *Config) { c.Trust = trust })
+		u.manifestWithin = 100 * time.Millisecond
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		err := u.Stage(ctx, p)
+		cancel()
+		if !errors.Is(err, errManifestLate) || !errors.Is(err, object.ErrUnavailable) {
+			t.Errorf("%s comes without end: %v", what, err)
+		}
 	}
 }

@@ -209,7 +209,7 @@ func (u *Unit) Settle() error {
 // ahead is a release that was settled on although its Created is ahead of the node's clock.
 type ahead struct {
 	Digest deployments.Digest `json:"digest"`
-	// the node's time at which it was settled o// the floor's key: "name app", "dest /srv/app", "unit prod/web/app"
+	// Settled is the node's time at which it was settled on.
 	Settled time.Time `json:"settled"`
 }
 
