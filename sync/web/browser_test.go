@@ -195,12 +195,12 @@ func TestPagesInABrowser(t *testing.T) {
 	}
 }
 
-// shoot writes a picture of the page.
+// shoot writes a picture of the whole page.
 func (b *browser) shoot(path string) {
 	b.t.Helper()
 	ctx, cancel := context.WithTimeout(b, time.Minute)
 	defer cancel()
-	png, err := chromedp.Run(ctx, chromedp.CaptureScreenshot())
+	png, err := chromedp.Run(ctx, chromedp.FullScreenshot(100))
 	if err == nil {
 		err = os.WriteFile(path, png, 0o600)
 	}

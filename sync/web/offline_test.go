@@ -1,6 +1,8 @@
 package web
 
 import (
+	"cmp"
+	"slices"
 	"testing"
 
 	"kedge/deployments"
@@ -38,14 +40,17 @@ func offlineWith(t *testing.T, s scene, store kv.Store) *Web {
 			if err != nil {
 				t.Fatal(err)
 			}
-			w.log.known[key.UnitID()] = changeOf(h)
+			if newest := changeOf(h); newest.generation > w.log.known[key.UnitID()].generation {
+				w.log.known[key.UnitID()] = newest
+			}
 			p := w.pasts[key.UnitID()]
 			if p == nil {
 				p = &past{}
 				w.pasts[key.UnitID()] = p
 			}
 			p.generation = max(p.generation, h.Generation)
-			p.entries = append([]deployments.History{h}, p.entries...)
+			p.entries = append(p.entries, h)
+			slices.SortFunc(p.entries, func(a, b deployments.History) int { return cmp.Compare(b.Generation, a.Generation) })
 		}
 	}
 	for _, f := range s.before {

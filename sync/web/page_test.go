@@ -276,9 +276,26 @@ func TestFilters(t *testing.T) {
 	}
 }
 
+// A unit that needs attention is told of once: the reason doesn't say the phase again.
+func TestProblemsSayThePhaseOnce(t *testing.T) {
+	t.Parallel()
+	for _, s := range []scene{bigScene(), appScene(40, deployments.PhaseRollingBack)} {
+		now, _ := offline(t, s).now()
+		for _, u := range now.all() {
+			if p := u.problem; p != nil && strings.HasPrefix(p.Why, p.What) {
+				t.Errorf("%s: %s %s", s.name, p.What, p.Why)
+			}
+			for _, step := range stepsOf(u, u.progress) {
+				if strings.HasPrefix(step.Note, "rolled back: ") {
+					t.Errorf("%s: the phase %s says %s", s.name, step.Name, step.Note)
+				}
+			}
+		}
+	}
+}
+
 // hostileScene is what a node or a person could write at worst: thousands of units in one report, long texts,
-// characters
-// that turn a line around.
+// characters that turn a line around.
 func hostileScene() scene {
 	long := strings.Repeat("\u202eevil\x1b[31m <b>", 5000)
 	units := map[string]deployments.UnitReport{}

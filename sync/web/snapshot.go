@@ -295,6 +295,15 @@ type problem struct {
 	Next string
 }
 
+// rolloutReason returns why a unit's rollout stands where it does, without the phase, which stands before it.
+func (u *unit) rolloutReason() string {
+	why := fleet.Clean(u.RolloutReason(), mostText)
+	if u.progress == nil {
+		return why
+	}
+	return strings.TrimPrefix(why, u.progress.Label+": ")
+}
+
 // problemOf returns what is wrong with a unit; nil: nothing that needs attention.
 func problemOf(u *unit, now time.Time) *problem {
 	p := &problem{ID: u.ID, Tone: "bad", Next: fleet.Clean(u.Next(now), mostText)}
@@ -304,7 +313,7 @@ func problemOf(u *unit, now time.Time) *problem {
 			live += n
 		}
 	}
-	why := fleet.Clean(u.RolloutReason(), mostText)
+	why := u.rolloutReason()
 	switch {
 	case u.Error != "":
 		p.What, p.Why = "does not parse", fleet.Clean(u.Error, mostText)

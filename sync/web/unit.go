@@ -201,7 +201,7 @@ func stepsOf(u *unit, p *progress) []step {
 		return nil
 	}
 	r := u.Record.Rollout
-	reason := fleet.Clean(u.RolloutReason(), mostText)
+	reason := u.rolloutReason()
 	admitted := fmt.Sprintf("%d of %d admitted", p.Admitted, p.Of)
 	passed := func(name string) step { return step{Name: name, State: "done"} }
 	now := func(name, note string) step {

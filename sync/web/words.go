@@ -20,6 +20,14 @@ func plural(n int, noun string) string {
 	return noun + "s"
 }
 
+// agree returns the verb of one or of several.
+func agree(n int, one, several string) string {
+	if n == 1 {
+		return one
+	}
+	return several
+}
+
 func plural2(n int, noun string) string { return itoa(n) + " " + plural(n, noun) }
 
 func more(n int) string { return fmt.Sprintf("+%d", n) }

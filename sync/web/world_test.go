@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"kedge/deployments"
@@ -261,7 +262,7 @@ func bigScene() scene {
 				}
 			case 70:
 				all = append(all, entry(kv.PinKey(main), map[string]any{
-					"release": release(stable).String(), "by": "lin", "reason": "1.8 leaks memory",
+					"release": release(stable).String(), "by": "lin", "reason": "1.8 leaks memory", "at_once": true,
 					"until": time.Now().Add(9 * time.Hour).UTC().Format(time.RFC3339),
 				}))
 				state = func(n int) deployments.UnitReport {
@@ -305,8 +306,8 @@ func awayScene() scene {
 	s := smallScene()
 	s.name = "away"
 	s.trouble = "read status/: the store is unavailable: dial tcp 127.0.0.1:8500: connect: connection refused"
-	s.entries = append(s.entries, report("web-2", unhealthy("1.4.2", "http http://127.0.0.1:8080/ready",
-		"503 Service Unavailable")))
+	ill := report("web-2", unhealthy("1.4.2", "http http://127.0.0.1:8080/ready", "503 Service Unavailable"))
+	s.entries[slices.IndexFunc(s.entries, func(e kv.Entry) bool { return e.Key == ill.Key })] = ill
 	s.node = "/prod/web/app/web-2"
 	return s
 }
