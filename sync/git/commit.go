@@ -70,10 +70,12 @@ func (o *Objects) loadWith(name string, verify verifier) (*Commit, error) {
 func (o *Objects) load(hash plumbing.Hash, verify verifier) (*Commit, error) {
 	bad := func(err error) (*Commit, error) { return nil, &BadCommit{hash.String(), err} }
 	raw, err := o.EncodedObject(plumbing.CommitObject, hash)
-	if err != nil {
+	switch {
+	case errors.Is(err, plumbing.ErrObjectNotFound) && o.HasEncodedObject(hash) == nil:
+		return bad(fmt.Errorf("%s is no commit, but an object of another kind, such as a tag: push a commit", hash))
+	case err != nil:
 		return nil, fmt.Errorf("commit %s: %w", hash, err)
-	}
-	if raw.Size() > maxFile {
+	case raw.Size() > maxFile:
 		return bad(fmt.Errorf("commit %s has %d bytes, without its files: at most %d are allowed", hash, raw.Size(), maxFile))
 	}
 	commit, err := object.DecodeCommit(o, raw)
