@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -22,26 +24,76 @@ import (
 	"kedge/deployments"
 )
 
-// twoReleases publishes a sample and its successor: two files edited, one added, one renamed, one removed.
+// twoReleases publishes a sample and its successor: two files edited, one added, one renamed, one removed. Each call
+// writes trees and stores of its own; their bytes are made once.
 func twoReleases(t testing.TB) (old, new *published) {
 	t.Helper()
+	oldTree, newTree := samples()
 	oldDir, newDir := t.TempDir(), t.TempDir()
-	tree := sample(1)
-	tree.write(t, oldDir)
-	old = publishTree(t, oldDir)
-	server := tree["bin/server"]
-	server.data = server.data[:3<<20] + "one line more" + server.data[3<<20:]
-	tree["bin/server"] = server
-	edited := tree["lib/deep/file200.txt"]
-	edited.data = strings.Replace(edited.data, "anchor", "kedge", 1)
-	tree["lib/deep/file200.txt"] = edited
-	tree["lib/deep/new.txt"] = testFile{mode: 0o644, data: "new"}
-	tree["lib/renamed"] = tree["lib/exact"]
-	delete(tree, "lib/exact")
-	delete(tree, "lib/deep/file100.txt")
-	tree.write(t, newDir)
-	return old, publishTree(t, newDir, old)
+	oldTree.write(t, oldDir)
+	newTree.write(t, newDir)
+	packedSamples.Do(func() {
+		old := publishTree(t, oldDir)
+		packedOld, packedNew = old, publishTree(t, newDir, old)
+		packedFiles = map[*published]map[string][]byte{}
+		for _, p := range []*published{packedOld, packedNew} {
+			packedFiles[p] = readFiles(t, p.store)
+		}
+	})
+	return again(t, packedOld, oldDir), again(t, packedNew, newDir)
 }
+
+var (
+	packedSamples        sync.Once
+	packedOld, packedNew *published
+	packedFiles          map[*published]map[string][]byte // of their stores
+)
+
+func readFiles(t testing.TB, dir string) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		data, failed := os.ReadFile(filepath.Join(dir, e.Name()))
+		files[e.Name()], err = data, errors.Join(err, failed)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return files
+}
+
+// again puts what was published from an equal tree into a store of its own.
+func again(t testing.TB, p *published, dir string) *published {
+	t.Helper()
+	if p == nil {
+		t.Fatal("another test could not publish the samples")
+	}
+	store := t.TempDir()
+	for name, data := range packedFiles[p] {
+		if err := os.WriteFile(filepath.Join(store, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &published{dir: dir, store: store, manifest: p.at("file://" + store), index: p.index}
+}
+
+// samples returns the trees of twoReleases.
+var samples = sync.OnceValues(func() (old, new testTree) {
+	old = sample(1)
+	new = maps.Clone(old)
+	server := new["bin/server"]
+	server.data = server.data[:3<<20] + "one line more" + server.data[3<<20:]
+	new["bin/server"] = server
+	edited := new["lib/deep/file200.txt"]
+	edited.data = strings.Replace(edited.data, "anchor", "kedge", 1)
+	new["lib/deep/file200.txt"] = edited
+	new["lib/deep/new.txt"] = testFile{mode: 0o644, data: "new"}
+	new["lib/renamed"] = new["lib/exact"]
+	delete(new, "lib/exact")
+	delete(new, "lib/deep/file100.txt")
+	return old, new
+})
 
 func size(t testing.TB, path string) int64 {
 	t.Helper()

@@ -624,7 +624,7 @@ func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
 		switch {
 		case strings.HasSuffix(name, recordSuffix),
 			strings.HasSuffix(name, indexSuffix),
-			strings.HasSuffix(name, madeSuffix), strings.HasSuffix(name, beforeSuffix),
+			strings.HasSuffix(name, changesSuffix), strings.HasSuffix(name, beforeSuffix),
 			// a version's name may end like this
 			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix):
 		case strings.HasPrefix(name, trashPrefix),
@@ -659,7 +659,7 @@ func (r *Releases) remove(name string) error {
 		return err
 	}
 	r.at("trashed")
-	for _, suffix := range []string{statsSuffix, madeSuffix, beforeSuffix, recordSuffix, indexSuffix} {
+	for _, suffix := range []string{statsSuffix, changesSuffix, beforeSuffix, recordSuffix, indexSuffix} {
 		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -251,7 +251,8 @@ func TestASpoolNeedsRoom(t *testing.T) {
 		archive []byte
 	}{
 		"plain": {"size=30m", tarWith(t, content)},
-		"gz":    {"size=38m", gz(tarWith(t, content, make([]byte, 10<<20)))}, // that it grows shows as it is unpacked
+		// It grows as it is unpacked.
+		"gz": {"size=38m", compressed(t, "gzip", tarWith(t, content, make([]byte, 10<<20)), "-1")},
 	} {
 		disk, archive := t.TempDir(), c.archive
 		mountTmpfs(t, disk, c.disk)

@@ -64,14 +64,14 @@ func (r *Releases) stage(
 	} else if !errors.Is(err, ErrNoRelease) {
 		return nil, err
 	}
-	if err := r.madeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // it belongs to a tree that was removed
+	if err := r.changeFiles(nameOf(m.Version, p.Digest)).forget(); err != nil { // it belongs to a tree that was removed
 		return nil, err
 	}
 	return r.renew(ctx, p, m, raw, r.base(opt.Base), opt, false)
 }
 
 // Heal stages a release anew, including its index, and exchanges the directories, so that dest is whole all the
-// time. It takes from the old tree only what the release's own commands made: see madeThing. Processes may still
+// time. It takes from the old tree only what the release's own commands made: see commandChange. Processes may still
 // work in the old tree: it stays until the release is removed or healed again.
 func (r *Releases) Heal(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(true)
@@ -120,13 +120,13 @@ func (r *Releases) renew(
 	}
 	r.at("synced")
 	dir := filepath.Join(r.top(), name)
-	var made []madeThing
+	var made []commandChange
 	if heals {
 		if err := noMounts(dir); err != nil { // nothing can be taken from a tree with a mount
 			return nil, err
 		}
-		made = readMade(r.madeFiles(name).made)
-		if err := r.restoreMade(staging, dir, m, made); err != nil {
+		made = readChanges(r.changeFiles(name).made)
+		if err := r.restoreChanges(staging, dir, m, made); err != nil {
 			return nil, err
 		}
 	}
@@ -265,12 +265,12 @@ func (r *Releases) healed(staging string) string {
 	return filepath.Join(r.private(), healPrefix+strings.TrimPrefix(filepath.Base(staging), stagingPrefix))
 }
 
-// restoreMade restores in a staged tree the files that the release's commands made, and their owners.
-func (r *Releases) restoreMade(staging, live string, m *deployments.Manifest, made []madeThing) error {
+// restoreChanges restores in a staged tree the files that the release's commands made, and their owners.
+func (r *Releases) restoreChanges(staging, live string, m *deployments.Manifest, made []commandChange) error {
 	if !exists(live) && len(made) == 0 {
 		return nil
 	}
-	if err := restoreMade(staging, live, made); err != nil {
+	if err := restoreChanges(staging, live, made); err != nil {
 		return err
 	}
 	if m.Owner == "" && exists(live) {

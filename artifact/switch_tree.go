@@ -105,10 +105,9 @@ func (t treeSwitcher) Prune(r *Release, _ int, _, _ []deployments.Digest) error 
 	return removeTree(parent.Path(besideName(r) + ".part"))
 }
 
-// Survey does nothing, and neither does Record: verify can't compare a tree that was moved. rsyncSwitcher has its
-// own.
-func (t treeSwitcher) Survey(context.Context, *Release) error { return nil }
-func (t treeSwitcher) Record(context.Context, *Release) error { return nil }
+// RecordBefore and RecordAfter do nothing: verify can't compare a tree that was moved. rsyncSwitcher has its own.
+func (t treeSwitcher) RecordBefore(context.Context, *Release) error { return nil }
+func (t treeSwitcher) RecordAfter(context.Context, *Release) error  { return nil }
 
 // rsyncSwitcher implements StrategyRsync: rsync writes into dest itself.
 type rsyncSwitcher struct{ treeSwitcher }
@@ -131,8 +130,8 @@ func (s rsyncSwitcher) Switch(ctx context.Context, r *Release) error {
 	if err := s.replaceLink(ctx, parent, r); err != nil {
 		return fmt.Errorf("replacing the link at dest: %w", err)
 	}
-	if s.c.Made != "" {
-		if err := s.madeFiles(r).forget(); err != nil { // rsync removes what they made
+	if s.c.Changes != "" {
+		if err := s.changeFiles(r).forget(); err != nil { // rsync removes what they made
 			return err
 		}
 	}
@@ -278,7 +277,7 @@ func (s rsyncSwitcher) Verify(ctx context.Context, r *Release, _ int64) ([]Diffe
 	if err != nil {
 		return nil, err
 	}
-	return s.madeFiles(r).overlaid(dest.Path(""), found)
+	return s.changeFiles(r).overlaid(dest.Path(""), found)
 }
 
 // open opens dest itself. It must exist, unless create is set.
@@ -291,15 +290,15 @@ func (s rsyncSwitcher) open(r *Release, create bool) (*Place, error) {
 	return s.dest(parent, r, create)
 }
 
-func (s rsyncSwitcher) madeFiles(r *Release) madeFiles {
-	name := filepath.Join(s.c.Made, r.Pointer.Digest.String())
-	return madeFiles{name + madeSuffix, name + beforeSuffix}
+func (s rsyncSwitcher) changeFiles(r *Release) changeFiles {
+	name := filepath.Join(s.c.Changes, r.Pointer.Digest.String())
+	return changeFiles{name + changesSuffix, name + beforeSuffix}
 }
 
 // Record lists what the release's commands changed in dest: rsync compares it with the tree that it copied there, by
 // size and time.
-func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
-	if s.c.Made == "" || !exists(s.tree(r)) {
+func (s rsyncSwitcher) RecordAfter(ctx context.Context, r *Release) error {
+	if s.c.Changes == "" || !exists(s.tree(r)) {
 		return nil
 	}
 	dest, err := s.open(r, false)
@@ -314,13 +313,13 @@ func (s rsyncSwitcher) Record(ctx context.Context, r *Release) error {
 	if err != nil {
 		return fmt.Errorf("recording what the commands of %s made: %w", r.Pointer, err)
 	}
-	if err := os.MkdirAll(s.c.Made, 0o700); err != nil {
+	if err := os.MkdirAll(s.c.Changes, 0o700); err != nil {
 		return err
 	}
-	left, err := s.madeFiles(r).record(dest.Path(""), found)
+	left, err := s.changeFiles(r).recordAfter(dest.Path(""), found)
 	if left > 0 && s.c.Log != nil {
 		s.c.Log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
-			"remembered", maxMade, "left_out", left)
+			"remembered", maxChanges, "left_out", left)
 	}
 	return err
 }
@@ -344,7 +343,7 @@ func (s rsyncSwitcher) differences(ctx context.Context, r *Release, dest *Place,
 
 // Heal leaves alone what r's commands made, and restores what it can of that.
 func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference, err error) {
-	made := readMade(s.madeFiles(r).made)
+	made := readChanges(s.changeFiles(r).made)
 	if len(made) == 0 {
 		return nil, s.SwitchBack(ctx, r, nil, false)
 	}
@@ -366,7 +365,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 		return nil, err
 	}
 	defer dest.Close()
-	exclude, err := s.excludeMade(r, dest, made)
+	exclude, err := s.excludeChanges(r, dest, made)
 	if err != nil {
 		return nil, err
 	}
@@ -376,7 +375,7 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	if err := os.Remove(exclude); err != nil {
 		return nil, err
 	}
-	if err := restoreMade(dest.Path(""), dest.Path(""), made); err != nil {
+	if err := restoreChanges(dest.Path(""), dest.Path(""), made); err != nil {
 		return nil, err
 	}
 	if err := syncFS(dest.Path("")); err != nil {
@@ -385,8 +384,8 @@ func (s rsyncSwitcher) Heal(ctx context.Context, r *Release) (left []Difference,
 	return s.Verify(ctx, r, 0)
 }
 
-// excludeMade writes rsync patterns for what commands made to a file.
-func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (file string, err error) {
+// excludeChanges writes rsync patterns for what commands made to a file.
+func (s rsyncSwitcher) excludeChanges(r *Release, dest *Place, made []commandChange) (file string, err error) {
 	live, err := openRestorer(dest.Path(""), dest.Path(""))
 	if err != nil {
 		return "", err
@@ -400,7 +399,7 @@ func (s rsyncSwitcher) excludeMade(r *Release, dest *Place, made []madeThing) (f
 		}
 		patterns.WriteString("/" + rsyncLiteral.Replace(m.Path) + "\n")
 	}
-	file = filepath.Join(s.c.Made, r.Pointer.Digest.String()+".exclude")
+	file = filepath.Join(s.c.Changes, r.Pointer.Digest.String()+".exclude")
 	return file, os.WriteFile(file, []byte(patterns.String()), 0o600)
 }
 

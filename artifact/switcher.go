@@ -41,10 +41,10 @@ type Switcher interface {
 	// Compare returns how the tree at dest, whoever put it there, differs from rel, which is staged. limit is
 	// Verify's.
 	Compare(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
-	// Survey is called before rel's commands run, and Record after its post commands. What the commands changed in
-	// the tree belongs to the release from then on.
-	Survey(ctx context.Context, rel *Release) error
-	Record(ctx context.Context, rel *Release) error
+	// RecordBefore is called before rel's commands run, and RecordAfter after its post commands. What they
+	// changed in the tree belongs to the release from then on.
+	RecordBefore(ctx context.Context, rel *Release) error
+	RecordAfter(ctx context.Context, rel *Release) error
 	// Verify compares the live tree with rel. limit bounds the bytes read in a second (0: unbounded).
 	Verify(ctx context.Context, rel *Release, limit int64) ([]Difference, error)
 	// Heal makes the live tree equal to rel. left are the remaining differences: those that only rel's commands
@@ -59,9 +59,9 @@ type Switcher interface {
 type SwitcherConfig struct {
 	Objects *object.Client
 	Log     *slog.Logger // nil: discard
-	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Made is one for records of
+	// Trees is a private directory for unpacked trees of the strategies rsync and mv. Changes is one for records of
 	// what releases' commands made, if the strategy has no directory of its own.
-	Trees, Made string
+	Trees, Changes string
 	// Before is a private directory for what was at dest before the first release of the strategies rsync and mv;
 	// empty: it is not kept.
 	Before string
@@ -106,8 +106,8 @@ func (commandsOnly) Restore(context.Context, *Release) (bool, error)            
 func (commandsOnly) Live(*Release) bool                                            { return true }
 func (commandsOnly) Dir(*Release) string                                           { return "" }
 func (commandsOnly) Verify(context.Context, *Release, int64) ([]Difference, error) { return nil, nil }
-func (commandsOnly) Survey(context.Context, *Release) error                        { return nil }
-func (commandsOnly) Record(context.Context, *Release) error                        { return nil }
+func (commandsOnly) RecordBefore(context.Context, *Release) error                  { return nil }
+func (commandsOnly) RecordAfter(context.Context, *Release) error                   { return nil }
 func (commandsOnly) Heal(context.Context, *Release) ([]Difference, error)          { return nil, nil }
 func (commandsOnly) Prune(_ *Release, _ int, _, _ []deployments.Digest) error      { return nil }
 
@@ -208,20 +208,20 @@ func (l linkSwitcher) Heal(ctx context.Context, rel *Release) (left []Difference
 	return left, l.releases.Switch(found)
 }
 
-func (l linkSwitcher) Survey(ctx context.Context, rel *Release) error {
+func (l linkSwitcher) RecordBefore(ctx context.Context, rel *Release) error {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if err != nil {
-		return fmt.Errorf("finding the release to survey: %w", err)
+		return fmt.Errorf("finding the release to record before its commands: %w", err)
 	}
-	return l.releases.Survey(ctx, found)
+	return l.releases.RecordBefore(ctx, found)
 }
 
-func (l linkSwitcher) Record(ctx context.Context, rel *Release) error {
+func (l linkSwitcher) RecordAfter(ctx context.Context, rel *Release) error {
 	found, err := l.releases.Find(rel.Pointer.Digest)
 	if err != nil {
 		return fmt.Errorf("finding the release whose commands ran: %w", err)
 	}
-	return l.releases.Record(ctx, found)
+	return l.releases.RecordAfter(ctx, found)
 }
 
 func (l linkSwitcher) Prune(_ *Release, others int, protect, drop []deployments.Digest) error {
@@ -259,11 +259,11 @@ func PruneTrees(dir string, keep []deployments.Digest) error {
 	return removeOthers(dir, names)
 }
 
-// PruneMade removes the files in dir (SwitcherConfig.Made) but those of the releases in keep.
-func PruneMade(dir string, keep []deployments.Digest) error {
+// PruneChanges removes the files in dir (SwitcherConfig.Changes) but those of the releases in keep.
+func PruneChanges(dir string, keep []deployments.Digest) error {
 	names := make([]string, 0, 2*len(keep))
 	for _, d := range keep {
-		names = append(names, d.String()+madeSuffix, d.String()+beforeSuffix)
+		names = append(names, d.String()+changesSuffix, d.String()+beforeSuffix)
 	}
 	return removeOthers(dir, names)
 }

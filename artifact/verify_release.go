@@ -86,7 +86,7 @@ func (r *Releases) differences(ctx context.Context, rel *Release, how verificati
 	if how.raw {
 		return found, nil
 	}
-	return r.madeFiles(name).overlaid(dir, found)
+	return r.changeFiles(name).overlaid(dir, found)
 }
 
 // noteVerified records the stats of the files that were right. If one file's content was wrong, it drops all

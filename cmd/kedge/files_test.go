@@ -78,7 +78,7 @@ func TestFilesAreReadWithinBounds(t *testing.T) {
 	t.Parallel()
 	own := map[string]bool{}
 	for file := range strings.FieldsSeq(`
-		artifact/before.go artifact/made.go artifact/release.go artifact/stats.go
+		artifact/before.go artifact/command_changes.go artifact/release.go artifact/stats.go
 		deployments/durable/durable.go deployments/durable/state.go
 		kv/dir/commit.go kv/dir/lease.go kv/dir/session.go
 		sync/agent/statedir/old_failures.go sync/agent/statedir/starting.go sync/agent/statedir/statedir.go

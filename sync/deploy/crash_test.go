@@ -228,7 +228,7 @@ func (s story) check() {
 		s.t.Fatal(err)
 	}
 	for _, e := range entries {
-		if !slices.Contains([]string{journalFile, manifestsDir, treesDir, madeDir}, e.Name()) {
+		if !slices.Contains([]string{journalFile, manifestsDir, treesDir, changesDir}, e.Name()) {
 			s.t.Errorf("%s was left in the unit's state", e.Name())
 		}
 	}
@@ -236,7 +236,8 @@ func (s story) check() {
 		s.t.Errorf("what the release's commands made is taken for drift: %v, %v", ds, err)
 	}
 	for dir, keep := range map[string]string{
-		manifestsDir: want.Digest.String() + ".json", treesDir: want.Digest.String(), madeDir: want.Digest.String() + ".made",
+		manifestsDir: want.Digest.String() + ".json", treesDir: want.Digest.String(),
+		changesDir: want.Digest.String() + ".made",
 	} {
 		entries, err := os.ReadDir(s.path("state", dir))
 		if err != nil && !os.IsNotExist(err) {

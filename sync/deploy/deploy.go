@@ -405,7 +405,7 @@ func (u *Unit) deploy(ctx context.Context, r *artifact.Release, asked Request) e
 	if err != nil {
 		return err
 	}
-	if err := u.survey(ctx, r); err != nil {
+	if err := u.recordBefore(ctx, r); err != nil {
 		return err
 	}
 	err = u.save(func(j *journal) {
@@ -483,20 +483,20 @@ func (u *Unit) Heal(ctx context.Context) (left []artifact.Difference, err error)
 	return left, nil
 }
 
-// survey records how a release's tree differs before its commands run, and record what they changed. An error in
-// them fails no deployment: what isn't recorded is reported as drift.
-func (u *Unit) survey(ctx context.Context, r *artifact.Release) error {
+// recordBefore records how a release's tree differs before its commands run, and recordAfter what they changed. An
+// error in them fails no deployment: what isn't recorded is reported as drift.
+func (u *Unit) recordBefore(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil
 	}
-	return u.note(ctx, "could not note the state of the tree before its commands", u.switcher(r).Survey(ctx, r))
+	return u.note(ctx, "could not record the tree before its commands", u.switcher(r).RecordBefore(ctx, r))
 }
 
-func (u *Unit) record(ctx context.Context, r *artifact.Release) error {
+func (u *Unit) recordAfter(ctx context.Context, r *artifact.Release) error {
 	if len(r.Manifest.Commands.Pre)+len(r.Manifest.Commands.Post) == 0 {
 		return nil
 	}
-	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).Record(ctx, r))
+	return u.note(ctx, "could not record what the release's commands made", u.switcher(r).RecordAfter(ctx, r))
 }
 
 // settled returns the running release; nil while a deployment is under way.

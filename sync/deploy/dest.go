@@ -18,7 +18,7 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 		before = "" // kedge run leaves what failed in place, as stretcher does
 	}
 	return artifact.NewSwitcher(r.Manifest, artifact.SwitcherConfig{
-		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Made: u.madeDir(), Before: before,
+		Objects: u.c.Objects, Log: u.log, Trees: u.treesDir(), Changes: u.changesDir(), Before: before,
 		RsyncVerbose: u.c.RsyncVerbose,
 		Within:       u.c.Bounds.Dests, Owners: ownersOf(u.c.Bounds), HashAlways: u.c.HashAlways,
 		Tool: func(ctx context.Context, silent bool, name string, args ...string) ([]byte, error) {
@@ -33,7 +33,7 @@ func (u *Unit) switcher(r *artifact.Release) artifact.Switcher {
 }
 
 func (u *Unit) treesDir() string     { return filepath.Join(u.c.Dir, treesDir) }
-func (u *Unit) madeDir() string      { return filepath.Join(u.c.Dir, madeDir) }
+func (u *Unit) changesDir() string   { return filepath.Join(u.c.Dir, changesDir) }
 func (u *Unit) beforeDir() string    { return filepath.Join(u.c.Dir, beforeDir) }
 func (u *Unit) manifestsDir() string { return filepath.Join(u.c.Dir, manifestsDir) }
 

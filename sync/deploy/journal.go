@@ -21,7 +21,7 @@ const (
 	journalFile  = "journal.json"
 	manifestsDir = "manifests"
 	treesDir     = "trees"
-	madeDir      = "made"
+	changesDir   = "made"
 	beforeDir    = "before"
 
 	// maxQuarantined bounds the list, which every report contains; the oldest entries are dropped.

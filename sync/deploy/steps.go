@@ -200,7 +200,7 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 			return nil, err
 		}
 		u.at("hooks ran")
-		return nil, u.record(ctx, r)
+		return nil, u.recordAfter(ctx, r)
 	case stepHealth:
 		return u.confirmed, u.healthy(ctx, d, r, from)
 	case stepUndrain:
@@ -228,17 +228,17 @@ func (u *Unit) do(ctx context.Context, d *deployment) (change func(*journal), _ 
 		return nil, nil // there is no good release to go back to: the node stays out of service
 	case d.Step == stepBack:
 		if !d.Touched && u.j.Running == old.Pointer && u.switcher(old).Live(old) {
-			return nil, u.survey(ctx, old)
+			return nil, u.recordBefore(ctx, old)
 		}
 		if err := u.switcher(old).SwitchBack(ctx, old, r, d.Over); err != nil {
 			return nil, err
 		}
-		return running(old), u.survey(ctx, old)
+		return running(old), u.recordBefore(ctx, old)
 	case d.Step == stepBackPost:
 		if err := u.commands(ctx, d, old, r, old.Manifest.Commands.Post); err != nil {
 			return nil, err
 		}
-		return nil, u.record(ctx, old)
+		return nil, u.recordAfter(ctx, old)
 	case d.Step == stepBackHealth:
 		return u.served, u.healthy(ctx, d, old, r)
 	}
@@ -402,7 +402,7 @@ func (u *Unit) prune(r *artifact.Release, others int, drop []deployments.Digest,
 	return errors.Join(
 		u.switcher(r).Prune(r, others, keep, drop),
 		artifact.PruneTrees(u.treesDir(), trees),
-		artifact.PruneMade(u.madeDir(), keep),
+		artifact.PruneChanges(u.changesDir(), keep),
 		artifact.PruneReleases(u.manifestsDir(), keep),
 	)
 }

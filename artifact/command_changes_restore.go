@@ -42,8 +42,8 @@ func (r *restorer) close() {
 	}
 }
 
-// restoreMade restores in dir the things that commands made, as they were left. It ends at the first error.
-func restoreMade(dir, live string, made []madeThing) error {
+// restoreChanges restores in dir the things that commands made, as they were left. It ends at the first error.
+func restoreChanges(dir, live string, made []commandChange) error {
 	r, err := openRestorer(dir, live)
 	if err != nil {
 		return err
@@ -59,7 +59,7 @@ func restoreMade(dir, live string, made []madeThing) error {
 
 // restoreLate restores what was written into the commands' directories while the new tree was about to become
 // live.
-func restoreLate(dir, old string, made []madeThing) error {
+func restoreLate(dir, old string, made []commandChange) error {
 	r, err := openRestorer(dir, old)
 	if err != nil || r.live == nil {
 		return err
@@ -77,7 +77,7 @@ func restoreLate(dir, old string, made []madeThing) error {
 }
 
 // canRestore reports whether a thing that was changed or removed can be restored.
-func (m *madeThing) canRestore() bool {
+func (m *commandChange) canRestore() bool {
 	switch {
 	case m.Type == typeFile && (m.whole() || m.Sum != nil):
 		return m.Kept
@@ -89,7 +89,7 @@ func (m *madeThing) canRestore() bool {
 
 // unrestorable returns the paths of things that were changed or removed and can't be restored, given a tree's
 // differences.
-func unrestorable(made []madeThing, differences []Difference) pathSet {
+func unrestorable(made []commandChange, differences []Difference) pathSet {
 	gone := pathSet{}
 	for i := range made {
 		if !made[i].canRestore() {
@@ -105,7 +105,7 @@ func unrestorable(made []madeThing, differences []Difference) pathSet {
 	return found
 }
 
-func (r *restorer) restore(m *madeThing) error {
+func (r *restorer) restore(m *commandChange) error {
 	if m.Path == "." {
 		return nil // the top directory keeps its own mode and owner: see Manifest.DestMode
 	}
@@ -140,7 +140,7 @@ func (r *restorer) restore(m *madeThing) error {
 }
 
 // asLeft reports whether the live tree still has a thing as the commands left it, by type and content.
-func (r *restorer) asLeft(m *madeThing) bool {
+func (r *restorer) asLeft(m *commandChange) bool {
 	if look(r.live, m.Path).Type != m.Type {
 		return false
 	}
@@ -175,7 +175,7 @@ func (r *restorer) remove(p string) error {
 }
 
 // attributes sets a path's mode, and its owner if that was recorded, to what the commands left.
-func (r *restorer) attributes(m *madeThing) error {
+func (r *restorer) attributes(m *commandChange) error {
 	if look(r.tree, m.Path).Type != m.Type {
 		return nil
 	}
@@ -185,7 +185,7 @@ func (r *restorer) attributes(m *madeThing) error {
 	return r.tree.Chmod(m.Path, m.Mode)
 }
 
-func (r *restorer) link(m *madeThing) error {
+func (r *restorer) link(m *commandChange) error {
 	if now := look(r.tree, m.Path); now.Type == typeLink && now.Target == m.Target {
 		return nil
 	}

@@ -14,7 +14,7 @@ func (r *Releases) heals(rel *Release, differences []Difference) bool {
 		return true
 	}
 	defer leave()
-	gone := unrestorable(readMade(r.madeFiles(filepath.Base(rel.Dir)).made), differences)
+	gone := unrestorable(readChanges(r.changeFiles(filepath.Base(rel.Dir)).made), differences)
 	return slices.ContainsFunc(differences, func(d Difference) bool { return !gone[d.Path] })
 }
 
@@ -23,30 +23,30 @@ func uncompared(found []Difference) bool {
 	return slices.ContainsFunc(found, func(d Difference) bool { return d.What == "index" })
 }
 
-// Survey records how a release's tree differs from its index before its commands run: these differences aren't
+// RecordBefore records how a release's tree differs from its index before its commands run: these differences aren't
 // theirs.
-func (r *Releases) Survey(ctx context.Context, rel *Release) error {
+func (r *Releases) RecordBefore(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {
-		return fmt.Errorf("surveying %s: %w", rel.Dir, err)
+		return fmt.Errorf("recording the tree of %s before its commands: %w", rel.Dir, err)
 	}
 	defer leave()
-	files := r.madeFiles(filepath.Base(rel.Dir))
+	files := r.changeFiles(filepath.Base(rel.Dir))
 	if exists(files.before) {
 		return nil
 	}
 	found, err := r.differences(ctx, rel, verification{quick: true})
 	if err == nil && !uncompared(found) {
-		err = files.survey(r.dirOf(rel), found)
+		err = files.recordBefore(r.dirOf(rel), found)
 	}
 	if err != nil {
-		return fmt.Errorf("surveying %s: %w", rel.Dir, err)
+		return fmt.Errorf("recording the tree of %s before its commands: %w", rel.Dir, err)
 	}
 	return nil
 }
 
-// Record records the files that the release's commands made in its tree. From then on they belong to the release.
-func (r *Releases) Record(ctx context.Context, rel *Release) error {
+// RecordAfter records the files that the release's commands made in its tree. From then on they belong to the release.
+func (r *Releases) RecordAfter(ctx context.Context, rel *Release) error {
 	r, leave, err := r.enter(false)
 	if err != nil {
 		return fmt.Errorf("recording what the commands of %s made: %w", rel.Dir, err)
@@ -55,10 +55,10 @@ func (r *Releases) Record(ctx context.Context, rel *Release) error {
 	found, err := r.differences(ctx, rel, verification{quick: true, raw: true})
 	if err == nil && !uncompared(found) {
 		var left int
-		left, err = r.madeFiles(filepath.Base(rel.Dir)).record(r.dirOf(rel), found)
+		left, err = r.changeFiles(filepath.Base(rel.Dir)).recordAfter(r.dirOf(rel), found)
 		if left > 0 {
 			r.log.Warn("the release's commands made more paths than are recorded: the rest counts as drift",
-				"remembered", maxMade, "left_out", left)
+				"remembered", maxChanges, "left_out", left)
 		}
 	}
 	if err != nil {

@@ -22,17 +22,17 @@ import (
 )
 
 const (
-	// maxMade bounds how many paths made by a release's commands are recorded.
-	maxMade = 65_536
-	// The content of a file that commands made is recorded for healing up to maxMadeFile bytes, and that of all
-	// files up to maxMadeContent.
-	maxMadeFile    = 64 << 10
-	maxMadeContent = 4 << 20
+	// maxChanges bounds how many paths made by a release's commands are recorded.
+	maxChanges = 65_536
+	// The content of a file that commands made is recorded for healing up to maxChangeContent bytes, and that of all
+	// files up to maxChangesContent.
+	maxChangeContent  = 64 << 10
+	maxChangesContent = 4 << 20
 )
 
-// madeThing is a path of a live tree that the release's own commands made, changed or removed. From then on it
+// commandChange is a path of a live tree that the release's own commands made, changed or removed. From then on it
 // belongs to the release: verify doesn't report it, and healing restores it.
-type madeThing struct {
+type commandChange struct {
 	Path string `json:"path"` // "." is the tree itself
 	// What is the difference from the archive: see Difference.
 	What string   `json:"what"`
@@ -62,11 +62,13 @@ const (
 )
 
 // whole reports whether everything below the path was made by the commands, too.
-func (m *madeThing) whole() bool { return m.What == "extra" || m.What == "type" || m.What == "missing" }
+func (m *commandChange) whole() bool {
+	return m.What == "extra" || m.What == "type" || m.What == "missing"
+}
 
 // comesAndGoes reports whether running programs make and remove such a thing: a socket, a pipe, a pid or lock
 // file.
-func (m *madeThing) comesAndGoes() bool {
+func (m *commandChange) comesAndGoes() bool {
 	if m.Type == typeOther {
 		return true
 	}
@@ -77,8 +79,8 @@ func (m *madeThing) comesAndGoes() bool {
 	return false
 }
 
-// madeFiles are the two files that record what a release's commands made.
-type madeFiles struct {
+// changeFiles are the two files that record what a release's commands made.
+type changeFiles struct {
 	made string
 	// before records the differences from before the commands ran, which are not theirs. It exists until they are
 	// done.
@@ -86,16 +88,16 @@ type madeFiles struct {
 }
 
 const (
-	madeSuffix   = ".made"
-	beforeSuffix = ".before"
+	changesSuffix = ".made"
+	beforeSuffix  = ".before"
 )
 
-func (r *Releases) madeFiles(name string) madeFiles {
-	return madeFiles{filepath.Join(r.private(), name+madeSuffix), filepath.Join(r.private(), name+beforeSuffix)}
+func (r *Releases) changeFiles(name string) changeFiles {
+	return changeFiles{filepath.Join(r.private(), name+changesSuffix), filepath.Join(r.private(), name+beforeSuffix)}
 }
 
 // forget removes both.
-func (f madeFiles) forget() error {
+func (f changeFiles) forget() error {
 	var err error
 	for _, p := range []string{f.made, f.before} {
 		if failed := os.Remove(p); failed != nil && !errors.Is(failed, fs.ErrNotExist) {
@@ -105,19 +107,19 @@ func (f madeFiles) forget() error {
 	return err
 }
 
-// readMade reads what writeMade wrote; nil if the file is missing or damaged.
-func readMade(file string) []madeThing {
+// readChanges reads what writeChanges wrote; nil if the file is missing or damaged.
+func readChanges(file string) []commandChange {
 	var of struct {
-		Made []madeThing `json:"made"`
+		Made []commandChange `json:"made"`
 	}
 	data, err := os.ReadFile(file)
 	if err != nil || json.Unmarshal(data, &of) != nil {
 		return nil
 	}
-	return slices.DeleteFunc(of.Made, func(m madeThing) bool { return m.Path != "." && checkPath(m.Path) != nil })
+	return slices.DeleteFunc(of.Made, func(m commandChange) bool { return m.Path != "." && checkPath(m.Path) != nil })
 }
 
-func writeMade(file string, made []madeThing) error {
+func writeChanges(file string, made []commandChange) error {
 	data, err := json.Marshal(map[string]any{"made": made})
 	if err != nil {
 		return err
@@ -125,9 +127,9 @@ func writeMade(file string, made []madeThing) error {
 	return durable.WriteFile(file, data, 0o600)
 }
 
-// survey records the differences of a tree before its release's commands run. If there is a record already, the
+// recordBefore records the differences of a tree before its release's commands run. If there is a record already, the
 // commands ran before and were cut off: it is kept.
-func (f madeFiles) survey(dir string, differences []Difference) error {
+func (f changeFiles) recordBefore(dir string, differences []Difference) error {
 	if exists(f.before) {
 		return nil
 	}
@@ -136,32 +138,32 @@ func (f madeFiles) survey(dir string, differences []Difference) error {
 		return err
 	}
 	defer root.Close()
-	known := readMade(f.made)
-	return writeMade(f.before, describe(root, withoutMade(root, known, differences), false))
+	known := readChanges(f.made)
+	return writeChanges(f.before, describe(root, withoutChanges(root, known, differences), false))
 }
 
-// record records what commands made in a tree: its differences now, without those of before. It returns how many
+// recordAfter records what commands made in a tree: its differences now, without those of before. It returns how many
 // things exceeded the bounds.
-func (f madeFiles) record(dir string, differences []Difference) (left int, err error) {
+func (f changeFiles) recordAfter(dir string, differences []Difference) (left int, err error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return 0, err
 	}
 	defer root.Close()
-	before := map[string]madeThing{}
-	for _, m := range readMade(f.before) {
+	before := map[string]commandChange{}
+	for _, m := range readChanges(f.before) {
 		before[m.Path] = m
 	}
 	made := describe(root, differences, true)
-	made = slices.DeleteFunc(made, func(m madeThing) bool {
+	made = slices.DeleteFunc(made, func(m commandChange) bool {
 		was, there := before[m.Path]
 		return there && was.Inode == m.Inode && was.Changed == m.Changed
 	})
-	left = max(0, len(made)-maxMade)
+	left = max(0, len(made)-maxChanges)
 	if made = made[:len(made)-left]; len(made) == 0 {
 		return 0, f.forget()
 	}
-	if err := writeMade(f.made, made); err != nil {
+	if err := writeChanges(f.made, made); err != nil {
 		return 0, err
 	}
 	if err := os.Remove(f.before); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -172,10 +174,10 @@ func (f madeFiles) record(dir string, differences []Difference) (left int, err e
 
 // describe returns what lies at the paths of differences: one thing for a path, and none below a path that is
 // whole.
-func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
+func describe(root *os.Root, differences []Difference, keep bool) []commandChange {
 	differences = slices.Clone(differences)
 	slices.SortStableFunc(differences, func(a, b Difference) int { return cmp.Compare(a.Path, b.Path) })
-	var found []madeThing
+	var found []commandChange
 	whole := pathSet{}
 	kept := 0
 	for i := 0; i < len(differences); {
@@ -206,8 +208,8 @@ func describe(root *os.Root, differences []Difference, keep bool) []madeThing {
 }
 
 // look returns what lies at a path; its Type is empty if nothing does.
-func look(root *os.Root, p string) madeThing {
-	m := madeThing{Path: p}
+func look(root *os.Root, p string) commandChange {
+	m := commandChange{Path: p}
 	info, err := root.Lstat(p)
 	if err != nil {
 		return m
@@ -230,7 +232,7 @@ func look(root *os.Root, p string) madeThing {
 
 // keepContent records a file's content if it is small. changed says that the archive has other content: then its
 // digest is recorded.
-func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
+func (m *commandChange) keepContent(root *os.Root, kept *int, changed bool) {
 	if changed {
 		sum, err := sumOf(root, m.Path)
 		if err != nil {
@@ -238,8 +240,8 @@ func (m *madeThing) keepContent(root *os.Root, kept *int, changed bool) {
 		}
 		m.Sum = &sum
 	}
-	data, err := readSmall(root, m.Path, maxMadeFile)
-	if err != nil || *kept+len(data) > maxMadeContent || m.Sum != nil && digestOf(data) != *m.Sum {
+	data, err := readSmall(root, m.Path, maxChangeContent)
+	if err != nil || *kept+len(data) > maxChangesContent || m.Sum != nil && digestOf(data) != *m.Sum {
 		return
 	}
 	*kept += len(data)
@@ -285,12 +287,12 @@ func sumOf(root *os.Root, p string) (deployments.Digest, error) {
 
 // inherited reports whether a mode differs from the thing's only by a directory's set-group-id bit, which the
 // directory above may have given it.
-func (m *madeThing) inherited(now fs.FileMode) bool {
+func (m *commandChange) inherited(now fs.FileMode) bool {
 	return m.Type == typeDir && now == m.Mode|fs.ModeSetgid
 }
 
 // differs returns how a thing differs from how the commands left it; empty: it doesn't.
-func (m *madeThing) differs(root *os.Root) string {
+func (m *commandChange) differs(root *os.Root) string {
 	now := look(root, m.Path)
 	switch {
 	case m.Type == "" && now.Type == "":
@@ -317,9 +319,9 @@ func (m *madeThing) differs(root *os.Root) string {
 	return ""
 }
 
-// withoutMade returns the differences of a tree that its release's commands did not make, and changes of what they
+// withoutChanges returns the differences of a tree that its release's commands did not make, and changes of what they
 // made.
-func withoutMade(root *os.Root, made []madeThing, differences []Difference) []Difference {
+func withoutChanges(root *os.Root, made []commandChange, differences []Difference) []Difference {
 	if len(made) == 0 {
 		return differences
 	}
@@ -368,10 +370,10 @@ func (s pathSet) covers(p string) bool {
 	}
 }
 
-// overlaid returns withoutMade of a directory's differences, or the differences themselves if they only say that
+// overlaid returns withoutChanges of a directory's differences, or the differences themselves if they only say that
 // the tree can't be compared.
-func (f madeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
-	made := readMade(f.made)
+func (f changeFiles) overlaid(dir string, differences []Difference) ([]Difference, error) {
+	made := readChanges(f.made)
 	if len(made) == 0 {
 		return differences, nil
 	}
@@ -380,5 +382,5 @@ func (f madeFiles) overlaid(dir string, differences []Difference) ([]Difference,
 		return nil, fmt.Errorf("comparing what the release's commands made: %w", err)
 	}
 	defer root.Close()
-	return withoutMade(root, made, differences), nil
+	return withoutChanges(root, made, differences), nil
 }
