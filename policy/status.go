@@ -1,6 +1,8 @@
 package policy
 
 import (
+	"cmp"
+	"encoding/json"
 	"time"
 
 	"kedge/deployments"
@@ -27,9 +29,28 @@ type SourceStatus struct {
 	Prefix string    `json:"prefix"`
 	From   string    `json:"from"` // one of: store, last known state, snapshot, nothing yet
 	Since  time.Time `json:"since,omitzero"`
-	// Trouble is why the view of the store may be out of date, and TroubleSince since when.
-	Trouble      string    `json:"trouble,omitempty"`
-	TroubleSince time.Time `json:"trouble_since,omitzero"`
+	// Error is why the view of the store may be out of date, and ErrorSince since when.
+	Error      string    `json:"error,omitempty"`
+	ErrorSince time.Time `json:"error_since,omitzero"`
+}
+
+// UnmarshalJSON also reads Error under the JSON name that the previous version used.
+func (s *SourceStatus) UnmarshalJSON(data []byte) error {
+	type plain SourceStatus
+	var both struct {
+		plain
+		Trouble      string    `json:"trouble"`
+		TroubleSince time.Time `json:"trouble_since"`
+	}
+	if err := json.Unmarshal(data, &both); err != nil {
+		return err
+	}
+	*s = SourceStatus(both.plain)
+	s.Error = cmp.Or(s.Error, both.Trouble)
+	if s.ErrorSince.IsZero() {
+		s.ErrorSince = both.TroubleSince
+	}
+	return nil
 }
 
 // DecisionStatus is a Decision as JSON.

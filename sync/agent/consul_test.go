@@ -54,7 +54,7 @@ func TestConsulTokenLost(t *testing.T) {
 	await(t, "the agent to notice", func() (bool, string) {
 		trouble := ""
 		for _, s := range a.Status().Sources {
-			trouble += s.Trouble
+			trouble += s.Error
 		}
 		return trouble != "", w.log.String()
 	})

@@ -29,7 +29,7 @@ func (a *Agent) Status() policy.NodeStatus {
 			st := policy.SourceStatus{Prefix: src.Prefix}
 			st.From, st.Since = src.Origin()
 			if since, err := src.Error(); err != nil {
-				st.Trouble, st.TroubleSince = oneLine(err), since
+				st.Error, st.ErrorSince = oneLine(err), since
 			}
 			s.Sources = append(s.Sources, st)
 		}

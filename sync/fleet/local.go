@@ -71,7 +71,7 @@ func Local(s policy.NodeStatus, unit string, at time.Time) (*Fleet, deployments.
 // sourceStep returns how reliable a node's view of a prefix of the store is.
 func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	step := Step{What: "store", Says: message.Clean(s.Prefix) + " by " + message.Clean(s.From) + ", up to date"}
-	if s.Trouble == "" {
+	if s.Error == "" {
 		return step
 	}
 	step.Blocks, step.Hint = true, "see to the store; until then the node goes on with what it knows"
@@ -79,9 +79,9 @@ func sourceStep(s policy.SourceStatus, at time.Time) Step {
 	if !s.Since.IsZero() {
 		step.Says += " of " + s.Since.UTC().Format("2006-01-02 15:04:05 UTC")
 	}
-	if !s.TroubleSince.IsZero() {
-		step.Says += ", which may be out of date for " + brief(at.Sub(s.TroubleSince))
+	if !s.ErrorSince.IsZero() {
+		step.Says += ", which may be out of date for " + brief(at.Sub(s.ErrorSince))
 	}
-	step.Says += ": " + message.OneLine(s.Trouble)
+	step.Says += ": " + message.OneLine(s.Error)
 	return step
 }
