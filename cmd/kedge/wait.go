@@ -79,7 +79,7 @@ than --patience, 3 when the time is over.`,
 				ctx,
 				store,
 				filter,
-				fleet.Waiting{Commit: commit, Push: postReceive, Patience: patience, Tell: tell},
+				fleet.WaitOptions{Commit: commit, Push: postReceive, Patience: patience, Progress: tell},
 			)
 			if err == nil && tell != nil {
 				tell(done)

@@ -47,7 +47,7 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 			name: u.secrets.text(
 				nameOf(c),
 			),
-			interval: often(cmp.Or(c.Interval, defaultInterval), h.StableFor),
+			interval: probeInterval(cmp.Or(c.Interval, defaultInterval), h.StableFor),
 			timeout:  cmp.Or(c.Timeout, defaultTryTimeout),
 			try: func(ctx context.Context) (string, error) {
 				identity, err := try(ctx)
@@ -72,9 +72,9 @@ func (u *Unit) healthy(ctx context.Context, d *deployment, r, other *artifact.Re
 	return live()
 }
 
-// often returns the time between two tries of a check: its interval, shortened so that there are tries within
+// probeInterval returns the time between two tries of a check: its interval, shortened so that there are tries within
 // stable_for.
-func often(interval, stable time.Duration) time.Duration {
+func probeInterval(interval, stable time.Duration) time.Duration {
 	if stable == 0 {
 		return interval
 	}

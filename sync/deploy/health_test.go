@@ -80,7 +80,7 @@ func TestObserve(t *testing.T) {
 					if i == 0 {
 						interval = cmp.Or(test.first, interval)
 					}
-					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: often(interval, test.stable), timeout: 5 * time.Second,
+					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: probeInterval(interval, test.stable), timeout: 5 * time.Second,
 						try: func(ctx context.Context) (string, error) {
 							identity, err := answer(time.Since(begin))
 							if errors.Is(err, errHang) {
@@ -112,7 +112,7 @@ func TestOften(t *testing.T) {
 		{time.Minute, time.Millisecond, time.Second}, // no check is tried all the time for that
 		{time.Millisecond, 10 * time.Millisecond, time.Millisecond},
 	} {
-		if got := often(test.interval, test.stable); got != test.want {
+		if got := probeInterval(test.interval, test.stable); got != test.want {
 			t.Errorf("interval %s, stable for %s: tried every %s, want %s", test.interval, test.stable, got, test.want)
 		}
 	}

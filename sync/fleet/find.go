@@ -139,9 +139,9 @@ func WriteNode(w io.Writer, f *Fleet, of NodeUnits, opt TableOptions) error {
 	for _, n := range of.Units {
 		for i := range f.Units {
 			if u := &f.Units[i]; u.ID == n.ID {
-				row, beside := f.NodeRow(u, &n.Node)
+				row, problem := f.NodeRow(u, &n.Node)
 				row[0] = Text{u.ID.String(), Bold}
-				rows, notes = append(rows, row), append(notes, p.names(u, beside))
+				rows, notes = append(rows, row), append(notes, p.names(u, problem))
 			}
 		}
 	}

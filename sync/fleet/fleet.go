@@ -175,7 +175,7 @@ func Read(ctx context.Context, store kv.Store, filter Filter) (*Fleet, error) {
 		return nil, fmt.Errorf("read the fleet: %w", trouble[kv.DesiredPrefix])
 	}
 	entries = append(entries, histories{}.of(ctx, store, filter, entries)...)
-	return filter.narrow(withTrouble(Assemble(entries, time.Now()), trouble)), nil
+	return filter.narrow(withErrors(Assemble(entries, time.Now()), trouble)), nil
 }
 
 func everyIs(errs map[string]error, target error) bool {
@@ -187,8 +187,8 @@ func everyIs(errs map[string]error, target error) bool {
 	return true
 }
 
-// withTrouble records why parts of the store can't be read, or may be out of date.
-func withTrouble(f *Fleet, trouble map[string]error) *Fleet {
+// withErrors records why parts of the store can't be read, or may be out of date.
+func withErrors(f *Fleet, trouble map[string]error) *Fleet {
 	for prefix, err := range trouble {
 		if err == nil {
 			continue
@@ -262,9 +262,9 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 			}
 			entries = append(entries, known.of(ctx, store, filter, entries)...)
 			began := time.Now()
-			fleet := filter.narrow(withTrouble(assembler.assemble(entries, began), trouble))
+			fleet := filter.narrow(withErrors(assembler.assemble(entries, began), trouble))
 			f(fleet)
-			expiry.Reset(untilExpiry(fleet))
+			expiry.Reset(timeToExpiry(fleet))
 			select {
 			case <-ctx.Done():
 				return ctx.Err()
@@ -275,8 +275,8 @@ func Watch(ctx context.Context, store kv.Store, filter Filter, f func(*Fleet)) e
 	return g.Wait()
 }
 
-// untilExpiry returns how long no pin of the fleet ends by itself.
-func untilExpiry(f *Fleet) time.Duration {
+// timeToExpiry returns the time until the next pin of the fleet expires, at most an hour.
+func timeToExpiry(f *Fleet) time.Duration {
 	next := time.Hour
 	look := func(p deployments.Pin) {
 		if left := p.Until.Sub(f.At); !p.Until.IsZero() && left > 0 {

@@ -110,8 +110,8 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 		if n.Gone && !p.opt.Nodes {
 			continue
 		}
-		row, beside := f.NodeRow(u, n)
-		if !p.opt.Nodes && n.Converged && beside == "" {
+		row, problem := f.NodeRow(u, n)
+		if !p.opt.Nodes && n.Converged && problem == "" {
 			continue
 		}
 		if len(rows) == mostNodes && !p.opt.Nodes {
@@ -119,7 +119,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 			continue
 		}
 		rows = append(rows, row)
-		notes = append(notes, p.names(u, beside))
+		notes = append(notes, p.names(u, problem))
 	}
 	same := 1 // consecutive nodes with the same note
 	for i, line := range p.align("  ", rows) {

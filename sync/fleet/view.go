@@ -390,14 +390,14 @@ func (u *Unit) RolloutReason() string {
 }
 
 // NodeRow returns the cells of one of a unit's nodes: its name, its state, what it runs, and how long it has been
-// in that state. beside is what is wrong with it.
-func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
+// in that state. problem is what is wrong with it.
+func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, problem string) {
 	r := n.Report
-	beside = message.OneLine(r.Error)
+	problem = message.OneLine(r.Error)
 	if len(r.Drift) > 0 {
-		beside = join(beside, "differs from its release: "+message.Clean(strings.Join(r.Drift, ", ")))
+		problem = join(problem, "differs from its release: "+message.Clean(strings.Join(r.Drift, ", ")))
 	}
-	beside = join(beside, comparedText(r))
+	problem = join(problem, comparedText(r))
 	runs := "runs nothing"
 	switch {
 	case r.State == "":
@@ -414,7 +414,7 @@ func (f *Fleet) NodeRow(u *Unit, n *Node) (row []Text, beside string) {
 	if !r.Since.IsZero() {
 		since = brief(f.At.Sub(r.Since))
 	}
-	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, beside
+	return []Text{{message.Clean(n.Name), Plain}, n.Shown(), {runs, Plain}, {since, Dim}}, problem
 }
 
 // Next returns what an operator can do about a unit whose rollout has stopped, or whose nodes fail; empty: nothing.

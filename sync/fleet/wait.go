@@ -20,8 +20,8 @@ import (
 // or a rollout was rolled back.
 var ErrRefused = errors.New("refused")
 
-// Waiting says what Wait waits for, besides a filter.
-type Waiting struct {
+// WaitOptions are the options of Wait.
+type WaitOptions struct {
 	// Commit is a hash, of which seven digits are enough: the mirror must have taken this commit, or one after it.
 	// Empty: any.
 	Commit string
@@ -29,40 +29,40 @@ type Waiting struct {
 	Push bool
 	// Patience is how long the store may be unreachable without a break; 0: for ever.
 	Patience time.Duration
-	// Tell, if not nil, is called with what is missing whenever that changes.
-	Tell func(missing string)
+	// Progress, if not nil, is called with what is missing whenever that changes.
+	Progress func(missing string)
 }
 
 // Wait waits until all live nodes of the selected units run what they should, and no rollout is under way.
 //
 // ErrRefused means that it can't succeed any more; kv.ErrUnavailable that the store was unreachable for longer
 // than Patience. When ctx ends, the error says what was still missing, and wraps ctx's.
-func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) error {
-	w := waiter{filter: filter, commit: strings.ToLower(what.Commit), push: what.Push, before: map[nodeUnit]time.Time{}}
+func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) error {
+	w := waiter{filter: filter, commit: strings.ToLower(opt.Commit), push: opt.Push, before: map[nodeUnit]time.Time{}}
 	if w.commit != "" {
 		if err := CheckCommit(w.commit); err != nil {
 			return err
 		}
 	}
-	missing, reason, told := "nothing could be read yet", "nothing could be read yet", ""
-	tell := func() {
-		if what.Tell != nil && missing != told {
-			told = missing
-			what.Tell(missing)
+	missing, reason, last := "nothing could be read yet", "nothing could be read yet", ""
+	progress := func() {
+		if opt.Progress != nil && missing != last {
+			last = missing
+			opt.Progress(missing)
 		}
 	}
 	var result error
 	var done, away = errors.New("done"), errors.New("away")
 	watching, finish := context.WithCancelCause(ctx)
 	defer finish(nil)
-	w.outage = newOutage(what.Patience, func() { finish(away) })
+	w.outage = newOutage(opt.Patience, func() { finish(away) })
 	defer w.outage.end()
 	historyRead := w.commit == ""
 	err := Watch(watching, store, filter, func(f *Fleet) {
 		if parts, why := unavailable(f); len(parts) == len(kinds) {
 			w.outage.begin()
 			missing, reason = "the store can't be reached: "+why, why
-			tell()
+			progress()
 			return
 		}
 		w.outage.end()
@@ -72,7 +72,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) erro
 				return
 			}
 		}
-		missing, result = w.look(f)
+		missing, result = w.check(f)
 		if missing == "" || result != nil {
 			// The parts of a watched fleet arrive separately, so that changes by a new head or an order may not be
 			// there yet. So the fleet is read once more, in order.
@@ -82,13 +82,13 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, what Waiting) erro
 			finish(done)
 			return
 		}
-		tell()
+		progress()
 	})
 	switch {
 	case context.Cause(watching) == done:
 		return result
 	case context.Cause(watching) == away:
-		return fmt.Errorf("%w for %s: %s", kv.ErrUnavailable, what.Patience, reason)
+		return fmt.Errorf("%w for %s: %s", kv.ErrUnavailable, opt.Patience, reason)
 	case ctx.Err() != nil:
 		return waitError{missing, ctx.Err()}
 	}
@@ -142,7 +142,7 @@ type waitError struct {
 func (e waitError) Error() string { return e.missing }
 func (e waitError) Unwrap() error { return e.err }
 
-// waiter examines one fleet after another.
+// waiter is the state of Wait between two fleets that it checks.
 type waiter struct {
 	filter Filter
 	commit string
@@ -160,10 +160,10 @@ type nodeUnit struct {
 	node string
 }
 
-// readAgain is the time between two tries of a read that failed.
-const readAgain = 500 * time.Millisecond
+// retryInterval is the time between two tries of a read that failed.
+const retryInterval = 500 * time.Millisecond
 
-// confirm examines a fleet that is read now. While the store is away it tries again, as no change may come that
+// confirm checks a fleet that is read now. While the store is away it tries again, as no change may come that
 // would cause another try.
 func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (missing string, err error) {
 	for {
@@ -176,20 +176,20 @@ func (w *waiter) confirm(ctx context.Context, store kv.Store, filter Filter) (mi
 					return kind + ": " + why, nil
 				}
 			}
-			return w.look(f)
+			return w.check(f)
 		}
 		w.outage.begin()
 		select {
 		case <-ctx.Done():
 			return err.Error(), nil
-		case <-time.After(readAgain):
+		case <-time.After(retryInterval):
 		}
 	}
 }
 
-// look returns what is still missing, or an error if waiting longer can't help.
-func (w *waiter) look(f *Fleet) (missing string, err error) {
-	if missing, err := w.lookAtHead(f); missing != "" || err != nil {
+// check returns what is still missing, or an error if waiting longer can't help.
+func (w *waiter) check(f *Fleet) (missing string, err error) {
+	if missing, err := w.checkHead(f); missing != "" || err != nil {
 		return missing, err
 	}
 	if len(f.Units) == 0 {
@@ -238,8 +238,8 @@ func (w *waiter) look(f *Fleet) (missing string, err error) {
 	return strings.Join(all, "; "), nil
 }
 
-// lookAtHead returns what is missing until the mirror has taken the commit.
-func (w *waiter) lookAtHead(f *Fleet) (missing string, err error) {
+// checkHead returns what is missing until the mirror has taken the commit.
+func (w *waiter) checkHead(f *Fleet) (missing string, err error) {
 	if w.commit == "" {
 		return "", nil
 	}
@@ -418,7 +418,7 @@ func (w *waiter) wasTaken(ctx context.Context, store kv.Store) (taken, read bool
 		select {
 		case <-ctx.Done():
 			return false, false
-		case <-time.After(readAgain):
+		case <-time.After(retryInterval):
 		}
 	}
 }

@@ -29,7 +29,7 @@ func waiting(t *testing.T, s kv.Store, commit string) <-chan error {
 	ended := make(chan error, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	t.Cleanup(cancel)
-	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, Waiting{Commit: commit}) }()
+	go func() { ended <- Wait(ctx, s, Filter{Stage: "prod"}, WaitOptions{Commit: commit}) }()
 	return ended
 }
 
@@ -166,7 +166,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
 		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second}))
-		if err := Wait(t.Context(), s, Filter{}, Waiting{Commit: second}); err != nil {
+		if err := Wait(t.Context(), s, Filter{}, WaitOptions{Commit: second}); err != nil {
 			t.Error(err)
 		}
 	})
@@ -174,7 +174,7 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
 		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reportOf("web-1", runs("app", "1")))
-		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, Waiting{Commit: second}); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
+		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, WaitOptions{Commit: second}); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
 	})
@@ -191,19 +191,19 @@ func TestWaitForACommit(t *testing.T) {
 			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			if err := Wait(ctx, s, Filter{}, Waiting{Commit: commit, Push: true}); err == nil || !strings.Contains(err.Error(), says) {
+			if err := Wait(ctx, s, Filter{}, WaitOptions{Commit: commit, Push: true}); err == nil || !strings.Contains(err.Error(), says) {
 				t.Errorf("%s: %v, want %q", commit, err, says)
 			}
 			cancel()
 		}
-		if err := Wait(t.Context(), s, Filter{}, Waiting{Commit: third, Push: true}); err != nil {
+		if err := Wait(t.Context(), s, Filter{}, WaitOptions{Commit: third, Push: true}); err != nil {
 			t.Errorf("it changed nothing, and waits for others: %v", err)
 		}
 	})
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
-			if err := Wait(t.Context(), openDir(t), Filter{}, Waiting{Commit: bad}); err == nil || !strings.Contains(err.Error(), "hash") {
+			if err := Wait(t.Context(), openDir(t), Filter{}, WaitOptions{Commit: bad}); err == nil || !strings.Contains(err.Error(), "hash") {
 				t.Errorf("%q: %v", bad, err)
 			}
 		}
@@ -357,7 +357,7 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 			store(t, s, c.entries...)
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			err := Wait(ctx, s, Filter{}, Waiting{Commit: c.commit})
+			err := Wait(ctx, s, Filter{}, WaitOptions{Commit: c.commit})
 			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v, want %q", err, c.says)
 			}
@@ -392,7 +392,7 @@ func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 			t.Parallel()
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, Waiting{})
+			err := Wait(ctx, &blind{Store: s, prefix: prefix}, Filter{}, WaitOptions{})
 			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), prefix) {
 				t.Error(err)
 			}
@@ -400,7 +400,7 @@ func TestWaitTakesNothingUnseenForGood(t *testing.T) {
 	}
 	shaky := &blind{Store: s, prefix: "none of these"}
 	shaky.fails.Store(2)
-	if err := Wait(t.Context(), shaky, Filter{}, Waiting{}); err != nil {
+	if err := Wait(t.Context(), shaky, Filter{}, WaitOptions{}); err != nil {
 		t.Errorf("a store that is away for a moment: %v", err)
 	}
 }
@@ -429,13 +429,13 @@ func TestWaitEndsWhenTheStoreStaysAway(t *testing.T) {
 	store(t, s, recordOf("1", 2), reportOf("web-1", runs("app", "1")))
 	told := ""
 	tell := func(missing string) { told += missing + "\n" }
-	err := Wait(t.Context(), &away{Store: s}, Filter{}, Waiting{Patience: 2 * time.Second, Tell: tell})
+	err := Wait(t.Context(), &away{Store: s}, Filter{}, WaitOptions{Patience: 2 * time.Second, Progress: tell})
 	if !errors.Is(err, kv.ErrUnavailable) || !strings.Contains(err.Error(), "connection refused") || !strings.Contains(told, "connection refused") {
 		t.Errorf("%v, told %q", err, told)
 	}
 	back := make(chan struct{})
 	tell = func(string) { close(back) } // once it is known to be away
-	if err := Wait(t.Context(), &away{Store: s, until: back}, Filter{}, Waiting{Patience: time.Minute, Tell: tell}); err != nil {
+	if err := Wait(t.Context(), &away{Store: s, until: back}, Filter{}, WaitOptions{Patience: time.Minute, Progress: tell}); err != nil {
 		t.Errorf("an outage that ended: %v", err)
 	}
 }

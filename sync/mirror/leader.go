@@ -310,7 +310,7 @@ func (l *leader) reportConflict(ctx context.Context, err error, nth int) {
 	if nth == conflictsLogged || nth%60 == 0 { // once a minute
 		l.c.Log.Warn("the store holds something else than its watch shows", "store", l.c.Store, "times", nth, "error", err)
 	}
-	l.written.tell(
+	l.written.writeError(
 		ctx,
 		fmt.Sprintf("the store refuses what the commit asks for, as it holds something else than its watch shows, again "+
 			"and again (%v): look for another writer below desired/ and control/, and for lost folder keys", err),

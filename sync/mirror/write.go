@@ -195,11 +195,11 @@ func (w *writer) reportFailure(ctx context.Context, err error, now time.Time) {
 			return
 		}
 	}
-	w.tell(ctx, "the commit can't be written: "+err.Error(), now)
+	w.writeError(ctx, "the commit can't be written: "+err.Error(), now)
 }
 
-// tell writes an error to mirror/state.
-func (w *writer) tell(ctx context.Context, words string, now time.Time) {
+// writeError writes an error to mirror/state.
+func (w *writer) writeError(ctx context.Context, words string, now time.Time) {
 	status := w.state
 	status.Holder, status.Error = w.name, clip(words, maxError)
 	if ctx.Err() != nil || !worthWriting(w.state, status, w.stateAt, now) {
@@ -212,15 +212,15 @@ func (w *writer) tell(ctx context.Context, words string, now time.Time) {
 }
 
 // worthWriting reports whether next says more than was. It doesn't if only digits in the error differ (ports,
-// counts, times), until sameTrouble has passed. at is when was was written. Pure.
+// counts, times), until sameErrorPause has passed. at is when was was written. Pure.
 func worthWriting(was, next deployments.MirrorState, at, now time.Time) bool {
-	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameTrouble {
+	if withoutDigits(was.Error) == withoutDigits(next.Error) && now.Sub(at) < sameErrorPause {
 		was.Error = next.Error
 	}
 	return !was.Equal(next)
 }
 
-const sameTrouble = 5 * time.Minute
+const sameErrorPause = 5 * time.Minute
 
 func withoutDigits(s string) string {
 	return strings.Map(func(r rune) rune {

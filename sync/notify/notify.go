@@ -79,7 +79,7 @@ func (n *Notifier) Run(ctx context.Context) error {
 	}
 	for i := range n.c.Receivers {
 		r := &n.c.Receivers[i]
-		g.Go(func() error { return n.follow(ctx, r.Name, func(c *cursor) error { return n.tell(ctx, r, c) }) })
+		g.Go(func() error { return n.follow(ctx, r.Name, func(c *cursor) error { return n.sendNew(ctx, r, c) }) })
 	}
 	for i := range n.c.Statuses {
 		s := &n.c.Statuses[i]
@@ -315,8 +315,8 @@ func (n *Notifier) now() ([]unitNow, deployments.MirrorState) {
 	return units, n.refused
 }
 
-// tell sends a receiver the events that it lacks. It returns an error only when ctx has ended.
-func (n *Notifier) tell(ctx context.Context, r *Receiver, c *cursor) error {
+// sendNew sends a receiver the events that it lacks. It returns an error only when ctx has ended.
+func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 	units, state := n.now()
 	gone := maps.Clone(c.Units)
 	for _, u := range units {

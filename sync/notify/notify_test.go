@@ -365,7 +365,7 @@ func TestHealthThatComesAndGoes(t *testing.T) {
 		at := func(sick ...string) told {
 			n.units[app] = unitNow{id: app, record: record(1, nil), unhealthy: sick, known: true}
 			c.again = time.Time{}
-			if err := n.tell(t.Context(), r, c); err != nil {
+			if err := n.sendNew(t.Context(), r, c); err != nil {
 				t.Fatal(err)
 			}
 			return c.Units[app.String()]

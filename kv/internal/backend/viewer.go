@@ -70,11 +70,11 @@ func (v *Viewer) update(entries []kv.Entry, changed bool, err error) {
 	}
 	v.view.Err = err
 	news := v.causes.New(err)
-	if v.shown && !changed && !news && !v.refolded && sameTrouble(old, err) {
+	if v.shown && !changed && !news && !v.refolded && sameKind(old, err) {
 		return
 	}
 	switch {
-	case err != nil && (news || !sameTrouble(old, err)):
+	case err != nil && (news || !sameKind(old, err)):
 		v.log.Warn("the view of the store may be out of date", "prefix", v.prefix, "error", err)
 	case err == nil && old != nil:
 		v.log.Info("the view of the store is up to date again", "prefix", v.prefix)
@@ -93,8 +93,8 @@ func SameEntry(a, b kv.Entry) bool {
 	return a.Key == b.Key && a.Version == b.Version && a.Session == b.Session && bytes.Equal(a.Value, b.Value)
 }
 
-// sameTrouble reports whether a caller has to treat two errors alike. Their texts may differ with every attempt.
-func sameTrouble(a, b error) bool {
+// sameKind reports whether two errors are of one kind, which callers treat alike. Their texts may differ with every attempt.
+func sameKind(a, b error) bool {
 	for _, kind := range []error{kv.ErrDenied, kv.ErrUnavailable} {
 		if errors.Is(a, kind) != errors.Is(b, kind) {
 			return false

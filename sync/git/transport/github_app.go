@@ -34,8 +34,8 @@ type installationToken struct {
 	Expires time.Time `json:"expires_at"`
 }
 
-// app reads the configuration; nil: there is none.
-func (a Access) app(host string) (*githubApp, error) {
+// githubApp returns the GitHub App that the environment configures for a host; nil: none.
+func (a Access) githubApp(host string) (*githubApp, error) {
 	app := githubApp{a.Env("KEDGE_GITHUB_APP_ID"), a.Env("KEDGE_GITHUB_APP_INSTALLATION"),
 		a.Env("KEDGE_GITHUB_APP_KEY_FILE"), a.Env("KEDGE_GITHUB_API")}
 	if app == (githubApp{}) {

@@ -189,7 +189,7 @@ func (s *httpServer) do(ctx context.Context, method, address string, body io.Rea
 
 // credentials returns the credentials for a request; nil: none.
 func (s *httpServer) credentials(ctx context.Context, client *http.Client) (*githttp.BasicAuth, error) {
-	app, err := s.access.app(s.endpoint.Host)
+	app, err := s.access.githubApp(s.endpoint.Host)
 	if err != nil {
 		return nil, err
 	}
