@@ -9,7 +9,8 @@ import (
 // kedge explain asks agents of the previous version, too.
 func TestStatusOfThePreviousVersion(t *testing.T) {
 	t.Parallel()
-	want := SourceStatus{Prefix: "pins/prod/web/", From: "store", Since: noon, Error: "no leader", ErrorSince: noon.Add(time.Hour)}
+	want := SourceStatus{Prefix: "pins/prod/web/", From: "store", Since: noon,
+		Error: "no leader", ErrorSince: noon.Add(time.Hour)}
 	now, err := json.Marshal(want)
 	if err != nil {
 		t.Fatal(err)

@@ -270,7 +270,8 @@ func TestBootsWithoutTheStore(t *testing.T) {
 	faulty.SetDown(kv.ErrUnavailable)
 	a = w.start(withFaulty, withMetrics)
 	a.awaitRunning(app, two)
-	if _, body := a.get("/status"); !strings.Contains(body, "last known state") || !strings.Contains(body, `"error_since"`) {
+	_, body := a.get("/status")
+	if !strings.Contains(body, "last known state") || !strings.Contains(body, `"error_since"`) {
 		t.Errorf("/status doesn't say that the store is away: %s", body)
 	}
 	if _, body := a.get("/metrics"); !strings.Contains(body, `kedge_agent_store_up{prefix="desired/prod/web/"} 0`) {

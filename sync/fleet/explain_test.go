@@ -175,7 +175,8 @@ func TestExplainLocal(t *testing.T) {
 	s := policy.NodeStatus{
 		Node: "web-1", Stage: "prod",
 		Sources: []policy.SourceStatus{
-			{Prefix: "desired/prod/web/", From: "last known state", Since: noon.Add(-2 * time.Hour), Error: "list desired/prod/web/: no leader", ErrorSince: noon.Add(-30 * time.Minute)},
+			{Prefix: "desired/prod/web/", From: "last known state", Since: noon.Add(-2 * time.Hour),
+				Error: "list desired/prod/web/: no leader", ErrorSince: noon.Add(-30 * time.Minute)},
 			{Prefix: "pins/prod/web/", From: "store", Since: noon},
 			{Prefix: "desired/prod/api/", From: "store", Since: noon},
 		},

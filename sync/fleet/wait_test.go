@@ -39,7 +39,7 @@ func goesOn(t *testing.T, s kv.Store, ended <-chan error) {
 	t.Helper()
 	w := waiter{before: map[nodeUnit]time.Time{}}
 	seen := fleets(t, s)
-	until(t, seen, "what was written", func(f *Fleet) bool { _, err := w.look(f); return err == nil })
+	until(t, seen, "what was written", func(f *Fleet) bool { _, err := w.check(f); return err == nil })
 	select {
 	case err := <-ended:
 		t.Fatalf("Wait ended too early: %v", err)
@@ -174,7 +174,8 @@ func TestWaitForACommit(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
 		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reportOf("web-1", runs("app", "1")))
-		if err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, WaitOptions{Commit: second}); err == nil || !strings.Contains(err.Error(), "brought no such unit") {
+		err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, WaitOptions{Commit: second})
+		if err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
 		}
 	})
@@ -191,7 +192,8 @@ func TestWaitForACommit(t *testing.T) {
 			put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12] + " " + first[:12]}))
 		for commit, says := range map[string]string{second: "fetching", first: "1 node failed"} {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			if err := Wait(ctx, s, Filter{}, WaitOptions{Commit: commit, Push: true}); err == nil || !strings.Contains(err.Error(), says) {
+			err := Wait(ctx, s, Filter{}, WaitOptions{Commit: commit, Push: true})
+			if err == nil || !strings.Contains(err.Error(), says) {
 				t.Errorf("%s: %v, want %q", commit, err, says)
 			}
 			cancel()
@@ -203,7 +205,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it is no commit", func(t *testing.T) {
 		t.Parallel()
 		for _, bad := range []string{"main", "abc", "../../../x"} {
-			if err := Wait(t.Context(), openDir(t), Filter{}, WaitOptions{Commit: bad}); err == nil || !strings.Contains(err.Error(), "hash") {
+			err := Wait(t.Context(), openDir(t), Filter{}, WaitOptions{Commit: bad})
+			if err == nil || !strings.Contains(err.Error(), "hash") {
 				t.Errorf("%q: %v", bad, err)
 			}
 		}
@@ -435,7 +438,8 @@ func TestWaitEndsWhenTheStoreStaysAway(t *testing.T) {
 	}
 	back := make(chan struct{})
 	tell = func(string) { close(back) } // once it is known to be away
-	if err := Wait(t.Context(), &away{Store: s, until: back}, Filter{}, WaitOptions{Patience: time.Minute, Progress: tell}); err != nil {
+	err = Wait(t.Context(), &away{Store: s, until: back}, Filter{}, WaitOptions{Patience: time.Minute, Progress: tell})
+	if err != nil {
 		t.Errorf("an outage that ended: %v", err)
 	}
 }
