@@ -346,26 +346,27 @@
 //
 // Of a unit:
 //
-//	state        converged, waiting, fetching, switching, retrying, quarantined, held, unhealthy or invalid
-//	running      the pointer of what dest leads to
-//	version      its manifest's
-//	want         the pointer of what should run
-//	why          why it should, in words
-//	generation   the record's from which that was resolved, or one before for which the node had to do something
-//	staged       the digest of a release that lies ready on disk
-//	quarantined  digests that failed on this node
-//	failed       the digest of want, if it failed on this node and what the node went back to does not serve yet
-//	reason       why the state is what it is, as a code
-//	facts        what the reason is about
-//	pinned       true: a pin decided, not the record
-//	error        the newest trouble, one line of at most 300 bytes
-//	since        when the state was entered, by the node's clock
-//	drift        up to five paths of the live tree that differ from the release
-//	serves       true where something that kedge did not deploy lies at dest, and no release of the unit runs
-//	leavable     true while what was at dest before the first release can be put back
-//	compared     how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
-//	fetched      bytes so far, while it is fetching
-//	total        bytes in all
+//	state         converged, waiting, fetching, switching, retrying, quarantined, held, unhealthy or invalid
+//	running       the pointer of what dest leads to
+//	version       its manifest's
+//	want          the pointer of what should run
+//	why           why it should, in words
+//	generation    the record's from which that was resolved, or one before for which the node had to do something
+//	staged        the digest of a release that lies ready on disk
+//	quarantined   digests that failed on this node
+//	failed        the digest of want, if it failed on this node and what the node went back to does not serve yet
+//	rolling_back  true while the node goes back from a release that failed, until what it goes back to serves
+//	reason        why the state is what it is, as a code
+//	facts         what the reason is about
+//	pinned        true: a pin decided, not the record
+//	error         the newest trouble, one line of at most 300 bytes
+//	since         when the state was entered, by the node's clock
+//	drift         up to five paths of the live tree that differ from the release
+//	serves        true where something that kedge did not deploy lies at dest, and no release of the unit runs
+//	leavable      true while what was at dest before the first release can be put back
+//	compared      how something else's tree at dest stood to a release: release, dest, differs, paths, missing, adopted
+//	fetched       bytes so far, while it is fetching
+//	total         bytes in all
 //
 // # History
 //

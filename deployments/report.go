@@ -46,6 +46,9 @@ type UnitReport struct {
 	// Failed is the release of Want if it failed here, isn't tried again, and what the node went back to does not
 	// serve yet: State is StateSwitching or StateUnhealthy.
 	Failed Digest `json:"failed,omitzero"`
+	// RollingBack is set while the node goes back from a release that failed here, until what it goes back to serves.
+	// Want may be either by then.
+	RollingBack bool `json:"rolling_back,omitempty"`
 	// Reason is why State is what it is, with its Facts; empty if State needs no reason.
 	Reason Reason `json:"reason,omitempty"`
 	Facts  Facts  `json:"facts,omitempty"`

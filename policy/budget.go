@@ -124,13 +124,18 @@ func returned(in *inputs, st state) state {
 		failed := slices.Contains(u.Quarantined, to.Digest) || u.State == deployments.StateUnhealthy ||
 			u.State == deployments.StateInvalid
 		if n.Gone {
-			if u.State == deployments.StateSwitching && in.Now.Before(n.GoneSince.Add(in.deadline())) {
+			if (u.State == deployments.StateSwitching || u.RollingBack) && in.Now.Before(n.GoneSince.Add(in.deadline())) {
 				v.inflight++
 				st = st.wake(n.GoneSince.Add(in.deadline()))
 			}
 			continue
 		}
 		v.live++
+		if due := in.dueBack(st, n); u.RollingBack && failed && in.Now.Before(due) {
+			v.inflight++
+			st = st.wake(due)
+			continue
+		}
 		switch {
 		case there || failed && !busy(u):
 		case applies(&r, n.Joined, false), busy(u):

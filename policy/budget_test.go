@@ -44,6 +44,10 @@ func TestNextCountsWhoIsInFlight(t *testing.T) {
 		{"a node that fetches", last(report{State: fetching, Running: v1, Generation: 2}), 2},
 		{"a node that switches", last(report{State: switching, Running: v1, Generation: 2}), 2},
 		{"a node that tries again", last(report{State: retrying, Running: v1, Generation: 2}), 2},
+		{"a node that serves nothing since it went back, whatever from", last(report{State: deployments.StateUnhealthy,
+			Running: v1, Want: v1, RollingBack: true, Generation: 2}), 2},
+		{"not one that is unhealthy by itself", last(report{State: deployments.StateUnhealthy, Running: v1, Want: v1,
+			Generation: 2}), 3},
 		{"not one that boots, whatever it does", last(report{State: fetching, Generation: 2}), 3},
 		{"nor one that has failed on stable", last(report{State: quarantined, Running: v0, Want: v1, Quarantined: []deployments.Digest{v1.Digest}, Generation: 2}), 3},
 		{"a node on what no part of the record names, as it goes to stable", last(report{State: converged, Running: v0, Generation: 2}), 2},
@@ -153,6 +157,7 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 	type report = deployments.UnitReport
 	const halted = -1
 	stuck := report{State: quarantined, Running: v2, Want: v1, Quarantined: []deployments.Digest{v1.Digest}, Generation: 2}
+	backSick := report{State: deployments.StateUnhealthy, Running: v1, Want: v1, RollingBack: true, Generation: 2}
 	for _, c := range []struct {
 		name string
 		set  func(*Situation)
@@ -176,6 +181,23 @@ func TestNextCountsOnTheWayBack(t *testing.T) {
 			s.Nodes[0].Report = report{State: switching, Running: v1, Want: v1, Generation: 2}
 		}, 10},
 		{"one on what no part of the record names, too", func(s *Situation) { s.Nodes[0].Report.Running = v0 }, 10},
+		{"one that went back by itself, and serves nothing yet, too",
+			func(s *Situation) { s.Nodes[0].Report = backSick }, 10},
+		{"for as long as a deadline, which no step for others prolongs", func(s *Situation) {
+			s.Nodes[0].Report, s.Nodes[0].UnhealthySince = backSick, ago(10*time.Minute)
+		}, 9},
+		{"also where its agent has just gone", func(s *Situation) {
+			s.Nodes[0].Report, s.Nodes[0].Gone, s.Nodes[0].GoneSince = backSick, true, ago(time.Second)
+		}, 10},
+		{"not one that is unhealthy by itself", func(s *Situation) {
+			s.Nodes[0].Report = backSick
+			s.Nodes[0].Report.RollingBack = false
+		}, 9},
+		{"it is not over before that serves", func(s *Situation) {
+			each(s, func(u *report) { u.Running = v1 })
+			s.Record.Rollout.Cutoff = 0
+			s.Nodes[9].Report = backSick
+		}, 0},
 		{"who seems to be on its way is told so for nothing", func(s *Situation) {
 			s.Nodes[9].Report.State = switching
 		}, 9},

@@ -24,6 +24,11 @@ func (w *world) admitted(n *member, r deployments.Record) {
 	}
 }
 
+// takesRoom reports whether a node is out of service by what a rollout had it do.
+func (n *member) takesRoom() bool {
+	return !n.free && (n.ends || !n.going.IsZero() || n.unserved && !n.excused)
+}
+
 // check holds the fleet against the budget.
 func (w *world) check() {
 	live, switching := 0, 0
@@ -38,13 +43,15 @@ func (w *world) check() {
 		if ends && n.told.report.State != deployments.StateSwitching && !w.passed().Before(w.named.Add(reportWithin)) {
 			n.free = true // it has yet to say so
 		}
+		p := w.latest().Rollout
+		n.excused = n.excused || p != nil && p.Unproven || !w.passed().Before(n.outSince.Add(w.unit.Rollout.Deadline))
 		if n.left || n.gone && n.going.IsZero() && !n.ends {
 			continue
 		}
 		if !n.gone && !n.pin.Present {
 			live++
 		}
-		if (n.ends || !n.going.IsZero()) && !n.free && (n.serves || !n.running.IsZero()) {
+		if n.takesRoom() && (n.serves || !n.running.IsZero()) {
 			switching++
 		}
 	}
@@ -64,7 +71,7 @@ func (w *world) check() {
 	if switching > w.cap {
 		var names []string
 		for _, n := range w.nodes {
-			if (n.ends || !n.going.IsZero()) && !n.free && !n.left {
+			if n.takesRoom() && !n.left {
 				names = append(names, n.name)
 			}
 		}

@@ -36,6 +36,11 @@ type member struct {
 	begun   string              // the failure key under which it does
 	by      int                 // the record by which it does, an index into world.records
 	hangs   bool
+	// unserved is set while what it went back to is unhealthy, since outSince; seenOut is when the mirror saw that.
+	unserved          bool
+	outSince, seenOut time.Time
+	// excused is set once it has been so for too long, or where what it went back to was never proven.
+	excused bool
 	started time.Time
 	failed  map[deployments.Digest]string // digest to failure key
 	tried   map[deployments.Digest]int    // the record by which that was begun
@@ -147,6 +152,10 @@ func (w *world) act(n *member, promptly bool) {
 		}
 		return
 	}
+	if n.unserved && w.wayBack.IntN(20) == 0 {
+		w.say("%s is healthy again", n.name)
+		n.unserved = false
+	}
 	r := w.acting(n)
 	d := w.resolve(n, n.acts)
 	key := w.key(n, r)
@@ -168,8 +177,14 @@ func (w *world) act(n *member, promptly bool) {
 			w.say("%s fails on %s", n.name, n.going.URL)
 			n.failed[n.going.Digest], n.tried[n.going.Digest] = n.begun, n.by
 			n.going = deployments.Pointer{}
+			if n.unserved = w.wayBack.IntN(6) == 0 && (!n.running.IsZero() || n.serves); n.unserved {
+				n.outSince, n.excused = w.passed(), n.free // it may have had its time
+				w.count("ways back that are unhealthy")
+				w.say("%s is unhealthy on what it went back to", n.name)
+			}
 			// Who came back with what no part of the record names goes on to stable: no record can keep it where it is.
-			n.free = n.free && n.running.Digest != r.Stable.Digest &&
+			unnamed := !n.running.IsZero() && n.joined > 0 && n.joined <= r.Joined
+			n.free = (n.free || unnamed) && n.running.Digest != r.Stable.Digest &&
 				(r.Rollout == nil || !partOf(&r, n.running.Digest))
 		case n.going == before:
 			w.count("ways back to what was there before")
@@ -189,6 +204,7 @@ func (w *world) act(n *member, promptly bool) {
 			w.act(n, true)
 		}
 	case d.Action == ActLeave:
+		n.unserved = false
 		n.going, n.hangs, n.sick = before, w.chance(0.05), false
 		w.say("%s begins to leave %s, by generation %d", n.name, n.running.URL, r.Generation)
 		if p := r.Rollout; p == nil || p.Failed == (deployments.Digest{}) || !r.Stable.IsZero() {
@@ -200,6 +216,7 @@ func (w *world) act(n *member, promptly bool) {
 		}
 	case d.Target.IsZero():
 	case d.Target != n.running && !w.isOut(n, d.Target, key):
+		n.unserved = false
 		n.going, n.begun, n.by, n.hangs, n.sick = d.Target, key, n.acts, w.chance(0.05), false
 		n.free = n.free || n.pin.Present
 		// A node that runs nothing, or what is rolled back, tries what is stable once for each commit. It may have hung
@@ -235,19 +252,22 @@ func (w *world) tell(n *member) {
 	d := w.resolve(n, n.acts)
 	u := deployments.UnitReport{Running: n.running, Want: d.Target, Generation: max(r.Generation, n.floor),
 		Serves: n.looked && n.serves, Leavable: n.leavable(), Pinned: d.Source == FromNodePin, Quarantined: keys(n.failed)}
+	if u.RollingBack = n.unserved; n.unserved && w.isOut(n, d.Target, w.key(n, r)) {
+		u.Failed = d.Target.Digest
+	}
 	switch {
 	case n.ends:
 		u.State, u.Serves = deployments.StateSwitching, true
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
+	case n.unserved:
+		u.State = deployments.StateUnhealthy
 	case d.Target.IsZero():
 		u.State = deployments.StateWaiting
 	case d.Target == n.running && n.sick:
 		u.State = deployments.StateUnhealthy
 	case d.Target == n.running:
 		u.State = deployments.StateConverged
-	case w.isOut(n, d.Target, w.key(n, r)) && n.sick:
-		u.State, u.Failed = deployments.StateUnhealthy, d.Target.Digest
 	case w.isOut(n, d.Target, w.key(n, r)):
 		u.State = deployments.StateQuarantined
 	default:
@@ -329,7 +349,8 @@ func (w *world) rename() {
 func (n *member) rename(w *world) {
 	n.epoch, n.acts, n.floor = w.epoch, -1, 0
 	n.serves, n.looked, n.kept, n.sick = n.serves || !n.running.IsZero(), false, false, false
-	if n.ends = !n.going.IsZero(); n.ends {
+	n.ends, n.unserved = !n.going.IsZero() || n.unserved, false
+	if n.ends {
 		w.count("renames in mid-switch")
 	}
 	n.running, n.going = deployments.Pointer{}, deployments.Pointer{}

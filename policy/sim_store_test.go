@@ -112,9 +112,18 @@ func (w *world) look() {
 		if !n.left && n.told.listed {
 			w.seenBy = append(w.seenBy, Node{Name: n.name, Gone: n.gone, Started: n.started, Joined: n.told.joined,
 				Report: n.told.report})
+			at := &w.seenBy[len(w.seenBy)-1]
 			if n.gone {
-				w.seenBy[len(w.seenBy)-1].GoneSince = n.goneAt
+				at.GoneSince = n.goneAt
 			}
+			if u.State != deployments.StateUnhealthy && !u.RollingBack {
+				n.seenOut = time.Time{}
+				continue
+			}
+			if n.seenOut.IsZero() {
+				n.seenOut = w.passed()
+			}
+			at.UnhealthySince = w.now.Add(n.seenOut.Sub(w.passed()))
 		}
 	}
 }

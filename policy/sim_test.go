@@ -101,6 +101,7 @@ type world struct {
 	rng     *rand.Rand
 	aside   *rand.Rand    // for what is only looked at
 	adopt   *rand.Rand    // for what serves besides; nil: nothing does
+	wayBack *rand.Rand    // for nodes that are unhealthy on what they went back to
 	renames *rand.Rand    // for renames of the unit, and for writes that the store refuses
 	epoch   int           // how often it was renamed
 	renamed int           // the first record since, an index into records
@@ -162,7 +163,7 @@ func play(seed uint64, keep, late bool) *world {
 	rng := rand.New(rand.NewPCG(seed, 42))
 	w := &world{
 		rng: rng, aside: rand.New(rand.NewPCG(seed, 43)), adopt: rand.New(rand.NewPCG(seed, 44)),
-		renames: rand.New(rand.NewPCG(seed, 45)), now: noon, keep: keep,
+		renames: rand.New(rand.NewPCG(seed, 45)), wayBack: rand.New(rand.NewPCG(seed, 46)), now: noon, keep: keep,
 		bad: map[deployments.Digest]float64{}, kinds: map[string]int{}, asked: map[deployments.Digest]int{},
 		records: []deployments.Record{{}}, lived: [][]bool{nil}, leader: leader{left: map[string]time.Time{}},
 	}
@@ -437,7 +438,7 @@ func (w *world) settle(resume bool) bool {
 func (w *world) end() {
 	w.freeze, w.unitPin = FreezeState{}, Value[deployments.Pin]{}
 	for _, n := range w.nodes { // nobody who is gone comes back: it is deregistered
-		n.left, n.sick = n.left || n.gone, false
+		n.left, n.sick, n.unserved = n.left || n.gone, false, false
 		if n.pin.Present {
 			n.pin, n.free = Value[deployments.Pin]{}, true
 		}

@@ -51,6 +51,9 @@ type Node struct {
 	Gone bool
 	// GoneSince is when the mirror saw that, by its own clock; zero: unknown, or not gone.
 	GoneSince time.Time
+	// UnhealthySince is since when the mirror has seen that the unit is unhealthy or rolls back, by its own clock;
+	// zero: unknown, or neither.
+	UnhealthySince time.Time
 	// Started is when its agent started, by the node's clock; zero: unknown.
 	Started time.Time
 	// Joined is Report.Joined: larger after each restart and each time that the node was cut off. 0: it has no number

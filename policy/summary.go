@@ -85,6 +85,15 @@ func (in *inputs) due(st state, n *Node) time.Time {
 	return from.Add(deadline)
 }
 
+// dueBack returns until when a node counts as in flight that is out of service, and isn't waited for. Steps for other
+// nodes don't prolong that either.
+func (in *inputs) dueBack(st state, n *Node) time.Time {
+	if n.Gone || n.UnhealthySince.IsZero() || n.UnhealthySince.After(in.Now) {
+		return in.due(st, n)
+	}
+	return later(n.UnhealthySince, in.Seen).Add(in.deadline())
+}
+
 // shortList is how long a list of nodes must have been shorter than before until it is believed: old agents write
 // a deleted status key again within a minute.
 const shortList = 2 * time.Minute
@@ -160,7 +169,7 @@ func summarize(in *inputs, st state) summary {
 		}
 		v.live++
 		final := aware && (u.State == deployments.StateQuarantined || u.State == deployments.StateInvalid)
-		sick := false // the target failed on it, and it is out of service
+		sick := false // it is out of service, and isn't waited for
 		broken := p.Unproven && !x.admitted && brokenByStable(&r, u)
 		switch {
 		case actsOnOlder(&r, u, int(i), ranks):
@@ -201,8 +210,15 @@ func summarize(in *inputs, st state) summary {
 				v.waiting = append(v.waiting, &waits)
 			}
 		}
+		if u.RollingBack && !x.inflight && !broken { // whatever it should run by now
+			x.inflight, sick = true, true
+		}
 		if x.inflight {
-			x.overdue = v.countInFlight(in, st, n, x.applies && x.admitted != back && !sick)
+			due := in.due(st, n)
+			if sick {
+				due = in.dueBack(st, n)
+			}
+			x.overdue = v.countInFlight(in, st, n, due, x.applies && x.admitted != back && !sick)
 		}
 		v.nodes = append(v.nodes, x)
 	}
@@ -234,32 +250,36 @@ func (v *summary) countGone(in *inputs, st state, n *Node, x place, back, aware,
 		v.away++
 		v.awayUntil = later(v.awayUntil, in.due(st, n))
 	}
-	overdue := !in.Now.Before(in.due(st, n))
+	due := in.due(st, n)
+	overdue := !in.Now.Before(due)
+	changing := (u.State == deployments.StateSwitching || u.RollingBack) && !overdue
 	toTarget := aware && x.admitted && !there && u.Want.Digest == st.r.Target.Digest
 	switch {
 	case back:
-		if u.State == deployments.StateSwitching && !overdue {
-			v.countInFlight(in, st, n, false)
+		if changing {
+			v.countInFlight(in, st, n, due, false)
 		}
 	case toTarget && (u.State == deployments.StateQuarantined || failedThere(&st.r, u)):
 		v.countFailed(n, deployments.ReasonQuarantined, cmp.Or(u.Error, string(u.State)))
+		if changing {
+			v.countInFlight(in, st, n, due, false)
+		}
 	case toTarget && overdue:
 		v.countFailed(n, deployments.ReasonGone, u.Error)
 	case toTarget:
-		v.countInFlight(in, st, n, true)
-	case u.State == deployments.StateSwitching && !overdue: // by an earlier record
-		v.countInFlight(in, st, n, false)
+		v.countInFlight(in, st, n, due, true)
+	case changing: // by an earlier record
+		v.countInFlight(in, st, n, due, false)
 	case there && x.admitted && !overdue && st.p.Phase != deployments.PhaseRolling:
 		v.missing++
 		v.pending++
 		v.setback = true
-		v.due = earlier(v.due, in.due(st, n))
+		v.due = earlier(v.due, due)
 	}
 }
 
-// countInFlight counts a node that is in flight, and reports whether its deadline has passed.
-func (v *summary) countInFlight(in *inputs, st state, n *Node, pending bool) (overdue bool) {
-	due := in.due(st, n)
+// countInFlight counts a node that is in flight until due, and reports whether that has passed.
+func (v *summary) countInFlight(in *inputs, st state, n *Node, due time.Time, pending bool) (overdue bool) {
 	overdue = !in.Now.Before(due)
 	v.inflight++
 	if pending {

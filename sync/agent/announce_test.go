@@ -133,10 +133,16 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 		!strings.Contains(u.Error, "exec") {
 		t.Errorf("the rollout isn't told what failed: %+v", u)
 	}
-	rolls(3, three)
+	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 3,
+		Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: time.Now(), Failed: two.Digest}})
+	u = a.awaitUnit(app, "to be told to go back", func(u deployments.UnitReport) bool { return u.Generation == 3 })
+	if u.State != deployments.StateUnhealthy || !u.RollingBack || u.Want != one || !u.Failed.IsZero() {
+		t.Errorf("the rollback isn't told that it is out of service: %+v", u)
+	}
+	rolls(4, three)
 	a.awaitRunning(app, three)
-	if u := a.unit(app); !u.Failed.IsZero() {
-		t.Errorf("%s still counts as failed", u.Failed)
+	if u := a.unit(app); !u.Failed.IsZero() || u.RollingBack {
+		t.Errorf("it still counts as failed: %+v", u)
 	}
 }
 

@@ -99,7 +99,8 @@ func (u *unit) report() deployments.UnitReport {
 		State: now.state, Reason: now.reason, Facts: now.facts, Running: s.Running, Version: safetext.Cut(s.Version, 128),
 		Want: u.decision.Target, Why: safetext.Cut(message.Decision(u.decision.Reason, u.decision.Facts), 300),
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
-		Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin || u.decision.Source == policy.FromUnitPin,
+		RollingBack: s.RollingBack, Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin ||
+			u.decision.Source == policy.FromUnitPin,
 		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
 	r.Serves = s.Running.IsZero() &&

@@ -169,6 +169,8 @@ type State struct {
 	Drained bool
 	// Unfinished is set while a journalled deployment waits for Recover to finish it.
 	Unfinished bool
+	// RollingBack is set while a deployment that failed goes back, until what it goes back to is healthy.
+	RollingBack bool
 	// Health is unhealthy while the release that a deployment went back to isn't healthy: Recover tries it again.
 	// For a release in normal operation see Monitor.
 	Health Health
@@ -234,7 +236,7 @@ func (u *Unit) State() State {
 		Restored:   u.j.Restored,
 	}
 	if d := u.j.Deployment; d != nil {
-		s.Leaving = d.Leaves
+		s.Leaving, s.RollingBack = d.Leaves, d.Fault != nil || d.Unserved != nil
 		if s.Ends = d.target(); d.Step.beforeSwitch() {
 			s.Ends = d.From
 		}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -256,6 +257,40 @@ func TestJunkOrders(t *testing.T) {
 	for line := range strings.Lines(m.log.String()) {
 		if len(line) > 2*maxLogged {
 			t.Errorf("a line of %d bytes: %.200s", len(line), line)
+		}
+	}
+}
+
+// The time from which a unit is out of service on a node is that of the first report that says so without a break.
+func TestOutages(t *testing.T) {
+	t.Parallel()
+	start := time.Now()
+	const converged, switching, sick = deployments.StateConverged, deployments.StateSwitching, deployments.StateUnhealthy
+	unit := func(s deployments.State, entered int) deployments.UnitReport {
+		at := start.Add(time.Duration(entered) * time.Minute)
+		return deployments.UnitReport{State: s, Since: at, RollingBack: s == switching}
+	}
+	var out outages
+	for i, step := range []struct {
+		app, db deployments.UnitReport
+		want    map[string]int // since which step
+	}{
+		{unit(converged, 0), unit(converged, 0), nil},
+		{unit(switching, 1), unit(converged, 0), map[string]int{"app": 1}},
+		{unit(sick, 2), unit(sick, 2), map[string]int{"app": 1, "db": 2}},
+		{unit(sick, 2), unit(sick, 3), map[string]int{"app": 1, "db": 3}}, // db was well in between
+		{unit(switching, 4), unit(sick, 3), map[string]int{"app": 4, "db": 3}},
+		{unit(converged, 5), unit(converged, 5), nil},
+		{unit(sick, 6), unit(converged, 5), map[string]int{"app": 6}},
+	} {
+		units := map[string]deployments.UnitReport{"app": step.app, "db": step.db}
+		out = out.next(units, start.Add(time.Duration(i)*time.Second))
+		got := map[string]int{}
+		for name, o := range out {
+			got[name] = int(o.since.Sub(start) / time.Second)
+		}
+		if !maps.Equal(got, step.want) {
+			t.Errorf("step %d: since %v, want %v", i, got, step.want)
 		}
 	}
 }

@@ -115,6 +115,7 @@ type reported struct {
 	gone bool // the node's session has ended
 	// goneSince is when the end of the session was seen; zero: the session lives.
 	goneSince time.Time
+	unhealthy outages
 	report    deployments.Report
 }
 

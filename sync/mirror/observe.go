@@ -34,9 +34,48 @@ type observer struct {
 	ordered  parsed[deployments.Order]
 	reports  reports.Reader
 	listed   map[string]time.Time // by key in status/: when it was first seen without a session; zero: it has one
+	outages  map[string]outages   // by key in status/
 	left     map[string]time.Time // when each key in status/ vanished that is not back
 	hook     uint64               // the last version of kv.MirrorHook that was passed on
 	complain rate.Sometimes       // bounds the lines about reports that can't be used, as a node can write many
+}
+
+// outages are the units of a node that are unhealthy or roll back, by name.
+type outages map[string]outage
+
+// outage is a time in which a unit is out of service: since when, and what the newest report says of it.
+type outage struct {
+	since   time.Time
+	state   deployments.State
+	entered time.Time
+}
+
+// next returns the outages by a node's next report. In between a unit may have tried another release and failed
+// again, as a watch shows only the newest report: that is another outage.
+func (o outages) next(units map[string]deployments.UnitReport, now time.Time) outages {
+	var all outages
+	for name, u := range units {
+		if u.State != deployments.StateUnhealthy && !u.RollingBack {
+			continue
+		}
+		since := now
+		if was, known := o[name]; known && was.goesOn(u) {
+			since = was.since
+		}
+		if all == nil {
+			all = outages{}
+		}
+		all[name] = outage{since, u.State, u.Since}
+	}
+	return all
+}
+
+// goesOn reports whether a unit that is out of service has been so since the report before.
+func (o outage) goesOn(u deployments.UnitReport) bool {
+	if u.State == o.state {
+		return u.Since.Equal(o.entered)
+	}
+	return o.state == deployments.StateSwitching // it went back, and its checks fail
 }
 
 // parsed holds a watch's values by key, with what they were parsed to.
@@ -147,6 +186,7 @@ func (o *observer) fleet(v kv.View) {
 	at := time.Now()
 	roles := map[deployments.RoleID][]reported{}
 	listed := make(map[string]time.Time, len(v.Entries))
+	out := map[string]outages{}
 	bad, worst, why := 0, "", error(nil)
 	for _, r := range o.reports.Read(v.Entries) {
 		if r.Err != nil {
@@ -159,8 +199,13 @@ func (o *observer) fleet(v kv.View) {
 			}
 		}
 		listed[r.Entry.Key] = goneSince
-		roles[r.Key.Role] = append(roles[r.Key.Role], reported{r.Key.Node, gone, goneSince, r.Report})
+		unhealthy := o.outages[r.Entry.Key].next(r.Report.Units, at)
+		if unhealthy != nil {
+			out[r.Entry.Key] = unhealthy
+		}
+		roles[r.Key.Role] = append(roles[r.Key.Role], reported{r.Key.Node, gone, goneSince, unhealthy, r.Report})
 	}
+	o.outages = out
 	left := o.follow(listed, at)
 	if bad > 0 {
 		o.complain.Do(func() {

@@ -62,13 +62,19 @@ func (in inputs) ranksOf(id deployments.UnitID) *policy.Ranks {
 	return in.ranks[id]
 }
 
-// seen returns since when the fleet has been up to date: now minus the time that has passed since, so that a clock
-// that was ahead then and was corrected doesn't matter.
+// seen returns since when the fleet has been up to date. As for all that the mirror saw, a clock that was wrong then
+// and was corrected doesn't matter.
 func (in inputs) seen() time.Time {
-	if in.fleetSince.IsZero() {
-		return in.fleetSince
+	return in.passed(in.fleetSince)
+}
+
+// passed returns when something happened that was seen at the given time: now minus the time that has passed since.
+// Zero stays zero.
+func (in inputs) passed(at time.Time) time.Time {
+	if at.IsZero() {
+		return at
 	}
-	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(in.fleetSince)))
+	return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
 }
 
 // listed returns when entries of a unit's nodes vanished, and since when this has been watched, on the clock of
@@ -77,12 +83,9 @@ func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time
 	if in.leftSince == nil {
 		return nil, time.Time{}
 	}
-	passed := func(at time.Time) time.Time {
-		return in.now.UTC().Truncate(time.Millisecond).Add(-max(0, in.now.Sub(at)))
-	}
 	seen, following := in.leftSince(id.RoleID())
 	for _, at := range seen {
-		left = append(left, passed(at))
+		left = append(left, in.passed(at))
 	}
 	if following.IsZero() {
 		return left, following
@@ -90,7 +93,7 @@ func (in inputs) listed(id deployments.UnitID) (left []time.Time, following time
 	if in.fleetSince.After(following) {
 		following = in.fleetSince // nobody saw what vanished before
 	}
-	return left, passed(following)
+	return left, in.passed(following)
 }
 
 // nodes returns the nodes of a unit's role, with their reports on the unit.
@@ -98,8 +101,9 @@ func (in inputs) nodes(id deployments.UnitID) []policy.Node {
 	role := in.fleet[id.RoleID()]
 	nodes := make([]policy.Node, len(role))
 	for i, r := range role {
-		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: r.goneSince, Started: r.report.Started,
-			Joined: r.report.Joined, Report: r.report.Units[id.Unit]}
+		nodes[i] = policy.Node{Name: r.node, Gone: r.gone, GoneSince: in.passed(r.goneSince),
+			UnhealthySince: in.passed(r.unhealthy[id.Unit].since), Started: r.report.Started, Joined: r.report.Joined,
+			Report: r.report.Units[id.Unit]}
 	}
 	return nodes
 }
