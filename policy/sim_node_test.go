@@ -39,6 +39,7 @@ type member struct {
 	// unserved is set while what it went back to is unhealthy, since outSince; seenOut is when the mirror saw that.
 	unserved          bool
 	outSince, seenOut time.Time
+	toldOut           time.Time // UnitReport.Since, as the mirror saw it then
 	// excused is set once it has been so for too long, or where what it went back to was never proven.
 	excused bool
 	started time.Time
@@ -261,7 +262,7 @@ func (w *world) tell(n *member) {
 	case !n.going.IsZero():
 		u.State = deployments.StateSwitching
 	case n.unserved:
-		u.State = deployments.StateUnhealthy
+		u.State, u.Since = deployments.StateUnhealthy, n.outSince
 	case d.Target.IsZero():
 		u.State = deployments.StateWaiting
 	case d.Target == n.running && n.sick:

@@ -120,8 +120,8 @@ func (w *world) look() {
 				n.seenOut = time.Time{}
 				continue
 			}
-			if n.seenOut.IsZero() {
-				n.seenOut = w.passed()
+			if n.seenOut.IsZero() || !u.Since.Equal(n.toldOut) {
+				n.seenOut, n.toldOut = w.passed(), u.Since
 			}
 			at.UnhealthySince = w.now.Add(n.seenOut.Sub(w.passed()))
 		}

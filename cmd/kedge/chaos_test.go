@@ -185,6 +185,7 @@ func (c *chaos) play() {
 	reads := c.reader(ctx, dests...)
 	var watching sync.WaitGroup
 	watching.Go(func() { c.watchBudget(ctx) })
+	watching.Go(func() { c.watchVerdicts(ctx) })
 	for range *chaosEvents {
 		c.event()
 		if c.t.Failed() {
@@ -377,7 +378,7 @@ func (c *chaos) processOf(name string) *process {
 // anyClient is of a server that runs.
 func (c *chaos) anyClient() *api.Client {
 	i := slices.IndexFunc(c.consul.Servers, (*kvtest.ConsulNode).Running)
-	return c.consul.Servers[i].Client(c.consul.RootToken)
+	return c.consul.Servers[max(i, 0)].Client(c.consul.RootToken) // the first, if all are being started again
 }
 
 // settled is nil once every node's report says that it is where it is to stay.
@@ -449,6 +450,27 @@ func (c *chaos) watchBudget(ctx context.Context) {
 		out[node] = version
 		if len(out) > c.budget {
 			c.t.Errorf("at %s %d nodes are out of service, %d may: %v", time.Now().UTC().Format("15:04:05.000"), len(out), c.budget, out)
+		}
+	}
+}
+
+// watchVerdicts follows why rollouts went back: never because of a node that says that it converged.
+func (c *chaos) watchVerdicts(ctx context.Context) {
+	for ; ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
+		e, _, err := c.anyClient().KV().Get("kedge/"+kv.DesiredKey(webApp),
+			(&api.QueryOptions{AllowStale: true}).WithContext(ctx))
+		if err != nil || e == nil {
+			continue // a server was killed, or the record is lost
+		}
+		r, err := deployments.ParseRecord(e.Value)
+		if err != nil {
+			c.t.Errorf("the record doesn't parse: %v: %s", err, e.Value)
+			return
+		}
+		if p := r.Rollout; p != nil && p.Facts["cause"] == string(deployments.ReasonNotInTime) &&
+			strings.HasPrefix(p.Facts["error"], string(deployments.StateConverged)) {
+			c.t.Errorf("release %s went back as %s was late, which had converged: %v", r.Target, p.Facts["node"], p.Facts)
+			return
 		}
 	}
 }
