@@ -54,7 +54,7 @@ func filterOf(args []string) (fleet.Filter, error) {
 }
 
 func (a *app) statusCommand() *cobra.Command {
-	var watch, nodes bool
+	var watch, nodes, attention bool
 	c := &cobra.Command{
 		Use:   "status [STAGE[/ROLE[/UNIT]]]",
 		Short: "What every unit should run, and which nodes do",
@@ -72,15 +72,25 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 			}
 			defer store.Close()
 			opt := fleet.TableOptions{Width: a.terminal(), Color: a.color(), Nodes: nodes}
+			shown := func(f *fleet.Fleet) *fleet.Fleet {
+				if attention {
+					f, opt.Fine = f.Attention()
+				}
+				return f
+			}
+			write := func(w io.Writer, f *fleet.Fleet) error {
+				f = shown(f)
+				return fleet.WriteTable(w, f, opt)
+			}
 			if !watch {
 				f, err := fleet.Read(cmd.Context(), store, filter)
 				if err != nil {
 					return err
 				}
 				if a.json {
-					return a.printJSON(f)
+					return a.printJSON(shown(f))
 				}
-				if err := fleet.WriteTable(a.stdout, f, opt); err != nil {
+				if err := write(a.stdout, f); err != nil {
 					return err
 				}
 				if err := fleet.Missing(cmd.Context(), store, f, filter); err != nil {
@@ -91,17 +101,17 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 			switch {
 			case a.json:
 				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) {
-					if line, err := json.Marshal(f); err == nil {
+					if line, err := json.Marshal(shown(f)); err == nil {
 						a.stdout.Write(append(safetext.JSON(line), '\n'))
 					}
 				})
 			case opt.Width > 0:
 				err = a.watchOnScreen(cmd.Context(), store, filter, func(w io.Writer, f *fleet.Fleet, width int) {
 					opt.Width = width
-					fleet.WriteTable(w, f, opt)
+					write(w, f)
 				})
 			default:
-				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) { fleet.WriteTable(a.stdout, f, opt) })
+				err = fleet.Watch(cmd.Context(), store, filter, func(f *fleet.Fleet) { write(a.stdout, f) })
 			}
 			if errors.Is(err, context.Canceled) {
 				return nil
@@ -110,6 +120,8 @@ session has ended) is counted on its own. Exit code 0, whatever it shows: see ke
 		},
 	}
 	c.Flags().BoolVarP(&watch, "watch", "w", false, "go on, and show every change")
+	c.Flags().BoolVarP(&attention, "attention", "a", false,
+		"only the units that are pinned, rolling out or in trouble")
 	c.Flags().BoolVarP(&nodes, "nodes", "n", false, "show every node, not only those that aren't converged")
 	a.jsonFlag(c, "the fleet")
 	return a.completeArgs(c, wantPart)

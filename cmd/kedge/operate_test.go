@@ -148,14 +148,17 @@ func TestCompletion(t *testing.T) {
 func TestEmptyListsInJSON(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	for _, args := range [][]string{{"status"}, {"check", dir}} {
+	for _, args := range [][]string{{"status"}, {"status", "-a"}, {"check", dir}} {
 		out, errs, code := cli(t, "", append(args, "--json", "--kv=file://"+dir)...)
 		if code != exitDone || !strings.Contains(out, "[]") || strings.Contains(out, "null") {
 			t.Errorf("%s: exit %d\n%s%s", args[0], code, out, errs)
 		}
 	}
 	store, _ := operateStore(t)
-	for _, args := range [][]string{{"status"}, {"history", "prod/web/app"}, {"explain", "web-1/app"}, {"node", "web-1"}, {"unpin", "prod/web/app"}} {
+	for _, args := range [][]string{
+		{"status"}, {"status", "-a"}, {"history", "prod/web/app"}, {"explain", "web-1/app"}, {"node", "web-1"},
+		{"unpin", "prod/web/app"},
+	} {
 		out, errs, code := cli(t, "", append(args, "--json", store)...)
 		if code != exitDone || strings.Contains(out, "null") || !json.Valid([]byte(out)) {
 			t.Errorf("%s: exit %d\n%s%s", args[0], code, out, errs)

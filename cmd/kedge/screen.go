@@ -96,7 +96,7 @@ func cut(text string, width, most int) string {
 				lines[:i],
 				"",
 			) + fmt.Sprintf(
-				"… %d more lines, for a higher window; kedge status STAGE/ROLE shows less\n",
+				"… %d more lines, for a higher window; kedge status STAGE/ROLE or --attention shows less\n",
 				len(lines)-i,
 			)
 		}

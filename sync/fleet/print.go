@@ -67,7 +67,7 @@ func (p *printer) align(indent string, rows [][]Text, firm ...int) []string {
 	}
 	wide, total := columns(rows)
 	if total += len(indent); p.opt.Width > 0 {
-		const narrowest = 9
+		const narrowest = 7
 		for ; total > p.opt.Width; total-- {
 			widest := -1
 			for _, last := range []bool{false, true} {

@@ -17,6 +17,8 @@ type TableOptions struct {
 	Color bool
 	// Nodes shows every node; otherwise only those that are not converged, or have a note.
 	Nodes bool
+	// Fine is how many units were left out of the fleet because they need no attention.
+	Fine int
 }
 
 // WriteTable writes the mirror's state, then each unit with its target, pin, converged nodes and rollout, followed
@@ -34,19 +36,25 @@ func WriteTable(w io.Writer, f *Fleet, opt TableOptions) error {
 		p.wrap(head, indent, n.Says.Text, n.Says.Tone)
 	}
 	p.raw("")
-	if len(f.Units) == 0 {
-		p.raw(p.paint(Dim, "No units."))
-	} else {
+	switch {
+	case len(f.Units) > 0:
 		rows := [][]Text{header(Columns)}
 		for i := range f.Units {
 			rows = append(rows, f.Row(&f.Units[i]))
 		}
-		lines := p.align("", p.withBars(rows, f.Units))
+		lines := p.align("", p.withBars(rows, f.Units), 0) // a unit's name is cut last: it is what people type
 		p.raw(lines[0])
 		for i := range f.Units {
 			p.raw(lines[i+1])
 			p.unit(f, &f.Units[i])
 		}
+		if opt.Fine > 0 {
+			p.raw(p.paint(Dim, fmt.Sprintf("and %d more, which need no attention", opt.Fine)))
+		}
+	case opt.Fine > 0:
+		p.raw(p.paint(Good, fmt.Sprintf("None of %d units needs attention.", opt.Fine)))
+	default:
+		p.raw(p.paint(Dim, "No units."))
 	}
 	for i, n := range f.Faults() {
 		if i == 0 {
@@ -122,7 +130,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 		notes = append(notes, p.names(u, problem))
 	}
 	same := 1 // consecutive nodes with the same note
-	for i, line := range p.align("  ", rows) {
+	for i, line := range p.align("  ", rows, 0) {
 		p.raw(line)
 		switch _, tail, _ := strings.Cut(notes[i], ": "); {
 		case i+1 < len(notes) && notes[i+1] == notes[i] && notes[i] != "":

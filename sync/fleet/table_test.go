@@ -86,6 +86,49 @@ func TestTable(t *testing.T) {
 	}
 }
 
+// At 80 columns what people type is whole, a unit's name and a node's, and of many units those that need attention can
+// be shown alone.
+func TestTableOfManyUnits(t *testing.T) {
+	t.Parallel()
+	role := deployments.RoleID{Stage: "prod-eu", Role: "checkout"}
+	var all []kv.Entry
+	for i := range deployments.MaxRoleUnits {
+		id := role.Unit(fmt.Sprintf("app-%03d", i))
+		record := deployments.Record{Target: release("app", "1.5.0"), Stable: release("app", "1.4.2"), Generation: 2}
+		if i == 7 {
+			record.Rollout = &deployments.Progress{Phase: deployments.PhasePendingApproval, Since: noon}
+		}
+		all = append(all, put(kv.DesiredKey(id), record))
+	}
+	node := strings.Repeat("n", 40)
+	for _, name := range []string{node, "web-1"} {
+		units := map[string]deployments.UnitReport{}
+		for i := range deployments.MaxRoleUnits {
+			units[fmt.Sprintf("app-%03d", i)] = runs("app", "1.5.0")
+		}
+		units["app-007"], units["app-011"] = runs("app", "1.4.2"), runs("app", "1.4.2")
+		e := says(name, units)
+		e.Key = kv.StatusKey(role.Stage, role.Role, name)
+		all = append(all, e)
+	}
+	f := Assemble(all, noon)
+	some, fine := f.Attention()
+	var out bytes.Buffer
+	if err := WriteTable(&out, some, TableOptions{Width: 80, Fine: fine}); err != nil {
+		t.Fatal(err)
+	}
+	text := out.String()
+	for _, want := range []string{"\nprod-eu/checkout/app-007 ", "\nprod-eu/checkout/app-011 ", "\n  " + node + "  "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing", want)
+		}
+	}
+	if strings.Contains(text, "app-050") || fine != deployments.MaxRoleUnits-2 || len(some.Units) != 2 ||
+		!strings.Contains(text, fmt.Sprintf("and %d more, which need no attention\n", fine)) {
+		t.Errorf("of %d units, %d are shown:\n%s", len(f.Units), len(some.Units), text)
+	}
+}
+
 // The first line of a unit says which release runs where: a target that a canary alone runs, or that was rolled
 // back, isn't taken for what the fleet runs.
 func TestRowSaysWhatRuns(t *testing.T) {

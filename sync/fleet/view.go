@@ -321,6 +321,19 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 	return Text{strings.Join(names, ", ") + more, tone}
 }
 
+// Attention returns the fleet without the units that run what they should everywhere and of which there is nothing to
+// remark, and how many those are.
+func (f *Fleet) Attention() (some *Fleet, fine int) {
+	copied := *f
+	copied.Units = slices.DeleteFunc(slices.Clone(f.Units), func(u Unit) bool {
+		return len(f.Notes(&u)) == 0 && !slices.ContainsFunc(u.Nodes, func(n Node) bool {
+			_, beside := f.NodeRow(&u, &n)
+			return !n.Gone && (!n.Converged || beside != "")
+		})
+	})
+	return &copied, len(f.Units) - len(copied.Units)
+}
+
 // Notes returns the remarks on one of f's units, in addition to its Row.
 func (f *Fleet) Notes(u *Unit) (all []Note) {
 	add := func(about string, t Tone, says string, st Tone) {
