@@ -8,13 +8,12 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"slices"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"kedge/deployments"
+	"kedge/sync/conns"
 )
 
 // Alive reports whether the agent's loop still runs, for the watchdog and /live. It takes up to 10 s to return
@@ -174,10 +173,10 @@ func (a *Agent) serveStatus(ctx context.Context) error {
 
 // serveOn serves l until ctx ends.
 func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
-	conns := &connections{}
+	limit := &conns.Limit{Max: maxConns}
 	s := &http.Server{
 		Handler: h, ReadHeaderTimeout: headerTimeout, ReadTimeout: readTimeout, WriteTimeout: writeTimeout,
-		IdleTimeout: idleTimeout, MaxHeaderBytes: 16 << 10, ConnState: conns.note,
+		IdleTimeout: idleTimeout, MaxHeaderBytes: 16 << 10, ConnState: limit.Note,
 	}
 	stop := context.AfterFunc(ctx, func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
@@ -191,28 +190,4 @@ func serveOn(ctx context.Context, l net.Listener, h http.Handler) error {
 		return fmt.Errorf("serving %s: %w", l.Addr(), err)
 	}
 	return nil
-}
-
-// connections bounds a server's connections. Idle ones are the oldest: closing the oldest lets a load balancer in
-// whatever other clients do.
-type connections struct {
-	mu   sync.Mutex
-	open []net.Conn // oldest first
-}
-
-func (c *connections) note(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch state {
-	case http.StateNew:
-		c.open = append(c.open, conn)
-		if len(c.open) > maxConns {
-			c.open[0].Close()
-			c.open = slices.Delete(c.open, 0, 1)
-		}
-	case http.StateClosed, http.StateHijacked:
-		if i := slices.Index(c.open, conn); i >= 0 {
-			c.open = slices.Delete(c.open, i, i+1)
-		}
-	}
 }

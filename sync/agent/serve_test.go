@@ -2,12 +2,10 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +14,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"kedge/sync/conns/connstest"
 )
 
 // Clients on other machines may read whether the node serves, but not what it runs, nor its metrics.
@@ -54,29 +54,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 	w := newWorld(t)
 	a := w.start(allowEmpty, func(c *Config) { c.Listen, c.Metrics = "127.0.0.1:0", prometheus.NewRegistry() })
 	a.awaitReady()
-	var held []net.Conn
-	for range 3 * maxConns {
-		c, err := net.Dial("tcp", a.Addr())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		held = append(held, c)
-	}
-	a.awaitReady()
-	var open atomic.Int32
-	var reads sync.WaitGroup
-	for _, c := range held {
-		reads.Go(func() {
-			c.SetReadDeadline(time.Now().Add(time.Second))
-			if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
-				open.Add(1)
-			}
-		})
-	}
-	if reads.Wait(); open.Load() > maxConns {
-		t.Errorf("%d connections are held open, at most %d are allowed", open.Load(), maxConns)
-	}
+	connstest.Bounded(t, a.Addr(), maxConns, func() bool { a.awaitReady(); return true })
 }
 
 // pipes is a listener whose connections are pipes: they buffer nothing.

@@ -37,6 +37,7 @@ import (
 	"kedge/artifact/object"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/sync/conns"
 	"kedge/sync/git"
 	"kedge/sync/git/transport"
 	"kedge/sync/mirror/inspect"
@@ -218,6 +219,9 @@ func (m *Mirror) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
+// maxConns bounds the connections to a mirror's address: a new one replaces the oldest.
+const maxConns = 200
+
 // serve serves HTTP on the listener until ctx ends.
 func (m *Mirror) serve(ctx context.Context) error {
 	if m.listener == nil {
@@ -231,6 +235,7 @@ func (m *Mirror) serve(ctx context.Context) error {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,
+		ConnState:         (&conns.Limit{Max: maxConns}).Note,
 		ErrorLog:          slog.NewLogLogger(m.c.Log.Handler(), slog.LevelDebug),
 	}
 	defer context.AfterFunc(ctx, func() {

@@ -17,6 +17,7 @@ import (
 	"kedge/deployments"
 	"kedge/kv"
 	"kedge/kv/kvtest"
+	"kedge/sync/conns/connstest"
 	"kedge/sync/git/gittest"
 	"kedge/sync/mirror/webhook"
 )
@@ -161,6 +162,8 @@ func TestWebhook(t *testing.T) {
 			t.Errorf("/metrics lacks %s", want)
 		}
 	}
+	http.DefaultClient.CloseIdleConnections()
+	connstest.Bounded(t, m.Addr(), maxConns, func() bool { return post("{}", "X-Gitlab-Token", "hush") == http.StatusAccepted })
 	for _, secret := range []string{"hush", "s3cret"} {
 		if strings.Contains(m.log.String(), secret) {
 			t.Errorf("the log has the secret %s", secret)

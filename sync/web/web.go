@@ -27,6 +27,7 @@ import (
 	"kedge/deployments"
 	"kedge/deployments/wait"
 	"kedge/kv"
+	"kedge/sync/conns"
 	"kedge/sync/fleet"
 )
 
@@ -67,6 +68,9 @@ type Web struct {
 // maxViewers bounds the browsers with an open stream.
 const maxViewers = 200
 
+// maxConns bounds the connections: a new one replaces the oldest. Browsers whose streams end so connect again.
+const maxConns = 1000
+
 // New listens. The error is the listener's, or the configuration's.
 func New(c Config) (*Web, error) {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
@@ -97,6 +101,7 @@ func (w *Web) Run(ctx context.Context) error {
 		Handler: w.handler(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second,
 		WriteTimeout: writeWithin, IdleTimeout: time.Minute,
 		MaxHeaderBytes: 16 << 10,
+		ConnState:      (&conns.Limit{Max: maxConns}).Note,
 		BaseContext:    func(net.Listener) context.Context { return ctx }, // ends the streams
 		ErrorLog:       slog.NewLogLogger(w.c.Log.Handler(), slog.LevelDebug),
 	}

@@ -15,6 +15,7 @@ import (
 	"kedge/kv"
 	"kedge/kv/kvtest"
 	"kedge/kv/open"
+	"kedge/sync/conns/connstest"
 	"kedge/sync/fleet"
 )
 
@@ -266,4 +267,8 @@ func TestTooManyViewers(t *testing.T) {
 	if response, _ := get(t, http.MethodGet, url+"/", ""); response.StatusCode != http.StatusOK {
 		t.Errorf("a page: %s", response.Status)
 	}
+	connstest.Bounded(t, strings.TrimPrefix(url, "http://"), maxConns, func() bool {
+		response, _ := get(t, http.MethodGet, url+"/", "")
+		return response.StatusCode == http.StatusOK
+	})
 }
