@@ -96,8 +96,12 @@ var runPages = map[string]string{
 	"security":      "deployments/docs/security.md",
 }
 
-// portPages are the pages whose agent listens where the page says, at a port of this machine: they take turns.
-var portPages = []string{"install", "example"}
+// listens reports whether the agent of a page's script listens where the page says, at a port of this machine. Such
+// pages take turns.
+func listens(script string) bool {
+	return strings.Contains(script, "kedge agent") &&
+		(strings.Contains(script, "agent.yaml") || strings.Contains(script, "--listen"))
+}
 
 // readerHas is what the reader of a page has before the page begins.
 var readerHas = map[string]string{
@@ -206,11 +210,12 @@ func TestDocs(t *testing.T) {
 		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			if slices.Contains(portPages, name) {
+			script := docScript(page, readerHas[name], blocks)
+			if listens(script) {
 				port.Lock()
 				defer port.Unlock()
 			}
-			runDoc(t, w, kedge, root, name, docScript(page, readerHas[name], blocks))
+			runDoc(t, w, kedge, root, name, script)
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 
 	"kedge/deployments"
 	"kedge/kv"
+	"kedge/kv/kvtest"
 	"kedge/sync/fleet"
 )
 
@@ -137,7 +138,7 @@ func TestBadInputChangesNothing(t *testing.T) {
 	head := w.release("first", one)
 	t.Run("an agent with a mistyped role is not ready, and is shown", func(t *testing.T) {
 		client := w.consul.Clients[1]
-		address := freePort(t, client.IP)
+		address := kvtest.FreeAddr(t, client.IP)
 		token := w.token("agent", deployments.RuleVars{Node: "web-2", Stage: "prod", Role: "wbe"})
 		w.start("web-2", client.Env(token), "agent", "--node", "web-2", "--stage", "prod", "--roles", "wbe",
 			"--state-dir", filepath.Join(w.dir, "web-2", "state"), "--listen", address)

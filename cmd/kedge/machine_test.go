@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -83,7 +82,7 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 	m := &machine{t: t, w: w, name: name, dir: t.TempDir()}
 	i := slices.IndexFunc(w.consul.Clients, func(n *kvtest.ConsulNode) bool { return n.Name == name })
 	m.client = w.consul.Clients[i]
-	m.agent, m.app = freePort(t, m.client.IP), freePort(t, m.client.IP)
+	m.agent, m.app = kvtest.FreeAddr(t, m.client.IP), kvtest.FreeAddr(t, m.client.IP)
 	for _, dir := range []string{"root", "work", "upper/usr/bin", "upper/usr/lib/systemd/system", "upper/etc/kedge",
 		"upper/etc/systemd/system/kedge-agent.service.d", "upper/var/log/journal"} {
 		if err := os.MkdirAll(filepath.Join(m.dir, dir), 0o755); err != nil {
@@ -119,17 +118,6 @@ func newMachine(t testing.TB, w *world, kedge, name string, more ...string) *mac
 		t.Fatalf("enable the units: %v\n%s", err, out)
 	}
 	return m
-}
-
-// freePort finds a port of an address that the machine shares with nobody but its Consul agent: nothing takes it
-// meanwhile.
-func freePort(t testing.TB, ip string) string {
-	l, err := net.Listen("tcp", net.JoinHostPort(ip, "0"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
 }
 
 // path is where a file that was written to the machine's disk lies on this one. Nothing is changed there while it runs.

@@ -14,6 +14,7 @@ import (
 
 	"kedge/artifact"
 	"kedge/deployments"
+	"kedge/kv/kvtest"
 )
 
 // kedge run gives commands a secret that --secrets allows, and refuses one that it doesn't.
@@ -91,7 +92,7 @@ func TestSecretsOfARollout(t *testing.T) {
 	}
 	servers := secretServers(t)
 	w.startMirror("mirror-1")
-	listen := freePort(t, w.client("web-1").IP)
+	listen := kvtest.FreeAddr(t, w.client("web-1").IP)
 	agent := w.startAgentWith("web-1", []string{
 		"CREDENTIALS_DIRECTORY=" + dir, "VAULT_ADDR=" + servers.URL, "VAULT_TOKEN_FILE=" + filepath.Join(dir, "token"),
 		"AWS_ENDPOINT_URL_SSM=" + servers.URL, "AWS_ENDPOINT_URL_SECRETS_MANAGER=" + servers.URL,

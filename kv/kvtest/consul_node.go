@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"kedge/deployments/tooltest"
@@ -42,8 +43,20 @@ func (c *Consul) newNode(name string, memory bool) *ConsulNode {
 	return n
 }
 
+// FreeAddr returns an address with a port that is free, of an IP address of this machine: nothing takes it until the
+// test's program listens there, as for the ports of a Consul node.
+func FreeAddr(tb testing.TB, ip string) string {
+	tb.Helper()
+	l, err := listenBelow(ip)
+	if err != nil {
+		tb.Fatalf("find a free port on %s: %v", ip, err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
 // listenBelow listens at a free port of an address, below those that the system gives to whoever asks for any port:
-// such a listener of all addresses would have the port too, while Consul starts.
+// such a listener of all addresses would have the port too, while a program starts.
 func listenBelow(ip string) (l *net.TCPListener, err error) {
 	for range 20 {
 		port := 10_000 + rand.IntN(20_000)

@@ -19,6 +19,8 @@ import (
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/knownhosts"
+
+	"kedge/kv/kvtest"
 )
 
 // SSHOrigin is a repository behind a real sshd on its own port.
@@ -107,7 +109,7 @@ func ServeSSH(t testing.TB, o *Origin, more ...string) *SSHOrigin {
 	s.HostKey = NewKey(t, filepath.Join(dir, "host"), "")
 	userKey := NewKey(t, s.Key, "")
 	WriteFile(t, filepath.Join(dir, "authorized_keys"), string(ssh.MarshalAuthorizedKey(userKey)))
-	port := freePort(t)
+	_, port, _ := net.SplitHostPort(kvtest.FreeAddr(t, "127.0.0.1"))
 	if os.Getuid() == 0 { // sshd needs the directory, which its package only makes with the service
 		if err := os.MkdirAll("/run/sshd", 0o755); err != nil {
 			t.Fatal(err)
@@ -195,15 +197,4 @@ func NewKey(t testing.TB, file, passphrase string) ssh.PublicKey {
 		t.Fatal(err)
 	}
 	return key
-}
-
-func freePort(t testing.TB) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	_, port, _ := net.SplitHostPort(l.Addr().String())
-	return port
 }
