@@ -1,0 +1,139 @@
+package artifact
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"kedge/deployments"
+)
+
+// Prune removes old releases, except the keep newest, the current one and those in protect. It also removes
+// half-staged trees. If dest can't be read it removes nothing.
+func (r *Releases) Prune(keep int, protect ...deployments.Digest) error {
+	return r.pruneBut(keep, protect, nil)
+}
+
+// pruneBut is Prune, but first removes the releases in drop, even those among the keep newest.
+func (r *Releases) pruneBut(keep int, protect, drop []deployments.Digest) error {
+	if err := r.prune(keep, protect, drop); err != nil {
+		return fmt.Errorf("prune %s: %w", r.shownTop(), err)
+	}
+	return nil
+}
+
+func (r *Releases) prune(keep int, protect, drop []deployments.Digest) error {
+	r, leave, err := r.enter(false)
+	if errors.Is(err, ErrNoRelease) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer leave()
+	live, rec, err := r.current()
+	if err != nil && !errors.Is(err, ErrNoRelease) {
+		return err
+	}
+	liveDir, _ := filepath.EvalSymlinks(r.link()) // even if its record is damaged
+	names, err := r.names()
+	if err != nil {
+		return err
+	}
+	among := func(list []deployments.Digest, short string) bool {
+		return slices.ContainsFunc(list, func(d deployments.Digest) bool { return d.Short() == short })
+	}
+	protected := func(short string) bool { return among(protect, short) }
+	var left error
+	kept := map[string]bool{}
+	others := 0
+	var files *keptStats
+	removes := false
+	for _, name := range names {
+		short := name[max(0, len(name)-12):]
+		dir := filepath.Join(r.top(), name)
+		switch real, err := filepath.EvalSymlinks(dir); {
+		case live != nil && filepath.Base(live.Dir) == name, liveDir != "" && err == nil && real == liveDir, protected(short):
+			kept[short] = true
+			continue
+		}
+		if _, err := os.Lstat(dir); err == nil && !among(drop, short) {
+			if others++; others <= keep {
+				kept[short] = true
+				continue
+			}
+		}
+		if !removes {
+			files, removes = r.keepStats(live, rec), true
+		}
+		err := r.remove(name)
+		if errors.Is(err, errMounted) {
+			kept[short], left = true, errors.Join(left, err)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+	entries, err := os.ReadDir(r.private())
+	if errors.Is(err, fs.ErrNotExist) {
+		return left
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := e.Name()
+		staging, isStaging := strings.CutPrefix(name, stagingPrefix)
+		staging, _, _ = strings.Cut(staging, deltaSuffix)
+		staging, _, _ = strings.Cut(staging, archiveSuffix)
+		healed, isHealed := strings.CutPrefix(name, healPrefix)
+		switch {
+		case strings.HasSuffix(name, recordSuffix),
+			strings.HasSuffix(name, indexSuffix),
+			strings.HasSuffix(name, changesSuffix), strings.HasSuffix(name, beforeSuffix),
+			// a version's name may end like this
+			strings.HasSuffix(name, statsSuffix) && !strings.HasPrefix(name, unfinishedPrefix):
+		case strings.HasPrefix(name, trashPrefix),
+			isStaging && !protected(staging),
+			isHealed && !kept[healed],
+			strings.HasPrefix(name, unfinishedPrefix):
+			left = errors.Join(left, removeTree(filepath.Join(r.private(), name)))
+		}
+	}
+	if err := files.renew(); err != nil {
+		r.log.Warn("could not record the files of the live release, which will be read once more", "dest", r.dest,
+			"error", err)
+	}
+	return left
+}
+
+// remove first renames a release's directory, so that no half-removed release is ever found.
+func (r *Releases) remove(name string) error {
+	dir := filepath.Join(r.top(), name)
+	if err := noMounts(dir); err != nil {
+		return err
+	}
+	trash := filepath.Join(r.private(), trashPrefix+name)
+	if err := removeTree(trash); err != nil {
+		return err
+	}
+	r.at("trash")
+	if err := movable(dir); err != nil {
+		return err
+	}
+	if err := os.Rename(dir, trash); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	r.at("trashed")
+	for _, suffix := range []string{statsSuffix, changesSuffix, beforeSuffix, recordSuffix, indexSuffix} {
+		if err := os.Remove(filepath.Join(r.private(), name+suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return removeTree(trash)
+}
