@@ -80,8 +80,9 @@ func TestObserve(t *testing.T) {
 					if i == 0 {
 						interval = cmp.Or(test.first, interval)
 					}
-					watched = append(watched, watch{name: []string{"first", "second"}[i], interval: probeInterval(interval, test.stable),
-						timeout: 5 * time.Second,
+					watched = append(watched, watch{name: []string{"first", "second"}[i],
+						interval: probeInterval(interval, test.stable),
+						timeout:  5 * time.Second,
 						try: func(ctx context.Context) (string, error) {
 							identity, err := answer(time.Since(begin))
 							if errors.Is(err, errHang) {
