@@ -58,7 +58,7 @@ Exit code 0 when it was done, 1 when it changes nothing, 3 when no mirror has ta
 const orderWithin = 5 * time.Second
 
 func (a *app) order(ctx context.Context, store kv.Store, id deployments.UnitID, order deployments.Order) error {
-	was, err := fleet.Control(ctx, store, id, order)
+	was, err := fleet.SendOrder(ctx, store, id, order)
 	if err != nil {
 		return err
 	}

@@ -72,7 +72,7 @@ func TestPin(t *testing.T) {
 }
 
 func order(t *testing.T, s kv.Store, verb string) error {
-	_, err := Control(t.Context(), s, app, deployments.Order{Verb: deployments.Verb(verb)})
+	_, err := SendOrder(t.Context(), s, app, deployments.Order{Verb: deployments.Verb(verb)})
 	return err
 }
 
@@ -124,7 +124,7 @@ func TestOrdersTellWhatCameOfThem(t *testing.T) {
 
 	store(t, s, record(deployments.PhaseRolling))
 	pause := deployments.Order{Verb: deployments.VerbPause, By: "ada", Reason: "incident 1"}
-	was, err := Control(t.Context(), s, app, pause)
+	was, err := SendOrder(t.Context(), s, app, pause)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -275,7 +275,7 @@ func TestPinsNeedARecord(t *testing.T) {
 		t.Error(err)
 	}
 	store(t, s, put(kv.PinKey(typo), "hold"))
-	_, err := Control(t.Context(), s, typo, deployments.Order{Verb: deployments.VerbPromote})
+	_, err := SendOrder(t.Context(), s, typo, deployments.Order{Verb: deployments.VerbPromote})
 	for _, err := range []error{err, CheckRecord(t.Context(), s, typo)} {
 		if err == nil || !strings.Contains(err.Error(), "has no record, only a pin") || !strings.Contains(err.Error(), "kedge unpin prod/web/ap") {
 			t.Error(err)

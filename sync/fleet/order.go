@@ -1,0 +1,129 @@
+package fleet
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"kedge/deployments"
+	"kedge/kv"
+	"kedge/policy"
+	"kedge/sync/fleet/message"
+)
+
+// SendOrder writes an order (promote, pause, resume, abort or retry) for the mirror, and returns the record from
+// before. It doesn't write an order that would change nothing; the error says why. It replaces an order that the
+// mirror has yet to take. It writes what one would type with `consul kv put`: a bare verb if nobody says who or
+// why, else JSON.
+func SendOrder(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	order deployments.Order,
+) (was kv.Entry, err error) {
+	if err := id.Check(); err != nil {
+		return kv.Entry{}, err
+	}
+	value, err := encodeOrder(order)
+	if err != nil {
+		return kv.Entry{}, err
+	}
+	verb := string(order.Verb)
+	was, err = store.Get(ctx, kv.DesiredKey(id))
+	switch {
+	case errors.Is(err, kv.ErrNotFound):
+		return was, fmt.Errorf("%s: %w", verb, noRecord(ctx, store, id))
+	case err != nil:
+		return was, fmt.Errorf("%s %s: %w", verb, id, err)
+	}
+	if r, err := deployments.ParseRecord(was.Value); err == nil {
+		if reason, facts := policy.Refusal(verb, r); reason != "" {
+			return was, fmt.Errorf("%s %s would change nothing: %s", verb, id, message.Text(reason, facts))
+		}
+	}
+	if err := store.Commit(ctx, nil, kv.Put(kv.ControlKey(id), value)); err != nil {
+		return was, fmt.Errorf("%s %s: %w", verb, id, err)
+	}
+	return was, nil
+}
+
+// encodeOrder encodes an order as ParseOrder reads it.
+func encodeOrder(order deployments.Order) (value []byte, err error) {
+	value = []byte(order.Verb)
+	if order.By != "" || order.Reason != "" {
+		if value, err = json.Marshal(order); err != nil {
+			return nil, err
+		}
+	}
+	_, err = deployments.ParseOrder(value)
+	return value, err
+}
+
+// ErrNotTaken means that no mirror took an order in time. The order stays in the store.
+var ErrNotTaken = errors.New("no mirror has taken the order")
+
+// orderPoll is how often Outcome checks whether an order was taken.
+const orderPoll = 50 * time.Millisecond
+
+// Outcome waits until the mirror has taken an order, and returns its effect in words. was is the result of
+// SendOrder.
+func Outcome(
+	ctx context.Context,
+	store kv.Store,
+	id deployments.UnitID,
+	order deployments.Order,
+	was kv.Entry,
+	within time.Duration,
+) (string, error) {
+	value, err := encodeOrder(order)
+	if err != nil {
+		return "", err
+	}
+	verb := string(order.Verb)
+	for end := time.Now().Add(within); ; {
+		there, err := store.Get(ctx, kv.ControlKey(id))
+		switch {
+		case errors.Is(err, kv.ErrNotFound):
+			return outcome(ctx, store, id, verb, was)
+		case err == nil && !bytes.Equal(there.Value, value):
+			return "", fmt.Errorf("%s %s: another order took its place: %s", verb, id,
+				clip(message.OneLine(string(there.Value)), 40))
+		case time.Now().After(end):
+			return "", fmt.Errorf("%s %s: %w within %s", verb, id, ErrNotTaken, within)
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("%s %s: %w yet", verb, id, ErrNotTaken)
+		case <-time.After(orderPoll):
+		}
+	}
+}
+
+// outcome returns the unit's state after an order was taken. was is its record from before.
+func outcome(ctx context.Context, store kv.Store, id deployments.UnitID, verb string, was kv.Entry) (string, error) {
+	e, err := store.Get(ctx, kv.DesiredKey(id))
+	if err != nil {
+		return "", fmt.Errorf("%s %s was taken; where it stands can't be read: %w", verb, id, err)
+	}
+	r, err := deployments.ParseRecord(e.Value)
+	if err != nil {
+		return "", fmt.Errorf("%s %s was taken; %w", verb, id, err)
+	}
+	if e.Version == was.Version {
+		why := "the mirror found nothing to do"
+		if reason, facts := policy.Refusal(verb, r); reason != "" {
+			why = message.Text(reason, facts)
+		}
+		return "", fmt.Errorf("%s %s changed nothing: %s", verb, id, why)
+	}
+	switch {
+	case r.Rollout != nil:
+		return message.Progress(r.Rollout), nil
+	case verb == "retry":
+		return "each node on which it failed tries it once more", nil
+	}
+	return "no rollout is under way any more: every node runs the target", nil
+}
