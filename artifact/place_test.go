@@ -162,6 +162,38 @@ func TestPlaces(t *testing.T) {
 	}
 }
 
+// A private directory that others own already, or may write into, isn't used as it is.
+func TestPrivateDirectoriesOfOthers(t *testing.T) {
+	t.Parallel()
+	home := openHome(t)
+	mkdir(t, home+"/apps/.kedge", stranger)
+	mkdir(t, home+"/data/.kedge", 0)
+	if err := os.Chmod(home+"/data/.kedge", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for dest, safe := range map[string]bool{"/apps/app": false, "/data/app": true} {
+		p, err := OpenPlace(home+dest, PlaceOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		below, err := p.open(".kedge", true)
+		if !safe {
+			if !errors.Is(err, ErrUnsafe) {
+				t.Errorf("%s: %v", dest, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer below.Close()
+		if st, err := below.stat(); err != nil || st.Mode&0o022 != 0 {
+			t.Errorf("%s: mode %o, %v", dest, st.Mode, err)
+		}
+	}
+}
+
 // Whoever owns the directories around a dest leads nothing that root's agent does out of them, however fast they
 // change them.
 func TestOwnersOfDestsDirectoryLeadRootNowhere(t *testing.T) {
