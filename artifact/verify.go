@@ -54,7 +54,7 @@ func newVerifier(x *index, limit int64, skip []string) *verifier {
 	return v
 }
 
-// verify compares the tree at dir.
+// verify compares the tree at dir with the index.
 func (v *verifier) verify(ctx context.Context, dir string) (err error) {
 	if v.root, err = os.OpenRoot(dir); err != nil {
 		return err

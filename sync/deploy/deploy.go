@@ -209,7 +209,7 @@ func Open(c Config) (*Unit, error) {
 	}
 	if u.cutOff = u.j.Deployment != nil; !u.cutOff {
 		if err := u.pruneBefore(); err != nil {
-			u.log.Warn("could not remove what a kill left of what was at dest before", "error", err)
+			u.log.Warn("could not remove the incomplete copy of what was at dest before kedge", "error", err)
 		}
 	}
 	if err := u.keepFloor(); err != nil {
@@ -263,7 +263,7 @@ func (u *Unit) Recover(ctx context.Context) (err error) {
 	if u.j.Drained && (d == nil || d.Step != stepUndrain && d.Step != stepBackUndrain) {
 		// A process that drained before has ended.
 		if err := u.drain(ctx, true); err != nil {
-			u.log.Warn("could not drain again", "error", err)
+			u.log.Warn("could not take the node out of service again after a restart", "error", err)
 		}
 	}
 	if d == nil {

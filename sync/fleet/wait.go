@@ -95,7 +95,7 @@ func Wait(ctx context.Context, store kv.Store, filter Filter, opt WaitOptions) e
 	return err
 }
 
-// outage ends a wait once the store has been unreachable for some time, counted from the start.
+// outage ends a wait once the store has been unreachable for limit. The time before the first answer counts.
 type outage struct {
 	timer   *time.Timer // nil: it may last for ever
 	limit   time.Duration

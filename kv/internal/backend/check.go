@@ -65,10 +65,10 @@ func CheckCommit(ops []kv.Op) error {
 		size += 128 + len(op.Key) + (len(op.Value)+2)/3*4
 	}
 	if cost > kv.MaxOps {
-		return fmt.Errorf("commit %d operations, of which %d are allowed: %w", cost, kv.MaxOps, kv.ErrTooLarge)
+		return fmt.Errorf("commit of %d operations, at most %d are allowed: %w", cost, kv.MaxOps, kv.ErrTooLarge)
 	}
 	if size > maxCommitBytes {
-		return fmt.Errorf("commit %d KiB, of which %d are allowed: %w", size>>10, maxCommitBytes>>10, kv.ErrTooLarge)
+		return fmt.Errorf("commit of %d KiB, at most %d are allowed: %w", size>>10, maxCommitBytes>>10, kv.ErrTooLarge)
 	}
 	return nil
 }
