@@ -71,9 +71,12 @@
 // flight than max_unavailable, and that no node goes to a release that is neither its pin, nor stable, nor a target
 // that admits it. Nodes that come back after they were gone, unit pins and their ends, and nodes that left in
 // mid-switch count: an agent begins a switch once the store holds its report of it, so that none can die unnoticed in
-// its first steps (TestASwitchIsSaidBeforeItBegins in sync/agent).
+// its first steps (TestASwitchIsSaidBeforeItBegins in sync/agent). A node on which a release failed counts until what
+// it went back to is healthy, for a deadline at most, whatever it should run by then.
 //
 // Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
-// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell
-// when it joined (Report.Joined) follows the record as soon as it is back.
+// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node that came back with a
+// release that the record doesn't name, and then failed on the record's target, goes to stable as soon as another
+// record or a rollback comes. A node whose agent doesn't tell when it joined (Report.Joined) follows the record as
+// soon as it is back.
 package policy
