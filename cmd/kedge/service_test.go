@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -219,4 +220,62 @@ func TestAgentsRestartedInMidSwitch(t *testing.T) {
 		s.live("app", version, s.nodes...)
 	}
 	s.keeps(1)
+}
+
+// A node whose release failed, and which is unhealthy on what it went back to, holds its place in the rollback, too: the
+// next node goes back once it serves again.
+func TestRollbackWaitsForANodeThatServesNothing(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "web-1", "web-2", "web-3")
+	const rollout = "max_unavailable: 1"
+	zero := s.first(rollout)
+	// It succeeds on the first node. On the second one it breaks what ran before, too.
+	one := s.version("1", "mkdir "+s.log+".once || { touch {{ must_env `SRV` }}/sick-0; exit 1; }")
+	s.deploy(one, rollout)
+	first := s.begun("1")
+	r := s.record("the rollback", func(r deployments.Record) string {
+		if r.Rollout == nil || r.Rollout.Phase != deployments.PhaseRollingBack {
+			return "it has not begun"
+		}
+		return ""
+	})
+	broken := r.Rollout.Facts["node"]
+	s.reported(broken, "app", func(u deployments.UnitReport) string {
+		if u.Generation != r.Generation || u.State != deployments.StateUnhealthy || !u.RollingBack {
+			return "it is not on its way back by the rollback"
+		}
+		return ""
+	})
+	// Once the mirror has taken another push, it has seen that report, too.
+	other := deployments.UnitID{Stage: "prod", Role: "db", Unit: "main"}
+	file := fmt.Sprintf("release: %s\n", zero)
+	s.push("another unit", map[string]*string{other.String(): &file})
+	s.eventually("the other unit", func() error {
+		_, err := s.store.Get(t.Context(), kv.DesiredKey(other))
+		return err
+	})
+	log, err := os.OpenFile(s.log, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	if _, err := log.WriteString("healed\n"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(s.srv(broken), "sick-0")); err != nil {
+		t.Fatal(err)
+	}
+	for _, node := range s.nodes {
+		s.reported(node, "app", func(u deployments.UnitReport) string {
+			if u.Running != zero || u.State != deployments.StateConverged && u.State != deployments.StateQuarantined {
+				return "it is not back"
+			}
+			return ""
+		})
+	}
+	lines := s.lines()
+	healed, back := slices.Index(lines, "healed"), slices.Index(lines, "begin "+first+" 0")
+	if broken == first || healed < 0 || back < healed {
+		t.Errorf("%s goes back before %s serves:\n%s", first, broken, strings.Join(lines, "\n"))
+	}
 }
