@@ -60,6 +60,9 @@ type UnitReport struct {
 	Pinned bool `json:"pinned,omitempty"`
 	// Error is the newest error in one line of at most 300 bytes, without secrets; empty: there is none.
 	Error string `json:"error,omitempty"`
+	// Errors are the newest error lines of the unit's log since the agent started, the newest first: at most
+	// MaxLoggedErrors. A new line alone is no reason to write the report.
+	Errors []LoggedError `json:"errors,omitempty"`
 	// Since is when State was entered, by the node's clock.
 	Since time.Time `json:"since"`
 	// Drift lists at most five paths of the live tree that differ from the release's index.
@@ -70,6 +73,18 @@ type UnitReport struct {
 	// Fetched and Total are bytes of a download, while State is StateFetching.
 	Fetched int64 `json:"fetched,omitempty"`
 	Total   int64 `json:"total,omitempty"`
+}
+
+// MaxLoggedErrors bounds UnitReport.Errors, and MaxLoggedError the text of each, in bytes.
+const (
+	MaxLoggedErrors = 3
+	MaxLoggedError  = 240
+)
+
+// LoggedError is an error line of an agent's log.
+type LoggedError struct {
+	At   time.Time `json:"at"`   // when it was logged last, by the node's clock, in whole seconds
+	Text string    `json:"text"` // in one line, without secrets
 }
 
 // Compared is the result of comparing a release with the tree at dest, whoever put it there.

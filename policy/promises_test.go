@@ -268,7 +268,8 @@ func TestAShortListIsNotTheFleet(t *testing.T) {
 		s.Record.Nodes = 10
 		shorten(&s)
 		m := Next(s)
-		if p := m.Record.Rollout; p == nil || p.Cutoff == everyRank || m.Reason != deployments.ReasonNodesMissing || m.Recheck.IsZero() {
+		if p := m.Record.Rollout; p == nil || p.Cutoff == everyRank || m.Reason != deployments.ReasonNodesMissing ||
+			m.Recheck.IsZero() {
 			t.Errorf("%s: %s %v", name, m.Reason, brief(m.Record))
 			continue
 		}

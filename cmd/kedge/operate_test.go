@@ -187,7 +187,8 @@ func TestCheckVariables(t *testing.T) {
 	}
 }
 
-// Every command but the daemons, which refuse it, warns of a mistyped variable, and only of that: scripts have their own.
+// Every command but the daemons, which refuse it, warns of a mistyped variable, and only of that: scripts have
+// their own.
 func TestMistypedVariablesAreToldOf(t *testing.T) {
 	t.Parallel()
 	store, _ := operateStore(t)

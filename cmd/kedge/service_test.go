@@ -222,8 +222,8 @@ func TestAgentsRestartedInMidSwitch(t *testing.T) {
 	s.keeps(1)
 }
 
-// A node whose release failed, and which is unhealthy on what it went back to, holds its place in the rollback, too: the
-// next node goes back once it serves again.
+// A node whose release failed, and which is unhealthy on what it went back to, holds its place in the rollback,
+// too: the next node goes back once it serves again.
 func TestRollbackWaitsForANodeThatServesNothing(t *testing.T) {
 	t.Parallel()
 	s := newService(t, "web-1", "web-2", "web-3")

@@ -100,7 +100,7 @@ func TestReportsOnlyChanges(t *testing.T) {
 	key := kv.StatusKey("prod", "web", node)
 	await(t, "the report", func() (bool, string) {
 		r, e := w.reported("web")
-		return r.Units["app"].State == deployments.StateConverged, string(e.Value)
+		return r.Units["app"].State == deployments.StateConverged && r.Ready && r.Joined > 0, string(e.Value)
 	})
 	faulty.ResetWrites()
 	// Wake-ups without changes, and other nodes' pins, cause no report.

@@ -133,6 +133,9 @@ func TestAFixReplacesAWayBackThatDoesNotHold(t *testing.T) {
 		!strings.Contains(u.Error, "exec") {
 		t.Errorf("the rollout isn't told what failed: %+v", u)
 	}
+	if n := len(u.Errors); n == 0 || !strings.HasPrefix(u.Errors[n-1].Text, "the deployment failed: post: ") {
+		t.Errorf("the log's errors aren't told: %+v", u.Errors)
+	}
 	w.desire(app, deployments.Record{Target: two, Stable: one, Generation: 3,
 		Rollout: &deployments.Progress{Phase: deployments.PhaseRollingBack, Since: time.Now(), Failed: two.Digest}})
 	u = a.awaitUnit(app, "to be told to go back", func(u deployments.UnitReport) bool { return u.Generation == 3 })

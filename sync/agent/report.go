@@ -215,6 +215,8 @@ type writtenReport struct {
 func (a *Agent) encode(role string, r deployments.Report) writtenReport {
 	w := writtenReport{data: encoded(r), units: maps.Clone(r.Units)}
 	for name, u := range r.Units {
+		u.Errors = nil
+		r.Units[name] = u
 		if u.State == deployments.StateConverged && !a.awaited(deployments.UnitID{Stage: a.c.Stage, Role: role, Unit: name}) {
 			u.Generation, u.Why, u.Staged = 0, "", deployments.Digest{}
 			r.Units[name] = u

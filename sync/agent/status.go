@@ -101,7 +101,8 @@ func (u *unit) report() deployments.UnitReport {
 		Generation: max(u.record.Value.Generation, u.floor), Staged: s.Staged.Digest, Quarantined: s.Quarantined,
 		RollingBack: s.RollingBack, Leavable: s.Leavable, Pinned: u.decision.Source == policy.FromNodePin ||
 			u.decision.Source == policy.FromUnitPin,
-		Since: u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
+		Errors: u.errors.newest(),
+		Since:  u.since.UTC().Truncate(time.Millisecond), Drift: u.drift,
 	}
 	r.Serves = s.Running.IsZero() &&
 		(u.contends || u.looked.found == policy.FoundOther || u.looked.found == policy.FoundUnknown && !s.Restored.IsZero())
@@ -147,7 +148,7 @@ func fitReport(r *deployments.Report) (left int) {
 	}
 	for i := len(names) - 1; i >= 0 && total > maxUnitsSize; i-- {
 		u := r.Units[names[i]]
-		u.Drift, u.Facts, u.Why = nil, nil, ""
+		u.Drift, u.Errors, u.Facts, u.Why = nil, nil, nil, ""
 		r.Units[names[i]] = u
 		was := sizes[names[i]]
 		sizes[names[i]] = size(names[i])

@@ -21,11 +21,12 @@ import (
 	"kedge/sync/trace"
 )
 
-// unit is one unit on this node. Agent.mu guards all fields but the first six.
+// unit is one unit on this node. Agent.mu guards all fields but the first seven.
 type unit struct {
-	id   deployments.UnitID
-	log  *slog.Logger
-	wake wait.Signal // makes the worker look at its goal
+	id     deployments.UnitID
+	log    *slog.Logger
+	errors *recentErrors // the newest error lines of log
+	wake   wait.Signal   // makes the worker look at its goal
 	// cancel ends the worker.
 	cancel context.CancelFunc
 	// observes is set if this node only observes the unit.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"runtime/debug"
@@ -24,9 +25,11 @@ func (a *Agent) addUnit(id deployments.UnitID) {
 	if a.units[id] != nil || a.ctx == nil || a.ctx.Err() != nil {
 		return
 	}
+	recent := new(recentErrors)
 	u := &unit{
 		id:       id,
-		log:      a.c.Log.With("unit", id.String()),
+		log:      slog.New(remembering{a.c.Log.With("unit", id.String()).Handler(), recent}),
+		errors:   recent,
 		wake:     wait.NewSignal(),
 		observes: deployments.MatchesUnit(a.c.Observe, id),
 		observed: observed{retry: newBackoff(), again: wait.NewBackoff(observeAgain, observeAgainMost)},

@@ -78,7 +78,8 @@ func TestMoreNodesThanAreListed(t *testing.T) {
 		entries = append(entries, kv.Entry{Key: kv.DesiredKey(id), Version: 1, Value: record})
 	}
 	for i := range nodes {
-		junk := kv.Entry{Key: kv.StatusKey("prod", "web", fmt.Sprintf("a%03d", i)), Version: 2, Session: "s", Value: []byte(`{}`)}
+		junk := kv.Entry{Key: kv.StatusKey("prod", "web", fmt.Sprintf("a%03d", i)), Version: 2, Session: "s",
+			Value: []byte(`{}`)}
 		if i%10 == 0 {
 			junk.Value = []byte(`{`)
 		}

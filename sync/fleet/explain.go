@@ -557,6 +557,10 @@ func reported(f *Fleet, u *Unit, n *Node, d Decision) (all []Note) {
 	}
 	add("differs", message.Clean(strings.Join(r.Drift, ", ")))
 	add("dest", comparedText(r))
+	for _, line := range r.Errors[:min(len(r.Errors), deployments.MaxLoggedErrors)] {
+		add("logged", line.At.UTC().Format("2006-01-02 15:04:05 UTC")+", "+ago(f.At.Sub(line.At))+": "+
+			message.OneLine(line.Text))
+	}
 	return all
 }
 

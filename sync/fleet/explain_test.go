@@ -53,6 +53,12 @@ func TestExplainStates(t *testing.T) {
 	because := func(reason deployments.Reason) func(*report) { return func(r *report) { r.Reason = reason } }
 	failed := func(r *report) { r.Quarantined = []deployments.Digest{v2.Digest} }
 	pinned := func(r *report) { r.Pinned = true }
+	logged := func(r *report) {
+		r.Errors = []deployments.LoggedError{
+			{At: noon.Add(-time.Minute), Text: "the live release is unhealthy: http 127.0.0.1:8080: 503"},
+			{At: noon.Add(-time.Hour), Text: "the deployment failed: post: exit status 1"},
+		}
+	}
 	xmas := deployments.Facts{"window": "xmas", "until": "2026-12-27T08:00:00Z", "reason": "nobody is here"}
 	waiting := progress{Phase: deployments.PhasePendingApproval, Cutoff: first, HealthySince: noon,
 		Message: "the canaries are healthy: waits for promote"}
@@ -86,7 +92,8 @@ func TestExplainStates(t *testing.T) {
 		"record-none":    {on(v1, is(deployments.StateWaiting, deployments.Pointer{}, "")), nil, "record", "", "add prod/web/app.yaml"},
 		"record-by-hand": {on(v2, func(r *report) { r.Generation = 0 }), []kv.Entry{put(kv.DesiredKey(app), v2.String()+"\n")}, "admission", "", ""},
 		"bounds":         {on(v1, is(deployments.StateInvalid, deployments.Pointer{}, v2.URL+" is not from s3://other, which is all that this node's configuration allows")), []kv.Entry{desired(record{})}, "admission", "node", ""},
-		"unhealthy":      {on(v2, is(deployments.StateUnhealthy, v2, "http 127.0.0.1:8080: 503")), []kv.Entry{desired(record{})}, "admission", "node", ""},
+		"unhealthy":      {on(v2, is(deployments.StateUnhealthy, v2, "http 127.0.0.1:8080: 503"), logged),
+			[]kv.Entry{desired(record{})}, "admission", "node", ""},
 		"unsigned":       {on(v1, is(deployments.StateRetrying, v2, "release "+v2.String()+": "+v2.URL+" was published by nobody whom this node knows"), because(deployments.ReasonUnsigned)), []kv.Entry{desired(record{})}, "admission", "signature", "kedge publish --sign"},
 		"retrying":       {on(v1, is(deployments.StateRetrying, v2, "503 Slow Down")), []kv.Entry{desired(record{})}, "admission", "node", ""},
 		"fetching":       {on(v1, is(deployments.StateFetching, v2, "")), []kv.Entry{desired(record{})}, "admission", "", ""},

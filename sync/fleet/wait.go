@@ -395,7 +395,8 @@ func unfinished(u *Unit, now time.Time) string {
 		return fmt.Sprintf("%s: %d of %d nodes converged, %s: %s", u.ID, u.Converged, u.Live, n.Name, what)
 	}
 	if u.Converged < u.Live {
-		return fmt.Sprintf("%s: %d of %d nodes converged: the others aren't listed, see kedge status", u.ID, u.Converged, u.Live)
+		return fmt.Sprintf("%s: %d of %d nodes converged: the others aren't listed, see kedge status", u.ID,
+			u.Converged, u.Live)
 	}
 	if p := rollout(u, now); p != nil && p.Phase != deployments.PhaseRolledBack {
 		return fmt.Sprintf("%s: rollout: %s", u.ID, join(string(p.Phase), message.Rollout(p)))

@@ -99,7 +99,8 @@ func TestWaitForACommit(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := openDir(t)
-			store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reportOf("web-1", runs("app", "1")))
+			store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}),
+				reportOf("web-1", runs("app", "1")))
 			ended := waiting(t, s, second[:8])
 			goesOn(t, s, ended) // all is converged, on the commit before
 			store(t, s, c.then...)
@@ -123,7 +124,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}), reportOf("web-1", runs("app", "1")),
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third}),
+			reportOf("web-1", runs("app", "1")),
 			put("history/prod/web/app/0000000001", deployments.History{Generation: 1, Commit: second}))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
@@ -132,7 +134,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it was superseded before, and changed no unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}), reportOf("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: third, Past: second[:12]}),
+			reportOf("web-1", runs("app", "1")))
 		if err := ends(t, waiting(t, s, second)); err != nil {
 			t.Error(err)
 		}
@@ -140,7 +143,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("the mirror takes the one before it first", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}), reportOf("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first}),
+			reportOf("web-1", runs("app", "1")))
 		ended := waiting(t, s, third)
 		goesOn(t, s, ended)
 		store(t, s, put(kv.MirrorKey, deployments.MirrorState{Head: second, Past: first[:12]}))
@@ -153,7 +157,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it is half written", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first, Applying: second}), reportOf("web-1", runs("app", "1")),
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: first, Applying: second}),
+			reportOf("web-1", runs("app", "1")),
 			put("history/prod/web/base/0000000001", deployments.History{Generation: 1, Commit: second}))
 		ended := waiting(t, s, second)
 		goesOn(t, s, ended)
@@ -173,7 +178,8 @@ func TestWaitForACommit(t *testing.T) {
 	t.Run("it has no such unit", func(t *testing.T) {
 		t.Parallel()
 		s := openDir(t)
-		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}), reportOf("web-1", runs("app", "1")))
+		store(t, s, recordOf("1", 2), put(kv.MirrorKey, deployments.MirrorState{Head: second}),
+			reportOf("web-1", runs("app", "1")))
 		err := Wait(t.Context(), s, Filter{Stage: "prod", Role: "wbe"}, WaitOptions{Commit: second})
 		if err == nil || !strings.Contains(err.Error(), "brought no such unit") {
 			t.Errorf("%v, want the end of it", err)
@@ -350,7 +356,8 @@ func TestWaitSaysWhatIsMissing(t *testing.T) {
 			second, "still at 111111111111; no mirror runs now",
 		},
 		"a mirror": {[]kv.Entry{recordOf("1", 3)}, second, "no mirror"},
-		"why an order stands": {[]kv.Entry{recordOf("1", 3), reportOf("web-1", runs("app", "1")), put(kv.ControlKey(app), "retry"),
+		"why an order stands": {[]kv.Entry{recordOf("1", 3), reportOf("web-1", runs("app", "1")),
+			put(kv.ControlKey(app), "retry"),
 			put(kv.MirrorKey, deployments.MirrorState{Head: first, Error: "the store refuses what the commit asks for"})}, "", "yet to take the order to retry; the mirror says: the store refuses"},
 		"a record": {[]kv.Entry{put(kv.DesiredKey(app), "x")}, "", "prod/web/app: record"},
 	} {

@@ -256,7 +256,8 @@ func (r *rendered) overview(v overview, faults []problem) {
 	for _, row := range v.Rows {
 		r.addTo("rows", row.Key, unitRowView(row))
 	}
-	r.addIfEmpty("rows", v.Filter, "No units yet: a mirror takes them from Git (kedge mirror REPO).", "No unit passes the filter.")
+	r.addIfEmpty("rows", v.Filter, "No units yet: a mirror takes them from Git (kedge mirror REPO).",
+		"No unit passes the filter.")
 }
 
 func (r *rendered) unit(v unitPage) {

@@ -98,7 +98,7 @@ func parse(value []byte) parsed {
 func sizeOf(r deployments.Report) int {
 	n := len(r.Facts) + len(r.Units)
 	for _, u := range r.Units {
-		n += len(u.Facts) + len(u.Drift) + len(u.Quarantined)
+		n += len(u.Facts) + len(u.Drift) + len(u.Errors) + len(u.Quarantined)
 		if u.Compared != nil {
 			n += 1 + len(u.Compared.Paths)
 		}
