@@ -163,8 +163,10 @@ func TestWebhook(t *testing.T) {
 		}
 	}
 	http.DefaultClient.CloseIdleConnections()
-	connstest.Bounded(t, m.Addr(), maxConns, func() bool { return post("{}", "X-Gitlab-Token",
-		"hush") == http.StatusAccepted })
+	connstest.Bounded(t, m.Addr(), maxConns, func() bool {
+		return post("{}", "X-Gitlab-Token",
+			"hush") == http.StatusAccepted
+	})
 	for _, secret := range []string{"hush", "s3cret"} {
 		if strings.Contains(m.log.String(), secret) {
 			t.Errorf("the log has the secret %s", secret)
