@@ -21,11 +21,11 @@ type FreezeWindow struct {
 }
 
 const (
-	// mostWindows and mostWindowBytes bound the windows that mirror/state tells: the value holds other things as well.
-	mostWindows     = 100
-	mostWindowBytes = 32 << 10
-	// mostWindowText bounds a window's name, and its reason, in bytes.
-	mostWindowText = 200
+	// maxWindows and maxWindowBytes bound the windows that mirror/state tells: the value holds other things as well.
+	maxWindows     = 100
+	maxWindowBytes = 32 << 10
+	// maxWindowText bounds a window's name, and its reason, in bytes.
+	maxWindowText = 200
 )
 
 // FreezeWindows returns the windows of kedge.yaml for mirror/state, and how many more there are than it tells. A window
@@ -33,8 +33,8 @@ const (
 func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 	size := 0
 	for i, f := range all {
-		w := FreezeWindow{Name: safetext.Cut(f.Name, mostWindowText), Duration: f.Duration.String(), Units: f.Units,
-			Running: f.Running, Reason: safetext.Cut(f.Reason, mostWindowText)}
+		w := FreezeWindow{Name: safetext.Cut(f.Name, maxWindowText), Duration: f.Duration.String(), Units: f.Units,
+			Running: f.Running, Reason: safetext.Cut(f.Reason, maxWindowText)}
 		if f.Zone != nil && f.Zone != time.UTC {
 			w.Zone = f.Zone.String()
 		}
@@ -47,7 +47,7 @@ func FreezeWindows(all []Freeze) (told []FreezeWindow, more int) {
 		for _, pattern := range w.Units {
 			size += len(pattern) + 3
 		}
-		if i == mostWindows || size > mostWindowBytes {
+		if i == maxWindows || size > maxWindowBytes {
 			return told, len(all) - i
 		}
 		told = append(told, w)
@@ -85,7 +85,7 @@ func (w FreezeWindow) Freeze() (Freeze, error) {
 // Freezes returns the windows that mirror/state tells, and how many more there are: those that it leaves out, and
 // those that this version can't read.
 func (s MirrorState) Freezes() (all []Freeze, more int) {
-	for _, w := range s.Freeze[:min(len(s.Freeze), mostWindows)] {
+	for _, w := range s.Freeze[:min(len(s.Freeze), maxWindows)] {
 		if f, err := w.Freeze(); err == nil {
 			all = append(all, f)
 		}

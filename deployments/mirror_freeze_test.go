@@ -60,7 +60,7 @@ func TestFreezeWindowsAreBounded(t *testing.T) {
 	} {
 		told, more := FreezeWindows(c.all)
 		value, err := json.Marshal(told)
-		if len(told) != c.told || more != len(c.all)-c.told || err != nil || len(value) > mostWindowBytes {
+		if len(told) != c.told || more != len(c.all)-c.told || err != nil || len(value) > maxWindowBytes {
 			t.Errorf("of %d windows %d are told in %d bytes, %d more, %v; want %d", len(c.all), len(told), len(value),
 				more, err, c.told)
 		}

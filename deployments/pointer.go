@@ -245,11 +245,11 @@ func (p Pointer) Version() string {
 	if parent := path.Base(dir); strings.HasPrefix(file, "manifest.") && parent != "." && parent != "/" {
 		version = parent
 	}
-	return safetext.Line(safetext.Printable(version), mostVersion)
+	return safetext.Line(safetext.Printable(version), maxVersion)
 }
 
-// mostVersion is how many bytes of a URL's version are shown.
-const mostVersion = 200
+// maxVersion is how many bytes of a URL's version are shown.
+const maxVersion = 200
 
 // Short returns the pointer's name for people: its version and the beginning of its digest.
 func (p Pointer) Short() string {

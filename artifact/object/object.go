@@ -139,8 +139,8 @@ const (
 	stallTimeout = 10 * time.Second
 	dialTimeout  = 10 * time.Second
 	stallLeast   = 4 << 10 // bytes: a server that gives less in a stallTimeout might as well give nothing
-	leastRate    = 1 << 10 // Config.LeastRate's default
-	leastStalls  = 6       // stallTimeouts over which it is measured
+	minRate      = 1 << 10 // Config.LeastRate's default
+	minStalls    = 6       // stallTimeouts over which it is measured
 )
 
 // New returns a client; it does no I/O.
@@ -148,7 +148,7 @@ func New(c Config) *Client {
 	client := &Client{
 		log:   c.Log,
 		stall: cmp.Or(c.StallTimeout, stallTimeout),
-		least: cmp.Or(c.LeastRate, leastRate),
+		least: cmp.Or(c.LeastRate, minRate),
 		tries: maxTries,
 	}
 	if client.log == nil {
@@ -284,7 +284,7 @@ func (c *Client) ReadAll(ctx context.Context, url string, max int64) ([]byte, er
 	if err != nil {
 		return nil, err
 	}
-	allowed := leastStalls*c.stall + time.Duration(float64(max)/float64(c.least)*float64(time.Second))
+	allowed := minStalls*c.stall + time.Duration(float64(max)/float64(c.least)*float64(time.Second))
 	slow := error(unavailableError{fmt.Errorf("it was not read within %v", allowed)})
 	ctx, cancel := context.WithTimeoutCause(ctx, allowed, slow)
 	defer cancel()
@@ -376,10 +376,10 @@ type pace struct {
 	took  time.Duration // without what the bandwidth limit took
 }
 
-// slow counts a read, and reports whether the last leastStalls stallTimeouts brought too little.
+// slow counts a read, and reports whether the last minStalls stallTimeouts brought too little.
 func (c *Client) slow(p *pace, n int, took time.Duration) bool {
 	p.bytes += int64(n)
-	if p.took += took; p.took < leastStalls*c.stall {
+	if p.took += took; p.took < minStalls*c.stall {
 		return false
 	}
 	slow := float64(p.bytes) < float64(c.least)*p.took.Seconds()

@@ -23,9 +23,9 @@ func Assemble(entries []kv.Entry, now time.Time) *Fleet { return new(assembler).
 
 // assembler computes one Fleet after the other. It parses only those reports and pins that changed.
 type assembler struct {
-	reports    reports.Reader
-	pins       map[string]parsedPin
-	mostListed int // nodes that the units of a role list together; 0: reports.MaxRole
+	reports   reports.Reader
+	pins      map[string]parsedPin
+	maxListed int // nodes that the units of a role list together; 0: reports.MaxRole
 }
 
 // parsedPin is a pin with the stored value that it was parsed from.
@@ -85,7 +85,7 @@ func (m *assembler) assemble(entries []kv.Entry, now time.Time) *Fleet {
 		a.give(id, e)
 	}
 	a.assign()
-	a.hide(cmp.Or(m.mostListed, reports.MaxRole))
+	a.hide(cmp.Or(m.maxListed, reports.MaxRole))
 	a.fleet.Units = []Unit{}
 	for _, id := range slices.SortedFunc(maps.Keys(a.units), deployments.UnitID.Compare) {
 		u := a.units[id]
@@ -331,16 +331,16 @@ func (a *assembly) assign() {
 	}
 }
 
-// hide removes from each role the nodes that would make its units list more than mostListed nodes together. Those
+// hide removes from each role the nodes that would make its units list more than maxListed nodes together. Those
 // stay that report on units, before those that report on none, and the live ones before the dead.
-func (a *assembly) hide(mostListed int) {
+func (a *assembly) hide(maxListed int) {
 	units := map[deployments.RoleID]int{}
 	for id := range a.units {
 		units[id.RoleID()]++
 	}
 	a.hidden = map[deployments.RoleID]int{}
 	for role, all := range a.roles {
-		most := mostListed / max(1, units[role])
+		most := maxListed / max(1, units[role])
 		if len(all) <= most {
 			continue
 		}

@@ -88,7 +88,7 @@ func TestMoreNodesThanAreListed(t *testing.T) {
 	last := reportsOf(t, 1)[1]
 	last.Value = []byte(strings.Replace(string(last.Value), `"app"`, `"u00"`, 1))
 	entries = append(entries, last)
-	m := &assembler{mostListed: units * most}
+	m := &assembler{maxListed: units * most}
 	f := m.assemble(entries, time.Unix(1e9, 0))
 	listed := 0
 	for _, u := range f.Units {

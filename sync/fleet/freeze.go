@@ -47,8 +47,8 @@ func (f *Fleet) FreezeOf(id deployments.UnitID) string {
 // statusAhead is how soon a freeze must begin to be announced above the table of all units.
 const statusAhead = 24 * time.Hour
 
-// mostFreezeNotes bounds the lines about freezes above the table of all units.
-const mostFreezeNotes = 3
+// maxFreezeNotes bounds the lines about freezes above the table of all units.
+const maxFreezeNotes = 3
 
 // freezeNotes returns notes on the windows that deny rollouts now or soon, and on allow windows that are closed.
 func (f *Fleet) freezeNotes() (all []Note) {
@@ -81,7 +81,7 @@ func (f *Fleet) freezeNotes() (all []Note) {
 	}
 	slices.SortStableFunc(lines, func(a, b line) int { return a.at.Compare(b.at) })
 	for i, l := range lines {
-		if i == mostFreezeNotes {
+		if i == maxFreezeNotes {
 			says := fmt.Sprintf("and %d more: kedge web lists them", len(lines)-i)
 			return append(all, Note{Says: Text{says, Plain}})
 		}

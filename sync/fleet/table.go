@@ -122,7 +122,7 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 		if !p.opt.Nodes && n.Converged && problem == "" {
 			continue
 		}
-		if len(rows) == mostNodes && !p.opt.Nodes {
+		if len(rows) == maxNodes && !p.opt.Nodes {
 			more++
 			continue
 		}
@@ -152,8 +152,8 @@ func (p *printer) unit(f *Fleet, u *Unit) {
 	}
 }
 
-// mostNodes is how many nodes of a unit are shown, unless all are asked for.
-const mostNodes = 20
+// maxNodes is how many nodes of a unit are shown, unless all are asked for.
+const maxNodes = 20
 
 // WriteHistory writes a unit's generations, one per line.
 func WriteHistory(w io.Writer, history []deployments.History, opt TableOptions) error {

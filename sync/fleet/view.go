@@ -53,8 +53,8 @@ func (f *Fleet) LastKnown() string {
 	return text
 }
 
-// mostFaults bounds the different errors listed for one kind of key, and the keys listed for one error.
-const mostFaults = 20
+// maxFaults bounds the different errors listed for one kind of key, and the keys listed for one error.
+const maxFaults = 20
 
 // Faults returns the errors of f that belong to no unit.
 func (f *Fleet) Faults() (all []Note) {
@@ -80,7 +80,7 @@ func (f *Fleet) Faults() (all []Note) {
 		}
 		what := message.OneLine(f.Errors[key])
 		if kind, _, _ := strings.Cut(key, "/"); keys[what] == nil {
-			if each[kind]++; each[kind] > mostFaults {
+			if each[kind]++; each[kind] > maxFaults {
 				more++
 				continue
 			}
@@ -89,8 +89,8 @@ func (f *Fleet) Faults() (all []Note) {
 		keys[what] = append(keys[what], message.Clean(key))
 	}
 	for _, what := range wrong {
-		named := strings.Join(keys[what][:min(len(keys[what]), mostFaults)], ", ")
-		if n := len(keys[what]) - mostFaults; n > 0 {
+		named := strings.Join(keys[what][:min(len(keys[what]), maxFaults)], ", ")
+		if n := len(keys[what]) - maxFaults; n > 0 {
 			named += fmt.Sprintf(" and %d more", n)
 		}
 		all = append(all, Note{Text{"error", Bad}, Text{named + ": " + what, Plain}})
@@ -234,7 +234,7 @@ func (u *Unit) Versions() func(deployments.Pointer) string {
 		if name, ok := named[p.Digest]; ok {
 			return name
 		}
-		name := cmp.Or(reported[p.Digest], Clean(p.Version(), mostVersion))
+		name := cmp.Or(reported[p.Digest], Clean(p.Version(), maxVersion))
 		named[p.Digest] = name
 		if other, ok := taken[name]; ok && other != p.Digest {
 			twice[name] = true
@@ -268,17 +268,17 @@ func (u *Unit) reportedVersions() map[deployments.Digest]string {
 	for i := range u.Nodes {
 		r := &u.Nodes[i].Report
 		if r.Version != "" && versions[r.Running.Digest] == "" {
-			versions[r.Running.Digest] = Clean(r.Version, mostVersion)
+			versions[r.Running.Digest] = Clean(r.Version, maxVersion)
 		}
 	}
 	return versions
 }
 
-// mostVersion is how many characters of a version are shown.
-const mostVersion = 24
+// maxVersion is how many characters of a version are shown.
+const maxVersion = 24
 
-// mostReleases is how many running releases a row names.
-const mostReleases = 3
+// maxReleases is how many running releases a row names.
+const maxReleases = 3
 
 // runs returns the releases that live nodes run, with the number of nodes, most common first.
 func (u *Unit) runs(name func(deployments.Pointer) string) Text {
@@ -307,9 +307,9 @@ func (u *Unit) runs(name func(deployments.Pointer) string) Text {
 		return cmp.Or(cmp.Compare(counts[b], counts[a]), cmp.Compare(a, b))
 	})
 	more := ""
-	if len(names) > mostReleases {
-		more = fmt.Sprintf(", %d more", len(names)-mostReleases)
-		names = names[:mostReleases]
+	if len(names) > maxReleases {
+		more = fmt.Sprintf(", %d more", len(names)-maxReleases)
+		names = names[:maxReleases]
 	}
 	for i, what := range names {
 		names[i] = fmt.Sprintf("%s on %d", what, counts[what])
@@ -347,7 +347,7 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 		}
 	}
 	pinned := slices.Sorted(maps.Keys(u.Pins))
-	if len(pinned) > mostNodes { // pins of existing nodes come first
+	if len(pinned) > maxNodes { // pins of existing nodes come first
 		nodes := map[string]bool{}
 		for _, n := range u.Nodes {
 			nodes[n.Name] = true
@@ -362,13 +362,13 @@ func (f *Fleet) Notes(u *Unit) (all []Note) {
 			return 1
 		})
 	}
-	for _, node := range pinned[:min(len(pinned), mostNodes)] {
+	for _, node := range pinned[:min(len(pinned), maxNodes)] {
 		pin := u.Pins[node]
 		moved := gitStory(u, pin, func(n Node) bool { return n.Name == node })
 		add(message.Clean(node)+" pinned", Plain, join(strings.TrimSpace(pinName(u, pin)+" "+pinStory(pin, f.At)),
 			moved), Plain)
 	}
-	if n := len(pinned) - mostNodes; n > 0 {
+	if n := len(pinned) - maxNodes; n > 0 {
 		add(fmt.Sprintf("and %d more", n), Plain, "pins of single nodes: kedge status "+u.ID.String()+" --json", Plain)
 	}
 	if u.Order != "" {
@@ -494,7 +494,7 @@ func (u *Unit) version(p deployments.Pointer) string {
 	if versions == nil {
 		versions = reportedVersions(u.Nodes)
 	}
-	return Clean(cmp.Or(versions[p.Digest], p.Version()), mostVersion)
+	return Clean(cmp.Or(versions[p.Digest], p.Version()), maxVersion)
 }
 
 // reportedVersions returns the versions of the releases that nodes run, each as its first node reports it.

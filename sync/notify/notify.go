@@ -366,8 +366,8 @@ func (n *Notifier) sendNew(ctx context.Context, r *Receiver, c *cursor) error {
 	return nil
 }
 
-// mostPast bounds the generations of one unit that a receiver is notified of after it was away.
-const mostPast = 5
+// maxPast bounds the generations of one unit that a receiver is notified of after it was away.
+const maxPast = 5
 
 // historyOf returns the newest entries of a unit's history, oldest first.
 func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past []deployments.History) {
@@ -382,7 +382,7 @@ func (n *Notifier) historyOf(ctx context.Context, id deployments.UnitID) (past [
 		}
 	}
 	slices.SortFunc(past, func(a, b deployments.History) int { return cmp.Compare(a.Generation, b.Generation) })
-	return past[max(0, len(past)-mostPast):]
+	return past[max(0, len(past)-maxPast):]
 }
 
 const (

@@ -18,9 +18,9 @@ import (
 )
 
 const (
-	// mostWaiting bounds the spans that wait for the collector, mostSent those of one request.
-	mostWaiting = 2048
-	mostSent    = 256
+	// maxWaiting bounds the spans that wait for the collector, maxSent those of one request.
+	maxWaiting = 2048
+	maxSent    = 256
 	// sendEvery is how long spans wait for others, and lastWithin how long sending the last ones may take at the
 	// program's end.
 	sendEvery  = time.Second
@@ -57,15 +57,15 @@ func New(c Config, log *slog.Logger) *Sender {
 	}
 }
 
-// Add queues spans. It never blocks; beyond mostWaiting it drops the oldest quarter.
+// Add queues spans. It never blocks; beyond maxWaiting it drops the oldest quarter.
 func (s *Sender) Add(spans ...Span) {
 	if s == nil {
 		return
 	}
 	s.mu.Lock()
 	s.waiting = append(s.waiting, spans...)
-	if len(s.waiting) > mostWaiting { // many at a time, as each drop copies the rest
-		over := len(s.waiting) - mostWaiting*3/4
+	if len(s.waiting) > maxWaiting { // many at a time, as each drop copies the rest
+		over := len(s.waiting) - maxWaiting*3/4
 		s.waiting = append([]Span(nil), s.waiting[over:]...)
 		s.dropped += over
 	}
@@ -116,7 +116,7 @@ func (s *Sender) left() int {
 // refuses for good are dropped.
 func (s *Sender) send(ctx context.Context) error {
 	s.mu.Lock()
-	batch := append([]Span(nil), s.waiting[:min(len(s.waiting), mostSent)]...)
+	batch := append([]Span(nil), s.waiting[:min(len(s.waiting), maxSent)]...)
 	dropped := s.dropped
 	s.mu.Unlock()
 	if len(batch) == 0 {

@@ -29,8 +29,8 @@ type change struct {
 }
 
 const (
-	// mostChanges is for how many units the last change is shown.
-	mostChanges = 2000
+	// maxChanges is for how many units the last change is shown.
+	maxChanges = 2000
 	// changesWithin bounds one reading of histories, changesAtOnce how many are read in parallel.
 	changesWithin = 20 * time.Second
 	changesAtOnce = 4
@@ -61,7 +61,7 @@ func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool
 	exists := map[deployments.UnitID]bool{}
 	for i := range f.Units {
 		u := &f.Units[i]
-		if exists[u.ID] = true; u.Record == nil || len(missing) >= mostChanges {
+		if exists[u.ID] = true; u.Record == nil || len(missing) >= maxChanges {
 			continue
 		}
 		if known, ok := c.known[u.ID]; !ok || known.generation != u.Record.Generation {
@@ -102,5 +102,5 @@ func (c *changes) load(ctx context.Context, store kv.Store, f *fleet.Fleet) bool
 // changeOf returns the change that an entry of a history describes.
 func changeOf(h deployments.History) change {
 	return change{generation: h.Generation, Commit: h.Commit, Author: fleet.AuthorName(h.Author),
-		Subject: fleet.Clean(h.Subject, mostText), At: h.At}
+		Subject: fleet.Clean(h.Subject, maxText), At: h.At}
 }

@@ -22,10 +22,10 @@ var focusable = regexp.MustCompile(`<(?:a [^>]*href=|button|input|select|textare
 func TestFiguresOfALargeFleet(t *testing.T) {
 	t.Parallel()
 	const (
-		mostBytes    = 100 << 10 // of a page, compressed
-		mostTime     = time.Second
-		mostStops    = 200
-		mostLive     = 5000 // bytes a second
+		maxBytes     = 100 << 10 // of a page, compressed
+		maxTime      = time.Second
+		maxStops     = 200
+		maxLive      = 5000 // bytes a second
 		beforeBytes  = 2_200_000
 		beforeStops  = 20_421
 		beforeStream = 5_500_000
@@ -54,7 +54,7 @@ func TestFiguresOfALargeFleet(t *testing.T) {
 				begun := time.Now()
 				r = w.render(t.Context(), now, address, nil)
 				html = markup(document(r))
-				if took = min(took, time.Since(begun)); took <= mostTime {
+				if took = min(took, time.Since(begun)); took <= maxTime {
 					break
 				}
 			}
@@ -66,10 +66,10 @@ func TestFiguresOfALargeFleet(t *testing.T) {
 			stops := len(focusable.FindAllString(html, -1))
 			t.Logf("%s, /%s: %d bytes compressed (%d plain, %d before), %d tab stops (%d before), drawn in %s",
 				name, address, packed.Len(), len(html), beforeBytes, stops, beforeStops, took.Round(time.Millisecond))
-			if r.code != http.StatusOK || packed.Len() > mostBytes || stops > mostStops || stops == 0 ||
-				took > mostTime {
+			if r.code != http.StatusOK || packed.Len() > maxBytes || stops > maxStops || stops == 0 ||
+				took > maxTime {
 				t.Errorf("%s, /%s: answers %d; more than %d bytes, %d tab stops or %s", name, address, r.code,
-					mostBytes, mostStops, mostTime)
+					maxBytes, maxStops, maxTime)
 			}
 		}
 		i := slices.IndexFunc(s.entries, func(e kv.Entry) bool { return e.Key == changedIn[name].Key })
@@ -83,8 +83,8 @@ func TestFiguresOfALargeFleet(t *testing.T) {
 			}
 			rate := float64(len(event)) / pauseAfter(string(event)).Seconds()
 			t.Logf("%s, /%s: %.0f bytes/s while one node changes (%d before)", name, address, rate, beforeStream)
-			if rate > mostLive {
-				t.Errorf("%s, /%s: more than %d bytes/s", name, address, mostLive)
+			if rate > maxLive {
+				t.Errorf("%s, /%s: more than %d bytes/s", name, address, maxLive)
 			}
 		}
 	}

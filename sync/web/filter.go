@@ -19,14 +19,14 @@ type filter struct {
 	Page  int // from 1
 }
 
-// mostQuery bounds a search, in characters.
-const mostQuery = 200
+// maxQuery bounds a search, in characters.
+const maxQuery = 200
 
 func filterOf(q url.Values) filter {
 	page, _ := strconv.Atoi(q.Get("page"))
 	return filter{
 		Stage: fleet.Clean(q.Get("stage"), 63), Role: fleet.Clean(q.Get("role"), 63), State: fleet.Clean(q.Get("state"), 24),
-		Query: fleet.Clean(q.Get("q"), mostQuery), Page: min(max(1, page), 1000),
+		Query: fleet.Clean(q.Get("q"), maxQuery), Page: min(max(1, page), 1000),
 	}
 }
 
@@ -189,15 +189,15 @@ func paged[T any](rows []T, f filter, path string) ([]T, pager) {
 	return rows[from:to], p
 }
 
-// mostOptions bounds the options of a selection.
-const mostOptions = 100
+// maxOptions bounds the options of a selection.
+const maxOptions = 100
 
 // options returns the distinct values of a field, sorted, including the chosen one.
 func options(units []*unit, chosen string, field func(deployments.UnitID) string) []string {
 	seen := map[string]bool{}
 	var all []string
 	for _, u := range units {
-		if v := field(u.ID); !seen[v] && len(all) < mostOptions {
+		if v := field(u.ID); !seen[v] && len(all) < maxOptions {
 			seen[v] = true
 			all = append(all, v)
 		}

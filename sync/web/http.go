@@ -150,7 +150,7 @@ func (w *Web) nodes(rw http.ResponseWriter, r *http.Request) {
 		http.Error(rw, "There is no such unit.", http.StatusNotFound)
 		return
 	}
-	nodes := u.Nodes[:min(len(u.Nodes), mostCells)]
+	nodes := u.Nodes[:min(len(u.Nodes), maxCells)]
 	cells := make([][3]string, len(nodes))
 	for i := range nodes {
 		runs := "nothing"
@@ -185,8 +185,8 @@ type past struct {
 	err               string
 }
 
-// mostPasts bounds the cached histories.
-const mostPasts = 64
+// maxPasts bounds the cached histories.
+const maxPasts = 64
 
 // history returns a unit's history, and reads it if it may have changed.
 func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
@@ -203,13 +203,13 @@ func (w *Web) history(ctx context.Context, u *fleet.Unit) *past {
 	defer cancel()
 	all, err := fleet.History(ctx, w.c.Store, u.ID)
 	if err != nil {
-		return &past{err: fleet.Clean(err.Error(), mostText)}
+		return &past{err: fleet.Clean(err.Error(), maxText)}
 	}
 	read := &past{generation: u.Record.Generation, retry: u.Record.Retry, entries: all[:min(len(all),
 		deployments.HistoryKept)]}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.pasts) >= mostPasts {
+	if len(w.pasts) >= maxPasts {
 		clear(w.pasts)
 	}
 	w.pasts[u.ID] = read

@@ -18,16 +18,16 @@ const (
 	// eventPause is the least time between two patches of a stream: people read no faster, and a rollout's changes
 	// come in bursts.
 	eventPause = time.Second
-	// mostRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
-	mostRate     = 4500
+	// maxRate is how many bytes a second a stream may average, unless that needs pauses beyond longestPause.
+	maxRate      = 4500
 	longestPause = 4 * time.Second
 	// beat is how often a stream sends a heartbeat. A page that misses two of them shows that it may be out of
 	// date.
 	beat = 2 * time.Second
 	// refresh is how often a page that shows elapsed times is rendered again without a change.
 	refresh = 10 * time.Second
-	// mostRecent is how many renderings are kept, so that a page that reconnects gets only what it lacks.
-	mostRecent = 64
+	// maxRecent is how many renderings are kept, so that a page that reconnects gets only what it lacks.
+	maxRecent = 64
 )
 
 // patch is the difference between the browser's page and the current one.
@@ -78,7 +78,7 @@ func encodePatch(p patch) ([]byte, error) {
 // pauseAfter returns how long a stream pauses after an event, so that one node that keeps changing costs less than
 // 5 kB/s.
 func pauseAfter(event string) time.Duration {
-	return min(max(eventPause, time.Duration(len(event))*time.Second/mostRate), longestPause)
+	return min(max(eventPause, time.Duration(len(event))*time.Second/maxRate), longestPause)
 }
 
 // remember keeps a rendering for browsers that show it.
@@ -91,7 +91,7 @@ func (w *Web) remember(r *rendered) {
 		}
 	}
 	w.recent = append(w.recent, r)
-	w.recent = w.recent[max(0, len(w.recent)-mostRecent):]
+	w.recent = w.recent[max(0, len(w.recent)-maxRecent):]
 }
 
 // remembered returns a rendering that a browser shows; nil: it is no longer kept.

@@ -50,8 +50,8 @@ type healthView struct {
 	Since   time.Time
 }
 
-// mostNodeUnits bounds the listed units of a node.
-const mostNodeUnits = 60
+// maxNodeUnits bounds the listed units of a node.
+const maxNodeUnits = 60
 
 // nodeOf returns the page of a unit on a node. The error names a node with a similar name.
 func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
@@ -69,14 +69,14 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 	})
 	n := &u.Nodes[i]
 	v := nodePage{
-		ID: u.ID, Node: name, Verdict: fleet.Clean(u.Names(told.Verdict), mostText), Tone: healthOf(n).String(),
+		ID: u.ID, Node: name, Verdict: fleet.Clean(u.Names(told.Verdict), maxText), Tone: healthOf(n).String(),
 		Gone:  told.Gone,
 		State: fleet.Clean(n.Shown().Text, 24), Since: n.Report.Since,
 		Notes: notesOf(u, told.Notes), Report: notesOf(u, told.Report),
 	}
 	for _, t := range told.Trace {
-		step := traceStep{What: fleet.Clean(t.What, 63), Says: fleet.Clean(u.Names(t.Says), mostLines),
-			Next: fleet.Clean(t.Hint, mostText)}
+		step := traceStep{What: fleet.Clean(t.What, 63), Says: fleet.Clean(u.Names(t.Says), maxLines),
+			Next: fleet.Clean(t.Hint, maxText)}
 		switch {
 		case t.Decides:
 			step.Mark, step.Tone = "decided", "ok"
@@ -86,8 +86,8 @@ func (s *snapshot) nodeOf(u *unit, name string) (nodePage, error) {
 		v.Steps = append(v.Steps, step)
 	}
 	if r := n.Report; r.Reason == deployments.ReasonUnhealthy || r.State == deployments.StateUnhealthy {
-		v.Health = healthView{true, fleet.Clean(r.Facts["check"], mostText), fleet.Clean(cmp.Or(r.Facts["error"],
-			r.Error), mostText), r.Since}
+		v.Health = healthView{true, fleet.Clean(r.Facts["check"], maxText), fleet.Clean(cmp.Or(r.Facts["error"],
+			r.Error), maxText), r.Since}
 	}
 	v.Units, v.More = s.unitsOn(name, u.ID)
 	id := u.ID.String()
@@ -112,7 +112,7 @@ func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUn
 		if !found {
 			continue
 		}
-		if len(units) == mostNodeUnits {
+		if len(units) == maxNodeUnits {
 			more++
 			continue
 		}
@@ -126,8 +126,8 @@ func (s *snapshot) unitsOn(name string, here deployments.UnitID) (units []nodeUn
 func notesOf(u *unit, notes []fleet.Note) (all []fleet.Note) {
 	for _, n := range notes {
 		n.About.Text = fleet.Clean(strings.TrimSuffix(n.About.Text, ":"), 80)
-		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), mostLines)
-		if all = append(all, n); len(all) == mostNotes {
+		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), maxLines)
+		if all = append(all, n); len(all) == maxNotes {
 			break
 		}
 	}

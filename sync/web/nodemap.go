@@ -30,19 +30,19 @@ type mapRow struct {
 // mapPath is the cells of one colour, as an SVG path.
 type mapPath struct{ Class, Path string }
 
-// mostCells bounds the cells of a map.
-const mostCells = 20_000
+// maxCells bounds the cells of a map.
+const maxCells = 20_000
 
 // mapOf returns the map of a unit's nodes.
 func mapOf(u *unit) nodeMap {
 	n := len(u.Nodes)
-	m := nodeMap{ID: u.ID, Columns: columnsOf(n), Left: max(0, n-mostCells), Shares: u.shares}
+	m := nodeMap{ID: u.ID, Columns: columnsOf(n), Left: max(0, n-maxCells), Shares: u.shares}
 	for h, count := range u.healths {
 		if count > 0 {
 			m.Healths = append(m.Healths, counted{health(h).String(), count})
 		}
 	}
-	nodes := u.Nodes[:min(n, mostCells)]
+	nodes := u.Nodes[:min(n, maxCells)]
 	for y := 0; len(nodes) > 0; y++ {
 		line := nodes[:min(m.Columns, len(nodes))]
 		nodes = nodes[len(line):]

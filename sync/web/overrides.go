@@ -53,8 +53,8 @@ type frozenRow struct {
 	Go    string
 }
 
-// mostOverrides bounds each list.
-const mostOverrides = 80
+// maxOverrides bounds each list.
+const maxOverrides = 80
 
 // overridesOf lists what overrides Git; what ends first comes first.
 func (s *snapshot) overridesOf(commitURL string) overrides {
@@ -66,13 +66,13 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 		for _, node := range slices.Sorted(maps.Keys(u.Pins)) {
 			v.Pins = append(v.Pins, s.pinRow(u, u.Pins[node], node))
 		}
-		if u.Order != "" && len(v.Orders) < mostOverrides {
+		if u.Order != "" && len(v.Orders) < maxOverrides {
 			v.Orders = append(v.Orders, orderRow{u.ID, fleet.Clean(u.Order, 24)})
 		}
-		if u.frozen() && len(v.Frozen) < mostOverrides {
+		if u.frozen() && len(v.Frozen) < maxOverrides {
 			f := u.Record.Rollout.Facts
 			v.Frozen = append(v.Frozen, frozenRow{
-				ID: u.ID, Window: fleet.Clean(f["window"], 80), Reason: fleet.Clean(f["reason"], mostText),
+				ID: u.ID, Window: fleet.Clean(f["window"], 80), Reason: fleet.Clean(f["reason"], maxText),
 				Until: u.progress.Until, Never: f["opens"] == "never", Go: "kedge promote " + u.ID.String(),
 			})
 		}
@@ -85,7 +85,7 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 		return t
 	}
 	slices.SortStableFunc(v.Pins, func(a, b pinRow) int { return never(a.Until).Compare(never(b.Until)) })
-	v.More = max(0, len(v.Pins)-mostOverrides)
+	v.More = max(0, len(v.Pins)-maxOverrides)
 	v.Pins = v.Pins[:len(v.Pins)-v.More]
 	return v
 }
@@ -93,7 +93,7 @@ func (s *snapshot) overridesOf(commitURL string) overrides {
 func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	r := pinRow{
 		ID: u.ID, Node: fleet.Clean(node, 63), Release: "hold", By: fleet.Clean(p.By, 40),
-		Reason: fleet.Clean(p.Reason, mostText),
+		Reason: fleet.Clean(p.Reason, maxText),
 		Until:  p.Until, Expired: p.Expired(s.At), AtOnce: p.AtOnce, Nodes: u.Live, End: "kedge unpin " + u.ID.String(),
 	}
 	if !p.Hold {
@@ -105,16 +105,16 @@ func (s *snapshot) pinRow(u *unit, p deployments.Pin, node string) pinRow {
 	return r
 }
 
-// mostFaults bounds the listed faulty keys.
-const mostFaults = 20
+// maxFaults bounds the listed faulty keys.
+const maxFaults = 20
 
 // faults returns the errors that belong to no unit.
 func (s *snapshot) faults() []fleet.Note {
 	all := s.Faults()
-	all = all[:min(len(all), mostFaults)]
+	all = all[:min(len(all), maxFaults)]
 	for i := range all {
-		all[i].About.Text = fleet.Clean(all[i].About.Text, mostText)
-		all[i].Says.Text = fleet.Clean(all[i].Says.Text, 2*mostText)
+		all[i].About.Text = fleet.Clean(all[i].About.Text, maxText)
+		all[i].Says.Text = fleet.Clean(all[i].Says.Text, 2*maxText)
 	}
 	return all
 }

@@ -89,10 +89,10 @@ type unitRow struct {
 	Commit    commitView
 }
 
-// mostProblems and mostFound bound what is listed above the units.
+// maxProblems and maxFound bound what is listed above the units.
 const (
-	mostProblems = 12
-	mostFound    = 12
+	maxProblems = 12
+	maxFound    = 12
 )
 
 // overviewOf returns the page of the units that pass a filter; false: the path names a stage or role without
@@ -125,7 +125,7 @@ func problems(units []*unit) (worst []problem, more int) {
 		for _, u := range units {
 			switch {
 			case u.problem == nil || u.problem.Tone != tone:
-			case len(worst) < mostProblems:
+			case len(worst) < maxProblems:
 				worst = append(worst, *u.problem)
 			default:
 				more++
@@ -155,7 +155,7 @@ func found(units []*unit, query string) (nodes []foundNode) {
 			if !slices.ContainsFunc(words, func(w string) bool { return strings.Contains(strings.ToLower(n.Name), w) }) {
 				continue
 			}
-			if nodes = append(nodes, foundNode{n.Name, u.ID, healthOf(n).String(), stateOf(n)}); len(nodes) == mostFound {
+			if nodes = append(nodes, foundNode{n.Name, u.ID, healthOf(n).String(), stateOf(n)}); len(nodes) == maxFound {
 				return nodes
 			}
 		}
@@ -214,11 +214,11 @@ func commitOf(hash, commitURL string) commitView {
 	return c
 }
 
-// mostLines bounds a text of several lines, as the mirror's error.
-const mostLines = 2000
+// maxLines bounds a text of several lines, as the mirror's error.
+const maxLines = 2000
 
 func clipLines(s string) string {
-	s = strings.TrimSpace(fleet.CleanLines(safetext.Prefix(s, mostLines)))
+	s = strings.TrimSpace(fleet.CleanLines(safetext.Prefix(s, maxLines)))
 	return s
 }
 

@@ -90,8 +90,8 @@ func (r *rendered) close() *rendered {
 	return r
 }
 
-// mostPages bounds the cached pages of one snapshot.
-const mostPages = 128
+// maxPages bounds the cached pages of one snapshot.
+const maxPages = 128
 
 // render returns the page at a path for a snapshot; nil if the store wasn't read yet.
 func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Values) *rendered {
@@ -112,7 +112,7 @@ func (w *Web) render(ctx context.Context, s *snapshot, path string, query url.Va
 	r.close()
 	if s != nil && lasting {
 		s.mu.Lock()
-		if len(s.pages) < mostPages {
+		if len(s.pages) < maxPages {
 			s.pages[key] = r
 		}
 		s.mu.Unlock()
@@ -193,7 +193,7 @@ func (s *snapshot) at(now time.Time) *snapshot {
 }
 
 // stale returns why the snapshot may be out of date; empty: it isn't.
-func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.LastKnown(), s.away), 2*mostText) }
+func (s *snapshot) stale() string { return fleet.Clean(cmp.Or(s.LastKnown(), s.away), 2*maxText) }
 
 // problems returns the problems that belong to no unit: of the store, of the mirror, of faulty keys.
 func (s *snapshot) problems() (all []problem) {
@@ -202,7 +202,7 @@ func (s *snapshot) problems() (all []problem) {
 		if n.About.Tone == fleet.Warn {
 			tone = "warn"
 		}
-		if n.Says.Text != fleet.Clean(s.LastKnown(), 2*mostText) {
+		if n.Says.Text != fleet.Clean(s.LastKnown(), 2*maxText) {
 			all = append(all, problem{Tone: tone, What: n.About.Text, Why: n.Says.Text})
 		}
 	}
@@ -290,7 +290,7 @@ func (r *rendered) overrides(v overrides) {
 
 // sentence returns an error's text as a sentence, with a capital and a full stop.
 func sentence(err error) string {
-	text := fleet.Clean(err.Error(), 2*mostText)
+	text := fleet.Clean(err.Error(), 2*maxText)
 	return strings.ToUpper(text[:1]) + text[1:] + "."
 }
 

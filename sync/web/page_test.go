@@ -258,7 +258,7 @@ func TestFilters(t *testing.T) {
 		}
 	}
 	q := url.Values{"q": {"prod-eu-media-07"}}
-	if v, _ := s.overviewOf("/", filterOf(q), ""); len(v.Nodes) != mostFound || v.Nodes[0].Name != "prod-eu-media-070" {
+	if v, _ := s.overviewOf("/", filterOf(q), ""); len(v.Nodes) != maxFound || v.Nodes[0].Name != "prod-eu-media-070" {
 		t.Errorf("a search for nodes finds %+v", v.Nodes)
 	}
 	listed := map[string]bool{}

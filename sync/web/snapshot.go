@@ -88,8 +88,8 @@ type share struct {
 	Class string
 }
 
-// mostShares is how many releases of a unit have a colour of their own; all others share one.
-const mostShares = 5
+// maxShares is how many releases of a unit have a colour of their own; all others share one.
+const maxShares = 5
 
 // unit is a unit with the counts that pages show.
 type unit struct {
@@ -97,7 +97,7 @@ type unit struct {
 	name func(deployments.Pointer) string
 	// target is what most of the unit should run: a pin's release, or the record's target.
 	target deployments.Pointer
-	// shares are sorted by count: the first mostShares releases, then all others in one.
+	// shares are sorted by count: the first maxShares releases, then all others in one.
 	shares  []share
 	classes map[deployments.Digest]string
 	healths [healths]int
@@ -128,7 +128,7 @@ func summarize(u *fleet.Unit, now time.Time) *unit {
 		if h == busy || h == failing {
 			s.states[stateOf(n)]++
 			if (h == failing || n.Report.State == deployments.StateRetrying) && s.trouble == "" {
-				s.trouble = fleet.Clean(cmp.Or(n.Report.Error, message.Text(n.Report.Reason, n.Report.Facts)), mostText)
+				s.trouble = fleet.Clean(cmp.Or(n.Report.Error, message.Text(n.Report.Reason, n.Report.Facts)), maxText)
 				s.troubled = n.Name
 			}
 		}
@@ -182,7 +182,7 @@ func (u *unit) colour(counts map[deployments.Digest]*share) {
 			c.Class = "v0"
 		case d == stable:
 			c.Class = "v1"
-		case next < mostShares:
+		case next < maxShares:
 			c.Class = fmt.Sprintf("v%d", next)
 			next++
 		default:
@@ -297,7 +297,7 @@ type problem struct {
 
 // rolloutReason returns why a unit's rollout stands where it does, without the phase, which stands before it.
 func (u *unit) rolloutReason() string {
-	why := fleet.Clean(u.RolloutReason(), mostText)
+	why := fleet.Clean(u.RolloutReason(), maxText)
 	if u.progress == nil {
 		return why
 	}
@@ -306,7 +306,7 @@ func (u *unit) rolloutReason() string {
 
 // problemOf returns what is wrong with a unit; nil: nothing that needs attention.
 func problemOf(u *unit, now time.Time) *problem {
-	p := &problem{ID: u.ID, Tone: "bad", Next: fleet.Clean(u.Next(now), mostText)}
+	p := &problem{ID: u.ID, Tone: "bad", Next: fleet.Clean(u.Next(now), maxText)}
 	live := 0
 	for h, n := range u.healths {
 		if health(h) != gone {
@@ -316,7 +316,7 @@ func problemOf(u *unit, now time.Time) *problem {
 	why := u.rolloutReason()
 	switch {
 	case u.Error != "":
-		p.What, p.Why = "does not parse", fleet.Clean(u.Error, mostText)
+		p.What, p.Why = "does not parse", fleet.Clean(u.Error, maxText)
 	case u.progress != nil && u.progress.back():
 		p.What, p.Why = u.progress.Label, why
 	case u.healths[failing] > 0:
@@ -351,5 +351,5 @@ func failingStates(u *unit) string {
 	return strings.Join(names, ", ")
 }
 
-// mostText bounds untrusted text in a list, in characters.
-const mostText = 240
+// maxText bounds untrusted text in a list, in characters.
+const maxText = 240

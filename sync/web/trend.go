@@ -23,11 +23,11 @@ type sample struct {
 }
 
 const (
-	// mostSamples bounds the samples of a unit. Beyond it every other one is dropped, so that the chart grows
+	// maxSamples bounds the samples of a unit. Beyond it every other one is dropped, so that the chart grows
 	// coarser, not longer.
-	mostSamples = 60
-	// mostTrends bounds the units that have a trend.
-	mostTrends = 2000
+	maxSamples = 60
+	// maxTrends bounds the units that have a trend.
+	maxTrends = 2000
 	// sampleEvery is the least time between two samples of a unit.
 	sampleEvery = 2 * time.Second
 )
@@ -38,7 +38,7 @@ func (t *trends) record(units []*unit, now time.Time) {
 	defer t.mu.Unlock()
 	for _, u := range units {
 		known := t.units[u.ID]
-		if known == nil && len(t.units) >= mostTrends {
+		if known == nil && len(t.units) >= maxTrends {
 			continue
 		}
 		counts := map[deployments.Digest]int{}
@@ -54,7 +54,7 @@ func (t *trends) record(units []*unit, now time.Time) {
 		default:
 			known = append(known, sample{now, counts})
 		}
-		if len(known) > mostSamples {
+		if len(known) > maxSamples {
 			half := known[:0]
 			for i, s := range known {
 				if i%2 == 0 || i == len(known)-1 {
@@ -82,8 +82,8 @@ func (t *trends) of(id deployments.UnitID) []sample {
 	return slices.Clone(t.units[id])
 }
 
-// leastTrend is how long nodes must have been changing before their pace is used for an estimate.
-const leastTrend = 15 * time.Second
+// minTrend is how long nodes must have been changing before their pace is used for an estimate.
+const minTrend = 15 * time.Second
 
 // ends estimates when all nodes run the release, by the pace of its samples; zero: there is no estimate.
 func ends(samples []sample, release deployments.Digest, of int) time.Time {
@@ -100,7 +100,7 @@ func ends(samples []sample, release deployments.Digest, of int) time.Time {
 	}
 	moved, took := last.counts[release]-samples[first].counts[release], last.at.Sub(samples[first].at)
 	missing := of - last.counts[release]
-	if moved <= 0 || missing <= 0 || took < leastTrend {
+	if moved <= 0 || missing <= 0 || took < minTrend {
 		return time.Time{}
 	}
 	return last.at.Add(time.Duration(float64(took) / float64(moved) * float64(missing)))

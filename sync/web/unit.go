@@ -76,21 +76,21 @@ type historyRow struct {
 	Failed     bool
 }
 
-// mostNotes bounds the notes of a unit, as each pinned node has one.
-const mostNotes = 30
+// maxNotes bounds the notes of a unit, as each pinned node has one.
+const maxNotes = 30
 
 // unitOf returns the page of one unit.
 func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL string) unitPage {
 	v := unitPage{
-		Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem, Freeze: fleet.Clean(s.FreezeOf(u.ID), mostText),
+		Path: path, Filter: f, Row: s.row(u, commitURL), Problem: u.problem, Freeze: fleet.Clean(s.FreezeOf(u.ID), maxText),
 	}
 	for _, n := range s.Notes(u.Unit) {
 		if n.About.Text == "next:" && u.problem != nil {
 			continue // the problem shows it already
 		}
 		n.About.Text = strings.TrimSuffix(n.About.Text, ":")
-		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), mostLines)
-		if v.Notes = append(v.Notes, n); len(v.Notes) == mostNotes {
+		n.Says.Text = fleet.Clean(u.Names(n.Says.Text), maxLines)
+		if v.Notes = append(v.Notes, n); len(v.Notes) == maxNotes {
 			break
 		}
 	}
@@ -103,7 +103,7 @@ func (s *snapshot) unitOf(u *unit, path string, f filter, past *past, commitURL 
 	states := map[string]int{}
 	for i := range u.Nodes {
 		n := &u.Nodes[i]
-		if len(states) < mostOptions || states[stateOf(n)] > 0 {
+		if len(states) < maxOptions || states[stateOf(n)] > 0 {
 			states[stateOf(n)]++
 		}
 		if f.takesNode(u, n) {
@@ -151,19 +151,19 @@ func (s *snapshot) nodeRow(u *unit, n *fleet.Node) nodeRow {
 	}
 	return nodeRow{
 		Key: "n:" + n.Name, Name: n.Name, ID: u.ID, Tone: healthOf(n).String(), State: fleet.Clean(cells[1].Text, 24),
-		Runs: runs, Class: u.class(n), Since: n.Report.Since, Beside: fleet.Clean(u.Names(beside), mostText), Pinned: pinned,
+		Runs: runs, Class: u.class(n), Since: n.Report.Since, Beside: fleet.Clean(u.Names(beside), maxText), Pinned: pinned,
 	}
 }
 
 func historyOf(u *unit, h deployments.History, commitURL string) historyRow {
 	var notes []string
 	for _, note := range fleet.HistoryNotes(h) {
-		notes = append(notes, fleet.Clean(u.Names(note.Text), 2*mostText))
+		notes = append(notes, fleet.Clean(u.Names(note.Text), 2*maxText))
 	}
 	row := historyRow{
 		Generation: h.Generation, At: h.At, Release: u.name(h.Release), Digest: h.Release.Digest.Short()[:8],
 		Commit: commitOf(h.Commit, commitURL), Author: fleet.Clean(fleet.AuthorName(h.Author), 32),
-		Subject: fleet.Clean(h.Subject, mostText), Notes: notes,
+		Subject: fleet.Clean(h.Subject, maxText), Notes: notes,
 		Failed: !h.Failed.IsZero() && h.Failed == h.Release.Digest,
 	}
 	if pin, ok := fleet.PinOf(h); ok {

@@ -32,10 +32,10 @@ type windowRow struct {
 }
 
 const (
-	// mostWindows bounds the listed windows, mostOpenings the openings drawn of each, and laterOpenings those in
+	// maxWindows bounds the listed windows, maxOpenings the openings drawn of each, and laterOpenings those in
 	// words.
-	mostWindows   = 40
-	mostOpenings  = 100
+	maxWindows    = 40
+	maxOpenings   = 100
 	laterOpenings = 3
 	// weekWidth is the width of the drawing of a week: six units an hour.
 	weekWidth = 7 * 24 * 6
@@ -44,8 +44,8 @@ const (
 // windowsOf lists the freeze windows: open ones first, then by their next opening.
 func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 	windows, more := s.Freezes()
-	more += max(0, len(windows)-mostWindows)
-	for _, w := range windows[:min(len(windows), mostWindows)] {
+	more += max(0, len(windows)-maxWindows)
+	for _, w := range windows[:min(len(windows), maxWindows)] {
 		rows = append(rows, windowOf(w, s.At))
 	}
 	slices.SortStableFunc(rows, func(a, b windowRow) int {
@@ -66,11 +66,11 @@ func (s *snapshot) windowsOf() (rows []windowRow, more int) {
 
 func windowOf(w deployments.Freeze, now time.Time) windowRow {
 	r := windowRow{
-		Name: fleet.Clean(cmp.Or(w.Name, w.Cron), 80), Reason: fleet.Clean(w.Reason, mostText),
+		Name: fleet.Clean(cmp.Or(w.Name, w.Cron), 80), Reason: fleet.Clean(w.Reason, maxText),
 		Allow: w.Kind == deployments.FreezeAllow, Waits: w.Running == "wait", Units: "all", Zone: w.Zone.String(),
 	}
 	if len(w.Units) > 0 {
-		r.Units = fleet.Clean(strings.Join(w.Units[:min(len(w.Units), 12)], ", "), mostText)
+		r.Units = fleet.Clean(strings.Join(w.Units[:min(len(w.Units), 12)], ", "), maxText)
 		if n := len(w.Units) - 12; n > 0 {
 			r.Units += fmt.Sprintf(" and %d more", n)
 		}
@@ -79,7 +79,7 @@ func windowOf(w deployments.Freeze, now time.Time) windowRow {
 	x := func(t time.Time) int { return min(max(0, int(t.Sub(begin)/(10*time.Minute))), weekWidth) }
 	var path strings.Builder
 	var later []string
-	for i, o := range policy.Openings(w, now, begin.Add(fleet.FreezeAhead), mostOpenings) {
+	for i, o := range policy.Openings(w, now, begin.Add(fleet.FreezeAhead), maxOpenings) {
 		from := x(o.From)
 		fmt.Fprintf(&path, "M%d 0h%dv1H%dZ", from, max(1, x(o.To)-from), from)
 		switch {
