@@ -71,6 +71,7 @@ const (
 	ReasonHeld               Reason = "Held"          // by, until, reason
 	ReasonTarget             Reason = "Target"        // commit, generation
 	ReasonStable             Reason = "Stable"        // not admitted to the target yet
+	ReasonStableFirst        Reason = "StableFirst"   // admitted, and runs what the record doesn't name: release, target
 	ReasonNotAdmitted        Reason = "NotAdmitted"
 	ReasonAdmitted           Reason = "Admitted"
 	ReasonRunsTarget         Reason = "RunsTarget"        // not admitted, and runs the target already

@@ -67,10 +67,14 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	if !r.Stable.IsZero() {
 		stable = facts.With("release", r.Stable.String())
 	}
+	// The record names nothing that serves here: only stable can be what its next steps count on.
+	unnamed := (!f.Running.IsZero() || !idle && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest
 	// A release that failed here before it became stable isn't tried again just because a new rollout begins: many
 	// nodes would try it at once.
-	refuses := (!f.Running.IsZero() || !idle && f.AtDest == FoundOther) && f.Running.Digest != r.Stable.Digest &&
-		slices.Contains(f.Quarantined, r.Stable.Digest)
+	refuses := unnamed && slices.Contains(f.Quarantined, r.Stable.Digest)
+	// Such a node goes to stable first, and on from there. Should the target fail on it, it is back on what the record
+	// names. On its old release, the next record or a rollback would move it past the budget.
+	first := unnamed && !refuses && !part && !r.Stable.IsZero()
 	switch {
 	// whether or not it is admitted: the mirror has to know first
 	case r.Stable.IsZero() && f.Running.IsZero() && f.AtDest == FoundUnknown:
@@ -98,7 +102,7 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 			d.Action = ActKeep
 		}
 		because(deployments.ReasonRolledBack, stable.With("phase", string(p.Phase)))
-	case admitted, r.Stable.IsZero() && idle && admitsIdle(p):
+	case admitted && !first, r.Stable.IsZero() && idle && admitsIdle(p):
 		run(ActRun, FromTarget, r.Target)
 		because(deployments.ReasonAdmitted, facts)
 	case f.Running.Digest == r.Target.Digest:
@@ -111,6 +115,10 @@ func (d *Decision) admission(f Facts, r deployments.Record) {
 	case refuses:
 		d.Action, d.Source, d.Stage = ActStage, FromStable, r.Target
 		because(deployments.ReasonStableQuarantined, stable)
+	case admitted: // first, as above
+		run(ActStage, FromStable, r.Stable)
+		d.Stage = r.Target
+		because(deployments.ReasonStableFirst, stable)
 	case r.Stable.IsZero():
 		run(ActStage, FromTarget, r.Stable)
 		d.Stage = r.Target

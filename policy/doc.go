@@ -75,8 +75,9 @@
 // it went back to is healthy, for a deadline at most, whatever it should run by then.
 //
 // Out of that count are nodes that run nothing yet, pins of one node and pins with at_once, units without a
-// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node that came back with a
-// release that the record doesn't name, and then failed on the record's target, goes to stable as soon as another
-// record or a rollback comes. A node whose agent doesn't tell when it joined (Report.Joined) follows the record as
-// soon as it is back.
+// rollout, and nodes that have had their deadline, if max_failures tolerates them. A node whose agent doesn't tell when
+// it joined (Report.Joined) follows the record as soon as it is back.
+//
+// A node that came back with a release that the record doesn't name goes by way of stable to the target: if that fails,
+// it is back on what later records name, and waits for its turn as others do.
 package policy

@@ -183,9 +183,7 @@ func (w *world) act(n *member, promptly bool) {
 				w.count("ways back that are unhealthy")
 				w.say("%s is unhealthy on what it went back to", n.name)
 			}
-			// Who came back with what no part of the record names goes on to stable: no record can keep it where it is.
-			unnamed := !n.running.IsZero() && n.joined > 0 && n.joined <= r.Joined
-			n.free = (n.free || unnamed) && n.running.Digest != r.Stable.Digest &&
+			n.free = n.free && n.running.Digest != r.Stable.Digest &&
 				(r.Rollout == nil || !partOf(&r, n.running.Digest))
 		case n.going == before:
 			w.count("ways back to what was there before")

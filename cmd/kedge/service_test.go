@@ -279,3 +279,52 @@ func TestRollbackWaitsForANodeThatServesNothing(t *testing.T) {
 		t.Errorf("%s goes back before %s serves:\n%s", first, broken, strings.Join(lines, "\n"))
 	}
 }
+
+// Nodes that come back with a release that neither stable nor the target is go to stable first. When the target has
+// failed on them, a rollback leaves them there: they don't leave their old release all at once for it.
+func TestReturnedNodesGoByWayOfStable(t *testing.T) {
+	t.Parallel()
+	s := newService(t, "web-1", "web-2", "web-3", "web-4", "web-5")
+	const rollout = "max_unavailable: 1, max_failures: 5, deadline: 10s"
+	s.first(rollout)
+	away := s.nodes[:2]
+	for _, node := range away {
+		if err := s.processes[node].stop(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one := s.version("1", "sleep 0.7")
+	s.deploy(one, rollout)
+	s.record("release 1 is stable without them", func(r deployments.Record) string {
+		if r.Rollout != nil || r.Target != one {
+			return "it is not yet"
+		}
+		return ""
+	})
+	s.sick("2", away...)
+	s.deploy(s.version("2", "sleep 0.7"), rollout+", bake: 1h")
+	s.begun("2")
+	for _, node := range away {
+		s.startAgent(node)
+	}
+	for _, node := range away {
+		s.reported(node, "app", func(u deployments.UnitReport) string {
+			if u.State != deployments.StateQuarantined || u.Running != one {
+				return "release 2 has yet to fail there, on release 1"
+			}
+			return ""
+		})
+	}
+	if out, errs, code := s.kedge("abort", webApp.String()); code != 0 {
+		t.Fatalf("abort: exit %d: %s%s", code, out, errs)
+	}
+	for _, node := range s.nodes {
+		s.reported(node, "app", func(u deployments.UnitReport) string {
+			if u.Running != one || u.State != deployments.StateConverged {
+				return "it is not back on release 1"
+			}
+			return ""
+		})
+	}
+	s.keeps(1)
+}

@@ -28,6 +28,8 @@ func Decision(reason deployments.Reason, f deployments.Facts) string {
 		return from + ", whose release this node runs already"
 	case deployments.ReasonStable:
 		return "the stable release, until this node is admitted to the one of " + from
+	case deployments.ReasonStableFirst:
+		return "the stable release first, then the one of " + from + ", as the record doesn't name what this node runs"
 	case deployments.ReasonNotAdmitted:
 		return "waits to be admitted to the release of " + from
 	case deployments.ReasonSuperseded:
@@ -185,6 +187,8 @@ func admissionStep(
 		return "not admitted yet", waits
 	case deployments.ReasonStable:
 		return OneLine("not admitted yet, so stable: " + f["release"]), waits
+	case deployments.ReasonStableFirst:
+		return OneLine("admitted, by way of stable: " + f["release"]), ""
 	}
 	return Text(reason, f), ""
 }

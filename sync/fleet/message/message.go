@@ -53,6 +53,7 @@ var texts = map[deployments.Reason]string{
 	deployments.ReasonAdmitted:           "admitted to the target[ of Git commit {commit}]",
 	deployments.ReasonRunsTarget:         "not admitted, but it runs the target already",
 	deployments.ReasonStable:             "the stable release, until this node is admitted to the target",
+	deployments.ReasonStableFirst:        "the stable release first, as it runs one that the record doesn't name",
 	deployments.ReasonNotAdmitted:        "not admitted to the target yet",
 	deployments.ReasonRejoined:           "this node was away: it stays on what it runs until its turn",
 	deployments.ReasonAwaitingRollback:   "stays on what it runs until its turn to go back",
