@@ -35,6 +35,7 @@ package kv
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 )
 
@@ -78,7 +79,8 @@ type View struct {
 	Folders []string
 	// Synced is set once the prefix was read with certainty. Before that, a missing key does not mean absence.
 	Synced bool
-	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date.
+	// Err is why the view may be out of date, ErrDenied or ErrUnavailable; nil: it is up to date. It is ErrTooLarge,
+	// too, as long as there is more below the prefix than MostListed.
 	Err error
 	// Since is when Err last became nil or not nil.
 	Since time.Time
@@ -120,7 +122,7 @@ type Store interface {
 
 	// List reads every key below prefix from the leader, sorted, without folder keys. prefix ends in "/" or is
 	// empty. An empty result without the prefix's folder key is ErrDenied: see EnsureFolders. It is also ErrEmpty
-	// if the token may read that key.
+	// if the token may read that key. More than MostListed is ErrUnavailable and ErrTooLarge.
 	List(ctx context.Context, prefix string) ([]Entry, error)
 
 	// Watch calls f, one call at a time, with a first view as soon as there is one, and after every change of
@@ -157,6 +159,27 @@ type Store interface {
 	// Close releases the store's resources. Owners of leases and presences close those first.
 	Close() error
 }
+
+// MaxList bounds what is read of one prefix, in bytes of memory, and MaxRoleList what is read of the records or the
+// pins of one role, as every agent does. Whoever may write keys could otherwise end the processes that list them. The
+// reports of 10,000 nodes of 10 units take some 40 MiB, 50,000 pins of nodes some 20 MiB.
+const (
+	MaxList     = 128 << 20
+	MaxRoleList = 32 << 20
+)
+
+// MostListed returns the bound of the entries below a prefix, as the sum of their Size.
+func MostListed(prefix string) int {
+	for _, kind := range []string{DesiredPrefix, PinsPrefix} {
+		if strings.HasPrefix(prefix, kind) && prefix != kind {
+			return MaxRoleList
+		}
+	}
+	return MaxList
+}
+
+// Size returns what an entry takes in memory, in bytes.
+func (e Entry) Size() int { return 128 + len(e.Key) + len(e.Value) + len(e.Session) }
 
 // MaxOps bounds the sum of Cost over a Commit's operations, without the fencing check: some Consul servers take 64
 // operations in a transaction.

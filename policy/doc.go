@@ -30,6 +30,9 @@
 //     TestFloodOfNodesThatLeft and TestReportsBeyondTheRolesBound in sync/mirror, TestJunkReports in
 //     sync/fleet/reports, FuzzReport, FuzzNext), and before people are told of it (TestHealthThatComesAndGoes and
 //     TestHostileTexts in sync/notify, TestPagesOfHostileReports in sync/web).
+//   - Whoever writes keys can write more than is read of a prefix (kv.MaxList): then nodes, mirror or dashboard don't
+//     see what changes below it. They go on with what they know, in bounded memory, and the error names the prefix
+//     (TestConformance and TestEndlessAnswers in kv/consul).
 //   - The mirror's token writes desired/ and mirror/. A node with signers runs no more by it than by any token as
 //     above. A mirror with signers that finds a commit named in mirror/ whose signature doesn't count takes no release,
 //     no setting of a record and no removal from it, and signs no snapshot (TestSignerIsTakenOutAndNothingIsRemembered

@@ -93,6 +93,8 @@ func (a *app) storeHint(err error) string {
 	switch {
 	case !a.onConsul():
 		return ""
+	case errors.Is(err, kv.ErrTooLarge):
+		return "" // it says what to do
 	case errors.Is(err, kv.ErrUnavailable):
 		return fmt.Sprintf(
 			"is Consul up at %s (CONSUL_HTTP_ADDR), and has it a leader? nodes go on with what they have",

@@ -61,6 +61,10 @@ func Open(c Config) (*Store, error) {
 		if explicit.Token == "" && explicit.TokenFile == "" {
 			explicit.Token, explicit.TokenFile = config.Token, config.TokenFile
 		}
+		if explicit.HttpClient != nil {
+			own := *explicit.HttpClient
+			explicit.HttpClient = &own
+		}
 		config = &explicit
 	}
 	tokens, err := newTokenSource(config.Token, config.TokenFile)
@@ -100,7 +104,8 @@ func Open(c Config) (*Store, error) {
 	if err := backend.CheckPrefix(prefix); err != nil {
 		return nil, kv.ConfigError{Err: fmt.Errorf("open consul: the prefix %q: %w", prefix, err)}
 	}
-	// NewClient has filled in the address, the scheme and the HTTP client.
+	// NewClient has filled in the address, the scheme and the HTTP client, which is the one that it uses.
+	config.HttpClient.Transport = answers{cmp.Or(config.HttpClient.Transport, http.DefaultTransport)}
 	addr := config.Address
 	if !strings.Contains(addr, "://") {
 		addr = config.Scheme + "://" + addr
@@ -193,21 +198,31 @@ func (s *Store) read(
 	var l listing
 	err := s.do(ctx, "list "+prefix, timeout, func(q *api.QueryOptions) error {
 		opts.Token = q.Token
-		pairs, meta, err := s.client.KV().List(s.prefix+prefix, opts.WithContext(q.Context()))
-		if err != nil {
-			return err
-		}
-		l = listing{meta: meta, filtered: meta.ResultsFilteredByACLs, folders: []string{}}
-		for _, p := range pairs {
+		l = listing{folders: []string{}}
+		room := backend.NewRoom(prefix)
+		pairs := &pairReader{take: func(p *api.KVPair) error {
+			e := s.entry(p)
 			switch {
 			case p.Key == s.prefix+prefix:
 				l.folder = true
+				return nil
 			case strings.HasSuffix(p.Key, "/"):
-				l.folders = append(l.folders, strings.TrimPrefix(p.Key, s.prefix))
+				l.folders = append(l.folders, e.Key)
+				e.Value = nil
 			default:
-				l.entries = append(l.entries, s.entry(p))
+				l.entries = append(l.entries, e)
 			}
+			return room.Take(e)
+		}}
+		_, meta, err := s.client.KV().List(s.prefix+prefix, opts.WithContext(pairs.in(q.Context())))
+		if err == nil {
+			err = pairs.err
 		}
+		if err != nil {
+			l = listing{}
+			return err
+		}
+		l.meta, l.filtered = meta, meta.ResultsFilteredByACLs
 		backend.SortEntries(l.entries)
 		slices.Sort(l.folders)
 		return nil

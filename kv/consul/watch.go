@@ -31,6 +31,9 @@ const (
 	// unavailableLimit is the longest average pause between tries to reach a store that is away. A pause is at
 	// most twice that: with dialTimeout, a watch is back at most 11 s after its store.
 	unavailableLimit = 3 * time.Second
+	// tooMuchLimit is the longest average pause between tries to read a prefix that has too much below it: each try
+	// reads up to kv.MostListed.
+	tooMuchLimit = 15 * time.Second
 )
 
 // Watch reads from the leader until it knows the prefix for certain. Then it blocks on any server, which costs the
@@ -43,6 +46,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 	v := backend.NewViewer(s.prefix+prefix, s.log, f)
 	unavailable := wait.NewBackoff(50*time.Millisecond, unavailableLimit)
 	denied := wait.NewBackoff(100*time.Millisecond, 10*time.Second)
+	tooMuch := wait.NewBackoff(time.Second, tooMuchLimit)
 	// Answers that come at once without any change must not cause a busy loop.
 	idle := wait.NewBackoff(5*time.Millisecond, 250*time.Millisecond)
 	for {
@@ -58,6 +62,7 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 			s.adopt(v, prefix, l)
 		case err == nil:
 			denied.Reset()
+			tooMuch.Reset()
 			if !slices.EqualFunc(v.View().Entries, l.entries, backend.SameEntry) {
 				idle.Reset()
 			}
@@ -77,6 +82,9 @@ func (s *Store) Watch(ctx context.Context, prefix string, f func(kv.View)) error
 			v.Fail(err)
 		case errors.Is(err, kv.ErrDenied):
 			pause = denied
+			v.Fail(err)
+		case errors.Is(err, kv.ErrTooLarge):
+			pause = tooMuch
 			v.Fail(err)
 		default:
 			v.Fail(err)

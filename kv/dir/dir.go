@@ -157,6 +157,7 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 	err := d.reading(ctx, func() error {
 		s = scanned{}
 		seen := map[string]bool{}
+		room := backend.NewRoom(prefix)
 		var walk func(dir, key string) error
 		walk = func(dir, key string) error {
 			if visit != nil {
@@ -195,7 +196,11 @@ func (d *Store) scan(ctx context.Context, prefix string, visit func(dir string))
 				if age := time.Since(v.modTime); len(v.value) == 0 && age >= 0 && age < steadyAfter {
 					s.unsteady = true
 				}
-				s.entries = append(s.entries, kv.Entry{Key: key + name, Value: v.value, Version: v.version})
+				e := kv.Entry{Key: key + name, Value: v.value, Version: v.version}
+				if err := room.Take(e); err != nil {
+					return err
+				}
+				s.entries = append(s.entries, e)
 			}
 			return nil
 		}

@@ -48,6 +48,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Backend) {
 		{"readers see no half commit", testNoHalf},
 		{"watch", testWatch},
 		{"watch sees what was there", testWatchExisting},
+		{"too much", testTooMuch},
 		{"watch of a folder that comes later", testWatchLateFolder},
 		{"a write of the same value wakes nobody", testSameValue},
 		{"a write elsewhere wakes nobody", testElsewhere},

@@ -1,8 +1,10 @@
 package kvtest
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -44,6 +46,50 @@ func testWatchExisting(t *testing.T, b Backend) {
 	}
 	// Several watches are independent of one another.
 	Watch(t, s, "d/").Await(t, "the key", func(v kv.View) bool { return v.Synced && keysOf(v.Entries) == "d/k=1" })
+}
+
+// More below a role's prefix than is read is an error that names the prefix; what was known goes on to count, and other
+// prefixes are read.
+func testTooMuch(t *testing.T, b Backend) {
+	s := b.Open(t)
+	const prefix, other = "pins/prod/web/", "pins/prod/db/"
+	mustFolders(t, s, prefix, other)
+	mustCommit(t, s, nil, kv.Put(prefix+"app", []byte("1")), kv.Put(other+"app", []byte("1")))
+	views, others := Watch(t, b.Open(t), prefix), Watch(t, b.Open(t), other)
+	views.Await(t, "the key", Healthy("app=1"))
+	const size = 500 << 10
+	junk := strings.Repeat("x", size)
+	key := func(i int) string { return fmt.Sprintf("%sjunk-%03d", prefix, i) }
+	for i := range kv.MaxRoleList/size + 2 {
+		b.PutByHand(t, key(i), junk)
+	}
+	bounded := func(v kv.View) bool {
+		size := 0
+		for _, e := range v.Entries {
+			size += e.Size()
+		}
+		return size <= kv.MaxRoleList
+	}
+	v := views.Await(t, "the error", func(v kv.View) bool { return errors.Is(v.Err, kv.ErrTooLarge) })
+	if !v.Synced || !bounded(v) || len(v.Entries) == 0 || keysOf(v.Entries[:1]) != prefix+"app=1" ||
+		!errors.Is(v.Err, kv.ErrUnavailable) || !strings.Contains(v.Err.Error(), "32 MiB are stored below "+prefix) {
+		t.Errorf("%d entries, synced %t: %v", len(v.Entries), v.Synced, v.Err)
+	}
+	if _, err := s.List(t.Context(), prefix); !errors.Is(err, kv.ErrTooLarge) || !errors.Is(err, kv.ErrUnavailable) {
+		t.Errorf("it is listed: %v", err)
+	}
+	if all, err := s.List(t.Context(), "pins/"); err != nil || len(all) != kv.MaxRoleList/size+4 {
+		t.Errorf("a prefix that may have more has %d keys: %v", len(all), err)
+	}
+	mustCommit(t, s, nil, kv.Put(other+"app", []byte("2")))
+	others.Await(t, "a change elsewhere", Healthy("app=2"))
+
+	mustCommit(t, s, nil, kv.Put(prefix+"app", []byte("2")))
+	for i := range kv.MaxRoleList/size + 2 {
+		b.DeleteByHand(t, key(i))
+	}
+	views.Await(t, "the end of the junk", Healthy("app=2"))
+	views.Never(t, "too much was taken", func(v kv.View) bool { return !bounded(v) })
 }
 
 func testWatchLateFolder(t *testing.T, b Backend) {

@@ -14,7 +14,8 @@ import (
 )
 
 // MaxRole bounds what is kept of the reports of one role: their units on all nodes, with the digests, paths and facts
-// that they list. Each takes some 430 bytes of memory, and perhaps 8 in the store. 10,000 nodes of 50 units have room.
+// that they list. Each takes some 430 bytes of memory, and perhaps 8 in the store. What kv.MaxList has room for are
+// some 30 units on each of 10,000 nodes.
 const MaxRole = 500_000
 
 // ErrTooMuch is the error of a report that wasn't read, as other reports of its role fill MaxRole.
