@@ -68,8 +68,8 @@ func words(text string) map[string]bool {
 
 // elements and attributes are those of the dashboard, beside attributes whose names begin with aria-.
 var (
-	elements = words(`html head meta title link script noscript body header footer nav main section div fieldset legend label
-		form
+	elements = words(`
+		html head meta title link script noscript body header footer nav main section div fieldset legend label form
 		input select option button br h1 h2 p a i b em span small strong dl dt dd ul ol li table thead tbody
 		tr th td code time svg g path rect`)
 	attributes = words(`
